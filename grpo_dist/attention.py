@@ -1,0 +1,135 @@
+"""Attention for rows that hold several sequences behind shared prompts, through transformers' attention interface. Pure.
+
+A model loaded with `attn_implementation=NAME` hands queries, keys and values here together with the keyword argument
+`layout` its caller passed to `forward`. The layout knows who attends to whom and computes only that: no mask of the
+whole row exists, nothing is computed to be masked away but inside small blocks, and the model's code is untouched.
+
+Shapes: T tokens in the row, Hq query heads, Hk key heads, D head size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface
+
+NAME = "grpo_dist"
+"""The name under which transformers knows this attention."""
+
+BLOCK = 256
+"""Tokens of short sequences attended to in one masked block; larger wastes on masks, smaller on calls."""
+
+
+class Layout(Protocol):
+    """Who attends to whom in a row."""
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
+        """Attention of one layer: `query` (1, Hq, T, D), `key` and `value` (1, Hk, T, D) to (1, T, Hq, D)."""
+
+
+def _attention(
+    module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
+    scaling: float | None = None, *, layout: Layout | None = None, **unused: Any,
+) -> tuple[Tensor, None]:  # fmt: skip
+    """The entry point transformers calls; dropout is ignored on purpose (a rollout and its update must agree)."""
+    if layout is None:
+        raise ValueError(f"a model with attn_implementation={NAME!r} was called without the keyword argument `layout`")
+    if unused.get("softcap") is not None or unused.get("s_aux") is not None:
+        raise ValueError(f"attn_implementation={NAME!r} has neither soft-capped scores nor attention sinks")
+    return layout.attend(module.layer_idx, query, key, value, scaling), None
+
+
+AttentionInterface.register(NAME, _attention)
+
+
+@dataclass(frozen=True)
+class Block:
+    """Queries `queries`, the keys of the ranges `keys`, and the mask between them (None: causal)."""
+
+    queries: slice
+    keys: tuple[slice, ...]
+    mask: Tensor | None
+
+
+@dataclass(frozen=True)
+class BlockLayout:
+    """A row as a list of blocks that together hold every query once."""
+
+    blocks: list[Block]
+
+    def to(self, device: torch.device) -> BlockLayout:
+        """The layout with its masks on `device`."""
+        return BlockLayout([Block(b.queries, b.keys, None if b.mask is None else b.mask.to(device))
+                            for b in self.blocks])  # fmt: skip
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
+        """See `Layout`."""
+        repeat = query.shape[1] // key.shape[1]
+        if repeat > 1:
+            key, value = key.repeat_interleave(repeat, 1), value.repeat_interleave(repeat, 1)
+        outputs = []
+        for block in self.blocks:
+            keys = [key[:, :, part] for part in block.keys]
+            values = [value[:, :, part] for part in block.keys]
+            outputs.append(scaled_dot_product_attention(
+                query[:, :, block.queries],
+                keys[0] if len(keys) == 1 else torch.cat(keys, 2),
+                values[0] if len(values) == 1 else torch.cat(values, 2),
+                attn_mask=block.mask, is_causal=block.mask is None, scale=scale,
+            ))  # fmt: skip
+        return (outputs[0] if len(outputs) == 1 else torch.cat(outputs, 2)).transpose(1, 2)
+
+
+def _visible(piece: Tensor, segment: Tensor, queries: Tensor, keys: Tensor) -> Tensor:
+    """(Q, K) bool: same piece, not later, and the key in the prompt (segment 0) or in the query's own completion."""
+    q, k = queries[:, None], keys[None]
+    same_piece = piece[q] == piece[k]
+    return same_piece & (k <= q) & ((segment[k] == 0) | (segment[k] == segment[q]))
+
+
+def block_layout(pieces: list[tuple[int, list[int]]], block: int = BLOCK) -> BlockLayout:
+    """Layout of a row of pieces, each (prompt length, completion lengths).
+
+    Short pieces that follow one another share a masked block of at most `block` tokens. A longer piece becomes one
+    causal block for its prompt and blocks of completions, which see the prompt and themselves.
+    """
+    piece_of, segment_of, spans = [], [], []
+    for number, (prompt, completions) in enumerate(pieces):
+        start = len(piece_of)
+        for segment, length in enumerate([prompt, *completions]):
+            piece_of += [number] * length
+            segment_of += [segment] * length
+        spans.append((start, len(piece_of)))
+    piece, segment = torch.tensor(piece_of), torch.tensor(segment_of)
+    places = torch.arange(len(piece_of))
+    blocks: list[Block] = []
+
+    def masked(queries: slice, *keys: slice) -> None:
+        seen = torch.cat([places[part] for part in keys])
+        blocks.append(Block(queries, keys, _visible(piece, segment, places[queries], seen)))
+
+    pending: int | None = None  # where a run of short pieces began
+    for (start, end), (prompt, completions) in zip(spans, pieces, strict=True):
+        if pending is not None and end - pending > block:
+            masked(slice(pending, start), slice(pending, start))
+            pending = None
+        if end - start <= block:
+            pending = start if pending is None else pending
+            continue
+        prompt_range = slice(start, start + prompt)
+        blocks.append(Block(prompt_range, (prompt_range,), None))
+        chunk_start = chunk_end = start + prompt
+        for length in completions:
+            if chunk_end > chunk_start and chunk_end + length - chunk_start > block:
+                masked(slice(chunk_start, chunk_end), prompt_range, slice(chunk_start, chunk_end))
+                chunk_start = chunk_end
+            chunk_end += length
+        if chunk_end > chunk_start:
+            masked(slice(chunk_start, chunk_end), prompt_range, slice(chunk_start, chunk_end))
+    if pending is not None:
+        masked(slice(pending, len(piece_of)), slice(pending, len(piece_of)))
+    return BlockLayout(blocks)

@@ -1,0 +1,107 @@
+"""Checkpoints that are there whole or not at all.
+
+A checkpoint is written to a temporary directory, every file is flushed to the disk, a manifest with sizes and checksums
+comes last, and one rename makes it visible; older ones are pruned only afterwards. What has no valid manifest is not a
+checkpoint. Tensors are safetensors and the rest is JSON: loading one executes nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+log = logging.getLogger(__name__)
+
+MANIFEST = "manifest.json"
+TENSORS = "state.safetensors"
+META = "state.json"
+
+
+class DamagedCheckpoint(RuntimeError):
+    """A directory that should be a checkpoint is incomplete or was changed."""
+
+
+def _sync(path: Path) -> None:
+    """Make sure a file's contents, or a directory's entries, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _checksum(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else hashlib.sha256(
+            file.read()).hexdigest()  # fmt: skip
+
+
+def save(root: Path, step: int, tensors: dict[str, Tensor], meta: dict[str, Any], keep: int) -> Path:
+    """Commit the state after `step` steps to `root/step_N` and prune all but the newest `keep` checkpoints."""
+    root.mkdir(parents=True, exist_ok=True)
+    for leftover in root.glob("tmp_*"):
+        shutil.rmtree(leftover)
+    temporary, target = root / f"tmp_{step}", root / f"step_{step}"
+    temporary.mkdir()
+    save_file(tensors, temporary / TENSORS)
+    (temporary / META).write_text(json.dumps({"step": step, **meta}, indent=1))
+    files = {}
+    for path in (temporary / TENSORS, temporary / META):
+        _sync(path)
+        files[path.name] = {"bytes": path.stat().st_size, "sha256": _checksum(path)}
+    (temporary / MANIFEST).write_text(json.dumps({"files": files}, indent=1))
+    _sync(temporary / MANIFEST)
+    _sync(temporary)
+    if target.exists():  # left by a run that went on from an earlier step
+        shutil.rmtree(target)
+    temporary.rename(target)
+    _sync(root)
+    for old in complete(root)[keep:]:
+        shutil.rmtree(old)
+    return target
+
+
+def verify(path: Path) -> None:
+    """Raise DamagedCheckpoint unless every file is there as the manifest says."""
+    try:
+        files = json.loads((path / MANIFEST).read_text())["files"]
+        for name, expected in files.items():
+            if (path / name).stat().st_size != expected["bytes"] or _checksum(path / name) != expected["sha256"]:
+                raise DamagedCheckpoint(f"{path / name} does not match its manifest: the file is damaged")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DamagedCheckpoint(f"{path} is not a complete checkpoint ({error})") from error
+
+
+def complete(root: Path) -> list[Path]:
+    """Checkpoints under `root` that have a manifest, newest first."""
+    found = []
+    for path in root.glob("step_*") if root.is_dir() else ():
+        number = path.name.removeprefix("step_")
+        if number.isdigit() and (path / MANIFEST).is_file():
+            found.append((int(number), path))
+    return [path for _, path in sorted(found, reverse=True)]
+
+
+def newest(root: Path) -> Path | None:
+    """The newest checkpoint under `root` that is whole; damaged ones are named in the log and passed over."""
+    for path in complete(root):
+        try:
+            verify(path)
+            return path
+        except DamagedCheckpoint as error:
+            log.warning("%s; going on to the checkpoint before it", error)
+    return None
+
+
+def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and metadata of a checkpoint. Raises DamagedCheckpoint."""
+    verify(path)
+    return load_file(path / TENSORS), json.loads((path / META).read_text())

@@ -1,0 +1,308 @@
+"""Every option of a run: one dataclass a group, one documented field an option, checks beside the fields they check.
+
+Defaults are written here and nowhere else. All counts are global: `train.batch_size: 32` means 32 prompts a step on one
+rank and on sixty-four. This module imports nothing heavy, so that a mistake in a config is answered at once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+def require(condition: bool, key: str, given: object, expected: str) -> None:
+    """Raise a ValueError that names the option, what was given and what was expected, unless `condition` holds."""
+    if not condition:
+        raise ValueError(f"{key}: {given!r} given, expected {expected}")
+
+
+@dataclass
+class ModelConfig:
+    """The policy's base model."""
+
+    name: str = "toy"
+    """Hub id or local path of a causal language model, or `toy` for the tiny model that ships with the package."""
+    revision: str | None = None
+    """Branch, tag or commit on the hub."""
+    dtype: Dtype = "auto"
+    """Compute dtype of the policy; `auto` is bfloat16 on a GPU that has it and float32 elsewhere."""
+    attn_implementation: str = "auto"
+    """`auto` computes a prompt once for its whole group where the architecture allows it; any name transformers knows
+    (`sdpa`, `eager`, `flash_attention_2`) is handed to it, and completions are then computed one to a row."""
+    trust_remote_code: bool = False
+    """Run code that comes with the model. Leave it off unless you have read that code."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time in the update."""
+
+
+@dataclass
+class LoraConfig:
+    """Low-rank adapters; `lora: null` trains every weight instead."""
+
+    r: int = 16
+    """Rank of the adapters."""
+    alpha: float = 32.0
+    """Adapters are scaled by alpha / r."""
+    dropout: float = 0.0
+    """Dropout in the adapters while training; rollouts never use it."""
+    target_modules: str | list[str] = "all-linear"
+    """Modules that get adapters: `all-linear`, or a list of names."""
+
+    def __post_init__(self) -> None:
+        require(self.r >= 1, "lora.r", self.r, "a rank of at least 1")
+        require(self.alpha > 0, "lora.alpha", self.alpha, "a number above 0")
+        require(0 <= self.dropout < 1, "lora.dropout", self.dropout, "a share in [0, 1)")
+
+
+@dataclass
+class ReferenceConfig:
+    """The frozen copy of the base model: reference of the KL term, and engine of the rollouts."""
+
+    dtype: Dtype = "bfloat16"
+    """Dtype of the frozen copy."""
+    placement: Literal["copy", "shared"] = "copy"
+    """`copy` keeps a whole frozen copy on every rank; `shared` uses the policy itself, adapters off, where a copy does
+    not fit (needs LoRA)."""
+
+
+@dataclass
+class DataConfig:
+    """Where prompts come from and how they are read."""
+
+    train_file: str = "configs/data/math_tasks_train.jsonl"
+    """A JSONL, JSON, CSV or parquet file, a directory, or a hub id: what `datasets.load_dataset` takes."""
+    eval_file: str | None = "configs/data/math_tasks_eval.jsonl"
+    """The same for evaluation; null for none."""
+    subset: str | None = None
+    """Configuration name of a hub data set, such as `main`."""
+    train_split: str = "train"
+    """Split of `train_file` where it is a data set with splits."""
+    eval_split: str = "test"
+    """Split of `eval_file` where it is a data set with splits."""
+    prompt_column: str = "prompt"
+    """Column with the prompt: text, or a list of messages with `role` and `content`."""
+    answer_column: str | None = "answer"
+    """Column with the gold answer, handed to the rewards as `answer`; null where there is none."""
+    system_prompt: str | None = None
+    """Put before every prompt as a system message (needs a chat template)."""
+    chat_template: Literal["auto", "always", "never"] = "auto"
+    """Render prompts with the tokenizer's chat template: `auto` does so for messages, and for text too where a system
+    prompt is set."""
+    max_prompt_length: int = 512
+    """Longest prompt in tokens, template included."""
+    bad_rows: Literal["error", "drop"] = "error"
+    """What to do with rows that cannot be used (no prompt, too long, an answer no reward can read): `error` names the
+    first of them and stops; `drop` leaves them out and says how many."""
+
+    def __post_init__(self) -> None:
+        require(self.max_prompt_length >= 1, "data.max_prompt_length", self.max_prompt_length, "at least 1 token")
+        require(
+            not (self.system_prompt and self.chat_template == "never"),
+            "data.system_prompt", self.system_prompt, "null where data.chat_template is `never`",
+        )  # fmt: skip
+
+
+@dataclass
+class RolloutConfig:
+    """How completions are sampled."""
+
+    group_size: int = 8
+    """Completions per prompt."""
+    max_completion_length: int = 256
+    """Longest completion in tokens."""
+    temperature: float = 1.0
+    """Sampling temperature; log-probabilities of policy and reference are taken at the same temperature."""
+    top_p: float = 1.0
+    """Sample from the smallest set of tokens that holds this much probability; 1 turns it off."""
+    top_k: int = 0
+    """Sample from the k likeliest tokens; 0 turns it off."""
+    min_p: float = 0.0
+    """Leave out tokens less likely than this share of the likeliest one's probability; 0 turns it off."""
+    max_tokens_in_flight: int = 262144
+    """Most tokens (prompts and completions) whose keys and values are held at once on a rank; further prompts wait."""
+
+    def __post_init__(self) -> None:
+        require(self.group_size >= 2, "rollout.group_size", self.group_size,
+                "at least 2: advantages are relative to a group")  # fmt: skip
+        require(self.max_completion_length >= 1, "rollout.max_completion_length", self.max_completion_length,
+                "at least 1 token")  # fmt: skip
+        require(self.temperature > 0, "rollout.temperature", self.temperature,
+                "a number above 0 (evaluation has its own greedy pass)")  # fmt: skip
+        require(0 < self.top_p <= 1, "rollout.top_p", self.top_p, "a share in (0, 1]")
+        require(self.top_k >= 0, "rollout.top_k", self.top_k, "0 (off) or more")
+        require(0 <= self.min_p < 1, "rollout.min_p", self.min_p, "a share in [0, 1)")
+        require(self.max_tokens_in_flight >= 1, "rollout.max_tokens_in_flight", self.max_tokens_in_flight, "at least 1")
+
+
+@dataclass
+class RewardConfig:
+    """One reward function."""
+
+    name: str = "math"
+    """A built-in reward (`math`), or `module:function` for one of your own."""
+    weight: float = 1.0
+    """Rewards are summed with these weights."""
+    args: dict[str, Any] = field(default_factory=dict)
+    """The reward's own arguments."""
+
+    def __post_init__(self) -> None:
+        require(bool(self.name), "rewards.name", self.name, "a built-in reward or module:function")
+
+
+@dataclass
+class ScoringConfig:
+    """The pool of processes that runs the reward functions."""
+
+    num_workers: int = 2
+    """Worker processes on each rank."""
+    timeout_seconds: float = 60.0
+    """A call that takes longer is killed and its completions count as unscored."""
+    error_budget: float = 0.1
+    """Share of a step's completions that may stay unscored through failures; above it the run stops."""
+
+    def __post_init__(self) -> None:
+        require(self.num_workers >= 1, "scoring.num_workers", self.num_workers, "at least 1 process")
+        require(self.timeout_seconds > 0, "scoring.timeout_seconds", self.timeout_seconds, "seconds above 0")
+        require(0 <= self.error_budget <= 1, "scoring.error_budget", self.error_budget, "a share in [0, 1]")
+
+
+@dataclass
+class AdvantageConfig:
+    """How rewards become advantages."""
+
+    baseline: Literal["mean"] = "mean"
+    """Subtracted from each reward: the mean of its group."""
+    scale: Literal["auto", "group", "batch", "none"] = "auto"
+    """Divide by the std of the group, by the std of the batch, or by nothing; `auto` is `group` for `grpo` and `batch`
+    for `reinforce`."""
+
+
+@dataclass
+class LossConfig:
+    """The objective of an update."""
+
+    objective: Literal["grpo", "reinforce"] = "grpo"
+    """`grpo`: clipped ratio per token (DeepSeekMath, eq. 3). `reinforce`: the sequence's log-probability times its
+    advantage."""
+    clip_low: float = 0.2
+    """The ratio is clipped below at 1 - clip_low."""
+    clip_high: float = 0.2
+    """The ratio is clipped above at 1 + clip_high."""
+    kl_coeff: float = 0.04
+    """Weight of the penalty that keeps the policy near the reference; 0 leaves the reference uncomputed."""
+    kl_estimator: Literal["auto", "k3", "squared_sequence"] = "auto"
+    """`k3` per token (Schulman), or the squared log-ratio of whole sequences; `auto` is `k3` for `grpo` and
+    `squared_sequence` for `reinforce`."""
+    aggregation: Literal["auto", "sequence_mean", "token_mean", "sequence_sum"] = "auto"
+    """How tokens are weighed: the mean over sequences of the mean over tokens, the mean over all tokens, or the mean
+    over sequences of the sum over tokens; `auto` is `sequence_mean` for `grpo` and `sequence_sum` for `reinforce`."""
+
+    def __post_init__(self) -> None:
+        require(0 <= self.clip_low < 1, "loss.clip_low", self.clip_low, "a number in [0, 1)")
+        require(self.clip_high >= 0, "loss.clip_high", self.clip_high, "0 or more")
+        require(self.kl_coeff >= 0, "loss.kl_coeff", self.kl_coeff, "0 or more")
+
+
+@dataclass
+class OptimConfig:
+    """AdamW and its schedule."""
+
+    learning_rate: float = 1e-5
+    """Peak learning rate."""
+    weight_decay: float = 0.0
+    """AdamW's decoupled weight decay."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW's decay rates of the first and second moment."""
+    scheduler: Literal["cosine", "linear", "constant"] = "cosine"
+    """Course of the learning rate after warm-up, over train.num_train_steps."""
+    warmup_steps: int = 0
+    """Steps of linear warm-up."""
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this norm."""
+
+    def __post_init__(self) -> None:
+        require(self.learning_rate > 0, "optim.learning_rate", self.learning_rate, "a number above 0")
+        require(self.weight_decay >= 0, "optim.weight_decay", self.weight_decay, "0 or more")
+        require(all(0 <= b < 1 for b in self.betas), "optim.betas", self.betas, "two numbers in [0, 1)")
+        require(self.warmup_steps >= 0, "optim.warmup_steps", self.warmup_steps, "0 or more steps")
+        require(self.max_grad_norm > 0, "optim.max_grad_norm", self.max_grad_norm, "a number above 0")
+
+
+@dataclass
+class TrainConfig:
+    """The loop."""
+
+    batch_size: int = 32
+    """Prompts a step, over all ranks."""
+    num_train_steps: int = 100
+    """Steps of the run; a step is one batch of rollouts and its updates."""
+    updates_per_batch: int = 1
+    """Optimizer steps on each batch of rollouts."""
+    max_tokens_per_pack: int = 4096
+    """Tokens computed at once in the update: the memory knob."""
+    eval_every: int = 50
+    """Steps between evaluations; 0 evaluates only before the first step and after the last."""
+    num_eval_prompts: int = 256
+    """Most prompts of data.eval_file used in an evaluation."""
+    save_every: int = 50
+    """Steps between checkpoints; 0 saves only at the end."""
+    keep_checkpoints: int = 2
+    """Complete checkpoints to keep."""
+    output_dir: str = "checkpoints"
+    """Where everything the run leaves behind goes."""
+    seed: int = 0
+    """Seed of sampling, shuffling and adapter initialisation."""
+    resume: str = "auto"
+    """`auto` continues from the newest complete checkpoint of output_dir, `never` refuses to touch an output_dir that
+    has one, and a path names the checkpoint to continue from."""
+
+    def __post_init__(self) -> None:
+        for key, least in {
+            "batch_size": 1, "num_train_steps": 1, "updates_per_batch": 1, "max_tokens_per_pack": 2,
+            "eval_every": 0, "num_eval_prompts": 1, "save_every": 0, "keep_checkpoints": 2, "seed": 0,
+        }.items():  # fmt: skip
+            require(getattr(self, key) >= least, f"train.{key}", getattr(self, key), f"{least} or more")
+
+
+@dataclass
+class LoggingConfig:
+    """What is written down, beside metrics.jsonl which always is."""
+
+    trackers: list[str] = field(default_factory=lambda: ["tensorboard"])
+    """Mirrors of the metrics, by Accelerate's names (`tensorboard`, `wandb`, …)."""
+    log_completions: bool = True
+    """Write every completion with its rewards and advantage to output_dir/completions."""
+
+
+@dataclass
+class Config:
+    """A whole run."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    lora: LoraConfig | None = field(default_factory=LoraConfig)
+    reference: ReferenceConfig = field(default_factory=ReferenceConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    rewards: list[RewardConfig] = field(default_factory=lambda: [RewardConfig()])
+    """Reward functions; a completion's reward is their weighted sum."""
+    scoring: ScoringConfig = field(default_factory=ScoringConfig)
+    advantage: AdvantageConfig = field(default_factory=AdvantageConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+
+    def __post_init__(self) -> None:
+        longest = self.data.max_prompt_length + self.rollout.max_completion_length
+        require(self.train.max_tokens_per_pack >= longest, "train.max_tokens_per_pack", self.train.max_tokens_per_pack,
+                f"at least data.max_prompt_length + rollout.max_completion_length = {longest}")  # fmt: skip
+        require(self.rollout.max_tokens_in_flight >= longest, "rollout.max_tokens_in_flight",
+                self.rollout.max_tokens_in_flight, f"room for one sequence of {longest} tokens")  # fmt: skip
+        require(bool(self.rewards), "rewards", self.rewards, "at least one reward")
+        require(self.lora is not None or self.reference.placement == "copy", "reference.placement",
+                self.reference.placement, "`copy` where lora is null: without adapters to switch off, the policy "
+                "cannot be its own reference")  # fmt: skip
+        require(self.optim.warmup_steps <= self.train.num_train_steps, "optim.warmup_steps", self.optim.warmup_steps,
+                f"at most train.num_train_steps = {self.train.num_train_steps}")  # fmt: skip

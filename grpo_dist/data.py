@@ -1,0 +1,294 @@
+"""Prompts: read from files or data sets, checked row by row, rendered to tokens; and the counting sampler.
+
+Everything that can be wrong with data is found here, before any model is loaded, and said with file and line; rows are
+dropped only where the config says so, and are counted. There is no loader and no loader state: which prompts a step
+takes is a function of the step's number.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import hashlib
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from grpo_dist.batch import Prompt
+from grpo_dist.config import DataConfig
+from grpo_dist.rewards.registry import KEYWORDS
+from grpo_dist.rows import Row, is_lines, load_rows
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+Messages = list[dict[str, str]]
+AnswerCheck = Callable[[object], None]
+
+_SHOWN_ROWS = 5
+_SHOWN_NAMES = 20
+_ROWS_AT_ONCE = 1024  # texts handed to the tokenizer in one call: fast tokenizers work on them in parallel
+_GOLDEN = 0x9E3779B97F4A7C15
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """A prompt as the model sees it."""
+
+    text: str
+    """The text, chat template included."""
+    messages: Messages | None
+    """The conversation it was rendered from; None for plain text."""
+    ids: list[int]
+    """Its token ids."""
+
+
+@dataclass(frozen=True)
+class DropReport:
+    """Which rows were left out, and why."""
+
+    source: str
+    """File or data set."""
+    unit: str
+    """What rows are numbered by: `line` or `row`."""
+    num_rows: int
+    """Rows read."""
+    dropped: list[tuple[int, str]]
+    """Number and reason of each row left out."""
+
+    def __str__(self) -> str:
+        """Name the first of the rows and how many there are."""
+        shown = "; ".join(f"{self.unit} {number}: {reason}" for number, reason in self.dropped[:_SHOWN_ROWS])
+        more = len(self.dropped) - _SHOWN_ROWS
+        rest = f"; and {more} more" if more > 0 else ""
+        return f"{self.source}: {len(self.dropped)} of {self.num_rows} rows cannot be used: {shown}{rest}"
+
+
+def load_prompts(
+    path: str,
+    split: str,
+    config: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    check_answers: Sequence[AnswerCheck] = (),
+) -> tuple[list[Prompt], DropReport]:
+    """Read, check and render all prompts of a file or data set.
+
+    `check_answers` are called with each row's gold answer and raise ValueError for one they cannot read. A prompt's
+    `index` is its row's place from 0, dropped rows counted. Raises ValueError or FileNotFoundError where there is
+    nothing to read, where a configured column is missing, where no row is left, and where a row cannot be used unless
+    `config.bad_rows` is `drop`.
+    """
+    rows = load_rows(path, split, config.subset)
+    names = list(dict.fromkeys(name for row in rows for name in row.columns))
+    if names:
+        _check_columns(path, names, config)
+    problems: dict[int, str] = {}
+    usable: list[tuple[int, str, Messages | None]] = []
+    for place, row in enumerate(rows):
+        try:
+            usable.append((place, *_read_row(row, config, tokenizer, check_answers)))
+        except _UnusableRowError as error:
+            problems[place] = str(error)
+    prompts = []
+    for place, rendered in _tokenise(usable, tokenizer):
+        if not 0 < len(rendered.ids) <= config.max_prompt_length:
+            problems[place] = (
+                f"the prompt has {len(rendered.ids)} tokens, expected 1 to data.max_prompt_length = "
+                f"{config.max_prompt_length}"
+            )
+            continue
+        columns = _reward_columns(rows[place], names, config)
+        prompts.append(Prompt(place, rendered.ids, rendered.text, rendered.messages, columns))
+    dropped = [(rows[place].number, problems[place]) for place in sorted(problems)]
+    report = DropReport(path, "line" if is_lines(path) else "row", len(rows), dropped)
+    if dropped and (config.bad_rows == "error" or not prompts):
+        cure = "none is left" if config.bad_rows == "drop" else "mend them, or leave them out with data.bad_rows: drop"
+        raise ValueError(f"{report}. {cure[0].upper()}{cure[1:]}")
+    if dropped:
+        logger.warning("%s. Left out (data.bad_rows: drop)", report)
+    return prompts, report
+
+
+def render(prompt: str | Messages, config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Rendered:
+    """Turn one prompt into tokens, as `load_prompts` does with many.
+
+    Plain text gets the special tokens that the tokenizer adds by itself, such as a BOS; a rendered conversation gets
+    those of its template only, and ends where the assistant begins. Raises ValueError where the prompt is empty or the
+    config's template rules and the tokenizer do not allow it.
+    """
+    text, messages = _as_text(prompt, config, tokenizer)
+    ((_, rendered),) = _tokenise([(0, text, messages)], tokenizer)
+    return rendered
+
+
+class Sampler:
+    """Which prompts a step takes: a permutation per epoch and a counter, nothing else.
+
+    Batches run on over the end of an epoch, so a batch may hold a prompt twice, and always does where it is larger than
+    the data set.
+    """
+
+    def __init__(self, num_prompts: int, batch_size: int, seed: int) -> None:
+        if num_prompts < 1 or batch_size < 1:
+            raise ValueError(
+                f"{num_prompts} prompts and a batch size of {batch_size} given, expected at least 1 of each"
+            )
+        self.num_prompts = num_prompts
+        self.batch_size = batch_size
+        self.seed = seed
+
+    def batch_indices(self, step: int) -> list[int]:
+        """Return the places of a step's `batch_size` prompts in the list of prompts: a function of the step alone."""
+        indices: list[int] = []
+        cursor, end = step * self.batch_size, (step + 1) * self.batch_size
+        while cursor < end:
+            epoch, place = divmod(cursor, self.num_prompts)
+            taken = permutation(self.num_prompts, self.seed, epoch)[place : place + end - cursor]
+            indices += taken.tolist()
+            cursor += len(taken)
+        return indices
+
+    def epoch(self, step: int) -> float:
+        """Return how many times the data has been gone through before a step."""
+        return step * self.batch_size / self.num_prompts
+
+
+@functools.lru_cache(maxsize=4)
+def permutation(num_prompts: int, seed: int, epoch: int) -> NDArray[np.int64]:
+    """Return the order of an epoch, (num_prompts,), a read-only permutation of range(num_prompts).
+
+    Prompts are sorted by the SplitMix64 (Steele et al. 2014) of their place under a key made from seed and epoch. The
+    mixing is a bijection, so there are no ties, and no library's generator is used: the order is the same in any
+    version of anything.
+    """
+    digest = hashlib.blake2b(f"{seed}:{epoch}".encode(), digest_size=8).digest()
+    places = np.arange(1, num_prompts + 1, dtype=np.uint64)
+    keys = np.uint64(int.from_bytes(digest, "little")) + places * np.uint64(_GOLDEN)  # wraps at 2^64, as it should
+    keys = (keys ^ (keys >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    keys = (keys ^ (keys >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    order = np.argsort(keys ^ (keys >> np.uint64(31)))
+    order.flags.writeable = False
+    return order
+
+
+class _UnusableRowError(ValueError):
+    """A row that cannot be used; the message says why."""
+
+
+def _check_columns(path: str, names: list[str], config: DataConfig) -> None:
+    """Raise ValueError where the configured columns are not there, or one has a name that rewards keep for TRL's."""
+    for key, column in (("prompt_column", config.prompt_column), ("answer_column", config.answer_column)):
+        if column is not None and column not in names:
+            near = difflib.get_close_matches(column, names, n=1)
+            hint = f" to {near[0]!r}" if near else ""
+            null = ", or to null where there is none" if key == "answer_column" else ""
+            shown = ", ".join(names[:_SHOWN_NAMES]) + (", …" if len(names) > _SHOWN_NAMES else "")
+            raise ValueError(f"{path} has no column {column!r}; it has {shown}. Set data.{key}{hint}{null}")
+    taken = [name for name in names if name in KEYWORDS and name != config.prompt_column]
+    if taken:
+        raise ValueError(
+            f"{path} has the column(s) {', '.join(taken)}, names that rewards receive something else under: rename"
+        )
+    if config.answer_column not in (None, "answer") and "answer" in names:
+        logger.warning(
+            "%s: rewards receive column %r as `answer`, in place of column 'answer'", path, config.answer_column
+        )
+
+
+def _read_row(
+    row: Row, config: DataConfig, tokenizer: PreTrainedTokenizerBase, check_answers: Sequence[AnswerCheck]
+) -> tuple[str, Messages | None]:
+    """Return a row's prompt as text, and as messages where it is a conversation; raises _UnusableRowError."""
+    if row.problem:
+        raise _UnusableRowError(row.problem)
+    if row.columns.get(config.prompt_column) is None:
+        raise _UnusableRowError(f"no {config.prompt_column!r}")
+    text, messages = _as_text(row.columns[config.prompt_column], config, tokenizer)
+    if config.answer_column is not None:
+        answer = row.columns.get(config.answer_column)
+        if answer is None:
+            raise _UnusableRowError(f"no {config.answer_column!r}")
+        for check in check_answers:
+            try:
+                check(answer)
+            except ValueError as error:
+                raise _UnusableRowError(str(error)) from error
+    return text, messages
+
+
+def _as_text(prompt: object, config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[str, Messages | None]:
+    """Apply the template rules; raises _UnusableRowError where a prompt, ValueError where the tokenizer cannot."""
+    messages = _as_messages(prompt, config)
+    if messages is None:
+        return str(prompt), None
+    if not tokenizer.chat_template:
+        raise ValueError(
+            f"{tokenizer.name_or_path!r} has no chat template, which prompts that are messages, data.system_prompt and "
+            "data.chat_template: always need; use the model's instruct variant, or plain text prompts"
+        )
+    from jinja2 import TemplateError
+
+    try:
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    except TemplateError as error:  # templates refuse what their model was not trained on, such as system messages
+        raise _UnusableRowError(f"the model's chat template refuses the prompt: {error}") from error
+    return str(text), messages
+
+
+def _as_messages(prompt: object, config: DataConfig) -> Messages | None:
+    """Return the conversation to render for a prompt, or None where it is to stay plain text."""
+    system: Messages = [{"role": "system", "content": config.system_prompt}] if config.system_prompt else []
+    if isinstance(prompt, str):
+        if not prompt.strip():
+            raise _UnusableRowError("the prompt is empty")
+        if config.chat_template == "always" or system:
+            return [*system, {"role": "user", "content": prompt}]
+        return None
+    if not isinstance(prompt, list):
+        raise _UnusableRowError(f"the prompt is a {type(prompt).__name__}, expected text or a list of messages")
+    if config.chat_template == "never":
+        raise _UnusableRowError("the prompt is a list of messages, which data.chat_template: never cannot render")
+    for message in prompt:
+        if not isinstance(message, dict) or not all(isinstance(message.get(key), str) for key in ("role", "content")):
+            raise _UnusableRowError(f"{message!r:.80} in the prompt is no message with the texts `role` and `content`")
+    if not prompt or prompt[-1]["role"] == "assistant":
+        raise _UnusableRowError("the prompt's messages end without one for the assistant to answer")
+    if system and prompt[0]["role"] == "system":
+        raise _UnusableRowError("the prompt has a system message of its own, and data.system_prompt is set as well")
+    return [*system, *prompt]
+
+
+def _tokenise(
+    texts: Sequence[tuple[int, str, Messages | None]], tokenizer: PreTrainedTokenizerBase
+) -> Iterator[tuple[int, Rendered]]:
+    """Turn (place, text, messages) into (place, rendered), in order."""
+    for start in range(0, len(texts), _ROWS_AT_ONCE):
+        part = texts[start : start + _ROWS_AT_ONCE]
+        ids: dict[int, list[int]] = {}
+        for templated in (False, True):
+            chosen = [(place, text) for place, text, messages in part if (messages is not None) == templated]
+            if chosen:
+                # A template writes its own BOS: a tokenizer that added one as well would train on two.
+                encoded = tokenizer(
+                    [text for _, text in chosen],
+                    add_special_tokens=not templated,
+                    return_attention_mask=False,
+                    verbose=False,
+                )
+                ids.update(zip((place for place, _ in chosen), encoded["input_ids"], strict=True))
+        for place, text, messages in part:
+            yield place, Rendered(text, messages, ids[place])
+
+
+def _reward_columns(row: Row, names: Sequence[str], config: DataConfig) -> dict[str, Any]:
+    """Return what the rewards receive of a row: every column but the prompt, None where the row lacks it."""
+    columns = {name: row.columns.get(name) for name in names if name != config.prompt_column}
+    if config.answer_column is not None:
+        columns["answer"] = row.columns[config.answer_column]
+    return columns

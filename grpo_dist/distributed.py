@@ -1,0 +1,309 @@
+"""The ranks of a run: who they are, what they exchange, and how a step of the optimizer is taken on all of them.
+
+Accelerate and DeepSpeed are known here and in models.py alone. The same calls serve one process, DDP and ZeRO, on GPUs
+(NCCL) and on CPU ranks (gloo).
+"""
+
+from __future__ import annotations
+
+import os
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.utils import DistributedType, InitProcessGroupKwargs
+from torch import Tensor
+
+from .config import Dtype, OptimConfig
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def resolve_dtype(name: Dtype) -> torch.dtype:
+    """The torch dtype of an option; `auto` is bfloat16 on a GPU that has it and float32 elsewhere."""
+    if name != "auto":
+        return DTYPES[name]
+    return torch.bfloat16 if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else torch.float32
+
+
+class PhaseError(RuntimeError):
+    """A phase failed on some rank; raised on all of them with every failing rank's own traceback."""
+
+
+class Ranks:
+    """All processes of the run, seen from one of them."""
+
+    def __init__(self, dtype: torch.dtype, optim: OptimConfig) -> None:
+        """Join the process group. `dtype` is the policy's compute dtype."""
+        on_cpu = not torch.cuda.is_available()
+        deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
+        several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+        self.accelerator = Accelerator(
+            # under DeepSpeed, cpu=True would give every process a world of its own; gloo comes from the handler there
+            cpu=on_cpu and not deepspeed,
+            mixed_precision="bf16" if dtype == torch.bfloat16 else "no",
+            kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")] if on_cpu and (deepspeed or several) else [],
+        )
+        self.max_grad_norm = optim.max_grad_norm
+        self.is_deepspeed = self.accelerator.distributed_type == DistributedType.DEEPSPEED
+        self.zero_stage = 0
+        if self.is_deepspeed:
+            plugin = self.accelerator.state.deepspeed_plugin
+            plugin.deepspeed_config.update(
+                train_micro_batch_size_per_gpu=1,
+                gradient_clipping=optim.max_grad_norm,
+                zero_allow_untested_optimizer=True,
+                zero_force_ds_cpu_optimizer=False,
+            )
+            self.zero_stage = plugin.zero_stage
+
+    @property
+    def rank(self) -> int:
+        """This process, from 0."""
+        return self.accelerator.process_index
+
+    @property
+    def num_ranks(self) -> int:
+        """Number of processes."""
+        return self.accelerator.num_processes
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes the files."""
+        return self.accelerator.is_main_process
+
+    @property
+    def device(self) -> torch.device:
+        """Where this rank computes."""
+        return self.accelerator.device
+
+    def share(self, count: int) -> slice:
+        """This rank's part of `count` pieces of work: contiguous, and never more than one larger than another's."""
+        return slice(count * self.rank // self.num_ranks, count * (self.rank + 1) // self.num_ranks)
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        self.accelerator.wait_for_everyone()
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        """All ranks' tensors, joined along the first dimension in order of rank; their lengths may differ. On the CPU."""
+        if self.num_ranks == 1:
+            return tensor.cpu()
+        tensor = tensor.to(self.device)
+        sizes = torch.zeros(self.num_ranks, dtype=torch.int64, device=self.device)
+        sizes[self.rank] = tensor.shape[0]
+        dist.all_reduce(sizes)
+        longest = int(sizes.max())
+        padded = tensor.new_zeros((longest, *tensor.shape[1:]))
+        padded[: tensor.shape[0]] = tensor
+        parts = [torch.empty_like(padded) for _ in range(self.num_ranks)]
+        dist.all_gather(parts, padded)
+        return torch.cat([part[:size] for part, size in zip(parts, sizes.tolist(), strict=True)]).cpu()
+
+    def gather_objects(self, thing: Any) -> list[Any]:
+        """One small picklable object from each rank, in order of rank."""
+        if self.num_ranks == 1:
+            return [thing]
+        things: list[Any] = [None] * self.num_ranks
+        dist.all_gather_object(things, thing)
+        return things
+
+    def reduce(self, values: Tensor, how: str) -> Tensor:
+        """Sum (`sum`) or maximum (`max`) of a tensor over all ranks, on the CPU."""
+        values = values.to(self.device, copy=True)
+        if self.num_ranks > 1:
+            dist.all_reduce(values, {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}[how])
+        return values.cpu()
+
+    @contextmanager
+    def together(self, phase: str) -> Iterator[None]:
+        """Run a phase without collectives in it; if it fails on one rank, raise PhaseError on every rank.
+
+        Without this the other ranks would wait in their next collective until its time-out.
+        """
+        failure = None
+        try:
+            yield
+        except Exception as error:
+            failure, cause = traceback.format_exc(), error
+        failures = [(rank, text) for rank, text in enumerate(self.gather_objects(failure)) if text]
+        if failures:
+            told = "\n".join(f"rank {rank}:\n{text}" for rank, text in failures)
+            raise PhaseError(f"{phase} failed on {len(failures)} of {self.num_ranks} ranks.\n{told}") from (
+                cause if failure else None
+            )
+
+    def prepare(self, policy: torch.nn.Module, optimizer: torch.optim.Optimizer) -> tuple[Any, Any]:
+        """The policy and its optimizer, wrapped for this run (DDP, a DeepSpeed engine, or as they are)."""
+        return self.accelerator.prepare(policy, optimizer)
+
+    def backward(self, policy: Any, loss: Tensor, last: bool) -> None:
+        """Add one pack's gradient; the `last` pack of an update synchronises the ranks.
+
+        DDP and ZeRO average over ranks while the loss is a share of the global one, hence the factor. (Under DDP the
+        forward of all but the last pack must run inside `quiet`.)
+        """
+        loss = loss * self.num_ranks
+        if self.is_deepspeed:
+            policy.set_gradient_accumulation_boundary(is_boundary=last)
+            policy.backward(loss)
+        else:
+            loss.backward()
+
+    def quiet(self, policy: Any, last: bool) -> Any:
+        """Context of forward and backward: keeps DDP from reducing gradients before the last pack."""
+        return policy.no_sync() if hasattr(policy, "no_sync") and not self.is_deepspeed and not last else nullcontext()
+
+    def optimizer_step(self, policy: Any, optimizer: Any, learning_rate: float) -> float:
+        """Clip, step, clear; returns the gradient's norm before clipping."""
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate
+        if self.is_deepspeed:
+            policy.step()
+            norm = policy.get_global_grad_norm()
+        else:
+            trainable = [p for p in policy.parameters() if p.requires_grad]
+            norm = torch.nn.utils.clip_grad_norm_(trainable, self.max_grad_norm)
+            optimizer.step()
+            optimizer.zero_grad()
+        return float(norm)
+
+    def unwrap(self, policy: Any) -> Any:
+        """The policy inside its wrapper."""
+        return self.accelerator.unwrap_model(policy)
+
+    def end(self) -> None:
+        """Leave the process group."""
+        self.accelerator.end_training()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """The part of one parameter whose float32 value and Adam moments this rank holds."""
+
+    flat: Tensor
+    """The optimizer's own tensor, flattened, in which the part lies: the key of its state."""
+    flat_start: int
+    """Where in `flat` the part begins."""
+    start: int
+    """Where in the flattened parameter the part begins."""
+    size: int
+    """Elements of the part."""
+
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+class OptimizerState:
+    """Weights and Adam moments as whole tensors, whatever wrapper holds them and however it cuts them up.
+
+    What is saved so does not depend on the number of ranks or the ZeRO stage, and can be loaded under any other.
+    """
+
+    def __init__(self, ranks: Ranks, optimizer: Any, parameters: dict[str, torch.nn.Parameter]) -> None:
+        self.ranks, self.parameters = ranks, parameters
+        wrapped = optimizer.optimizer  # Accelerate's wrapper holds DeepSpeed's ZeRO optimizer, or torch's own
+        self.adam = wrapped.optimizer if ranks.is_deepspeed else wrapped
+        self.zero = wrapped if ranks.is_deepspeed else None
+
+    def _fragment(self, parameter: torch.nn.Parameter) -> Fragment | None:
+        if is_sharded(parameter):
+            group, offset, size = self.zero.grad_position[self.zero.get_param_id(parameter)]
+            held = self.zero.fp32_partitioned_groups_flat[group]
+            start = size * self.ranks.rank
+            # the last ranks' parts may be padding beyond the parameter's end
+            return Fragment(held, offset, start, min(size, max(0, parameter.ds_numel - start)))
+        if self.zero is not None:
+            mapping = parameter._hp_mapping
+            if mapping is None:
+                return None
+            held = self.zero.single_partition_of_fp32_groups[mapping.param_group_index]
+            inside, outside = mapping.hp_fragment_address, mapping.lp_fragment_address
+            return Fragment(held, inside.start, outside.start, inside.numel)
+        return Fragment(parameter, 0, 0, parameter.numel())
+
+    def _part(self, tensor: Tensor, fragment: Fragment) -> Tensor:
+        return tensor.detach().view(-1)[fragment.flat_start : fragment.flat_start + fragment.size]
+
+    def _whole(self, parameter: torch.nn.Parameter, key: str | None) -> Tensor:
+        shape = parameter.ds_shape if is_sharded(parameter) else parameter.shape
+        flat = torch.zeros(shape.numel(), dtype=torch.float32)
+        fragment = self._fragment(parameter)
+        if fragment is not None and (key is None or key in self.adam.state[fragment.flat]):
+            held = fragment.flat if key is None else self.adam.state[fragment.flat][key]
+            flat[fragment.start : fragment.start + fragment.size] = self._part(held, fragment).float().cpu()
+        return (self.ranks.reduce(flat, "sum") if self.zero is not None else flat).view(shape)
+
+    @torch.no_grad()
+    def collect(self) -> dict[str, Tensor]:
+        """Whole float32 tensors on the CPU: each parameter as `weight/NAME`, its moments as `exp_avg/NAME` and
+        `exp_avg_sq/NAME`, and `adam_steps`. A collective."""
+        steps = [int(state["step"]) for state in self.adam.state.values() if "step" in state]
+        state = {"adam_steps": torch.tensor(max(self.ranks.gather_objects(max(steps, default=0))))}
+        for name, parameter in self.parameters.items():
+            state[f"weight/{name}"] = self._whole(parameter, None)
+            for moment in MOMENTS:
+                state[f"{moment}/{name}"] = self._whole(parameter, moment)
+        return state
+
+    @torch.no_grad()
+    def restore(self, state: dict[str, Tensor]) -> None:
+        """Put back what `collect` returned, on every rank alike."""
+        for name, parameter in self.parameters.items():
+            fragment = self._fragment(parameter)
+            if fragment is not None:
+                flat = fragment.flat
+                part = slice(fragment.start, fragment.start + fragment.size)
+                self._part(flat, fragment).copy_(state[f"weight/{name}"].view(-1)[part])
+                adam = self.adam.state[flat]
+                adam.setdefault("step", torch.tensor(0.0)).fill_(float(state["adam_steps"]))
+                for moment in MOMENTS:
+                    adam.setdefault(moment, torch.zeros_like(flat, memory_format=torch.preserve_format))
+                    self._part(adam[moment], fragment).copy_(state[f"{moment}/{name}"].view(-1)[part])
+            # under DeepSpeed the model computes with a copy of what the optimizer holds
+            if is_sharded(parameter):
+                start = parameter.ds_tensor.numel() * self.ranks.rank
+                own = state[f"weight/{name}"].view(-1)[start : start + parameter.ds_tensor.numel()]
+                parameter.ds_tensor.view(-1)[: own.numel()].copy_(own)
+            elif self.zero is not None:
+                parameter.copy_(state[f"weight/{name}"])
+
+
+def is_sharded(parameter: Tensor) -> bool:
+    """Whether ZeRO-3 holds only a part of this parameter on each rank."""
+    return hasattr(parameter, "ds_id")
+
+
+@contextmanager
+def whole(parameters: list[Tensor]) -> Iterator[None]:
+    """Inside, the parameters hold their full values on every rank (they are read only)."""
+    sharded = [p for p in parameters if is_sharded(p)]
+    if not sharded:
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(sharded, modifier_rank=None):
+        yield
+
+
+@contextmanager
+def unsharded_loading() -> Iterator[None]:
+    """Inside, `from_pretrained` loads whole models, also under ZeRO-3 (which would otherwise partition every model)."""
+    from transformers.integrations import deepspeed as integration
+
+    reference = integration._hf_deepspeed_config_weak_ref
+    config = reference() if reference is not None else None
+    integration.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        if config is not None:
+            integration.set_hf_deepspeed_config(config)

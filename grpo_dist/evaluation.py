@@ -1,0 +1,40 @@
+"""Mean reward and accuracy on the evaluation prompts, greedy and sampled, over all ranks."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from .gathering import gather
+from .rollout import Sampling
+from .run import Run
+
+
+def evaluate(run: Run, step: int) -> dict[str, float]:
+    """Metrics under `eval/` of the rollout weights as they are; empty without evaluation prompts. A collective.
+
+    The noise is the same at every evaluation, so that two of them differ by the model alone.
+    """
+    if not run.eval_prompts:
+        return {}
+    with run.phase("eval"):
+        metrics = _measure(run, run.sampling, "eval/")
+        metrics |= _measure(run, replace(run.sampling, greedy=True), "eval/greedy_")
+    run.display.say(f"step {step}: held-out accuracy {metrics['eval/accuracy']:.3f} sampled, "
+                    f"{metrics['eval/greedy_accuracy']:.3f} greedy")  # fmt: skip
+    return metrics
+
+
+def _measure(run: Run, sampling: Sampling, prefix: str) -> dict[str, float]:
+    """One completion a prompt. Accurate is a completion with more than half of the positive weights' sum as reward."""
+    completions, pending = run.generate(run.eval_prompts, 1, sampling, "eval")
+    with run.ranks.together("scoring an evaluation"):
+        scores = pending.result()
+    weights = [reward.weight for reward in run.config.rewards]
+    batch = gather(run.ranks, run.eval_prompts, completions, scores, weights, run.config.scoring.error_budget)
+    scored = batch.reward[~batch.reward.isnan()]
+    right = scored > sum(weight for weight in weights if weight > 0) / 2
+    return {
+        f"{prefix}reward": float(scored.mean()),
+        f"{prefix}accuracy": float(right.double().mean()),
+        f"{prefix}truncated": float((~batch.finished).double().mean()),
+    }

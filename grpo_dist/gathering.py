@@ -1,0 +1,61 @@
+"""From each rank's completions and scores to the one global batch that all ranks hold."""
+
+from __future__ import annotations
+
+import logging
+
+import numpy as np
+import torch
+
+from .batch import Batch, Completion, Prompt
+from .distributed import Ranks
+from .rewards.scores import Failure, Scores, combine
+
+log = logging.getLogger(__name__)
+
+
+class RewardFailure(RuntimeError):
+    """More completions could not be scored than scoring.error_budget allows; raised on all ranks alike."""
+
+
+def gather(
+    ranks: Ranks, prompts: list[Prompt], completions: list[Completion], scores: Scores, weights: list[float],
+    error_budget: float,
+) -> Batch:  # fmt: skip
+    """The global batch in the order of (prompt, sample), from every rank's contiguous share of it; a collective.
+
+    Raises RewardFailure on every rank, with the first failure of each rank, where the share of completions that
+    failed to be scored is above `error_budget`.
+    """
+    reward = combine(scores.values, scores.failed, weights)
+    numbers = torch.tensor([[c.slot, len(c.ids), c.finished] for c in completions], dtype=torch.int64).view(-1, 3)
+    tokens = torch.tensor([token for c in completions for token in c.ids], dtype=torch.int64)
+    logprobs = torch.tensor([value for c in completions for value in c.logprobs], dtype=torch.float32)
+    columns = np.concatenate([scores.values, scores.failed.astype(float), reward[:, None]], axis=1)
+    numbers, tokens, logprobs = ranks.gather(numbers), ranks.gather(tokens), ranks.gather(logprobs)
+    gathered = ranks.gather(torch.from_numpy(columns))
+    num_rewards = len(weights)
+    failed = gathered[:, num_rewards : 2 * num_rewards].bool().any(1)
+    if bool(failed.any()):
+        _judge(ranks, prompts, completions, scores.failures, failed.double().mean().item(), error_budget)
+    return Batch(prompts, numbers[:, 0], numbers[:, 1], numbers[:, 2].bool(), tokens, logprobs,
+                 gathered[:, :num_rewards], gathered[:, -1])  # fmt: skip
+
+
+def _judge(
+    ranks: Ranks, prompts: list[Prompt], completions: list[Completion], failures: list[Failure], share: float,
+    budget: float,
+) -> None:  # fmt: skip
+    """Say what failed, and stop all ranks where it was too much."""
+    first = None
+    if failures:
+        failure = failures[0]
+        prompt = prompts[completions[failure.item].slot].index
+        first = (f"reward {failure.reward!r} ({failure.kind}) on a completion of prompt {prompt}: {failure.message}\n"
+                 f"{failure.traceback}").rstrip()  # fmt: skip
+    told = [text for text in ranks.gather_objects(first) if text]
+    message = f"{share:.1%} of the completions could not be scored. " + "\n".join(told)
+    if share > budget:
+        raise RewardFailure(f"{message}\nscoring.error_budget allows {budget:.1%}: mend the reward, or raise the budget")
+    if ranks.is_main:
+        log.warning("%s", message)

@@ -1,0 +1,92 @@
+"""Log-probabilities and entropies of chosen tokens, without ever holding the logits of more than a chunk. Pure.
+
+The head is linear, so the gradient of a token's log-probability with respect to its hidden state is a vector that is
+known in the forward pass: the target's row of the head minus the rows' mean under the softmax. Where the head is frozen
+(LoRA) that vector is all the backward pass needs: it multiplies it by the incoming gradient and recomputes nothing.
+Where the head is trained its logits are computed again, chunk by chunk.
+
+Shapes: M tokens, H hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn.functional import linear
+
+CHUNK_ELEMENTS = 1 << 24
+"""Most logits held at once (64 MiB in float32)."""
+
+
+def _chunks(num_tokens: int, vocabulary: int) -> list[slice]:
+    size = max(1, CHUNK_ELEMENTS // vocabulary)
+    return [slice(start, min(start + size, num_tokens)) for start in range(0, num_tokens, size)]
+
+
+class _HeadLogprobs(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, temperature: float
+    ) -> tuple[Tensor, Tensor]:
+        logprobs = torch.empty(hidden.shape[0], dtype=torch.float32, device=hidden.device)
+        entropies = torch.empty_like(logprobs)
+        needs_hidden, needs_head = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
+        direction = torch.empty_like(hidden) if needs_hidden and not needs_head else None
+        for piece in _chunks(hidden.shape[0], weight.shape[0]):
+            rows = torch.log_softmax(linear(hidden[piece], weight, bias).float() / temperature, dim=-1)
+            logprobs[piece] = rows.gather(-1, targets[piece, None])[:, 0]
+            probs = rows.exp()
+            entropies[piece] = -(probs * rows).sum(-1)
+            if direction is not None:
+                mean_row = probs.to(weight.dtype) @ weight
+                direction[piece] = (weight[targets[piece]] - mean_row) / temperature
+        ctx.temperature = temperature
+        if direction is not None:
+            ctx.save_for_backward(direction)
+        elif needs_head:
+            ctx.save_for_backward(hidden, weight, bias, targets)
+        ctx.mark_non_differentiable(entropies)
+        return logprobs, entropies
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_logprobs: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        if len(ctx.saved_tensors) == 1:
+            (direction,) = ctx.saved_tensors
+            return direction * grad_logprobs[:, None].to(direction.dtype), None, None, None, None
+        hidden, weight, bias, targets = ctx.saved_tensors
+        grad_hidden = torch.empty_like(hidden)
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32)
+        grad_bias = None if bias is None else torch.zeros_like(bias, dtype=torch.float32)
+        for piece in _chunks(hidden.shape[0], weight.shape[0]):
+            logits = linear(hidden[piece], weight, bias).float() / ctx.temperature
+            slope = -torch.softmax(logits, dim=-1)
+            slope[torch.arange(slope.shape[0]), targets[piece]] += 1
+            slope *= grad_logprobs[piece, None] / ctx.temperature
+            slope_cast = slope.to(weight.dtype)
+            grad_hidden[piece] = slope_cast @ weight
+            grad_weight += slope_cast.T @ hidden[piece]
+            if grad_bias is not None:
+                grad_bias += slope.sum(0)
+        return grad_hidden, grad_weight.to(weight.dtype), None if bias is None else grad_bias.to(bias.dtype), None, None
+
+
+def head_logprobs(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, temperature: float
+) -> tuple[Tensor, Tensor]:
+    """Log-probability of each target and entropy of each distribution (nats), both (M,) float32.
+
+    `hidden` (M, H), `weight` (V, H), `bias` (V,) or None, `targets` (M,) int64. Differentiable with respect to hidden
+    states, weight and bias through the log-probabilities; entropies carry no gradient.
+    """
+    return _HeadLogprobs.apply(hidden, weight, bias, targets, temperature)
+
+
+def logits_logprobs(logits: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """The same from whole logits (M, V), for models that change the logits after the head."""
+    rows = torch.log_softmax(logits.float() / temperature, dim=-1)
+    entropies = -(rows.detach().exp() * rows.detach()).sum(-1)
+    return rows.gather(-1, targets[:, None])[:, 0], entropies

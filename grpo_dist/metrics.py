@@ -1,0 +1,163 @@
+"""What is measured in a step, and where it is written down.
+
+`metrics.jsonl` is the truth, one object a step; trackers mirror it. Metric names are stable (see the README).
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+from torch import Tensor
+
+from .advantages import group_statistics
+from .batch import Batch
+from .config import Config
+from .losses import Loss
+
+log = logging.getLogger(__name__)
+
+
+def batch_metrics(batch: Batch, advantages: Tensor, reward_names: list[str]) -> dict[str, float]:
+    """Metrics of the global batch: rewards, advantages and lengths."""
+    scored = batch.reward[~batch.reward.isnan()]
+    _, stds, counts = group_statistics(batch.reward, batch.group)
+    lengths = batch.lengths.double()
+    metrics = {
+        "reward/mean": float(scored.mean()) if len(scored) else math.nan,
+        "reward/std": float(scored.std()) if len(scored) > 1 else 0.0,
+        "reward/groups_zero_std": float(((stds <= 1e-12) | (counts < 2)).double().mean()),
+        "reward/unscored": float(batch.reward.isnan().double().mean()),
+        "advantage/abs_mean": float(advantages.abs().mean()),
+        "completion/length_mean": float(lengths.mean()),
+        "completion/length_max": float(lengths.max()),
+        "completion/truncated": float((~batch.finished).double().mean()),
+        "tokens/completion": float(lengths.sum()),
+    }
+    for name, column in zip(reward_names, batch.rewards.T, strict=True):
+        present = column[~column.isnan()]
+        metrics[f"reward/{name}/mean"] = float(present.mean()) if len(present) else math.nan
+    return metrics
+
+
+class UpdateMetrics:
+    """Sums over the packs of one update, reduced over the ranks once at its end."""
+
+    SUMS = ("loss", "loss/policy", "kl", "entropy", "ratio/mean", "clip/low", "clip/high", "tokens", "useful", "computed")
+    MAXIMA = ("ratio/max", "rollout/logprob_gap_max")
+
+    def __init__(self, device: torch.device) -> None:
+        self.sums = torch.zeros(len(self.SUMS), dtype=torch.float64, device=device)
+        self.maxima = torch.zeros(len(self.MAXIMA), dtype=torch.float64, device=device)
+
+    def add(self, loss: Loss, entropies: Tensor, gap: Tensor, useful: int, computed: int) -> None:
+        """Count one pack in; nothing here waits for the device."""
+        tokens = float(loss.ratio.numel())
+        self.sums += torch.stack([
+            loss.total.detach().double(), loss.policy.double(), loss.kl.double().sum(), entropies.double().sum(),
+            loss.ratio.double().sum(), loss.clipped_low.double().sum(), loss.clipped_high.double().sum(),
+            *self.sums.new_tensor([tokens, useful, computed]),
+        ])  # fmt: skip
+        if loss.ratio.numel():
+            self.maxima = torch.maximum(self.maxima, torch.stack([loss.ratio.double().max(), gap.double().max()]))
+
+    def reduced(self, ranks: Any) -> dict[str, float]:
+        """The metrics of the update over all ranks; a collective."""
+        sums = dict(zip(self.SUMS, ranks.reduce(self.sums, "sum").tolist(), strict=True))
+        maxima = dict(zip(self.MAXIMA, ranks.reduce(self.maxima, "max").tolist(), strict=True))
+        tokens = max(sums.pop("tokens"), 1.0)
+        useful, computed = sums.pop("useful"), sums.pop("computed")
+        for name in ("kl", "entropy", "ratio/mean", "clip/low", "clip/high"):
+            sums[name] /= tokens
+        return sums | maxima | {"tokens/computed": computed, "tokens/useful_share": useful / max(computed, 1.0)}
+
+
+class Clock:
+    """Seconds spent in each phase of a step."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Add the time inside to `time/NAME`."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            key = f"time/{name}"
+            self.seconds[key] = self.seconds.get(key, 0.0) + time.perf_counter() - start
+
+
+def peak_memory_gib() -> float:
+    """Peak memory of this process: of its GPU where it has one, else resident."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+class Recorder:
+    """Writes what a run leaves behind, on the main rank."""
+
+    def __init__(self, config: Config, directory: Path, first_step: int) -> None:
+        """Open the files; what an interrupted run wrote about steps after `first_step` is dropped, to be redone."""
+        self.directory = directory
+        self.log_completions = config.logging.log_completions
+        path = directory / "metrics.jsonl"
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= first_step]
+        path.write_text("".join(kept))
+        self.file = path.open("a", buffering=1)
+        self.trackers = []
+        for name in config.logging.trackers:
+            tracker = LOGGER_TYPE_TO_CLASS[name]
+            extra = {"logging_dir": directory} if tracker.requires_logging_directory else {}
+            self.trackers.append(tracker(name, **extra))
+            self.trackers[-1].start()
+
+    def metrics(self, values: dict[str, float]) -> None:
+        """Append one step's metrics; numbers that are not finite are written as null."""
+        finite = {k: (v if not isinstance(v, float) or math.isfinite(v) else None) for k, v in values.items()}
+        self.file.write(json.dumps(finite) + "\n")
+        for tracker in self.trackers:
+            tracker.log({k: v for k, v in finite.items() if v is not None and k != "step"}, step=int(values["step"]))
+
+    def completions(self, step: int, batch: Batch, texts: list[str], advantages: Tensor, names: list[str]) -> None:
+        """Write one step's completions to completions/step_N.parquet."""
+        if not self.log_completions:
+            return
+        groups = batch.group.tolist()
+        table = {
+            "step": [step] * len(groups),
+            "prompt_index": [batch.prompts[g].index for g in groups],
+            "group": groups,
+            "prompt": [batch.prompts[g].text for g in groups],
+            "completion": texts,
+            "tokens": batch.lengths.tolist(),
+            "finished": batch.finished.tolist(),
+            "reward": batch.reward.tolist(),
+            "advantage": advantages.tolist(),
+            **{f"reward/{name}": column.tolist() for name, column in zip(names, batch.rewards.T, strict=True)},
+        }
+        folder = self.directory / "completions"
+        folder.mkdir(exist_ok=True)
+        pq.write_table(pa.table(table), folder / f"step_{step:06d}.parquet")
+
+    def close(self) -> None:
+        """Flush and close everything."""
+        for tracker in self.trackers:
+            tracker.finish()
+        self.file.close()

@@ -1,0 +1,337 @@
+"""The models of a run: the policy with its adapters, the frozen copy, how one follows the other, and the export.
+
+The frozen copy is a plain model without adapters. It holds the base weights, which make it the reference; for rollouts
+the weights that training changes are exchanged for a second set, which `sync` refills from the policy after each step:
+with LoRA the merged linear layers, else all of them.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig as PeftLoraConfig
+from peft import PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+from . import attention
+from .config import LoraConfig, ModelConfig
+from .distributed import unsharded_loading, whole
+from .logprobs import head_logprobs, logits_logprobs
+from .packing import Pack
+from .toy import toy_path
+
+log = logging.getLogger(__name__)
+
+
+def model_path(model: ModelConfig) -> str:
+    """What `from_pretrained` is given."""
+    return str(toy_path()) if model.name == "toy" else model.name
+
+
+def _hub_options(model: ModelConfig) -> dict[str, Any]:
+    return {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
+
+
+def load_tokenizer(model: ModelConfig) -> Any:
+    """The tokenizer, with a padding token (the first end-of-sequence token where it has none)."""
+    tokenizer = AutoTokenizer.from_pretrained(model_path(model), **_hub_options(model))
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"model.name: the tokenizer of {model.name!r} has no end-of-sequence token; completions could "
+                         "only end by their length. Set `eos_token` in its tokenizer_config.json")  # fmt: skip
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def end_token_ids(model: ModelConfig, tokenizer: Any) -> list[int]:
+    """Every token that ends a completion: the tokenizer's and those of the generation config, sorted."""
+    ends = {tokenizer.eos_token_id}
+    for source in (GenerationConfig, AutoConfig):
+        try:
+            given = source.from_pretrained(model_path(model), revision=model.revision).eos_token_id
+        except OSError:  # many repositories have no generation_config.json
+            continue
+        ends |= set(given if isinstance(given, list) else [given]) - {None}
+    return sorted(ends)
+
+
+def packing_obstacle(model_config: Any, longest: int) -> str | None:
+    """Why packs with shared prompts cannot express this architecture for sequences of `longest` tokens, or None."""
+    text = model_config.get_text_config()
+    window = getattr(text, "sliding_window", None) or getattr(text, "attention_window", None)
+    kinds = set(getattr(text, "layer_types", None) or [])
+    slides = bool(window) and (not kinds or "sliding_attention" in kinds)
+    if slides and window < longest:
+        return f"attention in a sliding window of {window} tokens, shorter than the longest sequence of {longest}"
+    if kinds - {"full_attention", "sliding_attention"}:
+        return f"layers of the kinds {', '.join(sorted(kinds - {'full_attention', 'sliding_attention'}))}"
+    for option in ("attn_logit_softcapping", "attention_chunk_size", "use_mrope"):
+        if getattr(text, option, None):
+            return f"its option {option}"
+    if not getattr(text, "num_attention_heads", None):
+        return "no attention layers"
+    return None
+
+
+def load_causal_lm(model: ModelConfig, dtype: torch.dtype, attn_implementation: str | None) -> nn.Module:
+    """A causal language model from the hub or a local path, without dropout."""
+    loaded = AutoModelForCausalLM.from_pretrained(
+        model_path(model), dtype=dtype, attn_implementation=attn_implementation, **_hub_options(model)
+    )
+    for module in loaded.modules():
+        if isinstance(module, nn.Dropout):  # a rollout and its update must see the same model
+            module.p = 0.0
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0
+    return loaded
+
+
+class Policy(nn.Module):
+    """A causal language model that answers packs with log-probabilities."""
+
+    def __init__(self, model: nn.Module, temperature: float) -> None:
+        super().__init__()
+        self.model = model
+        self.temperature = temperature
+        self.fused_head = isinstance(self.causal_lm.get_output_embeddings(), nn.Linear)
+        if self.fused_head:
+            _teach_head(self.causal_lm.get_output_embeddings())
+
+    @property
+    def causal_lm(self) -> nn.Module:
+        """The transformers model; with LoRA, the one the adapters were put into."""
+        return self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+
+    def forward(self, pack: Pack) -> tuple[Tensor, Tensor]:
+        """Log-probability of each completion token and entropy of its distribution (nats), both (M,) float32."""
+        inputs: dict[str, Any] = {"input_ids": pack.ids[None], "use_cache": False}
+        if pack.layout is not None:
+            inputs |= {"position_ids": pack.positions[None], "layout": pack.layout}
+        if not self.fused_head:
+            logits = self.causal_lm(**inputs, logits_to_keep=pack.predictor).logits[0]
+            return logits_logprobs(logits, pack.targets, self.temperature)
+        hidden = self.causal_lm.base_model(**inputs).last_hidden_state[0, pack.predictor]
+        return self.causal_lm.get_output_embeddings()(hidden, targets=pack.targets, temperature=self.temperature)
+
+
+def _teach_head(head: nn.Linear) -> None:
+    """Let the head answer with log-probabilities when it is given targets.
+
+    It has to happen inside the head's own call: that is where ZeRO-3 makes its sharded weight whole.
+    """
+    plain = head.forward
+
+    def forward(hidden: Tensor, targets: Tensor | None = None, temperature: float = 1.0) -> Any:
+        if targets is None:
+            return plain(hidden)
+        return head_logprobs(hidden, head.weight, head.bias, targets, temperature)
+
+    head.forward = forward  # type: ignore[method-assign]
+
+
+def load_policy(
+    model: ModelConfig, lora: LoraConfig | None, dtype: torch.dtype, attn_implementation: str | None,
+    temperature: float, seed: int,
+) -> Policy:  # fmt: skip
+    """The policy: adapters on a frozen base, or the whole model to train in float32 (`lora` None)."""
+    base = load_causal_lm(model, dtype if lora else torch.float32, attn_implementation)
+    if model.gradient_checkpointing:
+        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        if lora:
+            base.enable_input_require_grads()
+    if lora is None:
+        return Policy(base, temperature)
+    torch.manual_seed(seed)  # every rank draws the same adapters
+    base.requires_grad_(False)
+    adapted = get_peft_model(base, PeftLoraConfig(
+        task_type="CAUSAL_LM", r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout,
+        target_modules=lora.target_modules, base_model_name_or_path=model.name,
+    ))  # fmt: skip
+    return Policy(adapted, temperature)
+
+
+def _plain_name(name: str) -> str:
+    """The name a parameter of an adapted model has in the plain model."""
+    return name.removeprefix("base_model.model.").replace(".base_layer.", ".")
+
+
+def _adapted_layers(policy: Policy) -> dict[str, LoraLayer]:
+    """Layers with adapters by the name of the plain model's layer."""
+    return {_plain_name(name): module for name, module in policy.model.named_modules()
+            if isinstance(module, LoraLayer) and module.lora_A}  # fmt: skip
+
+
+def trainable(policy: Policy) -> dict[str, nn.Parameter]:
+    """What training changes, by name, in a fixed order."""
+    return {name: p for name, p in policy.named_parameters() if p.requires_grad}
+
+
+class FrozenCopy:
+    """The base model frozen, as the reference and, with the policy's weights exchanged in, as the rollout model."""
+
+    def __init__(self, model: nn.Module, temperature: float) -> None:
+        self.policy = Policy(model.eval().requires_grad_(False), temperature)
+        self.model = model
+        self._trained: dict[str, Tensor] = {}
+
+    @torch.no_grad()
+    def sync(self, policy: Policy) -> None:
+        """Refill the rollout weights from the policy; a collective under ZeRO-3."""
+        own = dict(self.model.named_parameters())
+        parameters = trainable(policy)
+        with whole(list(parameters.values())):
+            if isinstance(policy.model, PeftModel):
+                for name, layer in _adapted_layers(policy).items():
+                    key = f"{name}.weight"
+                    delta = layer.get_delta_weight("default").to(own[key].device, torch.float32)
+                    self._put(key, own[key], own[key].float() + delta)
+            else:
+                for name, value in parameters.items():
+                    key = name.removeprefix("model.")
+                    self._put(key, own[key], value)
+
+    def _put(self, key: str, own: Tensor, value: Tensor) -> None:
+        if key not in self._trained:
+            self._trained[key] = torch.empty_like(own)
+        self._trained[key].copy_(value)
+
+    @contextmanager
+    def trained(self) -> Iterator[nn.Module]:
+        """Inside, the copy computes as the policy did at the last `sync`."""
+        own = dict(self.model.named_parameters())
+        base = {key: own[key].data for key in self._trained}
+        try:
+            for key, value in self._trained.items():
+                own[key].data = value
+            yield self.model
+        finally:
+            for key, value in base.items():
+                own[key].data = value
+
+    @torch.no_grad()
+    def logprobs(self, pack: Pack) -> Tensor:
+        """Log-probabilities (M,) under the base model."""
+        return self.policy(pack)[0]
+
+
+class SharedReference:
+    """The policy as its own reference, adapters off, and as the rollout model: where no copy fits beside it.
+
+    For a rollout the policy's weights are made whole once and lent to a second tree of modules, which ZeRO-3's hooks do
+    not know and therefore do not partition again between two tokens.
+    """
+
+    def __init__(self, wrapped: Any, policy: Policy, lora: LoraConfig, attn_implementation: str | None) -> None:
+        self.wrapped, self.policy = wrapped, policy
+        with unsharded_loading(), torch.device("meta"):
+            tree = AutoModelForCausalLM.from_config(
+                policy.causal_lm.config, attn_implementation=attn_implementation, dtype=policy.causal_lm.dtype
+            )
+            tree = get_peft_model(tree, policy.model.peft_config["default"])
+        self.tree = tree.eval().requires_grad_(False)
+        for (name, buffer), (_, empty) in zip(
+            policy.model.named_buffers(), self.tree.named_buffers(), strict=True
+        ):
+            owner, _, leaf = name.rpartition(".")
+            self.tree.get_submodule(owner)._buffers[leaf] = buffer
+            assert buffer.shape == empty.shape, name
+
+    def sync(self, policy: Policy) -> None:
+        """Nothing to do: the weights are the policy's own."""
+
+    @contextmanager
+    def trained(self) -> Iterator[nn.Module]:
+        """Inside, the second tree holds the policy's whole weights."""
+        theirs = dict(self.policy.model.named_parameters())
+        with torch.no_grad(), whole(list(theirs.values())):
+            mine = dict(self.tree.named_parameters())
+            for name, parameter in mine.items():
+                owner, _, leaf = name.rpartition(".")
+                self.tree.get_submodule(owner)._parameters[leaf] = nn.Parameter(theirs[name].data, requires_grad=False)
+            self.tree.tie_weights()
+            try:
+                yield self.tree.get_base_model()
+            finally:
+                for name in mine:
+                    owner, _, leaf = name.rpartition(".")
+                    self.tree.get_submodule(owner)._parameters[leaf] = mine[name]
+
+    @torch.no_grad()
+    def logprobs(self, pack: Pack) -> Tensor:
+        """Log-probabilities (M,) under the policy without its adapters; a collective under ZeRO-3."""
+        with self.policy.model.disable_adapter():
+            return self.wrapped(pack)[0]
+
+
+@torch.no_grad()
+def merged_state(policy: Policy, keep: bool) -> dict[str, Tensor]:
+    """The trained model's whole weights by the plain model's names, on the CPU; collected one layer at a time.
+
+    A collective under ZeRO-3; ranks that do not `keep` the result get an empty one.
+    """
+    layers = _adapted_layers(policy) if isinstance(policy.model, PeftModel) else {}
+    state: dict[str, Tensor] = {}
+    for name, parameter in policy.causal_lm.named_parameters():
+        if ".lora_" in name:
+            continue
+        key = _plain_name(name)
+        layer = layers.get(key.removesuffix(".weight")) if key.endswith(".weight") else None
+        with whole([parameter, *(layer.parameters() if layer else ())]):
+            if keep:
+                value = parameter.float() + layer.get_delta_weight("default").float() if layer else parameter
+                state[key] = value.to(parameter.dtype).cpu().clone()
+    return state
+
+
+def save_final(policy: Policy, tokenizer: Any, directory: Path, is_main: bool) -> None:
+    """Write the merged model and the tokenizer, and the adapter beside it; then reopen and check what was written.
+
+    A collective under ZeRO-3.
+    """
+    state = merged_state(policy, is_main)
+    adapters = {name: p for name, p in policy.model.named_parameters() if p.requires_grad}
+    with whole(list(adapters.values())):
+        whole_adapters = {name: p.detach().cpu().clone() for name, p in adapters.items()} if is_main else {}
+    if not is_main:
+        return
+    config = policy.causal_lm.config
+    with unsharded_loading(), torch.device("meta"):
+        plain = AutoModelForCausalLM.from_config(config, dtype=next(iter(state.values())).dtype)
+    plain.load_state_dict(state, strict=False, assign=True)
+    plain.tie_weights()
+    missing = [name for name, p in plain.named_parameters() if p.is_meta]
+    if missing:
+        raise RuntimeError(f"the merged model lacks {len(missing)} weights, among them {missing[:3]}")
+    plain.generation_config = policy.causal_lm.generation_config
+    plain.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    if isinstance(policy.model, PeftModel):
+        policy.model.save_pretrained(directory / "adapter", state_dict=whole_adapters)
+        _check_adapter(directory / "adapter", whole_adapters)
+
+
+def _check_adapter(directory: Path, expected: dict[str, Tensor]) -> None:
+    """Reopen an exported adapter: under ZeRO-3 they have been known to come out empty."""
+    from safetensors.torch import load_file
+
+    written = load_file(directory / "adapter_model.safetensors")
+    if len(written) != len(expected):
+        raise RuntimeError(f"{directory}: {len(written)} tensors were written, {len(expected)} expected")
+    for name, value in expected.items():
+        key = name.replace(".default.", ".")
+        if key not in written or not torch.equal(written[key], value):
+            raise RuntimeError(f"{directory}: the tensor {key} differs from the one in memory")
+
+
+def base_identity(model: ModelConfig) -> str:
+    """What tells one base model from another: its name, revision and configuration."""
+    config = AutoConfig.from_pretrained(model_path(model), **_hub_options(model)).to_dict()
+    return json.dumps({"name": model.name, "revision": model.revision, "config": config}, sort_keys=True, default=str)

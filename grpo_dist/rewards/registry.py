@@ -1,0 +1,189 @@
+"""From a RewardConfig to a function that can be called: built-in names, import paths, arguments, signatures.
+
+Everything that can be wrong with a configured reward is found here, before it is first called, and said as a ValueError
+for the user. The pool's workers do the resolving, so that a user's module is never imported into the training process.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import importlib
+import inspect
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from grpo_dist.config import RewardConfig
+
+BUILT_IN = {"math": "grpo_dist.rewards.math:MathRewardModel"}
+"""Names of the rewards that ship with the package, and where they are."""
+KEYWORDS = ("prompts", "completions", "completion_ids")
+"""What every reward function may take beside the data's columns (TRL's names)."""
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """Which keywords a reward function takes."""
+
+    accepted: frozenset[str] | None
+    """Names it accepts; None where it has **kwargs and accepts any."""
+    required: frozenset[str]
+    """Names it cannot do without."""
+    bound: frozenset[str]
+    """Names the config's args have already filled in; a column of the same name gives way."""
+
+    def takes(self, name: str) -> bool:
+        """Whether the function may be handed this keyword."""
+        return name not in self.bound and (self.accepted is None or name in self.accepted)
+
+    def check_columns(self, reward: str, columns: Iterable[str]) -> None:
+        """Raise ValueError where the function requires a column that is not among `columns`."""
+        columns = set(columns)
+        missing = sorted(self.required - columns - set(KEYWORDS))
+        if missing:
+            raise ValueError(
+                f"rewards: {reward!r} needs the argument(s) {', '.join(missing)}, which are neither columns of the "
+                f"data ({', '.join(sorted(columns)) or 'none'}) nor under its args: add the column, give the argument "
+                "under args, or give it a default"
+            )
+
+
+@dataclass(frozen=True)
+class RewardFunction:
+    """A reward that is ready to be called."""
+
+    name: str
+    """As the config names it."""
+    function: Callable[..., Any]
+    """The function with the config's arguments bound; what it returns is not checked here."""
+    parameters: Parameters
+    """The keywords it takes, without those that are bound."""
+
+
+def labels(rewards: Sequence[RewardConfig]) -> list[str]:
+    """Return a short, unique name per reward for metrics: the function's name, numbered where it occurs again."""
+    names: list[str] = []
+    for reward in rewards:
+        short = reward.name.rpartition(":")[2].rpartition(".")[2]
+        name, count = short, 1
+        while name in names:
+            count += 1
+            name = f"{short}_{count}"
+        names.append(name)
+    return names
+
+
+def answer_checks(rewards: Sequence[RewardConfig]) -> list[Callable[[object], None]]:
+    """Return the checks that built-in rewards make of a gold answer; each raises ValueError for one it cannot read."""
+    built_in = [_find(BUILT_IN[reward.name], reward.name) for reward in rewards if reward.name in BUILT_IN]
+    return [reward.check_answer for reward in built_in if hasattr(reward, "check_answer")]
+
+
+def resolve(config: RewardConfig) -> RewardFunction:
+    """Return the function a config names, its arguments bound; a class is instantiated with them and must be callable.
+
+    Raises ValueError where the name is unknown, the import fails, the thing is not callable, an argument does not fit,
+    or the function cannot be called the way TRL calls one: `fn(prompts=…, completions=…, completion_ids=…, **columns)`.
+    """
+    found = _find(_import_path(config.name), config.name)
+    if inspect.isclass(found):
+        function: Any = _instantiate(found, config)
+        bound: dict[str, Any] = {}
+    else:
+        function, bound = found, config.args
+    if not callable(function):
+        what = f"an instance of {found.__name__}" if inspect.isclass(found) else f"of type {type(found).__name__}"
+        raise ValueError(f"rewards: {config.name!r} is {what}, which cannot be called; expected a function")
+    parameters = _parameters(function, config.name, bound)
+    return RewardFunction(config.name, functools.partial(function, **bound) if bound else function, parameters)
+
+
+def _import_path(name: str) -> str:
+    """Return `module:function` for a configured name, or raise the ValueError that says what is wrong with it."""
+    if name in BUILT_IN:
+        return BUILT_IN[name]
+    known = f"built in: {', '.join(BUILT_IN)}"
+    if ":" not in name:
+        raise ValueError(
+            f"rewards: {name!r} is not a built-in reward{_nearest(name, BUILT_IN)} ({known}); "
+            "a function of your own is written module:function"
+        )
+    module, _, attribute = name.partition(":")
+    if module.endswith(".py") or "/" in module:
+        dotted = module.removesuffix(".py").strip("./").replace("/", ".")
+        raise ValueError(
+            f"rewards: {name!r} names a file, expected module:function; from the directory it is found in, write "
+            f"{dotted}:{attribute}"
+        )
+    if not module or not attribute:
+        raise ValueError(f"rewards: {name!r} given, expected module:function or a built-in reward ({known})")
+    return name
+
+
+def _find(path: str, name: str) -> Any:
+    """Import what `module:attribute` points to, looking in the current directory as well; `name` is for messages."""
+    module_name, _, attributes = path.partition(":")
+    if not {"", os.getcwd()} & set(sys.path):
+        sys.path.append(os.getcwd())
+    try:
+        found: Any = importlib.import_module(module_name)
+    except (Exception, SystemExit) as error:  # whatever a user's module raises; a script may even try to exit
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        at = "" if "importlib" in frame.filename else f" ({frame.filename}, line {frame.lineno})"
+        raise ValueError(
+            f"rewards: {name!r}: importing {module_name!r} failed with {type(error).__name__}: {error}{at}; "
+            f"modules are looked for in {os.getcwd()} and in the Python path"
+        ) from error
+    for attribute in attributes.split("."):
+        if not hasattr(found, attribute):
+            hint = _nearest(attribute, dir(found))
+            raise ValueError(f"rewards: {name!r}: {module_name!r} has no {attribute!r}{hint}")
+        found = getattr(found, attribute)
+    return found
+
+
+def _instantiate(cls: type, config: RewardConfig) -> Any:
+    """Make the instance, or raise the ValueError that says why the arguments do not fit."""
+    try:
+        return cls(**config.args)
+    except Exception as error:  # its constructor is the user's code, or refuses the user's arguments
+        raise ValueError(
+            f"rewards: {config.name!r} cannot be made with the args {config.args!r}: {type(error).__name__}: {error}"
+        ) from error
+
+
+def _parameters(function: Callable[..., Any], name: str, bound: dict[str, Any]) -> Parameters:
+    """Read the keywords a function takes, leaving out those that are bound, and check that TRL's call fits."""
+    try:
+        signature = inspect.signature(function)
+    except ValueError:  # some functions written in C tell nobody their signature; the first call will show
+        return Parameters(accepted=None, required=frozenset(), bound=frozenset(bound))
+    kinds = inspect.Parameter
+    given = signature.parameters.values()
+    takes_any = any(parameter.kind is kinds.VAR_KEYWORD for parameter in given)
+    by_name = [p for p in given if p.kind in (kinds.POSITIONAL_OR_KEYWORD, kinds.KEYWORD_ONLY)]
+    names = {parameter.name for parameter in by_name}
+    unknown = sorted(key for key in bound if key in KEYWORDS or (key not in names and not takes_any))
+    if unknown:
+        raise ValueError(
+            f"rewards: {name!r} was given the args {unknown}, which it does not take or which are filled in for it"
+            f"{_nearest(unknown[0], names)}; its signature is {signature}"
+        )
+    positional = [p.name for p in given if p.kind is kinds.POSITIONAL_ONLY and p.default is kinds.empty]
+    if positional or not (takes_any or names & {"completions", "completion_ids"}):
+        raise ValueError(
+            f"rewards: {name!r} has the signature {signature}; expected one that can be called with keywords as "
+            "fn(prompts=..., completions=..., completion_ids=..., **columns) and takes at least `completions` or "
+            "`completion_ids`"
+        )
+    required = frozenset(p.name for p in by_name if p.default is kinds.empty and p.name not in bound)
+    return Parameters(None if takes_any else frozenset(names), required, frozenset(bound))
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""

@@ -1,0 +1,81 @@
+"""What goes into scoring and what comes out of it, and how several rewards become one.
+
+Pure data and one pure function; n completions and R rewards throughout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+FailureKind = Literal["raised", "timeout", "bad_value", "died"]
+
+
+@dataclass(frozen=True)
+class Item:
+    """One completion to be scored."""
+
+    prompt: str | list[dict[str, str]]
+    """The prompt as text, or as the messages of a conversation; a conversation's completion reaches the rewards as one
+    assistant message, as in TRL."""
+    completion: str
+    """The completion as text."""
+    completion_ids: list[int]
+    """The completion's token ids."""
+    columns: dict[str, Any] = field(default_factory=dict)
+    """The data row's other columns, `answer` among them where there is one."""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """One reward that could not be had for one completion."""
+
+    item: int
+    """Place of the completion in what was submitted."""
+    reward: str
+    """Label of the reward."""
+    kind: FailureKind
+    """The function raised, ran out of time, returned something that is not a reward, or ended its process."""
+    message: str
+    """What happened, in a line."""
+    traceback: str = ""
+    """The function's traceback, where it raised."""
+
+
+@dataclass(frozen=True)
+class Scores:
+    """The rewards of n completions under R reward functions."""
+
+    values: NDArray[np.float64]
+    """(n, R); NaN where a reward does not apply to a completion, and where it failed."""
+    failed: NDArray[np.bool_]
+    """(n, R); True where the reward failed, which is what tells the two kinds of NaN apart."""
+    failures: list[Failure]
+    """One for each True of `failed`, by completion and then by reward."""
+    seconds: NDArray[np.float64]
+    """(R,); time spent in each reward's calls, summed over the workers."""
+
+
+def combine(values: NDArray[np.float64], failed: NDArray[np.bool_], weights: Sequence[float]) -> NDArray[np.float64]:
+    """Return the weighted sum of each completion's rewards.
+
+    values, failed (n, R) as in `Scores`; weights (R); result (n,). A reward that does not apply is left out of a sum. A
+    completion is NaN, unscored, where one of its rewards failed or none applies: half a sum is no reward, and neither
+    is 0. A weight of 0 makes a reward a mere measurement, whose failures and values alike leave the sum alone.
+    Raises ValueError where the shapes do not fit together.
+    """
+    if values.shape != failed.shape or values.shape[1:] != (len(weights),):
+        raise ValueError(f"values {values.shape}, failed {failed.shape} and {len(weights)} weights do not fit together")
+    counted = [r for r, weight in enumerate(weights) if weight != 0]
+    total = np.zeros(len(values))
+    applies = np.zeros(len(values), dtype=bool)
+    for r in counted:  # in a fixed order, so that a sum does not depend on how many completions it is computed with
+        present = ~np.isnan(values[:, r])
+        total[present] += weights[r] * values[present, r]
+        applies |= present
+    total[~applies | failed[:, counted].any(axis=1)] = np.nan
+    return total

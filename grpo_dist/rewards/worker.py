@@ -1,0 +1,158 @@
+"""A scoring worker: a fresh Python that resolves the rewards, then answers one call after another until it is closed.
+
+It imports nothing but the standard library by itself, so that it starts in a moment, and does no scheduling and no
+retrying: that is the pool's part. Requests come pickled from the trusted side; answers go back as JSON, so that the
+trainer never unpickles anything that a reward function may have had its hands on.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import inspect
+import json
+import math
+import numbers
+import os
+import pickle
+import signal
+import socket
+import sys
+import traceback
+from collections.abc import Iterable, Mapping, Set
+from typing import TYPE_CHECKING, Any
+
+from grpo_dist.rewards.channel import Channel
+from grpo_dist.rewards.registry import RewardFunction, resolve
+
+if TYPE_CHECKING:
+    import asyncio
+
+_PR_SET_PDEATHSIG = 1
+_LEFT_TO_THE_PARENT = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+_TRACEBACK_CHARACTERS = 20_000
+_SHOWN_CHARACTERS = 200
+
+
+class BadValueError(ValueError):
+    """A reward function's result is not one reward per completion."""
+
+
+def main(descriptor: int, parent: int) -> None:
+    """Serve the channel at file descriptor `descriptor` for the process `parent`, and end with it."""
+    _end_with(parent)
+    for number in _LEFT_TO_THE_PARENT:
+        # A handler that does nothing rather than SIG_IGN: programs that a reward starts would inherit the latter, and
+        # could then not be terminated.
+        signal.signal(number, lambda *_: None)
+    connection = socket.socket(fileno=descriptor)
+    connection.set_inheritable(False)
+    channel = Channel(connection)
+    os.register_at_fork(after_in_child=lambda: _leave(channel))
+    configs = pickle.loads(channel.receive())
+    try:
+        rewards = [resolve(config) for config in configs]
+    except ValueError as error:
+        channel.send(json.dumps({"error": str(error)}).encode())
+        return
+    channel.send(json.dumps({"parameters": [_describe(reward) for reward in rewards]}).encode())
+    while True:
+        try:
+            request = channel.receive()
+        except EOFError:
+            return
+        channel.send(json.dumps(answer(rewards, request)).encode())
+
+
+def answer(rewards: list[RewardFunction], request: bytes) -> dict[str, Any]:
+    """Make one call and return `{"values": […], "bad": {place: message}}`, or its `kind`, `message` and `traceback`.
+
+    A request is the pickled tuple of the reward's place, the number of completions and the keywords of the call. Values
+    are floats, or None where the reward does not apply or its value is bad.
+    """
+    try:
+        place, count, keywords = pickle.loads(request)
+        values, bad = read_values(_call(rewards[place], keywords), count)
+    except BadValueError as error:
+        return {"kind": "bad_value", "message": str(error), "traceback": ""}
+    except BaseException as error:  # a reward may exit, or interrupt itself as Math-Verify does: it is all reported
+        line = "".join(traceback.format_exception_only(error)).strip()
+        return {"kind": "raised", "message": line, "traceback": traceback.format_exc()[-_TRACEBACK_CHARACTERS:]}
+    return {"values": values, "bad": bad}
+
+
+def read_values(result: object, count: int) -> tuple[list[float | None], dict[int, str]]:
+    """Return a result's values as floats, None where it does not apply, and a message for each bad one by its place.
+
+    Bools, ints, numpy scalars and tensors without dimensions are numbers; arrays and tensors with one are lists.
+    Raises BadValueError where the result as a whole is not a list of `count` values.
+    """
+    if hasattr(result, "tolist") and getattr(result, "ndim", None) is not None:
+        result = result.tolist()
+    if isinstance(result, (str, bytes, Mapping, Set)) or not isinstance(result, Iterable):
+        raise BadValueError(f"returned {_shown(result)}, expected a list of {count} floats or Nones")
+    given = list(result)
+    if len(given) != count:
+        raise BadValueError(f"returned {len(given)} values for {count} completions: {_shown(given)}")
+    values: list[float | None] = []
+    bad: dict[int, str] = {}
+    for place, value in enumerate(given):
+        number = None if value is None else _as_float(value)
+        if number is not None and not math.isfinite(number):
+            bad[place] = f"returned {_shown(value)}, expected a finite number or None"
+            number = None
+        values.append(number)
+    return values, bad
+
+
+def _as_float(value: Any) -> float:
+    """Return a value as a float; NaN, which no reward may be, where it is not a number."""
+    if getattr(value, "ndim", None) == 0:
+        value = value.item()
+    try:
+        return float(value) if isinstance(value, numbers.Real) else math.nan
+    except OverflowError:
+        return math.inf
+
+
+def _call(reward: RewardFunction, keywords: dict[str, Any]) -> object:
+    """Call a reward function, and see it through where it is asynchronous."""
+    result = reward.function(**keywords)
+    if not inspect.isawaitable(result):
+        return result
+    return _event_loop().run_until_complete(result)
+
+
+@functools.cache
+def _event_loop() -> asyncio.AbstractEventLoop:
+    """Return the process's one event loop: a client that a reward keeps between calls is bound to where it began."""
+    import asyncio  # takes most of a worker's start, and most rewards are not asynchronous
+
+    return asyncio.new_event_loop()
+
+
+def _describe(reward: RewardFunction) -> dict[str, Any]:
+    """Return a reward's parameters as JSON."""
+    parameters = reward.parameters
+    accepted = None if parameters.accepted is None else sorted(parameters.accepted)
+    return {"accepted": accepted, "required": sorted(parameters.required), "bound": sorted(parameters.bound)}
+
+
+def _end_with(parent: int) -> None:
+    """Have the kernel kill this process when its parent dies, even in the middle of a call (Linux)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it died before the kernel was asked
+        sys.exit(f"scoring worker: the process {parent} that started it is gone")
+
+
+def _leave(channel: Channel) -> None:
+    """Make a process that a reward forked its own: signals end it, and it does not hold the channel open."""
+    channel.close()
+    for number in _LEFT_TO_THE_PARENT:
+        signal.signal(number, signal.SIG_DFL)
+
+
+def _shown(value: object) -> str:
+    shown = f"{value!r} ({type(value).__name__})"
+    return shown if len(shown) <= _SHOWN_CHARACTERS else shown[:_SHOWN_CHARACTERS] + "…"

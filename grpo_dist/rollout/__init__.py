@@ -1,0 +1,11 @@
+"""Engines that turn prompts into completions.
+
+An engine has one method, `generate(model, requests, sampling) -> completions`, and knows nothing of ranks, rewards or
+training: it is handed a model whose weights are whole.
+"""
+
+from .engine import Request, RowEngine
+from .native import NativeEngine
+from .sampling import Sampling, stream_key
+
+__all__ = ["NativeEngine", "Request", "RowEngine", "Sampling", "stream_key"]

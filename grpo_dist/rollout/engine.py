@@ -1,0 +1,105 @@
+"""What every engine takes and gives, and the plain engine for models whose attention cannot share a prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from itertools import groupby
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ..batch import Completion
+from .sampling import Sampling, draw
+
+
+@dataclass(frozen=True)
+class Request:
+    """One completion to sample."""
+
+    slot: int
+    """The prompt's place in the step's batch."""
+    sample: int
+    """The completion's place in its group."""
+    prompt: list[int]
+    """Token ids of the prompt."""
+    key: int
+    """Key of its noise, see sampling.stream_key."""
+
+
+class Engine(Protocol):
+    """Samples completions."""
+
+    def generate(
+        self, model: nn.Module, requests: list[Request], sampling: Sampling,
+        on_finish: Callable[[list[Completion]], None] | None = None,
+    ) -> list[Completion]:  # fmt: skip
+        """One completion a request, in the order of the requests. `on_finish` is told of completions as they end."""
+
+
+@dataclass
+class Rows:
+    """Sequences that are being decoded together: R of them, one token each a step."""
+
+    requests: list[Request]
+    keys: Tensor
+    """(R,) int64."""
+    lengths: Tensor
+    """(R,) int64: tokens sampled so far."""
+    tokens: list[Tensor] = field(default_factory=list)
+    """Sampled tokens, one (R,) tensor a step."""
+    logprobs: list[Tensor] = field(default_factory=list)
+    """Their log-probabilities, one (R,) tensor a step."""
+
+
+class RowEngine:
+    """Decodes one group at a time with the model's own cache and attention: right for every architecture, not fast.
+
+    All rows of a group have the same prompt and the same age, so nothing is padded and the model needs no mask.
+    """
+
+    def __init__(self, end_ids: list[int], max_new_tokens: int) -> None:
+        self.end_ids, self.max_new_tokens = end_ids, max_new_tokens
+
+    @torch.no_grad()
+    def generate(
+        self, model: nn.Module, requests: list[Request], sampling: Sampling,
+        on_finish: Callable[[list[Completion]], None] | None = None,
+    ) -> list[Completion]:  # fmt: skip
+        """See `Engine`."""
+        completions: list[Completion] = []
+        for _, members in groupby(requests, key=lambda request: request.slot):
+            group = self._group(model, list(members), sampling)
+            completions += group
+            if on_finish:
+                on_finish(group)
+        return completions
+
+    def _group(self, model: nn.Module, group: list[Request], sampling: Sampling) -> list[Completion]:
+        device = next(model.parameters()).device
+        inputs = torch.tensor([group[0].prompt] * len(group), device=device)
+        keys = torch.tensor([request.key for request in group], device=device)
+        ends = torch.tensor(self.end_ids, device=device)
+        ended = torch.zeros(len(group), dtype=torch.bool, device=device)
+        tokens: list[Tensor] = []
+        logprobs: list[Tensor] = []
+        cache: Any = None
+        for position in range(self.max_new_tokens):
+            output = model(input_ids=inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            cache = output.past_key_values
+            positions = torch.full_like(keys, position)
+            token, logprob = draw(output.logits[:, -1], keys, positions, sampling)
+            tokens.append(token)
+            logprobs.append(logprob)
+            ended |= torch.isin(token, ends)
+            if bool(ended.all()):
+                break
+            inputs = token[:, None]
+        return [self._completion(request, ids, values) for request, ids, values in zip(
+            group, torch.stack(tokens, 1).tolist(), torch.stack(logprobs, 1).tolist(), strict=True)]  # fmt: skip
+
+    def _completion(self, request: Request, ids: list[int], logprobs: list[float]) -> Completion:
+        end = next((place for place, token in enumerate(ids) if token in self.end_ids), None)
+        length = len(ids) if end is None else end + 1
+        return Completion(request.slot, request.sample, ids[:length], logprobs[:length], end is not None)

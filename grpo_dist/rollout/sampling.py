@@ -1,0 +1,97 @@
+"""Sampling that depends on counters alone: the same completion is drawn on whatever rank and in whatever batch it lands.
+
+Each completion owns a 64-bit key made of (seed, step, prompt, sample); the noise of its token at position t is one
+uniform number, a hash of (key, t). The token is read off the cumulative distribution at that number, so a step costs one
+pass over the vocabulary and no random state exists that a checkpoint would have to hold. Pure.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# Multipliers and increment of splitmix64 (Steele, Lea and Flood, "Fast splittable pseudorandom number generators",
+# OOPSLA 2014) as signed 64-bit numbers, because torch has no unsigned multiplication.
+_GAMMA = 0x9E3779B97F4A7C15 - (1 << 64)
+_MIX1 = 0xBF58476D1CE4E5B9 - (1 << 64)
+_MIX2 = 0x94D049BB133111EB - (1 << 64)
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is drawn."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    greedy: bool = False
+    """Take the likeliest token; the other fields but the temperature are then without effect."""
+
+
+def stream_key(*counters: int | str) -> int:
+    """Key of one completion's noise, a signed 64-bit hash of its counters."""
+    digest = hashlib.blake2b("/".join(map(str, counters)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little", signed=True)
+
+
+def _shift_right(x: Tensor, bits: int) -> Tensor:
+    """Logical right shift: torch's own copies the sign bit."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def uniforms(keys: Tensor, positions: Tensor) -> Tensor:
+    """Uniform numbers in [0, 1) as float64: element i is a hash of (keys[i], positions[i]); both int64."""
+    x = keys + (positions + 1) * _GAMMA
+    x = (x ^ _shift_right(x, 30)) * _MIX1
+    x = (x ^ _shift_right(x, 27)) * _MIX2
+    x = x ^ _shift_right(x, 31)
+    return _shift_right(x, 11).double() * 2.0**-53
+
+
+def allowed(logprobs: Tensor, sampling: Sampling) -> Tensor | None:
+    """Which tokens may be drawn: (B, V) bool, or None for all of them.
+
+    Top-k, top-p and min-p are each judged on the untruncated distribution at the sampling temperature and then
+    intersected, so their order does not matter; ties at a threshold are all kept.
+    """
+    keep = None
+    if 0 < sampling.top_k < logprobs.shape[-1]:
+        keep = logprobs >= logprobs.topk(sampling.top_k, dim=-1).values[..., -1:]
+    if sampling.min_p > 0:
+        likely = logprobs.exp() >= sampling.min_p * logprobs.amax(-1, keepdim=True).exp()
+        keep = likely if keep is None else keep & likely
+    if sampling.top_p < 1:
+        ordered, _ = logprobs.sort(dim=-1, descending=True)
+        probs = ordered.exp()
+        inside = probs.cumsum(-1) - probs < sampling.top_p  # the token that crosses the threshold is kept
+        threshold = torch.where(inside, ordered, torch.inf).amin(-1, keepdim=True)
+        nucleus = logprobs >= threshold
+        keep = nucleus if keep is None else keep & nucleus
+    return keep
+
+
+def draw(logits: Tensor, keys: Tensor, positions: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
+    """Draw one token per row.
+
+    `logits` (B, V), `keys` and `positions` (B,) int64. Returns token ids (B,) int64 and their log-probabilities (B,)
+    float32 under the untruncated distribution at the sampling temperature, which is what the trainer computes too.
+    """
+    logprobs = torch.log_softmax(logits.float() / sampling.temperature, dim=-1)
+    if sampling.greedy:
+        tokens = logprobs.argmax(-1)
+    else:
+        keep = allowed(logprobs, sampling)
+        probs = logprobs.double().exp()
+        if keep is not None:
+            probs = probs * keep
+        cumulative = probs.cumsum(-1)
+        target = uniforms(keys, positions)[:, None] * cumulative[:, -1:]
+        # right=True never lands on a token of probability 0; the clamp answers a target rounded up to the total
+        tokens = torch.searchsorted(cumulative, target, right=True)[:, 0]
+        last = (probs > 0).long().mul(torch.arange(probs.shape[1], device=probs.device)).amax(-1)
+        tokens = torch.minimum(tokens, last)
+    return tokens, logprobs.gather(-1, tokens[:, None])[:, 0]

@@ -1,0 +1,111 @@
+"""Read rows from JSONL, JSON, CSV and parquet files, directories and hub data sets.
+
+What is wrong with the place they come from is an error here; what is wrong with a row is left for `data.py` to judge.
+JSONL has a reader of its own, so that every row knows its line.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+_LINES = (".jsonl", ".ndjson")
+_BUILDERS = {".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row as it was read."""
+
+    number: int
+    """Its line in a JSONL file, its place in any other data set; both from 1."""
+    columns: dict[str, Any]
+    """Its values by column; empty where it could not be read."""
+    problem: str = ""
+    """Why it could not be read."""
+
+
+def load_rows(path: str, split: str, subset: str | None = None) -> list[Row]:
+    """Read all rows of a JSONL file, or of anything `datasets.load_dataset` takes.
+
+    `split` and `subset` choose from a directory or a hub data set; a single file has neither. Raises FileNotFoundError
+    where there is no such file, ValueError where it cannot be read or is empty. JSONL lines that are not JSON objects
+    come back as rows with a `problem`; lines of white space are no rows.
+    """
+    suffix = Path(path).suffix.lower()
+    if (suffix in _LINES or suffix in _BUILDERS) and not Path(path).is_file():
+        raise FileNotFoundError(f"no file {path!r} in {Path.cwd()}{_neighbours(path)}")
+    rows = list(_read_lines(path)) if is_lines(path) else _load_dataset(path, split, subset)
+    if not rows:
+        raise ValueError(f"{path} is empty, expected at least one row")
+    return rows
+
+
+def is_lines(path: str) -> bool:
+    """Whether a file is read line by line, so that its rows are numbered by line."""
+    return Path(path).suffix.lower() in _LINES
+
+
+def _read_lines(path: str) -> Iterator[Row]:
+    """Read a JSONL file; what is wrong with a line is left for the caller to judge."""
+    with Path(path).open("rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
+                if not text:
+                    continue
+                value = json.loads(text)
+            # ValueError covers broken UTF-8 and JSON, and integers beyond Python's limit on digits.
+            except (ValueError, RecursionError) as error:
+                yield Row(number, {}, f"not JSON: {error}")
+                continue
+            if isinstance(value, dict):
+                yield Row(number, value)
+            else:
+                yield Row(number, {}, f'a JSON {type(value).__name__}, expected an object such as {{"prompt": …}}')
+
+
+def _load_dataset(path: str, split: str, subset: str | None) -> list[Row]:
+    """Read a file, a directory or a hub data set through `datasets`."""
+    import datasets
+
+    suffix = Path(path).suffix.lower()
+    try:
+        if Path(path).is_file():
+            if suffix not in _BUILDERS:
+                raise ValueError(f"expected a file that ends in one of {', '.join([*_LINES, *_BUILDERS])}")
+            options = {"sep": "\t"} if suffix == ".tsv" else {}
+            table = datasets.load_dataset(_BUILDERS[suffix], data_files=path, split="train", **options)
+        elif Path(path).is_dir() or _HUB_ID.fullmatch(path):
+            table = datasets.load_dataset(path, subset, split=split)
+        else:
+            raise ValueError("neither a file or directory nor a data set's hub id")
+        return [Row(number, columns) for number, columns in enumerate(table, 1)]
+    except Exception as error:  # `datasets` raises some dozen kinds; splits and subsets there are stand in the message
+        raise ValueError(
+            f"{path!r} (subset {subset!r}, split {split!r}) cannot be loaded: {_reason(error)}{_neighbours(path)}"
+        ) from error
+
+
+def _reason(error: BaseException) -> str:
+    """Return an error's message with that of its cause, which is where `datasets` keeps what was wrong with a file."""
+    reason = f"{type(error).__name__}: {error}"
+    return f"{reason} ({error.__cause__})" if error.__cause__ is not None else reason
+
+
+def _neighbours(path: str) -> str:
+    """Return a hint with the files whose names are nearest to a path that leads nowhere, or nothing."""
+    wanted = Path(path)
+    if wanted.exists():
+        return ""
+    if not wanted.parent.is_dir():
+        return f"; there is no directory {str(wanted.parent)!r} either"
+    names = sorted(entry.name for entry in wanted.parent.iterdir() if not entry.name.startswith("."))
+    near = difflib.get_close_matches(wanted.name, names, n=3)
+    return f"; near it: {', '.join(str(wanted.parent / name) for name in near)}" if near else ""

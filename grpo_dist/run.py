@@ -1,0 +1,256 @@
+"""Everything a run holds, put together from its config; train.py uses it and says what happens in what order."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor
+from transformers import AutoConfig
+
+from . import attention, checkpoint
+from .batch import Batch, Completion, Prompt
+from .cli_config import redacted
+from .config import Config
+from .data import Sampler, load_prompts
+from .display import Display
+from .distributed import OptimizerState, Ranks, resolve_dtype, unsharded_loading
+from .metrics import Clock, Recorder
+from .models import (
+    FrozenCopy,
+    SharedReference,
+    base_identity,
+    end_token_ids,
+    load_causal_lm,
+    load_policy,
+    load_tokenizer,
+    model_path,
+    packing_obstacle,
+    save_final,
+    trainable,
+)
+from .probe import packing_leak
+from .rewards.pool import Pending, ScorerPool
+from .rewards.registry import answer_checks, labels
+from .rewards.scores import Item
+from .rollout import NativeEngine, Request, RowEngine, Sampling, stream_key
+from .schedule import learning_rate
+
+log = logging.getLogger(__name__)
+
+
+class Run:
+    """The parts of a run: ranks, data, models, engine, scorer, files. Opened once, resumed where it can be."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.directory = Path(config.train.output_dir)
+        self._load_data()
+        self.ranks = Ranks(resolve_dtype(config.model.dtype), config.optim)
+        _log_on_main(self.ranks)
+        with self.ranks.together("preparing the output directory and the rewards"):
+            self.resume_from = self._resume_path()
+            if self.ranks.is_main:
+                self.directory.mkdir(parents=True, exist_ok=True)
+                (self.directory / "config.yaml").write_text(yaml.safe_dump(redacted(asdict(config)), sort_keys=False))
+            self.scorer = ScorerPool(config.rewards, config.scoring)
+            self.scorer.check_columns({name for prompt in self.prompts[:1] for name in prompt.columns})
+        self._load_models()
+        self.first_step = self._resume() if self.resume_from else 0
+        self.reference.sync(self.policy)
+        self.clock = Clock()
+        self.recorder = Recorder(config, self.directory, self.first_step) if self.ranks.is_main else None
+        self.display = Display(config.train.num_train_steps, self.first_step, self.ranks.is_main)
+
+    def _load_data(self) -> None:
+        data = self.config.data
+        self.tokenizer = load_tokenizer(self.config.model)
+        checks = answer_checks(self.config.rewards) if data.answer_column else []
+        self.prompts, dropped = load_prompts(data.train_file, data.train_split, data, self.tokenizer, checks)
+        self.eval_prompts: list[Prompt] = []
+        if data.eval_file:
+            prompts, _ = load_prompts(data.eval_file, data.eval_split, data, self.tokenizer, checks)
+            self.eval_prompts = prompts[: self.config.train.num_eval_prompts]
+        self.sampler = Sampler(len(self.prompts), self.config.train.batch_size, self.config.train.seed)
+        self.reward_names = labels(self.config.rewards)
+
+    def _load_models(self) -> None:
+        config = self.config
+        dtype, copy_dtype = resolve_dtype(config.model.dtype), resolve_dtype(config.reference.dtype)
+        longest = config.data.max_prompt_length + config.rollout.max_completion_length
+        auto = config.model.attn_implementation == "auto"
+        obstacle = packing_obstacle(AutoConfig.from_pretrained(
+            model_path(config.model), revision=config.model.revision,
+            trust_remote_code=config.model.trust_remote_code), longest) if auto else "as model.attn_implementation asks"  # fmt: skip
+        implementation = attention.NAME if obstacle is None else None if auto else config.model.attn_implementation
+        temperature = config.rollout.temperature
+        policy = load_policy(config.model, config.lora, dtype, implementation, temperature, config.train.seed)
+        optimizer = torch.optim.AdamW(
+            [p for p in policy.parameters() if p.requires_grad],
+            lr=config.optim.learning_rate, betas=config.optim.betas, weight_decay=config.optim.weight_decay,
+        )  # fmt: skip
+        self.wrapped, self.optimizer = self.ranks.prepare(policy, optimizer)
+        self.wrapped.train()
+        self.policy = self.ranks.unwrap(self.wrapped)
+        self.state = OptimizerState(self.ranks, self.optimizer, trainable(self.policy))
+        if config.reference.placement == "shared" and config.lora is not None:
+            self.reference: Any = SharedReference(self.wrapped, self.policy, config.lora, implementation)
+        else:
+            with unsharded_loading():
+                copy = load_causal_lm(config.model, copy_dtype, implementation).to(self.ranks.device)
+            self.reference = FrozenCopy(copy, temperature)
+        if obstacle is None:
+            with self.reference.trained() as model:
+                obstacle = packing_leak(model)
+            if obstacle is not None:
+                implementation = None
+                for model in (self.policy.causal_lm, self.reference.model):
+                    model.set_attn_implementation("sdpa")
+        self.share_prompts = obstacle is None
+        if obstacle is not None:
+            log.info("%s: completions are computed one to a row (%s)", config.model.name, obstacle)
+        ends, most = end_token_ids(config.model, self.tokenizer), config.rollout.max_completion_length
+        self.engine = (NativeEngine(ends, most, config.rollout.max_tokens_in_flight) if self.share_prompts
+                       else RowEngine(ends, most))  # fmt: skip
+
+    # --- resuming and saving -------------------------------------------------------------------------------------
+
+    def _resume_path(self) -> Path | None:
+        root, resume = self.directory / "checkpoints", self.config.train.resume
+        if resume == "auto":
+            return checkpoint.newest(root)
+        if resume == "never":
+            if checkpoint.complete(root):
+                raise ValueError(f"train.resume is `never` but {root} holds checkpoints: choose another "
+                                 "train.output_dir, or remove it")  # fmt: skip
+            return None
+        checkpoint.verify(Path(resume))
+        return Path(resume)
+
+    def _identity(self) -> dict[str, Any]:
+        return {"base": base_identity(self.config.model), "lora": asdict(self.config.lora) if self.config.lora else None,
+                "seed": self.config.train.seed, "num_prompts": len(self.prompts)}  # fmt: skip
+
+    def _resume(self) -> int:
+        assert self.resume_from is not None
+        tensors, meta = checkpoint.load(self.resume_from)
+        for key, value in self._identity().items():
+            if meta["identity"].get(key) != value:
+                raise ValueError(f"{self.resume_from} belongs to another run: its {key} is "
+                                 f"{meta['identity'].get(key)!r}, this run's is {value!r}. Choose another "
+                                 "train.output_dir")  # fmt: skip
+        self.state.restore(tensors)
+        log.info("resumed from %s", self.resume_from)
+        return int(meta["step"])
+
+    def save(self, step: int) -> None:
+        """Commit a checkpoint; a collective."""
+        state = self.state.collect()
+        with self.ranks.together("saving a checkpoint"):
+            if self.ranks.is_main:
+                checkpoint.save(self.directory / "checkpoints", step, state, {"identity": self._identity()},
+                                self.config.train.keep_checkpoints)  # fmt: skip
+
+    def save_final(self) -> Path:
+        """Write the merged model, the tokenizer and the adapter to output_dir/final; a collective."""
+        directory = self.directory / "final"
+        save_final(self.policy, self.tokenizer, directory, self.ranks.is_main)
+        self.ranks.barrier()
+        return directory
+
+    # --- the phases' tools ---------------------------------------------------------------------------------------
+
+    def steps(self) -> Iterator[int]:
+        """The steps that are left, from 0."""
+        yield from range(self.first_step, self.config.train.num_train_steps)
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Show and time a phase of the step."""
+        self.display.phase(name)
+        with self.clock.phase(name):
+            yield
+
+    def learning_rate(self, step: int) -> float:
+        """The learning rate of a step."""
+        return learning_rate(step, self.config.train.num_train_steps, self.config.optim)
+
+    @property
+    def sampling(self) -> Sampling:
+        """How training completions are drawn."""
+        rollout = self.config.rollout
+        return Sampling(rollout.temperature, rollout.top_p, rollout.top_k, rollout.min_p)
+
+    def generate(
+        self, prompts: list[Prompt], group_size: int, sampling: Sampling, stream: str
+    ) -> tuple[list[Completion], Pending]:
+        """This rank's share of the completions, and their scores, which are computed while others are generated.
+
+        Needs the rollout weights in place; `stream` names the noise, such as `train/12`.
+        """
+        tasks = [(slot, sample) for slot in range(len(prompts)) for sample in range(group_size)]
+        mine = tasks[self.ranks.share(len(tasks))]
+        seed = self.config.train.seed
+        requests = [Request(slot, sample, prompts[slot].ids, stream_key(seed, stream, slot, sample))
+                    for slot, sample in mine]  # fmt: skip
+        with self.reference.trained() as model, self.ranks.together("rollout"):
+            completions = self.engine.generate(model, requests, sampling)
+        return completions, self.scorer.submit([self._item(prompts[c.slot], c) for c in completions])
+
+    def _item(self, prompt: Prompt, completion: Completion) -> Item:
+        text = self.text(completion.ids)
+        return Item(prompt.messages or prompt.text, text, completion.ids, prompt.columns)
+
+    def text(self, ids: list[int]) -> str:
+        """A completion as text, without special tokens."""
+        return self.tokenizer.decode(ids, skip_special_tokens=True)
+
+    def completion_texts(self, batch: Batch) -> list[str]:
+        """All completions of a batch as text."""
+        return self.tokenizer.batch_decode(
+            [ids.tolist() for ids in torch.split(batch.tokens, batch.lengths.tolist())], skip_special_tokens=True
+        )
+
+    def write(self, metrics: dict[str, float], batch: Batch | None = None, advantages: Tensor | None = None) -> None:
+        """Write down one step's metrics and completions, on the main rank."""
+        if self.recorder:
+            if batch is not None and advantages is not None:
+                self.recorder.completions(int(metrics["step"]), batch, self.completion_texts(batch), advantages,
+                                          self.reward_names)  # fmt: skip
+            self.recorder.metrics(metrics)
+
+    def summary(self) -> str:
+        """What the run achieved and where it lies."""
+        lines = []
+        history = [json.loads(line) for line in (self.directory / "metrics.jsonl").read_text().splitlines()]
+        evaluations = [entry for entry in history if "eval/accuracy" in entry]
+        if len(evaluations) > 1:
+            first, last = evaluations[0], evaluations[-1]
+            lines.append(f"held-out accuracy, sampled: {first['eval/accuracy']:.3f} before (step {first['step']}), "
+                         f"{last['eval/accuracy']:.3f} after (step {last['step']})")  # fmt: skip
+        lines += [f"trained model:  {self.directory / 'final'}", f"metrics:        {self.directory / 'metrics.jsonl'}"]
+        if "tensorboard" in self.config.logging.trackers:
+            lines.append(f"curves:         tensorboard --logdir {self.directory / 'tensorboard'}")
+        return "\n".join(lines)
+
+    def close(self) -> None:
+        """End the workers, close the files, leave the process group."""
+        self.display.close()
+        if self.ranks.is_main:
+            print(self.summary(), flush=True)
+        self.scorer.close()
+        if self.recorder:
+            self.recorder.close()
+        self.ranks.end()
+
+
+def _log_on_main(ranks: Ranks) -> None:
+    """Let the main rank speak, and the others only to warn."""
+    logging.getLogger("grpo_dist").setLevel(logging.INFO if ranks.is_main else logging.WARNING)
