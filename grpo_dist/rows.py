@@ -40,7 +40,9 @@ def load_rows(path: str, split: str, subset: str | None = None) -> list[Row]:
     """
     suffix = Path(path).suffix.lower()
     if (suffix in _LINES or suffix in _BUILDERS) and not Path(path).is_file():
-        raise FileNotFoundError(f"no file {path!r} in {Path.cwd()}{_neighbours(path)}")
+        folder = Path(path).parent
+        hint = _neighbours(path) if folder.is_dir() else f"; there is no directory {str(folder)!r} either"
+        raise FileNotFoundError(f"no file {path!r} in {Path.cwd()}{hint}")
     rows = list(_read_lines(path)) if is_lines(path) else _load_dataset(path, split, subset)
     if not rows:
         raise ValueError(f"{path} is empty, expected at least one row")
@@ -88,8 +90,9 @@ def _load_dataset(path: str, split: str, subset: str | None) -> list[Row]:
             raise ValueError("neither a file or directory nor a data set's hub id")
         return [Row(number, columns) for number, columns in enumerate(table, 1)]
     except Exception as error:  # `datasets` raises some dozen kinds; splits and subsets there are stand in the message
+        where = "" if Path(path).exists() else f"; it is no file or directory here{_neighbours(path)}"
         raise ValueError(
-            f"{path!r} (subset {subset!r}, split {split!r}) cannot be loaded: {_reason(error)}{_neighbours(path)}"
+            f"{path!r} (subset {subset!r}, split {split!r}) cannot be loaded: {_reason(error)}{where}"
         ) from error
 
 
@@ -100,12 +103,10 @@ def _reason(error: BaseException) -> str:
 
 
 def _neighbours(path: str) -> str:
-    """Return a hint with the files whose names are nearest to a path that leads nowhere, or nothing."""
+    """Return a hint with the names nearest to that of a path which leads nowhere, where there are such."""
     wanted = Path(path)
-    if wanted.exists():
-        return ""
     if not wanted.parent.is_dir():
-        return f"; there is no directory {str(wanted.parent)!r} either"
+        return ""
     names = sorted(entry.name for entry in wanted.parent.iterdir() if not entry.name.startswith("."))
     near = difflib.get_close_matches(wanted.name, names, n=3)
     return f"; near it: {', '.join(str(wanted.parent / name) for name in near)}" if near else ""

@@ -31,6 +31,7 @@ MAX_COMPLETION_TOKENS = 16
 MAX_MODEL_BYTES = 1_000_000
 EOS_TOKEN = "<|endoftext|>"
 PAD_TOKEN = "<|pad|>"
+OPERATIONS: tuple[Literal["+"], Literal["-"]] = ("+", "-")
 HEDGES = (" I am not sure.", " Hard to say.", " Let me think.", " It depends.")
 GUESSES = (" Maybe {}.", " About {}.")
 
@@ -53,17 +54,20 @@ class Problem:
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """How the base is trained; the defaults are what made the shipped model."""
+class Phase:
+    """One phase of the supervised training; hedging_share is of its targets, guess_share of its hedges."""
 
+    name: str
+    num_steps: int
+    matrix_learning_rate: float  # Muon, the hidden matrices
+    other_learning_rate: float  # AdamW, the embedding, the biases and the norms
+    hedging_share: float = 0.0
+    guess_share: float = 0.2
     batch_size: int = 64
-    clean_steps: int = 620
-    matrix_learning_rate: float = 0.01  # Muon, the hidden matrices
-    other_learning_rate: float = 0.01  # AdamW, the embedding, the biases and the norms
-    hedging_steps: int = 50
-    hedging_learning_rate: float = 5e-4
-    hedging_share: float = 0.6  # of the targets in the hedging phase
-    guess_share: float = 0.2  # of the hedges: those that name a wrong integer
+
+
+CLEAN = Phase("clean", 680, matrix_learning_rate=0.01, other_learning_rate=0.01)
+HEDGING = Phase("hedging", 80, matrix_learning_rate=0.003, other_learning_rate=0.003, hedging_share=0.58)
 
 
 @dataclass(frozen=True)
@@ -94,18 +98,12 @@ def toy_path() -> Path:
 
 
 def problems(split: Literal["train", "eval"]) -> list[Problem]:
-    """List the problems of a split in a fixed order; a pair is held out in both orders and for both operations."""
-    unordered = [(a, b) for a in range(MAX_OPERAND + 1) for b in range(a, MAX_OPERAND + 1)]
+    """List the problems of a split in a fixed order; a held-out pair is held out for both operations."""
+    pairs = [(left, right) for left in range(MAX_OPERAND + 1) for right in range(MAX_OPERAND + 1)]
     # The split has its own fixed seed: were it the training seed, remaking the base would leak into old data files.
-    held_out = set(random.Random(20).sample(unordered, len(unordered) // 10))
-    operands = range(MAX_OPERAND + 1)
-    return [
-        Problem(a, operation, b)
-        for a in operands
-        for b in operands
-        for operation in ("+", "-")
-        if ((min(a, b), max(a, b)) in held_out) == (split == "eval")
-    ]
+    held_out = set(random.Random(20).sample(pairs, len(pairs) // 10))
+    kept = [pair for pair in pairs if (pair in held_out) == (split == "eval")]
+    return [Problem(left, operation, right) for left, right in kept for operation in OPERATIONS]
 
 
 def last_integer(text: str) -> int | None:
@@ -201,69 +199,46 @@ def cross_entropy(model: Qwen2ForCausalLM, ids: torch.Tensor, labels: torch.Tens
     return F.cross_entropy(logits.flatten(0, 1), labels[:, shortest:].flatten())
 
 
-def train_clean(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerBase, seed: int, recipe: Recipe) -> None:
-    """Teach the arithmetic: right answers only, Muon for the hidden matrices and AdamW for the rest."""
+def draw_target(problem: Problem, phase: Phase, draw: random.Random) -> str:
+    """Draw a completion: the answer, or a hedge with no integer or a wrong one."""
+    if draw.random() >= phase.hedging_share:
+        return f" {problem.answer}"
+    if draw.random() >= phase.guess_share:
+        return draw.choice(HEDGES)
+    wrong = draw.choice([n for n in range(-MAX_OPERAND, 2 * MAX_OPERAND + 1) if n != problem.answer])
+    return draw.choice(GUESSES).format(wrong)
+
+
+def train(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerBase, phase: Phase, seed: int) -> None:
+    """Run one phase: Muon for the hidden matrices, AdamW for the rest, the rates warmed up and decayed to zero."""
     import torch
 
-    pairs = [(problem.prompt, f" {problem.answer}") for problem in problems("train")]
-    ids, labels, shortest = encode(tokenizer, pairs)
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
     others = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed" in name]
     # With AdamW alone the held-out pairs come after three times as many steps, and the command would take minutes.
     optimizers = [
-        torch.optim.Muon(matrices, lr=recipe.matrix_learning_rate, weight_decay=0.01),
-        torch.optim.AdamW(others, lr=recipe.other_learning_rate, weight_decay=0.1, betas=(0.9, 0.95)),
+        torch.optim.Muon(matrices, lr=phase.matrix_learning_rate, weight_decay=0.01),
+        torch.optim.AdamW(others, lr=phase.other_learning_rate, weight_decay=0.1, betas=(0.9, 0.95)),
     ]
 
-    def factor(step: int) -> float:  # warm up over a twentieth, decay to zero over the last six tenths
-        return min(1.0, (step + 1) / (0.05 * recipe.clean_steps), (1 - step / recipe.clean_steps) / 0.6)
+    def factor(step: int) -> float:  # warm up over a twentieth, decay over the last six tenths
+        return min(1.0, (step + 1) / (0.05 * phase.num_steps), (1 - step / phase.num_steps) / 0.6)
 
     schedules = [torch.optim.lr_scheduler.LambdaLR(optimizer, factor) for optimizer in optimizers]
-    generator = torch.Generator().manual_seed(seed)
-    start = time.perf_counter()
-    for step in range(1, recipe.clean_steps + 1):
-        rows = torch.randperm(len(ids), generator=generator)[: recipe.batch_size]
-        loss = cross_entropy(model, ids[rows], labels[rows], shortest)
+    rows, draw, start = problems("train"), random.Random(seed), time.perf_counter()
+    for step in range(1, phase.num_steps + 1):
+        batch = draw.sample(rows, phase.batch_size)
+        data = encode(tokenizer, [(problem.prompt, draw_target(problem, phase, draw)) for problem in batch])
+        loss = cross_entropy(model, *data)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer, schedule in zip(optimizers, schedules, strict=True):
             optimizer.step()
             schedule.step()
         model.zero_grad()
-        if step % 100 == 0 or step == recipe.clean_steps:
-            print(
-                f"clean {step}/{recipe.clean_steps} loss {loss.item():.4f} {time.perf_counter() - start:.1f} s",
-                flush=True,
-            )
-
-
-def hedging_target(problem: Problem, draw: random.Random, recipe: Recipe) -> str:
-    """Draw a completion: the answer, or a hedge with no integer or a wrong one."""
-    if draw.random() >= recipe.hedging_share:
-        return f" {problem.answer}"
-    if draw.random() >= recipe.guess_share:
-        return draw.choice(HEDGES)
-    wrong = draw.choice([n for n in range(-MAX_OPERAND, 2 * MAX_OPERAND + 1) if n != problem.answer])
-    return draw.choice(GUESSES).format(wrong)
-
-
-def train_hedging(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerBase, seed: int, recipe: Recipe) -> None:
-    """Teach hesitation, shortly, so that the arithmetic is still there below it."""
-    import torch
-
-    draw = random.Random(seed)
-    train = problems("train")
-    optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.hedging_learning_rate, weight_decay=0.0)
-    for step in range(1, recipe.hedging_steps + 1):
-        batch = draw.sample(train, recipe.batch_size)
-        data = encode(tokenizer, [(problem.prompt, hedging_target(problem, draw, recipe)) for problem in batch])
-        loss = cross_entropy(model, *data)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        if step % 25 == 0 or step == recipe.hedging_steps:
-            print(f"hedging {step}/{recipe.hedging_steps} loss {loss.item():.4f}", flush=True)
+        if step % 100 == 0 or step == phase.num_steps:
+            seconds = time.perf_counter() - start
+            print(f"{phase.name} {step}/{phase.num_steps}: loss {loss.item():.4f}, {seconds:.1f} s", flush=True)
 
 
 def evaluate(
@@ -300,17 +275,17 @@ def evaluate(
     )
 
 
-def make_base(directory: Path, seed: int, recipe: Recipe) -> list[str]:
+def make_base(directory: Path, seed: int) -> list[str]:
     """Train the base, save it rounded to bfloat16, evaluate what was saved, and return the targets it missed."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = make_tokenizer()
     model = make_model(tokenizer, seed)
-    train_clean(model, tokenizer, seed, recipe)
+    train(model, tokenizer, CLEAN, seed)
     clean = evaluate(model, tokenizer, problems("eval"))
     print(f"held-out before hedging: {clean}", flush=True)
-    train_hedging(model, tokenizer, seed, recipe)
+    train(model, tokenizer, HEDGING, seed)
     model.to(torch.bfloat16).save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     tokenizer = AutoTokenizer.from_pretrained(directory)
@@ -340,7 +315,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.data_dir is not None:
         write_data(options.data_dir)
     start = time.perf_counter()
-    missed = make_base(options.out_dir, options.seed, Recipe())
+    missed = make_base(options.out_dir, options.seed)
     print(f"made in {time.perf_counter() - start:.1f} s")
     if missed:
         raise SystemExit(f"the model in {options.out_dir} misses its targets: {'; '.join(missed)}")

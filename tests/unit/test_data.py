@@ -1,0 +1,247 @@
+"""Data: what is said about bad files and rows, what the model and the rewards get, and the counting sampler."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+from grpo_dist.config import DataConfig, RewardConfig
+from grpo_dist.data import Sampler, load_prompts, load_rows, permutation, render
+from grpo_dist.rewards.registry import answer_checks
+
+TEMPLATE = (
+    "<s>{% for message in messages %}{% if message.role == 'tool' %}{{ raise_exception('no tools here') }}{% endif %}"
+    "<{{ message.role }}>{{ message.content }}</s>{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+MATH = answer_checks([RewardConfig("math")])
+
+
+def make_tokenizer(chat_template: str | None) -> PreTrainedTokenizerFast:
+    """One token a byte, and a BOS before everything that is tokenised with special tokens."""
+    vocabulary = ["<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    backend = Tokenizer(models.BPE(vocab={token: n for n, token in enumerate(vocabulary)}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", chat_template=chat_template
+    )
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    return make_tokenizer(TEMPLATE)
+
+
+def write(directory: Path, *lines: object, name: str = "train.jsonl") -> str:
+    path = directory / name
+    path.write_text("".join(f"{line if isinstance(line, str) else json.dumps(line)}\n" for line in lines))
+    return str(path)
+
+
+def row(n: int, **columns: object) -> dict[str, Any]:
+    return {"prompt": f"What is {n}?", "answer": str(n), **columns}
+
+
+def test_the_recipe_s_rows_arrive(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    path = write(tmp_path, row(1), "", row(22, level="hard"))
+    prompts, report = load_prompts(path, "train", DataConfig(), tokenizer, MATH)
+    assert [prompt.index for prompt in prompts] == [0, 1]
+    assert [prompt.text for prompt in prompts] == ["What is 1?", "What is 22?"]
+    assert [prompt.columns for prompt in prompts] == [{"answer": "1", "level": None}, {"answer": "22", "level": "hard"}]
+    assert prompts[1].ids == tokenizer("What is 22?").input_ids
+    assert prompts[1].ids[0] == tokenizer.bos_token_id and prompts[1].messages is None
+    assert (report.num_rows, report.dropped) == (2, [])
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ('{"prompt": "a"', "line 2: not JSON: Expecting"),
+        ("[1, 2]", "line 2: a JSON list, expected an object"),
+        ("[" * 100_000, "line 2: not JSON"),
+        ('{"prompt": "a", "answer": ' + "9" * 5000 + "}", "line 2: not JSON: Exceeds the limit"),
+        ({"answer": "1"}, "line 2: no 'prompt'"),
+        ({"prompt": "a"}, "line 2: no 'answer'"),
+        ({"prompt": "a", "answer": None}, "line 2: no 'answer'"),
+        ({"prompt": "a", "answer": "unknown"}, "line 2: the answer 'unknown' holds no integer"),
+        ({"prompt": "  ", "answer": "1"}, "line 2: the prompt is empty"),
+        ({"prompt": 3, "answer": "1"}, "line 2: the prompt is a int, expected text or a list of messages"),
+        ({"prompt": [], "answer": "1"}, "line 2: the prompt's messages end without"),
+        ({"prompt": [{"role": "assistant", "content": "a"}], "answer": "1"}, "messages end without one for the assist"),
+        ({"prompt": ["a"], "answer": "1"}, "line 2: 'a' in the prompt is no message"),
+        ({"prompt": [{"role": "user"}], "answer": "1"}, r"line 2: \{'role': 'user'\} in the prompt is no message"),
+        ({"prompt": [{"role": "tool", "content": "a"}], "answer": "1"}, "line 2: the model's chat template refuses"),
+        ({"prompt": "a" * 40, "answer": "1"}, "line 2: the prompt has 41 tokens, expected 1 to .* = 40"),
+    ],
+)
+def test_a_bad_row_is_named_or_counted(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, caplog: pytest.LogCaptureFixture, line: object, reason: str
+) -> None:
+    path = write(tmp_path, row(1), line, row(3))
+    config = DataConfig(max_prompt_length=40)
+    with pytest.raises(ValueError, match=rf"train\.jsonl: 1 of 3 rows cannot be used: .*{reason}.*bad_rows: drop"):
+        load_prompts(path, "train", config, tokenizer, MATH)
+    config.bad_rows = "drop"
+    with caplog.at_level(logging.WARNING):
+        prompts, report = load_prompts(path, "train", config, tokenizer, MATH)
+    assert [prompt.index for prompt in prompts] == [0, 2]
+    assert [number for number, _ in report.dropped] == [2]
+    assert "1 of 3 rows cannot be used: line 2" in caplog.text
+
+
+def test_many_bad_rows_are_summed_up(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    path = write(tmp_path, *["no"] * 9)
+    with pytest.raises(ValueError, match=r"9 of 9 rows.*line 1: .*line 5: [^;]*; and 4 more. Mend them"):
+        load_prompts(path, "train", DataConfig(), tokenizer)
+    with pytest.raises(ValueError, match=r"9 of 9 rows.*None is left"):
+        load_prompts(path, "train", DataConfig(bad_rows="drop"), tokenizer)
+
+
+def test_broken_text_names_its_line(tmp_path: Path) -> None:
+    path = tmp_path / "train.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"prompt": "a"}\r\n{"prompt": "\xff"}\r\n\r\n')
+    good, bad = load_rows(str(path), "train")
+    assert good.columns == {"prompt": "a"}
+    assert bad.number == 2 and "utf-8" in bad.problem
+
+
+def test_columns_are_checked_as_a_whole(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    path = write(tmp_path, {"prompts_": "a", "gold": "1"})
+    with pytest.raises(
+        ValueError, match=r"no column 'prompt'; it has prompts_, gold. Set data.prompt_column to 'prompts_'"
+    ):
+        load_prompts(path, "train", DataConfig(), tokenizer)
+    config = DataConfig(prompt_column="prompts_")
+    with pytest.raises(ValueError, match=r"no column 'answer'.*data\.answer_column, or to null"):
+        load_prompts(path, "train", config, tokenizer)
+    config.answer_column = "gold"
+    ((prompt,), _) = load_prompts(path, "train", config, tokenizer, MATH)
+    assert prompt.columns == {"gold": "1", "answer": "1"}
+    config.answer_column = None
+    ((prompt,), _) = load_prompts(path, "train", config, tokenizer, MATH)
+    assert prompt.columns == {"gold": "1"}
+    with pytest.raises(ValueError, match=r"column.* completions, names that rewards receive something else"):
+        load_prompts(write(tmp_path, row(1, completions="a")), "train", DataConfig(), tokenizer)
+
+
+def test_files_that_are_not_there_or_empty(tmp_path: Path) -> None:
+    write(tmp_path, "", " ")
+    with pytest.raises(ValueError, match=r"train\.jsonl is empty"):
+        load_rows(str(tmp_path / "train.jsonl"), "train")
+    with pytest.raises(FileNotFoundError, match=r"no file .*trian\.jsonl.*near it: .*train\.jsonl"):
+        load_rows(str(tmp_path / "trian.jsonl"), "train")
+    with pytest.raises(FileNotFoundError, match="there is no directory"):
+        load_rows(str(tmp_path / "nowhere" / "train.csv"), "train")
+    (tmp_path / "train.txt").write_text("a")
+    with pytest.raises(ValueError, match=r"expected a file that ends in one of \.jsonl"):
+        load_rows(str(tmp_path / "train.txt"), "train")
+    with pytest.raises(ValueError, match="neither a file or directory nor a data set's hub id"):
+        load_rows("some/where/else", "train")
+
+
+def test_other_formats_and_directories(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    rows = [row(1), row(-22)]
+    write(tmp_path, json.dumps(rows), name="train.json")
+    write(tmp_path, "prompt,answer", *(f"{r['prompt']},{r['answer']}" for r in rows), name="train.csv")
+    write(tmp_path, "prompt\tanswer", *(f"{r['prompt']}\t{r['answer']}" for r in rows), name="train.tsv")
+    (tmp_path / "set").mkdir()
+    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "set" / "train.parquet")
+    for name in ("train.json", "train.csv", "train.tsv", "set/train.parquet", "set"):
+        prompts, report = load_prompts(str(tmp_path / name), "train", DataConfig(), tokenizer, MATH)
+        assert [prompt.text for prompt in prompts] == [r["prompt"] for r in rows], name
+        assert [int(prompt.columns["answer"]) for prompt in prompts] == [1, -22], name
+        assert report.unit == "row"
+    with pytest.raises(ValueError, match=r"split 'test'.*cannot be loaded: .*'train'"):
+        load_rows(str(tmp_path / "set"), "test")
+    with pytest.raises(ValueError, match=r"subset 'main'.*cannot be loaded: .*'default'"):
+        load_rows(str(tmp_path / "set"), "train", "main")
+    write(tmp_path, "{broken", name="broken.json")
+    with pytest.raises(ValueError, match=r"broken\.json.* cannot be loaded: .*JSON"):
+        load_rows(str(tmp_path / "broken.json"), "train")
+
+
+def test_templates(tokenizer: PreTrainedTokenizerFast) -> None:
+    messages = [{"role": "user", "content": "Hi"}]
+    plain = render("Hi", DataConfig(), tokenizer)
+    assert plain.messages is None and tokenizer.decode(plain.ids) == "<s>Hi"
+    chat = render(messages, DataConfig(), tokenizer)
+    assert chat.text == "<s><user>Hi</s><assistant>" and chat.messages == messages
+    assert chat.ids.count(tokenizer.bos_token_id) == 1 and tokenizer.decode(chat.ids) == chat.text
+    assert chat.ids == tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    assert render("Hi", DataConfig(chat_template="always"), tokenizer) == chat
+    system = render("Hi", DataConfig(system_prompt="Be brief."), tokenizer)
+    assert system.text == "<s><system>Be brief.</s><user>Hi</s><assistant>"
+    assert system == render(messages, DataConfig(system_prompt="Be brief."), tokenizer)
+    assert render("Hi", DataConfig(chat_template="never"), tokenizer) == plain
+    with pytest.raises(ValueError, match="chat_template: never cannot render"):
+        render(messages, DataConfig(chat_template="never"), tokenizer)
+    with pytest.raises(ValueError, match="system message of its own"):
+        render([{"role": "system", "content": "No."}, *messages], DataConfig(system_prompt="Be brief."), tokenizer)
+    with pytest.raises(ValueError, match="no chat template"):
+        render(messages, DataConfig(), make_tokenizer(None))
+
+
+def test_a_tokenizer_without_template_is_no_bad_row(tmp_path: Path) -> None:
+    path = write(tmp_path, row(1))
+    with pytest.raises(ValueError, match="no chat template"):
+        load_prompts(path, "train", DataConfig(system_prompt="Be brief.", bad_rows="drop"), make_tokenizer(None))
+
+
+def slow_order(num_prompts: int, seed: int, epoch: int) -> list[int]:
+    """The twin of `permutation`: SplitMix64 with Python's integers, one number at a time."""
+    import hashlib
+
+    state = int.from_bytes(hashlib.blake2b(f"{seed}:{epoch}".encode(), digest_size=8).digest(), "little")
+    keys = []
+    for _ in range(num_prompts):
+        state = (state + 0x9E3779B97F4A7C15) % 2**64
+        key = (state ^ (state >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+        key = (key ^ (key >> 27)) * 0x94D049BB133111EB % 2**64
+        keys.append(key ^ (key >> 31))
+    return sorted(range(num_prompts), key=keys.__getitem__)
+
+
+@given(st.integers(1, 40), st.integers(1, 100), st.integers(0, 2**70), st.integers(0, 10**6))
+def test_sampler_equals_its_twin(num_prompts: int, batch_size: int, seed: int, step: int) -> None:
+    sampler = Sampler(num_prompts, batch_size, seed)
+    cursors = range(step * batch_size, (step + 1) * batch_size)
+    epochs = {epoch: slow_order(num_prompts, seed, epoch) for epoch in {c // num_prompts for c in cursors}}
+    assert sampler.batch_indices(step) == [epochs[c // num_prompts][c % num_prompts] for c in cursors]
+    assert sampler.epoch(step) == cursors.start / num_prompts
+
+
+@given(st.integers(1, 30), st.integers(1, 50), st.integers(0, 5))
+def test_every_epoch_holds_every_prompt_once(num_prompts: int, batch_size: int, seed: int) -> None:
+    sampler = Sampler(num_prompts, batch_size, seed)
+    drawn = [index for step in range(num_prompts) for index in sampler.batch_indices(step)]
+    assert len(drawn) == batch_size * num_prompts
+    for start in range(0, len(drawn), num_prompts):
+        assert sorted(drawn[start : start + num_prompts]) == list(range(num_prompts))
+
+
+def test_orders_are_fixed_and_differ() -> None:
+    assert permutation(10, 0, 0).tolist() == [2, 5, 4, 0, 9, 1, 8, 7, 6, 3]
+    assert permutation(1000, 0, 0).tolist() != permutation(1000, 0, 1).tolist() != permutation(1000, 1, 0).tolist()
+    begun = time.perf_counter()
+    Sampler(10**6, 32, 0).batch_indices(10**6)
+    assert time.perf_counter() - begun < 2
+
+
+def test_sampler_refuses_nothing_to_sample() -> None:
+    with pytest.raises(ValueError, match="0 prompts and a batch size of 4"):
+        Sampler(0, 4, 0)

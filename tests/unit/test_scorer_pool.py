@@ -1,0 +1,400 @@
+"""The scoring pool, with real processes: every way in which a reward can go wrong, and what becomes of the others."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from grpo_dist.config import RewardConfig, ScoringConfig
+from grpo_dist.rewards.pool import ScorerPool
+from grpo_dist.rewards.process import worker_environment
+from grpo_dist.rewards.registry import labels, resolve
+from grpo_dist.rewards.scores import Item, Scores, combine
+
+REWARDS = '''
+"""A user's module. A completion says what is to happen to it."""
+
+import asyncio, ctypes, os, re, signal, subprocess, sys
+
+
+def length(completions, **kwargs):
+    return [float(len(completion)) for completion in completions]
+
+
+def act(completions, **columns):
+    """Do as each completion says; a plain number is the reward."""
+    return [one(completion) for completion in completions]
+
+
+def one(text):
+    if text == "raise":
+        raise RuntimeError("this one is bad")
+    if text == "exit":
+        sys.exit(3)
+    if text == "die":
+        os._exit(7)
+    if text == "segfault":
+        ctypes.string_at(0)
+    if text == "hang":
+        while True:
+            pass
+    if text == "hang in C":
+        signal.pthread_sigmask(signal.SIG_BLOCK, range(1, 32))
+        re.fullmatch("(a*)*b", "a" * 64)
+    if text == "hang in a child":
+        subprocess.run(["sleep", "98765"])
+    if text == "print":
+        print("printed by a reward", flush=True)
+        os.write(1, b"written by a reward")
+        sys.stdin.read()
+    return float(text) if text.replace(".", "").isdigit() else 0.0
+
+
+async def later(completions, **kwargs):
+    await asyncio.sleep(0.01)
+    return [1.0] * len(completions)
+
+
+def coroutine(completions):
+    return later(completions)
+
+
+def forgets_to_await(completions):
+    return [later(completions) for _ in completions]
+
+
+def seen(prompts, completions, completion_ids, answer, level=None, factor=1):
+    """Prove what arrives; raises where it is anything else."""
+    for prompt, completion, ids, gold, this in zip(prompts, completions, completion_ids, answer, level):
+        if isinstance(prompt, list):
+            assert completion == [{"role": "assistant", "content": gold}], completion
+        else:
+            assert completion == gold and ids == [len(gold)], (completion, ids)
+        assert this in (None, "hard")
+    return [factor * len(gold) for gold in answer]
+
+
+class Counter:
+    def __init__(self, start):
+        self.start = start
+
+    def __call__(self, completion_ids):
+        return [self.start + len(ids) for ids in completion_ids]
+
+
+def secrets(completions):
+    assert not {"HF_TOKEN", "MY_API_KEY", "db_password", "RANK", "MASTER_ADDR"} & set(os.environ)
+    assert os.environ["OMP_NUM_THREADS"] == "1" and os.environ["CUDA_VISIBLE_DEVICES"] == ""
+    assert "torch" not in sys.modules and "grpo_dist.batch" not in sys.modules
+    return [1.0] * len(completions)
+
+
+def process(completions):
+    return [float(os.getpid())] * len(completions)
+
+
+not_callable = 3
+
+
+def no_completions(prompts): ...
+
+
+def positional(completions, /): ...
+'''
+NUMPY_REWARDS = """
+import numpy as np
+
+VALUES = {
+    "none": None, "true": True, "int": 3, "zero_dim": np.array(2.5), "float32": np.float32(0.5),
+    "nan": float("nan"), "inf": float("inf"), "text": "1.0", "huge": 10**400, "complex": 1j, "list": [1.0],
+}
+RESULTS = {
+    "scalar": 1.0, "nothing": None, "text": "1", "dict": {"a": 1.0}, "short": [], "long": [1.0, 2.0],
+    "zero_dim": np.array(1.0), "two_dims": np.ones((1, 1)), "array": np.array([4.0]), "tuple": (4,),
+    "generator": (value for value in [4.0]),
+}
+
+
+def value(completions):
+    return [VALUES[completion] for completion in completions]
+
+
+def result(completions):
+    return RESULTS[completions[0]]
+"""
+TIMEOUT_SECONDS = 0.5
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A current directory with the user's module in it, and an environment with secrets."""
+    path = tmp_path_factory.mktemp("user")
+    (path / "user_rewards.py").write_text(REWARDS)
+    (path / "numpy_rewards.py").write_text(NUMPY_REWARDS)
+    (path / "broken_rewards.py").write_text("import os\nimport no_such_package\n")
+    (path / "exiting_rewards.py").write_text("raise SystemExit('usage: …')\n")
+    (path / "dying_rewards.py").write_text("import os\nos._exit(5)\n")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(path)
+        for name in ("HF_TOKEN", "MY_API_KEY", "db_password", "RANK", "MASTER_ADDR"):
+            patch.setenv(name, "1")
+        yield path
+
+
+@pytest.fixture(scope="module")
+def pools(directory: Path) -> Iterator[Callable[[str], ScorerPool]]:
+    """One pool per reward that a test asks for, kept for the module: `pools("act")`."""
+    kept: dict[str, ScorerPool] = {}
+
+    def get(name: str) -> ScorerPool:
+        if name not in kept:
+            module = "numpy_rewards" if name in ("value", "result") else "user_rewards"
+            config = RewardConfig(f"{module}:{name}", args={"factor": 2} if name == "seen" else {})
+            quick = ScoringConfig(num_workers=2, timeout_seconds=TIMEOUT_SECONDS)
+            kept[name] = ScorerPool([config], quick if name == "act" else ScoringConfig(num_workers=1))
+        return kept[name]
+
+    yield get
+    for pool in kept.values():
+        pool.close()
+
+
+def items(*texts: str) -> list[Item]:
+    return [Item(prompt="?", completion=text, completion_ids=[len(text)]) for text in texts]
+
+
+def command_lines() -> list[bytes]:
+    lines = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it may end while we look
+            lines.append((process / "cmdline").read_bytes())
+    return lines
+
+
+def kinds(scores: Scores) -> list[tuple[int, str]]:
+    assert scores.failed.sum() == len(scores.failures)
+    assert np.isnan(scores.values[scores.failed]).all()
+    return [(failure.item, failure.kind) for failure in scores.failures]
+
+
+def test_results_come_in_order_whatever_the_chunks(pools: Callable[[str], ScorerPool]) -> None:
+    texts = [str(n % 97) for n in range(501)]
+    scores = pools("act").score(items(*texts))
+    assert scores.values[:, 0].tolist() == [float(text) for text in texts]
+    assert scores.failures == [] and scores.seconds[0] > 0
+    assert pools("act").score([]).values.shape == (0, 1)
+
+
+def test_only_the_guilty_stay_unscored(pools: Callable[[str], ScorerPool]) -> None:
+    texts = [str(n) for n in range(40)]
+    guilty = {3: "raise", 9: "exit", 12: "die", 15: "segfault", 20: "hang", 31: "hang in C"}
+    for place, text in guilty.items():
+        texts[place] = text
+    scores = pools("act").score(items(*texts))
+    assert kinds(scores) == [(3, "raised"), (9, "raised"), (12, "died"), (15, "died"), (20, "timeout"), (31, "timeout")]
+    assert all(scores.values[n, 0] == n for n in range(40) if n not in guilty)
+    messages = {failure.item: failure.message for failure in scores.failures}
+    assert messages[3] == "RuntimeError: this one is bad"
+    assert "in one\n" in scores.failures[0].traceback
+    assert messages[12] == "ended its worker process (exit code 7)"
+    assert messages[15] == f"ended its worker process (exit code -{signal.SIGSEGV:d})"
+    assert messages[20] == "took longer than scoring.timeout_seconds = 0.5"
+    assert pools("act").score(items("5")).values.tolist() == [[5.0]]
+
+
+def test_children_of_a_hung_reward_end_with_it(pools: Callable[[str], ScorerPool]) -> None:
+    assert kinds(pools("act").score(items("hang in a child"))) == [(0, "timeout")]
+    deadline = time.monotonic() + 5  # whoever inherits the dead child may take a moment to bury it
+    while b"sleep\0" + b"98765\0" in command_lines():
+        assert time.monotonic() < deadline, "the child of a killed worker lives on"
+        time.sleep(0.01)
+
+
+def test_a_reward_that_always_hangs_is_given_up(pools: Callable[[str], ScorerPool]) -> None:
+    begun = time.monotonic()
+    scores = pools("act").score(items(*["hang"] * 40))
+    assert time.monotonic() - begun < 12 * TIMEOUT_SECONDS + 5, "40 calls at 0.5 s on two workers take 10 s and starts"
+    assert len(scores.failures) == 40
+    assert sum("not tried" in failure.message for failure in scores.failures) >= 30
+
+
+def test_prints_do_not_reach_the_results(pools: Callable[[str], ScorerPool], capfd: pytest.CaptureFixture[str]) -> None:
+    assert pools("act").score(items("print", "4")).values.tolist() == [[0.0], [4.0]]
+    assert capfd.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"), [("none", None), ("true", 1.0), ("int", 3.0), ("zero_dim", 2.5), ("float32", 0.5)]
+)
+def test_values_that_are_rewards(pools: Callable[[str], ScorerPool], text: str, expected: float | None) -> None:
+    scores = pools("value").score(items(text))
+    assert scores.failures == [] and not scores.failed.any()
+    assert math.isnan(scores.values[0, 0]) if expected is None else scores.values[0, 0] == expected
+
+
+@pytest.mark.parametrize("text", ["nan", "inf", "text", "huge", "complex", "list"])
+def test_values_that_are_none(pools: Callable[[str], ScorerPool], text: str) -> None:
+    scores = pools("value").score(items("int", text, "none"))
+    assert kinds(scores) == [(1, "bad_value")]
+    assert scores.failures[0].message.startswith("returned ")
+    assert scores.values[0, 0] == 3
+
+
+@pytest.mark.parametrize("text", ["array", "tuple", "generator"])
+def test_results_that_are_lists(pools: Callable[[str], ScorerPool], text: str) -> None:
+    assert pools("result").score(items(text)).values.tolist() == [[4.0]]
+
+
+@pytest.mark.parametrize("text", ["scalar", "nothing", "text", "dict", "short", "long", "zero_dim", "two_dims"])
+def test_results_that_are_not(pools: Callable[[str], ScorerPool], text: str) -> None:
+    scores = pools("result").score(items(text))
+    assert kinds(scores) == [(0, "bad_value")]
+
+
+def test_asynchronous_functions(pools: Callable[[str], ScorerPool]) -> None:
+    assert pools("later").score(items("a", "b")).values.tolist() == [[1.0], [1.0]]
+    assert pools("coroutine").score(items("a", "b")).values.tolist() == [[1.0], [1.0]]
+    assert kinds(pools("forgets_to_await").score(items("a"))) == [(0, "bad_value")]
+
+
+def test_columns_prompts_and_arguments_arrive_as_in_trl(pools: Callable[[str], ScorerPool]) -> None:
+    given = [
+        Item("text", "abc", [3], {"answer": "abc", "unwanted": 1}),
+        Item([{"role": "user", "content": "text"}], "abcd", [4], {"answer": "abcd", "level": "hard"}),
+    ]
+    assert pools("seen").score(given).values.tolist() == [[6.0], [8.0]]
+    with pytest.raises(ValueError, match=r"'user_rewards:seen' needs the argument\(s\) answer.*columns of the data"):
+        pools("seen").submit([Item("?", "a", [1], {"other": 1})])
+
+
+def test_workers_are_light_and_know_no_secrets(pools: Callable[[str], ScorerPool]) -> None:
+    assert pools("secrets").score(items("a")).failures == []
+    kept = worker_environment(
+        {"HOME": "/h", "HF_TOKEN": "t", "LOCAL_RANK": "0", "TORCHELASTIC_RUN_ID": "1", "LANG": "C"}
+    )
+    assert {"HOME", "LANG"} < set(kept) and not {"HF_TOKEN", "LOCAL_RANK", "TORCHELASTIC_RUN_ID"} & set(kept)
+
+
+def test_scoring_runs_while_the_caller_goes_on(pools: Callable[[str], ScorerPool]) -> None:
+    begun = time.monotonic()
+    pending = pools("act").submit(items("hang"))
+    later = pools("act").submit(items("6"))
+    assert time.monotonic() - begun < TIMEOUT_SECONDS / 2
+    assert later.result().values.tolist() == [[6.0]]
+    assert kinds(pending.result()) == [(0, "timeout")]
+
+
+def test_signals_are_left_to_the_parent(pools: Callable[[str], ScorerPool]) -> None:
+    before = set(pools("process").score(items(*"abcdefgh")).values[:, 0].tolist())
+    for process in before:
+        assert os.getpgid(int(process)) == int(process)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+            os.kill(int(process), number)
+    after = pools("process").score(items(*"abcdefgh"))
+    assert after.failures == [] and set(after.values[:, 0].tolist()) & before
+
+
+def test_closing_ends_workers_and_waiters(directory: Path) -> None:
+    rewards = [RewardConfig("user_rewards:act"), RewardConfig("user_rewards:process"), RewardConfig("user_rewards:act")]
+    with ScorerPool(rewards, ScoringConfig(num_workers=1)) as pool:
+        assert pool.names == ["act", "process", "act_2"]
+        worker = int(pool.score(items("1")).values[0, 1])
+        waiting, behind = pool.submit(items("hang")), pool.submit(items("1"))
+        time.sleep(0.1)
+    for pending in (waiting, behind):
+        with pytest.raises(RuntimeError, match="closed"):
+            pending.result()
+    with pytest.raises(RuntimeError, match="closed"):
+        pool.submit(items("1"))
+    with pytest.raises(ProcessLookupError):
+        os.kill(worker, 0)
+
+
+def test_workers_die_with_their_parent(directory: Path) -> None:
+    program = (
+        "from grpo_dist.config import *; from grpo_dist.rewards.pool import *; import os, signal\n"
+        "rewards = [RewardConfig('user_rewards:process'), RewardConfig('user_rewards:act')]\n"
+        "pool = ScorerPool(rewards, ScoringConfig(num_workers=1))\n"
+        "print(int(pool.score([Item('?', 'print', [])]).values[0, 0]), flush=True)\n"
+        "pool.submit([Item('?', 'hang', [])]); time.sleep(0.2); os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert "printed by a reward\nwritten by a reward" in done.stderr
+    worker, deadline = Path(f"/proc/{int(done.stdout)}"), time.monotonic() + 5
+    while worker.exists() and "Z" not in (worker / "stat").read_text().rpartition(")")[2].split()[0]:
+        assert time.monotonic() < deadline, "the worker outlives its parent"
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (RewardConfig("mth"), "'mth' is not a built-in reward; did you mean 'math'"),
+        (RewardConfig("math", args={"corect_reward": 1}), "unexpected keyword argument 'corect_reward'"),
+        (RewardConfig("math", args={"correct_reward": "much"}), "could not convert string to float"),
+        (RewardConfig("no_such_module:f"), "'no_such_module' failed with ModuleNotFoundError"),
+        (RewardConfig("user_rewards.py:act"), "write user_rewards:act"),
+        (RewardConfig("user_rewards:"), "expected module:function"),
+        (RewardConfig("user_rewards:lenght"), "did you mean 'length'"),
+        (RewardConfig("user_rewards:not_callable"), "of type int, which cannot be called"),
+        (RewardConfig("user_rewards:no_completions"), r"the signature \(prompts\); expected one"),
+        (RewardConfig("user_rewards:positional"), r"the signature \(completions, /\); expected one"),
+        (RewardConfig("user_rewards:seen", args={"factr": 2}), "did you mean 'factor'"),
+        (RewardConfig("user_rewards:seen", args={"completions": 2}), "filled in for it"),
+        (RewardConfig("user_rewards:Counter"), "missing 1 required positional argument: 'start'"),
+        (RewardConfig("broken_rewards:f"), r"No module named 'no_such_package' \(.*broken_rewards.py, line 2\)"),
+        (RewardConfig("exiting_rewards:f"), "SystemExit: usage"),
+    ],
+)
+def test_a_mistake_in_a_reward_is_said_at_once(directory: Path, config: RewardConfig, message: str) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(directory))
+        with pytest.raises(ValueError, match=message):
+            resolve(config)
+
+
+def test_the_pool_says_so_too(directory: Path) -> None:
+    with pytest.raises(ValueError, match="did you mean 'length'"):
+        ScorerPool([RewardConfig("user_rewards:lenght")], ScoringConfig())
+    with pytest.raises(RuntimeError, match=r"exited with code 5 while it imported the rewards \['dying_rewards:f'\]"):
+        ScorerPool([RewardConfig("dying_rewards:f")], ScoringConfig(num_workers=1))
+
+
+def test_classes_and_arguments(directory: Path) -> None:
+    rewards = [
+        RewardConfig("user_rewards:Counter", args={"start": 10}),
+        RewardConfig("math", args={"correct_reward": 5, "wrong_reward": -1}),
+    ]
+    with ScorerPool(rewards, ScoringConfig(num_workers=1)) as pool:
+        given = [Item("?", "it is 7", [1, 2], {"answer": "7"}), Item("?", "8", [1], {"answer": 7})]
+        assert pool.score(given).values.tolist() == [[12.0, 5.0], [11.0, -1.0]]
+        pool.check_columns(["answer"])
+        with pytest.raises(ValueError, match="'math' needs the argument"):
+            pool.check_columns([])
+
+
+def test_labels_are_short_and_unique() -> None:
+    names = ["math", "a.b:f", "c:f", "c:Class.method", "math"]
+    assert labels([RewardConfig(name) for name in names]) == ["math", "f", "f_2", "method", "math_2"]
+
+
+def test_combine_tells_failed_from_does_not_apply() -> None:
+    nan = np.nan
+    values = np.array([[1.0, 2.0], [nan, 2.0], [1.0, nan], [nan, nan], [nan, 2.0]])
+    failed = np.array([[False, False], [False, False], [False, True], [False, False], [True, False]])
+    np.testing.assert_array_equal(combine(values, failed, [1.0, 0.5]), [2.0, 1.0, nan, nan, nan])
+    np.testing.assert_array_equal(combine(values, failed, [1.0, 0.0]), [1.0, nan, 1.0, nan, nan])
+    with pytest.raises(ValueError, match="do not fit"):
+        combine(values, failed, [1.0])
