@@ -250,13 +250,13 @@ class SharedReference:
     @contextmanager
     def trained(self) -> Iterator[nn.Module]:
         """Inside, the second tree holds the policy's whole weights."""
-        theirs = dict(self.policy.model.named_parameters())
-        with torch.no_grad(), whole(list(theirs.values())):
-            mine = dict(self.tree.named_parameters())
+        # tied weights have two names; both trees list them under both
+        theirs = dict(self.policy.model.named_parameters(remove_duplicate=False))
+        with torch.no_grad(), whole(list(self.policy.model.parameters())):
+            mine = dict(self.tree.named_parameters(remove_duplicate=False))
             for name, parameter in mine.items():
                 owner, _, leaf = name.rpartition(".")
                 self.tree.get_submodule(owner)._parameters[leaf] = nn.Parameter(theirs[name].data, requires_grad=False)
-            self.tree.tie_weights()
             try:
                 yield self.tree.get_base_model()
             finally:

@@ -1,0 +1,134 @@
+"""launch/slurm.sbatch: what it refuses, and a training over two nodes of a real SLURM cluster where there is one."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+SBATCH_FILE = ROOT / "launch" / "slurm.sbatch"
+OURS = ("CONFIG", "ACCELERATE_CONFIG", "PROCS_PER_NODE", "GRPO_DIST_ROOT", "GRPO_DIST_VENV", "OMP_NUM_THREADS")
+STEPS, PROMPTS, GROUP_SIZE = 3, 4, 8
+LIMIT_SECONDS = 600
+
+RECORDER = '''
+"""A reward that notes on which node completions were scored: every rank scores those it generated."""
+import os, pathlib, socket
+
+def record(completions, directory, **_):
+    with open(pathlib.Path(directory) / f"{socket.gethostname()}.{os.getpid()}", "a") as file:
+        file.write(f"{len(completions)}\\n")
+    return [0.0] * len(completions)
+'''
+
+
+def environment(**changes: str) -> dict[str, str]:
+    """This process's environment without what would steer the batch file, and with `changes`."""
+    return {name: value for name, value in os.environ.items() if name not in OURS} | changes
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        ({"SLURM_JOB_ID": ""}, "sbatch launch/slurm.sbatch"),
+        ({"SLURM_SUBMIT_DIR": "/"}, "/ is not the checkout"),
+        ({"GRPO_DIST_VENV": "/nowhere"}, "run launch/setup.sh first"),
+        ({"CONFIG": "no.yaml"}, "CONFIG=no.yaml is not a file"),
+        ({"ACCELERATE_CONFIG": "zero9"}, "ACCELERATE_CONFIG=zero9"),
+    ],
+)
+def test_what_is_missing_is_said_at_once(variables: dict[str, str], expected: str) -> None:
+    job = {"SLURM_JOB_ID": "1", "SLURM_SUBMIT_DIR": str(ROOT), "GRPO_DIST_VENV": sys.prefix}
+    result = subprocess.run(
+        ["bash", SBATCH_FILE], env=environment(**(job | variables)), capture_output=True, text=True, timeout=60
+    )
+    assert result.returncode == 1
+    assert expected in result.stderr
+
+
+@pytest.fixture
+def cluster() -> None:
+    """Skip without a SLURM cluster that has two nodes to give."""
+    if shutil.which("sbatch") is None or shutil.which("sinfo") is None:
+        pytest.skip("no SLURM here (sbatch and sinfo are not on PATH)")
+    try:
+        nodes = subprocess.run(
+            ["sinfo", "--noheader", "--Node", "--states=idle,mixed,allocated", "--format=%N"],
+            capture_output=True, text=True, timeout=30,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        pytest.skip("SLURM's controller does not answer")
+    if nodes.returncode:
+        pytest.skip(f"no usable SLURM cluster: {nodes.stderr.strip()}")
+    if len(set(nodes.stdout.split())) < 2:
+        pytest.skip("the SLURM cluster has fewer than two usable nodes")
+
+
+@pytest.fixture
+def submitted() -> Iterator[list[str]]:
+    """Ids of submitted jobs, cancelled at the end whatever happened."""
+    jobs: list[str] = []
+    yield jobs
+    for job in jobs:
+        subprocess.run(["scancel", "--quiet", job], check=False)
+
+
+def job_state(job: str) -> str:
+    """The job's state as SLURM names it, such as COMPLETED."""
+    shown = subprocess.run(["scontrol", "show", "job", "--oneliner", job], capture_output=True, text=True, check=True)
+    return dict(field.partition("=")[::2] for field in shown.stdout.split())["JobState"]
+
+
+def wait_for(job: str) -> str:
+    """Wait until the job has ended or LIMIT_SECONDS are over; return its state then."""
+    deadline = time.monotonic() + LIMIT_SECONDS
+    while (state := job_state(job)) in {"PENDING", "CONFIGURING", "RUNNING", "COMPLETING"}:
+        if time.monotonic() > deadline:
+            break
+        time.sleep(1)
+    return state
+
+
+@pytest.mark.usefixtures("cluster")
+def test_two_nodes_train_together(tmp_path: Path, submitted: list[str]) -> None:
+    scored = tmp_path / "scored"
+    scored.mkdir()
+    (tmp_path / "recorder.py").write_text(RECORDER)
+    rewards = [{"name": "math"}, {"name": "recorder:record", "args": {"directory": str(scored)}}]
+    overrides = {
+        "train.output_dir": str(tmp_path / "run"),
+        "train.num_train_steps": str(STEPS),
+        "train.batch_size": str(PROMPTS),
+        "rollout.group_size": str(GROUP_SIZE),
+        "data.eval_file": "null",  # evaluation would be scored, and counted, too
+        "rewards": json.dumps(rewards),
+    }
+    log = tmp_path / "job.log"
+    command = ["sbatch", "--parsable", "--nodes=2", "--time=15", f"--output={log}", str(SBATCH_FILE)]
+    submission = subprocess.run(
+        [*command, *(word for name, value in overrides.items() for word in (f"--{name}", value))],
+        env=environment(GRPO_DIST_VENV=sys.prefix, PROCS_PER_NODE="1", PYTHONPATH=str(tmp_path)),
+        cwd=ROOT, capture_output=True, text=True,
+    )  # fmt: skip
+    assert submission.returncode == 0, submission.stderr
+    job = submission.stdout.strip().partition(";")[0]
+    submitted.append(job)
+
+    assert wait_for(job) == "COMPLETED", log.read_text() if log.exists() else "the job wrote no log"
+
+    metrics = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [entry["step"] for entry in metrics if "loss" in entry] == [1, 2, 3]
+    by_node: Counter[str] = Counter()
+    for file in scored.iterdir():
+        by_node[file.name.rpartition(".")[0]] += sum(map(int, file.read_text().split()))
+    # each node did its half: had they run side by side, each would have done everything
+    assert sorted(by_node.values()) == [STEPS * PROMPTS * GROUP_SIZE // 2] * 2
