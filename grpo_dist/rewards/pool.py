@@ -17,7 +17,7 @@ import math
 import queue
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,6 +34,7 @@ _MOST_CHUNK_ITEMS = 32
 _CHUNKS_PER_WORKER = 2  # so that a worker that is done early can take over some of the rest
 _LEAST_LOST_CALLS = 8
 _CLOSE_SECONDS = 10.0
+_CHECK_SECONDS = 0.2
 
 
 @dataclass(frozen=True)
@@ -65,9 +66,14 @@ class Pending:
         if not self._open_cells:
             self._done.set()
 
-    def result(self) -> Scores:
-        """Wait for all scores; raises what kept the pool itself from scoring, such as being closed."""
-        self._done.wait()
+    def result(self, check: Callable[[], None] | None = None) -> Scores:
+        """Wait for all scores; raises what kept the pool itself from scoring, such as being closed.
+
+        `check` is called several times a second meanwhile and may raise to give up waiting.
+        """
+        while not self._done.wait(_CHECK_SECONDS):
+            if check:
+                check()
         if self._error is not None:
             raise self._error
         failed = np.zeros(self._values.shape, dtype=bool)
