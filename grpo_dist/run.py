@@ -78,7 +78,8 @@ class Position:
         """What of the position has to be saved as tensors."""
         if self.batch is None:
             return {}
-        held = {f"batch/{name}": getattr(self.batch, name) for name in BATCH_TENSORS}
+        # cloned: they are columns of one gathered table, and safetensors refuses memory that is shared
+        held = {f"batch/{name}": getattr(self.batch, name).clone() for name in BATCH_TENSORS}
         return held if self.old is None else held | {"batch/old": self.old}
 
 
