@@ -196,7 +196,7 @@ class Ranks:
     def optimizer_step(self, policy: Any, optimizer: Any, learning_rate: float) -> float:
         """Clip, step, clear; returns the gradient's norm before clipping."""
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate
+            group["lr"] = learning_rate * group["rate_share"]
         if self.is_deepspeed:
             policy.step()
             norm = policy.get_global_grad_norm()
