@@ -27,6 +27,9 @@ from .config_algorithm import LossConfig
 from .kl import adapted_coefficient, kl_estimate
 from .losses import Objective
 
+ENTROPY_SLACK = 1e-5
+"""Entropies (nats) that differ by less are equal: far above float32's rounding, far below what tells tokens apart."""
+
 
 @dataclass(frozen=True)
 class Targets:
@@ -155,15 +158,16 @@ def next_kl_coeff(loss: LossConfig, kl_coeff: float, metrics: dict[str, float]) 
 
 
 def highest(values: Tensor, counted: Tensor, share: float) -> Tensor:
-    """Which of the `counted` values (T,) are in the highest `share` of them; all that equal the last one are.
+    """Which of the `counted` values (T,) are in the highest `share` of them, as arXiv:2506.01939 chooses tokens.
 
-    Wang et al., arXiv:2506.01939, section 4.
+    All that equal the last one are in. Tokens after the same text have the same entropy but for rounding, which
+    depends on the pack: without the slack, how the batch was packed would choose among them.
     """
     chosen = values[counted]
     if not len(chosen):
         return counted
-    place = math.ceil(share * len(chosen))
-    return counted & (values >= chosen.sort(descending=True).values[place - 1])
+    place = math.ceil((len(chosen) - 1) * (1 - share))  # the first at or above the (1 - share) quantile
+    return counted & (values >= chosen.sort().values[place] - ENTROPY_SLACK)
 
 
 def minibatch_of(batch: Batch, num_minibatches: int) -> Tensor:
