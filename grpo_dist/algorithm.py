@@ -149,12 +149,13 @@ def penalty_metrics(config: Config, batch: Batch, measured: Measured | None) -> 
     return {"kl": float(penalty[~batch.reward.isnan()[batch.sequence]].mean())}
 
 
-def next_kl_coeff(loss: LossConfig, kl_coeff: float, metrics: dict[str, float]) -> float:
+def next_kl_coeff(loss: LossConfig, kl_coeff: float, metrics: dict[str, float | None]) -> float:
     """The KL coefficient of the next step; `metrics` are this step's and are told the one it used."""
     if loss.kl_target is None:
         return kl_coeff
     metrics["kl_coeff"] = kl_coeff
-    return adapted_coefficient(kl_coeff, metrics["kl"], loss.kl_target) if "kl" in metrics else kl_coeff
+    measured = metrics["kl"]  # None where nothing was computed
+    return kl_coeff if measured is None else adapted_coefficient(kl_coeff, measured, loss.kl_target)
 
 
 def highest(values: Tensor, counted: Tensor, share: float) -> Tensor:

@@ -52,6 +52,12 @@ def batch_metrics(batch: Batch, advantages: Tensor, reward_names: list[str]) -> 
     return metrics
 
 
+NO_UPDATE: dict[str, float | None] = dict.fromkeys(
+    ("kl", "entropy", "ratio/mean", "ratio/max", "clip/low", "clip/high", "rollout/logprob_gap_max")
+) | dict.fromkeys(("loss", "loss/policy", "grad_norm", "learning_rate", "tokens/computed", "tokens/useful_share"), 0.0)
+"""Metrics of a step whose completions had nothing to teach: no forward pass, and no optimizer step, was taken."""
+
+
 class UpdateMetrics:
     """Sums over the packs of one update, reduced over the ranks once at its end."""
 
@@ -90,10 +96,10 @@ class UpdateMetrics:
         return named | maxima | {"tokens/computed": computed, "tokens/useful_share": useful / max(computed, 1.0)}
 
 
-def update_metrics(updates: list[dict[str, float]]) -> dict[str, float]:
-    """What the last update of a step left, and how far from the rollout's numbers the first one's packs were."""
+def update_metrics(updates: list[dict[str, float]]) -> dict[str, float | None]:
+    """What the last update of a step left, and of all of them the largest gap to the rollout's numbers."""
     name = "rollout/logprob_gap_max"
-    return updates[-1] | {name: max(update[name] for update in updates)} if updates else {}
+    return updates[-1] | {name: max(update[name] for update in updates)} if updates else NO_UPDATE
 
 
 class Clock:

@@ -7,6 +7,7 @@ with LoRA the merged linear layers, else all of them.
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 from collections.abc import Iterator
@@ -21,6 +22,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+from . import attention
 from .config import LoraConfig, ModelConfig
 from .critic import HEAD
 from .distributed import unsharded_loading, whole
@@ -94,6 +96,11 @@ def packing_obstacle(model_config: Any, longest: int) -> str | None:
             return f"its option {option}"
     if not getattr(text, "num_attention_heads", None):
         return "no attention layers"
+    try:  # some architectures look the attention up in tables of their own
+        with unsharded_loading(), torch.device("meta"):
+            AutoModelForCausalLM.from_config(copy.deepcopy(model_config), attn_implementation=attention.NAME)
+    except (KeyError, ValueError, ImportError) as error:
+        return f"its code does not take another attention ({type(error).__name__}: {error})"
     return None
 
 
@@ -112,7 +119,7 @@ def load_causal_lm(model: ModelConfig, dtype: torch.dtype, attn_implementation: 
 
 def load_policy(
     model: ModelConfig, lora: LoraConfig | None, dtype: torch.dtype, attn_implementation: str | None,
-    temperature: float, seed: int, *, has_critic: bool, entropy_gradient: bool,
+    temperature: float, seed: int, *, has_critic: bool = False, entropy_gradient: bool = False,
 ) -> Policy:  # fmt: skip
     """The policy: adapters on a frozen base, or the whole model to train in float32 (`lora` None)."""
     extras = {"has_critic": has_critic, "entropy_gradient": entropy_gradient}
@@ -129,7 +136,6 @@ def load_policy(
         task_type="CAUSAL_LM", r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout,
         target_modules=lora.target_modules,
     ))  # fmt: skip
-    adapted.peft_config["default"].base_model_name_or_path = model.name
     return Policy(adapted, temperature, **extras)
 
 
@@ -288,7 +294,7 @@ def save_final(policy: Policy, tokenizer: Any, directory: Path, is_main: bool) -
     plain.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     if isinstance(policy.model, PeftModel):
-        policy.model.save_pretrained(directory / "adapter", state_dict=whole_adapters)
+        policy.model.save_pretrained(directory / "adapter", state_dict=whole_adapters, save_embedding_layers=False)
         _check_adapter(directory / "adapter", whole_adapters)
 
 

@@ -23,9 +23,10 @@ class Policy(nn.Module):
         self.temperature = temperature
         self.entropy_gradient = entropy_gradient
         self.value_head = ValueHead(self.causal_lm.config.get_text_config().hidden_size) if has_critic else None
-        self.fused_head = isinstance(self.causal_lm.get_output_embeddings(), nn.Linear)
-        if self.fused_head:
-            _teach_head(self.causal_lm.get_output_embeddings())
+        head = self.causal_lm.get_output_embeddings()
+        self.fused_head = False  # until probe.head_is_plain has found that nothing happens to the logits after the head
+        if isinstance(head, nn.Linear):
+            _teach_head(head)
 
     @property
     def causal_lm(self) -> nn.Module:

@@ -224,7 +224,7 @@ def test_value_loss_equals_the_loop(clip: float | None) -> None:
 
 
 @given(st.lists(st.tuples(st.floats(-30, 0, width=32), st.floats(-30, 0, width=32)), min_size=1, max_size=20))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 def test_k3_equals_its_formula(pairs: list[tuple[float, float]]) -> None:
     logprobs, reference = (torch.tensor(column, dtype=torch.float64) for column in zip(*pairs, strict=True))
     expected = [math.expm1(r - p) - (r - p) for p, r in pairs]
@@ -261,7 +261,7 @@ def test_an_empty_pack_has_a_loss_of_zero_that_can_be_differentiated(case: Objec
     parameter = torch.ones(3, requires_grad=True)
     loss = policy_loss(case, parameter[sequence], empty, empty, empty, empty, empty, sequence)
     loss.total.backward()
-    assert float(loss.total) == 0 and parameter.grad is not None and parameter.grad.tolist() == [0.0] * 3
+    assert float(loss.total.detach()) == 0 and parameter.grad is not None and parameter.grad.tolist() == [0.0] * 3
 
 
 @pytest.mark.parametrize("case", CASES + DETACHED)
