@@ -266,7 +266,8 @@ class Run:
         lines += [f"trained model:  {self.directory / 'final'}", f"metrics:        {self.directory / 'metrics.jsonl'}"]
         if "tensorboard" in self.config.logging.trackers:
             lines.append(f"curves:         tensorboard --logdir {self.directory / 'tensorboard'}")
-        lines.append("next: your own data and reward, --data.train_file FILE --rewards '[{name: \"module:function\"}]'")
+        lines.append("next:           launch/single_node.sh --config configs/quickstart.yaml --train.output_dir runs/own "
+                     "--data.train_file FILE --rewards '[{name: \"module:function\"}]'")  # fmt: skip
         return "\n".join(lines)
 
     def close(self) -> None:
