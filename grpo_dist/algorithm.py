@@ -154,8 +154,10 @@ def next_kl_coeff(loss: LossConfig, kl_coeff: float, metrics: dict[str, float | 
     if loss.kl_target is None:
         return kl_coeff
     metrics["kl_coeff"] = kl_coeff
-    measured = metrics["kl"]  # None where nothing was computed
-    return kl_coeff if measured is None else adapted_coefficient(kl_coeff, measured, loss.kl_target)
+    measured = metrics["kl"]  # None where nothing was computed, not finite where the update was left out
+    if measured is None or not math.isfinite(measured):
+        return kl_coeff
+    return adapted_coefficient(kl_coeff, measured, loss.kl_target)
 
 
 def highest(values: Tensor, counted: Tensor, share: float) -> Tensor:

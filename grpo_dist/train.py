@@ -12,7 +12,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 
@@ -21,15 +20,13 @@ from torch import Tensor
 from .algorithm import next_kl_coeff, objective_of, penalty_metrics, targets_of
 from .batch import Batch
 from .batches import sample_batch
-from .cli_config import parse_config
-from .display import set_up_logging
+from .ending import main
 from .evaluation import evaluate
 from .losses import policy_loss, value_loss
 from .metrics import UpdateMetrics, batch_metrics, peak_memory_gib, update_metrics
 from .position import Position
 from .ratios import rollout_weights
-from .run import Run, UserError
-from .watch import Interrupted
+from .run import Run
 from .work import Work, aim, measure, pack_batch
 
 
@@ -50,8 +47,9 @@ def train(run: Run) -> None:
         aim(minibatches, targets)
         with run.phase("update"):
             while minibatches and position.updates < config.train.updates_per_batch * len(minibatches):
-                work = minibatches[position.updates % len(minibatches)]
-                position.add(batch, measured, facts, update(run, work, step))
+                found = update(run, minibatches[position.updates % len(minibatches)], step)
+                skipped = run.bad_updates.judge(step + 1, found["grad_norm"], batch, targets.advantages)
+                position.add(batch, measured, facts, found | {"update/skipped": float(skipped)})
         with run.phase("sync"):
             run.reference.sync(run.policy)
         metrics = batch_metrics(batch, targets.advantages, run.reward_names) | facts | update_metrics(position.metrics)
@@ -110,28 +108,5 @@ def record(run: Run, step: int, batch: Batch, advantages: Tensor, metrics: dict[
         run.save()
 
 
-def main() -> int:
-    """The command line."""
-    config = parse_config()
-    set_up_logging()
-    try:
-        run = Run(config)
-    except UserError as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr)
-        return 2
-    stopped = None
-    try:
-        train(run)
-    except Interrupted as reason:
-        stopped = f"stopped: {reason}. The same command goes on from step {run.position.step}"
-        run.save()
-    finally:
-        run.close()
-    if run.ranks.is_main:
-        print(stopped or run.summary())
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(train))
