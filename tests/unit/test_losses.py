@@ -128,7 +128,7 @@ def test_a_sequence_ratio_has_the_gradient_of_gspo() -> None:
     for first, last in ((0, 3), (3, 4), (4, 8)):
         ratio = (logprobs[first:last] - tensors["old"][first:last]).mean().exp()
         expected = expected - ratio * tensors["advantages"][first] / 3
-    assert float(got) == pytest.approx(float(expected))
+    assert got.item() == pytest.approx(expected.item())
     gradients = [torch.autograd.grad(value, logprobs)[0] for value in (got, expected)]
     assert torch.allclose(*gradients, rtol=1e-12)
 
@@ -219,7 +219,7 @@ def test_value_loss_equals_the_loop(clip: float | None) -> None:
         clipped = v if clip is None else min(max(v, o - clip), o + clip)
         expected += w * max((v - r) ** 2, (clipped - r) ** 2) / 2
     loss = value_loss(values, old, returns, weights, clip)
-    assert float(loss) == pytest.approx(expected)
+    assert loss.item() == pytest.approx(expected)
     assert torch.autograd.gradcheck(lambda v: value_loss(v, old, returns, weights, clip), values)
 
 
@@ -267,7 +267,7 @@ def test_an_empty_pack_has_a_loss_of_zero_that_can_be_differentiated(case: Objec
 @pytest.mark.parametrize("case", CASES + DETACHED)
 def test_the_loss_is_a_sum_over_completions(case: Objective) -> None:
     tensors = inputs()
-    whole = float(policy_loss(case, **tensors).total)
+    whole = policy_loss(case, **tensors).total.item()
     parts = 0.0
     for number in range(len(LENGTHS)):
         mine = tensors["sequence"] == number
