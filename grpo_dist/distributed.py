@@ -202,7 +202,7 @@ class Ranks:
         Where the norm is not finite no rank steps: it is the same number on all of them. (DeepSpeed does so by itself.)
         """
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate
+            group["lr"] = learning_rate * group["rate_share"]
         if self.is_deepspeed:
             policy.step()
             norm = policy.get_global_grad_norm()

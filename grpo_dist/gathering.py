@@ -6,8 +6,9 @@ import logging
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from .batch import Batch, Completion, Prompt
+from .batch import Batch, Completion, Prompt, at_last_tokens
 from .distributed import Ranks
 from .rewards.scores import Failure, Scores, combine
 
@@ -39,7 +40,19 @@ def gather(
     if bool(failed.any()):
         _judge(ranks, prompts, completions, scores.failures, failed.double().mean().item(), error_budget)
     return Batch(prompts, numbers[:, 0], numbers[:, 1], numbers[:, 2].bool(), tokens, logprobs,
-                 gathered[:, :num_rewards], gathered[:, -1])  # fmt: skip
+                 gathered[:, :num_rewards], gathered[:, -1], _token_rewards(ranks, completions, scores))  # fmt: skip
+
+
+def _token_rewards(ranks: Ranks, completions: list[Completion], scores: Scores) -> Tensor | None:
+    """The global batch's rewards by token, None where no rank has per-token rewards; a collective."""
+    if not any(ranks.gather_objects(bool(scores.per_token))):
+        return None
+    lengths = torch.tensor([len(c.ids) for c in completions], dtype=torch.int64)
+    table = at_last_tokens(torch.from_numpy(scores.values), lengths)
+    starts = (torch.cumsum(lengths, 0) - lengths).tolist()
+    for (n, reward), values in scores.per_token.items():
+        table[starts[n] : starts[n] + len(values), reward] = torch.tensor(values, dtype=torch.float64)
+    return ranks.gather(table)
 
 
 def _judge(

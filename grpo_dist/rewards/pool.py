@@ -56,6 +56,7 @@ class Pending:
         self._most_lost_calls = most_lost_calls
         shape = (len(items), len(names))
         self._values = np.full(shape, np.nan)
+        self._per_token: dict[tuple[int, int], list[float]] = {}
         self._failures: dict[tuple[int, int], Failure] = {}
         self._seconds = np.zeros(len(names))
         self._lost_calls = [0] * len(names)
@@ -80,17 +81,29 @@ class Pending:
         for cell in self._failures:
             failed[cell] = True
         failures = [self._failures[cell] for cell in sorted(self._failures)]
-        return Scores(values=self._values, failed=failed, failures=failures, seconds=self._seconds)
+        return Scores(values=self._values, failed=failed, failures=failures, seconds=self._seconds,
+                      per_token=self._per_token)  # fmt: skip
 
     def scored(self, reward: int, places: Sequence[int], answer: dict[str, Any]) -> None:
         """Take in the values of one call."""
         bad = {int(place): message for place, message in answer["bad"].items()}
         with self._lock:
-            for place, value in zip(places, answer["values"], strict=True):
-                self._values[place, reward] = np.nan if value is None else value
+            for number, (place, value) in enumerate(zip(places, answer["values"], strict=True)):
+                if isinstance(value, list) and len(value) != len(self.items[place].completion_ids):
+                    tokens = len(self.items[place].completion_ids)
+                    bad[number] = f"returned {len(value)} numbers for {tokens} tokens, expected one per token"
+                else:
+                    self._take(place, reward, value)
             for place, message in bad.items():
                 self._failures[places[place], reward] = self._failure(places[place], reward, "bad_value", message)
             self._close(len(places))
+
+    def _take(self, place: int, reward: int, value: float | list[float | None] | None) -> None:
+        if isinstance(value, list):
+            numbers = np.array(value, dtype=float)  # None becomes NaN
+            self._per_token[place, reward] = numbers.tolist()
+            value = None if np.isnan(numbers).all() else float(np.nansum(numbers))
+        self._values[place, reward] = np.nan if value is None else value
 
     def failed(self, reward: int, place: int, kind: FailureKind, message: str, traceback: str = "") -> None:
         """Take in that one completion cannot be scored."""

@@ -58,6 +58,9 @@ class Scores:
     """One for each True of `failed`, by completion and then by reward."""
     seconds: NDArray[np.float64]
     """(R,); time spent in each reward's calls, summed over the workers."""
+    per_token: dict[tuple[int, int], list[float]] = field(default_factory=dict)
+    """By (completion, reward), where a reward gave one number per completion token: these numbers, NaN for None. Their
+    sum stands in `values`."""
 
 
 def combine(values: NDArray[np.float64], failed: NDArray[np.bool_], weights: Sequence[float]) -> NDArray[np.float64]:

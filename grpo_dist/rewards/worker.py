@@ -68,7 +68,7 @@ def answer(rewards: list[RewardFunction], request: bytes) -> dict[str, Any]:
     """Make one call and return `{"values": […], "bad": {place: message}}`, or its `kind`, `message` and `traceback`.
 
     A request is the pickled tuple of the reward's place, the number of completions and the keywords of the call. Values
-    are floats, or None where the reward does not apply or its value is bad.
+    are floats, lists of floats and Nones (one per token), or None where the reward does not apply or its value is bad.
     """
     try:
         place, count, keywords = pickle.loads(request)
@@ -81,10 +81,14 @@ def answer(rewards: list[RewardFunction], request: bytes) -> dict[str, Any]:
     return {"values": values, "bad": bad}
 
 
-def read_values(result: object, count: int) -> tuple[list[float | None], dict[int, str]]:
+Value = float | list[float | None] | None
+
+
+def read_values(result: object, count: int) -> tuple[list[Value], dict[int, str]]:
     """Return a result's values as floats, None where it does not apply, and a message for each bad one by its place.
 
-    Bools, ints, numpy scalars and tensors without dimensions are numbers; arrays and tensors with one are lists.
+    Bools, ints, numpy scalars and tensors without dimensions are numbers; arrays and tensors with one are lists. A
+    value that is a list itself holds one number, or None, per token of its completion.
     Raises BadValueError where the result as a whole is not a list of `count` values.
     """
     if hasattr(result, "tolist") and getattr(result, "ndim", None) is not None:
@@ -94,15 +98,23 @@ def read_values(result: object, count: int) -> tuple[list[float | None], dict[in
     given = list(result)
     if len(given) != count:
         raise BadValueError(f"returned {len(given)} values for {count} completions: {_shown(given)}")
-    values: list[float | None] = []
+    values: list[Value] = []
     bad: dict[int, str] = {}
     for place, value in enumerate(given):
-        number = None if value is None else _as_float(value)
-        if number is not None and not math.isfinite(number):
-            bad[place] = f"returned {_shown(value)}, expected a finite number or None"
-            number = None
-        values.append(number)
+        read = _read_value(value)
+        if not all(number is None or math.isfinite(number) for number in (read if isinstance(read, list) else [read])):
+            bad[place] = f"returned {_shown(value)}, expected a finite number, None, or a list of these (one per token)"
+            read = None
+        values.append(read)
     return values, bad
+
+
+def _read_value(value: Any) -> Value:
+    if getattr(value, "ndim", None) == 1:
+        value = value.tolist()
+    if isinstance(value, (list, tuple)):
+        return [None if each is None else _as_float(each) for each in value]
+    return None if value is None else _as_float(value)
 
 
 def _as_float(value: Any) -> float:
