@@ -18,11 +18,24 @@ from dataclasses import dataclass
 from typing import Any
 
 from grpo_dist.config import RewardConfig
+from grpo_dist.rewards.placement import Placement, placement_of
 
 BUILT_IN = {"math": "grpo_dist.rewards.math:MathRewardModel"}
 """Names of the rewards that ship with the package, and where they are."""
-KEYWORDS = ("prompts", "completions", "completion_ids")
+KEYWORDS = ("prompts", "completions", "completion_ids", "trainer_state", "log_metric", "log_extra")
 """What every reward function may take beside the data's columns (TRL's names)."""
+
+
+@dataclass(frozen=True)
+class TrainerState:
+    """What a reward that asks for `trainer_state` learns of the run (TRL's names)."""
+
+    global_step: int = 0
+    """Steps done."""
+    max_steps: int = 0
+    """Steps of the run."""
+    epoch: float = 0.0
+    """How many times the data has been gone through."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +75,8 @@ class RewardFunction:
     """The function with the config's arguments bound; what it returns is not checked here."""
     parameters: Parameters
     """The keywords it takes, without those that are bound."""
+    placement: Placement
+    """Where it declares to run."""
 
 
 def labels(rewards: Sequence[RewardConfig]) -> list[str]:
@@ -83,6 +98,14 @@ def answer_checks(rewards: Sequence[RewardConfig]) -> list[Callable[[object], No
     return [reward.check_answer for reward in built_in if hasattr(reward, "check_answer")]
 
 
+def declared_placement(config: RewardConfig) -> Placement:
+    """Return where a configured reward has to run, without instantiating it. Raises ValueError as `resolve` does."""
+    try:
+        return placement_of(_find(_import_path(config.name), config.name))
+    except ValueError as error:
+        raise ValueError(str(error) if config.name in str(error) else f"rewards: {config.name!r}: {error}") from error
+
+
 def resolve(config: RewardConfig) -> RewardFunction:
     """Return the function a config names, its arguments bound; a class is instantiated with them and must be callable.
 
@@ -99,7 +122,8 @@ def resolve(config: RewardConfig) -> RewardFunction:
         what = f"an instance of {found.__name__}" if inspect.isclass(found) else f"of type {type(found).__name__}"
         raise ValueError(f"rewards: {config.name!r} is {what}, which cannot be called; expected a function")
     parameters = _parameters(function, config.name, bound)
-    return RewardFunction(config.name, functools.partial(function, **bound) if bound else function, parameters)
+    ready = functools.partial(function, **bound) if bound else function
+    return RewardFunction(config.name, ready, parameters, placement_of(found))
 
 
 def _import_path(name: str) -> str:
