@@ -49,8 +49,11 @@ class Display:
             TextColumn("{task.fields[facts]}", markup=False), console=console, disable=not self.live,
         )  # fmt: skip
         self.task = self.progress.add_task("starting", total=num_steps, completed=first_step, facts="")
+        if first_step >= num_steps:
+            self.say(f"all {num_steps} steps are done already; raise train.num_train_steps to go on")
         self.started = time.monotonic()
-        self.progress.start()
+        if self.live:
+            self.progress.start()
 
     def phase(self, name: str) -> None:
         """Say what is being done now."""

@@ -54,7 +54,7 @@ def k3(logprobs: Tensor, reference: Tensor) -> Tensor:
     http://joschu.net/blog/kl-approx.html; DeepSeekMath, eq. 4.
     """
     difference = reference - logprobs
-    return difference.exp() - difference - 1
+    return torch.expm1(difference) - difference  # exp(d) - 1 would round away all of a small difference
 
 
 def squared_sequence(logprobs: Tensor, reference: Tensor, sequence: Tensor) -> Tensor:

@@ -63,6 +63,22 @@ def end_token_ids(model: ModelConfig, tokenizer: Any) -> list[int]:
     return sorted(ends)
 
 
+def load_model_config(model: ModelConfig) -> Any:
+    """The model's transformers config."""
+    return AutoConfig.from_pretrained(model_path(model), **_hub_options(model))
+
+
+def check_model_config(model_config: Any, tokenizer: Any, longest: int) -> None:
+    """Raise ValueError where the model cannot hold sequences of `longest` tokens, or its tokenizer's vocabulary."""
+    text = model_config.get_text_config()
+    positions = getattr(text, "max_position_embeddings", None)
+    if positions is not None and longest > positions:
+        raise ValueError(f"data.max_prompt_length + rollout.max_completion_length: {longest} tokens given, the model has "
+                         f"{positions} positions (max_position_embeddings)")  # fmt: skip
+    if len(tokenizer) > text.vocab_size:
+        raise ValueError(f"model.name: the tokenizer has {len(tokenizer)} tokens, the model only {text.vocab_size}")
+
+
 def packing_obstacle(model_config: Any, longest: int) -> str | None:
     """Why packs with shared prompts cannot express this architecture for sequences of `longest` tokens, or None."""
     text = model_config.get_text_config()
@@ -331,7 +347,7 @@ def _check_adapter(directory: Path, expected: dict[str, Tensor]) -> None:
             raise RuntimeError(f"{directory}: the tensor {key} differs from the one in memory")
 
 
-def base_identity(model: ModelConfig) -> str:
+def base_identity(model: ModelConfig, model_config: Any) -> str:
     """What tells one base model from another: its name, revision and configuration."""
-    config = AutoConfig.from_pretrained(model_path(model), **_hub_options(model)).to_dict()
-    return json.dumps({"name": model.name, "revision": model.revision, "config": config}, sort_keys=True, default=str)
+    return json.dumps({"name": model.name, "revision": model.revision, "config": model_config.to_dict()},
+                      sort_keys=True, default=str)  # fmt: skip

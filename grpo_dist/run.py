@@ -13,7 +13,6 @@ from typing import Any
 import torch
 import yaml
 from torch import Tensor
-from transformers import AutoConfig
 
 from . import attention, checkpoint
 from .batch import Batch, Completion, Prompt
@@ -27,11 +26,12 @@ from .models import (
     FrozenCopy,
     SharedReference,
     base_identity,
+    check_model_config,
     end_token_ids,
     load_causal_lm,
+    load_model_config,
     load_policy,
     load_tokenizer,
-    model_path,
     packing_obstacle,
     save_final,
     trainable,
@@ -46,22 +46,28 @@ from .schedule import learning_rate
 log = logging.getLogger(__name__)
 
 
+class UserError(ValueError):
+    """Something the user gave cannot be used; the message says what, what was expected and what to do."""
+
+
 class Run:
     """The parts of a run: ranks, data, models, engine, scorer, files. Opened once, resumed where it can be."""
 
     def __init__(self, config: Config) -> None:
         self.config = config
         self.directory = Path(config.train.output_dir)
-        self._load_data()
+        try:  # all that a user can have got wrong, before ranks meet and models are loaded
+            self._load_data()
+            self.resume_from = self._resume_path()
+            self.scorer = ScorerPool(config.rewards, config.scoring)
+            self.scorer.check_columns(self.prompts[0].columns)
+            self.directory.mkdir(parents=True, exist_ok=True)
+        except (ValueError, OSError, checkpoint.DamagedCheckpoint) as error:
+            raise UserError(str(error)) from error
         self.ranks = Ranks(resolve_dtype(config.model.dtype), config.optim)
         _log_on_main(self.ranks)
-        with self.ranks.together("preparing the output directory and the rewards"):
-            self.resume_from = self._resume_path()
-            if self.ranks.is_main:
-                self.directory.mkdir(parents=True, exist_ok=True)
-                (self.directory / "config.yaml").write_text(yaml.safe_dump(redacted(asdict(config)), sort_keys=False))
-            self.scorer = ScorerPool(config.rewards, config.scoring)
-            self.scorer.check_columns({name for prompt in self.prompts[:1] for name in prompt.columns})
+        if self.ranks.is_main:
+            (self.directory / "config.yaml").write_text(yaml.safe_dump(redacted(asdict(config)), sort_keys=False))
         self._load_models()
         self.first_step = self._resume() if self.resume_from else 0
         self.reference.sync(self.policy)
@@ -72,6 +78,9 @@ class Run:
     def _load_data(self) -> None:
         data = self.config.data
         self.tokenizer = load_tokenizer(self.config.model)
+        self.model_config = load_model_config(self.config.model)
+        self.longest = data.max_prompt_length + self.config.rollout.max_completion_length
+        check_model_config(self.model_config, self.tokenizer, self.longest)
         checks = answer_checks(self.config.rewards) if data.answer_column else []
         self.prompts, dropped = load_prompts(data.train_file, data.train_split, data, self.tokenizer, checks)
         self.eval_prompts: list[Prompt] = []
@@ -84,11 +93,8 @@ class Run:
     def _load_models(self) -> None:
         config = self.config
         dtype, copy_dtype = resolve_dtype(config.model.dtype), resolve_dtype(config.reference.dtype)
-        longest = config.data.max_prompt_length + config.rollout.max_completion_length
         auto = config.model.attn_implementation == "auto"
-        obstacle = packing_obstacle(AutoConfig.from_pretrained(
-            model_path(config.model), revision=config.model.revision,
-            trust_remote_code=config.model.trust_remote_code), longest) if auto else "as model.attn_implementation asks"  # fmt: skip
+        obstacle = packing_obstacle(self.model_config, self.longest) if auto else "as model.attn_implementation asks"
         implementation = attention.NAME if obstacle is None else None if auto else config.model.attn_implementation
         temperature = config.rollout.temperature
         policy = load_policy(config.model, config.lora, dtype, implementation, temperature, config.train.seed)
@@ -135,7 +141,8 @@ class Run:
         return Path(resume)
 
     def _identity(self) -> dict[str, Any]:
-        return {"base": base_identity(self.config.model), "lora": asdict(self.config.lora) if self.config.lora else None,
+        return {"base": base_identity(self.config.model, self.model_config),
+                "lora": asdict(self.config.lora) if self.config.lora else None,
                 "seed": self.config.train.seed, "num_prompts": len(self.prompts)}  # fmt: skip
 
     def _resume(self) -> int:
@@ -238,13 +245,12 @@ class Run:
         lines += [f"trained model:  {self.directory / 'final'}", f"metrics:        {self.directory / 'metrics.jsonl'}"]
         if "tensorboard" in self.config.logging.trackers:
             lines.append(f"curves:         tensorboard --logdir {self.directory / 'tensorboard'}")
+        lines.append("next: your own data and reward, --data.train_file FILE --rewards '[{name: \"module:function\"}]'")
         return "\n".join(lines)
 
     def close(self) -> None:
         """End the workers, close the files, leave the process group."""
         self.display.close()
-        if self.ranks.is_main:
-            print(self.summary(), flush=True)
         self.scorer.close()
         if self.recorder:
             self.recorder.close()

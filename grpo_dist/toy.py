@@ -101,7 +101,7 @@ def problems(split: Literal["train", "eval"]) -> list[Problem]:
     operands = range(MAX_OPERAND + 1)
     pairs = [(left, right) for left in operands for right in operands]
     # Pairs on the edge of the range stay in training: a held-out 30 + 30 would ask for an extrapolation.
-    inner = [pair for pair in pairs if 0 < min(pair) and max(pair) < MAX_OPERAND]
+    inner = [pair for pair in pairs if min(pair) > 0 and max(pair) < MAX_OPERAND]
     # The split has its own fixed seed: were it the training seed, remaking the base would leak into old data files.
     held_out = set(random.Random(20).sample(inner, len(pairs) // 10))
     kept = [pair for pair in pairs if (pair in held_out) == (split == "eval")]

@@ -12,6 +12,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from dataclasses import dataclass
@@ -22,7 +23,6 @@ from torch import Tensor
 from .advantages import group_relative_advantages
 from .batch import Batch, Completion, Prompt
 from .cli_config import parse_config
-from .config import Config
 from .display import set_up_logging
 from .evaluation import evaluate
 from .gathering import gather
@@ -30,7 +30,7 @@ from .losses import policy_loss, token_weights
 from .metrics import UpdateMetrics, batch_metrics, peak_memory_gib
 from .packing import Pack, make_pack, plan
 from .rewards.pool import Pending
-from .run import Run
+from .run import Run, UserError
 
 
 @dataclass
@@ -45,9 +45,9 @@ class Work:
     reference: Tensor | None = None
 
 
-def train(config: Config) -> Run:
-    """Train the policy of `config`, leave everything in train.output_dir, and return the closed run."""
-    run = Run(config)
+def train(run: Run) -> None:
+    """Train the run's policy and leave everything in train.output_dir."""
+    config = run.config
     if run.first_step == 0:
         run.write({"step": 0} | evaluate(run, 0))
     for step in run.steps():
@@ -69,7 +69,6 @@ def train(config: Config) -> Run:
         seconds = time.perf_counter() - start
         record(run, step, batch, advantages, metrics, seconds)
     run.save_final()
-    return run
 
 
 def score(run: Run, prompts: list[Prompt], completions: list[Completion], pending: Pending) -> Batch:
@@ -135,7 +134,7 @@ def update(run: Run, work: list[Work], step: int) -> dict[str, float]:
             )  # fmt: skip
             run.ranks.backward(run.wrapped, loss.total, last)
         gap = (logprobs.detach() - each.sampled).abs()
-        measured.add(loss, entropies, gap, useful=len(each.pack.ids), computed=len(each.pack.ids))
+        measured.add(loss, entropies, gap, useful=len(each.pack.ids) if len(logprobs) else 0, computed=len(each.pack.ids))
     learning_rate = run.learning_rate(step)
     norm = run.ranks.optimizer_step(run.wrapped, run.optimizer, learning_rate)
     return measured.reduced(run.ranks) | {"grad_norm": norm, "learning_rate": learning_rate}
@@ -166,8 +165,18 @@ def main() -> int:
     """The command line."""
     config = parse_config()
     set_up_logging()
-    run = train(config)
-    run.close()
+    try:
+        run = Run(config)
+    except UserError as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr)
+        return 2
+    try:
+        train(run)
+    finally:
+        run.close()
+    if run.ranks.is_main:
+        print(run.summary())
     return 0
 
 

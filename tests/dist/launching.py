@@ -1,0 +1,80 @@
+"""Start real trainings, as a user would: through `accelerate launch` or plain Python, in processes of their own."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+from safetensors.torch import load_file
+from torch import Tensor
+
+ROOT = Path(__file__).parents[2]
+TINY = [
+    "--config", "configs/quickstart.yaml", "--model.dtype", "float32", "--reference.dtype", "float32",
+    "--train.num_train_steps", "5", "--train.batch_size", "7", "--rollout.group_size", "5",
+    "--train.eval_every", "0", "--train.num_eval_prompts", "16",
+]  # fmt: skip
+"""Five steps of the toy model; 7 prompts and 5 completions divide by no number of ranks used here."""
+
+
+def free_port() -> int:
+    """A port nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def command(strategy: str | None, num_processes: int) -> list[str]:
+    """The command that starts the trainer under accelerate_configs/STRATEGY.yaml, or plainly for None."""
+    if strategy is None:
+        return [sys.executable, "-m", "grpo_dist.train"]
+    return [
+        sys.executable, "-m", "accelerate.commands.launch", "--config_file", f"accelerate_configs/{strategy}.yaml",
+        "--num_processes", str(num_processes), "--main_process_port", str(free_port()), "-m", "grpo_dist.train",
+    ]  # fmt: skip
+
+
+def launch(
+    strategy: str | None, num_processes: int, *arguments: str, environment: dict[str, str] | None = None,
+    timeout_seconds: float = 300,
+) -> subprocess.CompletedProcess[str]:  # fmt: skip
+    """Run a training to its end and return what it printed."""
+    return subprocess.run(
+        [*command(strategy, num_processes), *arguments], cwd=ROOT, capture_output=True, text=True,
+        timeout=timeout_seconds, env={**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})}, check=False,
+    )  # fmt: skip
+
+
+def train(strategy: str | None, num_processes: int, directory: Path, *arguments: str) -> Path:
+    """A training that must succeed; returns its output directory."""
+    done = launch(strategy, num_processes, *TINY, "--train.output_dir", str(directory), *arguments)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+    return directory
+
+
+def metrics(directory: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl."""
+    return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+
+
+def completions(directory: Path) -> list[dict[str, Any]]:
+    """Every completion of the run, in order."""
+    return [row for file in sorted((directory / "completions").glob("*.parquet")) for row in pq.read_table(file).to_pylist()]
+
+
+def adapters(directory: Path) -> dict[str, Tensor]:
+    """The exported adapter."""
+    return load_file(directory / "final" / "adapter" / "adapter_model.safetensors")
+
+
+def relative_difference(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
+    """Norm of the difference over the norm of the first, all tensors together."""
+    assert a.keys() == b.keys()
+    difference = sum(float((a[name].double() - b[name].double()).pow(2).sum()) for name in a)
+    return (difference / sum(float(a[name].double().pow(2).sum()) for name in a)) ** 0.5

@@ -1,0 +1,77 @@
+"""Promise 1: the number of ranks and the ZeRO stage change neither the tokens that are drawn nor what is learned."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from launching import adapters, completions, metrics, relative_difference, train
+
+VARIANTS = [("cpu", 1), ("ddp", 2), ("zero1", 2), ("zero2", 2), ("zero3", 2), ("zero3", 3), ("zero3_offload", 2)]
+KL = ("--loss.kl_coeff", "0.04")
+
+
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run all others are compared with: plain Python, one process."""
+    return train(None, 1, tmp_path_factory.mktemp("one"), *KL)
+
+
+def learned(directory: Path) -> dict[str, float]:
+    """Norm of the learned part: B starts at zero, so it holds nothing but updates."""
+    return {name: float(tensor.norm()) for name, tensor in adapters(directory).items() if "lora_B" in name}
+
+
+@pytest.mark.parametrize(("strategy", "num_processes"), VARIANTS)
+def test_same_tokens_and_weights(strategy: str, num_processes: int, one_process: Path, tmp_path: Path) -> None:
+    other = train(strategy, num_processes, tmp_path / "run", *KL)
+    expected, got = completions(one_process), completions(other)
+    assert [row["completion"] for row in got] == [row["completion"] for row in expected]
+    assert [row["advantage"] for row in got] == [row["advantage"] for row in expected]
+    assert all(norm > 0 for norm in learned(one_process).values())
+    only_learned = [{n: t for n, t in adapters(d).items() if "lora_B" in n} for d in (one_process, other)]
+    assert relative_difference(*only_learned) <= 1e-4
+    assert relative_difference(adapters(one_process), adapters(other)) <= 1e-5
+    for a, b in zip(metrics(one_process), metrics(other), strict=True):
+        for name in ("loss", "kl", "grad_norm", "reward/mean", "entropy"):
+            assert b.get(name) == pytest.approx(a.get(name), rel=1e-3, abs=1e-6), name
+
+
+def test_first_step(one_process: Path) -> None:
+    """Promise 4: the ratio is exactly 1 and the KL to the reference 0 before anything was learned."""
+    first = metrics(one_process)[1]
+    assert first["step"] == 1
+    assert first["ratio/mean"] == first["ratio/max"] == 1.0
+    assert abs(first["kl"]) < 1e-9
+    assert first["rollout/logprob_gap_max"] < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("strategy", "num_processes", "arguments"),
+    [
+        ("zero3", 2, ("--reference.placement", "shared")),
+        ("zero3", 2, ("--model.gradient_checkpointing", "true")),
+        ("zero2", 2, ("--train.max_tokens_per_pack", "80")),
+        ("ddp", 2, ("--model.attn_implementation", "sdpa")),
+    ],
+)
+def test_what_changes_only_speed_and_memory(
+    strategy: str, num_processes: int, arguments: tuple[str, ...], one_process: Path, tmp_path: Path
+) -> None:
+    other = train(strategy, num_processes, tmp_path / "run", *KL, *arguments)
+    assert [row["completion"] for row in completions(other)] == [row["completion"] for row in completions(one_process)]
+    assert relative_difference(adapters(one_process), adapters(other)) <= 1e-5
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--loss.objective", "reinforce", "--loss.kl_coeff", "0.01"),
+        ("--train.updates_per_batch", "3"),
+    ],
+)
+def test_other_objectives(arguments: tuple[str, ...], tmp_path: Path) -> None:
+    one = train(None, 1, tmp_path / "one", *arguments)
+    three = train("zero3", 3, tmp_path / "three", *arguments)
+    assert [row["completion"] for row in completions(three)] == [row["completion"] for row in completions(one)]
+    assert relative_difference(adapters(one), adapters(three)) <= 1e-5

@@ -1,0 +1,60 @@
+"""Promise 3: what was killed and started again ends where it would have ended, and another shape can take over."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from launching import ROOT, TINY, adapters, command, completions, metrics, relative_difference, train
+from safetensors.torch import load_file
+
+EACH = ("--train.save_every", "1")
+
+
+def state(directory: Path) -> dict[str, torch.Tensor]:
+    """Weights and moments after the last step."""
+    return load_file(directory / "checkpoints" / "step_5" / "state.safetensors")
+
+
+def kill_after(steps: int, strategy: str, num_processes: int, directory: Path) -> None:
+    """Start a training and kill -9 all of it once `steps` steps are written down."""
+    process = subprocess.Popen(
+        [*command(strategy, num_processes), *TINY, *EACH, "--train.output_dir", str(directory)], cwd=ROOT,
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    deadline = time.monotonic() + 240
+    while process.poll() is None and time.monotonic() < deadline:
+        written = directory / "metrics.jsonl"
+        if written.exists() and len(written.read_text().splitlines()) > steps:
+            break
+        time.sleep(0.05)
+    assert process.poll() is None, "the run ended before it could be killed"
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+@pytest.mark.parametrize(("strategy", "num_processes"), [("zero2", 2), ("zero3", 2)])
+def test_killed_and_started_again(strategy: str, num_processes: int, tmp_path: Path) -> None:
+    undisturbed = train(strategy, num_processes, tmp_path / "undisturbed", *EACH)
+    kill_after(2, strategy, num_processes, tmp_path / "killed")
+    again = train(strategy, num_processes, tmp_path / "killed", *EACH)
+    expected, got = state(undisturbed), state(again)
+    assert expected.keys() == got.keys()
+    assert all(torch.equal(expected[name], got[name]) for name in expected)
+    assert [row["completion"] for row in completions(again)] == [row["completion"] for row in completions(undisturbed)]
+    assert [line["step"] for line in metrics(again)] == list(range(6))
+    assert [line["loss"] for line in metrics(again)[1:]] == [line["loss"] for line in metrics(undisturbed)[1:]]
+
+
+def test_another_shape_takes_over(tmp_path: Path) -> None:
+    undisturbed = train(None, 1, tmp_path / "undisturbed", *EACH)
+    kill_after(2, "zero2", 2, tmp_path / "moved")
+    moved = train("zero3", 3, tmp_path / "moved", *EACH)
+    assert [row["completion"] for row in completions(moved)] == [row["completion"] for row in completions(undisturbed)]
+    assert relative_difference(adapters(undisturbed), adapters(moved)) <= 1e-5

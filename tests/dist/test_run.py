@@ -1,0 +1,112 @@
+"""What a run leaves behind, a user's own data and reward, and the recipe's own snippet."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from launching import ROOT, TINY, adapters, completions, launch, metrics, train
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from grpo_dist.toy import toy_path
+
+METRICS = """step epoch reward/mean reward/std reward/math/mean reward/groups_zero_std reward/unscored advantage/abs_mean
+loss loss/policy kl entropy ratio/mean ratio/max clip/low clip/high grad_norm learning_rate completion/length_mean
+completion/length_max completion/truncated tokens/completion tokens/computed tokens/useful_share
+rollout/logprob_gap_max rollout/tokens_per_second time/rollout time/reward time/reference time/update time/sync
+time/step memory/peak_gib""".split()
+
+OWN_REWARD = '''
+import os
+def shortness(prompts, completions, completion_ids, hint, **columns):
+    """Reads a column of the data; does not apply to empty completions."""
+    assert "answer" in columns and len(prompts) == len(hint)
+    return [None if not text else 1.0 / len(ids) + (text.strip() == h) for text, ids, h in zip(completions, completion_ids, hint)]
+'''
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run under ZeRO-2 on two ranks, with evaluation."""
+    return train("zero2", 2, tmp_path_factory.mktemp("recipe") / "checkpoints", "--train.eval_every", "2")
+
+
+def test_metrics(recipe: Path) -> None:
+    lines = metrics(recipe)
+    assert [line["step"] for line in lines] == list(range(6))
+    for line in lines[1:]:
+        assert set(METRICS) <= line.keys()
+        assert line["tokens/useful_share"] >= 0.95
+    for line in (lines[0], lines[2], lines[4], lines[5]):
+        assert 0 <= line["eval/accuracy"] <= 1 and 0 <= line["eval/greedy_accuracy"] <= 1
+
+
+def test_files(recipe: Path) -> None:
+    assert (recipe / "config.yaml").is_file()
+    assert list((recipe / "tensorboard").rglob("events.out.*"))
+    rows = completions(recipe)
+    assert len(rows) == 5 * 7 * 5
+    assert {"step", "prompt", "completion", "reward", "advantage", "reward/math"} <= rows[0].keys()
+    for step in range(1, 6):
+        for group in range(7):
+            advantages = [row["advantage"] for row in rows if row["step"] == step and row["group"] == group]
+            assert len(advantages) == 5 and abs(sum(advantages)) < 1e-6
+
+
+def test_the_recipes_snippet(recipe: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(recipe / "final")
+    tokenizer = AutoTokenizer.from_pretrained(recipe / "final")
+    prompt = "What is 12 - 7? Answer with an integer."
+    inputs = tokenizer(prompt, return_tensors="pt")
+    outputs = model.generate(**inputs, max_new_tokens=16, do_sample=False)
+    assert tokenizer.decode(outputs[0], skip_special_tokens=True).removeprefix(prompt).strip()[-1].isdigit()
+
+
+def test_merged_model_equals_adapter(recipe: Path) -> None:
+    """Reopened from disk: the merged model, and the base with the adapter on it, give the same logits."""
+    merged = AutoModelForCausalLM.from_pretrained(recipe / "final", dtype=torch.float32)
+    base = AutoModelForCausalLM.from_pretrained(toy_path(), dtype=torch.float32)
+    ids = torch.arange(5, 40)[None]
+    with torch.no_grad():
+        plain = base(ids).logits
+        adapted = PeftModel.from_pretrained(base, recipe / "final" / "adapter")(ids).logits
+        assert torch.allclose(merged(ids).logits, adapted, atol=1e-4)
+        assert not torch.allclose(plain, adapted, atol=1e-2)
+    assert all(float(tensor.norm()) > 0 for tensor in adapters(recipe).values())
+
+
+def test_own_data_and_reward(tmp_path: Path) -> None:
+    (tmp_path / "own_reward.py").write_text(OWN_REWARD)
+    rows = [{"question": f"What is {a} + 1? Answer with an integer.", "gold": str(a + 1), "hint": str(a + 1)}
+            for a in range(9)]  # fmt: skip
+    data = tmp_path / "own.jsonl"
+    data.write_text("\n".join(map(json.dumps, rows)))
+    rewards = json.dumps([{"name": "own_reward:shortness", "weight": 0.5}, {"name": "math", "args": {"correct_reward": 2}}])
+    done = launch(
+        "ddp", 2, *TINY, "--train.output_dir", str(tmp_path / "run"), "--train.num_train_steps", "2",
+        "--data.train_file", str(data), "--data.eval_file", "null", "--data.prompt_column", "question",
+        "--data.answer_column", "gold", "--rewards", rewards, environment={"PYTHONPATH": f"{tmp_path}:{ROOT}"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+    rows = completions(tmp_path / "run")
+    assert all(row["reward"] == pytest.approx(0.5 * row["reward/shortness"] + row["reward/math"]) for row in rows)
+    assert {row["reward/math"] for row in rows} <= {0.0, 2.0}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (("--data.train_file", "no/such.jsonl"), "no/such.jsonl"),
+        (("--rewards", "[{name: maths}]"), "math"),
+        (("--data.max_prompt_length", "3"), "line 1"),
+        (("--rollout.group_size", "1"), "rollout.group_size"),
+    ],
+)
+def test_a_users_mistake_ends_in_a_message(arguments: tuple[str, ...], expected: str, tmp_path: Path) -> None:
+    done = launch(None, 1, *TINY, "--train.output_dir", str(tmp_path / "run"), *arguments)
+    assert done.returncode == 2
+    assert expected in done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
