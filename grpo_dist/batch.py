@@ -66,6 +66,10 @@ class Batch:
     """(N, R) float64: one column per reward function; NaN where it does not apply or failed."""
     reward: Tensor
     """(N,) float64: their weighted sum; NaN for a completion that could not be scored."""
+    scoring: dict[str, float] = field(default_factory=dict)
+    """Metrics of the scoring itself over all ranks: failures, seconds, and what rewards logged."""
+    extras: dict[str, list[Any]] = field(default_factory=dict)
+    """Columns that rewards logged for the completions' table, N values each, by `REWARD/COLUMN`."""
 
     @property
     def starts(self) -> Tensor:

@@ -49,7 +49,7 @@ def batch_metrics(batch: Batch, advantages: Tensor, reward_names: list[str]) -> 
     for name, column in zip(reward_names, batch.rewards.T, strict=True):
         present = column[~column.isnan()]
         metrics[f"reward/{name}/mean"] = float(present.mean()) if len(present) else math.nan
-    return metrics
+    return metrics | batch.scoring
 
 
 class UpdateMetrics:
@@ -151,6 +151,7 @@ class Recorder:
             "reward": batch.reward.tolist(),
             "advantage": advantages.tolist(),
             **{f"reward/{name}": column.tolist() for name, column in zip(names, batch.rewards.T, strict=True)},
+            **{f"reward/{column}": values for column, values in batch.extras.items()},
         }
         folder = self.directory / "completions"
         folder.mkdir(exist_ok=True)

@@ -38,7 +38,7 @@ from .models import (
 )
 from .probe import packing_leak
 from .rewards.pool import Pending, ScorerPool
-from .rewards.registry import answer_checks, labels
+from .rewards.registry import TrainerState, answer_checks, labels
 from .rewards.scores import Item
 from .rollout import NativeEngine, Request, RowEngine, Sampling, stream_key
 from .schedule import learning_rate
@@ -196,11 +196,11 @@ class Run:
         return Sampling(rollout.temperature, rollout.top_p, rollout.top_k, rollout.min_p)
 
     def generate(
-        self, prompts: list[Prompt], group_size: int, sampling: Sampling, stream: str
+        self, prompts: list[Prompt], group_size: int, sampling: Sampling, stream: str, step: int
     ) -> tuple[list[Completion], Pending]:
         """This rank's share of the completions, and their scores, which are computed while others are generated.
 
-        Needs the rollout weights in place; `stream` names the noise, such as `train/12`.
+        Needs the rollout weights in place; `stream` names the noise, such as `train/12`; `step` is told to rewards.
         """
         tasks = [(slot, sample) for slot in range(len(prompts)) for sample in range(group_size)]
         mine = tasks[self.ranks.share(len(tasks))]
@@ -209,7 +209,8 @@ class Run:
                     for slot, sample in mine]  # fmt: skip
         with self.reference.trained() as model, self.ranks.together("rollout"):
             completions = self.engine.generate(model, requests, sampling)
-        return completions, self.scorer.submit([self._item(prompts[c.slot], c) for c in completions])
+        state = TrainerState(step, self.config.train.num_train_steps, self.sampler.epoch(step))
+        return completions, self.scorer.submit([self._item(prompts[c.slot], c) for c in completions], state)
 
     def _item(self, prompt: Prompt, completion: Completion) -> Item:
         text = self.text(completion.ids)

@@ -54,9 +54,9 @@ def train(run: Run) -> None:
         start = time.perf_counter()
         prompts = [run.prompts[i] for i in run.sampler.batch_indices(step)]
         with run.phase("rollout"):
-            completions, pending = run.generate(prompts, config.rollout.group_size, run.sampling, f"train/{step}")
+            completions, pending = run.generate(prompts, config.rollout.group_size, run.sampling, f"train/{step}", step)
         with run.phase("reward"):
-            batch = score(run, prompts, completions, pending)
+            batch = score(run, prompts, completions, pending, step)
         advantages = advantages_of(run, batch)
         work = pack(run, batch, advantages)
         with run.phase("reference"):
@@ -71,12 +71,12 @@ def train(run: Run) -> None:
     run.save_final()
 
 
-def score(run: Run, prompts: list[Prompt], completions: list[Completion], pending: Pending) -> Batch:
-    """Wait for this rank's rewards and gather the global batch."""
+def score(run: Run, prompts: list[Prompt], completions: list[Completion], pending: Pending, step: int) -> Batch:
+    """Wait for this rank's rewards and gather the global batch, under the rewards' weights of this step."""
     with run.ranks.together("scoring"):
         scores = pending.result()
-    return gather(run.ranks, prompts, completions, scores, [reward.weight for reward in run.config.rewards],
-                  run.config.scoring.error_budget)  # fmt: skip
+    weights = [reward.weight_at(step) for reward in run.config.rewards]
+    return gather(run.ranks, prompts, completions, scores, weights, run.config.scoring.error_budget)
 
 
 def advantages_of(run: Run, batch: Batch) -> Tensor:

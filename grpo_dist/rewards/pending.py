@@ -22,7 +22,7 @@ class Pending:
         self.state = state
         self.columns = list(dict.fromkeys(name for item in items for name in item.columns))
         """The names of all items' columns, in order of appearance."""
-        self._names = names
+        self._names = list(names)
         self._most_lost_calls = most_lost_calls
         shape = (len(items), len(names))
         self._values = np.full(shape, np.nan)
@@ -48,7 +48,7 @@ class Pending:
             failed[cell] = True
         failures = [self._failures[cell] for cell in sorted(self._failures)]
         metrics, extras = dict(sorted(self._metrics.items())), dict(sorted(self._extras.items()))
-        return Scores(self._values, failed, failures, self._seconds, metrics, extras)
+        return Scores(self._values, failed, failures, self._names, self._seconds, metrics, extras)
 
     def scored(self, reward: int, places: Sequence[int], answer: dict[str, Any]) -> None:
         """Take in the values of one call."""

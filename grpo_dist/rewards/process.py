@@ -46,8 +46,8 @@ class WorkerProcess:
     ) -> None:
         """Start the process and wait until it has resolved those of the rewards that run in such a place.
 
-        `allowed` are the environment variables it gets although they look like secrets. Raises ValueError with the user's mistake where a reward cannot be resolved, RuntimeError where the process ends
-        or hangs before that.
+        `allowed` are the environment variables it gets although they look like secrets. Raises ValueError with the
+        user's mistake where a reward cannot be resolved, RuntimeError where the process ends or hangs before that.
         """
         ours, theirs = socket.socketpair()
         with theirs:

@@ -56,6 +56,8 @@ class Scores:
     """(n, R); True where the reward failed, which is what tells the two kinds of NaN apart."""
     failures: list[Failure]
     """One for each True of `failed`, by completion and then by reward."""
+    names: list[str]
+    """(R); the rewards' labels."""
     seconds: NDArray[np.float64]
     """(R,); time spent in each reward's calls, summed over the workers."""
     metrics: dict[str, tuple[float, int]] = field(default_factory=dict)
