@@ -91,8 +91,10 @@ class Lane:
         size = count
         if self._placement == "worker":
             size = min(math.ceil(count / (_CHUNKS_PER_WORKER * len(self._threads))), _MOST_CHUNK_ITEMS)
-        chunks = [list(range(start, min(start + size, count))) for start in range(0, count, max(size, 1))]
-        self._enqueue(_Job(pending, reward, places) for reward in self.parameters for places in chunks)
+        for reward, parameters in self.parameters.items():
+            step = max(1, size if parameters.most_items is None else min(size, parameters.most_items))
+            chunks = [list(range(start, min(start + step, count))) for start in range(0, count, step)]
+            self._enqueue(_Job(pending, reward, places) for places in chunks)
 
     def close(self) -> None:
         """Kill the workers; whoever waits for scores gets a RuntimeError. Closing twice is harmless."""

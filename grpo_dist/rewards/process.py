@@ -165,4 +165,5 @@ def _read_parameters(description: dict[str, Any]) -> Parameters:
         accepted=None if accepted is None else frozenset(accepted),
         required=frozenset(description["required"]),
         bound=frozenset(description["bound"]),
+        most_items=description["most_items"],
     )

@@ -14,13 +14,16 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from grpo_dist.config import RewardConfig
-from grpo_dist.rewards.placement import Placement, placement_of
+from grpo_dist.rewards.placement import Placement, most_items_of, placement_of
 
-BUILT_IN = {"math": "grpo_dist.rewards.math:MathRewardModel"}
+BUILT_IN = {
+    "math": "grpo_dist.rewards.math:MathRewardModel",
+    "code": "grpo_dist.rewards.code:CodeReward",
+}
 """Names of the rewards that ship with the package, and where they are."""
 KEYWORDS = ("prompts", "completions", "completion_ids", "trainer_state", "log_metric", "log_extra")
 """What every reward function may take beside the data's columns (TRL's names)."""
@@ -48,6 +51,8 @@ class Parameters:
     """Names it cannot do without."""
     bound: frozenset[str]
     """Names the config's args have already filled in; a column of the same name gives way."""
+    most_items: int | None = None
+    """The most completions a call may have; None where the function does not say."""
 
     def takes(self, name: str) -> bool:
         """Whether the function may be handed this keyword."""
@@ -121,7 +126,7 @@ def resolve(config: RewardConfig) -> RewardFunction:
     if not callable(function):
         what = f"an instance of {found.__name__}" if inspect.isclass(found) else f"of type {type(found).__name__}"
         raise ValueError(f"rewards: {config.name!r} is {what}, which cannot be called; expected a function")
-    parameters = _parameters(function, config.name, bound)
+    parameters = replace(_parameters(function, config.name, bound), most_items=most_items_of(found))
     ready = functools.partial(function, **bound) if bound else function
     return RewardFunction(config.name, ready, parameters, placement_of(found))
 

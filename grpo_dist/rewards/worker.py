@@ -190,6 +190,7 @@ def _describe(reward: RewardFunction | Placement) -> dict[str, Any]:
         "accepted": None if parameters.accepted is None else sorted(parameters.accepted),
         "required": sorted(parameters.required),
         "bound": sorted(parameters.bound),
+        "most_items": parameters.most_items,
     }
 
 
