@@ -22,7 +22,17 @@ from grpo_dist.rewards.placement import Placement, most_items_of, placement_of
 
 BUILT_IN = {
     "math": "grpo_dist.rewards.math:MathRewardModel",
+    "math_verify": "grpo_dist.rewards.math_verify:MathVerifyReward",
+    "gsm8k": "grpo_dist.rewards.extraction:Gsm8kReward",
+    "boxed": "grpo_dist.rewards.extraction:BoxedReward",
+    "format": "grpo_dist.rewards.format:FormatReward",
+    "length": "grpo_dist.rewards.length:LengthReward",
+    "overlong": "grpo_dist.rewards.length:OverlongReward",
+    "repetition": "grpo_dist.rewards.repetition:RepetitionReward",
     "code": "grpo_dist.rewards.code:CodeReward",
+    "reward_model": "grpo_dist.rewards.reward_model:RewardModelReward",
+    "judge": "grpo_dist.rewards.judge:JudgeReward",
+    "remote": "grpo_dist.rewards.remote:RemoteReward",
 }
 """Names of the rewards that ship with the package, and where they are."""
 KEYWORDS = ("prompts", "completions", "completion_ids", "trainer_state", "log_metric", "log_extra")
@@ -181,7 +191,7 @@ def _instantiate(cls: type, config: RewardConfig) -> Any:
         return cls(**config.args)
     except Exception as error:  # its constructor is the user's code, or refuses the user's arguments
         raise ValueError(
-            f"rewards: {config.name!r} cannot be made with the args {config.args!r}: {type(error).__name__}: {error}"
+            f"rewards: {config.name!r} cannot be made with the args {list(config.args)}: {type(error).__name__}: {error}"
         ) from error
 
 
