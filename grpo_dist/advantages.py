@@ -36,8 +36,8 @@ def group_relative_advantages(rewards: Tensor, group: Tensor, scale: Literal["gr
     """Advantage of each completion relative to its group (DeepSeekMath, arXiv:2402.03300, section 4.1.2).
 
     `rewards` (N,) float64 with NaN for unscored, `group` (N,) int64. The reward minus the group's mean, divided by the
-    group's std (`group`), by the std of these differences over the batch (`batch`), or by nothing (`none`). Returns (N,)
-    float64, exactly 0 in groups whose rewards are all equal.
+    group's std (`group`), by the std of these differences over the batch (`batch`), or by nothing (`none`). Returns
+    (N,) float64, exactly 0 in groups whose rewards are all equal.
     """
     means, stds, _ = group_statistics(rewards, group)
     scored = ~rewards.isnan()

@@ -1,4 +1,4 @@
-"""Attention for rows that hold several sequences behind shared prompts, through transformers' attention interface. Pure.
+"""Attention for rows of several sequences behind shared prompts, through transformers' attention interface. Pure.
 
 A model loaded with `attn_implementation=NAME` hands queries, keys and values here together with the keyword argument
 `layout` its caller passed to `forward`. The layout knows who attends to whom and computes only that: no mask of the

@@ -6,6 +6,7 @@ rank and on sixty-four. This module imports nothing heavy, so that a mistake in 
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -285,8 +286,24 @@ class TrainConfig:
     resume: str = "auto"
     """`auto` continues from the newest complete checkpoint of output_dir, `never` refuses to touch an output_dir that
     has one, and a path names the checkpoint to continue from."""
+    max_time: str | None = None
+    """Time after which the run saves and ends, as HH:MM:SS; the same command goes on from there. null for none."""
+    hang_timeout_seconds: float = 300.0
+    """A rank that does not move for this long is named, with its phase and stack, and the run ends."""
+
+    @property
+    def max_seconds(self) -> float | None:
+        """train.max_time in seconds."""
+        if self.max_time is None:
+            return None
+        hours, minutes, seconds = map(int, self.max_time.split(":"))
+        return 3600 * hours + 60 * minutes + seconds
 
     def __post_init__(self) -> None:
+        require(self.max_time is None or re.fullmatch(r"\d+:[0-5]\d:[0-5]\d", self.max_time) is not None,
+                "train.max_time", self.max_time, "HH:MM:SS, such as 03:45:00")  # fmt: skip
+        require(self.hang_timeout_seconds >= 5, "train.hang_timeout_seconds", self.hang_timeout_seconds,
+                "at least 5 seconds")  # fmt: skip
         for key, least in {
             "batch_size": 1, "num_train_steps": 1, "updates_per_batch": 1, "max_tokens_per_pack": 2,
             "eval_every": 0, "num_eval_prompts": 1, "save_every": 0, "keep_checkpoints": 2, "seed": 0,

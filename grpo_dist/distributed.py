@@ -20,6 +20,7 @@ from accelerate.utils import DistributedType, InitProcessGroupKwargs
 from torch import Tensor
 
 from .config import Dtype, OptimConfig
+from .watch import Interrupted, serve_store
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -29,6 +30,15 @@ def resolve_dtype(name: Dtype) -> torch.dtype:
     if name != "auto":
         return DTYPES[name]
     return torch.bfloat16 if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else torch.float32
+
+
+def _keep_deepspeed_from_compiling() -> None:
+    """Leave out DeepSpeed's shared-memory collectives: they would be built with g++ at the first start, for a minute and
+    without a word, and a start killed meanwhile would leave a lock the next one waits on. gloo does without them."""
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    from deepspeed import ops
+
+    ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 class PhaseError(RuntimeError):
@@ -43,6 +53,8 @@ class Ranks:
         on_cpu = not torch.cuda.is_available()
         deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
         several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+        if on_cpu and deepspeed:
+            _keep_deepspeed_from_compiling()
         self.accelerator = Accelerator(
             # under DeepSpeed, cpu=True would give every process a world of its own; gloo comes from the handler there
             cpu=on_cpu and not deepspeed,
@@ -61,6 +73,8 @@ class Ranks:
                 zero_force_ds_cpu_optimizer=False,
             )
             self.zero_stage = plugin.zero_stage
+        # a channel for flags that does not wait for the device, as a collective of the training's backend would
+        self._control = dist.new_group(backend="gloo") if self.num_ranks > 1 else None
 
     @property
     def rank(self) -> int:
@@ -91,7 +105,7 @@ class Ranks:
         self.accelerator.wait_for_everyone()
 
     def gather(self, tensor: Tensor) -> Tensor:
-        """All ranks' tensors, joined along the first dimension in order of rank; their lengths may differ. On the CPU."""
+        """All ranks' tensors, of whatever lengths, joined along the first dimension in order of rank, on the CPU."""
         if self.num_ranks == 1:
             return tensor.cpu()
         tensor = tensor.to(self.device)
@@ -122,21 +136,41 @@ class Ranks:
 
     @contextmanager
     def together(self, phase: str) -> Iterator[None]:
-        """Run a phase without collectives in it; if it fails on one rank, raise PhaseError on every rank.
+        """Run a phase without collectives in it; what ends it on one rank ends it on every rank.
 
-        Without this the other ranks would wait in their next collective until its time-out.
+        A failure is raised as PhaseError on all of them, a stop as Interrupted. Without this the other ranks would wait
+        in their next collective until its time-out.
         """
-        failure = None
+        failure = stop = cause = None
         try:
             yield
+        except Interrupted as interrupted:
+            stop = str(interrupted)
         except Exception as error:
             failure, cause = traceback.format_exc(), error
-        failures = [(rank, text) for rank, text in enumerate(self.gather_objects(failure)) if text]
+        ends = self.gather_objects((failure, stop))
+        failures = [(rank, text) for rank, (text, _) in enumerate(ends) if text]
         if failures:
             told = "\n".join(f"rank {rank}:\n{text}" for rank, text in failures)
-            raise PhaseError(f"{phase} failed on {len(failures)} of {self.num_ranks} ranks.\n{told}") from (
-                cause if failure else None
-            )
+            raise PhaseError(f"{phase} failed on {len(failures)} of {self.num_ranks} ranks.\n{told}") from cause
+        for _, reason in ends:
+            if reason:
+                raise Interrupted(reason)
+
+    def agree(self, requested: str | None) -> None:
+        """Raise Interrupted on every rank if any has been requested to stop; for the inside of an update."""
+        if self._control is None:
+            if requested:
+                raise Interrupted(requested)
+            return
+        flag = torch.tensor([int(requested is not None)])
+        dist.all_reduce(flag, dist.ReduceOp.MAX, group=self._control)
+        if flag.item():
+            raise Interrupted(requested or "another rank was asked to stop")
+
+    def store(self, timeout_seconds: float) -> dist.Store | None:
+        """A key-value store of all ranks; None for one. A collective."""
+        return serve_store(self.rank, self.num_ranks, timeout_seconds)
 
     def prepare(self, policy: torch.nn.Module, optimizer: torch.optim.Optimizer) -> tuple[Any, Any]:
         """The policy and its optimizer, wrapped for this run (DDP, a DeepSpeed engine, or as they are)."""

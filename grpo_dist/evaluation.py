@@ -28,7 +28,7 @@ def _measure(run: Run, sampling: Sampling, prefix: str, step: int) -> dict[str, 
     """One completion a prompt. Accurate is a completion with more than half of the positive weights' sum as reward."""
     completions, pending = run.generate(run.eval_prompts, 1, sampling, "eval", step)
     with run.ranks.together("scoring an evaluation"):
-        scores = pending.result()
+        scores = pending.result(run.watch.check)
     weights = [reward.weight_at(step) for reward in run.config.rewards]
     batch = gather(run.ranks, run.eval_prompts, completions, scores, weights, run.config.scoring.error_budget)
     scored = batch.reward[~batch.reward.isnan()]

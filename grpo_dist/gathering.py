@@ -78,6 +78,6 @@ def _judge(
     told = [text for text in ranks.gather_objects(first) if text]
     message = f"{share:.1%} of the completions could not be scored. " + "\n".join(told)
     if share > budget:
-        raise RewardFailure(f"{message}\nscoring.error_budget allows {budget:.1%}: mend the reward, or raise the budget")
+        raise RewardFailure(f"{message}\nscoring.error_budget allows {budget:.1%}: mend the reward or raise the budget")
     if ranks.is_main:
         log.warning("%s", message)

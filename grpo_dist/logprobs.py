@@ -33,7 +33,7 @@ class _HeadLogprobs(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         logprobs = torch.empty(hidden.shape[0], dtype=torch.float32, device=hidden.device)
         entropies = torch.empty_like(logprobs)
-        needs_hidden, needs_head = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
+        needs_hidden, needs_head = ctx.needs_input_grad[0], any(ctx.needs_input_grad[1:3])
         direction = torch.empty_like(hidden) if needs_hidden and not needs_head else None
         for piece in _chunks(hidden.shape[0], weight.shape[0]):
             rows = torch.log_softmax(linear(hidden[piece], weight, bias).float() / temperature, dim=-1)

@@ -55,7 +55,8 @@ def batch_metrics(batch: Batch, advantages: Tensor, reward_names: list[str]) -> 
 class UpdateMetrics:
     """Sums over the packs of one update, reduced over the ranks once at its end."""
 
-    SUMS = ("loss", "loss/policy", "kl", "entropy", "ratio/mean", "clip/low", "clip/high", "tokens", "useful", "computed")
+    SUMS = ("loss", "loss/policy", "kl", "entropy", "ratio/mean", "clip/low", "clip/high",
+            "tokens", "useful", "computed")  # fmt: skip
     MAXIMA = ("ratio/max", "rollout/logprob_gap_max")
 
     def __init__(self, device: torch.device) -> None:

@@ -21,7 +21,6 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from . import attention
 from .config import LoraConfig, ModelConfig
 from .distributed import unsharded_loading, whole
 from .logprobs import head_logprobs, logits_logprobs
@@ -73,8 +72,8 @@ def check_model_config(model_config: Any, tokenizer: Any, longest: int) -> None:
     text = model_config.get_text_config()
     positions = getattr(text, "max_position_embeddings", None)
     if positions is not None and longest > positions:
-        raise ValueError(f"data.max_prompt_length + rollout.max_completion_length: {longest} tokens given, the model has "
-                         f"{positions} positions (max_position_embeddings)")  # fmt: skip
+        raise ValueError(f"data.max_prompt_length + rollout.max_completion_length: {longest} tokens given, the model "
+                         f"has {positions} positions (max_position_embeddings)")  # fmt: skip
     if len(tokenizer) > text.vocab_size:
         raise ValueError(f"model.name: the tokenizer has {len(tokenizer)} tokens, the model only {text.vocab_size}")
 
@@ -169,8 +168,9 @@ def load_policy(
     base.requires_grad_(False)
     adapted = get_peft_model(base, PeftLoraConfig(
         task_type="CAUSAL_LM", r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout,
-        target_modules=lora.target_modules, base_model_name_or_path=model.name,
+        target_modules=lora.target_modules,
     ))  # fmt: skip
+    adapted.peft_config["default"].base_model_name_or_path = model.name
     return Policy(adapted, temperature)
 
 
@@ -253,12 +253,9 @@ class SharedReference:
             )
             tree = get_peft_model(tree, policy.model.peft_config["default"])
         self.tree = tree.eval().requires_grad_(False)
-        for (name, buffer), (_, empty) in zip(
-            policy.model.named_buffers(), self.tree.named_buffers(), strict=True
-        ):
+        for name, buffer in policy.model.named_buffers():
             owner, _, leaf = name.rpartition(".")
             self.tree.get_submodule(owner)._buffers[leaf] = buffer
-            assert buffer.shape == empty.shape, name
 
     def sync(self, policy: Policy) -> None:
         """Nothing to do: the weights are the policy's own."""
@@ -270,7 +267,7 @@ class SharedReference:
         theirs = dict(self.policy.model.named_parameters(remove_duplicate=False))
         with torch.no_grad(), whole(list(self.policy.model.parameters())):
             mine = dict(self.tree.named_parameters(remove_duplicate=False))
-            for name, parameter in mine.items():
+            for name in mine:
                 owner, _, leaf = name.rpartition(".")
                 self.tree.get_submodule(owner)._parameters[leaf] = nn.Parameter(theirs[name].data, requires_grad=False)
             try:

@@ -1,8 +1,8 @@
 """The global batch cut into packs: the prompt once, then its completions, and no padding anywhere. Pure.
 
-A pack is one row of tokens made of pieces `prompt, completion 1, …, completion n`; each completion attends to its prompt
-and to itself only, and its positions go on from the prompt's end. The plan is a function of lengths alone, so every
-rank computes the same one and takes its own part.
+A pack is one row of tokens made of pieces `prompt, completion 1, …, completion n`; each completion attends to its
+prompt and to itself only, and its positions go on from the prompt's end. The plan is a function of lengths alone, so
+every rank computes the same one and takes its own part.
 """
 
 from __future__ import annotations
@@ -51,6 +51,11 @@ class Pack:
     """(M,) int64: the pack's completions, numbered from 0."""
     layout: BlockLayout | None
     """Who attends to whom; None for a plain causal row of one prompt and one completion."""
+
+    @property
+    def useful(self) -> int:
+        """Tokens of the row that are part of a sequence: all of them, or none of an empty pack's."""
+        return len(self.ids) if len(self.token) else 0
 
     def to(self, device: torch.device) -> Pack:
         """The pack with all its tensors on `device`."""

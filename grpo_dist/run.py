@@ -6,7 +6,7 @@ import json
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -42,12 +42,44 @@ from .rewards.registry import TrainerState, answer_checks, labels
 from .rewards.scores import Item
 from .rollout import NativeEngine, Request, RowEngine, Sampling, stream_key
 from .schedule import learning_rate
+from .watch import Watch
 
 log = logging.getLogger(__name__)
 
 
 class UserError(ValueError):
     """Something the user gave cannot be used; the message says what, what was expected and what to do."""
+
+
+@dataclass
+class Position:
+    """Where in the run the weights stand."""
+
+    step: int
+    """Whole steps done."""
+    updates: int = 0
+    """Optimizer steps taken within the step under way."""
+    batch: Batch | None = None
+    """That step's batch, once it has been used."""
+    old: Tensor | None = None
+    """(T,) log-probabilities its updates are measured against, where there are several."""
+    metrics: list[dict[str, float]] = field(default_factory=list)
+    """What its updates measured."""
+
+    def add(self, batch: Batch, metrics: dict[str, float]) -> None:
+        """One more optimizer step was taken on the batch."""
+        self.updates, self.batch = self.updates + 1, batch
+        self.metrics.append(metrics)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What of the position has to be saved as tensors."""
+        if self.batch is None:
+            return {}
+        held = {f"batch/{name}": getattr(self.batch, name) for name in BATCH_TENSORS}
+        return held if self.old is None else held | {"batch/old": self.old}
+
+
+BATCH_TENSORS = ("group", "lengths", "finished", "tokens", "sampled_logprobs", "rewards", "reward")
 
 
 class Run:
@@ -69,11 +101,13 @@ class Run:
         if self.ranks.is_main:
             (self.directory / "config.yaml").write_text(yaml.safe_dump(redacted(asdict(config)), sort_keys=False))
         self._load_models()
-        self.first_step = self._resume() if self.resume_from else 0
+        self.position = self._resume() if self.resume_from else Position(0)
         self.reference.sync(self.policy)
+        self.watch = Watch(self.ranks.rank, self.ranks.num_ranks, self.ranks.store(config.train.hang_timeout_seconds),
+                           config.train.max_seconds, config.train.hang_timeout_seconds)  # fmt: skip
         self.clock = Clock()
-        self.recorder = Recorder(config, self.directory, self.first_step) if self.ranks.is_main else None
-        self.display = Display(config.train.num_train_steps, self.first_step, self.ranks.is_main)
+        self.recorder = Recorder(config, self.directory, self.position.step) if self.ranks.is_main else None
+        self.display = Display(config.train.num_train_steps, self.position.step, self.ranks.is_main)
 
     def _load_data(self) -> None:
         data = self.config.data
@@ -82,7 +116,7 @@ class Run:
         self.longest = data.max_prompt_length + self.config.rollout.max_completion_length
         check_model_config(self.model_config, self.tokenizer, self.longest)
         checks = answer_checks(self.config.rewards) if data.answer_column else []
-        self.prompts, dropped = load_prompts(data.train_file, data.train_split, data, self.tokenizer, checks)
+        self.prompts, _ = load_prompts(data.train_file, data.train_split, data, self.tokenizer, checks)
         self.eval_prompts: list[Prompt] = []
         if data.eval_file:
             prompts, _ = load_prompts(data.eval_file, data.eval_split, data, self.tokenizer, checks)
@@ -145,7 +179,7 @@ class Run:
                 "lora": asdict(self.config.lora) if self.config.lora else None,
                 "seed": self.config.train.seed, "num_prompts": len(self.prompts)}  # fmt: skip
 
-    def _resume(self) -> int:
+    def _resume(self) -> Position:
         assert self.resume_from is not None
         tensors, meta = checkpoint.load(self.resume_from)
         for key, value in self._identity().items():
@@ -155,14 +189,19 @@ class Run:
                                  "train.output_dir")  # fmt: skip
         self.state.restore(tensors)
         log.info("resumed from %s", self.resume_from)
-        return int(meta["step"])
+        position = Position(meta["step"], meta["updates"], metrics=meta["metrics"])
+        if position.updates:
+            held = {name: tensors[f"batch/{name}"] for name in BATCH_TENSORS}
+            position.batch, position.old = Batch(self.prompts_of(position.step), **held), tensors.get("batch/old")
+        return position
 
-    def save(self, step: int) -> None:
-        """Commit a checkpoint; a collective."""
-        state = self.state.collect()
+    def save(self) -> None:
+        """Commit a checkpoint of the position; a collective."""
+        state = self.state.collect() | self.position.tensors()
+        meta = {"updates": self.position.updates, "metrics": self.position.metrics, "identity": self._identity()}
         with self.ranks.together("saving a checkpoint"):
             if self.ranks.is_main:
-                checkpoint.save(self.directory / "checkpoints", step, state, {"identity": self._identity()},
+                checkpoint.save(self.directory / "checkpoints", self.position.step, state, meta,
                                 self.config.train.keep_checkpoints)  # fmt: skip
 
     def save_final(self) -> Path:
@@ -176,12 +215,17 @@ class Run:
 
     def steps(self) -> Iterator[int]:
         """The steps that are left, from 0."""
-        yield from range(self.first_step, self.config.train.num_train_steps)
+        yield from range(self.position.step, self.config.train.num_train_steps)
+
+    def prompts_of(self, step: int) -> list[Prompt]:
+        """The prompts of a step's batch, the same on all ranks."""
+        return [self.prompts[i] for i in self.sampler.batch_indices(step)]
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Show and time a phase of the step."""
         self.display.phase(name)
+        self.watch.phase = name
         with self.clock.phase(name):
             yield
 
@@ -208,7 +252,7 @@ class Run:
         requests = [Request(slot, sample, prompts[slot].ids, stream_key(seed, stream, slot, sample))
                     for slot, sample in mine]  # fmt: skip
         with self.reference.trained() as model, self.ranks.together("rollout"):
-            completions = self.engine.generate(model, requests, sampling)
+            completions = self.engine.generate(model, requests, sampling, check=self.watch.check)
         state = TrainerState(step, self.config.train.num_train_steps, self.sampler.epoch(step))
         return completions, self.scorer.submit([self._item(prompts[c.slot], c) for c in completions], state)
 
@@ -251,6 +295,7 @@ class Run:
 
     def close(self) -> None:
         """End the workers, close the files, leave the process group."""
+        self.watch.close()
         self.display.close()
         self.scorer.close()
         if self.recorder:

@@ -1,7 +1,7 @@
 """Make the toy base model: a tiny Qwen2 that knows integer arithmetic but hedges when sampled.
 
 It trains a byte-level tokenizer and a decoder of under half a million parameters from nothing, in about a minute on
-two CPU cores. A first phase teaches the sums and differences of the operands 0 to 30, with a tenth of the operand pairs
+two CPU cores. A first phase teaches the sums of the operands 0 to 30 and their differences from 0 up, with a tenth of the operand pairs
 held out; a short second phase mixes in targets that hedge (" I am not sure.") or guess. What is left is what GRPO
 needs: a policy whose best answer is right and whose samples are right less than half of the time.
 
@@ -294,7 +294,9 @@ def make_base(directory: Path, seed: int) -> list[str]:
     tokenizer = AutoTokenizer.from_pretrained(directory)
     saved = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
     final = evaluate(saved, tokenizer, problems("eval"))
-    size_bytes = (directory / "model.safetensors").stat().st_size
+    weights = directory / "model.safetensors"
+    weights.chmod(0o644)  # safetensors leaves it readable to its owner alone, and an installed package has others
+    size_bytes = weights.stat().st_size
     print(f"held-out of the saved model: {final}; {size_bytes} bytes", flush=True)
     targets = {
         f"greedy before hedging {clean.greedy:.3f}, wanted at least 0.95": clean.greedy >= 0.95,

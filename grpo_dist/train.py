@@ -4,7 +4,7 @@
    learned depends on how many there are.
 2. A prompt is computed once for its whole group, in the rollout and in the update.
 3. Rollouts run on the frozen copy of the base model, into which the policy's adapters are merged after each step.
-4. Log-probabilities of the policy that opened the batch are the detached current ones while the batch serves one update.
+4. The old policy's log-probabilities are the detached current ones while the batch serves one update.
 
     accelerate launch --config_file accelerate_configs/zero2.yaml -m grpo_dist.train --config configs/quickstart.yaml
     python -m grpo_dist.train --config configs/quickstart.yaml                                        # one process
@@ -30,7 +30,8 @@ from .losses import policy_loss, token_weights
 from .metrics import UpdateMetrics, batch_metrics, peak_memory_gib
 from .packing import Pack, make_pack, plan
 from .rewards.pool import Pending
-from .run import Run, UserError
+from .run import Position, Run, UserError
+from .watch import Interrupted
 
 
 @dataclass
@@ -46,35 +47,40 @@ class Work:
 
 
 def train(run: Run) -> None:
-    """Train the run's policy and leave everything in train.output_dir."""
+    """Train the run's policy and leave everything in train.output_dir. Raises Interrupted at safe points."""
     config = run.config
-    if run.first_step == 0:
+    if run.position == Position(0):
         run.write({"step": 0} | evaluate(run, 0))
     for step in run.steps():
         start = time.perf_counter()
-        prompts = [run.prompts[i] for i in run.sampler.batch_indices(step)]
-        with run.phase("rollout"):
-            completions, pending = run.generate(prompts, config.rollout.group_size, run.sampling, f"train/{step}", step)
-        with run.phase("reward"):
-            batch = score(run, prompts, completions, pending, step)
+        prompts = run.prompts_of(step)
+        batch = run.position.batch  # there already where the run was stopped between two updates
+        if batch is None:
+            with run.phase("rollout"):
+                size = config.rollout.group_size
+                completions, pending = run.generate(prompts, size, run.sampling, f"train/{step}", step)
+            with run.phase("reward"):
+                batch = score(run, prompts, completions, pending, step)
         advantages = advantages_of(run, batch)
         work = pack(run, batch, advantages)
         with run.phase("reference"):
             for each in work:
+                run.ranks.agree(run.watch.requested)
                 each.reference = run.reference.logprobs(each.pack) if config.loss.kl_coeff else None
         with run.phase("update"):
-            metrics = [update(run, work, step) for _ in range(config.train.updates_per_batch if work else 0)]
+            open_batch(run, work, batch)
+            while work and run.position.updates < config.train.updates_per_batch:
+                run.position.add(batch, update(run, work, step))
         with run.phase("sync"):
             run.reference.sync(run.policy)
-        seconds = time.perf_counter() - start
-        record(run, step, batch, advantages, metrics, seconds)
+        record(run, step, batch, advantages, time.perf_counter() - start)
     run.save_final()
 
 
 def score(run: Run, prompts: list[Prompt], completions: list[Completion], pending: Pending, step: int) -> Batch:
     """Wait for this rank's rewards and gather the global batch, under the rewards' weights of this step."""
     with run.ranks.together("scoring"):
-        scores = pending.result()
+        scores = pending.result(run.watch.check)
     weights = [reward.weight_at(step) for reward in run.config.rewards]
     return gather(run.ranks, prompts, completions, scores, weights, run.config.scoring.error_budget)
 
@@ -112,53 +118,65 @@ def pack(run: Run, batch: Batch, advantages: Tensor) -> list[Work]:
     return work
 
 
+def open_batch(run: Run, work: list[Work], batch: Batch) -> None:
+    """Fix the log-probabilities all updates of the batch are measured against, where it serves more than one."""
+    if run.config.train.updates_per_batch == 1 or not work:
+        return
+    if run.position.old is None:
+        old = torch.zeros(len(batch.tokens))
+        with torch.no_grad():
+            for each in work:
+                run.ranks.agree(run.watch.requested)
+                old[each.pack.token.cpu()] = run.wrapped(each.pack)[0].cpu()
+        run.position.old = run.ranks.reduce(old, "sum")  # whole, so that a checkpoint between two updates can hold it
+    for each in work:
+        each.old = run.position.old[each.pack.token.cpu()].to(run.ranks.device)
+
+
 def update(run: Run, work: list[Work], step: int) -> dict[str, float]:
     """One optimizer step on the whole batch; returns its metrics."""
     loss_config = run.config.loss
     estimator = loss_config.kl_estimator
     if estimator == "auto":
         estimator = "k3" if loss_config.objective == "grpo" else "squared_sequence"
-    if run.config.train.updates_per_batch > 1 and work[0].old is None:
-        with torch.no_grad():
-            for each in work:
-                each.old = run.wrapped(each.pack)[0]
     measured = UpdateMetrics(run.ranks.device)
     for number, each in enumerate(work, 1):
         last = number == len(work)
+        run.ranks.agree(run.watch.requested)
         with run.ranks.quiet(run.wrapped, last):
             logprobs, entropies = run.wrapped(each.pack)
             loss = policy_loss(
-                logprobs, logprobs.detach() if each.old is None else each.old, each.reference, each.advantages,
-                each.weights, each.pack.sequence, objective=loss_config.objective, clip_low=loss_config.clip_low,
-                clip_high=loss_config.clip_high, kl_coeff=loss_config.kl_coeff, kl_estimator=estimator,
+                logprobs, logprobs.detach() if each.old is None else each.old, each.reference,
+                each.advantages, each.weights, each.pack.sequence, objective=loss_config.objective,
+                clip_low=loss_config.clip_low, clip_high=loss_config.clip_high, kl_coeff=loss_config.kl_coeff,
+                kl_estimator=estimator,
             )  # fmt: skip
             run.ranks.backward(run.wrapped, loss.total, last)
         gap = (logprobs.detach() - each.sampled).abs()
-        measured.add(loss, entropies, gap, useful=len(each.pack.ids) if len(logprobs) else 0, computed=len(each.pack.ids))
+        measured.add(loss, entropies, gap, useful=each.pack.useful, computed=len(each.pack.ids))
     learning_rate = run.learning_rate(step)
     norm = run.ranks.optimizer_step(run.wrapped, run.optimizer, learning_rate)
     return measured.reduced(run.ranks) | {"grad_norm": norm, "learning_rate": learning_rate}
 
 
-def record(
-    run: Run, step: int, batch: Batch, advantages: Tensor, updates: list[dict[str, float]], seconds: float
-) -> None:
+def record(run: Run, step: int, batch: Batch, advantages: Tensor, seconds: float) -> None:
     """Write the step down; evaluate and save where they are due."""
-    done, config = step + 1, run.config.train
+    done, config, updates = step + 1, run.config.train, run.position.metrics
     metrics = {"step": done, "epoch": run.sampler.epoch(done)} | batch_metrics(batch, advantages, run.reward_names)
-    if updates:  # what the update left, and how far from the rollout's numbers its first pass was
+    if updates:  # what the last update left, and how far from the rollout's numbers the first one was
         metrics |= updates[-1] | {"rollout/logprob_gap_max": updates[0]["rollout/logprob_gap_max"]}
-    rollout_seconds = run.clock.seconds["time/rollout"]
-    metrics |= {"rollout/tokens_per_second": metrics["tokens/completion"] / rollout_seconds, "time/step": seconds}
-    metrics |= run.clock.seconds | {"memory/peak_gib": peak_memory_gib()}
+    metrics |= run.clock.seconds | {"time/step": seconds, "memory/peak_gib": peak_memory_gib()}
+    if "time/rollout" in metrics:  # not where the batch came from a checkpoint
+        metrics["rollout/tokens_per_second"] = metrics["tokens/completion"] / metrics["time/rollout"]
     run.clock.seconds = {}
     last = done == config.num_train_steps
     if last or (config.eval_every and done % config.eval_every == 0):
         metrics |= evaluate(run, done)
     run.write(metrics, batch, advantages)
     run.display.step(metrics)
+    run.position = Position(done)
     if last or (config.save_every and done % config.save_every == 0):
-        run.save(done)
+        run.save()
 
 
 def main() -> int:
@@ -171,12 +189,16 @@ def main() -> int:
         if os.environ.get("RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr)
         return 2
+    stopped = None
     try:
         train(run)
+    except Interrupted as reason:
+        stopped = f"stopped: {reason}. The same command goes on from step {run.position.step}"
+        run.save()
     finally:
         run.close()
     if run.ranks.is_main:
-        print(run.summary())
+        print(stopped or run.summary())
     return 0
 
 

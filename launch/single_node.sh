@@ -25,5 +25,7 @@ read -r num_gpus num_cores port <<<"$machine"
 
 ranks=${NUM_PROCESSES:-$((num_gpus > 0 ? num_gpus : 2))}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((num_cores > ranks ? num_cores / ranks : 1))}
+# Without GPUs, say so to DeepSpeed: every process would warn that it found none.
+if ((num_gpus == 0)); then export DS_ACCELERATOR=cpu; fi
 exec accelerate launch --config_file "$config" --num_processes "$ranks" --main_process_port "$port" \
   -m grpo_dist.train "$@"

@@ -3,8 +3,8 @@
 Give one of `pattern`, a regular expression that the whole completion has to match (`re.DOTALL`, white space at both
 ends ignored), or `tags`, names of tags that have to stand in the completion in this order, each opened and closed
 exactly once, none inside another, with nothing but white space before, between and after them: `tags: [think, answer]`
-asks for `<think>…</think><answer>…</answer>`. With `partial`, tags are rewarded by the share of the 2 n marks that occur
-exactly once, which gives a model that never gets it all right something to climb.
+asks for `<think>…</think><answer>…</answer>`. With `partial`, tags are rewarded by the share of the 2 n marks that
+occur exactly once, which gives a model that never gets it all right something to climb.
 
 A regular expression can take for ever on a text made for it; the time limit of scoring ends it, unscored.
 """

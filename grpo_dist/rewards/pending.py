@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,6 +11,7 @@ import numpy as np
 from grpo_dist.rewards.registry import TrainerState
 from grpo_dist.rewards.scores import Failure, FailureKind, Item, Scores
 
+_CHECK_SECONDS = 0.2
 
 class Pending:
     """Scores on their way; threads of the pool fill it in."""
@@ -38,9 +39,14 @@ class Pending:
         if not self._open_cells:
             self._done.set()
 
-    def result(self) -> Scores:
-        """Wait for all scores; raises what kept the pool itself from scoring, such as being closed."""
-        self._done.wait()
+    def result(self, check: Callable[[], None] | None = None) -> Scores:
+        """Wait for all scores; raises what kept the pool itself from scoring, such as being closed.
+
+        `check` is called several times a second meanwhile and may raise to give up waiting.
+        """
+        while not self._done.wait(_CHECK_SECONDS):
+            if check:
+                check()
         if self._error is not None:
             raise self._error
         failed = np.zeros(self._values.shape, dtype=bool)

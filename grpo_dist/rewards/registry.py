@@ -190,9 +190,8 @@ def _instantiate(cls: type, config: RewardConfig) -> Any:
     try:
         return cls(**config.args)
     except Exception as error:  # its constructor is the user's code, or refuses the user's arguments
-        raise ValueError(
-            f"rewards: {config.name!r} cannot be made with the args {list(config.args)}: {type(error).__name__}: {error}"
-        ) from error
+        given = f"cannot be made with the args {list(config.args)}"  # not their values: one may be a secret
+        raise ValueError(f"rewards: {config.name!r} {given}: {type(error).__name__}: {error}") from error
 
 
 def _parameters(function: Callable[..., Any], name: str, bound: dict[str, Any]) -> Parameters:

@@ -3,7 +3,8 @@
 A conversation is rendered with the reward model's own chat template, the completion as its last assistant message; a
 plain prompt and its completion are joined as they are. The reward is the model's one output, or, where it has several
 classes, the probability of class `label` (a number or a name). A text longer than `max_length` is never cut: its
-completion stays unscored, as does an empty one. One copy of the model runs on each rank, beside the policy on its GPU where there is one.
+completion stays unscored, as does an empty one. One copy of the model runs on each rank, beside the policy on its GPU
+where there is one.
 """
 
 from __future__ import annotations

@@ -33,9 +33,12 @@ class Engine(Protocol):
 
     def generate(
         self, model: nn.Module, requests: list[Request], sampling: Sampling,
-        on_finish: Callable[[list[Completion]], None] | None = None,
+        on_finish: Callable[[list[Completion]], None] | None = None, check: Callable[[], None] | None = None,
     ) -> list[Completion]:  # fmt: skip
-        """One completion a request, in the order of the requests. `on_finish` is told of completions as they end."""
+        """One completion a request, in the order of the requests.
+
+        `on_finish` is told of completions as they end; `check` is called between tokens and may raise to give up.
+        """
 
 
 @dataclass
@@ -65,18 +68,20 @@ class RowEngine:
     @torch.no_grad()
     def generate(
         self, model: nn.Module, requests: list[Request], sampling: Sampling,
-        on_finish: Callable[[list[Completion]], None] | None = None,
+        on_finish: Callable[[list[Completion]], None] | None = None, check: Callable[[], None] | None = None,
     ) -> list[Completion]:  # fmt: skip
         """See `Engine`."""
         completions: list[Completion] = []
         for _, members in groupby(requests, key=lambda request: request.slot):
-            group = self._group(model, list(members), sampling)
+            group = self._group(model, list(members), sampling, check)
             completions += group
             if on_finish:
                 on_finish(group)
         return completions
 
-    def _group(self, model: nn.Module, group: list[Request], sampling: Sampling) -> list[Completion]:
+    def _group(
+        self, model: nn.Module, group: list[Request], sampling: Sampling, check: Callable[[], None] | None
+    ) -> list[Completion]:
         device = next(model.parameters()).device
         inputs = torch.tensor([group[0].prompt] * len(group), device=device)
         keys = torch.tensor([request.key for request in group], device=device)
@@ -86,6 +91,8 @@ class RowEngine:
         logprobs: list[Tensor] = []
         cache: Any = None
         for position in range(self.max_new_tokens):
+            if check:
+                check()
             output = model(input_ids=inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
             cache = output.past_key_values
             positions = torch.full_like(keys, position)

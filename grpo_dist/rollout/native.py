@@ -131,7 +131,8 @@ class DecodeState:
 
         # prompts: all sequences of a prompt against its keys in one product, each sequence on a seat of its own
         seats = query.new_zeros((len(prompt_keys) * self.most, heads, repeat, size)).index_copy_(0, self.seat, query)
-        seats = seats.view(-1, self.most, heads, repeat * size).transpose(1, 2).reshape(-1, heads, self.most * repeat, size)
+        seats = seats.view(-1, self.most, heads, repeat * size).transpose(1, 2)
+        seats = seats.reshape(-1, heads, self.most * repeat, size)
         to_prompt = (seats @ prompt_keys.transpose(2, 3)).view(-1, heads, self.most, repeat, longest)
         to_prompt = to_prompt.transpose(1, 2).reshape(-1, heads, repeat, longest)[self.seat]
         to_own = query @ own_keys[:, :, : self.used].transpose(2, 3)
@@ -159,10 +160,10 @@ class NativeEngine:
     @torch.no_grad()
     def generate(
         self, model: nn.Module, requests: list[Request], sampling: Sampling,
-        on_finish: Callable[[list[Completion]], None] | None = None,
+        on_finish: Callable[[list[Completion]], None] | None = None, check: Callable[[], None] | None = None,
     ) -> list[Completion]:  # fmt: skip
         """See `Engine`."""
-        return _Decoding(self, model, requests, sampling, on_finish).run()
+        return _Decoding(self, model, requests, sampling, on_finish).run(check)
 
     def reserved(self, prompt_length: int, num_sequences: int) -> int:
         """Most tokens a prompt and its sequences can come to hold."""
@@ -201,9 +202,11 @@ class _Decoding:
             groups += [group[start : start + most] for start in range(0, len(group), most)]
         return groups
 
-    def run(self) -> list[Completion]:
+    def run(self, check: Callable[[], None] | None) -> list[Completion]:
         """Decode until every request is answered."""
         while self.waiting or self.state.num_rows:
+            if check:
+                check()
             self._admit()
             if not self.state.num_rows:  # every sequence of the prompts just admitted ended with its first token
                 continue

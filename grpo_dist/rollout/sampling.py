@@ -1,8 +1,8 @@
-"""Sampling that depends on counters alone: the same completion is drawn on whatever rank and in whatever batch it lands.
+"""Sampling by counters alone: the same completion is drawn on whatever rank and in whatever batch it lands.
 
 Each completion owns a 64-bit key made of (seed, step, prompt, sample); the noise of its token at position t is one
-uniform number, a hash of (key, t). The token is read off the cumulative distribution at that number, so a step costs one
-pass over the vocabulary and no random state exists that a checkpoint would have to hold. Pure.
+uniform number, a hash of (key, t). The token is read off the cumulative distribution at that number, so a step costs
+one pass over the vocabulary and no random state exists that a checkpoint would have to hold. Pure.
 """
 
 from __future__ import annotations

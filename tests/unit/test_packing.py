@@ -1,0 +1,324 @@
+"""Packs: the plan, the tensors, the attention, and promise 2 (packing changes nothing) on a small random model."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from transformers import AutoModelForCausalLM, Qwen2Config
+
+from grpo_dist import attention
+from grpo_dist.attention import BLOCK, block_layout
+from grpo_dist.batch import Batch, Prompt
+from grpo_dist.losses import policy_loss, token_weights
+from grpo_dist.models import Policy
+from grpo_dist.packing import Piece, make_pack, piece_cost, plan
+
+PIECES = st.lists(
+    st.tuples(st.integers(1, 60), st.lists(st.tuples(st.integers(1, 50), st.booleans()), max_size=6)), min_size=1, max_size=8
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Tensors this small only lose time by being shared out among threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def make_batch(pieces: list[tuple[int, list[int]]], seed: int = 0) -> Batch:
+    """A batch of random tokens from (prompt length, completion lengths)."""
+    generator = torch.Generator().manual_seed(seed)
+    prompts = [Prompt(n, torch.randint(90, (length,), generator=generator).tolist(), "")
+               for n, (length, _) in enumerate(pieces)]  # fmt: skip
+    lengths = torch.tensor([length for _, lengths in pieces for length in lengths], dtype=torch.int64)
+    group = torch.tensor([n for n, (_, lengths) in enumerate(pieces) for _ in lengths], dtype=torch.int64)
+    tokens = torch.randint(90, (int(lengths.sum()),), generator=generator)
+    zeros = torch.zeros(len(lengths), dtype=torch.float64)
+    return Batch(prompts, group, lengths, zeros > 0, tokens, torch.zeros(len(tokens)), zeros[:, None], zeros)
+
+
+def whole_plan(batch: Batch, max_tokens: int, num_ranks: int = 1, share_prompts: bool = True) -> list[list[list[Piece]]]:
+    """The plan of a batch of which everything is kept."""
+    return plan([len(p.ids) for p in batch.prompts], batch.group.tolist(), batch.lengths.tolist(),
+                [True] * len(batch.lengths), max_tokens=max_tokens, num_ranks=num_ranks, share_prompts=share_prompts)  # fmt: skip
+
+
+# --- the plan ----------------------------------------------------------------------------------------------------
+
+
+@given(PIECES, st.integers(2, 300), st.integers(1, 4), st.booleans())
+@settings(max_examples=100, deadline=None)
+def test_plan(given_pieces: list[tuple[int, list[tuple[int, bool]]]], max_tokens: int, num_ranks: int, share: bool) -> None:
+    prompt_lengths = [prompt for prompt, _ in given_pieces]
+    group = [g for g, (_, members) in enumerate(given_pieces) for _ in members]
+    lengths = [length for _, members in given_pieces for length, _ in members]
+    keep = [kept for _, members in given_pieces for _, kept in members]
+    options = {"max_tokens": max_tokens, "num_ranks": num_ranks, "share_prompts": share}
+    ranks = plan(prompt_lengths, group, lengths, keep, **options)  # type: ignore[arg-type]
+    assert ranks == plan(prompt_lengths, group, lengths, keep, **options)  # type: ignore[arg-type]
+    assert len(ranks) == num_ranks and len({len(packs) for packs in ranks}) == 1
+    planned = [n for packs in ranks for pack in packs for piece in pack for n in piece.completions]
+    assert sorted(planned) == [n for n, kept in enumerate(keep) if kept]
+    for packs in ranks:
+        for pack in packs:
+            for piece in pack:
+                assert piece.completions and all(group[n] == piece.prompt for n in piece.completions)
+            size = sum(prompt_lengths[p.prompt] + sum(lengths[n] for n in p.completions) for p in pack)
+            alone = len(pack) == 1 and len(pack[0].completions) == 1
+            assert size <= max_tokens or alone
+            assert share or not pack or alone
+    longest = max((prompt_lengths[group[n]] + lengths[n] for n in planned), default=0)
+    if longest <= max_tokens:  # an empty pack is only there to make the counts equal
+        assert all(any(rank[turn] for rank in ranks) for turn in range(len(ranks[0])))
+
+
+def test_a_completion_above_the_budget_brings_no_empty_packs() -> None:
+    (packs,) = plan([4, 3], [0, 1], [97, 2], [True, True], max_tokens=10, num_ranks=1)
+    assert sorted(piece.prompt for pack in packs for piece in pack) == [0, 1]
+    assert len(packs) == 2
+
+
+def test_nothing_kept_needs_no_pack() -> None:
+    assert plan([3, 4], [0, 0, 1], [5, 6, 7], [False] * 3, max_tokens=100, num_ranks=3) == [[], [], []]
+    assert plan([], [], [], [], max_tokens=100, num_ranks=2) == [[], []]
+
+
+@pytest.mark.parametrize("share", [True, False])
+@pytest.mark.parametrize("num_ranks", [2, 5, 8])
+def test_ranks_are_balanced(num_ranks: int, share: bool) -> None:
+    generator = torch.Generator().manual_seed(num_ranks)
+    prompts = torch.randint(20, 400, (64,), generator=generator).tolist()
+    lengths = (torch.rand(512, generator=generator) ** 3 * 1000 + 1).long().tolist()
+    group = [n // 8 for n in range(512)]
+    ranks = plan(prompts, group, lengths, [True] * 512, max_tokens=4096, num_ranks=num_ranks, share_prompts=share)
+    costs = [sum(piece_cost(prompts[p.prompt], [lengths[n] for n in p.completions]) for pack in packs for p in pack)
+             for packs in ranks]  # fmt: skip
+    assert max(costs) <= 1.5 * sum(costs) / num_ranks
+
+
+def test_sharing_prompts_computes_fewer_tokens() -> None:
+    """A group that fits in a budget stands in one piece, its prompt once."""
+    batch = make_batch([(100, [10] * 8)] * 4)
+    (packs,) = whole_plan(batch, 100000)
+    assert len(packs) == 1
+    assert sorted(piece.prompt for piece in packs[0]) == [0, 1, 2, 3]
+    assert len(make_pack(batch, packs[0]).ids) == 4 * 180
+
+
+def test_one_long_group_is_cut_between_ranks() -> None:
+    batch = make_batch([(10, [50] * 8)])
+    ranks = whole_plan(batch, 10000, num_ranks=4)
+    assert all(any(packs) for packs in ranks)
+
+
+def test_piece_cost_grows_with_everything() -> None:
+    assert piece_cost(10, [5, 5]) < piece_cost(11, [5, 5]) < piece_cost(11, [5, 6]) < piece_cost(11, [5, 6, 1])
+
+
+# --- the tensors -------------------------------------------------------------------------------------------------
+
+
+@given(st.lists(st.tuples(st.integers(1, 9), st.lists(st.integers(1, 7), min_size=1, max_size=4)), min_size=1, max_size=5),
+       st.integers(16, 60), st.booleans())  # fmt: skip
+@settings(max_examples=60, deadline=None)
+def test_make_pack_equals_the_loop(pieces: list[tuple[int, list[int]]], max_tokens: int, share: bool) -> None:
+    batch = make_batch(pieces)
+    for pack_pieces in whole_plan(batch, max_tokens, share_prompts=share)[0]:
+        pack = make_pack(batch, pack_pieces, share_prompts=share)
+        ids: list[int] = []
+        positions: list[int] = []
+        rows: list[tuple[int, int, int, int]] = []  # predictor, target, place in the batch, number of the completion
+        number = 0
+        for piece in pack_pieces:
+            prompt = batch.prompts[piece.prompt].ids
+            ids += prompt
+            positions += range(len(prompt))
+            prompt_end = len(ids) - 1
+            for n in piece.completions:
+                for t, token in enumerate(batch.completion_ids(n)):
+                    rows.append((len(ids) - 1 if t else prompt_end, token, int(batch.starts[n]) + t, number))
+                    ids.append(token)
+                    positions.append(len(prompt) + t)
+                number += 1
+        assert pack.ids.tolist() == ids and pack.positions.tolist() == positions
+        columns = (pack.predictor, pack.targets, pack.token, pack.sequence)
+        assert list(zip(*(column.tolist() for column in columns), strict=True)) == rows
+        assert (pack.layout is None) != share
+
+
+@pytest.mark.parametrize("share", [True, False])
+def test_an_empty_pack(share: bool) -> None:
+    pack = make_pack(make_batch([(3, [2])]), [], share_prompts=share)
+    assert len(pack.ids) == len(pack.positions) == 1
+    assert all(len(t) == 0 and t.dtype == torch.int64 for t in (pack.predictor, pack.targets, pack.token, pack.sequence))
+
+
+# --- the attention -----------------------------------------------------------------------------------------------
+
+LAYOUTS = {
+    "many short": [(5, [3, 1, 8])] * 40,
+    "long prompt": [(BLOCK + 20, [5, 70, 130, 100])],
+    "long completion": [(30, [BLOCK + 10, 4, BLOCK + 40])],
+    "mixed": [(4, [6, 2]), (BLOCK + 3, [9, 2]), (7, [1]), (2, [3] * 5), (BLOCK - 50, [100, 100]), (1, [1]), (6, [2])],
+    "prompts alone": [(3, []), (BLOCK + 5, []), (4, [])],
+    "exactly a block": [(BLOCK - 10, [4, 6]), (BLOCK, []), (1, [BLOCK - 1]), (2, [3])],
+}
+
+
+def full_mask(pieces: list[tuple[int, list[int]]]) -> Tensor:
+    """Who sees whom, (T, T) bool: one sequence after another."""
+    size = sum(prompt + sum(lengths) for prompt, lengths in pieces)
+    mask = torch.zeros(size, size, dtype=torch.bool)
+    start = 0
+    for prompt, lengths in pieces:
+        end = start + prompt
+        mask[start:end, start:end] = torch.ones(prompt, prompt, dtype=torch.bool).tril()
+        for length in lengths:
+            mask[end : end + length, start : start + prompt] = True
+            mask[end : end + length, end : end + length] = torch.ones(length, length, dtype=torch.bool).tril()
+            end += length
+        start = end
+    return mask
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize(("heads", "key_heads", "scale"), [(2, 2, None), (4, 2, 0.3)])
+def test_block_attention_equals_a_full_masked_softmax(name: str, heads: int, key_heads: int, scale: float | None) -> None:
+    pieces = LAYOUTS[name]
+    mask = full_mask(pieces)
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(1, count, len(mask), 4) for count in (heads, key_heads, key_heads)]
+    tensors = [torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_() for shape in shapes]
+    query, key, value = tensors
+    layout = block_layout(pieces)
+    output = layout.attend(0, query, key, value, scale)
+    repeat = heads // key_heads
+    scores = query @ key.repeat_interleave(repeat, 1).transpose(2, 3) * (0.5 if scale is None else scale)
+    weights = torch.softmax(scores.masked_fill(~mask, -torch.inf), -1)
+    expected = (weights @ value.repeat_interleave(repeat, 1)).transpose(1, 2)
+    assert output.shape == (1, len(mask), heads, 4)
+    assert torch.allclose(output, expected, atol=1e-12)
+    incoming = torch.randn(output.shape, generator=generator, dtype=torch.float64)
+    for got, truth in zip(torch.autograd.grad(output, tensors, incoming),
+                          torch.autograd.grad(expected, tensors, incoming), strict=True):  # fmt: skip
+        assert torch.allclose(got, truth, atol=1e-11)
+
+
+@given(st.lists(st.tuples(st.integers(1, 12), st.lists(st.integers(1, 12), max_size=4)), min_size=1, max_size=6),
+       st.integers(1, 16))  # fmt: skip
+@settings(max_examples=40, deadline=None)
+def test_blocks_hold_every_query_once_and_every_pair(pieces: list[tuple[int, list[int]]], block: int) -> None:
+    mask = full_mask(pieces)
+    built = torch.zeros_like(mask)
+    layout = block_layout(pieces, block)
+    for one in layout.blocks:
+        keys = torch.cat([torch.arange(part.start, part.stop) for part in one.keys])
+        queries = torch.arange(one.queries.start, one.queries.stop)
+        seen = torch.ones(len(queries), len(keys), dtype=torch.bool).tril() if one.mask is None else one.mask
+        built[queries[:, None], keys[None]] = seen
+    assert torch.equal(built, mask)
+    ends = [0, *(one.queries.stop for one in layout.blocks)]
+    assert [one.queries.start for one in layout.blocks] == ends[:-1] and ends[-1] == len(mask)
+    assert all(a < b for a, b in pairwise(ends))
+
+
+# --- promise 2 ---------------------------------------------------------------------------------------------------
+
+BATCHES = {
+    "short": [(5, [3, 9, 1, 7]), (11, [2, 4]), (1, [6, 6, 1]), (30, [8])],
+    "long": [(BLOCK + 9, [40, 3]), (6, [5, 150, 130]), (4, [2, 2])],
+}
+
+
+@pytest.fixture(scope="module")
+def config() -> Qwen2Config:
+    """A small Qwen2 with grouped queries and biases."""
+    return Qwen2Config(vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+                       num_key_value_heads=2, max_position_embeddings=1024)  # fmt: skip
+
+
+def build(config: Qwen2Config, implementation: str) -> torch.nn.Module:
+    """The same random model for every implementation (from_config writes into the config it is given)."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(copy.deepcopy(config), attn_implementation=implementation).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape) * 0.1)
+    return model
+
+
+def loss_inputs(batch: Batch) -> dict[str, Tensor]:
+    """Old and reference log-probabilities, advantages and weights of all tokens of a batch, (T,)."""
+    generator = torch.Generator().manual_seed(3)
+    count = len(batch.tokens)
+    return {
+        "old": -4.5 + torch.randn(count, generator=generator) * 0.2,
+        "reference": -4.5 + torch.randn(count, generator=generator),
+        "advantages": torch.randn(len(batch.lengths), generator=generator)[batch.sequence],
+        "weights": token_weights(batch.lengths, "sequence_mean"),
+    }
+
+
+def share_of_loss(logprobs: Tensor, inputs: dict[str, Tensor], token: Tensor, sequence: Tensor, estimator: str) -> Tensor:
+    """The loss of some tokens."""
+    mine = {name: tensor[token] for name, tensor in inputs.items()}
+    return policy_loss(logprobs, **mine, sequence=sequence, objective="grpo", clip_low=0.2, clip_high=0.2, kl_coeff=0.1,
+                       kl_estimator=estimator).total  # type: ignore[arg-type]  # fmt: skip
+
+
+def flat_gradient(model: torch.nn.Module) -> Tensor:
+    """All gradients in one vector; they are cleared."""
+    gradient = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+    model.zero_grad()
+    return gradient
+
+
+@pytest.mark.parametrize(("name", "estimator"), [("short", "k3"), ("short", "squared_sequence"), ("long", "k3")])
+def test_packing_changes_neither_loss_nor_gradient(name: str, estimator: str, config: Qwen2Config) -> None:
+    batch = make_batch(BATCHES[name])
+    inputs, starts = loss_inputs(batch), batch.starts.tolist()
+    plain = build(config, "eager")
+    expected = 0.0
+    for n, length in enumerate(batch.lengths.tolist()):
+        prompt = batch.prompts[int(batch.group[n])].ids
+        row = torch.tensor([prompt + batch.completion_ids(n)])
+        rows = torch.log_softmax(plain(input_ids=row, use_cache=False).logits[0, len(prompt) - 1 : -1], -1)
+        logprobs = rows.gather(-1, row[0, len(prompt) :, None])[:, 0]
+        token = torch.arange(starts[n], starts[n] + length)
+        loss = share_of_loss(logprobs, inputs, token, torch.zeros(length, dtype=torch.int64), estimator)
+        loss.backward()
+        expected += float(loss.detach())
+    gradient = flat_gradient(plain)
+
+    shared, rows_model = Policy(build(config, attention.NAME), 1.0), Policy(build(config, "sdpa"), 1.0)
+    runs = [(shared, budget, ranks, True) for budget, ranks in ((2, 1), (40, 1), (330, 2), (100000, 1), (100000, 3))]
+    for policy, budget, num_ranks, share in [*runs, (rows_model, 400, 2, False)]:
+        total = 0.0
+        for packs in whole_plan(batch, budget, num_ranks, share):
+            for pieces in packs:
+                pack = make_pack(batch, pieces, share_prompts=share)
+                loss = share_of_loss(policy(pack)[0], inputs, pack.token, pack.sequence, estimator)
+                loss.backward()
+                total += float(loss.detach())
+        assert total == pytest.approx(expected, rel=1e-5), (budget, num_ranks, share)
+        difference = float((flat_gradient(policy) - gradient).norm() / gradient.norm())
+        assert difference <= 1e-5, (budget, num_ranks, share)
+
+
+def test_an_empty_pack_reaches_every_trained_weight(config: Qwen2Config) -> None:
+    """ZeRO and DDP wait for a gradient of each parameter on each rank."""
+    for implementation, share in ((attention.NAME, True), ("sdpa", False)):
+        policy = Policy(build(config, implementation), 1.0)
+        logprobs, entropies = policy(make_pack(make_batch([(3, [2])]), [], share_prompts=share))
+        assert logprobs.shape == entropies.shape == (0,)
+        logprobs.sum().backward()
+        assert all(p.grad is not None and not p.grad.any() for p in policy.parameters())

@@ -1,0 +1,219 @@
+"""The engines: the fast one draws what the plain one draws, and the plain one what transformers generates."""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    DeepseekV3Config,
+    DiffLlamaConfig,
+    GemmaConfig,
+    LlamaConfig,
+    MistralConfig,
+    PretrainedConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from grpo_dist import attention
+from grpo_dist.batch import Completion
+from grpo_dist.models import packing_obstacle
+from grpo_dist.probe import packing_leak
+from grpo_dist.rollout import NativeEngine, Request, RowEngine, Sampling, stream_key
+
+TINY: dict[str, Any] = {
+    "vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 1024, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+    "tie_word_embeddings": False,
+}  # fmt: skip
+CONFIGS: dict[str, PretrainedConfig] = {
+    "llama": LlamaConfig(**TINY), "qwen2": Qwen2Config(**TINY), "qwen3": Qwen3Config(**TINY, head_dim=16),
+    "gemma": GemmaConfig(**{**TINY, "num_key_value_heads": 1}, head_dim=8),
+    "mistral": MistralConfig(**TINY, sliding_window=512),
+}  # fmt: skip
+ENDS = [2, 3, 17]
+MOST = 36
+"""More than one chunk of slots, so that the cache has to grow."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Tensors this small only lose time by being shared out among threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One random model under both attentions."""
+
+    shared: nn.Module
+    plain: nn.Module
+
+
+def make_pair(config: PretrainedConfig) -> Pair:
+    """The same weights under the package's attention and under sdpa; the head is scaled up, else all draws are uniform."""
+    torch.manual_seed(0)
+    shared = AutoModelForCausalLM.from_config(copy.deepcopy(config), attn_implementation=attention.NAME).eval()
+    with torch.no_grad():
+        for name, parameter in shared.named_parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0, 1.0 if "embed" in name or "head" in name else 0.2)
+        hidden = shared.base_model(input_ids=torch.arange(9)[None], position_ids=torch.arange(9)[None],
+                                   use_cache=False, layout=attention.block_layout([(9, [])])).last_hidden_state  # fmt: skip
+        head = shared.get_output_embeddings().weight
+        head.mul_(2.0 / (hidden @ head.T).std())
+    plain = AutoModelForCausalLM.from_config(copy.deepcopy(config), attn_implementation="sdpa").eval()
+    plain.load_state_dict(shared.state_dict())
+    return Pair(shared, plain)
+
+
+@pytest.fixture(scope="module")
+def pairs() -> dict[str, Pair]:
+    """All models."""
+    return {name: make_pair(config) for name, config in CONFIGS.items()}
+
+
+def make_requests(sizes: list[int], lengths: list[int]) -> list[Request]:
+    """Groups of `sizes` completions of random prompts of `lengths` tokens."""
+    generator = torch.Generator().manual_seed(5)
+    prompts = [torch.randint(4, 61, (length,), generator=generator).tolist() for length in lengths]
+    return [Request(slot, sample, prompts[slot], stream_key(11, "train/0", slot, sample))
+            for slot, size in enumerate(sizes) for sample in range(size)]  # fmt: skip
+
+
+REQUESTS = make_requests([4, 4, 1, 3, 4], [3, 20, 7, 1, 12])
+
+
+def assert_equal(got: list[Completion], expected: list[Completion]) -> None:
+    """The same tokens in the same order, and the same log-probabilities to 1e-4."""
+    assert len(got) == len(expected)
+    for one, other in zip(got, expected, strict=True):
+        assert (one.slot, one.sample, one.ids, one.finished) == (other.slot, other.sample, other.ids, other.finished)
+        assert one.logprobs == pytest.approx(other.logprobs, abs=1e-4)
+
+
+def check_form(completions: list[Completion], requests: list[Request], most: int) -> None:
+    """One completion a request, ended by its first end token or by the limit."""
+    assert [(c.slot, c.sample) for c in completions] == [(r.slot, r.sample) for r in requests]
+    for completion in completions:
+        assert 1 <= len(completion.ids) == len(completion.logprobs) <= most
+        assert not set(completion.ids[:-1]) & set(ENDS)
+        assert completion.finished == (completion.ids[-1] in ENDS)
+        assert completion.finished or len(completion.ids) == most
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_both_engines_draw_the_same(name: str, pairs: dict[str, Pair]) -> None:
+    pair = pairs[name]
+    expected = RowEngine(ENDS, MOST).generate(pair.plain, REQUESTS, Sampling())
+    check_form(expected, REQUESTS, MOST)
+    assert len({len(c.ids) for c in expected}) > 4, "the test needs completions of many lengths"
+    assert any(not c.finished for c in expected) or max(len(c.ids) for c in expected) > 20
+    for in_flight in (200, 100000):
+        assert_equal(NativeEngine(ENDS, MOST, in_flight).generate(pair.shared, REQUESTS, Sampling()), expected)
+
+
+@pytest.mark.parametrize("in_flight", [1, 61, 100, 333, 600])
+def test_room_in_flight_changes_nothing(in_flight: int, pairs: dict[str, Pair]) -> None:
+    sampling = Sampling(temperature=0.9, top_p=0.95, top_k=30, min_p=0.001)
+    expected = RowEngine(ENDS, MOST).generate(pairs["qwen2"].plain, REQUESTS, sampling)
+    assert_equal(NativeEngine(ENDS, MOST, in_flight).generate(pairs["qwen2"].shared, REQUESTS, sampling), expected)
+
+
+def test_a_request_alone_gives_what_it_gives_in_a_batch(pairs: dict[str, Pair]) -> None:
+    pair = pairs["llama"]
+    for engine, model in ((NativeEngine(ENDS, MOST, 10000), pair.shared), (RowEngine(ENDS, MOST), pair.plain)):
+        together = engine.generate(model, REQUESTS, Sampling())
+        for n in (0, 3, 6, 8, 15):
+            assert_equal(engine.generate(model, [REQUESTS[n]], Sampling()), [together[n]])
+        order = [12, 13, 14, 15, 0, 1, 2, 3, 9, 10]
+        assert_equal(engine.generate(model, [REQUESTS[n] for n in order], Sampling()), [together[n] for n in order])
+
+
+def test_each_completion_is_reported_once(pairs: dict[str, Pair]) -> None:
+    pair = pairs["qwen2"]
+    for engine, model in ((NativeEngine(ENDS, MOST, 200), pair.shared), (RowEngine(ENDS, MOST), pair.plain)):
+        calls: list[list[Completion]] = []
+        completions = engine.generate(model, REQUESTS, Sampling(), calls.append)
+        reported = [completion for call in calls for completion in call]
+        assert len(calls) > 1 and all(calls)
+        assert Counter((c.slot, c.sample) for c in reported) == Counter((r.slot, r.sample) for r in REQUESTS)
+        by_place = {(c.slot, c.sample): c for c in reported}
+        assert all(by_place[c.slot, c.sample] == c for c in completions)
+
+
+@pytest.mark.parametrize("in_flight", [5, 100000])
+def test_a_single_new_token(in_flight: int, pairs: dict[str, Pair]) -> None:
+    pair = pairs["llama"]
+    expected = RowEngine(ENDS, 1).generate(pair.plain, REQUESTS, Sampling())
+    check_form(expected, REQUESTS, 1)
+    assert_equal(NativeEngine(ENDS, 1, in_flight).generate(pair.shared, REQUESTS, Sampling()), expected)
+
+
+def test_no_requests(pairs: dict[str, Pair]) -> None:
+    assert NativeEngine(ENDS, 4, 100).generate(pairs["llama"].shared, [], Sampling()) == []
+    assert RowEngine(ENDS, 4).generate(pairs["llama"].plain, [], Sampling()) == []
+
+
+def test_every_completion_may_end_at_once(pairs: dict[str, Pair]) -> None:
+    """Every token ends: nothing is left to decode after a prefill, and the next prompts must still come in."""
+    everything = list(range(61))
+    completions = NativeEngine(everything, MOST, 50).generate(pairs["llama"].shared, REQUESTS, Sampling())
+    assert [len(c.ids) for c in completions] == [1] * len(REQUESTS) and all(c.finished for c in completions)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma"])
+def test_greedy_is_what_transformers_generates(name: str, pairs: dict[str, Pair]) -> None:
+    pair, requests = pairs[name], make_requests([1] * 4, [3, 20, 7, 12])
+    native = NativeEngine(ENDS, 24, 10000).generate(pair.shared, requests, Sampling(greedy=True))
+    assert_equal(native, RowEngine(ENDS, 24).generate(pair.plain, requests, Sampling(greedy=True)))
+    for request, completion in zip(requests, native, strict=True):
+        row = torch.tensor([request.prompt])
+        output = pair.plain.generate(row, attention_mask=torch.ones_like(row), do_sample=False, max_new_tokens=24,
+                                     eos_token_id=ENDS, pad_token_id=0)  # fmt: skip
+        assert completion.ids == output[0, row.shape[1] :].tolist()
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_reported_logprobs_are_the_models(temperature: float, pairs: dict[str, Pair]) -> None:
+    pair = pairs["mistral"]
+    completions = NativeEngine(ENDS, MOST, 10000).generate(pair.shared, REQUESTS, Sampling(temperature, top_k=20))
+    for request, completion in zip(REQUESTS, completions, strict=True):
+        row = torch.tensor([request.prompt + completion.ids])
+        with torch.no_grad():
+            logits = pair.plain(input_ids=row, use_cache=False).logits[0, len(request.prompt) - 1 : -1]
+        rows = torch.log_softmax(logits / temperature, -1)
+        expected = rows.gather(-1, torch.tensor(completion.ids)[:, None])[:, 0]
+        assert completion.logprobs == pytest.approx(expected.tolist(), abs=1e-4)
+
+
+def test_values_narrower_than_keys() -> None:
+    """DeepSeek's latent attention passes the probe, so the engine has to take it: its value heads have their own size."""
+    config = DeepseekV3Config(
+        **{**TINY, "num_key_value_heads": 4}, q_lora_rank=16, kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=8,
+        v_head_dim=8, first_k_dense_replace=2, n_routed_experts=4, num_experts_per_tok=2, n_group=1, topk_group=1,
+        moe_intermediate_size=16,
+    )  # fmt: skip
+    pair, requests = make_pair(config), REQUESTS[:4]
+    expected = RowEngine(ENDS, 8).generate(pair.plain, requests, Sampling())
+    assert_equal(NativeEngine(ENDS, 8, 10000).generate(pair.shared, requests, Sampling()), expected)
+
+
+def test_a_layer_that_attends_twice() -> None:
+    """DiffLlama calls its attention twice a layer, with other values: named beforehand, or decoded right."""
+    pair, requests = make_pair(DiffLlamaConfig(**TINY)), REQUESTS[:4]
+    if packing_obstacle(pair.shared.config, 512) or packing_leak(pair.shared):
+        return
+    expected = RowEngine(ENDS, 8).generate(pair.plain, requests, Sampling())
+    assert_equal(NativeEngine(ENDS, 8, 10000).generate(pair.shared, requests, Sampling()), expected)
