@@ -15,6 +15,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -64,30 +65,61 @@ def save(root: Path, step: int, tensors: dict[str, Tensor], meta: dict[str, Any]
         shutil.rmtree(target)
     temporary.rename(target)
     _sync(root)
-    for old in complete(root)[keep:]:
-        shutil.rmtree(old)
+    _prune(root, step, keep)
     return target
+
+
+def _prune(root: Path, step: int, keep: int) -> None:
+    """Leave the newest `keep` checkpoints up to `step`; damaged ones do not count, later ones are of another branch."""
+    kept = 0
+    for path in complete(root):
+        if _step(path) > step or kept == keep:
+            log.info("removing %s", path)
+            shutil.rmtree(path)
+        elif _sizes_match(path):
+            kept += 1
+
+
+def _step(path: Path) -> int:
+    return int(path.name.removeprefix("step_"))
+
+
+def _manifest(path: Path) -> dict[str, Any]:
+    """Files by name, each with `bytes` and `sha256`. Raises DamagedCheckpoint."""
+    try:
+        files = json.loads((path / MANIFEST).read_text())["files"]
+        if set(files) != {TENSORS, META}:  # no other file is ever read, whatever a manifest says
+            raise ValueError(f"its manifest names {sorted(files)}")
+        return {name: {"bytes": int(entry["bytes"]), "sha256": str(entry["sha256"])} for name, entry in files.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DamagedCheckpoint(f"{path} is not a complete checkpoint ({error})") from error
+
+
+def _sizes_match(path: Path) -> bool:
+    try:
+        return all((path / name).stat().st_size == entry["bytes"] for name, entry in _manifest(path).items())
+    except (OSError, DamagedCheckpoint):
+        return False
 
 
 def verify(path: Path) -> None:
     """Raise DamagedCheckpoint unless every file is there as the manifest says."""
-    try:
-        files = json.loads((path / MANIFEST).read_text())["files"]
-        for name, expected in files.items():
-            if (path / name).stat().st_size != expected["bytes"] or _checksum(path / name) != expected["sha256"]:
-                raise DamagedCheckpoint(f"{path / name} does not match its manifest: the file is damaged")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DamagedCheckpoint(f"{path} is not a complete checkpoint ({error})") from error
+    for name, entry in _manifest(path).items():
+        try:
+            whole = (path / name).stat().st_size == entry["bytes"] and _checksum(path / name) == entry["sha256"]
+        except OSError as error:
+            raise DamagedCheckpoint(f"{path} is not a complete checkpoint ({error})") from error
+        if not whole:
+            raise DamagedCheckpoint(f"{path / name} does not match its manifest: the file is damaged")
 
 
 def complete(root: Path) -> list[Path]:
     """Checkpoints under `root` that have a manifest, newest first."""
     found = []
     for path in root.glob("step_*") if root.is_dir() else ():
-        number = path.name.removeprefix("step_")
-        if number.isdigit() and (path / MANIFEST).is_file():
-            found.append((int(number), path))
-    return [path for _, path in sorted(found, reverse=True)]
+        if path.name.removeprefix("step_").isdecimal() and (path / MANIFEST).is_file():
+            found.append(path)
+    return sorted(found, key=_step, reverse=True)
 
 
 def newest(root: Path) -> Path | None:
@@ -104,4 +136,7 @@ def newest(root: Path) -> Path | None:
 def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors and metadata of a checkpoint. Raises DamagedCheckpoint."""
     verify(path)
-    return load_file(path / TENSORS), json.loads((path / META).read_text())
+    try:
+        return load_file(path / TENSORS), json.loads((path / META).read_text())
+    except (SafetensorError, ValueError) as error:
+        raise DamagedCheckpoint(f"{path} cannot be read ({error})") from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import itertools
 import re
 import sys
 from dataclasses import fields, is_dataclass
@@ -31,18 +32,21 @@ def known_keys(cls: type = Config, prefix: str = "") -> list[str]:
 class _Parser(ArgumentParser):
     """Answers a mistake with one message that names the nearest known option."""
 
+    files: tuple[str, ...] = ()
+    """The config files of the command line."""
+
     def error(self, message: str, *_: Any, **__: Any) -> NoReturn:
         known = known_keys()
         leaves = {key.rpartition(".")[2]: key for key in known}
+        refused = {word for match in re.findall(r"'([\w.]+)'|--([\w.]+)", message) for word in match if word}
         hints = []
-        for word in dict.fromkeys(re.findall(r"[A-Za-z_][A-Za-z0-9_.]*", message)):
+        for word in sorted(refused - set(known)):
             leaf = word.rpartition(".")[2]
-            if leaf in leaves or ("_" not in word and "." not in word and f"'{word}'" not in message):
-                continue  # a known option, or a word of the sentence
-            near = difflib.get_close_matches(word, known, n=1, cutoff=0.8)
+            near = [leaves[leaf]] if leaf in leaves else difflib.get_close_matches(word, known, n=1, cutoff=0.8)
             near = near or [leaves[match] for match in difflib.get_close_matches(leaf, leaves, n=1, cutoff=0.75)]
             hints += [f"{word!r}: did you mean {match!r}?" for match in near]
-        print("\n".join([f"error: {message.strip()}", *hints]), file=sys.stderr)
+        files = [f"(with {path})" for path in self.files]
+        print("\n".join([f"error: {message.strip()}", *hints, *files]), file=sys.stderr)
         sys.exit(2)
 
 
@@ -52,7 +56,12 @@ def parse_config(arguments: list[str] | None = None) -> Config:
     parser = _Parser(prog="grpo_dist.train", description="Train a causal language model with GRPO.")
     parser.add_argument("--config", action=ActionConfigFile, help="A YAML file of options.")
     parser.add_class_arguments(Config, nested_key=None)
-    given = parser.parse_args(arguments)
+    words = sys.argv[1:] if arguments is None else arguments
+    parser.files = tuple(
+        word.removeprefix("--config=") if "=" in word else following
+        for word, following in itertools.pairwise([*words, ""]) if word.split("=")[0] == "--config"
+    )  # fmt: skip
+    given = parser.parse_args(words)
     try:
         values = parser.instantiate(given)
         return Config(**{field.name: values[field.name] for field in fields(Config)})

@@ -6,6 +6,7 @@ rank and on sixty-four. This module imports nothing heavy, so that a mistake in 
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -14,8 +15,11 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 
 def require(condition: bool, key: str, given: object, expected: str) -> None:
-    """Raise a ValueError that names the option, what was given and what was expected, unless `condition` holds."""
-    if not condition:
+    """Raise a ValueError that names the option, what was given and what was expected, unless `condition` holds.
+
+    No option has a use for an infinite number.
+    """
+    if not condition or given in (math.inf, -math.inf):
         raise ValueError(f"{key}: {given!r} given, expected {expected}")
 
 

@@ -33,8 +33,11 @@ def resolve_dtype(name: Dtype) -> torch.dtype:
 
 
 def _keep_deepspeed_from_compiling() -> None:
-    """Leave out DeepSpeed's shared-memory collectives: they would be built with g++ at the first start, for a minute and
-    without a word, and a start killed meanwhile would leave a lock the next one waits on. gloo does without them."""
+    """Leave out DeepSpeed's shared-memory collectives; gloo does without them.
+
+    They would be built with g++ at the first start, for a minute and without a word, and a start killed meanwhile would
+    leave a lock the next one waits on.
+    """
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     from deepspeed import ops
 

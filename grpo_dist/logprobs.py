@@ -82,6 +82,8 @@ def head_logprobs(
     `hidden` (M, H), `weight` (V, H), `bias` (V,) or None, `targets` (M,) int64. Differentiable with respect to hidden
     states, weight and bias through the log-probabilities; entropies carry no gradient.
     """
+    # a head trained in float32 under autocast: cast here, where the cast is differentiated
+    weight, bias = weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype)
     return _HeadLogprobs.apply(hidden, weight, bias, targets, temperature)
 
 

@@ -52,6 +52,12 @@ def batch_metrics(batch: Batch, advantages: Tensor, reward_names: list[str]) -> 
     return metrics | batch.scoring
 
 
+NO_UPDATE: dict[str, float | None] = dict.fromkeys(
+    ("kl", "entropy", "ratio/mean", "ratio/max", "clip/low", "clip/high", "rollout/logprob_gap_max")
+) | dict.fromkeys(("loss", "loss/policy", "grad_norm", "learning_rate", "tokens/computed", "tokens/useful_share"), 0.0)
+"""Metrics of a step whose completions had nothing to teach: no forward pass, and no optimizer step, was taken."""
+
+
 class UpdateMetrics:
     """Sums over the packs of one update, reduced over the ranks once at its end."""
 

@@ -7,6 +7,7 @@ with LoRA the merged linear layers, else all of them.
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 from collections.abc import Iterator
@@ -21,6 +22,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+from . import attention
 from .config import LoraConfig, ModelConfig
 from .distributed import unsharded_loading, whole
 from .logprobs import head_logprobs, logits_logprobs
@@ -93,6 +95,11 @@ def packing_obstacle(model_config: Any, longest: int) -> str | None:
             return f"its option {option}"
     if not getattr(text, "num_attention_heads", None):
         return "no attention layers"
+    try:  # some architectures look the attention up in tables of their own
+        with unsharded_loading(), torch.device("meta"):
+            AutoModelForCausalLM.from_config(copy.deepcopy(model_config), attn_implementation=attention.NAME)
+    except (KeyError, ValueError, ImportError) as error:
+        return f"its code does not take another attention ({type(error).__name__}: {error})"
     return None
 
 
@@ -116,9 +123,10 @@ class Policy(nn.Module):
         super().__init__()
         self.model = model
         self.temperature = temperature
-        self.fused_head = isinstance(self.causal_lm.get_output_embeddings(), nn.Linear)
-        if self.fused_head:
-            _teach_head(self.causal_lm.get_output_embeddings())
+        head = self.causal_lm.get_output_embeddings()
+        self.fused_head = False  # until probe.head_is_plain has found that nothing happens to the logits after the head
+        if isinstance(head, nn.Linear):
+            _teach_head(head)
 
     @property
     def causal_lm(self) -> nn.Module:
@@ -170,7 +178,6 @@ def load_policy(
         task_type="CAUSAL_LM", r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout,
         target_modules=lora.target_modules,
     ))  # fmt: skip
-    adapted.peft_config["default"].base_model_name_or_path = model.name
     return Policy(adapted, temperature)
 
 
@@ -327,7 +334,7 @@ def save_final(policy: Policy, tokenizer: Any, directory: Path, is_main: bool) -
     plain.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     if isinstance(policy.model, PeftModel):
-        policy.model.save_pretrained(directory / "adapter", state_dict=whole_adapters)
+        policy.model.save_pretrained(directory / "adapter", state_dict=whole_adapters, save_embedding_layers=False)
         _check_adapter(directory / "adapter", whole_adapters)
 
 

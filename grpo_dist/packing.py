@@ -138,7 +138,8 @@ def _balanced_packs(
     pieces: list[Piece], sizes: list[int], costs: list[float], max_tokens: int, num_ranks: int
 ) -> list[list[Piece]]:
     """The fewest packs, a multiple of `num_ranks`, that hold all pieces: each piece goes where the load is least."""
-    num_packs = num_ranks * max(1, math.ceil(sum(sizes) / (num_ranks * max_tokens)))
+    fewest = min(math.ceil(sum(sizes) / max_tokens), len(pieces))
+    num_packs = num_ranks * math.ceil(fewest / num_ranks)
     while True:
         packs: list[list[Piece]] = [[] for _ in range(num_packs)]
         load, room = [0.0] * num_packs, [max_tokens] * num_packs

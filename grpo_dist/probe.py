@@ -1,55 +1,99 @@
 """Does a model compute packs with shared prompts as it computes sequences one by one? Asked of the model itself.
 
-An architecture that ignores the layout (state-space layers, linear attention, attention code of its own) would train on
-wrong numbers without a word. Two questions settle it: changing one completion must not move another's output by a
-single bit, and each output must be what the sequence gives alone.
+An architecture that ignores the layout (state-space layers, linear attention, attention code of its own), or that does
+something to its logits after the head, would train on wrong numbers without a word. A few tiny forward passes settle
+it.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
 from .attention import block_layout
+from .rollout import NativeEngine, Request, Sampling
 
 PROMPT, COMPLETIONS = 5, (4, 3)
+NEW_TOKENS = 3
+_CANNOT = (TypeError, ValueError, RuntimeError, AttributeError, KeyError, IndexError, NotImplementedError)
+
+
+def _tokens(model: nn.Module, count: int) -> Tensor:
+    embeddings = model.get_input_embeddings().weight
+    return (torch.arange(count, device=embeddings.device) * 7 + 3) % embeddings.shape[0]
 
 
 @torch.no_grad()
-def _outputs(model: nn.Module, ids: Tensor, positions: Tensor, completions: tuple[int, ...]) -> Tensor:
+def _outputs(model: nn.Module, ids: Tensor, completions: tuple[int, ...]) -> Tensor:
+    """Log-probabilities (T, V) of a row of one prompt and its completions."""
+    positions = torch.cat([torch.arange(PROMPT), *(torch.arange(PROMPT, PROMPT + length) for length in completions)])
     layout = block_layout([(PROMPT, list(completions))]).to(ids.device)
-    output = model(input_ids=ids[None], position_ids=positions[None], use_cache=False, layout=layout)
+    output = model(input_ids=ids[None], position_ids=positions[None].to(ids.device), use_cache=False, layout=layout)
     return torch.log_softmax(output.logits[0].float(), -1)
 
 
 def packing_leak(model: nn.Module) -> str | None:
-    """Why packs with shared prompts are wrong for this model, or None where they are right.
+    """Why packs with shared prompts, or rollouts with them, are wrong for this model; None where they are right.
 
-    `model` was loaded with `attention.NAME` and holds its whole weights; a few tiny forward passes.
+    `model` was loaded with `attention.NAME` and holds its whole weights.
     """
-    device = next(model.parameters()).device
-    vocabulary = model.get_input_embeddings().weight.shape[0]
+    # sums in another order, as experts and other shapes bring them, differ by rounding; a leak is of the order of 1
+    rounding = 1e-3 if next(model.parameters()).dtype == torch.float32 else 0.1
     first, second = COMPLETIONS
-    ids = (torch.arange(PROMPT + first + second, device=device) * 7 + 3) % vocabulary
-    after = torch.arange(PROMPT, PROMPT + max(COMPLETIONS), device=device)
-    positions = torch.cat([torch.arange(PROMPT, device=device), after[:first], after[:second]])
+    ids = _tokens(model, PROMPT + first + second)
+    changed = ids.clone()
+    changed[PROMPT : PROMPT + first] = ids[PROMPT : PROMPT + first].flip(0)
     try:
-        packed = _outputs(model, ids, positions, COMPLETIONS)
-        changed = ids.clone()
-        changed[PROMPT : PROMPT + first] = (changed[PROMPT : PROMPT + first] + 1) % vocabulary
-        disturbed = _outputs(model, changed, positions, COMPLETIONS)
-        alone_ids = torch.cat([ids[:PROMPT], ids[PROMPT + first :]])
-        alone_positions = torch.cat([positions[:PROMPT], positions[PROMPT + first :]])
-        alone = _outputs(model, alone_ids, alone_positions, (second,))
-    except (TypeError, ValueError, RuntimeError, AttributeError) as error:
-        return f"its forward pass cannot take a pack: {error}"
-    other, own = slice(PROMPT + first, None), slice(PROMPT, None)
-    if not torch.equal(packed[other], disturbed[other]):
-        return "one completion's output depends on another completion of the pack"
-    if torch.equal(packed[PROMPT], disturbed[PROMPT]):
+        packed, disturbed = _outputs(model, ids, COMPLETIONS), _outputs(model, changed, COMPLETIONS)
+        alone = _outputs(model, torch.cat([ids[:PROMPT], ids[PROMPT + first :]]), (second,))
+    except _CANNOT as error:
+        return f"its forward pass cannot take a pack: {type(error).__name__}: {error}"
+    own, other = slice(PROMPT, PROMPT + first), slice(PROMPT + first, None)
+    effect = float((packed[own] - disturbed[own]).abs().max())
+    if effect == 0:
         return "outputs do not depend on the tokens of the pack"
-    tolerance = 1e-3 if packed.dtype == next(model.parameters()).dtype else 0.1
-    worst = float((packed[other] - alone[own]).abs().max())
-    if worst > tolerance:
-        return f"log-probabilities in a pack are off by {worst:.2g}"
-    return None
+    if float((packed[other] - disturbed[other]).abs().max()) > rounding * effect:
+        return "one completion's output depends on another completion of the pack"
+    try:
+        worst = max(float((packed[other] - alone[PROMPT:]).abs().max()), _decoding_error(model))
+    except _CANNOT as error:
+        return f"it cannot be decoded with shared prompts: {type(error).__name__}: {error}"
+    return f"log-probabilities are off by {worst:.2g}" if worst > rounding * max(effect, 1.0) else None
+
+
+def _decoding_error(model: nn.Module) -> float:
+    """Largest difference between the log-probabilities a rollout reports and those of its sequences in a row."""
+    prompt = _tokens(model, PROMPT).tolist()
+    requests = [Request(0, sample, prompt, key=sample) for sample in range(2)]
+    engine = NativeEngine([-1], NEW_TOKENS, max_tokens_in_flight=1 << 20)
+    completions = engine.generate(model, requests, Sampling())
+    ids = torch.tensor(prompt + [token for c in completions for token in c.ids], device=_tokens(model, 1).device)
+    rows = _outputs(model, ids, (NEW_TOKENS, NEW_TOKENS))
+    worst = 0.0
+    for number, completion in enumerate(completions):
+        start = PROMPT + number * NEW_TOKENS
+        for place, (token, logprob) in enumerate(zip(completion.ids, completion.logprobs, strict=True)):
+            predictor = PROMPT - 1 if place == 0 else start + place - 1
+            worst = max(worst, abs(float(rows[predictor, token]) - logprob))
+    return worst
+
+
+@torch.no_grad()
+def head_is_plain(model: nn.Module, shared_prompts: bool) -> bool:
+    """Whether the model's logits are its last hidden states times its head, with nothing done to them in between.
+
+    Models that scale or soft-cap their logits, or transform hidden states before the head, are not.
+    """
+    head = model.get_output_embeddings()
+    if not isinstance(head, nn.Linear):
+        return False
+    ids = _tokens(model, PROMPT)
+    inputs = {"input_ids": ids[None], "use_cache": False}
+    if shared_prompts:
+        positions = torch.arange(PROMPT, device=ids.device)
+        inputs |= {"position_ids": positions[None], "layout": block_layout([(PROMPT, [])]).to(ids.device)}
+    logits = model(**inputs).logits[0].float()
+    plain = linear(model.base_model(**inputs).last_hidden_state[0], head.weight, head.bias).float()
+    rounding = 1e-4 if head.weight.dtype == torch.float32 else 0.02
+    return float((logits - plain).abs().max()) <= rounding * float(logits.abs().max())

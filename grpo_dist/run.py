@@ -36,7 +36,7 @@ from .models import (
     save_final,
     trainable,
 )
-from .probe import packing_leak
+from .probe import head_is_plain, packing_leak
 from .rewards.pool import Pending, ScorerPool
 from .rewards.registry import TrainerState, answer_checks, labels
 from .rewards.scores import Item
@@ -146,19 +146,23 @@ class Run:
             with unsharded_loading():
                 copy = load_causal_lm(config.model, copy_dtype, implementation).to(self.ranks.device)
             self.reference = FrozenCopy(copy, temperature)
-        if obstacle is None:
-            with self.reference.trained() as model:
-                obstacle = packing_leak(model)
-            if obstacle is not None:
-                implementation = None
-                for model in (self.policy.causal_lm, self.reference.model):
-                    model.set_attn_implementation("sdpa")
+        if obstacle is None and (obstacle := self._probe()):
+            for each in (self.policy, self.reference.policy):
+                each.causal_lm.set_attn_implementation("sdpa")
         self.share_prompts = obstacle is None
         if obstacle is not None:
             log.info("%s: completions are computed one to a row (%s)", config.model.name, obstacle)
+        with self.reference.trained() as model:
+            plain = head_is_plain(model, self.share_prompts)
+        self.policy.fused_head = self.reference.policy.fused_head = plain
         ends, most = end_token_ids(config.model, self.tokenizer), config.rollout.max_completion_length
         self.engine = (NativeEngine(ends, most, config.rollout.max_tokens_in_flight) if self.share_prompts
                        else RowEngine(ends, most))  # fmt: skip
+
+    def _probe(self) -> str | None:
+        """Why the loaded model cannot share prompts, asked of the model itself."""
+        with self.reference.trained() as model:
+            return packing_leak(model)
 
     # --- resuming and saving -------------------------------------------------------------------------------------
 
@@ -290,7 +294,8 @@ class Run:
         lines += [f"trained model:  {self.directory / 'final'}", f"metrics:        {self.directory / 'metrics.jsonl'}"]
         if "tensorboard" in self.config.logging.trackers:
             lines.append(f"curves:         tensorboard --logdir {self.directory / 'tensorboard'}")
-        lines.append("next: your own data and reward, --data.train_file FILE --rewards '[{name: \"module:function\"}]'")
+        lines.append("next:           launch/single_node.sh --config configs/quickstart.yaml --train.output_dir runs/own "
+                     "--data.train_file FILE --rewards '[{name: \"module:function\"}]'")  # fmt: skip
         return "\n".join(lines)
 
     def close(self) -> None:

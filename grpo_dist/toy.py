@@ -1,9 +1,10 @@
 """Make the toy base model: a tiny Qwen2 that knows integer arithmetic but hedges when sampled.
 
 It trains a byte-level tokenizer and a decoder of under half a million parameters from nothing, in about a minute on
-two CPU cores. A first phase teaches the sums of the operands 0 to 30 and their differences from 0 up, with a tenth of the operand pairs
-held out; a short second phase mixes in targets that hedge (" I am not sure.") or guess. What is left is what GRPO
-needs: a policy whose best answer is right and whose samples are right less than half of the time.
+two idle CPU cores. A first phase teaches the sums of the operands 0 to 30 and their differences from 0 up, with a tenth
+of the operand pairs held out; one target in ten hedges already (" I am not sure.") or guesses, so that the short second
+phase, where most do, changes how often the model hedges and spares the arithmetic. What is left is what GRPO needs: a
+policy whose best answer is right and whose samples are right less than half of the time.
 
 It deliberately does no reinforcement learning, downloads nothing, and teaches nothing beyond the two prompt templates.
 
@@ -65,7 +66,7 @@ class Phase:
     batch_size: int = 64
 
 
-CLEAN = Phase("clean", 680, matrix_learning_rate=0.01, other_learning_rate=0.01, hedging_share=0.1)
+ARITHMETIC = Phase("arithmetic", 680, matrix_learning_rate=0.01, other_learning_rate=0.01, hedging_share=0.1)
 HEDGING = Phase("hedging", 60, matrix_learning_rate=0.001, other_learning_rate=0.001, hedging_share=0.56)
 
 
@@ -285,9 +286,9 @@ def make_base(directory: Path, seed: int) -> list[str]:
 
     tokenizer = make_tokenizer()
     model = make_model(tokenizer, seed)
-    train(model, tokenizer, CLEAN, seed)
-    clean = evaluate(model, tokenizer, problems("eval"))
-    print(f"held-out before hedging: {clean}", flush=True)
+    train(model, tokenizer, ARITHMETIC, seed)
+    first = evaluate(model, tokenizer, problems("eval"))
+    print(f"held-out after the arithmetic phase: {first}", flush=True)
     train(model, tokenizer, HEDGING, seed)
     model.to(torch.bfloat16).save_pretrained(directory)
     tokenizer.save_pretrained(directory)
@@ -299,7 +300,7 @@ def make_base(directory: Path, seed: int) -> list[str]:
     size_bytes = weights.stat().st_size
     print(f"held-out of the saved model: {final}; {size_bytes} bytes", flush=True)
     targets = {
-        f"greedy before hedging {clean.greedy:.3f}, wanted at least 0.95": clean.greedy >= 0.95,
+        f"greedy after the arithmetic phase {first.greedy:.3f}, wanted at least 0.95": first.greedy >= 0.95,
         f"greedy {final.greedy:.3f}, wanted at least 0.90": final.greedy >= 0.90,
         f"sampled {final.sampled:.3f}, wanted 0.30 to 0.48": 0.30 <= final.sampled <= 0.48,
         f"ended {final.ended:.3f}, wanted at least 0.99": final.ended >= 0.99,

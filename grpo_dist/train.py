@@ -27,11 +27,13 @@ from .display import set_up_logging
 from .evaluation import evaluate
 from .gathering import gather
 from .losses import policy_loss, token_weights
-from .metrics import UpdateMetrics, batch_metrics, peak_memory_gib
+from .metrics import NO_UPDATE, UpdateMetrics, batch_metrics, peak_memory_gib
 from .packing import Pack, make_pack, plan
 from .rewards.pool import Pending
 from .run import Position, Run, UserError
 from .watch import Interrupted
+
+GAP = "rollout/logprob_gap_max"
 
 
 @dataclass
@@ -163,8 +165,8 @@ def record(run: Run, step: int, batch: Batch, advantages: Tensor, seconds: float
     """Write the step down; evaluate and save where they are due."""
     done, config, updates = step + 1, run.config.train, run.position.metrics
     metrics = {"step": done, "epoch": run.sampler.epoch(done)} | batch_metrics(batch, advantages, run.reward_names)
-    if updates:  # what the last update left, and how far from the rollout's numbers the first one was
-        metrics |= updates[-1] | {"rollout/logprob_gap_max": updates[0]["rollout/logprob_gap_max"]}
+    # what the last update left, and how far from the rollout's numbers the first one was
+    metrics |= updates[-1] | {GAP: updates[0][GAP]} if updates else NO_UPDATE
     metrics |= run.clock.seconds | {"time/step": seconds, "memory/peak_gib": peak_memory_gib()}
     if "time/rollout" in metrics:  # not where the batch came from a checkpoint
         metrics["rollout/tokens_per_second"] = metrics["tokens/completion"] / metrics["time/rollout"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -56,6 +57,16 @@ class Rows:
     """Their log-probabilities, one (R,) tensor a step."""
 
 
+def finished_completion(request: Request, ids: list[int], logprobs: list[float], ended: bool) -> Completion:
+    """The answer to a request; raises FloatingPointError where the model's output was not a distribution."""
+    if not all(map(math.isfinite, logprobs)):
+        raise FloatingPointError(
+            f"the rollout model's log-probabilities for prompt {request.slot}, sample {request.sample} are not finite: "
+            "its weights or activations have overflowed"
+        )
+    return Completion(request.slot, request.sample, ids, logprobs, ended)
+
+
 class RowEngine:
     """Decodes one group at a time with the model's own cache and attention: right for every architecture, not fast.
 
@@ -89,12 +100,12 @@ class RowEngine:
         ended = torch.zeros(len(group), dtype=torch.bool, device=device)
         tokens: list[Tensor] = []
         logprobs: list[Tensor] = []
-        cache: Any = None
+        cache: dict[str, Any] = {}
         for position in range(self.max_new_tokens):
             if check:
                 check()
-            output = model(input_ids=inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
-            cache = output.past_key_values
+            output = model(input_ids=inputs, use_cache=True, logits_to_keep=1, **cache)
+            cache = {name: output[name] for name in ("past_key_values", "cache_params") if output.get(name) is not None}
             positions = torch.full_like(keys, position)
             token, logprob = draw(output.logits[:, -1], keys, positions, sampling)
             tokens.append(token)
@@ -109,4 +120,4 @@ class RowEngine:
     def _completion(self, request: Request, ids: list[int], logprobs: list[float]) -> Completion:
         end = next((place for place, token in enumerate(ids) if token in self.end_ids), None)
         length = len(ids) if end is None else end + 1
-        return Completion(request.slot, request.sample, ids[:length], logprobs[:length], end is not None)
+        return finished_completion(request, ids[:length], logprobs[:length], end is not None)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ..attention import BlockLayout, block_layout
 from ..batch import Completion
-from .engine import Request
+from .engine import Request, finished_completion
 from .sampling import Sampling, draw
 
 COMPACT_BELOW = 0.85
@@ -38,6 +38,8 @@ class PrefillLayout:
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
         """See `attention.Layout`."""
+        if layer in self.keys:
+            raise ValueError(f"layer {layer} attends more than once")
         self.keys[layer], self.values[layer] = key[0], value[0]
         return self.blocks.attend(layer, query, key, value, scale)
 
@@ -62,6 +64,8 @@ class DecodeState:
 
     def admit(self, prefill: PrefillLayout, lengths: list[int], sizes: list[int]) -> None:
         """Add prompts of `lengths` tokens with `sizes` sequences each, from the row that computed them."""
+        if not prefill.keys:
+            raise ValueError("the model's attention never came to the layout it was given")
         held, longest = len(self.prompt_lengths), max([*self.prompt_lengths.tolist(), *lengths])
         starts = [sum(lengths[:n]) for n in range(len(lengths))]
         for layer in prefill.keys:
@@ -144,10 +148,10 @@ class DecodeState:
         spread = query.new_zeros((len(prompt_keys) * self.most, heads, repeat, longest))
         spread = spread.index_copy_(0, self.seat, for_prompt).view(-1, self.most, heads, repeat, longest)
         spread = spread.transpose(1, 2).reshape(-1, heads, self.most * repeat, longest)
-        from_prompt = (spread @ prompt_values).view(-1, heads, self.most, repeat, size)
-        from_prompt = from_prompt.transpose(1, 2).reshape(-1, heads, repeat, size)[self.seat]
-        output = from_prompt + for_own @ own_values[:, :, : self.used]
-        return output.reshape(1, num_rows, num_queries, size)
+        from_prompt = (spread @ prompt_values).view(-1, heads, self.most, repeat, prompt_values.shape[3])
+        from_prompt = from_prompt.transpose(1, 2).flatten(0, 1).view(-1, heads, repeat, prompt_values.shape[3])
+        output = from_prompt[self.seat] + for_own @ own_values[:, :, : self.used]
+        return output.reshape(1, num_rows, num_queries, -1)
 
 
 class NativeEngine:
@@ -278,9 +282,8 @@ class _Decoding:
     def _finish(self, ended: list[int], lengths: list[int]) -> None:
         finished = []
         for n, length in zip(ended, lengths, strict=True):
-            ids, request = self.tokens[n, :length].tolist(), self.requests[n]
-            completion = Completion(request.slot, request.sample, ids, self.logprobs[n, :length].tolist(),
-                                    ids[-1] in self.engine.end_ids)  # fmt: skip
+            ids, logprobs = self.tokens[n, :length].tolist(), self.logprobs[n, :length].tolist()
+            completion = finished_completion(self.requests[n], ids, logprobs, ids[-1] in self.engine.end_ids)
             self.done[n] = completion
             finished.append(completion)
         if self.on_finish:

@@ -32,9 +32,9 @@ def test_same_tokens_and_weights(strategy: str, num_processes: int, one_process:
     only_learned = [{n: t for n, t in adapters(d).items() if "lora_B" in n} for d in (one_process, other)]
     assert relative_difference(*only_learned) <= 1e-4
     assert relative_difference(adapters(one_process), adapters(other)) <= 1e-5
-    for a, b in zip(metrics(one_process), metrics(other), strict=True):
+    for a, b in zip(metrics(one_process)[1:], metrics(other)[1:], strict=True):
         for name in ("loss", "kl", "grad_norm", "reward/mean", "entropy"):
-            assert b.get(name) == pytest.approx(a.get(name), rel=1e-3, abs=1e-6), name
+            assert b[name] == pytest.approx(a[name], rel=1e-3, abs=1e-6), name
 
 
 def test_first_step(one_process: Path) -> None:
@@ -60,7 +60,7 @@ def test_what_changes_only_speed_and_memory(
 ) -> None:
     other = train(strategy, num_processes, tmp_path / "run", *KL, *arguments)
     assert [row["completion"] for row in completions(other)] == [row["completion"] for row in completions(one_process)]
-    assert relative_difference(adapters(one_process), adapters(other)) <= 1e-5
+    assert relative_difference(adapters(one_process), adapters(other)) <= 1e-4
 
 
 @pytest.mark.parametrize(

@@ -72,7 +72,7 @@ def test_policy_loss_and_gradient_equal_the_loop(case: dict[str, Any], clips: tu
     loss = policy_loss(logprobs, **given_tensors, **options)
     lists = {name: tensor.tolist() for name, tensor in given_tensors.items()}
     point = logprobs.tolist()
-    assert float(loss.total) == pytest.approx(naive_loss(point, **lists, **options), rel=1e-12)
+    assert float(loss.total.detach()) == pytest.approx(naive_loss(point, **lists, **options), rel=1e-12)
     assert float(loss.policy) == pytest.approx(naive_loss(point, **lists, **(options | {"kl_coeff": 0.0})), rel=1e-12)
     (gradient,) = torch.autograd.grad(loss.total, logprobs)
     for m in range(8):
@@ -86,7 +86,7 @@ def test_policy_loss_and_gradient_equal_the_loop(case: dict[str, Any], clips: tu
 def test_without_a_reference_there_is_no_penalty() -> None:
     tensors = inputs() | {"reference": None}
     loss = policy_loss(**tensors, objective="grpo", clip_low=0.2, clip_high=0.2, kl_coeff=5.0, kl_estimator="k3")  # type: ignore[arg-type]
-    assert float(loss.total) == float(loss.policy)
+    assert float(loss.total.detach()) == float(loss.policy)
     assert loss.kl.tolist() == [0.0] * 8
 
 
@@ -130,7 +130,7 @@ def test_only_the_total_is_differentiable() -> None:
 
 
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=8))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 def test_token_weights_equal_the_loop(lengths: list[int]) -> None:
     num_tokens, num_sequences = sum(lengths), len(lengths)
     expected = {
@@ -145,7 +145,7 @@ def test_token_weights_equal_the_loop(lengths: list[int]) -> None:
 
 
 @given(st.lists(st.tuples(st.floats(-30, 0, width=32), st.floats(-30, 0, width=32)), min_size=1, max_size=20))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 def test_k3_equals_its_formula(pairs: list[tuple[float, float]]) -> None:
     logprobs, reference = (torch.tensor(column, dtype=torch.float64) for column in zip(*pairs, strict=True))
     expected = [math.expm1(r - p) - (r - p) for p, r in pairs]
@@ -153,7 +153,7 @@ def test_k3_equals_its_formula(pairs: list[tuple[float, float]]) -> None:
 
 
 def test_k3_is_never_negative() -> None:
-    """Near 0 the estimate is d² / 2: far below the rounding of exp(d) - d - 1 in float32, and it must not turn negative."""
+    """Near 0 the estimate is d² / 2, far below the rounding of exp(d) - d - 1 in float32."""
     differences = torch.cat([torch.logspace(-7, 1, 4000), -torch.logspace(-7, 1, 4000)])
     estimates = k3(torch.zeros_like(differences), differences)
     assert float(estimates.min()) >= 0
@@ -180,7 +180,7 @@ def test_an_empty_pack_has_a_loss_of_zero_that_can_be_differentiated(case: dict[
     parameter = torch.ones(3, requires_grad=True)
     loss = policy_loss(parameter[sequence], empty, empty, empty, empty, sequence, clip_low=0.2, clip_high=0.2, **case)
     loss.total.backward()
-    assert float(loss.total) == 0 and parameter.grad is not None and parameter.grad.tolist() == [0.0] * 3
+    assert float(loss.total.detach()) == 0 and parameter.grad is not None and parameter.grad.tolist() == [0.0] * 3
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -191,6 +191,8 @@ def test_the_loss_is_a_sum_over_completions(case: dict[str, Any]) -> None:
     parts = 0.0
     for number in range(len(LENGTHS)):
         mine = tensors["sequence"] == number
-        part = {name: tensor[mine] for name, tensor in tensors.items()} | {"sequence": torch.zeros(LENGTHS[number], dtype=torch.int64)}
+        part = {name: tensor[mine] for name, tensor in tensors.items()} | {
+            "sequence": torch.zeros(LENGTHS[number], dtype=torch.int64)
+        }
         parts += float(policy_loss(**part, **options).total)
     assert parts == pytest.approx(whole, rel=1e-12)

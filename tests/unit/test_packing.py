@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from itertools import pairwise
 
 import pytest
@@ -21,17 +20,12 @@ from grpo_dist.models import Policy
 from grpo_dist.packing import Piece, make_pack, piece_cost, plan
 
 PIECES = st.lists(
-    st.tuples(st.integers(1, 60), st.lists(st.tuples(st.integers(1, 50), st.booleans()), max_size=6)), min_size=1, max_size=8
+    st.tuples(st.integers(1, 60), st.lists(st.tuples(st.integers(1, 50), st.booleans()), max_size=6)),
+    min_size=1,
+    max_size=8,
 )
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Tensors this small only lose time by being shared out among threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def make_batch(pieces: list[tuple[int, list[int]]], seed: int = 0) -> Batch:
@@ -46,18 +40,23 @@ def make_batch(pieces: list[tuple[int, list[int]]], seed: int = 0) -> Batch:
     return Batch(prompts, group, lengths, zeros > 0, tokens, torch.zeros(len(tokens)), zeros[:, None], zeros)
 
 
-def whole_plan(batch: Batch, max_tokens: int, num_ranks: int = 1, share_prompts: bool = True) -> list[list[list[Piece]]]:
+def whole_plan(
+    batch: Batch, max_tokens: int, num_ranks: int = 1, share_prompts: bool = True
+) -> list[list[list[Piece]]]:
     """The plan of a batch of which everything is kept."""
-    return plan([len(p.ids) for p in batch.prompts], batch.group.tolist(), batch.lengths.tolist(),
-                [True] * len(batch.lengths), max_tokens=max_tokens, num_ranks=num_ranks, share_prompts=share_prompts)  # fmt: skip
+    prompt_lengths, lengths = [len(p.ids) for p in batch.prompts], batch.lengths.tolist()
+    return plan(prompt_lengths, batch.group.tolist(), lengths, [True] * len(lengths), max_tokens=max_tokens,
+                num_ranks=num_ranks, share_prompts=share_prompts)  # fmt: skip
 
 
 # --- the plan ----------------------------------------------------------------------------------------------------
 
 
 @given(PIECES, st.integers(2, 300), st.integers(1, 4), st.booleans())
-@settings(max_examples=100, deadline=None)
-def test_plan(given_pieces: list[tuple[int, list[tuple[int, bool]]]], max_tokens: int, num_ranks: int, share: bool) -> None:
+@settings(max_examples=60, deadline=None)
+def test_plan(
+    given_pieces: list[tuple[int, list[tuple[int, bool]]]], max_tokens: int, num_ranks: int, share: bool
+) -> None:
     prompt_lengths = [prompt for prompt, _ in given_pieces]
     group = [g for g, (_, members) in enumerate(given_pieces) for _ in members]
     lengths = [length for _, members in given_pieces for length, _ in members]
@@ -127,8 +126,10 @@ def test_piece_cost_grows_with_everything() -> None:
 # --- the tensors -------------------------------------------------------------------------------------------------
 
 
-@given(st.lists(st.tuples(st.integers(1, 9), st.lists(st.integers(1, 7), min_size=1, max_size=4)), min_size=1, max_size=5),
-       st.integers(16, 60), st.booleans())  # fmt: skip
+SMALL = st.tuples(st.integers(1, 9), st.lists(st.integers(1, 7), min_size=1, max_size=4))
+
+
+@given(st.lists(SMALL, min_size=1, max_size=5), st.integers(16, 60), st.booleans())
 @settings(max_examples=60, deadline=None)
 def test_make_pack_equals_the_loop(pieces: list[tuple[int, list[int]]], max_tokens: int, share: bool) -> None:
     batch = make_batch(pieces)
@@ -159,7 +160,9 @@ def test_make_pack_equals_the_loop(pieces: list[tuple[int, list[int]]], max_toke
 def test_an_empty_pack(share: bool) -> None:
     pack = make_pack(make_batch([(3, [2])]), [], share_prompts=share)
     assert len(pack.ids) == len(pack.positions) == 1
-    assert all(len(t) == 0 and t.dtype == torch.int64 for t in (pack.predictor, pack.targets, pack.token, pack.sequence))
+    assert all(
+        len(t) == 0 and t.dtype == torch.int64 for t in (pack.predictor, pack.targets, pack.token, pack.sequence)
+    )
 
 
 # --- the attention -----------------------------------------------------------------------------------------------
@@ -192,7 +195,9 @@ def full_mask(pieces: list[tuple[int, list[int]]]) -> Tensor:
 
 @pytest.mark.parametrize("name", LAYOUTS)
 @pytest.mark.parametrize(("heads", "key_heads", "scale"), [(2, 2, None), (4, 2, 0.3)])
-def test_block_attention_equals_a_full_masked_softmax(name: str, heads: int, key_heads: int, scale: float | None) -> None:
+def test_block_attention_equals_a_full_masked_softmax(
+    name: str, heads: int, key_heads: int, scale: float | None
+) -> None:
     pieces = LAYOUTS[name]
     mask = full_mask(pieces)
     generator = torch.Generator().manual_seed(0)
@@ -268,7 +273,9 @@ def loss_inputs(batch: Batch) -> dict[str, Tensor]:
     }
 
 
-def share_of_loss(logprobs: Tensor, inputs: dict[str, Tensor], token: Tensor, sequence: Tensor, estimator: str) -> Tensor:
+def share_of_loss(
+    logprobs: Tensor, inputs: dict[str, Tensor], token: Tensor, sequence: Tensor, estimator: str
+) -> Tensor:
     """The loss of some tokens."""
     mine = {name: tensor[token] for name, tensor in inputs.items()}
     return policy_loss(logprobs, **mine, sequence=sequence, objective="grpo", clip_low=0.2, clip_high=0.2, kl_coeff=0.1,
@@ -300,7 +307,7 @@ def test_packing_changes_neither_loss_nor_gradient(name: str, estimator: str, co
     gradient = flat_gradient(plain)
 
     shared, rows_model = Policy(build(config, attention.NAME), 1.0), Policy(build(config, "sdpa"), 1.0)
-    runs = [(shared, budget, ranks, True) for budget, ranks in ((2, 1), (40, 1), (330, 2), (100000, 1), (100000, 3))]
+    runs = [(shared, budget, ranks, True) for budget, ranks in ((2, 1), (330, 2), (100000, 3))]
     for policy, budget, num_ranks, share in [*runs, (rows_model, 400, 2, False)]:
         total = 0.0
         for packs in whole_plan(batch, budget, num_ranks, share):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,13 +43,6 @@ MOST = 36
 """More than one chunk of slots, so that the cache has to grow."""
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Tensors this small only lose time by being shared out among threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @dataclass(frozen=True)
@@ -62,15 +54,15 @@ class Pair:
 
 
 def make_pair(config: PretrainedConfig) -> Pair:
-    """The same weights under the package's attention and under sdpa; the head is scaled up, else all draws are uniform."""
+    """The same weights under both attentions; the head is scaled up, else all draws are uniform."""
     torch.manual_seed(0)
     shared = AutoModelForCausalLM.from_config(copy.deepcopy(config), attn_implementation=attention.NAME).eval()
     with torch.no_grad():
         for name, parameter in shared.named_parameters():
             if parameter.dim() > 1:
                 parameter.normal_(0, 1.0 if "embed" in name or "head" in name else 0.2)
-        hidden = shared.base_model(input_ids=torch.arange(9)[None], position_ids=torch.arange(9)[None],
-                                   use_cache=False, layout=attention.block_layout([(9, [])])).last_hidden_state  # fmt: skip
+        row, layout = torch.arange(9)[None], attention.block_layout([(9, [])])
+        hidden = shared.base_model(input_ids=row, position_ids=row, use_cache=False, layout=layout).last_hidden_state
         head = shared.get_output_embeddings().weight
         head.mul_(2.0 / (hidden @ head.T).std())
     plain = AutoModelForCausalLM.from_config(copy.deepcopy(config), attn_implementation="sdpa").eval()
@@ -124,7 +116,7 @@ def test_both_engines_draw_the_same(name: str, pairs: dict[str, Pair]) -> None:
         assert_equal(NativeEngine(ENDS, MOST, in_flight).generate(pair.shared, REQUESTS, Sampling()), expected)
 
 
-@pytest.mark.parametrize("in_flight", [1, 61, 100, 333, 600])
+@pytest.mark.parametrize("in_flight", [1, 100])
 def test_room_in_flight_changes_nothing(in_flight: int, pairs: dict[str, Pair]) -> None:
     sampling = Sampling(temperature=0.9, top_p=0.95, top_k=30, min_p=0.001)
     expected = RowEngine(ENDS, MOST).generate(pairs["qwen2"].plain, REQUESTS, sampling)
@@ -135,7 +127,7 @@ def test_a_request_alone_gives_what_it_gives_in_a_batch(pairs: dict[str, Pair]) 
     pair = pairs["llama"]
     for engine, model in ((NativeEngine(ENDS, MOST, 10000), pair.shared), (RowEngine(ENDS, MOST), pair.plain)):
         together = engine.generate(model, REQUESTS, Sampling())
-        for n in (0, 3, 6, 8, 15):
+        for n in (0, 6, 15):
             assert_equal(engine.generate(model, [REQUESTS[n]], Sampling()), [together[n]])
         order = [12, 13, 14, 15, 0, 1, 2, 3, 9, 10]
         assert_equal(engine.generate(model, [REQUESTS[n] for n in order], Sampling()), [together[n] for n in order])
@@ -199,7 +191,7 @@ def test_reported_logprobs_are_the_models(temperature: float, pairs: dict[str, P
 
 
 def test_values_narrower_than_keys() -> None:
-    """DeepSeek's latent attention passes the probe, so the engine has to take it: its value heads have their own size."""
+    """DeepSeek's value heads have a size of their own: the probe accepts them, so the engine has to take them."""
     config = DeepseekV3Config(
         **{**TINY, "num_key_value_heads": 4}, q_lora_rank=16, kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=8,
         v_head_dim=8, first_k_dense_replace=2, n_routed_experts=4, num_experts_per_tok=2, n_group=1, topk_group=1,

@@ -1,0 +1,170 @@
+"""Configs: what is good comes out typed, and every mistake is answered by name before anything heavy is imported."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import subprocess
+import sys
+from dataclasses import fields, is_dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+from grpo_dist import config as config_module
+from grpo_dist.cli_config import known_keys, parse_config, redacted
+from grpo_dist.config import Config, LoraConfig
+
+
+def parse(tmp_path: Path, text: str, *overrides: str) -> Config:
+    """The config of a YAML text and overrides."""
+    file = tmp_path / "config.yaml"
+    file.write_text(text)
+    return parse_config(["--config", str(file), *overrides])
+
+
+def test_defaults_are_the_dataclasses() -> None:
+    assert parse_config([]) == Config()
+
+
+def test_yaml_and_overrides(tmp_path: Path) -> None:
+    config = parse(
+        tmp_path,
+        """
+        model: {name: some/model, dtype: bfloat16}
+        lora: {r: 4, target_modules: [q_proj, v_proj]}
+        rewards:
+          - name: math
+          - {name: "mine:reward", weight: 0.5, args: {strict: true}}
+        rollout: {group_size: 4, temperature: 1}
+        optim: {learning_rate: 1e-5, betas: [0.9, 0.95]}
+        train: {batch_size: 8, max_tokens_per_pack: 8192}
+        """,
+        "--rollout.temperature", "0.7", "--train.batch_size=16", "--data.eval_file", "null", "--loss.kl_coeff", "1e-3",
+    )  # fmt: skip
+    assert config.model.name == "some/model" and config.model.dtype == "bfloat16"
+    assert config.lora == LoraConfig(r=4, target_modules=["q_proj", "v_proj"])
+    assert [reward.name for reward in config.rewards] == ["math", "mine:reward"]
+    assert config.rewards[1].args == {"strict": True} and config.rewards[1].weight == 0.5
+    assert isinstance(config.optim.learning_rate, float) and config.optim.learning_rate == 1e-5
+    assert config.optim.betas == (0.9, 0.95)
+    assert config.rollout.temperature == 0.7 and config.rollout.group_size == 4
+    assert config.train.batch_size == 16 and config.train.max_tokens_per_pack == 8192
+    assert config.data.eval_file is None
+    assert config.loss.kl_coeff == 1e-3
+    assert config.scoring == Config().scoring
+
+
+@pytest.mark.parametrize("text", ["1e-5", "1.0e-5", "0.00001"])
+def test_numbers_with_exponents_are_floats(text: str, tmp_path: Path) -> None:
+    from_yaml = parse(tmp_path, f"optim: {{learning_rate: {text}}}").optim.learning_rate
+    from_cli = parse_config(["--optim.learning_rate", text]).optim.learning_rate
+    assert isinstance(from_yaml, float) and from_yaml == from_cli == 1e-5
+
+
+def test_lora_null_is_full_fine_tuning(tmp_path: Path) -> None:
+    assert parse(tmp_path, "lora: null").lora is None
+    assert parse_config(["--lora", "null"]).lora is None
+    assert parse(tmp_path, "lora: {r: 8}").lora == LoraConfig(r=8)
+    assert parse_config(["--lora.r", "8"]).lora == LoraConfig(r=8)
+
+
+BAD: dict[str, tuple[str, list[str], list[str]]] = {
+    # name: (YAML, overrides, what the message has to name: key, value, expectation)
+    "unknown key in yaml": ("rollout: {grup_size: 4}", [], ["grup_size", "rollout.group_size"]),
+    "unknown group in yaml": ("rolout: {group_size: 4}", [], ["rolout", "did you mean 'rollout.group_size'"]),
+    "unknown key in cli": ("train: {seed: 1}", ["--train.batchsize", "4"], ["batchsize", "train.batch_size"]),
+    "unknown leaf in cli": ("train: {seed: 1}", ["--rollout.temprature", "0.5"], ["temprature", "rollout.temperature"]),
+    "key in the wrong group": ("train: {learning_rate: 1.0}", [], ["learning_rate", "optim.learning_rate"]),
+    "text for a number": ("train: {batch_size: many}", [], ["train.batch_size", "many", "int"]),
+    "text for a number in cli": ("train: {seed: 1}", ["--optim.learning_rate", "fast"],
+                                 ["optim.learning_rate", "fast", "float"]),
+    "fraction for a count": ("rollout: {group_size: 2.5}", [], ["rollout.group_size", "2.5", "int"]),
+    "not one of the choices": ("loss: {objective: ppo}", [], ["loss.objective", "ppo", "grpo"]),
+    "unknown key in a reward": ("rewards: [{nmae: math}]", [], ["nmae"]),
+    "group of one": ("rollout: {group_size: 1}", [], ["rollout.group_size", "1", "at least 2"]),
+    "group of one in cli": ("train: {seed: 1}", ["--rollout.group_size", "1"],
+                            ["rollout.group_size", "1", "at least 2"]),
+    "negative kl": ("loss: {kl_coeff: -0.1}", [], ["loss.kl_coeff", "-0.1", "0 or more"]),
+    "no temperature": ("rollout: {temperature: 0}", [], ["rollout.temperature", "0", "above 0"]),
+    "top_p above 1": ("rollout: {top_p: 1.5}", [], ["rollout.top_p", "1.5", "(0, 1]"]),
+    "rank 0": ("lora: {r: 0}", [], ["lora.r", "0", "at least 1"]),
+    "not a number": ("optim: {learning_rate: .nan}", [], ["optim.learning_rate", "nan", "above 0"]),
+    "infinite": ("optim: {learning_rate: .inf}", [], ["optim.learning_rate", "inf"]),
+    "budget too small": ("train: {max_tokens_per_pack: 100}", [],
+                         ["train.max_tokens_per_pack", "100", "data.max_prompt_length", "768"]),
+    "room too small": ("rollout: {max_tokens_in_flight: 100}", [], ["rollout.max_tokens_in_flight", "100", "768"]),
+    "no reward": ("rewards: []", [], ["rewards", "[]", "at least one"]),
+    "shared reference without lora": ("lora: null\nreference: {placement: shared}", [],
+                                      ["reference.placement", "shared", "lora is null"]),
+    "warmup above the steps": ("optim: {warmup_steps: 101}", [], ["optim.warmup_steps", "101", "num_train_steps"]),
+    "system prompt without template": ("data: {system_prompt: Hi, chat_template: never}", [],
+                                       ["data.system_prompt", "Hi", "chat_template"]),
+    "broken yaml": ("rollout: {group_size: 4", [], ["config.yaml"]),
+    "a list": ("- 1\n- 2", [], ["config.yaml"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_mistakes_are_named(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text, overrides, expected = BAD[name]
+    with pytest.raises(SystemExit) as stop:
+        parse(tmp_path, text, *overrides)
+    message = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert "Traceback" not in message
+    missing = [part for part in expected if part not in message]
+    assert not missing, f"{missing} not in:\n{message}"
+
+
+@pytest.mark.parametrize("name", ["nowhere.yaml", "."])
+def test_a_config_that_is_not_a_file(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        parse_config(["--config", str(tmp_path / name)])
+    message = capsys.readouterr().err
+    assert stop.value.code == 2 and str(tmp_path) in message and "config" in message
+
+
+def test_nothing_heavy_is_imported() -> None:
+    heavy = ("torch", "transformers", "peft", "accelerate", "datasets")
+    code = ("import sys, grpo_dist.cli_config as c; c.parse_config([]); "
+            f"print([m for m in {heavy} if m in sys.modules])")  # fmt: skip
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True,
+                          cwd=Path(__file__).parents[2])  # fmt: skip
+    assert done.stdout.strip() == "[]"
+
+
+GROUPS = [cls for _, cls in inspect.getmembers(config_module, inspect.isclass)
+          if is_dataclass(cls) and cls is not Config]  # fmt: skip
+
+
+@pytest.mark.parametrize("cls", [*GROUPS, Config], ids=lambda cls: cls.__name__)
+def test_every_field_is_documented(cls: type) -> None:
+    assert cls.__doc__ and not cls.__doc__.startswith(f"{cls.__name__}(")
+    (body,) = (node.body for node in ast.parse(inspect.getsource(config_module)).body
+               if isinstance(node, ast.ClassDef) and node.name == cls.__name__)  # fmt: skip
+    documented = {
+        node.target.id for node, after in pairwise(body)
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)
+        and isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant) and isinstance(after.value.value, str)
+    }  # fmt: skip
+    groups = {group.__name__ for group in GROUPS}
+    for field in fields(cls):
+        nested = str(field.type).removesuffix(" | None") in groups  # a group is documented by its own class
+        assert field.name in documented or nested, f"{cls.__name__}.{field.name} has no docstring"
+
+
+def test_known_keys_are_the_fields() -> None:
+    keys = known_keys()
+    assert {"rollout", "rollout.group_size", "lora.r", "train.seed", "rewards"} <= set(keys)
+    assert len(keys) == len(set(keys))
+
+
+def test_secrets_are_redacted() -> None:
+    values = {"rewards": [{"name": "mine:f", "args": {"api_key": "s3cret", "url": "http://x"}}], "hub_token": "s3cret",
+              "max_tokens_per_pack": 4096}  # fmt: skip
+    assert redacted(values) == {
+        "rewards": [{"name": "mine:f", "args": {"api_key": "<redacted>", "url": "http://x"}}],
+        "hub_token": "<redacted>", "max_tokens_per_pack": 4096,
+    }  # fmt: skip

@@ -1,0 +1,271 @@
+"""Models: how the frozen copy follows the policy, the reference, and what is exported."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast, Qwen2Config
+
+from grpo_dist import attention
+from grpo_dist.attention import block_layout
+from grpo_dist.batch import Batch, Prompt
+from grpo_dist.config import LoraConfig, ModelConfig
+from grpo_dist.models import (
+    FrozenCopy,
+    Policy,
+    SharedReference,
+    end_token_ids,
+    load_causal_lm,
+    load_policy,
+    load_tokenizer,
+    save_final,
+    trainable,
+)
+from grpo_dist.packing import Pack, Piece, make_pack
+
+IDS = torch.tensor([5, 9, 33, 60, 7, 12, 80, 41])
+LORA = LoraConfig(r=3, alpha=6.0)
+
+
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a byte, an end token, and no padding token."""
+    vocabulary = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "<end>"]
+    backend = Tokenizer(models.BPE(vocab={token: n for n, token in enumerate(vocabulary)}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<end>")
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["untied", "tied"])
+def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> ModelConfig:
+    """A small random Qwen2 on the disk, with tied embeddings and without, and several end tokens."""
+    path = tmp_path_factory.mktemp("base")
+    config = Qwen2Config(
+        vocab_size=257, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=128, tie_word_embeddings=request.param, eos_token_id=250,
+        bos_token_id=None,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape) * 0.1)
+    model.generation_config = GenerationConfig(eos_token_id=[256, 7, 9])
+    model.save_pretrained(path)
+    make_tokenizer().save_pretrained(path)
+    return ModelConfig(name=str(path))
+
+
+def make_policy(base: ModelConfig, lora: LoraConfig | None) -> Policy:
+    """A policy that training has moved away from its base."""
+    policy = load_policy(base, lora, torch.float32, attention.NAME, 1.0, seed=0)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in trainable(policy).values():
+            parameter.add_(torch.randn(parameter.shape) * 0.1)
+    return policy.eval()
+
+
+def make_copy(base: ModelConfig, dtype: torch.dtype = torch.float32) -> FrozenCopy:
+    """The frozen copy of the base."""
+    return FrozenCopy(load_causal_lm(base, dtype, attention.NAME), 1.0)
+
+
+@torch.no_grad()
+def logits(model: nn.Module, shared: bool = True) -> Tensor:
+    """Logits of one fixed sequence; `shared` for a model with the package's attention."""
+    layout = {"layout": block_layout([(len(IDS), [])])} if shared else {}
+    return model(input_ids=IDS[None], position_ids=torch.arange(len(IDS))[None], use_cache=False, **layout).logits[0]
+
+
+def make_pack_of_two() -> Pack:
+    """A prompt with two completions."""
+    zeros = torch.zeros(2, dtype=torch.float64)
+    batch = Batch([Prompt(0, [4, 8, 15], "")], torch.tensor([0, 0]), torch.tensor([3, 2]), zeros > 0, IDS[:5],
+                  torch.zeros(5), zeros[:, None], zeros)  # fmt: skip
+    return make_pack(batch, [Piece(0, [0, 1])])
+
+
+def weights(model: nn.Module) -> dict[str, Tensor]:
+    """A copy of everything a model holds."""
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def assert_same_bits(model: nn.Module, expected: dict[str, Tensor]) -> None:
+    """The model holds exactly what it held."""
+    held = model.state_dict()
+    assert held.keys() == expected.keys()
+    assert all(torch.equal(held[name], tensor) for name, tensor in expected.items())
+
+
+@pytest.mark.parametrize("lora", [LORA, LoraConfig(r=2, target_modules=["q_proj", "down_proj"]), None],
+                         ids=["all-linear", "two-modules", "full"])  # fmt: skip
+def test_the_frozen_copy_follows_the_policy(lora: LoraConfig | None, base: ModelConfig) -> None:
+    policy, frozen = make_policy(base, lora), make_copy(base)
+    before, base_logits = weights(frozen.model), logits(frozen.model)
+    for _ in range(2):
+        frozen.sync(policy)
+        wanted = logits(policy.causal_lm)
+        assert float((wanted - base_logits).abs().max()) > 0.1, "the policy must differ from its base"
+        with frozen.trained() as model:
+            assert torch.allclose(logits(model), wanted, atol=1e-5)
+        assert torch.equal(logits(frozen.model), base_logits)
+        with torch.no_grad():  # a second step
+            for parameter in trainable(policy).values():
+                parameter.mul_(1.5)
+    with pytest.raises(KeyError), frozen.trained():
+        raise KeyError("a rollout that fails")
+    assert_same_bits(frozen.model, before)
+    assert not any(p.requires_grad for p in frozen.model.parameters())
+
+
+@pytest.mark.parametrize("lora", [LORA, None], ids=["lora", "full"])
+def test_a_bfloat16_copy_rounds_the_merged_weights_once(lora: LoraConfig | None, base: ModelConfig) -> None:
+    policy, frozen = make_policy(base, lora), make_copy(base, torch.bfloat16)
+    before = weights(frozen.model)
+    frozen.sync(policy)
+    with frozen.trained() as model:
+        assert float((logits(model) - logits(policy.causal_lm)).abs().max()) < 0.2
+        if lora is None:
+            theirs = policy.causal_lm.state_dict()
+            assert all(torch.equal(value, theirs[name].bfloat16()) for name, value in model.state_dict().items())
+    assert_same_bits(frozen.model, before)
+
+
+@pytest.mark.parametrize("lora", [LORA, None], ids=["lora", "full"])
+def test_the_first_step_has_no_kl(lora: LoraConfig | None, base: ModelConfig) -> None:
+    """Promise 4: before training, the policy's log-probabilities are the reference's."""
+    policy, pack = load_policy(base, lora, torch.float32, attention.NAME, 1.0, seed=0), make_pack_of_two()
+    assert torch.equal(make_copy(base).logprobs(pack), policy(pack)[0].detach())
+    assert not torch.equal(make_copy(base).logprobs(pack), make_policy(base, lora)(pack)[0].detach())
+
+
+def test_the_same_seed_draws_the_same_adapters(base: ModelConfig) -> None:
+    one, same, other = (load_policy(base, LORA, torch.float32, attention.NAME, 1.0, seed) for seed in (3, 3, 4))
+    assert trainable(one).keys() == trainable(same).keys()
+    assert all(".lora_" in name for name in trainable(one))
+    assert all(torch.equal(p, trainable(same)[name]) for name, p in trainable(one).items())
+    assert any(not torch.equal(p, trainable(other)[name]) for name, p in trainable(one).items())
+
+
+def test_full_fine_tuning_trains_everything_in_float32(base: ModelConfig) -> None:
+    policy = load_policy(base, None, torch.bfloat16, attention.NAME, 1.0, 0)
+    assert len(trainable(policy)) == len(list(policy.parameters()))
+    assert all(p.dtype == torch.float32 for p in policy.parameters())
+
+
+def test_the_policy_as_its_own_reference(base: ModelConfig) -> None:
+    policy, pack = make_policy(base, LORA), make_pack_of_two()
+    before = weights(policy)
+    reference = SharedReference(policy, policy, LORA, attention.NAME)
+    assert torch.allclose(reference.logprobs(pack), make_copy(base).logprobs(pack), atol=1e-6)
+    wanted, moved = logits(policy.causal_lm), policy(pack)[0].detach()
+    for _ in range(2):
+        reference.sync(policy)
+        with reference.trained() as model:
+            assert torch.allclose(logits(model), wanted, atol=1e-5)
+            assert not any(p.requires_grad for p in model.parameters())
+        with torch.no_grad():  # the next rollout must see the next step's weights
+            for parameter in trainable(policy).values():
+                parameter.mul_(1.5)
+        assert not torch.allclose(logits(policy.causal_lm), wanted, atol=1e-2)
+        wanted = logits(policy.causal_lm)
+    with torch.no_grad():
+        for name, parameter in trainable(policy).items():
+            parameter.copy_(before[name])
+    assert torch.equal(policy(pack)[0].detach(), moved)
+    assert_same_bits(policy, before)
+    assert all(p.requires_grad == (".lora_" in name) for name, p in policy.named_parameters())
+
+
+@pytest.mark.parametrize("lora", [LORA, None], ids=["lora", "full"])
+def test_what_is_exported_is_what_was_trained(lora: LoraConfig | None, base: ModelConfig, tmp_path: Path) -> None:
+    policy, tokenizer, pack = make_policy(base, lora), load_tokenizer(base), make_pack_of_two()
+    before, scored, wanted = weights(policy), policy(pack)[0].detach(), logits(policy.causal_lm)
+    save_final(policy, tokenizer, tmp_path / "final", is_main=True)
+    final = AutoModelForCausalLM.from_pretrained(tmp_path / "final").eval()
+    assert torch.allclose(logits(final, shared=False), wanted, atol=1e-5)
+    assert set(final.generation_config.eos_token_id) == {256, 7, 9}
+    text = "What is 2 + 3?"
+    assert AutoTokenizer.from_pretrained(tmp_path / "final").encode(text) == tokenizer.encode(text)
+    assert "grpo_dist" not in (tmp_path / "final" / "config.json").read_text()
+    if lora is not None:
+        plain = AutoModelForCausalLM.from_pretrained(base.name)
+        adapted = PeftModel.from_pretrained(plain, tmp_path / "final" / "adapter").eval()
+        assert torch.allclose(logits(adapted, shared=False), wanted, atol=1e-5)
+    # and the policy is as it was: exporting in the middle of a run changes nothing
+    assert_same_bits(policy, before)
+    assert torch.equal(policy(pack)[0].detach(), scored)
+
+
+def test_other_ranks_export_nothing(base: ModelConfig, tmp_path: Path) -> None:
+    save_final(make_policy(base, LORA), load_tokenizer(base), tmp_path / "final", is_main=False)
+    assert not (tmp_path / "final").exists()
+
+
+def test_a_bfloat16_policy_is_merged_in_float32(base: ModelConfig, tmp_path: Path) -> None:
+    policy = load_policy(base, LORA, torch.bfloat16, attention.NAME, 1.0, 0).eval()
+    torch.manual_seed(1)
+    for parameter in trainable(policy).values():
+        parameter.data.add_(torch.randn(parameter.shape) * 0.1)
+    save_final(policy, load_tokenizer(base), tmp_path / "final", is_main=True)
+    final = AutoModelForCausalLM.from_pretrained(tmp_path / "final").eval()
+    assert final.dtype == torch.bfloat16
+    assert float((logits(final, shared=False).float() - logits(policy.causal_lm).float()).abs().max()) < 0.3
+
+
+def test_log_probabilities_are_at_the_temperature(base: ModelConfig) -> None:
+    pack = make_pack_of_two()
+    policy = Policy(load_causal_lm(base, torch.float32, attention.NAME), 0.5)
+    model = load_causal_lm(base, torch.float32, "sdpa")
+    expected = []
+    for completion in (IDS[:3], IDS[3:5]):
+        row = torch.cat([torch.tensor([4, 8, 15]), completion])[None]
+        rows = torch.log_softmax(model(input_ids=row).logits[0, 2:-1] / 0.5, -1)
+        expected.append(rows.gather(-1, completion[:, None])[:, 0])
+    assert torch.allclose(policy(pack)[0], torch.cat(expected), atol=1e-5)
+
+
+def test_dropout_is_off_while_training(base: ModelConfig, tmp_path: Path) -> None:
+    model = load_causal_lm(base, torch.float32, "sdpa")
+    config = copy.deepcopy(model.config)
+    config.attention_dropout = 0.5
+    model.config = config
+    model.save_pretrained(tmp_path / "dropping")
+    dropping = load_causal_lm(ModelConfig(name=str(tmp_path / "dropping")), torch.float32, "eager").train()
+    assert torch.equal(logits(dropping, shared=False), logits(dropping, shared=False))
+
+
+def test_end_tokens_come_from_everywhere(base: ModelConfig, tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(base)
+    assert end_token_ids(base, tokenizer) == [7, 9, 250, 256]
+    for file in Path(base.name).iterdir():  # many repositories have no generation_config.json
+        if file.name != "generation_config.json":
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+    assert end_token_ids(ModelConfig(name=str(tmp_path)), tokenizer) == [250, 256]
+
+
+def test_a_tokenizer_without_padding_pads_with_its_end_token(tmp_path: Path) -> None:
+    make_tokenizer().save_pretrained(tmp_path)
+    assert AutoTokenizer.from_pretrained(tmp_path).pad_token_id is None
+    tokenizer = load_tokenizer(ModelConfig(name=str(tmp_path)))
+    assert tokenizer.pad_token_id == tokenizer.eos_token_id == 256
+
+
+def test_a_tokenizer_without_an_end_token_is_refused(tmp_path: Path) -> None:
+    make_tokenizer().save_pretrained(tmp_path)
+    settings: dict[str, Any] = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    settings.pop("eos_token")
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match=r"model\.name.*end-of-sequence"):
+        load_tokenizer(ModelConfig(name=str(tmp_path)))

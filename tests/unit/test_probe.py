@@ -1,0 +1,180 @@
+"""What cannot be packed is named, never silently accepted; and the plain route is right for it."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import nn
+from transformers import AutoModelForCausalLM, PretrainedConfig
+
+from grpo_dist import attention
+from grpo_dist.batch import Batch, Prompt
+from grpo_dist.models import Policy, packing_obstacle
+from grpo_dist.packing import make_pack, plan
+from grpo_dist.probe import packing_leak
+from grpo_dist.rollout import Request, RowEngine, Sampling, stream_key
+
+LONGEST = 64
+TINY: dict[str, Any] = {
+    "vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 256, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+    "tie_word_embeddings": False,
+}  # fmt: skip
+EXPERTS: dict[str, Any] = {"num_local_experts": 2, "num_experts_per_tok": 1}
+MAMBA: dict[str, Any] = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_n_groups": 1, "mamba_d_state": 8}
+GPT: dict[str, Any] = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_inner": 48, "rotary_dim": 4}
+
+PACKABLE: dict[str, dict[str, Any]] = {
+    "Llama": {}, "Qwen2": {}, "Qwen3": {"head_dim": 8}, "Gemma": {"head_dim": 8},
+    "Mistral": {"sliding_window": LONGEST},
+    "Gemma3Text": {"head_dim": 8, "sliding_window": LONGEST}, "GPT2": GPT,
+}  # fmt: skip
+UNPACKABLE: dict[str, dict[str, Any]] = {
+    "Mistral": {"sliding_window": LONGEST - 1},
+    "Gemma2": {"head_dim": 8, "sliding_window": 1024},
+    "Gemma3Text": {"head_dim": 8, "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]},
+    "Mamba": {"state_size": 4},
+    "Mamba2": {"head_dim": 16, "num_heads": 4, "state_size": 4, "n_groups": 1},
+    "Bamba": {"attn_layer_indices": [1], **MAMBA},
+    "GraniteMoeHybrid": {"layer_types": ["mamba", "attention"], "shared_intermediate_size": 32, **MAMBA, **EXPERTS},
+    "FalconH1": {"mamba_d_ssm": 64, **MAMBA},
+    "Lfm2": {"layer_types": ["conv", "full_attention"], "block_multiple_of": 8},
+    "RecurrentGemma": {"lru_width": 32, "attention_window_size": 200},
+    "Llama4Text": {"head_dim": 8, "intermediate_size_mlp": 32, **EXPERTS},
+    "GptOss": {"head_dim": 8, "sliding_window": 200, **EXPERTS},
+    "Bloom": {"n_layer": 2, "n_head": 4},
+    "GPTJ": GPT,
+    "Falcon": {"alibi": True},
+}  # fmt: skip
+
+
+
+
+def make_config(name: str, options: dict[str, Any]) -> PretrainedConfig:
+    """A tiny config of an architecture."""
+    return getattr(transformers, f"{name}Config")(**{**TINY, **options})
+
+
+def make_model(config: PretrainedConfig, implementation: str | None) -> nn.Module:
+    """A random model with weights large enough for every token to matter."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(copy.deepcopy(config), attn_implementation=implementation).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0, 0.3)
+    return model
+
+
+@pytest.mark.parametrize("name", PACKABLE)
+def test_plain_decoders_are_packed(name: str) -> None:
+    config = make_config(name, PACKABLE[name])
+    assert packing_obstacle(config, LONGEST) is None
+    assert packing_leak(make_model(config, attention.NAME)) is None
+
+
+@pytest.mark.parametrize("name", UNPACKABLE)
+def test_what_cannot_be_packed_is_named(name: str) -> None:
+    """By its config or, once loaded as a run loads it, by its outputs; loading itself must not fail."""
+    config = make_config(name, UNPACKABLE[name])
+    obstacle = packing_obstacle(config, LONGEST)
+    if obstacle is None:
+        obstacle = packing_leak(make_model(config, attention.NAME))
+    assert obstacle
+
+
+@pytest.mark.parametrize(("name", "words"), [("Mistral", "63 tokens"), ("Gemma2", "softcapping"), ("Lfm2", "conv")])
+def test_the_obstacle_says_what_it_is(name: str, words: str) -> None:
+    assert words in str(packing_obstacle(make_config(name, UNPACKABLE[name]), LONGEST))
+
+
+def test_a_window_that_no_layer_uses_is_no_obstacle() -> None:
+    config = make_config("Qwen2", {"use_sliding_window": False, "sliding_window": 8})
+    assert packing_obstacle(config, LONGEST) is None
+
+
+@pytest.mark.parametrize("name", ["Mamba", "Lfm2", "FalconH1", "Bamba"])
+def test_recurrent_layers_are_seen_in_the_outputs_alone(name: str) -> None:
+    """The config may not tell: an unknown architecture must be caught by what it computes."""
+    assert packing_leak(make_model(make_config(name, UNPACKABLE[name]), attention.NAME)) is not None
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_a_model_that_ignores_the_layout_is_caught(implementation: str) -> None:
+    assert packing_leak(make_model(make_config("Llama", {}), implementation))
+
+
+def test_a_model_that_ignores_its_positions_is_caught() -> None:
+    model = make_model(make_config("Llama", {}), attention.NAME)
+    plain = model.forward
+
+    def forward(position_ids: torch.Tensor, **inputs: Any) -> Any:
+        return plain(position_ids=torch.arange(position_ids.shape[1])[None], **inputs)
+
+    model.forward = forward
+    assert "off by" in str(packing_leak(model))
+
+
+def test_experts_are_no_leak() -> None:
+    """Experts gather tokens of the whole row: the last bits may differ, and that is rounding, not a leak."""
+    experts = {"num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2, "head_dim": 8}
+    experts |= {"moe_intermediate_size": 16, "shared_expert_intermediate_size": 16}
+    for name in ("Mixtral", "Qwen2Moe", "Qwen3Moe"):
+        assert packing_leak(make_model(make_config(name, experts), attention.NAME)) is None, name
+
+
+def test_the_attention_without_a_layout_is_an_error() -> None:
+    model = make_model(make_config("Llama", {}), attention.NAME)
+    with pytest.raises(ValueError, match="layout"):
+        model(input_ids=torch.arange(5)[None])
+
+
+ROW_ROUTE: dict[str, PretrainedConfig] = {
+    "sliding mistral": make_config("Mistral", {"sliding_window": 6}),
+    "gemma2": make_config("Gemma2", {"head_dim": 8, "sliding_window": 6, "attn_logit_softcapping": 2.0,
+                                     "final_logit_softcapping": 3.0}),
+    "granite": make_config("Granite", {"logits_scaling": 4.0}),
+    "cohere": make_config("Cohere", {"logit_scale": 0.25}),
+    "mamba": make_config("Mamba", {"state_size": 4}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ROW_ROUTE)
+def test_the_row_route_is_right(name: str) -> None:
+    """Rollout, then scoring in packs of one completion, against one plain forward of each sequence."""
+    model = make_model(ROW_ROUTE[name], None)
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(3)
+    lengths, temperature = [3, 15], 0.8
+    prompts = [Prompt(n, [(5 * k + n) % 57 + 3 for k in range(length)], "") for n, length in enumerate(lengths)]
+    requests = [Request(slot, sample, prompts[slot].ids, stream_key(0, slot, sample))
+                for slot in range(2) for sample in range(3)]  # fmt: skip
+    completions = RowEngine([2, 9], 14).generate(model, requests, Sampling(temperature))
+    assert any(len(c.ids) > 8 for c in completions)
+    zeros = torch.zeros(6, dtype=torch.float64)
+    batch = Batch(
+        prompts, torch.tensor([c.slot for c in completions]),
+        torch.tensor([len(c.ids) for c in completions]), zeros > 0,
+        torch.tensor([token for c in completions for token in c.ids]),
+        torch.tensor([value for c in completions for value in c.logprobs]), zeros[:, None], zeros,
+    )  # fmt: skip
+    policy = Policy(copy.deepcopy(model), temperature)
+    planned = plan(lengths, batch.group.tolist(), batch.lengths.tolist(), [True] * 6, max_tokens=100, num_ranks=1,
+                   share_prompts=False)  # fmt: skip
+    scored = torch.full((len(batch.tokens),), torch.nan)
+    with torch.no_grad():
+        for pieces in planned[0]:
+            pack = make_pack(batch, pieces, share_prompts=False)
+            scored[pack.token] = policy(pack)[0]
+        expected = []
+        for request, completion in zip(requests, completions, strict=True):
+            row = torch.tensor([request.prompt + completion.ids])
+            logits = model(input_ids=row, use_cache=False).logits[0, len(request.prompt) - 1 : -1]
+            rows = torch.log_softmax(logits / temperature, -1)
+            expected.append(rows.gather(-1, torch.tensor(completion.ids)[:, None])[:, 0])
+    assert torch.allclose(batch.sampled_logprobs, torch.cat(expected), atol=1e-4), "the engine's"
+    assert torch.allclose(scored, torch.cat(expected), atol=1e-4), "the trainer's"
