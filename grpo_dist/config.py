@@ -73,11 +73,28 @@ class ReferenceConfig:
 
 
 @dataclass
+class CurriculumConfig:
+    """Which prompts are worth a group of completions, by the share that was right in their last one."""
+
+    low: float = 0.05
+    """Prompts with a smaller share of right completions are passed over."""
+    high: float = 0.95
+    """Prompts with a greater share are passed over."""
+    rest_epochs: int = 2
+    """Passes through the data for which they are."""
+
+    def __post_init__(self) -> None:
+        require(0 <= self.low <= self.high <= 1, "data.curriculum", (self.low, self.high), "0 <= low <= high <= 1")
+        require(self.rest_epochs >= 1, "data.curriculum.rest_epochs", self.rest_epochs, "1 or more")
+
+
+@dataclass
 class DataConfig:
     """Where prompts come from and how they are read."""
 
-    train_file: str = "configs/data/math_tasks_train.jsonl"
-    """A JSONL, JSON, CSV or parquet file, a directory, or a hub id: what `datasets.load_dataset` takes."""
+    train_file: str | dict[str, float] = "configs/data/math_tasks_train.jsonl"
+    """A JSONL, JSON, CSV or parquet file, a directory, or a hub id: what `datasets.load_dataset` takes. Several are
+    mixed where they are given with their weights: `{a.jsonl: 2, b.jsonl: 1}`."""
     eval_file: str | None = "configs/data/math_tasks_eval.jsonl"
     """The same for evaluation; null for none."""
     subset: str | None = None
@@ -100,6 +117,17 @@ class DataConfig:
     bad_rows: Literal["error", "drop"] = "error"
     """What to do with rows that cannot be used (no prompt, too long, an answer no reward can read): `error` names the
     first of them and stops; `drop` leaves them out and says how many."""
+    too_long: Literal["bad_row", "drop", "truncate"] = "bad_row"
+    """What to do with prompts above max_prompt_length: treat them as bad rows, leave them out, or keep their last
+    max_prompt_length tokens. How many there are is said in any case."""
+    keep: dict[str, Any] | None = None
+    """Use only rows whose columns are so: a value, a list of values, or `{min: …, max: …}` for each column named. How
+    many rows each column leaves out is said."""
+    streaming: bool = False
+    """Read rows when they are needed, for data that does not fit in memory; the order stays the same. Rows are then
+    checked as they come, and one that cannot be used stops the run."""
+    curriculum: CurriculumConfig | None = None
+    """Pass over prompts whose last group was too easy or too hard; null takes all prompts in turn."""
 
     def __post_init__(self) -> None:
         require(self.max_prompt_length >= 1, "data.max_prompt_length", self.max_prompt_length, "at least 1 token")
@@ -107,6 +135,11 @@ class DataConfig:
             not (self.system_prompt and self.chat_template == "never"),
             "data.system_prompt", self.system_prompt, "null where data.chat_template is `never`",
         )  # fmt: skip
+        require(bool(self.train_file) and (isinstance(self.train_file, str) or min(self.train_file.values()) > 0),
+                "data.train_file", self.train_file, "a file, or files with weights above 0")  # fmt: skip
+        require(not self.streaming or (self.bad_rows, self.too_long, self.keep) in [
+            ("error", "bad_row", None), ("error", "truncate", None)], "data.streaming", self.streaming,
+            "false where bad_rows, too_long or keep leave rows out, known only after reading all")  # fmt: skip
 
 
 @dataclass

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from .gathering import gather
+from .metrics import is_right
 from .rollout import Sampling
 from .run import Run
 
@@ -32,7 +33,7 @@ def _measure(run: Run, sampling: Sampling, prefix: str, step: int) -> dict[str, 
     weights = [reward.weight_at(step) for reward in run.config.rewards]
     batch = gather(run.ranks, run.eval_prompts, completions, scores, weights, run.config.scoring.error_budget)
     scored = batch.reward[~batch.reward.isnan()]
-    right = scored > sum(weight for weight in weights if weight > 0) / 2
+    right = is_right(scored, weights)
     return {
         f"{prefix}reward": float(scored.mean()),
         f"{prefix}accuracy": float(right.double().mean()),

@@ -11,7 +11,7 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -56,6 +56,18 @@ NO_UPDATE: dict[str, float | None] = dict.fromkeys(
     ("kl", "entropy", "ratio/mean", "ratio/max", "clip/low", "clip/high", "rollout/logprob_gap_max")
 ) | dict.fromkeys(("loss", "loss/policy", "grad_norm", "learning_rate", "tokens/computed", "tokens/useful_share"), 0.0)
 """Metrics of a step whose completions had nothing to teach: no forward pass, and no optimizer step, was taken."""
+
+
+def is_right(reward: Tensor, weights: Sequence[float]) -> Tensor:
+    """Whether rewards (N,) are above half of the positive weights' sum, (N,) bool; False for an unscored one."""
+    return reward > sum(weight for weight in weights if weight > 0) / 2
+
+
+def pass_rates(batch: Batch, weights: Sequence[float]) -> list[float]:
+    """Share of the right among the scored completions of each of the P prompts; NaN where none is scored."""
+    zeros = torch.zeros(len(batch.prompts), dtype=torch.float64)
+    right = zeros.index_add(0, batch.group, is_right(batch.reward, weights).double())
+    return (right / zeros.index_add(0, batch.group, (~batch.reward.isnan()).double())).tolist()
 
 
 class UpdateMetrics:

@@ -18,7 +18,7 @@ from . import attention, checkpoint
 from .batch import Batch, Completion, Prompt
 from .cli_config import redacted
 from .config import Config
-from .data import Sampler, load_prompts
+from .data import load_prompts
 from .display import Display
 from .distributed import OptimizerState, Ranks, resolve_dtype, unsharded_loading
 from .metrics import Clock, Recorder
@@ -42,6 +42,7 @@ from .rewards.registry import TrainerState, answer_checks, labels
 from .rewards.scores import Item
 from .rollout import NativeEngine, Request, RowEngine, Sampling, stream_key
 from .schedule import learning_rate
+from .sources import load_training
 from .watch import Watch
 
 log = logging.getLogger(__name__)
@@ -116,12 +117,11 @@ class Run:
         self.longest = data.max_prompt_length + self.config.rollout.max_completion_length
         check_model_config(self.model_config, self.tokenizer, self.longest)
         checks = answer_checks(self.config.rewards) if data.answer_column else []
-        self.prompts, _ = load_prompts(data.train_file, data.train_split, data, self.tokenizer, checks)
+        self.prompts, self.sampler = load_training(self.config, self.tokenizer, checks)
         self.eval_prompts: list[Prompt] = []
         if data.eval_file:
             prompts, _ = load_prompts(data.eval_file, data.eval_split, data, self.tokenizer, checks)
             self.eval_prompts = prompts[: self.config.train.num_eval_prompts]
-        self.sampler = Sampler(len(self.prompts), self.config.train.batch_size, self.config.train.seed)
         self.reward_names = labels(self.config.rewards)
 
     def _load_models(self) -> None:
@@ -192,6 +192,7 @@ class Run:
                                  f"{meta['identity'].get(key)!r}, this run's is {value!r}. Choose another "
                                  "train.output_dir")  # fmt: skip
         self.state.restore(tensors)
+        self.sampler.restore(meta["sampler"])
         log.info("resumed from %s", self.resume_from)
         position = Position(meta["step"], meta["updates"], metrics=meta["metrics"])
         if position.updates:
@@ -202,7 +203,8 @@ class Run:
     def save(self) -> None:
         """Commit a checkpoint of the position; a collective."""
         state = self.state.collect() | self.position.tensors()
-        meta = {"updates": self.position.updates, "metrics": self.position.metrics, "identity": self._identity()}
+        meta = {"updates": self.position.updates, "metrics": self.position.metrics, "identity": self._identity(),
+                "sampler": self.sampler.state()}  # fmt: skip
         with self.ranks.together("saving a checkpoint"):
             if self.ranks.is_main:
                 checkpoint.save(self.directory / "checkpoints", self.position.step, state, meta,

@@ -20,11 +20,11 @@ from rich.text import Text
 from .batch import Prompt
 from .cli_config import parse_config
 from .config import Config
-from .data import load_prompts
 from .rewards.pool import ScorerPool
 from .rewards.registry import answer_checks
 from .rewards.scores import Item, Scores, combine
 from .rows import load_rows
+from .sources import load_training
 
 _SHOWN_CHARACTERS = 60
 _SHOWN_FAILURES = 5
@@ -62,11 +62,12 @@ def read_items(config: Config, path: str | None, most: int) -> list[Item]:
 
     tokenizer = load_tokenizer(config.model)
     checks = answer_checks(config.rewards) if config.data.answer_column else []
-    prompts, _ = load_prompts(config.data.train_file, config.data.train_split, config.data, tokenizer, checks)
+    prompts, _ = load_training(config, tokenizer, checks)
     if path is None:
         if config.data.answer_column is None:
-            raise ValueError("data.answer_column is null and there are no gold answers to score: give --completions FILE")
-        pairs = [(prompt, str(prompt.columns["answer"])) for prompt in prompts[:most]]
+            raise ValueError("data.answer_column is null: without gold answers to score, give --completions FILE")
+        first = [prompts[place] for place in range(min(most, len(prompts)))]
+        pairs = [(prompt, str(prompt.columns["answer"])) for prompt in first]
     else:
         pairs = _read_pairs(path, prompts, most)
     encoded = tokenizer([text for _, text in pairs], add_special_tokens=False)["input_ids"]
@@ -76,7 +77,7 @@ def read_items(config: Config, path: str | None, most: int) -> list[Item]:
     ]
 
 
-def _read_pairs(path: str, prompts: list[Prompt], most: int) -> list[tuple[Prompt, str]]:
+def _read_pairs(path: str, prompts: Sequence[Prompt], most: int) -> list[tuple[Prompt, str]]:
     by_index = {prompt.index: prompt for prompt in prompts}
     pairs = []
     for place, row in enumerate(load_rows(path, "train")[:most]):

@@ -27,7 +27,7 @@ from .display import set_up_logging
 from .evaluation import evaluate
 from .gathering import gather
 from .losses import policy_loss, token_weights
-from .metrics import NO_UPDATE, UpdateMetrics, batch_metrics, peak_memory_gib
+from .metrics import NO_UPDATE, UpdateMetrics, batch_metrics, pass_rates, peak_memory_gib
 from .packing import Pack, make_pack, plan
 from .rewards.pool import Pending
 from .run import Position, Run, UserError
@@ -176,6 +176,7 @@ def record(run: Run, step: int, batch: Batch, advantages: Tensor, seconds: float
         metrics |= evaluate(run, done)
     run.write(metrics, batch, advantages)
     run.display.step(metrics)
+    run.sampler.record(pass_rates(batch, [reward.weight_at(step) for reward in run.config.rewards]))
     run.position = Position(done)
     if last or (config.save_every and done % config.save_every == 0):
         run.save()
