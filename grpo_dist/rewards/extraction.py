@@ -62,6 +62,12 @@ class Gsm8kReward(ExtractedAnswer):
         """Raise ValueError for a gold answer that is empty or no text or number."""
         read_gold(answer, after_hashes)
 
+    @staticmethod
+    def read_completion(text: str) -> str | None:
+        """Return the answer that a completion gives, for a majority vote; None where it gives none."""
+        found = after_hashes(text)
+        return None if found is None else clean(found)
+
 
 class BoxedReward(ExtractedAnswer):
     r"""Reward the answer in the last `\boxed{…}`; `missing_reward` where there is none."""
@@ -73,6 +79,12 @@ class BoxedReward(ExtractedAnswer):
     def check_answer(answer: object) -> None:
         """Raise ValueError for a gold answer that is empty or no text or number."""
         read_gold(answer, last_boxed)
+
+    @staticmethod
+    def read_completion(text: str) -> str | None:
+        """Return the answer that a completion gives, for a majority vote; None where it gives none."""
+        found = last_boxed(text)
+        return None if found is None else clean(found)
 
 
 def after_hashes(text: str) -> str | None:

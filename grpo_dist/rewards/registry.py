@@ -113,6 +113,16 @@ def answer_checks(rewards: Sequence[RewardConfig]) -> list[Callable[[object], No
     return [reward.check_answer for reward in built_in if hasattr(reward, "check_answer")]
 
 
+def answer_reader(rewards: Sequence[RewardConfig]) -> Callable[[str], str | None] | None:
+    """Return how the first built-in reward that reads an answer reads it off a completion; None where none does."""
+    for reward in rewards:
+        if reward.name in BUILT_IN:
+            found = _find(BUILT_IN[reward.name], reward.name)
+            if hasattr(found, "read_completion"):
+                return found.read_completion
+    return None
+
+
 def declared_placement(config: RewardConfig) -> Placement:
     """Return where a configured reward has to run, without instantiating it. Raises ValueError as `resolve` does."""
     try:
