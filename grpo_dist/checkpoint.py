@@ -133,10 +133,15 @@ def newest(root: Path) -> Path | None:
     return None
 
 
+def load_meta(path: Path) -> dict[str, Any]:
+    """Metadata of a checkpoint that has been verified."""
+    return json.loads((path / META).read_text())
+
+
 def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors and metadata of a checkpoint. Raises DamagedCheckpoint."""
     verify(path)
     try:
-        return load_file(path / TENSORS), json.loads((path / META).read_text())
+        return load_file(path / TENSORS), load_meta(path)
     except (SafetensorError, ValueError) as error:
         raise DamagedCheckpoint(f"{path} cannot be read ({error})") from error

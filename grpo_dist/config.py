@@ -325,6 +325,10 @@ class TrainConfig:
     has one, and a path names the checkpoint to continue from."""
     max_time: str | None = None
     """Time after which the run saves and ends, as HH:MM:SS; the same command goes on from there. null for none."""
+    allow_changes: bool = False
+    """Resume although the base model, the adapters' shape, the data, the batch size or the seed have changed."""
+    max_bad_updates: int = 3
+    """Updates in a row whose gradient may be infinite or NaN, and are left out, before the run stops."""
     hang_timeout_seconds: float = 300.0
     """A rank that does not move for this long is named, with its phase and stack, and the run ends."""
 
@@ -344,6 +348,7 @@ class TrainConfig:
         for key, least in {
             "batch_size": 1, "num_train_steps": 1, "updates_per_batch": 1, "max_tokens_per_pack": 2,
             "eval_every": 0, "num_eval_prompts": 1, "save_every": 0, "keep_checkpoints": 2, "seed": 0,
+            "max_bad_updates": 1,
         }.items():  # fmt: skip
             require(getattr(self, key) >= least, f"train.{key}", getattr(self, key), f"{least} or more")
 

@@ -197,7 +197,10 @@ class Ranks:
         return policy.no_sync() if hasattr(policy, "no_sync") and not self.is_deepspeed and not last else nullcontext()
 
     def optimizer_step(self, policy: Any, optimizer: Any, learning_rate: float) -> float:
-        """Clip, step, clear; returns the gradient's norm before clipping."""
+        """Clip, step, clear; returns the gradient's norm before clipping.
+
+        Where the norm is not finite no rank steps: it is the same number on all of them. (DeepSpeed does so by itself.)
+        """
         for group in optimizer.param_groups:
             group["lr"] = learning_rate
         if self.is_deepspeed:
@@ -206,7 +209,8 @@ class Ranks:
         else:
             trainable = [p for p in policy.parameters() if p.requires_grad]
             norm = torch.nn.utils.clip_grad_norm_(trainable, self.max_grad_norm)
-            optimizer.step()
+            if bool(torch.isfinite(norm)):
+                optimizer.step()
             optimizer.zero_grad()
         return float(norm)
 

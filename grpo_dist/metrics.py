@@ -19,13 +19,13 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 from torch import Tensor
 
 from .advantages import group_statistics
 from .batch import Batch
 from .config import Config
 from .losses import Loss
+from .trackers import Mirror
 
 log = logging.getLogger(__name__)
 
@@ -140,19 +140,14 @@ class Recorder:
         kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= first_step]
         path.write_text("".join(kept))
         self.file = path.open("a", buffering=1)
-        self.trackers = []
-        for name in config.logging.trackers:
-            tracker = LOGGER_TYPE_TO_CLASS[name]
-            extra = {"logging_dir": directory} if tracker.requires_logging_directory else {}
-            self.trackers.append(tracker(name, **extra))
-            self.trackers[-1].start()
+        self.mirrors = [Mirror(name, directory) for name in config.logging.trackers]
 
     def metrics(self, values: dict[str, float]) -> None:
         """Append one step's metrics; numbers that are not finite are written as null."""
         finite = {k: (v if not isinstance(v, float) or math.isfinite(v) else None) for k, v in values.items()}
         self.file.write(json.dumps(finite) + "\n")
-        for tracker in self.trackers:
-            tracker.log({k: v for k, v in finite.items() if v is not None and k != "step"}, step=int(values["step"]))
+        for mirror in self.mirrors:
+            mirror.log(int(values["step"]), {k: v for k, v in finite.items() if v is not None and k != "step"})
 
     def completions(self, step: int, batch: Batch, texts: list[str], advantages: Tensor, names: list[str]) -> None:
         """Write one step's completions to completions/step_N.parquet."""
@@ -178,6 +173,6 @@ class Recorder:
 
     def close(self) -> None:
         """Flush and close everything."""
-        for tracker in self.trackers:
-            tracker.finish()
+        for mirror in self.mirrors:
+            mirror.close()
         self.file.close()

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from .config import Config
 from .data import load_prompts
 from .display import Display
 from .distributed import OptimizerState, Ranks, resolve_dtype, unsharded_loading
+from .guards import BadUpdates, data_fingerprint, differences, lock
 from .metrics import Clock, Recorder
 from .models import (
     FrozenCopy,
@@ -42,7 +45,7 @@ from .rewards.registry import TrainerState, answer_checks, labels
 from .rewards.scores import Item
 from .rollout import NativeEngine, Request, RowEngine, Sampling, stream_key
 from .schedule import learning_rate
-from .sources import load_training
+from .sources import identifying, load_training, order_of
 from .watch import Watch
 
 log = logging.getLogger(__name__)
@@ -92,9 +95,11 @@ class Run:
         try:  # all that a user can have got wrong, before ranks meet and models are loaded
             self._load_data()
             self.resume_from = self._resume_path()
+            self._check_changes()
             self.scorer = ScorerPool(config.rewards, config.scoring)
             self.scorer.check_columns(self.prompts[0].columns)
             self.directory.mkdir(parents=True, exist_ok=True)
+            self._lock = lock(self.directory) if os.environ.get("RANK", "0") == "0" else None
         except (ValueError, OSError, checkpoint.DamagedCheckpoint) as error:
             raise UserError(str(error)) from error
         self.ranks = Ranks(resolve_dtype(config.model.dtype), config.optim)
@@ -107,6 +112,7 @@ class Run:
         self.watch = Watch(self.ranks.rank, self.ranks.num_ranks, self.ranks.store(config.train.hang_timeout_seconds),
                            config.train.max_seconds, config.train.hang_timeout_seconds)  # fmt: skip
         self.clock = Clock()
+        self.bad_updates = BadUpdates(self.directory, config.train.max_bad_updates, self.ranks.is_main)
         self.recorder = Recorder(config, self.directory, self.position.step) if self.ranks.is_main else None
         self.display = Display(config.train.num_train_steps, self.position.step, self.ranks.is_main)
 
@@ -179,18 +185,30 @@ class Run:
         return Path(resume)
 
     def _identity(self) -> dict[str, Any]:
-        return {"base": base_identity(self.config.model, self.model_config),
-                "lora": asdict(self.config.lora) if self.config.lora else None,
-                "seed": self.config.train.seed, "num_prompts": len(self.prompts)}  # fmt: skip
+        """What a run may not change on its way."""
+        return {"base": base_identity(self.config.model, self.model_config), "lora": asdict(self.config)["lora"],
+                "data": data_fingerprint(identifying(self.prompts)), "num_prompts": len(self.prompts),
+                "order": order_of(self.config.data), "seed": self.config.train.seed,
+                "batch_size": self.config.train.batch_size}  # fmt: skip
+
+    def _check_changes(self) -> None:
+        """Log what has changed since the checkpoint; raise ValueError where the run would not be the same run."""
+        if self.resume_from is None:
+            return
+        meta = checkpoint.load_meta(self.resume_from)
+        harmful = differences(meta["identity"], self._identity())
+        if harmful and not self.config.train.allow_changes:
+            told = "\n  ".join(harmful)
+            raise ValueError(f"{self.resume_from} belongs to another run:\n  {told}\nChoose another train.output_dir, "
+                             "or set train.allow_changes")  # fmt: skip
+        for change in harmful + differences(meta["config"], redacted(asdict(self.config))):
+            log.warning("changed since the checkpoint: %s", change)
+        for change in differences(meta["versions"], versions()):
+            log.warning("another version than the checkpoint's, equality is not promised: %s", change)
 
     def _resume(self) -> Position:
         assert self.resume_from is not None
         tensors, meta = checkpoint.load(self.resume_from)
-        for key, value in self._identity().items():
-            if meta["identity"].get(key) != value:
-                raise ValueError(f"{self.resume_from} belongs to another run: its {key} is "
-                                 f"{meta['identity'].get(key)!r}, this run's is {value!r}. Choose another "
-                                 "train.output_dir")  # fmt: skip
         self.state.restore(tensors)
         self.sampler.restore(meta["sampler"])
         log.info("resumed from %s", self.resume_from)
@@ -204,6 +222,7 @@ class Run:
         """Commit a checkpoint of the position; a collective."""
         state = self.state.collect() | self.position.tensors()
         meta = {"updates": self.position.updates, "metrics": self.position.metrics, "identity": self._identity(),
+                "config": redacted(asdict(self.config)), "versions": versions(),
                 "sampler": self.sampler.state()}  # fmt: skip
         with self.ranks.together("saving a checkpoint"):
             if self.ranks.is_main:
@@ -296,18 +315,24 @@ class Run:
         lines += [f"trained model:  {self.directory / 'final'}", f"metrics:        {self.directory / 'metrics.jsonl'}"]
         if "tensorboard" in self.config.logging.trackers:
             lines.append(f"curves:         tensorboard --logdir {self.directory / 'tensorboard'}")
-        lines.append("next:           launch/single_node.sh --config configs/quickstart.yaml --train.output_dir runs/own "
-                     "--data.train_file FILE --rewards '[{name: \"module:function\"}]'")  # fmt: skip
+        own = """--train.output_dir runs/own --data.train_file FILE --rewards '[{name: "module:function"}]'"""
+        lines.append(f"next:           launch/single_node.sh --config configs/quickstart.yaml {own}")
         return "\n".join(lines)
 
-    def close(self) -> None:
-        """End the workers, close the files, leave the process group."""
+    def close(self, all_ranks: bool) -> None:
+        """End the workers, close the files and, unless other ranks may be stuck, leave the process group."""
         self.watch.close()
         self.display.close()
         self.scorer.close()
         if self.recorder:
             self.recorder.close()
-        self.ranks.end()
+        if all_ranks:
+            self.ranks.end()
+
+
+def versions() -> dict[str, str]:
+    """Versions of what the numbers depend on."""
+    return {name: metadata.version(name) for name in ("torch", "transformers", "peft", "accelerate")}
 
 
 def _log_on_main(ranks: Ranks) -> None:

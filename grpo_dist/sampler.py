@@ -146,7 +146,9 @@ class Curriculum:
         return {"cursor": self._cursor, "measured": [[place, *told] for place, told in self._measured.items()]}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Take up a history that `state` returned."""
+        """Take up a history that `state` returned; an empty one, of a run that had no curriculum, is a beginning."""
+        if not state:
+            return
         self._cursor = int(state["cursor"])
         self._measured = {int(place): (float(rate), int(seen)) for place, rate, seen in state["measured"]}
 

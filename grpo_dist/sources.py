@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, overload
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any, overload
 
 from .batch import Prompt
 from .config import Config, DataConfig
@@ -52,6 +53,21 @@ def load_training(
         return prompts, sampler
     plan = data.curriculum
     return prompts, Curriculum(sampler, len(prompts), plan.low, plan.high, plan.rest_epochs)
+
+
+def identifying(prompts: Sequence[Prompt]) -> Iterator[Prompt]:
+    """Yield the prompts that tell a data set from another: all, or of a streamed one those checked at its start."""
+    if isinstance(prompts, Joined):
+        for part in prompts.parts:
+            yield from identifying(part)
+    else:
+        yield from prompts[:_CHECKED_ROWS] if isinstance(prompts, StreamedPrompts) else prompts
+
+
+def order_of(config: DataConfig) -> dict[str, Any]:
+    """Return what else than the data and the seed decides which prompts a step takes."""
+    weights = None if isinstance(config.train_file, str) else list(config.train_file.values())
+    return {"weights": weights, "curriculum": config.curriculum and asdict(config.curriculum)}
 
 
 class StreamedPrompts(Sequence[Prompt]):
@@ -102,10 +118,10 @@ class Joined(Sequence[Prompt]):
     """Several lists of prompts as one."""
 
     def __init__(self, parts: Sequence[Sequence[Prompt]]) -> None:
-        self._parts = parts
+        self.parts = parts
 
     def __len__(self) -> int:
-        return sum(map(len, self._parts))
+        return sum(map(len, self.parts))
 
     @overload
     def __getitem__(self, place: int) -> Prompt: ...
@@ -118,12 +134,12 @@ class Joined(Sequence[Prompt]):
         if isinstance(place, slice):
             return [self[each] for each in range(*place.indices(len(self)))]
         rest = place if place >= 0 else place + len(self)
-        for part in self._parts:
+        for part in self.parts:
             if 0 <= rest < len(part):
                 return part[rest]
             rest -= len(part)
         raise IndexError(place)
 
     def __iter__(self) -> Iterator[Prompt]:
-        for part in self._parts:
+        for part in self.parts:
             yield from part

@@ -12,7 +12,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from dataclasses import dataclass
@@ -22,16 +21,14 @@ from torch import Tensor
 
 from .advantages import group_relative_advantages
 from .batch import Batch, Completion, Prompt
-from .cli_config import parse_config
-from .display import set_up_logging
+from .ending import main
 from .evaluation import evaluate
 from .gathering import gather
 from .losses import policy_loss, token_weights
 from .metrics import NO_UPDATE, UpdateMetrics, batch_metrics, pass_rates, peak_memory_gib
 from .packing import Pack, make_pack, plan
 from .rewards.pool import Pending
-from .run import Position, Run, UserError
-from .watch import Interrupted
+from .run import Position, Run
 
 GAP = "rollout/logprob_gap_max"
 
@@ -72,7 +69,9 @@ def train(run: Run) -> None:
         with run.phase("update"):
             open_batch(run, work, batch)
             while work and run.position.updates < config.train.updates_per_batch:
-                run.position.add(batch, update(run, work, step))
+                measured = update(run, work, step)
+                skipped = run.bad_updates.judge(step + 1, measured["grad_norm"], batch, advantages)
+                run.position.add(batch, measured | {"update/skipped": float(skipped)})
         with run.phase("sync"):
             run.reference.sync(run.policy)
         record(run, step, batch, advantages, time.perf_counter() - start)
@@ -182,28 +181,5 @@ def record(run: Run, step: int, batch: Batch, advantages: Tensor, seconds: float
         run.save()
 
 
-def main() -> int:
-    """The command line."""
-    config = parse_config()
-    set_up_logging()
-    try:
-        run = Run(config)
-    except UserError as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr)
-        return 2
-    stopped = None
-    try:
-        train(run)
-    except Interrupted as reason:
-        stopped = f"stopped: {reason}. The same command goes on from step {run.position.step}"
-        run.save()
-    finally:
-        run.close()
-    if run.ranks.is_main:
-        print(stopped or run.summary())
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(train))

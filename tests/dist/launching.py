@@ -30,23 +30,26 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def command(strategy: str | None, num_processes: int) -> list[str]:
+TRAINER = ["-m", "grpo_dist.train"]
+
+
+def command(strategy: str | None, num_processes: int, program: list[str] = TRAINER) -> list[str]:
     """The command that starts the trainer under accelerate_configs/STRATEGY.yaml, or plainly for None."""
     if strategy is None:
-        return [sys.executable, "-m", "grpo_dist.train"]
+        return [sys.executable, *program]
     return [
         sys.executable, "-m", "accelerate.commands.launch", "--config_file", f"accelerate_configs/{strategy}.yaml",
-        "--num_processes", str(num_processes), "--main_process_port", str(free_port()), "-m", "grpo_dist.train",
+        "--num_processes", str(num_processes), "--main_process_port", str(free_port()), *program,
     ]  # fmt: skip
 
 
 def launch(
     strategy: str | None, num_processes: int, *arguments: str, environment: dict[str, str] | None = None,
-    timeout_seconds: float = 300,
+    timeout_seconds: float = 300, program: list[str] = TRAINER,
 ) -> subprocess.CompletedProcess[str]:  # fmt: skip
     """Run a training to its end and return what it printed."""
     return subprocess.run(
-        [*command(strategy, num_processes), *arguments], cwd=ROOT, capture_output=True, text=True,
+        [*command(strategy, num_processes, program), *arguments], cwd=ROOT, capture_output=True, text=True,
         timeout=timeout_seconds, env={**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})}, check=False,
     )  # fmt: skip
 

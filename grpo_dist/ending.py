@@ -1,0 +1,62 @@
+"""How a run ends: done, stopped to be continued, or failed on all ranks or on this one; and what is said about it."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+
+import torch
+
+from .cli_config import parse_config
+from .config import Config
+from .display import set_up_logging
+from .distributed import PhaseError
+from .gathering import RewardFailure
+from .run import Run, UserError
+from .watch import Interrupted
+
+
+def main(train: Callable[[Run], None]) -> int:
+    """The command line around a training; returns the exit status.
+
+    0: done, or stopped by a signal or the time limit with a checkpoint to go on from. 1: failed. 2: a mistake in the
+    config or the data, found before anything was loaded.
+    """
+    config = parse_config()
+    set_up_logging()
+    try:
+        run = Run(config)
+    except UserError as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr)
+        return 2
+    status, all_ranks, told = 1, True, ""
+    try:
+        train(run)
+        status, told = 0, "done"
+    except Interrupted as reason:
+        run.save()
+        status, told = 0, f"stopped: {reason}. The same command goes on from step {run.position.step}"
+    except (PhaseError, RewardFailure, FloatingPointError) as error:  # these are raised on all ranks alike
+        told = f"error: {_with_advice(str(error), config)}"
+    except BaseException as error:  # the other ranks may be in a collective that this one will never join
+        all_ranks = False
+        if isinstance(error, torch.OutOfMemoryError):
+            print(_with_advice(f"error: rank {run.ranks.rank}: {error}", config), file=sys.stderr, flush=True)
+        raise
+    finally:
+        run.close(all_ranks)
+        if run.ranks.is_main and told:
+            print(run.summary() if told == "done" else told, file=sys.stderr if status else sys.stdout, flush=True)
+    return status
+
+
+def _with_advice(error: str, config: Config) -> str:
+    if torch.OutOfMemoryError.__name__ not in error and "out of memory" not in error:
+        return error
+    return (
+        f"{error}\nOut of memory. Lower train.max_tokens_per_pack (now {config.train.max_tokens_per_pack}) if it was "
+        f"in the update, rollout.max_tokens_in_flight (now {config.rollout.max_tokens_in_flight}) if in the rollout; or "
+        f"turn on model.gradient_checkpointing (now {config.model.gradient_checkpointing})"
+    )

@@ -1,0 +1,77 @@
+"""grpo_dist.train with one fault built in, for the tests of faults: started in the trainer's place.
+
+FAULT=KIND@POINT:N does KIND at the N-th time (from 1) that the run comes to POINT, on rank FAULT_RANK (default: all).
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from grpo_dist import checkpoint, evaluation, train
+from grpo_dist.ending import main
+from grpo_dist.rewards.pool import Pending
+from grpo_dist.rollout import NativeEngine
+
+KIND, _, WHERE = os.environ["FAULT"].partition("@")
+POINT, _, COUNT = WHERE.partition(":")
+MINE = os.environ.get("FAULT_RANK", os.environ.get("RANK", "0")) == os.environ.get("RANK", "0")
+visits = 0
+
+
+def happen() -> None:
+    """Let the fault happen."""
+    if KIND == "enospc":
+        raise OSError(errno.ENOSPC, "No space left on device")
+    if KIND == "oom":
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+    os.kill(os.getpid(), getattr(signal, f"SIG{KIND.upper()}"))
+
+
+def at(point: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, with the fault before it at the right call."""
+
+    def faulty(*arguments: Any, **named: Any) -> Any:
+        global visits
+        if point == POINT and MINE:
+            visits += 1
+            if visits == int(COUNT):
+                happen()
+        return function(*arguments, **named)
+
+    return faulty
+
+
+def poison(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The loss, infinite at the right call."""
+
+    def faulty(*arguments: Any, **named: Any) -> Any:
+        global visits
+        loss = function(*arguments, **named)
+        visits += 1
+        if KIND == "nan" and MINE and visits == int(COUNT):
+            object.__setattr__(loss, "total", loss.total * float("nan"))
+        return loss
+
+    return faulty
+
+
+NativeEngine.generate = at("rollout", NativeEngine.generate)  # type: ignore[method-assign]
+Pending.result = at("scoring", Pending.result)  # type: ignore[method-assign]
+train.update = at("update", train.update)
+evaluation._measure = at("eval", evaluation._measure)
+checkpoint.save_file = at("shards", checkpoint.save_file)
+checkpoint._checksum = at("manifest", checkpoint._checksum)
+checkpoint._sync = at("rename", checkpoint._sync)
+checkpoint._prune = at("prune", checkpoint._prune)
+if KIND == "nan":
+    train.policy_loss = poison(train.policy_loss)
+
+if __name__ == "__main__":
+    sys.exit(main(train.train))

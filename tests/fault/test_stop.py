@@ -1,0 +1,103 @@
+"""Asked to stop: one signalled rank is enough, in any phase, and nothing is lost."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from launching import ROOT, TINY, command, launch, metrics, train
+from safetensors.torch import load_file
+
+ARGUMENTS = ("--train.updates_per_batch", "2", "--train.eval_every", "2", "--train.save_every", "2")
+POINTS = {"rollout": "rollout:5", "scoring": "scoring:5", "update": "update:6", "eval": "eval:5"}
+
+
+def state(directory: Path) -> dict[str, torch.Tensor]:
+    """Weights and moments after the last step."""
+    return load_file(directory / "checkpoints" / "step_5" / "state.safetensors")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same run, left alone."""
+    return train("zero2", 2, tmp_path_factory.mktemp("undisturbed") / "run", *ARGUMENTS)
+
+
+@pytest.mark.parametrize("point", POINTS.values(), ids=POINTS)
+def test_one_rank_signalled(point: str, undisturbed: Path, tmp_path: Path) -> None:
+    run = str(tmp_path / "run")
+    stopped = launch("zero2", 2, *TINY, *ARGUMENTS, "--train.output_dir", run, program=["tests/fault/faulty.py"],
+                     environment={"FAULT": f"usr1@{point}", "FAULT_RANK": "1", "PYTHONPATH": str(ROOT)})  # fmt: skip
+    assert stopped.returncode == 0, stopped.stderr[-4000:]
+    assert "stopped: rank 1 received SIGUSR1" in stopped.stdout
+    assert len(metrics(tmp_path / "run")) < 6
+    again = train("zero2", 2, tmp_path / "run", *ARGUMENTS)
+    expected, got = state(undisturbed), state(again)
+    assert all(torch.equal(expected[name], got[name]) for name in expected)
+    assert [line["step"] for line in metrics(again)] == list(range(6))
+    assert [line.get("loss") for line in metrics(again)] == [line.get("loss") for line in metrics(undisturbed)]
+
+
+def start(strategy: str, directory: Path, *arguments: str) -> subprocess.Popen[str]:
+    """A long training on two ranks, once its first step is written down."""
+    process = subprocess.Popen(
+        [*command(strategy, 2), *TINY, "--train.num_train_steps", "5000", "--train.output_dir", str(directory),
+         *arguments], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    deadline = time.monotonic() + 240
+    while process.poll() is None and time.monotonic() < deadline:
+        if (directory / "metrics.jsonl").exists() and len(metrics(directory)) > 1:
+            return process
+        time.sleep(0.1)
+    raise AssertionError(f"no step was done:\n{process.communicate()[0][-4000:]}")
+
+
+def of_run(directory: Path) -> list[psutil.Process]:
+    """All processes that were started for the run, scoring workers included."""
+    ranks = [p for p in psutil.process_iter(["cmdline"]) if str(directory) in (p.info["cmdline"] or [])]
+    return ranks + [child for rank in ranks for child in rank.children(recursive=True)]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_the_launcher_signalled(number: signal.Signals, tmp_path: Path) -> None:
+    process = start("zero2", tmp_path / "run")
+    processes = of_run(tmp_path / "run")
+    began = time.monotonic()
+    process.send_signal(number)
+    output = process.communicate(timeout=60)[0]
+    assert time.monotonic() - began < 25
+    assert "The same command goes on from step" in output
+    assert list((tmp_path / "run" / "checkpoints").glob("step_*/manifest.json"))
+    assert not [p for p in processes if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+
+
+def test_ranks_whose_launcher_is_killed_end(tmp_path: Path) -> None:
+    process = start("ddp", tmp_path / "run")
+    processes = of_run(tmp_path / "run")
+    process.kill()
+    _, alive = psutil.wait_procs([p for p in processes if p.pid != process.pid], timeout=10)
+    assert not alive
+
+
+def test_the_time_limit(tmp_path: Path) -> None:
+    done = launch("ddp", 2, *TINY, "--train.num_train_steps", "5000", "--train.max_time", "0:00:03",
+                  "--train.output_dir", str(tmp_path / "run"))  # fmt: skip
+    assert done.returncode == 0
+    assert "train.max_time (3 s) is reached" in done.stdout
+    assert list((tmp_path / "run" / "checkpoints").glob("step_*/manifest.json"))
+
+
+def test_a_hung_rank_is_named(tmp_path: Path) -> None:
+    process = start("ddp", tmp_path / "run", "--train.hang_timeout_seconds", "5")
+    hung = next(p for p in of_run(tmp_path / "run") if p.environ().get("RANK") == "1")
+    hung.suspend()
+    output = process.communicate(timeout=120)[0]
+    assert process.returncode != 0
+    assert "rank 1 has not moved for 5 s. It was last seen in the phase" in output and 'File "' in output
