@@ -9,6 +9,8 @@ import pytest
 import yaml
 from launching import ROOT, launch, metrics
 
+from grpo_dist.rewards.sandbox import Sandbox, SandboxError
+
 sys.path.insert(0, str(ROOT / "tests" / "unit"))
 from serving import Server, chat_reply
 
@@ -22,6 +24,11 @@ SMALL = (
 @pytest.mark.parametrize("path", CONFIGS, ids=[path.stem for path in CONFIGS])
 def test_it_runs(path: Path, tmp_path: Path) -> None:
     rewards = yaml.safe_load(path.read_text())["rewards"]
+    if any(reward["name"] == "code" for reward in rewards):
+        try:
+            Sandbox()
+        except SandboxError as error:
+            pytest.skip(str(error))
     options = ["--config", str(path), *SMALL, "--train.output_dir", str(tmp_path / "run")]
     with Server(lambda request: chat_reply("Plain enough.\nScore: 6")) as server:
         for reward in rewards:
