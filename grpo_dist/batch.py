@@ -69,6 +69,10 @@ class Batch:
     token_rewards: Tensor | None = None
     """(T, R) float64: rewards where they were given, NaN elsewhere; an outcome reward is its last token's. None where
     all rewards are outcome rewards."""
+    scoring: dict[str, float] = field(default_factory=dict)
+    """Metrics of the scoring itself over all ranks: failures, seconds, and what rewards logged."""
+    extras: dict[str, list[Any]] = field(default_factory=dict)
+    """Columns that rewards logged for the completions' table, N values each, by `REWARD/COLUMN`."""
 
     @property
     def starts(self) -> Tensor:
@@ -122,8 +126,23 @@ def join(batches: list[Batch], groups: list[list[int]]) -> Batch:
         prompts=[batch.prompts[g] for batch, chosen in zip(batches, groups, strict=True) for g in chosen],
         group=torch.cat(renumbered), lengths=rows("lengths"), finished=rows("finished"), tokens=flat("tokens"),
         sampled_logprobs=flat("sampled_logprobs"), rewards=rows("rewards"), reward=rows("reward"),
-        token_rewards=token_rewards,
+        token_rewards=token_rewards, scoring=_joined_scoring(batches), extras=_joined_extras(batches, kept),
     )  # fmt: skip
+
+
+def _joined_scoring(batches: list[Batch]) -> dict[str, float]:
+    """Failures and seconds add up over rounds; what rewards logged is averaged over the rounds that logged it."""
+    names = sorted({name for batch in batches for name in batch.scoring})
+    given = {name: [batch.scoring[name] for batch in batches if name in batch.scoring] for name in names}
+    return {name: sum(values) if name.endswith(("/failed", "/seconds")) else sum(values) / len(values)
+            for name, values in given.items()}  # fmt: skip
+
+
+def _joined_extras(batches: list[Batch], kept: list[Tensor]) -> dict[str, list[Any]]:
+    columns = sorted({column for batch in batches for column in batch.extras})
+    return {column: [batch.extras[column][n] if column in batch.extras else None
+                     for batch, rows in zip(batches, kept, strict=True) for n in rows.tolist()]
+            for column in columns}  # fmt: skip
 
 
 def _token_places(batch: Batch, rows: Tensor) -> Tensor:

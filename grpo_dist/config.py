@@ -66,11 +66,28 @@ class ReferenceConfig:
 
 
 @dataclass
+class CurriculumConfig:
+    """Which prompts are worth a group of completions, by the share that was right in their last one."""
+
+    low: float = 0.05
+    """Prompts with a smaller share of right completions are passed over."""
+    high: float = 0.95
+    """Prompts with a greater share are passed over."""
+    rest_epochs: int = 2
+    """Passes through the data for which they are."""
+
+    def __post_init__(self) -> None:
+        require(0 <= self.low <= self.high <= 1, "data.curriculum", (self.low, self.high), "0 <= low <= high <= 1")
+        require(self.rest_epochs >= 1, "data.curriculum.rest_epochs", self.rest_epochs, "1 or more")
+
+
+@dataclass
 class DataConfig:
     """Where prompts come from and how they are read."""
 
-    train_file: str = "configs/data/math_tasks_train.jsonl"
-    """A JSONL, JSON, CSV or parquet file, a directory, or a hub id: what `datasets.load_dataset` takes."""
+    train_file: str | dict[str, float] = "configs/data/math_tasks_train.jsonl"
+    """A JSONL, JSON, CSV or parquet file, a directory, or a hub id: what `datasets.load_dataset` takes. Several are
+    mixed where they are given with their weights: `{a.jsonl: 2, b.jsonl: 1}`."""
     eval_file: str | None = "configs/data/math_tasks_eval.jsonl"
     """The same for evaluation; null for none."""
     subset: str | None = None
@@ -93,6 +110,17 @@ class DataConfig:
     bad_rows: Literal["error", "drop"] = "error"
     """What to do with rows that cannot be used (no prompt, too long, an answer no reward can read): `error` names the
     first of them and stops; `drop` leaves them out and says how many."""
+    too_long: Literal["bad_row", "drop", "truncate"] = "bad_row"
+    """What to do with prompts above max_prompt_length: treat them as bad rows, leave them out, or keep their last
+    max_prompt_length tokens. How many there are is said in any case."""
+    keep: dict[str, Any] | None = None
+    """Use only rows whose columns are so: a value, a list of values, or `{min: …, max: …}` for each column named. How
+    many rows each column leaves out is said."""
+    streaming: bool = False
+    """Read rows when they are needed, for data that does not fit in memory; the order stays the same. Rows are then
+    checked as they come, and one that cannot be used stops the run."""
+    curriculum: CurriculumConfig | None = None
+    """Pass over prompts whose last group was too easy or too hard; null takes all prompts in turn."""
 
     def __post_init__(self) -> None:
         require(self.max_prompt_length >= 1, "data.max_prompt_length", self.max_prompt_length, "at least 1 token")
@@ -100,6 +128,11 @@ class DataConfig:
             not (self.system_prompt and self.chat_template == "never"),
             "data.system_prompt", self.system_prompt, "null where data.chat_template is `never`",
         )  # fmt: skip
+        require(bool(self.train_file) and (isinstance(self.train_file, str) or min(self.train_file.values()) > 0),
+                "data.train_file", self.train_file, "a file, or files with weights above 0")  # fmt: skip
+        require(not self.streaming or (self.bad_rows, self.too_long, self.keep) in [
+            ("error", "bad_row", None), ("error", "truncate", None)], "data.streaming", self.streaming,
+            "false where bad_rows, too_long or keep leave rows out, known only after reading all")  # fmt: skip
 
 
 @dataclass
@@ -142,14 +175,36 @@ class RewardConfig:
     """One reward function."""
 
     name: str = "math"
-    """A built-in reward (`math`), or `module:function` for one of your own."""
+    """A built-in reward (see docs/rewards.md), or `module:function` for one of your own."""
     weight: float = 1.0
     """Rewards are summed with these weights."""
+    schedule: dict[int, float] | None = None
+    """Factors of the weight by step, such as `{0: 1.0, 200: 0.0}`: linear between the steps given, constant outside."""
     args: dict[str, Any] = field(default_factory=dict)
     """The reward's own arguments."""
+    timeout_seconds: float | None = None
+    """This reward's own limit in place of scoring.timeout_seconds."""
+    environment: list[str] = field(default_factory=list)
+    """Names of environment variables that this reward needs although they look like secrets (a judge's API key). It
+    then runs in workers of its own; no other reward sees them."""
 
     def __post_init__(self) -> None:
         require(bool(self.name), "rewards.name", self.name, "a built-in reward or module:function")
+        require(self.timeout_seconds is None or self.timeout_seconds > 0, "rewards.timeout_seconds",
+                self.timeout_seconds, "seconds above 0, or null")  # fmt: skip
+        require(self.schedule is None or (bool(self.schedule) and min(self.schedule) >= 0), "rewards.schedule",
+                self.schedule, "at least one step from 0 up with its factor, or null")  # fmt: skip
+
+    def weight_at(self, step: int) -> float:
+        """The weight at a step (from 0)."""
+        if self.schedule is None:
+            return self.weight
+        points = sorted(self.schedule.items())
+        after = next((n for n, (at, _) in enumerate(points) if at > step), len(points))
+        if after in (0, len(points)):
+            return self.weight * points[min(after, len(points) - 1)][1]
+        (left, low), (right, high) = points[after - 1], points[after]
+        return self.weight * (low + (high - low) * (step - left) / (right - left))
 
 
 @dataclass
@@ -162,8 +217,14 @@ class ScoringConfig:
     """A call that takes longer is killed and its completions count as unscored."""
     error_budget: float = 0.1
     """Share of a step's completions that may stay unscored through failures; above it the run stops."""
+    recycle_above_gib: float = 2.0
+    """A worker that holds more memory than this after a call is replaced by a fresh one: leaks end there."""
+    memory_limit_gib: float = 8.0
+    """Memory a worker can allocate at all; beyond it a reward gets a MemoryError. Workers on a GPU have no limit."""
 
     def __post_init__(self) -> None:
+        require(0 < self.recycle_above_gib <= self.memory_limit_gib, "scoring.recycle_above_gib",
+                self.recycle_above_gib, f"above 0, up to memory_limit_gib = {self.memory_limit_gib}")  # fmt: skip
         require(self.num_workers >= 1, "scoring.num_workers", self.num_workers, "at least 1 process")
         require(self.timeout_seconds > 0, "scoring.timeout_seconds", self.timeout_seconds, "seconds above 0")
         require(0 <= self.error_budget <= 1, "scoring.error_budget", self.error_budget, "a share in [0, 1]")

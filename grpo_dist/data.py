@@ -1,22 +1,16 @@
-"""Prompts: read from files or data sets, checked row by row, rendered to tokens; and the counting sampler.
+"""Prompts: read from files or data sets, checked row by row, rendered to tokens.
 
 Everything that can be wrong with data is found here, before any model is loaded, and said with file and line; rows are
-dropped only where the config says so, and are counted. There is no loader and no loader state: which prompts a step
-takes is a function of the step's number.
+dropped only where the config says so, and are counted. Which prompts a step takes is said in sampler.py.
 """
 
 from __future__ import annotations
 
 import difflib
-import functools
-import hashlib
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
-
-import numpy as np
-from numpy.typing import NDArray
 
 from grpo_dist.batch import Prompt
 from grpo_dist.config import DataConfig
@@ -34,7 +28,6 @@ AnswerCheck = Callable[[object], None]
 _SHOWN_ROWS = 5
 _SHOWN_NAMES = 20
 _ROWS_AT_ONCE = 1024  # texts handed to the tokenizer in one call: fast tokenizers work on them in parallel
-_GOLDEN = 0x9E3779B97F4A7C15
 
 
 @dataclass(frozen=True)
@@ -76,35 +69,45 @@ def load_prompts(
     config: DataConfig,
     tokenizer: PreTrainedTokenizerBase,
     check_answers: Sequence[AnswerCheck] = (),
+    first_index: int = 0,
 ) -> tuple[list[Prompt], DropReport]:
     """Read, check and render all prompts of a file or data set.
 
     `check_answers` are called with each row's gold answer and raise ValueError for one they cannot read. A prompt's
-    `index` is its row's place from 0, dropped rows counted. Raises ValueError or FileNotFoundError where there is
-    nothing to read, where a configured column is missing, where no row is left, and where a row cannot be used unless
-    `config.bad_rows` is `drop`.
+    `index` is its row's place, dropped rows counted, from `first_index` on. Raises ValueError or FileNotFoundError
+    where there is nothing to read, where a configured column is missing, where no row is left, and where a row cannot
+    be used unless `config.bad_rows` is `drop`.
     """
     rows = load_rows(path, split, config.subset)
     names = list(dict.fromkeys(name for row in rows for name in row.columns))
     if names:
-        _check_columns(path, names, config)
+        check_columns(path, names, config)
     problems: dict[int, str] = {}
     usable: list[tuple[int, str, Messages | None]] = []
+    kept = _kept(path, rows, names, config.keep)
     for place, row in enumerate(rows):
+        if not kept[place]:
+            continue
         try:
             usable.append((place, *_read_row(row, config, tokenizer, check_answers)))
         except _UnusableRowError as error:
             problems[place] = str(error)
     prompts = []
+    num_too_long = 0
     for place, rendered in _tokenise(usable, tokenizer):
-        if not 0 < len(rendered.ids) <= config.max_prompt_length:
-            problems[place] = (
-                f"the prompt has {len(rendered.ids)} tokens, expected 1 to data.max_prompt_length = "
-                f"{config.max_prompt_length}"
-            )
-            continue
-        columns = _reward_columns(rows[place], names, config)
-        prompts.append(Prompt(place, rendered.ids, rendered.text, rendered.messages, columns))
+        too_long = len(rendered.ids) > config.max_prompt_length
+        num_too_long += too_long
+        if not rendered.ids or (too_long and config.too_long == "bad_row"):
+            problems[place] = _wrong_length(rendered, config)
+        elif not too_long or config.too_long == "truncate":
+            columns = _reward_columns(rows[place], names, config)
+            ids = rendered.ids[-config.max_prompt_length :]
+            prompts.append(Prompt(first_index + place, ids, rendered.text, rendered.messages, columns))
+    if num_too_long and config.too_long != "bad_row":
+        logger.warning(
+            "%s: %d of %d prompts have more than data.max_prompt_length = %d tokens (data.too_long: %s)",
+            path, num_too_long, len(rows), config.max_prompt_length, config.too_long,
+        )  # fmt: skip
     dropped = [(rows[place].number, problems[place]) for place in sorted(problems)]
     report = DropReport(path, "line" if is_lines(path) else "row", len(rows), dropped)
     if dropped and (config.bad_rows == "error" or not prompts):
@@ -112,7 +115,25 @@ def load_prompts(
         raise ValueError(f"{report}. {cure[0].upper()}{cure[1:]}")
     if dropped:
         logger.warning("%s. Left out (data.bad_rows: drop)", report)
+    if not prompts:
+        raise ValueError(f"{path}: data.keep and data.too_long leave none of {len(rows)} rows; loosen them")
     return prompts, report
+
+
+def prompt_of_row(
+    path: str, place: int, row: Row, names: Sequence[str], config: DataConfig, tokenizer: PreTrainedTokenizerBase,
+    check_answers: Sequence[AnswerCheck], first_index: int,
+) -> Prompt:  # fmt: skip
+    """Check and render a single row, as `load_prompts` does with many; raises ValueError where it cannot be used."""
+    try:
+        text, messages = _read_row(row, config, tokenizer, check_answers)
+        ((_, rendered),) = _tokenise([(place, text, messages)], tokenizer)
+        if not rendered.ids or (len(rendered.ids) > config.max_prompt_length and config.too_long != "truncate"):
+            raise _UnusableRowError(_wrong_length(rendered, config))
+    except _UnusableRowError as error:
+        raise ValueError(f"{path}: row {row.number} cannot be used: {error}") from error
+    ids, columns = rendered.ids[-config.max_prompt_length :], _reward_columns(row, names, config)
+    return Prompt(first_index + place, ids, rendered.text, rendered.messages, columns)
 
 
 def render(prompt: str | Messages, config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Rendered:
@@ -127,61 +148,11 @@ def render(prompt: str | Messages, config: DataConfig, tokenizer: PreTrainedToke
     return rendered
 
 
-class Sampler:
-    """Which prompts a step takes: a permutation per epoch and a counter, nothing else.
-
-    Batches run on over the end of an epoch, so a batch may hold a prompt twice, and always does where it is larger than
-    the data set.
-    """
-
-    def __init__(self, num_prompts: int, batch_size: int, seed: int) -> None:
-        if num_prompts < 1 or batch_size < 1:
-            raise ValueError(
-                f"{num_prompts} prompts and a batch size of {batch_size} given, expected at least 1 of each"
-            )
-        self.num_prompts = num_prompts
-        self.batch_size = batch_size
-        self.seed = seed
-
-    def batch_indices(self, step: int) -> list[int]:
-        """Return the places of a step's `batch_size` prompts in the list of prompts: a function of the step alone."""
-        indices: list[int] = []
-        cursor, end = step * self.batch_size, (step + 1) * self.batch_size
-        while cursor < end:
-            epoch, place = divmod(cursor, self.num_prompts)
-            taken = permutation(self.num_prompts, self.seed, epoch)[place : place + end - cursor]
-            indices += taken.tolist()
-            cursor += len(taken)
-        return indices
-
-    def epoch(self, step: int) -> float:
-        """Return how many times the data has been gone through before a step."""
-        return step * self.batch_size / self.num_prompts
-
-
-@functools.lru_cache(maxsize=4)
-def permutation(num_prompts: int, seed: int, epoch: int) -> NDArray[np.int64]:
-    """Return the order of an epoch, (num_prompts,), a read-only permutation of range(num_prompts).
-
-    Prompts are sorted by the SplitMix64 (Steele et al. 2014) of their place under a key made from seed and epoch. The
-    mixing is a bijection, so there are no ties, and no library's generator is used: the order is the same in any
-    version of anything.
-    """
-    digest = hashlib.blake2b(f"{seed}:{epoch}".encode(), digest_size=8).digest()
-    places = np.arange(1, num_prompts + 1, dtype=np.uint64)
-    keys = np.uint64(int.from_bytes(digest, "little")) + places * np.uint64(_GOLDEN)  # wraps at 2^64, as it should
-    keys = (keys ^ (keys >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    keys = (keys ^ (keys >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    order = np.argsort(keys ^ (keys >> np.uint64(31)))
-    order.flags.writeable = False
-    return order
-
-
 class _UnusableRowError(ValueError):
     """A row that cannot be used; the message says why."""
 
 
-def _check_columns(path: str, names: list[str], config: DataConfig) -> None:
+def check_columns(path: str, names: list[str], config: DataConfig) -> None:
     """Raise ValueError where the configured columns are not there, or one has a name that rewards keep for TRL's."""
     for key, column in (("prompt_column", config.prompt_column), ("answer_column", config.answer_column)):
         if column is not None and column not in names:
@@ -199,6 +170,38 @@ def _check_columns(path: str, names: list[str], config: DataConfig) -> None:
         logger.warning(
             "%s: rewards receive column %r as `answer`, in place of column 'answer'", path, config.answer_column
         )
+
+
+def _wrong_length(rendered: Rendered, config: DataConfig) -> str:
+    most = config.max_prompt_length
+    return f"the prompt has {len(rendered.ids)} tokens, expected 1 to data.max_prompt_length = {most}"
+
+
+def _kept(path: str, rows: Sequence[Row], names: Sequence[str], keep: Mapping[str, Any] | None) -> list[bool]:
+    """Return which rows pass data.keep, and say how many each column leaves out; raises ValueError for a wrong one."""
+    kept = [True] * len(rows)
+    left_out = []
+    for column, wanted in (keep or {}).items():
+        if column not in names:
+            raise ValueError(f"data.keep: {path} has no column {column!r}; it has {', '.join(names[:_SHOWN_NAMES])}")
+        if isinstance(wanted, dict) and (not wanted or not set(wanted) <= {"min", "max"}):
+            raise ValueError(f"data.keep.{column}: {wanted!r} given, expected a value, a list, or min and max")
+        try:
+            passes = [not row.columns or _passes(row.columns.get(column), wanted) for row in rows]
+        except TypeError as error:
+            raise ValueError(f"data.keep.{column}: {wanted!r} cannot be compared: {error}") from error
+        left_out.append(f"{column}: {passes.count(False)}")
+        kept = [a and b for a, b in zip(kept, passes, strict=True)]
+    if left_out:
+        reasons = ", ".join(left_out)
+        logger.info("%s: data.keep keeps %d of %d rows (left out by %s)", path, sum(kept), len(rows), reasons)
+    return kept
+
+
+def _passes(value: Any, wanted: Any) -> bool:
+    if isinstance(wanted, dict):
+        return value is not None and wanted.get("min", value) <= value <= wanted.get("max", value)
+    return value in wanted if isinstance(wanted, list) else value == wanted
 
 
 def _read_row(

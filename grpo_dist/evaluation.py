@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from .gathering import gather
+from .metrics import is_right
 from .rollout import Sampling
 from .run import Run
 
@@ -17,22 +18,22 @@ def evaluate(run: Run, step: int) -> dict[str, float]:
     if not run.eval_prompts:
         return {}
     with run.phase("eval"):
-        metrics = _measure(run, run.sampling, "eval/")
-        metrics |= _measure(run, replace(run.sampling, greedy=True), "eval/greedy_")
+        metrics = _measure(run, run.sampling, "eval/", step)
+        metrics |= _measure(run, replace(run.sampling, greedy=True), "eval/greedy_", step)
     run.display.say(f"step {step}: held-out accuracy {metrics['eval/accuracy']:.3f} sampled, "
                     f"{metrics['eval/greedy_accuracy']:.3f} greedy")  # fmt: skip
     return metrics
 
 
-def _measure(run: Run, sampling: Sampling, prefix: str) -> dict[str, float]:
+def _measure(run: Run, sampling: Sampling, prefix: str, step: int) -> dict[str, float]:
     """One completion a prompt. Accurate is a completion with more than half of the positive weights' sum as reward."""
-    completions, pending = run.generate(run.eval_prompts, 1, sampling, "eval")
+    completions, pending = run.generate(run.eval_prompts, 1, sampling, "eval", step)
     with run.ranks.together("scoring an evaluation"):
         scores = pending.result(run.watch.check)
-    weights = [reward.weight for reward in run.config.rewards]
+    weights = [reward.weight_at(step) for reward in run.config.rewards]
     batch = gather(run.ranks, run.eval_prompts, completions, scores, weights, run.config.scoring.error_budget)
     scored = batch.reward[~batch.reward.isnan()]
-    right = scored > sum(weight for weight in weights if weight > 0) / 2
+    right = is_right(scored, weights)
     return {
         f"{prefix}reward": float(scored.mean()),
         f"{prefix}accuracy": float(right.double().mean()),

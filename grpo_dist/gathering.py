@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,11 +37,16 @@ def gather(
     numbers, tokens, logprobs = ranks.gather(numbers), ranks.gather(tokens), ranks.gather(logprobs)
     gathered = ranks.gather(torch.from_numpy(columns))
     num_rewards = len(weights)
-    failed = gathered[:, num_rewards : 2 * num_rewards].bool().any(1)
+    failures = gathered[:, num_rewards : 2 * num_rewards].bool()
+    failed = failures.any(1)
     if bool(failed.any()):
         _judge(ranks, prompts, completions, scores.failures, failed.double().mean().item(), error_budget)
+    measured, extras = _gather_logged(ranks, scores)
+    counts = failures.sum(0).tolist()
+    measured |= {f"reward/{name}/failed": float(count) for name, count in zip(scores.names, counts, strict=True)}
     return Batch(prompts, numbers[:, 0], numbers[:, 1], numbers[:, 2].bool(), tokens, logprobs,
-                 gathered[:, :num_rewards], gathered[:, -1], _token_rewards(ranks, completions, scores))  # fmt: skip
+                 gathered[:, :num_rewards], gathered[:, -1], _token_rewards(ranks, completions, scores),
+                 measured, extras)  # fmt: skip
 
 
 def _token_rewards(ranks: Ranks, completions: list[Completion], scores: Scores) -> Tensor | None:
@@ -53,6 +59,23 @@ def _token_rewards(ranks: Ranks, completions: list[Completion], scores: Scores) 
     for (n, reward), values in scores.per_token.items():
         table[starts[n] : starts[n] + len(values), reward] = torch.tensor(values, dtype=torch.float64)
     return ranks.gather(table)
+
+
+def _gather_logged(ranks: Ranks, scores: Scores) -> tuple[dict[str, float], dict[str, list[Any]]]:
+    """Seconds spent in each reward and what the rewards logged, over all ranks."""
+    told = ranks.gather_objects((scores.seconds.tolist(), scores.metrics, scores.extras, len(scores.values)))
+    totals = np.sum([seconds for seconds, *_ in told], axis=0)
+    measured = {f"reward/{name}/seconds": float(total) for name, total in zip(scores.names, totals, strict=True)}
+    for name in sorted({name for _, metrics, *_ in told for name in metrics}):
+        parts = [metrics[name] for _, metrics, *_ in told if name in metrics]
+        measured[f"reward/{name}"] = sum(total for total, _ in parts) / sum(count for _, count in parts)
+    columns = sorted({column for *_, extras, _ in told for column in extras})
+    extras = {column: [value for *_, part, count in told for value in part.get(column, [None] * count)]
+              for column in columns}  # fmt: skip
+    for column, values in extras.items():
+        if any(isinstance(value, str) for value in values):  # a parquet column has one type
+            extras[column] = [None if value is None else str(value) for value in values]
+    return measured, extras
 
 
 def _judge(

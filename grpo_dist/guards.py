@@ -10,6 +10,7 @@ import math
 import os
 import socket
 from array import array
+from collections.abc import Iterable
 from pathlib import Path
 from typing import IO, Any
 
@@ -38,8 +39,8 @@ def lock(directory: Path) -> IO[str]:
     return file
 
 
-def data_fingerprint(prompts: list[Prompt]) -> str:
-    """A hash of all prompts as the model sees them, in their order."""
+def data_fingerprint(prompts: Iterable[Prompt]) -> str:
+    """A hash of the prompts as the model sees them, in their order."""
     digest = hashlib.sha256()
     for prompt in prompts:
         digest.update(array("q", [len(prompt.ids), *prompt.ids]).tobytes())

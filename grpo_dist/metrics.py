@@ -11,7 +11,7 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -49,13 +49,25 @@ def batch_metrics(batch: Batch, advantages: Tensor, reward_names: list[str]) -> 
     for name, column in zip(reward_names, batch.rewards.T, strict=True):
         present = column[~column.isnan()]
         metrics[f"reward/{name}/mean"] = float(present.mean()) if len(present) else math.nan
-    return metrics
+    return metrics | batch.scoring
 
 
 NO_UPDATE: dict[str, float | None] = dict.fromkeys(
     ("kl", "entropy", "ratio/mean", "ratio/max", "clip/low", "clip/high", "rollout/logprob_gap_max")
 ) | dict.fromkeys(("loss", "loss/policy", "grad_norm", "learning_rate", "tokens/computed", "tokens/useful_share"), 0.0)
 """Metrics of a step whose completions had nothing to teach: no forward pass, and no optimizer step, was taken."""
+
+
+def is_right(reward: Tensor, weights: Sequence[float]) -> Tensor:
+    """Whether rewards (N,) are above half of the positive weights' sum, (N,) bool; False for an unscored one."""
+    return reward > sum(weight for weight in weights if weight > 0) / 2
+
+
+def pass_rates(batch: Batch, weights: Sequence[float]) -> list[float]:
+    """Share of the right among the scored completions of each of the P prompts; NaN where none is scored."""
+    zeros = torch.zeros(len(batch.prompts), dtype=torch.float64)
+    right = zeros.index_add(0, batch.group, is_right(batch.reward, weights).double())
+    return (right / zeros.index_add(0, batch.group, (~batch.reward.isnan()).double())).tolist()
 
 
 class UpdateMetrics:
@@ -164,6 +176,7 @@ class Recorder:
             "reward": batch.reward.tolist(),
             "advantage": advantages[batch.starts].tolist(),  # of the first token: of the whole completion
             **{f"reward/{name}": column.tolist() for name, column in zip(names, batch.rewards.T, strict=True)},
+            **{f"reward/{column}": values for column, values in batch.extras.items()},
         }
         folder = self.directory / "completions"
         folder.mkdir(exist_ok=True)

@@ -42,7 +42,9 @@ class Position:
 
     def meta(self) -> dict[str, Any]:
         """What of the position has to be saved as JSON."""
-        return {"updates": self.updates, "kl_coeff": self.kl_coeff, "facts": self.facts, "metrics": self.metrics}
+        logged = {} if self.batch is None else {"scoring": self.batch.scoring, "extras": self.batch.extras}
+        return {"updates": self.updates, "kl_coeff": self.kl_coeff, "facts": self.facts, "metrics": self.metrics,
+                "logged": logged}  # fmt: skip
 
     def tensors(self) -> dict[str, Tensor]:
         """What of the position has to be saved as tensors."""
@@ -53,7 +55,7 @@ class Position:
             if thing is not None:
                 values = {f"{prefix}/{f.name}": getattr(thing, f.name) for f in fields(thing) if f.name != "prompts"}
                 # cloned: some are columns of one gathered table, and safetensors refuses memory that is shared
-                held |= {name: value.clone() for name, value in values.items() if value is not None}
+                held |= {name: value.clone() for name, value in values.items() if isinstance(value, Tensor)}
         return held
 
     @classmethod
@@ -68,6 +70,6 @@ class Position:
             for name, value in held.items():
                 prefix, _, leaf = name.partition("/")
                 parts[prefix][leaf] = value
-            position.batch = Batch(chosen, **parts["batch"])
+            position.batch = Batch(chosen, **parts["batch"], **meta["logged"])
             position.measured = Measured(**parts["measured"]) if parts["measured"] else None
         return position

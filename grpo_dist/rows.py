@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import json
 import re
+from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,15 +39,55 @@ def load_rows(path: str, split: str, subset: str | None = None) -> list[Row]:
     where there is no such file, ValueError where it cannot be read or is empty. JSONL lines that are not JSON objects
     come back as rows with a `problem`; lines of white space are no rows.
     """
-    suffix = Path(path).suffix.lower()
-    if (suffix in _LINES or suffix in _BUILDERS) and not Path(path).is_file():
-        folder = Path(path).parent
-        hint = _neighbours(path) if folder.is_dir() else f"; there is no directory {str(folder)!r} either"
-        raise FileNotFoundError(f"no file {path!r} in {Path.cwd()}{hint}")
-    rows = list(_read_lines(path)) if is_lines(path) else _load_dataset(path, split, subset)
+    _check_file(path)
+    if is_lines(path):
+        rows = list(_read_lines(path))
+    else:
+        rows = [Row(number, columns) for number, columns in enumerate(_open_dataset(path, split, subset), 1)]
     if not rows:
         raise ValueError(f"{path} is empty, expected at least one row")
     return rows
+
+
+class RowReader:
+    """Rows of a data set by their place, read when they are asked for.
+
+    Of a JSONL file only where its lines begin is held, 16 bytes each; any other data set is mapped into memory.
+    """
+
+    def __init__(self, path: str, split: str, subset: str | None = None) -> None:
+        """Find the rows; raises as `load_rows` does."""
+        self._path = path
+        self._table: Any = None
+        if is_lines(path):
+            _check_file(path)
+            ends, lines = array("q", [0]), array("q")
+            with Path(path).open("rb") as file:
+                for number, line in enumerate(file):
+                    ends.append(ends[-1] + len(line))
+                    if line.strip():  # lines of white space are no rows
+                        lines.append(number)
+            self._starts, self._lines = ends, lines
+            self._count = len(lines)
+        else:
+            self._table = _open_dataset(path, split, subset)
+            self._count = len(self._table)
+        if not self._count:
+            raise ValueError(f"{path} is empty, expected at least one row")
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, place: int) -> Row:
+        """Return a row; one that cannot be read has a `problem`."""
+        if self._table is not None:
+            return Row(place + 1, self._table[place])
+        line = self._lines[place]
+        with Path(self._path).open("rb") as file:
+            file.seek(self._starts[line])
+            row = _read_line(line + 1, file.read(self._starts[line + 1] - self._starts[line]))
+        assert row is not None, "lines of white space are left out above"
+        return row
 
 
 def is_lines(path: str) -> bool:
@@ -58,23 +99,37 @@ def _read_lines(path: str) -> Iterator[Row]:
     """Read a JSONL file; what is wrong with a line is left for the caller to judge."""
     with Path(path).open("rb") as file:
         for number, line in enumerate(file, 1):
-            try:
-                text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
-                if not text:
-                    continue
-                value = json.loads(text)
-            # ValueError covers broken UTF-8 and JSON, and integers beyond Python's limit on digits.
-            except (ValueError, RecursionError) as error:
-                yield Row(number, {}, f"not JSON: {error}")
-                continue
-            if isinstance(value, dict):
-                yield Row(number, value)
-            else:
-                yield Row(number, {}, f'a JSON {type(value).__name__}, expected an object such as {{"prompt": …}}')
+            row = _read_line(number, line)
+            if row is not None:
+                yield row
 
 
-def _load_dataset(path: str, split: str, subset: str | None) -> list[Row]:
-    """Read a file, a directory or a hub data set through `datasets`."""
+def _read_line(number: int, line: bytes) -> Row | None:
+    """Return the row of a line, or None where it is only white space."""
+    try:
+        text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
+        if not text:
+            return None
+        value = json.loads(text)
+    # ValueError covers broken UTF-8 and JSON, and integers beyond Python's limit on digits.
+    except (ValueError, RecursionError) as error:
+        return Row(number, {}, f"not JSON: {error}")
+    if isinstance(value, dict):
+        return Row(number, value)
+    return Row(number, {}, f'a JSON {type(value).__name__}, expected an object such as {{"prompt": …}}')
+
+
+def _check_file(path: str) -> None:
+    """Raise FileNotFoundError where a path is a file's by its ending and there is no such file."""
+    suffix = Path(path).suffix.lower()
+    if (suffix in _LINES or suffix in _BUILDERS) and not Path(path).is_file():
+        folder = Path(path).parent
+        hint = _neighbours(path) if folder.is_dir() else f"; there is no directory {str(folder)!r} either"
+        raise FileNotFoundError(f"no file {path!r} in {Path.cwd()}{hint}")
+
+
+def _open_dataset(path: str, split: str, subset: str | None) -> Any:
+    """Open a file, a directory or a hub data set through `datasets`, which maps it into memory."""
     import datasets
 
     suffix = Path(path).suffix.lower()
@@ -88,7 +143,7 @@ def _load_dataset(path: str, split: str, subset: str | None) -> list[Row]:
             table = datasets.load_dataset(path, subset, split=split)
         else:
             raise ValueError("neither a file or directory nor a data set's hub id")
-        return [Row(number, columns) for number, columns in enumerate(table, 1)]
+        return table
     except Exception as error:  # `datasets` raises some dozen kinds; splits and subsets there are stand in the message
         where = "" if Path(path).exists() else f"; it is no file or directory here{_neighbours(path)}"
         raise ValueError(

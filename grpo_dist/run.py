@@ -21,7 +21,7 @@ from .batch import Batch, Completion, Prompt
 from .cli_config import redacted
 from .config import Config
 from .critic import parameter_groups
-from .data import Sampler, load_prompts
+from .data import load_prompts
 from .display import Display
 from .distributed import OptimizerState, Ranks, resolve_dtype, unsharded_loading
 from .guards import BadUpdates, data_fingerprint, differences, lock
@@ -43,10 +43,11 @@ from .models import (
 from .position import Position
 from .probe import head_is_plain, packing_leak
 from .rewards.pool import Pending, ScorerPool
-from .rewards.registry import answer_checks, labels
+from .rewards.registry import TrainerState, answer_checks, labels
 from .rewards.scores import Item
 from .rollout import NativeEngine, Request, RowEngine, Sampling, stream_key
 from .schedule import learning_rate
+from .sources import identifying, load_training, order_of
 from .watch import Watch
 
 log = logging.getLogger(__name__)
@@ -93,12 +94,11 @@ class Run:
         self.longest = data.max_prompt_length + self.config.rollout.max_completion_length
         check_model_config(self.model_config, self.tokenizer, self.longest)
         checks = answer_checks(self.config.rewards) if data.answer_column else []
-        self.prompts, _ = load_prompts(data.train_file, data.train_split, data, self.tokenizer, checks)
+        self.prompts, self.sampler = load_training(self.config, self.tokenizer, checks)
         self.eval_prompts: list[Prompt] = []
         if data.eval_file:
             prompts, _ = load_prompts(data.eval_file, data.eval_split, data, self.tokenizer, checks)
             self.eval_prompts = prompts[: self.config.train.num_eval_prompts]
-        self.sampler = Sampler(len(self.prompts), self.config.train.batch_size, self.config.train.seed)
         self.reward_names = labels(self.config.rewards)
 
     def _load_models(self) -> None:
@@ -160,8 +160,10 @@ class Run:
     def _identity(self) -> dict[str, Any]:
         """What a run may not change on its way."""
         return {"base": base_identity(self.config.model, self.model_config), "lora": asdict(self.config)["lora"],
-                "critic": self.config.advantage.baseline == "critic", "data": data_fingerprint(self.prompts),
-                "seed": self.config.train.seed, "batch_size": self.config.train.batch_size}  # fmt: skip
+                "critic": self.config.advantage.baseline == "critic",
+                "data": data_fingerprint(identifying(self.prompts)), "num_prompts": len(self.prompts),
+                "order": order_of(self.config.data), "seed": self.config.train.seed,
+                "batch_size": self.config.train.batch_size}  # fmt: skip
 
     def _check_changes(self) -> None:
         """Log what has changed since the checkpoint; raise ValueError where the run would not be the same run."""
@@ -182,6 +184,7 @@ class Run:
         assert self.resume_from is not None
         tensors, meta = checkpoint.load(self.resume_from)
         self.state.restore(tensors)
+        self.sampler.restore(meta["sampler"])
         log.info("resumed from %s", self.resume_from)
         position = Position.restored(tensors, meta, self.prompts)
         if self.config.loss.kl_target is None:  # the coefficient is the config's, which may have been changed
@@ -192,7 +195,7 @@ class Run:
         """Commit a checkpoint of the position; a collective."""
         state = self.state.collect() | self.position.tensors()
         meta = self.position.meta() | {"identity": self._identity(), "config": redacted(asdict(self.config)),
-                                       "versions": versions()}  # fmt: skip
+                                       "versions": versions(), "sampler": self.sampler.state()}  # fmt: skip
         with self.ranks.together("saving a checkpoint"):
             if self.ranks.is_main:
                 checkpoint.save(self.directory / "checkpoints", self.position.step, state, meta,
@@ -234,11 +237,11 @@ class Run:
         return Sampling(rollout.temperature, rollout.top_p, rollout.top_k, rollout.min_p)
 
     def generate(
-        self, prompts: list[Prompt], group_size: int, sampling: Sampling, stream: str
+        self, prompts: list[Prompt], group_size: int, sampling: Sampling, stream: str, step: int
     ) -> tuple[list[Completion], Pending]:
         """This rank's share of the completions, and their scores, which are computed while others are generated.
 
-        Needs the rollout weights in place; `stream` names the noise, such as `train/12`.
+        Needs the rollout weights in place; `stream` names the noise, such as `train/12`; `step` is told to rewards.
         """
         tasks = [(slot, sample) for slot in range(len(prompts)) for sample in range(group_size)]
         mine = tasks[self.ranks.share(len(tasks))]
@@ -247,7 +250,8 @@ class Run:
                     for slot, sample in mine]  # fmt: skip
         with self.reference.trained() as model, self.ranks.together("rollout"):
             completions = self.engine.generate(model, requests, sampling, check=self.watch.check)
-        return completions, self.scorer.submit([self._item(prompts[c.slot], c) for c in completions])
+        state = TrainerState(step, self.config.train.num_train_steps, self.sampler.epoch(step))
+        return completions, self.scorer.submit([self._item(prompts[c.slot], c) for c in completions], state)
 
     def _item(self, prompt: Prompt, completion: Completion) -> Item:
         text = self.text(completion.ids)

@@ -23,7 +23,7 @@ from .batches import sample_batch
 from .ending import main
 from .evaluation import evaluate
 from .losses import policy_loss, value_loss
-from .metrics import UpdateMetrics, batch_metrics, peak_memory_gib, update_metrics
+from .metrics import UpdateMetrics, batch_metrics, pass_rates, peak_memory_gib, update_metrics
 from .position import Position
 from .ratios import rollout_weights
 from .run import Run
@@ -103,6 +103,7 @@ def record(run: Run, step: int, batch: Batch, advantages: Tensor, metrics: dict[
         metrics |= evaluate(run, done)
     run.write(metrics, batch, advantages)
     run.display.step(metrics)
+    run.sampler.record(pass_rates(batch, [reward.weight_at(step) for reward in run.config.rewards]))
     run.position = Position(done, kl_coeff)
     if last or (config.save_every and done % config.save_every == 0):
         run.save()

@@ -54,6 +54,11 @@ class MathRewardModel:
         return [self.compute_reward({"answer": gold}, text) for text, gold in zip(texts, answer, strict=True)]
 
     @staticmethod
+    def read_completion(text: str) -> str | None:
+        """Return the answer that a completion gives, for a majority vote; None where it gives none."""
+        return last_integer(text)
+
+    @staticmethod
     def check_answer(answer: object) -> None:
         """Raise ValueError for a gold answer that this reward cannot read; data loading asks this of every row."""
         read_answer(answer)

@@ -15,7 +15,9 @@ from typing import Any
 
 from grpo_dist.config import RewardConfig
 from grpo_dist.rewards.channel import Channel
-from grpo_dist.rewards.registry import Parameters
+from grpo_dist.rewards.placement import Placement
+from grpo_dist.rewards.registry import Parameters, RewardFunction
+from grpo_dist.rewards.worker import answer, resolve_for
 
 _START_SECONDS = 300.0  # importing a user's module may load a model; hanging in it for ever must still be found out
 _STDERR = 2
@@ -35,11 +37,17 @@ _BOOTSTRAP = (
 class WorkerProcess:
     """A running worker; whoever calls it waits."""
 
-    def __init__(self, rewards: Sequence[RewardConfig]) -> None:
-        """Start the process and wait until it has resolved the rewards.
+    def __init__(
+        self,
+        rewards: Sequence[RewardConfig],
+        placement: Placement = "worker",
+        allowed: Sequence[str] = (),
+        memory_limit_bytes: int | None = None,
+    ) -> None:
+        """Start the process and wait until it has resolved those of the rewards that run in such a place.
 
-        Raises ValueError with the user's mistake where a reward cannot be resolved, RuntimeError where the process ends
-        or hangs before that.
+        `allowed` are the environment variables it gets although they look like secrets. Raises ValueError with the
+        user's mistake where a reward cannot be resolved, RuntimeError where the process ends or hangs before that.
         """
         ours, theirs = socket.socketpair()
         with theirs:
@@ -47,13 +55,13 @@ class WorkerProcess:
                 [sys.executable, "-c", _BOOTSTRAP, json.dumps(sys.path), str(theirs.fileno()), str(os.getpid())],
                 stdin=subprocess.DEVNULL,
                 stdout=_STDERR,  # what a reward prints is seen, and is never taken for a result
-                env=worker_environment(os.environ),
+                env=worker_environment(os.environ, allowed, gpu=placement == "gpu"),
                 pass_fds=[theirs.fileno()],
                 start_new_session=True,  # a terminal's Ctrl-C is for the parent, and a kill reaches all its children
             )
         self._channel = Channel(ours)
         try:
-            self._channel.send(pickle.dumps(list(rewards)), _START_SECONDS)
+            self._channel.send(pickle.dumps((list(rewards), placement, memory_limit_bytes)), _START_SECONDS)
             answer = json.loads(self._channel.receive(_START_SECONDS))
         except (OSError, EOFError) as error:
             code = self.kill()
@@ -66,22 +74,20 @@ class WorkerProcess:
         if "error" in answer:
             self.kill()
             raise ValueError(answer["error"])
+        self.placements: list[Placement] = [reward["placement"] for reward in answer["rewards"]]
+        """Where each reward declares to run."""
         self.parameters = [
-            Parameters(
-                accepted=None if reward["accepted"] is None else frozenset(reward["accepted"]),
-                required=frozenset(reward["required"]),
-                bound=frozenset(reward["bound"]),
-            )
-            for reward in answer["parameters"]
+            _read_parameters(reward) if reward["placement"] == placement else None for reward in answer["rewards"]
         ]
+        """The keywords each reward takes; None where it runs elsewhere."""
 
-    def call(self, reward: int, count: int, keywords: dict[str, Any], timeout_seconds: float) -> dict[str, Any]:
-        """Call a reward by its place with `count` completions and return the worker's answer (see `worker.answer`).
+    def call(self, request: bytes, timeout_seconds: float) -> dict[str, Any]:
+        """Make one call and return the worker's answer (see `worker.answer` for both).
 
         Raises TimeoutError after `timeout_seconds`; OSError, EOFError or ValueError where the worker is dead or has
         lost its senses. After any of them the worker has to be killed.
         """
-        self._channel.send(pickle.dumps((reward, count, keywords)), timeout_seconds)
+        self._channel.send(request, timeout_seconds)
         return json.loads(self._channel.receive(timeout_seconds))
 
     def signal_kill(self) -> None:
@@ -97,12 +103,67 @@ class WorkerProcess:
         return self._process.wait()
 
 
-def worker_environment(environment: Mapping[str, str]) -> dict[str, str]:
-    """Return the environment of a worker: the given one without secrets and launcher variables, no GPU, one thread."""
+class ThisProcess:
+    """The training process itself as a place for rewards, in the form of a worker that cannot be killed."""
+
+    def __init__(self, rewards: Sequence[RewardConfig]) -> None:
+        """Resolve the rewards; raises ValueError where one cannot be."""
+        self._rewards = [resolve_for(config, "main") for config in rewards]
+        self.placements: list[Placement] = ["main"] * len(rewards)
+        self.parameters: list[Parameters | None] = [
+            reward.parameters if isinstance(reward, RewardFunction) else None for reward in self._rewards
+        ]
+
+    def call(self, request: bytes, timeout_seconds: float) -> dict[str, Any]:
+        """Make one call in the calling thread, for as long as it takes."""
+        return answer(self._rewards, request)
+
+    def signal_kill(self) -> None:
+        """Do nothing: this process goes on."""
+
+    def kill(self) -> int:
+        """Do nothing: this process goes on."""
+        return 0
+
+
+def worker_environment(
+    environment: Mapping[str, str], allowed: Sequence[str] = (), gpu: bool = False
+) -> dict[str, str]:
+    """Return the environment of a worker: the given one without launcher variables and without secrets but the allowed.
+
+    A worker has no GPU and one thread; with `gpu` it has the rank's GPU and the rank's threads. Raises ValueError where
+    an allowed variable is not set.
+    """
+    absent = [name for name in allowed if name not in environment]
+    if absent:
+        raise ValueError(
+            f"rewards.environment names {', '.join(absent)}, which this process does not have: export it before the "
+            "launch, or take it out"
+        )
     kept = {
         name: value
         for name, value in environment.items()
-        if not _SECRET.search(name) and not _DISTRIBUTED.fullmatch(name)
+        if name in allowed or not (_SECRET.search(name) or _DISTRIBUTED.fullmatch(name))
     }
     # Unbuffered: what a reward has printed before it is killed would be lost.
-    return kept | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONUNBUFFERED": "1"}
+    kept |= {"PYTHONUNBUFFERED": "1", "CUDA_VISIBLE_DEVICES": _own_gpu(environment) if gpu else ""}
+    return kept if gpu else kept | {"OMP_NUM_THREADS": "1"}
+
+
+def _own_gpu(environment: Mapping[str, str]) -> str:
+    """Return the name of the one GPU that belongs to this rank, of those that the environment lets it see."""
+    rank, visible = environment.get("LOCAL_RANK", "0"), environment.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        return rank
+    names = visible.split(",")
+    return names[int(rank)] if int(rank) < len(names) else names[0]  # a launcher may have left each rank just its own
+
+
+def _read_parameters(description: dict[str, Any]) -> Parameters:
+    accepted = description["accepted"]
+    return Parameters(
+        accepted=None if accepted is None else frozenset(accepted),
+        required=frozenset(description["required"]),
+        bound=frozenset(description["bound"]),
+        most_items=description["most_items"],
+    )

@@ -14,15 +14,41 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from grpo_dist.config import RewardConfig
+from grpo_dist.rewards.placement import Placement, most_items_of, placement_of
 
-BUILT_IN = {"math": "grpo_dist.rewards.math:MathRewardModel"}
+BUILT_IN = {
+    "math": "grpo_dist.rewards.math:MathRewardModel",
+    "math_verify": "grpo_dist.rewards.math_verify:MathVerifyReward",
+    "gsm8k": "grpo_dist.rewards.extraction:Gsm8kReward",
+    "boxed": "grpo_dist.rewards.extraction:BoxedReward",
+    "format": "grpo_dist.rewards.format:FormatReward",
+    "length": "grpo_dist.rewards.length:LengthReward",
+    "overlong": "grpo_dist.rewards.length:OverlongReward",
+    "repetition": "grpo_dist.rewards.repetition:RepetitionReward",
+    "code": "grpo_dist.rewards.code:CodeReward",
+    "reward_model": "grpo_dist.rewards.reward_model:RewardModelReward",
+    "judge": "grpo_dist.rewards.judge:JudgeReward",
+    "remote": "grpo_dist.rewards.remote:RemoteReward",
+}
 """Names of the rewards that ship with the package, and where they are."""
-KEYWORDS = ("prompts", "completions", "completion_ids")
+KEYWORDS = ("prompts", "completions", "completion_ids", "trainer_state", "log_metric", "log_extra")
 """What every reward function may take beside the data's columns (TRL's names)."""
+
+
+@dataclass(frozen=True)
+class TrainerState:
+    """What a reward that asks for `trainer_state` learns of the run (TRL's names)."""
+
+    global_step: int = 0
+    """Steps done."""
+    max_steps: int = 0
+    """Steps of the run."""
+    epoch: float = 0.0
+    """How many times the data has been gone through."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +61,8 @@ class Parameters:
     """Names it cannot do without."""
     bound: frozenset[str]
     """Names the config's args have already filled in; a column of the same name gives way."""
+    most_items: int | None = None
+    """The most completions a call may have; None where the function does not say."""
 
     def takes(self, name: str) -> bool:
         """Whether the function may be handed this keyword."""
@@ -62,6 +90,8 @@ class RewardFunction:
     """The function with the config's arguments bound; what it returns is not checked here."""
     parameters: Parameters
     """The keywords it takes, without those that are bound."""
+    placement: Placement
+    """Where it declares to run."""
 
 
 def labels(rewards: Sequence[RewardConfig]) -> list[str]:
@@ -83,6 +113,24 @@ def answer_checks(rewards: Sequence[RewardConfig]) -> list[Callable[[object], No
     return [reward.check_answer for reward in built_in if hasattr(reward, "check_answer")]
 
 
+def answer_reader(rewards: Sequence[RewardConfig]) -> Callable[[str], str | None] | None:
+    """Return how the first built-in reward that reads an answer reads it off a completion; None where none does."""
+    for reward in rewards:
+        if reward.name in BUILT_IN:
+            found = _find(BUILT_IN[reward.name], reward.name)
+            if hasattr(found, "read_completion"):
+                return found.read_completion
+    return None
+
+
+def declared_placement(config: RewardConfig) -> Placement:
+    """Return where a configured reward has to run, without instantiating it. Raises ValueError as `resolve` does."""
+    try:
+        return placement_of(_find(_import_path(config.name), config.name))
+    except ValueError as error:
+        raise ValueError(str(error) if config.name in str(error) else f"rewards: {config.name!r}: {error}") from error
+
+
 def resolve(config: RewardConfig) -> RewardFunction:
     """Return the function a config names, its arguments bound; a class is instantiated with them and must be callable.
 
@@ -98,8 +146,9 @@ def resolve(config: RewardConfig) -> RewardFunction:
     if not callable(function):
         what = f"an instance of {found.__name__}" if inspect.isclass(found) else f"of type {type(found).__name__}"
         raise ValueError(f"rewards: {config.name!r} is {what}, which cannot be called; expected a function")
-    parameters = _parameters(function, config.name, bound)
-    return RewardFunction(config.name, functools.partial(function, **bound) if bound else function, parameters)
+    parameters = replace(_parameters(function, config.name, bound), most_items=most_items_of(found))
+    ready = functools.partial(function, **bound) if bound else function
+    return RewardFunction(config.name, ready, parameters, placement_of(found))
 
 
 def _import_path(name: str) -> str:
@@ -151,9 +200,8 @@ def _instantiate(cls: type, config: RewardConfig) -> Any:
     try:
         return cls(**config.args)
     except Exception as error:  # its constructor is the user's code, or refuses the user's arguments
-        raise ValueError(
-            f"rewards: {config.name!r} cannot be made with the args {config.args!r}: {type(error).__name__}: {error}"
-        ) from error
+        given = f"cannot be made with the args {list(config.args)}"  # not their values: one may be a secret
+        raise ValueError(f"rewards: {config.name!r} {given}: {type(error).__name__}: {error}") from error
 
 
 def _parameters(function: Callable[..., Any], name: str, bound: dict[str, Any]) -> Parameters:

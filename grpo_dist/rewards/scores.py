@@ -56,11 +56,18 @@ class Scores:
     """(n, R); True where the reward failed, which is what tells the two kinds of NaN apart."""
     failures: list[Failure]
     """One for each True of `failed`, by completion and then by reward."""
+    names: list[str]
+    """(R); the rewards' labels."""
     seconds: NDArray[np.float64]
     """(R,); time spent in each reward's calls, summed over the workers."""
     per_token: dict[tuple[int, int], list[float]] = field(default_factory=dict)
     """By (completion, reward), where a reward gave one number per completion token: these numbers, NaN for None. Their
     sum stands in `values`."""
+    metrics: dict[str, tuple[float, int]] = field(default_factory=dict)
+    """What rewards logged with `log_metric`, by `REWARD/NAME`: the sum over the calls of value times completions, and
+    the number of those completions. Their quotient is the mean, however the completions were divided into calls."""
+    extras: dict[str, list[Any]] = field(default_factory=dict)
+    """What rewards logged with `log_extra`, by `REWARD/COLUMN`: one value a completion, None where there is none."""
 
 
 def combine(values: NDArray[np.float64], failed: NDArray[np.bool_], weights: Sequence[float]) -> NDArray[np.float64]:

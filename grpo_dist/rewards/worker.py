@@ -15,18 +15,23 @@ import math
 import numbers
 import os
 import pickle
+import resource
 import signal
 import socket
 import sys
 import traceback
-from collections.abc import Iterable, Mapping, Set
+from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import TYPE_CHECKING, Any
 
 from grpo_dist.rewards.channel import Channel
-from grpo_dist.rewards.registry import RewardFunction, resolve
+from grpo_dist.rewards.registry import RewardFunction, declared_placement, resolve
 
 if TYPE_CHECKING:
     import asyncio
+
+    from grpo_dist.config import RewardConfig
+    from grpo_dist.rewards.placement import Placement
+    from grpo_dist.rewards.scores import FailureKind
 
 _PR_SET_PDEATHSIG = 1
 _LEFT_TO_THE_PARENT = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
@@ -49,47 +54,90 @@ def main(descriptor: int, parent: int) -> None:
     connection.set_inheritable(False)
     channel = Channel(connection)
     os.register_at_fork(after_in_child=lambda: _leave(channel))
-    configs = pickle.loads(channel.receive())
+    configs, placement, memory_limit_bytes = pickle.loads(channel.receive())
+    if memory_limit_bytes is not None:
+        resource.setrlimit(resource.RLIMIT_DATA, (memory_limit_bytes, memory_limit_bytes))
     try:
-        rewards = [resolve(config) for config in configs]
+        rewards = [resolve_for(config, placement) for config in configs]
     except ValueError as error:
         channel.send(json.dumps({"error": str(error)}).encode())
         return
-    channel.send(json.dumps({"parameters": [_describe(reward) for reward in rewards]}).encode())
+    channel.send(json.dumps({"rewards": [_describe(reward) for reward in rewards]}).encode())
     while True:
         try:
             request = channel.receive()
         except EOFError:
             return
-        channel.send(json.dumps(answer(rewards, request)).encode())
+        channel.send(json.dumps(answer(rewards, request) | {"resident_bytes": _resident_bytes()}).encode())
 
 
-def answer(rewards: list[RewardFunction], request: bytes) -> dict[str, Any]:
-    """Make one call and return `{"values": […], "bad": {place: message}}`, or its `kind`, `message` and `traceback`.
+def resolve_for(config: RewardConfig, placement: Placement) -> RewardFunction | Placement:
+    """Return the function of a reward that runs here, and of another just where it has to run."""
+    declared = declared_placement(config)
+    return resolve(config) if declared == placement else declared
 
-    A request is the pickled tuple of the reward's place, the number of completions and the keywords of the call. Values
-    are floats, lists of floats and Nones (one per token), or None where the reward does not apply or its value is bad.
+
+def answer(rewards: Sequence[RewardFunction | Placement], request: bytes) -> dict[str, Any]:
+    """Make one call and return `{"values": […], "bad": {place: [kind, message]}, "metrics": …, "extras": …}`, or its
+    `kind`, `message` and `traceback`.
+
+    A request is the pickled tuple of the reward's place, the number of completions, the keywords of the call and the
+    trainer's state. Values are floats, lists of floats and Nones (one per token), or None where the reward does not
+    apply or its value is bad.
     """
     try:
-        place, count, keywords = pickle.loads(request)
-        values, bad = read_values(_call(rewards[place], keywords), count)
+        place, count, keywords, state = pickle.loads(request)
+        reward = rewards[place]
+        assert isinstance(reward, RewardFunction), "the pool sends a reward's calls to where the reward runs"
+        log = Log(count)
+        offered = {"trainer_state": state, "log_metric": log.metric, "log_extra": log.extra}
+        keywords |= {name: value for name, value in offered.items() if reward.parameters.takes(name)}
+        values, bad = read_values(_call(reward, keywords), count)
     except BadValueError as error:
         return {"kind": "bad_value", "message": str(error), "traceback": ""}
     except BaseException as error:  # a reward may exit, or interrupt itself as Math-Verify does: it is all reported
         line = "".join(traceback.format_exception_only(error)).strip()
         return {"kind": "raised", "message": line, "traceback": traceback.format_exc()[-_TRACEBACK_CHARACTERS:]}
-    return {"values": values, "bad": bad}
+    return {"values": values, "bad": bad, "metrics": log.means(), "extras": log.extras}
 
 
 Value = float | list[float | None] | None
 
 
-def read_values(result: object, count: int) -> tuple[list[Value], dict[int, str]]:
-    """Return a result's values as floats, None where it does not apply, and a message for each bad one by its place.
+class Log:
+    """What a reward logs during one call with `count` completions."""
 
-    Bools, ints, numpy scalars and tensors without dimensions are numbers; arrays and tensors with one are lists. A
-    value that is a list itself holds one number, or None, per token of its completion.
-    Raises BadValueError where the result as a whole is not a list of `count` values.
+    def __init__(self, count: int) -> None:
+        self._count = count
+        self._metrics: dict[str, list[float]] = {}
+        self.extras: dict[str, list[Any]] = {}
+
+    def metric(self, name: str, value: float) -> None:
+        """TRL's `log_metric`: a number, averaged where it is logged again. Raises BadValueError for anything else."""
+        number = _as_float(value)
+        if not math.isfinite(number):
+            raise BadValueError(f"logged {_shown(value)} as the metric {name!r}, expected a finite number")
+        self._metrics.setdefault(str(name), []).append(number)
+
+    def extra(self, column: str, values: Iterable[Any]) -> None:
+        """TRL's `log_extra`: one value a completion for the completions' table; no number becomes a text."""
+        given = [value if value is None or isinstance(value, (bool, int, float)) else str(value) for value in values]
+        if len(given) != self._count:
+            raise BadValueError(f"logged {len(given)} values as {column!r} for {self._count} completions")
+        self.extras[str(column)] = given
+
+    def means(self) -> dict[str, float]:
+        """The mean of each metric over the call."""
+        return {name: sum(values) / len(values) for name, values in self._metrics.items()}
+
+
+def read_values(result: object, count: int) -> tuple[list[Value], dict[int, tuple[FailureKind, str]]]:
+    """Return a result's values as floats, None where it does not apply, and kind and message of each bad one by place.
+
+    Bools, ints, numpy scalars and tensors without dimensions are numbers; arrays and tensors with one are lists. An
+    exception among the values says that this one completion could not be scored; a value that is a list itself holds
+    one number, or None, per token of its completion. Raises BadValueError where the result as a whole is not a list of
+    `count` values.
     """
     if hasattr(result, "tolist") and getattr(result, "ndim", None) is not None:
         result = result.tolist()
@@ -99,11 +147,14 @@ def read_values(result: object, count: int) -> tuple[list[Value], dict[int, str]
     if len(given) != count:
         raise BadValueError(f"returned {len(given)} values for {count} completions: {_shown(given)}")
     values: list[Value] = []
-    bad: dict[int, str] = {}
+    bad: dict[int, tuple[FailureKind, str]] = {}
     for place, value in enumerate(given):
-        read = _read_value(value)
-        if not all(number is None or math.isfinite(number) for number in (read if isinstance(read, list) else [read])):
-            bad[place] = f"returned {_shown(value)}, expected a finite number, None, or a list of these (one per token)"
+        read = None if isinstance(value, Exception) else _read_value(value)
+        if isinstance(value, Exception):
+            bad[place] = ("raised", "".join(traceback.format_exception_only(value)).strip())
+        elif not all(each is None or math.isfinite(each) for each in (read if isinstance(read, list) else [read])):
+            expected = "a finite number, None, or a list of these (one per token)"
+            bad[place] = ("bad_value", f"returned {_shown(value)}, expected {expected}")
             read = None
         values.append(read)
     return values, bad
@@ -143,11 +194,26 @@ def _event_loop() -> asyncio.AbstractEventLoop:
     return asyncio.new_event_loop()
 
 
-def _describe(reward: RewardFunction) -> dict[str, Any]:
-    """Return a reward's parameters as JSON."""
+def _describe(reward: RewardFunction | Placement) -> dict[str, Any]:
+    """Return a reward's placement, and its parameters where it runs here, as JSON."""
+    if not isinstance(reward, RewardFunction):
+        return {"placement": reward}
     parameters = reward.parameters
-    accepted = None if parameters.accepted is None else sorted(parameters.accepted)
-    return {"accepted": accepted, "required": sorted(parameters.required), "bound": sorted(parameters.bound)}
+    return {
+        "placement": reward.placement,
+        "accepted": None if parameters.accepted is None else sorted(parameters.accepted),
+        "required": sorted(parameters.required),
+        "bound": sorted(parameters.bound),
+        "most_items": parameters.most_items,
+    }
+
+
+def _resident_bytes() -> int:
+    """Return how much memory this process holds; its peak where the kernel does not tell (not Linux)."""
+    if sys.platform == "linux":
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1]) * resource.getpagesize()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def _end_with(parent: int) -> None:

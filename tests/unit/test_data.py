@@ -15,8 +15,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from grpo_dist.config import DataConfig, RewardConfig
-from grpo_dist.data import Sampler, load_prompts, load_rows, permutation, render
+from grpo_dist.data import load_prompts, load_rows, render
 from grpo_dist.rewards.registry import answer_checks
+from grpo_dist.sampler import Sampler, permutation
 
 TEMPLATE = (
     "<s>{% for message in messages %}{% if message.role == 'tool' %}{{ raise_exception('no tools here') }}{% endif %}"

@@ -18,13 +18,15 @@ import pytest
 from grpo_dist.config import RewardConfig, ScoringConfig
 from grpo_dist.rewards.pool import ScorerPool
 from grpo_dist.rewards.process import worker_environment
-from grpo_dist.rewards.registry import labels, resolve
+from grpo_dist.rewards.registry import TrainerState, labels, resolve
 from grpo_dist.rewards.scores import Item, Scores, combine
 
 REWARDS = '''
 """A user's module. A completion says what is to happen to it."""
 
 import asyncio, ctypes, os, re, signal, subprocess, sys
+
+from grpo_dist.rewards.placement import runs_in
 
 
 def length(completions, **kwargs):
@@ -101,6 +103,55 @@ def secrets(completions):
 
 def process(completions):
     return [float(os.getpid())] * len(completions)
+
+
+def logs(completions, trainer_state, log_metric, log_extra):
+    log_metric("share_long", sum(len(text) > 1 for text in completions) / len(completions))
+    log_extra("first", [text[0] for text in completions])
+    return [float(trainer_state.global_step)] * len(completions)
+
+
+def logs_badly(completions, log_extra):
+    log_extra("first", [1])
+    return [1.0] * len(completions)
+
+
+def some_fail(completions):
+    return [RuntimeError("no answer") if text == "bad" else 1.0 for text in completions]
+
+
+@runs_in("single")
+def alone(completions, log_metric):
+    log_metric("count", len(completions))
+    return [float(os.getpid())] * len(completions)
+
+
+@runs_in("main")
+def at_home(completions):
+    return [float(os.getpid())] * len(completions)
+
+
+@runs_in("gpu")
+def on_gpu(completions):
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "5" and os.environ["OMP_NUM_THREADS"] == "3"
+    return [1.0] * len(completions)
+
+
+def needs_key(completions):
+    assert os.environ["MY_API_KEY"] == "1" and "HF_TOKEN" not in os.environ
+    return [1.0] * len(completions)
+
+
+KEPT = []
+
+
+def leaks(completions):
+    KEPT.append(bytearray(os.urandom(1)) * 40_000_000 * len(completions))
+    return [float(os.getpid())] * len(completions)
+
+
+def greedy(completions):
+    return [float(len(bytearray(1 << 36)))] * len(completions)
 
 
 not_callable = 3
@@ -333,7 +384,8 @@ def test_closing_ends_workers_and_waiters(directory: Path) -> None:
 
 def test_workers_die_with_their_parent(directory: Path) -> None:
     program = (
-        "from grpo_dist.config import *; from grpo_dist.rewards.pool import *; import os, signal\n"
+        "from grpo_dist.config import *; from grpo_dist.rewards.pool import *; import os, signal, time\n"
+        "from grpo_dist.rewards.scores import Item\n"
         "rewards = [RewardConfig('user_rewards:process'), RewardConfig('user_rewards:act')]\n"
         "pool = ScorerPool(rewards, ScoringConfig(num_workers=1))\n"
         "print(int(pool.score([Item('?', 'print', [])]).values[0, 0]), flush=True)\n"
@@ -409,3 +461,61 @@ def test_combine_tells_failed_from_does_not_apply() -> None:
     np.testing.assert_array_equal(combine(values, failed, [1.0, 0.0]), [1.0, nan, 1.0, nan, nan])
     with pytest.raises(ValueError, match="do not fit"):
         combine(values, failed, [1.0])
+
+
+def test_what_rewards_log_reaches_metrics_and_table(directory: Path) -> None:
+    with ScorerPool([RewardConfig("user_rewards:logs")], ScoringConfig(num_workers=2)) as pool:
+        scores = pool.score(items("a", "bb", "cc", "d", "ee"), TrainerState(global_step=7))
+    assert scores.values[:, 0].tolist() == [7.0] * 5 and scores.names == ["logs"]
+    total, count = scores.metrics["logs/share_long"]
+    assert count == 5 and total == pytest.approx(3), "weighted by completions, whatever the chunks"
+    assert scores.extras == {"logs/first": ["a", "b", "c", "d", "e"]}
+
+
+def test_bad_logs_and_single_failures(pools: Callable[[str], ScorerPool]) -> None:
+    scores = pools("logs_badly").score(items("a", "b"))
+    assert scores.failures == [] and scores.extras == {"logs_badly/first": [1, 1]}, "right for one completion each"
+    scores = pools("some_fail").score(items("a", "bad", "c"))
+    assert kinds(scores) == [(1, "raised")] and scores.failures[0].message == "RuntimeError: no answer"
+    assert scores.values[[0, 2], 0].tolist() == [1.0, 1.0]
+
+
+def test_rewards_run_where_they_declare_to(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    names = ("process", "alone", "at_home", "on_gpu")
+    rewards = [RewardConfig(f"user_rewards:{name}") for name in names]
+    with ScorerPool(rewards, ScoringConfig(num_workers=1)) as pool:
+        scores = pool.score(items(*"abcdefgh"))
+    assert scores.failures == []
+    assert len(set(scores.values[0, :3])) == 3 and scores.values[0, 2] == os.getpid()
+    assert scores.metrics["alone/count"] == (64.0, 8), "one call with all completions"
+
+
+def test_a_secret_reaches_only_the_reward_that_names_it(directory: Path) -> None:
+    rewards = [RewardConfig("user_rewards:needs_key", environment=["MY_API_KEY"]), RewardConfig("user_rewards:secrets")]
+    with ScorerPool(rewards, ScoringConfig(num_workers=1)) as pool:
+        assert pool.score(items("a")).failures == []
+    with pytest.raises(ValueError, match=r"rewards\.environment names NO_SUCH_KEY, which this process does not have"):
+        ScorerPool([RewardConfig("math", environment=["NO_SUCH_KEY"])], ScoringConfig(num_workers=1))
+
+
+def test_leaks_end_with_their_worker_and_memory_is_bounded(directory: Path) -> None:
+    scoring = ScoringConfig(num_workers=1, recycle_above_gib=0.15, memory_limit_gib=4)
+    rewards = [RewardConfig("user_rewards:leaks"), RewardConfig("user_rewards:greedy")]
+    with ScorerPool(rewards, scoring) as pool:
+        workers = [pool.score(items("a")).values[0, 0] for _ in range(8)]
+        scores = pool.score(items("a"))
+    assert 2 <= len(set(workers)) <= 4, workers
+    assert kinds(scores) == [(0, "raised")] and scores.failures[0].message == "MemoryError"
+
+
+def test_own_time_limits_and_weights_over_steps(directory: Path) -> None:
+    with ScorerPool([RewardConfig("user_rewards:act", timeout_seconds=0.3)], ScoringConfig(num_workers=1)) as pool:
+        assert "rewards.timeout_seconds = 0.3" in pool.score(items("hang")).failures[0].message
+    scheduled = RewardConfig(weight=2.0, schedule={10: 1.0, 20: 0.0})
+    assert [scheduled.weight_at(step) for step in (0, 10, 15, 20, 99)] == [2.0, 2.0, 1.0, 0.0, 0.0]
+    assert RewardConfig(weight=2.0).weight_at(5) == 2.0
+    with pytest.raises(ValueError, match=r"rewards\.schedule"):
+        RewardConfig(schedule={})

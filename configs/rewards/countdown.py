@@ -1,0 +1,43 @@
+"""Countdown: an equation that uses the given numbers once each and comes to the target. A reward of one's own.
+
+The completion's last `<answer>…</answer>` counts. It is read as an arithmetic expression and never run as code.
+"""
+
+from __future__ import annotations
+
+import ast
+import operator
+import re
+from fractions import Fraction
+
+ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
+OPERATIONS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
+MOST_CHARACTERS = 200
+
+
+def countdown(completions: list[str], answer: list[int], numbers: list[list[int]], **_: object) -> list[float]:
+    """1 for a right equation, 0.1 for a wrong one in its place, 0 for none."""
+    return [score(text, target, given) for text, target, given in zip(completions, answer, numbers, strict=True)]
+
+
+def score(text: str, target: int, given: list[int]) -> float:
+    """Score one completion."""
+    found = ANSWER.findall(text)
+    if not found or len(found[-1]) > MOST_CHARACTERS:
+        return 0.0
+    used: list[int] = []
+    try:
+        value = evaluate(ast.parse(found[-1].strip(), mode="eval").body, used)
+    except (SyntaxError, ValueError, ZeroDivisionError, RecursionError):
+        return 0.1
+    return 1.0 if value == target and sorted(used) == sorted(given) else 0.1
+
+
+def evaluate(node: ast.expr, used: list[int]) -> Fraction:
+    """Return the exact value of an expression, noting the numbers it uses; raises ValueError for anything else."""
+    if isinstance(node, ast.Constant) and type(node.value) is int:
+        used.append(node.value)
+        return Fraction(node.value)
+    if isinstance(node, ast.BinOp) and type(node.op) in OPERATIONS:
+        return OPERATIONS[type(node.op)](evaluate(node.left, used), evaluate(node.right, used))
+    raise ValueError(f"{ast.dump(node):.40} is not arithmetic")

@@ -1,0 +1,7 @@
+"""`python -m grpo_dist VERB`: see cli.py."""
+
+import sys
+
+from grpo_dist.cli import main
+
+sys.exit(main())

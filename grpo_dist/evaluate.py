@@ -1,0 +1,297 @@
+"""Evaluate a model on a data set: unbiased pass@k, maj@k, mean reward, with intervals, on any number of ranks.
+
+    accelerate launch --config_file accelerate_configs/ddp.yaml -m grpo_dist.evaluate \
+        --model runs/quickstart/final --data configs/data/math_tasks_eval.jsonl --n 16 --config configs/quickstart.yaml
+    python -m grpo_dist.evaluate --model toy --data … --n 16 --compare runs/other/evaluation
+
+Rewards, columns and sampling are those of a training config. Every sample is a function of the seed, its prompt and its
+number, so the ranks change nothing. Samples are saved in parts as they come, and the same command goes on after the
+last whole part. Nothing is trained, and a model is loaded whole on every rank.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from . import attention
+from .batch import Batch, Prompt
+from .cli_config import parse_config
+from .config import Config
+from .data import load_prompts
+from .display import set_up_logging
+from .distributed import Ranks, resolve_dtype, unsharded_loading
+from .estimates import Comparison, Estimate, compare, estimate, majority_at_k, pass_at_k
+from .gathering import gather
+from .metrics import is_right
+from .models import (
+    base_identity,
+    check_model_config,
+    end_token_ids,
+    load_causal_lm,
+    load_model_config,
+    load_tokenizer,
+    packing_obstacle,
+)
+from .probe import packing_leak
+from .rewards.pool import ScorerPool
+from .rewards.registry import answer_checks, answer_reader
+from .rewards.scores import Item
+from .rollout import NativeEngine, Request, RowEngine, Sampling, stream_key
+
+_PROMPTS_A_PART = 64  # a part is the same whatever the number of ranks
+
+Rows = list[dict[str, Any]]
+
+
+class Evaluation:
+    """Data, model and rewards of one evaluation; `run` is a collective."""
+
+    def __init__(self, config: Config, num_samples: int, directory: Path, category: str | None) -> None:
+        """Raises ValueError or OSError for what a user can have got wrong, before the model is loaded."""
+        self.config, self.num_samples, self.directory, self.category = config, num_samples, directory, category
+        data = config.data
+        self.tokenizer = load_tokenizer(config.model)
+        self.model_config = load_model_config(config.model)
+        self.longest = data.max_prompt_length + config.rollout.max_completion_length
+        check_model_config(self.model_config, self.tokenizer, self.longest)
+        checks = answer_checks(config.rewards) if data.answer_column else []
+        assert data.eval_file is not None
+        split = "train" if Path(data.eval_file).is_file() else data.eval_split
+        self.prompts, _ = load_prompts(data.eval_file, split, data, self.tokenizer, checks)
+        if category is not None and category not in self.prompts[0].columns:
+            raise ValueError(f"--category: {category!r} given, expected one of {', '.join(self.prompts[0].columns)}")
+        self._claim()
+        self.scorer = ScorerPool(config.rewards, config.scoring)
+        self.scorer.check_columns(self.prompts[0].columns)
+        self.read_answer: Callable[[str], str | None] | None = answer_reader(config.rewards)
+
+    def _claim(self) -> None:
+        """Refuse a directory that holds another evaluation: its samples would be taken for this one's."""
+        config = self.config
+        said = {
+            "model": base_identity(config.model, self.model_config), "num_samples": self.num_samples,
+            "rollout": asdict(config.rollout), "rewards": [asdict(reward) for reward in config.rewards],
+            "seed": config.train.seed, "num_prompts": len(self.prompts),
+            "prompts": hashlib.sha256(repr([(p.index, p.ids) for p in self.prompts]).encode()).hexdigest(),
+        }  # fmt: skip
+        path = self.directory / "evaluation.json"
+        told = json.loads(json.dumps(said))
+        if path.exists() and (kept := json.loads(path.read_text())) != told:
+            changed = [key for key in told if kept.get(key) != told[key]]
+            raise ValueError(f"{self.directory} holds another evaluation ({', '.join(changed)} differ): choose another "
+                             "--output, or remove it")  # fmt: skip
+        if os.environ.get("RANK", "0") == "0":
+            self.directory.mkdir(parents=True, exist_ok=True)
+            _write(path, json.dumps(told, indent=1))
+
+    def run(self, ranks: Ranks) -> Rows:
+        """Sample and score what is not there yet, and return a row for each prompt."""
+        parts = range(0, len(self.prompts), _PROMPTS_A_PART)
+        missing = ranks.gather_objects([start for start in parts if not self._path(start).exists()])[0]
+        if missing:
+            self._load_model(ranks)
+        for start in missing:
+            prompts = self.prompts[start : start + _PROMPTS_A_PART]
+            rows = self._rows(prompts, self._sample(ranks, prompts, start))
+            if ranks.is_main:
+                _write(self._path(start), "".join(f"{json.dumps(row)}\n" for row in rows))
+        ranks.barrier()
+        return [json.loads(line) for start in parts for line in self._path(start).read_text().splitlines()]
+
+    def _path(self, start: int) -> Path:
+        return self.directory / f"samples_{start:07d}.jsonl"
+
+    def _load_model(self, ranks: Ranks) -> None:
+        config, dtype = self.config, resolve_dtype(self.config.model.dtype)
+        auto = config.model.attn_implementation == "auto"
+        obstacle = packing_obstacle(self.model_config, self.longest) if auto else "as model.attn_implementation asks"
+        implementation = attention.NAME if obstacle is None else None if auto else config.model.attn_implementation
+        with unsharded_loading():
+            self.model = load_causal_lm(config.model, dtype, implementation).to(ranks.device).eval()
+        if obstacle is None and (obstacle := packing_leak(self.model)):
+            self.model.set_attn_implementation("sdpa")
+        ends, most = end_token_ids(config.model, self.tokenizer), config.rollout.max_completion_length
+        self.engine = (NativeEngine(ends, most, config.rollout.max_tokens_in_flight) if obstacle is None
+                       else RowEngine(ends, most))  # fmt: skip
+
+    def _sample(self, ranks: Ranks, prompts: list[Prompt], start: int) -> Batch:
+        rollout, seed = self.config.rollout, self.config.train.seed
+        tasks = [(slot, sample) for slot in range(len(prompts)) for sample in range(self.num_samples)]
+        requests = [
+            Request(slot, sample, prompts[slot].ids, stream_key(seed, "evaluate", start + slot, sample))
+            for slot, sample in tasks[ranks.share(len(tasks))]
+        ]
+        sampling = Sampling(rollout.temperature, rollout.top_p, rollout.top_k, rollout.min_p)
+        with ranks.together("sampling"):
+            completions = self.engine.generate(self.model, requests, sampling)
+            of = [prompts[completion.slot] for completion in completions]
+            items = [
+                Item(prompt.messages or prompt.text, self._text(completion.ids), completion.ids, prompt.columns)
+                for prompt, completion in zip(of, completions, strict=True)
+            ]
+            scores = self.scorer.score(items)
+        return gather(ranks, prompts, completions, scores, self._weights, self.config.scoring.error_budget)
+
+    @property
+    def _weights(self) -> list[float]:
+        return [reward.weight for reward in self.config.rewards]
+
+    def _text(self, ids: list[int]) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=True)
+
+    def _rows(self, prompts: list[Prompt], batch: Batch) -> Rows:
+        right = is_right(batch.reward, self._weights).tolist()
+        rows: Rows = []
+        for slot, prompt in enumerate(prompts):
+            places = (batch.group == slot).nonzero()[:, 0].tolist()
+            texts = [self._text(batch.completion_ids(n)) for n in places]
+            rows.append({
+                "prompt_index": prompt.index, "prompt": prompt.text,
+                "category": prompt.columns[self.category] if self.category else None,
+                "completions": texts, "tokens": batch.lengths[places].tolist(),
+                "finished": batch.finished[places].tolist(), "right": [right[n] for n in places],
+                "rewards": [None if reward != reward else reward for reward in batch.reward[places].tolist()],
+                "answers": [self.read_answer(text) for text in texts] if self.read_answer else None,
+            })  # fmt: skip
+        return rows
+
+
+def summarise(rows: Rows, num_samples: int) -> dict[str, Estimate]:
+    """Return each measure over a table of rows; a sample that could not be scored counts in none but `unscored`."""
+    powers = [2**power for power in range(num_samples.bit_length()) if 2**power <= num_samples]
+    scored = [
+        {**row, "kept": [n for n, reward in enumerate(row["rewards"]) if reward is not None]} for row in rows
+    ]
+    some = [row for row in scored if row["kept"]]
+    measures = {"mean reward": estimate([_mean([row["rewards"][n] for n in row["kept"]]) for row in some])}
+    measures[f"mean@{num_samples}"] = estimate([_mean([row["right"][n] for n in row["kept"]]) for row in some])
+    for k in powers:
+        enough = [row for row in scored if len(row["kept"]) >= k]
+        measures[f"pass@{k}"] = estimate([pass_at_k(len(row["kept"]), sum(row["right"]), k) for row in enough])
+    for k in powers[1:] if rows and rows[0]["answers"] is not None else []:
+        enough = [row for row in scored if len(row["kept"]) >= k]
+        measures[f"maj@{k}"] = estimate([
+            majority_at_k([row["answers"][n] for n in row["kept"]], [row["right"][n] for n in row["kept"]], k)
+            for row in enough
+        ])  # fmt: skip
+    measures["truncated"] = estimate([1 - _mean(row["finished"]) for row in rows])
+    measures["unscored"] = estimate([1 - len(row["kept"]) / len(row["rewards"]) for row in scored])
+    measures["tokens"] = estimate([_mean(row["tokens"]) for row in rows])
+    return measures
+
+
+def compare_rows(first: Rows, second: Rows) -> Comparison:
+    """Compare the mean shares of right samples of the prompts that both have; raises ValueError where that is none."""
+    shares = [
+        {(row["prompt_index"], row["prompt"]): _mean(row["right"]) for row in rows if None not in row["rewards"]}
+        for rows in (first, second)
+    ]
+    common = [key for key in shares[0] if key in shares[1]]
+    return compare([shares[0][key] for key in common], [shares[1][key] for key in common])
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _write(path: Path, text: str) -> None:
+    """Write a file as a whole or not at all: half a part would be taken for a part."""
+    temporary = path.with_suffix(".tmp")
+    with temporary.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.rename(path)
+
+
+def _table(title: str, tables: dict[str, dict[str, Estimate]], num_prompts: dict[str, int]) -> Table:
+    table = Table(title=title)
+    table.add_column("measure")
+    for name in tables:
+        table.add_column(Text(f"{name} ({num_prompts[name]})"), justify="right")
+    for measure in next(iter(tables.values())):
+        cells = [each[measure] for each in tables.values()]
+        table.add_row(measure, *(f"{cell.value:.4f}  [{cell.low:.4f}, {cell.high:.4f}]" for cell in cells), style=None)
+    return table
+
+
+def report(rows: Rows, num_samples: int, other: Path | None, directory: Path) -> None:
+    """Print the tables and write them to summary.json."""
+    groups = {"all": rows} | {
+        str(name): [row for row in rows if row["category"] == name]
+        for name in sorted({row["category"] for row in rows} - {None}, key=str)
+    }
+    tables = {name: summarise(part, num_samples) for name, part in groups.items()}
+    summary: dict[str, Any] = {name: {key: asdict(told) for key, told in part.items()} for name, part in tables.items()}
+    console = Console()
+    counts = {name: len(part) for name, part in groups.items()}
+    console.print(_table(f"{len(rows)} prompts, {num_samples} samples each", tables, counts), markup=False)
+    if other is not None:
+        theirs = [json.loads(line) for path in sorted(other.glob("samples_*.jsonl")) for line in path.open()]
+        told = compare_rows(theirs, rows)
+        summary["comparison"] = asdict(told)
+        console.print(
+            f"mean@n against {other}: {told.difference.value:+.4f} [{told.difference.low:+.4f}, "
+            f"{told.difference.high:+.4f}] over {told.num_prompts} common prompts, p = {told.p_value:.4g}",
+            markup=False,
+        )
+    _write(directory / "summary.json", json.dumps(summary, indent=1))
+
+
+def read_options(arguments: Sequence[str] | None = None) -> tuple[argparse.Namespace, Config]:
+    """Read the command line; what it does not name here are options of a training config."""
+    parser = argparse.ArgumentParser(prog="grpo_dist.evaluate", description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--model", required=True, help="a model's directory or hub id, or `toy`")
+    parser.add_argument("--data", help="in place of the config's data.eval_file")
+    parser.add_argument("--n", type=int, default=16, help="samples a prompt (16)")
+    parser.add_argument("--category", help="a column of the data: a table for each of its values")
+    parser.add_argument("--output", type=Path, default=Path("evaluation"), help="where samples and summary go")
+    parser.add_argument("--compare", type=Path, metavar="OUTPUT", help="another evaluation's output, for a paired test")
+    options, rest = parser.parse_known_args(arguments)
+    if options.n < 1:
+        parser.error(f"--n: {options.n} given, expected at least 1")
+    if options.compare is not None and not list(options.compare.glob("samples_*.jsonl")):
+        parser.error(f"--compare: {options.compare} holds no samples of an evaluation")
+    config = parse_config([*rest, "--model.name", options.model])
+    config.data.eval_file = options.data or config.data.eval_file
+    if config.data.eval_file is None:
+        parser.error("no data: give --data, or a config with data.eval_file")
+    return options, config
+
+
+def main() -> int:
+    """The command line."""
+    options, config = read_options()
+    set_up_logging()
+    try:
+        evaluation = Evaluation(config, options.n, options.output, options.category)
+    except (ValueError, OSError) as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr)
+        return 2
+    ranks = Ranks(resolve_dtype(config.model.dtype), config.optim)
+    try:
+        rows = evaluation.run(ranks)
+    finally:
+        evaluation.scorer.close()
+        is_main = ranks.is_main
+        ranks.end()
+    if is_main:
+        report(rows, options.n, options.compare, options.output)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,129 @@
+r"""The `gsm8k` and `boxed` rewards: an answer written in an agreed place, compared as text.
+
+- `gsm8k`: what follows the last `####`, up to the end of its line.
+- `boxed`: what stands in the last `\boxed{…}` (or `\fbox{…}`), braces matched; one that is not closed is none.
+
+Both sides are compared after the same clean-up: white space, `$`, a final full stop, thousands separators, LaTeX's
+spaces (`\!`, `\,` and the like), `\left` and `\right`, a leading `+` and an integer's trailing `.0…` are removed;
+`\dfrac` and `\tfrac` are read as `\frac`, `\text{x}` as `x`. Nothing is computed: `1/2` is not `0.5` here.
+The gold answer is read from the same place where it has one, and taken as a whole otherwise.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+
+from grpo_dist.rewards.text import completion_text
+
+_BOXED = re.compile(r"\\(?:boxed|fbox)\s*\{")
+_GROUPED = re.compile(r"(?<![0-9.,])[0-9]{1,3}(?:,[0-9]{3})+(?![0-9,])")
+_TEXT = re.compile(r"\\(?:text|mathrm|textbf|mathbf)\{([^{}]*)\}")
+_DROPPED = re.compile(r"\\[!, ;:]|\\left(?![a-z])|\\right(?![a-z])|[\s$]")
+_WHOLE = re.compile(r"([+-]?[0-9]+)\.0+")
+
+
+class ExtractedAnswer:
+    """Reward a completion whose extracted answer equals the gold answer's."""
+
+    def __init__(
+        self, extract: Callable[[str], str | None], correct_reward: float, wrong_reward: float, missing_reward: float
+    ) -> None:
+        self._extract = extract
+        self.correct_reward, self.wrong_reward = float(correct_reward), float(wrong_reward)
+        self.missing_reward = float(missing_reward)
+
+    def __call__(
+        self,
+        completions: Sequence[str | list[dict[str, str]]],
+        answer: Sequence[object],
+        log_metric: Callable[[str, float], None] | None = None,
+    ) -> list[float]:
+        """Score completions against one gold answer each, and log the share that has an answer in the right place."""
+        found = [self._extract(completion_text(completion)) for completion in completions]
+        if log_metric:
+            log_metric("found", sum(text is not None for text in found) / len(found))
+        return [self._reward(text, gold) for text, gold in zip(found, answer, strict=True)]
+
+    def _reward(self, found: str | None, gold: object) -> float:
+        if found is None:
+            return self.missing_reward
+        return self.correct_reward if clean(found) == read_gold(gold, self._extract) else self.wrong_reward
+
+
+class Gsm8kReward(ExtractedAnswer):
+    """Reward the answer after `####`; `missing_reward` where there is none."""
+
+    def __init__(self, correct_reward: float = 1.0, wrong_reward: float = 0.0, missing_reward: float = 0.0) -> None:
+        super().__init__(after_hashes, correct_reward, wrong_reward, missing_reward)
+
+    @staticmethod
+    def check_answer(answer: object) -> None:
+        """Raise ValueError for a gold answer that is empty or no text or number."""
+        read_gold(answer, after_hashes)
+
+    @staticmethod
+    def read_completion(text: str) -> str | None:
+        """Return the answer that a completion gives, for a majority vote; None where it gives none."""
+        found = after_hashes(text)
+        return None if found is None else clean(found)
+
+
+class BoxedReward(ExtractedAnswer):
+    r"""Reward the answer in the last `\boxed{…}`; `missing_reward` where there is none."""
+
+    def __init__(self, correct_reward: float = 1.0, wrong_reward: float = 0.0, missing_reward: float = 0.0) -> None:
+        super().__init__(last_boxed, correct_reward, wrong_reward, missing_reward)
+
+    @staticmethod
+    def check_answer(answer: object) -> None:
+        """Raise ValueError for a gold answer that is empty or no text or number."""
+        read_gold(answer, last_boxed)
+
+    @staticmethod
+    def read_completion(text: str) -> str | None:
+        """Return the answer that a completion gives, for a majority vote; None where it gives none."""
+        found = last_boxed(text)
+        return None if found is None else clean(found)
+
+
+def after_hashes(text: str) -> str | None:
+    """Return what follows the last `####` on its line, or None where nothing does."""
+    _, mark, rest = text.rpartition("####")
+    line = rest.strip().partition("\n")[0].strip() if mark else ""
+    return line or None
+
+
+def last_boxed(text: str) -> str | None:
+    r"""Return the content of the last closed `\boxed{…}`, or None."""
+    for start in reversed(list(_BOXED.finditer(text))):
+        depth = 1
+        for place in range(start.end(), len(text)):
+            character = text[place]
+            if character in "{}" and text[place - 1] != "\\":
+                depth += 1 if character == "{" else -1
+                if depth == 0:
+                    return text[start.end() : place].strip() or None
+        # A box that is never closed cannot hold a closed one: what follows it has been read to the end.
+    return None
+
+
+def clean(text: str) -> str:
+    """Return an answer in the form in which answers are compared."""
+    text = _TEXT.sub(r"\1", text.strip()).replace("\\dfrac", "\\frac").replace("\\tfrac", "\\frac")
+    text = _GROUPED.sub(lambda found: found.group().replace(",", ""), text)
+    text = _DROPPED.sub("", text).rstrip(".").removeprefix("+").replace("\u2212", "-")
+    whole = _WHOLE.fullmatch(text)
+    return whole.group(1) if whole else text
+
+
+def read_gold(answer: object, extract: Callable[[str], str | None]) -> str:
+    """Return a gold answer in comparable form; raises ValueError for one that is empty or no text or number."""
+    if isinstance(answer, (int, float)) and not isinstance(answer, bool):
+        answer = str(answer)
+    if not isinstance(answer, str):
+        raise ValueError(f"the answer is {answer!r:.80}, expected a text or a number")
+    found = clean(extract(answer) or answer)
+    if not found:
+        raise ValueError(f"the answer {answer!r:.80} is empty")
+    return found

@@ -1,0 +1,59 @@
+"""The `format` reward: whether a completion has the shape that was asked for.
+
+Give one of `pattern`, a regular expression that the whole completion has to match (`re.DOTALL`, white space at both
+ends ignored), or `tags`, names of tags that have to stand in the completion in this order, each opened and closed
+exactly once, none inside another, with nothing but white space before, between and after them: `tags: [think, answer]`
+asks for `<think>…</think><answer>…</answer>`. With `partial`, tags are rewarded by the share of the 2 n marks that
+occur exactly once, which gives a model that never gets it all right something to climb.
+
+A regular expression can take for ever on a text made for it; the time limit of scoring ends it, unscored.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from grpo_dist.rewards.text import completion_text
+
+
+class FormatReward:
+    """Reward completions that match a pattern, or have all tags."""
+
+    def __init__(
+        self,
+        pattern: str | None = None,
+        tags: Sequence[str] | None = None,
+        reward: float = 1.0,
+        otherwise: float = 0.0,
+        partial: bool = False,
+    ) -> None:
+        """Raises ValueError unless exactly one of `pattern` and `tags` is given, or where it cannot be used."""
+        if (pattern is None) == (tags is None):
+            raise ValueError(f"pattern {pattern!r} and tags {tags!r} given, expected one of them")
+        if partial and tags is None:
+            raise ValueError("partial: true needs tags; a pattern matches or does not")
+        if tags is not None and (isinstance(tags, str) or not tags or not all(isinstance(tag, str) for tag in tags)):
+            raise ValueError(f"tags: {tags!r} given, expected a list of names")
+        self.reward, self.otherwise, self.partial = float(reward), float(otherwise), partial
+        self.marks = [mark for tag in tags or () for mark in (f"<{tag}>", f"</{tag}>")]
+        between = [r".*?" if place % 2 == 0 else r"\s*" for place in range(len(self.marks) - 1)]
+        expected = pattern or "".join(
+            re.escape(mark) + gap for mark, gap in zip(self.marks, [*between, ""], strict=True)
+        )
+        try:
+            self.pattern = re.compile(expected, re.DOTALL)
+        except re.error as error:
+            raise ValueError(f"pattern {pattern!r} is no regular expression: {error}") from error
+
+    def __call__(self, completions: Sequence[str | list[dict[str, str]]]) -> list[float]:
+        """Score completions (texts, or conversations whose last message counts)."""
+        return [self._score(completion_text(completion).strip()) for completion in completions]
+
+    def _score(self, text: str) -> float:
+        once = [text.count(mark) == 1 for mark in self.marks]
+        if self.partial:
+            share = sum(once) / len(once)
+        else:
+            share = float(all(once) and self.pattern.fullmatch(text) is not None)
+        return self.otherwise + share * (self.reward - self.otherwise)

@@ -1,0 +1,120 @@
+"""JSON over HTTP for rewards that ask a service: bounded concurrency, retries with backoff, and errors without secrets.
+
+Tried again are connections that fail or are cut, time-outs, the statuses 408, 425, 429 and 5xx, and answers that are no
+JSON or do not hold what was asked for. Any other status is the caller's mistake and is raised at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+Read = TypeVar("Read")
+
+_RETRIED = frozenset({408, 425, 429})
+_FIRST_WAIT_SECONDS, _LONGEST_WAIT_SECONDS = 0.5, 30.0
+_SHOWN_CHARACTERS = 300
+
+
+class ServiceError(RuntimeError):
+    """A service did not give what it was asked for; the message says what it gave."""
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What came back."""
+
+    content: Any
+    """The answer as the caller's `read` made it."""
+    seconds: float
+    """Time of the attempt that succeeded."""
+    retries: int
+    """Attempts before it."""
+
+
+class Client:
+    """Posts to one service; lives as long as its process, on one event loop."""
+
+    def __init__(
+        self, url: str, auth_variable: str | None, concurrency: int, retries: int, request_seconds: float
+    ) -> None:
+        """`auth_variable` names the environment variable with the bearer token.
+
+        Raises ValueError where the variable is not in this process's environment, or a number makes no sense.
+        """
+        if not url.startswith(("http://", "https://")):
+            raise ValueError(f"url: {url!r} given, expected one that starts with http:// or https://")
+        if concurrency < 1 or retries < 0 or request_seconds <= 0:
+            raise ValueError(
+                f"concurrency {concurrency}, retries {retries} and request_seconds {request_seconds} given, expected "
+                "at least 1, at least 0 and more than 0"
+            )
+        if auth_variable is not None and not os.environ.get(auth_variable):
+            raise ValueError(
+                f"auth_variable: {auth_variable} is not set in the reward's environment; list it under the reward's "
+                f"`environment: [{auth_variable}]`, and export it before the launch"
+            )
+        self.url = url
+        self._headers = {"Authorization": f"Bearer {os.environ[auth_variable]}"} if auth_variable else {}
+        self._retries, self._request_seconds = retries, request_seconds
+        self._slots = asyncio.Semaphore(concurrency)
+        self._client: Any = None
+
+    async def post(self, payload: dict[str, Any], read: Callable[[Any], Read]) -> Reply:
+        """Post JSON and return what `read` makes of the JSON that comes back, waiting for a free slot first.
+
+        `read` raises LookupError, TypeError or ValueError where it is not what was asked for. Raises ServiceError when
+        all attempts have failed.
+        """
+        async with self._slots:
+            for attempt in range(self._retries + 1):
+                begun = time.monotonic()
+                try:
+                    content = await self._attempt(payload, read)
+                    return Reply(content, time.monotonic() - begun, attempt)
+                except _TryAgainError as error:
+                    if attempt == self._retries:
+                        raise ServiceError(f"{self.url}: {error} ({attempt + 1} attempts)") from error
+                    wait_seconds = error.wait_seconds
+                await asyncio.sleep(min(max(wait_seconds, _FIRST_WAIT_SECONDS * 2**attempt), _LONGEST_WAIT_SECONDS))
+        raise AssertionError("the last attempt returns or raises")
+
+    async def _attempt(self, payload: dict[str, Any], read: Callable[[Any], Read]) -> Read:
+        import httpx2
+
+        if self._client is None:
+            self._client = httpx2.AsyncClient(timeout=self._request_seconds, headers=self._headers)
+        try:
+            response = await self._client.post(self.url, json=payload)
+        except httpx2.TransportError as error:
+            raise _TryAgainError(f"{type(error).__name__} {error}".strip()) from error
+        shown = repr(response.text[:_SHOWN_CHARACTERS])
+        if response.status_code in _RETRIED or response.status_code >= 500:
+            wait_seconds = _seconds(response.headers.get("retry-after"))
+            raise _TryAgainError(f"status {response.status_code}: {shown}", wait_seconds)
+        if not response.is_success:
+            raise ServiceError(f"{self.url}: status {response.status_code}: {shown}")
+        try:
+            return read(response.json())
+        except (LookupError, TypeError, ValueError) as error:
+            raise _TryAgainError(f"answered {shown} ({type(error).__name__}: {error})") from error
+
+
+class _TryAgainError(Exception):
+    """An attempt failed in a way that may pass."""
+
+    def __init__(self, message: str, wait_seconds: float = 0.0) -> None:
+        super().__init__(message)
+        self.wait_seconds = wait_seconds
+
+
+def _seconds(retry_after: str | None) -> float:
+    """Read a Retry-After header; its other form, a date, is treated as if there were none."""
+    try:
+        return max(0.0, float(retry_after or 0))
+    except ValueError:
+        return 0.0

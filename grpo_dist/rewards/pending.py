@@ -1,0 +1,122 @@
+"""Scores on their way: what the pool's threads fill in and its caller waits for."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from grpo_dist.rewards.registry import TrainerState
+from grpo_dist.rewards.scores import Failure, FailureKind, Item, Scores
+
+_CHECK_SECONDS = 0.2
+
+
+class Pending:
+    """Scores on their way; threads of the pool fill it in."""
+
+    def __init__(
+        self, items: Sequence[Item], names: Sequence[str], most_lost_calls: int, state: TrainerState
+    ) -> None:
+        self.items = items
+        self.state = state
+        self.columns = list(dict.fromkeys(name for item in items for name in item.columns))
+        """The names of all items' columns, in order of appearance."""
+        self._names = list(names)
+        self._most_lost_calls = most_lost_calls
+        shape = (len(items), len(names))
+        self._values = np.full(shape, np.nan)
+        self._per_token: dict[tuple[int, int], list[float]] = {}
+        self._failures: dict[tuple[int, int], Failure] = {}
+        self._seconds = np.zeros(len(names))
+        self._lost_calls = [0] * len(names)
+        self._metrics: dict[str, tuple[float, int]] = {}
+        self._extras: dict[str, list[Any]] = {}
+        self._open_cells = shape[0] * shape[1]
+        self._error: Exception | None = None
+        self._lock = threading.Lock()
+        self._done = threading.Event()
+        if not self._open_cells:
+            self._done.set()
+
+    def result(self, check: Callable[[], None] | None = None) -> Scores:
+        """Wait for all scores; raises what kept the pool itself from scoring, such as being closed.
+
+        `check` is called several times a second meanwhile and may raise to give up waiting.
+        """
+        while not self._done.wait(_CHECK_SECONDS):
+            if check:
+                check()
+        if self._error is not None:
+            raise self._error
+        failed = np.zeros(self._values.shape, dtype=bool)
+        for cell in self._failures:
+            failed[cell] = True
+        failures = [self._failures[cell] for cell in sorted(self._failures)]
+        metrics, extras = dict(sorted(self._metrics.items())), dict(sorted(self._extras.items()))
+        return Scores(self._values, failed, failures, self._names, self._seconds, per_token=self._per_token,
+                      metrics=metrics, extras=extras)  # fmt: skip
+
+    def scored(self, reward: int, places: Sequence[int], answer: dict[str, Any]) -> None:
+        """Take in the values of one call."""
+        bad = {int(place): told for place, told in answer["bad"].items()}
+        with self._lock:
+            for number, (place, value) in enumerate(zip(places, answer["values"], strict=True)):
+                tokens = len(self.items[place].completion_ids)
+                if isinstance(value, list) and len(value) != tokens:
+                    told = f"returned {len(value)} numbers for {tokens} tokens, expected one per token"
+                    bad[number] = ("bad_value", told)
+                else:
+                    self._take(place, reward, value)
+            for place, (kind, message) in bad.items():
+                self._failures[places[place], reward] = self._failure(places[place], reward, kind, message)
+            for name, mean in answer["metrics"].items():
+                total, count = self._metrics.get(f"{self._names[reward]}/{name}", (0.0, 0))
+                self._metrics[f"{self._names[reward]}/{name}"] = (total + mean * len(places), count + len(places))
+            for column, values in answer["extras"].items():
+                cells = self._extras.setdefault(f"{self._names[reward]}/{column}", [None] * len(self.items))
+                for place, value in zip(places, values, strict=True):
+                    cells[place] = value
+            self._close(len(places))
+
+    def _take(self, place: int, reward: int, value: float | list[float | None] | None) -> None:
+        if isinstance(value, list):
+            numbers = np.array(value, dtype=float)  # None becomes NaN
+            self._per_token[place, reward] = numbers.tolist()
+            value = None if np.isnan(numbers).all() else float(np.nansum(numbers))
+        self._values[place, reward] = np.nan if value is None else value
+
+    def failed(self, reward: int, place: int, kind: FailureKind, message: str, traceback: str = "") -> None:
+        """Take in that one completion cannot be scored."""
+        with self._lock:
+            self._failures[place, reward] = self._failure(place, reward, kind, message, traceback)
+            self._close(1)
+
+    def spent(self, reward: int, seconds: float) -> None:
+        """Take in how long a call has taken."""
+        with self._lock:
+            self._seconds[reward] += seconds
+
+    def lost_call(self, reward: int) -> None:
+        """Take in that a call has cost its worker."""
+        with self._lock:
+            self._lost_calls[reward] += 1
+
+    def is_given_up(self, reward: int) -> bool:
+        """Whether so many calls of a reward have cost their worker that trying on would only waste time."""
+        return self._lost_calls[reward] >= self._most_lost_calls
+
+    def abort(self, error: Exception) -> None:
+        """Have `result` raise `error`."""
+        self._error = error
+        self._done.set()
+
+    def _failure(self, place: int, reward: int, kind: FailureKind, message: str, traceback: str = "") -> Failure:
+        return Failure(place, self._names[reward], kind, message, traceback)
+
+    def _close(self, cells: int) -> None:
+        self._open_cells -= cells
+        if not self._open_cells:
+            self._done.set()

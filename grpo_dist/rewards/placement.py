@@ -1,0 +1,51 @@
+"""Where a reward function runs, as the function itself declares it.
+
+    @runs_in("gpu")
+    class MyModelReward: ...
+
+- `worker`: in the pool's shared worker processes; what is not declared runs there.
+- `single`: in one worker process of its own on each rank, which gets all of a rank's completions, in one call unless
+  `most_items` says otherwise: for clients that limit their concurrency.
+- `gpu`: the same, and the process sees the rank's GPU and may use several threads.
+- `main`: in a thread of the training process, for what cannot leave it. It cannot be killed there, so no time limit
+  holds, and a crash is a crash of the run.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, TypeVar, get_args
+
+Placement = Literal["worker", "single", "gpu", "main"]
+Declared = TypeVar("Declared")
+_ATTRIBUTE, _MOST_ITEMS = "reward_placement", "reward_most_items"
+
+
+def runs_in(placement: Placement, most_items: int | None = None) -> Any:
+    """Decorate a reward function or class with the place it has to run in. Raises ValueError for an unknown one.
+
+    `most_items` bounds the completions of one call, and so what the time limit of a call is for.
+    """
+    _check(placement)
+
+    def declare(thing: Declared) -> Declared:
+        setattr(thing, _ATTRIBUTE, placement)
+        setattr(thing, _MOST_ITEMS, most_items)
+        return thing
+
+    return declare
+
+
+def placement_of(thing: object) -> Placement:
+    """Return where a function or class declares to run. Raises ValueError for a place that does not exist."""
+    return _check(getattr(thing, _ATTRIBUTE, "worker"))
+
+
+def most_items_of(thing: object) -> int | None:
+    """Return how many completions a function or class declares to take at once; None where it does not say."""
+    return getattr(thing, _MOST_ITEMS, None)
+
+
+def _check(placement: Any) -> Placement:
+    if placement not in get_args(Placement):
+        raise ValueError(f"{_ATTRIBUTE}: {placement!r} given, expected one of {', '.join(get_args(Placement))}")
+    return placement

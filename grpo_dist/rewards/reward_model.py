@@ -1,0 +1,108 @@
+"""The `reward_model` reward: the score of a sequence-classification checkpoint.
+
+A conversation is rendered with the reward model's own chat template, the completion as its last assistant message; a
+plain prompt and its completion are joined as they are. The reward is the model's one output, or, where it has several
+classes, the probability of class `label` (a number or a name). A text longer than `max_length` is never cut: its
+completion stays unscored, as does an empty one. One copy of the model runs on each rank, beside the policy on its GPU
+where there is one.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from grpo_dist.rewards.placement import runs_in
+from grpo_dist.rewards.text import completion_text
+
+
+@runs_in("gpu", most_items=256)
+class RewardModelReward:
+    """Reward completions by a model's output."""
+
+    def __init__(
+        self,
+        model: str,
+        revision: str | None = None,
+        label: int | str | None = None,
+        batch_size: int = 16,
+        dtype: Literal["float32", "bfloat16"] = "float32",
+        max_length: int | None = None,
+        device: str = "auto",
+        trust_remote_code: bool = False,
+    ) -> None:
+        """Load the model; `device: auto` is the rank's GPU or else the CPU, `max_length` defaults to the model's own.
+
+        Raises ValueError where the checkpoint has no classification head, or `label` does not choose one of several
+        classes, and OSError where there is no such model.
+        """
+        import torch
+        from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+        given = {"revision": revision, "trust_remote_code": trust_remote_code}
+        self.tokenizer: Any = AutoTokenizer.from_pretrained(model, **given)
+        self.model, told = AutoModelForSequenceClassification.from_pretrained(
+            model, dtype=getattr(torch, dtype), output_loading_info=True, **given
+        )
+        missing = sorted(told["missing_keys"])
+        if missing:
+            raise ValueError(
+                f"{model} has no weights for {', '.join(missing[:3])}: expected a sequence-classification checkpoint, "
+                "whose head is trained"
+            )
+        self.label = _class_of(model, self.model.config, label)
+        if self.tokenizer.pad_token is None:
+            self.tokenizer.pad_token = self.tokenizer.eos_token
+        self.model.config.get_text_config().pad_token_id = self.tokenizer.pad_token_id
+        self.model.config.pad_token_id = self.tokenizer.pad_token_id
+        # Decoders find the last token by the padding after it.
+        self.tokenizer.padding_side = "right"
+        self.device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+        self.model.to(self.device).eval()
+        self.batch_size = batch_size
+        longest = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        self.max_length = max_length or longest or self.tokenizer.model_max_length
+
+    def __call__(self, prompts: list[Any], completions: list[Any]) -> list[float | Exception]:
+        """Score completions; an exception stands for one whose text is too long."""
+        encoded = [self._encode(prompt, completion) for prompt, completion in zip(prompts, completions, strict=True)]
+        rewards: list[float | Exception] = [
+            ValueError(f"the text has {len(ids)} tokens, expected 1 to {self.max_length} (reward_model's max_length)")
+            for ids in encoded
+        ]
+        # Texts of like length together: less padding to compute.
+        fitting = (n for n, ids in enumerate(encoded) if 1 <= len(ids) <= self.max_length)
+        order = sorted(fitting, key=lambda n: len(encoded[n]))
+        for start in range(0, len(order), self.batch_size):
+            places = order[start : start + self.batch_size]
+            for place, score in zip(places, self._scores([encoded[n] for n in places]), strict=True):
+                rewards[place] = score
+        return rewards
+
+    def _encode(self, prompt: Any, completion: Any) -> list[int]:
+        if isinstance(prompt, str):
+            return self.tokenizer(prompt + completion_text(completion))["input_ids"]
+        if not self.tokenizer.chat_template:
+            raise ValueError(f"{self.tokenizer.name_or_path} has no chat template, which conversations need")
+        text = self.tokenizer.apply_chat_template([*prompt, *completion], tokenize=False)
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def _scores(self, rows: list[list[int]]) -> list[float]:
+        import torch
+
+        padded = self.tokenizer.pad({"input_ids": rows}, return_tensors="pt").to(self.device)
+        with torch.inference_mode():
+            logits = self.model(**padded).logits.float()
+        return (logits[:, 0] if self.label is None else logits.softmax(-1)[:, self.label]).tolist()
+
+
+def _class_of(model: str, config: Any, label: int | str | None) -> int | None:
+    """Return the class whose probability is the reward; None where the model has a single output."""
+    names = {str(name): number for name, number in config.label2id.items()}
+    if config.num_labels == 1:
+        if label is not None:
+            raise ValueError(f"label: {label!r} given, but {model} has a single output: leave it out")
+        return None
+    number = names.get(str(label), label)
+    if not isinstance(number, int) or not 0 <= number < config.num_labels:
+        raise ValueError(f"label: {label!r} given, expected one of the classes of {model}: {', '.join(names)}")
+    return number

@@ -1,0 +1,50 @@
+"""The evaluation as a program: the same numbers on one rank and on two, resumed, compared, and refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+from launching import ROOT, command
+
+
+def evaluate(strategy: str | None, num_processes: int, *arguments: str) -> subprocess.CompletedProcess[str]:
+    module = [word.replace("grpo_dist.train", "grpo_dist.evaluate") for word in command(strategy, num_processes)]
+    options = ["--config", "configs/quickstart.yaml", "--model", "toy", "--n", "2", "--model.dtype", "float32"]
+    return subprocess.run(
+        [*module, *options, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=300, check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+
+
+def samples(directory: Path) -> list[str]:
+    return [path.read_text() for path in sorted(directory.glob("samples_*.jsonl"))]
+
+
+def test_ranks_resuming_and_comparing(tmp_path: Path) -> None:
+    data = tmp_path / "data.jsonl"
+    rows = (ROOT / "configs/data/math_tasks_eval.jsonl").read_text().splitlines()[:80]
+    data.write_text("".join(json.dumps(json.loads(row) | {"sign": "+-"["-" in row]}) + "\n" for row in rows))
+    common = ("--data", str(data), "--category", "sign")
+    one = evaluate(None, 1, *common, "--output", str(tmp_path / "one"))
+    assert one.returncode == 0, one.stderr[-4000:]
+    assert "pass@2" in one.stdout and "+ (" in one.stdout and "- (" in one.stdout
+    two = evaluate("zero3", 2, *common, "--output", str(tmp_path / "two"))
+    assert two.returncode == 0, two.stderr[-4000:]
+    assert samples(tmp_path / "one") == samples(tmp_path / "two") and len(samples(tmp_path / "one")) == 2
+
+    (tmp_path / "one" / "samples_0000064.jsonl").unlink()
+    stamp = (tmp_path / "one" / "samples_0000000.jsonl").stat().st_mtime_ns
+    again = evaluate(None, 1, *common, "--output", str(tmp_path / "one"), "--compare", str(tmp_path / "two"))
+    assert again.returncode == 0, again.stderr[-4000:]
+    assert samples(tmp_path / "one") == samples(tmp_path / "two")
+    assert (tmp_path / "one" / "samples_0000000.jsonl").stat().st_mtime_ns == stamp, "what is there is not done again"
+    summary = json.loads((tmp_path / "one" / "summary.json").read_text())
+    assert summary["comparison"]["p_value"] == 1 and set(summary) == {"all", "+", "-", "comparison"}
+
+    other = evaluate(None, 1, *common, "--output", str(tmp_path / "one"), "--rollout.temperature", "0.5")
+    assert other.returncode == 2 and "holds another evaluation (rollout differ)" in other.stderr
+    missing = evaluate(None, 1, *common, "--output", str(tmp_path / "x"), "--category", "colour")
+    assert missing.returncode == 2 and "--category: 'colour' given" in missing.stderr

@@ -1,0 +1,72 @@
+"""Estimates against slow, obvious twins, and the summary's treatment of what could not be scored."""
+
+from __future__ import annotations
+
+import math
+from itertools import combinations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from grpo_dist.estimates import compare, estimate, majority_at_k, pass_at_k
+from grpo_dist.evaluate import compare_rows, summarise
+
+
+@given(st.integers(1, 9), st.data())
+def test_pass_at_k_is_the_share_of_subsets_with_a_right_one(num_samples: int, data: st.DataObject) -> None:
+    num_right = data.draw(st.integers(0, num_samples))
+    k = data.draw(st.integers(1, num_samples))
+    subsets = list(combinations([n < num_right for n in range(num_samples)], k))
+    assert pass_at_k(num_samples, num_right, k) == pytest.approx(sum(map(any, subsets)) / len(subsets), abs=1e-12)
+
+
+def test_pass_at_k_refuses_what_cannot_be() -> None:
+    for arguments in ((3, 4, 1), (3, 1, 4), (3, 1, 0)):
+        with pytest.raises(ValueError):
+            pass_at_k(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("answers", "right", "k", "expected"),
+    [
+        (["1", "2", "2"], [True, False, False], 3, 0.0),
+        (["1", "2", "1"], [True, False, True], 3, 1.0),
+        (["2", "1", None, None], [False, True, False, False], 4, 0.0),
+        ([None, None], [False, False], 2, 0.0),
+        (["1", "1", "2", "3", "9"], [True, True, False, False, True], 2, 0.5),
+    ],
+)
+def test_majorities(answers: list[str | None], right: list[bool], k: int, expected: float) -> None:
+    assert majority_at_k(answers, right, k) == expected
+
+
+def test_intervals_cover_and_repeat() -> None:
+    told = estimate([0.0, 1.0] * 200)
+    assert told == estimate([0.0, 1.0] * 200) and told.value == 0.5
+    assert told.low == pytest.approx(0.5 - 1.96 * 0.025, abs=0.01) and told.high == pytest.approx(0.549, abs=0.01)
+    assert math.isnan(estimate([]).value)
+
+
+def test_comparisons() -> None:
+    worse, better = [0.0, 0.25, 0.5, 0.5, 0.25, 0.0, 0.25, 0.75], [0.5, 0.75, 1.0, 0.75, 0.75, 0.5, 0.5, 1.0]
+    told = compare(worse, better)
+    assert told.difference.value == pytest.approx(0.40625) and told.difference.low > 0
+    assert told.p_value == pytest.approx(2 / 2**8, abs=0.003), "all eight signs agree"
+    assert compare(worse, worse).p_value == 1 and compare(better, worse).p_value == told.p_value
+    with pytest.raises(ValueError):
+        compare([], [])
+
+
+def test_unscored_samples_count_in_nothing_else() -> None:
+    row = {
+        "prompt_index": 0, "prompt": "?", "category": None, "rewards": [1.0, None, 0.0, 0.0], "tokens": [1, 2, 3, 4],
+        "right": [True, False, False, False], "finished": [True, True, True, False], "answers": ["1", "2", "2", "2"],
+    }  # fmt: skip
+    lost = row | {"prompt_index": 1, "rewards": [None] * 4, "right": [False] * 4}
+    told = {name: each.value for name, each in summarise([row, lost], 4).items()}
+    assert [told[name] for name in ("mean@4", "mean reward", "pass@1")] == pytest.approx([1 / 3] * 3)
+    assert told["unscored"] == 0.625 and told["truncated"] == 0.25 and math.isnan(told["pass@4"])
+    assert told["maj@2"] == 1.0
+    with pytest.raises(ValueError, match="0 and 0 prompts"):
+        compare_rows([row], [row])

@@ -1,0 +1,98 @@
+"""The reward model, against a tiny sequence-classification checkpoint that is trained here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
+from transformers import Qwen2ForSequenceClassification as Classifier
+
+from grpo_dist.config import RewardConfig, ScoringConfig
+from grpo_dist.rewards.pool import ScorerPool
+from grpo_dist.rewards.registry import resolve
+from grpo_dist.rewards.scores import Item
+from grpo_dist.toy import make_tokenizer
+
+TEXTS = ["good day", "good night", "bad day", "bad night", "day good", "night bad", "a long and good day", "bad"]
+
+
+def config(num_labels: int, vocab_size: int) -> Qwen2Config:
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    return Qwen2Config(
+        vocab_size=vocab_size, num_key_value_heads=2, max_position_embeddings=64, num_labels=num_labels, **sizes
+    )
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`scalar` and `classes` know good from bad; `headless` is a language model."""
+    path = tmp_path_factory.mktemp("models")
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = (
+        "{% for message in messages %}{{ message.role }} {{ message.content }} {% endfor %}"
+    )
+    wanted = torch.tensor([float("good" in text) for text in TEXTS])
+    inputs = tokenizer(TEXTS, padding=True, return_tensors="pt")
+    for name, num_labels in (("scalar", 1), ("classes", 2)):
+        torch.manual_seed(0)
+        model = Classifier(config(num_labels, len(tokenizer)))
+        model.config.pad_token_id = tokenizer.pad_token_id
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        for _ in range(60):
+            logits = model(**inputs).logits
+            loss = (
+                torch.nn.functional.mse_loss(logits[:, 0], wanted)
+                if num_labels == 1
+                else torch.nn.functional.cross_entropy(logits, wanted.long())
+            )
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        model.save_pretrained(path / name)
+        tokenizer.save_pretrained(path / name)
+    Qwen2ForCausalLM(config(2, len(tokenizer))).save_pretrained(path / "headless")
+    tokenizer.save_pretrained(path / "headless")
+    return path
+
+
+def test_a_trained_model_scores_in_batches(directory: Path) -> None:
+    texts = [*TEXTS, "day " * 40, ""]
+    config = RewardConfig("reward_model", args={"model": str(directory / "scalar"), "batch_size": 3})
+    with ScorerPool([config], ScoringConfig(num_workers=1)) as pool:
+        scores = pool.score([Item("", text, [1]) for text in texts])
+    assert [failure.item for failure in scores.failures] == [8, 9], "too long and empty: never cut, never guessed"
+    assert "expected 1 to 64" in scores.failures[0].message
+    model = AutoModelForSequenceClassification.from_pretrained(directory / "scalar")
+    tokenizer = AutoTokenizer.from_pretrained(directory / "scalar")
+    alone = [float(model(**tokenizer(text, return_tensors="pt")).logits.detach()) for text in TEXTS]
+    assert scores.values[:8, 0] == pytest.approx(alone, abs=1e-5), "padding and order change nothing"
+    assert [value > 0.5 for value in alone] == ["good" in text for text in TEXTS]
+
+
+def test_classes_and_bfloat16(directory: Path) -> None:
+    good = ["good" in text for text in TEXTS]
+    for args in ({"model": "scalar", "dtype": "bfloat16"}, {"model": "classes", "label": "LABEL_1"}):
+        reward = resolve(RewardConfig("reward_model", args=args | {"model": str(directory / args["model"])}))
+        assert [value > 0.5 for value in reward.function(prompts=[""] * len(TEXTS), completions=TEXTS)] == good
+
+
+def test_conversations_use_the_model_s_own_template(directory: Path) -> None:
+    reward = resolve(RewardConfig("reward_model", args={"model": str(directory / "scalar")})).function
+    prompts, completions = [[{"role": "user", "content": "day"}]], [[{"role": "assistant", "content": "good"}]]
+    assert reward(prompts, completions) == pytest.approx(reward(["user day assistant "], ["good "]), abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("args", "told"),
+    [
+        ({"model": "headless"}, "has no weights for score.weight"),
+        ({"model": "classes"}, "expected one of the classes"),
+        ({"model": "classes", "label": 2}, "expected one of the classes"),
+        ({"model": "scalar", "label": 0}, "has a single output"),
+    ],
+)
+def test_checkpoints_that_cannot_serve(directory: Path, args: dict[str, object], told: str) -> None:
+    with pytest.raises(ValueError, match=told):
+        resolve(RewardConfig("reward_model", args={**args, "model": str(directory / str(args["model"]))}))

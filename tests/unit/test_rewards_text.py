@@ -1,0 +1,155 @@
+"""Rewards that read the completion's text: what counts, case by case."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from grpo_dist.config import RewardConfig, ScoringConfig
+from grpo_dist.rewards.extraction import BoxedReward, Gsm8kReward, after_hashes, clean, last_boxed
+from grpo_dist.rewards.format import FormatReward
+from grpo_dist.rewards.length import LengthReward, OverlongReward
+from grpo_dist.rewards.pool import ScorerPool
+from grpo_dist.rewards.registry import BUILT_IN, answer_checks, resolve
+from grpo_dist.rewards.repetition import RepetitionReward
+from grpo_dist.rewards.scores import Item
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        (r"\boxed{7}", "7"),
+        (r"\boxed{1} then \boxed{\frac{1}{2}}", r"\frac{1}{2}"),
+        (r"\boxed{1} then \boxed{2", "1"),
+        (r"\fbox{a \{ b}", r"a \{ b"),
+        (r"\boxed {3}", "3"),
+        (r"\boxed{}", None),
+        ("7", None),
+    ],
+)
+def test_last_boxed(text: str, found: str | None) -> None:
+    assert last_boxed(text) == found
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [("a #### 7\nmore", "7"), ("#### 1\n#### 2", "2"), ("####", None), ("7", None), ("####\n 7", "7")],
+)
+def test_after_hashes(text: str, found: str | None) -> None:
+    assert after_hashes(text) == found
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("1,234", "1234"), (" $ 7 $. ", "7"), (r"\dfrac12", r"\frac12"), (r"\left( 1, 2 \right)", "(1,2)"),
+        (r"\text{no}", "no"), ("+3", "3"), ("3.00", "3"), (r"10\,000", "10000"), ("\u22127", "-7"),
+    ],
+)  # fmt: skip
+def test_clean(one: str, other: str) -> None:
+    assert clean(one) == clean(other)
+
+
+def test_not_the_same() -> None:
+    assert len({clean(text) for text in ("1,2", "12", "1/2", "0.5", "-1", "1.05", "(1,234)", "(1234,)")}) == 8
+
+
+@given(st.text(alphabet="\\boxed{} fbx1,.$#", max_size=60))
+def test_extraction_never_fails(text: str) -> None:
+    clean(last_boxed(text) or "")
+    clean(after_hashes(text) or "")
+
+
+def test_answers_and_places() -> None:
+    logged: list[tuple[str, float]] = []
+    reward = Gsm8kReward(missing_reward=-1)
+    completions = ["so #### 1,000", "#### 7", "1000", [{"role": "assistant", "content": "#### 1000"}]]
+    assert reward(completions, ["... #### 1000"] * 4, lambda *pair: logged.append(pair)) == [1.0, 0.0, -1.0, 1.0]
+    assert logged == [("found", 0.75)]
+    assert BoxedReward()([r"\boxed{0.5}", r"\boxed{5.0}"], [0.5, 5]) == [1.0, 1.0]
+    for name in ("gsm8k", "boxed", "math_verify"):
+        (check,) = answer_checks([RewardConfig(name)])
+        check("7")
+        for answer in ("", None, True, ["7"]):
+            with pytest.raises(ValueError):
+                check(answer)
+
+
+@pytest.mark.parametrize(
+    ("text", "whole", "partial"),
+    [
+        ("<think>a</think>\n<answer>b</answer> ", 1.0, 1.0),
+        ("<think></think><answer></answer>", 1.0, 1.0),
+        ("<think>a</think> and <answer>b</answer>", 0.0, 1.0),
+        ("x <think>a</think><answer>b</answer>", 0.0, 1.0),
+        ("<think>a<answer>b</answer></think>", 0.0, 1.0),
+        ("<think>a</think><answer>b", 0.0, 0.75),
+        ("<think>a</think><think>a</think><answer>b</answer>", 0.0, 0.5),
+        ("", 0.0, 0.0),
+    ],
+)
+def test_tags(text: str, whole: float, partial: float) -> None:
+    assert FormatReward(tags=["think", "answer"])([text]) == [whole]
+    assert FormatReward(tags=["think", "answer"], partial=True)([text]) == [partial]
+
+
+def test_patterns() -> None:
+    reward = FormatReward(r"Answer: \d+", reward=2, otherwise=-1)
+    assert reward(["Answer: 7\n", "The Answer: 7", "Answer: x"]) == [2, -1, -1]
+    mistakes = {"pattern": "a", "tags": ["b"]}, {"pattern": "("}, {"tags": "think"}, {"pattern": "a", "partial": True}
+    for arguments in ({}, *mistakes):
+        with pytest.raises(ValueError):
+            FormatReward(**arguments)
+
+
+def test_lengths_and_repetition() -> None:
+    lengths = [[0] * n for n in (0, 8, 10, 14, 30)]
+    assert LengthReward(target=10, tolerance=4)(lengths) == [0.0, 0.5, 1.0, 0.0, 0.0]
+    assert OverlongReward(max_length=20, buffer=10)([[0] * n for n in (5, 10, 15, 20, 25)]) == [0, 0, -0.5, -1, -1]
+    repeat = RepetitionReward(ngram=2)
+    assert repeat(["a b c", "a", "A b a B a b"], [[]] * 3) == [0.0, 0.0, pytest.approx(-3 / 5)]
+    assert RepetitionReward(1, 2.0, "tokens")([""], [[7, 7, 7, 7]]) == [-1.5]
+    for make in (lambda: LengthReward(1, 0), lambda: OverlongReward(5, 6), lambda: RepetitionReward(0)):
+        with pytest.raises(ValueError):
+            make()
+
+
+def test_every_built_in_reward_says_what_counts() -> None:
+    for path in BUILT_IN.values():
+        module = __import__(path.partition(":")[0], fromlist=["_"])
+        assert len(module.__doc__ or "") > 150, path
+
+
+def test_math_verify_tells_five_outcomes_apart() -> None:
+    pytest.importorskip("math_verify")
+    cases = [
+        (r"so \boxed{\dfrac{1}{2}}", r"\frac{1}{2}", 1.0, "right"),
+        ("it is $0.5$", r"\frac{1}{2}", 1.0, "right"),
+        (r"\boxed{7}", "8", 0.0, "wrong"),
+        ("no idea", "4", 0.0, "unparsable_answer"),
+        ("4", r"\frac{1}{", None, "unparsable_gold"),
+        (r"\boxed{9^{9^{9}}}", "3", None, "scorer_failure"),
+        (r"\boxed{100000000!}", "3", None, "scorer_failure"),
+        ("(" * 3000 + ")" * 3000, "3", 0.0, "unparsable_answer"),
+        ("1" * 1_000_000, "3", 0.0, "wrong"),
+        ("\x00\x1b[31m\u0664 [/red]", "4", 0.0, "unparsable_answer"),
+    ]
+    reward = RewardConfig("math_verify", args={"seconds": 1}, timeout_seconds=8)
+    with ScorerPool([reward], ScoringConfig(num_workers=1, memory_limit_gib=2)) as pool:
+        scores = pool.score([Item("?", text, [], {"answer": gold}) for text, gold, *_ in cases])
+    values = [None if failed else value for value, failed in zip(scores.values[:, 0], scores.failed[:, 0], strict=True)]
+    told = {failure.item: failure.message for failure in scores.failures}
+    for place, (text, _, expected, outcome) in enumerate(cases):
+        if expected is None:
+            assert values[place] is None and outcome in told[place], (text[:40], told)
+        else:
+            assert values[place] in (expected, None), (text[:40], values[place])
+    assert sum(value is None for value in values) <= 5, "long texts may run out of time, but are never guessed"
+    assert scores.metrics["math_verify/right"][0] == 2
+
+
+def test_a_missing_library_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "math_verify", None)
+    with pytest.raises(ValueError, match=r"pip install 'grpo_dist\[math\]'"):
+        resolve(RewardConfig("math_verify"))

@@ -1,0 +1,157 @@
+"""Mixtures, the curriculum, filters, long prompts and data that is read as needed."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from grpo_dist.batch import Batch, Prompt
+from grpo_dist.config import Config, CurriculumConfig, DataConfig, RewardConfig, TrainConfig
+from grpo_dist.metrics import pass_rates
+from grpo_dist.models import load_tokenizer
+from grpo_dist.rewards.registry import answer_checks
+from grpo_dist.sampler import Curriculum, Mixture, Sampler
+from grpo_dist.sources import load_training
+
+CHECKS = answer_checks([RewardConfig("math")])
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    return load_tokenizer(Config().model)
+
+
+def write(path: Path, numbers: range, **columns: Any) -> str:
+    rows = [
+        {"prompt": f"What is {n}?", "answer": n} | {key: value(n) for key, value in columns.items()} for n in numbers
+    ]
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    return str(path)
+
+
+def config(**data: Any) -> Config:
+    return Config(data=DataConfig(eval_file=None, **data), train=TrainConfig(batch_size=4))
+
+
+def test_a_mixture_keeps_its_shares_and_goes_through_each_part() -> None:
+    mixture = Mixture([30, 7, 500], [3, 2, 1], batch_size=10, seed=1)
+    taken = [index for step in range(100) for index in mixture.batch_indices(step)]
+    parts = Counter("a" if index < 30 else "b" if index < 37 else "c" for index in taken)
+    assert parts == {"a": 500, "b": 333, "c": 167}
+    first = Counter(index for index in taken if index < 30)
+    assert len(first) == 30 and max(first.values()) - min(first.values()) <= 1, "in whole permutations"
+    assert mixture.batch_indices(77) == Mixture([30, 7, 500], [3, 2, 1], 10, 1).batch_indices(77)
+    assert mixture.batch_indices(0) != Mixture([30, 7, 500], [3, 2, 1], 10, 2).batch_indices(0)
+    with pytest.raises(ValueError, match="thousandth"):
+        Mixture([1, 1], [1, 1e6], 1, 0)
+    with pytest.raises(ValueError, match="numbers above 0"):
+        Mixture([1, 0], [1, 1], 1, 0)
+
+
+def run_curriculum(curriculum: Curriculum, rates: dict[int, float], steps: int) -> list[int]:
+    taken = []
+    for step in range(steps):
+        batch = curriculum.batch_indices(step)
+        assert batch == curriculum.batch_indices(step)
+        curriculum.record([rates.get(index, 0.5) for index in batch])
+        taken += batch
+    return taken
+
+
+def test_the_curriculum_passes_over_what_is_too_easy_or_too_hard() -> None:
+    def make() -> Curriculum:
+        return Curriculum(Sampler(12, 4, seed=0), 12, low=0.1, high=0.9, rest=2)
+
+    rates = {1: 0.0, 2: 1.0, 3: math.nan}
+    taken = run_curriculum(make(), rates, 30)
+    assert sorted(taken[:12]) == list(range(12)), "what was never measured is taken"
+    assert not {1, 2} & set(taken[12:32]), "they rest for two passes"
+    counts = Counter(taken)
+    assert 1 <= counts[1] < counts[4] and counts[3] >= counts[4] - 1
+    whole = make()
+    run_curriculum(whole, rates, 7)
+    resumed = make()
+    resumed.restore(json.loads(json.dumps(whole.state())))
+    assert run_curriculum(resumed, rates, 10) == run_curriculum(whole, rates, 10)
+    hopeless = dict.fromkeys(range(12), 0.0)
+    assert len(run_curriculum(make(), hopeless, 20)) == 80, "where nothing fits, prompts come in turn"
+
+
+def test_without_history_the_curriculum_is_the_sampler() -> None:
+    sampler = Sampler(10, 3, seed=4)
+    curriculum = Curriculum(sampler, 10, 0.0, 1.0, 1)
+    assert run_curriculum(curriculum, {}, 9) == [index for step in range(9) for index in sampler.batch_indices(step)]
+    sampler.record([1.0])
+    sampler.restore(sampler.state())
+    assert sampler.state() == {}
+
+
+def test_pass_rates() -> None:
+    reward = torch.tensor([1.0, 0.0, math.nan, 1.0, math.nan], dtype=torch.float64)
+    group, empty = torch.tensor([0, 0, 0, 1, 2]), torch.tensor([])
+    batch = Batch([Prompt(n, [1], "?") for n in range(3)], group, empty, empty, empty, empty, empty, reward)
+    assert pass_rates(batch, [1.0, -1.0])[:2] == [0.5, 1.0] and math.isnan(pass_rates(batch, [1.0])[2])
+
+
+def test_mixtures_and_curricula_of_a_config(tmp_path: Path, tokenizer: Any) -> None:
+    files = {write(tmp_path / "a.jsonl", range(6)): 1.0, write(tmp_path / "b.jsonl", range(6, 9)): 3.0}
+    prompts, sampler = load_training(config(train_file=files), tokenizer, CHECKS)
+    assert isinstance(sampler, Mixture) and [prompt.index for prompt in prompts] == list(range(9))
+    assert prompts[7].text == "What is 7?" == prompts[-2].text and len(prompts[5:8]) == 3
+    _, sampler = load_training(config(train_file=files, curriculum=CurriculumConfig()), tokenizer, CHECKS)
+    assert isinstance(sampler, Curriculum)
+
+
+def test_streaming_gives_the_same_prompts_in_the_same_order(tmp_path: Path, tokenizer: Any) -> None:
+    path = write(tmp_path / "a.jsonl", range(300))
+    with open(path, "a") as file:
+        file.write("\n  \n" + json.dumps({"prompt": "é?", "answer": 1}) + "\n")
+    held, sampler = load_training(config(train_file=path), tokenizer, CHECKS)
+    streamed, same = load_training(config(train_file=path, streaming=True), tokenizer, CHECKS)
+    assert list(streamed) == held and streamed[298:] == held[298:]
+    assert sampler.batch_indices(50) == same.batch_indices(50)
+    csv = tmp_path / "a.csv"
+    csv.write_text("prompt,answer\na?,1\nb?,2\n")
+    prompts, _ = load_training(config(train_file=str(csv), streaming=True), tokenizer, CHECKS)
+    assert [prompt.text for prompt in prompts] == ["a?", "b?"]
+    with open(path, "a") as file:
+        file.write('{"prompt": "x"}\n')
+    prompts, _ = load_training(config(train_file=path, streaming=True), tokenizer, CHECKS)
+    with pytest.raises(ValueError, match=r"row 304 cannot be used: no 'answer'"):
+        prompts[301]
+    with pytest.raises(ValueError, match=r"data\.streaming"):
+        config(train_file=path, streaming=True, bad_rows="drop")
+
+
+def test_filters_are_counted(tmp_path: Path, tokenizer: Any, caplog: pytest.LogCaptureFixture) -> None:
+    path = write(tmp_path / "a.jsonl", range(10), level=lambda n: n % 3, kind=lambda n: "xy"[n % 2])
+    caplog.set_level(logging.INFO, "grpo_dist")
+    prompts, _ = load_training(config(train_file=path, keep={"level": {"max": 1}, "kind": ["x"]}), tokenizer, CHECKS)
+    assert [prompt.index for prompt in prompts] == [0, 4, 6]
+    assert "keeps 3 of 10 rows (left out by level: 3, kind: 5)" in caplog.text
+    for keep, told in (
+        ({"levle": 1}, "no column 'levle'"), ({"level": {"most": 1}}, "min and max"),
+        ({"level": 7}, "leave none of 10"), ({"kind": {"min": 1}}, "cannot be compared"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=told):
+            load_training(config(train_file=path, keep=keep), tokenizer, CHECKS)
+
+
+def test_long_prompts(tmp_path: Path, tokenizer: Any, caplog: pytest.LogCaptureFixture) -> None:
+    path = write(tmp_path / "a.jsonl", range(8, 12))
+    short = len(tokenizer("What is 8?").input_ids)
+    load = {"train_file": path, "max_prompt_length": short}
+    with pytest.raises(ValueError, match="2 of 4 rows cannot be used"):
+        load_training(config(**load), tokenizer, CHECKS)
+    prompts, _ = load_training(config(**load, too_long="drop"), tokenizer, CHECKS)
+    assert [prompt.index for prompt in prompts] == [0, 1]
+    prompts, _ = load_training(config(**load, too_long="truncate"), tokenizer, CHECKS)
+    assert len(prompts) == 4 and prompts[2].ids == tokenizer("What is 10?").input_ids[-short:]
+    assert caplog.text.count("2 of 4 prompts have more than data.max_prompt_length") == 2
