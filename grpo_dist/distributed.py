@@ -169,7 +169,7 @@ class Ranks:
         flag = torch.tensor([int(requested is not None)])
         dist.all_reduce(flag, dist.ReduceOp.MAX, group=self._control)
         if flag.item():
-            raise Interrupted(requested or "another rank was asked to stop")
+            raise Interrupted(next(reason for reason in self.gather_objects(requested) if reason))
 
     def store(self, timeout_seconds: float) -> dist.Store | None:
         """A key-value store of all ranks; None for one. A collective."""

@@ -52,7 +52,8 @@ class Position:
         for prefix, thing in (("batch", self.batch), ("measured", self.measured)):
             if thing is not None:
                 values = {f"{prefix}/{f.name}": getattr(thing, f.name) for f in fields(thing) if f.name != "prompts"}
-                held |= {name: value for name, value in values.items() if value is not None}
+                # cloned: some are columns of one gathered table, and safetensors refuses memory that is shared
+                held |= {name: value.clone() for name, value in values.items() if value is not None}
         return held
 
     @classmethod
