@@ -82,6 +82,10 @@ class Position:
         held = {f"batch/{name}": getattr(self.batch, name) for name in BATCH_TENSORS}
         return held if self.old is None else held | {"batch/old": self.old}
 
+    def logged(self) -> dict[str, Any]:
+        """What of the batch has to be saved as JSON: what its scoring measured and its rewards logged."""
+        return {} if self.batch is None else {"scoring": self.batch.scoring, "extras": self.batch.extras}
+
 
 BATCH_TENSORS = ("group", "lengths", "finished", "tokens", "sampled_logprobs", "rewards", "reward")
 
@@ -215,7 +219,8 @@ class Run:
         position = Position(meta["step"], meta["updates"], metrics=meta["metrics"])
         if position.updates:
             held = {name: tensors[f"batch/{name}"] for name in BATCH_TENSORS}
-            position.batch, position.old = Batch(self.prompts_of(position.step), **held), tensors.get("batch/old")
+            position.batch = Batch(self.prompts_of(position.step), **held, **meta["logged"])
+            position.old = tensors.get("batch/old")
         return position
 
     def save(self) -> None:
@@ -223,7 +228,7 @@ class Run:
         state = self.state.collect() | self.position.tensors()
         meta = {"updates": self.position.updates, "metrics": self.position.metrics, "identity": self._identity(),
                 "config": redacted(asdict(self.config)), "versions": versions(),
-                "sampler": self.sampler.state()}  # fmt: skip
+                "sampler": self.sampler.state(), "logged": self.position.logged()}  # fmt: skip
         with self.ranks.together("saving a checkpoint"):
             if self.ranks.is_main:
                 checkpoint.save(self.directory / "checkpoints", self.position.step, state, meta,
