@@ -1,7 +1,10 @@
-"""Rewards to advantages, group by group. Pure.
+"""Rewards to advantages. Pure.
 
-A completion without a reward (NaN: it could not be scored) takes no part: it leaves the mean and the std of its group
-and of the batch, and its own advantage is 0.
+Rewards are given at tokens: an outcome reward at a completion's last token, process rewards wherever they were given.
+A completion without a reward (NaN: it could not be scored) takes no part: it leaves the means and stds of its group and
+of the batch, and its own advantages are 0.
+
+Shapes: N completions, T completion tokens in the order of the completions, E rewards given.
 """
 
 from __future__ import annotations
@@ -10,6 +13,9 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+
+Baseline = Literal["mean", "leave_one_out"]
+Scale = Literal["group", "batch", "none"]
 
 STD_FLOOR = 1e-4
 """Added to a std before dividing by it, as TRL does: rewards that differ by rounding alone must not become signal."""
@@ -32,21 +38,114 @@ def group_statistics(rewards: Tensor, group: Tensor) -> tuple[Tensor, Tensor, Te
     return means, stds, counts
 
 
-def group_relative_advantages(rewards: Tensor, group: Tensor, scale: Literal["group", "batch", "none"]) -> Tensor:
-    """Advantage of each completion relative to its group (DeepSeekMath, arXiv:2402.03300, section 4.1.2).
-
-    `rewards` (N,) float64 with NaN for unscored, `group` (N,) int64. The reward minus the group's mean, divided by the
-    group's std (`group`), by the std of these differences over the batch (`batch`), or by nothing (`none`). Returns
-    (N,) float64, exactly 0 in groups whose rewards are all equal.
-    """
+def has_spread(rewards: Tensor, group: Tensor) -> Tensor:
+    """Whether a group's rewards differ: (P,) bool. A mean of equal numbers may be off by a rounding, which is none."""
     means, stds, _ = group_statistics(rewards, group)
+    return stds > 1e-12 * means.abs().clamp(min=1)
+
+
+def group_relative_advantages(
+    rewards: Tensor, group: Tensor, baseline: Baseline, scale: Scale, owner: Tensor | None = None
+) -> Tensor:
+    """Advantage of each reward relative to its group (DeepSeekMath, arXiv:2402.03300, sections 4.1.2 and 4.1.3).
+
+    `rewards` (E,) float64 with NaN for unscored, `group` (E,) int64, and `owner` (E,) int64: the completion each reward
+    belongs to; None where each has one of its own. The reward minus its group's mean (`mean`) or the mean of the other
+    completions' rewards (`leave_one_out`; RLOO, arXiv:2402.14740), divided by the group's std
+    (`group`), by the std of these differences over the batch (`batch`), or by nothing (`none`). Returns (E,) float64,
+    exactly 0 in groups whose rewards are all equal.
+    """
+    means, stds, counts = group_statistics(rewards, group)
     scored = ~rewards.isnan()
-    # a mean of equal numbers may be off by a rounding: such a group must give 0, not noise
-    spread = stds[group] > 1e-12 * means[group].abs().clamp(min=1)
-    centred = torch.where(scored & spread, rewards - means[group], 0.0).nan_to_num(0.0)
+    usable = scored & has_spread(rewards, group)[group]
+    subtracted = means[group]
+    if baseline == "leave_one_out":
+        owner = torch.arange(len(rewards)) if owner is None else owner
+        num_owners = int(owner.max()) + 1 if len(owner) else 0
+        own_sums = group_sums(rewards.nan_to_num(0.0), owner, num_owners)[owner]
+        others = counts[group] - group_sums(scored.double(), owner, num_owners)[owner]
+        subtracted = (means[group] * counts[group] - own_sums) / others.clamp(min=1)
+        usable &= others > 0
+    centred = torch.where(usable, rewards - subtracted, 0.0).nan_to_num(0.0)
     if scale == "none":
         return centred
     if scale == "group":
         return centred / (stds[group] + STD_FLOOR)
     # differences from group means have mean 0 over the batch, so only the scale is left to normalise
     return centred / (centred[scored].std() + STD_FLOOR) if int(scored.sum()) > 1 else centred
+
+
+def weighted_rewards(rewards: Tensor, weights: list[float]) -> Tensor:
+    """Weighted sum of several rewards at each token: `rewards` (T, R) to (T,); NaN where none was given."""
+    counted = [r for r, weight in enumerate(weights) if weight != 0]
+    chosen = rewards[:, counted]
+    summed = (chosen.nan_to_num(0.0) * torch.tensor(weights, dtype=rewards.dtype)[counted]).sum(1)
+    return torch.where(chosen.isnan().all(1), torch.nan, summed)
+
+
+def relative_advantages(
+    rewards: Tensor, weights: list[float], lengths: Tensor, group: Tensor, *, baseline: Baseline, scale: Scale,
+    normalise_each: bool, gamma: float,
+) -> Tensor:  # fmt: skip
+    """Advantage of each token relative to its completion's group: (T,) float64.
+
+    `rewards` (T, R) float64, NaN where a token has none; `weights` (R,); `lengths` and `group` (N,). Rewards are summed
+    and then normalised, or with `normalise_each` normalised one by one, summed, and divided by the sums' std over the
+    batch (GDPO, arXiv:2601.05242). A token's advantage is the sum of the normalised rewards from it on
+    (DeepSeekMath, section 4.1.3), discounted by `gamma`. With outcome rewards and gamma 1 that is the outcome's
+    normalised reward on every token.
+    """
+    owner = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
+    columns = [(1.0, weighted_rewards(rewards, weights))]
+    if normalise_each:
+        columns = list(zip(weights, rewards.T, strict=True))
+    normalised = torch.zeros(len(owner), dtype=torch.float64)
+    for weight, column in columns:
+        given = ~column.isnan()
+        mine = owner[given]
+        normalised[given] += weight * group_relative_advantages(column[given], group[mine], baseline, scale, mine)
+    if normalise_each:
+        given = ~rewards.isnan().all(1)
+        if int(given.sum()) > 1:
+            normalised /= normalised[given].std() + STD_FLOOR
+    return discounted_sums(normalised, lengths, gamma)
+
+
+def discounted_sums(values: Tensor, lengths: Tensor, discount: float) -> Tensor:
+    """Sum of the `values` (T,) from each token to its completion's end, each discounted by its distance: (T,)."""
+    longest = int(lengths.max()) if len(lengths) else 0
+    inside = torch.arange(longest) < lengths[:, None]
+    table = torch.zeros(inside.shape, dtype=values.dtype)
+    table[inside] = values
+    for place in range(longest - 2, -1, -1):
+        table[:, place] += discount * table[:, place + 1]
+    return table[inside]
+
+
+def whiten(values: Tensor, counted: Tensor) -> Tensor:
+    """`values` (T,) shifted and scaled to mean 0 and std 1 over the `counted` ones (T,) bool; 0 elsewhere."""
+    if int(counted.sum()) < 2:
+        return torch.zeros_like(values)
+    chosen = values[counted]
+    return torch.where(counted, (values - chosen.mean()) / (chosen.std() + STD_FLOOR), 0.0)
+
+
+def generalised_advantages(
+    rewards: Tensor, values: Tensor, lengths: Tensor, gamma: float, gae_lambda: float
+) -> tuple[Tensor, Tensor]:
+    """Generalised advantage estimates and the critic's targets (Schulman et al., arXiv:1506.02438, eq. 16).
+
+    `rewards` and `values` (T,) float64: the reward of each token, and the critic's value of the text before it. After a
+    completion's last token the value is 0, also where the length limit cut it: nothing more is to be had there. Returns
+    advantages and advantages + values, both (T,).
+    """
+    following = torch.zeros_like(values)
+    following[:-1] = values[1:]
+    following[torch.cumsum(lengths, 0) - 1] = 0.0
+    advantages = discounted_sums(rewards + gamma * following - values, lengths, gamma * gae_lambda)
+    return advantages, advantages + values
+
+
+def overlong_punishment(lengths: Tensor, longest: int, buffer: int) -> Tensor:
+    """DAPO's soft punishment (arXiv:2503.14476, eq. 13): (N,) float64, from 0 to -1 over the last `buffer` tokens."""
+    return ((longest - buffer - lengths).double() / buffer).clamp(-1.0, 0.0)

@@ -66,6 +66,9 @@ class Batch:
     """(N, R) float64: one column per reward function; NaN where it does not apply or failed."""
     reward: Tensor
     """(N,) float64: their weighted sum; NaN for a completion that could not be scored."""
+    token_rewards: Tensor | None = None
+    """(T, R) float64: rewards where they were given, NaN elsewhere; an outcome reward is its last token's. None where
+    all rewards are outcome rewards."""
     scoring: dict[str, float] = field(default_factory=dict)
     """Metrics of the scoring itself over all ranks: failures, seconds, and what rewards logged."""
     extras: dict[str, list[Any]] = field(default_factory=dict)
@@ -85,3 +88,80 @@ class Batch:
         """Token ids of completion `n`."""
         start = int(self.starts[n])
         return self.tokens[start : start + int(self.lengths[n])].tolist()
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What the policy that opened the batch and the reference make of it: (T,) on the CPU, 0 for tokens left out."""
+
+    logprobs: Tensor
+    """Log-probability of each token under the policy (nats)."""
+    entropies: Tensor
+    """Entropy of the policy's distribution before each token (nats)."""
+    values: Tensor | None = None
+    """The critic's value of the text before each token."""
+    reference: Tensor | None = None
+    """Log-probability of each token under the reference, where the KL penalty goes into the reward."""
+
+
+def join(batches: list[Batch], groups: list[list[int]]) -> Batch:
+    """One batch of the chosen `groups` of each of several batches, in that order; groups are numbered anew."""
+    kept = [torch.tensor([n for g in chosen for n in torch.nonzero(batch.group == g)[:, 0].tolist()], dtype=torch.int64)
+            for batch, chosen in zip(batches, groups, strict=True)]  # fmt: skip
+    places = [_token_places(batch, rows) for batch, rows in zip(batches, kept, strict=True)]
+
+    def rows(name: str) -> Tensor:
+        return torch.cat([getattr(batch, name)[mine] for batch, mine in zip(batches, kept, strict=True)])
+
+    def flat(name: str) -> Tensor:
+        return torch.cat([getattr(batch, name)[mine] for batch, mine in zip(batches, places, strict=True)])
+
+    numbers = iter(range(sum(map(len, groups))))
+    renumbered = [torch.tensor([next(numbers)]).repeat(int((batch.group == g).sum()))
+                  for batch, chosen in zip(batches, groups, strict=True) for g in chosen]  # fmt: skip
+    token_rewards = None
+    if any(batch.token_rewards is not None for batch in batches):
+        token_rewards = torch.cat([all_token_rewards(batch)[mine] for batch, mine in zip(batches, places, strict=True)])
+    return Batch(
+        prompts=[batch.prompts[g] for batch, chosen in zip(batches, groups, strict=True) for g in chosen],
+        group=torch.cat(renumbered), lengths=rows("lengths"), finished=rows("finished"), tokens=flat("tokens"),
+        sampled_logprobs=flat("sampled_logprobs"), rewards=rows("rewards"), reward=rows("reward"),
+        token_rewards=token_rewards, scoring=_joined_scoring([batch.scoring for batch in batches]),
+        extras={column: [value for batch, mine in zip(batches, kept, strict=True)
+                         for value in _column(batch, column, mine)]
+                for column in dict.fromkeys(name for batch in batches for name in batch.extras)},
+    )  # fmt: skip
+
+
+def _column(batch: Batch, column: str, rows: Tensor) -> list[Any]:
+    values = batch.extras.get(column, [None] * len(batch.lengths))
+    return [values[n] for n in rows.tolist()]
+
+
+def _joined_scoring(scoring: list[dict[str, float]]) -> dict[str, float]:
+    """Counts and seconds of all batches added up, and the mean of what rewards logged."""
+    joined = {}
+    for name in dict.fromkeys(name for each in scoring for name in each):
+        values = [each[name] for each in scoring if name in each]
+        joined[name] = sum(values) / (1 if name.endswith(("/failed", "/seconds")) else len(values))
+    return joined
+
+
+def _token_places(batch: Batch, rows: Tensor) -> Tensor:
+    starts, lengths = batch.starts.tolist(), batch.lengths.tolist()
+    none = torch.zeros(0, dtype=torch.int64)
+    return torch.cat([none, *(torch.arange(starts[n], starts[n] + lengths[n]) for n in rows.tolist())])
+
+
+def all_token_rewards(batch: Batch) -> Tensor:
+    """A batch's rewards at the tokens they were given for: (T, R) float64, NaN elsewhere."""
+    if batch.token_rewards is not None:
+        return batch.token_rewards
+    return at_last_tokens(batch.rewards, batch.lengths)
+
+
+def at_last_tokens(values: Tensor, lengths: Tensor) -> Tensor:
+    """Each completion's `values` (N, R) at its last token: (T, R), NaN elsewhere."""
+    table = torch.full((int(lengths.sum()), values.shape[1]), torch.nan, dtype=values.dtype)
+    table[torch.cumsum(lengths, 0) - 1] = values
+    return table

@@ -1,4 +1,4 @@
-"""From the command line and a YAML file to a checked Config, in a moment and without importing anything heavy."""
+"""From the command line and YAML files to a checked Config, in a moment and without importing anything heavy."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ import itertools
 import re
 import sys
 from dataclasses import fields, is_dataclass
+from pathlib import Path
 from typing import Any, NoReturn, get_args, get_type_hints
 
 from jsonargparse import ActionConfigFile, ArgumentParser, set_parsing_settings
 
 from .config import Config
 
+PRESETS = Path(__file__).parents[1] / "configs" / "algorithms"
 SECRET = re.compile(r"token|key|secret|password|credential", re.IGNORECASE)
 
 
@@ -51,22 +53,41 @@ class _Parser(ArgumentParser):
 
 
 def parse_config(arguments: list[str] | None = None) -> Config:
-    """The config of `--config FILE` and dotted overrides; ends the program with status 2 on a mistake."""
+    """The config of `--preset NAME`, `--config FILE` and dotted overrides, of which the later have the last word.
+
+    Ends the program with status 2 on a mistake.
+    """
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = _Parser(prog="grpo_dist.train", description="Train a causal language model with GRPO.")
     parser.add_argument("--config", action=ActionConfigFile, help="A YAML file of options.")
+    parser.add_argument("--preset", choices=presets(), help="A published algorithm's options, before all others.")
     parser.add_class_arguments(Config, nested_key=None)
     words = sys.argv[1:] if arguments is None else arguments
     parser.files = tuple(
         word.removeprefix("--config=") if "=" in word else following
         for word, following in itertools.pairwise([*words, ""]) if word.split("=")[0] == "--config"
     )  # fmt: skip
-    given = parser.parse_args(words)
+    given = parser.parse_args(_preset_first(words))
     try:
         values = parser.instantiate(given)
         return Config(**{field.name: values[field.name] for field in fields(Config)})
     except ValueError as error:  # a check of config.py
         parser.error(str(error))
+
+
+def presets() -> list[str]:
+    """Names of the presets there are."""
+    return sorted(path.stem for path in PRESETS.glob("*.yaml"))
+
+
+def _preset_first(arguments: list[str]) -> list[str]:
+    """The arguments with a preset's file in front, as a config that every later one overrides."""
+    for place, argument in enumerate(arguments):
+        name, equals, value = argument.partition("=")
+        if name == "--preset" and (equals or place + 1 < len(arguments)):
+            path = PRESETS / f"{value if equals else arguments[place + 1]}.yaml"
+            return ["--config", str(path), *arguments] if path.is_file() else arguments
+    return arguments
 
 
 def redacted(values: Any, name: str = "") -> Any:

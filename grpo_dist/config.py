@@ -6,21 +6,14 @@ rank and on sixty-four. This module imports nothing heavy, so that a mistake in 
 
 from __future__ import annotations
 
-import math
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+from .checks import require
+from .config_algorithm import AdvantageConfig, CriticConfig, LossConfig, check_algorithm
+
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
-
-
-def require(condition: bool, key: str, given: object, expected: str) -> None:
-    """Raise a ValueError that names the option, what was given and what was expected, unless `condition` holds.
-
-    No option has a use for an infinite number.
-    """
-    if not condition or given in (math.inf, -math.inf):
-        raise ValueError(f"{key}: {given!r} given, expected {expected}")
 
 
 @dataclass
@@ -158,12 +151,14 @@ class RolloutConfig:
     """Sample from the k likeliest tokens; 0 turns it off."""
     min_p: float = 0.0
     """Leave out tokens less likely than this share of the likeliest one's probability; 0 turns it off."""
+    max_resamples: int = 0
+    """Dynamic sampling: groups whose rewards are all equal are replaced by groups of further prompts, in at most this
+    many rounds a step; what is still missing then is filled up with groups that were to be replaced."""
     max_tokens_in_flight: int = 262144
     """Most tokens (prompts and completions) whose keys and values are held at once on a rank; further prompts wait."""
 
     def __post_init__(self) -> None:
-        require(self.group_size >= 2, "rollout.group_size", self.group_size,
-                "at least 2: advantages are relative to a group")  # fmt: skip
+        require(self.group_size >= 1, "rollout.group_size", self.group_size, "at least 1")
         require(self.max_completion_length >= 1, "rollout.max_completion_length", self.max_completion_length,
                 "at least 1 token")  # fmt: skip
         require(self.temperature > 0, "rollout.temperature", self.temperature,
@@ -171,6 +166,7 @@ class RolloutConfig:
         require(0 < self.top_p <= 1, "rollout.top_p", self.top_p, "a share in (0, 1]")
         require(self.top_k >= 0, "rollout.top_k", self.top_k, "0 (off) or more")
         require(0 <= self.min_p < 1, "rollout.min_p", self.min_p, "a share in [0, 1)")
+        require(self.max_resamples >= 0, "rollout.max_resamples", self.max_resamples, "0 (off) or more rounds")
         require(self.max_tokens_in_flight >= 1, "rollout.max_tokens_in_flight", self.max_tokens_in_flight, "at least 1")
 
 
@@ -235,43 +231,6 @@ class ScoringConfig:
 
 
 @dataclass
-class AdvantageConfig:
-    """How rewards become advantages."""
-
-    baseline: Literal["mean"] = "mean"
-    """Subtracted from each reward: the mean of its group."""
-    scale: Literal["auto", "group", "batch", "none"] = "auto"
-    """Divide by the std of the group, by the std of the batch, or by nothing; `auto` is `group` for `grpo` and `batch`
-    for `reinforce`."""
-
-
-@dataclass
-class LossConfig:
-    """The objective of an update."""
-
-    objective: Literal["grpo", "reinforce"] = "grpo"
-    """`grpo`: clipped ratio per token (DeepSeekMath, eq. 3). `reinforce`: the sequence's log-probability times its
-    advantage."""
-    clip_low: float = 0.2
-    """The ratio is clipped below at 1 - clip_low."""
-    clip_high: float = 0.2
-    """The ratio is clipped above at 1 + clip_high."""
-    kl_coeff: float = 0.04
-    """Weight of the penalty that keeps the policy near the reference; 0 leaves the reference uncomputed."""
-    kl_estimator: Literal["auto", "k3", "squared_sequence"] = "auto"
-    """`k3` per token (Schulman), or the squared log-ratio of whole sequences; `auto` is `k3` for `grpo` and
-    `squared_sequence` for `reinforce`."""
-    aggregation: Literal["auto", "sequence_mean", "token_mean", "sequence_sum"] = "auto"
-    """How tokens are weighed: the mean over sequences of the mean over tokens, the mean over all tokens, or the mean
-    over sequences of the sum over tokens; `auto` is `sequence_mean` for `grpo` and `sequence_sum` for `reinforce`."""
-
-    def __post_init__(self) -> None:
-        require(0 <= self.clip_low < 1, "loss.clip_low", self.clip_low, "a number in [0, 1)")
-        require(self.clip_high >= 0, "loss.clip_high", self.clip_high, "0 or more")
-        require(self.kl_coeff >= 0, "loss.kl_coeff", self.kl_coeff, "0 or more")
-
-
-@dataclass
 class OptimConfig:
     """AdamW and its schedule."""
 
@@ -305,7 +264,9 @@ class TrainConfig:
     num_train_steps: int = 100
     """Steps of the run; a step is one batch of rollouts and its updates."""
     updates_per_batch: int = 1
-    """Optimizer steps on each batch of rollouts."""
+    """Passes over each batch of rollouts; more than one needs an objective with a ratio."""
+    num_minibatches: int = 1
+    """Optimizer steps a pass: the batch's prompts are divided into this many parts, each normalised by itself."""
     max_tokens_per_pack: int = 4096
     """Tokens computed at once in the update: the memory knob."""
     eval_every: int = 50
@@ -346,9 +307,9 @@ class TrainConfig:
         require(self.hang_timeout_seconds >= 5, "train.hang_timeout_seconds", self.hang_timeout_seconds,
                 "at least 5 seconds")  # fmt: skip
         for key, least in {
-            "batch_size": 1, "num_train_steps": 1, "updates_per_batch": 1, "max_tokens_per_pack": 2,
-            "eval_every": 0, "num_eval_prompts": 1, "save_every": 0, "keep_checkpoints": 2, "seed": 0,
-            "max_bad_updates": 1,
+            "batch_size": 1, "num_train_steps": 1, "updates_per_batch": 1, "num_minibatches": 1,
+            "max_tokens_per_pack": 2, "eval_every": 0, "num_eval_prompts": 1, "save_every": 0, "keep_checkpoints": 2,
+            "seed": 0, "max_bad_updates": 1,
         }.items():  # fmt: skip
             require(getattr(self, key) >= least, f"train.{key}", getattr(self, key), f"{least} or more")
 
@@ -377,6 +338,7 @@ class Config:
     scoring: ScoringConfig = field(default_factory=ScoringConfig)
     advantage: AdvantageConfig = field(default_factory=AdvantageConfig)
     loss: LossConfig = field(default_factory=LossConfig)
+    critic: CriticConfig = field(default_factory=CriticConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
@@ -393,3 +355,17 @@ class Config:
                 "cannot be its own reference")  # fmt: skip
         require(self.optim.warmup_steps <= self.train.num_train_steps, "optim.warmup_steps", self.optim.warmup_steps,
                 f"at most train.num_train_steps = {self.train.num_train_steps}")  # fmt: skip
+        require(self.train.num_minibatches <= self.train.batch_size, "train.num_minibatches",
+                self.train.num_minibatches, f"at most train.batch_size = {self.train.batch_size}")  # fmt: skip
+        check_algorithm(self)
+        require(self.data.curriculum is None or not self.rollout.max_resamples, "data.curriculum", self.data.curriculum,
+                "null where rollout.max_resamples replaces prompts")  # fmt: skip
+
+    def weights_at(self, step: int) -> list[float]:
+        """The rewards' weights at a step (from 0)."""
+        return [reward.weight_at(step) for reward in self.rewards]
+
+    def at(self, step: int) -> Config:
+        """This config with the rewards' weights as they are at a step."""
+        rewards = [replace(reward, weight=reward.weight_at(step), schedule=None) for reward in self.rewards]
+        return replace(self, rewards=rewards)

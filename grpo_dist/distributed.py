@@ -169,7 +169,7 @@ class Ranks:
         flag = torch.tensor([int(requested is not None)])
         dist.all_reduce(flag, dist.ReduceOp.MAX, group=self._control)
         if flag.item():
-            raise Interrupted(requested or "another rank was asked to stop")
+            raise Interrupted(next(reason for reason in self.gather_objects(requested) if reason))
 
     def store(self, timeout_seconds: float) -> dist.Store | None:
         """A key-value store of all ranks; None for one. A collective."""
@@ -202,7 +202,7 @@ class Ranks:
         Where the norm is not finite no rank steps: it is the same number on all of them. (DeepSpeed does so by itself.)
         """
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate
+            group["lr"] = learning_rate * group["rate_share"]
         if self.is_deepspeed:
             policy.step()
             norm = policy.get_global_grad_norm()

@@ -57,6 +57,6 @@ def _with_advice(error: str, config: Config) -> str:
         return error
     return (
         f"{error}\nOut of memory. Lower train.max_tokens_per_pack (now {config.train.max_tokens_per_pack}) if it was "
-        f"in the update, rollout.max_tokens_in_flight (now {config.rollout.max_tokens_in_flight}) if in the rollout; or "
-        f"turn on model.gradient_checkpointing (now {config.model.gradient_checkpointing})"
+        f"in the update, rollout.max_tokens_in_flight (now {config.rollout.max_tokens_in_flight}) if in the rollout; "
+        f"or turn on model.gradient_checkpointing (now {config.model.gradient_checkpointing})"
     )

@@ -80,8 +80,9 @@ class BadUpdates:
         dump = self.directory / f"step_{step}.safetensors"
         if self.is_main:
             self.directory.mkdir(exist_ok=True)
-            save_file({"tokens": batch.tokens, "lengths": batch.lengths, "group": batch.group, "reward": batch.reward,
-                       "sampled_logprobs": batch.sampled_logprobs, "advantages": advantages}, dump)  # fmt: skip
+            held = {"tokens": batch.tokens, "lengths": batch.lengths, "group": batch.group, "reward": batch.reward,
+                    "sampled_logprobs": batch.sampled_logprobs, "advantages": advantages}  # fmt: skip
+            save_file({name: tensor.clone() for name, tensor in held.items()}, dump)
             log.warning("step %d: the gradient's norm is %s; no rank took the step, and its batch is in %s", step, norm,
                         dump)  # fmt: skip
         if self.in_a_row >= self.most_in_a_row:

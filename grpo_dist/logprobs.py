@@ -1,9 +1,10 @@
 """Log-probabilities and entropies of chosen tokens, without ever holding the logits of more than a chunk. Pure.
 
 The head is linear, so the gradient of a token's log-probability with respect to its hidden state is a vector that is
-known in the forward pass: the target's row of the head minus the rows' mean under the softmax. Where the head is frozen
-(LoRA) that vector is all the backward pass needs: it multiplies it by the incoming gradient and recomputes nothing.
-Where the head is trained its logits are computed again, chunk by chunk.
+known in the forward pass: the target's row of the head minus the rows' mean under the softmax. So is the entropy's: the
+rows' mean weighted by how far each log-probability is from the mean one. Where the head is frozen (LoRA) these vectors
+are all the backward pass needs: it multiplies them by the incoming gradients and recomputes nothing. Where the head is
+trained its logits are computed again, chunk by chunk.
 
 Shapes: M tokens, H hidden, V vocabulary.
 """
@@ -29,12 +30,14 @@ def _chunks(num_tokens: int, vocabulary: int) -> list[slice]:
 class _HeadLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, temperature: float
-    ) -> tuple[Tensor, Tensor]:
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, temperature: float,
+        entropy_gradient: bool,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         logprobs = torch.empty(hidden.shape[0], dtype=torch.float32, device=hidden.device)
         entropies = torch.empty_like(logprobs)
         needs_hidden, needs_head = ctx.needs_input_grad[0], any(ctx.needs_input_grad[1:3])
         direction = torch.empty_like(hidden) if needs_hidden and not needs_head else None
+        entropy_direction = torch.empty_like(hidden) if direction is not None and entropy_gradient else None
         for piece in _chunks(hidden.shape[0], weight.shape[0]):
             rows = torch.log_softmax(linear(hidden[piece], weight, bias).float() / temperature, dim=-1)
             logprobs[piece] = rows.gather(-1, targets[piece, None])[:, 0]
@@ -43,52 +46,73 @@ class _HeadLogprobs(torch.autograd.Function):
             if direction is not None:
                 mean_row = probs.to(weight.dtype) @ weight
                 direction[piece] = (weight[targets[piece]] - mean_row) / temperature
-        ctx.temperature = temperature
+            if entropy_direction is not None:
+                slope = _entropy_slope(rows, entropies[piece])
+                entropy_direction[piece] = (slope.to(weight.dtype) @ weight) / temperature
+        ctx.temperature, ctx.head_is_frozen, ctx.entropy_gradient = temperature, not needs_head, entropy_gradient
         if direction is not None:
-            ctx.save_for_backward(direction)
+            ctx.save_for_backward(direction, *([] if entropy_direction is None else [entropy_direction]))
         elif needs_head:
             ctx.save_for_backward(hidden, weight, bias, targets)
-        ctx.mark_non_differentiable(entropies)
+        if not entropy_gradient:
+            ctx.mark_non_differentiable(entropies)
         return logprobs, entropies
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_logprobs: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        if len(ctx.saved_tensors) == 1:
-            (direction,) = ctx.saved_tensors
-            return direction * grad_logprobs[:, None].to(direction.dtype), None, None, None, None
+    def backward(ctx: Any, grad_logprobs: Tensor, grad_entropies: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.head_is_frozen:
+            direction, *entropy_direction = ctx.saved_tensors
+            grad_hidden = direction * grad_logprobs[:, None].to(direction.dtype)
+            for each in entropy_direction:
+                grad_hidden += each * grad_entropies[:, None].to(each.dtype)
+            return grad_hidden, None, None, None, None, None
         hidden, weight, bias, targets = ctx.saved_tensors
         grad_hidden = torch.empty_like(hidden)
         grad_weight = torch.zeros_like(weight, dtype=torch.float32)
         grad_bias = None if bias is None else torch.zeros_like(bias, dtype=torch.float32)
         for piece in _chunks(hidden.shape[0], weight.shape[0]):
-            logits = linear(hidden[piece], weight, bias).float() / ctx.temperature
-            slope = -torch.softmax(logits, dim=-1)
+            rows = torch.log_softmax(linear(hidden[piece], weight, bias).float() / ctx.temperature, dim=-1)
+            slope = -rows.exp()
             slope[torch.arange(slope.shape[0]), targets[piece]] += 1
-            slope *= grad_logprobs[piece, None] / ctx.temperature
+            slope *= grad_logprobs[piece, None]
+            if ctx.entropy_gradient:
+                entropies = -(rows.exp() * rows).sum(-1)
+                slope += _entropy_slope(rows, entropies) * grad_entropies[piece, None]
+            slope /= ctx.temperature
             slope_cast = slope.to(weight.dtype)
             grad_hidden[piece] = slope_cast @ weight
             grad_weight += slope_cast.T @ hidden[piece]
             if grad_bias is not None:
                 grad_bias += slope.sum(0)
-        return grad_hidden, grad_weight.to(weight.dtype), None if bias is None else grad_bias.to(bias.dtype), None, None
+        grad_bias = None if grad_bias is None else grad_bias.to(bias.dtype)
+        return grad_hidden, grad_weight.to(weight.dtype), grad_bias, None, None, None
+
+
+def _entropy_slope(rows: Tensor, entropies: Tensor) -> Tensor:
+    """Derivative of each row's entropy by its logits: -p (log p + H), with `rows` = log p (m, V) and H (m,)."""
+    return -rows.exp() * (rows + entropies[:, None])
 
 
 def head_logprobs(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, temperature: float
-) -> tuple[Tensor, Tensor]:
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, temperature: float,
+    entropy_gradient: bool = False,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Log-probability of each target and entropy of each distribution (nats), both (M,) float32.
 
     `hidden` (M, H), `weight` (V, H), `bias` (V,) or None, `targets` (M,) int64. Differentiable with respect to hidden
-    states, weight and bias through the log-probabilities; entropies carry no gradient.
+    states, weight and bias through the log-probabilities, and with `entropy_gradient` through the entropies too.
     """
     # a head trained in float32 under autocast: cast here, where the cast is differentiated
     weight, bias = weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype)
-    return _HeadLogprobs.apply(hidden, weight, bias, targets, temperature)
+    return _HeadLogprobs.apply(hidden, weight, bias, targets, temperature, entropy_gradient)
 
 
-def logits_logprobs(logits: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+def logits_logprobs(
+    logits: Tensor, targets: Tensor, temperature: float, entropy_gradient: bool = False
+) -> tuple[Tensor, Tensor]:
     """The same from whole logits (M, V), for models that change the logits after the head."""
     rows = torch.log_softmax(logits.float() / temperature, dim=-1)
-    entropies = -(rows.detach().exp() * rows.detach()).sum(-1)
+    certain = rows if entropy_gradient else rows.detach()
+    entropies = -(certain.exp() * certain).sum(-1)
     return rows.gather(-1, targets[:, None])[:, 0], entropies

@@ -12,7 +12,28 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-Aggregation = Literal["sequence_mean", "token_mean", "sequence_sum"]
+from .kl import KlEstimator, kl_estimate
+from .ratios import RatioLevel, policy_ratio
+
+Aggregation = Literal["sequence_mean", "token_mean", "constant", "prompt_mean", "sequence_sum"]
+Surrogate = Literal["grpo", "reinforce", "cispo", "sapo"]
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What one token's loss is made of; the options of the same names in the config say what they do."""
+
+    surrogate: Surrogate
+    ratio_level: RatioLevel
+    clip_low: float
+    clip_high: float
+    dual_clip: float | None
+    sapo_temperature_positive: float
+    sapo_temperature_negative: float
+    kl_coeff: float
+    kl_estimator: KlEstimator
+    kl_unbiased: bool
+    entropy_coeff: float
 
 
 @dataclass(frozen=True)
@@ -22,7 +43,7 @@ class Loss:
     total: Tensor
     """Scalar to differentiate."""
     policy: Tensor
-    """Scalar: the part without the KL penalty."""
+    """Scalar: the part without KL penalty and entropy bonus."""
     kl: Tensor
     """(M,) KL estimate of each token; 0 without a reference."""
     ratio: Tensor
@@ -30,83 +51,108 @@ class Loss:
     clipped_low: Tensor
     """(M,) bool: the lower clip decided."""
     clipped_high: Tensor
-    """(M,) bool: the upper clip decided."""
+    """(M,) bool: the upper clip, or the dual clip, decided."""
 
 
-def token_weights(lengths: Tensor, aggregation: Aggregation) -> Tensor:
-    """Weight of each token in the loss, from the lengths (N,) of *all* completions of the global batch: (T,) float32.
+def token_weights(
+    lengths: Tensor, aggregation: Aggregation, *, group: Tensor, included: Tensor, longest: int
+) -> Tensor:
+    """Weight of each token in the loss, from *all* completions that share an optimizer step: (T,) float32.
 
-    sequence_mean: 1 / (N * length), the mean over sequences of their token means (GRPO); token_mean: 1 / T, the mean
-    over all tokens (DAPO); sequence_sum: 1 / N, the mean over sequences of their token sums (REINFORCE).
+    `lengths`, `group` and `included` (N,): completions that are not included have weight 0 and no place in any
+    denominator. With n included completions of P prompts, T tokens in all and `longest` the length limit:
+    sequence_mean: 1 / (n * length), the mean over sequences of their token means (GRPO); token_mean: 1 / T, the mean
+    over all tokens (DAPO); constant: 1 / (n * longest) (Dr. GRPO, arXiv:2503.20783); prompt_mean: 1 / (P * the prompt's
+    tokens), the mean over prompts of their token means; sequence_sum: 1 / n, the mean over sequences of token sums.
     """
-    num_sequences, num_tokens = max(len(lengths), 1), max(int(lengths.sum()), 1)
-    per_sequence = {
-        "sequence_mean": 1.0 / (num_sequences * lengths.clamp(min=1).double()),
-        "token_mean": torch.full((len(lengths),), 1.0 / num_tokens, dtype=torch.float64),
-        "sequence_sum": torch.full((len(lengths),), 1.0 / num_sequences, dtype=torch.float64),
-    }[aggregation]
-    return torch.repeat_interleave(per_sequence, lengths).float()
+    counted = torch.where(included, lengths, 0).double()
+    num_sequences, num_tokens = included.sum().clamp(min=1).double(), counted.sum().clamp(min=1)
+    ones = torch.ones_like(counted)
+    if aggregation == "sequence_mean":
+        per_token = ones / (num_sequences * lengths.clamp(min=1))
+    elif aggregation == "token_mean":
+        per_token = ones / num_tokens
+    elif aggregation == "constant":
+        per_token = ones / (num_sequences * longest)
+    elif aggregation == "prompt_mean":
+        num_groups = int(group.max()) + 1 if len(group) else 0
+        per_group = torch.zeros(num_groups, dtype=torch.float64).index_add_(0, group, counted)
+        per_token = 1 / ((per_group > 0).sum().clamp(min=1) * per_group.clamp(min=1))[group]
+    else:
+        per_token = ones / num_sequences
+    return torch.repeat_interleave(torch.where(included, per_token, 0.0), lengths).float()
 
 
-def k3(logprobs: Tensor, reference: Tensor) -> Tensor:
-    """Schulman's low-variance KL estimate exp(d) - d - 1 with d = reference - policy: (M,), never negative.
+def _clipped(ratio: Tensor, advantages: Tensor, objective: Objective) -> tuple[Tensor, Tensor, Tensor]:
+    """GRPO's clipped surrogate (DeepSeekMath, arXiv:2402.03300, eq. 3; DAPO, arXiv:2503.14476, eq. 8, for two clips).
 
-    http://joschu.net/blog/kl-approx.html; DeepSeekMath, eq. 4.
+    `dual_clip` also bounds the ratio where the advantage is negative (dual clip, arXiv:1912.09729).
     """
-    difference = reference - logprobs
-    return torch.expm1(difference) - difference  # exp(d) - 1 would round away all of a small difference
+    low, high = 1 - objective.clip_low, 1 + objective.clip_high
+    clipped_low = (ratio < low) & (advantages < 0)
+    clipped_high = (ratio > high) & (advantages > 0)
+    bounded = ratio
+    if objective.dual_clip is not None:
+        bounded = ratio.clamp(max=objective.dual_clip)
+        clipped_high |= (ratio > objective.dual_clip) & (advantages < 0)
+    losses = -torch.minimum(bounded * advantages, ratio.clamp(low, high) * advantages)
+    return losses, clipped_low, clipped_high
 
 
-def squared_sequence(logprobs: Tensor, reference: Tensor, sequence: Tensor) -> Tensor:
-    """The recipe's penalty: the square of a sequence's summed log-ratio, shared out evenly among its tokens: (M,).
-
-    `sequence` (M,) int64 numbers the pack's completions from 0; a completion is never cut between packs.
-    """
-    num_sequences = int(sequence.max()) + 1 if len(sequence) else 0
-    zeros = logprobs.new_zeros(num_sequences)
-    sums = zeros.index_add(0, sequence, logprobs - reference)
-    lengths = zeros.index_add(0, sequence, torch.ones_like(logprobs))
-    return (sums**2 / lengths.clamp(min=1))[sequence]
-
-
-def grpo(logprobs: Tensor, old: Tensor, advantages: Tensor, clip_low: float, clip_high: float) -> tuple[Tensor, Tensor]:
-    """GRPO's clipped surrogate for each token, to be minimised (DeepSeekMath, eq. 3): losses (M,) and ratios (M,)."""
-    ratio = (logprobs - old).exp()
-    clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
-    return -torch.minimum(ratio * advantages, clipped * advantages), ratio
+def _surrogate(
+    logprobs: Tensor, ratio: Tensor, advantages: Tensor, objective: Objective
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss of each token without penalties, to be minimised, and where its clips decided: three (M,) tensors."""
+    never = torch.zeros_like(ratio, dtype=torch.bool)
+    if objective.surrogate == "grpo":
+        return _clipped(ratio, advantages, objective)
+    if objective.surrogate == "reinforce":  # Williams (1992)
+        return -advantages * logprobs, never, never
+    if objective.surrogate == "cispo":  # MiniMax-M1, arXiv:2506.13585: the weight is clipped, the gradient stays
+        low, high = 1 - objective.clip_low, 1 + objective.clip_high
+        weight = ratio.detach().clamp(low, high)
+        return -weight * advantages * logprobs, ratio < low, ratio > high
+    # SAPO, arXiv:2511.20347: a gate with slope 1 at ratio 1 that closes smoothly on both sides
+    temperature = torch.full_like(ratio, objective.sapo_temperature_negative)
+    temperature[advantages > 0] = objective.sapo_temperature_positive
+    gate = torch.sigmoid(temperature * (ratio - 1)) * 4 / temperature
+    return -gate * advantages, never, never
 
 
 def policy_loss(
-    logprobs: Tensor,
-    old: Tensor,
-    reference: Tensor | None,
-    advantages: Tensor,
-    weights: Tensor,
-    sequence: Tensor,
-    *,
-    objective: Literal["grpo", "reinforce"],
-    clip_low: float,
-    clip_high: float,
-    kl_coeff: float,
-    kl_estimator: Literal["k3", "squared_sequence"],
-) -> Loss:
-    """Loss of one pack: the policy term plus `kl_coeff` times the KL penalty.
+    objective: Objective, logprobs: Tensor, entropies: Tensor, old: Tensor, reference: Tensor | None,
+    advantages: Tensor, weights: Tensor, sequence: Tensor,
+) -> Loss:  # fmt: skip
+    """Loss of one pack: the surrogate, plus `kl_coeff` times the KL penalty, minus `entropy_coeff` times the entropy.
 
     All tensors (M,): log-probabilities (nats) under the policy (with gradient), under the policy that sampled or opened
-    the batch (`old`), under the reference; advantages; weights from `token_weights`; and `sequence`, the pack's
-    completions numbered from 0.
+    the batch (`old`), under the reference (None: no penalty); entropies (nats); advantages; weights from
+    `token_weights`; and `sequence`, the pack's completions numbered from 0. With `kl_unbiased` the penalty is
+    multiplied by the token's ratio, which makes its gradient that of the KL under the policy as it now is
+    (DeepSeek-V3.2, arXiv:2512.02556).
     """
-    if objective == "grpo":
-        per_token, ratio = grpo(logprobs, old, advantages, clip_low, clip_high)
-        low = (ratio < 1 - clip_low) & (advantages < 0)
-        high = (ratio > 1 + clip_high) & (advantages > 0)
-    else:
-        per_token, ratio = -advantages * logprobs, (logprobs - old).exp()
-        low = high = torch.zeros_like(ratio, dtype=torch.bool)
-    policy = (per_token * weights).sum()
-    if reference is None:
-        kl, total = torch.zeros_like(logprobs), policy
-    else:
-        kl = k3(logprobs, reference) if kl_estimator == "k3" else squared_sequence(logprobs, reference, sequence)
-        total = policy + kl_coeff * (kl * weights).sum()
+    ratio = policy_ratio(logprobs, old, sequence, objective.ratio_level)
+    per_token, low, high = _surrogate(logprobs, ratio, advantages, objective)
+    policy = total = (per_token * weights).sum()
+    kl = torch.zeros_like(logprobs)
+    if reference is not None:
+        kl = kl_estimate(logprobs, reference, sequence, objective.kl_estimator)
+        penalty = kl * policy_ratio(logprobs, old, sequence, "token") if objective.kl_unbiased else kl
+        total = total + objective.kl_coeff * (penalty * weights).sum()
+    if objective.entropy_coeff:
+        total = total - objective.entropy_coeff * (entropies * weights).sum()
     return Loss(total, policy.detach(), kl.detach(), ratio.detach(), low, high)
+
+
+def value_loss(values: Tensor, old: Tensor, returns: Tensor, weights: Tensor, clip: float | None) -> Tensor:
+    """Half the weighted squared error of the critic's values; a scalar.
+
+    All tensors (M,): values (with gradient), the values that opened the batch (`old`), the returns to be met, weights
+    from `token_weights`. With `clip`, a value gains nothing by moving further than that from its old one (the PPO
+    implementations' value clipping; Schulman et al., arXiv:1707.06347, eq. 9, without).
+    """
+    errors = (values - returns) ** 2
+    if clip is not None:
+        clipped = old + (values - old).clamp(-clip, clip)
+        errors = torch.maximum(errors, (clipped - returns) ** 2)
+    return (errors * weights).sum() / 2

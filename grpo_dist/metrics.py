@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 
 
 def batch_metrics(batch: Batch, advantages: Tensor, reward_names: list[str]) -> dict[str, float]:
-    """Metrics of the global batch: rewards, advantages and lengths."""
+    """Metrics of the global batch: rewards, advantages (T,) and lengths."""
     scored = batch.reward[~batch.reward.isnan()]
     _, stds, counts = group_statistics(batch.reward, batch.group)
     lengths = batch.lengths.double()
@@ -40,7 +40,7 @@ def batch_metrics(batch: Batch, advantages: Tensor, reward_names: list[str]) -> 
         "reward/std": float(scored.std()) if len(scored) > 1 else 0.0,
         "reward/groups_zero_std": float(((stds <= 1e-12) | (counts < 2)).double().mean()),
         "reward/unscored": float(batch.reward.isnan().double().mean()),
-        "advantage/abs_mean": float(advantages.abs().mean()),
+        "advantage/abs_mean": float(advantages[batch.starts].abs().mean()),
         "completion/length_mean": float(lengths.mean()),
         "completion/length_max": float(lengths.max()),
         "completion/truncated": float((~batch.finished).double().mean()),
@@ -73,34 +73,45 @@ def pass_rates(batch: Batch, weights: Sequence[float]) -> list[float]:
 class UpdateMetrics:
     """Sums over the packs of one update, reduced over the ranks once at its end."""
 
-    SUMS = ("loss", "loss/policy", "kl", "entropy", "ratio/mean", "clip/low", "clip/high",
-            "tokens", "useful", "computed")  # fmt: skip
+    TOTALS = ("loss", "loss/policy", "tokens", "useful", "computed")
     MAXIMA = ("ratio/max", "rollout/logprob_gap_max")
 
     def __init__(self, device: torch.device) -> None:
-        self.sums = torch.zeros(len(self.SUMS), dtype=torch.float64, device=device)
+        self.totals = torch.zeros(len(self.TOTALS), dtype=torch.float64, device=device)
         self.maxima = torch.zeros(len(self.MAXIMA), dtype=torch.float64, device=device)
+        self.means: dict[str, Tensor] = {}
 
-    def add(self, loss: Loss, entropies: Tensor, gap: Tensor, useful: int, computed: int) -> None:
-        """Count one pack in; nothing here waits for the device."""
-        tokens = float(loss.ratio.numel())
-        self.sums += torch.stack([
-            loss.total.detach().double(), loss.policy.double(), loss.kl.double().sum(), entropies.double().sum(),
-            loss.ratio.double().sum(), loss.clipped_low.double().sum(), loss.clipped_high.double().sum(),
-            *self.sums.new_tensor([tokens, useful, computed]),
-        ])  # fmt: skip
+    def add(self, total: Tensor, loss: Loss, gap: Tensor, useful: int, computed: int, means: dict[str, Tensor]) -> None:
+        """Count one pack in; nothing here waits for the device.
+
+        `total` is what is differentiated; `gap` (M,) and each of `means` (M,), of which the mean over all tokens is
+        reported, have one number per token. All packs of all ranks must name the same means.
+        """
+        count = self.totals.new_tensor([loss.ratio.numel(), useful, computed])
+        self.totals += torch.cat([torch.stack([total.detach().double(), loss.policy.double()]), count])
+        means = means | {"kl": loss.kl, "ratio/mean": loss.ratio,
+                         "clip/low": loss.clipped_low, "clip/high": loss.clipped_high}  # fmt: skip
+        for name, values in means.items():
+            self.means[name] = self.means.get(name, 0.0) + values.detach().double().sum()
         if loss.ratio.numel():
             self.maxima = torch.maximum(self.maxima, torch.stack([loss.ratio.double().max(), gap.double().max()]))
 
     def reduced(self, ranks: Any) -> dict[str, float]:
         """The metrics of the update over all ranks; a collective."""
-        sums = dict(zip(self.SUMS, ranks.reduce(self.sums, "sum").tolist(), strict=True))
+        sums = torch.cat([self.totals, torch.stack(list(self.means.values()))])
+        named = dict(zip([*self.TOTALS, *self.means], ranks.reduce(sums, "sum").tolist(), strict=True))
         maxima = dict(zip(self.MAXIMA, ranks.reduce(self.maxima, "max").tolist(), strict=True))
-        tokens = max(sums.pop("tokens"), 1.0)
-        useful, computed = sums.pop("useful"), sums.pop("computed")
-        for name in ("kl", "entropy", "ratio/mean", "clip/low", "clip/high"):
-            sums[name] /= tokens
-        return sums | maxima | {"tokens/computed": computed, "tokens/useful_share": useful / max(computed, 1.0)}
+        tokens = max(named.pop("tokens"), 1.0)
+        useful, computed = named.pop("useful"), named.pop("computed")
+        for name in self.means:
+            named[name] /= tokens
+        return named | maxima | {"tokens/computed": computed, "tokens/useful_share": useful / max(computed, 1.0)}
+
+
+def update_metrics(updates: list[dict[str, float]]) -> dict[str, float | None]:
+    """What the last update of a step left, and of all of them the largest gap to the rollout's numbers."""
+    name = "rollout/logprob_gap_max"
+    return updates[-1] | {name: max(update[name] for update in updates)} if updates else NO_UPDATE
 
 
 class Clock:
@@ -163,7 +174,7 @@ class Recorder:
             "tokens": batch.lengths.tolist(),
             "finished": batch.finished.tolist(),
             "reward": batch.reward.tolist(),
-            "advantage": advantages.tolist(),
+            "advantage": advantages[batch.starts].tolist(),  # of the first token: of the whole completion
             **{f"reward/{name}": column.tolist() for name, column in zip(names, batch.rewards.T, strict=True)},
             **{f"reward/{column}": values for column, values in batch.extras.items()},
         }

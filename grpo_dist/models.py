@@ -24,9 +24,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 
 from . import attention
 from .config import LoraConfig, ModelConfig
+from .critic import HEAD
 from .distributed import unsharded_loading, whole
-from .logprobs import head_logprobs, logits_logprobs
 from .packing import Pack
+from .policy import Policy
 from .toy import toy_path
 
 log = logging.getLogger(__name__)
@@ -116,69 +117,26 @@ def load_causal_lm(model: ModelConfig, dtype: torch.dtype, attn_implementation: 
     return loaded
 
 
-class Policy(nn.Module):
-    """A causal language model that answers packs with log-probabilities."""
-
-    def __init__(self, model: nn.Module, temperature: float) -> None:
-        super().__init__()
-        self.model = model
-        self.temperature = temperature
-        head = self.causal_lm.get_output_embeddings()
-        self.fused_head = False  # until probe.head_is_plain has found that nothing happens to the logits after the head
-        if isinstance(head, nn.Linear):
-            _teach_head(head)
-
-    @property
-    def causal_lm(self) -> nn.Module:
-        """The transformers model; with LoRA, the one the adapters were put into."""
-        return self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
-
-    def forward(self, pack: Pack) -> tuple[Tensor, Tensor]:
-        """Log-probability of each completion token and entropy of its distribution (nats), both (M,) float32."""
-        inputs: dict[str, Any] = {"input_ids": pack.ids[None], "use_cache": False}
-        if pack.layout is not None:
-            inputs |= {"position_ids": pack.positions[None], "layout": pack.layout}
-        if not self.fused_head:
-            logits = self.causal_lm(**inputs, logits_to_keep=pack.predictor).logits[0]
-            return logits_logprobs(logits, pack.targets, self.temperature)
-        hidden = self.causal_lm.base_model(**inputs).last_hidden_state[0, pack.predictor]
-        return self.causal_lm.get_output_embeddings()(hidden, targets=pack.targets, temperature=self.temperature)
-
-
-def _teach_head(head: nn.Linear) -> None:
-    """Let the head answer with log-probabilities when it is given targets.
-
-    It has to happen inside the head's own call: that is where ZeRO-3 makes its sharded weight whole.
-    """
-    plain = head.forward
-
-    def forward(hidden: Tensor, targets: Tensor | None = None, temperature: float = 1.0) -> Any:
-        if targets is None:
-            return plain(hidden)
-        return head_logprobs(hidden, head.weight, head.bias, targets, temperature)
-
-    head.forward = forward  # type: ignore[method-assign]
-
-
 def load_policy(
     model: ModelConfig, lora: LoraConfig | None, dtype: torch.dtype, attn_implementation: str | None,
-    temperature: float, seed: int,
+    temperature: float, seed: int, *, has_critic: bool = False, entropy_gradient: bool = False,
 ) -> Policy:  # fmt: skip
     """The policy: adapters on a frozen base, or the whole model to train in float32 (`lora` None)."""
+    extras = {"has_critic": has_critic, "entropy_gradient": entropy_gradient}
     base = load_causal_lm(model, dtype if lora else torch.float32, attn_implementation)
     if model.gradient_checkpointing:
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         if lora:
             base.enable_input_require_grads()
     if lora is None:
-        return Policy(base, temperature)
+        return Policy(base, temperature, **extras)
     torch.manual_seed(seed)  # every rank draws the same adapters
     base.requires_grad_(False)
     adapted = get_peft_model(base, PeftLoraConfig(
         task_type="CAUSAL_LM", r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout,
         target_modules=lora.target_modules,
     ))  # fmt: skip
-    return Policy(adapted, temperature)
+    return Policy(adapted, temperature, **extras)
 
 
 def _plain_name(name: str) -> str:
@@ -218,6 +176,8 @@ class FrozenCopy:
                     self._put(key, own[key], own[key].float() + delta)
             else:
                 for name, value in parameters.items():
+                    if name.startswith(HEAD):
+                        continue
                     key = name.removeprefix("model.")
                     self._put(key, own[key], value)
 

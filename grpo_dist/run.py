@@ -7,7 +7,7 @@ import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from . import attention, checkpoint
 from .batch import Batch, Completion, Prompt
 from .cli_config import redacted
 from .config import Config
+from .critic import parameter_groups
 from .data import load_prompts
 from .display import Display
 from .distributed import OptimizerState, Ranks, resolve_dtype, unsharded_loading
@@ -39,6 +40,7 @@ from .models import (
     save_final,
     trainable,
 )
+from .position import Position
 from .probe import head_is_plain, packing_leak
 from .rewards.pool import Pending, ScorerPool
 from .rewards.registry import TrainerState, answer_checks, labels
@@ -53,41 +55,6 @@ log = logging.getLogger(__name__)
 
 class UserError(ValueError):
     """Something the user gave cannot be used; the message says what, what was expected and what to do."""
-
-
-@dataclass
-class Position:
-    """Where in the run the weights stand."""
-
-    step: int
-    """Whole steps done."""
-    updates: int = 0
-    """Optimizer steps taken within the step under way."""
-    batch: Batch | None = None
-    """That step's batch, once it has been used."""
-    old: Tensor | None = None
-    """(T,) log-probabilities its updates are measured against, where there are several."""
-    metrics: list[dict[str, float]] = field(default_factory=list)
-    """What its updates measured."""
-
-    def add(self, batch: Batch, metrics: dict[str, float]) -> None:
-        """One more optimizer step was taken on the batch."""
-        self.updates, self.batch = self.updates + 1, batch
-        self.metrics.append(metrics)
-
-    def tensors(self) -> dict[str, Tensor]:
-        """What of the position has to be saved as tensors."""
-        if self.batch is None:
-            return {}
-        held = {f"batch/{name}": getattr(self.batch, name) for name in BATCH_TENSORS}
-        return held if self.old is None else held | {"batch/old": self.old}
-
-    def logged(self) -> dict[str, Any]:
-        """What of the batch has to be saved as JSON: what its scoring measured and its rewards logged."""
-        return {} if self.batch is None else {"scoring": self.batch.scoring, "extras": self.batch.extras}
-
-
-BATCH_TENSORS = ("group", "lengths", "finished", "tokens", "sampled_logprobs", "rewards", "reward")
 
 
 class Run:
@@ -111,7 +78,7 @@ class Run:
         if self.ranks.is_main:
             (self.directory / "config.yaml").write_text(yaml.safe_dump(redacted(asdict(config)), sort_keys=False))
         self._load_models()
-        self.position = self._resume() if self.resume_from else Position(0)
+        self.position = self._resume() if self.resume_from else Position(0, config.loss.kl_coeff)
         self.reference.sync(self.policy)
         self.watch = Watch(self.ranks.rank, self.ranks.num_ranks, self.ranks.store(config.train.hang_timeout_seconds),
                            config.train.max_seconds, config.train.hang_timeout_seconds)  # fmt: skip
@@ -141,9 +108,11 @@ class Run:
         obstacle = packing_obstacle(self.model_config, self.longest) if auto else "as model.attn_implementation asks"
         implementation = attention.NAME if obstacle is None else None if auto else config.model.attn_implementation
         temperature = config.rollout.temperature
-        policy = load_policy(config.model, config.lora, dtype, implementation, temperature, config.train.seed)
+        policy = load_policy(config.model, config.lora, dtype, implementation, temperature, config.train.seed,
+                             has_critic=config.advantage.baseline == "critic",
+                             entropy_gradient=config.loss.entropy_coeff > 0)  # fmt: skip
         optimizer = torch.optim.AdamW(
-            [p for p in policy.parameters() if p.requires_grad],
+            parameter_groups(policy, config.optim, config.critic),
             lr=config.optim.learning_rate, betas=config.optim.betas, weight_decay=config.optim.weight_decay,
         )  # fmt: skip
         self.wrapped, self.optimizer = self.ranks.prepare(policy, optimizer)
@@ -191,9 +160,9 @@ class Run:
     def _identity(self) -> dict[str, Any]:
         """What a run may not change on its way."""
         return {"base": base_identity(self.config.model, self.model_config), "lora": asdict(self.config)["lora"],
-                "data": data_fingerprint(identifying(self.prompts)), "num_prompts": len(self.prompts),
-                "order": order_of(self.config.data), "seed": self.config.train.seed,
-                "batch_size": self.config.train.batch_size}  # fmt: skip
+                "critic": self.config.advantage.baseline == "critic", "num_prompts": len(self.prompts),
+                "data": data_fingerprint(identifying(self.prompts)), "order": order_of(self.config.data),
+                "seed": self.config.train.seed, "batch_size": self.config.train.batch_size}  # fmt: skip
 
     def _check_changes(self) -> None:
         """Log what has changed since the checkpoint; raise ValueError where the run would not be the same run."""
@@ -216,19 +185,16 @@ class Run:
         self.state.restore(tensors)
         self.sampler.restore(meta["sampler"])
         log.info("resumed from %s", self.resume_from)
-        position = Position(meta["step"], meta["updates"], metrics=meta["metrics"])
-        if position.updates:
-            held = {name: tensors[f"batch/{name}"] for name in BATCH_TENSORS}
-            position.batch = Batch(self.prompts_of(position.step), **held, **meta["logged"])
-            position.old = tensors.get("batch/old")
+        position = Position.restored(tensors, meta, self.prompts)
+        if self.config.loss.kl_target is None:  # the coefficient is the config's, which may have been changed
+            position.kl_coeff = self.config.loss.kl_coeff
         return position
 
     def save(self) -> None:
         """Commit a checkpoint of the position; a collective."""
         state = self.state.collect() | self.position.tensors()
-        meta = {"updates": self.position.updates, "metrics": self.position.metrics, "identity": self._identity(),
-                "config": redacted(asdict(self.config)), "versions": versions(),
-                "sampler": self.sampler.state(), "logged": self.position.logged()}  # fmt: skip
+        meta = self.position.meta() | {"identity": self._identity(), "config": redacted(asdict(self.config)),
+                                       "versions": versions(), "sampler": self.sampler.state()}  # fmt: skip
         with self.ranks.together("saving a checkpoint"):
             if self.ranks.is_main:
                 checkpoint.save(self.directory / "checkpoints", self.position.step, state, meta,

@@ -30,6 +30,7 @@ class Pending:
         self._failures: dict[tuple[int, int], Failure] = {}
         self._seconds = np.zeros(len(names))
         self._lost_calls = [0] * len(names)
+        self._per_token: dict[tuple[int, int], list[float]] = {}
         self._metrics: dict[str, tuple[float, int]] = {}
         self._extras: dict[str, list[Any]] = {}
         self._open_cells = shape[0] * shape[1]
@@ -54,14 +55,21 @@ class Pending:
             failed[cell] = True
         failures = [self._failures[cell] for cell in sorted(self._failures)]
         metrics, extras = dict(sorted(self._metrics.items())), dict(sorted(self._extras.items()))
-        return Scores(self._values, failed, failures, self._names, self._seconds, metrics, extras)
+        return Scores(
+            self._values, failed, failures, self._names, self._seconds, self._per_token, metrics, extras
+        )
 
     def scored(self, reward: int, places: Sequence[int], answer: dict[str, Any]) -> None:
         """Take in the values of one call."""
         bad = {int(place): told for place, told in answer["bad"].items()}
         with self._lock:
-            for place, value in zip(places, answer["values"], strict=True):
-                self._values[place, reward] = np.nan if value is None else value
+            for number, (place, value) in enumerate(zip(places, answer["values"], strict=True)):
+                num_tokens = len(self.items[place].completion_ids)
+                if isinstance(value, list) and len(value) != num_tokens:
+                    told = f"returned {len(value)} numbers for {num_tokens} tokens, expected one per token"
+                    bad[number] = ("bad_value", told)
+                else:
+                    self._take(place, reward, value)
             for place, (kind, message) in bad.items():
                 self._failures[places[place], reward] = self._failure(places[place], reward, kind, message)
             for name, mean in answer["metrics"].items():
@@ -72,6 +80,13 @@ class Pending:
                 for place, value in zip(places, values, strict=True):
                     cells[place] = value
             self._close(len(places))
+
+    def _take(self, place: int, reward: int, value: float | list[float | None] | None) -> None:
+        if isinstance(value, list):
+            numbers = np.array(value, dtype=float)  # None becomes NaN
+            self._per_token[place, reward] = numbers.tolist()
+            value = None if np.isnan(numbers).all() else float(np.nansum(numbers))
+        self._values[place, reward] = np.nan if value is None else value
 
     def failed(self, reward: int, place: int, kind: FailureKind, message: str, traceback: str = "") -> None:
         """Take in that one completion cannot be scored."""

@@ -60,6 +60,9 @@ class Scores:
     """(R); the rewards' labels."""
     seconds: NDArray[np.float64]
     """(R,); time spent in each reward's calls, summed over the workers."""
+    per_token: dict[tuple[int, int], list[float]] = field(default_factory=dict)
+    """By (completion, reward), where a reward gave one number per completion token: these numbers, NaN for None. Their
+    sum stands in `values`."""
     metrics: dict[str, tuple[float, int]] = field(default_factory=dict)
     """What rewards logged with `log_metric`, by `REWARD/NAME`: the sum over the calls of value times completions, and
     the number of those completions. Their quotient is the mean, however the completions were divided into calls."""

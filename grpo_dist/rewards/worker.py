@@ -77,12 +77,14 @@ def resolve_for(config: RewardConfig, placement: Placement) -> RewardFunction | 
     return resolve(config) if declared == placement else declared
 
 
+
 def answer(rewards: Sequence[RewardFunction | Placement], request: bytes) -> dict[str, Any]:
     """Make one call and return `{"values": […], "bad": {place: [kind, message]}, "metrics": …, "extras": …}`, or its
     `kind`, `message` and `traceback`.
 
     A request is the pickled tuple of the reward's place, the number of completions, the keywords of the call and the
-    trainer's state. Values are floats, or None where the reward does not apply or its value is bad.
+    trainer's state. Values are floats, lists of floats and Nones (one per token), or None where the reward does not
+    apply or its value is bad.
     """
     try:
         place, count, keywords, state = pickle.loads(request)
@@ -127,12 +129,15 @@ class Log:
         return {name: sum(values) / len(values) for name, values in self._metrics.items()}
 
 
-def read_values(result: object, count: int) -> tuple[list[float | None], dict[int, tuple[FailureKind, str]]]:
+Value = float | list[float | None] | None
+
+
+def read_values(result: object, count: int) -> tuple[list[Value], dict[int, tuple[FailureKind, str]]]:
     """Return a result's values as floats, None where it does not apply, and kind and message of each bad one by place.
 
-    Bools, ints, numpy scalars and tensors without dimensions are numbers; arrays and tensors with one are lists. An
-    exception among the values says that this one completion could not be scored. Raises BadValueError where the result
-    as a whole is not a list of `count` values.
+    Bools, ints, numpy scalars and tensors without dimensions are numbers; arrays and tensors with one are lists. A
+    value that is a list itself holds one number, or None, per token of its completion; an exception says that this one
+    completion could not be scored. Raises BadValueError where the result as a whole is not a list of `count` values.
     """
     if hasattr(result, "tolist") and getattr(result, "ndim", None) is not None:
         result = result.tolist()
@@ -141,17 +146,25 @@ def read_values(result: object, count: int) -> tuple[list[float | None], dict[in
     given = list(result)
     if len(given) != count:
         raise BadValueError(f"returned {len(given)} values for {count} completions: {_shown(given)}")
-    values: list[float | None] = []
+    values: list[Value] = []
     bad: dict[int, tuple[FailureKind, str]] = {}
     for place, value in enumerate(given):
-        number = None if value is None or isinstance(value, Exception) else _as_float(value)
+        read = None if isinstance(value, Exception) else _read_value(value)
         if isinstance(value, Exception):
             bad[place] = ("raised", "".join(traceback.format_exception_only(value)).strip())
-        elif number is not None and not math.isfinite(number):
-            bad[place] = ("bad_value", f"returned {_shown(value)}, expected a finite number or None")
-            number = None
-        values.append(number)
+        elif not all(each is None or math.isfinite(each) for each in (read if isinstance(read, list) else [read])):
+            expected = "a finite number, None, or a list of these (one per token)"
+            bad[place], read = ("bad_value", f"returned {_shown(value)}, expected {expected}"), None
+        values.append(read)
     return values, bad
+
+
+def _read_value(value: Any) -> Value:
+    if getattr(value, "ndim", None) == 1:
+        value = value.tolist()
+    if isinstance(value, (list, tuple)):
+        return [None if each is None else _as_float(each) for each in value]
+    return None if value is None else _as_float(value)
 
 
 def _as_float(value: Any) -> float:

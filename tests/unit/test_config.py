@@ -142,7 +142,7 @@ GROUPS = [cls for _, cls in inspect.getmembers(config_module, inspect.isclass)
 @pytest.mark.parametrize("cls", [*GROUPS, Config], ids=lambda cls: cls.__name__)
 def test_every_field_is_documented(cls: type) -> None:
     assert cls.__doc__ and not cls.__doc__.startswith(f"{cls.__name__}(")
-    (body,) = (node.body for node in ast.parse(inspect.getsource(config_module)).body
+    (body,) = (node.body for node in ast.parse(inspect.getsource(sys.modules[cls.__module__])).body
                if isinstance(node, ast.ClassDef) and node.name == cls.__name__)  # fmt: skip
     documented = {
         node.target.id for node, after in pairwise(body)

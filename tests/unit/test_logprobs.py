@@ -71,6 +71,32 @@ def test_a_bias_trained_without_its_weight_has_a_gradient(wanted: list[int]) -> 
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(got, truth, strict=True))
 
 
+@pytest.mark.parametrize("chunk_elements", [V, 1 << 24])
+@pytest.mark.parametrize("wanted", [[0], [0, 1], [0, 1, 2], [1]])
+def test_the_entropy_gradient_equals_autograd(
+    wanted: list[int], chunk_elements: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "CHUNK_ELEMENTS", chunk_elements)
+    tensors = inputs()
+    results = []
+    for dtype in (torch.float32, torch.float64):
+        leaves = [t.detach().clone().to(dtype).requires_grad_(n in wanted) for n, t in enumerate(tensors[:3])]
+        if dtype == torch.float32:
+            values, entropies = head_logprobs(*leaves, tensors[3], 0.7, entropy_gradient=True)
+        else:
+            values, entropies = plain(*leaves, tensors[3], 0.7)
+        mixed = (values * torch.linspace(-1, 2, M)).sum() + (entropies * torch.linspace(3, -2, M)).sum()
+        results.append(torch.autograd.grad(mixed, [leaves[n] for n in wanted]))
+    for got, expected in zip(*results, strict=True):
+        assert torch.allclose(got.double(), expected, atol=2e-5)
+
+
+def test_the_frozen_heads_entropy_costs_one_more_vector_a_token() -> None:
+    hidden, weight, bias, targets = inputs()
+    _, entropies = head_logprobs(hidden.requires_grad_(), weight, bias, targets, 1.0, entropy_gradient=True)
+    assert [tuple(t.shape) for t in entropies.grad_fn.saved_tensors] == [(M, H), (M, H)]
+
+
 @pytest.mark.parametrize("head_is_frozen", [True, False])
 def test_gradients_equal_finite_differences(head_is_frozen: bool) -> None:
     hidden, weight, bias, targets = inputs()
@@ -144,6 +170,7 @@ def test_whole_logits_give_the_same(temperature: float) -> None:
     expected, expected_entropies = head_logprobs(hidden, weight, bias, targets, temperature)
     assert torch.allclose(values, expected, atol=1e-6) and torch.allclose(entropies, expected_entropies, atol=1e-6)
     assert values.requires_grad and not entropies.requires_grad
+    assert logits_logprobs(logits, targets, temperature, entropy_gradient=True)[1].requires_grad
     (gradient,) = torch.autograd.grad(values.sum(), logits)
     slope = (torch.nn.functional.one_hot(targets, V) - torch.softmax(logits / temperature, -1)) / temperature
     assert torch.allclose(gradient, slope, atol=1e-6)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,41 +12,73 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from grpo_dist.losses import k3, policy_loss, squared_sequence, token_weights
+from grpo_dist.kl import kl_estimate
+from grpo_dist.losses import Objective, policy_loss, token_weights, value_loss
 
 LENGTHS = [3, 1, 4]
 SEQUENCE = [0, 0, 0, 1, 2, 2, 2, 2]
-CASES: list[dict[str, Any]] = [
-    {"objective": "grpo", "kl_estimator": "k3", "kl_coeff": 0.0},
-    {"objective": "grpo", "kl_estimator": "k3", "kl_coeff": 0.3},
-    {"objective": "grpo", "kl_estimator": "squared_sequence", "kl_coeff": 0.3},
-    {"objective": "reinforce", "kl_estimator": "squared_sequence", "kl_coeff": 0.3},
-    {"objective": "reinforce", "kl_estimator": "k3", "kl_coeff": 0.3},
+OBJECTIVE = Objective(
+    surrogate="grpo", ratio_level="token", clip_low=0.2, clip_high=0.2, dual_clip=None, sapo_temperature_positive=1.0,
+    sapo_temperature_negative=1.05, kl_coeff=0.0, kl_estimator="k3", kl_unbiased=False, entropy_coeff=0.0,
+)  # fmt: skip
+CASES: list[Objective] = [
+    OBJECTIVE,
+    replace(OBJECTIVE, kl_coeff=0.3),
+    replace(OBJECTIVE, kl_coeff=0.3, kl_estimator="squared_sequence", clip_low=0.1, clip_high=0.5),
+    replace(OBJECTIVE, dual_clip=1.6, clip_high=0.5, kl_coeff=0.2, kl_estimator="abs"),
+    replace(OBJECTIVE, kl_coeff=0.3, kl_unbiased=True, entropy_coeff=0.7),
+    replace(OBJECTIVE, kl_coeff=0.3, kl_estimator="k1", kl_unbiased=True),
+    replace(OBJECTIVE, surrogate="reinforce", kl_estimator="squared_sequence", kl_coeff=0.3),
+    replace(OBJECTIVE, surrogate="reinforce", kl_estimator="k2", kl_coeff=0.3),
+    replace(OBJECTIVE, surrogate="sapo", kl_coeff=0.1),
+    replace(OBJECTIVE, surrogate="sapo", sapo_temperature_positive=2.0, sapo_temperature_negative=3.0),
 ]
+DETACHED: list[Objective] = [
+    replace(OBJECTIVE, surrogate="cispo", clip_low=1.0),
+    replace(OBJECTIVE, surrogate="cispo", kl_coeff=0.3),
+    replace(OBJECTIVE, ratio_level="sequence", clip_low=0.03, clip_high=0.04),
+    replace(OBJECTIVE, ratio_level="sequence", surrogate="cispo"),
+    replace(OBJECTIVE, ratio_level="sequence", surrogate="sapo", kl_coeff=0.3),
+]
+"""Objectives with parts that are not differentiated, which finite differences of the value therefore do not show."""
+
+
+def naive_kl(d: list[float], sequence: list[int], m: int, estimator: str) -> float:
+    """One token's penalty from all log-ratios."""
+    if estimator == "squared_sequence":
+        mine = [n for n in range(len(d)) if sequence[n] == sequence[m]]
+        return sum(d[n] for n in mine) ** 2 / len(mine)
+    return {"k1": d[m], "k2": d[m] ** 2 / 2, "k3": math.exp(-d[m]) - 1 + d[m], "abs": abs(d[m])}[estimator]
 
 
 def naive_loss(
-    logprobs: list[float], old: list[float], reference: list[float], advantages: list[float], weights: list[float],
-    sequence: list[int], objective: str, kl_estimator: str, kl_coeff: float, clip_low: float, clip_high: float,
+    logprobs: list[float], entropies: list[float], old: list[float], reference: list[float], advantages: list[float],
+    weights: list[float], sequence: list[int], o: Objective, frozen: list[float] | None = None,
 ) -> float:  # fmt: skip
-    """The loss, one token after another."""
+    """The loss, one token after another; `frozen` are the log-probabilities where they are not differentiated."""
     total = 0.0
+    frozen = logprobs if frozen is None else frozen
     for m, logprob in enumerate(logprobs):
-        if objective == "grpo":
-            ratio = math.exp(logprob - old[m])
-            if advantages[m] >= 0:
-                term = -min(ratio, 1 + clip_high) * advantages[m]
-            else:
-                term = -max(ratio, 1 - clip_low) * advantages[m]
-        else:
-            term = -advantages[m] * logprob
-        if kl_estimator == "k3":
-            difference = reference[m] - logprob
-            kl = math.exp(difference) - difference - 1
-        else:
+        plain = ratio = math.exp(logprob - old[m])
+        fixed = math.exp(frozen[m] - old[m])
+        if o.ratio_level == "sequence":
             mine = [n for n in range(len(logprobs)) if sequence[n] == sequence[m]]
-            kl = sum(logprobs[n] - reference[n] for n in mine) ** 2 / len(mine)
-        total += weights[m] * (term + kl_coeff * kl)
+            fixed = math.exp(sum(frozen[n] - old[n] for n in mine) / len(mine))
+            ratio = fixed * math.exp(logprob - frozen[m])
+        if o.surrogate == "grpo" and advantages[m] >= 0:
+            term = -min(ratio, 1 + o.clip_high) * advantages[m]
+        elif o.surrogate == "grpo":
+            term = -min(max(ratio, 1 - o.clip_low), o.dual_clip or math.inf) * advantages[m]
+        elif o.surrogate == "reinforce":
+            term = -advantages[m] * logprob
+        elif o.surrogate == "cispo":
+            term = -min(max(fixed, 1 - o.clip_low), 1 + o.clip_high) * advantages[m] * logprob
+        else:
+            tau = o.sapo_temperature_positive if advantages[m] > 0 else o.sapo_temperature_negative
+            term = -4 / tau / (1 + math.exp(-tau * (ratio - 1))) * advantages[m]
+        kl = naive_kl([p - r for p, r in zip(logprobs, reference, strict=True)], sequence, m, o.kl_estimator)
+        kl *= plain if o.kl_unbiased else 1
+        total += weights[m] * (term + o.kl_coeff * kl - o.entropy_coeff * entropies[m])
     return total
 
 
@@ -59,42 +92,58 @@ def inputs(seed: int = 0) -> dict[str, Tensor]:
         "logprobs": old + shift, "old": old,
         "reference": old + torch.randn(8, generator=generator, dtype=torch.float64) / 2,
         "advantages": advantages, "weights": torch.rand(8, generator=generator, dtype=torch.float64),
-        "sequence": torch.tensor(SEQUENCE),
+        "sequence": torch.tensor(SEQUENCE), "entropies": torch.rand(8, generator=generator, dtype=torch.float64),
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("clips", [(0.2, 0.2), (0.1, 0.5)])
-def test_policy_loss_and_gradient_equal_the_loop(case: dict[str, Any], clips: tuple[float, float]) -> None:
-    given_tensors = inputs()
-    logprobs = given_tensors.pop("logprobs").requires_grad_()
-    options = case | {"clip_low": clips[0], "clip_high": clips[1]}
-    loss = policy_loss(logprobs, **given_tensors, **options)
-    lists = {name: tensor.tolist() for name, tensor in given_tensors.items()}
+@pytest.mark.parametrize("case", CASES + DETACHED)
+def test_policy_loss_and_gradient_equal_the_loop(case: Objective) -> None:
+    tensors = inputs()
+    logprobs, entropies = tensors["logprobs"].requires_grad_(), tensors["entropies"].requires_grad_()
+    loss = policy_loss(case, **tensors)
+    lists = {name: tensor.tolist() for name, tensor in tensors.items() if name != "logprobs"}
     point = logprobs.tolist()
-    assert float(loss.total.detach()) == pytest.approx(naive_loss(point, **lists, **options), rel=1e-12)
-    assert float(loss.policy) == pytest.approx(naive_loss(point, **lists, **(options | {"kl_coeff": 0.0})), rel=1e-12)
-    (gradient,) = torch.autograd.grad(loss.total, logprobs)
+    assert loss.total.item() == pytest.approx(naive_loss(point, **lists, o=case), rel=1e-12)
+    plain = replace(case, kl_coeff=0.0, entropy_coeff=0.0)
+    assert float(loss.policy) == pytest.approx(naive_loss(point, **lists, o=plain), rel=1e-12)
+    (gradient,) = torch.autograd.grad(loss.total, logprobs, retain_graph=True)
     for m in range(8):
         step = [0.0] * 8
         step[m] = 1e-6
-        above = naive_loss([p + s for p, s in zip(point, step, strict=True)], **lists, **options)
-        below = naive_loss([p - s for p, s in zip(point, step, strict=True)], **lists, **options)
+        above = naive_loss([p + s for p, s in zip(point, step, strict=True)], **lists, o=case, frozen=point)
+        below = naive_loss([p - s for p, s in zip(point, step, strict=True)], **lists, o=case, frozen=point)
         assert float(gradient[m]) == pytest.approx((above - below) / 2e-6, rel=1e-6, abs=1e-8)
+    (by_entropy,) = torch.autograd.grad(loss.total, entropies, allow_unused=True)
+    expected = -case.entropy_coeff * tensors["weights"]
+    assert torch.allclose(torch.zeros(8).double() if by_entropy is None else by_entropy, expected)
+
+
+def test_a_sequence_ratio_has_the_gradient_of_gspo() -> None:
+    """Where a completion's tokens share advantage and weight, their own gradients add up to the geometric mean's."""
+    tensors = inputs() | {"weights": torch.tensor([1 / 9] * 3 + [1 / 3] + [1 / 12] * 4, dtype=torch.float64)}
+    tensors["advantages"] = torch.tensor([1.0] * 3 + [0.5] + [-2.0] * 4, dtype=torch.float64)
+    logprobs = tensors["logprobs"].requires_grad_()
+    got = policy_loss(replace(OBJECTIVE, ratio_level="sequence", clip_low=0.9, clip_high=9.0), **tensors).total
+    expected = torch.zeros((), dtype=torch.float64)
+    for first, last in ((0, 3), (3, 4), (4, 8)):
+        ratio = (logprobs[first:last] - tensors["old"][first:last]).mean().exp()
+        expected = expected - ratio * tensors["advantages"][first] / 3
+    assert got.item() == pytest.approx(expected.item())
+    gradients = [torch.autograd.grad(value, logprobs)[0] for value in (got, expected)]
+    assert torch.allclose(*gradients, rtol=1e-12)
 
 
 def test_without_a_reference_there_is_no_penalty() -> None:
-    tensors = inputs() | {"reference": None}
-    loss = policy_loss(**tensors, objective="grpo", clip_low=0.2, clip_high=0.2, kl_coeff=5.0, kl_estimator="k3")  # type: ignore[arg-type]
-    assert float(loss.total.detach()) == float(loss.policy)
+    loss = policy_loss(replace(OBJECTIVE, kl_coeff=5.0), **(inputs() | {"reference": None}))  # type: ignore[arg-type]
+    assert float(loss.total) == float(loss.policy)
     assert loss.kl.tolist() == [0.0] * 8
 
 
 def test_flags_say_which_clip_decided() -> None:
     tensors = inputs()
-    options: dict[str, Any] = {"clip_low": 0.2, "clip_high": 0.3, "kl_coeff": 0.0, "kl_estimator": "k3"}
-    logprobs = tensors.pop("logprobs").requires_grad_()
-    loss = policy_loss(logprobs, **tensors, objective="grpo", **options)
+    objective = replace(OBJECTIVE, clip_high=0.3)
+    logprobs = tensors["logprobs"].requires_grad_()
+    loss = policy_loss(objective, **tensors)
     ratios = [math.exp(a - b) for a, b in zip(logprobs.tolist(), tensors["old"].tolist(), strict=True)]
     advantages = tensors["advantages"].tolist()
     assert loss.ratio.tolist() == pytest.approx(ratios)
@@ -103,45 +152,75 @@ def test_flags_say_which_clip_decided() -> None:
     assert bool(loss.clipped_low.any()) and bool(loss.clipped_high.any())
     (gradient,) = torch.autograd.grad(loss.total, logprobs)
     assert torch.equal(gradient == 0, loss.clipped_low | loss.clipped_high)
-    plain = policy_loss(logprobs, **tensors, objective="reinforce", **options)
-    assert not bool(plain.clipped_low.any()) and not bool(plain.clipped_high.any())
+    for surrogate in ("reinforce", "sapo"):
+        plain = policy_loss(replace(objective, surrogate=surrogate), **tensors)
+        assert not bool(plain.clipped_low.any()) and not bool(plain.clipped_high.any())
+    cispo = policy_loss(replace(objective, surrogate="cispo"), **tensors)
+    assert cispo.clipped_low.tolist() == [r < 0.8 for r in ratios]
+    assert cispo.clipped_high.tolist() == [r > 1.3 for r in ratios]
+    dual = policy_loss(replace(objective, dual_clip=1.5), **(tensors | {"advantages": -tensors["advantages"]}))
+    assert bool(dual.clipped_high[0]) and ratios[0] > 1.5
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_first_step_has_ratio_one_and_the_plain_policy_gradient(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize("surrogate", ["grpo", "reinforce", "cispo", "sapo"])
+def test_first_step_has_ratio_one_and_the_plain_policy_gradient(
+    surrogate: Any, level: Any, dtype: torch.dtype
+) -> None:
     logprobs = (-torch.rand(64) * 20).to(dtype).requires_grad_()
     advantages, weights = torch.randn(64).to(dtype), torch.rand(64).to(dtype)
-    loss = policy_loss(logprobs, logprobs.detach(), logprobs.detach(), advantages, weights,
-                       torch.zeros(64, dtype=torch.int64), objective="grpo", clip_low=0.2, clip_high=0.2,
-                       kl_coeff=0.1, kl_estimator="k3")  # fmt: skip
+    old = logprobs.detach()
+    loss = policy_loss(replace(OBJECTIVE, kl_coeff=0.1, surrogate=surrogate, ratio_level=level), logprobs, weights, old,
+                       old, advantages, weights, torch.zeros(64, dtype=torch.int64))  # fmt: skip
     assert bool((loss.ratio == 1).all())
     assert bool((loss.kl == 0).all())
     assert not bool(loss.clipped_low.any()) and not bool(loss.clipped_high.any())
     (gradient,) = torch.autograd.grad(loss.total, logprobs)
-    assert torch.allclose(gradient, -advantages * weights)
+    assert torch.allclose(gradient, -advantages * weights, rtol=0.02 if dtype == torch.bfloat16 else 1e-5)
 
 
 def test_only_the_total_is_differentiable() -> None:
     tensors = inputs()
     tensors["logprobs"].requires_grad_()
-    loss = policy_loss(**tensors, objective="grpo", clip_low=0.2, clip_high=0.2, kl_coeff=0.1, kl_estimator="k3")
+    loss = policy_loss(replace(OBJECTIVE, kl_coeff=0.1), **tensors)
     assert loss.total.requires_grad
     assert not any(t.requires_grad for t in (loss.policy, loss.kl, loss.ratio, loss.clipped_low, loss.clipped_high))
 
 
-@given(st.lists(st.integers(1, 9), min_size=1, max_size=8))
-@settings(max_examples=25, deadline=None)
-def test_token_weights_equal_the_loop(lengths: list[int]) -> None:
-    num_tokens, num_sequences = sum(lengths), len(lengths)
-    expected = {
-        "sequence_mean": [1 / (num_sequences * length) for length in lengths for _ in range(length)],
-        "token_mean": [1 / num_tokens] * num_tokens,
-        "sequence_sum": [1 / num_sequences] * num_tokens,
+@given(st.lists(st.tuples(st.integers(1, 9), st.integers(0, 3), st.booleans()), min_size=1, max_size=9))
+@settings(max_examples=60, deadline=None)
+def test_token_weights_equal_the_loop(rows: list[tuple[int, int, bool]]) -> None:
+    inside = [(length, group) for length, group, counts in rows if counts]
+    n, total = max(len(inside), 1), max(sum(length for length, _ in inside), 1)
+    per_prompt = {g: sum(length for length, other in inside if other == g) for _, g in inside}
+    one = {
+        "sequence_mean": lambda length, group: 1 / (n * length),
+        "token_mean": lambda length, group: 1 / total,
+        "constant": lambda length, group: 1 / (n * 12),
+        "prompt_mean": lambda length, group: 1 / (len(per_prompt) * per_prompt[group]),
+        "sequence_sum": lambda length, group: 1 / n,
     }
-    for aggregation, values in expected.items():
-        weights = token_weights(torch.tensor(lengths), aggregation)  # type: ignore[arg-type]
-        assert weights.dtype == torch.float32
-        assert weights.tolist() == pytest.approx(values)
+    lengths, group, included = (torch.tensor(column) for column in zip(*rows, strict=True))
+    for aggregation, weight in one.items():
+        expected = [weight(length, g) if counts else 0.0 for length, g, counts in rows for _ in range(length)]
+        got = token_weights(lengths, aggregation, group=group, included=included, longest=12)  # type: ignore[arg-type]
+        assert got.dtype == torch.float32
+        assert got.tolist() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("clip", [None, 0.2])
+def test_value_loss_equals_the_loop(clip: float | None) -> None:
+    generator = torch.Generator().manual_seed(3)
+    values, old, returns, weights = torch.randn(4, 9, generator=generator, dtype=torch.float64)
+    values.requires_grad_()
+    expected = 0.0
+    for v, o, r, w in zip(values.tolist(), old.tolist(), returns.tolist(), weights.tolist(), strict=True):
+        clipped = v if clip is None else min(max(v, o - clip), o + clip)
+        expected += w * max((v - r) ** 2, (clipped - r) ** 2) / 2
+    loss = value_loss(values, old, returns, weights, clip)
+    assert loss.item() == pytest.approx(expected)
+    assert torch.autograd.gradcheck(lambda v: value_loss(v, old, returns, weights, clip), values)
 
 
 @given(st.lists(st.tuples(st.floats(-30, 0, width=32), st.floats(-30, 0, width=32)), min_size=1, max_size=20))
@@ -149,21 +228,23 @@ def test_token_weights_equal_the_loop(lengths: list[int]) -> None:
 def test_k3_equals_its_formula(pairs: list[tuple[float, float]]) -> None:
     logprobs, reference = (torch.tensor(column, dtype=torch.float64) for column in zip(*pairs, strict=True))
     expected = [math.expm1(r - p) - (r - p) for p, r in pairs]
-    assert k3(logprobs, reference).tolist() == pytest.approx(expected, rel=1e-9, abs=1e-12)
+    got = kl_estimate(logprobs, reference, torch.zeros(len(pairs), dtype=torch.int64), "k3")
+    assert got.tolist() == pytest.approx(expected, rel=1e-9, abs=1e-12)
 
 
 def test_k3_is_never_negative() -> None:
-    """Near 0 the estimate is d² / 2, far below the rounding of exp(d) - d - 1 in float32."""
+    """Near 0 the estimate is d² / 2: far below the rounding of exp(d) - d - 1, and must not turn negative."""
     differences = torch.cat([torch.logspace(-7, 1, 4000), -torch.logspace(-7, 1, 4000)])
-    estimates = k3(torch.zeros_like(differences), differences)
+    sequence = torch.zeros(len(differences), dtype=torch.int64)
+    estimates = kl_estimate(torch.zeros_like(differences), differences, sequence, "k3")
     assert float(estimates.min()) >= 0
-    assert k3(torch.zeros(1), torch.zeros(1)).item() == 0
+    assert kl_estimate(torch.zeros(1), torch.zeros(1), sequence[:1], "k3").item() == 0
 
 
 def test_squared_sequence_shares_the_square_out_evenly() -> None:
     tensors = inputs()
     logprobs, reference = tensors["logprobs"], tensors["reference"]
-    penalty = squared_sequence(logprobs, reference, tensors["sequence"])
+    penalty = kl_estimate(logprobs, reference, tensors["sequence"], "squared_sequence")
     start = 0
     for length in LENGTHS:
         part = slice(start, start + length)
@@ -171,28 +252,26 @@ def test_squared_sequence_shares_the_square_out_evenly() -> None:
         assert penalty[part].tolist() == pytest.approx([square / length] * length)
         start += length
     empty = torch.zeros(0)
-    assert squared_sequence(empty, empty, torch.zeros(0, dtype=torch.int64)).shape == (0,)
+    assert kl_estimate(empty, empty, torch.zeros(0, dtype=torch.int64), "squared_sequence").shape == (0,)
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_an_empty_pack_has_a_loss_of_zero_that_can_be_differentiated(case: dict[str, Any]) -> None:
+@pytest.mark.parametrize("case", CASES + DETACHED)
+def test_an_empty_pack_has_a_loss_of_zero_that_can_be_differentiated(case: Objective) -> None:
     empty, sequence = torch.zeros(0), torch.zeros(0, dtype=torch.int64)
     parameter = torch.ones(3, requires_grad=True)
-    loss = policy_loss(parameter[sequence], empty, empty, empty, empty, sequence, clip_low=0.2, clip_high=0.2, **case)
+    loss = policy_loss(case, parameter[sequence], empty, empty, empty, empty, empty, sequence)
     loss.total.backward()
     assert float(loss.total.detach()) == 0 and parameter.grad is not None and parameter.grad.tolist() == [0.0] * 3
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_the_loss_is_a_sum_over_completions(case: dict[str, Any]) -> None:
+@pytest.mark.parametrize("case", CASES + DETACHED)
+def test_the_loss_is_a_sum_over_completions(case: Objective) -> None:
     tensors = inputs()
-    options = case | {"clip_low": 0.2, "clip_high": 0.2}
-    whole = float(policy_loss(**tensors, **options).total)
+    whole = policy_loss(case, **tensors).total.item()
     parts = 0.0
     for number in range(len(LENGTHS)):
         mine = tensors["sequence"] == number
-        part = {name: tensor[mine] for name, tensor in tensors.items()} | {
-            "sequence": torch.zeros(LENGTHS[number], dtype=torch.int64)
-        }
-        parts += float(policy_loss(**part, **options).total)
+        part = {name: tensor[mine] for name, tensor in tensors.items()}
+        part["sequence"] = torch.zeros(LENGTHS[number], dtype=torch.int64)
+        parts += float(policy_loss(case, **part).total)
     assert parts == pytest.approx(whole, rel=1e-12)

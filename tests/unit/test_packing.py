@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM, Qwen2Config
 from grpo_dist import attention
 from grpo_dist.attention import BLOCK, block_layout
 from grpo_dist.batch import Batch, Prompt
-from grpo_dist.losses import policy_loss, token_weights
+from grpo_dist.critic import ValueHead
+from grpo_dist.losses import Objective, policy_loss, token_weights
 from grpo_dist.models import Policy
 from grpo_dist.packing import Piece, make_pack, piece_cost, plan
 
@@ -269,17 +270,22 @@ def loss_inputs(batch: Batch) -> dict[str, Tensor]:
         "old": -4.5 + torch.randn(count, generator=generator) * 0.2,
         "reference": -4.5 + torch.randn(count, generator=generator),
         "advantages": torch.randn(len(batch.lengths), generator=generator)[batch.sequence],
-        "weights": token_weights(batch.lengths, "sequence_mean"),
+        "weights": token_weights(batch.lengths, "sequence_mean", group=batch.group,
+                                 included=torch.ones_like(batch.finished), longest=1),
     }
 
 
 def share_of_loss(
-    logprobs: Tensor, inputs: dict[str, Tensor], token: Tensor, sequence: Tensor, estimator: str
-) -> Tensor:
+    logprobs: Tensor, entropies: Tensor, inputs: dict[str, Tensor], token: Tensor, sequence: Tensor, estimator: str,
+    level: str,
+) -> Tensor:  # fmt: skip
     """The loss of some tokens."""
     mine = {name: tensor[token] for name, tensor in inputs.items()}
-    return policy_loss(logprobs, **mine, sequence=sequence, objective="grpo", clip_low=0.2, clip_high=0.2, kl_coeff=0.1,
-                       kl_estimator=estimator).total  # type: ignore[arg-type]  # fmt: skip
+    objective = Objective(
+        surrogate="grpo", ratio_level=level, clip_low=0.2, clip_high=0.2, dual_clip=None, sapo_temperature_positive=1.0,
+        sapo_temperature_negative=1.0, kl_coeff=0.1, kl_estimator=estimator, kl_unbiased=False, entropy_coeff=0.3,
+    )  # type: ignore[arg-type]  # fmt: skip
+    return policy_loss(objective, logprobs, entropies, sequence=sequence, **mine).total
 
 
 def flat_gradient(model: torch.nn.Module) -> Tensor:
@@ -289,8 +295,11 @@ def flat_gradient(model: torch.nn.Module) -> Tensor:
     return gradient
 
 
-@pytest.mark.parametrize(("name", "estimator"), [("short", "k3"), ("short", "squared_sequence"), ("long", "k3")])
-def test_packing_changes_neither_loss_nor_gradient(name: str, estimator: str, config: Qwen2Config) -> None:
+@pytest.mark.parametrize(
+    ("name", "estimator", "level"),
+    [("short", "k3", "token"), ("short", "squared_sequence", "sequence"), ("long", "k3", "token")],
+)
+def test_packing_changes_neither_loss_nor_gradient(name: str, estimator: str, level: str, config: Qwen2Config) -> None:
     batch = make_batch(BATCHES[name])
     inputs, starts = loss_inputs(batch), batch.starts.tolist()
     plain = build(config, "eager")
@@ -301,19 +310,20 @@ def test_packing_changes_neither_loss_nor_gradient(name: str, estimator: str, co
         rows = torch.log_softmax(plain(input_ids=row, use_cache=False).logits[0, len(prompt) - 1 : -1], -1)
         logprobs = rows.gather(-1, row[0, len(prompt) :, None])[:, 0]
         token = torch.arange(starts[n], starts[n] + length)
-        loss = share_of_loss(logprobs, inputs, token, torch.zeros(length, dtype=torch.int64), estimator)
+        entropies = -(rows.exp() * rows).sum(-1)
+        loss = share_of_loss(logprobs, entropies, inputs, token, torch.zeros_like(token), estimator, level)
         loss.backward()
         expected += float(loss.detach())
     gradient = flat_gradient(plain)
 
-    shared, rows_model = Policy(build(config, attention.NAME), 1.0), Policy(build(config, "sdpa"), 1.0)
+    shared, rows_model = (Policy(build(config, name), 1.0, entropy_gradient=True) for name in (attention.NAME, "sdpa"))
     runs = [(shared, budget, ranks, True) for budget, ranks in ((2, 1), (330, 2), (100000, 3))]
     for policy, budget, num_ranks, share in [*runs, (rows_model, 400, 2, False)]:
         total = 0.0
         for packs in whole_plan(batch, budget, num_ranks, share):
             for pieces in packs:
                 pack = make_pack(batch, pieces, share_prompts=share)
-                loss = share_of_loss(policy(pack)[0], inputs, pack.token, pack.sequence, estimator)
+                loss = share_of_loss(*policy(pack)[:2], inputs, pack.token, pack.sequence, estimator, level)
                 loss.backward()
                 total += float(loss.detach())
         assert total == pytest.approx(expected, rel=1e-5), (budget, num_ranks, share)
@@ -325,7 +335,8 @@ def test_an_empty_pack_reaches_every_trained_weight(config: Qwen2Config) -> None
     """ZeRO and DDP wait for a gradient of each parameter on each rank."""
     for implementation, share in ((attention.NAME, True), ("sdpa", False)):
         policy = Policy(build(config, implementation), 1.0)
-        logprobs, entropies = policy(make_pack(make_batch([(3, [2])]), [], share_prompts=share))
-        assert logprobs.shape == entropies.shape == (0,)
-        logprobs.sum().backward()
+        policy.value_head = ValueHead(config.hidden_size)
+        logprobs, entropies, values = policy(make_pack(make_batch([(3, [2])]), [], share_prompts=share))
+        assert logprobs.shape == entropies.shape == values.shape == (0,)
+        (logprobs.sum() + values.sum()).backward()
         assert all(p.grad is not None and not p.grad.any() for p in policy.parameters())

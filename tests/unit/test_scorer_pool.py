@@ -167,11 +167,12 @@ import numpy as np
 
 VALUES = {
     "none": None, "true": True, "int": 3, "zero_dim": np.array(2.5), "float32": np.float32(0.5),
-    "nan": float("nan"), "inf": float("inf"), "text": "1.0", "huge": 10**400, "complex": 1j, "list": [1.0],
+    "nan": float("nan"), "inf": float("inf"), "text": "1.0", "huge": 10**400, "complex": 1j, "list": [1.0, 2.0],
+    "per_token": [0.5, None, 1.0],
 }
 RESULTS = {
     "scalar": 1.0, "nothing": None, "text": "1", "dict": {"a": 1.0}, "short": [], "long": [1.0, 2.0],
-    "zero_dim": np.array(1.0), "two_dims": np.ones((1, 1)), "array": np.array([4.0]), "tuple": (4,),
+    "zero_dim": np.array(1.0), "two_dims": np.ones((1, 2)), "array": np.array([4.0]), "tuple": (4,),
     "generator": (value for value in [4.0]),
 }
 
@@ -299,6 +300,16 @@ def test_values_that_are_none(pools: Callable[[str], ScorerPool], text: str) -> 
     assert kinds(scores) == [(1, "bad_value")]
     assert scores.failures[0].message.startswith("returned ")
     assert scores.values[0, 0] == 3
+
+
+def test_one_number_per_token(pools: Callable[[str], ScorerPool]) -> None:
+    long = Item(prompt="?", completion="per_token", completion_ids=[1, 2, 3])
+    scores = pools("value").score([long, *items("int", "list")])
+    assert scores.values[:2, 0].tolist() == [1.5, 3.0]
+    assert list(scores.per_token) == [(0, 0)]
+    first, second, third = scores.per_token[0, 0]
+    assert (first, third) == (0.5, 1.0) and math.isnan(second)
+    assert scores.failures[0].message == "returned 2 numbers for 1 tokens, expected one per token"
 
 
 @pytest.mark.parametrize("text", ["array", "tuple", "generator"])

@@ -1,0 +1,62 @@
+"""From a step's number to its global batch: rollout, scoring, gathering, and rounds of these for dynamic sampling."""
+
+from __future__ import annotations
+
+import torch
+
+from .advantages import has_spread
+from .batch import Batch, Prompt, join
+from .gathering import gather
+from .rollout import stream_key
+from .run import Run
+from .sampler import Sampler
+
+
+def sample_batch(run: Run, step: int) -> tuple[Batch, dict[str, float]]:
+    """The batch of a step and what dynamic sampling did for it; a collective.
+
+    Groups whose rewards are all equal are replaced by groups of further prompts (DAPO, arXiv:2503.14476, section 3.2).
+    The prompts and the noise of a round are functions of seed, step and round, so nothing has to be saved for a resume;
+    what a round has to replace follows from the global batch, so ranks need not talk about it.
+    """
+    config = run.config
+    batches = [_round(run, run.prompts_of(step), f"train/{step}", step)]
+    if not config.rollout.max_resamples:
+        return batches[0], {}
+    kept, spare = _sorted_groups(batches[0])
+    chosen, rounds, all_rewards = [kept], 0, [batches[0].reward]
+    while sum(map(len, chosen)) < config.train.batch_size and rounds < config.rollout.max_resamples:
+        rounds += 1
+        missing = config.train.batch_size - sum(map(len, chosen))
+        seed = stream_key(config.train.seed, "resample", rounds) & (2**63 - 1)
+        places = Sampler(len(run.prompts), config.train.batch_size, seed).batch_indices(step)[:missing]
+        batches.append(_round(run, [run.prompts[i] for i in places], f"train/{step}/{rounds}", step))
+        chosen.append(_sorted_groups(batches[-1])[0])
+        all_rewards.append(batches[-1].reward)
+    replaced = sum(map(len, chosen)) - len(kept)
+    filled = spare[: config.train.batch_size - len(kept) - replaced]
+    chosen[0] = sorted(kept + filled)
+    counts = {
+        "rollout/rounds": 1 + rounds, "rollout/groups": sum(len(batch.prompts) for batch in batches),
+        "rollout/groups_replaced": replaced, "rollout/groups_without_signal": len(filled),
+        "reward/sampled_mean": float(torch.cat(all_rewards).nanmean()),
+    }  # fmt: skip
+    return join(batches, chosen), counts
+
+
+def _round(run: Run, prompts: list[Prompt], stream: str, step: int) -> Batch:
+    """Completions of `prompts`, scored and gathered."""
+    config = run.config
+    with run.phase("rollout"):
+        completions, pending = run.generate(prompts, config.rollout.group_size, run.sampling, stream, step)
+    with run.phase("reward"):
+        with run.ranks.together("scoring"):
+            scores = pending.result(run.watch.check)
+        return gather(run.ranks, prompts, completions, scores, config.weights_at(step),
+                      config.scoring.error_budget)  # fmt: skip
+
+
+def _sorted_groups(batch: Batch) -> tuple[list[int], list[int]]:
+    """The groups whose rewards differ, and the others."""
+    spread = has_spread(batch.reward, batch.group).tolist()
+    return [g for g, one in enumerate(spread) if one], [g for g, one in enumerate(spread) if not one]

@@ -1,0 +1,54 @@
+"""Estimates of the divergence between policy and reference, token by token, and the controller of their weight. Pure.
+
+Shapes: M completion tokens of a pack, or any other number of whole completions.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+KlEstimator = Literal["k1", "k2", "k3", "abs", "squared_sequence"]
+
+CONTROLLER_GAIN = 0.1
+CONTROLLER_BAND = 0.2
+"""Ziegler et al., arXiv:1909.08593, section 2.2: K_beta, and the bound on the relative error."""
+
+
+def kl_estimate(logprobs: Tensor, reference: Tensor, sequence: Tensor, estimator: KlEstimator) -> Tensor:
+    """Estimate of KL(policy || reference) at each token, from tokens that the policy has drawn: (M,).
+
+    With d = log policy - log reference: `k1` is d, unbiased and of high variance; `k2` is d²/2, whose plain gradient is
+    the KL's; `k3` is exp(-d) - 1 + d, unbiased and never negative (http://joschu.net/blog/kl-approx.html; DeepSeekMath,
+    eq. 4); `abs` is |d|; `squared_sequence` is the original recipe's square of a sequence's summed d, shared out evenly
+    among its tokens. `sequence` (M,) int64 numbers the completions, which are whole.
+    """
+    difference = logprobs - reference
+    if estimator == "k1":
+        return difference
+    if estimator == "k2":
+        return difference**2 / 2
+    if estimator == "k3":
+        return torch.expm1(-difference) + difference  # exp(d) - 1 would round away all of a small difference
+    if estimator == "abs":
+        return difference.abs()
+    sums, lengths = sequence_sums(difference, sequence)
+    return (sums**2 / lengths)[sequence]
+
+
+def sequence_sums(values: Tensor, sequence: Tensor) -> tuple[Tensor, Tensor]:
+    """Sum of `values` (M,) over each completion, and the completions' lengths: both (completions,)."""
+    num_sequences = int(sequence.max()) + 1 if len(sequence) else 0
+    zeros = values.new_zeros(num_sequences)
+    return zeros.index_add(0, sequence, values), zeros.index_add(0, sequence, torch.ones_like(values))
+
+
+def adapted_coefficient(coefficient: float, kl: float, target: float) -> float:
+    """The coefficient after a step on which `kl` was measured: raised where it is above `target`, else lowered.
+
+    Ziegler et al., arXiv:1909.08593, section 2.2, applied once a step.
+    """
+    error = min(max(kl / target - 1, -CONTROLLER_BAND), CONTROLLER_BAND)
+    return coefficient * (1 + CONTROLLER_GAIN * error)

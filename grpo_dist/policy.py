@@ -1,0 +1,64 @@
+"""The module that is trained: a causal language model, and a critic where there is one, that answers packs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from peft import PeftModel
+from torch import Tensor, nn
+
+from .critic import ValueHead
+from .logprobs import head_logprobs, logits_logprobs
+from .packing import Pack
+
+
+class Policy(nn.Module):
+    """A causal language model that answers packs with log-probabilities."""
+
+    def __init__(
+        self, model: nn.Module, temperature: float, *, has_critic: bool = False, entropy_gradient: bool = False
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.temperature = temperature
+        self.entropy_gradient = entropy_gradient
+        self.value_head = ValueHead(self.causal_lm.config.get_text_config().hidden_size) if has_critic else None
+        head = self.causal_lm.get_output_embeddings()
+        self.fused_head = False  # until probe.head_is_plain has found that nothing happens to the logits after the head
+        if isinstance(head, nn.Linear):
+            _teach_head(head)
+
+    @property
+    def causal_lm(self) -> nn.Module:
+        """The transformers model; with LoRA, the one the adapters were put into."""
+        return self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+
+    def forward(self, pack: Pack) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Log-probability of each completion token, entropy of its distribution (nats) and the critic's value of the
+        text before it, None without a critic; all (M,) float32."""
+        inputs: dict[str, Any] = {"input_ids": pack.ids[None], "use_cache": False}
+        if pack.layout is not None:
+            inputs |= {"position_ids": pack.positions[None], "layout": pack.layout}
+        numbers = {"targets": pack.targets, "temperature": self.temperature, "entropy_gradient": self.entropy_gradient}
+        if self.fused_head:
+            hidden = self.causal_lm.base_model(**inputs).last_hidden_state[0, pack.predictor]
+            logprobs, entropies = self.causal_lm.get_output_embeddings()(hidden, **numbers)
+        else:
+            wants_hidden = self.value_head is not None
+            output = self.causal_lm(**inputs, logits_to_keep=pack.predictor, output_hidden_states=wants_hidden)
+            logprobs, entropies = logits_logprobs(output.logits[0], **numbers)
+            hidden = output.hidden_states[-1][0, pack.predictor] if wants_hidden else None
+        return logprobs, entropies, None if self.value_head is None else self.value_head(hidden)
+
+
+def _teach_head(head: nn.Linear) -> None:
+    """Let the head answer with log-probabilities and entropies when it is given targets.
+
+    It has to happen inside the head's own call: that is where ZeRO-3 makes its sharded weight whole.
+    """
+    plain = head.forward
+
+    def forward(hidden: Tensor, targets: Tensor | None = None, **options: Any) -> Any:
+        return plain(hidden) if targets is None else head_logprobs(hidden, head.weight, head.bias, targets, **options)
+
+    head.forward = forward  # type: ignore[method-assign]

@@ -1,0 +1,52 @@
+"""Probability ratios: of the policy to the one that opened the batch, and of that one to the rollout engine. Pure.
+
+Shapes: M completion tokens of a pack; its completions, numbered from 0 by `sequence` (M,), are whole.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from .kl import sequence_sums
+
+RatioLevel = Literal["token", "sequence"]
+
+
+def policy_ratio(logprobs: Tensor, old: Tensor, sequence: Tensor, level: RatioLevel) -> Tensor:
+    """Ratio of each token's probability under the policy to that under the old one: (M,), exactly 1 where they agree.
+
+    `sequence` gives every token its completion's ratio, the geometric mean of its tokens' (GSPO, arXiv:2507.18071,
+    eq. 7), with the token's own gradient (GSPO-token, eq. 14): the same in sum as long as the tokens of a completion
+    share an advantage, and right where they do not.
+    """
+    log_ratio = logprobs - old
+    if level == "sequence":
+        sums, lengths = sequence_sums(log_ratio.detach(), sequence)
+        log_ratio = (sums / lengths)[sequence] + (logprobs - logprobs.detach())
+    return log_ratio.exp()
+
+
+def rollout_weights(
+    old: Tensor, sampled: Tensor, sequence: Tensor, correction: Literal["none", "truncate", "mask"], level: RatioLevel,
+    low: float, high: float,
+) -> Tensor:  # fmt: skip
+    """Weight of each token that corrects for an engine which samples from another distribution than is trained: (M,).
+
+    The ratio of the trainer's probability (`old`) to the engine's (`sampled`), of the token or of its whole completion
+    (the product of its tokens'). `truncate` cuts it off at `high` (truncated importance sampling, TIS); `mask` takes
+    tokens or completions whose ratio is outside [low, high] out of the policy's loss (IcePop per token, masked
+    importance sampling per sequence). https://fengyao.notion.site/off-policy-rl; https://ringtech.notion.site/icepop.
+    """
+    if correction == "none":
+        return torch.ones_like(old)
+    log_ratio = old - sampled
+    if level == "sequence":
+        log_ratio = sequence_sums(log_ratio, sequence)[0][sequence]
+    if correction == "truncate":
+        return log_ratio.clamp(max=math.log(high)).exp()
+    ratio = log_ratio.exp()
+    return torch.where((ratio >= low) & (ratio <= high), ratio, torch.zeros_like(ratio))

@@ -1,0 +1,105 @@
+"""This rank's packs of a batch, and what its tokens are to be pushed towards."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .algorithm import Targets, computed, included, minibatch_of, needs_measuring, reference_in_loss
+from .batch import Batch, Measured
+from .losses import token_weights
+from .packing import Pack, make_pack, plan
+from .run import Run
+
+
+@dataclass
+class Work:
+    """One pack and the numbers of its M tokens; tensors (M,) on the device."""
+
+    pack: Pack
+    weights: Tensor
+    sampled: Tensor
+    """Log-probabilities under the rollout engine."""
+    old: Tensor | None = None
+    """Log-probabilities under the policy that opened the batch; None where they are the current ones, detached."""
+    reference: Tensor | None = None
+    advantages: Tensor | None = None
+    returns: Tensor | None = None
+    values: Tensor | None = None
+    """The critic's values that opened the batch."""
+
+
+def pack_batch(run: Run, batch: Batch) -> list[list[Work]]:
+    """This rank's packs of each minibatch of the global batch that has any, equal in number on all ranks.
+
+    Completions of which nothing would come are left out; the weights of the others are those of their whole minibatch
+    all the same.
+    """
+    config = run.config
+    counted, needed = included(config, batch), computed(config, batch)
+    number = minibatch_of(batch, config.train.num_minibatches)
+    minibatches = [_pack(run, batch, counted & (number == m), needed & (number == m))
+                   for m in range(config.train.num_minibatches)]  # fmt: skip
+    return [work for work in minibatches if work]
+
+
+def _pack(run: Run, batch: Batch, counted: Tensor, needed: Tensor) -> list[Work]:
+    config, device = run.config, run.ranks.device
+    weights = token_weights(batch.lengths, config.loss.aggregation, group=batch.group, included=counted,
+                            longest=config.rollout.max_completion_length)  # fmt: skip
+    plans = plan(
+        [len(prompt.ids) for prompt in batch.prompts], batch.group.tolist(), batch.lengths.tolist(), needed.tolist(),
+        max_tokens=config.train.max_tokens_per_pack, num_ranks=run.ranks.num_ranks, share_prompts=run.share_prompts,
+    )  # fmt: skip
+    packs = [make_pack(batch, pieces, share_prompts=run.share_prompts) for pieces in plans[run.ranks.rank]]
+    return [Work(pack.to(device), weights[pack.token].to(device), batch.sampled_logprobs[pack.token].to(device))
+            for pack in packs]  # fmt: skip
+
+
+def measure(run: Run, minibatches: list[list[Work]], batch: Batch) -> Measured | None:
+    """Compute what is needed before the first update of a batch, into the work; a collective.
+
+    Returns what the policy that opens the batch makes of the whole of it where anything depends on that: it is what a
+    checkpoint between two updates has to hold. What a position already holds is not computed again.
+    """
+    config, works = run.config, [each for part in minibatches for each in part]
+    several = config.train.updates_per_batch * config.train.num_minibatches > 1
+    measured = run.position.measured
+    if measured is None and (several or needs_measuring(config)):
+        measured = _opening(run, works, batch)
+    for each in works:
+        run.ranks.agree(run.watch.requested)
+        places = each.pack.token.cpu()
+        if several:  # with one update the old policy is the current one, and its ratio 1 whatever this pass rounds
+            each.old = measured.logprobs[places].to(run.ranks.device)
+        if measured is not None and measured.values is not None:
+            each.values = measured.values[places].to(run.ranks.device)
+        if reference_in_loss(config):
+            each.reference = run.reference.logprobs(each.pack)
+    return measured
+
+
+@torch.no_grad()
+def _opening(run: Run, works: list[Work], batch: Batch) -> Measured:
+    names = ["logprobs", "entropies"] + ["values"] * (run.config.advantage.baseline == "critic")
+    flat = {name: torch.zeros(len(batch.tokens)) for name in names}
+    if run.config.loss.kl_in == "reward":
+        flat["reference"] = torch.zeros(len(batch.tokens))
+    for each in works:
+        run.ranks.agree(run.watch.requested)
+        places = each.pack.token.cpu()
+        for name, numbers in zip(names, run.wrapped(each.pack), strict=False):
+            flat[name][places] = numbers.cpu()
+        if "reference" in flat:
+            flat["reference"][places] = run.reference.logprobs(each.pack).cpu()
+    return Measured(**{name: run.ranks.reduce(numbers, "sum") for name, numbers in flat.items()})
+
+
+def aim(minibatches: list[list[Work]], targets: Targets) -> None:
+    """Put the targets into the work."""
+    for each in (each for part in minibatches for each in part):
+        device, places = each.weights.device, each.pack.token.cpu()
+        each.advantages = targets.advantages[places].float().to(device)
+        each.returns = None if targets.returns is None else targets.returns[places].float().to(device)

@@ -1,0 +1,85 @@
+"""Every preset learns, and options that look at the whole batch do not depend on how it is spread over ranks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from launching import ROOT, TINY, adapters, completions, launch, metrics, relative_difference, train
+from safetensors.torch import load_file
+
+from grpo_dist.cli_config import presets
+
+TOKEN_REWARD = '''
+def digits(completion_ids, completions, answer, **columns):
+    """One number a token, none at every third; and an outcome for some completions."""
+    rows = zip(completion_ids, completions, answer)
+    steps = lambda ids: [None if t % 3 == 2 else (i % 7) / 7 for t, i in enumerate(ids)]
+    return [float(text.strip() == gold) if len(ids) % 2 else steps(ids) for ids, text, gold in rows]
+'''
+COMPARED = {"loss", "grad_norm", "kl", "kl_coeff", "value/error", "rollout/groups", "importance/mean"}
+CASES = {
+    "critic": (
+        "--preset", "ppo", "--train.num_minibatches", "2", "--loss.entropy_coeff", "0.01", "--rollout.group_size", "3",
+    ),
+    "dynamic": (
+        "--preset", "dapo", "--rollout.group_size", "2", "--loss.mask_truncated", "true",
+        "--advantage.drop_zero_variance", "true", "--advantage.overlong_buffer", "12",
+    ),
+    "selective": (
+        "--loss.top_entropy_quantile", "0.4", "--loss.ratio_level", "sequence", "--loss.importance_correction", "mask",
+        "--loss.importance_level", "sequence", "--loss.kl_target", "0.001", "--loss.aggregation", "prompt_mean",
+        "--loss.kl_coeff", "0.04", "--loss.kl_unbiased", "true",
+    ),
+    "tokens": (
+        "--rewards", '[{name: math}, {name: "own:digits", weight: 0.5}]', "--loss.gamma", "0.9",
+        "--advantage.several_rewards", "normalise_then_sum",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", presets())
+def test_each_preset_learns(name: str, tmp_path: Path) -> None:
+    """The first part of the runs that docs/learning_curves.py draws."""
+    done = launch(
+        None, 1, "--preset", name, "--config", "configs/quickstart.yaml", "--train.num_train_steps", "12",
+        "--optim.scheduler", "constant", "--train.eval_every", "0", "--train.save_every", "0",
+        "--train.output_dir", str(tmp_path / "run"),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+    lines = metrics(tmp_path / "run")
+    assert lines[-1]["eval/accuracy"] >= lines[0]["eval/accuracy"] + 0.25
+    assert lines[-1]["eval/greedy_accuracy"] >= 0.9
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_ranks_do_not_matter(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "own.py").write_text(TOKEN_REWARD)
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{ROOT}")
+    one = train(None, 1, tmp_path / "one", *CASES[name])
+    three = train("zero3", 3, tmp_path / "three", *CASES[name])
+    assert [row["completion"] for row in completions(three)] == [row["completion"] for row in completions(one)]
+    assert [row["reward"] for row in completions(three)] == [row["reward"] for row in completions(one)]
+    assert relative_difference(adapters(one), adapters(three)) <= 1e-5
+    for a, b in zip(metrics(one)[1:], metrics(three)[1:], strict=True):
+        for key in COMPARED & a.keys():
+            assert b[key] == pytest.approx(a[key], rel=1e-3, abs=1e-6), key
+    if name == "dynamic":
+        assert sum(line["rollout/groups_replaced"] for line in metrics(one)[1:]) > 0
+    if name == "critic":
+        heads = [load_file(directory / "checkpoints" / "step_5" / "state.safetensors")["weight/value_head.weight"]
+                 for directory in (one, three)]  # fmt: skip
+        assert float(heads[0].norm()) > 0 and torch.allclose(*heads, rtol=1e-3, atol=1e-6)
+
+
+def test_a_critic_and_an_adapted_coefficient_resume(tmp_path: Path) -> None:
+    """Stopped after two steps of five and started again: bit for bit what it would have been."""
+    options = ("--preset", "ppo", "--loss.kl_target", "0.01", "--optim.scheduler", "constant")
+    whole = train(None, 1, tmp_path / "whole", *options)
+    short = ("--train.output_dir", str(tmp_path / "parts"), *options)
+    assert launch(None, 1, *TINY, *short, "--train.num_train_steps", "2").returncode == 0
+    assert launch(None, 1, *TINY, *short).returncode == 0
+    expected, got = (load_file(d / "checkpoints" / "step_5" / "state.safetensors") for d in (whole, tmp_path / "parts"))
+    assert expected.keys() == got.keys() and all(torch.equal(expected[name], got[name]) for name in expected)
+    assert metrics(whole)[-1]["kl_coeff"] == metrics(tmp_path / "parts")[-1]["kl_coeff"] != 0.01

@@ -1,0 +1,321 @@
+"""Options to the numbers of a batch: who takes part, what each token is pushed towards, and what is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from grpo_dist.algorithm import (
+    computed,
+    included,
+    minibatch_of,
+    needs_measuring,
+    next_kl_coeff,
+    penalty_metrics,
+    targets_of,
+)
+from grpo_dist.batch import Batch, Measured, Prompt, all_token_rewards, join
+from grpo_dist.cli_config import PRESETS, parse_config, presets
+from grpo_dist.config import Config, RewardConfig, RolloutConfig, TrainConfig
+from grpo_dist.config_algorithm import AdvantageConfig, CriticConfig, LossConfig
+from grpo_dist.kl import adapted_coefficient, kl_estimate
+from grpo_dist.position import Position
+from grpo_dist.ratios import rollout_weights
+
+NAN = math.nan
+CLASSES = {"loss": LossConfig, "advantage": AdvantageConfig, "critic": CriticConfig, "rollout": RolloutConfig,
+           "train": TrainConfig}  # fmt: skip
+LENGTHS = [3, 1, 2, 4, 2, 1]
+GROUP = [0, 0, 0, 1, 1, 1]
+OWNER = [n for n, length in enumerate(LENGTHS) for _ in range(length)]
+
+
+def make_batch(rewards: list[float], *others: list[float], token_rewards: torch.Tensor | None = None) -> Batch:
+    """Two groups of three completions; the third reward column and so on are `others`. The fourth is cut off."""
+    columns = torch.tensor([rewards, *others], dtype=torch.float64).T
+    return Batch(
+        prompts=[Prompt(7, [1], "a"), Prompt(3, [1, 2], "b")], group=torch.tensor(GROUP), lengths=torch.tensor(LENGTHS),
+        finished=torch.tensor([True, True, True, False, True, True]), tokens=torch.arange(13),
+        sampled_logprobs=-torch.ones(13), rewards=columns, reward=columns.sum(1), token_rewards=token_rewards,
+    )  # fmt: skip
+
+
+def make_config(**options: Any) -> Config:
+    """A config from `group__option=value`; without a KL term unless it is asked for."""
+    groups: dict[str, dict[str, Any]] = {"loss": {"kl_coeff": 0.0}}
+    for name, value in options.items():
+        group, _, leaf = name.partition("__")
+        groups.setdefault(group, {})[leaf] = value
+    return Config(**{group: CLASSES[group](**values) for group, values in groups.items()})
+
+
+def make_measured(seed: int = 0) -> Measured:
+    """Random log-probabilities, entropies, values and reference."""
+    generator = torch.Generator().manual_seed(seed)
+    numbers = -torch.rand(4, 13, generator=generator)
+    return Measured(numbers[0], -numbers[1], numbers[2], numbers[3])
+
+
+REWARDS = [1.0, 0.0, 0.5, 1.0, 1.0, 1.0]
+
+
+# --- who takes part --------------------------------------------------------------------------------------------------
+
+
+def test_unscored_completions_are_in_no_loss() -> None:
+    batch = make_batch([1.0, NAN, 0.5, 1.0, 0.0, 1.0])
+    assert included(make_config(), batch).tolist() == [True, False, True, True, True, True]
+    assert included(make_config(loss__mask_truncated=True), batch).tolist() == [True, False, True, False, True, True]
+    assert targets_of(make_config(), batch, None, 0.0).advantages[3] == 0
+
+
+def test_groups_without_variance_leave_the_denominators_only_where_asked() -> None:
+    batch = make_batch(REWARDS)
+    assert included(make_config(), batch).all()
+    assert included(make_config(advantage__drop_zero_variance=True), batch).tolist() == [True] * 3 + [False] * 3
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, [True, True, False, False, False, False]),  # the third completion is its group's mean
+        ({"loss__kl_coeff": 0.1}, [True] * 6),
+        ({"loss__entropy_coeff": 0.1}, [True] * 6),
+        ({"loss__entropy_coeff": 0.1, "advantage__drop_zero_variance": True}, [True] * 3 + [False] * 3),
+        ({"loss__top_entropy_quantile": 0.5}, [True] * 6),
+        ({"advantage__baseline": "critic"}, [True] * 6),
+        ({"advantage__baseline": "none", "advantage__scale": "none"}, [True, False, True, True, True, True]),
+    ],
+)
+def test_only_what_can_teach_is_computed(options: dict[str, Any], expected: list[bool]) -> None:
+    assert computed(make_config(**options), make_batch(REWARDS)).tolist() == expected
+
+
+def test_minibatches_are_whole_prompts() -> None:
+    batch = make_batch(REWARDS)
+    assert minibatch_of(batch, 1).tolist() == [0] * 6
+    assert minibatch_of(batch, 2).tolist() == GROUP
+
+
+# --- advantages ------------------------------------------------------------------------------------------------------
+
+
+def test_grpo_on_a_known_batch() -> None:
+    advantages = targets_of(make_config(), make_batch(REWARDS), None, 0.0).advantages
+    expected = [0.5 / (0.5 + 1e-4), -0.5 / (0.5 + 1e-4), 0.0, 0.0, 0.0, 0.0]
+    assert advantages.tolist() == pytest.approx([expected[n] for n in OWNER])
+
+
+def test_a_penalty_in_the_reward_counts_once_a_completion_in_groups() -> None:
+    config = make_config(advantage__baseline="leave_one_out", advantage__scale="none", loss__kl_coeff=0.3,
+                         loss__kl_in="reward")  # fmt: skip
+    batch, measured = make_batch(REWARDS), make_measured()
+    difference = (measured.logprobs - measured.reference).tolist()
+    lost = [sum(d for d, owner in zip(difference, OWNER, strict=True) if owner == n) for n in range(6)]
+    shaped = [reward - 0.3 * kl for reward, kl in zip(REWARDS, lost, strict=True)]
+    got = targets_of(config, batch, measured, 0.3).advantages
+    for t, n in enumerate(OWNER):
+        others = [shaped[m] for m in range(6) if GROUP[m] == GROUP[n] and m != n]
+        assert float(got[t]) == pytest.approx(shaped[n] - sum(others) / 2, rel=1e-5)
+    assert penalty_metrics(config, batch, measured)["kl"] == pytest.approx(sum(difference) / 13, rel=1e-5)
+
+
+def test_a_penalty_in_the_reward_is_each_tokens_without_groups() -> None:
+    config = make_config(advantage__baseline="none", advantage__scale="none", loss__kl_coeff=0.3, loss__kl_in="reward",
+                         loss__gamma=0.9, loss__kl_estimator="k2")  # fmt: skip
+    measured = make_measured()
+    penalties = ((measured.logprobs - measured.reference) ** 2 / 2).tolist()
+    got = targets_of(config, make_batch(REWARDS), measured, 0.3).advantages
+    for t, n in enumerate(OWNER):
+        after = [s for s in range(t, 13) if OWNER[s] == n]
+        expected = sum(0.9 ** (s - t) * -0.3 * penalties[s] for s in after) + 0.9 ** (after[-1] - t) * REWARDS[n]
+        assert float(got[t]) == pytest.approx(expected, rel=1e-5)
+
+
+def test_without_groups_the_batch_is_whitened_by_token() -> None:
+    config = make_config(advantage__baseline="none")
+    got = targets_of(config, make_batch([1.0, NAN, 0.5, 1.0, 0.0, 2.0]), None, 0.0).advantages
+    scored = [t for t, n in enumerate(OWNER) if n != 1]
+    assert float(got[3]) == 0
+    assert float(got[scored].mean()) == pytest.approx(0, abs=1e-12)
+    assert float(got[scored].std()) == pytest.approx(1, rel=1e-3)
+
+
+def test_a_critic_with_lambda_one_is_reward_minus_value() -> None:
+    config = make_config(advantage__baseline="critic", advantage__scale="none", critic__gae_lambda=1.0)
+    measured = make_measured()
+    targets = targets_of(config, make_batch(REWARDS), measured, 0.0)
+    expected = torch.tensor([REWARDS[n] for n in OWNER]) - measured.values
+    assert torch.allclose(targets.advantages, expected.double(), atol=1e-6)
+    assert targets.returns is not None and targets.returns.tolist() == pytest.approx([REWARDS[n] for n in OWNER])
+
+
+def test_rewards_of_tokens_reach_the_tokens_before_them() -> None:
+    table = torch.full((13, 1), NAN, dtype=torch.float64)
+    table[[0, 2, 3, 5], 0] = torch.tensor([1.0, 0.0, 0.0, 1.0], dtype=torch.float64)
+    table[6:, 0] = 0.5
+    batch = make_batch([1.0, 0.0, 1.0, 2.0, 1.0, 0.5], token_rewards=table)
+    got = targets_of(make_config(advantage__scale="none"), batch, None, 0.0).advantages
+    assert got.tolist() == [0.0, -0.5, -0.5, -0.5, 0.5, 0.5] + [0.0] * 7
+
+
+def test_soft_overlong_punishment_is_a_reward_more() -> None:
+    options = {"rollout__max_completion_length": 4, "advantage__overlong_buffer": 2, "advantage__overlong_penalty": 0.8}
+    got = targets_of(make_config(**options, advantage__scale="none"), make_batch([1.0] * 6), None, 0.0).advantages
+    shaped = [1 - 0.4, 1.0, 1.0, 1 - 0.8, 1.0, 1.0]
+    means = [sum(shaped[:3]) / 3, sum(shaped[3:]) / 3]
+    assert got.tolist() == pytest.approx([shaped[n] - means[GROUP[n]] for n in OWNER])
+
+
+def test_gdpo_tells_apart_what_sums_alike() -> None:
+    config = make_config(advantage__several_rewards="normalise_then_sum")
+    config.rewards = [RewardConfig("math"), RewardConfig("math")]
+    batch = make_batch([1.0, 0.0, 1.0, 0.0, 0.0, 0.0], [0.0, 1.0, 1.0, 0.0, 0.0, 3.0])
+    got = targets_of(config, batch, None, 0.0).advantages
+    summed = targets_of(dataclasses.replace(config, advantage=make_config().advantage), batch, None, 0.0).advantages
+    assert float(got[0]) == pytest.approx(float(got[3])) and not torch.allclose(got, summed, rtol=0.05)
+
+
+def test_only_tokens_of_high_entropy_are_pushed() -> None:
+    config = make_config(loss__top_entropy_quantile=0.25)
+    measured, batch = make_measured(), make_batch(REWARDS)
+    got = targets_of(config, batch, measured, 0.0).advantages
+    plain = targets_of(make_config(), batch, None, 0.0).advantages
+    chosen = measured.entropies.argsort(descending=True)[:4]
+    kept = torch.zeros(13, dtype=torch.bool)
+    kept[chosen] = True
+    assert torch.equal(got, torch.where(kept, plain, 0.0))
+
+
+# --- KL and rollout correction ---------------------------------------------------------------------------------------
+
+
+def test_the_controller_moves_towards_the_target() -> None:
+    assert adapted_coefficient(0.1, 0.02, 0.01) == pytest.approx(0.1 * 1.02)  # the error of 1 is bounded by 0.2
+    assert adapted_coefficient(0.1, 0.0, 0.01) == pytest.approx(0.1 * 0.98)
+    assert adapted_coefficient(0.1, 0.011, 0.01) == pytest.approx(0.1 * 1.01)
+    config = make_config(loss__kl_coeff=0.1, loss__kl_target=0.01)
+    metrics: dict[str, float | None] = {"kl": 0.02}
+    assert next_kl_coeff(config.loss, 0.1, metrics) == pytest.approx(0.102) and metrics["kl_coeff"] == 0.1
+    assert next_kl_coeff(config.loss, 0.1, {"kl": None}) == 0.1
+    assert next_kl_coeff(make_config().loss, 0.1, {"kl": 3.0}) == 0.1
+
+
+@pytest.mark.parametrize(("estimator", "unbiased"), [("k1", True), ("k2", False), ("k3", True)])
+def test_estimators_have_the_gradient_of_the_kl(estimator: Any, unbiased: bool) -> None:
+    """Summed over a whole vocabulary under the policy, the estimates' gradients are that of the KL itself."""
+    generator = torch.Generator().manual_seed(5)
+    logits, reference = torch.randn(2, 6, generator=generator, dtype=torch.float64)
+    logits.requires_grad_()
+    policy, other = torch.log_softmax(logits, 0), torch.log_softmax(reference, 0)
+    (expected,) = torch.autograd.grad((policy.exp() * (policy - other)).sum(), logits, retain_graph=True)
+    estimates = kl_estimate(policy, other, torch.arange(6), estimator)
+    ratio = (policy - policy.detach()).exp() if unbiased else 1.0
+    (gradient,) = torch.autograd.grad((policy.exp().detach() * estimates * ratio).sum(), logits)
+    assert torch.allclose(gradient, expected)
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize("correction", ["none", "truncate", "mask"])
+def test_rollout_weights_equal_the_loop(correction: Any, level: Any) -> None:
+    generator = torch.Generator().manual_seed(2)
+    old, sampled = -torch.rand(2, 13, generator=generator, dtype=torch.float64)
+    got = rollout_weights(old, sampled, torch.tensor(OWNER), correction, level, 0.7, 1.3)
+    for t, n in enumerate(OWNER):
+        mine = [t] if level == "token" else [s for s in range(13) if OWNER[s] == n]
+        ratio = math.exp(sum(float(old[s] - sampled[s]) for s in mine))
+        expected = {"none": 1.0, "truncate": min(ratio, 1.3), "mask": ratio if 0.7 <= ratio <= 1.3 else 0.0}[correction]
+        assert float(got[t]) == pytest.approx(expected)
+    none = torch.zeros(0, dtype=torch.int64)
+    assert rollout_weights(old[:0], old[:0], none, correction, level, 0.7, 1.3).shape == (0,)
+
+
+# --- batches that are joined, and positions that are saved -----------------------------------------------------------
+
+
+def test_join_takes_groups_in_order() -> None:
+    table = torch.full((13, 1), NAN, dtype=torch.float64)
+    table[:, 0] = torch.arange(13)
+    one, two = make_batch(REWARDS), make_batch([0.0, 0.25, 0.5, 0.75, 0.1, 0.2], token_rewards=table)
+    both = join([one, two], [[0], [1, 0]])
+    assert [prompt.index for prompt in both.prompts] == [7, 3, 7]
+    assert both.group.tolist() == [0] * 3 + [1] * 3 + [2] * 3
+    assert both.lengths.tolist() == LENGTHS[:3] + LENGTHS[3:] + LENGTHS[:3]
+    assert both.tokens.tolist() == [*range(6), *range(6, 13), *range(6)]
+    assert both.reward.tolist() == [1.0, 0.0, 0.5, 0.75, 0.1, 0.2, 0.0, 0.25, 0.5]
+    expected = torch.cat([all_token_rewards(one)[:6], table[6:], table[:6]])
+    assert torch.equal(both.token_rewards.nan_to_num(-1), expected.nan_to_num(-1))
+    assert join([one], [[0, 1]]).token_rewards is None
+
+
+@pytest.mark.parametrize("measured", [None, make_measured()])
+def test_a_position_survives_its_checkpoint(measured: Measured | None) -> None:
+    batch = make_batch(REWARDS)
+    position = Position(4, 0.03)
+    assert not position.tensors() and not position.is_start
+    position.add(batch, measured, {"rollout/rounds": 2}, {"loss": 1.0})
+    again = Position.restored(position.tensors(), position.meta() | {"step": 4}, batch.prompts[::-1])
+    assert again.meta() == position.meta() and again.step == 4
+    assert again.batch.prompts == batch.prompts
+    for field in dataclasses.fields(Batch):
+        value, other = getattr(batch, field.name), getattr(again.batch, field.name)
+        assert torch.equal(value, other) if isinstance(value, torch.Tensor) else value == other
+    assert (again.measured is None) == (measured is None)
+    if measured is not None:
+        assert torch.equal(again.measured.values, measured.values)
+
+
+# --- configs ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", presets())
+def test_a_preset_is_a_config_that_means_something(name: str) -> None:
+    config = parse_config([f"--preset={name}", "--config", "configs/quickstart.yaml", "--loss.clip_high", "0.5"])
+    written = yaml.safe_load((PRESETS / f"{name}.yaml").read_text())
+    for group, options in written.items():
+        for option, value in options.items():
+            if option != "clip_high":
+                assert getattr(getattr(config, group), option) == value, option
+    assert config.loss.clip_high == 0.5 and config.optim.learning_rate == 1e-3
+    assert needs_measuring(config) == (name in ("rloo", "ppo", "reinforce_pp"))
+
+
+def test_an_unknown_preset_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse_config(["--preset", "grop"])
+    told = capsys.readouterr().err
+    assert "grop" in told and "'grpo'" in told
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"loss__kl_estimator": "k1", "loss__kl_coeff": 0.1}, ["loss.kl_estimator", "k1"]),
+        ({"loss__kl_unbiased": True, "loss__kl_estimator": "k2", "loss__kl_coeff": 0.1}, ["loss.kl_unbiased"]),
+        ({"loss__kl_target": 0.1}, ["loss.kl_coeff", "kl_target"]),
+        ({"advantage__baseline": "none", "advantage__scale": "group"}, ["advantage.scale", "`none`"]),
+        ({"advantage__baseline": "critic", "rollout__max_resamples": 2}, ["rollout.max_resamples", "critic"]),
+        ({"rollout__group_size": 1}, ["rollout.group_size", "at least 2"]),
+        ({"loss__dual_clip": 1.1}, ["loss.dual_clip", "1.2"]),
+        ({"loss__objective": "reinforce", "train__updates_per_batch": 2}, ["loss.objective", "ratio"]),
+        ({"loss__objective": "reinforce", "loss__ratio_level": "sequence"}, ["loss.ratio_level"]),
+        ({"train__num_minibatches": 33}, ["train.num_minibatches", "32"]),
+        ({"advantage__overlong_buffer": 256}, ["advantage.overlong_buffer"]),
+        ({"loss__importance_low": 3.0}, ["loss.importance_low"]),
+        ({"advantage__several_rewards": "normalise_then_sum", "loss__kl_in": "reward", "loss__kl_coeff": 0.1},
+         ["loss.kl_in"]),
+    ],
+)  # fmt: skip
+def test_what_means_nothing_is_refused(options: dict[str, Any], named: list[str]) -> None:
+    with pytest.raises(ValueError) as refused:
+        make_config(**options)
+    assert all(word in str(refused.value) for word in named)
+
+
+def test_a_critic_needs_no_group() -> None:
+    assert make_config(advantage__baseline="critic", rollout__group_size=1).rollout.group_size == 1

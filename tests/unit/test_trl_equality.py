@@ -1,0 +1,77 @@
+"""Promise 5: for equal inputs, each loss and its gradient equal TRL 1.16's.
+
+TRL's numbers were stored by tests/fixtures/make_trl_losses.py; TRL itself is not needed here.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from grpo_dist.algorithm import ENTROPY_SLACK, highest
+from grpo_dist.losses import Aggregation, Objective, policy_loss, token_weights
+
+STORED = json.loads((Path(__file__).parents[1] / "fixtures" / "trl_losses.json").read_text())
+LENGTHS = torch.tensor(STORED["lengths"])
+INSIDE = torch.arange(STORED["longest"]) < LENGTHS[:, None]
+BASE = Objective(
+    surrogate="grpo", ratio_level="token", clip_low=0.2, clip_high=0.2, dual_clip=None, sapo_temperature_positive=1.0,
+    sapo_temperature_negative=1.05, kl_coeff=0.0, kl_estimator="k3", kl_unbiased=False, entropy_coeff=0.0,
+)  # fmt: skip
+OURS: dict[str, tuple[Objective, Aggregation]] = {
+    "grpo": (BASE, "sequence_mean"),
+    "bnpo": (BASE, "token_mean"),  # the same on one rank
+    "dr_grpo": (BASE, "constant"),
+    "dapo": (BASE, "token_mean"),
+    "cispo": (replace(BASE, surrogate="cispo", clip_low=1.0, clip_high=1.0), "token_mean"),  # TRL's 2.0
+    "sapo": (replace(BASE, surrogate="sapo"), "sequence_mean"),
+    "luspo": (replace(BASE, ratio_level="sequence"), "sequence_sum"),
+    "gspo": (replace(BASE, ratio_level="sequence"), "sequence_mean"),
+}
+
+
+def flat(values: list[Any]) -> torch.Tensor:
+    """A padded (6, 12) table without its padding."""
+    return torch.tensor(values, dtype=torch.float64)[INSIDE]
+
+
+@pytest.mark.parametrize("name", STORED["cases"])
+def test_loss_and_gradient_equal_trl(name: str) -> None:
+    case, given = STORED["cases"][name], STORED["inputs"]
+    objective, aggregation = OURS[case["loss_type"]]
+    objective = replace(
+        objective, kl_coeff=case.get("beta", 0.0), kl_unbiased=case.get("use_bias_correction_kl", False),
+        dual_clip=case.get("delta"), clip_high=case.get("epsilon_high", objective.clip_high),
+        ratio_level=case.get("importance_sampling_level", objective.ratio_level),
+    )  # fmt: skip
+    sequence = torch.repeat_interleave(torch.arange(len(LENGTHS)), LENGTHS)
+    advantages = torch.tensor(given["advantages"], dtype=torch.float64)[sequence]
+    entropies = flat(given["entropies"])
+    if "top_entropy_quantile" in case:
+        every = torch.ones_like(sequence, dtype=torch.bool)
+        advantages = torch.where(highest(entropies, every, case["top_entropy_quantile"]), advantages, 0.0)
+    if case.get("importance_weights"):
+        advantages = advantages * flat(given["importance"])
+    weights = token_weights(LENGTHS, aggregation, group=torch.arange(6), included=torch.ones(6, dtype=torch.bool),
+                            longest=STORED["longest"]).double()  # fmt: skip
+    logprobs = flat(given["logprobs"]).requires_grad_()
+    reference = flat(given["reference"]) if objective.kl_coeff else None
+    loss = policy_loss(objective, logprobs, entropies, flat(given["old"]), reference, advantages, weights, sequence)
+    assert loss.total.item() == pytest.approx(case["loss"], rel=1e-5)
+    (gradient,) = torch.autograd.grad(loss.total, logprobs)
+    expected = flat(case["gradient"])
+    assert torch.allclose(gradient, expected, rtol=1e-5, atol=1e-7)
+    assert float(expected.norm()) > 0.01
+
+
+def test_equal_entropies_are_chosen_alike_whatever_their_rounding() -> None:
+    entropies = torch.tensor([2.0, 1.0, 1.0 + ENTROPY_SLACK / 50, 1.0 - ENTROPY_SLACK / 50, 0.5, 3.0])
+    counted = torch.tensor([True, True, True, True, True, False])
+    assert highest(entropies, counted, 0.4).tolist() == [True, True, True, True, False, False]
+    assert highest(entropies, counted, 1.0).tolist() == counted.tolist()
+    assert highest(entropies, torch.zeros(6, dtype=torch.bool), 0.5).tolist() == [False] * 6
