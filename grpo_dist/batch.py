@@ -126,23 +126,25 @@ def join(batches: list[Batch], groups: list[list[int]]) -> Batch:
         prompts=[batch.prompts[g] for batch, chosen in zip(batches, groups, strict=True) for g in chosen],
         group=torch.cat(renumbered), lengths=rows("lengths"), finished=rows("finished"), tokens=flat("tokens"),
         sampled_logprobs=flat("sampled_logprobs"), rewards=rows("rewards"), reward=rows("reward"),
-        token_rewards=token_rewards, scoring=_joined_scoring(batches), extras=_joined_extras(batches, kept),
+        token_rewards=token_rewards, scoring=_joined_scoring([batch.scoring for batch in batches]),
+        extras={column: [value for batch, mine in zip(batches, kept, strict=True)
+                         for value in _column(batch, column, mine)]
+                for column in dict.fromkeys(name for batch in batches for name in batch.extras)},
     )  # fmt: skip
 
 
-def _joined_scoring(batches: list[Batch]) -> dict[str, float]:
-    """Failures and seconds add up over rounds; what rewards logged is averaged over the rounds that logged it."""
-    names = sorted({name for batch in batches for name in batch.scoring})
-    given = {name: [batch.scoring[name] for batch in batches if name in batch.scoring] for name in names}
-    return {name: sum(values) if name.endswith(("/failed", "/seconds")) else sum(values) / len(values)
-            for name, values in given.items()}  # fmt: skip
+def _column(batch: Batch, column: str, rows: Tensor) -> list[Any]:
+    values = batch.extras.get(column, [None] * len(batch.lengths))
+    return [values[n] for n in rows.tolist()]
 
 
-def _joined_extras(batches: list[Batch], kept: list[Tensor]) -> dict[str, list[Any]]:
-    columns = sorted({column for batch in batches for column in batch.extras})
-    return {column: [batch.extras[column][n] if column in batch.extras else None
-                     for batch, rows in zip(batches, kept, strict=True) for n in rows.tolist()]
-            for column in columns}  # fmt: skip
+def _joined_scoring(scoring: list[dict[str, float]]) -> dict[str, float]:
+    """Counts and seconds of all batches added up, and the mean of what rewards logged."""
+    joined = {}
+    for name in dict.fromkeys(name for each in scoring for name in each):
+        values = [each[name] for each in scoring if name in each]
+        joined[name] = sum(values) / (1 if name.endswith(("/failed", "/seconds")) else len(values))
+    return joined
 
 
 def _token_places(batch: Batch, rows: Tensor) -> Tensor:

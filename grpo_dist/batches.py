@@ -20,7 +20,7 @@ def sample_batch(run: Run, step: int) -> tuple[Batch, dict[str, float]]:
     what a round has to replace follows from the global batch, so ranks need not talk about it.
     """
     config = run.config
-    batches = [_round(run, run.prompts_of(step), step, f"train/{step}")]
+    batches = [_round(run, run.prompts_of(step), f"train/{step}", step)]
     if not config.rollout.max_resamples:
         return batches[0], {}
     kept, spare = _sorted_groups(batches[0])
@@ -30,7 +30,7 @@ def sample_batch(run: Run, step: int) -> tuple[Batch, dict[str, float]]:
         missing = config.train.batch_size - sum(map(len, chosen))
         seed = stream_key(config.train.seed, "resample", rounds) & (2**63 - 1)
         places = Sampler(len(run.prompts), config.train.batch_size, seed).batch_indices(step)[:missing]
-        batches.append(_round(run, [run.prompts[i] for i in places], step, f"train/{step}/{rounds}"))
+        batches.append(_round(run, [run.prompts[i] for i in places], f"train/{step}/{rounds}", step))
         chosen.append(_sorted_groups(batches[-1])[0])
         all_rewards.append(batches[-1].reward)
     replaced = sum(map(len, chosen)) - len(kept)
@@ -44,15 +44,15 @@ def sample_batch(run: Run, step: int) -> tuple[Batch, dict[str, float]]:
     return join(batches, chosen), counts
 
 
-def _round(run: Run, prompts: list[Prompt], step: int, stream: str) -> Batch:
-    """Completions of `prompts`, scored under the rewards' weights of this step, and gathered."""
+def _round(run: Run, prompts: list[Prompt], stream: str, step: int) -> Batch:
+    """Completions of `prompts`, scored and gathered."""
     config = run.config
     with run.phase("rollout"):
         completions, pending = run.generate(prompts, config.rollout.group_size, run.sampling, stream, step)
     with run.phase("reward"):
         with run.ranks.together("scoring"):
             scores = pending.result(run.watch.check)
-        return gather(run.ranks, prompts, completions, scores, [reward.weight_at(step) for reward in config.rewards],
+        return gather(run.ranks, prompts, completions, scores, config.weights_at(step),
                       config.scoring.error_budget)  # fmt: skip
 
 

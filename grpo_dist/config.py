@@ -7,7 +7,7 @@ rank and on sixty-four. This module imports nothing heavy, so that a mistake in 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from .checks import require
@@ -358,3 +358,14 @@ class Config:
         require(self.train.num_minibatches <= self.train.batch_size, "train.num_minibatches",
                 self.train.num_minibatches, f"at most train.batch_size = {self.train.batch_size}")  # fmt: skip
         check_algorithm(self)
+        require(self.data.curriculum is None or not self.rollout.max_resamples, "data.curriculum", self.data.curriculum,
+                "null where rollout.max_resamples replaces prompts")  # fmt: skip
+
+    def weights_at(self, step: int) -> list[float]:
+        """The rewards' weights at a step (from 0)."""
+        return [reward.weight_at(step) for reward in self.rewards]
+
+    def at(self, step: int) -> Config:
+        """This config with the rewards' weights as they are at a step."""
+        rewards = [replace(reward, weight=reward.weight_at(step), schedule=None) for reward in self.rewards]
+        return replace(self, rewards=rewards)

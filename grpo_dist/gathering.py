@@ -45,20 +45,8 @@ def gather(
     counts = failures.sum(0).tolist()
     measured |= {f"reward/{name}/failed": float(count) for name, count in zip(scores.names, counts, strict=True)}
     return Batch(prompts, numbers[:, 0], numbers[:, 1], numbers[:, 2].bool(), tokens, logprobs,
-                 gathered[:, :num_rewards], gathered[:, -1], _token_rewards(ranks, completions, scores),
-                 measured, extras)  # fmt: skip
-
-
-def _token_rewards(ranks: Ranks, completions: list[Completion], scores: Scores) -> Tensor | None:
-    """The global batch's rewards by token, None where no rank has per-token rewards; a collective."""
-    if not any(ranks.gather_objects(bool(scores.per_token))):
-        return None
-    lengths = torch.tensor([len(c.ids) for c in completions], dtype=torch.int64)
-    table = at_last_tokens(torch.from_numpy(scores.values), lengths)
-    starts = (torch.cumsum(lengths, 0) - lengths).tolist()
-    for (n, reward), values in scores.per_token.items():
-        table[starts[n] : starts[n] + len(values), reward] = torch.tensor(values, dtype=torch.float64)
-    return ranks.gather(table)
+                 gathered[:, :num_rewards], gathered[:, -1], _token_rewards(ranks, completions, scores), measured,
+                 extras)  # fmt: skip
 
 
 def _gather_logged(ranks: Ranks, scores: Scores) -> tuple[dict[str, float], dict[str, list[Any]]]:
@@ -76,6 +64,18 @@ def _gather_logged(ranks: Ranks, scores: Scores) -> tuple[dict[str, float], dict
         if any(isinstance(value, str) for value in values):  # a parquet column has one type
             extras[column] = [None if value is None else str(value) for value in values]
     return measured, extras
+
+
+def _token_rewards(ranks: Ranks, completions: list[Completion], scores: Scores) -> Tensor | None:
+    """The global batch's rewards by token, None where no rank has per-token rewards; a collective."""
+    if not any(ranks.gather_objects(bool(scores.per_token))):
+        return None
+    lengths = torch.tensor([len(c.ids) for c in completions], dtype=torch.int64)
+    table = at_last_tokens(torch.from_numpy(scores.values), lengths)
+    starts = (torch.cumsum(lengths, 0) - lengths).tolist()
+    for (n, reward), values in scores.per_token.items():
+        table[starts[n] : starts[n] + len(values), reward] = torch.tensor(values, dtype=torch.float64)
+    return ranks.gather(table)
 
 
 def _judge(

@@ -10,6 +10,10 @@ from torch import Tensor
 
 from .batch import Batch, Measured, Prompt
 
+LOGGED = ("scoring", "extras")
+"""Fields of a batch that are saved as JSON."""
+NOT_TENSORS = ("prompts", *LOGGED)
+
 
 @dataclass
 class Position:
@@ -42,9 +46,8 @@ class Position:
 
     def meta(self) -> dict[str, Any]:
         """What of the position has to be saved as JSON."""
-        logged = {} if self.batch is None else {"scoring": self.batch.scoring, "extras": self.batch.extras}
         return {"updates": self.updates, "kl_coeff": self.kl_coeff, "facts": self.facts, "metrics": self.metrics,
-                "logged": logged}  # fmt: skip
+                "logged": {name: getattr(self.batch, name) for name in LOGGED} if self.batch else {}}  # fmt: skip
 
     def tensors(self) -> dict[str, Tensor]:
         """What of the position has to be saved as tensors."""
@@ -53,9 +56,10 @@ class Position:
         held = {"batch/prompts": torch.tensor([prompt.index for prompt in self.batch.prompts])}
         for prefix, thing in (("batch", self.batch), ("measured", self.measured)):
             if thing is not None:
-                values = {f"{prefix}/{f.name}": getattr(thing, f.name) for f in fields(thing) if f.name != "prompts"}
+                names = [each.name for each in fields(thing) if each.name not in NOT_TENSORS]
+                values = {f"{prefix}/{name}": getattr(thing, name) for name in names}
                 # cloned: some are columns of one gathered table, and safetensors refuses memory that is shared
-                held |= {name: value.clone() for name, value in values.items() if isinstance(value, Tensor)}
+                held |= {name: value.clone() for name, value in values.items() if value is not None}
         return held
 
     @classmethod

@@ -160,10 +160,9 @@ class Run:
     def _identity(self) -> dict[str, Any]:
         """What a run may not change on its way."""
         return {"base": base_identity(self.config.model, self.model_config), "lora": asdict(self.config)["lora"],
-                "critic": self.config.advantage.baseline == "critic",
-                "data": data_fingerprint(identifying(self.prompts)), "num_prompts": len(self.prompts),
-                "order": order_of(self.config.data), "seed": self.config.train.seed,
-                "batch_size": self.config.train.batch_size}  # fmt: skip
+                "critic": self.config.advantage.baseline == "critic", "num_prompts": len(self.prompts),
+                "data": data_fingerprint(identifying(self.prompts)), "order": order_of(self.config.data),
+                "seed": self.config.train.seed, "batch_size": self.config.train.batch_size}  # fmt: skip
 
     def _check_changes(self) -> None:
         """Log what has changed since the checkpoint; raise ValueError where the run would not be the same run."""

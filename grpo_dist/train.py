@@ -43,7 +43,7 @@ def train(run: Run) -> None:
         minibatches = pack_batch(run, batch)
         with run.phase("reference"):
             measured = measure(run, minibatches, batch)
-        targets = targets_of(config, batch, measured, position.kl_coeff)
+        targets = targets_of(config.at(step), batch, measured, position.kl_coeff)
         aim(minibatches, targets)
         with run.phase("update"):
             while minibatches and position.updates < config.train.updates_per_batch * len(minibatches):
@@ -103,7 +103,7 @@ def record(run: Run, step: int, batch: Batch, advantages: Tensor, metrics: dict[
         metrics |= evaluate(run, done)
     run.write(metrics, batch, advantages)
     run.display.step(metrics)
-    run.sampler.record(pass_rates(batch, [reward.weight_at(step) for reward in run.config.rewards]))
+    run.sampler.record(pass_rates(batch, run.config.weights_at(step)))
     run.position = Position(done, kl_coeff)
     if last or (config.save_every and done % config.save_every == 0):
         run.save()

@@ -13,7 +13,6 @@ from grpo_dist.rewards.scores import Failure, FailureKind, Item, Scores
 
 _CHECK_SECONDS = 0.2
 
-
 class Pending:
     """Scores on their way; threads of the pool fill it in."""
 
@@ -28,10 +27,10 @@ class Pending:
         self._most_lost_calls = most_lost_calls
         shape = (len(items), len(names))
         self._values = np.full(shape, np.nan)
-        self._per_token: dict[tuple[int, int], list[float]] = {}
         self._failures: dict[tuple[int, int], Failure] = {}
         self._seconds = np.zeros(len(names))
         self._lost_calls = [0] * len(names)
+        self._per_token: dict[tuple[int, int], list[float]] = {}
         self._metrics: dict[str, tuple[float, int]] = {}
         self._extras: dict[str, list[Any]] = {}
         self._open_cells = shape[0] * shape[1]
@@ -56,17 +55,18 @@ class Pending:
             failed[cell] = True
         failures = [self._failures[cell] for cell in sorted(self._failures)]
         metrics, extras = dict(sorted(self._metrics.items())), dict(sorted(self._extras.items()))
-        return Scores(self._values, failed, failures, self._names, self._seconds, per_token=self._per_token,
-                      metrics=metrics, extras=extras)  # fmt: skip
+        return Scores(
+            self._values, failed, failures, self._names, self._seconds, self._per_token, metrics, extras
+        )
 
     def scored(self, reward: int, places: Sequence[int], answer: dict[str, Any]) -> None:
         """Take in the values of one call."""
         bad = {int(place): told for place, told in answer["bad"].items()}
         with self._lock:
             for number, (place, value) in enumerate(zip(places, answer["values"], strict=True)):
-                tokens = len(self.items[place].completion_ids)
-                if isinstance(value, list) and len(value) != tokens:
-                    told = f"returned {len(value)} numbers for {tokens} tokens, expected one per token"
+                num_tokens = len(self.items[place].completion_ids)
+                if isinstance(value, list) and len(value) != num_tokens:
+                    told = f"returned {len(value)} numbers for {num_tokens} tokens, expected one per token"
                     bad[number] = ("bad_value", told)
                 else:
                     self._take(place, reward, value)

@@ -77,6 +77,7 @@ def resolve_for(config: RewardConfig, placement: Placement) -> RewardFunction | 
     return resolve(config) if declared == placement else declared
 
 
+
 def answer(rewards: Sequence[RewardFunction | Placement], request: bytes) -> dict[str, Any]:
     """Make one call and return `{"values": […], "bad": {place: [kind, message]}, "metrics": …, "extras": …}`, or its
     `kind`, `message` and `traceback`.
@@ -99,9 +100,6 @@ def answer(rewards: Sequence[RewardFunction | Placement], request: bytes) -> dic
         line = "".join(traceback.format_exception_only(error)).strip()
         return {"kind": "raised", "message": line, "traceback": traceback.format_exc()[-_TRACEBACK_CHARACTERS:]}
     return {"values": values, "bad": bad, "metrics": log.means(), "extras": log.extras}
-
-
-Value = float | list[float | None] | None
 
 
 class Log:
@@ -131,13 +129,15 @@ class Log:
         return {name: sum(values) / len(values) for name, values in self._metrics.items()}
 
 
+Value = float | list[float | None] | None
+
+
 def read_values(result: object, count: int) -> tuple[list[Value], dict[int, tuple[FailureKind, str]]]:
     """Return a result's values as floats, None where it does not apply, and kind and message of each bad one by place.
 
-    Bools, ints, numpy scalars and tensors without dimensions are numbers; arrays and tensors with one are lists. An
-    exception among the values says that this one completion could not be scored; a value that is a list itself holds
-    one number, or None, per token of its completion. Raises BadValueError where the result as a whole is not a list of
-    `count` values.
+    Bools, ints, numpy scalars and tensors without dimensions are numbers; arrays and tensors with one are lists. A
+    value that is a list itself holds one number, or None, per token of its completion; an exception says that this one
+    completion could not be scored. Raises BadValueError where the result as a whole is not a list of `count` values.
     """
     if hasattr(result, "tolist") and getattr(result, "ndim", None) is not None:
         result = result.tolist()
@@ -154,8 +154,7 @@ def read_values(result: object, count: int) -> tuple[list[Value], dict[int, tupl
             bad[place] = ("raised", "".join(traceback.format_exception_only(value)).strip())
         elif not all(each is None or math.isfinite(each) for each in (read if isinstance(read, list) else [read])):
             expected = "a finite number, None, or a list of these (one per token)"
-            bad[place] = ("bad_value", f"returned {_shown(value)}, expected {expected}")
-            read = None
+            bad[place], read = ("bad_value", f"returned {_shown(value)}, expected {expected}"), None
         values.append(read)
     return values, bad
 
