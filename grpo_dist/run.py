@@ -293,6 +293,8 @@ class Run:
     def close(self, all_ranks: bool) -> None:
         """End the workers, close the files and, unless other ranks may be stuck, leave the process group."""
         self.watch.close()
+        if all_ranks:  # rank 0 serves what the others watch: it stays until nobody does
+            self.ranks.barrier()
         self.display.close()
         self.scorer.close()
         if self.recorder:

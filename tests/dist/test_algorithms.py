@@ -39,7 +39,13 @@ CASES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", presets())
+QUICK = {"dapo", "gspo", "ppo"}
+"""Presets that are tried each time: between them, most of the options."""
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in presets()]
+)
 def test_each_preset_learns(name: str, tmp_path: Path) -> None:
     """The first part of the runs that docs/learning_curves.py draws."""
     done = launch(

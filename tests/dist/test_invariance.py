@@ -50,7 +50,7 @@ def test_first_step(one_process: Path) -> None:
     ("strategy", "num_processes", "arguments"),
     [
         ("zero3", 2, ("--reference.placement", "shared")),
-        ("zero3", 2, ("--model.gradient_checkpointing", "true")),
+        pytest.param("zero3", 2, ("--model.gradient_checkpointing", "true"), marks=pytest.mark.slow),
         ("zero2", 2, ("--train.max_tokens_per_pack", "80")),
         ("ddp", 2, ("--model.attn_implementation", "sdpa")),
     ],
@@ -66,7 +66,7 @@ def test_what_changes_only_speed_and_memory(
 @pytest.mark.parametrize(
     "arguments",
     [
-        ("--loss.objective", "reinforce", "--loss.kl_coeff", "0.01"),
+        pytest.param(("--loss.objective", "reinforce", "--loss.kl_coeff", "0.01"), marks=pytest.mark.slow),
         ("--train.updates_per_batch", "3"),
     ],
 )

@@ -39,7 +39,7 @@ def kill_after(steps: int, strategy: str, num_processes: int, directory: Path) -
     process.wait()
 
 
-@pytest.mark.parametrize(("strategy", "num_processes"), [("zero2", 2), ("zero3", 2)])
+@pytest.mark.parametrize(("strategy", "num_processes"), [pytest.param("zero2", 2, marks=pytest.mark.slow), ("zero3", 2)])
 def test_killed_and_started_again(strategy: str, num_processes: int, tmp_path: Path) -> None:
     undisturbed = train(strategy, num_processes, tmp_path / "undisturbed", *EACH)
     kill_after(2, strategy, num_processes, tmp_path / "killed")

@@ -54,7 +54,13 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory / "run"
 
 
-@pytest.mark.parametrize("point", POINTS.values(), ids=POINTS)
+QUICK = {"mid-rollout", "between two updates", "before the manifest"}
+"""Points that are tried each time."""
+
+
+@pytest.mark.parametrize(
+    "point", [pytest.param(at, id=name, marks=[] if name in QUICK else pytest.mark.slow) for name, at in POINTS.items()]
+)
 def test_killed_anywhere(point: str, undisturbed: Path, tmp_path: Path) -> None:
     ten_prompts(tmp_path)
     run = tmp_path / "run"

@@ -29,7 +29,13 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return train("zero2", 2, tmp_path_factory.mktemp("undisturbed") / "run", *ARGUMENTS)
 
 
-@pytest.mark.parametrize("point", POINTS.values(), ids=POINTS)
+QUICK = {"rollout", "update"}
+"""Phases that are tried each time."""
+
+
+@pytest.mark.parametrize(
+    "point", [pytest.param(at, id=name, marks=[] if name in QUICK else pytest.mark.slow) for name, at in POINTS.items()]
+)
 def test_one_rank_signalled(point: str, undisturbed: Path, tmp_path: Path) -> None:
     run = str(tmp_path / "run")
     stopped = launch("zero2", 2, *TINY, *ARGUMENTS, "--train.output_dir", run, program=["tests/fault/faulty.py"],
@@ -65,7 +71,7 @@ def of_run(directory: Path) -> list[psutil.Process]:
     return ranks + [child for rank in ranks for child in rank.children(recursive=True)]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_the_launcher_signalled(number: signal.Signals, tmp_path: Path) -> None:
     process = start("zero2", tmp_path / "run")
     processes = of_run(tmp_path / "run")
