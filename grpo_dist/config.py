@@ -291,7 +291,8 @@ class TrainConfig:
     max_bad_updates: int = 3
     """Updates in a row whose gradient may be infinite or NaN, and are left out, before the run stops."""
     hang_timeout_seconds: float = 300.0
-    """A rank that does not move for this long is named, with its phase and stack, and the run ends."""
+    """A rank whose process stands still for this long (stopped, or its node lost) is named, with the phase and stack it
+    was last seen in, and the run ends."""
 
     @property
     def max_seconds(self) -> float | None:

@@ -11,6 +11,7 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -21,6 +22,10 @@ from torch import Tensor
 
 from .config import Dtype, OptimConfig
 from .watch import Interrupted, serve_store
+
+PATIENCE = timedelta(hours=12)
+"""How long ranks wait for one another between phases: a rollout or a slow disk may take its time, and watch.py sees who
+hangs."""
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -77,7 +82,7 @@ class Ranks:
             )
             self.zero_stage = plugin.zero_stage
         # a channel for flags that does not wait for the device, as a collective of the training's backend would
-        self._control = dist.new_group(backend="gloo") if self.num_ranks > 1 else None
+        self._control = dist.new_group(backend="gloo", timeout=PATIENCE) if self.num_ranks > 1 else None
 
     @property
     def rank(self) -> int:
@@ -127,7 +132,7 @@ class Ranks:
         if self.num_ranks == 1:
             return [thing]
         things: list[Any] = [None] * self.num_ranks
-        dist.all_gather_object(things, thing)
+        dist.all_gather_object(things, thing, group=self._control)
         return things
 
     def reduce(self, values: Tensor, how: str) -> Tensor:
@@ -285,13 +290,14 @@ class OptimizerState:
     @torch.no_grad()
     def collect(self) -> dict[str, Tensor]:
         """Whole float32 tensors on the CPU: each parameter as `weight/NAME`, its moments as `exp_avg/NAME` and
-        `exp_avg_sq/NAME`, and `adam_steps`. A collective."""
+        `exp_avg_sq/NAME`, and `adam_steps`; on the main rank alone. A collective."""
         steps = [int(state["step"]) for state in self.adam.state.values() if "step" in state]
         state = {"adam_steps": torch.tensor(max(self.ranks.gather_objects(max(steps, default=0))))}
         for name, parameter in self.parameters.items():
-            state[f"weight/{name}"] = self._whole(parameter, None)
-            for moment in MOMENTS:
-                state[f"{moment}/{name}"] = self._whole(parameter, moment)
+            for kind, key in (("weight", None), *((moment, moment) for moment in MOMENTS)):
+                tensor = self._whole(parameter, key)
+                if self.ranks.is_main:  # the others only help to put it together
+                    state[f"{kind}/{name}"] = tensor
         return state
 
     @torch.no_grad()

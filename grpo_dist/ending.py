@@ -27,7 +27,7 @@ def main(train: Callable[[Run], None]) -> int:
     set_up_logging()
     try:
         run = Run(config)
-    except UserError as error:
+    except UserError as error:  # found on every rank alike
         if os.environ.get("RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr)
         return 2

@@ -58,7 +58,8 @@ def end_token_ids(model: ModelConfig, tokenizer: Any) -> list[int]:
     ends = {tokenizer.eos_token_id}
     for source in (GenerationConfig, AutoConfig):
         try:
-            given = source.from_pretrained(model_path(model), revision=model.revision).eos_token_id
+            options = _hub_options(model) if source is AutoConfig else {"revision": model.revision}
+            given = source.from_pretrained(model_path(model), **options).eos_token_id
         except OSError:  # many repositories have no generation_config.json
             continue
         ends |= set(given if isinstance(given, list) else [given]) - {None}
@@ -81,7 +82,7 @@ def check_model_config(model_config: Any, tokenizer: Any, longest: int) -> None:
         raise ValueError(f"model.name: the tokenizer has {len(tokenizer)} tokens, the model only {text.vocab_size}")
 
 
-def packing_obstacle(model_config: Any, longest: int) -> str | None:
+def packing_obstacle(model_config: Any, longest: int, trust_remote_code: bool = False) -> str | None:
     """Why packs with shared prompts cannot express this architecture for sequences of `longest` tokens, or None."""
     text = model_config.get_text_config()
     window = getattr(text, "sliding_window", None) or getattr(text, "attention_window", None)
@@ -98,7 +99,8 @@ def packing_obstacle(model_config: Any, longest: int) -> str | None:
         return "no attention layers"
     try:  # some architectures look the attention up in tables of their own
         with unsharded_loading(), torch.device("meta"):
-            AutoModelForCausalLM.from_config(copy.deepcopy(model_config), attn_implementation=attention.NAME)
+            AutoModelForCausalLM.from_config(copy.deepcopy(model_config), attn_implementation=attention.NAME,
+                                             trust_remote_code=trust_remote_code)  # fmt: skip
     except (KeyError, ValueError, ImportError) as error:
         return f"its code does not take another attention ({type(error).__name__}: {error})"
     return None
@@ -215,7 +217,7 @@ class SharedReference:
     def __init__(self, wrapped: Any, policy: Policy, lora: LoraConfig, attn_implementation: str | None) -> None:
         self.wrapped, self.policy = wrapped, policy
         with unsharded_loading(), torch.device("meta"):
-            tree = AutoModelForCausalLM.from_config(
+            tree = type(policy.causal_lm)._from_config(
                 policy.causal_lm.config, attn_implementation=attn_implementation, dtype=policy.causal_lm.dtype
             )
             tree = get_peft_model(tree, policy.model.peft_config["default"])
@@ -284,7 +286,7 @@ def save_final(policy: Policy, tokenizer: Any, directory: Path, is_main: bool) -
         return
     config = policy.causal_lm.config
     with unsharded_loading(), torch.device("meta"):
-        plain = AutoModelForCausalLM.from_config(config, dtype=next(iter(state.values())).dtype)
+        plain = type(policy.causal_lm)._from_config(config, dtype=next(iter(state.values())).dtype)
     plain.load_state_dict(state, strict=False, assign=True)
     plain.tie_weights()
     missing = [name for name, p in plain.named_parameters() if p.is_meta]

@@ -68,7 +68,8 @@ class Run:
             self.resume_from = self._resume_path()
             self._check_changes()
             self.scorer = ScorerPool(config.rewards, config.scoring)
-            self.scorer.check_columns(self.prompts[0].columns)
+            for prompt in (self.prompts[0], *self.eval_prompts[:1]):
+                self.scorer.check_columns(prompt.columns)
             self.directory.mkdir(parents=True, exist_ok=True)
             self._lock = lock(self.directory) if os.environ.get("RANK", "0") == "0" else None
         except (ValueError, OSError, checkpoint.DamagedCheckpoint) as error:
@@ -77,6 +78,10 @@ class Run:
         _log_on_main(self.ranks)
         if self.ranks.is_main:
             (self.directory / "config.yaml").write_text(yaml.safe_dump(redacted(asdict(config)), sort_keys=False))
+        places = self.ranks.gather_objects(self.resume_from and self.resume_from.name)
+        if len(set(places)) > 1:
+            raise UserError(f"train.output_dir: ranks see different checkpoints in {self.directory}, {places} in order "
+                            "of rank; it must lie on a file system that all nodes share")  # fmt: skip
         self._load_models()
         self.position = self._resume() if self.resume_from else Position(0, config.loss.kl_coeff)
         self.reference.sync(self.policy)
@@ -84,7 +89,8 @@ class Run:
                            config.train.max_seconds, config.train.hang_timeout_seconds)  # fmt: skip
         self.clock = Clock()
         self.bad_updates = BadUpdates(self.directory, config.train.max_bad_updates, self.ranks.is_main)
-        self.recorder = Recorder(config, self.directory, self.position.step) if self.ranks.is_main else None
+        kept = -1 if self.position.is_start else self.position.step
+        self.recorder = Recorder(config, self.directory, kept) if self.ranks.is_main else None
         self.display = Display(config.train.num_train_steps, self.position.step, self.ranks.is_main)
 
     def _load_data(self) -> None:
@@ -105,7 +111,9 @@ class Run:
         config = self.config
         dtype, copy_dtype = resolve_dtype(config.model.dtype), resolve_dtype(config.reference.dtype)
         auto = config.model.attn_implementation == "auto"
-        obstacle = packing_obstacle(self.model_config, self.longest) if auto else "as model.attn_implementation asks"
+        obstacle: str | None = "as model.attn_implementation asks"
+        if auto:
+            obstacle = packing_obstacle(self.model_config, self.longest, config.model.trust_remote_code)
         implementation = attention.NAME if obstacle is None else None if auto else config.model.attn_implementation
         temperature = config.rollout.temperature
         policy = load_policy(config.model, config.lora, dtype, implementation, temperature, config.train.seed,
@@ -125,7 +133,9 @@ class Run:
             with unsharded_loading():
                 copy = load_causal_lm(config.model, copy_dtype, implementation).to(self.ranks.device)
             self.reference = FrozenCopy(copy, temperature)
-        if obstacle is None and (obstacle := self._probe()):
+        if obstacle is None:  # what one rank finds holds for all: they share a plan of packs
+            obstacle = next(filter(None, self.ranks.gather_objects(self._probe())), None)
+        if obstacle is not None and implementation == attention.NAME:
             for each in (self.policy, self.reference.policy):
                 each.causal_lm.set_attn_implementation("sdpa")
         self.share_prompts = obstacle is None
@@ -247,10 +257,17 @@ class Run:
         seed = self.config.train.seed
         requests = [Request(slot, sample, prompts[slot].ids, stream_key(seed, stream, slot, sample))
                     for slot, sample in mine]  # fmt: skip
+        state = TrainerState(step, self.config.train.num_train_steps, self.sampler.epoch(step))
         with self.reference.trained() as model, self.ranks.together("rollout"):
             completions = self.engine.generate(model, requests, sampling, check=self.watch.check)
-        state = TrainerState(step, self.config.train.num_train_steps, self.sampler.epoch(step))
-        return completions, self.scorer.submit([self._item(prompts[c.slot], c) for c in completions], state)
+            pending = self.scorer.submit([self._item(prompts[c.slot], c) for c in completions], state)
+        return completions, pending
+
+    def seed_dropout(self, step: int, pack: int) -> None:
+        """Make adapter dropout a function of counters, so that a resumed run draws the same masks."""
+        if self.config.lora is not None and self.config.lora.dropout:
+            key = stream_key(self.config.train.seed, "dropout", step, self.position.updates, pack, self.ranks.rank)
+            torch.manual_seed(key & (2**63 - 1))
 
     def _item(self, prompt: Prompt, completion: Completion) -> Item:
         text = self.text(completion.ids)
@@ -286,7 +303,8 @@ class Run:
         lines += [f"trained model:  {self.directory / 'final'}", f"metrics:        {self.directory / 'metrics.jsonl'}"]
         if "tensorboard" in self.config.logging.trackers:
             lines.append(f"curves:         tensorboard --logdir {self.directory / 'tensorboard'}")
-        own = """--train.output_dir runs/own --data.train_file FILE --rewards '[{name: "module:function"}]'"""
+        own = ("--train.output_dir runs/own --data.train_file FILE --data.eval_file null --data.max_prompt_length 512 "
+               """--rewards '[{name: "module:function"}]'""")  # fmt: skip
         lines.append(f"next:           launch/single_node.sh --config configs/quickstart.yaml {own}")
         return "\n".join(lines)
 

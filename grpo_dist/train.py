@@ -40,7 +40,7 @@ def train(run: Run) -> None:
         batch, facts = position.batch, position.facts  # there already where the run was stopped between two updates
         if batch is None:
             batch, facts = sample_batch(run, step)
-        minibatches = pack_batch(run, batch)
+        minibatches = pack_batch(run, batch, step)
         with run.phase("reference"):
             measured = measure(run, minibatches, batch)
         targets = targets_of(config.at(step), batch, measured, position.kl_coeff)
@@ -66,6 +66,7 @@ def update(run: Run, work: list[Work], step: int) -> dict[str, float]:
     for number, each in enumerate(work, 1):
         last = number == len(work)
         run.ranks.agree(run.watch.requested)
+        run.seed_dropout(step, number)
         with run.ranks.quiet(run.wrapped, last):
             logprobs, entropies, values = run.wrapped(each.pack)
             old = logprobs.detach() if each.old is None else each.old

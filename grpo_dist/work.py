@@ -31,13 +31,13 @@ class Work:
     """The critic's values that opened the batch."""
 
 
-def pack_batch(run: Run, batch: Batch) -> list[list[Work]]:
+def pack_batch(run: Run, batch: Batch, step: int) -> list[list[Work]]:
     """This rank's packs of each minibatch of the global batch that has any, equal in number on all ranks.
 
     Completions of which nothing would come are left out; the weights of the others are those of their whole minibatch
     all the same.
     """
-    config = run.config
+    config = run.config.at(step)
     counted, needed = included(config, batch), computed(config, batch)
     number = minibatch_of(batch, config.train.num_minibatches)
     minibatches = [_pack(run, batch, counted & (number == m), needed & (number == m))
@@ -87,6 +87,7 @@ def _opening(run: Run, works: list[Work], batch: Batch) -> Measured:
     flat = {name: torch.zeros(len(batch.tokens)) for name in names}
     if run.config.loss.kl_in == "reward":
         flat["reference"] = torch.zeros(len(batch.tokens))
+    run.policy.eval()  # the rollout had no dropout either
     for each in works:
         run.ranks.agree(run.watch.requested)
         places = each.pack.token.cpu()
@@ -94,6 +95,7 @@ def _opening(run: Run, works: list[Work], batch: Batch) -> Measured:
             flat[name][places] = numbers.cpu()
         if "reference" in flat:
             flat["reference"][places] = run.reference.logprobs(each.pack).cpu()
+    run.policy.train()
     return Measured(**{name: run.ranks.reduce(numbers, "sum") for name, numbers in flat.items()})
 
 

@@ -106,6 +106,8 @@ class RowEngine:
                 check()
             output = model(input_ids=inputs, use_cache=True, logits_to_keep=1, **cache)
             cache = {name: output[name] for name in ("past_key_values", "cache_params") if output.get(name) is not None}
+            if not cache:
+                raise ValueError(f"{type(model).__name__} keeps its state in a way this engine does not know")
             positions = torch.full_like(keys, position)
             token, logprob = draw(output.logits[:, -1], keys, positions, sampling)
             tokens.append(token)

@@ -224,7 +224,9 @@ class _Decoding:
         return [completion for completion in self.done if completion is not None]
 
     def _positions(self) -> Tensor:
-        return self.state.prompt_lengths[self.state.prompt] + self.state.lengths
+        # ended rows that still wait to be dropped go on for nothing, but never past the model's last position
+        own = self.state.lengths.clamp(max=self.engine.max_new_tokens - 1)
+        return self.state.prompt_lengths[self.state.prompt] + own
 
     def _reserved(self) -> int:
         own = self.state.num_rows * self.engine.max_new_tokens
@@ -290,7 +292,7 @@ class _Decoding:
             self.on_finish(finished)
 
     def _retire(self) -> None:
-        """Drop ended rows when there are enough of them, always when an ended row could outgrow its slots."""
+        """Drop ended rows when there are enough of them."""
         count = int(self.alive.sum())
         if count == self.state.num_rows or (count and count > COMPACT_BELOW * self.state.num_rows):
             return

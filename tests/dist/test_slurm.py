@@ -98,6 +98,20 @@ def wait_for(job: str) -> str:
     return state
 
 
+def submit(overrides: dict[str, str], log: Path, submitted: list[str], **changes: str) -> str:
+    """Submit a training on two nodes, one rank each; returns the job's id."""
+    command = ["sbatch", "--parsable", "--nodes=2", "--time=15", f"--output={log}", str(SBATCH_FILE)]
+    submission = subprocess.run(
+        [*command, *(word for name, value in overrides.items() for word in (f"--{name}", value))],
+        env=environment(GRPO_DIST_VENV=sys.prefix, PROCS_PER_NODE="1", **changes), cwd=ROOT, capture_output=True,
+        text=True,
+    )  # fmt: skip
+    assert submission.returncode == 0, submission.stderr
+    job = submission.stdout.strip().partition(";")[0]
+    submitted.append(job)
+    return job
+
+
 @pytest.mark.usefixtures("cluster")
 def test_two_nodes_train_together(tmp_path: Path, submitted: list[str]) -> None:
     scored = tmp_path / "scored"
@@ -113,15 +127,7 @@ def test_two_nodes_train_together(tmp_path: Path, submitted: list[str]) -> None:
         "rewards": json.dumps(rewards),
     }
     log = tmp_path / "job.log"
-    command = ["sbatch", "--parsable", "--nodes=2", "--time=15", f"--output={log}", str(SBATCH_FILE)]
-    submission = subprocess.run(
-        [*command, *(word for name, value in overrides.items() for word in (f"--{name}", value))],
-        env=environment(GRPO_DIST_VENV=sys.prefix, PROCS_PER_NODE="1", PYTHONPATH=str(tmp_path)),
-        cwd=ROOT, capture_output=True, text=True,
-    )  # fmt: skip
-    assert submission.returncode == 0, submission.stderr
-    job = submission.stdout.strip().partition(";")[0]
-    submitted.append(job)
+    job = submit(overrides, log, submitted, PYTHONPATH=str(tmp_path))
 
     assert wait_for(job) == "COMPLETED", log.read_text() if log.exists() else "the job wrote no log"
 
@@ -132,3 +138,42 @@ def test_two_nodes_train_together(tmp_path: Path, submitted: list[str]) -> None:
         by_node[file.name.rpartition(".")[0]] += sum(map(int, file.read_text().split()))
     # each node did its half: had they run side by side, each would have done everything
     assert sorted(by_node.values()) == [STEPS * PROMPTS * GROUP_SIZE // 2] * 2
+
+
+INTERRUPTIONS = {
+    "asked to make room": [["scancel", "--signal=USR1", "--batch"]],
+    "requeued": [["scontrol", "requeue"]],
+    "cancelled and submitted again": [["scancel"]],
+}
+
+
+@pytest.mark.usefixtures("cluster")
+@pytest.mark.parametrize(
+    "how",
+    [pytest.param(how, marks=[] if how == "asked to make room" else pytest.mark.slow) for how in INTERRUPTIONS],
+)
+def test_interrupted_it_ends_with_the_same_weights(how: str, tmp_path: Path, submitted: list[str]) -> None:
+    overrides = {"train.num_train_steps": "60", "train.batch_size": "4", "train.save_every": "3",
+                 "data.eval_file": "null"}  # fmt: skip
+    left_alone = overrides | {"train.output_dir": str(tmp_path / "alone")}
+    assert wait_for(submit(left_alone, tmp_path / "alone.log", submitted)) == "COMPLETED"
+    interrupted = overrides | {"train.output_dir": str(tmp_path / "run")}
+    job = submit(interrupted, tmp_path / "job.log", submitted)
+    written = tmp_path / "run" / "metrics.jsonl"
+    deadline = time.monotonic() + LIMIT_SECONDS
+    while not (written.exists() and len(written.read_text().splitlines()) > 5):
+        assert time.monotonic() < deadline and job_state(job) in {"PENDING", "CONFIGURING", "RUNNING"}
+        time.sleep(0.1)
+    for command in INTERRUPTIONS[how]:
+        subprocess.run([*command, job], check=True)
+    if how == "cancelled and submitted again":
+        assert wait_for(job) == "CANCELLED"
+        job = submit(interrupted, tmp_path / "job.log", submitted)
+    else:
+        while job_state(job) != "PENDING":  # it is put back into the queue
+            assert time.monotonic() < deadline, (tmp_path / "job.log").read_text()[-3000:]
+            time.sleep(0.1)
+    assert wait_for(job) == "COMPLETED", (tmp_path / "job.log").read_text()[-3000:]
+    assert "resumed from" in (tmp_path / "job.log").read_text()
+    final = "final/adapter/adapter_model.safetensors"
+    assert (tmp_path / "run" / final).read_bytes() == (tmp_path / "alone" / final).read_bytes()
