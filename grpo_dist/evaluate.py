@@ -48,7 +48,7 @@ from .probe import packing_leak
 from .rewards.pool import ScorerPool
 from .rewards.registry import answer_checks, answer_reader
 from .rewards.scores import Item
-from .rollout import NativeEngine, Request, RowEngine, Sampling, stream_key
+from .rollout import Request, Sampling, make_engine, stream_key
 
 _PROMPTS_A_PART = 64  # a part is the same whatever the number of ranks
 
@@ -116,15 +116,17 @@ class Evaluation:
     def _load_model(self, ranks: Ranks) -> None:
         config, dtype = self.config, resolve_dtype(self.config.model.dtype)
         auto = config.model.attn_implementation == "auto"
-        obstacle = packing_obstacle(self.model_config, self.longest) if auto else "as model.attn_implementation asks"
+        obstacle: str | None = "as model.attn_implementation asks"
+        if auto:
+            obstacle = packing_obstacle(self.model_config, self.longest, config.model.trust_remote_code)
         implementation = attention.NAME if obstacle is None else None if auto else config.model.attn_implementation
         with unsharded_loading():
             self.model = load_causal_lm(config.model, dtype, implementation).to(ranks.device).eval()
         if obstacle is None and (obstacle := packing_leak(self.model)):
             self.model.set_attn_implementation("sdpa")
-        ends, most = end_token_ids(config.model, self.tokenizer), config.rollout.max_completion_length
-        self.engine = (NativeEngine(ends, most, config.rollout.max_tokens_in_flight) if obstacle is None
-                       else RowEngine(ends, most))  # fmt: skip
+        self.engine = make_engine(obstacle is None, end_token_ids(config.model, self.tokenizer),
+                                  config.rollout.max_completion_length,
+                                  config.rollout.max_tokens_in_flight)  # fmt: skip
 
     def _sample(self, ranks: Ranks, prompts: list[Prompt], start: int) -> Batch:
         rollout, seed = self.config.rollout, self.config.train.seed

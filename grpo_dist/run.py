@@ -45,7 +45,7 @@ from .probe import head_is_plain, packing_leak
 from .rewards.pool import Pending, ScorerPool
 from .rewards.registry import TrainerState, answer_checks, labels
 from .rewards.scores import Item
-from .rollout import NativeEngine, Request, RowEngine, Sampling, stream_key
+from .rollout import Request, Sampling, make_engine, stream_key
 from .schedule import learning_rate
 from .sources import identifying, load_training, order_of
 from .watch import Watch
@@ -144,9 +144,9 @@ class Run:
         with self.reference.trained() as model:
             plain = head_is_plain(model, self.share_prompts)
         self.policy.fused_head = self.reference.policy.fused_head = plain
-        ends, most = end_token_ids(config.model, self.tokenizer), config.rollout.max_completion_length
-        self.engine = (NativeEngine(ends, most, config.rollout.max_tokens_in_flight) if self.share_prompts
-                       else RowEngine(ends, most))  # fmt: skip
+        self.engine = make_engine(self.share_prompts, end_token_ids(config.model, self.tokenizer),
+                                  config.rollout.max_completion_length,
+                                  config.rollout.max_tokens_in_flight)  # fmt: skip
 
     def _probe(self) -> str | None:
         """Why the loaded model cannot share prompts, asked of the model itself."""
