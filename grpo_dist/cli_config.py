@@ -13,8 +13,9 @@ from typing import Any, NoReturn, get_args, get_type_hints
 from jsonargparse import ActionConfigFile, ArgumentParser, set_parsing_settings
 
 from .config import Config
+from .shipped import shipped
 
-PRESETS = Path(__file__).parents[1] / "configs" / "algorithms"
+PRESETS = shipped("configs") / "algorithms"
 SECRET = re.compile(r"token|key|secret|password|credential", re.IGNORECASE)
 
 

@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 PERIOD_SECONDS = 0.5
 SAME_SIGNAL_SECONDS = 3.0
 """A terminal's Ctrl-C reaches the ranks and their launcher, which passes it on: that is one wish, not two."""
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name))
 
 
 class Interrupted(Exception):
