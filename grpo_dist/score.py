@@ -11,37 +11,34 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from .batch import Prompt
 from .cli_config import parse_config
 from .config import Config
 from .rewards.pool import ScorerPool
 from .rewards.registry import answer_checks
 from .rewards.scores import Item, Scores, combine
 from .rows import load_rows
-from .sources import load_training
+
+if TYPE_CHECKING:
+    from .batch import Prompt
 
 _SHOWN_CHARACTERS = 60
 _SHOWN_FAILURES = 5
 
 
-def add_score(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add the verb `score`; options of a run, `--config` first, are left to its parser."""
-    parser = verbs.add_parser(
-        "score", help="print a table of scored completions", description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the verb's own options; those of a run, `--config` first, are left to its parser."""
     parser.add_argument("--completions", metavar="FILE", help="JSONL, CSV or parquet with a column `completion`")
     parser.add_argument("-n", type=int, default=20, metavar="N", help="most completions to score (20)")
-    parser.set_defaults(run=score)
 
 
-def score(options: argparse.Namespace, rest: Sequence[str]) -> int:
+def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
     """Score and print; 1 where more completions failed than scoring.error_budget allows. Raises ValueError, OSError."""
     config = parse_config(list(rest))
     if options.n < 1:
@@ -59,6 +56,7 @@ def read_items(config: Config, path: str | None, most: int) -> list[Item]:
     Raises ValueError where the file has no `completion`, or names a prompt that the data does not have.
     """
     from .models import load_tokenizer  # torch; a mistake in the options should not wait for it
+    from .sources import load_training
 
     tokenizer = load_tokenizer(config.model)
     checks = answer_checks(config.rewards) if config.data.answer_column else []
