@@ -37,7 +37,6 @@ from .models import (
     load_policy,
     load_tokenizer,
     packing_obstacle,
-    save_final,
     trainable,
 )
 from .position import Position
@@ -46,6 +45,7 @@ from .rewards.pool import Pending, ScorerPool
 from .rewards.registry import TrainerState, answer_checks, labels
 from .rewards.scores import Item
 from .rollout import Request, Sampling, make_engine, stream_key
+from .saving import save_final
 from .schedule import learning_rate
 from .sources import identifying, load_training, order_of
 from .watch import Watch
@@ -204,7 +204,8 @@ class Run:
         """Commit a checkpoint of the position; a collective."""
         state = self.state.collect() | self.position.tensors()
         meta = self.position.meta() | {"identity": self._identity(), "config": redacted(asdict(self.config)),
-                                       "versions": versions(), "sampler": self.sampler.state()}  # fmt: skip
+                                       "versions": versions(), "sampler": self.sampler.state(),
+                                       "dtype": str(self.policy.causal_lm.dtype).removeprefix("torch.")}  # fmt: skip
         with self.ranks.together("saving a checkpoint"):
             if self.ranks.is_main:
                 checkpoint.save(self.directory / "checkpoints", self.position.step, state, meta,
