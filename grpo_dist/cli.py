@@ -1,29 +1,47 @@
 """`python -m grpo_dist VERB` for what needs no launcher.
 
-A verb is a function that adds its options to a parser and names what runs: put it into VERBS. What a verb does not know
-of the command line is left to it as the rest, for the options of a run.
+A verb is a module with a docstring, `add_options(parser)` and `run(options, rest)`, which returns the exit status: put
+it into VERBS. It is imported when it is asked for, and should import torch only once it runs, so that a mistake is
+answered at once. What a verb does not know of the command line is left to it as the rest, for the options of a run
+(`cli_config.parse_config`).
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Container, Sequence
 
-from .score import add_score
-
-VERBS: tuple[Callable[[argparse._SubParsersAction[argparse.ArgumentParser]], None], ...] = (add_score,)
+VERBS = {
+    # verb: its module, and what it does in a few words
+    "check": ("grpo_dist.check", "look at a config before a run, and name all problems at once"),
+    "score": ("grpo_dist.score", "print a table of scored completions"),
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a verb and return its exit status: 2 for a mistake of the user."""
-    parser = argparse.ArgumentParser(prog="python -m grpo_dist", description=__doc__.splitlines()[0])
-    verbs = parser.add_subparsers(metavar="VERB", required=True)
-    for add in VERBS:
-        add(verbs)
-    options, rest = parser.parse_known_args(arguments)
+    words = sys.argv[1:] if arguments is None else arguments
+    parser = make_parser(words[:1])
+    options, rest = parser.parse_known_args(words)
     try:
         return options.run(options, rest)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+
+
+def make_parser(wanted: Container[str]) -> argparse.ArgumentParser:
+    """Return the parser of all verbs, with the options of those that are wanted; only their modules are imported."""
+    told = "What needs no launcher. For training itself: `python -m grpo_dist.train --help`."
+    parser = argparse.ArgumentParser(prog="python -m grpo_dist", description=told)
+    verbs = parser.add_subparsers(metavar="VERB", required=True)
+    for name, (module, summary) in VERBS.items():
+        verb = verbs.add_parser(name, help=summary, formatter_class=argparse.RawDescriptionHelpFormatter)
+        if name in wanted:
+            found = importlib.import_module(module)
+            verb.description = found.__doc__
+            found.add_options(verb)
+            verb.set_defaults(run=found.run)
+    return parser

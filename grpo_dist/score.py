@@ -11,37 +11,35 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from .batch import Prompt
 from .cli_config import parse_config
 from .config import Config
+from .plain_text import plain
 from .rewards.pool import ScorerPool
 from .rewards.registry import answer_checks
 from .rewards.scores import Item, Scores, combine
 from .rows import load_rows
-from .sources import load_training
+
+if TYPE_CHECKING:
+    from .batch import Prompt
 
 _SHOWN_CHARACTERS = 60
 _SHOWN_FAILURES = 5
 
 
-def add_score(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add the verb `score`; options of a run, `--config` first, are left to its parser."""
-    parser = verbs.add_parser(
-        "score", help="print a table of scored completions", description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the verb's own options; those of a run, `--config` first, are left to its parser."""
     parser.add_argument("--completions", metavar="FILE", help="JSONL, CSV or parquet with a column `completion`")
     parser.add_argument("-n", type=int, default=20, metavar="N", help="most completions to score (20)")
-    parser.set_defaults(run=score)
 
 
-def score(options: argparse.Namespace, rest: Sequence[str]) -> int:
+def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
     """Score and print; 1 where more completions failed than scoring.error_budget allows. Raises ValueError, OSError."""
     config = parse_config(list(rest))
     if options.n < 1:
@@ -59,6 +57,7 @@ def read_items(config: Config, path: str | None, most: int) -> list[Item]:
     Raises ValueError where the file has no `completion`, or names a prompt that the data does not have.
     """
     from .models import load_tokenizer  # torch; a mistake in the options should not wait for it
+    from .sources import load_training
 
     tokenizer = load_tokenizer(config.model)
     checks = answer_checks(config.rewards) if config.data.answer_column else []
@@ -70,6 +69,11 @@ def read_items(config: Config, path: str | None, most: int) -> list[Item]:
         pairs = [(prompt, str(prompt.columns["answer"])) for prompt in first]
     else:
         pairs = _read_pairs(path, prompts, most)
+    return to_items(pairs, tokenizer)
+
+
+def to_items(pairs: Sequence[tuple[Prompt, str]], tokenizer: Any) -> list[Item]:
+    """Return prompts with completions as what is handed to the rewards."""
     encoded = tokenizer([text for _, text in pairs], add_special_tokens=False)["input_ids"]
     return [
         Item(prompt.messages or prompt.text, text, ids, prompt.columns)
@@ -103,13 +107,14 @@ def print_scores(config: Config, items: Sequence[Item], scores: Scores) -> None:
     for item, values, failed, total in zip(items, scores.values, scores.failed, totals, strict=True):
         cells = ["failed" if bad else _number(value, "–") for value, bad in zip(values, failed, strict=True)]
         prompt = item.prompt if isinstance(item.prompt, str) else item.prompt[-1]["content"]
-        table.add_row(*map(Text, (_shown(prompt), _shown(item.completion), *cells, _number(total, "unscored"))))
+        texts = (plain(text, _SHOWN_CHARACTERS) for text in (prompt, item.completion))
+        table.add_row(*map(Text, (*texts, *cells, _number(total, "unscored"))))
     console = Console()
     console.print(table)
     lines = [f"{name}: {seconds:.2f} s" for name, seconds in zip(scores.names, scores.seconds, strict=True)]
     lines += [f"{name}: {total / count:.4g}" for name, (total, count) in scores.metrics.items()]
     lines += [
-        f"completion {failure.item}: {failure.reward} failed ({failure.kind}): {_shown(failure.message, 300)}"
+        f"completion {failure.item}: {failure.reward} failed ({failure.kind}): {plain(failure.message, 300)}"
         for failure in scores.failures[:_SHOWN_FAILURES]
     ]
     if len(scores.failures) > _SHOWN_FAILURES:
@@ -119,9 +124,3 @@ def print_scores(config: Config, items: Sequence[Item], scores: Scores) -> None:
 
 def _number(value: float, absent: str) -> str:
     return absent if value != value else f"{value:.4g}"
-
-
-def _shown(text: str, most: int = _SHOWN_CHARACTERS) -> str:
-    """Return a text on one line, without anything that would steer a terminal."""
-    plain = "".join(c if c.isprintable() else " " if c.isspace() else "\N{REPLACEMENT CHARACTER}" for c in text)
-    return plain if len(plain) <= most else plain[: most // 2] + " … " + plain[-(most // 2) :]

@@ -1,0 +1,46 @@
+"""`python -m grpo_dist`: its table of verbs, and answers that do not wait for torch."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from grpo_dist.cli import VERBS, main, make_parser
+
+ROOT = Path(__file__).parents[2]
+USES = {
+    "help": (["--help"], 0, "score"),
+    "help of a verb": (["score", "--help"], 0, "--completions"),
+    "no verb": ([], 2, "VERB"),
+    "an unknown verb": (["scroe"], 2, "scroe"),
+    "a bad option": (["score", "-n", "many"], 2, "many"),
+    "a bad option of a run": (["score", "--rollout.grup_size", "2"], 2, "rollout.group_size"),
+    "no such config": (["score", "--config", "nowhere.yaml"], 2, "nowhere.yaml"),
+}
+
+
+@pytest.mark.parametrize("name", USES)
+def test_is_answered_without_torch(name: str) -> None:
+    words, status, told = USES[name]
+    code = ("import sys, grpo_dist.cli as cli\ntry: print(cli.main(sys.argv[1:]))\n"
+            "except SystemExit as end: print(end.code)\nprint('torch' in sys.modules)")  # fmt: skip
+    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, cwd=ROOT, timeout=60,
+                          check=True)  # fmt: skip
+    assert done.stdout.splitlines()[-2:] == [str(status), "False"], done.stderr
+    assert told in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_has_options_and_says_what_it_does(verb: str) -> None:
+    summary = VERBS[verb][1]
+    text = make_parser({verb}).format_help()
+    assert summary in " ".join(text.split())
+    assert callable(make_parser({verb}).parse_known_args([verb])[0].run)
+
+
+def test_mistakes_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["score", "-n", "0"]) == 2
+    assert capsys.readouterr().err == "error: -n: 0 given, expected at least 1\n"
