@@ -25,8 +25,8 @@ MAX_SHARD_SIZE = "5GB"
 def merged_state(policy: Policy, keep: bool) -> dict[str, Tensor]:
     """The trained model's whole weights by the plain model's names, on the CPU; collected one layer at a time.
 
-    Merged in float32, then rounded to the policy's dtype. A collective under ZeRO-3; ranks that do not `keep` the result
-    get an empty one.
+    Merged in float32, then rounded to the policy's dtype. A collective under ZeRO-3; ranks that do not `keep` the
+    result get an empty one.
     """
     layers = adapted_layers(policy) if isinstance(policy.model, PeftModel) else {}
     stored = set(policy.causal_lm.state_dict())
@@ -83,12 +83,12 @@ def write_merged(
     expected = _size_and_norm({tensor.data_ptr(): tensor for tensor in plain.state_dict().values()}.values())
     written = _size_and_norm(_tensors(directory))
     if expected[0] != written[0] or not math.isclose(expected[1], written[1], rel_tol=1e-9):
-        raise RuntimeError(f"{directory}: the files hold {written[0]} numbers of norm {written[1]}, the model in memory "
-                           f"{expected[0]} of norm {expected[1]}")  # fmt: skip
+        raise RuntimeError(f"{directory}: the files hold {written[0]} numbers of norm {written[1]}, the model in "
+                           f"memory {expected[0]} of norm {expected[1]}")  # fmt: skip
 
 
 def write_adapter(model: PeftModel, state: dict[str, Tensor], directory: Path) -> None:
-    """Write a PEFT adapter and check the file: under ZeRO-3 they have been known to come out empty. Raises RuntimeError."""
+    """Write a PEFT adapter and reopen it: under ZeRO-3 they have been known to come out empty. Raises RuntimeError."""
     model.save_pretrained(directory, state_dict=state, save_embedding_layers=False)
     written = load_file(directory / "adapter_model.safetensors")
     if len(written) != len(state):

@@ -1,6 +1,7 @@
 """Where the files lie that ship beside the code: configs with their data, and what the launchers need.
 
-In a checkout they are at its top level, in an installation inside the package. `python -m grpo_dist examples` copies them.
+In a checkout they are at its top level, in an installation inside the package. `python -m grpo_dist examples` makes a
+copy of them.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The package as users get it: what is in the archives, an installation outside the checkout, other operating systems."""
+"""The package as users get it: what the archives hold, an installation elsewhere, other operating systems."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ SHORT = ("--train.num_train_steps", "2", "--train.batch_size", "2", "--rollout.g
 def run(*command: str | Path, cwd: Path, **environment: str) -> str:
     """What a command prints that must succeed, without this checkout on its Python path."""
     inherited = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    done = subprocess.run([str(word) for word in command], cwd=cwd, capture_output=True, text=True, timeout=240, check=False,
-                          env=inherited | {"OMP_NUM_THREADS": "1"} | environment)  # fmt: skip
+    done = subprocess.run([str(word) for word in command], cwd=cwd, capture_output=True, text=True, timeout=240,
+                          check=False, env=inherited | {"OMP_NUM_THREADS": "1"} | environment)  # fmt: skip
     assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
     return done.stdout
 
@@ -49,8 +49,8 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_nothing_is_missing(wheel: Path) -> None:
     expected = {"launch/slurm.sbatch"}
     for folder in ("grpo_dist", "configs", "accelerate_configs"):
-        paths = ((ROOT / folder).rglob("*"))
-        expected |= {str(path.relative_to(ROOT)) for path in paths if path.is_file() and "__pycache__" not in path.parts}
+        files = [path for path in (ROOT / folder).rglob("*") if path.is_file() and "__pycache__" not in path.parts]
+        expected |= {str(path.relative_to(ROOT)) for path in files}
     expected = {name if name.startswith("grpo_dist/") else f"grpo_dist/{name}" for name in expected}
     with zipfile.ZipFile(wheel) as archive:
         packed = {name for name in archive.namelist() if ".dist-info/" not in name}
@@ -114,7 +114,8 @@ def test_every_module_imports_on_windows(tmp_path: Path) -> None:
     programs = {"grpo_dist.__main__", "grpo_dist.rewards.sandbox_launcher"}
     names = sorted({name.removesuffix(".__init__") for name in modules} - programs)
     code = f"import importlib\nfor name in {names}: importlib.import_module(name)"
-    run(sys.executable, "-c", code, cwd=ROOT, PYTHONPATH=pretend(tmp_path, ("resource", "fcntl", "termios", "pty"), True))
+    path = pretend(tmp_path, ("resource", "fcntl", "termios", "pty"), signals=True)
+    run(sys.executable, "-c", code, cwd=ROOT, PYTHONPATH=path)
 
 
 def test_every_extra_is_bounded() -> None:
