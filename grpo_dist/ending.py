@@ -8,7 +8,8 @@ from collections.abc import Callable
 
 import torch
 
-from .cli_config import parse_config
+from .check import dry_run
+from .cli_config import DRY_RUN, parse_config
 from .config import Config
 from .display import set_up_logging
 from .distributed import PhaseError
@@ -21,8 +22,10 @@ def main(train: Callable[[Run], None]) -> int:
     """The command line around a training; returns the exit status.
 
     0: done, or stopped by a signal or the time limit with a checkpoint to go on from. 1: failed. 2: a mistake in the
-    config or the data, found before anything was loaded.
+    config or the data, found before anything was loaded. With --dry_run nothing is trained: see check.py.
     """
+    if DRY_RUN in sys.argv:
+        return dry_run([word for word in sys.argv[1:] if word != DRY_RUN])
     config = parse_config()
     set_up_logging()
     try:
