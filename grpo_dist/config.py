@@ -291,8 +291,9 @@ class TrainConfig:
     max_bad_updates: int = 3
     """Updates in a row whose gradient may be infinite or NaN, and are left out, before the run stops."""
     hang_timeout_seconds: float = 300.0
-    """A rank whose process stands still for this long (stopped, or its node lost) is named, with the phase and stack it
-    was last seen in, and the run ends."""
+    """A rank whose process stands still for this long (stopped, or its node lost), or that all others wait for while it
+    passes no safe point, is named with the phase and stack it was last seen in, and the run ends. Must be longer than
+    the longest single forward and backward pass."""
 
     @property
     def max_seconds(self) -> float | None:

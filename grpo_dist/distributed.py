@@ -81,6 +81,8 @@ class Ranks:
                 zero_force_ds_cpu_optimizer=False,
             )
             self.zero_stage = plugin.zero_stage
+        self.meetings = 0
+        """Collectives of this class that this rank has entered: who has entered the fewest is waited for."""
         # a channel for flags that does not wait for the device, as a collective of the training's backend would
         self._control = dist.new_group(backend="gloo", timeout=PATIENCE) if self.num_ranks > 1 else None
 
@@ -110,10 +112,12 @@ class Ranks:
 
     def barrier(self) -> None:
         """Wait for all ranks."""
+        self.meetings += 1
         self.accelerator.wait_for_everyone()
 
     def gather(self, tensor: Tensor) -> Tensor:
         """All ranks' tensors, of whatever lengths, joined along the first dimension in order of rank, on the CPU."""
+        self.meetings += 1
         if self.num_ranks == 1:
             return tensor.cpu()
         tensor = tensor.to(self.device)
@@ -129,6 +133,7 @@ class Ranks:
 
     def gather_objects(self, thing: Any) -> list[Any]:
         """One small picklable object from each rank, in order of rank."""
+        self.meetings += 1
         if self.num_ranks == 1:
             return [thing]
         things: list[Any] = [None] * self.num_ranks
@@ -137,6 +142,7 @@ class Ranks:
 
     def reduce(self, values: Tensor, how: str) -> Tensor:
         """Sum (`sum`) or maximum (`max`) of a tensor over all ranks, on the CPU."""
+        self.meetings += 1
         values = values.to(self.device, copy=True)
         if self.num_ranks > 1:
             dist.all_reduce(values, {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}[how])
@@ -167,6 +173,7 @@ class Ranks:
 
     def agree(self, requested: str | None) -> None:
         """Raise Interrupted on every rank if any has been requested to stop; for the inside of an update."""
+        self.meetings += 1
         if self._control is None:
             if requested:
                 raise Interrupted(requested)
@@ -190,6 +197,7 @@ class Ranks:
         DDP and ZeRO average over ranks while the loss is a share of the global one, hence the factor. (Under DDP the
         forward of all but the last pack must run inside `quiet`.)
         """
+        self.meetings += last
         loss = loss * self.num_ranks
         if self.is_deepspeed:
             policy.set_gradient_accumulation_boundary(is_boundary=last)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import logging
@@ -21,11 +20,30 @@ from .batch import Batch, Prompt
 
 log = logging.getLogger(__name__)
 
+LAUNCHERS_PATIENCE = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"
+"""How many seconds torchrun (and so `accelerate launch`) waits for the ranks after a signal before it kills them."""
+
+
+def warn_of_slow_save(seconds: float) -> None:
+    """Say so where saving takes so long that a signal to the launcher might not leave enough time for it.
+
+    A stop also has to come to a safe point first, hence the half.
+    """
+    patience = float(os.environ.get(LAUNCHERS_PATIENCE, "30"))
+    if seconds > patience / 2:
+        log.warning(
+            "saving took %.0f s, and the launcher kills ranks %.0f s after a signal: export %s=%.0f before the launch",
+            seconds, patience, LAUNCHERS_PATIENCE, 4 * seconds,
+        )  # fmt: skip
+
+
 def lock(directory: Path) -> IO[str]:
     """Take the output directory for this run; raises ValueError where another run has it.
 
     The kernel drops the lock with the process that holds it, however that ends: there are no stale ones.
     """
+    import fcntl  # not on Windows, where a run ends before this: its scoring workers need POSIX
+
     file = (directory / ".lock").open("a+")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

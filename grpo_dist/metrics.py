@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import resource
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -138,6 +137,8 @@ def peak_memory_gib() -> float:
     """Peak memory of this process: of its GPU where it has one, else resident."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
+    import resource  # not on Windows
+
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 

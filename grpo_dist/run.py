@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -23,7 +24,7 @@ from .critic import parameter_groups
 from .data import load_prompts
 from .display import Display
 from .distributed import OptimizerState, Ranks, resolve_dtype, unsharded_loading
-from .guards import BadUpdates, lock
+from .guards import BadUpdates, lock, warn_of_slow_save
 from .metrics import Clock, Recorder
 from .models import (
     FrozenCopy,
@@ -35,7 +36,6 @@ from .models import (
     load_policy,
     load_tokenizer,
     packing_obstacle,
-    save_final,
     trainable,
 )
 from .position import Position
@@ -45,6 +45,7 @@ from .rewards.pool import Pending, ScorerPool
 from .rewards.registry import TrainerState, answer_checks, labels
 from .rewards.scores import Item
 from .rollout import Request, Sampling, make_engine, stream_key
+from .saving import save_final
 from .schedule import learning_rate
 from .sources import load_training
 from .watch import Watch
@@ -87,7 +88,8 @@ class Run:
         self.position = self._resume() if self.resume_from else Position(0, config.loss.kl_coeff)
         self.reference.sync(self.policy)
         self.watch = Watch(self.ranks.rank, self.ranks.num_ranks, self.ranks.store(config.train.hang_timeout_seconds),
-                           config.train.max_seconds, config.train.hang_timeout_seconds)  # fmt: skip
+                           config.train.max_seconds, config.train.hang_timeout_seconds,
+                           lambda: self.ranks.meetings)  # fmt: skip
         self.clock = Clock()
         self.bad_updates = BadUpdates(self.directory, config.train.max_bad_updates, self.ranks.is_main)
         kept = -1 if self.position.is_start else self.position.step
@@ -169,19 +171,25 @@ class Run:
 
     def save(self) -> None:
         """Commit a checkpoint of the position; a collective."""
+        begun = time.monotonic()
+        self.watch.phase = "save"
         state = self.state.collect() | self.position.tensors()
         meta = self.position.meta() | {"identity": self.identity, "config": redacted(asdict(self.config)),
-                                       "versions": versions(), "sampler": self.sampler.state()}  # fmt: skip
-        with self.ranks.together("saving a checkpoint"):
+                                       "versions": versions(), "sampler": self.sampler.state(),
+                                       "dtype": str(self.policy.causal_lm.dtype).removeprefix("torch.")}  # fmt: skip
+        with self.ranks.together("saving a checkpoint"), self.watch.patience():
             if self.ranks.is_main:
                 checkpoint.save(self.directory / "checkpoints", self.position.step, state, meta,
                                 self.config.train.keep_checkpoints)  # fmt: skip
+        warn_of_slow_save(time.monotonic() - begun)
 
     def save_final(self) -> Path:
         """Write the merged model, the tokenizer and the adapter to output_dir/final; a collective."""
         directory = self.directory / "final"
-        save_final(self.policy, self.tokenizer, directory, self.ranks.is_main)
-        self.ranks.barrier()
+        self.watch.phase = "export"
+        with self.watch.patience():
+            save_final(self.policy, self.tokenizer, directory, self.ranks.is_main)
+            self.ranks.barrier()
         return directory
 
     # --- the phases' tools ---------------------------------------------------------------------------------------

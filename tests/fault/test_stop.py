@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import signal
 import subprocess
 import time
@@ -107,3 +109,49 @@ def test_a_hung_rank_is_named(tmp_path: Path) -> None:
     output = process.communicate(timeout=120)[0]
     assert process.returncode != 0
     assert "rank 1 has not moved for 5 s. It was last seen in the phase" in output and 'File "' in output
+
+
+@pytest.mark.parametrize(
+    ("fault", "strategy"),
+    [
+        ("loop@update:3", "ddp"),
+        ("block@rollout:4", "zero3"),
+        pytest.param("block@update:3", None, marks=pytest.mark.slow),
+    ],
+)
+def test_a_hung_main_thread_is_named(fault: str, strategy: str | None, tmp_path: Path) -> None:
+    """Its process lives, and so does the thread that tells of it."""
+    rank = "1" if strategy else "0"
+    done = launch(strategy, 2, *TINY, "--train.output_dir", str(tmp_path / "run"), "--train.hang_timeout_seconds", "5",
+                  program=["tests/fault/faulty.py"],
+                  environment={"FAULT": fault, "FAULT_RANK": rank, "PYTHONPATH": str(ROOT)})  # fmt: skip
+    assert done.returncode == 1
+    phase = fault.partition("@")[2].partition(":")[0]
+    assert f"rank {rank} has not moved for 5 s. It was last seen in the phase '{phase}', at:" in done.stderr
+    assert "in happen" in done.stderr and "raise train.hang_timeout_seconds" in done.stderr
+    assert "rank 0 has not moved" not in done.stderr.replace(f"rank {rank} has not", "")
+
+
+SLOW_ONCE = '''
+import pathlib, time
+def slow_once(completions, marker, **_):
+    """Slow in the first call of all ranks' workers alone."""
+    try:
+        pathlib.Path(marker).touch(exist_ok=False)
+        time.sleep(9)
+    except FileExistsError:
+        pass
+    return [float(len(text)) for text in completions]
+'''
+
+
+def test_a_slow_reward_is_named_and_waited_for(tmp_path: Path) -> None:
+    """It takes longer than the time-out of hangs, but the rank that waits for it does not stand still."""
+    (tmp_path / "slowness.py").write_text(SLOW_ONCE)
+    rewards = json.dumps([{"name": "slowness:slow_once", "args": {"marker": str(tmp_path / "marker")}}])
+    done = launch("ddp", 2, *TINY, "--train.output_dir", str(tmp_path / "run"), "--train.hang_timeout_seconds", "5",
+                  "--rewards", rewards, "--data.eval_file", "null", program=["tests/fault/faulty.py"],
+                  environment={"FAULT": "impatient@", "PYTHONPATH": f"{ROOT}:{tmp_path}"})  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert re.search(r"rank [01] is in the phase 'reward', and the others have waited for it for 4 s", done.stderr)
+    assert len(metrics(tmp_path / "run")) == 6
