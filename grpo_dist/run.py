@@ -269,7 +269,8 @@ class Run:
             if batch is not None and advantages is not None:
                 self.recorder.completions(int(metrics["step"]), batch, self.completion_texts(batch), advantages,
                                           self.reward_names)  # fmt: skip
-            self.recorder.metrics(metrics)
+            for alarm in self.recorder.metrics(metrics):
+                self.display.alarm(alarm)
 
     def summary(self) -> str:
         """What the run achieved and where it lies."""

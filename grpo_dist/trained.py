@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +9,6 @@ from typing import Any
 import torch
 import yaml
 from peft import PeftModel
-from torch import nn
 
 from . import checkpoint
 from .config import LoraConfig, ModelConfig
@@ -105,13 +102,3 @@ def _from_checkpoint(trained: Trained) -> Policy:
         for name, parameter in trainable(policy).items():
             parameter.copy_(tensors[f"weight/{name}"])
     return policy
-
-
-@contextmanager
-def base_of(trained: Trained, policy: Policy) -> Iterator[nn.Module]:
-    """Inside, the base model as a plain transformers model: the policy without its adapters, or one loaded for it."""
-    if isinstance(policy.model, PeftModel):
-        with policy.model.disable_adapter():
-            yield policy.causal_lm
-    else:
-        yield load_causal_lm(trained.model, policy.causal_lm.dtype, None).eval()
