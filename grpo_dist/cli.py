@@ -16,6 +16,7 @@ from collections.abc import Container, Sequence
 VERBS = {
     # verb: its module, and what it does in a few words
     "check": ("grpo_dist.check", "look at a config before a run, and name all problems at once"),
+    "examples": ("grpo_dist.examples", "copy the shipped configs and their data into a directory"),
     "score": ("grpo_dist.score", "print a table of scored completions"),
 }
 

@@ -36,7 +36,6 @@ from .models import (
     load_policy,
     load_tokenizer,
     packing_obstacle,
-    save_final,
     trainable,
 )
 from .position import Position
@@ -46,6 +45,7 @@ from .rewards.pool import Pending, ScorerPool
 from .rewards.registry import TrainerState, answer_checks, labels
 from .rewards.scores import Item
 from .rollout import Request, Sampling, make_engine, stream_key
+from .saving import save_final
 from .schedule import learning_rate
 from .sources import load_training
 from .watch import Watch
@@ -175,7 +175,8 @@ class Run:
         self.watch.phase = "save"
         state = self.state.collect() | self.position.tensors()
         meta = self.position.meta() | {"identity": self.identity, "config": redacted(asdict(self.config)),
-                                       "versions": versions(), "sampler": self.sampler.state()}  # fmt: skip
+                                       "versions": versions(), "sampler": self.sampler.state(),
+                                       "dtype": str(self.policy.causal_lm.dtype).removeprefix("torch.")}  # fmt: skip
         with self.ranks.together("saving a checkpoint"), self.watch.patience():
             if self.ranks.is_main:
                 checkpoint.save(self.directory / "checkpoints", self.position.step, state, meta,
@@ -263,7 +264,8 @@ class Run:
             if batch is not None and advantages is not None:
                 self.recorder.completions(int(metrics["step"]), batch, self.completion_texts(batch), advantages,
                                           self.reward_names)  # fmt: skip
-            self.recorder.metrics(metrics)
+            for alarm in self.recorder.metrics(metrics):
+                self.display.alarm(alarm)
 
     def summary(self) -> str:
         """What the run achieved and where it lies."""
