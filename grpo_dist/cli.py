@@ -16,6 +16,7 @@ from collections.abc import Container, Sequence
 VERBS = {
     # verb: its module, and what it does in a few words
     "check": ("grpo_dist.check", "look at a config before a run, and name all problems at once"),
+    "report": ("grpo_dist.report", "write one page about a run, or about several"),
     "score": ("grpo_dist.score", "print a table of scored completions"),
 }
 
