@@ -13,6 +13,8 @@ import transformers
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
+from .alarms import Alarm
+
 log = logging.getLogger(__name__)
 
 SHOWN = {
@@ -67,6 +69,10 @@ class Display:
             self.progress.console.print(text, markup=False, highlight=False)
         else:
             log.info("%s", text)
+
+    def alarm(self, alarm: Alarm) -> None:
+        """Say what goes wrong, and where it is said what to do."""
+        log.warning("ALARM %s. What to do: %s", alarm.message, alarm.page)
 
     def step(self, metrics: dict[str, float]) -> None:
         """A step is done."""

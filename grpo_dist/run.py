@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import time
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from . import attention, checkpoint
 from .batch import Batch, Completion, Prompt
+from .card import write_card
 from .cli_config import redacted
 from .config import Config
 from .critic import parameter_groups
@@ -26,7 +26,7 @@ from .display import Display
 from .distributed import OptimizerState, Ranks, resolve_dtype, unsharded_loading
 from .environment import record_start
 from .guards import BadUpdates, lock, warn_of_slow_save
-from .metrics import Clock, Recorder
+from .metrics import Clock, Recorder, read_history
 from .models import (
     FrozenCopy,
     SharedReference,
@@ -37,7 +37,6 @@ from .models import (
     load_policy,
     load_tokenizer,
     packing_obstacle,
-    save_final,
     trainable,
 )
 from .position import Position
@@ -47,6 +46,7 @@ from .rewards.pool import Pending, ScorerPool
 from .rewards.registry import TrainerState, answer_checks, labels
 from .rewards.scores import Item
 from .rollout import Request, Sampling, make_engine, stream_key
+from .saving import save_final
 from .schedule import learning_rate
 from .sources import load_training
 from .watch import Watch
@@ -177,7 +177,8 @@ class Run:
         self.watch.phase = "save"
         state = self.state.collect() | self.position.tensors()
         meta = self.position.meta() | {"identity": self.identity, "config": redacted(asdict(self.config)),
-                                       "versions": versions(), "sampler": self.sampler.state()}  # fmt: skip
+                                       "versions": versions(), "sampler": self.sampler.state(),
+                                       "dtype": str(self.policy.causal_lm.dtype).removeprefix("torch.")}  # fmt: skip
         with self.ranks.together("saving a checkpoint"), self.watch.patience():
             if self.ranks.is_main:
                 checkpoint.save(self.directory / "checkpoints", self.position.step, state, meta,
@@ -190,6 +191,11 @@ class Run:
         self.watch.phase = "export"
         with self.watch.patience():
             save_final(self.policy, self.tokenizer, directory, self.ranks.is_main)
+            if self.ranks.is_main:
+                history, options = read_history(self.directory), redacted(asdict(self.config))
+                write_card(directory, options, history, self.position.step, "merged")
+                if self.config.lora:
+                    write_card(directory / "adapter", options, history, self.position.step, "adapter")
             self.ranks.barrier()
         return directory
 
@@ -265,13 +271,13 @@ class Run:
             if batch is not None and advantages is not None:
                 self.recorder.completions(int(metrics["step"]), batch, self.completion_texts(batch), advantages,
                                           self.reward_names)  # fmt: skip
-            self.recorder.metrics(metrics)
+            for alarm in self.recorder.metrics(metrics):
+                self.display.alarm(alarm)
 
     def summary(self) -> str:
         """What the run achieved and where it lies."""
         lines = []
-        history = [json.loads(line) for line in (self.directory / "metrics.jsonl").read_text().splitlines()]
-        evaluations = [entry for entry in history if "eval/accuracy" in entry]
+        evaluations = [entry for entry in read_history(self.directory) if "eval/accuracy" in entry]
         if len(evaluations) > 1:
             first, last = evaluations[0], evaluations[-1]
             lines.append(f"held-out accuracy, sampled: {first['eval/accuracy']:.3f} before (step {first['step']}), "
