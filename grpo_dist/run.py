@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import time
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from . import attention, checkpoint
 from .batch import Batch, Completion, Prompt
+from .card import write_card
 from .cli_config import redacted
 from .config import Config
 from .critic import parameter_groups
@@ -25,7 +25,7 @@ from .data import load_prompts
 from .display import Display
 from .distributed import OptimizerState, Ranks, resolve_dtype, unsharded_loading
 from .guards import BadUpdates, lock, warn_of_slow_save
-from .metrics import Clock, Recorder
+from .metrics import Clock, Recorder, read_history
 from .models import (
     FrozenCopy,
     SharedReference,
@@ -190,6 +190,11 @@ class Run:
         self.watch.phase = "export"
         with self.watch.patience():
             save_final(self.policy, self.tokenizer, directory, self.ranks.is_main)
+            if self.ranks.is_main:
+                history, options = read_history(self.directory), redacted(asdict(self.config))
+                write_card(directory, options, history, self.position.step, "merged")
+                if self.config.lora:
+                    write_card(directory / "adapter", options, history, self.position.step, "adapter")
             self.ranks.barrier()
         return directory
 
@@ -274,8 +279,7 @@ class Run:
     def summary(self) -> str:
         """What the run achieved and where it lies."""
         lines = []
-        history = [json.loads(line) for line in (self.directory / "metrics.jsonl").read_text().splitlines()]
-        evaluations = [entry for entry in history if "eval/accuracy" in entry]
+        evaluations = [entry for entry in read_history(self.directory) if "eval/accuracy" in entry]
         if len(evaluations) > 1:
             first, last = evaluations[0], evaluations[-1]
             lines.append(f"held-out accuracy, sampled: {first['eval/accuracy']:.3f} before (step {first['step']}), "
