@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import difflib
 import importlib.util
 import os
 import shutil
@@ -14,7 +13,6 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import torch
-from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 from peft import LoraConfig as PeftLoraConfig
 from peft import get_peft_model
 from transformers import AutoModelForCausalLM
@@ -23,6 +21,7 @@ from ..config import Config
 from ..distributed import resolve_dtype, unsharded_loading
 from ..guards import lock
 from ..resuming import changes, identity, resume_path
+from ..trackers import require_known
 from .contents import Contents
 from .findings import Findings
 
@@ -96,12 +95,12 @@ def look_at_resuming(config: Config, found: Contents, findings: Findings) -> Non
 def look_at_trackers(names: list[str], findings: Findings) -> None:
     """Note whether each tracker is known, installed, has its credentials and can be reached; a run goes on without."""
     for name in names:
-        if name not in LOGGER_TYPE_TO_CLASS:
-            near = difflib.get_close_matches(name, LOGGER_TYPE_TO_CLASS, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            findings.problems.append(f"logging.trackers: {name!r} given, expected some of "
-                                     f"{', '.join(LOGGER_TYPE_TO_CLASS)}{hint}")  # fmt: skip
-        elif importlib.util.find_spec(name) is None:
+        try:
+            require_known([name])
+        except ValueError as error:
+            findings.problems.append(str(error))
+            continue
+        if importlib.util.find_spec(name) is None:
             findings.problems.append(f"logging.trackers: {name!r} given, but its package is not installed: "
                                      f"pip install {name}, or leave it out")  # fmt: skip
         elif name in _SERVICES and os.environ.get("WANDB_MODE") not in ("offline", "disabled"):
