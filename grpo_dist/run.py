@@ -24,6 +24,7 @@ from .critic import parameter_groups
 from .data import load_prompts
 from .display import Display
 from .distributed import OptimizerState, Ranks, resolve_dtype, unsharded_loading
+from .environment import record_start
 from .guards import BadUpdates, lock, warn_of_slow_save
 from .metrics import Clock, Recorder, read_history
 from .models import (
@@ -96,6 +97,7 @@ class Run:
         self.recorder = Recorder(config, self.directory, kept) if self.ranks.is_main else None
         self.display = Display(config.train.num_train_steps, self.position.step, self.ranks.is_main,
                                config.logging.show_completions_every)  # fmt: skip
+        record_start(self.directory, self.ranks, self.position.step)
 
     def _load_data(self) -> None:
         data = self.config.data
@@ -285,6 +287,8 @@ class Run:
             lines.append(f"held-out accuracy, sampled: {first['eval/accuracy']:.3f} before (step {first['step']}), "
                          f"{last['eval/accuracy']:.3f} after (step {last['step']})")  # fmt: skip
         lines += [f"trained model:  {self.directory / 'final'}", f"metrics:        {self.directory / 'metrics.jsonl'}"]
+        if (self.directory / "report.html").exists():
+            lines.append(f"report:         {self.directory / 'report.html'}")
         if "tensorboard" in self.config.logging.trackers:
             lines.append(f"curves:         tensorboard --logdir {self.directory / 'tensorboard'}")
         own = ("--train.output_dir runs/own --data.train_file FILE --data.eval_file null --data.max_prompt_length 512 "
