@@ -17,6 +17,7 @@ VERBS = {
     # verb: its module, and what it does in a few words
     "check": ("grpo_dist.check", "look at a config before a run, and name all problems at once"),
     "examples": ("grpo_dist.examples", "copy the shipped configs and their data into a directory"),
+    "plan": ("grpo_dist.plan", "predict memory of each GPU and the arithmetic of a step, on any number of them"),
     "score": ("grpo_dist.score", "print a table of scored completions"),
 }
 
