@@ -204,3 +204,10 @@ class Recorder:
             mirror.close()
         self.file.close()
         self.alarm_file.close()
+
+
+def read_history(directory: Path) -> list[dict[str, Any]]:
+    """The whole lines of a run's metrics.jsonl."""
+    path = directory / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
