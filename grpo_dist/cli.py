@@ -20,6 +20,7 @@ VERBS = {
     "completion": ("grpo_dist.completion", "print the script with which a shell completes `grpo-dist`"),
     "examples": ("grpo_dist.examples", "copy the shipped configs and their data into a directory"),
     "export": ("grpo_dist.export", "take home what a run has trained: merged, as an adapter, towards GGUF"),
+    "plan": ("grpo_dist.plan", "predict memory of each GPU and the arithmetic of a step, on any number of them"),
     "report": ("grpo_dist.report", "write one page about a run, or about several"),
     "init": ("grpo_dist.starter", "write a commented config to begin with"),
     "score": ("grpo_dist.score", "print a table of scored completions"),
