@@ -123,9 +123,17 @@ def load_policy(
     model: ModelConfig, lora: LoraConfig | None, dtype: torch.dtype, attn_implementation: str | None,
     temperature: float, seed: int, *, has_critic: bool = False, entropy_gradient: bool = False,
 ) -> Policy:  # fmt: skip
-    """The policy: adapters on a frozen base, or the whole model to train in float32 (`lora` None)."""
-    extras = {"has_critic": has_critic, "entropy_gradient": entropy_gradient}
+    """The policy, with its base loaded: in `dtype` under adapters, in float32 where all of it is trained."""
     base = load_causal_lm(model, dtype if lora else torch.float32, attn_implementation)
+    return make_policy(base, model, lora, temperature, seed, has_critic=has_critic, entropy_gradient=entropy_gradient)
+
+
+def make_policy(
+    base: nn.Module, model: ModelConfig, lora: LoraConfig | None, temperature: float, seed: int, *,
+    has_critic: bool = False, entropy_gradient: bool = False,
+) -> Policy:  # fmt: skip
+    """The policy: adapters on a frozen base, or the whole of it to train (`lora` None)."""
+    extras = {"has_critic": has_critic, "entropy_gradient": entropy_gradient}
     if model.gradient_checkpointing:
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         if lora:
