@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from dataclasses import MISSING, Field, fields
+from dataclasses import MISSING, Field, fields, is_dataclass
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -39,7 +39,8 @@ def _groups(kind: type, prefix: str = "") -> list[tuple[str, type]]:
     """Dotted names and classes of the groups of options in a class, those within them too."""
     found = []
     for field in fields(kind):
-        inner = group_type(get_type_hints(kind)[field.name])
+        hint = get_type_hints(kind)[field.name]
+        inner = group_type(hint) or next(filter(is_dataclass, get_args(hint)), None)
         if inner is not None:
             name = f"{prefix}{field.name}"
             found += [(name, inner), *_groups(inner, f"{name}.")]

@@ -35,7 +35,9 @@ ONLY_READ = {
     # verbs that are read by their parser alone
     "bench": "takes minutes", "init": "asks questions", "completion": "prints a script for the shell",
 }  # fmt: skip
-STAND_INS = {"FILE": "configs/quickstart.yaml", "RUN": "runs/quickstart"}
+STAND_INS = {"FILE": "configs/quickstart.yaml", "RUN": "runs/quickstart", "COMPLETIONS": "completions.jsonl",
+             "OTHER_OUTPUT": "other"}  # fmt: skip
+"""What the test puts in the place of what a page leaves to its reader."""
 ALL = [command for page in PAGES for command in commands(page)]
 
 
@@ -48,6 +50,9 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for page in PAGES:
         for name, content in files(page).items():
             (directory / name).write_text(content)
+    (directory / "completions.jsonl").write_text('{"completion": " 5"}\n')
+    (directory / "other").mkdir()
+    (directory / "other" / "samples_0.jsonl").touch()
     subprocess.run([sys.executable, "make_data.py"], cwd=directory, check=True)
     for config in ("configs/quickstart.yaml", "my_task.yaml"):
         done = launch(None, 1, "--config", config, *SHORT, directory=directory)
@@ -125,7 +130,14 @@ def test_the_readmes_first_commands_are_what_ci_runs() -> None:
 
 
 def test_no_page_is_without_commands_by_accident() -> None:
-    assert len(ALL) > 40 and {"README.md", "first_task.md", "distributed.md"} <= {command.page for command in ALL}
+    assert len(ALL) > 30 and {"README.md", "first_task.md", "distributed.md"} <= {command.page for command in ALL}
+
+
+def test_the_readmes_python(workspace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(workspace)
+    for block in re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S):
+        exec(compile(block, "README.md", "exec"), {})
+    assert "12 - 7" in capsys.readouterr().out
 
 
 def test_every_link_leads_somewhere() -> None:
