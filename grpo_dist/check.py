@@ -20,8 +20,7 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from .cli_config import redacted
-from .guards import flat
+from .cli_config import flat, redacted
 from .plain_text import plain
 from .preflight.findings import Findings
 from .preflight.options import Options, read_options

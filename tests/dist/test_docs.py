@@ -19,7 +19,7 @@ from documents import PAGES, Command, commands, files
 from launching import ROOT, launch
 
 from grpo_dist import evaluate
-from grpo_dist.cli import VERBS, main, make_parser
+from grpo_dist.cli import main, make_parser
 from grpo_dist.cli_config import option_types, parse_config
 from grpo_dist.examples import copy_examples
 
@@ -33,7 +33,7 @@ NOT_HERE = {
 }  # fmt: skip
 ONLY_READ = {
     # verbs that are read by their parser alone
-    "bench": "takes minutes", "init": "asks questions", "completion": "prints a script for the shell",
+    "bench": "takes minutes",
 }  # fmt: skip
 STAND_INS = {"FILE": "configs/quickstart.yaml", "RUN": "runs/quickstart", "COMPLETIONS": "completions.jsonl",
              "OTHER_OUTPUT": "other"}  # fmt: skip
@@ -103,12 +103,13 @@ def script(name: str, arguments: list[str]) -> None:
 
 def module(name: str, arguments: list[str]) -> None:
     """Read the options of a module's program, or run a verb."""
-    if name == "grpo_dist.train":
+    if name == "grpo_dist.train" or (name == "grpo_dist" and arguments[0] == "train"):
+        arguments = arguments[arguments[:1] == ["train"] :]
         parse(lambda: parse_config([word for word in arguments if word != "--dry_run"]))
     elif name == "grpo_dist.evaluate":
         parse(lambda: evaluate.read_options(arguments))
-    elif name == "grpo_dist" and arguments[0] in VERBS and arguments[0] not in ONLY_READ and "--push_to_hub" not in arguments:
-        assert main([word for word in arguments if word != "--watch"]) == 0
+    elif name == "grpo_dist" and arguments[0] not in ONLY_READ and "--push_to_hub" not in arguments:
+        assert main(arguments) == 0
     elif name == "grpo_dist":
         parse(lambda: make_parser(arguments[:1]).parse_known_args(arguments))
     else:
