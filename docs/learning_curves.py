@@ -1,10 +1,11 @@
-"""Train the toy model with every preset and draw held-out accuracy over the steps.
+"""Train a toy model with every preset of interest and draw held-out accuracy over the steps.
 
-    python docs/learning_curves.py                                   # all presets, three seeds: a quarter of an hour
-    python docs/learning_curves.py --presets grpo dapo --seeds 0     # what you want to compare
+    python docs/learning_curves.py arithmetic                               # all presets: a quarter of an hour
+    python docs/learning_curves.py carry                                    # written-out addition: about an hour
+    python docs/learning_curves.py carry --presets grpo dapo --seeds 0      # what you want to compare
 
-Writes learning_curves.json and learning_curves.svg beside itself and prints the table of docs/algorithms.md. A run that
-is in --runs already is not made again.
+Writes learning_curves_TASK.json and .svg beside itself and prints the table of docs/algorithms.md. A run that is in
+--runs already is not made again.
 """
 
 from __future__ import annotations
@@ -14,26 +15,43 @@ import json
 import statistics
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
 COLUMNS, WIDTH, HEIGHT = 4, 200, 130
 STEPS, EVERY = 40, 5
+PRESETS = sorted(path.stem for path in (ROOT / "configs" / "algorithms").glob("*.yaml"))
 
 Curve = list[tuple[int, float]]
 
 
-def train(preset: str, seed: int, runs: Path, options: list[str]) -> Curve:
+@dataclass(frozen=True)
+class Task:
+    """A config, the presets that are worth a curve, and options for all of them."""
+
+    config: str
+    presets: list[str]
+    options: list[str]
+
+
+TASKS = {
+    "arithmetic": Task("configs/quickstart.yaml", PRESETS, ["--lora.alpha", "64"]),
+    "carry": Task("configs/carry.yaml", ["reinforce", "rloo", "grpo", "dr_grpo", "dapo", "gspo"], []),
+}
+
+
+def train(task: Task, preset: str, seed: int, runs: Path, options: list[str]) -> Curve:
     """Held-out accuracy, sampled at temperature 1, by step."""
     directory = runs / f"{preset}-{seed}"
     written = directory / "metrics.jsonl"
     if not (directory / "final").exists():
         subprocess.run([
-            sys.executable, "-m", "grpo_dist.train", "--preset", preset, "--config", "configs/quickstart.yaml",
+            sys.executable, "-m", "grpo_dist.train", "--preset", preset, "--config", task.config,
             "--train.seed", str(seed), "--train.num_train_steps", str(STEPS), "--train.eval_every", str(EVERY),
             "--train.save_every", "0", "--logging.trackers", "[]", "--logging.log_completions", "false",
-            "--train.output_dir", str(directory), *options,
+            "--train.output_dir", str(directory), *task.options, *options,
         ], cwd=ROOT, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
     lines = [json.loads(line) for line in written.read_text().splitlines()]
     return [(line["step"], line["eval/accuracy"]) for line in lines if "eval/accuracy" in line]
@@ -76,19 +94,20 @@ def table(curves: dict[str, list[Curve]]) -> str:
 
 def main() -> None:
     """The command line; options it does not know go to every training."""
-    names = sorted(path.stem for path in (ROOT / "configs" / "algorithms").glob("*.yaml"))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--presets", nargs="+", default=names, choices=names)
+    parser.add_argument("task", choices=TASKS)
+    parser.add_argument("--presets", nargs="+", choices=PRESETS)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "curves")
     parser.add_argument("--out", type=Path, default=HERE)
     given, options = parser.parse_known_args()
+    task, runs = TASKS[given.task], given.runs.resolve() / given.task
     curves: dict[str, list[Curve]] = {}
-    for preset in given.presets:
-        curves[preset] = [train(preset, seed, given.runs.resolve(), options) for seed in given.seeds]
+    for preset in given.presets or task.presets:
+        curves[preset] = [train(task, preset, seed, runs, options) for seed in given.seeds]
         print(f"{preset}: " + ", ".join(f"{curve[-1][1]:.3f}" for curve in curves[preset]), file=sys.stderr, flush=True)
-    (given.out / "learning_curves.json").write_text(json.dumps(curves) + "\n")
-    (given.out / "learning_curves.svg").write_text(drawing(curves))
+    (given.out / f"learning_curves_{given.task}.json").write_text(json.dumps(curves) + "\n")
+    (given.out / f"learning_curves_{given.task}.svg").write_text(drawing(curves))
     print(table(curves))
 
 
