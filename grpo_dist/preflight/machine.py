@@ -1,54 +1,24 @@
-"""A look at where a run would go: sizes, disk space, the output directory, trackers. No weights are loaded."""
+"""A look at where a run would go: disk space, output directory, a checkpoint to go on from. No weights are loaded."""
 
 from __future__ import annotations
 
-import copy
-import importlib.util
-import os
 import shutil
-import socket
 import tempfile
 from pathlib import Path
-from typing import Any
-from urllib.parse import urlsplit
 
 import torch
-from peft import LoraConfig as PeftLoraConfig
-from peft import get_peft_model
-from transformers import AutoModelForCausalLM
 
 from ..config import Config
-from ..distributed import resolve_dtype, unsharded_loading
+from ..distributed import resolve_dtype
 from ..guards import lock
+from ..planning.memory import ModelCounts
 from ..resuming import changes, identity, resume_path
-from ..trackers import require_known
 from .contents import Contents
 from .findings import Findings
-
-_CONNECT_SECONDS = 3.0
-_SERVICES = {"wandb": ("WANDB_BASE_URL", "https://api.wandb.ai", "WANDB_API_KEY"),
-             "comet_ml": ("COMET_URL_OVERRIDE", "https://www.comet.com", "COMET_API_KEY"),
-             "swanlab": ("SWANLAB_API_HOST", "https://api.swanlab.cn", "SWANLAB_API_KEY"),
-             "mlflow": ("MLFLOW_TRACKING_URI", "", None)}  # fmt: skip
-"""Trackers that talk to a host: the variable that names it, its default, and the variable with the key."""
+from .sizes import gib
 
 
-def count_parameters(config: Config, model_config: Any) -> tuple[int, int]:
-    """Return how many parameters the model has and how many of the policy's are trained, from shapes alone."""
-    with unsharded_loading(), torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(copy.deepcopy(model_config),
-                                                 trust_remote_code=config.model.trust_remote_code)  # fmt: skip
-        total = sum(p.numel() for p in model.parameters())
-        if config.lora is None:
-            return total, total
-        model.requires_grad_(False)
-        adapted = get_peft_model(model, PeftLoraConfig(
-            task_type="CAUSAL_LM", r=config.lora.r, target_modules=config.lora.target_modules,
-        ))  # fmt: skip
-        return total, sum(p.numel() for p in adapted.parameters() if p.requires_grad)
-
-
-def look_at_disk(config: Config, found: Contents, findings: Findings) -> None:
+def look_at_disk(config: Config, counts: ModelCounts | None, findings: Findings) -> None:
     """Note whether output_dir can be written and has room for the checkpoints and the final model."""
     directory = Path(config.train.output_dir)
     existing = next(path for path in (directory.absolute(), *directory.absolute().parents) if path.exists())
@@ -62,22 +32,20 @@ def look_at_disk(config: Config, found: Contents, findings: Findings) -> None:
     if (directory / ".lock").exists():
         with findings.attempt():
             lock(directory).close()
-    if found.model_config is None:
+    if counts is None:
         return
-    with findings.attempt():
-        total, trained = count_parameters(config, found.model_config)
-        told = f"{total / 1e6:,.1f} M parameters, {trained / 1e6:,.1f} M trained"
-        findings.facts["model"] = [f"{config.model.name}: {told}"]
-        checkpoint = 3 * 4 * trained  # a weight and two moments in float32
-        num_kept = config.train.keep_checkpoints + 1  # the next is written before the oldest is removed
-        final = total * (resolve_dtype(config.model.dtype).itemsize if config.lora else 4) + 4 * trained
-        needed, free = num_kept * checkpoint + final, shutil.disk_usage(existing).free
-        told = (f"{_gib(needed)} for {num_kept} checkpoints and the final model, {_gib(free)} free in {existing}; "
-                "completions come on top")  # fmt: skip
-        if needed > free:
-            findings.problems.append(f"train.output_dir: {directory} needs {told}; free some, choose another disk, or "
-                                     f"lower train.keep_checkpoints (now {config.train.keep_checkpoints})")  # fmt: skip
-        findings.facts["disk"] = [told]
+    trained = counts.adapters or counts.parameters
+    checkpoint = 3 * 4 * trained  # a weight and two moments in float32
+    num_kept = config.train.keep_checkpoints + 1  # the next is written before the oldest is removed
+    dtype = torch.float32 if config.lora is None else resolve_dtype(config.model.dtype)
+    needed = num_kept * checkpoint + counts.parameters * dtype.itemsize + 4 * counts.adapters
+    free = shutil.disk_usage(existing).free
+    told = (f"{gib(needed)} for {num_kept} checkpoints and the final model, {gib(free)} free in {existing}; "
+            "completions come on top")  # fmt: skip
+    if needed > free:
+        findings.problems.append(f"train.output_dir: {directory} needs {told}; free some, choose another disk, or "
+                                 f"lower train.keep_checkpoints (now {config.train.keep_checkpoints})")  # fmt: skip
+    findings.facts["disk"] = [told]
 
 
 def look_at_resuming(config: Config, found: Contents, findings: Findings) -> None:
@@ -90,51 +58,3 @@ def look_at_resuming(config: Config, found: Contents, findings: Findings) -> Non
             if found.model_config is not None and found.prompts:
                 told += changes(path, config, identity(config, found.model_config, found.prompts))
         findings.facts["resuming"] = told
-
-
-def look_at_trackers(names: list[str], findings: Findings) -> None:
-    """Note whether each tracker is known, installed, has its credentials and can be reached; a run goes on without."""
-    for name in names:
-        try:
-            require_known([name])
-        except ValueError as error:
-            findings.problems.append(str(error))
-            continue
-        if importlib.util.find_spec(name) is None:
-            findings.problems.append(f"logging.trackers: {name!r} given, but its package is not installed: "
-                                     f"pip install {name}, or leave it out")  # fmt: skip
-        elif name in _SERVICES and os.environ.get("WANDB_MODE") not in ("offline", "disabled"):
-            problem = _unreachable(name)
-            if problem:
-                findings.problems.append(f"logging.trackers: {name!r} given, but {problem}")
-            else:
-                findings.facts.setdefault("trackers", []).append(f"{name}: reached")
-        else:
-            findings.facts.setdefault("trackers", []).append(f"{name}: installed")
-
-
-def _unreachable(name: str) -> str | None:
-    """Return why a tracker's service could not be used; None where it answers or is a local one."""
-    variable, default, key = _SERVICES[name]
-    address = urlsplit(os.environ.get(variable) or default)
-    if not address.hostname:
-        return None
-    if key is not None and key not in os.environ and not _logged_in(address.hostname):
-        return f"there are no credentials for {address.hostname}: log in, or set {key}"
-    try:
-        port = address.port or (80 if address.scheme == "http" else 443)
-        socket.create_connection((address.hostname, port), _CONNECT_SECONDS).close()
-    except OSError as error:
-        return (f"{address.hostname} does not answer within {_CONNECT_SECONDS:g} s ({error}); where there is no "
-                "network, use its offline mode or tensorboard")  # fmt: skip
-    return None
-
-
-def _logged_in(host: str) -> bool:
-    """Whether a netrc file, where such clients keep a login, knows a host."""
-    file = Path(os.environ.get("NETRC", Path.home() / ".netrc"))
-    return file.is_file() and host in file.read_text(errors="replace").split()
-
-
-def _gib(num_bytes: float) -> str:
-    return f"{num_bytes / 2**30:,.2f} GiB"

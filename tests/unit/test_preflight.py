@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import json
+import socket
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
+from grpo_dist import checkpoint
 from grpo_dist.cli import main
 from grpo_dist.cli_config import parse_config
 from grpo_dist.plain_text import plain
+from grpo_dist.preflight.contents import read_contents
+from grpo_dist.preflight.findings import Findings
 from grpo_dist.preflight.options import COMMAND_LINE, read_options
+from grpo_dist.preflight.trackers import Service, unreachable
+from grpo_dist.resuming import identity
 
 QUICKSTART = ["--config", "configs/quickstart.yaml"]
 GOOD: list[list[str]] = [
@@ -87,7 +95,8 @@ def test_a_good_run(data: list[str], tmp_path: Path, capsys: pytest.CaptureFixtu
     assert main([*data, "--ranks", "3"]) == 0
     shown = capsys.readouterr().out
     for told in ("no problems found", "12 to train on", "math: 1 for gold answers, 0 for answers of other prompts",
-                 "up to 86 on each of 3 rank(s)", "M parameters", "starts from the beginning", "tensorboard: installed",
+                 "up to 86 on each of 3 rank(s)", "M parameters", "of tensors on each rank at its fullest", "free in",
+                 "starts from the beginning", "tensorboard: installed",
                  "12 of 12 evaluation prompts are trained on as well", "[bold]", "data.max_prompt_length: 64   # the"):
         assert told in shown, told  # fmt: skip
     assert "\x1b" not in shown and "\u202e" not in shown
@@ -119,8 +128,48 @@ def test_a_reward_that_fails_on_samples(
     assert "'failing:reward' failed on 16 of 16 completions" in shown and "no such thing" in shown
 
 
+def test_what_does_not_fit_is_a_problem(
+    data: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(total=2**20))
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=1000))
+    assert main(data) == 2
+    shown = capsys.readouterr().out
+    assert "1. memory: 0." in shown and "a rank has 0.00 GiB. Lower train.max_tokens_per_pack (now 4096)" in shown
+    assert "2. train.output_dir" in shown and "lower train.keep_checkpoints (now 2)" in shown
+
+
 def test_plain_text_is_one_harmless_line() -> None:
     assert plain("a\x1b[2Jb\r\n\u202ec\u2066\x07\x9b", 100) == "a\N{REPLACEMENT CHARACTER}[2Jb  " + (
         "\N{REPLACEMENT CHARACTER}c" + "\N{REPLACEMENT CHARACTER}" * 3)
     assert plain("x" * 1_000_000, 10) == "xxxxx … xxxxx"
     assert plain("naïve 数学 ∑", 20) == "naïve 数学 ∑"
+
+
+def test_a_tracker_that_answers_and_one_that_does_not(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        service = Service("TRACKER_ADDRESS", f"http://127.0.0.1:{port}", "TRACKER_KEY", ".tracker/.netrc")
+        assert unreachable(service) == "there are no credentials for 127.0.0.1: log in, or set TRACKER_KEY"
+        (tmp_path / ".tracker").mkdir()
+        (tmp_path / ".tracker" / ".netrc").write_text("machine 127.0.0.1 login user password s3cret")
+        assert unreachable(service) is None
+    assert "127.0.0.1 does not answer within 3 s" in (unreachable(service) or "")
+    monkeypatch.setenv("TRACKER_ADDRESS", "./local_directory")
+    assert unreachable(service) is None, "a local one needs no host"
+
+
+def test_what_would_be_resumed(data: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = tmp_path / "runs" / "new" / "checkpoints"
+    config = read_options(data[1:]).config
+    contents = read_contents(config, Findings())
+    meta = {"identity": identity(config, contents.model_config, contents.prompts), "config": {}, "versions": {}}
+    checkpoint.save(root, 7, {"x": torch.zeros(1)}, meta, keep=2)
+    assert main(data) == 0
+    assert f"goes on from {root / 'step_7'}" in capsys.readouterr().out
+    assert main([*data, "--train.seed", "3", "--train.resume", "auto"]) == 2
+    assert "belongs to another run:   seed: 0 -> 3 Choose another train.output_dir" in capsys.readouterr().out
+    assert main([*data, "--train.resume", "never"]) == 2
+    assert "train.resume is `never` but" in capsys.readouterr().out
