@@ -70,16 +70,19 @@ def check(words: Sequence[str], num_ranks: int | None, heading: str = "") -> int
 
 
 def _look(options: Options, num_ranks: int | None, findings: Findings) -> None:
-    from .display import set_up_logging  # torch; a mistake in the verb's own options should not wait for it
-    from .preflight import arithmetic, contents, machine
+    import torch  # a mistake in the verb's own options should not wait for it
+
+    from .display import set_up_logging
+    from .preflight import contents, machine, sizes
 
     set_up_logging()
-    config = options.config
+    config, ranks = options.config, num_ranks or max(1, torch.cuda.device_count())
     found = contents.read_contents(config, findings)
     contents.describe_prompts(config, found, findings)
     contents.try_rewards(config, found, findings)
-    arithmetic.describe_steps(config, found, num_ranks, findings)
-    machine.look_at_disk(config, found, findings)
+    sizes.describe_steps(config, found, ranks, findings)
+    counts = sizes.describe_memory(config, found, ranks, findings)
+    machine.look_at_disk(config, counts, findings)
     machine.look_at_resuming(config, found, findings)
     machine.look_at_trackers(config.logging.trackers, findings)
 

@@ -16,6 +16,10 @@ from collections.abc import Container, Sequence
 VERBS = {
     # verb: its module, and what it does in a few words
     "check": ("grpo_dist.check", "look at a config before a run, and name all problems at once"),
+    "chat": ("grpo_dist.chat", "talk to what a run has trained, beside its base model"),
+    "examples": ("grpo_dist.examples", "copy the shipped configs and their data into a directory"),
+    "export": ("grpo_dist.export", "take home what a run has trained: merged, as an adapter, towards GGUF"),
+    "report": ("grpo_dist.report", "write one page about a run, or about several"),
     "score": ("grpo_dist.score", "print a table of scored completions"),
 }
 

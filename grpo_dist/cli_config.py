@@ -8,14 +8,14 @@ import itertools
 import re
 import sys
 from dataclasses import fields, is_dataclass
-from pathlib import Path
 from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace, set_parsing_settings
 
 from .config import Config
+from .shipped import shipped
 
-PRESETS = Path(__file__).parents[1] / "configs" / "algorithms"
+PRESETS = shipped("configs") / "algorithms"
 DRY_RUN = "--dry_run"
 """Instead of a run, its check; not an option of a run, and not in a config file."""
 SECRET = re.compile(r"token|key|secret|password|credential", re.IGNORECASE)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
@@ -14,8 +16,11 @@ from .config import Config
 from .display import set_up_logging
 from .distributed import PhaseError
 from .gathering import RewardFailure
+from .report.page import write_report
 from .run import Run, UserError
 from .watch import Interrupted
+
+log = logging.getLogger(__name__)
 
 
 def main(train: Callable[[Run], None]) -> int:
@@ -51,8 +56,17 @@ def main(train: Callable[[Run], None]) -> int:
     finally:
         run.close(all_ranks)
         if run.ranks.is_main and told:
+            _report(run.directory)
             print(run.summary() if told == "done" else told, file=sys.stderr if status else sys.stdout, flush=True)
     return status
+
+
+def _report(directory: Path) -> None:
+    try:
+        write_report([directory])
+    except Exception as error:  # a page about the run that cannot be written must not make the run a failed one
+        log.warning("no report was written (%s: %s); once that is mended, `python -m grpo_dist report %s` writes it",
+                    type(error).__name__, error, directory)  # fmt: skip
 
 
 def _with_advice(error: str, config: Config) -> str:

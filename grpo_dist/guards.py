@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import logging
@@ -43,6 +42,8 @@ def lock(directory: Path) -> IO[str]:
 
     The kernel drops the lock with the process that holds it, however that ends: there are no stale ones.
     """
+    import fcntl  # not on Windows, where a run ends before this: its scoring workers need POSIX
+
     file = (directory / ".lock").open("a+")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import time
@@ -18,14 +17,16 @@ from torch import Tensor
 
 from . import attention, checkpoint
 from .batch import Batch, Completion, Prompt
+from .card import write_card
 from .cli_config import redacted
 from .config import Config
 from .critic import parameter_groups
 from .data import load_prompts
 from .display import Display
 from .distributed import OptimizerState, Ranks, resolve_dtype, unsharded_loading
+from .environment import record_start
 from .guards import BadUpdates, lock, warn_of_slow_save
-from .metrics import Clock, Recorder
+from .metrics import Clock, Recorder, read_history
 from .models import (
     FrozenCopy,
     SharedReference,
@@ -36,7 +37,6 @@ from .models import (
     load_policy,
     load_tokenizer,
     packing_obstacle,
-    save_final,
     trainable,
 )
 from .position import Position
@@ -46,6 +46,7 @@ from .rewards.pool import Pending, ScorerPool
 from .rewards.registry import TrainerState, answer_checks, labels
 from .rewards.scores import Item
 from .rollout import Request, Sampling, make_engine, stream_key
+from .saving import save_final
 from .schedule import learning_rate
 from .sources import load_training
 from .watch import Watch
@@ -94,7 +95,9 @@ class Run:
         self.bad_updates = BadUpdates(self.directory, config.train.max_bad_updates, self.ranks.is_main)
         kept = -1 if self.position.is_start else self.position.step
         self.recorder = Recorder(config, self.directory, kept) if self.ranks.is_main else None
-        self.display = Display(config.train.num_train_steps, self.position.step, self.ranks.is_main)
+        self.display = Display(config.train.num_train_steps, self.position.step, self.ranks.is_main,
+                               config.logging.show_completions_every)  # fmt: skip
+        record_start(self.directory, self.ranks, self.position.step)
 
     def _load_data(self) -> None:
         data = self.config.data
@@ -175,7 +178,8 @@ class Run:
         self.watch.phase = "save"
         state = self.state.collect() | self.position.tensors()
         meta = self.position.meta() | {"identity": self.identity, "config": redacted(asdict(self.config)),
-                                       "versions": versions(), "sampler": self.sampler.state()}  # fmt: skip
+                                       "versions": versions(), "sampler": self.sampler.state(),
+                                       "dtype": str(self.policy.causal_lm.dtype).removeprefix("torch.")}  # fmt: skip
         with self.ranks.together("saving a checkpoint"), self.watch.patience():
             if self.ranks.is_main:
                 checkpoint.save(self.directory / "checkpoints", self.position.step, state, meta,
@@ -188,6 +192,11 @@ class Run:
         self.watch.phase = "export"
         with self.watch.patience():
             save_final(self.policy, self.tokenizer, directory, self.ranks.is_main)
+            if self.ranks.is_main:
+                history, options = read_history(self.directory), redacted(asdict(self.config))
+                write_card(directory, options, history, self.position.step, "merged")
+                if self.config.lora:
+                    write_card(directory / "adapter", options, history, self.position.step, "adapter")
             self.ranks.barrier()
         return directory
 
@@ -260,21 +269,26 @@ class Run:
     def write(self, metrics: dict[str, float], batch: Batch | None = None, advantages: Tensor | None = None) -> None:
         """Write down one step's metrics and completions, on the main rank."""
         if self.recorder:
-            if batch is not None and advantages is not None:
-                self.recorder.completions(int(metrics["step"]), batch, self.completion_texts(batch), advantages,
-                                          self.reward_names)  # fmt: skip
-            self.recorder.metrics(metrics)
+            step = int(metrics["step"])
+            due = self.config.logging.log_completions or self.display.shows_completions(step)
+            if due and batch is not None and advantages is not None:
+                texts = self.completion_texts(batch)
+                self.recorder.completions(step, batch, texts, advantages, self.reward_names)
+                self.display.completions(step, batch, texts, advantages)
+            new = self.recorder.metrics(metrics)
+            self.display.alarms(new, self.recorder.alarms.ringing)
 
     def summary(self) -> str:
         """What the run achieved and where it lies."""
         lines = []
-        history = [json.loads(line) for line in (self.directory / "metrics.jsonl").read_text().splitlines()]
-        evaluations = [entry for entry in history if "eval/accuracy" in entry]
+        evaluations = [entry for entry in read_history(self.directory) if "eval/accuracy" in entry]
         if len(evaluations) > 1:
             first, last = evaluations[0], evaluations[-1]
             lines.append(f"held-out accuracy, sampled: {first['eval/accuracy']:.3f} before (step {first['step']}), "
                          f"{last['eval/accuracy']:.3f} after (step {last['step']})")  # fmt: skip
         lines += [f"trained model:  {self.directory / 'final'}", f"metrics:        {self.directory / 'metrics.jsonl'}"]
+        if (self.directory / "report.html").exists():
+            lines.append(f"report:         {self.directory / 'report.html'}")
         if "tensorboard" in self.config.logging.trackers:
             lines.append(f"curves:         tensorboard --logdir {self.directory / 'tensorboard'}")
         own = ("--train.output_dir runs/own --data.train_file FILE --data.eval_file null --data.max_prompt_length 512 "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import difflib
 import importlib.util
 import os
@@ -10,21 +9,19 @@ import shutil
 import socket
 import tempfile
 from pathlib import Path
-from typing import Any
 from urllib.parse import urlsplit
 
 import torch
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS
-from peft import LoraConfig as PeftLoraConfig
-from peft import get_peft_model
-from transformers import AutoModelForCausalLM
 
 from ..config import Config
-from ..distributed import resolve_dtype, unsharded_loading
+from ..distributed import resolve_dtype
 from ..guards import lock
+from ..planning.memory import ModelCounts
 from ..resuming import changes, identity, resume_path
 from .contents import Contents
 from .findings import Findings
+from .sizes import gib
 
 _CONNECT_SECONDS = 3.0
 _SERVICES = {"wandb": ("WANDB_BASE_URL", "https://api.wandb.ai", "WANDB_API_KEY"),
@@ -34,22 +31,7 @@ _SERVICES = {"wandb": ("WANDB_BASE_URL", "https://api.wandb.ai", "WANDB_API_KEY"
 """Trackers that talk to a host: the variable that names it, its default, and the variable with the key."""
 
 
-def count_parameters(config: Config, model_config: Any) -> tuple[int, int]:
-    """Return how many parameters the model has and how many of the policy's are trained, from shapes alone."""
-    with unsharded_loading(), torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(copy.deepcopy(model_config),
-                                                 trust_remote_code=config.model.trust_remote_code)  # fmt: skip
-        total = sum(p.numel() for p in model.parameters())
-        if config.lora is None:
-            return total, total
-        model.requires_grad_(False)
-        adapted = get_peft_model(model, PeftLoraConfig(
-            task_type="CAUSAL_LM", r=config.lora.r, target_modules=config.lora.target_modules,
-        ))  # fmt: skip
-        return total, sum(p.numel() for p in adapted.parameters() if p.requires_grad)
-
-
-def look_at_disk(config: Config, found: Contents, findings: Findings) -> None:
+def look_at_disk(config: Config, counts: ModelCounts | None, findings: Findings) -> None:
     """Note whether output_dir can be written and has room for the checkpoints and the final model."""
     directory = Path(config.train.output_dir)
     existing = next(path for path in (directory.absolute(), *directory.absolute().parents) if path.exists())
@@ -63,22 +45,20 @@ def look_at_disk(config: Config, found: Contents, findings: Findings) -> None:
     if (directory / ".lock").exists():
         with findings.attempt():
             lock(directory).close()
-    if found.model_config is None:
+    if counts is None:
         return
-    with findings.attempt():
-        total, trained = count_parameters(config, found.model_config)
-        told = f"{total / 1e6:,.1f} M parameters, {trained / 1e6:,.1f} M trained"
-        findings.facts["model"] = [f"{config.model.name}: {told}"]
-        checkpoint = 3 * 4 * trained  # a weight and two moments in float32
-        num_kept = config.train.keep_checkpoints + 1  # the next is written before the oldest is removed
-        final = total * (resolve_dtype(config.model.dtype).itemsize if config.lora else 4) + 4 * trained
-        needed, free = num_kept * checkpoint + final, shutil.disk_usage(existing).free
-        told = (f"{_gib(needed)} for {num_kept} checkpoints and the final model, {_gib(free)} free in {existing}; "
-                "completions come on top")  # fmt: skip
-        if needed > free:
-            findings.problems.append(f"train.output_dir: {directory} needs {told}; free some, choose another disk, or "
-                                     f"lower train.keep_checkpoints (now {config.train.keep_checkpoints})")  # fmt: skip
-        findings.facts["disk"] = [told]
+    trained = counts.adapters or counts.parameters
+    checkpoint = 3 * 4 * trained  # a weight and two moments in float32
+    num_kept = config.train.keep_checkpoints + 1  # the next is written before the oldest is removed
+    dtype = torch.float32 if config.lora is None else resolve_dtype(config.model.dtype)
+    needed = num_kept * checkpoint + counts.parameters * dtype.itemsize + 4 * counts.adapters
+    free = shutil.disk_usage(existing).free
+    told = (f"{gib(needed)} for {num_kept} checkpoints and the final model, {gib(free)} free in {existing}; "
+            "completions come on top")  # fmt: skip
+    if needed > free:
+        findings.problems.append(f"train.output_dir: {directory} needs {told}; free some, choose another disk, or "
+                                 f"lower train.keep_checkpoints (now {config.train.keep_checkpoints})")  # fmt: skip
+    findings.facts["disk"] = [told]
 
 
 def look_at_resuming(config: Config, found: Contents, findings: Findings) -> None:
@@ -135,7 +115,3 @@ def _logged_in(host: str) -> bool:
     """Whether a netrc file, where such clients keep a login, knows a host."""
     file = Path(os.environ.get("NETRC", Path.home() / ".netrc"))
     return file.is_file() and host in file.read_text(errors="replace").split()
-
-
-def _gib(num_bytes: float) -> str:
-    return f"{num_bytes / 2**30:,.2f} GiB"

@@ -66,6 +66,13 @@ def metrics(directory: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
 
 
+def reported_steps(directory: Path) -> list[int]:
+    """The steps in the curves of report.html."""
+    page = (directory / "report.html").read_text()
+    data = page.partition('<script type="application/json" id="data">')[2].partition("</script>")[0]
+    return json.loads(data)["runs"][0]["curves"]["step"]
+
+
 def completions(directory: Path) -> list[dict[str, Any]]:
     """Every completion of the run, in order."""
     return [row for file in sorted((directory / "completions").glob("*.parquet")) for row in pq.read_table(file).to_pylist()]

@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from launching import ROOT, TINY, command, launch, metrics, train
+from launching import ROOT, TINY, command, launch, metrics, reported_steps, train
 from safetensors.torch import load_file
 
 ARGUMENTS = ("--train.updates_per_batch", "2", "--train.eval_every", "2", "--train.save_every", "2")
@@ -45,10 +45,11 @@ def test_one_rank_signalled(point: str, undisturbed: Path, tmp_path: Path) -> No
     assert stopped.returncode == 0, stopped.stderr[-4000:]
     assert "stopped: rank 1 received SIGUSR1" in stopped.stdout
     assert len(metrics(tmp_path / "run")) < 6
+    assert reported_steps(tmp_path / "run") == [line["step"] for line in metrics(tmp_path / "run")]
     again = train("zero2", 2, tmp_path / "run", *ARGUMENTS)
     expected, got = state(undisturbed), state(again)
     assert all(torch.equal(expected[name], got[name]) for name in expected)
-    assert [line["step"] for line in metrics(again)] == list(range(6))
+    assert [line["step"] for line in metrics(again)] == reported_steps(again) == list(range(6))
     assert [line.get("loss") for line in metrics(again)] == [line.get("loss") for line in metrics(undisturbed)]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -87,7 +88,8 @@ def test_a_good_run(data: list[str], tmp_path: Path, capsys: pytest.CaptureFixtu
     assert main([*data, "--ranks", "3"]) == 0
     shown = capsys.readouterr().out
     for told in ("no problems found", "12 to train on", "math: 1 for gold answers, 0 for answers of other prompts",
-                 "up to 86 on each of 3 rank(s)", "M parameters", "starts from the beginning", "tensorboard: installed",
+                 "up to 86 on each of 3 rank(s)", "M parameters", "of tensors on each rank at its fullest", "free in",
+                 "starts from the beginning", "tensorboard: installed",
                  "12 of 12 evaluation prompts are trained on as well", "[bold]", "data.max_prompt_length: 64   # the"):
         assert told in shown, told  # fmt: skip
     assert "\x1b" not in shown and "\u202e" not in shown
@@ -117,6 +119,18 @@ def test_a_reward_that_fails_on_samples(
     assert main([*data, "--rewards", '[{name: "failing:reward"}]']) == 2
     shown = capsys.readouterr().out
     assert "'failing:reward' failed on 16 of 16 completions" in shown and "no such thing" in shown
+
+
+def test_what_does_not_fit_is_a_problem(
+    data: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(total=2**20))
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=1000))
+    assert main(data) == 2
+    shown = capsys.readouterr().out
+    assert "1. memory: 0." in shown and "a rank has 0.00 GiB. Lower train.max_tokens_per_pack (now 4096)" in shown
+    assert "2. train.output_dir" in shown and "lower train.keep_checkpoints (now 2)" in shown
 
 
 def test_plain_text_is_one_harmless_line() -> None:
