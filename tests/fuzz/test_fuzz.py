@@ -255,12 +255,13 @@ def test_checkpoint(
             }}))  # fmt: skip
         same = all((path / name).read_bytes() == originals[name] for name in (checkpoint.TENSORS, checkpoint.META))
         try:
-            tensors, meta = checkpoint.load(path)
+            tensors, _ = checkpoint.load(path)
+            checkpoint.load_meta(path, META)
         except checkpoint.DamagedCheckpoint:
             outcomes["refused"] += 1
         else:
             assert same or forged
-            assert set(META) <= set(meta) and all(isinstance(tensor, torch.Tensor) for tensor in tensors.values())
+            assert all(isinstance(tensor, torch.Tensor) for tensor in tensors.values())
             outcomes["taken whole" if same else "taken, forged"] += 1
         assert checkpoint.newest(root) in (path, root / "step_1")
     finally:
