@@ -145,8 +145,8 @@ def load_meta(path: Path, needed: Iterable[str] = ()) -> dict[str, Any]:
         raise DamagedCheckpoint(f"{path / META} cannot be read ({error})") from error
     missing = [name for name in needed if not isinstance(meta, dict) or name not in meta]
     if missing:
-        raise DamagedCheckpoint(f"{path / META} lacks {', '.join(missing)}: it is of another version, or was changed; choose "
-                                "another train.output_dir, or remove it")  # fmt: skip
+        raise DamagedCheckpoint(f"{path / META} lacks {', '.join(missing)}: it was changed, or is of another version; "
+                                "choose another train.output_dir, or remove it")  # fmt: skip
     return meta
 
 
