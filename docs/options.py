@@ -13,6 +13,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import yaml
 from docstring_parser import parse_from_object
 
+from grpo_dist.cli_config import group_type
 from grpo_dist.config import Config
 
 PAGE = Path(__file__).with_name("options.md")
@@ -38,16 +39,12 @@ def _groups(kind: type, prefix: str = "") -> list[tuple[str, type]]:
     """Dotted names and classes of the groups of options in a class, those within them too."""
     found = []
     for field in fields(kind):
-        for inner in _types(get_type_hints(kind)[field.name]):
-            if is_dataclass(inner):
-                name = f"{prefix}{field.name}"
-                found += [(name, inner), *_groups(inner, f"{name}.")]
+        hint = get_type_hints(kind)[field.name]
+        inner = group_type(hint) or next(filter(is_dataclass, get_args(hint)), None)
+        if inner is not None:
+            name = f"{prefix}{field.name}"
+            found += [(name, inner), *_groups(inner, f"{name}.")]
     return found
-
-
-def _types(hint: Any) -> list[Any]:
-    """A type with everything it is made of."""
-    return [hint, *(inner for argument in get_args(hint) for inner in _types(argument))]
 
 
 def _table(kind: type) -> str:

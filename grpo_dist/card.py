@@ -11,8 +11,8 @@ from typing import Any, Literal
 import yaml
 
 from . import __version__
+from .cli_config import flat
 from .config import Config
-from .guards import flat
 from .plain_text import plain
 from .resuming import versions
 

@@ -20,8 +20,7 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from .cli_config import redacted
-from .guards import flat
+from .cli_config import flat, redacted
 from .plain_text import plain
 from .preflight.findings import Findings
 from .preflight.options import Options, read_options
@@ -53,8 +52,9 @@ def check(words: Sequence[str], num_ranks: int | None, heading: str = "") -> int
     """Check a training's command line, and print what was found: with a `heading`, the problems alone, below it."""
     options = read_options(words)
     findings = Findings(options.problems)
-    _look(options, num_ranks, findings)
     console = Console(highlight=False, soft_wrap=True)
+    with console.status("looking at model, data and rewards"):  # on a terminal alone
+        _look(options, num_ranks, findings)
     if not heading:
         _print_config(console, options)
         for name, lines in findings.facts.items():
@@ -65,7 +65,7 @@ def check(words: Sequence[str], num_ranks: int | None, heading: str = "") -> int
         told = [f"{number}. {problem}" for number, problem in enumerate(findings.problems, 1)]
         _print_block(console, f"{heading} {len(told)} problem(s)".strip(), told, "red")
     elif not heading:
-        console.print(Text("no problems found", style="green"))
+        console.print(Text("\nno problems found", style="bold green"))
     return 2 if findings.problems else 0
 
 
@@ -73,7 +73,7 @@ def _look(options: Options, num_ranks: int | None, findings: Findings) -> None:
     import torch  # a mistake in the verb's own options should not wait for it
 
     from .display import set_up_logging
-    from .preflight import contents, machine, sizes
+    from .preflight import contents, machine, sizes, trackers
 
     set_up_logging()
     config, ranks = options.config, num_ranks or max(1, torch.cuda.device_count())
@@ -84,7 +84,7 @@ def _look(options: Options, num_ranks: int | None, findings: Findings) -> None:
     counts = sizes.describe_memory(config, found, ranks, findings)
     machine.look_at_disk(config, counts, findings)
     machine.look_at_resuming(config, found, findings)
-    machine.look_at_trackers(config.logging.trackers, findings)
+    trackers.look_at_trackers(config.logging.trackers, findings)
 
 
 def _print_config(console: Console, options: Options) -> None:

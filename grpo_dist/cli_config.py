@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import functools
 import itertools
+import json
 import re
 import sys
 from dataclasses import fields, is_dataclass
@@ -124,3 +125,14 @@ def redacted(values: Any, name: str = "") -> Any:
     if isinstance(values, (list, tuple)):
         return [redacted(value, name) for value in values]
     return "<redacted>" if isinstance(values, str) and SECRET.search(name) else values
+
+
+def flat(options: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested options by their dotted names, as JSON would hold them."""
+    found: dict[str, Any] = {}
+    for key, value in options.items():
+        if isinstance(value, dict):
+            found |= flat(value, f"{prefix}{key}.")
+        else:
+            found[f"{prefix}{key}"] = json.loads(json.dumps(value))
+    return found

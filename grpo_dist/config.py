@@ -21,7 +21,7 @@ class ModelConfig:
     """The policy's base model."""
 
     name: str = "toy"
-    """Hub id or local path of a causal language model, or `toy` for the tiny model that ships with the package."""
+    """Hub id or local path of a causal language model, or `toy` or `toy-carry`, which ship with the package."""
     revision: str | None = None
     """Branch, tag or commit on the hub."""
     dtype: Dtype = "auto"

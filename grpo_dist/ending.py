@@ -23,15 +23,16 @@ from .watch import Interrupted
 log = logging.getLogger(__name__)
 
 
-def main(train: Callable[[Run], None]) -> int:
+def main(train: Callable[[Run], None], arguments: list[str] | None = None) -> int:
     """The command line around a training; returns the exit status.
 
     0: done, or stopped by a signal or the time limit with a checkpoint to go on from. 1: failed. 2: a mistake in the
     config or the data, found before anything was loaded. With --dry_run nothing is trained: see check.py.
     """
-    if DRY_RUN in sys.argv:
-        return dry_run([word for word in sys.argv[1:] if word != DRY_RUN])
-    config = parse_config()
+    words = sys.argv[1:] if arguments is None else arguments
+    if DRY_RUN in words:
+        return dry_run([word for word in words if word != DRY_RUN])
+    config = parse_config(words)
     set_up_logging()
     try:
         run = Run(config)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import math
 import os
@@ -17,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .batch import Batch, Prompt
+from .cli_config import flat
 
 log = logging.getLogger(__name__)
 
@@ -63,17 +63,6 @@ def data_fingerprint(prompts: Iterable[Prompt]) -> str:
     for prompt in prompts:
         digest.update(array("q", [len(prompt.ids), *prompt.ids]).tobytes())
     return digest.hexdigest()[:16]
-
-
-def flat(options: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested options by their dotted names, as JSON would hold them."""
-    found: dict[str, Any] = {}
-    for key, value in options.items():
-        if isinstance(value, dict):
-            found |= flat(value, f"{prefix}{key}.")
-        else:
-            found[f"{prefix}{key}"] = json.loads(json.dumps(value))
-    return found
 
 
 def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:

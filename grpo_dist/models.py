@@ -28,14 +28,14 @@ from .critic import HEAD
 from .distributed import unsharded_loading, whole
 from .packing import Pack
 from .policy import Policy
-from .toy import toy_path
+from .toy import MODELS, toy_path
 
 log = logging.getLogger(__name__)
 
 
 def model_path(model: ModelConfig) -> str:
     """What `from_pretrained` is given."""
-    return str(toy_path()) if model.name == "toy" else model.name
+    return str(toy_path(model.name)) if model.name in MODELS else model.name
 
 
 def _hub_options(model: ModelConfig) -> dict[str, Any]:

@@ -131,7 +131,7 @@ def _weights(inputs: MemoryInputs) -> list[Part]:
     frozen = counts.parameters if counts.adapters else 0
     held = shard(frozen - counts.kept_whole, ranks, stage == 3) + counts.kept_whole if frozen else 0
     trained = _trained(inputs)
-    parts = [Part("policy, frozen weights", held * inputs.policy_bytes, "always")] if frozen else []
+    parts = [Part("frozen weights", held * inputs.policy_bytes, "always")] if frozen else []
     name = "adapters" if frozen else "policy weights"
     parts.append(Part(name, shard(trained, ranks, stage == 3) * inputs.trained_bytes, "always"))
     # DeepSpeed computes with one set of the trained weights and steps another, in float32
@@ -143,10 +143,10 @@ def _weights(inputs: MemoryInputs) -> list[Part]:
             Part("rollout weights", counts.exchanged * inputs.copy_bytes, "always"),
         ]
     if stage == 0 and ranks > 1:
-        parts.append(Part("gradient buckets of DDP", trained * inputs.trained_bytes, "always"))
+        parts.append(Part("DDP gradient buckets", trained * inputs.trained_bytes, "always"))
     if stage == 3:
         bucket = min(REDUCE_BUCKET, trained)
-        parts.append(Part("gradient bucket and shard", (bucket + math.ceil(trained / ranks)) * inputs.trained_bytes,
+        parts.append(Part("gradient bucket, shard", (bucket + math.ceil(trained / ranks)) * inputs.trained_bytes,
                           "always"))  # fmt: skip
     return parts
 
@@ -170,19 +170,19 @@ def _rollout(inputs: MemoryInputs, slot_chunk: int) -> list[Part]:
     of_a_step = max(flight.rows * counts.vocabulary * (width + SAMPLING_BYTES), attended * 2 * (width + FLOAT32))
     prefill = prompt_tokens * inputs.passes.prefill_per_token - own  # the sequences have no cache of their own then
     parts = [
-        Part("cache of keys and values", prompt_tokens * per_token + own, "rollout"),
-        Part("logits and sampling, attention or prefill", max(of_a_step, prefill), "rollout"),
+        Part("keys and values", prompt_tokens * per_token + own, "rollout"),
+        Part("decoding or prefill", max(of_a_step, prefill), "rollout"),
     ]
     if inputs.shared:
-        parts.append(Part("policy made whole", _gathered(inputs, inputs.counts.parameters), "rollout"))
+        parts.append(Part("gathered policy", _gathered(inputs, inputs.counts.parameters), "rollout"))
     return parts
 
 
 def _update(inputs: MemoryInputs) -> list[Part]:
     trained, ranks, stage = _trained(inputs), inputs.num_ranks, inputs.zero_stage
-    gathered = Part("weights gathered by ZeRO-3", _gathered(inputs, MOST_GATHERED), "update")
+    gathered = Part("gathered weights", _gathered(inputs, MOST_GATHERED), "update")
     parts = [Part("activations of a pack", inputs.passes.update, "update"),
-             Part("reference pass of a pack", inputs.passes.reference, "reference")]  # fmt: skip
+             Part("reference pass", inputs.passes.reference, "reference")]  # fmt: skip
     if stage < 3:
         parts.append(Part("gradients", trained * inputs.trained_bytes, "update"))
     if stage in (1, 2):
@@ -190,7 +190,7 @@ def _update(inputs: MemoryInputs) -> list[Part]:
     own = math.ceil(trained / ranks) if stage else trained
     # what is clipped and stepped: DeepSpeed's shard of the gradients and its float32 twin, or whole gradients
     held = own * (inputs.trained_bytes + FLOAT32) if stage else trained * inputs.trained_bytes
-    parts.append(Part("gradients being stepped", held, "optimizer"))
+    parts.append(Part("stepped gradients", held, "optimizer"))
     if stage == 3:
         parts.append(gathered)
         if inputs.shared and inputs.passes.reference:

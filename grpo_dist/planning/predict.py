@@ -13,11 +13,11 @@ from .. import attention
 from ..algorithm import reference_in_loss
 from ..config import Config, Dtype
 from ..distributed import DTYPES
-from ..models import packing_obstacle
+from ..models import packing_obstacle, trainable
 from ..packing import Piece, plan
 from ..rollout.native import SLOT_CHUNK
-from .memory import Flight, MemoryInputs, Part, memory_per_rank
-from .tracing import Precision, build_policy, count, trace_passes
+from .memory import Flight, MemoryInputs, ModelCounts, Part, Passes, memory_per_rank
+from .tracing import Precision, Shape, build_policy, count, trace_passes
 
 Device = Literal["gpu", "cpu"]
 ZeroStage = Literal[0, 1, 2, 3]
@@ -94,7 +94,9 @@ class Predictor:
         self.implementation = attention.NAME if self.share_prompts else None if named == "auto" else named
         self.policy_dtype = dtype_on(device, config.model.dtype)
         self.copy_dtype = dtype_on(device, config.reference.dtype)
-        self._passes: dict[tuple[Any, ...], Any] = {}
+        self.shared = config.reference.placement == "shared" and config.lora is not None
+        self._counts: dict[Precision, tuple[ModelCounts, int]] = {}
+        self._passes: dict[tuple[Precision, Shape], Passes] = {}
 
     def parts(self, num_ranks: int, zero_stage: ZeroStage) -> list[Part]:
         """The parts of a rank's memory under DDP or one process (stage 0) or ZeRO."""
@@ -102,23 +104,29 @@ class Predictor:
 
     def inputs(self, num_ranks: int, zero_stage: ZeroStage) -> MemoryInputs:
         """What the memory of a rank depends on."""
-        config = self.config
-        shared = config.reference.placement == "shared" and config.lora is not None
-        precision = Precision(self.policy_dtype, self.policy_dtype if shared else self.copy_dtype, zero_stage > 0)
-        policy = build_policy(config, self.model_config, self.implementation, precision)
-        trained = next(p for p in policy.parameters() if p.requires_grad)
-        prompts, lengths, ranks = full_plan(config, num_ranks, self.share_prompts)
+        casts = zero_stage > 0 and self.policy_dtype != torch.float32
+        precision = Precision(self.policy_dtype, self.policy_dtype if self.shared else self.copy_dtype, casts)
+        counts, trained_bytes = self._count(precision)
+        return MemoryInputs(
+            counts=counts, passes=self._trace(precision, num_ranks), flight=flight(self.config, num_ranks),
+            num_ranks=num_ranks, zero_stage=zero_stage, policy_bytes=self.policy_dtype.itemsize,
+            trained_bytes=trained_bytes, copy_bytes=self.copy_dtype.itemsize, shared=self.shared,
+        )  # fmt: skip
+
+    def _count(self, precision: Precision) -> tuple[ModelCounts, int]:
+        if precision not in self._counts:
+            policy = build_policy(self.config, self.model_config, self.implementation, precision)
+            trained = next(iter(trainable(policy).values()))
+            self._counts[precision] = count(policy), trained.dtype.itemsize
+        return self._counts[precision]
+
+    def _trace(self, precision: Precision, num_ranks: int) -> Passes:
+        prompts, lengths, ranks = full_plan(self.config, num_ranks, self.share_prompts)
         largest = max((pack for packs in ranks for pack in packs), key=lambda pack: _size(pack, prompts, lengths))
         shape = tuple((prompts[p.prompt], tuple(lengths[n] for n in p.completions)) for p in largest)
-        key = (precision if precision.policy != torch.float32 else None, shape)
-        if key not in self._passes:
-            self._passes[key] = trace_passes(
-                config, self.model_config, self.implementation, precision,
-                [(prompt, list(completions)) for prompt, completions in shape],
-                with_reference=reference_in_loss(config),
+        if (precision, shape) not in self._passes:
+            self._passes[precision, shape] = trace_passes(
+                self.config, self.model_config, self.implementation, precision, shape,
+                with_reference=reference_in_loss(self.config),
             )  # fmt: skip
-        return MemoryInputs(
-            counts=count(policy), passes=self._passes[key], flight=flight(config, num_ranks), num_ranks=num_ranks,
-            zero_stage=zero_stage, policy_bytes=self.policy_dtype.itemsize if config.lora else trained.dtype.itemsize,
-            trained_bytes=trained.dtype.itemsize, copy_bytes=self.copy_dtype.itemsize, shared=shared,
-        )  # fmt: skip
+        return self._passes[precision, shape]

@@ -7,7 +7,7 @@ The code that runs is the trainer's own, so what is counted follows every change
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -25,9 +25,12 @@ from ..policy import Policy
 from .live import LiveBytes
 from .memory import KEPT_WHOLE, ModelCounts, Passes
 
-TRACED_LAYERS = (4, 8)
+TRACED_LAYERS = (2, 4)
 """Depths at which a deeper model is traced: what its passes hold grows by the same for every further layer."""
 PREFILL_TOKENS = 1024
+
+Shape = tuple[tuple[int, tuple[int, ...]], ...]
+"""A pack's pieces: each prompt's length and its completions'."""
 
 
 @dataclass(frozen=True)
@@ -36,8 +39,9 @@ class Precision:
 
     policy: torch.dtype
     copy: torch.dtype
-    deepspeed: bool
-    """DeepSpeed casts all of the policy to its dtype; else what is trained is float32, under autocast."""
+    casts_all: bool
+    """The policy's dtype is that of all its weights, as under DeepSpeed; else what is trained stays in float32, and a
+    smaller dtype is computed with under autocast."""
 
 
 def build_policy(
@@ -58,7 +62,7 @@ def build_policy(
         policy = make_policy(base, config.model, config.lora, config.rollout.temperature, config.train.seed,
                              has_critic=config.advantage.baseline == "critic",
                              entropy_gradient=config.loss.entropy_coeff > 0)  # fmt: skip
-    if precision.deepspeed:
+    if precision.casts_all:
         policy.to(precision.policy)
     policy.fused_head = isinstance(policy.causal_lm.get_output_embeddings(), nn.Linear)
     return policy.train()
@@ -88,9 +92,9 @@ def count(policy: Policy) -> ModelCounts:
 
 def trace_passes(
     config: Config, model_config: Any, implementation: str | None, precision: Precision,
-    shape: list[tuple[int, list[int]]], *, with_reference: bool,
+    shape: Shape, *, with_reference: bool,
 ) -> Passes:  # fmt: skip
-    """What the passes over a pack of that `shape` (see attention.block_layout) hold, without any weights.
+    """What the passes over a pack of that `shape` hold, without any weights.
 
     The reference is the policy's own shape in the copy's dtype; `with_reference` false leaves it out.
     """
@@ -106,24 +110,25 @@ def trace_passes(
 
 def _trace(
     config: Config, model_config: Any, implementation: str | None, precision: Precision,
-    shape: list[tuple[int, list[int]]], num_layers: int,
+    shape: Shape, num_layers: int,
 ) -> list[int]:  # fmt: skip
     policy = build_policy(config, model_config, implementation, precision, num_layers)
-    plain = copy.deepcopy(config)
-    plain.lora, plain.model.gradient_checkpointing = None, False
-    with_copy = Precision(precision.copy, precision.copy, True)
-    frozen = build_policy(plain, model_config, implementation, with_copy, num_layers).requires_grad_(False).eval()
+    plain = replace(config, lora=None, model=replace(config.model, gradient_checkpointing=False),
+                    reference=replace(config.reference, placement="copy"))  # fmt: skip
+    in_copy = Precision(precision.copy, precision.copy, casts_all=True)
+    frozen = build_policy(plain, model_config, implementation, in_copy, num_layers)
+    frozen.requires_grad_(False).eval()
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     share_prompts = implementation == attention.NAME
-    pack, prompt = (example_pack(each, share_prompts) for each in (shape, [(PREFILL_TOKENS - 1, [1])]))
-    mixed = precision.policy == torch.bfloat16 and not precision.deepspeed
+    pack, prompt = (example_pack(each, share_prompts) for each in (shape, ((PREFILL_TOKENS - 1, (1,)),)))
+    mixed = precision.policy != torch.float32 and not precision.casts_all
     with fake:
         for each in (policy, frozen):
             _materialise(each)
         for parameter in trainable(policy).values():  # as after the update's first pack
             parameter.grad = torch.zeros_like(parameter)
         with LiveBytes() as update:
-            with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+            with torch.autocast("cpu", precision.policy, enabled=mixed):
                 answers = policy(pack)
             sum(answer.sum() for answer in answers if answer is not None and answer.requires_grad).backward()
         with torch.no_grad(), LiveBytes() as reference:
@@ -133,7 +138,7 @@ def _trace(
     return [update.peak, reference.peak, prefill.peak]
 
 
-def example_pack(shape: list[tuple[int, list[int]]], share_prompts: bool) -> Pack:
+def example_pack(shape: Shape, share_prompts: bool) -> Pack:
     """A pack of that shape."""
     lengths = torch.tensor([length for _, completions in shape for length in completions])
     group = torch.tensor([g for g, (_, completions) in enumerate(shape) for _ in completions])

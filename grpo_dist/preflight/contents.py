@@ -97,14 +97,14 @@ def try_rewards(config: Config, found: Contents, findings: Findings) -> None:
     prompts = [found.prompts[place] for place in range(min(_SCORED_PROMPTS, len(found.prompts)))]
     totals = np.zeros(2)
     for reward in config.rewards:
-        if reward.name in BUILT_IN and declared_placement(reward) == "gpu":
-            findings.facts.setdefault("rewards", []).append(f"{reward.name}: not tried, it would load its model")
-            continue
         with findings.attempt():
-            totals += reward.weight_at(0) * _try(reward, config, prompts, found, findings)
+            if reward.name in BUILT_IN and declared_placement(reward) == "gpu":
+                findings.facts.setdefault("rewards", []).append(f"{reward.name}: not tried, it would load its model")
+            else:
+                totals += reward.weight_at(0) * _try(reward, config, prompts, found, findings)
     if config.data.answer_column and prompts and totals[0] <= totals[1]:
-        findings.remarks.append("no reward likes gold answers better than those of other prompts: look at some with "
-                                "`python -m grpo_dist score`")  # fmt: skip
+        findings.remarks.append("no reward likes gold answers better than those of other prompts; unless an answer is "
+                                "no completion here, look at some with `python -m grpo_dist score`")  # fmt: skip
 
 
 def _try(
@@ -129,10 +129,14 @@ def _try(
     means = np.array([_mean(scores.values[: len(prompts), 0]), _mean(scores.values[len(prompts) :, 0])])
     told = ("gold answers", "answers of other prompts") if config.data.answer_column else ("prompts", "other prompts")
     findings.facts.setdefault("rewards", []).append(
-        f"{reward.name}: {means[0]:.3g} for {told[0]}, {means[1]:.3g} for {told[1]} "
+        f"{reward.name}: {_told(means[0])} for {told[0]}, {_told(means[1])} for {told[1]} "
         f"(means over {len(prompts)}, {scores.seconds[0]:.2f} s)"
     )
     return np.nan_to_num(means)
+
+
+def _told(value: float) -> str:
+    return "unscored" if np.isnan(value) else f"{value:.3g}"
 
 
 def _mean(values: np.ndarray) -> float:

@@ -25,7 +25,7 @@ class Findings:
         """
         try:
             yield
-        except (ValueError, OSError, RuntimeError) as error:
+        except (ValueError, OSError, RuntimeError, ImportError) as error:
             problem = f"{prefix}{error}"
             if problem not in self.problems:
                 self.problems.append(problem)

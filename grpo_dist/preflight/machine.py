@@ -1,18 +1,12 @@
-"""A look at where a run would go: sizes, disk space, the output directory, trackers. No weights are loaded."""
+"""A look at where a run would go: disk space, output directory, a checkpoint to go on from. No weights are loaded."""
 
 from __future__ import annotations
 
-import difflib
-import importlib.util
-import os
 import shutil
-import socket
 import tempfile
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import torch
-from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
 from ..config import Config
 from ..distributed import resolve_dtype
@@ -22,13 +16,6 @@ from ..resuming import changes, identity, resume_path
 from .contents import Contents
 from .findings import Findings
 from .sizes import gib
-
-_CONNECT_SECONDS = 3.0
-_SERVICES = {"wandb": ("WANDB_BASE_URL", "https://api.wandb.ai", "WANDB_API_KEY"),
-             "comet_ml": ("COMET_URL_OVERRIDE", "https://www.comet.com", "COMET_API_KEY"),
-             "swanlab": ("SWANLAB_API_HOST", "https://api.swanlab.cn", "SWANLAB_API_KEY"),
-             "mlflow": ("MLFLOW_TRACKING_URI", "", None)}  # fmt: skip
-"""Trackers that talk to a host: the variable that names it, its default, and the variable with the key."""
 
 
 def look_at_disk(config: Config, counts: ModelCounts | None, findings: Findings) -> None:
@@ -71,47 +58,3 @@ def look_at_resuming(config: Config, found: Contents, findings: Findings) -> Non
             if found.model_config is not None and found.prompts:
                 told += changes(path, config, identity(config, found.model_config, found.prompts))
         findings.facts["resuming"] = told
-
-
-def look_at_trackers(names: list[str], findings: Findings) -> None:
-    """Note whether each tracker is known, installed, has its credentials and can be reached; a run goes on without."""
-    for name in names:
-        if name not in LOGGER_TYPE_TO_CLASS:
-            near = difflib.get_close_matches(name, LOGGER_TYPE_TO_CLASS, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            findings.problems.append(f"logging.trackers: {name!r} given, expected some of "
-                                     f"{', '.join(LOGGER_TYPE_TO_CLASS)}{hint}")  # fmt: skip
-        elif importlib.util.find_spec(name) is None:
-            findings.problems.append(f"logging.trackers: {name!r} given, but its package is not installed: "
-                                     f"pip install {name}, or leave it out")  # fmt: skip
-        elif name in _SERVICES and os.environ.get("WANDB_MODE") not in ("offline", "disabled"):
-            problem = _unreachable(name)
-            if problem:
-                findings.problems.append(f"logging.trackers: {name!r} given, but {problem}")
-            else:
-                findings.facts.setdefault("trackers", []).append(f"{name}: reached")
-        else:
-            findings.facts.setdefault("trackers", []).append(f"{name}: installed")
-
-
-def _unreachable(name: str) -> str | None:
-    """Return why a tracker's service could not be used; None where it answers or is a local one."""
-    variable, default, key = _SERVICES[name]
-    address = urlsplit(os.environ.get(variable) or default)
-    if not address.hostname:
-        return None
-    if key is not None and key not in os.environ and not _logged_in(address.hostname):
-        return f"there are no credentials for {address.hostname}: log in, or set {key}"
-    try:
-        port = address.port or (80 if address.scheme == "http" else 443)
-        socket.create_connection((address.hostname, port), _CONNECT_SECONDS).close()
-    except OSError as error:
-        return (f"{address.hostname} does not answer within {_CONNECT_SECONDS:g} s ({error}); where there is no "
-                "network, use its offline mode or tensorboard")  # fmt: skip
-    return None
-
-
-def _logged_in(host: str) -> bool:
-    """Whether a netrc file, where such clients keep a login, knows a host."""
-    file = Path(os.environ.get("NETRC", Path.home() / ".netrc"))
-    return file.is_file() and host in file.read_text(errors="replace").split()

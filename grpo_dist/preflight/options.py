@@ -96,17 +96,18 @@ def _all_given(words: Sequence[str], problems: list[str]) -> Iterator[Given]:
 
 def _pairs(words: Sequence[str], problems: list[str]) -> Iterator[tuple[str, str]]:
     """Yield (key, value) of `--key value` and `--key=value`."""
-    rest = iter(words)
-    for word in rest:
+    rest = list(words)
+    while rest:
+        word = rest.pop(0)
         key, equals, value = word.removeprefix("--").partition("=")
         if not word.startswith("--"):
             problems.append(f"{word!r} given on {COMMAND_LINE}, expected options such as --train.batch_size 32")
         elif equals:
             yield key, value
-        elif (following := next(rest, None)) is None:
+        elif not rest or rest[0].startswith("--"):
             problems.append(f"--{key}: nothing given, expected a value after it")
         else:
-            yield key, following
+            yield key, rest.pop(0)
 
 
 def _of_file(path: Path, problems: list[str]) -> Iterator[Given]:

@@ -10,8 +10,11 @@ import pytest
 import torch
 
 from grpo_dist import attention
+from grpo_dist.cli import main
 from grpo_dist.config import Config, DataConfig, LoraConfig, ModelConfig, ReferenceConfig, RolloutConfig, TrainConfig
 from grpo_dist.models import load_model_config, load_policy, trainable
+from grpo_dist.plan import parse_ranks, parse_size
+from grpo_dist.planning.advice import largest_peak, make_fit
 from grpo_dist.planning.live import LiveBytes
 from grpo_dist.planning.memory import Flight, MemoryInputs, ModelCounts, Passes, memory_per_rank, peaks, slots_held
 from grpo_dist.planning.predict import Predictor, batch_arithmetic, flight
@@ -45,10 +48,10 @@ def test_what_all_ranks_hold_together(stage: Any) -> None:
     rounding = 3 * 2
     if stage == 3:
         every_rank = COUNTS.kept_whole * 2
-        assert abs(3 * (parts["policy, frozen weights"] - every_rank) - (whole - every_rank)) <= rounding
-        assert parts["weights gathered by ZeRO-3"] == whole - every_rank
+        assert abs(3 * (parts["frozen weights"] - every_rank) - (whole - every_rank)) <= rounding
+        assert parts["gathered weights"] == whole - every_rank
     else:
-        assert parts["policy, frozen weights"] == whole
+        assert parts["frozen weights"] == whole
     moments, master = 8, 4
     states = parts["optimizer"] * (3 if stage else 1)
     assert 0 <= states - COUNTS.adapters * (moments + (master if stage else 0)) <= 3 * 12
@@ -68,7 +71,7 @@ def test_peaks_are_what_is_held_together() -> None:
 def test_a_shared_reference_has_no_copy() -> None:
     parts = named(replace(INPUTS, shared=True, zero_stage=3))
     assert not {"frozen copy", "rollout weights"} & set(parts)
-    assert parts["policy made whole"] == (COUNTS.parameters - COUNTS.kept_whole) * 2
+    assert parts["gathered policy"] == (COUNTS.parameters - COUNTS.kept_whole) * 2
 
 
 @pytest.mark.parametrize("longest", [1, 31, 32, 33, 100, 257])
@@ -111,7 +114,7 @@ def test_a_traced_pass_holds_what_the_real_one_does(checkpointing: bool, lora: L
     predicted = Predictor(config, load_model_config(model), "cpu").inputs(2, 0).passes
     policy = load_policy(model, lora, torch.float32, attention.NAME, 1.0, 0)
     policy.train().fused_head = True
-    pack = example_pack([(40, [24, 24, 24, 24])] * 2, True)
+    pack = example_pack(((40, (24,) * 4),) * 2, True)
     assert len(pack.ids) <= 400
     for parameter in trainable(policy).values():
         parameter.grad = torch.zeros_like(parameter)
@@ -152,3 +155,46 @@ def test_what_is_decoded_at_once(in_flight: int, rows: int, prompts: int) -> Non
     config = config_of(rollout=RolloutConfig(group_size=4, max_completion_length=24, max_tokens_in_flight=in_flight))
     found = flight(config, 1)
     assert (found.rows, found.prompts) == (rows, prompts)
+
+
+# --- the verb -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("text", "expected"), [("80GiB", 80 * 2**30), ("24 GB", 24 * 10**9), ("1.5gib", 3 * 2**29)])
+def test_sizes_are_read(text: str, expected: int) -> None:
+    assert parse_size(text) == expected
+
+
+@pytest.mark.parametrize("text", ["80", "GiB", "-3GB", "80GX", ""])
+def test_a_size_needs_a_unit(text: str) -> None:
+    with pytest.raises(ValueError, match=r"--gpu-memory: .* given, expected a number with its unit"):
+        parse_size(text)
+
+
+def test_ranks_are_read() -> None:
+    assert parse_ranks("64,1, 8,8") == [1, 8, 64]
+    for text in ("0", "8,", "two"):
+        with pytest.raises(ValueError, match="--ranks"):
+            parse_ranks(text)
+
+
+def test_advice_makes_it_fit_or_says_that_nothing_does() -> None:
+    model_config = load_model_config(ModelConfig())
+    config = config_of(train=TrainConfig(batch_size=12, max_tokens_per_pack=1000))
+    _, needed = largest_peak(Predictor(config, model_config, "cpu"), 2, 2)
+    changes, left = make_fit(config, model_config, "cpu", 2, 2, needed // 2)
+    assert left <= needed // 2 and changes == ["--train.max_tokens_per_pack 250"]
+    least = config_of(train=TrainConfig(batch_size=2, max_tokens_per_pack=64))
+    changes, left = make_fit(least, model_config, "cpu", 2, 2, 1000)
+    assert left > 1000 and "--model.gradient_checkpointing true" in changes
+    assert len({change.split()[0] for change in changes}) == len(changes)
+
+
+def test_the_verb_says_what_does_not_fit(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["plan", "--config", "configs/quickstart.yaml", "--ranks", "1,4", "--device", "cpu"]
+    assert main(words) == 0
+    told = capsys.readouterr().out
+    assert "0.49 M parameters" in told and "frozen copy" in told and "✗" not in told
+    assert main([*words, "--gpu-memory", "30MiB"]) == 1
+    told = capsys.readouterr().out
+    assert "✗" in told and "1 rank(s): --train.max_tokens_per_pack" in told

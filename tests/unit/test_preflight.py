@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import json
+import socket
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
+from grpo_dist import checkpoint
 from grpo_dist.cli import main
 from grpo_dist.cli_config import parse_config
 from grpo_dist.plain_text import plain
+from grpo_dist.preflight.contents import read_contents
+from grpo_dist.preflight.findings import Findings
 from grpo_dist.preflight.options import COMMAND_LINE, read_options
+from grpo_dist.preflight.trackers import Service, unreachable
+from grpo_dist.resuming import identity
 
 QUICKSTART = ["--config", "configs/quickstart.yaml"]
 GOOD: list[list[str]] = [
@@ -138,3 +145,31 @@ def test_plain_text_is_one_harmless_line() -> None:
         "\N{REPLACEMENT CHARACTER}c" + "\N{REPLACEMENT CHARACTER}" * 3)
     assert plain("x" * 1_000_000, 10) == "xxxxx … xxxxx"
     assert plain("naïve 数学 ∑", 20) == "naïve 数学 ∑"
+
+
+def test_a_tracker_that_answers_and_one_that_does_not(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        service = Service("TRACKER_ADDRESS", f"http://127.0.0.1:{port}", "TRACKER_KEY", ".tracker/.netrc")
+        assert unreachable(service) == "there are no credentials for 127.0.0.1: log in, or set TRACKER_KEY"
+        (tmp_path / ".tracker").mkdir()
+        (tmp_path / ".tracker" / ".netrc").write_text("machine 127.0.0.1 login user password s3cret")
+        assert unreachable(service) is None
+    assert "127.0.0.1 does not answer within 3 s" in (unreachable(service) or "")
+    monkeypatch.setenv("TRACKER_ADDRESS", "./local_directory")
+    assert unreachable(service) is None, "a local one needs no host"
+
+
+def test_what_would_be_resumed(data: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = tmp_path / "runs" / "new" / "checkpoints"
+    config = read_options(data[1:]).config
+    contents = read_contents(config, Findings())
+    meta = {"identity": identity(config, contents.model_config, contents.prompts), "config": {}, "versions": {}}
+    checkpoint.save(root, 7, {"x": torch.zeros(1)}, meta, keep=2)
+    assert main(data) == 0
+    assert f"goes on from {root / 'step_7'}" in capsys.readouterr().out
+    assert main([*data, "--train.seed", "3", "--train.resume", "auto"]) == 2
+    assert "belongs to another run:   seed: 0 -> 3 Choose another train.output_dir" in capsys.readouterr().out
+    assert main([*data, "--train.resume", "never"]) == 2
+    assert "train.resume is `never` but" in capsys.readouterr().out
