@@ -118,14 +118,21 @@ def test_problems_of_data_rewards_and_machine_together(
         assert told in shown, told  # fmt: skip
 
 
-def test_a_reward_that_fails_on_samples(
+def test_rewards_that_fail_on_samples(
     data: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "failing.py").write_text("def reward(completions, **kwargs): raise KeyError('no such thing')\n")
+    (tmp_path / "failing.py").write_text(
+        "import time\n"
+        "def reward(completions, **kwargs): raise KeyError('no such thing \\x1b[2J')\n"
+        "def hanging(completions, **kwargs): time.sleep(60)\n"
+    )
     monkeypatch.syspath_prepend(str(tmp_path))
-    assert main([*data, "--rewards", '[{name: "failing:reward"}]']) == 2
+    words = ["--rewards", '[{name: "failing:reward"}, {name: "failing:hanging"}]', "--scoring.timeout_seconds", "0.5"]
+    assert main([*data, *words]) == 2
     shown = capsys.readouterr().out
     assert "'failing:reward' failed on 16 of 16 completions" in shown and "no such thing" in shown
+    assert "'failing:hanging' failed on 1 of 1 completions" in shown and "(timeout)" in shown, "one time limit, not 16"
+    assert "2 problem(s)" in shown and "\x1b" not in shown
 
 
 def test_what_does_not_fit_is_a_problem(
