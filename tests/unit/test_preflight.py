@@ -14,6 +14,7 @@ from grpo_dist import checkpoint
 from grpo_dist.cli import main
 from grpo_dist.cli_config import parse_config
 from grpo_dist.plain_text import plain, plain_lines
+from grpo_dist.position import Position
 from grpo_dist.preflight.contents import read_contents
 from grpo_dist.preflight.findings import Findings
 from grpo_dist.preflight.options import COMMAND_LINE, read_options
@@ -173,7 +174,10 @@ def test_what_would_be_resumed(data: list[str], tmp_path: Path, capsys: pytest.C
     root = tmp_path / "runs" / "new" / "checkpoints"
     config = read_options(data[1:]).config
     contents = read_contents(config, Findings())
-    meta = {"identity": identity(config, contents.model_config, contents.prompts), "config": {}, "versions": {}}
+    meta = Position(7, config.loss.kl_coeff).meta() | {
+        "identity": identity(config, contents.model_config, contents.prompts), "config": {}, "versions": {},
+        "sampler": contents.sampler.state(),
+    }  # fmt: skip
     checkpoint.save(root, 7, {"x": torch.zeros(1)}, meta, keep=2)
     assert main(data) == 0
     assert f"goes on from {root / 'step_7'}" in capsys.readouterr().out
