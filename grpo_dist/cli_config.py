@@ -78,6 +78,9 @@ def make_parser(kind: type[ArgumentParser] = _Parser, **settings: Any) -> Argume
 
 def to_config(parser: ArgumentParser, parsed: Namespace) -> Config:
     """What was parsed, as a checked Config. Raises ValueError."""
+    for name, hint in get_type_hints(Config).items():
+        if is_dataclass(hint) and not isinstance(parsed[name], Namespace):
+            raise ValueError(f"{name}: {parsed[name]!r} given, expected its options, or to be left out")
     values = parser.instantiate(parsed)
     return Config(**{field.name: values[field.name] for field in fields(Config)})
 

@@ -44,6 +44,7 @@ from .models import (
     load_tokenizer,
     packing_obstacle,
 )
+from .plain_text import plain_lines
 from .probe import packing_leak
 from .rewards.pool import ScorerPool
 from .rewards.registry import answer_checks, answer_reader
@@ -281,7 +282,7 @@ def main() -> int:
         evaluation = Evaluation(config, options.n, options.output, options.category)
     except (ValueError, OSError) as error:
         if os.environ.get("RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr)
+            print(plain_lines(f"error: {error}"), file=sys.stderr)
         return 2
     ranks = Ranks(resolve_dtype(config.model.dtype), config.optim)
     try:

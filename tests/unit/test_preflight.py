@@ -13,7 +13,7 @@ import torch
 from grpo_dist import checkpoint
 from grpo_dist.cli import main
 from grpo_dist.cli_config import parse_config
-from grpo_dist.plain_text import plain
+from grpo_dist.plain_text import plain, plain_lines
 from grpo_dist.preflight.contents import read_contents
 from grpo_dist.preflight.findings import Findings
 from grpo_dist.preflight.options import COMMAND_LINE, read_options
@@ -145,6 +145,7 @@ def test_plain_text_is_one_harmless_line() -> None:
         "\N{REPLACEMENT CHARACTER}c" + "\N{REPLACEMENT CHARACTER}" * 3)
     assert plain("x" * 1_000_000, 10) == "xxxxx … xxxxx"
     assert plain("naïve 数学 ∑", 20) == "naïve 数学 ∑"
+    assert plain_lines("one\x1b[1m\ntwo\r\n") == "one\N{REPLACEMENT CHARACTER}[1m\ntwo \n"
 
 
 def test_a_tracker_that_answers_and_one_that_does_not(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
