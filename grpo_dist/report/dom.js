@@ -12,7 +12,8 @@ function variantLabel(names) {
   if (names.length === 1) return names[0];
   let common = names[0];
   while (common && !names.every((name) => name.startsWith(common))) common = common.slice(0, -1);
-  return `${common.replace(/[\s_./-]*(seed)?[\s_./-]*$/i, "") || names[0]} (${names.length} seeds)`;
+  const said = common.replace(/[\s_./-]*(seed)?[\s_./-]*$/i, "") || `${names[0]} … ${names[names.length - 1]}`;
+  return `${said} (${names.length} seeds)`;
 }
 
 const state = {
