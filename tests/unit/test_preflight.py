@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from grpo_dist import checkpoint
+from grpo_dist.check import dry_run
 from grpo_dist.cli import main
 from grpo_dist.cli_config import parse_config
 from grpo_dist.plain_text import plain, plain_lines
@@ -146,6 +147,20 @@ def test_what_does_not_fit_is_a_problem(
     shown = capsys.readouterr().out
     assert "1. memory: 0." in shown and "a rank has 0.00 GiB. Lower train.max_tokens_per_pack (now 4096)" in shown
     assert "2. train.output_dir" in shown and "lower train.keep_checkpoints (now 2)" in shown
+
+
+def test_each_node_of_a_launch_is_looked_at_once(
+    data: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {"WORLD_SIZE": "4", "RANK": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    assert dry_run([*data[1:], "--logging.trackers", "[tensorbord]"]) == 2
+    shown = capsys.readouterr().out
+    assert f"{socket.gethostname()} 1 problem(s)" in shown and "'tensorbord' given" in shown
+    assert "options given" not in shown, "which the main rank says"
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert dry_run([*data[1:], "--logging.trackers", "[tensorbord]"]) == 0
+    assert capsys.readouterr().out == ""
 
 
 def test_plain_text_is_one_harmless_line() -> None:
