@@ -15,6 +15,7 @@ from collections.abc import Container, Sequence
 
 VERBS = {
     # verb: its module, and what it does in a few words
+    "bench": ("grpo_dist.bench.bench", "time a step, against TRL if you like"),
     "score": ("grpo_dist.score", "print a table of scored completions"),
 }
 
