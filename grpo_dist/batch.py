@@ -8,6 +8,7 @@ every flat (T,) tensor.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -74,7 +75,7 @@ class Batch:
     extras: dict[str, list[Any]] = field(default_factory=dict)
     """Columns that rewards logged for the completions' table, N values each, by `REWARD/COLUMN`."""
 
-    @property
+    @cached_property
     def starts(self) -> Tensor:
         """(N,) int64: where each completion begins in the flat tensors."""
         return torch.cumsum(self.lengths, 0) - self.lengths
@@ -106,9 +107,15 @@ class Measured:
 
 def join(batches: list[Batch], groups: list[list[int]]) -> Batch:
     """One batch of the chosen `groups` of each of several batches, in that order; groups are numbered anew."""
-    kept = [torch.tensor([n for g in chosen for n in torch.nonzero(batch.group == g)[:, 0].tolist()], dtype=torch.int64)
-            for batch, chosen in zip(batches, groups, strict=True)]  # fmt: skip
-    places = [_token_places(batch, rows) for batch, rows in zip(batches, kept, strict=True)]
+    kept, renumbered, count = [], [], 0
+    for batch, chosen in zip(batches, groups, strict=True):
+        number = torch.full((len(batch.prompts),), -1)
+        number[chosen] = torch.arange(count, count + len(chosen))
+        numbers, order = number[batch.group].sort(stable=True)
+        kept.append(order[numbers >= 0])
+        renumbered.append(numbers[numbers >= 0])
+        count += len(chosen)
+    places = [token_places(batch.starts[rows], batch.lengths[rows]) for batch, rows in zip(batches, kept, strict=True)]
 
     def rows(name: str) -> Tensor:
         return torch.cat([getattr(batch, name)[mine] for batch, mine in zip(batches, kept, strict=True)])
@@ -116,9 +123,6 @@ def join(batches: list[Batch], groups: list[list[int]]) -> Batch:
     def flat(name: str) -> Tensor:
         return torch.cat([getattr(batch, name)[mine] for batch, mine in zip(batches, places, strict=True)])
 
-    numbers = iter(range(sum(map(len, groups))))
-    renumbered = [torch.tensor([next(numbers)]).repeat(int((batch.group == g).sum()))
-                  for batch, chosen in zip(batches, groups, strict=True) for g in chosen]  # fmt: skip
     token_rewards = None
     if any(batch.token_rewards is not None for batch in batches):
         token_rewards = torch.cat([all_token_rewards(batch)[mine] for batch, mine in zip(batches, places, strict=True)])
@@ -147,10 +151,10 @@ def _joined_scoring(scoring: list[dict[str, float]]) -> dict[str, float]:
     return joined
 
 
-def _token_places(batch: Batch, rows: Tensor) -> Tensor:
-    starts, lengths = batch.starts.tolist(), batch.lengths.tolist()
-    none = torch.zeros(0, dtype=torch.int64)
-    return torch.cat([none, *(torch.arange(starts[n], starts[n] + lengths[n]) for n in rows.tolist())])
+def token_places(starts: Tensor, lengths: Tensor) -> Tensor:
+    """The numbers `starts[n]` to `starts[n] + lengths[n] - 1` of each n, one after another; all int64."""
+    before = torch.cumsum(lengths, 0) - lengths
+    return torch.repeat_interleave(starts - before, lengths) + torch.arange(int(lengths.sum()))
 
 
 def all_token_rewards(batch: Batch) -> Tensor:

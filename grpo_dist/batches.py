@@ -9,7 +9,7 @@ from .batch import Batch, Prompt, join
 from .gathering import gather
 from .rollout import stream_key
 from .run import Run
-from .sampler import Sampler
+from .sampler import Curriculum, Mixture, Sampler
 
 
 def sample_batch(run: Run, step: int) -> tuple[Batch, dict[str, float]]:
@@ -28,8 +28,8 @@ def sample_batch(run: Run, step: int) -> tuple[Batch, dict[str, float]]:
     while sum(map(len, chosen)) < config.train.batch_size and rounds < config.rollout.max_resamples:
         rounds += 1
         missing = config.train.batch_size - sum(map(len, chosen))
-        seed = stream_key(config.train.seed, "resample", rounds) & (2**63 - 1)
-        places = Sampler(len(run.prompts), config.train.batch_size, seed).batch_indices(step)[:missing]
+        assert not isinstance(run.sampler, Curriculum), "refused with rollout.max_resamples"
+        places = further_places(run.sampler, step, rounds)[:missing]
         batches.append(_round(run, [run.prompts[i] for i in places], f"train/{step}/{rounds}", step))
         chosen.append(_sorted_groups(batches[-1])[0])
         all_rewards.append(batches[-1].reward)
@@ -42,6 +42,14 @@ def sample_batch(run: Run, step: int) -> tuple[Batch, dict[str, float]]:
         "reward/sampled_mean": float(torch.cat(all_rewards).nanmean()),
     }  # fmt: skip
     return join(batches, chosen), counts
+
+
+def further_places(sampler: Sampler | Mixture, step: int, round: int) -> list[int]:
+    """Places of prompts that a round of dynamic sampling may take, in the order in which it takes them.
+
+    A mixture's shares hold for them too: they are drawn from each data set in proportion, whatever was to be replaced.
+    """
+    return sampler.reseeded(stream_key(sampler.seed, "resample", round) & (2**63 - 1)).batch_indices(step)
 
 
 def _round(run: Run, prompts: list[Prompt], stream: str, step: int) -> Batch:

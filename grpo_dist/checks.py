@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+_collected: ContextVar[list[str] | None] = ContextVar("collected", default=None)
 
 
 def require(condition: bool, key: str, given: object, expected: str) -> None:
@@ -11,4 +16,18 @@ def require(condition: bool, key: str, given: object, expected: str) -> None:
     No option has a use for an infinite number.
     """
     if not condition or given in (math.inf, -math.inf):
-        raise ValueError(f"{key}: {given!r} given, expected {expected}")
+        refusal = f"{key}: {given!r} given, expected {expected}"
+        if (collected := _collected.get()) is None:
+            raise ValueError(refusal)
+        collected.append(refusal)
+
+
+@contextmanager
+def collected_refusals() -> Iterator[list[str]]:
+    """Inside, what `require` refuses is appended to the list that is yielded, and nothing is raised."""
+    refusals: list[str] = []
+    token = _collected.set(refusals)
+    try:
+        yield refusals
+    finally:
+        _collected.reset(token)

@@ -3,32 +3,51 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import itertools
+import json
 import re
 import sys
 from dataclasses import fields, is_dataclass
-from pathlib import Path
-from typing import Any, NoReturn, get_args, get_type_hints
+from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 
-from jsonargparse import ActionConfigFile, ArgumentParser, set_parsing_settings
+from jsonargparse import ActionConfigFile, ArgumentParser, Namespace, set_parsing_settings
 
 from .config import Config
+from .shipped import shipped
 
-PRESETS = Path(__file__).parents[1] / "configs" / "algorithms"
+PRESETS = shipped("configs") / "algorithms"
+DRY_RUN = "--dry_run"
+"""Instead of a run, its check; not an option of a run, and not in a config file."""
 SECRET = re.compile(r"token|key|secret|password|credential", re.IGNORECASE)
 
 
-def known_keys(cls: type = Config, prefix: str = "") -> list[str]:
-    """Every option's dotted name."""
-    keys: list[str] = []
-    hints = get_type_hints(cls)
-    for field in fields(cls):
-        kind = next((t for t in (hints[field.name], *get_args(hints[field.name])) if is_dataclass(t)), None)
-        name = f"{prefix}{field.name}"
-        keys.append(name)
-        if kind is not None:
-            keys += known_keys(kind, f"{name}.")
-    return keys
+@functools.cache
+def option_types(cls: type = Config, prefix: str = "") -> dict[str, Any]:
+    """Every option's dotted name, groups included, with its type."""
+    found: dict[str, Any] = {}
+    for name, hint in get_type_hints(cls).items():
+        found[f"{prefix}{name}"] = hint
+        if (group := group_type(hint)) is not None:
+            found |= option_types(group, f"{prefix}{name}.")
+    return found
+
+
+def group_type(hint: Any) -> type | None:
+    """The dataclass of a type that is a group of options, or null; None for other types."""
+    return next((kind for kind in (hint, *get_args(hint)) if is_dataclass(kind) and get_origin(hint) is not list), None)
+
+
+def nearest_option(word: str) -> str | None:
+    """The option that somebody meant who wrote an unknown one; None where nothing is near."""
+    known = list(option_types())
+    leaves = {key.rpartition(".")[2]: key for key in known}
+    leaf = word.rpartition(".")[2]
+    if leaf in leaves:
+        return leaves[leaf]
+    near = difflib.get_close_matches(word, known, n=1, cutoff=0.8)
+    near = near or [leaves[match] for match in difflib.get_close_matches(leaf, leaves, n=1, cutoff=0.75)]
+    return near[0] if near else None
 
 
 class _Parser(ArgumentParser):
@@ -38,18 +57,32 @@ class _Parser(ArgumentParser):
     """The config files of the command line."""
 
     def error(self, message: str, *_: Any, **__: Any) -> NoReturn:
-        known = known_keys()
-        leaves = {key.rpartition(".")[2]: key for key in known}
         refused = {word for match in re.findall(r"'([\w.]+)'|--([\w.]+)", message) for word in match if word}
-        hints = []
-        for word in sorted(refused - set(known)):
-            leaf = word.rpartition(".")[2]
-            near = [leaves[leaf]] if leaf in leaves else difflib.get_close_matches(word, known, n=1, cutoff=0.8)
-            near = near or [leaves[match] for match in difflib.get_close_matches(leaf, leaves, n=1, cutoff=0.75)]
-            hints += [f"{word!r}: did you mean {match!r}?" for match in near]
+        near = {word: nearest_option(word) for word in sorted(refused - set(option_types()))}
+        hints = [f"{word!r}: did you mean {match!r}?" for word, match in near.items() if match]
         files = [f"(with {path})" for path in self.files]
         print("\n".join([f"error: {message.strip()}", *hints, *files]), file=sys.stderr)
         sys.exit(2)
+
+
+def make_parser(kind: type[ArgumentParser] = _Parser, **settings: Any) -> ArgumentParser:
+    """The parser of a training's command line; `settings` are jsonargparse's."""
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = kind(prog="grpo_dist.train", description="Train a causal language model with GRPO.", **settings)
+    parser.add_argument("--config", action=ActionConfigFile, help="A YAML file of options.")
+    parser.add_argument("--preset", choices=presets(), help="A published algorithm's options, before all others.")
+    parser.add_argument(DRY_RUN, action="store_true", help="Check all that can be checked beforehand, and end.")
+    parser.add_class_arguments(Config, nested_key=None)
+    return parser
+
+
+def to_config(parser: ArgumentParser, parsed: Namespace) -> Config:
+    """What was parsed, as a checked Config. Raises ValueError."""
+    for name, hint in get_type_hints(Config).items():
+        if is_dataclass(hint) and not isinstance(parsed[name], Namespace):
+            raise ValueError(f"{name}: {parsed[name]!r} given, expected its options, or to be left out")
+    values = parser.instantiate(parsed)
+    return Config(**{field.name: values[field.name] for field in fields(Config)})
 
 
 def parse_config(arguments: list[str] | None = None) -> Config:
@@ -57,11 +90,7 @@ def parse_config(arguments: list[str] | None = None) -> Config:
 
     Ends the program with status 2 on a mistake.
     """
-    set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = _Parser(prog="grpo_dist.train", description="Train a causal language model with GRPO.")
-    parser.add_argument("--config", action=ActionConfigFile, help="A YAML file of options.")
-    parser.add_argument("--preset", choices=presets(), help="A published algorithm's options, before all others.")
-    parser.add_class_arguments(Config, nested_key=None)
+    parser = make_parser()
     words = sys.argv[1:] if arguments is None else arguments
     parser.files = tuple(
         word.removeprefix("--config=") if "=" in word else following
@@ -69,8 +98,7 @@ def parse_config(arguments: list[str] | None = None) -> Config:
     )  # fmt: skip
     given = parser.parse_args(_preset_first(words))
     try:
-        values = parser.instantiate(given)
-        return Config(**{field.name: values[field.name] for field in fields(Config)})
+        return to_config(parser, given)
     except ValueError as error:  # a check of config.py
         parser.error(str(error))
 
@@ -97,3 +125,14 @@ def redacted(values: Any, name: str = "") -> Any:
     if isinstance(values, (list, tuple)):
         return [redacted(value, name) for value in values]
     return "<redacted>" if isinstance(values, str) and SECRET.search(name) else values
+
+
+def flat(options: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested options by their dotted names, as JSON would hold them."""
+    found: dict[str, Any] = {}
+    for key, value in options.items():
+        if isinstance(value, dict):
+            found |= flat(value, f"{prefix}{key}.")
+        else:
+            found[f"{prefix}{key}"] = json.loads(json.dumps(value))
+    return found

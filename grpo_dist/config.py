@@ -21,7 +21,7 @@ class ModelConfig:
     """The policy's base model."""
 
     name: str = "toy"
-    """Hub id or local path of a causal language model, or `toy` for the tiny model that ships with the package."""
+    """Hub id or local path of a causal language model, or `toy` or `toy-carry`, which ship with the package."""
     revision: str | None = None
     """Branch, tag or commit on the hub."""
     dtype: Dtype = "auto"
@@ -291,8 +291,9 @@ class TrainConfig:
     max_bad_updates: int = 3
     """Updates in a row whose gradient may be infinite or NaN, and are left out, before the run stops."""
     hang_timeout_seconds: float = 300.0
-    """A rank whose process stands still for this long (stopped, or its node lost) is named, with the phase and stack it
-    was last seen in, and the run ends."""
+    """A rank whose process stands still for this long (stopped, or its node lost), or that all others wait for while it
+    passes no safe point, is named with the phase and stack it was last seen in, and the run ends. Must be longer than
+    the longest single forward and backward pass."""
 
     @property
     def max_seconds(self) -> float | None:
@@ -323,6 +324,12 @@ class LoggingConfig:
     """Mirrors of the metrics, by Accelerate's names (`tensorboard`, `wandb`, …)."""
     log_completions: bool = True
     """Write every completion with its rewards and advantage to output_dir/completions."""
+    show_completions_every: int = 10
+    """Steps between looks at the best and the worst completion of a group, on a terminal; 0 shows none."""
+
+    def __post_init__(self) -> None:
+        require(self.show_completions_every >= 0, "logging.show_completions_every", self.show_completions_every,
+                "0 (never) or more steps")  # fmt: skip
 
 
 @dataclass

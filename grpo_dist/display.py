@@ -1,35 +1,41 @@
-"""What a run shows while it goes on: a live line on a terminal, one plain line a step in a log.
+"""What a run says while it goes on: a live view on a terminal, one plain line a step in a log.
 
-Nothing that a model wrote is printed here, and a log gets no control characters.
+A log holds nothing that a model wrote and no control characters.
 """
 
 from __future__ import annotations
 
 import logging
-import time
+import sys
 import warnings
+from collections.abc import Collection, Mapping, Sequence
+from typing import TextIO
 
 import transformers
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+from torch import Tensor
+
+from .alarms import Alarm
+from .batch import Batch
+from .contrast import contrast, contrast_table
+from .live import LiveView, clock, facts, start_live
+from .plain_text import plain_lines
 
 log = logging.getLogger(__name__)
 
-SHOWN = {
-    "reward/mean": "reward {:.3f}",
-    "eval/accuracy": "accuracy {:.3f}",
-    "kl": "kl {:.4f}",
-    "entropy": "entropy {:.3f}",
-    "completion/length_mean": "length {:.1f}",
-    "grad_norm": "grad {:.3f}",
-    "rollout/tokens_per_second": "{:.0f} tok/s",
-    "time/step": "{:.2f} s",
-}
+
+class _PlainFormatter(logging.Formatter):
+    """Lines without control characters, whatever a message quotes."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return plain_lines(super().format(record))
 
 
 def set_up_logging() -> None:
     """Plain lines on standard error; of other libraries only what they warn of, and none of their progress bars."""
-    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
+    handler = logging.StreamHandler()
+    handler.setFormatter(_PlainFormatter("%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
     logging.getLogger("grpo_dist").setLevel(logging.INFO)
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     transformers.utils.logging.disable_progress_bar()
@@ -39,42 +45,62 @@ def set_up_logging() -> None:
 class Display:
     """The progress of the run, on the main rank only."""
 
-    def __init__(self, num_steps: int, first_step: int, active: bool) -> None:
-        self.num_steps = num_steps
+    def __init__(self, num_steps: int, first_step: int, active: bool, show_completions_every: int) -> None:
         self.active = active
-        console = Console(stderr=True)
-        self.live = console.is_terminal and active
-        self.progress = Progress(
-            SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
-            TextColumn("{task.fields[facts]}", markup=False), console=console, disable=not self.live,
-        )  # fmt: skip
-        self.task = self.progress.add_task("starting", total=num_steps, completed=first_step, facts="")
+        self.show_completions_every = show_completions_every
+        self.view = LiveView(num_steps, first_step)
+        self.console = Console(stderr=True, highlight=False)
+        # asked of the stream itself: variables that force colours make rich take a log for a terminal
+        on_terminal = active and sys.stderr.isatty() and not self.console.is_dumb_terminal
+        before = sys.stderr
+        self.live = start_live(self.view, self.console) if on_terminal else None
+        _redirect_logging(before, sys.stderr)  # which a live view has replaced by one that prints above it
         if first_step >= num_steps:
             self.say(f"all {num_steps} steps are done already; raise train.num_train_steps to go on")
-        self.started = time.monotonic()
-        if self.live:
-            self.progress.start()
 
     def phase(self, name: str) -> None:
         """Say what is being done now."""
-        self.progress.update(self.task, description=name)
+        self.view.phase = name
 
     def say(self, text: str) -> None:
         """One line that stays."""
-        if not self.active:
-            return
-        if self.live:
-            self.progress.console.print(text, markup=False, highlight=False)
-        else:
+        if self.active:
             log.info("%s", text)
 
-    def step(self, metrics: dict[str, float]) -> None:
+    def shows_completions(self, step: int) -> bool:
+        """Whether the completions of this step are to be shown."""
+        return bool(self.live and self.show_completions_every and step % self.show_completions_every == 0)
+
+    def completions(self, step: int, batch: Batch, texts: Sequence[str], advantages: Tensor) -> None:
+        """Show the best and the worst of a group, on a terminal, where it is due."""
+        found = contrast(batch, texts, advantages) if self.shows_completions(step) else None
+        if found is not None:
+            self.console.print(contrast_table(step, *found))
+
+    def alarms(self, new: Sequence[Alarm], ringing: Collection[str]) -> None:
+        """Say what goes wrong, and where it is said what to do; `ringing` are all alarms that are on."""
+        self.view.ringing = sorted(ringing)
+        for alarm in new:
+            log.warning("ALARM %s. What to do: %s", alarm.message, alarm.page)
+
+    def step(self, metrics: Mapping[str, float | None]) -> None:
         """A step is done."""
-        facts = "  ".join(form.format(metrics[name]) for name, form in SHOWN.items() if metrics.get(name) is not None)
-        self.progress.update(self.task, completed=metrics["step"], facts=facts)
+        self.view.add(metrics)
         if self.active and not self.live:
-            log.info("step %d/%d  %s", metrics["step"], self.num_steps, facts)
+            reward = metrics.get("reward/mean")
+            told = ["no reward" if reward is None else f"reward {reward:.3f}", *facts(metrics)]
+            left = clock(self.view.seconds_left or 0)
+            log.info("step %d/%d  %s  %s left", metrics["step"], self.view.num_steps, "  ".join(told), left)
 
     def close(self) -> None:
-        """Leave the terminal as it was."""
-        self.progress.stop()
+        """Leave the last view on the terminal, and the terminal as it was."""
+        if self.live:
+            self.view.phase, before = "ended", sys.stderr
+            self.live.stop()
+            _redirect_logging(before, sys.stderr)
+
+
+def _redirect_logging(before: TextIO, after: TextIO) -> None:
+    for handler in logging.getLogger().handlers:
+        if isinstance(handler, logging.StreamHandler) and handler.stream is before:
+            handler.setStream(after)

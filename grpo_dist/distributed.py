@@ -63,11 +63,12 @@ class Ranks:
         several = int(os.environ.get("WORLD_SIZE", "1")) > 1
         if on_cpu and deepspeed:
             _keep_deepspeed_from_compiling()
+        backend = {"backend": "gloo"} if on_cpu and (deepspeed or several) else {}
         self.accelerator = Accelerator(
             # under DeepSpeed, cpu=True would give every process a world of its own; gloo comes from the handler there
             cpu=on_cpu and not deepspeed,
             mixed_precision="bf16" if dtype == torch.bfloat16 else "no",
-            kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")] if on_cpu and (deepspeed or several) else [],
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE, **backend)],
         )
         self.max_grad_norm = optim.max_grad_norm
         self.is_deepspeed = self.accelerator.distributed_type == DistributedType.DEEPSPEED
@@ -81,6 +82,8 @@ class Ranks:
                 zero_force_ds_cpu_optimizer=False,
             )
             self.zero_stage = plugin.zero_stage
+        self.meetings = 0
+        """Collectives of this class that this rank has entered: who has entered the fewest is waited for."""
         # a channel for flags that does not wait for the device, as a collective of the training's backend would
         self._control = dist.new_group(backend="gloo", timeout=PATIENCE) if self.num_ranks > 1 else None
 
@@ -110,10 +113,12 @@ class Ranks:
 
     def barrier(self) -> None:
         """Wait for all ranks."""
+        self.meetings += 1
         self.accelerator.wait_for_everyone()
 
     def gather(self, tensor: Tensor) -> Tensor:
         """All ranks' tensors, of whatever lengths, joined along the first dimension in order of rank, on the CPU."""
+        self.meetings += 1
         if self.num_ranks == 1:
             return tensor.cpu()
         tensor = tensor.to(self.device)
@@ -129,6 +134,7 @@ class Ranks:
 
     def gather_objects(self, thing: Any) -> list[Any]:
         """One small picklable object from each rank, in order of rank."""
+        self.meetings += 1
         if self.num_ranks == 1:
             return [thing]
         things: list[Any] = [None] * self.num_ranks
@@ -137,6 +143,7 @@ class Ranks:
 
     def reduce(self, values: Tensor, how: str) -> Tensor:
         """Sum (`sum`) or maximum (`max`) of a tensor over all ranks, on the CPU."""
+        self.meetings += 1
         values = values.to(self.device, copy=True)
         if self.num_ranks > 1:
             dist.all_reduce(values, {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}[how])
@@ -167,6 +174,7 @@ class Ranks:
 
     def agree(self, requested: str | None) -> None:
         """Raise Interrupted on every rank if any has been requested to stop; for the inside of an update."""
+        self.meetings += 1
         if self._control is None:
             if requested:
                 raise Interrupted(requested)
@@ -182,7 +190,11 @@ class Ranks:
 
     def prepare(self, policy: torch.nn.Module, optimizer: torch.optim.Optimizer) -> tuple[Any, Any]:
         """The policy and its optimizer, wrapped for this run (DDP, a DeepSpeed engine, or as they are)."""
-        return self.accelerator.prepare(policy, optimizer)
+        prepared = self.accelerator.prepare(policy, optimizer)
+        if self.num_ranks > 1:  # DeepSpeed makes groups of its own, which wait for 10 or 30 minutes whatever it is told
+            for group in dist.distributed_c10d._world.pg_map:
+                dist.distributed_c10d._set_pg_timeout(PATIENCE, group)
+        return prepared
 
     def backward(self, policy: Any, loss: Tensor, last: bool) -> None:
         """Add one pack's gradient; the `last` pack of an update synchronises the ranks.
@@ -190,6 +202,7 @@ class Ranks:
         DDP and ZeRO average over ranks while the loss is a share of the global one, hence the factor. (Under DDP the
         forward of all but the last pack must run inside `quiet`.)
         """
+        self.meetings += last
         loss = loss * self.num_ranks
         if self.is_deepspeed:
             policy.set_gradient_accumulation_boundary(is_boundary=last)

@@ -2,34 +2,44 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
-from .cli_config import parse_config
+from .check import dry_run
+from .cli_config import DRY_RUN, parse_config
 from .config import Config
 from .display import set_up_logging
 from .distributed import PhaseError
 from .gathering import RewardFailure
+from .plain_text import plain_lines
+from .report.page import write_report
 from .run import Run, UserError
 from .watch import Interrupted
 
+log = logging.getLogger(__name__)
 
-def main(train: Callable[[Run], None]) -> int:
+
+def main(train: Callable[[Run], None], arguments: list[str] | None = None) -> int:
     """The command line around a training; returns the exit status.
 
     0: done, or stopped by a signal or the time limit with a checkpoint to go on from. 1: failed. 2: a mistake in the
-    config or the data, found before anything was loaded.
+    config or the data, found before anything was loaded. With --dry_run nothing is trained: see check.py.
     """
-    config = parse_config()
+    words = sys.argv[1:] if arguments is None else arguments
+    if DRY_RUN in words:
+        return dry_run([word for word in words if word != DRY_RUN])
+    config = parse_config(words)
     set_up_logging()
     try:
         run = Run(config)
     except UserError as error:  # found on every rank alike
         if os.environ.get("RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr)
+            print(plain_lines(f"error: {error}"), file=sys.stderr)
         return 2
     status, all_ranks, told = 1, True, ""
     try:
@@ -48,8 +58,18 @@ def main(train: Callable[[Run], None]) -> int:
     finally:
         run.close(all_ranks)
         if run.ranks.is_main and told:
-            print(run.summary() if told == "done" else told, file=sys.stderr if status else sys.stdout, flush=True)
+            _report(run.directory)
+            told = run.summary() if told == "done" else plain_lines(told)  # it may quote what a model wrote
+            print(told, file=sys.stderr if status else sys.stdout, flush=True)
     return status
+
+
+def _report(directory: Path) -> None:
+    try:
+        write_report([directory])
+    except Exception as error:  # a page about the run that cannot be written must not make the run a failed one
+        log.warning("no report was written (%s: %s); once that is mended, `python -m grpo_dist report %s` writes it",
+                    type(error).__name__, error, directory)  # fmt: skip
 
 
 def _with_advice(error: str, config: Config) -> str:

@@ -44,6 +44,7 @@ from .models import (
     load_tokenizer,
     packing_obstacle,
 )
+from .plain_text import plain_lines
 from .probe import packing_leak
 from .rewards.pool import ScorerPool
 from .rewards.registry import answer_checks, answer_reader
@@ -255,7 +256,7 @@ def report(rows: Rows, num_samples: int, other: Path | None, directory: Path) ->
 def read_options(arguments: Sequence[str] | None = None) -> tuple[argparse.Namespace, Config]:
     """Read the command line; what it does not name here are options of a training config."""
     parser = argparse.ArgumentParser(prog="grpo_dist.evaluate", description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--model", required=True, help="a model's directory or hub id, or `toy`")
+    parser.add_argument("--model", required=True, help="a model's directory or hub id, `toy` or `toy-carry`")
     parser.add_argument("--data", help="in place of the config's data.eval_file")
     parser.add_argument("--n", type=int, default=16, help="samples a prompt (16)")
     parser.add_argument("--category", help="a column of the data: a table for each of its values")
@@ -281,7 +282,7 @@ def main() -> int:
         evaluation = Evaluation(config, options.n, options.output, options.category)
     except (ValueError, OSError) as error:
         if os.environ.get("RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr)
+            print(plain_lines(f"error: {error}"), file=sys.stderr)
         return 2
     ranks = Ranks(resolve_dtype(config.model.dtype), config.optim)
     try:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
-import json
 import logging
 import math
 import os
@@ -18,14 +16,34 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .batch import Batch, Prompt
+from .cli_config import flat
 
 log = logging.getLogger(__name__)
+
+LAUNCHERS_PATIENCE = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"
+"""How many seconds torchrun (and so `accelerate launch`) waits for the ranks after a signal before it kills them."""
+
+
+def warn_of_slow_save(seconds: float) -> None:
+    """Say so where saving takes so long that a signal to the launcher might not leave enough time for it.
+
+    A stop also has to come to a safe point first, hence the half.
+    """
+    patience = float(os.environ.get(LAUNCHERS_PATIENCE, "30"))
+    if seconds > patience / 2:
+        log.warning(
+            "saving took %.0f s, and the launcher kills ranks %.0f s after a signal: export %s=%.0f before the launch",
+            seconds, patience, LAUNCHERS_PATIENCE, 4 * seconds,
+        )  # fmt: skip
+
 
 def lock(directory: Path) -> IO[str]:
     """Take the output directory for this run; raises ValueError where another run has it.
 
     The kernel drops the lock with the process that holds it, however that ends: there are no stale ones.
     """
+    import fcntl  # not on Windows, where a run ends before this: its scoring workers need POSIX
+
     file = (directory / ".lock").open("a+")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -45,17 +63,6 @@ def data_fingerprint(prompts: Iterable[Prompt]) -> str:
     for prompt in prompts:
         digest.update(array("q", [len(prompt.ids), *prompt.ids]).tobytes())
     return digest.hexdigest()[:16]
-
-
-def flat(options: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested options by their dotted names, as JSON would hold them."""
-    found: dict[str, Any] = {}
-    for key, value in options.items():
-        if isinstance(value, dict):
-            found |= flat(value, f"{prefix}{key}.")
-        else:
-            found[f"{prefix}{key}"] = json.loads(json.dumps(value))
-    return found
 
 
 def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:

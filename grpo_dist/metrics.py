@@ -1,6 +1,7 @@
 """What is measured in a step, and where it is written down.
 
-`metrics.jsonl` is the truth, one object a step; trackers mirror it. Metric names are stable (see the README).
+`metrics.jsonl` is the truth, one object a step; trackers mirror it. Metric names are stable; docs/metrics.md says what
+each means.
 """
 
 from __future__ import annotations
@@ -8,11 +9,11 @@ from __future__ import annotations
 import json
 import logging
 import math
-import resource
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ import torch
 from torch import Tensor
 
 from .advantages import group_statistics
+from .alarms import Alarm, Alarms, rules_for
 from .batch import Batch
 from .config import Config
 from .losses import Loss
@@ -135,6 +137,8 @@ def peak_memory_gib() -> float:
     """Peak memory of this process: of its GPU where it has one, else resident."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
+    import resource  # not on Windows
+
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
@@ -151,14 +155,26 @@ class Recorder:
         kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= first_step]
         path.write_text("".join(kept))
         self.file = path.open("a", buffering=1)
+        self.alarms = Alarms(rules_for(config.loss.kl_estimator))
+        self.alarm_file = (directory / "alarms.jsonl").open("w", buffering=1)
+        for line in kept:
+            self._ring(json.loads(line))
         self.mirrors = [Mirror(name, directory) for name in config.logging.trackers]
 
-    def metrics(self, values: dict[str, float]) -> None:
-        """Append one step's metrics; numbers that are not finite are written as null."""
+    def metrics(self, values: dict[str, float]) -> list[Alarm]:
+        """Append one step's metrics, numbers that are not finite as null; returns the alarms that they set off."""
         finite = {k: (v if not isinstance(v, float) or math.isfinite(v) else None) for k, v in values.items()}
         self.file.write(json.dumps(finite) + "\n")
         for mirror in self.mirrors:
             mirror.log(int(values["step"]), {k: v for k, v in finite.items() if v is not None and k != "step"})
+        return self._ring(finite)
+
+    def _ring(self, values: dict[str, float | None]) -> list[Alarm]:
+        """Write the alarms that a step sets off to alarms.jsonl: a function of metrics.jsonl, made anew on a resume."""
+        alarms = self.alarms.step(values)
+        for alarm in alarms:
+            self.alarm_file.write(json.dumps(asdict(alarm) | {"page": alarm.page}) + "\n")
+        return alarms
 
     def completions(self, step: int, batch: Batch, texts: list[str], advantages: Tensor, names: list[str]) -> None:
         """Write one step's completions to completions/step_N.parquet."""
@@ -187,3 +203,11 @@ class Recorder:
         for mirror in self.mirrors:
             mirror.close()
         self.file.close()
+        self.alarm_file.close()
+
+
+def read_history(directory: Path) -> list[dict[str, Any]]:
+    """The whole lines of a run's metrics.jsonl."""
+    path = directory / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]

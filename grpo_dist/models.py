@@ -12,7 +12,6 @@ import json
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,19 +23,20 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 
 from . import attention
 from .adapters import fuse_adapters
+from .checks import require
 from .config import LoraConfig, ModelConfig
 from .critic import HEAD
 from .distributed import is_sharded, unsharded_loading, whole
 from .packing import Pack
 from .policy import Policy
-from .toy import toy_path
+from .toy import MODELS, toy_path
 
 log = logging.getLogger(__name__)
 
 
 def model_path(model: ModelConfig) -> str:
     """What `from_pretrained` is given."""
-    return str(toy_path()) if model.name == "toy" else model.name
+    return str(toy_path(model.name)) if model.name in MODELS else model.name
 
 
 def _hub_options(model: ModelConfig) -> dict[str, Any]:
@@ -124,9 +124,17 @@ def load_policy(
     model: ModelConfig, lora: LoraConfig | None, dtype: torch.dtype, attn_implementation: str | None,
     temperature: float, seed: int, *, has_critic: bool = False, entropy_gradient: bool = False,
 ) -> Policy:  # fmt: skip
-    """The policy: adapters on a frozen base, or the whole model to train in float32 (`lora` None)."""
-    extras = {"has_critic": has_critic, "entropy_gradient": entropy_gradient}
+    """The policy, with its base loaded: in `dtype` under adapters, in float32 where all of it is trained."""
     base = load_causal_lm(model, dtype if lora else torch.float32, attn_implementation)
+    return make_policy(base, model, lora, temperature, seed, has_critic=has_critic, entropy_gradient=entropy_gradient)
+
+
+def make_policy(
+    base: nn.Module, model: ModelConfig, lora: LoraConfig | None, temperature: float, seed: int, *,
+    has_critic: bool = False, entropy_gradient: bool = False,
+) -> Policy:  # fmt: skip
+    """The policy: adapters on a frozen base, or the whole of it to train (`lora` None)."""
+    extras = {"has_critic": has_critic, "entropy_gradient": entropy_gradient}
     if model.gradient_checkpointing:
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         if lora:
@@ -140,17 +148,28 @@ def load_policy(
         target_modules=lora.target_modules,
     ))  # fmt: skip
     fuse_adapters(adapted, is_sharded)
-    return Policy(adapted, temperature, **extras)
+    policy = Policy(adapted, temperature, **extras)
+    _check_adapters(policy, lora)
+    return policy
 
 
-def _plain_name(name: str) -> str:
+def _check_adapters(policy: Policy, lora: LoraConfig) -> None:
+    """Raise ValueError where an adapter sits on weights that cannot be merged: an embedding, or a head tied to one."""
+    plain = {plain_name(name) for name, _ in policy.causal_lm.named_parameters()}  # tied weights under one name
+    adapters = {plain_name(name): layer for name, layer in policy.model.named_modules() if isinstance(layer, LoraLayer)}
+    refused = [name for name, layer in adapters.items() if not layer.lora_A or f"{name}.weight" not in plain]
+    require(not refused, "lora.target_modules", lora.target_modules, f"linear layers with weights of their own, which "
+            f"{', '.join(refused)} is not: train it with `lora: null`, or leave it out")  # fmt: skip
+
+
+def plain_name(name: str) -> str:
     """The name a parameter of an adapted model has in the plain model."""
     return name.removeprefix("base_model.model.").replace(".base_layer.", ".")
 
 
-def _adapted_layers(policy: Policy) -> dict[str, LoraLayer]:
+def adapted_layers(policy: Policy) -> dict[str, LoraLayer]:
     """Layers with adapters by the name of the plain model's layer."""
-    return {_plain_name(name): module for name, module in policy.model.named_modules()
+    return {plain_name(name): module for name, module in policy.model.named_modules()
             if isinstance(module, LoraLayer) and module.lora_A}  # fmt: skip
 
 
@@ -182,7 +201,7 @@ class FrozenCopy:
         parameters = trainable(policy)
         with whole(list(parameters.values())):
             if isinstance(policy.model, PeftModel):
-                for name, layer in _adapted_layers(policy).items():
+                for name, layer in adapted_layers(policy).items():
                     key = f"{name}.weight"
                     delta = layer.get_delta_weight("default").to(own[key].device, torch.float32)
                     self._put(key, own[key], own[key].float() + delta)
@@ -261,66 +280,6 @@ class SharedReference:
         """Log-probabilities (M,) under the policy without its adapters; a collective under ZeRO-3."""
         with self.policy.model.disable_adapter():
             return self.wrapped(pack)[0]
-
-
-@torch.no_grad()
-def merged_state(policy: Policy, keep: bool) -> dict[str, Tensor]:
-    """The trained model's whole weights by the plain model's names, on the CPU; collected one layer at a time.
-
-    A collective under ZeRO-3; ranks that do not `keep` the result get an empty one.
-    """
-    layers = _adapted_layers(policy) if isinstance(policy.model, PeftModel) else {}
-    state: dict[str, Tensor] = {}
-    for name, parameter in policy.causal_lm.named_parameters():
-        if ".lora_" in name:
-            continue
-        key = _plain_name(name)
-        layer = layers.get(key.removesuffix(".weight")) if key.endswith(".weight") else None
-        with whole([parameter, *(layer.parameters() if layer else ())]):
-            if keep:
-                value = parameter.float() + layer.get_delta_weight("default").float() if layer else parameter
-                state[key] = value.to(parameter.dtype).cpu().clone()
-    return state
-
-
-def save_final(policy: Policy, tokenizer: Any, directory: Path, is_main: bool) -> None:
-    """Write the merged model and the tokenizer, and the adapter beside it; then reopen and check what was written.
-
-    A collective under ZeRO-3.
-    """
-    state = merged_state(policy, is_main)
-    adapters = {name: p for name, p in policy.model.named_parameters() if p.requires_grad}
-    with whole(list(adapters.values())):
-        whole_adapters = {name: p.detach().cpu().clone() for name, p in adapters.items()} if is_main else {}
-    if not is_main:
-        return
-    config = policy.causal_lm.config
-    with unsharded_loading(), torch.device("meta"):
-        plain = type(policy.causal_lm)._from_config(config, dtype=next(iter(state.values())).dtype)
-    plain.load_state_dict(state, strict=False, assign=True)
-    plain.tie_weights()
-    missing = [name for name, p in plain.named_parameters() if p.is_meta]
-    if missing:
-        raise RuntimeError(f"the merged model lacks {len(missing)} weights, among them {missing[:3]}")
-    plain.generation_config = policy.causal_lm.generation_config
-    plain.save_pretrained(directory)
-    tokenizer.save_pretrained(directory)
-    if isinstance(policy.model, PeftModel):
-        policy.model.save_pretrained(directory / "adapter", state_dict=whole_adapters, save_embedding_layers=False)
-        _check_adapter(directory / "adapter", whole_adapters)
-
-
-def _check_adapter(directory: Path, expected: dict[str, Tensor]) -> None:
-    """Reopen an exported adapter: under ZeRO-3 they have been known to come out empty."""
-    from safetensors.torch import load_file
-
-    written = load_file(directory / "adapter_model.safetensors")
-    if len(written) != len(expected):
-        raise RuntimeError(f"{directory}: {len(written)} tensors were written, {len(expected)} expected")
-    for name, value in expected.items():
-        key = name.replace(".default.", ".")
-        if key not in written or not torch.equal(written[key], value):
-            raise RuntimeError(f"{directory}: the tensor {key} differs from the one in memory")
 
 
 def base_identity(model: ModelConfig, model_config: Any) -> str:

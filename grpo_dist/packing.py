@@ -7,14 +7,16 @@ every rank computes the same one and takes its own part.
 
 from __future__ import annotations
 
+import heapq
 import math
 from dataclasses import dataclass
+from itertools import chain, zip_longest
 
 import torch
 from torch import Tensor
 
 from .attention import BlockLayout, block_layout
-from .batch import Batch
+from .batch import Batch, token_places
 
 PAIRS_PER_TOKEN = 4096
 """Attended pairs of tokens that cost about as much as one token's matrix products; only balance depends on it."""
@@ -112,48 +114,45 @@ def plan(
     else:
         pieces = [Piece(g, [n]) for g, ns in members.items() for n in ns]
 
-    def tokens(piece: Piece) -> int:
-        return prompt_lengths[piece.prompt] + sum(lengths[n] for n in piece.completions)
-
-    def cost(piece: Piece) -> float:
-        return piece_cost(prompt_lengths[piece.prompt], [lengths[n] for n in piece.completions])
-
-    pieces.sort(key=lambda piece: (-cost(piece), piece.completions[0]))
+    costs = [piece_cost(prompt_lengths[p.prompt], [lengths[n] for n in p.completions]) for p in pieces]
+    packs = [[place] for place in range(len(pieces))]
     if share_prompts:
-        packs = _balanced_packs(pieces, [tokens(p) for p in pieces], [cost(p) for p in pieces], max_tokens, num_ranks)
-    else:
-        packs = [[piece] for piece in pieces]
-    # Dealt out heaviest first, back and forth, so that ranks end together and equal packs meet in the same turn.
-    packs.sort(key=lambda pack: -sum(map(cost, pack)))
-    packs += [[] for _ in range(-len(packs) % num_ranks)]
-    ranks: list[list[list[Piece]]] = [[] for _ in range(num_ranks)]
-    for turn in range(len(packs) // num_ranks):
-        dealt = packs[turn * num_ranks : (turn + 1) * num_ranks]
-        for rank, pack in enumerate(dealt if turn % 2 == 0 else reversed(dealt)):
-            ranks[rank].append(pack)
-    return ranks
+        sizes = [prompt_lengths[p.prompt] + sum(lengths[n] for n in p.completions) for p in pieces]
+        packs = _full_packs(sizes, max_tokens, num_ranks)
+    dealt = _deal(packs, [sum(costs[place] for place in pack) for pack in packs], num_ranks)
+    return [[[pieces[place] for place in pack] for pack in rank] for rank in dealt]
 
 
-def _balanced_packs(
-    pieces: list[Piece], sizes: list[int], costs: list[float], max_tokens: int, num_ranks: int
-) -> list[list[Piece]]:
-    """The fewest packs, a multiple of `num_ranks`, that hold all pieces: each piece goes where the load is least."""
-    fewest = min(math.ceil(sum(sizes) / max_tokens), len(pieces))
-    num_packs = num_ranks * math.ceil(fewest / num_ranks)
+def _full_packs(sizes: list[int], max_tokens: int, num_ranks: int) -> list[list[int]]:
+    """Packs of about equal size, a multiple of `num_ranks` of them and about as few as can hold pieces of `sizes`."""
+    heaviest_first = sorted(range(len(sizes)), key=lambda place: -sizes[place])
+    fewest = min(math.ceil(sum(sizes) / max_tokens), len(sizes))
+    num_packs, most = (num_ranks * math.ceil(count / num_ranks) for count in (fewest, len(sizes)))
+    more = num_ranks
     while True:
-        packs: list[list[Piece]] = [[] for _ in range(num_packs)]
-        load, room = [0.0] * num_packs, [max_tokens] * num_packs
-        for piece, size, cost in zip(pieces, sizes, costs, strict=True):
-            fitting = [b for b in range(num_packs) if room[b] >= size or not packs[b]]
-            if not fitting:
-                break
-            best = min(fitting, key=load.__getitem__)
-            packs[best].append(piece)
-            load[best] += cost
-            room[best] -= size
-        else:
+        packs: list[list[int]] = [[] for _ in range(num_packs)]
+        emptiest = [(0, number) for number in range(num_packs)]  # a heap
+        for place in heaviest_first:
+            size, number = emptiest[0]
+            packs[number].append(place)
+            heapq.heapreplace(emptiest, (size + sizes[place], number))
+        if all(size <= max_tokens or len(packs[number]) == 1 for size, number in emptiest):
             return packs
-        num_packs += num_ranks
+        num_packs = min(num_packs + more, most)
+        more *= 2  # a few packs too many cost less than trying every number
+
+
+def _deal(packs: list[list[int]], costs: list[float], num_ranks: int) -> list[list[list[int]]]:
+    """Each rank's packs, as many on each: in turns of equally heavy ones, of which the least loaded rank gets most."""
+    order = sorted(range(len(packs)), key=lambda number: -costs[number])
+    ranks: list[list[list[int]]] = [[] for _ in range(num_ranks)]
+    load = [0.0] * num_ranks
+    for turn in range(0, len(order), num_ranks):
+        least_loaded_first = sorted(range(num_ranks), key=load.__getitem__)
+        for rank, number in zip_longest(least_loaded_first, order[turn : turn + num_ranks]):
+            ranks[rank].append([] if number is None else packs[number])
+            load[rank] += 0.0 if number is None else costs[number]
+    return ranks
 
 
 def make_pack(batch: Batch, pieces: list[Piece], *, share_prompts: bool = True) -> Pack:
@@ -163,28 +162,26 @@ def make_pack(batch: Batch, pieces: list[Piece], *, share_prompts: bool = True) 
         layout = block_layout([(1, [])]) if share_prompts else None
         one = torch.zeros(1, dtype=torch.int64)
         return Pack(one, one, empty, empty, empty, empty, layout)
-    starts, lengths = batch.starts.tolist(), batch.lengths.tolist()
-    ids, positions, predictor, token, sequence = [], [], [], [], []
-    offset = count = 0
-    for piece in pieces:
-        prompt = torch.tensor(batch.prompts[piece.prompt].ids, dtype=torch.int64)
-        ids.append(prompt)
-        positions.append(torch.arange(len(prompt)))
-        last = offset + len(prompt) - 1
-        offset += len(prompt)
-        for n in piece.completions:
-            length = lengths[n]
-            places = torch.arange(length)
-            ids.append(batch.tokens[starts[n] : starts[n] + length])
-            positions.append(len(prompt) + places)
-            predictor.append(torch.where(places == 0, last, offset + places - 1))
-            token.append(starts[n] + places)
-            sequence.append(torch.full((length,), count))
-            offset += length
-            count += 1
-    layout = None
-    if share_prompts:
-        layout = block_layout([(len(batch.prompts[p.prompt].ids), [lengths[n] for n in p.completions]) for p in pieces])
-    flat = torch.cat(token)
-    return Pack(torch.cat(ids), torch.cat(positions), torch.cat(predictor), batch.tokens[flat], flat,
-                torch.cat(sequence), layout)  # fmt: skip
+    chosen = torch.tensor([n for piece in pieces for n in piece.completions])
+    lengths = batch.lengths[chosen]
+    left = iter(lengths.tolist())
+    shapes = [(len(batch.prompts[p.prompt].ids), [next(left) for _ in p.completions]) for p in pieces]
+    # the row's segments: each piece's prompt and then its completions
+    sizes = torch.tensor([size for prompt, completions in shapes for size in (prompt, *completions)])
+    is_prompt = torch.tensor([n == 0 for _, completions in shapes for n in range(1 + len(completions))])
+    segment_starts = torch.cumsum(sizes, 0) - sizes
+    starts, prompt_starts, prompt_lengths = segment_starts[~is_prompt], segment_starts[is_prompt], sizes[is_prompt]
+    sequence = torch.repeat_interleave(torch.arange(len(chosen)), lengths)
+    piece = (torch.cumsum(is_prompt, 0) - 1)[~is_prompt][sequence]  # of each completion token, (M,)
+    row, token = token_places(starts, lengths), token_places(batch.starts[chosen], lengths)
+    prompt_row = token_places(prompt_starts, prompt_lengths)
+    own = row - starts[sequence]
+    ids = torch.empty(int(sizes.sum()), dtype=torch.int64)
+    positions = torch.empty_like(ids)
+    ids[prompt_row] = torch.tensor(list(chain.from_iterable(batch.prompts[p.prompt].ids for p in pieces)))
+    positions[prompt_row] = token_places(torch.zeros_like(prompt_starts), prompt_lengths)
+    ids[row] = targets = batch.tokens[token]
+    positions[row] = prompt_lengths[piece] + own
+    predictor = torch.where(own == 0, (prompt_starts + prompt_lengths)[piece], row) - 1
+    layout = block_layout(shapes) if share_prompts else None
+    return Pack(ids, positions, predictor, targets, token, sequence, layout)

@@ -125,6 +125,8 @@ def _check_file(path: str) -> None:
     if (suffix in _LINES or suffix in _BUILDERS) and not Path(path).is_file():
         folder = Path(path).parent
         hint = _neighbours(path) if folder.is_dir() else f"; there is no directory {str(folder)!r} either"
+        if Path(path).parts[0] == "configs":
+            hint += " (`python -m grpo_dist examples` makes the one that ships with grpo_dist)"
         raise FileNotFoundError(f"no file {path!r} in {Path.cwd()}{hint}")
 
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +17,19 @@ from torch import Tensor
 
 from . import attention, checkpoint
 from .batch import Batch, Completion, Prompt
+from .card import write_card
 from .cli_config import redacted
 from .config import Config
 from .critic import parameter_groups
 from .data import load_prompts
 from .display import Display
 from .distributed import OptimizerState, Ranks, resolve_dtype, unsharded_loading
-from .guards import BadUpdates, data_fingerprint, differences, lock
-from .metrics import Clock, Recorder
+from .environment import record_start
+from .guards import BadUpdates, lock, warn_of_slow_save
+from .metrics import Clock, Recorder, read_history
 from .models import (
     FrozenCopy,
     SharedReference,
-    base_identity,
     check_model_config,
     end_token_ids,
     load_causal_lm,
@@ -37,17 +37,18 @@ from .models import (
     load_policy,
     load_tokenizer,
     packing_obstacle,
-    save_final,
     trainable,
 )
 from .position import Position
 from .probe import head_is_plain, packing_leak
+from .resuming import changes, identity, resume_path, versions
 from .rewards.pool import Pending, ScorerPool
 from .rewards.registry import TrainerState, answer_checks, labels
 from .rewards.scores import Item
 from .rollout import Request, Sampling, make_engine, stream_key
+from .saving import save_final
 from .schedule import learning_rate
-from .sources import identifying, load_training, order_of
+from .sources import load_training
 from .watch import Watch
 
 log = logging.getLogger(__name__)
@@ -65,8 +66,10 @@ class Run:
         self.directory = Path(config.train.output_dir)
         try:  # all that a user can have got wrong, before ranks meet and models are loaded
             self._load_data()
-            self.resume_from = self._resume_path()
-            self._check_changes()
+            self.resume_from = resume_path(config)
+            self.identity = identity(config, self.model_config, self.prompts)
+            for change in changes(self.resume_from, config, self.identity) if self.resume_from else ():
+                log.warning("%s", change)
             self.scorer = ScorerPool(config.rewards, config.scoring)
             for prompt in (self.prompts[0], *self.eval_prompts[:1]):
                 self.scorer.check_columns(prompt.columns)
@@ -86,12 +89,15 @@ class Run:
         self.position = self._resume() if self.resume_from else Position(0, config.loss.kl_coeff)
         self.reference.sync(self.policy)
         self.watch = Watch(self.ranks.rank, self.ranks.num_ranks, self.ranks.store(config.train.hang_timeout_seconds),
-                           config.train.max_seconds, config.train.hang_timeout_seconds)  # fmt: skip
+                           config.train.max_seconds, config.train.hang_timeout_seconds,
+                           lambda: self.ranks.meetings)  # fmt: skip
         self.clock = Clock()
         self.bad_updates = BadUpdates(self.directory, config.train.max_bad_updates, self.ranks.is_main)
         kept = -1 if self.position.is_start else self.position.step
         self.recorder = Recorder(config, self.directory, kept) if self.ranks.is_main else None
-        self.display = Display(config.train.num_train_steps, self.position.step, self.ranks.is_main)
+        self.display = Display(config.train.num_train_steps, self.position.step, self.ranks.is_main,
+                               config.logging.show_completions_every)  # fmt: skip
+        record_start(self.directory, self.ranks, self.position.step)
 
     def _load_data(self) -> None:
         data = self.config.data
@@ -155,40 +161,6 @@ class Run:
 
     # --- resuming and saving -------------------------------------------------------------------------------------
 
-    def _resume_path(self) -> Path | None:
-        root, resume = self.directory / "checkpoints", self.config.train.resume
-        if resume == "auto":
-            return checkpoint.newest(root)
-        if resume == "never":
-            if checkpoint.complete(root):
-                raise ValueError(f"train.resume is `never` but {root} holds checkpoints: choose another "
-                                 "train.output_dir, or remove it")  # fmt: skip
-            return None
-        checkpoint.verify(Path(resume))
-        return Path(resume)
-
-    def _identity(self) -> dict[str, Any]:
-        """What a run may not change on its way."""
-        return {"base": base_identity(self.config.model, self.model_config), "lora": asdict(self.config)["lora"],
-                "critic": self.config.advantage.baseline == "critic", "num_prompts": len(self.prompts),
-                "data": data_fingerprint(identifying(self.prompts)), "order": order_of(self.config.data),
-                "seed": self.config.train.seed, "batch_size": self.config.train.batch_size}  # fmt: skip
-
-    def _check_changes(self) -> None:
-        """Log what has changed since the checkpoint; raise ValueError where the run would not be the same run."""
-        if self.resume_from is None:
-            return
-        meta = checkpoint.load_meta(self.resume_from)
-        harmful = differences(meta["identity"], self._identity())
-        if harmful and not self.config.train.allow_changes:
-            told = "\n  ".join(harmful)
-            raise ValueError(f"{self.resume_from} belongs to another run:\n  {told}\nChoose another train.output_dir, "
-                             "or set train.allow_changes")  # fmt: skip
-        for change in harmful + differences(meta["config"], redacted(asdict(self.config))):
-            log.warning("changed since the checkpoint: %s", change)
-        for change in differences(meta["versions"], versions()):
-            log.warning("another version than the checkpoint's, equality is not promised: %s", change)
-
     def _resume(self) -> Position:
         assert self.resume_from is not None
         tensors, meta = checkpoint.load(self.resume_from)
@@ -202,19 +174,30 @@ class Run:
 
     def save(self) -> None:
         """Commit a checkpoint of the position; a collective."""
+        begun = time.monotonic()
+        self.watch.phase = "save"
         state = self.state.collect() | self.position.tensors()
-        meta = self.position.meta() | {"identity": self._identity(), "config": redacted(asdict(self.config)),
-                                       "versions": versions(), "sampler": self.sampler.state()}  # fmt: skip
-        with self.ranks.together("saving a checkpoint"):
+        meta = self.position.meta() | {"identity": self.identity, "config": redacted(asdict(self.config)),
+                                       "versions": versions(), "sampler": self.sampler.state(),
+                                       "dtype": str(self.policy.causal_lm.dtype).removeprefix("torch.")}  # fmt: skip
+        with self.ranks.together("saving a checkpoint"), self.watch.patience():
             if self.ranks.is_main:
                 checkpoint.save(self.directory / "checkpoints", self.position.step, state, meta,
                                 self.config.train.keep_checkpoints)  # fmt: skip
+        warn_of_slow_save(time.monotonic() - begun)
 
     def save_final(self) -> Path:
         """Write the merged model, the tokenizer and the adapter to output_dir/final; a collective."""
         directory = self.directory / "final"
-        save_final(self.policy, self.tokenizer, directory, self.ranks.is_main)
-        self.ranks.barrier()
+        self.watch.phase = "export"
+        with self.watch.patience():
+            save_final(self.policy, self.tokenizer, directory, self.ranks.is_main)
+            if self.ranks.is_main:
+                history, options = read_history(self.directory), redacted(asdict(self.config))
+                write_card(directory, options, history, self.position.step, "merged")
+                if self.config.lora:
+                    write_card(directory / "adapter", options, history, self.position.step, "adapter")
+            self.ranks.barrier()
         return directory
 
     # --- the phases' tools ---------------------------------------------------------------------------------------
@@ -286,21 +269,26 @@ class Run:
     def write(self, metrics: dict[str, float], batch: Batch | None = None, advantages: Tensor | None = None) -> None:
         """Write down one step's metrics and completions, on the main rank."""
         if self.recorder:
-            if batch is not None and advantages is not None:
-                self.recorder.completions(int(metrics["step"]), batch, self.completion_texts(batch), advantages,
-                                          self.reward_names)  # fmt: skip
-            self.recorder.metrics(metrics)
+            step = int(metrics["step"])
+            due = self.config.logging.log_completions or self.display.shows_completions(step)
+            if due and batch is not None and advantages is not None:
+                texts = self.completion_texts(batch)
+                self.recorder.completions(step, batch, texts, advantages, self.reward_names)
+                self.display.completions(step, batch, texts, advantages)
+            new = self.recorder.metrics(metrics)
+            self.display.alarms(new, self.recorder.alarms.ringing)
 
     def summary(self) -> str:
         """What the run achieved and where it lies."""
         lines = []
-        history = [json.loads(line) for line in (self.directory / "metrics.jsonl").read_text().splitlines()]
-        evaluations = [entry for entry in history if "eval/accuracy" in entry]
+        evaluations = [entry for entry in read_history(self.directory) if "eval/accuracy" in entry]
         if len(evaluations) > 1:
             first, last = evaluations[0], evaluations[-1]
             lines.append(f"held-out accuracy, sampled: {first['eval/accuracy']:.3f} before (step {first['step']}), "
                          f"{last['eval/accuracy']:.3f} after (step {last['step']})")  # fmt: skip
         lines += [f"trained model:  {self.directory / 'final'}", f"metrics:        {self.directory / 'metrics.jsonl'}"]
+        if (self.directory / "report.html").exists():
+            lines.append(f"report:         {self.directory / 'report.html'}")
         if "tensorboard" in self.config.logging.trackers:
             lines.append(f"curves:         tensorboard --logdir {self.directory / 'tensorboard'}")
         own = ("--train.output_dir runs/own --data.train_file FILE --data.eval_file null --data.max_prompt_length 512 "
@@ -319,11 +307,6 @@ class Run:
             self.recorder.close()
         if all_ranks:
             self.ranks.end()
-
-
-def versions() -> dict[str, str]:
-    """Versions of what the numbers depend on."""
-    return {name: metadata.version(name) for name in ("torch", "transformers", "peft", "accelerate")}
 
 
 def _log_on_main(ranks: Ranks) -> None:

@@ -6,13 +6,16 @@ was measured to be too easy or too hard: its state is its history, which every r
 
 from __future__ import annotations
 
+import copy
 import functools
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
+
+Some = TypeVar("Some", bound="Stateless")
 
 _GOLDEN = 0x9E3779B97F4A7C15
 _CYCLE = 1000  # slots in which a mixture keeps to its shares: the finest share it can keep is one in a thousand
@@ -20,6 +23,14 @@ _CYCLE = 1000  # slots in which a mixture keeps to its shares: the finest share 
 
 class Stateless:
     """What samplers without a history share."""
+
+    seed: int
+
+    def reseeded(self: Some, seed: int) -> Some:
+        """Return a sampler of the same data in the same shares whose orders come from another seed."""
+        other = copy.copy(self)
+        other.seed = seed
+        return other
 
     def record(self, pass_rates: Sequence[float]) -> None:
         """Take in what a batch was measured to be: nothing, the order is fixed."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.console import Console
@@ -20,6 +20,7 @@ from rich.text import Text
 
 from .cli_config import parse_config
 from .config import Config
+from .plain_text import plain
 from .rewards.pool import ScorerPool
 from .rewards.registry import answer_checks
 from .rewards.scores import Item, Scores, combine
@@ -68,6 +69,11 @@ def read_items(config: Config, path: str | None, most: int) -> list[Item]:
         pairs = [(prompt, str(prompt.columns["answer"])) for prompt in first]
     else:
         pairs = _read_pairs(path, prompts, most)
+    return to_items(pairs, tokenizer)
+
+
+def to_items(pairs: Sequence[tuple[Prompt, str]], tokenizer: Any) -> list[Item]:
+    """Return prompts with completions as what is handed to the rewards."""
     encoded = tokenizer([text for _, text in pairs], add_special_tokens=False)["input_ids"]
     return [
         Item(prompt.messages or prompt.text, text, ids, prompt.columns)
@@ -101,13 +107,14 @@ def print_scores(config: Config, items: Sequence[Item], scores: Scores) -> None:
     for item, values, failed, total in zip(items, scores.values, scores.failed, totals, strict=True):
         cells = ["failed" if bad else _number(value, "–") for value, bad in zip(values, failed, strict=True)]
         prompt = item.prompt if isinstance(item.prompt, str) else item.prompt[-1]["content"]
-        table.add_row(*map(Text, (_shown(prompt), _shown(item.completion), *cells, _number(total, "unscored"))))
+        texts = (plain(text, _SHOWN_CHARACTERS) for text in (prompt, item.completion))
+        table.add_row(*map(Text, (*texts, *cells, _number(total, "unscored"))))
     console = Console()
     console.print(table)
     lines = [f"{name}: {seconds:.2f} s" for name, seconds in zip(scores.names, scores.seconds, strict=True)]
     lines += [f"{name}: {total / count:.4g}" for name, (total, count) in scores.metrics.items()]
     lines += [
-        f"completion {failure.item}: {failure.reward} failed ({failure.kind}): {_shown(failure.message, 300)}"
+        f"completion {failure.item}: {failure.reward} failed ({failure.kind}): {plain(failure.message, 300)}"
         for failure in scores.failures[:_SHOWN_FAILURES]
     ]
     if len(scores.failures) > _SHOWN_FAILURES:
@@ -117,9 +124,3 @@ def print_scores(config: Config, items: Sequence[Item], scores: Scores) -> None:
 
 def _number(value: float, absent: str) -> str:
     return absent if value != value else f"{value:.4g}"
-
-
-def _shown(text: str, most: int = _SHOWN_CHARACTERS) -> str:
-    """Return a text on one line, without anything that would steer a terminal."""
-    plain = "".join(c if c.isprintable() else " " if c.isspace() else "\N{REPLACEMENT CHARACTER}" for c in text)
-    return plain if len(plain) <= most else plain[: most // 2] + " … " + plain[-(most // 2) :]

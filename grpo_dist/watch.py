@@ -2,7 +2,8 @@
 
 A thread on each rank beats its heart into a small key-value store that rank 0 serves, and reads there whether anybody
 has been asked to stop. Signals and the time limit only raise flags; the main thread looks at them at safe points,
-where the run can be saved. Nothing here touches the device or a collective of the training itself.
+where the run can be saved. Rank 0 also sees which rank the others wait for, and ends a run in which nothing moves.
+Nothing here touches the device or a collective of the training itself.
 """
 
 from __future__ import annotations
@@ -16,17 +17,24 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import astuple
 from datetime import timedelta
 from types import FrameType
 
 import torch.distributed as dist
+
+from .heartbeat import Beat, Sight, look, slow, stuck
 
 log = logging.getLogger(__name__)
 
 PERIOD_SECONDS = 0.5
 SAME_SIGNAL_SECONDS = 3.0
 """A terminal's Ctrl-C reaches the ranks and their launcher, which passes it on: that is one wish, not two."""
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name))
+SLOW_SECONDS = 60.0
+"""A rank that the others have waited for as long as this is named in the log; again after twice the time, and so on."""
 
 
 class Interrupted(Exception):
@@ -36,8 +44,11 @@ class Interrupted(Exception):
 class Watch:
     """One rank's eye on the others; `requested` says why to stop, or is None."""
 
-    def __init__(self, rank: int, num_ranks: int, store: dist.Store | None, max_seconds: float | None,
-                 hang_timeout_seconds: float) -> None:  # fmt: skip
+    def __init__(
+        self, rank: int, num_ranks: int, store: dist.Store | None, max_seconds: float | None,
+        hang_timeout_seconds: float, meetings: Callable[[], int],
+    ) -> None:  # fmt: skip
+        """Begin to watch; `meetings` says how many collectives this rank has entered."""
         self.rank, self.num_ranks, self.store = rank, num_ranks, store
         self.requested: str | None = None
         self.phase = "start"
@@ -46,7 +57,9 @@ class Watch:
         self._max_seconds = max_seconds
         self._launcher = os.getppid() if "LOCAL_RANK" in os.environ else None
         self._main_thread = threading.main_thread().ident
-        self._beats: dict[int, tuple[str, float]] = {}
+        self._meetings, self._checks, self._is_patient = meetings, 0, False
+        self._sights: dict[int, Sight] = {}
+        self._slow_seconds = SLOW_SECONDS
         self._ended = threading.Event()
         self._previous = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
         self._first_signal: float | None = None
@@ -55,8 +68,18 @@ class Watch:
 
     def check(self) -> None:
         """Raise Interrupted on this rank alone, inside a phase that ends in a collective of statuses."""
+        self._checks += 1
         if self.requested:
             raise Interrupted(self.requested)
+
+    @contextmanager
+    def patience(self) -> Iterator[None]:
+        """Inside, the main thread may stand still for long, as in writing a large file; its process may not."""
+        self._is_patient = True
+        try:
+            yield
+        finally:
+            self._is_patient = False
 
     def close(self) -> None:
         """Stop watching, and give the signals back."""
@@ -79,43 +102,69 @@ class Watch:
                 self._abort("the launcher is gone")
             if self._deadline is not None and time.monotonic() > self._deadline and not self.requested:
                 self.requested = f"train.max_time ({self._max_seconds:.0f} s) is reached"
-            if self.store is not None:
-                try:
-                    self._exchange(self.store)
-                except (RuntimeError, OSError) as error:
-                    if not self._ended.is_set():
-                        self._abort(f"rank 0 does not answer any more ({str(error).splitlines()[0]}). "
-                                    f"{self._told(0)}")  # fmt: skip
+            try:
+                self._exchange()
+            except (RuntimeError, OSError) as error:
+                if not self._ended.is_set():
+                    self._abort(f"rank 0 does not answer any more ({str(error).splitlines()[0]}). {self._told(0)}")
 
-    def _exchange(self, store: dist.Store) -> None:
+    def _exchange(self) -> None:
         """Tell the others of this rank, and learn of them what matters."""
-        if self.requested:
-            store.set("stop", self.requested)
-        elif store.check(["stop"]):
-            self.requested = store.get("stop").decode()
+        own = self._beat()
+        # everybody looks at rank 0, and rank 0 at everybody: traffic grows with the ranks, not with their square
+        beats = {self.rank: own} if self.rank == 0 else {}
+        if self.store is not None:
+            if self.requested:
+                self.store.set("stop", self.requested)
+            elif self.store.check(["stop"]):
+                self.requested = self.store.get("stop").decode()
+            self.store.set(f"beat/{self.rank}", json.dumps(astuple(own)))
+            for other in range(1, self.num_ranks) if self.rank == 0 else (0,):
+                if self.store.check([f"beat/{other}"]):
+                    beats[other] = Beat(*json.loads(self.store.get(f"beat/{other}")))
+            if self.rank != 0 and self.store.check(["end"]):
+                self._abort("rank 0 has ended the run")
+        now = time.monotonic()
+        self._sights = {rank: look(self._sights.get(rank), beat, now) for rank, beat in beats.items()}
+        self._judge(now)
+
+    def _beat(self) -> Beat:
         frame = sys._current_frames().get(self._main_thread or 0)
         stack = "".join(traceback.format_stack(frame)[-6:]) if frame else ""
-        store.set(f"beat/{self.rank}", json.dumps([time.monotonic(), self.phase, stack]))
-        # everybody looks at rank 0, and rank 0 at everybody: traffic grows with the ranks, not with their square
-        for other in range(self.num_ranks) if self.rank == 0 else (0,):
-            if other == self.rank or not store.check([f"beat/{other}"]):
-                continue
-            beat = store.get(f"beat/{other}").decode()
-            if beat != self._beats.get(other, ("",))[0]:
-                self._beats[other] = (beat, time.monotonic())
-            elif time.monotonic() - self._beats[other][1] > self._hang_timeout_seconds:
-                self._abort(f"rank {other} has not moved for {self._hang_timeout_seconds:.0f} s. {self._told(other)}")
+        meetings, now = self._meetings(), time.monotonic()
+        return Beat(now, now if self._is_patient else self._checks + meetings, meetings, self.phase, stack)
+
+    def _judge(self, now: float) -> None:
+        """End the run where it hangs, and name the rank that the others wait for."""
+        blamed = stuck(self._sights, now, self._hang_timeout_seconds)
+        sees_all = len(self._sights) == self.num_ranks  # else somebody may be moving whom it does not see
+        if "process" in blamed.values() or (blamed and sees_all):
+            advice = "" if "process" in blamed.values() else "If this was work, raise train.hang_timeout_seconds\n"
+            self._abort("".join(
+                f"rank {rank} has not moved for {self._hang_timeout_seconds:.0f} s. {self._told(rank)}"
+                for rank in blamed) + advice)  # fmt: skip
+        waited_for = slow(self._sights, now, self._slow_seconds) if sees_all else []
+        for rank in waited_for:
+            log.warning("rank %d is in the phase %r, and the others have waited for it for %.0f s", rank,
+                        self._sights[rank].beat.phase, self._slow_seconds)  # fmt: skip
+        if waited_for:
+            self._slow_seconds *= 2
+        elif not slow(self._sights, now, SLOW_SECONDS):
+            self._slow_seconds = SLOW_SECONDS
 
     def _told(self, other: int) -> str:
-        if other not in self._beats:
+        if other not in self._sights:
             return "It never told where it was."
-        _, phase, stack = json.loads(self._beats[other][0])
-        return f"It was last seen in the phase {phase!r}, at:\n{stack}"
+        beat = self._sights[other].beat
+        return f"It was last seen in the phase {beat.phase!r}, at:\n{beat.stack}"
 
     def _abort(self, reason: str) -> None:
-        """End this rank now; the launcher then ends the others."""
+        """End this rank now; the launcher then ends the others, whose own watch does so where they hang."""
         log.error("rank %d ends: %s", self.rank, reason)
         logging.shutdown()
+        if self.rank == 0 and self.store is not None:
+            self.store.set("end", reason)
+            time.sleep(2 * PERIOD_SECONDS)
         os._exit(1)
 
 

@@ -3,4 +3,4 @@
 # without any on two CPU ranks. Arguments override the config: launch/quickstart.sh --train.num_train_steps 5
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-exec env ACCELERATE_CONFIG=zero2 launch/single_node.sh --config configs/quickstart.yaml "$@"
+exec launch/single_node.sh --config configs/quickstart.yaml "$@"

@@ -4,24 +4,26 @@
 #     launch/single_node.sh --config configs/quickstart.yaml --train.num_train_steps 50
 #
 # NUM_PROCESSES      ranks                                              [one per GPU; 2 without a GPU]
-# ACCELERATE_CONFIG  a name from accelerate_configs/, or a file's path  [zero2]
+# ACCELERATE_CONFIG  a name from accelerate_configs/, or a file's path  [zero2; ddp where there is no DeepSpeed]
 # OMP_NUM_THREADS    CPU threads of each rank                           [cores ÷ ranks]
 set -euo pipefail
 # shellcheck source=launch/setup.sh
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 
-config=${ACCELERATE_CONFIG:-zero2}
-[[ -f $config ]] || config=$root/accelerate_configs/$config.yaml
-[[ -f $config ]] || die "ACCELERATE_CONFIG=$ACCELERATE_CONFIG is neither a file nor a name from accelerate_configs/"
-
 # GPUs, cores this process may use, and a port that is free now: two runs on one machine must not meet on the default one.
 machine=$(python -c '
-import os, socket, torch
+import importlib.util, os, socket, torch
+num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 with socket.socket() as free:
     free.bind(("127.0.0.1", 0))
-    print(torch.cuda.device_count(), len(os.sched_getaffinity(0)), free.getsockname()[1])
+    print(torch.cuda.device_count(), num_cores, free.getsockname()[1],
+          "zero2" if importlib.util.find_spec("deepspeed") else "ddp")
 ')
-read -r num_gpus num_cores port <<<"$machine"
+read -r num_gpus num_cores port strategy <<<"$machine"
+
+config=${ACCELERATE_CONFIG:-$strategy}
+[[ -f $config ]] || config=$root/accelerate_configs/$config.yaml
+[[ -f $config ]] || die "ACCELERATE_CONFIG=$ACCELERATE_CONFIG is neither a file nor a name from accelerate_configs/"
 
 ranks=${NUM_PROCESSES:-$((num_gpus > 0 ? num_gpus : 2))}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((num_cores > ranks ? num_cores / ranks : 1))}

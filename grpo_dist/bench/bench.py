@@ -103,7 +103,7 @@ def our_command(
         "data": {"train_file": str(scratch / "prompts.jsonl"), "eval_file": None, "answer_column": None,
                  "max_prompt_length": max(workload.prompt_tokens, 64)},
         "rollout": {"group_size": workload.group_size, "max_completion_length": workload.max_new_tokens},
-        "rewards": [{"name": "grpo_dist.bench.ours:parity"}],
+        "rewards": [{"name": "grpo_dist.bench.turns:parity"}],
         "loss": {"kl_coeff": options.kl_coeff},
         "optim": {"learning_rate": 1e-5, "scheduler": "constant"},
         "train": {"batch_size": workload.num_prompts, "num_train_steps": 1_000_000, "eval_every": 0, "save_every": 0,

@@ -25,11 +25,6 @@ from ..train import train
 from .turns import connect, own_peak_gib
 
 
-def parity(completion_ids: list[list[int]], **_: object) -> list[float]:
-    """Whether a completion's length is odd: a reward that costs nothing and divides every group."""
-    return [float(len(ids) % 2) for ids in completion_ids]
-
-
 class ExactLengths:
     """An engine whose completions have the lengths it is told."""
 

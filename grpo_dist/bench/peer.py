@@ -16,7 +16,7 @@ from datasets import Dataset
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
-from turns import connect, own_peak_gib
+from turns import connect, own_peak_gib, parity
 
 
 def trainer_of(options: argparse.Namespace, reward: object, clock: TrainerCallback) -> GRPOTrainer:
@@ -55,9 +55,9 @@ def main() -> None:
     options = parser.parse_args()
     lengths: list[int] = []
 
-    def parity(completion_ids: list[list[int]], **_: object) -> list[float]:
+    def reward(completion_ids: list[list[int]], **_: object) -> list[float]:
         lengths.extend(len(ids) for ids in completion_ids)
-        return [float(len(ids) % 2) for ids in completion_ids]
+        return parity(completion_ids)
 
     class Turns(TrainerCallback):
         def on_train_begin(self, *_: object, **__: object) -> None:
@@ -79,7 +79,7 @@ def main() -> None:
                 os._exit(0)
             self.start = time.perf_counter()
 
-    trainer_of(options, parity, Turns()).train()
+    trainer_of(options, reward, Turns()).train()
 
 
 if __name__ == "__main__":

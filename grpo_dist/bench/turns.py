@@ -25,6 +25,11 @@ def connect() -> Connection:
     return Client(os.environ[ADDRESS], authkey=KEY)
 
 
+def parity(completion_ids: list[list[int]], **_: object) -> list[float]:
+    """Whether a completion's length is odd: a reward that costs nothing and divides every group."""
+    return [float(len(ids) % 2) for ids in completion_ids]
+
+
 def own_peak_gib() -> float:
     """Peak resident memory of this process."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

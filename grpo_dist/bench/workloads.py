@@ -96,9 +96,8 @@ def make_model(shape: Shape, mean_new_tokens: int, dtype: str, directory: Path) 
     tokenizer = Tokenizer(models.BPE(vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=PAD, eos_token=END, padding_side="left").save_pretrained(
-        directory
-    )  # fmt: skip
+    whole = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=PAD, eos_token=END, padding_side="left")
+    whole.save_pretrained(directory)
 
 
 def model_of(workload: Workload, directory: Path) -> str:

@@ -49,6 +49,8 @@ class WorkerProcess:
         `allowed` are the environment variables it gets although they look like secrets. Raises ValueError with the
         user's mistake where a reward cannot be resolved, RuntimeError where the process ends or hangs before that.
         """
+        if sys.platform == "win32":
+            raise ValueError("rewards run in worker processes that need Linux or macOS; on Windows, use WSL 2")
         ours, theirs = socket.socketpair()
         with theirs:
             self._process = subprocess.Popen(

@@ -77,6 +77,8 @@ class Sandbox:
 
         Raises SandboxError where it does not, unless `allow_unisolated`, and where not even a trivial program runs.
         """
+        if sys.platform != "linux":
+            raise SandboxError("programs are run on Linux only; elsewhere, use a remote sandbox (docs/rewards.md)")
         self.limits = limits or Limits()
         self.isolated = True
         try:

@@ -15,7 +15,6 @@ import math
 import numbers
 import os
 import pickle
-import resource
 import signal
 import socket
 import sys
@@ -34,7 +33,8 @@ if TYPE_CHECKING:
     from grpo_dist.rewards.scores import FailureKind
 
 _PR_SET_PDEATHSIG = 1
-_LEFT_TO_THE_PARENT = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+_NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")
+_LEFT_TO_THE_PARENT = tuple(getattr(signal, name) for name in _NAMES if hasattr(signal, name))
 _TRACEBACK_CHARACTERS = 20_000
 _SHOWN_CHARACTERS = 200
 
@@ -55,7 +55,9 @@ def main(descriptor: int, parent: int) -> None:
     channel = Channel(connection)
     os.register_at_fork(after_in_child=lambda: _leave(channel))
     configs, placement, memory_limit_bytes = pickle.loads(channel.receive())
-    if memory_limit_bytes is not None:
+    if memory_limit_bytes is not None and sys.platform == "linux":  # macOS has no such limit
+        import resource
+
         resource.setrlimit(resource.RLIMIT_DATA, (memory_limit_bytes, memory_limit_bytes))
     try:
         rewards = [resolve_for(config, placement) for config in configs]
@@ -209,6 +211,8 @@ def _describe(reward: RewardFunction | Placement) -> dict[str, Any]:
 
 def _resident_bytes() -> int:
     """Return how much memory this process holds; its peak where the kernel does not tell (not Linux)."""
+    import resource
+
     if sys.platform == "linux":
         with open("/proc/self/statm") as file:
             return int(file.read().split()[1]) * resource.getpagesize()

@@ -154,7 +154,8 @@ class DecodeState:
         _, heads, repeat, size = x.shape
         num_seats = len(self.prompt_lengths) * self.most
         seats = x if self.all_seated else x.new_zeros((num_seats, heads, repeat, size)).index_copy_(0, self.seat, x)
-        return seats.view(-1, self.most, heads, repeat, size).transpose(1, 2).reshape(-1, heads, self.most * repeat, size)
+        blocks = seats.view(-1, self.most, heads, repeat, size).transpose(1, 2)
+        return blocks.reshape(-1, heads, self.most * repeat, size)
 
     def _from_seats(self, x: Tensor) -> Tensor:
         """(P, Hk, most · G, D) to (R, Hk, G, D)."""

@@ -45,11 +45,11 @@ def command(strategy: str | None, num_processes: int, program: list[str] = TRAIN
 
 def launch(
     strategy: str | None, num_processes: int, *arguments: str, environment: dict[str, str] | None = None,
-    timeout_seconds: float = 300, program: list[str] = TRAINER,
+    timeout_seconds: float = 300, program: list[str] = TRAINER, directory: Path = ROOT,
 ) -> subprocess.CompletedProcess[str]:  # fmt: skip
     """Run a training to its end and return what it printed."""
     return subprocess.run(
-        [*command(strategy, num_processes, program), *arguments], cwd=ROOT, capture_output=True, text=True,
+        [*command(strategy, num_processes, program), *arguments], cwd=directory, capture_output=True, text=True,
         timeout=timeout_seconds, env={**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})}, check=False,
     )  # fmt: skip
 
@@ -64,6 +64,13 @@ def train(strategy: str | None, num_processes: int, directory: Path, *arguments:
 def metrics(directory: Path) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl."""
     return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+
+
+def reported_steps(directory: Path) -> list[int]:
+    """The steps in the curves of report.html."""
+    page = (directory / "report.html").read_text()
+    data = page.partition('<script type="application/json" id="data">')[2].partition("</script>")[0]
+    return json.loads(data)["runs"][0]["curves"]["step"]
 
 
 def completions(directory: Path) -> list[dict[str, Any]]:

@@ -45,7 +45,9 @@ def test_metrics(recipe: Path) -> None:
 
 
 def test_files(recipe: Path) -> None:
-    assert (recipe / "config.yaml").is_file()
+    assert (recipe / "config.yaml").is_file() and (recipe / "report.html").is_file()
+    (start,) = map(json.loads, (recipe / "environment.jsonl").read_text().splitlines())
+    assert (start["engine"], len(start["ranks"]), start["first_step"]) == ("DeepSpeed ZeRO-2", 2, 0)
     assert list((recipe / "tensorboard").rglob("events.out.*"))
     rows = completions(recipe)
     assert len(rows) == 5 * 7 * 5

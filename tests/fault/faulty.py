@@ -5,16 +5,19 @@ FAULT=KIND@POINT:N does KIND at the N-th time (from 1) that the run comes to POI
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
-from grpo_dist import checkpoint, evaluation, train
+from grpo_dist import checkpoint, evaluation, train, watch
 from grpo_dist.ending import main
 from grpo_dist.rewards.pool import Pending
 from grpo_dist.rollout import NativeEngine
@@ -31,6 +34,18 @@ def happen() -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
     if KIND == "oom":
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+    if KIND == "loop":  # in Python, for ever
+        while True:
+            pass
+    if KIND == "tell":
+        for group, (backend, _) in dist.distributed_c10d._world.pg_map.items():
+            print(f"process group ({backend}) waits", group._get_backend(torch.device("cpu")).options._timeout)
+        return
+    if KIND == "tardy":
+        time.sleep(40)
+        return
+    if KIND == "block":  # in C, for ever
+        ctypes.CDLL(None).pause()
     os.kill(os.getpid(), getattr(signal, f"SIG{KIND.upper()}"))
 
 
@@ -70,6 +85,8 @@ checkpoint.save_file = at("shards", checkpoint.save_file)
 checkpoint._checksum = at("manifest", checkpoint._checksum)
 checkpoint._sync = at("rename", checkpoint._sync)
 checkpoint._prune = at("prune", checkpoint._prune)
+if KIND == "impatient":
+    watch.SLOW_SECONDS = 1.0
 if KIND == "nan":
     train.policy_loss = poison(train.policy_loss)
 

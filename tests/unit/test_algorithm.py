@@ -251,6 +251,7 @@ def test_join_takes_groups_in_order() -> None:
     expected = torch.cat([all_token_rewards(one)[:6], table[6:], table[:6]])
     assert torch.equal(both.token_rewards.nan_to_num(-1), expected.nan_to_num(-1))
     assert join([one], [[0, 1]]).token_rewards is None
+    assert join([one, two], [[], [1]]).reward.tolist() == [0.75, 0.1, 0.2]
 
 
 @pytest.mark.parametrize("measured", [None, make_measured()])

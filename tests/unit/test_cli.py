@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,8 @@ USES = {
     "an unknown verb": (["scroe"], 2, "scroe"),
     "a bad option": (["score", "-n", "many"], 2, "many"),
     "a bad option of a run": (["score", "--rollout.grup_size", "2"], 2, "rollout.group_size"),
+    "a mistake in a training": (["train", "--rollout.grup_size", "2"], 2, "rollout.group_size"),
+    "a bad option of a check": (["check", "--ranks", "few"], 2, "few"),
     "no such config": (["score", "--config", "nowhere.yaml"], 2, "nowhere.yaml"),
 }
 
@@ -35,10 +38,19 @@ def test_is_answered_without_torch(name: str) -> None:
 
 @pytest.mark.parametrize("verb", VERBS)
 def test_every_verb_has_options_and_says_what_it_does(verb: str) -> None:
-    summary = VERBS[verb][1]
-    text = make_parser({verb}).format_help()
-    assert summary in " ".join(text.split())
-    assert callable(make_parser({verb}).parse_known_args([verb])[0].run)
+    module, summary = VERBS[verb]
+    assert summary in " ".join(make_parser({verb}).format_help().split())
+    assert callable(importlib.import_module(module).run)
+    with pytest.raises(SystemExit) as end:
+        main([verb, "--help"])
+    assert end.value.code == 0
+
+
+def test_no_verb_needs_torch_to_be_asked_for() -> None:
+    code = ("import sys, importlib, grpo_dist.cli as cli\nfor module, _ in cli.VERBS.values():\n"
+            "    importlib.import_module(module)\n    print(module, 'torch' in sys.modules)")  # fmt: skip
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert [line for line in done.stdout.splitlines() if line.endswith("True")] == []
 
 
 def test_mistakes_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:

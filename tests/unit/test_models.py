@@ -26,10 +26,10 @@ from grpo_dist.models import (
     load_causal_lm,
     load_policy,
     load_tokenizer,
-    save_final,
     trainable,
 )
 from grpo_dist.packing import Pack, Piece, make_pack
+from grpo_dist.saving import save_final
 
 IDS = torch.tensor([5, 9, 33, 60, 7, 12, 80, 41])
 LORA = LoraConfig(r=3, alpha=6.0)

@@ -105,6 +105,15 @@ def test_ranks_are_balanced(num_ranks: int, share: bool) -> None:
     assert max(costs) <= 1.5 * sum(costs) / num_ranks
 
 
+def test_packs_are_nearly_full() -> None:
+    generator = torch.Generator().manual_seed(0)
+    prompts = torch.randint(20, 400, (300,), generator=generator).tolist()
+    lengths = torch.randint(1, 500, (2400,), generator=generator).tolist()
+    ranks = plan(prompts, [n // 8 for n in range(2400)], lengths, [True] * 2400, max_tokens=16384, num_ranks=3)
+    fewest = (sum(prompts) + sum(lengths)) / 16384
+    assert sum(map(len, ranks)) <= 1.15 * fewest
+
+
 def test_sharing_prompts_computes_fewer_tokens() -> None:
     """A group that fits in a budget stands in one piece, its prompt once."""
     batch = make_batch([(100, [10] * 8)] * 4)

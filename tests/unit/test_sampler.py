@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import math
@@ -13,6 +14,7 @@ import pytest
 import torch
 
 from grpo_dist.batch import Batch, Prompt
+from grpo_dist.batches import further_places
 from grpo_dist.config import Config, CurriculumConfig, DataConfig, RewardConfig, TrainConfig
 from grpo_dist.metrics import pass_rates
 from grpo_dist.models import load_tokenizer
@@ -53,6 +55,19 @@ def test_a_mixture_keeps_its_shares_and_goes_through_each_part() -> None:
         Mixture([1, 1], [1, 1e6], 1, 0)
     with pytest.raises(ValueError, match="numbers above 0"):
         Mixture([1, 0], [1, 1], 1, 0)
+
+
+def test_dynamic_sampling_takes_further_prompts_in_the_mixtures_shares() -> None:
+    mixture = Mixture([30, 7, 500], [3, 2, 1], batch_size=10, seed=1)
+    taken = [index for step in range(100) for index in further_places(mixture, step, 1)[:4]]
+    parts = Counter("a" if index < 30 else "b" if index < 37 else "c" for index in taken)
+    assert abs(parts["a"] - 200) < 40 and abs(parts["b"] - 133) < 40 and abs(parts["c"] - 67) < 40
+    for sampler in (mixture, Sampler(40, 10, seed=1)):
+        first = further_places(sampler, 3, 1)
+        assert first == further_places(copy.deepcopy(sampler), 3, 1) and len(first) == 10
+        others = [further_places(sampler, 3, 2), further_places(sampler, 4, 1), sampler.batch_indices(3)]
+        assert first not in others
+        assert sampler.batch_indices(3) == copy.deepcopy(sampler).batch_indices(3), "the sampler itself is unchanged"
 
 
 def run_curriculum(curriculum: Curriculum, rates: dict[int, float], steps: int) -> list[int]:

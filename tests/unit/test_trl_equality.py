@@ -1,12 +1,15 @@
 """Promise 5: for equal inputs, each loss and its gradient equal TRL 1.16's.
 
-TRL's numbers were stored by tests/fixtures/make_trl_losses.py; TRL itself is not needed here.
+TRL's numbers were stored by tests/fixtures/make_trl_losses.py. Where TRL is installed (the extra `bench`), they
+are made again and compared.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from dataclasses import replace
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +19,8 @@ import torch
 from grpo_dist.algorithm import ENTROPY_SLACK, highest
 from grpo_dist.losses import Aggregation, Objective, policy_loss, token_weights
 
-STORED = json.loads((Path(__file__).parents[1] / "fixtures" / "trl_losses.json").read_text())
+FIXTURES = Path(__file__).parents[1] / "fixtures"
+STORED = json.loads((FIXTURES / "trl_losses.json").read_text())
 LENGTHS = torch.tensor(STORED["lengths"])
 INSIDE = torch.arange(STORED["longest"]) < LENGTHS[:, None]
 BASE = Objective(
@@ -67,6 +71,21 @@ def test_loss_and_gradient_equal_trl(name: str) -> None:
     expected = flat(case["gradient"])
     assert torch.allclose(gradient, expected, rtol=1e-5, atol=1e-7)
     assert float(expected.norm()) > 0.01
+
+
+@pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="TRL is not installed (extra `bench`)")
+def test_stored_numbers_are_what_trl_computes() -> None:
+    assert metadata.version("trl") == STORED["trl"] == "1.16.0"
+    spec = importlib.util.spec_from_file_location("make_trl_losses", FIXTURES / "make_trl_losses.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    made = module.content()
+    assert made["cases"].keys() == STORED["cases"].keys()
+    for name, values in made["inputs"].items():
+        assert torch.allclose(torch.tensor(values), torch.tensor(STORED["inputs"][name]), rtol=1e-12), name
+    for name, case in made["cases"].items():
+        assert case["loss"] == pytest.approx(STORED["cases"][name]["loss"], rel=1e-12)
+        assert torch.allclose(flat(case["gradient"]), flat(STORED["cases"][name]["gradient"]), rtol=1e-10, atol=1e-14)
 
 
 def test_equal_entropies_are_chosen_alike_whatever_their_rounding() -> None:

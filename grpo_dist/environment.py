@@ -1,0 +1,39 @@
+"""What a run ran on, for its report: a line of environment.jsonl for each time it was started."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import socket
+from datetime import datetime, timezone
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+from . import __version__
+from .distributed import Ranks
+from .resuming import versions
+
+
+def record_start(directory: Path, ranks: Ranks, first_step: int) -> None:
+    """Write down where and with what the run starts after a number of steps, on the main rank; a collective."""
+    on_gpu = ranks.device.type == "cuda"
+    device = torch.cuda.get_device_name(ranks.device) if on_gpu else f"{platform.machine()}, {os.cpu_count()} cores"
+    devices = ranks.gather_objects(f"{socket.gethostname()}: {device}")
+    if not ranks.is_main:
+        return
+    if ranks.is_deepspeed:
+        engine = f"DeepSpeed ZeRO-{ranks.zero_stage}"
+    else:
+        engine = "DDP" if ranks.num_ranks > 1 else "one process"
+    used = {"grpo_dist": __version__, "python": platform.python_version(), **versions()}
+    if ranks.is_deepspeed:
+        used["deepspeed"] = metadata.version("deepspeed")
+    if torch.version.cuda:
+        used["cuda"] = torch.version.cuda
+    start = {"started": f"{datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC", "first_step": first_step, "engine": engine,
+             "ranks": devices, "platform": platform.platform(), "versions": used}  # fmt: skip
+    with (directory / "environment.jsonl").open("a") as file:
+        file.write(json.dumps(start) + "\n")

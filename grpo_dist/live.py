@@ -1,0 +1,157 @@
+"""What is drawn on a terminal while a run goes on, redrawn in place, for any width.
+
+Nothing hides the cursor or leaves the terminal's normal screen: a run that is killed leaves nothing to be restored.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.live import Live
+from rich.text import Text
+
+BLOCKS = "▁▂▃▄▅▆▇█"
+SHADES = "█▓▒░▚·"
+COLOURS = ("cyan", "magenta", "yellow", "green", "blue", "dim")
+PHASES = ("rollout", "reward", "reference", "update", "sync")
+"""Phases of a step in their order; what else a step does is `other`."""
+FACTS = {
+    "eval/accuracy": "accuracy {:.3f}",
+    "kl": "kl {:.4f}",
+    "entropy": "entropy {:.3f}",
+    "completion/length_mean": "length {:.1f}",
+    "completion/truncated": "truncated {:.0%}",
+    "grad_norm": "grad {:.3f}",
+    "rollout/tokens_per_second": "{:,.0f} tok/s",
+    "memory/peak_gib": "{:.1f} GiB",
+    "time/step": "{:.2f} s/step",
+}
+"""Metrics that are shown, and how."""
+_TIMED_STEPS = 20
+
+
+def sparkline(values: Sequence[float], width: int) -> str:
+    """Return numbers as blocks between their lowest and highest, at most `width`, neighbours averaged where need be."""
+    if not values or width < 1:
+        return ""
+    count = min(width, len(values))
+    edges = [place * len(values) // count for place in range(count + 1)]
+    shown = [sum(values[a:b]) / (b - a) for a, b in itertools.pairwise(edges)]
+    low, high = min(shown), max(shown)
+    if high == low:
+        return BLOCKS[len(BLOCKS) // 2] * count
+    return "".join(BLOCKS[round((value - low) / (high - low) * (len(BLOCKS) - 1))] for value in shown)
+
+
+def shares_of_time(metrics: Mapping[str, float | None]) -> dict[str, float]:
+    """Return each phase's share of a step's seconds, `other` included; empty where they were not measured."""
+    total = metrics.get("time/step") or 0.0
+    if total <= 0:
+        return {}
+    shares = {phase: (metrics.get(f"time/{phase}") or 0.0) / total for phase in PHASES}
+    return shares | {"other": max(0.0, 1 - sum(shares.values()))}
+
+
+def split_bar(shares: Sequence[float], width: int) -> list[int]:
+    """Return how many of `width` cells each share gets: they add up to `width`, by largest remainders."""
+    exact = [share / (sum(shares) or 1.0) * width for share in shares]
+    cells = [int(cell) for cell in exact]
+    missing = width - sum(cells) if any(shares) else 0
+    for place in sorted(range(len(exact)), key=lambda n: cells[n] - exact[n])[:missing]:
+        cells[place] += 1
+    return cells
+
+
+def facts(metrics: Mapping[str, float | None]) -> list[str]:
+    """Return what is worth a number, as far as it was measured."""
+    return [form.format(value) for name, form in FACTS.items() if (value := metrics.get(name)) is not None]
+
+
+def clock(seconds: float) -> str:
+    """Return seconds as H:MM:SS."""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"
+
+
+class LiveView:
+    """The lines at the foot of the terminal."""
+
+    def __init__(self, num_steps: int, first_step: int) -> None:
+        self.num_steps, self.step = num_steps, first_step
+        self.phase = "starting"
+        self.ringing: Sequence[str] = ()
+        """Names of the alarms that are on."""
+        self._metrics: dict[str, float | None] = {}
+        self._rewards: list[float] = []
+        self._ends = deque([time.monotonic()], maxlen=_TIMED_STEPS + 1)
+
+    def add(self, metrics: Mapping[str, float | None]) -> None:
+        """Take in a step's metrics; what it did not measure stays as it was."""
+        self.step = int(metrics["step"] or 0)
+        self._metrics |= {name: value for name, value in metrics.items() if value is not None}
+        if metrics.get("reward/mean") is not None:
+            self._rewards.append(metrics["reward/mean"])
+        self._ends.append(time.monotonic())
+
+    @property
+    def seconds_left(self) -> float | None:
+        """At the pace of the last steps; None before the first."""
+        if len(self._ends) < 2:
+            return None
+        return (self._ends[-1] - self._ends[0]) / (len(self._ends) - 1) * (self.num_steps - self.step)
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        width = options.max_width - 1  # a full line would wrap on some terminals
+        for line in self._lines(width):
+            line.truncate(width, overflow="ellipsis")
+            line.no_wrap = True
+            yield line
+
+    def _lines(self, width: int) -> Iterator[Text]:
+        yield self._progress(width)
+        if self._rewards:
+            line = Text(f"reward {self._rewards[-1]:.3f} ", style="bold")
+            yield line.append(sparkline(self._rewards, max(8, min(60, width - len(line)))), style="not bold green")
+        yield from _flow([Text(fact) for fact in facts(self._metrics)], width)
+        shares = shares_of_time(self._metrics)
+        if shares:
+            marks = list(zip(shares, SHADES, COLOURS, strict=True))
+            cells = split_bar(list(shares.values()), min(60, width))
+            yield Text.assemble(*((mark * count, tint) for (_, mark, tint), count in zip(marks, cells, strict=True)))
+            legend = [Text.assemble((mark, tint), f" {name} {shares[name]:.0%}") for name, mark, tint in marks]
+            yield from _flow(legend, width)
+        if self.ringing:
+            yield Text(f"alarms on: {', '.join(self.ringing)}", style="bold red")
+
+    def _progress(self, width: int) -> Text:
+        left = self.seconds_left
+        words = f"step {self.step}/{self.num_steps}  {clock(left) + ' left' if left is not None else ''}  {self.phase}"
+        done, room = self.step / max(1, self.num_steps), min(40, width - len(words) - 2)
+        if room < 6:
+            return Text(words, style="bold")
+        full = round(done * room)
+        return Text.assemble(("━" * full, "green"), ("━" * (room - full), "dim"), ("  " + words, "bold"))
+
+
+def _flow(cells: Sequence[Text], width: int) -> Iterator[Text]:
+    """Yield cells side by side, in as many lines as they need."""
+    line = Text()
+    for cell in cells:
+        if line and len(line) + 2 + len(cell) > width:
+            yield line
+            line = Text()
+        line = Text.assemble(line, "  ", cell) if line else cell
+    if line:
+        yield line
+
+
+def start_live(view: LiveView, console: Console) -> Live:
+    """Begin to draw the view, four times a second; what is printed or logged meanwhile goes above it."""
+    live = Live(view, console=console, refresh_per_second=4)
+    live.start()
+    console.show_cursor(True)
+    return live

@@ -1,0 +1,20 @@
+"""Text that a model or a data set wrote, made harmless for a terminal."""
+
+from __future__ import annotations
+
+
+def plain(text: str, most_characters: int) -> str:
+    """Return a text on one line, its middle left out where it is too long, without anything that steers a terminal.
+
+    Control characters, ANSI sequences' escapes and characters that turn the direction of writing become U+FFFD. The
+    result may still hold rich's markup: print it as a `rich.text.Text`.
+    """
+    half = most_characters // 2
+    if len(text) > most_characters:  # before anything looks at every character: a text may have a million of them
+        text = f"{text[:half]} … {text[-half:]}"
+    return "".join(c if c.isprintable() else " " if c.isspace() else "\N{REPLACEMENT CHARACTER}" for c in text)
+
+
+def plain_lines(text: str, most_characters: int = 4000) -> str:
+    """Return a message with each of its lines made harmless, for messages that may quote a model or its data."""
+    return "\n".join(plain(line, most_characters) for line in text.split("\n"))

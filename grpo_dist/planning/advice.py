@@ -1,0 +1,70 @@
+"""What to change where a run does not fit, found by predicting it with the change."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+from ..config import Config
+from .memory import Phase, peaks
+from .predict import Device, Predictor, ZeroStage
+
+Change = tuple[str, Config, ZeroStage]
+
+
+def largest_peak(predictor: Predictor, num_ranks: int, stage: ZeroStage) -> tuple[Phase, int]:
+    """The phase that needs most, and its bytes."""
+    found = peaks(predictor.parts(num_ranks, stage))
+    phase = max(found, key=found.__getitem__)
+    return phase, found[phase]
+
+
+def make_fit(
+    config: Config, model_config: Any, device: Device, num_ranks: int, stage: ZeroStage, most_bytes: int
+) -> tuple[list[str], int]:
+    """Changes that together bring a rank's memory below `most_bytes`, and the bytes that are needed with them.
+
+    Those that cost least time come first; a change that does not help with what is largest is left out. Where all of
+    them are not enough, the bytes returned are above the limit.
+    """
+    phase, needed = largest_peak(Predictor(config, model_config, device), num_ranks, stage)
+    changes: list[str] = []
+    for _ in range(16):
+        if needed <= most_bytes:
+            break
+        for told, changed, changed_stage in _candidates(config, phase, stage, num_ranks):
+            new_phase, new = largest_peak(Predictor(changed, model_config, device), num_ranks, changed_stage)
+            if new < needed:
+                changes = [each for each in changes if each.split()[0] != told.split()[0]] + [told]
+                config, stage, phase, needed = changed, changed_stage, new_phase, new
+                break
+        else:
+            break
+    return changes, needed
+
+
+def _candidates(config: Config, phase: Phase, stage: ZeroStage, num_ranks: int) -> Iterator[Change]:
+    """What could lower a phase's peak, the cheapest first."""
+    longest = config.data.max_prompt_length + config.rollout.max_completion_length
+    rollout, train, reference = config.rollout, config.train, config.reference
+    if phase == "rollout" and rollout.max_tokens_in_flight > longest:
+        share = train.batch_size * (config.data.max_prompt_length + rollout.group_size * rollout.max_completion_length)
+        tokens = max(longest, min(rollout.max_tokens_in_flight, share // num_ranks) // 2)
+        changed = replace(config, rollout=replace(rollout, max_tokens_in_flight=tokens))
+        yield f"--rollout.max_tokens_in_flight {tokens}", changed, stage
+    if phase in ("update", "reference") and train.max_tokens_per_pack > longest:
+        tokens = max(longest, train.max_tokens_per_pack // 2)
+        changed = replace(config, train=replace(train, max_tokens_per_pack=tokens))
+        yield f"--train.max_tokens_per_pack {tokens}", changed, stage
+    if stage in (0, 1) and num_ranks > 1:
+        yield "--config_file accelerate_configs/zero2.yaml", config, 2
+    if reference.dtype not in ("bfloat16", "float16"):
+        yield "--reference.dtype bfloat16", replace(config, reference=replace(reference, dtype="bfloat16")), stage
+    if phase == "update" and not config.model.gradient_checkpointing:
+        changed = replace(config, model=replace(config.model, gradient_checkpointing=True))
+        yield "--model.gradient_checkpointing true", changed, stage
+    if stage != 3 and num_ranks > 1:
+        yield "--config_file accelerate_configs/zero3.yaml", config, 3
+    if reference.placement == "copy" and config.lora is not None:
+        yield "--reference.placement shared", replace(config, reference=replace(reference, placement="shared")), stage

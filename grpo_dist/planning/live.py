@@ -1,0 +1,49 @@
+"""Counting the tensors that are alive while some code runs, real ones or fake ones alike."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+class LiveBytes(TorchDispatchMode):
+    """Inside, every tensor that an operation brings forth is counted from then until it is freed.
+
+    Tensors that were there before are not counted, and neither is what an operation uses and frees within itself.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = 0
+        """Bytes alive."""
+        self.peak = 0
+        """Most bytes alive at once so far."""
+        self._held: dict[int, int] = {}
+
+    def __torch_dispatch__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run an operation and count what it returned."""
+        self._note((args, kwargs), counted=False)
+        result = func(*args, **(kwargs or {}))
+        self._note(result, counted=True)
+        return result
+
+    def _note(self, tree: Any, *, counted: bool) -> None:
+        for leaf in tree_leaves(tree):
+            if isinstance(leaf, Tensor):
+                storage = leaf.untyped_storage()
+                key = storage._cdata
+                if key not in self._held:
+                    self._held[key] = storage.nbytes() if counted else 0
+                    self.now += self._held[key]
+                    self.peak = max(self.peak, self.now)
+                    weakref.finalize(storage, self._freed, key)
+
+    def _freed(self, key: int) -> None:
+        self.now -= self._held.pop(key, 0)

@@ -1,0 +1,198 @@
+"""Memory of one rank, by part and phase: arithmetic alone, without a model. Pure.
+
+What the parts are and when they are held follows run.py: weights and optimizer always, the cache and the logits of
+decoding during the rollout, the activations of one pack during the update. Bytes are those of tensors; a process adds
+its own (interpreter, libraries, and on a GPU CUDA's context and the allocator's fragments).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+Phase = Literal["always", "rollout", "reference", "update", "optimizer"]
+PHASES: tuple[Phase, ...] = ("rollout", "reference", "update", "optimizer")
+
+FLOAT32 = 4
+SAMPLING_BYTES = 37
+"""Bytes that drawing a token needs for each entry of the vocabulary beside the logits (see rollout/sampling.py)."""
+
+KEPT_WHOLE = 100_000
+"""ZeRO-3 keeps parameters of fewer elements whole on every rank (stage3_param_persistence_threshold)."""
+MOST_GATHERED = 1_000_000_000
+"""Elements that ZeRO-3 keeps gathered at once (stage3_max_live_parameters)."""
+REDUCE_BUCKET = 500_000_000
+"""Elements of the buffer in which DeepSpeed reduces gradients, at most (reduce_bucket_size)."""
+
+
+@dataclass(frozen=True)
+class ModelCounts:
+    """Sizes of a model, in elements; tied weights are counted once."""
+
+    parameters: int
+    """Of the base model, without adapters."""
+    adapters: int
+    """Of the adapters; 0 where all weights are trained."""
+    exchanged: int
+    """Of the weights that the frozen copy holds a second time for rollouts."""
+    kept_whole: int
+    """Of the base parameters below KEPT_WHOLE."""
+    num_layers: int
+    key_width: int
+    """Key heads × head size; as much again for the values."""
+    query_heads: int
+    vocabulary: int
+
+
+@dataclass(frozen=True)
+class Passes:
+    """Most bytes held at once above the weights."""
+
+    update: int
+    """In the forward and backward pass of one pack."""
+    reference: int
+    """In the reference's forward pass of one pack; 0 where no reference is needed."""
+    prefill_per_token: int
+    """In a forward pass without gradients, for each token, the logits left out."""
+
+
+@dataclass(frozen=True)
+class Flight:
+    """What a rank decodes at once, at its fullest."""
+
+    prompts: int
+    rows: int
+    """Sequences."""
+    prompt_length: int
+    max_new_tokens: int
+
+
+@dataclass(frozen=True)
+class MemoryInputs:
+    """All that the memory of a rank depends on."""
+
+    counts: ModelCounts
+    passes: Passes
+    flight: Flight
+    num_ranks: int
+    zero_stage: Literal[0, 1, 2, 3]
+    """0: DDP, or one process without DeepSpeed."""
+    policy_bytes: int
+    """Bytes of one of the policy's weights."""
+    trained_bytes: int
+    """Bytes of one of the weights that are trained, as the policy computes with them."""
+    copy_bytes: int
+    """Bytes of one of the frozen copy's weights."""
+    shared: bool
+    """The policy is its own reference and rollout model (reference.placement)."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """Something that takes memory."""
+
+    name: str
+    num_bytes: int
+    phase: Phase
+    """When it is held."""
+
+
+def slots_held(max_new_tokens: int, chunk: int) -> int:
+    """Slots a sequence's own cache has grown to when it holds `max_new_tokens` (see rollout/native.py)."""
+    slots = chunk
+    while slots < max_new_tokens:
+        slots = max(slots + chunk, slots * 3 // 2)
+    return slots
+
+
+def memory_per_rank(inputs: MemoryInputs, slot_chunk: int) -> list[Part]:
+    """Every part of a rank's memory; a phase's peak is the sum of its parts and of those held always."""
+    return [*_weights(inputs), *_rollout(inputs, slot_chunk), *_update(inputs)]
+
+
+def peaks(parts: list[Part]) -> dict[Phase, int]:
+    """Bytes held at the fullest moment of each phase."""
+    always = sum(part.num_bytes for part in parts if part.phase == "always")
+    return {phase: always + sum(part.num_bytes for part in parts if part.phase == phase) for phase in PHASES}
+
+
+def shard(elements: int, num_ranks: int, sharded: bool) -> int:
+    """Elements a rank holds of `elements`."""
+    return math.ceil(elements / num_ranks) if sharded else elements
+
+
+def _trained(inputs: MemoryInputs) -> int:
+    return inputs.counts.adapters or inputs.counts.parameters
+
+
+def _weights(inputs: MemoryInputs) -> list[Part]:
+    counts, ranks, stage = inputs.counts, inputs.num_ranks, inputs.zero_stage
+    frozen = counts.parameters if counts.adapters else 0
+    held = shard(frozen - counts.kept_whole, ranks, stage == 3) + counts.kept_whole if frozen else 0
+    trained = _trained(inputs)
+    parts = [Part("frozen weights", held * inputs.policy_bytes, "always")] if frozen else []
+    name = "adapters" if frozen else "policy weights"
+    parts.append(Part(name, shard(trained, ranks, stage == 3) * inputs.trained_bytes, "always"))
+    # DeepSpeed computes with one set of the trained weights and steps another, in float32
+    per_element = 2 * FLOAT32 + (FLOAT32 if stage else 0)
+    parts.append(Part("optimizer", shard(trained, ranks, stage > 0) * per_element, "always"))
+    if not inputs.shared:
+        parts += [
+            Part("frozen copy", counts.parameters * inputs.copy_bytes, "always"),
+            Part("rollout weights", counts.exchanged * inputs.copy_bytes, "always"),
+        ]
+    if stage == 0 and ranks > 1:
+        parts.append(Part("DDP gradient buckets", trained * inputs.trained_bytes, "always"))
+    if stage == 3:
+        bucket = min(REDUCE_BUCKET, trained)
+        parts.append(Part("gradient bucket, shard", (bucket + math.ceil(trained / ranks)) * inputs.trained_bytes,
+                          "always"))  # fmt: skip
+    return parts
+
+
+def _gathered(inputs: MemoryInputs, most: int) -> int:
+    """Bytes of frozen weights that ZeRO-3 holds for a forward pass on top of the rank's shard."""
+    counts = inputs.counts
+    if inputs.zero_stage != 3:
+        return 0
+    weights = counts.parameters if counts.adapters else 0
+    return min(weights - counts.kept_whole, most) * inputs.policy_bytes
+
+
+def _rollout(inputs: MemoryInputs, slot_chunk: int) -> list[Part]:
+    counts, flight = inputs.counts, inputs.flight
+    width = inputs.policy_bytes if inputs.shared else inputs.copy_bytes
+    per_token = 2 * counts.num_layers * counts.key_width * width
+    prompt_tokens = flight.prompts * flight.prompt_length
+    own = flight.rows * slots_held(flight.max_new_tokens, slot_chunk) * per_token
+    attended = flight.rows * counts.query_heads * (flight.prompt_length + flight.max_new_tokens)
+    of_a_step = max(flight.rows * counts.vocabulary * (width + SAMPLING_BYTES), attended * 2 * (width + FLOAT32))
+    prefill = prompt_tokens * inputs.passes.prefill_per_token - own  # the sequences have no cache of their own then
+    parts = [
+        Part("keys and values", prompt_tokens * per_token + own, "rollout"),
+        Part("decoding or prefill", max(of_a_step, prefill), "rollout"),
+    ]
+    if inputs.shared:
+        parts.append(Part("gathered policy", _gathered(inputs, inputs.counts.parameters), "rollout"))
+    return parts
+
+
+def _update(inputs: MemoryInputs) -> list[Part]:
+    trained, ranks, stage = _trained(inputs), inputs.num_ranks, inputs.zero_stage
+    gathered = Part("gathered weights", _gathered(inputs, MOST_GATHERED), "update")
+    parts = [Part("activations of a pack", inputs.passes.update, "update"),
+             Part("reference pass", inputs.passes.reference, "reference")]  # fmt: skip
+    if stage < 3:
+        parts.append(Part("gradients", trained * inputs.trained_bytes, "update"))
+    if stage in (1, 2):
+        parts.append(Part("gradient bucket", min(REDUCE_BUCKET, trained) * inputs.trained_bytes, "update"))
+    own = math.ceil(trained / ranks) if stage else trained
+    # what is clipped and stepped: DeepSpeed's shard of the gradients and its float32 twin, or whole gradients
+    held = own * (inputs.trained_bytes + FLOAT32) if stage else trained * inputs.trained_bytes
+    parts.append(Part("stepped gradients", held, "optimizer"))
+    if stage == 3:
+        parts.append(gathered)
+        if inputs.shared and inputs.passes.reference:
+            parts.append(Part(gathered.name, gathered.num_bytes, "reference"))
+    return parts

@@ -1,0 +1,132 @@
+"""From a config to what it needs: the counts of a step, and the memory of a rank. Nothing of a model but its config is
+loaded."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from .. import attention
+from ..algorithm import reference_in_loss
+from ..config import Config, Dtype
+from ..distributed import DTYPES
+from ..models import packing_obstacle, trainable
+from ..packing import Piece, plan
+from ..rollout.native import SLOT_CHUNK
+from .memory import Flight, MemoryInputs, ModelCounts, Part, Passes, memory_per_rank
+from .tracing import Precision, Shape, build_policy, count, trace_passes
+
+Device = Literal["gpu", "cpu"]
+ZeroStage = Literal[0, 1, 2, 3]
+
+
+@dataclass(frozen=True)
+class StepCounts:
+    """The arithmetic of one step on a number of ranks, every prompt and completion at full length."""
+
+    completions: int
+    completions_per_rank: int
+    """On the rank with most."""
+    packs_per_rank: int
+    """Of one pass over the batch; every rank has as many."""
+    largest_pack_tokens: int
+    optimizer_steps: int
+
+
+def full_plan(
+    config: Config, num_ranks: int, share_prompts: bool
+) -> tuple[list[int], list[int], list[list[list[Piece]]]]:
+    """Prompt lengths (P,), completion lengths (N,) and the plan of a batch in which everything has its full length."""
+    group_size = config.rollout.group_size
+    prompts = [config.data.max_prompt_length] * math.ceil(config.train.batch_size / config.train.num_minibatches)
+    lengths = [config.rollout.max_completion_length] * (len(prompts) * group_size)
+    group = [n // group_size for n in range(len(lengths))]
+    return prompts, lengths, plan(prompts, group, lengths, [True] * len(lengths), num_ranks=num_ranks,
+                                  max_tokens=config.train.max_tokens_per_pack, share_prompts=share_prompts)  # fmt: skip
+
+
+def batch_arithmetic(config: Config, num_ranks: int, share_prompts: bool = True) -> StepCounts:
+    """What the config's counts come to on `num_ranks`."""
+    prompts, lengths, ranks = full_plan(config, num_ranks, share_prompts)
+    total = config.train.batch_size * config.rollout.group_size
+    return StepCounts(
+        completions=total,
+        completions_per_rank=math.ceil(total / num_ranks),
+        packs_per_rank=len(ranks[0]) * config.train.num_minibatches,
+        largest_pack_tokens=max(_size(pack, prompts, lengths) for packs in ranks for pack in packs),
+        optimizer_steps=config.train.updates_per_batch * config.train.num_minibatches,
+    )
+
+
+def _size(pack: list[Piece], prompts: list[int], lengths: list[int]) -> int:
+    return sum(prompts[p.prompt] + sum(lengths[n] for n in p.completions) for p in pack)
+
+
+def flight(config: Config, num_ranks: int) -> Flight:
+    """What a rank decodes at once (see rollout/native.py): as many groups as max_tokens_in_flight has room for."""
+    rollout, prompt = config.rollout, config.data.max_prompt_length
+    share = math.ceil(config.train.batch_size * rollout.group_size / num_ranks)
+    of_a_group = min(rollout.group_size, (rollout.max_tokens_in_flight - prompt) // rollout.max_completion_length)
+    groups = max(1, rollout.max_tokens_in_flight // (prompt + of_a_group * rollout.max_completion_length))
+    rows = min(share, groups * of_a_group)
+    return Flight(math.ceil(rows / of_a_group), rows, prompt, rollout.max_completion_length)
+
+
+def dtype_on(device: Device, name: Dtype) -> torch.dtype:
+    """The torch dtype of an option on a device that need not be this one."""
+    if name != "auto":
+        return DTYPES[name]
+    return torch.bfloat16 if device == "gpu" else torch.float32
+
+
+class Predictor:
+    """The memory of a config's ranks. Traces a model once for each shape of pack, which takes seconds."""
+
+    def __init__(self, config: Config, model_config: Any, device: Device) -> None:
+        self.config, self.model_config = config, model_config
+        longest = config.data.max_prompt_length + config.rollout.max_completion_length
+        named = config.model.attn_implementation
+        obstacle = packing_obstacle(model_config, longest, config.model.trust_remote_code) if named == "auto" else named
+        self.share_prompts = obstacle is None
+        self.implementation = attention.NAME if self.share_prompts else None if named == "auto" else named
+        self.policy_dtype = dtype_on(device, config.model.dtype)
+        self.copy_dtype = dtype_on(device, config.reference.dtype)
+        self.shared = config.reference.placement == "shared" and config.lora is not None
+        self._counts: dict[Precision, tuple[ModelCounts, int]] = {}
+        self._passes: dict[tuple[Precision, Shape], Passes] = {}
+
+    def parts(self, num_ranks: int, zero_stage: ZeroStage) -> list[Part]:
+        """The parts of a rank's memory under DDP or one process (stage 0) or ZeRO."""
+        return memory_per_rank(self.inputs(num_ranks, zero_stage), SLOT_CHUNK)
+
+    def inputs(self, num_ranks: int, zero_stage: ZeroStage) -> MemoryInputs:
+        """What the memory of a rank depends on."""
+        casts = zero_stage > 0 and self.policy_dtype != torch.float32
+        precision = Precision(self.policy_dtype, self.policy_dtype if self.shared else self.copy_dtype, casts)
+        counts, trained_bytes = self._count(precision)
+        return MemoryInputs(
+            counts=counts, passes=self._trace(precision, num_ranks), flight=flight(self.config, num_ranks),
+            num_ranks=num_ranks, zero_stage=zero_stage, policy_bytes=self.policy_dtype.itemsize,
+            trained_bytes=trained_bytes, copy_bytes=self.copy_dtype.itemsize, shared=self.shared,
+        )  # fmt: skip
+
+    def _count(self, precision: Precision) -> tuple[ModelCounts, int]:
+        if precision not in self._counts:
+            policy = build_policy(self.config, self.model_config, self.implementation, precision)
+            trained = next(iter(trainable(policy).values()))
+            self._counts[precision] = count(policy), trained.dtype.itemsize
+        return self._counts[precision]
+
+    def _trace(self, precision: Precision, num_ranks: int) -> Passes:
+        prompts, lengths, ranks = full_plan(self.config, num_ranks, self.share_prompts)
+        largest = max((pack for packs in ranks for pack in packs), key=lambda pack: _size(pack, prompts, lengths))
+        shape = tuple((prompts[p.prompt], tuple(lengths[n] for n in p.completions)) for p in largest)
+        if (precision, shape) not in self._passes:
+            self._passes[precision, shape] = trace_passes(
+                self.config, self.model_config, self.implementation, precision, shape,
+                with_reference=reference_in_loss(self.config),
+            )  # fmt: skip
+        return self._passes[precision, shape]

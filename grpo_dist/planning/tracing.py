@@ -1,0 +1,164 @@
+"""A model without its weights: how large it is, and what its passes over a pack hold, found by running them on tensors
+that have shapes but no memory.
+
+The code that runs is the trainer's own, so what is counted follows every change of it.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import AutoModelForCausalLM
+
+from .. import attention
+from ..batch import Batch, Prompt
+from ..config import Config
+from ..models import make_policy, trainable
+from ..packing import Pack, Piece, make_pack
+from ..policy import Policy
+from .live import LiveBytes
+from .memory import KEPT_WHOLE, ModelCounts, Passes
+
+TRACED_LAYERS = (2, 4)
+"""Depths at which a deeper model is traced: what its passes hold grows by the same for every further layer."""
+PREFILL_TOKENS = 1024
+
+Shape = tuple[tuple[int, tuple[int, ...]], ...]
+"""A pack's pieces: each prompt's length and its completions'."""
+
+
+@dataclass(frozen=True)
+class Precision:
+    """How the weights are held."""
+
+    policy: torch.dtype
+    copy: torch.dtype
+    casts_all: bool
+    """The policy's dtype is that of all its weights, as under DeepSpeed; else what is trained stays in float32, and a
+    smaller dtype is computed with under autocast."""
+
+
+def build_policy(
+    config: Config, model_config: Any, implementation: str | None, precision: Precision, num_layers: int | None = None
+) -> Policy:
+    """The policy on the meta device, of `num_layers` or of all its layers."""
+    shape = copy.deepcopy(model_config)
+    text = shape.get_text_config()
+    if num_layers is not None:
+        text.num_hidden_layers = num_layers
+        if getattr(text, "layer_types", None):
+            text.layer_types = text.layer_types[:num_layers]
+    with torch.device("meta"):
+        base = AutoModelForCausalLM.from_config(
+            shape, attn_implementation=implementation, trust_remote_code=config.model.trust_remote_code,
+            dtype=precision.policy if config.lora else torch.float32,
+        )  # fmt: skip
+        policy = make_policy(base, config.model, config.lora, config.rollout.temperature, config.train.seed,
+                             has_critic=config.advantage.baseline == "critic",
+                             entropy_gradient=config.loss.entropy_coeff > 0)  # fmt: skip
+    if precision.casts_all:
+        policy.to(precision.policy)
+    policy.fused_head = isinstance(policy.causal_lm.get_output_embeddings(), nn.Linear)
+    return policy.train()
+
+
+def count(policy: Policy) -> ModelCounts:
+    """The sizes of a policy on any device."""
+    trained = {id(p) for p in trainable(policy).values()}
+    base = [p for p in policy.parameters() if id(p) not in trained]
+    adapted = [module.get_base_layer().weight for module in policy.modules()
+               if isinstance(module, LoraLayer) and module.lora_A]  # fmt: skip
+    every = list(trainable(policy).values())
+    text = policy.causal_lm.config.get_text_config()
+    heads = text.num_attention_heads
+    head_size = getattr(text, "head_dim", None) or text.hidden_size // heads
+    return ModelCounts(
+        parameters=sum(p.numel() for p in base or every),
+        adapters=sum(p.numel() for p in every) if base else 0,
+        exchanged=sum(p.numel() for p in adapted or every),
+        kept_whole=sum(p.numel() for p in base if p.numel() < KEPT_WHOLE),
+        num_layers=text.num_hidden_layers,
+        query_heads=heads,
+        key_width=(getattr(text, "num_key_value_heads", None) or heads) * head_size,
+        vocabulary=text.vocab_size,
+    )
+
+
+def trace_passes(
+    config: Config, model_config: Any, implementation: str | None, precision: Precision,
+    shape: Shape, *, with_reference: bool,
+) -> Passes:  # fmt: skip
+    """What the passes over a pack of that `shape` hold, without any weights.
+
+    The reference is the policy's own shape in the copy's dtype; `with_reference` false leaves it out.
+    """
+    depth = model_config.get_text_config().num_hidden_layers
+    depths = (depth,) if depth <= TRACED_LAYERS[-1] else TRACED_LAYERS
+    rows = [_trace(config, model_config, implementation, precision, shape, num_layers) for num_layers in depths]
+    if len(rows) == 2:
+        rows = [[low + (high - low) * (depth - depths[0]) // (depths[1] - depths[0])
+                 for low, high in zip(*rows, strict=True)]]  # fmt: skip
+    update, reference, prefill = rows[0]
+    return Passes(update, reference if with_reference else 0, prefill // PREFILL_TOKENS)
+
+
+def _trace(
+    config: Config, model_config: Any, implementation: str | None, precision: Precision,
+    shape: Shape, num_layers: int,
+) -> list[int]:  # fmt: skip
+    policy = build_policy(config, model_config, implementation, precision, num_layers)
+    plain = replace(config, lora=None, model=replace(config.model, gradient_checkpointing=False),
+                    reference=replace(config.reference, placement="copy"))  # fmt: skip
+    in_copy = Precision(precision.copy, precision.copy, casts_all=True)
+    frozen = build_policy(plain, model_config, implementation, in_copy, num_layers)
+    frozen.requires_grad_(False).eval()
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    share_prompts = implementation == attention.NAME
+    pack, prompt = (example_pack(each, share_prompts) for each in (shape, ((PREFILL_TOKENS - 1, (1,)),)))
+    mixed = precision.policy != torch.float32 and not precision.casts_all
+    with fake:
+        for each in (policy, frozen):
+            _materialise(each)
+        for parameter in trainable(policy).values():  # as after the update's first pack
+            parameter.grad = torch.zeros_like(parameter)
+        with LiveBytes() as update:
+            with torch.autocast("cpu", precision.policy, enabled=mixed):
+                answers = policy(pack)
+            sum(answer.sum() for answer in answers if answer is not None and answer.requires_grad).backward()
+        with torch.no_grad(), LiveBytes() as reference:
+            frozen(pack)
+        with torch.no_grad(), LiveBytes() as prefill:
+            frozen(prompt)
+    return [update.peak, reference.peak, prefill.peak]
+
+
+def example_pack(shape: Shape, share_prompts: bool) -> Pack:
+    """A pack of that shape."""
+    lengths = torch.tensor([length for _, completions in shape for length in completions])
+    group = torch.tensor([g for g, (_, completions) in enumerate(shape) for _ in completions])
+    zeros = torch.zeros(len(lengths))
+    tokens = torch.zeros(int(lengths.sum()), dtype=torch.int64)
+    prompts = [Prompt(g, [0] * length, "") for g, (length, _) in enumerate(shape)]
+    batch = Batch(prompts, group, lengths, zeros > 0, tokens, tokens.float(), zeros[:, None], zeros)
+    pieces = [Piece(g, torch.nonzero(group == g)[:, 0].tolist()) for g in range(len(shape))]
+    return make_pack(batch, pieces, share_prompts=share_prompts)
+
+
+def _materialise(module: nn.Module) -> None:
+    """Put tensors that are on the meta device onto the CPU, inside a FakeTensorMode: with shapes, without memory."""
+    made: dict[Tensor, Tensor] = {}  # tied weights stay tied
+    for each in module.modules():
+        for table in (each._parameters, each._buffers):
+            for name, old in table.items():
+                if old is not None and old not in made:
+                    new = torch.empty_like(old, device="cpu")
+                    trained = isinstance(old, nn.Parameter)
+                    made[old] = nn.Parameter(new, requires_grad=old.requires_grad) if trained else new
+                if old is not None:
+                    table[name] = made[old]

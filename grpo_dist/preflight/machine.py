@@ -1,0 +1,60 @@
+"""A look at where a run would go: disk space, output directory, a checkpoint to go on from. No weights are loaded."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from pathlib import Path
+
+import torch
+
+from ..config import Config
+from ..distributed import resolve_dtype
+from ..guards import lock
+from ..planning.memory import ModelCounts
+from ..resuming import changes, identity, resume_path
+from .contents import Contents
+from .findings import Findings
+from .sizes import gib
+
+
+def look_at_disk(config: Config, counts: ModelCounts | None, findings: Findings) -> None:
+    """Note whether output_dir can be written and has room for the checkpoints and the final model."""
+    directory = Path(config.train.output_dir)
+    existing = next(path for path in (directory.absolute(), *directory.absolute().parents) if path.exists())
+    try:
+        with tempfile.TemporaryFile(dir=existing) as probe:
+            probe.write(b"x")
+    except OSError as error:
+        findings.problems.append(f"train.output_dir: {directory} given, but {existing} cannot be written to "
+                                 f"({error.strerror}); choose a directory that can")  # fmt: skip
+        return
+    if (directory / ".lock").exists():
+        with findings.attempt():
+            lock(directory).close()
+    if counts is None:
+        return
+    trained = counts.adapters or counts.parameters
+    checkpoint = 3 * 4 * trained  # a weight and two moments in float32
+    num_kept = config.train.keep_checkpoints + 1  # the next is written before the oldest is removed
+    dtype = torch.float32 if config.lora is None else resolve_dtype(config.model.dtype)
+    needed = num_kept * checkpoint + counts.parameters * dtype.itemsize + 4 * counts.adapters
+    free = shutil.disk_usage(existing).free
+    told = (f"{gib(needed)} for {num_kept} checkpoints and the final model, {gib(free)} free in {existing}; "
+            "completions come on top")  # fmt: skip
+    if needed > free:
+        findings.problems.append(f"train.output_dir: {directory} needs {told}; free some, choose another disk, or "
+                                 f"lower train.keep_checkpoints (now {config.train.keep_checkpoints})")  # fmt: skip
+    findings.facts["disk"] = [told]
+
+
+def look_at_resuming(config: Config, found: Contents, findings: Findings) -> None:
+    """Note which checkpoint the run would go on from, and whether it may."""
+    with findings.attempt():
+        path = resume_path(config)
+        told = ["no checkpoint: the run starts from the beginning"]
+        if path is not None:
+            told = [f"goes on from {path}"]
+            if found.model_config is not None and found.prompts:
+                told += changes(path, config, identity(config, found.model_config, found.prompts))
+        findings.facts["resuming"] = told

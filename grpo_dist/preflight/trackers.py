@@ -1,0 +1,83 @@
+"""Whether the trackers of a config are known, installed and can be reached."""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+import os
+import socket
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+
+from .findings import Findings
+
+_CONNECT_SECONDS = 3.0
+
+
+@dataclass(frozen=True)
+class Service:
+    """What a tracker talks to."""
+
+    variable: str
+    """Environment variable that names its address."""
+    address: str
+    """Its address where that is not set; empty where the tracker is then a local one."""
+    key: str
+    """Environment variable with the credentials; empty where none are needed."""
+    login: str
+    """File in the home directory in which its client keeps a login."""
+
+
+SERVICES = {
+    "wandb": Service("WANDB_BASE_URL", "https://api.wandb.ai", "WANDB_API_KEY", ".netrc"),
+    "comet_ml": Service("COMET_URL_OVERRIDE", "https://www.comet.com", "COMET_API_KEY", ".comet.config"),
+    "swanlab": Service("SWANLAB_API_HOST", "https://api.swanlab.cn", "SWANLAB_API_KEY", ".swanlab/.netrc"),
+    "mlflow": Service("MLFLOW_TRACKING_URI", "", "", ""),
+}
+"""Trackers that talk to a host."""
+
+
+def look_at_trackers(names: list[str], findings: Findings) -> None:
+    """Note whether each tracker is known, installed, has its credentials and can be reached; a run goes on without."""
+    for name in names:
+        if name not in LOGGER_TYPE_TO_CLASS:
+            near = difflib.get_close_matches(name, LOGGER_TYPE_TO_CLASS, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            findings.problems.append(f"logging.trackers: {name!r} given, expected some of "
+                                     f"{', '.join(LOGGER_TYPE_TO_CLASS)}{hint}")  # fmt: skip
+        elif importlib.util.find_spec(name) is None:
+            findings.problems.append(f"logging.trackers: {name!r} given, but its package is not installed: "
+                                     f"pip install {name}, or leave it out")  # fmt: skip
+        elif name in SERVICES and not (name == "wandb" and os.environ.get("WANDB_MODE") in ("offline", "disabled")):
+            problem = unreachable(SERVICES[name])
+            if problem:
+                findings.problems.append(f"logging.trackers: {name!r} given, but {problem}")
+            else:
+                findings.facts.setdefault("trackers", []).append(f"{name}: reached")
+        else:
+            findings.facts.setdefault("trackers", []).append(f"{name}: installed")
+
+
+def unreachable(service: Service) -> str | None:
+    """Return why a tracker's service could not be used; None where it answers or is a local one."""
+    address = urlsplit(os.environ.get(service.variable) or service.address)
+    if not address.hostname:
+        return None
+    if service.key and service.key not in os.environ and not _logged_in(service.login, address.hostname):
+        return f"there are no credentials for {address.hostname}: log in, or set {service.key}"
+    try:
+        port = address.port or (80 if address.scheme == "http" else 443)
+        socket.create_connection((address.hostname, port), _CONNECT_SECONDS).close()
+    except OSError as error:
+        return (f"{address.hostname} does not answer within {_CONNECT_SECONDS:g} s ({error}); where there is no "
+                "network, use its offline mode or tensorboard")  # fmt: skip
+    return None
+
+
+def _logged_in(login: str, host: str) -> bool:
+    """Whether a client's login file is there and, where it is for several hosts, knows this one."""
+    file = Path(os.environ.get("NETRC") or Path.home() / login) if login == ".netrc" else Path.home() / login
+    return file.is_file() and (not login.endswith(".netrc") or host in file.read_text(errors="replace"))

@@ -1,0 +1,31 @@
+"""Write one page about one run, or about several side by side: RUN/report.html, or --out FILE.
+
+The page is one file without any links to others: it opens from a disk, from an attachment and without a network. Runs
+whose configs differ in the seed alone are drawn as one curve with their range.
+
+    python -m grpo_dist report runs/quickstart
+    python -m grpo_dist report runs/grpo runs/dapo --out comparison.html
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Declare the verb's options."""
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run's train.output_dir")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="the page to write [RUN/report.html of the first run]")
+
+
+def run(options: argparse.Namespace, rest: list[str]) -> int:
+    """Write the page and say where it is."""
+    from .page import write_report
+
+    if rest:
+        raise ValueError(f"report: {' '.join(rest)!r} given, expected runs and --out FILE")
+    path = write_report(options.runs, options.out)
+    print(f"report: {path} ({path.stat().st_size / 1e6:.1f} MB)", file=sys.stdout)
+    return 0

@@ -1,0 +1,236 @@
+// Line charts and heat maps over steps, as SVG. All of them read out the same step.
+
+/** Mean of each value's neighbours with weights that fall by a factor a place, to both sides alike: a curve that does not
+ * lag behind. Gaps stay gaps. */
+function smoothed(values, factor) {
+  const oneSided = (places) => {
+    const sums = [];
+    let [sum, weights] = [0, 0];
+    for (const place of places) {
+      if (values[place] == null) continue;
+      [sum, weights] = [values[place] + factor * sum, 1 + factor * weights];
+      sums[place] = [sum, weights];
+    }
+    return sums;
+  };
+  const places = [...values.keys()];
+  const [before, after] = [oneSided(places), oneSided(places.reverse())];
+  return values.map((value, i) => (value == null ? null : (before[i][0] + after[i][0] - value) / (before[i][1] + after[i][1] - 1)));
+}
+
+const EXACT = new Set(["learning_rate", "memory/peak_gib", "epoch", "step"]);
+
+/** The lines of metrics: one for each variant that has them, of its runs' mean, with the range between its runs. */
+function seriesOf(metrics) {
+  const lines = [];
+  for (const variant of variants) {
+    if (state.hidden.has(variant.number)) continue;
+    metrics.forEach(({ name, label }, place) => {
+      const steps = new Map();
+      for (const run of variant.members) {
+        const raw = run.curves[name];
+        if (!raw) continue;
+        const smooth = smoothed(raw, EXACT.has(name) || raw.filter((value) => value != null).length < 10 ? 0 : state.smoothing);
+        run.curves.step.forEach((step, i) => {
+          if (raw[i] == null) return;
+          if (!steps.has(step)) steps.set(step, { raw: [], smooth: [] });
+          steps.get(step).raw.push(raw[i]);
+          steps.get(step).smooth.push(smooth[i]);
+        });
+      }
+      const mean = (values) => values.reduce((a, b) => a + b) / values.length;
+      const points = [...steps].sort((a, b) => a[0] - b[0]).map(([step, { raw, smooth }]) => ({
+        step, raw: mean(raw), value: mean(smooth), low: Math.min(...smooth), high: Math.max(...smooth),
+      }));
+      if (points.length) {
+        const several = variants.length > 1;
+        lines.push({
+          points, color: (several ? variant.number : place) % 8, dashed: several && place > 0,
+          label: [several ? variant.label : null, label].filter(Boolean).join(", "), range: variant.members.length > 1,
+        });
+      }
+    });
+  }
+  return lines;
+}
+
+function ticks(low, high, most) {
+  const rough = (high - low) / most;
+  const power = 10 ** Math.floor(Math.log10(rough));
+  const step = [1, 2, 5, 10].map((n) => n * power).find((n) => n >= rough * 0.999);
+  const found = [];
+  for (let n = Math.ceil(low / step - 1e-9); n * step <= high + step * 1e-9; n += 1) found.push(n * step + 0);
+  return found;
+}
+
+/** Least and greatest value to draw: from zero where that costs little room. */
+function extent(lines) {
+  const values = lines.flatMap((line) => line.points.flatMap((point) => [point.raw, point.low, point.high]));
+  let [low, high] = [Math.min(...values), Math.max(...values)];
+  if (low >= 0 && low < high / 2) low = 0;
+  if (low === high) [low, high] = low === 0 ? [0, 1] : [low - Math.abs(low) / 10, high + Math.abs(high) / 10];
+  return [low, high + (high - low) * 0.04];
+}
+
+const LAST_STEP = Math.max(1, ...runs.flatMap((run) => run.curves.step));
+const FIRST_STEP = Math.min(LAST_STEP - 1, ...runs.flatMap((run) => run.curves.step));
+
+/** Places on the axis of steps, which all line charts share. */
+function stepAxis(left, right) {
+  const place = (step) => left + ((step - FIRST_STEP) / (LAST_STEP - FIRST_STEP)) * (right - left);
+  const step = (x) => Math.round(FIRST_STEP + ((x - left) / (right - left)) * (LAST_STEP - FIRST_STEP));
+  return { place, step: (x) => Math.min(LAST_STEP, Math.max(FIRST_STEP, step(x))) };
+}
+
+function path(points, x, y) {
+  return points.map((point, i) => `${i ? "L" : "M"}${x(point).toFixed(1)} ${y(point).toFixed(1)}`).join("");
+}
+
+/** The point of a line that a step reads out: the last one up to it. */
+function pointAt(line, step) {
+  const until = step == null ? line.points : line.points.filter((point) => point.step <= step);
+  return until[until.length - 1];
+}
+
+/** Let the pointer choose the step that is read out. */
+function followPointer(svg, stepOf) {
+  svg.addEventListener("pointermove", (event) => {
+    set({ cursor: stepOf(event.clientX - svg.getBoundingClientRect().left) });
+  });
+  svg.addEventListener("pointerleave", () => set({ cursor: null }));
+}
+
+function lineChart({ title, metrics, unit = "", height = 150 }) {
+  const readout = make("div", { class: "readout" });
+  const holder = make("div", { class: "plot" });
+  const figure = make("figure", { class: "chart", "data-metric": metrics[0].name },
+    make("figcaption", {}, make("span", { class: "title" }, title), make("span", { class: "unit" }, unit), readout), holder);
+  let lines = [];
+  let axis = null;
+  let mark = null;
+  const draw = () => {
+    lines = seriesOf(metrics);
+    const width = holder.clientWidth || 320;
+    const box = { left: 50, right: width - 8, top: 8, bottom: height - 22 };
+    axis = stepAxis(box.left, box.right);
+    const svg = make("svg", { width, height, role: "img", "aria-label": title });
+    if (lines.length) {
+      const [low, high] = extent(lines);
+      const y = (value) => box.bottom - ((value - low) / (high - low)) * (box.bottom - box.top);
+      const x = (point) => axis.place(point.step);
+      for (const tick of ticks(low, high, 3)) {
+        svg.append(make("line", { class: "rule", x1: box.left, x2: box.right, y1: y(tick), y2: y(tick) }),
+          make("text", { class: "tick", x: box.left - 6, y: y(tick) + 4, "text-anchor": "end" }, short(tick)));
+      }
+      for (const line of lines) drawLine(svg, line, x, y);
+    } else {
+      svg.append(make("text", { class: "tick", x: box.left, y: height / 2 }, "nothing to draw"));
+    }
+    drawSteps(svg, axis, box);
+    mark = svg.appendChild(make("line", { class: "cursor", y1: box.top, y2: box.bottom }));
+    followPointer(svg, axis.step);
+    holder.replaceChildren(svg);
+    read();
+  };
+  const read = () => {
+    const at = state.cursor ?? LAST_STEP;
+    for (const [name, value] of [["x1", axis.place(at)], ["x2", axis.place(at)]]) mark.setAttribute(name, value);
+    mark.setAttribute("visibility", state.cursor == null ? "hidden" : "visible");
+    readout.replaceChildren(...lines.map((line) => make("span", {}, swatch(line.color, line.dashed),
+      lines.length > 1 && line.label ? `${line.label} ` : "", make("b", {}, short(pointAt(line, state.cursor)?.raw)))));
+  };
+  whenPlaced(holder, draw);
+  watch(["width", "smoothing", "hidden"], () => holder.isConnected && draw());
+  watch(["cursor"], () => mark && read());
+  return figure;
+}
+
+function drawLine(svg, line, x, y) {
+  const color = `var(--c${line.color})`;
+  const dash = line.dashed ? "5 3" : null;
+  if (line.range) {
+    const back = [...line.points].reverse();
+    svg.append(make("path", { class: "band", fill: color,
+      d: `${path(line.points, x, (p) => y(p.high))}${path(back, x, (p) => y(p.low)).replace("M", "L")}Z` }));
+  } else if (line.points.some((point) => point.raw !== point.value)) {
+    svg.append(make("path", { class: "raw", stroke: color, d: path(line.points, x, (p) => y(p.raw)) }));
+  }
+  svg.append(make("path", { class: "line", stroke: color, "stroke-dasharray": dash, d: path(line.points, x, (p) => y(p.value)) }));
+  if (line.points.length < 16) {
+    for (const point of line.points) svg.append(make("circle", { cx: x(point), cy: y(point.value), r: 3, fill: color }));
+  }
+}
+
+function drawSteps(svg, axis, box) {
+  svg.append(make("line", { class: "axis", x1: box.left, x2: box.right, y1: box.bottom, y2: box.bottom }));
+  const marks = ticks(FIRST_STEP, LAST_STEP, (box.right - box.left) / 70).filter(Number.isInteger);
+  marks.forEach((step, i) => svg.append(make("text", { class: "tick", x: axis.place(step), y: box.bottom + 15,
+    "text-anchor": i === marks.length - 1 && axis.place(step) > box.right - 12 ? "end" : "middle" },
+    i === 0 ? `step ${step}` : whole(step))));
+}
+
+function swatch(color, dashed = false) {
+  return make("svg", { width: 16, height: 10, "aria-hidden": "true" }, make("line", { x1: 0, x2: 16, y1: 5, y2: 5,
+    stroke: `var(--c${color})`, "stroke-width": 3, "stroke-dasharray": dashed ? "5 3" : null }));
+}
+
+/** Draw once the element has its place and width on the page. */
+function whenPlaced(node, draw) {
+  requestAnimationFrame(() => (node.isConnected ? draw() : whenPlaced(node, draw)));
+}
+
+/** Shares of a step's completions by row; the figure at the right is the share at the step that is read out. */
+function heatMap({ title, note, mapOf }) {
+  const holder = make("div", { class: "plot" });
+  const caption = make("div", { class: "readout" });
+  const figure = make("figure", { class: "chart heat", "data-map": title },
+    make("figcaption", {}, make("span", { class: "title" }, title), make("span", { class: "unit" }, note), caption), holder);
+  const rowHeight = 19;
+  let shown = null;
+  const draw = () => {
+    const map = mapOf(runs[state.run]);
+    if (!map) return;
+    const width = holder.clientWidth || 320;
+    const left = Math.min(width * 0.4, 14 + 6.7 * Math.max(...map.rows.map((row) => row.length)));
+    const right = width - 44;
+    const height = map.rows.length * rowHeight + 20;
+    const cell = (right - left) / map.columns.length;
+    const most = Math.max(...map.shares.filter((_, r) => map.rows[r] !== data.other).flat(), 1e-9);
+    const svg = make("svg", { width, height, role: "img", "aria-label": title });
+    const figures = map.rows.map((row, r) => {
+      const y = r * rowHeight;
+      const letters = Math.floor((left - 8) / 6.7);
+      svg.append(make("text", { class: "label", x: left - 6, y: y + 13, "text-anchor": "end" }, make("title", {}, row),
+        row.length > letters ? `${row.slice(0, letters - 1)}…` : row || "(empty)"),
+      make("rect", { class: "ground", x: left, y: y + 1, width: right - left, height: rowHeight - 2 }));
+      map.shares[r].forEach((share, c) => share > 0 && svg.append(make("rect", { class: row === data.other ? "cell other" : "cell", x: left + c * cell, y: y + 1,
+        width: cell + 0.3, height: rowHeight - 2, "fill-opacity": Math.min(1, Math.max(0.07, share / (row === data.other ? 1 : most))).toFixed(3) })));
+      return svg.appendChild(make("text", { class: "figure", x: width - 2, y: y + 13, "text-anchor": "end" }));
+    });
+    const stepsAt = [[0, "start"], [map.columns.length - 1, "end"]];
+    for (const [c, anchor] of stepsAt) {
+      svg.append(make("text", { class: "tick", x: c ? right : left, y: height - 5, "text-anchor": anchor },
+        `step ${whole(c ? map.columns[c][1] : map.columns[c][0])}`));
+    }
+    const mark = svg.appendChild(make("rect", { class: "cursor", y: 0, width: cell, height: height - 20 }));
+    followPointer(svg, (x) => map.columns[Math.min(map.columns.length - 1, Math.max(0, Math.floor((x - left) / cell)))][1]);
+    holder.replaceChildren(svg);
+    shown = { map, figures, mark, left, cell, most };
+    read();
+  };
+  const read = () => {
+    const { map, figures, mark, left, cell, most } = shown;
+    const after = map.columns.findIndex(([, last]) => last >= (state.cursor ?? Infinity));
+    const c = after < 0 ? map.columns.length - 1 : after;
+    figures.forEach((node, r) => { node.textContent = percent(map.shares[r][c]); });
+    mark.setAttribute("x", left + c * cell);
+    mark.setAttribute("visibility", state.cursor == null ? "hidden" : "visible");
+    const [first, last] = map.columns[c];
+    caption.replaceChildren(make("span", { class: "scale" }, "0 ", make("i", {}), ` ${percent(most)}`),
+      make("span", {}, "at step ", make("b", {}, first === last ? whole(last) : `${whole(first)}–${whole(last)}`)));
+  };
+  whenPlaced(holder, draw);
+  watch(["width", "run"], () => holder.isConnected && draw());
+  watch(["cursor"], () => shown && read());
+  return figure;
+}

@@ -1,0 +1,152 @@
+// A browser of the completions, and a comparison of two of one prompt.
+
+const PAGE = 40;
+const SHOWN_CHARACTERS = 700;
+
+/** The run's sampled completions as objects; made when first asked for. */
+function rowsOf(run) {
+  run.completions.table ??= run.completions.rows.map((row) => {
+    const made = Object.fromEntries(data.fields.map((name, place) => [name, row[place]]));
+    return { ...made, prompt: run.completions.prompts[made.prompt] };
+  });
+  return run.completions.table;
+}
+
+const ORDERS = {
+  "latest step first": (a, b) => b.step - a.step,
+  "first step first": (a, b) => a.step - b.step,
+  "highest reward first": (a, b) => (b.reward ?? -Infinity) - (a.reward ?? -Infinity),
+  "lowest reward first": (a, b) => (a.reward ?? Infinity) - (b.reward ?? Infinity),
+  "longest first": (a, b) => b.tokens - a.tokens,
+  "shortest first": (a, b) => a.tokens - b.tokens,
+};
+
+/** Whether a row passes the form's filters; an empty field lets everything through. */
+function passes(row, filter) {
+  const inside = (value, low, high) => (low === "" || (value != null && value >= Number(low))) && (high === "" || (value != null && value <= Number(high)));
+  return inside(row.step, filter.first, filter.last) && inside(row.reward, filter.low, filter.high)
+    && (!filter.text || row.prompt.toLowerCase().includes(filter.text) || row.completion.toLowerCase().includes(filter.text));
+}
+
+function completionsPanel() {
+  const number = (id, label) => make("label", {}, label, make("input", { type: "number", id, step: "any", inputmode: "decimal" }));
+  const text = make("input", { type: "search", id: "text", placeholder: "words of a prompt or completion" });
+  const order = make("select", { id: "order" }, Object.keys(ORDERS).map((name) => make("option", {}, name)));
+  const form = make("form", { class: "filter", submit: (event) => event.preventDefault(), input: () => refresh(),
+    reset: () => setTimeout(refresh) },
+  make("label", { class: "grow" }, "Text", text), number("first", "Step from"), number("last", "to"),
+  number("low", "Reward from"), number("high", "to"), make("label", {}, "Order", order), make("button", { type: "reset" }, "Clear"));
+  const count = make("p", { class: "note", role: "status", id: "count" });
+  const list = make("tbody", {});
+  const heads = ["Step", "Reward", "Advantage", "Tokens", "Prompt", "Completion", ""].map((text) => make("th", { scope: "col" }, text));
+  const more = make("button", { type: "button", id: "more", click: () => show(list.children.length + PAGE) }, "Show more");
+  let found = [];
+  const show = (most) => {
+    list.append(...found.slice(list.children.length, most).map(completionItem));
+    more.hidden = list.children.length >= found.length;
+    more.textContent = `Show ${Math.min(PAGE, found.length - list.children.length)} more of ${whole(found.length)}`;
+  };
+  const refresh = () => {
+    const filter = Object.fromEntries(["first", "last", "low", "high"].map((id) => [id, form.querySelector(`#${id}`).value]));
+    filter.text = text.value.toLowerCase();
+    const run = runs[state.run];
+    const rows = rowsOf(run);
+    found = rows.filter((row) => passes(row, filter)).sort(ORDERS[order.value]);
+    const { total, steps_read: read, num_steps: steps } = run.completions;
+    const kept = rows.length < total ? `a sample of ${whole(rows.length)} from the ${whole(total)} completions` : `all ${whole(total)} completions`;
+    count.textContent = `${whole(found.length)} match, of ${kept} of ${read < steps ? `${read} evenly spaced steps of ${whole(steps)}` : `${whole(steps)} steps`}. The whole lies in completions/.`;
+    list.replaceChildren();
+    show(PAGE);
+  };
+  watch(["run"], refresh);
+  return section("completions", "Completions", form, count,
+    make("table", { class: "rows" }, make("thead", {}, make("tr", {}, heads)), list), more);
+}
+
+function completionItem(row) {
+  const parts = Object.entries(row.rewards).map(([name, value]) => `${name} ${short(value)}`).join(", ");
+  const tone = row.advantage > 0 ? "good" : row.advantage < 0 ? "bad" : "";
+  return make("tr", {},
+    make("td", { "data-label": "step" }, whole(row.step)),
+    make("td", { "data-label": "reward", class: tone }, row.reward == null ? "unscored" : short(row.reward), parts ? ` (${parts})` : ""),
+    make("td", { "data-label": "advantage" }, short(row.advantage)),
+    make("td", { "data-label": "tokens" }, whole(row.tokens), row.finished ? "" : ", truncated"),
+    make("td", { class: "text prompt" }, long(row.prompt)),
+    make("td", { class: "text" }, long(row.completion, row.cut_from)),
+    make("td", {}, make("button", { type: "button", class: "compare", click: () => compare(row) }, "Compare")));
+}
+
+/** A text whose rest is shown when asked for; `cut_from` is the length of one of which the page holds only the start. */
+function long(text, cutFrom = 0) {
+  const node = make("span", {}, text.slice(0, SHOWN_CHARACTERS) || make("em", {}, "empty"));
+  const note = cutFrom ? make("em", {}, ` … cut: the completion has ${whole(cutFrom)} characters, completions/ holds all of them`) : null;
+  if (text.length <= SHOWN_CHARACTERS) return [node, note];
+  const button = make("button", { type: "button", click: () => { node.textContent = text; button.replaceWith(note ?? ""); } },
+    `… show all ${whole(text.length)} characters${cutFrom ? ` kept of ${whole(cutFrom)}` : ""}`);
+  return [node, button];
+}
+
+/** Open the comparison: this completion beside another of the same prompt, the one farthest away in training. */
+function compare(row) {
+  const run = runs[state.run];
+  const all = rowsOf(run).filter((each) => each.prompt === row.prompt).sort((a, b) => a.step - b.step);
+  const seen = new Map();
+  const names = all.map((each) => {
+    seen.set(each.step, (seen.get(each.step) ?? 0) + 1);
+    return `step ${each.step}, no. ${seen.get(each.step)}, reward ${each.reward == null ? "unscored" : short(each.reward)}`;
+  });
+  const other = Math.abs(all[0].step - row.step) > Math.abs(all[all.length - 1].step - row.step) ? 0 : all.length - 1;
+  const chosen = [all.indexOf(row), other].sort((a, b) => a - b);
+  const views = [make("div", { class: "text" }), make("div", { class: "text" })];
+  const note = make("p", { class: "note", role: "status" });
+  const selects = chosen.map((place, side) => make("select", { "aria-label": ["Left completion", "Right completion"][side], change: () => draw() },
+    names.map((name, i) => make("option", { value: i, selected: i === place }, name))));
+  const draw = () => {
+    const [left, right] = selects.map((select) => all[Number(select.value)].completion);
+    const parts = difference(left, right);
+    views[0].replaceChildren(...(parts ? spans(parts, "removed") : [left]));
+    views[1].replaceChildren(...(parts ? spans(parts, "added") : [right]));
+    note.textContent = !parts ? "Too long to mark what differs." : left === right ? "The two are the same." : "What only one side has is marked.";
+  };
+  const dialog = make("dialog", { "aria-label": "Comparison of two completions", close: () => dialog.remove() },
+    make("form", { method: "dialog" }, make("h3", {}, "Two completions of one prompt"), make("button", { autofocus: true }, "Close")),
+    make("div", { class: "text prompt" }, long(row.prompt)), note,
+    make("div", { class: "sides" }, make("div", {}, selects[0], views[0]), make("div", {}, selects[1], views[1])));
+  draw();
+  document.body.append(dialog);
+  dialog.showModal();
+}
+
+function spans(parts, own) {
+  return parts.filter(([kind]) => kind === "same" || kind === own).map(([kind, text]) =>
+    (kind === "same" ? make("span", {}, text) : make(own === "added" ? "ins" : "del", {}, text)));
+}
+
+const MOST_PAIRS = 4_000_000;
+
+/** The longest common subsequence of words, as [kind, text] with kind same, removed or added; null where too long. */
+function difference(left, right) {
+  const [a, b] = [left, right].map((text) => text.match(/\s+|[\p{L}\p{N}]+|[^\s\p{L}\p{N}]/gu) ?? []);
+  let start = 0;
+  while (start < a.length && start < b.length && a[start] === b[start]) start += 1;
+  let end = 0;
+  while (end < a.length - start && end < b.length - start && a[a.length - 1 - end] === b[b.length - 1 - end]) end += 1;
+  const [x, y] = [a.slice(start, a.length - end), b.slice(start, b.length - end)];
+  if (x.length * y.length > MOST_PAIRS) return null;
+  const width = y.length + 1;
+  const common = new Uint16Array((x.length + 1) * width);
+  for (let i = x.length - 1; i >= 0; i -= 1) {
+    for (let j = y.length - 1; j >= 0; j -= 1) {
+      common[i * width + j] = x[i] === y[j] ? common[(i + 1) * width + j + 1] + 1
+        : Math.max(common[(i + 1) * width + j], common[i * width + j + 1]);
+    }
+  }
+  const parts = [["same", a.slice(0, start).join("")]];
+  let [i, j] = [0, 0];
+  while (i < x.length || j < y.length) {
+    if (i < x.length && j < y.length && x[i] === y[j]) { parts.push(["same", x[i]]); i += 1; j += 1; }
+    else if (j === y.length || (i < x.length && common[(i + 1) * width + j] >= common[i * width + j + 1])) { parts.push(["removed", x[i]]); i += 1; }
+    else { parts.push(["added", y[j]]); j += 1; }
+  }
+  return [...parts, ["same", a.slice(a.length - end).join("")]];
+}

@@ -1,0 +1,101 @@
+"use strict";
+// The data, what panels share, and how elements and numbers are made. Texts only ever become text nodes.
+
+const data = JSON.parse(document.getElementById("data").textContent);
+const runs = data.runs;
+const variants = [...new Set(runs.map((run) => run.variant))].map((number) => {
+  const members = runs.filter((run) => run.variant === number);
+  return { number, members, label: variantLabel(members.map((run) => run.name)) };
+});
+
+function variantLabel(names) {
+  if (names.length === 1) return names[0];
+  let common = names[0];
+  while (common && !names.every((name) => name.startsWith(common))) common = common.slice(0, -1);
+  return `${common.replace(/[\s_./-]*(seed)?[\s_./-]*$/i, "") || names[0]} (${names.length} seeds)`;
+}
+
+const state = {
+  cursor: null, // the step that all plots read out; null is each plot's last
+  smoothing: 0.6,
+  run: 0, // the run whose answers, times and completions are shown
+  hidden: new Set(), // numbers of variants that are not drawn
+  width: 0,
+};
+const watchers = [];
+
+/** Draw now, and again whenever one of the keys of the state changes. */
+function watch(keys, draw) {
+  watchers.push({ keys, draw });
+  draw();
+}
+
+function set(changes) {
+  Object.assign(state, changes);
+  for (const { keys, draw } of watchers) if (keys.some((key) => key in changes)) draw();
+}
+
+const SVG_TAGS = new Set(["svg", "path", "line", "rect", "circle", "text", "g", "title"]);
+
+function make(tag, attributes = {}, ...children) {
+  const node = SVG_TAGS.has(tag)
+    ? document.createElementNS("http://www.w3.org/2000/svg", tag)
+    : document.createElement(tag);
+  for (const [name, value] of Object.entries(attributes)) {
+    if (typeof value === "function") node.addEventListener(name, value);
+    else if (value === true) node.setAttribute(name, "");
+    else if (value !== false && value != null) node.setAttribute(name, value);
+  }
+  node.append(...children.flat().filter((child) => child != null));
+  return node;
+}
+
+/** A section of the page with its place in the navigation. */
+function section(id, title, ...children) {
+  return make("section", { id, "aria-labelledby": `${id}-title` }, make("h2", { id: `${id}-title` }, title), ...children.filter(Boolean));
+}
+
+function table(heads, rows, attributes = {}) {
+  const head = make("tr", {}, heads.map((text) => make("th", { scope: "col" }, text)));
+  const body = rows.map(([first, ...cells]) =>
+    make("tr", {}, make("th", { scope: "row" }, first), cells.map((cell) => make("td", {}, cell))));
+  return make("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": attributes.label },
+    make("table", { class: attributes.class }, make("thead", {}, head), make("tbody", {}, body)));
+}
+
+const MINUS = "\u2212";
+const NONE = "–";
+
+/** A number in three digits or so. */
+function short(value) {
+  if (value == null) return NONE;
+  const size = Math.abs(value);
+  const text = size !== 0 && (size < 1e-4 || size >= 1e9)
+    ? value.toExponential(1).replace(".0e", "e")
+    : new Intl.NumberFormat("en", size >= 1e4
+      ? { notation: "compact", maximumSignificantDigits: 3 }
+      : { maximumSignificantDigits: size >= 1e3 ? 4 : 3 }).format(value);
+  return text.replaceAll("-", MINUS);
+}
+
+function whole(value) {
+  return new Intl.NumberFormat("en").format(value);
+}
+
+function percent(share) {
+  if (share == null) return NONE;
+  return `${share > 0 && share < 0.01 ? "<1" : Math.round(100 * share)} %`;
+}
+
+function duration(seconds) {
+  if (seconds < 0.1) return `${short(1000 * seconds)} ms`;
+  if (seconds < 100) return `${short(seconds)} s`;
+  const minutes = Math.round(seconds / 60);
+  return minutes < 120 ? `${minutes} min` : `${Math.floor(minutes / 60)} h ${minutes % 60} min`;
+}
+
+/** A config's value as it would stand in YAML, near enough. */
+function written(value) {
+  if (value === undefined) return NONE;
+  return typeof value === "string" ? value : JSON.stringify(value);
+}

@@ -1,0 +1,17 @@
+// Puts the sections on the page.
+
+for (const run of runs) run.curves = withAgreement(run);
+if (runs.some((run) => run.agreement.step.length)) measured.push("agreement");
+
+/** The run's curves, with the agreement that was read off its completions beside the metrics. */
+function withAgreement(run) {
+  const at = new Map(run.agreement.step.map((step, place) => [step, run.agreement.share[place]]));
+  return { ...run.curves, agreement: run.curves.step.map((step) => at.get(step) ?? null) };
+}
+
+header();
+toolbar();
+document.getElementById("main").append(learning(), answers(), curvePanels(), time(), completionsPanel(), config());
+new ResizeObserver(([entry]) => {
+  if (entry.contentRect.width !== state.width) set({ width: entry.contentRect.width });
+}).observe(document.getElementById("main"));

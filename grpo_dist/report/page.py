@@ -1,0 +1,118 @@
+"""Puts the report together: template, style, scripts and the data of the runs in one file."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import html
+import os
+from collections.abc import Sequence
+from dataclasses import asdict
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from ..config import Config
+from .embedding import encoded, harmless
+from .reading import FIELDS, Completions, Written, read_completions, read_run
+from .shaping import OTHER, HeatMap, answer_map, change, curves, flat, is_number, number_map, run_names, variants
+
+MOST_COMPLETION_BYTES = 12_000_000
+MOST_CURVE_NUMBERS = 300_000
+"""Over all runs: what keeps the page under 20 MB."""
+MOST_COLUMNS, MOST_ROWS = 60, 12
+"""Of a heat map."""
+SCRIPTS = ("dom.js", "charts.js", "panels.js", "completions.js", "page.js")
+JUDGED = ("reward/mean", "eval/accuracy")
+"""Metrics that say whether a run has learned."""
+
+
+def write_report(directories: Sequence[Path], out: Path | None = None) -> Path:
+    """Write the report of one or several runs and return its place, report.html of the first run by default.
+
+    Raises ValueError where there is no run, OSError where something cannot be read or written.
+    """
+    runs = [read_run(directory) for directory in directories]
+    target = out or runs[0].directory / "report.html"
+    temporary = target.with_name(f".{target.name}.{os.getpid()}")
+    try:
+        temporary.write_text(render(runs), encoding="utf-8")
+        temporary.replace(target)  # a reader never sees half a page
+    finally:
+        temporary.unlink(missing_ok=True)
+    return target
+
+
+def render(runs: Sequence[Written]) -> str:
+    """Return the page."""
+    names = run_names([str(run.directory) for run in runs])
+    numbers = variants([run.config for run in runs])
+    most_points = max(100, MOST_CURVE_NUMBERS // sum(len(_measured(run)) + 1 for run in runs))
+    data = {
+        "made": f"{datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC", "fields": FIELDS, "other": OTHER,
+        "defaults": harmless(flat(asdict(Config())), 2_000),
+        "runs": [_run_data(run, name, number, most_points, MOST_COMPLETION_BYTES // len(runs))
+                 for run, name, number in zip(runs, names, numbers, strict=True)],
+    }  # fmt: skip
+    style, script = _asset("style.css"), "\n".join(_asset(name) for name in SCRIPTS)
+    policy = "; ".join(["default-src 'none'", "base-uri 'none'", "form-action 'none'",
+                        f"script-src {_hash(script)}", f"style-src {_hash(style)}"])  # fmt: skip
+    page = _asset("template.html")
+    for mark, text in {
+        "policy": policy, "title": html.escape(", ".join(harmless(names, 200))), "style": style, "script": script,
+        "data": encoded(data),  # last: what a model wrote is never searched for marks
+    }.items():  # fmt: skip
+        page = page.replace(f"%%{mark}%%", text)
+    return page
+
+
+def _asset(name: str) -> str:
+    return (Path(__file__).parent / name).read_text(encoding="utf-8")
+
+
+def _hash(text: str) -> str:
+    """A source that allows this very text in a content security policy."""
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+
+
+def _measured(run: Written) -> set[str]:
+    return {name for line in run.lines for name, value in line.items() if is_number(value)}
+
+
+def _run_data(run: Written, name: str, variant: int, most_points: int, most_bytes: int) -> dict[str, Any]:
+    found = read_completions(run, most_bytes)
+    drawn = curves(run.lines, most_points)
+    data = {
+        "name": name, "directory": str(run.directory.absolute()), "variant": variant, "config": run.config,
+        "starts": run.starts, "alarms": run.alarms[:200], "num_alarms": len(run.alarms),
+        "curves": drawn, "num_lines": len(run.lines), "changes": _changes(run),
+        "completions": {"total": found.total, "num_steps": len(run.files), "steps_read": len(found.steps)},
+        "maps": {key: asdict(each) for key, each in _maps(found).items()},
+        "agreement": {"step": found.steps, "share": found.agreement},
+    }  # fmt: skip
+    data = harmless(data, 2_000)
+    data["completions"] |= {"prompts": found.prompts, "rows": found.rows}  # harmless already, and longer
+    return data
+
+
+def _changes(run: Written) -> dict[str, dict[str, Any]]:
+    """Of each metric that judges a run: its first and last values, and whether they clearly differ."""
+    found = {}
+    for name in JUDGED:
+        values = [line[name] for line in run.lines if is_number(line.get(name))]
+        moved = change(values)
+        if name.startswith("eval/") and len(values) > 1:  # each is a mean over many prompts already
+            found[name] = {"before": values[0], "after": values[-1]}
+        elif moved is not None:
+            found[name] = asdict(moved)
+    return found
+
+
+def _maps(found: Completions) -> dict[str, HeatMap]:
+    if not found.steps:
+        return {}
+    return {
+        "answers": answer_map(found.answers, found.steps, MOST_ROWS, MOST_COLUMNS),
+        "rewards": number_map(found.rewards, found.steps, MOST_ROWS, MOST_COLUMNS),
+        "lengths": number_map(found.lengths, found.steps, MOST_ROWS, MOST_COLUMNS),
+    }  # fmt: skip

@@ -1,0 +1,228 @@
+// The sections of the page but for the completions.
+
+const SHARE = "share";
+const TITLES = {
+  "reward/mean": ["Reward"],
+  "reward/std": ["Standard deviation of rewards"],
+  "reward/groups_zero_std": ["Groups without signal", SHARE],
+  "reward/unscored": ["Unscored completions", SHARE],
+  "kl": ["KL to the reference", "nats per token"],
+  "entropy": ["Entropy", "nats per token"],
+  "completion/length_mean": ["Length", "tokens, mean"],
+  "completion/length_max": ["Longest completion", "tokens"],
+  "completion/truncated": ["Truncated completions", SHARE],
+  "loss": ["Loss"],
+  "grad_norm": ["Gradient norm"],
+  "learning_rate": ["Learning rate"],
+  "ratio/max": ["Largest ratio"],
+  "rollout/logprob_gap_max": ["Gap of rollout and trainer", "nats, largest"],
+  "rollout/tokens_per_second": ["Rollout speed", "tokens per second"],
+  "time/step": ["Time of a step", "seconds"],
+  "memory/peak_gib": ["Peak memory of rank 0", "GiB"],
+  "tokens/useful_share": ["Useful share of computed tokens", SHARE],
+};
+const CURVES = ["kl", "entropy", "completion/length_mean", "completion/truncated", "reward/groups_zero_std",
+  "reward/unscored", "loss", "grad_norm", "learning_rate", "ratio/max", "rollout/logprob_gap_max"];
+const SPEED = ["time/step", "rollout/tokens_per_second", "memory/peak_gib", "tokens/useful_share"];
+const PHASES = { rollout: "rollout", reward: "waiting for rewards", reference: "reference and old policy",
+  update: "update", sync: "sync of the rollout weights", eval: "evaluation" };
+
+const measured = [...new Set(runs.flatMap((run) => Object.keys(run.curves)))].filter((name) => name !== "step");
+const has = (name) => measured.includes(name);
+
+/** Charts of the metrics that there are; those that never changed are told in a line. */
+function chartsOf(names) {
+  const values = (name) => new Set(runs.flatMap((run) => run.curves[name] ?? []).filter((value) => value != null));
+  const present = names.filter(has).map((name) => ({ name, values: values(name), told: TITLES[name] ?? [name] }));
+  const still = present.filter((each) => each.values.size < 2);
+  return [make("div", { class: "grid" }, present.filter((each) => each.values.size > 1).map(({ name, told: [title, unit] }) =>
+    lineChart({ title, unit, metrics: [{ name }] }))),
+  still.length ? make("p", { class: "note" }, "Never changed: ", still.map((each) => `${each.told[0]} ${short([...each.values][0])}`).join(", "), ".") : null];
+}
+
+function header() {
+  const one = runs.length === 1;
+  const theme = make("button", { type: "button", id: "theme", click: () => {
+    const next = { "": "dark", dark: "light", light: "" }[document.documentElement.dataset.theme ?? ""];
+    document.documentElement.dataset.theme = next;
+    theme.textContent = `Theme: ${next || "system"}`;
+  } }, "Theme: system");
+  const links = ["learning:Learning", "answers:Answers", "curves:Curves", "time:Time and memory", "completions:Completions",
+    "config:Config"].map((each) => each.split(":"));
+  document.getElementById("header").append(
+    make("div", {}, make("h1", {}, one ? runs[0].name : `Comparison of ${runs.length} runs`),
+      make("p", { class: "note" }, one ? runs[0].directory : runs.map((run) => run.name).join(", "), ` · written ${data.made}`)),
+    make("nav", { "aria-label": "Sections" }, links.map(([id, text]) => make("a", { href: `#${id}` }, text)), theme),
+  );
+}
+
+function toolbar() {
+  const bar = document.getElementById("toolbar");
+  const said = make("output", { for: "step" });
+  const step = make("input", { type: "range", id: "step", min: FIRST_STEP, max: LAST_STEP, value: LAST_STEP,
+    input: () => set({ cursor: Number(step.value) }) });
+  const smoothing = make("input", { type: "range", id: "smoothing", min: 0, max: 0.98, step: 0.02, value: state.smoothing,
+    input: () => set({ smoothing: Number(smoothing.value) }) });
+  const amount = make("output", { for: "smoothing" });
+  bar.append(
+    make("label", {}, "Step read out ", step, said), make("label", {}, "Smoothing ", smoothing, amount),
+  );
+  if (variants.length > 1) bar.append(legend());
+  if (runs.length > 1) {
+    const choice = make("select", { id: "run", change: () => set({ run: Number(choice.value) }) },
+      runs.map((run, place) => make("option", { value: place }, run.name)));
+    bar.append(make("label", {}, "Answers, times and completions of ", choice));
+  }
+  watch(["cursor"], () => {
+    step.value = state.cursor ?? LAST_STEP;
+    said.textContent = state.cursor == null ? "last" : whole(state.cursor);
+  });
+  watch(["smoothing"], () => { amount.textContent = state.smoothing.toFixed(2); });
+}
+
+function legend() {
+  return make("fieldset", { class: "legend" }, make("legend", {}, "Runs"), variants.map((variant) => {
+    const box = make("input", { type: "checkbox", checked: true, change: () => {
+      const hidden = new Set(state.hidden);
+      if (box.checked) hidden.delete(variant.number); else hidden.add(variant.number);
+      set({ hidden });
+    } });
+    return make("label", {}, box, swatch(variant.number % 8), variant.label);
+  }));
+}
+
+/** What a run was, in a line of facts. */
+function facts(run) {
+  const steps = run.curves.step;
+  const sum = (name) => (run.curves[name] ?? []).reduce((a, b) => a + (b ?? 0), 0) * (run.num_lines / steps.length);
+  const done = steps[steps.length - 1];
+  const asked = run.config["train.num_train_steps"];
+  const start = run.starts[run.starts.length - 1] ?? {};
+  return [
+    ["Steps", done >= asked ? `${whole(done)}, complete` : `${whole(done)} of ${whole(asked)}`],
+    ["Model", run.config["model.name"]],
+    ["Ranks", start.ranks ? `${start.ranks.length}, ${start.engine}` : NONE],
+    ["Time in steps", duration(sum("time/step") + sum("time/eval"))],
+    ["Completion tokens", short(sum("tokens/completion"))],
+    ["Peak memory", has("memory/peak_gib") ? `${short(Math.max(...run.curves["memory/peak_gib"]))} GiB` : NONE],
+  ];
+}
+
+function verdict(change) {
+  const word = change.is_clear === false ? "no clear change" : change.after > change.before ? "rose" : change.after < change.before ? "fell" : "unchanged";
+  const basis = change.window ? `mean of the first and the last ${change.window} steps` : "before and after training";
+  return make("div", { class: "verdict" },
+    make("p", { class: `figures ${word.split(" ")[0]}` }, short(change.before), make("span", { class: "arrow" }, " → "), short(change.after),
+      make("span", { class: "word" }, word)),
+    make("p", { class: "note" }, basis));
+}
+
+function learning() {
+  const cards = [["reward/mean", { title: "Reward", unit: "mean of the batch", metrics: [{ name: "reward/mean" }] }],
+    ["eval/accuracy", { title: "Accuracy on held-out prompts", unit: SHARE,
+      metrics: [{ name: "eval/accuracy", label: "sampled" }, { name: "eval/greedy_accuracy", label: "greedy" }] }],
+  ].filter(([name]) => has(name)).map(([name, chart]) => make("div", {},
+    runs.length === 1 && runs[0].changes[name] ? verdict(runs[0].changes[name]) : null, lineChart({ ...chart, height: 240 })));
+  const told = runs.length > 1 ? comparison() : make("dl", { class: "facts" },
+    facts(runs[0]).map(([name, value]) => make("div", {}, make("dt", {}, name), make("dd", {}, value))));
+  return section("learning", "Did it learn?", make("div", { class: "grid wide" }, cards), told, alarms());
+}
+
+function comparison() {
+  const differing = [...new Set(runs.flatMap((run) => Object.keys(run.config)))].filter((key) =>
+    key !== "train.output_dir" && new Set(runs.map((run) => written(run.config[key]))).size > 1);
+  const last = (run, name) => (run.curves[name] ?? []).filter((value) => value != null).pop();
+  const moved = (run, name) => (run.changes[name] ? `${short(run.changes[name].before)} → ${short(run.changes[name].after)}` : NONE);
+  const heads = ["Run", "Reward, first → last", "Held-out accuracy", "KL", "Length", "Tokens/s", "Steps", "Time", ...differing];
+  const rows = runs.map((run) => {
+    const told = Object.fromEntries(facts(run));
+    return [make("span", {}, swatch(run.variant % 8), " ", run.name), moved(run, "reward/mean"), moved(run, "eval/accuracy"),
+      short(last(run, "kl")), short(last(run, "completion/length_mean")), short(last(run, "rollout/tokens_per_second")),
+      told.Steps, told["Time in steps"], ...differing.map((key) => written(run.config[key]))];
+  });
+  return table(heads, rows, { class: "numbers", label: "Comparison of the runs" });
+}
+
+function alarms() {
+  const told = runs.flatMap((run) => run.alarms.map((alarm) => ({ run, alarm })));
+  const number = runs.reduce((sum, run) => sum + run.num_alarms, 0);
+  if (!number) return null;
+  return make("details", { class: "alarms", open: true }, make("summary", {}, `${whole(number)} alarm${number > 1 ? "s" : ""}`),
+    make("ul", {}, told.map(({ run, alarm }) => make("li", {}, runs.length > 1 ? `${run.name}, ` : "", `step ${alarm.step}: `,
+      alarm.message ?? written(alarm)))),
+    number > told.length ? make("p", { class: "note" }, `The first ${told.length} are shown.`) : null);
+}
+
+function answers() {
+  if (!runs.some((run) => run.maps.answers)) {
+    return section("answers", "Answers", make("p", { class: "note" }, "This run kept no completions (logging.log_completions was off)."));
+  }
+  const told = make("p", { class: "note" });
+  watch(["run"], () => {
+    const { steps_read: read, num_steps: steps } = runs[state.run].completions;
+    told.textContent = read < steps ? `From ${read} evenly spaced steps of ${whole(steps)}.` : `From every completion of ${read} steps.`;
+  });
+  const map = (name) => (run) => run.maps[name];
+  return section("answers", "What it answered", told, make("div", { class: "grid wide" },
+    make("div", { class: "stack" }, heatMap({ title: "Answers over training", mapOf: map("answers"),
+      note: "share of completions, earliest first" }),
+    lineChart({ title: "Agreement within a group", unit: "share of its most frequent answer", metrics: [{ name: "agreement" }] })),
+    make("div", { class: "stack" }, heatMap({ title: "Rewards over training", mapOf: map("rewards"), note: "share of completions" }),
+      heatMap({ title: "Lengths over training", mapOf: map("lengths"), note: "share of completions, by tokens" }))));
+}
+
+function curvePanels() {
+  const elsewhere = new Set([...CURVES, ...SPEED, "reward/mean", "eval/accuracy", "eval/greedy_accuracy", "epoch", "agreement"]);
+  const rest = measured.filter((name) => !elsewhere.has(name)).sort();
+  const more = make("div", {});
+  const details = make("details", { toggle: () => {
+    if (details.open && !more.children.length) more.append(...chartsOf(rest).filter(Boolean));
+  } }, make("summary", {}, `All other metrics (${rest.length})`), more);
+  const thinned = runs.filter((run) => run.num_lines > run.curves.step.length).map((run) =>
+    `${run.name}: a point is the mean of ${Math.ceil(run.num_lines / run.curves.step.length)} steps.`);
+  return section("curves", "Curves", ...chartsOf(CURVES),
+    thinned.length ? make("p", { class: "note" }, thinned.join(" ")) : null, details);
+}
+
+function time() {
+  const bars = make("div", { class: "bars" });
+  watch(["run"], () => {
+    const { curves } = runs[state.run];
+    const total = (name) => (curves[name] ?? []).reduce((a, b) => a + (b ?? 0), 0) / Math.max(1, curves["time/step"]?.filter((v) => v != null).length ?? 1);
+    const phases = Object.entries(PHASES).map(([name, text]) => [text, total(`time/${name}`)]);
+    const inStep = phases.slice(0, 5).reduce((sum, [, seconds]) => sum + seconds, 0);
+    phases.splice(5, 0, ["everything else", Math.max(0, total("time/step") - inStep)]);
+    const sum = phases.reduce((all, [, seconds]) => all + seconds, 0) || 1;
+    bars.replaceChildren(...phases.map(([text, seconds]) => {
+      const bar = make("i", {});
+      bar.style.width = `${(100 * seconds) / sum}%`;
+      return make("div", { class: "bar" }, make("span", {}, text), make("span", { class: "track" }, bar),
+        make("span", { class: "value" }, duration(seconds)), make("span", { class: "value" }, percent(seconds / sum)));
+    }));
+  });
+  return section("time", "Time and memory", make("figure", { class: "chart" }, make("figcaption", {},
+    make("span", { class: "title" }, "Where the time went"), make("span", { class: "unit" }, "per step, on rank 0")), bars),
+  ...chartsOf(SPEED));
+}
+
+function config() {
+  const keys = [...new Set(runs.flatMap((run) => Object.keys(run.config)))];
+  const all = make("input", { type: "checkbox", id: "all-options", change: () => draw() });
+  const holder = make("div", {});
+  const draw = () => {
+    const chosen = keys.filter((key) => all.checked || runs.some((run) => written(run.config[key]) !== written(data.defaults[key])));
+    holder.replaceChildren(table(["Option", ...runs.map((run) => run.name), "Default"], chosen.map((key) =>
+      [key, ...runs.map((run) => written(run.config[key])), written(data.defaults[key])]), { label: "Options" }));
+  };
+  draw();
+  return section("config", "Config and environment", make("label", {}, all, ` Show all ${keys.length} options, not only those that differ from the defaults`),
+    holder, make("h3", {}, "Environment"), runs.map(environment));
+}
+
+function environment(run) {
+  if (!run.starts.length) return make("p", { class: "note" }, `${run.name}: no environment.jsonl was written.`);
+  const rows = run.starts.map((start) => [start.started, `step ${start.first_step}`, start.engine, start.ranks.join("; "),
+    Object.entries(start.versions).map(([name, version]) => `${name} ${version}`).join(", ")]);
+  return make("div", {}, runs.length > 1 ? make("h4", {}, run.name) : null,
+    table(["Started", "From", "Engine", "Ranks", "Versions"], rows, { class: "wrapped", label: `Environment of ${run.name}` }));
+}

@@ -1,0 +1,200 @@
+"""From what a run wrote to what its report draws: pure functions over lists, dicts and numbers."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+MOST_LABEL_CHARACTERS = 60
+TIMES = 6
+"""Parts of a run in which an answer can be frequent."""
+OTHER, UNSCORED = "all others", "unscored"
+SEEDS_DIFFER_IN = ("train.seed", "train.output_dir")
+
+
+@dataclass(frozen=True)
+class HeatMap:
+    """Shares of a step's completions, by row and by column of neighbouring steps."""
+
+    rows: list[str]
+    columns: list[tuple[int, int]]
+    """First and last step of each column."""
+    shares: list[list[float]]
+    """By row and column; each column adds up to 1."""
+
+
+@dataclass(frozen=True)
+class Change:
+    """How a metric moved from a run's first steps to its last."""
+
+    before: float
+    """Mean of the first `window` values."""
+    after: float
+    """Mean of the last `window` values."""
+    window: int
+    is_clear: bool
+    """Whether the difference is more than twice its standard error."""
+
+
+def change(values: Sequence[float]) -> Change | None:
+    """Compare the first tenth of the values (three at least) with the last; None for fewer than six values."""
+    window = max(3, len(values) // 10)
+    if len(values) < 2 * window:
+        return None
+    parts = values[:window], values[-window:]
+    means = [math.fsum(part) / window for part in parts]
+    variances = [math.fsum((value - mean) ** 2 for value in part) / (window - 1)
+                 for part, mean in zip(parts, means, strict=True)]  # fmt: skip
+    error = math.sqrt(sum(variances) / window)
+    return Change(means[0], means[1], window, abs(means[1] - means[0]) > 2 * error)
+
+
+def flat(config: Any, name: str = "") -> dict[str, Any]:
+    """Return a nested config by dotted names; lists of mappings get their numbers as names."""
+    if isinstance(config, list) and any(isinstance(each, dict) for each in config):
+        config = dict(enumerate(config))
+    if not isinstance(config, dict) or not config:
+        return {name: config}
+    return {key: value for part, below in config.items()
+            for key, value in flat(below, f"{name}.{part}" if name else str(part)).items()}  # fmt: skip
+
+
+def variants(configs: Sequence[dict[str, Any]]) -> list[int]:
+    """Number the runs' flat configs such that runs which differ in their seed alone have the same number."""
+    seen: list[dict[str, Any]] = []
+    numbers = []
+    for config in configs:
+        same = {key: value for key, value in config.items() if key not in SEEDS_DIFFER_IN}
+        if same not in seen:
+            seen.append(same)
+        numbers.append(seen.index(same))
+    return numbers
+
+
+def run_names(directories: Sequence[str]) -> list[str]:
+    """Return each directory's last part, with as many of its parents as tell it from the others."""
+    parts = [os.path.abspath(directory).strip(os.sep).split(os.sep) for directory in directories]
+    depth = 1
+    while len({tuple(part[-depth:]) for part in parts}) < len({tuple(part) for part in parts}):
+        depth += 1
+    return ["/".join(part[-depth:]) for part in parts]
+
+
+def spread(count: int, most: int) -> list[int]:
+    """Return at most `most` of the places 0 … count − 1, evenly spread, with both ends."""
+    if count <= most:
+        return list(range(count))
+    return sorted({round(place * (count - 1) / (most - 1)) for place in range(most)})
+
+
+def curves(lines: Sequence[dict[str, Any]], most_points: int) -> dict[str, list[float | None]]:
+    """Return the metrics by name, `step` among them; neighbouring steps are averaged where there are too many.
+
+    None stands where a metric was not measured. A point's step is the last of those it stands for.
+    """
+    each = max(1, math.ceil(len(lines) / most_points))
+    parts = [lines[start : start + each] for start in range(0, len(lines), each)]
+    names = dict.fromkeys(name for line in lines for name, value in line.items() if is_number(value))
+    found = {name: [_mean([line[name] for line in part if is_number(line.get(name))]) for part in parts]
+             for name in names}  # fmt: skip
+    return found | {"step": [part[-1]["step"] for part in parts]}
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value read from JSON is a finite number."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return math.fsum(values) / len(values) if values else None
+
+
+def columns(steps: Sequence[int], most: int) -> list[tuple[int, int]]:
+    """Divide steps into at most `most` runs of neighbours, as equal in number as can be."""
+    count = min(len(steps), most)
+    ends = [len(steps) * place // count for place in range(count + 1)] if count else []
+    return [(steps[start], steps[end - 1]) for start, end in itertools.pairwise(ends)]
+
+
+def answer_of(text: str, read: Callable[[str], str | None] | None) -> str:
+    """Return the answer that a completion gives, or where none can be read the start of its text, on one line."""
+    answer = read(text) if read is not None else None
+    words = " ".join((text[: 4 * MOST_LABEL_CHARACTERS] if answer is None else answer).split())
+    return words if len(words) <= MOST_LABEL_CHARACTERS else words[: MOST_LABEL_CHARACTERS - 1] + "…"
+
+
+def answer_map(counts: Sequence[Counter[str]], steps: Sequence[int], most_rows: int, most_columns: int) -> HeatMap:
+    """Show the answers that were most frequent at some time, in the order in which they had it, and all others.
+
+    `counts` has one counter of answers for each of the steps.
+    """
+    across = columns(steps, most_columns)
+    merged = _merge(counts, steps, across)
+    peaks: dict[str, float] = {}
+    for part in _merge(counts, steps, columns(steps, TIMES)):
+        for answer, count in part.items():
+            peaks[answer] = max(peaks.get(answer, 0.0), count / part.total())
+    frequent = sorted(peaks, key=lambda answer: (-peaks[answer], answer))[:most_rows]
+    shares = _shares(merged, frequent)
+
+    def time(row: int) -> float:
+        return sum(column * share for column, share in enumerate(shares[row])) / sum(shares[row])
+
+    order = sorted(range(len(frequent)), key=time)
+    rows, parts = [frequent[row] for row in order], [shares[row] for row in order]
+    rest = [1 - sum(row[column] for row in parts) for column in range(len(across))]
+    if any(share > 1e-9 for share in rest):
+        rows, parts = [*rows, OTHER], [*parts, [max(share, 0.0) for share in rest]]
+    return HeatMap(rows, across, parts)
+
+
+def number_map(values: Sequence[Sequence[float]], steps: Sequence[int], most_rows: int, most_columns: int) -> HeatMap:
+    """Show how often a number took which value: by value where they are few, else in ranges of equal width.
+
+    `values` has the numbers of each of the steps; NaN is `unscored`. Rows go from the largest value down.
+    """
+    present = sorted({value for step in values for value in step if not math.isnan(value)}, reverse=True)
+    if len(present) <= most_rows:
+        rows = list(dict.fromkeys(f"{value:.4g}" for value in present))
+        names = {value: f"{value:.4g}" for value in present}
+    else:
+        low, width = present[-1], (present[0] - present[-1]) / most_rows
+        ranges = [f"{low + width * n:.4g} – {low + width * (n + 1):.4g}" for n in range(most_rows)]
+        rows = ranges[::-1]
+        names = {value: ranges[min(int((value - low) / width), most_rows - 1)] for value in present}
+    counts = [Counter(UNSCORED if math.isnan(value) else names[value] for value in step) for step in values]
+    if any(UNSCORED in count for count in counts):
+        rows.append(UNSCORED)
+    across = columns(steps, most_columns)
+    return HeatMap(rows, across, _shares(_merge(counts, steps, across), rows))
+
+
+def _merge(
+    counts: Sequence[Counter[str]], steps: Sequence[int], across: Sequence[tuple[int, int]]
+) -> list[Counter[str]]:
+    return [sum((count for count, step in zip(counts, steps, strict=True) if first <= step <= last), Counter())
+            for first, last in across]  # fmt: skip
+
+
+def _shares(counts: Sequence[Counter[str]], rows: Sequence[str]) -> list[list[float]]:
+    totals = [max(count.total(), 1) for count in counts]
+    return [[count[row] / total for count, total in zip(counts, totals, strict=True)] for row in rows]
+
+
+def agreement(answers: Sequence[str], groups: Sequence[int]) -> float:
+    """Return the share that the most frequent answer has in its group, averaged over the groups."""
+    by_group: dict[int, Counter[str]] = {}
+    for answer, group in zip(answers, groups, strict=True):
+        by_group.setdefault(group, Counter())[answer] += 1
+    return math.fsum(max(count.values()) / count.total() for count in by_group.values()) / len(by_group)
+
+
+def by_lot(prompt_indices: Iterable[int]) -> list[int]:
+    """Return the different prompts in an order that is the same at every step, so that a sample meets them again."""
+    return sorted(set(prompt_indices), key=lambda index: (zlib.crc32(str(index).encode()), index))

@@ -1,0 +1,65 @@
+"""Where a run goes on from, and whether it is still the same run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from . import checkpoint
+from .batch import Prompt
+from .cli_config import redacted
+from .config import Config
+from .guards import data_fingerprint, differences
+from .models import base_identity
+from .sources import identifying, order_of
+
+NEEDED = ("step", "updates", "kl_coeff", "facts", "metrics", "logged", "identity", "config", "versions", "sampler")
+"""What a checkpoint's metadata has to hold for a run to go on from it."""
+
+
+def resume_path(config: Config) -> Path | None:
+    """The checkpoint that train.resume comes to, or None for a fresh start.
+
+    Raises ValueError where there is one and train.resume is `never`, DamagedCheckpoint where the one named is damaged.
+    """
+    root, resume = Path(config.train.output_dir) / "checkpoints", config.train.resume
+    if resume == "auto":
+        return checkpoint.newest(root)
+    if resume == "never":
+        if checkpoint.complete(root):
+            raise ValueError(f"train.resume is `never` but {root} holds checkpoints: choose another "
+                             "train.output_dir, or remove it")  # fmt: skip
+        return None
+    checkpoint.verify(Path(resume))
+    return Path(resume)
+
+
+def identity(config: Config, model_config: Any, prompts: Sequence[Prompt]) -> dict[str, Any]:
+    """What a run may not change on its way."""
+    return {"base": base_identity(config.model, model_config), "lora": asdict(config)["lora"],
+            "critic": config.advantage.baseline == "critic", "num_prompts": len(prompts),
+            "data": data_fingerprint(identifying(prompts)), "order": order_of(config.data),
+            "seed": config.train.seed, "batch_size": config.train.batch_size}  # fmt: skip
+
+
+def changes(path: Path, config: Config, now: dict[str, Any]) -> list[str]:
+    """What has changed since a checkpoint, a line each; raises ValueError where the run's identity `now` is another."""
+    meta = checkpoint.load_meta(path, NEEDED)
+    harmful = differences(meta["identity"], now)
+    if harmful and not config.train.allow_changes:
+        told = "\n  ".join(harmful)
+        raise ValueError(f"{path} belongs to another run:\n  {told}\nChoose another train.output_dir, "
+                         "or set train.allow_changes")  # fmt: skip
+    changed = harmful + differences(meta["config"], redacted(asdict(config)))
+    return [f"changed since the checkpoint: {change}" for change in changed] + [
+        f"another version than the checkpoint's, equality is not promised: {change}"
+        for change in differences(meta["versions"], versions())
+    ]
+
+
+def versions() -> dict[str, str]:
+    """Versions of what the numbers depend on."""
+    return {name: metadata.version(name) for name in ("torch", "transformers", "peft", "accelerate")}

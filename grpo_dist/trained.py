@@ -1,0 +1,104 @@
+"""What a run has trained, found again on the disk and loaded without ranks: by `export` and `chat`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from peft import PeftModel
+
+from . import checkpoint
+from .config import LoraConfig, ModelConfig
+from .distributed import DTYPES, resolve_dtype
+from .metrics import read_history
+from .models import base_identity, load_causal_lm, load_model_config, load_policy, load_tokenizer, trainable
+from .policy import Policy
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A checkpoint, or the directory `final` of a run that has ended."""
+
+    path: Path
+    """Where its weights are."""
+    run: Path
+    """The run's directory."""
+    step: int
+    """How many steps it was trained for."""
+    config: dict[str, Any]
+    """The run's resolved config."""
+    is_checkpoint: bool
+
+    @property
+    def model(self) -> ModelConfig:
+        """The base model."""
+        return ModelConfig(**self.config["model"])
+
+    @property
+    def lora(self) -> LoraConfig | None:
+        """The adapters; None after full fine-tuning."""
+        return LoraConfig(**self.config["lora"]) if self.config["lora"] else None
+
+
+def find(path: Path) -> Trained:
+    """A run's end, or its newest checkpoint where it has not ended; or the checkpoint or `final` that is named itself.
+
+    Raises ValueError where there is neither, and where the checkpoint is not whole.
+    """
+    if (path / checkpoint.MANIFEST).is_file():
+        try:
+            checkpoint.verify(path)
+        except checkpoint.DamagedCheckpoint as error:
+            raise ValueError(str(error)) from error
+        meta = checkpoint.load_meta(path)
+        return Trained(path, path.resolve().parents[1], meta["step"], meta["config"], True)
+    run = path.resolve().parent if path.name == "final" else path
+    if not (run / "config.yaml").is_file():
+        raise ValueError(f"{path}: expected the directory of a run (train.output_dir, with its config.yaml), its "
+                         "`final`, or one of its checkpoints/step_N")  # fmt: skip
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    done = max((entry["step"] for entry in read_history(run)), default=0)
+    final = run / "final"
+    if (final / "config.json").is_file() and (run != path or done >= config["train"]["num_train_steps"]):
+        return Trained(final, run, done, config, False)
+    newest = checkpoint.newest(run / "checkpoints")
+    if newest is None:
+        raise ValueError(f"{run}: there is no whole checkpoint and no `final` of a run that has ended")
+    return find(newest)
+
+
+def load(trained: Trained) -> tuple[Policy, Any]:
+    """The trained policy on the CPU, in the dtype it was trained in, and its tokenizer.
+
+    Raises ValueError where the base model is not the one it was trained on, OSError where it is not there.
+    """
+    model, lora, tokenizer = trained.model, trained.lora, load_tokenizer(trained.model)
+    if trained.is_checkpoint:
+        return _from_checkpoint(trained).eval(), tokenizer
+    here = at(trained, trained.path)
+    stored = load_model_config(here)
+    if lora is None:
+        return Policy(load_causal_lm(here, stored.dtype, None), 1.0).eval(), tokenizer
+    base = load_causal_lm(model, stored.dtype, None)
+    return Policy(PeftModel.from_pretrained(base, str(trained.path / "adapter")), 1.0).eval(), tokenizer
+
+
+def at(trained: Trained, path: Path) -> ModelConfig:
+    """A directory to load the trained model from, with the trust its base model has."""
+    return ModelConfig(name=str(path), trust_remote_code=trained.model.trust_remote_code)
+
+
+def _from_checkpoint(trained: Trained) -> Policy:
+    tensors, meta = checkpoint.load(trained.path)
+    model = trained.model
+    if base_identity(model, load_model_config(model)) != meta["identity"]["base"]:
+        raise ValueError(f"{trained.path}: {model.name!r} is not the base model any more that this was trained on")
+    dtype = DTYPES[meta["dtype"]] if "dtype" in meta else resolve_dtype(model.dtype)
+    policy = load_policy(model, trained.lora, dtype, None, 1.0, 0, has_critic=meta["identity"]["critic"])
+    with torch.no_grad():
+        for name, parameter in trainable(policy).items():
+            parameter.copy_(tensors[f"weight/{name}"])
+    return policy

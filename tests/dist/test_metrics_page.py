@@ -1,0 +1,55 @@
+"""docs/metrics.md has every metric that real runs write, and no other."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from launching import ROOT, launch, metrics
+
+RUNS = {
+    "critic": ["--preset", "ppo", "--loss.importance_correction", "truncate", "--loss.kl_target", "0.02"],
+    "groups": ["--rollout.max_resamples", "1", "--rewards", "[{name: math}, {name: boxed, weight: 0.1}]"],
+}
+"""Between them, all options that add metrics; `boxed` reports a number of its own."""
+
+
+def page() -> set[str]:
+    """Metric names of the page, NAME standing for a reward's and … for what it reports."""
+    text = (ROOT / "docs" / "metrics.md").read_text()
+    tables = text.partition("## All metrics")[2].partition("## Alarms")[0]
+    cells = re.findall(r"^\| (`.*?) \|", tables, re.M)
+    return {name for cell in cells for name in re.findall(r"`([^`]+)`", cell)}
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
+    names: set[str] = set()
+    for run, words in RUNS.items():
+        directory = tmp_path_factory.mktemp("runs") / run
+        done = launch(None, 1, "--config", "configs/quickstart.yaml", "--train.num_train_steps", "2", *words,
+                      "--train.batch_size", "4", "--train.num_eval_prompts", "4", "--train.save_every", "0",
+                      "--train.output_dir", str(directory))  # fmt: skip
+        assert done.returncode == 0, done.stderr[-4000:]
+        assert (directory / "alarms.jsonl").exists()
+        names |= {name for line in metrics(directory) for name in line}
+    return names
+
+
+def as_on_the_page(name: str) -> str:
+    parts = name.split("/")
+    if len(parts) < 3 or parts[0] != "reward":
+        return name
+    return f"reward/NAME/{parts[2] if parts[2] in ('mean', 'failed', 'seconds') else '…'}"
+
+
+def test_the_page_has_every_metric_and_no_other(written: set[str]) -> None:
+    assert {as_on_the_page(name) for name in written} == page()
+
+
+def test_every_metric_has_a_meaning(written: set[str]) -> None:
+    text = Path(ROOT / "docs" / "metrics.md").read_text()
+    for name in {as_on_the_page(name) for name in written}:
+        (row,) = [line for line in text.splitlines() if line.startswith("|") and f"`{name}`" in line.split("|")[1]]
+        assert len(row.split("|")) == 7 and len(row.split("|")[3].strip()) > 4, row

@@ -1,0 +1,47 @@
+"""Output directories as runs leave them, written by hand: any content, without a training."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import yaml
+
+from grpo_dist.config import Config
+
+
+def write_run(
+    directory: Path, num_steps: int = 12, text: Callable[[int, int, int], str] = lambda step, group, sample: str(group),
+    num_groups: int = 2, group_size: int = 4, **train: Any,
+) -> Path:  # fmt: skip
+    """A run whose reward rises with its steps; `text` gives a completion by step, group and sample."""
+    (directory / "completions").mkdir(parents=True)
+    config = asdict(Config())
+    config["train"] |= {"num_train_steps": num_steps, "output_dir": str(directory), **train}
+    (directory / "config.yaml").write_text(yaml.safe_dump(config))
+    lines: list[dict[str, Any]] = [{"step": 0, "eval/accuracy": 0.25}]
+    for step in range(1, num_steps + 1):
+        lines.append({"step": step, "reward/mean": step / num_steps, "kl": step * 1e-3, "grad_norm": None, "loss": 0.0,
+                      "time/step": 1.0, "time/rollout": 0.5, "time/update": 0.25})  # fmt: skip
+        rows = [(group, sample) for group in range(num_groups) for sample in range(group_size)]
+        table = {
+            "step": [step] * len(rows), "prompt_index": [group + step % 2 for group, _ in rows],
+            "group": [group for group, _ in rows], "prompt": [f"prompt {group + step % 2}" for group, _ in rows],
+            "completion": [text(step, *row) for row in rows], "tokens": [3 + sample for _, sample in rows],
+            "finished": [sample > 0 for _, sample in rows],
+            "reward": [float("nan") if sample == 1 else float(sample < 4 * step / num_steps) for _, sample in rows],
+            "advantage": [0.5 - sample % 2 for _, sample in rows],
+        }  # fmt: skip
+        table["reward/math"] = table["reward"]
+        pq.write_table(pa.table(table), directory / "completions" / f"step_{step:06d}.parquet")
+    lines[-1]["eval/accuracy"] = 0.75
+    (directory / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (directory / "environment.jsonl").write_text(json.dumps({
+        "started": "2026-01-01 00:00 UTC", "first_step": 0, "engine": "DDP", "ranks": ["a: cpu", "b: cpu"],
+        "platform": "here", "versions": {"torch": "2"}}) + "\n")  # fmt: skip
+    return directory

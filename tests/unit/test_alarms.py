@@ -1,0 +1,115 @@
+"""Alarms: each rings where it should, once, again only after recovery, and never in a run that learns."""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+
+import pytest
+
+from grpo_dist.alarms import PAGE, RULES, Alarms, Rule, rules_for
+
+HEALTHY = {
+    "reward/mean": 0.5, "reward/std": 0.4, "reward/groups_zero_std": 0.3, "reward/unscored": 0.0, "kl": 0.02,
+    "reward/math/failed": 0.0, "entropy": 0.6, "clip/low": 0.0, "clip/high": 0.01, "grad_norm": 0.8,
+    "learning_rate": 1e-3, "update/skipped": 0.0, "completion/length_mean": 5.0, "completion/truncated": 0.0,
+    "tokens/completion": 500.0, "rollout/logprob_gap_max": 0.01, "time/reward": 0.1, "time/step": 2.0,
+}  # fmt: skip
+WRONG: dict[str, tuple[dict[str, float | None], int]] = {
+    # alarm: what is wrong, and the step of it at which the alarm is due
+    "no_signal": ({"reward/groups_zero_std": 1.0}, 5),
+    "no_update": ({"learning_rate": 0.0}, 3),
+    "kl_runaway": ({"kl": 2.0}, 3),
+    "entropy_collapse": ({"entropy": 0.01, "reward/groups_zero_std": 0.9}, 5),
+    "truncated": ({"completion/truncated": 0.6}, 3),
+    "empty_completions": ({"completion/length_mean": 1.0, "tokens/completion": 100.0}, 3),
+    "logprob_gap": ({"rollout/logprob_gap_max": 3.0}, 3),
+    "rewards_failing": ({"reward/math/failed": 2.0}, 1),
+    "unscored": ({"reward/unscored": 0.3}, 3),
+    "slow_rewards": ({"time/reward": 1.5}, 5),
+    "grad_spike": ({"grad_norm": 9.0}, 1),
+    "bad_update": ({"update/skipped": 1.0}, 1),
+    "clipped": ({"clip/low": 0.2, "clip/high": 0.2}, 3),
+    "reward_collapse": ({"reward/mean": 0.0}, 7),  # 5 steps until the average is below, and 2 more
+}  # fmt: skip
+
+
+def rung(alarms: Alarms, first: int, steps: list[dict[str, float | None]]) -> list[tuple[int, str]]:
+    """(step, name) of all alarms over some steps."""
+    return [(alarm.step, alarm.name) for number, step in enumerate(steps, first)
+            for alarm in alarms.step({"step": number} | step)]  # fmt: skip
+
+
+def test_every_rule_is_tried() -> None:
+    assert {rule.name for rule in RULES} == set(WRONG)
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_rings_once_and_again_after_recovery(name: str) -> None:
+    wrong, due = WRONG[name]
+    alarms = Alarms()
+    assert rung(alarms, 1, [HEALTHY] * 30) == []
+    assert rung(alarms, 31, [HEALTHY | wrong] * (due + 20)) == [(30 + due, name)]
+    left = set() if name == "grad_spike" else {name}  # a spike that lasts becomes the median
+    assert alarms.ringing == left
+    assert rung(alarms, 100, [HEALTHY] * 120) == []
+    assert alarms.ringing == set()
+    assert rung(alarms, 300, [HEALTHY | wrong] * due) == [(299 + due, name)]
+
+
+def test_between_the_two_limits_nothing_changes() -> None:
+    alarms = Alarms()
+    rung(alarms, 1, [HEALTHY | {"completion/truncated": 0.6}] * 3)
+    assert rung(alarms, 4, [HEALTHY | {"completion/truncated": share} for share in (0.4, 0.6, 0.6, 0.6, 0.6)]) == []
+    assert alarms.ringing == {"truncated"}
+
+
+def test_one_bad_step_is_none_for_an_alarm_of_several() -> None:
+    assert rung(Alarms(), 1, [HEALTHY | {"kl": 5.0}, HEALTHY] * 10) == []
+
+
+def test_a_message_names_the_values_and_the_page() -> None:
+    alarms = Alarms()
+    (alarm,) = [each for number in range(5) for each in alarms.step(
+        HEALTHY | {"step": number, "reward/groups_zero_std": 1.0, "reward/mean": 0.125})]  # fmt: skip
+    assert alarm.message == "100% of the groups have equal rewards (mean 0.125): nothing can be learned there"
+    assert (alarm.step, alarm.metric, alarm.value, alarm.limit) == (4, "reward/groups_zero_std", 1.0, 0.95)
+    assert alarm.page == "docs/metrics.md#no_signal"
+
+
+def test_metrics_that_are_missing_or_null_say_nothing() -> None:
+    nothing = dict.fromkeys(HEALTHY)
+    assert rung(Alarms(), 0, [{"eval/accuracy": 0.5}] + [nothing] * 200) == []
+    assert rung(Alarms(), 0, [{"reward/mean": None}] * 200) == []
+
+
+def test_no_metric_of_a_step_is_changed_or_kept_for_ever() -> None:
+    alarms = Alarms()
+    rung(alarms, 1, [HEALTHY] * 1000)
+    assert len(alarms._recent) == 100 and len(alarms._first) == 5
+
+
+def test_the_kl_of_whole_sequences_has_no_limit() -> None:
+    wrong = [HEALTHY | {"kl": 50.0}] * 10
+    assert rung(Alarms(rules_for("squared_sequence")), 1, wrong) == []
+    assert rung(Alarms(rules_for("k3")), 1, wrong) == [(3, "kl_runaway")]
+
+
+def test_a_solved_task_has_little_entropy_and_no_alarm() -> None:
+    solved = HEALTHY | {"entropy": 0.01, "reward/groups_zero_std": 0.9, "reward/mean": 0.99}
+    assert rung(Alarms(), 1, [HEALTHY] * 30 + [solved] * 50) == []
+    exploring = HEALTHY | {"entropy": 0.01, "reward/groups_zero_std": 0.4}
+    assert rung(Alarms(), 1, [HEALTHY] * 30 + [exploring] * 50) == []
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.name)
+def test_the_page_says_what_to_do(rule: Rule) -> None:
+    page = (Path(__file__).parents[2] / PAGE).read_text()
+    assert re.search(rf"^### {rule.name}\n\n\S", page, re.M)
+    assert f"`{rule.metric}`" in page
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.name)
+def test_a_rule_clears_below_its_limit(rule: Rule) -> None:
+    assert rule.clears <= rule.limit and rule.steps >= 1 and not math.isnan(rule.limit)

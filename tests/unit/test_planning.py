@@ -1,0 +1,200 @@
+"""What `plan` predicts: arithmetic against slow twins, traced passes against the same passes on real tensors."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from grpo_dist import attention
+from grpo_dist.cli import main
+from grpo_dist.config import Config, DataConfig, LoraConfig, ModelConfig, ReferenceConfig, RolloutConfig, TrainConfig
+from grpo_dist.models import load_model_config, load_policy, trainable
+from grpo_dist.plan import parse_ranks, parse_size
+from grpo_dist.planning.advice import largest_peak, make_fit
+from grpo_dist.planning.live import LiveBytes
+from grpo_dist.planning.memory import Flight, MemoryInputs, ModelCounts, Passes, memory_per_rank, peaks, slots_held
+from grpo_dist.planning.predict import Predictor, batch_arithmetic, flight
+from grpo_dist.planning.tracing import Precision, build_policy, count, example_pack
+
+COUNTS = ModelCounts(parameters=1_000_003, adapters=50_001, exchanged=800_000, kept_whole=4_003, num_layers=3,
+                     key_width=64, query_heads=8, vocabulary=500)  # fmt: skip
+INPUTS = MemoryInputs(COUNTS, Passes(700_000, 300_000, 1_000), Flight(4, 32, 100, 50), num_ranks=3, zero_stage=0,
+                      policy_bytes=2, trained_bytes=4, copy_bytes=2, shared=False)  # fmt: skip
+
+
+def config_of(**changes: Any) -> Config:
+    """The toy model with small counts, and whole groups of options changed."""
+    given = {
+        "data": DataConfig(max_prompt_length=40), "train": TrainConfig(batch_size=6, max_tokens_per_pack=400),
+        "rollout": RolloutConfig(group_size=4, max_completion_length=24),
+    } | changes  # fmt: skip
+    return Config(**given)
+
+
+def named(inputs: MemoryInputs) -> dict[str, int]:
+    """Bytes by the parts' names."""
+    return {part.name: part.num_bytes for part in memory_per_rank(inputs, 32)}
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_what_all_ranks_hold_together(stage: Any) -> None:
+    """Sharded parts add up to one whole over the ranks; the others stand once on each."""
+    parts = named(replace(INPUTS, zero_stage=stage))
+    whole = COUNTS.parameters * 2
+    rounding = 3 * 2
+    if stage == 3:
+        every_rank = COUNTS.kept_whole * 2
+        assert abs(3 * (parts["frozen weights"] - every_rank) - (whole - every_rank)) <= rounding
+        assert parts["gathered weights"] == whole - every_rank
+    else:
+        assert parts["frozen weights"] == whole
+    moments, master = 8, 4
+    states = parts["optimizer"] * (3 if stage else 1)
+    assert 0 <= states - COUNTS.adapters * (moments + (master if stage else 0)) <= 3 * 12
+    assert parts["frozen copy"] == whole and parts["rollout weights"] == 1_600_000
+
+
+def test_peaks_are_what_is_held_together() -> None:
+    parts = memory_per_rank(INPUTS, 32)
+    always = 0
+    for part in parts:
+        always += part.num_bytes if part.phase == "always" else 0
+    for phase, peak in peaks(parts).items():
+        mine = [part.num_bytes for part in parts if part.phase == phase]
+        assert mine and peak == always + sum(mine)
+
+
+def test_a_shared_reference_has_no_copy() -> None:
+    parts = named(replace(INPUTS, shared=True, zero_stage=3))
+    assert not {"frozen copy", "rollout weights"} & set(parts)
+    assert parts["gathered policy"] == (COUNTS.parameters - COUNTS.kept_whole) * 2
+
+
+@pytest.mark.parametrize("longest", [1, 31, 32, 33, 100, 257])
+def test_slots_grow_as_the_engine_lets_them(longest: int) -> None:
+    slots = 32
+    for length in range(1, longest + 1):
+        if slots < length:
+            slots = max(slots + 32, slots * 3 // 2)
+    assert slots_held(longest, 32) == slots
+
+
+def test_counts_are_those_of_the_loaded_model() -> None:
+    """The toy's embeddings are tied, and its adapters are on every linear layer but the head."""
+    config = config_of()
+    model_config = load_model_config(config.model)
+
+    def counted(config: Config) -> ModelCounts:
+        precision = Precision(torch.float32, torch.float32, False)
+        return count(build_policy(config, model_config, attention.NAME, precision))
+
+    real = load_policy(config.model, config.lora, torch.float32, attention.NAME, 1.0, 0)
+    counts = counted(config)
+    assert counts == count(real)
+    assert counts.parameters + counts.adapters == sum(p.numel() for p in real.parameters())
+    assert counts.adapters == sum(p.numel() for p in trainable(real).values())
+    for_all = counted(config_of(lora=None))
+    assert (for_all.parameters, for_all.adapters, for_all.exchanged) == (counts.parameters, 0, counts.parameters)
+    some = config_of(lora=LoraConfig(r=3, target_modules=["q_proj"]))
+    width = model_config.hidden_size
+    few = counted(some)
+    assert few.adapters == model_config.num_hidden_layers * 3 * 2 * width
+    assert few.exchanged == model_config.num_hidden_layers * width**2
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("lora", [LoraConfig(), None])
+def test_a_traced_pass_holds_what_the_real_one_does(checkpointing: bool, lora: LoraConfig | None) -> None:
+    model = ModelConfig(gradient_checkpointing=checkpointing)
+    config = config_of(model=model, lora=lora, reference=ReferenceConfig(dtype="float32"))
+    predicted = Predictor(config, load_model_config(model), "cpu").inputs(2, 0).passes
+    policy = load_policy(model, lora, torch.float32, attention.NAME, 1.0, 0)
+    policy.train().fused_head = True
+    pack = example_pack(((40, (24,) * 4),) * 2, True)
+    assert len(pack.ids) <= 400
+    for parameter in trainable(policy).values():
+        parameter.grad = torch.zeros_like(parameter)
+    with LiveBytes() as live:
+        logprobs, entropies, _ = policy(pack)
+        (logprobs.sum() + (entropies.sum() if entropies.requires_grad else 0)).backward()
+    assert live.peak == pytest.approx(predicted.update, rel=0.01)
+
+
+def test_live_bytes_follow_what_is_held() -> None:
+    before = torch.zeros(1000)
+    with LiveBytes() as live:
+        a = before * 2
+        view = a[:10]
+        assert live.now == 4000
+        b = a + 1
+        del a
+        assert live.now == 8000  # the view still holds it
+        del view, b
+        c = torch.zeros(10)
+    assert (live.now, live.peak) == (40, 8000) and len(c) == 10
+
+
+@pytest.mark.parametrize("num_ranks", [1, 3, 8])
+def test_the_arithmetic_of_a_step(num_ranks: int) -> None:
+    config = config_of(train=TrainConfig(batch_size=6, max_tokens_per_pack=400, num_minibatches=2, updates_per_batch=3))
+    counts = batch_arithmetic(config, num_ranks)
+    assert counts.completions == 24 and counts.completions_per_rank == math.ceil(24 / num_ranks)
+    assert counts.optimizer_steps == 6
+    assert counts.largest_pack_tokens <= 400
+    tokens = 3 * (40 + 4 * 24)
+    assert counts.packs_per_rank * num_ranks * 400 >= 2 * tokens
+
+
+@pytest.mark.parametrize(("in_flight", "rows", "prompts"), [(10**6, 24, 6), (136, 4, 1), (300, 8, 2), (100, 2, 1)])
+def test_what_is_decoded_at_once(in_flight: int, rows: int, prompts: int) -> None:
+    """A group of 4 takes 40 + 4 × 24 = 136 tokens; where that is too much, as many of it as have room."""
+    config = config_of(rollout=RolloutConfig(group_size=4, max_completion_length=24, max_tokens_in_flight=in_flight))
+    found = flight(config, 1)
+    assert (found.rows, found.prompts) == (rows, prompts)
+
+
+# --- the verb -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("text", "expected"), [("80GiB", 80 * 2**30), ("24 GB", 24 * 10**9), ("1.5gib", 3 * 2**29)])
+def test_sizes_are_read(text: str, expected: int) -> None:
+    assert parse_size(text) == expected
+
+
+@pytest.mark.parametrize("text", ["80", "GiB", "-3GB", "80GX", ""])
+def test_a_size_needs_a_unit(text: str) -> None:
+    with pytest.raises(ValueError, match=r"--gpu-memory: .* given, expected a number with its unit"):
+        parse_size(text)
+
+
+def test_ranks_are_read() -> None:
+    assert parse_ranks("64,1, 8,8") == [1, 8, 64]
+    for text in ("0", "8,", "two"):
+        with pytest.raises(ValueError, match="--ranks"):
+            parse_ranks(text)
+
+
+def test_advice_makes_it_fit_or_says_that_nothing_does() -> None:
+    model_config = load_model_config(ModelConfig())
+    config = config_of(train=TrainConfig(batch_size=12, max_tokens_per_pack=1000))
+    _, needed = largest_peak(Predictor(config, model_config, "cpu"), 2, 2)
+    changes, left = make_fit(config, model_config, "cpu", 2, 2, needed // 2)
+    assert left <= needed // 2 and changes == ["--train.max_tokens_per_pack 250"]
+    least = config_of(train=TrainConfig(batch_size=2, max_tokens_per_pack=64))
+    changes, left = make_fit(least, model_config, "cpu", 2, 2, 1000)
+    assert left > 1000 and "--model.gradient_checkpointing true" in changes
+    assert len({change.split()[0] for change in changes}) == len(changes)
+
+
+def test_the_verb_says_what_does_not_fit(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["plan", "--config", "configs/quickstart.yaml", "--ranks", "1,4", "--device", "cpu"]
+    assert main(words) == 0
+    told = capsys.readouterr().out
+    assert "0.49 M parameters" in told and "frozen copy" in told and "✗" not in told
+    assert main([*words, "--gpu-memory", "30MiB"]) == 1
+    told = capsys.readouterr().out
+    assert "✗" in told and "1 rank(s): --train.max_tokens_per_pack" in told

@@ -1,0 +1,176 @@
+"""Checks before a run: every mistake at once, each once, and nothing written by others steers the terminal."""
+
+from __future__ import annotations
+
+import json
+import socket
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from grpo_dist import checkpoint
+from grpo_dist.cli import main
+from grpo_dist.cli_config import parse_config
+from grpo_dist.plain_text import plain, plain_lines
+from grpo_dist.preflight.contents import read_contents
+from grpo_dist.preflight.findings import Findings
+from grpo_dist.preflight.options import COMMAND_LINE, read_options
+from grpo_dist.preflight.trackers import Service, unreachable
+from grpo_dist.resuming import identity
+
+QUICKSTART = ["--config", "configs/quickstart.yaml"]
+GOOD: list[list[str]] = [
+    [], QUICKSTART, [*QUICKSTART, "--rollout.temperature", "0.7", "--lora=null", "--data.eval_file", "null"],
+    [*QUICKSTART, "--preset", "dapo"],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("words", GOOD, ids=" ".join)
+def test_good_options_come_to_what_a_training_would_use(words: list[str]) -> None:
+    options = read_options(words)
+    assert options.problems == []
+    assert options.config == parse_config(words)
+
+
+def test_what_was_given_is_told_from_defaults() -> None:
+    given = read_options([*QUICKSTART, "--lora.r=8"]).given
+    assert given["lora.r"].source == COMMAND_LINE and given["lora.r"].value == "8"
+    assert given["train.batch_size"].source == "configs/quickstart.yaml"
+    assert "train.seed" not in given
+
+
+def test_all_mistakes_of_a_command_line_at_once(tmp_path: Path) -> None:
+    file = tmp_path / "bad.yaml"
+    file.write_text(
+        "rolout: {group_size: 4}\n"
+        "rollout: {group_size: 2.5, temperature: -1, max_completion_length: 16}\n"
+        "train: {batch_size: 0, learning_rate: 3}\n"
+        "rewards: [{name: math, weight: x, args: {api_key: s3cret}}]\n"
+        "loss: {objective: ppo}\n"
+    )
+    words = ["--config", str(file), "--config=nowhere.yaml", "--optim.learning_rat=1", "--preset", "dapoo",
+             "--loss.kl_coeff", "-1", "stray", "--train.seed"]  # fmt: skip
+    options = read_options(words)
+    expected = {
+        "stray": "expected options such as",
+        "--train.seed": "nothing given",
+        "--preset": "'dapoo' given, expected one of cispo, dapo",
+        "rolout": f"given in {file}, but there is no such option; did you mean 'rollout'?",
+        "rollout.group_size": f"2.5 given in {file}, expected a whole number",
+        "train.learning_rate": "did you mean 'optim.learning_rate'?",
+        "rewards": "expected a list (Expected a <class 'float'>. Got value: x)",
+        "loss.objective": "'ppo' given in",
+        "--config": "nowhere.yaml cannot be read",
+        "optim.learning_rat": "did you mean 'optim.learning_rate'?",
+        "train.batch_size": f"0 given, expected 1 or more (in {file})",
+        "rollout.temperature": "-1.0 given, expected a number above 0",
+        "loss.kl_coeff": "-1.0 given, expected 0 or more",
+    }
+    told = {problem.partition(":")[0].split(" ")[0].strip("'"): problem for problem in options.problems}
+    assert told.keys() == expected.keys() and len(options.problems) == len(expected)
+    for key, part in expected.items():
+        assert part in told[key], told[key]
+    assert "s3cret" not in " ".join(options.problems)
+    assert options.config.rollout.max_completion_length == 16, "what is right is used"
+    assert options.config.train.batch_size == 32, "defaults stand in for what is not"
+
+
+def test_a_refusal_between_options_that_stays_is_told_once(tmp_path: Path) -> None:
+    options = read_options(["--data.max_prompt_length", "8000"])
+    assert len(options.problems) == 1 and options.problems[0].startswith("train.max_tokens_per_pack: 4096 given")
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> list[str]:
+    rows = [{"prompt": f"What is {n} + {n}? \x1b[31m\u202e[bold]", "answer": str(2 * n)} for n in range(12)]
+    (tmp_path / "data.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    file = str(tmp_path / "data.jsonl")
+    return ["check", "--data.train_file", file, "--data.eval_file", file, "--train.output_dir",
+            str(tmp_path / "runs" / "new"), "--data.max_prompt_length=64"]  # fmt: skip
+
+
+def test_a_good_run(data: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*data, "--ranks", "3"]) == 0
+    shown = capsys.readouterr().out
+    for told in ("no problems found", "12 to train on", "math: 1 for gold answers, 0 for answers of other prompts",
+                 "up to 86 on each of 3 rank(s)", "M parameters", "of tensors on each rank at its fullest", "free in",
+                 "starts from the beginning", "tensorboard: installed",
+                 "12 of 12 evaluation prompts are trained on as well", "[bold]", "data.max_prompt_length: 64   # the"):
+        assert told in shown, told  # fmt: skip
+    assert "\x1b" not in shown and "\u202e" not in shown
+    assert not (tmp_path / "runs").exists(), "a check leaves nothing behind"
+
+
+def test_problems_of_data_rewards_and_machine_together(
+    data: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    (tmp_path / "occupied").write_text("")
+    assert main([*data, "--data.eval_file", "nowhere.jsonl", "--data.answer_column", "anser", "--rewards",
+                 '[{name: mth}]', "--logging.trackers", "[tensorbord]", "--model.name", str(tmp_path / "no_model"),
+                 "--train.output_dir", str(tmp_path / "occupied" / "run")]) == 2  # fmt: skip
+    shown = capsys.readouterr().out
+    for told in ("rewards: 'mth' is not a built-in reward; did you mean 'math'?", "no_model' given, expected a hub id",
+                 "has no column 'anser'; it has prompt, answer. Set data.answer_column to 'answer'", "nowhere.jsonl",
+                 "occupied cannot be written to", "'tensorbord' given", "6 problem(s)"):
+        assert told in shown, told  # fmt: skip
+
+
+def test_a_reward_that_fails_on_samples(
+    data: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "failing.py").write_text("def reward(completions, **kwargs): raise KeyError('no such thing')\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert main([*data, "--rewards", '[{name: "failing:reward"}]']) == 2
+    shown = capsys.readouterr().out
+    assert "'failing:reward' failed on 16 of 16 completions" in shown and "no such thing" in shown
+
+
+def test_what_does_not_fit_is_a_problem(
+    data: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(total=2**20))
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=1000))
+    assert main(data) == 2
+    shown = capsys.readouterr().out
+    assert "1. memory: 0." in shown and "a rank has 0.00 GiB. Lower train.max_tokens_per_pack (now 4096)" in shown
+    assert "2. train.output_dir" in shown and "lower train.keep_checkpoints (now 2)" in shown
+
+
+def test_plain_text_is_one_harmless_line() -> None:
+    assert plain("a\x1b[2Jb\r\n\u202ec\u2066\x07\x9b", 100) == "a\N{REPLACEMENT CHARACTER}[2Jb  " + (
+        "\N{REPLACEMENT CHARACTER}c" + "\N{REPLACEMENT CHARACTER}" * 3)
+    assert plain("x" * 1_000_000, 10) == "xxxxx … xxxxx"
+    assert plain("naïve 数学 ∑", 20) == "naïve 数学 ∑"
+    assert plain_lines("one\x1b[1m\ntwo\r\n") == "one\N{REPLACEMENT CHARACTER}[1m\ntwo \n"
+
+
+def test_a_tracker_that_answers_and_one_that_does_not(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        service = Service("TRACKER_ADDRESS", f"http://127.0.0.1:{port}", "TRACKER_KEY", ".tracker/.netrc")
+        assert unreachable(service) == "there are no credentials for 127.0.0.1: log in, or set TRACKER_KEY"
+        (tmp_path / ".tracker").mkdir()
+        (tmp_path / ".tracker" / ".netrc").write_text("machine 127.0.0.1 login user password s3cret")
+        assert unreachable(service) is None
+    assert "127.0.0.1 does not answer within 3 s" in (unreachable(service) or "")
+    monkeypatch.setenv("TRACKER_ADDRESS", "./local_directory")
+    assert unreachable(service) is None, "a local one needs no host"
+
+
+def test_what_would_be_resumed(data: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = tmp_path / "runs" / "new" / "checkpoints"
+    config = read_options(data[1:]).config
+    contents = read_contents(config, Findings())
+    meta = {"identity": identity(config, contents.model_config, contents.prompts), "config": {}, "versions": {}}
+    checkpoint.save(root, 7, {"x": torch.zeros(1)}, meta, keep=2)
+    assert main(data) == 0
+    assert f"goes on from {root / 'step_7'}" in capsys.readouterr().out
+    assert main([*data, "--train.seed", "3", "--train.resume", "auto"]) == 2
+    assert "belongs to another run:   seed: 0 -> 3 Choose another train.output_dir" in capsys.readouterr().out
+    assert main([*data, "--train.resume", "never"]) == 2
+    assert "train.resume is `never` but" in capsys.readouterr().out

@@ -1,0 +1,252 @@
+"""What a report is made of: each pure function beside a slow twin, and the files of a run as kills leave them."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from runs_on_disk import write_run
+
+from grpo_dist.cli import main
+from grpo_dist.report.embedding import UNSEEN, cut, encoded, harmless, visible
+from grpo_dist.report.page import render, write_report
+from grpo_dist.report.reading import FIELDS, read_completions, read_run
+from grpo_dist.report.shaping import (
+    MOST_LABEL_CHARACTERS,
+    OTHER,
+    UNSCORED,
+    agreement,
+    answer_map,
+    answer_of,
+    by_lot,
+    change,
+    columns,
+    curves,
+    flat,
+    number_map,
+    run_names,
+    spread,
+    variants,
+)
+
+HOSTILE = "</script><script>alert(1)</script><!--\x00\x1b[31mred\x1b[0m\u202eevil\u2066\u2028\u2029\ud800\ufeff"
+NUMBERS = st.floats(-1e6, 1e6)
+
+
+def joined(lists: Iterable[list[Any]]) -> list[Any]:
+    """One list of all."""
+    return list(itertools.chain.from_iterable(lists))
+
+
+@given(st.lists(NUMBERS, max_size=80))
+def test_change(values: list[float]) -> None:
+    window = max(3, len(values) // 10)
+    found = change(values)
+    if len(values) < 2 * window:
+        assert found is None
+        return
+    first, last = np.array(values[:window]), np.array(values[-window:])
+    error = np.sqrt(first.var(ddof=1) / window + last.var(ddof=1) / window)
+    assert found is not None and found.window == window
+    assert np.allclose([found.before, found.after], [first.mean(), last.mean()])
+    assert found.is_clear == (abs(last.mean() - first.mean()) > 2 * error) or math.isclose(
+        abs(last.mean() - first.mean()), 2 * error, rel_tol=1e-6, abs_tol=1e-6)  # fmt: skip
+
+
+def test_change_tells_learning_from_noise() -> None:
+    noise = np.random.default_rng(0).normal(0.5, 0.1, 100)
+    assert not change(noise.tolist()).is_clear
+    assert change((noise + np.linspace(0, 0.5, 100)).tolist()).is_clear
+
+
+def test_configs() -> None:
+    config = {"train": {"seed": 1, "steps": 5}, "rewards": [{"name": "a", "args": {}}], "betas": [0.9, 0.99]}
+    options = flat(config)
+    assert options == {"train.seed": 1, "train.steps": 5, "rewards.0.name": "a", "rewards.0.args": {},
+                       "betas": [0.9, 0.99]}  # fmt: skip
+    assert variants([options, options | {"train.seed": 2}, options | {"train.steps": 6}, options]) == [0, 0, 1, 0]
+
+
+def test_names_tell_runs_apart() -> None:
+    assert run_names(["runs/a", "runs/b/"]) == ["a", "b"]
+    assert run_names(["x/a", "y/a"]) == ["x/a", "y/a"]
+    assert run_names(["x/a", "x/a"]) == ["a", "a"]
+
+
+@given(st.integers(0, 300), st.integers(2, 50))
+def test_spread(count: int, most: int) -> None:
+    places = spread(count, most)
+    assert len(places) == min(count, most) and places == sorted(set(places))
+    if count:
+        assert places[0] == 0 and places[-1] == count - 1
+        gaps = np.diff(places)
+        assert not len(gaps) or gaps.max() - gaps.min() <= 1
+
+
+@given(st.lists(st.integers(0, 10**6), unique=True, max_size=150).map(sorted), st.integers(1, 40))
+def test_columns(steps: list[int], most: int) -> None:
+    found = columns(steps, most)
+    members = [[step for step in steps if first <= step <= last] for first, last in found]
+    assert joined(members) == steps
+    assert len(found) == min(most, len(steps))
+    assert not found or max(map(len, members)) - min(map(len, members)) <= 1
+
+
+@given(st.lists(st.dictionaries(st.sampled_from("abc"), NUMBERS | st.none() | st.just(math.nan))), st.integers(1, 9))
+def test_curves(lines: list[dict[str, float | None]], most: int) -> None:
+    lines = [line | {"step": step} for step, line in enumerate(lines)]
+    found = curves(lines, most)
+    assert len(found["step"]) <= most
+    each = math.ceil(len(lines) / most)
+    for name in "abc":
+        values = [line.get(name) for line in lines]
+        values = [math.nan if value is None else value for value in values]
+        parts = [[v for v in values[start : start + each] if v == v] for start in range(0, len(values), each or 1)]
+        expected = [np.mean(part) if part else None for part in parts]
+        if name in found:
+            assert [v is None for v in found[name]] == [v is None for v in expected]
+            assert np.allclose([v for v in found[name] if v is not None], [v for v in expected if v is not None])
+        else:
+            assert expected == [None] * len(expected)
+
+
+ANSWERS = st.lists(st.lists(st.sampled_from("abcdef"), min_size=1, max_size=9), min_size=1, max_size=20)
+
+
+@given(ANSWERS, st.integers(1, 7), st.integers(1, 9))
+def test_answer_map(answers: list[list[str]], most_rows: int, most_columns: int) -> None:
+    steps = [3 * place + 1 for place in range(len(answers))]
+    found = answer_map([Counter(each) for each in answers], steps, most_rows, most_columns)
+    assert found.columns == columns(steps, most_columns)
+    assert len(set(found.rows) - {OTHER}) == min(most_rows, len(set(joined(answers))))
+    for place, (first, last) in enumerate(found.columns):
+        given_then = joined(each for step, each in zip(steps, answers, strict=True) if first <= step <= last)
+        for row, shares in zip(found.rows, found.shares, strict=True):
+            expected = np.mean([a not in found.rows if row == OTHER else a == row for a in given_then])
+            assert math.isclose(shares[place], expected, abs_tol=1e-9)
+
+
+def test_answers_come_in_the_order_of_their_time() -> None:
+    found = answer_map([Counter(["new"] * step + ["old"] * (9 - step)) for step in range(10)], list(range(10)), 5, 10)
+    assert found.rows == ["old", "new"]
+
+
+@given(st.lists(st.lists(st.sampled_from([0.0, 0.25, 1.0, 7.5, math.nan]), min_size=1), min_size=1, max_size=12),
+       st.integers(2, 6))  # fmt: skip
+def test_number_map(values: list[list[float]], most_rows: int) -> None:
+    found = number_map(values, list(range(len(values))), most_rows, 5)
+    numbers = sorted({v for step in values for v in step if v == v})
+    for place, (first, last) in enumerate(found.columns):
+        then = joined(values[first : last + 1])
+        assert math.isclose(sum(row[place] for row in found.shares), 1)
+        for row, shares in zip(found.rows, found.shares, strict=True):
+            if row == UNSCORED:
+                expected = [v != v for v in then]
+            elif len(numbers) <= most_rows:
+                expected = [v == float(row) for v in then]
+            else:  # a range has its lower end, and the topmost its upper end too
+                low, high = map(float, row.split(" – "))
+                expected = [low - 1e-3 <= v < high - 1e-3 or v == high == numbers[-1] for v in then]
+            assert math.isclose(shares[place], np.mean(expected), abs_tol=1e-9)
+
+
+@given(st.lists(st.tuples(st.sampled_from("abc"), st.integers(0, 3)), min_size=1))
+def test_agreement(pairs: list[tuple[str, int]]) -> None:
+    groups = [[a for a, g in pairs if g == group] for group in {g for _, g in pairs}]
+    expected = np.mean([max(group.count(a) for a in group) / len(group) for group in groups])
+    assert math.isclose(agreement(*zip(*pairs, strict=True)), expected)
+
+
+def test_the_lot_falls_alike_at_every_step() -> None:
+    everything = by_lot(range(100))
+    assert sorted(everything) == list(range(100)) != everything
+    assert by_lot([7, 3, 7, 50]) == [index for index in everything if index in (7, 3, 50)]
+
+
+def test_answers() -> None:
+    assert answer_of("  so it\nis  4 ", None) == "so it is 4"
+    assert answer_of("so it is 4", lambda text: text[-1]) == "4"
+    assert answer_of("no idea", lambda text: None) == "no idea"
+    assert len(answer_of("x" * 10**6, None)) == MOST_LABEL_CHARACTERS
+
+
+@given(st.text(st.characters(), max_size=60), st.integers(0, 50), st.integers(2, 90))
+def test_texts_are_visible_and_keep_to_limits(text: str, characters: int, size: int) -> None:
+    shown = visible(text)
+    assert not UNSEEN.search(shown) and visible(shown) == shown
+    assert shown == "".join(visible(character) for character in text)
+    start, is_cut = cut(text, characters, size)
+    assert visible(text).startswith(start)
+    assert len(encoded(start).encode()) <= size
+    assert is_cut == (start != visible(text))
+
+
+def test_hostile_text_stays_text() -> None:
+    embedded = encoded(harmless({HOSTILE: [HOSTILE, math.nan, math.inf, Path("x")]}, 1000))
+    assert "<" not in embedded and not UNSEEN.search(embedded)
+    (key, values), = json.loads(embedded).items()
+    assert key == values[0] == visible(HOSTILE) and values[1:] == [None, None, "x"]
+    for named in ("␀", "␛[31m", "⟨U+202E⟩", "⟨U+2028⟩", "⟨U+D800⟩"):
+        assert named in key
+    assert harmless("x" * 30, 10) == "x" * 10 + " … (20 more characters)"
+
+
+def test_after_a_kill_each_step_is_there_once(tmp_path: Path) -> None:
+    """Steps done twice, a line torn off, and completions of steps that have to be done again."""
+    run = write_run(tmp_path / "run", num_steps=8)
+    lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (run / "metrics.jsonl").write_text("".join(lines[:6] + lines[4:6]) + '{"step": 6, "rew')
+    found = read_run(run)
+    assert [line["step"] for line in found.lines] == list(range(6))
+    assert list(found.files) == list(range(1, 6))
+    assert {row[FIELDS.index("step")] for row in read_completions(found, 10**6).rows} == set(range(1, 6))
+
+
+def test_a_sample_keeps_to_its_size_and_meets_prompts_again(tmp_path: Path) -> None:
+    texts = {0: "short", 1: "<" * 30_000, 2: HOSTILE.encode("utf-8", "replace").decode() * 500, 3: "x" * 10**6}
+    run = read_run(write_run(tmp_path / "run", text=lambda step, group, sample: texts[sample], num_groups=9))
+    everything, some = read_completions(run, 10**8), read_completions(run, 400_000)
+    assert len(everything.rows) == everything.total == some.total == 12 * 9 * 4
+    assert len(encoded([some.rows, some.prompts]).encode()) <= 400_000
+    assert 12 <= len(some.rows) < len(everything.rows)
+    by_step: dict[int, set[int]] = {}
+    for row in some.rows:
+        by_step.setdefault(row[FIELDS.index("step")], set()).add(row[0])
+    assert len(by_step) == 12 and len(set.union(*by_step.values())) < sum(map(len, by_step.values())) / 2
+    for row in everything.rows:
+        assert row[FIELDS.index("cut_from")] in (0, 30_000, 10**6, len(texts[2]))
+
+
+def test_the_page_is_one_file_that_loads_nothing(tmp_path: Path) -> None:
+    path = write_report([write_run(tmp_path / "run", text=lambda *_: HOSTILE.replace("\ud800", ""))])
+    page = path.read_text()
+    assert path.name == "report.html" and [each.name for each in path.parent.glob("*report*")] == ["report.html"]
+    assert page.count("<script") == page.count("</script>") == 2
+    assert not re.search(r"https?://(?!www\.w3\.org/2000/svg)|@import|url\(|%%\w+%%", page)
+    assert "default-src 'none'" in page
+
+
+def test_a_long_run_keeps_under_20_megabytes(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", num_steps=220, text=lambda *_: "<\u202e" * 1000, num_groups=12)
+    lines = [{"step": step, **{f"metric/{n}": step / 7 for n in range(60)}} for step in range(10_000)]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert len(render([read_run(run)]).encode()) < 20e6
+
+
+def test_the_verb(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    runs = [str(write_run(tmp_path / name)) for name in ("one", "two")]
+    assert main(["report", *runs, "--out", str(tmp_path / "both.html")]) == 0
+    assert "both.html" in capsys.readouterr().out and (tmp_path / "both.html").stat().st_size > 10_000
+    assert main(["report", str(tmp_path)]) == 2
+    assert "expected metrics.jsonl" in capsys.readouterr().err
+    assert main(["report", runs[0], "--ot", "x"]) == 2

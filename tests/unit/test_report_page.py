@@ -1,0 +1,162 @@
+"""The report in a real browser: drawn, filtered, compared, by pointer and keyboard, wide and narrow, light and dark."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from browser import Page, find_chromium
+from runs_on_disk import write_run
+
+from grpo_dist.report.page import write_report
+
+HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(2)></p>\x1b[31mred\x00\u202eevil\u2028"
+TEXTS = (HOSTILE, "x" * 10**6, "the answer is 4", "the answer is five, really")
+
+chromium = find_chromium()
+pytestmark = pytest.mark.skipif(chromium is None, reason="no Chromium here (Debian, Ubuntu: apt-get install chromium)")
+LIGHT, DARK = "rgb(255, 255, 255)", "rgb(20, 23, 28)"
+"""Backgrounds of the page."""
+
+
+@pytest.fixture(scope="module")
+def single(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The report of one run whose completions are hostile, long, and different from step to step."""
+    def text(step: int, group: int, sample: int) -> str:
+        return TEXTS[sample] if sample < 2 else f"{TEXTS[sample]} at {step}"
+
+    return write_report([write_run(tmp_path_factory.mktemp("single") / "hostile", num_groups=4, text=text)])
+
+
+@pytest.fixture(scope="module")
+def several(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The report of two seeds of one config and a third run with another learning rate."""
+    root = tmp_path_factory.mktemp("several")
+    runs = [write_run(root / "grpo_seed0"), write_run(root / "grpo_seed1", seed=1),
+            write_run(root / "short", num_steps=6, batch_size=8)]  # fmt: skip
+    return write_report(runs, root / "comparison.html")
+
+
+@pytest.fixture(scope="module")
+def page() -> Iterator[Page]:
+    assert chromium is not None
+    page = Page(chromium)
+    yield page
+    page.close()
+
+
+@pytest.fixture(autouse=True)
+def no_complaints(page: Page) -> Iterator[None]:
+    """Nothing in the console, nothing that the security policy had to refuse."""
+    page.complaints.clear()
+    yield
+    page.js("1")
+    assert page.complaints == []
+
+
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+@pytest.mark.parametrize("width", [390, 1440])
+def test_everything_is_drawn_and_nothing_overflows(
+    page: Page, single: Path, several: Path, width: int, dark: bool
+) -> None:
+    for path, lines in ((single, 1), (several, 2)):
+        page.open(path, width, dark)
+        assert page.js("document.documentElement.scrollWidth") <= width
+        assert page.style("body", "backgroundColor") == (DARK if dark else LIGHT)
+        boxes = page.js("""[...document.querySelectorAll("[data-metric]")].map((chart) => [chart.dataset.metric,
+            ...[...chart.querySelectorAll(".line")].map((line) => line.getBBox().width)])""")
+        drawn = {name: widths for name, *widths in boxes}
+        assert len(drawn["reward/mean"]) == lines and min(drawn["reward/mean"]) > 100
+        assert {"kl", "agreement", "time/step"} - drawn.keys() == {"time/step"}  # that one never changed
+        cells = page.js("[...document.querySelectorAll('.heat')].map((map) => map.querySelectorAll('.cell').length)")
+        assert len(cells) == 3 and min(cells) > 10
+        assert len(page.texts(".rows tbody tr")) == 40
+
+
+def test_hostile_completions_are_text(page: Page, single: Path) -> None:
+    page.open(single, 1440)
+    (shown,) = page.texts(".rows tbody")
+    assert "<script>alert(1)</script><img src=x onerror=alert(2)></p>␛[31mred␀⟨U+202E⟩evil⟨U+2028⟩" in shown
+    assert page.texts("img, .rows script") == []
+    assert "show all 20,000 characters kept of 1,000,000" in shown
+    page.js("document.querySelector('.rows td.text button').click()")
+    expected = "x" * 20_000 + " … cut: the completion has 1,000,000"
+    assert any(text.startswith(expected) for text in page.texts("td.text"))
+
+
+def fill(page: Page, **values: str) -> str:
+    """Fill fields of the filter as a user would, and return what it says of the matches."""
+    for name, value in values.items():
+        page.js(f"""(() => {{ const field = document.getElementById({name!r}); field.value = {value!r};
+            field.dispatchEvent(new Event("input", {{ bubbles: true }})); }})()""")
+    return page.texts("#count")[0]
+
+
+def test_the_filter(page: Page, single: Path) -> None:
+    page.open(single, 1440)
+    assert fill(page).startswith("192 match, of all 192 completions of 12 steps")
+    assert fill(page, first="3", last="4").startswith("32 match")
+    assert fill(page, low="0.5").startswith("8 match")  # unscored ones have no reward that could be above
+    assert fill(page, text="ANSWER").startswith("0 match")
+    assert fill(page, text="", low="", last="12", order="highest reward first").startswith("160 match")
+    rewards = page.texts("[data-label=reward]")
+    assert len(rewards) == 40 and rewards == sorted(rewards, reverse=True)
+    page.js("document.getElementById('more').click()")
+    assert len(page.texts(".rows tbody tr")) == 80
+
+
+def test_two_steps_of_one_prompt_are_compared(page: Page, single: Path) -> None:
+    page.open(single, 390)
+    fill(page, text="is 4 at 1", first="1", last="1")
+    page.js("document.querySelector('.compare').click()")
+    assert page.js("document.querySelector('dialog').open")
+    assert page.js("""(() => { const select = document.querySelectorAll("dialog select")[1];
+        select.value = [...select.options].findIndex((option) => option.text.startsWith("step 11, no. 3"));
+        select.dispatchEvent(new Event("change")); return [...document.querySelectorAll("dialog del, dialog ins")]
+        .map((mark) => mark.tagName + mark.textContent); })()""") == ["DEL1", "INS11"]
+    assert page.texts(".sides")[0].count("the answer is 4 at ") == 2
+    page.press("Escape")
+    page.wait_for("document.querySelector('dialog') === null")
+
+
+def test_by_keyboard(page: Page, single: Path) -> None:
+    """Everything that can be used is reached with Tab, in order, and seen where it is."""
+    page.open(single, 1440)
+    reached = []
+    while "text" not in reached and len(reached) < 40:
+        page.press("Tab")
+        reached.append(page.js("document.activeElement.id || document.activeElement.textContent"))
+        assert page.js("getComputedStyle(document.activeElement).outlineStyle") != "none"
+    assert reached[0] == "Skip to the completions"
+    named = ["theme", "step", "smoothing", "text"]
+    assert [each for each in reached if each in named] == named
+    page.js("document.getElementById('step').focus()")
+    assert page.texts("[data-metric='reward/mean'] .readout") == ["1"]
+    page.press("ArrowLeft")
+    assert page.texts("[data-metric='reward/mean'] .readout") == ["0.917"]
+    assert page.texts("#toolbar output")[0] == "11"
+
+
+def test_theme_motion_and_paper(page: Page, single: Path) -> None:
+    page.open(single, 1440, dark=False, prefers_reduced_motion="reduce")
+    assert page.style("html", "scrollBehavior") == "auto"
+    page.js("document.getElementById('theme').click()")
+    assert page.style("body", "backgroundColor") == DARK
+    assert len(page.send("Page.printToPDF")["data"]) > 50_000
+    page.send("Emulation.setEmulatedMedia", media="print")
+    assert (page.style("body", "backgroundColor"), page.style("#toolbar", "display")) == (LIGHT, "none")
+    page.send("Emulation.setEmulatedMedia", media="")
+
+
+def test_runs_side_by_side(page: Page, several: Path) -> None:
+    page.open(several, 1440)
+    reward = "document.querySelector('[data-metric=\"reward/mean\"]')"
+    assert page.js(f"{reward}.querySelectorAll('.band').length") == 1  # two seeds are one line with their range
+    assert page.texts(".legend label") == ["grpo (2 seeds)", "short"]
+    assert page.texts(".numbers th[scope=col]")[-3:] == ["train.batch_size", "train.num_train_steps", "train.seed"]
+    page.js("document.querySelector('.legend input').click()")
+    assert page.js(f"{reward}.querySelectorAll('.line').length") == 1
+    page.js("""(() => { const run = document.getElementById("run"); run.value = "2";
+        run.dispatchEvent(new Event("change")); })()""")
+    assert "of 6 steps" in page.texts("#count")[0]

@@ -1,0 +1,130 @@
+"""`init`: a config that passes `check`, from options or from answers; and shell completion, in a real bash."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from grpo_dist import starter
+from grpo_dist.cli import OF_A_RUN, VERBS, main
+from grpo_dist.cli_config import option_types, parse_config
+from grpo_dist.completion import script
+from grpo_dist.preflight.options import read_options
+
+COMPLETE = """
+complete_words() {
+  COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); COMP_LINE="$*"; COMP_POINT=${#COMP_LINE}; COMPREPLY=()
+  _shtab_grpo_dist
+  echo "${COMPREPLY[@]}"
+}
+"""
+CASES = {
+    ("",): set(VERBS),
+    ("che",): {"check"},
+    ("check", "--rollout.t"): {"--rollout.temperature", "--rollout.top_p", "--rollout.top_k"},
+    ("check", "--loss.objective", ""): {"grpo", "reinforce", "cispo", "sapo"},
+    ("train", "--model.trust_remote_code", ""): {"true", "false"},
+    ("score", "--config", "configs/quick"): {"configs/quickstart.yaml"},
+    ("score", "--compl"): {"--completions"},
+    ("init", "own.yaml", "--mod"): {"--model"},
+    ("train", "--preset", "dr"): {"dr_grpo"},
+}
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    file = tmp_path / "sums.jsonl"
+    file.write_text("".join(f"{json.dumps({'question': f'What is {n} + 1?', 'solution': str(n + 1)})}\n"
+                            for n in range(12)))  # fmt: skip
+    return file
+
+
+def test_what_options_give_passes_check(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "own.yaml"
+    assert main(["init", str(file), "--model", "toy", "--data", str(data), "--gpus", "4"]) == 0
+    told = capsys.readouterr().out
+    assert f"check --config {file}" in told and "--num_processes 4 -m grpo_dist.train" in told
+    config = parse_config(["--config", str(file)])
+    assert (config.data.prompt_column, config.data.answer_column) == ("question", "solution")
+    assert config.data.eval_file is None
+    assert config.train.output_dir == "runs/own" and [reward.name for reward in config.rewards] == ["math"]
+    monkeypatch.chdir(tmp_path)
+    assert main(["check", "--config", str(file)]) == 0, capsys.readouterr().out
+
+
+def test_what_is_commented_out_can_be_taken_in(data: Path, tmp_path: Path) -> None:
+    text = starter.render(starter.Starter("some/model", str(data), None, "question", None, "mine:reward", "runs/x"))
+    for key in starter.OFTEN_CHANGED:
+        group, _, name = key.partition(".")
+        text = text.replace(f"  # {name}: ", f"  {name}: ").replace(f"# {group}:\n", f"{group}:\n")
+    file = tmp_path / "all.yaml"
+    file.write_text(text)
+    options = read_options(["--config", str(file)])
+    assert options.problems == []
+    assert set(options.given) == {*starter.SET, *starter.OFTEN_CHANGED, "rewards"}
+    assert options.config.rewards[0].name == "mine:reward" and options.config.data.answer_column is None
+
+
+def test_questions(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def answer(question: str) -> str:
+        asked.append(question)
+        return {"Model": "some/model", "Prompts": str(data), "Reward": " mine:reward "}.get(question.split(",")[0], "")
+
+    monkeypatch.setattr("builtins.input", answer)
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    assert main(["init", str(tmp_path / "own.yaml")]) == 0
+    config = parse_config(["--config", str(tmp_path / "own.yaml")])
+    assert (config.model.name, config.rewards[0].name) == ("some/model", "mine:reward")
+    assert config.data.prompt_column == "question", "the default, taken from the file"
+    assert any("(there are question, solution) [question]" in question for question in asked)
+
+
+def test_mistakes(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "own.yaml"
+    for words, told in {
+        (): "--model: nothing given, and there is no terminal to ask on",
+        ("--model", "toy"): "--data: nothing given",
+        ("--model", "toy", "--data", str(data), "--reward", "mth"): "did you mean 'math'?",
+        ("--model", "toy", "--data", str(data), "--answer_column", "null"): "--reward: nothing given",
+        ("--model", "toy", "--data", str(data), "--rollout.top_k", "1"): "--rollout.top_k 1 given",
+    }.items():
+        assert main(["init", str(file), *words]) == 2
+        assert told in capsys.readouterr().err
+        assert not file.exists()
+    file.write_text("mine")
+    assert main(["init", str(file), "--model", "toy", "--data", str(data)]) == 2
+    assert "exists already" in capsys.readouterr().err and file.read_text() == "mine"
+
+
+def test_every_option_is_documented_where_comments_come_from() -> None:
+    told = starter.option_docs()
+    groups = {name.rpartition(".")[0] for name in option_types()} - {""}
+    missing = [name for name in option_types() if not told.get(name) and name not in groups]
+    assert missing == []
+
+
+def test_completion_in_bash(tmp_path: Path) -> None:
+    lines = [f"complete_words grpo-dist {' '.join(repr(word) for word in words)}" for words in CASES]
+    file = tmp_path / "complete.bash"
+    file.write_text("\n".join([script("bash"), COMPLETE, *lines]))
+    done = subprocess.run(["bash", "--norc", str(file)], capture_output=True, text=True, timeout=60, check=True,
+                          cwd=Path(__file__).parents[2])  # fmt: skip
+    assert not done.stderr
+    for words, answer in zip(CASES, done.stdout.splitlines(), strict=True):
+        assert set(answer.split()) == CASES[words], words
+
+
+@pytest.mark.parametrize("shell", ["zsh", "fish"])
+def test_completion_knows_the_same_for_other_shells(shell: str) -> None:
+    text = script(shell)
+    assert set(OF_A_RUN) <= set(VERBS)
+    for told in ("check", "rollout.temperature", "dr_grpo", "completions"):
+        assert told in text

@@ -1,0 +1,91 @@
+"""Trained models found again: full fine-tuning, tied and untied embeddings, a critic, a base that is another."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from test_models import LORA, base, logits, make_policy  # noqa: F401  (base is a fixture)
+from transformers import AutoModelForCausalLM
+
+from grpo_dist import attention, checkpoint
+from grpo_dist.config import Config, LoraConfig, ModelConfig
+from grpo_dist.export import compare, write_merged
+from grpo_dist.models import base_identity, load_model_config, load_policy, load_tokenizer, trainable
+from grpo_dist.policy import Policy
+from grpo_dist.saving import save_final
+from grpo_dist.saving import write_merged as write
+from grpo_dist.trained import find, load
+
+
+def leave_behind(
+    directory: Path, model: ModelConfig, policy: Policy, lora: LoraConfig | None, critic: bool = False
+) -> None:
+    """What a run of one step leaves: config, metrics, a checkpoint, and its end."""
+    config = asdict(Config(model=model, lora=lora))
+    config["train"]["num_train_steps"] = 1
+    directory.mkdir()
+    (directory / "config.yaml").write_text(yaml.safe_dump(json.loads(json.dumps(config))))
+    (directory / "metrics.jsonl").write_text('{"step": 0}\n{"step": 1}\n')
+    meta: dict[str, Any] = {"config": config, "dtype": str(policy.causal_lm.dtype).removeprefix("torch."),
+                            "identity": {"base": base_identity(model, load_model_config(model)), "critic": critic}}
+    tensors = {f"weight/{name}": p.detach().float().clone() for name, p in trainable(policy).items()}
+    checkpoint.save(directory / "checkpoints", 1, tensors, meta, keep=2)
+    save_final(policy, load_tokenizer(model), directory / "final", is_main=True)
+
+
+@pytest.mark.parametrize("place", ["final", "checkpoints/step_1"])
+@pytest.mark.parametrize("lora", [LORA, None], ids=["lora", "full"])
+def test_it_computes_what_was_trained(lora: LoraConfig | None, place: str, base: ModelConfig, tmp_path: Path) -> None:  # noqa: F811
+    policy = make_policy(base, lora)
+    leave_behind(tmp_path / "run", base, policy, lora)
+    trained = find(tmp_path / "run" / place)
+    assert trained.step == 1 and trained.run == tmp_path / "run"
+    loaded, _ = load(trained)
+    assert torch.allclose(logits(loaded.causal_lm, shared=False), logits(policy.causal_lm), atol=1e-5)
+    difference, allowed = write_merged(trained, tmp_path / "out", None, "5GB")
+    assert difference <= allowed == 1e-4
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    tied = merged.get_input_embeddings().weight is merged.get_output_embeddings().weight
+    assert tied == load_model_config(base).tie_word_embeddings
+
+
+def test_a_critic_stays_behind(base: ModelConfig, tmp_path: Path) -> None:  # noqa: F811
+    policy = load_policy(base, LORA, torch.bfloat16, attention.NAME, 1.0, 0, has_critic=True).eval()
+    leave_behind(tmp_path / "run", base, policy, LORA, critic=True)
+    loaded, _ = load(find(tmp_path / "run" / "checkpoints" / "step_1"))
+    assert loaded.causal_lm.dtype == torch.bfloat16
+    assert write_merged(find(tmp_path / "run" / "checkpoints" / "step_1"), tmp_path / "out", None, "5GB")[1] == 5e-2
+
+
+def test_another_base_is_refused(base: ModelConfig, tmp_path: Path) -> None:  # noqa: F811
+    leave_behind(tmp_path / "run", base, make_policy(base, LORA), LORA)
+    trained = find(tmp_path / "run" / "checkpoints" / "step_1")
+    trained.config["model"]["name"] = "toy"
+    with pytest.raises(ValueError, match="'toy' is not the base model"):
+        load(trained)
+
+
+@pytest.mark.parametrize("target", ["embed_tokens", "lm_head"])
+def test_adapters_that_could_not_be_merged(target: str, base: ModelConfig) -> None:  # noqa: F811
+    lora = LoraConfig(r=2, target_modules=["q_proj", target])
+    if target == "lm_head" and not load_model_config(base).tie_word_embeddings:
+        load_policy(base, lora, torch.float32, None, 1.0, 0)
+    else:
+        with pytest.raises(ValueError, match=rf"lora\.target_modules: .*{target}"):
+            load_policy(base, lora, torch.float32, None, 1.0, 0)
+
+
+def test_files_that_differ_are_noticed(base: ModelConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    policy = make_policy(base, None)
+    state = {name: p.detach().clone() for name, p in policy.causal_lm.named_parameters()}
+    monkeypatch.setattr("grpo_dist.saving._tensors", lambda directory: [torch.zeros(3)])
+    with pytest.raises(RuntimeError, match="files hold 3 numbers"):
+        write(policy, state, load_tokenizer(base), tmp_path)
+    with pytest.raises(RuntimeError, match="not the trained one"):
+        compare(torch.ones(3), torch.tensor([1.0, 1.0, 1.001]), "torch.float32")
