@@ -278,9 +278,9 @@ class Run:
             lines.append(f"report:         {self.directory / 'report.html'}")
         if "tensorboard" in self.config.logging.trackers:
             lines.append(f"curves:         tensorboard --logdir {self.directory / 'tensorboard'}")
-        own = ("--train.output_dir runs/own --data.train_file FILE --data.eval_file null --data.max_prompt_length 512 "
-               """--rewards '[{name: "module:function"}]'""")  # fmt: skip
-        lines.append(f"next:           launch/single_node.sh --config configs/quickstart.yaml {own}")
+        lines += [f"talk to it:     python -m grpo_dist chat {self.directory}",
+                  f"take it home:   python -m grpo_dist export {self.directory}",
+                  "next:           python -m grpo_dist init own.yaml (a config for a task of your own)"]  # fmt: skip
         return "\n".join(lines)
 
     def close(self, all_ranks: bool) -> None:
