@@ -33,7 +33,7 @@ from .data import load_prompts
 from .display import set_up_logging
 from .distributed import Ranks, resolve_dtype, unsharded_loading
 from .estimates import Comparison, Estimate, compare, estimate, majority_at_k, pass_at_k
-from .gathering import gather
+from .gathering import gather_completions, gather_scores
 from .generation import generate_and_score, requests_of
 from .metrics import is_right
 from .models import (
@@ -137,7 +137,8 @@ class Evaluation:
             completions, pending = generate_and_score(self.engine, self.model, requests, prompts, sampling, self.scorer,
                                                       self.tokenizer)  # fmt: skip
             scores = pending.result()
-        return gather(ranks, prompts, completions, scores, self._weights, self.config.scoring.error_budget)
+        batch = gather_completions(ranks, prompts, completions)
+        return gather_scores(ranks, batch, completions, scores, self._weights, self.config.scoring.error_budget)
 
     @property
     def _weights(self) -> list[float]:
