@@ -29,8 +29,6 @@ VERBS = {
     "score": ("grpo_dist.score", "print a table of scored completions"),
     "train": ("grpo_dist.alone", "train in this one process (several: accelerate launch … -m grpo_dist.train)"),
 }
-OF_A_RUN = ("check", "plan", "score", "train")
-"""Verbs that take the options of a run too, for the shell's completion."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

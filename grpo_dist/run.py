@@ -27,7 +27,7 @@ from .distributed import OptimizerState, Ranks, resolve_dtype, unsharded_loading
 from .environment import record_start
 from .generation import generate_and_score, requests_of
 from .guards import BadUpdates, lock, warn_of_slow_save
-from .metrics import Clock, Recorder, read_history
+from .metrics import Clock, read_history
 from .models import (
     FrozenCopy,
     SharedReference,
@@ -42,6 +42,7 @@ from .models import (
 )
 from .position import Position
 from .probe import head_is_plain, packing_leak
+from .recording import Recorder
 from .resuming import changes, identity, resume_path, versions
 from .rewards.pool import Pending, ScorerPool
 from .rewards.registry import TrainerState, answer_checks, labels
@@ -49,6 +50,7 @@ from .rollout import Sampling, make_engine, stream_key
 from .saving import save_final
 from .schedule import learning_rate
 from .sources import load_training
+from .trackers import require_known
 from .watch import Watch
 
 log = logging.getLogger(__name__)
@@ -70,6 +72,7 @@ class Run:
             self.identity = identity(config, self.model_config, self.prompts)
             for change in changes(self.resume_from, config, self.identity) if self.resume_from else ():
                 log.warning("%s", change)
+            require_known(config.logging.trackers)
             self.scorer = ScorerPool(config.rewards, config.scoring)
             for prompt in (self.prompts[0], *self.eval_prompts[:1]):
                 self.scorer.check_columns(prompt.columns)

@@ -32,7 +32,8 @@ log = logging.getLogger(__name__)
 PERIOD_SECONDS = 0.5
 SAME_SIGNAL_SECONDS = 3.0
 """A terminal's Ctrl-C reaches the ranks and their launcher, which passes it on: that is one wish, not two."""
-SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name))
+_NAMES = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2")
+SIGNALS = tuple(getattr(signal, name) for name in _NAMES if hasattr(signal, name))
 SLOW_SECONDS = 60.0
 """A rank that the others have waited for as long as this is named in the log; again after twice the time, and so on."""
 

@@ -65,10 +65,16 @@ def _size(pack: list[Piece], prompts: list[int], lengths: list[int]) -> int:
     return sum(prompts[p.prompt] + sum(lengths[n] for n in p.completions) for p in pack)
 
 
-def flight(config: Config, num_ranks: int) -> Flight:
-    """What a rank decodes at once (see rollout/native.py): as many groups as max_tokens_in_flight has room for."""
+def flight(config: Config, num_ranks: int, share_prompts: bool = True) -> Flight:
+    """What a rank decodes at once (see rollout/): as many groups as max_tokens_in_flight has room for.
+
+    Where a prompt cannot be shared that is one group, of which every sequence holds the prompt for itself.
+    """
     rollout, prompt = config.rollout, config.data.max_prompt_length
     share = math.ceil(config.train.batch_size * rollout.group_size / num_ranks)
+    if not share_prompts:
+        rows = min(share, rollout.group_size)
+        return Flight(rows, rows, prompt, rollout.max_completion_length)
     of_a_group = min(rollout.group_size, (rollout.max_tokens_in_flight - prompt) // rollout.max_completion_length)
     groups = max(1, rollout.max_tokens_in_flight // (prompt + of_a_group * rollout.max_completion_length))
     rows = min(share, groups * of_a_group)
@@ -108,9 +114,10 @@ class Predictor:
         precision = Precision(self.policy_dtype, self.policy_dtype if self.shared else self.copy_dtype, casts)
         counts, trained_bytes = self._count(precision)
         return MemoryInputs(
-            counts=counts, passes=self._trace(precision, num_ranks), flight=flight(self.config, num_ranks),
-            num_ranks=num_ranks, zero_stage=zero_stage, policy_bytes=self.policy_dtype.itemsize,
-            trained_bytes=trained_bytes, copy_bytes=self.copy_dtype.itemsize, shared=self.shared,
+            counts=counts, passes=self._trace(precision, num_ranks), num_ranks=num_ranks,
+            flight=flight(self.config, num_ranks, self.share_prompts), zero_stage=zero_stage,
+            policy_bytes=self.policy_dtype.itemsize, trained_bytes=trained_bytes,
+            copy_bytes=self.copy_dtype.itemsize, shared=self.shared,
         )  # fmt: skip
 
     def _count(self, precision: Precision) -> tuple[ModelCounts, int]:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections import Counter
@@ -18,6 +19,7 @@ settings.register_profile(
     suppress_health_check=list(HealthCheck),
 )  # fmt: skip
 settings.load_profile("fuzz")
+logging.getLogger("grpo_dist").setLevel(logging.ERROR)  # a warning an input is kept by pytest until the end
 TOLD: list[str] = []
 
 

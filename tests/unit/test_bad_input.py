@@ -17,6 +17,7 @@ from grpo_dist import checkpoint
 from grpo_dist.cli_config import parse_config
 from grpo_dist.config import Config
 from grpo_dist.resuming import NEEDED, changes, identity, resume_path
+from grpo_dist.rows import RowReader, load_rows
 from grpo_dist.run import Run, UserError
 from grpo_dist.toy import toy_path
 
@@ -84,6 +85,16 @@ def test_pickled_weights_of_a_model_execute_nothing(tmp_path: Path) -> None:
     with pytest.raises((OSError, ValueError, RuntimeError, pickle.UnpicklingError)):
         load_causal_lm(config, torch.float32, None)
     assert not (tmp_path / "executed").exists()
+
+
+def test_both_readers_see_the_same_lines(tmp_path: Path) -> None:
+    """A line of white space that is not JSON's is a row that cannot be read, to both."""
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes("\n".join(["\ufeff", " \t\r", "\u00a0", "\u2003{}", "{}", "\x0c", ""]).encode())
+    rows = load_rows(str(path), "train")
+    reader = RowReader(str(path), "train")
+    assert [reader[place] for place in range(len(reader))] == rows
+    assert [(row.number, bool(row.problem)) for row in rows] == [(3, True), (4, False), (5, False)]
 
 
 # --- going on --------------------------------------------------------------------------------------------------------

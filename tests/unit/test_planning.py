@@ -155,6 +155,8 @@ def test_what_is_decoded_at_once(in_flight: int, rows: int, prompts: int) -> Non
     config = config_of(rollout=RolloutConfig(group_size=4, max_completion_length=24, max_tokens_in_flight=in_flight))
     found = flight(config, 1)
     assert (found.rows, found.prompts) == (rows, prompts)
+    alone = flight(config, 1, share_prompts=False)
+    assert (alone.rows, alone.prompts) == (4, 4)
 
 
 # --- the verb -------------------------------------------------------------------------------------------------------
