@@ -18,6 +18,7 @@ from .tables import Pair, pairs_table, summary_row, table
 from .turns import Worker
 from .workloads import WORKLOADS, Workload, model_of, write_prompts
 
+PROMPTS = "prompts.jsonl"
 SAME_WORK = 0.05
 """The peer's completion tokens may differ from ours by this share."""
 
@@ -68,20 +69,18 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
 
 def time_workload(workload: Workload, options: argparse.Namespace, rest: Sequence[str], scratch: Path) -> list[Pair]:
     """The timed steps of one workload; each side's first is left out. Raises ValueError where the work differs."""
-    for side in ("ours", "trl"):
-        (scratch / side).mkdir(parents=True)
+    scratch.mkdir()
     model = model_of(workload, options.models_dir or scratch)
-    write_prompts(workload, options.pairs + 1, scratch / "prompts.jsonl")
-    environment = {"TOKENIZERS_PARALLELISM": "false"}
+    num_steps = options.pairs + 1
     pairs = []
     with ExitStack() as opened:
-        ours = opened.enter_context(Worker(our_command(workload, options, rest, model, scratch), scratch / "ours",
-                                           environment))  # fmt: skip
+        ours = opened.enter_context(ours_in_turn(workload, model, scratch, num_steps=num_steps, rest=rest,
+                                                 kl_coeff=options.kl_coeff, lora_r=options.lora_r))  # fmt: skip
         theirs = None
         if options.against:
-            theirs = opened.enter_context(Worker(their_command(workload, options, model, scratch), scratch / "trl",
-                                                 environment))  # fmt: skip
-        for _ in range(options.pairs + 1):
+            command = their_command(workload, options, model, scratch)
+            theirs = opened.enter_context(Worker(command, scratch / "trl"))
+        for _ in range(num_steps):
             their_step = theirs.step(None) if theirs else None
             pairs.append(Pair(ours.step(their_step["lengths"] if their_step else None), their_step))
     for pair in pairs[1:]:
@@ -91,28 +90,29 @@ def time_workload(workload: Workload, options: argparse.Namespace, rest: Sequenc
     return pairs[1:]
 
 
-def our_command(
-    workload: Workload, options: argparse.Namespace, rest: Sequence[str], model: str, scratch: Path
-) -> list[str]:
-    """The command of our worker."""
+def ours_in_turn(
+    workload: Workload, model: str, scratch: Path, *, num_steps: int, kl_coeff: float, lora_r: int, rest: Sequence[str]
+) -> Worker:
+    """Our worker for `num_steps` steps of prompts, which are written to `scratch`; `rest` overrides its config."""
+    write_prompts(workload, num_steps, scratch / PROMPTS)
     longest = workload.prompt_tokens + workload.max_new_tokens
     config = {
         "model": {"name": model, "dtype": workload.dtype},
-        "lora": {"r": options.lora_r, "alpha": 2.0 * options.lora_r},
+        "lora": {"r": lora_r, "alpha": 2.0 * lora_r},
         "reference": {"dtype": workload.dtype},
-        "data": {"train_file": str(scratch / "prompts.jsonl"), "eval_file": None, "answer_column": None,
+        "data": {"train_file": str(scratch / PROMPTS), "eval_file": None, "answer_column": None,
                  "max_prompt_length": max(workload.prompt_tokens, 64)},
         "rollout": {"group_size": workload.group_size, "max_completion_length": workload.max_new_tokens},
         "rewards": [{"name": "grpo_dist.bench.turns:parity"}],
-        "loss": {"kl_coeff": options.kl_coeff},
+        "loss": {"kl_coeff": kl_coeff},
         "optim": {"learning_rate": 1e-5, "scheduler": "constant"},
         "train": {"batch_size": workload.num_prompts, "num_train_steps": 1_000_000, "eval_every": 0, "save_every": 0,
-                  "max_tokens_per_pack": max(4096, longest), "output_dir": str(scratch / "ours" / "out")},
+                  "max_tokens_per_pack": max(4096, longest), "output_dir": str(scratch / "out")},
         "logging": {"trackers": [], "log_completions": False},
     }  # fmt: skip
     path = scratch / "ours.yaml"
     path.write_text(yaml.safe_dump(config))
-    return [sys.executable, "-m", "grpo_dist.bench.ours", "--config", str(path), *rest]
+    return Worker([sys.executable, "-m", "grpo_dist.bench.ours", "--config", str(path), *rest], scratch / "ours")
 
 
 def their_command(workload: Workload, options: argparse.Namespace, model: str, scratch: Path) -> list[str]:
@@ -122,7 +122,7 @@ def their_command(workload: Workload, options: argparse.Namespace, model: str, s
 
         model = str(toy_path())
     command = [options.peer_python, str(Path(__file__).with_name("peer.py")), "--model", model, "--prompts",
-               str(scratch / "prompts.jsonl"), "--out", str(scratch / "trl" / "out"), "--dtype", workload.dtype,
+               str(scratch / PROMPTS), "--out", str(scratch / "trl" / "out"), "--dtype", workload.dtype,
                "--kl_coeff", str(options.kl_coeff), "--lora_r", str(options.lora_r),
                "--micro_batch", str(options.peer_micro_batch)]  # fmt: skip
     for name in ("num_prompts", "group_size", "max_new_tokens"):

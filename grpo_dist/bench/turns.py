@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 ADDRESS, KEY = "GRPO_DIST_BENCH_ADDRESS", b"grpo_dist"
-START_SECONDS = 600.0
+PATIENCE_SECONDS = 3600.0
 
 
 def connect() -> Connection:
@@ -38,17 +38,18 @@ def own_peak_gib() -> float:
 class Worker:
     """A trainer that takes steps when it is told to; a context manager."""
 
-    def __init__(self, command: Sequence[str], directory: Path, environment: dict[str, str]) -> None:
+    def __init__(self, command: Sequence[str], directory: Path) -> None:
+        """`directory` is for what it prints."""
         self.command, self.directory = list(command), directory
-        self.environment = environment
 
     def __enter__(self) -> Worker:
+        self.directory.mkdir()
         with ExitStack() as opened:
             listener = opened.enter_context(Listener(str(self.directory / "socket"), authkey=KEY))
             self.log = (self.directory / "log").open("w")
             self.process = subprocess.Popen(
                 self.command, stdout=self.log, stderr=subprocess.STDOUT, start_new_session=True,
-                env={**os.environ, **self.environment, ADDRESS: str(listener.address)},
+                env={**os.environ, "TOKENIZERS_PARALLELISM": "false", ADDRESS: str(listener.address)},
             )  # fmt: skip
             self._wait(listener._listener._socket)  # type: ignore[attr-defined]
             self.line = listener.accept()
@@ -61,7 +62,7 @@ class Worker:
         return self.line.recv()
 
     def _wait(self, thing: Any) -> None:
-        deadline = time.monotonic() + START_SECONDS
+        deadline = time.monotonic() + PATIENCE_SECONDS
         while not wait([thing], timeout=0.2):
             if self.process.poll() is not None or time.monotonic() > deadline:
                 raise self._failure()
