@@ -190,6 +190,10 @@ class Ranks:
 
     def prepare(self, policy: torch.nn.Module, optimizer: torch.optim.Optimizer) -> tuple[Any, Any]:
         """The policy and its optimizer, wrapped for this run (DDP, a DeepSpeed engine, or as they are)."""
+        if self.is_deepspeed:  # its buffer for gradients has 500 million elements by default: gigabytes for adapters
+            trained = sum(getattr(p, "ds_numel", p.numel()) for p in policy.parameters() if p.requires_grad)
+            zero = self.accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"]
+            zero["reduce_bucket_size"] = min(zero.get("reduce_bucket_size", 500_000_000), trained)
         prepared = self.accelerator.prepare(policy, optimizer)
         if self.num_ranks > 1:  # DeepSpeed makes groups of its own, which wait for 10 or 30 minutes whatever it is told
             for group in dist.distributed_c10d._world.pg_map:

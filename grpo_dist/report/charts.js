@@ -18,7 +18,8 @@ function smoothed(values, factor) {
   return values.map((value, i) => (value == null ? null : (before[i][0] + after[i][0] - value) / (before[i][1] + after[i][1] - 1)));
 }
 
-const EXACT = new Set(["learning_rate", "memory/peak_gib", "epoch", "step"]);
+/** Metrics without noise to smooth away, or with too few values. */
+const isExact = (name) => ["learning_rate", "memory/peak_gib", "epoch"].includes(name) || name.startsWith("eval/");
 
 /** The lines of metrics: one for each variant that has them, of its runs' mean, with the range between its runs. */
 function seriesOf(metrics) {
@@ -30,7 +31,7 @@ function seriesOf(metrics) {
       for (const run of variant.members) {
         const raw = run.curves[name];
         if (!raw) continue;
-        const smooth = smoothed(raw, EXACT.has(name) || raw.filter((value) => value != null).length < 10 ? 0 : state.smoothing);
+        const smooth = smoothed(raw, isExact(name) || raw.filter((value) => value != null).length < 10 ? 0 : state.smoothing);
         run.curves.step.forEach((step, i) => {
           if (raw[i] == null) return;
           if (!steps.has(step)) steps.set(step, { raw: [], smooth: [] });

@@ -211,7 +211,7 @@ function config() {
   const draw = () => {
     const chosen = keys.filter((key) => all.checked || runs.some((run) => written(run.config[key]) !== written(data.defaults[key])));
     holder.replaceChildren(table(["Option", ...runs.map((run) => run.name), "Default"], chosen.map((key) =>
-      [key, ...runs.map((run) => written(run.config[key])), written(data.defaults[key])]), { label: "Options" }));
+      [key, ...runs.map((run) => written(run.config[key])), written(data.defaults[key])]), { class: "wrapped", label: "Options" }));
   };
   draw();
   return section("config", "Config and environment", make("label", {}, all, ` Show all ${keys.length} options, not only those that differ from the defaults`),
