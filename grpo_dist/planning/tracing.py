@@ -22,6 +22,7 @@ from ..config import Config
 from ..models import make_policy, trainable
 from ..packing import Pack, Piece, make_pack
 from ..policy import Policy
+from ..rollout.sampling import Sampling, draw
 from .live import LiveBytes
 from .memory import KEPT_WHOLE, ModelCounts, Passes
 
@@ -110,7 +111,19 @@ def trace_passes(
         rows = [[low + (high - low) * (depth - depths[0]) // (depths[1] - depths[0])
                  for low, high in zip(*rows, strict=True)]]  # fmt: skip
     update, reference, prefill = rows[0]
-    return Passes(update, reference if with_reference else 0, prefill // PREFILL_TOKENS)
+    sampling = _trace_sampling(config, model_config.get_text_config().vocab_size, precision.copy)
+    return Passes(update, reference if with_reference else 0, prefill // PREFILL_TOKENS, sampling)
+
+
+def _trace_sampling(config: Config, vocabulary: int, dtype: torch.dtype) -> float:
+    """Bytes that drawing tokens holds, for each logit."""
+    rollout, rows = config.rollout, 8
+    sampling = Sampling(rollout.temperature, rollout.top_p, rollout.top_k, rollout.min_p)
+    with FakeTensorMode():
+        logits, counters = torch.empty(rows, vocabulary, dtype=dtype), torch.empty(rows, dtype=torch.int64)
+        with LiveBytes() as live:
+            draw(logits, counters, counters, sampling)
+    return live.peak / logits.numel()
 
 
 def _trace(
