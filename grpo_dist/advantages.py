@@ -113,13 +113,18 @@ def relative_advantages(
 
 def discounted_sums(values: Tensor, lengths: Tensor, discount: float) -> Tensor:
     """Sum of the `values` (T,) from each token to its completion's end, each discounted by its distance: (T,)."""
-    longest = int(lengths.max()) if len(lengths) else 0
-    inside = torch.arange(longest) < lengths[:, None]
-    table = torch.zeros(inside.shape, dtype=values.dtype)
-    table[inside] = values
-    for place in range(longest - 2, -1, -1):
-        table[:, place] += discount * table[:, place + 1]
-    return table[inside]
+    last = values[torch.cumsum(lengths, 0) - 1]
+    if discount == 1 and values.count_nonzero() == last.count_nonzero():  # outcomes alone, as usual: the same, at once
+        return torch.repeat_interleave(last, lengths)
+    longest_first = lengths.argsort(descending=True, stable=True)
+    ends = torch.cumsum(lengths, 0)[longest_first]
+    # of how many completions the token this far from the end is one
+    counts = torch.flip(torch.cumsum(torch.flip(torch.bincount(lengths), [0]), 0), [0]).tolist()
+    sums = values.clone()
+    for distance, count in enumerate(counts[2:], 2):
+        places = ends[:count] - distance
+        sums[places] += discount * sums[places + 1]
+    return sums
 
 
 def whiten(values: Tensor, counted: Tensor) -> Tensor:

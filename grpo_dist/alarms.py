@@ -11,7 +11,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from statistics import mean, median
+from statistics import fmean, median
 
 Metrics = Mapping[str, float | None]
 PAGE = "docs/metrics.md"
@@ -59,7 +59,7 @@ class History:
     def start(self, name: str) -> float | None:
         """The mean of a metric over the first steps; None before they are done, and where it was not measured."""
         values = [step[name] for step in self.first if step.get(name) is not None]
-        return mean(values) if values and len(self.first) == FIRST_STEPS else None
+        return fmean(values) if values and len(self.first) == FIRST_STEPS else None
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ def _entropy_lost(history: History) -> float | None:
     if None in starts or now is None or not rewards:
         return None
     entropy, reward, spread = starts
-    gained = mean(rewards) - reward > spread / 2
+    gained = fmean(rewards) - reward > spread / 2
     alike = (history.now("reward/groups_zero_std") or 0.0) > 0.5
     return entropy / max(now, 1e-9) if alike and not gained else 0.0
 
@@ -128,7 +128,7 @@ def _reward_lost(history: History) -> float | None:
     spread = [step["reward/std"] for step in history.recent if step.get("reward/std") is not None]
     if len(means) < 2 * _AVERAGED:
         return None
-    averaged = [mean(means[place : place + _AVERAGED]) for place in range(len(means) - _AVERAGED + 1)]
+    averaged = [fmean(means[place : place + _AVERAGED]) for place in range(len(means) - _AVERAGED + 1)]
     typical = median(spread)
     return (max(averaged) - averaged[-1]) / typical if typical > 0 else None
 

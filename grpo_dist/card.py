@@ -76,9 +76,13 @@ def _on_hub(name: str) -> bool:
     return bool(_HUB_ID.fullmatch(name)) and not Path(name).exists()
 
 
-def _place(name: str) -> str:
-    """A name without the directories of the machine it was on."""
-    return Path(name).name if Path(name).is_absolute() else name
+def _place(value: Any) -> Any:
+    """A name, or all names in a value, without the directories of the machine they were on."""
+    if isinstance(value, Mapping):
+        return {_place(key): _place(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_place(inner) for inner in value]
+    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
 
 
 def _evaluation(history: Sequence[Mapping[str, Any]]) -> str:
@@ -110,7 +114,8 @@ def _data(config: Mapping[str, Any]) -> str:
     lines = [f"- trained on: {', '.join(f'`{_place(name)}`' for name in files)}",
              f"- evaluated on: {'`' + _place(data['eval_file']) + '`' if data['eval_file'] else 'nothing'}"]
     for reward in config["rewards"]:
-        arguments = plain(", ".join(f"{key}: {value}" for key, value in reward["args"].items()), _SHOWN_CHARACTERS)
+        given = ", ".join(f"{key}: {_place(value)}" for key, value in reward["args"].items())
+        arguments = plain(given, _SHOWN_CHARACTERS)
         lines.append(f"- reward: `{reward['name']}` × {reward['weight']:g}" + (f" ({arguments})" if arguments else ""))
     return "\n".join(lines)
 
@@ -119,8 +124,7 @@ def _options(config: Mapping[str, Any]) -> str:
     defaults = flat(asdict(Config()))
     given = {key: value for key, value in flat(dict(config)).items()
              if (key not in defaults or value != defaults[key]) and not key.startswith(_ABOUT_THE_MACHINE)}  # fmt: skip
-    shown = {key: _place(value) if isinstance(value, str) else value for key, value in given.items()}
-    return yaml.safe_dump(shown, sort_keys=False, width=110)
+    return yaml.safe_dump(_place(given), sort_keys=False, width=110)
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -88,15 +88,14 @@ def _look(options: Options, num_ranks: int | None, findings: Findings) -> None:
 
 
 def _print_config(console: Console, options: Options) -> None:
-    """Print every option with its value and, where it was given, by what."""
+    """Print every option with its value: first those given, with what gave them, and then the defaults."""
     values = flat(redacted(asdict(options.config)))
     sources = {key: given.source for key, given in options.given.items()}
-    num_given = sum(_source(key, sources) is not None for key in values)
-    console.print(Text(f"config: {num_given} options given, {len(values) - num_given} at their defaults", style="bold"))
-    for key, value in values.items():
-        source = _source(key, sources)
-        line = Text(f"  {key}: {_yaml(value)}", style="bold" if source else "dim")
-        console.print(line.append(f"   # {_short(source)}" if source else "", style="not bold cyan"))
+    given = {key: source for key in values if (source := _source(key, sources))}
+    lines = [f"{key}: {_yaml(values[key])}   # {_short(source)}" for key, source in given.items()]
+    _print_block(console, f"{len(given)} options given", lines)
+    defaults = [f"{key}: {_yaml(value)}" for key, value in values.items() if key not in given]
+    _print_block(console, f"{len(defaults)} options at their defaults", defaults, "dim")
 
 
 def _source(key: str, sources: dict[str, str]) -> str | None:
@@ -115,7 +114,7 @@ def _short(source: str) -> str:
 
 def _yaml(value: Any) -> str:
     words = {None: "null", True: "true", False: "false"}
-    return words[value] if value is None or isinstance(value, bool) else plain(str(value), _SHOWN_CHARACTERS)
+    return words[value] if value is None or isinstance(value, bool) else str(value)
 
 
 def _print_block(console: Console, title: str, lines: Sequence[str], style: str = "") -> None:

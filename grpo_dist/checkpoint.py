@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -123,8 +124,11 @@ def complete(root: Path) -> list[Path]:
 
 
 def newest(root: Path) -> Path | None:
-    """The newest checkpoint under `root` that is whole; damaged ones are named in the log and passed over."""
-    for path in complete(root):
+    """The newest checkpoint under `root` that is whole; the others are named in the log and passed over."""
+    whole = complete(root)
+    for path in sorted({*root.glob("step_*"), *root.glob("tmp_*")} - {*whole}):
+        log.warning("%s has no manifest: it is no checkpoint, and passed over", path)
+    for path in whole:
         try:
             verify(path)
             return path
@@ -133,9 +137,17 @@ def newest(root: Path) -> Path | None:
     return None
 
 
-def load_meta(path: Path) -> dict[str, Any]:
-    """Metadata of a checkpoint that has been verified."""
-    return json.loads((path / META).read_text())
+def load_meta(path: Path, needed: Iterable[str] = ()) -> dict[str, Any]:
+    """Metadata of a checkpoint that has been verified. Raises DamagedCheckpoint where it lacks what is `needed`."""
+    try:
+        meta = json.loads((path / META).read_text())
+    except (ValueError, RecursionError) as error:
+        raise DamagedCheckpoint(f"{path / META} cannot be read ({error})") from error
+    missing = [name for name in needed if not isinstance(meta, dict) or name not in meta]
+    if missing:
+        raise DamagedCheckpoint(f"{path / META} lacks {', '.join(missing)}: it was changed, or is of another version; "
+                                "choose another train.output_dir, or remove it")  # fmt: skip
+    return meta
 
 
 def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -143,5 +155,5 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     verify(path)
     try:
         return load_file(path / TENSORS), load_meta(path)
-    except (SafetensorError, ValueError) as error:
+    except (SafetensorError, ValueError, KeyError) as error:
         raise DamagedCheckpoint(f"{path} cannot be read ({error})") from error

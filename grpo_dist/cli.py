@@ -13,21 +13,22 @@ import importlib
 import sys
 from collections.abc import Container, Sequence
 
+from .plain_text import plain_lines
+
 VERBS = {
     # verb: its module, and what it does in a few words
-    "check": ("grpo_dist.check", "look at a config before a run, and name all problems at once"),
+    "bench": ("grpo_dist.bench.bench", "time a step, against TRL if you like"),
     "chat": ("grpo_dist.chat", "talk to what a run has trained, beside its base model"),
+    "check": ("grpo_dist.check", "look at a config before a run, and name all problems at once"),
     "completion": ("grpo_dist.completion", "print the script with which a shell completes `grpo-dist`"),
     "examples": ("grpo_dist.examples", "copy the shipped configs and their data into a directory"),
     "export": ("grpo_dist.export", "take home what a run has trained: merged, as an adapter, towards GGUF"),
+    "init": ("grpo_dist.starter", "write a commented config to begin with"),
     "plan": ("grpo_dist.plan", "predict memory of each GPU and the arithmetic of a step, on any number of them"),
     "report": ("grpo_dist.report", "write one page about a run, or about several"),
-    "init": ("grpo_dist.starter", "write a commented config to begin with"),
     "score": ("grpo_dist.score", "print a table of scored completions"),
     "train": ("grpo_dist.alone", "train in this one process (several: accelerate launch … -m grpo_dist.train)"),
 }
-OF_A_RUN = ("check", "score", "train")
-"""Verbs that take the options of a run too, for the shell's completion."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -38,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return options.run(options, rest)
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(plain_lines(f"error: {error}"), file=sys.stderr)
         return 2
 
 

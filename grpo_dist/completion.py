@@ -10,16 +10,19 @@ It completes verbs, their options, and the dotted options of a run with the valu
 from __future__ import annotations
 
 import argparse
+import importlib
 from collections.abc import Sequence
 from typing import Any, Literal, get_args, get_origin
 
 import shtab
 
 from .checks import require
-from .cli import OF_A_RUN, VERBS, make_parser
+from .cli import VERBS, make_parser
 from .cli_config import group_type, option_types, presets
 
 PROGRAM = "grpo-dist"
+READERS = ("parse_config", "read_options")
+"""What a verb imports that takes the options of a run."""
 FILES = ("data.train_file", "data.eval_file", "model.name")
 """Options that may be a path."""
 
@@ -44,7 +47,8 @@ def script(shell: str) -> str:
     for name, verb in verbs.choices.items():
         verb.prog = f"{PROGRAM} {name}"
         verb.description = VERBS[name][1]
-        if name in OF_A_RUN:
+        module = importlib.import_module(VERBS[name][0])
+        if any(hasattr(module, reader) for reader in READERS):
             _add_run_options(verb)
     return shtab.complete(parser, shell)
 

@@ -325,7 +325,8 @@ class LoggingConfig:
     log_completions: bool = True
     """Write every completion with its rewards and advantage to output_dir/completions."""
     show_completions_every: int = 10
-    """Steps between looks at the best and the worst completion of a group, on a terminal; 0 shows none."""
+    """Steps between looks at completions: the best and the worst of a group on a terminal, and a table of some in the
+    trackers; 0 shows none."""
 
     def __post_init__(self) -> None:
         require(self.show_completions_every >= 0, "logging.show_completions_every", self.show_completions_every,

@@ -19,18 +19,16 @@ from .alarms import Alarm
 from .batch import Batch
 from .contrast import contrast, contrast_table
 from .live import LiveView, clock, facts, start_live
-from .plain_text import plain
+from .plain_text import plain_lines
 
 log = logging.getLogger(__name__)
-
-_MOST_CHARACTERS = 4000
 
 
 class _PlainFormatter(logging.Formatter):
     """Lines without control characters, whatever a message quotes."""
 
     def format(self, record: logging.LogRecord) -> str:
-        return "\n".join(plain(line, _MOST_CHARACTERS) for line in super().format(record).splitlines())
+        return plain_lines(super().format(record))
 
 
 def set_up_logging() -> None:

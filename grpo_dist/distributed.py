@@ -63,11 +63,12 @@ class Ranks:
         several = int(os.environ.get("WORLD_SIZE", "1")) > 1
         if on_cpu and deepspeed:
             _keep_deepspeed_from_compiling()
+        backend = {"backend": "gloo"} if on_cpu and (deepspeed or several) else {}
         self.accelerator = Accelerator(
             # under DeepSpeed, cpu=True would give every process a world of its own; gloo comes from the handler there
             cpu=on_cpu and not deepspeed,
             mixed_precision="bf16" if dtype == torch.bfloat16 else "no",
-            kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")] if on_cpu and (deepspeed or several) else [],
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE, **backend)],
         )
         self.max_grad_norm = optim.max_grad_norm
         self.is_deepspeed = self.accelerator.distributed_type == DistributedType.DEEPSPEED
@@ -189,7 +190,15 @@ class Ranks:
 
     def prepare(self, policy: torch.nn.Module, optimizer: torch.optim.Optimizer) -> tuple[Any, Any]:
         """The policy and its optimizer, wrapped for this run (DDP, a DeepSpeed engine, or as they are)."""
-        return self.accelerator.prepare(policy, optimizer)
+        if self.is_deepspeed:  # its buffer for gradients has 500 million elements by default: gigabytes for adapters
+            trained = sum(getattr(p, "ds_numel", p.numel()) for p in policy.parameters() if p.requires_grad)
+            zero = self.accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"]
+            zero["reduce_bucket_size"] = min(zero.get("reduce_bucket_size", 500_000_000), trained)
+        prepared = self.accelerator.prepare(policy, optimizer)
+        if self.num_ranks > 1:  # DeepSpeed makes groups of its own, which wait for 10 or 30 minutes whatever it is told
+            for group in dist.distributed_c10d._world.pg_map:
+                dist.distributed_c10d._set_pg_timeout(PATIENCE, group)
+        return prepared
 
     def backward(self, policy: Any, loss: Tensor, last: bool) -> None:
         """Add one pack's gradient; the `last` pack of an update synchronises the ranks.

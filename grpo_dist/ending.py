@@ -16,6 +16,7 @@ from .config import Config
 from .display import set_up_logging
 from .distributed import PhaseError
 from .gathering import RewardFailure
+from .plain_text import plain_lines
 from .report.page import write_report
 from .run import Run, UserError
 from .watch import Interrupted
@@ -38,7 +39,7 @@ def main(train: Callable[[Run], None], arguments: list[str] | None = None) -> in
         run = Run(config)
     except UserError as error:  # found on every rank alike
         if os.environ.get("RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr)
+            print(plain_lines(f"error: {error}"), file=sys.stderr)
         return 2
     status, all_ranks, told = 1, True, ""
     try:
@@ -58,7 +59,8 @@ def main(train: Callable[[Run], None], arguments: list[str] | None = None) -> in
         run.close(all_ranks)
         if run.ranks.is_main and told:
             _report(run.directory)
-            print(run.summary() if told == "done" else told, file=sys.stderr if status else sys.stdout, flush=True)
+            told = run.summary() if told == "done" else plain_lines(told)  # it may quote what a model wrote
+            print(told, file=sys.stderr if status else sys.stdout, flush=True)
     return status
 
 

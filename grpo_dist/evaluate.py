@@ -25,7 +25,6 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from . import attention
 from .batch import Batch, Prompt
 from .cli_config import parse_config
 from .config import Config
@@ -33,22 +32,23 @@ from .data import load_prompts
 from .display import set_up_logging
 from .distributed import Ranks, resolve_dtype, unsharded_loading
 from .estimates import Comparison, Estimate, compare, estimate, majority_at_k, pass_at_k
-from .gathering import gather
+from .gathering import gather_completions, gather_scores
+from .generation import generate_and_score, requests_of
 from .metrics import is_right
 from .models import (
+    attention_for,
     base_identity,
     check_model_config,
     end_token_ids,
     load_causal_lm,
     load_model_config,
     load_tokenizer,
-    packing_obstacle,
 )
-from .probe import packing_leak
+from .plain_text import plain_lines
+from .probe import make_engine, packing_leak
 from .rewards.pool import ScorerPool
 from .rewards.registry import answer_checks, answer_reader
-from .rewards.scores import Item
-from .rollout import Request, Sampling, make_engine, stream_key
+from .rollout import Sampling
 
 _PROMPTS_A_PART = 64  # a part is the same whatever the number of ranks
 
@@ -115,36 +115,25 @@ class Evaluation:
 
     def _load_model(self, ranks: Ranks) -> None:
         config, dtype = self.config, resolve_dtype(self.config.model.dtype)
-        auto = config.model.attn_implementation == "auto"
-        obstacle: str | None = "as model.attn_implementation asks"
-        if auto:
-            obstacle = packing_obstacle(self.model_config, self.longest, config.model.trust_remote_code)
-        implementation = attention.NAME if obstacle is None else None if auto else config.model.attn_implementation
+        implementation, obstacle = attention_for(config.model, self.model_config, self.longest)
         with unsharded_loading():
             self.model = load_causal_lm(config.model, dtype, implementation).to(ranks.device).eval()
         if obstacle is None and (obstacle := packing_leak(self.model)):
             self.model.set_attn_implementation("sdpa")
-        self.engine = make_engine(obstacle is None, end_token_ids(config.model, self.tokenizer),
+        self.engine = make_engine(self.model, obstacle, end_token_ids(config.model, self.tokenizer),
                                   config.rollout.max_completion_length,
                                   config.rollout.max_tokens_in_flight)  # fmt: skip
 
     def _sample(self, ranks: Ranks, prompts: list[Prompt], start: int) -> Batch:
         rollout, seed = self.config.rollout, self.config.train.seed
-        tasks = [(slot, sample) for slot in range(len(prompts)) for sample in range(self.num_samples)]
-        requests = [
-            Request(slot, sample, prompts[slot].ids, stream_key(seed, "evaluate", start + slot, sample))
-            for slot, sample in tasks[ranks.share(len(tasks))]
-        ]
+        requests = requests_of(prompts, self.num_samples, ranks.share, seed, "evaluate", first=start)
         sampling = Sampling(rollout.temperature, rollout.top_p, rollout.top_k, rollout.min_p)
         with ranks.together("sampling"):
-            completions = self.engine.generate(self.model, requests, sampling)
-            of = [prompts[completion.slot] for completion in completions]
-            items = [
-                Item(prompt.messages or prompt.text, self._text(completion.ids), completion.ids, prompt.columns)
-                for prompt, completion in zip(of, completions, strict=True)
-            ]
-            scores = self.scorer.score(items)
-        return gather(ranks, prompts, completions, scores, self._weights, self.config.scoring.error_budget)
+            completions, pending = generate_and_score(self.engine, self.model, requests, prompts, sampling, self.scorer,
+                                                      self.tokenizer)  # fmt: skip
+            scores = pending.result()
+        batch = gather_completions(ranks, prompts, completions)
+        return gather_scores(ranks, batch, completions, scores, self._weights, self.config.scoring.error_budget)
 
     @property
     def _weights(self) -> list[float]:
@@ -281,7 +270,7 @@ def main() -> int:
         evaluation = Evaluation(config, options.n, options.output, options.category)
     except (ValueError, OSError) as error:
         if os.environ.get("RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr)
+            print(plain_lines(f"error: {error}"), file=sys.stderr)
         return 2
     ranks = Ranks(resolve_dtype(config.model.dtype), config.optim)
     try:

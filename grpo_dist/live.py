@@ -150,8 +150,8 @@ def _flow(cells: Sequence[Text], width: int) -> Iterator[Text]:
 
 
 def start_live(view: LiveView, console: Console) -> Live:
-    """Begin to draw the view, four times a second; what is printed or logged meanwhile goes above it."""
-    live = Live(view, console=console, refresh_per_second=4)
+    """Begin to draw the view, twice a second; what is printed or logged meanwhile goes above it."""
+    live = Live(view, console=console, refresh_per_second=2)
     live.start()
     console.show_cursor(True)
     return live

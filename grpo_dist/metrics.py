@@ -1,33 +1,23 @@
-"""What is measured in a step, and where it is written down.
-
-`metrics.jsonl` is the truth, one object a step; trackers mirror it. Metric names are stable; docs/metrics.md says what
-each means.
-"""
+"""What is measured in a step; recording.py writes it down. Metric names are stable: docs/metrics.md has them all."""
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
 from .advantages import group_statistics
-from .alarms import Alarm, Alarms, rules_for
 from .batch import Batch
-from .config import Config
+from .json_lines import read_json_lines
 from .losses import Loss
-from .trackers import Mirror
 
 log = logging.getLogger(__name__)
 
@@ -143,71 +133,6 @@ def peak_memory_gib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
-class Recorder:
-    """Writes what a run leaves behind, on the main rank."""
-
-    def __init__(self, config: Config, directory: Path, first_step: int) -> None:
-        """Open the files; what an interrupted run wrote about steps after `first_step` is dropped, to be redone."""
-        self.directory = directory
-        self.log_completions = config.logging.log_completions
-        path = directory / "metrics.jsonl"
-        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= first_step]
-        path.write_text("".join(kept))
-        self.file = path.open("a", buffering=1)
-        self.alarms = Alarms(rules_for(config.loss.kl_estimator))
-        self.alarm_file = (directory / "alarms.jsonl").open("w", buffering=1)
-        for line in kept:
-            self._ring(json.loads(line))
-        self.mirrors = [Mirror(name, directory) for name in config.logging.trackers]
-
-    def metrics(self, values: dict[str, float]) -> list[Alarm]:
-        """Append one step's metrics, numbers that are not finite as null; returns the alarms that they set off."""
-        finite = {k: (v if not isinstance(v, float) or math.isfinite(v) else None) for k, v in values.items()}
-        self.file.write(json.dumps(finite) + "\n")
-        for mirror in self.mirrors:
-            mirror.log(int(values["step"]), {k: v for k, v in finite.items() if v is not None and k != "step"})
-        return self._ring(finite)
-
-    def _ring(self, values: dict[str, float | None]) -> list[Alarm]:
-        """Write the alarms that a step sets off to alarms.jsonl: a function of metrics.jsonl, made anew on a resume."""
-        alarms = self.alarms.step(values)
-        for alarm in alarms:
-            self.alarm_file.write(json.dumps(asdict(alarm) | {"page": alarm.page}) + "\n")
-        return alarms
-
-    def completions(self, step: int, batch: Batch, texts: list[str], advantages: Tensor, names: list[str]) -> None:
-        """Write one step's completions to completions/step_N.parquet."""
-        if not self.log_completions:
-            return
-        groups = batch.group.tolist()
-        table = {
-            "step": [step] * len(groups),
-            "prompt_index": [batch.prompts[g].index for g in groups],
-            "group": groups,
-            "prompt": [batch.prompts[g].text for g in groups],
-            "completion": texts,
-            "tokens": batch.lengths.tolist(),
-            "finished": batch.finished.tolist(),
-            "reward": batch.reward.tolist(),
-            "advantage": advantages[batch.starts].tolist(),  # of the first token: of the whole completion
-            **{f"reward/{name}": column.tolist() for name, column in zip(names, batch.rewards.T, strict=True)},
-            **{f"reward/{column}": values for column, values in batch.extras.items()},
-        }
-        folder = self.directory / "completions"
-        folder.mkdir(exist_ok=True)
-        pq.write_table(pa.table(table), folder / f"step_{step:06d}.parquet")
-
-    def close(self) -> None:
-        """Flush and close everything."""
-        for mirror in self.mirrors:
-            mirror.close()
-        self.file.close()
-        self.alarm_file.close()
-
-
 def read_history(directory: Path) -> list[dict[str, Any]]:
     """The whole lines of a run's metrics.jsonl."""
-    path = directory / "metrics.jsonl"
-    lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    return read_json_lines(directory / "metrics.jsonl")

@@ -13,3 +13,8 @@ def plain(text: str, most_characters: int) -> str:
     if len(text) > most_characters:  # before anything looks at every character: a text may have a million of them
         text = f"{text[:half]} … {text[-half:]}"
     return "".join(c if c.isprintable() else " " if c.isspace() else "\N{REPLACEMENT CHARACTER}" for c in text)
+
+
+def plain_lines(text: str, most_characters: int = 4000) -> str:
+    """Return a message with each of its lines made harmless, for messages that may quote a model or its data."""
+    return "\n".join(plain(line, most_characters) for line in text.split("\n"))

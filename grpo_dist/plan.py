@@ -1,25 +1,31 @@
 """`python -m grpo_dist plan`: memory of each GPU, and the arithmetic of a step, on any number of them.
 
     python -m grpo_dist plan --config configs/quickstart.yaml --ranks 1,8,64 --gpu-memory 80GiB
+    python -m grpo_dist plan --config FILE --ranks 8,64,512 --from RUN --from-ranks 8 --zero 2 --link-gbps 100
 
 Of the model nothing is loaded but its config: parameters are counted, and the passes of an update traced, on tensors
 without memory. Prompts and completions are taken at their full length. The status is 1 where --gpu-memory is given and
 no strategy fits at one of the numbers of ranks. docs/memory.md compares predictions with measurements.
+
+With --from, the steps that a run recorded on --from-ranks say how long a step takes on other numbers of ranks, once
+with the config's batch (strong scaling) and once with a batch that grows with the ranks (weak scaling). docs/scaling.md
+has the assumptions.
 """
 
 from __future__ import annotations
 
 import argparse
 import re
+import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
 from .cli_config import parse_config
 from .config import Config
+from .planning.tables import readable, table_of
 
 if TYPE_CHECKING:
     from .planning.memory import Phase
@@ -37,12 +43,22 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--gpu-memory", metavar="SIZE", help="memory of a GPU, such as 80GiB: says what does not fit")
     parser.add_argument("--device", choices=["gpu", "cpu"], default="gpu",
                         help="what `auto` dtypes stand for: bfloat16 on a gpu, float32 on a cpu (gpu)")  # fmt: skip
+    parser.add_argument("--from", dest="recorded", type=Path, metavar="RUN", help="output directory of a measured run")
+    parser.add_argument("--from-ranks", type=int, default=1, metavar="N", help="ranks it ran on (1)")
+    parser.add_argument("--zero", type=int, choices=[0, 1, 2, 3], default=2,
+                        help="ZeRO stage of the predicted steps; 0 is DDP (2)")  # fmt: skip
+    parser.add_argument("--link-gbps", type=float, default=100.0, metavar="G",
+                        help="gigabits a second that each rank sends and receives (100)")  # fmt: skip
+    parser.add_argument("--link-latency-us", type=float, default=20.0, metavar="U",
+                        help="microseconds that a message takes to start (20)")  # fmt: skip
 
 
 def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
     """Predict and print. Raises ValueError, OSError."""
     ranks = parse_ranks(options.ranks)
     limit = None if options.gpu_memory is None else parse_size(options.gpu_memory)
+    if min(options.link_gbps, options.from_ranks) <= 0 or options.link_latency_us < 0:
+        raise ValueError("--link-gbps, --link-latency-us, --from-ranks: expected numbers above 0")
     config = parse_config(list(rest))
     from .display import set_up_logging  # torch; a mistake in the options should not wait for it
     from .models import load_model_config
@@ -51,13 +67,17 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
     set_up_logging()
     model_config = load_model_config(config.model)
     predictor = Predictor(config, model_config, options.device)
-    console = Console(highlight=False)
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
     _print_steps(console, predictor, ranks)
     _print_parts(console, predictor, ranks[-1])
     unfit = _print_peaks(console, predictor, ranks, limit)
     if limit is not None:
         for num_ranks in unfit:
             _print_advice(console, config, model_config, options.device, num_ranks, limit)
+    if options.recorded is not None:
+        from .planning.outlook import print_outlook
+
+        print_outlook(console, predictor, options, ranks)
     return int(bool(unfit))
 
 
@@ -75,19 +95,6 @@ def parse_size(text: str) -> int:
     if match is None or match[2].upper() not in UNITS:
         raise ValueError(f"--gpu-memory: {text!r} given, expected a number with its unit, such as 80GiB or 24GB")
     return int(float(match[1]) * UNITS[match[2].upper()])
-
-
-def readable(num_bytes: float) -> str:
-    """Bytes in GiB, or MiB where there are few."""
-    return f"{num_bytes / 2**30:.2f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.1f} MiB"
-
-
-def table_of(title: str, columns: Sequence[str]) -> Table:
-    """An empty table; all columns but the first hold numbers."""
-    table = Table(box=box.SIMPLE, title=title, title_justify="left", title_style="bold")
-    for number, column in enumerate(columns):
-        table.add_column(column, justify="right" if number else "left")
-    return table
 
 
 def _print_steps(console: Console, predictor: Predictor, ranks: list[int]) -> None:

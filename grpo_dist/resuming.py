@@ -16,6 +16,9 @@ from .guards import data_fingerprint, differences
 from .models import base_identity
 from .sources import identifying, order_of
 
+NEEDED = ("step", "updates", "kl_coeff", "facts", "metrics", "logged", "identity", "config", "versions", "sampler")
+"""What a checkpoint's metadata has to hold for a run to go on from it."""
+
 
 def resume_path(config: Config) -> Path | None:
     """The checkpoint that train.resume comes to, or None for a fresh start.
@@ -44,7 +47,7 @@ def identity(config: Config, model_config: Any, prompts: Sequence[Prompt]) -> di
 
 def changes(path: Path, config: Config, now: dict[str, Any]) -> list[str]:
     """What has changed since a checkpoint, a line each; raises ValueError where the run's identity `now` is another."""
-    meta = checkpoint.load_meta(path)
+    meta = checkpoint.load_meta(path, NEEDED)
     harmful = differences(meta["identity"], now)
     if harmful and not config.train.allow_changes:
         told = "\n  ".join(harmful)

@@ -6,6 +6,7 @@ JSONL has a reader of its own, so that every row knows its line.
 
 from __future__ import annotations
 
+import codecs
 import difflib
 import json
 import re
@@ -65,7 +66,7 @@ class RowReader:
             with Path(path).open("rb") as file:
                 for number, line in enumerate(file):
                     ends.append(ends[-1] + len(line))
-                    if line.strip():  # lines of white space are no rows
+                    if not _is_blank(number + 1, line):
                         lines.append(number)
             self._starts, self._lines = ends, lines
             self._count = len(lines)
@@ -86,7 +87,7 @@ class RowReader:
         with Path(self._path).open("rb") as file:
             file.seek(self._starts[line])
             row = _read_line(line + 1, file.read(self._starts[line + 1] - self._starts[line]))
-        assert row is not None, "lines of white space are left out above"
+        assert row is not None, "blank lines are left out above"
         return row
 
 
@@ -105,18 +106,22 @@ def _read_lines(path: str) -> Iterator[Row]:
 
 
 def _read_line(number: int, line: bytes) -> Row | None:
-    """Return the row of a line, or None where it is only white space."""
+    """Return the row of a line, or None where it is blank."""
+    if _is_blank(number, line):
+        return None
     try:
-        text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
-        if not text:
-            return None
-        value = json.loads(text)
+        value = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8").strip())
     # ValueError covers broken UTF-8 and JSON, and integers beyond Python's limit on digits.
     except (ValueError, RecursionError) as error:
         return Row(number, {}, f"not JSON: {error}")
     if isinstance(value, dict):
         return Row(number, value)
     return Row(number, {}, f'a JSON {type(value).__name__}, expected an object such as {{"prompt": …}}')
+
+
+def _is_blank(number: int, line: bytes) -> bool:
+    """Whether a line holds nothing but JSON's white space (and, as the first, a byte order mark): it is no row."""
+    return not (line.removeprefix(codecs.BOM_UTF8) if number == 1 else line).strip()
 
 
 def _check_file(path: str) -> None:

@@ -25,30 +25,32 @@ from .data import load_prompts
 from .display import Display
 from .distributed import OptimizerState, Ranks, resolve_dtype, unsharded_loading
 from .environment import record_start
+from .generation import generate_and_score, requests_of
 from .guards import BadUpdates, lock, warn_of_slow_save
-from .metrics import Clock, Recorder, read_history
+from .metrics import Clock, read_history
 from .models import (
     FrozenCopy,
     SharedReference,
+    attention_for,
     check_model_config,
     end_token_ids,
     load_causal_lm,
     load_model_config,
     load_policy,
     load_tokenizer,
-    packing_obstacle,
     trainable,
 )
 from .position import Position
-from .probe import head_is_plain, packing_leak
+from .probe import head_is_plain, make_engine, packing_leak
+from .recording import Recorder
 from .resuming import changes, identity, resume_path, versions
 from .rewards.pool import Pending, ScorerPool
 from .rewards.registry import TrainerState, answer_checks, labels
-from .rewards.scores import Item
-from .rollout import Request, Sampling, make_engine, stream_key
+from .rollout import Sampling, stream_key
 from .saving import save_final
 from .schedule import learning_rate
 from .sources import load_training
+from .trackers import require_known
 from .watch import Watch
 
 log = logging.getLogger(__name__)
@@ -70,6 +72,7 @@ class Run:
             self.identity = identity(config, self.model_config, self.prompts)
             for change in changes(self.resume_from, config, self.identity) if self.resume_from else ():
                 log.warning("%s", change)
+            require_known(config.logging.trackers)
             self.scorer = ScorerPool(config.rewards, config.scoring)
             for prompt in (self.prompts[0], *self.eval_prompts[:1]):
                 self.scorer.check_columns(prompt.columns)
@@ -116,11 +119,7 @@ class Run:
     def _load_models(self) -> None:
         config = self.config
         dtype, copy_dtype = resolve_dtype(config.model.dtype), resolve_dtype(config.reference.dtype)
-        auto = config.model.attn_implementation == "auto"
-        obstacle: str | None = "as model.attn_implementation asks"
-        if auto:
-            obstacle = packing_obstacle(self.model_config, self.longest, config.model.trust_remote_code)
-        implementation = attention.NAME if obstacle is None else None if auto else config.model.attn_implementation
+        implementation, obstacle = attention_for(config.model, self.model_config, self.longest)
         temperature = config.rollout.temperature
         policy = load_policy(config.model, config.lora, dtype, implementation, temperature, config.train.seed,
                              has_critic=config.advantage.baseline == "critic",
@@ -145,14 +144,12 @@ class Run:
             for each in (self.policy, self.reference.policy):
                 each.causal_lm.set_attn_implementation("sdpa")
         self.share_prompts = obstacle is None
-        if obstacle is not None:
-            log.info("%s: completions are computed one to a row (%s)", config.model.name, obstacle)
         with self.reference.trained() as model:
             plain = head_is_plain(model, self.share_prompts)
+            self.engine = make_engine(model, obstacle, end_token_ids(config.model, self.tokenizer),
+                                      config.rollout.max_completion_length,
+                                      config.rollout.max_tokens_in_flight)  # fmt: skip
         self.policy.fused_head = self.reference.policy.fused_head = plain
-        self.engine = make_engine(self.share_prompts, end_token_ids(config.model, self.tokenizer),
-                                  config.rollout.max_completion_length,
-                                  config.rollout.max_tokens_in_flight)  # fmt: skip
 
     def _probe(self) -> str | None:
         """Why the loaded model cannot share prompts, asked of the model itself."""
@@ -235,30 +232,17 @@ class Run:
 
         Needs the rollout weights in place; `stream` names the noise, such as `train/12`; `step` is told to rewards.
         """
-        tasks = [(slot, sample) for slot in range(len(prompts)) for sample in range(group_size)]
-        mine = tasks[self.ranks.share(len(tasks))]
-        seed = self.config.train.seed
-        requests = [Request(slot, sample, prompts[slot].ids, stream_key(seed, stream, slot, sample))
-                    for slot, sample in mine]  # fmt: skip
+        requests = requests_of(prompts, group_size, self.ranks.share, self.config.train.seed, stream)
         state = TrainerState(step, self.config.train.num_train_steps, self.sampler.epoch(step))
         with self.reference.trained() as model, self.ranks.together("rollout"):
-            completions = self.engine.generate(model, requests, sampling, check=self.watch.check)
-            pending = self.scorer.submit([self._item(prompts[c.slot], c) for c in completions], state)
-        return completions, pending
+            return generate_and_score(self.engine, model, requests, prompts, sampling, self.scorer, self.tokenizer,
+                                      state, self.watch.check)  # fmt: skip
 
     def seed_dropout(self, step: int, pack: int) -> None:
         """Make adapter dropout a function of counters, so that a resumed run draws the same masks."""
         if self.config.lora is not None and self.config.lora.dropout:
             key = stream_key(self.config.train.seed, "dropout", step, self.position.updates, pack, self.ranks.rank)
             torch.manual_seed(key & (2**63 - 1))
-
-    def _item(self, prompt: Prompt, completion: Completion) -> Item:
-        text = self.text(completion.ids)
-        return Item(prompt.messages or prompt.text, text, completion.ids, prompt.columns)
-
-    def text(self, ids: list[int]) -> str:
-        """A completion as text, without special tokens."""
-        return self.tokenizer.decode(ids, skip_special_tokens=True)
 
     def completion_texts(self, batch: Batch) -> list[str]:
         """All completions of a batch as text."""
@@ -291,9 +275,9 @@ class Run:
             lines.append(f"report:         {self.directory / 'report.html'}")
         if "tensorboard" in self.config.logging.trackers:
             lines.append(f"curves:         tensorboard --logdir {self.directory / 'tensorboard'}")
-        own = ("--train.output_dir runs/own --data.train_file FILE --data.eval_file null --data.max_prompt_length 512 "
-               """--rewards '[{name: "module:function"}]'""")  # fmt: skip
-        lines.append(f"next:           launch/single_node.sh --config configs/quickstart.yaml {own}")
+        lines += [f"talk to it:     python -m grpo_dist chat {self.directory}",
+                  f"take it home:   python -m grpo_dist export {self.directory}",
+                  "next:           python -m grpo_dist init own.yaml (a config for a task of your own)"]  # fmt: skip
         return "\n".join(lines)
 
     def close(self, all_ranks: bool) -> None:

@@ -76,7 +76,10 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
     if options.file.exists():
         raise FileExistsError(f"{options.file} exists already; choose another name, or move it away")
     on_terminal = sys.stdin.isatty() and sys.stdout.isatty()
-    starter = complete(options, _ask if on_terminal else _refuse)
+    try:
+        starter = complete(options, _ask if on_terminal else _refuse)
+    except (EOFError, KeyboardInterrupt):
+        raise ValueError(f"no answer; {options.file} was not written") from None
     options.file.write_text(render(starter))
     print(f"wrote {options.file}. Now check it, and then run it:\n")
     print(f"    python -m grpo_dist check --config {options.file}")
@@ -84,19 +87,24 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
     return 0
 
 
-Asker = Callable[[str, str, str | None], str]
-"""From an option, a question and a default (None: there is none) to an answer."""
+Check = Callable[[str], str | None]
+"""From an answer to what is wrong with it; None where nothing is."""
+Asker = Callable[[str, str, str | None, Check], str]
+"""From an option, a question, a default (None: there is none) and a check to an answer."""
 
 
-def _ask(option: str, question: str, default: str | None) -> str:
+def _ask(option: str, question: str, default: str | None, check: Check) -> str:
     shown = f" [{default}]" if default is not None else ""
     while True:
         answer = input(f"{question}{shown}: ").strip() or default
-        if answer is not None:
+        problem = check(answer) if answer else None
+        if answer and not problem:
             return answer
+        if problem:
+            print(problem)
 
 
-def _refuse(option: str, question: str, default: str | None) -> str:
+def _refuse(option: str, question: str, default: str | None, check: Check) -> str:
     if default is None:
         raise ValueError(f"--{option}: nothing given, and there is no terminal to ask on; expected: {question}")
     return default
@@ -104,24 +112,38 @@ def _refuse(option: str, question: str, default: str | None) -> str:
 
 def complete(options: argparse.Namespace, ask: Asker) -> Starter:
     """Return the answers: those given as options, and `ask` for the others. Raises ValueError, FileNotFoundError."""
-    model = options.model or ask("model", "Model, a hub id or a directory", None)
-    data = options.data or ask("data", "Prompts, a JSONL, CSV or parquet file, a directory or a hub id", None)
+
+    def answer(option: str, question: str, default: str | None, check: Check = lambda _: None) -> str:
+        given = getattr(options, option)
+        problem = check(given) if given else None
+        if problem:
+            raise ValueError(f"--{option}: {problem}")
+        return given or ask(option, question, default, check)
+
+    model = answer("model", "Model, a hub id or a directory", None)
+    data = answer("data", "Prompts, a JSONL, CSV or parquet file, a directory or a hub id", None, _data_problem)
     columns = list(load_rows(data, "train")[0].columns) if Path(data).is_file() else []
-    prompt = options.prompt_column or ask(
-        "prompt_column", f"Column with the prompt{_of(columns)}", _first(PROMPT_COLUMNS, columns, "prompt")
-    )
-    answer = options.answer_column or ask(
-        "answer_column", f"Column with the gold answer, null for none{_of(columns)}",
-        _first(ANSWER_COLUMNS, columns, "null" if columns else "answer"),
-    )  # fmt: skip
-    known = f"Reward, module:function or one of {', '.join(BUILT_IN)}"
-    reward = options.reward or ask("reward", known, "math" if answer != "null" else None)
-    if ":" not in reward and reward not in BUILT_IN:
-        near = difflib.get_close_matches(reward, BUILT_IN, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"--reward: {reward!r} given, expected module:function or one of {', '.join(BUILT_IN)}{hint}")
+    prompt = answer("prompt_column", f"Column with the prompt{_of(columns)}",
+                    _first(PROMPT_COLUMNS, columns, "prompt"))  # fmt: skip
+    gold = answer("answer_column", f"Column with the gold answer, null for none{_of(columns)}",
+                  _first(ANSWER_COLUMNS, columns, "null" if columns else "answer"))  # fmt: skip
+    reward = answer("reward", f"Reward, module:function or one of {', '.join(BUILT_IN)}",
+                    "math" if gold != "null" else None, _reward_problem)  # fmt: skip
     output_dir = options.output_dir or f"runs/{options.file.stem}"
-    return Starter(model, data, options.eval_data, prompt, None if answer == "null" else answer, reward, output_dir)
+    return Starter(model, data, options.eval_data, prompt, None if gold == "null" else gold, reward, output_dir)
+
+
+def _data_problem(data: str) -> str | None:
+    looks_like_a_file = Path(data).suffix in (".jsonl", ".json", ".csv", ".parquet")
+    return f"no file {data!r} here" if looks_like_a_file and not Path(data).is_file() else None
+
+
+def _reward_problem(reward: str) -> str | None:
+    if ":" in reward or reward in BUILT_IN:
+        return None
+    near = difflib.get_close_matches(reward, BUILT_IN, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    return f"{reward!r} given, expected module:function or one of {', '.join(BUILT_IN)}{hint}"
 
 
 def _of(columns: Sequence[str]) -> str:

@@ -15,8 +15,6 @@ Phase = Literal["always", "rollout", "reference", "update", "optimizer"]
 PHASES: tuple[Phase, ...] = ("rollout", "reference", "update", "optimizer")
 
 FLOAT32 = 4
-SAMPLING_BYTES = 37
-"""Bytes that drawing a token needs for each entry of the vocabulary beside the logits (see rollout/sampling.py)."""
 
 KEPT_WHOLE = 100_000
 """ZeRO-3 keeps parameters of fewer elements whole on every rank (stage3_param_persistence_threshold)."""
@@ -55,6 +53,8 @@ class Passes:
     """In the reference's forward pass of one pack; 0 where no reference is needed."""
     prefill_per_token: int
     """In a forward pass without gradients, for each token, the logits left out."""
+    sampling_per_logit: float
+    """In drawing a token from its logits, for each entry of the vocabulary, the logits themselves left out."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,8 @@ class Flight:
     """Sequences."""
     prompt_length: int
     max_new_tokens: int
+    slots: int
+    """Tokens for which a sequence's own cache has room when it is longest."""
 
 
 @dataclass(frozen=True)
@@ -106,9 +108,9 @@ def slots_held(max_new_tokens: int, chunk: int) -> int:
     return slots
 
 
-def memory_per_rank(inputs: MemoryInputs, slot_chunk: int) -> list[Part]:
+def memory_per_rank(inputs: MemoryInputs) -> list[Part]:
     """Every part of a rank's memory; a phase's peak is the sum of its parts and of those held always."""
-    return [*_weights(inputs), *_rollout(inputs, slot_chunk), *_update(inputs)]
+    return [*_weights(inputs), *_rollout(inputs), *_update(inputs)]
 
 
 def peaks(parts: list[Part]) -> dict[Phase, int]:
@@ -160,14 +162,15 @@ def _gathered(inputs: MemoryInputs, most: int) -> int:
     return min(weights - counts.kept_whole, most) * inputs.policy_bytes
 
 
-def _rollout(inputs: MemoryInputs, slot_chunk: int) -> list[Part]:
+def _rollout(inputs: MemoryInputs) -> list[Part]:
     counts, flight = inputs.counts, inputs.flight
     width = inputs.policy_bytes if inputs.shared else inputs.copy_bytes
     per_token = 2 * counts.num_layers * counts.key_width * width
     prompt_tokens = flight.prompts * flight.prompt_length
-    own = flight.rows * slots_held(flight.max_new_tokens, slot_chunk) * per_token
+    own = flight.rows * flight.slots * per_token
     attended = flight.rows * counts.query_heads * (flight.prompt_length + flight.max_new_tokens)
-    of_a_step = max(flight.rows * counts.vocabulary * (width + SAMPLING_BYTES), attended * 2 * (width + FLOAT32))
+    drawing = int(flight.rows * counts.vocabulary * (width + inputs.passes.sampling_per_logit))
+    of_a_step = max(drawing, attended * 2 * (width + FLOAT32))
     prefill = prompt_tokens * inputs.passes.prefill_per_token - own  # the sequences have no cache of their own then
     parts = [
         Part("keys and values", prompt_tokens * per_token + own, "rollout"),

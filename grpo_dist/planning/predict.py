@@ -16,7 +16,7 @@ from ..distributed import DTYPES
 from ..models import packing_obstacle, trainable
 from ..packing import Piece, plan
 from ..rollout.native import SLOT_CHUNK
-from .memory import Flight, MemoryInputs, ModelCounts, Part, Passes, memory_per_rank
+from .memory import Flight, MemoryInputs, ModelCounts, Part, Passes, memory_per_rank, slots_held
 from .tracing import Precision, Shape, build_policy, count, trace_passes
 
 Device = Literal["gpu", "cpu"]
@@ -65,14 +65,21 @@ def _size(pack: list[Piece], prompts: list[int], lengths: list[int]) -> int:
     return sum(prompts[p.prompt] + sum(lengths[n] for n in p.completions) for p in pack)
 
 
-def flight(config: Config, num_ranks: int) -> Flight:
-    """What a rank decodes at once (see rollout/native.py): as many groups as max_tokens_in_flight has room for."""
+def flight(config: Config, num_ranks: int, share_prompts: bool = True) -> Flight:
+    """What a rank decodes at once (see rollout/): as many groups as max_tokens_in_flight has room for.
+
+    Where a prompt cannot be shared that is one group, of which every sequence holds the prompt for itself.
+    """
     rollout, prompt = config.rollout, config.data.max_prompt_length
     share = math.ceil(config.train.batch_size * rollout.group_size / num_ranks)
-    of_a_group = min(rollout.group_size, (rollout.max_tokens_in_flight - prompt) // rollout.max_completion_length)
-    groups = max(1, rollout.max_tokens_in_flight // (prompt + of_a_group * rollout.max_completion_length))
+    longest = rollout.max_completion_length
+    if not share_prompts:
+        rows = min(share, rollout.group_size)
+        return Flight(rows, rows, prompt, longest, longest)
+    of_a_group = min(rollout.group_size, (rollout.max_tokens_in_flight - prompt) // longest)
+    groups = max(1, rollout.max_tokens_in_flight // (prompt + of_a_group * longest))
     rows = min(share, groups * of_a_group)
-    return Flight(math.ceil(rows / of_a_group), rows, prompt, rollout.max_completion_length)
+    return Flight(math.ceil(rows / of_a_group), rows, prompt, longest, slots_held(longest, SLOT_CHUNK))
 
 
 def dtype_on(device: Device, name: Dtype) -> torch.dtype:
@@ -100,7 +107,7 @@ class Predictor:
 
     def parts(self, num_ranks: int, zero_stage: ZeroStage) -> list[Part]:
         """The parts of a rank's memory under DDP or one process (stage 0) or ZeRO."""
-        return memory_per_rank(self.inputs(num_ranks, zero_stage), SLOT_CHUNK)
+        return memory_per_rank(self.inputs(num_ranks, zero_stage))
 
     def inputs(self, num_ranks: int, zero_stage: ZeroStage) -> MemoryInputs:
         """What the memory of a rank depends on."""
@@ -108,9 +115,10 @@ class Predictor:
         precision = Precision(self.policy_dtype, self.policy_dtype if self.shared else self.copy_dtype, casts)
         counts, trained_bytes = self._count(precision)
         return MemoryInputs(
-            counts=counts, passes=self._trace(precision, num_ranks), flight=flight(self.config, num_ranks),
-            num_ranks=num_ranks, zero_stage=zero_stage, policy_bytes=self.policy_dtype.itemsize,
-            trained_bytes=trained_bytes, copy_bytes=self.copy_dtype.itemsize, shared=self.shared,
+            counts=counts, passes=self._trace(precision, num_ranks), num_ranks=num_ranks,
+            flight=flight(self.config, num_ranks, self.share_prompts), zero_stage=zero_stage,
+            policy_bytes=self.policy_dtype.itemsize, trained_bytes=trained_bytes,
+            copy_bytes=self.copy_dtype.itemsize, shared=self.shared,
         )  # fmt: skip
 
     def _count(self, precision: Precision) -> tuple[ModelCounts, int]:

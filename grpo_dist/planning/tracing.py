@@ -22,6 +22,7 @@ from ..config import Config
 from ..models import make_policy, trainable
 from ..packing import Pack, Piece, make_pack
 from ..policy import Policy
+from ..rollout.sampling import Sampling, draw
 from .live import LiveBytes
 from .memory import KEPT_WHOLE, ModelCounts, Passes
 
@@ -52,7 +53,7 @@ def build_policy(
     text = shape.get_text_config()
     if num_layers is not None:
         text.num_hidden_layers = num_layers
-        if getattr(text, "layer_types", None):
+        if vars(text).get("layer_types"):
             text.layer_types = text.layer_types[:num_layers]
     with torch.device("meta"):
         base = AutoModelForCausalLM.from_config(
@@ -76,8 +77,8 @@ def count(policy: Policy) -> ModelCounts:
                if isinstance(module, LoraLayer) and module.lora_A]  # fmt: skip
     every = list(trainable(policy).values())
     text = policy.causal_lm.config.get_text_config()
-    heads = text.num_attention_heads
-    head_size = getattr(text, "head_dim", None) or text.hidden_size // heads
+    heads = getattr(text, "num_attention_heads", None) or 0  # none: a state of fixed size in place of a cache
+    head_size = getattr(text, "head_dim", None) or text.hidden_size // max(heads, 1)
     return ModelCounts(
         parameters=sum(p.numel() for p in base or every),
         adapters=sum(p.numel() for p in every) if base else 0,
@@ -96,16 +97,33 @@ def trace_passes(
 ) -> Passes:  # fmt: skip
     """What the passes over a pack of that `shape` hold, without any weights.
 
-    The reference is the policy's own shape in the copy's dtype; `with_reference` false leaves it out.
+    The reference is the policy's own shape in the copy's dtype; `with_reference` false leaves it out. Raises ValueError
+    for models whose code asks for the values of tensors, or for operations that cannot go without them.
     """
     depth = model_config.get_text_config().num_hidden_layers
     depths = (depth,) if depth <= TRACED_LAYERS[-1] else TRACED_LAYERS
-    rows = [_trace(config, model_config, implementation, precision, shape, num_layers) for num_layers in depths]
+    try:
+        rows = [_trace(config, model_config, implementation, precision, shape, num_layers) for num_layers in depths]
+    except RuntimeError as error:
+        raise ValueError(f"model.name: memory of the model type {model_config.model_type} cannot be predicted, since "
+                         f"its passes do not run on tensors without values: {error}") from error  # fmt: skip
     if len(rows) == 2:
         rows = [[low + (high - low) * (depth - depths[0]) // (depths[1] - depths[0])
                  for low, high in zip(*rows, strict=True)]]  # fmt: skip
     update, reference, prefill = rows[0]
-    return Passes(update, reference if with_reference else 0, prefill // PREFILL_TOKENS)
+    sampling = _trace_sampling(config, model_config.get_text_config().vocab_size, precision.copy)
+    return Passes(update, reference if with_reference else 0, prefill // PREFILL_TOKENS, sampling)
+
+
+def _trace_sampling(config: Config, vocabulary: int, dtype: torch.dtype) -> float:
+    """Bytes that drawing tokens holds, for each logit."""
+    rollout, rows = config.rollout, 8
+    sampling = Sampling(rollout.temperature, rollout.top_p, rollout.top_k, rollout.min_p)
+    with FakeTensorMode():
+        logits, counters = torch.empty(rows, vocabulary, dtype=dtype), torch.empty(rows, dtype=torch.int64)
+        with LiveBytes() as live:
+            draw(logits, counters, counters, sampling)
+    return live.peak / logits.numel()
 
 
 def _trace(

@@ -118,14 +118,18 @@ def _try(
             return np.zeros(2)
         right = [str(prompt.columns["answer"]) if config.data.answer_column else prompt.text for prompt in prompts]
         pairs = [*zip(prompts, right, strict=True), *zip(prompts, right[1:] + right[:1], strict=True)]
-        scores = pool.score(to_items(pairs, found.tokenizer))
+        items = to_items(pairs, found.tokenizer)
+        scores = pool.score(items[:1])  # first alone, so that a reward that hangs costs one time limit
+        if not {failure.kind for failure in scores.failures} & {"timeout", "died"}:
+            scores = pool.score(items)
     if scores.failures:
         first = scores.failures[0]
         findings.problems.append(
-            f"rewards: {reward.name!r} failed on {len(scores.failures)} of {len(pairs)} completions, first on "
+            f"rewards: {reward.name!r} failed on {len(scores.failures)} of {len(scores.values)} completions, first on "
             f"{plain(pairs[first.item][1], 60)!r} ({first.kind}): {plain(first.message, 300)}; see all with "
             "`python -m grpo_dist score`"
         )  # fmt: skip
+        return np.zeros(2)
     means = np.array([_mean(scores.values[: len(prompts), 0]), _mean(scores.values[len(prompts) :, 0])])
     told = ("gold answers", "answers of other prompts") if config.data.answer_column else ("prompts", "other prompts")
     findings.facts.setdefault("rewards", []).append(

@@ -10,7 +10,6 @@ import torch
 from ..config import Config
 from ..planning.memory import MemoryInputs, ModelCounts, memory_per_rank, peaks
 from ..planning.predict import Predictor, ZeroStage, batch_arithmetic
-from ..rollout.native import SLOT_CHUNK
 from .contents import Contents
 from .findings import Findings
 
@@ -58,7 +57,7 @@ def describe_memory(config: Config, found: Contents, num_ranks: int, findings: F
 
 def _compare(config: Config, inputs: MemoryInputs, on_gpu: bool, findings: Findings) -> None:
     """Note what a rank needs beside what it has."""
-    phase, needed = max(peaks(memory_per_rank(inputs, SLOT_CHUNK)).items(), key=lambda each: each[1])
+    phase, needed = max(peaks(memory_per_rank(inputs)).items(), key=lambda each: each[1])
     if on_gpu:
         room = torch.cuda.get_device_properties(0).total_memory
     else:

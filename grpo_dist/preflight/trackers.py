@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib.util
 import os
 import socket
@@ -10,8 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from accelerate.tracking import LOGGER_TYPE_TO_CLASS
-
+from ..trackers import require_known
 from .findings import Findings
 
 _CONNECT_SECONDS = 3.0
@@ -43,12 +41,12 @@ SERVICES = {
 def look_at_trackers(names: list[str], findings: Findings) -> None:
     """Note whether each tracker is known, installed, has its credentials and can be reached; a run goes on without."""
     for name in names:
-        if name not in LOGGER_TYPE_TO_CLASS:
-            near = difflib.get_close_matches(name, LOGGER_TYPE_TO_CLASS, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            findings.problems.append(f"logging.trackers: {name!r} given, expected some of "
-                                     f"{', '.join(LOGGER_TYPE_TO_CLASS)}{hint}")  # fmt: skip
-        elif importlib.util.find_spec(name) is None:
+        try:
+            require_known([name])
+        except ValueError as error:
+            findings.problems.append(str(error))
+            continue
+        if importlib.util.find_spec(name) is None:
             findings.problems.append(f"logging.trackers: {name!r} given, but its package is not installed: "
                                      f"pip install {name}, or leave it out")  # fmt: skip
         elif name in SERVICES and not (name == "wandb" and os.environ.get("WANDB_MODE") in ("offline", "disabled")):

@@ -18,7 +18,8 @@ function smoothed(values, factor) {
   return values.map((value, i) => (value == null ? null : (before[i][0] + after[i][0] - value) / (before[i][1] + after[i][1] - 1)));
 }
 
-const EXACT = new Set(["learning_rate", "memory/peak_gib", "epoch", "step"]);
+/** Metrics without noise to smooth away, or with too few values. */
+const isExact = (name) => ["learning_rate", "memory/peak_gib", "epoch"].includes(name) || name.startsWith("eval/");
 
 /** The lines of metrics: one for each variant that has them, of its runs' mean, with the range between its runs. */
 function seriesOf(metrics) {
@@ -30,7 +31,7 @@ function seriesOf(metrics) {
       for (const run of variant.members) {
         const raw = run.curves[name];
         if (!raw) continue;
-        const smooth = smoothed(raw, EXACT.has(name) || raw.filter((value) => value != null).length < 10 ? 0 : state.smoothing);
+        const smooth = smoothed(raw, isExact(name) || raw.filter((value) => value != null).length < 10 ? 0 : state.smoothing);
         run.curves.step.forEach((step, i) => {
           if (raw[i] == null) return;
           if (!steps.has(step)) steps.set(step, { raw: [], smooth: [] });
@@ -100,11 +101,18 @@ function followPointer(svg, stepOf) {
   svg.addEventListener("pointerleave", () => set({ cursor: null }));
 }
 
-function lineChart({ title, metrics, unit = "", height = 150 }) {
+/** A chart's title, and below it what it reads out. */
+function caption(title, unit, readout = null) {
+  return make("figcaption", {}, make("div", { class: "title" }, title, make("span", { class: "unit" }, ` ${unit}`)), readout ?? "");
+}
+
+/** Lines of metrics; small charts leave it to the toolbar to name the runs' colours. */
+function lineChart({ title, metrics, unit = "", small = true }) {
+  const height = small ? 150 : 240;
   const readout = make("div", { class: "readout" });
   const holder = make("div", { class: "plot" });
   const figure = make("figure", { class: "chart", "data-metric": metrics[0].name },
-    make("figcaption", {}, make("span", { class: "title" }, title), make("span", { class: "unit" }, unit), readout), holder);
+    caption(title, unit, readout), holder);
   let lines = [];
   let axis = null;
   let mark = null;
@@ -136,8 +144,8 @@ function lineChart({ title, metrics, unit = "", height = 150 }) {
     const at = state.cursor ?? LAST_STEP;
     for (const [name, value] of [["x1", axis.place(at)], ["x2", axis.place(at)]]) mark.setAttribute(name, value);
     mark.setAttribute("visibility", state.cursor == null ? "hidden" : "visible");
-    readout.replaceChildren(...lines.map((line) => make("span", {}, swatch(line.color, line.dashed),
-      lines.length > 1 && line.label ? `${line.label} ` : "", make("b", {}, short(pointAt(line, state.cursor)?.raw)))));
+    readout.replaceChildren(...lines.map((line) => make("span", { title: line.label }, swatch(line.color, line.dashed),
+      lines.length > 1 && !small ? `${line.label} ` : "", make("b", {}, short(pointAt(line, state.cursor)?.raw)))));
   };
   whenPlaced(holder, draw);
   watch(["width", "smoothing", "hidden"], () => holder.isConnected && draw());
@@ -182,9 +190,9 @@ function whenPlaced(node, draw) {
 /** Shares of a step's completions by row; the figure at the right is the share at the step that is read out. */
 function heatMap({ title, note, mapOf }) {
   const holder = make("div", { class: "plot" });
-  const caption = make("div", { class: "readout" });
+  const readout = make("div", { class: "readout" });
   const figure = make("figure", { class: "chart heat", "data-map": title },
-    make("figcaption", {}, make("span", { class: "title" }, title), make("span", { class: "unit" }, note), caption), holder);
+    caption(title, note, readout), holder);
   const rowHeight = 19;
   let shown = null;
   const draw = () => {
@@ -226,7 +234,7 @@ function heatMap({ title, note, mapOf }) {
     mark.setAttribute("x", left + c * cell);
     mark.setAttribute("visibility", state.cursor == null ? "hidden" : "visible");
     const [first, last] = map.columns[c];
-    caption.replaceChildren(make("span", { class: "scale" }, "0 ", make("i", {}), ` ${percent(most)}`),
+    readout.replaceChildren(make("span", { class: "scale" }, "0 ", make("i", {}), ` ${percent(most)}`),
       make("span", {}, "at step ", make("b", {}, first === last ? whole(last) : `${whole(first)}–${whole(last)}`)));
   };
   whenPlaced(holder, draw);

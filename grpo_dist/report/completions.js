@@ -64,7 +64,7 @@ function completionsPanel() {
 }
 
 function completionItem(row) {
-  const parts = Object.entries(row.rewards).map(([name, value]) => `${name} ${short(value)}`).join(", ");
+  const parts = Object.entries(row.rewards).map(([name, value]) => `${name} ${typeof value === "number" ? short(value) : written(value)}`).join(", ");
   const tone = row.advantage > 0 ? "good" : row.advantage < 0 ? "bad" : "";
   return make("tr", {},
     make("td", { "data-label": "step" }, whole(row.step)),

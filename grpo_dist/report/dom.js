@@ -12,16 +12,24 @@ function variantLabel(names) {
   if (names.length === 1) return names[0];
   let common = names[0];
   while (common && !names.every((name) => name.startsWith(common))) common = common.slice(0, -1);
-  return `${common.replace(/[\s_./-]*(seed)?[\s_./-]*$/i, "") || names[0]} (${names.length} seeds)`;
+  const said = common.replace(/[\s_./-]*(seed)?[\s_./-]*$/i, "") || `${names[0]} … ${names[names.length - 1]}`;
+  return `${said} (${names.length} seeds)`;
 }
 
 const state = {
   cursor: null, // the step that all plots read out; null is each plot's last
-  smoothing: 0.6,
+  smoothing: usualSmoothing(Math.max(...runs.map((run) => run.curves.step.length))),
   run: 0, // the run whose answers, times and completions are shown
   hidden: new Set(), // numbers of variants that are not drawn
   width: 0,
 };
+
+/** The factor whose weights reach over a fortieth of the points, and over four at least. */
+function usualSmoothing(numPoints) {
+  const reach = Math.max(4, numPoints / 40);
+  return Math.round((50 * (reach - 1)) / (reach + 1)) / 50;
+}
+
 const watchers = [];
 
 /** Draw now, and again whenever one of the keys of the state changes. */

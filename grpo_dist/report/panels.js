@@ -122,7 +122,7 @@ function learning() {
     ["eval/accuracy", { title: "Accuracy on held-out prompts", unit: SHARE,
       metrics: [{ name: "eval/accuracy", label: "sampled" }, { name: "eval/greedy_accuracy", label: "greedy" }] }],
   ].filter(([name]) => has(name)).map(([name, chart]) => make("div", {},
-    runs.length === 1 && runs[0].changes[name] ? verdict(runs[0].changes[name]) : null, lineChart({ ...chart, height: 240 })));
+    runs.length === 1 && runs[0].changes[name] ? verdict(runs[0].changes[name]) : null, lineChart({ ...chart, small: false })));
   const told = runs.length > 1 ? comparison() : make("dl", { class: "facts" },
     facts(runs[0]).map(([name, value]) => make("div", {}, make("dt", {}, name), make("dd", {}, value))));
   return section("learning", "Did it learn?", make("div", { class: "grid wide" }, cards), told, alarms());
@@ -149,7 +149,7 @@ function alarms() {
   if (!number) return null;
   return make("details", { class: "alarms", open: true }, make("summary", {}, `${whole(number)} alarm${number > 1 ? "s" : ""}`),
     make("ul", {}, told.map(({ run, alarm }) => make("li", {}, runs.length > 1 ? `${run.name}, ` : "", `step ${alarm.step}: `,
-      alarm.message ?? written(alarm)))),
+      alarm.message ?? written(alarm), alarm.page ? make("span", { class: "note" }, ` What to do: ${alarm.page}`) : ""))),
     number > told.length ? make("p", { class: "note" }, `The first ${told.length} are shown.`) : null);
 }
 
@@ -200,8 +200,7 @@ function time() {
         make("span", { class: "value" }, duration(seconds)), make("span", { class: "value" }, percent(seconds / sum)));
     }));
   });
-  return section("time", "Time and memory", make("figure", { class: "chart" }, make("figcaption", {},
-    make("span", { class: "title" }, "Where the time went"), make("span", { class: "unit" }, "per step, on rank 0")), bars),
+  return section("time", "Time and memory", make("figure", { class: "chart" }, caption("Where the time went", "per step, on rank 0"), bars),
   ...chartsOf(SPEED));
 }
 
@@ -212,7 +211,7 @@ function config() {
   const draw = () => {
     const chosen = keys.filter((key) => all.checked || runs.some((run) => written(run.config[key]) !== written(data.defaults[key])));
     holder.replaceChildren(table(["Option", ...runs.map((run) => run.name), "Default"], chosen.map((key) =>
-      [key, ...runs.map((run) => written(run.config[key])), written(data.defaults[key])]), { label: "Options" }));
+      [key, ...runs.map((run) => written(run.config[key])), written(data.defaults[key])]), { class: "wrapped", label: "Options" }));
   };
   draw();
   return section("config", "Config and environment", make("label", {}, all, ` Show all ${keys.length} options, not only those that differ from the defaults`),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter
 from collections.abc import Callable
@@ -14,6 +13,7 @@ import pyarrow.parquet as pq
 import yaml
 
 from ..config import RewardConfig
+from ..json_lines import read_json_lines
 from ..rewards.registry import BUILT_IN, answer_reader
 from .embedding import cut, encoded, harmless
 from .shaping import agreement, answer_of, by_lot, flat, spread
@@ -63,24 +63,16 @@ def read_run(directory: Path) -> Written:
     path = directory / "metrics.jsonl"
     if not path.is_file():
         raise ValueError(f"{directory} holds no run: expected metrics.jsonl in it, as `train.output_dir` has it")
-    lines = sorted({line["step"]: line for line in _json_lines(path)}.values(), key=lambda line: line["step"])
-    config = yaml.safe_load(_text(directory / "config.yaml")) or {}
+    lines = sorted({line["step"]: line for line in read_json_lines(path)}.values(), key=lambda line: line["step"])
+    options = directory / "config.yaml"
+    config = yaml.safe_load(options.read_text()) if options.exists() else {}
     done = lines[-1]["step"] if lines else 0
     files = {int(file.stem.removeprefix("step_")): file for file in (directory / "completions").glob("step_*.parquet")}
     return Written(
-        directory, lines, flat(config), _json_lines(directory / "environment.jsonl"),
-        [alarm for alarm in _json_lines(directory / "alarms.jsonl") if alarm.get("step", 0) <= done],
+        directory, lines, flat(config), read_json_lines(directory / "environment.jsonl"),
+        [alarm for alarm in read_json_lines(directory / "alarms.jsonl") if alarm.get("step", 0) <= done],
         {step: files[step] for step in sorted(files) if step <= done},
     )  # fmt: skip
-
-
-def _text(path: Path) -> str:
-    return path.read_text() if path.exists() else ""
-
-
-def _json_lines(path: Path) -> list[dict[str, Any]]:
-    """All whole lines; a run that goes on may be in the middle of its last."""
-    return [json.loads(line) for line in _text(path).splitlines(keepends=True) if line.endswith("\n")]
 
 
 def reader_of(config: dict[str, Any]) -> Callable[[str], str | None] | None:

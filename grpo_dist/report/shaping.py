@@ -155,7 +155,7 @@ def answer_map(counts: Sequence[Counter[str]], steps: Sequence[int], most_rows: 
 
 
 def number_map(values: Sequence[Sequence[float]], steps: Sequence[int], most_rows: int, most_columns: int) -> HeatMap:
-    """Show how often a number took which value: by value where they are few, else in ranges of equal width.
+    """Show how often a number took which value: by value where they are few, else in ranges from round number to next.
 
     `values` has the numbers of each of the steps; NaN is `unscored`. Rows go from the largest value down.
     """
@@ -164,15 +164,28 @@ def number_map(values: Sequence[Sequence[float]], steps: Sequence[int], most_row
         rows = list(dict.fromkeys(f"{value:.4g}" for value in present))
         names = {value: f"{value:.4g}" for value in present}
     else:
-        low, width = present[-1], (present[0] - present[-1]) / most_rows
-        ranges = [f"{low + width * n:.4g} – {low + width * (n + 1):.4g}" for n in range(most_rows)]
-        rows = ranges[::-1]
-        names = {value: ranges[min(int((value - low) / width), most_rows - 1)] for value in present}
+        width = round_width(present[-1], present[0], most_rows)
+        numbers = {value: _range_of(value, width) for value in present}
+        ranges = {n: f"{n * width:.4g} – {(n + 1) * width:.4g}"
+                  for n in range(_range_of(present[0], width), _range_of(present[-1], width) - 1, -1)}  # fmt: skip
+        rows, names = list(ranges.values()), {value: ranges[number] for value, number in numbers.items()}
     counts = [Counter(UNSCORED if math.isnan(value) else names[value] for value in step) for step in values]
     if any(UNSCORED in count for count in counts):
         rows.append(UNSCORED)
     across = columns(steps, most_columns)
     return HeatMap(rows, across, _shares(_merge(counts, steps, across), rows))
+
+
+def round_width(low: float, high: float, most: int) -> float:
+    """Return the smallest of 1, 2, 2.5 and 5 times a power of ten that parts low … high into at most `most` ranges."""
+    power = 10.0 ** math.floor(math.log10((high - low) / most))
+    widths = (factor * scale for scale in (power, 10 * power, 100 * power) for factor in (1, 2, 2.5, 5))
+    return next(width for width in widths if _range_of(high, width) - _range_of(low, width) < most)
+
+
+def _range_of(value: float, width: float) -> int:
+    """Which range a value is in; one that is a range's lower end but for rounding is in that range."""
+    return math.floor(value / width + 1e-9)
 
 
 def _merge(

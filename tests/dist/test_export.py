@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from fake_hub import Hub
 from launching import ROOT, train
 from peft import PeftModel
 from safetensors.torch import load_file
@@ -122,6 +123,18 @@ def test_the_gguf_recipe_runs_the_converter(run: Path, tmp_path: Path) -> None:
     subprocess.run([out / "to_gguf.sh"], check=True, cwd=tmp_path, stdout=subprocess.DEVNULL,
                    env=os.environ | {"LLAMA_CPP": str(llama), "PATH": f"{programs}:{os.environ['PATH']}"})  # fmt: skip
     assert "model.safetensors" in (out / "a model-q4_k_m.gguf.Q4_K_M").read_text()
+
+
+def test_the_hub_gets_what_was_written(
+    run: Path, export: Callable[..., tuple[Path, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_token")
+    with Hub() as hub:
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.url)
+        out, told = export(run, "--push_to_hub", "me/model")
+    assert hub.created[0]["visibility"] == "private"
+    assert hub.files == {path.name: path.read_bytes() for path in out.iterdir()}
+    assert f"uploaded to {hub.url}/me/model" in told
 
 
 def test_mistakes(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -21,7 +21,7 @@ def state(directory: Path) -> dict[str, torch.Tensor]:
     return load_file(directory / "checkpoints" / "step_5" / "state.safetensors")
 
 
-def kill_after(steps: int, strategy: str, num_processes: int, directory: Path) -> None:
+def kill_after(steps: int, strategy: str | None, num_processes: int, directory: Path) -> None:
     """Start a training and kill -9 all of it once `steps` steps are written down."""
     process = subprocess.Popen(
         [*command(strategy, num_processes), *TINY, *EACH, "--train.output_dir", str(directory)], cwd=ROOT,
@@ -52,9 +52,29 @@ def test_killed_and_started_again(strategy: str, num_processes: int, tmp_path: P
     assert [line["loss"] for line in metrics(again)[1:]] == [line["loss"] for line in metrics(undisturbed)[1:]]
 
 
-def test_another_shape_takes_over(tmp_path: Path) -> None:
-    undisturbed = train(None, 1, tmp_path / "undisturbed", *EACH)
-    kill_after(2, "zero2", 2, tmp_path / "moved")
-    moved = train("zero3", 3, tmp_path / "moved", *EACH)
-    assert [row["completion"] for row in completions(moved)] == [row["completion"] for row in completions(undisturbed)]
-    assert relative_difference(adapters(undisturbed), adapters(moved)) <= 1e-5
+Shape = tuple[str | None, int]
+SHAPES: list[tuple[Shape, Shape]] = [
+    (("zero2", 2), ("zero3", 3)),
+    ((None, 1), ("ddp", 2)),
+    (("ddp", 2), (None, 1)),
+    (("ddp", 2), ("zero2", 2)),
+    (("zero2", 2), ("zero3", 2)),
+    (("zero3", 2), ("ddp", 2)),
+    (("zero2", 4), ("zero3", 3)),
+]
+
+
+@pytest.fixture(scope="module")
+def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same run on one rank, left alone."""
+    return train(None, 1, tmp_path_factory.mktemp("one") / "run", *EACH)
+
+
+@pytest.mark.parametrize(
+    ("before", "after"), [pytest.param(*pair, marks=[] if pair is SHAPES[0] else pytest.mark.slow) for pair in SHAPES]
+)
+def test_another_shape_takes_over(before: Shape, after: Shape, one_rank: Path, tmp_path: Path) -> None:
+    kill_after(2, *before, tmp_path / "moved")
+    moved = train(*after, tmp_path / "moved", *EACH)
+    assert [row["completion"] for row in completions(moved)] == [row["completion"] for row in completions(one_rank)]
+    assert relative_difference(adapters(one_rank), adapters(moved)) <= 1e-5

@@ -9,6 +9,7 @@ import pytest
 import torch
 from launching import ROOT, TINY, adapters, completions, launch, metrics, train
 from peft import PeftModel
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from grpo_dist.toy import toy_path
@@ -31,7 +32,8 @@ def shortness(prompts, completions, completion_ids, hint, **columns):
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run under ZeRO-2 on two ranks, with evaluation."""
-    return train("zero2", 2, tmp_path_factory.mktemp("recipe") / "checkpoints", "--train.eval_every", "2")
+    return train("zero2", 2, tmp_path_factory.mktemp("recipe") / "checkpoints", "--train.eval_every", "2",
+                 "--logging.show_completions_every", "2")  # fmt: skip
 
 
 def test_metrics(recipe: Path) -> None:
@@ -49,6 +51,11 @@ def test_files(recipe: Path) -> None:
     (start,) = map(json.loads, (recipe / "environment.jsonl").read_text().splitlines())
     assert (start["engine"], len(start["ranks"]), start["first_step"]) == ("DeepSpeed ZeRO-2", 2, 0)
     assert list((recipe / "tensorboard").rglob("events.out.*"))
+    events = EventAccumulator(str(recipe / "tensorboard"), size_guidance={"histograms": 0, "tensors": 0}).Reload()
+    for name in ("reward/distribution", "advantage/distribution", "completion/lengths"):
+        assert [each.histogram_value.num for each in events.Histograms(name)] == [7 * 5] * 5
+    for name in ("completions/sample/text_summary", "completions/answers/text_summary"):
+        assert [each.step for each in events.Tensors(name)] == [2, 4]
     rows = completions(recipe)
     assert len(rows) == 5 * 7 * 5
     assert {"step", "prompt", "completion", "reward", "advantage", "reward/math"} <= rows[0].keys()

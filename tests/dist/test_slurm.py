@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -82,10 +83,15 @@ def submitted() -> Iterator[list[str]]:
         subprocess.run(["scancel", "--quiet", job], check=False)
 
 
+def job_field(job: str, name: str) -> str:
+    """What SLURM knows of a job under one of its names, such as NodeList."""
+    shown = subprocess.run(["scontrol", "show", "job", "--oneliner", job], capture_output=True, text=True, check=True)
+    return dict(field.partition("=")[::2] for field in shown.stdout.split())[name]
+
+
 def job_state(job: str) -> str:
     """The job's state as SLURM names it, such as COMPLETED."""
-    shown = subprocess.run(["scontrol", "show", "job", "--oneliner", job], capture_output=True, text=True, check=True)
-    return dict(field.partition("=")[::2] for field in shown.stdout.split())["JobState"]
+    return job_field(job, "JobState")
 
 
 def wait_for(job: str) -> str:
@@ -140,11 +146,46 @@ def test_two_nodes_train_together(tmp_path: Path, submitted: list[str]) -> None:
     assert sorted(by_node.values()) == [STEPS * PROMPTS * GROUP_SIZE // 2] * 2
 
 
-INTERRUPTIONS = {
-    "asked to make room": [["scancel", "--signal=USR1", "--batch"]],
-    "requeued": [["scontrol", "requeue"]],
-    "cancelled and submitted again": [["scancel"]],
-}
+@contextlib.contextmanager
+def unplugged(node: str) -> Iterator[None]:
+    """A node's network interface is down inside; the node has to be a network namespace of this machine."""
+    listed = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, check=False).stdout
+    namespace = next((line.split()[0] for line in listed.splitlines() if line.split()[0].endswith(f"-{node}")), None)
+    if namespace is None:
+        pytest.skip(f"node {node} is no network namespace of this machine, whose cable could be pulled")
+    subprocess.run(["ip", "-n", namespace, "link", "set", "eth0", "down"], check=True)
+    try:
+        yield
+    finally:
+        subprocess.run(["ip", "-n", namespace, "link", "set", "eth0", "up"], check=True)
+
+
+def wait_until_pending(job: str, log: Path) -> None:
+    """Wait until the job is put back into the queue."""
+    deadline = time.monotonic() + LIMIT_SECONDS
+    while job_state(job) != "PENDING":
+        assert time.monotonic() < deadline and job_state(job) != "FAILED", log.read_text()[-3000:]
+        time.sleep(0.1)
+
+
+INTERRUPTIONS = ("asked to make room", "requeued", "cancelled and submitted again", "a node unplugged")
+"""Ways in which jobs end on a cluster."""
+
+
+def interrupt(how: str, job: str, log: Path) -> None:
+    """Interrupt a running job, and see it back in the queue or ended."""
+    nodes = job_field(job, "NodeList")
+    names = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True)
+    if how == "cancelled and submitted again":
+        subprocess.run(["scancel", job], check=True)
+        assert wait_for(job) == "CANCELLED"
+    elif how in ("asked to make room", "requeued"):
+        command = ["scontrol", "requeue"] if how == "requeued" else ["scancel", "--signal=USR1", "--batch"]
+        subprocess.run([*command, job], check=True)
+        wait_until_pending(job, log)
+    else:
+        with unplugged(names.stdout.split()[-1]):  # not the one that runs the batch script
+            wait_until_pending(job, log)
 
 
 @pytest.mark.usefixtures("cluster")
@@ -153,27 +194,22 @@ INTERRUPTIONS = {
     [pytest.param(how, marks=[] if how == "asked to make room" else pytest.mark.slow) for how in INTERRUPTIONS],
 )
 def test_interrupted_it_ends_with_the_same_weights(how: str, tmp_path: Path, submitted: list[str]) -> None:
-    overrides = {"train.num_train_steps": "60", "train.batch_size": "4", "train.save_every": "3",
-                 "data.eval_file": "null"}  # fmt: skip
+    overrides = {"train.num_train_steps": "40", "train.batch_size": "4", "train.save_every": "3",
+                 "train.hang_timeout_seconds": "10", "data.eval_file": "null"}  # fmt: skip
     left_alone = overrides | {"train.output_dir": str(tmp_path / "alone")}
     assert wait_for(submit(left_alone, tmp_path / "alone.log", submitted)) == "COMPLETED"
     interrupted = overrides | {"train.output_dir": str(tmp_path / "run")}
-    job = submit(interrupted, tmp_path / "job.log", submitted)
+    log = tmp_path / "job.log"
+    job = submit(interrupted, log, submitted)
     written = tmp_path / "run" / "metrics.jsonl"
     deadline = time.monotonic() + LIMIT_SECONDS
     while not (written.exists() and len(written.read_text().splitlines()) > 5):
         assert time.monotonic() < deadline and job_state(job) in {"PENDING", "CONFIGURING", "RUNNING"}
         time.sleep(0.1)
-    for command in INTERRUPTIONS[how]:
-        subprocess.run([*command, job], check=True)
+    interrupt(how, job, log)
     if how == "cancelled and submitted again":
-        assert wait_for(job) == "CANCELLED"
-        job = submit(interrupted, tmp_path / "job.log", submitted)
-    else:
-        while job_state(job) != "PENDING":  # it is put back into the queue
-            assert time.monotonic() < deadline, (tmp_path / "job.log").read_text()[-3000:]
-            time.sleep(0.1)
-    assert wait_for(job) == "COMPLETED", (tmp_path / "job.log").read_text()[-3000:]
-    assert "resumed from" in (tmp_path / "job.log").read_text()
+        job = submit(interrupted, log, submitted)
+    assert wait_for(job) == "COMPLETED", log.read_text()[-3000:]
+    assert "resumed from" in log.read_text()
     final = "final/adapter/adapter_model.safetensors"
     assert (tmp_path / "run" / final).read_bytes() == (tmp_path / "alone" / final).read_bytes()

@@ -10,10 +10,12 @@ import errno
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from grpo_dist import checkpoint, evaluation, train, watch
 from grpo_dist.ending import main
@@ -35,6 +37,13 @@ def happen() -> None:
     if KIND == "loop":  # in Python, for ever
         while True:
             pass
+    if KIND == "tell":
+        for group, (backend, _) in dist.distributed_c10d._world.pg_map.items():
+            print(f"process group ({backend}) waits", group._get_backend(torch.device("cpu")).options._timeout)
+        return
+    if KIND == "tardy":
+        time.sleep(40)
+        return
     if KIND == "block":  # in C, for ever
         ctypes.CDLL(None).pause()
     os.kill(os.getpid(), getattr(signal, f"SIG{KIND.upper()}"))

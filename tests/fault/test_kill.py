@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,17 +12,32 @@ import torch
 from launching import ROOT, completions, launch, metrics
 from safetensors.torch import load_file
 
-# five steps over ten prompts, seven a step: the later ones lie in later epochs
-POINTS = {
-    "mid-rollout": "rollout:3",
-    "mid-scoring": "scoring:4",
-    "before an update": "update:7",
-    "between two updates": "update:11",
-    "before the tensors": "shards:2",
-    "before the manifest": "manifest:4",
-    "before the rename": "rename:9",
-    "while pruning": "prune:4",
-}
+# five steps over ten prompts, seven a step: the first lies in the first epoch, the fourth in the third
+FIRST, LATER = 1, 4
+SYNCS, CHECKSUMS = 5, 2
+"""Calls of `_sync` and `_checksum` in one save."""
+
+
+def point(name: str, step: int, updates: int) -> str:
+    """Where the fault is to happen, as faulty.py wants it: at which call of what."""
+    return {
+        "mid-rollout": f"rollout:{step}",
+        "mid-scoring": f"scoring:{step}",
+        "before an update": f"update:{(step - 1) * updates + 1}",
+        "between two updates": f"update:{(step - 1) * updates + 2}",
+        "before the tensors": f"shards:{step}",
+        "before the manifest": f"manifest:{(step - 1) * CHECKSUMS + 2}",
+        "before the rename": f"rename:{(step - 1) * SYNCS + 4}",
+        "while pruning": f"prune:{step}",
+    }[name]
+
+
+NAMES = ("mid-rollout", "mid-scoring", "before an update", "between two updates", "before the tensors",
+         "before the manifest", "before the rename", "while pruning")  # fmt: skip
+MATRIX = [(name, step, updates) for name in NAMES for step in (FIRST, LATER) for updates in (1, 3)
+          if not (name == "between two updates" and updates == 1)]  # fmt: skip
+QUICK = [("mid-rollout", LATER, 3), ("between two updates", LATER, 3), ("before the manifest", LATER, 3)]
+"""Cases that are tried each time."""
 
 
 def state(directory: Path) -> dict[str, torch.Tensor]:
@@ -28,11 +45,11 @@ def state(directory: Path) -> dict[str, torch.Tensor]:
     return load_file(directory / "checkpoints" / "step_5" / "state.safetensors")
 
 
-def arguments(directory: Path) -> list[str]:
-    """A short run whose batches serve three updates each."""
+def arguments(directory: Path, updates: int) -> list[str]:
+    """A short run whose batches serve some updates each."""
     return [
         "--config", "configs/quickstart.yaml", "--train.output_dir", str(directory), "--train.num_train_steps", "5",
-        "--train.batch_size", "7", "--rollout.group_size", "5", "--train.updates_per_batch", "3",
+        "--train.batch_size", "7", "--rollout.group_size", "5", "--train.updates_per_batch", str(updates),
         "--train.save_every", "1", "--data.train_file", str(directory.parent / "ten.jsonl"), "--data.eval_file", "null",
         "--loss.kl_coeff", "0.02", "--model.dtype", "float32",
     ]  # fmt: skip
@@ -45,34 +62,56 @@ def ten_prompts(directory: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same run, left alone."""
-    directory = tmp_path_factory.mktemp("undisturbed")
-    ten_prompts(directory)
-    done = launch(None, 1, *arguments(directory / "run"))
-    assert done.returncode == 0, done.stderr[-4000:]
-    return directory / "run"
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
+    """The same run with so many updates a batch, left alone."""
+
+    @functools.cache
+    def run(updates: int) -> Path:
+        directory = tmp_path_factory.mktemp("undisturbed")
+        ten_prompts(directory)
+        done = launch(None, 1, *arguments(directory / "run", updates))
+        assert done.returncode == 0, done.stderr[-4000:]
+        return directory / "run"
+
+    return run
 
 
-QUICK = {"mid-rollout", "between two updates", "before the manifest"}
-"""Points that are tried each time."""
+def kill_at(where: str, run: Path, updates: int) -> None:
+    """Start the run, or go on with it, and have it killed."""
+    killed = launch(None, 1, *arguments(run, updates), program=["tests/fault/faulty.py"],
+                    environment={"FAULT": f"kill@{where}", "PYTHONPATH": str(ROOT)})  # fmt: skip
+    assert killed.returncode == -9, killed.stderr[-3000:]
+
+
+def end(run: Path, updates: int, expected: Path) -> None:
+    """Go on to the end, which has to be that of the undisturbed run, bit for bit."""
+    again = launch(None, 1, *arguments(run, updates))
+    assert again.returncode == 0, again.stderr[-3000:]
+    wanted, got = state(expected), state(run)
+    assert wanted.keys() == got.keys()
+    assert all(torch.equal(wanted[name], got[name]) for name in wanted)
+    assert completions(run) == completions(expected)
+    for a, b in zip(metrics(expected), metrics(run), strict=True):
+        assert {k: v for k, v in a.items() if "/" not in k} == {k: v for k, v in b.items() if "/" not in k}
+    assert not list((run / "checkpoints").glob("tmp_*"))
 
 
 @pytest.mark.parametrize(
-    "point", [pytest.param(at, id=name, marks=[] if name in QUICK else pytest.mark.slow) for name, at in POINTS.items()]
+    ("name", "step", "updates"),
+    [pytest.param(*case, marks=[] if case in QUICK else pytest.mark.slow) for case in MATRIX],
 )
-def test_killed_anywhere(point: str, undisturbed: Path, tmp_path: Path) -> None:
+def test_killed_anywhere(
+    name: str, step: int, updates: int, undisturbed: Callable[[int], Path], tmp_path: Path
+) -> None:
     ten_prompts(tmp_path)
-    run = tmp_path / "run"
-    killed = launch(None, 1, *arguments(run), program=["tests/fault/faulty.py"],
-                    environment={"FAULT": f"kill@{point}", "PYTHONPATH": str(ROOT)})  # fmt: skip
-    assert killed.returncode == -9, killed.stderr[-3000:]
-    again = launch(None, 1, *arguments(run))
-    assert again.returncode == 0, again.stderr[-3000:]
-    expected, got = state(undisturbed), state(run)
-    assert expected.keys() == got.keys()
-    assert all(torch.equal(expected[name], got[name]) for name in expected)
-    assert completions(run) == completions(undisturbed)
-    for a, b in zip(metrics(undisturbed), metrics(run), strict=True):
-        assert {k: v for k, v in a.items() if "/" not in k} == {k: v for k, v in b.items() if "/" not in k}
-    assert not list((run / "checkpoints").glob("tmp_*"))
+    kill_at(point(name, step, updates), tmp_path / "run", updates)
+    end(tmp_path / "run", updates, undisturbed(updates))
+
+
+@pytest.mark.slow
+def test_killed_twice_in_one_epoch(undisturbed: Callable[[int], Path], tmp_path: Path) -> None:
+    """The second start counts its calls from where the first was killed."""
+    ten_prompts(tmp_path)
+    kill_at(point("mid-scoring", 3, 3), tmp_path / "run", 3)
+    kill_at(point("between two updates", 2, 3), tmp_path / "run", 3)
+    end(tmp_path / "run", 3, undisturbed(3))

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import fcntl
+import json
+import shutil
+import subprocess
+import time
 from pathlib import Path
 
 import pytest
-from launching import ROOT, TINY, adapters, launch, metrics, train
+from launching import ROOT, TINY, adapters, command, launch, metrics, train
 
 from grpo_dist import checkpoint
 
@@ -46,6 +50,99 @@ def test_a_full_disk(tmp_path: Path) -> None:
     assert "No space left on device" in told
     assert checkpoint.newest(tmp_path / "run" / "checkpoints") == tmp_path / "run" / "checkpoints" / "step_2"
     train("ddp", 2, tmp_path / "run", "--train.save_every", "2")
+
+
+@pytest.mark.slow
+def test_a_disk_that_is_really_full(tmp_path: Path) -> None:
+    """On a file system that has room for two checkpoints of 2.3 MiB; and again on a larger one."""
+    run = tmp_path / "disk" / "run"
+    run.parent.mkdir()
+    train = [*command(None, 1), *TINY, "--train.output_dir", str(run), "--train.save_every", "1",
+             "--data.eval_file", "null"]  # fmt: skip
+    script = ('mount -t tmpfs -o size=6m none "$1" || exit 77; shift; "$@"; echo "first: $?"; '
+              'mount -o remount,size=99m "$0"; "$@"; echo "second: $?"; ls "$0/run/checkpoints"')  # fmt: skip
+    done = subprocess.run(
+        ["unshare", "--mount", "bash", "-c", script, str(run.parent), str(run.parent), *train], cwd=ROOT,
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    if done.returncode == 77 or "unshare" in done.stderr:
+        pytest.skip("no right to mount a file system")
+    assert "first: 1" in done.stdout and "No space left on device" in done.stderr, done.stderr[-3000:]
+    assert "second: 0" in done.stdout and done.stdout.split()[-2:] == ["step_4", "step_5"]
+
+
+@pytest.mark.slow
+def test_an_output_directory_that_vanishes(tmp_path: Path) -> None:
+    """Moved away in the middle of the run: all ranks end, and what was saved is whole where it is now."""
+    run, moved = tmp_path / "run", tmp_path / "moved"
+    process = subprocess.Popen(
+        [*command("ddp", 2), *TINY, "--train.num_train_steps", "5000", "--train.output_dir", str(run),
+         "--train.save_every", "1"], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    deadline = time.monotonic() + 240
+    while checkpoint.newest(run / "checkpoints") is None:
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.05)
+    run.rename(moved)
+    told = process.communicate(timeout=120)[1]
+    assert process.returncode == 1 and str(run) in told
+    newest = checkpoint.newest(moved / "checkpoints")
+    assert newest is not None
+    shutil.rmtree(run, ignore_errors=True)
+    moved.rename(run)
+    train(None, 1, run, "--train.num_train_steps", str(int(newest.name.removeprefix("step_")) + 1))
+
+
+REWARDS = '''
+def nothing_to_learn(completions, trainer_state, **_):
+    """The same for all in even steps, and not applicable in odd ones."""
+    return [None if trainer_state.global_step % 2 else 0.5] * len(completions)
+
+def sometimes_raises(completions, answer, **_):
+    if "14" in answer:
+        raise ArithmeticError("fourteen is too much")
+    return [1.0] * len(completions)
+'''
+
+
+def test_nothing_to_learn(tmp_path: Path) -> None:
+    (tmp_path / "fools.py").write_text(REWARDS)
+    done = launch("ddp", 2, *TINY, "--train.output_dir", str(tmp_path / "run"), "--data.eval_file", "null",
+                  "--rewards", '[{name: "fools:nothing_to_learn"}]', "--rollout.max_completion_length", "2",
+                  environment={"PYTHONPATH": f"{ROOT}:{tmp_path}"})  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+    lines = metrics(tmp_path / "run")[1:]
+    assert [line["reward/groups_zero_std"] for line in lines] == [1.0] * 5
+    assert [line["reward/unscored"] for line in lines] == [0.0, 1.0, 0.0, 1.0, 0.0]
+    assert [(line["loss"], line["advantage/abs_mean"], line["grad_norm"]) for line in lines] == [(0.0, 0.0, 0.0)] * 5
+    learned = [tensor for name, tensor in adapters(tmp_path / "run").items() if "lora_B" in name]
+    assert learned and not any(bool(tensor.any()) for tensor in learned)
+
+
+def test_all_completions_truncated_and_left_out(tmp_path: Path) -> None:
+    """No rank has a token to learn from."""
+    done = launch("zero2", 2, *TINY, "--train.output_dir", str(tmp_path / "run"), "--data.eval_file", "null",
+                  "--rollout.max_completion_length", "1", "--loss.mask_truncated", "true",
+                  "--loss.kl_coeff", "0.1")  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+    for line in metrics(tmp_path / "run")[1:]:
+        assert line["completion/truncated"] == 1.0 and line["loss"] == 0.0
+
+
+@pytest.mark.slow
+def test_a_reward_that_raises_too_often(tmp_path: Path) -> None:
+    """Every rank ends with the message, the prompt and the traceback, whichever of them scored the completion."""
+    (tmp_path / "fools.py").write_text(REWARDS)
+    rows = [{"prompt": f"What is {a} + 4? Answer with an integer.", "answer": str(a + 4)} for a in range(14)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    done = launch("ddp", 2, *TINY, "--train.output_dir", str(tmp_path / "run"), "--data.eval_file", "null",
+                  "--data.train_file", str(tmp_path / "rows.jsonl"), "--rewards", '[{name: "fools:sometimes_raises"}]',
+                  "--scoring.error_budget", "0.05", environment={"PYTHONPATH": f"{ROOT}:{tmp_path}"})  # fmt: skip
+    assert done.returncode == 1
+    assert "14.3% of the completions could not be scored" in done.stderr  # five of a step's thirty-five
+    assert "(raised) on a completion of prompt 10: ArithmeticError: fourteen is too much" in done.stderr
+    assert 'raise ArithmeticError("fourteen is too much")' in done.stderr
+    assert "scoring.error_budget allows 5.0%" in done.stderr
 
 
 def test_out_of_memory_says_what_to_change(tmp_path: Path) -> None:

@@ -13,8 +13,11 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from launching import ROOT, TINY, command, launch, metrics, reported_steps, train
+from launching import ROOT, TINY, TRAINER, command, launch, metrics, reported_steps, train
 from safetensors.torch import load_file
+
+from grpo_dist import checkpoint
+from grpo_dist.watch import SAME_SIGNAL_SECONDS
 
 ARGUMENTS = ("--train.updates_per_batch", "2", "--train.eval_every", "2", "--train.save_every", "2")
 POINTS = {"rollout": "rollout:5", "scoring": "scoring:5", "update": "update:6", "eval": "eval:5"}
@@ -31,7 +34,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return train("zero2", 2, tmp_path_factory.mktemp("undisturbed") / "run", *ARGUMENTS)
 
 
-QUICK = {"rollout", "update"}
+QUICK = {"rollout"}
 """Phases that are tried each time."""
 
 
@@ -53,12 +56,49 @@ def test_one_rank_signalled(point: str, undisturbed: Path, tmp_path: Path) -> No
     assert [line.get("loss") for line in metrics(again)] == [line.get("loss") for line in metrics(undisturbed)]
 
 
-def start(strategy: str, directory: Path, *arguments: str) -> subprocess.Popen[str]:
+def test_one_rank_killed(undisturbed: Path, tmp_path: Path) -> None:
+    """The launcher ends the other one at once, and the same command goes on."""
+    run = str(tmp_path / "run")
+    began = time.monotonic()
+    killed = launch("zero2", 2, *TINY, *ARGUMENTS, "--train.output_dir", run, program=["tests/fault/faulty.py"],
+                    environment={"FAULT": "kill@update:6", "FAULT_RANK": "1", "PYTHONPATH": str(ROOT)})  # fmt: skip
+    assert killed.returncode == 1 and time.monotonic() - began < 240  # far less than any time-out of collectives
+    again = train("zero2", 2, tmp_path / "run", *ARGUMENTS)
+    expected, got = state(undisturbed), state(again)
+    assert all(torch.equal(expected[name], got[name]) for name in expected)
+    assert [line.get("loss") for line in metrics(again)] == [line.get("loss") for line in metrics(undisturbed)]
+
+
+def test_a_second_signal_ends_it_at_once(tmp_path: Path) -> None:
+    """In a loop that never comes to a safe point; what is saved is whole."""
+    run = tmp_path / "run"
+    process = subprocess.Popen(
+        [*command(None, 1, ["tests/fault/faulty.py"]), *TINY, "--train.output_dir", str(run), "--train.save_every", "1",
+         "--data.eval_file", "null"], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "FAULT": "loop@update:3", "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    deadline = time.monotonic() + 240
+    while not (run / "checkpoints" / "step_2").exists():
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.1)
+    time.sleep(2)
+    process.send_signal(signal.SIGUSR2)
+    time.sleep(SAME_SIGNAL_SECONDS + 1)
+    assert process.poll() is None
+    process.send_signal(signal.SIGUSR2)
+    assert process.wait(timeout=10) == 128 + signal.SIGUSR2
+    assert checkpoint.newest(run / "checkpoints") == run / "checkpoints" / "step_2"
+
+
+def start(
+    strategy: str, directory: Path, *arguments: str, program: list[str] = TRAINER,
+    environment: dict[str, str] | None = None,
+) -> subprocess.Popen[str]:  # fmt: skip
     """A long training on two ranks, once its first step is written down."""
     process = subprocess.Popen(
-        [*command(strategy, 2), *TINY, "--train.num_train_steps", "5000", "--train.output_dir", str(directory),
+        [*command(strategy, 2, program), *TINY, "--train.num_train_steps", "5000", "--train.output_dir", str(directory),
          *arguments], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **(environment or {})},
     )  # fmt: skip
     deadline = time.monotonic() + 240
     while process.poll() is None and time.monotonic() < deadline:
@@ -116,7 +156,7 @@ def test_a_hung_rank_is_named(tmp_path: Path) -> None:
     ("fault", "strategy"),
     [
         ("loop@update:3", "ddp"),
-        ("block@rollout:4", "zero3"),
+        pytest.param("block@rollout:4", "zero3", marks=pytest.mark.slow),
         pytest.param("block@update:3", None, marks=pytest.mark.slow),
     ],
 )
@@ -156,3 +196,20 @@ def test_a_slow_reward_is_named_and_waited_for(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-4000:]
     assert re.search(r"rank [01] is in the phase 'reward', and the others have waited for it for 4 s", done.stderr)
     assert len(metrics(tmp_path / "run")) == 6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("patience", ["30", "100"])
+def test_saving_longer_than_the_launcher_waits(patience: str, tmp_path: Path) -> None:
+    """TORCH_ELASTIC_SHUTDOWN_TIMEOUT decides whether a save of 40 s is finished; what was saved before stays whole."""
+    run, environment = tmp_path / "run", {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": patience, "FAULT": "tardy@shards:2"}
+    process = start("ddp", run, "--train.save_every", "1", program=["tests/fault/faulty.py"], environment=environment)
+    while not (run / "checkpoints" / "tmp_2").exists():
+        assert process.poll() is None
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    output = process.communicate(timeout=120)[0]
+    newest = checkpoint.newest(run / "checkpoints")
+    assert newest is not None and newest.name == ("step_1" if patience == "30" else "step_2")
+    if patience == "100":
+        assert "saving took" not in output  # less than half of what the launcher grants

@@ -205,6 +205,14 @@ def test_discounted_sums_equal_the_loop(rows: list[list[float]], discount: float
     assert got.tolist() == pytest.approx(expected, abs=1e-9)
 
 
+@given(st.lists(st.tuples(st.integers(1, 6), st.floats(-3, 3)), min_size=1, max_size=5))
+@settings(max_examples=40, deadline=None)
+def test_an_outcome_is_that_of_each_of_its_tokens(outcomes: list[tuple[int, float]]) -> None:
+    values = torch.tensor([v if t == length - 1 else 0.0 for length, v in outcomes for t in range(length)])
+    got = discounted_sums(values.double(), torch.tensor([length for length, _ in outcomes]), 1)
+    assert torch.equal(got, torch.tensor([v for length, v in outcomes for _ in range(length)]).double())
+
+
 @pytest.mark.parametrize(("gamma", "gae_lambda"), [(1.0, 1.0), (1.0, 0.95), (0.9, 0.8), (1.0, 0.0)])
 def test_generalised_advantages_equal_the_definition(gamma: float, gae_lambda: float) -> None:
     """The exponentially weighted mean of all k-step estimates, which the recursion never forms."""

@@ -63,6 +63,10 @@ def test_numbers_with_exponents_are_floats(text: str, tmp_path: Path) -> None:
     assert isinstance(from_yaml, float) and from_yaml == from_cli == 1e-5
 
 
+def test_one_option_of_a_group_that_was_null(tmp_path: Path) -> None:
+    assert parse(tmp_path, "advantage: null", "--advantage.baseline", "none").advantage.baseline == "none"
+
+
 def test_lora_null_is_full_fine_tuning(tmp_path: Path) -> None:
     assert parse(tmp_path, "lora: null").lora is None
     assert parse_config(["--lora", "null"]).lora is None
@@ -101,6 +105,10 @@ BAD: dict[str, tuple[str, list[str], list[str]]] = {
     "warmup above the steps": ("optim: {warmup_steps: 101}", [], ["optim.warmup_steps", "101", "num_train_steps"]),
     "system prompt without template": ("data: {system_prompt: Hi, chat_template: never}", [],
                                        ["data.system_prompt", "Hi", "chat_template"]),
+    "null for a group": ("advantage: null", [], ["advantage", "None"]),
+    "a list for a group": ("advantage: []", [], ["advantage", "[]"]),
+    "null for a number": ("loss: {sapo_temperature_negative: null}", [], ["loss.sapo_temperature_negative", "None"]),
+    "null in a reward": ("rewards: [{name: math, weight: null}]", [], ["rewards.weight", "None"]),
     "broken yaml": ("rollout: {group_size: 4", [], ["config.yaml"]),
     "a list": ("- 1\n- 2", [], ["config.yaml"]),
 }  # fmt: skip

@@ -22,8 +22,8 @@ from grpo_dist.planning.tracing import Precision, build_policy, count, example_p
 
 COUNTS = ModelCounts(parameters=1_000_003, adapters=50_001, exchanged=800_000, kept_whole=4_003, num_layers=3,
                      key_width=64, query_heads=8, vocabulary=500)  # fmt: skip
-INPUTS = MemoryInputs(COUNTS, Passes(700_000, 300_000, 1_000), Flight(4, 32, 100, 50), num_ranks=3, zero_stage=0,
-                      policy_bytes=2, trained_bytes=4, copy_bytes=2, shared=False)  # fmt: skip
+INPUTS = MemoryInputs(COUNTS, Passes(700_000, 300_000, 1_000, 8.0), Flight(4, 32, 100, 50, 64), num_ranks=3,
+                      zero_stage=0, policy_bytes=2, trained_bytes=4, copy_bytes=2, shared=False)  # fmt: skip
 
 
 def config_of(**changes: Any) -> Config:
@@ -37,7 +37,7 @@ def config_of(**changes: Any) -> Config:
 
 def named(inputs: MemoryInputs) -> dict[str, int]:
     """Bytes by the parts' names."""
-    return {part.name: part.num_bytes for part in memory_per_rank(inputs, 32)}
+    return {part.name: part.num_bytes for part in memory_per_rank(inputs)}
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
@@ -59,7 +59,7 @@ def test_what_all_ranks_hold_together(stage: Any) -> None:
 
 
 def test_peaks_are_what_is_held_together() -> None:
-    parts = memory_per_rank(INPUTS, 32)
+    parts = memory_per_rank(INPUTS)
     always = 0
     for part in parts:
         always += part.num_bytes if part.phase == "always" else 0
@@ -155,6 +155,8 @@ def test_what_is_decoded_at_once(in_flight: int, rows: int, prompts: int) -> Non
     config = config_of(rollout=RolloutConfig(group_size=4, max_completion_length=24, max_tokens_in_flight=in_flight))
     found = flight(config, 1)
     assert (found.rows, found.prompts) == (rows, prompts)
+    alone = flight(config, 1, share_prompts=False)
+    assert (alone.rows, alone.prompts) == (4, 4)
 
 
 # --- the verb -------------------------------------------------------------------------------------------------------

@@ -11,9 +11,11 @@ import pytest
 import torch
 
 from grpo_dist import checkpoint
+from grpo_dist.check import dry_run
 from grpo_dist.cli import main
 from grpo_dist.cli_config import parse_config
-from grpo_dist.plain_text import plain
+from grpo_dist.plain_text import plain, plain_lines
+from grpo_dist.position import Position
 from grpo_dist.preflight.contents import read_contents
 from grpo_dist.preflight.findings import Findings
 from grpo_dist.preflight.options import COMMAND_LINE, read_options
@@ -118,14 +120,21 @@ def test_problems_of_data_rewards_and_machine_together(
         assert told in shown, told  # fmt: skip
 
 
-def test_a_reward_that_fails_on_samples(
+def test_rewards_that_fail_on_samples(
     data: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "failing.py").write_text("def reward(completions, **kwargs): raise KeyError('no such thing')\n")
+    (tmp_path / "failing.py").write_text(
+        "import time\n"
+        "def reward(completions, **kwargs): raise KeyError('no such thing \\x1b[2J')\n"
+        "def hanging(completions, **kwargs): time.sleep(60)\n"
+    )
     monkeypatch.syspath_prepend(str(tmp_path))
-    assert main([*data, "--rewards", '[{name: "failing:reward"}]']) == 2
+    words = ["--rewards", '[{name: "failing:reward"}, {name: "failing:hanging"}]', "--scoring.timeout_seconds", "0.5"]
+    assert main([*data, *words]) == 2
     shown = capsys.readouterr().out
     assert "'failing:reward' failed on 16 of 16 completions" in shown and "no such thing" in shown
+    assert "'failing:hanging' failed on 1 of 1 completions" in shown and "(timeout)" in shown, "one time limit, not 16"
+    assert "2 problem(s)" in shown and "\x1b" not in shown
 
 
 def test_what_does_not_fit_is_a_problem(
@@ -140,11 +149,26 @@ def test_what_does_not_fit_is_a_problem(
     assert "2. train.output_dir" in shown and "lower train.keep_checkpoints (now 2)" in shown
 
 
+def test_each_node_of_a_launch_is_looked_at_once(
+    data: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {"WORLD_SIZE": "4", "RANK": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    assert dry_run([*data[1:], "--logging.trackers", "[tensorbord]"]) == 2
+    shown = capsys.readouterr().out
+    assert f"{socket.gethostname()} 1 problem(s)" in shown and "'tensorbord' given" in shown
+    assert "options given" not in shown, "which the main rank says"
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert dry_run([*data[1:], "--logging.trackers", "[tensorbord]"]) == 0
+    assert capsys.readouterr().out == ""
+
+
 def test_plain_text_is_one_harmless_line() -> None:
     assert plain("a\x1b[2Jb\r\n\u202ec\u2066\x07\x9b", 100) == "a\N{REPLACEMENT CHARACTER}[2Jb  " + (
         "\N{REPLACEMENT CHARACTER}c" + "\N{REPLACEMENT CHARACTER}" * 3)
     assert plain("x" * 1_000_000, 10) == "xxxxx … xxxxx"
     assert plain("naïve 数学 ∑", 20) == "naïve 数学 ∑"
+    assert plain_lines("one\x1b[1m\ntwo\r\n") == "one\N{REPLACEMENT CHARACTER}[1m\ntwo \n"
 
 
 def test_a_tracker_that_answers_and_one_that_does_not(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -165,7 +189,10 @@ def test_what_would_be_resumed(data: list[str], tmp_path: Path, capsys: pytest.C
     root = tmp_path / "runs" / "new" / "checkpoints"
     config = read_options(data[1:]).config
     contents = read_contents(config, Findings())
-    meta = {"identity": identity(config, contents.model_config, contents.prompts), "config": {}, "versions": {}}
+    meta = Position(7, config.loss.kl_coeff).meta() | {
+        "identity": identity(config, contents.model_config, contents.prompts), "config": {}, "versions": {},
+        "sampler": contents.sampler.state(),
+    }  # fmt: skip
     checkpoint.save(root, 7, {"x": torch.zeros(1)}, meta, keep=2)
     assert main(data) == 0
     assert f"goes on from {root / 'step_7'}" in capsys.readouterr().out

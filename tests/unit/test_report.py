@@ -34,6 +34,7 @@ from grpo_dist.report.shaping import (
     curves,
     flat,
     number_map,
+    round_width,
     run_names,
     spread,
     variants,
@@ -154,10 +155,19 @@ def test_number_map(values: list[list[float]], most_rows: int) -> None:
                 expected = [v != v for v in then]
             elif len(numbers) <= most_rows:
                 expected = [v == float(row) for v in then]
-            else:  # a range has its lower end, and the topmost its upper end too
+            else:  # a range has its lower end
                 low, high = map(float, row.split(" – "))
-                expected = [low - 1e-3 <= v < high - 1e-3 or v == high == numbers[-1] for v in then]
+                expected = [low <= v < high for v in then]
             assert math.isclose(shares[place], np.mean(expected), abs_tol=1e-9)
+
+
+@given(st.floats(-1e6, 1e6), st.floats(1e-3, 1e6), st.integers(2, 20))
+def test_round_width(low: float, span: float, most: int) -> None:
+    width, high = round_width(low, low + span, most), low + span
+    digits = f"{width:.2e}".split("e")[0].rstrip("0").rstrip(".")
+    assert digits in ("1", "2", "2.5", "5")
+    assert math.floor(high / width + 1e-9) - math.floor(low / width + 1e-9) < most
+    assert span / width > most / 25  # not many times wider than need be: at worst 1 + 1 ranges instead of `most`
 
 
 @given(st.lists(st.tuples(st.sampled_from("abc"), st.integers(0, 3)), min_size=1))

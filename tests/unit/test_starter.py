@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from grpo_dist import starter
-from grpo_dist.cli import OF_A_RUN, VERBS, main
+from grpo_dist.cli import VERBS, main
 from grpo_dist.cli_config import option_types, parse_config
 from grpo_dist.completion import script
 from grpo_dist.preflight.options import read_options
@@ -31,6 +31,8 @@ CASES = {
     ("score", "--compl"): {"--completions"},
     ("init", "own.yaml", "--mod"): {"--model"},
     ("train", "--preset", "dr"): {"dr_grpo"},
+    ("plan", "--train.b"): {"--train.batch_size"},
+    ("examples", "--train.b"): set(),
 }
 
 
@@ -70,12 +72,15 @@ def test_what_is_commented_out_can_be_taken_in(data: Path, tmp_path: Path) -> No
     assert options.config.rewards[0].name == "mine:reward" and options.config.data.answer_column is None
 
 
-def test_questions(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_questions(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     asked = []
+    answers = {"Model": ["", "some/model"], "Prompts": ["nowhere.jsonl", str(data)], "Reward": ["mth", " mine:reward "]}
 
     def answer(question: str) -> str:
         asked.append(question)
-        return {"Model": "some/model", "Prompts": str(data), "Reward": " mine:reward "}.get(question.split(",")[0], "")
+        return answers.get(question.split(",")[0], [""]).pop(0)
 
     monkeypatch.setattr("builtins.input", answer)
     monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
@@ -84,6 +89,8 @@ def test_questions(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     config = parse_config(["--config", str(tmp_path / "own.yaml")])
     assert (config.model.name, config.rewards[0].name) == ("some/model", "mine:reward")
     assert config.data.prompt_column == "question", "the default, taken from the file"
+    shown = capsys.readouterr().out
+    assert "no file 'nowhere.jsonl' here" in shown and "did you mean 'math'?" in shown
     assert any("(there are question, solution) [question]" in question for question in asked)
 
 
@@ -92,6 +99,7 @@ def test_mistakes(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     for words, told in {
         (): "--model: nothing given, and there is no terminal to ask on",
         ("--model", "toy"): "--data: nothing given",
+        ("--model", "toy", "--data", "nowhere.csv"): "--data: no file 'nowhere.csv' here",
         ("--model", "toy", "--data", str(data), "--reward", "mth"): "did you mean 'math'?",
         ("--model", "toy", "--data", str(data), "--answer_column", "null"): "--reward: nothing given",
         ("--model", "toy", "--data", str(data), "--rollout.top_k", "1"): "--rollout.top_k 1 given",
@@ -125,6 +133,5 @@ def test_completion_in_bash(tmp_path: Path) -> None:
 @pytest.mark.parametrize("shell", ["zsh", "fish"])
 def test_completion_knows_the_same_for_other_shells(shell: str) -> None:
     text = script(shell)
-    assert set(OF_A_RUN) <= set(VERBS)
     for told in ("check", "rollout.temperature", "dr_grpo", "completions"):
         assert told in text

@@ -1,0 +1,235 @@
+"""Compare what `python -m grpo_dist plan` predicts with what steps of training take: the table of docs/memory.md.
+
+    python docs/memory.py                        # all rows: half an hour on two cores, up to 6 GiB
+    python docs/memory.py --only "28 M"          # those whose model or setting contain this
+
+Each row trains two steps in processes of its own, on models of random weights whose completions (almost) never end by
+themselves, and looks at the second. `tensors` are the bytes of all tensors that are alive, `process` the resident
+memory above that of the process before it loaded a model; both at the fullest moment of a phase, on rank 0.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from grpo_dist.algorithm import targets_of
+from grpo_dist.batches import sample_batch
+from grpo_dist.cli_config import parse_config
+from grpo_dist.models import load_model_config, load_tokenizer
+from grpo_dist.planning.live import LiveBytes
+from grpo_dist.planning.memory import peaks
+from grpo_dist.planning.predict import Predictor
+from grpo_dist.run import Run
+from grpo_dist.train import update
+from grpo_dist.work import aim, measure, pack_batch
+
+ROOT = Path(__file__).parents[1]
+VOCABULARY = 4096
+MODELS = {
+    "0.6 M": {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 3, "num_attention_heads": 4},
+    "28 M": {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 8, "num_attention_heads": 8},
+    "494 M": {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14,
+              "vocab_size": 151936, "tie_word_embeddings": True},
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measured setting."""
+
+    model: str
+    prompts: int
+    group: int
+    prompt: int
+    new: int
+    pack: int
+    options: str = ""
+    """Further options of the run."""
+    strategy: str = "one process"
+
+    @property
+    def zero_stage(self) -> int:
+        """ZeRO stage of the strategy; 0 is none."""
+        return int(self.strategy[4:5]) if self.strategy.startswith("zero") else 0
+
+    @property
+    def num_ranks(self) -> int:
+        """Processes."""
+        return 1 if self.strategy == "one process" else 2
+
+    def arguments(self, folder: Path) -> list[str]:
+        """Options of the run."""
+        rows = "".join(json.dumps({"prompt": " ".join("7" * self.prompt)[: self.prompt], "answer": "1"}) + "\n"
+                       for _ in range(2 * self.prompts))  # fmt: skip
+        (folder / "data.jsonl").write_text(rows)
+        given = {
+            "model.name": folder / "model", "model.dtype": "float32", "reference.dtype": "float32",
+            "data.train_file": folder / "data.jsonl", "data.eval_file": "null", "data.max_prompt_length": self.prompt,
+            "rollout.group_size": self.group, "rollout.max_completion_length": self.new,
+            "train.batch_size": self.prompts, "train.max_tokens_per_pack": self.pack, "train.num_train_steps": 2,
+            "train.output_dir": folder / "run", "loss.kl_coeff": 0.04, "logging.trackers": "[]",
+        }  # fmt: skip
+        return [word for key, value in given.items() for word in (f"--{key}", str(value))] + self.options.split()
+
+
+FULL, SAVING, SHARED = "--lora null", "--model.gradient_checkpointing true", "--reference.placement shared"
+ROWS = [
+    Row("0.6 M", 8, 8, 64, 64, 600), Row("0.6 M", 8, 8, 64, 64, 2400), Row("0.6 M", 8, 8, 64, 64, 2400, SAVING),
+    Row("28 M", 4, 8, 128, 64, 700), Row("28 M", 4, 8, 128, 64, 1400), Row("28 M", 4, 8, 128, 64, 1400, SAVING),
+    Row("28 M", 2, 16, 128, 64, 1200), Row("28 M", 4, 8, 128, 64, 700, FULL), Row("28 M", 2, 2, 1024, 32, 1100),
+    *(Row("28 M", 4, 8, 128, 64, 700, strategy=name) for name in ("ddp", "zero2", "zero3")),
+    Row("28 M", 4, 8, 128, 64, 700, SHARED, "zero3"), Row("28 M", 4, 8, 128, 64, 700, FULL, "zero2"),
+    Row("494 M", 2, 4, 64, 32, 200, "--reference.dtype bfloat16"),
+    Row("494 M", 2, 4, 64, 32, 200, f"--reference.dtype bfloat16 {SAVING}"),
+]  # fmt: skip
+
+
+def make_model(name: str, folder: Path) -> None:
+    """Write a model of random weights with the toy's tokenizer."""
+    torch.manual_seed(0)
+    shape = {"vocab_size": VOCABULARY, "tie_word_embeddings": False, "num_key_value_heads": 2,
+             "max_position_embeddings": 4096, "eos_token_id": 1, "pad_token_id": 0, "bos_token_id": None}  # fmt: skip
+    Qwen2ForCausalLM(Qwen2Config(**shape | MODELS[name])).save_pretrained(folder)
+    load_tokenizer(parse_config([]).model).save_pretrained(folder)
+
+
+# --- inside a measured process ---------------------------------------------------------------------------------------
+
+
+def resident(field: str = "VmRSS") -> int:
+    """Bytes of this process that are in memory now (VmRSS), or were at most (VmHWM) since `forget_peak`."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+
+
+def forget_peak() -> None:
+    """Start VmHWM anew."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def tensor_bytes() -> int:
+    """Bytes of all tensors alive in this process."""
+    gc.collect()
+    storages = {}
+    for thing in gc.get_objects():
+        if isinstance(thing, torch.Tensor) and thing.device.type == "cpu":
+            storage = thing.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+    return sum(storages.values())
+
+
+class MeasuredRun(Run):
+    """A run that notes what its process takes before models are loaded."""
+
+    def _load_models(self) -> None:
+        if self.ranks.is_deepspeed:
+            import deepspeed  # noqa: F401
+        gc.collect()
+        self.empty = resident()
+        super()._load_models()
+
+
+def measured_process(arguments: list[str], report: Path) -> None:
+    """Train two steps and write down the peaks of the second's phases."""
+    torch.set_num_threads(1)
+    run = MeasuredRun(parse_config(arguments))
+    found: dict[str, dict[str, int]] = {}
+
+    @contextmanager
+    def phase(name: str, step: int) -> Iterator[None]:
+        held = tensor_bytes()
+        forget_peak()
+        with LiveBytes() as live:
+            yield
+        if step:
+            found[name] = {"tensors": held + live.peak, "process": resident("VmHWM") - run.empty}
+
+    for step in range(2):
+        with phase("rollout", step):
+            batch, _ = sample_batch(run, step)
+        minibatches = pack_batch(run, batch, step)
+        with phase("reference", step):
+            opening = measure(run, minibatches, batch)
+        targets = targets_of(run.config.at(step), batch, opening, run.position.kl_coeff)
+        aim(minibatches, targets)
+        with phase("update", step):
+            update(run, minibatches[0], step)
+        del minibatches
+        run.reference.sync(run.policy)
+    if run.ranks.is_main:
+        report.write_text(json.dumps(found))
+    run.close(all_ranks=True)
+
+
+# --- the table -------------------------------------------------------------------------------------------------------
+
+
+def measure_row(row: Row, folder: Path, arguments: list[str]) -> dict[str, dict[str, int]]:
+    """The peaks of a row's phases, measured in processes of their own."""
+    report = folder / "report.json"
+    program = [__file__, "--inside", str(report), *arguments]
+    launcher = [sys.executable]
+    if row.num_ranks > 1:
+        launcher += ["-m", "accelerate.commands.launch", "--config_file", f"accelerate_configs/{row.strategy}.yaml",
+                     "--num_processes", str(row.num_ranks), "--main_process_port", "0"]  # fmt: skip
+    # without this glibc keeps what threads have freed, and RSS shows what was, not what is
+    environment = os.environ | {"MALLOC_ARENA_MAX": "1", "MALLOC_TRIM_THRESHOLD_": "0",
+                                "MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}  # fmt: skip
+    done = subprocess.run([*launcher, *program], cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{row}:\n{done.stderr[-3000:]}")
+    return json.loads(report.read_text())
+
+
+def table_lines(row: Row) -> Iterator[str]:
+    """The row's lines, one a phase."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        make_model(row.model, folder / "model")
+        arguments = row.arguments(folder)
+        config = parse_config(arguments)
+        found = measure_row(row, folder, arguments)
+        parts = Predictor(config, load_model_config(config.model), "cpu").parts(row.num_ranks, row.zero_stage)
+    top = peaks(parts)
+    predicted = {"rollout": top["rollout"], "reference": top["reference"],
+                 "update": max(top["update"], top["optimizer"])}  # fmt: skip
+    setting = f"{row.prompts} × {row.group}, {row.prompt} + {row.new}, pack {row.pack}"
+    for phase, bytes_ in predicted.items():
+        tensors, process = (found[phase][kind] for kind in ("tensors", "process"))
+        yield (f"| {row.model} | {setting} | {row.options.replace('--', '') or '–'} | {row.strategy} | {phase} "
+               f"| {bytes_ / 2**20:.1f} | {tensors / 2**20:.1f} | {bytes_ / tensors - 1:+.0%} "
+               f"| {process / 2**20:.0f} | {bytes_ / process - 1:+.0%} |")  # fmt: skip
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", help="rows whose model, options or strategy contain this")
+    parser.add_argument("--inside", type=Path, help=argparse.SUPPRESS)
+    given, rest = parser.parse_known_args()
+    if given.inside:
+        measured_process(rest, given.inside)
+        return
+    print("| model | prompts × group, tokens | options | strategy | phase | predicted MiB | tensors MiB | error "
+          "| process MiB | error |\n" + "|---" * 10 + "|")  # fmt: skip
+    for row in ROWS:
+        if given.only in f"{row.model} {row.options} {row.strategy}":
+            for line in table_lines(row):
+                print(line, flush=True)
+
+
+if __name__ == "__main__":
+    main()

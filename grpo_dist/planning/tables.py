@@ -1,0 +1,21 @@
+"""How predictions are shown."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich import box
+from rich.table import Table
+
+
+def readable(num_bytes: float) -> str:
+    """Bytes in GiB, or MiB where there are few."""
+    return f"{num_bytes / 2**30:.2f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.1f} MiB"
+
+
+def table_of(title: str, columns: Sequence[str]) -> Table:
+    """An empty table; all columns but the first hold numbers."""
+    table = Table(box=box.SIMPLE, title=title, title_justify="left", title_style="bold")
+    for number, column in enumerate(columns):
+        table.add_column(column, justify="right" if number else "left")
+    return table
