@@ -78,11 +78,21 @@ def make_parser(kind: type[ArgumentParser] = _Parser, **settings: Any) -> Argume
 
 def to_config(parser: ArgumentParser, parsed: Namespace) -> Config:
     """What was parsed, as a checked Config. Raises ValueError."""
-    for name, hint in get_type_hints(Config).items():
-        if is_dataclass(hint) and not isinstance(parsed[name], Namespace):
-            raise ValueError(f"{name}: {parsed[name]!r} given, expected its options, or to be left out")
+    _refuse_nulls(parsed, Config)
     values = parser.instantiate(parsed)
     return Config(**{field.name: values[field.name] for field in fields(Config)})
+
+
+def _refuse_nulls(values: Namespace, kind: type, prefix: str = "") -> None:
+    """Raise ValueError for null where an option cannot be null, and for a group that is none: jsonargparse does not."""
+    for name, hint in get_type_hints(kind).items():
+        value, may_be_null = values[name], type(None) in get_args(hint)
+        group = group_type(hint) or next(filter(is_dataclass, get_args(hint)), None)
+        if (value is None and not may_be_null) or (is_dataclass(hint) and not isinstance(value, Namespace)):
+            raise ValueError(f"{prefix}{name}: {value!r} given, expected a value; leave it out for the default")
+        for part in value if isinstance(value, list) else [value]:
+            if group is not None and isinstance(part, Namespace):
+                _refuse_nulls(part, group, f"{prefix}{name}.")
 
 
 def parse_config(arguments: list[str] | None = None) -> Config:

@@ -101,6 +101,10 @@ BAD: dict[str, tuple[str, list[str], list[str]]] = {
     "warmup above the steps": ("optim: {warmup_steps: 101}", [], ["optim.warmup_steps", "101", "num_train_steps"]),
     "system prompt without template": ("data: {system_prompt: Hi, chat_template: never}", [],
                                        ["data.system_prompt", "Hi", "chat_template"]),
+    "null for a group": ("advantage: null", [], ["advantage", "None"]),
+    "a list for a group": ("advantage: []", [], ["advantage", "[]"]),
+    "null for a number": ("loss: {sapo_temperature_negative: null}", [], ["loss.sapo_temperature_negative", "None"]),
+    "null in a reward": ("rewards: [{name: math, weight: null}]", [], ["rewards.weight", "None"]),
     "broken yaml": ("rollout: {group_size: 4", [], ["config.yaml"]),
     "a list": ("- 1\n- 2", [], ["config.yaml"]),
 }  # fmt: skip

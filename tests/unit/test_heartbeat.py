@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import linecache
+import sys
 from collections.abc import Callable
 
 import pytest
 
 from grpo_dist.heartbeat import Beat, Sight, look, slow, stuck
+from grpo_dist.watch import stack_of
 
 COLLECTIVE = '  File "site-packages/torch/distributed/distributed_c10d.py", line 1, in all_reduce\n'
 
@@ -53,3 +56,13 @@ def test_slow_is_who_has_not_come_to_the_collective_the_others_are_in() -> None:
     assert slow(sights, 20, 16) == []  # the last of the others came at 5
     assert slow(observe({0: rank(), 1: rank()}, 20), 20, 5) == []  # all in the same place
     assert slow({}, 20, 5) == []
+
+
+def test_a_stack_names_the_innermost_calls_and_reads_no_source() -> None:
+    def inner() -> str:
+        return stack_of(sys._getframe())
+
+    linecache.clearcache()
+    told = inner().splitlines()
+    assert not linecache.cache
+    assert len(told) == 6 and told[-1].endswith("in inner") and told[-2].endswith("and_reads_no_source")
