@@ -59,6 +59,11 @@ def reference_in_loss(config: Config) -> bool:
     return config.loss.kl_coeff > 0 and config.loss.kl_in == "loss"
 
 
+def has_reference(config: Config) -> bool:
+    """Whether anything is computed from the reference's log-probabilities."""
+    return config.loss.kl_in == "reward" or reference_in_loss(config)
+
+
 def objective_of(loss: LossConfig, kl_coeff: float) -> Objective:
     """The objective of an update, with the coefficient as it now is."""
     return Objective(
@@ -138,7 +143,7 @@ def kl_penalty(config: Config, batch: Batch, measured: Measured | None) -> Tenso
     """KL estimate of each token where it goes into the reward: (T,) float64; else None."""
     if config.loss.kl_in == "loss":
         return None
-    return kl_estimate(measured.logprobs, measured.reference, batch.sequence, config.loss.kl_estimator).double()
+    return kl_estimate(measured.logprobs, batch.reference_logprobs, batch.sequence, config.loss.kl_estimator).double()
 
 
 def penalty_metrics(config: Config, batch: Batch, measured: Measured | None) -> dict[str, float]:

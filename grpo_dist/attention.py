@@ -9,6 +9,7 @@ Shapes: T tokens in the row, Hq query heads, Hk key heads, D head size.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -48,7 +49,10 @@ AttentionInterface.register(NAME, _attention)
 
 @dataclass(frozen=True)
 class Block:
-    """Queries `queries`, the keys of the ranges `keys`, and the mask between them (None: causal)."""
+    """Queries `queries`, the keys of the ranges `keys`, and the mask between them (None: causal).
+
+    The blocks' queries follow one another, and each range of keys is some block's queries.
+    """
 
     queries: slice
     keys: tuple[slice, ...]
@@ -71,17 +75,23 @@ class BlockLayout:
         repeat = query.shape[1] // key.shape[1]
         if repeat > 1:
             key, value = key.repeat_interleave(repeat, 1), value.repeat_interleave(repeat, 1)
+        # split, not sliced: each slice's gradient would be a whole row of zeros but for the slice
+        sizes = [block.queries.stop - block.queries.start for block in self.blocks]
+        queries, keys, values = (x.split(sizes, 2) for x in (query, key, value))
+        place = {block.queries.start: n for n, block in enumerate(self.blocks)}
         outputs = []
-        for block in self.blocks:
-            keys = [key[:, :, part] for part in block.keys]
-            values = [value[:, :, part] for part in block.keys]
+        for n, block in enumerate(self.blocks):
+            seen = [place[part.start] for part in block.keys]
             outputs.append(scaled_dot_product_attention(
-                query[:, :, block.queries],
-                keys[0] if len(keys) == 1 else torch.cat(keys, 2),
-                values[0] if len(values) == 1 else torch.cat(values, 2),
+                queries[n], _joined(keys, seen), _joined(values, seen),
                 attn_mask=block.mask, is_causal=block.mask is None, scale=scale,
             ))  # fmt: skip
-        return (outputs[0] if len(outputs) == 1 else torch.cat(outputs, 2)).transpose(1, 2)
+        return _joined(outputs, range(len(outputs))).transpose(1, 2)
+
+
+def _joined(parts: Sequence[Tensor], chosen: Sequence[int]) -> Tensor:
+    """The chosen parts of a row (1, H, T, D) one after another; no copy of a single one."""
+    return parts[chosen[0]] if len(chosen) == 1 else torch.cat([parts[n] for n in chosen], 2)
 
 
 def _visible(piece: Tensor, segment: Tensor, queries: Tensor, keys: Tensor) -> Tensor:

@@ -67,6 +67,8 @@ class Batch:
     """(N, R) float64: one column per reward function; NaN where it does not apply or failed."""
     reward: Tensor
     """(N,) float64: their weighted sum; NaN for a completion that could not be scored."""
+    reference_logprobs: Tensor | None = None
+    """(T,) float32: log-probability of each token under the reference (nats); None where there is no KL term."""
     token_rewards: Tensor | None = None
     """(T, R) float64: rewards where they were given, NaN elsewhere; an outcome reward is its last token's. None where
     all rewards are outcome rewards."""
@@ -93,7 +95,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class Measured:
-    """What the policy that opened the batch and the reference make of it: (T,) on the CPU, 0 for tokens left out."""
+    """What the policy that opened the batch makes of it: (T,) on the CPU, 0 for tokens left out."""
 
     logprobs: Tensor
     """Log-probability of each token under the policy (nats)."""
@@ -101,8 +103,6 @@ class Measured:
     """Entropy of the policy's distribution before each token (nats)."""
     values: Tensor | None = None
     """The critic's value of the text before each token."""
-    reference: Tensor | None = None
-    """Log-probability of each token under the reference, where the KL penalty goes into the reward."""
 
 
 def join(batches: list[Batch], groups: list[list[int]]) -> Batch:
@@ -123,6 +123,7 @@ def join(batches: list[Batch], groups: list[list[int]]) -> Batch:
     def flat(name: str) -> Tensor:
         return torch.cat([getattr(batch, name)[mine] for batch, mine in zip(batches, places, strict=True)])
 
+    reference = None if batches[0].reference_logprobs is None else flat("reference_logprobs")
     token_rewards = None
     if any(batch.token_rewards is not None for batch in batches):
         token_rewards = torch.cat([all_token_rewards(batch)[mine] for batch, mine in zip(batches, places, strict=True)])
@@ -130,7 +131,8 @@ def join(batches: list[Batch], groups: list[list[int]]) -> Batch:
         prompts=[batch.prompts[g] for batch, chosen in zip(batches, groups, strict=True) for g in chosen],
         group=torch.cat(renumbered), lengths=rows("lengths"), finished=rows("finished"), tokens=flat("tokens"),
         sampled_logprobs=flat("sampled_logprobs"), rewards=rows("rewards"), reward=rows("reward"),
-        token_rewards=token_rewards, scoring=_joined_scoring([batch.scoring for batch in batches]),
+        reference_logprobs=reference, token_rewards=token_rewards,
+        scoring=_joined_scoring([batch.scoring for batch in batches]),
         extras={column: [value for batch, mine in zip(batches, kept, strict=True)
                          for value in _column(batch, column, mine)]
                 for column in dict.fromkeys(name for batch in batches for name in batch.extras)},

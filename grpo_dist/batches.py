@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from .advantages import has_spread
+from .algorithm import has_reference
 from .batch import Batch, Prompt, join
-from .gathering import gather
+from .gathering import gather_completions, gather_scores
 from .rollout import stream_key
 from .run import Run
 from .sampler import Curriculum, Mixture, Sampler
+from .work import reference_logprobs
 
 
 def sample_batch(run: Run, step: int) -> tuple[Batch, dict[str, float]]:
@@ -53,15 +57,19 @@ def further_places(sampler: Sampler | Mixture, step: int, round: int) -> list[in
 
 
 def _round(run: Run, prompts: list[Prompt], stream: str, step: int) -> Batch:
-    """Completions of `prompts`, scored and gathered."""
+    """Completions of `prompts`, scored and gathered; the reference is asked while rewards are still on their way."""
     config = run.config
     with run.phase("rollout"):
         completions, pending = run.generate(prompts, config.rollout.group_size, run.sampling, stream, step)
+        batch = gather_completions(run.ranks, prompts, completions)
+    if has_reference(config):
+        with run.phase("reference"):
+            batch = replace(batch, reference_logprobs=reference_logprobs(run, batch))
     with run.phase("reward"):
         with run.ranks.together("scoring"):
             scores = pending.result(run.watch.check)
-        return gather(run.ranks, prompts, completions, scores, config.weights_at(step),
-                      config.scoring.error_budget)  # fmt: skip
+        return gather_scores(run.ranks, batch, completions, scores, config.weights_at(step),
+                             config.scoring.error_budget)  # fmt: skip
 
 
 def _sorted_groups(batch: Batch) -> tuple[list[int], list[int]]:

@@ -17,6 +17,7 @@ from .plain_text import plain_lines
 
 VERBS = {
     # verb: its module, and what it does in a few words
+    "bench": ("grpo_dist.bench.bench", "time a step, against TRL if you like"),
     "chat": ("grpo_dist.chat", "talk to what a run has trained, beside its base model"),
     "check": ("grpo_dist.check", "look at a config before a run, and name all problems at once"),
     "completion": ("grpo_dist.completion", "print the script with which a shell completes `grpo-dist`"),

@@ -33,7 +33,8 @@ from .data import load_prompts
 from .display import set_up_logging
 from .distributed import Ranks, resolve_dtype, unsharded_loading
 from .estimates import Comparison, Estimate, compare, estimate, majority_at_k, pass_at_k
-from .gathering import gather
+from .gathering import gather_completions, gather_scores
+from .generation import generate_and_score, requests_of
 from .metrics import is_right
 from .models import (
     base_identity,
@@ -48,8 +49,7 @@ from .plain_text import plain_lines
 from .probe import packing_leak
 from .rewards.pool import ScorerPool
 from .rewards.registry import answer_checks, answer_reader
-from .rewards.scores import Item
-from .rollout import Request, Sampling, make_engine, stream_key
+from .rollout import Sampling, make_engine
 
 _PROMPTS_A_PART = 64  # a part is the same whatever the number of ranks
 
@@ -131,21 +131,14 @@ class Evaluation:
 
     def _sample(self, ranks: Ranks, prompts: list[Prompt], start: int) -> Batch:
         rollout, seed = self.config.rollout, self.config.train.seed
-        tasks = [(slot, sample) for slot in range(len(prompts)) for sample in range(self.num_samples)]
-        requests = [
-            Request(slot, sample, prompts[slot].ids, stream_key(seed, "evaluate", start + slot, sample))
-            for slot, sample in tasks[ranks.share(len(tasks))]
-        ]
+        requests = requests_of(prompts, self.num_samples, ranks.share, seed, "evaluate", first=start)
         sampling = Sampling(rollout.temperature, rollout.top_p, rollout.top_k, rollout.min_p)
         with ranks.together("sampling"):
-            completions = self.engine.generate(self.model, requests, sampling)
-            of = [prompts[completion.slot] for completion in completions]
-            items = [
-                Item(prompt.messages or prompt.text, self._text(completion.ids), completion.ids, prompt.columns)
-                for prompt, completion in zip(of, completions, strict=True)
-            ]
-            scores = self.scorer.score(items)
-        return gather(ranks, prompts, completions, scores, self._weights, self.config.scoring.error_budget)
+            completions, pending = generate_and_score(self.engine, self.model, requests, prompts, sampling, self.scorer,
+                                                      self.tokenizer)  # fmt: skip
+            scores = pending.result()
+        batch = gather_completions(ranks, prompts, completions)
+        return gather_scores(ranks, batch, completions, scores, self._weights, self.config.scoring.error_budget)
 
     @property
     def _weights(self) -> list[float]:

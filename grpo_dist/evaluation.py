@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from .gathering import gather
+from .gathering import gather_completions, gather_scores
 from .metrics import is_right
 from .rollout import Sampling
 from .run import Run
@@ -31,7 +31,8 @@ def _measure(run: Run, sampling: Sampling, prefix: str, step: int) -> dict[str, 
     with run.ranks.together("scoring an evaluation"):
         scores = pending.result(run.watch.check)
     weights = [reward.weight_at(step) for reward in run.config.rewards]
-    batch = gather(run.ranks, run.eval_prompts, completions, scores, weights, run.config.scoring.error_budget)
+    batch = gather_completions(run.ranks, run.eval_prompts, completions)
+    batch = gather_scores(run.ranks, batch, completions, scores, weights, run.config.scoring.error_budget)
     scored = batch.reward[~batch.reward.isnan()]
     right = is_right(scored, weights)
     return {

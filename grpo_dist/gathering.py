@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
+from dataclasses import replace
 from itertools import chain
 from typing import Any
 
@@ -22,33 +23,41 @@ class RewardFailure(RuntimeError):
     """More completions could not be scored than scoring.error_budget allows; raised on all ranks alike."""
 
 
-def gather(
-    ranks: Ranks, prompts: list[Prompt], completions: list[Completion], scores: Scores, weights: list[float],
-    error_budget: float,
-) -> Batch:  # fmt: skip
+def gather_completions(ranks: Ranks, prompts: list[Prompt], completions: list[Completion]) -> Batch:
     """The global batch in the order of (prompt, sample), from every rank's contiguous share of it; a collective.
+
+    Its rewards are yet to come: see `gather_scores`.
+    """
+    numbers = torch.tensor([[c.slot, len(c.ids), c.finished] for c in completions], dtype=torch.int64).view(-1, 3)
+    tokens = _flat((c.ids for c in completions), np.int32)  # half of what int64 would send
+    logprobs = _flat((c.logprobs for c in completions), np.float32)
+    numbers, tokens, logprobs = ranks.gather(numbers), ranks.gather(tokens).long(), ranks.gather(logprobs)
+    nothing = torch.full((len(numbers),), torch.nan, dtype=torch.float64)
+    return Batch(prompts, numbers[:, 0], numbers[:, 1], numbers[:, 2].bool(), tokens, logprobs,
+                 rewards=nothing[:, None], reward=nothing)  # fmt: skip
+
+
+def gather_scores(
+    ranks: Ranks, batch: Batch, completions: list[Completion], scores: Scores, weights: list[float], error_budget: float
+) -> Batch:
+    """The global batch with its rewards, from every rank's scores of its own completions; a collective.
 
     Raises RewardFailure on every rank, with the first failure of each rank, where the share of completions that
     failed to be scored is above `error_budget`.
     """
     reward = combine(scores.values, scores.failed, weights)
-    numbers = torch.tensor([[c.slot, len(c.ids), c.finished] for c in completions], dtype=torch.int64).view(-1, 3)
-    tokens = _flat((c.ids for c in completions), np.int32)  # half of what int64 would send
-    logprobs = _flat((c.logprobs for c in completions), np.float32)
     columns = np.concatenate([scores.values, scores.failed.astype(float), reward[:, None]], axis=1)
-    numbers, tokens, logprobs = ranks.gather(numbers), ranks.gather(tokens).long(), ranks.gather(logprobs)
     gathered = ranks.gather(torch.from_numpy(columns))
     num_rewards = len(weights)
     failures = gathered[:, num_rewards : 2 * num_rewards].bool()
     failed = failures.any(1)
     if bool(failed.any()):
-        _judge(ranks, prompts, completions, scores.failures, failed.double().mean().item(), error_budget)
+        _judge(ranks, batch.prompts, completions, scores.failures, failed.double().mean().item(), error_budget)
     measured, extras = _gather_logged(ranks, scores)
     counts = failures.sum(0).tolist()
     measured |= {f"reward/{name}/failed": float(count) for name, count in zip(scores.names, counts, strict=True)}
-    return Batch(prompts, numbers[:, 0], numbers[:, 1], numbers[:, 2].bool(), tokens, logprobs,
-                 gathered[:, :num_rewards], gathered[:, -1], _token_rewards(ranks, completions, scores), measured,
-                 extras)  # fmt: skip
+    return replace(batch, rewards=gathered[:, :num_rewards], reward=gathered[:, -1], extras=extras, scoring=measured,
+                   token_rewards=_token_rewards(ranks, completions, scores))  # fmt: skip
 
 
 def _flat(rows: Iterable[list[Any]], dtype: type[np.generic]) -> Tensor:

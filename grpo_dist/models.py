@@ -22,10 +22,11 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from . import attention
+from .adapters import fuse_adapters
 from .checks import require
 from .config import LoraConfig, ModelConfig
 from .critic import HEAD
-from .distributed import unsharded_loading, whole
+from .distributed import is_sharded, unsharded_loading, whole
 from .packing import Pack
 from .policy import Policy
 from .toy import MODELS, toy_path
@@ -146,6 +147,7 @@ def make_policy(
         task_type="CAUSAL_LM", r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout,
         target_modules=lora.target_modules,
     ))  # fmt: skip
+    fuse_adapters(adapted, is_sharded)
     policy = Policy(adapted, temperature, **extras)
     _check_adapters(policy, lora)
     return policy
@@ -176,6 +178,14 @@ def trainable(policy: Policy) -> dict[str, nn.Parameter]:
     return {name: p for name, p in policy.named_parameters() if p.requires_grad}
 
 
+def _for_few_rows(weight: Tensor) -> Tensor:
+    """An empty tensor like a weight, laid out for decoding: on a CPU, products of a few rows with the transpose of a
+    linear layer's weight (O, I) run up to a third faster where its columns are contiguous."""
+    if weight.dim() == 2 and not weight.is_cuda:
+        return torch.empty_like(weight.T, memory_format=torch.contiguous_format).T
+    return torch.empty_like(weight)
+
+
 class FrozenCopy:
     """The base model frozen, as the reference and, with the policy's weights exchanged in, as the rollout model."""
 
@@ -204,7 +214,7 @@ class FrozenCopy:
 
     def _put(self, key: str, own: Tensor, value: Tensor) -> None:
         if key not in self._trained:
-            self._trained[key] = torch.empty_like(own)
+            self._trained[key] = _for_few_rows(own)
         self._trained[key].copy_(value)
 
     @contextmanager

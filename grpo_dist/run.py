@@ -25,6 +25,7 @@ from .data import load_prompts
 from .display import Display
 from .distributed import OptimizerState, Ranks, resolve_dtype, unsharded_loading
 from .environment import record_start
+from .generation import generate_and_score, requests_of
 from .guards import BadUpdates, lock, warn_of_slow_save
 from .metrics import Clock, read_history
 from .models import (
@@ -45,8 +46,7 @@ from .recording import Recorder
 from .resuming import changes, identity, resume_path, versions
 from .rewards.pool import Pending, ScorerPool
 from .rewards.registry import TrainerState, answer_checks, labels
-from .rewards.scores import Item
-from .rollout import Request, Sampling, make_engine, stream_key
+from .rollout import Sampling, make_engine, stream_key
 from .saving import save_final
 from .schedule import learning_rate
 from .sources import load_training
@@ -238,30 +238,17 @@ class Run:
 
         Needs the rollout weights in place; `stream` names the noise, such as `train/12`; `step` is told to rewards.
         """
-        tasks = [(slot, sample) for slot in range(len(prompts)) for sample in range(group_size)]
-        mine = tasks[self.ranks.share(len(tasks))]
-        seed = self.config.train.seed
-        requests = [Request(slot, sample, prompts[slot].ids, stream_key(seed, stream, slot, sample))
-                    for slot, sample in mine]  # fmt: skip
+        requests = requests_of(prompts, group_size, self.ranks.share, self.config.train.seed, stream)
         state = TrainerState(step, self.config.train.num_train_steps, self.sampler.epoch(step))
         with self.reference.trained() as model, self.ranks.together("rollout"):
-            completions = self.engine.generate(model, requests, sampling, check=self.watch.check)
-            pending = self.scorer.submit([self._item(prompts[c.slot], c) for c in completions], state)
-        return completions, pending
+            return generate_and_score(self.engine, model, requests, prompts, sampling, self.scorer, self.tokenizer,
+                                      state, self.watch.check)  # fmt: skip
 
     def seed_dropout(self, step: int, pack: int) -> None:
         """Make adapter dropout a function of counters, so that a resumed run draws the same masks."""
         if self.config.lora is not None and self.config.lora.dropout:
             key = stream_key(self.config.train.seed, "dropout", step, self.position.updates, pack, self.ranks.rank)
             torch.manual_seed(key & (2**63 - 1))
-
-    def _item(self, prompt: Prompt, completion: Completion) -> Item:
-        text = self.text(completion.ids)
-        return Item(prompt.messages or prompt.text, text, completion.ids, prompt.columns)
-
-    def text(self, ids: list[int]) -> str:
-        """A completion as text, without special tokens."""
-        return self.tokenizer.decode(ids, skip_special_tokens=True)
 
     def completion_texts(self, batch: Batch) -> list[str]:
         """All completions of a batch as text."""

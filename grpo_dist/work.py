@@ -13,6 +13,9 @@ from .losses import token_weights
 from .packing import Pack, make_pack, plan
 from .run import Run
 
+REFERENCE_PACK = 4
+"""Tokens of a pack of the reference for each one of train.max_tokens_per_pack."""
+
 
 @dataclass
 class Work:
@@ -58,6 +61,24 @@ def _pack(run: Run, batch: Batch, counted: Tensor, needed: Tensor) -> list[Work]
             for pack in packs]  # fmt: skip
 
 
+def reference_logprobs(run: Run, batch: Batch) -> Tensor:
+    """Log-probability of each of the batch's tokens under the reference, (T,) on the CPU; a collective.
+
+    It has packs of its own: without a backward pass a larger one fits, and no reward has to be known.
+    """
+    plans = plan(
+        [len(prompt.ids) for prompt in batch.prompts], batch.group.tolist(), batch.lengths.tolist(),
+        [True] * len(batch.lengths), max_tokens=REFERENCE_PACK * run.config.train.max_tokens_per_pack,
+        num_ranks=run.ranks.num_ranks, share_prompts=run.share_prompts,
+    )  # fmt: skip
+    flat = torch.zeros(len(batch.tokens), device=run.ranks.device)
+    for pieces in plans[run.ranks.rank]:
+        run.ranks.agree(run.watch.requested)
+        pack = make_pack(batch, pieces, share_prompts=run.share_prompts).to(run.ranks.device)
+        flat[pack.token] = run.reference.logprobs(pack)
+    return run.ranks.reduce(flat, "sum")
+
+
 def measure(run: Run, minibatches: list[list[Work]], batch: Batch) -> Measured | None:
     """Compute what is needed before the first update of a batch, into the work; a collective.
 
@@ -77,7 +98,7 @@ def measure(run: Run, minibatches: list[list[Work]], batch: Batch) -> Measured |
         if measured is not None and measured.values is not None:
             each.values = measured.values[places].to(run.ranks.device)
         if reference_in_loss(config):
-            each.reference = run.reference.logprobs(each.pack)
+            each.reference = batch.reference_logprobs[places].to(run.ranks.device)
     return measured
 
 
@@ -85,16 +106,12 @@ def measure(run: Run, minibatches: list[list[Work]], batch: Batch) -> Measured |
 def _opening(run: Run, works: list[Work], batch: Batch) -> Measured:
     names = ["logprobs", "entropies"] + ["values"] * (run.config.advantage.baseline == "critic")
     flat = {name: torch.zeros(len(batch.tokens)) for name in names}
-    if run.config.loss.kl_in == "reward":
-        flat["reference"] = torch.zeros(len(batch.tokens))
     run.policy.eval()  # the rollout had no dropout either
     for each in works:
         run.ranks.agree(run.watch.requested)
         places = each.pack.token.cpu()
         for name, numbers in zip(names, run.wrapped(each.pack), strict=False):
             flat[name][places] = numbers.cpu()
-        if "reference" in flat:
-            flat["reference"][places] = run.reference.logprobs(each.pack).cpu()
     run.policy.train()
     return Measured(**{name: run.ranks.reduce(numbers, "sum") for name, numbers in flat.items()})
 

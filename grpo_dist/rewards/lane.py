@@ -85,16 +85,21 @@ class Lane:
             }
             """The keywords that each of this lane's rewards takes."""
 
-    def submit(self, pending: Pending) -> None:
-        """Begin to score a submission under all of this lane's rewards."""
-        count = len(pending.items)
-        size = count
+    def submit(self, pending: Pending, begun: int) -> None:
+        """Make the calls that have become full since `begun` items were there, under all of this lane's rewards.
+
+        The last call takes what is left once every item has come. How items are divided into calls depends on the order
+        in which they come, and not on how many come at once.
+        """
+        size = count = len(pending.items)
         if self._placement == "worker":
             size = min(math.ceil(count / (_CHUNKS_PER_WORKER * len(self._threads))), _MOST_CHUNK_ITEMS)
+        there = len(pending.arrived)
         for reward, parameters in self.parameters.items():
             step = max(1, size if parameters.most_items is None else min(size, parameters.most_items))
-            chunks = [list(range(start, min(start + step, count))) for start in range(0, count, step)]
-            self._enqueue(_Job(pending, reward, places) for places in chunks)
+            end = count if there == count else there - there % step
+            starts = range(begun - begun % step, end, step)
+            self._enqueue(_Job(pending, reward, pending.arrived[start : min(start + step, count)]) for start in starts)
 
     def close(self) -> None:
         """Kill the workers; whoever waits for scores gets a RuntimeError. Closing twice is harmless."""
@@ -217,7 +222,7 @@ def _keywords(job: _Job, parameters: Parameters) -> dict[str, Any]:
 
     What only the worker can make (`log_metric` and its like) it adds there.
     """
-    items = [job.pending.items[place] for place in job.places]
+    items = [item for item in map(job.pending.items.__getitem__, job.places) if item is not None]
     keywords: dict[str, Any] = {
         "prompts": [item.prompt for item in items],
         "completions": [_as_prompted(item) for item in items],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,15 +17,18 @@ class Pending:
     """Scores on their way; threads of the pool fill it in."""
 
     def __init__(
-        self, items: Sequence[Item], names: Sequence[str], most_lost_calls: int, state: TrainerState
+        self, num_items: int, columns: Sequence[str], names: Sequence[str], most_lost_calls: int, state: TrainerState
     ) -> None:
-        self.items = items
+        self.items: list[Item | None] = [None] * num_items
+        """What is to be scored, as far as it is there already."""
+        self.arrived: list[int] = []
+        """Places of the items that are there, in the order they came."""
         self.state = state
-        self.columns = list(dict.fromkeys(name for item in items for name in item.columns))
-        """The names of all items' columns, in order of appearance."""
+        self.columns = list(columns)
+        """The names of all items' columns."""
         self._names = list(names)
         self._most_lost_calls = most_lost_calls
-        shape = (len(items), len(names))
+        shape = (num_items, len(names))
         self._values = np.full(shape, np.nan)
         self._failures: dict[tuple[int, int], Failure] = {}
         self._seconds = np.zeros(len(names))
@@ -59,14 +62,20 @@ class Pending:
             self._values, failed, failures, self._names, self._seconds, self._per_token, metrics, extras
         )
 
+    def add(self, items: Mapping[int, Item]) -> None:
+        """Take in items by their places."""
+        for place, item in items.items():
+            self.items[place] = item
+        self.arrived += items
+
     def scored(self, reward: int, places: Sequence[int], answer: dict[str, Any]) -> None:
         """Take in the values of one call."""
+        num_tokens = [len(item.completion_ids) for item in map(self.items.__getitem__, places) if item is not None]
         bad = {int(place): told for place, told in answer["bad"].items()}
         with self._lock:
             for number, (place, value) in enumerate(zip(places, answer["values"], strict=True)):
-                num_tokens = len(self.items[place].completion_ids)
-                if isinstance(value, list) and len(value) != num_tokens:
-                    told = f"returned {len(value)} numbers for {num_tokens} tokens, expected one per token"
+                if isinstance(value, list) and len(value) != num_tokens[number]:
+                    told = f"returned {len(value)} numbers for {num_tokens[number]} tokens, expected one per token"
                     bad[number] = ("bad_value", told)
                 else:
                     self._take(place, reward, value)

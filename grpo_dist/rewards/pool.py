@@ -12,7 +12,7 @@ together with the other ranks.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from grpo_dist.config import RewardConfig, ScoringConfig
 from grpo_dist.rewards.lane import Lane
@@ -54,20 +54,31 @@ class ScorerPool:
         for reward, parameters in zip(self._rewards, self.parameters, strict=True):
             parameters.check_columns(reward.name, columns)
 
-    def submit(self, items: Sequence[Item], state: TrainerState | None = None) -> Pending:
-        """Begin to score completions and return at once; columns that only some items have are None for the others.
+    def open(self, num_items: int, columns: Sequence[str], state: TrainerState | None = None) -> Pending:
+        """Announce completions that are yet to come; `add` hands them over, in parts.
 
-        `state` is for rewards that ask for `trainer_state`. Raises ValueError where a reward requires a column that no
-        item has, RuntimeError where the pool is closed.
+        `columns` are the data's; `state` is for rewards that ask for `trainer_state`. Raises ValueError where a reward
+        requires a column that is not among them, RuntimeError where the pool is closed.
         """
         if self._closed:
             raise RuntimeError("the scoring pool is closed")
-        most_lost_calls = max(_LEAST_LOST_CALLS, math.ceil(self._scoring.error_budget * len(items)))
-        pending = Pending(items, self.names, most_lost_calls, state or TrainerState())
-        if items:
-            self.check_columns(pending.columns)
+        if num_items:
+            self.check_columns(columns)
+        most_lost_calls = max(_LEAST_LOST_CALLS, math.ceil(self._scoring.error_budget * num_items))
+        return Pending(num_items, columns, self.names, most_lost_calls, state or TrainerState())
+
+    def add(self, pending: Pending, items: Mapping[int, Item]) -> None:
+        """Hand over items by their places, and return at once; a call is made as soon as there are enough for it."""
+        begun = len(pending.arrived)
+        pending.add(items)
         for lane in self._lanes:
-            lane.submit(pending)
+            lane.submit(pending, begun)
+
+    def submit(self, items: Sequence[Item], state: TrainerState | None = None) -> Pending:
+        """Begin to score completions and return at once; columns that only some items have are None for the others."""
+        columns = list(dict.fromkeys(name for item in items for name in item.columns))
+        pending = self.open(len(items), columns, state)
+        self.add(pending, dict(enumerate(items)))
         return pending
 
     def score(self, items: Sequence[Item], state: TrainerState | None = None) -> Scores:

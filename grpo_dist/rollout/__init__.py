@@ -8,7 +8,7 @@ from .engine import Engine, Request, RowEngine
 from .native import NativeEngine
 from .sampling import Sampling, stream_key
 
-__all__ = ["NativeEngine", "Request", "RowEngine", "Sampling", "make_engine", "stream_key"]
+__all__ = ["Engine", "NativeEngine", "Request", "RowEngine", "Sampling", "make_engine", "stream_key"]
 
 
 def make_engine(share_prompts: bool, end_ids: list[int], max_new_tokens: int, max_tokens_in_flight: int) -> Engine:

@@ -27,6 +27,8 @@ class Request:
     """Token ids of the prompt."""
     key: int
     """Key of its noise, see sampling.stream_key."""
+    exact_length: int | None = None
+    """Sample exactly this many tokens, whatever they are, so that a benchmark can repeat another trainer's work."""
 
 
 class Engine(Protocol):

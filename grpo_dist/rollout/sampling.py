@@ -12,12 +12,16 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 # Multipliers and increment of splitmix64 (Steele, Lea and Flood, "Fast splittable pseudorandom number generators",
 # OOPSLA 2014) as signed 64-bit numbers, because torch has no unsigned multiplication.
 _GAMMA = 0x9E3779B97F4A7C15 - (1 << 64)
 _MIX1 = 0xBF58476D1CE4E5B9 - (1 << 64)
 _MIX2 = 0x94D049BB133111EB - (1 << 64)
+
+BLOCK = 128
+"""Tokens of the vocabulary whose probabilities are summed at once."""
 
 
 @dataclass(frozen=True)
@@ -85,13 +89,37 @@ def draw(logits: Tensor, keys: Tensor, positions: Tensor, sampling: Sampling) ->
         tokens = logprobs.argmax(-1)
     else:
         keep = allowed(logprobs, sampling)
-        probs = logprobs.double().exp()
+        probs = logprobs.exp()
         if keep is not None:
-            probs = probs * keep
-        cumulative = probs.cumsum(-1)
-        target = uniforms(keys, positions)[:, None] * cumulative[:, -1:]
-        # right=True never lands on a token of probability 0; the clamp answers a target rounded up to the total
-        tokens = torch.searchsorted(cumulative, target, right=True)[:, 0]
-        last = (probs > 0).long().mul(torch.arange(probs.shape[1], device=probs.device)).amax(-1)
-        tokens = torch.minimum(tokens, last)
+            probs *= keep
+        tokens = _inverse_cdf(probs, uniforms(keys, positions))
     return tokens, logprobs.gather(-1, tokens[:, None])[:, 0]
+
+
+def _inverse_cdf(probs: Tensor, u: Tensor) -> Tensor:
+    """The token at which the running sum of unnormalised probabilities (B, V) passes `u` (B,) of its total: (B,) int64.
+
+    Running sums are float64, but only those of blocks and of the one block that is hit exist: one over a large
+    vocabulary would be most of what sampling costs. A token of probability 0 is never returned.
+    """
+    rows, size = probs.shape
+    blocks = (pad(probs, (0, -size % BLOCK)) if size % BLOCK else probs).view(rows, -1, BLOCK)
+    sums = blocks.sum(-1).double()
+    cumulative = sums.cumsum(-1)
+    target = u[:, None] * cumulative[:, -1:]
+    chosen = _first_above(cumulative, sums, target)
+    inside = blocks.gather(1, chosen[..., None].expand(-1, -1, BLOCK))[:, 0].double()
+    running = inside.cumsum(-1)
+    # as a share of the block, because its sum was rounded in float32
+    share = (target - (cumulative - sums).gather(1, chosen)) / sums.gather(1, chosen)
+    return (chosen * BLOCK + _first_above(running, inside, share * running[:, -1:]))[:, 0]
+
+
+def _first_above(cumulative: Tensor, parts: Tensor, target: Tensor) -> Tensor:
+    """The first place where the running sum of `parts` (B, K) is above `target` (B, 1), as (B, 1); its part is above 0.
+
+    A target that rounding has put at the total or beyond is answered with the last such part.
+    """
+    places = torch.arange(parts.shape[1], device=parts.device)
+    last = torch.where(parts > 0, places, 0).amax(-1, keepdim=True)
+    return torch.minimum(torch.searchsorted(cumulative, target, right=True), last)

@@ -42,6 +42,7 @@ def make_batch(rewards: list[float], *others: list[float], token_rewards: torch.
         prompts=[Prompt(7, [1], "a"), Prompt(3, [1, 2], "b")], group=torch.tensor(GROUP), lengths=torch.tensor(LENGTHS),
         finished=torch.tensor([True, True, True, False, True, True]), tokens=torch.arange(13),
         sampled_logprobs=-torch.ones(13), rewards=columns, reward=columns.sum(1), token_rewards=token_rewards,
+        reference_logprobs=-torch.rand(13, generator=torch.Generator().manual_seed(1)),
     )  # fmt: skip
 
 
@@ -55,10 +56,10 @@ def make_config(**options: Any) -> Config:
 
 
 def make_measured(seed: int = 0) -> Measured:
-    """Random log-probabilities, entropies, values and reference."""
+    """Random log-probabilities, entropies and values."""
     generator = torch.Generator().manual_seed(seed)
-    numbers = -torch.rand(4, 13, generator=generator)
-    return Measured(numbers[0], -numbers[1], numbers[2], numbers[3])
+    numbers = -torch.rand(3, 13, generator=generator)
+    return Measured(numbers[0], -numbers[1], numbers[2])
 
 
 REWARDS = [1.0, 0.0, 0.5, 1.0, 1.0, 1.0]
@@ -115,7 +116,7 @@ def test_a_penalty_in_the_reward_counts_once_a_completion_in_groups() -> None:
     config = make_config(advantage__baseline="leave_one_out", advantage__scale="none", loss__kl_coeff=0.3,
                          loss__kl_in="reward")  # fmt: skip
     batch, measured = make_batch(REWARDS), make_measured()
-    difference = (measured.logprobs - measured.reference).tolist()
+    difference = (measured.logprobs - batch.reference_logprobs).tolist()
     lost = [sum(d for d, owner in zip(difference, OWNER, strict=True) if owner == n) for n in range(6)]
     shaped = [reward - 0.3 * kl for reward, kl in zip(REWARDS, lost, strict=True)]
     got = targets_of(config, batch, measured, 0.3).advantages
@@ -128,9 +129,9 @@ def test_a_penalty_in_the_reward_counts_once_a_completion_in_groups() -> None:
 def test_a_penalty_in_the_reward_is_each_tokens_without_groups() -> None:
     config = make_config(advantage__baseline="none", advantage__scale="none", loss__kl_coeff=0.3, loss__kl_in="reward",
                          loss__gamma=0.9, loss__kl_estimator="k2")  # fmt: skip
-    measured = make_measured()
-    penalties = ((measured.logprobs - measured.reference) ** 2 / 2).tolist()
-    got = targets_of(config, make_batch(REWARDS), measured, 0.3).advantages
+    batch, measured = make_batch(REWARDS), make_measured()
+    penalties = ((measured.logprobs - batch.reference_logprobs) ** 2 / 2).tolist()
+    got = targets_of(config, batch, measured, 0.3).advantages
     for t, n in enumerate(OWNER):
         after = [s for s in range(t, 13) if OWNER[s] == n]
         expected = sum(0.9 ** (s - t) * -0.3 * penalties[s] for s in after) + 0.9 ** (after[-1] - t) * REWARDS[n]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -209,3 +209,26 @@ def test_a_layer_that_attends_twice() -> None:
         return
     expected = RowEngine(ENDS, 8).generate(pair.plain, requests, Sampling())
     assert_equal(NativeEngine(ENDS, 8, 10000).generate(pair.shared, requests, Sampling()), expected)
+
+
+@pytest.mark.parametrize("in_flight", [100, 100000])
+def test_asking_seldom_who_has_ended_changes_nothing(in_flight: int, pairs: dict[str, Pair]) -> None:
+    """Rows that have ended draw on until they are dropped, and none of that may be seen."""
+    model = pairs["qwen2"].shared
+    expected = NativeEngine(ENDS, MOST, in_flight).generate(model, REQUESTS, Sampling())
+    assert any(len(c.ids) == MOST for c in expected), "rows that go on past the last place are part of the test"
+    for steps in (2, 8, 50):
+        engine = NativeEngine(ENDS, MOST, in_flight, steps_between_checks=steps)
+        assert_equal(engine.generate(model, REQUESTS, Sampling()), expected)
+
+
+def test_completions_of_exact_lengths(pairs: dict[str, Pair]) -> None:
+    pair, lengths = pairs["qwen2"], [1 + (7 * n) % MOST for n in range(len(REQUESTS))]
+    requests = [replace(request, exact_length=length) for request, length in zip(REQUESTS, lengths, strict=True)]
+    completions = NativeEngine(ENDS, MOST, 200).generate(pair.shared, requests, Sampling())
+    assert [len(c.ids) for c in completions] == lengths
+    assert [c.finished for c in completions] == [length < MOST for length in lengths]
+    free = NativeEngine(ENDS, MOST, 200).generate(pair.shared, REQUESTS, Sampling())
+    for one, other in zip(completions, free, strict=True):
+        shared = min(len(one.ids), len(other.ids))
+        assert one.ids[:shared] == other.ids[:shared]

@@ -1,0 +1,86 @@
+"""TRL's worker: its GRPOTrainer as it comes, which waits for its turn at the end of each step.
+
+Run as a script, by the Python of an environment that has TRL; it imports nothing of this package but `turns.py`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from trl import GRPOConfig, GRPOTrainer
+from turns import connect, own_peak_gib, parity
+
+
+def trainer_of(options: argparse.Namespace, reward: object, clock: TrainerCallback) -> GRPOTrainer:
+    """The trainer for the workload: one process, LoRA on all linear layers, no logging, no saving."""
+    torch.manual_seed(0)
+    has_gpu = torch.cuda.is_available()
+    prompts = [json.loads(line)["prompt"] for line in Path(options.prompts).read_text().splitlines()]
+    total = options.num_prompts * options.group_size
+    config = GRPOConfig(
+        output_dir=options.out, per_device_train_batch_size=options.micro_batch or total,
+        gradient_accumulation_steps=total // (options.micro_batch or total), num_generations=options.group_size,
+        max_completion_length=options.max_new_tokens, max_steps=len(prompts) // options.num_prompts,
+        beta=options.kl_coeff, learning_rate=1e-5, lr_scheduler_type="constant", temperature=1.0, report_to="none",
+        save_strategy="no", logging_strategy="no", use_cpu=not has_gpu, bf16=options.dtype == "bfloat16",
+        gradient_checkpointing=False, disable_tqdm=True, shuffle_dataset=False,
+        use_transformers_continuous_batching=options.continuous_batching,
+    )  # fmt: skip
+    return GRPOTrainer(
+        model=AutoModelForCausalLM.from_pretrained(options.model, dtype=getattr(torch, options.dtype)),
+        processing_class=AutoTokenizer.from_pretrained(options.model, padding_side="left"), reward_funcs=reward,
+        args=config, train_dataset=Dataset.from_dict({"prompt": prompts}), callbacks=[clock],
+        peft_config=LoraConfig(r=options.lora_r, lora_alpha=2 * options.lora_r, target_modules="all-linear",
+                               task_type="CAUSAL_LM"),
+    )  # fmt: skip
+
+
+def main() -> None:
+    """Take steps until told to end."""
+    parser = argparse.ArgumentParser()
+    for name in ("model", "prompts", "out", "dtype"):
+        parser.add_argument(f"--{name}", required=True)
+    for name in ("num_prompts", "group_size", "max_new_tokens", "lora_r", "micro_batch"):
+        parser.add_argument(f"--{name}", type=int, default=0)
+    parser.add_argument("--kl_coeff", type=float, required=True)
+    parser.add_argument("--continuous_batching", action="store_true")
+    options = parser.parse_args()
+    lengths: list[int] = []
+
+    def reward(completion_ids: list[list[int]], **_: object) -> list[float]:
+        lengths.extend(len(ids) for ids in completion_ids)
+        return parity(completion_ids)
+
+    class Turns(TrainerCallback):
+        def on_train_begin(self, *_: object, **__: object) -> None:
+            self.line = connect()
+            self.wait()
+
+        def on_step_end(self, *_: object, **__: object) -> None:
+            peak = own_peak_gib()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+                peak = torch.cuda.max_memory_allocated() / 2**30
+            seconds = time.perf_counter() - self.start
+            self.line.send({"seconds": seconds, "lengths": list(lengths), "peak_gib": peak})
+            lengths.clear()
+            self.wait()
+
+        def wait(self) -> None:
+            if self.line.recv() is None:
+                os._exit(0)
+            self.start = time.perf_counter()
+
+    trainer_of(options, reward, Turns()).train()
+
+
+if __name__ == "__main__":
+    main()

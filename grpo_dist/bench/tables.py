@@ -1,0 +1,76 @@
+"""What a benchmark prints: Markdown tables that can be pasted as they are. Pure."""
+
+from __future__ import annotations
+
+import statistics
+from dataclasses import dataclass
+from typing import Any
+
+PHASES = ("rollout", "reward", "reference", "update", "sync")
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One step of ours, and the step of the peer that it repeats."""
+
+    ours: dict[str, Any]
+    theirs: dict[str, Any] | None = None
+
+    @property
+    def tokens(self) -> float:
+        """Completion tokens of our step."""
+        return self.ours["metrics"]["tokens/completion"]
+
+    @property
+    def their_tokens(self) -> int:
+        """Completion tokens of the peer's step."""
+        return sum(self.theirs["lengths"]) if self.theirs else 0
+
+    @property
+    def ratio(self) -> float:
+        """How many times the peer's seconds per completion token are ours."""
+        return (self.theirs["seconds"] / self.their_tokens) / (self.ours["seconds"] / self.tokens) if self.theirs else 0
+
+
+def table(rows: list[list[str]]) -> str:
+    """Rows of cells, the first of them the header, as Markdown."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    padded = [[cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in rows]
+    lines = [f"| {' | '.join(row)} |" for row in padded]
+    return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]])
+
+
+def pairs_table(name: str, pairs: list[Pair], peer: str) -> str:
+    """Every pair of steps."""
+    rows = [["workload", "pair", "seconds", f"{peer} seconds", "tokens", f"{peer} tokens", "ratio per token"]]
+    for number, pair in enumerate(pairs, 1):
+        rows.append([name, str(number), f"{pair.ours['seconds']:.2f}", f"{pair.theirs['seconds']:.2f}",
+                     f"{pair.tokens:.0f}", str(pair.their_tokens), f"{pair.ratio:.1f}"])  # fmt: skip
+    return table(rows)
+
+
+def summary_row(name: str, pairs: list[Pair], peer: str | None) -> dict[str, str]:
+    """One workload in numbers: medians over its steps."""
+
+    def median(get: Any) -> float:
+        return statistics.median(get(pair) for pair in pairs)
+
+    def phase(name: str) -> float:
+        return median(lambda pair: pair.ours["metrics"].get(f"time/{name}", 0.0))
+
+    row = {"workload": name}
+    if peer:
+        ratios = [pair.ratio for pair in pairs]
+        row |= {
+            f"{peer} ÷ ours, per token": f"{statistics.median(ratios):.1f} ({min(ratios):.1f} to {max(ratios):.1f})",
+            f"{peer}: s a step": f"{median(lambda pair: pair.theirs['seconds']):.2f}",
+        }
+    row |= {"s a step": f"{median(lambda pair: pair.ours['seconds']):.2f}",
+            "tokens a step": f"{median(lambda pair: pair.tokens):.0f}",
+            "tokens/s": f"{median(lambda pair: pair.tokens / pair.ours['seconds']):.0f}"}  # fmt: skip
+    row |= {name: f"{phase(name):.2f}" for name in PHASES}
+    row["useful share"] = f"{median(lambda pair: pair.ours['metrics']['tokens/useful_share']):.3f}"
+    row["peak GiB"] = f"{max(pair.ours['peak_gib'] for pair in pairs):.2f}"
+    if peer:
+        row[f"{peer}: peak GiB"] = f"{max(pair.theirs['peak_gib'] for pair in pairs):.2f}"
+    return row

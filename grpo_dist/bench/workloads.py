@@ -1,0 +1,124 @@
+"""What a step is timed on: models with random weights whose completions end by themselves, and random prompts.
+
+A model with random weights never ends a completion, so every rollout would run to the length limit and a benchmark
+would say nothing about uneven lengths. Here one hidden dimension is a constant that only the end token's row of the
+head reads: each token ends its completion with the same probability, and lengths are geometric.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import string
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+PAD, END = "<pad>", "<eos>"
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of a Qwen2 model."""
+
+    hidden: int
+    layers: int
+    heads: int
+    kv_heads: int
+    intermediate: int
+    vocabulary: int
+
+
+MEDIUM = Shape(512, 8, 8, 2, 1536, 4096)
+QWEN_0_5B = Shape(896, 24, 14, 2, 4864, 151936)
+QWEN_1_5B = Shape(1536, 28, 12, 2, 8960, 151936)
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One kind of step."""
+
+    name: str
+    model: Shape | str
+    """A shape to make a model of, or a model's name or path."""
+    num_prompts: int
+    group_size: int
+    prompt_tokens: int
+    """Longest prompt; lengths are uniform from half of it. Ignored where the model is a name: see `write_prompts`."""
+    max_new_tokens: int
+    mean_new_tokens: int
+    """Mean length of completions without the limit; only for a model that is made."""
+    dtype: str = "float32"
+
+
+WORKLOADS = {
+    w.name: w
+    for w in (
+        Workload("quickstart", "toy", 16, 8, 15, 16, 4),
+        Workload("medium", MEDIUM, 2, 16, 256, 256, 64),
+        Workload("long-prompt", MEDIUM, 2, 16, 1024, 128, 32),
+        Workload("long-answers", MEDIUM, 4, 8, 32, 512, 128),
+        Workload("qwen-0.5b", QWEN_0_5B, 32, 16, 256, 1024, 256, "bfloat16"),
+        Workload("qwen-1.5b", QWEN_1_5B, 32, 16, 256, 1024, 256, "bfloat16"),
+    )
+}
+
+
+def make_model(shape: Shape, mean_new_tokens: int, dtype: str, directory: Path) -> None:
+    """Write a model of random weights and its tokenizer (one token a character) to `directory`."""
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    torch.manual_seed(0)
+    model = Qwen2ForCausalLM(Qwen2Config(
+        vocab_size=shape.vocabulary, hidden_size=shape.hidden, intermediate_size=shape.intermediate,
+        num_hidden_layers=shape.layers, num_attention_heads=shape.heads, num_key_value_heads=shape.kv_heads,
+        max_position_embeddings=32768, tie_word_embeddings=False, pad_token_id=0, eos_token_id=1, bos_token_id=None,
+    ))  # fmt: skip
+    with torch.no_grad():
+        embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+        embedding[:, 0] = 5.0  # large beside the other dimensions, and so the same for every token
+        head[:, 0] = 0.0
+        head[:2] = 0.0
+        tokens = torch.randint(2, shape.vocabulary, (4, 64))
+        level = float(model.base_model(tokens).last_hidden_state[..., 0].mean())
+        head[0, 0] = -10.0 / level  # padding is not sampled
+        others = model(tokens).logits[..., 2:].exp().sum(-1).mean()
+        head[1, 0] = math.log(float(others) / (mean_new_tokens - 1)) / level
+    model.to(getattr(torch, dtype)).save_pretrained(directory)
+    characters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    # one place is left: the tokenizer is rebuilt as Qwen2's when it is loaded, which adds a token for the unknown
+    fillers = [f"<filler-{n}>" for n in range(shape.vocabulary - len(characters) - 3)]
+    vocabulary = {token: n for n, token in enumerate([PAD, END, *characters, *fillers])}
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    whole = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=PAD, eos_token=END, padding_side="left")
+    whole.save_pretrained(directory)
+
+
+def model_of(workload: Workload, directory: Path) -> str:
+    """The workload's model as a name or path; made under `directory` where it has to be and is not there yet."""
+    if isinstance(workload.model, str):
+        return workload.model
+    sizes = "-".join(map(str, asdict(workload.model).values()))
+    path = directory / f"{sizes}-{workload.mean_new_tokens}-{workload.dtype}"
+    if not (path / "tokenizer.json").is_file():
+        make_model(workload.model, workload.mean_new_tokens, workload.dtype, path)
+    return str(path)
+
+
+def write_prompts(workload: Workload, num_steps: int, path: Path) -> None:
+    """Write the prompts of `num_steps` steps as JSONL: random letters, for the toy model sums."""
+    drawn = random.Random(0)
+    with path.open("w") as file:
+        for _ in range(num_steps * workload.num_prompts):
+            if workload.model == "toy":
+                prompt = f"What is {drawn.randint(0, 30)} + {drawn.randint(0, 30)}? Answer with an integer."
+            else:
+                length = drawn.randint(workload.prompt_tokens // 2, workload.prompt_tokens)
+                prompt = "".join(drawn.choices(string.ascii_lowercase, k=length))
+            file.write(json.dumps({"prompt": prompt}) + "\n")

@@ -1,0 +1,186 @@
+"""Keys and values of everything in flight, and the attention of a decoding step over them.
+
+Keys and values of a prompt are held once, whatever the size of its group; each sequence adds only its own. A step of
+decoding attends to both parts apart and joins them under one softmax (the partial results are weighted by their sums
+of exponentials, as in FlashAttention, arXiv:2205.14135, section 3.1).
+
+Shapes: R sequences in flight, P prompts in flight, Lp the longest of them, S slots for sampled tokens, Hq query heads,
+Hk key heads, G = Hq / Hk, D head size.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..attention import BlockLayout, block_layout
+
+SLOT_CHUNK = 32
+"""Slots for sampled tokens are added this many at a time."""
+
+
+class PrefillLayout:
+    """A row of whole prompts that keeps the keys and values it sees."""
+
+    def __init__(self, lengths: list[int], device: torch.device) -> None:
+        self.blocks: BlockLayout = block_layout([(length, []) for length in lengths]).to(device)
+        self.keys: dict[int, Tensor] = {}
+        self.values: dict[int, Tensor] = {}
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
+        """See `attention.Layout`."""
+        if layer in self.keys:
+            raise ValueError(f"layer {layer} attends more than once")
+        self.keys[layer], self.values[layer] = key[0], value[0]
+        return self.blocks.attend(layer, query, key, value, scale)
+
+
+class DecodeState:
+    """The cache of R sequences and their P prompts, which is also the layout of a decoding step.
+
+    While `version` stays the same no tensor is exchanged and, with whole chunks, no size changes; and a step reads
+    nothing back from the device. It can be captured once and replayed.
+    """
+
+    def __init__(self, device: torch.device, whole_chunks: bool) -> None:
+        """With `whole_chunks` a step attends to all slots there are, so that its sizes change only every chunk."""
+        self.device, self.whole_chunks = device, whole_chunks
+        self.prompt_keys: dict[int, Tensor] = {}  # layer -> (P, Hk, Lp, D)
+        self.prompt_values: dict[int, Tensor] = {}
+        self.own_keys: dict[int, Tensor] = {}  # layer -> (R, Hk, S, D)
+        self.own_values: dict[int, Tensor] = {}
+        self.prompt_lengths = torch.zeros(0, dtype=torch.int64, device=device)  # (P,)
+        self.prompt = torch.zeros(0, dtype=torch.int64, device=device)  # (R,) each sequence's prompt
+        self.lengths = torch.zeros(0, dtype=torch.int64, device=device)  # (R,) own tokens held
+        self.longest = 0  # the largest of `lengths`, known without asking the device
+        self.version = 0  # counts the exchanges of tensors
+
+    @property
+    def num_rows(self) -> int:
+        """Sequences in flight."""
+        return len(self.prompt)
+
+    def admit(self, prefill: PrefillLayout, lengths: list[int], sizes: list[int]) -> None:
+        """Add prompts of `lengths` tokens with `sizes` sequences each, from the row that computed them."""
+        if not prefill.keys:
+            raise ValueError("the model's attention never came to the layout it was given")
+        held, longest = len(self.prompt_lengths), max([*self.prompt_lengths.tolist(), *lengths])
+        starts = [sum(lengths[:n]) for n in range(len(lengths))]
+        for layer in prefill.keys:
+            for store, row in ((self.prompt_keys, prefill.keys), (self.prompt_values, prefill.values)):
+                heads, _, size = row[layer].shape
+                grown = row[layer].new_zeros((held + len(lengths), heads, longest, size))
+                if held:
+                    grown[:held, :, : store[layer].shape[2]] = store[layer]
+                for place, (start, length) in enumerate(zip(starts, lengths, strict=True), held):
+                    grown[place, :, :length] = row[layer][:, start : start + length]
+                store[layer] = grown
+            for store, row in ((self.own_keys, prefill.keys), (self.own_values, prefill.values)):
+                heads, _, size = row[layer].shape
+                slots = store[layer].shape[2] if layer in store else SLOT_CHUNK
+                fresh = row[layer].new_zeros((sum(sizes), heads, slots, size))
+                store[layer] = torch.cat([store[layer], fresh]) if layer in store else fresh
+        self.prompt_lengths = torch.cat([self.prompt_lengths, torch.tensor(lengths, device=self.device)])
+        places = torch.arange(held, held + len(lengths), device=self.device)
+        self.prompt = torch.cat([self.prompt, places.repeat_interleave(torch.tensor(sizes, device=self.device))])
+        self.lengths = torch.cat([self.lengths, self.lengths.new_zeros(sum(sizes))])
+        self._seat_rows()
+
+    def keep(self, rows: Tensor) -> None:
+        """Drop all sequences but `rows`, and the prompts nobody is left of."""
+        alive, self.prompt = torch.unique(self.prompt[rows], return_inverse=True)
+        self.lengths = self.lengths[rows]
+        self.longest = int(self.lengths.max()) if len(rows) else 0
+        if len(alive) < len(self.prompt_lengths):
+            self.prompt_lengths = self.prompt_lengths[alive]
+            longest = int(self.prompt_lengths.max()) if len(alive) else 0
+            for store in (self.prompt_keys, self.prompt_values):
+                for layer in store:
+                    store[layer] = store[layer][alive, :, :longest]
+        for store in (self.own_keys, self.own_values):
+            for layer in store:
+                store[layer] = store[layer][rows]
+        if len(rows):
+            self._seat_rows()
+
+    def _seat_rows(self) -> None:
+        """Give each sequence a seat at its prompt, where all of a prompt's sequences are one block of queries."""
+        self.version += 1
+        counts = torch.bincount(self.prompt, minlength=len(self.prompt_lengths))
+        self.most = int(counts.max())
+        first = torch.cumsum(counts, 0) - counts
+        self.rows = torch.arange(self.num_rows, device=self.device)
+        self.seat = self.prompt * self.most + self.rows - first[self.prompt]
+        self.all_seated = self.num_rows == len(counts) * self.most
+        held = next(iter(self.prompt_keys.values()))
+        places = torch.arange(held.shape[2], device=self.device)
+        self.prompt_mask = _mask(places >= self.prompt_lengths[:, None], held.dtype)  # (P, 1, 1, Lp)
+
+    def make_room(self) -> None:
+        """Make room for one more token of each sequence."""
+        slots, used = next(iter(self.own_keys.values())).shape[2], self.longest + 1
+        if used > slots:
+            self.version += 1
+            slots = max(slots + SLOT_CHUNK, slots * 3 // 2)
+            for store in (self.own_keys, self.own_values):
+                for layer, tensor in store.items():
+                    grown = tensor.new_zeros((*tensor.shape[:2], slots, tensor.shape[3]))
+                    grown[:, :, : tensor.shape[2]] = tensor
+                    store[layer] = grown
+        self.used = slots if self.whole_chunks else used
+
+    def begin_step(self) -> None:
+        """Lay out who attends to what; part of the step."""
+        hidden = torch.arange(self.used, device=self.device) > self.lengths[:, None]
+        self.own_mask = _mask(hidden, next(iter(self.own_keys.values())).dtype)  # (R, 1, 1, used)
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
+        """See `attention.Layout`; the row's T tokens are the R sequences' newest ones, in order."""
+        query, key, value = query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1)  # (R, H, D)
+        own_keys, own_values = self.own_keys[layer], self.own_values[layer]
+        own_keys[self.rows, :, self.lengths] = key
+        own_values[self.rows, :, self.lengths] = value
+        num_rows, num_queries, _ = query.shape
+        query = query.reshape(num_rows, key.shape[1], -1, query.shape[2])  # (R, Hk, G, D)
+        own, own_sum = _partial(query, own_keys[:, :, : self.used], own_values[:, :, : self.used], self.own_mask, scale)
+        shared, shared_sum = _partial(self._to_seats(query), self.prompt_keys[layer], self.prompt_values[layer],
+                                      self.prompt_mask, scale)  # fmt: skip
+        share = torch.sigmoid(self._from_seats(shared_sum[..., None]) - own_sum[..., None])
+        output = torch.lerp(own, self._from_seats(shared), share.to(own.dtype))
+        return output.reshape(1, num_rows, num_queries, -1)
+
+    def _to_seats(self, x: Tensor) -> Tensor:
+        """(R, Hk, G, D) to (P, Hk, most · G, D): all sequences of a prompt as one block of queries."""
+        _, heads, repeat, size = x.shape
+        num_seats = len(self.prompt_lengths) * self.most
+        seats = x if self.all_seated else x.new_zeros((num_seats, heads, repeat, size)).index_copy_(0, self.seat, x)
+        blocks = seats.view(-1, self.most, heads, repeat, size).transpose(1, 2)
+        return blocks.reshape(-1, heads, self.most * repeat, size)
+
+    def _from_seats(self, x: Tensor) -> Tensor:
+        """(P, Hk, most · G, D) to (R, Hk, G, D)."""
+        prompts, heads, queries, size = x.shape
+        seats = x.view(prompts, heads, self.most, queries // self.most, size).transpose(1, 2).flatten(0, 1)
+        return seats if self.all_seated else seats[self.seat]
+
+
+def _mask(hidden: Tensor, dtype: torch.dtype) -> Tensor:
+    """(N, K) bool to an additive mask (N, 1, 1, K)."""
+    return torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, -torch.inf)[:, None, None]
+
+
+def _partial(
+    query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: float | None
+) -> tuple[Tensor, Tensor]:
+    """Attention over a part of the keys: the output (N, H, Q, Dv) and the log of its sum of exponentials (N, H, Q).
+
+    `query` (N, H, Q, D), `keys` (N, H, K, D), `values` (N, H, K, Dv), `mask` (N, 1, 1, K) additive, with a key to be
+    seen in each row.
+    """
+    if query.device.type == "cpu" and keys.shape[-1] == values.shape[-1]:
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            query, keys, values, 0.0, False, attn_mask=mask, scale=scale
+        )
+    scores = (query @ keys.transpose(2, 3)).float() * (query.shape[-1] ** -0.5 if scale is None else scale) + mask
+    sums = scores.logsumexp(-1)
+    return (scores - sums[..., None]).exp().to(values.dtype) @ values, sums

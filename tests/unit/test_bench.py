@@ -1,0 +1,94 @@
+"""The benchmark's arithmetic, its models and prompts, and a real run of it with the toy model."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from grpo_dist.bench.bench import ours_in_turn
+from grpo_dist.bench.tables import Pair, pairs_table, summary_row, table
+from grpo_dist.bench.workloads import WORKLOADS, Shape, Workload, make_model, write_prompts
+
+SMALL = Workload("small", Shape(64, 2, 4, 2, 128, 400), 3, 4, 40, 64, 8)
+
+
+def step(seconds: float, tokens: int) -> dict[str, object]:
+    """What our worker says of a step."""
+    metrics = {"tokens/completion": tokens, "tokens/useful_share": 1.0, "time/rollout": seconds / 2}
+    return {"seconds": seconds, "peak_gib": 1.0, "metrics": metrics}
+
+
+def test_a_ratio_is_per_completion_token() -> None:
+    pair = Pair(step(2.0, 100), {"seconds": 12.0, "lengths": [30, 20, 50], "peak_gib": 2.0})
+    assert pair.their_tokens == 100 and pair.ratio == pytest.approx(6)
+    assert Pair(step(2.0, 200), {"seconds": 12.0, "lengths": [100], "peak_gib": 2.0}).ratio == pytest.approx(12)
+
+
+def test_the_summary_has_medians_and_spread() -> None:
+    pairs = [Pair(step(seconds, 100), {"seconds": 12.0, "lengths": [100], "peak_gib": 2.0}) for seconds in (1, 2, 6)]
+    row = summary_row("w", pairs, "TRL")
+    assert row["TRL ÷ ours, per token"] == "6.0 (2.0 to 12.0)"
+    assert (row["s a step"], row["tokens/s"], row["rollout"], row["peak GiB"]) == ("2.00", "50", "1.00", "1.00")
+    assert "TRL: s a step" not in summary_row("w", [Pair(step(1, 1))], None)
+    assert pairs_table("w", pairs, "TRL").count("\n") == 4
+
+
+def test_a_table_is_markdown() -> None:
+    assert table([["a", "bb"], ["ccc", "d"]]) == "| a   | bb |\n|-----|----|\n| ccc | d  |"
+
+
+def test_a_made_model_ends_its_completions_by_itself(tmp_path: Path) -> None:
+    assert isinstance(SMALL.model, Shape)
+    make_model(SMALL.model, SMALL.mean_new_tokens, "float32", tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert len(tokenizer) <= model.config.vocab_size and tokenizer("abc").input_ids == tokenizer("abc").input_ids
+    assert len(tokenizer("hello").input_ids) == 5, "one token a character"
+    with torch.no_grad():
+        probs = torch.softmax(model(torch.randint(2, 400, (4, 30))).logits, -1)
+    ends, pads = probs[..., tokenizer.eos_token_id], probs[..., tokenizer.pad_token_id]
+    assert float(ends.mean()) == pytest.approx(1 / SMALL.mean_new_tokens, rel=0.2)
+    assert float(ends.std()) < 0.2 * float(ends.mean()), "the end does not depend on what was written"
+    assert float(pads.max()) < 1e-3
+
+
+def test_prompts_have_the_lengths_they_should(tmp_path: Path) -> None:
+    write_prompts(SMALL, 5, tmp_path / "prompts.jsonl")
+    prompts = [json.loads(line)["prompt"] for line in (tmp_path / "prompts.jsonl").read_text().splitlines()]
+    assert len(prompts) == 15 and len(set(prompts)) == 15
+    assert all(20 <= len(prompt) <= 40 for prompt in prompts)
+    write_prompts(WORKLOADS["quickstart"], 1, tmp_path / "sums.jsonl")
+    assert "What is" in (tmp_path / "sums.jsonl").read_text()
+
+
+def test_our_step_repeats_given_lengths(tmp_path: Path) -> None:
+    """The worker is the trainer: it takes a step for each order, with completions of the lengths it is told."""
+    lengths = [1 + n % 16 for n in range(16 * 8)]
+    with ours_in_turn(WORKLOADS["quickstart"], "toy", tmp_path, num_steps=2, kl_coeff=0.04, lora_r=4, rest=[]) as ours:
+        first, second = ours.step(lengths), ours.step(None)
+    assert first["metrics"]["tokens/completion"] == sum(lengths)
+    assert first["metrics"]["completion/length_max"] == 16
+    assert second["metrics"]["step"] == 2 and second["metrics"]["tokens/completion"] != sum(lengths)
+    assert first["seconds"] > 0 and first["peak_gib"] > 0.1
+    assert {"time/rollout", "time/reference", "time/update", "time/sync"} <= first["metrics"].keys()
+
+
+def test_a_worker_that_dies_says_why(tmp_path: Path) -> None:
+    arguments = ["--lora.r", "-3"]
+    with (
+        pytest.raises(ValueError, match=r"(?s)status.*lora\.r"),
+        ours_in_turn(WORKLOADS["quickstart"], "toy", tmp_path, num_steps=1, kl_coeff=0.0, lora_r=4, rest=arguments),
+    ):
+        pass
+
+
+@pytest.mark.parametrize("arguments", [["--pairs", "0"], ["--workload", "nothing"]])
+def test_mistakes_are_answered(arguments: list[str]) -> None:
+    done = subprocess.run([sys.executable, "-m", "grpo_dist", "bench", *arguments], capture_output=True, text=True)
+    assert done.returncode == 2 and arguments[0] in done.stderr
