@@ -15,7 +15,7 @@ from ..config import Config, Dtype
 from ..distributed import DTYPES
 from ..models import packing_obstacle, trainable
 from ..packing import Piece, plan
-from ..rollout.native import SLOT_CHUNK
+from ..rollout.cache import SLOT_CHUNK
 from .memory import Flight, MemoryInputs, ModelCounts, Part, Passes, memory_per_rank, slots_held
 from .tracing import Precision, Shape, build_policy, count, trace_passes
 
