@@ -1,7 +1,7 @@
 """Train a toy model with every preset of interest and draw held-out accuracy over the steps.
 
-    python docs/learning_curves.py arithmetic                               # all presets: a quarter of an hour
-    python docs/learning_curves.py carry                                    # written-out addition: about an hour
+    python docs/learning_curves.py arithmetic                               # all presets, three seeds
+    python docs/learning_curves.py carry                                    # written-out addition
     python docs/learning_curves.py carry --presets grpo dapo --seeds 0      # what you want to compare
 
 Writes learning_curves_TASK.json and .svg beside itself and prints the table of docs/algorithms.md. A run that is in
@@ -29,17 +29,18 @@ Curve = list[tuple[int, float]]
 
 @dataclass(frozen=True)
 class Task:
-    """A config, for how long it is trained, the presets that are worth a curve, and options for all of them."""
+    """A config, the steps of the table (the last one ends it), the presets worth a curve, and options for all."""
 
     config: str
-    num_steps: int
+    shown: tuple[int, ...]
     presets: list[str]
     options: list[str]
 
 
 TASKS = {
-    "arithmetic": Task("configs/quickstart.yaml", 40, PRESETS, ["--lora.alpha", "64"]),
-    "carry": Task("configs/carry.yaml", 30, ["reinforce", "rloo", "grpo", "dr_grpo", "dapo", "gspo"], []),
+    "arithmetic": Task("configs/quickstart.yaml", (0, 5, 10, 20, 40), PRESETS, ["--lora.alpha", "64"]),
+    "carry": Task("configs/carry.yaml", (0, 5, 10, 15), ["reinforce", "rloo", "grpo", "dr_grpo", "dapo", "gspo"],
+                  ["--optim.scheduler", "constant"]),
 }
 
 
@@ -50,10 +51,10 @@ def train(task: Task, preset: str, seed: int, runs: Path, options: list[str]) ->
     if not (directory / "final").exists():
         subprocess.run([
             sys.executable, "-m", "grpo_dist.train", "--preset", preset, "--config", task.config,
-            "--train.seed", str(seed), "--train.num_train_steps", str(task.num_steps),
+            "--train.seed", str(seed), "--train.num_train_steps", str(task.shown[-1]),
             "--train.eval_every", str(EVERY), "--train.save_every", "0", "--logging.trackers", "[]",
             "--logging.log_completions", "false", "--train.output_dir", str(directory), *task.options, *options,
-        ], cwd=ROOT, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
+        ], cwd=ROOT, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     lines = [json.loads(line) for line in written.read_text().splitlines()]
     return [(line["step"], line["eval/accuracy"]) for line in lines if "eval/accuracy" in line]
 
@@ -62,7 +63,7 @@ def drawing(curves: dict[str, list[Curve]], num_steps: int) -> str:
     """One small plot a preset: each seed thin, the median thick."""
     rows = -(-len(curves) // COLUMNS)
     parts = [f'<svg xmlns="http://www.w3.org/2000/svg" width="{COLUMNS * WIDTH}" height="{rows * HEIGHT}" '
-             'font-family="sans-serif" font-size="11"><rect width="100%" height="100%" fill="white"/>']  # fmt: skip
+             'font-family="sans-serif" font-size="11"><rect width="100%" height="100%" fill="white"/>']
     for place, (preset, seeds) in enumerate(curves.items()):
         left, top = place % COLUMNS * WIDTH + 30, place // COLUMNS * HEIGHT + 22
         wide, high = WIDTH - 45, HEIGHT - 42
@@ -70,10 +71,10 @@ def drawing(curves: dict[str, list[Curve]], num_steps: int) -> str:
         for level in (0.0, 0.5, 1.0):
             y = top + high * (1 - level)
             parts.append(f'<path d="M{left} {y:.1f}h{wide}" stroke="#ddd"/><text x="{left - 24}" y="{y + 4:.1f}" '
-                         f'fill="#666">{level:.1f}</text>')  # fmt: skip
+                         f'fill="#666">{level:.1f}</text>')
         for step in (0, num_steps // 2, num_steps):
             parts.append(f'<text x="{left + wide * step / num_steps:.1f}" y="{top + high + 13}" fill="#666" '
-                         f'text-anchor="middle">{step}</text>')  # fmt: skip
+                         f'text-anchor="middle">{step}</text>')
         median = [(points[0][0], statistics.median(a for _, a in points)) for points in zip(*seeds, strict=True)]
         for curve, style in [*((seed, 'stroke="#9bc"') for seed in seeds), (median, 'stroke="#135" stroke-width="2"')]:
             points = " ".join(f"{left + wide * step / num_steps:.1f},{top + high * (1 - a):.1f}" for step, a in curve)
@@ -81,11 +82,10 @@ def drawing(curves: dict[str, list[Curve]], num_steps: int) -> str:
     return "\n".join([*parts, "</svg>\n"])
 
 
-def table(curves: dict[str, list[Curve]], num_steps: int) -> str:
+def table(curves: dict[str, list[Curve]], shown: tuple[int, ...]) -> str:
     """Median accuracy over the seeds at some steps, and the least at the end."""
-    shown = [0, EVERY, 2 * EVERY, num_steps // 2, num_steps]
     lines = ["| preset | " + " | ".join(f"step {step}" for step in shown) + " | worst seed at the end |",
-             "|---" * (len(shown) + 2) + "|"]  # fmt: skip
+             "|---" * (len(shown) + 2) + "|"]
     for preset, seeds in curves.items():
         medians = [statistics.median(dict(curve)[step] for curve in seeds) for step in shown]
         cells = [f"{value:.2f}" for value in [*medians, min(curve[-1][1] for curve in seeds)]]
@@ -108,8 +108,8 @@ def main() -> None:
         curves[preset] = [train(task, preset, seed, runs, options) for seed in given.seeds]
         print(f"{preset}: " + ", ".join(f"{curve[-1][1]:.3f}" for curve in curves[preset]), file=sys.stderr, flush=True)
     (given.out / f"learning_curves_{given.task}.json").write_text(json.dumps(curves) + "\n")
-    (given.out / f"learning_curves_{given.task}.svg").write_text(drawing(curves, task.num_steps))
-    print(table(curves, task.num_steps))
+    (given.out / f"learning_curves_{given.task}.svg").write_text(drawing(curves, task.shown[-1]))
+    print(table(curves, task.shown))
 
 
 if __name__ == "__main__":

@@ -86,6 +86,8 @@ def to_config(parser: ArgumentParser, parsed: Namespace) -> Config:
 def _refuse_nulls(values: Namespace, kind: type, prefix: str = "") -> None:
     """Raise ValueError for null where an option cannot be null, and for a group that is none: jsonargparse does not."""
     for name, hint in get_type_hints(kind).items():
+        if name not in values:  # the group was null, and then one of its options given: the others keep their defaults
+            continue
         value, may_be_null = values[name], type(None) in get_args(hint)
         group = group_type(hint) or next(filter(is_dataclass, get_args(hint)), None)
         if (value is None and not may_be_null) or (is_dataclass(hint) and not isinstance(value, Namespace)):

@@ -25,7 +25,6 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from . import attention
 from .batch import Batch, Prompt
 from .cli_config import parse_config
 from .config import Config
@@ -37,19 +36,19 @@ from .gathering import gather_completions, gather_scores
 from .generation import generate_and_score, requests_of
 from .metrics import is_right
 from .models import (
+    attention_for,
     base_identity,
     check_model_config,
     end_token_ids,
     load_causal_lm,
     load_model_config,
     load_tokenizer,
-    packing_obstacle,
 )
 from .plain_text import plain_lines
-from .probe import packing_leak
+from .probe import make_engine, packing_leak
 from .rewards.pool import ScorerPool
 from .rewards.registry import answer_checks, answer_reader
-from .rollout import Sampling, make_engine
+from .rollout import Sampling
 
 _PROMPTS_A_PART = 64  # a part is the same whatever the number of ranks
 
@@ -116,16 +115,12 @@ class Evaluation:
 
     def _load_model(self, ranks: Ranks) -> None:
         config, dtype = self.config, resolve_dtype(self.config.model.dtype)
-        auto = config.model.attn_implementation == "auto"
-        obstacle: str | None = "as model.attn_implementation asks"
-        if auto:
-            obstacle = packing_obstacle(self.model_config, self.longest, config.model.trust_remote_code)
-        implementation = attention.NAME if obstacle is None else None if auto else config.model.attn_implementation
+        implementation, obstacle = attention_for(config.model, self.model_config, self.longest)
         with unsharded_loading():
             self.model = load_causal_lm(config.model, dtype, implementation).to(ranks.device).eval()
         if obstacle is None and (obstacle := packing_leak(self.model)):
             self.model.set_attn_implementation("sdpa")
-        self.engine = make_engine(obstacle is None, end_token_ids(config.model, self.tokenizer),
+        self.engine = make_engine(self.model, obstacle, end_token_ids(config.model, self.tokenizer),
                                   config.rollout.max_completion_length,
                                   config.rollout.max_tokens_in_flight)  # fmt: skip
 

@@ -107,6 +107,15 @@ def packing_obstacle(model_config: Any, longest: int, trust_remote_code: bool = 
     return None
 
 
+def attention_for(model: ModelConfig, model_config: Any, longest: int) -> tuple[str | None, str | None]:
+    """The `attn_implementation` to load a model with, and why its prompts cannot be shared, or None as far as its
+    config tells."""
+    if model.attn_implementation != "auto":
+        return model.attn_implementation, "as model.attn_implementation asks"
+    obstacle = packing_obstacle(model_config, longest, model.trust_remote_code)
+    return (attention.NAME, None) if obstacle is None else (None, obstacle)
+
+
 def load_causal_lm(model: ModelConfig, dtype: torch.dtype, attn_implementation: str | None) -> nn.Module:
     """A causal language model from the hub or a local path, without dropout."""
     loaded = AutoModelForCausalLM.from_pretrained(

@@ -7,15 +7,20 @@ it.
 
 from __future__ import annotations
 
+import logging
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from .attention import block_layout
-from .rollout import NativeEngine, Request, Sampling
+from .rollout import Engine, NativeEngine, Request, RowEngine, Sampling
+
+log = logging.getLogger(__name__)
 
 PROMPT, COMPLETIONS = 5, (4, 3)
-NEW_TOKENS = 3
+NEW_TOKENS = 5
+"""Enough for a step of decoding that is captured to be replayed twice."""
 _CANNOT = (TypeError, ValueError, RuntimeError, AttributeError, KeyError, IndexError, NotImplementedError)
 
 
@@ -38,8 +43,7 @@ def packing_leak(model: nn.Module) -> str | None:
 
     `model` was loaded with `attention.NAME` and holds its whole weights.
     """
-    # sums in another order, as experts and other shapes bring them, differ by rounding; a leak is of the order of 1
-    rounding = 1e-3 if next(model.parameters()).dtype == torch.float32 else 0.1
+    rounding = _rounding(model)
     first, second = COMPLETIONS
     ids = _tokens(model, PROMPT + first + second)
     changed = ids.clone()
@@ -62,11 +66,31 @@ def packing_leak(model: nn.Module) -> str | None:
     return f"log-probabilities are off by {worst:.2g}" if worst > rounding * max(effect, 1.0) else None
 
 
-def _decoding_error(model: nn.Module) -> float:
+def make_engine(
+    model: nn.Module, obstacle: str | None, end_ids: list[int], max_new_tokens: int, max_tokens_in_flight: int
+) -> Engine:
+    """The fastest engine that is right for a loaded model, and a line in the log that names it.
+
+    `obstacle` says why its prompts cannot be shared; None where they can.
+    """
+    if obstacle is not None:
+        log.info("rollouts: one group at a time, and completions are computed one to a row (%s)", obstacle)
+        return RowEngine(end_ids, max_new_tokens)
+    captures = model.get_input_embeddings().weight.is_cuda and _decoding_error(model, captures=True) < _rounding(model)
+    log.info("rollouts: native engine, prompts are shared by their groups%s", ", CUDA graphs" if captures else "")
+    return NativeEngine(end_ids, max_new_tokens, max_tokens_in_flight, captures=captures)
+
+
+def _rounding(model: nn.Module) -> float:
+    """What sums in another order differ by, as experts and other shapes bring them; a leak is of the order of 1."""
+    return 1e-3 if next(model.parameters()).dtype == torch.float32 else 0.1
+
+
+def _decoding_error(model: nn.Module, captures: bool = False) -> float:
     """Largest difference between the log-probabilities a rollout reports and those of its sequences in a row."""
     prompt = _tokens(model, PROMPT).tolist()
     requests = [Request(0, sample, prompt, key=sample) for sample in range(2)]
-    engine = NativeEngine([-1], NEW_TOKENS, max_tokens_in_flight=1 << 20)
+    engine = NativeEngine([-1], NEW_TOKENS, max_tokens_in_flight=1 << 20, captures=captures)
     completions = engine.generate(model, requests, Sampling())
     ids = torch.tensor(prompt + [token for c in completions for token in c.ids], device=_tokens(model, 1).device)
     rows = _outputs(model, ids, (NEW_TOKENS, NEW_TOKENS))

@@ -31,22 +31,22 @@ from .metrics import Clock, read_history
 from .models import (
     FrozenCopy,
     SharedReference,
+    attention_for,
     check_model_config,
     end_token_ids,
     load_causal_lm,
     load_model_config,
     load_policy,
     load_tokenizer,
-    packing_obstacle,
     trainable,
 )
 from .position import Position
-from .probe import head_is_plain, packing_leak
+from .probe import head_is_plain, make_engine, packing_leak
 from .recording import Recorder
 from .resuming import changes, identity, resume_path, versions
 from .rewards.pool import Pending, ScorerPool
 from .rewards.registry import TrainerState, answer_checks, labels
-from .rollout import Sampling, make_engine, stream_key
+from .rollout import Sampling, stream_key
 from .saving import save_final
 from .schedule import learning_rate
 from .sources import load_training
@@ -119,11 +119,7 @@ class Run:
     def _load_models(self) -> None:
         config = self.config
         dtype, copy_dtype = resolve_dtype(config.model.dtype), resolve_dtype(config.reference.dtype)
-        auto = config.model.attn_implementation == "auto"
-        obstacle: str | None = "as model.attn_implementation asks"
-        if auto:
-            obstacle = packing_obstacle(self.model_config, self.longest, config.model.trust_remote_code)
-        implementation = attention.NAME if obstacle is None else None if auto else config.model.attn_implementation
+        implementation, obstacle = attention_for(config.model, self.model_config, self.longest)
         temperature = config.rollout.temperature
         policy = load_policy(config.model, config.lora, dtype, implementation, temperature, config.train.seed,
                              has_critic=config.advantage.baseline == "critic",
@@ -148,14 +144,12 @@ class Run:
             for each in (self.policy, self.reference.policy):
                 each.causal_lm.set_attn_implementation("sdpa")
         self.share_prompts = obstacle is None
-        if obstacle is not None:
-            log.info("%s: completions are computed one to a row (%s)", config.model.name, obstacle)
         with self.reference.trained() as model:
             plain = head_is_plain(model, self.share_prompts)
+            self.engine = make_engine(model, obstacle, end_token_ids(config.model, self.tokenizer),
+                                      config.rollout.max_completion_length,
+                                      config.rollout.max_tokens_in_flight)  # fmt: skip
         self.policy.fused_head = self.reference.policy.fused_head = plain
-        self.engine = make_engine(self.share_prompts, end_token_ids(config.model, self.tokenizer),
-                                  config.rollout.max_completion_length,
-                                  config.rollout.max_tokens_in_flight)  # fmt: skip
 
     def _probe(self) -> str | None:
         """Why the loaded model cannot share prompts, asked of the model itself."""

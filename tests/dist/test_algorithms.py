@@ -26,6 +26,7 @@ CASES = {
     "dynamic": (
         "--preset", "dapo", "--rollout.group_size", "2", "--loss.mask_truncated", "true",
         "--advantage.drop_zero_variance", "true", "--advantage.overlong_buffer", "12",
+        "--data.train_file", "{configs/data/math_tasks_train.jsonl: 1, configs/data/math_tasks_eval.jsonl: 3}",
     ),
     "selective": (
         "--loss.top_entropy_quantile", "0.4", "--loss.ratio_level", "sequence", "--loss.importance_correction", "mask",
@@ -57,6 +58,22 @@ def test_each_preset_learns(name: str, tmp_path: Path) -> None:
     lines = metrics(tmp_path / "run")
     assert lines[-1]["eval/accuracy"] >= lines[0]["eval/accuracy"] + 0.25
     assert lines[-1]["eval/greedy_accuracy"] >= 0.9
+
+
+@pytest.mark.slow
+def test_groups_without_signal_come_to_have_some(tmp_path: Path) -> None:
+    """Written-out addition, where more than half of the groups are all wrong at first."""
+    done = launch(
+        None, 1, "--config", "configs/carry.yaml", "--train.num_train_steps", "12", "--optim.scheduler", "constant",
+        "--loss.kl_coeff", "0", "--train.eval_every", "0", "--train.save_every", "0",
+        "--train.output_dir", str(tmp_path / "run"),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+    lines = metrics(tmp_path / "run")
+    without = [line["reward/groups_zero_std"] for line in lines[1:]]
+    assert without[0] >= 0.4 and sum(without[4:9]) / 5 <= 0.35
+    assert 20 < lines[1]["completion/length_mean"] < lines[-1]["completion/length_mean"] < 85
+    assert lines[-1]["eval/accuracy"] >= lines[0]["eval/accuracy"] + 0.25
 
 
 @pytest.mark.parametrize("name", CASES)

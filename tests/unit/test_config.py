@@ -63,6 +63,10 @@ def test_numbers_with_exponents_are_floats(text: str, tmp_path: Path) -> None:
     assert isinstance(from_yaml, float) and from_yaml == from_cli == 1e-5
 
 
+def test_one_option_of_a_group_that_was_null(tmp_path: Path) -> None:
+    assert parse(tmp_path, "advantage: null", "--advantage.baseline", "none").advantage.baseline == "none"
+
+
 def test_lora_null_is_full_fine_tuning(tmp_path: Path) -> None:
     assert parse(tmp_path, "lora: null").lora is None
     assert parse_config(["--lora", "null"]).lora is None
