@@ -26,9 +26,10 @@ from grpo_dist.config import Config, ModelConfig, OptimConfig
 from grpo_dist.distributed import Ranks
 from grpo_dist.gathering import gather
 from grpo_dist.losses import token_weights
-from grpo_dist.metrics import Recorder, batch_metrics
+from grpo_dist.metrics import batch_metrics
 from grpo_dist.models import load_tokenizer
 from grpo_dist.packing import make_pack, plan
+from grpo_dist.recording import Recorder
 from grpo_dist.rewards.scores import Scores
 
 Result = TypeVar("Result")

@@ -1,15 +1,15 @@
 """`python -m grpo_dist plan`: memory of each GPU, and the arithmetic of a step, on any number of them.
 
     python -m grpo_dist plan --config configs/quickstart.yaml --ranks 1,8,64 --gpu-memory 80GiB
-    python -m grpo_dist plan --config FILE --ranks 8,64,512 --from RUN --from-ranks 8 --zero 2 --link-gbps 100
+    python -m grpo_dist plan --config FILE --ranks 8,64,512 --from RUN --zero 2 --link-gbps 100
 
 Of the model nothing is loaded but its config: parameters are counted, and the passes of an update traced, on tensors
 without memory. Prompts and completions are taken at their full length. The status is 1 where --gpu-memory is given and
 no strategy fits at one of the numbers of ranks. docs/memory.md compares predictions with measurements.
 
-With --from, the steps that a run recorded on --from-ranks say how long a step takes on other numbers of ranks, once
-with the config's batch (strong scaling) and once with a batch that grows with the ranks (weak scaling). docs/scaling.md
-has the assumptions.
+With --from, the steps that a run recorded say how long a step takes on other numbers of ranks, once with the config's
+batch (strong scaling) and once with a batch that grows with the ranks (weak scaling). docs/scaling.md has the
+assumptions.
 """
 
 from __future__ import annotations
@@ -44,7 +44,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", choices=["gpu", "cpu"], default="gpu",
                         help="what `auto` dtypes stand for: bfloat16 on a gpu, float32 on a cpu (gpu)")  # fmt: skip
     parser.add_argument("--from", dest="recorded", type=Path, metavar="RUN", help="output directory of a measured run")
-    parser.add_argument("--from-ranks", type=int, default=1, metavar="N", help="ranks it ran on (1)")
     parser.add_argument("--zero", type=int, choices=[0, 1, 2, 3], default=2,
                         help="ZeRO stage of the predicted steps; 0 is DDP (2)")  # fmt: skip
     parser.add_argument("--link-gbps", type=float, default=100.0, metavar="G",
@@ -57,8 +56,9 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
     """Predict and print. Raises ValueError, OSError."""
     ranks = parse_ranks(options.ranks)
     limit = None if options.gpu_memory is None else parse_size(options.gpu_memory)
-    if min(options.link_gbps, options.from_ranks) <= 0 or options.link_latency_us < 0:
-        raise ValueError("--link-gbps, --link-latency-us, --from-ranks: expected numbers above 0")
+    if options.link_gbps <= 0 or options.link_latency_us < 0:
+        raise ValueError(f"--link-gbps, --link-latency-us: {options.link_gbps:g}, {options.link_latency_us:g} given, "
+                         "expected a speed above 0 and a latency of at least 0")  # fmt: skip
     config = parse_config(list(rest))
     from .display import set_up_logging  # torch; a mistake in the options should not wait for it
     from .models import load_model_config

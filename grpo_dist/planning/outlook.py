@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from rich.console import Console
 
 from .predict import Predictor
-from .recorded import read_steps
+from .recorded import read_run
 from .scaling import Costs, Link, Predicted, RecordedStep, Setting, fit, heaviest, messages, predict
 from .tables import readable, table_of
 
@@ -19,27 +19,26 @@ def print_outlook(console: Console, predictor: Predictor, options: argparse.Name
     """Print predicted steps, strong and weak, and the bytes of a step. Raises ValueError."""
     config = predictor.config
     setting, link = setting_of(predictor, options.zero), Link(options.link_gbps, options.link_latency_us * 1e-6)
-    steps = read_steps(options.recorded)
-    costs = fit(steps, options.from_ranks, setting)
+    steps, recorded_on = read_run(options.recorded)
+    costs = fit(steps, recorded_on, setting)
     batch = config.train.batch_size
 
     def on(num_ranks: int, batch_size: int) -> Predicted:
         return predict(costs, steps, batch_size, num_ranks, setting, link)
 
-    start = on(options.from_ranks, batch)
+    start = on(recorded_on, batch)
     measured = sum(step.seconds["step"] for step in steps) / len(steps)
     name = f"ZeRO-{options.zero}" if options.zero else "DDP"
     told = f"{name}, {link.gbps:g} Gbit/s and {options.link_latency_us:g} µs a rank"
-    console.print(f"{len(steps)} steps of {options.recorded} on {options.from_ranks} rank(s): {measured:.3f} s "
+    console.print(f"{len(steps)} steps of {options.recorded} on {recorded_on} rank(s): {measured:.3f} s "
                   f"measured, {start.step:.3f} s predicted. {_cost_line(costs)}", soft_wrap=True)  # fmt: skip
-    for title, grows in ((f"Strong scaling: {batch} prompts a step ({told})", False),
-                         (f"Weak scaling: the batch grows with the ranks ({told})", True)):  # fmt: skip
-        table = table_of(title, ["ranks", "prompts", *(f"{part} s" for part in SHOWN), "step s", "straggling",
-                                 "efficiency"])  # fmt: skip
+    for title, grows in ((f"Strong scaling, {batch} prompts a step: seconds ({told})", False),
+                         (f"Weak scaling, the batch grows with the ranks: seconds ({told})", True)):  # fmt: skip
+        table = table_of(title, ["ranks", "prompts", *SHOWN, "step", "straggling", "efficiency"])
         for num_ranks in ranks:
-            size = max(1, batch * num_ranks // options.from_ranks) if grows else batch
+            size = max(1, batch * num_ranks // recorded_on) if grows else batch
             found = on(num_ranks, size)
-            efficiency = start.step / found.step * (1 if grows else options.from_ranks / num_ranks)
+            efficiency = start.step / found.step * (1 if grows else recorded_on / num_ranks)
             table.add_row(str(num_ranks), str(size), *(f"{found.seconds[part]:.3f}" for part in SHOWN),
                           f"{found.step:.3f}", f"{found.straggling:.0%}", f"{efficiency:.0%}")  # fmt: skip
         console.print(table)

@@ -16,6 +16,7 @@ from ..distributed import DTYPES
 from ..models import packing_obstacle, trainable
 from ..packing import Piece, plan
 from ..rollout.cache import SLOT_CHUNK
+from ..work import REFERENCE_PACK
 from .memory import Flight, MemoryInputs, ModelCounts, Part, Passes, memory_per_rank, slots_held
 from .tracing import Precision, Shape, build_policy, count, trace_passes
 
@@ -37,15 +38,17 @@ class StepCounts:
 
 
 def full_plan(
-    config: Config, num_ranks: int, share_prompts: bool
+    config: Config, num_ranks: int, share_prompts: bool, larger: int = 1
 ) -> tuple[list[int], list[int], list[list[list[Piece]]]]:
-    """Prompt lengths (P,), completion lengths (N,) and the plan of a batch in which everything has its full length."""
+    """Prompt lengths (P,), completion lengths (N,) and the plan of a batch in which everything has its full length, in
+    packs `larger` times as large as those of the update."""
     group_size = config.rollout.group_size
     prompts = [config.data.max_prompt_length] * math.ceil(config.train.batch_size / config.train.num_minibatches)
     lengths = [config.rollout.max_completion_length] * (len(prompts) * group_size)
     group = [n // group_size for n in range(len(lengths))]
     return prompts, lengths, plan(prompts, group, lengths, [True] * len(lengths), num_ranks=num_ranks,
-                                  max_tokens=config.train.max_tokens_per_pack, share_prompts=share_prompts)  # fmt: skip
+                                  share_prompts=share_prompts,
+                                  max_tokens=larger * config.train.max_tokens_per_pack)  # fmt: skip
 
 
 def batch_arithmetic(config: Config, num_ranks: int, share_prompts: bool = True) -> StepCounts:
@@ -103,7 +106,7 @@ class Predictor:
         self.copy_dtype = dtype_on(device, config.reference.dtype)
         self.shared = config.reference.placement == "shared" and config.lora is not None
         self._counts: dict[Precision, tuple[ModelCounts, int]] = {}
-        self._passes: dict[tuple[Precision, Shape], Passes] = {}
+        self._passes: dict[tuple[Precision, Shape, Shape | None], Passes] = {}
 
     def parts(self, num_ranks: int, zero_stage: ZeroStage) -> list[Part]:
         """The parts of a rank's memory under DDP or one process (stage 0) or ZeRO."""
@@ -129,12 +132,15 @@ class Predictor:
         return self._counts[precision]
 
     def _trace(self, precision: Precision, num_ranks: int) -> Passes:
-        prompts, lengths, ranks = full_plan(self.config, num_ranks, self.share_prompts)
+        shape = self._largest_pack(num_ranks, 1)
+        of_reference = self._largest_pack(num_ranks, REFERENCE_PACK) if reference_in_loss(self.config) else None
+        if (precision, shape, of_reference) not in self._passes:
+            self._passes[precision, shape, of_reference] = trace_passes(
+                self.config, self.model_config, self.implementation, precision, shape, of_reference
+            )
+        return self._passes[precision, shape, of_reference]
+
+    def _largest_pack(self, num_ranks: int, larger: int) -> Shape:
+        prompts, lengths, ranks = full_plan(self.config, num_ranks, self.share_prompts, larger)
         largest = max((pack for packs in ranks for pack in packs), key=lambda pack: _size(pack, prompts, lengths))
-        shape = tuple((prompts[p.prompt], tuple(lengths[n] for n in p.completions)) for p in largest)
-        if (precision, shape) not in self._passes:
-            self._passes[precision, shape] = trace_passes(
-                self.config, self.model_config, self.implementation, precision, shape,
-                with_reference=reference_in_loss(self.config),
-            )  # fmt: skip
-        return self._passes[precision, shape]
+        return tuple((prompts[p.prompt], tuple(lengths[n] for n in p.completions)) for p in largest)

@@ -19,16 +19,20 @@ WARM_UP = 1
 """Steps left out: the first compiles, allocates and fills caches."""
 
 
-def read_steps(directory: Path) -> list[RecordedStep]:
-    """All steps of the run in `directory` after the first.
+def read_run(directory: Path) -> tuple[list[RecordedStep], int]:
+    """All steps of the run in `directory` after the first, and the number of its ranks.
 
-    Raises ValueError where it lacks its metrics or its completions (logging.log_completions).
+    Raises ValueError where it lacks its metrics or its completions (logging.log_completions), or changed its ranks.
     """
-    metrics, config = directory / "metrics.jsonl", directory / "config.yaml"
-    for path in (metrics, config):
+    metrics, config, environment = (directory / name for name in ("metrics.jsonl", "config.yaml", "environment.jsonl"))
+    for path in (metrics, config, environment):
         if not path.is_file():
             raise ValueError(f"--from: {path} does not exist; expected the train.output_dir of a run")
     lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+    ranks = {len(json.loads(line)["ranks"]) for line in environment.read_text().splitlines()}
+    if len(ranks) != 1:
+        raise ValueError(f"--from: {directory} ran on {' and '.join(map(str, sorted(ranks)))} ranks by turns, expected "
+                         "a run on one number of ranks")  # fmt: skip
     model = yaml.safe_load(config.read_text())["model"]
     tokenizer = load_tokenizer(ModelConfig(**model))
     steps = []
@@ -39,7 +43,7 @@ def read_steps(directory: Path) -> list[RecordedStep]:
                              "logging.log_completions writes")  # fmt: skip
         seconds = {name: line.get(f"time/{name}", 0.0) for name in PARTS}
         steps.append(RecordedStep(_groups(path, tokenizer), seconds))
-    return steps
+    return steps, ranks.pop()
 
 
 def _groups(path: Path, tokenizer: Any) -> tuple[Group, ...]:

@@ -20,7 +20,7 @@ from .memory import MOST_GATHERED, ModelCounts
 
 Numbers = NDArray[np.float64]
 
-HOST_PER_TOKEN = 2.0e-7
+HOST_PER_TOKEN = 3.5e-7
 """Seconds that every rank spends on each completion token of the whole batch: gathering, advantages, weights, the plan,
 the table of completions. Measured by docs/batch_costs.py on one core of a server's CPU."""
 

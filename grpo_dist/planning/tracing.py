@@ -93,17 +93,18 @@ def count(policy: Policy) -> ModelCounts:
 
 def trace_passes(
     config: Config, model_config: Any, implementation: str | None, precision: Precision,
-    shape: Shape, *, with_reference: bool,
+    shape: Shape, of_reference: Shape | None,
 ) -> Passes:  # fmt: skip
-    """What the passes over a pack of that `shape` hold, without any weights.
+    """What the passes over a pack of that `shape`, and of the reference over one `of_reference`, hold without weights.
 
-    The reference is the policy's own shape in the copy's dtype; `with_reference` false leaves it out. Raises ValueError
+    None leaves the reference out, which is the policy's base in the copy's dtype. Raises ValueError
     for models whose code asks for the values of tensors, or for operations that cannot go without them.
     """
     depth = model_config.get_text_config().num_hidden_layers
     depths = (depth,) if depth <= TRACED_LAYERS[-1] else TRACED_LAYERS
     try:
-        rows = [_trace(config, model_config, implementation, precision, shape, num_layers) for num_layers in depths]
+        rows = [_trace(config, model_config, implementation, precision, shape, of_reference, num_layers)
+                for num_layers in depths]  # fmt: skip
     except RuntimeError as error:
         raise ValueError(f"model.name: memory of the model type {model_config.model_type} cannot be predicted, since "
                          f"its passes do not run on tensors without values: {error}") from error  # fmt: skip
@@ -112,7 +113,7 @@ def trace_passes(
                  for low, high in zip(*rows, strict=True)]]  # fmt: skip
     update, reference, prefill = rows[0]
     sampling = _trace_sampling(config, model_config.get_text_config().vocab_size, precision.copy)
-    return Passes(update, reference if with_reference else 0, prefill // PREFILL_TOKENS, sampling)
+    return Passes(update, reference if of_reference else 0, prefill // PREFILL_TOKENS, sampling)
 
 
 def _trace_sampling(config: Config, vocabulary: int, dtype: torch.dtype) -> float:
@@ -128,7 +129,7 @@ def _trace_sampling(config: Config, vocabulary: int, dtype: torch.dtype) -> floa
 
 def _trace(
     config: Config, model_config: Any, implementation: str | None, precision: Precision,
-    shape: Shape, num_layers: int,
+    shape: Shape, of_reference: Shape | None, num_layers: int,
 ) -> list[int]:  # fmt: skip
     policy = build_policy(config, model_config, implementation, precision, num_layers)
     plain = replace(config, lora=None, model=replace(config.model, gradient_checkpointing=False),
@@ -138,7 +139,8 @@ def _trace(
     frozen.requires_grad_(False).eval()
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     share_prompts = implementation == attention.NAME
-    pack, prompt = (example_pack(each, share_prompts) for each in (shape, ((PREFILL_TOKENS - 1, (1,)),)))
+    one = ((PREFILL_TOKENS - 1, (1,)),)
+    pack, larger, prompt = (example_pack(each, share_prompts) for each in (shape, of_reference or one, one))
     mixed = precision.policy != torch.float32 and not precision.casts_all
     with fake:
         for each in (policy, frozen):
@@ -150,7 +152,7 @@ def _trace(
                 answers = policy(pack)
             sum(answer.sum() for answer in answers if answer is not None and answer.requires_grad).backward()
         with torch.no_grad(), LiveBytes() as reference:
-            frozen(pack)
+            frozen(larger)
         with torch.no_grad(), LiveBytes() as prefill:
             frozen(prompt)
     return [update.peak, reference.peak, prefill.peak]

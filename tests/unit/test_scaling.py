@@ -15,7 +15,7 @@ import yaml
 from grpo_dist.cli import main
 from grpo_dist.packing import piece_cost
 from grpo_dist.planning.memory import ModelCounts
-from grpo_dist.planning.recorded import read_steps
+from grpo_dist.planning.recorded import read_run
 from grpo_dist.planning.scaling import (
     HOST_PER_TOKEN,
     Costs,
@@ -148,6 +148,7 @@ def test_a_message_takes_its_bytes_and_its_start() -> None:
 def run(tmp_path: Path) -> Path:
     """What a run of six steps leaves behind, as far as it matters here."""
     (tmp_path / "config.yaml").write_text(yaml.safe_dump({"model": {"name": "toy"}}))
+    (tmp_path / "environment.jsonl").write_text(json.dumps({"ranks": ["a", "a", "b"]}) + "\n")
     (tmp_path / "completions").mkdir()
     lines = [{"step": 0, "eval/accuracy": 0.5}]
     for step in range(1, 7):
@@ -161,8 +162,8 @@ def run(tmp_path: Path) -> Path:
 
 
 def test_a_run_is_read_after_its_first_step(run: Path) -> None:
-    steps = read_steps(run)
-    assert len(steps) == 5
+    steps, num_ranks = read_run(run)
+    assert len(steps) == 5 and num_ranks == 3
     assert [group.completions for group in steps[0].groups] == [group.completions for group in random_groups(4, 2)]
     assert len({group.prompt for group in steps[0].groups}) == 1 and steps[0].groups[0].prompt > 3
     assert steps[0].seconds == {"rollout": 0.3, "reward": 0.0, "reference": 0.0, "update": 0.5, "step": 1.0}
@@ -171,9 +172,13 @@ def test_a_run_is_read_after_its_first_step(run: Path) -> None:
 def test_what_is_missing_of_a_run_is_named(run: Path, tmp_path: Path) -> None:
     (run / "completions" / "step_000003.parquet").unlink()
     with pytest.raises(ValueError, match=r"step_000003.parquet does not exist; .*log_completions"):
-        read_steps(run)
+        read_run(run)
     with pytest.raises(ValueError, match=r"--from: .*metrics.jsonl does not exist; expected the train.output_dir"):
-        read_steps(tmp_path / "nowhere")
+        read_run(tmp_path / "nowhere")
+    with (run / "environment.jsonl").open("a") as file:
+        file.write(json.dumps({"ranks": ["a"]}) + "\n")
+    with pytest.raises(ValueError, match="ran on 1 and 3 ranks by turns"):
+        read_run(run)
 
 
 def test_the_verb_prints_strong_and_weak_scaling(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -181,4 +186,4 @@ def test_the_verb_prints_strong_and_weak_scaling(run: Path, capsys: pytest.Captu
     assert main(words) == 0
     told = capsys.readouterr().out
     assert "5 steps of" in told and "1.000 s measured" in told
-    assert "Strong scaling: 32 prompts a step" in told and "Weak scaling" in told and "gathered weights" in told
+    assert "Strong scaling, 32 prompts a step" in told and "Weak scaling" in told and "gathered weights" in told
