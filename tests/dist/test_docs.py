@@ -35,6 +35,8 @@ ONLY_READ = {
     # verbs that are read by their parser alone
     "bench": "takes minutes",
 }  # fmt: skip
+NEEDED = {"--push_to_hub", "--from"}
+"""Options that need an account, or a run that takes long: read by their verb's parser alone."""
 STAND_INS = {"FILE": "configs/quickstart.yaml", "RUN": "runs/quickstart", "COMPLETIONS": "completions.jsonl",
              "OTHER_OUTPUT": "other"}  # fmt: skip
 """What the test puts in the place of what a page leaves to its reader."""
@@ -74,9 +76,11 @@ def look(words: list[str], workspace: Path) -> None:
     program = words[0].removeprefix("./")
     if program == "accelerate":
         given = launch_command_parser().parse_args(words[2:])
-        assert words[1] == "launch" and given.module
-        assert given.config_file is None or Path(given.config_file).is_file()
-        module(given.training_script, given.training_script_args)
+        assert words[1] == "launch" and (given.config_file is None or Path(given.config_file).is_file())
+        if given.module:
+            module(given.training_script, given.training_script_args)
+        else:
+            assert Path(given.training_script).is_file()
     elif program.startswith("launch/"):
         script(program, words[1:])
     elif program == "sbatch":
@@ -108,7 +112,7 @@ def module(name: str, arguments: list[str]) -> None:
         parse(lambda: parse_config([word for word in arguments if word != "--dry_run"]))
     elif name == "grpo_dist.evaluate":
         parse(lambda: evaluate.read_options(arguments))
-    elif name == "grpo_dist" and arguments[0] not in ONLY_READ and "--push_to_hub" not in arguments:
+    elif name == "grpo_dist" and arguments[0] not in ONLY_READ and not NEEDED & set(arguments):
         assert main(arguments) == 0
     elif name == "grpo_dist":
         parse(lambda: make_parser(arguments[:1]).parse_known_args(arguments))
