@@ -7,7 +7,6 @@ numbers. Only the standard library is used here, because a worker may live in an
 from __future__ import annotations
 
 import os
-import resource
 import subprocess
 import time
 from collections.abc import Sequence
@@ -32,6 +31,8 @@ def parity(completion_ids: list[list[int]], **_: object) -> list[float]:
 
 def own_peak_gib() -> float:
     """Peak resident memory of this process."""
+    import resource  # not on Windows
+
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
