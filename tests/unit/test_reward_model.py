@@ -13,7 +13,7 @@ from grpo_dist.config import RewardConfig, ScoringConfig
 from grpo_dist.rewards.pool import ScorerPool
 from grpo_dist.rewards.registry import resolve
 from grpo_dist.rewards.scores import Item
-from grpo_dist.toy import make_tokenizer
+from grpo_dist.toy_training import make_tokenizer
 
 TEXTS = ["good day", "good night", "bad day", "bad night", "day good", "night bad", "a long and good day", "bad"]
 
