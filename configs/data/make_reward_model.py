@@ -11,14 +11,15 @@ import sys
 import torch
 from transformers import Qwen2Config, Qwen2ForSequenceClassification
 
-from grpo_dist.toy import make_tokenizer
+from grpo_dist.toy import task
+from grpo_dist.toy_training import make_tokenizer
 
 OUT_DIR = "configs/data/toy_reward_model"
 
 
 def main(directory: str) -> None:
     """Train and save it; half a minute on one core."""
-    tokenizer = make_tokenizer()
+    tokenizer = make_tokenizer(task().texts)
     torch.manual_seed(0)
     config = Qwen2Config(
         vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,

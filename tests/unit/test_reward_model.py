@@ -13,6 +13,7 @@ from grpo_dist.config import RewardConfig, ScoringConfig
 from grpo_dist.rewards.pool import ScorerPool
 from grpo_dist.rewards.registry import resolve
 from grpo_dist.rewards.scores import Item
+from grpo_dist.toy import task
 from grpo_dist.toy_training import make_tokenizer
 
 TEXTS = ["good day", "good night", "bad day", "bad night", "day good", "night bad", "a long and good day", "bad"]
@@ -29,7 +30,7 @@ def config(num_labels: int, vocab_size: int) -> Qwen2Config:
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`scalar` and `classes` know good from bad; `headless` is a language model."""
     path = tmp_path_factory.mktemp("models")
-    tokenizer = make_tokenizer()
+    tokenizer = make_tokenizer(task().texts)
     tokenizer.chat_template = (
         "{% for message in messages %}{{ message.role }} {{ message.content }} {% endfor %}"
     )
