@@ -94,11 +94,13 @@ def _joined(parts: Sequence[Tensor], chosen: Sequence[int]) -> Tensor:
     return parts[chosen[0]] if len(chosen) == 1 else torch.cat([parts[n] for n in chosen], 2)
 
 
-def _visible(piece: Tensor, segment: Tensor, queries: Tensor, keys: Tensor) -> Tensor:
-    """(Q, K) bool: same piece, not later, and the key in the prompt (segment 0) or in the query's own completion."""
-    q, k = queries[:, None], keys[None]
-    same_piece = piece[q] == piece[k]
-    return same_piece & (k <= q) & ((segment[k] == 0) | (segment[k] == segment[q]))
+def _visible(piece: Tensor, segment: Tensor) -> Tensor:
+    """(T, T) bool, query by key, for T tokens that follow one another in a row; `piece` and `segment` are (T,).
+
+    Seen is a key of the same piece, not later, in the prompt (segment 0) or in the query's own completion.
+    """
+    own = (piece[:, None] == piece) & ((segment == 0) | (segment[:, None] == segment))
+    return own.tril_()
 
 
 def block_layout(pieces: list[tuple[int, list[int]]], block: int = BLOCK) -> BlockLayout:
@@ -114,18 +116,21 @@ def block_layout(pieces: list[tuple[int, list[int]]], block: int = BLOCK) -> Blo
             piece_of += [number] * length
             segment_of += [segment] * length
         spans.append((start, len(piece_of)))
-    piece, segment = torch.tensor(piece_of), torch.tensor(segment_of)
-    places = torch.arange(len(piece_of))
+    piece, segment = torch.tensor(piece_of, dtype=torch.int32), torch.tensor(segment_of, dtype=torch.int32)
     blocks: list[Block] = []
 
-    def masked(queries: slice, *keys: slice) -> None:
-        seen = torch.cat([places[part] for part in keys])
-        blocks.append(Block(queries, keys, _visible(piece, segment, places[queries], seen)))
+    def masked(queries: slice, prompt: slice | None = None) -> None:
+        mask = _visible(piece[queries], segment[queries])
+        if prompt is None:
+            blocks.append(Block(queries, (queries,), mask))
+        else:  # all of these queries see all of their prompt
+            seen = mask.new_ones((len(mask), prompt.stop - prompt.start))
+            blocks.append(Block(queries, (prompt, queries), torch.cat([seen, mask], 1)))
 
     pending: int | None = None  # where a run of short pieces began
     for (start, end), (prompt, completions) in zip(spans, pieces, strict=True):
         if pending is not None and end - pending > block:
-            masked(slice(pending, start), slice(pending, start))
+            masked(slice(pending, start))
             pending = None
         if end - start <= block:
             pending = start if pending is None else pending
@@ -135,11 +140,11 @@ def block_layout(pieces: list[tuple[int, list[int]]], block: int = BLOCK) -> Blo
         chunk_start = chunk_end = start + prompt
         for length in completions:
             if chunk_end > chunk_start and chunk_end + length - chunk_start > block:
-                masked(slice(chunk_start, chunk_end), prompt_range, slice(chunk_start, chunk_end))
+                masked(slice(chunk_start, chunk_end), prompt_range)
                 chunk_start = chunk_end
             chunk_end += length
         if chunk_end > chunk_start:
-            masked(slice(chunk_start, chunk_end), prompt_range, slice(chunk_start, chunk_end))
+            masked(slice(chunk_start, chunk_end), prompt_range)
     if pending is not None:
-        masked(slice(pending, len(piece_of)), slice(pending, len(piece_of)))
+        masked(slice(pending, len(piece_of)))
     return BlockLayout(blocks)
