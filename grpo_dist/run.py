@@ -23,7 +23,7 @@ from .config import Config
 from .critic import parameter_groups
 from .data import load_prompts
 from .display import Display
-from .distributed import OptimizerState, Ranks, resolve_dtype, unsharded_loading
+from .distributed import Ranks, resolve_dtype, unsharded_loading
 from .environment import record_start
 from .generation import generate_and_score, requests_of
 from .guards import BadUpdates, lock, warn_of_slow_save
@@ -40,6 +40,7 @@ from .models import (
     load_tokenizer,
     trainable,
 )
+from .optimizer_state import OptimizerState
 from .position import Position
 from .probe import head_is_plain, make_engine, packing_leak
 from .recording import Recorder

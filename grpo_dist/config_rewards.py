@@ -1,0 +1,68 @@
+"""The options of rewards: which functions, with which weights, and the pool of processes that runs them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from .checks import require
+
+
+@dataclass
+class RewardConfig:
+    """One reward function."""
+
+    name: str = "math"
+    """A built-in reward (see docs/rewards.md), or `module:function` for one of your own."""
+    weight: float = 1.0
+    """Rewards are summed with these weights."""
+    schedule: dict[int, float] | None = None
+    """Factors of the weight by step, such as `{0: 1.0, 200: 0.0}`: linear between the steps given, constant outside."""
+    args: dict[str, Any] = field(default_factory=dict)
+    """The reward's own arguments."""
+    timeout_seconds: float | None = None
+    """This reward's own limit in place of scoring.timeout_seconds."""
+    environment: list[str] = field(default_factory=list)
+    """Names of environment variables that this reward needs although they look like secrets (a judge's API key). It
+    then runs in workers of its own; no other reward sees them."""
+
+    def __post_init__(self) -> None:
+        require(bool(self.name), "rewards.name", self.name, "a built-in reward or module:function")
+        require(self.timeout_seconds is None or self.timeout_seconds > 0, "rewards.timeout_seconds",
+                self.timeout_seconds, "seconds above 0, or null")  # fmt: skip
+        require(self.schedule is None or (bool(self.schedule) and min(self.schedule) >= 0), "rewards.schedule",
+                self.schedule, "at least one step from 0 up with its factor, or null")  # fmt: skip
+
+    def weight_at(self, step: int) -> float:
+        """The weight at a step (from 0)."""
+        if self.schedule is None:
+            return self.weight
+        points = sorted(self.schedule.items())
+        after = next((n for n, (at, _) in enumerate(points) if at > step), len(points))
+        if after in (0, len(points)):
+            return self.weight * points[min(after, len(points) - 1)][1]
+        (left, low), (right, high) = points[after - 1], points[after]
+        return self.weight * (low + (high - low) * (step - left) / (right - left))
+
+
+@dataclass
+class ScoringConfig:
+    """The pool of processes that runs the reward functions."""
+
+    num_workers: int = 2
+    """Worker processes on each rank."""
+    timeout_seconds: float = 60.0
+    """A call that takes longer is killed and its completions count as unscored."""
+    error_budget: float = 0.1
+    """Share of a step's completions that may stay unscored through failures; above it the run stops."""
+    recycle_above_gib: float = 2.0
+    """A worker that holds more memory than this after a call is replaced by a fresh one: leaks end there."""
+    memory_limit_gib: float = 8.0
+    """Memory a worker can allocate at all; beyond it a reward gets a MemoryError. Workers on a GPU have no limit."""
+
+    def __post_init__(self) -> None:
+        require(0 < self.recycle_above_gib <= self.memory_limit_gib, "scoring.recycle_above_gib",
+                self.recycle_above_gib, f"above 0, up to memory_limit_gib = {self.memory_limit_gib}")  # fmt: skip
+        require(self.num_workers >= 1, "scoring.num_workers", self.num_workers, "at least 1 process")
+        require(self.timeout_seconds > 0, "scoring.timeout_seconds", self.timeout_seconds, "seconds above 0")
+        require(0 <= self.error_budget <= 1, "scoring.error_budget", self.error_budget, "a share in [0, 1]")
