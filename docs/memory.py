@@ -26,7 +26,7 @@ import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from grpo_dist.algorithm import targets_of
-from grpo_dist.batches import sample_batch
+from grpo_dist.batches import batch_of
 from grpo_dist.cli_config import parse_config
 from grpo_dist.models import load_model_config, load_tokenizer
 from grpo_dist.planning.live import LiveBytes
@@ -159,7 +159,7 @@ def measured_process(arguments: list[str], report: Path) -> None:
 
     for step in range(2):
         with phase("rollout", step):
-            batch, _ = sample_batch(run, step)
+            batch, _ = batch_of(run, step)
         minibatches = pack_batch(run, batch, step)
         opening = measure(run, minibatches, batch)
         targets = targets_of(run.config.at(step), batch, opening, run.position.kl_coeff)

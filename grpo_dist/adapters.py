@@ -43,17 +43,19 @@ def adapted_linear(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b:
     Differentiable with respect to x, A and B; the weight and the bias are frozen. LoRA: arXiv:2106.09685, equation 3.
     """
     with torch.autocast(x.device.type, enabled=False):
-        return _AdaptedLinear.apply(x.flatten(0, -2), weight, bias, a, b, scaling).view(*x.shape[:-1], -1)
+        y = _AdaptedLinear.apply(x.flatten(0, -2), weight, bias, a, b, scaling)
+        return y.view(*x.shape[:-1], weight.shape[0])
 
 
 def fuse_adapters(model: nn.Module, is_sharded: Callable[[Tensor], bool], name: str = "default") -> None:
     """Let every linear layer with plain adapters `name` compute them in one operation.
 
-    Layers with dropout go on as PEFT wrote them, and so do those of which a weight `is_sharded` when they are called:
-    ZeRO-3 makes a weight whole inside the call of the module that owns it.
+    Layers with dropout or a transposed weight (GPT-2's) go on as PEFT wrote them, and so do those of which a weight
+    `is_sharded` when they are called: ZeRO-3 makes a weight whole inside the call of the module that owns it.
     """
     for layer in model.modules():
-        if isinstance(layer, LoraLinear) and name in layer.lora_A and isinstance(layer.lora_dropout[name], nn.Identity):
+        is_lora = isinstance(layer, LoraLinear) and isinstance(layer.base_layer, nn.Linear) and name in layer.lora_A
+        if is_lora and isinstance(layer.lora_dropout[name], nn.Identity):
             layer.forward = _fused(layer, layer.forward, is_sharded, name)  # type: ignore[method-assign]
 
 

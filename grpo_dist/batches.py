@@ -16,8 +16,22 @@ from .sampler import Curriculum, Mixture, Sampler
 from .work import reference_logprobs
 
 
-def sample_batch(run: Run, step: int) -> tuple[Batch, dict[str, float]]:
+def batch_of(run: Run, step: int) -> tuple[Batch, dict[str, float]]:
     """The batch of a step and what dynamic sampling did for it; a collective.
+
+    It is sampled, but where the run was stopped between two of its updates: then the position holds it.
+    """
+    batch, facts = run.position.batch, run.position.facts
+    if batch is None:
+        batch, facts = _sample(run, step)
+    if has_reference(run.config) and batch.reference_logprobs is None:
+        with run.phase("reference"):
+            batch = replace(batch, reference_logprobs=reference_logprobs(run, batch))
+    return batch, facts
+
+
+def _sample(run: Run, step: int) -> tuple[Batch, dict[str, float]]:
+    """A new batch, and what dynamic sampling did for it.
 
     Groups whose rewards are all equal are replaced by groups of further prompts (DAPO, arXiv:2503.14476, section 3.2).
     The prompts and the noise of a round are functions of seed, step and round, so nothing has to be saved for a resume;
@@ -62,7 +76,7 @@ def _round(run: Run, prompts: list[Prompt], stream: str, step: int) -> Batch:
     with run.phase("rollout"):
         completions, pending = run.generate(prompts, config.rollout.group_size, run.sampling, stream, step)
         batch = gather_completions(run.ranks, prompts, completions)
-    if has_reference(config):
+    if has_reference(config) and not config.rollout.max_resamples:  # else only of the groups that are kept
         with run.phase("reference"):
             batch = replace(batch, reference_logprobs=reference_logprobs(run, batch))
     with run.phase("reward"):

@@ -46,7 +46,7 @@ def generate_and_score(
         for completion in completions:
             group = ended.setdefault(completion.slot, [])
             group.append(completion)
-            if len(group) == missing[completion.slot]:  # whole groups, because a reward may compare within one
+            if len(group) == missing[completion.slot]:  # a reward that gets many at once finds a group together
                 prompt, group = prompts[completion.slot], sorted(group, key=lambda each: each.sample)
                 texts = tokenizer.batch_decode([each.ids for each in group], skip_special_tokens=True)
                 scorer.add(pending, {

@@ -60,7 +60,8 @@ def packing_leak(model: nn.Module) -> str | None:
     if float((packed[other] - disturbed[other]).abs().max()) > rounding * effect:
         return "one completion's output depends on another completion of the pack"
     try:
-        worst = max(float((packed[other] - alone[PROMPT:]).abs().max()), _decoding_error(model))
+        decoded = _decoding_error(model, _tiny_engine(captures=False))
+        worst = max(float((packed[other] - alone[PROMPT:]).abs().max()), decoded)
     except _CANNOT as error:
         return f"it cannot be decoded with shared prompts: {type(error).__name__}: {error}"
     return f"log-probabilities are off by {worst:.2g}" if worst > rounding * max(effect, 1.0) else None
@@ -76,9 +77,15 @@ def make_engine(
     if obstacle is not None:
         log.info("rollouts: one group at a time, and completions are computed one to a row (%s)", obstacle)
         return RowEngine(end_ids, max_new_tokens)
-    captures = model.get_input_embeddings().weight.is_cuda and _decoding_error(model, captures=True) < _rounding(model)
+    trial = _tiny_engine(captures=model.get_input_embeddings().weight.is_cuda)
+    captures = trial.captures and _decoding_error(model, trial) < _rounding(model) and trial.captures
     log.info("rollouts: native engine, prompts are shared by their groups%s", ", CUDA graphs" if captures else "")
     return NativeEngine(end_ids, max_new_tokens, max_tokens_in_flight, captures=captures)
+
+
+def _tiny_engine(captures: bool) -> NativeEngine:
+    """An engine for a few tokens; it gives up `captures` where that fails."""
+    return NativeEngine([-1], NEW_TOKENS, max_tokens_in_flight=1 << 20, captures=captures)
 
 
 def _rounding(model: nn.Module) -> float:
@@ -86,11 +93,10 @@ def _rounding(model: nn.Module) -> float:
     return 1e-3 if next(model.parameters()).dtype == torch.float32 else 0.1
 
 
-def _decoding_error(model: nn.Module, captures: bool = False) -> float:
+def _decoding_error(model: nn.Module, engine: NativeEngine) -> float:
     """Largest difference between the log-probabilities a rollout reports and those of its sequences in a row."""
     prompt = _tokens(model, PROMPT).tolist()
     requests = [Request(0, sample, prompt, key=sample) for sample in range(2)]
-    engine = NativeEngine([-1], NEW_TOKENS, max_tokens_in_flight=1 << 20, captures=captures)
     completions = engine.generate(model, requests, Sampling())
     ids = torch.tensor(prompt + [token for c in completions for token in c.ids], device=_tokens(model, 1).device)
     rows = _outputs(model, ids, (NEW_TOKENS, NEW_TOKENS))

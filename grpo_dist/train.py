@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .algorithm import next_kl_coeff, objective_of, penalty_metrics, targets_of
 from .batch import Batch
-from .batches import sample_batch
+from .batches import batch_of
 from .ending import main
 from .evaluation import evaluate
 from .losses import policy_loss, value_loss
@@ -37,9 +37,7 @@ def train(run: Run) -> None:
         run.write({"step": 0} | evaluate(run, 0))
     for step in run.steps():
         start, position = time.perf_counter(), run.position
-        batch, facts = position.batch, position.facts  # there already where the run was stopped between two updates
-        if batch is None:
-            batch, facts = sample_batch(run, step)
+        batch, facts = batch_of(run, step)
         minibatches = pack_batch(run, batch, step)
         with run.phase("reference"):
             measured = measure(run, minibatches, batch)

@@ -66,9 +66,10 @@ def reference_logprobs(run: Run, batch: Batch) -> Tensor:
 
     It has packs of its own: without a backward pass a larger one fits, and no reward has to be known.
     """
+    factor = REFERENCE_PACK if run.reference.policy.fused_head else 1  # without it, whole logits are held
     plans = plan(
         [len(prompt.ids) for prompt in batch.prompts], batch.group.tolist(), batch.lengths.tolist(),
-        [True] * len(batch.lengths), max_tokens=REFERENCE_PACK * run.config.train.max_tokens_per_pack,
+        [True] * len(batch.lengths), max_tokens=factor * run.config.train.max_tokens_per_pack,
         num_ranks=run.ranks.num_ranks, share_prompts=run.share_prompts,
     )  # fmt: skip
     flat = torch.zeros(len(batch.tokens), device=run.ranks.device)

@@ -52,8 +52,12 @@ class Worker:
                 self.command, stdout=self.log, stderr=subprocess.STDOUT, start_new_session=True,
                 env={**os.environ, "TOKENIZERS_PARALLELISM": "false", ADDRESS: str(listener.address)},
             )  # fmt: skip
-            self._wait(listener._listener._socket)  # type: ignore[attr-defined]
-            self.line = listener.accept()
+            try:
+                self._wait(listener._listener._socket)  # type: ignore[attr-defined]
+                self.line = listener.accept()
+            except BaseException:
+                self._end()
+                raise
         return self
 
     def step(self, lengths: list[int] | None) -> dict[str, Any]:
@@ -76,11 +80,15 @@ class Worker:
         return ValueError(f"{' '.join(self.command[:3])} … {how}; the end of what it printed:\n{told}")
 
     def __exit__(self, *_: object) -> None:
-        if self.process.poll() is None and hasattr(self, "line"):
+        if self.process.poll() is None:
             try:
                 self.line.send(None)
                 self.process.wait(30)
             except (OSError, subprocess.TimeoutExpired):
                 pass
+        self._end()
+
+    def _end(self) -> None:
         self.process.kill()
+        self.process.wait()
         self.log.close()

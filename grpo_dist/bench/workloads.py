@@ -44,7 +44,7 @@ class Workload:
     num_prompts: int
     group_size: int
     prompt_tokens: int
-    """Longest prompt; lengths are uniform from half of it. Ignored where the model is a name: see `write_prompts`."""
+    """Letters of the longest prompt; lengths are uniform from half of it. The toy model's prompts are sums instead."""
     max_new_tokens: int
     mean_new_tokens: int
     """Mean length of completions without the limit; only for a model that is made."""

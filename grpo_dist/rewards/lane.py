@@ -222,7 +222,7 @@ def _keywords(job: _Job, parameters: Parameters) -> dict[str, Any]:
 
     What only the worker can make (`log_metric` and its like) it adds there.
     """
-    items = [item for item in map(job.pending.items.__getitem__, job.places) if item is not None]
+    items = [job.pending.item(place) for place in job.places]
     keywords: dict[str, Any] = {
         "prompts": [item.prompt for item in items],
         "completions": [_as_prompted(item) for item in items],

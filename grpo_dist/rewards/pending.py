@@ -62,6 +62,12 @@ class Pending:
             self._values, failed, failures, self._names, self._seconds, self._per_token, metrics, extras
         )
 
+    def item(self, place: int) -> Item:
+        """An item that has come."""
+        item = self.items[place]
+        assert item is not None
+        return item
+
     def add(self, items: Mapping[int, Item]) -> None:
         """Take in items by their places."""
         for place, item in items.items():
@@ -70,7 +76,7 @@ class Pending:
 
     def scored(self, reward: int, places: Sequence[int], answer: dict[str, Any]) -> None:
         """Take in the values of one call."""
-        num_tokens = [len(item.completion_ids) for item in map(self.items.__getitem__, places) if item is not None]
+        num_tokens = [len(self.item(place).completion_ids) for place in places]
         bad = {int(place): told for place, told in answer["bad"].items()}
         with self._lock:
             for number, (place, value) in enumerate(zip(places, answer["values"], strict=True)):

@@ -69,6 +69,8 @@ class ScorerPool:
 
     def add(self, pending: Pending, items: Mapping[int, Item]) -> None:
         """Hand over items by their places, and return at once; a call is made as soon as there are enough for it."""
+        if not items:
+            return
         begun = len(pending.arrived)
         pending.add(items)
         for lane in self._lanes:

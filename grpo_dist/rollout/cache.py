@@ -42,9 +42,10 @@ class DecodeState:
     nothing back from the device. It can be captured once and replayed.
     """
 
-    def __init__(self, device: torch.device, whole_chunks: bool) -> None:
-        """With `whole_chunks` a step attends to all slots there are, so that its sizes change only every chunk."""
-        self.device, self.whole_chunks = device, whole_chunks
+    def __init__(self, device: torch.device, most_tokens: int, whole_chunks: bool) -> None:
+        """`most_tokens` is the most that a sequence can come to hold. With `whole_chunks` a step attends to all slots
+        there are, so that its sizes change only every chunk."""
+        self.device, self.most_tokens, self.whole_chunks = device, most_tokens, whole_chunks
         self.prompt_keys: dict[int, Tensor] = {}  # layer -> (P, Hk, Lp, D)
         self.prompt_values: dict[int, Tensor] = {}
         self.own_keys: dict[int, Tensor] = {}  # layer -> (R, Hk, S, D)
@@ -121,13 +122,17 @@ class DecodeState:
         slots, used = next(iter(self.own_keys.values())).shape[2], self.longest + 1
         if used > slots:
             self.version += 1
-            slots = max(slots + SLOT_CHUNK, slots * 3 // 2)
+            slots = min(max(slots + SLOT_CHUNK, slots * 3 // 2), self.most_tokens + 1)
             for store in (self.own_keys, self.own_values):
                 for layer, tensor in store.items():
                     grown = tensor.new_zeros((*tensor.shape[:2], slots, tensor.shape[3]))
                     grown[:, :, : tensor.shape[2]] = tensor
                     store[layer] = grown
         self.used = slots if self.whole_chunks else used
+
+    def end_step(self) -> None:
+        """Count the tokens that were added; part of the step. Ended rows write to the last slot over and over."""
+        self.lengths.add_(1).clamp_(max=self.most_tokens)
 
     def begin_step(self) -> None:
         """Lay out who attends to what; part of the step."""
@@ -181,6 +186,14 @@ def _partial(
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             query, keys, values, 0.0, False, attn_mask=mask, scale=scale
         )
-    scores = (query @ keys.transpose(2, 3)).float() * (query.shape[-1] ** -0.5 if scale is None else scale) + mask
+    scores = _products(query, keys) * (query.shape[-1] ** -0.5 if scale is None else scale) + mask
     sums = scores.logsumexp(-1)
     return (scores - sums[..., None]).exp().to(values.dtype) @ values, sums
+
+
+def _products(query: Tensor, keys: Tensor) -> Tensor:
+    """`query @ keysᵀ` in float32: rounded to bfloat16, scores would be off by more than the trainer's attention is."""
+    if query.is_cuda and query.dtype != torch.float32:
+        flat = torch.bmm(query.flatten(0, 1), keys.flatten(0, 1).transpose(1, 2), out_dtype=torch.float32)
+        return flat.view(*query.shape[:3], keys.shape[2])
+    return (query @ keys.transpose(2, 3)).float()

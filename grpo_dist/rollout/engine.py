@@ -84,6 +84,8 @@ class RowEngine:
         on_finish: Callable[[list[Completion]], None] | None = None, check: Callable[[], None] | None = None,
     ) -> list[Completion]:  # fmt: skip
         """See `Engine`."""
+        if any(request.exact_length is not None for request in requests):
+            raise ValueError("exact_length: only models whose prompts can be shared take completions of given lengths")
         completions: list[Completion] = []
         for _, members in groupby(requests, key=lambda request: request.slot):
             group = self._group(model, list(members), sampling, check)

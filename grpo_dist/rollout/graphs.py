@@ -23,7 +23,6 @@ class Replayed:
 
     def __init__(self, function: Callable[[], None], version: Callable[[], int]) -> None:
         self.function, self.version = function, version
-        self.pool = torch.cuda.graph_pool_handle()
         self.graph: torch.cuda.CUDAGraph | None = None
         self.captured = -1
         self.eager_steps = 0
@@ -45,8 +44,11 @@ class Replayed:
     def _capture(self) -> None:
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph, pool=self.pool):
+            # thread_local: scoring threads may use the device meanwhile
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 self.function()
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:  # some models decide on the host what to compute
             self.can_capture = False
             torch.cuda.synchronize()

@@ -47,7 +47,11 @@ class NativeEngine:
         on_finish: Callable[[list[Completion]], None] | None = None, check: Callable[[], None] | None = None,
     ) -> list[Completion]:  # fmt: skip
         """See `Engine`."""
-        return _Decoding(self, model, requests, sampling, on_finish).run(check)
+        decoding = _Decoding(self, model, requests, sampling, on_finish)
+        try:
+            return decoding.run(check)
+        finally:
+            decoding.close()
 
     def reserved(self, prompt_length: int, num_sequences: int) -> int:
         """Most tokens a prompt and its sequences can come to hold."""
@@ -68,10 +72,9 @@ class _Decoding:
         self.steps_between_checks = engine.steps_between_checks or STEPS_BETWEEN_CHECKS.get(kind, 1)
         self.requests = requests
         self.waiting = deque(self._admissible(requests))
-        self.state = DecodeState(self.device, whole_chunks=kind == "cuda")
-        self.step: Callable[[], None] = self._step
-        if kind == "cuda" and engine.captures:
-            self.step = Replayed(self._step, lambda: self.state.version)
+        self.state = DecodeState(self.device, engine.max_new_tokens, whole_chunks=kind == "cuda")
+        captures = kind == "cuda" and engine.captures
+        self.replayed = Replayed(self._step, lambda: self.state.version) if captures else None
         self.ends = torch.tensor(engine.end_ids, device=self.device)
         self.row_request = torch.zeros(0, dtype=torch.int64, device=self.device)  # (R,) place in `requests`
         self.last = torch.zeros(0, dtype=torch.int64, device=self.device)  # (R,) newest token
@@ -79,6 +82,9 @@ class _Decoding:
         self.reported = torch.zeros(0, dtype=torch.bool)  # (R,) ended, and its completion handed out
         total, most = len(requests), engine.max_new_tokens
         self.keys = torch.tensor([request.key for request in requests], device=self.device, dtype=torch.int64)
+        for request in requests:
+            if request.exact_length is not None and not 1 <= request.exact_length <= engine.max_new_tokens:
+                raise ValueError(f"exact_length: {request.exact_length} given, expected 1 to {engine.max_new_tokens}")
         exact = [request.exact_length or 0 for request in requests]
         self.exact = torch.tensor(exact, device=self.device, dtype=torch.int64)
         self.limit = torch.where(self.exact > 0, self.exact, most)  # (N,)
@@ -108,10 +114,16 @@ class _Decoding:
                 if not self.state.num_rows:  # every sequence of the prompts just admitted ended with its first token
                     break
                 self.state.make_room()
-                self.step()
-                self.state.longest += 1
+                (self.replayed or self._step)()
+                self.state.longest = min(self.state.longest + 1, self.engine.max_new_tokens)
             self._retire()
         return [completion for completion in self.done if completion is not None]
+
+    def close(self) -> None:
+        """Let go of the graph now: it refers back to this object, and would hold its memory until it is collected."""
+        if self.replayed and not self.replayed.can_capture:
+            self.engine.captures = False
+        self.replayed = None
 
     def _step(self) -> None:
         """One more token of every row; sizes and places in memory stay as they are."""
@@ -120,7 +132,7 @@ class _Decoding:
         positions = self.state.prompt_lengths[self.state.prompt] + own
         self.state.begin_step()
         output = self.model(input_ids=self.last[None], position_ids=positions[None], use_cache=False, layout=self.state)
-        self.state.lengths += 1
+        self.state.end_step()
         self._draw(output.logits[0])
 
     def _reserved(self) -> int:
@@ -167,7 +179,7 @@ class _Decoding:
 
     def _draw(self, logits: Tensor, rows: slice = slice(None)) -> None:
         """Sample the next token of some rows, in place."""
-        request, position = self.row_request[rows], self.state.lengths[rows].clamp(max=self.engine.max_new_tokens)
+        request, position = self.row_request[rows], self.state.lengths[rows]
         token, logprob = draw(logits, self.keys[request], position, self.sampling)
         self.tokens[request, position] = token
         self.logprobs[request, position] = logprob

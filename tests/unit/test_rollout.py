@@ -26,7 +26,7 @@ from grpo_dist import attention
 from grpo_dist.batch import Completion
 from grpo_dist.models import packing_obstacle
 from grpo_dist.probe import packing_leak
-from grpo_dist.rollout import NativeEngine, Request, RowEngine, Sampling, stream_key
+from grpo_dist.rollout import NativeEngine, Request, RowEngine, Sampling, cache, native, stream_key
 
 TINY: dict[str, Any] = {
     "vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -232,3 +232,34 @@ def test_completions_of_exact_lengths(pairs: dict[str, Pair]) -> None:
     for one, other in zip(completions, free, strict=True):
         shared = min(len(one.ids), len(other.ids))
         assert one.ids[:shared] == other.ids[:shared]
+
+
+@pytest.mark.parametrize("length", [0, MOST + 1, MOST + 2])
+def test_lengths_that_cannot_be_had(length: int, pairs: dict[str, Pair]) -> None:
+    requests = [replace(REQUESTS[0], exact_length=length)]
+    with pytest.raises(ValueError, match="exact_length"):
+        NativeEngine(ENDS, MOST, 200).generate(pairs["llama"].shared, requests, Sampling())
+    with pytest.raises(ValueError, match="exact_length"):
+        RowEngine(ENDS, MOST).generate(pairs["llama"].plain, requests, Sampling())
+
+
+def test_rows_that_linger_do_not_make_the_cache_grow(
+    pairs: dict[str, Pair], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Few rows end late and wait to be dropped while new prompts decode: no sequence gets more room than it can use."""
+    monkeypatch.setitem(native.COMPACT_BELOW, "cpu", 0.1)
+    slots: list[int] = []
+    make_room = cache.DecodeState.make_room
+
+    def spy(state: cache.DecodeState) -> None:
+        make_room(state)
+        slots.append(next(iter(state.own_keys.values())).shape[2])
+
+    monkeypatch.setattr(cache.DecodeState, "make_room", spy)
+    requests = make_requests([3] * 12, [4] * 12)
+    requests = [replace(r, exact_length=MOST if r.slot % 2 else 5 + r.sample) for r in requests]
+    completions = NativeEngine(ENDS, MOST, 6 * MOST).generate(pairs["qwen2"].shared, requests, Sampling())
+    assert [len(c.ids) for c in completions] == [r.exact_length for r in requests]
+    assert max(slots) <= MOST + 1
+    alone = NativeEngine(ENDS, MOST, 10**6).generate(pairs["qwen2"].shared, requests[-3:], Sampling())
+    assert_equal(completions[-3:], alone)
