@@ -292,6 +292,7 @@ class SharedReference:
 
 
 def base_identity(model: ModelConfig, model_config: Any) -> str:
-    """What tells one base model from another: its name, revision and configuration."""
-    return json.dumps({"name": model.name, "revision": model.revision, "config": model_config.to_dict()},
-                      sort_keys=True, default=str)  # fmt: skip
+    """What tells one base model from another: its name, revision and configuration, wherever it lies."""
+    config = {key: value for key, value in model_config.to_dict().items()
+              if key not in ("_name_or_path", "transformers_version")}  # fmt: skip
+    return json.dumps({"name": model.name, "revision": model.revision, "config": config}, sort_keys=True, default=str)

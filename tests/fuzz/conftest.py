@@ -19,8 +19,17 @@ settings.register_profile(
     suppress_health_check=list(HealthCheck),
 )  # fmt: skip
 settings.load_profile("fuzz")
-logging.getLogger("grpo_dist").setLevel(logging.ERROR)  # a warning an input is kept by pytest until the end
 TOLD: list[str] = []
+
+
+@pytest.fixture(autouse=True)
+def quiet() -> Iterator[None]:
+    """A warning an input would be kept by pytest until the end."""
+    log = logging.getLogger("grpo_dist")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    yield
+    log.setLevel(level)
 
 
 @pytest.fixture
