@@ -41,7 +41,7 @@ class NativeEngine:
         self.max_tokens_in_flight = max_tokens_in_flight
         self.steps_between_checks, self.captures = steps_between_checks, captures
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def generate(
         self, model: nn.Module, requests: list[Request], sampling: Sampling,
         on_finish: Callable[[list[Completion]], None] | None = None, check: Callable[[], None] | None = None,
