@@ -24,10 +24,15 @@ def batch_of(run: Run, step: int) -> tuple[Batch, dict[str, float]]:
     batch, facts = run.position.batch, run.position.facts
     if batch is None:
         batch, facts = _sample(run, step)
-    if has_reference(run.config) and batch.reference_logprobs is None:
-        with run.phase("reference"):
-            batch = replace(batch, reference_logprobs=reference_logprobs(run, batch))
-    return batch, facts
+    return _with_reference(run, batch), facts
+
+
+def _with_reference(run: Run, batch: Batch) -> Batch:
+    """The batch with the reference's log-probabilities, where they are needed and not there yet; a collective."""
+    if not has_reference(run.config) or batch.reference_logprobs is not None:
+        return batch
+    with run.phase("reference"):
+        return replace(batch, reference_logprobs=reference_logprobs(run, batch))
 
 
 def _sample(run: Run, step: int) -> tuple[Batch, dict[str, float]]:
@@ -76,9 +81,8 @@ def _round(run: Run, prompts: list[Prompt], stream: str, step: int) -> Batch:
     with run.phase("rollout"):
         completions, pending = run.generate(prompts, config.rollout.group_size, run.sampling, stream, step)
         batch = gather_completions(run.ranks, prompts, completions)
-    if has_reference(config) and not config.rollout.max_resamples:  # else only of the groups that are kept
-        with run.phase("reference"):
-            batch = replace(batch, reference_logprobs=reference_logprobs(run, batch))
+    if not config.rollout.max_resamples:  # else only of the groups that are kept
+        batch = _with_reference(run, batch)
     with run.phase("reward"):
         with run.ranks.together("scoring"):
             scores = pending.result(run.watch.check)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -52,13 +53,18 @@ def _pack(run: Run, batch: Batch, counted: Tensor, needed: Tensor) -> list[Work]
     config, device = run.config, run.ranks.device
     weights = token_weights(batch.lengths, config.loss.aggregation, group=batch.group, included=counted,
                             longest=config.rollout.max_completion_length)  # fmt: skip
+    return [Work(pack.to(device), weights[pack.token].to(device), batch.sampled_logprobs[pack.token].to(device))
+            for pack in _own_packs(run, batch, needed, config.train.max_tokens_per_pack)]  # fmt: skip
+
+
+def _own_packs(run: Run, batch: Batch, needed: Tensor, max_tokens: int) -> Iterator[Pack]:
+    """This rank's packs of the `needed` (N,) completions, on the CPU, as many as every other rank's."""
     plans = plan(
         [len(prompt.ids) for prompt in batch.prompts], batch.group.tolist(), batch.lengths.tolist(), needed.tolist(),
-        max_tokens=config.train.max_tokens_per_pack, num_ranks=run.ranks.num_ranks, share_prompts=run.share_prompts,
+        max_tokens=max_tokens, num_ranks=run.ranks.num_ranks, share_prompts=run.share_prompts,
     )  # fmt: skip
-    packs = [make_pack(batch, pieces, share_prompts=run.share_prompts) for pieces in plans[run.ranks.rank]]
-    return [Work(pack.to(device), weights[pack.token].to(device), batch.sampled_logprobs[pack.token].to(device))
-            for pack in packs]  # fmt: skip
+    for pieces in plans[run.ranks.rank]:
+        yield make_pack(batch, pieces, share_prompts=run.share_prompts)
 
 
 def reference_logprobs(run: Run, batch: Batch) -> Tensor:
@@ -67,15 +73,11 @@ def reference_logprobs(run: Run, batch: Batch) -> Tensor:
     It has packs of its own: without a backward pass a larger one fits, and no reward has to be known.
     """
     factor = REFERENCE_PACK if run.reference.policy.fused_head else 1  # without it, whole logits are held
-    plans = plan(
-        [len(prompt.ids) for prompt in batch.prompts], batch.group.tolist(), batch.lengths.tolist(),
-        [True] * len(batch.lengths), max_tokens=factor * run.config.train.max_tokens_per_pack,
-        num_ranks=run.ranks.num_ranks, share_prompts=run.share_prompts,
-    )  # fmt: skip
+    everything = torch.ones(len(batch.lengths), dtype=torch.bool)
     flat = torch.zeros(len(batch.tokens), device=run.ranks.device)
-    for pieces in plans[run.ranks.rank]:
+    for pack in _own_packs(run, batch, everything, factor * run.config.train.max_tokens_per_pack):
         run.ranks.agree(run.watch.requested)
-        pack = make_pack(batch, pieces, share_prompts=run.share_prompts).to(run.ranks.device)
+        pack = pack.to(run.ranks.device)
         flat[pack.token] = run.reference.logprobs(pack)
     return run.ranks.reduce(flat, "sum")
 
