@@ -202,6 +202,9 @@ class FrozenCopy:
         self.policy = Policy(model.eval().requires_grad_(False), temperature)
         self.model = model
         self._trained: dict[str, Tensor] = {}
+        head = model.get_output_embeddings()
+        if isinstance(head, nn.Linear) and head.weight is not model.get_input_embeddings().weight:
+            head.weight.data = _for_few_rows(head.weight).copy_(head.weight)
 
     @torch.no_grad()
     def sync(self, policy: Policy) -> None:

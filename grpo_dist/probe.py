@@ -8,6 +8,7 @@ it.
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -15,10 +16,15 @@ from torch.nn.functional import linear
 
 from .attention import block_layout
 from .rollout import Engine, NativeEngine, Request, RowEngine, Sampling
+from .rollout.cache import DecodeState
+from .rollout.llama import LlamaStep
+from .rollout.steps import Step, module_step, prefill
 
 log = logging.getLogger(__name__)
 
 PROMPT, COMPLETIONS = 5, (4, 3)
+FAR = 500
+"""A position at which it shows whether and how positions are encoded."""
 NEW_TOKENS = 5
 """Enough for a step of decoding that is captured to be replayed twice."""
 _CANNOT = (TypeError, ValueError, RuntimeError, AttributeError, KeyError, IndexError, NotImplementedError)
@@ -77,15 +83,37 @@ def make_engine(
     if obstacle is not None:
         log.info("rollouts: one group at a time, and completions are computed one to a row (%s)", obstacle)
         return RowEngine(end_ids, max_new_tokens)
-    trial = _tiny_engine(captures=model.get_input_embeddings().weight.is_cuda)
+    step_of = LlamaStep if decodes_as_llama(model) else module_step
+    trial = _tiny_engine(captures=model.get_input_embeddings().weight.is_cuda, step_of=step_of)
     captures = trial.captures and _decoding_error(model, trial) < _rounding(model) and trial.captures
-    log.info("rollouts: native engine, prompts are shared by their groups%s", ", CUDA graphs" if captures else "")
-    return NativeEngine(end_ids, max_new_tokens, max_tokens_in_flight, captures=captures)
+    log.info("rollouts: native engine, prompts are shared by their groups%s%s", ", CUDA graphs" if captures else "",
+             "" if step_of is LlamaStep else ", decoding through the model's own modules")  # fmt: skip
+    return NativeEngine(end_ids, max_new_tokens, max_tokens_in_flight, captures=captures, step_of=step_of)
 
 
-def _tiny_engine(captures: bool) -> NativeEngine:
-    """An engine for a few tokens; it gives up `captures` where that fails."""
-    return NativeEngine([-1], NEW_TOKENS, max_tokens_in_flight=1 << 20, captures=captures)
+@torch.inference_mode()
+def decodes_as_llama(model: nn.Module) -> bool:
+    """Whether a step of decoding in few operations has the logits of the model's own modules, far into a sequence."""
+    tokens = _tokens(model, PROMPT)
+    layout, _ = prefill(model, [tokens.tolist()])
+    logits = []
+    for step_of in (module_step, LlamaStep):
+        state = DecodeState(tokens.device, 1, shares=True, whole_chunks=False)
+        state.admit(layout, [2])
+        state.make_room()
+        state.begin_step()
+        try:
+            logits.append(step_of(model)(tokens[:2], torch.tensor([PROMPT, FAR], device=tokens.device), state).float())
+        except _CANNOT:
+            return False
+    theirs, ours = (each - each.mean(-1, keepdim=True) for each in logits)
+    rounding = 1e-4 if next(model.parameters()).dtype == torch.float32 else 0.01
+    return float((ours - theirs).norm()) <= rounding * float(theirs.norm())
+
+
+def _tiny_engine(captures: bool, step_of: Callable[[nn.Module], Step] = module_step) -> NativeEngine:
+    """An engine for a few tokens, which shares even a tiny prompt; it gives up `captures` where that fails."""
+    return NativeEngine([-1], NEW_TOKENS, 1 << 20, step_of=step_of, captures=captures, copied_prompt=0)
 
 
 def _rounding(model: nn.Module) -> float:

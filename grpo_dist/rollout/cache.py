@@ -2,27 +2,32 @@
 
 Keys and values of a prompt are held once, whatever the size of its group; each sequence adds only its own. A step of
 decoding attends to both parts apart and joins them under one softmax (the partial results are weighted by their sums
-of exponentials, as in FlashAttention, arXiv:2205.14135, section 3.1).
+of exponentials, as in FlashAttention, arXiv:2205.14135, section 3.1). Prompts so short that a second attention costs
+more than it saves are copied to every sequence instead, in front of its own tokens.
 
-Shapes: R sequences in flight, P prompts in flight, Lp the longest of them, S slots for sampled tokens, Hq query heads,
+Shapes: R sequences in flight, P prompts in flight, Lp the longest of them, S slots of each sequence, Hq query heads,
 Hk key heads, G = Hq / Hk, D head size.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from ..attention import BlockLayout, block_layout
 
 SLOT_CHUNK = 32
-"""Slots for sampled tokens are added this many at a time."""
+"""Slots for tokens are added this many at a time."""
 
 
 class PrefillLayout:
     """A row of whole prompts that keeps the keys and values it sees."""
 
     def __init__(self, lengths: list[int], device: torch.device) -> None:
+        self.lengths = lengths
         self.blocks: BlockLayout = block_layout([(length, []) for length in lengths]).to(device)
         self.keys: dict[int, Tensor] = {}
         self.values: dict[int, Tensor] = {}
@@ -42,18 +47,18 @@ class DecodeState:
     nothing back from the device. It can be captured once and replayed.
     """
 
-    def __init__(self, device: torch.device, most_tokens: int, whole_chunks: bool) -> None:
-        """`most_tokens` is the most that a sequence can come to hold. With `whole_chunks` a step attends to all slots
-        there are, so that its sizes change only every chunk."""
-        self.device, self.most_tokens, self.whole_chunks = device, most_tokens, whole_chunks
+    def __init__(self, device: torch.device, most_tokens: int, *, shares: bool, whole_chunks: bool) -> None:
+        """`most_tokens` is the most that can be sampled for a sequence; `shares` keeps a prompt once for its sequences.
+        With `whole_chunks` a step attends to all slots there are, so that its sizes change only every chunk."""
+        self.device, self.most_tokens, self.shares, self.whole_chunks = device, most_tokens, shares, whole_chunks
         self.prompt_keys: dict[int, Tensor] = {}  # layer -> (P, Hk, Lp, D)
         self.prompt_values: dict[int, Tensor] = {}
         self.own_keys: dict[int, Tensor] = {}  # layer -> (R, Hk, S, D)
         self.own_values: dict[int, Tensor] = {}
         self.prompt_lengths = torch.zeros(0, dtype=torch.int64, device=device)  # (P,)
         self.prompt = torch.zeros(0, dtype=torch.int64, device=device)  # (R,) each sequence's prompt
-        self.lengths = torch.zeros(0, dtype=torch.int64, device=device)  # (R,) own tokens held
-        self.longest = 0  # the largest of `lengths`, known without asking the device
+        self.lengths = torch.zeros(0, dtype=torch.int64, device=device)  # (R,) sampled tokens held
+        self.used = 0  # the most slots that any sequence has filled, known without asking the device
         self.version = 0  # counts the exchanges of tensors
 
     @property
@@ -61,37 +66,31 @@ class DecodeState:
         """Sequences in flight."""
         return len(self.prompt)
 
-    def admit(self, prefill: PrefillLayout, lengths: list[int], sizes: list[int]) -> None:
-        """Add prompts of `lengths` tokens with `sizes` sequences each, from the row that computed them."""
+    def admit(self, prefill: PrefillLayout, sizes: list[int]) -> None:
+        """Add prompts with `sizes` sequences each, from the row that computed them."""
         if not prefill.keys:
             raise ValueError("the model's attention never came to the layout it was given")
-        held, longest = len(self.prompt_lengths), max([*self.prompt_lengths.tolist(), *lengths])
-        starts = [sum(lengths[:n]) for n in range(len(lengths))]
-        for layer in prefill.keys:
-            for store, row in ((self.prompt_keys, prefill.keys), (self.prompt_values, prefill.values)):
-                heads, _, size = row[layer].shape
-                grown = row[layer].new_zeros((held + len(lengths), heads, longest, size))
-                if held:
-                    grown[:held, :, : store[layer].shape[2]] = store[layer]
-                for place, (start, length) in enumerate(zip(starts, lengths, strict=True), held):
-                    grown[place, :, :length] = row[layer][:, start : start + length]
-                store[layer] = grown
-            for store, row in ((self.own_keys, prefill.keys), (self.own_values, prefill.values)):
-                heads, _, size = row[layer].shape
-                slots = store[layer].shape[2] if layer in store else SLOT_CHUNK
-                fresh = row[layer].new_zeros((sum(sizes), heads, slots, size))
-                store[layer] = torch.cat([store[layer], fresh]) if layer in store else fresh
-        self.prompt_lengths = torch.cat([self.prompt_lengths, torch.tensor(lengths, device=self.device)])
+        held, lengths, sizes_there = len(self.prompt_lengths), prefill.lengths, torch.tensor(sizes, device=self.device)
+        for kept, prompts, own in (
+            (prefill.keys, self.prompt_keys, self.own_keys), (prefill.values, self.prompt_values, self.own_values),
+        ):  # fmt: skip
+            for layer, row in kept.items():
+                fresh = _padded(row.split(lengths, 1))  # (new prompts, Hk, their longest, D)
+                if self.shares:
+                    prompts[layer] = _stacked(prompts.get(layer), fresh)
+                    fresh = fresh[:, :, :0]
+                own[layer] = _stacked(own.get(layer), fresh.repeat_interleave(sizes_there, 0))
         places = torch.arange(held, held + len(lengths), device=self.device)
-        self.prompt = torch.cat([self.prompt, places.repeat_interleave(torch.tensor(sizes, device=self.device))])
+        self.prompt = torch.cat([self.prompt, places.repeat_interleave(sizes_there)])
+        self.prompt_lengths = torch.cat([self.prompt_lengths, torch.tensor(lengths, device=self.device)])
         self.lengths = torch.cat([self.lengths, self.lengths.new_zeros(sum(sizes))])
+        self.used = max(self.used, 0 if self.shares else max(lengths))
         self._seat_rows()
 
     def keep(self, rows: Tensor) -> None:
         """Drop all sequences but `rows`, and the prompts nobody is left of."""
         alive, self.prompt = torch.unique(self.prompt[rows], return_inverse=True)
         self.lengths = self.lengths[rows]
-        self.longest = int(self.lengths.max()) if len(rows) else 0
         if len(alive) < len(self.prompt_lengths):
             self.prompt_lengths = self.prompt_lengths[alive]
             longest = int(self.prompt_lengths.max()) if len(alive) else 0
@@ -101,16 +100,23 @@ class DecodeState:
         for store in (self.own_keys, self.own_values):
             for layer in store:
                 store[layer] = store[layer][rows]
+        self.used = 0
         if len(rows):
             self._seat_rows()
+            self.used = int((self.starts + self.lengths).max())
 
     def _seat_rows(self) -> None:
         """Give each sequence a seat at its prompt, where all of a prompt's sequences are one block of queries."""
         self.version += 1
+        lengths = self.prompt_lengths[self.prompt]
+        self.starts = torch.zeros_like(lengths) if self.shares else lengths  # (R,) slot of the first sampled token
+        self.most_used = int(self.starts.max()) + self.most_tokens
+        self.rows = torch.arange(self.num_rows, device=self.device)
+        if not self.shares:
+            return
         counts = torch.bincount(self.prompt, minlength=len(self.prompt_lengths))
         self.most = int(counts.max())
         first = torch.cumsum(counts, 0) - counts
-        self.rows = torch.arange(self.num_rows, device=self.device)
         self.seat = self.prompt * self.most + self.rows - first[self.prompt]
         self.all_seated = self.num_rows == len(counts) * self.most
         held = next(iter(self.prompt_keys.values()))
@@ -119,40 +125,49 @@ class DecodeState:
 
     def make_room(self) -> None:
         """Make room for one more token of each sequence."""
-        slots, used = next(iter(self.own_keys.values())).shape[2], self.longest + 1
-        if used > slots:
+        slots, most = next(iter(self.own_keys.values())).shape[2], self.used + 1
+        if most > slots:
             self.version += 1
-            slots = min(max(slots + SLOT_CHUNK, slots * 3 // 2), self.most_tokens + 1)
+            slots = min(max(slots + SLOT_CHUNK, slots * 3 // 2), self.most_used + 1)
             for store in (self.own_keys, self.own_values):
                 for layer, tensor in store.items():
-                    grown = tensor.new_zeros((*tensor.shape[:2], slots, tensor.shape[3]))
-                    grown[:, :, : tensor.shape[2]] = tensor
-                    store[layer] = grown
-        self.used = slots if self.whole_chunks else used
+                    store[layer] = _with_slots(tensor, slots)
+        self.seen = slots if self.whole_chunks else most
+
+    def begin_step(self) -> None:
+        """Lay out who attends to what; part of the step."""
+        self.slots = self.starts + self.lengths
+        hidden = torch.arange(self.seen, device=self.device) > self.slots[:, None]
+        self.own_mask = _mask(hidden, next(iter(self.own_keys.values())).dtype)  # (R, 1, 1, seen)
 
     def end_step(self) -> None:
         """Count the tokens that were added; part of the step. Ended rows write to the last slot over and over."""
         self.lengths.add_(1).clamp_(max=self.most_tokens)
 
-    def begin_step(self) -> None:
-        """Lay out who attends to what; part of the step."""
-        hidden = torch.arange(self.used, device=self.device) > self.lengths[:, None]
-        self.own_mask = _mask(hidden, next(iter(self.own_keys.values())).dtype)  # (R, 1, 1, used)
+    def count_step(self) -> None:
+        """What the host has to know of a step."""
+        self.used = min(self.used + 1, self.most_used)
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
         """See `attention.Layout`; the row's T tokens are the R sequences' newest ones, in order."""
-        query, key, value = query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1)  # (R, H, D)
+        rows = (x[0].transpose(0, 1) for x in (query, key, value))
+        return self.attend_rows(layer, *rows, scale)[None]
+
+    def attend_rows(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
+        """Attention of the sequences' newest tokens: `query` (R, Hq, D), `key` and `value` (R, Hk, D) to (R, Hq, D)."""
         own_keys, own_values = self.own_keys[layer], self.own_values[layer]
-        own_keys[self.rows, :, self.lengths] = key
-        own_values[self.rows, :, self.lengths] = value
+        own_keys[self.rows, :, self.slots] = key
+        own_values[self.rows, :, self.slots] = value
         num_rows, num_queries, _ = query.shape
         query = query.reshape(num_rows, key.shape[1], -1, query.shape[2])  # (R, Hk, G, D)
-        own, own_sum = _partial(query, own_keys[:, :, : self.used], own_values[:, :, : self.used], self.own_mask, scale)
+        own, own_sum = _partial(query, own_keys[:, :, : self.seen], own_values[:, :, : self.seen], self.own_mask, scale)
+        if not self.shares:
+            return own.reshape(num_rows, num_queries, -1)
         shared, shared_sum = _partial(self._to_seats(query), self.prompt_keys[layer], self.prompt_values[layer],
                                       self.prompt_mask, scale)  # fmt: skip
         share = torch.sigmoid(self._from_seats(shared_sum[..., None]) - own_sum[..., None])
         output = torch.lerp(own, self._from_seats(shared), share.to(own.dtype))
-        return output.reshape(1, num_rows, num_queries, -1)
+        return output.reshape(num_rows, num_queries, -1)
 
     def _to_seats(self, x: Tensor) -> Tensor:
         """(R, Hk, G, D) to (P, Hk, most · G, D): all sequences of a prompt as one block of queries."""
@@ -167,6 +182,25 @@ class DecodeState:
         prompts, heads, queries, size = x.shape
         seats = x.view(prompts, heads, self.most, queries // self.most, size).transpose(1, 2).flatten(0, 1)
         return seats if self.all_seated else seats[self.seat]
+
+
+def _padded(rows: Sequence[Tensor]) -> Tensor:
+    """Tensors (Hk, L, D) of different lengths as one (N, Hk, longest, D)."""
+    longest = max(row.shape[1] for row in rows)
+    return torch.stack([_with_slots(row, longest) for row in rows])
+
+
+def _with_slots(x: Tensor, slots: int) -> Tensor:
+    """(…, S, D) to (…, slots, D), the new slots filled with zeros."""
+    return pad(x, (0, 0, 0, slots - x.shape[-2]))
+
+
+def _stacked(held: Tensor | None, new: Tensor) -> Tensor:
+    """(N, Hk, S, D) and (M, Hk, S', D) as one (N + M, Hk, max(S, S'), D)."""
+    if held is None:
+        return new
+    slots = max(held.shape[2], new.shape[2])
+    return torch.cat([_with_slots(held, slots), _with_slots(new, slots)])
 
 
 def _mask(hidden: Tensor, dtype: torch.dtype) -> Tensor:

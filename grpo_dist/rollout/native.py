@@ -17,14 +17,17 @@ import torch
 from torch import Tensor, nn
 
 from ..batch import Completion
-from .cache import DecodeState, PrefillLayout
+from .cache import DecodeState
 from .engine import Request, finished_completion
 from .graphs import Replayed
 from .sampling import Sampling, draw
+from .steps import Step, module_step, prefill
 
 COMPACT_BELOW = {"cpu": 0.85, "cuda": 0.7}
 """Ended sequences are dropped when fewer than this share of those computed are alive: dropping copies the cache, and on
 a GPU captures the step anew."""
+COPIED_PROMPT = 64
+"""Where no prompt is longer than this many tokens, each sequence has its own copy of the prompt's keys and values."""
 STEPS_BETWEEN_CHECKS = {"cpu": 1, "cuda": 8}
 """Steps until the device is asked who has ended: asking waits for it."""
 
@@ -34,12 +37,15 @@ class NativeEngine:
 
     def __init__(
         self, end_ids: list[int], max_new_tokens: int, max_tokens_in_flight: int, *,
-        steps_between_checks: int | None = None, captures: bool = True,
+        step_of: Callable[[nn.Module], Step] = module_step, steps_between_checks: int | None = None,
+        captures: bool = True, copied_prompt: int | None = None,
     ) -> None:  # fmt: skip
-        """`steps_between_checks` (by default the device's) and `captures` (on a GPU) change the speed alone."""
+        """`step_of` (how to make a step of decoding from a model), `steps_between_checks` (by default the device's),
+        `captures` (on a GPU) and `copied_prompt` (by default COPIED_PROMPT) change the speed alone."""
         self.end_ids, self.max_new_tokens = end_ids, max_new_tokens
         self.max_tokens_in_flight = max_tokens_in_flight
-        self.steps_between_checks, self.captures = steps_between_checks, captures
+        self.steps_between_checks, self.captures, self.step_of = steps_between_checks, captures, step_of
+        self.copied_prompt = COPIED_PROMPT if copied_prompt is None else copied_prompt
 
     @torch.inference_mode()
     def generate(
@@ -52,10 +58,6 @@ class NativeEngine:
             return decoding.run(check)
         finally:
             decoding.close()
-
-    def reserved(self, prompt_length: int, num_sequences: int) -> int:
-        """Most tokens a prompt and its sequences can come to hold."""
-        return prompt_length + num_sequences * self.max_new_tokens
 
 
 class _Decoding:
@@ -71,10 +73,12 @@ class _Decoding:
         self.compact_below = COMPACT_BELOW.get(kind, COMPACT_BELOW["cuda"])
         self.steps_between_checks = engine.steps_between_checks or STEPS_BETWEEN_CHECKS.get(kind, 1)
         self.requests = requests
+        self.shares = max((len(request.prompt) for request in requests), default=0) > engine.copied_prompt
         self.waiting = deque(self._admissible(requests))
-        self.state = DecodeState(self.device, engine.max_new_tokens, whole_chunks=kind == "cuda")
+        self.state = DecodeState(self.device, engine.max_new_tokens, shares=self.shares, whole_chunks=kind == "cuda")
         captures = kind == "cuda" and engine.captures
         self.replayed = Replayed(self._step, lambda: self.state.version) if captures else None
+        self.decode = engine.step_of(model)
         self.ends = torch.tensor(engine.end_ids, device=self.device)
         self.row_request = torch.zeros(0, dtype=torch.int64, device=self.device)  # (R,) place in `requests`
         self.last = torch.zeros(0, dtype=torch.int64, device=self.device)  # (R,) newest token
@@ -99,8 +103,8 @@ class _Decoding:
         groups = []
         for _, members in groupby(range(len(requests)), key=lambda n: requests[n].slot):
             group = list(members)
-            prompt = len(requests[group[0]].prompt)
-            most = max(1, (self.engine.max_tokens_in_flight - prompt) // self.engine.max_new_tokens)
+            once, each = self._held(len(requests[group[0]].prompt))
+            most = max(1, (self.engine.max_tokens_in_flight - once) // each)
             groups += [group[start : start + most] for start in range(0, len(group), most)]
         return groups
 
@@ -115,7 +119,7 @@ class _Decoding:
                     break
                 self.state.make_room()
                 (self.replayed or self._step)()
-                self.state.longest = min(self.state.longest + 1, self.engine.max_new_tokens)
+                self.state.count_step()
             self._retire()
         return [completion for completion in self.done if completion is not None]
 
@@ -131,13 +135,18 @@ class _Decoding:
         own = self.state.lengths.clamp(max=self.engine.max_new_tokens - 1)
         positions = self.state.prompt_lengths[self.state.prompt] + own
         self.state.begin_step()
-        output = self.model(input_ids=self.last[None], position_ids=positions[None], use_cache=False, layout=self.state)
+        logits = self.decode(self.last, positions, self.state)
         self.state.end_step()
-        self._draw(output.logits[0])
+        self._draw(logits)
+
+    def _held(self, prompt_length: int) -> tuple[int, int]:
+        """Most tokens that a prompt can come to hold for all its sequences together, and for each of them."""
+        most = self.engine.max_new_tokens
+        return (prompt_length, most) if self.shares else (0, prompt_length + most)
 
     def _reserved(self) -> int:
-        own = self.state.num_rows * self.engine.max_new_tokens
-        return int(self.state.prompt_lengths.sum()) + own
+        prompts = self.state.prompt_lengths if self.shares else self.state.prompt_lengths[self.state.prompt]
+        return int(prompts.sum()) + self.state.num_rows * self.engine.max_new_tokens
 
     def _admit(self) -> None:
         """Prefill as many waiting prompts as there is room for, once enough room is free to be worth it."""
@@ -148,7 +157,8 @@ class _Decoding:
             return
         groups: list[list[int]] = []
         while self.waiting:
-            need = self.engine.reserved(len(self.requests[self.waiting[0][0]].prompt), len(self.waiting[0]))
+            once, each = self._held(len(self.requests[self.waiting[0][0]].prompt))
+            need = once + len(self.waiting[0]) * each
             if need > room and (groups or self.state.num_rows):
                 break
             room -= need
@@ -158,23 +168,16 @@ class _Decoding:
 
     def _prefill(self, groups: list[list[int]]) -> None:
         """Compute the groups' prompts in a row, and draw the first token of each sequence."""
-        prompts = [self.requests[group[0]].prompt for group in groups]
-        lengths, sizes = [len(prompt) for prompt in prompts], [len(group) for group in groups]
-        layout = PrefillLayout(lengths, self.device)
-        row = torch.tensor([token for prompt in prompts for token in prompt], device=self.device)
-        positions = torch.cat([torch.arange(length) for length in lengths]).to(self.device)
-        last = torch.cumsum(torch.tensor(lengths), 0).to(self.device) - 1
-        output = self.model(
-            input_ids=row[None], position_ids=positions[None], use_cache=False, layout=layout, logits_to_keep=last
-        )
-        self.state.admit(layout, lengths, sizes)
+        prompts, sizes = [self.requests[group[0]].prompt for group in groups], [len(group) for group in groups]
+        layout, logits = prefill(self.model, prompts)
+        self.state.admit(layout, sizes)
         new = torch.tensor([n for group in groups for n in group], device=self.device)
         self.row_request = torch.cat([self.row_request, new])
         self.last = torch.cat([self.last, torch.zeros_like(new)])
         self.alive = torch.cat([self.alive, torch.ones_like(new, dtype=torch.bool)])
         self.reported = torch.cat([self.reported, torch.zeros(len(new), dtype=torch.bool)])
         first = self.state.num_rows - len(new)
-        self._draw(output.logits[0].repeat_interleave(torch.tensor(sizes, device=self.device), 0), slice(first, None))
+        self._draw(logits.repeat_interleave(torch.tensor(sizes, device=self.device), 0), slice(first, None))
         self._retire()
 
     def _draw(self, logits: Tensor, rows: slice = slice(None)) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
@@ -15,7 +16,7 @@ from grpo_dist import attention
 from grpo_dist.batch import Batch, Prompt
 from grpo_dist.models import Policy, packing_obstacle
 from grpo_dist.packing import make_pack, plan
-from grpo_dist.probe import packing_leak
+from grpo_dist.probe import decodes_as_llama, packing_leak
 from grpo_dist.rollout import Request, RowEngine, Sampling, stream_key
 
 LONGEST = 64
@@ -75,6 +76,33 @@ def test_plain_decoders_are_packed(name: str) -> None:
     config = make_config(name, PACKABLE[name])
     assert packing_obstacle(config, LONGEST) is None
     assert packing_leak(make_model(config, attention.NAME)) is None
+
+
+BUILT_AS_LLAMA: dict[str, dict[str, Any]] = {
+    "Llama": {}, "Qwen2": {}, "Qwen3": {"head_dim": 8}, "Mistral": {}, "Granite": {},
+}  # fmt: skip
+BUILT_OTHERWISE: dict[str, dict[str, Any]] = {
+    "Gemma": {"head_dim": 8}, "GPT2": GPT, "Phi3": {}, "Olmo2": {},
+    "Granite": {"residual_multiplier": 0.5},
+    "SmolLM3": {"no_rope_layers": [1, 0]},  # without positions in one layer, which its modules do not show
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BUILT_AS_LLAMA)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_models_built_as_llama_are_known(name: str, dtype: torch.dtype) -> None:
+    assert decodes_as_llama(make_model(make_config(name, BUILT_AS_LLAMA[name]), attention.NAME).to(dtype))
+
+
+@pytest.mark.parametrize("name", BUILT_OTHERWISE)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_models_built_otherwise_decode_through_their_modules(name: str, dtype: torch.dtype) -> None:
+    assert not decodes_as_llama(make_model(make_config(name, BUILT_OTHERWISE[name]), attention.NAME).to(dtype))
+
+
+def test_adapters_that_are_not_merged_decode_through_their_modules() -> None:
+    model = make_model(make_config("Llama", {}), attention.NAME)
+    assert not decodes_as_llama(get_peft_model(model, LoraConfig(target_modules=["q_proj"])).get_base_model())
 
 
 @pytest.mark.parametrize("name", UNPACKABLE)

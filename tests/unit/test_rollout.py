@@ -27,6 +27,8 @@ from grpo_dist.batch import Completion
 from grpo_dist.models import packing_obstacle
 from grpo_dist.probe import packing_leak
 from grpo_dist.rollout import NativeEngine, Request, RowEngine, Sampling, cache, native, stream_key
+from grpo_dist.rollout.llama import LlamaStep
+from grpo_dist.rollout.steps import module_step, prefill
 
 TINY: dict[str, Any] = {
     "vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -76,6 +78,12 @@ def pairs() -> dict[str, Pair]:
     return {name: make_pair(config) for name, config in CONFIGS.items()}
 
 
+@pytest.fixture(autouse=True, params=[0, 64], ids=["shared", "copied"])
+def longest_copied_prompt(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every test runs with prompts that sequences share and with copies of their own."""
+    monkeypatch.setattr(native, "COPIED_PROMPT", request.param)
+
+
 def make_requests(sizes: list[int], lengths: list[int]) -> list[Request]:
     """Groups of `sizes` completions of random prompts of `lengths` tokens."""
     generator = torch.Generator().manual_seed(5)
@@ -114,6 +122,30 @@ def test_both_engines_draw_the_same(name: str, pairs: dict[str, Pair]) -> None:
     assert any(not c.finished for c in expected) or max(len(c.ids) for c in expected) > 20
     for in_flight in (200, 100000):
         assert_equal(NativeEngine(ENDS, MOST, in_flight).generate(pair.shared, REQUESTS, Sampling()), expected)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "mistral"])
+def test_a_step_in_few_operations_draws_the_same(name: str, pairs: dict[str, Pair]) -> None:
+    model = pairs[name].shared
+    expected = NativeEngine(ENDS, MOST, 200).generate(model, REQUESTS, Sampling())
+    assert_equal(NativeEngine(ENDS, MOST, 200, step_of=LlamaStep).generate(model, REQUESTS, Sampling()), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_step_in_few_operations_rounds_as_the_model_does(dtype: torch.dtype, pairs: dict[str, Pair]) -> None:
+    model = copy.deepcopy(pairs["qwen3"].shared).to(dtype)
+    tokens, positions = torch.tensor([5, 60, 17]), torch.tensor([9, 40, 900])
+    logits = []
+    with torch.inference_mode():
+        layout, _ = prefill(model, [REQUESTS[4].prompt, REQUESTS[0].prompt])
+        for step_of in (module_step, LlamaStep):
+            state = cache.DecodeState(torch.device("cpu"), 1, shares=native.COPIED_PROMPT == 0, whole_chunks=False)
+            state.admit(layout, [2, 1])
+            state.make_room()
+            state.begin_step()
+            logits.append(step_of(model)(tokens, positions, state).float())
+    tolerance = 1e-5 if dtype == torch.float32 else 2**-8
+    assert float((logits[1] - logits[0]).norm()) <= tolerance * float(logits[0].norm())
 
 
 @pytest.mark.parametrize("in_flight", [1, 100])
@@ -260,6 +292,6 @@ def test_rows_that_linger_do_not_make_the_cache_grow(
     requests = [replace(r, exact_length=MOST if r.slot % 2 else 5 + r.sample) for r in requests]
     completions = NativeEngine(ENDS, MOST, 6 * MOST).generate(pairs["qwen2"].shared, requests, Sampling())
     assert [len(c.ids) for c in completions] == [r.exact_length for r in requests]
-    assert max(slots) <= MOST + 1
+    assert max(slots) <= MOST + 1 + (4 if native.COPIED_PROMPT else 0)
     alone = NativeEngine(ENDS, MOST, 10**6).generate(pairs["qwen2"].shared, requests[-3:], Sampling())
     assert_equal(completions[-3:], alone)

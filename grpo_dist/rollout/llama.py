@@ -1,0 +1,134 @@
+"""A decoding step of models built as Llama is (Qwen, Mistral and many others), in as few operations as it takes.
+
+transformers' modules spend more operations, and more Python around them, than a step of a few tokens computes. This
+is the same function on the same weights, with numbers rounded at the same places. Whether it is the same for a given
+model is asked of that model (see `probe`); one that is built in another way decodes through its own modules.
+
+Shapes: R sequences, H hidden, Hq query heads, Hk key heads, D head size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import embedding, linear, rms_norm
+
+from .cache import DecodeState
+
+PARTS = {
+    "model": {"embed_tokens", "layers", "norm", "rotary_emb"},
+    "layer": {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"},
+    "attention": {"q_proj", "k_proj", "v_proj", "o_proj"},
+    "mlp": {"gate_proj", "up_proj", "down_proj", "act_fn"},
+}
+"""The modules that such a model consists of; an attention may also have q_norm and k_norm, as Qwen3's."""
+
+
+@dataclass(frozen=True)
+class _Norm:
+    weight: Tensor
+    eps: float
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if x.dtype == self.weight.dtype == torch.float32:
+            return rms_norm(x, x.shape[-1:], self.weight, self.eps)
+        return self.weight * rms_norm(x.float(), x.shape[-1:], eps=self.eps).to(x.dtype)
+
+
+@dataclass(frozen=True)
+class _Linear:
+    weight: Tensor
+    bias: Tensor | None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
+
+
+@dataclass(frozen=True)
+class _Layer:
+    number: int
+    scale: float
+    input_norm: _Norm
+    mlp_norm: _Norm
+    q: _Linear
+    k: _Linear
+    v: _Linear
+    o: _Linear
+    q_norm: _Norm | None
+    k_norm: _Norm | None
+    gate: _Linear
+    up: _Linear
+    down: _Linear
+    activation: nn.Module
+
+
+class LlamaStep:
+    """One more token of every sequence; it holds on to the weights that the model has when this is made."""
+
+    def __init__(self, model: nn.Module) -> None:
+        """Raises ValueError, AttributeError or TypeError for a model that is built in another way."""
+        base, head = model.base_model, model.get_output_embeddings()
+        _expect(base, PARTS["model"])
+        self.embeddings, self.rotary, self.norm = base.embed_tokens.weight, base.rotary_emb, _norm(base.norm)
+        self.head_size: int = base.layers[0].self_attn.head_dim
+        self.layers = [_layer(layer) for layer in base.layers]
+        self.head = _linear(head)
+
+    def __call__(self, tokens: Tensor, positions: Tensor, state: DecodeState) -> Tensor:
+        """Logits (R, V) after `tokens` (R,) int64 at `positions` (R,) int64."""
+        x = embedding(tokens, self.embeddings)
+        cos, sin = self.rotary(x, positions[None])
+        cos, sin = cos[0, :, None], sin[0, :, None]
+        turn = cos, torch.cat([-sin[..., : self.head_size // 2], sin[..., self.head_size // 2 :]], -1)
+        for layer in self.layers:
+            x = x + self._attention(layer, layer.input_norm(x), turn, state)
+            inner = layer.mlp_norm(x)
+            x = x + layer.down(layer.activation(layer.gate(inner)) * layer.up(inner))
+        return self.head(self.norm(x))
+
+    def _attention(self, layer: _Layer, x: Tensor, turn: tuple[Tensor, Tensor], state: DecodeState) -> Tensor:
+        shape = len(x), -1, self.head_size
+        query, key, value = layer.q(x).view(shape), layer.k(x).view(shape), layer.v(x).view(shape)
+        query = query if layer.q_norm is None else layer.q_norm(query)
+        key = key if layer.k_norm is None else layer.k_norm(key)
+        output = state.attend_rows(layer.number, _turned(query, turn), _turned(key, turn), value, layer.scale)
+        return layer.o(output.flatten(1))
+
+
+def _turned(x: Tensor, turn: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotary position embedding (arXiv:2104.09864, equation 34, with halves in place of pairs) of (R, heads, D)."""
+    cos, signed_sin = turn
+    return x * cos + torch.roll(x, x.shape[-1] // 2, -1) * signed_sin
+
+
+def _layer(module: Any) -> _Layer:
+    attention, mlp = module.self_attn, module.mlp
+    _expect(module, PARTS["layer"])
+    _expect(attention, PARTS["attention"], {"q_norm", "k_norm"})
+    _expect(mlp, PARTS["mlp"])
+    q_norm, k_norm = getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)
+    return _Layer(
+        attention.layer_idx, attention.scaling, _norm(module.input_layernorm), _norm(module.post_attention_layernorm),
+        _linear(attention.q_proj), _linear(attention.k_proj), _linear(attention.v_proj), _linear(attention.o_proj),
+        None if q_norm is None else _norm(q_norm), None if k_norm is None else _norm(k_norm),
+        _linear(mlp.gate_proj), _linear(mlp.up_proj), _linear(mlp.down_proj), mlp.act_fn,
+    )  # fmt: skip
+
+
+def _expect(module: nn.Module, names: set[str], extra: set[str] = frozenset()) -> None:
+    found = {name for name, _ in module.named_children()}
+    if not names <= found <= names | extra:
+        raise ValueError(f"{type(module).__name__} consists of {sorted(found)}, expected {sorted(names)}")
+
+
+def _norm(module: Any) -> _Norm:
+    return _Norm(module.weight, module.variance_epsilon)
+
+
+def _linear(module: Any) -> _Linear:
+    if not isinstance(module, nn.Linear):
+        raise ValueError(f"{type(module).__name__} is not a plain linear layer")
+    return _Linear(module.weight, module.bias)

@@ -1,0 +1,45 @@
+"""The two forward passes of a rollout, of a model's own modules: a row of prompts, and one more token of each sequence.
+
+Shapes: P prompts, R sequences, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from .cache import DecodeState, PrefillLayout
+
+
+class Step(Protocol):
+    """One more token of every sequence."""
+
+    def __call__(self, tokens: Tensor, positions: Tensor, state: DecodeState) -> Tensor:
+        """Logits (R, V) after the newest `tokens` (R,) int64 at `positions` (R,) int64; inside a step of `state`."""
+
+
+def module_step(model: nn.Module) -> Step:
+    """The step as the model computes it."""
+
+    def step(tokens: Tensor, positions: Tensor, state: DecodeState) -> Tensor:
+        return model(
+            input_ids=tokens[None], position_ids=positions[None], use_cache=False, layout=state
+        ).logits[0]  # fmt: skip
+
+    return step
+
+
+def prefill(model: nn.Module, prompts: list[list[int]]) -> tuple[PrefillLayout, Tensor]:
+    """Compute token ids of prompts in one row; what their attention saw, and the logits (P, V) after each."""
+    device = next(model.parameters()).device
+    lengths = [len(prompt) for prompt in prompts]
+    layout = PrefillLayout(lengths, device)
+    row = torch.tensor([token for prompt in prompts for token in prompt], device=device)
+    positions = torch.cat([torch.arange(length) for length in lengths]).to(device)
+    last = torch.cumsum(torch.tensor(lengths), 0).to(device) - 1
+    output = model(
+        input_ids=row[None], position_ids=positions[None], use_cache=False, layout=layout, logits_to_keep=last
+    )
+    return layout, output.logits[0]
