@@ -12,8 +12,9 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from safetensors import SafetensorError
@@ -25,6 +26,9 @@ log = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
 TENSORS = "state.safetensors"
 META = "state.json"
+
+
+CHANGED = "it was changed, or is of another version; choose another train.output_dir, or remove it"
 
 
 class DamagedCheckpoint(RuntimeError):
@@ -52,22 +56,31 @@ def save(root: Path, step: int, tensors: dict[str, Tensor], meta: dict[str, Any]
     for leftover in root.glob("tmp_*"):
         shutil.rmtree(leftover)
     temporary, target = root / f"tmp_{step}", root / f"step_{step}"
-    temporary.mkdir()
-    save_file(tensors, temporary / TENSORS)
-    (temporary / META).write_text(json.dumps({"step": step, **meta}, indent=1))
-    files = {}
-    for path in (temporary / TENSORS, temporary / META):
-        _sync(path)
-        files[path.name] = {"bytes": path.stat().st_size, "sha256": _checksum(path)}
-    (temporary / MANIFEST).write_text(json.dumps({"files": files}, indent=1))
-    _sync(temporary / MANIFEST)
-    _sync(temporary)
+    try:
+        _write(temporary, {"step": step, **meta}, tensors)
+    except BaseException:  # on a full disk, what is left of it would be in the way of everything else
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
     if target.exists():  # left by a run that went on from an earlier step
         shutil.rmtree(target)
     temporary.rename(target)
     _sync(root)
     _prune(root, step, keep)
     return target
+
+
+def _write(directory: Path, meta: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    """Write a checkpoint's files and have them on the disk, the manifest last."""
+    directory.mkdir()
+    save_file(tensors, directory / TENSORS)
+    (directory / META).write_text(json.dumps(meta, indent=1))
+    files = {}
+    for path in (directory / TENSORS, directory / META):
+        _sync(path)
+        files[path.name] = {"bytes": path.stat().st_size, "sha256": _checksum(path)}
+    (directory / MANIFEST).write_text(json.dumps({"files": files}, indent=1))
+    _sync(directory / MANIFEST)
+    _sync(directory)
 
 
 def _prune(root: Path, step: int, keep: int) -> None:
@@ -137,16 +150,17 @@ def newest(root: Path) -> Path | None:
     return None
 
 
-def load_meta(path: Path, needed: Iterable[str] = ()) -> dict[str, Any]:
-    """Metadata of a checkpoint that has been verified. Raises DamagedCheckpoint where it lacks what is `needed`."""
+def load_meta(path: Path, needed: Mapping[str, Any] = MappingProxyType({})) -> dict[str, Any]:
+    """Metadata of a checkpoint that has been verified. Raises DamagedCheckpoint where it lacks what is `needed`, names
+    with types."""
     try:
         meta = json.loads((path / META).read_text())
     except (ValueError, RecursionError) as error:
         raise DamagedCheckpoint(f"{path / META} cannot be read ({error})") from error
-    missing = [name for name in needed if not isinstance(meta, dict) or name not in meta]
+    missing = [name for name, kind in needed.items()
+               if not isinstance(meta, dict) or not isinstance(meta.get(name), kind)]  # fmt: skip
     if missing:
-        raise DamagedCheckpoint(f"{path / META} lacks {', '.join(missing)}: it was changed, or is of another version; "
-                                "choose another train.output_dir, or remove it")  # fmt: skip
+        raise DamagedCheckpoint(f"{path / META} lacks {', '.join(missing)}: {CHANGED}")
     return meta
 
 

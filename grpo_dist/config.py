@@ -231,6 +231,9 @@ class TrainConfig:
     """Resume although the base model, the adapters' shape, the data, the batch size or the seed have changed."""
     max_bad_updates: int = 3
     """Updates in a row whose gradient may be infinite or NaN, and are left out, before the run stops."""
+    max_failed_saves: int = 0
+    """Checkpoints in a row that may fail to be written, as on a full disk, before the run stops. The last of a run, and
+    the one after a signal, may not."""
     hang_timeout_seconds: float = 300.0
     """A rank whose process stands still for this long (stopped, or its node lost), or that all others wait for while it
     passes no safe point, is named with the phase and stack it was last seen in, and the run ends. Must be longer than
@@ -252,7 +255,7 @@ class TrainConfig:
         for key, least in {
             "batch_size": 1, "num_train_steps": 1, "updates_per_batch": 1, "num_minibatches": 1,
             "max_tokens_per_pack": 2, "eval_every": 0, "num_eval_prompts": 1, "save_every": 0, "keep_checkpoints": 2,
-            "seed": 0, "max_bad_updates": 1,
+            "seed": 0, "max_bad_updates": 1, "max_failed_saves": 0,
         }.items():  # fmt: skip
             require(getattr(self, key) >= least, f"train.{key}", getattr(self, key), f"{least} or more")
 

@@ -16,8 +16,11 @@ from .guards import data_fingerprint, differences
 from .models import base_identity
 from .sources import identifying, order_of
 
-NEEDED = ("step", "updates", "kl_coeff", "facts", "metrics", "logged", "identity", "config", "versions", "sampler")
-"""What a checkpoint's metadata has to hold for a run to go on from it."""
+NEEDED = {
+    "step": int, "updates": int, "kl_coeff": (int, float), "facts": dict, "metrics": list, "logged": dict,
+    "identity": dict, "config": dict, "versions": dict, "sampler": dict,
+}  # fmt: skip
+"""What a checkpoint's metadata has to hold for a run to go on from it, with its types."""
 
 
 def resume_path(config: Config) -> Path | None:

@@ -23,7 +23,7 @@ from .config import Config
 from .critic import parameter_groups
 from .data import load_prompts
 from .display import Display
-from .distributed import Ranks, resolve_dtype, unsharded_loading
+from .distributed import PhaseError, Ranks, resolve_dtype, unsharded_loading
 from .environment import record_start
 from .generation import generate_and_score, requests_of
 from .guards import BadUpdates, lock, warn_of_slow_save
@@ -96,6 +96,7 @@ class Run:
                            config.train.max_seconds, config.train.hang_timeout_seconds,
                            lambda: self.ranks.meetings)  # fmt: skip
         self.clock = Clock()
+        self.failed_saves = 0  # in a row
         self.bad_updates = BadUpdates(self.directory, config.train.max_bad_updates, self.ranks.is_main)
         kept = -1 if self.position.is_start else self.position.step
         self.recorder = Recorder(config, self.directory, kept) if self.ranks.is_main else None
@@ -161,27 +162,42 @@ class Run:
 
     def _resume(self) -> Position:
         assert self.resume_from is not None
-        tensors, meta = checkpoint.load(self.resume_from)
-        self.state.restore(tensors)
-        self.sampler.restore(meta["sampler"])
+        try:
+            tensors, meta = checkpoint.load(self.resume_from)
+            self.state.restore(tensors)
+            self.sampler.restore(meta["sampler"])
+            position = Position.restored(tensors, meta, self.prompts)
+        except (TypeError, ValueError, LookupError, AttributeError, RuntimeError) as error:  # its checksums are right
+            raise UserError(f"{self.resume_from} does not fit this run ({type(error).__name__}: {error}): "
+                            f"{checkpoint.CHANGED}") from error  # fmt: skip
         log.info("resumed from %s", self.resume_from)
-        position = Position.restored(tensors, meta, self.prompts)
         if self.config.loss.kl_target is None:  # the coefficient is the config's, which may have been changed
             position.kl_coeff = self.config.loss.kl_coeff
         return position
 
-    def save(self) -> None:
-        """Commit a checkpoint of the position; a collective."""
+    def save(self, *, may_fail: bool = False) -> None:
+        """Commit a checkpoint of the position; a collective. Raises PhaseError where that fails and either may not
+        (`may_fail`) or has failed more often in a row than train.max_failed_saves."""
         begun = time.monotonic()
         self.watch.phase = "save"
         state = self.state.collect() | self.position.tensors()
         meta = self.position.meta() | {"identity": self.identity, "config": redacted(asdict(self.config)),
                                        "versions": versions(), "sampler": self.sampler.state(),
                                        "dtype": str(self.policy.causal_lm.dtype).removeprefix("torch.")}  # fmt: skip
-        with self.ranks.together("saving a checkpoint"), self.watch.patience():
-            if self.ranks.is_main:
-                checkpoint.save(self.directory / "checkpoints", self.position.step, state, meta,
-                                self.config.train.keep_checkpoints)  # fmt: skip
+        try:
+            with self.ranks.together("saving a checkpoint"), self.watch.patience():
+                if self.ranks.is_main:
+                    checkpoint.save(self.directory / "checkpoints", self.position.step, state, meta,
+                                    self.config.train.keep_checkpoints)  # fmt: skip
+        except PhaseError as error:
+            self.failed_saves += 1
+            if not may_fail or self.failed_saves > self.config.train.max_failed_saves:
+                raise
+            log.warning("going on without a checkpoint of step %d, the %d. in a row (train.max_failed_saves: %d): %s",
+                        self.position.step, self.failed_saves, self.config.train.max_failed_saves,
+                        str(error).splitlines()[-1])  # fmt: skip
+            return
+        self.failed_saves = 0
         warn_of_slow_save(time.monotonic() - begun)
 
     def save_final(self) -> Path:

@@ -105,7 +105,7 @@ def record(run: Run, step: int, batch: Batch, advantages: Tensor, metrics: dict[
     run.sampler.record(pass_rates(batch, run.config.weights_at(step)))
     run.position = Position(done, kl_coeff)
     if last or (config.save_every and done % config.save_every == 0):
-        run.save()
+        run.save(may_fail=not last)
 
 
 if __name__ == "__main__":

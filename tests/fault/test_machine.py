@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from launching import ROOT, TINY, adapters, command, launch, metrics, train
 
 from grpo_dist import checkpoint
@@ -50,6 +51,32 @@ def test_a_full_disk(tmp_path: Path) -> None:
     assert "No space left on device" in told
     assert checkpoint.newest(tmp_path / "run" / "checkpoints") == tmp_path / "run" / "checkpoints" / "step_2"
     train("ddp", 2, tmp_path / "run", "--train.save_every", "2")
+
+
+def test_a_save_that_fails_may_be_passed_over(tmp_path: Path) -> None:
+    run, often = tmp_path / "run", ("--train.save_every", "2", "--train.max_failed_saves", "1")
+    status, told = faulty("ddp", 2, run, "enospc@manifest:3", *often)
+    assert status == 0, told[-4000:]
+    assert "going on without a checkpoint of step 4" in told and "No space left on device" in told
+    assert [path.name for path in checkpoint.complete(run / "checkpoints")] == ["step_5", "step_2"]
+    assert not list((run / "checkpoints").glob("tmp_*"))
+
+
+def test_the_last_save_may_not_fail(tmp_path: Path) -> None:
+    status, told = faulty(None, 1, tmp_path / "run", "enospc@manifest:1", "--train.max_failed_saves", "9")
+    assert status == 1 and "No space left on device" in told
+
+
+def test_a_checkpoint_with_other_tensors_is_refused(tmp_path: Path) -> None:
+    """Everything in it has the right names and checksums, and one tensor is not the model's."""
+    run = tmp_path / "run"
+    train(None, 1, run, "--train.num_train_steps", "1")
+    tensors, meta = checkpoint.load(run / "checkpoints" / "step_1")
+    name = next(name for name in tensors if name.startswith("weight/"))
+    checkpoint.save(run / "checkpoints", 2, tensors | {name: torch.zeros(3)}, meta | {"step": 2}, keep=2)
+    done = launch(None, 1, *TINY, "--train.output_dir", str(run))
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr[-3000:]
+    assert f"{run / 'checkpoints' / 'step_2'} does not fit this run" in done.stderr
 
 
 @pytest.mark.slow

@@ -26,6 +26,7 @@ from grpo_dist.config import Config, DataConfig
 from grpo_dist.data import load_prompts
 from grpo_dist.guards import flat
 from grpo_dist.models import load_tokenizer
+from grpo_dist.resuming import NEEDED
 from grpo_dist.rewards.math import MathRewardModel, last_integer, read_answer
 from grpo_dist.rows import RowReader
 
@@ -227,7 +228,7 @@ def commit(root: Path, step: int) -> Path:
 
 META: dict[str, Any] = {
     "updates": 0, "kl_coeff": 0.1, "facts": {}, "metrics": [], "logged": {}, "identity": {"seed": 0}, "config": {},
-    "versions": {}, "sampler": None,
+    "versions": {}, "sampler": {},
 }  # fmt: skip
 
 
@@ -256,7 +257,7 @@ def test_checkpoint(
         same = all((path / name).read_bytes() == originals[name] for name in (checkpoint.TENSORS, checkpoint.META))
         try:
             tensors, _ = checkpoint.load(path)
-            checkpoint.load_meta(path, META)
+            checkpoint.load_meta(path, NEEDED)
         except checkpoint.DamagedCheckpoint:
             outcomes["refused"] += 1
         else:

@@ -105,7 +105,8 @@ def saved(config: Config, step: int) -> Path:
     from grpo_dist.models import load_model_config
 
     now = identity(config, load_model_config(config.model), [])
-    meta = dict.fromkeys(NEEDED) | {"identity": now, "config": asdict(config), "versions": {}}
+    meta = {name: kind() if isinstance(kind, type) else kind[0]() for name, kind in NEEDED.items()}
+    meta |= {"identity": now, "config": asdict(config)}
     del meta["step"]
     return checkpoint.save(Path(config.train.output_dir) / "checkpoints", step, {"x": torch.zeros(4)}, meta, keep=9)
 
@@ -141,6 +142,11 @@ def test_a_checkpoint_that_lacks_something_is_damaged(tmp_path: Path) -> None:
     config = config_of(tmp_path)
     checkpoint.save(tmp_path / "run" / "checkpoints", 1, {"x": torch.zeros(4)}, {"identity": {}}, keep=9)
     with pytest.raises(UserError, match="lacks"):
+        Run(config)
+    whole = {name: kind() if isinstance(kind, type) else kind[0]() for name, kind in NEEDED.items()}
+    checkpoint.save(tmp_path / "run" / "checkpoints", 2, {"x": torch.zeros(4)}, whole | {"identity": [], "facts": 1},
+                    keep=9)  # fmt: skip
+    with pytest.raises(UserError, match="lacks facts, identity"):
         Run(config)
 
 
