@@ -157,6 +157,10 @@ class RolloutConfig:
     many rounds a step; what is still missing then is filled up with groups that were to be replaced."""
     max_tokens_in_flight: int = 262144
     """Most tokens (prompts and completions) whose keys and values are held at once on a rank; further prompts wait."""
+    engine: Literal["auto", "native", "paged"] = "auto"
+    """Who decodes: `native`, this project's engine; `paged`, transformers' continuous batching, with this project's
+    sampling; `auto`, on a GPU the one that is faster in a trial at the start, else `native`. The completions are the
+    same."""
 
     def __post_init__(self) -> None:
         require(self.group_size >= 1, "rollout.group_size", self.group_size, "at least 1")

@@ -36,6 +36,12 @@ def resolve_dtype(name: Dtype) -> torch.dtype:
     return torch.bfloat16 if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else torch.float32
 
 
+def _bound_onednn() -> None:
+    """Let oneDNN keep few of the kernels that it makes for every new shape: packs have ever new ones, and the 1,024 it
+    keeps by default come to hundreds of megabytes while hardly one is used again."""
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
+
+
 def _keep_deepspeed_from_compiling() -> None:
     """Leave out DeepSpeed's shared-memory collectives; gloo does without them.
 
@@ -57,6 +63,7 @@ class Ranks:
 
     def __init__(self, dtype: torch.dtype, optim: OptimConfig) -> None:
         """Join the process group. `dtype` is the policy's compute dtype."""
+        _bound_onednn()
         on_cpu = not torch.cuda.is_available()
         deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
         several = int(os.environ.get("WORLD_SIZE", "1")) > 1

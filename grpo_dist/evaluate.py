@@ -31,6 +31,7 @@ from .config import Config
 from .data import load_prompts
 from .display import set_up_logging
 from .distributed import Ranks, resolve_dtype, unsharded_loading
+from .engines import make_engine
 from .estimates import Comparison, Estimate, compare, estimate, majority_at_k, pass_at_k
 from .gathering import gather_completions, gather_scores
 from .generation import generate_and_score, requests_of
@@ -45,7 +46,7 @@ from .models import (
     load_tokenizer,
 )
 from .plain_text import plain_lines
-from .probe import make_engine, packing_leak
+from .probe import packing_leak
 from .rewards.pool import ScorerPool
 from .rewards.registry import answer_checks, answer_reader
 from .rollout import Sampling
@@ -120,9 +121,8 @@ class Evaluation:
             self.model = load_causal_lm(config.model, dtype, implementation).to(ranks.device).eval()
         if obstacle is None and (obstacle := packing_leak(self.model)):
             self.model.set_attn_implementation("sdpa")
-        self.engine = make_engine(self.model, obstacle, end_token_ids(config.model, self.tokenizer),
-                                  config.rollout.max_completion_length,
-                                  config.rollout.max_tokens_in_flight)  # fmt: skip
+        self.engine = make_engine(self.model, obstacle, end_token_ids(config.model, self.tokenizer), config.rollout,
+                                  lambda choice: ranks.gather_objects(choice)[0])  # fmt: skip
 
     def _sample(self, ranks: Ranks, prompts: list[Prompt], start: int) -> Batch:
         rollout, seed = self.config.rollout, self.config.train.seed

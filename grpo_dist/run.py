@@ -24,6 +24,7 @@ from .critic import parameter_groups
 from .data import load_prompts
 from .display import Display
 from .distributed import PhaseError, Ranks, resolve_dtype, unsharded_loading
+from .engines import make_engine
 from .environment import record_start
 from .generation import generate_and_score, requests_of
 from .guards import BadUpdates, lock, warn_of_slow_save
@@ -42,7 +43,7 @@ from .models import (
 )
 from .optimizer_state import OptimizerState
 from .position import Position
-from .probe import head_is_plain, make_engine, packing_leak
+from .probe import head_is_plain, packing_leak
 from .recording import Recorder
 from .resuming import changes, identity, resume_path, versions
 from .rewards.pool import Pending, ScorerPool
@@ -67,6 +68,8 @@ class Run:
     def __init__(self, config: Config) -> None:
         self.config = config
         self.directory = Path(config.train.output_dir)
+        is_main = os.environ.get("RANK", "0") == "0"
+        _log_on_main(is_main, others=logging.ERROR)  # as long as all ranks find the same
         try:  # all that a user can have got wrong, before ranks meet and models are loaded
             self._load_data()
             self.resume_from = resume_path(config)
@@ -78,11 +81,11 @@ class Run:
             for prompt in (self.prompts[0], *self.eval_prompts[:1]):
                 self.scorer.check_columns(prompt.columns)
             self.directory.mkdir(parents=True, exist_ok=True)
-            self._lock = lock(self.directory) if os.environ.get("RANK", "0") == "0" else None
+            self._lock = lock(self.directory) if is_main else None
         except (ValueError, OSError, checkpoint.DamagedCheckpoint) as error:
             raise UserError(str(error)) from error
         self.ranks = Ranks(resolve_dtype(config.model.dtype), config.optim)
-        _log_on_main(self.ranks)
+        _log_on_main(is_main, others=logging.WARNING)
         if self.ranks.is_main:
             (self.directory / "config.yaml").write_text(yaml.safe_dump(redacted(asdict(config)), sort_keys=False))
         places = self.ranks.gather_objects(self.resume_from and self.resume_from.name)
@@ -148,9 +151,11 @@ class Run:
         self.share_prompts = obstacle is None
         with self.reference.trained() as model:
             plain = head_is_plain(model, self.share_prompts)
-            self.engine = make_engine(model, obstacle, end_token_ids(config.model, self.tokenizer),
-                                      config.rollout.max_completion_length,
-                                      config.rollout.max_tokens_in_flight)  # fmt: skip
+            try:
+                self.engine = make_engine(model, obstacle, end_token_ids(config.model, self.tokenizer), config.rollout,
+                                          lambda choice: self.ranks.gather_objects(choice)[0])  # fmt: skip
+            except ValueError as error:
+                raise UserError(str(error)) from error
         self.policy.fused_head = self.reference.policy.fused_head = plain
 
     def _probe(self) -> str | None:
@@ -310,6 +315,6 @@ class Run:
             self.ranks.end()
 
 
-def _log_on_main(ranks: Ranks) -> None:
-    """Let the main rank speak, and the others only to warn."""
-    logging.getLogger("grpo_dist").setLevel(logging.INFO if ranks.is_main else logging.WARNING)
+def _log_on_main(is_main: bool, others: int) -> None:
+    """Let the main rank speak, and the others only from the level `others`."""
+    logging.getLogger("grpo_dist").setLevel(logging.INFO if is_main else others)

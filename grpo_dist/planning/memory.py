@@ -65,9 +65,12 @@ class Flight:
     rows: int
     """Sequences."""
     prompt_length: int
-    max_new_tokens: int
     slots: int
     """Tokens for which a sequence's own cache has room when it is longest."""
+    shares: bool
+    """Prompts are held once for all their sequences; else the sequences' own caches hold them."""
+    scored: int
+    """Most keys to which the attention of a sequence holds its scores at once; 0 where its kernel keeps none."""
 
 
 @dataclass(frozen=True)
@@ -100,11 +103,12 @@ class Part:
     """When it is held."""
 
 
-def slots_held(max_new_tokens: int, chunk: int) -> int:
-    """Slots a sequence's own cache has grown to when it holds `max_new_tokens` (see rollout/native.py)."""
-    slots = chunk
-    while slots < max_new_tokens:
-        slots = max(slots + chunk, slots * 3 // 2)
+def slots_held(copied: int, max_new_tokens: int, chunk: int) -> int:
+    """Slots a sequence's own cache has grown to when it holds `copied` tokens of its prompt and `max_new_tokens` (see
+    rollout/cache.py)."""
+    slots, most = copied, copied + max_new_tokens
+    while slots < most:
+        slots = min(max(slots + chunk, slots * 3 // 2), most + 1)
     return slots
 
 
@@ -168,12 +172,11 @@ def _rollout(inputs: MemoryInputs) -> list[Part]:
     per_token = 2 * counts.num_layers * counts.key_width * width
     prompt_tokens = flight.prompts * flight.prompt_length
     own = flight.rows * flight.slots * per_token
-    attended = flight.rows * counts.query_heads * (flight.prompt_length + flight.max_new_tokens)
     drawing = int(flight.rows * counts.vocabulary * (width + inputs.passes.sampling_per_logit))
-    of_a_step = max(drawing, attended * 2 * (width + FLOAT32))
+    of_a_step = max(drawing, flight.rows * counts.query_heads * flight.scored * 2 * (width + FLOAT32))
     prefill = prompt_tokens * inputs.passes.prefill_per_token - own  # the sequences have no cache of their own then
     parts = [
-        Part("keys and values", prompt_tokens * per_token + own, "rollout"),
+        Part("keys and values", flight.shares * prompt_tokens * per_token + own, "rollout"),
         Part("decoding or prefill", max(of_a_step, prefill), "rollout"),
     ]
     if inputs.shared:

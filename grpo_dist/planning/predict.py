@@ -16,6 +16,7 @@ from ..distributed import DTYPES
 from ..models import packing_obstacle, trainable
 from ..packing import Piece, plan
 from ..rollout.cache import SLOT_CHUNK
+from ..rollout.native import COPIED_PROMPT
 from ..work import REFERENCE_PACK
 from .memory import Flight, MemoryInputs, ModelCounts, Part, Passes, memory_per_rank, slots_held
 from .tracing import Precision, Shape, build_policy, count, trace_passes
@@ -68,7 +69,7 @@ def _size(pack: list[Piece], prompts: list[int], lengths: list[int]) -> int:
     return sum(prompts[p.prompt] + sum(lengths[n] for n in p.completions) for p in pack)
 
 
-def flight(config: Config, num_ranks: int, share_prompts: bool = True) -> Flight:
+def flight(config: Config, num_ranks: int, share_prompts: bool = True, device: Device = "cpu") -> Flight:
     """What a rank decodes at once (see rollout/): as many groups as max_tokens_in_flight has room for.
 
     Where a prompt cannot be shared that is one group, of which every sequence holds the prompt for itself.
@@ -78,11 +79,15 @@ def flight(config: Config, num_ranks: int, share_prompts: bool = True) -> Flight
     longest = rollout.max_completion_length
     if not share_prompts:
         rows = min(share, rollout.group_size)
-        return Flight(rows, rows, prompt, longest, longest)
-    of_a_group = min(rollout.group_size, (rollout.max_tokens_in_flight - prompt) // longest)
-    groups = max(1, rollout.max_tokens_in_flight // (prompt + of_a_group * longest))
+        return Flight(rows, rows, prompt, prompt + longest, shares=False, scored=prompt + longest)
+    shares = prompt > COPIED_PROMPT
+    once, each = (prompt, longest) if shares else (0, prompt + longest)
+    of_a_group = min(rollout.group_size, max(1, (rollout.max_tokens_in_flight - once) // each))
+    groups = max(1, rollout.max_tokens_in_flight // (once + of_a_group * each))
     rows = min(share, groups * of_a_group)
-    return Flight(math.ceil(rows / of_a_group), rows, prompt, longest, slots_held(longest, SLOT_CHUNK))
+    slots = slots_held(0 if shares else prompt, longest, SLOT_CHUNK)
+    scored = 0 if device == "cpu" else max(once, slots)  # on a CPU the attention is one kernel
+    return Flight(math.ceil(rows / of_a_group), rows, prompt, slots, shares, scored)
 
 
 def dtype_on(device: Device, name: Dtype) -> torch.dtype:
@@ -96,7 +101,7 @@ class Predictor:
     """The memory of a config's ranks. Traces a model once for each shape of pack, which takes seconds."""
 
     def __init__(self, config: Config, model_config: Any, device: Device) -> None:
-        self.config, self.model_config = config, model_config
+        self.config, self.model_config, self.device = config, model_config, device
         longest = config.data.max_prompt_length + config.rollout.max_completion_length
         named = config.model.attn_implementation
         obstacle = packing_obstacle(model_config, longest, config.model.trust_remote_code) if named == "auto" else named
@@ -119,7 +124,7 @@ class Predictor:
         counts, trained_bytes = self._count(precision)
         return MemoryInputs(
             counts=counts, passes=self._trace(precision, num_ranks), num_ranks=num_ranks,
-            flight=flight(self.config, num_ranks, self.share_prompts), zero_stage=zero_stage,
+            flight=flight(self.config, num_ranks, self.share_prompts, self.device), zero_stage=zero_stage,
             policy_bytes=self.policy_dtype.itemsize, trained_bytes=trained_bytes,
             copy_bytes=self.copy_dtype.itemsize, shared=self.shared,
         )  # fmt: skip

@@ -6,7 +6,8 @@ training: it is handed a model whose weights are whole.
 
 from .engine import Engine, Request, RowEngine
 from .native import NativeEngine
+from .paged import PagedEngine
 from .sampling import Sampling, stream_key
 
-__all__ = ["Engine", "NativeEngine", "Request", "RowEngine", "Sampling", "stream_key"]
+__all__ = ["Engine", "NativeEngine", "PagedEngine", "Request", "RowEngine", "Sampling", "stream_key"]
 

@@ -11,8 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
+import torch
+from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from grpo_dist.toy import toy_path
 
 ROOT = Path(__file__).parents[2]
 TINY = [
@@ -81,6 +86,18 @@ def completions(directory: Path) -> list[dict[str, Any]]:
 def adapters(directory: Path) -> dict[str, Tensor]:
     """The exported adapter."""
     return load_file(directory / "final" / "adapter" / "adapter_model.safetensors")
+
+
+def merged_equals_adapter(directory: Path) -> bool:
+    """Whether what a run of the toy model wrote, reopened, is the base with the adapter on it, and not the base."""
+    merged = AutoModelForCausalLM.from_pretrained(directory / "final", dtype=torch.float32)
+    base = AutoModelForCausalLM.from_pretrained(toy_path(), dtype=torch.float32)
+    ids = torch.arange(5, 40)[None]
+    with torch.no_grad():
+        plain = base(ids).logits
+        adapted = PeftModel.from_pretrained(base, directory / "final" / "adapter")(ids).logits
+        equal = torch.allclose(merged(ids).logits, adapted, atol=1e-4)
+    return equal and not torch.allclose(plain, adapted, atol=1e-2)
 
 
 def relative_difference(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from launching import adapters, completions, metrics, relative_difference, train
+from launching import adapters, completions, merged_equals_adapter, metrics, relative_difference, train
 
 VARIANTS = [("cpu", 1), ("ddp", 2), ("zero1", 2), ("zero2", 2), ("zero3", 2), ("zero3", 3), ("zero3_offload", 2)]
 KL = ("--loss.kl_coeff", "0.04")
@@ -32,6 +32,7 @@ def test_same_tokens_and_weights(strategy: str, num_processes: int, one_process:
     only_learned = [{n: t for n, t in adapters(d).items() if "lora_B" in n} for d in (one_process, other)]
     assert relative_difference(*only_learned) <= 1e-4
     assert relative_difference(adapters(one_process), adapters(other)) <= 1e-5
+    assert merged_equals_adapter(other)
     for a, b in zip(metrics(one_process)[1:], metrics(other)[1:], strict=True):
         for name in ("loss", "kl", "grad_norm", "reward/mean", "entropy"):
             assert b[name] == pytest.approx(a[name], rel=1e-3, abs=1e-6), name
@@ -53,6 +54,7 @@ def test_first_step(one_process: Path) -> None:
         pytest.param("zero3", 2, ("--model.gradient_checkpointing", "true"), marks=pytest.mark.slow),
         ("zero2", 2, ("--train.max_tokens_per_pack", "80")),
         ("ddp", 2, ("--model.attn_implementation", "sdpa")),
+        ("zero2", 2, ("--rollout.engine", "paged")),
     ],
 )
 def test_what_changes_only_speed_and_memory(

@@ -56,6 +56,21 @@ def test_one_rank_signalled(point: str, undisturbed: Path, tmp_path: Path) -> No
     assert [line.get("loss") for line in metrics(again)] == [line.get("loss") for line in metrics(undisturbed)]
 
 
+def test_a_penalty_switched_on_in_the_middle_of_a_batch(tmp_path: Path) -> None:
+    """The batch that the checkpoint holds has no reference: it is asked when the run goes on."""
+    run, often = tmp_path / "run", ("--train.updates_per_batch", "3", "--train.num_train_steps", "2")
+    stopped = launch(None, 1, *TINY, *often, "--loss.kl_coeff", "0", "--train.output_dir", str(run),
+                     program=["tests/fault/faulty.py"],
+                     environment={"FAULT": "usr1@update:5", "PYTHONPATH": str(ROOT)})  # fmt: skip
+    assert stopped.returncode == 0 and "stopped:" in stopped.stdout, stopped.stderr[-4000:]
+    tensors, meta = checkpoint.load(run / "checkpoints" / "step_1")
+    assert meta["updates"] == 1 and "batch/reference_logprobs" not in tensors
+    again = launch(None, 1, *TINY, *often, "--loss.kl_coeff", "0.05", "--train.output_dir", str(run))
+    assert again.returncode == 0, again.stderr[-4000:]
+    assert "loss.kl_coeff: 0.0 -> 0.05" in again.stderr + again.stdout
+    assert metrics(run)[2]["kl"] > 0 and "time/reference" in metrics(run)[2]
+
+
 def test_one_rank_killed(undisturbed: Path, tmp_path: Path) -> None:
     """The launcher ends the other one at once, and the same command goes on."""
     run = str(tmp_path / "run")

@@ -19,10 +19,11 @@ from grpo_dist.planning.live import LiveBytes
 from grpo_dist.planning.memory import Flight, MemoryInputs, ModelCounts, Passes, memory_per_rank, peaks, slots_held
 from grpo_dist.planning.predict import Predictor, batch_arithmetic, flight
 from grpo_dist.planning.tracing import Precision, build_policy, count, example_pack
+from grpo_dist.rollout.cache import SLOT_CHUNK, DecodeState, PrefillLayout
 
 COUNTS = ModelCounts(parameters=1_000_003, adapters=50_001, exchanged=800_000, kept_whole=4_003, num_layers=3,
                      key_width=64, query_heads=8, vocabulary=500)  # fmt: skip
-INPUTS = MemoryInputs(COUNTS, Passes(700_000, 300_000, 1_000, 8.0), Flight(4, 32, 100, 50, 64), num_ranks=3,
+INPUTS = MemoryInputs(COUNTS, Passes(700_000, 300_000, 1_000, 8.0), Flight(4, 32, 100, 64, True, 150), num_ranks=3,
                       zero_stage=0, policy_bytes=2, trained_bytes=4, copy_bytes=2, shared=False)  # fmt: skip
 
 
@@ -75,12 +76,17 @@ def test_a_shared_reference_has_no_copy() -> None:
 
 
 @pytest.mark.parametrize("longest", [1, 31, 32, 33, 100, 257])
-def test_slots_grow_as_the_engine_lets_them(longest: int) -> None:
-    slots = 32
-    for length in range(1, longest + 1):
-        if slots < length:
-            slots = max(slots + 32, slots * 3 // 2)
-    assert slots_held(longest, 32) == slots
+@pytest.mark.parametrize("prompt", [1, 50])
+@pytest.mark.parametrize("shares", [True, False])
+def test_slots_grow_as_the_engine_lets_them(longest: int, prompt: int, shares: bool) -> None:
+    device = torch.device("cpu")
+    row, state = PrefillLayout([prompt], device), DecodeState(device, longest, shares=shares, whole_chunks=False)
+    row.keys = row.values = {0: torch.zeros(1, prompt, 2)}
+    state.admit(row, [3])
+    for _ in range(longest):
+        state.make_room()
+        state.count_step()
+    assert slots_held(0 if shares else prompt, longest, SLOT_CHUNK) == state.own_keys[0].shape[2]
 
 
 def test_counts_are_those_of_the_loaded_model() -> None:
@@ -149,12 +155,19 @@ def test_the_arithmetic_of_a_step(num_ranks: int) -> None:
     assert counts.packs_per_rank * num_ranks * 400 >= 2 * tokens
 
 
-@pytest.mark.parametrize(("in_flight", "rows", "prompts"), [(10**6, 24, 6), (136, 4, 1), (300, 8, 2), (100, 2, 1)])
-def test_what_is_decoded_at_once(in_flight: int, rows: int, prompts: int) -> None:
-    """A group of 4 takes 40 + 4 × 24 = 136 tokens; where that is too much, as many of it as have room."""
+@pytest.mark.parametrize(
+    ("prompt", "in_flight", "rows", "prompts"),
+    [(40, 10**6, 24, 6), (40, 256, 4, 1), (40, 600, 8, 2), (40, 100, 1, 1),
+     (100, 10**6, 24, 6), (100, 196, 4, 1), (100, 400, 8, 2), (100, 150, 2, 1)],
+)  # fmt: skip
+def test_what_is_decoded_at_once(prompt: int, in_flight: int, rows: int, prompts: int) -> None:
+    """A group of 4 takes 4 × (40 + 24) = 256 tokens with a copied prompt, and 100 + 4 × 24 = 196 with a shared one;
+    where that is too much, as many of it as have room."""
     config = config_of(rollout=RolloutConfig(group_size=4, max_completion_length=24, max_tokens_in_flight=in_flight))
+    config = replace(config, data=replace(config.data, max_prompt_length=prompt))
     found = flight(config, 1)
-    assert (found.rows, found.prompts) == (rows, prompts)
+    assert (found.rows, found.prompts, found.shares) == (rows, prompts, prompt == 100)
+    assert (found.scored == 0) and flight(config, 1, device="gpu").scored >= 24
     alone = flight(config, 1, share_prompts=False)
     assert (alone.rows, alone.prompts) == (4, 4)
 

@@ -14,10 +14,12 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from grpo_dist import attention
 from grpo_dist.batch import Batch, Prompt
+from grpo_dist.config import RolloutConfig
+from grpo_dist.engines import decodes_as_llama, make_engine
 from grpo_dist.models import Policy, packing_obstacle
 from grpo_dist.packing import make_pack, plan
-from grpo_dist.probe import decodes_as_llama, packing_leak
-from grpo_dist.rollout import Request, RowEngine, Sampling, stream_key
+from grpo_dist.probe import packing_leak
+from grpo_dist.rollout import NativeEngine, PagedEngine, Request, RowEngine, Sampling, stream_key
 
 LONGEST = 64
 TINY: dict[str, Any] = {
@@ -103,6 +105,28 @@ def test_models_built_otherwise_decode_through_their_modules(name: str, dtype: t
 def test_adapters_that_are_not_merged_decode_through_their_modules() -> None:
     model = make_model(make_config("Llama", {}), attention.NAME)
     assert not decodes_as_llama(get_peft_model(model, LoraConfig(target_modules=["q_proj"])).get_base_model())
+
+
+def same(choice: object) -> object:
+    """What the main rank says, where there is one rank."""
+    return choice
+
+
+@pytest.mark.parametrize("name", ["Llama", "Gemma2"])
+def test_the_paged_engine_is_taken_where_it_is_right(name: str, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    model, rollout = make_model(make_config(name, {"head_dim": 8}), None), RolloutConfig(engine="paged")
+    assert isinstance(make_engine(model, "a window", [2], rollout, same), PagedEngine)
+    assert "continuous batching (paged); on trial: native " in caplog.text
+
+
+def test_the_paged_engine_is_refused_where_it_draws_something_else() -> None:
+    model = make_model(make_config("Llama", {}), attention.NAME)
+    plain = model.forward
+    model.forward = lambda **inputs: plain(**inputs | {"position_ids": inputs["position_ids"] * ("layout" in inputs)})
+    with pytest.raises(ValueError, match=r"rollout.engine: 'paged' given, .*draws other completions"):
+        make_engine(model, None, [2], RolloutConfig(engine="paged"), same)
+    assert isinstance(make_engine(model, None, [2], RolloutConfig(), same), NativeEngine)
 
 
 @pytest.mark.parametrize("name", UNPACKABLE)

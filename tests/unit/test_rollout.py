@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 from collections import Counter
 from dataclasses import dataclass, replace
 from typing import Any
@@ -26,7 +27,17 @@ from grpo_dist import attention
 from grpo_dist.batch import Completion
 from grpo_dist.models import packing_obstacle
 from grpo_dist.probe import packing_leak
-from grpo_dist.rollout import NativeEngine, Request, RowEngine, Sampling, cache, native, stream_key
+from grpo_dist.rollout import (
+    Engine,
+    NativeEngine,
+    PagedEngine,
+    Request,
+    RowEngine,
+    Sampling,
+    cache,
+    native,
+    stream_key,
+)
 from grpo_dist.rollout.llama import LlamaStep
 from grpo_dist.rollout.steps import module_step, prefill
 
@@ -148,6 +159,15 @@ def test_a_step_in_few_operations_rounds_as_the_model_does(dtype: torch.dtype, p
     assert float((logits[1] - logits[0]).norm()) <= tolerance * float(logits[0].norm())
 
 
+@pytest.mark.parametrize("name", CONFIGS)
+def test_continuous_batching_draws_the_same(name: str, pairs: dict[str, Pair]) -> None:
+    pair, sampling = pairs[name], Sampling(temperature=0.9, top_p=0.95, top_k=30)
+    expected = RowEngine(ENDS, MOST).generate(pair.plain, REQUESTS, sampling)
+    for in_flight in (40, 100000):
+        assert_equal(PagedEngine(ENDS, MOST, in_flight).generate(pair.shared, REQUESTS, sampling), expected)
+    assert pair.shared.config._attn_implementation == attention.NAME, "as it was"
+
+
 @pytest.mark.parametrize("in_flight", [1, 100])
 def test_room_in_flight_changes_nothing(in_flight: int, pairs: dict[str, Pair]) -> None:
     sampling = Sampling(temperature=0.9, top_p=0.95, top_k=30, min_p=0.001)
@@ -167,7 +187,8 @@ def test_a_request_alone_gives_what_it_gives_in_a_batch(pairs: dict[str, Pair]) 
 
 def test_each_completion_is_reported_once(pairs: dict[str, Pair]) -> None:
     pair = pairs["qwen2"]
-    for engine, model in ((NativeEngine(ENDS, MOST, 200), pair.shared), (RowEngine(ENDS, MOST), pair.plain)):
+    engines = NativeEngine(ENDS, MOST, 200), PagedEngine(ENDS, MOST, 200)
+    for engine, model in (*((each, pair.shared) for each in engines), (RowEngine(ENDS, MOST), pair.plain)):
         calls: list[list[Completion]] = []
         completions = engine.generate(model, REQUESTS, Sampling(), calls.append)
         reported = [completion for call in calls for completion in call]
@@ -187,6 +208,7 @@ def test_a_single_new_token(in_flight: int, pairs: dict[str, Pair]) -> None:
 
 def test_no_requests(pairs: dict[str, Pair]) -> None:
     assert NativeEngine(ENDS, 4, 100).generate(pairs["llama"].shared, [], Sampling()) == []
+    assert PagedEngine(ENDS, 4, 100).generate(pairs["llama"].shared, [], Sampling()) == []
     assert RowEngine(ENDS, 4).generate(pairs["llama"].plain, [], Sampling()) == []
 
 
@@ -254,16 +276,31 @@ def test_asking_seldom_who_has_ended_changes_nothing(in_flight: int, pairs: dict
         assert_equal(engine.generate(model, REQUESTS, Sampling()), expected)
 
 
-def test_completions_of_exact_lengths(pairs: dict[str, Pair]) -> None:
+@pytest.mark.parametrize("engine", [NativeEngine(ENDS, MOST, 200), PagedEngine(ENDS, MOST, 200)])
+def test_completions_of_exact_lengths(engine: Engine, pairs: dict[str, Pair]) -> None:
     pair, lengths = pairs["qwen2"], [1 + (7 * n) % MOST for n in range(len(REQUESTS))]
     requests = [replace(request, exact_length=length) for request, length in zip(REQUESTS, lengths, strict=True)]
-    completions = NativeEngine(ENDS, MOST, 200).generate(pair.shared, requests, Sampling())
+    completions = engine.generate(pair.shared, requests, Sampling())
     assert [len(c.ids) for c in completions] == lengths
     assert [c.finished for c in completions] == [length < MOST for length in lengths]
     free = NativeEngine(ENDS, MOST, 200).generate(pair.shared, REQUESTS, Sampling())
     for one, other in zip(completions, free, strict=True):
         shared = min(len(one.ids), len(other.ids))
         assert one.ids[:shared] == other.ids[:shared]
+
+
+def test_an_interrupted_rollout_leaves_no_thread(pairs: dict[str, Pair]) -> None:
+    class Stop(Exception):
+        pass
+
+    def check() -> None:
+        raise Stop
+
+    before = threading.active_count()
+    with pytest.raises(Stop):
+        PagedEngine(ENDS, MOST, 200).generate(pairs["llama"].shared, REQUESTS, Sampling(), check=check)
+    assert threading.active_count() == before
+    assert pairs["llama"].shared.config._attn_implementation == attention.NAME
 
 
 @pytest.mark.parametrize("length", [0, MOST + 1, MOST + 2])

@@ -1,0 +1,124 @@
+"""Which engine draws a run's completions: what is right is asked of the loaded model, what is faster is measured."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+from torch import nn
+
+from .batch import Completion
+from .config import RolloutConfig
+from .probe import CANNOT, NEW_TOKENS, PROMPT, decoding_error, example_tokens, rounding, tiny_engine
+from .rollout import Engine, NativeEngine, PagedEngine, Request, RowEngine, Sampling
+from .rollout.cache import DecodeState
+from .rollout.llama import LlamaStep
+from .rollout.steps import module_step, prefill
+
+log = logging.getLogger(__name__)
+
+FAR = 500
+"""A position at which it shows whether and how positions are encoded."""
+TRIAL_GROUPS, TRIAL_GROUP_SIZE, TRIAL_TOKENS = 4, 8, 48
+"""What engines are timed on; prompts and completions of TRIAL_TOKENS."""
+
+Maker = Callable[[list[int], int, int], Engine]
+"""Makes an engine from the ids that end a completion, its longest length, and the most tokens in flight."""
+T = TypeVar("T")
+
+
+def make_engine(
+    model: nn.Module, obstacle: str | None, end_ids: list[int], rollout: RolloutConfig, of_main: Callable[[T], T]
+) -> Engine:
+    """The engine that `rollout.engine` asks for, or the faster one that is right; a line in the log names it.
+
+    `obstacle` says why prompts cannot be shared, None where they can; `of_main` returns what the main rank gave it.
+    Raises ValueError where the paged engine is asked for and does not draw what it should.
+    """
+    own, told = _own_engine(model, obstacle)
+    engine, on_gpu = own, model.get_input_embeddings().weight.is_cuda
+    if rollout.engine == "paged" or (rollout.engine == "auto" and on_gpu):
+        fault = _fault_of_paged(model, own)
+        if fault is not None and rollout.engine == "paged":
+            raise ValueError(f"rollout.engine: 'paged' given, expected 'auto' or 'native' for this model: {fault}")
+        seconds = {"native": _seconds(model, own), "paged": _seconds(model, PagedEngine)} if not fault else {}
+        if rollout.engine == "paged" or of_main(seconds and seconds["paged"] < seconds["native"]):
+            engine, told = PagedEngine, "transformers' continuous batching (paged)"
+        measured = ", ".join(f"{name} {took:.2f} s" for name, took in seconds.items())
+        told += f"; on trial: {measured or fault}"
+    log.info("rollouts: %s", told)
+    return engine(end_ids, rollout.max_completion_length, rollout.max_tokens_in_flight)
+
+
+def _own_engine(model: nn.Module, obstacle: str | None) -> tuple[Maker, str]:
+    """This project's engine for the model, and what is said about it."""
+    if obstacle is not None:
+        told = f"one group at a time, and completions are computed one to a row ({obstacle})"
+        return lambda ends, most, _: RowEngine(ends, most), told
+    step_of = LlamaStep if decodes_as_llama(model) else module_step
+    trial = tiny_engine(captures=model.get_input_embeddings().weight.is_cuda, step_of=step_of)
+    captures = trial.captures and decoding_error(model, trial) < rounding(model) and trial.captures
+    told = "native engine, prompts are shared by their groups" + ", CUDA graphs" * captures
+    if step_of is module_step:
+        told += ", decoding through the model's own modules"
+    return lambda *sizes: NativeEngine(*sizes, captures=captures, step_of=step_of), told
+
+
+@torch.inference_mode()
+def decodes_as_llama(model: nn.Module) -> bool:
+    """Whether a step of decoding in few operations has the logits of the model's own modules, far into a sequence."""
+    tokens = example_tokens(model, PROMPT)
+    layout, _ = prefill(model, [tokens.tolist()])
+    logits = []
+    for step_of in (module_step, LlamaStep):
+        state = DecodeState(tokens.device, 1, shares=True, whole_chunks=False)
+        state.admit(layout, [2])
+        state.make_room()
+        state.begin_step()
+        try:
+            logits.append(step_of(model)(tokens[:2], torch.tensor([PROMPT, FAR], device=tokens.device), state).float())
+        except CANNOT:
+            return False
+    theirs, ours = (each - each.mean(-1, keepdim=True) for each in logits)
+    most = 1e-4 if next(model.parameters()).dtype == torch.float32 else 0.01
+    return float((ours - theirs).norm()) <= most * float(theirs.norm())
+
+
+def _fault_of_paged(model: nn.Module, own: Maker) -> str | None:
+    """Why the paged engine is wrong for the model; None where it draws what the other does."""
+    requests = [Request(0, sample, example_tokens(model, PROMPT).tolist(), key=sample) for sample in range(4)]
+    try:
+        paged, expected = (make([-1], NEW_TOKENS, 1 << 20).generate(model, requests, Sampling())
+                           for make in (PagedEngine, own))  # fmt: skip
+    except CANNOT as error:
+        return f"it cannot decode it ({type(error).__name__}: {error})"
+    return None if _agree(paged, expected, rounding(model)) else "it draws other completions"
+
+
+def _agree(some: list[Completion], others: list[Completion], tolerance: float) -> bool:
+    """Whether most tokens are the same, with near log-probabilities; rounding may tip a draw, and then what follows."""
+    same = 0
+    for one, other in zip(some, others, strict=True):
+        for a, b, p, q in zip(one.ids, other.ids, one.logprobs, other.logprobs, strict=True):
+            if a != b:
+                break
+            if abs(p - q) > tolerance:
+                return False
+            same += 1
+    return 2 * same >= sum(len(one.ids) for one in some)
+
+
+def _seconds(model: nn.Module, make: Maker) -> float:
+    """How long an engine takes for the trial, the second time."""
+    ids = example_tokens(model, TRIAL_GROUPS * TRIAL_TOKENS).view(TRIAL_GROUPS, TRIAL_TOKENS).tolist()
+    requests = [Request(slot, sample, ids[slot], key=slot * TRIAL_GROUP_SIZE + sample)
+                for slot in range(TRIAL_GROUPS) for sample in range(TRIAL_GROUP_SIZE)]  # fmt: skip
+    engine, took = make([-1], TRIAL_TOKENS, 1 << 20), 0.0
+    for _ in range(2):
+        begun = time.monotonic()
+        engine.generate(model, requests, Sampling())  # comes back with lists, so nothing is still under way
+        took = time.monotonic() - begun
+    return took

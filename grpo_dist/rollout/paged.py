@@ -1,0 +1,146 @@
+"""The paged engine: transformers' continuous batching computes, and this project's sampling draws.
+
+Each token is a function of its completion's key and its place, as in every other engine, so the same completions come
+of it. Tokens and log-probabilities are written to tables on the device as they are drawn, which costs no waiting; what
+transformers is handed back is a row of scores in which only the drawn token stands out.
+
+Shapes: N requests, R sequences in a batch, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationConfig, LogitsProcessorList
+from transformers.generation.configuration_utils import ContinuousBatchingConfig
+from transformers.generation.continuous_batching.cb_logits_processors import (
+    ContinuousBatchingLogitsProcessor,
+    ContinuousBatchingLogitsProcessorList,
+)
+
+from ..batch import Completion
+from .engine import Request, finished_completion
+from .sampling import Sampling, draw
+
+PAGE_TOKENS = {"cpu": 32, "cuda": 256}
+BATCH_TOKENS = 2048
+"""Most tokens computed at once; longer prompts come in parts."""
+SECONDS_BETWEEN_CHECKS = 0.1
+
+
+class PagedEngine:
+    """Decodes with transformers' paged cache, for every model that its continuous batching takes."""
+
+    def __init__(self, end_ids: list[int], max_new_tokens: int, max_tokens_in_flight: int) -> None:
+        self.end_ids, self.max_new_tokens = end_ids, max_new_tokens
+        self.max_tokens_in_flight = max_tokens_in_flight
+
+    @torch.no_grad()
+    def generate(
+        self, model: nn.Module, requests: list[Request], sampling: Sampling,
+        on_finish: Callable[[list[Completion]], None] | None = None, check: Callable[[], None] | None = None,
+    ) -> list[Completion]:  # fmt: skip
+        """See `Engine`; `check` is called every so often. Raises RuntimeError where transformers fails."""
+        if not requests:
+            return []
+        attention = model.config._attn_implementation
+        # on a GPU transformers takes a flash kernel in its place where it finds one
+        model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")
+        try:
+            return self._generate(model, requests, sampling, on_finish, check)
+        finally:
+            model.set_attn_implementation(attention)
+
+    def _generate(
+        self, model: Any, requests: list[Request], sampling: Sampling,
+        on_finish: Callable[[list[Completion]], None] | None, check: Callable[[], None] | None,
+    ) -> list[Completion]:  # fmt: skip
+        drawing = _Drawing(requests, sampling, self.max_new_tokens, model.device)
+        manager = model.init_continuous_batching(
+            GenerationConfig(do_sample=False, max_new_tokens=self.max_new_tokens, eos_token_id=-1),
+            self._settings(requests, model.device.type),
+        )
+        manager.logit_processor = ContinuousBatchingLogitsProcessorList(LogitsProcessorList([drawing]))
+        manager.logit_processor.tensors_required = 1
+        done: dict[int, Completion] = {}
+        manager.start()
+        try:
+            for n, request in enumerate(requests):
+                manager.add_request(
+                    request.prompt, str(n), request.exact_length or self.max_new_tokens,
+                    eos_token_id=[] if request.exact_length else self.end_ids,
+                )  # fmt: skip
+            while len(done) < len(requests):
+                if check:
+                    check()
+                answer = manager.get_result(timeout=SECONDS_BETWEEN_CHECKS)
+                if answer is None:
+                    if not manager.is_running():
+                        raise RuntimeError("transformers' continuous batching ended before its requests")
+                    continue
+                if answer.error is not None:
+                    raise RuntimeError(f"transformers' continuous batching: {answer.error}")
+                n = int(answer.request_id)
+                done[n] = self._completion(requests[n], answer.generated_tokens, drawing, n)
+                if on_finish:
+                    on_finish([done[n]])
+        finally:
+            manager.stop(hard_stop=len(done) < len(requests))
+            manager.destroy()
+        return [done[n] for n in range(len(requests))]
+
+    def _settings(self, requests: list[Request], device: str) -> ContinuousBatchingConfig:
+        page = PAGE_TOKENS.get(device, PAGE_TOKENS["cuda"])
+        pages = [math.ceil((len(request.prompt) + self.max_new_tokens) / page) for request in requests]
+        most = max(self.max_tokens_in_flight // page, max(pages))
+        return ContinuousBatchingConfig(page_size=page, num_blocks=min(sum(pages), most) + 1,
+                                        max_batch_tokens=BATCH_TOKENS)  # fmt: skip
+
+    def _completion(self, request: Request, ids: list[int], drawing: _Drawing, n: int) -> Completion:
+        length = len(ids)
+        if drawing.tokens[n, :length].tolist() != ids:
+            raise RuntimeError("transformers' continuous batching returned other tokens than were drawn")
+        by_itself = ids[-1] in self.end_ids
+        if request.exact_length is not None:
+            by_itself = length < self.max_new_tokens
+        return finished_completion(request, ids, drawing.logprobs[n, :length].tolist(), by_itself)
+
+
+class _Drawing(ContinuousBatchingLogitsProcessor):
+    """Draws the next token of each sequence in place of transformers."""
+
+    supported_kwargs: dict[str, type] = {}
+    ignored_kwargs: tuple[str, ...] = ()
+
+    def __init__(self, requests: list[Request], sampling: Sampling, most: int, device: torch.device) -> None:
+        self.sampling, self.nobody = sampling, len(requests)  # rows that pad a batch draw for nobody
+        self.keys = torch.tensor([*(request.key for request in requests), 0], device=device)
+        self.lengths = torch.zeros(len(requests) + 1, dtype=torch.int64, device=device)
+        # a token may be drawn for a sequence that has ended, and is forgotten
+        self.tokens = torch.zeros((len(requests) + 1, most + 1), dtype=torch.int64, device=device)
+        self.logprobs = torch.zeros((len(requests) + 1, most + 1), device=device)
+
+    def fill_defaults(self, int32_tensor: Tensor) -> None:
+        """See transformers."""
+        int32_tensor.fill_(self.nobody)
+
+    def prepare_tensor_args(self, requests_with_new_token: list[Any]) -> Tensor:
+        """The place of each row's request."""
+        return torch.tensor([self._place(each.state.request_id) for each in requests_with_new_token], dtype=torch.int32)
+
+    def _place(self, request_id: str) -> int:
+        return int(request_id) if request_id.isdecimal() else self.nobody  # others are made up to warm up
+
+    def __call__(self, scores: Tensor, tensor_arg: Tensor) -> Tensor:
+        """Draw from logits (R, V), and return scores (R, V) of which the drawn token's is the largest."""
+        request = tensor_arg[: scores.shape[0]].long()
+        position = self.lengths[request].clamp(max=self.tokens.shape[1] - 1)
+        token, logprob = draw(scores, self.keys[request], position, self.sampling)
+        self.tokens[request, position] = token
+        self.logprobs[request, position] = logprob
+        self.lengths[request] = position + 1
+        return torch.zeros_like(scores).scatter_(1, token[:, None], 1.0)
