@@ -36,10 +36,14 @@ def resolve_dtype(name: Dtype) -> torch.dtype:
     return torch.bfloat16 if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else torch.float32
 
 
-def _bound_onednn() -> None:
-    """Let oneDNN keep few of the kernels that it makes for every new shape: packs have ever new ones, and the 1,024 it
-    keeps by default come to hundreds of megabytes while hardly one is used again."""
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
+def _bound_kernel_caches() -> None:
+    """Let oneDNN, and what torch keeps of it, hold on to few of the kernels that are made for every new shape.
+
+    Packs have ever new shapes: the 1,024 that each keeps by default come to hundreds of megabytes, and hardly one is
+    used again.
+    """
+    for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+        os.environ.setdefault(name, "64")
 
 
 def _keep_deepspeed_from_compiling() -> None:
@@ -63,7 +67,7 @@ class Ranks:
 
     def __init__(self, dtype: torch.dtype, optim: OptimConfig) -> None:
         """Join the process group. `dtype` is the policy's compute dtype."""
-        _bound_onednn()
+        _bound_kernel_caches()
         on_cpu = not torch.cuda.is_available()
         deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
         several = int(os.environ.get("WORLD_SIZE", "1")) > 1
