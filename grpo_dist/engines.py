@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
+import sys
 import time
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any
 
 import torch
 from torch import nn
@@ -23,32 +24,38 @@ log = logging.getLogger(__name__)
 FAR = 500
 """A position at which it shows whether and how positions are encoded."""
 TRIAL_GROUPS, TRIAL_GROUP_SIZE, TRIAL_TOKENS = 4, 8, 48
-"""What engines are timed on; prompts and completions of TRIAL_TOKENS."""
+"""What engines are timed on: prompts, completions of each, and tokens of either."""
 
 Maker = Callable[[list[int], int, int], Engine]
 """Makes an engine from the ids that end a completion, its longest length, and the most tokens in flight."""
-T = TypeVar("T")
+
+
+class UnfitEngine(ValueError):
+    """The engine that was asked for does not draw what it should."""
 
 
 def make_engine(
-    model: nn.Module, obstacle: str | None, end_ids: list[int], rollout: RolloutConfig, of_main: Callable[[T], T]
-) -> Engine:
+    model: nn.Module, obstacle: str | None, end_ids: list[int], rollout: RolloutConfig,
+    gather: Callable[[Any], list[Any]],
+) -> Engine:  # fmt: skip
     """The engine that `rollout.engine` asks for, or the faster one that is right; a line in the log names it.
 
-    `obstacle` says why prompts cannot be shared, None where they can; `of_main` returns what the main rank gave it.
-    Raises ValueError where the paged engine is asked for and does not draw what it should.
+    `obstacle` says why prompts cannot be shared, None where they can; `gather` returns what each rank gave it, since
+    all have to come to the same. Raises UnfitEngine where the paged engine is asked for and is wrong for the model.
     """
     own, told = _own_engine(model, obstacle)
     engine, on_gpu = own, model.get_input_embeddings().weight.is_cuda
     if rollout.engine == "paged" or (rollout.engine == "auto" and on_gpu):
-        fault = _fault_of_paged(model, own)
+        fault, seconds = _on_trial(model, own, timed=rollout.engine == "auto")
+        fault = next(filter(None, gather(fault)), None)
         if fault is not None and rollout.engine == "paged":
-            raise ValueError(f"rollout.engine: 'paged' given, expected 'auto' or 'native' for this model: {fault}")
-        seconds = {"native": _seconds(model, own), "paged": _seconds(model, PagedEngine)} if not fault else {}
-        if rollout.engine == "paged" or of_main(seconds and seconds["paged"] < seconds["native"]):
-            engine, told = PagedEngine, "transformers' continuous batching (paged)"
-        measured = ", ".join(f"{name} {took:.2f} s" for name, took in seconds.items())
-        told += f"; on trial: {measured or fault}"
+            raise UnfitEngine(f"rollout.engine: 'paged' given, expected 'auto' or 'native' for this model: {fault}")
+        if seconds := gather(seconds)[0]:
+            told += f"; on trial: native {seconds[0]:.2f} s, paged {seconds[1]:.2f} s"
+        if fault is not None:
+            told += f"; paged is out of the question: {fault}"
+        elif rollout.engine == "paged" or seconds[1] < seconds[0]:
+            engine, told = PagedEngine, f"transformers' continuous batching (paged), in place of the {told}"
     log.info("rollouts: %s", told)
     return engine(end_ids, rollout.max_completion_length, rollout.max_tokens_in_flight)
 
@@ -70,32 +77,44 @@ def _own_engine(model: nn.Module, obstacle: str | None) -> tuple[Maker, str]:
 @torch.inference_mode()
 def decodes_as_llama(model: nn.Module) -> bool:
     """Whether a step of decoding in few operations has the logits of the model's own modules, far into a sequence."""
-    tokens = example_tokens(model, PROMPT)
-    layout, _ = prefill(model, [tokens.tolist()])
-    logits = []
-    for step_of in (module_step, LlamaStep):
-        state = DecodeState(tokens.device, 1, shares=True, whole_chunks=False)
-        state.admit(layout, [2])
-        state.make_room()
-        state.begin_step()
-        try:
-            logits.append(step_of(model)(tokens[:2], torch.tensor([PROMPT, FAR], device=tokens.device), state).float())
-        except CANNOT:
-            return False
+    try:
+        steps = module_step(model), LlamaStep(model)
+        far = min(FAR, _most_positions(model) - 1)
+        tokens = example_tokens(model, PROMPT)
+        layout, _ = prefill(model, [tokens.tolist()])
+        logits = []
+        for step in steps:
+            state = DecodeState(tokens.device, 1, shares=True, whole_chunks=False)
+            state.admit(layout, [2])
+            state.make_room()
+            state.begin_step()
+            logits.append(step(tokens[:2], torch.tensor([PROMPT, far], device=tokens.device), state).float())
+    except CANNOT:
+        return False
     theirs, ours = (each - each.mean(-1, keepdim=True) for each in logits)
     most = 1e-4 if next(model.parameters()).dtype == torch.float32 else 0.01
     return float((ours - theirs).norm()) <= most * float(theirs.norm())
 
 
-def _fault_of_paged(model: nn.Module, own: Maker) -> str | None:
-    """Why the paged engine is wrong for the model; None where it draws what the other does."""
+def _most_positions(model: nn.Module) -> int:
+    """Tokens of the longest sequence the model can take, as far as its config tells."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
+
+
+def _on_trial(model: nn.Module, own: Maker, timed: bool) -> tuple[str | None, list[float]]:
+    """Why the paged engine is wrong for the model (None: it draws what this project's does), and the seconds that each
+    of the two, this project's first, takes for the same work; none where they are not `timed` or it is wrong."""
+    if getattr(model.config.get_text_config(), "attn_logit_softcapping", None) is not None:
+        return "its attention scores are soft-capped, which transformers' paged attention leaves out", []
     requests = [Request(0, sample, example_tokens(model, PROMPT).tolist(), key=sample) for sample in range(4)]
     try:
         paged, expected = (make([-1], NEW_TOKENS, 1 << 20).generate(model, requests, Sampling())
                            for make in (PagedEngine, own))  # fmt: skip
-    except CANNOT as error:
-        return f"it cannot decode it ({type(error).__name__}: {error})"
-    return None if _agree(paged, expected, rounding(model)) else "it draws other completions"
+        if not _agree(paged, expected, rounding(model)):
+            return "it draws other completions", []
+        return None, [_seconds(model, make) for make in (own, PagedEngine)] if timed else []
+    except (*CANNOT, FloatingPointError) as error:
+        return f"it cannot decode it ({type(error).__name__}: {error})", []
 
 
 def _agree(some: list[Completion], others: list[Completion], tolerance: float) -> bool:
@@ -112,11 +131,12 @@ def _agree(some: list[Completion], others: list[Completion], tolerance: float) -
 
 
 def _seconds(model: nn.Module, make: Maker) -> float:
-    """How long an engine takes for the trial, the second time."""
-    ids = example_tokens(model, TRIAL_GROUPS * TRIAL_TOKENS).view(TRIAL_GROUPS, TRIAL_TOKENS).tolist()
+    """How long an engine takes for TRIAL_GROUPS prompts and their completions, the second time."""
+    length = min(TRIAL_TOKENS, _most_positions(model) // 2)
+    ids = example_tokens(model, TRIAL_GROUPS * length).view(TRIAL_GROUPS, length).tolist()
     requests = [Request(slot, sample, ids[slot], key=slot * TRIAL_GROUP_SIZE + sample)
                 for slot in range(TRIAL_GROUPS) for sample in range(TRIAL_GROUP_SIZE)]  # fmt: skip
-    engine, took = make([-1], TRIAL_TOKENS, 1 << 20), 0.0
+    engine, took = make([-1], length, 1 << 20), 0.0
     for _ in range(2):
         begun = time.monotonic()
         engine.generate(model, requests, Sampling())  # comes back with lists, so nothing is still under way

@@ -31,7 +31,7 @@ from .config import Config
 from .data import load_prompts
 from .display import set_up_logging
 from .distributed import Ranks, resolve_dtype, unsharded_loading
-from .engines import make_engine
+from .engines import UnfitEngine, make_engine
 from .estimates import Comparison, Estimate, compare, estimate, majority_at_k, pass_at_k
 from .gathering import gather_completions, gather_scores
 from .generation import generate_and_score, requests_of
@@ -122,7 +122,7 @@ class Evaluation:
         if obstacle is None and (obstacle := packing_leak(self.model)):
             self.model.set_attn_implementation("sdpa")
         self.engine = make_engine(self.model, obstacle, end_token_ids(config.model, self.tokenizer), config.rollout,
-                                  lambda choice: ranks.gather_objects(choice)[0])  # fmt: skip
+                                  ranks.gather_objects)  # fmt: skip
 
     def _sample(self, ranks: Ranks, prompts: list[Prompt], start: int) -> Batch:
         rollout, seed = self.config.rollout, self.config.train.seed
@@ -275,6 +275,10 @@ def main() -> int:
     ranks = Ranks(resolve_dtype(config.model.dtype), config.optim)
     try:
         rows = evaluation.run(ranks)
+    except UnfitEngine as error:
+        if ranks.is_main:
+            print(plain_lines(f"error: {error}"), file=sys.stderr)
+        return 2
     finally:
         evaluation.scorer.close()
         is_main = ranks.is_main

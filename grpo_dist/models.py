@@ -203,7 +203,8 @@ class FrozenCopy:
         self.model = model
         self._trained: dict[str, Tensor] = {}
         head = model.get_output_embeddings()
-        if isinstance(head, nn.Linear) and head.weight is not model.get_input_embeddings().weight:
+        is_tied = head is not None and head.weight is model.get_input_embeddings().weight
+        if isinstance(head, nn.Linear) and not is_tied and not head.weight.is_cuda:
             head.weight.data = _for_few_rows(head.weight).copy_(head.weight)
 
     @torch.no_grad()

@@ -87,8 +87,13 @@ class OptimizerState:
 
     @torch.no_grad()
     def restore(self, state: dict[str, Tensor]) -> None:
-        """Put back what `collect` returned, on every rank alike."""
+        """Put back what `collect` returned, on every rank alike. Raises ValueError for tensors of other shapes."""
         for name, parameter in self.parameters.items():
+            shape = parameter.ds_shape if is_sharded(parameter) else parameter.shape
+            for kind in ("weight", *MOMENTS):
+                if state[f"{kind}/{name}"].shape != shape:
+                    raise ValueError(f"{kind}/{name} has shape {list(state[f'{kind}/{name}'].shape)}, expected "
+                                     f"{list(shape)}")  # fmt: skip
             fragment = self._fragment(parameter)
             if fragment is not None:
                 flat = fragment.flat

@@ -7,7 +7,7 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +19,12 @@ from . import attention, checkpoint
 from .batch import Batch, Completion, Prompt
 from .card import write_card
 from .cli_config import redacted
-from .config import Config
+from .config import Config, RolloutConfig
 from .critic import parameter_groups
 from .data import load_prompts
 from .display import Display
 from .distributed import PhaseError, Ranks, resolve_dtype, unsharded_loading
-from .engines import make_engine
+from .engines import UnfitEngine, make_engine
 from .environment import record_start
 from .generation import generate_and_score, requests_of
 from .guards import BadUpdates, lock, warn_of_slow_save
@@ -48,7 +48,7 @@ from .recording import Recorder
 from .resuming import changes, identity, resume_path, versions
 from .rewards.pool import Pending, ScorerPool
 from .rewards.registry import TrainerState, answer_checks, labels
-from .rollout import Sampling, stream_key
+from .rollout import PagedEngine, Sampling, stream_key
 from .saving import save_final
 from .schedule import learning_rate
 from .sources import load_training
@@ -152,9 +152,9 @@ class Run:
         with self.reference.trained() as model:
             plain = head_is_plain(model, self.share_prompts)
             try:
-                self.engine = make_engine(model, obstacle, end_token_ids(config.model, self.tokenizer), config.rollout,
-                                          lambda choice: self.ranks.gather_objects(choice)[0])  # fmt: skip
-            except ValueError as error:
+                self.engine = make_engine(model, obstacle, end_token_ids(config.model, self.tokenizer),
+                                          self._rollout_to_go_on_with(), self.ranks.gather_objects)  # fmt: skip
+            except UnfitEngine as error:
                 raise UserError(str(error)) from error
         self.policy.fused_head = self.reference.policy.fused_head = plain
 
@@ -165,16 +165,25 @@ class Run:
 
     # --- resuming and saving -------------------------------------------------------------------------------------
 
+    def _rollout_to_go_on_with(self) -> RolloutConfig:
+        """The config's, but that a run goes on with the engine a trial once chose: the other would round otherwise."""
+        rollout = self.config.rollout
+        if rollout.engine != "auto" or self.resume_from is None:
+            return rollout
+        return replace(rollout, engine=checkpoint.load_meta(self.resume_from).get("engine", "auto"))
+
     def _resume(self) -> Position:
         assert self.resume_from is not None
+        problem = None
         try:
             tensors, meta = checkpoint.load(self.resume_from)
             self.state.restore(tensors)
             self.sampler.restore(meta["sampler"])
             position = Position.restored(tensors, meta, self.prompts)
-        except (TypeError, ValueError, LookupError, AttributeError, RuntimeError) as error:  # its checksums are right
-            raise UserError(f"{self.resume_from} does not fit this run ({type(error).__name__}: {error}): "
-                            f"{checkpoint.CHANGED}") from error  # fmt: skip
+        except (checkpoint.DamagedCheckpoint, TypeError, ValueError, LookupError, AttributeError) as error:
+            problem = f"{type(error).__name__}: {error}"  # although its checksums are right
+        if problem := next(filter(None, self.ranks.gather_objects(problem)), None):
+            raise UserError(f"{self.resume_from} does not fit this run ({problem}): {checkpoint.CHANGED}")
         log.info("resumed from %s", self.resume_from)
         if self.config.loss.kl_target is None:  # the coefficient is the config's, which may have been changed
             position.kl_coeff = self.config.loss.kl_coeff
@@ -188,6 +197,7 @@ class Run:
         state = self.state.collect() | self.position.tensors()
         meta = self.position.meta() | {"identity": self.identity, "config": redacted(asdict(self.config)),
                                        "versions": versions(), "sampler": self.sampler.state(),
+                                       "engine": "paged" if isinstance(self.engine, PagedEngine) else "native",
                                        "dtype": str(self.policy.causal_lm.dtype).removeprefix("torch.")}  # fmt: skip
         try:
             with self.ranks.together("saving a checkpoint"), self.watch.patience():

@@ -106,7 +106,8 @@ class DecodeState:
             self.used = int((self.starts + self.lengths).max())
 
     def _seat_rows(self) -> None:
-        """Give each sequence a seat at its prompt, where all of a prompt's sequences are one block of queries."""
+        """Settle where each sequence's sampled tokens begin and, where prompts are shared, its seat at its prompt, at
+        which all of a prompt's sequences are one block of queries."""
         self.version += 1
         lengths = self.prompt_lengths[self.prompt]
         self.starts = torch.zeros_like(lengths) if self.shares else lengths  # (R,) slot of the first sampled token

@@ -40,7 +40,7 @@ class Engine(Protocol):
     ) -> list[Completion]:  # fmt: skip
         """One completion a request, in the order of the requests.
 
-        `on_finish` is told of completions as they end; `check` is called between tokens and may raise to give up.
+        `on_finish` is told of completions as they end; `check` is called as the work moves and may raise to give up.
         """
 
 
@@ -57,6 +57,18 @@ class Rows:
     """Sampled tokens, one (R,) tensor a step."""
     logprobs: list[Tensor] = field(default_factory=list)
     """Their log-probabilities, one (R,) tensor a step."""
+
+
+def check_lengths(requests: list[Request], most: int) -> None:
+    """Raise ValueError where a request's exact length is not one of 1 to `most` tokens."""
+    for request in requests:
+        if request.exact_length is not None and not 1 <= request.exact_length <= most:
+            raise ValueError(f"exact_length: {request.exact_length} given, expected 1 to {most}")
+
+
+def ends_by_itself(request: Request, ids: list[int], end_ids: list[int], most: int) -> bool:
+    """Whether a completion counts as ended by the model rather than by the limit of `most` tokens."""
+    return ids[-1] in end_ids if request.exact_length is None else len(ids) < most
 
 
 def finished_completion(request: Request, ids: list[int], logprobs: list[float], ended: bool) -> Completion:

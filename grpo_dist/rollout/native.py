@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..batch import Completion
 from .cache import DecodeState
-from .engine import Request, finished_completion
+from .engine import Request, check_lengths, ends_by_itself, finished_completion
 from .graphs import Replayed
 from .sampling import Sampling, draw
 from .steps import Step, module_step, prefill
@@ -73,7 +73,8 @@ class _Decoding:
         self.compact_below = COMPACT_BELOW.get(kind, COMPACT_BELOW["cuda"])
         self.steps_between_checks = engine.steps_between_checks or STEPS_BETWEEN_CHECKS.get(kind, 1)
         self.requests = requests
-        self.shares = max((len(request.prompt) for request in requests), default=0) > engine.copied_prompt
+        self.longest_prompt = max((len(request.prompt) for request in requests), default=0)
+        self.shares = self.longest_prompt > engine.copied_prompt
         self.waiting = deque(self._admissible(requests))
         self.state = DecodeState(self.device, engine.max_new_tokens, shares=self.shares, whole_chunks=kind == "cuda")
         captures = kind == "cuda" and engine.captures
@@ -86,9 +87,7 @@ class _Decoding:
         self.reported = torch.zeros(0, dtype=torch.bool)  # (R,) ended, and its completion handed out
         total, most = len(requests), engine.max_new_tokens
         self.keys = torch.tensor([request.key for request in requests], device=self.device, dtype=torch.int64)
-        for request in requests:
-            if request.exact_length is not None and not 1 <= request.exact_length <= engine.max_new_tokens:
-                raise ValueError(f"exact_length: {request.exact_length} given, expected 1 to {engine.max_new_tokens}")
+        check_lengths(requests, engine.max_new_tokens)
         exact = [request.exact_length or 0 for request in requests]
         self.exact = torch.tensor(exact, device=self.device, dtype=torch.int64)
         self.limit = torch.where(self.exact > 0, self.exact, most)  # (N,)
@@ -141,12 +140,12 @@ class _Decoding:
 
     def _held(self, prompt_length: int) -> tuple[int, int]:
         """Most tokens that a prompt can come to hold for all its sequences together, and for each of them."""
-        most = self.engine.max_new_tokens
-        return (prompt_length, most) if self.shares else (0, prompt_length + most)
+        most = self.engine.max_new_tokens  # a sequence's own cache has room for the longest prompt
+        return (prompt_length, most) if self.shares else (0, self.longest_prompt + most)
 
     def _reserved(self) -> int:
-        prompts = self.state.prompt_lengths if self.shares else self.state.prompt_lengths[self.state.prompt]
-        return int(prompts.sum()) + self.state.num_rows * self.engine.max_new_tokens
+        once = int(self.state.prompt_lengths.sum()) if self.shares else 0
+        return once + self.state.num_rows * self._held(0)[1]
 
     def _admit(self) -> None:
         """Prefill as many waiting prompts as there is room for, once enough room is free to be worth it."""
@@ -216,10 +215,9 @@ class _Decoding:
         finished = []
         for place, (n, length) in enumerate(zip(ended.tolist(), lengths.tolist(), strict=True)):
             request = self.requests[n]
-            by_itself = ids[place][length - 1] in self.engine.end_ids
-            if request.exact_length is not None:
-                by_itself = length < self.engine.max_new_tokens
-            self.done[n] = finished_completion(request, ids[place][:length], logprobs[place][:length], by_itself)
+            own = ids[place][:length]
+            by_itself = ends_by_itself(request, own, self.engine.end_ids, self.engine.max_new_tokens)
+            self.done[n] = finished_completion(request, own, logprobs[place][:length], by_itself)
             finished.append(self.done[n])
         if self.on_finish:
             self.on_finish(finished)

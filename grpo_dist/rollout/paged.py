@@ -23,7 +23,7 @@ from transformers.generation.continuous_batching.cb_logits_processors import (
 )
 
 from ..batch import Completion
-from .engine import Request, finished_completion
+from .engine import Request, check_lengths, ends_by_itself, finished_completion
 from .sampling import Sampling, draw
 
 PAGE_TOKENS = {"cpu": 32, "cuda": 256}
@@ -44,7 +44,11 @@ class PagedEngine:
         self, model: nn.Module, requests: list[Request], sampling: Sampling,
         on_finish: Callable[[list[Completion]], None] | None = None, check: Callable[[], None] | None = None,
     ) -> list[Completion]:  # fmt: skip
-        """See `Engine`; `check` is called every so often. Raises RuntimeError where transformers fails."""
+        """See `Engine`; `check` is called only where something has moved, so that a hang can be told from work.
+
+        Raises RuntimeError where transformers fails.
+        """
+        check_lengths(requests, self.max_new_tokens)
         if not requests:
             return []
         attention = model.config._attn_implementation
@@ -67,6 +71,7 @@ class PagedEngine:
         manager.logit_processor = ContinuousBatchingLogitsProcessorList(LogitsProcessorList([drawing]))
         manager.logit_processor.tensors_required = 1
         done: dict[int, Completion] = {}
+        seen = -1
         manager.start()
         try:
             for n, request in enumerate(requests):
@@ -75,12 +80,14 @@ class PagedEngine:
                     eos_token_id=[] if request.exact_length else self.end_ids,
                 )  # fmt: skip
             while len(done) < len(requests):
-                if check:
+                if check and drawing.batches != seen:
+                    seen = drawing.batches
                     check()
                 answer = manager.get_result(timeout=SECONDS_BETWEEN_CHECKS)
                 if answer is None:
                     if not manager.is_running():
-                        raise RuntimeError("transformers' continuous batching ended before its requests")
+                        raise RuntimeError("transformers' continuous batching ended before its requests") from (
+                            manager.background_thread_status.fatal_error)  # fmt: skip
                     continue
                 if answer.error is not None:
                     raise RuntimeError(f"transformers' continuous batching: {answer.error}")
@@ -97,16 +104,15 @@ class PagedEngine:
         page = PAGE_TOKENS.get(device, PAGE_TOKENS["cuda"])
         pages = [math.ceil((len(request.prompt) + self.max_new_tokens) / page) for request in requests]
         most = max(self.max_tokens_in_flight // page, max(pages))
+        # not asynchronous: there, a token may be drawn that is thrown away and has to be drawn again
         return ContinuousBatchingConfig(page_size=page, num_blocks=min(sum(pages), most) + 1,
-                                        max_batch_tokens=BATCH_TOKENS)  # fmt: skip
+                                        max_batch_tokens=BATCH_TOKENS, use_async_batching=False)  # fmt: skip
 
     def _completion(self, request: Request, ids: list[int], drawing: _Drawing, n: int) -> Completion:
         length = len(ids)
         if drawing.tokens[n, :length].tolist() != ids:
             raise RuntimeError("transformers' continuous batching returned other tokens than were drawn")
-        by_itself = ids[-1] in self.end_ids
-        if request.exact_length is not None:
-            by_itself = length < self.max_new_tokens
+        by_itself = ends_by_itself(request, ids, self.end_ids, self.max_new_tokens)
         return finished_completion(request, ids, drawing.logprobs[n, :length].tolist(), by_itself)
 
 
@@ -117,10 +123,10 @@ class _Drawing(ContinuousBatchingLogitsProcessor):
     ignored_kwargs: tuple[str, ...] = ()
 
     def __init__(self, requests: list[Request], sampling: Sampling, most: int, device: torch.device) -> None:
-        self.sampling, self.nobody = sampling, len(requests)  # rows that pad a batch draw for nobody
+        self.sampling, self.nobody = sampling, len(requests)  # rows that get no token draw for nobody
+        self.batches = self.widest = 0
         self.keys = torch.tensor([*(request.key for request in requests), 0], device=device)
         self.lengths = torch.zeros(len(requests) + 1, dtype=torch.int64, device=device)
-        # a token may be drawn for a sequence that has ended, and is forgotten
         self.tokens = torch.zeros((len(requests) + 1, most + 1), dtype=torch.int64, device=device)
         self.logprobs = torch.zeros((len(requests) + 1, most + 1), device=device)
 
@@ -130,7 +136,10 @@ class _Drawing(ContinuousBatchingLogitsProcessor):
 
     def prepare_tensor_args(self, requests_with_new_token: list[Any]) -> Tensor:
         """The place of each row's request."""
-        return torch.tensor([self._place(each.state.request_id) for each in requests_with_new_token], dtype=torch.int32)
+        places = [self._place(each.state.request_id) for each in requests_with_new_token]
+        self.batches, self.widest = self.batches + 1, max(self.widest, len(places))
+        # transformers keeps what earlier batches left behind these
+        return torch.tensor(places + [self.nobody] * (self.widest - len(places)), dtype=torch.int32)
 
     def _place(self, request_id: str) -> int:
         return int(request_id) if request_id.isdecimal() else self.nobody  # others are made up to warm up

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 from grpo_dist import attention
 from grpo_dist.batch import Batch, Prompt
 from grpo_dist.config import RolloutConfig
-from grpo_dist.engines import decodes_as_llama, make_engine
+from grpo_dist.engines import UnfitEngine, decodes_as_llama, make_engine
 from grpo_dist.models import Policy, packing_obstacle
 from grpo_dist.packing import make_pack, plan
 from grpo_dist.probe import packing_leak
@@ -107,26 +107,53 @@ def test_adapters_that_are_not_merged_decode_through_their_modules() -> None:
     assert not decodes_as_llama(get_peft_model(model, LoraConfig(target_modules=["q_proj"])).get_base_model())
 
 
-def same(choice: object) -> object:
-    """What the main rank says, where there is one rank."""
-    return choice
+def alone(thing: Any) -> list[Any]:
+    """What all ranks say, where there is one."""
+    return [thing]
 
 
-@pytest.mark.parametrize("name", ["Llama", "Gemma2"])
+@pytest.mark.parametrize("name", ["Llama", "Mistral", "Gemma3Text"])
 def test_the_paged_engine_is_taken_where_it_is_right(name: str, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO")
-    model, rollout = make_model(make_config(name, {"head_dim": 8}), None), RolloutConfig(engine="paged")
-    assert isinstance(make_engine(model, "a window", [2], rollout, same), PagedEngine)
-    assert "continuous batching (paged); on trial: native " in caplog.text
+    options = {"head_dim": 8} | UNPACKABLE.get(name, {})
+    model, rollout = make_model(make_config(name, options), None), RolloutConfig(engine="paged")
+    assert isinstance(make_engine(model, "a window", [2], rollout, alone), PagedEngine)
+    assert "continuous batching (paged), in place of the one group at a time" in caplog.text
+
+
+def test_what_one_rank_finds_holds_for_all() -> None:
+    model = make_model(make_config("Llama", {}), attention.NAME)
+    with pytest.raises(UnfitEngine, match="another rank's"):
+        make_engine(model, None, [2], RolloutConfig(engine="paged"), lambda thing: [thing, "another rank's"])
+
+
+def test_soft_capped_scores_are_not_left_to_the_paged_engine() -> None:
+    model = make_model(make_config("Gemma2", {"head_dim": 8}), None)
+    with pytest.raises(UnfitEngine, match=r"rollout.engine: 'paged' given, .*soft-capped"):
+        make_engine(model, "a window", [2], RolloutConfig(engine="paged"), alone)
 
 
 def test_the_paged_engine_is_refused_where_it_draws_something_else() -> None:
     model = make_model(make_config("Llama", {}), attention.NAME)
     plain = model.forward
     model.forward = lambda **inputs: plain(**inputs | {"position_ids": inputs["position_ids"] * ("layout" in inputs)})
-    with pytest.raises(ValueError, match=r"rollout.engine: 'paged' given, .*draws other completions"):
-        make_engine(model, None, [2], RolloutConfig(engine="paged"), same)
-    assert isinstance(make_engine(model, None, [2], RolloutConfig(), same), NativeEngine)
+    with pytest.raises(UnfitEngine, match=r"rollout.engine: 'paged' given, .*draws other completions"):
+        make_engine(model, None, [2], RolloutConfig(engine="paged"), alone)
+    assert isinstance(make_engine(model, None, [2], RolloutConfig(), alone), NativeEngine)
+
+
+def test_positions_a_model_does_not_have_are_not_asked_of_it() -> None:
+    model = make_model(make_config("Llama", {"max_position_embeddings": 9}), attention.NAME)
+    asked: list[int] = []
+    plain = model.base_model.rotary_emb.forward
+
+    def forward(x: torch.Tensor, position_ids: torch.Tensor) -> Any:
+        asked.append(int(position_ids.max()))
+        return plain(x, position_ids)
+
+    model.base_model.rotary_emb.forward = forward
+    assert decodes_as_llama(model)
+    assert max(asked) == 8
 
 
 @pytest.mark.parametrize("name", UNPACKABLE)

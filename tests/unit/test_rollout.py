@@ -36,6 +36,7 @@ from grpo_dist.rollout import (
     Sampling,
     cache,
     native,
+    paged,
     stream_key,
 )
 from grpo_dist.rollout.llama import LlamaStep
@@ -166,6 +167,17 @@ def test_continuous_batching_draws_the_same(name: str, pairs: dict[str, Pair]) -
     for in_flight in (40, 100000):
         assert_equal(PagedEngine(ENDS, MOST, in_flight).generate(pair.shared, REQUESTS, sampling), expected)
     assert pair.shared.config._attn_implementation == attention.NAME, "as it was"
+
+
+def test_continuous_batching_with_prompts_that_come_in_parts(
+    pairs: dict[str, Pair], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While a long prompt is still being computed others draw, and some have ended before."""
+    monkeypatch.setattr(paged, "BATCH_TOKENS", 8)
+    requests = make_requests([1] * 4, [2, 2, 2, 20])
+    requests = [replace(r, exact_length=n) for r, n in zip(requests, [2, 6, 6, 6], strict=True)]
+    expected = NativeEngine(ENDS, MOST, 10000).generate(pairs["llama"].shared, requests, Sampling())
+    assert_equal(PagedEngine(ENDS, MOST, 10000).generate(pairs["llama"].shared, requests, Sampling()), expected)
 
 
 @pytest.mark.parametrize("in_flight", [1, 100])
@@ -306,8 +318,9 @@ def test_an_interrupted_rollout_leaves_no_thread(pairs: dict[str, Pair]) -> None
 @pytest.mark.parametrize("length", [0, MOST + 1, MOST + 2])
 def test_lengths_that_cannot_be_had(length: int, pairs: dict[str, Pair]) -> None:
     requests = [replace(REQUESTS[0], exact_length=length)]
-    with pytest.raises(ValueError, match="exact_length"):
-        NativeEngine(ENDS, MOST, 200).generate(pairs["llama"].shared, requests, Sampling())
+    for engine in (NativeEngine(ENDS, MOST, 200), PagedEngine(ENDS, MOST, 200)):
+        with pytest.raises(ValueError, match="exact_length"):
+            engine.generate(pairs["llama"].shared, requests, Sampling())
     with pytest.raises(ValueError, match="exact_length"):
         RowEngine(ENDS, MOST).generate(pairs["llama"].plain, requests, Sampling())
 
