@@ -14,7 +14,6 @@ import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 from safetensors import SafetensorError
@@ -26,9 +25,8 @@ log = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
 TENSORS = "state.safetensors"
 META = "state.json"
-
-
 CHANGED = "it was changed, or is of another version; choose another train.output_dir, or remove it"
+"""What is said of a checkpoint that is whole and holds something else than it should."""
 
 
 class DamagedCheckpoint(RuntimeError):
@@ -150,14 +148,14 @@ def newest(root: Path) -> Path | None:
     return None
 
 
-def load_meta(path: Path, needed: Mapping[str, Any] = MappingProxyType({})) -> dict[str, Any]:
+def load_meta(path: Path, needed: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Metadata of a checkpoint that has been verified. Raises DamagedCheckpoint where it lacks what is `needed`, names
     with types."""
     try:
         meta = json.loads((path / META).read_text())
     except (ValueError, RecursionError) as error:
         raise DamagedCheckpoint(f"{path / META} cannot be read ({error})") from error
-    missing = [name for name, kind in needed.items()
+    missing = [name for name, kind in (needed or {}).items()
                if not isinstance(meta, dict) or not isinstance(meta.get(name), kind)]  # fmt: skip
     if missing:
         raise DamagedCheckpoint(f"{path / META} lacks {', '.join(missing)}: {CHANGED}")

@@ -20,7 +20,7 @@ from .rollout.steps import Step, module_step
 PROMPT, COMPLETIONS = 5, (4, 3)
 NEW_TOKENS = 5
 """Enough for a step of decoding that is captured to be replayed twice."""
-CANNOT = (TypeError, ValueError, RuntimeError, AttributeError, KeyError, IndexError, NotImplementedError)
+CANNOT = (TypeError, ValueError, RuntimeError, AttributeError, KeyError, IndexError)
 """What a model's code raises that was not made for what it is asked."""
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, Protocol
 
@@ -42,21 +42,6 @@ class Engine(Protocol):
 
         `on_finish` is told of completions as they end; `check` is called as the work moves and may raise to give up.
         """
-
-
-@dataclass
-class Rows:
-    """Sequences that are being decoded together: R of them, one token each a step."""
-
-    requests: list[Request]
-    keys: Tensor
-    """(R,) int64."""
-    lengths: Tensor
-    """(R,) int64: tokens sampled so far."""
-    tokens: list[Tensor] = field(default_factory=list)
-    """Sampled tokens, one (R,) tensor a step."""
-    logprobs: list[Tensor] = field(default_factory=list)
-    """Their log-probabilities, one (R,) tensor a step."""
 
 
 def check_lengths(requests: list[Request], most: int) -> None:

@@ -73,8 +73,10 @@ class _Decoding:
         self.compact_below = COMPACT_BELOW.get(kind, COMPACT_BELOW["cuda"])
         self.steps_between_checks = engine.steps_between_checks or STEPS_BETWEEN_CHECKS.get(kind, 1)
         self.requests = requests
-        self.longest_prompt = max((len(request.prompt) for request in requests), default=0)
-        self.shares = self.longest_prompt > engine.copied_prompt
+        longest_prompt = max((len(request.prompt) for request in requests), default=0)
+        self.shares = longest_prompt > engine.copied_prompt
+        # most tokens a sequence's own cache comes to hold; with copied prompts it has room for the longest of them
+        self.row_tokens = engine.max_new_tokens + (0 if self.shares else longest_prompt)
         self.waiting = deque(self._admissible(requests))
         self.state = DecodeState(self.device, engine.max_new_tokens, shares=self.shares, whole_chunks=kind == "cuda")
         captures = kind == "cuda" and engine.captures
@@ -102,8 +104,7 @@ class _Decoding:
         groups = []
         for _, members in groupby(range(len(requests)), key=lambda n: requests[n].slot):
             group = list(members)
-            once, each = self._held(len(requests[group[0]].prompt))
-            most = max(1, (self.engine.max_tokens_in_flight - once) // each)
+            most = max(1, (self.engine.max_tokens_in_flight - self._shared(group)) // self.row_tokens)
             groups += [group[start : start + most] for start in range(0, len(group), most)]
         return groups
 
@@ -138,14 +139,13 @@ class _Decoding:
         self.state.end_step()
         self._draw(logits)
 
-    def _held(self, prompt_length: int) -> tuple[int, int]:
-        """Most tokens that a prompt can come to hold for all its sequences together, and for each of them."""
-        most = self.engine.max_new_tokens  # a sequence's own cache has room for the longest prompt
-        return (prompt_length, most) if self.shares else (0, self.longest_prompt + most)
+    def _shared(self, group: list[int]) -> int:
+        """Tokens that requests with one prompt hold together."""
+        return len(self.requests[group[0]].prompt) if self.shares else 0
 
     def _reserved(self) -> int:
-        once = int(self.state.prompt_lengths.sum()) if self.shares else 0
-        return once + self.state.num_rows * self._held(0)[1]
+        shared = int(self.state.prompt_lengths.sum()) if self.shares else 0
+        return shared + self.state.num_rows * self.row_tokens
 
     def _admit(self) -> None:
         """Prefill as many waiting prompts as there is room for, once enough room is free to be worth it."""
@@ -156,8 +156,7 @@ class _Decoding:
             return
         groups: list[list[int]] = []
         while self.waiting:
-            once, each = self._held(len(self.requests[self.waiting[0][0]].prompt))
-            need = once + len(self.waiting[0]) * each
+            need = self._shared(self.waiting[0]) + len(self.waiting[0]) * self.row_tokens
             if need > room and (groups or self.state.num_rows):
                 break
             room -= need

@@ -27,6 +27,7 @@ from .engine import Request, check_lengths, ends_by_itself, finished_completion
 from .sampling import Sampling, draw
 
 PAGE_TOKENS = {"cpu": 32, "cuda": 256}
+"""Tokens of a page of the cache; flash kernels want 256, and without one smaller pages waste less."""
 BATCH_TOKENS = 2048
 """Most tokens computed at once; longer prompts come in parts."""
 SECONDS_BETWEEN_CHECKS = 0.1

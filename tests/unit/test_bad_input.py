@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import pickle
 import re
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -100,15 +100,32 @@ def test_both_readers_see_the_same_lines(tmp_path: Path) -> None:
 # --- going on --------------------------------------------------------------------------------------------------------
 
 
+def blank_meta() -> dict[str, Any]:
+    """Metadata that has all it needs, and nothing in it."""
+    return {name: kind() if isinstance(kind, type) else kind[0]() for name, kind in NEEDED.items()}
+
+
 def saved(config: Config, step: int) -> Path:
     """A checkpoint that the config's run might have left."""
     from grpo_dist.models import load_model_config
 
     now = identity(config, load_model_config(config.model), [])
-    meta = {name: kind() if isinstance(kind, type) else kind[0]() for name, kind in NEEDED.items()}
-    meta |= {"identity": now, "config": asdict(config)}
+    meta = blank_meta() | {"identity": now, "config": asdict(config)}
     del meta["step"]
     return checkpoint.save(Path(config.train.output_dir) / "checkpoints", step, {"x": torch.zeros(4)}, meta, keep=9)
+
+
+@pytest.mark.parametrize(
+    ("asked", "kept", "taken"),
+    [("auto", "paged", "paged"), ("auto", "native", "native"), ("native", "paged", "native"), ("auto", None, "auto")],
+)
+def test_a_run_goes_on_with_the_engine_of_its_trial(asked: str, kept: str | None, taken: str, tmp_path: Path) -> None:
+    config = config_of(tmp_path, "--rollout.engine", asked)
+    run = Run.__new__(Run)
+    run.config = config
+    meta = {"engine": kept} if kept else {}
+    run.resume_from = checkpoint.save(tmp_path / "checkpoints", 1, {"x": torch.zeros(4)}, meta, keep=9)
+    assert run._rollout_to_go_on_with() == replace(config.rollout, engine=taken)
 
 
 def test_a_damaged_checkpoint_falls_back_or_raises(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -143,9 +160,8 @@ def test_a_checkpoint_that_lacks_something_is_damaged(tmp_path: Path) -> None:
     checkpoint.save(tmp_path / "run" / "checkpoints", 1, {"x": torch.zeros(4)}, {"identity": {}}, keep=9)
     with pytest.raises(UserError, match="lacks"):
         Run(config)
-    whole = {name: kind() if isinstance(kind, type) else kind[0]() for name, kind in NEEDED.items()}
-    checkpoint.save(tmp_path / "run" / "checkpoints", 2, {"x": torch.zeros(4)}, whole | {"identity": [], "facts": 1},
-                    keep=9)  # fmt: skip
+    checkpoint.save(tmp_path / "run" / "checkpoints", 2, {"x": torch.zeros(4)},
+                    blank_meta() | {"identity": [], "facts": 1}, keep=9)  # fmt: skip
     with pytest.raises(UserError, match="lacks facts, identity"):
         Run(config)
 
