@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import sys
 import time
 from collections.abc import Callable
@@ -16,8 +17,10 @@ from .config import RolloutConfig
 from .probe import CANNOT, NEW_TOKENS, PROMPT, decoding_error, example_tokens, rounding, tiny_engine
 from .rollout import Engine, NativeEngine, PagedEngine, Request, RowEngine, Sampling
 from .rollout.cache import DecodeState
+from .rollout.compiled import CannotCompile
+from .rollout.kernel import KernelStep
 from .rollout.llama import LlamaStep
-from .rollout.steps import module_step, prefill
+from .rollout.steps import Step, module_step, prefill
 
 log = logging.getLogger(__name__)
 
@@ -65,20 +68,36 @@ def _own_engine(model: nn.Module, obstacle: str | None) -> tuple[Maker, str]:
     if obstacle is not None:
         told = f"one group at a time, and completions are computed one to a row ({obstacle})"
         return lambda ends, most, _: RowEngine(ends, most), told
-    step_of = LlamaStep if decodes_as_llama(model) else module_step
+    step_of, way = own_step(model)
     trial = tiny_engine(captures=model.get_input_embeddings().weight.is_cuda, step_of=step_of)
     captures = trial.captures and decoding_error(model, trial) < rounding(model) and trial.captures
-    told = "native engine, prompts are shared by their groups" + ", CUDA graphs" * captures
-    if step_of is module_step:
-        told += ", decoding through the model's own modules"
+    told = f"native engine, prompts are shared by their groups{', CUDA graphs' * captures}, {way}"
     return lambda *sizes: NativeEngine(*sizes, captures=captures, step_of=step_of), told
 
 
+def own_step(model: nn.Module) -> tuple[Callable[[nn.Module], Step], str]:
+    """The fastest step of decoding that computes what the model does, and what is said about it."""
+    is_float32 = next(model.parameters()).dtype == torch.float32
+    if _decoding_off(LlamaStep, model) > (1e-4 if is_float32 else 0.01):
+        return module_step, "decoding through the model's own modules"
+    if not model.get_input_embeddings().weight.is_cuda:
+        try:  # it rounds less than a model in bfloat16 does
+            if _decoding_off(KernelStep, model) <= (1e-4 if is_float32 else 0.1):
+                return KernelStep, "decoding in C++"
+        except CannotCompile as error:
+            log.warning("rollouts: decoding is not compiled and takes up to twice as long: %s", error)
+    return LlamaStep, "decoding in few operations"
+
+
 @torch.inference_mode()
-def decodes_as_llama(model: nn.Module) -> bool:
-    """Whether a step of decoding in few operations has the logits of the model's own modules, far into a sequence."""
+def _decoding_off(step_of: Callable[[nn.Module], Step], model: nn.Module) -> float:
+    """How far a step of decoding is from the logits of the model's own modules, near and far into a sequence: the norm
+    of the difference as a share of theirs, infinite where it does not work for the model.
+
+    Raises CannotCompile where it takes a compiler and there is none.
+    """
     try:
-        steps = module_step(model), LlamaStep(model)
+        steps = module_step(model), step_of(model)
         far = min(FAR, _most_positions(model) - 1)
         tokens = example_tokens(model, PROMPT)
         layout, _ = prefill(model, [tokens.tolist()])
@@ -89,11 +108,12 @@ def decodes_as_llama(model: nn.Module) -> bool:
             state.make_room()
             state.begin_step()
             logits.append(step(tokens[:2], torch.tensor([PROMPT, far], device=tokens.device), state).float())
+    except CannotCompile:
+        raise
     except CANNOT:
-        return False
+        return math.inf
     theirs, ours = (each - each.mean(-1, keepdim=True) for each in logits)
-    most = 1e-4 if next(model.parameters()).dtype == torch.float32 else 0.01
-    return float((ours - theirs).norm()) <= most * float(theirs.norm())
+    return float((ours - theirs).norm()) / float(theirs.norm())
 
 
 def _most_positions(model: nn.Module) -> int:

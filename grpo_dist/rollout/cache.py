@@ -138,8 +138,15 @@ class DecodeState:
     def begin_step(self) -> None:
         """Lay out who attends to what; part of the step."""
         self.slots = self.starts + self.lengths
-        hidden = torch.arange(self.seen, device=self.device) > self.slots[:, None]
-        self.own_mask = _mask(hidden, next(iter(self.own_keys.values())).dtype)  # (R, 1, 1, seen)
+        self._own_mask: Tensor | None = None
+
+    @property
+    def own_mask(self) -> Tensor:
+        """Additive mask (R, 1, 1, seen) of this step; made when it is first asked for."""
+        if self._own_mask is None:
+            hidden = torch.arange(self.seen, device=self.device) > self.slots[:, None]
+            self._own_mask = _mask(hidden, next(iter(self.own_keys.values())).dtype)
+        return self._own_mask
 
     def end_step(self) -> None:
         """Count the tokens that were added; part of the step. Ended rows write to the last slot over and over."""

@@ -28,7 +28,9 @@ PARTS = {
 
 
 @dataclass(frozen=True)
-class _Norm:
+class Norm:
+    """RMSNorm (arXiv:1910.07467, equation 4)."""
+
     weight: Tensor
     eps: float
 
@@ -39,7 +41,9 @@ class _Norm:
 
 
 @dataclass(frozen=True)
-class _Linear:
+class Linear:
+    """A linear layer, perhaps with a bias."""
+
     weight: Tensor
     bias: Tensor | None
 
@@ -48,25 +52,27 @@ class _Linear:
 
 
 @dataclass(frozen=True)
-class _Layer:
+class Layer:
+    """Attention and feed-forward."""
+
     number: int
     scale: float
-    input_norm: _Norm
-    mlp_norm: _Norm
-    q: _Linear
-    k: _Linear
-    v: _Linear
-    o: _Linear
-    q_norm: _Norm | None
-    k_norm: _Norm | None
-    gate: _Linear
-    up: _Linear
-    down: _Linear
+    input_norm: Norm
+    mlp_norm: Norm
+    query: Linear
+    key: Linear
+    value: Linear
+    output: Linear
+    query_norm: Norm | None
+    key_norm: Norm | None
+    gate: Linear
+    up: Linear
+    down: Linear
     activation: nn.Module
 
 
-class LlamaStep:
-    """One more token of every sequence; it holds on to the weights that the model has when this is made."""
+class Weights:
+    """The weights that a model has when this is made, by what they do."""
 
     def __init__(self, model: nn.Module) -> None:
         """Raises ValueError, AttributeError or TypeError for a model that is built in another way."""
@@ -77,25 +83,34 @@ class LlamaStep:
         self.layers = [_layer(layer) for layer in base.layers]
         self.head = _linear(head)
 
+
+class LlamaStep:
+    """One more token of every sequence, in torch's operations."""
+
+    def __init__(self, model: nn.Module) -> None:
+        """Raises as `Weights`."""
+        self.weights = Weights(model)
+
     def __call__(self, tokens: Tensor, positions: Tensor, state: DecodeState) -> Tensor:
         """Logits (R, V) after `tokens` (R,) int64 at `positions` (R,) int64."""
-        x = embedding(tokens, self.embeddings)
-        cos, sin = self.rotary(x, positions[None])
+        weights, half = self.weights, self.weights.head_size // 2
+        x = embedding(tokens, weights.embeddings)
+        cos, sin = weights.rotary(x, positions[None])
         cos, sin = cos[0, :, None], sin[0, :, None]
-        turn = cos, torch.cat([-sin[..., : self.head_size // 2], sin[..., self.head_size // 2 :]], -1)
-        for layer in self.layers:
+        turn = cos, torch.cat([-sin[..., :half], sin[..., half:]], -1)
+        for layer in weights.layers:
             x = x + self._attention(layer, layer.input_norm(x), turn, state)
             inner = layer.mlp_norm(x)
             x = x + layer.down(layer.activation(layer.gate(inner)) * layer.up(inner))
-        return self.head(self.norm(x))
+        return weights.head(weights.norm(x))
 
-    def _attention(self, layer: _Layer, x: Tensor, turn: tuple[Tensor, Tensor], state: DecodeState) -> Tensor:
-        shape = len(x), -1, self.head_size
-        query, key, value = layer.q(x).view(shape), layer.k(x).view(shape), layer.v(x).view(shape)
-        query = query if layer.q_norm is None else layer.q_norm(query)
-        key = key if layer.k_norm is None else layer.k_norm(key)
+    def _attention(self, layer: Layer, x: Tensor, turn: tuple[Tensor, Tensor], state: DecodeState) -> Tensor:
+        shape = len(x), -1, self.weights.head_size
+        query, key, value = layer.query(x).view(shape), layer.key(x).view(shape), layer.value(x).view(shape)
+        query = query if layer.query_norm is None else layer.query_norm(query)
+        key = key if layer.key_norm is None else layer.key_norm(key)
         output = state.attend_rows(layer.number, _turned(query, turn), _turned(key, turn), value, layer.scale)
-        return layer.o(output.flatten(1))
+        return layer.output(output.flatten(1))
 
 
 def _turned(x: Tensor, turn: tuple[Tensor, Tensor]) -> Tensor:
@@ -104,13 +119,13 @@ def _turned(x: Tensor, turn: tuple[Tensor, Tensor]) -> Tensor:
     return x * cos + torch.roll(x, x.shape[-1] // 2, -1) * signed_sin
 
 
-def _layer(module: Any) -> _Layer:
+def _layer(module: Any) -> Layer:
     attention, mlp = module.self_attn, module.mlp
     _expect(module, PARTS["layer"])
     _expect(attention, PARTS["attention"], {"q_norm", "k_norm"})
     _expect(mlp, PARTS["mlp"])
     q_norm, k_norm = getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)
-    return _Layer(
+    return Layer(
         attention.layer_idx, attention.scaling, _norm(module.input_layernorm), _norm(module.post_attention_layernorm),
         _linear(attention.q_proj), _linear(attention.k_proj), _linear(attention.v_proj), _linear(attention.o_proj),
         None if q_norm is None else _norm(q_norm), None if k_norm is None else _norm(k_norm),
@@ -124,11 +139,11 @@ def _expect(module: nn.Module, names: set[str], extra: set[str] = frozenset()) -
         raise ValueError(f"{type(module).__name__} consists of {sorted(found)}, expected {sorted(names)}")
 
 
-def _norm(module: Any) -> _Norm:
-    return _Norm(module.weight, module.variance_epsilon)
+def _norm(module: Any) -> Norm:
+    return Norm(module.weight, module.variance_epsilon)
 
 
-def _linear(module: Any) -> _Linear:
+def _linear(module: Any) -> Linear:
     if not isinstance(module, nn.Linear):
         raise ValueError(f"{type(module).__name__} is not a plain linear layer")
-    return _Linear(module.weight, module.bias)
+    return Linear(module.weight, module.bias)

@@ -15,11 +15,15 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 from grpo_dist import attention
 from grpo_dist.batch import Batch, Prompt
 from grpo_dist.config import RolloutConfig
-from grpo_dist.engines import UnfitEngine, decodes_as_llama, make_engine
+from grpo_dist.engines import UnfitEngine, make_engine, own_step
 from grpo_dist.models import Policy, packing_obstacle
 from grpo_dist.packing import make_pack, plan
 from grpo_dist.probe import packing_leak
 from grpo_dist.rollout import NativeEngine, PagedEngine, Request, RowEngine, Sampling, stream_key
+from grpo_dist.rollout.compiled import library
+from grpo_dist.rollout.kernel import KernelStep
+from grpo_dist.rollout.llama import LlamaStep
+from grpo_dist.rollout.steps import module_step
 
 LONGEST = 64
 TINY: dict[str, Any] = {
@@ -92,19 +96,33 @@ BUILT_OTHERWISE: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("name", BUILT_AS_LLAMA)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_models_built_as_llama_are_known(name: str, dtype: torch.dtype) -> None:
-    assert decodes_as_llama(make_model(make_config(name, BUILT_AS_LLAMA[name]), attention.NAME).to(dtype))
+def test_models_built_as_llama_are_known(
+    name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = make_model(make_config(name, BUILT_AS_LLAMA[name]), attention.NAME).to(dtype)
+    assert own_step(model) == (KernelStep, "decoding in C++")
+    monkeypatch.setenv("CXX", "/no/compiler")
+    library.cache_clear()
+    assert own_step(model) == (LlamaStep, "decoding in few operations")
+    assert "decoding is not compiled and takes up to twice as long: /no/compiler: No such file" in caplog.text
+    library.cache_clear()
 
 
 @pytest.mark.parametrize("name", BUILT_OTHERWISE)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_models_built_otherwise_decode_through_their_modules(name: str, dtype: torch.dtype) -> None:
-    assert not decodes_as_llama(make_model(make_config(name, BUILT_OTHERWISE[name]), attention.NAME).to(dtype))
+    assert own_step(make_model(make_config(name, BUILT_OTHERWISE[name]), attention.NAME).to(dtype))[0] is module_step
+
+
+@pytest.mark.parametrize("change", [{"hidden_size": 36, "head_dim": 8}, {"intermediate_size": 20}, {"head_dim": 12},
+                                    {"hidden_act": "gelu"}])  # fmt: skip
+def test_what_the_kernel_does_not_compute_is_left_to_torch(change: dict[str, Any]) -> None:
+    assert own_step(make_model(make_config("Llama", change), attention.NAME))[0] is LlamaStep
 
 
 def test_adapters_that_are_not_merged_decode_through_their_modules() -> None:
     model = make_model(make_config("Llama", {}), attention.NAME)
-    assert not decodes_as_llama(get_peft_model(model, LoraConfig(target_modules=["q_proj"])).get_base_model())
+    assert own_step(get_peft_model(model, LoraConfig(target_modules=["q_proj"])).get_base_model())[0] is module_step
 
 
 def alone(thing: Any) -> list[Any]:
@@ -152,7 +170,7 @@ def test_positions_a_model_does_not_have_are_not_asked_of_it() -> None:
         return plain(x, position_ids)
 
     model.base_model.rotary_emb.forward = forward
-    assert decodes_as_llama(model)
+    assert own_step(model)[0] is KernelStep
     assert max(asked) == 8
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import threading
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -39,8 +40,9 @@ from grpo_dist.rollout import (
     paged,
     stream_key,
 )
+from grpo_dist.rollout.kernel import KernelStep
 from grpo_dist.rollout.llama import LlamaStep
-from grpo_dist.rollout.steps import module_step, prefill
+from grpo_dist.rollout.steps import Step, module_step, prefill
 
 TINY: dict[str, Any] = {
     "vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -136,11 +138,14 @@ def test_both_engines_draw_the_same(name: str, pairs: dict[str, Pair]) -> None:
         assert_equal(NativeEngine(ENDS, MOST, in_flight).generate(pair.shared, REQUESTS, Sampling()), expected)
 
 
+@pytest.mark.parametrize("step_of", [LlamaStep, KernelStep])
 @pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "mistral"])
-def test_a_step_in_few_operations_draws_the_same(name: str, pairs: dict[str, Pair]) -> None:
+def test_a_faster_step_draws_the_same(name: str, step_of: Callable[[nn.Module], Step], pairs: dict[str, Pair]) -> None:
     model = pairs[name].shared
     expected = NativeEngine(ENDS, MOST, 200).generate(model, REQUESTS, Sampling())
-    assert_equal(NativeEngine(ENDS, MOST, 200, step_of=LlamaStep).generate(model, REQUESTS, Sampling()), expected)
+    for in_flight in (200, 100000):
+        engine = NativeEngine(ENDS, MOST, in_flight, step_of=step_of)
+        assert_equal(engine.generate(model, REQUESTS, Sampling()), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

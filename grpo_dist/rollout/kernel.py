@@ -1,0 +1,138 @@
+"""The decoding step of `llama.cpp`: models built as Llama is, on a CPU.
+
+torch's operations for a few tokens spend as long on starting as on computing, and a product of few rows waits for
+memory. Here a step is one call, and what it computes for a sequence does not depend, to the last bit, on what else is
+in flight. Where it cannot be compiled `llama.py` takes its place.
+
+Shapes: R sequences, V vocabulary, H hidden, F intermediate, D head size.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import c_float, c_int64, c_void_p
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import silu
+
+from .cache import DecodeState
+from .compiled import library
+from .llama import Layer, Linear, Norm, Weights
+
+SOURCE = Path(__file__).with_name("llama.cpp")
+FUNCTIONS = {torch.float32: "decode_float32", torch.bfloat16: "decode_bfloat16"}
+"""The function for weights of each dtype; it computes in float32."""
+MULTIPLE = 8
+"""Sizes are multiples of the numbers that are computed at once, at least these."""
+
+
+# The structures of llama.cpp, field by field.
+class _Linear(ctypes.Structure):
+    _fields_ = [("weight", c_void_p), ("bias", c_void_p)]
+
+
+class _Layer(ctypes.Structure):
+    _fields_ = [
+        *((name, c_void_p) for name in ("input_norm", "mlp_norm", "query_norm", "key_norm")),
+        *((name, _Linear) for name in ("query", "key", "value", "output", "gate", "up", "down")),
+        *((name, c_void_p) for name in ("own_keys", "own_values", "prompt_keys", "prompt_values")),
+    ]
+
+
+class _Step(ctypes.Structure):
+    _fields_ = [
+        *((name, c_int64) for name in ("threads", "layers", "hidden", "intermediate", "vocabulary")),
+        *((name, c_int64) for name in ("query_heads", "key_heads", "head_size")),
+        *((name, c_float) for name in ("eps", "scale")),
+        *((name, c_void_p) for name in ("embeddings", "norm")), ("head", _Linear), ("layer", c_void_p),
+        *((name, c_int64) for name in ("rows", "own_slots", "prompt_slots")),
+        *((name, c_void_p) for name in ("tokens", "slots", "prompt", "prompt_lengths", "cos", "sin", "logits")),
+    ]  # fmt: skip
+
+
+class KernelStep:
+    """One more token of every sequence; it holds on to the weights that the model has when this is made."""
+
+    def __init__(self, model: nn.Module) -> None:
+        """Raises as `Weights`, and ValueError for sizes this does not compute or where it cannot be compiled."""
+        weights = Weights(model)
+        first, size = weights.layers[0], weights.head_size
+        (vocabulary, hidden), inner = weights.embeddings.shape, len(first.gate.weight)
+        self.weights, self.dtype = weights, weights.embeddings.dtype
+        if any(number % MULTIPLE for number in (hidden, inner, size)):
+            raise ValueError(f"sizes {hidden}, {inner} and {size}, expected multiples of {MULTIPLE}")
+        gates = torch.linspace(-8, 8, 65)
+        if not all(layer.scale == first.scale and torch.equal(layer.activation(gates), silu(gates))
+                   for layer in weights.layers):  # fmt: skip
+            raise ValueError("an activation is not SiLU, or layers scale their scores differently")
+        if weights.embeddings.is_cuda or self.dtype not in FUNCTIONS:
+            raise ValueError(f"{self.dtype} on {weights.embeddings.device}, expected {list(FUNCTIONS)} on a CPU")
+        self.decode = getattr(library(SOURCE), FUNCTIONS[self.dtype])
+        self.kept: list[Tensor] = []  # what is pointed to
+        self.layers = (_Layer * len(weights.layers))(*(self._layer(layer) for layer in weights.layers))
+        self.step = _Step(
+            torch.get_num_threads(), len(self.layers), hidden, inner, vocabulary,
+            len(first.query.weight) // size, len(first.key.weight) // size, size, weights.norm.eps, first.scale,
+            self._kept(weights.embeddings, (vocabulary, hidden), self.dtype), self._norm(weights.norm, hidden),
+            self._linear(weights.head, vocabulary, hidden), ctypes.addressof(self.layers),
+        )  # fmt: skip
+        self.points_into: tuple[DecodeState | None, int] = None, 0
+
+    def __call__(self, tokens: Tensor, positions: Tensor, state: DecodeState) -> Tensor:
+        """Logits (R, V) float32 after `tokens` (R,) int64 at `positions` (R,) int64."""
+        if self.points_into != (state, state.version):
+            self._point_into(state)
+        step = self.step
+        logits = torch.empty(step.rows, step.vocabulary)
+        turn = [x.contiguous() for x in self.weights.rotary(logits, positions[None])]
+        step.cos, step.sin = (_address(x, (1, step.rows, step.head_size), torch.float32) for x in turn)
+        step.tokens, step.slots, step.logits = tokens.data_ptr(), state.slots.data_ptr(), logits.data_ptr()
+        self.decode(ctypes.byref(step))
+        return logits
+
+    def _point_into(self, state: DecodeState) -> None:
+        step, shape = self.step, next(iter(state.own_keys.values())).shape
+        step.rows, step.own_slots = state.num_rows, shape[2]
+        stores = [("own_keys", state.own_keys, shape), ("own_values", state.own_values, shape)]
+        if state.shares:
+            shape = next(iter(state.prompt_keys.values())).shape
+            step.prompt_slots = shape[2]
+            step.prompt, step.prompt_lengths = state.prompt.data_ptr(), state.prompt_lengths.data_ptr()
+            stores += [("prompt_keys", state.prompt_keys, shape), ("prompt_values", state.prompt_values, shape)]
+        for place, layer in zip(self.layers, self.weights.layers, strict=True):
+            for name, store, expected in stores:
+                setattr(place, name, _address(store[layer.number], expected, self.dtype))
+        self.points_into = state, state.version
+
+    def _layer(self, layer: Layer) -> _Layer:
+        weights = self.weights
+        hidden, size, first = weights.embeddings.shape[1], weights.head_size, weights.layers[0]
+        queries, keys, inner = len(first.query.weight), len(first.key.weight), len(first.gate.weight)
+        return _Layer(
+            self._norm(layer.input_norm, hidden), self._norm(layer.mlp_norm, hidden),
+            self._norm(layer.query_norm, size), self._norm(layer.key_norm, size),
+            self._linear(layer.query, queries, hidden), self._linear(layer.key, keys, hidden),
+            self._linear(layer.value, keys, hidden), self._linear(layer.output, hidden, queries),
+            self._linear(layer.gate, inner, hidden), self._linear(layer.up, inner, hidden),
+            self._linear(layer.down, hidden, inner),
+        )  # fmt: skip
+
+    def _norm(self, norm: Norm | None, size: int) -> int | None:
+        return None if norm is None else self._kept(norm.weight.float(), (size,), torch.float32)
+
+    def _linear(self, linear: Linear, outputs: int, inputs: int) -> _Linear:
+        bias = None if linear.bias is None else self._kept(linear.bias.float(), (outputs,), torch.float32)
+        return _Linear(self._kept(linear.weight, (outputs, inputs), self.dtype), bias)
+
+    def _kept(self, x: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> int:
+        self.kept.append(x)
+        return _address(x, shape, dtype)
+
+
+def _address(x: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> int:
+    """Where a tensor lies, which is what the kernel takes it for. Raises ValueError."""
+    if x.shape != shape or x.dtype != dtype or not x.is_contiguous():
+        raise ValueError(f"{x.dtype} {tuple(x.shape)} with strides {x.stride()}, expected {dtype} {shape} without gaps")
+    return x.data_ptr()

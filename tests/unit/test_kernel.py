@@ -1,0 +1,171 @@
+"""The compiled step of decoding: what it computes is what the model computes, for whoever else is in flight."""
+
+from __future__ import annotations
+
+import copy
+import platform
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
+
+from grpo_dist import attention
+from grpo_dist.rollout import compiled
+from grpo_dist.rollout.cache import DecodeState
+from grpo_dist.rollout.compiled import CannotCompile, library
+from grpo_dist.rollout.kernel import SOURCE, KernelStep
+from grpo_dist.rollout.steps import module_step, prefill
+
+PROMPTS = [[5, 9, 40, 7, 7], [3], [11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21]]
+STEPS = 40
+"""Enough for keys that fill several vectors, and for the cache to grow."""
+
+
+def make_model(kind: str = "qwen2", **sizes: int) -> nn.Module:
+    """A random model whose biases and norms are not the ones it begins with."""
+    options: dict[str, Any] = {
+        "vocab_size": 61, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "head_dim": 16, **sizes,
+    }  # fmt: skip
+    torch.manual_seed(1)
+    config = {"qwen2": Qwen2Config, "qwen3": Qwen3Config, "llama": LlamaConfig}[kind](**options)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention.NAME).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+def tokens_of(rows: Tensor) -> Tensor:
+    """Tokens (STEPS, R) that rows, which have a number each, are given one after another."""
+    return (torch.arange(STEPS)[:, None] * 7 + rows * 13) % 61
+
+
+@torch.inference_mode()
+def decoded(step_of: Any, model: nn.Module, sizes: list[int], shares: bool, rows: Tensor | None = None) -> Tensor:
+    """Logits (STEPS, R, V) of completions, `sizes[n]` of them behind PROMPTS[n]; of `rows` alone, if they are given."""
+    layout, _ = prefill(model, PROMPTS)
+    state = DecodeState(torch.device("cpu"), STEPS, shares=shares, whole_chunks=False)
+    state.admit(layout, sizes)
+    kept = torch.arange(sum(sizes)) if rows is None else rows
+    state.keep(kept)
+    step, logits = step_of(model), []
+    for tokens in tokens_of(kept):
+        state.make_room()
+        state.begin_step()
+        logits.append(step(tokens, state.prompt_lengths[state.prompt] + state.lengths, state).double())
+        state.end_step()
+        state.count_step()
+    return torch.stack(logits)
+
+
+@pytest.mark.parametrize("shares", [True, False], ids=["shared", "copied"])
+@pytest.mark.parametrize(
+    ("kind", "sizes"),
+    [("qwen2", {}), ("llama", {"num_key_value_heads": 4}), ("qwen3", {"head_dim": 24}), ("qwen3", {"head_dim": 128}),
+     ("llama", {"hidden_size": 40, "intermediate_size": 56, "head_dim": 8}), ("qwen2", {"head_dim": 80}),
+     ("qwen2", {"hidden_size": 1040, "intermediate_size": 1200})],
+    ids=["qwen2", "heads-of-their-own", "head-24", "head-128", "multiples-of-8", "head-80", "more-than-a-chunk"],
+)  # fmt: skip
+def test_it_computes_what_the_model_does(kind: str, sizes: dict[str, int], shares: bool) -> None:
+    """Against the model's own modules in twice the precision."""
+    model = make_model(kind, **sizes)
+    exact = decoded(module_step, copy.deepcopy(model).double(), [7, 1, 11], shares)
+    got = decoded(KernelStep, model, [7, 1, 11], shares)
+    assert float((got - exact).abs().max()) < 1e-4 * float(exact.abs().max())
+
+
+@pytest.mark.parametrize("shares", [True, False], ids=["shared", "copied"])
+def test_weights_in_bfloat16_are_summed_in_float32(shares: bool) -> None:
+    model = make_model().bfloat16()
+    exact = decoded(module_step, copy.deepcopy(model).double(), [3, 2, 3], shares)
+    off = {step_of: float((decoded(step_of, model, [3, 2, 3], shares) - exact).norm() / exact.norm())
+           for step_of in (KernelStep, module_step)}  # fmt: skip
+    assert off[KernelStep] < 0.5 * off[module_step] < 0.05
+
+
+@pytest.mark.parametrize("shares", [True, False], ids=["shared", "copied"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_bit_depends_on_the_others_in_flight_or_on_threads(shares: bool, dtype: torch.dtype) -> None:
+    model, sizes = make_model(hidden_size=528).to(dtype), [9, 8, 6]
+    together = decoded(KernelStep, model, sizes, shares)
+    for rows in ([0], [22], [3, 4, 9], list(range(5, 23))):
+        assert torch.equal(decoded(KernelStep, model, sizes, shares, torch.tensor(rows)), together[:, rows])
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads + 2)
+        assert torch.equal(decoded(KernelStep, model, sizes, shares), together)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="names a processor of another kind")
+@pytest.mark.parametrize("processor", ["x86-64", "x86-64-v3"])
+def test_older_processors(processor: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    flags = [f"-march={processor}" if "march" in flag else flag for flag in compiled.FLAGS]
+    monkeypatch.setattr(compiled, "FLAGS", flags)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    library.cache_clear()
+    try:
+        for head_dim in (16, 24):
+            model = make_model("qwen3", head_dim=head_dim)
+            exact = decoded(module_step, copy.deepcopy(model).double(), [3, 1, 5], True)
+            got = decoded(KernelStep, model, [3, 1, 5], True)
+            assert float((got - exact).abs().max()) < 1e-4 * float(exact.abs().max())
+    finally:
+        library.cache_clear()
+
+
+@pytest.fixture
+def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    """An empty directory for compiled libraries, and a small source."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    library.cache_clear()
+    source = tmp_path / "small.cpp"
+    source.write_text('extern "C" int answer() { return 42; }')
+    yield source
+    library.cache_clear()
+
+
+def test_it_is_compiled_once(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert library(fresh).answer() == 42
+    (kept,) = (fresh.parent / "cache" / "grpo_dist").iterdir()
+    made = kept.stat().st_mtime_ns
+    library.cache_clear()
+    assert library(fresh).answer() == 42
+    assert kept.stat().st_mtime_ns == made
+    fresh.write_text('extern "C" int answer() { return 43; }')
+    library.cache_clear()
+    assert library(fresh).answer() == 43
+    assert len(list(kept.parent.iterdir())) == 2
+
+
+def test_without_a_place_to_keep_it(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (fresh.parent / "cache").write_text("a file")
+    assert library(fresh).answer() == 42
+
+
+@pytest.mark.parametrize(
+    ("compiler", "message"),
+    [("/no/compiler", "/no/compiler: No such"), ("false", "false --version"), ("", r"there is no C\+\+ compiler")],
+)
+def test_without_a_compiler(compiler: str, message: str, fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", compiler)
+    if not compiler:
+        monkeypatch.setenv("PATH", str(fresh.parent))
+    with pytest.raises(CannotCompile, match=message):
+        library(fresh)
+
+
+def test_what_does_not_compile_is_shown(fresh: Path) -> None:
+    fresh.write_text("no C++")
+    with pytest.raises(CannotCompile, match=r"error: .*no"):
+        library(fresh)
+
+
+def test_the_kernel_compiles_without_a_warning(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiled, "FLAGS", [*compiled.FLAGS, "-Wextra", "-Werror"])
+    assert library(SOURCE)
