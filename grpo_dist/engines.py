@@ -46,7 +46,7 @@ def make_engine(
     `obstacle` says why prompts cannot be shared, None where they can; `gather` returns what each rank gave it, since
     all have to come to the same. Raises UnfitEngine where the paged engine is asked for and is wrong for the model.
     """
-    own, told = _own_engine(model, obstacle)
+    own, told = _own_engine(model, obstacle, gather)
     engine, on_gpu = own, model.get_input_embeddings().weight.is_cuda
     if rollout.engine == "paged" or (rollout.engine == "auto" and on_gpu):
         fault, seconds = _on_trial(model, own, timed=rollout.engine == "auto")
@@ -63,16 +63,19 @@ def make_engine(
     return engine(end_ids, rollout.max_completion_length, rollout.max_tokens_in_flight)
 
 
-def _own_engine(model: nn.Module, obstacle: str | None) -> tuple[Maker, str]:
+def _own_engine(model: nn.Module, obstacle: str | None, gather: Callable[[Any], list[Any]]) -> tuple[Maker, str]:
     """This project's engine for the model, and what is said about it."""
     if obstacle is not None:
         told = f"one group at a time, and completions are computed one to a row ({obstacle})"
         return lambda ends, most, _: RowEngine(ends, most), told
     step_of, way = own_step(model)
+    if len(set(gather(step_of.__name__))) > 1:  # KernelStep, where it can be compiled
+        step_of, way = LlamaStep, "decoding in few operations, which all ranks can"
     trial = tiny_engine(captures=model.get_input_embeddings().weight.is_cuda, step_of=step_of)
     captures = trial.captures and decoding_error(model, trial) < rounding(model) and trial.captures
     told = f"native engine, prompts are shared by their groups{', CUDA graphs' * captures}, {way}"
-    return lambda *sizes: NativeEngine(*sizes, captures=captures, step_of=step_of), told
+    copied = 0 if step_of is KernelStep else None  # it attends to a shared prompt and to its own tokens at once
+    return lambda *sizes: NativeEngine(*sizes, captures=captures, step_of=step_of, copied_prompt=copied), told
 
 
 def own_step(model: nn.Module) -> tuple[Callable[[nn.Module], Step], str]:

@@ -193,13 +193,13 @@ class FrozenCopy:
     def __init__(self, model: nn.Module, temperature: float) -> None:
         self.policy = Policy(model.eval().requires_grad_(False), temperature)
         self.model = model
+        self._own = dict(model.named_parameters())
         self._trained: dict[str, Tensor] = {}
 
     @torch.no_grad()
     def sync(self, policy: Policy) -> None:
         """Refill the rollout weights from the policy; a collective under ZeRO-3."""
-        own = dict(self.model.named_parameters())
-        parameters = trainable(policy)
+        own, parameters = self._own, trainable(policy)
         with whole(list(parameters.values())):
             if isinstance(policy.model, PeftModel):
                 for name, layer in adapted_layers(policy).items():
@@ -221,7 +221,7 @@ class FrozenCopy:
     @contextmanager
     def trained(self) -> Iterator[nn.Module]:
         """Inside, the copy computes as the policy did at the last `sync`."""
-        own = dict(self.model.named_parameters())
+        own = self._own
         base = {key: own[key].data for key in self._trained}
         try:
             for key, value in self._trained.items():

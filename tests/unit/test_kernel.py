@@ -19,6 +19,8 @@ from grpo_dist.rollout.compiled import CannotCompile, library
 from grpo_dist.rollout.kernel import SOURCE, KernelStep
 from grpo_dist.rollout.steps import module_step, prefill
 
+pytestmark = pytest.mark.usefixtures("kernel")
+
 PROMPTS = [[5, 9, 40, 7, 7], [3], [11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21]]
 STEPS = 40
 """Enough for keys that fill several vectors, and for the cache to grow."""

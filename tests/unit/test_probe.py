@@ -94,6 +94,7 @@ BUILT_OTHERWISE: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+@pytest.mark.usefixtures("kernel")
 @pytest.mark.parametrize("name", BUILT_AS_LLAMA)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_models_built_as_llama_are_known(
@@ -145,6 +146,16 @@ def test_what_one_rank_finds_holds_for_all() -> None:
         make_engine(model, None, [2], RolloutConfig(engine="paged"), lambda thing: [thing, "another rank's"])
 
 
+@pytest.mark.usefixtures("kernel")
+def test_ranks_decode_alike(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    model = make_model(make_config("Llama", {}), attention.NAME)
+    for others, told in ((["KernelStep"], "decoding in C++"), (["LlamaStep"], "which all ranks can")):
+        engine = make_engine(model, None, [2], RolloutConfig(), lambda mine, others=others: [mine, *others])
+        assert engine.step_of is (KernelStep if others == ["KernelStep"] else LlamaStep)
+        assert told in caplog.text
+
+
 def test_soft_capped_scores_are_not_left_to_the_paged_engine() -> None:
     model = make_model(make_config("Gemma2", {"head_dim": 8}), None)
     with pytest.raises(UnfitEngine, match=r"rollout.engine: 'paged' given, .*soft-capped"):
@@ -160,6 +171,7 @@ def test_the_paged_engine_is_refused_where_it_draws_something_else() -> None:
     assert isinstance(make_engine(model, None, [2], RolloutConfig(), alone), NativeEngine)
 
 
+@pytest.mark.usefixtures("kernel")
 def test_positions_a_model_does_not_have_are_not_asked_of_it() -> None:
     model = make_model(make_config("Llama", {"max_position_embeddings": 9}), attention.NAME)
     asked: list[int] = []

@@ -138,6 +138,7 @@ def test_both_engines_draw_the_same(name: str, pairs: dict[str, Pair]) -> None:
         assert_equal(NativeEngine(ENDS, MOST, in_flight).generate(pair.shared, REQUESTS, Sampling()), expected)
 
 
+@pytest.mark.usefixtures("kernel")
 @pytest.mark.parametrize("step_of", [LlamaStep, KernelStep])
 @pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "mistral"])
 def test_a_faster_step_draws_the_same(name: str, step_of: Callable[[nn.Module], Step], pairs: dict[str, Pair]) -> None:
