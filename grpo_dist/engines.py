@@ -29,6 +29,13 @@ FAR = 500
 TRIAL_GROUPS, TRIAL_GROUP_SIZE, TRIAL_TOKENS = 4, 8, 48
 """What engines are timed on: prompts, completions of each, and tokens of either."""
 
+STEPS: dict[str, Callable[[nn.Module], Step]] = {
+    "modules": module_step, "operations": LlamaStep, "compiled": KernelStep,
+}  # fmt: skip
+"""How a step of decoding may be computed, by the name a checkpoint keeps; from slow to fast."""
+TOLD = {"modules": "decoding through the model's own modules", "operations": "decoding in few operations",
+        "compiled": "decoding in C++"}  # fmt: skip
+
 Maker = Callable[[list[int], int, int], Engine]
 """Makes an engine from the ids that end a completion, its longest length, and the most tokens in flight."""
 
@@ -39,14 +46,15 @@ class UnfitEngine(ValueError):
 
 def make_engine(
     model: nn.Module, obstacle: str | None, end_ids: list[int], rollout: RolloutConfig,
-    gather: Callable[[Any], list[Any]],
+    gather: Callable[[Any], list[Any]], step: str | None = None,
 ) -> Engine:  # fmt: skip
     """The engine that `rollout.engine` asks for, or the faster one that is right; a line in the log names it.
 
-    `obstacle` says why prompts cannot be shared, None where they can; `gather` returns what each rank gave it, since
-    all have to come to the same. Raises UnfitEngine where the paged engine is asked for and is wrong for the model.
+    `obstacle` says why prompts cannot be shared, None where they can, the same on all ranks; `gather` returns what each
+    rank gave it, since all have to come to the same; `step` is how a run to go on with was decoding (see `made_of`).
+    Raises UnfitEngine where the paged engine is asked for and is wrong for the model.
     """
-    own, told = _own_engine(model, obstacle, gather)
+    own, told = _own_engine(model, obstacle, gather, step)
     engine, on_gpu = own, model.get_input_embeddings().weight.is_cuda
     if rollout.engine == "paged" or (rollout.engine == "auto" and on_gpu):
         fault, seconds = _on_trial(model, own, timed=rollout.engine == "auto")
@@ -63,33 +71,44 @@ def make_engine(
     return engine(end_ids, rollout.max_completion_length, rollout.max_tokens_in_flight)
 
 
-def _own_engine(model: nn.Module, obstacle: str | None, gather: Callable[[Any], list[Any]]) -> tuple[Maker, str]:
+def made_of(engine: Engine) -> dict[str, str | None]:
+    """What a checkpoint keeps of an engine: with another one the rest of a run would round otherwise."""
+    name = next((name for name, step_of in STEPS.items() if step_of is getattr(engine, "step_of", None)), None)
+    return {"engine": "paged" if isinstance(engine, PagedEngine) else "native", "decoding": name}
+
+
+def _own_engine(
+    model: nn.Module, obstacle: str | None, gather: Callable[[Any], list[Any]], step: str | None
+) -> tuple[Maker, str]:
     """This project's engine for the model, and what is said about it."""
     if obstacle is not None:
         told = f"one group at a time, and completions are computed one to a row ({obstacle})"
         return lambda ends, most, _: RowEngine(ends, most), told
-    step_of, way = own_step(model)
-    if len(set(gather(step_of.__name__))) > 1:  # KernelStep, where it can be compiled
-        step_of, way = LlamaStep, "decoding in few operations, which all ranks can"
+    most = step if step in list(STEPS) else "compiled"
+    name = min(gather(own_step(model, most)), key=list(STEPS).index)
+    if step is not None and name != most:
+        log.warning("rollouts: %s, and not %s as before: from here on they round otherwise", TOLD[name], TOLD[most])
+    step_of = STEPS[name]
     trial = tiny_engine(captures=model.get_input_embeddings().weight.is_cuda, step_of=step_of)
     captures = trial.captures and decoding_error(model, trial) < rounding(model) and trial.captures
-    told = f"native engine, prompts are shared by their groups{', CUDA graphs' * captures}, {way}"
+    told = f"native engine, prompts are shared by their groups{', CUDA graphs' * captures}, {TOLD[name]}"
     copied = 0 if step_of is KernelStep else None  # it attends to a shared prompt and to its own tokens at once
     return lambda *sizes: NativeEngine(*sizes, captures=captures, step_of=step_of, copied_prompt=copied), told
 
 
-def own_step(model: nn.Module) -> tuple[Callable[[nn.Module], Step], str]:
-    """The fastest step of decoding that computes what the model does, and what is said about it."""
+def own_step(model: nn.Module, most: str = "compiled") -> str:
+    """The fastest of STEPS, up to `most`, that computes what the model does."""
     is_float32 = next(model.parameters()).dtype == torch.float32
-    if _decoding_off(LlamaStep, model) > (1e-4 if is_float32 else 0.01):
-        return module_step, "decoding through the model's own modules"
-    if not model.get_input_embeddings().weight.is_cuda:
-        try:  # it rounds less than a model in bfloat16 does
+    if most == "modules" or _decoding_off(LlamaStep, model) > (1e-4 if is_float32 else 0.01):
+        return "modules"
+    if most == "compiled" and model.get_input_embeddings().weight.device.type == "cpu":
+        try:
+            # what the kernel computes is checked where it is made; in bfloat16 it rounds less than the model
             if _decoding_off(KernelStep, model) <= (1e-4 if is_float32 else 0.1):
-                return KernelStep, "decoding in C++"
+                return "compiled"
         except CannotCompile as error:
             log.warning("rollouts: decoding is not compiled and takes up to twice as long: %s", error)
-    return LlamaStep, "decoding in few operations"
+    return "operations"
 
 
 @torch.inference_mode()

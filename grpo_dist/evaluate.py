@@ -119,8 +119,10 @@ class Evaluation:
         implementation, obstacle = attention_for(config.model, self.model_config, self.longest)
         with unsharded_loading():
             self.model = load_causal_lm(config.model, dtype, implementation).to(ranks.device).eval()
-        if obstacle is None and (obstacle := packing_leak(self.model)):
-            self.model.set_attn_implementation("sdpa")
+        if obstacle is None:  # what one rank finds holds for all
+            obstacle = next(filter(None, ranks.gather_objects(packing_leak(self.model))), None)
+            if obstacle is not None:
+                self.model.set_attn_implementation("sdpa")
         self.engine = make_engine(self.model, obstacle, end_token_ids(config.model, self.tokenizer), config.rollout,
                                   ranks.gather_objects)  # fmt: skip
 

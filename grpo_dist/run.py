@@ -24,7 +24,7 @@ from .critic import parameter_groups
 from .data import load_prompts
 from .display import Display
 from .distributed import PhaseError, Ranks, resolve_dtype, unsharded_loading
-from .engines import UnfitEngine, make_engine
+from .engines import UnfitEngine, made_of, make_engine
 from .environment import record_start
 from .generation import generate_and_score, requests_of
 from .guards import BadUpdates, lock, warn_of_slow_save
@@ -48,7 +48,7 @@ from .recording import Recorder
 from .resuming import changes, identity, resume_path, versions
 from .rewards.pool import Pending, ScorerPool
 from .rewards.registry import TrainerState, answer_checks, labels
-from .rollout import PagedEngine, Sampling, stream_key
+from .rollout import Sampling, stream_key
 from .saving import save_final
 from .schedule import learning_rate
 from .sources import load_training
@@ -153,7 +153,8 @@ class Run:
             plain = head_is_plain(model, self.share_prompts)
             try:
                 self.engine = make_engine(model, obstacle, end_token_ids(config.model, self.tokenizer),
-                                          self._rollout_to_go_on_with(), self.ranks.gather_objects)  # fmt: skip
+                                          self._rollout_to_go_on_with(), self.ranks.gather_objects,
+                                          self._kept().get("decoding"))  # fmt: skip
             except UnfitEngine as error:
                 raise UserError(str(error)) from error
         self.policy.fused_head = self.reference.policy.fused_head = plain
@@ -168,9 +169,11 @@ class Run:
     def _rollout_to_go_on_with(self) -> RolloutConfig:
         """The config's, but that a run goes on with the engine a trial once chose: the other would round otherwise."""
         rollout = self.config.rollout
-        if rollout.engine != "auto" or self.resume_from is None:
-            return rollout
-        return replace(rollout, engine=checkpoint.load_meta(self.resume_from).get("engine", "auto"))
+        return rollout if rollout.engine != "auto" else replace(rollout, engine=self._kept().get("engine", "auto"))
+
+    def _kept(self) -> dict[str, Any]:
+        """What the checkpoint to go on with says about itself; nothing at a start."""
+        return {} if self.resume_from is None else checkpoint.load_meta(self.resume_from)
 
     def _resume(self) -> Position:
         assert self.resume_from is not None
@@ -195,10 +198,10 @@ class Run:
         begun = time.monotonic()
         self.watch.phase = "save"
         state = self.state.collect() | self.position.tensors()
-        meta = self.position.meta() | {"identity": self.identity, "config": redacted(asdict(self.config)),
-                                       "versions": versions(), "sampler": self.sampler.state(),
-                                       "engine": "paged" if isinstance(self.engine, PagedEngine) else "native",
-                                       "dtype": str(self.policy.causal_lm.dtype).removeprefix("torch.")}  # fmt: skip
+        meta = self.position.meta() | made_of(self.engine) | {
+            "identity": self.identity, "config": redacted(asdict(self.config)), "versions": versions(),
+            "sampler": self.sampler.state(), "dtype": str(self.policy.causal_lm.dtype).removeprefix("torch."),
+        }  # fmt: skip
         try:
             with self.ranks.together("saving a checkpoint"), self.watch.patience():
                 if self.ranks.is_main:

@@ -80,7 +80,7 @@ def flight(config: Config, num_ranks: int, share_prompts: bool = True, device: D
     if not share_prompts:
         rows = min(share, rollout.group_size)
         return Flight(rows, rows, prompt, prompt + longest, shares=False, scored=prompt + longest)
-    shares = prompt > COPIED_PROMPT
+    shares = device == "cpu" or prompt > COPIED_PROMPT  # on a CPU as compiled decoding does
     once, each = (prompt, longest) if shares else (0, prompt + longest)
     of_a_group = min(rollout.group_size, max(1, (rollout.max_tokens_in_flight - once) // each))
     groups = max(1, rollout.max_tokens_in_flight // (once + of_a_group * each))

@@ -12,9 +12,11 @@ import shlex
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-FLAGS = ["-O3", "-march=native", "-std=c++17", "-fPIC", "-Wall"]
+FLAGS = ["-O3", "-march=native", "-std=c++17", "-fPIC", "-Wno-psabi"]
 
 
 class CannotCompile(ValueError):
@@ -28,69 +30,85 @@ def library(source: Path) -> ctypes.CDLL:
     The compiler is `$CXX`, or one of the usual names. Libraries are kept in `$XDG_CACHE_HOME/grpo_dist`
     (`~/.cache/grpo_dist`), under a name made of all that they depend on.
     """
-    compiler = _compiler()
-    # torch's own OpenMP: threads of a second one would fight with it for the cores
-    openmp = _openmp()
-    made_of = (source.read_bytes(), compiler, FLAGS, openmp, _output([*compiler, "--version"]), _processor())
-    name = f"{source.stem}-{hashlib.sha256(repr(made_of).encode()).hexdigest()[:16]}.so"
-    directory, kept = _directory()
     try:
-        if not (directory / name).is_file():
+        openmp = _openmp()
+        compiler = _compiler(openmp)
+        compile_ = [*compiler, *FLAGS, "-fopenmp"]
+        # with the instructions that -march=native has come to mean here: a home may be shared by unlike machines
+        meaning = _output([*compile_, "-dM", "-E", "-x", "c++", os.devnull])
+        made_of = repr((source.read_bytes(), compile_, openmp, meaning))
+        name = f"{source.stem}-{hashlib.sha256(made_of.encode()).hexdigest()[:16]}.so"
+        with _directory() as directory:
+            place = directory / name
+            if place.is_file():
+                with suppress(OSError):  # damaged, as by a full disk: made anew
+                    return ctypes.CDLL(str(place))
+                place.unlink()
             with tempfile.TemporaryDirectory(dir=directory) as scratch:
-                whole, parts = Path(scratch) / name, Path(scratch) / "object.o"
-                _output([*compiler, *FLAGS, "-fopenmp", "-c", str(source), "-o", str(parts)])
-                _output([*compiler, "-shared", str(parts), openmp, "-o", str(whole)])
-                whole.replace(directory / name)  # other ranks may be at the same
-        return ctypes.CDLL(str(directory / name))
+                made, parts = Path(scratch) / name, Path(scratch) / "object.o"
+                _output([*compile_, "-c", str(source), "-o", str(parts)])
+                # torch's own OpenMP: threads of a second one would fight with its threads for the cores
+                _output([*compiler, "-shared", str(parts), openmp, "-o", str(made)])
+                _put(made, place)
+            return ctypes.CDLL(str(place))
     except OSError as error:
         raise CannotCompile(str(error)) from error
-    finally:
-        if not kept:
-            shutil.rmtree(directory, ignore_errors=True)
 
 
-def _compiler() -> list[str]:
-    if given := shlex.split(os.environ.get("CXX", "")):
-        return given
-    found = next(filter(None, map(shutil.which, ("g++", "c++", "clang++"))), None)
-    if found is None:
-        raise CannotCompile("there is no C++ compiler: g++, c++ and clang++ are not on the PATH, and CXX is not set")
-    return [found]
+def _compiler(openmp: str) -> list[str]:
+    try:
+        given = shlex.split(os.environ.get("CXX", ""))
+    except ValueError as error:
+        raise CannotCompile(f"CXX: {error}") from error
+    # what clang compiles calls its own OpenMP
+    names = ["g++", "c++"] if "gomp" in Path(openmp).name else ["g++", "c++", "clang++"]
+    found = next(filter(None, map(shutil.which, names)), None)
+    if not given and found is None:
+        raise CannotCompile(f"there is no C++ compiler: {', '.join(names)} are not on the PATH, and CXX is not set")
+    return given or [found]
 
 
 def _openmp() -> str:
     """The OpenMP library that torch has loaded."""
-    import torch  # noqa: F401
+    import torch
 
     try:
-        loaded = Path("/proc/self/maps").read_text()
+        lines = Path("/proc/self/maps").read_text().splitlines()
     except OSError:
         raise CannotCompile(f"OpenMP is looked for as Linux does, not on {platform.system()}") from None
-    found = re.search(r"\S*/lib(gomp|iomp5|omp)[^/\s]*\.so\S*", loaded)
-    if found is None:
+    mapped = dict.fromkeys(fields[5] for line in lines if len(fields := line.split(maxsplit=5)) == 6)
+    found = [path for path in mapped if re.fullmatch(r"lib(gomp|iomp5|omp)\b.*\.so.*", Path(path).name)]
+    if not found:
         raise CannotCompile("torch has loaded no OpenMP")
-    return found[0]
+    beside = str(Path(torch.__file__).parent.parent)  # torch/lib, or torch.libs
+    return next((path for path in found if path.startswith(beside)), found[0])
 
 
-def _processor() -> str:
-    """What the processor can do."""
+@contextmanager
+def _directory() -> Iterator[Path]:
+    """Where libraries are kept; one for this time only where others could put theirs in, or nothing can be written."""
+    directory = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "grpo_dist"
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        facts = directory.stat()
+        own = facts.st_uid == os.getuid() and not facts.st_mode & 0o022 and os.access(directory, os.W_OK)
     except OSError:
-        lines = []
-    return next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
+        own = False
+    if own:
+        yield directory
+    else:
+        with tempfile.TemporaryDirectory(prefix="grpo_dist-") as scratch:
+            yield Path(scratch)
 
 
-def _directory() -> tuple[Path, bool]:
-    """Where libraries lie, and whether they are kept: nothing is loaded from a directory that is not the user's."""
-    directory = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "grpo_dist"
+def _put(made: Path, place: Path) -> None:
+    """Put a file where another rank, perhaps of another node, may have put the same and be running it."""
     try:
-        directory.mkdir(parents=True, exist_ok=True)
-        if os.access(directory, os.W_OK) and directory.stat().st_uid == os.getuid():
-            return directory, True
-    except (OSError, RuntimeError):  # no home
-        pass
-    return Path(tempfile.mkdtemp(prefix="grpo_dist-")), False
+        os.link(made, place)
+    except FileExistsError:
+        return
+    except OSError:  # a file system without links
+        made.replace(place)
 
 
 def _output(command: list[str]) -> str:

@@ -25,7 +25,7 @@ SOURCE = Path(__file__).with_name("llama.cpp")
 FUNCTIONS = {torch.float32: "decode_float32", torch.bfloat16: "decode_bfloat16"}
 """The function for weights of each dtype; it computes in float32."""
 MULTIPLE = 8
-"""Sizes are multiples of the numbers that are computed at once, at least these."""
+"""Sizes have to be multiples of this: so many numbers, or twice as many, are computed at once."""
 
 
 # The structures of llama.cpp, field by field.
@@ -48,7 +48,8 @@ class _Step(ctypes.Structure):
         *((name, c_float) for name in ("eps", "scale")),
         *((name, c_void_p) for name in ("embeddings", "norm")), ("head", _Linear), ("layer", c_void_p),
         *((name, c_int64) for name in ("rows", "own_slots", "prompt_slots")),
-        *((name, c_void_p) for name in ("tokens", "slots", "prompt", "prompt_lengths", "cos", "sin", "logits")),
+        *((name, c_void_p) for name in ("tokens", "slots", "prompt", "prompt_lengths", "cos", "sin")),
+        *((name, c_void_p) for name in ("logits", "scratch")),
     ]  # fmt: skip
 
 
@@ -57,19 +58,16 @@ class KernelStep:
 
     def __init__(self, model: nn.Module) -> None:
         """Raises as `Weights`, and ValueError for sizes this does not compute or where it cannot be compiled."""
-        weights = Weights(model)
-        first, size = weights.layers[0], weights.head_size
+        self.weights = weights = Weights(model)
+        first, size, self.dtype = weights.layers[0], weights.head_size, weights.embeddings.dtype
         (vocabulary, hidden), inner = weights.embeddings.shape, len(first.gate.weight)
-        self.weights, self.dtype = weights, weights.embeddings.dtype
-        if any(number % MULTIPLE for number in (hidden, inner, size)):
-            raise ValueError(f"sizes {hidden}, {inner} and {size}, expected multiples of {MULTIPLE}")
-        gates = torch.linspace(-8, 8, 65)
-        if not all(layer.scale == first.scale and torch.equal(layer.activation(gates), silu(gates))
-                   for layer in weights.layers):  # fmt: skip
-            raise ValueError("an activation is not SiLU, or layers scale their scores differently")
-        if weights.embeddings.is_cuda or self.dtype not in FUNCTIONS:
-            raise ValueError(f"{self.dtype} on {weights.embeddings.device}, expected {list(FUNCTIONS)} on a CPU")
-        self.decode = getattr(library(SOURCE), FUNCTIONS[self.dtype])
+        if self.dtype not in FUNCTIONS or any(number % MULTIPLE for number in (hidden, inner, size)):
+            raise ValueError(f"{self.dtype} with sizes {hidden}, {inner} and {size}, expected one of {list(FUNCTIONS)} "
+                             f"with multiples of {MULTIPLE}")  # fmt: skip
+        _check_layers(weights)
+        code = library(SOURCE)
+        self.decode, self.scratch_floats = getattr(code, FUNCTIONS[self.dtype]), code.scratch_floats
+        self.scratch_floats.restype = c_int64
         self.kept: list[Tensor] = []  # what is pointed to
         self.layers = (_Layer * len(weights.layers))(*(self._layer(layer) for layer in weights.layers))
         self.step = _Step(
@@ -88,22 +86,28 @@ class KernelStep:
         logits = torch.empty(step.rows, step.vocabulary)
         turn = [x.contiguous() for x in self.weights.rotary(logits, positions[None])]
         step.cos, step.sin = (_address(x, (1, step.rows, step.head_size), torch.float32) for x in turn)
-        step.tokens, step.slots, step.logits = tokens.data_ptr(), state.slots.data_ptr(), logits.data_ptr()
+        step.tokens, step.slots = (_address(x, (step.rows,), torch.int64) for x in (tokens, state.slots))
+        step.logits = logits.data_ptr()
         self.decode(ctypes.byref(step))
         return logits
 
     def _point_into(self, state: DecodeState) -> None:
-        step, shape = self.step, next(iter(state.own_keys.values())).shape
-        step.rows, step.own_slots = state.num_rows, shape[2]
-        stores = [("own_keys", state.own_keys, shape), ("own_values", state.own_values, shape)]
+        step, number = self.step, self.weights.layers[0].number
+        step.rows, step.own_slots, step.prompt_slots = state.num_rows, state.own_keys[number].shape[2], 0
+        stores = [("own_keys", state.own_keys, (step.rows, step.own_slots)),
+                  ("own_values", state.own_values, (step.rows, step.own_slots))]  # fmt: skip
         if state.shares:
-            shape = next(iter(state.prompt_keys.values())).shape
-            step.prompt_slots = shape[2]
-            step.prompt, step.prompt_lengths = state.prompt.data_ptr(), state.prompt_lengths.data_ptr()
-            stores += [("prompt_keys", state.prompt_keys, shape), ("prompt_values", state.prompt_values, shape)]
+            prompts, step.prompt_slots = len(state.prompt_lengths), state.prompt_keys[number].shape[2]
+            step.prompt = _address(state.prompt, (step.rows,), torch.int64)
+            step.prompt_lengths = _address(state.prompt_lengths, (prompts,), torch.int64)
+            stores += [("prompt_keys", state.prompt_keys, (prompts, step.prompt_slots)),
+                       ("prompt_values", state.prompt_values, (prompts, step.prompt_slots))]  # fmt: skip
         for place, layer in zip(self.layers, self.weights.layers, strict=True):
-            for name, store, expected in stores:
-                setattr(place, name, _address(store[layer.number], expected, self.dtype))
+            for name, store, (length, slots) in stores:
+                shape = length, step.key_heads, slots, step.head_size
+                setattr(place, name, _address(store[layer.number], shape, self.dtype))
+        self.scratch = torch.empty(self.scratch_floats(ctypes.byref(step)))
+        step.scratch = self.scratch.data_ptr()
         self.points_into = state, state.version
 
     def _layer(self, layer: Layer) -> _Layer:
@@ -131,8 +135,20 @@ class KernelStep:
         return _address(x, shape, dtype)
 
 
+def _check_layers(weights: Weights) -> None:
+    """Raise ValueError where layers compute what the kernel does not."""
+    gates = torch.linspace(-8, 8, 65)
+    for layer in weights.layers:
+        norms = layer.input_norm, layer.mlp_norm, layer.query_norm, layer.key_norm
+        if {norm.eps for norm in norms if norm} != {weights.norm.eps} or layer.scale != weights.layers[0].scale:
+            raise ValueError("layers differ in the eps of their norms or the scale of their scores")
+        if not torch.equal(layer.activation(gates), silu(gates)):
+            raise ValueError("the activation is not SiLU")
+
+
 def _address(x: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> int:
     """Where a tensor lies, which is what the kernel takes it for. Raises ValueError."""
-    if x.shape != shape or x.dtype != dtype or not x.is_contiguous():
-        raise ValueError(f"{x.dtype} {tuple(x.shape)} with strides {x.stride()}, expected {dtype} {shape} without gaps")
+    if x.shape != shape or x.dtype != dtype or x.device.type != "cpu" or not x.is_contiguous():
+        raise ValueError(f"{x.dtype} {tuple(x.shape)} on {x.device}, strides {x.stride()}, expected {dtype} {shape} on "
+                         "the CPU without gaps")  # fmt: skip
     return x.data_ptr()

@@ -1,6 +1,8 @@
-// A decoding step of a model built as Llama is, on a CPU: one pass over the weights, in float32 whatever they are held in.
+// A decoding step of a model built as Llama is, on a CPU: one pass over the weights, in float32 whatever they are
+// held in.
 //
-// Every number is a sum in an order that depends on nothing but the model: not on the other rows, nor on the threads.
+// Every number of a row is a sum in an order that neither the other rows nor the threads have a part in; given the
+// same rotations, a row comes out the same to the last bit in any batch.
 //
 // Shapes: R rows, H hidden, F intermediate, V vocabulary, Hq query heads, Hk key heads, D head size, P prompts,
 // Lp slots of a prompt, S slots of a row. Weights are (outputs, inputs), caches (R or P, Hk, slots, D).
@@ -9,8 +11,34 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#include <memory>
 #include <omp.h>
+#include <utility>
+
+struct Linear {
+    const void* weight;
+    const float* bias; // null for none
+};
+
+struct Layer {
+    const float *input_norm, *mlp_norm, *query_norm, *key_norm; // the last two: null for none
+    Linear query, key, value, output, gate, up, down;
+    void *own_keys, *own_values;
+    const void *prompt_keys, *prompt_values;
+};
+
+struct Step {
+    int64_t threads, layers, hidden, intermediate, vocabulary, query_heads, key_heads, head_size; // the model
+    float eps, scale;
+    const void* embeddings;
+    const float* norm;
+    Linear head;
+    const Layer* layer;
+    int64_t rows, own_slots, prompt_slots; // the batch; without shared prompts prompt_slots is 0
+    const int64_t *tokens, *slots;         // (R,) newest token, and where its key goes
+    const int64_t *prompt, *prompt_lengths; // (R,), those of a prompt one after another, and (P,)
+    const float *cos, *sin;                // (R, D)
+    float *logits, *scratch;               // (R, V), and room for `scratch_floats`
+};
 
 namespace {
 
@@ -18,14 +46,23 @@ struct bfloat16 {
     uint16_t bits;
 };
 
-// L numbers at once
-template <int L> struct Lanes {
+// --- L numbers at once ---------------------------------------------------------------------------------------------
+
+#ifdef __AVX512F__
+constexpr int LANES = 16, ROWS = 4; // rows of a tile: as many sums as fit in registers beside what they add
+#else
+constexpr int LANES = 8, ROWS = 2;
+#endif
+constexpr int OUTPUTS = 4; // outputs of a tile
+constexpr long CACHE_LINE = 64;
+
+template <int L> struct Types {
     typedef float Float __attribute__((vector_size(4 * L)));
     typedef int32_t Int __attribute__((vector_size(4 * L)));
     typedef uint16_t Half __attribute__((vector_size(2 * L)));
 };
-template <int L> using Vec = typename Lanes<L>::Float;
-template <int L> using Ints = typename Lanes<L>::Int;
+template <int L> using Vec = typename Types<L>::Float;
+template <int L> using Ints = typename Types<L>::Int;
 
 template <int L> inline Vec<L> load(const float* from) {
     Vec<L> v;
@@ -34,7 +71,7 @@ template <int L> inline Vec<L> load(const float* from) {
 }
 
 template <int L> inline Vec<L> load(const bfloat16* from) {
-    typename Lanes<L>::Half h;
+    typename Types<L>::Half h;
     std::memcpy(&h, from, sizeof h);
     return (Vec<L>)(__builtin_convertvector(h, Ints<L>) << 16);
 }
@@ -43,10 +80,10 @@ template <int L> inline void store(Vec<L> v, float* to) { std::memcpy(to, &v, si
 
 inline void store(float x, float* to) { *to = x; }
 
-inline void store(float x, bfloat16* to) { // to the nearest, ties to even
+inline void store(float x, bfloat16* to) { // to the nearest, ties to even; NaN stays NaN
     uint32_t bits;
     std::memcpy(&bits, &x, sizeof bits);
-    to->bits = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+    to->bits = x == x ? (bits + 0x7fff + (bits >> 16 & 1)) >> 16 : 0x7fc0;
 }
 
 #ifdef __clang__
@@ -60,10 +97,12 @@ inline Vec<8> neighbours(Vec<8> a, Vec<8> b) {
     return SHUFFLE(a, b, 8, 0, 2, 4, 6, 8, 10, 12, 14) + SHUFFLE(a, b, 8, 1, 3, 5, 7, 9, 11, 13, 15);
 }
 
+#ifdef __AVX512F__
 inline Vec<16> neighbours(Vec<16> a, Vec<16> b) {
     return SHUFFLE(a, b, 16, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30) +
            SHUFFLE(a, b, 16, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
 }
+#endif
 
 // the sum of each of N vectors; with N = L, a number for each lane
 template <int L, int N = L> inline Vec<L> sums(const Vec<L>* of) {
@@ -71,7 +110,13 @@ template <int L, int N = L> inline Vec<L> sums(const Vec<L>* of) {
     else return neighbours(sums<L, N / 2>(of), sums<L, N / 2>(of + N / 2));
 }
 
-// e^x by a polynomial on [-ln 2 / 2, ln 2 / 2]: coefficients of Cephes' expf (S. L. Moshier), 1 unit in the last place
+template <int L> inline float sum(Vec<L> of) {
+    float total = 0;
+    for (int i = 0; i < L; ++i) total += of[i];
+    return total;
+}
+
+// e^x by a polynomial on [-ln 2 / 2, ln 2 / 2], coefficients of Cephes' expf (S. L. Moshier); below -87 it is e^-87
 template <int L> inline Vec<L> exponential(Vec<L> x) {
     const Vec<L> zero = {};
     x = x > 88.f ? zero + 88.f : x;
@@ -84,14 +129,11 @@ template <int L> inline Vec<L> exponential(Vec<L> x) {
     return (p * r * r + r + 1.f) * (Vec<L>)((n + 127) << 23);
 }
 
-#ifdef __AVX512F__
-constexpr int LANES = 16, ROWS = 4; // rows of a tile: as many sums as fit in registers beside what they add
-#else
-constexpr int LANES = 8, ROWS = 2;
-#endif
-constexpr int OUTPUTS = 4;  // outputs of a tile
-constexpr long CHUNK = 512; // inputs at once: what a tile reads of weights and rows then stays in the nearest cache
-constexpr long MANY_ROWS = 16; // from here on the next weights are fetched while these are at work
+// --- products with weights -----------------------------------------------------------------------------------------
+
+// A tile's lines of weights (OUTPUTS × CHUNK) and a block's rows (ROW_BLOCK × CHUNK) fit in the nearest cache, a
+// block's weights (OUTPUT_BLOCK × CHUNK), and the next ones on their way, in the second.
+constexpr long CHUNK = 512, ROW_BLOCK = 16, OUTPUT_BLOCK = 64;
 
 // values (ROWS, OUTPUTS) = N rows of x (N, stride) times OUTPUTS lines of weights, over `count` inputs
 template <int L, int N, class W>
@@ -114,12 +156,7 @@ inline void any_tile(long rows, const float* x, long stride, const W* const* w, 
     else any_tile<L, std::max(N - 1, 1)>(rows, x, stride, w, count, values);
 }
 
-struct Linear {
-    const void* weight;
-    const float* bias;
-};
-
-struct Share { // a thread's part of outputs numbered from 0, in whole tiles
+struct Share { // this thread's part of outputs numbered from 0, in whole tiles
     long from, to;
     explicit Share(long count) {
         long tiles = (count + OUTPUTS - 1) / OUTPUTS, thread = omp_get_thread_num(), threads = omp_get_num_threads();
@@ -128,32 +165,54 @@ struct Share { // a thread's part of outputs numbered from 0, in whole tiles
     }
 };
 
+// Fetches a block of weights (lines, count) little by little while another is at work: where there are many rows,
+// memory would rest during the sums and the sums wait for memory.
+template <class W> class Ahead {
+    static constexpr long AT_ONCE = CACHE_LINE / sizeof(W);
+    const W* block;
+    const long stride, per_line, total, turns;
+    long done = 0, turn = 0;
+
+  public:
+    Ahead(const W* block, long lines, long stride, long count, long turns)
+        : block(block), stride(stride), per_line((count + AT_ONCE - 1) / AT_ONCE), total(lines * per_line),
+          turns(turns) {}
+
+    void next() {
+        for (long until = total * ++turn / turns; done < until; ++done)
+            __builtin_prefetch(block + done / per_line * stride + done % per_line * AT_ONCE, 0, 2);
+    }
+};
+
 // to (rows, outputs) = or, `adds`, += W x + b; this thread's share of the outputs
 template <int L, class W, bool adds>
 void product(const float* x, long rows, long inputs, long outputs, Linear layer, float* to) {
     Share mine(outputs);
     const W* weight = static_cast<const W*>(layer.weight);
-    for (long o = mine.from; o < mine.to; o += OUTPUTS) {
-        int outputs_here = std::min<long>(OUTPUTS, outputs - o);
-        float bias[OUTPUTS] = {}, values[ROWS * OUTPUTS];
-        if (layer.bias) std::copy(layer.bias + o, layer.bias + o + outputs_here, bias);
+    for (long block = mine.from; block < mine.to; block += OUTPUT_BLOCK) {
+        long end = std::min(block + OUTPUT_BLOCK, mine.to), tiles = (end - block + OUTPUTS - 1) / OUTPUTS;
         for (long k = 0; k < inputs; k += CHUNK) {
-            const W* lines[OUTPUTS];
-            for (int i = 0; i < OUTPUTS; ++i) lines[i] = weight + std::min(o + i, outputs - 1) * inputs + k;
             long count = std::min(CHUNK, inputs - k);
-            bool more = k + CHUNK < inputs || o + OUTPUTS < mine.to;
-            const W* next = k + CHUNK < inputs ? lines[0] + CHUNK : weight + (o + OUTPUTS) * inputs;
-            for (long r = 0; r < rows; r += ROWS) {
-                if (more && rows >= MANY_ROWS)
-                    for (int i = 0; i < OUTPUTS; ++i)
-                        for (long at = count * r / rows; at < count * (r + ROWS) / rows; at += 64 / sizeof(W))
-                            __builtin_prefetch(next + i * inputs + at, 0, 2);
-                any_tile<L>(rows - r, x + r * inputs + k, inputs, lines, count, values);
-                for (int i = 0; i < std::min<long>(ROWS, rows - r); ++i) {
-                    float *at = to + (r + i) * outputs + o, *line = values + i * OUTPUTS;
-                    for (int j = 0; j < outputs_here; ++j) at[j] = (adds || k ? at[j] : bias[j]) + line[j];
+            bool last = k + CHUNK >= inputs; // then the next block's first inputs follow
+            long lines = rows < ROW_BLOCK ? 0 : last ? std::min(OUTPUT_BLOCK, mine.to - end) : end - block;
+            Ahead<W> ahead(weight + (last ? end * inputs : block * inputs + k + CHUNK), lines, inputs,
+                           std::min(CHUNK, last ? inputs : inputs - k - CHUNK), tiles * ((rows + ROWS - 1) / ROWS));
+            for (long row_block = 0; row_block < rows; row_block += ROW_BLOCK)
+                for (long o = block; o < end; o += OUTPUTS) {
+                    const W* w[OUTPUTS];
+                    for (int i = 0; i < OUTPUTS; ++i) w[i] = weight + std::min(o + i, outputs - 1) * inputs + k;
+                    for (long r = row_block; r < std::min(row_block + ROW_BLOCK, rows); r += ROWS) {
+                        float values[ROWS * OUTPUTS];
+                        ahead.next();
+                        any_tile<L>(rows - r, x + r * inputs + k, inputs, w, count, values);
+                        for (int i = 0; i < std::min<long>(ROWS, rows - r); ++i)
+                            for (int j = 0; j < std::min<long>(OUTPUTS, outputs - o); ++j) {
+                                float& y = to[(r + i) * outputs + o + j];
+                                float bias = layer.bias && k == 0 ? layer.bias[o + j] : 0.f;
+                                y = (adds || k ? y : 0.f) + (values[i * OUTPUTS + j] + bias);
+                            }
+                    }
                 }
-            }
         }
     }
 }
@@ -162,18 +221,46 @@ void product(const float* x, long rows, long inputs, long outputs, Linear layer,
 template <int L> void normalise(const float* x, long size, const float* weight, float eps, float* to) {
     Vec<L> squares = {};
     for (long k = 0; k < size; k += L) squares += load<L>(x + k) * load<L>(x + k);
-    float total = 0;
-    for (int i = 0; i < L; ++i) total += squares[i];
-    float factor = 1 / std::sqrt(total / size + eps);
+    float factor = 1 / std::sqrt(sum<L>(squares) / size + eps);
     for (long k = 0; k < size; ++k) to[k] = weight[k] * (x[k] * factor);
 }
 
-struct Part { // keys that follow one another
-    const void *keys, *values;
-    long count;
-};
+// --- attention -----------------------------------------------------------------------------------------------------
 
-constexpr long VALUES_AT_ONCE = 32; // values that stay in the nearest cache while several queries weigh them
+constexpr long VALUES_AT_ONCE = 32;  // they stay in the nearest cache while several queries weigh them
+constexpr long MOST_SCORES = 1 << 17; // of the queries that attend to a prompt together: what the second cache holds
+
+// scores (queries, stride) = scale · q Kᵀ of query (queries, size) and keys (count, size); up to L - 1 more are written
+// behind each row's
+template <int L, class C>
+void score(const float* query, long queries, long size, const C* keys, long count, float scale, float* scores,
+           long stride) {
+    for (long j = 0; j < count; j += L)
+        for (long q = 0; q < queries; ++q) {
+            Vec<L> products[L] = {};
+            for (long d = 0; d < size; d += L) {
+                Vec<L> part = load<L>(query + q * size + d);
+                for (int i = 0; i < L; ++i) products[i] += part * load<L>(keys + std::min(j + i, count - 1) * size + d);
+            }
+            store<L>(sums<L>(products) * scale, scores + q * stride + j);
+        }
+}
+
+// softmax of `count` scores, in place; L more can be written behind them
+template <int L> void softmax(float* scores, long count) {
+    for (int i = 0; i < L; ++i) scores[count + i] = -INFINITY;
+    Vec<L> most = load<L>(scores), total = {};
+    for (long j = L; j < count; j += L) most = load<L>(scores + j) > most ? load<L>(scores + j) : most;
+    float peak = most[0];
+    for (int i = 1; i < L; ++i) peak = std::max(peak, most[i]);
+    for (long j = 0; j < count; j += L) {
+        Vec<L> weights = exponential<L>(load<L>(scores + j) - peak);
+        store<L>(weights, scores + j);
+        total += weights;
+    }
+    float factor = 1 / sum<L>(total); // what is behind adds e^-87 at most
+    for (long j = 0; j < count; ++j) scores[j] *= factor;
+}
 
 // to (size,) += weights (count,) times values (count, stride); N vectors at once
 template <int L, int N = 4, class C>
@@ -190,69 +277,14 @@ void add_values(const float* weights, long count, const C* values, long stride, 
         if (d < size) add_values<L, 1>(weights, count, values + d, stride, size - d, to + d);
 }
 
-// softmax(scale · q Kᵀ) V of `queries` (count, D) with the same keys, over both parts; scores (count, stride) is scratch
+// to (queries, size) += weights (queries, stride) times values (count, size)
 template <int L, class C>
-void attend(const float* queries, long count, long size, const Part* parts, float scale, float* scores, long stride,
-            float* to) {
-    long seen = 0;
-    for (int part = 0; part < 2; ++part) {
-        const C* keys = static_cast<const C*>(parts[part].keys);
-        long last = parts[part].count - 1;
-        for (long j = 0; j <= last; j += L)
-            for (long q = 0; q < count; ++q) {
-                Vec<L> products[L] = {};
-                for (long d = 0; d < size; d += L) {
-                    Vec<L> query = load<L>(queries + q * size + d);
-                    for (int i = 0; i < L; ++i) products[i] += query * load<L>(keys + std::min(j + i, last) * size + d);
-                }
-                store<L>(sums<L>(products) * scale, scores + q * stride + seen + j); // what is beyond is written over
-            }
-        seen += parts[part].count;
-    }
-    for (long q = 0; q < count; ++q) {
-        float *row = scores + q * stride, most = *std::max_element(row, row + seen), total = 0;
-        for (int i = 0; i < L; ++i) row[seen + i] = -INFINITY;
-        for (long j = 0; j < seen; j += L) store<L>(exponential<L>(load<L>(row + j) - most), row + j);
-        for (long j = 0; j < seen; ++j) total += row[j];
-        for (long j = 0; j < seen; ++j) row[j] /= total;
-    }
-    std::fill(to, to + count * size, 0.f);
-    seen = 0;
-    for (int part = 0; part < 2; ++part) {
-        const C* values = static_cast<const C*>(parts[part].values);
-        for (long j = 0; j < parts[part].count; j += VALUES_AT_ONCE) {
-            long end = std::min(j + VALUES_AT_ONCE, parts[part].count);
-            for (long q = 0; q < count; ++q)
-                add_values<L>(scores + q * stride + seen + j, end - j, values + j * size, size, size, to + q * size);
-        }
-        seen += parts[part].count;
-    }
+void weigh(const float* weights, long stride, long queries, long size, const C* values, long count, float* to) {
+    for (long j = 0; j < count; j += VALUES_AT_ONCE)
+        for (long q = 0; q < queries; ++q)
+            add_values<L>(weights + q * stride + j, std::min(VALUES_AT_ONCE, count - j), values + j * size, size, size,
+                          to + q * size);
 }
-
-} // namespace
-
-struct Layer {
-    const float *input_norm, *mlp_norm, *query_norm, *key_norm; // the last two: null for none
-    Linear query, key, value, output, gate, up, down;
-    void *own_keys, *own_values;
-    const void *prompt_keys, *prompt_values;
-};
-
-struct Step {
-    int64_t threads, layers, hidden, intermediate, vocabulary, query_heads, key_heads, head_size; // the model
-    float eps, scale;
-    const void* embeddings;
-    const float* norm;
-    Linear head;
-    const Layer* layer;
-    int64_t rows, own_slots, prompt_slots; // the batch; without shared prompts prompt_slots is 0
-    const int64_t *tokens, *slots;         // (R,) newest token, and where its key goes
-    const int64_t *prompt, *prompt_lengths; // (R,) and (P,)
-    const float *cos, *sin;                // (R, D)
-    float* logits;                         // (R, V)
-};
-
-namespace {
 
 // rotary position embedding (arXiv:2104.09864, equation 34, with halves in place of pairs) of a head, in place
 void turn(float* x, long size, const float* cos, const float* sin) {
@@ -264,84 +296,141 @@ void turn(float* x, long size, const float* cos, const float* sin) {
     }
 }
 
+// --- the step ------------------------------------------------------------------------------------------------------
+
+// Where everything is that is neither a weight nor in the cache.
+struct Room {
+    long x, normed, query, key, value, gate, up, attention, per_thread; // where each begins, in floats
+    long group, block, stride, total; // queries of a key head; rows that attend to a prompt together; of their scores
+
+    explicit Room(const Step& s) {
+        group = s.query_heads / s.key_heads;
+        stride = s.prompt_slots + s.own_slots + 2 * LANES; // what is written behind scores, of both parts
+        long even = s.rows * s.key_heads / (4 * s.threads); // enough for all threads
+        block = std::clamp(std::min(even, MOST_SCORES / (group * stride)), 1L, ROW_BLOCK);
+        per_thread = block * group * (stride + 2 * s.head_size);
+        long at = 0;
+        auto take = [&at](long floats) { return std::exchange(at, at + floats); };
+        x = take(s.rows * s.hidden), normed = take(s.rows * s.hidden);
+        query = take(s.rows * s.query_heads * s.head_size);
+        key = take(s.rows * s.key_heads * s.head_size), value = take(s.rows * s.key_heads * s.head_size);
+        gate = take(s.rows * s.intermediate), up = take(s.rows * s.intermediate);
+        attention = take(per_thread * s.threads);
+        total = at;
+    }
+};
+
 template <int L, class W> class Decoding {
     const Step& s;
-    const long rows = s.rows, hidden = s.hidden, size = s.head_size, group = s.query_heads / s.key_heads;
+    const Room room{s};
+    const long rows = s.rows, hidden = s.hidden, inner = s.intermediate, size = s.head_size, group = room.group;
     const long queries = s.query_heads * size, keys = s.key_heads * size;
-    const long stride = s.prompt_slots + s.own_slots + 2 * L;
-    using Buffer = std::unique_ptr<float[]>;
-    static Buffer buffer(long numbers) { return Buffer(new float[numbers]); }
-    Buffer x = buffer(rows * hidden), query = buffer(rows * queries), key = buffer(rows * keys);
-    Buffer value = buffer(rows * keys), inner = buffer(rows * s.intermediate), up = buffer(rows * s.intermediate);
+    float *x = s.scratch + room.x, *normed = s.scratch + room.normed, *query = s.scratch + room.query;
+    float *key = s.scratch + room.key, *value = s.scratch + room.value;
+    float *gate = s.scratch + room.gate, *up = s.scratch + room.up;
 
-    // one row's new key and value into the cache, and the attention of the queries that share them
-    void attend_head(const Layer& layer, long row, long head, float* scores) {
-        const float *cos = s.cos + row * size, *sin = s.sin + row * size;
-        float *q = &query[row * queries + head * group * size], *k = &key[row * keys + head * size];
-        for (long n = 0; n < group; ++n) {
-            if (layer.query_norm) normalise<L>(q + n * size, size, layer.query_norm, s.eps, q + n * size);
-            turn(q + n * size, size, cos, sin);
+    // A head of rows [from, to) of one prompt: new keys and values go to the cache, the queries attend to the prompt
+    // together and to their rows' own tokens each, and their outputs take their place.
+    void attend(const Layer& layer, long from, long to, long head) {
+        const long count = (to - from) * group, prompt = s.prompt_slots ? s.prompt[from] : 0;
+        const long shared = s.prompt_slots ? s.prompt_lengths[prompt] : 0;
+        float* turned = s.scratch + room.attention + room.per_thread * omp_get_thread_num(); // (count, size)
+        float *outputs = turned + count * size, *scores = outputs + count * size; // (count, size), (count, stride)
+        auto prompts = [&](const void* cache) {
+            return static_cast<const W*>(cache) + (prompt * s.key_heads + head) * s.prompt_slots * size;
+        };
+        auto own = [&](void* cache, long row) {
+            return static_cast<W*>(cache) + (row * s.key_heads + head) * s.own_slots * size;
+        };
+        for (long row = from; row < to; ++row) {
+            const float *cos = s.cos + row * size, *sin = s.sin + row * size;
+            float* q = turned + (row - from) * group * size;
+            std::copy_n(query + row * queries + head * group * size, group * size, q);
+            for (float* each = q; each < q + group * size; each += size) {
+                if (layer.query_norm) normalise<L>(each, size, layer.query_norm, s.eps, each);
+                turn(each, size, cos, sin);
+            }
+            float *k = key + row * keys + head * size, *v = value + row * keys + head * size;
+            if (layer.key_norm) normalise<L>(k, size, layer.key_norm, s.eps, k);
+            turn(k, size, cos, sin);
+            for (long d = 0; d < size; ++d) {
+                store(k[d], own(layer.own_keys, row) + s.slots[row] * size + d);
+                store(v[d], own(layer.own_values, row) + s.slots[row] * size + d);
+            }
         }
-        if (layer.key_norm) normalise<L>(k, size, layer.key_norm, s.eps, k);
-        turn(k, size, cos, sin);
-        long own = (row * s.key_heads + head) * s.own_slots * size, slot = s.slots[row];
-        W *own_keys = static_cast<W*>(layer.own_keys) + own, *own_values = static_cast<W*>(layer.own_values) + own;
-        for (long d = 0; d < size; ++d) {
-            store(k[d], own_keys + slot * size + d);
-            store(value[row * keys + head * size + d], own_values + slot * size + d);
+        score<L>(turned, count, size, prompts(layer.prompt_keys), shared, s.scale, scores, room.stride);
+        for (long row = from; row < to; ++row) {
+            const long first = (row - from) * group, seen = s.slots[row] + 1;
+            score<L>(turned + first * size, group, size, own(layer.own_keys, row), seen, s.scale,
+                     scores + first * room.stride + shared, room.stride);
+            for (long q = first; q < first + group; ++q) softmax<L>(scores + q * room.stride, shared + seen);
         }
-        Part parts[2] = {{nullptr, nullptr, 0}, {own_keys, own_values, slot + 1}};
-        if (s.prompt_slots) {
-            long prompt = (s.prompt[row] * s.key_heads + head) * s.prompt_slots * size;
-            parts[0] = {static_cast<const W*>(layer.prompt_keys) + prompt,
-                        static_cast<const W*>(layer.prompt_values) + prompt, s.prompt_lengths[s.prompt[row]]};
+        std::fill_n(outputs, count * size, 0.f);
+        weigh<L>(scores, room.stride, count, size, prompts(layer.prompt_values), shared, outputs);
+        for (long row = from; row < to; ++row) {
+            const long first = (row - from) * group;
+            weigh<L>(scores + first * room.stride + shared, room.stride, group, size, own(layer.own_values, row),
+                     s.slots[row] + 1, outputs + first * size);
+            std::copy_n(outputs + first * size, group * size, query + row * queries + head * group * size);
         }
-        float* output = scores + group * stride;
-        attend<L, W>(q, group, size, parts, s.scale, scores, stride, output);
-        std::copy(output, output + group * size, q);
     }
 
-    // SwiGLU (arXiv:2002.05202, section 2) of this thread's share of a row, in place
-    void gate(float* x, const float* by) {
-        Share mine(s.intermediate);
-        for (long k = mine.from; k < mine.to; k += OUTPUTS) {
-            Vec<OUTPUTS> v = load<OUTPUTS>(x + k);
-            store<OUTPUTS>(v / (1.f + exponential<OUTPUTS>(-v)) * load<OUTPUTS>(by + k), x + k);
-        }
+    // all threads; whoever is done early takes the next rows
+    void attend_all(const Layer& layer) {
+#pragma omp for schedule(dynamic) collapse(2)
+        for (long head = 0; head < s.key_heads; ++head)
+            for (long begin = 0; begin < rows; begin += room.block)
+                for (long from = begin, to, end = std::min(begin + room.block, rows); from < end; from = to) {
+                    to = from + 1; // without shared prompts each row attends alone
+                    while (s.prompt_slots && to < end && s.prompt[to] == s.prompt[from]) ++to;
+                    attend(layer, from, to, head);
+                }
+    }
+
+    void norm_rows(const float* weight) {
+#pragma omp for
+        for (long r = 0; r < rows; ++r) normalise<L>(x + r * hidden, hidden, weight, s.eps, normed + r * hidden);
+    }
+
+    // SwiGLU (arXiv:2002.05202, section 2) of the outputs that this thread has computed
+    void activate() {
+        Share mine(inner);
+        for (long r = 0; r < rows; ++r)
+            for (long k = r * inner + mine.from; k < r * inner + mine.to; k += OUTPUTS) {
+                Vec<OUTPUTS> v = load<OUTPUTS>(gate + k);
+                store<OUTPUTS>(v / (1.f + exponential<OUTPUTS>(-v)) * load<OUTPUTS>(up + k), gate + k);
+            }
     }
 
   public:
     explicit Decoding(const Step& step) : s(step) {}
 
-    void run() { // by all threads together
-        Buffer normed = buffer(rows * hidden), scores = buffer(group * (stride + size));
-        auto norm_rows = [&](const float* weight) { // each thread for itself: cheaper than to wait for one another
-            for (long r = 0; r < rows; ++r) normalise<L>(&x[r * hidden], hidden, weight, s.eps, &normed[r * hidden]);
-        };
+    // By all threads together. They wait for one another where one reads what others have written: at the end of each
+    // `omp for` and at each barrier. Between two of them nothing is both read and written by different threads.
+    void run() {
 #pragma omp for
         for (long r = 0; r < rows; ++r)
             for (long k = 0; k < hidden; k += L)
-                store<L>(load<L>(static_cast<const W*>(s.embeddings) + s.tokens[r] * hidden + k), &x[r * hidden + k]);
+                store<L>(load<L>(static_cast<const W*>(s.embeddings) + s.tokens[r] * hidden + k), x + r * hidden + k);
         for (const Layer* layer = s.layer; layer < s.layer + s.layers; ++layer) {
             norm_rows(layer->input_norm);
-            product<L, W, false>(normed.get(), rows, hidden, queries, layer->query, query.get());
-            product<L, W, false>(normed.get(), rows, hidden, keys, layer->key, key.get());
-            product<L, W, false>(normed.get(), rows, hidden, keys, layer->value, value.get());
+            product<L, W, false>(normed, rows, hidden, queries, layer->query, query);
+            product<L, W, false>(normed, rows, hidden, keys, layer->key, key);
+            product<L, W, false>(normed, rows, hidden, keys, layer->value, value);
 #pragma omp barrier
-#pragma omp for schedule(dynamic)
-            for (long n = 0; n < rows * s.key_heads; ++n) attend_head(*layer, n % rows, n / rows, scores.get());
-            product<L, W, true>(query.get(), rows, queries, hidden, layer->output, x.get());
+            attend_all(*layer);
+            product<L, W, true>(query, rows, queries, hidden, layer->output, x);
 #pragma omp barrier
             norm_rows(layer->mlp_norm);
-            product<L, W, false>(normed.get(), rows, hidden, s.intermediate, layer->gate, inner.get());
-            product<L, W, false>(normed.get(), rows, hidden, s.intermediate, layer->up, up.get());
-            for (long r = 0; r < rows; ++r) gate(&inner[r * s.intermediate], &up[r * s.intermediate]);
+            product<L, W, false>(normed, rows, hidden, inner, layer->gate, gate);
+            product<L, W, false>(normed, rows, hidden, inner, layer->up, up);
+            activate();
 #pragma omp barrier
-            product<L, W, true>(inner.get(), rows, s.intermediate, hidden, layer->down, x.get());
+            product<L, W, true>(gate, rows, inner, hidden, layer->down, x);
 #pragma omp barrier
         }
         norm_rows(s.norm);
-        product<L, W, false>(normed.get(), rows, hidden, s.vocabulary, s.head, s.logits);
+        product<L, W, false>(normed, rows, hidden, s.vocabulary, s.head, s.logits);
     }
 };
 
@@ -359,5 +448,6 @@ template <class W> void decode(const Step& step) {
 
 } // namespace
 
+extern "C" int64_t scratch_floats(const Step* step) { return Room(*step).total; }
 extern "C" void decode_float32(const Step* step) { decode<float>(*step); }
 extern "C" void decode_bfloat16(const Step* step) { decode<bfloat16>(*step); }

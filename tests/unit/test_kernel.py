@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import platform
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
 
 from grpo_dist import attention
+from grpo_dist.models import FrozenCopy
+from grpo_dist.policy import Policy
 from grpo_dist.rollout import compiled
 from grpo_dist.rollout.cache import DecodeState
 from grpo_dist.rollout.compiled import CannotCompile, library
@@ -67,16 +71,17 @@ def decoded(step_of: Any, model: nn.Module, sizes: list[int], shares: bool, rows
 @pytest.mark.parametrize("shares", [True, False], ids=["shared", "copied"])
 @pytest.mark.parametrize(
     ("kind", "sizes"),
-    [("qwen2", {}), ("llama", {"num_key_value_heads": 4}), ("qwen3", {"head_dim": 24}), ("qwen3", {"head_dim": 128}),
+    [("qwen2", {}), ("llama", {"attention_bias": True, "mlp_bias": True}), ("llama", {"num_key_value_heads": 4}),
+     ("qwen3", {"head_dim": 24}), ("qwen3", {"head_dim": 128}),
      ("llama", {"hidden_size": 40, "intermediate_size": 56, "head_dim": 8}), ("qwen2", {"head_dim": 80}),
      ("qwen2", {"hidden_size": 1040, "intermediate_size": 1200})],
-    ids=["qwen2", "heads-of-their-own", "head-24", "head-128", "multiples-of-8", "head-80", "more-than-a-chunk"],
+    ids=["qwen2", "biases", "heads-of-their-own", "head-24", "head-128", "multiples-of-8", "head-80", "large"],
 )  # fmt: skip
 def test_it_computes_what_the_model_does(kind: str, sizes: dict[str, int], shares: bool) -> None:
     """Against the model's own modules in twice the precision."""
     model = make_model(kind, **sizes)
-    exact = decoded(module_step, copy.deepcopy(model).double(), [7, 1, 11], shares)
-    got = decoded(KernelStep, model, [7, 1, 11], shares)
+    exact = decoded(module_step, copy.deepcopy(model).double(), [7, 1, 33], shares)
+    got = decoded(KernelStep, model, [7, 1, 33], shares)
     assert float((got - exact).abs().max()) < 1e-4 * float(exact.abs().max())
 
 
@@ -92,9 +97,9 @@ def test_weights_in_bfloat16_are_summed_in_float32(shares: bool) -> None:
 @pytest.mark.parametrize("shares", [True, False], ids=["shared", "copied"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_no_bit_depends_on_the_others_in_flight_or_on_threads(shares: bool, dtype: torch.dtype) -> None:
-    model, sizes = make_model(hidden_size=528).to(dtype), [9, 8, 6]
+    model, sizes = make_model(hidden_size=528).to(dtype), [9, 8, 26]
     together = decoded(KernelStep, model, sizes, shares)
-    for rows in ([0], [22], [3, 4, 9], list(range(5, 23))):
+    for rows in ([0], [42], [3, 4, 9], list(range(5, 43))):
         assert torch.equal(decoded(KernelStep, model, sizes, shares, torch.tensor(rows)), together[:, rows])
     threads = torch.get_num_threads()
     try:
@@ -102,6 +107,26 @@ def test_no_bit_depends_on_the_others_in_flight_or_on_threads(shares: bool, dtyp
         assert torch.equal(decoded(KernelStep, model, sizes, shares), together)
     finally:
         torch.set_num_threads(threads)
+
+
+@torch.inference_mode()
+def test_it_follows_the_cache_and_the_copy() -> None:
+    """One step for caches with and without shared prompts in turn, and a step for each set of weights of a copy."""
+    model = make_model()
+    step, sizes = KernelStep(model), [2, 1, 2]
+    for shares in (True, False, True):
+        assert torch.equal(decoded(lambda _: step, model, sizes, shares), decoded(KernelStep, model, sizes, shares))
+    copy_ = FrozenCopy(copy.deepcopy(model), 1.0)
+    before = decoded(KernelStep, copy_.model, sizes, True)
+    policy = Policy(copy.deepcopy(model), 1.0)
+    for parameter in policy.parameters():
+        parameter.mul_(1.1)
+    copy_.sync(policy)
+    with copy_.trained() as trained:
+        after = decoded(KernelStep, trained, sizes, True)
+    assert torch.equal(after, decoded(KernelStep, policy.model, sizes, True))
+    assert not torch.equal(after, before)
+    assert torch.equal(decoded(KernelStep, copy_.model, sizes, True), before)
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="names a processor of another kind")
@@ -145,15 +170,34 @@ def test_it_is_compiled_once(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert len(list(kept.parent.iterdir())) == 2
 
 
-def test_without_a_place_to_keep_it(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_place_to_keep_it(fresh: Path) -> None:
     (fresh.parent / "cache").write_text("a file")
     assert library(fresh).answer() == 42
 
 
+def test_a_damaged_library_is_made_anew(fresh: Path) -> None:
+    # by another process: this one would go on with the library that it has opened
+    code = f"import pathlib, grpo_dist.rollout.compiled as c; c.library(pathlib.Path({str(fresh)!r}))"
+    subprocess.run([sys.executable, "-c", code], check=True)
+    (kept,) = (fresh.parent / "cache" / "grpo_dist").iterdir()
+    kept.write_bytes(b"")
+    assert library(fresh).answer() == 42
+    assert kept.stat().st_size > 0
+
+
+def test_nothing_is_loaded_from_where_others_can_write(fresh: Path) -> None:
+    directory = fresh.parent / "cache" / "grpo_dist"
+    directory.mkdir(parents=True)
+    directory.chmod(0o777)
+    assert library(fresh).answer() == 42
+    assert not list(directory.iterdir())
+
+
 @pytest.mark.parametrize(
     ("compiler", "message"),
-    [("/no/compiler", "/no/compiler: No such"), ("false", "false --version"), ("", r"there is no C\+\+ compiler")],
-)
+    [("/no/compiler", "/no/compiler: No such"), ("false", "^false -O3 "), ("g++ 'x", "CXX: No closing quotation"),
+     ("", r"there is no C\+\+ compiler")],
+)  # fmt: skip
 def test_without_a_compiler(compiler: str, message: str, fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", compiler)
     if not compiler:

@@ -17,7 +17,7 @@ from grpo_dist.plan import parse_ranks, parse_size
 from grpo_dist.planning.advice import largest_peak, make_fit
 from grpo_dist.planning.live import LiveBytes
 from grpo_dist.planning.memory import Flight, MemoryInputs, ModelCounts, Passes, memory_per_rank, peaks, slots_held
-from grpo_dist.planning.predict import Predictor, batch_arithmetic, flight
+from grpo_dist.planning.predict import Device, Predictor, batch_arithmetic, flight
 from grpo_dist.planning.tracing import Precision, build_policy, count, example_pack
 from grpo_dist.rollout.cache import SLOT_CHUNK, DecodeState, PrefillLayout
 
@@ -156,18 +156,20 @@ def test_the_arithmetic_of_a_step(num_ranks: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("prompt", "in_flight", "rows", "prompts"),
-    [(40, 10**6, 24, 6), (40, 256, 4, 1), (40, 600, 8, 2), (40, 100, 1, 1),
-     (100, 10**6, 24, 6), (100, 196, 4, 1), (100, 400, 8, 2), (100, 150, 2, 1)],
+    ("device", "prompt", "in_flight", "rows", "prompts"),
+    [("gpu", 40, 10**6, 24, 6), ("gpu", 40, 256, 4, 1), ("gpu", 40, 600, 8, 2), ("gpu", 40, 100, 1, 1),
+     ("gpu", 100, 10**6, 24, 6), ("gpu", 100, 196, 4, 1), ("gpu", 100, 400, 8, 2), ("gpu", 100, 150, 2, 1),
+     ("cpu", 40, 10**6, 24, 6), ("cpu", 40, 256, 4, 1), ("cpu", 40, 600, 16, 4), ("cpu", 40, 100, 2, 1),
+     ("cpu", 100, 196, 4, 1)],
 )  # fmt: skip
-def test_what_is_decoded_at_once(prompt: int, in_flight: int, rows: int, prompts: int) -> None:
-    """A group of 4 takes 4 × (40 + 24) = 256 tokens with a copied prompt, and 100 + 4 × 24 = 196 with a shared one;
-    where that is too much, as many of it as have room."""
+def test_what_is_decoded_at_once(device: Device, prompt: int, in_flight: int, rows: int, prompts: int) -> None:
+    """A group of 4 takes 4 × (40 + 24) = 256 tokens with a copied prompt, and 40 + 4 × 24 = 136 or 100 + 4 × 24 = 196
+    with a shared one; where that is too much, as many of it as have room."""
     config = config_of(rollout=RolloutConfig(group_size=4, max_completion_length=24, max_tokens_in_flight=in_flight))
     config = replace(config, data=replace(config.data, max_prompt_length=prompt))
-    found = flight(config, 1)
-    assert (found.rows, found.prompts, found.shares) == (rows, prompts, prompt == 100)
-    assert (found.scored == 0) and flight(config, 1, device="gpu").scored >= 24
+    found = flight(config, 1, device=device)
+    assert (found.rows, found.prompts, found.shares) == (rows, prompts, device == "cpu" or prompt == 100)
+    assert found.scored == 0 if device == "cpu" else found.scored >= 24
     alone = flight(config, 1, share_prompts=False)
     assert (alone.rows, alone.prompts) == (4, 4)
 

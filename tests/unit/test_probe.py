@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 from grpo_dist import attention
 from grpo_dist.batch import Batch, Prompt
 from grpo_dist.config import RolloutConfig
-from grpo_dist.engines import UnfitEngine, make_engine, own_step
+from grpo_dist.engines import STEPS, UnfitEngine, made_of, make_engine, own_step
 from grpo_dist.models import Policy, packing_obstacle
 from grpo_dist.packing import make_pack, plan
 from grpo_dist.probe import packing_leak
@@ -101,29 +101,57 @@ def test_models_built_as_llama_are_known(
     name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     model = make_model(make_config(name, BUILT_AS_LLAMA[name]), attention.NAME).to(dtype)
-    assert own_step(model) == (KernelStep, "decoding in C++")
+    assert own_step(model) == "compiled"
+    assert own_step(model, "operations") == "operations"
+    assert own_step(model, "modules") == "modules"
     monkeypatch.setenv("CXX", "/no/compiler")
     library.cache_clear()
-    assert own_step(model) == (LlamaStep, "decoding in few operations")
+    try:
+        assert own_step(model) == "operations"
+    finally:
+        library.cache_clear()
     assert "decoding is not compiled and takes up to twice as long: /no/compiler: No such file" in caplog.text
-    library.cache_clear()
 
 
 @pytest.mark.parametrize("name", BUILT_OTHERWISE)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_models_built_otherwise_decode_through_their_modules(name: str, dtype: torch.dtype) -> None:
-    assert own_step(make_model(make_config(name, BUILT_OTHERWISE[name]), attention.NAME).to(dtype))[0] is module_step
+    assert own_step(make_model(make_config(name, BUILT_OTHERWISE[name]), attention.NAME).to(dtype)) == "modules"
 
 
-@pytest.mark.parametrize("change", [{"hidden_size": 36, "head_dim": 8}, {"intermediate_size": 20}, {"head_dim": 12},
-                                    {"hidden_act": "gelu"}])  # fmt: skip
-def test_what_the_kernel_does_not_compute_is_left_to_torch(change: dict[str, Any]) -> None:
-    assert own_step(make_model(make_config("Llama", change), attention.NAME))[0] is LlamaStep
+@pytest.mark.usefixtures("kernel")
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [({"hidden_size": 36, "head_dim": 8}, "sizes 36, 48 and 8"), ({"intermediate_size": 20}, "sizes 32, 20 and 8"),
+     ({"head_dim": 12}, "and 12"), ({"hidden_act": "gelu"}, "not SiLU")],
+)  # fmt: skip
+def test_what_the_kernel_does_not_compute_is_left_to_torch(change: dict[str, Any], message: str) -> None:
+    model = make_model(make_config("Llama", change), attention.NAME)
+    with pytest.raises(ValueError, match=message):
+        KernelStep(model)
+    assert own_step(model) == "operations"
+
+
+@pytest.mark.usefixtures("kernel")
+def test_layers_that_differ_are_left_to_torch() -> None:
+    for change in ("eps", "scale", "dtype", "width"):
+        model = make_model(make_config("Llama", {}), attention.NAME)
+        layer = model.base_model.layers[1]
+        if change == "eps":
+            layer.input_layernorm.variance_epsilon *= 10
+        elif change == "scale":
+            layer.self_attn.scaling *= 2
+        elif change == "dtype":
+            layer.mlp.bfloat16()
+        else:
+            layer.mlp = type(layer.mlp)(make_config("Llama", {"intermediate_size": 56}))
+        with pytest.raises(ValueError, match=r"layers differ|expected torch\.float32"):
+            KernelStep(model)
 
 
 def test_adapters_that_are_not_merged_decode_through_their_modules() -> None:
     model = make_model(make_config("Llama", {}), attention.NAME)
-    assert own_step(get_peft_model(model, LoraConfig(target_modules=["q_proj"])).get_base_model())[0] is module_step
+    assert own_step(get_peft_model(model, LoraConfig(target_modules=["q_proj"])).get_base_model()) == "modules"
 
 
 def alone(thing: Any) -> list[Any]:
@@ -143,17 +171,27 @@ def test_the_paged_engine_is_taken_where_it_is_right(name: str, caplog: pytest.L
 def test_what_one_rank_finds_holds_for_all() -> None:
     model = make_model(make_config("Llama", {}), attention.NAME)
     with pytest.raises(UnfitEngine, match="another rank's"):
-        make_engine(model, None, [2], RolloutConfig(engine="paged"), lambda thing: [thing, "another rank's"])
+        make_engine(model, None, [2], RolloutConfig(engine="paged"),
+                    lambda thing: [thing, thing if thing in STEPS else "another rank's"])  # fmt: skip
 
 
 @pytest.mark.usefixtures("kernel")
-def test_ranks_decode_alike(caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize(
+    ("kept", "others", "step_of", "told"),
+    [(None, [], KernelStep, "decoding in C++"), (None, ["operations"], LlamaStep, "decoding in few operations"),
+     (None, ["operations", "modules"], module_step, "its own modules"), ("operations", [], LlamaStep, "few operations"),
+     ("compiled", ["operations"], LlamaStep, "decoding in few operations, and not decoding in C++ as before"),
+     (["damaged"], [], KernelStep, "decoding in C++")],
+)  # fmt: skip
+def test_ranks_decode_alike_and_as_before(
+    kept: Any, others: list[str], step_of: Any, told: str, caplog: pytest.LogCaptureFixture
+) -> None:
     caplog.set_level("INFO")
     model = make_model(make_config("Llama", {}), attention.NAME)
-    for others, told in ((["KernelStep"], "decoding in C++"), (["LlamaStep"], "which all ranks can")):
-        engine = make_engine(model, None, [2], RolloutConfig(), lambda mine, others=others: [mine, *others])
-        assert engine.step_of is (KernelStep if others == ["KernelStep"] else LlamaStep)
-        assert told in caplog.text
+    engine = make_engine(model, None, [2], RolloutConfig(), lambda mine: [mine, *others], kept)
+    assert engine.step_of is step_of
+    assert told.replace("its own", "model's own") in caplog.text
+    assert made_of(engine) == {"engine": "native", "decoding": next(n for n, s in STEPS.items() if s is step_of)}
 
 
 def test_soft_capped_scores_are_not_left_to_the_paged_engine() -> None:
@@ -182,7 +220,7 @@ def test_positions_a_model_does_not_have_are_not_asked_of_it() -> None:
         return plain(x, position_ids)
 
     model.base_model.rotary_emb.forward = forward
-    assert own_step(model)[0] is KernelStep
+    assert own_step(model) == "compiled"
     assert max(asked) == 8
 
 
