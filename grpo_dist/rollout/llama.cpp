@@ -133,7 +133,7 @@ template <int L> inline Vec<L> exponential(Vec<L> x) {
 
 // A tile's lines of weights (OUTPUTS × CHUNK) and a block's rows (ROW_BLOCK × CHUNK) fit in the nearest cache, a
 // block's weights (OUTPUT_BLOCK × CHUNK), and the next ones on their way, in the second.
-constexpr long CHUNK = 512, ROW_BLOCK = 16, OUTPUT_BLOCK = 64;
+constexpr long CHUNK = 512, ROW_BLOCK = 16, OUTPUT_BLOCK = 32;
 
 // values (ROWS, OUTPUTS) = N rows of x (N, stride) times OUTPUTS lines of weights, over `count` inputs
 template <int L, int N, class W>
@@ -165,22 +165,25 @@ struct Share { // this thread's part of outputs numbered from 0, in whole tiles
     }
 };
 
-// Fetches a block of weights (lines, count) little by little while another is at work: where there are many rows,
+// Fetches a block of weights (lines, count) little by little while another is at work: with more than one tile of rows,
 // memory would rest during the sums and the sums wait for memory.
 template <class W> class Ahead {
     static constexpr long AT_ONCE = CACHE_LINE / sizeof(W);
-    const W* block;
-    const long stride, per_line, total, turns;
-    long done = 0, turn = 0;
+    const W* line;
+    const long stride, count, total, turns;
+    long at = 0, done = 0, turn = 0;
 
   public:
     Ahead(const W* block, long lines, long stride, long count, long turns)
-        : block(block), stride(stride), per_line((count + AT_ONCE - 1) / AT_ONCE), total(lines * per_line),
-          turns(turns) {}
+        : line(block), stride(stride), count(count), total(lines * ((count + AT_ONCE - 1) / AT_ONCE)), turns(turns) {}
 
     void next() {
-        for (long until = total * ++turn / turns; done < until; ++done)
-            __builtin_prefetch(block + done / per_line * stride + done % per_line * AT_ONCE, 0, 2);
+        if (total == 0) return;
+        for (long until = total * ++turn / turns; done < until; ++done) {
+            __builtin_prefetch(line + at, 0, 2);
+            at += AT_ONCE;
+            if (at >= count) at = 0, line += stride;
+        }
     }
 };
 
@@ -194,7 +197,7 @@ void product(const float* x, long rows, long inputs, long outputs, Linear layer,
         for (long k = 0; k < inputs; k += CHUNK) {
             long count = std::min(CHUNK, inputs - k);
             bool last = k + CHUNK >= inputs; // then the next block's first inputs follow
-            long lines = rows < ROW_BLOCK ? 0 : last ? std::min(OUTPUT_BLOCK, mine.to - end) : end - block;
+            long lines = rows <= ROWS ? 0 : last ? std::min(OUTPUT_BLOCK, mine.to - end) : end - block;
             Ahead<W> ahead(weight + (last ? end * inputs : block * inputs + k + CHUNK), lines, inputs,
                            std::min(CHUNK, last ? inputs : inputs - k - CHUNK), tiles * ((rows + ROWS - 1) / ROWS));
             for (long row_block = 0; row_block < rows; row_block += ROW_BLOCK)
