@@ -233,8 +233,8 @@ template <int L> void normalise(const float* x, long size, const float* weight, 
 constexpr long VALUES_AT_ONCE = 32;  // they stay in the nearest cache while several queries weigh them
 constexpr long MOST_SCORES = 1 << 17; // of the queries that attend to a prompt together: what the second cache holds
 
-// scores (queries, stride) = scale · q Kᵀ of query (queries, size) and keys (count, size); up to L - 1 more are written
-// behind each row's
+// scores (queries, stride) = scale · q Kᵀ of query (queries, size) and keys (count, size); up to L - 1 more are
+// written behind each row's
 template <int L, class C>
 void score(const float* query, long queries, long size, const C* keys, long count, float scale, float* scores,
            long stride) {
