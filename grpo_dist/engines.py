@@ -85,30 +85,34 @@ def _own_engine(
         told = f"one group at a time, and completions are computed one to a row ({obstacle})"
         return lambda ends, most, _: RowEngine(ends, most), told
     most = step if step in list(STEPS) else "compiled"
-    name = min(gather(own_step(model, most)), key=list(STEPS).index)
+    found = gather(own_step(model, most))
+    name = min((name for name, _ in found), key=list(STEPS).index)
+    reason = next((reason for _, reason in found if reason is not None), None)
     if step is not None and name != most:
         log.warning("rollouts: %s, and not %s as before: from here on they round otherwise", TOLD[name], TOLD[most])
     step_of = STEPS[name]
     trial = tiny_engine(captures=model.get_input_embeddings().weight.is_cuda, step_of=step_of)
     captures = trial.captures and decoding_error(model, trial) < rounding(model) and trial.captures
     told = f"native engine, prompts are shared by their groups{', CUDA graphs' * captures}, {TOLD[name]}"
+    if reason is not None:
+        told += f", which takes up to twice as long as compiled ({reason})"
     copied = 0 if step_of is KernelStep else None  # it attends to a shared prompt and to its own tokens at once
     return lambda *sizes: NativeEngine(*sizes, captures=captures, step_of=step_of, copied_prompt=copied), told
 
 
-def own_step(model: nn.Module, most: str = "compiled") -> str:
-    """The fastest of STEPS, up to `most`, that computes what the model does."""
+def own_step(model: nn.Module, most: str = "compiled") -> tuple[str, str | None]:
+    """The fastest of STEPS, up to `most`, that computes what the model does, and why it could not be compiled."""
     is_float32 = next(model.parameters()).dtype == torch.float32
     if most == "modules" or _decoding_off(LlamaStep, model) > (1e-4 if is_float32 else 0.01):
-        return "modules"
+        return "modules", None
     if most == "compiled" and model.get_input_embeddings().weight.device.type == "cpu":
         try:
             # what the kernel computes is checked where it is made; in bfloat16 it rounds less than the model
             if _decoding_off(KernelStep, model) <= (1e-4 if is_float32 else 0.1):
-                return "compiled"
+                return "compiled", None
         except CannotCompile as error:
-            log.warning("rollouts: decoding is not compiled and takes up to twice as long: %s", error)
-    return "operations"
+            return "operations", str(error)
+    return "operations", None
 
 
 @torch.inference_mode()

@@ -59,8 +59,6 @@ UNPACKABLE: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-
-
 def make_config(name: str, options: dict[str, Any]) -> PretrainedConfig:
     """A tiny config of an architecture."""
     return getattr(transformers, f"{name}Config")(**{**TINY, **options})
@@ -97,26 +95,23 @@ BUILT_OTHERWISE: dict[str, dict[str, Any]] = {
 @pytest.mark.usefixtures("kernel")
 @pytest.mark.parametrize("name", BUILT_AS_LLAMA)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_models_built_as_llama_are_known(
-    name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_models_built_as_llama_are_known(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     model = make_model(make_config(name, BUILT_AS_LLAMA[name]), attention.NAME).to(dtype)
-    assert own_step(model) == "compiled"
-    assert own_step(model, "operations") == "operations"
-    assert own_step(model, "modules") == "modules"
+    assert own_step(model) == ("compiled", None)
+    assert own_step(model, "operations") == ("operations", None)
+    assert own_step(model, "modules") == ("modules", None)
     monkeypatch.setenv("CXX", "/no/compiler")
     library.cache_clear()
     try:
-        assert own_step(model) == "operations"
+        assert own_step(model) == ("operations", "/no/compiler: No such file or directory")
     finally:
         library.cache_clear()
-    assert "decoding is not compiled and takes up to twice as long: /no/compiler: No such file" in caplog.text
 
 
 @pytest.mark.parametrize("name", BUILT_OTHERWISE)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_models_built_otherwise_decode_through_their_modules(name: str, dtype: torch.dtype) -> None:
-    assert own_step(make_model(make_config(name, BUILT_OTHERWISE[name]), attention.NAME).to(dtype)) == "modules"
+    assert own_step(make_model(make_config(name, BUILT_OTHERWISE[name]), attention.NAME).to(dtype))[0] == "modules"
 
 
 @pytest.mark.usefixtures("kernel")
@@ -129,7 +124,7 @@ def test_what_the_kernel_does_not_compute_is_left_to_torch(change: dict[str, Any
     model = make_model(make_config("Llama", change), attention.NAME)
     with pytest.raises(ValueError, match=message):
         KernelStep(model)
-    assert own_step(model) == "operations"
+    assert own_step(model) == ("operations", None)
 
 
 @pytest.mark.usefixtures("kernel")
@@ -151,7 +146,7 @@ def test_layers_that_differ_are_left_to_torch() -> None:
 
 def test_adapters_that_are_not_merged_decode_through_their_modules() -> None:
     model = make_model(make_config("Llama", {}), attention.NAME)
-    assert own_step(get_peft_model(model, LoraConfig(target_modules=["q_proj"])).get_base_model()) == "modules"
+    assert own_step(get_peft_model(model, LoraConfig(target_modules=["q_proj"])).get_base_model())[0] == "modules"
 
 
 def alone(thing: Any) -> list[Any]:
@@ -172,13 +167,13 @@ def test_what_one_rank_finds_holds_for_all() -> None:
     model = make_model(make_config("Llama", {}), attention.NAME)
     with pytest.raises(UnfitEngine, match="another rank's"):
         make_engine(model, None, [2], RolloutConfig(engine="paged"),
-                    lambda thing: [thing, thing if thing in STEPS else "another rank's"])  # fmt: skip
+                    lambda thing: [thing, thing if isinstance(thing, tuple) else "another rank's"])  # fmt: skip
 
 
 @pytest.mark.usefixtures("kernel")
 @pytest.mark.parametrize(
     ("kept", "others", "step_of", "told"),
-    [(None, [], KernelStep, "decoding in C++"), (None, ["operations"], LlamaStep, "decoding in few operations"),
+    [(None, [], KernelStep, "decoding in C++"), (None, ["operations"], LlamaStep, "as long as compiled (no g++)"),
      (None, ["operations", "modules"], module_step, "its own modules"), ("operations", [], LlamaStep, "few operations"),
      ("compiled", ["operations"], LlamaStep, "decoding in few operations, and not decoding in C++ as before"),
      (["damaged"], [], KernelStep, "decoding in C++")],
@@ -188,7 +183,9 @@ def test_ranks_decode_alike_and_as_before(
 ) -> None:
     caplog.set_level("INFO")
     model = make_model(make_config("Llama", {}), attention.NAME)
-    engine = make_engine(model, None, [2], RolloutConfig(), lambda mine: [mine, *others], kept)
+    engine = make_engine(
+        model, None, [2], RolloutConfig(), lambda mine: [mine, *((name, "no g++") for name in others)], kept
+    )
     assert engine.step_of is step_of
     assert told.replace("its own", "model's own") in caplog.text
     assert made_of(engine) == {"engine": "native", "decoding": next(n for n, s in STEPS.items() if s is step_of)}
@@ -220,7 +217,7 @@ def test_positions_a_model_does_not_have_are_not_asked_of_it() -> None:
         return plain(x, position_ids)
 
     model.base_model.rotary_emb.forward = forward
-    assert own_step(model) == "compiled"
+    assert own_step(model) == ("compiled", None)
     assert max(asked) == 8
 
 
