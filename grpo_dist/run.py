@@ -149,12 +149,13 @@ class Run:
             for each in (self.policy, self.reference.policy):
                 each.causal_lm.set_attn_implementation("sdpa")
         self.share_prompts = obstacle is None
+        kept = {} if self.resume_from is None else checkpoint.load_meta(self.resume_from)
         with self.reference.trained() as model:
             plain = head_is_plain(model, self.share_prompts)
             try:
                 self.engine = make_engine(model, obstacle, end_token_ids(config.model, self.tokenizer),
-                                          self._rollout_to_go_on_with(), self.ranks.gather_objects,
-                                          self._kept().get("decoding"))  # fmt: skip
+                                          self._rollout_to_go_on_with(kept), self.ranks.gather_objects,
+                                          kept.get("decoding"))  # fmt: skip
             except UnfitEngine as error:
                 raise UserError(str(error)) from error
         self.policy.fused_head = self.reference.policy.fused_head = plain
@@ -166,14 +167,11 @@ class Run:
 
     # --- resuming and saving -------------------------------------------------------------------------------------
 
-    def _rollout_to_go_on_with(self) -> RolloutConfig:
-        """The config's, but that a run goes on with the engine a trial once chose: the other would round otherwise."""
+    def _rollout_to_go_on_with(self, kept: dict[str, Any]) -> RolloutConfig:
+        """The config's, but that a run goes on with the engine a trial once chose, as a checkpoint's metadata has kept:
+        the other would round otherwise."""
         rollout = self.config.rollout
-        return rollout if rollout.engine != "auto" else replace(rollout, engine=self._kept().get("engine", "auto"))
-
-    def _kept(self) -> dict[str, Any]:
-        """What the checkpoint to go on with says about itself; nothing at a start."""
-        return {} if self.resume_from is None else checkpoint.load_meta(self.resume_from)
+        return rollout if rollout.engine != "auto" else replace(rollout, engine=kept.get("engine", "auto"))
 
     def _resume(self) -> Position:
         assert self.resume_from is not None

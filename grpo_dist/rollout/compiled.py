@@ -16,6 +16,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import torch
+
 FLAGS = ["-O3", "-march=native", "-std=c++17", "-fPIC", "-Wno-psabi"]
 
 
@@ -70,8 +72,6 @@ def _compiler(openmp: str) -> list[str]:
 
 def _openmp() -> str:
     """The OpenMP library that torch has loaded."""
-    import torch
-
     try:
         lines = Path("/proc/self/maps").read_text().splitlines()
     except OSError:

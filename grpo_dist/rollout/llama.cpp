@@ -34,10 +34,10 @@ struct Step {
     Linear head;
     const Layer* layer;
     int64_t rows, own_slots, prompt_slots; // the batch; without shared prompts prompt_slots is 0
-    const int64_t *tokens, *slots;         // (R,) newest token, and where its key goes
+    const int64_t *tokens, *slots; // (R,) newest token, and where its key goes
     const int64_t *prompt, *prompt_lengths; // (R,), those of a prompt one after another, and (P,)
-    const float *cos, *sin;                // (R, D)
-    float *logits, *scratch;               // (R, V), and room for `scratch_floats`
+    const float *cos, *sin;  // (R, D)
+    float *logits, *scratch; // (R, V), and room for `scratch_floats`
 };
 
 namespace {
@@ -303,8 +303,11 @@ void turn(float* x, long size, const float* cos, const float* sin) {
 
 // Where everything is that is neither a weight nor in the cache.
 struct Room {
-    long x, normed, query, key, value, gate, up, attention, per_thread; // where each begins, in floats
-    long group, block, stride, total; // queries of a key head; rows that attend to a prompt together; of their scores
+    long group;      // queries of a key head
+    long block;      // rows that attend to their prompt together
+    long stride;     // from one query's scores to the next one's, in floats
+    long per_thread; // floats that the attention of a block takes
+    long x, normed, query, key, value, gate, up, attention, total; // where each begins, in floats, and where all ends
 
     explicit Room(const Step& s) {
         group = s.query_heads / s.key_heads;

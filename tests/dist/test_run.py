@@ -97,6 +97,18 @@ def test_own_data_and_reward(tmp_path: Path) -> None:
     assert {row["reward/math"] for row in rows} <= {0.0, 2.0}
 
 
+def test_a_run_goes_on_decoding_as_it_did(tmp_path: Path) -> None:
+    """Begun without a compiler, it does not take to the kernel when there is one: the rest would round otherwise."""
+    told = []
+    for steps, environment in ((1, {"CXX": "false"}), (2, {})):
+        done = launch(None, 1, *TINY, "--train.output_dir", str(tmp_path / "run"), "--train.num_train_steps", str(steps),
+                      "--train.save_every", "1", environment=environment)  # fmt: skip
+        assert done.returncode == 0, done.stderr[-4000:]
+        told.append(done.stderr + done.stdout)
+    assert "decoding in few operations, which takes up to twice as long as compiled (false " in told[0]
+    assert "resumed from" in told[1] and "decoding in few operations" in told[1]
+
+
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [

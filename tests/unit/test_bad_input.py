@@ -124,8 +124,8 @@ def test_a_run_goes_on_with_the_engine_of_its_trial(asked: str, kept: str | None
     run = Run.__new__(Run)
     run.config = config
     meta = {"engine": kept} if kept else {}
-    run.resume_from = checkpoint.save(tmp_path / "checkpoints", 1, {"x": torch.zeros(4)}, meta, keep=9)
-    assert run._rollout_to_go_on_with() == replace(config.rollout, engine=taken)
+    saved_at = checkpoint.save(tmp_path / "checkpoints", 1, {"x": torch.zeros(4)}, meta, keep=9)
+    assert run._rollout_to_go_on_with(checkpoint.load_meta(saved_at)) == replace(config.rollout, engine=taken)
 
 
 def test_a_damaged_checkpoint_falls_back_or_raises(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

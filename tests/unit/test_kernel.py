@@ -157,7 +157,7 @@ def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     library.cache_clear()
 
 
-def test_it_is_compiled_once(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_is_compiled_once(fresh: Path) -> None:
     assert library(fresh).answer() == 42
     (kept,) = (fresh.parent / "cache" / "grpo_dist").iterdir()
     made = kept.stat().st_mtime_ns
@@ -213,5 +213,5 @@ def test_what_does_not_compile_is_shown(fresh: Path) -> None:
 
 
 def test_the_kernel_compiles_without_a_warning(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compiled, "FLAGS", [*compiled.FLAGS, "-Wextra", "-Werror"])
+    monkeypatch.setattr(compiled, "FLAGS", [*compiled.FLAGS, "-Wall", "-Wextra", "-Werror"])
     assert library(SOURCE)
