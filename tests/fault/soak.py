@@ -22,7 +22,7 @@ import numpy as np
 import psutil
 
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "tests" / "dist"))
+sys.path.insert(0, str(ROOT / "tests" / "distributed"))
 from launching import command, metrics  # noqa: E402
 
 BOUNDS = {"memory_mib": 32.0, "files": 1.0, "threads": 1.0, "processes": 0.5}
