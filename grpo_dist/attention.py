@@ -11,12 +11,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
+
+from .shared_prefix import Segments, can_use_flash, segments, shared_prefix_attention
 
 NAME = "grpo_dist"
 """The name under which transformers knows this attention."""
@@ -45,6 +48,38 @@ def _attention(
 
 
 AttentionInterface.register(NAME, _attention)
+
+
+class RowLayout:
+    """A row of pieces, each (prompt length, completion lengths), wherever it is computed.
+
+    In half precision on a GPU the flash kernels compute it (`shared_prefix.py`), else blocks of masked attention, which
+    are laid out when they are first asked for.
+    """
+
+    def __init__(self, pieces: Sequence[tuple[int, list[int]]], device: torch.device | None = None) -> None:
+        self.pieces, self.device = pieces, device or torch.device("cpu")
+
+    def to(self, device: torch.device) -> RowLayout:
+        """The layout with its tensors on `device`."""
+        return RowLayout(self.pieces, device)
+
+    @cached_property
+    def blocks(self) -> BlockLayout:
+        """The row as blocks."""
+        return block_layout(self.pieces).to(self.device)
+
+    @cached_property
+    def segments(self) -> Segments:
+        """The row as the flash kernels want it."""
+        return segments(self.pieces).to(self.device)
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
+        """See `Layout`."""
+        if not can_use_flash(query, key, value):
+            return self.blocks.attend(layer, query, key, value, scale)
+        rows = (x[0].transpose(0, 1) for x in (query, key, value))
+        return shared_prefix_attention(*rows, self.segments, scale)[None]
 
 
 @dataclass(frozen=True)
@@ -103,7 +138,7 @@ def _visible(piece: Tensor, segment: Tensor) -> Tensor:
     return own.tril_()
 
 
-def block_layout(pieces: list[tuple[int, list[int]]], block: int = BLOCK) -> BlockLayout:
+def block_layout(pieces: Sequence[tuple[int, list[int]]], block: int = BLOCK) -> BlockLayout:
     """Layout of a row of pieces, each (prompt length, completion lengths).
 
     Short pieces that follow one another share a masked block of at most `block` tokens. A longer piece becomes one

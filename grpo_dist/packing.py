@@ -15,7 +15,7 @@ from itertools import chain, zip_longest
 import torch
 from torch import Tensor
 
-from .attention import BlockLayout, block_layout
+from .attention import RowLayout
 from .batch import Batch, token_places
 
 PAIRS_PER_TOKEN = 4096
@@ -51,7 +51,7 @@ class Pack:
     """(M,) int64: place of each completion token in the batch's flat tensors."""
     sequence: Tensor
     """(M,) int64: the pack's completions, numbered from 0."""
-    layout: BlockLayout | None
+    layout: RowLayout | None
     """Who attends to whom; None for a plain causal row of one prompt and one completion."""
 
     @property
@@ -60,10 +60,18 @@ class Pack:
         return len(self.ids) if len(self.token) else 0
 
     def to(self, device: torch.device) -> Pack:
-        """The pack with all its tensors on `device`."""
-        moved = {name: getattr(self, name).to(device) for name in
-                 ("ids", "positions", "predictor", "targets", "token", "sequence")}  # fmt: skip
-        return Pack(**moved, layout=self.layout.to(device) if self.layout else None)
+        """The pack with all its tensors on `device`, in one copy for which a GPU does not wait."""
+        names = ("ids", "positions", "predictor", "targets", "token", "sequence")
+        moved = to_device([getattr(self, name) for name in names], device)
+        return Pack(**dict(zip(names, moved, strict=True)), layout=self.layout.to(device) if self.layout else None)
+
+
+def to_device(tensors: list[Tensor], device: torch.device) -> list[Tensor]:
+    """Tensors of one dtype and one dimension on `device`; to a GPU in one copy that nothing waits for."""
+    if device.type != "cuda":
+        return [tensor.to(device) for tensor in tensors]
+    joined = torch.cat(tensors).pin_memory().to(device, non_blocking=True)
+    return list(joined.split([len(tensor) for tensor in tensors]))
 
 
 def piece_cost(prompt_length: int, lengths: list[int]) -> float:
@@ -159,7 +167,7 @@ def make_pack(batch: Batch, pieces: list[Piece], *, share_prompts: bool = True) 
     """The tensors of one pack; for no pieces, an empty pack of one token."""
     if not pieces:
         empty = torch.zeros(0, dtype=torch.int64)
-        layout = block_layout([(1, [])]) if share_prompts else None
+        layout = RowLayout([(1, [])]) if share_prompts else None
         one = torch.zeros(1, dtype=torch.int64)
         return Pack(one, one, empty, empty, empty, empty, layout)
     chosen = torch.tensor([n for piece in pieces for n in piece.completions])
@@ -183,5 +191,5 @@ def make_pack(batch: Batch, pieces: list[Piece], *, share_prompts: bool = True) 
     ids[row] = targets = batch.tokens[token]
     positions[row] = prompt_lengths[piece] + own
     predictor = torch.where(own == 0, (prompt_starts + prompt_lengths)[piece], row) - 1
-    layout = block_layout(shapes) if share_prompts else None
+    layout = RowLayout(shapes) if share_prompts else None
     return Pack(ids, positions, predictor, targets, token, sequence, layout)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from .attention import block_layout
+from .attention import RowLayout
 from .rollout import NativeEngine, Request, Sampling
 from .rollout.steps import Step, module_step
 
@@ -34,7 +34,7 @@ def example_tokens(model: nn.Module, count: int) -> Tensor:
 def _outputs(model: nn.Module, ids: Tensor, completions: tuple[int, ...]) -> Tensor:
     """Log-probabilities (T, V) of a row of one prompt and its completions."""
     positions = torch.cat([torch.arange(PROMPT), *(torch.arange(PROMPT, PROMPT + length) for length in completions)])
-    layout = block_layout([(PROMPT, list(completions))]).to(ids.device)
+    layout = RowLayout([(PROMPT, list(completions))]).to(ids.device)
     output = model(input_ids=ids[None], position_ids=positions[None].to(ids.device), use_cache=False, layout=layout)
     return torch.log_softmax(output.logits[0].float(), -1)
 
@@ -107,7 +107,7 @@ def head_is_plain(model: nn.Module, shared_prompts: bool) -> bool:
     inputs = {"input_ids": ids[None], "use_cache": False}
     if shared_prompts:
         positions = torch.arange(PROMPT, device=ids.device)
-        inputs |= {"position_ids": positions[None], "layout": block_layout([(PROMPT, [])]).to(ids.device)}
+        inputs |= {"position_ids": positions[None], "layout": RowLayout([(PROMPT, [])]).to(ids.device)}
     logits = model(**inputs).logits[0].float()
     plain = linear(model.base_model(**inputs).last_hidden_state[0], head.weight, head.bias).float()
     most = 1e-4 if head.weight.dtype == torch.float32 else 0.02

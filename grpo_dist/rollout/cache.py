@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ..attention import BlockLayout, block_layout
+from ..attention import RowLayout
 
 SLOT_CHUNK = 32
 """Slots for tokens are added this many at a time."""
@@ -28,7 +28,7 @@ class PrefillLayout:
 
     def __init__(self, lengths: list[int], device: torch.device) -> None:
         self.lengths = lengths
-        self.blocks: BlockLayout = block_layout([(length, []) for length in lengths]).to(device)
+        self.rows = RowLayout([(length, []) for length in lengths], device)
         self.keys: dict[int, Tensor] = {}
         self.values: dict[int, Tensor] = {}
 
@@ -37,7 +37,7 @@ class PrefillLayout:
         if layer in self.keys:
             raise ValueError(f"layer {layer} attends more than once")
         self.keys[layer], self.values[layer] = key[0], value[0]
-        return self.blocks.attend(layer, query, key, value, scale)
+        return self.rows.attend(layer, query, key, value, scale)
 
 
 class DecodeState:
