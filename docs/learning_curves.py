@@ -41,7 +41,7 @@ TASKS = {
     "arithmetic": Task("configs/quickstart.yaml", (0, 5, 10, 20, 40), PRESETS, ["--lora.alpha", "64"]),
     "carry": Task("configs/carry.yaml", (0, 5, 10, 15), ["reinforce", "rloo", "grpo", "dr_grpo", "dapo", "gspo"],
                   ["--optim.scheduler", "constant"]),
-}
+}  # fmt: skip
 
 
 def train(task: Task, preset: str, seed: int, runs: Path, options: list[str]) -> Curve:
@@ -54,7 +54,7 @@ def train(task: Task, preset: str, seed: int, runs: Path, options: list[str]) ->
             "--train.seed", str(seed), "--train.num_train_steps", str(task.shown[-1]),
             "--train.eval_every", str(EVERY), "--train.save_every", "0", "--logging.trackers", "[]",
             "--logging.log_completions", "false", "--train.output_dir", str(directory), *task.options, *options,
-        ], cwd=ROOT, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        ], cwd=ROOT, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
     lines = [json.loads(line) for line in written.read_text().splitlines()]
     return [(line["step"], line["eval/accuracy"]) for line in lines if "eval/accuracy" in line]
 
@@ -63,7 +63,7 @@ def drawing(curves: dict[str, list[Curve]], num_steps: int) -> str:
     """One small plot a preset: each seed thin, the median thick."""
     rows = -(-len(curves) // COLUMNS)
     parts = [f'<svg xmlns="http://www.w3.org/2000/svg" width="{COLUMNS * WIDTH}" height="{rows * HEIGHT}" '
-             'font-family="sans-serif" font-size="11"><rect width="100%" height="100%" fill="white"/>']
+             'font-family="sans-serif" font-size="11"><rect width="100%" height="100%" fill="white"/>']  # fmt: skip
     for place, (preset, seeds) in enumerate(curves.items()):
         left, top = place % COLUMNS * WIDTH + 30, place // COLUMNS * HEIGHT + 22
         wide, high = WIDTH - 45, HEIGHT - 42
@@ -71,10 +71,10 @@ def drawing(curves: dict[str, list[Curve]], num_steps: int) -> str:
         for level in (0.0, 0.5, 1.0):
             y = top + high * (1 - level)
             parts.append(f'<path d="M{left} {y:.1f}h{wide}" stroke="#ddd"/><text x="{left - 24}" y="{y + 4:.1f}" '
-                         f'fill="#666">{level:.1f}</text>')
+                         f'fill="#666">{level:.1f}</text>')  # fmt: skip
         for step in (0, num_steps // 2, num_steps):
             parts.append(f'<text x="{left + wide * step / num_steps:.1f}" y="{top + high + 13}" fill="#666" '
-                         f'text-anchor="middle">{step}</text>')
+                         f'text-anchor="middle">{step}</text>')  # fmt: skip
         median = [(points[0][0], statistics.median(a for _, a in points)) for points in zip(*seeds, strict=True)]
         for curve, style in [*((seed, 'stroke="#9bc"') for seed in seeds), (median, 'stroke="#135" stroke-width="2"')]:
             points = " ".join(f"{left + wide * step / num_steps:.1f},{top + high * (1 - a):.1f}" for step, a in curve)
@@ -85,7 +85,7 @@ def drawing(curves: dict[str, list[Curve]], num_steps: int) -> str:
 def table(curves: dict[str, list[Curve]], shown: tuple[int, ...]) -> str:
     """Median accuracy over the seeds at some steps, and the least at the end."""
     lines = ["| preset | " + " | ".join(f"step {step}" for step in shown) + " | worst seed at the end |",
-             "|---" * (len(shown) + 2) + "|"]
+             "|---" * (len(shown) + 2) + "|"]  # fmt: skip
     for preset, seeds in curves.items():
         medians = [statistics.median(dict(curve)[step] for curve in seeds) for step in shown]
         cells = [f"{value:.2f}" for value in [*medians, min(curve[-1][1] for curve in seeds)]]

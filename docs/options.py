@@ -1,7 +1,7 @@
 """Write docs/options.md from the dataclasses of the config; a test compares.
 
     python docs/options.py
-"""
+"""  # fmt: skip
 
 from __future__ import annotations
 

@@ -48,9 +48,7 @@ def has_groups(config: Config) -> bool:
 def needs_measuring(config: Config) -> bool:
     """Whether advantages depend on the whole batch's log-probabilities, entropies or values."""
     return (
-        config.advantage.baseline == "critic"
-        or config.loss.kl_in == "reward"
-        or config.loss.top_entropy_quantile < 1
+        config.advantage.baseline == "critic" or config.loss.kl_in == "reward" or config.loss.top_entropy_quantile < 1
     )
 
 

@@ -111,8 +111,10 @@ def _data(config: Mapping[str, Any]) -> str:
     data = config["data"]
     trained = data["train_file"]
     files = [trained] if isinstance(trained, str) else [f"{name} (weight {share:g})" for name, share in trained.items()]
-    lines = [f"- trained on: {', '.join(f'`{_place(name)}`' for name in files)}",
-             f"- evaluated on: {'`' + _place(data['eval_file']) + '`' if data['eval_file'] else 'nothing'}"]
+    lines = [
+        f"- trained on: {', '.join(f'`{_place(name)}`' for name in files)}",
+        f"- evaluated on: {'`' + _place(data['eval_file']) + '`' if data['eval_file'] else 'nothing'}",
+    ]
     for reward in config["rewards"]:
         given = ", ".join(f"{key}: {_place(value)}" for key, value in reward["args"].items())
         arguments = plain(given, _SHOWN_CHARACTERS)

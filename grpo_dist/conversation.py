@@ -66,6 +66,7 @@ class Conversation:
             return
         with Live(_side_by_side(answers), console=self.console, vertical_overflow="visible") as live:
             for voice in self.voices:
+
                 def show(text: str, name: str = voice.name) -> None:
                     answers[name] += text
                     live.update(_side_by_side(answers))

@@ -164,9 +164,7 @@ class Evaluation:
 def summarise(rows: Rows, num_samples: int) -> dict[str, Estimate]:
     """Return each measure over a table of rows; a sample that could not be scored counts in none but `unscored`."""
     powers = [2**power for power in range(num_samples.bit_length()) if 2**power <= num_samples]
-    scored = [
-        {**row, "kept": [n for n, reward in enumerate(row["rewards"]) if reward is not None]} for row in rows
-    ]
+    scored = [{**row, "kept": [n for n, reward in enumerate(row["rewards"]) if reward is not None]} for row in rows]
     some = [row for row in scored if row["kept"]]
     measures = {"mean reward": estimate([_mean([row["rewards"][n] for n in row["kept"]]) for row in some])}
     measures[f"mean@{num_samples}"] = estimate([_mean([row["right"][n] for n in row["kept"]]) for row in some])

@@ -1,7 +1,7 @@
 """Train the tiny reward model of configs/summarise.yaml: 1 for a text that ends with a full stop, else 0.
 
     python configs/data/make_reward_model.py [OUT_DIR]
-"""
+"""  # fmt: skip
 
 from __future__ import annotations
 

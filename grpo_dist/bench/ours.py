@@ -1,7 +1,7 @@
 """Our worker: the trainer as users run it, which waits for its turn before each step.
 
     python -m grpo_dist.bench.ours --config FILE     started by `bench`, which tells it what to do
-"""
+"""  # fmt: skip
 
 from __future__ import annotations
 

@@ -13,6 +13,7 @@ from grpo_dist.rewards.scores import Failure, FailureKind, Item, Scores
 
 _CHECK_SECONDS = 0.2
 
+
 class Pending:
     """Scores on their way; threads of the pool fill it in."""
 
@@ -58,9 +59,7 @@ class Pending:
             failed[cell] = True
         failures = [self._failures[cell] for cell in sorted(self._failures)]
         metrics, extras = dict(sorted(self._metrics.items())), dict(sorted(self._extras.items()))
-        return Scores(
-            self._values, failed, failures, self._names, self._seconds, self._per_token, metrics, extras
-        )
+        return Scores(self._values, failed, failures, self._names, self._seconds, self._per_token, metrics, extras)
 
     def item(self, place: int) -> Item:
         """An item that has come."""

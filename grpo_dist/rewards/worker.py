@@ -79,7 +79,6 @@ def resolve_for(config: RewardConfig, placement: Placement) -> RewardFunction | 
     return resolve(config) if declared == placement else declared
 
 
-
 def answer(rewards: Sequence[RewardFunction | Placement], request: bytes) -> dict[str, Any]:
     """Make one call and return `{"values": […], "bad": {place: [kind, message]}, "metrics": …, "extras": …}`, or its
     `kind`, `message` and `traceback`.

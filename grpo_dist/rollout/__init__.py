@@ -10,4 +10,3 @@ from .paged import PagedEngine
 from .sampling import Sampling, stream_key
 
 __all__ = ["Engine", "NativeEngine", "PagedEngine", "Request", "RowEngine", "Sampling", "stream_key"]
-

@@ -216,9 +216,7 @@ def _mask(hidden: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, -torch.inf)[:, None, None]
 
 
-def _partial(
-    query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: float | None
-) -> tuple[Tensor, Tensor]:
+def _partial(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: float | None) -> tuple[Tensor, Tensor]:
     """Attention over a part of the keys: the output (N, H, Q, Dv) and the log of its sum of exponentials (N, H, Q).
 
     `query` (N, H, Q, D), `keys` (N, H, K, D), `values` (N, H, K, Dv), `mask` (N, 1, 1, K) additive, with a key to be

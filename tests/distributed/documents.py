@@ -10,8 +10,8 @@ from pathlib import Path
 from launching import ROOT
 
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
-PROGRAMS = ("python", "accelerate", "grpo-dist", "sbatch", "scancel", "pip", "launch/", "./launch/", ".venv/", "tensorboard",
-            "vllm", "transformers", "hf", "git", "source", "cd", "export")  # fmt: skip
+PROGRAMS = ("python", "accelerate", "grpo-dist", "sbatch", "scancel", "pip", "launch/", "./launch/", ".venv/",
+            "tensorboard", "vllm", "transformers", "hf", "git", "source", "cd", "export")  # fmt: skip
 _FENCE = re.compile(r"^```(\w+)?(?: (\S+))?\n(.*?)^```", re.M | re.S)
 _ASSIGNMENT = re.compile(r"[A-Z_]+=\S+")
 

@@ -80,7 +80,9 @@ def reported_steps(directory: Path) -> list[int]:
 
 def completions(directory: Path) -> list[dict[str, Any]]:
     """Every completion of the run, in order."""
-    return [row for file in sorted((directory / "completions").glob("*.parquet")) for row in pq.read_table(file).to_pylist()]
+    return [
+        row for file in sorted((directory / "completions").glob("*.parquet")) for row in pq.read_table(file).to_pylist()
+    ]
 
 
 def adapters(directory: Path) -> dict[str, Tensor]:

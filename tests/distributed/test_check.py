@@ -22,7 +22,7 @@ def test_five_mistakes_on_two_ranks(tmp_path: Path) -> None:
     assert done.returncode != 0
     assert done.stdout.count("5 problem(s)") == 1, done.stdout + done.stderr
     for told in ("rollout.group_size: 2.5 given", "nowhere.jsonl", "'mth' is not a built-in reward",
-                 "did you mean 'optim.learning_rate'?", "'tensorbord' given"):
+                 "did you mean 'optim.learning_rate'?", "'tensorbord' given"):  # fmt: skip
         assert told in done.stdout
     assert not (tmp_path / "run").exists()
 

@@ -8,8 +8,8 @@ from pathlib import Path
 from launching import adapters, completions, relative_difference, train
 
 OPTIONS = (
-    "--data.curriculum.low", "0.3", "--data.curriculum.high", "0.7", "--train.save_every", "2", "--train.batch_size", "4",
-    "--data.keep.answer", '["1", "2", "3"]',
+    "--data.curriculum.low", "0.3", "--data.curriculum.high", "0.7", "--train.save_every", "2",
+    "--train.batch_size", "4", "--data.keep.answer", '["1", "2", "3"]',
 )  # fmt: skip
 
 
@@ -24,5 +24,7 @@ def test_a_resumed_curriculum_goes_on_as_it_would_have(tmp_path: Path) -> None:
     assert relative_difference(adapters(whole), adapters(resumed)) == 0
     two = train("ddp", 2, tmp_path / "two", *OPTIONS)
     for other in (resumed, two):
-        assert [row["prompt_index"] for row in completions(other)] == [row["prompt_index"] for row in completions(whole)]
+        assert [row["prompt_index"] for row in completions(other)] == [
+            row["prompt_index"] for row in completions(whole)
+        ]
     assert relative_difference(adapters(whole), adapters(two)) < 1e-4

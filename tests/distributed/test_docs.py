@@ -45,7 +45,7 @@ ALL = [command for page in PAGES for command in commands(page)]
 
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A reader's directory: the shipped files, the files that the pages give, and runs of the quickstart and first task."""
+    """A reader's directory: the shipped files, the pages' files, and runs of the quickstart and first task."""
     directory = tmp_path_factory.mktemp("reader")
     copy_examples(directory)
     shutil.copytree(ROOT / "docs", directory / "docs")
@@ -138,7 +138,9 @@ def test_no_page_is_without_commands_by_accident() -> None:
     assert len(ALL) > 30 and {"README.md", "first_task.md", "distributed.md"} <= {command.page for command in ALL}
 
 
-def test_the_readmes_python(workspace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_readmes_python(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.chdir(workspace)
     for block in re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S):
         exec(compile(block, "README.md", "exec"), {})

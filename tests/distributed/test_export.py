@@ -69,7 +69,9 @@ def test_the_end_from_wherever_it_is_taken(place: str, run: Path, export: Callab
     assert f"vllm serve {out}" in told and f"transformers serve {out}" in told
 
 
-def test_an_earlier_checkpoint_is_another_model(run: Path, export: Callable[..., tuple[Path, str]], tmp_path: Path) -> None:
+def test_an_earlier_checkpoint_is_another_model(
+    run: Path, export: Callable[..., tuple[Path, str]], tmp_path: Path
+) -> None:
     earlier = run / "checkpoints" / "step_2"
     out, _ = export(earlier)
     assert not same(weights(out), weights(run / "final"))
@@ -166,4 +168,7 @@ def test_chat_has_both_answers(run: Path, capsys: pytest.CaptureFixture[str], mo
 
 
 def test_what_a_model_says_does_not_steer_the_terminal() -> None:
-    assert harmless("one\x1b[2J\ntwo\r\x07[bold]") == "one\N{REPLACEMENT CHARACTER}[2J\ntwo\n\N{REPLACEMENT CHARACTER}[bold]"
+    assert (
+        harmless("one\x1b[2J\ntwo\r\x07[bold]")
+        == "one\N{REPLACEMENT CHARACTER}[2J\ntwo\n\N{REPLACEMENT CHARACTER}[bold]"
+    )

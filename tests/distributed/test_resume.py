@@ -39,7 +39,9 @@ def kill_after(steps: int, strategy: str | None, num_processes: int, directory: 
     process.wait()
 
 
-@pytest.mark.parametrize(("strategy", "num_processes"), [pytest.param("zero2", 2, marks=pytest.mark.slow), ("zero3", 2)])
+@pytest.mark.parametrize(
+    ("strategy", "num_processes"), [pytest.param("zero2", 2, marks=pytest.mark.slow), ("zero3", 2)]
+)
 def test_killed_and_started_again(strategy: str, num_processes: int, tmp_path: Path) -> None:
     undisturbed = train(strategy, num_processes, tmp_path / "undisturbed", *EACH)
     kill_after(2, strategy, num_processes, tmp_path / "killed")

@@ -6,26 +6,25 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 from launching import ROOT, TINY, adapters, completions, launch, merged_equals_adapter, metrics, train
-from peft import PeftModel
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from grpo_dist.toy import toy_path
-
-METRICS = """step epoch reward/mean reward/std reward/math/mean reward/groups_zero_std reward/unscored advantage/abs_mean
+METRICS = """
+step epoch reward/mean reward/std reward/math/mean reward/groups_zero_std reward/unscored advantage/abs_mean
 loss loss/policy kl entropy ratio/mean ratio/max clip/low clip/high grad_norm learning_rate completion/length_mean
 completion/length_max completion/truncated tokens/completion tokens/computed tokens/useful_share
 rollout/logprob_gap_max rollout/tokens_per_second time/rollout time/reward time/reference time/update time/sync
-time/step memory/peak_gib""".split()
+time/step memory/peak_gib
+""".split()  # noqa: SIM905
 
 OWN_REWARD = '''
 import os
 def shortness(prompts, completions, completion_ids, hint, **columns):
     """Reads a column of the data; does not apply to empty completions."""
     assert "answer" in columns and len(prompts) == len(hint)
-    return [None if not text else 1.0 / len(ids) + (text.strip() == h) for text, ids, h in zip(completions, completion_ids, hint)]
+    rows = zip(completions, completion_ids, hint)
+    return [None if not text else 1.0 / len(ids) + (text.strip() == h) for text, ids, h in rows]
 '''
 
 
@@ -85,7 +84,9 @@ def test_own_data_and_reward(tmp_path: Path) -> None:
             for a in range(9)]  # fmt: skip
     data = tmp_path / "own.jsonl"
     data.write_text("\n".join(map(json.dumps, rows)))
-    rewards = json.dumps([{"name": "own_reward:shortness", "weight": 0.5}, {"name": "math", "args": {"correct_reward": 2}}])
+    rewards = json.dumps(
+        [{"name": "own_reward:shortness", "weight": 0.5}, {"name": "math", "args": {"correct_reward": 2}}]
+    )
     done = launch(
         "ddp", 2, *TINY, "--train.output_dir", str(tmp_path / "run"), "--train.num_train_steps", "2",
         "--data.train_file", str(data), "--data.eval_file", "null", "--data.prompt_column", "question",
@@ -101,8 +102,8 @@ def test_a_run_goes_on_decoding_as_it_did(tmp_path: Path) -> None:
     """Begun without a compiler, it does not take to the kernel when there is one: the rest would round otherwise."""
     told = []
     for steps, environment in ((1, {"CXX": "false"}), (2, {})):
-        done = launch(None, 1, *TINY, "--train.output_dir", str(tmp_path / "run"), "--train.num_train_steps", str(steps),
-                      "--train.save_every", "1", environment=environment)  # fmt: skip
+        done = launch(None, 1, *TINY, "--train.output_dir", str(tmp_path / "run"), "--train.num_train_steps",
+                      str(steps), "--train.save_every", "1", environment=environment)  # fmt: skip
         assert done.returncode == 0, done.stderr[-4000:]
         told.append(done.stderr + done.stdout)
     assert "decoding in few operations, which takes up to twice as long as compiled (false " in told[0]

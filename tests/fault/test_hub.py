@@ -12,9 +12,7 @@ from launching import TINY, launch
 from grpo_dist.toy import toy_path
 
 
-def start(
-    strategy: str | None, hub: Hub, folder: Path, **environment: str
-) -> subprocess.CompletedProcess[str]:
+def start(strategy: str | None, hub: Hub, folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     """One step of training of the hub's model."""
     return launch(
         strategy, 2, *TINY, "--model.name", "tiny/toy", "--train.num_train_steps", "1", "--data.eval_file", "null",

@@ -202,7 +202,7 @@ def test_what_may_change_on_resume(tmp_path: Path) -> None:
 
 
 def test_a_tracker_that_fails(tmp_path: Path) -> None:
-    (tmp_path / "run" ).mkdir()
+    (tmp_path / "run").mkdir()
     (tmp_path / "run" / "tensorboard").write_text("in the way")
     done = launch(None, 1, *TINY, "--train.output_dir", str(tmp_path / "run"), "--data.eval_file", "null",
                   "--train.num_train_steps", "2")  # fmt: skip

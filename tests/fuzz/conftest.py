@@ -1,7 +1,7 @@
 """How long to fuzz, and what came of it.
 
     FUZZ_EXAMPLES=100000 python -m pytest tests/fuzz -k math
-"""
+"""  # fmt: skip
 
 from __future__ import annotations
 

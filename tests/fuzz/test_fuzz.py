@@ -135,7 +135,7 @@ LINES = GOOD_LINES | (
     st.dictionaries(COLUMNS, JSON, max_size=4).map(lambda row: json.dumps(row, ensure_ascii=False))
     | JSON.map(json.dumps)
     | st.text(max_size=30)
-).map(lambda line: line.encode("utf-8", "surrogatepass")) | st.binary(max_size=30)
+).map(lambda line: line.encode("utf-8", "surrogatepass")) | st.binary(max_size=30)  # fmt: skip
 DATA = st.builds(
     lambda bad_rows, too_long, most, template: DataConfig(
         bad_rows=bad_rows, too_long=too_long, max_prompt_length=most, chat_template=template),

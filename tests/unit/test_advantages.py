@@ -65,7 +65,8 @@ def compute(rewards: list[float], group: list[int], scale: Scale, baseline: Base
 def test_equals_the_loop(pairs: list[tuple[float, int]], scale: Scale, baseline: Baseline) -> None:
     rewards, group = [r for r, _ in pairs], [g for _, g in pairs]
     assert compute(rewards, group, scale, baseline) == pytest.approx(
-        naive(rewards, group, scale, baseline), rel=1e-6, abs=1e-7)
+        naive(rewards, group, scale, baseline), rel=1e-6, abs=1e-7
+    )
 
 
 @pytest.mark.parametrize("scale", ["group", "batch", "none"])
@@ -90,7 +91,8 @@ def test_without_any_score_nothing_is_learnt(scale: Scale) -> None:
     assert compute([NAN, NAN], [0, 0], scale) == [0.0, 0.0]
     assert compute([3.0], [0], scale) == [0.0]
     assert group_relative_advantages(
-        torch.zeros(0, dtype=torch.float64), torch.zeros(0, dtype=torch.int64), "leave_one_out", scale).shape == (0,)
+        torch.zeros(0, dtype=torch.float64), torch.zeros(0, dtype=torch.int64), "leave_one_out", scale
+    ).shape == (0,)
 
 
 def test_a_known_group() -> None:

@@ -69,8 +69,9 @@ def test_the_view_fits_any_width(width: int) -> None:
     assert width < 40 or any("▁" in line and "█" in line for line in lines)
     if width >= 80:
         for told in ("step 49/60", "left", "reward 0.980", "kl 0.0123", "entropy 0.400", "length 12.3", "truncated 25%",
-                     "12,346 tok/s", "1.2 GiB", "rollout 50%", "update 25%", "other 2%", "alarms on: truncated"):
-            assert told in out.getvalue(), told  # fmt: skip
+                     "12,346 tok/s", "1.2 GiB", "rollout 50%", "update 25%", "other 2%",
+                     "alarms on: truncated"):  # fmt: skip
+            assert told in out.getvalue(), told
 
 
 def batch(rewards: list[float], groups: list[int], lengths: list[int]) -> Batch:
@@ -144,9 +145,7 @@ def test_a_log_has_a_line_a_step_and_no_control_characters(logged: io.StringIO) 
     assert max(map(len, text.splitlines())) < 5000
 
 
-def test_a_terminal_is_left_as_it_was_even_without_an_end(
-    logged: io.StringIO, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_terminal_is_left_as_it_was_even_without_an_end(logged: io.StringIO, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TERM", "xterm-256color")
     leader, follower = pty.openpty()
     with os.fdopen(follower, "w") as terminal:

@@ -165,9 +165,7 @@ def test_flags_say_which_clip_decided() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("level", ["token", "sequence"])
 @pytest.mark.parametrize("surrogate", ["grpo", "reinforce", "cispo", "sapo"])
-def test_first_step_has_ratio_one_and_the_plain_policy_gradient(
-    surrogate: Any, level: Any, dtype: torch.dtype
-) -> None:
+def test_first_step_has_ratio_one_and_the_plain_policy_gradient(surrogate: Any, level: Any, dtype: torch.dtype) -> None:
     logprobs = (-torch.rand(64) * 20).to(dtype).requires_grad_()
     advantages, weights = torch.randn(64).to(dtype), torch.rand(64).to(dtype)
     old = logprobs.detach()

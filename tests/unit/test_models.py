@@ -35,8 +35,6 @@ IDS = torch.tensor([5, 9, 33, 60, 7, 12, 80, 41])
 LORA = LoraConfig(r=3, alpha=6.0)
 
 
-
-
 def make_tokenizer() -> PreTrainedTokenizerFast:
     """One token a byte, an end token, and no padding token."""
     vocabulary = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "<end>"]

@@ -27,8 +27,6 @@ PIECES = st.lists(
 )
 
 
-
-
 def make_batch(pieces: list[tuple[int, list[int]]], seed: int = 0) -> Batch:
     """A batch of random tokens from (prompt length, completion lengths)."""
     generator = torch.Generator().manual_seed(seed)
@@ -279,8 +277,9 @@ def loss_inputs(batch: Batch) -> dict[str, Tensor]:
         "old": -4.5 + torch.randn(count, generator=generator) * 0.2,
         "reference": -4.5 + torch.randn(count, generator=generator),
         "advantages": torch.randn(len(batch.lengths), generator=generator)[batch.sequence],
-        "weights": token_weights(batch.lengths, "sequence_mean", group=batch.group,
-                                 included=torch.ones_like(batch.finished), longest=1),
+        "weights": token_weights(
+            batch.lengths, "sequence_mean", group=batch.group, included=torch.ones_like(batch.finished), longest=1
+        ),
     }
 
 

@@ -99,8 +99,9 @@ def test_a_good_run(data: list[str], tmp_path: Path, capsys: pytest.CaptureFixtu
     for told in ("no problems found", "12 to train on", "math: 1 for gold answers, 0 for answers of other prompts",
                  "up to 86 on each of 3 rank(s)", "M parameters", "of tensors on each rank at its fullest", "free in",
                  "starts from the beginning", "tensorboard: installed",
-                 "12 of 12 evaluation prompts are trained on as well", "[bold]", "data.max_prompt_length: 64   # the"):
-        assert told in shown, told  # fmt: skip
+                 "12 of 12 evaluation prompts are trained on as well", "[bold]",
+                 "data.max_prompt_length: 64   # the"):  # fmt: skip
+        assert told in shown, told
     assert "\x1b" not in shown and "\u202e" not in shown
     assert not (tmp_path / "runs").exists(), "a check leaves nothing behind"
 
@@ -116,8 +117,8 @@ def test_problems_of_data_rewards_and_machine_together(
     shown = capsys.readouterr().out
     for told in ("rewards: 'mth' is not a built-in reward; did you mean 'math'?", "no_model' given, expected a hub id",
                  "has no column 'anser'; it has prompt, answer. Set data.answer_column to 'answer'", "nowhere.jsonl",
-                 "occupied cannot be written to", "'tensorbord' given", "6 problem(s)"):
-        assert told in shown, told  # fmt: skip
+                 "occupied cannot be written to", "'tensorbord' given", "6 problem(s)"):  # fmt: skip
+        assert told in shown, told
 
 
 def test_rewards_that_fail_on_samples(
@@ -165,7 +166,8 @@ def test_each_node_of_a_launch_is_looked_at_once(
 
 def test_plain_text_is_one_harmless_line() -> None:
     assert plain("a\x1b[2Jb\r\n\u202ec\u2066\x07\x9b", 100) == "a\N{REPLACEMENT CHARACTER}[2Jb  " + (
-        "\N{REPLACEMENT CHARACTER}c" + "\N{REPLACEMENT CHARACTER}" * 3)
+        "\N{REPLACEMENT CHARACTER}c" + "\N{REPLACEMENT CHARACTER}" * 3
+    )
     assert plain("x" * 1_000_000, 10) == "xxxxx … xxxxx"
     assert plain("naïve 数学 ∑", 20) == "naïve 数学 ∑"
     assert plain_lines("one\x1b[1m\ntwo\r\n") == "one\N{REPLACEMENT CHARACTER}[1m\ntwo \n"

@@ -204,7 +204,7 @@ def test_texts_are_visible_and_keep_to_limits(text: str, characters: int, size: 
 def test_hostile_text_stays_text() -> None:
     embedded = encoded(harmless({HOSTILE: [HOSTILE, math.nan, math.inf, Path("x")]}, 1000))
     assert "<" not in embedded and not UNSEEN.search(embedded)
-    (key, values), = json.loads(embedded).items()
+    ((key, values),) = json.loads(embedded).items()
     assert key == values[0] == visible(HOSTILE) and values[1:] == [None, None, "x"]
     for named in ("␀", "␛[31m", "⟨U+202E⟩", "⟨U+2028⟩", "⟨U+D800⟩"):
         assert named in key

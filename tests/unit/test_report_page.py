@@ -23,6 +23,7 @@ LIGHT, DARK = "rgb(255, 255, 255)", "rgb(20, 23, 28)"
 @pytest.fixture(scope="module")
 def single(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The report of one run whose completions are hostile, long, and different from step to step."""
+
     def text(step: int, group: int, sample: int) -> str:
         return TEXTS[sample] if sample < 2 else f"{TEXTS[sample]} at {step}"
 

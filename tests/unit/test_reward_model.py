@@ -31,9 +31,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`scalar` and `classes` know good from bad; `headless` is a language model."""
     path = tmp_path_factory.mktemp("models")
     tokenizer = make_tokenizer(task().texts)
-    tokenizer.chat_template = (
-        "{% for message in messages %}{{ message.role }} {{ message.content }} {% endfor %}"
-    )
+    tokenizer.chat_template = "{% for message in messages %}{{ message.role }} {{ message.content }} {% endfor %}"
     wanted = torch.tensor([float("good" in text) for text in TEXTS])
     inputs = tokenizer(TEXTS, padding=True, return_tensors="pt")
     for name, num_labels in (("scalar", 1), ("classes", 2)):

@@ -59,8 +59,6 @@ MOST = 36
 """More than one chunk of slots, so that the cache has to grow."""
 
 
-
-
 @dataclass(frozen=True)
 class Pair:
     """One random model under both attentions."""
@@ -331,9 +329,7 @@ def test_lengths_that_cannot_be_had(length: int, pairs: dict[str, Pair]) -> None
         RowEngine(ENDS, MOST).generate(pairs["llama"].plain, requests, Sampling())
 
 
-def test_rows_that_linger_do_not_make_the_cache_grow(
-    pairs: dict[str, Pair], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_rows_that_linger_do_not_make_the_cache_grow(pairs: dict[str, Pair], monkeypatch: pytest.MonkeyPatch) -> None:
     """Few rows end late and wait to be dropped while new prompts decode: no sequence gets more room than it can use."""
     monkeypatch.setitem(native.COMPACT_BELOW, "cpu", 0.1)
     slots: list[int] = []

@@ -193,7 +193,7 @@ def test_a_broken_sandbox_is_no_verdict(sandbox: Sandbox, monkeypatch: pytest.Mo
         ("import builtins\nbuiltins.repr = lambda value: 'True'\ndef add(a, b): return 0", 0.0),
         ("class Any:\n  __eq__ = lambda *_: True\n  __repr__ = lambda _: 'True'\ndef add(a, b): return Any()", 0.0),
         ("import sys\nsys.modules['json'].dumps = lambda value: '[]'\ndef add(a, b): return 0", 0.0),
-        ("import sys\nfor n in range(3):\n  for v in range(9):\n    print('[\"?\", %d, \"%d\"]' % (n, v))", 0.0),
+        ('import sys\nfor n in range(3):\n  for v in range(9):\n    print(\'["?", %d, "%d"]\' % (n, v))', 0.0),
         ("def add(a, b): return '(' * 99999 ", 0.0),
         ("while True: pass", 0.0),
     ],

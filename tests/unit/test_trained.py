@@ -33,7 +33,8 @@ def leave_behind(
     (directory / "config.yaml").write_text(yaml.safe_dump(json.loads(json.dumps(config))))
     (directory / "metrics.jsonl").write_text('{"step": 0}\n{"step": 1}\n')
     meta: dict[str, Any] = {"config": config, "dtype": str(policy.causal_lm.dtype).removeprefix("torch."),
-                            "identity": {"base": base_identity(model, load_model_config(model)), "critic": critic}}
+                            "identity": {"base": base_identity(model, load_model_config(model)),
+                                          "critic": critic}}  # fmt: skip
     tensors = {f"weight/{name}": p.detach().float().clone() for name, p in trainable(policy).items()}
     checkpoint.save(directory / "checkpoints", 1, tensors, meta, keep=2)
     save_final(policy, load_tokenizer(model), directory / "final", is_main=True)
