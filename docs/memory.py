@@ -167,7 +167,7 @@ def measured_process(arguments: list[str], report: Path) -> None:
         with phase("update", step):
             update(run, minibatches[0], step)
         del minibatches
-        run.reference.sync(run.policy)
+        run.rollout_model.sync()
     if run.ranks.is_main:
         report.write_text(json.dumps(found))
     run.close(all_ranks=True)

@@ -18,15 +18,27 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
 
+def add_low_rank(x: Tensor, weight: Tensor, bias: Tensor | None, low: Tensor, b: Tensor) -> Tensor:
+    """`x Wᵀ + bias + low Bᵀ`; x (T, I), W (O, I), low (T, r), B (O, r), all of one dtype, to (T, O).
+
+    In 16 bits an output's low-rank part may be less than half of its last digit's unit: added to the rounded output it
+    would be lost (99 % of it after a step at a learning rate of 1e-6), so it is in the sum before that is rounded.
+    """
+    if x.dtype == torch.float32:  # and then nothing but an added 0 tells the adapted layer from the plain one
+        return linear(x, weight, bias).addmm_(low, b.T)
+    y = (low @ b.T).addmm_(x, weight.T)
+    return y if bias is None else y.add_(bias)
+
+
 class _AdaptedLinear(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scaling: float
     ) -> Tensor:
-        low = x @ a.T
+        low = (x @ a.T).mul_(scaling)
         ctx.save_for_backward(x, weight, a, b, low)
         ctx.scaling = scaling
-        return linear(x, weight, bias).addmm_(low, b.T, alpha=scaling)
+        return add_low_rank(x, weight, bias, low, b)
 
     @staticmethod
     @once_differentiable
@@ -34,7 +46,7 @@ class _AdaptedLinear(torch.autograd.Function):
         x, weight, a, b, low = ctx.saved_tensors
         grad_low = (grad @ b).mul_(ctx.scaling)
         grad_x = (grad @ weight).addmm_(grad_low, a) if ctx.needs_input_grad[0] else None
-        return grad_x, None, None, grad_low.T @ x, (grad.T @ low).mul_(ctx.scaling), None
+        return grad_x, None, None, grad_low.T @ x, grad.T @ low, None
 
 
 def adapted_linear(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scaling: float) -> Tensor:

@@ -1,33 +1,24 @@
-"""The models of a run: the policy with its adapters, the frozen copy, how one follows the other, and the export.
-
-The frozen copy is a plain model without adapters. It holds the base weights, which make it the reference; for rollouts
-the weights that training changes are exchanged for a second set, which `sync` refills from the policy after each step:
-with LoRA the merged linear layers, else all of them.
-"""
+"""The models of a run as they are loaded: tokenizer, config, base, and the policy with its adapters."""
 
 from __future__ import annotations
 
 import copy
 import json
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from peft import LoraConfig as PeftLoraConfig
-from peft import PeftModel, get_peft_model
+from peft import get_peft_model
 from peft.tuners.lora import LoraLayer
-from torch import Tensor, nn
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from . import attention
 from .adapters import fuse_adapters
 from .checks import require
 from .config import LoraConfig, ModelConfig
-from .critic import HEAD
-from .distributed import is_sharded, unsharded_loading, whole
-from .packing import Pack
+from .distributed import is_sharded, unsharded_loading
 from .policy import Policy
 from .toy import MODELS, toy_path
 
@@ -185,102 +176,6 @@ def adapted_layers(policy: Policy) -> dict[str, LoraLayer]:
 def trainable(policy: Policy) -> dict[str, nn.Parameter]:
     """What training changes, by name, in a fixed order."""
     return {name: p for name, p in policy.named_parameters() if p.requires_grad}
-
-
-class FrozenCopy:
-    """The base model frozen, as the reference and, with the policy's weights exchanged in, as the rollout model."""
-
-    def __init__(self, model: nn.Module, temperature: float) -> None:
-        self.policy = Policy(model.eval().requires_grad_(False), temperature)
-        self.model = model
-        self._own = dict(model.named_parameters())
-        self._trained: dict[str, Tensor] = {}
-
-    @torch.no_grad()
-    def sync(self, policy: Policy) -> None:
-        """Refill the rollout weights from the policy; a collective under ZeRO-3."""
-        own, parameters = self._own, trainable(policy)
-        with whole(list(parameters.values())):
-            if isinstance(policy.model, PeftModel):
-                for name, layer in adapted_layers(policy).items():
-                    key = f"{name}.weight"
-                    delta = layer.get_delta_weight("default").to(own[key].device, torch.float32)
-                    self._put(key, own[key], own[key].float() + delta)
-            else:
-                for name, value in parameters.items():
-                    if name.startswith(HEAD):
-                        continue
-                    key = name.removeprefix("model.")
-                    self._put(key, own[key], value)
-
-    def _put(self, key: str, own: Tensor, value: Tensor) -> None:
-        if key not in self._trained:
-            self._trained[key] = torch.empty_like(own)
-        self._trained[key].copy_(value)
-
-    @contextmanager
-    def trained(self) -> Iterator[nn.Module]:
-        """Inside, the copy computes as the policy did at the last `sync`."""
-        own = self._own
-        base = {key: own[key].data for key in self._trained}
-        try:
-            for key, value in self._trained.items():
-                own[key].data = value
-            yield self.model
-        finally:
-            for key, value in base.items():
-                own[key].data = value
-
-    @torch.no_grad()
-    def logprobs(self, pack: Pack) -> Tensor:
-        """Log-probabilities (M,) under the base model."""
-        return self.policy(pack)[0]
-
-
-class SharedReference:
-    """The policy as its own reference, adapters off, and as the rollout model: where no copy fits beside it.
-
-    For a rollout the policy's weights are made whole once and lent to a second tree of modules, which ZeRO-3's hooks do
-    not know and therefore do not partition again between two tokens.
-    """
-
-    def __init__(self, wrapped: Any, policy: Policy, lora: LoraConfig, attn_implementation: str | None) -> None:
-        self.wrapped, self.policy = wrapped, policy
-        with unsharded_loading(), torch.device("meta"):
-            tree = type(policy.causal_lm)._from_config(
-                policy.causal_lm.config, attn_implementation=attn_implementation, dtype=policy.causal_lm.dtype
-            )
-            tree = get_peft_model(tree, policy.model.peft_config["default"])
-        self.tree = tree.eval().requires_grad_(False)
-        for name, buffer in policy.model.named_buffers():
-            owner, _, leaf = name.rpartition(".")
-            self.tree.get_submodule(owner)._buffers[leaf] = buffer
-
-    def sync(self, policy: Policy) -> None:
-        """Nothing to do: the weights are the policy's own."""
-
-    @contextmanager
-    def trained(self) -> Iterator[nn.Module]:
-        """Inside, the second tree holds the policy's whole weights."""
-        # tied weights have two names; both trees list them under both
-        theirs = dict(self.policy.model.named_parameters(remove_duplicate=False))
-        with torch.no_grad(), whole(list(self.policy.model.parameters())):
-            mine = dict(self.tree.named_parameters(remove_duplicate=False))
-            for name in mine:
-                owner, _, leaf = name.rpartition(".")
-                self.tree.get_submodule(owner)._parameters[leaf] = nn.Parameter(theirs[name].data, requires_grad=False)
-            try:
-                yield self.tree.get_base_model()
-            finally:
-                for name in mine:
-                    owner, _, leaf = name.rpartition(".")
-                    self.tree.get_submodule(owner)._parameters[leaf] = mine[name]
-
-    @torch.no_grad()
-    def logprobs(self, pack: Pack) -> Tensor:
-        """Log-probabilities (M,) under the policy without its adapters; a collective under ZeRO-3."""
-        with self.policy.model.disable_adapter():
-            return self.wrapped(pack)[0]
 
 
 def base_identity(model: ModelConfig, model_config: Any) -> str:

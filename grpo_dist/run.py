@@ -16,6 +16,7 @@ import yaml
 from torch import Tensor
 
 from . import attention, checkpoint
+from .algorithm import has_reference
 from .batch import Batch, Completion, Prompt
 from .card import write_card
 from .cli_config import redacted
@@ -30,8 +31,6 @@ from .generation import generate_and_score, requests_of
 from .guards import BadUpdates, lock, warn_of_slow_save
 from .metrics import Clock, read_history
 from .models import (
-    FrozenCopy,
-    SharedReference,
     attention_for,
     check_model_config,
     end_token_ids,
@@ -45,10 +44,12 @@ from .optimizer_state import OptimizerState
 from .position import Position
 from .probe import head_is_plain, packing_leak
 from .recording import Recorder
+from .reference import AdaptersOff, FrozenCopy, Reference
 from .resuming import changes, identity, resume_path, versions
 from .rewards.pool import Pending, ScorerPool
 from .rewards.registry import TrainerState, answer_checks, labels
 from .rollout import Sampling, stream_key
+from .rollout_model import RolloutModel
 from .saving import save_final
 from .schedule import learning_rate
 from .sources import load_training
@@ -94,7 +95,7 @@ class Run:
                             "of rank; it must lie on a file system that all nodes share")  # fmt: skip
         self._load_models()
         self.position = self._resume() if self.resume_from else Position(0, config.loss.kl_coeff)
-        self.reference.sync(self.policy)
+        self.rollout_model.sync()
         self.watch = Watch(self.ranks.rank, self.ranks.num_ranks, self.ranks.store(config.train.hang_timeout_seconds),
                            config.train.max_seconds, config.train.hang_timeout_seconds,
                            lambda: self.ranks.meetings)  # fmt: skip
@@ -123,7 +124,7 @@ class Run:
 
     def _load_models(self) -> None:
         config = self.config
-        dtype, copy_dtype = resolve_dtype(config.model.dtype), resolve_dtype(config.reference.dtype)
+        dtype = resolve_dtype(config.model.dtype)
         implementation, obstacle = attention_for(config.model, self.model_config, self.longest)
         temperature = config.rollout.temperature
         policy = load_policy(config.model, config.lora, dtype, implementation, temperature, config.train.seed,
@@ -137,20 +138,17 @@ class Run:
         self.wrapped.train()
         self.policy = self.ranks.unwrap(self.wrapped)
         self.state = OptimizerState(self.ranks, self.optimizer, trainable(self.policy))
-        if config.reference.placement == "shared" and config.lora is not None:
-            self.reference: Any = SharedReference(self.wrapped, self.policy, config.lora, implementation)
-        else:
-            with unsharded_loading():
-                copy = load_causal_lm(config.model, copy_dtype, implementation).to(self.ranks.device)
-            self.reference = FrozenCopy(copy, temperature)
+        self.reference = self._reference(dtype, implementation)
+        base = self.reference.policy.causal_lm if isinstance(self.reference, FrozenCopy) else None
+        self.rollout_model = RolloutModel(self.policy, dtype, implementation, base)
         if obstacle is None:  # what one rank finds holds for all: they share a plan of packs
             obstacle = next(filter(None, self.ranks.gather_objects(self._probe())), None)
         if obstacle is not None and implementation == attention.NAME:
-            for each in (self.policy, self.reference.policy):
+            for each in (self.policy, self.rollout_model, *([self.reference.policy] if self.reference else [])):
                 each.causal_lm.set_attn_implementation("sdpa")
         self.share_prompts = obstacle is None
         kept = {} if self.resume_from is None else checkpoint.load_meta(self.resume_from)
-        with self.reference.trained() as model:
+        with self.rollout_model.open() as model:
             plain = head_is_plain(model, self.share_prompts)
             try:
                 self.engine = make_engine(model, obstacle, end_token_ids(config.model, self.tokenizer),
@@ -158,11 +156,26 @@ class Run:
                                           kept.get("decoding"))  # fmt: skip
             except UnfitEngine as error:
                 raise UserError(str(error)) from error
-        self.policy.fused_head = self.reference.policy.fused_head = plain
+        self.policy.fused_head = plain
+        if self.reference:
+            self.reference.policy.fused_head = plain
+
+    def _reference(self, dtype: torch.dtype, implementation: str | None) -> Reference | None:
+        """The policy itself, adapters off, where `reference.placement` asks for it or a copy would hold the same
+        numbers; else a copy; None where nothing depends on it. `dtype` is the policy's."""
+        config, copy_dtype = self.config, resolve_dtype(self.config.reference.dtype)
+        if not has_reference(config):
+            return None
+        is_same = copy_dtype == dtype and self.ranks.zero_stage < 3
+        if config.lora is not None and (is_same or config.reference.placement == "shared"):
+            return AdaptersOff(self.wrapped, self.policy)
+        with unsharded_loading():
+            copy = load_causal_lm(config.model, copy_dtype, implementation).to(self.ranks.device)
+        return FrozenCopy(copy, config.rollout.temperature)
 
     def _probe(self) -> str | None:
         """Why the loaded model cannot share prompts, asked of the model itself."""
-        with self.reference.trained() as model:
+        with self.rollout_model.open() as model:
             return packing_leak(model)
 
     # --- resuming and saving -------------------------------------------------------------------------------------
@@ -267,7 +280,7 @@ class Run:
         """
         requests = requests_of(prompts, group_size, self.ranks.share, self.config.train.seed, stream)
         state = TrainerState(step, self.config.train.num_train_steps, self.sampler.epoch(step))
-        with self.reference.trained() as model, self.ranks.together("rollout"):
+        with self.rollout_model.open() as model, self.ranks.together("rollout"):
             return generate_and_score(self.engine, model, requests, prompts, sampling, self.scorer, self.tokenizer,
                                       state, self.watch.check)  # fmt: skip
 

@@ -49,7 +49,7 @@ def train(run: Run) -> None:
                 skipped = run.bad_updates.judge(step + 1, found["grad_norm"], batch, targets.advantages)
                 position.add(batch, measured, facts, found | {"update/skipped": float(skipped)})
         with run.phase("sync"):
-            run.reference.sync(run.policy)
+            run.rollout_model.sync()
         metrics = batch_metrics(batch, targets.advantages, run.reward_names) | facts | update_metrics(position.metrics)
         metrics |= penalty_metrics(config, batch, measured)
         record(run, step, batch, targets.advantages, metrics, time.perf_counter() - start)

@@ -72,6 +72,7 @@ def reference_logprobs(run: Run, batch: Batch) -> Tensor:
 
     It has packs of its own: without a backward pass a larger one fits, and no reward has to be known.
     """
+    assert run.reference is not None, "asked only where the loss or the reward depends on it"
     factor = REFERENCE_PACK if run.reference.policy.fused_head else 1  # without it, whole logits are held
     everything = torch.ones(len(batch.lengths), dtype=torch.bool)
     flat = torch.zeros(len(batch.tokens), device=run.ranks.device)

@@ -13,9 +13,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 from torch.nn.functional import embedding, linear, rms_norm
 
+from ..adapters import add_low_rank
 from .cache import DecodeState
 
 PARTS = {
@@ -41,14 +43,41 @@ class Norm:
 
 
 @dataclass(frozen=True)
+class Adapter:
+    """What low-rank adapters add to a layer's outputs, `scaling · (x Aᵀ) Bᵀ` (LoRA, arXiv:2106.09685, equation 3)."""
+
+    a: Tensor
+    """(r, inputs), in the dtype it is trained in."""
+    b: Tensor
+    """(outputs, r)."""
+    scaling: float
+
+
+@dataclass(frozen=True)
 class Linear:
-    """A linear layer, perhaps with a bias."""
+    """A linear layer, perhaps with a bias, perhaps with adapters."""
 
     weight: Tensor
     bias: Tensor | None
+    adapter: Adapter | None = None
 
-    def __call__(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight, self.bias)
+
+class Joint:
+    """Linear layers that read the same input; what their adapters make of it is computed at once."""
+
+    def __init__(self, *layers: Linear) -> None:
+        self.layers, dtype = layers, layers[0].weight.dtype
+        adapters = [layer.adapter for layer in layers if layer.adapter is not None]
+        self.inward = torch.cat([adapter.a.to(dtype) for adapter in adapters]).T if adapters else None
+        self.outward = [(adapter.b * adapter.scaling).to(dtype) for adapter in adapters]
+
+    def __call__(self, x: Tensor) -> list[Tensor]:
+        """Each layer's outputs (R, outputs) of x (R, inputs)."""
+        if self.inward is None:
+            return [linear(x, layer.weight, layer.bias) for layer in self.layers]
+        outward = iter(zip((x @ self.inward).split([b.shape[1] for b in self.outward], 1), self.outward, strict=True))
+        return [linear(x, layer.weight, layer.bias) if layer.adapter is None else
+                add_low_rank(x, layer.weight, layer.bias, *next(outward)) for layer in self.layers]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -90,6 +119,11 @@ class LlamaStep:
     def __init__(self, model: nn.Module) -> None:
         """Raises as `Weights`."""
         self.weights = Weights(model)
+        self.layers = [
+            (layer, Joint(layer.query, layer.key, layer.value), Joint(layer.output), Joint(layer.gate, layer.up),
+             Joint(layer.down)) for layer in self.weights.layers
+        ]  # fmt: skip
+        self.head = Joint(self.weights.head)
 
     def __call__(self, tokens: Tensor, positions: Tensor, state: DecodeState) -> Tensor:
         """Logits (R, V) after `tokens` (R,) int64 at `positions` (R,) int64."""
@@ -98,19 +132,20 @@ class LlamaStep:
         cos, sin = weights.rotary(x, positions[None])
         cos, sin = cos[0, :, None], sin[0, :, None]
         turn = cos, torch.cat([-sin[..., :half], sin[..., half:]], -1)
-        for layer in weights.layers:
-            x = x + self._attention(layer, layer.input_norm(x), turn, state)
-            inner = layer.mlp_norm(x)
-            x = x + layer.down(layer.activation(layer.gate(inner)) * layer.up(inner))
-        return weights.head(weights.norm(x))
+        for layer, inward, outward, gate_up, down in self.layers:
+            heads = [each.view(len(x), -1, weights.head_size) for each in inward(layer.input_norm(x))]
+            x = x + outward(self._attention(layer, *heads, turn, state))[0]
+            gate, up = gate_up(layer.mlp_norm(x))
+            x = x + down(layer.activation(gate) * up)[0]
+        return self.head(weights.norm(x))[0]
 
-    def _attention(self, layer: Layer, x: Tensor, turn: tuple[Tensor, Tensor], state: DecodeState) -> Tensor:
-        shape = len(x), -1, self.weights.head_size
-        query, key, value = layer.query(x).view(shape), layer.key(x).view(shape), layer.value(x).view(shape)
+    def _attention(
+        self, layer: Layer, query: Tensor, key: Tensor, value: Tensor, turn: tuple[Tensor, Tensor], state: DecodeState
+    ) -> Tensor:
         query = query if layer.query_norm is None else layer.query_norm(query)
         key = key if layer.key_norm is None else layer.key_norm(key)
         output = state.attend_rows(layer.number, _turned(query, turn), _turned(key, turn), value, layer.scale)
-        return layer.output(output.flatten(1))
+        return output.flatten(1)
 
 
 def _turned(x: Tensor, turn: tuple[Tensor, Tensor]) -> Tensor:
@@ -144,6 +179,10 @@ def _norm(module: Any) -> Norm:
 
 
 def _linear(module: Any) -> Linear:
-    if not isinstance(module, nn.Linear):
-        raise ValueError(f"{type(module).__name__} is not a plain linear layer")
-    return Linear(module.weight, module.bias)
+    base, adapter = module, None
+    if isinstance(module, LoraLinear):
+        base = module.base_layer
+        adapter = Adapter(module.lora_A["default"].weight, module.lora_B["default"].weight, module.scaling["default"])
+    if not isinstance(base, nn.Linear):
+        raise ValueError(f"{type(base).__name__} is not a plain linear layer")
+    return Linear(base.weight, base.bias, adapter)

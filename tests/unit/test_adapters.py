@@ -73,6 +73,17 @@ def test_finite_differences() -> None:
     torch.testing.assert_close(adapted_linear(x, *frozen, a, b, 1.7), expected)
 
 
+@pytest.mark.parametrize("bias", [None, torch.full((64,), 0.3, dtype=torch.bfloat16)], ids=["plain", "biased"])
+@pytest.mark.parametrize("moved", [1e-6, 1e-4])
+def test_a_small_update_is_not_rounded_away_in_16_bits(moved: float, bias: Tensor | None) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, weight, a = (torch.randn(s, generator=generator).bfloat16() for s in ((512, 256), (64, 256), (16, 256)))
+    b = (torch.randn(64, 16, generator=generator).sign() * moved).bfloat16()
+    y, plain = (adapted_linear(x, weight, bias, a, each, 2.0).double() for each in (b, torch.zeros_like(b)))
+    exact = 2.0 * (x.double() @ a.double().T) @ b.double().T
+    assert float(((y - plain) * exact).sum() / exact.square().sum()) == pytest.approx(1, abs=0.25)
+
+
 def test_no_tokens() -> None:
     x, weight, a, b = torch.zeros(0, 5, requires_grad=True), torch.randn(4, 5), torch.randn(2, 5), torch.randn(4, 2)
     assert adapted_linear(x, weight, None, a, b, 1.0).shape == (0, 4)

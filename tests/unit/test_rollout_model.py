@@ -1,0 +1,139 @@
+"""The model that draws completions is the policy that is trained, in every way of decoding."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from grpo_dist import attention
+from grpo_dist.attention import block_layout
+from grpo_dist.config import LoraConfig, ModelConfig
+from grpo_dist.models import make_policy, trainable
+from grpo_dist.policy import Policy
+from grpo_dist.rollout.cache import DecodeState
+from grpo_dist.rollout.kernel import KernelStep
+from grpo_dist.rollout.llama import LlamaStep
+from grpo_dist.rollout.steps import Step, module_step, prefill
+from grpo_dist.rollout_model import RolloutModel
+
+IDS = torch.arange(24) % 61
+LORAS = {
+    "all-linear": LoraConfig(r=4, alpha=6.0), "three": LoraConfig(r=3, target_modules=["q_proj", "v_proj", "up_proj"]),
+    "dropout": LoraConfig(r=4, dropout=0.3), "full": None,
+}  # fmt: skip
+SIZES = {"vocab_size": 61, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+         "num_key_value_heads": 2}  # fmt: skip
+
+
+def make(lora: LoraConfig | None, dtype: torch.dtype = torch.float32, *, tied: bool = False) -> Policy:
+    """A policy of random weights, its adapters as they are before the first step."""
+    torch.manual_seed(0)
+    config = Qwen2Config(**SIZES, tie_word_embeddings=tied)
+    base = Qwen2ForCausalLM._from_config(config, attn_implementation=attention.NAME, dtype=dtype)
+    with torch.no_grad():
+        for name, parameter in base.named_parameters():
+            parameter.add_(torch.randn(parameter.shape) * (0.5 if name.endswith("bias") else 0.1))
+    policy = make_policy(base, ModelConfig(), lora, 1.0, 0)
+    return policy.train()
+
+
+def step(policy: Policy, learning_rate: float) -> None:
+    """Move what is trained as Adam's first step does: every entry by the learning rate."""
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in trainable(policy).values():
+            parameter.add_(torch.randn(parameter.shape).sign() * learning_rate)
+
+
+@torch.no_grad()
+def logits(model: nn.Module) -> Tensor:
+    """Logits (T, V) of one fixed sequence."""
+    positions, layout = torch.arange(len(IDS)), block_layout([(len(IDS), [])])
+    return model(input_ids=IDS[None], position_ids=positions[None], use_cache=False, layout=layout).logits[0]
+
+
+@torch.inference_mode()
+def decoded(step_of: Callable[[nn.Module], Step], model: nn.Module) -> Tensor:
+    """Logits (T, V) of the same sequence, each token but the first a step of decoding."""
+    decode, (layout, first) = step_of(model), prefill(model, [IDS[:1].tolist()])
+    state, rows = DecodeState(IDS.device, len(IDS), shares=True, whole_chunks=False), [first]
+    state.admit(layout, [1])
+    for place in range(1, len(IDS)):
+        state.make_room()
+        state.begin_step()
+        rows.append(decode(IDS[place : place + 1], torch.tensor([place]), state).float())
+        state.end_step()
+        state.count_step()
+    return torch.cat(rows)
+
+
+@pytest.mark.parametrize("lora", LORAS.values(), ids=LORAS)
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_it_follows_the_policy(lora: LoraConfig | None, tied: bool) -> None:
+    policy = make(lora, tied=tied)
+    rollout_model = RolloutModel(policy, torch.float32, attention.NAME)
+    before = {name: p.clone() for name, p in policy.named_parameters()}
+    for _ in range(2):
+        old = logits(policy.eval().causal_lm)
+        step(policy, 0.1)
+        rollout_model.sync()
+        wanted = logits(policy.causal_lm)
+        policy.train()
+        assert float((wanted - old).abs().max()) > 0.1, "the step must show"
+        with rollout_model.open() as model:
+            for got in (logits(model), *(decoded(each, model) for each in (module_step, LlamaStep, KernelStep))):
+                assert float((got - wanted).abs().max()) < 1e-4
+            assert not any(p.requires_grad for p in model.parameters())
+    with pytest.raises(KeyError), rollout_model.open():
+        raise KeyError("a rollout that fails")
+    assert {name: p.shape for name, p in policy.named_parameters()} == {name: p.shape for name, p in before.items()}
+    assert policy.training and all(p.requires_grad == (lora is None or ".lora_" in name)
+                                   for name, p in policy.named_parameters())  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_its_weights_are_the_policys_own(dtype: torch.dtype) -> None:
+    policy = make(LORAS["all-linear"], dtype)
+    rollout_model = RolloutModel(policy, dtype, attention.NAME)
+    assert all(p.is_meta for p in rollout_model.tree.parameters())
+    with rollout_model.open():
+        own = {p.data_ptr() for p in policy.parameters()}
+        assert all(p.data_ptr() in own for p in rollout_model.tree.parameters())
+    assert all(p.is_meta for p in rollout_model.tree.parameters())
+
+
+def test_weights_trained_in_float32_and_computed_with_in_16_bits_are_held_twice() -> None:
+    policy = make(None, torch.float32, tied=True)
+    rollout_model = RolloutModel(policy, torch.bfloat16, attention.NAME)
+    step(policy, 0.1)
+    rollout_model.sync()
+    with rollout_model.open() as model:
+        theirs = policy.causal_lm.state_dict()
+        assert all(torch.equal(value, theirs[name].bfloat16()) for name, value in model.state_dict().items())
+        assert model.lm_head.weight.data_ptr() == model.model.embed_tokens.weight.data_ptr()
+
+
+def share(now: Tensor, before: Tensor, exact_now: Tensor, exact_before: Tensor) -> float:
+    """How much of the exact change is in the other."""
+    exact = (exact_now - exact_before).double()
+    return float(((now.double() - before.double()) * exact).sum() / (exact * exact).sum())
+
+
+@pytest.mark.parametrize("step_of", [module_step, LlamaStep, KernelStep])
+@pytest.mark.parametrize("learning_rate", [1e-6, 1e-5])
+def test_a_first_small_step_reaches_the_rollout(step_of: Callable[[nn.Module], Step], learning_rate: float) -> None:
+    policy = make(LORAS["all-linear"])
+    rollout_model = RolloutModel(policy, torch.float32, attention.NAME)
+    exact = make(LORAS["all-linear"]).double().eval()
+    found = []
+    for _ in range(2):
+        with rollout_model.open() as model:
+            found.append((decoded(step_of, model), logits(exact.causal_lm)))
+        for each in (policy, exact):
+            step(each, learning_rate)
+    (before, exact_before), (now, exact_now) = found
+    assert share(now, before, exact_now, exact_before) == pytest.approx(1, abs=0.01 if learning_rate > 5e-6 else 0.05)
