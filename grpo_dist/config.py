@@ -155,8 +155,10 @@ class RolloutConfig:
     max_resamples: int = 0
     """Dynamic sampling: groups whose rewards are all equal are replaced by groups of further prompts, in at most this
     many rounds a step; what is still missing then is filled up with groups that were to be replaced."""
-    max_tokens_in_flight: int = 262144
-    """Most tokens (prompts and completions) whose keys and values are held at once on a rank; further prompts wait."""
+    max_tokens_in_flight: int | Literal["auto"] = "auto"
+    """Most tokens (prompts and completions) whose keys and values are held at once on a rank; further prompts wait.
+    `auto` is what fits into a GPU's free memory, and 262144 on a CPU. Where memory runs out all the same, half as many
+    are decoded at once. The completions are the same."""
     engine: Literal["auto", "native", "paged"] = "auto"
     """Who decodes: `native`, this project's engine; `paged`, transformers' continuous batching, with this project's
     sampling; `auto`, on a GPU the one that is faster in a trial at the start, else `native`. The completions are the
@@ -172,7 +174,8 @@ class RolloutConfig:
         require(self.top_k >= 0, "rollout.top_k", self.top_k, "0 (off) or more")
         require(0 <= self.min_p < 1, "rollout.min_p", self.min_p, "a share in [0, 1)")
         require(self.max_resamples >= 0, "rollout.max_resamples", self.max_resamples, "0 (off) or more rounds")
-        require(self.max_tokens_in_flight >= 1, "rollout.max_tokens_in_flight", self.max_tokens_in_flight, "at least 1")
+        require(self.max_tokens_in_flight == "auto" or self.max_tokens_in_flight >= 1, "rollout.max_tokens_in_flight",
+                self.max_tokens_in_flight, "at least 1, or auto")  # fmt: skip
 
 
 @dataclass
@@ -304,8 +307,9 @@ class Config:
         longest = self.data.max_prompt_length + self.rollout.max_completion_length
         require(self.train.max_tokens_per_pack >= longest, "train.max_tokens_per_pack", self.train.max_tokens_per_pack,
                 f"at least data.max_prompt_length + rollout.max_completion_length = {longest}")  # fmt: skip
-        require(self.rollout.max_tokens_in_flight >= longest, "rollout.max_tokens_in_flight",
-                self.rollout.max_tokens_in_flight, f"room for one sequence of {longest} tokens")  # fmt: skip
+        in_flight = self.rollout.max_tokens_in_flight
+        require(in_flight == "auto" or in_flight >= longest, "rollout.max_tokens_in_flight", in_flight,
+                f"room for one sequence of {longest} tokens")  # fmt: skip
         require(bool(self.rewards), "rewards", self.rewards, "at least one reward")
         require(self.lora is not None or self.reference.placement == "copy", "reference.placement",
                 self.reference.placement, "`copy` where lora is null: without adapters to switch off, the policy "

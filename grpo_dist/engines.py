@@ -20,6 +20,7 @@ from .rollout.cache import DecodeState
 from .rollout.compiled import CannotCompile
 from .rollout.kernel import KernelStep
 from .rollout.llama import LlamaStep
+from .rollout.room import ON_CPU, WithinMemory
 from .rollout.steps import Step, module_step, prefill
 
 log = logging.getLogger(__name__)
@@ -68,11 +69,13 @@ def make_engine(
         elif rollout.engine == "paged" or seconds[1] < seconds[0]:
             engine, told = PagedEngine, f"transformers' continuous batching (paged), in place of the {told}"
     log.info("rollouts: %s", told)
-    return engine(end_ids, rollout.max_completion_length, rollout.max_tokens_in_flight)
+    made = engine(end_ids, rollout.max_completion_length, ON_CPU)
+    return made if isinstance(made, RowEngine) else WithinMemory(made, rollout.max_tokens_in_flight)
 
 
 def made_of(engine: Engine) -> dict[str, str | None]:
     """What a checkpoint keeps of an engine: with another one the rest of a run would round otherwise."""
+    engine = engine.engine if isinstance(engine, WithinMemory) else engine
     name = next((name for name, step_of in STEPS.items() if step_of is getattr(engine, "step_of", None)), None)
     return {"engine": "paged" if isinstance(engine, PagedEngine) else "native", "decoding": name}
 

@@ -66,14 +66,15 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
 
     set_up_logging()
     model_config = load_model_config(config.model)
-    predictor = Predictor(config, model_config, options.device)
+    most_bytes = None if limit is None else int(limit * (1 - RESERVE))
+    predictor = Predictor(config, model_config, options.device, most_bytes)
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
     _print_steps(console, predictor, ranks)
     _print_parts(console, predictor, ranks[-1])
     unfit = _print_peaks(console, predictor, ranks, limit)
-    if limit is not None:
+    if most_bytes is not None:
         for num_ranks in unfit:
-            _print_advice(console, config, model_config, options.device, num_ranks, limit)
+            _print_advice(console, config, model_config, options.device, num_ranks, most_bytes)
     if options.recorded is not None:
         from .planning.outlook import print_outlook
 
@@ -137,7 +138,7 @@ def _print_peaks(console: Console, predictor: Predictor, ranks: list[int], limit
     """The largest peak by ranks and strategy; returns the numbers of ranks at which no strategy fits."""
     from .planning.advice import largest_peak
 
-    most = None if limit is None else int(limit * (1 - RESERVE))
+    most = predictor.most_bytes
     title = "Largest peak, and its phase"
     if most is not None:
         title += f"; ✗: above {readable(most)}, what {readable(limit or 0)} leave after a reserve of {RESERVE:.0%}"
@@ -154,13 +155,15 @@ def _print_peaks(console: Console, predictor: Predictor, ranks: list[int], limit
     return unfit
 
 
-def _print_advice(console: Console, config: Config, model_config: Any, device: Any, num_ranks: int, limit: int) -> None:
+def _print_advice(
+    console: Console, config: Config, model_config: Any, device: Any, num_ranks: int, most_bytes: int
+) -> None:
     from .planning.advice import make_fit
 
     stage = 2 if num_ranks > 1 else 0
-    changes, needed = make_fit(config, model_config, device, num_ranks, stage, int(limit * (1 - RESERVE)))
+    changes, needed = make_fit(config, model_config, device, num_ranks, stage, most_bytes)
     start = f"{num_ranks} rank(s){' from ZeRO-2' if stage else ''}"
     told = "  ".join(changes) or "no change helps"
-    fits = needed <= limit * (1 - RESERVE)
+    fits = needed <= most_bytes
     console.print(f"{start}: {told}: {readable(needed)}" + ("" if fits else ", which still does not fit: more ranks "
                   "under ZeRO-3, a smaller model, or shorter prompts and completions"), soft_wrap=True)  # fmt: skip

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..config import Config
 from .memory import Phase, peaks
-from .predict import Device, Predictor, ZeroStage
+from .predict import Device, Predictor, ZeroStage, tokens_in_flight
 
 Change = tuple[str, Config, ZeroStage]
 
@@ -28,13 +28,14 @@ def make_fit(
     Those that cost least time come first; a change that does not help with what is largest is left out. Where all of
     them are not enough, the bytes returned are above the limit.
     """
-    phase, needed = largest_peak(Predictor(config, model_config, device), num_ranks, stage)
+    phase, needed = largest_peak(Predictor(config, model_config, device, most_bytes), num_ranks, stage)
     changes: list[str] = []
     for _ in range(16):
         if needed <= most_bytes:
             break
-        for told, changed, changed_stage in _candidates(config, phase, stage, num_ranks):
-            new_phase, new = largest_peak(Predictor(changed, model_config, device), num_ranks, changed_stage)
+        for told, changed, changed_stage in _candidates(config, device, phase, stage, num_ranks):
+            predictor = Predictor(changed, model_config, device, most_bytes)
+            new_phase, new = largest_peak(predictor, num_ranks, changed_stage)
             if new < needed:
                 changes = [each for each in changes if each.split()[0] != told.split()[0]] + [told]
                 config, stage, phase, needed = changed, changed_stage, new_phase, new
@@ -44,13 +45,14 @@ def make_fit(
     return changes, needed
 
 
-def _candidates(config: Config, phase: Phase, stage: ZeroStage, num_ranks: int) -> Iterator[Change]:
+def _candidates(config: Config, device: Device, phase: Phase, stage: ZeroStage, num_ranks: int) -> Iterator[Change]:
     """What could lower a phase's peak, the cheapest first."""
     longest = config.data.max_prompt_length + config.rollout.max_completion_length
     rollout, train, reference = config.rollout, config.train, config.reference
-    if phase == "rollout" and rollout.max_tokens_in_flight > longest:
+    in_flight = tokens_in_flight(config, device)
+    if phase == "rollout" and in_flight > longest:
         share = train.batch_size * (config.data.max_prompt_length + rollout.group_size * rollout.max_completion_length)
-        tokens = max(longest, min(rollout.max_tokens_in_flight, share // num_ranks) // 2)
+        tokens = max(longest, min(in_flight, share // num_ranks) // 2)
         changed = replace(config, rollout=replace(rollout, max_tokens_in_flight=tokens))
         yield f"--rollout.max_tokens_in_flight {tokens}", changed, stage
     if phase in ("update", "reference") and train.max_tokens_per_pack > longest:

@@ -37,8 +37,8 @@ class ModelCounts:
     kept_whole: int
     """Of the base parameters below KEPT_WHOLE."""
     num_layers: int
-    key_width: int
-    """Key heads × head size; as much again for the values."""
+    cache_width: int
+    """Of the keys and values of one token in one layer."""
     query_heads: int
     vocabulary: int
 
@@ -91,6 +91,11 @@ class MemoryInputs:
     """Bytes of one of the frozen copy's weights."""
     shared: bool
     """The policy is its own reference and rollout model (reference.placement)."""
+
+    @property
+    def rollout_bytes(self) -> int:
+        """Bytes of one of the weights that decode."""
+        return self.policy_bytes if self.shared else self.copy_bytes
 
 
 @dataclass(frozen=True)
@@ -168,8 +173,8 @@ def _gathered(inputs: MemoryInputs, most: int) -> int:
 
 def _rollout(inputs: MemoryInputs) -> list[Part]:
     counts, flight = inputs.counts, inputs.flight
-    width = inputs.policy_bytes if inputs.shared else inputs.copy_bytes
-    per_token = 2 * counts.num_layers * counts.key_width * width
+    width = inputs.rollout_bytes
+    per_token = counts.num_layers * counts.cache_width * width
     prompt_tokens = flight.prompts * flight.prompt_length
     own = flight.rows * flight.slots * per_token
     drawing = int(flight.rows * counts.vocabulary * (width + inputs.passes.sampling_per_logit))

@@ -4,7 +4,8 @@ loaded."""
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+import sys
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -17,6 +18,7 @@ from ..models import packing_obstacle, trainable
 from ..packing import Piece, plan
 from ..rollout.cache import SLOT_CHUNK
 from ..rollout.native import COPIED_PROMPT
+from ..rollout.room import LOGIT_BYTES, ON_CPU, fitting
 from ..work import REFERENCE_PACK
 from .memory import Flight, MemoryInputs, ModelCounts, Part, Passes, memory_per_rank, slots_held
 from .tracing import Precision, Shape, build_policy, count, trace_passes
@@ -69,8 +71,10 @@ def _size(pack: list[Piece], prompts: list[int], lengths: list[int]) -> int:
     return sum(prompts[p.prompt] + sum(lengths[n] for n in p.completions) for p in pack)
 
 
-def flight(config: Config, num_ranks: int, share_prompts: bool = True, device: Device = "cpu") -> Flight:
-    """What a rank decodes at once (see rollout/): as many groups as max_tokens_in_flight has room for.
+def flight(
+    config: Config, num_ranks: int, share_prompts: bool = True, device: Device = "cpu", most: int | None = None
+) -> Flight:
+    """What a rank decodes at once (see rollout/): as many groups as max_tokens_in_flight, or `most`, has room for.
 
     Where a prompt cannot be shared that is one group, of which every sequence holds the prompt for itself.
     """
@@ -82,12 +86,19 @@ def flight(config: Config, num_ranks: int, share_prompts: bool = True, device: D
         return Flight(rows, rows, prompt, prompt + longest, shares=False, scored=prompt + longest)
     shares = device == "cpu" or prompt > COPIED_PROMPT  # on a CPU as compiled decoding does
     once, each = (prompt, longest) if shares else (0, prompt + longest)
-    of_a_group = min(rollout.group_size, max(1, (rollout.max_tokens_in_flight - once) // each))
-    groups = max(1, rollout.max_tokens_in_flight // (once + of_a_group * each))
+    most = tokens_in_flight(config, device) if most is None else most
+    of_a_group = min(rollout.group_size, max(1, (most - once) // each))
+    groups = max(1, most // (once + of_a_group * each))
     rows = min(share, groups * of_a_group)
     slots = slots_held(0 if shares else prompt, longest, SLOT_CHUNK)
     scored = 0 if device == "cpu" else max(once, slots)  # on a CPU the attention is one kernel
     return Flight(math.ceil(rows / of_a_group), rows, prompt, slots, shares, scored)
+
+
+def tokens_in_flight(config: Config, device: Device) -> int:
+    """The option; `auto` is ON_CPU on a CPU, and as much as comes up on a GPU whose memory is not known."""
+    given = config.rollout.max_tokens_in_flight
+    return given if given != "auto" else ON_CPU if device == "cpu" else sys.maxsize
 
 
 def dtype_on(device: Device, name: Dtype) -> torch.dtype:
@@ -100,8 +111,9 @@ def dtype_on(device: Device, name: Dtype) -> torch.dtype:
 class Predictor:
     """The memory of a config's ranks. Traces a model once for each shape of pack, which takes seconds."""
 
-    def __init__(self, config: Config, model_config: Any, device: Device) -> None:
-        self.config, self.model_config, self.device = config, model_config, device
+    def __init__(self, config: Config, model_config: Any, device: Device, most_bytes: int | None = None) -> None:
+        """`most_bytes` is what a rank has for tensors, as far as it is known."""
+        self.config, self.model_config, self.device, self.most_bytes = config, model_config, device, most_bytes
         longest = config.data.max_prompt_length + config.rollout.max_completion_length
         named = config.model.attn_implementation
         obstacle = packing_obstacle(model_config, longest, config.model.trust_remote_code) if named == "auto" else named
@@ -122,12 +134,24 @@ class Predictor:
         casts = zero_stage > 0 and self.policy_dtype != torch.float32
         precision = Precision(self.policy_dtype, self.policy_dtype if self.shared else self.copy_dtype, casts)
         counts, trained_bytes = self._count(precision)
-        return MemoryInputs(
+        inputs = MemoryInputs(
             counts=counts, passes=self._trace(precision, num_ranks), num_ranks=num_ranks,
             flight=flight(self.config, num_ranks, self.share_prompts, self.device), zero_stage=zero_stage,
             policy_bytes=self.policy_dtype.itemsize, trained_bytes=trained_bytes,
             copy_bytes=self.copy_dtype.itemsize, shared=self.shared,
         )  # fmt: skip
+        if self.most_bytes is None or tokens_in_flight(self.config, self.device) != sys.maxsize:
+            return inputs
+        most = self._fitting(inputs, self.most_bytes)
+        return replace(inputs, flight=flight(self.config, num_ranks, self.share_prompts, self.device, most))
+
+    def _fitting(self, inputs: MemoryInputs, most_bytes: int) -> int:
+        """Tokens in flight for which `auto` has room beside what is always held, at least those of one sequence."""
+        counts, longest = inputs.counts, self.config.rollout.max_completion_length
+        always = sum(part.num_bytes for part in memory_per_rank(inputs) if part.phase == "always")
+        per_token = counts.num_layers * counts.cache_width * inputs.rollout_bytes
+        tokens = fitting(most_bytes - always, per_token, counts.vocabulary * LOGIT_BYTES, longest)
+        return max(tokens, self.config.data.max_prompt_length + longest)
 
     def _count(self, precision: Precision) -> tuple[ModelCounts, int]:
         if precision not in self._counts:

@@ -22,6 +22,7 @@ from ..config import Config
 from ..models import make_policy, trainable
 from ..packing import Pack, Piece, make_pack
 from ..policy import Policy
+from ..rollout.room import cache_width
 from ..rollout.sampling import Sampling, draw
 from .live import LiveBytes
 from .memory import KEPT_WHOLE, ModelCounts, Passes
@@ -77,16 +78,14 @@ def count(policy: Policy) -> ModelCounts:
                if isinstance(module, LoraLayer) and module.lora_A]  # fmt: skip
     every = list(trainable(policy).values())
     text = policy.causal_lm.config.get_text_config()
-    heads = getattr(text, "num_attention_heads", None) or 0  # none: a state of fixed size in place of a cache
-    head_size = getattr(text, "head_dim", None) or text.hidden_size // max(heads, 1)
     return ModelCounts(
         parameters=sum(p.numel() for p in base or every),
         adapters=sum(p.numel() for p in every) if base else 0,
         exchanged=sum(p.numel() for p in adapted or every),
         kept_whole=sum(p.numel() for p in base if p.numel() < KEPT_WHOLE),
         num_layers=text.num_hidden_layers,
-        query_heads=heads,
-        key_width=(getattr(text, "num_key_value_heads", None) or heads) * head_size,
+        query_heads=getattr(text, "num_attention_heads", None) or 0,
+        cache_width=cache_width(text),
         vocabulary=text.vocab_size,
     )
 

@@ -10,6 +10,7 @@ import torch
 from ..config import Config
 from ..planning.memory import MemoryInputs, ModelCounts, memory_per_rank, peaks
 from ..planning.predict import Predictor, ZeroStage, batch_arithmetic
+from ..rollout.room import RESERVE
 from .contents import Contents
 from .findings import Findings
 
@@ -43,7 +44,9 @@ def describe_memory(config: Config, found: Contents, num_ranks: int, findings: F
     on_gpu = torch.cuda.is_available()
     stage = zero_stage(num_ranks)
     try:
-        inputs = Predictor(config, found.model_config, "gpu" if on_gpu else "cpu").inputs(num_ranks, stage)
+        most_bytes = int(_gpu_bytes() * (1 - RESERVE)) if on_gpu else None
+        predictor = Predictor(config, found.model_config, "gpu" if on_gpu else "cpu", most_bytes)
+        inputs = predictor.inputs(num_ranks, stage)
     except (ValueError, RuntimeError, LookupError, TypeError, AttributeError) as error:  # the model's own code ran
         findings.remarks.append(f"memory and disk space cannot be predicted for {config.model.name}: {error}")
         return None
@@ -59,7 +62,7 @@ def _compare(config: Config, inputs: MemoryInputs, on_gpu: bool, findings: Findi
     """Note what a rank needs beside what it has."""
     phase, needed = max(peaks(memory_per_rank(inputs)).items(), key=lambda each: each[1])
     if on_gpu:
-        room = torch.cuda.get_device_properties(0).total_memory
+        room = _gpu_bytes()
     else:
         room = psutil.virtual_memory().total / int(os.environ.get("LOCAL_WORLD_SIZE", inputs.num_ranks))
     under = f"ZeRO-{inputs.zero_stage}" if inputs.zero_stage else "DDP" if inputs.num_ranks > 1 else "no DeepSpeed"
@@ -72,6 +75,10 @@ def _compare(config: Config, inputs: MemoryInputs, on_gpu: bool, findings: Findi
             f"rollout.max_tokens_in_flight (now {config.rollout.max_tokens_in_flight}), turn on "
             "model.gradient_checkpointing, or use a higher ZeRO stage; `python -m grpo_dist plan` shows every part"
         )
+
+
+def _gpu_bytes() -> int:
+    return torch.cuda.get_device_properties(0).total_memory
 
 
 def zero_stage(num_ranks: int) -> ZeroStage:

@@ -87,8 +87,10 @@ class PagedEngine:
                 answer = manager.get_result(timeout=SECONDS_BETWEEN_CHECKS)
                 if answer is None:
                     if not manager.is_running():
-                        raise RuntimeError("transformers' continuous batching ended before its requests") from (
-                            manager.background_thread_status.fatal_error)  # fmt: skip
+                        fatal = manager.background_thread_status.fatal_error
+                        if isinstance(fatal, torch.OutOfMemoryError):
+                            raise fatal
+                        raise RuntimeError("transformers' continuous batching ended before its requests") from fatal
                     continue
                 if answer.error is not None:
                     raise RuntimeError(f"transformers' continuous batching: {answer.error}")

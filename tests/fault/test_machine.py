@@ -174,7 +174,7 @@ def test_a_reward_that_raises_too_often(tmp_path: Path) -> None:
 
 
 def test_out_of_memory_says_what_to_change(tmp_path: Path) -> None:
-    status, told = faulty("ddp", 2, tmp_path / "run", "oom@rollout:3", rank="1")
+    status, told = faulty("ddp", 2, tmp_path / "run", "oom@update:2", rank="1")
     assert status == 1
     for option in ("train.max_tokens_per_pack (now 2048)", "rollout.max_tokens_in_flight", "gradient_checkpointing"):
         assert option in told

@@ -22,7 +22,7 @@ from grpo_dist.planning.tracing import Precision, build_policy, count, example_p
 from grpo_dist.rollout.cache import SLOT_CHUNK, DecodeState, PrefillLayout
 
 COUNTS = ModelCounts(parameters=1_000_003, adapters=50_001, exchanged=800_000, kept_whole=4_003, num_layers=3,
-                     key_width=64, query_heads=8, vocabulary=500)  # fmt: skip
+                     cache_width=128, query_heads=8, vocabulary=500)  # fmt: skip
 INPUTS = MemoryInputs(COUNTS, Passes(700_000, 300_000, 1_000, 8.0), Flight(4, 32, 100, 64, True, 150), num_ranks=3,
                       zero_stage=0, policy_bytes=2, trained_bytes=4, copy_bytes=2, shared=False)  # fmt: skip
 
@@ -172,6 +172,19 @@ def test_what_is_decoded_at_once(device: Device, prompt: int, in_flight: int, ro
     assert found.scored == 0 if device == "cpu" else found.scored >= 24
     alone = flight(config, 1, share_prompts=False)
     assert (alone.rows, alone.prompts) == (4, 4)
+
+
+def test_auto_takes_what_a_gpu_has_left() -> None:
+    """All at once where memory is not known or large enough; else what fits, and at least one sequence."""
+    config = config_of(rollout=RolloutConfig(group_size=4, max_completion_length=24))
+    model_config = load_model_config(config.model)
+    everything = Predictor(config, model_config, "gpu").inputs(1, 0)
+    assert everything.flight.rows == 4 * config.train.batch_size
+    always = sum(part.num_bytes for part in memory_per_rank(everything) if part.phase == "always")
+    rows = {most: Predictor(config, model_config, "gpu", always + most).inputs(1, 0).flight.rows
+            for most in (1 << 40, 1 << 20, 0)}  # fmt: skip
+    assert rows[1 << 40] == everything.flight.rows > rows[1 << 20] > rows[0] == 1
+    assert Predictor(config, model_config, "cpu", always).inputs(1, 0).flight.rows == everything.flight.rows
 
 
 # --- the verb -------------------------------------------------------------------------------------------------------

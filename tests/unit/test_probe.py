@@ -159,7 +159,7 @@ def test_the_paged_engine_is_taken_where_it_is_right(name: str, caplog: pytest.L
     caplog.set_level("INFO")
     options = {"head_dim": 8} | UNPACKABLE.get(name, {})
     model, rollout = make_model(make_config(name, options), None), RolloutConfig(engine="paged")
-    assert isinstance(make_engine(model, "a window", [2], rollout, alone), PagedEngine)
+    assert isinstance(make_engine(model, "a window", [2], rollout, alone).engine, PagedEngine)
     assert "continuous batching (paged), in place of the one group at a time" in caplog.text
 
 
@@ -187,7 +187,7 @@ def test_ranks_decode_alike_and_as_before(
     engine = make_engine(
         model, None, [2], RolloutConfig(), lambda mine: [mine, *((name, "no g++") for name in others)], kept
     )
-    assert engine.step_of is step_of
+    assert engine.engine.step_of is step_of
     assert told in caplog.text
     assert made_of(engine) == {"engine": "native", "decoding": next(n for n, s in STEPS.items() if s is step_of)}
 
@@ -204,7 +204,7 @@ def test_the_paged_engine_is_refused_where_it_draws_something_else() -> None:
     model.forward = lambda **inputs: plain(**inputs | {"position_ids": inputs["position_ids"] * ("layout" in inputs)})
     with pytest.raises(UnfitEngine, match=r"rollout.engine: 'paged' given, .*draws other completions"):
         make_engine(model, None, [2], RolloutConfig(engine="paged"), alone)
-    assert isinstance(make_engine(model, None, [2], RolloutConfig(), alone), NativeEngine)
+    assert isinstance(make_engine(model, None, [2], RolloutConfig(), alone).engine, NativeEngine)
 
 
 @pytest.mark.usefixtures("kernel")

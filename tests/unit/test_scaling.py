@@ -34,7 +34,7 @@ from grpo_dist.planning.scaling import (
 )
 
 COUNTS = ModelCounts(parameters=5000, adapters=300, exchanged=4000, kept_whole=1000, num_layers=4, query_heads=4,
-                     key_width=8, vocabulary=100)  # fmt: skip
+                     cache_width=16, vocabulary=100)  # fmt: skip
 SETTING = Setting(COUNTS, zero_stage=0, policy_bytes=2, trained_bytes=4, max_tokens_per_pack=400, optimizer_steps=2,
                   shares_prompts=True)  # fmt: skip
 COSTS = Costs(per_token=2e-3, per_position=5e-3, per_prompt_token=1e-4, update=3e-3, reference=1e-3, reward=0.01,

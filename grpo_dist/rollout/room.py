@@ -1,0 +1,124 @@
+"""How much is decoded at once: what the device's memory has room for, and half of it where that was too much.
+
+A completion is drawn with the noise of its own request, so what is in flight beside it changes the time alone.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+from collections.abc import Callable
+from itertools import groupby
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import nn
+
+from ..batch import Completion
+from .engine import Engine, Request
+from .sampling import Sampling
+
+log = logging.getLogger(__name__)
+
+ON_CPU = 262_144
+"""Tokens in flight on a device whose free memory is not asked for."""
+RESERVE = 0.1
+"""Share of a GPU's memory that `auto` leaves free: for the prefill, captured graphs, and fragments of the allocator."""
+LOGIT_BYTES = 24
+"""Bytes that drawing a token takes for each entry of the vocabulary, the logits among them."""
+
+
+class BoundedEngine(Engine, Protocol):
+    """An engine that holds the keys and values of at most so many tokens at once."""
+
+    max_new_tokens: int
+    max_tokens_in_flight: int
+
+
+class WithinMemory:
+    """An engine that decodes as much at once as there is memory for."""
+
+    def __init__(self, engine: BoundedEngine, tokens: int | Literal["auto"]) -> None:
+        """`tokens` is the most in flight; `auto` asks the device before each rollout."""
+        self.engine, self.tokens = engine, tokens
+        self.most: int | None = None  # what memory has proved to be too small for, halved
+
+    def generate(
+        self, model: nn.Module, requests: list[Request], sampling: Sampling,
+        on_finish: Callable[[list[Completion]], None] | None = None, check: Callable[[], None] | None = None,
+    ) -> list[Completion]:  # fmt: skip
+        """See `Engine`. Where memory runs out, what is not finished is decoded again with half as much in flight.
+
+        Raises torch.OutOfMemoryError where that is still too much, or a single sequence is.
+        """
+        done: dict[tuple[int, int], Completion] = {}
+
+        def finished(completions: list[Completion]) -> None:
+            done.update(((each.slot, each.sample), each) for each in completions)
+            if on_finish:
+                on_finish(completions)
+
+        least = max((len(request.prompt) for request in requests), default=0) + self.engine.max_new_tokens
+        self.engine.max_tokens_in_flight = max(least, self._tokens(model))
+        failure = None
+        try:
+            self.engine.generate(model, requests, sampling, finished, check)
+        except torch.OutOfMemoryError as error:
+            in_flight = min(self.engine.max_tokens_in_flight, self._needed(requests))
+            self.most = max(least, in_flight // 2)
+            if self.most == in_flight:
+                raise
+            failure = str(error).partition("\n")[0]
+        if failure is not None:  # out of the handler, whose traceback keeps what was allocated
+            gc.collect()
+            torch.cuda.empty_cache()
+            left = [request for request in requests if (request.slot, request.sample) not in done]
+            log.warning("memory ran out in a rollout (%s): the %d of %d completions that are missing are drawn with "
+                        "rollout.max_tokens_in_flight: %d, half of what was in flight, and from now on never more",
+                        failure, len(left), len(requests), self.most)  # fmt: skip
+            self.engine.max_tokens_in_flight = self.most
+            self.engine.generate(model, left, sampling, finished, check)
+        return [done[request.slot, request.sample] for request in requests]
+
+    def _tokens(self, model: nn.Module) -> int:
+        tokens = self.tokens
+        if tokens == "auto":
+            device = next(model.parameters()).device
+            tokens = ON_CPU
+            if device.type == "cuda":
+                tokens = fitting(free_bytes(device), *bytes_of(model), self.engine.max_new_tokens)
+        return tokens if self.most is None else min(tokens, self.most)
+
+    def _needed(self, requests: list[Request]) -> int:
+        """Tokens of all requests at full length, a prompt counted once for its group."""
+        prompts = sum(len(next(group).prompt) for _, group in groupby(requests, key=lambda request: request.slot))
+        return prompts + len(requests) * self.engine.max_new_tokens
+
+
+def fitting(free: int, token_bytes: int, row_bytes: int, row_tokens: int) -> int:
+    """Tokens for which there is room in `free` bytes, where each takes `token_bytes` and each sequence, of at least
+    `row_tokens`, another `row_bytes`."""
+    return max(0, int(free / (token_bytes + row_bytes / row_tokens)))
+
+
+def free_bytes(device: torch.device) -> int:
+    """Bytes of a GPU that a rollout may take: what nobody holds and what torch's allocator holds idle, less RESERVE."""
+    free, total = torch.cuda.mem_get_info(device)
+    idle = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int(free + idle - RESERVE * total)
+
+
+def bytes_of(model: nn.Module) -> tuple[int, int]:
+    """Bytes of one token's keys and values in all layers, and of drawing one sequence's next token."""
+    text = model.config.get_text_config()  # type: ignore[union-attr, operator]
+    itemsize = next(model.parameters()).dtype.itemsize
+    return text.num_hidden_layers * cache_width(text) * itemsize, text.vocab_size * LOGIT_BYTES
+
+
+def cache_width(text: Any) -> int:
+    """Elements that a layer keeps of one token, keys and values, by a text model's config; 0 where it has no heads."""
+    heads = getattr(text, "num_attention_heads", None) or 0  # none: a state of fixed size in place of a cache
+    if getattr(text, "kv_lora_rank", None):  # latent attention, whose keys and values are kept as they are attended to
+        return heads * (text.qk_nope_head_dim + text.qk_rope_head_dim + text.v_head_dim)
+    head_size = getattr(text, "head_dim", None) or text.hidden_size // max(heads, 1)
+    return 2 * (getattr(text, "num_key_value_heads", None) or heads) * head_size

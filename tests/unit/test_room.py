@@ -1,0 +1,184 @@
+"""How much is decoded at once: what fits, half of it where that was too much, and the same draws in any case."""
+
+from __future__ import annotations
+
+import logging
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, DeepseekV3Config, LlamaConfig, Qwen3Config
+
+from grpo_dist import attention
+from grpo_dist.batch import Completion
+from grpo_dist.rollout import NativeEngine, Request, Sampling, native, room, stream_key
+from grpo_dist.rollout.room import ON_CPU, RESERVE, WithinMemory, bytes_of, cache_width, fitting
+from grpo_dist.rollout.steps import prefill
+
+NEW_TOKENS, GIB = 8, 2**30
+TINY: dict[str, Any] = {
+    "vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "tie_word_embeddings": False,
+}  # fmt: skip
+REQUESTS = [Request(slot, sample, [4 + slot, 9, 11], stream_key(3, "train/0", slot, sample))
+            for slot in range(4) for sample in range(3)]  # fmt: skip
+NEEDED = 4 * 3 + 12 * NEW_TOKENS
+"""Tokens of all requests at full length."""
+
+
+@pytest.fixture(scope="module")
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(LlamaConfig(**TINY), attn_implementation=attention.NAME).eval()
+
+
+def assert_equal(got: list[Completion], expected: list[Completion]) -> None:
+    """The same draws, and log-probabilities that differ by rounding alone: other rows are computed beside them."""
+    assert [(c.slot, c.sample, c.ids, c.finished) for c in got] == [
+        (c.slot, c.sample, c.ids, c.finished) for c in expected]  # fmt: skip
+    for one, other in zip(got, expected, strict=True):
+        assert one.logprobs == pytest.approx(other.logprobs, abs=1e-5)
+
+
+def run_out(monkeypatch: pytest.MonkeyPatch, above: int) -> list[int]:
+    """Memory runs out in a decoding step while rows could come to more than `above` tokens; the rows of each step."""
+    rows: list[int] = []
+    plain = native._Decoding._step
+
+    def step(decoding: Any) -> None:
+        rows.append(decoding.state.num_rows)
+        if rows[-1] * NEW_TOKENS > above:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB\nmore")
+        plain(decoding)
+
+    monkeypatch.setattr(native._Decoding, "_step", step)
+    return rows
+
+
+def test_half_as_much_is_decoded_where_memory_runs_out(
+    model: nn.Module, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The draws, their order and what is handed out stay as they are; later rollouts do not try it again."""
+    expected = NativeEngine([2], NEW_TOKENS, ON_CPU).generate(model, REQUESTS, Sampling())
+    rows = run_out(monkeypatch, 6 * NEW_TOKENS)
+    engine, handed_out = WithinMemory(NativeEngine([2], NEW_TOKENS, ON_CPU), "auto"), []
+    assert_equal(engine.generate(model, REQUESTS, Sampling(), handed_out.extend), expected)
+    assert_equal(sorted(handed_out, key=lambda each: (each.slot, each.sample)), expected)
+    assert f"rollout.max_tokens_in_flight: {NEEDED // 2}" in caplog.text
+    assert "Tried to allocate 2.00 GiB): the 12 of 12 completions" in caplog.text
+    caplog.clear()
+    rows.clear()
+    assert_equal(engine.generate(model, REQUESTS, Sampling()), expected)
+    assert not caplog.records and max(rows) <= 6
+
+
+def test_what_had_ended_is_not_drawn_again(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A scored completion is neither lost nor handed out twice."""
+    exact = [Request(r.slot, r.sample, r.prompt, r.key, exact_length=1 + r.slot) for r in REQUESTS]
+    expected = NativeEngine([2], NEW_TOKENS, ON_CPU).generate(model, exact, Sampling())
+    steps, plain = [0], native._Decoding._step
+
+    def step(decoding: Any) -> None:
+        steps[0] += 1
+        if steps[0] == 3:
+            raise torch.OutOfMemoryError
+        plain(decoding)
+
+    monkeypatch.setattr(native._Decoding, "_step", step)
+    handed_out: list[Completion] = []
+    engine = WithinMemory(NativeEngine([2], NEW_TOKENS, ON_CPU), ON_CPU)
+    assert_equal(engine.generate(model, exact, Sampling(), handed_out.extend), expected)
+    assert sorted((each.slot, each.sample) for each in handed_out) == [(r.slot, r.sample) for r in exact]
+
+
+@pytest.mark.parametrize(("above", "tokens"), [(1, "auto"), (0, "auto"), (0, 3 + NEW_TOKENS)])
+def test_memory_that_is_too_small_for_half_as_much_ends_the_rollout(
+    model: nn.Module, monkeypatch: pytest.MonkeyPatch, above: int, tokens: Any
+) -> None:
+    attempts = []
+    monkeypatch.setattr(room.gc, "collect", lambda: attempts.append(1))
+    run_out(monkeypatch, above)
+    with pytest.raises(torch.OutOfMemoryError):
+        WithinMemory(NativeEngine([2], NEW_TOKENS, ON_CPU), tokens).generate(model, REQUESTS, Sampling())
+    assert len(attempts) == (tokens == "auto")  # a single sequence cannot be halved
+
+
+class Recording:
+    """An engine that notes how much it may hold, on a model that says it is on a GPU."""
+
+    max_new_tokens = 1024
+
+    def __init__(self) -> None:
+        self.max_tokens_in_flight = 0
+
+    def generate(self, model: Any, requests: list[Request], *_: Any) -> list[Completion]:
+        """Nothing."""
+        return []
+
+
+def on_gpu(config: Any, dtype: torch.dtype = torch.bfloat16) -> Any:
+    """What room.py asks of a model on a GPU."""
+    weight = SimpleNamespace(device=torch.device("cuda", 0), dtype=dtype)
+    return SimpleNamespace(parameters=lambda: iter([weight]), config=config)
+
+
+def test_auto_is_what_fits_into_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Qwen2.5-1.5B's shapes: 28 KiB of keys and values a token in bfloat16."""
+    state = {"free": 40 * GIB, "reserved": 30 * GIB, "allocated": 10 * GIB}
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (state["free"], 80 * GIB))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: state["reserved"])
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: state["allocated"])
+    config = LlamaConfig(num_hidden_layers=28, num_attention_heads=12, num_key_value_heads=2, head_dim=128,
+                         hidden_size=1536, vocab_size=151_936)  # fmt: skip
+    assert bytes_of(on_gpu(config)) == (28 * 1024, 151_936 * room.LOGIT_BYTES)
+    engine = Recording()
+    within = WithinMemory(engine, "auto")
+    within.generate(on_gpu(config), [], Sampling())
+    usable = 40 * GIB + 20 * GIB - RESERVE * 80 * GIB
+    rows = engine.max_tokens_in_flight / 1024
+    assert engine.max_tokens_in_flight * 28 * 1024 + rows * 151_936 * room.LOGIT_BYTES == pytest.approx(usable)
+    assert engine.max_tokens_in_flight > 1_500_000
+    state["free"] = 0  # the same number is not kept: what is free is asked before each rollout
+    within.generate(on_gpu(config), [], Sampling())
+    assert 300_000 < engine.max_tokens_in_flight < 500_000
+    state["allocated"] = 30 * GIB  # nothing is left: a sequence has to fit all the same
+    within.generate(on_gpu(config), [], Sampling())
+    assert engine.max_tokens_in_flight == 1024
+    WithinMemory(engine, 5000).generate(on_gpu(config), [], Sampling())
+    assert engine.max_tokens_in_flight == 5000
+
+
+def test_auto_on_a_cpu(model: nn.Module) -> None:
+    engine = NativeEngine([2], NEW_TOKENS, 1)
+    WithinMemory(engine, "auto").generate(model, REQUESTS, Sampling())
+    assert engine.max_tokens_in_flight == ON_CPU
+
+
+@pytest.mark.parametrize(
+    "config",
+    [LlamaConfig(**TINY), Qwen3Config(**TINY, head_dim=16),
+     DeepseekV3Config(**TINY | {"num_key_value_heads": 4}, q_lora_rank=8, kv_lora_rank=8, qk_rope_head_dim=4,
+                      qk_nope_head_dim=6, v_head_dim=12, n_routed_experts=4, n_group=1, topk_group=1,
+                      num_experts_per_tok=2, moe_intermediate_size=8, first_k_dense_replace=1)],
+    ids=lambda config: config.model_type,
+)  # fmt: skip
+def test_bytes_of_a_token_are_those_of_a_prefill(config: Any) -> None:
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention.NAME).eval()
+    with torch.no_grad():
+        layout, _ = prefill(model, [[4, 5, 6, 7, 8]])
+    held = sum(each.nbytes for each in (*layout.keys.values(), *layout.values.values()))
+    assert bytes_of(model)[0] == held // 5 == cache_width(config) * 2 * 4
+
+
+def test_fitting() -> None:
+    """Ten sequences of 100 tokens with 10 bytes each, and 500 for each sequence's draw, are 15,000 bytes."""
+    assert fitting(15_000, 10, 500, 100) == 1000
+    assert fitting(-1, 10, 500, 100) == 0
+
+
+def test_no_warning_where_nothing_happened(model: nn.Module, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.WARNING)
+    WithinMemory(NativeEngine([2], NEW_TOKENS, ON_CPU), 64).generate(model, REQUESTS, Sampling())
+    assert not caplog.records
