@@ -3,6 +3,8 @@
 Written layer by layer, `W x + s B (A x)` makes three intermediate results of the output's size and as many in the
 backward pass; here both low-rank products are added where the large one already lies.
 
+Dropout is part of it: what is dropped is drawn by `dropout.py`, its scale goes into the adapters' own.
+
 Shapes: T tokens, I inputs, O outputs, r the adapters' rank.
 """
 
@@ -16,6 +18,8 @@ from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
+
+from .dropout import TokenDropout
 
 
 def add_low_rank(x: Tensor, weight: Tensor, bias: Tensor | None, low: Tensor, b: Tensor) -> Tensor:
@@ -33,41 +37,50 @@ def add_low_rank(x: Tensor, weight: Tensor, bias: Tensor | None, low: Tensor, b:
 class _AdaptedLinear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scaling: float
-    ) -> Tensor:
-        low = (x @ a.T).mul_(scaling)
-        ctx.save_for_backward(x, weight, a, b, low)
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scaling: float,
+        kept: Tensor | None,
+    ) -> Tensor:  # fmt: skip
+        low = ((x if kept is None else x * kept) @ a.T).mul_(scaling)
+        ctx.save_for_backward(x, weight, a, b, low, kept)
         ctx.scaling = scaling
         return add_low_rank(x, weight, bias, low, b)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, a, b, low = ctx.saved_tensors
+        x, weight, a, b, low, kept = ctx.saved_tensors
         grad_low = (grad @ b).mul_(ctx.scaling)
-        grad_x = (grad @ weight).addmm_(grad_low, a) if ctx.needs_input_grad[0] else None
-        return grad_x, None, None, grad_low.T @ x, grad.T @ low, None
+        grad_x = grad @ weight if ctx.needs_input_grad[0] else None
+        if grad_x is not None and kept is None:
+            grad_x.addmm_(grad_low, a)
+        elif grad_x is not None:
+            grad_x.addcmul_(grad_low @ a, kept.to(grad_x.dtype))
+        return grad_x, None, None, grad_low.T @ (x if kept is None else x * kept), grad.T @ low, None, None
 
 
-def adapted_linear(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scaling: float) -> Tensor:
+def adapted_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scaling: float, kept: Tensor | None = None
+) -> Tensor:
     """`x Wᵀ + bias + scaling · (x Aᵀ) Bᵀ`; x (…, I), W (O, I), A (r, I), B (O, r), all of x's dtype, to (…, O).
 
-    Differentiable with respect to x, A and B; the weight and the bias are frozen. LoRA: arXiv:2106.09685, equation 3.
+    `kept` (…, I) bool says which inputs the adapters see; None for all. Differentiable with respect to x, A and B; the
+    weight and the bias are frozen. LoRA: arXiv:2106.09685, equation 3.
     """
     with torch.autocast(x.device.type, enabled=False):
-        y = _AdaptedLinear.apply(x.flatten(0, -2), weight, bias, a, b, scaling)
+        kept = None if kept is None else kept.flatten(0, -2)
+        y = _AdaptedLinear.apply(x.flatten(0, -2), weight, bias, a, b, scaling, kept)
         return y.view(*x.shape[:-1], weight.shape[0])
 
 
 def fuse_adapters(model: nn.Module, is_sharded: Callable[[Tensor], bool], name: str = "default") -> None:
     """Let every linear layer with plain adapters `name` compute them in one operation.
 
-    Layers with dropout or a transposed weight (GPT-2's) go on as PEFT wrote them, and so do those of which a weight
-    `is_sharded` when they are called: ZeRO-3 makes a weight whole inside the call of the module that owns it.
+    Layers with torch's dropout or a transposed weight (GPT-2's) go on as PEFT wrote them, and so do those of which a
+    weight `is_sharded` when they are called: ZeRO-3 makes a weight whole inside the call of the module that owns it.
     """
     for layer in model.modules():
         is_lora = isinstance(layer, LoraLinear) and isinstance(layer.base_layer, nn.Linear) and name in layer.lora_A
-        if is_lora and isinstance(layer.lora_dropout[name], nn.Identity):
+        if is_lora and isinstance(layer.lora_dropout[name], (nn.Identity, TokenDropout)):
             layer.forward = _fused(layer, layer.forward, is_sharded, name)  # type: ignore[method-assign]
 
 
@@ -79,6 +92,9 @@ def _fused(
         is_plain = layer.disable_adapters or layer.merged or x.dtype != base.weight.dtype
         if is_plain or any(map(is_sharded, (base.weight, a, b))):
             return plain(x)
-        return adapted_linear(x, base.weight, base.bias, a.to(x.dtype), b.to(x.dtype), layer.scaling[name])
+        a, b, scaling, dropout = a.to(x.dtype), b.to(x.dtype), layer.scaling[name], layer.lora_dropout[name]
+        if not (dropout.training and isinstance(dropout, TokenDropout)):
+            return adapted_linear(x, base.weight, base.bias, a, b, scaling)
+        return adapted_linear(x, base.weight, base.bias, a, b, scaling * dropout.scale, dropout.kept(x))
 
     return forward

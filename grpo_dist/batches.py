@@ -10,7 +10,7 @@ from .advantages import has_spread
 from .algorithm import has_reference
 from .batch import Batch, Prompt, join
 from .gathering import gather_completions, gather_scores
-from .rollout import stream_key
+from .hashing import stream_key
 from .run import Run
 from .sampler import Curriculum, Mixture, Sampler
 from .work import reference_logprobs

@@ -10,11 +10,12 @@ from typing import Any
 from torch import nn
 
 from .batch import Completion, Prompt
+from .hashing import stream_key
 from .rewards.pending import Pending
 from .rewards.pool import ScorerPool
 from .rewards.registry import TrainerState
 from .rewards.scores import Item
-from .rollout import Engine, Request, Sampling, stream_key
+from .rollout import Engine, Request, Sampling
 
 
 def requests_of(prompts: list[Prompt], group_size: int, share: Callable[[int], slice], *stream: int | str,

@@ -19,6 +19,7 @@ from .adapters import fuse_adapters
 from .checks import require
 from .config import LoraConfig, ModelConfig
 from .distributed import is_sharded, unsharded_loading
+from .dropout import drop_by_token
 from .policy import Policy
 from .toy import MODELS, toy_path
 
@@ -147,8 +148,9 @@ def make_policy(
         task_type="CAUSAL_LM", r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout,
         target_modules=lora.target_modules,
     ))  # fmt: skip
+    token_keys = drop_by_token(adapted, lora.dropout) if lora.dropout else None
     fuse_adapters(adapted, is_sharded)
-    policy = Policy(adapted, temperature, **extras)
+    policy = Policy(adapted, temperature, **extras, token_keys=token_keys)
     _check_adapters(policy, lora)
     return policy
 

@@ -51,6 +51,8 @@ class Pack:
     """(M,) int64: place of each completion token in the batch's flat tensors."""
     sequence: Tensor
     """(M,) int64: the pack's completions, numbered from 0."""
+    owner: Tensor
+    """(T,) int64: whose each token is: `n` of the batch's completion n, `-1 - p` of its prompt p."""
     layout: RowLayout | None
     """Who attends to whom; None for a plain causal row of one prompt and one completion."""
 
@@ -61,7 +63,7 @@ class Pack:
 
     def to(self, device: torch.device) -> Pack:
         """The pack with all its tensors on `device`, in one copy for which a GPU does not wait."""
-        names = ("ids", "positions", "predictor", "targets", "token", "sequence")
+        names = ("ids", "positions", "predictor", "targets", "token", "sequence", "owner")
         moved = to_device([getattr(self, name) for name in names], device)
         return Pack(**dict(zip(names, moved, strict=True)), layout=self.layout.to(device) if self.layout else None)
 
@@ -169,7 +171,7 @@ def make_pack(batch: Batch, pieces: list[Piece], *, share_prompts: bool = True) 
         empty = torch.zeros(0, dtype=torch.int64)
         layout = RowLayout([(1, [])]) if share_prompts else None
         one = torch.zeros(1, dtype=torch.int64)
-        return Pack(one, one, empty, empty, empty, empty, layout)
+        return Pack(one, one, empty, empty, empty, empty, one, layout)
     chosen = torch.tensor([n for piece in pieces for n in piece.completions])
     lengths = batch.lengths[chosen]
     left = iter(lengths.tolist())
@@ -185,11 +187,13 @@ def make_pack(batch: Batch, pieces: list[Piece], *, share_prompts: bool = True) 
     prompt_row = token_places(prompt_starts, prompt_lengths)
     own = row - starts[sequence]
     ids = torch.empty(int(sizes.sum()), dtype=torch.int64)
-    positions = torch.empty_like(ids)
+    positions, owner = torch.empty_like(ids), torch.empty_like(ids)
     ids[prompt_row] = torch.tensor(list(chain.from_iterable(batch.prompts[p.prompt].ids for p in pieces)))
     positions[prompt_row] = token_places(torch.zeros_like(prompt_starts), prompt_lengths)
     ids[row] = targets = batch.tokens[token]
     positions[row] = prompt_lengths[piece] + own
+    owner[row] = chosen[sequence]
+    owner[prompt_row] = torch.repeat_interleave(-1 - torch.tensor([p.prompt for p in pieces]), prompt_lengths)
     predictor = torch.where(own == 0, (prompt_starts + prompt_lengths)[piece], row) - 1
     layout = RowLayout(shapes) if share_prompts else None
-    return Pack(ids, positions, predictor, targets, token, sequence, layout)
+    return Pack(ids, positions, predictor, targets, token, sequence, owner, layout)

@@ -8,6 +8,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from .critic import ValueHead
+from .dropout import TokenKeys
 from .logprobs import head_logprobs, logits_logprobs
 from .packing import Pack
 
@@ -16,12 +17,14 @@ class Policy(nn.Module):
     """A causal language model that answers packs with log-probabilities."""
 
     def __init__(
-        self, model: nn.Module, temperature: float, *, has_critic: bool = False, entropy_gradient: bool = False
-    ) -> None:
+        self, model: nn.Module, temperature: float, *, has_critic: bool = False, entropy_gradient: bool = False,
+        token_keys: TokenKeys | None = None,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.model = model
         self.temperature = temperature
         self.entropy_gradient = entropy_gradient
+        self.token_keys = token_keys  # where adapters have dropout, which draws from them
         self.value_head = ValueHead(self.causal_lm.config.get_text_config().hidden_size) if has_critic else None
         head = self.causal_lm.get_output_embeddings()
         self.fused_head = False  # until probe.head_is_plain has found that nothing happens to the logits after the head
@@ -33,9 +36,12 @@ class Policy(nn.Module):
         """The transformers model; with LoRA, the one the adapters were put into."""
         return self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
 
-    def forward(self, pack: Pack) -> tuple[Tensor, Tensor, Tensor | None]:
+    def forward(self, pack: Pack, dropout_key: int = 0) -> tuple[Tensor, Tensor, Tensor | None]:
         """Log-probability of each completion token, entropy of its distribution (nats) and the critic's value of the
-        text before it, None without a critic; all (M,) float32."""
+        text before it, None without a critic; all (M,) float32. `dropout_key` tells one update's dropout from
+        another's."""
+        if self.token_keys is not None:
+            self.token_keys.draw(dropout_key, pack.owner, pack.positions)
         inputs: dict[str, Any] = {"input_ids": pack.ids[None], "use_cache": False}
         if pack.layout is not None:
             inputs |= {"position_ids": pack.positions[None], "layout": pack.layout}

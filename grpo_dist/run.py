@@ -29,6 +29,7 @@ from .engines import UnfitEngine, made_of, make_engine
 from .environment import record_start
 from .generation import generate_and_score, requests_of
 from .guards import BadUpdates, lock, warn_of_slow_save
+from .hashing import stream_key
 from .metrics import Clock, read_history
 from .models import (
     attention_for,
@@ -48,7 +49,7 @@ from .reference import AdaptersOff, FrozenCopy, Reference
 from .resuming import changes, identity, resume_path, versions
 from .rewards.pool import Pending, ScorerPool
 from .rewards.registry import TrainerState, answer_checks, labels
-from .rollout import Sampling, stream_key
+from .rollout import Sampling
 from .rollout_model import RolloutModel
 from .saving import save_final
 from .schedule import learning_rate
@@ -284,11 +285,9 @@ class Run:
             return generate_and_score(self.engine, model, requests, prompts, sampling, self.scorer, self.tokenizer,
                                       state, self.watch.check)  # fmt: skip
 
-    def seed_dropout(self, step: int, pack: int) -> None:
-        """Make adapter dropout a function of counters, so that a resumed run draws the same masks."""
-        if self.config.lora is not None and self.config.lora.dropout:
-            key = stream_key(self.config.train.seed, "dropout", step, self.position.updates, pack, self.ranks.rank)
-            torch.manual_seed(key & (2**63 - 1))
+    def dropout_key(self, step: int) -> int:
+        """What tells the adapters' dropout of the next update from any other's."""
+        return stream_key(self.config.train.seed, "dropout", step, self.position.updates)
 
     def completion_texts(self, batch: Batch) -> list[str]:
         """All completions of a batch as text."""

@@ -60,13 +60,13 @@ def update(run: Run, work: list[Work], step: int) -> dict[str, float]:
     """One optimizer step on a minibatch; returns its metrics."""
     config, loss_config = run.config, run.config.loss
     objective = objective_of(loss_config, run.position.kl_coeff)
+    dropout_key = run.dropout_key(step)
     measured = UpdateMetrics(run.ranks.device)
     for number, each in enumerate(work, 1):
         last = number == len(work)
         run.ranks.agree(run.watch.requested)
-        run.seed_dropout(step, number)
         with run.ranks.quiet(run.wrapped, last):
-            logprobs, entropies, values = run.wrapped(each.pack)
+            logprobs, entropies, values = run.wrapped(each.pack, dropout_key)
             old = logprobs.detach() if each.old is None else each.old
             trust = rollout_weights(
                 old, each.sampled, each.pack.sequence, loss_config.importance_correction, loss_config.importance_level,

@@ -4,9 +4,10 @@ An engine has one method, `generate(model, requests, sampling) -> completions`, 
 training: it is handed a model whose weights are whole.
 """
 
+from ..hashing import stream_key
 from .engine import Engine, Request, RowEngine
 from .native import NativeEngine
 from .paged import PagedEngine
-from .sampling import Sampling, stream_key
+from .sampling import Sampling
 
 __all__ = ["Engine", "NativeEngine", "PagedEngine", "Request", "RowEngine", "Sampling", "stream_key"]

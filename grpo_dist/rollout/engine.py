@@ -26,7 +26,7 @@ class Request:
     prompt: list[int]
     """Token ids of the prompt."""
     key: int
-    """Key of its noise, see sampling.stream_key."""
+    """Key of its noise, see hashing.stream_key."""
     exact_length: int | None = None
     """Sample exactly this many tokens, whatever they are, so that a benchmark can repeat another trainer's work."""
 

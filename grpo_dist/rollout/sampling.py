@@ -7,18 +7,13 @@ one pass over the vocabulary and no random state exists that a checkpoint would 
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-# Multipliers and increment of splitmix64 (Steele, Lea and Flood, "Fast splittable pseudorandom number generators",
-# OOPSLA 2014) as signed 64-bit numbers, because torch has no unsigned multiplication.
-_GAMMA = 0x9E3779B97F4A7C15 - (1 << 64)
-_MIX1 = 0xBF58476D1CE4E5B9 - (1 << 64)
-_MIX2 = 0x94D049BB133111EB - (1 << 64)
+from ..hashing import uniforms
 
 BLOCK = 128
 """Tokens of the vocabulary whose probabilities are summed at once."""
@@ -34,26 +29,6 @@ class Sampling:
     min_p: float = 0.0
     greedy: bool = False
     """Take the likeliest token; the other fields but the temperature are then without effect."""
-
-
-def stream_key(*counters: int | str) -> int:
-    """Key of one completion's noise, a signed 64-bit hash of its counters."""
-    digest = hashlib.blake2b("/".join(map(str, counters)).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little", signed=True)
-
-
-def _shift_right(x: Tensor, bits: int) -> Tensor:
-    """Logical right shift: torch's own copies the sign bit."""
-    return (x >> bits) & ((1 << (64 - bits)) - 1)
-
-
-def uniforms(keys: Tensor, positions: Tensor) -> Tensor:
-    """Uniform numbers in [0, 1) as float64: element i is a hash of (keys[i], positions[i]); both int64."""
-    x = keys + (positions + 1) * _GAMMA
-    x = (x ^ _shift_right(x, 30)) * _MIX1
-    x = (x ^ _shift_right(x, 27)) * _MIX2
-    x = x ^ _shift_right(x, 31)
-    return _shift_right(x, 11).double() * 2.0**-53
 
 
 def allowed(logprobs: Tensor, sampling: Sampling) -> Tensor | None:

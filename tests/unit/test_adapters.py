@@ -71,6 +71,10 @@ def test_finite_differences() -> None:
     assert torch.autograd.gradcheck(lambda x, a, b: adapted_linear(x, *frozen, a, b, 1.7), (x, a, b))
     expected = x @ weight.T + bias + 1.7 * (x @ a.T) @ b.T
     torch.testing.assert_close(adapted_linear(x, *frozen, a, b, 1.7), expected)
+    kept = torch.tensor([[1, 0, 1, 1, 0], [0, 0, 0, 0, 0], [1, 1, 0, 1, 1]], dtype=torch.bool)
+    assert torch.autograd.gradcheck(lambda x, a, b: adapted_linear(x, *frozen, a, b, 1.7, kept), (x, a, b))
+    expected = x @ weight.T + bias + 1.7 * ((x * kept) @ a.T) @ b.T
+    torch.testing.assert_close(adapted_linear(x, *frozen, a, b, 1.7, kept), expected)
 
 
 @pytest.mark.parametrize("bias", [None, torch.full((64,), 0.3, dtype=torch.bfloat16)], ids=["plain", "biased"])

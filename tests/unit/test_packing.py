@@ -145,20 +145,24 @@ def test_make_pack_equals_the_loop(pieces: list[tuple[int, list[int]]], max_toke
         pack = make_pack(batch, pack_pieces, share_prompts=share)
         ids: list[int] = []
         positions: list[int] = []
+        owner: list[int] = []
         rows: list[tuple[int, int, int, int]] = []  # predictor, target, place in the batch, number of the completion
         number = 0
         for piece in pack_pieces:
             prompt = batch.prompts[piece.prompt].ids
             ids += prompt
             positions += range(len(prompt))
+            owner += [-1 - piece.prompt] * len(prompt)
             prompt_end = len(ids) - 1
             for n in piece.completions:
                 for t, token in enumerate(batch.completion_ids(n)):
                     rows.append((len(ids) - 1 if t else prompt_end, token, int(batch.starts[n]) + t, number))
                     ids.append(token)
                     positions.append(len(prompt) + t)
+                    owner.append(n)
                 number += 1
         assert pack.ids.tolist() == ids and pack.positions.tolist() == positions
+        assert pack.owner.tolist() == owner
         columns = (pack.predictor, pack.targets, pack.token, pack.sequence)
         assert list(zip(*(column.tolist() for column in columns), strict=True)) == rows
         assert (pack.layout is None) != share

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from grpo_dist.rollout.sampling import Sampling, allowed, draw, stream_key, uniforms
+from grpo_dist.hashing import stream_key, uniforms
+from grpo_dist.rollout.sampling import Sampling, allowed, draw
 
 MASK = (1 << 64) - 1
 INT64 = st.integers(-(1 << 63), (1 << 63) - 1)
