@@ -42,6 +42,7 @@ from .models import (
     trainable,
 )
 from .optimizer_state import OptimizerState
+from .packing import Piece, make_pack
 from .position import Position
 from .probe import head_is_plain, packing_leak
 from .recording import Recorder
@@ -148,6 +149,7 @@ class Run:
             for each in (self.policy, self.rollout_model, *([self.reference.policy] if self.reference else [])):
                 each.causal_lm.set_attn_implementation("sdpa")
         self.share_prompts = obstacle is None
+        self._try_dropout()
         kept = {} if self.resume_from is None else checkpoint.load_meta(self.resume_from)
         with self.rollout_model.open() as model:
             plain = head_is_plain(model, self.share_prompts)
@@ -178,6 +180,19 @@ class Run:
         """Why the loaded model cannot share prompts, asked of the model itself."""
         with self.rollout_model.open() as model:
             return packing_leak(model)
+
+    @torch.no_grad()
+    def _try_dropout(self) -> None:
+        """Compute a few tokens as an update does: a layer of which dropout cannot tell the tokens says so here."""
+        if self.policy.token_keys is not None:
+            zero = torch.zeros(1)
+            one = Batch([Prompt(0, [0, 0], "")], *torch.tensor([[0], [2], [1]]), torch.tensor([0, 0]), zero.expand(2),
+                        zero[None], zero)  # fmt: skip
+            pack = make_pack(one, [Piece(0, [0])], share_prompts=self.share_prompts)
+            try:
+                self.wrapped(pack.to(self.ranks.device))
+            except ValueError as error:
+                raise UserError(str(error)) from error
 
     # --- resuming and saving -------------------------------------------------------------------------------------
 

@@ -77,3 +77,30 @@ def test_other_objectives(arguments: tuple[str, ...], tmp_path: Path) -> None:
     three = train("zero3", 3, tmp_path / "three", *arguments)
     assert [row["completion"] for row in completions(three)] == [row["completion"] for row in completions(one)]
     assert relative_difference(adapters(one), adapters(three)) <= 1e-5
+
+
+@pytest.fixture(scope="module")
+def with_dropout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One process whose adapters have dropout."""
+    return train(None, 1, tmp_path_factory.mktemp("dropout"), *DROPOUT)
+
+
+DROPOUT = (*KL, "--lora.dropout", "0.1", "--train.updates_per_batch", "2", "--train.num_train_steps", "3")
+
+
+@pytest.mark.parametrize(
+    ("strategy", "num_processes", "arguments"),
+    [
+        ("ddp", 2, ("--train.max_tokens_per_pack", "80", "--model.gradient_checkpointing", "true")),
+        ("zero3", 2, ()),
+        pytest.param("zero2", 3, ("--model.attn_implementation", "sdpa"), marks=pytest.mark.slow),
+    ],
+)
+def test_dropout(
+    strategy: str, num_processes: int, arguments: tuple[str, ...], with_dropout: Path, one_process: Path, tmp_path: Path
+) -> None:
+    """What adapters drop depends on token and layer, wherever they are computed and beside whatever else."""
+    other = train(strategy, num_processes, tmp_path / "run", *DROPOUT, *arguments)
+    assert [row["completion"] for row in completions(other)] == [row["completion"] for row in completions(with_dropout)]
+    assert relative_difference(adapters(with_dropout), adapters(other)) <= 1e-5
+    assert relative_difference(adapters(with_dropout), adapters(one_process)) > 1e-3
