@@ -45,8 +45,8 @@ class LoraConfig:
     alpha: float = 32.0
     """Adapters are scaled by alpha / r."""
     dropout: float = 0.0
-    """Dropout in the adapters while training; rollouts never use it. What is dropped depends on token and layer, never on
-    rank or pack."""
+    """Dropout in the adapters while training; rollouts never use it. What is dropped depends on token and layer, not
+    on rank or pack."""
     target_modules: str | list[str] = "all-linear"
     """Modules that get adapters: `all-linear`, or a list of names."""
 
