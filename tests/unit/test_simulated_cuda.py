@@ -1,0 +1,128 @@
+"""The paths that only a GPU takes, on a simulated one: the same numbers as on the CPU, and no wait of the host but those
+that are listed here."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Set
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from grpo_dist.cli_config import presets
+
+ROOT = Path(__file__).parents[2]
+
+WAITS_OF_A_ROLLOUT = {
+    # once a rollout
+    ("H2D copy", "rollout/native.py:__init__"),
+    # whenever prompts come in
+    ("H2D copy", "attention.py:to"),
+    ("H2D copy", "rollout/cache.py:admit"),
+    ("H2D copy", "rollout/native.py:_prefill"),
+    ("H2D copy", "rollout/steps.py:prefill"),
+    ("_local_scalar_dense.default", "rollout/native.py:_reserved"),
+    ("repeat_interleave without output_size", "rollout/cache.py:admit"),
+    ("repeat_interleave without output_size", "rollout/native.py:_prefill"),
+    # every few steps
+    ("D2H copy", "rollout/native.py:_retire"),
+    # whenever sequences have ended
+    ("D2H copy", "rollout/native.py:_finish"),
+    ("H2D copy", "rollout/native.py:_retire"),
+    ("_local_scalar_dense.default", "rollout/native.py:_finish"),
+    # whenever rows come in or are dropped
+    ("_local_scalar_dense.default", "rollout/cache.py:_seat_rows"),
+    ("_local_scalar_dense.default", "rollout/cache.py:keep"),
+    ("_unique2.default", "rollout/cache.py:keep"),
+    ("bincount.default", "rollout/cache.py:_seat_rows"),
+    # whenever sizes have changed
+    ("capture", "rollout/graphs.py:_capture"),
+}
+"""Waits of the host by kind and function. A step of decoding has none."""
+
+WAITS_OF_AN_UPDATE = {
+    # each pack
+    ("D2H copy", "work.py:aim"),
+    ("D2H copy", "work.py:measure"),
+    ("H2D copy", "attention.py:to"),
+    ("H2D copy", "metrics.py:add"),
+    ("H2D copy", "work.py:_pack"),
+    ("H2D copy", "work.py:aim"),
+    ("H2D copy", "work.py:measure"),
+    # each optimizer step
+    ("D2H copy", "distributed.py:reduce"),
+    ("_local_scalar_dense.default", "distributed.py:optimizer_step"),
+}
+"""The same for what the loop calls from the end of a rollout to the end of its update."""
+
+PHASES = ("pack_batch", "measure", "aim", "update", "sync")
+COMPARED = {"loss": 1e-6, "grad_norm": 1e-6, "reward/mean": 1e-6, "kl": 1e-6, "entropy": 1e-6}
+
+
+def result(program: str, *arguments: str, given: str = "") -> Any:
+    """What a program beside this file prints as JSON: the simulated device changes torch for a process."""
+    done = subprocess.run(
+        [sys.executable, str(Path(__file__).with_name(program)), *arguments], input=given, cwd=ROOT, text=True,
+        capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-6000:]
+    return json.loads(done.stdout)
+
+
+def waits(seen: dict[str, Any], phases: tuple[str, ...]) -> dict[tuple[str, str], str]:
+    """Waits of the project's own lines by kind and function, with the line."""
+    return {(kind, place.rpartition(":")[0]): place for phase, kind, place, _ in seen["syncs"]
+            if phase in phases and place}  # fmt: skip
+
+
+def check_rollouts(first: int, count: int) -> None:
+    found = result("simulated_rollouts.py", str(first), str(count))
+    assert found["faults"] == {}
+    assert found["completions"] > 2 * count and found["seen"]["replays"] > 4 * count
+    unlisted = {key: place for key, place in waits(found["seen"], ("",)).items() if key not in WAITS_OF_A_ROLLOUT}
+    assert not unlisted
+
+
+def check_trainings(cases: dict[str, list[str]], tmp_path: Path, allowed: Set[tuple[str, str]] = frozenset()) -> None:
+    found = result("simulated_training.py", str(tmp_path), given=json.dumps(cases))
+    for name, runs in found.items():
+        assert runs["seen"]["replays"] > 0, name
+        for cpu, cuda in zip(runs["cpu"], runs["cuda"], strict=True):
+            for metric, most in COMPARED.items():
+                assert cuda[metric] == pytest.approx(cpu[metric], abs=most, rel=1e-5), (name, metric)
+        found_waits = waits(runs["seen"], PHASES)
+        assert not {key: place for key, place in found_waits.items() if key not in WAITS_OF_AN_UPDATE | allowed}, name
+
+
+def test_rollouts_on_the_device_are_those_of_the_cpu() -> None:
+    check_rollouts(0, 6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("first", range(6, 60, 18))
+def test_more_rollouts_on_the_device_are_those_of_the_cpu(first: int) -> None:
+    check_rollouts(first, 18)
+
+
+def test_training_on_the_device_is_that_of_the_cpu(tmp_path: Path) -> None:
+    check_trainings({"grpo": ["--preset", "grpo", "--loss.kl_coeff", "0.02"]}, tmp_path)
+
+
+OPTIONS = {
+    "full": ["--lora", "null"],
+    "checkpointing": ["--model.gradient_checkpointing", "true"],
+    "minibatches": ["--train.num_minibatches", "2", "--train.updates_per_batch", "2"],
+    "entropy": ["--loss.entropy_coeff", "0.01"],
+    "shared": ["--reference.placement", "shared"],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*presets(), *OPTIONS])
+def test_every_preset_on_the_device_is_that_of_the_cpu(name: str, tmp_path: Path) -> None:
+    allowed = {("_local_scalar_dense.default", "kl.py:sequence_sums"), ("H2D copy of an index", "logprobs.py:backward")}
+    check_trainings({name: OPTIONS[name] if name in OPTIONS else ["--preset", name]}, tmp_path, allowed)
