@@ -45,8 +45,8 @@ from .models import (
     load_model_config,
     load_tokenizer,
 )
+from .own_attention import UnfitModel, settle_attention
 from .plain_text import plain_lines
-from .probe import packing_leak
 from .rewards.pool import ScorerPool
 from .rewards.registry import answer_checks, answer_reader
 from .rollout import Sampling
@@ -119,10 +119,8 @@ class Evaluation:
         implementation, obstacle = attention_for(config.model, self.model_config, self.longest)
         with unsharded_loading():
             self.model = load_causal_lm(config.model, dtype, implementation).to(ranks.device).eval()
-        if obstacle is None:  # what one rank finds holds for all
-            obstacle = next(filter(None, ranks.gather_objects(packing_leak(self.model))), None)
-            if obstacle is not None:
-                self.model.set_attn_implementation("sdpa")
+        obstacle = settle_attention([self.model], implementation, obstacle, config.model.attn_implementation != "auto",
+                                    ranks.gather_objects)  # fmt: skip
         self.engine = make_engine(self.model, obstacle, end_token_ids(config.model, self.tokenizer), config.rollout,
                                   ranks.gather_objects)  # fmt: skip
 
@@ -275,7 +273,7 @@ def main() -> int:
     ranks = Ranks(resolve_dtype(config.model.dtype), config.optim)
     try:
         rows = evaluation.run(ranks)
-    except UnfitEngine as error:
+    except (UnfitModel, UnfitEngine) as error:
         if ranks.is_main:
             print(plain_lines(f"error: {error}"), file=sys.stderr)
         return 2

@@ -20,7 +20,7 @@ from .checks import require
 from .config import LoraConfig, ModelConfig
 from .distributed import is_sharded, unsharded_loading
 from .dropout import drop_by_token
-from .policy import Policy
+from .policy import Policy, recompute_layers
 from .toy import MODELS, toy_path
 
 log = logging.getLogger(__name__)
@@ -109,16 +109,10 @@ def attention_for(model: ModelConfig, model_config: Any, longest: int) -> tuple[
 
 
 def load_causal_lm(model: ModelConfig, dtype: torch.dtype, attn_implementation: str | None) -> nn.Module:
-    """A causal language model from the hub or a local path, without dropout."""
-    loaded = AutoModelForCausalLM.from_pretrained(
+    """A causal language model from the hub or a local path."""
+    return AutoModelForCausalLM.from_pretrained(
         model_path(model), dtype=dtype, attn_implementation=attn_implementation, **_hub_options(model)
     )
-    for module in loaded.modules():
-        if isinstance(module, nn.Dropout):  # a rollout and its update must see the same model
-            module.p = 0.0
-        if isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0
-    return loaded
 
 
 def load_policy(
@@ -137,7 +131,7 @@ def make_policy(
     """The policy: adapters on a frozen base, or the whole of it to train (`lora` None)."""
     extras = {"has_critic": has_critic, "entropy_gradient": entropy_gradient}
     if model.gradient_checkpointing:
-        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        recompute_layers(base)
         if lora:
             base.enable_input_require_grads()
     if lora is None:

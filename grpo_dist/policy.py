@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from peft import PeftModel
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers.modeling_layers import GradientCheckpointingLayer
 
+from .checks import require
 from .critic import ValueHead
 from .dropout import TokenKeys
 from .logprobs import head_logprobs, logits_logprobs
@@ -36,6 +41,19 @@ class Policy(nn.Module):
         """The transformers model; with LoRA, the one the adapters were put into."""
         return self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
 
+    def train(self, mode: bool = True) -> Policy:
+        """Put the adapters and the critic into training mode; the base always computes as it does in a rollout.
+
+        Dropout, layer drop, router noise and batch statistics of a model have many names, and all of them ask the mode
+        of the module they are in. Layers that are recomputed are asked for theirs too: see `recompute_layers`.
+        """
+        super().train(mode)
+        for name, module in self.causal_lm.named_modules():
+            recomputed = isinstance(module, GradientCheckpointingLayer) and module.gradient_checkpointing
+            if not (recomputed or isinstance(module, LoraLayer) or ".lora_" in name):
+                module.training = False
+        return self
+
     def forward(self, pack: Pack, dropout_key: int = 0) -> tuple[Tensor, Tensor, Tensor | None]:
         """Log-probability of each completion token, entropy of its distribution (nats) and the critic's value of the
         text before it, None without a critic; all (M,) float32. `dropout_key` tells one update's dropout from
@@ -52,9 +70,39 @@ class Policy(nn.Module):
         else:
             wants_hidden = self.value_head is not None
             output = self.causal_lm(**inputs, logits_to_keep=pack.predictor, output_hidden_states=wants_hidden)
-            logprobs, entropies = logits_logprobs(output.logits[0], **numbers)
+            logprobs, entropies = logits_logprobs(kept_logits(output.logits[0], pack.predictor), **numbers)
             hidden = output.hidden_states[-1][0, pack.predictor] if wants_hidden else None
         return logprobs, entropies, None if self.value_head is None else self.value_head(hidden)
+
+
+def kept_logits(logits: Tensor, predictor: Tensor) -> Tensor:
+    """The logits (M, V) at `predictor` (M,), which a model returns alone or, where it cannot, among those of all T."""
+    return logits if len(logits) == len(predictor) else logits[predictor]
+
+
+def recompute_layers(model: nn.Module) -> None:
+    """Recompute each layer's activations in the backward pass.
+
+    transformers does so in training mode alone, in which a layer may drop activations: the mode is left inside. Raises
+    ValueError where the model's code has no layers that transformers can recompute.
+    """
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    require(bool(layers), "model.gradient_checkpointing", True, f"false, as {type(model).__name__} has no layers that "
+            "transformers can recompute")  # fmt: skip
+    for layer in layers:
+        layer.gradient_checkpointing = True
+        layer._gradient_checkpointing_func = partial(_recomputed, layer)
+
+
+def _recomputed(layer: nn.Module, forward: Any, *inputs: Any) -> Any:
+    def evaluated(*given: Any) -> Any:
+        layer.training = False
+        try:
+            return forward(*given)
+        finally:
+            layer.training = True
+
+    return checkpoint(evaluated, *inputs, use_reentrant=False)
 
 
 def _teach_head(head: nn.Linear) -> None:

@@ -1,8 +1,8 @@
-"""Does a model compute packs with shared prompts as it computes sequences one by one? Asked of the model itself.
+"""Does a model compute what a run assumes? Asked of the model itself, in a few tiny forward passes.
 
-An architecture that ignores the layout (state-space layers, linear attention, attention code of its own), or that does
-something to its logits after the head, would train on wrong numbers without a word. A few tiny forward passes settle
-it.
+An architecture that ignores the layout of packs (state-space layers, linear attention, attention code of its own), that
+sees later tokens, that draws random numbers while it is trained, or that does something to its logits after the head,
+would train on wrong numbers without a word.
 """
 
 from __future__ import annotations
@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from .attention import RowLayout
-from .rollout import NativeEngine, Request, Sampling
+from .packing import Pack
+from .policy import kept_logits
+from .rollout import NativeEngine, Request, RowEngine, Sampling
 from .rollout.steps import Step, module_step
 
 PROMPT, COMPLETIONS = 5, (4, 3)
@@ -68,6 +70,62 @@ def packing_leak(model: nn.Module) -> str | None:
     return f"log-probabilities are off by {worst:.2g}" if worst > most * max(effect, 1.0) else None
 
 
+@torch.no_grad()
+def row_fault(model: nn.Module) -> str | None:
+    """Why a sequence in a row of its own is computed wrongly by the model's own attention, or None.
+
+    Later tokens must not change what comes before them, and decoding must compute what the row does.
+    """
+    most, length = rounding(model), PROMPT + NEW_TOKENS
+    ids = example_tokens(model, length)
+    changed = torch.cat([ids[:PROMPT], ids[PROMPT:].flip(0)])
+    try:
+        plain, disturbed = (_row(model, each) for each in (ids, changed))
+        effect = float((plain[PROMPT:] - disturbed[PROMPT:]).abs().max())
+        if float((plain[:PROMPT] - disturbed[:PROMPT]).abs().max()) > most * max(effect, 1.0):
+            return "outputs depend on later tokens"
+        requests = [Request(0, sample, ids[:PROMPT].tolist(), key=sample) for sample in range(2)]
+        worst = 0.0
+        for completion in RowEngine([-1], NEW_TOKENS).generate(model, requests, Sampling()):
+            sequence = torch.tensor([*ids[:PROMPT].tolist(), *completion.ids], device=ids.device)
+            chosen = _row(model, sequence)[PROMPT - 1 : -1].gather(-1, sequence[PROMPT:, None])[:, 0]
+            worst = max(worst, float((chosen.cpu() - torch.tensor(completion.logprobs)).abs().max()))
+    except CANNOT as error:
+        return f"{type(error).__name__}: {error}"
+    return None if worst <= most else f"decoding is off by {worst:.2g} nats from a forward pass over the same tokens"
+
+
+def _row(model: nn.Module, ids: Tensor) -> Tensor:
+    """Log-probabilities (T, V) of a plain row, asked for as an update does."""
+    places = torch.arange(len(ids), device=ids.device)
+    output = model(input_ids=ids[None], use_cache=False, logits_to_keep=places)
+    return torch.log_softmax(kept_logits(output.logits[0], places).float(), -1)
+
+
+def probe_pack(model: nn.Module, shared_prompts: bool) -> Pack:
+    """A pack of one prompt and one completion."""
+    ids = example_tokens(model, PROMPT + NEW_TOKENS)
+    places = torch.arange(len(ids), device=ids.device)
+    layout = RowLayout([(PROMPT, [NEW_TOKENS])]).to(ids.device) if shared_prompts else None
+    own = places[:NEW_TOKENS]
+    owner = torch.where(places < PROMPT, -1, 0)
+    return Pack(ids, places, places[PROMPT - 1 : -1], ids[PROMPT:], own, torch.zeros_like(own), owner, layout)
+
+
+@torch.no_grad()
+def is_noisy(compute: Callable[[], Tensor]) -> bool:
+    """Whether what `compute` returns depends on the state of the random number generators, beyond what the same state
+    makes of it twice."""
+    with torch.random.fork_rng():
+        outputs = []
+        for seed in (0, 0, 0, 1, 2, 3):
+            torch.manual_seed(seed)
+            outputs.append(compute())
+    same, others = (max(float((output - outputs[0]).abs().max()) for output in part)
+                    for part in (outputs[1:3], outputs[3:]))  # fmt: skip
+    return others > 4 * same + 1e-5
+
+
 def tiny_engine(captures: bool, step_of: Callable[[nn.Module], Step] = module_step) -> NativeEngine:
     """An engine for a few tokens, which shares even a tiny prompt; it gives up `captures` where that fails."""
     return NativeEngine([-1], NEW_TOKENS, 1 << 20, step_of=step_of, captures=captures, copied_prompt=0)
@@ -108,7 +166,10 @@ def head_is_plain(model: nn.Module, shared_prompts: bool) -> bool:
     if shared_prompts:
         positions = torch.arange(PROMPT, device=ids.device)
         inputs |= {"position_ids": positions[None], "layout": RowLayout([(PROMPT, [])]).to(ids.device)}
-    logits = model(**inputs).logits[0].float()
-    plain = linear(model.base_model(**inputs).last_hidden_state[0], head.weight, head.bias).float()
+    try:
+        logits = model(**inputs).logits[0].float()
+        plain = linear(model.base_model(**inputs).last_hidden_state[0], head.weight, head.bias).float()
+    except CANNOT:
+        return False
     most = 1e-4 if head.weight.dtype == torch.float32 else 0.02
     return float((logits - plain).abs().max()) <= most * float(logits.abs().max())

@@ -15,7 +15,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from . import attention, checkpoint
+from . import checkpoint
 from .algorithm import has_reference
 from .batch import Batch, Completion, Prompt
 from .card import write_card
@@ -42,9 +42,9 @@ from .models import (
     trainable,
 )
 from .optimizer_state import OptimizerState
-from .packing import Piece, make_pack
+from .own_attention import UnfitModel, require_no_noise, settle_attention
 from .position import Position
-from .probe import head_is_plain, packing_leak
+from .probe import head_is_plain
 from .recording import Recorder
 from .reference import AdaptersOff, FrozenCopy, Reference
 from .resuming import changes, identity, resume_path, versions
@@ -95,7 +95,10 @@ class Run:
         if len(set(places)) > 1:
             raise UserError(f"train.output_dir: ranks see different checkpoints in {self.directory}, {places} in order "
                             "of rank; it must lie on a file system that all nodes share")  # fmt: skip
-        self._load_models()
+        try:
+            self._load_models()
+        except (UnfitModel, UnfitEngine) as error:
+            raise UserError(str(error)) from error
         self.position = self._resume() if self.resume_from else Position(0, config.loss.kl_coeff)
         self.rollout_model.sync()
         self.watch = Watch(self.ranks.rank, self.ranks.num_ranks, self.ranks.store(config.train.hang_timeout_seconds),
@@ -143,25 +146,20 @@ class Run:
         self.reference = self._reference(dtype, implementation)
         base = self.reference.policy.causal_lm if isinstance(self.reference, FrozenCopy) else None
         self.rollout_model = RolloutModel(self.policy, dtype, implementation, base)
-        if obstacle is None:  # what one rank finds holds for all: they share a plan of packs
-            obstacle = next(filter(None, self.ranks.gather_objects(self._probe())), None)
-        if obstacle is not None and implementation == attention.NAME:
-            for each in (self.policy, self.rollout_model, *([self.reference.policy] if self.reference else [])):
-                each.causal_lm.set_attn_implementation("sdpa")
+        with self.rollout_model.open() as model:
+            models = [self.policy.causal_lm, *([self.reference.policy.causal_lm] if self.reference else []), model]
+            obstacle = settle_attention(models, implementation, obstacle, config.model.attn_implementation != "auto",
+                                        self.ranks.gather_objects)  # fmt: skip
         self.share_prompts = obstacle is None
-        self._try_dropout()
+        require_no_noise(self.wrapped, self.policy, self.share_prompts, self.ranks.gather_objects)
         kept = {} if self.resume_from is None else checkpoint.load_meta(self.resume_from)
         with self.rollout_model.open() as model:
             plain = head_is_plain(model, self.share_prompts)
-            try:
-                self.engine = make_engine(model, obstacle, end_token_ids(config.model, self.tokenizer),
-                                          self._rollout_to_go_on_with(kept), self.ranks.gather_objects,
-                                          kept.get("decoding"))  # fmt: skip
-            except UnfitEngine as error:
-                raise UserError(str(error)) from error
-        self.policy.fused_head = plain
-        if self.reference:
-            self.reference.policy.fused_head = plain
+            self.engine = make_engine(model, obstacle, end_token_ids(config.model, self.tokenizer),
+                                      self._rollout_to_go_on_with(kept), self.ranks.gather_objects,
+                                      kept.get("decoding"))  # fmt: skip
+        for each in (self.policy, *([self.reference.policy] if self.reference else [])):  # may be one
+            each.fused_head = plain and isinstance(each.causal_lm.get_output_embeddings(), torch.nn.Linear)
 
     def _reference(self, dtype: torch.dtype, implementation: str | None) -> Reference | None:
         """The policy itself, adapters off, where `reference.placement` asks for it or a copy would hold the same
@@ -175,24 +173,6 @@ class Run:
         with unsharded_loading():
             copy = load_causal_lm(config.model, copy_dtype, implementation).to(self.ranks.device)
         return FrozenCopy(copy, config.rollout.temperature)
-
-    def _probe(self) -> str | None:
-        """Why the loaded model cannot share prompts, asked of the model itself."""
-        with self.rollout_model.open() as model:
-            return packing_leak(model)
-
-    @torch.no_grad()
-    def _try_dropout(self) -> None:
-        """Compute a few tokens as an update does: a layer of which dropout cannot tell the tokens says so here."""
-        if self.policy.token_keys is not None:
-            zero = torch.zeros(1)
-            one = Batch([Prompt(0, [0, 0], "")], *torch.tensor([[0], [2], [1]]), torch.tensor([0, 0]), zero.expand(2),
-                        zero[None], zero)  # fmt: skip
-            pack = make_pack(one, [Piece(0, [0])], share_prompts=self.share_prompts)
-            try:
-                self.wrapped(pack.to(self.ranks.device))
-            except ValueError as error:
-                raise UserError(str(error)) from error
 
     # --- resuming and saving -------------------------------------------------------------------------------------
 

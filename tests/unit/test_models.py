@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -181,16 +180,6 @@ def test_log_probabilities_are_at_the_temperature(base: ModelConfig) -> None:
         rows = torch.log_softmax(model(input_ids=row).logits[0, 2:-1] / 0.5, -1)
         expected.append(rows.gather(-1, completion[:, None])[:, 0])
     assert torch.allclose(policy(pack)[0], torch.cat(expected), atol=1e-5)
-
-
-def test_dropout_is_off_while_training(base: ModelConfig, tmp_path: Path) -> None:
-    model = load_causal_lm(base, torch.float32, "sdpa")
-    config = copy.deepcopy(model.config)
-    config.attention_dropout = 0.5
-    model.config = config
-    model.save_pretrained(tmp_path / "dropping")
-    dropping = load_causal_lm(ModelConfig(name=str(tmp_path / "dropping")), torch.float32, "eager").train()
-    assert torch.equal(logits(dropping, shared=False), logits(dropping, shared=False))
 
 
 def test_end_tokens_come_from_everywhere(base: ModelConfig, tmp_path: Path) -> None:
