@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.text import Text
 
 from .cli_config import flat, redacted
+from .launch_config import require_known_launch
 from .plain_text import plain
 from .preflight.findings import Findings
 from .preflight.options import Options, read_options
@@ -77,6 +78,8 @@ def _look(options: Options, num_ranks: int | None, findings: Findings) -> None:
 
     set_up_logging()
     config, ranks = options.config, num_ranks or max(1, torch.cuda.device_count())
+    with findings.attempt():
+        require_known_launch(os.environ)
     found = contents.read_contents(config, findings)
     contents.describe_prompts(config, found, findings)
     contents.try_rewards(config, found, findings)

@@ -6,6 +6,7 @@ Accelerate and DeepSpeed are known here and in models.py alone. The same calls s
 
 from __future__ import annotations
 
+import logging
 import os
 import traceback
 from collections.abc import Iterator
@@ -16,11 +17,19 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, InitProcessGroupKwargs
+from accelerate.utils import (
+    DeepSpeedPlugin,
+    DistributedType,
+    GradientAccumulationPlugin,
+    InitProcessGroupKwargs,
+)
 from torch import Tensor
 
 from .config import Dtype, OptimConfig
+from .launch_config import set_aside_precision, settle_deepspeed
 from .watch import Interrupted, serve_store
+
+log = logging.getLogger(__name__)
 
 PATIENCE = timedelta(hours=12)
 """How long ranks wait for one another between phases: a rollout or a slow disk may take its time, and watch.py sees who
@@ -74,24 +83,25 @@ class Ranks:
         if on_cpu and deepspeed:
             _keep_deepspeed_from_compiling()
         backend = {"backend": "gloo"} if on_cpu and (deepspeed or several) else {}
+        precision = "bf16" if dtype == torch.bfloat16 else "no"
+        plugin = DeepSpeedPlugin() if deepspeed else None
+        set_aside = set_aside_precision(os.environ, precision)
+        if plugin is not None:
+            set_aside += settle_deepspeed(plugin.deepspeed_config, optim.max_grad_norm)
+        for line in set_aside:
+            log.warning("%s", line)
         self.accelerator = Accelerator(
             # under DeepSpeed, cpu=True would give every process a world of its own; gloo comes from the handler there
             cpu=on_cpu and not deepspeed,
-            mixed_precision="bf16" if dtype == torch.bfloat16 else "no",
+            mixed_precision=precision,
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+            deepspeed_plugin=plugin,
+            dynamo_backend="no",  # whatever the launch config says
             kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE, **backend)],
         )
         self.max_grad_norm = optim.max_grad_norm
         self.is_deepspeed = self.accelerator.distributed_type == DistributedType.DEEPSPEED
-        self.zero_stage = 0
-        if self.is_deepspeed:
-            plugin = self.accelerator.state.deepspeed_plugin
-            plugin.deepspeed_config.update(
-                train_micro_batch_size_per_gpu=1,
-                gradient_clipping=optim.max_grad_norm,
-                zero_allow_untested_optimizer=True,
-                zero_force_ds_cpu_optimizer=False,
-            )
-            self.zero_stage = plugin.zero_stage
+        self.zero_stage = 0 if plugin is None else plugin.zero_stage
         self.meetings = 0
         """Collectives of this class that this rank has entered: who has entered the fewest is waited for."""
         # a channel for flags that does not wait for the device, as a collective of the training's backend would

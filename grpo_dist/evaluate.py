@@ -35,6 +35,7 @@ from .engines import UnfitEngine, make_engine
 from .estimates import Comparison, Estimate, compare, estimate, majority_at_k, pass_at_k
 from .gathering import gather_completions, gather_scores
 from .generation import generate_and_score, requests_of
+from .launch_config import require_known_launch
 from .metrics import is_right
 from .models import (
     attention_for,
@@ -265,6 +266,7 @@ def main() -> int:
     options, config = read_options()
     set_up_logging()
     try:
+        require_known_launch(os.environ)
         evaluation = Evaluation(config, options.n, options.output, options.category)
     except (ValueError, OSError) as error:
         if os.environ.get("RANK", "0") == "0":

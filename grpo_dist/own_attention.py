@@ -72,8 +72,8 @@ def require_no_noise(wrapped: Any, policy: Policy, shares_prompts: bool, gather:
         raise UnfitModel(str(error)) from error
     if any(gather(noisy)):
         raise UnfitModel(
-            f"model.name: {name} draws random numbers while it is trained (dropout, noise in a router), in a place that "
-            "does not ask its training mode: set it to 0 in the model's config.json"
+            f"model.name: {name} draws random numbers while it is trained (dropout, noise in a router), in a place "
+            "that does not ask its training mode: set it to 0 in the model's config.json"
         )
 
 

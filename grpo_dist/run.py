@@ -30,6 +30,7 @@ from .environment import record_start
 from .generation import generate_and_score, requests_of
 from .guards import BadUpdates, lock, warn_of_slow_save
 from .hashing import stream_key
+from .launch_config import require_known_launch
 from .metrics import Clock, read_history
 from .models import (
     attention_for,
@@ -74,6 +75,7 @@ class Run:
         is_main = os.environ.get("RANK", "0") == "0"
         _log_on_main(is_main, others=logging.ERROR)  # as long as all ranks find the same
         try:  # all that a user can have got wrong, before ranks meet and models are loaded
+            require_known_launch(os.environ)
             self._load_data()
             self.resume_from = resume_path(config)
             self.identity = identity(config, self.model_config, self.prompts)

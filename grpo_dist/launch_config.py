@@ -1,0 +1,126 @@
+"""What a launch config says beside what the run does: it may place the work, never change what is computed.
+
+`accelerate config` asks for gradient accumulation and mixed precision, and a DeepSpeed file may name batch sizes,
+dtypes, an optimizer. Where such an entry contradicts the run's own options, those win and a line says so; entries that
+would compute something else and cannot be set aside are refused before anything is loaded.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+DECIDED = {
+    "gradient_accumulation_steps": "packs are added up as train.max_tokens_per_pack says",
+    "gradient_clipping": "optim.max_grad_norm clips",
+    "train_batch_size": "train.batch_size counts the prompts of a step",
+    "train_micro_batch_size_per_gpu": "train.max_tokens_per_pack bounds what is computed at once",
+    "optimizer": "the options under optim set up AdamW",
+    "scheduler": "optim.scheduler and optim.warmup_steps set the learning rate",
+    "bf16": "model.dtype decides",
+    "fp16": "model.dtype decides",
+    "amp": "model.dtype decides",
+    "torch_autocast": "model.dtype decides",
+    "data_types": "gradients are added up in float32",
+    "communication_data_type": "gradients are exchanged in float32",
+    "fp32_allreduce": "gradients are exchanged in float32",
+    "prescale_gradients": "the loss is scaled by the number of ranks",
+    "gradient_predivide_factor": "the loss is scaled by the number of ranks",
+    "sparse_gradients": "gradients are dense",
+    "zero_allow_untested_optimizer": "the optimizer is torch's AdamW",
+    "zero_force_ds_cpu_optimizer": "the optimizer is torch's AdamW",
+}
+"""DeepSpeed entries that the run decides itself, and by what."""
+HARMLESS = {
+    "activation_checkpointing", "aio", "checkpoint", "comet", "comms_logger", "csv_monitor", "disable_allgather",
+    "dump_state", "flops_profiler", "load_universal_checkpoint", "memory_breakdown", "monitor_config", "nebula",
+    "steps_per_print", "tensorboard", "timers", "use_node_local_storage", "wall_clock_breakdown", "wandb",
+    "zero_optimization",
+}  # fmt: skip
+"""DeepSpeed entries that place the work or report on it."""
+LOSSY = ("zero_quantized_weights", "zero_quantized_gradients", "zero_quantized_nontrainable_weights")
+"""Entries of zero_optimization that round weights or gradients."""
+IN_FILE = {
+    "gradient_accumulation_steps", "gradient_clipping", "mixed_precision", "offload_optimizer_device",
+    "offload_param_device", "offload_param_nvme_path", "zero3_save_16bit_model", "zero_stage",
+}  # fmt: skip
+"""Entries of a launch config that Accelerate refuses beside a DeepSpeed file."""
+FOREIGN = {
+    "ACCELERATE_USE_FSDP": "distributed_type FSDP", "ACCELERATE_USE_MEGATRON_LM": "distributed_type MEGATRON_LM",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "parallelism_config",
+}  # fmt: skip
+"""What Accelerate's launcher sets for engines this trainer does not run under."""
+
+
+def require_known_launch(environment: Mapping[str, str]) -> None:
+    """Raise ValueError where the launch asks for something else to be computed, or names a file that cannot be used."""
+    for variable, entry in FOREIGN.items():
+        if environment.get(variable, "false").lower() in ("true", "1"):
+            raise ValueError(f"launch config: {entry} given, expected one process, DDP (MULTI_GPU) or DEEPSPEED: see "
+                             "accelerate_configs/")  # fmt: skip
+    file = environment.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
+    if environment.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true" and file != "none":
+        _require_known_entries(file, _read(file))
+        beside = sorted(IN_FILE & set(environment.get("ACCELERATE_CONFIG_DS_FIELDS", "").split(",")))
+        if beside:
+            raise ValueError(f"launch config: {', '.join(beside)} given beside deepspeed_config_file, expected in "
+                             f"{file} alone; take it out of the launch config")  # fmt: skip
+
+
+def _read(file: str) -> dict[str, Any]:
+    try:
+        entries = json.loads(Path(file).read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"launch config: deepspeed_config_file {file} cannot be read ({error}); name a JSON file, as "
+                         "a path from where the launch starts") from error  # fmt: skip
+    if not isinstance(entries, dict) or not isinstance(entries.get("zero_optimization"), dict):
+        raise ValueError(f"launch config: {file} has no entry zero_optimization, expected at least "
+                         '{"zero_optimization": {"stage": 2}}')  # fmt: skip
+    return entries
+
+
+def _require_known_entries(file: str, entries: Mapping[str, Any]) -> None:
+    refused = [name for name, value in entries.items()
+               if name not in {*DECIDED, *HARMLESS} and not _is_off(value)]  # fmt: skip
+    refused += [f"zero_optimization.{name}" for name in LOSSY if entries["zero_optimization"].get(name)]
+    if refused:
+        raise ValueError(f"launch config: {file} has {', '.join(refused)}, which would change what is computed; take "
+                         "it out")  # fmt: skip
+
+
+def _is_off(value: Any) -> bool:
+    return not value or (isinstance(value, dict) and not value.get("enabled", True))
+
+
+def settle_deepspeed(entries: dict[str, Any], max_grad_norm: float) -> list[str]:
+    """Leave to the run, in place, what it decides itself of a DeepSpeed config; a line for each entry that said
+    something else.
+
+    What `auto` leaves open is either decided by the run or left to DeepSpeed's defaults.
+    """
+    own = {"gradient_accumulation_steps": 1, "gradient_clipping": max_grad_norm, "train_micro_batch_size_per_gpu": 1,
+           "zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}  # fmt: skip
+    lines = []
+    for name, reason in DECIDED.items():
+        given = entries.pop(name, "auto")
+        if given not in ("auto", own.get(name)) and not _is_off(given) and not _leaves_open(given):
+            lines.append(f"launch config: DeepSpeed's {name} ({json.dumps(given)}) is set aside: {reason}")
+    entries |= own
+    zero = entries["zero_optimization"]
+    for name in [name for name, value in zero.items() if value == "auto"]:
+        del zero[name]
+    return lines
+
+
+def _leaves_open(given: Any) -> bool:
+    return isinstance(given, dict) and given.get("enabled") == "auto"
+
+
+def set_aside_precision(environment: Mapping[str, str], used: str) -> list[str]:
+    """A line where the launch asks for another mixed precision than the one that is used (`bf16` or `no`)."""
+    given = environment.get("ACCELERATE_MIXED_PRECISION", "no").lower()
+    if given in ("no", used):  # the default of every launch says no
+        return []
+    return [f"launch config: mixed_precision {given} is set aside: model.dtype decides ({used} is used)"]

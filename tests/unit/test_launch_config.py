@@ -1,0 +1,104 @@
+"""What a launch config says never changes what is computed: it is set aside with a line, or refused by name."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from grpo_dist.launch_config import require_known_launch, set_aside_precision, settle_deepspeed
+
+STAGE = {"zero_optimization": {"stage": 2}}
+TYPICAL = {
+    "bf16": {"enabled": "auto"},
+    "fp16": {"enabled": "auto", "loss_scale": 0, "initial_scale_power": 16},
+    "optimizer": {"type": "AdamW", "params": {"lr": "auto", "betas": "auto", "eps": "auto", "weight_decay": "auto"}},
+    "scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": "auto"}},
+    "zero_optimization": {
+        "stage": 3, "overlap_comm": True, "reduce_bucket_size": "auto", "stage3_prefetch_bucket_size": "auto",
+        "stage3_param_persistence_threshold": "auto", "sub_group_size": 1e9,
+    },
+    "gradient_accumulation_steps": "auto", "gradient_clipping": "auto", "train_batch_size": "auto",
+    "train_micro_batch_size_per_gpu": "auto", "steps_per_print": 2000, "wall_clock_breakdown": False,
+}  # fmt: skip
+"""What guides to DeepSpeed have users copy."""
+
+
+def launched(tmp_path: Path, entries: Any, **more: str) -> dict[str, str]:
+    """The environment of a launch with a DeepSpeed file."""
+    file = tmp_path / "deepspeed.json"
+    file.write_text(entries if isinstance(entries, str) else json.dumps(entries))
+    return {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(file), **more}
+
+
+@pytest.mark.parametrize(
+    "entries",
+    [STAGE, TYPICAL, STAGE | {"curriculum_learning": {"enabled": False}, "amp": {"enabled": True}},
+     STAGE | {"tensorboard": {"enabled": True, "output_path": "x"}}],
+)  # fmt: skip
+def test_entries_that_change_nothing_are_taken(entries: dict[str, Any], tmp_path: Path) -> None:
+    require_known_launch(launched(tmp_path, entries))
+    require_known_launch({})
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        (STAGE | {"progressive_layer_drop": {"enabled": True, "theta": 0.5}}, "has progressive_layer_drop, which"),
+        (STAGE | {"compression_training": {"weight_quantization": {}}, "no_such": 1},
+         "has compression_training, no_such, which"),
+        ({"zero_optimization": {"stage": 3, "zero_quantized_gradients": True}},
+         r"zero_optimization\.zero_quantized_gradients"),
+        ({"bf16": {"enabled": True}}, "has no entry zero_optimization"),
+        ("{", "cannot be read"),
+    ],
+)  # fmt: skip
+def test_entries_that_change_what_is_computed_are_refused(entries: Any, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=f"launch config: .*{message}"):
+        require_known_launch(launched(tmp_path, entries))
+
+
+def test_a_file_that_is_missing_or_contradicted_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"none\.json cannot be read"):
+        require_known_launch({"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": "none.json"})
+    with pytest.raises(ValueError, match="zero_stage given beside deepspeed_config_file"):
+        require_known_launch(launched(tmp_path, STAGE, ACCELERATE_CONFIG_DS_FIELDS="deepspeed_config_file,zero_stage"))
+
+
+@pytest.mark.parametrize("variable", ["ACCELERATE_USE_FSDP", "ACCELERATE_USE_MEGATRON_LM"])
+def test_engines_the_trainer_does_not_run_under_are_refused(variable: str) -> None:
+    with pytest.raises(ValueError, match="expected one process, DDP"):
+        require_known_launch({variable: "true"})
+    require_known_launch({variable: "false"})
+
+
+def test_what_the_run_decides_is_set_aside_with_a_line_each() -> None:
+    entries = STAGE | {
+        "gradient_accumulation_steps": 8, "gradient_clipping": 0.3, "train_batch_size": 64, "bf16": {"enabled": True},
+        "optimizer": {"type": "Lamb"}, "scheduler": {"type": "WarmupLR"}, "train_micro_batch_size_per_gpu": 1,
+        "communication_data_type": "fp16",
+    }  # fmt: skip
+    lines = settle_deepspeed(entries, max_grad_norm=0.5)
+    assert len(lines) == 7 and all("is set aside" in line for line in lines)
+    assert entries == STAGE | {
+        "gradient_accumulation_steps": 1, "gradient_clipping": 0.5, "train_micro_batch_size_per_gpu": 1,
+        "zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False,
+    }  # fmt: skip
+
+
+def test_auto_is_filled_in_without_a_line() -> None:
+    entries = json.loads(json.dumps(TYPICAL))
+    lines = settle_deepspeed(entries, 1.0)
+    assert [line.split("'s ")[1].split()[0] for line in lines] == ["optimizer", "scheduler"]
+    assert entries["zero_optimization"] == {"stage": 3, "overlap_comm": True, "sub_group_size": 1e9}
+    assert settle_deepspeed(STAGE | {"gradient_clipping": 1.0, "gradient_accumulation_steps": 1}, 1.0) == []
+
+
+def test_mixed_precision_is_the_runs() -> None:
+    assert set_aside_precision({"ACCELERATE_MIXED_PRECISION": "no"}, "bf16") == []
+    assert set_aside_precision({"ACCELERATE_MIXED_PRECISION": "bf16"}, "bf16") == []
+    for given in ("fp16", "fp8", "bf16"):
+        (line,) = set_aside_precision({"ACCELERATE_MIXED_PRECISION": given}, "no")
+        assert f"mixed_precision {given} is set aside" in line
