@@ -27,22 +27,24 @@ from torch import Tensor
 
 from .config import Dtype, OptimConfig
 from .launch_config import set_aside_precision, settle_deepspeed
+from .rendezvous import START_SECONDS, Rendezvous, computes_on_gpu, place_in_launch, warn_of_idle_gpus
 from .watch import Interrupted, serve_store
 
 log = logging.getLogger(__name__)
 
+START = timedelta(seconds=START_SECONDS)
+"""How long ranks wait for one another in a collective until the run has started."""
 PATIENCE = timedelta(hours=12)
-"""How long ranks wait for one another between phases: a rollout or a slow disk may take its time, and watch.py sees who
-hangs."""
+"""How long they do between phases: a rollout or a slow disk may take its time, and watch.py sees who hangs."""
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def resolve_dtype(name: Dtype) -> torch.dtype:
-    """The torch dtype of an option; `auto` is bfloat16 on a GPU that has it and float32 elsewhere."""
+    """The torch dtype of an option; `auto` is bfloat16 on ranks with a GPU that has it and float32 elsewhere."""
     if name != "auto":
         return DTYPES[name]
-    return torch.bfloat16 if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else torch.float32
+    return torch.bfloat16 if computes_on_gpu() and torch.cuda.is_bf16_supported() else torch.float32
 
 
 def _bound_kernel_caches() -> None:
@@ -75,14 +77,19 @@ class Ranks:
     """All processes of the run, seen from one of them."""
 
     def __init__(self, dtype: torch.dtype, optim: OptimConfig) -> None:
-        """Join the process group. `dtype` is the policy's compute dtype."""
+        """Join the process group. `dtype` is the policy's compute dtype. Raises LaunchError where ranks do not come,
+        do not reach one another, or would share a GPU."""
         _bound_kernel_caches()
-        on_cpu = not torch.cuda.is_available()
+        rank, num_ranks = place_in_launch()
+        self._rendezvous = Rendezvous(rank, num_ranks) if num_ranks > 1 else None
+        if self._rendezvous is not None:
+            self._rendezvous.check_gpus()
+            self._rendezvous.choose_interface()
+        else:
+            warn_of_idle_gpus()
         deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
-        several = int(os.environ.get("WORLD_SIZE", "1")) > 1
-        if on_cpu and deepspeed:
+        if deepspeed and not computes_on_gpu():
             _keep_deepspeed_from_compiling()
-        backend = {"backend": "gloo"} if on_cpu and (deepspeed or several) else {}
         precision = "bf16" if dtype == torch.bfloat16 else "no"
         plugin = DeepSpeedPlugin() if deepspeed else None
         set_aside = set_aside_precision(os.environ, precision)
@@ -90,22 +97,43 @@ class Ranks:
             set_aside += settle_deepspeed(plugin.deepspeed_config, optim.max_grad_norm)
         for line in set_aside:
             log.warning("%s", line)
-        self.accelerator = Accelerator(
-            # under DeepSpeed, cpu=True would give every process a world of its own; gloo comes from the handler there
-            cpu=on_cpu and not deepspeed,
-            mixed_precision=precision,
-            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
-            deepspeed_plugin=plugin,
-            dynamo_backend="no",  # whatever the launch config says
-            kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE, **backend)],
-        )
+        with nullcontext() if self._rendezvous is None else self._rendezvous.first_collective():
+            self.accelerator = self._accelerator(precision, plugin, num_ranks > 1)
+            # a channel for flags that does not wait for the device, as a collective of the training's backend would
+            self._control = dist.new_group(backend="gloo", timeout=START) if self.num_ranks > 1 else None
+            if self.num_ranks > 1:
+                dist.all_reduce(flag := torch.ones(1, device=self.device))
+                flag.item()  # waits for the device
         self.max_grad_norm = optim.max_grad_norm
         self.is_deepspeed = self.accelerator.distributed_type == DistributedType.DEEPSPEED
         self.zero_stage = 0 if plugin is None else plugin.zero_stage
         self.meetings = 0
         """Collectives of this class that this rank has entered: who has entered the fewest is waited for."""
-        # a channel for flags that does not wait for the device, as a collective of the training's backend would
-        self._control = dist.new_group(backend="gloo", timeout=PATIENCE) if self.num_ranks > 1 else None
+
+    @staticmethod
+    def _accelerator(precision: str, plugin: DeepSpeedPlugin | None, several: bool) -> Accelerator:
+        on_cpu = not computes_on_gpu()
+        backend = {"backend": "gloo"} if on_cpu and (plugin is not None or several) else {}
+        return Accelerator(
+            # under DeepSpeed, cpu=True would give every process a world of its own; gloo comes from the handler there
+            cpu=on_cpu and plugin is None,
+            mixed_precision=precision,
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+            deepspeed_plugin=plugin,
+            dynamo_backend="no",  # whatever the launch config says
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=START, **backend)],
+        )
+
+    def meet(self, point: str) -> None:
+        """Wait for all ranks without a collective, however long it takes; the log names those that are not there."""
+        if self._rendezvous is not None:
+            self._rendezvous.meet(point, PATIENCE.total_seconds())
+
+    def end_start(self) -> None:
+        """From here on ranks wait for one another as long as PATIENCE."""
+        if self.num_ranks > 1:  # DeepSpeed makes groups of its own, which wait for 10 or 30 minutes whatever is asked
+            for group in dist.distributed_c10d._world.pg_map:
+                dist.distributed_c10d._set_pg_timeout(PATIENCE, group)
 
     @property
     def rank(self) -> int:
@@ -214,11 +242,7 @@ class Ranks:
             trained = sum(getattr(p, "ds_numel", p.numel()) for p in policy.parameters() if p.requires_grad)
             zero = self.accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"]
             zero["reduce_bucket_size"] = min(zero.get("reduce_bucket_size", 500_000_000), trained)
-        prepared = self.accelerator.prepare(policy, optimizer)
-        if self.num_ranks > 1:  # DeepSpeed makes groups of its own, which wait for 10 or 30 minutes whatever it is told
-            for group in dist.distributed_c10d._world.pg_map:
-                dist.distributed_c10d._set_pg_timeout(PATIENCE, group)
-        return prepared
+        return self.accelerator.prepare(policy, optimizer)
 
     def backward(self, policy: Any, loss: Tensor, last: bool) -> None:
         """Add one pack's gradient; the `last` pack of an update synchronises the ranks.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from .display import set_up_logging
 from .distributed import PhaseError
 from .gathering import RewardFailure
 from .plain_text import plain_lines
+from .rendezvous import LaunchError, is_of_one_rank
 from .report.page import write_report
 from .run import Run, UserError
 from .watch import Interrupted
@@ -37,11 +39,11 @@ def main(train: Callable[[Run], None], arguments: list[str] | None = None) -> in
     set_up_logging()
     try:
         run = Run(config)
-    except UserError as error:  # found on every rank alike
-        if os.environ.get("RANK", "0") == "0":
+    except (UserError, LaunchError) as error:  # most are found on every rank alike
+        if os.environ.get("RANK", "0") == "0" or is_of_one_rank(error):
             print(plain_lines(f"error: {error}"), file=sys.stderr)
         return 2
-    status, all_ranks, told = 1, True, ""
+    status, all_ranks, told, dies = 1, True, "", False
     try:
         train(run)
         status, told = 0, "done"
@@ -51,12 +53,20 @@ def main(train: Callable[[Run], None], arguments: list[str] | None = None) -> in
     except (PhaseError, RewardFailure, FloatingPointError) as error:  # these are raised on all ranks alike
         told = f"error: {_with_advice(str(error), config)}"
     except BaseException as error:  # the other ranks may be in a collective that this one will never join
-        all_ranks = False
-        if isinstance(error, torch.OutOfMemoryError):
-            print(_with_advice(f"error: rank {run.ranks.rank}: {error}", config), file=sys.stderr, flush=True)
+        all_ranks, dies = False, run.ranks.num_ranks > 1
+        message = _with_advice(f"rank {run.ranks.rank} died: {type(error).__name__}: {error}", config)
+        if dies or isinstance(error, torch.OutOfMemoryError):
+            traceback.print_exc()
+            print(f"error: {message}", file=sys.stderr, flush=True)
+        if dies:
+            run.watch.end_all(message)
         raise
     finally:
         run.close(all_ranks)
+        if dies:  # without the interpreter's own end, which may wait for collectives under way
+            logging.shutdown()
+            sys.stderr.flush()
+            os._exit(status)
         if run.ranks.is_main and told:
             _report(run.directory)
             told = run.summary() if told == "done" else plain_lines(told)  # it may quote what a model wrote

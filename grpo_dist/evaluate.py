@@ -48,6 +48,7 @@ from .models import (
 )
 from .own_attention import UnfitModel, settle_attention
 from .plain_text import plain_lines
+from .rendezvous import is_of_one_rank, place_in_launch
 from .rewards.pool import ScorerPool
 from .rewards.registry import answer_checks, answer_reader
 from .rollout import Sampling
@@ -100,6 +101,7 @@ class Evaluation:
 
     def run(self, ranks: Ranks) -> Rows:
         """Sample and score what is not there yet, and return a row for each prompt."""
+        ranks.end_start()
         parts = range(0, len(self.prompts), _PROMPTS_A_PART)
         missing = ranks.gather_objects([start for start in parts if not self._path(start).exists()])[0]
         if missing:
@@ -120,6 +122,7 @@ class Evaluation:
         implementation, obstacle = attention_for(config.model, self.model_config, self.longest)
         with unsharded_loading():
             self.model = load_causal_lm(config.model, dtype, implementation).to(ranks.device).eval()
+        ranks.meet("loaded the model")  # a download may take longer than a collective of the start waits
         obstacle = settle_attention([self.model], implementation, obstacle, config.model.attn_implementation != "auto",
                                     ranks.gather_objects)  # fmt: skip
         self.engine = make_engine(self.model, obstacle, end_token_ids(config.model, self.tokenizer), config.rollout,
@@ -266,13 +269,14 @@ def main() -> int:
     options, config = read_options()
     set_up_logging()
     try:
+        place_in_launch()  # raises where the launch is none
         require_known_launch(os.environ)
         evaluation = Evaluation(config, options.n, options.output, options.category)
+        ranks = Ranks(resolve_dtype(config.model.dtype), config.optim)
     except (ValueError, OSError) as error:
-        if os.environ.get("RANK", "0") == "0":
+        if os.environ.get("RANK", "0") == "0" or is_of_one_rank(error):
             print(plain_lines(f"error: {error}"), file=sys.stderr)
         return 2
-    ranks = Ranks(resolve_dtype(config.model.dtype), config.optim)
     try:
         rows = evaluation.run(ranks)
     except (UnfitModel, UnfitEngine) as error:

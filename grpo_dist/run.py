@@ -48,6 +48,7 @@ from .position import Position
 from .probe import head_is_plain
 from .recording import Recorder
 from .reference import AdaptersOff, FrozenCopy, Reference
+from .rendezvous import place_in_launch
 from .resuming import changes, identity, resume_path, versions
 from .rewards.pool import Pending, ScorerPool
 from .rewards.registry import TrainerState, answer_checks, labels
@@ -70,6 +71,7 @@ class Run:
     """The parts of a run: ranks, data, models, engine, scorer, files. Opened once, resumed where it can be."""
 
     def __init__(self, config: Config) -> None:
+        place_in_launch()  # raises where the launch is none
         self.config = config
         self.directory = Path(config.train.output_dir)
         is_main = os.environ.get("RANK", "0") == "0"
@@ -114,6 +116,7 @@ class Run:
         self.display = Display(config.train.num_train_steps, self.position.step, self.ranks.is_main,
                                config.logging.show_completions_every)  # fmt: skip
         record_start(self.directory, self.ranks, self.position.step)
+        self.ranks.end_start()
 
     def _load_data(self) -> None:
         data = self.config.data
@@ -141,6 +144,7 @@ class Run:
             parameter_groups(policy, config.optim, config.critic),
             lr=config.optim.learning_rate, betas=config.optim.betas, weight_decay=config.optim.weight_decay,
         )  # fmt: skip
+        self.ranks.meet("loaded the model")  # a download may take longer than a collective of the start waits
         self.wrapped, self.optimizer = self.ranks.prepare(policy, optimizer)
         self.wrapped.train()
         self.policy = self.ranks.unwrap(self.wrapped)

@@ -17,7 +17,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import astuple
 from datetime import timedelta
 from types import FrameType
@@ -81,6 +81,15 @@ class Watch:
         finally:
             self._is_patient = False
 
+    def end_all(self, reason: str) -> None:
+        """Let the other ranks end now, from their own threads: they may stand in a call that no signal interrupts."""
+        self._ended.set()
+        self._thread.join()
+        if self.store is not None:
+            with suppress(RuntimeError, OSError):  # where rank 0 is gone, the others have seen it
+                self.store.set("end", reason)
+            time.sleep(2 * PERIOD_SECONDS)  # until all have read it: once this rank is gone, their collectives fail too
+
     def close(self) -> None:
         """Stop watching, and give the signals back."""
         self._ended.set()
@@ -122,8 +131,8 @@ class Watch:
             for other in range(1, self.num_ranks) if self.rank == 0 else (0,):
                 if self.store.check([f"beat/{other}"]):
                     beats[other] = Beat(*json.loads(self.store.get(f"beat/{other}")))
-            if self.rank != 0 and self.store.check(["end"]):
-                self._abort("rank 0 has ended the run")
+            if self.store.check(["end"]):
+                self._abort(self.store.get("end").decode())
         now = time.monotonic()
         self._sights = {rank: look(self._sights.get(rank), beat, now) for rank, beat in beats.items()}
         self._judge(now)

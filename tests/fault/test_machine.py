@@ -173,9 +173,13 @@ def test_a_reward_that_raises_too_often(tmp_path: Path) -> None:
     assert "scoring.error_budget allows 5.0%" in done.stderr
 
 
-def test_out_of_memory_says_what_to_change(tmp_path: Path) -> None:
-    status, told = faulty("ddp", 2, tmp_path / "run", "oom@update:2", rank="1")
+@pytest.mark.parametrize("rank", ["1", pytest.param("0", marks=pytest.mark.slow)])
+def test_out_of_memory_on_one_rank_ends_all_and_says_what_to_change(rank: str, tmp_path: Path) -> None:
+    """The other one stands in a collective, where no signal reaches Python: its own thread ends it."""
+    status, told = faulty("ddp", 2, tmp_path / "run", "oom@update:2", rank=rank)
     assert status == 1
+    assert f"rank {1 - int(rank)} ends: rank {rank} died: OutOfMemoryError: CUDA out of memory" in told
+    assert "in happen" in told
     for option in ("train.max_tokens_per_pack (now 2048)", "rollout.max_tokens_in_flight", "gradient_checkpointing"):
         assert option in told
 
