@@ -26,8 +26,9 @@ from accelerate.utils import (
 from torch import Tensor
 
 from .config import Dtype, OptimConfig
+from .device import computes_on_gpu
 from .launch_config import set_aside_precision, settle_deepspeed
-from .rendezvous import START_SECONDS, Rendezvous, computes_on_gpu, place_in_launch, warn_of_idle_gpus
+from .rendezvous import START_SECONDS, Rendezvous, place_in_launch, warn_of_idle_gpus
 from .watch import Interrupted, serve_store
 
 log = logging.getLogger(__name__)

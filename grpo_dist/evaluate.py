@@ -29,6 +29,7 @@ from .batch import Batch, Prompt
 from .cli_config import parse_config
 from .config import Config
 from .data import load_prompts
+from .device import set_up_cuda
 from .display import set_up_logging
 from .distributed import Ranks, resolve_dtype, unsharded_loading
 from .engines import UnfitEngine, make_engine
@@ -121,7 +122,7 @@ class Evaluation:
         config, dtype = self.config, resolve_dtype(self.config.model.dtype)
         implementation, obstacle = attention_for(config.model, self.model_config, self.longest)
         with unsharded_loading():
-            self.model = load_causal_lm(config.model, dtype, implementation).to(ranks.device).eval()
+            self.model = load_causal_lm(config.model, dtype, implementation, ranks.device).eval()
         ranks.meet("loaded the model")  # a download may take longer than a collective of the start waits
         obstacle = settle_attention([self.model], implementation, obstacle, config.model.attn_implementation != "auto",
                                     ranks.gather_objects)  # fmt: skip
@@ -269,6 +270,7 @@ def main() -> int:
     options, config = read_options()
     set_up_logging()
     try:
+        set_up_cuda()
         place_in_launch()  # raises where the launch is none
         require_known_launch(os.environ)
         evaluation = Evaluation(config, options.n, options.output, options.category)

@@ -108,19 +108,26 @@ def attention_for(model: ModelConfig, model_config: Any, longest: int) -> tuple[
     return (attention.NAME, None) if obstacle is None else (None, obstacle)
 
 
-def load_causal_lm(model: ModelConfig, dtype: torch.dtype, attn_implementation: str | None) -> nn.Module:
-    """A causal language model from the hub or a local path."""
+def load_causal_lm(
+    model: ModelConfig, dtype: torch.dtype, attn_implementation: str | None, device: torch.device | None = None
+) -> nn.Module:
+    """A causal language model from the hub or a local path, on a `device` or else the CPU.
+
+    To a GPU its weights go one by one: ranks of a node would fill its memory with a whole model each.
+    """
+    placed = {} if device is None or device.type == "cpu" else {"device_map": {"": device}}
     return AutoModelForCausalLM.from_pretrained(
-        model_path(model), dtype=dtype, attn_implementation=attn_implementation, **_hub_options(model)
+        model_path(model), dtype=dtype, attn_implementation=attn_implementation, **placed, **_hub_options(model)
     )
 
 
 def load_policy(
     model: ModelConfig, lora: LoraConfig | None, dtype: torch.dtype, attn_implementation: str | None,
-    temperature: float, seed: int, *, has_critic: bool = False, entropy_gradient: bool = False,
+    temperature: float, seed: int, *, device: torch.device | None = None, has_critic: bool = False,
+    entropy_gradient: bool = False,
 ) -> Policy:  # fmt: skip
-    """The policy, with its base loaded: in `dtype` under adapters, in float32 where all of it is trained."""
-    base = load_causal_lm(model, dtype if lora else torch.float32, attn_implementation)
+    """The policy, its base loaded to a `device` or else the CPU: in `dtype` under adapters, else in float32."""
+    base = load_causal_lm(model, dtype if lora else torch.float32, attn_implementation, device)
     return make_policy(base, model, lora, temperature, seed, has_critic=has_critic, entropy_gradient=entropy_gradient)
 
 

@@ -100,7 +100,8 @@ class OptimizerState:
                 part = slice(fragment.start, fragment.start + fragment.size)
                 self._part(flat, fragment).copy_(state[f"weight/{name}"].view(-1)[part])
                 adam = self.adam.state[flat]
-                adam.setdefault("step", torch.tensor(0.0)).fill_(float(state["adam_steps"]))
+                where = flat.device if self.adam.param_groups[0].get("fused") else "cpu"
+                adam.setdefault("step", torch.zeros((), device=where)).fill_(float(state["adam_steps"]))
                 for moment in MOMENTS:
                     adam.setdefault(moment, torch.zeros_like(flat, memory_format=torch.preserve_format))
                     self._part(adam[moment], fragment).copy_(state[f"{moment}/{name}"].view(-1)[part])

@@ -24,6 +24,8 @@ import psutil
 import torch
 import torch.distributed as dist
 
+from .device import computes_on_gpu
+
 log = logging.getLogger(__name__)
 
 START_SECONDS = 600.0
@@ -47,15 +49,6 @@ class LaunchError(ValueError):
 def is_of_one_rank(error: Exception) -> bool:
     """Whether other ranks may not know of a mistake in the start, so that this one has to name it."""
     return isinstance(error, LaunchError) and not error.by_all
-
-
-def computes_on_gpu() -> bool:
-    """Whether ranks compute on GPUs: there is one, and the launch does not ask for the CPU (`use_cpu`)."""
-    return torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "false").lower() not in (
-        "true",
-        "1",
-        "yes",
-    )
 
 
 def place_in_launch() -> tuple[int, int]:

@@ -23,6 +23,7 @@ from .cli_config import redacted
 from .config import Config, RolloutConfig
 from .critic import parameter_groups
 from .data import load_prompts
+from .device import MemoryPeaks, set_up_cuda
 from .display import Display
 from .distributed import PhaseError, Ranks, resolve_dtype, unsharded_loading
 from .engines import UnfitEngine, made_of, make_engine
@@ -71,6 +72,7 @@ class Run:
     """The parts of a run: ranks, data, models, engine, scorer, files. Opened once, resumed where it can be."""
 
     def __init__(self, config: Config) -> None:
+        set_up_cuda()
         place_in_launch()  # raises where the launch is none
         self.config = config
         self.directory = Path(config.train.output_dir)
@@ -108,7 +110,7 @@ class Run:
         self.watch = Watch(self.ranks.rank, self.ranks.num_ranks, self.ranks.store(config.train.hang_timeout_seconds),
                            config.train.max_seconds, config.train.hang_timeout_seconds,
                            lambda: self.ranks.meetings)  # fmt: skip
-        self.clock = Clock()
+        self.clock, self.memory = Clock(), MemoryPeaks(self.ranks.device)
         self.failed_saves = 0  # in a row
         self.bad_updates = BadUpdates(self.directory, config.train.max_bad_updates, self.ranks.is_main)
         kept = -1 if self.position.is_start else self.position.step
@@ -138,11 +140,13 @@ class Run:
         implementation, obstacle = attention_for(config.model, self.model_config, self.longest)
         temperature = config.rollout.temperature
         policy = load_policy(config.model, config.lora, dtype, implementation, temperature, config.train.seed,
+                             device=None if self.ranks.zero_stage == 3 else self.ranks.device,
                              has_critic=config.advantage.baseline == "critic",
                              entropy_gradient=config.loss.entropy_coeff > 0)  # fmt: skip
         optimizer = torch.optim.AdamW(
             parameter_groups(policy, config.optim, config.critic),
             lr=config.optim.learning_rate, betas=config.optim.betas, weight_decay=config.optim.weight_decay,
+            fused=self.ranks.device.type == "cuda",  # else a step takes as much memory again as what it trains
         )  # fmt: skip
         self.ranks.meet("loaded the model")  # a download may take longer than a collective of the start waits
         self.wrapped, self.optimizer = self.ranks.prepare(policy, optimizer)
@@ -177,7 +181,7 @@ class Run:
         if config.lora is not None and (is_same or config.reference.placement == "shared"):
             return AdaptersOff(self.wrapped, self.policy)
         with unsharded_loading():
-            copy = load_causal_lm(config.model, copy_dtype, implementation).to(self.ranks.device)
+            copy = load_causal_lm(config.model, copy_dtype, implementation, self.ranks.device)
         return FrozenCopy(copy, config.rollout.temperature)
 
     # --- resuming and saving -------------------------------------------------------------------------------------
@@ -260,7 +264,7 @@ class Run:
         """Show and time a phase of the step."""
         self.display.phase(name)
         self.watch.phase = name
-        with self.clock.phase(name):
+        with self.clock.phase(name), self.memory.phase(name):
             yield
 
     def learning_rate(self, step: int) -> float:

@@ -23,7 +23,7 @@ from .batches import batch_of
 from .ending import main
 from .evaluation import evaluate
 from .losses import policy_loss, value_loss
-from .metrics import UpdateMetrics, batch_metrics, pass_rates, peak_memory_gib, update_metrics
+from .metrics import UpdateMetrics, batch_metrics, pass_rates, update_metrics
 from .position import Position
 from .ratios import rollout_weights
 from .run import Run
@@ -92,7 +92,7 @@ def record(run: Run, step: int, batch: Batch, advantages: Tensor, metrics: dict[
     """Write the step down; evaluate and save where they are due."""
     done, config = step + 1, run.config.train
     metrics = {"step": done, "epoch": run.sampler.epoch(done)} | metrics
-    metrics |= run.clock.seconds | {"time/step": seconds, "memory/peak_gib": peak_memory_gib()}
+    metrics |= run.clock.seconds | {"time/step": seconds} | run.memory.metrics()
     if "time/rollout" in metrics:  # not where the batch came from a checkpoint
         metrics["rollout/tokens_per_second"] = metrics["tokens/completion"] / metrics["time/rollout"]
     kl_coeff = next_kl_coeff(run.config.loss, run.position.kl_coeff, metrics)

