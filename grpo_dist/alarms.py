@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean, median
 
 Metrics = Mapping[str, float | None]
@@ -154,6 +154,11 @@ RULES = (
          0.5, 0.5, 3, "completions are all but empty: {now[completion/length_mean]:.3g} tokens on average"),
     Rule("logprob_gap", "rollout/logprob_gap_max", _now("rollout/logprob_gap_max"), 2.0, 1.0, 3,
          "rollout and trainer disagree about the same token by up to {value:.3g} nats"),
+    Rule("rollout_off", "rollout/kl", _now("rollout/kl"), 2e-2, 1e-2, 3,
+         "rollouts are not drawn by the policy that is trained: KL is {value:.3g} nats a token between the two"),
+    Rule("update_lost", "rollout/update_share",
+         _whether("rollout/update_share", lambda share: not 0.99 <= share <= 1.01), 0.5, 0.5, 1,
+         "{now[rollout/update_share]:.1%} of what was learned is in the weights that draw rollouts"),
     Rule("rewards_failing", "reward/NAME/failed", _failed_share, 0.01, 0.001, 1,
          "rewards failed for {value:.1%} of the completions, which are unscored"),
     Rule("unscored", "reward/unscored", _now("reward/unscored"), 0.2, 0.1, 3,
@@ -169,12 +174,19 @@ RULES = (
     Rule("reward_collapse", "reward/mean", _reward_lost, 1.0, 0.5, 3,
          "the reward has collapsed: {now[reward/mean]:.3g} on average, {value:.2g} standard deviations below its best"),
 )  # fmt: skip
-"""All alarms. Limits are meant to be silent in a run that learns."""
+"""All alarms. Limits are meant to be silent in a run that learns; those on rounding are bfloat16's."""
+
+ROUNDING = {"logprob_gap": {"float32": 0.01, "float16": 0.3}, "rollout_off": {"float32": 1e-4, "float16": 2e-3}}
+"""Limits of alarms in other dtypes of the policy."""
 
 
-def rules_for(kl_estimator: str) -> tuple[Rule, ...]:
-    """All rules that hold where `kl` comes from this estimator: of whole sequences, it has no known scale."""
-    return tuple(rule for rule in RULES if rule.metric != "kl" or kl_estimator != "squared_sequence")
+def rules_for(kl_estimator: str, dtype: str = "bfloat16") -> tuple[Rule, ...]:
+    """All rules that hold where `kl` comes from this estimator (of whole sequences, it has no known scale) and the
+    policy computes in this dtype."""
+    rules = [rule for rule in RULES if rule.metric != "kl" or kl_estimator != "squared_sequence"]
+    limits = {name: by_dtype[dtype] for name, by_dtype in ROUNDING.items() if dtype in by_dtype}
+    return tuple(replace(rule, limit=limit, clears=limit / 2) if (limit := limits.get(rule.name)) else rule
+                 for rule in rules)  # fmt: skip
 
 
 class Alarms:

@@ -7,18 +7,24 @@ from dataclasses import replace
 from .gathering import gather_completions, gather_scores
 from .metrics import is_right
 from .rollout import Sampling
+from .rollout.fidelity import update_share
+from .rollout.kernel import KernelStep
 from .run import Run
 
 
 def evaluate(run: Run, step: int) -> dict[str, float]:
-    """Metrics under `eval/` of the rollout weights as they are; empty without evaluation prompts. A collective.
+    """Metrics of the rollout weights as they are: how much of the update they hold and, where there are evaluation
+    prompts, those under `eval/`. A collective.
 
     The noise is the same at every evaluation, so that two of them differ by the model alone.
     """
-    if not run.eval_prompts:
-        return {}
     with run.phase("eval"):
-        metrics = _measure(run, run.sampling, "eval/", step)
+        with run.rollout_model.open() as model:
+            share = update_share(model, merged=getattr(run.engine, "step_of", None) is KernelStep)
+        metrics = {} if share is None else {"rollout/update_share": share}
+        if not run.eval_prompts:
+            return metrics
+        metrics |= _measure(run, run.sampling, "eval/", step)
         metrics |= _measure(run, replace(run.sampling, greedy=True), "eval/greedy_", step)
     run.display.say(f"step {step}: held-out accuracy {metrics['eval/accuracy']:.3f} sampled, "
                     f"{metrics['eval/greedy_accuracy']:.3f} greedy")  # fmt: skip

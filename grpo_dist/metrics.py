@@ -44,7 +44,7 @@ def batch_metrics(batch: Batch, advantages: Tensor, reward_names: list[str]) -> 
 
 
 NO_UPDATE: dict[str, float | None] = dict.fromkeys(
-    ("kl", "entropy", "ratio/mean", "ratio/max", "clip/low", "clip/high", "rollout/logprob_gap_max")
+    ("kl", "entropy", "ratio/mean", "ratio/max", "clip/low", "clip/high", "rollout/kl", "rollout/logprob_gap_max")
 ) | dict.fromkeys(("loss", "loss/policy", "grad_norm", "learning_rate", "tokens/computed", "tokens/useful_share"), 0.0)
 """Metrics of a step whose completions had nothing to teach: no forward pass, and no optimizer step, was taken."""
 
@@ -72,20 +72,23 @@ class UpdateMetrics:
         self.maxima = torch.zeros(len(self.MAXIMA), dtype=torch.float64, device=device)
         self.means: dict[str, Tensor] = {}
 
-    def add(self, total: Tensor, loss: Loss, gap: Tensor, useful: int, computed: int, means: dict[str, Tensor]) -> None:
+    def add(self, total: Tensor, loss: Loss, off: Tensor, useful: int, computed: int, means: dict[str, Tensor]) -> None:
         """Count one pack in; nothing here waits for the device.
 
-        `total` is what is differentiated; `gap` (M,) and each of `means` (M,), of which the mean over all tokens is
-        reported, have one number per token. All packs of all ranks must name the same means.
+        `total` is what is differentiated; `off` (M,), how far the trainer's log-probabilities are above the rollout's,
+        and each of `means` (M,), of which the mean over all tokens is reported, have one number per token. All packs of
+        all ranks must name the same means.
         """
+        off = off.double()
         count = self.totals.new_tensor([loss.ratio.numel(), useful, computed])
         self.totals += torch.cat([torch.stack([total.detach().double(), loss.policy.double()]), count])
-        means = means | {"kl": loss.kl, "ratio/mean": loss.ratio,
+        # an estimate of KL(rollout ‖ trainer) that is never negative: k3 of http://joschu.net/blog/kl-approx.html
+        means = means | {"kl": loss.kl, "rollout/kl": torch.expm1(off) - off, "ratio/mean": loss.ratio,
                          "clip/low": loss.clipped_low, "clip/high": loss.clipped_high}  # fmt: skip
         for name, values in means.items():
             self.means[name] = self.means.get(name, 0.0) + values.detach().double().sum()
         if loss.ratio.numel():
-            self.maxima = torch.maximum(self.maxima, torch.stack([loss.ratio.double().max(), gap.double().max()]))
+            self.maxima = torch.maximum(self.maxima, torch.stack([loss.ratio.double().max(), off.abs().max()]))
 
     def reduced(self, ranks: Any) -> dict[str, float]:
         """The metrics of the update over all ranks; a collective."""
@@ -100,9 +103,12 @@ class UpdateMetrics:
 
 
 def update_metrics(updates: list[dict[str, float]]) -> dict[str, float | None]:
-    """What the last update of a step left, and of all of them the largest gap to the rollout's numbers."""
+    """What the last update of a step left; the largest gap to the rollout's numbers is of all of them, and the distance
+    from the rollout of the first."""
+    if not updates:
+        return NO_UPDATE
     name = "rollout/logprob_gap_max"
-    return updates[-1] | {name: max(update[name] for update in updates)} if updates else NO_UPDATE
+    return updates[-1] | {name: max(update[name] for update in updates), "rollout/kl": updates[0].get("rollout/kl")}
 
 
 class Clock:

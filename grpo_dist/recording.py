@@ -18,6 +18,7 @@ from .alarms import Alarm, Alarms, rules_for
 from .batch import Batch
 from .cli_config import redacted
 from .config import Config
+from .distributed import resolve_dtype
 from .json_lines import read_json_lines
 from .report.shaping import answer_of, flat
 from .rewards.registry import answer_reader
@@ -60,7 +61,8 @@ class Recorder:
         kept = [line for line in read_json_lines(path) if line["step"] <= first_step]
         path.write_text("".join(json.dumps(line) + "\n" for line in kept))
         self.file = path.open("a", buffering=1)
-        self.alarms = Alarms(rules_for(config.loss.kl_estimator))
+        dtype = str(resolve_dtype(config.model.dtype)).removeprefix("torch.")
+        self.alarms = Alarms(rules_for(config.loss.kl_estimator, dtype))
         self.alarm_file = (directory / "alarms.jsonl").open("w", buffering=1)
         for line in kept:
             self._ring(line)

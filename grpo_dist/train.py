@@ -82,7 +82,7 @@ def update(run: Run, work: list[Work], step: int) -> dict[str, float]:
             if loss_config.importance_correction != "none":
                 means |= {"importance/mean": trust, "importance/masked": trust == 0}
             run.ranks.backward(run.wrapped, total, last)
-        measured.add(total, loss, (old - each.sampled).abs(), each.pack.useful, len(each.pack.ids), means)
+        measured.add(total, loss, old - each.sampled, each.pack.useful, len(each.pack.ids), means)
     learning_rate = run.learning_rate(step)
     norm = run.ranks.optimizer_step(run.wrapped, run.optimizer, learning_rate)
     return measured.reduced(run.ranks) | {"grad_norm": norm, "learning_rate": learning_rate}

@@ -15,6 +15,8 @@ const TITLES = {
   "grad_norm": ["Gradient norm"],
   "learning_rate": ["Learning rate"],
   "ratio/max": ["Largest ratio"],
+  "rollout/kl": ["Rollout's distance from the trainer", "nats a token"],
+  "rollout/update_share": ["Share of the update in the rollout", "share"],
   "rollout/logprob_gap_max": ["Gap of rollout and trainer", "nats, largest"],
   "rollout/tokens_per_second": ["Rollout speed", "tokens per second"],
   "time/step": ["Time of a step", "seconds"],
@@ -22,7 +24,8 @@ const TITLES = {
   "tokens/useful_share": ["Useful share of computed tokens", SHARE],
 };
 const CURVES = ["kl", "entropy", "completion/length_mean", "completion/truncated", "reward/groups_zero_std",
-  "reward/unscored", "loss", "grad_norm", "learning_rate", "ratio/max", "rollout/logprob_gap_max"];
+  "reward/unscored", "loss", "grad_norm", "learning_rate", "ratio/max", "rollout/kl", "rollout/logprob_gap_max",
+  "rollout/update_share"];
 const SPEED = ["time/step", "rollout/tokens_per_second", "memory/peak_gib", "tokens/useful_share"];
 const PHASES = { rollout: "rollout", reward: "waiting for rewards", reference: "reference and old policy",
   update: "update", sync: "sync of the rollout weights", eval: "evaluation" };

@@ -128,12 +128,9 @@ class KernelStep:
 
     def _linear(self, linear: Linear, outputs: int, inputs: int) -> _Linear:
         bias = None if linear.bias is None else self._kept(linear.bias.float(), (outputs,), torch.float32)
-        weight, adapter = linear.weight, linear.adapter
-        if adapter is not None:
-            if self.dtype != torch.float32:
-                raise ValueError(f"adapters on weights in {self.dtype}, in which they cannot be merged without loss")
-            weight = torch.addmm(weight, adapter.b.float(), adapter.a.float(), alpha=adapter.scaling)
-        return _Linear(self._kept(weight, (outputs, inputs), self.dtype), bias)
+        if linear.adapter is not None and self.dtype != torch.float32:
+            raise ValueError(f"adapters on weights in {self.dtype}, in which they cannot be merged without loss")
+        return _Linear(self._kept(linear.merged(), (outputs, inputs), self.dtype), bias)
 
     def _kept(self, x: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> int:
         self.kept.append(x)

@@ -61,6 +61,13 @@ class Linear:
     bias: Tensor | None
     adapter: Adapter | None = None
 
+    def merged(self) -> Tensor:
+        """The weight with the adapters added; in float32 nothing that counts is lost to rounding."""
+        if self.adapter is None:
+            return self.weight
+        a, b = self.adapter.a.to(self.weight.dtype), self.adapter.b.to(self.weight.dtype)
+        return torch.addmm(self.weight, b, a, alpha=self.adapter.scaling)
+
 
 class Joint:
     """Linear layers that read the same input; what their adapters make of it is computed at once."""
@@ -110,7 +117,7 @@ class Weights:
         self.embeddings, self.rotary, self.norm = base.embed_tokens.weight, base.rotary_emb, _norm(base.norm)
         self.head_size: int = base.layers[0].self_attn.head_dim
         self.layers = [_layer(layer) for layer in base.layers]
-        self.head = _linear(head)
+        self.head = linear_of(head)
 
 
 class LlamaStep:
@@ -162,9 +169,10 @@ def _layer(module: Any) -> Layer:
     q_norm, k_norm = getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)
     return Layer(
         attention.layer_idx, attention.scaling, _norm(module.input_layernorm), _norm(module.post_attention_layernorm),
-        _linear(attention.q_proj), _linear(attention.k_proj), _linear(attention.v_proj), _linear(attention.o_proj),
+        linear_of(attention.q_proj), linear_of(attention.k_proj), linear_of(attention.v_proj),
+        linear_of(attention.o_proj),
         None if q_norm is None else _norm(q_norm), None if k_norm is None else _norm(k_norm),
-        _linear(mlp.gate_proj), _linear(mlp.up_proj), _linear(mlp.down_proj), mlp.act_fn,
+        linear_of(mlp.gate_proj), linear_of(mlp.up_proj), linear_of(mlp.down_proj), mlp.act_fn,
     )  # fmt: skip
 
 
@@ -178,7 +186,8 @@ def _norm(module: Any) -> Norm:
     return Norm(module.weight, module.variance_epsilon)
 
 
-def _linear(module: Any) -> Linear:
+def linear_of(module: Any) -> Linear:
+    """A module's weights. Raises ValueError where it is no linear layer, with adapters or without."""
     base, adapter = module, None
     if isinstance(module, LoraLinear):
         base = module.base_layer

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
@@ -15,6 +16,7 @@ from grpo_dist.config import LoraConfig, ModelConfig
 from grpo_dist.models import make_policy, trainable
 from grpo_dist.policy import Policy
 from grpo_dist.rollout.cache import DecodeState
+from grpo_dist.rollout.fidelity import update_share
 from grpo_dist.rollout.kernel import KernelStep
 from grpo_dist.rollout.llama import LlamaStep
 from grpo_dist.rollout.steps import Step, module_step, prefill
@@ -137,3 +139,30 @@ def test_a_first_small_step_reaches_the_rollout(step_of: Callable[[nn.Module], S
             step(each, learning_rate)
     (before, exact_before), (now, exact_now) = found
     assert share(now, before, exact_now, exact_before) == pytest.approx(1, abs=0.01 if learning_rate > 5e-6 else 0.05)
+
+
+@pytest.mark.parametrize(("dtype", "merged"), [(torch.float32, True), (torch.float32, False), (torch.bfloat16, False)])
+@pytest.mark.parametrize("learning_rate", [1e-6, 1e-5])
+def test_the_share_of_a_first_step_that_decodes(learning_rate: float, dtype: torch.dtype, merged: bool) -> None:
+    policy = make(LORAS["three"], dtype)
+    rollout_model = RolloutModel(policy, dtype, attention.NAME)
+    with rollout_model.open() as model:
+        assert update_share(model, merged=merged) is None, "nothing has been learned yet"
+    step(policy, learning_rate)
+    with rollout_model.open() as model:
+        assert update_share(model, merged=merged) == pytest.approx(1, abs=0.01)
+
+
+def test_the_share_is_what_rounded_weights_have_of_an_update() -> None:
+    policy = make(LORAS["all-linear"], torch.bfloat16)
+    step(policy, 1e-5)
+    found = total = 0.0
+    for module in policy.modules():
+        if isinstance(module, LoraLayer):
+            weight, exact = module.base_layer.weight, module.get_delta_weight("default").double()
+            rounded = (weight.float() + exact.float()).bfloat16()
+            found += float(((rounded - weight).double() * exact).sum())
+            total += float(exact.square().sum())
+    with RolloutModel(policy, torch.bfloat16, attention.NAME).open() as model:
+        assert update_share(model, merged=True) == pytest.approx(found / total, abs=1e-3)
+    assert found / total < 0.5

@@ -1,0 +1,39 @@
+"""How much of what was learned is in the weights that decode."""
+
+from __future__ import annotations
+
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from .llama import linear_of
+
+
+@torch.no_grad()
+def update_share(model: nn.Module, *, merged: bool) -> float | None:
+    """Share of the adapters' update that is in the weights which decode: the projection of these weights' update on
+    ΔW = scaling · B A, over that of ΔW itself. None without adapters, and as long as they add nothing.
+
+    `merged` where adapters are added to the weights, as on a CPU in float32; else they are apart, rounded to the dtype
+    of the weights.
+    """
+    found = total = 0.0
+    for module in model.modules():
+        if not isinstance(module, LoraLayer) or "default" not in module.lora_A:
+            continue
+        a, b = module.lora_A["default"].weight, module.lora_B["default"].weight
+        scaling, dtype = module.scaling["default"], module.get_base_layer().weight.dtype
+        exact_a, exact_b = a.double(), b.double()
+        total += scaling**2 * _inner(exact_a, exact_b, exact_a, exact_b)
+        if merged:
+            layer = linear_of(module)
+            added = (layer.merged() - layer.weight).double()
+            found += scaling * float(((exact_b.T @ added) * exact_a).sum())
+        else:
+            found += scaling**2 * _inner(exact_a, exact_b, a.to(dtype).double(), b.to(dtype).double())
+    return found / total if total else None
+
+
+def _inner(a: Tensor, b: Tensor, other_a: Tensor, other_b: Tensor) -> float:
+    """The sum of the products of two updates' entries, B A and B' A', without either."""
+    return float(((b.T @ other_b) * (a @ other_a.T)).sum())
