@@ -25,8 +25,9 @@ class ModelConfig:
     """Hub id or local path of a causal language model, or `toy` or `toy-carry`, which ship with the package."""
     revision: str | None = None
     """Branch, tag or commit on the hub."""
-    dtype: Dtype = "auto"
-    """Compute dtype of the policy; `auto` is bfloat16 on a GPU that has it and float32 elsewhere."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Compute dtype of the policy; `auto` is bfloat16 on a GPU that has it and float32 elsewhere. Not float16, in which
+    small gradients are 0 unless the loss is scaled."""
     attn_implementation: str = "auto"
     """`auto` computes a prompt once for its whole group where the architecture allows it; any name transformers knows
     (`sdpa`, `eager`, `flash_attention_2`) is handed to it, and completions are then computed one to a row."""

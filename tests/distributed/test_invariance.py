@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from launching import adapters, completions, merged_equals_adapter, metrics, relative_difference, train
+from safetensors.torch import load_file
 
 VARIANTS = [("cpu", 1), ("ddp", 2), ("zero1", 2), ("zero2", 2), ("zero3", 2), ("zero3", 3), ("zero3_offload", 2)]
 KL = ("--loss.kl_coeff", "0.04")
@@ -104,3 +105,32 @@ def test_dropout(
     assert [row["completion"] for row in completions(other)] == [row["completion"] for row in completions(with_dropout)]
     assert relative_difference(adapters(with_dropout), adapters(other)) <= 1e-5
     assert relative_difference(adapters(with_dropout), adapters(one_process)) > 1e-3
+
+
+BFLOAT16 = ("--model.dtype", "bfloat16", "--reference.dtype", "bfloat16", "--train.num_train_steps", "1",
+            "--train.save_every", "1", "--train.max_tokens_per_pack", "80", *KL)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def in_bfloat16(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A step of one process in bfloat16, in many packs."""
+    return train(None, 1, tmp_path_factory.mktemp("bfloat16"), *BFLOAT16)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "most"),
+    [
+        ("zero2", 1e-6),
+        pytest.param("ddp", 1e-6, marks=pytest.mark.slow),
+        pytest.param("zero1", 1e-6, marks=pytest.mark.slow),
+        ("zero3", 5e-3),
+    ],
+)
+def test_packs_and_ranks_are_summed_in_float32(strategy: str, most: float, in_bfloat16: Path, tmp_path: Path) -> None:
+    """In bfloat16 each pack's gradient is rounded, their sum is not; ZeRO-3 adds adapters to rounded outputs."""
+    other = train(strategy, 2, tmp_path / "run", *BFLOAT16)
+    one, two = (
+        load_file(directory / "checkpoints" / "step_1" / "state.safetensors") for directory in (in_bfloat16, other)
+    )
+    means = [{name: t for name, t in state.items() if name.startswith("exp_avg/")} for state in (one, two)]
+    assert relative_difference(*means) <= most

@@ -1,0 +1,144 @@
+"""Does a test fail for every small change of the pure modules? Changes them one at a time, and runs their tests.
+
+    python tests/mutate.py                        # all of MODULES: an hour or two on two cores
+    python tests/mutate.py losses kl              # some of them
+    python tests/mutate.py packing --line 152     # one line
+
+A change swaps an operator, a comparison, a constant, the arguments of a choice or the truth of a condition. Survivors
+are printed as `module:line: before -> after`; those that change nothing that can be seen are listed in EQUIVALENT. The
+exit status is 1 where others survive. Files are changed in a copy, so that this runs beside other work.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import copy
+import os
+import shutil
+import signal
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+os.environ |= {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+import hypothesis.strategies  # noqa: F401 imported once, for all the processes that are forked
+import peft  # noqa: F401
+import pytest
+import transformers  # noqa: F401
+
+ROOT = Path(__file__).parents[1]
+MODULES = {
+    "advantages": ["advantages", "algorithm"], "losses": ["losses", "trl_equality"], "kl": ["losses", "trl_equality"],
+    "ratios": ["losses", "trl_equality"], "schedule": ["schedule"], "estimates": ["estimates"],
+    "packing": ["packing"], "batch": ["algorithm", "gathering", "packing"], "attention": ["packing"],
+    "logprobs": ["logprobs"], "rollout/sampling": ["sampling"], "hashing": ["sampling", "dropout"],
+    "dropout": ["dropout"], "adapters": ["adapters", "dropout"], "algorithm": ["algorithm"], "contrast": ["estimates"],
+    "gathering": ["gathering"],
+}  # fmt: skip
+"""Modules of the package, and the files `tests/unit/test_NAME.py` that say what they do."""
+EQUIVALENT: dict[str, list[str]] = {}
+"""Changes that no test can see, as `before -> after` by module."""
+SWAPS: dict[type, type] = {
+    ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult, ast.FloorDiv: ast.Mult, ast.Mod: ast.Mult,
+    ast.Pow: ast.Mult, ast.BitAnd: ast.BitOr, ast.BitOr: ast.BitAnd, ast.BitXor: ast.BitAnd, ast.RShift: ast.LShift,
+    ast.LShift: ast.RShift, ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq,
+    ast.NotEq: ast.Eq, ast.Is: ast.IsNot, ast.IsNot: ast.Is, ast.In: ast.NotIn, ast.NotIn: ast.In, ast.And: ast.Or,
+    ast.Or: ast.And,
+}  # fmt: skip
+
+
+def changes(tree: ast.AST) -> Iterator[tuple[ast.AST, ast.AST]]:
+    """Every node that can be changed, with what it becomes."""
+    annotations = {id(part) for node in ast.walk(tree) for name in ("annotation", "returns")
+                   if (note := getattr(node, name, None)) for part in ast.walk(note)}  # fmt: skip
+    messages = {id(part) for node in ast.walk(tree) if isinstance(node, ast.Raise) for part in ast.walk(node)}
+    asserted = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.keyword) and node.arg == "strict"}
+    for node in ast.walk(tree):
+        if id(node) in annotations | messages | asserted:
+            continue
+        new = copy.deepcopy(node)
+        if isinstance(node, (ast.BinOp, ast.AugAssign, ast.BoolOp)) and type(node.op) in SWAPS:
+            new.op = SWAPS[type(node.op)]()  # type: ignore[attr-defined]
+        elif isinstance(node, ast.Compare) and type(node.ops[0]) in SWAPS:
+            new.ops[0] = SWAPS[type(node.ops[0])]()  # type: ignore[attr-defined]
+        elif isinstance(node, ast.UnaryOp) and isinstance(node.op, (ast.USub, ast.Not, ast.Invert)):
+            new = node.operand
+        elif isinstance(node, ast.IfExp):
+            new.body, new.orelse = new.orelse, new.body  # type: ignore[attr-defined]
+        elif isinstance(node, ast.Constant) and isinstance(node.value, bool):
+            new.value = not node.value  # type: ignore[attr-defined]
+        elif isinstance(node, ast.Constant) and isinstance(node.value, (int, float)):
+            new.value = node.value + 1  # type: ignore[attr-defined]
+        elif isinstance(node, ast.Return) and node.value is not None and not isinstance(node.value, ast.Constant):
+            new = ast.Return(ast.Constant(None))
+        else:
+            continue
+        yield node, new
+
+
+def mutants(source: str) -> Iterator[tuple[int, str, str]]:
+    """(line, `before -> after`, the changed source) for each change."""
+    tree = ast.parse(source)
+    for node, new in changes(tree):
+        kept = dict(vars(node)), node.__class__
+        before = ast.unparse(node)
+        node.__class__ = new.__class__  # type: ignore[assignment]
+        vars(node).update(vars(new))
+        text, after = ast.unparse(ast.fix_missing_locations(tree)), ast.unparse(node)
+        node.__class__ = kept[1]  # type: ignore[assignment]
+        vars(node).clear()
+        vars(node).update(kept[0])
+        yield kept[0]["lineno"], f"{before} -> {after}", text
+
+
+def survives(copy_of: Path, module: Path, text: str, seconds: float) -> bool:
+    """Whether the module's tests pass with this text in its place, in a process that has imported the libraries."""
+    original = module.read_text()
+    module.write_text(text)
+    name = str(module.relative_to(copy_of / "grpo_dist")).removesuffix(".py")
+    tests = [f"tests/unit/test_{each}.py" for each in MODULES[name]]
+    child = os.fork()
+    if child == 0:
+        os.chdir(copy_of)
+        sys.path.insert(0, str(copy_of))
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        signal.alarm(int(seconds))  # a loop without an end is seen by whoever waits
+        os._exit(pytest.main(["-qx", "-p", "no:cacheprovider", "-p", "no:warnings", "--hypothesis-seed=0", *tests]))
+    _, status = os.waitpid(child, 0)
+    module.write_text(original)
+    return status == 0
+
+
+def main() -> int:
+    """Print survivors and the share that died."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("modules", nargs="*", default=list(MODULES), metavar="MODULE", help=", ".join(MODULES))
+    parser.add_argument("--line", type=int, help="only changes of this line")
+    parser.add_argument("--seconds", type=float, default=300, help="after which a run counts as failed")
+    options = parser.parse_args()
+    died = survivors = 0
+    with tempfile.TemporaryDirectory() as directory:
+        copy_of = Path(directory)
+        for name in ("grpo_dist", "tests", "configs", "setup.cfg", "pyproject.toml"):
+            copied = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+            copied(ROOT / name, copy_of / name)
+        for name in options.modules:
+            module = copy_of / "grpo_dist" / f"{name}.py"
+            if not survives(copy_of, module, module.read_text(), options.seconds):
+                raise SystemExit(f"{name}: its tests fail without any change")
+            for line, change, text in mutants(module.read_text()):
+                if options.line not in (None, line) or change in EQUIVALENT.get(name, []):
+                    continue
+                if survives(copy_of, module, text, options.seconds):
+                    survivors += 1
+                    print(f"{name}:{line}: {change}", flush=True)
+                else:
+                    died += 1
+    print(f"{died} of {died + survivors} changes were seen by a test")
+    return int(survivors > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
