@@ -1,6 +1,6 @@
 """Evaluate a model on a data set: unbiased pass@k, maj@k, mean reward, with intervals, on any number of ranks.
 
-    accelerate launch --config_file accelerate_configs/ddp.yaml -m grpo_dist.evaluate \
+    accelerate launch --config_file accelerate_configs/ddp.yaml --num_processes 2 -m grpo_dist.evaluate \
         --model runs/quickstart/final --data configs/data/math_tasks_eval.jsonl --n 16 --config configs/quickstart.yaml
     python -m grpo_dist.evaluate --model toy --data … --n 16 --compare runs/other/evaluation
 

@@ -76,7 +76,8 @@ def look(words: list[str], workspace: Path) -> None:
     program = words[0].removeprefix("./")
     if program == "accelerate":
         given = launch_command_parser().parse_args(words[2:])
-        assert words[1] == "launch" and (given.config_file is None or Path(given.config_file).is_file())
+        assert words[1] == "launch" and Path(given.config_file).is_file()
+        assert given.num_processes  # the config's own number fits few machines
         if given.module:
             module(given.training_script, given.training_script_args)
         else:
