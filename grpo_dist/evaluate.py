@@ -38,6 +38,7 @@ from .gathering import gather_completions, gather_scores
 from .generation import generate_and_score, requests_of
 from .launch_config import require_known_launch
 from .metrics import is_right
+from .model_checks import UnfitModel
 from .models import (
     attention_for,
     base_identity,
@@ -47,7 +48,7 @@ from .models import (
     load_model_config,
     load_tokenizer,
 )
-from .own_attention import UnfitModel, settle_attention
+from .own_attention import settle_attention
 from .plain_text import plain_lines
 from .rendezvous import is_of_one_rank, place_in_launch
 from .rewards.pool import ScorerPool
