@@ -24,7 +24,7 @@ from grpo_dist.advantages import relative_advantages
 from grpo_dist.batch import Batch, Completion, Prompt, all_token_rewards, join
 from grpo_dist.config import Config, ModelConfig, OptimConfig
 from grpo_dist.distributed import Ranks
-from grpo_dist.gathering import gather
+from grpo_dist.gathering import gather_completions, gather_scores
 from grpo_dist.losses import token_weights
 from grpo_dist.metrics import batch_metrics
 from grpo_dist.models import load_tokenizer
@@ -73,12 +73,13 @@ def main() -> None:
     prompts, completions = make_rollouts(ranks, given.prompts, given.group_size, given.mean)
     count, own = len(prompts) * given.group_size, len(completions)
     scores = Scores(np.random.default_rng(ranks.rank).random((own, 1)), np.zeros((own, 1), bool), [], ["made up"],
-                    np.zeros(1))  # fmt: skip
+                    np.zeros(1), [0])  # fmt: skip
     ranks.barrier()
     if ranks.is_main:
         print("| part | seconds | CPU seconds |\n|---|---|---|")
     batch = timed(ranks, f"gather, {own:,} of {count:,} completions own",
-                  lambda: gather(ranks, prompts, completions, scores, [1.0], 0.1))  # fmt: skip
+                  lambda: gather_scores(ranks, gather_completions(ranks, prompts, completions), ranks.share(count),
+                                        scores, [1.0], 0.1))  # fmt: skip
     completions.clear()
     advantages = timed(ranks, "advantages", lambda: relative_advantages(
         all_token_rewards(batch), [1.0], batch.lengths, batch.group, baseline="mean", scale="group",

@@ -149,7 +149,7 @@ def _joined_scoring(scoring: list[dict[str, float]]) -> dict[str, float]:
     joined = {}
     for name in dict.fromkeys(name for each in scoring for name in each):
         values = [each[name] for each in scoring if name in each]
-        joined[name] = sum(values) / (1 if name.endswith(("/failed", "/seconds")) else len(values))
+        joined[name] = sum(values) / (1 if name.endswith(("/failed", "/seconds", "/repeated_calls")) else len(values))
     return joined
 
 

@@ -79,14 +79,15 @@ def _round(run: Run, prompts: list[Prompt], stream: str, step: int) -> Batch:
     """Completions of `prompts`, scored and gathered; the reference is asked while rewards are still on their way."""
     config = run.config
     with run.phase("rollout"):
-        completions, pending = run.generate(prompts, config.rollout.group_size, run.sampling, stream, step)
+        completions, scoring = run.generate(prompts, config.rollout.group_size, run.sampling, stream, step)
         batch = gather_completions(run.ranks, prompts, completions)
+        scoring.complete(batch)
     if not config.rollout.max_resamples:  # else only of the groups that are kept
         batch = _with_reference(run, batch)
     with run.phase("reward"):
         with run.ranks.together("scoring"):
-            scores = pending.result(run.watch.check)
-        return gather_scores(run.ranks, batch, completions, scores, config.weights_at(step),
+            scores = scoring.result(run.watch.check)
+        return gather_scores(run.ranks, batch, scoring.rows, scores, config.weights_at(step),
                              config.scoring.error_budget)  # fmt: skip
 
 

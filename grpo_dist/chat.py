@@ -5,7 +5,8 @@
 
 Prompts go through the tokenizer's chat template, with data.system_prompt, unless there is none or data.chat_template is
 `never`; each model then remembers its own side of the conversation. Answers are the likeliest unless --temperature is
-given. Ctrl-D or an empty line ends it.
+given; what is drawn then keeps to the run's top_p, top_k and min_p. The penalties and limits of the model's
+generation_config.json have no part in it, as in training. Ctrl-D or an empty line ends it.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from datetime import date
 
 _collected: ContextVar[list[str] | None] = ContextVar("collected", default=None)
 
@@ -20,6 +21,14 @@ def require(condition: bool, key: str, given: object, expected: str) -> None:
         if (collected := _collected.get()) is None:
             raise ValueError(refusal)
         collected.append(refusal)
+
+
+def is_date(text: str) -> bool:
+    """Whether a text is a date as YYYY-MM-DD."""
+    try:
+        return date.fromisoformat(text).isoformat() == text
+    except ValueError:
+        return False
 
 
 @contextmanager

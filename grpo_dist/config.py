@@ -10,7 +10,7 @@ import re
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from .checks import require
+from .checks import is_date, require
 from .config_algorithm import AdvantageConfig, CriticConfig, LossConfig, check_algorithm
 from .config_rewards import RewardConfig, ScoringConfig
 
@@ -108,6 +108,9 @@ class DataConfig:
     chat_template: Literal["auto", "always", "never"] = "auto"
     """Render prompts with the tokenizer's chat template: `auto` does so for messages, and for text too where a system
     prompt is set."""
+    template_date: str | None = None
+    """The date (YYYY-MM-DD) for chat templates that write today's; null is the day the run begins, which stays the
+    run's when it goes on later."""
     max_prompt_length: int = 512
     """Longest prompt in tokens, template included."""
     bad_rows: Literal["error", "drop"] = "error"
@@ -127,6 +130,8 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         require(self.max_prompt_length >= 1, "data.max_prompt_length", self.max_prompt_length, "at least 1 token")
+        require(self.template_date is None or is_date(self.template_date), "data.template_date", self.template_date,
+                "a date as YYYY-MM-DD, or null")  # fmt: skip
         require(
             not (self.system_prompt and self.chat_template == "never"),
             "data.system_prompt", self.system_prompt, "null where data.chat_template is `never`",

@@ -52,7 +52,8 @@ class ScoringConfig:
     num_workers: int = 2
     """Worker processes on each rank."""
     timeout_seconds: float = 60.0
-    """A call that takes longer is killed and its completions count as unscored."""
+    """A call, which has all completions of a prompt, is killed when it takes longer; completions that also take longer
+    alone count as unscored (docs/rewards.md)."""
     error_budget: float = 0.1
     """Share of a step's completions that may stay unscored through failures; above it the run stops."""
     recycle_above_gib: float = 2.0

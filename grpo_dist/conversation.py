@@ -14,13 +14,15 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 from torch import nn
-from transformers import TextStreamer
+from transformers import GenerationConfig
+from transformers.generation.streamers import BaseStreamer
 
 from .config import DataConfig
 from .data import render
 from .models import end_token_ids, load_causal_lm
 from .plain_text import plain
 from .policy import Policy
+from .texts import CompletionTexts
 from .trained import Trained
 
 _LINE_CHARACTERS = 10_000
@@ -43,18 +45,22 @@ class Conversation:
 
     def __init__(self, trained: Trained, policy: Policy, tokenizer: Any, temperature: float, longest: int | None,
                  seed: int) -> None:  # fmt: skip
-        """A temperature of 0 takes the likeliest token; `longest` None is rollout.max_completion_length."""
+        """A temperature of 0 takes the likeliest token, another draws under the run's top_p, top_k and min_p; `longest`
+        None is rollout.max_completion_length."""
         self.tokenizer = tokenizer
         self.data = DataConfig(**{**trained.config["data"], "curriculum": None})
         self.templated = bool(tokenizer.chat_template) and self.data.chat_template != "never"
         self.voices = voices(trained, policy)
+        for voice in self.voices:  # generate() would fill in the penalties and limits that come with the model
+            voice.model.generation_config = GenerationConfig()
         torch.manual_seed(seed)
-        self.generation = {"max_new_tokens": longest or trained.config["rollout"]["max_completion_length"],
-                           "do_sample": temperature > 0,
-                           "eos_token_id": end_token_ids(trained.model, tokenizer),
-                           "pad_token_id": tokenizer.pad_token_id}  # fmt: skip
+        rollout, end_ids = trained.config["rollout"], end_token_ids(trained.model, tokenizer)
+        self.texts_of = CompletionTexts(tokenizer, end_ids)
+        self.generation = {"max_new_tokens": longest or rollout["max_completion_length"], "do_sample": temperature > 0,
+                           "eos_token_id": end_ids, "pad_token_id": tokenizer.pad_token_id}  # fmt: skip
         if temperature > 0:
-            self.generation |= {"temperature": temperature, "top_p": 1.0, "top_k": 0}
+            limits = {name: rollout[name] for name in ("top_p", "top_k", "min_p")}
+            self.generation |= {"temperature": temperature, **limits}
         self.console = Console()
 
     def answer(self, prompt: str) -> None:
@@ -68,19 +74,19 @@ class Conversation:
             for voice in self.voices:
 
                 def show(text: str, name: str = voice.name) -> None:
-                    answers[name] += text
+                    answers[name] = text
                     live.update(_side_by_side(answers))
 
                 self._generate(voice, prompt, show)
 
     def _generate(self, voice: Voice, prompt: str, show: Callable[[str], None]) -> str:
-        """A voice's whole answer, handed to `show` in pieces as it comes."""
+        """A voice's whole answer; `show` is given what there is of it as it comes."""
         messages = [*voice.said, {"role": "user", "content": prompt}]
         ids = render(messages if self.templated else prompt, self.data, self.tokenizer).ids
         with voice.adapters(), torch.no_grad():
             out = voice.model.generate(torch.tensor([ids]), attention_mask=torch.ones(1, len(ids), dtype=torch.long),
-                                       streamer=_Pieces(self.tokenizer, show), **self.generation)  # fmt: skip
-        text = self.tokenizer.decode(out[0, len(ids) :], skip_special_tokens=True)
+                                       streamer=_Shown(self.texts_of, show), **self.generation)  # fmt: skip
+        (text,) = self.texts_of([out[0, len(ids) :].tolist()])
         voice.said = [*messages, {"role": "assistant", "content": text}]
         return text
 
@@ -94,15 +100,25 @@ def voices(trained: Trained, policy: Policy) -> list[Voice]:
     return [base, Voice(f"after {trained.step} steps", policy.causal_lm)]
 
 
-class _Pieces(TextStreamer):
-    """Hands on what is generated, a word at a time."""
+class _Shown(BaseStreamer):
+    """Shows an answer as it grows."""
 
-    def __init__(self, tokenizer: Any, show: Callable[[str], None]) -> None:
-        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self._show = show
+    def __init__(self, texts_of: CompletionTexts, show: Callable[[str], None]) -> None:
+        self._texts_of, self._show = texts_of, show
+        self._ids: list[int] | None = None
 
-    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        self._show(text)
+    def put(self, value: Any) -> None:
+        """Take in the prompt, which comes first, or a token."""
+        if self._ids is None:
+            self._ids = []
+            return
+        self._ids += value.tolist()
+        (text,) = self._texts_of([self._ids])
+        if not text.endswith("\ufffd"):  # the bytes of a character may come one by one
+            self._show(text)
+
+    def end(self) -> None:
+        """Do nothing: the last token has been shown."""
 
 
 def harmless(text: str) -> str:

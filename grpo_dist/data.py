@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import logging
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -16,17 +17,20 @@ from grpo_dist.batch import Prompt
 from grpo_dist.config import DataConfig
 from grpo_dist.rewards.registry import KEYWORDS
 from grpo_dist.rows import Row, is_lines, load_rows
+from grpo_dist.templates import Messages, TemplateRefusal, render_messages
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 
-Messages = list[dict[str, str]]
 AnswerCheck = Callable[[object], None]
 
+_MESSAGES_AS_TEXT = re.compile(r"\s*\[\s*\{\s*[\"'](role|content)[\"']\s*:")
 _SHOWN_ROWS = 5
+_SHOWN_START = 40
 _SHOWN_NAMES = 20
+_SHOWN_CHARACTERS = 200
 _ROWS_AT_ONCE = 1024  # texts handed to the tokenizer in one call: fast tokenizers work on them in parallel
 
 
@@ -117,6 +121,7 @@ def load_prompts(
         logger.warning("%s. Left out (data.bad_rows: drop)", report)
     if not prompts:
         raise ValueError(f"{path}: data.keep and data.too_long leave none of {len(rows)} rows; loosen them")
+    check_distinct(path, prompts, config)
     return prompts, report
 
 
@@ -172,6 +177,20 @@ def check_columns(path: str, names: list[str], config: DataConfig) -> None:
         )
 
 
+def check_distinct(path: str, prompts: Sequence[Prompt], config: DataConfig) -> None:
+    """Raise ValueError where prompts of different texts are all the same to the model."""
+    first = prompts[0]
+    if any(prompt.ids != first.ids for prompt in prompts):
+        return
+    if any((prompt.text, prompt.messages) != (first.text, first.messages) for prompt in prompts):
+        cut = f" (data.too_long: truncate keeps the last {config.max_prompt_length})"
+        raise ValueError(
+            f"{path}: all {len(prompts)} prompts are the same {len(first.ids)} tokens to the model, although their "
+            f"texts differ{cut if config.too_long == 'truncate' else ''}: {first.text[-_SHOWN_CHARACTERS:]!r}; look at "
+            "the chat template and the tokenizer"
+        )
+
+
 def _wrong_length(rendered: Rendered, config: DataConfig) -> str:
     most = config.max_prompt_length
     return f"the prompt has {len(rendered.ids)} tokens, expected 1 to data.max_prompt_length = {most}"
@@ -187,7 +206,7 @@ def _kept(path: str, rows: Sequence[Row], names: Sequence[str], keep: Mapping[st
         if isinstance(wanted, dict) and (not wanted or not set(wanted) <= {"min", "max"}):
             raise ValueError(f"data.keep.{column}: {wanted!r} given, expected a value, a list, or min and max")
         try:
-            passes = [not row.columns or _passes(row.columns.get(column), wanted) for row in rows]
+            passes = [not row.columns or _passes(_comparable(row, column, wanted), wanted) for row in rows]
         except TypeError as error:
             raise ValueError(f"data.keep.{column}: {wanted!r} cannot be compared: {error}") from error
         left_out.append(f"{column}: {passes.count(False)}")
@@ -196,6 +215,18 @@ def _kept(path: str, rows: Sequence[Row], names: Sequence[str], keep: Mapping[st
         reasons = ", ".join(left_out)
         logger.info("%s: data.keep keeps %d of %d rows (left out by %s)", path, sum(kept), len(rows), reasons)
     return kept
+
+
+def _comparable(row: Row, column: str, wanted: Any) -> Any:
+    """A row's value; as a number where the file knows only texts and numbers are wanted."""
+    value = row.columns.get(column)
+    examples = wanted.values() if isinstance(wanted, dict) else wanted if isinstance(wanted, list) else [wanted]
+    if row.is_text and value is not None and all(isinstance(each, (int, float)) for each in examples):
+        try:
+            return float(value)
+        except ValueError:
+            return None
+    return value
 
 
 def _passes(value: Any, wanted: Any) -> bool:
@@ -235,13 +266,10 @@ def _as_text(prompt: object, config: DataConfig, tokenizer: PreTrainedTokenizerB
             f"{tokenizer.name_or_path!r} has no chat template, which prompts that are messages, data.system_prompt and "
             "data.chat_template: always need; use the model's instruct variant, or plain text prompts"
         )
-    from jinja2 import TemplateError
-
     try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    except TemplateError as error:  # templates refuse what their model was not trained on, such as system messages
-        raise _UnusableRowError(f"the model's chat template refuses the prompt: {error}") from error
-    return str(text), messages
+        return render_messages(messages, tokenizer, config.template_date), messages
+    except TemplateRefusal as error:  # templates refuse what their model was not trained on, such as system messages
+        raise _UnusableRowError(str(error)) from error
 
 
 def _as_messages(prompt: object, config: DataConfig) -> Messages | None:
@@ -250,6 +278,11 @@ def _as_messages(prompt: object, config: DataConfig) -> Messages | None:
     if isinstance(prompt, str):
         if not prompt.strip():
             raise _UnusableRowError("the prompt is empty")
+        if _MESSAGES_AS_TEXT.match(prompt):
+            raise _UnusableRowError(
+                f"the prompt is a text that holds a list of messages ({prompt[:_SHOWN_START]!r}), expected the list "
+                "itself: write the data as JSON lines (.jsonl) or parquet"
+            )
         if config.chat_template == "always" or system:
             return [*system, {"role": "user", "content": prompt}]
         return None

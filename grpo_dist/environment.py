@@ -16,6 +16,16 @@ from . import __version__
 from .distributed import Ranks
 from .resuming import versions
 
+FILE = "environment.jsonl"
+
+
+def started_in(directory: Path) -> Path | None:
+    """The directory in which a run was last started, where its relative paths begin; None where it is not known."""
+    if not (directory / FILE).is_file():
+        return None
+    starts = [json.loads(line) for line in (directory / FILE).read_text().splitlines()]
+    return next((Path(start["directory"]) for start in reversed(starts) if "directory" in start), None)
+
 
 def record_start(directory: Path, ranks: Ranks, first_step: int) -> None:
     """Write down where and with what the run starts after a number of steps, on the main rank; a collective."""
@@ -33,7 +43,8 @@ def record_start(directory: Path, ranks: Ranks, first_step: int) -> None:
         used["deepspeed"] = metadata.version("deepspeed")
     if torch.version.cuda:
         used["cuda"] = torch.version.cuda
-    start = {"started": f"{datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC", "first_step": first_step, "engine": engine,
-             "ranks": devices, "platform": platform.platform(), "versions": used}  # fmt: skip
-    with (directory / "environment.jsonl").open("a") as file:
+    start = {"started": f"{datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC", "directory": os.getcwd(),
+             "first_step": first_step, "engine": engine, "ranks": devices, "platform": platform.platform(),
+             "versions": used}  # fmt: skip
+    with (directory / FILE).open("a") as file:
         file.write(json.dumps(start) + "\n")

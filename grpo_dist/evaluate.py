@@ -1,6 +1,6 @@
 """Evaluate a model on a data set: unbiased pass@k, maj@k, mean reward, with intervals, on any number of ranks.
 
-    accelerate launch --config_file accelerate_configs/ddp.yaml --num_processes 2 -m grpo_dist.evaluate \
+    accelerate launch --config_file accelerate_configs/ddp.yaml -m grpo_dist.evaluate \
         --model runs/quickstart/final --data configs/data/math_tasks_eval.jsonl --n 16 --config configs/quickstart.yaml
     python -m grpo_dist.evaluate --model toy --data … --n 16 --compare runs/other/evaluation
 
@@ -17,7 +17,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,10 +35,9 @@ from .distributed import Ranks, resolve_dtype, unsharded_loading
 from .engines import UnfitEngine, make_engine
 from .estimates import Comparison, Estimate, compare, estimate, majority_at_k, pass_at_k
 from .gathering import gather_completions, gather_scores
-from .generation import generate_and_score, requests_of
+from .generation import Scoring, generate_and_score, requests_of
 from .launch_config import require_known_launch
 from .metrics import is_right
-from .model_checks import UnfitModel
 from .models import (
     attention_for,
     base_identity,
@@ -48,12 +47,14 @@ from .models import (
     load_model_config,
     load_tokenizer,
 )
-from .own_attention import settle_attention
+from .own_attention import UnfitModel, settle_attention
 from .plain_text import plain_lines
 from .rendezvous import is_of_one_rank, place_in_launch
 from .rewards.pool import ScorerPool
 from .rewards.registry import answer_checks, answer_reader
 from .rollout import Sampling
+from .templates import today, uses_date
+from .texts import CompletionTexts
 
 _PROMPTS_A_PART = 64  # a part is the same whatever the number of ranks
 
@@ -65,9 +66,10 @@ class Evaluation:
 
     def __init__(self, config: Config, num_samples: int, directory: Path, category: str | None) -> None:
         """Raises ValueError or OSError for what a user can have got wrong, before the model is loaded."""
-        self.config, self.num_samples, self.directory, self.category = config, num_samples, directory, category
-        data = config.data
+        self.num_samples, self.directory, self.category = num_samples, directory, category
         self.tokenizer = load_tokenizer(config.model)
+        self.config = config = self._dated(config)
+        data = config.data
         self.model_config = load_model_config(config.model)
         self.longest = data.max_prompt_length + config.rollout.max_completion_length
         check_model_config(self.model_config, self.tokenizer, self.longest)
@@ -78,9 +80,19 @@ class Evaluation:
         if category is not None and category not in self.prompts[0].columns:
             raise ValueError(f"--category: {category!r} given, expected one of {', '.join(self.prompts[0].columns)}")
         self._claim()
+        self.end_ids = end_token_ids(config.model, self.tokenizer)
+        self.texts_of = CompletionTexts(self.tokenizer, self.end_ids)
         self.scorer = ScorerPool(config.rewards, config.scoring)
         self.scorer.check_columns(self.prompts[0].columns)
         self.read_answer: Callable[[str], str | None] | None = answer_reader(config.rewards)
+
+    def _dated(self, config: Config) -> Config:
+        """The config with the date that a template which writes one was given when this evaluation began."""
+        if config.data.template_date is not None or not uses_date(self.tokenizer):
+            return config
+        path = self.directory / "evaluation.json"
+        kept = json.loads(path.read_text()).get("template_date") if path.exists() else None
+        return replace(config, data=replace(config.data, template_date=kept or today()))
 
     def _claim(self) -> None:
         """Refuse a directory that holds another evaluation: its samples would be taken for this one's."""
@@ -89,6 +101,7 @@ class Evaluation:
             "model": base_identity(config.model, self.model_config), "num_samples": self.num_samples,
             "rollout": asdict(config.rollout), "rewards": [asdict(reward) for reward in config.rewards],
             "seed": config.train.seed, "num_prompts": len(self.prompts),
+            "template_date": config.data.template_date,
             "prompts": hashlib.sha256(repr([(p.index, p.ids) for p in self.prompts]).encode()).hexdigest(),
         }  # fmt: skip
         path = self.directory / "evaluation.json"
@@ -127,33 +140,33 @@ class Evaluation:
         ranks.meet("loaded the model")  # a download may take longer than a collective of the start waits
         obstacle = settle_attention([self.model], implementation, obstacle, config.model.attn_implementation != "auto",
                                     ranks.gather_objects)  # fmt: skip
-        self.engine = make_engine(self.model, obstacle, end_token_ids(config.model, self.tokenizer), config.rollout,
+        self.engine = make_engine(self.model, obstacle, self.end_ids, config.rollout,
                                   ranks.gather_objects)  # fmt: skip
 
     def _sample(self, ranks: Ranks, prompts: list[Prompt], start: int) -> Batch:
         rollout, seed = self.config.rollout, self.config.train.seed
-        requests = requests_of(prompts, self.num_samples, ranks.share, seed, "evaluate", first=start)
+        drawn = ranks.share(len(prompts) * self.num_samples)
+        requests = requests_of(prompts, self.num_samples, drawn, seed, "evaluate", first=start)
         sampling = Sampling(rollout.temperature, rollout.top_p, rollout.top_k, rollout.min_p)
         with ranks.together("sampling"):
-            completions, pending = generate_and_score(self.engine, self.model, requests, prompts, sampling, self.scorer,
-                                                      self.tokenizer)  # fmt: skip
-            scores = pending.result()
+            scoring = Scoring(self.scorer, prompts, self.num_samples, drawn, self.texts_of)
+            completions = generate_and_score(self.engine, self.model, requests, sampling, scoring)
         batch = gather_completions(ranks, prompts, completions)
-        return gather_scores(ranks, batch, completions, scores, self._weights, self.config.scoring.error_budget)
+        scoring.complete(batch)
+        with ranks.together("scoring"):
+            scores = scoring.result()
+        return gather_scores(ranks, batch, scoring.rows, scores, self._weights, self.config.scoring.error_budget)
 
     @property
     def _weights(self) -> list[float]:
         return [reward.weight for reward in self.config.rewards]
-
-    def _text(self, ids: list[int]) -> str:
-        return self.tokenizer.decode(ids, skip_special_tokens=True)
 
     def _rows(self, prompts: list[Prompt], batch: Batch) -> Rows:
         right = is_right(batch.reward, self._weights).tolist()
         rows: Rows = []
         for slot, prompt in enumerate(prompts):
             places = (batch.group == slot).nonzero()[:, 0].tolist()
-            texts = [self._text(batch.completion_ids(n)) for n in places]
+            texts = self.texts_of([batch.completion_ids(n) for n in places])
             rows.append({
                 "prompt_index": prompt.index, "prompt": prompt.text,
                 "category": prompt.columns[self.category] if self.category else None,

@@ -33,12 +33,12 @@ def evaluate(run: Run, step: int) -> dict[str, float]:
 
 def _measure(run: Run, sampling: Sampling, prefix: str, step: int) -> dict[str, float]:
     """One completion a prompt. Accurate is a completion with more than half of the positive weights' sum as reward."""
-    completions, pending = run.generate(run.eval_prompts, 1, sampling, "eval", step)
+    completions, scoring = run.generate(run.eval_prompts, 1, sampling, "eval", step)
     with run.ranks.together("scoring an evaluation"):
-        scores = pending.result(run.watch.check)
+        scores = scoring.result(run.watch.check)
     weights = [reward.weight_at(step) for reward in run.config.rewards]
     batch = gather_completions(run.ranks, run.eval_prompts, completions)
-    batch = gather_scores(run.ranks, batch, completions, scores, weights, run.config.scoring.error_budget)
+    batch = gather_scores(run.ranks, batch, scoring.rows, scores, weights, run.config.scoring.error_budget)
     scored = batch.reward[~batch.reward.isnan()]
     right = is_right(scored, weights)
     return {

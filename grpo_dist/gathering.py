@@ -38,9 +38,9 @@ def gather_completions(ranks: Ranks, prompts: list[Prompt], completions: list[Co
 
 
 def gather_scores(
-    ranks: Ranks, batch: Batch, completions: list[Completion], scores: Scores, weights: list[float], error_budget: float
+    ranks: Ranks, batch: Batch, rows: slice, scores: Scores, weights: list[float], error_budget: float
 ) -> Batch:
-    """The global batch with its rewards, from every rank's scores of its own completions; a collective.
+    """The global batch with its rewards, from every rank's scores of its `rows` of the batch; a collective.
 
     Raises RewardFailure on every rank, with the first failure of each rank, where the share of completions that
     failed to be scored is above `error_budget`.
@@ -52,12 +52,12 @@ def gather_scores(
     failures = gathered[:, num_rewards : 2 * num_rewards].bool()
     failed = failures.any(1)
     if bool(failed.any()):
-        _judge(ranks, batch.prompts, completions, scores.failures, failed.double().mean().item(), error_budget)
+        _judge(ranks, batch, rows, scores.failures, failed.double().mean().item(), error_budget)
     measured, extras = _gather_logged(ranks, scores)
     counts = failures.sum(0).tolist()
     measured |= {f"reward/{name}/failed": float(count) for name, count in zip(scores.names, counts, strict=True)}
     return replace(batch, rewards=gathered[:, :num_rewards], reward=gathered[:, -1], extras=extras, scoring=measured,
-                   token_rewards=_token_rewards(ranks, completions, scores))  # fmt: skip
+                   token_rewards=_token_rewards(ranks, batch.lengths[rows], scores))  # fmt: skip
 
 
 def _flat(rows: Iterable[list[Any]], dtype: type[np.generic]) -> Tensor:
@@ -66,10 +66,12 @@ def _flat(rows: Iterable[list[Any]], dtype: type[np.generic]) -> Tensor:
 
 
 def _gather_logged(ranks: Ranks, scores: Scores) -> tuple[dict[str, float], dict[str, list[Any]]]:
-    """Seconds spent in each reward and what the rewards logged, over all ranks."""
-    told = ranks.gather_objects((scores.seconds.tolist(), scores.metrics, scores.extras, len(scores.values)))
-    totals = np.sum([seconds for seconds, *_ in told], axis=0)
-    measured = {f"reward/{name}/seconds": float(total) for name, total in zip(scores.names, totals, strict=True)}
+    """Seconds spent in each reward, calls made again and what the rewards logged, over all ranks."""
+    spent = np.array([scores.seconds, scores.repeated_calls])
+    told = ranks.gather_objects((spent, scores.metrics, scores.extras, len(scores.values)))
+    seconds, repeated = np.sum([spent for spent, *_ in told], axis=0).tolist()
+    measured = {f"reward/{name}/seconds": total for name, total in zip(scores.names, seconds, strict=True)}
+    measured |= {f"reward/{name}/repeated_calls": count for name, count in zip(scores.names, repeated, strict=True)}
     for name in sorted({name for _, metrics, *_ in told for name in metrics}):
         parts = [metrics[name] for _, metrics, *_ in told if name in metrics]
         measured[f"reward/{name}"] = sum(total for total, _ in parts) / sum(count for _, count in parts)
@@ -82,11 +84,13 @@ def _gather_logged(ranks: Ranks, scores: Scores) -> tuple[dict[str, float], dict
     return measured, extras
 
 
-def _token_rewards(ranks: Ranks, completions: list[Completion], scores: Scores) -> Tensor | None:
-    """The global batch's rewards by token, None where no rank has per-token rewards; a collective."""
+def _token_rewards(ranks: Ranks, lengths: Tensor, scores: Scores) -> Tensor | None:
+    """The global batch's rewards by token, None where no rank has per-token rewards; a collective.
+
+    `lengths` (n,) int64 are those of the completions that were scored here.
+    """
     if not any(ranks.gather_objects(bool(scores.per_token))):
         return None
-    lengths = torch.tensor([len(c.ids) for c in completions], dtype=torch.int64)
     table = at_last_tokens(torch.from_numpy(scores.values), lengths)
     starts = (torch.cumsum(lengths, 0) - lengths).tolist()
     for (n, reward), values in scores.per_token.items():
@@ -94,15 +98,12 @@ def _token_rewards(ranks: Ranks, completions: list[Completion], scores: Scores) 
     return ranks.gather(table)
 
 
-def _judge(
-    ranks: Ranks, prompts: list[Prompt], completions: list[Completion], failures: list[Failure], share: float,
-    budget: float,
-) -> None:  # fmt: skip
+def _judge(ranks: Ranks, batch: Batch, rows: slice, failures: list[Failure], share: float, budget: float) -> None:
     """Say what failed, and stop all ranks where it was too much."""
     first = None
     if failures:
         failure = failures[0]
-        prompt = prompts[completions[failure.item].slot].index
+        prompt = batch.prompts[int(batch.group[rows][failure.item])].index
         first = (f"reward {failure.reward!r} ({failure.kind}) on a completion of prompt {prompt}: {failure.message}\n"
                  f"{failure.traceback}").rstrip()  # fmt: skip
     told = [text for text in ranks.gather_objects(first) if text]

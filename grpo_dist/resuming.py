@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from .config import Config
 from .guards import data_fingerprint, differences
 from .models import base_identity
 from .sources import identifying, order_of
+from .templates import today, uses_date
 
 NEEDED = {
     "step": int, "updates": int, "kl_coeff": (int, float), "facts": dict, "metrics": list, "logged": dict,
@@ -38,6 +39,17 @@ def resume_path(config: Config) -> Path | None:
         return None
     checkpoint.verify(Path(resume))
     return Path(resume)
+
+
+def with_template_date(config: Config, tokenizer: Any, path: Path | None) -> Config:
+    """The config with the date that the chat template is given, where it writes one.
+
+    It is the option's, or that of the checkpoint at `path`, or today's: a run keeps the prompts it began with.
+    """
+    if config.data.template_date is not None or not uses_date(tokenizer):
+        return config
+    kept = checkpoint.load_meta(path)["config"].get("data", {}).get("template_date") if path else None
+    return replace(config, data=replace(config.data, template_date=kept or today()))
 
 
 def identity(config: Config, model_config: Any, prompts: Sequence[Prompt]) -> dict[str, Any]:

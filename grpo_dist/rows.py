@@ -1,23 +1,34 @@
 """Read rows from JSONL, JSON, CSV and parquet files, directories and hub data sets.
 
 What is wrong with the place they come from is an error here; what is wrong with a row is left for `data.py` to judge.
-JSONL has a reader of its own, so that every row knows its line.
+JSONL has a reader of its own, so that every row knows its line, and so have JSON and CSV, so that values are what the
+file says: `datasets` takes the text 2024-01-01 of a JSON file for a point in time and 007 of a CSV file for 7.
 """
 
 from __future__ import annotations
 
 import codecs
+import csv
 import difflib
 import json
+import logging
 import re
 from array import array
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+logger = logging.getLogger(__name__)
+
 _LINES = (".jsonl", ".ndjson")
-_BUILDERS = {".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
+_SEPARATORS = {".csv": ",", ".tsv": "\t"}
+_FILES = (*_LINES, ".json", *_SEPARATORS, ".parquet")
+_AS_TEXT = {"keep_default_na": False, "na_values": [""]}
+"""What has the CSV reader of `datasets` take NA and null for text; an empty cell has no value."""
+_CALLS = re.compile(r"\s*(Example of usage:\s*`[^`]*`|Please use `[^`]*`[^.]*\.)", re.DOTALL)
+_MOST_CELL_CHARACTERS = 2**31 - 1
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
@@ -31,20 +42,20 @@ class Row:
     """Its values by column; empty where it could not be read."""
     problem: str = ""
     """Why it could not be read."""
+    is_text: bool = False
+    """Whether its values are texts because the file knows nothing else, as in CSV."""
 
 
 def load_rows(path: str, split: str, subset: str | None = None) -> list[Row]:
-    """Read all rows of a JSONL file, or of anything `datasets.load_dataset` takes.
+    """Read all rows of a JSONL file, of anything `datasets.load_dataset` takes, or of what `save_to_disk` has saved.
 
     `split` and `subset` choose from a directory or a hub data set; a single file has neither. Raises FileNotFoundError
     where there is no such file, ValueError where it cannot be read or is empty. JSONL lines that are not JSON objects
-    come back as rows with a `problem`; lines of white space are no rows.
+    come back as rows with a `problem`; lines of white space are no rows. The values of a CSV file are texts, None where
+    a cell is empty.
     """
     _check_file(path)
-    if is_lines(path):
-        rows = list(_read_lines(path))
-    else:
-        rows = [Row(number, columns) for number, columns in enumerate(_open_dataset(path, split, subset), 1)]
+    rows = list(_read_lines(path)) if is_lines(path) else list(_open_table(path, split, subset))
     if not rows:
         raise ValueError(f"{path} is empty, expected at least one row")
     return rows
@@ -53,13 +64,14 @@ def load_rows(path: str, split: str, subset: str | None = None) -> list[Row]:
 class RowReader:
     """Rows of a data set by their place, read when they are asked for.
 
-    Of a JSONL file only where its lines begin is held, 16 bytes each; any other data set is mapped into memory.
+    Of a JSONL file only where its lines begin is held, 16 bytes each, and of a JSON or CSV file everything; parquet and
+    data sets are mapped into memory.
     """
 
     def __init__(self, path: str, split: str, subset: str | None = None) -> None:
         """Find the rows; raises as `load_rows` does."""
         self._path = path
-        self._table: Any = None
+        self._table: Sequence[Row] | None = None
         if is_lines(path):
             _check_file(path)
             ends, lines = array("q", [0]), array("q")
@@ -71,7 +83,8 @@ class RowReader:
             self._starts, self._lines = ends, lines
             self._count = len(lines)
         else:
-            self._table = _open_dataset(path, split, subset)
+            _check_file(path)
+            self._table = _open_table(path, split, subset)
             self._count = len(self._table)
         if not self._count:
             raise ValueError(f"{path} is empty, expected at least one row")
@@ -82,7 +95,7 @@ class RowReader:
     def __getitem__(self, place: int) -> Row:
         """Return a row; one that cannot be read has a `problem`."""
         if self._table is not None:
-            return Row(place + 1, self._table[place])
+            return self._table[place]
         line = self._lines[place]
         with Path(self._path).open("rb") as file:
             file.seek(self._starts[line])
@@ -114,6 +127,10 @@ def _read_line(number: int, line: bytes) -> Row | None:
     # ValueError covers broken UTF-8 and JSON, and integers beyond Python's limit on digits.
     except (ValueError, RecursionError) as error:
         return Row(number, {}, f"not JSON: {error}")
+    return _row_of_json(number, value)
+
+
+def _row_of_json(number: int, value: Any) -> Row:
     if isinstance(value, dict):
         return Row(number, value)
     return Row(number, {}, f'a JSON {type(value).__name__}, expected an object such as {{"prompt": …}}')
@@ -127,7 +144,7 @@ def _is_blank(number: int, line: bytes) -> bool:
 def _check_file(path: str) -> None:
     """Raise FileNotFoundError where a path is a file's by its ending and there is no such file."""
     suffix = Path(path).suffix.lower()
-    if (suffix in _LINES or suffix in _BUILDERS) and not Path(path).is_file():
+    if suffix in _FILES and not Path(path).is_file():
         folder = Path(path).parent
         hint = _neighbours(path) if folder.is_dir() else f"; there is no directory {str(folder)!r} either"
         if Path(path).parts[0] == "configs":
@@ -135,22 +152,27 @@ def _check_file(path: str) -> None:
         raise FileNotFoundError(f"no file {path!r} in {Path.cwd()}{hint}")
 
 
-def _open_dataset(path: str, split: str, subset: str | None) -> Any:
-    """Open a file, a directory or a hub data set through `datasets`, which maps it into memory."""
-    import datasets
+class _Table(Sequence[Row]):
+    """Rows of a data set that is mapped into memory."""
 
-    suffix = Path(path).suffix.lower()
+    def __init__(self, table: Any, is_text: bool) -> None:
+        self._table, self._is_text = table, is_text
+
+    def __len__(self) -> int:
+        return len(self._table)
+
+    def __getitem__(self, place: Any) -> Any:
+        return Row(place + 1, self._table[place], is_text=self._is_text)
+
+    def __iter__(self) -> Iterator[Row]:
+        for number, columns in enumerate(self._table, 1):
+            yield Row(number, columns, is_text=self._is_text)
+
+
+def _open_table(path: str, split: str, subset: str | None) -> Sequence[Row]:
+    """Open a file, a directory or a hub data set; parquet and data sets are mapped into memory by `datasets`."""
     try:
-        if Path(path).is_file():
-            if suffix not in _BUILDERS:
-                raise ValueError(f"expected a file that ends in one of {', '.join([*_LINES, *_BUILDERS])}")
-            options = {"sep": "\t"} if suffix == ".tsv" else {}
-            table = datasets.load_dataset(_BUILDERS[suffix], data_files=path, split="train", **options)
-        elif Path(path).is_dir() or _HUB_ID.fullmatch(path):
-            table = datasets.load_dataset(path, subset, split=split)
-        else:
-            raise ValueError("neither a file or directory nor a data set's hub id")
-        return table
+        return _opened(path, split, subset)
     except Exception as error:  # `datasets` raises some dozen kinds; splits and subsets there are stand in the message
         where = "" if Path(path).exists() else f"; it is no file or directory here{_neighbours(path)}"
         raise ValueError(
@@ -158,9 +180,107 @@ def _open_dataset(path: str, split: str, subset: str | None) -> Any:
         ) from error
 
 
+def _opened(path: str, split: str, subset: str | None) -> Sequence[Row]:
+    import datasets
+
+    place, suffix = Path(path), Path(path).suffix.lower()
+    if place.is_file():
+        if suffix == ".json":
+            return _read_json(place)
+        if suffix in _SEPARATORS:
+            return _read_cells(place, _SEPARATORS[suffix])
+        if suffix == ".parquet":
+            return _Table(datasets.load_dataset("parquet", data_files=path, split="train"), is_text=False)
+        raise ValueError(f"expected a file that ends in one of {', '.join(_FILES)}")
+    if (place / "dataset_dict.json").is_file() or (place / "state.json").is_file():
+        return _Table(_saved(place, split, subset), is_text=False)
+    if not (place.is_dir() or _HUB_ID.fullmatch(path)):
+        raise ValueError("neither a file or directory nor a data set's hub id")
+    table = datasets.load_dataset(path, subset, split=split)
+    is_text = table.info.builder_name == "csv"
+    if is_text:
+        table = datasets.load_dataset(path, subset, split=split, features=_texts(table.column_names), **_AS_TEXT)
+    times = [name for name, feature in table.features.items() if str(getattr(feature, "dtype", "")).startswith("time")]
+    if times and table.info.builder_name == "json":
+        logger.warning(
+            "%s: `datasets` reads the column(s) %s as points in time, not as the text in the files; name a JSON file "
+            "itself to have the text", path, ", ".join(times),
+        )  # fmt: skip
+    return _Table(table, is_text)
+
+
+def _texts(columns: Sequence[str]) -> Any:
+    """Features of a data set whose columns are all texts."""
+    import datasets
+
+    return datasets.Features({name: datasets.Value("string") for name in columns})
+
+
+def _read_cells(path: Path, separator: str) -> list[Row]:
+    """Rows of a CSV file, their values texts; raises ValueError where a column occurs twice.
+
+    A row with more cells than there are columns has a `problem`: a comma in it lacks its quotes.
+    """
+    csv.field_size_limit(_MOST_CELL_CHARACTERS)
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        lines = [cells for cells in csv.reader(file, delimiter=separator) if cells]
+    names, rows = (lines[0], lines[1:]) if lines else ([], [])
+    if twice := [name for name, count in Counter(names).items() if count > 1]:
+        raise ValueError(f"the column(s) {', '.join(map(repr, twice))} occur more than once")
+    read = []
+    for number, cells in enumerate(rows, 1):
+        if any(cells[len(names) :]):
+            problem = f"{len(cells)} cells, expected {len(names)}: a cell with a separator in it has to be in quotes"
+            read.append(Row(number, {}, problem))
+        else:
+            values = [cell or None for cell in cells] + [None] * (len(names) - len(cells))
+            read.append(Row(number, dict(zip(names, values, strict=False)), is_text=True))
+    return read
+
+
+def _read_json(path: Path) -> list[Row]:
+    """Rows of a file with a list of objects, or with an object a line; raises ValueError where it is no JSON."""
+    text = path.read_text(encoding="utf-8-sig")
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        if not text.lstrip().startswith("{") or "\n" not in text.strip():
+            raise ValueError(f"not JSON: {error}") from error
+        return list(_read_lines(str(path)))
+    values = value if isinstance(value, list) else [value]
+    return [_row_of_json(number, value) for number, value in enumerate(values, 1)]
+
+
+def _saved(path: Path, split: str, subset: str | None) -> Any:
+    """A data set that `datasets` has saved to disk, or a split of several; raises ValueError for one it lacks."""
+    import datasets
+
+    if subset is not None:
+        raise ValueError("a data set saved to disk has no subsets: set data.subset to null")
+    saved = datasets.load_from_disk(str(path))
+    if not isinstance(saved, datasets.DatasetDict):
+        return saved
+    if split not in saved:
+        raise ValueError(f"there is no split {split!r}, expected one of {', '.join(map(repr, saved))}: set "
+                         "data.train_split or data.eval_split")  # fmt: skip
+    return saved[split]
+
+
 def _reason(error: BaseException) -> str:
-    """Return an error's message with that of its cause, which is where `datasets` keeps what was wrong with a file."""
-    reason = f"{type(error).__name__}: {error}"
+    """Return an error's message with that of its cause, which is where `datasets` keeps what was wrong with a file.
+
+    Its advice to call Python functions is replaced by the option that does the same.
+    """
+    said = _CALLS.sub("", str(error)).strip()
+    if "Config name is missing" in said or "BuilderConfig" in said:
+        said += "; set data.subset to one of them"
+    elif "Unknown split" in said:
+        said += " Set data.train_split or data.eval_split to one of them"
+    elif "scripts are no longer supported" in said:
+        said += "; save the data set as parquet or JSONL, and name that"
+    elif isinstance(error, UnicodeDecodeError):
+        said += "; save the file as UTF-8"
+    reason = said if type(error) is ValueError else f"{type(error).__name__}: {said}"
     return f"{reason} ({error.__cause__})" if error.__cause__ is not None else reason
 
 

@@ -28,12 +28,11 @@ from .display import Display
 from .distributed import PhaseError, Ranks, resolve_dtype, unsharded_loading
 from .engines import UnfitEngine, made_of, make_engine
 from .environment import record_start
-from .generation import generate_and_score, requests_of
+from .generation import Scoring, generate_and_score, requests_of
 from .guards import BadUpdates, lock, warn_of_slow_save
 from .hashing import stream_key
 from .launch_config import require_known_launch
 from .metrics import Clock, read_history
-from .model_checks import UnfitModel
 from .models import (
     attention_for,
     check_model_config,
@@ -43,23 +42,23 @@ from .models import (
     load_policy,
     load_tokenizer,
     trainable,
-    try_blank,
 )
 from .optimizer_state import OptimizerState
-from .own_attention import require_no_noise, settle_attention
+from .own_attention import UnfitModel, require_no_noise, settle_attention
 from .position import Position
 from .probe import head_is_plain
 from .recording import Recorder
 from .reference import AdaptersOff, FrozenCopy, Reference
 from .rendezvous import place_in_launch
-from .resuming import changes, identity, resume_path, versions
-from .rewards.pool import Pending, ScorerPool
+from .resuming import changes, identity, resume_path, versions, with_template_date
+from .rewards.pool import ScorerPool
 from .rewards.registry import TrainerState, answer_checks, labels
 from .rollout import Sampling
 from .rollout_model import RolloutModel
 from .saving import save_final
 from .schedule import learning_rate
 from .sources import load_training
+from .texts import CompletionTexts
 from .trackers import require_known
 from .watch import Watch
 
@@ -82,8 +81,9 @@ class Run:
         _log_on_main(is_main, others=logging.ERROR)  # as long as all ranks find the same
         try:  # all that a user can have got wrong, before ranks meet and models are loaded
             require_known_launch(os.environ)
-            self._load_data()
             self.resume_from = resume_path(config)
+            self._load_data()
+            config = self.config
             self.identity = identity(config, self.model_config, self.prompts)
             for change in changes(self.resume_from, config, self.identity) if self.resume_from else ():
                 log.warning("%s", change)
@@ -97,6 +97,7 @@ class Run:
             raise UserError(str(error)) from error
         self.ranks = Ranks(resolve_dtype(config.model.dtype), config.optim)
         _log_on_main(is_main, others=logging.WARNING)
+        config = self._agree_on_data()
         if self.ranks.is_main:
             (self.directory / "config.yaml").write_text(yaml.safe_dump(redacted(asdict(config)), sort_keys=False))
         places = self.ranks.gather_objects(self.resume_from and self.resume_from.name)
@@ -122,15 +123,29 @@ class Run:
         record_start(self.directory, self.ranks, self.position.step)
         self.ranks.end_start()
 
+    def _agree_on_data(self) -> Config:
+        """The config with rank 0's template_date, where a run is started about midnight; a collective.
+
+        Raises UserError where ranks have read different prompts all the same.
+        """
+        date = self.ranks.gather_objects(self.config.data.template_date)[0]
+        if date != self.config.data.template_date:
+            self.config = replace(self.config, data=replace(self.config.data, template_date=date))
+            self._load_data()
+            self.identity = identity(self.config, self.model_config, self.prompts)
+        read = self.ranks.gather_objects((self.identity["num_prompts"], self.identity["data"]))
+        if len(set(read)) > 1:
+            raise UserError(f"data.train_file: ranks read different prompts, {read} (number, hash) in order of rank; "
+                            "files and tokenizer must be the same on all nodes")  # fmt: skip
+        return self.config
+
     def _load_data(self) -> None:
-        data = self.config.data
         self.tokenizer = load_tokenizer(self.config.model)
+        self.config = with_template_date(self.config, self.tokenizer, self.resume_from)
+        data = self.config.data
         self.model_config = load_model_config(self.config.model)
         self.longest = data.max_prompt_length + self.config.rollout.max_completion_length
         check_model_config(self.model_config, self.tokenizer, self.longest)
-        implementation, _ = attention_for(self.config.model, self.model_config, self.longest)
-        if left_out := try_blank(self.config.model, self.config.lora, self.model_config, implementation):
-            log.info("adapters: none on %s", left_out)
         checks = answer_checks(self.config.rewards) if data.answer_column else []
         self.prompts, self.sampler = load_training(self.config, self.tokenizer, checks)
         self.eval_prompts: list[Prompt] = []
@@ -138,6 +153,8 @@ class Run:
             prompts, _ = load_prompts(data.eval_file, data.eval_split, data, self.tokenizer, checks)
             self.eval_prompts = prompts[: self.config.train.num_eval_prompts]
         self.reward_names = labels(self.config.rewards)
+        self.end_ids = end_token_ids(self.config.model, self.tokenizer)
+        self.texts_of = CompletionTexts(self.tokenizer, self.end_ids)
 
     def _load_models(self) -> None:
         config = self.config
@@ -170,7 +187,7 @@ class Run:
         kept = {} if self.resume_from is None else checkpoint.load_meta(self.resume_from)
         with self.rollout_model.open() as model:
             plain = head_is_plain(model, self.share_prompts)
-            self.engine = make_engine(model, obstacle, end_token_ids(config.model, self.tokenizer),
+            self.engine = make_engine(model, obstacle, self.end_ids,
                                       self._rollout_to_go_on_with(kept), self.ranks.gather_objects,
                                       kept.get("decoding"))  # fmt: skip
         for each in (self.policy, *([self.reference.policy] if self.reference else [])):  # may be one
@@ -284,16 +301,17 @@ class Run:
 
     def generate(
         self, prompts: list[Prompt], group_size: int, sampling: Sampling, stream: str, step: int
-    ) -> tuple[list[Completion], Pending]:
-        """This rank's share of the completions, and their scores, which are computed while others are generated.
+    ) -> tuple[list[Completion], Scoring]:
+        """This rank's share of the completions, and scores, which are computed while others are generated.
 
         Needs the rollout weights in place; `stream` names the noise, such as `train/12`; `step` is told to rewards.
         """
-        requests = requests_of(prompts, group_size, self.ranks.share, self.config.train.seed, stream)
+        drawn = self.ranks.share(len(prompts) * group_size)
+        requests = requests_of(prompts, group_size, drawn, self.config.train.seed, stream)
         state = TrainerState(step, self.config.train.num_train_steps, self.sampler.epoch(step))
         with self.rollout_model.open() as model, self.ranks.together("rollout"):
-            return generate_and_score(self.engine, model, requests, prompts, sampling, self.scorer, self.tokenizer,
-                                      state, self.watch.check)  # fmt: skip
+            scoring = Scoring(self.scorer, prompts, group_size, drawn, self.texts_of, state)
+            return generate_and_score(self.engine, model, requests, sampling, scoring, self.watch.check), scoring
 
     def dropout_key(self, step: int) -> int:
         """What tells the adapters' dropout of the next update from any other's."""
@@ -301,9 +319,7 @@ class Run:
 
     def completion_texts(self, batch: Batch) -> list[str]:
         """All completions of a batch as text."""
-        return self.tokenizer.batch_decode(
-            [ids.tolist() for ids in torch.split(batch.tokens, batch.lengths.tolist())], skip_special_tokens=True
-        )
+        return self.texts_of([ids.tolist() for ids in torch.split(batch.tokens, batch.lengths.tolist())])
 
     def write(self, metrics: dict[str, float], batch: Batch | None = None, advantages: Tensor | None = None) -> None:
         """Write down one step's metrics and completions, on the main rank."""

@@ -44,17 +44,18 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
     config = parse_config(list(rest))
     if options.n < 1:
         raise ValueError(f"-n: {options.n} given, expected at least 1")
-    items = read_items(config, options.completions, options.n)
+    items, groups = read_items(config, options.completions, options.n)
     with ScorerPool(config.rewards, config.scoring) as pool:
-        scores = pool.score(items)
+        scores = pool.score(items, groups=groups)
     print_scores(config, items, scores)
     return int(scores.failed.any(1).mean() > config.scoring.error_budget)
 
 
-def read_items(config: Config, path: str | None, most: int) -> list[Item]:
+def read_items(config: Config, path: str | None, most: int) -> tuple[list[Item], list[int]]:
     """Return up to `most` completions of a file with the data's columns, or the gold answers without a file.
 
-    Raises ValueError where the file has no `completion`, or names a prompt that the data does not have.
+    With them comes the group of each: a file's completions of one prompt, or all gold answers. Raises ValueError where
+    the file has no `completion`, or names a prompt that the data does not have.
     """
     from .models import load_tokenizer  # torch; a mistake in the options should not wait for it
     from .sources import load_training
@@ -69,7 +70,7 @@ def read_items(config: Config, path: str | None, most: int) -> list[Item]:
         pairs = [(prompt, str(prompt.columns["answer"])) for prompt in first]
     else:
         pairs = _read_pairs(path, prompts, most)
-    return to_items(pairs, tokenizer)
+    return to_items(pairs, tokenizer), [0 if path is None else prompt.index for prompt, _ in pairs]
 
 
 def to_items(pairs: Sequence[tuple[Prompt, str]], tokenizer: Any) -> list[Item]:
@@ -88,6 +89,8 @@ def _read_pairs(path: str, prompts: Sequence[Prompt], most: int) -> list[tuple[P
         text, index = row.columns.get("completion"), row.columns.get("prompt_index", place)
         if not isinstance(text, str):
             raise ValueError(f"{path}, row {row.number}: {row.problem or 'no text in the column `completion`'}")
+        if row.is_text and isinstance(index, str) and index.isdecimal():
+            index = int(index)
         if index not in by_index:
             raise ValueError(f"{path}, row {row.number}: the data has no usable row with prompt_index {index!r}")
         pairs.append((by_index[index], text))

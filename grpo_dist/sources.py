@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, overload
 
 from .batch import Prompt
 from .config import Config, DataConfig
-from .data import AnswerCheck, check_columns, load_prompts, prompt_of_row
+from .data import AnswerCheck, check_columns, check_distinct, load_prompts, prompt_of_row
 from .rows import RowReader
 from .sampler import Curriculum, Mixture, Sampler
 
@@ -86,8 +86,7 @@ class StreamedPrompts(Sequence[Prompt]):
         if self._names:
             check_columns(path, self._names, config)
         self._prompt = functools.lru_cache(_KEPT_PROMPTS)(self._read)
-        for place in first:
-            self._prompt(place)
+        check_distinct(path, [self._prompt(place) for place in first], config)
         log.info("%s: %d rows, the first %d checked, the others when they are needed", path, len(self), len(first))
 
     def __len__(self) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,12 @@ from peft import PeftModel
 from . import checkpoint
 from .config import LoraConfig, ModelConfig
 from .distributed import DTYPES, resolve_dtype
+from .environment import started_in
 from .metrics import read_history
 from .models import base_identity, load_causal_lm, load_model_config, load_policy, load_tokenizer, trainable
+from .places import is_path
 from .policy import Policy
+from .toy import MODELS
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,15 @@ class Trained:
 
     @property
     def model(self) -> ModelConfig:
-        """The base model."""
+        """The base model, by an absolute path where the run found it by a relative one."""
+        model, start = self.given_model, started_in(self.run)
+        if start is not None and (is_path(model.name) or (start / model.name).is_dir()) and model.name not in MODELS:
+            return replace(model, name=str(start / Path(model.name).expanduser()))
+        return model
+
+    @property
+    def given_model(self) -> ModelConfig:
+        """The base model as the run's config names it."""
         return ModelConfig(**self.config["model"])
 
     @property
@@ -94,7 +105,7 @@ def at(trained: Trained, path: Path) -> ModelConfig:
 def _from_checkpoint(trained: Trained) -> Policy:
     tensors, meta = checkpoint.load(trained.path)
     model = trained.model
-    if base_identity(model, load_model_config(model)) != meta["identity"]["base"]:
+    if base_identity(trained.given_model, load_model_config(model)) != meta["identity"]["base"]:
         raise ValueError(f"{trained.path}: {model.name!r} is not the base model any more that this was trained on")
     dtype = DTYPES[meta["dtype"]] if "dtype" in meta else resolve_dtype(model.dtype)
     policy = load_policy(model, trained.lora, dtype, None, 1.0, 0, has_critic=meta["identity"]["critic"])

@@ -3,24 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
 from ..batch import Prompt
+from ..checkpoint import DamagedCheckpoint
 from ..config import Config, ModelConfig, RewardConfig
 from ..data import load_prompts
-from ..model_checks import require_whole_model
-from ..models import (
-    attention_for,
-    check_model_config,
-    load_model_config,
-    load_tokenizer,
-    model_path,
-    try_blank,
-)
+from ..models import check_model_config, load_model_config, load_tokenizer
 from ..plain_text import plain
+from ..resuming import resume_path, with_template_date
 from ..rewards.pool import ScorerPool
 from ..rewards.registry import BUILT_IN, answer_checks, declared_placement
 from ..score import to_items
@@ -47,19 +42,16 @@ def read_contents(config: Config, findings: Findings) -> Contents:
     """Read tokenizer, model config and data, and note everything that is wrong with them."""
     found = Contents()
     unreadable = f"model.name: {config.model.name!r} given, expected a hub id or a directory that can be read: "
-    with findings.attempt():
-        require_whole_model(config.model.name, model_path(config.model), config.model.revision)
-        with findings.attempt(unreadable):
-            found.tokenizer = load_tokenizer(config.model)
-        with findings.attempt(unreadable):
-            found.model_config = load_model_config(config.model)
+    with findings.attempt(unreadable):
+        found.tokenizer = load_tokenizer(config.model)
+    with findings.attempt(unreadable):
+        found.model_config = load_model_config(config.model)
     if found.tokenizer is not None and found.model_config is not None:
         with findings.attempt():
             longest = config.data.max_prompt_length + config.rollout.max_completion_length
             check_model_config(found.model_config, found.tokenizer, longest)
-            implementation, _ = attention_for(config.model, found.model_config, longest)
-            if left_out := try_blank(config.model, config.lora, found.model_config, implementation):
-                findings.remarks.append(f"adapters: none on {left_out}")
+        with suppress(ValueError, OSError, DamagedCheckpoint):  # `look_at_resuming` says so
+            config = with_template_date(config, found.tokenizer, resume_path(config))
     _read_data(config, found, findings)
     return found
 
@@ -71,7 +63,7 @@ def _read_data(config: Config, found: Contents, findings: Findings) -> None:
     tokenizer, data = found.tokenizer, config.data
     if tokenizer is None:  # rows, columns and answers can be looked at all the same
         tokenizer = load_tokenizer(ModelConfig("toy"))
-        tokenizer.chat_template = "{{ messages }}"
+        tokenizer.chat_template = "{% for message in messages %}{{ message.role }} {{ message.content }}\n{% endfor %}"
         data = replace(data, too_long="drop")
     files = [data.train_file] if isinstance(data.train_file, str) else list(data.train_file)
     before = len(findings.problems)
@@ -134,7 +126,7 @@ def _try(
         items = to_items(pairs, found.tokenizer)
         scores = pool.score(items[:1])  # first alone, so that a reward that hangs costs one time limit
         if not {failure.kind for failure in scores.failures} & {"timeout", "died"}:
-            scores = pool.score(items)
+            scores = pool.score(items, groups=[*range(len(prompts))] * 2)
     if scores.failures:
         first = scores.failures[0]
         findings.problems.append(

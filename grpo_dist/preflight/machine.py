@@ -12,7 +12,7 @@ from ..config import Config
 from ..distributed import resolve_dtype
 from ..guards import lock
 from ..planning.memory import ModelCounts
-from ..resuming import changes, identity, resume_path
+from ..resuming import changes, identity, resume_path, with_template_date
 from .contents import Contents
 from .findings import Findings
 from .sizes import gib
@@ -56,5 +56,6 @@ def look_at_resuming(config: Config, found: Contents, findings: Findings) -> Non
         if path is not None:
             told = [f"goes on from {path}"]
             if found.model_config is not None and found.prompts:
-                told += changes(path, config, identity(config, found.model_config, found.prompts))
+                dated = with_template_date(config, found.tokenizer, path)
+                told += changes(path, dated, identity(dated, found.model_config, found.prompts))
         findings.facts["resuming"] = told

@@ -14,6 +14,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 
+from grpo_dist.rewards.placement import runs_in
 from grpo_dist.rewards.text import completion_text
 
 _BOXED = re.compile(r"\\(?:boxed|fbox)\s*\{")
@@ -23,6 +24,7 @@ _DROPPED = re.compile(r"\\[!, ;:]|\\left(?![a-z])|\\right(?![a-z])|[\s$]")
 _WHOLE = re.compile(r"([+-]?[0-9]+)\.0+")
 
 
+@runs_in("worker", most_items=32)
 class ExtractedAnswer:
     """Reward a completion whose extracted answer equals the gold answer's."""
 

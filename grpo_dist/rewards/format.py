@@ -14,9 +14,11 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+from grpo_dist.rewards.placement import runs_in
 from grpo_dist.rewards.text import completion_text
 
 
+@runs_in("worker", most_items=32)
 class FormatReward:
     """Reward completions that match a pattern, or have all tags."""
 

@@ -1,8 +1,9 @@
 """A lane of the scoring pool: rewards that run in the same kind of place, their queue, and the threads that feed it.
 
-Each worker process has a thread that hands it one call at a time. A call that fails as a whole is made again completion
-by completion, so that only the guilty stay unscored; a worker that exceeds the time limit is killed with its children
-and replaced.
+Each worker process has a thread that hands it one call at a time. Where a call fails, each of its completions is called
+alone to find the guilty, and the others are then called again at once: values are only ever taken from a call that a
+reward could compare completions in. A call that fails without a guilty completion fails for all of them. A worker that
+exceeds the time limit is killed with its children and replaced.
 """
 
 from __future__ import annotations
@@ -30,6 +31,10 @@ logger = logging.getLogger(__name__)
 _MOST_CHUNK_ITEMS = 32
 _CHUNKS_PER_WORKER = 2  # so that a worker that is done early can take over some of the rest
 _CLOSE_SECONDS = 10.0
+_NOT_TRIED = {
+    "kind": "timeout", "traceback": "",
+    "message": "not tried: too many calls of this reward have hung or ended their worker in this batch",
+}  # fmt: skip
 
 Place = WorkerProcess | ThisProcess
 
@@ -41,6 +46,28 @@ class _Job:
     pending: Pending
     reward: int
     places: list[int]
+    search: _Search | None = None
+    """What this call of one completion is a part of: its values are not taken."""
+    is_repeated: bool = False
+    """Whether it repeats a call that failed, without the guilty."""
+
+
+class _Search:
+    """A call that failed, while its completions are called alone to find the guilty."""
+
+    def __init__(self, job: _Job, failure: dict[str, Any]) -> None:
+        self.job, self.failure = job, failure
+        self._untried = len(job.places)
+        self._sound: set[int] = set()
+        self._lock = threading.Lock()
+
+    def tried(self, place: int, is_sound: bool) -> list[int]:
+        """Take in a completion's own call; after the last, returns the completions that can be scored, in order."""
+        with self._lock:
+            self._untried -= 1
+            if is_sound:
+                self._sound.add(place)
+            return [] if self._untried else [place for place in self.job.places if place in self._sound]
 
 
 class Lane:
@@ -86,20 +113,20 @@ class Lane:
             """The keywords that each of this lane's rewards takes."""
 
     def submit(self, pending: Pending, begun: int) -> None:
-        """Make the calls that have become full since `begun` items were there, under all of this lane's rewards.
+        """Make the calls that a group, the items that have come since `begun`, makes possible under all rewards.
 
-        The last call takes what is left once every item has come. How items are divided into calls depends on the order
-        in which they come, and not on how many come at once.
+        In shared workers a call has one group. Rewards that declare `most_items`, and those with a process of their
+        own, get as many as fit; a group is divided only where it alone has more than `most_items`.
         """
-        size = count = len(pending.items)
-        if self._placement == "worker":
-            size = min(math.ceil(count / (_CHUNKS_PER_WORKER * len(self._threads))), _MOST_CHUNK_ITEMS)
-        there = len(pending.arrived)
+        group, count = pending.arrived[begun:], len(pending.items)
+        share = min(math.ceil(count / (_CHUNKS_PER_WORKER * len(self._threads))), _MOST_CHUNK_ITEMS)
         for reward, parameters in self.parameters.items():
-            step = max(1, size if parameters.most_items is None else min(size, parameters.most_items))
-            end = count if there == count else there - there % step
-            starts = range(begun - begun % step, end, step)
-            self._enqueue(_Job(pending, reward, pending.arrived[start : min(start + step, count)]) for start in starts)
+            if self._placement == "worker" and parameters.most_items is None:
+                calls = [group]
+            else:
+                most = share if self._placement == "worker" else count
+                calls = pending.fill(reward, group, max(1, min(most, parameters.most_items or most)))
+            self._enqueue(_Job(pending, reward, call) for call in calls)
 
     def close(self) -> None:
         """Kill the workers; whoever waits for scores gets a RuntimeError. Closing twice is harmless."""
@@ -154,24 +181,52 @@ class Lane:
 
     def _run(self, slot: int, worker: Place, job: _Job) -> None:
         """Make one call, and take in its values or its failure."""
-        pending, reward, places = job.pending, job.reward, job.places
+        pending, reward = job.pending, job.reward
         if self._closed:
             raise RuntimeError("the scoring pool is closed")
         if pending.is_given_up(reward):
-            self._give_up(job)
+            self._fail(job, _NOT_TRIED)
             return
         begun = time.monotonic()
         answer = self._call(slot, worker, job)
         pending.spent(reward, time.monotonic() - begun)
+        resident_bytes = answer.pop("resident_bytes", 0)
         if self._closed and "values" not in answer:  # it is `close` that has killed the worker, not the reward
             raise RuntimeError("the scoring pool is closed")
-        if "values" in answer:
-            pending.scored(reward, places, answer)
-        elif len(places) == 1:
-            pending.failed(reward, places[0], answer["kind"], answer["message"], answer["traceback"])
+        if "values" not in answer:
+            self._fail(job, answer)
+        elif job.search is not None:
+            self._repeat(job.search, job.search.tried(job.places[0], is_sound=True))
         else:
-            self._enqueue(_Job(pending, reward, [place]) for place in places)
-        self._recycle(slot, answer.get("resident_bytes", 0))
+            pending.scored(reward, job.places, answer)
+            if job.is_repeated:
+                pending.repeated(reward)
+        self._recycle(slot, resident_bytes)
+
+    def _fail(self, job: _Job, failure: dict[str, Any]) -> None:
+        """Search a failed call for the guilty; a call that cannot be searched, or was before, fails for all it has."""
+        if len(job.places) > 1 and not job.is_repeated and failure is not _NOT_TRIED:
+            search = _Search(job, failure)
+            self._enqueue(_Job(job.pending, job.reward, [place], search) for place in job.places)
+            return
+        for place in job.places:
+            job.pending.failed(job.reward, place, **failure)
+        if job.search is not None:
+            self._repeat(job.search, job.search.tried(job.places[0], is_sound=False))
+
+    def _repeat(self, search: _Search, sound: list[int]) -> None:
+        """Call again what a search has left; nothing where it goes on, or has left nothing."""
+        if not sound:
+            return
+        job, failure = search.job, search.failure
+        if job.pending.first_repeat(job.reward):
+            logger.warning(
+                "reward %s failed when it was called with %d completions (%s: %s), %d of which it cannot score alone; "
+                "the others are called again at once. Further such calls of this batch are only counted",
+                self._names[job.reward], len(job.places), failure["kind"], failure["message"],
+                len(job.places) - len(sound),
+            )  # fmt: skip
+        self._enqueue([_Job(job.pending, job.reward, sound, is_repeated=True)])
 
     def _recycle(self, slot: int, resident_bytes: int) -> None:
         """End a worker that has grown too large; the next call starts a fresh one."""
@@ -202,7 +257,8 @@ class Lane:
         except TimeoutError:
             self._stop(slot)
             key = "scoring.timeout_seconds" if own is None else "rewards.timeout_seconds"
-            kind, message = "timeout", f"took longer than {key} = {limit:g}"
+            several = f" with {len(job.places)} completions" if len(job.places) > 1 else ""
+            kind, message = "timeout", f"took longer than {key} = {limit:g}{several}"
         except (OSError, EOFError, ValueError):
             kind, message = "died", f"ended its worker process (exit code {self._stop(slot)})"
         job.pending.lost_call(job.reward)
@@ -210,11 +266,6 @@ class Lane:
             name, count = self._names[job.reward], len(job.places)
             logger.warning("reward %s, called with %d completions, %s; its worker is replaced", name, count, message)
         return {"kind": kind, "message": message, "traceback": ""}
-
-    def _give_up(self, job: _Job) -> None:
-        message = "not tried: too many calls of this reward have hung or ended their worker in this batch"
-        for place in job.places:
-            job.pending.failed(job.reward, place, "timeout", message)
 
 
 def _keywords(job: _Job, parameters: Parameters) -> dict[str, Any]:

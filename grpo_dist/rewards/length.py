@@ -9,7 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from grpo_dist.rewards.placement import runs_in
 
+
+@runs_in("worker", most_items=32)
 class LengthReward:
     """Reward completions near a target length."""
 
@@ -24,6 +27,7 @@ class LengthReward:
         return [max(0.0, 1 - abs(len(ids) - self.target) / self.tolerance) for ids in completion_ids]
 
 
+@runs_in("worker", most_items=32)
 class OverlongReward:
     """Punish completions that come near the longest length, before the limit cuts them."""
 

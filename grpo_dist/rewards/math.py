@@ -17,6 +17,8 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from grpo_dist.rewards.placement import runs_in
+
 # Digits with separators between them. It ends in a digit, so a sentence's full stop stays outside; one greedy class
 # keeps the scan linear in the length of the text, whatever a model writes.
 _RUN = re.compile(r"[0-9](?:[0-9.,]*[0-9])?")
@@ -27,6 +29,7 @@ _MINUS = "-\u2212"
 _SHOWN_CHARACTERS = 80
 
 
+@runs_in("worker", most_items=32)
 class MathRewardModel:
     """Reward a completion whose last integer equals the integer of the gold answer.
 

@@ -34,6 +34,9 @@ class Pending:
         self._failures: dict[tuple[int, int], Failure] = {}
         self._seconds = np.zeros(len(names))
         self._lost_calls = [0] * len(names)
+        self._repeated_calls = [0] * len(names)
+        self._warned_of: set[int] = set()
+        self._waiting: dict[int, list[int]] = {}
         self._per_token: dict[tuple[int, int], list[float]] = {}
         self._metrics: dict[str, tuple[float, int]] = {}
         self._extras: dict[str, list[Any]] = {}
@@ -59,7 +62,10 @@ class Pending:
             failed[cell] = True
         failures = [self._failures[cell] for cell in sorted(self._failures)]
         metrics, extras = dict(sorted(self._metrics.items())), dict(sorted(self._extras.items()))
-        return Scores(self._values, failed, failures, self._names, self._seconds, self._per_token, metrics, extras)
+        return Scores(
+            self._values, failed, failures, self._names, self._seconds, list(self._repeated_calls), self._per_token,
+            metrics, extras,
+        )  # fmt: skip
 
     def item(self, place: int) -> Item:
         """An item that has come."""
@@ -72,6 +78,21 @@ class Pending:
         for place, item in items.items():
             self.items[place] = item
         self.arrived += items
+
+    def fill(self, reward: int, group: Sequence[int], most: int) -> list[list[int]]:
+        """Take in a group for a reward whose calls have at most `most` items, and return the calls that are full.
+
+        A group is divided where it alone has more; after the last item nothing is left waiting.
+        """
+        calls, waiting = [], self._waiting.pop(reward, [])
+        if waiting and len(waiting) + len(group) > most:
+            calls, waiting = [waiting], []
+        waiting = [*waiting, *group]
+        while len(waiting) >= most or (waiting and len(self.arrived) == len(self.items)):
+            calls.append(waiting[:most])
+            waiting = waiting[most:]
+        self._waiting[reward] = waiting
+        return calls
 
     def scored(self, reward: int, places: Sequence[int], answer: dict[str, Any]) -> None:
         """Take in the values of one call."""
@@ -117,6 +138,18 @@ class Pending:
         """Take in that a call has cost its worker."""
         with self._lock:
             self._lost_calls[reward] += 1
+
+    def repeated(self, reward: int) -> None:
+        """Take in that a failed call succeeded when it was made again without the guilty."""
+        with self._lock:
+            self._repeated_calls[reward] += 1
+
+    def first_repeat(self, reward: int) -> bool:
+        """Whether no call of a reward has been made again before; true once."""
+        with self._lock:
+            is_first = reward not in self._warned_of
+            self._warned_of.add(reward)
+        return is_first
 
     def is_given_up(self, reward: int) -> bool:
         """Whether so many calls of a reward have cost their worker that trying on would only waste time."""

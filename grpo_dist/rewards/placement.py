@@ -3,9 +3,10 @@
     @runs_in("gpu")
     class MyModelReward: ...
 
-- `worker`: in the pool's shared worker processes; what is not declared runs there.
-- `single`: in one worker process of its own on each rank, which gets all of a rank's completions, in one call unless
-  `most_items` says otherwise: for clients that limit their concurrency.
+- `worker`: in the pool's shared worker processes, which get all completions of one prompt in a call; what is not
+  declared runs there.
+- `single`: in one worker process of its own on each rank, which gets all completions of the prompts that the rank
+  scores, in one call unless `most_items` says otherwise: for clients that limit their concurrency.
 - `gpu`: the same, and the process sees the rank's GPU and may use several threads.
 - `main`: in a thread of the training process, for what cannot leave it. It cannot be killed there, so no time limit
   holds, and a crash is a crash of the run.
@@ -23,7 +24,8 @@ _ATTRIBUTE, _MOST_ITEMS = "reward_placement", "reward_most_items"
 def runs_in(placement: Placement, most_items: int | None = None) -> Any:
     """Decorate a reward function or class with the place it has to run in. Raises ValueError for an unknown one.
 
-    `most_items` bounds the completions of one call, and so what the time limit of a call is for.
+    `most_items` bounds the completions of one call, and so what the time limit of a call is for. Calls then have as
+    many groups as fit, and a larger group is divided: it is for rewards that look at each completion by itself.
     """
     _check(placement)
 

@@ -1,8 +1,8 @@
 """The scoring pool: reward functions in worker processes, with a hard time limit and nothing defaulted.
 
-Rewards run where they declare to run (`placement`); one that is given secrets runs apart from the others. Completions
-are scored in chunks. The pool knows nothing of ranks and stops nothing: it says what failed, and the loop decides
-together with the other ranks.
+Rewards run where they declare to run (`placement`); one that is given secrets runs apart from the others. A call has
+all completions of a prompt, so that a reward can compare them, unless it declares otherwise. The pool knows nothing of
+ranks and stops nothing: it says what failed, and the loop decides together with the other ranks.
 
     with ScorerPool(config.rewards, config.scoring) as pool:     # a mistake in a reward is raised here
         pending = pool.submit(items)                             # returns at once
@@ -68,7 +68,10 @@ class ScorerPool:
         return Pending(num_items, columns, self.names, most_lost_calls, state or TrainerState())
 
     def add(self, pending: Pending, items: Mapping[int, Item]) -> None:
-        """Hand over items by their places, and return at once; a call is made as soon as there are enough for it."""
+        """Hand over a group, items by their places, and return at once; a call is made where there are enough for it.
+
+        A group is what a reward may compare: it is called with all of it at once, whatever else there is to score.
+        """
         if not items:
             return
         begun = len(pending.arrived)
@@ -76,16 +79,27 @@ class ScorerPool:
         for lane in self._lanes:
             lane.submit(pending, begun)
 
-    def submit(self, items: Sequence[Item], state: TrainerState | None = None) -> Pending:
-        """Begin to score completions and return at once; columns that only some items have are None for the others."""
+    def submit(
+        self, items: Sequence[Item], state: TrainerState | None = None, groups: Sequence[int] | None = None
+    ) -> Pending:
+        """Begin to score completions and return at once; columns that only some items have are None for the others.
+
+        `groups` has a number for each item, the same for those of a group; without it all items are one group.
+        """
         columns = list(dict.fromkeys(name for item in items for name in item.columns))
         pending = self.open(len(items), columns, state)
-        self.add(pending, dict(enumerate(items)))
+        by_group: dict[int, dict[int, Item]] = {}
+        for place, (item, group) in enumerate(zip(items, groups or [0] * len(items), strict=True)):
+            by_group.setdefault(group, {})[place] = item
+        for members in by_group.values():
+            self.add(pending, members)
         return pending
 
-    def score(self, items: Sequence[Item], state: TrainerState | None = None) -> Scores:
-        """Score completions and wait for it."""
-        return self.submit(items, state).result()
+    def score(
+        self, items: Sequence[Item], state: TrainerState | None = None, groups: Sequence[int] | None = None
+    ) -> Scores:
+        """Score completions and wait for it; see `submit`."""
+        return self.submit(items, state, groups).result()
 
     def close(self) -> None:
         """Kill the workers; whoever waits for scores gets a RuntimeError. Closing twice is harmless."""

@@ -10,9 +10,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
+from grpo_dist.rewards.placement import runs_in
 from grpo_dist.rewards.text import completion_text
 
 
+@runs_in("worker", most_items=32)
 class RepetitionReward:
     """Punish repeated n-grams."""
 

@@ -11,8 +11,10 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
+from grpo_dist.places import model_place
 from grpo_dist.rewards.placement import runs_in
 from grpo_dist.rewards.text import completion_text
+from grpo_dist.templates import render_messages
 
 
 @runs_in("gpu", most_items=256)
@@ -38,6 +40,7 @@ class RewardModelReward:
         import torch
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+        model = model_place(model, "model")
         given = {"revision": revision, "trust_remote_code": trust_remote_code}
         self.tokenizer: Any = AutoTokenizer.from_pretrained(model, **given)
         self.model, told = AutoModelForSequenceClassification.from_pretrained(
@@ -83,7 +86,7 @@ class RewardModelReward:
             return self.tokenizer(prompt + completion_text(completion))["input_ids"]
         if not self.tokenizer.chat_template:
             raise ValueError(f"{self.tokenizer.name_or_path} has no chat template, which conversations need")
-        text = self.tokenizer.apply_chat_template([*prompt, *completion], tokenize=False)
+        text = render_messages([*prompt, *completion], self.tokenizer, answered=True)
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def _scores(self, rows: list[list[int]]) -> list[float]:

@@ -60,6 +60,8 @@ class Scores:
     """(R); the rewards' labels."""
     seconds: NDArray[np.float64]
     """(R,); time spent in each reward's calls, summed over the workers."""
+    repeated_calls: list[int]
+    """(R,); calls that failed and succeeded when they were made again without the completions that made them fail."""
     per_token: dict[tuple[int, int], list[float]] = field(default_factory=dict)
     """By (completion, reward), where a reward gave one number per completion token: these numbers, NaN for None. Their
     sum stands in `values`."""

@@ -9,7 +9,8 @@ from launching import adapters, completions, merged_equals_adapter, metrics, rel
 from safetensors.torch import load_file
 
 VARIANTS = [("cpu", 1), ("ddp", 2), ("zero1", 2), ("zero2", 2), ("zero3", 2), ("zero3", 3), ("zero3_offload", 2)]
-KL = ("--loss.kl_coeff", "0.04")
+COMPARING = '[{name: math}, {name: "tests.distributed.comparing:shortest", weight: 0.5}]'
+KL = ("--loss.kl_coeff", "0.04", "--rewards", COMPARING)
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +29,8 @@ def test_same_tokens_and_weights(strategy: str, num_processes: int, one_process:
     other = train(strategy, num_processes, tmp_path / "run", *KL)
     expected, got = completions(one_process), completions(other)
     assert [row["completion"] for row in got] == [row["completion"] for row in expected]
-    assert [row["advantage"] for row in got] == [row["advantage"] for row in expected]
+    for name in ("advantage", "reward/math", "reward/shortest"):
+        assert [row[name] for row in got] == [row[name] for row in expected], name
     assert all(norm > 0 for norm in learned(one_process).values())
     only_learned = [{n: t for n, t in adapters(d).items() if "lora_B" in n} for d in (one_process, other)]
     assert relative_difference(*only_learned) <= 1e-4

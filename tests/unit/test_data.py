@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerFast
 from grpo_dist.config import DataConfig, RewardConfig
 from grpo_dist.data import load_prompts, load_rows, render
 from grpo_dist.rewards.registry import answer_checks
+from grpo_dist.rows import RowReader
 from grpo_dist.sampler import Sampler, permutation
 
 TEMPLATE = (
@@ -174,6 +175,97 @@ def test_other_formats_and_directories(
     write(tmp_path, "{broken", name="broken.json")
     with pytest.raises(ValueError, match=r"broken\.json.* cannot be loaded: .*JSON"):
         load_rows(str(tmp_path / "broken.json"), "train")
+
+
+def test_values_are_what_a_file_says(tmp_path: Path) -> None:
+    texts = [
+        "00",
+        "1e5",
+        "NA",
+        "null",
+        "nan",
+        "2024-01-01",
+        "2024-01-02 10:00",
+        "12345678901234567890123",
+        "True",
+        "1,2",
+    ]
+    write(tmp_path, "prompt,answer", *(f'What?,"{text}"' for text in texts), name="train.csv")
+    write(tmp_path, "\ufeffprompt\tanswer", *(f"What?\t{text}" for text in texts), name="train.tsv")
+    write(tmp_path, json.dumps([{"prompt": "What?", "answer": text} for text in texts]), name="train.json")
+    write(tmp_path, *({"prompt": "What?", "answer": text} for text in texts), name="lines.json")
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "train.csv").write_text((tmp_path / "train.csv").read_text())
+    for name in ("train.csv", "train.tsv", "train.json", "lines.json", "set"):
+        for rows in (load_rows(str(tmp_path / name), "train"), RowReader(str(tmp_path / name), "train")):
+            assert [rows[n].columns["answer"] for n in range(len(rows))] == texts, name
+    numbers = [1, -2.5, True, None, 10**30, ["a", 1]]
+    write(tmp_path, json.dumps([{"answer": number} for number in numbers]), name="numbers.json")
+    assert [row.columns["answer"] for row in load_rows(str(tmp_path / "numbers.json"), "train")] == numbers
+
+
+def test_cells_of_a_csv_file(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    path = write(tmp_path, "prompt,answer,level", '"two\nlines, ""so""",01,4', "What?,,5", "", "What, then?,2,3",
+                 "Short,7", name="train.csv")  # fmt: skip
+    rows = load_rows(path, "train")
+    assert rows[0].columns == {"prompt": 'two\nlines, "so"', "answer": "01", "level": "4"}
+    assert rows[1].columns["answer"] is None and rows[3].columns["level"] is None
+    assert "4 cells, expected 3: a cell with a separator" in rows[2].problem
+    with pytest.raises(ValueError, match=r"row 2: no 'answer'; row 3: 4 cells, expected 3"):
+        load_prompts(path, "train", DataConfig(), tokenizer)
+    dropped = DataConfig(bad_rows="drop", keep={"level": [4, 5]})
+    prompts, _ = load_prompts(path, "train", dropped, tokenizer)
+    assert [prompt.columns["answer"] for prompt in prompts] == ["01"], "numbers are wanted, and texts compared as such"
+    kept = DataConfig(bad_rows="drop", keep={"level": {"min": 4}, "answer": "01"})
+    assert len(load_prompts(path, "train", kept, tokenizer)[0]) == 1
+    with pytest.raises(ValueError, match=r"the column\(s\) 'a' occur more than once"):
+        load_rows(write(tmp_path, "a,b,a", "1,2,3", name="twice.csv"), "train")
+    (tmp_path / "latin.csv").write_bytes("prompt,answer\né,1\n".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"latin\.csv.*can't decode byte 0xe9.*; save the file as UTF-8"):
+        load_rows(str(tmp_path / "latin.csv"), "train")
+
+
+@pytest.mark.parametrize("name", ["train.csv", "train.jsonl"])
+@pytest.mark.parametrize("text", ['[{"role": "user", "content": "Hi"}]', " [{'content': 'Hi', 'role': 'user'}]"])
+def test_messages_as_text_are_no_prompt(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, name: str, text: str
+) -> None:
+    cell = '"' + text.replace('"', '""') + '",1'
+    lines = ["prompt,answer", cell] if name == "train.csv" else [{"prompt": text, "answer": "1"}]
+    with pytest.raises(ValueError, match=r"the prompt is a text that holds a list of messages .* write the data as"):
+        load_prompts(write(tmp_path, *lines, name=name), "train", DataConfig(), tokenizer)
+
+
+def test_data_sets_saved_to_disk(tmp_path: Path) -> None:
+    import datasets
+
+    one = datasets.Dataset.from_list([{"prompt": "What?", "answer": "007"}])
+    one.save_to_disk(tmp_path / "one")
+    datasets.DatasetDict({"train": one, "dev": datasets.concatenate_datasets([one, one])}).save_to_disk(
+        tmp_path / "two"
+    )
+    for place, split, count in (("one", "train", 1), ("one", "test", 1), ("two", "dev", 2), ("two/train", "test", 1)):
+        rows = load_rows(str(tmp_path / place), split)
+        assert [row.columns for row in rows] == [{"prompt": "What?", "answer": "007"}] * count
+        assert len(RowReader(str(tmp_path / place), split)) == count
+    with pytest.raises(ValueError, match=r"no split 'test', expected one of 'train', 'dev': set data\.train_split or"):
+        load_rows(str(tmp_path / "two"), "test")
+    with pytest.raises(ValueError, match=r"saved to disk has no subsets: set data\.subset to null"):
+        load_rows(str(tmp_path / "one"), "train", "main")
+
+
+def test_advice_of_datasets_names_the_option(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.csv").write_text("prompt\nHi\n")
+    (tmp_path / "README.md").write_text(
+        "---\nconfigs:\n- config_name: first\n  data_files: a.csv\n- config_name: second\n  data_files: b.csv\n---\n"
+    )
+    with pytest.raises(ValueError, match=r"\['first', 'second'\].*; set data\.subset to one of them") as refused:
+        load_rows(str(tmp_path), "train")
+    assert "load_dataset" not in str(refused.value)
+    assert load_rows(str(tmp_path), "train", "second")[0].columns == {"prompt": "Hi"}
+    with pytest.raises(ValueError, match=r"Should be one of \['train'\]\. Set data\.train_split or data\.eval_split"):
+        load_rows(str(tmp_path), "test", "first")
 
 
 def test_templates(tokenizer: PreTrainedTokenizerFast) -> None:

@@ -96,6 +96,7 @@ def scores_of(share: range, by_token: bool = True, failing: tuple[int, ...] = ()
     failed = np.array([[n in failing, False] for n in share])
     return Scores(
         values.reshape(-1, 2), failed.reshape(-1, 2), names=NAMES, seconds=np.array([len(share), 0.5]),
+        repeated_calls=[1, 0],
         failures=[Failure(i, "right", "raised", f"no {n}", "Trace") for i, n in enumerate(share) if n in failing],
         per_token=per_token, metrics={"right/size": (float(sum(share)), len(share))} if len(share) else {},
         extras={"steps/note": [n for n in share], "right/text": [f"{n}" if n == 3 else n for n in share]}
@@ -113,7 +114,8 @@ def gathered(shares: list[range], error_budget: float = 0.0, **options: Any) -> 
         assert batch.rewards.isnan().all() and batch.reward.isnan().all() and len(batch.reward) == len(COMPLETIONS)
         assert batch.reward.dtype == batch.rewards.dtype == torch.float64
         scores = scores_of(shares[rank], **options)
-        return gather_scores(ranks, batch, mine, scores, WEIGHTS, error_budget)  # type: ignore[arg-type]
+        rows = slice(shares[rank].start, shares[rank].stop)
+        return gather_scores(ranks, batch, rows, scores, WEIGHTS, error_budget)  # type: ignore[arg-type]
 
     return ranks.run(work)
 
@@ -148,7 +150,8 @@ def test_the_batch_equals_the_loop(shares: list[range]) -> None:
         assert batch.token_rewards.dtype == torch.float64
         equal(batch.token_rewards, table)
         assert batch.scoring == {
-            "reward/right/seconds": 12.0, "reward/steps/seconds": 0.5 * len(shares), "reward/right/size": 66 / 12,
+            "reward/right/seconds": 12.0, "reward/steps/seconds": 0.5 * len(shares),
+            "reward/right/repeated_calls": len(shares), "reward/steps/repeated_calls": 0, "reward/right/size": 66 / 12,
             "reward/right/failed": 0.0, "reward/steps/failed": 0.0,
         }  # fmt: skip
         with_note = next(share for share in shares if 3 in share)

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
-from torch import nn
+from torch import Tensor, nn
 
 from grpo_dist.batch import Completion, Prompt
 from grpo_dist.config import RewardConfig, ScoringConfig
-from grpo_dist.generation import generate_and_score, requests_of
+from grpo_dist.gathering import gather_completions
+from grpo_dist.generation import Scoring, generate_and_score, requests_of
 from grpo_dist.rewards.pool import ScorerPool
 from grpo_dist.rollout import Request, Sampling
 
@@ -28,11 +28,16 @@ def note(completion_ids, group, path, **_):
 GROUPS, SIZE = 6, 4
 
 
-class Letters:
-    """A tokenizer of one letter a token."""
+def letters(rows: Sequence[Sequence[int]]) -> list[str]:
+    """Texts of one letter a token."""
+    return ["".join(map(chr, row)) for row in rows]
 
-    def batch_decode(self, rows: list[list[int]], **_: Any) -> list[str]:
-        return ["".join(map(chr, row)) for row in rows]
+
+class OneRank:
+    """What `gather_completions` asks of ranks, where all completions are here."""
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        return tensor
 
 
 class Engine:
@@ -66,30 +71,38 @@ def pool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ScorerPool
 def test_groups_are_scored_while_others_are_generated(pool: ScorerPool, tmp_path: Path) -> None:
     calls = tmp_path / "calls"
     prompts = [Prompt(n, [1], "?", columns={"group": n, "path": str(calls)}) for n in range(GROUPS)]
-    requests = requests_of(prompts, SIZE, lambda n: slice(0, n), 0, "test")
+    everything = slice(0, GROUPS * SIZE)
+    requests = requests_of(prompts, SIZE, everything, 0, "test")
     engine = Engine(calls.exists)
-    completions, pending = generate_and_score(engine, nn.Identity(), requests, prompts, Sampling(), pool, Letters())
-    scores = pending.result()
+    scoring = Scoring(pool, prompts, SIZE, everything, letters)
+    completions = generate_and_score(engine, nn.Identity(), requests, Sampling(), scoring)
+    scores = scoring.result()
     assert [(c.slot, c.sample) for c in completions] == [(r.slot, r.sample) for r in requests]
     assert scores.values[:, 0].tolist() == [float(c.ids[0]) for c in completions]
     assert engine.was_called_early, "the first groups' scores are asked for before the last have ended"
     groups = [list(map(int, line.split())) for line in calls.read_text().splitlines()]
-    assert sorted(g for call in groups for g in call) == sorted(list(range(GROUPS)) * SIZE)
-    # a worker is handed half of all items at a time, in whole groups as they end: 4 and 5, 2 and 3, 0 and 1
-    assert groups == [[4] * 4 + [5] * 4 + [2] * 4, [3] * 4 + [0] * 4 + [1] * 4]
+    assert groups == [[g] * SIZE for g in (4, 5, 2, 3, 0, 1)], "a call has one group, as they end"
 
 
-def test_a_share_that_cuts_groups(pool: ScorerPool, tmp_path: Path) -> None:
-    prompts = [Prompt(n, [1], "?", columns={"group": n, "path": str(tmp_path / "calls")}) for n in range(GROUPS)]
-    requests = requests_of(prompts, SIZE, lambda n: slice(2, n - 3), 0, "test")
-    assert len(requests) == GROUPS * SIZE - 5
-    whole = requests_of(prompts, SIZE, lambda n: slice(0, n), 0, "test")
-    assert requests == whole[2:-3], "a request's noise does not depend on the share it is in"
-    engine = Engine(lambda: False)
-    completions, pending = generate_and_score(engine, nn.Identity(), requests, prompts, Sampling(), pool, Letters())
-    assert pending.result().values[:, 0].tolist() == [float(c.ids[0]) for c in completions]
-
-
-def test_no_requests(pool: ScorerPool) -> None:
-    completions, pending = generate_and_score(Engine(lambda: False), nn.Identity(), [], [], Sampling(), pool, Letters())
-    assert completions == [] and pending.result().values.shape == (0, 1)
+@pytest.mark.parametrize("num_ranks", [1, 2, 3, 5, 7, 30])
+def test_a_group_is_scored_at_once_whatever_the_ranks(pool: ScorerPool, tmp_path: Path, num_ranks: int) -> None:
+    calls = tmp_path / "calls"
+    prompts = [Prompt(n, [1], "?", columns={"group": n, "path": str(calls)}) for n in range(GROUPS)]
+    count = GROUPS * SIZE
+    shares = [slice(count * rank // num_ranks, count * (rank + 1) // num_ranks) for rank in range(num_ranks)]
+    all_requests = requests_of(prompts, SIZE, slice(0, count), 0, "test")
+    drawn, scorings = [], []
+    for share in shares:
+        requests = requests_of(prompts, SIZE, share, 0, "test")
+        assert requests == all_requests[share], "a request's noise does not depend on the share it is in"
+        scorings.append(Scoring(pool, prompts, SIZE, share, letters))
+        drawn += [Completion(r.slot, r.sample, [65 + 10 * r.slot + r.sample], [-1.0], True) for r in requests]
+        scorings[-1].on_finish(drawn[share])
+    batch = gather_completions(OneRank(), prompts, drawn)  # type: ignore[arg-type]
+    for scoring in scorings:
+        scoring.complete(batch)
+    values = [value for scoring in scorings for value in scoring.result().values[:, 0].tolist()]
+    assert values == [float(completion.ids[0]) for completion in drawn], "in the order of the global batch"
+    assert [n for scoring in scorings for n in range(count)[scoring.rows]] == list(range(count))
+    groups = [list(map(int, line.split())) for line in calls.read_text().splitlines()]
+    assert sorted(groups) == [[g] * SIZE for g in range(GROUPS)]

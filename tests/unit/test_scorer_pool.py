@@ -116,6 +116,53 @@ def logs_badly(completions, log_extra):
     return [1.0] * len(completions)
 
 
+CALLS = []
+
+
+def compares(completions, log_metric):
+    """Whether each is the shortest of its call; raises for a bad one, hangs for another."""
+    CALLS.append(len(completions))
+    log_metric("calls", len(CALLS))
+    [one(text) for text in completions if text in ("raise", "hang")]
+    return [float(len(text) == min(map(len, completions))) for text in completions]
+
+
+def one_value(completions):
+    return [1.0]
+
+
+def scalar_for_several(completions):
+    return [1.0] if len(completions) == 1 else 1.0
+
+
+def dict_for_several(completions):
+    return [1.0] if len(completions) == 1 else {text: 1.0 for text in completions}
+
+
+def without_duplicates(completions):
+    return [1.0 for _ in set(completions)]
+
+
+def for_one_alone(completions):
+    (text,) = completions
+    return [1.0]
+
+
+FLAKY = []
+
+
+def flaky(completions):
+    FLAKY.append(1)
+    if len(FLAKY) == 1:
+        raise ConnectionError("busy")
+    return [float(len(text) == min(map(len, completions))) for text in completions]
+
+
+@runs_in("worker", most_items=3)
+def in_threes(completions):
+    return [float(len(completions))] * len(completions)
+
+
 def some_fail(completions):
     return [RuntimeError("no answer") if text == "bad" else 1.0 for text in completions]
 
@@ -260,6 +307,7 @@ def test_only_the_guilty_stay_unscored(pools: Callable[[str], ScorerPool]) -> No
     assert "in one\n" in scores.failures[0].traceback
     assert messages[12] == "ended its worker process (exit code 7)"
     assert messages[15] == f"ended its worker process (exit code -{signal.SIGSEGV:d})"
+    assert scores.repeated_calls == [1]
     assert messages[20] == "took longer than scoring.timeout_seconds = 0.5"
     assert pools("act").score(items("5")).values.tolist() == [[5.0]]
 
@@ -472,9 +520,64 @@ def test_what_rewards_log_reaches_metrics_and_table(directory: Path) -> None:
     assert scores.extras == {"logs/first": ["a", "b", "c", "d", "e"]}
 
 
+@pytest.mark.parametrize("guilty", ["raise", "hang"])
+def test_a_call_made_again_still_compares(directory: Path, guilty: str, caplog: pytest.LogCaptureFixture) -> None:
+    quick = ScoringConfig(num_workers=2, timeout_seconds=TIMEOUT_SECONDS)
+    with ScorerPool([RewardConfig("user_rewards:compares")], quick) as pool:
+        scores = pool.score(items("aaa", guilty, "a", "aa"), groups=[0] * 4)
+    assert [failure.item for failure in scores.failures] == [1]
+    assert scores.values[[0, 2, 3], 0].tolist() == [0.0, 1.0, 0.0], "among those that can be scored, not each alone"
+    assert scores.repeated_calls == [1] and scores.metrics["compares/calls"][1] == 3
+    assert "compares failed when it was called with 4 completions" in caplog.text
+    assert "1 of which it cannot score alone" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "message"),
+    [
+        ("one_value", "bad_value", "returned 1 values for 4 completions: [1.0] (list)"),
+        ("scalar_for_several", "bad_value", "returned 1.0 (float), expected a list of 4 floats or Nones"),
+        ("dict_for_several", "bad_value", "(dict), expected a list of 4 floats or Nones"),
+        ("without_duplicates", "bad_value", "returned 3 values for 4 completions: [1.0, 1.0, 1.0] (list)"),
+        ("for_one_alone", "raised", "ValueError: too many values to unpack"),
+    ],
+)
+def test_what_is_right_for_one_completion_alone_is_no_success(
+    directory: Path, name: str, kind: str, message: str
+) -> None:
+    with ScorerPool([RewardConfig(f"user_rewards:{name}")], ScoringConfig(num_workers=2)) as pool:
+        scores = pool.score(items("aaa", "a", "a", "bbbb"))
+    assert kinds(scores) == [(place, kind) for place in range(4)]
+    assert all(message in failure.message for failure in scores.failures), scores.failures[0].message
+    assert scores.repeated_calls == [0]
+
+
+def test_a_passing_failure_is_counted(directory: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with ScorerPool([RewardConfig("user_rewards:flaky")], ScoringConfig(num_workers=1)) as pool:
+        scores = pool.score(items("aaa", "a", "aa"))
+    assert scores.values[:, 0].tolist() == [0.0, 1.0, 0.0] and scores.repeated_calls == [1]
+    assert "ConnectionError: busy), 0 of which it cannot score alone" in caplog.text
+
+
+@pytest.mark.parametrize("num_workers", [1, 3])
+def test_how_completions_are_divided_into_calls(directory: Path, num_workers: int) -> None:
+    names = ("alone", "in_threes", "compares")
+    rewards = [RewardConfig(f"user_rewards:{name}") for name in names]
+    texts = ["aa", "a", "b", "cc", "ccc", "dddd", "ddd", "dd", "d"]
+    with ScorerPool(rewards, ScoringConfig(num_workers=num_workers)) as pool:
+        scores = pool.score(items(*texts), groups=[0, 0, 1, 2, 2, 3, 3, 3, 3])
+    assert scores.failures == []
+    assert scores.metrics["alone/count"] == (81.0, 9), "one call with every group of the rank"
+    assert scores.values[:, 2].tolist() == [0, 1, 1, 1, 0, 0, 0, 0, 1], "one group a call, whatever the workers"
+    if num_workers == 1:
+        sizes = scores.values[:, 1].tolist()
+        assert sizes == [3, 3, 3, 2, 2, 3, 3, 3, 1], "groups are kept where they fit and divided where they do not"
+
+
 def test_bad_logs_and_single_failures(pools: Callable[[str], ScorerPool]) -> None:
     scores = pools("logs_badly").score(items("a", "b"))
-    assert scores.failures == [] and scores.extras == {"logs_badly/first": [1, 1]}, "right for one completion each"
+    assert [failure.message for failure in scores.failures] == ["logged 1 values as 'first' for 2 completions"] * 2
+    assert scores.extras == {} and scores.repeated_calls == [0]
     scores = pools("some_fail").score(items("a", "bad", "c"))
     assert kinds(scores) == [(1, "raised")] and scores.failures[0].message == "RuntimeError: no answer"
     assert scores.values[[0, 2], 0].tolist() == [1.0, 1.0]

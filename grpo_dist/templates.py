@@ -1,0 +1,204 @@
+"""Chat templates: from messages to the text that a model sees, and a look at what comes back.
+
+A template is a program that comes with a model. It may take messages only as lists of parts, leave some out, write
+today's date, or draw at random; what it makes of a run's messages is therefore compared with them, and the date that it
+is given is the run's.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from datetime import date, datetime
+from typing import Any
+
+logger = logging.getLogger(__name__)
+
+Messages = list[dict[str, str]]
+
+_CLOCK = "strftime_now"
+_RANDOM = re.compile(r"\|\s*random\b|\blipsum\b")
+_FORMATS = re.compile(r"'([^'{}\n]*%[^'{}\n]*)'|\"([^\"{}\n]*%[^\"{}\n]*)\"")
+_OPENING_TAG = re.compile(r"<((?!assistant|model|bot)\w+)>\s*$")  # but no turn's head
+_READ_ROLES = ("system", "developer", "user")  # templates shorten what an assistant has said, such as its thoughts
+_SHORT_CHARACTERS = 8
+_SENTINEL = "qzxsentinelqzx"
+_SHOWN_CHARACTERS = 60
+_said: set[tuple[str, str]] = set()
+_comes_back_at: dict[tuple[Any, ...], bool] = {}
+
+
+class TemplateRefusal(ValueError):
+    """A conversation that a template cannot render, or of which it leaves something out; the message says why."""
+
+
+def uses_date(tokenizer: Any) -> bool:
+    """Whether the tokenizer's chat template may write today's date."""
+    return bool(tokenizer.chat_template) and _CLOCK in _template_of(tokenizer)
+
+
+def today() -> str:
+    """Today's date as data.template_date has it."""
+    return datetime.now().date().isoformat()
+
+
+def render_messages(
+    messages: Sequence[Mapping[str, str]], tokenizer: Any, template_date: str | None = None, *, answered: bool = False
+) -> str:
+    """Return the text of a conversation, which ends where the assistant begins, or with its answer (`answered`).
+
+    The template is given `template_date` (YYYY-MM-DD; None for today's) as the current date. Messages whose text does
+    not come back are rendered as lists of parts. Raises TemplateRefusal where the template refuses the conversation or
+    leaves out the text of a message, ValueError where it cannot be used at all.
+    """
+    template = _template_of(tokenizer)
+    if _RANDOM.search(template):
+        raise ValueError(
+            f"the chat template of {tokenizer.name_or_path!r} draws at random, so that a prompt is another each time: "
+            "take `random` and `lipsum` out of it"
+        )
+    if _CLOCK in template:
+        template = _with_date(template, date.fromisoformat(template_date or today()))
+    plain = [dict(message) for message in messages]
+
+    def attempt(in_parts: Collection[int]) -> tuple[str | None, list[int], str]:
+        return _attempt(plain, in_parts, tokenizer, template, is_prompt=not answered)
+
+    text, missing, reason = attempt(())
+    if missing or text is None:
+        text, left, _ = attempt(missing or range(len(plain)))
+        if left and missing:
+            text, left, _ = attempt(range(len(plain)))
+        if left or text is None:
+            raise TemplateRefusal(reason or _left_out(plain[missing[0]]))
+    if not answered:
+        _look(tokenizer, template, text)
+    return text
+
+
+def _template_of(tokenizer: Any) -> str:
+    """The template for conversations without tools; raises ValueError where there is none among several."""
+    template = tokenizer.chat_template
+    if isinstance(template, Mapping):
+        if "default" not in template:
+            raise ValueError(f"{tokenizer.name_or_path!r} has the chat templates {', '.join(map(repr, template))}, "
+                             "expected one named 'default': rename the one to be used")  # fmt: skip
+        template = template["default"]
+    return str(template)
+
+
+def _with_date(template: str, day: date) -> str:
+    """The template with a clock that stands still: a macro in place of transformers' function `strftime_now`."""
+    formats = {single or double for single, double in _FORMATS.findall(template)}
+    known = {each: datetime(day.year, day.month, day.day).strftime(each) for each in sorted(formats)}
+    return (f"{{%- macro {_CLOCK}(format) -%}}{{%- set known = {json.dumps(known, ensure_ascii=False)} -%}}"
+            "{%- if format not in known -%}{{ raise_exception('it asks for the time in the format ' ~ format ~ "
+            "', which is not written in it as a text') }}{%- endif -%}"
+            f"{{{{ known[format] }}}}{{%- endmacro %}}\n{template}")  # fmt: skip
+
+
+def _attempt(
+    messages: Messages, in_parts: Collection[int], tokenizer: Any, template: str, *, is_prompt: bool
+) -> tuple[str | None, list[int], str]:
+    """The rendered text (None where the template refuses), the places of messages that are not in it, and the refusal.
+
+    The messages at the places `in_parts` are given as lists of one part.
+    """
+
+    def rendered(texts: Sequence[str]) -> str:
+        contents = [[{"type": "text", "text": text}] if n in in_parts else text for n, text in enumerate(texts)]
+        given = [{**message, "content": content} for message, content in zip(messages, contents, strict=True)]
+        return _apply(given, tokenizer, template, is_prompt)
+
+    texts = [message["content"] for message in messages]
+    try:
+        text = rendered(texts)
+        missing = set(_missing(messages, text, tokenizer))
+        for n, message in enumerate(messages):
+            # a few characters may stand in the template itself, and parts may come back as Python writes them
+            if _is_read(message) and texts[n].strip() and (n in in_parts or len(texts[n]) < _SHORT_CHARACTERS):
+                if not _comes_back(rendered([*texts[:n], _SENTINEL, *texts[n + 1 :]])):
+                    missing.add(n)
+            elif not _is_read(message):
+                key = (template, n, n in in_parts, *(each["role"] for each in messages))
+                if key not in _comes_back_at:
+                    _comes_back_at[key] = _comes_back(rendered([*texts[:n], _SENTINEL, *texts[n + 1 :]]))
+                if not _comes_back_at[key]:
+                    missing.add(n)
+    except Exception as error:  # a template is a program, and may raise what it likes
+        return None, [], f"the model's chat template refuses the prompt: {error}"
+    return text, sorted(missing), ""
+
+
+def _comes_back(text: str) -> bool:
+    """Whether the sentinel stands in a rendered text as itself, and not as Python or JSON writes a list."""
+    text = text.casefold()
+    return _SENTINEL in text and f"'{_SENTINEL}'" not in text and f'"{_SENTINEL}"' not in text
+
+
+def _apply(messages: Sequence[Mapping[str, Any]], tokenizer: Any, template: str, is_prompt: bool) -> str:
+    return str(tokenizer.apply_chat_template(
+        list(messages), chat_template=template, tokenize=False, add_generation_prompt=is_prompt
+    ))  # fmt: skip
+
+
+def _is_read(message: Mapping[str, str]) -> bool:
+    return message["role"] in _READ_ROLES
+
+
+def _missing(messages: Messages, text: str, tokenizer: Any) -> list[int]:
+    """Places of messages whose text is not in the rendered one, white space and case aside."""
+    wanted = Counter(message["content"].strip() for message in messages if _is_read(message))
+    absent = {content for content, count in wanted.items() if text.count(content) < count}
+    if absent:
+        squeezed = _squeezed(text)
+        changed = {content for content in absent if squeezed.count(_squeezed(content)) >= wanted[content]}
+        if changed:
+            _say_once(tokenizer, "changes white space or case of messages: the model sees another text than the data's",
+                      f", such as {min(changed)[:_SHOWN_CHARACTERS]!r}")  # fmt: skip
+        absent -= changed
+    return [n for n, message in enumerate(messages) if _is_read(message) and message["content"].strip() in absent]
+
+
+def _squeezed(text: str) -> str:
+    return re.sub(r"\s+", "", text).casefold()
+
+
+def _left_out(message: Mapping[str, str]) -> str:
+    return (
+        f"the model's chat template leaves out or changes the text of the {message['role']} message "
+        f"({message['content'][:_SHOWN_CHARACTERS]!r}): put it where the template takes it, or mend the template"
+    )
+
+
+def _look(tokenizer: Any, template: str, text: str) -> None:
+    """Say once of a template what completions then do not begin with, or have to begin with."""
+    if tag := _OPENING_TAG.search(text):
+        _say_once(tokenizer, f"begins the answer itself with <{tag[1]}>: completions, and what rewards get, come after")
+    key = (str(tokenizer.name_or_path), template)
+    if key in _said:
+        return
+    _said.add(key)
+    question, answer = [{"role": "user", "content": _SENTINEL}], "qzxanswerqzx"
+    try:
+        asked, bare = (_apply(question, tokenizer, template, is_prompt) for is_prompt in (True, False))
+        full = _apply([*question, {"role": "assistant", "content": answer}], tokenizer, template, is_prompt=False)
+    except Exception:  # a template that takes no such conversation: that it takes the data's is what counts
+        return
+    before = full[len(asked) :].partition(answer)[0] if full.startswith(asked) else ""
+    if asked == bare and answer in full and before.strip():
+        _say_once(
+            tokenizer,
+            f"ignores add_generation_prompt: the model has to write {before!r} itself, and rewards get it as a part of "
+            "the completion",
+        )
+
+
+def _say_once(tokenizer: Any, what: str, example: str = "") -> None:
+    key = (str(tokenizer.name_or_path), what)
+    if key not in _said:
+        _said.add(key)
+        logger.warning("the chat template of %r %s%s", tokenizer.name_or_path, what, example)

@@ -1,0 +1,78 @@
+"""Where a model lies: what is said about a path that leads nowhere, and which path a run's tools take."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from grpo_dist.config import Config, ModelConfig
+from grpo_dist.environment import started_in
+from grpo_dist.models import base_identity, load_model_config, load_tokenizer, model_path
+from grpo_dist.places import model_place
+from grpo_dist.toy import toy_path
+from grpo_dist.trained import find
+
+
+def test_a_directory_is_named_by_its_absolute_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("model", "./model", "./model/", "~/model", str(tmp_path / "model")):
+        assert model_place(name, "model.name") == str(tmp_path / "model")
+    for name in ("gpt2", "Qwen/Qwen2.5-0.5B-Instruct"):
+        assert model_place(name, "model.name") == name, "may be on the hub"
+    assert model_path(ModelConfig("toy")) == str(toy_path("toy"))
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("./modle", r"model\.name: './modle' given, but there is no directory .*/modle: .*; did you mean 'model'\?"),
+        (
+            "models/of/mine",
+            r"there is no directory .*/models/of/mine: expected one that a model was saved to, or a hub",
+        ),
+        ("~/nowhere", r"there is no directory .*/nowhere"),
+        ("./empty", r"there is no config\.json in .*/empty: expected a directory that a model was saved to$"),
+        ("runs", r"no config\.json in .*/runs.*; there is one in runs/final"),
+        ("model/config.json", r"which is a file .*: expected the directory it lies in"),
+    ],
+)
+def test_a_path_that_leads_nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, message: str) -> None:
+    for directory in ("model", "empty", "runs/final"):
+        (tmp_path / directory).mkdir(parents=True)
+        if directory != "empty":
+            (tmp_path / directory / "config.json").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for load in (load_tokenizer, load_model_config):
+        with pytest.raises(ValueError, match=message):
+            load(ModelConfig(name))
+
+
+def test_a_run_s_relative_model_is_that_of_its_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    start, run = tmp_path / "start", tmp_path / "run"
+    (run / "final").mkdir(parents=True)
+    (start / "model").mkdir(parents=True)
+    for file in (start / "model" / "config.json", run / "final" / "config.json"):
+        file.write_text(json.dumps({"model_type": "qwen2"}))
+    (run / "config.yaml").write_text(yaml.safe_dump({"model": {"name": "./model"}, "train": {"num_train_steps": 0}}))
+    assert started_in(run) is None and find(run).model.name == "./model"
+    lines = [{"directory": "/elsewhere"}, {"directory": str(start)}, {"started": "before this was kept"}]
+    (run / "environment.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    monkeypatch.chdir(tmp_path)
+    trained = find(run)
+    assert Path(trained.model.name) == start / "model" and trained.given_model.name == "./model"
+    config = load_model_config(trained.model)
+    monkeypatch.chdir(start)
+    assert base_identity(trained.given_model, config) == base_identity(
+        ModelConfig("./model"), load_model_config(ModelConfig("./model"))
+    ), "a checkpoint fits wherever it is opened from"
+    for name in ("toy", "org/name", str(start / "model")):
+        (run / "config.yaml").write_text(yaml.safe_dump({"model": {"name": name}, "train": {"num_train_steps": 0}}))
+        assert find(run).model.name == name
+    assert Config().model.name

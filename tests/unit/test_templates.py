@@ -1,0 +1,156 @@
+"""Chat templates: what comes back of a message, whatever program a model brings along."""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from grpo_dist import templates
+from grpo_dist.config import Config, DataConfig
+from grpo_dist.data import load_prompts, render
+from grpo_dist.models import load_tokenizer
+from grpo_dist.resuming import with_template_date
+from grpo_dist.templates import TemplateRefusal, render_messages, uses_date
+
+TURNS = (
+    "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+PARTS = TURNS.replace("{{ m['content'] }}", "{% for part in m['content'] %}{{ part['text'] }}{% endfor %}")
+QUESTION = [{"role": "user", "content": "What is 0 + 0?"}]
+SYSTEM = [{"role": "system", "content": "Be brief, please."}, *QUESTION]
+TURN_BY_TURN = [*QUESTION, {"role": "assistant", "content": "Zero, I think."}, {"role": "user", "content": "Sure?"}]
+
+
+def tokenizer_with(template: Any, name: str = "some/model") -> Any:
+    tokenizer = load_tokenizer(Config().model)
+    tokenizer.chat_template, tokenizer.name_or_path = template, name
+    return tokenizer
+
+
+def upright(messages: list[dict[str, str]]) -> str:
+    return "".join(f"<{m['role']}>{m['content']}</s>" for m in messages) + "<assistant>"
+
+
+@pytest.mark.parametrize("messages", [QUESTION, SYSTEM, TURN_BY_TURN])
+@pytest.mark.parametrize(
+    "template",
+    [
+        TURNS,
+        PARTS,
+        PARTS.replace("{% for part", "{% if m['content'] is string %}{{ m['content'].no }}{% endif %}{% for part"),
+        "{% if messages[0].content is string %}{{ raise_exception('parts alone') }}{% endif %}" + PARTS,
+        # a system message as text, everything else in parts
+        TURNS.replace("{{ m['content'] }}", "{% if m['role'] == 'system' %}{{ m['content'] + '' }}{% else %}"
+                      "{% for part in m['content'] %}{{ part['text'] }}{% endfor %}{% endif %}"),
+        {"default": TURNS, "tool_use": "no"},
+    ],
+)  # fmt: skip
+def test_messages_come_back(template: Any, messages: list[dict[str, str]]) -> None:
+    assert render_messages(messages, tokenizer_with(template)) == upright(messages)
+
+
+def test_an_answered_conversation_keeps_its_answer_in_parts() -> None:
+    text = render_messages(TURN_BY_TURN[:2], tokenizer_with(PARTS), answered=True)
+    assert text == upright(TURN_BY_TURN[:2]).removesuffix("<assistant>")
+
+
+@pytest.mark.parametrize(
+    ("template", "messages", "problem"),
+    [
+        (TURNS.replace("m['content']", "''"), QUESTION, "leaves out or changes the text of the user message"),
+        (TURNS.replace("m['content']", "m['content'][:4]"), QUESTION, "leaves out or changes the text of the user"),
+        (TURNS.replace("in messages", "in messages if m.role != 'system'"), SYSTEM, "text of the system message"),
+        (TURNS.replace("in messages", "in messages[-1:]"), TURN_BY_TURN, "text of the user message"),
+        # a few characters that the template itself has
+        ("In 2025: " + TURNS.replace("m['content']", "''"), [{"role": "user", "content": "5"}], "the user message"),
+        ("{{ raise_exception('no system role') }}" + TURNS, SYSTEM, "refuses the prompt: no system role"),
+        ("{{ messages[0]['content'] / 2 }}", QUESTION, "refuses the prompt: unsupported operand"),
+        ("{{ strftime_now('%d' ~ '%m') }}" + TURNS, QUESTION, "the time in the format %d%m"),
+    ],
+)
+def test_messages_that_do_not_come_back_are_refused(
+    template: str, messages: list[dict[str, str]], problem: str
+) -> None:
+    with pytest.raises(TemplateRefusal, match=problem):
+        render_messages(messages, tokenizer_with(template))
+
+
+def test_templates_that_cannot_be_used_at_all() -> None:
+    with pytest.raises(ValueError, match=r"'some/model' draws at random.*take `random`"):
+        render_messages(QUESTION, tokenizer_with("{{ ['Hi', 'Hello'] | random }}" + TURNS))
+    with pytest.raises(ValueError, match=r"'some/model' has the chat templates 'rag', 'tool_use', expected one named"):
+        render_messages(QUESTION, tokenizer_with({"rag": TURNS, "tool_use": TURNS}))
+
+
+@pytest.mark.parametrize(
+    ("template", "messages", "word"),
+    [
+        (TURNS.replace("m['content']", "m['content']|upper"), QUESTION, "changes white space or case of messages"),
+        (TURNS.replace("m['content']", "m['content']|replace(' ', '')"), QUESTION, "changes white space or case"),
+        (TURNS.replace("{% if add_generation_prompt %}<assistant>{% endif %}", ""), QUESTION,
+         "ignores add_generation_prompt: the model has to write '<assistant>' itself"),
+        (TURNS.replace("<assistant>", "<assistant>\n<think>\n"), QUESTION, "begins the answer itself with <think>"),
+        ("{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]{% else %} {{ m.content }}</s>"
+         "{% endif %}{% endfor %}", QUESTION, ""),
+        (TURNS.replace("m['content']", "m['content'] | trim"), [{"role": "user", "content": " Hi there \n"}], ""),
+    ],
+)  # fmt: skip
+def test_what_is_worth_a_word_is_said_once(
+    template: str, messages: list[dict[str, str]], word: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    templates._said.clear()
+    tokenizer = tokenizer_with(template)
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            render_messages(messages, tokenizer)
+    assert len(caplog.records) == bool(word) and word in caplog.text
+
+
+@pytest.mark.parametrize(
+    "clock",
+    [
+        "{{ strftime_now('%d %b %Y') }}\n",
+        '{%- if strftime_now is defined %}{%- set today = strftime_now("%d %b %Y") %}{%- endif %}{{ today }}\n',
+        "{% macro head(how) %}{{ strftime_now(how) }}{% endmacro %}{{ head('%d %b %Y') }}\n",
+    ],
+)
+def test_a_template_is_given_the_run_s_date(clock: str) -> None:
+    tokenizer = tokenizer_with("\n  " + clock + TURNS)
+    given = render(QUESTION, DataConfig(template_date="2024-02-03"), tokenizer)
+    assert given.text.strip().startswith("03 Feb 2024") and given.text.endswith(upright(QUESTION))
+    now = render(QUESTION, DataConfig(), tokenizer).text
+    assert now == tokenizer.apply_chat_template(QUESTION, tokenize=False, add_generation_prompt=True)
+    assert uses_date(tokenizer) and not uses_date(tokenizer_with(TURNS)) and not uses_date(tokenizer_with(None))
+
+
+def test_a_run_keeps_the_date_it_began_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(templates, "today", lambda: "2024-02-04")
+    monkeypatch.setattr("grpo_dist.resuming.today", lambda: "2024-02-04")
+    tokenizer, config = tokenizer_with("{{ strftime_now('%F') }}" + TURNS), Config()
+    assert with_template_date(config, tokenizer_with(TURNS), None) is config
+    assert with_template_date(config, tokenizer, None).data.template_date == "2024-02-04"
+    (tmp_path / "metadata.json").write_text("{}")
+    kept = {"config": {"data": {"template_date": "2024-02-03"}}}
+    monkeypatch.setattr("grpo_dist.checkpoint.load_meta", lambda path: kept)
+    resumed = with_template_date(config, tokenizer, tmp_path)
+    assert resumed.data.template_date == "2024-02-03"
+    given = replace(config, data=replace(config.data, template_date="2020-01-01"))
+    assert with_template_date(given, tokenizer, tmp_path) is given
+    with pytest.raises(ValueError, match=r"data\.template_date: '3 February' given, expected a date"):
+        DataConfig(template_date="3 February")
+
+
+def test_prompts_that_are_all_the_same_are_refused(tmp_path: Path) -> None:
+    file = tmp_path / "train.jsonl"
+    file.write_text("".join(json.dumps({"prompt": f"{n} and the same end", "answer": "1"}) + "\n" for n in range(3)))
+    tokenizer = tokenizer_with(TURNS)
+    with pytest.raises(ValueError, match=r"all 3 prompts are the same 4 tokens.*too_long: truncate keeps the last 4"):
+        load_prompts(str(file), "train", DataConfig(max_prompt_length=4, too_long="truncate"), tokenizer)
+    file.write_text((json.dumps({"prompt": "one and the same", "answer": "1"}) + "\n") * 3)
+    assert len(load_prompts(str(file), "train", DataConfig(), tokenizer)[0]) == 3, "given so, it is no mistake"

@@ -1,0 +1,54 @@
+"""The text of a completion: everything that was sampled but its frame."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from grpo_dist.texts import CompletionTexts
+
+SPECIAL = ("<|begin|>", "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>", "<tool_call>")
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    """One token a byte, special tokens, an added token that is not special, and a word piece's way with spaces."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(models.BPE(vocab={token: n for n, token in enumerate(alphabet)}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens([AddedToken(token, special=True) for token in SPECIAL])
+    backend.add_tokens([AddedToken("</answer>", special=False)])
+    made = PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<|begin|>", eos_token="<|endoftext|>", pad_token="<|endoftext|>"
+    )
+    made.clean_up_tokenization_spaces = True
+    made.clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output = True
+    return made
+
+
+@pytest.mark.parametrize(
+    ("sampled", "text"),
+    [
+        ("<think>a</think>b<|im_end|>", "<think>a</think>b"),
+        ("<think> a </think> b .<|endoftext|>", "<think> a </think> b ."),
+        ("<|begin|>x<tool_call>{}<|endoftext|>", "x<tool_call>{}"),
+        ("x<|im_start|>user", "x<|im_start|>user"),
+        ("it 's  fine .  \n", "it 's  fine .  \n"),
+        ("<answer>1</answer>", "<answer>1</answer>"),
+        ("", ""),
+    ],
+)
+def test_what_a_reward_sees(tokenizer: PreTrainedTokenizerFast, sampled: str, text: str) -> None:
+    ends = [tokenizer.convert_tokens_to_ids(token) for token in ("<|endoftext|>", "<|im_end|>", "</answer>")]
+    ids = tokenizer(sampled, add_special_tokens=False)["input_ids"]
+    assert CompletionTexts(tokenizer, ends)([ids, []]) == [text, ""]
+
+
+def test_a_think_reward_can_be_won(tokenizer: PreTrainedTokenizerFast) -> None:
+    ids = tokenizer("<think>so</think>4<|im_end|>", add_special_tokens=False)["input_ids"]
+    (text,) = CompletionTexts(tokenizer, [tokenizer.convert_tokens_to_ids("<|im_end|>")])([ids])
+    assert re.fullmatch(r"<think>.*</think>\d", text)
