@@ -1,7 +1,10 @@
 """`python -m grpo_dist train`: a training in this one process, on one GPU or the CPU.
 
     python -m grpo_dist train --config configs/quickstart.yaml
-    accelerate launch --config_file accelerate_configs/zero2.yaml -m grpo_dist.train --config FILE       on all GPUs
+
+on several, each of which is a process:
+
+    accelerate launch --config_file accelerate_configs/zero2.yaml --num_processes 8 -m grpo_dist.train --config FILE
 
 `python -m grpo_dist.train --help` lists the options of a run.
 """

@@ -1,7 +1,11 @@
 """`python -m grpo_dist check`: everything about a run that can be found out beforehand, and all problems at once.
 
     python -m grpo_dist check --config configs/quickstart.yaml --ranks 8
-    accelerate launch -m grpo_dist.train --config FILE --dry_run           the same, on the machines of the run
+
+and the same on the machines of the run:
+
+    accelerate launch --config_file accelerate_configs/zero2.yaml --num_processes 8 -m grpo_dist.train \
+        --config FILE --dry_run
 
 Options are those of a training. Nothing is loaded that a run would compute with, and nothing is left behind. The exit
 status is 2 where there is any problem.

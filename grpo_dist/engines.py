@@ -14,7 +14,8 @@ from torch import nn
 
 from .batch import Completion
 from .config import RolloutConfig
-from .probe import CANNOT, NEW_TOKENS, PROMPT, decoding_error, example_tokens, rounding, tiny_engine
+from .model_checks import CANNOT
+from .probe import NEW_TOKENS, PROMPT, decoding_error, example_tokens, rounding, tiny_engine
 from .rollout import Engine, NativeEngine, PagedEngine, Request, RowEngine, Sampling
 from .rollout.cache import DecodeState
 from .rollout.compiled import CannotCompile

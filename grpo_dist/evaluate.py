@@ -1,6 +1,6 @@
 """Evaluate a model on a data set: unbiased pass@k, maj@k, mean reward, with intervals, on any number of ranks.
 
-    accelerate launch --config_file accelerate_configs/ddp.yaml -m grpo_dist.evaluate \
+    accelerate launch --config_file accelerate_configs/ddp.yaml --num_processes 2 -m grpo_dist.evaluate \
         --model runs/quickstart/final --data configs/data/math_tasks_eval.jsonl --n 16 --config configs/quickstart.yaml
     python -m grpo_dist.evaluate --model toy --data … --n 16 --compare runs/other/evaluation
 
@@ -38,6 +38,7 @@ from .gathering import gather_completions, gather_scores
 from .generation import Scoring, generate_and_score, requests_of
 from .launch_config import require_known_launch
 from .metrics import is_right
+from .model_checks import UnfitModel
 from .models import (
     attention_for,
     base_identity,
@@ -47,7 +48,7 @@ from .models import (
     load_model_config,
     load_tokenizer,
 )
-from .own_attention import UnfitModel, settle_attention
+from .own_attention import settle_attention
 from .plain_text import plain_lines
 from .rendezvous import is_of_one_rank, place_in_launch
 from .rewards.pool import ScorerPool

@@ -16,10 +16,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 
 from . import attention
 from .adapters import fuse_adapters
-from .checks import require
 from .config import LoraConfig, ModelConfig
 from .distributed import is_sharded, unsharded_loading
 from .dropout import drop_by_token
+from .model_checks import CANNOT, UnfitModel, adapter_targets, reads_text, require_trainable, require_whole_model
 from .places import model_place
 from .policy import Policy, recompute_layers
 from .toy import MODELS, toy_path
@@ -38,6 +38,7 @@ def _hub_options(model: ModelConfig) -> dict[str, Any]:
 
 def load_tokenizer(model: ModelConfig) -> Any:
     """The tokenizer, with a padding token (the first end-of-sequence token where it has none)."""
+    require_whole_model(model.name, model_path(model), model.revision)
     tokenizer = AutoTokenizer.from_pretrained(model_path(model), **_hub_options(model))
     if tokenizer.eos_token_id is None:
         raise ValueError(f"model.name: the tokenizer of {model.name!r} has no end-of-sequence token; completions could "
@@ -53,20 +54,25 @@ def end_token_ids(model: ModelConfig, tokenizer: Any) -> list[int]:
     for source in (GenerationConfig, AutoConfig):
         try:
             options = _hub_options(model) if source is AutoConfig else {"revision": model.revision}
-            given = source.from_pretrained(model_path(model), **options).eos_token_id
+            config = source.from_pretrained(model_path(model), **options)
         except OSError:  # many repositories have no generation_config.json
             continue
-        ends |= set(given if isinstance(given, list) else [given]) - {None}
+        parts = [config] if source is GenerationConfig else [config, config.get_text_config(decoder=True)]
+        for given in (getattr(part, "eos_token_id", None) for part in parts):
+            ends |= set(given if isinstance(given, list) else [given]) - {None}
     return sorted(ends)
 
 
 def load_model_config(model: ModelConfig) -> Any:
     """The model's transformers config."""
+    require_whole_model(model.name, model_path(model), model.revision)
     return AutoConfig.from_pretrained(model_path(model), **_hub_options(model))
 
 
 def check_model_config(model_config: Any, tokenizer: Any, longest: int) -> None:
-    """Raise ValueError where the model cannot hold sequences of `longest` tokens, or its tokenizer's vocabulary."""
+    """Raise ValueError where the model cannot be trained, or cannot hold sequences of `longest` tokens, or its
+    tokenizer's vocabulary."""
+    require_trainable(model_config, longest)
     text = model_config.get_text_config()
     positions = getattr(text, "max_position_embeddings", None)
     if positions is not None and longest > positions:
@@ -112,14 +118,45 @@ def attention_for(model: ModelConfig, model_config: Any, longest: int) -> tuple[
 def load_causal_lm(
     model: ModelConfig, dtype: torch.dtype, attn_implementation: str | None, device: torch.device | None = None
 ) -> nn.Module:
-    """A causal language model from the hub or a local path, on a `device` or else the CPU.
+    """A causal language model from the hub or a local path, on a `device` or else the CPU. Raises UnfitModel.
 
     To a GPU its weights go one by one: ranks of a node would fill its memory with a whole model each.
     """
     placed = {} if device is None or device.type == "cpu" else {"device_map": {"": device}}
-    return AutoModelForCausalLM.from_pretrained(
-        model_path(model), dtype=dtype, attn_implementation=attn_implementation, **placed, **_hub_options(model)
-    )
+    try:
+        loaded, report = AutoModelForCausalLM.from_pretrained(
+            model_path(model), dtype=dtype, attn_implementation=attn_implementation, output_loading_info=True, **placed,
+            **_hub_options(model),
+        )  # fmt: skip
+    except torch.OutOfMemoryError:
+        raise
+    except (*CANNOT, OSError, ImportError) as error:
+        raise UnfitModel(f"model.name: {model.name!r} cannot be loaded ({type(error).__name__}: {error})") from error
+    if missing := sorted(report["missing_keys"]):
+        raise UnfitModel(f"model.name: {model.name!r} lacks {len(missing)} weights of {type(loaded).__name__}, which "
+                         f"would be drawn at random ({', '.join(missing[:3])} …): name a whole checkpoint")  # fmt: skip
+    return loaded
+
+
+def try_blank(
+    model: ModelConfig, lora: LoraConfig | None, model_config: Any, attn_implementation: str | None
+) -> str | None:
+    """Make the policy without weights, for what is wrong with its adapters; return which layers get none and why.
+
+    Raises ValueError.
+    """
+    with unsharded_loading(), torch.device("meta"):
+        try:
+            base = AutoModelForCausalLM.from_config(
+                copy.deepcopy(model_config), attn_implementation=attn_implementation,
+                trust_remote_code=model.trust_remote_code,
+            )  # fmt: skip
+        except (*CANNOT, ImportError) as error:
+            raise UnfitModel(f"model.name: {model.name!r} cannot be built from its config ({type(error).__name__}: "
+                             f"{error})") from error  # fmt: skip
+        left_out = None if lora is None else adapter_targets(base, lora.target_modules)[1]
+        make_policy(base, model, lora, 1.0, 0)
+    return left_out
 
 
 def load_policy(
@@ -143,27 +180,18 @@ def make_policy(
         if lora:
             base.enable_input_require_grads()
     if lora is None:
+        for name, parameter in base.named_parameters():  # what text never reaches gets no gradient on any rank
+            parameter.requires_grad_(reads_text(base, name))
         return Policy(base, temperature, **extras)
     torch.manual_seed(seed)  # every rank draws the same adapters
     base.requires_grad_(False)
+    targets, _ = adapter_targets(base, lora.target_modules)
     adapted = get_peft_model(base, PeftLoraConfig(
-        task_type="CAUSAL_LM", r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout,
-        target_modules=lora.target_modules,
+        task_type="CAUSAL_LM", r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets,
     ))  # fmt: skip
     token_keys = drop_by_token(adapted, lora.dropout) if lora.dropout else None
     fuse_adapters(adapted, is_sharded)
-    policy = Policy(adapted, temperature, **extras, token_keys=token_keys)
-    _check_adapters(policy, lora)
-    return policy
-
-
-def _check_adapters(policy: Policy, lora: LoraConfig) -> None:
-    """Raise ValueError where an adapter sits on weights that cannot be merged: an embedding, or a head tied to one."""
-    plain = {plain_name(name) for name, _ in policy.causal_lm.named_parameters()}  # tied weights under one name
-    adapters = {plain_name(name): layer for name, layer in policy.model.named_modules() if isinstance(layer, LoraLayer)}
-    refused = [name for name, layer in adapters.items() if not layer.lora_A or f"{name}.weight" not in plain]
-    require(not refused, "lora.target_modules", lora.target_modules, f"linear layers with weights of their own, which "
-            f"{', '.join(refused)} is not: train it with `lora: null`, or leave it out")  # fmt: skip
+    return Policy(adapted, temperature, **extras, token_keys=token_keys)
 
 
 def plain_name(name: str) -> str:

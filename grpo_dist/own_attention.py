@@ -12,17 +12,14 @@ from typing import Any
 from torch import nn
 
 from . import attention
+from .model_checks import CANNOT, UnfitModel
 from .policy import Policy
-from .probe import CANNOT, is_noisy, packing_leak, probe_pack, row_fault
+from .probe import is_noisy, packing_leak, probe_pack, row_fault
 
 log = logging.getLogger(__name__)
 
 OWN = ("sdpa", "eager")
 """What transformers' models may have of their own, from fast to slow."""
-
-
-class UnfitModel(ValueError):
-    """The model does not compute what a training needs."""
 
 
 def settle_attention(

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from .attention import RowLayout
+from .model_checks import CANNOT
 from .packing import Pack
 from .policy import kept_logits
 from .rollout import NativeEngine, Request, RowEngine, Sampling
@@ -22,8 +23,6 @@ from .rollout.steps import Step, module_step
 PROMPT, COMPLETIONS = 5, (4, 3)
 NEW_TOKENS = 5
 """Enough for a step of decoding that is captured to be replayed twice."""
-CANNOT = (TypeError, ValueError, RuntimeError, AttributeError, KeyError, IndexError)
-"""What a model's code raises that was not made for what it is asked."""
 
 
 def example_tokens(model: nn.Module, count: int) -> Tensor:

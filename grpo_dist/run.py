@@ -33,6 +33,7 @@ from .guards import BadUpdates, lock, warn_of_slow_save
 from .hashing import stream_key
 from .launch_config import require_known_launch
 from .metrics import Clock, read_history
+from .model_checks import UnfitModel
 from .models import (
     attention_for,
     check_model_config,
@@ -42,9 +43,10 @@ from .models import (
     load_policy,
     load_tokenizer,
     trainable,
+    try_blank,
 )
 from .optimizer_state import OptimizerState
-from .own_attention import UnfitModel, require_no_noise, settle_attention
+from .own_attention import require_no_noise, settle_attention
 from .position import Position
 from .probe import head_is_plain
 from .recording import Recorder
@@ -146,6 +148,9 @@ class Run:
         self.model_config = load_model_config(self.config.model)
         self.longest = data.max_prompt_length + self.config.rollout.max_completion_length
         check_model_config(self.model_config, self.tokenizer, self.longest)
+        implementation, _ = attention_for(self.config.model, self.model_config, self.longest)
+        if left_out := try_blank(self.config.model, self.config.lora, self.model_config, implementation):
+            log.info("adapters: none on %s", left_out)
         checks = answer_checks(self.config.rewards) if data.answer_column else []
         self.prompts, self.sampler = load_training(self.config, self.tokenizer, checks)
         self.eval_prompts: list[Prompt] = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,14 @@ from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
+from transformers.utils import cached_file
 
 from .distributed import unsharded_loading, whole
 from .models import adapted_layers, plain_name
 from .policy import Policy
 
+PROCESSORS = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
+"""Files that servers ask for of a model that takes more than text; training changes none of them."""
 MAX_SHARD_SIZE = "5GB"
 """Larger models are written as several files of at most this size, with an index."""
 
@@ -79,6 +83,11 @@ def write_merged(
     plain.generation_config = policy.causal_lm.generation_config
     plain.save_pretrained(directory, max_shard_size=max_shard_size)
     tokenizer.save_pretrained(directory)
+    for name in PROCESSORS:
+        given = cached_file(policy.causal_lm.name_or_path, name, _raise_exceptions_for_missing_entries=False,
+                            _raise_exceptions_for_connection_errors=False)  # fmt: skip
+        if given is not None:
+            shutil.copyfile(given, directory / name)
     # the same weights may be named and grouped otherwise in files than in memory; tied ones are written once
     expected = _size_and_norm({tensor.data_ptr(): tensor for tensor in plain.state_dict().values()}.values())
     written = _size_and_norm(_tensors(directory))

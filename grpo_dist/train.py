@@ -6,8 +6,10 @@
 3. Rollouts run on the frozen copy of the base model, into which the policy's adapters are merged after each step.
 4. The old policy's log-probabilities are the detached current ones while the batch serves one update.
 
-    accelerate launch --config_file accelerate_configs/zero2.yaml -m grpo_dist.train --config configs/quickstart.yaml
-    python -m grpo_dist.train --config configs/quickstart.yaml                                        # one process
+    accelerate launch --config_file accelerate_configs/zero2.yaml --num_processes 8 -m grpo_dist.train --config FILE
+    python -m grpo_dist.train --config FILE                                                           # one process
+
+`--num_processes` is the number of GPUs, over all machines.
 """
 
 from __future__ import annotations

@@ -19,6 +19,8 @@ from .turns import Worker
 from .workloads import WORKLOADS, Workload, model_of, write_prompts
 
 PROMPTS = "prompts.jsonl"
+PEER_MICRO_BATCH = 8
+"""Sequences of a micro-batch of the peer on a GPU, at most: activations of a whole step have room on none."""
 SAME_WORK = 0.05
 """The peer's completion tokens may differ from ours by this share."""
 
@@ -41,8 +43,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--peer_python", default=sys.executable, metavar="FILE",
                         help="the Python of an environment with trl==1.16.0 (this one)")  # fmt: skip
     parser.add_argument("--peer_continuous_batching", action="store_true", help="TRL's faster generation on a GPU")
-    parser.add_argument("--peer_micro_batch", type=int, default=0, metavar="N",
-                        help="TRL's sequences a micro-batch (all of a step)")  # fmt: skip
+    parser.add_argument("--peer_micro_batch", type=int, metavar="N",
+                        help=f"TRL's sequences a micro-batch (on a GPU {PEER_MICRO_BATCH}, on a CPU all of a step)"
+                        )  # fmt: skip
     parser.add_argument("--models_dir", type=Path, metavar="DIR", help="where made models are kept for the next time")
 
 
@@ -50,6 +53,9 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
     """Time and print; what is left of the command line overrides our config. Raises ValueError."""
     if options.pairs < 1:
         raise ValueError(f"--pairs: {options.pairs} given, expected at least 1")
+    from ..device import set_up_cuda  # torch; a mistake in the options should not wait for it
+
+    set_up_cuda()  # the workers inherit it: both sides' allocators are set alike
     changes = {name: getattr(options, name) for name in (
         "model", "num_prompts", "group_size", "prompt_tokens", "max_new_tokens", "mean_new_tokens", "dtype")
         if getattr(options, name) is not None}  # fmt: skip
@@ -124,10 +130,27 @@ def their_command(workload: Workload, options: argparse.Namespace, model: str, s
     command = [options.peer_python, str(Path(__file__).with_name("peer.py")), "--model", model, "--prompts",
                str(scratch / PROMPTS), "--out", str(scratch / "trl" / "out"), "--dtype", workload.dtype,
                "--kl_coeff", str(options.kl_coeff), "--lora_r", str(options.lora_r),
-               "--micro_batch", str(options.peer_micro_batch)]  # fmt: skip
+               "--micro_batch", str(peer_micro_batch(options.peer_micro_batch, workload))]  # fmt: skip
     for name in ("num_prompts", "group_size", "max_new_tokens"):
         command += [f"--{name}", str(getattr(workload, name))]
     return command + ["--continuous_batching"] * options.peer_continuous_batching
+
+
+def peer_micro_batch(given: int | None, workload: Workload) -> int:
+    """TRL's sequences a micro-batch: as given, or all of a step, on a GPU the largest part of it that is small enough.
+
+    Raises ValueError where a step cannot be divided so.
+    """
+    from ..device import computes_on_gpu
+
+    total = workload.num_prompts * workload.group_size
+    if given is None:
+        most = PEER_MICRO_BATCH if computes_on_gpu() else total
+        return max(size for size in range(1, most + 1) if total % size == 0)
+    if given < 1 or total % given:
+        raise ValueError(f"--peer_micro_batch: {given} given, expected a divisor of the {total} sequences of a step of "
+                         f"{workload.name}")  # fmt: skip
+    return given
 
 
 def machine() -> str:

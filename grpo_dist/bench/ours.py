@@ -22,7 +22,7 @@ from ..rollout import Request, Sampling
 from ..rollout.engine import Engine
 from ..run import Run
 from ..train import train
-from .turns import connect, own_peak_gib
+from .turns import connect, let_go, own_peak_gib
 
 
 class ExactLengths:
@@ -58,7 +58,9 @@ class TurnRun(Run):
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
                 peak = self.told["memory/peak_gib"]
-            line.send({"seconds": time.perf_counter() - start, "metrics": self.told, "peak_gib": peak})
+            seconds = time.perf_counter() - start
+            let_go()
+            line.send({"seconds": seconds, "metrics": self.told, "peak_gib": peak})
             step += 1
 
     def prompts_of(self, step: int) -> list[Prompt]:

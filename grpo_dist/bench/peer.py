@@ -16,7 +16,7 @@ from datasets import Dataset
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
-from turns import connect, own_peak_gib, parity
+from turns import connect, let_go, own_peak_gib, parity
 
 
 def trainer_of(options: argparse.Namespace, reward: object, clock: TrainerCallback) -> GRPOTrainer:
@@ -26,8 +26,8 @@ def trainer_of(options: argparse.Namespace, reward: object, clock: TrainerCallba
     prompts = [json.loads(line)["prompt"] for line in Path(options.prompts).read_text().splitlines()]
     total = options.num_prompts * options.group_size
     config = GRPOConfig(
-        output_dir=options.out, per_device_train_batch_size=options.micro_batch or total,
-        gradient_accumulation_steps=total // (options.micro_batch or total), num_generations=options.group_size,
+        output_dir=options.out, per_device_train_batch_size=options.micro_batch,
+        gradient_accumulation_steps=total // options.micro_batch, num_generations=options.group_size,
         max_completion_length=options.max_new_tokens, max_steps=len(prompts) // options.num_prompts,
         beta=options.kl_coeff, learning_rate=1e-5, lr_scheduler_type="constant", temperature=1.0, report_to="none",
         save_strategy="no", logging_strategy="no", use_cpu=not has_gpu, bf16=options.dtype == "bfloat16",
@@ -70,6 +70,7 @@ def main() -> None:
                 torch.cuda.synchronize()
                 peak = torch.cuda.max_memory_allocated() / 2**30
             seconds = time.perf_counter() - self.start
+            let_go()
             self.line.send({"seconds": seconds, "lengths": list(lengths), "peak_gib": peak})
             lengths.clear()
             self.wait()

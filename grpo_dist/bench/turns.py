@@ -1,7 +1,7 @@
 """How two trainers take turns: each is a process that waits for an order, takes one step and says what it was.
 
 An order is the lengths the step's completions shall have (None: they end by themselves); the answer is a dict of
-numbers. Only the standard library is used here, because a worker may live in an environment of its own.
+numbers. Nothing but the standard library is imported with this, because a worker may live in an environment of its own.
 """
 
 from __future__ import annotations
@@ -34,6 +34,15 @@ def own_peak_gib() -> float:
     import resource  # not on Windows
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def let_go() -> None:
+    """Give what this process's allocator holds idle back to the GPU: the other trainer's turn comes."""
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
 
 
 class Worker:

@@ -73,20 +73,25 @@ def make_model(shape: Shape, mean_new_tokens: int, dtype: str, directory: Path) 
 
     disable_progress_bar()
     torch.manual_seed(0)
-    model = Qwen2ForCausalLM(Qwen2Config(
+    on_gpu = torch.cuda.is_available()  # minutes on a CPU for a model of billions, and twice the memory in float32
+    device = torch.device("cuda" if on_gpu else "cpu")
+    config = Qwen2Config(
         vocab_size=shape.vocabulary, hidden_size=shape.hidden, intermediate_size=shape.intermediate,
         num_hidden_layers=shape.layers, num_attention_heads=shape.heads, num_key_value_heads=shape.kv_heads,
         max_position_embeddings=32768, tie_word_embeddings=False, pad_token_id=0, eos_token_id=1, bos_token_id=None,
-    ))  # fmt: skip
+        dtype=getattr(torch, dtype) if on_gpu else torch.float32,
+    )  # fmt: skip
+    with device:
+        model = Qwen2ForCausalLM._from_config(config)
     with torch.no_grad():
         embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
         embedding[:, 0] = 5.0  # large beside the other dimensions, and so the same for every token
         head[:, 0] = 0.0
         head[:2] = 0.0
-        tokens = torch.randint(2, shape.vocabulary, (4, 64))
-        level = float(model.base_model(tokens).last_hidden_state[..., 0].mean())
+        tokens = torch.randint(2, shape.vocabulary, (4, 64), device=device)
+        level = float(model.base_model(tokens).last_hidden_state[..., 0].float().mean())
         head[0, 0] = -10.0 / level  # padding is not sampled
-        others = model(tokens).logits[..., 2:].exp().sum(-1).mean()
+        others = model(tokens).logits[..., 2:].float().exp().sum(-1).mean()
         head[1, 0] = math.log(float(others) / (mean_new_tokens - 1)) / level
     model.to(getattr(torch, dtype)).save_pretrained(directory)
     characters = sorted(pre_tokenizers.ByteLevel.alphabet())

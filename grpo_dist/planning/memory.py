@@ -91,6 +91,8 @@ class MemoryInputs:
     """Bytes of one of the frozen copy's weights."""
     shared: bool
     """The policy is its own reference and rollout model (reference.placement)."""
+    reward_models: int = 0
+    """Bytes of reward models that lie on the rank's GPU beside it."""
 
     @property
     def rollout_bytes(self) -> int:
@@ -153,6 +155,8 @@ def _weights(inputs: MemoryInputs) -> list[Part]:
             Part("frozen copy", counts.parameters * inputs.copy_bytes, "always"),
             Part("rollout weights", counts.exchanged * inputs.copy_bytes, "always"),
         ]
+    if inputs.reward_models:
+        parts.append(Part("reward models", inputs.reward_models, "always"))
     if stage == 0 and ranks > 1:
         parts.append(Part("DDP gradient buckets", trained * inputs.trained_bytes, "always"))
     if stage == 3:

@@ -21,7 +21,7 @@ from ..rollout.native import COPIED_PROMPT
 from ..rollout.room import LOGIT_BYTES, ON_CPU, fitting
 from ..work import REFERENCE_PACK
 from .memory import Flight, MemoryInputs, ModelCounts, Part, Passes, memory_per_rank, slots_held
-from .tracing import Precision, Shape, build_policy, count, trace_passes
+from .tracing import Precision, Shape, build_policy, count, reward_model_bytes, trace_passes
 
 Device = Literal["gpu", "cpu"]
 ZeroStage = Literal[0, 1, 2, 3]
@@ -122,6 +122,7 @@ class Predictor:
         self.policy_dtype = dtype_on(device, config.model.dtype)
         self.copy_dtype = dtype_on(device, config.reference.dtype)
         self.shared = config.reference.placement == "shared" and config.lora is not None
+        self._reward_models = reward_model_bytes(config) if device == "gpu" else 0
         self._counts: dict[Precision, tuple[ModelCounts, int]] = {}
         self._passes: dict[tuple[Precision, Shape, Shape | None], Passes] = {}
 
@@ -139,6 +140,7 @@ class Predictor:
             flight=flight(self.config, num_ranks, self.share_prompts, self.device), zero_stage=zero_stage,
             policy_bytes=self.policy_dtype.itemsize, trained_bytes=trained_bytes,
             copy_bytes=self.copy_dtype.itemsize, shared=self.shared,
+            reward_models=self._reward_models,
         )  # fmt: skip
         if self.most_bytes is None or tokens_in_flight(self.config, self.device) != sys.maxsize:
             return inputs

@@ -14,7 +14,7 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from .. import attention
 from ..batch import Batch, Prompt
@@ -88,6 +88,22 @@ def count(policy: Policy) -> ModelCounts:
         cache_width=cache_width(text),
         vocabulary=text.vocab_size,
     )
+
+
+def reward_model_bytes(config: Config) -> int:
+    """Bytes of the weights of a config's `reward_model` rewards; what a call of them computes with is left out. Raises
+    OSError where there is no such model."""
+    total = 0
+    for reward in (reward for reward in config.rewards if reward.name == "reward_model"):
+        given = {name: reward.args[name] for name in ("revision", "trust_remote_code") if name in reward.args}
+        model_config = AutoConfig.from_pretrained(reward.args["model"], **given)
+        with torch.device("meta"):
+            model = AutoModelForSequenceClassification.from_config(
+                model_config, trust_remote_code=given.get("trust_remote_code", False)
+            )
+        dtype = getattr(torch, reward.args.get("dtype", "float32"))
+        total += sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
+    return total
 
 
 def trace_passes(

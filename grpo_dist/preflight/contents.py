@@ -13,7 +13,15 @@ from ..batch import Prompt
 from ..checkpoint import DamagedCheckpoint
 from ..config import Config, ModelConfig, RewardConfig
 from ..data import load_prompts
-from ..models import check_model_config, load_model_config, load_tokenizer
+from ..model_checks import require_whole_model
+from ..models import (
+    attention_for,
+    check_model_config,
+    load_model_config,
+    load_tokenizer,
+    model_path,
+    try_blank,
+)
 from ..plain_text import plain
 from ..resuming import resume_path, with_template_date
 from ..rewards.pool import ScorerPool
@@ -42,14 +50,19 @@ def read_contents(config: Config, findings: Findings) -> Contents:
     """Read tokenizer, model config and data, and note everything that is wrong with them."""
     found = Contents()
     unreadable = f"model.name: {config.model.name!r} given, expected a hub id or a directory that can be read: "
-    with findings.attempt(unreadable):
-        found.tokenizer = load_tokenizer(config.model)
-    with findings.attempt(unreadable):
-        found.model_config = load_model_config(config.model)
+    with findings.attempt():
+        require_whole_model(config.model.name, model_path(config.model), config.model.revision)
+        with findings.attempt(unreadable):
+            found.tokenizer = load_tokenizer(config.model)
+        with findings.attempt(unreadable):
+            found.model_config = load_model_config(config.model)
     if found.tokenizer is not None and found.model_config is not None:
         with findings.attempt():
             longest = config.data.max_prompt_length + config.rollout.max_completion_length
             check_model_config(found.model_config, found.tokenizer, longest)
+            implementation, _ = attention_for(config.model, found.model_config, longest)
+            if left_out := try_blank(config.model, config.lora, found.model_config, implementation):
+                findings.remarks.append(f"adapters: none on {left_out}")
         with suppress(ValueError, OSError, DamagedCheckpoint):  # `look_at_resuming` says so
             config = with_template_date(config, found.tokenizer, resume_path(config))
     _read_data(config, found, findings)

@@ -48,7 +48,8 @@ def describe_memory(config: Config, found: Contents, num_ranks: int, findings: F
         predictor = Predictor(config, found.model_config, "gpu" if on_gpu else "cpu", most_bytes)
         inputs = predictor.inputs(num_ranks, stage)
     except (ValueError, RuntimeError, LookupError, TypeError, AttributeError) as error:  # the model's own code ran
-        findings.remarks.append(f"memory and disk space cannot be predicted for {config.model.name}: {error}")
+        if str(error) not in findings.problems:
+            findings.remarks.append(f"memory and disk space cannot be predicted for {config.model.name}: {error}")
         return None
     counts = inputs.counts
     trained = counts.adapters or counts.parameters

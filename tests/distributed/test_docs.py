@@ -29,7 +29,7 @@ NOT_HERE = {
     "tensorboard": "a server that somebody looks at", "scancel": "needs a cluster", "vllm": "needs a GPU",
     "transformers": "needs packages of its own", "pip install": "needs a network", "hf": "needs an account",
     ".venv/bin/ruff": "the lint is no test", "source": "changes the reader's shell", "git clone": "needs a network",
-    "cd": "changes the reader's shell",
+    "cd": "changes the reader's shell", "export": "changes the reader's shell",
 }  # fmt: skip
 ONLY_READ = {
     # verbs that are read by their parser alone
@@ -76,7 +76,8 @@ def look(words: list[str], workspace: Path) -> None:
     program = words[0].removeprefix("./")
     if program == "accelerate":
         given = launch_command_parser().parse_args(words[2:])
-        assert words[1] == "launch" and (given.config_file is None or Path(given.config_file).is_file())
+        assert words[1] == "launch" and Path(given.config_file).is_file()
+        assert given.num_processes  # the config's own number fits few machines
         if given.module:
             module(given.training_script, given.training_script_args)
         else:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from grpo_dist.bench.bench import ours_in_turn
+from grpo_dist.bench.bench import ours_in_turn, peer_micro_batch
 from grpo_dist.bench.tables import Pair, pairs_table, summary_row, table
 from grpo_dist.bench.workloads import WORKLOADS, Shape, Workload, make_model, write_prompts
 
@@ -92,3 +93,20 @@ def test_a_worker_that_dies_says_why(tmp_path: Path) -> None:
 def test_mistakes_are_answered(arguments: list[str]) -> None:
     done = subprocess.run([sys.executable, "-m", "grpo_dist", "bench", *arguments], capture_output=True, text=True)
     assert done.returncode == 2 and arguments[0] in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("on_gpu", "given", "expected"), [(False, None, 512), (True, None, 8), (True, 16, 16), (False, 4, 4)]
+)
+def test_the_peers_micro_batch_has_room_on_a_gpu(
+    on_gpu: bool, given: int | None, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: on_gpu)
+    assert peer_micro_batch(given, WORKLOADS["qwen-0.5b"]) == expected
+    assert not on_gpu or peer_micro_batch(None, replace(WORKLOADS["medium"], num_prompts=3, group_size=5)) == 5
+
+
+@pytest.mark.parametrize("given", [0, -8, 7, 1024])
+def test_a_micro_batch_that_divides_no_step_is_refused(given: int) -> None:
+    with pytest.raises(ValueError, match=f"--peer_micro_batch: {given} given, expected a divisor of the 512 sequences"):
+        peer_micro_batch(given, WORKLOADS["qwen-0.5b"])

@@ -12,7 +12,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from grpo_dist import attention
-from grpo_dist.own_attention import UnfitModel, require_no_noise, settle_attention
+from grpo_dist.model_checks import UnfitModel
+from grpo_dist.own_attention import require_no_noise, settle_attention
 from grpo_dist.policy import Policy, recompute_layers
 from grpo_dist.probe import is_noisy, probe_pack, row_fault
 

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForSequenceClassification, LlamaConfig
 
 from grpo_dist import attention
 from grpo_dist.cli import main
 from grpo_dist.config import Config, DataConfig, LoraConfig, ModelConfig, ReferenceConfig, RolloutConfig, TrainConfig
+from grpo_dist.config_rewards import RewardConfig
 from grpo_dist.models import load_model_config, load_policy, trainable
 from grpo_dist.plan import parse_ranks, parse_size
 from grpo_dist.planning.advice import largest_peak, make_fit
@@ -185,6 +188,20 @@ def test_auto_takes_what_a_gpu_has_left() -> None:
             for most in (1 << 40, 1 << 20, 0)}  # fmt: skip
     assert rows[1 << 40] == everything.flight.rows > rows[1 << 20] > rows[0] == 1
     assert Predictor(config, model_config, "cpu", always).inputs(1, 0).flight.rows == everything.flight.rows
+
+
+def test_a_reward_model_lies_on_the_gpu_too(tmp_path: Path) -> None:
+    LlamaConfig(vocab_size=100, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+                num_labels=1).save_pretrained(tmp_path)  # fmt: skip
+    with torch.device("meta"):
+        model = AutoModelForSequenceClassification.from_config(LlamaConfig.from_pretrained(tmp_path))
+    size = sum(parameter.numel() for parameter in model.parameters())
+    for dtype, itemsize in ({}, 4), ({"dtype": "bfloat16"}, 2):
+        config = config_of(rewards=[RewardConfig(name="reward_model", args={"model": str(tmp_path)} | dtype)])
+        model_config = load_model_config(config.model)
+        parts = named(Predictor(config, model_config, "gpu").inputs(1, 0))
+        assert parts["reward models"] == size * itemsize
+    assert "reward models" not in named(Predictor(config, model_config, "cpu").inputs(1, 0))
 
 
 # --- the verb -------------------------------------------------------------------------------------------------------

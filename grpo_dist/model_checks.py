@@ -1,0 +1,162 @@
+"""What a model's own files say against training it, asked before any weights are read."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.pytorch_utils import Conv1D
+from transformers.utils.peft_utils import find_adapter_config_file
+
+_SHOWN_NAMES = 12
+
+
+CANNOT = (TypeError, ValueError, RuntimeError, AttributeError, KeyError, IndexError)
+"""What a model's code raises that was not made for what it is asked."""
+
+
+class UnfitModel(ValueError):
+    """The model cannot be trained as the config asks."""
+
+
+def require_whole_model(name: str, path: str, revision: str | None) -> None:
+    """Raise UnfitModel where the path has a PEFT adapter: transformers would load another model beneath it."""
+    try:
+        adapter = find_adapter_config_file(path, revision=revision)
+    except (OSError, ValueError):  # no such model: who loads it says so
+        return
+    if adapter is not None:
+        raise UnfitModel(
+            f"model.name: {name!r} is a PEFT adapter (it has adapter_config.json), expected a whole model. Merge it "
+            "into its base: AutoPeftModelForCausalLM.from_pretrained(ADAPTER).merge_and_unload().save_pretrained(NEW), "
+            "and put the tokenizer beside it"
+        )
+
+
+def require_trainable(model_config: Any, longest: int) -> None:
+    """Raise UnfitModel for configs of models that no training here can be right for, on `longest` tokens."""
+    kind = model_config.model_type
+    try:
+        model_config.get_text_config()
+        text = model_config.get_text_config(decoder=True)
+    except ValueError as error:
+        raise UnfitModel(f"model.name: the type {kind} has several language models, expected one") from error
+    for each in (model_config, text):
+        quantised = getattr(each, "quantization_config", None) or getattr(each, "compression_config", None)
+        if quantised:
+            given = quantised if isinstance(quantised, dict) else vars(quantised)
+            raise UnfitModel(
+                f"model.name: a quantised checkpoint ({given.get('quant_method', 'quantization_config')}) given, "
+                "expected weights in float32, bfloat16 or float16: name the checkpoint it was made from, or write a "
+                "dequantised copy and take quantization_config out of its config.json"
+            )
+    own_code = "AutoModelForCausalLM" in (getattr(model_config, "auto_map", None) or {})
+    if type(model_config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not own_code:
+        raise UnfitModel(f"model.name: a model of the type {kind} given, expected a causal language model, one that "
+                         "transformers' AutoModelForCausalLM loads")  # fmt: skip
+    rope = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
+    original = rope.get("original_max_position_embeddings") or getattr(text, "original_max_position_embeddings", None)
+    if rope.get("rope_type") in ("dynamic", "longrope"):
+        bound = original or getattr(text, "max_position_embeddings", longest)
+        if longest > bound:
+            raise UnfitModel(
+                f"data.max_prompt_length + rollout.max_completion_length: {longest} tokens given, expected at most "
+                f"{bound} for this model: beyond, its position encoding ({rope['rope_type']}) depends on how long a "
+                "sequence has become, so that a token would be scored otherwise than it was drawn"
+            )
+
+
+def adapter_targets(model: Any, targets: str | Sequence[str]) -> tuple[str | list[str], str | None]:
+    """What PEFT is given for `lora.target_modules`, and which layers are left out and why, None where none are.
+
+    Adapters are put on plain linear layers of the language model, whose weights are their own. Raises UnfitModel where
+    a name matches none of those. The model may be on the meta device.
+    """
+    linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
+    why_not = {name: reason for name, module in linear.items() if (reason := _obstacle(model, name, module))}
+    fit = [name for name in linear if name not in why_not]
+    if not fit:
+        raise UnfitModel(f"lora.target_modules: {targets!r} given, but {type(model).__name__} has no linear layers "
+                         "that can have adapters: train it with `lora: null`")  # fmt: skip
+    left_out = dict(why_not)
+    if targets == "all-linear":
+        head = _head_name(model)
+        chosen = [name for name in fit if name != head]
+        left_out.pop(head, None)
+        fused = sorted({name.rpartition(".")[2] for name, p in model.named_parameters() if p.ndim == 3})
+        left_out |= {name: "experts in one tensor" for name in fused}
+    else:
+        wanted = [targets] if isinstance(targets, str) else list(targets)
+        matched = {each: [name for name in linear if _matches(name, each, isinstance(targets, str))] for each in wanted}
+        chosen = [name for name in fit if any(name in names for names in matched.values())]
+        for each, names in matched.items():
+            if not set(names) & set(fit):
+                _refuse(model, targets, each, names, why_not, fit)
+        left_out = {name: reason for names in matched.values() for name in names if (reason := why_not.get(name))}
+    note = None
+    if left_out:
+        reasons = {reason: sorted({_kind(name) for name, why in left_out.items() if why == reason}) for reason in
+                   dict.fromkeys(left_out.values())}  # fmt: skip
+        note = "; ".join(f"{_some(names)} ({reason})" for reason, names in reasons.items())
+    return (targets if note is None else chosen), note
+
+
+def _obstacle(model: Any, name: str, module: nn.Module) -> str | None:
+    """Why a linear layer cannot have an adapter."""
+    if type(module).forward not in (nn.Linear.forward, Conv1D.forward):
+        return "a layer with code of its own"
+    if not reads_text(model, name):
+        return "outside the language model"
+    if f"{name}.weight" not in {own for own, _ in model.named_parameters()}:
+        return "its weights are tied to another layer's"
+    return None
+
+
+def reads_text(model: Any, name: str) -> bool:
+    """Whether a layer or parameter of this name is in the language model, not beside it (vision, audio)."""
+    if model.config.get_text_config(decoder=True) is model.config:
+        return True
+    decoder, head = model.get_decoder(), _head_name(model)
+    part = next((part for part, module in model.named_modules() if part and module is decoder), "")
+    return not part or f"{name}.".startswith((f"{part}.", f"{head}."))
+
+
+def _head_name(model: Any) -> str | None:
+    head = model.get_output_embeddings()
+    return next((name for name, module in model.named_modules() if head is not None and module is head), None)
+
+
+def _matches(name: str, target: str, is_pattern: bool) -> bool:
+    """As PEFT has it: a pattern matches whole names, a name of a list also a name's end."""
+    return bool(re.fullmatch(target, name)) if is_pattern else name == target or name.endswith(f".{target}")
+
+
+def _kind(name: str) -> str:
+    """A layer's name without the number of its block."""
+    return re.sub(r"\.\d+\.", ".*.", name)
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:_SHOWN_NAMES]) + (" …" if len(names) > _SHOWN_NAMES else "")
+
+
+def _refuse(
+    model: Any, targets: Any, target: str, names: Sequence[str], why_not: dict[str, str], fit: Sequence[str]
+) -> None:
+    short = sorted({name.rpartition(".")[2] for name in fit})
+    near = difflib.get_close_matches(target, short, 1, 0.5)
+    hint = f"; did you mean {near[0]!r}?" if near else "."
+    if names:
+        reason, hint = f"{target!r} cannot have adapters: {why_not[names[0]]}", "."
+    elif any(_matches(name, target, False) for name, _ in model.named_modules()):
+        reason, hint = f"{target!r} is no linear layer", "."
+    elif any(p.ndim == 3 and target.split("_")[0] in name for name, p in model.named_parameters()):
+        reason, hint = f"{target!r} is part of experts in one tensor, which cannot have adapters", "."
+    else:
+        reason = f"{target!r} is no layer of {type(model).__name__}"
+    raise UnfitModel(f"lora.target_modules: {targets!r} given, but {reason}{hint} Expected `all-linear`, or names "
+                     f"among {_some(short)}")  # fmt: skip

@@ -1,0 +1,141 @@
+"""What a model's files say against training it is said before weights are read, with the option's name."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_models import make_tokenizer
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from grpo_dist.config import LoraConfig, ModelConfig
+from grpo_dist.model_checks import UnfitModel, adapter_targets, require_trainable
+from grpo_dist.models import (
+    adapted_layers,
+    end_token_ids,
+    load_causal_lm,
+    load_model_config,
+    load_tokenizer,
+    make_policy,
+    trainable,
+    try_blank,
+)
+from grpo_dist.toy import toy_path
+
+SIZES = {"vocab_size": 260, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 8,
+         "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64, "pad_token_id": 0,
+         "bos_token_id": 1, "eos_token_id": 2}  # fmt: skip
+VISION = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
+          "image_size": 28, "patch_size": 14}  # fmt: skip
+MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+
+
+def config(kind: str, **options: Any) -> Any:
+    """A small config of a model type."""
+    if kind == "gemma3":
+        return AutoConfig.for_model(kind, text_config=SIZES, vision_config=VISION, mm_tokens_per_image=4, **options)
+    return AutoConfig.for_model(kind, **{**SIZES, **options})
+
+
+def blank(kind: str, **options: Any) -> Any:
+    """A model without weights."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config(kind, **options))
+
+
+def test_all_linear_layers_of_a_plain_model() -> None:
+    assert adapter_targets(blank("qwen2", tie_word_embeddings=True), "all-linear") == ("all-linear", None)
+    assert adapter_targets(blank("gpt2", n_embd=32, n_layer=2, n_head=4), ["c_attn"]) == (["c_attn"], None)
+    assert adapter_targets(blank("qwen2"), r".*\.1\..*q_proj") == (r".*\.1\..*q_proj", None)
+    assert adapter_targets(blank("qwen2", tie_word_embeddings=False), ["lm_head"]) == (["lm_head"], None)
+
+
+def test_experts_in_one_tensor_are_left_out() -> None:
+    policy = make_policy(blank("qwen3_moe", **MOE), ModelConfig(), LoraConfig(), 1.0, 0)
+    assert {name.rpartition(".")[2] for name in adapted_layers(policy)} == {"q_proj", "k_proj", "v_proj", "o_proj"}
+    left_out = try_blank(ModelConfig(), LoraConfig(), config("qwen3_moe", **MOE), None)
+    assert left_out == "down_proj, gate_up_proj (experts in one tensor)"
+
+
+@pytest.mark.parametrize(("targets", "count"), [("all-linear", 14), (["q_proj", "k_proj"], 4)])
+def test_towers_beside_the_language_model_are_left_out(targets: str | list[str], count: int) -> None:
+    policy = make_policy(blank("gemma3"), ModelConfig(), LoraConfig(target_modules=targets), 1.0, 0)
+    names = list(adapted_layers(policy))
+    assert len(names) == count and all("language_model" in name for name in names)
+    with pytest.raises(UnfitModel, match="'out_proj' cannot have adapters: outside the language model"):
+        adapter_targets(blank("gemma3"), ["q_proj", "out_proj"])
+
+
+def test_towers_beside_the_language_model_are_not_trained_at_all() -> None:
+    trained = trainable(make_policy(blank("gemma3"), ModelConfig(), None, 1.0, 0))
+    assert trained and not [name for name in trained if "vision" in name or "projector" in name]
+    assert len(trainable(make_policy(blank("qwen2"), ModelConfig(), None, 1.0, 0))) > 20
+
+
+@pytest.mark.parametrize(
+    ("targets", "message"),
+    [
+        (["q_proj", "v_prj"], r"'v_prj' is no layer of Qwen2ForCausalLM; did you mean 'v_proj'\?"),
+        (["nothing"], r"'nothing' is no layer of Qwen2ForCausalLM\. Expected `all-linear`, or names among down_proj"),
+        (["lm_head"], "'lm_head' cannot have adapters: its weights are tied"),
+        (["q_proj", "embed_tokens"], "'embed_tokens' is no linear layer"),
+        ("q_proj", "'q_proj' is no linear layer|'q_proj' is no layer"),
+    ],
+)
+def test_names_that_match_nothing_are_refused(targets: str | list[str], message: str) -> None:
+    with pytest.raises(UnfitModel, match=rf"lora\.target_modules: .* given, but {message}"):
+        try_blank(ModelConfig(), LoraConfig(target_modules=targets), config("qwen2", tie_word_embeddings=True), None)
+
+
+def test_names_of_experts_in_one_tensor_are_refused() -> None:
+    with pytest.raises(UnfitModel, match="'gate_proj' is part of experts in one tensor"):
+        try_blank(ModelConfig(), LoraConfig(target_modules=["q_proj", "gate_proj"]), config("qwen3_moe", **MOE), None)
+
+
+@pytest.mark.parametrize(
+    ("made", "message"),
+    [
+        (lambda: config("llama", quantization_config={"quant_method": "gptq"}), r"quantised checkpoint \(gptq\)"),
+        (lambda: AutoConfig.for_model("gemma3", text_config=SIZES | {"quantization_config": {"quant_method": "awq"}},
+                                      vision_config=VISION), r"quantised checkpoint \(awq\)"),
+        (lambda: AutoConfig.for_model("t5"), "a model of the type t5 given"),
+        (lambda: AutoConfig.for_model("musicgen"), "has several language models"),
+        (lambda: config("llama", rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}),
+         r"expected at most 64 .*dynamic"),
+    ],
+)  # fmt: skip
+def test_models_that_cannot_be_trained_are_refused(made: Any, message: str) -> None:
+    with pytest.raises(UnfitModel, match=message):
+        require_trainable(made(), 65)
+    require_trainable(config("llama", rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}), 64)
+
+
+def test_an_adapter_is_no_model(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA"}))
+    (tmp_path / "config.json").write_bytes((toy_path() / "config.json").read_bytes())
+    for load in (load_tokenizer, load_model_config):
+        with pytest.raises(UnfitModel, match=r"model\.name: .* is a PEFT adapter .*merge_and_unload"):
+            load(ModelConfig(name=str(tmp_path)))
+
+
+def test_weights_that_are_missing_are_not_drawn_at_random(tmp_path: Path) -> None:
+    AutoModelForCausalLM.from_config(config("qwen2")).save_pretrained(tmp_path)
+    settings = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(settings | {"num_hidden_layers": 3, "layer_types": None}))
+    with pytest.raises(UnfitModel, match="lacks 12 weights of Qwen2ForCausalLM"):
+        load_causal_lm(ModelConfig(name=str(tmp_path)), torch.float32, None)
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(UnfitModel, match="cannot be loaded"):
+        load_causal_lm(ModelConfig(name=str(tmp_path)), torch.float32, None)
+
+
+def test_end_tokens_of_a_model_with_several_configs(tmp_path: Path) -> None:
+    given = config("gemma3")
+    assert not hasattr(given, "eos_token_id")
+    given.save_pretrained(tmp_path)
+    make_tokenizer().save_pretrained(tmp_path)
+    model = ModelConfig(name=str(tmp_path))
+    assert end_token_ids(model, load_tokenizer(model)) == [2, 256]
