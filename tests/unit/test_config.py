@@ -85,7 +85,7 @@ BAD: dict[str, tuple[str, list[str], list[str]]] = {
     "text for a number in cli": ("train: {seed: 1}", ["--optim.learning_rate", "fast"],
                                  ["optim.learning_rate", "fast", "float"]),
     "fraction for a count": ("rollout: {group_size: 2.5}", [], ["rollout.group_size", "2.5", "int"]),
-    "float16 for the policy": ("model: {dtype: float16}", [], ["model.dtype", "'float16'", "auto, float32, bfloat16"]),
+    "float16 for the policy": ("model: {dtype: float16}", [], ["model.dtype", "float16", "'float32', 'bfloat16'"]),
     "not one of the choices": ("loss: {objective: ppo}", [], ["loss.objective", "ppo", "grpo"]),
     "unknown key in a reward": ("rewards: [{nmae: math}]", [], ["nmae"]),
     "group of one": ("rollout: {group_size: 1}", [], ["rollout.group_size", "1", "at least 2"]),
