@@ -32,7 +32,7 @@ ROOT = Path(__file__).parents[1]
 MODULES = {
     "advantages": ["advantages", "algorithm"], "losses": ["losses", "trl_equality"], "kl": ["losses", "trl_equality"],
     "ratios": ["losses", "trl_equality"], "schedule": ["schedule"], "estimates": ["estimates"],
-    "packing": ["packing"], "batch": ["algorithm", "gathering", "packing"], "attention": ["packing"],
+    "packing": ["packing"], "batch": ["batch", "gathering"], "attention": ["packing"],
     "logprobs": ["logprobs"], "rollout/sampling": ["sampling"], "hashing": ["sampling", "dropout"],
     "dropout": ["dropout"], "adapters": ["adapters", "dropout"], "algorithm": ["algorithm"], "contrast": ["estimates"],
     "gathering": ["gathering"],
@@ -55,6 +55,7 @@ def changes(tree: ast.AST) -> Iterator[tuple[ast.AST, ast.AST]]:
                    if (note := getattr(node, name, None)) for part in ast.walk(note)}  # fmt: skip
     messages = {id(part) for node in ast.walk(tree) if isinstance(node, ast.Raise) for part in ast.walk(node)}
     asserted = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.keyword) and node.arg == "strict"}
+    asserted |= {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.keyword) and node.arg == "frozen"}
     for node in ast.walk(tree):
         if id(node) in annotations | messages | asserted:
             continue

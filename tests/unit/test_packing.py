@@ -112,6 +112,18 @@ def test_packs_are_nearly_full() -> None:
     assert sum(map(len, ranks)) <= 1.15 * fewest
 
 
+def test_a_pack_may_be_filled_to_the_last_token() -> None:
+    for max_tokens, num_packs in ((10, 1), (9, 2)):
+        (packs,) = plan([2, 2], [0, 1], [3, 3], [True, True], max_tokens=max_tokens, num_ranks=1)
+        assert len(packs) == num_packs
+
+
+def test_a_piece_may_be_filled_to_the_last_token() -> None:
+    for max_tokens, num_pieces in ((8, 1), (7, 2)):
+        (packs,) = plan([2], [0, 0], [3, 3], [True, True], max_tokens=max_tokens, num_ranks=1)
+        assert sum(map(len, packs)) == num_pieces
+
+
 def test_sharing_prompts_computes_fewer_tokens() -> None:
     """A group that fits in a budget stands in one piece, its prompt once."""
     batch = make_batch([(100, [10] * 8)] * 4)

@@ -1,0 +1,55 @@
+"""Batches put together from rounds of sampling, against loops over completions."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from grpo_dist.batch import Batch, Prompt, join
+
+
+def make_batch(first: int, sizes: list[int], has_token_rewards: bool, extras: dict[str, list[object]]) -> Batch:
+    """A batch with a prompt for each of `sizes` completions; every number in it is its completion's or token's own."""
+    group = torch.tensor([g for g, size in enumerate(sizes) for _ in range(size)])
+    count = len(group)
+    lengths = torch.tensor([1 + (first + n) % 3 for n in range(count)])
+    tokens = torch.arange(int(lengths.sum())) + 100 * first
+    reward = torch.arange(count, dtype=torch.float64) + first
+    return Batch(
+        [Prompt(first + g, [g], "") for g in range(len(sizes))], group, lengths, reward % 2 == 0, tokens,
+        -tokens.float(), reward[:, None] * 2, reward, reference_logprobs=tokens.float() / 2,
+        token_rewards=tokens[:, None].double() * 3 if has_token_rewards else None, extras=extras,
+        scoring={"reward/a/failed": float(first), "reward/a/seconds": 0.5, "reward/a/size": float(first)}
+        | ({"reward/a/once": 4.0} if has_token_rewards else {}),
+    )  # fmt: skip
+
+
+def test_joined_batches_equal_the_loop() -> None:
+    one = make_batch(10, [2, 3, 1], has_token_rewards=False, extras={"a/note": list("abcdef")})
+    two = make_batch(30, [1, 2], has_token_rewards=True, extras={"a/note": list("xyz"), "a/more": [1, 2, 3]})
+    chosen = [(one, 2), (one, 0), (two, 1)]
+    joined = join([one, two], [[2, 0], [1]])
+    rows = [(batch, n) for batch, g in chosen for n in range(len(batch.lengths)) if int(batch.group[n]) == g]
+    spans = [(batch, int(batch.starts[n]), int(batch.starts[n] + batch.lengths[n])) for batch, n in rows]
+    assert joined.prompts == [batch.prompts[g] for batch, g in chosen]
+    assert joined.group.tolist() == [0, 1, 1, 2, 2]
+    for name in ("lengths", "finished", "reward", "rewards"):
+        assert torch.equal(getattr(joined, name), torch.stack([getattr(batch, name)[n] for batch, n in rows]))
+    for name in ("tokens", "sampled_logprobs", "reference_logprobs"):
+        assert torch.equal(getattr(joined, name), torch.cat([getattr(batch, name)[a:b] for batch, a, b in spans]))
+    table = [3.0 * t if batch is two else (float(batch.rewards[n, 0]) if place == b - 1 else math.nan)
+             for (batch, n), (_, a, b) in zip(rows, spans, strict=True)
+             for place, t in zip(range(a, b), batch.tokens[a:b].tolist(), strict=True)]  # fmt: skip
+    expected = torch.tensor(table, dtype=torch.float64)[:, None]
+    torch.testing.assert_close(joined.token_rewards, expected, rtol=0, atol=0, equal_nan=True)
+    assert joined.extras == {"a/note": list("fabyz"), "a/more": [None, None, None, 2, 3]}
+    assert joined.scoring == {"reward/a/failed": 40.0, "reward/a/seconds": 1.0, "reward/a/size": 20.0,
+                              "reward/a/once": 4.0}  # fmt: skip
+
+
+def test_joined_outcomes_have_no_table() -> None:
+    batch = make_batch(0, [2, 2], has_token_rewards=False, extras={})
+    joined = join([batch], [[0, 1]])
+    assert joined.token_rewards is None and joined.reference_logprobs is not None
+    assert torch.equal(joined.tokens, batch.tokens) and joined.prompts == batch.prompts
