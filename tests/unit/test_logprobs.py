@@ -63,6 +63,18 @@ def test_values_and_gradients_equal_autograd(
             assert torch.allclose(value, expected_value, atol=1e-5), wanted
 
 
+@pytest.mark.parametrize(("chunk_elements", "rows"), [(1, [1] * M), (2 * V, [2, 2, 2, 1]), (M * V, [M])])
+def test_no_more_logits_than_a_chunk(chunk_elements: int, rows: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Tensor] = []
+    linear = module.linear
+    monkeypatch.setattr(module, "CHUNK_ELEMENTS", chunk_elements)
+    monkeypatch.setattr(module, "linear", lambda *inputs: seen.append(linear(*inputs)) or seen[-1])
+    hidden, weight, bias, targets = inputs()
+    values, _ = head_logprobs(hidden, weight.requires_grad_(), bias, targets, 1.0)
+    values.sum().backward()
+    assert [len(logits) for logits in seen] == rows + rows, "forward, and again where the head is trained"
+
+
 @pytest.mark.parametrize("wanted", [[2], [0, 2]])
 def test_a_bias_trained_without_its_weight_has_a_gradient(wanted: list[int]) -> None:
     hidden, weight, bias, targets = inputs()

@@ -162,6 +162,23 @@ def test_flags_say_which_clip_decided() -> None:
     assert bool(dual.clipped_high[0]) and ratios[0] > 1.5
 
 
+@pytest.mark.parametrize("surrogate", ["grpo", "cispo"])
+def test_flags_on_a_grid(surrogate: Any) -> None:
+    """Neither a ratio that lies on a clip nor an advantage of 0 is clipped."""
+    logs = [-1.0, -0.5, 0.0, 0.5, 1.0]
+    points = [(log, advantage) for log in logs for advantage in (-2.0, -0.5, 0.0, 0.5, 2.0)]
+    ratio, advantages = torch.tensor(points, dtype=torch.float64).T
+    ones = torch.ones(len(points), dtype=torch.float64)
+    for low, high, dual in ((0.0, 0.0, None), (0.3, 0.5, math.exp(0.5)), (0.3, 0.2, None), (0.0, 0.0, 1.0)):
+        objective = replace(OBJECTIVE, surrogate=surrogate, clip_low=low, clip_high=high, dual_clip=dual)
+        loss = policy_loss(objective, ratio, ones, 0 * ones, None, advantages, ones, torch.arange(len(points)))
+        signed = [(math.exp(log), a if surrogate == "grpo" else None) for log, a in points]
+        is_low = [r < 1 - low and (a is None or a < 0) for r, a in signed]
+        is_high = [r > 1 + high if a is None else (r > 1 + high and a > 0) or (dual is not None and r > dual and a < 0)
+                   for r, a in signed]  # fmt: skip
+        assert loss.clipped_low.tolist() == is_low and loss.clipped_high.tolist() == is_high
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("level", ["token", "sequence"])
 @pytest.mark.parametrize("surrogate", ["grpo", "reinforce", "cispo", "sapo"])
