@@ -19,6 +19,7 @@ from grpo_dist.batch import Batch, Prompt
 from grpo_dist.config import LoraConfig, ModelConfig
 from grpo_dist.models import (
     Policy,
+    adapted_layers,
     end_token_ids,
     load_causal_lm,
     load_policy,
@@ -167,6 +168,11 @@ def test_a_bfloat16_policy_is_merged_in_float32(base: ModelConfig, tmp_path: Pat
     save_final(policy, load_tokenizer(base), tmp_path / "final", is_main=True)
     final = AutoModelForCausalLM.from_pretrained(tmp_path / "final").eval()
     assert final.dtype == torch.bfloat16
+    for name, layer in adapted_layers(policy).items():
+        a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+        assert a.dtype == b.dtype == torch.float32
+        merged = layer.get_base_layer().weight.float() + (b @ a) * layer.scaling["default"]
+        assert torch.equal(final.get_parameter(f"{name}.weight"), merged.bfloat16()), name
     assert float((logits(final, shared=False).float() - logits(policy.causal_lm).float()).abs().max()) < 0.3
 
 
