@@ -237,6 +237,8 @@ def test_whitening_counts_only_what_counts() -> None:
     values, counted = torch.tensor([1.0, 2.0, 3.0, 99.0]).double(), torch.tensor([True, True, True, False])
     assert whiten(values, counted).tolist() == pytest.approx([-1 / (1 + STD_FLOOR), 0.0, 1 / (1 + STD_FLOOR), 0.0])
     assert whiten(values, torch.tensor([True, False, False, False])).tolist() == [0.0] * 4
+    two = whiten(torch.tensor([1.0, 3.0, 9.0], dtype=torch.float64), torch.tensor([True, True, False])).tolist()
+    assert two == pytest.approx([-1 / (2**0.5 + STD_FLOOR), 1 / (2**0.5 + STD_FLOOR), 0.0])
 
 
 def test_overlong_punishment() -> None:

@@ -44,6 +44,8 @@ def test_joined_batches_equal_the_loop() -> None:
     expected = torch.tensor(table, dtype=torch.float64)[:, None]
     torch.testing.assert_close(joined.token_rewards, expected, rtol=0, atol=0, equal_nan=True)
     assert joined.extras == {"a/note": list("fabyz"), "a/more": [None, None, None, 2, 3]}
+    assert joined.sequence.tolist() == [n for n, (_, a, b) in enumerate(spans) for _ in range(a, b)]
+    assert [joined.completion_ids(n) for n in range(5)] == [batch.tokens[a:b].tolist() for batch, a, b in spans]
     assert joined.scoring == {"reward/a/failed": 40.0, "reward/a/seconds": 1.0, "reward/a/size": 20.0,
                               "reward/a/once": 4.0}  # fmt: skip
 
