@@ -1,0 +1,50 @@
+"""Chat: what is heard are the run's own options, and nothing that came with the model."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+from transformers import GenerationConfig
+
+from grpo_dist.config import Config, ModelConfig
+from grpo_dist.conversation import Conversation
+from grpo_dist.distributed import DTYPES
+from grpo_dist.models import load_causal_lm, load_policy, load_tokenizer
+from grpo_dist.trained import Trained
+
+PROMPT = "What is 12 - 7? Answer with an integer."
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_generation_config_of_the_model_has_no_part(
+    temperature: float, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = Config()
+    trained = Trained(tmp_path, tmp_path, 1, asdict(config), True)
+    answers = []
+    for strange in (False, True):
+        policy = load_policy(ModelConfig("toy"), config.lora, DTYPES["float32"], None, 1.0, 0)
+        if strange:
+            policy.causal_lm.generation_config = GenerationConfig(
+                repetition_penalty=9.0, no_repeat_ngram_size=1, min_new_tokens=7, top_k=1, max_length=3, do_sample=True,
+                suppress_tokens=[5, 6, 7], temperature=5.0,
+            )  # fmt: skip
+        tokenizer = load_tokenizer(ModelConfig("toy"))
+        Conversation(trained, policy.eval(), tokenizer, temperature, 12, seed=3).answer(PROMPT)
+        answers.append(capsys.readouterr().out)
+    assert answers[0] == answers[1]
+    assert "--- base\n" in answers[0] and "--- after 1 steps\n" in answers[0]
+
+
+def test_the_likeliest_answer_is_the_model_s_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config, tokenizer = Config(), load_tokenizer(ModelConfig("toy"))
+    policy = load_policy(ModelConfig("toy"), config.lora, DTYPES["float32"], None, 1.0, 0).eval()
+    trained = Trained(tmp_path, tmp_path, 1, asdict(config), True)
+    Conversation(trained, policy, tokenizer, 0.0, 12, seed=0).answer(PROMPT)
+    inputs = tokenizer(PROMPT, return_tensors="pt")
+    plain = load_causal_lm(ModelConfig("toy"), DTYPES["float32"], None).eval()
+    row = plain.generate(**inputs, do_sample=False, max_new_tokens=12)[0, inputs["input_ids"].shape[1] :]
+    expected = tokenizer.decode(row, skip_special_tokens=True)
+    assert capsys.readouterr().out.startswith(f"--- base\n{expected}\n")
