@@ -28,7 +28,8 @@ NEW_TOKENS = 5
 def example_tokens(model: nn.Module, count: int) -> Tensor:
     """Ids (count,) of different tokens, on the model's device."""
     embeddings = model.get_input_embeddings().weight
-    return (torch.arange(count, device=embeddings.device) * 7 + 3) % embeddings.shape[0]
+    shape = getattr(embeddings, "ds_shape", embeddings.shape)  # ZeRO-3 leaves a sharded parameter none of its own
+    return (torch.arange(count, device=embeddings.device) * 7 + 3) % shape[0]
 
 
 @torch.no_grad()
