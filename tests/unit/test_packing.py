@@ -181,6 +181,14 @@ def test_make_pack_equals_the_loop(pieces: list[tuple[int, list[int]]], max_toke
 
 
 @pytest.mark.parametrize("share", [True, False])
+def test_a_pack_on_a_device_is_the_same_pack(share: bool) -> None:
+    pack = make_pack(make_batch([(3, [2])]), [Piece(0, [0])], share_prompts=share)
+    moved = pack.to(torch.device("cpu"))
+    assert moved.ids.tolist() == pack.ids.tolist() and moved.owner.tolist() == pack.owner.tolist() == [-1, -1, -1, 0, 0]
+    assert (moved.layout is None) == (pack.layout is None) == (not share)
+
+
+@pytest.mark.parametrize("share", [True, False])
 def test_an_empty_pack(share: bool) -> None:
     pack = make_pack(make_batch([(3, [2])]), [], share_prompts=share)
     assert len(pack.ids) == len(pack.positions) == 1
