@@ -31,7 +31,7 @@ import transformers  # noqa: F401
 ROOT = Path(__file__).parents[1]
 MODULES = {
     "advantages": ["advantages", "algorithm"], "losses": ["losses", "trl_equality"], "kl": ["losses", "trl_equality"],
-    "ratios": ["losses", "trl_equality"], "schedule": ["schedule"], "estimates": ["estimates"],
+    "ratios": ["algorithm", "losses"], "schedule": ["schedule"], "estimates": ["estimates"],
     "packing": ["packing"], "batch": ["batch", "gathering"], "attention": ["packing"],
     "logprobs": ["logprobs"], "rollout/sampling": ["sampling"], "hashing": ["sampling", "dropout"],
     "dropout": ["dropout"], "adapters": ["adapters", "dropout"], "algorithm": ["algorithm"], "contrast": ["estimates"],
