@@ -18,7 +18,7 @@ from grpo_dist.batch import Batch, Prompt
 from grpo_dist.critic import ValueHead
 from grpo_dist.losses import Objective, policy_loss, token_weights
 from grpo_dist.models import Policy
-from grpo_dist.packing import Piece, make_pack, piece_cost, plan
+from grpo_dist.packing import PAIRS_PER_TOKEN, Piece, make_pack, piece_cost, plan
 
 PIECES = st.lists(
     st.tuples(st.integers(1, 60), st.lists(st.tuples(st.integers(1, 50), st.booleans()), max_size=6)),
@@ -140,6 +140,7 @@ def test_one_long_group_is_cut_between_ranks() -> None:
 
 
 def test_piece_cost_grows_with_everything() -> None:
+    assert piece_cost(10, [5, 6]) == 21 + (50 + 5 * 12.5 + 6 * 13) / PAIRS_PER_TOKEN
     assert piece_cost(10, [5, 5]) < piece_cost(11, [5, 5]) < piece_cost(11, [5, 6]) < piece_cost(11, [5, 6, 1])
 
 
