@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 import torch.utils._device
-from simulated_device import CUDA, MODE, SEEN, CUDAGraph, Mode, Simulated, attention, graph, wait
+from simulated_device import CUDA, MODE, SEEN, CUDAGraph, Mode, Simulated, attention, wait
 from torch import Tensor
 from torch.nn.utils import clip_grad
 
@@ -156,7 +156,7 @@ def _replace_cuda() -> None:
     cuda.get_rng_state = lambda *_: torch.get_rng_state()
     cuda.current_stream = cuda.default_stream = Stream
     cuda.stream = lambda *_: nullcontext()
-    cuda.Event, cuda.Stream, cuda.CUDAGraph, cuda.graph = Event, Stream, CUDAGraph, graph
+    cuda.Event, cuda.Stream, cuda.CUDAGraph = Event, Stream, CUDAGraph
     modes = ["default", "warn", "error"]
     cuda.set_sync_debug_mode = lambda mode: setattr(SEEN, "sync_mode", mode if isinstance(mode, str) else modes[mode])
     cuda.get_sync_debug_mode = lambda: modes.index(SEEN.sync_mode)
@@ -200,7 +200,11 @@ def _replace_libraries() -> None:
         finally:
             MODE.__enter__()
         place = device_map.get("") if isinstance(device_map, dict) else device_map
-        return loaded if place is None else loaded.to(CUDA if is_cuda(place) else place)
+        if place is None:
+            return loaded
+        model, *report = loaded if isinstance(loaded, tuple) else (loaded,)
+        model = model.to(CUDA if is_cuda(place) else place)
+        return (model, *report) if report else model
 
     PreTrainedModel.from_pretrained = classmethod(from_pretrained)
 
@@ -216,6 +220,4 @@ def main(report: str, module: str, *arguments: str) -> None:
 
 
 if __name__ == "__main__":
-    from simulated_cuda import main as imported  # one SEEN, not this file's twin
-
-    imported(*sys.argv[1:])
+    main(*sys.argv[1:])

@@ -61,9 +61,8 @@ def place() -> tuple[str, str]:
     frame, innermost, below = sys._getframe(1), "", ""
     while frame is not None:
         code = frame.f_code
-        if PACKAGE in code.co_filename and not code.co_name.startswith(
-            "<"
-        ):  # comprehensions are frames in some Pythons
+        # comprehensions are frames of their own in some Pythons
+        if PACKAGE in code.co_filename and not code.co_name.startswith("<"):
             if code.co_name == LOOP:
                 return below, innermost
             below = code.co_name
@@ -204,13 +203,13 @@ def _flash_backward(
 
 def _product(x: Tensor, y: Tensor, dtype: torch.dtype) -> Tensor:
     assert x.dtype in HALVES and dtype == torch.float32
-    return torch.bmm(x.float(), y.float())
+    return torch.matmul(x.float(), y.float())
 
 
 HALVES = (torch.bfloat16, torch.float16)
 KERNELS: dict[Any, Callable[..., Any]] = {
     aten._flash_attention_forward.default: _flash, aten._flash_attention_backward.default: _flash_backward,
-    aten.bmm.dtype: _product,
+    aten.bmm.dtype: _product, aten.mm.dtype: _product,
 }  # fmt: skip
 """Operations that CUDA has and the CPU does not, by their formulas."""
 
@@ -326,6 +325,16 @@ class CUDAGraph:
     def __init__(self) -> None:
         self.records: list[Any] = []
 
+    def capture_begin(self, **_: Any) -> None:
+        """Record what is called from here on, and run nothing."""
+        SEEN.capture = []
+
+    def capture_end(self) -> None:
+        """Go on running what is called."""
+        self.records = SEEN.capture
+        SEEN.captures.append(len(SEEN.capture))
+        SEEN.capture = None
+
     def replay(self) -> None:
         """Run them on the memory of the capture."""
         SEEN.replays += 1
@@ -341,20 +350,6 @@ class CUDAGraph:
     def pool(self) -> tuple[int, int]:
         """A pool's handle."""
         return (0, 1)
-
-
-@contextlib.contextmanager
-def graph(captured: CUDAGraph, **_: Any) -> Iterator[None]:
-    """`torch.cuda.graph`: record what is called inside."""
-    phase, where = place()
-    SEEN.syncs[phase, "capture", where] += 1
-    SEEN.capture = []
-    try:
-        yield
-        captured.records = SEEN.capture
-        SEEN.captures.append(len(SEEN.capture))
-    finally:
-        SEEN.capture = None
 
 
 def attention(

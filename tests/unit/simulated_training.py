@@ -18,8 +18,8 @@ from simulated_device import SEEN
 
 STEPS = [
     "--config", "configs/quickstart.yaml", "--model.dtype", "float32", "--reference.dtype", "float32",
-    "--rollout.engine", "native", "--train.num_train_steps", "2", "--train.batch_size", "5", "--rollout.group_size", "4",
-    "--train.eval_every", "0", "--train.save_every", "0", "--train.num_eval_prompts", "2",
+    "--rollout.engine", "native", "--train.num_train_steps", "2", "--train.batch_size", "5",
+    "--rollout.group_size", "4", "--train.eval_every", "0", "--train.save_every", "0", "--train.num_eval_prompts", "2",
 ]  # fmt: skip
 
 

@@ -1,5 +1,5 @@
-"""The paths that only a GPU takes, on a simulated one: the same numbers as on the CPU, and no wait of the host but those
-that are listed here."""
+"""The paths that only a GPU takes, on a simulated one: the same numbers as on the CPU, and no wait of the host but
+those that are listed here."""
 
 from __future__ import annotations
 
@@ -39,8 +39,6 @@ WAITS_OF_A_ROLLOUT = {
     ("_local_scalar_dense.default", "rollout/cache.py:keep"),
     ("_unique2.default", "rollout/cache.py:keep"),
     ("bincount.default", "rollout/cache.py:_seat_rows"),
-    # whenever sizes have changed
-    ("capture", "rollout/graphs.py:_capture"),
 }
 """Waits of the host by kind and function. A step of decoding has none."""
 
@@ -125,4 +123,4 @@ OPTIONS = {
 @pytest.mark.parametrize("name", [*presets(), *OPTIONS])
 def test_every_preset_on_the_device_is_that_of_the_cpu(name: str, tmp_path: Path) -> None:
     allowed = {("_local_scalar_dense.default", "kl.py:sequence_sums"), ("H2D copy of an index", "logprobs.py:backward")}
-    check_trainings({name: OPTIONS[name] if name in OPTIONS else ["--preset", name]}, tmp_path, allowed)
+    check_trainings({name: OPTIONS.get(name, ["--preset", name])}, tmp_path, allowed)

@@ -1,0 +1,506 @@
+"""What one GPU does with this trainer: sections with deadlines of their own, one JSON file, one table.
+
+    PYTHONPATH=. python tests/gpu/one_card.py --out one_card.json                # all sections, about 8 minutes on an H100
+    PYTHONPATH=. python tests/gpu/one_card.py --tiny                             # every line once, on small shapes
+
+A section that fails or overruns says so in its place; the next one runs all the same. Models have random weights and are
+made on the device, so nothing is downloaded. Times are medians of device events unless a name says `wall`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import signal
+import statistics
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, Qwen2Config
+
+from grpo_dist import attention, logprobs, packing, shared_prefix
+from grpo_dist.attention import RowLayout, block_layout
+from grpo_dist.batch import Batch, Prompt
+from grpo_dist.config import LoraConfig, ModelConfig
+from grpo_dist.models import make_policy
+from grpo_dist.rollout.engine import Request
+from grpo_dist.rollout.sampling import Sampling, draw
+
+SHAPES = {
+    "0.5b": (896, 24, 14, 2, 4864, 151936),
+    "1.5b": (1536, 28, 12, 2, 8960, 151936),
+    "7b": (3584, 28, 28, 4, 18944, 152064),
+    "tiny": (64, 2, 4, 2, 128, 512),
+}
+"""Hidden, layers, heads, key heads, intermediate and vocabulary of Qwen2 models."""
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+class Overrun(Exception):
+    """A section took longer than it may."""
+
+
+@dataclass
+class Report:
+    """What was measured so far, written after each section."""
+
+    path: Path
+    sections: dict[str, Any]
+
+    def run(self, name: str, seconds: int, section: Callable[[], dict[str, Any]]) -> None:
+        """Run a section and write its figures, or why there are none."""
+
+        def overrun(*_: object) -> None:
+            raise Overrun(f"more than {seconds} s")
+
+        begun = time.monotonic()
+        signal.signal(signal.SIGALRM, overrun)
+        signal.alarm(seconds)
+        try:
+            figures = section()
+        except BaseException as error:  # the next section runs whatever happened to this one
+            figures = {"failed": f"{type(error).__name__}: {error}", "where": traceback.format_exc()[-1500:]}
+        finally:
+            signal.alarm(0)
+        figures["seconds"] = round(time.monotonic() - begun, 1)
+        self.sections[name] = figures
+        self.path.write_text(json.dumps(self.sections, indent=1))
+        print(f"== {name}: {json.dumps(figures)}", flush=True)
+        _clear()
+
+
+def _clear() -> None:
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def milliseconds(function: Callable[[], Any], repeats: int = 5, warm_up: int = 2) -> float:
+    """Median time of a call, by device events."""
+    for _ in range(warm_up):
+        function()
+    if DEVICE.type != "cuda":
+        return -1.0
+    times = []
+    for _ in range(repeats):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        function()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end))
+    return round(statistics.median(times), 3)
+
+
+@contextmanager
+def kernels(figures: dict[str, Any], name: str) -> Iterator[None]:
+    """Count the device's kernels inside, and how long it was busy."""
+    if DEVICE.type != "cuda":
+        yield
+        return
+    torch.cuda.synchronize()
+    begun = time.perf_counter()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        yield
+        torch.cuda.synchronize()
+    wall = time.perf_counter() - begun
+    events = [e for e in profile.key_averages() if e.device_type == torch.autograd.DeviceType.CUDA]
+    busy = sum(e.self_device_time_total for e in events) / 1e6
+    top = sorted(events, key=lambda e: -e.self_device_time_total)[:12]
+    figures[name] = {"kernels": sum(e.count for e in events), "busy_ms": round(busy * 1e3, 2), "wall_ms": round(wall * 1e3, 2),
+                     "top": {e.key[:60]: [e.count, round(e.self_device_time_total / 1e3, 2)] for e in top}}  # fmt: skip
+
+
+def model_of(shape: str, dtype: torch.dtype = torch.bfloat16, **options: Any) -> nn.Module:
+    """A Qwen2 of random weights, on the device."""
+    hidden, layers, heads, key_heads, inner, vocabulary = SHAPES[shape]
+    config = Qwen2Config(
+        vocab_size=vocabulary, hidden_size=hidden, intermediate_size=inner, num_hidden_layers=layers,
+        num_attention_heads=heads, num_key_value_heads=key_heads, max_position_embeddings=32768,
+        tie_word_embeddings=shape != "7b", **options,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(DEVICE):
+            model = AutoModelForCausalLM.from_config(config, attn_implementation=attention.NAME)
+    finally:
+        torch.set_default_dtype(default)
+    return model.eval()
+
+
+def adapted(shape: str, checkpointing: bool = False) -> Any:
+    """A policy with adapters of rank 16 that add something, on the device."""
+    policy = make_policy(model_of(shape), ModelConfig(name="none", gradient_checkpointing=checkpointing), LoraConfig(), 1.0, 0)
+    policy.fused_head = True
+    with torch.no_grad():
+        for name, parameter in policy.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=1e-3)
+    return policy.to(DEVICE)
+
+
+# --- sections ----------------------------------------------------------------------------------------------------------
+
+
+def machine() -> dict[str, Any]:
+    """The card, the versions, and the two ceilings."""
+    import accelerate
+    import transformers
+
+    figures: dict[str, Any] = {"torch": torch.__version__, "transformers": transformers.__version__,
+                               "accelerate": accelerate.__version__, "python": platform.python_version()}  # fmt: skip
+    if DEVICE.type != "cuda":
+        return figures
+    import triton
+
+    properties = torch.cuda.get_device_properties(0)
+    figures |= {"triton": triton.__version__, "card": properties.name, "memory_gib": round(properties.total_memory / 2**30, 1)}
+    source = torch.empty(4 << 30, dtype=torch.uint8, device=DEVICE)
+    target = torch.empty_like(source)
+    figures["copy_tb_per_s"] = round(2 * source.numel() / milliseconds(lambda: target.copy_(source)) / 1e9, 2)
+    del source, target
+    a, b = (torch.randn(8192, 8192, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
+    figures["product_tflops"] = round(2 * 8192**3 / milliseconds(lambda: a @ b, 10) / 1e9, 0)
+    return figures
+
+
+def pack_attention(tiny: bool) -> dict[str, Any]:
+    """Two flash calls and a join against blocks in float64: error, then time beside the blocks."""
+    figures: dict[str, Any] = {}
+    torch.manual_seed(0)
+    for pieces in ([(7, [3, 1, 9]), (1, [5])], [(130, [77, 200, 3]), (65, []), (300, [129])]):
+        tokens = sum(p + sum(c) for p, c in pieces)
+        truth = [torch.randn(1, h, tokens, 64, device=DEVICE, dtype=torch.float64).requires_grad_() for h in (6, 2, 2)]
+        incoming = torch.randn(1, tokens, 6, 64, device=DEVICE, dtype=torch.float64)
+        expected = block_layout(pieces).to(DEVICE).attend(0, *truth, None)
+        expected_grads = torch.autograd.grad(expected, truth, incoming)
+        for dtype in (torch.bfloat16, torch.float16):
+            given = [x.detach().to(dtype).requires_grad_() for x in truth]
+            output = RowLayout(pieces, DEVICE).attend(0, *given, None)
+            grads = torch.autograd.grad(output, given, incoming.to(dtype))
+            errors = [float((a.double() - b).norm() / b.norm()) for a, b in zip([output, *grads], [expected, *expected_grads], strict=True)]
+            figures[f"error {len(pieces)} {dtype}"] = [round(e, 5) for e in errors]
+    shapes = {"1 x (256 + 16 x 1000)": [(256, [1000] * 16)], "4 x (256 + 16 x 240)": [(256, [240] * 16)] * 4,
+              "32 x (128 + 8 x 48)": [(128, [48] * 8)] * 32, "1 x (256 + 16 x 240)": [(256, [240] * 16)]}  # fmt: skip
+    for name, pieces in ([("tiny", [(9, [5, 6])])] if tiny else shapes.items()):
+        tokens = sum(p + sum(c) for p, c in pieces)
+        given = [torch.randn(1, h, tokens, 128, device=DEVICE, dtype=torch.bfloat16).requires_grad_() for h in (12, 2, 2)]
+        incoming = torch.randn(1, tokens, 12, 128, device=DEVICE, dtype=torch.bfloat16)
+        layouts = {"flash": RowLayout(pieces, DEVICE), "blocks": block_layout(pieces).to(DEVICE)}
+        for kind, layout in layouts.items():
+            both = lambda: torch.autograd.grad(layout.attend(0, *given, None), given, incoming)  # noqa: B023
+            figures[f"{name}: {kind}"] = [milliseconds(lambda: layout.attend(0, *given, None)), milliseconds(both)]  # noqa: B023
+    return figures
+
+
+def decode_attention(tiny: bool) -> dict[str, Any]:
+    """The kernels of pages against float64, and how near a step's attention comes to the memory's speed."""
+    from grpo_dist.rollout.cache import PrefillLayout
+    from grpo_dist.rollout.pages import PAGE, TILE, PagePool
+
+    figures: dict[str, Any] = {}
+    cases = [(3, 2, 4, 2, 64, 40, 30), (9, 3, 12, 2, 128, 300, 500), (20, 2, 14, 2, 64, 100, 70)]
+    cases = cases[:1] if tiny else cases
+    timed = [] if tiny else [(512, 32, 12, 2, 128, 256, 512), (512, 32, 12, 2, 128, 256, 1000), (64, 8, 12, 2, 128, 256, 1000),
+                             (8, 1, 12, 2, 128, 256, 1000), (512, 32, 28, 4, 128, 256, 512)]  # fmt: skip
+    for place, (rows, prompts, heads, key_heads, size, longest, most) in enumerate(cases + timed):
+        torch.manual_seed(place)
+        is_timed = place >= len(cases)
+        lengths = [longest if is_timed else int(x) for x in torch.randint(1, longest + 1, (prompts,))]
+        own = [most if is_timed else int(x) for x in torch.randint(0, most + 1, (rows,))]
+        pool = PagePool(DEVICE, rows * (most // PAGE + 2) + prompts * (longest // PAGE + 2), rows, most + 1, longest)
+        layout = PrefillLayout(lengths, DEVICE)
+        total = sum(lengths)
+        layout.keys, layout.values = ({0: torch.randn(key_heads, total, size, device=DEVICE).bfloat16()} for _ in range(2))
+        pages = [pool.take(n) for n in lengths]
+        pool.store(layout, pages)
+        for store in (pool.keys, pool.values):
+            fresh = torch.randn_like(store[0])
+            for each in pages:
+                fresh[each] = store[0][each]
+            store[0] = fresh
+        for n, each in enumerate(pages):
+            pool.prompt_table[n, : len(each)] = torch.tensor(each)
+            pool.prompt_lengths[n] = lengths[n]
+        prompt_of = [n * prompts // rows for n in range(rows)]
+        row_pages = [pool.take(length + 1) for length in own]
+        for n, each in enumerate(row_pages):
+            pool.table[n, : len(each)] = torch.tensor(each)
+        pool.lengths[:] = torch.tensor(own)
+        members = [[n for n in range(rows) if prompt_of[n] == p] for p in range(prompts)]
+        tiles = [(p, m[s : s + TILE]) for p, m in enumerate(members) for s in range(0, len(m), TILE)]
+        pool.tile_prompt.fill_(-1)
+        for n, (p, m) in enumerate(tiles):
+            pool.tile_prompt[n] = p
+            pool.tile_rows[n] = torch.tensor(m + [-1] * (TILE - len(m)))
+        pool.begin_step(rows, len(tiles))
+        query = torch.randn(rows, heads, size, device=DEVICE).bfloat16()
+        if is_timed:
+            nbytes = 2 * key_heads * size * 2 * (sum(own) + sum(lengths))
+            time_ms = milliseconds(lambda: pool.attend_rows(0, query, None), 20)  # noqa: B023
+            figures[f"{rows} rows x {most}, {heads} heads"] = {"ms": time_ms, "tb_per_s": round(nbytes / time_ms / 1e9, 2),
+                                                              "splits": [pool.splits, pool.prompt_splits]}  # fmt: skip
+            continue
+        output = pool.attend_rows(0, query, None).double()
+        worst = 0.0
+        for n in range(rows):
+            parts = []
+            for store in (pool.keys, pool.values):
+                shared = store[0][pages[prompt_of[n]]].transpose(0, 1).flatten(1, 2)[:, : lengths[prompt_of[n]]]
+                mine = store[0][row_pages[n]].transpose(0, 1).flatten(1, 2)[:, : own[n] + 1]
+                parts.append(torch.cat([shared, mine], 1).double().repeat_interleave(heads // key_heads, 0))
+            weights = (torch.einsum("hd,hkd->hk", query[n].double(), parts[0]) * size**-0.5).softmax(-1)
+            expected = torch.einsum("hk,hkd->hd", weights, parts[1])
+            worst = max(worst, float((output[n] - expected).norm() / expected.norm()))
+        figures[f"error, case {place}"] = round(worst, 5)
+    return figures
+
+
+def fused_step(tiny: bool) -> dict[str, Any]:
+    """The fused draw against the plain one, and completions of the engine on pages against the engine without them."""
+    from grpo_dist.rollout.fused import FusedStep, fused_draw
+    from grpo_dist.rollout.gpu import PagedDecoding
+    from grpo_dist.rollout.native import NativeEngine
+    from grpo_dist.rollout.steps import module_step
+
+    figures: dict[str, Any] = {}
+    rows, vocabulary, positions = (2, 2048, 2) if tiny else (64, 151936, 64)
+    logits = torch.randn(rows, vocabulary, device=DEVICE) * 3
+    keys = torch.randint(-(2**62), 2**62, (rows,), device=DEVICE)
+    tokens, plain = (torch.stack([each(logits, keys, torch.full_like(keys, n), Sampling())[0] for n in range(positions)])
+                     for each in (fused_draw, draw))  # fmt: skip
+    figures["draws that differ"] = f"{int((tokens != plain).sum())} of {tokens.numel()}"
+    big = torch.randn(8 * rows, vocabulary, device=DEVICE).bfloat16()
+    many = torch.randint(-(2**62), 2**62, (8 * rows,), device=DEVICE)
+    figures["draw ms"] = {name: milliseconds(lambda: each(big, many, many, Sampling(top_p=top_p)))  # noqa: B023
+                          for name, each, top_p in (("fused", fused_draw, 1.0), ("plain", draw, 1.0), ("top_p", draw, 0.95))}  # fmt: skip
+    for dtype in (torch.float32, torch.bfloat16):
+        model = model_of("tiny", dtype)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+        requests = [Request(slot, n, list(range(3, 9 + 40 * slot)), key=97 * slot + n) for slot in range(3) for n in range(6)]
+        requests = requests[::5] if tiny else requests
+        most = 4 if tiny else 150
+        expected = NativeEngine([2, 5], most, 1 << 20, captures=False).generate(model, requests, Sampling())
+        for step_of in (FusedStep, module_step):
+            for captures in (False, True):
+                with torch.inference_mode():
+                    got = PagedDecoding(model, requests, Sampling(), end_ids=[2, 5], max_new_tokens=most, max_tokens_in_flight=1 << 12,
+                                        step_of=step_of, captures=captures).run(None)  # fmt: skip
+                same = sum(a.ids == b.ids for a, b in zip(got, expected, strict=True))
+                gaps = [abs(p - q) for a, b in zip(got, expected, strict=True) for p, q, x, y in
+                        zip(a.logprobs, b.logprobs, a.ids, b.ids, strict=False) if x == y]  # fmt: skip
+                figures[f"{dtype} {step_of.__name__} captures {captures}"] = [same, len(got), round(max(gaps), 6)]
+    return figures
+
+
+def decode(shape: str, rows: list[int], prompt: int, new: int, tiny: bool) -> dict[str, Any]:
+    """Milliseconds and kernels of a step with adapters apart, on pages; and what a capture takes."""
+    from grpo_dist.rollout.fused import FusedStep
+    from grpo_dist.rollout.gpu import PagedDecoding
+
+    model, figures = adapted(shape).causal_lm, {}
+    for count in rows:
+        requests = [Request(n * 32 // count if count >= 32 else 0, n, list(range(100, 100 + prompt)), key=n) for n in range(count)]
+        with torch.inference_mode():
+            begun = time.perf_counter()
+            decoding = PagedDecoding(model, requests, Sampling(), end_ids=[-1], max_new_tokens=new, max_tokens_in_flight=1 << 21,
+                                     step_of=FusedStep, captures=True)  # fmt: skip
+            decoding.run(None)
+            wall = time.perf_counter() - begun
+            figures[f"{count} rows"] = {"tokens_per_s wall": round(count * new / wall), "ms_a_token wall": round(wall / new * 1e3, 2)}
+            if count == rows[0] or count == rows[-1]:
+                decoding = PagedDecoding(model, requests, Sampling(), end_ids=[-1], max_new_tokens=new,
+                                         max_tokens_in_flight=1 << 21, step_of=FusedStep, captures=True)  # fmt: skip
+                decoding._admit()
+                decoding.pool.lengths[: len(decoding.rows)] = new // 2
+                for row in decoding.rows:
+                    row.length = new // 2
+                decoding._lay_tables()
+                size = decoding.computed, decoding.tiles
+                decoding.graphs(*size)
+                begun = time.perf_counter()
+                decoding.graphs(*size)
+                figures[f"{count} rows"]["capture_ms wall"] = round((time.perf_counter() - begun) * 1e3, 1)
+                figures[f"{count} rows"]["step_ms"] = milliseconds(lambda: decoding.graphs(*size), 5)  # noqa: B023
+                with kernels(figures[f"{count} rows"], "profile of 2 steps"):
+                    decoding.graphs(*size)
+                    decoding.graphs(*size)
+        if DEVICE.type == "cuda":
+            figures[f"{count} rows"]["reserved_gib"] = round(torch.cuda.max_memory_reserved() / 2**30, 2)
+        _clear()
+    return figures
+
+
+def old_decode(shape: str, rows: list[int], prompt: int, new: int) -> dict[str, Any]:
+    """The engine without pages, as it decodes models that pages cannot hold."""
+    from grpo_dist.rollout.llama import LlamaStep
+    from grpo_dist.rollout.native import NativeEngine
+
+    model, figures = adapted(shape).causal_lm, {}
+    for count in rows:
+        requests = [Request(n * 32 // count if count >= 32 else 0, n, list(range(100, 100 + prompt)), key=n) for n in range(count)]
+        begun = time.perf_counter()
+        NativeEngine([-1], new, 1 << 21, step_of=LlamaStep).generate(model, requests, Sampling())
+        wall = time.perf_counter() - begun
+        figures[f"{count} rows"] = {"tokens_per_s wall": round(count * new / wall), "ms_a_token wall": round(wall / new * 1e3, 2)}
+        _clear()
+    return figures
+
+
+def packs_of(name: str) -> list[tuple[int, list[int]]]:
+    """Pieces of the packs that updates are timed on."""
+    return {"4k: 1 x (256 + 16 x 240)": [(256, [240] * 16)], "16k: 4 x (256 + 16 x 240)": [(256, [240] * 16)] * 4,
+            "16k: 1 x (256 + 16 x 1000)": [(256, [1000] * 16)], "8k: 2 x (256 + 16 x 240)": [(256, [240] * 16)] * 2,
+            "tiny": [(9, [5, 6])]}[name]  # fmt: skip
+
+
+def pack_of(pieces: list[tuple[int, list[int]]], vocabulary: int) -> packing.Pack:
+    """A pack of random tokens."""
+    lengths = torch.tensor([length for _, completions in pieces for length in completions])
+    group = torch.tensor([n for n, (_, completions) in enumerate(pieces) for _ in completions])
+    tokens = torch.randint(3, vocabulary, (int(lengths.sum()),))
+    zeros = torch.zeros(len(lengths), dtype=torch.float64)
+    prompts = [Prompt(n, torch.randint(3, vocabulary, (length,)).tolist(), "", None, {}) for n, (length, _) in enumerate(pieces)]
+    batch = Batch(prompts, group, lengths, zeros > 0, tokens, torch.zeros(len(tokens)), zeros[:, None], zeros)
+    place = iter(range(len(lengths)))
+    return packing.make_pack(batch, [packing.Piece(n, [next(place) for _ in c]) for n, (_, c) in enumerate(pieces)])
+
+
+def update(shape: str, packs: list[str], checkpointing: bool, blocks_too: bool) -> dict[str, Any]:
+    """Forward and backward of packs under adapters: time, memory, kernels, share of the matrix units' peak."""
+    policy, figures = adapted(shape, checkpointing).train(), {}
+    hidden, layers, heads, _, _, vocabulary = SHAPES[shape]
+    parameters = sum(p.numel() for p in policy.parameters())
+    original = shared_prefix.can_use_flash
+    for name in packs:
+        pieces = packs_of(name)
+        host = pack_of(pieces, vocabulary)
+        tokens = len(host.ids)
+        pairs = sum(p * p / 2 + sum(c * p + c * c / 2 for c in cs) for p, cs in pieces)
+        # forward, and backward to the inputs alone: weights are frozen
+        flops = 4 * parameters * tokens + 3.5 * 4 * pairs * hidden * layers
+        for kind in ["flash"] + ["blocks"] * blocks_too:
+            attention.can_use_flash = original if kind == "flash" else (lambda *_: False)
+            pack = host.to(DEVICE)
+
+            def both() -> None:
+                with torch.autocast(DEVICE.type, torch.bfloat16):
+                    logprobs_, _, _ = policy(pack)  # noqa: B023
+                logprobs_.mean().backward()
+
+            entry: dict[str, Any] = {"ms": milliseconds(both, 3, 1)}
+            if DEVICE.type == "cuda":
+                entry["tokens_per_s"] = round(tokens / entry["ms"] * 1e3)
+                entry["mfu_of_989"] = round(flops / entry["ms"] * 1e3 / 989e12, 3)
+                entry["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
+                with kernels(entry, "profile"):
+                    both()
+            figures[f"{name}: {kind}"] = entry
+            policy.zero_grad(set_to_none=True)
+            _clear()
+    attention.can_use_flash = original
+    return figures
+
+
+def head(tiny: bool) -> dict[str, Any]:
+    """The log-probability head, at several sizes of its chunks."""
+    tokens, hidden, vocabulary = (64, 64, 512) if tiny else (15360, 1536, 151936)
+    figures: dict[str, Any] = {}
+    weight = torch.randn(vocabulary, hidden, device=DEVICE).bfloat16() * 0.02
+    states = torch.randn(tokens, hidden, device=DEVICE).bfloat16().requires_grad_()
+    targets = torch.randint(0, vocabulary, (tokens,), device=DEVICE)
+    before = dict(logprobs.CHUNK_ELEMENTS)
+    for bits in (24, 26, 28, 29):
+        logprobs.CHUNK_ELEMENTS = {"cpu": 1 << bits, "cuda": 1 << bits}
+
+        def both() -> None:
+            values, _ = logprobs.head_logprobs(states, weight, None, targets, 1.0)
+            values.sum().backward()
+
+        figures[f"2^{bits}"] = milliseconds(both, 3, 1)
+        if DEVICE.type == "cuda":
+            figures[f"2^{bits} peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
+        _clear()
+    logprobs.CHUNK_ELEMENTS = before
+    return figures
+
+
+def end_to_end(tiny: bool) -> dict[str, Any]:
+    """The quickstart's task in bfloat16: one process, then DDP and ZeRO-2 of one rank through the launcher."""
+    figures: dict[str, Any] = {}
+    steps = "1" if tiny else "12"
+    launches = {"one process": [sys.executable, "-m", "grpo_dist.train"]}
+    for name in [] if tiny else ["ddp", "zero2"]:
+        launches[name] = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", f"accelerate_configs/{name}.yaml",
+                          "--num_processes", "1", "-m", "grpo_dist.train"]  # fmt: skip
+    for name, launch in launches.items():
+        out = Path(f"/tmp/one_card/{name.replace(' ', '_')}")
+        begun = time.perf_counter()
+        done = subprocess.run(
+            [*launch, "--config", "configs/quickstart.yaml", "--train.output_dir", str(out), "--train.num_train_steps", steps,
+             "--train.resume", "never", "--logging.trackers", "[]"], capture_output=True, text=True, timeout=100, check=False,
+        )  # fmt: skip
+        lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()] if (out / "metrics.jsonl").exists() else []
+        log = done.stdout + done.stderr
+        figures[name] = {
+            "rc": done.returncode, "wall_s": round(time.perf_counter() - begun, 1),
+            "rollouts": next((line[-300:] for line in log.splitlines() if "rollouts:" in line), ""),
+            "rewards": [round(line["reward/mean"], 3) for line in lines if "reward/mean" in line],
+            "gap": [round(line["rollout/logprob_gap_max"] or 0, 4) for line in lines if "rollout/logprob_gap_max" in line][:3],
+            "kl": [line.get("rollout/kl") for line in lines if "rollout/logprob_gap_max" in line][:3],
+            "log": "" if done.returncode == 0 else log[-1500:],
+        }  # fmt: skip
+    return figures
+
+
+def main() -> None:
+    """Run the sections asked for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("one_card.json"))
+    parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--sections", nargs="*", help="names of sections; all by default")
+    options = parser.parse_args()
+    tiny = options.tiny
+    small, packs = ("tiny", ["tiny"]) if tiny else ("1.5b", ["4k: 1 x (256 + 16 x 240)", "16k: 4 x (256 + 16 x 240)", "16k: 1 x (256 + 16 x 1000)"])
+    rows, prompt, new = ([4], 5, 12) if tiny else ([512, 64, 8], 256, 256)
+    sections: dict[str, tuple[int, Callable[[], dict[str, Any]]]] = {
+        "machine": (30, machine),
+        "pack attention": (45, lambda: pack_attention(tiny)),
+        "decode attention": (45, lambda: decode_attention(tiny)),
+        "fused step": (60, lambda: fused_step(tiny)),
+        "decode 1.5b": (70, lambda: decode(small, rows, prompt, new, tiny)),
+        "update 1.5b": (70, lambda: update(small, packs, False, True)),
+        "head": (25, lambda: head(tiny)),
+        "end to end": (110, lambda: end_to_end(tiny)),
+        "decode without pages": (40, lambda: old_decode(small, rows[:1] + rows[2:], prompt, new // 2)),
+        "rollout 1.5b of 1024": (45, lambda: decode(small, rows[:1], prompt, new if tiny else 1024, tiny)),
+        "decode 7b": (60, lambda: decode("tiny" if tiny else "7b", rows[:1] + rows[2:], prompt, new // 2, tiny)),
+        "update 7b": (60, lambda: update("tiny" if tiny else "7b", packs[:1] if tiny else ["8k: 2 x (256 + 16 x 240)"], True, False)),
+    }  # fmt: skip
+    report = Report(options.out, {})
+    for name, (seconds, section) in sections.items():
+        if not options.sections or name in options.sections:
+            report.run(name, seconds * (10 if tiny else 1), section)
+
+
+if __name__ == "__main__":
+    main()
