@@ -63,7 +63,7 @@ def packing_leak(model: nn.Module) -> str | None:
     if float((packed[other] - disturbed[other]).abs().max()) > most * effect:
         return "one completion's output depends on another completion of the pack"
     try:
-        decoded = decoding_error(model, tiny_engine(captures=False))
+        decoded = decoding_error(model, tiny_engine())
         worst = max(float((packed[other] - alone[PROMPT:]).abs().max()), decoded)
     except CANNOT as error:
         return f"it cannot be decoded with shared prompts: {type(error).__name__}: {error}"
@@ -126,9 +126,9 @@ def is_noisy(compute: Callable[[], Tensor]) -> bool:
     return others > 4 * same + 1e-5
 
 
-def tiny_engine(captures: bool, step_of: Callable[[nn.Module], Step] = module_step) -> NativeEngine:
-    """An engine for a few tokens, which shares even a tiny prompt; it gives up `captures` where that fails."""
-    return NativeEngine([-1], NEW_TOKENS, 1 << 20, step_of=step_of, captures=captures, copied_prompt=0)
+def tiny_engine(step_of: Callable[[nn.Module], Step] = module_step) -> NativeEngine:
+    """An engine for a few tokens, which shares even a tiny prompt."""
+    return NativeEngine([-1], NEW_TOKENS, 1 << 20, step_of=step_of, captures=False, copied_prompt=0)
 
 
 def rounding(model: nn.Module) -> float:

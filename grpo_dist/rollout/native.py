@@ -38,14 +38,15 @@ class NativeEngine:
     def __init__(
         self, end_ids: list[int], max_new_tokens: int, max_tokens_in_flight: int, *,
         step_of: Callable[[nn.Module], Step] = module_step, steps_between_checks: int | None = None,
-        captures: bool = True, copied_prompt: int | None = None,
+        captures: bool = True, copied_prompt: int | None = None, pages: bool = False,
     ) -> None:  # fmt: skip
-        """`step_of` (how to make a step of decoding from a model), `steps_between_checks` (by default the device's),
+        """On a GPU with Triton, `pages` holds keys and values in pages (`gpu.py`), and makes most of the speed. `step_of` (how to make a step of decoding from a model), `steps_between_checks` (by default the device's),
         `captures` (on a GPU) and `copied_prompt` (by default COPIED_PROMPT) change the speed alone."""
         self.end_ids, self.max_new_tokens = end_ids, max_new_tokens
         self.max_tokens_in_flight = max_tokens_in_flight
         self.steps_between_checks, self.captures, self.step_of = steps_between_checks, captures, step_of
         self.copied_prompt = COPIED_PROMPT if copied_prompt is None else copied_prompt
+        self.pages = pages
 
     @torch.inference_mode()
     def generate(
@@ -53,6 +54,14 @@ class NativeEngine:
         on_finish: Callable[[list[Completion]], None] | None = None, check: Callable[[], None] | None = None,
     ) -> list[Completion]:  # fmt: skip
         """See `Engine`."""
+        if self.pages:
+            from .gpu import PagedDecoding  # needs Triton
+
+            return PagedDecoding(
+                model, requests, sampling, end_ids=self.end_ids, max_new_tokens=self.max_new_tokens,
+                max_tokens_in_flight=self.max_tokens_in_flight, step_of=self.step_of, captures=self.captures,
+                on_finish=on_finish,
+            ).run(check)  # fmt: skip
         decoding = _Decoding(self, model, requests, sampling, on_finish)
         try:
             return decoding.run(check)
@@ -125,8 +134,6 @@ class _Decoding:
 
     def close(self) -> None:
         """Let go of the graph now: it refers back to this object, and would hold its memory until it is collected."""
-        if self.replayed and not self.replayed.can_capture:
-            self.engine.captures = False
         self.replayed = None
 
     def _step(self) -> None:

@@ -1,0 +1,141 @@
+"""The Triton kernels in Triton's interpreter, against plain torch; largest differences as JSON.
+
+    TRITON_INTERPRET=1 python tests/unit/interpreted_kernels.py
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import torch
+import triton.runtime.interpreter as interpreter
+from torch import Tensor
+
+plain_patch = interpreter._patch_lang_tensor
+
+
+def _patch(tensor: Any, *others: Any) -> None:
+    plain_patch(tensor, *others)
+    tensor.__index__ = lambda self: int(self.handle.data.item())  # newer numpy makes no number of an array (1,)
+
+
+interpreter._patch_lang_tensor = _patch
+
+from transformers import Qwen2Config, Qwen3Config  # noqa: E402
+from transformers import Qwen2ForCausalLM as Qwen2  # noqa: E402
+from transformers import Qwen3ForCausalLM as Qwen3  # noqa: E402
+
+from grpo_dist import attention, head_kernel, logprobs  # noqa: E402
+from grpo_dist.rollout import gpu, pages  # noqa: E402
+from grpo_dist.rollout.cache import PrefillLayout  # noqa: E402
+from grpo_dist.rollout.engine import Request  # noqa: E402
+from grpo_dist.rollout.fused import FusedStep, fused_draw  # noqa: E402
+from grpo_dist.rollout.native import NativeEngine  # noqa: E402
+from grpo_dist.rollout.pages import PAGE, TILE, PagePool  # noqa: E402
+from grpo_dist.rollout.sampling import Sampling, draw  # noqa: E402
+from grpo_dist.rollout.steps import module_step  # noqa: E402
+
+CPU = torch.device("cpu")
+
+
+def attention_of_pages(splits: tuple[int, int] | None, heads: int, key_heads: int, size: int) -> float:
+    """Rows of several prompts, over all of their pages, against a softmax over all of their keys."""
+    torch.manual_seed(heads + size)
+    prompts, rows = [70, 3, 130], [2, 0, 2, 1, 2, 2, 0, 2, 2, 2, 2, 2]
+    own = [0, 5, 63, 64, 65, 130, 1, 2, 3, 7, 80, 127]
+    pool = PagePool(CPU, 60, len(rows), 140, max(prompts))
+    layout = PrefillLayout(prompts, CPU)
+    layout.keys, layout.values = ({0: torch.randn(key_heads, sum(prompts), size)} for _ in range(2))
+    prompt_pages = [pool.take(length) for length in prompts]
+    pool.store(layout, prompt_pages)
+    for n, (length, each) in enumerate(zip(prompts, prompt_pages, strict=True)):
+        pool.prompt_table[n, : len(each)], pool.prompt_lengths[n] = torch.tensor(each), length
+    for n, length in enumerate(own):
+        each = pool.take(length + 1)
+        pool.table[n, : len(each)], pool.lengths[n] = torch.tensor(each), length
+        for store in (pool.keys, pool.values):
+            store[0][each] = torch.randn(len(each), key_heads, PAGE, size)
+    members = [[n for n, each in enumerate(rows) if each == prompt] for prompt in range(len(prompts))]
+    tiles = [(n, of[at : at + TILE]) for n, of in enumerate(members) for at in range(0, len(of), TILE)]
+    pool.tile_prompt.fill_(-1)
+    for n, (prompt, of) in enumerate(tiles):
+        pool.tile_prompt[n], pool.tile_rows[n] = prompt, torch.tensor(of + [-1] * (TILE - len(of)))
+    pool.begin_step(len(rows), len(tiles) + 1)
+    pool.splits, pool.prompt_splits = splits or (pool.splits, pool.prompt_splits)
+    new = [torch.randn(1, count, len(rows), size) for count in (heads, key_heads, key_heads)]
+    output = pool.attend(0, *new, None)[0]
+    worst = 0.0
+    for n, prompt in enumerate(rows):
+        seen = [_seen(store[0], prompt_pages[prompt], prompts[prompt], pool.table[n], own[n] + 1)
+                for store in (pool.keys, pool.values)]  # fmt: skip
+        keys, values = (each.repeat_interleave(heads // key_heads, 0) for each in seen)
+        weights = (torch.einsum("hd,hkd->hk", new[0][0, :, n].double(), keys) * size**-0.5).softmax(-1)
+        worst = max(worst, float((output[n] - torch.einsum("hk,hkd->hd", weights, values)).abs().max()))
+    return worst
+
+
+def _seen(store: Tensor, prompt: list[int], prompt_length: int, own: Tensor, own_length: int) -> Tensor:
+    """Keys or values (Hk, K, D) of one row, in float64."""
+    parts = [store[page].transpose(0, 1).flatten(1, 2)[:, :length]
+             for page, length in ((torch.tensor(prompt), prompt_length), (own.long(), own_length))]  # fmt: skip
+    return torch.cat(parts, 1).double()
+
+
+def completions(model: Any, step_of: Any, tokens: int, sampling: Sampling) -> list[int]:
+    """How many completions of the engine on pages are those of the engine without, how many are not, pages leaked."""
+    requests = [Request(slot, n, [6 + k % 17 for k in range(3 + 70 * slot)], key=100 * slot + n) for slot in range(2) for n in range(3)]
+    with torch.inference_mode():
+        decoding = gpu.PagedDecoding(model, requests, sampling, end_ids=[2, 5], max_new_tokens=6,
+                                     max_tokens_in_flight=tokens, step_of=step_of, captures=False)  # fmt: skip
+        got = decoding.run(None)
+    expected = NativeEngine([2, 5], 6, 1 << 20).generate(model, requests, sampling)
+    same = [a.ids == b.ids and a.finished == b.finished and all(abs(p - q) < 1e-5 for p, q in zip(a.logprobs, b.logprobs, strict=True))
+            for a, b in zip(got, expected, strict=True)]  # fmt: skip
+    return [sum(same), len(same) - sum(same), decoding.pool.num_pages - len(set(decoding.pool.free))]
+
+
+def model_of(kind: Any, config: Any, **options: Any) -> Any:
+    """A tiny model whose draws are neither uniform nor certain, norms and biases included."""
+    torch.manual_seed(3)
+    shape = {"vocab_size": 23, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1,
+             "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512}  # fmt: skip
+    model = kind._from_config(config(**shape, **options), attn_implementation=attention.NAME).eval()
+    for parameter in model.parameters():
+        parameter.data += 0.2 * torch.randn_like(parameter)
+    return model
+
+
+def main() -> None:
+    """Run every kernel."""
+    gpu.LADDER[:], gpu.STEPS = [1, 2, 4, 8], 3
+    qwen2, qwen3 = model_of(Qwen2, Qwen2Config), model_of(Qwen3, Qwen3Config, head_dim=8)
+    result: dict[str, Any] = {
+        "attention": [attention_of_pages(*case) for case in (
+            (None, 6, 2, 32), ((1, 2), 4, 4, 16), ((4, 1), 7, 1, 24))],
+        "completions": [completions(qwen2, FusedStep, 64 * 5, Sampling(0.8)),
+                        completions(qwen3, FusedStep, 1 << 20, Sampling(top_p=0.9)),
+                        completions(qwen2, module_step, 1 << 20, Sampling())],
+    }  # fmt: skip
+    logits, keys = torch.randn(5, 3000) * 3, torch.randint(-(2**62), 2**62, (5,))
+    drawn = [[each(logits, keys, torch.full_like(keys, n), Sampling(0.8)) for n in range(4)] for each in (fused_draw, draw)]
+    result["draws"] = [sum(int((a[0] != b[0]).sum()) for a, b in zip(*drawn, strict=True)),
+                       max(float((a[1] - b[1]).abs().max()) for a, b in zip(*drawn, strict=True))]  # fmt: skip
+    head_kernel.BLOCK = 256
+    targets = torch.randint(0, 1003, (5,))
+    pairs = [(a, b) for temperature in (1.0, 0.7) for a, b in zip(
+        head_kernel.score_rows(logits[:, :1003].contiguous(), targets, temperature, torch.float32),
+        logprobs._scored(logits[:, :1003], targets, temperature, torch.float32), strict=True)]  # fmt: skip
+    result["head"] = max(float((a - b).abs().max()) for a, b in pairs)
+    result["two rows"] = pages.two_rows(_prefilled()).num_rows
+    print(json.dumps(result))
+
+
+def _prefilled() -> PrefillLayout:
+    layout = PrefillLayout([5], CPU)
+    layout.keys, layout.values = ({0: torch.randn(2, 5, 16)} for _ in range(2))
+    return layout
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,46 @@
+"""The Triton kernels of decoding and of the head, in Triton's interpreter: what a GPU computes, without one."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def interpreted() -> Any:
+    """What `interpreted_kernels.py` prints: the interpreter has to be chosen before Triton is imported."""
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("Triton is not installed: pip install --no-deps triton")
+    done = subprocess.run(
+        [sys.executable, str(Path(__file__).with_name("interpreted_kernels.py"))], cwd=ROOT, text=True,
+        capture_output=True, env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-6000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_attention_over_pages_is_a_softmax_over_all_keys(interpreted: Any) -> None:
+    assert max(interpreted["attention"]) < 2e-6
+
+
+def test_the_engine_on_pages_draws_what_the_other_draws(interpreted: Any) -> None:
+    """With every place for rows and pages taken and given back, too."""
+    assert interpreted["completions"] == [[6, 0, 0]] * 3
+
+
+def test_the_fused_draw_is_the_plain_one(interpreted: Any) -> None:
+    differ, gap = interpreted["draws"]
+    assert differ == 0 and gap < 1e-5
+
+
+def test_the_fused_head_is_the_plain_one(interpreted: Any) -> None:
+    assert interpreted["head"] < 2e-5
