@@ -15,7 +15,7 @@ from .batch import Completion
 from .config import RolloutConfig
 from .model_checks import CANNOT
 from .probe import NEW_TOKENS, PROMPT, example_tokens, rounding
-from .rollout import Engine, NativeEngine, PagedEngine, Request, RowEngine, Sampling
+from .rollout import Engine, NativeEngine, PagedEngine, Request, RowEngine, Sampling, paged_obstacle
 from .rollout.cache import DecodeState, PrefillLayout
 from .rollout.compiled import CannotCompile
 from .rollout.graphs import CannotCapture
@@ -205,6 +205,8 @@ def _most_positions(model: nn.Module) -> int:
 
 def _paged_fault(model: nn.Module, own: Maker) -> str | None:
     """Why transformers' engine is wrong for the model; None where it draws what this project's does."""
+    if obstacle := paged_obstacle():
+        return obstacle
     if getattr(model.config.get_text_config(), "attn_logit_softcapping", None) is not None:
         return "its attention scores are soft-capped, which transformers' paged attention leaves out"
     requests = [Request(0, sample, example_tokens(model, PROMPT).tolist(), key=sample) for sample in range(4)]

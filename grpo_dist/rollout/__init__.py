@@ -7,7 +7,7 @@ training: it is handed a model whose weights are whole.
 from ..hashing import stream_key
 from .engine import Engine, Request, RowEngine
 from .native import NativeEngine
-from .paged import PagedEngine
+from .paged import PagedEngine, paged_obstacle
 from .sampling import Sampling
 
-__all__ = ["Engine", "NativeEngine", "PagedEngine", "Request", "RowEngine", "Sampling", "stream_key"]
+__all__ = ["Engine", "NativeEngine", "PagedEngine", "Request", "RowEngine", "Sampling", "paged_obstacle", "stream_key"]

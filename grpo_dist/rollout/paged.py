@@ -11,26 +11,42 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import fields
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers import GenerationConfig, LogitsProcessorList
-from transformers.generation.configuration_utils import ContinuousBatchingConfig
-from transformers.generation.continuous_batching.cb_logits_processors import (
-    ContinuousBatchingLogitsProcessor,
-    ContinuousBatchingLogitsProcessorList,
-)
 
 from ..batch import Completion
 from .engine import Request, check_lengths, ends_by_itself, finished_completion
 from .sampling import Sampling, draw
+
+try:
+    from transformers.generation.configuration_utils import ContinuousBatchingConfig
+    from transformers.generation.continuous_batching import ContinuousBatchingManager
+    from transformers.generation.continuous_batching.cb_logits_processors import (
+        ContinuousBatchingLogitsProcessor,
+        ContinuousBatchingLogitsProcessorList,
+    )
+except ImportError:  # transformers before 5.6; see `paged_obstacle`
+    ContinuousBatchingConfig = ContinuousBatchingManager = ContinuousBatchingLogitsProcessorList = None
+    ContinuousBatchingLogitsProcessor = object
 
 PAGE_TOKENS = {"cpu": 32, "cuda": 256}
 """Tokens of a page of the cache; flash kernels want 256, and without one smaller pages waste less."""
 BATCH_TOKENS = 2048
 """Most tokens computed at once; longer prompts come in parts."""
 SECONDS_BETWEEN_CHECKS = 0.1
+
+
+def paged_obstacle() -> str | None:
+    """Why transformers' continuous batching cannot be used here, None where it can."""
+    # managers that can be destroyed came together with logits processors that see new tokens alone
+    if hasattr(ContinuousBatchingManager, "destroy"):
+        return None
+    return f"transformers {transformers.__version__} has no continuous batching that another sampler can draw for"
 
 
 class PagedEngine:
@@ -107,8 +123,10 @@ class PagedEngine:
         page = PAGE_TOKENS.get(device, PAGE_TOKENS["cuda"])
         pages = [math.ceil((len(request.prompt) + self.max_new_tokens) / page) for request in requests]
         most = max(self.max_tokens_in_flight // page, max(pages))
+        names = {field.name for field in fields(ContinuousBatchingConfig)}
+        size = "page_size" if "page_size" in names else "block_size"  # as transformers calls a page before 5.18
         # not asynchronous: there, a token may be drawn that is thrown away and has to be drawn again
-        return ContinuousBatchingConfig(page_size=page, num_blocks=min(sum(pages), most) + 1,
+        return ContinuousBatchingConfig(**{size: page}, num_blocks=min(sum(pages), most) + 1,
                                         max_batch_tokens=BATCH_TOKENS, use_async_batching=False)  # fmt: skip
 
     def _completion(self, request: Request, ids: list[int], drawing: _Drawing, n: int) -> Completion:

@@ -306,9 +306,44 @@ def fused_step(tiny: bool) -> dict[str, Any]:
                     got = PagedDecoding(model, requests, Sampling(), end_ids=[2, 5], max_new_tokens=most, max_tokens_in_flight=1 << 12,
                                         step_of=step_of, captures=captures).run(None)  # fmt: skip
                 same = sum(a.ids == b.ids for a, b in zip(got, expected, strict=True))
-                gaps = [abs(p - q) for a, b in zip(got, expected, strict=True) for p, q, x, y in
-                        zip(a.logprobs, b.logprobs, a.ids, b.ids, strict=False) if x == y]  # fmt: skip
-                figures[f"{dtype} {step_of.__name__} captures {captures}"] = [same, len(got), round(max(gaps), 6)]
+                gap = max(_gap_until_they_part(a, b) for a, b in zip(got, expected, strict=True))
+                figures[f"{dtype} {step_of.__name__} captures {captures}"] = [same, len(got), round(gap, 6)]
+    return figures
+
+
+def _gap_until_they_part(one: Any, other: Any) -> float:
+    """The largest gap between log-probabilities of two completions' tokens, as far as these are the same."""
+    gap = 0.0
+    for p, q, x, y in zip(one.logprobs, other.logprobs, one.ids, other.ids, strict=False):
+        if x != y:
+            break
+        gap = max(gap, abs(p - q))
+    return gap
+
+
+def engines(shape: str, rows: int, prompt: int, new: int) -> dict[str, Any]:
+    """The same work by this project's engine, by transformers' continuous batching, and by `generate`."""
+    from grpo_dist.engines import fused_step
+    from grpo_dist.rollout import NativeEngine, PagedEngine
+
+    model, figures = model_of(shape), {}
+    requests = [Request(n // 16, n, list(range(100, 100 + prompt)), key=n) for n in range(rows)]
+    native = NativeEngine([-1], new, 1 << 20, step_of=fused_step, pages=True)
+    drawn = {}
+    for name, engine in (("native", native), ("paged", PagedEngine([-1], new, 1 << 20))):
+        for turn in ("first", "second"):
+            begun = time.perf_counter()
+            drawn[name] = engine.generate(model, requests, Sampling())
+            figures[f"{name}, {turn}: tokens_per_s wall"] = round(rows * new / (time.perf_counter() - begun))
+    same = sum(a.ids == b.ids for a, b in zip(*drawn.values(), strict=True))
+    figures["same completions"] = f"{same} of {rows}"
+    model.set_attn_implementation("sdpa")
+    ids = torch.tensor([requests[0].prompt] * rows, device=DEVICE)
+    begun = time.perf_counter()
+    with torch.no_grad():
+        model.generate(ids, max_new_tokens=new // 4, min_new_tokens=new // 4, do_sample=True, pad_token_id=0)
+    _clear()
+    figures["generate: tokens_per_s wall"] = round(rows * (new // 4) / (time.perf_counter() - begun))
     return figures
 
 
@@ -336,14 +371,15 @@ def decode(shape: str, rows: list[int], prompt: int, new: int, tiny: bool) -> di
                     row.length = new // 2
                 decoding._lay_tables()
                 size = decoding.computed, decoding.tiles
-                decoding.graphs(*size)
+                for _ in range(2):  # as it is, then watched for waits
+                    decoding.advance(*size)
                 begun = time.perf_counter()
-                decoding.graphs(*size)
+                decoding.advance(*size)
                 figures[f"{count} rows"]["capture_ms wall"] = round((time.perf_counter() - begun) * 1e3, 1)
-                figures[f"{count} rows"]["step_ms"] = milliseconds(lambda: decoding.graphs(*size), 5)  # noqa: B023
+                figures[f"{count} rows"]["step_ms"] = milliseconds(lambda: decoding.advance(*size), 5)  # noqa: B023
                 with kernels(figures[f"{count} rows"], "profile of 2 steps"):
-                    decoding.graphs(*size)
-                    decoding.graphs(*size)
+                    decoding.advance(*size)
+                    decoding.advance(*size)
         if DEVICE.type == "cuda":
             figures[f"{count} rows"]["reserved_gib"] = round(torch.cuda.max_memory_reserved() / 2**30, 2)
         _clear()
@@ -388,7 +424,7 @@ def pack_of(pieces: list[tuple[int, list[int]]], vocabulary: int) -> packing.Pac
 def update(shape: str, packs: list[str], checkpointing: bool, blocks_too: bool) -> dict[str, Any]:
     """Forward and backward of packs under adapters: time, memory, kernels, share of the matrix units' peak."""
     policy, figures = adapted(shape, checkpointing).train(), {}
-    hidden, layers, heads, _, _, vocabulary = SHAPES[shape]
+    hidden, layers, _, _, _, vocabulary = SHAPES[shape]
     parameters = sum(p.numel() for p in policy.parameters())
     original = shared_prefix.can_use_flash
     for name in packs:
@@ -465,8 +501,9 @@ def end_to_end(tiny: bool) -> dict[str, Any]:
             "rc": done.returncode, "wall_s": round(time.perf_counter() - begun, 1),
             "rollouts": next((line[-300:] for line in log.splitlines() if "rollouts:" in line), ""),
             "rewards": [round(line["reward/mean"], 3) for line in lines if "reward/mean" in line],
-            "gap": [round(line["rollout/logprob_gap_max"] or 0, 4) for line in lines if "rollout/logprob_gap_max" in line][:3],
-            "kl": [line.get("rollout/kl") for line in lines if "rollout/logprob_gap_max" in line][:3],
+            "gap": max((line.get("rollout/logprob_gap_max") or 0 for line in lines), default=None),
+            "kl": max((line.get("rollout/kl") or 0 for line in lines), default=None),
+            "update_share": next((line["rollout/update_share"] for line in reversed(lines) if "rollout/update_share" in line), None),
             "log": "" if done.returncode == 0 else log[-1500:],
         }  # fmt: skip
     return figures
@@ -493,6 +530,7 @@ def main() -> None:
         "end to end": (110, lambda: end_to_end(tiny)),
         "decode without pages": (40, lambda: old_decode(small, rows[:1] + rows[2:], prompt, new // 2)),
         "rollout 1.5b of 1024": (45, lambda: decode(small, rows[:1], prompt, new if tiny else 1024, tiny)),
+        "engines": (60, lambda: engines(small, 4 if tiny else 128, prompt, new if tiny else 128)),
         "decode 7b": (60, lambda: decode("tiny" if tiny else "7b", rows[:1] + rows[2:], prompt, new // 2, tiny)),
         "update 7b": (60, lambda: update("tiny" if tiny else "7b", packs[:1] if tiny else ["8k: 2 x (256 + 16 x 240)"], True, False)),
     }  # fmt: skip
