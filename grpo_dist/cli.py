@@ -27,7 +27,10 @@ VERBS = {
     "plan": ("grpo_dist.plan", "predict memory of each GPU and the arithmetic of a step, on any number of them"),
     "report": ("grpo_dist.report", "write one page about a run, or about several"),
     "score": ("grpo_dist.score", "print a table of scored completions"),
-    "train": ("grpo_dist.alone", "train in this one process (several: accelerate launch --num_processes N … -m grpo_dist.train)"),
+    "train": (
+        "grpo_dist.alone",
+        "train in this one process (several: accelerate launch --num_processes N -m grpo_dist.train)",
+    ),
 }
 
 

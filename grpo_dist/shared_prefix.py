@@ -92,7 +92,9 @@ def shared_prefix_attention(query: Tensor, key: Tensor, value: Tensor, where: Se
 class _SharedPrefix(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, where: Segments, scale: float) -> Tensor:
-        output, sums, state = _flash(query, key, value, where.own, where.own, where.most_own, where.most_own, True, scale)
+        output, sums, state = _flash(
+            query, key, value, where.own, where.own, where.most_own, where.most_own, True, scale
+        )
         prefix_state = state
         if where.most_keys:
             prompts = key[where.prompt_rows], value[where.prompt_rows]
@@ -129,7 +131,9 @@ def _joined(one: Tensor, one_sums: Tensor, other: Tensor, other_sums: Tensor) ->
     an infinite sum of either sign, as kernels differ."""
     other_sums = torch.where(other_sums.isinf(), -torch.inf, other_sums)
     share = torch.sigmoid(other_sums - one_sums).T[..., None]
-    return torch.lerp(one.to(share.dtype), other.to(share.dtype), share).to(one.dtype), torch.logaddexp(one_sums, other_sums)
+    return torch.lerp(one.to(share.dtype), other.to(share.dtype), share).to(one.dtype), torch.logaddexp(
+        one_sums, other_sums
+    )
 
 
 def _flash(

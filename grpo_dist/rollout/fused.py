@@ -1,8 +1,8 @@
 """A decoding step on a GPU of models built as Llama is, in few kernels, and the draw of its tokens.
 
-Matrix products are the libraries'; what lies between two of them is one kernel each (`triton_kernels.py`). Adapters stay
-apart from the weights: their small product is computed first, and the large one is added to it in the library's float32
-accumulator, so that an update too small for a weight of 16 bits still reaches the sum.
+Matrix products are the libraries'; what lies between two of them is one kernel each (`triton_kernels.py`). Adapters
+stay apart from the weights: their small product is computed first, and the large one is added to it in the library's
+float32 accumulator, so that an update too small for a weight of 16 bits still reaches the sum.
 
 Shapes: R rows, H hidden, V vocabulary.
 """
@@ -10,7 +10,6 @@ Shapes: R rows, H hidden, V vocabulary.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 import triton

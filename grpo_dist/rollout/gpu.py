@@ -63,7 +63,9 @@ class HostCopy:
         if not tensors[0].is_cuda:
             self.copies = [tensor.clone() for tensor in tensors]
             return
-        self.copies = [torch.empty(t.shape, dtype=t.dtype, pin_memory=True).copy_(t, non_blocking=True) for t in tensors]
+        self.copies = [
+            torch.empty(t.shape, dtype=t.dtype, pin_memory=True).copy_(t, non_blocking=True) for t in tensors
+        ]
         self.event = torch.cuda.Event()
         self.event.record()
 
@@ -214,7 +216,8 @@ class PagedDecoding:
         self._send([
             (pool.table[: self.computed], _table([row.pages for row in rows], self.computed, pool.table.shape[1])),
             (pool.prompt_table, _table({p.place: p.pages for p, _ in members.values()}, *pool.prompt_table.shape)),
-            (pool.prompt_lengths, _column({p.place: len(p.ids) for p, _ in members.values()}, len(pool.prompt_lengths))),
+            (pool.prompt_lengths,
+             _column({p.place: len(p.ids) for p, _ in members.values()}, len(pool.prompt_lengths))),
             (pool.prompt[: self.computed], _column([row.prompt.place for row in rows], self.computed)),
             (pool.tile_prompt[: self.tiles], torch.tensor([place for place, _ in tiles] + [-1] * spare)),
             (pool.tile_rows[: self.tiles],

@@ -33,7 +33,7 @@ def run_without_waiting(function: Callable[[], None]) -> None:
 
 
 class Graphs:
-    """Captured calls, which share one pool of memory."""
+    """Captured calls, which share one pool of memory: it lives as long as one of them, and is gone with the last."""
 
     def __init__(self) -> None:
         self.pool = torch.cuda.graph_pool_handle()
@@ -59,7 +59,6 @@ class Replayed:
 
     def __init__(self, function: Callable[[], None], version: Callable[[], int]) -> None:
         self.function, self.version = function, version
-        self.graphs = Graphs()
         self.graph: torch.cuda.CUDAGraph | None = None
         self.captured = -1
         self.eager_steps = 0
@@ -79,7 +78,7 @@ class Replayed:
             run_without_waiting(self.function)
             self.is_checked = True
         else:
-            self.graph = self.graphs.captured(self.function)
+            self.graph = Graphs().captured(self.function)  # the pool of the one before went with it
             self.graph.replay()
 
 

@@ -40,8 +40,9 @@ class NativeEngine:
         step_of: Callable[[nn.Module], Step] = module_step, steps_between_checks: int | None = None,
         captures: bool = True, copied_prompt: int | None = None, pages: bool = False,
     ) -> None:  # fmt: skip
-        """On a GPU with Triton, `pages` holds keys and values in pages (`gpu.py`), and makes most of the speed. `step_of` (how to make a step of decoding from a model), `steps_between_checks` (by default the device's),
-        `captures` (on a GPU) and `copied_prompt` (by default COPIED_PROMPT) change the speed alone."""
+        """All but the first three change the speed alone: `step_of` (how to make a step of decoding from a model),
+        `steps_between_checks` (by default the device's), `captures` (on a GPU), `copied_prompt` (by default
+        COPIED_PROMPT), and `pages` (on a GPU with Triton: keys and values lie in pages, see `gpu.py`)."""
         self.end_ids, self.max_new_tokens = end_ids, max_new_tokens
         self.max_tokens_in_flight = max_tokens_in_flight
         self.steps_between_checks, self.captures, self.step_of = steps_between_checks, captures, step_of

@@ -1,8 +1,8 @@
 """Keys and values of everything in flight on a GPU, in pages: nothing grows, nothing is copied when a row ends.
 
-A pool of pages per layer holds prompts and rows alike; tables say whose pages are which. A row that ends gives its pages
-back and a new one takes them. A step of decoding reads the tables and lengths, so one captured graph serves every
-rollout of as many rows. Attention reads used tokens only: a tile of rows of one prompt over the prompt's pages, each row
+A pool of pages per layer holds prompts and rows alike; tables say whose pages are which. A row that ends gives its
+pages back and a new one takes them. A step of decoding reads the tables and lengths, so one captured graph serves all
+steps of as many rows. Attention reads used tokens only: a tile of rows of one prompt over the prompt's pages, each row
 over its own, joined under one softmax.
 
 Shapes: R rows, P prompts, W pages of a row at most, Hq query heads, Hk key heads, D head size.
@@ -28,9 +28,11 @@ PROGRAMS = 264
 
 
 class PagePool:
-    """The pages, the tables of a step, and its attention. Page 0 belongs to nobody: rows without a request write there."""
+    """The pages, the tables of a step, and its attention. Page 0 is nobody's: rows without a request write there."""
 
-    def __init__(self, device: torch.device, num_pages: int, most_rows: int, row_tokens: int, prompt_tokens: int) -> None:
+    def __init__(
+        self, device: torch.device, num_pages: int, most_rows: int, row_tokens: int, prompt_tokens: int
+    ) -> None:
         """For `num_pages` pages, `most_rows` rows of `row_tokens` tokens and prompts of `prompt_tokens` at most."""
         self.device, self.num_pages = device, num_pages
         self.keys: dict[int, Tensor] = {}  # layer -> (pages, Hk, PAGE, D)
@@ -101,7 +103,8 @@ class PagePool:
         width = max(triton.next_power_of_2(group), 16 // TILE)
         kernels.attend_prompts[self.num_tiles, heads, self.prompt_splits](
             query, keys, values, self.prompt_table, self.prompt_lengths, self.tile_prompt, self.tile_rows, shared,
-            shared_sums, rows, scale, self.prompt_table.shape[1], GP=width, ROWS=TILE, SPLITS=self.prompt_splits, **sizes,
+            shared_sums, rows, scale, self.prompt_table.shape[1], GP=width, ROWS=TILE, SPLITS=self.prompt_splits,
+            **sizes,
         )  # fmt: skip
         output = torch.empty_like(query)
         kernels.attend_own[rows, heads, self.splits](
@@ -144,4 +147,7 @@ def to_gpu(tensors: list[Tensor], device: torch.device) -> list[Tensor]:
     """Tensors of one dtype, flat, on `device` in one copy that nothing waits for."""
     joined = torch.cat([tensor.flatten() for tensor in tensors])
     joined = (joined.pin_memory() if device.type == "cuda" else joined).to(device, non_blocking=True)
-    return [part.view(tensor.shape) for part, tensor in zip(joined.split([t.numel() for t in tensors]), tensors, strict=True)]
+    return [
+        part.view(tensor.shape)
+        for part, tensor in zip(joined.split([t.numel() for t in tensors]), tensors, strict=True)
+    ]

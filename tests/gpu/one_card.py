@@ -1,10 +1,10 @@
 """What one GPU does with this trainer: sections with deadlines of their own, one JSON file, one table.
 
-    PYTHONPATH=. python tests/gpu/one_card.py --out one_card.json                # all sections, about 8 minutes on an H100
-    PYTHONPATH=. python tests/gpu/one_card.py --tiny                             # every line once, on small shapes
+    PYTHONPATH=. python tests/gpu/one_card.py --out one_card.json    # all sections: 4 minutes on an H100
+    PYTHONPATH=. python tests/gpu/one_card.py --tiny                  # every line once, on small shapes
 
-A section that fails or overruns says so in its place; the next one runs all the same. Models have random weights and are
-made on the device, so nothing is downloaded. Times are medians of device events unless a name says `wall`.
+A section that fails or overruns says so in its place; the next one runs all the same. Models have random weights and
+are made on the device, so nothing is downloaded. Times are medians of device events unless a name says `wall`.
 """
 
 from __future__ import annotations
@@ -122,18 +122,28 @@ def kernels(figures: dict[str, Any], name: str) -> Iterator[None]:
     events = [e for e in profile.key_averages() if e.device_type == torch.autograd.DeviceType.CUDA]
     busy = sum(e.self_device_time_total for e in events) / 1e6
     top = sorted(events, key=lambda e: -e.self_device_time_total)[:12]
-    figures[name] = {"kernels": sum(e.count for e in events), "busy_ms": round(busy * 1e3, 2), "wall_ms": round(wall * 1e3, 2),
-                     "top": {e.key[:60]: [e.count, round(e.self_device_time_total / 1e3, 2)] for e in top}}  # fmt: skip
+    figures[name] = {
+        "kernels": sum(e.count for e in events),
+        "busy_ms": round(busy * 1e3, 2),
+        "wall_ms": round(wall * 1e3, 2),
+        "top": {e.key[:60]: [e.count, round(e.self_device_time_total / 1e3, 2)] for e in top},
+    }
 
 
 def model_of(shape: str, dtype: torch.dtype = torch.bfloat16, **options: Any) -> nn.Module:
     """A Qwen2 of random weights, on the device."""
     hidden, layers, heads, key_heads, inner, vocabulary = SHAPES[shape]
     config = Qwen2Config(
-        vocab_size=vocabulary, hidden_size=hidden, intermediate_size=inner, num_hidden_layers=layers,
-        num_attention_heads=heads, num_key_value_heads=key_heads, max_position_embeddings=32768,
-        tie_word_embeddings=shape != "7b", **options,
-    )  # fmt: skip
+        vocab_size=vocabulary,
+        hidden_size=hidden,
+        intermediate_size=inner,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=key_heads,
+        max_position_embeddings=32768,
+        tie_word_embeddings=shape != "7b",
+        **options,
+    )
     torch.manual_seed(0)
     default = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
@@ -147,7 +157,9 @@ def model_of(shape: str, dtype: torch.dtype = torch.bfloat16, **options: Any) ->
 
 def adapted(shape: str, checkpointing: bool = False) -> Any:
     """A policy with adapters of rank 16 that add something, on the device."""
-    policy = make_policy(model_of(shape), ModelConfig(name="none", gradient_checkpointing=checkpointing), LoraConfig(), 1.0, 0)
+    policy = make_policy(
+        model_of(shape), ModelConfig(name="none", gradient_checkpointing=checkpointing), LoraConfig(), 1.0, 0
+    )
     policy.fused_head = True
     with torch.no_grad():
         for name, parameter in policy.named_parameters():
@@ -156,7 +168,7 @@ def adapted(shape: str, checkpointing: bool = False) -> Any:
     return policy.to(DEVICE)
 
 
-# --- sections ----------------------------------------------------------------------------------------------------------
+# --- sections --------------------------------------------------------------------------------------------------
 
 
 def machine() -> dict[str, Any]:
@@ -164,18 +176,24 @@ def machine() -> dict[str, Any]:
     import accelerate
     import transformers
 
-    figures: dict[str, Any] = {"torch": torch.__version__, "transformers": transformers.__version__,
-                               "accelerate": accelerate.__version__, "python": platform.python_version()}  # fmt: skip
+    figures: dict[str, Any] = {
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "accelerate": accelerate.__version__,
+        "python": platform.python_version(),
+    }
     if DEVICE.type != "cuda":
         return figures
     import triton
 
     properties = torch.cuda.get_device_properties(0)
-    figures |= {"triton": triton.__version__, "card": properties.name, "memory_gib": round(properties.total_memory / 2**30, 1)}
-    source = torch.empty(4 << 30, dtype=torch.uint8, device=DEVICE)
-    target = torch.empty_like(source)
-    figures["copy_tb_per_s"] = round(2 * source.numel() / milliseconds(lambda: target.copy_(source)) / 1e9, 2)
-    del source, target
+    figures |= {
+        "triton": triton.__version__,
+        "card": properties.name,
+        "memory_gib": round(properties.total_memory / 2**30, 1),
+    }
+    pair = torch.empty((2, 4 << 30), dtype=torch.uint8, device=DEVICE)
+    figures["copy_tb_per_s"] = round(pair.numel() / milliseconds(lambda: pair[1].copy_(pair[0])) / 1e9, 2)
     a, b = (torch.randn(8192, 8192, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
     figures["product_tflops"] = round(2 * 8192**3 / milliseconds(lambda: a @ b, 10) / 1e9, 0)
     return figures
@@ -195,18 +213,33 @@ def pack_attention(tiny: bool) -> dict[str, Any]:
             given = [x.detach().to(dtype).requires_grad_() for x in truth]
             output = RowLayout(pieces, DEVICE).attend(0, *given, None)
             grads = torch.autograd.grad(output, given, incoming.to(dtype))
-            errors = [float((a.double() - b).norm() / b.norm()) for a, b in zip([output, *grads], [expected, *expected_grads], strict=True)]
+            errors = [
+                float((a.double() - b).norm() / b.norm())
+                for a, b in zip([output, *grads], [expected, *expected_grads], strict=True)
+            ]
             figures[f"error {len(pieces)} {dtype}"] = [round(e, 5) for e in errors]
-    shapes = {"1 x (256 + 16 x 1000)": [(256, [1000] * 16)], "4 x (256 + 16 x 240)": [(256, [240] * 16)] * 4,
-              "32 x (128 + 8 x 48)": [(128, [48] * 8)] * 32, "1 x (256 + 16 x 240)": [(256, [240] * 16)]}  # fmt: skip
-    for name, pieces in ([("tiny", [(9, [5, 6])])] if tiny else shapes.items()):
+    shapes = {
+        "1 x (256 + 16 x 1000)": [(256, [1000] * 16)],
+        "4 x (256 + 16 x 240)": [(256, [240] * 16)] * 4,
+        "32 x (128 + 8 x 48)": [(128, [48] * 8)] * 32,
+        "1 x (256 + 16 x 240)": [(256, [240] * 16)],
+    }
+    for name, pieces in [("tiny", [(9, [5, 6])])] if tiny else shapes.items():
         tokens = sum(p + sum(c) for p, c in pieces)
-        given = [torch.randn(1, h, tokens, 128, device=DEVICE, dtype=torch.bfloat16).requires_grad_() for h in (12, 2, 2)]
+        given = [
+            torch.randn(1, h, tokens, 128, device=DEVICE, dtype=torch.bfloat16).requires_grad_() for h in (12, 2, 2)
+        ]
         incoming = torch.randn(1, tokens, 12, 128, device=DEVICE, dtype=torch.bfloat16)
         layouts = {"flash": RowLayout(pieces, DEVICE), "blocks": block_layout(pieces).to(DEVICE)}
         for kind, layout in layouts.items():
-            both = lambda: torch.autograd.grad(layout.attend(0, *given, None), given, incoming)  # noqa: B023
-            figures[f"{name}: {kind}"] = [milliseconds(lambda: layout.attend(0, *given, None)), milliseconds(both)]  # noqa: B023
+
+            def forward(layout: Any = layout, given: list[torch.Tensor] = given) -> torch.Tensor:
+                return layout.attend(0, *given, None)
+
+            def both(given: list[torch.Tensor] = given, incoming: torch.Tensor = incoming) -> Any:
+                return torch.autograd.grad(forward(), given, incoming)
+
+            figures[f"{name}: {kind}"] = [milliseconds(forward), milliseconds(both)]
     return figures
 
 
@@ -218,8 +251,17 @@ def decode_attention(tiny: bool) -> dict[str, Any]:
     figures: dict[str, Any] = {}
     cases = [(3, 2, 4, 2, 64, 40, 30), (9, 3, 12, 2, 128, 300, 500), (20, 2, 14, 2, 64, 100, 70)]
     cases = cases[:1] if tiny else cases
-    timed = [] if tiny else [(512, 32, 12, 2, 128, 256, 512), (512, 32, 12, 2, 128, 256, 1000), (64, 8, 12, 2, 128, 256, 1000),
-                             (8, 1, 12, 2, 128, 256, 1000), (512, 32, 28, 4, 128, 256, 512)]  # fmt: skip
+    timed = (
+        []
+        if tiny
+        else [
+            (512, 32, 12, 2, 128, 256, 512),
+            (512, 32, 12, 2, 128, 256, 1000),
+            (64, 8, 12, 2, 128, 256, 1000),
+            (8, 1, 12, 2, 128, 256, 1000),
+            (512, 32, 28, 4, 128, 256, 512),
+        ]
+    )
     for place, (rows, prompts, heads, key_heads, size, longest, most) in enumerate(cases + timed):
         torch.manual_seed(place)
         is_timed = place >= len(cases)
@@ -228,7 +270,9 @@ def decode_attention(tiny: bool) -> dict[str, Any]:
         pool = PagePool(DEVICE, rows * (most // PAGE + 2) + prompts * (longest // PAGE + 2), rows, most + 1, longest)
         layout = PrefillLayout(lengths, DEVICE)
         total = sum(lengths)
-        layout.keys, layout.values = ({0: torch.randn(key_heads, total, size, device=DEVICE).bfloat16()} for _ in range(2))
+        layout.keys, layout.values = (
+            {0: torch.randn(key_heads, total, size, device=DEVICE).bfloat16()} for _ in range(2)
+        )
         pages = [pool.take(n) for n in lengths]
         pool.store(layout, pages)
         for store in (pool.keys, pool.values):
@@ -255,8 +299,11 @@ def decode_attention(tiny: bool) -> dict[str, Any]:
         if is_timed:
             nbytes = 2 * key_heads * size * 2 * (sum(own) + sum(lengths))
             time_ms = milliseconds(lambda: pool.attend_rows(0, query, None), 20)  # noqa: B023
-            figures[f"{rows} rows x {most}, {heads} heads"] = {"ms": time_ms, "tb_per_s": round(nbytes / time_ms / 1e9, 2),
-                                                              "splits": [pool.splits, pool.prompt_splits]}  # fmt: skip
+            figures[f"{rows} rows x {most}, {heads} heads"] = {
+                "ms": time_ms,
+                "tb_per_s": round(nbytes / time_ms / 1e9, 2),
+                "splits": [pool.splits, pool.prompt_splits],
+            }
             continue
         output = pool.attend_rows(0, query, None).double()
         worst = 0.0
@@ -284,27 +331,41 @@ def fused_step(tiny: bool) -> dict[str, Any]:
     rows, vocabulary, positions = (2, 2048, 2) if tiny else (64, 151936, 64)
     logits = torch.randn(rows, vocabulary, device=DEVICE) * 3
     keys = torch.randint(-(2**62), 2**62, (rows,), device=DEVICE)
-    tokens, plain = (torch.stack([each(logits, keys, torch.full_like(keys, n), Sampling())[0] for n in range(positions)])
-                     for each in (fused_draw, draw))  # fmt: skip
+    tokens, plain = (
+        torch.stack([each(logits, keys, torch.full_like(keys, n), Sampling())[0] for n in range(positions)])
+        for each in (fused_draw, draw)
+    )
     figures["draws that differ"] = f"{int((tokens != plain).sum())} of {tokens.numel()}"
     big = torch.randn(8 * rows, vocabulary, device=DEVICE).bfloat16()
     many = torch.randint(-(2**62), 2**62, (8 * rows,), device=DEVICE)
-    figures["draw ms"] = {name: milliseconds(lambda: each(big, many, many, Sampling(top_p=top_p)))  # noqa: B023
-                          for name, each, top_p in (("fused", fused_draw, 1.0), ("plain", draw, 1.0), ("top_p", draw, 0.95))}  # fmt: skip
+    figures["draw ms"] = {
+        name: milliseconds(lambda: each(big, many, many, Sampling(top_p=top_p)))  # noqa: B023
+        for name, each, top_p in (("fused", fused_draw, 1.0), ("plain", draw, 1.0), ("top_p", draw, 0.95))
+    }
     for dtype in (torch.float32, torch.bfloat16):
         model = model_of("tiny", dtype)
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.add_(torch.randn_like(parameter) * 0.1)
-        requests = [Request(slot, n, list(range(3, 9 + 40 * slot)), key=97 * slot + n) for slot in range(3) for n in range(6)]
+        requests = [
+            Request(slot, n, list(range(3, 9 + 40 * slot)), key=97 * slot + n) for slot in range(3) for n in range(6)
+        ]
         requests = requests[::5] if tiny else requests
         most = 4 if tiny else 150
         expected = NativeEngine([2, 5], most, 1 << 20, captures=False).generate(model, requests, Sampling())
         for step_of in (FusedStep, module_step):
             for captures in (False, True):
                 with torch.inference_mode():
-                    got = PagedDecoding(model, requests, Sampling(), end_ids=[2, 5], max_new_tokens=most, max_tokens_in_flight=1 << 12,
-                                        step_of=step_of, captures=captures).run(None)  # fmt: skip
+                    got = PagedDecoding(
+                        model,
+                        requests,
+                        Sampling(),
+                        end_ids=[2, 5],
+                        max_new_tokens=most,
+                        max_tokens_in_flight=1 << 12,
+                        step_of=step_of,
+                        captures=captures,
+                    ).run(None)
                 same = sum(a.ids == b.ids for a, b in zip(got, expected, strict=True))
                 gap = max(_gap_until_they_part(a, b) for a, b in zip(got, expected, strict=True))
                 figures[f"{dtype} {step_of.__name__} captures {captures}"] = [same, len(got), round(gap, 6)]
@@ -354,17 +415,39 @@ def decode(shape: str, rows: list[int], prompt: int, new: int, tiny: bool) -> di
 
     model, figures = adapted(shape).causal_lm, {}
     for count in rows:
-        requests = [Request(n * 32 // count if count >= 32 else 0, n, list(range(100, 100 + prompt)), key=n) for n in range(count)]
+        requests = [
+            Request(n * 32 // count if count >= 32 else 0, n, list(range(100, 100 + prompt)), key=n)
+            for n in range(count)
+        ]
         with torch.inference_mode():
             begun = time.perf_counter()
-            decoding = PagedDecoding(model, requests, Sampling(), end_ids=[-1], max_new_tokens=new, max_tokens_in_flight=1 << 21,
-                                     step_of=FusedStep, captures=True)  # fmt: skip
+            decoding = PagedDecoding(
+                model,
+                requests,
+                Sampling(),
+                end_ids=[-1],
+                max_new_tokens=new,
+                max_tokens_in_flight=1 << 21,
+                step_of=FusedStep,
+                captures=True,
+            )
             decoding.run(None)
             wall = time.perf_counter() - begun
-            figures[f"{count} rows"] = {"tokens_per_s wall": round(count * new / wall), "ms_a_token wall": round(wall / new * 1e3, 2)}
+            figures[f"{count} rows"] = {
+                "tokens_per_s wall": round(count * new / wall),
+                "ms_a_token wall": round(wall / new * 1e3, 2),
+            }
             if count == rows[0] or count == rows[-1]:
-                decoding = PagedDecoding(model, requests, Sampling(), end_ids=[-1], max_new_tokens=new,
-                                         max_tokens_in_flight=1 << 21, step_of=FusedStep, captures=True)  # fmt: skip
+                decoding = PagedDecoding(
+                    model,
+                    requests,
+                    Sampling(),
+                    end_ids=[-1],
+                    max_new_tokens=new,
+                    max_tokens_in_flight=1 << 21,
+                    step_of=FusedStep,
+                    captures=True,
+                )
                 decoding._admit()
                 decoding.pool.lengths[: len(decoding.rows)] = new // 2
                 for row in decoding.rows:
@@ -393,20 +476,30 @@ def old_decode(shape: str, rows: list[int], prompt: int, new: int) -> dict[str, 
 
     model, figures = adapted(shape).causal_lm, {}
     for count in rows:
-        requests = [Request(n * 32 // count if count >= 32 else 0, n, list(range(100, 100 + prompt)), key=n) for n in range(count)]
+        requests = [
+            Request(n * 32 // count if count >= 32 else 0, n, list(range(100, 100 + prompt)), key=n)
+            for n in range(count)
+        ]
         begun = time.perf_counter()
         NativeEngine([-1], new, 1 << 21, step_of=LlamaStep).generate(model, requests, Sampling())
         wall = time.perf_counter() - begun
-        figures[f"{count} rows"] = {"tokens_per_s wall": round(count * new / wall), "ms_a_token wall": round(wall / new * 1e3, 2)}
+        figures[f"{count} rows"] = {
+            "tokens_per_s wall": round(count * new / wall),
+            "ms_a_token wall": round(wall / new * 1e3, 2),
+        }
         _clear()
     return figures
 
 
 def packs_of(name: str) -> list[tuple[int, list[int]]]:
     """Pieces of the packs that updates are timed on."""
-    return {"4k: 1 x (256 + 16 x 240)": [(256, [240] * 16)], "16k: 4 x (256 + 16 x 240)": [(256, [240] * 16)] * 4,
-            "16k: 1 x (256 + 16 x 1000)": [(256, [1000] * 16)], "8k: 2 x (256 + 16 x 240)": [(256, [240] * 16)] * 2,
-            "tiny": [(9, [5, 6])]}[name]  # fmt: skip
+    return {
+        "4k: 1 x (256 + 16 x 240)": [(256, [240] * 16)],
+        "16k: 4 x (256 + 16 x 240)": [(256, [240] * 16)] * 4,
+        "16k: 1 x (256 + 16 x 1000)": [(256, [1000] * 16)],
+        "8k: 2 x (256 + 16 x 240)": [(256, [240] * 16)] * 2,
+        "tiny": [(9, [5, 6])],
+    }[name]
 
 
 def pack_of(pieces: list[tuple[int, list[int]]], vocabulary: int) -> packing.Pack:
@@ -415,7 +508,10 @@ def pack_of(pieces: list[tuple[int, list[int]]], vocabulary: int) -> packing.Pac
     group = torch.tensor([n for n, (_, completions) in enumerate(pieces) for _ in completions])
     tokens = torch.randint(3, vocabulary, (int(lengths.sum()),))
     zeros = torch.zeros(len(lengths), dtype=torch.float64)
-    prompts = [Prompt(n, torch.randint(3, vocabulary, (length,)).tolist(), "", None, {}) for n, (length, _) in enumerate(pieces)]
+    prompts = [
+        Prompt(n, torch.randint(3, vocabulary, (length,)).tolist(), "", None, {})
+        for n, (length, _) in enumerate(pieces)
+    ]
     batch = Batch(prompts, group, lengths, zeros > 0, tokens, torch.zeros(len(tokens)), zeros[:, None], zeros)
     place = iter(range(len(lengths)))
     return packing.make_pack(batch, [packing.Piece(n, [next(place) for _ in c]) for n, (_, c) in enumerate(pieces)])
@@ -486,26 +582,57 @@ def end_to_end(tiny: bool) -> dict[str, Any]:
     steps = "1" if tiny else "12"
     launches = {"one process": [sys.executable, "-m", "grpo_dist.train"]}
     for name in [] if tiny else ["ddp", "zero2"]:
-        launches[name] = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", f"accelerate_configs/{name}.yaml",
-                          "--num_processes", "1", "-m", "grpo_dist.train"]  # fmt: skip
+        launches[name] = [
+            sys.executable,
+            "-m",
+            "accelerate.commands.launch",
+            "--config_file",
+            f"accelerate_configs/{name}.yaml",
+            "--num_processes",
+            "1",
+            "-m",
+            "grpo_dist.train",
+        ]
     for name, launch in launches.items():
         out = Path(f"/tmp/one_card/{name.replace(' ', '_')}")
         begun = time.perf_counter()
         done = subprocess.run(
-            [*launch, "--config", "configs/quickstart.yaml", "--train.output_dir", str(out), "--train.num_train_steps", steps,
-             "--train.resume", "never", "--logging.trackers", "[]"], capture_output=True, text=True, timeout=100, check=False,
-        )  # fmt: skip
-        lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()] if (out / "metrics.jsonl").exists() else []
+            [
+                *launch,
+                "--config",
+                "configs/quickstart.yaml",
+                "--train.output_dir",
+                str(out),
+                "--train.num_train_steps",
+                steps,
+                "--train.resume",
+                "never",
+                "--logging.trackers",
+                "[]",
+            ],
+            capture_output=True,
+            text=True,
+            timeout=100,
+            check=False,
+        )
+        lines = (
+            [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+            if (out / "metrics.jsonl").exists()
+            else []
+        )
         log = done.stdout + done.stderr
         figures[name] = {
-            "rc": done.returncode, "wall_s": round(time.perf_counter() - begun, 1),
+            "rc": done.returncode,
+            "wall_s": round(time.perf_counter() - begun, 1),
             "rollouts": next((line[-300:] for line in log.splitlines() if "rollouts:" in line), ""),
             "rewards": [round(line["reward/mean"], 3) for line in lines if "reward/mean" in line],
             "gap": max((line.get("rollout/logprob_gap_max") or 0 for line in lines), default=None),
             "kl": max((line.get("rollout/kl") or 0 for line in lines), default=None),
-            "update_share": next((line["rollout/update_share"] for line in reversed(lines) if "rollout/update_share" in line), None),
+            "update_share": next(
+                (line["rollout/update_share"] for line in reversed(lines) if "rollout/update_share" in line), None
+            ),
             "log": "" if done.returncode == 0 else log[-1500:],
-        }  # fmt: skip
+        }
     return figures
 
 
@@ -517,7 +644,11 @@ def main() -> None:
     parser.add_argument("--sections", nargs="*", help="names of sections; all by default")
     options = parser.parse_args()
     tiny = options.tiny
-    small, packs = ("tiny", ["tiny"]) if tiny else ("1.5b", ["4k: 1 x (256 + 16 x 240)", "16k: 4 x (256 + 16 x 240)", "16k: 1 x (256 + 16 x 1000)"])
+    small, packs = (
+        ("tiny", ["tiny"])
+        if tiny
+        else ("1.5b", ["4k: 1 x (256 + 16 x 240)", "16k: 4 x (256 + 16 x 240)", "16k: 1 x (256 + 16 x 1000)"])
+    )
     rows, prompt, new = ([4], 5, 12) if tiny else ([512, 64, 8], 256, 256)
     sections: dict[str, tuple[int, Callable[[], dict[str, Any]]]] = {
         "machine": (30, machine),
@@ -532,8 +663,11 @@ def main() -> None:
         "rollout 1.5b of 1024": (45, lambda: decode(small, rows[:1], prompt, new if tiny else 1024, tiny)),
         "engines": (60, lambda: engines(small, 4 if tiny else 128, prompt, new if tiny else 128)),
         "decode 7b": (60, lambda: decode("tiny" if tiny else "7b", rows[:1] + rows[2:], prompt, new // 2, tiny)),
-        "update 7b": (60, lambda: update("tiny" if tiny else "7b", packs[:1] if tiny else ["8k: 2 x (256 + 16 x 240)"], True, False)),
-    }  # fmt: skip
+        "update 7b": (
+            60,
+            lambda: update("tiny" if tiny else "7b", packs[:1] if tiny else ["8k: 2 x (256 + 16 x 240)"], True, False),
+        ),
+    }
     report = Report(options.out, {})
     for name, (seconds, section) in sections.items():
         if not options.sections or name in options.sections:

@@ -1,6 +1,6 @@
 """The Triton kernels in Triton's interpreter, against plain torch; largest differences as JSON.
 
-    TRITON_INTERPRET=1 python tests/unit/interpreted_kernels.py
+TRITON_INTERPRET=1 python tests/unit/interpreted_kernels.py
 """
 
 from __future__ import annotations
@@ -67,8 +67,10 @@ def attention_of_pages(splits: tuple[int, int] | None, heads: int, key_heads: in
     output = pool.attend(0, *new, None)[0]
     worst = 0.0
     for n, prompt in enumerate(rows):
-        seen = [_seen(store[0], prompt_pages[prompt], prompts[prompt], pool.table[n], own[n] + 1)
-                for store in (pool.keys, pool.values)]  # fmt: skip
+        seen = [
+            _seen(store[0], prompt_pages[prompt], prompts[prompt], pool.table[n], own[n] + 1)
+            for store in (pool.keys, pool.values)
+        ]
         keys, values = (each.repeat_interleave(heads // key_heads, 0) for each in seen)
         weights = (torch.einsum("hd,hkd->hk", new[0][0, :, n].double(), keys) * size**-0.5).softmax(-1)
         worst = max(worst, float((output[n] - torch.einsum("hk,hkd->hd", weights, values)).abs().max()))
@@ -77,29 +79,54 @@ def attention_of_pages(splits: tuple[int, int] | None, heads: int, key_heads: in
 
 def _seen(store: Tensor, prompt: list[int], prompt_length: int, own: Tensor, own_length: int) -> Tensor:
     """Keys or values (Hk, K, D) of one row, in float64."""
-    parts = [store[page].transpose(0, 1).flatten(1, 2)[:, :length]
-             for page, length in ((torch.tensor(prompt), prompt_length), (own.long(), own_length))]  # fmt: skip
+    parts = [
+        store[page].transpose(0, 1).flatten(1, 2)[:, :length]
+        for page, length in ((torch.tensor(prompt), prompt_length), (own.long(), own_length))
+    ]
     return torch.cat(parts, 1).double()
 
 
 def completions(model: Any, step_of: Any, tokens: int, sampling: Sampling) -> list[int]:
     """How many completions of the engine on pages are those of the engine without, how many are not, pages leaked."""
-    requests = [Request(slot, n, [6 + k % 17 for k in range(3 + 70 * slot)], key=100 * slot + n) for slot in range(2) for n in range(3)]
+    requests = [
+        Request(slot, n, [6 + k % 17 for k in range(3 + 70 * slot)], key=100 * slot + n)
+        for slot in range(2)
+        for n in range(3)
+    ]
     with torch.inference_mode():
-        decoding = gpu.PagedDecoding(model, requests, sampling, end_ids=[2, 5], max_new_tokens=6,
-                                     max_tokens_in_flight=tokens, step_of=step_of, captures=False)  # fmt: skip
+        decoding = gpu.PagedDecoding(
+            model,
+            requests,
+            sampling,
+            end_ids=[2, 5],
+            max_new_tokens=6,
+            max_tokens_in_flight=tokens,
+            step_of=step_of,
+            captures=False,
+        )
         got = decoding.run(None)
     expected = NativeEngine([2, 5], 6, 1 << 20).generate(model, requests, sampling)
-    same = [a.ids == b.ids and a.finished == b.finished and all(abs(p - q) < 1e-5 for p, q in zip(a.logprobs, b.logprobs, strict=True))
-            for a, b in zip(got, expected, strict=True)]  # fmt: skip
+    same = [
+        a.ids == b.ids
+        and a.finished == b.finished
+        and all(abs(p - q) < 1e-5 for p, q in zip(a.logprobs, b.logprobs, strict=True))
+        for a, b in zip(got, expected, strict=True)
+    ]
     return [sum(same), len(same) - sum(same), decoding.pool.num_pages - len(set(decoding.pool.free))]
 
 
 def model_of(kind: Any, config: Any, **options: Any) -> Any:
     """A tiny model whose draws are neither uniform nor certain, norms and biases included."""
     torch.manual_seed(3)
-    shape = {"vocab_size": 23, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1,
-             "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512}  # fmt: skip
+    shape = {
+        "vocab_size": 23,
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+    }
     model = kind._from_config(config(**shape, **options), attn_implementation=attention.NAME).eval()
     for parameter in model.parameters():
         parameter.data += 0.2 * torch.randn_like(parameter)
@@ -111,21 +138,32 @@ def main() -> None:
     gpu.LADDER[:], gpu.STEPS = [1, 2, 4, 8], 3
     qwen2, qwen3 = model_of(Qwen2, Qwen2Config), model_of(Qwen3, Qwen3Config, head_dim=8)
     result: dict[str, Any] = {
-        "attention": [attention_of_pages(*case) for case in (
-            (None, 6, 2, 32), ((1, 2), 4, 4, 16), ((4, 1), 7, 1, 24))],
-        "completions": [completions(qwen2, FusedStep, 64 * 5, Sampling(0.8)),
-                        completions(qwen3, FusedStep, 1 << 20, Sampling(top_p=0.9)),
-                        completions(qwen2, module_step, 1 << 20, Sampling())],
-    }  # fmt: skip
+        "attention": [attention_of_pages(*case) for case in ((None, 6, 2, 32), ((1, 2), 4, 4, 16), ((4, 1), 7, 1, 24))],
+        "completions": [
+            completions(qwen2, FusedStep, 64 * 5, Sampling(0.8)),
+            completions(qwen3, FusedStep, 1 << 20, Sampling(top_p=0.9)),
+            completions(qwen2, module_step, 1 << 20, Sampling()),
+        ],
+    }
     logits, keys = torch.randn(5, 3000) * 3, torch.randint(-(2**62), 2**62, (5,))
-    drawn = [[each(logits, keys, torch.full_like(keys, n), Sampling(0.8)) for n in range(4)] for each in (fused_draw, draw)]
-    result["draws"] = [sum(int((a[0] != b[0]).sum()) for a, b in zip(*drawn, strict=True)),
-                       max(float((a[1] - b[1]).abs().max()) for a, b in zip(*drawn, strict=True))]  # fmt: skip
+    drawn = [
+        [each(logits, keys, torch.full_like(keys, n), Sampling(0.8)) for n in range(4)] for each in (fused_draw, draw)
+    ]
+    result["draws"] = [
+        sum(int((a[0] != b[0]).sum()) for a, b in zip(*drawn, strict=True)),
+        max(float((a[1] - b[1]).abs().max()) for a, b in zip(*drawn, strict=True)),
+    ]
     head_kernel.BLOCK = 256
     targets = torch.randint(0, 1003, (5,))
-    pairs = [(a, b) for temperature in (1.0, 0.7) for a, b in zip(
-        head_kernel.score_rows(logits[:, :1003].contiguous(), targets, temperature, torch.float32),
-        logprobs._scored(logits[:, :1003], targets, temperature, torch.float32), strict=True)]  # fmt: skip
+    pairs = [
+        (a, b)
+        for temperature in (1.0, 0.7)
+        for a, b in zip(
+            head_kernel.score_rows(logits[:, :1003].contiguous(), targets, temperature, torch.float32),
+            logprobs._scored(logits[:, :1003], targets, temperature, torch.float32),
+            strict=True,
+        )
+    ]
     result["head"] = max(float((a - b).abs().max()) for a, b in pairs)
     result["two rows"] = pages.two_rows(_prefilled()).num_rows
     print(json.dumps(result))

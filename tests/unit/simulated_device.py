@@ -8,7 +8,6 @@ is known here of time, streams, NCCL, or how CUDA's kernels round. `simulated_cu
 
 from __future__ import annotations
 
-import contextlib
 import math
 import sys
 from collections import Counter

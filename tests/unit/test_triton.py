@@ -21,9 +21,13 @@ def interpreted() -> Any:
     if importlib.util.find_spec("triton") is None:
         pytest.skip("Triton is not installed: pip install --no-deps triton")
     done = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("interpreted_kernels.py"))], cwd=ROOT, text=True,
-        capture_output=True, env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}, check=False,
-    )  # fmt: skip
+        [sys.executable, str(Path(__file__).with_name("interpreted_kernels.py"))],
+        cwd=ROOT,
+        text=True,
+        capture_output=True,
+        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"},
+        check=False,
+    )
     assert done.returncode == 0, done.stderr[-6000:]
     return json.loads(done.stdout.splitlines()[-1])
 
