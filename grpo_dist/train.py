@@ -3,7 +3,7 @@
 1. The batch is global: every rank gathers all completions and rewards, so a group may span ranks and nothing that is
    learned depends on how many there are.
 2. A prompt is computed once for its whole group, in the rollout and in the update.
-3. Rollouts run on the frozen copy of the base model, into which the policy's adapters are merged after each step.
+3. Rollouts are drawn with the policy's own weights, adapters apart: nothing of an update is lost to rounding.
 4. The old policy's log-probabilities are the detached current ones while the batch serves one update.
 
     accelerate launch --config_file accelerate_configs/zero2.yaml --num_processes 8 -m grpo_dist.train --config FILE
