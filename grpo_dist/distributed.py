@@ -143,6 +143,11 @@ class Ranks:
         if self._rendezvous is not None:
             self._rendezvous.meet(point, PATIENCE.total_seconds())
 
+    def fail(self, error: Exception) -> None:
+        """End ranks that wait in `meet` for this one."""
+        if self._rendezvous is not None:
+            self._rendezvous.fail(error)
+
     def end_start(self) -> None:
         """From here on ranks wait for one another as long as PATIENCE."""
         if self.num_ranks > 1:  # DeepSpeed makes groups of its own, which wait for 10 or 30 minutes whatever is asked

@@ -16,7 +16,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 
@@ -88,9 +88,12 @@ class Rendezvous:
         self.rank, self.num_ranks, self.timeout_seconds = rank, num_ranks, timeout_seconds
         self.place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         self.store = self._store()
+        # the how-manieth of this launch: a store may outlive a run
+        self.meeting = self.store.add(f"grpo_dist/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{rank}", 1)
         come = f"come to {self.place}"
         self.meet(come, timeout_seconds, json.dumps(asdict(own_report())))
-        self.reports = [Report(**json.loads(self.store.get(self._key(come, each)))) for each in range(num_ranks)]
+        told = self.store.multi_get([self._key(come, each) for each in range(num_ranks)])
+        self.reports = [Report(**json.loads(each)) for each in told]
 
     def _store(self) -> dist.Store:
         """The launcher's store, or one that rank 0 serves where there is no launcher's."""
@@ -111,35 +114,52 @@ class Rendezvous:
         return dist.TCPStore(host, port, self.num_ranks, serves, timedelta(seconds=self.timeout_seconds),
                              wait_for_workers=False, multi_tenant=True)  # fmt: skip
 
-    def _key(self, point: str, rank: int) -> str:
-        return f"grpo_dist/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{point}/{rank}"
+    def _key(self, *parts: str | int) -> str:
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        return "/".join(map(str, ("grpo_dist", attempt, self.meeting, *parts)))
 
     def _set(self, point: str, value: str = "") -> None:
         self.store.set(self._key(point, self.rank), value)
+        self.store.add(self._key(point), 1)
 
     def missing(self, point: str) -> list[int]:
         """Ranks that have not passed a point."""
+        return [each for each in range(self.num_ranks) if not self.store.check([self._key(point, each)])]
+
+    def meet(self, point: str, timeout_seconds: float, value: str = "") -> None:
+        """Pass a point, and wait until all ranks have; those that have not are named. Raises LaunchError, also where
+        one of them has failed."""
         try:
-            return [each for each in range(self.num_ranks) if not self.store.check([self._key(point, each)])]
+            self._set(point, value)
+            begun = said = time.monotonic()
+            while self.store.add(self._key(point), 0) < self.num_ranks:
+                if self.store.check([self._key("failed")]):
+                    raise LaunchError(self.store.get(self._key("failed")).decode())
+                now = time.monotonic()
+                if now - begun > timeout_seconds:
+                    raise LaunchError(f"{self._missing_since(point, now - begun)}. Start them with the same address "
+                                      "and port, or start fewer ranks; their own logs say why they have not"
+                                      )  # fmt: skip
+                if now - said > REMIND_SECONDS and (self.rank == 0 or 0 in self.missing(point)):
+                    log.error(
+                        "%s (the run ends after %.0f s)", self._missing_since(point, now - begun), timeout_seconds
+                    )
+                    said = now
+                time.sleep(LOOK_SECONDS)
         except RuntimeError as error:
             raise LaunchError(f"rank {self.rank} on {socket.gethostname()}: {self.place} does not answer any more; "
                               "rank 0, or its launcher, has ended: see its log") from error  # fmt: skip
 
-    def meet(self, point: str, timeout_seconds: float, value: str = "") -> None:
-        """Pass a point, and wait until all ranks have; those that have not are named. Raises LaunchError."""
-        self._set(point, value)
-        begun = said = time.monotonic()
-        while missing := self.missing(point):
-            now = time.monotonic()
-            message = (f"{self.num_ranks - len(missing)} of {self.num_ranks} ranks have {point}; missing for "
-                       f"{now - begun:.0f} s: rank {_listed(missing)}")  # fmt: skip
-            if now - begun > timeout_seconds:
-                raise LaunchError(f"{message}. Start them with the same address and port, or start fewer ranks; their "
-                                  "own logs say why they have not")  # fmt: skip
-            if now - said > REMIND_SECONDS and (self.rank == 0 or 0 in missing):
-                log.error("%s (the run ends after %.0f s)", message, timeout_seconds)
-                said = now
-            time.sleep(LOOK_SECONDS)
+    def _missing_since(self, point: str, seconds: float) -> str:
+        missing = self.missing(point)
+        return (f"{self.num_ranks - len(missing)} of {self.num_ranks} ranks have {point}; missing for {seconds:.0f} s: "
+                f"rank {_listed(missing)}")  # fmt: skip
+
+    def fail(self, error: BaseException) -> None:
+        """Let ranks that wait for this one end with what has ended it."""
+        told = f"rank {self.rank} on {socket.gethostname()} has failed: {type(error).__name__}: {error}"
+        with suppress(RuntimeError):  # the store has gone with rank 0
+            self.store.set(self._key("failed"), told)
 
     @contextmanager
     def first_collective(self, timeout_seconds: float = FIRST_COLLECTIVE_SECONDS) -> Iterator[None]:
@@ -161,8 +181,11 @@ class Rendezvous:
         self._set("done")
 
     def _give_up(self, seconds: float) -> None:
-        message = f"error: no answer in {seconds:.0f} s. {self._advice()}\n"
-        sys.stderr.write(message)
+        try:
+            advice = self._advice()
+        except RuntimeError:
+            advice = f"rank {self.rank} on {self.reports[self.rank].host}: {self.place} does not answer any more either"
+        sys.stderr.write(f"error: no answer in {seconds:.0f} s. {advice}\n")
         sys.stderr.flush()
         time.sleep(2.0)  # the others speak too, and the store may be in this process
         os._exit(1)

@@ -110,6 +110,9 @@ class Run:
             self._load_models()
         except (UnfitModel, UnfitEngine) as error:
             raise UserError(str(error)) from error
+        except Exception as error:
+            self.ranks.fail(error)
+            raise
         self.position = self._resume() if self.resume_from else Position(0, config.loss.kl_coeff)
         self.rollout_model.sync()
         self.watch = Watch(self.ranks.rank, self.ranks.num_ranks, self.ranks.store(config.train.hang_timeout_seconds),

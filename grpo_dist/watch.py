@@ -88,7 +88,7 @@ class Watch:
         if self.store is not None:
             with suppress(RuntimeError, OSError):  # where rank 0 is gone, the others have seen it
                 self.store.set("end", reason)
-            time.sleep(2 * PERIOD_SECONDS)  # until all have read it: once this rank is gone, their collectives fail too
+            time.sleep(4 * PERIOD_SECONDS)  # until all have ended: once this rank is gone, their collectives fail too
 
     def close(self) -> None:
         """Stop watching, and give the signals back."""

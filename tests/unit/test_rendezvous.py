@@ -84,6 +84,22 @@ def test_a_rank_that_loads_for_long_is_named(caplog: pytest.LogCaptureFixture) -
     assert "1 of 2 ranks have loaded the model; missing for 0 s: rank 1" in caplog.text
 
 
+def test_a_rank_that_fails_while_it_loads_ends_those_that_wait_for_it() -> None:
+    ends = come(range(2), 2)
+    ends[1].fail(MemoryError("2 GiB"))
+    with pytest.raises(LaunchError, match=f"rank 1 on {socket.gethostname()} has failed: MemoryError: 2 GiB"):
+        ends[0].meet("loaded the model", 20.0)
+
+
+def test_a_store_may_outlive_a_run() -> None:
+    """What ranks of one launch have passed in a run before, and that one failed, says nothing of the next."""
+    before = come(range(2), 2)
+    before[0]._set("entered")
+    before[1].fail(MemoryError())
+    again = come(range(2), 2)
+    assert all(end.missing("entered") == [0, 1] for end in again.values())
+
+
 def test_a_first_collective_that_stands_still_ends_the_process(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
