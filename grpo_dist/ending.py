@@ -17,6 +17,7 @@ from .config import Config
 from .display import set_up_logging
 from .distributed import PhaseError
 from .gathering import RewardFailure
+from .model_checks import UnfitModel
 from .plain_text import plain_lines
 from .rendezvous import LaunchError, is_of_one_rank
 from .report.page import write_report
@@ -30,7 +31,7 @@ def main(train: Callable[[Run], None], arguments: list[str] | None = None) -> in
     """The command line around a training; returns the exit status.
 
     0: done, or stopped by a signal or the time limit with a checkpoint to go on from. 1: failed. 2: a mistake in the
-    config or the data, found before anything was loaded. With --dry_run nothing is trained: see check.py.
+    config, the data or the model, found before anything was learned. With --dry_run nothing is trained: see check.py.
     """
     words = sys.argv[1:] if arguments is None else arguments
     if DRY_RUN in words:
@@ -50,6 +51,8 @@ def main(train: Callable[[Run], None], arguments: list[str] | None = None) -> in
     except Interrupted as reason:
         run.save()
         status, told = 0, f"stopped: {reason}. The same command goes on from step {run.position.step}"
+    except UnfitModel as error:  # raised on all ranks alike
+        status, told = 2, f"error: {error}"
     except (PhaseError, RewardFailure, FloatingPointError) as error:  # these are raised on all ranks alike
         told = f"error: {_with_advice(str(error), config)}"
     except BaseException as error:  # the other ranks may be in a collective that this one will never join

@@ -28,6 +28,7 @@ from .display import Display
 from .distributed import PhaseError, Ranks, resolve_dtype, unsharded_loading
 from .engines import UnfitEngine, made_of, make_engine
 from .environment import record_start
+from .first_update import first_update
 from .generation import Scoring, generate_and_score, requests_of
 from .guards import BadUpdates, lock, warn_of_slow_save
 from .hashing import stream_key
@@ -115,6 +116,7 @@ class Run:
             raise
         self.position = self._resume() if self.resume_from else Position(0, config.loss.kl_coeff)
         self.rollout_model.sync()
+        self.first_update = first_update(config, self.resume_from is not None, self.position.updates)
         self.watch = Watch(self.ranks.rank, self.ranks.num_ranks, self.ranks.store(config.train.hang_timeout_seconds),
                            config.train.max_seconds, config.train.hang_timeout_seconds,
                            lambda: self.ranks.meetings)  # fmt: skip

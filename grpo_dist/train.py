@@ -48,6 +48,7 @@ def train(run: Run) -> None:
         with run.phase("update"):
             while minibatches and position.updates < config.train.updates_per_batch * len(minibatches):
                 found = update(run, minibatches[position.updates % len(minibatches)], step)
+                run.first_update.check(found)
                 skipped = run.bad_updates.judge(step + 1, found["grad_norm"], batch, targets.advantages)
                 position.add(batch, measured, facts, found | {"update/skipped": float(skipped)})
         with run.phase("sync"):

@@ -1,0 +1,53 @@
+"""The first update of a run is compared with what drew its completions, and stops the run where they differ."""
+
+from __future__ import annotations
+
+import pytest
+
+from grpo_dist.config import Config, LoraConfig, LossConfig, ModelConfig, ReferenceConfig
+from grpo_dist.first_update import first_update
+from grpo_dist.model_checks import UnfitModel
+
+RIGHT = {"rollout/logprob_gap_max": 2e-6, "rollout/kl": 1e-12, "kl": 0.0}
+
+
+def config(dtype: str = "float32", reference: str = "float32", dropout: float = 0.0, estimator: str = "k3") -> Config:
+    """A config with a reference."""
+    return Config(model=ModelConfig(dtype=dtype), reference=ReferenceConfig(dtype=reference),
+                  lora=LoraConfig(dropout=dropout), loss=LossConfig(kl_coeff=0.1, kl_estimator=estimator))  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "dtypes"),
+    [
+        ("rollout/logprob_gap_max", 0.4, ("float32", "float32")),  # later tokens seen
+        ("rollout/logprob_gap_max", 0.002, ("float32", "bfloat16")),
+        ("rollout/kl", 1e-4, ("float32", "float32")),
+        ("rollout/kl", 0.2, ("bfloat16", "bfloat16")),
+        ("kl", 0.05, ("float32", "float32")),  # dropout
+        ("kl", 0.2, ("float32", "bfloat16")),
+    ],
+)
+def test_a_difference_beyond_rounding_stops_the_run(name: str, value: float, dtypes: tuple[str, str]) -> None:
+    with pytest.raises(UnfitModel, match=f"{name} is {value:.2g} nats before anything was learned.*Suspects"):
+        first_update(config(*dtypes), False, 0).check(RIGHT | {name: value})
+
+
+def test_rounding_is_let_through() -> None:
+    first_update(config(), False, 0).check(RIGHT)
+    rounded = {"rollout/logprob_gap_max": 0.7, "rollout/kl": 0.014, "kl": 0.01}
+    first_update(config("bfloat16", "bfloat16"), False, 0).check(rounded)
+    first_update(config("float32", "bfloat16"), False, 0).check(RIGHT | {"kl": 0.01})
+    first_update(config(), False, 0).check({"kl": float("nan")})  # counted as a bad update
+
+
+def test_only_what_is_known_beforehand_is_checked() -> None:
+    moved = {"rollout/logprob_gap_max": 0.4, "rollout/kl": 0.1, "kl": 3.0}
+    first_update(config(), True, 1).check(moved)  # resumed within a batch
+    first_update(config(dropout=0.1), True, 0).check(moved)
+    first_update(config(estimator="squared_sequence"), False, 0).check(RIGHT | {"kl": 3.0})
+    with pytest.raises(UnfitModel, match="rollout/logprob_gap_max"):
+        first_update(config(), True, 0).check(moved)
+    second = first_update(config(), False, 0)
+    second.check(RIGHT)
+    second.check(moved)
