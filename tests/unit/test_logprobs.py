@@ -67,7 +67,7 @@ def test_values_and_gradients_equal_autograd(
 def test_no_more_logits_than_a_chunk(chunk_elements: int, rows: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Tensor] = []
     linear = module.linear
-    monkeypatch.setattr(module, "CHUNK_ELEMENTS", chunk_elements)
+    monkeypatch.setitem(module.CHUNK_ELEMENTS, "cpu", chunk_elements)
     monkeypatch.setattr(module, "linear", lambda *inputs: seen.append(linear(*inputs)) or seen[-1])
     hidden, weight, bias, targets = inputs()
     values, _ = head_logprobs(hidden, weight.requires_grad_(), bias, targets, 1.0)

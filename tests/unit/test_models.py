@@ -199,6 +199,7 @@ def test_end_tokens_come_from_everywhere(base: ModelConfig, tmp_path: Path) -> N
 
 def test_a_tokenizer_without_padding_pads_with_its_end_token(tmp_path: Path) -> None:
     make_tokenizer().save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
     assert AutoTokenizer.from_pretrained(tmp_path).pad_token_id is None
     tokenizer = load_tokenizer(ModelConfig(name=str(tmp_path)))
     assert tokenizer.pad_token_id == tokenizer.eos_token_id == 256
@@ -206,6 +207,7 @@ def test_a_tokenizer_without_padding_pads_with_its_end_token(tmp_path: Path) -> 
 
 def test_a_tokenizer_without_an_end_token_is_refused(tmp_path: Path) -> None:
     make_tokenizer().save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
     settings: dict[str, Any] = json.loads((tmp_path / "tokenizer_config.json").read_text())
     settings.pop("eos_token")
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
