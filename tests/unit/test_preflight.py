@@ -115,7 +115,7 @@ def test_problems_of_data_rewards_and_machine_together(
                  '[{name: mth}]', "--logging.trackers", "[tensorbord]", "--model.name", str(tmp_path / "no_model"),
                  "--train.output_dir", str(tmp_path / "occupied" / "run")]) == 2  # fmt: skip
     shown = capsys.readouterr().out
-    for told in ("rewards: 'mth' is not a built-in reward; did you mean 'math'?", "no_model' given, but there is no dir",
+    for told in ("rewards: 'mth' is not a built-in reward; did you mean 'math'?", "no_model' given, but there is no",
                  "has no column 'anser'; it has prompt, answer. Set data.answer_column to 'answer'", "nowhere.jsonl",
                  "occupied cannot be written to", "'tensorbord' given", "6 problem(s)"):  # fmt: skip
         assert told in shown, told
