@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .attention import RowLayout
 from .batch import Batch, token_places
+from .transfer import to_device
 
 PAIRS_PER_TOKEN = 4096
 """Attended pairs of tokens that cost about as much as one token's matrix products; only balance depends on it."""
@@ -66,14 +67,6 @@ class Pack:
         names = ("ids", "positions", "predictor", "targets", "token", "sequence", "owner")
         moved = to_device([getattr(self, name) for name in names], device)
         return Pack(**dict(zip(names, moved, strict=True)), layout=self.layout.to(device) if self.layout else None)
-
-
-def to_device(tensors: list[Tensor], device: torch.device) -> list[Tensor]:
-    """Tensors of one dtype and one dimension on `device`; to a GPU in one copy that nothing waits for."""
-    if device.type != "cuda":
-        return [tensor.to(device) for tensor in tensors]
-    joined = torch.cat(tensors).pin_memory().to(device, non_blocking=True)
-    return list(joined.split([len(tensor) for tensor in tensors]))
 
 
 def piece_cost(prompt_length: int, lengths: list[int]) -> float:

@@ -18,7 +18,6 @@ from .model_checks import CANNOT
 from .packing import Pack
 from .policy import kept_logits
 from .rollout import NativeEngine, Request, RowEngine, Sampling
-from .rollout.steps import Step, module_step
 
 PROMPT, COMPLETIONS = 5, (4, 3)
 NEW_TOKENS = 5
@@ -126,9 +125,9 @@ def is_noisy(compute: Callable[[], Tensor]) -> bool:
     return others > 4 * same + 1e-5
 
 
-def tiny_engine(step_of: Callable[[nn.Module], Step] = module_step) -> NativeEngine:
+def tiny_engine() -> NativeEngine:
     """An engine for a few tokens, which shares even a tiny prompt."""
-    return NativeEngine([-1], NEW_TOKENS, 1 << 20, step_of=step_of, captures=False, copied_prompt=0)
+    return NativeEngine([-1], NEW_TOKENS, 1 << 20, captures=False, copied_prompt=0)
 
 
 def rounding(model: nn.Module) -> float:

@@ -22,6 +22,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .transfer import to_device
+
 LARGEST_HEAD = 256
 """The largest head size that the flash kernels know; it has to be a multiple of 8."""
 
@@ -49,10 +51,7 @@ class Segments:
         """The same on `device`."""
         if device.type == self.own.device.type:
             return self
-        parts = [self.own, self.queries, self.keys, self.prompt_rows.int()]
-        buffer = torch.cat(parts)
-        buffer = (buffer.pin_memory() if device.type == "cuda" else buffer).to(device, non_blocking=True)
-        own, queries, keys, rows = buffer.split([len(part) for part in parts])
+        own, queries, keys, rows = to_device([self.own, self.queries, self.keys, self.prompt_rows.int()], device)
         return Segments(own, queries, keys, rows.long(), self.most_own, self.most_queries, self.most_keys)
 
 

@@ -20,10 +20,11 @@ import torch
 from torch import Tensor, nn
 
 from ..batch import Completion
+from ..transfer import to_device
 from .engine import Request, check_lengths, ends_by_itself, finished_completion
 from .fused import fused_draw
 from .graphs import Sizes
-from .pages import PAGE, TILE, PagePool, pages_of, to_gpu
+from .pages import PAGE, TILE, PagePool, pages_of
 from .sampling import Sampling
 from .steps import Step, prefill
 
@@ -106,7 +107,7 @@ class PagedDecoding:
         self.alive = torch.zeros(capacity, dtype=torch.bool, device=device)
         exact = torch.tensor([request.exact_length or 0 for request in requests] + [0])
         keys = torch.tensor([request.key for request in requests] + [0])
-        self.exact, self.limit, self.keys = to_gpu([exact, torch.where(exact > 0, exact, self.most), keys], device)
+        self.exact, self.limit, self.keys = to_device([exact, torch.where(exact > 0, exact, self.most), keys], device)
         self.ends = torch.tensor(end_ids, device=device)
         self.tokens = torch.zeros((nobody + 1, max_new_tokens), dtype=torch.int64, device=device)
         self.logprobs = torch.zeros((nobody + 1, max_new_tokens), dtype=torch.float32, device=device)
@@ -194,7 +195,7 @@ class PagedDecoding:
         pool.store(layout, [prompt.pages for prompt in prompts])
         new = slice(first, len(self.rows))
         which = torch.tensor([n for n, group in enumerate(groups) for _ in group])
-        which, request = to_gpu([which, torch.tensor([n for group in groups for n in group])], self.device)
+        which, request = to_device([which, torch.tensor([n for group in groups for n in group])], self.device)
         self.row_request[new] = request
         self.alive[new] = True
         pool.lengths[new] = 0
@@ -205,7 +206,7 @@ class PagedDecoding:
         pool, rows = self.pool, self.rows
         for row in rows:
             row.length = min(row.length + STEPS, self.most)
-            row.pages += pool.take_up_to(row.length, len(row.pages))
+            row.pages += pool.take(row.length, len(row.pages))
         members: dict[int, tuple[_Prompt, list[int]]] = {}
         for n, row in enumerate(rows):
             members.setdefault(row.prompt.place, (row.prompt, []))[1].append(n)
@@ -225,7 +226,7 @@ class PagedDecoding:
         ])  # fmt: skip
 
     def _send(self, pairs: list[tuple[Tensor, Tensor]]) -> None:
-        for (to, _), sent in zip(pairs, to_gpu([values.int() for _, values in pairs], self.device), strict=True):
+        for (to, _), sent in zip(pairs, to_device([values.int() for _, values in pairs], self.device), strict=True):
             to.copy_(sent)
 
     def _look(self) -> None:
@@ -241,13 +242,13 @@ class PagedDecoding:
         if not ended:
             return
         requests = [row.request for row in self.rows if id(row) in ended]
-        (places,) = to_gpu([torch.tensor(requests)], self.device)
+        (places,) = to_device([torch.tensor(requests)], self.device)
         self.results.append((requests, HostCopy(self.ended_at[places], self.tokens[places], self.logprobs[places])))
         kept = [n for n, row in enumerate(self.rows) if id(row) not in ended]
         for row in self.rows:
             if id(row) in ended:
                 self._let_go(row)
-        (order,) = to_gpu([torch.tensor(kept, dtype=torch.int64)], self.device)
+        (order,) = to_device([torch.tensor(kept, dtype=torch.int64)], self.device)
         was, now = len(self.rows), len(kept)
         self.rows = [self.rows[n] for n in kept]
         for buffer, nothing in ((self.row_request, len(self.requests)), (self.last, 0), (self.alive, False),

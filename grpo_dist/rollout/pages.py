@@ -16,6 +16,7 @@ import torch
 import triton
 from torch import Tensor
 
+from ..transfer import to_device
 from . import triton_kernels as kernels
 from .cache import PrefillLayout
 
@@ -47,11 +48,7 @@ class PagePool:
         self.tile_rows = torch.zeros((2 * most_rows, TILE), dtype=torch.int32, device=device)
         self.num_rows = self.num_tiles = self.splits = self.prompt_splits = 0
 
-    def take(self, tokens: int) -> list[int]:
-        """Pages for `tokens` tokens."""
-        return [self.free.pop() for _ in range(pages_of(tokens))]
-
-    def take_up_to(self, tokens: int, held: int) -> list[int]:
+    def take(self, tokens: int, held: int = 0) -> list[int]:
         """The pages that are missing for `tokens` tokens where `held` pages are there."""
         return [self.free.pop() for _ in range(pages_of(tokens) - held)]
 
@@ -65,7 +62,7 @@ class PagePool:
             raise ValueError("the model's attention never came to the layout it was given")
         page = torch.tensor([pages[n][t // PAGE] for n, length in enumerate(prefill.lengths) for t in range(length)])
         slot = torch.cat([torch.arange(length) % PAGE for length in prefill.lengths])
-        page, slot = to_gpu([page, slot], self.device)
+        page, slot = to_device([page, slot], self.device)
         for stores, rows in ((self.keys, prefill.keys), (self.values, prefill.values)):
             for layer, row in rows.items():
                 if layer not in stores:
@@ -141,13 +138,3 @@ def _splits(programs: int, pages: int) -> int:
     """Into how many parts each program's pages are cut: a power of two that fills the GPU, at most one part a page."""
     wanted = min(max(1, PROGRAMS // programs), pages, 16)
     return 1 << int(math.log2(wanted))
-
-
-def to_gpu(tensors: list[Tensor], device: torch.device) -> list[Tensor]:
-    """Tensors of one dtype, flat, on `device` in one copy that nothing waits for."""
-    joined = torch.cat([tensor.flatten() for tensor in tensors])
-    joined = (joined.pin_memory() if device.type == "cuda" else joined).to(device, non_blocking=True)
-    return [
-        part.view(tensor.shape)
-        for part, tensor in zip(joined.split([t.numel() for t in tensors]), tensors, strict=True)
-    ]

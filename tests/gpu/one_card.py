@@ -408,29 +408,30 @@ def engines(shape: str, rows: int, prompt: int, new: int) -> dict[str, Any]:
     return figures
 
 
+def requests_for(count: int, prompt: int) -> list[Request]:
+    """So many completions of 32 prompts of `prompt` tokens, or of one where there are fewer than 32."""
+    ids = list(range(100, 100 + prompt))
+    return [Request(n * 32 // count if count >= 32 else 0, n, ids, key=n) for n in range(count)]
+
+
 def decode(shape: str, rows: list[int], prompt: int, new: int, tiny: bool) -> dict[str, Any]:
     """Milliseconds and kernels of a step with adapters apart, on pages; and what a capture takes."""
     from grpo_dist.rollout.fused import FusedStep
     from grpo_dist.rollout.gpu import PagedDecoding
 
     model, figures = adapted(shape).causal_lm, {}
+
+    def made(requests: list[Request]) -> PagedDecoding:
+        return PagedDecoding(
+            model, requests, Sampling(), end_ids=[-1], max_new_tokens=new, max_tokens_in_flight=1 << 21,
+            step_of=FusedStep, captures=True,
+        )  # fmt: skip
+
     for count in rows:
-        requests = [
-            Request(n * 32 // count if count >= 32 else 0, n, list(range(100, 100 + prompt)), key=n)
-            for n in range(count)
-        ]
+        requests = requests_for(count, prompt)
         with torch.inference_mode():
             begun = time.perf_counter()
-            decoding = PagedDecoding(
-                model,
-                requests,
-                Sampling(),
-                end_ids=[-1],
-                max_new_tokens=new,
-                max_tokens_in_flight=1 << 21,
-                step_of=FusedStep,
-                captures=True,
-            )
+            decoding = made(requests)
             decoding.run(None)
             wall = time.perf_counter() - begun
             figures[f"{count} rows"] = {
@@ -438,16 +439,7 @@ def decode(shape: str, rows: list[int], prompt: int, new: int, tiny: bool) -> di
                 "ms_a_token wall": round(wall / new * 1e3, 2),
             }
             if count == rows[0] or count == rows[-1]:
-                decoding = PagedDecoding(
-                    model,
-                    requests,
-                    Sampling(),
-                    end_ids=[-1],
-                    max_new_tokens=new,
-                    max_tokens_in_flight=1 << 21,
-                    step_of=FusedStep,
-                    captures=True,
-                )
+                decoding = made(requests)
                 decoding._admit()
                 decoding.pool.lengths[: len(decoding.rows)] = new // 2
                 for row in decoding.rows:
@@ -476,10 +468,7 @@ def old_decode(shape: str, rows: list[int], prompt: int, new: int) -> dict[str, 
 
     model, figures = adapted(shape).causal_lm, {}
     for count in rows:
-        requests = [
-            Request(n * 32 // count if count >= 32 else 0, n, list(range(100, 100 + prompt)), key=n)
-            for n in range(count)
-        ]
+        requests = requests_for(count, prompt)
         begun = time.perf_counter()
         NativeEngine([-1], new, 1 << 21, step_of=LlamaStep).generate(model, requests, Sampling())
         wall = time.perf_counter() - begun
