@@ -13,6 +13,7 @@ from torch import nn
 
 from .batch import Completion
 from .config import RolloutConfig
+from .gpu_kernels import triton_obstacle
 from .model_checks import CANNOT
 from .probe import NEW_TOKENS, PROMPT, example_tokens, rounding
 from .rollout import Engine, NativeEngine, PagedEngine, Request, RowEngine, Sampling, paged_obstacle
@@ -151,10 +152,13 @@ def own_step(model: nn.Module, most: str = "compiled") -> tuple[str, str | None]
     for name in names:
         if list(STEPS).index(name) > list(STEPS).index(most):
             continue
+        if name in PAGED and (obstacle := triton_obstacle()):
+            reason = obstacle
+            continue
         try:
             if name == "operations" or _decoding_off(name, model) <= (1e-4 if is_float32 else 0.1):
                 return name, reason
-        except (CannotCompile, ImportError) as error:
+        except CannotCompile as error:
             reason = str(error)
     return "modules", None
 
@@ -164,7 +168,7 @@ def _decoding_off(name: str, model: nn.Module) -> float:
     """How far a step of decoding is from the logits of the model's own modules, near and far into a sequence: the norm
     of the difference as a share of theirs, infinite where it does not work for the model.
 
-    Raises CannotCompile or ImportError where it takes a compiler, or Triton, and there is none.
+    Raises CannotCompile where it takes a compiler and there is none.
     """
     try:
         far = min(FAR, _most_positions(model) - 1)
@@ -174,7 +178,7 @@ def _decoding_off(name: str, model: nn.Module) -> float:
         layout, _ = prefill(model, [tokens.tolist()])
         for step_of, state_of in ((module_step, _rows), (STEPS[name], _pages if name in PAGED else _rows)):
             logits.append(step_of(model)(tokens[:2], positions, state_of(layout)).float())
-    except (CannotCompile, ImportError):
+    except CannotCompile:
         raise
     except CANNOT:
         return math.inf

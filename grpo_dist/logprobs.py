@@ -11,13 +11,14 @@ Shapes: M tokens, H hidden, V vocabulary.
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
+
+from .gpu_kernels import triton_obstacle
 
 CHUNK_ELEMENTS = {"cpu": 1 << 24, "cuda": 1 << 28}
 """Most logits held at once: 64 MiB in float32, which a CPU's caches half hold; 1 GiB on a GPU, which each chunk has to
@@ -43,8 +44,10 @@ def _scored(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Log-probabilities (m,) of targets, entropies (m,) and, in `slope_dtype`, the derivative (m, V) of the former by
     the logits (m, V) float32. The difference is taken in float32: in 16 bits that of a confident token would be 0."""
-    if logits.is_cuda and (kernel := _kernel()):
-        return kernel(logits, targets, temperature, slope_dtype)
+    if logits.is_cuda and triton_obstacle() is None:
+        from .head_kernel import score_rows
+
+        return score_rows(logits, targets, temperature, slope_dtype)
     rows = torch.log_softmax(logits / temperature, dim=-1)
     probs = rows.exp()
     entropies = -(probs * rows).sum(-1)
@@ -52,16 +55,6 @@ def _scored(
     if slope_dtype is not None:
         slopes = probs.neg_().scatter_add_(1, targets[:, None], probs.new_ones(len(probs), 1)).div_(temperature)
     return rows.gather(-1, targets[:, None])[:, 0], entropies, slopes if slopes is None else slopes.to(slope_dtype)
-
-
-@cache
-def _kernel() -> Any:
-    """`head_kernel.score_rows`, or None where there is no Triton."""
-    try:
-        from .head_kernel import score_rows
-    except ImportError:
-        return None
-    return score_rows
 
 
 class _HeadLogprobs(torch.autograd.Function):
