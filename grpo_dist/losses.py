@@ -113,8 +113,8 @@ def _surrogate(
         weight = ratio.detach().clamp(low, high)
         return -weight * advantages * logprobs, ratio < low, ratio > high
     # SAPO, arXiv:2511.20347: a gate with slope 1 at ratio 1 that closes smoothly on both sides
-    temperature = torch.full_like(ratio, objective.sapo_temperature_negative)
-    temperature[advantages > 0] = objective.sapo_temperature_positive
+    negative = torch.full_like(ratio, objective.sapo_temperature_negative)
+    temperature = torch.where(advantages > 0, objective.sapo_temperature_positive, negative)
     gate = torch.sigmoid(temperature * (ratio - 1)) * 4 / temperature
     return -gate * advantages, never, never
 
