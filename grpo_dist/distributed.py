@@ -143,10 +143,9 @@ class Ranks:
         if self._rendezvous is not None:
             self._rendezvous.meet(point, PATIENCE.total_seconds())
 
-    def fail(self, error: Exception) -> None:
-        """End ranks that wait in `meet` for this one."""
-        if self._rendezvous is not None:
-            self._rendezvous.fail(error)
+    def fail(self, error: Exception) -> bool:
+        """End ranks that wait in `meet` for this one; returns whether all know."""
+        return self._rendezvous is None or self._rendezvous.fail(error)
 
     def end_start(self) -> None:
         """From here on ranks wait for one another as long as PATIENCE."""

@@ -35,6 +35,10 @@ FIRST_COLLECTIVE_SECONDS = 180.0
 REMIND_SECONDS = 30.0
 """Missing ranks are named this often."""
 LOOK_SECONDS = 0.2
+FAILURE_SECONDS = 5.0
+"""How long a rank that has failed waits for the others to learn of it: its launcher ends them once it has ended."""
+LATE_SECONDS = 60.0
+"""How long where the others may still have to come."""
 
 
 class LaunchError(ValueError):
@@ -86,14 +90,36 @@ class Rendezvous:
     def __init__(self, rank: int, num_ranks: int, timeout_seconds: float = START_SECONDS) -> None:
         """Report, and wait for the others. Raises LaunchError where they do not come in time."""
         self.rank, self.num_ranks, self.timeout_seconds = rank, num_ranks, timeout_seconds
-        self.place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-        self.store = self._store()
-        # the how-manieth of this launch: a store may outlive a run
-        self.meeting = self.store.add(f"grpo_dist/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{rank}", 1)
+        self._reach()
         come = f"come to {self.place}"
         self.meet(come, timeout_seconds, json.dumps(asdict(own_report())))
         told = self.store.multi_get([self._key(come, each) for each in range(num_ranks)])
         self.reports = [Report(**json.loads(each)) for each in told]
+
+    @classmethod
+    def fail_before(cls, error: Exception) -> None:
+        """Let ranks that come, or will come, end with what has ended this one before it came.
+
+        Rank 0 says so itself. Raises LaunchError, for this rank to say, where rank 0 does not learn of it.
+        """
+        rank, num_ranks = place_in_launch()
+        if rank == 0:
+            return
+        absent = cls.__new__(cls)
+        absent.rank, absent.num_ranks, absent.timeout_seconds = rank, num_ranks, LATE_SECONDS
+        with suppress(LaunchError, RuntimeError):  # torch's own, where the store goes meanwhile
+            absent._reach()
+            if absent.fail(error, LATE_SECONDS):
+                return
+        raise LaunchError(f"rank {rank} on {socket.gethostname()}: {error}") from error
+
+    def _reach(self) -> None:
+        self.place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        self.store = self._store()
+        # the how-manieth of this launch: a store may outlive a run
+        self.meeting = self.store.add(
+            f"grpo_dist/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{self.rank}", 1
+        )
 
     def _store(self) -> dist.Store:
         """The launcher's store, or one that rank 0 serves where there is no launcher's."""
@@ -134,6 +160,7 @@ class Rendezvous:
             begun = said = time.monotonic()
             while self.store.add(self._key(point), 0) < self.num_ranks:
                 if self.store.check([self._key("failed")]):
+                    self.store.add(self._key("know"), 1)
                     raise LaunchError(self.store.get(self._key("failed")).decode())
                 now = time.monotonic()
                 if now - begun > timeout_seconds:
@@ -155,11 +182,17 @@ class Rendezvous:
         return (f"{self.num_ranks - len(missing)} of {self.num_ranks} ranks have {point}; missing for {seconds:.0f} s: "
                 f"rank {_listed(missing)}")  # fmt: skip
 
-    def fail(self, error: BaseException) -> None:
-        """Let ranks that wait for this one end with what has ended it."""
+    def fail(self, error: Exception, seconds: float = FAILURE_SECONDS) -> bool:
+        """Let ranks that wait for this one end with what has ended it; returns whether all know within `seconds`."""
         told = f"rank {self.rank} on {socket.gethostname()} has failed: {type(error).__name__}: {error}"
         with suppress(RuntimeError):  # the store has gone with rank 0
             self.store.set(self._key("failed"), told)
+            know, begun = self.store.add(self._key("know"), 1), time.monotonic()
+            while know < self.num_ranks and time.monotonic() - begun < seconds:
+                time.sleep(LOOK_SECONDS)
+                know = self.store.add(self._key("know"), 0)
+            return know >= self.num_ranks
+        return False
 
     @contextmanager
     def first_collective(self, timeout_seconds: float = FIRST_COLLECTIVE_SECONDS) -> Iterator[None]:

@@ -1,4 +1,4 @@
-"""Where a run goes on from, and whether it is still the same run."""
+"""Where a run goes on from, and whether it is still the same run, and the same on all ranks."""
 
 from __future__ import annotations
 
@@ -73,6 +73,14 @@ def changes(path: Path, config: Config, now: dict[str, Any]) -> list[str]:
         f"another version than the checkpoint's, equality is not promised: {change}"
         for change in differences(meta["versions"], versions())
     ]
+
+
+def require_same_start(starts: Sequence[dict[str, Any]]) -> None:
+    """Raise ValueError where a rank's options, versions or data are not those of rank 0; `starts` in order of rank."""
+    for rank, start in enumerate(starts):
+        if other := differences(starts[0], start):
+            raise ValueError(f"rank {rank} was started otherwise than rank 0, expected the same config, packages, model "
+                             f"and data on all nodes: {'; '.join(other)}")  # fmt: skip
 
 
 def versions() -> dict[str, str]:

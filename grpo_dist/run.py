@@ -52,8 +52,8 @@ from .position import Position
 from .probe import head_is_plain
 from .recording import Recorder
 from .reference import AdaptersOff, FrozenCopy, Reference
-from .rendezvous import place_in_launch
-from .resuming import changes, identity, resume_path, versions, with_template_date
+from .rendezvous import LaunchError, Rendezvous, place_in_launch
+from .resuming import changes, identity, require_same_start, resume_path, versions, with_template_date
 from .rewards.pool import ScorerPool
 from .rewards.registry import TrainerState, answer_checks, labels
 from .rollout import Sampling
@@ -97,6 +97,7 @@ class Run:
             self.directory.mkdir(parents=True, exist_ok=True)
             self._lock = lock(self.directory) if is_main else None
         except (ValueError, OSError, checkpoint.DamagedCheckpoint) as error:
+            Rendezvous.fail_before(error)
             raise UserError(str(error)) from error
         self.ranks = Ranks(resolve_dtype(config.model.dtype), config.optim)
         _log_on_main(is_main, others=logging.WARNING)
@@ -109,10 +110,12 @@ class Run:
                             "of rank; it must lie on a file system that all nodes share")  # fmt: skip
         try:
             self._load_models()
-        except (UnfitModel, UnfitEngine) as error:
-            raise UserError(str(error)) from error
+        except LaunchError:
+            raise
         except Exception as error:
-            self.ranks.fail(error)
+            all_know = self.ranks.fail(error)
+            if isinstance(error, (UnfitModel, UnfitEngine)):
+                raise (UserError(str(error)) if all_know else LaunchError(f"rank {self.ranks.rank}: {error}")) from error
             raise
         self.position = self._resume() if self.resume_from else Position(0, config.loss.kl_coeff)
         self.rollout_model.sync()
@@ -133,17 +136,18 @@ class Run:
     def _agree_on_data(self) -> Config:
         """The config with rank 0's template_date, where a run is started about midnight; a collective.
 
-        Raises UserError where ranks have read different prompts all the same.
+        Raises UserError where ranks were started otherwise all the same.
         """
         date = self.ranks.gather_objects(self.config.data.template_date)[0]
         if date != self.config.data.template_date:
             self.config = replace(self.config, data=replace(self.config.data, template_date=date))
             self._load_data()
             self.identity = identity(self.config, self.model_config, self.prompts)
-        read = self.ranks.gather_objects((self.identity["num_prompts"], self.identity["data"]))
-        if len(set(read)) > 1:
-            raise UserError(f"data.train_file: ranks read different prompts, {read} (number, hash) in order of rank; "
-                            "files and tokenizer must be the same on all nodes")  # fmt: skip
+        start = {"config": redacted(asdict(self.config)), "versions": versions(), "identity": self.identity}
+        try:
+            require_same_start(self.ranks.gather_objects(start))
+        except ValueError as error:
+            raise UserError(str(error)) from error
         return self.config
 
     def _load_data(self) -> None:
@@ -186,6 +190,7 @@ class Run:
         self.policy = self.ranks.unwrap(self.wrapped)
         self.state = OptimizerState(self.ranks, self.optimizer, trainable(self.policy))
         self.reference = self._reference(dtype, implementation)
+        self.ranks.meet("loaded the reference")
         base = self.reference.policy.causal_lm if isinstance(self.reference, FrozenCopy) else None
         self.rollout_model = RolloutModel(self.policy, dtype, implementation, base)
         with self.rollout_model.open() as model:

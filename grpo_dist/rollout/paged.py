@@ -63,8 +63,10 @@ class PagedEngine:
     ) -> list[Completion]:  # fmt: skip
         """See `Engine`; `check` is called only where something has moved, so that a hang can be told from work.
 
-        Raises RuntimeError where transformers fails.
+        Raises RuntimeError where transformers fails, or is too old.
         """
+        if obstacle := paged_obstacle():
+            raise RuntimeError(obstacle)
         check_lengths(requests, self.max_new_tokens)
         if not requests:
             return []

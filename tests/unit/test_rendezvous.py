@@ -7,6 +7,7 @@ import logging
 import os
 import socket
 import threading
+from contextlib import nullcontext
 from dataclasses import asdict
 from typing import Any
 
@@ -86,16 +87,36 @@ def test_a_rank_that_loads_for_long_is_named(caplog: pytest.LogCaptureFixture) -
 
 def test_a_rank_that_fails_while_it_loads_ends_those_that_wait_for_it() -> None:
     ends = come(range(2), 2)
-    ends[1].fail(MemoryError("2 GiB"))
+    assert not ends[1].fail(MemoryError("2 GiB"), 0.0)
     with pytest.raises(LaunchError, match=f"rank 1 on {socket.gethostname()} has failed: MemoryError: 2 GiB"):
         ends[0].meet("loaded the model", 20.0)
+    assert ends[1].store.add(ends[1]._key("know"), 0) == 2
+
+
+def test_a_rank_that_fails_before_it_comes_ends_those_that_wait_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    late = threading.Timer(0.5, Rendezvous.fail_before, [ValueError("no such file")])
+    late.start()
+    end = come([0], 2)[0]
+    late.join()
+    assert f"rank 1 on {socket.gethostname()} has failed: ValueError: no such file" in str(end)
+
+
+def test_a_rank_that_reaches_nobody_says_itself_what_has_ended_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rendezvous, "LATE_SECONDS", 0.5)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in ("0", "1"):  # rank 0 always does
+        monkeypatch.setenv("RANK", rank)
+        with pytest.raises(LaunchError, match="rank 1 on .*: no such file") if rank == "1" else nullcontext():
+            Rendezvous.fail_before(ValueError("no such file"))
 
 
 def test_a_store_may_outlive_a_run() -> None:
     """What ranks of one launch have passed in a run before, and that one failed, says nothing of the next."""
     before = come(range(2), 2)
     before[0]._set("entered")
-    before[1].fail(MemoryError())
+    before[1].fail(MemoryError(), 0.0)
     again = come(range(2), 2)
     assert all(end.missing("entered") == [0, 1] for end in again.values())
 

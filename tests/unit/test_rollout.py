@@ -228,6 +228,14 @@ def test_no_requests(pairs: dict[str, Pair]) -> None:
     assert RowEngine(ENDS, 4).generate(pairs["llama"].plain, [], Sampling()) == []
 
 
+def test_paged_refuses_a_transformers_it_cannot_draw_for(
+    pairs: dict[str, Pair], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(paged, "ContinuousBatchingManager", object)
+    with pytest.raises(RuntimeError, match="has no continuous batching that another sampler can draw for"):
+        PagedEngine(ENDS, MOST, 200).generate(pairs["llama"].shared, REQUESTS, Sampling())
+
+
 def test_every_completion_may_end_at_once(pairs: dict[str, Pair]) -> None:
     """Every token ends: nothing is left to decode after a prefill, and the next prompts must still come in."""
     everything = list(range(61))
