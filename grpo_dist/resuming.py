@@ -79,8 +79,8 @@ def require_same_start(starts: Sequence[dict[str, Any]]) -> None:
     """Raise ValueError where a rank's options, versions or data are not those of rank 0; `starts` in order of rank."""
     for rank, start in enumerate(starts):
         if other := differences(starts[0], start):
-            raise ValueError(f"rank {rank} was started otherwise than rank 0, expected the same config, packages, model "
-                             f"and data on all nodes: {'; '.join(other)}")  # fmt: skip
+            raise ValueError(f"rank {rank} was started otherwise than rank 0, expected the same config, packages, "
+                             f"model and data on all nodes: {'; '.join(other)}")  # fmt: skip
 
 
 def versions() -> dict[str, str]:

@@ -114,9 +114,9 @@ class Run:
             raise
         except Exception as error:
             all_know = self.ranks.fail(error)
-            if isinstance(error, (UnfitModel, UnfitEngine)):
-                raise (UserError(str(error)) if all_know else LaunchError(f"rank {self.ranks.rank}: {error}")) from error
-            raise
+            if not isinstance(error, (UnfitModel, UnfitEngine)):
+                raise
+            raise (UserError(str(error)) if all_know else LaunchError(f"rank {self.ranks.rank}: {error}")) from error
         self.position = self._resume() if self.resume_from else Position(0, config.loss.kl_coeff)
         self.rollout_model.sync()
         self.first_update = first_update(config, self.resume_from is not None, self.position.updates)

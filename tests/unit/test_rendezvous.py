@@ -108,7 +108,7 @@ def test_a_rank_that_reaches_nobody_says_itself_what_has_ended_it(monkeypatch: p
     monkeypatch.setenv("WORLD_SIZE", "2")
     for rank in ("0", "1"):  # rank 0 always does
         monkeypatch.setenv("RANK", rank)
-        with pytest.raises(LaunchError, match="rank 1 on .*: no such file") if rank == "1" else nullcontext():
+        with pytest.raises(LaunchError, match=r"rank 1 on .*: no such file") if rank == "1" else nullcontext():
             Rendezvous.fail_before(ValueError("no such file"))
 
 
