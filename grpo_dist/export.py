@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from .checks import require
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
 
     from .trained import Trained
 
@@ -29,7 +29,6 @@ TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2}
 float32 and then rounded to the dtype."""
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM takes as --max-lora-rank."""
-_PROBE_TOKENS = 64
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -38,7 +37,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
                         "checkpoint in it")  # fmt: skip
     parser.add_argument("--to", choices=KINDS, default="merged", help="what to make (merged)")
     parser.add_argument("--out", type=Path, metavar="DIR", help="where to (RUN/exports/step_N-KIND)")
-    parser.add_argument("--dtype", choices=TOLERANCE, help="of a merged model's weights (as they were trained)")
+    parser.add_argument("--dtype", choices=TOLERANCE, help="of a merged model's weights (as they were trained, or "
+                        "float32 where less than 99 %% of the update would be left)")  # fmt: skip
     parser.add_argument("--max_shard_size", default="5GB", metavar="SIZE", help="of each weight file (5GB)")
     parser.add_argument("--push_to_hub", metavar="OWNER/NAME", help="upload it as well, as a private repository")
 
@@ -62,10 +62,11 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
     out.mkdir(parents=True, exist_ok=True)
     print(f"exporting step {trained.step} of {trained.run}, from {trained.path}")
     if is_adapter:
-        difference, allowed = write_adapter(trained, out)
+        difference, allowed, distance = write_adapter(trained, out)
     else:
-        difference, allowed = write_merged(trained, out, options.dtype, options.max_shard_size)
-    print(f"reopened: logits differ from the policy's by {difference:.1e} of the largest ({allowed:.0e} is rounding)")
+        difference, allowed, distance = write_merged(trained, out, options.dtype, options.max_shard_size)
+    print(f"reopened: logits differ from the policy's by {difference:.1e} of the largest ({allowed:.0e} is rounding), "
+          f"KL from the policy is {distance:.1e} nats a token")  # fmt: skip
     write_card(out, trained.config, read_history(trained.run), trained.step, "adapter" if is_adapter else "merged")
     if options.to == "gguf-recipe":
         (out / "to_gguf.sh").write_text(gguf_recipe(out))
@@ -76,30 +77,32 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
     return 0
 
 
-def write_merged(trained: Trained, out: Path, dtype: str | None, max_shard_size: str) -> tuple[float, float]:
-    """Write the merged model and return how far its logits are from the policy's, and how far they may be."""
+def write_merged(trained: Trained, out: Path, dtype: str | None, max_shard_size: str) -> tuple[float, float, float]:
+    """Write the merged model and return how far its logits are from the policy's, how far they may be, and the KL."""
     from . import saving
     from .distributed import DTYPES
     from .models import load_causal_lm
+    from .reopening import probe
     from .trained import at, load
 
     policy, tokenizer = load(trained)
-    expected = probe(policy.causal_lm)
-    state = saving.merged_state(policy, keep=True)
-    if dtype is not None:
-        state = {name: tensor.to(DTYPES[dtype]) for name, tensor in state.items()}
+    expected, computed = probe(policy.causal_lm), policy.causal_lm.dtype
+    written, line = saving.choose_dtype(policy, keep=True, asked=None if dtype is None else DTYPES[dtype])
+    print(line)
+    state = saving.merged_state(policy, keep=True, dtype=written)
     saving.write_merged(policy, state, tokenizer, out, max_shard_size)
-    written = next(iter(state.values())).dtype
     del policy, state  # room for the reopened one
-    return compare(expected, probe(load_causal_lm(at(trained, out), written, None)), str(written))
+    rougher = max(written, computed, key=lambda dtype: TOLERANCE[str(dtype).removeprefix("torch.")])
+    return compare(expected, probe(load_causal_lm(at(trained, out), written, None)), str(rougher))
 
 
-def write_adapter(trained: Trained, out: Path) -> tuple[float, float]:
-    """Write the adapter and return how far its logits are from the policy's, and how far they may be."""
+def write_adapter(trained: Trained, out: Path) -> tuple[float, float, float]:
+    """Write the adapter and return how far its logits are from the policy's, how far they may be, and the KL."""
     from peft import PeftModel
 
     from . import saving
     from .models import load_causal_lm
+    from .reopening import probe
     from .trained import load
 
     policy, tokenizer = load(trained)
@@ -111,24 +114,17 @@ def write_adapter(trained: Trained, out: Path) -> tuple[float, float]:
     return compare(expected, probe(reopened), str(dtype))
 
 
-def probe(model: nn.Module) -> Tensor:
-    """Logits (T, V) in float32 of a fixed row of tokens that mean nothing."""
-    import torch
+def compare(expected: Tensor, found: Tensor, dtype: str) -> tuple[float, float, float]:
+    """The largest difference as a share of the largest logit, what is allowed, and the KL in nats a token; raises
+    RuntimeError beyond what is allowed."""
+    from .reopening import divergence
 
-    vocabulary = model.get_input_embeddings().num_embeddings
-    ids = torch.randint(vocabulary, (1, _PROBE_TOKENS), generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        return model.eval()(input_ids=ids, use_cache=False).logits[0].float()
-
-
-def compare(expected: Tensor, found: Tensor, dtype: str) -> tuple[float, float]:
-    """The largest difference as a share of the largest logit, and what is allowed; raises RuntimeError beyond it."""
     difference = float((expected - found).abs().max() / expected.abs().max())
     allowed = TOLERANCE[dtype.removeprefix("torch.")]
     if not difference <= allowed:
         raise RuntimeError(f"the exported model is not the trained one: its logits differ by {difference:.1e} of the "
                            f"largest, {allowed:.0e} would be rounding")  # fmt: skip
-    return difference, allowed
+    return difference, allowed, divergence(expected, found)
 
 
 def upload(directory: Path, name: str) -> str:

@@ -11,6 +11,7 @@ import torch
 from peft import LoraConfig as PeftLoraConfig
 from peft import get_peft_model
 from peft.tuners.lora import LoraLayer
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
@@ -130,7 +131,7 @@ def load_causal_lm(
         )  # fmt: skip
     except torch.OutOfMemoryError:
         raise
-    except (*CANNOT, OSError, ImportError) as error:
+    except (*CANNOT, OSError, ImportError, SafetensorError) as error:
         raise UnfitModel(f"model.name: {model.name!r} cannot be loaded ({type(error).__name__}: {error})") from error
     if missing := sorted(report["missing_keys"]):
         raise UnfitModel(f"model.name: {model.name!r} lacks {len(missing)} weights of {type(loaded).__name__}, which "

@@ -53,6 +53,7 @@ from .probe import head_is_plain
 from .recording import Recorder
 from .reference import AdaptersOff, FrozenCopy, Reference
 from .rendezvous import LaunchError, Rendezvous, place_in_launch
+from .reopening import check_final, probe
 from .resuming import changes, identity, require_same_start, resume_path, versions, with_template_date
 from .rewards.pool import ScorerPool
 from .rewards.registry import TrainerState, answer_checks, labels
@@ -130,7 +131,7 @@ class Run:
         self.recorder = Recorder(config, self.directory, kept) if self.ranks.is_main else None
         self.display = Display(config.train.num_train_steps, self.position.step, self.ranks.is_main,
                                config.logging.show_completions_every)  # fmt: skip
-        record_start(self.directory, self.ranks, self.position.step)
+        record_start(self.directory, self.ranks, self.position.step, self.policy.causal_lm.dtype)
         self.ranks.end_start()
 
     def _agree_on_data(self) -> Config:
@@ -277,12 +278,15 @@ class Run:
         directory = self.directory / "final"
         self.watch.phase = "export"
         with self.watch.patience():
+            with self.rollout_model.open() as model:
+                expected = probe(model) if self.ranks.is_main else None
             save_final(self.policy, self.tokenizer, directory, self.ranks.is_main)
             if self.ranks.is_main:
                 history, options = read_history(self.directory), redacted(asdict(self.config))
                 write_card(directory, options, history, self.position.step, "merged")
                 if self.config.lora:
                     write_card(directory / "adapter", options, history, self.position.step, "adapter")
+                check_final(directory, expected, self.rollout_model.dtype, self.config.model.trust_remote_code)
             self.ranks.barrier()
         return directory
 

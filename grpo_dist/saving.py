@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +20,71 @@ from .distributed import unsharded_loading, whole
 from .models import adapted_layers, plain_name
 from .policy import Policy
 
+log = logging.getLogger(__name__)
+
 PROCESSORS = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
 """Files that servers ask for of a model that takes more than text; training changes none of them."""
 MAX_SHARD_SIZE = "5GB"
 """Larger models are written as several files of at most this size, with an index."""
+ENOUGH = 0.99
+"""Share of the update that merged weights have to keep."""
 
 
 @torch.no_grad()
-def merged_state(policy: Policy, keep: bool) -> dict[str, Tensor]:
+def kept_shares(policy: Policy, dtypes: Sequence[torch.dtype], keep: bool) -> list[float | None]:
+    """Share of what the adapters have learned that is left in weights merged in each of some dtypes: 1 - |R|² / |ΔW|²
+    with ΔW = scaling · B A and R the rounding of W + ΔW; 0 where |R| is larger.
+
+    What rounding adds to an update counts as much as what it takes away. None without adapters, as long as they add
+    nothing, and on ranks that do not `keep` the result. A collective under ZeRO-3.
+    """
+    rounding, total = [0.0] * len(dtypes), 0.0
+    for layer in (adapted_layers(policy) if isinstance(policy.model, PeftModel) else {}).values():
+        with whole(list(layer.parameters())):
+            if keep:
+                weight, update = layer.get_base_layer().weight, layer.get_delta_weight("default").float()
+                exact = weight.double() + update
+                total += float(update.double().square().sum())
+                for place, dtype in enumerate(dtypes):
+                    written = _merged(weight, update).to(_dtype_in_file(policy, weight, dtype))
+                    rounding[place] += float((written - exact).square().sum())
+    return [max(0.0, 1 - each / total) if total else None for each in rounding]
+
+
+def choose_dtype(policy: Policy, keep: bool, asked: torch.dtype | None = None) -> tuple[torch.dtype, str]:
+    """The dtype to merge in, and a line about what it keeps: the one `asked` for, or else the policy's where that keeps
+    what was learned and float32 where it does not. A collective under ZeRO-3."""
+    own = asked or policy.causal_lm.dtype
+    share, share_in_float32 = kept_shares(policy, [own, torch.float32], keep)
+    if share is None:
+        return own, f"weights in {_name(own)}"
+    shares = {torch.float32: share_in_float32, own: share}
+    chosen = own if asked or share >= ENOUGH else torch.float32
+    line = f"weights in {_name(chosen)}, which keep {shares.pop(chosen):.1%} of what the adapters have learned"
+    others = "".join(f" ({_name(other)}: {kept:.1%})" for other, kept in shares.items())
+    return chosen, line + others if share < ENOUGH else line
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _merged(weight: Tensor, update: Tensor) -> Tensor:
+    """W + ΔW in float32."""
+    return weight.float() + update
+
+
+def _dtype_in_file(policy: Policy, parameter: Tensor, dtype: torch.dtype) -> torch.dtype:
+    """`dtype`, but for what the model keeps in another dtype than most of its weights."""
+    return dtype if parameter.dtype == policy.causal_lm.dtype else parameter.dtype
+
+
+@torch.no_grad()
+def merged_state(policy: Policy, keep: bool, dtype: torch.dtype) -> dict[str, Tensor]:
     """The trained model's whole weights by the plain model's names, on the CPU; collected one layer at a time.
 
-    Merged in float32, then rounded to the policy's dtype. A collective under ZeRO-3; ranks that do not `keep` the
-    result get an empty one.
+    Merged in float32, then rounded to `dtype`; what the model keeps in another dtype than its own stays in that. A
+    collective under ZeRO-3; ranks that do not `keep` the result get an empty one.
     """
     layers = adapted_layers(policy) if isinstance(policy.model, PeftModel) else {}
     stored = set(policy.causal_lm.state_dict())
@@ -42,8 +96,8 @@ def merged_state(policy: Policy, keep: bool) -> dict[str, Tensor]:
         layer = layers.get(key.removesuffix(".weight")) if key.endswith(".weight") else None
         with whole([parameter, *(layer.parameters() if layer else ())]):
             if keep:
-                value = parameter.float() + layer.get_delta_weight("default").float() if layer else parameter
-                state[key] = value.to(parameter.dtype).cpu().clone()
+                value = _merged(parameter, layer.get_delta_weight("default").float()) if layer else parameter
+                state[key] = value.to(_dtype_in_file(policy, parameter, dtype)).cpu().clone()
     if keep:
         state |= {plain_name(name): buffer.cpu().clone() for name, buffer in policy.causal_lm.named_buffers()
                   if name in stored}  # fmt: skip
@@ -62,7 +116,9 @@ def save_final(policy: Policy, tokenizer: Any, directory: Path, is_main: bool) -
 
     A collective under ZeRO-3.
     """
-    state, adapters = merged_state(policy, is_main), adapter_state(policy, is_main)
+    dtype, line = choose_dtype(policy, is_main)
+    log.info("%s: %s", directory, line)
+    state, adapters = merged_state(policy, is_main, dtype), adapter_state(policy, is_main)
     if is_main:
         write_merged(policy, state, tokenizer, directory)
         if isinstance(policy.model, PeftModel):

@@ -11,9 +11,10 @@ import yaml
 from peft import PeftModel
 
 from . import checkpoint
+from .adapters import fuse_adapters
 from .config import LoraConfig, ModelConfig
-from .distributed import DTYPES, resolve_dtype
-from .environment import started_in
+from .distributed import DTYPES, is_sharded, resolve_dtype
+from .environment import last_recorded, started_in
 from .metrics import read_history
 from .models import base_identity, load_causal_lm, load_model_config, load_policy, load_tokenizer, trainable
 from .places import is_path
@@ -90,11 +91,15 @@ def load(trained: Trained) -> tuple[Policy, Any]:
     if trained.is_checkpoint:
         return _from_checkpoint(trained).eval(), tokenizer
     here = at(trained, trained.path)
-    stored = load_model_config(here)
+    stored = load_model_config(here).dtype
     if lora is None:
-        return Policy(load_causal_lm(here, stored.dtype, None), 1.0).eval(), tokenizer
-    base = load_causal_lm(model, stored.dtype, None)
-    return Policy(PeftModel.from_pretrained(base, str(trained.path / "adapter")), 1.0).eval(), tokenizer
+        return Policy(load_causal_lm(here, stored, None), 1.0).eval(), tokenizer
+    # merged weights may be in a larger dtype than the base that the adapters were trained on
+    trained_in = last_recorded(trained.run, "dtype")
+    base = load_causal_lm(model, stored if trained_in is None else DTYPES[trained_in], None)
+    adapted = PeftModel.from_pretrained(base, str(trained.path / "adapter"))
+    fuse_adapters(adapted, is_sharded)  # they are added as in training; in 16 bits PEFT's own way loses small updates
+    return Policy(adapted, 1.0).eval(), tokenizer
 
 
 def at(trained: Trained, path: Path) -> ModelConfig:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -95,6 +96,26 @@ def test_weights_can_be_rounded(run: Path, export: Callable[..., tuple[Path, str
     out, _ = export(run, "--dtype", "bfloat16")
     exact, rounded = weights(run / "final"), weights(out)
     assert same(rounded, {name: tensor.bfloat16() for name, tensor in exact.items()})
+
+
+def test_a_small_update_is_kept_or_said_to_be_lost(tmp_path: Path) -> None:
+    """A step at a small learning rate in bfloat16, exported by the command a user has."""
+    run = train(None, 1, tmp_path / "run", "--train.num_train_steps", "1", "--optim.learning_rate", "1e-6",
+                "--model.dtype", "bfloat16")  # fmt: skip
+
+    def export(name: str, *arguments: str) -> tuple[Path, str]:
+        command = [sys.executable, "-m", "grpo_dist", "export", str(run), "--out", str(tmp_path / name), *arguments]
+        return tmp_path / name, subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT).stdout
+
+    out, printed = export("exact")
+    assert {tensor.dtype for tensor in (weights(run / "final") | weights(out)).values()} == {torch.float32}
+    assert same(weights(out), weights(run / "final"))
+    exact, rounded = map(float, re.findall(r"([\d.]+)%", printed))
+    assert "weights in float32, which keep" in printed and exact >= 99 > 50 > rounded
+    assert 0 < float(re.findall(r"KL from the policy is (\S+) nats", printed)[0]) < 1e-2
+    out, printed = export("rounded", "--dtype", "bfloat16")
+    assert {tensor.dtype for tensor in weights(out).values()} == {torch.bfloat16}
+    assert f"weights in bfloat16, which keep {rounded}% of what" in printed and f"(float32: {exact}%)" in printed
 
 
 def test_a_run_that_has_not_ended(run: Path, export: Callable[..., tuple[Path, str]], tmp_path: Path) -> None:

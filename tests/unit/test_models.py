@@ -28,7 +28,8 @@ from grpo_dist.models import (
 )
 from grpo_dist.packing import Pack, Piece, make_pack
 from grpo_dist.reference import AdaptersOff, FrozenCopy
-from grpo_dist.saving import save_final
+from grpo_dist.reopening import check_final, divergence, probe, rounding_kl
+from grpo_dist.saving import choose_dtype, kept_shares, merged_state, save_final
 
 IDS = torch.tensor([5, 9, 33, 60, 7, 12, 80, 41])
 LORA = LoraConfig(r=3, alpha=6.0)
@@ -174,6 +175,79 @@ def test_a_bfloat16_policy_is_merged_in_float32(base: ModelConfig, tmp_path: Pat
         merged = layer.get_base_layer().weight.float() + (b @ a) * layer.scaling["default"]
         assert torch.equal(final.get_parameter(f"{name}.weight"), merged.bfloat16()), name
     assert float((logits(final, shared=False).float() - logits(policy.causal_lm).float()).abs().max()) < 0.3
+
+
+def make_moved(base: ModelConfig, dtype: torch.dtype, moved: float) -> Policy:
+    """A policy whose adapters have learned: every entry of B has moved so far."""
+    policy = load_policy(base, LORA, dtype, attention.NAME, 1.0, 0).eval()
+    torch.manual_seed(1)
+    for name, parameter in trainable(policy).items():
+        if "lora_B" in name:
+            parameter.data.add_(torch.randn(parameter.shape).sign() * moved)
+    return policy
+
+
+@pytest.mark.parametrize("moved", [1e-6, 1e-5])
+def test_a_small_update_is_written_in_float32(moved: float, base: ModelConfig, tmp_path: Path) -> None:
+    policy = make_moved(base, torch.bfloat16, 0.0)
+    assert kept_shares(policy, [torch.bfloat16, torch.float32], True) == [None, None], "nothing has been learned"
+    assert choose_dtype(policy, True) == (torch.bfloat16, "weights in bfloat16")
+    policy = make_moved(base, torch.bfloat16, moved)
+    rounded, exact = kept_shares(policy, [torch.bfloat16, torch.float32], True)
+    assert rounded < 0.5 and 0.99 <= exact <= 1
+    assert kept_shares(policy, [torch.bfloat16], False) == [None], "another rank's"
+    line = f"which keep {exact:.1%} of what the adapters have learned (bfloat16: {rounded:.1%})"
+    assert choose_dtype(policy, True) == (torch.float32, f"weights in float32, {line}")
+    line = f"which keep {rounded:.1%} of what the adapters have learned (float32: {exact:.1%})"
+    assert choose_dtype(policy, True, torch.bfloat16) == (torch.bfloat16, f"weights in bfloat16, {line}")
+    save_final(policy, load_tokenizer(base), tmp_path / "final", is_main=True)
+    final = AutoModelForCausalLM.from_pretrained(tmp_path / "final").eval()
+    assert final.dtype == torch.float32
+    assert divergence(probe(policy.causal_lm), probe(final)) < rounding_kl(torch.bfloat16)
+
+
+def test_a_large_update_is_written_in_the_policys_dtype(base: ModelConfig) -> None:
+    chosen, line = choose_dtype(make_moved(base, torch.bfloat16, 0.1), True)
+    assert chosen == torch.bfloat16 and "float32" not in line
+
+
+def test_what_rounding_adds_is_not_kept(base: ModelConfig) -> None:
+    """Every weight moves by 0.6 of a unit in its last place, and rounding makes a whole unit of it."""
+    policy = make_moved(base, torch.bfloat16, 0.0)
+    for layer in adapted_layers(policy).values():
+        layer.get_base_layer().weight.data.fill_(1.0)
+        layer.lora_A["default"].weight.data.fill_(1.0)
+        layer.lora_B["default"].weight.data.fill_(0.6 * torch.finfo(torch.bfloat16).eps / LORA.alpha)
+    (share,) = kept_shares(policy, [torch.bfloat16], True)
+    assert share == pytest.approx(1 - (0.4 / 0.6) ** 2, abs=1e-4)
+    assert choose_dtype(policy, True)[0] == torch.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_what_a_model_keeps_in_float32_is_written_so(dtype: torch.dtype, base: ModelConfig) -> None:
+    policy = make_moved(base, torch.bfloat16, 0.1)
+    norm = policy.causal_lm.model.norm
+    norm.weight.data = norm.weight.data.float() + 1e-5
+    state = merged_state(policy, True, dtype)
+    assert torch.equal(state.pop("model.norm.weight"), norm.weight)
+    assert {tensor.dtype for tensor in state.values()} == {dtype}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_model_that_is_written_is_compared_with_the_policy(
+    dtype: torch.dtype, base: ModelConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "grpo_dist.reopening")
+    policy = make_moved(base, dtype, 0.1)
+    save_final(policy, load_tokenizer(base), tmp_path / "final", is_main=True)
+    check_final(tmp_path / "final", probe(policy.causal_lm), dtype, trust_remote_code=False)
+    check_final(tmp_path / "final", probe(load_causal_lm(base, dtype, None)), dtype, trust_remote_code=False)
+    (tmp_path / "final" / "model.safetensors").write_bytes(b"damaged")
+    check_final(tmp_path / "final", probe(policy.causal_lm), dtype, trust_remote_code=False)
+    assert [(line.levelname, line.message.split(": ")[1].split(",")[0]) for line in caplog.records[:2]] == [
+        ("INFO", "reopened"), ("WARNING", "reopened"),
+    ]  # fmt: skip
+    assert caplog.records[2].levelname == "WARNING" and "cannot be opened" in caplog.records[2].message
 
 
 def test_log_probabilities_are_at_the_temperature(base: ModelConfig) -> None:

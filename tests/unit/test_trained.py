@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from test_models import LORA, base, logits, make_policy  # noqa: F401  (base is a fixture)
+from test_models import LORA, base, logits, make_moved, make_policy  # noqa: F401  (base is a fixture)
 from transformers import AutoModelForCausalLM
 
 from grpo_dist import attention, checkpoint
 from grpo_dist.config import Config, LoraConfig, ModelConfig
 from grpo_dist.export import compare, write_merged
-from grpo_dist.models import base_identity, load_model_config, load_policy, load_tokenizer, trainable
+from grpo_dist.models import adapted_layers, base_identity, load_model_config, load_policy, load_tokenizer, trainable
 from grpo_dist.policy import Policy
 from grpo_dist.saving import save_final
 from grpo_dist.saving import write_merged as write
@@ -49,11 +49,26 @@ def test_it_computes_what_was_trained(lora: LoraConfig | None, place: str, base:
     assert trained.step == 1 and trained.run == tmp_path / "run"
     loaded, _ = load(trained)
     assert torch.allclose(logits(loaded.causal_lm, shared=False), logits(policy.causal_lm), atol=1e-5)
-    difference, allowed = write_merged(trained, tmp_path / "out", None, "5GB")
-    assert difference <= allowed == 1e-4
+    difference, allowed, distance = write_merged(trained, tmp_path / "out", None, "5GB")
+    assert difference <= allowed == 1e-4 and distance < 1e-9
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     tied = merged.get_input_embeddings().weight is merged.get_output_embeddings().weight
     assert tied == load_model_config(base).tie_word_embeddings
+
+
+def test_the_base_is_loaded_in_the_dtype_it_was_trained_in(base: ModelConfig, tmp_path: Path) -> None:  # noqa: F811
+    policy = make_moved(base, torch.bfloat16, 1e-6)
+    leave_behind(tmp_path / "run", base, policy, LORA)
+    assert load_model_config(ModelConfig(name=str(tmp_path / "run" / "final"))).dtype == torch.float32
+    (tmp_path / "run" / "environment.jsonl").write_text('{"dtype": "float32"}\n{"dtype": "bfloat16"}\n{}\n')
+    loaded, _ = load(find(tmp_path / "run" / "final"))
+    assert loaded.causal_lm.dtype == torch.bfloat16
+    own = [logits(model, shared=shared) for model, shared in ((loaded.causal_lm, False), (policy.causal_lm, True))]
+    assert float((own[0] - own[1]).abs().max()) < 0.05
+    adapted = next(iter(adapted_layers(loaded).values()))
+    x = torch.randn(5, adapted.in_features, dtype=torch.bfloat16)
+    same = next(iter(adapted_layers(policy).values()))
+    assert torch.equal(adapted(x), same(x)) and not torch.equal(adapted(x), adapted.get_base_layer()(x))
 
 
 def test_a_critic_stays_behind(base: ModelConfig, tmp_path: Path) -> None:  # noqa: F811
