@@ -81,7 +81,7 @@ def fuse_adapters(model: nn.Module, is_sharded: Callable[[Tensor], bool], name: 
     for layer in model.modules():
         is_lora = isinstance(layer, LoraLinear) and isinstance(layer.base_layer, nn.Linear) and name in layer.lora_A
         if is_lora and isinstance(layer.lora_dropout[name], (nn.Identity, TokenDropout)):
-            layer.forward = _fused(layer, layer.forward, is_sharded, name)  # type: ignore[method-assign]
+            layer.forward = _fused(layer, layer.forward, is_sharded, name)
 
 
 def _fused(

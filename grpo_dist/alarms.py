@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean, median
 
@@ -41,6 +41,10 @@ class Alarm:
         return f"{PAGE}#{self.name}"
 
 
+def _measured(steps: Iterable[Metrics], name: str) -> list[float]:
+    return [value for step in steps if (value := step.get(name)) is not None]
+
+
 @dataclass(frozen=True)
 class History:
     """Steps so far: the first few, and the recent ones up to the present one."""
@@ -54,11 +58,11 @@ class History:
 
     def before(self, name: str, most: int) -> list[float]:
         """A metric of up to `most` steps before the present one, as far as it was measured."""
-        return [step[name] for step in list(self.recent)[:-1][-most:] if step.get(name) is not None]
+        return _measured(list(self.recent)[:-1][-most:], name)
 
     def start(self, name: str) -> float | None:
         """The mean of a metric over the first steps; None before they are done, and where it was not measured."""
-        values = [step[name] for step in self.first if step.get(name) is not None]
+        values = _measured(self.first, name)
         return fmean(values) if values and len(self.first) == FIRST_STEPS else None
 
 
@@ -111,12 +115,10 @@ def _entropy_lost(history: History) -> float | None:
 
     A gain is half of the standard deviation that rewards had at the start: who has learned a task is sure of it.
     """
-    names = ("entropy", "reward/mean", "reward/std")
-    starts, now = [history.start(name) for name in names], history.now("entropy")
-    rewards = history.before("reward/mean", _AVERAGED)
-    if None in starts or now is None or not rewards:
+    entropy, reward, spread = (history.start(name) for name in ("entropy", "reward/mean", "reward/std"))
+    now, rewards = history.now("entropy"), history.before("reward/mean", _AVERAGED)
+    if entropy is None or reward is None or spread is None or now is None or not rewards:
         return None
-    entropy, reward, spread = starts
     gained = fmean(rewards) - reward > spread / 2
     alike = (history.now("reward/groups_zero_std") or 0.0) > 0.5
     return entropy / max(now, 1e-9) if alike and not gained else 0.0
@@ -124,8 +126,7 @@ def _entropy_lost(history: History) -> float | None:
 
 def _reward_lost(history: History) -> float | None:
     """How far the reward, averaged, is below its best, in its standard deviations within a batch."""
-    means = [step["reward/mean"] for step in history.recent if step.get("reward/mean") is not None]
-    spread = [step["reward/std"] for step in history.recent if step.get("reward/std") is not None]
+    means, spread = _measured(history.recent, "reward/mean"), _measured(history.recent, "reward/std")
     if len(means) < 2 * _AVERAGED:
         return None
     averaged = [fmean(means[place : place + _AVERAGED]) for place in range(len(means) - _AVERAGED + 1)]

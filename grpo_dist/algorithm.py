@@ -27,6 +27,8 @@ from .config_algorithm import LossConfig
 from .kl import adapted_coefficient, kl_estimate
 from .losses import Objective
 
+_SETTLED = "`auto` was settled when the config was made"
+_MEASURED = "measured where anything depends on it"
 ENTROPY_SLACK = 1e-5
 """Entropies (nats) that differ by less are equal: far above float32's rounding, far below what tells tokens apart."""
 
@@ -64,6 +66,7 @@ def has_reference(config: Config) -> bool:
 
 def objective_of(loss: LossConfig, kl_coeff: float) -> Objective:
     """The objective of an update, with the coefficient as it now is."""
+    assert loss.kl_estimator != "auto", _SETTLED
     return Objective(
         surrogate=loss.objective, ratio_level=loss.ratio_level, clip_low=loss.clip_low, clip_high=loss.clip_high,
         dual_clip=loss.dual_clip, sapo_temperature_positive=loss.sapo_temperature_positive,
@@ -114,6 +117,7 @@ def targets_of(config: Config, batch: Batch, measured: Measured | None, kl_coeff
             sums = group_sums(penalty, batch.sequence, len(scored))
             lost = at_last_tokens(torch.where(scored, sums, torch.nan)[:, None], batch.lengths)
             rewards, weights = torch.cat([rewards, lost], 1), [*weights, -kl_coeff]
+        assert advantage.scale != "auto" and advantage.baseline in ("mean", "leave_one_out"), _SETTLED
         advantages = relative_advantages(
             rewards, weights, batch.lengths, batch.group, baseline=advantage.baseline, scale=advantage.scale,
             normalise_each=advantage.several_rewards == "normalise_then_sum", gamma=loss.gamma,
@@ -123,6 +127,7 @@ def targets_of(config: Config, batch: Batch, measured: Measured | None, kl_coeff
         if penalty is not None:
             given = given - kl_coeff * penalty
         if advantage.baseline == "critic":
+            assert measured is not None and measured.values is not None, _MEASURED
             advantages, returns = generalised_advantages(given, measured.values.double(), batch.lengths, loss.gamma,
                                                          config.critic.gae_lambda)  # fmt: skip
         else:
@@ -132,6 +137,7 @@ def targets_of(config: Config, batch: Batch, measured: Measured | None, kl_coeff
         if advantage.scale == "batch":
             advantages = whiten(advantages, counted)
     if loss.top_entropy_quantile < 1:
+        assert measured is not None, _MEASURED
         counted = included(config, batch)[batch.sequence]
         advantages = torch.where(highest(measured.entropies, counted, loss.top_entropy_quantile), advantages, 0.0)
     return Targets(advantages, returns)
@@ -141,6 +147,8 @@ def kl_penalty(config: Config, batch: Batch, measured: Measured | None) -> Tenso
     """KL estimate of each token where it goes into the reward: (T,) float64; else None."""
     if config.loss.kl_in == "loss":
         return None
+    assert measured is not None and batch.reference_logprobs is not None, _MEASURED
+    assert config.loss.kl_estimator != "auto", _SETTLED
     return kl_estimate(measured.logprobs, batch.reference_logprobs, batch.sequence, config.loss.kl_estimator).double()
 
 

@@ -78,8 +78,8 @@ class RowLayout:
         """See `Layout`."""
         if not can_use_flash(query, key, value):
             return self.blocks.attend(layer, query, key, value, scale)
-        rows = (x[0].transpose(0, 1) for x in (query, key, value))
-        return shared_prefix_attention(*rows, self.segments, scale)[None]
+        query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
+        return shared_prefix_attention(query, key, value, self.segments, scale)[None]
 
 
 @dataclass(frozen=True)
@@ -144,12 +144,14 @@ def block_layout(pieces: Sequence[tuple[int, list[int]]], block: int = BLOCK) ->
     Short pieces that follow one another share a masked block of at most `block` tokens. A longer piece becomes one
     causal block for its prompt and blocks of completions, which see the prompt and themselves.
     """
-    piece_of, segment_of, spans = [], [], []
+    piece_of: list[int] = []
+    segment_of: list[int] = []
+    spans: list[tuple[int, int]] = []
     for number, (prompt, completions) in enumerate(pieces):
         start = len(piece_of)
-        for segment, length in enumerate([prompt, *completions]):
+        for place, length in enumerate([prompt, *completions]):
             piece_of += [number] * length
-            segment_of += [segment] * length
+            segment_of += [place] * length
         spans.append((start, len(piece_of)))
     piece, segment = torch.tensor(piece_of, dtype=torch.int32), torch.tensor(segment_of, dtype=torch.int32)
     blocks: list[Block] = []

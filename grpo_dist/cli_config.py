@@ -35,7 +35,8 @@ def option_types(cls: type = Config, prefix: str = "") -> dict[str, Any]:
 
 def group_type(hint: Any) -> type | None:
     """The dataclass of a type that is a group of options, or null; None for other types."""
-    return next((kind for kind in (hint, *get_args(hint)) if is_dataclass(kind) and get_origin(hint) is not list), None)
+    kinds = [] if get_origin(hint) is list else [hint, *get_args(hint)]
+    return next((kind for kind in kinds if isinstance(kind, type) and is_dataclass(kind)), None)
 
 
 def nearest_option(word: str) -> str | None:
@@ -89,7 +90,7 @@ def _refuse_nulls(values: Namespace, kind: type, prefix: str = "") -> None:
         if name not in values:  # the group was null, and then one of its options given: the others keep their defaults
             continue
         value, may_be_null = values[name], type(None) in get_args(hint)
-        group = group_type(hint) or next(filter(is_dataclass, get_args(hint)), None)
+        group: Any = group_type(hint) or next(filter(is_dataclass, get_args(hint)), None)
         if (value is None and not may_be_null) or (is_dataclass(hint) and not isinstance(value, Namespace)):
             raise ValueError(f"{prefix}{name}: {value!r} given, expected a value; leave it out for the default")
         for part in value if isinstance(value, list) else [value]:
@@ -103,6 +104,7 @@ def parse_config(arguments: list[str] | None = None) -> Config:
     Ends the program with status 2 on a mistake.
     """
     parser = make_parser()
+    assert isinstance(parser, _Parser)
     words = sys.argv[1:] if arguments is None else arguments
     parser.files = tuple(
         word.removeprefix("--config=") if "=" in word else following

@@ -42,7 +42,7 @@ def main(train: Callable[[Run], None], arguments: list[str] | None = None) -> in
         run = Run(config)
     except (UserError, LaunchError) as error:  # most are found on every rank alike
         if os.environ.get("RANK", "0") == "0" or is_of_one_rank(error):
-            print(plain_lines(f"error: {error}"), file=sys.stderr)
+            sys.stderr.write(plain_lines(f"error: {error}") + "\n")
         return 2
     status, all_ranks, told, dies = 1, True, "", False
     try:
@@ -59,8 +59,8 @@ def main(train: Callable[[Run], None], arguments: list[str] | None = None) -> in
         all_ranks, dies = False, run.ranks.num_ranks > 1
         message = _with_advice(f"rank {run.ranks.rank} died: {type(error).__name__}: {error}", config)
         if dies or isinstance(error, torch.OutOfMemoryError):
-            traceback.print_exc()
-            print(f"error: {message}", file=sys.stderr, flush=True)
+            sys.stderr.write(f"{traceback.format_exc()}error: {message}\n")  # at once: other ranks write there, too
+            sys.stderr.flush()
         if dies:
             run.watch.end_all(message)
         raise

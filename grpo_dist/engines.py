@@ -22,7 +22,7 @@ from .rollout.compiled import CannotCompile
 from .rollout.graphs import CannotCapture
 from .rollout.kernel import KernelStep
 from .rollout.llama import LlamaStep
-from .rollout.room import ON_CPU, WithinMemory
+from .rollout.room import ON_CPU, BoundedEngine, WithinMemory
 from .rollout.steps import Step, module_step, prefill
 
 log = logging.getLogger(__name__)
@@ -50,7 +50,7 @@ TOLD = {"modules": "decoding through the model's own modules", "operations": "de
         "compiled": "decoding in C++", "pages": "decoding through the model's own modules over pages",
         "fused": "decoding in fused kernels over pages"}  # fmt: skip
 
-Maker = Callable[[list[int], int, int], Engine]
+Maker = Callable[[list[int], int, int], RowEngine | BoundedEngine]
 """Makes an engine from the ids that end a completion, its longest length, and the most tokens in flight."""
 
 
@@ -107,7 +107,8 @@ def _own_engine(
     if step is not None and name != most:
         log.warning("rollouts: %s, and not %s as before: from here on they round otherwise", TOLD[name], TOLD[most])
     # the kernel attends to a shared prompt and to a row's own tokens at once
-    options = {"step_of": STEPS[name], "pages": name in PAGED, "copied_prompt": 0 if name == "compiled" else None}
+    options: dict[str, Any] = {"step_of": STEPS[name], "pages": name in PAGED,
+                               "copied_prompt": 0 if name == "compiled" else None}  # fmt: skip
     captures = _captures(model, gather, options)
     told = f"native engine, prompts are shared by their groups{', CUDA graphs' * captures}, {TOLD[name]}"
     if reason is not None:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .checks import require
-from .shipped import shipped
+from .shipped import Folder, shipped
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -33,12 +33,13 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
 
 def copy_examples(directory: Path) -> list[Path]:
     """Copy what ships into a directory and return the new folders. Raises FileExistsError before it overwrites one."""
-    targets = [directory / folder for folder in ("configs", "accelerate_configs", "launch")]
+    folders: tuple[Folder, ...] = ("configs", "accelerate_configs", "launch")
+    targets = [directory / folder for folder in folders]
     there = [str(target) for target in targets if target.exists()]
     if there:
         raise FileExistsError(f"{', '.join(there)}: already there; choose another directory, or move them away")
-    for target in targets[:2]:
-        shutil.copytree(shipped(target.name), target, ignore=shutil.ignore_patterns("__pycache__"))
+    for folder, target in zip(folders[:2], targets[:2], strict=True):
+        shutil.copytree(shipped(folder), target, ignore=shutil.ignore_patterns("__pycache__"))
     targets[2].mkdir()
     shutil.copy(shipped("launch") / "slurm.sbatch", targets[2])
     return targets

@@ -93,8 +93,8 @@ class LiveView:
         """Take in a step's metrics; what it did not measure stays as it was."""
         self.step = int(metrics["step"] or 0)
         self._metrics |= {name: value for name, value in metrics.items() if value is not None}
-        if metrics.get("reward/mean") is not None:
-            self._rewards.append(metrics["reward/mean"])
+        if (reward := metrics.get("reward/mean")) is not None:
+            self._rewards.append(reward)
         self._ends.append(time.monotonic())
 
     @property

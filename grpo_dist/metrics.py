@@ -108,7 +108,8 @@ def update_metrics(updates: list[dict[str, float]]) -> dict[str, float | None]:
     if not updates:
         return NO_UPDATE
     name = "rollout/logprob_gap_max"
-    return updates[-1] | {name: max(update[name] for update in updates), "rollout/kl": updates[0].get("rollout/kl")}
+    largest = max(update[name] for update in updates)
+    return {**updates[-1], name: largest, "rollout/kl": updates[0].get("rollout/kl")}
 
 
 class Clock:

@@ -61,7 +61,7 @@ def require_trainable(model_config: Any, longest: int) -> None:
     rope = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
     original = rope.get("original_max_position_embeddings") or getattr(text, "original_max_position_embeddings", None)
     if rope.get("rope_type") in ("dynamic", "longrope"):
-        bound = original or getattr(text, "max_position_embeddings", longest)
+        bound: Any = original or getattr(text, "max_position_embeddings", longest)
         if longest > bound:
             raise UnfitModel(
                 f"data.max_prompt_length + rollout.max_completion_length: {longest} tokens given, expected at most "
@@ -70,7 +70,7 @@ def require_trainable(model_config: Any, longest: int) -> None:
             )
 
 
-def adapter_targets(model: Any, targets: str | Sequence[str]) -> tuple[str | list[str], str | None]:
+def adapter_targets(model: Any, targets: str | Sequence[str]) -> tuple[str | Sequence[str], str | None]:
     """What PEFT is given for `lora.target_modules`, and which layers are left out and why, None where none are.
 
     Adapters are put on plain linear layers of the language model, whose weights are their own. Raises UnfitModel where

@@ -86,7 +86,7 @@ def check_model_config(model_config: Any, tokenizer: Any, longest: int) -> None:
 def packing_obstacle(model_config: Any, longest: int, trust_remote_code: bool = False) -> str | None:
     """Why packs with shared prompts cannot express this architecture for sequences of `longest` tokens, or None."""
     text = model_config.get_text_config()
-    window = getattr(text, "sliding_window", None) or getattr(text, "attention_window", None)
+    window: Any = getattr(text, "sliding_window", None) or getattr(text, "attention_window", None)
     kinds = set(getattr(text, "layer_types", None) or [])
     slides = bool(window) and (not kinds or "sliding_attention" in kinds)
     if slides and window < longest:
@@ -175,7 +175,7 @@ def make_policy(
     has_critic: bool = False, entropy_gradient: bool = False,
 ) -> Policy:  # fmt: skip
     """The policy: adapters on a frozen base, or the whole of it to train (`lora` None)."""
-    extras = {"has_critic": has_critic, "entropy_gradient": entropy_gradient}
+    extras: dict[str, Any] = {"has_critic": has_critic, "entropy_gradient": entropy_gradient}
     if model.gradient_checkpointing:
         recompute_layers(base)
         if lora:

@@ -39,12 +39,13 @@ class OptimizerState:
     """
 
     def __init__(self, ranks: Ranks, optimizer: Any, parameters: dict[str, torch.nn.Parameter]) -> None:
-        self.ranks, self.parameters = ranks, parameters
+        self.ranks = ranks
+        self.parameters: dict[str, Any] = dict(parameters)  # Any for what DeepSpeed writes on them
         wrapped = optimizer.optimizer  # Accelerate's wrapper holds DeepSpeed's ZeRO optimizer, or torch's own
         self.adam = wrapped.optimizer if ranks.is_deepspeed else wrapped
-        self.zero = wrapped if ranks.is_deepspeed else None
+        self.zero: Any = wrapped if ranks.is_deepspeed else None
 
-    def _fragment(self, parameter: torch.nn.Parameter) -> Fragment | None:
+    def _fragment(self, parameter: Any) -> Fragment | None:
         if is_sharded(parameter):
             group, offset, size = self.zero.grad_position[self.zero.get_param_id(parameter)]
             held = self.zero.fp32_partitioned_groups_flat[group]
@@ -63,7 +64,7 @@ class OptimizerState:
     def _part(self, tensor: Tensor, fragment: Fragment) -> Tensor:
         return tensor.detach().view(-1)[fragment.flat_start : fragment.flat_start + fragment.size]
 
-    def _whole(self, parameter: torch.nn.Parameter, key: str | None) -> Tensor:
+    def _whole(self, parameter: Any, key: str | None) -> Tensor:
         shape = parameter.ds_shape if is_sharded(parameter) else parameter.shape
         flat = torch.zeros(shape.numel(), dtype=torch.float32)
         fragment = self._fragment(parameter)

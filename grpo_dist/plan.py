@@ -29,9 +29,9 @@ from .planning.tables import readable, table_of
 
 if TYPE_CHECKING:
     from .planning.memory import Phase
-    from .planning.predict import Predictor
+    from .planning.predict import Predictor, ZeroStage
 
-STRATEGIES = {"DDP": 0, "ZeRO-1": 1, "ZeRO-2": 2, "ZeRO-3": 3}
+STRATEGIES: dict[str, ZeroStage] = {"DDP": 0, "ZeRO-1": 1, "ZeRO-2": 2, "ZeRO-3": 3}
 RESERVE = 0.1
 """Share of --gpu-memory left to what is not a tensor: CUDA's context, libraries, fragments of the allocator."""
 UNITS = {"MB": 10**6, "GB": 10**9, "TB": 10**12, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
@@ -160,7 +160,7 @@ def _print_advice(
 ) -> None:
     from .planning.advice import make_fit
 
-    stage = 2 if num_ranks > 1 else 0
+    stage: ZeroStage = 2 if num_ranks > 1 else 0
     changes, needed = make_fit(config, model_config, device, num_ranks, stage, most_bytes)
     start = f"{num_ranks} rank(s){' from ZeRO-2' if stage else ''}"
     told = "  ".join(changes) or "no change helps"

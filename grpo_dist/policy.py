@@ -63,7 +63,8 @@ class Policy(nn.Module):
         inputs: dict[str, Any] = {"input_ids": pack.ids[None], "use_cache": False}
         if pack.layout is not None:
             inputs |= {"position_ids": pack.positions[None], "layout": pack.layout}
-        numbers = {"targets": pack.targets, "temperature": self.temperature, "entropy_gradient": self.entropy_gradient}
+        numbers: dict[str, Any] = {"targets": pack.targets, "temperature": self.temperature,
+                                   "entropy_gradient": self.entropy_gradient}  # fmt: skip
         if self.fused_head:
             hidden = self.causal_lm.base_model(**inputs).last_hidden_state[0, pack.predictor]
             logprobs, entropies = self.causal_lm.get_output_embeddings()(hidden, **numbers)
@@ -115,4 +116,4 @@ def _teach_head(head: nn.Linear) -> None:
     def forward(hidden: Tensor, targets: Tensor | None = None, **options: Any) -> Any:
         return plain(hidden) if targets is None else head_logprobs(hidden, head.weight, head.bias, targets, **options)
 
-    head.forward = forward  # type: ignore[method-assign]
+    head.forward = forward  # type: ignore[method-assign, assignment]

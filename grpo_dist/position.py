@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -63,14 +64,14 @@ class Position:
         return held
 
     @classmethod
-    def restored(cls, tensors: dict[str, Tensor], meta: dict[str, Any], prompts: list[Prompt]) -> Position:
+    def restored(cls, tensors: dict[str, Tensor], meta: dict[str, Any], prompts: Iterable[Prompt]) -> Position:
         """The position that `tensors` and `meta`, which also holds `step`, were taken of; `prompts` is the data set."""
         position = cls(meta["step"], meta["kl_coeff"], meta["updates"], facts=meta["facts"], metrics=meta["metrics"])
         if position.updates:
             held = {name: value for name, value in tensors.items() if name.startswith(("batch/", "measured/"))}
             by_index = {prompt.index: prompt for prompt in prompts}
             chosen = [by_index[index] for index in held.pop("batch/prompts").tolist()]
-            parts: dict[str, dict[str, Tensor]] = {"batch": {}, "measured": {}}
+            parts: dict[str, dict[str, Any]] = {"batch": {}, "measured": {}}
             for name, value in held.items():
                 prefix, _, leaf = name.partition("/")
                 parts[prefix][leaf] = value

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from torch import Tensor
 
-from .alarms import Alarm, Alarms, rules_for
+from .alarms import Alarm, Alarms, Metrics, rules_for
 from .batch import Batch
 from .cli_config import redacted
 from .config import Config
@@ -71,7 +71,7 @@ class Recorder:
         self.read_answer = answer_reader(config.rewards)
         self.pictures: dict[str, dict[str, Any]] = {}
 
-    def metrics(self, values: dict[str, float]) -> list[Alarm]:
+    def metrics(self, values: Metrics) -> list[Alarm]:
         """Append one step's metrics, numbers that are not finite as null; returns the alarms that they set off.
 
         The trackers get them with the histograms and tables of the completions that were written before.
@@ -80,7 +80,7 @@ class Recorder:
         self.file.write(json.dumps(finite) + "\n")
         known = {k: v for k, v in finite.items() if v is not None and k != "step"}
         for mirror in self.mirrors:
-            mirror.log(Entry(int(values["step"]), known, **self.pictures))
+            mirror.log(Entry(int(values["step"] or 0), known, **self.pictures))
         self.pictures = {}
         return self._ring(finite)
 

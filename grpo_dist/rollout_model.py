@@ -35,7 +35,7 @@ class RolloutModel:
         their place if they have that dtype; else they are gathered for each rollout. A collective under ZeRO-3."""
         self.policy, self.dtype = policy, dtype
         with unsharded_loading(), torch.device("meta"):
-            tree = type(policy.causal_lm)._from_config(
+            tree = policy.causal_lm._from_config(
                 policy.causal_lm.config, attn_implementation=attn_implementation, dtype=dtype
             )
             if isinstance(policy.model, PeftModel):

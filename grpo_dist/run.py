@@ -16,6 +16,7 @@ import yaml
 from torch import Tensor
 
 from . import checkpoint
+from .alarms import Metrics
 from .algorithm import has_reference
 from .batch import Batch, Completion, Prompt
 from .card import write_card
@@ -340,10 +341,10 @@ class Run:
         """All completions of a batch as text."""
         return self.texts_of([ids.tolist() for ids in torch.split(batch.tokens, batch.lengths.tolist())])
 
-    def write(self, metrics: dict[str, float], batch: Batch | None = None, advantages: Tensor | None = None) -> None:
+    def write(self, metrics: Metrics, batch: Batch | None = None, advantages: Tensor | None = None) -> None:
         """Write down one step's metrics and completions, on the main rank."""
         if self.recorder:
-            step = int(metrics["step"])
+            step = int(metrics["step"] or 0)
             due = self.config.logging.log_completions or self.display.shows_completions(step)
             if due and batch is not None and advantages is not None:
                 texts = self.completion_texts(batch)

@@ -130,7 +130,7 @@ def write_merged(
 ) -> None:
     """Write a plain model of these weights, with its tokenizer, and check the files. Raises RuntimeError."""
     with unsharded_loading(), torch.device("meta"):
-        plain = type(policy.causal_lm)._from_config(policy.causal_lm.config, dtype=next(iter(state.values())).dtype)
+        plain = policy.causal_lm._from_config(policy.causal_lm.config, dtype=next(iter(state.values())).dtype)
     plain.load_state_dict(state, strict=False, assign=True)
     plain.tie_weights()
     missing = [name for name, tensor in plain.state_dict().items() if tensor.is_meta]

@@ -130,9 +130,8 @@ def _joined(one: Tensor, one_sums: Tensor, other: Tensor, other_sums: Tensor) ->
     an infinite sum of either sign, as kernels differ."""
     other_sums = torch.where(other_sums.isinf(), -torch.inf, other_sums)
     share = torch.sigmoid(other_sums - one_sums).T[..., None]
-    return torch.lerp(one.to(share.dtype), other.to(share.dtype), share).to(one.dtype), torch.logaddexp(
-        one_sums, other_sums
-    )
+    joined = torch.lerp(one.to(share.dtype), other.to(share.dtype), share).to(one.dtype)
+    return joined, torch.logaddexp(one_sums, other_sums)
 
 
 def _flash(

@@ -12,7 +12,10 @@ from typing import Literal
 PACKAGE = Path(__file__).parent
 
 
-def shipped(folder: Literal["configs", "accelerate_configs", "launch"]) -> Path:
+Folder = Literal["configs", "accelerate_configs", "launch"]
+
+
+def shipped(folder: Folder) -> Path:
     """Where a folder lies; of `launch`, an installation has only slurm.sbatch: the other scripts set up a checkout."""
     inside = PACKAGE / folder
     return inside if inside.is_dir() else PACKAGE.parent / folder

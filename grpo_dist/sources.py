@@ -40,9 +40,9 @@ def load_training(
             first_index += len(part)
             parts.append(part)
         else:
-            prompts, report = load_prompts(path, data.train_split, data, tokenizer, checks, first_index)
+            loaded, report = load_prompts(path, data.train_split, data, tokenizer, checks, first_index)
             first_index += report.num_rows
-            parts.append(prompts)
+            parts.append(loaded)
     prompts = parts[0] if len(parts) == 1 else Joined(parts)
     sampler: Sampler | Mixture = (
         Sampler(len(prompts), train.batch_size, train.seed)

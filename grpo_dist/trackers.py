@@ -51,7 +51,7 @@ class Table:
 def _cell(value: Any) -> str:
     """A text as one line in which nothing is Markdown or HTML."""
     text = f"{value:.4g}" if isinstance(value, float) else str(value)
-    marks = {mark: f"&#{ord(mark)};" for mark in r"\`*_{}[]<>()#+!|&~"}
+    marks: dict[str, str | int | None] = {mark: f"&#{ord(mark)};" for mark in r"\`*_{}[]<>()#+!|&~"}
     return "<br>".join(text.translate(str.maketrans(marks)).splitlines())
 
 

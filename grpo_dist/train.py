@@ -36,7 +36,7 @@ def train(run: Run) -> None:
     """Train the run's policy and leave everything in train.output_dir. Raises Interrupted at safe points."""
     config = run.config
     if run.position.is_start:
-        run.write({"step": 0} | evaluate(run, 0))
+        run.write({"step": 0, **evaluate(run, 0)})
     for step in run.steps():
         start, position = time.perf_counter(), run.position
         batch, facts = batch_of(run, step)
@@ -66,6 +66,7 @@ def update(run: Run, work: list[Work], step: int) -> dict[str, float]:
     dropout_key = run.dropout_key(step)
     measured = UpdateMetrics(run.ranks.device)
     for number, each in enumerate(work, 1):
+        assert each.advantages is not None, "`aim` comes first"
         last = number == len(work)
         run.ranks.agree(run.watch.requested)
         with run.ranks.quiet(run.wrapped, last):
@@ -79,6 +80,7 @@ def update(run: Run, work: list[Work], step: int) -> dict[str, float]:
                                each.weights, each.pack.sequence)  # fmt: skip
             total, means = loss.total, {"entropy": entropies}
             if values is not None:
+                assert each.values is not None and each.returns is not None, "`measure` and `aim` come first"
                 errors = value_loss(values, each.values, each.returns, each.weights, config.critic.clip)
                 total = total + config.critic.loss_coeff * errors
                 means |= {"value/mean": values, "value/error": (values - each.returns) ** 2}
@@ -91,13 +93,16 @@ def update(run: Run, work: list[Work], step: int) -> dict[str, float]:
     return measured.reduced(run.ranks) | {"grad_norm": norm, "learning_rate": learning_rate}
 
 
-def record(run: Run, step: int, batch: Batch, advantages: Tensor, metrics: dict[str, float], seconds: float) -> None:
+def record(
+    run: Run, step: int, batch: Batch, advantages: Tensor, metrics: dict[str, float | None], seconds: float
+) -> None:
     """Write the step down; evaluate and save where they are due."""
     done, config = step + 1, run.config.train
-    metrics = {"step": done, "epoch": run.sampler.epoch(done)} | metrics
+    metrics = {"step": done, "epoch": run.sampler.epoch(done), **metrics}
     metrics |= run.clock.seconds | {"time/step": seconds} | run.memory.metrics()
-    if "time/rollout" in metrics:  # not where the batch came from a checkpoint
-        metrics["rollout/tokens_per_second"] = metrics["tokens/completion"] / metrics["time/rollout"]
+    rollout_seconds, tokens = metrics.get("time/rollout"), metrics["tokens/completion"]
+    if rollout_seconds is not None and tokens is not None:  # not where the batch came from a checkpoint
+        metrics["rollout/tokens_per_second"] = tokens / rollout_seconds
     kl_coeff = next_kl_coeff(run.config.loss, run.position.kl_coeff, metrics)
     run.clock.seconds = {}
     last = done == config.num_train_steps

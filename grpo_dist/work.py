@@ -51,6 +51,7 @@ def pack_batch(run: Run, batch: Batch, step: int) -> list[list[Work]]:
 
 def _pack(run: Run, batch: Batch, counted: Tensor, needed: Tensor) -> list[Work]:
     config, device = run.config, run.ranks.device
+    assert config.loss.aggregation != "auto", "settled when the config was made"
     weights = token_weights(batch.lengths, config.loss.aggregation, group=batch.group, included=counted,
                             longest=config.rollout.max_completion_length)  # fmt: skip
     return [Work(pack.to(device), weights[pack.token].to(device), batch.sampled_logprobs[pack.token].to(device))
@@ -98,10 +99,12 @@ def measure(run: Run, minibatches: list[list[Work]], batch: Batch) -> Measured |
         run.ranks.agree(run.watch.requested)
         places = each.pack.token.cpu()
         if several:  # with one update the old policy is the current one, and its ratio 1 whatever this pass rounds
+            assert measured is not None
             each.old = measured.logprobs[places].to(run.ranks.device)
         if measured is not None and measured.values is not None:
             each.values = measured.values[places].to(run.ranks.device)
         if reference_in_loss(config):
+            assert batch.reference_logprobs is not None, "gathered with the batch"
             each.reference = batch.reference_logprobs[places].to(run.ranks.device)
     return measured
 

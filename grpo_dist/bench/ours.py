@@ -9,12 +9,12 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Any
 
 import psutil
 import torch
 from torch import Tensor, nn
 
+from ..alarms import Metrics
 from ..batch import Batch, Completion, Prompt
 from ..cli_config import parse_config
 from ..display import set_up_logging
@@ -68,10 +68,10 @@ class TurnRun(Run):
         size = self.config.train.batch_size
         return [self.prompts[n % len(self.prompts)] for n in range(step * size, (step + 1) * size)]
 
-    def write(self, metrics: dict[str, Any], batch: Batch | None = None, advantages: Tensor | None = None) -> None:
+    def write(self, metrics: Metrics, batch: Batch | None = None, advantages: Tensor | None = None) -> None:
         """Keep what was measured."""
         super().write(metrics, batch, advantages)
-        self.told = metrics
+        self.told = dict(metrics)
 
     def save_final(self) -> None:  # type: ignore[override]
         """Nothing was trained that anyone would want."""

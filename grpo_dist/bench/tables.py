@@ -44,6 +44,7 @@ def pairs_table(name: str, pairs: list[Pair], peer: str) -> str:
     """Every pair of steps."""
     rows = [["workload", "pair", "seconds", f"{peer} seconds", "tokens", f"{peer} tokens", "ratio per token"]]
     for number, pair in enumerate(pairs, 1):
+        assert pair.theirs is not None, "a table of pairs needs a peer"
         rows.append([name, str(number), f"{pair.ours['seconds']:.2f}", f"{pair.theirs['seconds']:.2f}",
                      f"{pair.tokens:.0f}", str(pair.their_tokens), f"{pair.ratio:.1f}"])  # fmt: skip
     return table(rows)
@@ -72,5 +73,5 @@ def summary_row(name: str, pairs: list[Pair], peer: str | None) -> dict[str, str
     row["useful share"] = f"{median(lambda pair: pair.ours['metrics']['tokens/useful_share']):.3f}"
     row["peak GiB"] = f"{max(pair.ours['peak_gib'] for pair in pairs):.2f}"
     if peer:
-        row[f"{peer}: peak GiB"] = f"{max(pair.theirs['peak_gib'] for pair in pairs):.2f}"
+        row[f"{peer}: peak GiB"] = f"{max(pair.theirs['peak_gib'] for pair in pairs if pair.theirs):.2f}"
     return row

@@ -172,16 +172,17 @@ def fit(steps: Sequence[RecordedStep], num_ranks: int, setting: Setting) -> Cost
     """
     if len(steps) < 3:
         raise ValueError(f"--from: {len(steps)} whole step(s) recorded, expected at least 3 to fit the rollout to")
-    rows = [[part.max() for part in shares(step.groups, num_ranks)] for step in steps]
-    rollout = not_negative_fit(np.array(rows), np.array([step.seconds["rollout"] for step in steps]))
+    rows = np.array([[part.max() for part in shares(step.groups, num_ranks)] for step in steps])
+    seconds = np.array([step.seconds["rollout"] for step in steps])
+    per_token, per_position, per_prompt_token = not_negative_fit(rows, seconds)
     cost = sum(heaviest(step.groups, num_ranks, setting)[0] for step in steps)
     completions = sum(len(group.completions) for step in steps for group in step.groups)
     total = {name: sum(step.seconds.get(name, 0.0) for step in steps)
              for name in ("rollout", "reward", "reference", "update", "step")}  # fmt: skip
     timed = sum(total[name] for name in ("rollout", "reward", "reference", "update"))
     on_host = HOST_PER_TOKEN * sum(sum(group.completions) for step in steps for group in step.groups)
-    return Costs(*rollout, update=total["update"] / cost, reference=total["reference"] / cost,
-                 reward=total["reward"] * num_ranks / completions,
+    return Costs(per_token, per_position, per_prompt_token, update=total["update"] / cost,
+                 reference=total["reference"] / cost, reward=total["reward"] * num_ranks / completions,
                  fixed=max(total["step"] - timed - on_host, 0.0) / len(steps))  # fmt: skip
 
 

@@ -124,7 +124,7 @@ def trace_passes(
         raise ValueError(f"model.name: memory of the model type {model_config.model_type} cannot be predicted, since "
                          f"its passes do not run on tensors without values: {error}") from error  # fmt: skip
     if len(rows) == 2:
-        rows = [[low + (high - low) * (depth - depths[0]) // (depths[1] - depths[0])
+        rows = [[low + (high - low) * (depth - depths[0]) // (depths[-1] - depths[0])
                  for low, high in zip(*rows, strict=True)]]  # fmt: skip
     update, reference, prefill = rows[0]
     sampling = _trace_sampling(config, model_config.get_text_config().vocab_size, precision.copy)
@@ -189,7 +189,8 @@ def _materialise(module: nn.Module) -> None:
     """Put tensors that are on the meta device onto the CPU, inside a FakeTensorMode: with shapes, without memory."""
     made: dict[Tensor, Tensor] = {}  # tied weights stay tied
     for each in module.modules():
-        for table in (each._parameters, each._buffers):
+        tables: tuple[dict[str, Any], ...] = (each._parameters, each._buffers)
+        for table in tables:
             for name, old in table.items():
                 if old is not None and old not in made:
                     new = torch.empty_like(old, device="cpu")

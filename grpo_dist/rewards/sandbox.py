@@ -22,7 +22,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 logger = logging.getLogger(__name__)
 
@@ -123,7 +123,7 @@ class Sandbox:
     def _start(self, directory: Path, stdin: int, status: int) -> subprocess.Popen[bytes]:
         limits = self.limits
         python = os.path.realpath(sys.executable)
-        order = {
+        order: dict[str, Any] = {
             "isolated": self.isolated,
             "status": status,
             "parent": os.getpid(),

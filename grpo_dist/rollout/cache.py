@@ -158,8 +158,8 @@ class DecodeState:
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
         """See `attention.Layout`; the row's T tokens are the R sequences' newest ones, in order."""
-        rows = (x[0].transpose(0, 1) for x in (query, key, value))
-        return self.attend_rows(layer, *rows, scale)[None]
+        query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
+        return self.attend_rows(layer, query, key, value, scale)[None]
 
     def attend_rows(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
         """Attention of the sequences' newest tokens: `query` (R, Hq, D), `key` and `value` (R, Hk, D) to (R, Hq, D)."""

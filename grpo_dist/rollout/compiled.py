@@ -65,9 +65,11 @@ def _compiler(openmp: str) -> list[str]:
     # what clang compiles calls its own OpenMP
     names = ["g++", "c++"] if "gomp" in Path(openmp).name else ["g++", "c++", "clang++"]
     found = next(filter(None, map(shutil.which, names)), None)
-    if not given and found is None:
+    if given:
+        return given
+    if found is None:
         raise CannotCompile(f"there is no C++ compiler: {', '.join(names)} are not on the PATH, and CXX is not set")
-    return given or [found]
+    return [found]
 
 
 def _openmp() -> str:

@@ -87,7 +87,7 @@ class Sizes:
 
     def __init__(self, function: Callable[[int, int], None]) -> None:
         self.function, self.graphs = function, Graphs()
-        self.known: dict[tuple[int, int], torch.cuda.CUDAGraph | None] = {}
+        self.known: dict[tuple[int, ...], torch.cuda.CUDAGraph | None] = {}
         self.is_checked = False
 
     def __call__(self, *size: int) -> None:

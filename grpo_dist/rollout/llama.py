@@ -9,6 +9,7 @@ Shapes: R sequences, H hidden, Hq query heads, Hk key heads, D head size, V voca
 
 from __future__ import annotations
 
+from collections.abc import Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -140,8 +141,8 @@ class LlamaStep:
         cos, sin = cos[0, :, None], sin[0, :, None]
         turn = cos, torch.cat([-sin[..., :half], sin[..., half:]], -1)
         for layer, inward, outward, gate_up, down in self.layers:
-            heads = [each.view(len(x), -1, weights.head_size) for each in inward(layer.input_norm(x))]
-            x = x + outward(self._attention(layer, *heads, turn, state))[0]
+            query, key, value = (each.view(len(x), -1, weights.head_size) for each in inward(layer.input_norm(x)))
+            x = x + outward(self._attention(layer, query, key, value, turn, state))[0]
             gate, up = gate_up(layer.mlp_norm(x))
             x = x + down(layer.activation(gate) * up)[0]
         return self.head(weights.norm(x))[0]
@@ -176,7 +177,7 @@ def _layer(module: Any) -> Layer:
     )  # fmt: skip
 
 
-def _expect(module: nn.Module, names: set[str], extra: set[str] = frozenset()) -> None:
+def _expect(module: nn.Module, names: set[str], extra: Set[str] = frozenset()) -> None:
     found = {name for name, _ in module.named_children()}
     if not names <= found <= names | extra:
         raise ValueError(f"{type(module).__name__} consists of {sorted(found)}, expected {sorted(names)}")

@@ -65,8 +65,8 @@ class WithinMemory:
             self.engine.generate(model, requests, sampling, finished, check)
         except torch.OutOfMemoryError as error:
             in_flight = min(self.engine.max_tokens_in_flight, self._needed(requests))
-            self.most = max(least, in_flight // 2)
-            if self.most == in_flight:
+            half = self.most = max(least, in_flight // 2)
+            if half == in_flight:
                 raise
             failure = str(error).partition("\n")[0]
         if failure is not None:  # out of the handler, whose traceback keeps what was allocated
@@ -75,8 +75,8 @@ class WithinMemory:
             left = [request for request in requests if (request.slot, request.sample) not in done]
             log.warning("memory ran out in a rollout (%s): the %d of %d completions that are missing are drawn with "
                         "rollout.max_tokens_in_flight: %d, half of what was in flight, and from now on never more",
-                        failure, len(left), len(requests), self.most)  # fmt: skip
-            self.engine.max_tokens_in_flight = self.most
+                        failure, len(left), len(requests), half)  # fmt: skip
+            self.engine.max_tokens_in_flight = half
             self.engine.generate(model, left, sampling, finished, check)
         return [done[request.slot, request.sample] for request in requests]
 
@@ -110,7 +110,7 @@ def free_bytes(device: torch.device) -> int:
 
 def bytes_of(model: nn.Module) -> tuple[int, int]:
     """Bytes of one token's keys and values in all layers, and of drawing one sequence's next token."""
-    text = model.config.get_text_config()  # type: ignore[union-attr, operator]
+    text = model.config.get_text_config()
     itemsize = next(model.parameters()).dtype.itemsize
     return text.num_hidden_layers * cache_width(text) * itemsize, text.vocab_size * LOGIT_BYTES
 

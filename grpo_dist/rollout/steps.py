@@ -5,7 +5,7 @@ Shapes: P prompts, R sequences, V vocabulary.
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -16,8 +16,9 @@ from .cache import DecodeState, PrefillLayout
 class Step(Protocol):
     """One more token of every sequence."""
 
-    def __call__(self, tokens: Tensor, positions: Tensor, state: DecodeState) -> Tensor:
-        """Logits (R, V) after the newest `tokens` (R,) int64 at `positions` (R,) int64; inside a step of `state`."""
+    def __call__(self, tokens: Tensor, positions: Tensor, state: Any) -> Tensor:
+        """Logits (R, V) after the newest `tokens` (R,) int64 at `positions` (R,) int64; inside a step of `state`, which
+        is a DecodeState or, for steps over pages, a PagePool."""
 
 
 def module_step(model: nn.Module) -> Step:

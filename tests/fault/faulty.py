@@ -39,7 +39,8 @@ def happen() -> None:
             pass
     if KIND == "tell":
         for group, (backend, _) in dist.distributed_c10d._world.pg_map.items():
-            print(f"process group ({backend}) waits", group._get_backend(torch.device("cpu")).options._timeout)
+            wait = group._get_backend(torch.device("cpu")).options._timeout
+            os.write(1, f"\nprocess group ({backend}) waits {wait}\n".encode())  # at once: other ranks write there, too
         return
     if KIND == "tardy":
         time.sleep(40)
