@@ -117,9 +117,7 @@ class Rendezvous:
         self.place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         self.store = self._store()
         # the how-manieth of this launch: a store may outlive a run
-        self.meeting = self.store.add(
-            f"grpo_dist/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{self.rank}", 1
-        )
+        self.meeting = self.store.add(f"grpo_dist/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{self.rank}", 1)
 
     def _store(self) -> dist.Store:
         """The launcher's store, or one that rank 0 serves where there is no launcher's."""
