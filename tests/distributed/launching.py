@@ -1,4 +1,4 @@
-"""Start real trainings, as a user would: through `accelerate launch` or plain Python, in processes of their own."""
+"""Start real trainings: through `accelerate launch` or plain Python, in processes of their own."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import torch
 from peft import PeftModel
+from resident import server_for
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -28,11 +29,16 @@ TINY = [
 """Five steps of the toy model; 7 prompts and 5 completions divide by no number of ranks used here."""
 
 
+_reserved: list[socket.socket] = []
+
+
 def free_port() -> int:
-    """A port nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A port that nothing else gets while the tests run: it is bound here, which lets a launcher listen on it."""
+    probe = socket.socket()
+    probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    probe.bind(("", 0))
+    _reserved.append(probe)
+    return int(probe.getsockname()[1])
 
 
 TRAINER = ["-m", "grpo_dist.train"]
@@ -50,18 +56,25 @@ def command(strategy: str | None, num_processes: int, program: list[str] = TRAIN
 
 def launch(
     strategy: str | None, num_processes: int, *arguments: str, environment: dict[str, str] | None = None,
-    timeout_seconds: float = 300, program: list[str] = TRAINER, directory: Path = ROOT,
+    timeout_seconds: float = 300, program: list[str] = TRAINER, directory: Path = ROOT, fresh: bool = False,
 ) -> subprocess.CompletedProcess[str]:  # fmt: skip
-    """Run a training to its end and return what it printed."""
+    """Run a training to its end and return what it printed.
+
+    Its processes are forks of one that has imported the libraries (see fork_server.py), or `fresh`, as a user's are.
+    """
+    words = [*command(strategy, num_processes, program), *arguments]
+    variables = {**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})}
+    server = None if fresh else server_for(variables)
+    if server is not None:
+        return server.run(words[1:], directory, variables, timeout_seconds)
     return subprocess.run(
-        [*command(strategy, num_processes, program), *arguments], cwd=directory, capture_output=True, text=True,
-        timeout=timeout_seconds, env={**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})}, check=False,
-    )  # fmt: skip
+        words, cwd=directory, capture_output=True, text=True, timeout=timeout_seconds, env=variables, check=False
+    )
 
 
-def train(strategy: str | None, num_processes: int, directory: Path, *arguments: str) -> Path:
+def train(strategy: str | None, num_processes: int, directory: Path, *arguments: str, fresh: bool = False) -> Path:
     """A training that must succeed; returns its output directory."""
-    done = launch(strategy, num_processes, *TINY, "--train.output_dir", str(directory), *arguments)
+    done = launch(strategy, num_processes, *TINY, "--train.output_dir", str(directory), *arguments, fresh=fresh)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
     return directory
 

@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 from pathlib import Path
 
-from launching import ROOT, command
+from launching import ROOT, launch
 
 
 def evaluate(strategy: str | None, num_processes: int, *arguments: str) -> subprocess.CompletedProcess[str]:
-    module = [word.replace("grpo_dist.train", "grpo_dist.evaluate") for word in command(strategy, num_processes)]
     options = ["--config", "configs/quickstart.yaml", "--model", "toy", "--n", "2", "--model.dtype", "float32"]
-    return subprocess.run(
-        [*module, *options, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=300, check=False,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    return launch(strategy, num_processes, *options, *arguments, program=["-m", "grpo_dist.evaluate"])
 
 
 def samples(directory: Path) -> list[str]:

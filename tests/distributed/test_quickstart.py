@@ -9,7 +9,7 @@ from launching import launch, metrics
 
 def test_quickstart_learns(tmp_path: Path) -> None:
     run = tmp_path / "run"
-    done = launch("zero2", 2, "--config", "configs/quickstart.yaml", "--train.output_dir", str(run))
+    done = launch("zero2", 2, "--config", "configs/quickstart.yaml", "--train.output_dir", str(run), fresh=True)
     assert done.returncode == 0, done.stderr[-4000:]
     before, after = metrics(run)[0], metrics(run)[-1]
     assert before["eval/accuracy"] <= 0.5

@@ -78,7 +78,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Pat
 
 def kill_at(where: str, run: Path, updates: int) -> None:
     """Start the run, or go on with it, and have it killed."""
-    killed = launch(None, 1, *arguments(run, updates), program=["tests/fault/faulty.py"],
+    killed = launch(None, 1, *arguments(run, updates), program=["tests/fault/faulty.py"], fresh=True,
                     environment={"FAULT": f"kill@{where}", "PYTHONPATH": str(ROOT)})  # fmt: skip
     assert killed.returncode == -9, killed.stderr[-3000:]
 

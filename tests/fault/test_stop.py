@@ -44,6 +44,7 @@ QUICK = {"rollout"}
 def test_one_rank_signalled(point: str, undisturbed: Path, tmp_path: Path) -> None:
     run = str(tmp_path / "run")
     stopped = launch("zero2", 2, *TINY, *ARGUMENTS, "--train.output_dir", run, program=["tests/fault/faulty.py"],
+                     fresh=True,
                      environment={"FAULT": f"usr1@{point}", "FAULT_RANK": "1", "PYTHONPATH": str(ROOT)})  # fmt: skip
     assert stopped.returncode == 0, stopped.stderr[-4000:]
     assert "stopped: rank 1 received SIGUSR1" in stopped.stdout
@@ -60,7 +61,7 @@ def test_a_penalty_switched_on_in_the_middle_of_a_batch(tmp_path: Path) -> None:
     """The batch that the checkpoint holds has no reference: it is asked when the run goes on."""
     run, often = tmp_path / "run", ("--train.updates_per_batch", "3", "--train.num_train_steps", "2")
     stopped = launch(None, 1, *TINY, *often, "--loss.kl_coeff", "0", "--train.output_dir", str(run),
-                     program=["tests/fault/faulty.py"],
+                     program=["tests/fault/faulty.py"], fresh=True,
                      environment={"FAULT": "usr1@update:5", "PYTHONPATH": str(ROOT)})  # fmt: skip
     assert stopped.returncode == 0 and "stopped:" in stopped.stdout, stopped.stderr[-4000:]
     tensors, meta = checkpoint.load(run / "checkpoints" / "step_1")
@@ -76,6 +77,7 @@ def test_one_rank_killed(undisturbed: Path, tmp_path: Path) -> None:
     run = str(tmp_path / "run")
     began = time.monotonic()
     killed = launch("zero2", 2, *TINY, *ARGUMENTS, "--train.output_dir", run, program=["tests/fault/faulty.py"],
+                    fresh=True,
                     environment={"FAULT": "kill@update:6", "FAULT_RANK": "1", "PYTHONPATH": str(ROOT)})  # fmt: skip
     assert killed.returncode == 1 and time.monotonic() - began < 240  # far less than any time-out of collectives
     again = train("zero2", 2, tmp_path / "run", *ARGUMENTS)
@@ -152,7 +154,7 @@ def test_ranks_whose_launcher_is_killed_end(tmp_path: Path) -> None:
 
 def test_the_time_limit(tmp_path: Path) -> None:
     done = launch("ddp", 2, *TINY, "--train.num_train_steps", "5000", "--train.max_time", "0:00:03",
-                  "--train.output_dir", str(tmp_path / "run"))  # fmt: skip
+                  "--train.output_dir", str(tmp_path / "run"), fresh=True)  # fmt: skip
     assert done.returncode == 0
     assert "train.max_time (3 s) is reached" in done.stdout
     assert list((tmp_path / "run" / "checkpoints").glob("step_*/manifest.json"))
@@ -181,7 +183,7 @@ def test_a_hung_main_thread_is_named(fault: str, strategy: str | None, tmp_path:
     """Its process lives, and so does the thread that tells of it."""
     rank = "1" if strategy else "0"
     done = launch(strategy, 2, *TINY, "--train.output_dir", str(tmp_path / "run"), "--train.hang_timeout_seconds", "5",
-                  program=["tests/fault/faulty.py"],
+                  program=["tests/fault/faulty.py"], fresh=True,
                   environment={"FAULT": fault, "FAULT_RANK": rank, "PYTHONPATH": str(ROOT)})  # fmt: skip
     assert done.returncode == 1
     phase = fault.partition("@")[2].partition(":")[0]

@@ -1,0 +1,83 @@
+"""A run through the fork server is the run that fresh processes make, and no program that it becomes harms it."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from launching import adapters, completions, launch, metrics, train
+from resident import server_for
+
+PROGRAM = """
+import json, os, random, signal, sys
+import numpy, torch
+import beside
+
+if __name__ == "__main__":
+    seen = [sys.argv, os.getcwd(), os.environ.get("FAULT"), beside.__file__, torch.get_num_threads()]
+    print(json.dumps([seen, [random.random(), numpy.random.rand(), torch.rand(1).item()]]))
+    print("words", file=sys.stderr)
+    exec(sys.argv[1])
+"""
+
+
+@pytest.fixture
+def program(tmp_path: Path) -> list[str]:
+    """A script with a module beside it."""
+    (tmp_path / "beside.py").touch()
+    (tmp_path / "program.py").write_text(PROGRAM)
+    return [str(tmp_path / "program.py")]
+
+
+def test_the_same_run_bit_for_bit(tmp_path: Path) -> None:
+    fresh, forked = (train("zero2", 2, tmp_path / name, fresh=name == "fresh") for name in ("fresh", "forked"))
+    expected, got = adapters(fresh), adapters(forked)
+    assert expected.keys() == got.keys() and all(torch.equal(expected[name], got[name]) for name in expected)
+    assert completions(fresh) == completions(forked)
+    measured = re.compile("time/|memory/|.*second")
+    for a, b in zip(metrics(fresh), metrics(forked), strict=True):
+        assert a.keys() == b.keys()
+        assert {k: v for k, v in a.items() if not measured.match(k)} == {k: b[k] for k in a if not measured.match(k)}
+
+
+def test_it_is_the_program_that_was_asked_for(program: list[str], tmp_path: Path) -> None:
+    runs = [
+        launch(None, 1, "pass", "--word", program=program, directory=tmp_path, environment={"FAULT": "no"}, fresh=fresh)
+        for fresh in (True, False, False)
+    ]
+    assert all(run.returncode == 0 and run.stderr == "words\n" for run in runs), runs
+    (fresh, *forked), drawn = zip(*(json.loads(run.stdout) for run in runs), strict=True)
+    assert fresh[1:3] == [str(tmp_path), "no"] and forked == [fresh, fresh]
+    assert all(len(set(numbers)) == 3 for numbers in zip(*drawn, strict=True)), "two processes have the same generator"
+
+
+@pytest.mark.parametrize(
+    ("code", "status"),
+    [
+        ("sys.exit(3)", 3), ("sys.exit('in words')", 1), ("raise OSError", 1), ("os._exit(4)", 4),
+        ("os.kill(os.getpid(), signal.SIGKILL)", -signal.SIGKILL),
+        ("import ctypes; ctypes.string_at(0)", -signal.SIGSEGV),
+    ],
+)  # fmt: skip
+def test_it_ends_as_it_would_have(code: str, status: int, program: list[str]) -> None:
+    done = launch(None, 1, code, program=program)
+    assert done.returncode == status
+    assert ("Traceback" in done.stderr and "OSError" in done.stderr) == (code == "raise OSError")
+
+
+def test_a_program_that_takes_too_long_is_killed(program: list[str]) -> None:
+    with pytest.raises(subprocess.TimeoutExpired):
+        launch(None, 1, "signal.pause()", program=program, timeout_seconds=1)
+    assert launch(None, 1, "pass", program=program).returncode == 0
+
+
+def test_a_variable_that_libraries_read_needs_a_process_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    launch(None, 1, program=["nowhere.py"])
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert server_for({**os.environ, "OMP_NUM_THREADS": "1"}) is None
