@@ -282,7 +282,7 @@ class Run:
             with self.rollout_model.open() as model:
                 expected = probe(model) if self.ranks.is_main else None
             save_final(self.policy, self.tokenizer, directory, self.ranks.is_main)
-            if self.ranks.is_main:
+            if expected is not None:
                 history, options = read_history(self.directory), redacted(asdict(self.config))
                 write_card(directory, options, history, self.position.step, "merged")
                 if self.config.lora:
