@@ -14,6 +14,7 @@ from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace, set_parsing_settings
 
 from .config import Config
+from .plain_text import write_lines
 from .shipped import shipped
 
 PRESETS = shipped("configs") / "algorithms"
@@ -62,7 +63,7 @@ class _Parser(ArgumentParser):
         near = {word: nearest_option(word) for word in sorted(refused - set(option_types()))}
         hints = [f"{word!r}: did you mean {match!r}?" for word, match in near.items() if match]
         files = [f"(with {path})" for path in self.files]
-        print("\n".join([f"error: {message.strip()}", *hints, *files]), file=sys.stderr)
+        write_lines("\n".join([f"error: {message.strip()}", *hints, *files]), sys.stderr)
         sys.exit(2)
 
 

@@ -18,7 +18,7 @@ from .display import set_up_logging
 from .distributed import PhaseError
 from .gathering import RewardFailure
 from .model_checks import UnfitModel
-from .plain_text import plain_lines
+from .plain_text import plain_lines, write_lines
 from .rendezvous import LaunchError, is_of_one_rank
 from .report.page import write_report
 from .run import Run, UserError
@@ -42,7 +42,7 @@ def main(train: Callable[[Run], None], arguments: list[str] | None = None) -> in
         run = Run(config)
     except (UserError, LaunchError) as error:  # most are found on every rank alike
         if os.environ.get("RANK", "0") == "0" or is_of_one_rank(error):
-            sys.stderr.write(plain_lines(f"error: {error}") + "\n")
+            write_lines(plain_lines(f"error: {error}"), sys.stderr)
         return 2
     status, all_ranks, told, dies = 1, True, "", False
     try:
@@ -59,8 +59,7 @@ def main(train: Callable[[Run], None], arguments: list[str] | None = None) -> in
         all_ranks, dies = False, run.ranks.num_ranks > 1
         message = _with_advice(f"rank {run.ranks.rank} died: {type(error).__name__}: {error}", config)
         if dies or isinstance(error, torch.OutOfMemoryError):
-            sys.stderr.write(f"{traceback.format_exc()}error: {message}\n")  # at once: other ranks write there, too
-            sys.stderr.flush()
+            write_lines(f"{traceback.format_exc()}error: {message}", sys.stderr)
         if dies:
             run.watch.end_all(message)
         raise
@@ -73,7 +72,7 @@ def main(train: Callable[[Run], None], arguments: list[str] | None = None) -> in
         if run.ranks.is_main and told:
             _report(run.directory)
             told = run.summary() if told == "done" else plain_lines(told)  # it may quote what a model wrote
-            print(told, file=sys.stderr if status else sys.stdout, flush=True)
+            write_lines(told, sys.stderr if status else sys.stdout)
     return status
 
 

@@ -49,7 +49,7 @@ from .models import (
     load_tokenizer,
 )
 from .own_attention import settle_attention
-from .plain_text import plain_lines
+from .plain_text import plain_lines, write_lines
 from .rendezvous import is_of_one_rank, place_in_launch
 from .rewards.pool import ScorerPool
 from .rewards.registry import answer_checks, answer_reader
@@ -292,13 +292,13 @@ def main() -> int:
         ranks = Ranks(resolve_dtype(config.model.dtype), config.optim)
     except (ValueError, OSError) as error:
         if os.environ.get("RANK", "0") == "0" or is_of_one_rank(error):
-            print(plain_lines(f"error: {error}"), file=sys.stderr)
+            write_lines(plain_lines(f"error: {error}"), sys.stderr)
         return 2
     try:
         rows = evaluation.run(ranks)
     except (UnfitModel, UnfitEngine) as error:
         if ranks.is_main:
-            print(plain_lines(f"error: {error}"), file=sys.stderr)
+            write_lines(plain_lines(f"error: {error}"), sys.stderr)
         return 2
     finally:
         evaluation.scorer.close()

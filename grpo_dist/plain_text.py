@@ -1,6 +1,8 @@
-"""Text that a model or a data set wrote, made harmless for a terminal."""
+"""Text for a terminal: what a model or a data set wrote is made harmless, and other ranks write beside it."""
 
 from __future__ import annotations
+
+from typing import TextIO
 
 
 def plain(text: str, most_characters: int) -> str:
@@ -18,3 +20,9 @@ def plain(text: str, most_characters: int) -> str:
 def plain_lines(text: str, most_characters: int = 4000) -> str:
     """Return a message with each of its lines made harmless, for messages that may quote a model or its data."""
     return "\n".join(plain(line, most_characters) for line in text.split("\n"))
+
+
+def write_lines(text: str, stream: TextIO) -> None:
+    """Write a text and its end of line in one call: `print` makes two, and other ranks may write between them."""
+    stream.write(f"{text}\n")
+    stream.flush()

@@ -25,6 +25,7 @@ import torch
 import torch.distributed as dist
 
 from .device import computes_on_gpu
+from .plain_text import write_lines
 
 log = logging.getLogger(__name__)
 
@@ -216,8 +217,7 @@ class Rendezvous:
             advice = self._advice()
         except RuntimeError:
             advice = f"rank {self.rank} on {self.reports[self.rank].host}: {self.place} does not answer any more either"
-        sys.stderr.write(f"error: no answer in {seconds:.0f} s. {advice}\n")
-        sys.stderr.flush()
+        write_lines(f"error: no answer in {seconds:.0f} s. {advice}", sys.stderr)
         time.sleep(2.0)  # the others speak too, and the store may be in this process
         os._exit(1)
 
