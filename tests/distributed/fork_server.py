@@ -1,8 +1,8 @@
 """Runs Python programs of the tests without starting Python: forks of one process that has imported the libraries.
 
-A session's first run starts the server (see launching.py), the end of the session ends it. A program gets its own
-arguments, directory, environment, output and exit status, and imports grpo_dist itself. `accelerate launch` runs as it
-is: the fork that becomes the launcher makes a fork for each rank first, and hands each what it would have started.
+A session has one server (see resident.py) and ends it. A program gets its own arguments, directory, environment, output
+and exit status, and imports grpo_dist itself. `accelerate launch` runs as it is: the fork that becomes the launcher
+makes a fork for each rank first, and hands each what it would have started.
 
 The server has one thread and has computed nothing, so a fork of it is as good as a fresh process, but for one thing:
 all forks hash strings alike. Tests that compare ranks of fresh processes would find a result that depends on it.
@@ -56,7 +56,6 @@ def main() -> None:
 
 def serve(requests: socket.socket) -> dict[str, Any]:
     """Fork for each request, one at a time, and report its process id and exit status; returns in the forks alone."""
-    requests.sendall(b"ready")
     while True:
         message, files, _, _ = socket.recv_fds(requests, MAX_BYTES, 2)
         if not message:  # the session has ended

@@ -1,4 +1,4 @@
-"""The tests' end of fork_server.py: one server a session, started by the first run that can go through it."""
+"""The tests' end of fork_server.py: one server a session, which conftest.py or the first run starts."""
 
 from __future__ import annotations
 
@@ -31,7 +31,6 @@ class ForkServer:
                 [sys.executable, str(Path(__file__).with_name("fork_server.py")), str(theirs.fileno())],
                 env=dict(environment), pass_fds=[theirs.fileno()],
             )  # fmt: skip
-        self._receive()
 
     def suits(self, environment: Mapping[str, str]) -> bool:
         """Whether the libraries would have been imported alike in this environment."""
@@ -82,6 +81,11 @@ def _server() -> ForkServer:
     server = ForkServer({**os.environ, "OMP_NUM_THREADS": "1"})
     atexit.register(server.close)
     return server
+
+
+def prepare() -> None:
+    """Start the session's server, if it is to have one, without waiting for it."""
+    server_for({**os.environ, "OMP_NUM_THREADS": "1"})
 
 
 def server_for(environment: Mapping[str, str]) -> ForkServer | None:

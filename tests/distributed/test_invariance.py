@@ -42,6 +42,7 @@ def test_same_tokens_and_weights(strategy: str, num_processes: int, one_process:
             assert b[name] == pytest.approx(a[name], rel=1e-3, abs=1e-6), name
 
 
+@pytest.mark.quick
 def test_first_step(one_process: Path) -> None:
     """Promise 4: the ratio is exactly 1 and the KL to the reference 0 before anything was learned."""
     first = metrics(one_process)[1]
@@ -57,7 +58,7 @@ def test_first_step(one_process: Path) -> None:
         ("zero3", 2, ("--reference.placement", "shared")),
         pytest.param("zero3", 2, ("--model.gradient_checkpointing", "true"), marks=pytest.mark.slow),
         ("zero2", 2, ("--train.max_tokens_per_pack", "80")),
-        ("ddp", 2, ("--model.attn_implementation", "sdpa")),
+        pytest.param("ddp", 2, ("--model.attn_implementation", "sdpa"), marks=pytest.mark.quick),
         ("zero2", 2, ("--rollout.engine", "paged")),
     ],
 )

@@ -23,6 +23,8 @@ from grpo_dist.advantages import (
     whiten,
 )
 
+pytestmark = pytest.mark.quick
+
 Scale = Literal["group", "batch", "none"]
 Baseline = Literal["mean", "leave_one_out"]
 NAN = math.nan

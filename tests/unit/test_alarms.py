@@ -10,6 +10,8 @@ import pytest
 
 from grpo_dist.alarms import PAGE, RULES, Alarms, Rule, rules_for
 
+pytestmark = pytest.mark.quick
+
 HEALTHY = {
     "reward/mean": 0.5, "reward/std": 0.4, "reward/groups_zero_std": 0.3, "reward/unscored": 0.0, "kl": 0.02,
     "reward/math/failed": 0.0, "entropy": 0.6, "clip/low": 0.0, "clip/high": 0.01, "grad_norm": 0.8,

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import math
 
+import pytest
 import torch
 
 from grpo_dist.batch import Batch, Prompt, join
+
+pytestmark = pytest.mark.quick
 
 
 def make_batch(first: int, sizes: list[int], has_token_rewards: bool, extras: dict[str, list[object]]) -> Batch:

@@ -17,6 +17,8 @@ from torch import Tensor
 from grpo_dist import checkpoint
 from grpo_dist.checkpoint import MANIFEST, META, TENSORS, DamagedCheckpoint
 
+pytestmark = pytest.mark.quick
+
 
 def state(seed: int) -> dict[str, Tensor]:
     """Tensors of several dtypes and shapes, with values that rounding would lose."""

@@ -24,10 +24,12 @@ def parse(tmp_path: Path, text: str, *overrides: str) -> Config:
     return parse_config(["--config", str(file), *overrides])
 
 
+@pytest.mark.quick
 def test_defaults_are_the_dataclasses() -> None:
     assert parse_config([]) == Config()
 
 
+@pytest.mark.quick
 def test_yaml_and_overrides(tmp_path: Path) -> None:
     config = parse(
         tmp_path,

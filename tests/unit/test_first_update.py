@@ -8,6 +8,8 @@ from grpo_dist.config import Config, LoraConfig, LossConfig, ModelConfig, Refere
 from grpo_dist.first_update import first_update
 from grpo_dist.model_checks import UnfitModel
 
+pytestmark = pytest.mark.quick
+
 RIGHT = {"rollout/logprob_gap_max": 2e-6, "rollout/kl": 1e-12, "kl": 0.0}
 
 

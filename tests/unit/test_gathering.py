@@ -17,6 +17,8 @@ from grpo_dist.batch import Batch, Completion, Prompt
 from grpo_dist.gathering import RewardFailure, gather_completions, gather_scores
 from grpo_dist.rewards.scores import Failure, Scores
 
+pytestmark = pytest.mark.quick
+
 WEIGHTS = [1.0, 0.5]
 NAMES = ["right", "steps"]
 

@@ -11,6 +11,8 @@ import pytest
 from grpo_dist.heartbeat import Beat, Sight, look, slow, stuck
 from grpo_dist.watch import stack_of
 
+pytestmark = pytest.mark.quick
+
 COLLECTIVE = '  File "site-packages/torch/distributed/distributed_c10d.py", line 1, in all_reduce\n'
 
 

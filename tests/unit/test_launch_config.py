@@ -10,6 +10,8 @@ import pytest
 
 from grpo_dist.launch_config import require_known_launch, set_aside_precision, settle_deepspeed
 
+pytestmark = pytest.mark.quick
+
 STAGE = {"zero_optimization": {"stage": 2}}
 TYPICAL = {
     "bf16": {"enabled": "auto"},

@@ -9,6 +9,8 @@ from torch import Tensor
 from grpo_dist import logprobs as module
 from grpo_dist.logprobs import head_logprobs, logits_logprobs
 
+pytestmark = pytest.mark.quick
+
 M, H, V = 7, 5, 11
 
 

@@ -15,6 +15,8 @@ from torch import Tensor
 from grpo_dist.kl import kl_estimate
 from grpo_dist.losses import Objective, policy_loss, token_weights, value_loss
 
+pytestmark = pytest.mark.quick
+
 LENGTHS = [3, 1, 4]
 SEQUENCE = [0, 0, 0, 1, 2, 2, 2, 2]
 OBJECTIVE = Objective(

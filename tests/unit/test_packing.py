@@ -20,6 +20,8 @@ from grpo_dist.losses import Objective, policy_loss, token_weights
 from grpo_dist.models import Policy
 from grpo_dist.packing import PAIRS_PER_TOKEN, Piece, make_pack, piece_cost, plan
 
+pytestmark = pytest.mark.quick
+
 PIECES = st.lists(
     st.tuples(st.integers(1, 60), st.lists(st.tuples(st.integers(1, 50), st.booleans()), max_size=6)),
     min_size=1,

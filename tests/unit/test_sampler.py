@@ -22,6 +22,8 @@ from grpo_dist.rewards.registry import answer_checks
 from grpo_dist.sampler import Curriculum, Mixture, Sampler
 from grpo_dist.sources import load_training
 
+pytestmark = pytest.mark.quick
+
 CHECKS = answer_checks([RewardConfig("math")])
 
 

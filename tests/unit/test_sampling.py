@@ -13,6 +13,8 @@ from torch import Tensor
 from grpo_dist.hashing import stream_key, uniforms
 from grpo_dist.rollout.sampling import Sampling, allowed, draw
 
+pytestmark = pytest.mark.quick
+
 MASK = (1 << 64) - 1
 INT64 = st.integers(-(1 << 63), (1 << 63) - 1)
 

@@ -10,6 +10,8 @@ import pytest
 from grpo_dist.config import OptimConfig
 from grpo_dist.schedule import learning_rate
 
+pytestmark = pytest.mark.quick
+
 Scheduler = Literal["cosine", "linear", "constant"]
 
 

@@ -1,0 +1,23 @@
+"""What all tests share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """With `-m quick`, leave files without such tests alone: importing all takes longer than the tests do."""
+    if config.option.markexpr == "quick" and collection_path.match("test_*.py"):
+        return "mark.quick" not in collection_path.read_text() or None
+    return None
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Let the fork server import its libraries while tests of functions run."""
+    starts_runs = any(item.path.parent.name in ("distributed", "fault") for item in session.items)
+    if starts_runs and not session.config.option.collectonly:
+        import resident
+
+        resident.prepare()
