@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import difflib
+import json
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+from peft import LoraConfig
+from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from torch import nn
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.pytorch_utils import Conv1D
@@ -15,8 +19,29 @@ from transformers.utils.peft_utils import find_adapter_config_file
 _SHOWN_NAMES = 12
 
 
-CANNOT = (TypeError, ValueError, RuntimeError, AttributeError, KeyError, IndexError)
+CANNOT = (TypeError, ValueError, RuntimeError, AttributeError, KeyError, IndexError, AssertionError)
 """What a model's code raises that was not made for what it is asked."""
+
+OTHER_HEADS = ("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering", "ForMaskedLM",
+               "ForMultipleChoice", "ForNextSentencePrediction", "RewardModel", "ForReward", "ForScore")  # fmt: skip
+"""Ends of `architectures` of checkpoints whose weights are no language model's: a head would be drawn at random, or the
+embeddings would serve as one."""
+WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+"""Files that transformers loads weights from, or with `.index.json` behind them the lists of such files."""
+UNFIT_TYPES = {
+    "bamba": "decoding gives other probabilities than a forward pass over the same tokens",
+    **{kind: "a token sees later ones" for kind in ("cpmant", "xlnet")},
+    **{
+        kind: "nothing is kept from which a rollout can be decoded"
+        for kind in ("openai-gpt", "reformer", "rwkv", "xlm")
+    },
+    "prophetnet": "positions are made up and cannot be given",
+    "xmod": "the language has to be set in code",
+}
+"""Types of which transformers' own code is known not to be fit, and why: what the loaded model would show too late.
+`docs/models.py` looks at all of them."""
+IGNORE_IS_DECODER = ("gpt_neox", "gpt_neox_japanese")
+"""Types that are decoders whatever their configs' is_decoder says."""
 
 
 class UnfitModel(ValueError):
@@ -35,6 +60,21 @@ def require_whole_model(name: str, path: str, revision: str | None) -> None:
             "into its base: AutoPeftModelForCausalLM.from_pretrained(ADAPTER).merge_and_unload().save_pretrained(NEW), "
             "and put the tokenizer beside it"
         )
+
+
+def require_weights(name: str, path: Path) -> None:
+    """Raise UnfitModel where a directory lacks weights that its own files say it has."""
+    lists = [path / f"{each}.index.json" for each in WEIGHTS]
+    listed = next((each for each in lists if each.is_file()), None)
+    if any((path / each).is_file() for each in WEIGHTS) or not path.is_dir():
+        return
+    if listed is None:
+        raise UnfitModel(f"model.name: {name!r} has no weights, expected {' or '.join(WEIGHTS)}, or parts of it with "
+                         f"their list ({lists[0].name}) beside config.json")  # fmt: skip
+    parts = sorted(set(json.loads(listed.read_text())["weight_map"].values()))
+    if missing := [part for part in parts if not (path / part).is_file()]:
+        raise UnfitModel(f"model.name: {name!r} lacks {len(missing)} of the {len(parts)} files of weights that its "
+                         f"{listed.name} names ({_some(missing)}): copy them there as well")  # fmt: skip
 
 
 def require_trainable(model_config: Any, longest: int) -> None:
@@ -58,6 +98,16 @@ def require_trainable(model_config: Any, longest: int) -> None:
     if type(model_config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not own_code:
         raise UnfitModel(f"model.name: a model of the type {kind} given, expected a causal language model, one that "
                          "transformers' AutoModelForCausalLM loads")  # fmt: skip
+    if (reason := UNFIT_TYPES.get(text.model_type)) and not own_code:
+        raise UnfitModel(f"model.name: a model of the type {kind} given, which cannot be trained here: in "
+                         f"transformers' code of it, {reason}")  # fmt: skip
+    named = getattr(model_config, "architectures", None) or []
+    if wrong := next((name for name in named if name.endswith(OTHER_HEADS)), None):
+        raise UnfitModel(f"model.name: a checkpoint of {wrong} given (architectures in its config.json), expected a "
+                         "causal language model: its weights have no head that predicts tokens")  # fmt: skip
+    if getattr(model_config, "is_encoder_decoder", False):
+        raise UnfitModel(f"model.name: an encoder-decoder of the type {kind} given (is_encoder_decoder in its "
+                         "config.json), expected a causal language model; its encoder would be left out")  # fmt: skip
     rope = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
     original = rope.get("original_max_position_embeddings") or getattr(text, "original_max_position_embeddings", None)
     if rope.get("rope_type") in ("dynamic", "longrope"):
@@ -70,6 +120,16 @@ def require_trainable(model_config: Any, longest: int) -> None:
             )
 
 
+def require_decoder(model: Any) -> None:
+    """Raise UnfitModel for a model, with or without weights, that its config makes an encoder."""
+    kind = model.config.model_type
+    if getattr(model.config, "is_decoder", True) or kind in IGNORE_IS_DECODER:
+        return
+    raise UnfitModel(f"model.name: a model of the type {kind} given that is an encoder, in which each token sees later "
+                     "ones (is_decoder: false), expected a decoder: if it was trained as one, set `is_decoder: true` "
+                     "in its config.json")  # fmt: skip
+
+
 def adapter_targets(model: Any, targets: str | Sequence[str]) -> tuple[str | Sequence[str], str | None]:
     """What PEFT is given for `lora.target_modules`, and which layers are left out and why, None where none are.
 
@@ -78,6 +138,11 @@ def adapter_targets(model: Any, targets: str | Sequence[str]) -> tuple[str | Seq
     """
     linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
     why_not = {name: reason for name, module in linear.items() if (reason := _obstacle(model, name, module))}
+    leaves = {name.rpartition(".")[2] for name in linear}
+    renamed = {leaf for leaf in leaves if _means_experts(model, leaf)}
+    for name in linear:
+        if name not in why_not and name.rpartition(".")[2] in renamed:
+            why_not[name] = "PEFT takes its name for the experts'"
     fit = [name for name in linear if name not in why_not]
     if not fit:
         raise UnfitModel(f"lora.target_modules: {targets!r} given, but {type(model).__name__} has no linear layers "
@@ -111,9 +176,22 @@ def _obstacle(model: Any, name: str, module: nn.Module) -> str | None:
         return "a layer with code of its own"
     if not reads_text(model, name):
         return "outside the language model"
+    mixer, _, own_name = name.rpartition(".")
+    if own_name != "in_proj" and all(hasattr(model.get_submodule(mixer), part) for part in ("A_log", "D", "conv1d")):
+        return "Mamba's kernels take its weights without calling it"
     if f"{name}.weight" not in {own for own, _ in model.named_parameters()}:
         return "its weights are tied to another layer's"
     return None
+
+
+def _means_experts(model: Any, name: str) -> bool:
+    """Whether PEFT puts the adapters of a layer of this name on experts, which had layers of that name once."""
+    probe = LoraConfig(target_modules=[name])
+    try:
+        convert_peft_config_for_transformers(probe, model, None)
+    except ValueError:  # not without others of the experts' names
+        return True
+    return name not in probe.target_modules
 
 
 def reads_text(model: Any, name: str) -> bool:

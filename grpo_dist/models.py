@@ -5,22 +5,34 @@ from __future__ import annotations
 import copy
 import json
 import logging
+from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from peft import LoraConfig as PeftLoraConfig
 from peft import get_peft_model
 from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import __version__ as transformers_version
 
 from . import attention
 from .adapters import fuse_adapters
 from .config import LoraConfig, ModelConfig
 from .distributed import is_sharded, unsharded_loading
 from .dropout import drop_by_token
-from .model_checks import CANNOT, UnfitModel, adapter_targets, reads_text, require_trainable, require_whole_model
+from .model_checks import (
+    CANNOT,
+    UnfitModel,
+    adapter_targets,
+    reads_text,
+    require_decoder,
+    require_trainable,
+    require_weights,
+    require_whole_model,
+)
 from .places import model_place
 from .policy import Policy, recompute_layers
 from .toy import MODELS, toy_path
@@ -65,9 +77,16 @@ def end_token_ids(model: ModelConfig, tokenizer: Any) -> list[int]:
 
 
 def load_model_config(model: ModelConfig) -> Any:
-    """The model's transformers config."""
+    """The model's transformers config. Raises UnfitModel where there is none."""
     require_whole_model(model.name, model_path(model), model.revision)
-    return AutoConfig.from_pretrained(model_path(model), **_hub_options(model))
+    try:
+        return AutoConfig.from_pretrained(model_path(model), **_hub_options(model))
+    except (*CANNOT, StrictDataclassError) as error:
+        if isinstance(error, ValueError):
+            raise
+        told = " ".join(str(error).split())
+        raise UnfitModel(f"model.name: config.json of {model.name!r} is none that transformers {transformers_version} "
+                         f"reads ({type(error).__name__}: {told})") from error  # fmt: skip
 
 
 def check_model_config(model_config: Any, tokenizer: Any, longest: int) -> None:
@@ -142,10 +161,11 @@ def load_causal_lm(
 def try_blank(
     model: ModelConfig, lora: LoraConfig | None, model_config: Any, attn_implementation: str | None
 ) -> str | None:
-    """Make the policy without weights, for what is wrong with its adapters; return which layers get none and why.
+    """Make the policy without weights, for what is wrong with it or its adapters; return which layers get none and why.
 
-    Raises ValueError.
+    Raises ValueError, also where files of the weights are missing.
     """
+    require_weights(model.name, Path(model_path(model)))
     with unsharded_loading(), torch.device("meta"):
         try:
             base = AutoModelForCausalLM.from_config(
@@ -155,6 +175,7 @@ def try_blank(
         except (*CANNOT, ImportError) as error:
             raise UnfitModel(f"model.name: {model.name!r} cannot be built from its config ({type(error).__name__}: "
                              f"{error})") from error  # fmt: skip
+        require_decoder(base)
         left_out = None if lora is None else adapter_targets(base, lora.target_modules)[1]
         make_policy(base, model, lora, 1.0, 0)
     return left_out

@@ -50,6 +50,23 @@ def completions_table(
     }
 
 
+def _arrow(values: list[Any]) -> pa.Array:
+    """`pa.array`, but that numbers and texts go without the import of pandas, which would make the first step wait."""
+    kinds = {type(value) for value in values}
+    if kinds == {str}:
+        parts = [value.encode() for value in values]
+        offsets = np.cumsum([0, *map(len, parts)], dtype=np.int64)
+        buffers = [None, pa.py_buffer(offsets), pa.py_buffer(b"".join(parts))]
+        return pa.Array.from_buffers(pa.large_string(), len(values), buffers).cast(pa.string())
+    if kinds in ({int}, {float}):
+        numbers = np.array(values)
+        return pa.Array.from_buffers(pa.from_numpy_dtype(numbers.dtype), len(values), [None, pa.py_buffer(numbers)])
+    if kinds == {bool}:
+        bits = pa.py_buffer(np.packbits(values, bitorder="little"))
+        return pa.Array.from_buffers(pa.bool_(), len(values), [None, bits])
+    return pa.array(values)
+
+
 class Recorder:
     """Writes what a run leaves behind, on the main rank."""
 
@@ -103,7 +120,8 @@ class Recorder:
             self.pictures["tables"] = self._tables(table)
         folder = self.directory / "completions"
         folder.mkdir(exist_ok=True)
-        pq.write_table(pa.table(table), folder / f"step_{step:06d}.parquet")
+        columns = {name: _arrow(values) for name, values in table.items()}
+        pq.write_table(pa.table(columns), folder / f"step_{step:06d}.parquet")
 
     def _tables(self, completions: dict[str, list[Any]]) -> dict[str, Table]:
         """The first completions, and the most frequent answers of all."""

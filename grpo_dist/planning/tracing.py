@@ -7,6 +7,7 @@ The code that runs is the trainer's own, so what is counted follows every change
 from __future__ import annotations
 
 import copy
+import logging
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -116,6 +117,7 @@ def trace_passes(
     for models whose code asks for the values of tensors, or for operations that cannot go without them.
     """
     depth = model_config.get_text_config().num_hidden_layers
+    logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)  # it prints what is raised as well
     depths = (depth,) if depth <= TRACED_LAYERS[-1] else TRACED_LAYERS
     try:
         rows = [_trace(config, model_config, implementation, precision, shape, of_reference, num_layers)
@@ -128,7 +130,7 @@ def trace_passes(
                  for low, high in zip(*rows, strict=True)]]  # fmt: skip
     update, reference, prefill = rows[0]
     sampling = _trace_sampling(config, model_config.get_text_config().vocab_size, precision.copy)
-    return Passes(update, reference if of_reference else 0, prefill // PREFILL_TOKENS, sampling)
+    return Passes(update, reference if of_reference else 0, prefill, sampling)
 
 
 def _trace_sampling(config: Config, vocabulary: int, dtype: torch.dtype) -> float:
@@ -154,7 +156,9 @@ def _trace(
     frozen.requires_grad_(False).eval()
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     share_prompts = implementation == attention.NAME
-    one = ((PREFILL_TOKENS - 1, (1,)),)
+    positions = getattr(model_config.get_text_config(), "max_position_embeddings", None) or PREFILL_TOKENS
+    num_prefilled = min(PREFILL_TOKENS, positions)
+    one = ((num_prefilled - 1, (1,)),)
     pack, larger, prompt = (example_pack(each, share_prompts) for each in (shape, of_reference or one, one))
     mixed = precision.policy != torch.float32 and not precision.casts_all
     with fake:
@@ -170,7 +174,7 @@ def _trace(
             frozen(larger)
         with torch.no_grad(), LiveBytes() as prefill:
             frozen(prompt)
-    return [update.peak, reference.peak, prefill.peak]
+    return [update.peak, reference.peak, prefill.peak // num_prefilled]
 
 
 def example_pack(shape: Shape, share_prompts: bool) -> Pack:

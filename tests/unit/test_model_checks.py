@@ -12,7 +12,7 @@ from test_models import make_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from grpo_dist.config import LoraConfig, ModelConfig
-from grpo_dist.model_checks import UnfitModel, adapter_targets, require_trainable
+from grpo_dist.model_checks import UnfitModel, adapter_targets, require_decoder, require_trainable, require_weights
 from grpo_dist.models import (
     adapted_layers,
     end_token_ids,
@@ -60,6 +60,17 @@ def test_experts_in_one_tensor_are_left_out() -> None:
     assert left_out == "down_proj, gate_up_proj (experts in one tensor)"
 
 
+@pytest.mark.parametrize("kind", ["mamba", "mamba2", "jamba"])
+def test_layers_that_mambas_kernels_take_apart_are_left_out(kind: str) -> None:
+    """PEFT refuses them for some types; on a GPU an adapter there would be in the rollout and not in the update."""
+    sizes = {"num_heads": 8, "head_dim": 8} if kind == "mamba2" else {}
+    model = blank(kind, **sizes)
+    names = adapted_layers(make_policy(model, ModelConfig(), LoraConfig(), 1.0, 0))
+    assert {name.rpartition(".")[2] for name in names if ".mixer." in name or ".mamba." in name} == {"in_proj"}
+    with pytest.raises(UnfitModel, match="'out_proj' cannot have adapters: Mamba's kernels take its weights"):
+        adapter_targets(model, ["out_proj"])
+
+
 @pytest.mark.parametrize(("targets", "count"), [("all-linear", 14), (["q_proj", "k_proj"], 4)])
 def test_towers_beside_the_language_model_are_left_out(targets: str | list[str], count: int) -> None:
     policy = make_policy(blank("gemma3"), ModelConfig(), LoraConfig(target_modules=targets), 1.0, 0)
@@ -102,6 +113,9 @@ def test_names_of_experts_in_one_tensor_are_refused() -> None:
         (lambda: AutoConfig.for_model("gemma3", text_config=SIZES | {"quantization_config": {"quant_method": "awq"}},
                                       vision_config=VISION), r"quantised checkpoint \(awq\)"),
         (lambda: AutoConfig.for_model("t5"), "a model of the type t5 given"),
+        (lambda: AutoConfig.for_model("bart"), "an encoder-decoder of the type bart given"),
+        (lambda: AutoConfig.for_model("rwkv"), "a model of the type rwkv given, which cannot be trained here"),
+        (lambda: config("llama", architectures=["LlamaForSequenceClassification"]), "no head that predicts tokens"),
         (lambda: AutoConfig.for_model("musicgen"), "has several language models"),
         (lambda: config("llama", rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}),
          r"expected at most 64 .*dynamic"),
@@ -119,6 +133,50 @@ def test_an_adapter_is_no_model(tmp_path: Path) -> None:
     for load in (load_tokenizer, load_model_config):
         with pytest.raises(UnfitModel, match=r"model\.name: .* is a PEFT adapter .*merge_and_unload"):
             load(ModelConfig(name=str(tmp_path)))
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "message"),
+    [
+        ("bert", {}, "of the type bert given that is an encoder"),
+        ("cwm", {"bos_token_id": None}, "StrictDataclassFieldValidationError: .*bos_token_id"),
+    ],
+)
+def test_configs_of_no_decoder_are_refused(kind: str, options: dict[str, Any], message: str, tmp_path: Path) -> None:
+    AutoConfig.for_model(kind).save_pretrained(tmp_path)
+    settings = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(settings | SIZES | options))
+    (tmp_path / "pytorch_model.bin").touch()
+    with pytest.raises(UnfitModel, match=message):
+        try_blank(ModelConfig(name=str(tmp_path)), None, load_model_config(ModelConfig(name=str(tmp_path))), None)
+
+
+def test_a_decoder_needs_no_is_decoder() -> None:
+    require_decoder(blank("gpt_neox"))
+    require_decoder(blank("bert", is_decoder=True))
+
+
+def test_files_of_weights_that_are_not_there_are_named(tmp_path: Path) -> None:
+    AutoModelForCausalLM.from_config(config("qwen2")).save_pretrained(tmp_path, max_shard_size="20KB")
+    parts = sorted(path.name for path in tmp_path.glob("*.safetensors"))
+    assert len(parts) > 2
+    require_weights("mine", tmp_path)
+    (tmp_path / parts[1]).unlink()
+    with pytest.raises(UnfitModel, match=rf"'mine' lacks 1 of the {len(parts)} files .* \({parts[1]}\)"):
+        require_weights("mine", tmp_path)
+    (tmp_path / "model.safetensors.index.json").unlink()
+    with pytest.raises(UnfitModel, match=r"'mine' has no weights, expected model\.safetensors"):
+        require_weights("mine", tmp_path)
+
+
+def test_names_that_peft_takes_for_experts_are_left_out() -> None:
+    """It would put those adapters on the experts' tensors, for which nothing here is made."""
+    sizes = {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "moe_intermediate_size": 16,
+             "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1}  # fmt: skip
+    names = adapted_layers(make_policy(blank("dots1", **sizes), ModelConfig(), LoraConfig(), 1.0, 0))
+    assert {name.rpartition(".")[2] for name in names} == {"q_proj", "k_proj", "v_proj", "o_proj"}
+    with pytest.raises(UnfitModel, match="'up_proj' cannot have adapters: PEFT takes its name for the experts'"):
+        adapter_targets(blank("dots1", **sizes), ["q_proj", "up_proj"])
 
 
 def test_weights_that_are_missing_are_not_drawn_at_random(tmp_path: Path) -> None:
