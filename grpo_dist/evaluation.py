@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from .engines import made_of
 from .gathering import gather_completions, gather_scores
 from .metrics import is_right
 from .rollout import Sampling
 from .rollout.fidelity import update_share
-from .rollout.kernel import KernelStep
+from .rollout.kernel import MERGED
 from .run import Run
 
 
@@ -20,7 +21,8 @@ def evaluate(run: Run, step: int) -> dict[str, float]:
     """
     with run.phase("eval"):
         with run.rollout_model.open() as model:
-            share = update_share(model, merged=getattr(run.engine, "step_of", None) is KernelStep)
+            merged = made_of(run.engine)["decoding"] == "compiled" and model.dtype in MERGED
+            share = update_share(model, merged=merged)
         metrics = {} if share is None else {"rollout/update_share": share}
         if not run.eval_prompts:
             return metrics

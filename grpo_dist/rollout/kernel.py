@@ -24,13 +24,16 @@ from .llama import Layer, Linear, Norm, Weights
 SOURCE = Path(__file__).with_name("llama.cpp")
 FUNCTIONS = {torch.float32: "decode_float32", torch.bfloat16: "decode_bfloat16"}
 """The function for weights of each dtype; it computes in float32."""
+MERGED = {torch.float32}
+"""The dtypes of weights to which adapters are added beforehand. In others that would round most of a small update away:
+there the adapters stay apart, and what they make of the inputs is added to the sums in float32."""
 MULTIPLE = 8
 """Sizes have to be multiples of this: so many numbers, or twice as many, are computed at once."""
 
 
 # The structures of llama.cpp, field by field.
 class _Linear(ctypes.Structure):
-    _fields_ = [("weight", c_void_p), ("bias", c_void_p)]
+    _fields_ = [*((name, c_void_p) for name in ("weight", "bias", "low", "high")), ("rank", c_int64)]
 
 
 class _Layer(ctypes.Structure):
@@ -44,7 +47,7 @@ class _Layer(ctypes.Structure):
 class _Step(ctypes.Structure):
     _fields_ = [
         *((name, c_int64) for name in ("threads", "layers", "hidden", "intermediate", "vocabulary")),
-        *((name, c_int64) for name in ("query_heads", "key_heads", "head_size")),
+        *((name, c_int64) for name in ("query_heads", "key_heads", "head_size", "ranks")),
         *((name, c_float) for name in ("eps", "scale")),
         *((name, c_void_p) for name in ("embeddings", "norm")), ("head", _Linear), ("layer", c_void_p),
         *((name, c_int64) for name in ("rows", "own_slots", "prompt_slots")),
@@ -72,7 +75,8 @@ class KernelStep:
         self.layers = (_Layer * len(weights.layers))(*(self._layer(layer) for layer in weights.layers))
         self.step = _Step(
             torch.get_num_threads(), len(self.layers), hidden, inner, vocabulary,
-            len(first.query.weight) // size, len(first.key.weight) // size, size, weights.norm.eps, first.scale,
+            len(first.query.weight) // size, len(first.key.weight) // size, size, self._most_ranks(),
+            weights.norm.eps, first.scale,
             self._kept(weights.embeddings, (vocabulary, hidden), self.dtype), self._norm(weights.norm, hidden),
             self._linear(weights.head, vocabulary, hidden), ctypes.addressof(self.layers),
         )  # fmt: skip
@@ -128,9 +132,26 @@ class KernelStep:
 
     def _linear(self, linear: Linear, outputs: int, inputs: int) -> _Linear:
         bias = None if linear.bias is None else self._kept(linear.bias.float(), (outputs,), torch.float32)
-        if linear.adapter is not None and self.dtype != torch.float32:
-            raise ValueError(f"adapters on weights in {self.dtype}, in which they cannot be merged without loss")
-        return _Linear(self._kept(linear.merged(), (outputs, inputs), self.dtype), bias)
+        adapter = linear.adapter
+        if adapter is None or self.dtype in MERGED:
+            return _Linear(self._kept(linear.merged(), (outputs, inputs), self.dtype), bias)
+        if outputs % MULTIPLE:
+            raise ValueError(f"adapters on {outputs} outputs, expected a multiple of {MULTIPLE}")
+        rank = len(adapter.a)
+        low, high = (each.to(self.dtype) for each in (adapter.a, adapter.b))  # as the trainer rounds them
+        return _Linear(
+            self._kept(linear.weight, (outputs, inputs), self.dtype), bias, self._kept(low, (rank, inputs), self.dtype),
+            self._kept((high.float() * adapter.scaling).T.contiguous(), (rank, outputs), torch.float32), rank,
+        )  # fmt: skip
+
+    def _most_ranks(self) -> int:
+        """Of adapters that read the same input, added up."""
+        if self.dtype in MERGED:
+            return 0
+        groups: list[tuple[Linear, ...]] = [(self.weights.head,)]
+        for each in self.weights.layers:
+            groups += [(each.query, each.key, each.value), (each.output,), (each.gate, each.up), (each.down,)]
+        return max(sum(len(linear.adapter.a) for linear in group if linear.adapter) for group in groups)
 
     def _kept(self, x: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> int:
         self.kept.append(x)

@@ -11,12 +11,16 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <initializer_list>
 #include <omp.h>
 #include <utility>
 
 struct Linear {
     const void* weight;
     const float* bias; // null for none
+    const void* low;   // (rank, inputs), the adapters' first matrix in the weights' dtype
+    const float* high; // (rank, outputs), their second one, transposed and scaled
+    int64_t rank;      // 0 for no adapters
 };
 
 struct Layer {
@@ -28,6 +32,7 @@ struct Layer {
 
 struct Step {
     int64_t threads, layers, hidden, intermediate, vocabulary, query_heads, key_heads, head_size; // the model
+    int64_t ranks; // of adapters that read the same input, the most
     float eps, scale;
     const void* embeddings;
     const float* norm;
@@ -299,6 +304,23 @@ void turn(float* x, long size, const float* cos, const float* sin) {
     }
 }
 
+// --- adapters ------------------------------------------------------------------------------------------------------
+
+// to (rows, outputs) += low (rows, rank) times the adapters' second matrix; this thread's share of the outputs. What is
+// added comes from blocks that begin at the same outputs for any number of threads.
+template <int L> void add_low_rank(const float* low, long rows, long outputs, const Linear& layer, float* to) {
+    constexpr long BLOCK = 4 * L; // its lines of `high` stay in the nearest cache for all rows
+    Share mine(outputs);
+    for (long block = mine.from / BLOCK * BLOCK; block < mine.to; block += BLOCK)
+        for (long r = 0; r < rows; ++r) {
+            float added[BLOCK] = {};
+            add_values<L>(low + r * layer.rank, layer.rank, layer.high + block, outputs,
+                          std::min(BLOCK, outputs - block), added);
+            for (long o = std::max(block, mine.from); o < std::min(block + BLOCK, mine.to); ++o)
+                to[r * outputs + o] += added[o - block];
+        }
+}
+
 // --- the step ------------------------------------------------------------------------------------------------------
 
 // Where everything is that is neither a weight nor in the cache.
@@ -307,7 +329,7 @@ struct Room {
     long block;      // rows that attend to their prompt together
     long stride;     // from one query's scores to the next one's, in floats
     long per_thread; // floats that the attention of a block takes
-    long x, normed, query, key, value, gate, up, attention, total; // where each begins, in floats, and where all ends
+    long x, normed, query, key, value, gate, up, low, attention, total; // where each begins, in floats, and the end
 
     explicit Room(const Step& s) {
         group = s.query_heads / s.key_heads;
@@ -321,6 +343,7 @@ struct Room {
         query = take(s.rows * s.query_heads * s.head_size);
         key = take(s.rows * s.key_heads * s.head_size), value = take(s.rows * s.key_heads * s.head_size);
         gate = take(s.rows * s.intermediate), up = take(s.rows * s.intermediate);
+        low = take(s.rows * s.ranks);
         attention = take(per_thread * s.threads);
         total = at;
     }
@@ -333,7 +356,7 @@ template <int L, class W> class Decoding {
     const long queries = s.query_heads * size, keys = s.key_heads * size;
     float *x = s.scratch + room.x, *normed = s.scratch + room.normed, *query = s.scratch + room.query;
     float *key = s.scratch + room.key, *value = s.scratch + room.value;
-    float *gate = s.scratch + room.gate, *up = s.scratch + room.up;
+    float *gate = s.scratch + room.gate, *up = s.scratch + room.up, *low = s.scratch + room.low;
 
     // A head of rows [from, to) of one prompt: new keys and values go to the cache, the queries attend to the prompt
     // together and to their rows' own tokens each, and their outputs take their place.
@@ -408,6 +431,30 @@ template <int L, class W> class Decoding {
             }
     }
 
+    // What the adapters of layers with the same input make of it with their first matrices, one behind another in `low`.
+    // Threads wait for one another before any of it is read.
+    void reduce(const float* from, long inputs, std::initializer_list<Linear> layers) {
+        float* to = low;
+        for (const Linear& layer : layers) {
+            if (layer.rank)
+                product<L, W, false>(from, rows, inputs, layer.rank, Linear{layer.low, nullptr, nullptr, nullptr, 0}, to);
+            to += rows * layer.rank;
+        }
+        if (to != low) {
+#pragma omp barrier
+        }
+    }
+
+    // to (rows, outputs) = or, `adds`, += the layer's outputs; `reduced` is its part of `low`, and where the next
+    // layer's begins is returned
+    template <bool adds>
+    const float* apply(const float* from, long inputs, long outputs, const Linear& layer, const float* reduced,
+                       float* to) {
+        product<L, W, adds>(from, rows, inputs, outputs, layer, to);
+        if (layer.rank) add_low_rank<L>(reduced, rows, outputs, layer, to);
+        return reduced + rows * layer.rank;
+    }
+
   public:
     explicit Decoding(const Step& step) : s(step) {}
 
@@ -420,23 +467,28 @@ template <int L, class W> class Decoding {
                 store<L>(load<L>(static_cast<const W*>(s.embeddings) + s.tokens[r] * hidden + k), x + r * hidden + k);
         for (const Layer* layer = s.layer; layer < s.layer + s.layers; ++layer) {
             norm_rows(layer->input_norm);
-            product<L, W, false>(normed, rows, hidden, queries, layer->query, query);
-            product<L, W, false>(normed, rows, hidden, keys, layer->key, key);
-            product<L, W, false>(normed, rows, hidden, keys, layer->value, value);
+            reduce(normed, hidden, {layer->query, layer->key, layer->value});
+            const float* reduced = apply<false>(normed, hidden, queries, layer->query, low, query);
+            reduced = apply<false>(normed, hidden, keys, layer->key, reduced, key);
+            apply<false>(normed, hidden, keys, layer->value, reduced, value);
 #pragma omp barrier
             attend_all(*layer);
-            product<L, W, true>(query, rows, queries, hidden, layer->output, x);
+            reduce(query, queries, {layer->output});
+            apply<true>(query, queries, hidden, layer->output, low, x);
 #pragma omp barrier
             norm_rows(layer->mlp_norm);
-            product<L, W, false>(normed, rows, hidden, inner, layer->gate, gate);
-            product<L, W, false>(normed, rows, hidden, inner, layer->up, up);
+            reduce(normed, hidden, {layer->gate, layer->up});
+            reduced = apply<false>(normed, hidden, inner, layer->gate, low, gate);
+            apply<false>(normed, hidden, inner, layer->up, reduced, up);
             activate();
 #pragma omp barrier
-            product<L, W, true>(gate, rows, inner, hidden, layer->down, x);
+            reduce(gate, inner, {layer->down});
+            apply<true>(gate, inner, hidden, layer->down, low, x);
 #pragma omp barrier
         }
         norm_rows(s.norm);
-        product<L, W, false>(normed, rows, hidden, s.vocabulary, s.head, s.logits);
+        reduce(normed, hidden, {s.head});
+        apply<false>(normed, hidden, s.vocabulary, s.head, low, s.logits);
     }
 };
 
@@ -447,7 +499,8 @@ template <int L, class W> void decode(const Step& step) {
 }
 
 template <class W> void decode(const Step& step) {
-    bool fits = step.hidden % LANES == 0 && step.intermediate % LANES == 0 && step.head_size % LANES == 0;
+    bool fits = step.hidden % LANES == 0 && step.intermediate % LANES == 0 && step.head_size % LANES == 0 &&
+                (!step.head.rank || step.vocabulary % LANES == 0);
     if (fits) decode<LANES, W>(step);
     else decode<8, W>(step); // half as wide, or the same
 }

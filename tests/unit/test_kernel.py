@@ -11,10 +11,13 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
 
 from grpo_dist import attention
+from grpo_dist.adapters import fuse_adapters
+from grpo_dist.distributed import is_sharded
 from grpo_dist.rollout import compiled
 from grpo_dist.rollout.cache import DecodeState
 from grpo_dist.rollout.compiled import CannotCompile, library
@@ -92,10 +95,70 @@ def test_weights_in_bfloat16_are_summed_in_float32(shares: bool) -> None:
     assert off[KernelStep] < 0.5 * off[module_step] < 0.05
 
 
+def adapted(model: nn.Module, rank: int, targets: list[str] | str, learned: float) -> nn.Module:
+    """The model with adapters, in float32 as they are trained, that have learned something."""
+    wrapped = get_peft_model(model, LoraConfig(r=rank, lora_alpha=1.5 * rank, target_modules=targets))
+    fuse_adapters(wrapped, is_sharded)
+    torch.manual_seed(2)
+    for name, parameter in wrapped.named_parameters():
+        if ".lora_" in name:
+            parameter.data = parameter.data.float()
+        if ".lora_B" in name:
+            parameter.data.add_(learned * torch.randn(parameter.shape))
+    return wrapped.get_base_model()
+
+
+def in_double(model: nn.Module) -> nn.Module:
+    """A model of the same numbers, its adapters those that a layer in bfloat16 computes with."""
+    twin = copy.deepcopy(model)
+    for module in twin.modules():  # PEFT's own way, and not the fused one of the layer it was copied from
+        module.__dict__.pop("forward", None)
+    for name, parameter in twin.named_parameters():
+        parameter.data = (parameter.bfloat16() if ".lora_" in name else parameter.data).double()
+    return twin
+
+
+@pytest.mark.parametrize(
+    ("kind", "rank", "targets", "sizes"),
+    [("qwen2", 5, "all-linear", {}), ("qwen3", 16, ["q_proj", "v_proj", "up_proj"], {"head_dim": 24}),
+     ("llama", 1, ["o_proj", "down_proj"], {"hidden_size": 40, "intermediate_size": 56, "head_dim": 8}),
+     ("llama", 33, ["k_proj", "gate_proj", "lm_head"], {"vocab_size": 72, "hidden_size": 1040})],
+    ids=["all", "three", "two", "head"],
+)  # fmt: skip
+def test_adapters_stay_apart_in_bfloat16(kind: str, rank: int, targets: list[str] | str, sizes: dict[str, int]) -> None:
+    model = adapted(make_model(kind, **sizes).bfloat16(), rank, targets, learned=0.05)
+    exact = decoded(module_step, in_double(model), [3, 2, 3], True)
+    off, rounded = (decoded(step_of, model, [3, 2, 3], True) - exact for step_of in (KernelStep, module_step))
+    assert float(off.norm()) < 0.5 * float(rounded.norm()) < 0.05 * float(exact.norm())
+    for name, module in model.named_modules():  # without them it is another model
+        if name.endswith("lora_B.default"):
+            module.weight.data.zero_()
+    assert float((decoded(KernelStep, model, [3, 2, 3], True) - exact).norm()) > 2 * float(rounded.norm())
+
+
+def test_an_update_too_small_for_bfloat16_changes_the_logits() -> None:
+    """In the last layer, behind everything that is rounded for the cache."""
+    targets, logits = r".*layers\.1\.(self_attn\.o_proj|mlp\.(gate|up|down)_proj)", []
+    for learned in (0.0, 1e-5):
+        model = adapted(make_model().bfloat16(), 4, targets, learned)
+        ways = (KernelStep, model), (module_step, in_double(model))
+        logits.append([decoded(step_of, each, [3, 2, 3], True) for step_of, each in ways])
+    (before, exact_before), (now, exact_now) = logits
+    exact = exact_now - exact_before
+    assert float(((now - before) * exact).sum() / exact.square().sum()) == pytest.approx(1, abs=0.02)
+
+
+def test_adapters_on_a_head_of_another_size_are_left_to_others() -> None:
+    model = adapted(make_model().bfloat16(), 2, ["lm_head"], learned=0.05)
+    with pytest.raises(ValueError, match="adapters on 61 outputs, expected a multiple of 8"):
+        KernelStep(model)
+
+
 @pytest.mark.parametrize("shares", [True, False], ids=["shared", "copied"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_no_bit_depends_on_the_others_in_flight_or_on_threads(shares: bool, dtype: torch.dtype) -> None:
-    model, sizes = make_model(hidden_size=528).to(dtype), [9, 8, 26]
+    model = adapted(make_model(hidden_size=528).to(dtype), 6, "all-linear", learned=0.05)
+    sizes = [9, 8, 26]
     together = decoded(KernelStep, model, sizes, shares)
     for rows in ([0], [42], [3, 4, 9], list(range(5, 43))):
         assert torch.equal(decoded(KernelStep, model, sizes, shares, torch.tensor(rows)), together[:, rows])

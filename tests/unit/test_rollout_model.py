@@ -15,6 +15,7 @@ from grpo_dist.attention import block_layout
 from grpo_dist.config import LoraConfig, ModelConfig
 from grpo_dist.models import make_policy, trainable
 from grpo_dist.policy import Policy
+from grpo_dist.rollout import Engine, PagedEngine, Request, RowEngine, Sampling
 from grpo_dist.rollout.cache import DecodeState
 from grpo_dist.rollout.fidelity import update_share
 from grpo_dist.rollout.kernel import KernelStep
@@ -31,11 +32,14 @@ SIZES = {"vocab_size": 61, "hidden_size": 64, "intermediate_size": 96, "num_hidd
          "num_key_value_heads": 2}  # fmt: skip
 
 
-def make(lora: LoraConfig | None, dtype: torch.dtype = torch.float32, *, tied: bool = False) -> Policy:
+def make(
+    lora: LoraConfig | None, dtype: torch.dtype = torch.float32, *, tied: bool = False,
+    attn_implementation: str = attention.NAME,
+) -> Policy:  # fmt: skip
     """A policy of random weights, its adapters as they are before the first step."""
     torch.manual_seed(0)
     config = Qwen2Config(**SIZES, tie_word_embeddings=tied)
-    base = Qwen2ForCausalLM._from_config(config, attn_implementation=attention.NAME, dtype=dtype)
+    base = Qwen2ForCausalLM._from_config(config, attn_implementation=attn_implementation, dtype=dtype)
     with torch.no_grad():
         for name, parameter in base.named_parameters():
             parameter.add_(torch.randn(parameter.shape) * (0.5 if name.endswith("bias") else 0.1))
@@ -106,6 +110,25 @@ def test_its_weights_are_the_policys_own(dtype: torch.dtype) -> None:
         own = {p.data_ptr() for p in policy.parameters()}
         assert all(p.data_ptr() in own for p in rollout_model.tree.parameters())
     assert all(p.is_meta for p in rollout_model.tree.parameters())
+
+
+@pytest.mark.parametrize("make_engine", [lambda: RowEngine([-1], 4), lambda: PagedEngine([-1], 4, 64)],
+                         ids=["rows", "paged"])  # fmt: skip
+def test_other_engines_compute_with_adapters_apart(make_engine: Callable[[], Engine]) -> None:
+    policy = make(LORAS["all-linear"], torch.bfloat16, attn_implementation="sdpa")
+    rollout_model, requests = RolloutModel(policy, torch.bfloat16, "sdpa"), [Request(0, 0, IDS[:5].tolist(), key=1)]
+    own, called, drawn = {p.data_ptr() for p in policy.parameters()}, [], []
+    for module in rollout_model.tree.modules():
+        if isinstance(module, LoraLayer):
+            module.register_forward_pre_hook(lambda layer, _: called.append(
+                layer.merged or layer.disable_adapters or layer.base_layer.weight.data_ptr() not in own
+            ))  # fmt: skip
+    for learned in (0.0, 0.1):
+        step(policy, learned)
+        with rollout_model.open() as model:
+            drawn += make_engine().generate(model, requests, Sampling())
+    assert len(called) >= 2 * 4 * 14 and not any(called)
+    assert drawn[0].logprobs != drawn[1].logprobs
 
 
 def test_weights_trained_in_float32_and_computed_with_in_16_bits_are_held_twice() -> None:
