@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -21,3 +23,12 @@ def pytest_collection_finish(session: pytest.Session) -> None:
         import resident
 
         resident.prepare()
+
+
+@pytest.fixture(autouse=True)
+def the_next_test_has_the_same_environment() -> Iterator[None]:
+    """Whatever a test, or a library that it imports, sets in it."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
