@@ -37,7 +37,8 @@ def set_up_logging() -> None:
     handler.setFormatter(_PlainFormatter("%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
     logging.getLogger("grpo_dist").setLevel(logging.INFO)
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    # a filter, as its import sets its level
+    logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.WARNING)
     transformers.utils.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning)
 

@@ -10,11 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from peft import LoraConfig
-from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from torch import nn
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.pytorch_utils import Conv1D
 from transformers.utils.peft_utils import find_adapter_config_file
+
+try:
+    from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+except ImportError:  # older releases of PEFT put adapters where they are named
+    convert_peft_config_for_transformers = None
 
 _SHOWN_NAMES = 12
 
@@ -186,6 +190,8 @@ def _obstacle(model: Any, name: str, module: nn.Module) -> str | None:
 
 def _means_experts(model: Any, name: str) -> bool:
     """Whether PEFT puts the adapters of a layer of this name on experts, which had layers of that name once."""
+    if convert_peft_config_for_transformers is None:
+        return False
     probe = LoraConfig(target_modules=[name])
     try:
         convert_peft_config_for_transformers(probe, model, None)

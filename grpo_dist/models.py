@@ -168,10 +168,7 @@ def try_blank(
     require_weights(model.name, Path(model_path(model)))
     with unsharded_loading(), torch.device("meta"):
         try:
-            base = AutoModelForCausalLM.from_config(
-                copy.deepcopy(model_config), attn_implementation=attn_implementation,
-                trust_remote_code=model.trust_remote_code,
-            )  # fmt: skip
+            base = blank_causal_lm(model, model_config, torch.float32, attn_implementation)
         except (*CANNOT, ImportError) as error:
             raise UnfitModel(f"model.name: {model.name!r} cannot be built from its config ({type(error).__name__}: "
                              f"{error})") from error  # fmt: skip
@@ -179,6 +176,19 @@ def try_blank(
         left_out = None if lora is None else adapter_targets(base, lora.target_modules)[1]
         make_policy(base, model, lora, 1.0, 0)
     return left_out
+
+
+def blank_causal_lm(
+    model: ModelConfig, model_config: Any, dtype: torch.dtype, attn_implementation: str | None
+) -> nn.Module:
+    """The model on the meta device, without weights, but tied where it is once loaded."""
+    with torch.device("meta"):
+        blank = AutoModelForCausalLM.from_config(
+            copy.deepcopy(model_config), dtype=dtype, attn_implementation=attn_implementation,
+            trust_remote_code=model.trust_remote_code,
+        )  # fmt: skip
+        blank.tie_weights()  # transformers 5.0 leaves that undone here
+    return blank
 
 
 def load_policy(

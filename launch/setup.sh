@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Make the project's own environment, pinned by constraints.txt: .venv in the checkout, or $GRPO_DIST_VENV.
+# Make the project's own environment: .venv in the checkout, or $GRPO_DIST_VENV, pinned by constraints.txt, or $GRPO_DIST_PINS.
 #
 #     launch/setup.sh        by hand: ends with the environment's place
 #     source launch/setup.sh from the scripts beside it: also puts the environment on PATH and sets $root and $venv
@@ -11,6 +11,7 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
 venv=${GRPO_DIST_VENV:-$root/.venv}
 mkdir -p "$(dirname "$venv")"
 venv=$(cd "$(dirname "$venv")" && pwd -P)/$(basename "$venv")
+pins=${GRPO_DIST_PINS:-constraints.txt}
 
 die() {
   printf 'grpo_dist: error: %s\n' "$*" >&2
@@ -36,7 +37,7 @@ find_python() {
 fingerprint() {
   printf '%s\n' "$root"
   "$venv/bin/python" -V
-  (cd "$root" && cksum constraints.txt setup.cfg pyproject.toml)
+  (cd "$root" && cksum "$pins" setup.cfg pyproject.toml)
 }
 
 is_current() {
@@ -66,9 +67,12 @@ install() {
     quietly "$python" -m venv "$venv"
   fi
   rm -f "$venv/stamp"
-  printf 'grpo_dist: installing what constraints.txt pins (some minutes, once; progress in %s)\n' "$venv/setup.log" >&2
+  printf 'grpo_dist: installing what %s pins (some minutes, once; progress in %s)\n' "$pins" "$venv/setup.log" >&2
   cd "$root"
-  quietly "$venv/bin/python" -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev]'
+  if [[ $pins == constraints-lowest.txt ]]; then
+    quietly "$venv/bin/python" tests/lowest/torch_without_cuda.py "$(sed -n 's/^torch==//p' "$pins")"
+  fi
+  quietly "$venv/bin/python" -m pip install --disable-pip-version-check -c "$pins" -e '.[dev]'
   fingerprint >"$venv/stamp"
 }
 

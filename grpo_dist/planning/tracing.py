@@ -15,12 +15,12 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from .. import attention
 from ..batch import Batch, Prompt
 from ..config import Config
-from ..models import make_policy, trainable
+from ..models import blank_causal_lm, make_policy, trainable
 from ..packing import Pack, Piece, make_pack
 from ..policy import Policy
 from ..rollout.room import cache_width
@@ -57,11 +57,8 @@ def build_policy(
         text.num_hidden_layers = num_layers
         if vars(text).get("layer_types"):
             text.layer_types = text.layer_types[:num_layers]
+    base = blank_causal_lm(config.model, shape, precision.policy if config.lora else torch.float32, implementation)
     with torch.device("meta"):
-        base = AutoModelForCausalLM.from_config(
-            shape, attn_implementation=implementation, trust_remote_code=config.model.trust_remote_code,
-            dtype=precision.policy if config.lora else torch.float32,
-        )  # fmt: skip
         policy = make_policy(base, config.model, config.lora, config.rollout.temperature, config.train.seed,
                              has_critic=config.advantage.baseline == "critic",
                              entropy_gradient=config.loss.entropy_coeff > 0)  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -101,14 +102,12 @@ class RowEngine:
         ended = torch.zeros(len(group), dtype=torch.bool, device=device)
         tokens: list[Tensor] = []
         logprobs: list[Tensor] = []
-        cache: dict[str, Any] = {}
+        state: dict[str, Any] = {}
         for position in range(self.max_new_tokens):
             if check:
                 check()
-            output = model(input_ids=inputs, use_cache=True, logits_to_keep=1, **cache)
-            cache = {name: output[name] for name in ("past_key_values", "cache_params") if output.get(name) is not None}
-            if not cache:
-                raise ValueError(f"{type(model).__name__} keeps its state in a way this engine does not know")
+            output = model(input_ids=inputs, use_cache=True, logits_to_keep=1, **state)
+            state = _state_after(model, output, len(group[0].prompt) + position)
             positions = torch.full_like(keys, position)
             token, logprob = draw(output.logits[:, -1], keys, positions, sampling)
             tokens.append(token)
@@ -124,3 +123,15 @@ class RowEngine:
         end = next((place for place, token in enumerate(ids) if token in self.end_ids), None)
         length = len(ids) if end is None else end + 1
         return finished_completion(request, ids[:length], logprobs[:length], end is not None)
+
+
+def _state_after(model: nn.Module, output: Any, length: int) -> dict[str, Any]:
+    """What the model's next call takes of its last, of rows of `length` tokens; ValueError where it kept nothing."""
+    state = {name: output[name] for name in ("past_key_values", "cache_params") if output.get(name) is not None}
+    if not state:
+        raise ValueError(f"{type(model).__name__} keeps its state in a way this engine does not know")
+    # before transformers 5.4, Mamba asks for it, and takes a place within its convolution's width for a prompt's
+    if "cache_params" in state and "cache_position" in inspect.signature(model.forward).parameters:
+        place = length + getattr(model.config, "conv_kernel", 0)
+        state["cache_position"] = torch.tensor([place], device=output.logits.device)
+    return state

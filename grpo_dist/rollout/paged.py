@@ -30,7 +30,7 @@ try:
         ContinuousBatchingLogitsProcessor,
         ContinuousBatchingLogitsProcessorList,
     )
-except ImportError:  # transformers before 5.6; see `paged_obstacle`
+except ImportError:  # older transformers; see `paged_obstacle`
     ContinuousBatchingConfig = ContinuousBatchingManager = ContinuousBatchingLogitsProcessorList = None
     ContinuousBatchingLogitsProcessor = object
 
@@ -46,7 +46,8 @@ def paged_obstacle() -> str | None:
     # managers that can be destroyed came together with logits processors that see new tokens alone
     if hasattr(ContinuousBatchingManager, "destroy"):
         return None
-    return f"transformers {transformers.__version__} has no continuous batching that another sampler can draw for"
+    given = transformers.__version__
+    return f"transformers {given} has no continuous batching that another sampler can draw for; 5.12 has"
 
 
 class PagedEngine:

@@ -109,8 +109,8 @@ def test_what_a_model_writes_is_shown_as_text(width: int) -> None:
 @pytest.fixture
 def logged(monkeypatch: pytest.MonkeyPatch) -> Iterator[io.StringIO]:
     """Standard error as a file, and logging set up as in a run."""
-    root, own = logging.getLogger(), logging.getLogger("grpo_dist")
-    kept, level, own_level = root.handlers[:], root.level, own.level
+    root, own, deepspeed = logging.getLogger(), logging.getLogger("grpo_dist"), logging.getLogger("DeepSpeed")
+    kept, level, own_level, filters = root.handlers[:], root.level, own.level, deepspeed.filters[:]
     root.handlers.clear()
     stream = io.StringIO()
     monkeypatch.setattr("sys.stderr", stream)
@@ -120,6 +120,16 @@ def logged(monkeypatch: pytest.MonkeyPatch) -> Iterator[io.StringIO]:
     root.handlers[:] = kept
     root.setLevel(level)
     own.setLevel(own_level)
+    deepspeed.filters[:] = filters
+
+
+def test_deepspeed_says_only_what_it_warns_of(logged: io.StringIO, monkeypatch: pytest.MonkeyPatch) -> None:
+    logger, handler = logging.getLogger("DeepSpeed"), logging.StreamHandler(logged)
+    monkeypatch.setattr(logger, "level", logging.INFO)  # as its import has it, which comes later
+    monkeypatch.setattr(logger, "handlers", [handler])
+    logger.info("a summary")
+    logger.warning("a warning")
+    assert "a summary" not in logged.getvalue() and "a warning" in logged.getvalue()
 
 
 def run_display() -> None:

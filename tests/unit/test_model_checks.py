@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import json
+from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from test_models import make_tokenizer
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from grpo_dist.config import LoraConfig, ModelConfig
-from grpo_dist.model_checks import UnfitModel, adapter_targets, require_decoder, require_trainable, require_weights
+from grpo_dist.model_checks import (
+    UnfitModel,
+    adapter_targets,
+    convert_peft_config_for_transformers,
+    require_decoder,
+    require_trainable,
+    require_weights,
+)
 from grpo_dist.models import (
     adapted_layers,
     end_token_ids,
@@ -30,6 +38,8 @@ SIZES = {"vocab_size": 260, "hidden_size": 32, "intermediate_size": 64, "num_hid
          "bos_token_id": 1, "eos_token_id": 2}  # fmt: skip
 VISION = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
           "image_size": 28, "patch_size": 14}  # fmt: skip
+MUSICGEN = {"text_encoder": {"model_type": "t5"}, "audio_encoder": {"model_type": "encodec"},
+            "decoder": {"model_type": "musicgen_decoder"}}  # fmt: skip
 MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
 
 
@@ -116,7 +126,7 @@ def test_names_of_experts_in_one_tensor_are_refused() -> None:
         (lambda: AutoConfig.for_model("bart"), "an encoder-decoder of the type bart given"),
         (lambda: AutoConfig.for_model("rwkv"), "a model of the type rwkv given, which cannot be trained here"),
         (lambda: config("llama", architectures=["LlamaForSequenceClassification"]), "no head that predicts tokens"),
-        (lambda: AutoConfig.for_model("musicgen"), "has several language models"),
+        (lambda: AutoConfig.for_model("musicgen", **MUSICGEN), "has several language models"),
         (lambda: config("llama", rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}),
          r"expected at most 64 .*dynamic"),
     ],
@@ -139,9 +149,10 @@ def test_an_adapter_is_no_model(tmp_path: Path) -> None:
     ("kind", "options", "message"),
     [
         ("bert", {}, "of the type bert given that is an encoder"),
-        ("cwm", {"bos_token_id": None}, "StrictDataclassFieldValidationError: .*bos_token_id"),
+        pytest.param("cwm", {"bos_token_id": None}, "StrictDataclassFieldValidationError: .*bos_token_id",
+                     marks=pytest.mark.skipif(not is_dataclass(PreTrainedConfig), reason="configs without types")),
     ],
-)
+)  # fmt: skip
 def test_configs_of_no_decoder_are_refused(kind: str, options: dict[str, Any], message: str, tmp_path: Path) -> None:
     AutoConfig.for_model(kind).save_pretrained(tmp_path)
     settings = json.loads((tmp_path / "config.json").read_text())
@@ -169,6 +180,7 @@ def test_files_of_weights_that_are_not_there_are_named(tmp_path: Path) -> None:
         require_weights("mine", tmp_path)
 
 
+@pytest.mark.skipif(convert_peft_config_for_transformers is None, reason="this PEFT takes names as they are")
 def test_names_that_peft_takes_for_experts_are_left_out() -> None:
     """It would put those adapters on the experts' tensors, for which nothing here is made."""
     sizes = {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "moe_intermediate_size": 16,

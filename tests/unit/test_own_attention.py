@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -50,6 +52,8 @@ def settle(model: Any, given: str | None, obstacle: str | None = None, named: bo
 
 @pytest.mark.parametrize("kind", TYPES)
 def test_a_model_that_cannot_share_prompts_falls_back_to_attention_that_is_causal(kind: str) -> None:
+    if kind == "roformer" and Version(transformers.__version__) < Version("5.18"):
+        pytest.skip("its code makes its mask otherwise, in some releases without regard to the order of tokens")
     model = build(kind, attention.NAME, **TYPES[kind])
     assert settle(model, attention.NAME) is not None
     assert row_fault(model) is None
@@ -70,7 +74,7 @@ def test_a_model_that_sees_later_tokens_is_refused_by_name() -> None:
 
 
 def test_a_named_attention_is_the_only_one_tried() -> None:
-    model = build("roformer", attention.NAME, is_decoder=True)
+    model = build("gpt_oss", attention.NAME, **TYPES["gpt_oss"])
     with pytest.raises(UnfitModel, match=r"model\.attn_implementation: .*grpo_dist: "):
         settle(model, "grpo_dist", obstacle="as model.attn_implementation asks", named=True)
     assert settle(build("qwen2", "eager"), "eager", obstacle="named", named=True) == "named"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import configparser
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -14,6 +15,9 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
 
 ROOT = Path(__file__).parents[2]
 BUILD = "import sys; from setuptools import build_meta; print(getattr(build_meta, sys.argv[1])(sys.argv[2]))"
@@ -127,3 +131,31 @@ def test_every_extra_is_bounded() -> None:
     for requirement in "\n".join(lines).split("\n"):
         name, _, bounds = requirement.partition(">=")
         assert not name or "==" in name or ",<" in bounds, f"{requirement!r} has no tested lower and upper bound"
+
+
+def pinned(file: str) -> dict[str, list[Version]]:
+    """The releases that a file of constraints names for each package, oldest first."""
+    pins: dict[str, list[Version]] = {}
+    for line in (ROOT / file).read_text().splitlines():
+        if "==" in line and not line.startswith("#"):
+            requirement = Requirement(line)
+            pins.setdefault(canonicalize_name(requirement.name), []).extend(
+                Version(each.version) for each in requirement.specifier
+            )
+    return {name: sorted(releases) for name, releases in pins.items()}
+
+
+def test_lower_bounds_are_what_is_tested() -> None:
+    """launch/test_lowest.sh installs the oldest releases that setup.cfg allows, and the README names what is tested."""
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    lowest, usual = pinned("constraints-lowest.txt"), pinned("constraints.txt")
+    for requirement in map(Requirement, setup["options"]["install_requires"].split("\n")[1:]):
+        name = canonicalize_name(requirement.name)
+        (bound,) = (Version(each.version) for each in requirement.specifier if each.operator == ">=")
+        assert lowest[name][0] == bound, f"of {name} setup.cfg allows {bound}"
+        assert usual[name][-1] in requirement.specifier, name
+    rows = re.findall(r"^\| (\w+) \| ([\d.]+) \| ([\d.]+) \|", (ROOT / "README.md").read_text(), re.MULTILINE)
+    assert len(rows) == 6
+    for name, oldest, newest in rows:
+        assert (Version(oldest), Version(newest)) == (lowest[name][0], usual[name][-1]), name

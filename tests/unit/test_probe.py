@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from packaging.version import Version
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
@@ -19,7 +20,7 @@ from grpo_dist.engines import STEPS, UnfitEngine, made_of, make_engine, own_step
 from grpo_dist.models import Policy, packing_obstacle
 from grpo_dist.packing import make_pack, plan
 from grpo_dist.probe import packing_leak
-from grpo_dist.rollout import NativeEngine, PagedEngine, Request, RowEngine, Sampling, stream_key
+from grpo_dist.rollout import NativeEngine, PagedEngine, Request, RowEngine, Sampling, paged_obstacle, stream_key
 from grpo_dist.rollout.compiled import library
 from grpo_dist.rollout.kernel import KernelStep
 from grpo_dist.rollout.llama import LlamaStep
@@ -77,6 +78,8 @@ def make_model(config: PretrainedConfig, implementation: str | None) -> nn.Modul
 
 @pytest.mark.parametrize("name", PACKABLE)
 def test_plain_decoders_are_packed(name: str) -> None:
+    if name == "GPT2" and Version(transformers.__version__) < Version("5.3"):
+        pytest.skip("before transformers 5.3 its model hands no layout on: one completion to a row")
     config = make_config(name, PACKABLE[name])
     assert packing_obstacle(config, LONGEST) is None
     assert packing_leak(make_model(config, attention.NAME)) is None
@@ -151,11 +154,15 @@ def test_adapters_apart_are_no_reason_to_decode_through_the_modules() -> None:
     assert own_step(adapted)[0] == "compiled"
 
 
+with_paged = pytest.mark.skipif(paged_obstacle() is not None, reason=str(paged_obstacle()))
+
+
 def alone(thing: Any) -> list[Any]:
     """What all ranks say, where there is one."""
     return [thing]
 
 
+@with_paged
 @pytest.mark.parametrize("name", ["Llama", "Mistral", "Gemma3Text"])
 def test_the_paged_engine_is_taken_where_it_is_right(name: str, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO")
@@ -165,6 +172,7 @@ def test_the_paged_engine_is_taken_where_it_is_right(name: str, caplog: pytest.L
     assert "continuous batching (paged), in place of the one group at a time" in caplog.text
 
 
+@with_paged
 def test_what_one_rank_finds_holds_for_all() -> None:
     model = make_model(make_config("Llama", {}), attention.NAME)
     with pytest.raises(UnfitEngine, match="another rank's"):
@@ -195,12 +203,14 @@ def test_ranks_decode_alike_and_as_before(
     assert made_of(engine) == {"engine": "native", "decoding": next(n for n, s in STEPS.items() if s is step_of)}
 
 
+@with_paged
 def test_soft_capped_scores_are_not_left_to_the_paged_engine() -> None:
     model = make_model(make_config("Gemma2", {"head_dim": 8}), None)
     with pytest.raises(UnfitEngine, match=r"rollout.engine: 'paged' given, .*soft-capped"):
         make_engine(model, "a window", [2], RolloutConfig(engine="paged"), alone)
 
 
+@with_paged
 def test_the_paged_engine_is_refused_where_it_draws_something_else() -> None:
     model = make_model(make_config("Llama", {}), attention.NAME)
     plain = model.forward

@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# Run tests on the oldest releases that setup.cfg allows, in .venv-lowest, which it makes. For machines without GPUs.
+#
+#     launch/test_lowest.sh               what depends most on the releases, then the quickstart
+#     launch/test_lowest.sh tests/unit    arguments go to pytest, in place of that
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+export GRPO_DIST_VENV=$PWD/.venv-lowest GRPO_DIST_PINS=constraints-lowest.txt
+if (($#)); then exec launch/test.sh "$@"; fi
+launch/test.sh tests/unit/test_{adapters,data,model_checks,models,own_attention,probe,rollout_model}.py \
+  'tests/distributed/test_invariance.py::test_same_tokens_and_weights[zero2-2]'
+exec launch/quickstart.sh --train.output_dir runs/lowest --train.num_train_steps 2
