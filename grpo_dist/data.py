@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import logging
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -246,7 +247,7 @@ def _read_row(
     text, messages = _as_text(row.columns[config.prompt_column], config, tokenizer)
     if config.answer_column is not None:
         answer = row.columns.get(config.answer_column)
-        if answer is None:
+        if answer is None or (isinstance(answer, float) and math.isnan(answer)):  # as tables write a missing number
             raise _UnusableRowError(f"no {config.answer_column!r}")
         for check in check_answers:
             try:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from peft import LoraConfig
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.pytorch_utils import Conv1D
@@ -67,18 +68,26 @@ def require_whole_model(name: str, path: str, revision: str | None) -> None:
 
 
 def require_weights(name: str, path: Path) -> None:
-    """Raise UnfitModel where a directory lacks weights that its own files say it has."""
-    lists = [path / f"{each}.index.json" for each in WEIGHTS]
-    listed = next((each for each in lists if each.is_file()), None)
-    if any((path / each).is_file() for each in WEIGHTS) or not path.is_dir():
+    """Raise UnfitModel where a directory lacks weights that its own files say it has, or has them in part."""
+    if not path.is_dir():  # a hub id
         return
-    if listed is None:
+    parts = [each for each in WEIGHTS if (path / each).is_file()][:1]
+    listed = next((each for each in WEIGHTS if (path / f"{each}.index.json").is_file()), None)
+    if not parts and listed is None:
         raise UnfitModel(f"model.name: {name!r} has no weights, expected {' or '.join(WEIGHTS)}, or parts of it with "
-                         f"their list ({lists[0].name}) beside config.json")  # fmt: skip
-    parts = sorted(set(json.loads(listed.read_text())["weight_map"].values()))
+                         f"their list ({WEIGHTS[0]}.index.json) beside config.json")  # fmt: skip
+    if not parts:
+        parts = sorted(set(json.loads((path / f"{listed}.index.json").read_text())["weight_map"].values()))
     if missing := [part for part in parts if not (path / part).is_file()]:
         raise UnfitModel(f"model.name: {name!r} lacks {len(missing)} of the {len(parts)} files of weights that its "
-                         f"{listed.name} names ({_some(missing)}): copy them there as well")  # fmt: skip
+                         f"{listed}.index.json names ({_some(missing)}): copy them there as well")  # fmt: skip
+    for part in (part for part in parts if part.endswith(".safetensors")):
+        try:
+            with safe_open(path / part, "pt"):  # reads the header, and compares the length
+                pass
+        except SafetensorError as error:
+            raise UnfitModel(f"model.name: {path / part} is no whole file of weights ({error}): fetch it again, with "
+                             "`git lfs pull` where it is a pointer of a few lines") from error  # fmt: skip
 
 
 def require_trainable(model_config: Any, longest: int) -> None:
@@ -109,6 +118,10 @@ def require_trainable(model_config: Any, longest: int) -> None:
     if wrong := next((name for name in named if name.endswith(OTHER_HEADS)), None):
         raise UnfitModel(f"model.name: a checkpoint of {wrong} given (architectures in its config.json), expected a "
                          "causal language model: its weights have no head that predicts tokens")  # fmt: skip
+    is_bare = [name.endswith("Model") and not name.endswith("HeadModel") for name in named]
+    if named and all(is_bare) and not getattr(text, "tie_word_embeddings", False):
+        raise UnfitModel(f"model.name: a checkpoint of {named[0]} given (architectures in its config.json), expected a "
+                         "causal language model: it has no head that predicts tokens")  # fmt: skip
     if getattr(model_config, "is_encoder_decoder", False):
         raise UnfitModel(f"model.name: an encoder-decoder of the type {kind} given (is_encoder_decoder in its "
                          "config.json), expected a causal language model; its encoder would be left out")  # fmt: skip
@@ -160,6 +173,9 @@ def adapter_targets(model: Any, targets: str | Sequence[str]) -> tuple[str | Seq
         left_out |= {name: "experts in one tensor" for name in fused}
     else:
         wanted = [targets] if isinstance(targets, str) else list(targets)
+        if not wanted:
+            raise UnfitModel("lora.target_modules: [] given, but it names no layer. Expected `all-linear`, or names of "
+                             "layers; `lora: null` trains all weights")  # fmt: skip
         matched = {each: [name for name in linear if _matches(name, each, isinstance(targets, str))] for each in wanted}
         chosen = [name for name in fit if any(name in names for names in matched.values())]
         for each, names in matched.items():
@@ -171,7 +187,8 @@ def adapter_targets(model: Any, targets: str | Sequence[str]) -> tuple[str | Seq
         reasons = {reason: sorted({_kind(name) for name, why in left_out.items() if why == reason}) for reason in
                    dict.fromkeys(left_out.values())}  # fmt: skip
         note = "; ".join(f"{_some(names)} ({reason})" for reason, names in reasons.items())
-    return (targets if note is None else chosen), note
+    is_plain = note is None and not (isinstance(targets, str) and targets != "all-linear")  # a pattern may match more
+    return (targets if is_plain else chosen), note
 
 
 def _obstacle(model: Any, name: str, module: nn.Module) -> str | None:
@@ -236,6 +253,8 @@ def _refuse(
     hint = f"; did you mean {near[0]!r}?" if near else "."
     if names:
         reason, hint = f"{target!r} cannot have adapters: {why_not[names[0]]}", "."
+    elif isinstance(targets, str) and any(_matches(name, target, False) for name in fit):
+        reason, hint = f"a text is a pattern for whole names, and matches none; write [{target}].", ""
     elif any(_matches(name, target, False) for name, _ in model.named_modules()):
         reason, hint = f"{target!r} is no linear layer", "."
     elif any(p.ndim == 3 and target.split("_")[0] in name for name, p in model.named_parameters()):

@@ -56,6 +56,9 @@ def load_tokenizer(model: ModelConfig) -> Any:
     if tokenizer.eos_token_id is None:
         raise ValueError(f"model.name: the tokenizer of {model.name!r} has no end-of-sequence token; completions could "
                          "only end by their length. Set `eos_token` in its tokenizer_config.json")  # fmt: skip
+    if not tokenizer("a")["input_ids"]:  # what transformers makes of a directory without a tokenizer's files
+        raise ValueError(f"model.name: the tokenizer of {model.name!r} makes no tokens of a text; are its files "
+                         "(tokenizer.json, tokenizer_config.json) beside config.json?")  # fmt: skip
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer

@@ -26,6 +26,7 @@ class Findings:
         try:
             yield
         except (ValueError, OSError, RuntimeError, ImportError) as error:
-            problem = f"{prefix}{error}"
+            is_named = str(error).startswith(f"{prefix.partition(':')[0]}:")
+            problem = str(error) if is_named else f"{prefix}{error}"
             if problem not in self.problems:
                 self.problems.append(problem)

@@ -59,7 +59,10 @@ def blank(kind: str, **options: Any) -> Any:
 def test_all_linear_layers_of_a_plain_model() -> None:
     assert adapter_targets(blank("qwen2", tie_word_embeddings=True), "all-linear") == ("all-linear", None)
     assert adapter_targets(blank("gpt2", n_embd=32, n_layer=2, n_head=4), ["c_attn"]) == (["c_attn"], None)
-    assert adapter_targets(blank("qwen2"), r".*\.1\..*q_proj") == (r".*\.1\..*q_proj", None)
+    assert adapter_targets(blank("qwen2"), r".*\.1\..*q_.*") == (["model.layers.1.self_attn.q_proj"], None)
+    assert (
+        len(adapted_layers(make_policy(blank("qwen2"), ModelConfig(), LoraConfig(target_modules=".*"), 1.0, 0))) == 15
+    )
     assert adapter_targets(blank("qwen2", tie_word_embeddings=False), ["lm_head"]) == (["lm_head"], None)
 
 
@@ -100,10 +103,11 @@ def test_towers_beside_the_language_model_are_not_trained_at_all() -> None:
     ("targets", "message"),
     [
         (["q_proj", "v_prj"], r"'v_prj' is no layer of Qwen2ForCausalLM; did you mean 'v_proj'\?"),
+        ([], "it names no layer"),
+        ("q_proj", r"a text is a pattern for whole names, and matches none; write \[q_proj\]"),
         (["nothing"], r"'nothing' is no layer of Qwen2ForCausalLM\. Expected `all-linear`, or names among down_proj"),
         (["lm_head"], "'lm_head' cannot have adapters: its weights are tied"),
         (["q_proj", "embed_tokens"], "'embed_tokens' is no linear layer"),
-        ("q_proj", "'q_proj' is no linear layer|'q_proj' is no layer"),
     ],
 )
 def test_names_that_match_nothing_are_refused(targets: str | list[str], message: str) -> None:
@@ -126,6 +130,7 @@ def test_names_of_experts_in_one_tensor_are_refused() -> None:
         (lambda: AutoConfig.for_model("bart"), "an encoder-decoder of the type bart given"),
         (lambda: AutoConfig.for_model("rwkv"), "a model of the type rwkv given, which cannot be trained here"),
         (lambda: config("llama", architectures=["LlamaForSequenceClassification"]), "no head that predicts tokens"),
+        (lambda: config("llama", architectures=["LlamaModel"]), "a checkpoint of LlamaModel given .* has no head"),
         (lambda: AutoConfig.for_model("musicgen", **MUSICGEN), "has several language models"),
         (lambda: config("llama", rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}),
          r"expected at most 64 .*dynamic"),
@@ -172,6 +177,13 @@ def test_files_of_weights_that_are_not_there_are_named(tmp_path: Path) -> None:
     parts = sorted(path.name for path in tmp_path.glob("*.safetensors"))
     assert len(parts) > 2
     require_weights("mine", tmp_path)
+    whole = (tmp_path / parts[1]).read_bytes()
+    for text in (b"version https://git-lfs.github.com/spec/v1", whole[:-1]):
+        (tmp_path / parts[1]).write_bytes(text)
+        with pytest.raises(UnfitModel, match=rf"{parts[1]} is no whole file of weights .*git lfs pull"):
+            require_weights("mine", tmp_path)
+        with pytest.raises(UnfitModel, match="cannot be loaded"):
+            load_causal_lm(ModelConfig(name=str(tmp_path)), torch.float32, None)
     (tmp_path / parts[1]).unlink()
     with pytest.raises(UnfitModel, match=rf"'mine' lacks 1 of the {len(parts)} files .* \({parts[1]}\)"):
         require_weights("mine", tmp_path)
