@@ -10,6 +10,7 @@ all forks hash strings alike. Tests that compare ranks of fresh processes would 
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import importlib
 import io
@@ -72,7 +73,8 @@ def serve(requests: socket.socket) -> dict[str, Any]:
             os.close(file)
         requests.sendall(str(pid).encode())
         _, status = os.waitpid(pid, 0)
-        requests.sendall(str(os.waitstatus_to_exitcode(status)).encode())
+        with contextlib.suppress(BrokenPipeError):  # the session has ended without waiting
+            requests.sendall(str(os.waitstatus_to_exitcode(status)).encode())
 
 
 def become(words: Sequence[str], environment: Mapping[str, str], library_path: list[str]) -> None:
