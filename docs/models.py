@@ -1,0 +1,243 @@
+"""Walk over every causal type of transformers, and write what becomes of each into docs/models.md; not among the tests.
+
+    python docs/models.py             # all of them, an hour or more on two cores
+    python docs/models.py bloom opt   # some; the others stay as docs/models.json has them
+
+A tiny model of each type is looked at by `check` and trained for two steps, in a process of its own. Either all of this
+is so, or it is refused by name, by both: policy and rollout give a sampled token the same log-probability in both
+steps; the KL from the reference is 0 before anything is learned; and where completions share packs, the gradient is
+that of one completion to a row with the model's own attention. The exit status is 1 where a type does neither.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import logging
+import multiprocessing
+import os
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from accelerate.state import AcceleratorState
+from tiny_configs import tiny_config
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from grpo_dist.cli_config import parse_config
+from grpo_dist.config import Config
+from grpo_dist.model_checks import UnfitModel
+from grpo_dist.preflight.contents import read_contents
+from grpo_dist.preflight.findings import Findings
+from grpo_dist.run import Run, UserError
+from grpo_dist.toy import toy_path
+from grpo_dist.train import train
+
+HEAD = """# Which models train
+
+Types that transformers {version} loads with `AutoModelForCausalLM`, each as a tiny model of random weights, in float32
+on a CPU; those that were not looked at yet stand at the end. `python docs/models.py` makes this page, and with names of
+types it looks at those alone; it is no part of the tests, as all of them take an hour or more. A type that is listed
+as trained did two steps in which policy and rollout gave each sampled token the same log-probability within 0.001 nats,
+the KL from the reference was 0 before anything was learned, and, where completions share packs, the gradient was that
+of one completion to a row with the model's own attention within a thousandth. What is refused, `check` refuses as well.
+
+Of sliding windows and other choices of a config, the tiny models have those of the type's default: completions longer
+than a window are computed one to a row ([architecture.md](architecture.md)). Vision and audio towers beside a language
+model are left alone.
+
+## Trained: {packed} in packs, {rows} one completion to a row
+
+| type | computed in | a step of decoding by | adapters, attention |
+|---|---|---|---|
+{trained}
+
+## Refused: {refused}
+
+| type | why |
+|---|---|
+{why}
+
+Not looked at: {untried}.
+"""
+PAGE, OUTCOMES = (Path(__file__).with_name(name) for name in ("models.md", "models.json"))
+MOST_GAP, MOST_KL, MOST_SHARE = 1e-3, 1e-6, 1e-3
+"""Nats a token, nats a token, and share of the gradient's norm, in float32."""
+REFUSED_SECONDS = 10.0
+"""A refusal comes within so much computing."""
+PATIENCE_SECONDS = 900
+OPTIONS = [
+    "--model.name", "./model", "--model.dtype", "float32", "--reference.dtype", "float32",
+    "--data.train_file", "data.jsonl", "--data.answer_column", "null", "--data.eval_file", "null",
+    "--data.max_prompt_length", "64", "--rewards", '[{name: "shortness:shortness"}]', "--loss.kl_coeff", "0.04",
+    "--logging.trackers", "[]", "--logging.log_completions", "false", "--scoring.num_workers", "1",
+    "--rollout.group_size", "4", "--rollout.max_completion_length", "8", "--train.batch_size", "2",
+    "--train.num_train_steps", "2", "--train.save_every", "0", "--train.eval_every", "0", "--train.output_dir", "run",
+]  # fmt: skip
+REWARD = """def shortness(completions, **columns):
+    return [-float(len(each)) for each in completions]
+"""
+
+
+def outcome(kind: str, config: Config) -> dict[str, Any]:
+    """What becomes of a type, looked at in a process of its own: see `_look`."""
+    with tempfile.TemporaryDirectory() as folder:
+        ours, theirs = multiprocessing.Pipe(duplex=False)
+        process = multiprocessing.get_context("fork").Process(target=_look, args=(kind, config, Path(folder), theirs))
+        process.start()
+        theirs.close()
+        try:
+            found = ours.recv() if ours.poll(PATIENCE_SECONDS) else {"fault": f"no end in {PATIENCE_SECONDS} s"}
+        except EOFError:
+            process.join()
+            found = {"fault": f"ended with status {process.exitcode}"}
+        process.kill()
+        process.join()
+    return found
+
+
+def _look(kind: str, config: Config, folder: Path, results: Any) -> None:
+    """Send what becomes of a type: `fault` where it is neither trained exactly nor refused, else `refused` (why), or
+    `packs` (why not, None where they are), `rollouts`, and the largest differences that were seen."""
+    printed = io.StringIO()
+    try:
+        torch.set_num_threads(1)
+        os.chdir(folder)
+        sys.path.insert(0, str(folder))
+        with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
+            _make(kind)
+            results.send(_checked_and_trained(config))
+    except BaseException as error:
+        results.send({"fault": f"{type(error).__name__}: {' '.join(str(error).split())}"[:500],
+                      "printed": printed.getvalue()[-1000:] + traceback.format_exc()[-2000:]})  # fmt: skip
+    finally:
+        os._exit(0)
+
+
+def _make(kind: str) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(toy_path())
+    tokens = {"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id,
+              "pad_token_id": tokenizer.pad_token_id, "bos_token_id": tokenizer.eos_token_id}  # fmt: skip
+    config = tiny_config(kind, tokens)
+    torch.manual_seed(0)
+    try:
+        AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained("model")
+    except (ImportError, AttributeError):  # a package that the type needs, or a part of its config: see what is said
+        config.save_pretrained("model")
+    tokenizer.save_pretrained("model")
+    rows = [{"prompt": f"What is {a} + {a + 5}?"} for a in range(8)]
+    Path("data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    Path("shortness.py").write_text(REWARD)
+
+
+def _checked_and_trained(config: Config) -> dict[str, Any]:
+    findings, begun = Findings(), time.process_time()
+    read_contents(config, findings)
+    checked_seconds = time.process_time() - begun
+    begun = time.process_time()
+    try:
+        log = _trained(config)
+    except (UserError, UnfitModel) as error:
+        seconds = max(checked_seconds, time.process_time() - begun)
+        if str(error) not in findings.problems:
+            return {"fault": f"refused, but check finds {findings.problems}: {error}"}
+        return {"refused" if seconds < REFUSED_SECONDS else "fault": str(error), "seconds": round(seconds, 1)}
+    if findings.problems:
+        return {"fault": f"refused by check alone: {findings.problems}"}
+    return _compared(config, log)
+
+
+def _compared(config: Config, log: list[str]) -> dict[str, Any]:
+    first, second = _metrics("run")
+    said = {line.partition(": ")[0]: line.partition(": ")[2] for line in log}
+    packs = None if "shared by their groups" in said["rollouts"] else said["rollouts"].partition("(")[2][:-1]
+    rollouts = said["rollouts"].rpartition(", ")[2] if packs is None else "one group at a time"
+    found = {"packs": packs, "rollouts": rollouts, "attention": said.get("attention"), "adapters": said.get("adapters"),
+             "gap": max(each["rollout/logprob_gap_max"] for each in (first, second)), "kl": first["kl"]}  # fmt: skip
+    if packs is None:
+        _trained(replace(config, model=replace(config.model, attn_implementation="eager"),
+                         train=replace(config.train, output_dir="rows")))  # fmt: skip
+        norm = _metrics("rows")[0]["grad_norm"]
+        found["share"] = abs(first["grad_norm"] - norm) / norm
+    if not (found["gap"] < MOST_GAP and found["kl"] < MOST_KL and found.get("share", 0.0) < MOST_SHARE):
+        found["fault"] = "is not exact"
+    if not first["grad_norm"] > 0:
+        found["fault"] = "learns nothing"
+    return found
+
+
+def _trained(config: Config) -> list[str]:
+    """Train; returns the lines of the log."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    log = io.StringIO()
+    handler, logger = logging.StreamHandler(log), logging.getLogger("grpo_dist")
+    logger.addHandler(handler)
+    try:
+        run = Run(config)
+        try:
+            train(run)
+        finally:
+            run.close(all_ranks=True)
+    finally:
+        logger.removeHandler(handler)
+    return log.getvalue().splitlines()
+
+
+def _metrics(directory: str) -> list[dict[str, float]]:
+    lines = [json.loads(line) for line in Path(directory, "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["step"] > 0]
+
+
+def render(outcomes: dict[str, dict[str, Any]]) -> str:
+    """The page."""
+    packed = {kind: each for kind, each in outcomes.items() if "packs" in each and each["packs"] is None}
+    rows = {kind: each for kind, each in outcomes.items() if each.get("packs")}
+    refused = {kind: each["refused"] for kind, each in outcomes.items() if "refused" in each}
+    untried = [kind for kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if kind not in packed | rows | refused]
+    lines = [
+        *(f"| `{kind}` | packs | {each['rollouts']} | {_left_out(each)} |" for kind, each in packed.items()),
+        *(f"| `{kind}` | rows: {_cell(each['packs'])} | {each['rollouts']} | {_left_out(each)} |"
+          for kind, each in rows.items()),
+    ]  # fmt: skip
+    return HEAD.format(
+        version=transformers.__version__, packed=len(packed), rows=len(rows), refused=len(refused),
+        trained="\n".join(sorted(lines)), why="\n".join(f"| `{kind}` | {_cell(refused[kind])} |" for kind in refused),
+        untried=", ".join(f"`{kind}`" for kind in untried) or "none",
+    )  # fmt: skip
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")
+
+
+def _left_out(each: dict[str, Any]) -> str:
+    said = [each["adapters"], each["attention"] and "attention: eager"]
+    return _cell("; ".join(filter(None, said)))
+
+
+def walk(kinds: Iterable[str]) -> bool:
+    """Look at the types, write down what becomes of them, and return whether all types are right."""
+    config, faults = parse_config(OPTIONS), False
+    for kind in kinds:
+        found = outcome(kind, config)
+        print(kind, json.dumps(found), flush=True)
+        faults |= "fault" in found
+        known = json.loads(OUTCOMES.read_text()) if OUTCOMES.is_file() else {}
+        known.pop(kind, None)
+        kept = {} if "fault" in found else {kind: found}
+        OUTCOMES.write_text(json.dumps(dict(sorted((known | kept).items())), indent=1) + "\n")
+        PAGE.write_text(render(json.loads(OUTCOMES.read_text())))
+    return not faults
+
+
+if __name__ == "__main__":
+    sys.exit(not walk(sys.argv[1:] or MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))

@@ -1,0 +1,124 @@
+"""A tiny config of each causal type of transformers: the sizes of its own default config, made small."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import AutoConfig, PreTrainedConfig
+
+WIDTH, HEADS, LAYERS = 64, 4, 2
+SIZES: dict[str, Any] = {
+    **dict.fromkeys(("hidden_size", "d_model", "n_embd", "dim", "emb_dim", "hidden_dim", "embedding_size",
+                     "word_embed_proj_dim", "d_embed", "width", "output_dim", "out_hidden_size", "embed_dim",
+                     "lru_width", "dim_model",
+                     "projection_dim", "vision_output_dim"), WIDTH),
+    **dict.fromkeys(("intermediate_size", "ffn_dim", "decoder_ffn_dim", "encoder_ffn_dim", "n_inner", "d_inner", "dff",
+                     "dim_ff", "ffn_hidden_size", "feed_forward_size", "intermediate_size_mlp", "d_ff",
+                     "feed_forward_proj_dim", "block_ff_dim"), 2 * WIDTH),
+    **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "encoder_layers",
+                     "num_decoder_layers", "num_encoder_layers", "depth", "num_blocks"), LAYERS),
+    **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "num_heads", "decoder_attention_heads",
+                     "encoder_attention_heads", "num_decoder_attention_heads", "num_encoder_attention_heads",
+                     "attention_heads"), HEADS),
+    **dict.fromkeys(("num_key_value_heads", "num_kv_heads"), HEADS // 2),
+    **dict.fromkeys(("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "model_max_length",
+                     "max_sequence_length", "seq_length", "max_target_positions"), 512),
+    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 4),
+    **dict.fromkeys(("num_experts_per_tok", "moe_k", "moe_top_k", "num_experts_per_token", "top_k_experts"), 2),
+    **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size", "expert_ffn_hidden_size",
+                     "shared_intermediate_size"), 32),
+    **dict.fromkeys(("n_group", "topk_group", "n_shared_experts", "num_shared_experts", "first_k_dense_replace"), 1),
+    **dict.fromkeys(("head_dim", "global_head_dim", "v_head_dim", "kv_channels", "attention_head_dim"), 16),
+    **dict.fromkeys(("q_lora_rank", "kv_lora_rank"), 16),
+    **dict.fromkeys(("qk_rope_head_dim", "qk_nope_head_dim", "rotary_dim"), 8),
+    "linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 16, "linear_value_head_dim": 16,
+    "sliding_window": 256, "initializer_range": 0.1, "init_std": 0.1,
+}  # fmt: skip
+"""By the names that configs give to sizes."""
+HYBRID = ["linear_attention", "full_attention"]
+MORE: dict[str, dict[str, Any]] = {
+    **{
+        kind: {"is_decoder": True}
+        for kind in (
+            "bert",
+            "bert-generation",
+            "big_bird",
+            "camembert",
+            "data2vec-text",
+            "electra",
+            "ernie",
+            "megatron-bert",
+            "rembert",
+            "roberta",
+            "roberta-prelayernorm",
+            "roc_bert",
+            "roformer",
+            "xlm-roberta",
+            "xlm-roberta-xl",
+            "xmod",
+        )
+    },
+    "bailing_hybrid": {"layer_group_size": 2},
+    "bamba": {"attn_layer_indices": [1]},
+    "cohere_compass_text": {
+        "layer_types": ["full_attention", "full_attention"],
+        "rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}},
+    },
+    "dots3_note": {"text_config": {"num_key_value_heads": HEADS}},
+    "dots3_note_text": {"num_key_value_heads": HEADS},
+    "gemma3n_text": {
+        "num_kv_shared_layers": 0,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "vocab_size_per_layer_input": 512,
+        "hidden_size_per_layer_input": 16,
+    },
+    "gemma4": {"text_config": {"vocab_size_per_layer_input": 512, "hidden_size_per_layer_input": 16}},
+    "gemma4_text": {"vocab_size_per_layer_input": 512, "hidden_size_per_layer_input": 16},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
+    "granitemoehybrid": {"layer_types": HYBRID},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
+    "kimi_linear": {"layer_types": HYBRID},
+    "lfm2": {"full_attn_idxs": [1]},
+    "lfm3": {"layer_types": ["conv", "full_attention"]},
+    "recurrent_gemma": {"num_hidden_layers": 3},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
+    "mamba2": {"num_heads": 8, "head_dim": 16},
+    "qwen3_next": {"layer_types": HYBRID},
+    "qwen3_5": {"text_config": {"layer_types": HYBRID}},
+    "qwen3_5_moe": {"text_config": {"layer_types": HYBRID}},
+    "qwen3_5_text": {"layer_types": HYBRID},
+    "qwen3_5_moe_text": {"layer_types": HYBRID},
+    "dbrx": {"attn_config": {"rope_theta": 1e4}},
+    "gemma4_assistant": {"text_config": {"hidden_size_per_layer_input": 0}},
+    "qwen4_exp": {"text_config": {"layer_types": HYBRID}},
+    "qwen4_exp_text": {"layer_types": HYBRID},
+    "reformer": {"is_decoder": True, "axial_pos_embds_dim": (32, 32), "axial_pos_shape": (16, 32)},
+    "xlm": {"causal": True},
+    "zamba": {"layer_types": ["linear_attention", "hybrid", "hybrid"], "num_hidden_layers": 3},
+    "zamba2": {"layer_types": ["linear_attention", "hybrid", "hybrid"], "num_hidden_layers": 3},
+    "zaya": {"num_experts_per_tok": 1},
+}
+"""What a type takes beside, or instead."""
+
+
+def tiny_config(kind: str, tokens: dict[str, int | None]) -> PreTrainedConfig:
+    """A small config of a type; `tokens` has `vocab_size` and the ids of special tokens."""
+    return _shrunk(AutoConfig.for_model(kind), {**tokens, **MORE.get(kind, {})})
+
+
+def _shrunk(config: PreTrainedConfig, more: dict[str, Any]) -> PreTrainedConfig:
+    """The same with small sizes, its parts likewise; made anew, so that what follows from sizes does."""
+    names = config.attribute_map
+    given = {name: value for name, value in {**SIZES, **more}.items() if name in config.to_dict() or name in names}
+    if hasattr(config, "qk_rope_head_dim"):  # which is what they call head_dim then
+        given |= {"head_dim": SIZES["qk_rope_head_dim"], "num_key_value_heads": HEADS}
+    given |= {name: value for name, value in more.items() if name not in config.sub_configs}
+    for name in config.sub_configs:
+        part = getattr(config, name, None)
+        if isinstance(part, PreTrainedConfig):
+            tokens = {key: value for key, value in more.items() if key in TOKENS}
+            given[name] = _shrunk(part, {**tokens, **more.get(name, {})}).to_dict()
+    return type(config)(**given)
+
+
+TOKENS = ("vocab_size", "eos_token_id", "pad_token_id", "bos_token_id")
