@@ -43,7 +43,8 @@ def main() -> None:
     os.environ["DS_ACCELERATOR"] = "cpu"  # as grpo_dist has it set when it imports DeepSpeed
     os.environ["JE_ARROW_MALLOC_CONF"] = "background_thread:false"  # pyarrow's allocator would start one
     for name in PRELOADED:
-        importlib.import_module(name)
+        with contextlib.suppress(ModuleNotFoundError):  # another version has it elsewhere: runs import it themselves
+            importlib.import_module(name)
     threads = os.listdir("/proc/self/task")
     if len(threads) != 1:
         raise RuntimeError(f"importing has started {len(threads) - 1} thread(s): forks would lack them")
@@ -114,7 +115,7 @@ _waiting: list[tuple[int, int]] = []
 class ForkedRank:
     """What torch's launcher uses of `subprocess.Popen`, for a fork that waits to become a rank."""
 
-    def __init__(self, args: Sequence[str], env: Mapping[str, str], **_: object) -> None:
+    def __init__(self, args: Sequence[str], env: Mapping[str, str]) -> None:
         self.pid, pipe = _waiting.pop(0)
         self.returncode: int | None = None
         with open(pipe, "w") as file:
@@ -155,7 +156,7 @@ def fork_ranks(number: int) -> dict[str, Any] | None:
         os.close(read)
         _waiting.append((pid, write))
     handler = importlib.import_module("torch.distributed.elastic.multiprocessing.subprocess_handler.subprocess_handler")
-    handler.Popen = ForkedRank  # type: ignore[attr-defined]
+    handler.SubprocessHandler._popen = lambda _, args, env: ForkedRank(args, env)
     return None
 
 
