@@ -59,13 +59,13 @@ class LoraConfig:
 
 @dataclass
 class ReferenceConfig:
-    """The frozen copy of the base model: reference of the KL term, and engine of the rollouts."""
+    """The base model as it was before training: reference of the KL term."""
 
     dtype: Dtype = "bfloat16"
-    """Dtype of the frozen copy."""
+    """Dtype of the reference. That of the policy saves a copy with LoRA, but under ZeRO-3."""
     placement: Literal["copy", "shared"] = "copy"
-    """`copy` keeps a whole frozen copy on every rank; `shared` uses the policy itself, adapters off, where a copy does
-    not fit (needs LoRA)."""
+    """`copy` keeps a whole frozen copy on every rank where the policy's base is not the same; `shared` uses the policy
+    itself, adapters off, where a copy does not fit (needs LoRA)."""
 
 
 @dataclass

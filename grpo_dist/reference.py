@@ -7,6 +7,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from .algorithm import has_reference
+from .config import Config
 from .packing import Pack
 from .policy import Policy
 
@@ -18,6 +20,15 @@ class Reference(Protocol):
 
     def logprobs(self, pack: Pack) -> Tensor:
         """Log-probabilities (M,) of a pack; a collective under ZeRO-3 where the weights are the policy's."""
+
+
+def needs_copy(config: Config, dtype: torch.dtype, copy_dtype: torch.dtype, zero_stage: int) -> bool:
+    """Whether the reference has weights of its own beside a policy of a `dtype`: not where nothing depends on it, where
+    `reference.placement` asks for the policy itself, and where the copy would have the same numbers as a base that
+    every rank has."""
+    is_same = copy_dtype == dtype and zero_stage < 3
+    shares = config.lora is not None and (is_same or config.reference.placement == "shared")
+    return has_reference(config) and not shares
 
 
 class FrozenCopy:

@@ -52,7 +52,7 @@ from .own_attention import require_no_noise, settle_attention
 from .position import Position
 from .probe import head_is_plain
 from .recording import Recorder
-from .reference import AdaptersOff, FrozenCopy, Reference
+from .reference import AdaptersOff, FrozenCopy, Reference, needs_copy
 from .rendezvous import LaunchError, Rendezvous, place_in_launch
 from .reopening import check_final, probe
 from .resuming import changes, identity, require_same_start, resume_path, versions, with_template_date
@@ -211,13 +211,11 @@ class Run:
             each.fused_head = plain and isinstance(each.causal_lm.get_output_embeddings(), torch.nn.Linear)
 
     def _reference(self, dtype: torch.dtype, implementation: str | None) -> Reference | None:
-        """The policy itself, adapters off, where `reference.placement` asks for it or a copy would hold the same
-        numbers; else a copy; None where nothing depends on it. `dtype` is the policy's."""
+        """The policy itself, adapters off, or a copy; None where nothing depends on it. `dtype` is the policy's."""
         config, copy_dtype = self.config, resolve_dtype(self.config.reference.dtype)
         if not has_reference(config):
             return None
-        is_same = copy_dtype == dtype and self.ranks.zero_stage < 3
-        if config.lora is not None and (is_same or config.reference.placement == "shared"):
+        if not needs_copy(config, dtype, copy_dtype, self.ranks.zero_stage):
             return AdaptersOff(self.wrapped, self.policy)
         with unsharded_loading():
             copy = load_causal_lm(config.model, copy_dtype, implementation, self.ranks.device)

@@ -32,8 +32,10 @@ class ModelCounts:
     """Of the base model, without adapters."""
     adapters: int
     """Of the adapters; 0 where all weights are trained."""
-    exchanged: int
-    """Of the weights that the frozen copy holds a second time for rollouts."""
+    adapted: int
+    """Of the weights that have adapters on them."""
+    joined: int
+    """Of the projections to queries, keys and values."""
     kept_whole: int
     """Of the base parameters below KEPT_WHOLE."""
     num_layers: int
@@ -88,16 +90,13 @@ class MemoryInputs:
     trained_bytes: int
     """Bytes of one of the weights that are trained, as the policy computes with them."""
     copy_bytes: int
-    """Bytes of one of the frozen copy's weights."""
-    shared: bool
-    """The policy is its own reference and rollout model (reference.placement)."""
+    """Bytes of one of the frozen copy's weights; 0 where there is no copy."""
+    copy_decodes: bool
+    """Rollouts are drawn with the copy's weights where ZeRO-3 has partitioned the policy's: it has their dtype."""
+    step_bytes: int = 0
+    """Of weights that a step of decoding has in a form of its own."""
     reward_models: int = 0
     """Bytes of reward models that lie on the rank's GPU beside it."""
-
-    @property
-    def rollout_bytes(self) -> int:
-        """Bytes of one of the weights that decode."""
-        return self.policy_bytes if self.shared else self.copy_bytes
 
 
 @dataclass(frozen=True)
@@ -150,11 +149,10 @@ def _weights(inputs: MemoryInputs) -> list[Part]:
     # DeepSpeed computes with one set of the trained weights and steps another, in float32
     per_element = 2 * FLOAT32 + (FLOAT32 if stage else 0)
     parts.append(Part("optimizer", shard(trained, ranks, stage > 0) * per_element, "always"))
-    if not inputs.shared:
-        parts += [
-            Part("frozen copy", counts.parameters * inputs.copy_bytes, "always"),
-            Part("rollout weights", counts.exchanged * inputs.copy_bytes, "always"),
-        ]
+    if inputs.copy_bytes:
+        parts.append(Part("frozen copy", counts.parameters * inputs.copy_bytes, "always"))
+    if not frozen and (stage == 3 or inputs.trained_bytes != inputs.policy_bytes):
+        parts.append(Part("rollout weights", trained * inputs.policy_bytes, "always"))
     if inputs.reward_models:
         parts.append(Part("reward models", inputs.reward_models, "always"))
     if stage == 0 and ranks > 1:
@@ -177,7 +175,7 @@ def _gathered(inputs: MemoryInputs, most: int) -> int:
 
 def _rollout(inputs: MemoryInputs) -> list[Part]:
     counts, flight = inputs.counts, inputs.flight
-    width = inputs.rollout_bytes
+    width = inputs.policy_bytes
     per_token = counts.num_layers * counts.cache_width * width
     prompt_tokens = flight.prompts * flight.prompt_length
     own = flight.rows * flight.slots * per_token
@@ -188,8 +186,10 @@ def _rollout(inputs: MemoryInputs) -> list[Part]:
         Part("keys and values", flight.shares * prompt_tokens * per_token + own, "rollout"),
         Part("decoding or prefill", max(of_a_step, prefill), "rollout"),
     ]
-    if inputs.shared:
-        parts.append(Part("gathered policy", _gathered(inputs, inputs.counts.parameters), "rollout"))
+    if inputs.step_bytes:
+        parts.append(Part("weights of the step", inputs.step_bytes, "rollout"))
+    if inputs.zero_stage == 3 and counts.adapters and not inputs.copy_decodes:
+        parts.append(Part("gathered policy", _gathered(inputs, counts.parameters), "rollout"))
     return parts
 
 
@@ -208,6 +208,6 @@ def _update(inputs: MemoryInputs) -> list[Part]:
     parts.append(Part("stepped gradients", held, "optimizer"))
     if stage == 3:
         parts.append(gathered)
-        if inputs.shared and inputs.passes.reference:
+        if not inputs.copy_bytes and inputs.passes.reference:
             parts.append(Part(gathered.name, gathered.num_bytes, "reference"))
     return parts

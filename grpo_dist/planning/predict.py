@@ -16,7 +16,9 @@ from ..config import Config, Dtype
 from ..distributed import DTYPES
 from ..models import packing_obstacle, trainable
 from ..packing import Piece, plan
+from ..reference import needs_copy
 from ..rollout.cache import SLOT_CHUNK
+from ..rollout.kernel import MERGED
 from ..rollout.native import COPIED_PROMPT
 from ..rollout.room import LOGIT_BYTES, ON_CPU, fitting
 from ..work import REFERENCE_PACK
@@ -121,7 +123,6 @@ class Predictor:
         self.implementation = attention.NAME if self.share_prompts else None if named == "auto" else named
         self.policy_dtype = dtype_on(device, config.model.dtype)
         self.copy_dtype = dtype_on(device, config.reference.dtype)
-        self.shared = config.reference.placement == "shared" and config.lora is not None
         self._reward_models = reward_model_bytes(config) if device == "gpu" else 0
         self._counts: dict[Precision, tuple[ModelCounts, int]] = {}
         self._passes: dict[tuple[Precision, Shape, Shape | None], Passes] = {}
@@ -133,13 +134,15 @@ class Predictor:
     def inputs(self, num_ranks: int, zero_stage: ZeroStage) -> MemoryInputs:
         """What the memory of a rank depends on."""
         casts = zero_stage > 0 and self.policy_dtype != torch.float32
-        precision = Precision(self.policy_dtype, self.policy_dtype if self.shared else self.copy_dtype, casts)
+        has_copy = needs_copy(self.config, self.policy_dtype, self.copy_dtype, zero_stage)
+        precision = Precision(self.policy_dtype, self.copy_dtype if has_copy else self.policy_dtype, casts)
         counts, trained_bytes = self._count(precision)
         inputs = MemoryInputs(
             counts=counts, passes=self._trace(precision, num_ranks), num_ranks=num_ranks,
             flight=flight(self.config, num_ranks, self.share_prompts, self.device), zero_stage=zero_stage,
             policy_bytes=self.policy_dtype.itemsize, trained_bytes=trained_bytes,
-            copy_bytes=self.copy_dtype.itemsize, shared=self.shared,
+            copy_bytes=self.copy_dtype.itemsize if has_copy else 0,
+            copy_decodes=has_copy and self.copy_dtype == self.policy_dtype, step_bytes=self._step_bytes(counts),
             reward_models=self._reward_models,
         )  # fmt: skip
         if self.most_bytes is None or tokens_in_flight(self.config, self.device) != sys.maxsize:
@@ -147,11 +150,19 @@ class Predictor:
         most = self._fitting(inputs, self.most_bytes)
         return replace(inputs, flight=flight(self.config, num_ranks, self.share_prompts, self.device, most))
 
+    def _step_bytes(self, counts: ModelCounts) -> int:
+        """Of weights that decoding has a second time: with adapters added to them on a CPU, side by side on a GPU."""
+        if not self.share_prompts:
+            return 0
+        if self.device == "gpu":
+            return counts.joined * self.policy_dtype.itemsize
+        return counts.adapted * self.policy_dtype.itemsize if self.policy_dtype in MERGED else 0
+
     def _fitting(self, inputs: MemoryInputs, most_bytes: int) -> int:
         """Tokens in flight for which `auto` has room beside what is always held, at least those of one sequence."""
         counts, longest = inputs.counts, self.config.rollout.max_completion_length
         always = sum(part.num_bytes for part in memory_per_rank(inputs) if part.phase == "always")
-        per_token = counts.num_layers * counts.cache_width * inputs.rollout_bytes
+        per_token = counts.num_layers * counts.cache_width * inputs.policy_bytes
         tokens = fitting(most_bytes - always, per_token, counts.vocabulary * LOGIT_BYTES, longest)
         return max(tokens, self.config.data.max_prompt_length + longest)
 

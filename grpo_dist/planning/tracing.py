@@ -31,6 +31,7 @@ from .memory import KEPT_WHOLE, ModelCounts, Passes
 TRACED_LAYERS = (2, 4)
 """Depths at which a deeper model is traced: what its passes hold grows by the same for every further layer."""
 PREFILL_TOKENS = 1024
+JOINED = ("q_proj", "k_proj", "v_proj")
 
 Shape = tuple[tuple[int, tuple[int, ...]], ...]
 """A pack's pieces: each prompt's length and its completions'."""
@@ -79,7 +80,12 @@ def count(policy: Policy) -> ModelCounts:
     return ModelCounts(
         parameters=sum(p.numel() for p in base or every),
         adapters=sum(p.numel() for p in every) if base else 0,
-        exchanged=sum(p.numel() for p in adapted or every),
+        adapted=sum(p.numel() for p in adapted),
+        joined=sum(
+            p.numel()
+            for name, p in policy.named_parameters()
+            if name.removesuffix(".weight").removesuffix(".base_layer").endswith(JOINED)
+        ),
         kept_whole=sum(p.numel() for p in base if p.numel() < KEPT_WHOLE),
         num_layers=text.num_hidden_layers,
         query_heads=getattr(text, "num_attention_heads", None) or 0,
@@ -126,7 +132,7 @@ def trace_passes(
         rows = [[low + (high - low) * (depth - depths[0]) // (depths[-1] - depths[0])
                  for low, high in zip(*rows, strict=True)]]  # fmt: skip
     update, reference, prefill = rows[0]
-    sampling = _trace_sampling(config, model_config.get_text_config().vocab_size, precision.copy)
+    sampling = _trace_sampling(config, model_config.get_text_config().vocab_size, precision.policy)
     return Passes(update, reference if of_reference else 0, prefill, sampling)
 
 
@@ -148,9 +154,10 @@ def _trace(
     policy = build_policy(config, model_config, implementation, precision, num_layers)
     plain = replace(config, lora=None, model=replace(config.model, gradient_checkpointing=False),
                     reference=replace(config.reference, placement="copy"))  # fmt: skip
-    in_copy = Precision(precision.copy, precision.copy, casts_all=True)
-    frozen = build_policy(plain, model_config, implementation, in_copy, num_layers)
-    frozen.requires_grad_(False).eval()
+    frozen, decoding = (
+        build_policy(plain, model_config, implementation, Precision(dtype, dtype, casts_all=True), num_layers)
+        .requires_grad_(False).eval() for dtype in (precision.copy, precision.policy)
+    )  # fmt: skip
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     share_prompts = implementation == attention.NAME
     positions = getattr(model_config.get_text_config(), "max_position_embeddings", None) or PREFILL_TOKENS
@@ -159,7 +166,7 @@ def _trace(
     pack, larger, prompt = (example_pack(each, share_prompts) for each in (shape, of_reference or one, one))
     mixed = precision.policy != torch.float32 and not precision.casts_all
     with fake:
-        for each in (policy, frozen):
+        for each in (policy, frozen, decoding):
             _materialise(each)
         for parameter in trainable(policy).values():  # as after the update's first pack
             parameter.grad = torch.zeros_like(parameter)
@@ -170,7 +177,7 @@ def _trace(
         with torch.no_grad(), LiveBytes() as reference:
             frozen(larger)
         with torch.no_grad(), LiveBytes() as prefill:
-            frozen(prompt)
+            decoding(prompt)
     return [update.peak, reference.peak, prefill.peak // num_prefilled]
 
 

@@ -17,9 +17,11 @@ from grpo_dist.run import Run
 
 
 def places(run: Run) -> dict[str, object]:
-    """How many weights of the rollout's and the reference's model lie elsewhere than the policy's."""
+    """How many weights of the rollout's and the reference's model lie elsewhere than the policy's, and their bytes."""
+    sizes: dict[int, int] = {}
 
     def addresses(parameters: dict[str, Tensor]) -> set[int]:
+        sizes.update({parameter.data_ptr(): parameter.nbytes for parameter in parameters.values()})
         return {parameter.data_ptr() for parameter in parameters.values()}
 
     policy = addresses(dict(run.policy.model.named_parameters()))
@@ -29,7 +31,7 @@ def places(run: Run) -> dict[str, object]:
         rollout = addresses(dict(run.rollout_model.tree.named_parameters()))
     return {
         "policy": len(policy), "rollout": len(rollout), "reference": len(reference), "apart": len(rollout - policy),
-        "reference_apart": len(reference - policy), "b": float(sum(
+        "reference_apart": len(reference - policy), "bytes": sum(sizes.values()), "b": float(sum(
             parameter.abs().sum() for name, parameter in run.policy.named_parameters() if ".lora_B" in name
         )),
     }  # fmt: skip

@@ -4,9 +4,31 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from launching import TINY, launch
+
+from grpo_dist.cli_config import parse_config
+from grpo_dist.models import load_model_config
+from grpo_dist.planning.predict import Predictor
+
+
+def run(strategy: str | None, ranks: int, directory: Path, *options: str) -> list[str]:
+    """A step with a KL term; returns its arguments."""
+    arguments = [*TINY, "--train.output_dir", str(directory), "--train.num_train_steps", "1", "--loss.kl_coeff", "0.04",
+                 "--logging.trackers", "[]", *options]  # fmt: skip
+    done = launch(strategy, ranks, *arguments, program=["tests/distributed/storage.py"])
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+    return arguments
+
+
+def predicted(stage: Any, ranks: int, arguments: list[str]) -> int:
+    """Bytes of all weights that `plan` expects on a rank."""
+    config = parse_config(arguments)
+    parts = Predictor(config, load_model_config(config.model), "cpu").parts(ranks, stage)
+    names = ("frozen weights", "adapters", "policy weights", "frozen copy", "rollout weights")
+    return sum(part.num_bytes for part in parts if part.name in names)
 
 
 @pytest.mark.parametrize(
@@ -15,14 +37,19 @@ from launching import TINY, launch
      ("zero1", 2, "float32"), ("zero2", 2, "bfloat16"), ("zero2", 2, "float32")],
 )  # fmt: skip
 def test_frozen_weights_lie_in_one_place(strategy: str | None, ranks: int, dtype: str, tmp_path: Path) -> None:
-    done = launch(
-        strategy, ranks, *TINY, "--train.output_dir", str(tmp_path), "--train.num_train_steps", "1", "--model.dtype",
-        dtype, "--reference.dtype", dtype, "--loss.kl_coeff", "0.04", "--logging.trackers", "[]",
-        program=["tests/distributed/storage.py"],
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+    arguments = run(strategy, ranks, tmp_path, "--model.dtype", dtype, "--reference.dtype", dtype)
+    stage = int(strategy[4]) if strategy is not None and strategy.startswith("zero") else 0
     for rank in range(ranks):
         before, after = map(json.loads, (tmp_path / f"storage-{rank}.jsonl").read_text().splitlines())
         assert before["policy"] == before["rollout"] == before["reference"] > 50
         assert before["b"] == 0 < after["b"], "the optimizer has stepped"
+        assert before["bytes"] == after["bytes"] == predicted(stage, ranks, arguments)
         assert [each[name] for each in (before, after) for name in ("apart", "reference_apart")] == [0, 0, 0, 0]
+
+
+@pytest.mark.parametrize("options", [("--reference.dtype", "float32"), ("--lora", "null")], ids=["other", "full"])
+def test_what_lies_apart_is_counted(options: tuple[str, ...], tmp_path: Path) -> None:
+    """A reference of another dtype; and a policy that is trained in float32 and computes in bfloat16."""
+    arguments = run(None, 1, tmp_path, "--model.dtype", "bfloat16", "--reference.dtype", "bfloat16", *options)
+    before, after = map(json.loads, (tmp_path / "storage-0.jsonl").read_text().splitlines())
+    assert before["reference_apart"] > 0 and before["bytes"] == after["bytes"] == predicted(0, 1, arguments)

@@ -9,12 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification, LlamaConfig
+from transformers import AutoModelForSequenceClassification, LlamaConfig, Qwen2Config
 
 from grpo_dist import attention
 from grpo_dist.cli import main
 from grpo_dist.config import Config, DataConfig, LoraConfig, ModelConfig, ReferenceConfig, RolloutConfig, TrainConfig
+from grpo_dist.config_algorithm import LossConfig
 from grpo_dist.config_rewards import RewardConfig
+from grpo_dist.distributed import DTYPES
 from grpo_dist.models import load_model_config, load_policy, trainable
 from grpo_dist.plan import parse_ranks, parse_size
 from grpo_dist.planning.advice import largest_peak, make_fit
@@ -22,12 +24,13 @@ from grpo_dist.planning.live import LiveBytes
 from grpo_dist.planning.memory import Flight, MemoryInputs, ModelCounts, Passes, memory_per_rank, peaks, slots_held
 from grpo_dist.planning.predict import Device, Predictor, batch_arithmetic, flight
 from grpo_dist.planning.tracing import Precision, build_policy, count, example_pack
+from grpo_dist.reference import needs_copy
 from grpo_dist.rollout.cache import SLOT_CHUNK, DecodeState, PrefillLayout
 
-COUNTS = ModelCounts(parameters=1_000_003, adapters=50_001, exchanged=800_000, kept_whole=4_003, num_layers=3,
-                     cache_width=128, query_heads=8, vocabulary=500)  # fmt: skip
+COUNTS = ModelCounts(parameters=1_000_003, adapters=50_001, adapted=800_000, joined=200_000, kept_whole=4_003,
+                     num_layers=3, cache_width=128, query_heads=8, vocabulary=500)  # fmt: skip
 INPUTS = MemoryInputs(COUNTS, Passes(700_000, 300_000, 1_000, 8.0), Flight(4, 32, 100, 64, True, 150), num_ranks=3,
-                      zero_stage=0, policy_bytes=2, trained_bytes=4, copy_bytes=2, shared=False)  # fmt: skip
+                      zero_stage=0, policy_bytes=2, trained_bytes=4, copy_bytes=2, copy_decodes=True)  # fmt: skip
 
 
 def config_of(**changes: Any) -> Config:
@@ -59,7 +62,7 @@ def test_what_all_ranks_hold_together(stage: Any) -> None:
     moments, master = 8, 4
     states = parts["optimizer"] * (3 if stage else 1)
     assert 0 <= states - COUNTS.adapters * (moments + (master if stage else 0)) <= 3 * 12
-    assert parts["frozen copy"] == whole and parts["rollout weights"] == 1_600_000
+    assert parts["frozen copy"] == whole and not {"rollout weights", "gathered policy"} & set(parts)
 
 
 def test_peaks_are_what_is_held_together() -> None:
@@ -73,9 +76,46 @@ def test_peaks_are_what_is_held_together() -> None:
 
 
 def test_a_shared_reference_has_no_copy() -> None:
-    parts = named(replace(INPUTS, shared=True, zero_stage=3))
+    parts = named(replace(INPUTS, copy_bytes=0, copy_decodes=False, zero_stage=3))
     assert not {"frozen copy", "rollout weights"} & set(parts)
     assert parts["gathered policy"] == (COUNTS.parameters - COUNTS.kept_whole) * 2
+
+
+@pytest.mark.parametrize(
+    ("stage", "trained_bytes", "expected"), [(0, 2, 0), (2, 2, 0), (0, 4, 2), (2, 4, 2), (3, 2, 2)]
+)
+def test_weights_that_are_all_trained_decode_where_they_can(stage: Any, trained_bytes: int, expected: int) -> None:
+    full = replace(COUNTS, adapters=0, adapted=0)
+    parts = named(replace(INPUTS, counts=full, zero_stage=stage, trained_bytes=trained_bytes))
+    assert parts.get("rollout weights", 0) == expected * COUNTS.parameters and "gathered policy" not in parts
+
+
+@pytest.mark.parametrize(
+    ("lora", "options", "copies"),
+    [(LoraConfig(), {}, (False, False, True)), (LoraConfig(), {"dtype": "float16"}, (True, True, True)),
+     (LoraConfig(), {"placement": "shared"}, (False, False, False)), (None, {}, (True, True, True))],
+    ids=["same", "other-dtype", "shared", "full"],
+)  # fmt: skip
+def test_a_copy_is_counted_where_a_run_has_one(
+    lora: LoraConfig | None, options: dict[str, Any], copies: tuple[bool, ...]
+) -> None:
+    """Policy and copy in bfloat16 as on a GPU, under DDP, ZeRO-2 and ZeRO-3; never where nothing needs a reference."""
+    config = config_of(lora=lora, reference=ReferenceConfig(**options), loss=LossConfig(kl_coeff=0.04))
+    dtypes = torch.bfloat16, DTYPES[config.reference.dtype]
+    assert tuple(needs_copy(config, *dtypes, stage) for stage in (0, 2, 3)) == copies
+    assert not needs_copy(replace(config, loss=LossConfig(kl_coeff=0.0)), *dtypes, 3)
+
+
+def test_seven_billion_weights_lie_on_a_gpu_once() -> None:
+    """LoRA in bfloat16 without a copy: 14.2 GiB of frozen weights; a copy and rollout weights made 40.5 of it."""
+    model_config = Qwen2Config(vocab_size=152064, hidden_size=3584, intermediate_size=18944, num_hidden_layers=28,
+                               num_attention_heads=28, num_key_value_heads=4, tie_word_embeddings=False)  # fmt: skip
+    precision = Precision(torch.bfloat16, torch.bfloat16, False)
+    counts = count(build_policy(config_of(lora=LoraConfig()), model_config, attention.NAME, precision))
+    for stage in (0, 1, 2):
+        parts = memory_per_rank(replace(INPUTS, counts=counts, zero_stage=stage, copy_bytes=0, copy_decodes=False))
+        always = {part.name: part.num_bytes / 2**30 for part in parts if part.phase == "always"}
+        assert always["frozen weights"] == pytest.approx(14.2, abs=0.05) and sum(always.values()) < 15.5
 
 
 @pytest.mark.parametrize("longest", [1, 31, 32, 33, 100, 257])
@@ -107,12 +147,15 @@ def test_counts_are_those_of_the_loaded_model() -> None:
     assert counts.parameters + counts.adapters == sum(p.numel() for p in real.parameters())
     assert counts.adapters == sum(p.numel() for p in trainable(real).values())
     for_all = counted(config_of(lora=None))
-    assert (for_all.parameters, for_all.adapters, for_all.exchanged) == (counts.parameters, 0, counts.parameters)
+    assert (for_all.parameters, for_all.adapters, for_all.adapted) == (counts.parameters, 0, 0)
+    ends = tuple(f"{letter}_proj.base_layer.weight" for letter in "qkv")
+    of_heads = [parameter for name, parameter in real.named_parameters() if name.endswith(ends)]
+    assert counts.joined == for_all.joined == sum(p.numel() for p in of_heads) > 0
     some = config_of(lora=LoraConfig(r=3, target_modules=["q_proj"]))
     width = model_config.hidden_size
     few = counted(some)
     assert few.adapters == model_config.num_hidden_layers * 3 * 2 * width
-    assert few.exchanged == model_config.num_hidden_layers * width**2
+    assert few.adapted == model_config.num_hidden_layers * width**2
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

@@ -33,8 +33,8 @@ from grpo_dist.planning.scaling import (
     shares,
 )
 
-COUNTS = ModelCounts(parameters=5000, adapters=300, exchanged=4000, kept_whole=1000, num_layers=4, query_heads=4,
-                     cache_width=16, vocabulary=100)  # fmt: skip
+COUNTS = ModelCounts(parameters=5000, adapters=300, adapted=4000, joined=900, kept_whole=1000, num_layers=4,
+                     query_heads=4, cache_width=16, vocabulary=100)  # fmt: skip
 SETTING = Setting(COUNTS, zero_stage=0, policy_bytes=2, trained_bytes=4, max_tokens_per_pack=400, optimizer_steps=2,
                   shares_prompts=True)  # fmt: skip
 COSTS = Costs(per_token=2e-3, per_position=5e-3, per_prompt_token=1e-4, update=3e-3, reference=1e-3, reward=0.01,
