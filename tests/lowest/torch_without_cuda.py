@@ -17,12 +17,19 @@ from pathlib import Path
 
 ACCELERATOR = re.compile(r"Requires-Dist: (nvidia-|cuda-|triton)")
 SONAME = re.compile(r"\blib(?:cu|nccl|nv)\S*\.so\.\d+")
+STAND_IN = "torch/lib/libwithout_cuda.so"
 SYMBOL = re.compile(r"_*(?:cu(?!da)|nccl|nv)")
 
 
 def install(release: str) -> None:
-    """Install the release, and what it depends on apart from CUDA is left to the caller."""
-    pip("install", "--no-deps", f"torch=={release}")
+    """Install the release unless it is there; what it depends on apart from CUDA is left to the caller."""
+    before = next(iter(importlib.metadata.distributions(name="torch")), None)
+    if before is not None:
+        made = Path(str(before.locate_file(STAND_IN)))
+        if before.version == release and made.is_file():
+            return
+        made.unlink(missing_ok=True)
+    pip("install", "--no-deps", "--force-reinstall", f"torch=={release}")
     torch = importlib.metadata.distribution("torch")
     needs = " ".join(torch.requires or [])
     runtime = re.findall(r"nvidia-cuda-runtime\S*==[\d.]+", needs)
@@ -32,15 +39,15 @@ def install(release: str) -> None:
     metadata = Path(str(torch.locate_file(f"torch-{torch.version}.dist-info/METADATA")))
     lines = metadata.read_text().splitlines(keepends=True)
     metadata.write_text("".join(line for line in lines if not ACCELERATOR.match(line)))
-    stand_in(Path(str(torch.locate_file("torch/lib"))))
+    stand_in(Path(str(torch.locate_file(STAND_IN))))
 
 
-def stand_in(folder: Path) -> None:
-    """Make the library that stands in for those of CUDA which the libraries in the folder of torch's need."""
-    made = folder / "libwithout_cuda.so"
+def stand_in(made: Path) -> None:
+    """Make the library that stands in for those of CUDA which the libraries beside it need."""
+    folder = made.parent
     needed, wanted, defined = set(), set(), set()
     for library in folder.glob("*.so*"):
-        if library == made or library.is_symlink():  # of an earlier call
+        if library.is_symlink():  # of an earlier call
             continue
         needed |= set(SONAME.findall(output("objdump", "-p", library)))
         for line in output("nm", "-D", library).splitlines():
