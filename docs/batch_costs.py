@@ -20,17 +20,17 @@ from typing import TypeVar
 import numpy as np
 import torch
 
-from grpo_dist.advantages import relative_advantages
-from grpo_dist.batch import Batch, Completion, Prompt, all_token_rewards, join
-from grpo_dist.config import Config, ModelConfig, OptimConfig
-from grpo_dist.distributed import Ranks
-from grpo_dist.gathering import gather_completions, gather_scores
-from grpo_dist.losses import token_weights
-from grpo_dist.metrics import batch_metrics
-from grpo_dist.models import load_tokenizer
-from grpo_dist.packing import make_pack, plan
-from grpo_dist.recording import Recorder
+from grpo_dist.algorithm.advantages import relative_advantages
+from grpo_dist.algorithm.losses import token_weights
+from grpo_dist.config.schema import Config, ModelConfig, OptimConfig
+from grpo_dist.distributed.ranks import Ranks
+from grpo_dist.model.load import load_tokenizer
+from grpo_dist.model.packing import make_pack, plan
+from grpo_dist.monitoring.metrics import batch_metrics
+from grpo_dist.monitoring.recorder import Recorder
 from grpo_dist.rewards.scores import Scores
+from grpo_dist.trainer.gathering import gather_completions, gather_scores
+from grpo_dist.types import Batch, Completion, Prompt, all_token_rewards, join
 
 Result = TypeVar("Result")
 LONGEST = 2048

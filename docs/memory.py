@@ -25,16 +25,16 @@ from pathlib import Path
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from grpo_dist.algorithm import targets_of
-from grpo_dist.batches import batch_of
-from grpo_dist.cli_config import parse_config
-from grpo_dist.models import load_model_config, load_tokenizer
+from grpo_dist.algorithm.targets import targets_of
+from grpo_dist.config.parse import parse_config
+from grpo_dist.model.load import load_model_config, load_tokenizer
 from grpo_dist.planning.live import LiveBytes
 from grpo_dist.planning.memory import peaks
 from grpo_dist.planning.predict import Predictor
-from grpo_dist.run import Run
 from grpo_dist.train import update
-from grpo_dist.work import aim, measure, pack_batch
+from grpo_dist.trainer.batches import batch_of
+from grpo_dist.trainer.build import Run
+from grpo_dist.trainer.work import aim, measure, pack_batch
 
 ROOT = Path(__file__).parents[1]
 VOCABULARY = 4096

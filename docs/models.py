@@ -33,14 +33,14 @@ from tiny_configs import tiny_config
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from grpo_dist.cli_config import parse_config
-from grpo_dist.config import Config
-from grpo_dist.model_checks import UnfitModel
+from grpo_dist.config.parse import parse_config
+from grpo_dist.config.schema import Config
+from grpo_dist.model.checks import UnfitModel
+from grpo_dist.model.toy import toy_path
 from grpo_dist.preflight.contents import read_contents
 from grpo_dist.preflight.findings import Findings
-from grpo_dist.run import Run, UserError
-from grpo_dist.toy import toy_path
 from grpo_dist.train import train
+from grpo_dist.trainer.build import Run, UserError
 
 HEAD = """# Which models train
 

@@ -13,8 +13,8 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import yaml
 from docstring_parser import parse_from_object
 
-from grpo_dist.cli_config import group_type
-from grpo_dist.config import Config
+from grpo_dist.config.parse import group_type
+from grpo_dist.config.schema import Config
 
 PAGE = Path(__file__).with_name("options.md")
 HEAD = """# Options

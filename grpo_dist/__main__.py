@@ -2,6 +2,6 @@
 
 import sys
 
-from grpo_dist.cli import main
+from grpo_dist.cli.main import main
 
 sys.exit(main())

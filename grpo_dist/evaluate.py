@@ -25,21 +25,16 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from .batch import Batch, Prompt
-from .cli_config import parse_config
-from .config import Config
-from .data import load_prompts
-from .device import set_up_cuda
-from .display import set_up_logging
-from .distributed import Ranks, resolve_dtype, unsharded_loading
-from .engines import UnfitEngine, make_engine
-from .estimates import Comparison, Estimate, compare, estimate, majority_at_k, pass_at_k
-from .gathering import gather_completions, gather_scores
-from .generation import Scoring, generate_and_score, requests_of
-from .launch_config import require_known_launch
-from .metrics import is_right
-from .model_checks import UnfitModel
-from .models import (
+from .algorithm.estimates import Comparison, Estimate, compare, estimate, majority_at_k, pass_at_k
+from .config.parse import parse_config
+from .config.schema import Config
+from .data.prompts import load_prompts
+from .distributed.device import set_up_cuda
+from .distributed.launch_config import require_known_launch
+from .distributed.ranks import Ranks, resolve_dtype, unsharded_loading
+from .distributed.rendezvous import is_of_one_rank, place_in_launch
+from .model.checks import UnfitModel
+from .model.load import (
     attention_for,
     base_identity,
     check_model_config,
@@ -48,14 +43,19 @@ from .models import (
     load_model_config,
     load_tokenizer,
 )
-from .own_attention import settle_attention
-from .plain_text import plain_lines, write_lines
-from .rendezvous import is_of_one_rank, place_in_launch
-from .rewards.pool import ScorerPool
+from .monitoring.console import set_up_logging
+from .monitoring.metrics import is_right
+from .rewards.pool.pool import ScorerPool
 from .rewards.registry import answer_checks, answer_reader
 from .rollout import Sampling
-from .templates import today, uses_date
-from .texts import CompletionTexts
+from .rollout.choose import UnfitEngine, make_engine
+from .rollout.own_attention import settle_attention
+from .text.plain import plain_lines, write_lines
+from .text.templates import today, uses_date
+from .text.tokens import CompletionTexts
+from .trainer.gathering import gather_completions, gather_scores
+from .trainer.generation import Scoring, generate_and_score, requests_of
+from .types import Batch, Prompt
 
 _PROMPTS_A_PART = 64  # a part is the same whatever the number of ranks
 

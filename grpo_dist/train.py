@@ -19,17 +19,17 @@ import time
 
 from torch import Tensor
 
-from .algorithm import next_kl_coeff, objective_of, penalty_metrics, targets_of
-from .batch import Batch
-from .batches import batch_of
-from .ending import main
-from .evaluation import evaluate
-from .losses import policy_loss, value_loss
-from .metrics import UpdateMetrics, batch_metrics, pass_rates, update_metrics
-from .position import Position
-from .ratios import rollout_weights
-from .run import Run
-from .work import Work, aim, measure, pack_batch
+from .algorithm.losses import policy_loss, value_loss
+from .algorithm.ratios import rollout_weights
+from .algorithm.targets import next_kl_coeff, objective_of, penalty_metrics, targets_of
+from .checkpoint.state import Position
+from .monitoring.metrics import UpdateMetrics, batch_metrics, pass_rates, update_metrics
+from .trainer.batches import batch_of
+from .trainer.build import Run
+from .trainer.ending import main
+from .trainer.evaluation import evaluate
+from .trainer.work import Work, aim, measure, pack_batch
+from .types import Batch
 
 
 def train(run: Run) -> None:

@@ -11,8 +11,8 @@ import sys
 import torch
 from transformers import Qwen2Config, Qwen2ForSequenceClassification
 
-from grpo_dist.toy import task
-from grpo_dist.toy_training import make_tokenizer
+from grpo_dist.model.toy import task
+from grpo_dist.model.toy_training import make_tokenizer
 
 OUT_DIR = "configs/data/toy_reward_model"
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-from ..config import Config
+from ..config.schema import Config
 from .memory import Phase, peaks
 from .predict import Device, Predictor, ZeroStage, tokens_in_flight
 

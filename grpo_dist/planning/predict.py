@@ -10,18 +10,18 @@ from typing import Any, Literal
 
 import torch
 
-from .. import attention
-from ..algorithm import reference_in_loss
-from ..config import Config, Dtype
-from ..distributed import DTYPES
-from ..models import packing_obstacle, trainable
-from ..packing import Piece, plan
-from ..reference import needs_copy
-from ..rollout.cache import SLOT_CHUNK
-from ..rollout.kernel import MERGED
-from ..rollout.native import COPIED_PROMPT
+from ..algorithm.targets import reference_in_loss
+from ..config.schema import Config, Dtype
+from ..distributed.ranks import DTYPES
+from ..model import attention
+from ..model.load import packing_obstacle, trainable
+from ..model.packing import Piece, plan
+from ..model.reference import needs_copy
+from ..rollout.native.cache import SLOT_CHUNK
+from ..rollout.native.engine import COPIED_PROMPT
+from ..rollout.native.kernel import MERGED
 from ..rollout.room import LOGIT_BYTES, ON_CPU, fitting
-from ..work import REFERENCE_PACK
+from ..trainer.work import REFERENCE_PACK
 from .memory import Flight, MemoryInputs, ModelCounts, Part, Passes, memory_per_rank, slots_held
 from .tracing import Precision, Shape, build_policy, count, reward_model_bytes, trace_passes
 

@@ -10,8 +10,8 @@ from typing import Any
 import pyarrow.parquet as pq
 import yaml
 
-from ..config import ModelConfig
-from ..models import load_tokenizer
+from ..config.schema import ModelConfig
+from ..model.load import load_tokenizer
 from .scaling import Group, RecordedStep
 
 PARTS = ("rollout", "reward", "reference", "update", "step")

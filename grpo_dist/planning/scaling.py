@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from ..packing import piece_cost, plan
+from ..model.packing import piece_cost, plan
 from .memory import MOST_GATHERED, ModelCounts
 
 Numbers = NDArray[np.float64]

@@ -17,14 +17,14 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
-from .. import attention
-from ..batch import Batch, Prompt
-from ..config import Config
-from ..models import blank_causal_lm, make_policy, trainable
-from ..packing import Pack, Piece, make_pack
-from ..policy import Policy
+from ..config.schema import Config
+from ..model import attention
+from ..model.load import blank_causal_lm, make_policy, trainable
+from ..model.packing import Pack, Piece, make_pack
+from ..model.policy import Policy
 from ..rollout.room import cache_width
 from ..rollout.sampling import Sampling, draw
+from ..types import Batch, Prompt
 from .live import LiveBytes
 from .memory import KEPT_WHOLE, ModelCounts, Passes
 

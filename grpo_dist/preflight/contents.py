@@ -9,25 +9,18 @@ from typing import Any
 
 import numpy as np
 
-from ..batch import Prompt
-from ..checkpoint import DamagedCheckpoint
-from ..config import Config, ModelConfig, RewardConfig
-from ..data import load_prompts
-from ..model_checks import require_whole_model
-from ..models import (
-    attention_for,
-    check_model_config,
-    load_model_config,
-    load_tokenizer,
-    model_path,
-    try_blank,
-)
-from ..plain_text import plain
-from ..resuming import resume_path, with_template_date
-from ..rewards.pool import ScorerPool
+from ..checkpoint.resume import resume_path, with_template_date
+from ..checkpoint.store import DamagedCheckpoint
+from ..cli.score import to_items
+from ..config.schema import Config, ModelConfig, RewardConfig
+from ..data.mixture import load_training
+from ..data.prompts import load_prompts
+from ..model.checks import require_whole_model
+from ..model.load import attention_for, check_model_config, load_model_config, load_tokenizer, model_path, try_blank
+from ..rewards.pool.pool import ScorerPool
 from ..rewards.registry import BUILT_IN, answer_checks, declared_placement
-from ..score import to_items
-from ..sources import load_training
+from ..text.plain import plain
+from ..types import Prompt
 from .findings import Findings
 
 _SHOWN_PROMPTS = 2

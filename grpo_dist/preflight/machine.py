@@ -8,11 +8,11 @@ from pathlib import Path
 
 import torch
 
-from ..config import Config
-from ..distributed import resolve_dtype
-from ..guards import lock
+from ..checkpoint.guards import lock
+from ..checkpoint.resume import changes, identity, resume_path, with_template_date
+from ..config.schema import Config
+from ..distributed.ranks import resolve_dtype
 from ..planning.memory import ModelCounts
-from ..resuming import changes, identity, resume_path, with_template_date
 from .contents import Contents
 from .findings import Findings
 from .sizes import gib

@@ -14,9 +14,9 @@ from typing import Any, Literal, get_args, get_origin
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, get_loader
 
-from ..checks import collected_refusals
-from ..cli_config import PRESETS, group_type, make_parser, nearest_option, option_types, presets, redacted, to_config
-from ..config import Config
+from ..config.checks import collected_refusals
+from ..config.parse import PRESETS, group_type, make_parser, nearest_option, option_types, presets, redacted, to_config
+from ..config.schema import Config
 
 COMMAND_LINE = "the command line"
 _NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text", NoneType: "null",

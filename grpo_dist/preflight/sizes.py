@@ -7,7 +7,7 @@ import os
 import psutil
 import torch
 
-from ..config import Config
+from ..config.schema import Config
 from ..planning.memory import MemoryInputs, ModelCounts, memory_per_rank, peaks
 from ..planning.predict import Predictor, ZeroStage, batch_arithmetic
 from ..rollout.room import RESERVE

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from ..trackers import require_known
+from ..monitoring.trackers import require_known
 from .findings import Findings
 
 _CONNECT_SECONDS = 3.0

@@ -12,7 +12,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from ..config import Config
+from ..config.schema import Config
 from .embedding import encoded, harmless
 from .reading import FIELDS, Completions, Written, read_completions, read_run
 from .shaping import OTHER, HeatMap, answer_map, change, curves, flat, is_number, number_map, run_names, variants

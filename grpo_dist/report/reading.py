@@ -12,8 +12,8 @@ from typing import Any
 import pyarrow.parquet as pq
 import yaml
 
-from ..config import RewardConfig
-from ..json_lines import read_json_lines
+from ..config.schema import RewardConfig
+from ..monitoring.json_lines import read_json_lines
 from ..rewards.registry import BUILT_IN, answer_reader
 from .embedding import cut, encoded, harmless
 from .shaping import agreement, answer_of, by_lot, flat, spread

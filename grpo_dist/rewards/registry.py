@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from grpo_dist.config import RewardConfig
+from grpo_dist.config.schema import RewardConfig
 from grpo_dist.rewards.placement import Placement, most_items_of, placement_of
 
 BUILT_IN = {

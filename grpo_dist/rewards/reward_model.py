@@ -11,10 +11,10 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from grpo_dist.places import model_place
+from grpo_dist.config.places import model_place
 from grpo_dist.rewards.placement import runs_in
 from grpo_dist.rewards.text import completion_text
-from grpo_dist.templates import render_messages
+from grpo_dist.text.templates import render_messages
 
 
 @runs_in("gpu", most_items=256)

@@ -4,9 +4,9 @@ An engine has one method, `generate(model, requests, sampling) -> completions`, 
 training: it is handed a model whose weights are whole.
 """
 
-from ..hashing import stream_key
+from ..algorithm.hashing import stream_key
 from .engine import Engine, Request, RowEngine
-from .native import NativeEngine
+from .native.engine import NativeEngine
 from .paged import PagedEngine, paged_obstacle
 from .sampling import Sampling
 

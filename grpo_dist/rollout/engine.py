@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from ..batch import Completion
+from ..types import Completion
 from .sampling import Sampling, draw
 
 

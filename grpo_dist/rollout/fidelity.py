@@ -6,7 +6,7 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from .llama import linear_of
+from .native.llama import linear_of
 
 
 @torch.no_grad()

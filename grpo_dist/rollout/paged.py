@@ -19,7 +19,7 @@ import transformers
 from torch import Tensor, nn
 from transformers import GenerationConfig, LogitsProcessorList
 
-from ..batch import Completion
+from ..types import Completion
 from .engine import Request, check_lengths, ends_by_itself, finished_completion
 from .sampling import Sampling, draw
 

@@ -14,7 +14,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import nn
 
-from ..batch import Completion
+from ..types import Completion
 from .engine import Engine, Request
 from .sampling import Sampling
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ..hashing import uniforms
+from ..algorithm.hashing import uniforms
 
 BLOCK = 128
 """Tokens of the vocabulary whose probabilities are summed at once."""

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from grpo_dist.toy import toy_path
+from grpo_dist.model.toy import toy_path
 
 ROOT = Path(__file__).parents[2]
 TINY = [

@@ -12,8 +12,8 @@ import sys
 from torch import Tensor
 
 from grpo_dist import train
-from grpo_dist.ending import main
-from grpo_dist.run import Run
+from grpo_dist.trainer.build import Run
+from grpo_dist.trainer.ending import main
 
 
 def places(run: Run) -> dict[str, object]:

@@ -19,9 +19,9 @@ from documents import PAGES, Command, commands, files
 from launching import ROOT, launch
 
 from grpo_dist import evaluate
-from grpo_dist.cli import main, make_parser
-from grpo_dist.cli_config import option_types, parse_config
-from grpo_dist.examples import copy_examples
+from grpo_dist.cli.examples import copy_examples
+from grpo_dist.cli.main import main, make_parser
+from grpo_dist.config.parse import option_types, parse_config
 
 SHORT = ("--train.num_train_steps", "2", "--train.num_eval_prompts", "4")
 NOT_HERE = {

@@ -20,9 +20,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from grpo_dist.cli import main
-from grpo_dist.conversation import harmless
-from grpo_dist.toy import toy_path
+from grpo_dist.cli.conversation import harmless
+from grpo_dist.cli.main import main
+from grpo_dist.model.toy import toy_path
 
 QUESTION = "What is 12 - 7? Answer with an integer."
 

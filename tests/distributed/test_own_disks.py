@@ -10,11 +10,11 @@ import pytest
 from launching import ROOT, TINY, launch
 from safetensors.torch import load_file, save_file
 
-from grpo_dist.toy import toy_path
+from grpo_dist.model.toy import toy_path
 
 PROGRAM = """import os, sys
 os.chdir(os.environ["DISKS"] + os.environ["RANK"])
-from grpo_dist.ending import main
+from grpo_dist.trainer.ending import main
 from grpo_dist.train import train
 sys.exit(main(train))
 """

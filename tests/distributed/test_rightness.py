@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from grpo_dist.toy import toy_path
+from grpo_dist.model.toy import toy_path
 
 REWARD = '''
 import json

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from launching import TINY, launch
 
-from grpo_dist.cli_config import parse_config
-from grpo_dist.models import load_model_config
+from grpo_dist.config.parse import parse_config
+from grpo_dist.model.load import load_model_config
 from grpo_dist.planning.predict import Predictor
 
 

@@ -17,10 +17,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from grpo_dist import checkpoint, evaluation, train, watch
-from grpo_dist.ending import main
-from grpo_dist.rewards.pool import Pending
+from grpo_dist import train
+from grpo_dist.checkpoint import store as checkpoint
+from grpo_dist.distributed import watch
+from grpo_dist.rewards.pool.pool import Pending
 from grpo_dist.rollout import NativeEngine
+from grpo_dist.trainer import evaluation
+from grpo_dist.trainer.ending import main
 
 KIND, _, WHERE = os.environ["FAULT"].partition("@")
 POINT, _, COUNT = WHERE.partition(":")

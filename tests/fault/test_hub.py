@@ -9,7 +9,7 @@ import pytest
 from hub import Hub, served
 from launching import TINY, launch
 
-from grpo_dist.toy import toy_path
+from grpo_dist.model.toy import toy_path
 
 
 def start(strategy: str | None, hub: Hub, folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from launching import ROOT, TINY, adapters, command, launch, metrics, train
 
-from grpo_dist import checkpoint
+from grpo_dist.checkpoint import store as checkpoint
 
 
 def faulty(

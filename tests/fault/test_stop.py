@@ -16,8 +16,8 @@ import torch
 from launching import ROOT, TINY, TRAINER, command, launch, metrics, reported_steps, train
 from safetensors.torch import load_file
 
-from grpo_dist import checkpoint
-from grpo_dist.watch import SAME_SIGNAL_SECONDS
+from grpo_dist.checkpoint import store as checkpoint
+from grpo_dist.distributed.watch import SAME_SIGNAL_SECONDS
 
 ARGUMENTS = ("--train.updates_per_batch", "2", "--train.eval_every", "2", "--train.save_every", "2")
 POINTS = {"rollout": "rollout:5", "scoring": "scoring:5", "update": "update:6", "eval": "eval:5"}

@@ -20,15 +20,15 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from grpo_dist import checkpoint
-from grpo_dist.cli_config import make_parser, option_types, to_config
-from grpo_dist.config import Config, DataConfig
-from grpo_dist.data import load_prompts
-from grpo_dist.guards import flat
-from grpo_dist.models import load_tokenizer
-from grpo_dist.resuming import NEEDED
+from grpo_dist.checkpoint import store as checkpoint
+from grpo_dist.checkpoint.guards import flat
+from grpo_dist.checkpoint.resume import NEEDED
+from grpo_dist.config.parse import make_parser, option_types, to_config
+from grpo_dist.config.schema import Config, DataConfig
+from grpo_dist.data.prompts import load_prompts
+from grpo_dist.data.rows import RowReader
+from grpo_dist.model.load import load_tokenizer
 from grpo_dist.rewards.math import MathRewardModel, last_integer, read_answer
-from grpo_dist.rows import RowReader
 
 
 @pytest.fixture(scope="module")

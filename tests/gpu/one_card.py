@@ -32,13 +32,13 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, Qwen2Config
 
-from grpo_dist import attention, logprobs, packing, shared_prefix
-from grpo_dist.attention import RowLayout, block_layout
-from grpo_dist.batch import Batch, Prompt
-from grpo_dist.config import LoraConfig, ModelConfig
-from grpo_dist.models import make_policy
+from grpo_dist.config.schema import LoraConfig, ModelConfig
+from grpo_dist.model import attention, logprobs, packing, shared_prefix
+from grpo_dist.model.attention import RowLayout, block_layout
+from grpo_dist.model.load import make_policy
 from grpo_dist.rollout.engine import Request
 from grpo_dist.rollout.sampling import Sampling, draw
+from grpo_dist.types import Batch, Prompt
 
 SHAPES = {
     "0.5b": (896, 24, 14, 2, 4864, 151936),
@@ -245,8 +245,8 @@ def pack_attention(tiny: bool) -> dict[str, Any]:
 
 def decode_attention(tiny: bool) -> dict[str, Any]:
     """The kernels of pages against float64, and how near a step's attention comes to the memory's speed."""
-    from grpo_dist.rollout.cache import PrefillLayout
-    from grpo_dist.rollout.pages import PAGE, TILE, PagePool
+    from grpo_dist.rollout.native.cache import PrefillLayout
+    from grpo_dist.rollout.native.pages import PAGE, TILE, PagePool
 
     figures: dict[str, Any] = {}
     cases = [(3, 2, 4, 2, 64, 40, 30), (9, 3, 12, 2, 128, 300, 500), (20, 2, 14, 2, 64, 100, 70)]
@@ -322,10 +322,10 @@ def decode_attention(tiny: bool) -> dict[str, Any]:
 
 def fused_step(tiny: bool) -> dict[str, Any]:
     """The fused draw against the plain one, and completions of the engine on pages against the engine without them."""
-    from grpo_dist.rollout.fused import FusedStep, fused_draw
-    from grpo_dist.rollout.gpu import PagedDecoding
-    from grpo_dist.rollout.native import NativeEngine
-    from grpo_dist.rollout.steps import module_step
+    from grpo_dist.rollout.native.engine import NativeEngine
+    from grpo_dist.rollout.native.fused import FusedStep, fused_draw
+    from grpo_dist.rollout.native.gpu import PagedDecoding
+    from grpo_dist.rollout.native.steps import module_step
 
     figures: dict[str, Any] = {}
     rows, vocabulary, positions = (2, 2048, 2) if tiny else (64, 151936, 64)
@@ -384,8 +384,8 @@ def _gap_until_they_part(one: Any, other: Any) -> float:
 
 def engines(shape: str, rows: int, prompt: int, new: int) -> dict[str, Any]:
     """The same work by this project's engine, by transformers' continuous batching, and by `generate`."""
-    from grpo_dist.engines import fused_step
     from grpo_dist.rollout import NativeEngine, PagedEngine
+    from grpo_dist.rollout.choose import fused_step
 
     model, figures = model_of(shape), {}
     requests = [Request(n // 16, n, list(range(100, 100 + prompt)), key=n) for n in range(rows)]
@@ -416,8 +416,8 @@ def requests_for(count: int, prompt: int) -> list[Request]:
 
 def decode(shape: str, rows: list[int], prompt: int, new: int, tiny: bool) -> dict[str, Any]:
     """Milliseconds and kernels of a step with adapters apart, on pages; and what a capture takes."""
-    from grpo_dist.rollout.fused import FusedStep
-    from grpo_dist.rollout.gpu import PagedDecoding
+    from grpo_dist.rollout.native.fused import FusedStep
+    from grpo_dist.rollout.native.gpu import PagedDecoding
 
     model, figures = adapted(shape).causal_lm, {}
 
@@ -463,8 +463,8 @@ def decode(shape: str, rows: list[int], prompt: int, new: int, tiny: bool) -> di
 
 def old_decode(shape: str, rows: list[int], prompt: int, new: int) -> dict[str, Any]:
     """The engine without pages, as it decodes models that pages cannot hold."""
-    from grpo_dist.rollout.llama import LlamaStep
-    from grpo_dist.rollout.native import NativeEngine
+    from grpo_dist.rollout.native.engine import NativeEngine
+    from grpo_dist.rollout.native.llama import LlamaStep
 
     model, figures = adapted(shape).causal_lm, {}
     for count in rows:

@@ -9,13 +9,13 @@ import pytest
 import torch
 from simulated_rollouts import difference, drawn, make_case, make_model
 
-from grpo_dist import attention
-from grpo_dist.engines import fused_step
+from grpo_dist.model import attention
 from grpo_dist.rollout import Sampling
-from grpo_dist.rollout.cache import DecodeState
-from grpo_dist.rollout.llama import LlamaStep
+from grpo_dist.rollout.choose import fused_step
+from grpo_dist.rollout.native.cache import DecodeState
+from grpo_dist.rollout.native.llama import LlamaStep
+from grpo_dist.rollout.native.steps import module_step, prefill
 from grpo_dist.rollout.sampling import draw
-from grpo_dist.rollout.steps import module_step, prefill
 
 CUDA = torch.device("cuda")
 NUM_CASES = 60

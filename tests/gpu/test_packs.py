@@ -11,9 +11,9 @@ import torch
 from simulated_rollouts import VOCABULARY, make_model
 from torch import Tensor
 
-from grpo_dist import attention
-from grpo_dist.attention import RowLayout, block_layout
-from grpo_dist.logprobs import head_logprobs
+from grpo_dist.model import attention
+from grpo_dist.model.attention import RowLayout, block_layout
+from grpo_dist.model.logprobs import head_logprobs
 
 CUDA = torch.device("cuda")
 TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 1e-2}

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from grpo_dist.rollout.compiled import CannotCompile, library
-from grpo_dist.rollout.kernel import SOURCE
+from grpo_dist.rollout.native.compiled import CannotCompile, library
+from grpo_dist.rollout.native.kernel import SOURCE
 
 
 @pytest.fixture(autouse=True)

@@ -26,15 +26,15 @@ from transformers import Qwen2Config, Qwen3Config  # noqa: E402
 from transformers import Qwen2ForCausalLM as Qwen2  # noqa: E402
 from transformers import Qwen3ForCausalLM as Qwen3  # noqa: E402
 
-from grpo_dist import attention, head_kernel, logprobs  # noqa: E402
-from grpo_dist.rollout import gpu, pages  # noqa: E402
-from grpo_dist.rollout.cache import PrefillLayout  # noqa: E402
+from grpo_dist.model import attention, head_kernel, logprobs  # noqa: E402
 from grpo_dist.rollout.engine import Request  # noqa: E402
-from grpo_dist.rollout.fused import FusedStep, fused_draw  # noqa: E402
-from grpo_dist.rollout.native import NativeEngine  # noqa: E402
-from grpo_dist.rollout.pages import PAGE, TILE, PagePool  # noqa: E402
+from grpo_dist.rollout.native import gpu, pages  # noqa: E402
+from grpo_dist.rollout.native.cache import PrefillLayout  # noqa: E402
+from grpo_dist.rollout.native.engine import NativeEngine  # noqa: E402
+from grpo_dist.rollout.native.fused import FusedStep, fused_draw  # noqa: E402
+from grpo_dist.rollout.native.pages import PAGE, TILE, PagePool  # noqa: E402
+from grpo_dist.rollout.native.steps import module_step  # noqa: E402
 from grpo_dist.rollout.sampling import Sampling, draw  # noqa: E402
-from grpo_dist.rollout.steps import module_step  # noqa: E402
 
 CPU = torch.device("cpu")
 

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 
-from grpo_dist.config import Config
+from grpo_dist.config.schema import Config
 
 
 def write_run(

@@ -39,8 +39,8 @@ def make_model(kind: str, seed: int, implementation: str) -> torch.nn.Module:
 def make_case(seed: int) -> dict[str, Any]:
     """What to draw, and how."""
     from grpo_dist.rollout import Request, Sampling, stream_key
-    from grpo_dist.rollout.llama import LlamaStep
-    from grpo_dist.rollout.steps import module_step
+    from grpo_dist.rollout.native.llama import LlamaStep
+    from grpo_dist.rollout.native.steps import module_step
 
     rng = random.Random(seed)
     prompts = [[rng.randrange(4, VOCABULARY) for _ in range(rng.randint(1, 20))] for _ in range(rng.randint(1, 5))]
@@ -79,7 +79,7 @@ def difference(some: list[Any], others: list[Any]) -> str | None:
 
 def run(first: int, count: int) -> dict[str, Any]:
     """All cases."""
-    from grpo_dist import attention
+    from grpo_dist.model import attention
 
     cases = [make_case(seed) for seed in range(first, first + count)]
     models = [make_model(case["kind"], seed, attention.NAME) for seed, case in enumerate(cases)]

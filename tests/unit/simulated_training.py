@@ -27,8 +27,8 @@ def trained(directory: Path, arguments: list[str]) -> list[dict[str, Any]]:
     """The metrics of each step of a training in this process."""
     from accelerate.state import AcceleratorState
 
-    from grpo_dist.ending import main
     from grpo_dist.train import train
+    from grpo_dist.trainer.ending import main
 
     AcceleratorState._reset_state(reset_partial_state=True)
     with contextlib.redirect_stdout(sys.stderr):

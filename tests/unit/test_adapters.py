@@ -10,7 +10,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, Qwen2Config, Qwen2ForCausalLM
 
-from grpo_dist.adapters import adapted_linear, fuse_adapters
+from grpo_dist.model.lora import adapted_linear, fuse_adapters
 
 
 def qwen() -> nn.Module:

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from grpo_dist.advantages import (
+from grpo_dist.algorithm.advantages import (
     STD_FLOOR,
     discounted_sums,
     generalised_advantages,

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from grpo_dist.alarms import PAGE, RULES, Alarms, Rule, rules_for
+from grpo_dist.monitoring.alarms import PAGE, RULES, Alarms, Rule, rules_for
 
 pytestmark = pytest.mark.quick
 

@@ -10,7 +10,9 @@ import pytest
 import torch
 import yaml
 
-from grpo_dist.algorithm import (
+from grpo_dist.algorithm.kl import adapted_coefficient, kl_estimate
+from grpo_dist.algorithm.ratios import rollout_weights
+from grpo_dist.algorithm.targets import (
     computed,
     included,
     minibatch_of,
@@ -19,13 +21,11 @@ from grpo_dist.algorithm import (
     penalty_metrics,
     targets_of,
 )
-from grpo_dist.batch import Batch, Measured, Prompt, all_token_rewards, join
-from grpo_dist.cli_config import PRESETS, parse_config, presets
-from grpo_dist.config import Config, RewardConfig, RolloutConfig, TrainConfig
-from grpo_dist.config_algorithm import AdvantageConfig, CriticConfig, LossConfig
-from grpo_dist.kl import adapted_coefficient, kl_estimate
-from grpo_dist.position import Position
-from grpo_dist.ratios import rollout_weights
+from grpo_dist.checkpoint.state import Position
+from grpo_dist.config.algorithm import AdvantageConfig, CriticConfig, LossConfig
+from grpo_dist.config.parse import PRESETS, parse_config, presets
+from grpo_dist.config.schema import Config, RewardConfig, RolloutConfig, TrainConfig
+from grpo_dist.types import Batch, Measured, Prompt, all_token_rewards, join
 
 NAN = math.nan
 CLASSES = {"loss": LossConfig, "advantage": AdvantageConfig, "critic": CriticConfig, "rollout": RolloutConfig,

@@ -13,13 +13,13 @@ from typing import Any
 import pytest
 import torch
 
-from grpo_dist import checkpoint
-from grpo_dist.cli_config import parse_config
-from grpo_dist.config import Config
-from grpo_dist.resuming import NEEDED, changes, identity, resume_path
-from grpo_dist.rows import RowReader, load_rows
-from grpo_dist.run import Run, UserError
-from grpo_dist.toy import toy_path
+from grpo_dist.checkpoint import store as checkpoint
+from grpo_dist.checkpoint.resume import NEEDED, changes, identity, resume_path
+from grpo_dist.config.parse import parse_config
+from grpo_dist.config.schema import Config
+from grpo_dist.data.rows import RowReader, load_rows
+from grpo_dist.model.toy import toy_path
+from grpo_dist.trainer.build import Run, UserError
 
 ROOT = Path(__file__).parents[2]
 
@@ -73,7 +73,7 @@ def test_code_of_a_model_is_not_executed_unasked(tmp_path: Path) -> None:
 
 
 def test_pickled_weights_of_a_model_execute_nothing(tmp_path: Path) -> None:
-    from grpo_dist.models import load_causal_lm
+    from grpo_dist.model.load import load_causal_lm
 
     model = tmp_path / "model"
     model.mkdir()
@@ -107,7 +107,7 @@ def blank_meta() -> dict[str, Any]:
 
 def saved(config: Config, step: int) -> Path:
     """A checkpoint that the config's run might have left."""
-    from grpo_dist.models import load_model_config
+    from grpo_dist.model.load import load_model_config
 
     now = identity(config, load_model_config(config.model), [])
     meta = blank_meta() | {"identity": now, "config": asdict(config)}
@@ -178,7 +178,7 @@ def test_a_checkpoint_that_lacks_something_is_damaged(tmp_path: Path) -> None:
     ],
 )
 def test_changes_that_make_another_run_are_refused(arguments: tuple[str, ...], told: str, tmp_path: Path) -> None:
-    from grpo_dist.models import load_model_config
+    from grpo_dist.model.load import load_model_config
 
     before = config_of(tmp_path)
     path, model_config = saved(before, 1), load_model_config(before.model)
@@ -190,8 +190,8 @@ def test_changes_that_make_another_run_are_refused(arguments: tuple[str, ...], t
 
 
 def test_another_data_set_or_base_model_is_another_run(tmp_path: Path) -> None:
-    from grpo_dist.batch import Prompt
-    from grpo_dist.models import load_model_config
+    from grpo_dist.model.load import load_model_config
+    from grpo_dist.types import Prompt
 
     config = config_of(tmp_path)
     model_config = load_model_config(config.model)
@@ -204,7 +204,7 @@ def test_another_data_set_or_base_model_is_another_run(tmp_path: Path) -> None:
 
 
 def test_other_changes_are_listed(tmp_path: Path) -> None:
-    from grpo_dist.models import load_model_config
+    from grpo_dist.model.load import load_model_config
 
     config = config_of(tmp_path)
     path = saved(config, 1)

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from grpo_dist.batch import Batch, Prompt, join
+from grpo_dist.types import Batch, Prompt, join
 
 pytestmark = pytest.mark.quick
 

@@ -12,9 +12,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from grpo_dist.bench.bench import ours_in_turn, peer_micro_batch
-from grpo_dist.bench.tables import Pair, pairs_table, summary_row, table
-from grpo_dist.bench.workloads import WORKLOADS, Shape, Workload, make_model, write_prompts
+from grpo_dist.cli.bench.bench import ours_in_turn, peer_micro_batch
+from grpo_dist.cli.bench.tables import Pair, pairs_table, summary_row, table
+from grpo_dist.cli.bench.workloads import WORKLOADS, Shape, Workload, make_model, write_prompts
 
 SMALL = Workload("small", Shape(64, 2, 4, 2, 128, 400), 3, 4, 40, 64, 8)
 

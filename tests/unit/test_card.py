@@ -7,8 +7,8 @@ from typing import Any
 
 import yaml
 
-from grpo_dist.card import model_card
-from grpo_dist.config import Config, DataConfig, ModelConfig, RewardConfig, TrainConfig
+from grpo_dist.config.schema import Config, DataConfig, ModelConfig, RewardConfig, TrainConfig
+from grpo_dist.report.card import model_card
 
 
 def config(**changes: Any) -> dict[str, Any]:

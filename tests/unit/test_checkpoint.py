@@ -14,8 +14,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from grpo_dist import checkpoint
-from grpo_dist.checkpoint import MANIFEST, META, TENSORS, DamagedCheckpoint
+from grpo_dist.checkpoint import store as checkpoint
+from grpo_dist.checkpoint.store import MANIFEST, META, TENSORS, DamagedCheckpoint
 
 pytestmark = pytest.mark.quick
 

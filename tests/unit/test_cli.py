@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from grpo_dist.cli import VERBS, main, make_parser
+from grpo_dist.cli.main import VERBS, main, make_parser
 
 ROOT = Path(__file__).parents[2]
 USES = {
@@ -28,7 +28,7 @@ USES = {
 @pytest.mark.parametrize("name", USES)
 def test_is_answered_without_torch(name: str) -> None:
     words, status, told = USES[name]
-    code = ("import sys, grpo_dist.cli as cli\ntry: print(cli.main(sys.argv[1:]))\n"
+    code = ("import sys, grpo_dist.cli.main as cli\ntry: print(cli.main(sys.argv[1:]))\n"
             "except SystemExit as end: print(end.code)\nprint('torch' in sys.modules)")  # fmt: skip
     done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, cwd=ROOT, timeout=60,
                           check=True)  # fmt: skip
@@ -47,7 +47,7 @@ def test_every_verb_has_options_and_says_what_it_does(verb: str) -> None:
 
 
 def test_no_verb_needs_torch_to_be_asked_for() -> None:
-    code = ("import sys, importlib, grpo_dist.cli as cli\nfor module, _ in cli.VERBS.values():\n"
+    code = ("import sys, importlib, grpo_dist.cli.main as cli\nfor module, _ in cli.VERBS.values():\n"
             "    importlib.import_module(module)\n    print(module, 'torch' in sys.modules)")  # fmt: skip
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
     assert [line for line in done.stdout.splitlines() if line.endswith("True")] == []

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from grpo_dist import config as config_module
-from grpo_dist.cli_config import option_types, parse_config, redacted
-from grpo_dist.config import Config, LoraConfig
+from grpo_dist.config import schema as config_module
+from grpo_dist.config.parse import option_types, parse_config, redacted
+from grpo_dist.config.schema import Config, LoraConfig
 
 
 def parse(tmp_path: Path, text: str, *overrides: str) -> Config:
@@ -139,7 +139,7 @@ def test_a_config_that_is_not_a_file(name: str, tmp_path: Path, capsys: pytest.C
 
 def test_nothing_heavy_is_imported() -> None:
     heavy = ("torch", "transformers", "peft", "accelerate", "datasets")
-    code = ("import sys, grpo_dist.cli_config as c; c.parse_config([]); "
+    code = ("import sys, grpo_dist.config.parse as c; c.parse_config([]); "
             f"print([m for m in {heavy} if m in sys.modules])")  # fmt: skip
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True,
                           cwd=Path(__file__).parents[2])  # fmt: skip

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 from transformers import GenerationConfig
 
-from grpo_dist.config import Config, ModelConfig
-from grpo_dist.conversation import Conversation
-from grpo_dist.distributed import DTYPES
-from grpo_dist.models import load_causal_lm, load_policy, load_tokenizer
-from grpo_dist.trained import Trained
+from grpo_dist.checkpoint.trained import Trained
+from grpo_dist.cli.conversation import Conversation
+from grpo_dist.config.schema import Config, ModelConfig
+from grpo_dist.distributed.ranks import DTYPES
+from grpo_dist.model.load import load_causal_lm, load_policy, load_tokenizer
 
 PROMPT = "What is 12 - 7? Answer with an integer."
 

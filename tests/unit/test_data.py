@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from grpo_dist.config import DataConfig, RewardConfig
-from grpo_dist.data import load_prompts, load_rows, render
+from grpo_dist.config.schema import DataConfig, RewardConfig
+from grpo_dist.data.order import Sampler, permutation
+from grpo_dist.data.prompts import load_prompts, load_rows, render
+from grpo_dist.data.rows import RowReader
 from grpo_dist.rewards.registry import answer_checks
-from grpo_dist.rows import RowReader
-from grpo_dist.sampler import Sampler, permutation
 
 TEMPLATE = (
     "<s>{% for message in messages %}{% if message.role == 'tool' %}{{ raise_exception('no tools here') }}{% endif %}"

@@ -7,7 +7,7 @@ import os
 import pytest
 import torch
 
-from grpo_dist.device import ALLOCATOR, MemoryPeaks, set_up_cuda
+from grpo_dist.distributed.device import ALLOCATOR, MemoryPeaks, set_up_cuda
 
 GIB = 2**30
 

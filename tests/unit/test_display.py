@@ -14,11 +14,11 @@ import torch
 from rich.cells import cell_len
 from rich.console import Console
 
-from grpo_dist.alarms import Alarm
-from grpo_dist.batch import Batch, Prompt
-from grpo_dist.contrast import contrast, contrast_table
-from grpo_dist.display import Display, set_up_logging
-from grpo_dist.live import LiveView, clock, shares_of_time, sparkline, split_bar
+from grpo_dist.monitoring.alarms import Alarm
+from grpo_dist.monitoring.console import Display, set_up_logging
+from grpo_dist.monitoring.contrast import contrast, contrast_table
+from grpo_dist.monitoring.live_view import LiveView, clock, shares_of_time, sparkline, split_bar
+from grpo_dist.types import Batch, Prompt
 
 METRICS = {
     "step": 3, "reward/mean": 0.5, "kl": 0.0123, "entropy": 0.4, "completion/length_mean": 12.34, "time/step": 2.0,

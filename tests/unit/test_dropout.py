@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from grpo_dist import attention
-from grpo_dist.batch import Batch, Prompt
-from grpo_dist.config import LoraConfig, ModelConfig
-from grpo_dist.dropout import TokenDropout, TokenKeys
-from grpo_dist.hashing import stream_key
-from grpo_dist.models import make_policy
-from grpo_dist.packing import Piece, make_pack
-from grpo_dist.policy import Policy
+from grpo_dist.algorithm.hashing import stream_key
+from grpo_dist.config.schema import LoraConfig, ModelConfig
+from grpo_dist.model import attention
+from grpo_dist.model.dropout import TokenDropout, TokenKeys
+from grpo_dist.model.load import make_policy
+from grpo_dist.model.packing import Piece, make_pack
+from grpo_dist.model.policy import Policy
+from grpo_dist.types import Batch, Prompt
 
 MASK = (1 << 64) - 1
 KEY = stream_key(7, "dropout", 3, 0)
@@ -119,7 +119,7 @@ def test_one_gradient_however_a_batch_is_packed(way: str, monkeypatch: pytest.Mo
     batch = make_batch(SHAPES)
     reference = gradient(tiny_policy(0.3), ONE, batch)
     if way == "peft":  # what ZeRO-3 runs
-        monkeypatch.setattr("grpo_dist.models.is_sharded", lambda _: True)
+        monkeypatch.setattr("grpo_dist.model.load.is_sharded", lambda _: True)
     policy = tiny_policy(0.3, way == "checkpointing")
     for packs in (ONE, CUT):
         assert difference(reference, gradient(policy, packs, batch)) < 1e-5

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from grpo_dist.estimates import compare, estimate, majority_at_k, pass_at_k
+from grpo_dist.algorithm.estimates import compare, estimate, majority_at_k, pass_at_k
 from grpo_dist.evaluate import compare_rows, summarise
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from grpo_dist.config import Config, LoraConfig, LossConfig, ModelConfig, ReferenceConfig
-from grpo_dist.first_update import first_update
-from grpo_dist.model_checks import UnfitModel
+from grpo_dist.config.schema import Config, LoraConfig, LossConfig, ModelConfig, ReferenceConfig
+from grpo_dist.model.checks import UnfitModel
+from grpo_dist.trainer.first_update import first_update
 
 pytestmark = pytest.mark.quick
 

@@ -13,9 +13,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from grpo_dist.batch import Batch, Completion, Prompt
-from grpo_dist.gathering import RewardFailure, gather_completions, gather_scores
 from grpo_dist.rewards.scores import Failure, Scores
+from grpo_dist.trainer.gathering import RewardFailure, gather_completions, gather_scores
+from grpo_dist.types import Batch, Completion, Prompt
 
 pytestmark = pytest.mark.quick
 

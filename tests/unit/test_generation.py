@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 from torch import Tensor, nn
 
-from grpo_dist.batch import Completion, Prompt
-from grpo_dist.config import RewardConfig, ScoringConfig
-from grpo_dist.gathering import gather_completions
-from grpo_dist.generation import Scoring, generate_and_score, requests_of
-from grpo_dist.rewards.pool import ScorerPool
+from grpo_dist.config.schema import RewardConfig, ScoringConfig
+from grpo_dist.rewards.pool.pool import ScorerPool
 from grpo_dist.rollout import Request, Sampling
+from grpo_dist.trainer.gathering import gather_completions
+from grpo_dist.trainer.generation import Scoring, generate_and_score, requests_of
+from grpo_dist.types import Completion, Prompt
 
 REWARD = '''
 from pathlib import Path

@@ -8,8 +8,8 @@ from collections.abc import Callable
 
 import pytest
 
-from grpo_dist.heartbeat import Beat, Sight, look, slow, stuck
-from grpo_dist.watch import stack_of
+from grpo_dist.distributed.heartbeat import Beat, Sight, look, slow, stuck
+from grpo_dist.distributed.watch import stack_of
 
 pytestmark = pytest.mark.quick
 

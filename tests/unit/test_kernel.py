@@ -15,14 +15,14 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
 
-from grpo_dist import attention
-from grpo_dist.adapters import fuse_adapters
-from grpo_dist.distributed import is_sharded
-from grpo_dist.rollout import compiled
-from grpo_dist.rollout.cache import DecodeState
-from grpo_dist.rollout.compiled import CannotCompile, library
-from grpo_dist.rollout.kernel import SOURCE, KernelStep
-from grpo_dist.rollout.steps import module_step, prefill
+from grpo_dist.distributed.ranks import is_sharded
+from grpo_dist.model import attention
+from grpo_dist.model.lora import fuse_adapters
+from grpo_dist.rollout.native import compiled
+from grpo_dist.rollout.native.cache import DecodeState
+from grpo_dist.rollout.native.compiled import CannotCompile, library
+from grpo_dist.rollout.native.kernel import SOURCE, KernelStep
+from grpo_dist.rollout.native.steps import module_step, prefill
 
 pytestmark = pytest.mark.usefixtures("kernel")
 
@@ -227,7 +227,7 @@ def test_without_a_place_to_keep_it(fresh: Path) -> None:
 
 def test_a_damaged_library_is_made_anew(fresh: Path) -> None:
     # by another process: this one would go on with the library that it has opened
-    code = f"import pathlib, grpo_dist.rollout.compiled as c; c.library(pathlib.Path({str(fresh)!r}))"
+    code = f"import pathlib, grpo_dist.rollout.native.compiled as c; c.library(pathlib.Path({str(fresh)!r}))"
     subprocess.run([sys.executable, "-c", code], check=True)
     (kept,) = (fresh.parent / "cache" / "grpo_dist").iterdir()
     kept.write_bytes(b"")

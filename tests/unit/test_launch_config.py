@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from grpo_dist.launch_config import require_known_launch, set_aside_precision, settle_deepspeed
+from grpo_dist.distributed.launch_config import require_known_launch, set_aside_precision, settle_deepspeed
 
 pytestmark = pytest.mark.quick
 

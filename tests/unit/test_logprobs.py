@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from grpo_dist import logprobs as module
-from grpo_dist.logprobs import head_logprobs, logits_logprobs
+from grpo_dist.model import logprobs as module
+from grpo_dist.model.logprobs import head_logprobs, logits_logprobs
 
 pytestmark = pytest.mark.quick
 

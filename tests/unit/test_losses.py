@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from grpo_dist.kl import kl_estimate
-from grpo_dist.losses import Objective, policy_loss, token_weights, value_loss
+from grpo_dist.algorithm.kl import kl_estimate
+from grpo_dist.algorithm.losses import Objective, policy_loss, token_weights, value_loss
 
 pytestmark = pytest.mark.quick
 

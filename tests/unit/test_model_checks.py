@@ -12,8 +12,8 @@ import torch
 from test_models import make_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
-from grpo_dist.config import LoraConfig, ModelConfig
-from grpo_dist.model_checks import (
+from grpo_dist.config.schema import LoraConfig, ModelConfig
+from grpo_dist.model.checks import (
     UnfitModel,
     adapter_targets,
     convert_peft_config_for_transformers,
@@ -21,7 +21,7 @@ from grpo_dist.model_checks import (
     require_trainable,
     require_weights,
 )
-from grpo_dist.models import (
+from grpo_dist.model.load import (
     adapted_layers,
     end_token_ids,
     load_causal_lm,
@@ -31,7 +31,7 @@ from grpo_dist.models import (
     trainable,
     try_blank,
 )
-from grpo_dist.toy import toy_path
+from grpo_dist.model.toy import toy_path
 
 SIZES = {"vocab_size": 260, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 8,
          "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64, "pad_token_id": 0,

@@ -13,11 +13,12 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast, Qwen2Config
 
-from grpo_dist import attention
-from grpo_dist.attention import block_layout
-from grpo_dist.batch import Batch, Prompt
-from grpo_dist.config import LoraConfig, ModelConfig
-from grpo_dist.models import (
+from grpo_dist.checkpoint.reopening import check_final, divergence, probe, rounding_kl
+from grpo_dist.config.schema import LoraConfig, ModelConfig
+from grpo_dist.model import attention
+from grpo_dist.model.attention import block_layout
+from grpo_dist.model.export import choose_dtype, kept_shares, merged_state, save_final
+from grpo_dist.model.load import (
     Policy,
     adapted_layers,
     end_token_ids,
@@ -26,10 +27,9 @@ from grpo_dist.models import (
     load_tokenizer,
     trainable,
 )
-from grpo_dist.packing import Pack, Piece, make_pack
-from grpo_dist.reference import AdaptersOff, FrozenCopy
-from grpo_dist.reopening import check_final, divergence, probe, rounding_kl
-from grpo_dist.saving import choose_dtype, kept_shares, merged_state, save_final
+from grpo_dist.model.packing import Pack, Piece, make_pack
+from grpo_dist.model.reference import AdaptersOff, FrozenCopy
+from grpo_dist.types import Batch, Prompt
 
 IDS = torch.tensor([5, 9, 33, 60, 7, 12, 80, 41])
 LORA = LoraConfig(r=3, alpha=6.0)
@@ -237,7 +237,7 @@ def test_what_a_model_keeps_in_float32_is_written_so(dtype: torch.dtype, base: M
 def test_the_model_that_is_written_is_compared_with_the_policy(
     dtype: torch.dtype, base: ModelConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    caplog.set_level("INFO", "grpo_dist.reopening")
+    caplog.set_level("INFO", "grpo_dist.checkpoint.reopening")
     policy = make_moved(base, dtype, 0.1)
     save_final(policy, load_tokenizer(base), tmp_path / "final", is_main=True)
     check_final(tmp_path / "final", probe(policy.causal_lm), dtype, trust_remote_code=False)

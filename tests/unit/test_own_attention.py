@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from grpo_dist import attention
-from grpo_dist.model_checks import UnfitModel
-from grpo_dist.own_attention import require_no_noise, settle_attention
-from grpo_dist.policy import Policy, recompute_layers
-from grpo_dist.probe import is_noisy, probe_pack, row_fault
+from grpo_dist.model import attention
+from grpo_dist.model.checks import UnfitModel
+from grpo_dist.model.policy import Policy, recompute_layers
+from grpo_dist.rollout.own_attention import require_no_noise, settle_attention
+from grpo_dist.rollout.probe import is_noisy, probe_pack, row_fault
 
 SIZES = {"vocab_size": 99, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
          "num_key_value_heads": 2, "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1,

@@ -115,8 +115,9 @@ def test_it_trains_without_deepspeed(tmp_path: Path) -> None:
 def test_every_module_imports_on_windows(tmp_path: Path) -> None:
     """But for what is a program of its own, of Linux or beside TRL, and what is for a GPU with Triton."""
     modules = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in (ROOT / "grpo_dist").rglob("*.py")]
-    programs = {"grpo_dist.__main__", "grpo_dist.rewards.sandbox_launcher", "grpo_dist.bench.peer"}
-    with_triton = ("head_kernel", "rollout.fused", "rollout.gpu", "rollout.pages", "rollout.triton_kernels")
+    programs = {"grpo_dist.__main__", "grpo_dist.rewards.sandbox_launcher", "grpo_dist.cli.bench.peer"}
+    native = ("fused", "gpu", "pages", "triton_kernels")
+    with_triton = ["model.head_kernel", *(f"rollout.native.{name}" for name in native)]
     on_gpu = {f"grpo_dist.{name}" for name in with_triton}
     names = sorted({name.removesuffix(".__init__") for name in modules} - programs - on_gpu)
     code = f"import importlib\nfor name in {names}: importlib.import_module(name)"

@@ -12,13 +12,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import AutoModelForCausalLM, Qwen2Config
 
-from grpo_dist import attention
-from grpo_dist.attention import BLOCK, block_layout
-from grpo_dist.batch import Batch, Prompt
-from grpo_dist.critic import ValueHead
-from grpo_dist.losses import Objective, policy_loss, token_weights
-from grpo_dist.models import Policy
-from grpo_dist.packing import PAIRS_PER_TOKEN, Piece, make_pack, piece_cost, plan
+from grpo_dist.algorithm.losses import Objective, policy_loss, token_weights
+from grpo_dist.model import attention
+from grpo_dist.model.attention import BLOCK, block_layout
+from grpo_dist.model.critic import ValueHead
+from grpo_dist.model.load import Policy
+from grpo_dist.model.packing import PAIRS_PER_TOKEN, Piece, make_pack, piece_cost, plan
+from grpo_dist.types import Batch, Prompt
 
 pytestmark = pytest.mark.quick
 

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import yaml
 
-from grpo_dist.config import Config, ModelConfig
-from grpo_dist.environment import started_in
-from grpo_dist.models import base_identity, load_model_config, load_tokenizer, model_path
-from grpo_dist.places import model_place
-from grpo_dist.toy import toy_path
-from grpo_dist.trained import find
+from grpo_dist.checkpoint.trained import find
+from grpo_dist.config.places import model_place
+from grpo_dist.config.schema import Config, ModelConfig
+from grpo_dist.model.load import base_identity, load_model_config, load_tokenizer, model_path
+from grpo_dist.model.toy import toy_path
+from grpo_dist.monitoring.machine import started_in
 
 
 def test_a_directory_is_named_by_its_absolute_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,21 +11,29 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, LlamaConfig, Qwen2Config
 
-from grpo_dist import attention
-from grpo_dist.cli import main
-from grpo_dist.config import Config, DataConfig, LoraConfig, ModelConfig, ReferenceConfig, RolloutConfig, TrainConfig
-from grpo_dist.config_algorithm import LossConfig
-from grpo_dist.config_rewards import RewardConfig
-from grpo_dist.distributed import DTYPES
-from grpo_dist.models import load_model_config, load_policy, trainable
-from grpo_dist.plan import parse_ranks, parse_size
+from grpo_dist.cli.main import main
+from grpo_dist.cli.plan import parse_ranks, parse_size
+from grpo_dist.config.algorithm import LossConfig
+from grpo_dist.config.rewards import RewardConfig
+from grpo_dist.config.schema import (
+    Config,
+    DataConfig,
+    LoraConfig,
+    ModelConfig,
+    ReferenceConfig,
+    RolloutConfig,
+    TrainConfig,
+)
+from grpo_dist.distributed.ranks import DTYPES
+from grpo_dist.model import attention
+from grpo_dist.model.load import load_model_config, load_policy, trainable
+from grpo_dist.model.reference import needs_copy
 from grpo_dist.planning.advice import largest_peak, make_fit
 from grpo_dist.planning.live import LiveBytes
 from grpo_dist.planning.memory import Flight, MemoryInputs, ModelCounts, Passes, memory_per_rank, peaks, slots_held
 from grpo_dist.planning.predict import Device, Predictor, batch_arithmetic, flight
 from grpo_dist.planning.tracing import Precision, build_policy, count, example_pack
-from grpo_dist.reference import needs_copy
-from grpo_dist.rollout.cache import SLOT_CHUNK, DecodeState, PrefillLayout
+from grpo_dist.rollout.native.cache import SLOT_CHUNK, DecodeState, PrefillLayout
 
 COUNTS = ModelCounts(parameters=1_000_003, adapters=50_001, adapted=800_000, joined=200_000, kept_whole=4_003,
                      num_layers=3, cache_width=128, query_heads=8, vocabulary=500)  # fmt: skip

@@ -10,17 +10,17 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from grpo_dist import checkpoint
-from grpo_dist.check import dry_run
-from grpo_dist.cli import main
-from grpo_dist.cli_config import parse_config
-from grpo_dist.plain_text import plain, plain_lines
-from grpo_dist.position import Position
+from grpo_dist.checkpoint import store as checkpoint
+from grpo_dist.checkpoint.resume import identity
+from grpo_dist.checkpoint.state import Position
+from grpo_dist.cli.check import dry_run
+from grpo_dist.cli.main import main
+from grpo_dist.config.parse import parse_config
 from grpo_dist.preflight.contents import read_contents
 from grpo_dist.preflight.findings import Findings
 from grpo_dist.preflight.options import COMMAND_LINE, read_options
 from grpo_dist.preflight.trackers import Service, unreachable
-from grpo_dist.resuming import identity
+from grpo_dist.text.plain import plain, plain_lines
 
 QUICKSTART = ["--config", "configs/quickstart.yaml"]
 GOOD: list[list[str]] = [

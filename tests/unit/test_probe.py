@@ -13,18 +13,18 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
-from grpo_dist import attention
-from grpo_dist.batch import Batch, Prompt
-from grpo_dist.config import RolloutConfig
-from grpo_dist.engines import STEPS, UnfitEngine, made_of, make_engine, own_step
-from grpo_dist.models import Policy, packing_obstacle
-from grpo_dist.packing import make_pack, plan
-from grpo_dist.probe import packing_leak
+from grpo_dist.config.schema import RolloutConfig
+from grpo_dist.model import attention
+from grpo_dist.model.load import Policy, packing_obstacle
+from grpo_dist.model.packing import make_pack, plan
 from grpo_dist.rollout import NativeEngine, PagedEngine, Request, RowEngine, Sampling, paged_obstacle, stream_key
-from grpo_dist.rollout.compiled import library
-from grpo_dist.rollout.kernel import KernelStep
-from grpo_dist.rollout.llama import LlamaStep
-from grpo_dist.rollout.steps import module_step
+from grpo_dist.rollout.choose import STEPS, UnfitEngine, made_of, make_engine, own_step
+from grpo_dist.rollout.native.compiled import library
+from grpo_dist.rollout.native.kernel import KernelStep
+from grpo_dist.rollout.native.llama import LlamaStep
+from grpo_dist.rollout.native.steps import module_step
+from grpo_dist.rollout.probe import packing_leak
+from grpo_dist.types import Batch, Prompt
 
 LONGEST = 64
 TINY: dict[str, Any] = {

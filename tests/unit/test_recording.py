@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from grpo_dist.recording import _arrow
+from grpo_dist.monitoring.recorder import _arrow
 
 
 @pytest.mark.parametrize(
@@ -29,6 +29,8 @@ def test_a_column_is_what_pyarrow_makes_of_it(values: list[Any]) -> None:
 
 
 def test_no_step_waits_for_pandas() -> None:
-    code = "import sys; from grpo_dist.recording import _arrow as a; [a(v) for v in (['a'], [1], [1.0], [True])]"
+    code = (
+        "import sys; from grpo_dist.monitoring.recorder import _arrow as a; [a(v) for v in (['a'], [1], [1.0], [True])]"
+    )
     done = subprocess.run([sys.executable, "-c", f"{code}; sys.exit('pandas' in sys.modules)"], check=False)
     assert done.returncode == 0

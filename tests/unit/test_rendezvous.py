@@ -14,9 +14,16 @@ from typing import Any
 import pytest
 import torch
 
-from grpo_dist import rendezvous
-from grpo_dist.distributed import resolve_dtype
-from grpo_dist.rendezvous import LaunchError, Rendezvous, Report, is_of_one_rank, place_in_launch, warn_of_idle_gpus
+from grpo_dist.distributed import rendezvous
+from grpo_dist.distributed.ranks import resolve_dtype
+from grpo_dist.distributed.rendezvous import (
+    LaunchError,
+    Rendezvous,
+    Report,
+    is_of_one_rank,
+    place_in_launch,
+    warn_of_idle_gpus,
+)
 
 
 def free_port() -> int:

@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from runs_on_disk import write_run
 
-from grpo_dist.cli import main
+from grpo_dist.cli.main import main
 from grpo_dist.report.embedding import UNSEEN, cut, encoded, harmless, visible
 from grpo_dist.report.page import render, write_report
 from grpo_dist.report.reading import FIELDS, read_completions, read_run

@@ -9,12 +9,12 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 from transformers import Qwen2ForSequenceClassification as Classifier
 
-from grpo_dist.config import RewardConfig, ScoringConfig
-from grpo_dist.rewards.pool import ScorerPool
+from grpo_dist.config.schema import RewardConfig, ScoringConfig
+from grpo_dist.model.toy import task
+from grpo_dist.model.toy_training import make_tokenizer
+from grpo_dist.rewards.pool.pool import ScorerPool
 from grpo_dist.rewards.registry import resolve
 from grpo_dist.rewards.scores import Item
-from grpo_dist.toy import task
-from grpo_dist.toy_training import make_tokenizer
 
 TEXTS = ["good day", "good night", "bad day", "bad night", "day good", "night bad", "a long and good day", "bad"]
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from grpo_dist.config import RewardConfig
+from grpo_dist.config.schema import RewardConfig
 from grpo_dist.rewards.math import MathRewardModel, last_integer, read_answer
 from grpo_dist.rewards.registry import answer_checks
 

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from serving import Server, chat_reply
 
-from grpo_dist.config import RewardConfig, ScoringConfig
+from grpo_dist.config.schema import RewardConfig, ScoringConfig
 from grpo_dist.rewards.judge import prompt_text
-from grpo_dist.rewards.pool import ScorerPool
+from grpo_dist.rewards.pool.pool import ScorerPool
 from grpo_dist.rewards.registry import resolve
 from grpo_dist.rewards.scores import Item, Scores
 

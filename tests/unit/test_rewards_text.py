@@ -6,11 +6,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from grpo_dist.config import RewardConfig, ScoringConfig
+from grpo_dist.config.schema import RewardConfig, ScoringConfig
 from grpo_dist.rewards.extraction import BoxedReward, Gsm8kReward, after_hashes, clean, last_boxed
 from grpo_dist.rewards.format import FormatReward
 from grpo_dist.rewards.length import LengthReward, OverlongReward
-from grpo_dist.rewards.pool import ScorerPool
+from grpo_dist.rewards.pool.pool import ScorerPool
 from grpo_dist.rewards.registry import BUILT_IN, answer_checks, resolve
 from grpo_dist.rewards.repetition import RepetitionReward
 from grpo_dist.rewards.scores import Item

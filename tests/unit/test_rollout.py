@@ -24,10 +24,8 @@ from transformers import (
     Qwen3Config,
 )
 
-from grpo_dist import attention
-from grpo_dist.batch import Completion
-from grpo_dist.models import packing_obstacle
-from grpo_dist.probe import packing_leak
+from grpo_dist.model import attention
+from grpo_dist.model.load import packing_obstacle
 from grpo_dist.rollout import (
     Engine,
     NativeEngine,
@@ -35,15 +33,17 @@ from grpo_dist.rollout import (
     Request,
     RowEngine,
     Sampling,
-    cache,
-    native,
     paged,
     paged_obstacle,
     stream_key,
 )
-from grpo_dist.rollout.kernel import KernelStep
-from grpo_dist.rollout.llama import LlamaStep
-from grpo_dist.rollout.steps import Step, module_step, prefill
+from grpo_dist.rollout.native import cache
+from grpo_dist.rollout.native import engine as native
+from grpo_dist.rollout.native.kernel import KernelStep
+from grpo_dist.rollout.native.llama import LlamaStep
+from grpo_dist.rollout.native.steps import Step, module_step, prefill
+from grpo_dist.rollout.probe import packing_leak
+from grpo_dist.types import Completion
 
 TINY: dict[str, Any] = {
     "vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,

@@ -10,18 +10,18 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from grpo_dist import attention
-from grpo_dist.attention import block_layout
-from grpo_dist.config import LoraConfig, ModelConfig
-from grpo_dist.models import make_policy, trainable
-from grpo_dist.policy import Policy
+from grpo_dist.config.schema import LoraConfig, ModelConfig
+from grpo_dist.model import attention
+from grpo_dist.model.attention import block_layout
+from grpo_dist.model.load import make_policy, trainable
+from grpo_dist.model.policy import Policy
+from grpo_dist.model.rollout_weights import RolloutModel
 from grpo_dist.rollout import Engine, PagedEngine, Request, RowEngine, Sampling
-from grpo_dist.rollout.cache import DecodeState
 from grpo_dist.rollout.fidelity import update_share
-from grpo_dist.rollout.kernel import KernelStep
-from grpo_dist.rollout.llama import LlamaStep
-from grpo_dist.rollout.steps import Step, module_step, prefill
-from grpo_dist.rollout_model import RolloutModel
+from grpo_dist.rollout.native.cache import DecodeState
+from grpo_dist.rollout.native.kernel import KernelStep
+from grpo_dist.rollout.native.llama import LlamaStep
+from grpo_dist.rollout.native.steps import Step, module_step, prefill
 
 IDS = torch.arange(24) % 61
 LORAS = {

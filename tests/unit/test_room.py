@@ -11,11 +11,12 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, DeepseekV3Config, LlamaConfig, Qwen3Config
 
-from grpo_dist import attention
-from grpo_dist.batch import Completion
-from grpo_dist.rollout import NativeEngine, Request, Sampling, native, room, stream_key
+from grpo_dist.model import attention
+from grpo_dist.rollout import NativeEngine, Request, Sampling, room, stream_key
+from grpo_dist.rollout.native import engine as native
+from grpo_dist.rollout.native.steps import prefill
 from grpo_dist.rollout.room import ON_CPU, RESERVE, WithinMemory, bytes_of, cache_width, fitting
-from grpo_dist.rollout.steps import prefill
+from grpo_dist.types import Completion
 
 NEW_TOKENS, GIB = 8, 2**30
 TINY: dict[str, Any] = {

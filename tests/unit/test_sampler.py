@@ -13,14 +13,14 @@ from typing import Any
 import pytest
 import torch
 
-from grpo_dist.batch import Batch, Prompt
-from grpo_dist.batches import further_places
-from grpo_dist.config import Config, CurriculumConfig, DataConfig, RewardConfig, TrainConfig
-from grpo_dist.metrics import pass_rates
-from grpo_dist.models import load_tokenizer
+from grpo_dist.config.schema import Config, CurriculumConfig, DataConfig, RewardConfig, TrainConfig
+from grpo_dist.data.mixture import load_training
+from grpo_dist.data.order import Curriculum, Mixture, Sampler
+from grpo_dist.model.load import load_tokenizer
+from grpo_dist.monitoring.metrics import pass_rates
 from grpo_dist.rewards.registry import answer_checks
-from grpo_dist.sampler import Curriculum, Mixture, Sampler
-from grpo_dist.sources import load_training
+from grpo_dist.trainer.batches import further_places
+from grpo_dist.types import Batch, Prompt
 
 pytestmark = pytest.mark.quick
 

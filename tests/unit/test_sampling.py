@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from grpo_dist.hashing import stream_key, uniforms
+from grpo_dist.algorithm.hashing import stream_key, uniforms
 from grpo_dist.rollout.sampling import Sampling, allowed, draw
 
 pytestmark = pytest.mark.quick

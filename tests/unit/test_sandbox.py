@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from grpo_dist.config import RewardConfig
+from grpo_dist.config.schema import RewardConfig
 from grpo_dist.rewards.code import CodeReward, extract_program, read_tests
 from grpo_dist.rewards.registry import resolve
 from grpo_dist.rewards.sandbox import Limits, Sandbox, SandboxError

@@ -12,8 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from grpo_dist.cli import main
-from grpo_dist.packing import piece_cost
+from grpo_dist.cli.main import main
+from grpo_dist.model.packing import piece_cost
 from grpo_dist.planning.memory import ModelCounts
 from grpo_dist.planning.recorded import read_run
 from grpo_dist.planning.scaling import (

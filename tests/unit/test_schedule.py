@@ -7,8 +7,8 @@ from typing import Literal
 
 import pytest
 
-from grpo_dist.config import OptimConfig
-from grpo_dist.schedule import learning_rate
+from grpo_dist.algorithm.schedule import learning_rate
+from grpo_dist.config.schema import OptimConfig
 
 pytestmark = pytest.mark.quick
 

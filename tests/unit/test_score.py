@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from grpo_dist.cli import main
+from grpo_dist.cli.main import main
 
 DATA = [{"prompt": f"What is {n} + {n}?", "answer": str(2 * n)} for n in range(5)]
 

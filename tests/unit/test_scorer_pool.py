@@ -15,9 +15,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from grpo_dist.config import RewardConfig, ScoringConfig
-from grpo_dist.rewards.pool import ScorerPool
-from grpo_dist.rewards.process import worker_environment
+from grpo_dist.config.schema import RewardConfig, ScoringConfig
+from grpo_dist.rewards.pool.pool import ScorerPool
+from grpo_dist.rewards.pool.process import worker_environment
 from grpo_dist.rewards.registry import TrainerState, labels, resolve
 from grpo_dist.rewards.scores import Item, Scores, combine
 
@@ -97,7 +97,7 @@ class Counter:
 def secrets(completions):
     assert not {"HF_TOKEN", "MY_API_KEY", "db_password", "RANK", "MASTER_ADDR"} & set(os.environ)
     assert os.environ["OMP_NUM_THREADS"] == "1" and os.environ["CUDA_VISIBLE_DEVICES"] == ""
-    assert "torch" not in sys.modules and "grpo_dist.batch" not in sys.modules
+    assert "torch" not in sys.modules and "grpo_dist.types" not in sys.modules
     return [1.0] * len(completions)
 
 
@@ -432,7 +432,7 @@ def test_closing_ends_workers_and_waiters(directory: Path) -> None:
 
 def test_workers_die_with_their_parent(directory: Path) -> None:
     program = (
-        "from grpo_dist.config import *; from grpo_dist.rewards.pool import *; import os, signal, time\n"
+        "from grpo_dist.config.schema import *; from grpo_dist.rewards.pool.pool import *; import os, signal, time\n"
         "from grpo_dist.rewards.scores import Item\n"
         "rewards = [RewardConfig('user_rewards:process'), RewardConfig('user_rewards:act')]\n"
         "pool = ScorerPool(rewards, ScoringConfig(num_workers=1))\n"

@@ -8,9 +8,9 @@ from flash_formulas import backward, forward
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from grpo_dist import shared_prefix
-from grpo_dist.attention import block_layout
-from grpo_dist.shared_prefix import segments, shared_prefix_attention
+from grpo_dist.model import shared_prefix
+from grpo_dist.model.attention import block_layout
+from grpo_dist.model.shared_prefix import segments, shared_prefix_attention
 
 PIECES = st.lists(st.tuples(st.integers(1, 9), st.lists(st.integers(1, 9), max_size=4)), min_size=1, max_size=4)
 

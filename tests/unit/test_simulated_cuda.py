@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from grpo_dist.cli_config import presets
+from grpo_dist.config.parse import presets
 
 ROOT = Path(__file__).parents[2]
 

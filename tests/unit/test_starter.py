@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from grpo_dist import starter
-from grpo_dist.cli import VERBS, main
-from grpo_dist.cli_config import option_types, parse_config
-from grpo_dist.completion import script
+from grpo_dist.cli import init as starter
+from grpo_dist.cli.main import VERBS, main
+from grpo_dist.cli.shell_completion import script
+from grpo_dist.config.parse import option_types, parse_config
 from grpo_dist.preflight.options import read_options
 
 COMPLETE = """

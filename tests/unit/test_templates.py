@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 
-from grpo_dist import templates
-from grpo_dist.config import Config, DataConfig
-from grpo_dist.data import load_prompts, render
-from grpo_dist.models import load_tokenizer
-from grpo_dist.resuming import with_template_date
-from grpo_dist.templates import TemplateRefusal, render_messages, uses_date
+from grpo_dist.checkpoint.resume import with_template_date
+from grpo_dist.config.schema import Config, DataConfig
+from grpo_dist.data.prompts import load_prompts, render
+from grpo_dist.model.load import load_tokenizer
+from grpo_dist.text import templates
+from grpo_dist.text.templates import TemplateRefusal, render_messages, uses_date
 
 TURNS = (
     "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}</s>{% endfor %}"
@@ -131,13 +131,13 @@ def test_a_template_is_given_the_run_s_date(clock: str) -> None:
 
 def test_a_run_keeps_the_date_it_began_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(templates, "today", lambda: "2024-02-04")
-    monkeypatch.setattr("grpo_dist.resuming.today", lambda: "2024-02-04")
+    monkeypatch.setattr("grpo_dist.checkpoint.resume.today", lambda: "2024-02-04")
     tokenizer, config = tokenizer_with("{{ strftime_now('%F') }}" + TURNS), Config()
     assert with_template_date(config, tokenizer_with(TURNS), None) is config
     assert with_template_date(config, tokenizer, None).data.template_date == "2024-02-04"
     (tmp_path / "metadata.json").write_text("{}")
     kept = {"config": {"data": {"template_date": "2024-02-03"}}}
-    monkeypatch.setattr("grpo_dist.checkpoint.load_meta", lambda path: kept)
+    monkeypatch.setattr("grpo_dist.checkpoint.store.load_meta", lambda path: kept)
     resumed = with_template_date(config, tokenizer, tmp_path)
     assert resumed.data.template_date == "2024-02-03"
     given = replace(config, data=replace(config.data, template_date="2020-01-01"))

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from grpo_dist import toy, toy_carry
-from grpo_dist.toy_training import MAX_MODEL_BYTES, Task, evaluate, last_integer, make_tokenizer
+from grpo_dist.model import toy, toy_carry
+from grpo_dist.model.toy_training import MAX_MODEL_BYTES, Task, evaluate, last_integer, make_tokenizer
 
 DATA = Path(__file__).parents[2] / "configs" / "data"
 COLUMN = re.compile(r"(\d)\+(\d)\+(\d)=(\d\d)")
@@ -194,5 +194,5 @@ def test_a_missing_model_names_the_command(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_import_is_light() -> None:
-    code = "import sys, grpo_dist.toy_carry; assert not {'torch', 'transformers'} & set(sys.modules)"
+    code = "import sys, grpo_dist.model.toy_carry; assert not {'torch', 'transformers'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=DATA.parents[1])

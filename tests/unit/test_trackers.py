@@ -15,8 +15,8 @@ import pytest
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from grpo_dist import trackers
-from grpo_dist.trackers import Entry, Mirror, Source, Table, require_known, run_name
+from grpo_dist.monitoring import trackers
+from grpo_dist.monitoring.trackers import Entry, Mirror, Source, Table, require_known, run_name
 
 CONFIG = {"train.seed": 1, "optim.betas": [0.9, 0.99], "data.system_prompt": None, "rewards.0.args.token": "<redacted>"}
 HOSTILE = "a|b\n<script>alert(1)</script> **x** \x1b[31m"

@@ -13,14 +13,22 @@ import yaml
 from test_models import LORA, base, logits, make_moved, make_policy  # noqa: F401  (base is a fixture)
 from transformers import AutoModelForCausalLM
 
-from grpo_dist import attention, checkpoint
-from grpo_dist.config import Config, LoraConfig, ModelConfig
-from grpo_dist.export import compare, write_merged
-from grpo_dist.models import adapted_layers, base_identity, load_model_config, load_policy, load_tokenizer, trainable
-from grpo_dist.policy import Policy
-from grpo_dist.saving import save_final
-from grpo_dist.saving import write_merged as write
-from grpo_dist.trained import find, load
+from grpo_dist.checkpoint import store as checkpoint
+from grpo_dist.checkpoint.trained import find, load
+from grpo_dist.cli.export import compare, write_merged
+from grpo_dist.config.schema import Config, LoraConfig, ModelConfig
+from grpo_dist.model import attention
+from grpo_dist.model.export import save_final
+from grpo_dist.model.export import write_merged as write
+from grpo_dist.model.load import (
+    adapted_layers,
+    base_identity,
+    load_model_config,
+    load_policy,
+    load_tokenizer,
+    trainable,
+)
+from grpo_dist.model.policy import Policy
 
 
 def leave_behind(
@@ -100,7 +108,7 @@ def test_adapters_that_could_not_be_merged(target: str, base: ModelConfig) -> No
 def test_files_that_differ_are_noticed(base: ModelConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
     policy = make_policy(base, None)
     state = {name: p.detach().clone() for name, p in policy.causal_lm.named_parameters()}
-    monkeypatch.setattr("grpo_dist.saving._tensors", lambda directory: [torch.zeros(3)])
+    monkeypatch.setattr("grpo_dist.model.export._tensors", lambda directory: [torch.zeros(3)])
     with pytest.raises(RuntimeError, match="files hold 3 numbers"):
         write(policy, state, load_tokenizer(base), tmp_path)
     with pytest.raises(RuntimeError, match="not the trained one"):

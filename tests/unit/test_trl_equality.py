@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 import torch
 
-from grpo_dist.algorithm import ENTROPY_SLACK, highest
-from grpo_dist.losses import Aggregation, Objective, policy_loss, token_weights
+from grpo_dist.algorithm.losses import Aggregation, Objective, policy_loss, token_weights
+from grpo_dist.algorithm.targets import ENTROPY_SLACK, highest
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 STORED = json.loads((FIXTURES / "trl_losses.json").read_text())

@@ -1,0 +1,1 @@
+"""The mathematics of GRPO and its kin, pure: tensors in, tensors out."""

@@ -1,0 +1,189 @@
+"""From the options of an algorithm to the numbers of a batch: who takes part, and what each token is pushed towards.
+
+Everything here is a function of the global batch, and so the same on every rank.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..config.algorithm import LossConfig
+from ..config.schema import Config
+from ..types import Batch, Measured, all_token_rewards, at_last_tokens
+from .advantages import (
+    discounted_sums,
+    generalised_advantages,
+    group_sums,
+    has_spread,
+    overlong_punishment,
+    relative_advantages,
+    weighted_rewards,
+    whiten,
+)
+from .kl import adapted_coefficient, kl_estimate
+from .losses import Objective
+
+_SETTLED = "`auto` was settled when the config was made"
+_MEASURED = "measured where anything depends on it"
+ENTROPY_SLACK = 1e-5
+"""Entropies (nats) that differ by less are equal: far above float32's rounding, far below what tells tokens apart."""
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What each token is to be pushed towards: (T,) on the CPU."""
+
+    advantages: Tensor
+    returns: Tensor | None
+    """What the critic is to predict."""
+
+
+def has_groups(config: Config) -> bool:
+    """Whether a completion is judged by its group."""
+    return config.advantage.baseline in ("mean", "leave_one_out")
+
+
+def needs_measuring(config: Config) -> bool:
+    """Whether advantages depend on the whole batch's log-probabilities, entropies or values."""
+    return (
+        config.advantage.baseline == "critic" or config.loss.kl_in == "reward" or config.loss.top_entropy_quantile < 1
+    )
+
+
+def reference_in_loss(config: Config) -> bool:
+    """Whether the loss has a KL term."""
+    return config.loss.kl_coeff > 0 and config.loss.kl_in == "loss"
+
+
+def has_reference(config: Config) -> bool:
+    """Whether anything is computed from the reference's log-probabilities."""
+    return config.loss.kl_in == "reward" or reference_in_loss(config)
+
+
+def objective_of(loss: LossConfig, kl_coeff: float) -> Objective:
+    """The objective of an update, with the coefficient as it now is."""
+    assert loss.kl_estimator != "auto", _SETTLED
+    return Objective(
+        surrogate=loss.objective, ratio_level=loss.ratio_level, clip_low=loss.clip_low, clip_high=loss.clip_high,
+        dual_clip=loss.dual_clip, sapo_temperature_positive=loss.sapo_temperature_positive,
+        sapo_temperature_negative=loss.sapo_temperature_negative, kl_coeff=kl_coeff, kl_estimator=loss.kl_estimator,
+        kl_unbiased=loss.kl_unbiased, entropy_coeff=loss.entropy_coeff,
+    )  # fmt: skip
+
+
+def included(config: Config, batch: Batch) -> Tensor:
+    """Which completions are in the loss and its denominators: (N,) bool. Never those that could not be scored."""
+    counted = ~batch.reward.isnan()
+    if config.loss.mask_truncated:
+        counted &= batch.finished
+    if config.advantage.drop_zero_variance:
+        counted &= has_spread(batch.reward, batch.group)[batch.group]
+    return counted
+
+
+def computed(config: Config, batch: Batch) -> Tensor:
+    """Which completions need to be computed: (N,) bool; the others would add nothing to the gradient."""
+    if needs_measuring(config):
+        return ~batch.reward.isnan()
+    counted = included(config, batch)
+    if reference_in_loss(config) or config.loss.entropy_coeff:
+        return counted
+    pushed = (targets_of(config, batch, None, 0.0).advantages != 0).double()
+    return counted & (group_sums(pushed, batch.sequence, len(batch.lengths)) > 0)
+
+
+def targets_of(config: Config, batch: Batch, measured: Measured | None, kl_coeff: float) -> Targets:
+    """Advantage of each token of the global batch, and the critic's targets where there is one.
+
+    `measured` is needed where `needs_measuring`; `kl_coeff` weighs a KL penalty in the reward.
+    """
+    advantage, loss = config.advantage, config.loss
+    scored = ~batch.reward.isnan()
+    rewards = torch.where(scored[batch.sequence, None], all_token_rewards(batch), torch.nan)
+    weights = [reward.weight for reward in config.rewards]
+    if advantage.overlong_buffer:
+        fallen = overlong_punishment(batch.lengths, config.rollout.max_completion_length, advantage.overlong_buffer)
+        fallen = torch.where(scored, fallen, torch.nan)
+        rewards = torch.cat([rewards, at_last_tokens(fallen[:, None], batch.lengths)], 1)
+        weights = [*weights, advantage.overlong_penalty]
+    penalty = kl_penalty(config, batch, measured)
+    returns = None
+    if has_groups(config):
+        if penalty is not None:
+            sums = group_sums(penalty, batch.sequence, len(scored))
+            lost = at_last_tokens(torch.where(scored, sums, torch.nan)[:, None], batch.lengths)
+            rewards, weights = torch.cat([rewards, lost], 1), [*weights, -kl_coeff]
+        assert advantage.scale != "auto" and advantage.baseline in ("mean", "leave_one_out"), _SETTLED
+        advantages = relative_advantages(
+            rewards, weights, batch.lengths, batch.group, baseline=advantage.baseline, scale=advantage.scale,
+            normalise_each=advantage.several_rewards == "normalise_then_sum", gamma=loss.gamma,
+        )  # fmt: skip
+    else:
+        given = weighted_rewards(rewards, weights).nan_to_num(0.0)
+        if penalty is not None:
+            given = given - kl_coeff * penalty
+        if advantage.baseline == "critic":
+            assert measured is not None and measured.values is not None, _MEASURED
+            advantages, returns = generalised_advantages(given, measured.values.double(), batch.lengths, loss.gamma,
+                                                         config.critic.gae_lambda)  # fmt: skip
+        else:
+            advantages = discounted_sums(given, batch.lengths, loss.gamma)
+        counted = scored[batch.sequence]
+        advantages = torch.where(counted, advantages, 0.0)
+        if advantage.scale == "batch":
+            advantages = whiten(advantages, counted)
+    if loss.top_entropy_quantile < 1:
+        assert measured is not None, _MEASURED
+        counted = included(config, batch)[batch.sequence]
+        advantages = torch.where(highest(measured.entropies, counted, loss.top_entropy_quantile), advantages, 0.0)
+    return Targets(advantages, returns)
+
+
+def kl_penalty(config: Config, batch: Batch, measured: Measured | None) -> Tensor | None:
+    """KL estimate of each token where it goes into the reward: (T,) float64; else None."""
+    if config.loss.kl_in == "loss":
+        return None
+    assert measured is not None and batch.reference_logprobs is not None, _MEASURED
+    assert config.loss.kl_estimator != "auto", _SETTLED
+    return kl_estimate(measured.logprobs, batch.reference_logprobs, batch.sequence, config.loss.kl_estimator).double()
+
+
+def penalty_metrics(config: Config, batch: Batch, measured: Measured | None) -> dict[str, float]:
+    """The metric `kl` where the penalty is in the reward, and the loss knows nothing of it."""
+    penalty = kl_penalty(config, batch, measured)
+    if penalty is None:
+        return {}
+    return {"kl": float(penalty[~batch.reward.isnan()[batch.sequence]].mean())}
+
+
+def next_kl_coeff(loss: LossConfig, kl_coeff: float, metrics: dict[str, float | None]) -> float:
+    """The KL coefficient of the next step; `metrics` are this step's and are told the one it used."""
+    if loss.kl_target is None:
+        return kl_coeff
+    metrics["kl_coeff"] = kl_coeff
+    measured = metrics["kl"]  # None where nothing was computed, not finite where the update was left out
+    if measured is None or not math.isfinite(measured):
+        return kl_coeff
+    return adapted_coefficient(kl_coeff, measured, loss.kl_target)
+
+
+def highest(values: Tensor, counted: Tensor, share: float) -> Tensor:
+    """Which of the `counted` values (T,) are in the highest `share` of them, as arXiv:2506.01939 chooses tokens.
+
+    All that equal the last one are in. Tokens after the same text have the same entropy but for rounding, which
+    depends on the pack: without the slack, how the batch was packed would choose among them.
+    """
+    chosen = values[counted]
+    if not len(chosen):
+        return counted
+    place = math.ceil((len(chosen) - 1) * (1 - share))  # the first at or above the (1 - share) quantile
+    return counted & (values >= chosen.sort().values[place] - ENTROPY_SLACK)
+
+
+def minibatch_of(batch: Batch, num_minibatches: int) -> Tensor:
+    """The minibatch of each completion: (N,) int64; contiguous prompts, the same on every rank."""
+    return batch.group * num_minibatches // len(batch.prompts)

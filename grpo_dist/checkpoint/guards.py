@@ -1,0 +1,100 @@
+"""What keeps a run from harm: a lock on its directory, a comparison with what it was, a watch on its numbers."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import math
+import os
+import socket
+from array import array
+from collections.abc import Iterable
+from pathlib import Path
+from typing import IO, Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..config.parse import flat
+from ..types import Batch, Prompt
+
+log = logging.getLogger(__name__)
+
+LAUNCHERS_PATIENCE = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"
+"""How many seconds torchrun (and so `accelerate launch`) waits for the ranks after a signal before it kills them."""
+
+
+def warn_of_slow_save(seconds: float) -> None:
+    """Say so where saving takes so long that a signal to the launcher might not leave enough time for it.
+
+    A stop also has to come to a safe point first, hence the half.
+    """
+    patience = float(os.environ.get(LAUNCHERS_PATIENCE, "30"))
+    if seconds > patience / 2:
+        log.warning(
+            "saving took %.0f s, and the launcher kills ranks %.0f s after a signal: export %s=%.0f before the launch",
+            seconds, patience, LAUNCHERS_PATIENCE, 4 * seconds,
+        )  # fmt: skip
+
+
+def lock(directory: Path) -> IO[str]:
+    """Take the output directory for this run; raises ValueError where another run has it.
+
+    The kernel drops the lock with the process that holds it, however that ends: there are no stale ones.
+    """
+    import fcntl  # not on Windows, where a run ends before this: its scoring workers need POSIX
+
+    file = (directory / ".lock").open("a+")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        file.seek(0)
+        raise ValueError(f"train.output_dir: {directory} is in use by {file.read().strip() or 'another run'}; "
+                         "wait for it to end, or choose another directory") from error  # fmt: skip
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    file.flush()
+    return file
+
+
+def data_fingerprint(prompts: Iterable[Prompt]) -> str:
+    """A hash of the prompts as the model sees them, in their order."""
+    digest = hashlib.sha256()
+    for prompt in prompts:
+        digest.update(array("q", [len(prompt.ids), *prompt.ids]).tobytes())
+    return digest.hexdigest()[:16]
+
+
+def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """One line an option that differs, with both values."""
+    a, b = flat(before), flat(now)
+    return [f"{key}: {a.get(key)!r} -> {b.get(key)!r}" for key in sorted({*a, *b}) if a.get(key) != b.get(key)]
+
+
+class BadUpdates:
+    """Counts updates whose gradient was not finite, keeps their batch, and ends the run after too many in a row."""
+
+    def __init__(self, directory: Path, most_in_a_row: int, is_main: bool) -> None:
+        self.directory, self.most_in_a_row, self.is_main = directory / "bad_updates", most_in_a_row, is_main
+        self.in_a_row = 0
+
+    def judge(self, step: int, norm: float, batch: Batch, advantages: Tensor) -> bool:
+        """Whether the update was left out. Raises FloatingPointError after too many in a row, on all ranks."""
+        if math.isfinite(norm):
+            self.in_a_row = 0
+            return False
+        self.in_a_row += 1
+        dump = self.directory / f"step_{step}.safetensors"
+        if self.is_main:
+            self.directory.mkdir(exist_ok=True)
+            held = {"tokens": batch.tokens, "lengths": batch.lengths, "group": batch.group, "reward": batch.reward,
+                    "sampled_logprobs": batch.sampled_logprobs, "advantages": advantages}  # fmt: skip
+            save_file({name: tensor.clone() for name, tensor in held.items()}, dump)
+            log.warning("step %d: the gradient's norm is %s; no rank took the step, and its batch is in %s", step, norm,
+                        dump)  # fmt: skip
+        if self.in_a_row >= self.most_in_a_row:
+            raise FloatingPointError(
+                f"{self.in_a_row} updates in a row had gradients that are not finite (train.max_bad_updates: "
+                f"{self.most_in_a_row}); the last batch is in {dump}. Lower optim.learning_rate, or look at the rewards"
+            )
+        return True

@@ -1,0 +1,66 @@
+"""Is what was written what was trained? Asked of the files, opened as others will open them."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import kl_div
+
+from ..config.schema import ModelConfig
+from ..distributed.ranks import unsharded_loading
+from ..model import attention
+from ..model.attention import block_layout
+from ..model.load import load_causal_lm, load_model_config
+
+log = logging.getLogger(__name__)
+
+_PROBE_TOKENS = 64
+
+
+def rounding_kl(dtype: torch.dtype) -> float:
+    """KL of a written model from its policy, nats a token, that a `dtype` of either may make by rounding.
+
+    It goes with the square of the dtype's precision ε. Measured: at most 28 ε² in 16 bits with models of 2 to 24 layers
+    of random weights and the toy ones (1.7e-3 in bfloat16), 230 ε² with a pretrained one of 135 M weights; in float32,
+    where sums in another order count for more, at most 8e-12.
+    """
+    return max(1000 * torch.finfo(dtype).eps ** 2, 1e-9)
+
+
+@torch.no_grad()
+def probe(model: nn.Module) -> Tensor:
+    """Logits (T, V) float32, on the CPU, of a fixed row of tokens that mean nothing."""
+    embeddings = model.get_input_embeddings()
+    length = min(_PROBE_TOKENS, getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize)
+    ids = torch.randint(embeddings.num_embeddings, (1, length), generator=torch.Generator().manual_seed(0))
+    ids = ids.to(embeddings.weight.device)
+    inputs = {"input_ids": ids, "use_cache": False}
+    if getattr(model.config, "_attn_implementation", None) == attention.NAME:
+        positions, layout = torch.arange(length, device=ids.device), block_layout([(length, [])])
+        inputs |= {"position_ids": positions[None], "layout": layout.to(ids.device)}
+    return model.eval()(**inputs).logits[0].float().cpu()
+
+
+def divergence(expected: Tensor, found: Tensor) -> float:
+    """KL(expected ‖ found) of two next-token distributions, given as logits (T, V): nats a token."""
+    ours, theirs = (torch.log_softmax(logits.double(), -1) for logits in (expected, found))
+    return float(kl_div(theirs, ours, log_target=True, reduction="none").sum(-1).mean())
+
+
+def check_final(directory: Path, expected: Tensor, dtype: torch.dtype, trust_remote_code: bool) -> None:
+    """Say how far the model in a directory is from a run's policy, of which `expected` are the logits of `probe` in
+    `dtype`; as a warning where that is more than rounding, and where the files cannot be opened."""
+    here = ModelConfig(name=str(directory), trust_remote_code=trust_remote_code)
+    try:
+        with unsharded_loading():
+            reopened = load_causal_lm(here, load_model_config(here).dtype, None)
+    except (OSError, ValueError) as error:
+        log.warning("%s cannot be opened as others will open it: %s: %s", directory, type(error).__name__, error)
+        return
+    distance, most = divergence(expected, probe(reopened)), rounding_kl(dtype)
+    level = logging.INFO if distance <= most else logging.WARNING
+    log.log(level, "%s: reopened, KL from the policy %.1e nats a token (rounding: %.0e)", directory, distance, most)

@@ -1,0 +1,120 @@
+"""What a run has trained, found again on the disk and loaded without ranks: by `export` and `chat`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from peft import PeftModel
+
+from ..config.places import is_path
+from ..config.schema import LoraConfig, ModelConfig
+from ..distributed.ranks import DTYPES, is_sharded, resolve_dtype
+from ..model.load import base_identity, load_causal_lm, load_model_config, load_policy, load_tokenizer, trainable
+from ..model.lora import fuse_adapters
+from ..model.policy import Policy
+from ..model.toy import MODELS
+from ..monitoring.machine import last_recorded, started_in
+from ..monitoring.metrics import read_history
+from . import store as checkpoint
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A checkpoint, or the directory `final` of a run that has ended."""
+
+    path: Path
+    """Where its weights are."""
+    run: Path
+    """The run's directory."""
+    step: int
+    """How many steps it was trained for."""
+    config: dict[str, Any]
+    """The run's resolved config."""
+    is_checkpoint: bool
+
+    @property
+    def model(self) -> ModelConfig:
+        """The base model, by an absolute path where the run found it by a relative one."""
+        model, start = self.given_model, started_in(self.run)
+        if start is not None and (is_path(model.name) or (start / model.name).is_dir()) and model.name not in MODELS:
+            return replace(model, name=str(start / Path(model.name).expanduser()))
+        return model
+
+    @property
+    def given_model(self) -> ModelConfig:
+        """The base model as the run's config names it."""
+        return ModelConfig(**self.config["model"])
+
+    @property
+    def lora(self) -> LoraConfig | None:
+        """The adapters; None after full fine-tuning."""
+        return LoraConfig(**self.config["lora"]) if self.config["lora"] else None
+
+
+def find(path: Path) -> Trained:
+    """A run's end, or its newest checkpoint where it has not ended; or the checkpoint or `final` that is named itself.
+
+    Raises ValueError where there is neither, and where the checkpoint is not whole.
+    """
+    if (path / checkpoint.MANIFEST).is_file():
+        try:
+            checkpoint.verify(path)
+        except checkpoint.DamagedCheckpoint as error:
+            raise ValueError(str(error)) from error
+        meta = checkpoint.load_meta(path)
+        return Trained(path, path.resolve().parents[1], meta["step"], meta["config"], True)
+    run = path.resolve().parent if path.name == "final" else path
+    if not (run / "config.yaml").is_file():
+        raise ValueError(f"{path}: expected the directory of a run (train.output_dir, with its config.yaml), its "
+                         "`final`, or one of its checkpoints/step_N")  # fmt: skip
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    done = max((entry["step"] for entry in read_history(run)), default=0)
+    final = run / "final"
+    if (final / "config.json").is_file() and (run != path or done >= config["train"]["num_train_steps"]):
+        return Trained(final, run, done, config, False)
+    newest = checkpoint.newest(run / "checkpoints")
+    if newest is None:
+        raise ValueError(f"{run}: there is no whole checkpoint and no `final` of a run that has ended")
+    return find(newest)
+
+
+def load(trained: Trained) -> tuple[Policy, Any]:
+    """The trained policy on the CPU, in the dtype it was trained in, and its tokenizer.
+
+    Raises ValueError where the base model is not the one it was trained on, OSError where it is not there.
+    """
+    model, lora, tokenizer = trained.model, trained.lora, load_tokenizer(trained.model)
+    if trained.is_checkpoint:
+        return _from_checkpoint(trained).eval(), tokenizer
+    here = at(trained, trained.path)
+    stored = load_model_config(here).dtype
+    if lora is None:
+        return Policy(load_causal_lm(here, stored, None), 1.0).eval(), tokenizer
+    # merged weights may be in a larger dtype than the base that the adapters were trained on
+    trained_in = last_recorded(trained.run, "dtype")
+    base = load_causal_lm(model, stored if trained_in is None else DTYPES[trained_in], None)
+    adapted = PeftModel.from_pretrained(base, str(trained.path / "adapter"))
+    fuse_adapters(adapted, is_sharded)  # they are added as in training; in 16 bits PEFT's own way loses small updates
+    return Policy(adapted, 1.0).eval(), tokenizer
+
+
+def at(trained: Trained, path: Path) -> ModelConfig:
+    """A directory to load the trained model from, with the trust its base model has."""
+    return ModelConfig(name=str(path), trust_remote_code=trained.model.trust_remote_code)
+
+
+def _from_checkpoint(trained: Trained) -> Policy:
+    tensors, meta = checkpoint.load(trained.path)
+    model = trained.model
+    if base_identity(trained.given_model, load_model_config(model)) != meta["identity"]["base"]:
+        raise ValueError(f"{trained.path}: {model.name!r} is not the base model any more that this was trained on")
+    dtype = DTYPES[meta["dtype"]] if "dtype" in meta else resolve_dtype(model.dtype)
+    policy = load_policy(model, trained.lora, dtype, None, 1.0, 0, has_critic=meta["identity"]["critic"])
+    with torch.no_grad():
+        for name, parameter in trainable(policy).items():
+            parameter.copy_(tensors[f"weight/{name}"])
+    return policy

@@ -1,0 +1,1 @@
+"""`python -m grpo_dist VERB`: a file for each verb."""

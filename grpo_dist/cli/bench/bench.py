@@ -1,0 +1,164 @@
+"""The verb `bench`: start the workers, let them take turns, print the tables."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import sys
+import tempfile
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+
+import yaml
+
+from .tables import Pair, pairs_table, summary_row, table
+from .turns import Worker
+from .workloads import WORKLOADS, Workload, model_of, write_prompts
+
+PROMPTS = "prompts.jsonl"
+PEER_MICRO_BATCH = 8
+"""Sequences of a micro-batch of the peer on a GPU, at most: activations of a whole step have room on none."""
+SAME_WORK = 0.05
+"""The peer's completion tokens may differ from ours by this share."""
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The options of the verb."""
+    parser.add_argument("--workload", nargs="+", default=["quickstart"], choices=list(WORKLOADS), metavar="NAME",
+                        help=f"what to time: {', '.join(WORKLOADS)} (quickstart)")  # fmt: skip
+    parser.add_argument("--model", help="a model of your own, by hub id or path, with the workload's sizes")
+    for name, what in (
+        ("num_prompts", "prompts a step"), ("group_size", "completions a prompt"), ("prompt_tokens", "longest prompt"),
+        ("max_new_tokens", "longest completion"), ("mean_new_tokens", "mean completion of a model that is made"),
+    ):  # fmt: skip
+        parser.add_argument(f"--{name}", type=int, metavar="N", help=f"{what}, in place of the workload's")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="in place of the workload's")
+    parser.add_argument("--pairs", type=int, default=3, metavar="N", help="steps timed, after one that is not (3)")
+    parser.add_argument("--kl_coeff", type=float, default=0.04, metavar="X", help="coefficient of the KL term (0.04)")
+    parser.add_argument("--lora_r", type=int, default=16, metavar="N", help="rank of the adapters (16)")
+    parser.add_argument("--against", choices=["trl"], help="time a peer too, step by step in turn")
+    parser.add_argument("--peer_python", default=sys.executable, metavar="FILE",
+                        help="the Python of an environment with trl==1.16.0 (this one)")  # fmt: skip
+    parser.add_argument("--peer_continuous_batching", action="store_true", help="TRL's faster generation on a GPU")
+    parser.add_argument("--peer_micro_batch", type=int, metavar="N",
+                        help=f"TRL's sequences a micro-batch (on a GPU {PEER_MICRO_BATCH}, on a CPU all of a step)"
+                        )  # fmt: skip
+    parser.add_argument("--models_dir", type=Path, metavar="DIR", help="where made models are kept for the next time")
+
+
+def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
+    """Time and print; what is left of the command line overrides our config. Raises ValueError."""
+    if options.pairs < 1:
+        raise ValueError(f"--pairs: {options.pairs} given, expected at least 1")
+    from ...distributed.device import set_up_cuda  # torch; a mistake in the options should not wait for it
+
+    set_up_cuda()  # the workers inherit it: both sides' allocators are set alike
+    changes = {name: getattr(options, name) for name in (
+        "model", "num_prompts", "group_size", "prompt_tokens", "max_new_tokens", "mean_new_tokens", "dtype")
+        if getattr(options, name) is not None}  # fmt: skip
+    print(f"{machine()}\n", flush=True)
+    rows: list[dict[str, str]] = []
+    with tempfile.TemporaryDirectory(prefix="grpo_dist-bench-") as scratch:
+        for name in options.workload:
+            workload = replace(WORKLOADS[name], **changes)
+            pairs = time_workload(workload, options, rest, Path(scratch) / name)
+            if options.against:
+                print(pairs_table(name, pairs, "TRL") + "\n", flush=True)
+            rows.append(summary_row(name, pairs, "TRL" if options.against else None))
+            print(f"{name}: {rows[-1]['s a step']} s a step", file=sys.stderr, flush=True)
+    print(table([list(rows[0]), *(list(row.values()) for row in rows)]))
+    return 0
+
+
+def time_workload(workload: Workload, options: argparse.Namespace, rest: Sequence[str], scratch: Path) -> list[Pair]:
+    """The timed steps of one workload; each side's first is left out. Raises ValueError where the work differs."""
+    scratch.mkdir()
+    model = model_of(workload, options.models_dir or scratch)
+    num_steps = options.pairs + 1
+    pairs = []
+    with ExitStack() as opened:
+        ours = opened.enter_context(ours_in_turn(workload, model, scratch, num_steps=num_steps, rest=rest,
+                                                 kl_coeff=options.kl_coeff, lora_r=options.lora_r))  # fmt: skip
+        theirs = None
+        if options.against:
+            command = their_command(workload, options, model, scratch)
+            theirs = opened.enter_context(Worker(command, scratch / "trl"))
+        for _ in range(num_steps):
+            their_step = theirs.step(None) if theirs else None
+            pairs.append(Pair(ours.step(their_step["lengths"] if their_step else None), their_step))
+    for pair in pairs[1:]:
+        if pair.theirs and abs(pair.their_tokens / pair.tokens - 1) > SAME_WORK:
+            raise ValueError(f"{workload.name}: {pair.tokens:.0f} completion tokens against TRL's {pair.their_tokens}: "
+                             "not the same work")  # fmt: skip
+    return pairs[1:]
+
+
+def ours_in_turn(
+    workload: Workload, model: str, scratch: Path, *, num_steps: int, kl_coeff: float, lora_r: int, rest: Sequence[str]
+) -> Worker:
+    """Our worker for `num_steps` steps of prompts, which are written to `scratch`; `rest` overrides its config."""
+    write_prompts(workload, num_steps, scratch / PROMPTS)
+    longest = workload.prompt_tokens + workload.max_new_tokens
+    config = {
+        "model": {"name": model, "dtype": workload.dtype},
+        "lora": {"r": lora_r, "alpha": 2.0 * lora_r},
+        "reference": {"dtype": workload.dtype},
+        "data": {"train_file": str(scratch / PROMPTS), "eval_file": None, "answer_column": None,
+                 "max_prompt_length": max(workload.prompt_tokens, 64)},
+        "rollout": {"group_size": workload.group_size, "max_completion_length": workload.max_new_tokens},
+        "rewards": [{"name": "grpo_dist.cli.bench.turns:parity"}],
+        "loss": {"kl_coeff": kl_coeff},
+        "optim": {"learning_rate": 1e-5, "scheduler": "constant"},
+        "train": {"batch_size": workload.num_prompts, "num_train_steps": 1_000_000, "eval_every": 0, "save_every": 0,
+                  "max_tokens_per_pack": max(4096, longest), "output_dir": str(scratch / "out")},
+        "logging": {"trackers": [], "log_completions": False},
+    }  # fmt: skip
+    path = scratch / "ours.yaml"
+    path.write_text(yaml.safe_dump(config))
+    return Worker([sys.executable, "-m", "grpo_dist.cli.bench.ours", "--config", str(path), *rest], scratch / "ours")
+
+
+def their_command(workload: Workload, options: argparse.Namespace, model: str, scratch: Path) -> list[str]:
+    """The command of TRL's worker."""
+    if workload.model == "toy":
+        from ...model.toy import toy_path
+
+        model = str(toy_path())
+    command = [options.peer_python, str(Path(__file__).with_name("peer.py")), "--model", model, "--prompts",
+               str(scratch / PROMPTS), "--out", str(scratch / "trl" / "out"), "--dtype", workload.dtype,
+               "--kl_coeff", str(options.kl_coeff), "--lora_r", str(options.lora_r),
+               "--micro_batch", str(peer_micro_batch(options.peer_micro_batch, workload))]  # fmt: skip
+    for name in ("num_prompts", "group_size", "max_new_tokens"):
+        command += [f"--{name}", str(getattr(workload, name))]
+    return command + ["--continuous_batching"] * options.peer_continuous_batching
+
+
+def peer_micro_batch(given: int | None, workload: Workload) -> int:
+    """TRL's sequences a micro-batch: as given, or all of a step, on a GPU the largest part of it that is small enough.
+
+    Raises ValueError where a step cannot be divided so.
+    """
+    from ...distributed.device import computes_on_gpu
+
+    total = workload.num_prompts * workload.group_size
+    if given is None:
+        most = PEER_MICRO_BATCH if computes_on_gpu() else total
+        return max(size for size in range(1, most + 1) if total % size == 0)
+    if given < 1 or total % given:
+        raise ValueError(f"--peer_micro_batch: {given} given, expected a divisor of the {total} sequences of a step of "
+                         f"{workload.name}")  # fmt: skip
+    return given
+
+
+def machine() -> str:
+    """What this was measured on, in a line."""
+    import torch
+
+    if torch.cuda.is_available():
+        where = f"{torch.cuda.device_count()} × {torch.cuda.get_device_name()}"
+    else:
+        where = f"{platform.machine()} CPU, {torch.get_num_threads()} threads of {os.cpu_count()} cores"
+    return f"{where}; torch {torch.__version__}, Python {platform.python_version()}"

@@ -1,0 +1,134 @@
+"""A trained model and its base model, asked the same and heard side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from peft import PeftModel
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+from torch import nn
+from transformers import GenerationConfig
+from transformers.generation.streamers import BaseStreamer
+
+from ..checkpoint.trained import Trained
+from ..config.schema import DataConfig
+from ..data.prompts import render
+from ..model.load import end_token_ids, load_causal_lm
+from ..model.policy import Policy
+from ..text.plain import plain
+from ..text.tokens import CompletionTexts
+
+_LINE_CHARACTERS = 10_000
+
+
+@dataclass
+class Voice:
+    """One of the two models."""
+
+    name: str
+    model: nn.Module
+    adapters: Callable[[], AbstractContextManager[Any]] = nullcontext
+    """Context in which the model computes."""
+    said: list[dict[str, str]] = field(default_factory=list)
+    """The conversation so far, as messages."""
+
+
+class Conversation:
+    """Both models, and how they are asked."""
+
+    def __init__(self, trained: Trained, policy: Policy, tokenizer: Any, temperature: float, longest: int | None,
+                 seed: int) -> None:  # fmt: skip
+        """A temperature of 0 takes the likeliest token, another draws under the run's top_p, top_k and min_p; `longest`
+        None is rollout.max_completion_length."""
+        self.tokenizer = tokenizer
+        self.data = DataConfig(**{**trained.config["data"], "curriculum": None})
+        self.templated = bool(tokenizer.chat_template) and self.data.chat_template != "never"
+        self.voices = voices(trained, policy)
+        for voice in self.voices:  # generate() would fill in the penalties and limits that come with the model
+            voice.model.generation_config = GenerationConfig()
+        torch.manual_seed(seed)
+        rollout, end_ids = trained.config["rollout"], end_token_ids(trained.model, tokenizer)
+        self.texts_of = CompletionTexts(tokenizer, end_ids)
+        self.generation = {"max_new_tokens": longest or rollout["max_completion_length"], "do_sample": temperature > 0,
+                           "eos_token_id": end_ids, "pad_token_id": tokenizer.pad_token_id}  # fmt: skip
+        if temperature > 0:
+            limits = {name: rollout[name] for name in ("top_p", "top_k", "min_p")}
+            self.generation |= {"temperature": temperature, **limits}
+        self.console = Console()
+
+    def answer(self, prompt: str) -> None:
+        """Print both answers: side by side and as they come on a terminal, else one after the other."""
+        answers = dict.fromkeys((voice.name for voice in self.voices), "")
+        if not self.console.is_terminal:
+            for voice in self.voices:
+                print(f"--- {voice.name}\n{harmless(self._generate(voice, prompt, lambda _: None))}", flush=True)
+            return
+        with Live(_side_by_side(answers), console=self.console, vertical_overflow="visible") as live:
+            for voice in self.voices:
+
+                def show(text: str, name: str = voice.name) -> None:
+                    answers[name] = text
+                    live.update(_side_by_side(answers))
+
+                self._generate(voice, prompt, show)
+
+    def _generate(self, voice: Voice, prompt: str, show: Callable[[str], None]) -> str:
+        """A voice's whole answer; `show` is given what there is of it as it comes."""
+        messages = [*voice.said, {"role": "user", "content": prompt}]
+        ids = render(messages if self.templated else prompt, self.data, self.tokenizer).ids
+        with voice.adapters(), torch.no_grad():
+            out = voice.model.generate(torch.tensor([ids]), attention_mask=torch.ones(1, len(ids), dtype=torch.long),
+                                       streamer=_Shown(self.texts_of, show), **self.generation)  # fmt: skip
+        (text,) = self.texts_of([out[0, len(ids) :].tolist()])
+        voice.said = [*messages, {"role": "assistant", "content": text}]
+        return text
+
+
+def voices(trained: Trained, policy: Policy) -> list[Voice]:
+    """The base model and the trained one; with adapters they share their weights."""
+    if isinstance(policy.model, PeftModel):
+        base = Voice("base", policy.causal_lm, policy.model.disable_adapter)
+    else:
+        base = Voice("base", load_causal_lm(trained.model, policy.causal_lm.dtype, None).eval())
+    return [base, Voice(f"after {trained.step} steps", policy.causal_lm)]
+
+
+class _Shown(BaseStreamer):
+    """Shows an answer as it grows."""
+
+    def __init__(self, texts_of: CompletionTexts, show: Callable[[str], None]) -> None:
+        self._texts_of, self._show = texts_of, show
+        self._ids: list[int] | None = None
+
+    def put(self, value: Any) -> None:
+        """Take in the prompt, which comes first, or a token."""
+        if self._ids is None:
+            self._ids = []
+            return
+        self._ids += value.tolist()
+        (text,) = self._texts_of([self._ids])
+        if not text.endswith("\ufffd"):  # the bytes of a character may come one by one
+            self._show(text)
+
+    def end(self) -> None:
+        """Do nothing: the last token has been shown."""
+
+
+def harmless(text: str) -> str:
+    """A text of several lines without anything that steers a terminal."""
+    return "\n".join(plain(line, _LINE_CHARACTERS) for line in text.splitlines())
+
+
+def _side_by_side(answers: dict[str, str]) -> Table:
+    table = Table(*answers, expand=True, show_lines=False)
+    for column in table.columns:
+        column.ratio, column.overflow = 1, "fold"
+    table.add_row(*(Text(harmless(text)) for text in answers.values()))
+    return table

@@ -1,0 +1,172 @@
+"""`python -m grpo_dist export`: take home what a run has trained, checked by reopening it.
+
+    python -m grpo_dist export runs/quickstart --to merged
+    python -m grpo_dist export runs/quickstart/checkpoints/step_40 --to adapter --out my_adapter
+
+`merged` is a plain transformers model, `adapter` the PEFT adapter alone, and `gguf-recipe` the merged model with a
+script that makes GGUF files of it with llama.cpp's converter. A run that has not ended is exported from its newest
+checkpoint. No ranks are started; everything happens on the CPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..config.checks import require
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..checkpoint.trained import Trained
+
+KINDS = ("merged", "adapter", "gguf-recipe")
+TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2}
+"""Furthest that logits of the exported model may be from the policy's, as a share of the largest: weights are merged in
+float32 and then rounded to the dtype."""
+VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+"""What vLLM takes as --max-lora-rank."""
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the verb's options."""
+    parser.add_argument("run_or_checkpoint", type=Path, metavar="RUN_OR_CHECKPOINT", help="train.output_dir, or a "
+                        "checkpoint in it")  # fmt: skip
+    parser.add_argument("--to", choices=KINDS, default="merged", help="what to make (merged)")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="where to (RUN/exports/step_N-KIND)")
+    parser.add_argument("--dtype", choices=TOLERANCE, help="of a merged model's weights (as they were trained, or "
+                        "float32 where less than 99 %% of the update would be left)")  # fmt: skip
+    parser.add_argument("--max_shard_size", default="5GB", metavar="SIZE", help="of each weight file (5GB)")
+    parser.add_argument("--push_to_hub", metavar="OWNER/NAME", help="upload it as well, as a private repository")
+
+
+def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
+    """Export, check, describe, and say how to use it. Raises ValueError, OSError; RuntimeError where a check fails."""
+    require(not rest, "arguments", list(rest), "a run or a checkpoint, and the options of --help")
+    from ..checkpoint.trained import find
+    from ..monitoring.console import set_up_logging
+    from ..monitoring.metrics import read_history
+    from ..report.card import write_card  # torch; a mistake in the options should not wait for it
+
+    set_up_logging()
+    trained = find(options.run_or_checkpoint)
+    is_adapter = options.to == "adapter"
+    require(not is_adapter or trained.lora is not None, "--to", options.to, "merged after full fine-tuning")
+    require(not is_adapter or options.dtype is None, "--dtype", options.dtype, "none: adapters stay in float32")
+    out = options.out or trained.run / "exports" / f"step_{trained.step}-{options.to}"
+    if out.exists() and any(out.iterdir()):
+        raise FileExistsError(f"{out} is not empty: choose another --out, or remove it")
+    out.mkdir(parents=True, exist_ok=True)
+    print(f"exporting step {trained.step} of {trained.run}, from {trained.path}")
+    if is_adapter:
+        difference, allowed, distance = write_adapter(trained, out)
+    else:
+        difference, allowed, distance = write_merged(trained, out, options.dtype, options.max_shard_size)
+    print(f"reopened: logits differ from the policy's by {difference:.1e} of the largest ({allowed:.0e} is rounding), "
+          f"KL from the policy is {distance:.1e} nats a token")  # fmt: skip
+    write_card(out, trained.config, read_history(trained.run), trained.step, "adapter" if is_adapter else "merged")
+    if options.to == "gguf-recipe":
+        (out / "to_gguf.sh").write_text(gguf_recipe(out))
+        (out / "to_gguf.sh").chmod(0o755)
+    if options.push_to_hub:
+        print(f"uploaded to {upload(out, options.push_to_hub)}")
+    print("\n".join([f"\n{options.to}: {out}", *usage(trained, out, options.to)]))
+    return 0
+
+
+def write_merged(trained: Trained, out: Path, dtype: str | None, max_shard_size: str) -> tuple[float, float, float]:
+    """Write the merged model and return how far its logits are from the policy's, how far they may be, and the KL."""
+    from ..checkpoint.reopening import probe
+    from ..checkpoint.trained import at, load
+    from ..distributed.ranks import DTYPES
+    from ..model import export as saving
+    from ..model.load import load_causal_lm
+
+    policy, tokenizer = load(trained)
+    expected, computed = probe(policy.causal_lm), policy.causal_lm.dtype
+    written, line = saving.choose_dtype(policy, keep=True, asked=None if dtype is None else DTYPES[dtype])
+    print(line)
+    state = saving.merged_state(policy, keep=True, dtype=written)
+    saving.write_merged(policy, state, tokenizer, out, max_shard_size)
+    del policy, state  # room for the reopened one
+    rougher = max(written, computed, key=lambda dtype: TOLERANCE[str(dtype).removeprefix("torch.")])
+    return compare(expected, probe(load_causal_lm(at(trained, out), written, None)), str(rougher))
+
+
+def write_adapter(trained: Trained, out: Path) -> tuple[float, float, float]:
+    """Write the adapter and return how far its logits are from the policy's, how far they may be, and the KL."""
+    from peft import PeftModel
+
+    from ..checkpoint.reopening import probe
+    from ..checkpoint.trained import load
+    from ..model import export as saving
+    from ..model.load import load_causal_lm
+
+    policy, tokenizer = load(trained)
+    expected, dtype = probe(policy.causal_lm), policy.causal_lm.dtype
+    saving.write_adapter(policy.model, saving.adapter_state(policy, keep=True), out)
+    tokenizer.save_pretrained(out)
+    del policy
+    reopened = PeftModel.from_pretrained(load_causal_lm(trained.model, dtype, None), str(out))
+    return compare(expected, probe(reopened), str(dtype))
+
+
+def compare(expected: Tensor, found: Tensor, dtype: str) -> tuple[float, float, float]:
+    """The largest difference as a share of the largest logit, what is allowed, and the KL in nats a token; raises
+    RuntimeError beyond what is allowed."""
+    from ..checkpoint.reopening import divergence
+
+    difference = float((expected - found).abs().max() / expected.abs().max())
+    allowed = TOLERANCE[dtype.removeprefix("torch.")]
+    if not difference <= allowed:
+        raise RuntimeError(f"the exported model is not the trained one: its logits differ by {difference:.1e} of the "
+                           f"largest, {allowed:.0e} would be rounding")  # fmt: skip
+    return difference, allowed, divergence(expected, found)
+
+
+def upload(directory: Path, name: str) -> str:
+    """Upload a directory to a new or existing repository of the hub, private where new; returns its address."""
+    from huggingface_hub import HfApi
+
+    hub = HfApi()
+    address = hub.create_repo(name, private=True, exist_ok=True)
+    hub.upload_folder(repo_id=name, folder_path=directory)
+    return str(address)
+
+
+def gguf_recipe(directory: Path) -> str:
+    """A shell script that makes GGUF files, in 16 bits and quantised to about 4.5, of a merged model."""
+    model = shlex.quote(directory.resolve().name)
+    return f"""#!/usr/bin/env bash
+# GGUF files of the model in this directory, with llama.cpp's converter. Needs git, cmake, a C++ compiler and a network.
+set -euo pipefail
+cd "$(dirname "${{BASH_SOURCE[0]}}")"
+llama_cpp=${{LLAMA_CPP:-../llama.cpp}}   # a checkout that is there already, or a place for one
+[[ -d $llama_cpp ]] || git clone --depth 1 https://github.com/ggml-org/llama.cpp "$llama_cpp"
+python -m venv "$llama_cpp/venv"
+"$llama_cpp/venv/bin/pip" install -r "$llama_cpp/requirements/requirements-convert_hf_to_gguf.txt"
+"$llama_cpp/venv/bin/python" "$llama_cpp/convert_hf_to_gguf.py" . --outtype f16 --outfile {model}-f16.gguf
+cmake -S "$llama_cpp" -B "$llama_cpp/build" -DLLAMA_CURL=OFF
+cmake --build "$llama_cpp/build" --target llama-quantize llama-cli -j
+"$llama_cpp/build/bin/llama-quantize" {model}-f16.gguf {model}-q4_k_m.gguf Q4_K_M
+echo "talk to it: $llama_cpp/build/bin/llama-cli -m {model}-q4_k_m.gguf"
+"""
+
+
+def usage(trained: Trained, out: Path, kind: str) -> list[str]:
+    """Lines that say how to use an export with transformers, vLLM and llama.cpp."""
+    from ..model.load import model_path
+
+    place = shlex.quote(str(out))
+    example = f"from transformers import pipeline; print(pipeline('text-generation', {str(out)!r})('Hello'))"
+    lines = [f'  transformers:        python -c "{example}"']
+    if kind == "adapter":
+        assert trained.lora is not None
+        rank = next((size for size in VLLM_RANKS if size >= trained.lora.r), trained.lora.r)
+        return [*lines, f"  vLLM:                vllm serve {shlex.quote(model_path(trained.model))} --enable-lora "
+                f"--max-lora-rank {rank} --lora-modules trained={place}"]  # fmt: skip
+    lines += [f"  transformers serve:  transformers serve {place}", f"  vLLM:                vllm serve {place}"]
+    return [*lines, f"  GGUF:                {place}/to_gguf.sh"] if kind == "gguf-recipe" else lines

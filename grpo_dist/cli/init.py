@@ -1,0 +1,207 @@
+"""`python -m grpo_dist init`: a commented config to begin with, from a few questions or from options.
+
+    python -m grpo_dist init own.yaml
+    python -m grpo_dist init own.yaml --model Qwen/Qwen2.5-0.5B-Instruct --data my.jsonl --reward my_module:reward
+
+What is not given is asked for on a terminal, and an error elsewhere where there is no default for it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import sys
+import textwrap
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+from docstring_parser import parse_from_object
+
+from ..config.parse import flat, group_type, option_types
+from ..config.schema import Config, RewardConfig
+from ..config.shipped import shipped
+from ..data.rows import load_rows
+from ..rewards.registry import BUILT_IN
+
+SET = (
+    "model.name", "lora.r", "lora.alpha", "data.train_file", "data.eval_file", "data.prompt_column",
+    "data.answer_column", "data.max_prompt_length", "rollout.group_size", "rollout.max_completion_length",
+    "optim.learning_rate", "train.batch_size", "train.num_train_steps", "train.max_tokens_per_pack", "train.output_dir",
+)  # fmt: skip
+"""Options that a starter config sets."""
+OFTEN_CHANGED = (
+    "model.gradient_checkpointing", "data.system_prompt", "data.bad_rows", "rollout.temperature",
+    "scoring.num_workers", "loss.kl_coeff", "optim.warmup_steps", "train.eval_every", "train.save_every",
+    "train.max_time", "logging.trackers",
+)  # fmt: skip
+"""Options that it shows, commented out, with their defaults."""
+PROMPT_COLUMNS = ("prompt", "question", "problem", "instruction", "messages", "input", "query")
+ANSWER_COLUMNS = ("answer", "solution", "target", "label", "output", "response")
+_WIDTH = 110
+
+
+@dataclass(frozen=True)
+class Starter:
+    """What a starter config depends on."""
+
+    model: str
+    data: str
+    eval_data: str | None
+    prompt_column: str
+    answer_column: str | None
+    reward: str
+    output_dir: str
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the verb's options."""
+    parser.add_argument("file", type=Path, metavar="FILE", help="where to write the config")
+    parser.add_argument("--model", help="hub id or directory of a causal language model, or `toy`")
+    parser.add_argument("--data", help="prompts: a JSONL, JSON, CSV or parquet file, a directory, or a hub id")
+    parser.add_argument("--eval_data", help="the same for evaluation (none)")
+    parser.add_argument("--prompt_column", help="column with the prompt (found in a local file)")
+    parser.add_argument("--answer_column", help="column with the gold answer, `null` for none (found in a local file)")
+    parser.add_argument("--reward", help="a built-in reward, or module:function (math)")
+    parser.add_argument("--output_dir", help="where the run goes (runs/ and the name of FILE)")
+    parser.add_argument("--gpus", type=int, help="GPUs of this machine that the command to start will use (1)")
+
+
+def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
+    """Ask, write, and say what to run next. Raises ValueError, FileExistsError."""
+    if rest:
+        raise ValueError(f"{' '.join(rest)} given, expected the options that `init --help` lists")
+    if options.file.exists():
+        raise FileExistsError(f"{options.file} exists already; choose another name, or move it away")
+    on_terminal = sys.stdin.isatty() and sys.stdout.isatty()
+    try:
+        starter = complete(options, _ask if on_terminal else _refuse)
+    except (EOFError, KeyboardInterrupt):
+        raise ValueError(f"no answer; {options.file} was not written") from None
+    options.file.write_text(render(starter))
+    print(f"wrote {options.file}. Now check it, and then run it:\n")
+    print(f"    python -m grpo_dist check --config {options.file}")
+    print(f"    {start_command(options.file, options.gpus)}")
+    return 0
+
+
+Check = Callable[[str], str | None]
+"""From an answer to what is wrong with it; None where nothing is."""
+Asker = Callable[[str, str, str | None, Check], str]
+"""From an option, a question, a default (None: there is none) and a check to an answer."""
+
+
+def _ask(option: str, question: str, default: str | None, check: Check) -> str:
+    shown = f" [{default}]" if default is not None else ""
+    while True:
+        answer = input(f"{question}{shown}: ").strip() or default
+        problem = check(answer) if answer else None
+        if answer and not problem:
+            return answer
+        if problem:
+            print(problem)
+
+
+def _refuse(option: str, question: str, default: str | None, check: Check) -> str:
+    if default is None:
+        raise ValueError(f"--{option}: nothing given, and there is no terminal to ask on; expected: {question}")
+    return default
+
+
+def complete(options: argparse.Namespace, ask: Asker) -> Starter:
+    """Return the answers: those given as options, and `ask` for the others. Raises ValueError, FileNotFoundError."""
+
+    def answer(option: str, question: str, default: str | None, check: Check = lambda _: None) -> str:
+        given = getattr(options, option)
+        problem = check(given) if given else None
+        if problem:
+            raise ValueError(f"--{option}: {problem}")
+        return given or ask(option, question, default, check)
+
+    model = answer("model", "Model, a hub id or a directory", None)
+    data = answer("data", "Prompts, a JSONL, CSV or parquet file, a directory or a hub id", None, _data_problem)
+    columns = list(load_rows(data, "train")[0].columns) if Path(data).is_file() else []
+    prompt = answer("prompt_column", f"Column with the prompt{_of(columns)}",
+                    _first(PROMPT_COLUMNS, columns, "prompt"))  # fmt: skip
+    gold = answer("answer_column", f"Column with the gold answer, null for none{_of(columns)}",
+                  _first(ANSWER_COLUMNS, columns, "null" if columns else "answer"))  # fmt: skip
+    reward = answer("reward", f"Reward, module:function or one of {', '.join(BUILT_IN)}",
+                    "math" if gold != "null" else None, _reward_problem)  # fmt: skip
+    output_dir = options.output_dir or f"runs/{options.file.stem}"
+    return Starter(model, data, options.eval_data, prompt, None if gold == "null" else gold, reward, output_dir)
+
+
+def _data_problem(data: str) -> str | None:
+    looks_like_a_file = Path(data).suffix in (".jsonl", ".json", ".csv", ".parquet")
+    return f"no file {data!r} here" if looks_like_a_file and not Path(data).is_file() else None
+
+
+def _reward_problem(reward: str) -> str | None:
+    if ":" in reward or reward in BUILT_IN:
+        return None
+    near = difflib.get_close_matches(reward, BUILT_IN, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    return f"{reward!r} given, expected module:function or one of {', '.join(BUILT_IN)}{hint}"
+
+
+def _of(columns: Sequence[str]) -> str:
+    return f" (there are {', '.join(columns)})" if columns else ""
+
+
+def _first(names: Sequence[str], columns: Sequence[str], default: str) -> str:
+    return next((name for name in names if name in columns), default)
+
+
+def render(starter: Starter) -> str:
+    """Return the config as YAML with comments."""
+    config = Config(rewards=[RewardConfig(starter.reward)])
+    config.model.name, config.train.output_dir = starter.model, starter.output_dir
+    config.data = replace(config.data, train_file=starter.data, eval_file=starter.eval_data,
+                          prompt_column=starter.prompt_column, answer_column=starter.answer_column)  # fmt: skip
+    values, told = flat(asdict(config)), option_docs()
+    lines = ["# A starter config. All options, with their defaults and what they mean:",
+             "#     python -m grpo_dist.train --help"]  # fmt: skip
+    for group in option_types():
+        keys = [key for key in (*SET, *OFTEN_CHANGED) if key.partition(".")[0] == group]
+        if group == "rewards":
+            lines += ["", "rewards:", *_comment(told["rewards"], "  "), *_comment(told["rewards.name"], "  "),
+                      f"  - name: {_yaml(starter.reward)}", *_comment(told["rewards.weight"], "    "),
+                      "    weight: 1.0"]  # fmt: skip
+        elif keys:
+            lines += ["", f"{group}:" if set(keys) & set(SET) else f"# {group}:"]
+        for key in keys:
+            off = "" if key in SET else "# "
+            lines += [*_comment(told[key], "  "), f"  {off}{key.partition('.')[2]}: {_yaml(values[key])}"]
+    return "\n".join(lines) + "\n"
+
+
+def option_docs(cls: type = Config, prefix: str = "") -> dict[str, str]:
+    """Return what is said of every option that is documented, by dotted name; `rewards.NAME` for those of a reward."""
+    entries = parse_from_object(cls).params
+    found = {f"{prefix}{entry.arg_name}": " ".join((entry.description or "").split()) for entry in entries}
+    types = option_types(cls)
+    for name, hint in types.items():
+        group = RewardConfig if name == "rewards" else group_type(hint)
+        if group is not None and "." not in name:
+            found |= option_docs(group, f"{prefix}{name}.")
+    return found
+
+
+def _comment(text: str, indent: str) -> list[str]:
+    return textwrap.wrap(text, _WIDTH, initial_indent=f"{indent}# ", subsequent_indent=f"{indent}# ")
+
+
+def _yaml(value: Any) -> str:
+    return yaml.safe_dump(value, default_flow_style=True, width=10**6).removesuffix("...\n").strip()
+
+
+def start_command(file: Path, gpus: int | None) -> str:
+    """Return the command that trains on `gpus`."""
+    if gpus is None or gpus < 2:
+        return f"python -m grpo_dist.train --config {file}"
+    strategy = shipped("accelerate_configs") / "zero2.yaml"
+    if strategy.is_relative_to(Path.cwd()):
+        strategy = strategy.relative_to(Path.cwd())
+    return f"accelerate launch --config_file {strategy} --num_processes {gpus} -m grpo_dist.train --config {file}"

@@ -1,0 +1,169 @@
+"""`python -m grpo_dist plan`: memory of each GPU, and the arithmetic of a step, on any number of them.
+
+    python -m grpo_dist plan --config configs/quickstart.yaml --ranks 1,8,64 --gpu-memory 80GiB
+    python -m grpo_dist plan --config FILE --ranks 8,64,512 --from RUN --zero 2 --link-gbps 100
+
+Of the model nothing is loaded but its config: parameters are counted, and the passes of an update traced, on tensors
+without memory. Prompts and completions are taken at their full length. The status is 1 where --gpu-memory is given and
+no strategy fits at one of the numbers of ranks. docs/memory.md compares predictions with measurements.
+
+With --from, the steps that a run recorded say how long a step takes on other numbers of ranks, once with the config's
+batch (strong scaling) and once with a batch that grows with the ranks (weak scaling). docs/scaling.md has the
+assumptions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+from ..config.parse import parse_config
+from ..config.schema import Config
+from ..planning.tables import readable, table_of
+
+if TYPE_CHECKING:
+    from ..planning.memory import Phase
+    from ..planning.predict import Predictor, ZeroStage
+
+STRATEGIES: dict[str, ZeroStage] = {"DDP": 0, "ZeRO-1": 1, "ZeRO-2": 2, "ZeRO-3": 3}
+RESERVE = 0.1
+"""Share of --gpu-memory left to what is not a tensor: CUDA's context, libraries, fragments of the allocator."""
+UNITS = {"MB": 10**6, "GB": 10**9, "TB": 10**12, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the verb's own options; those of a run, `--config` first, are left to its parser."""
+    parser.add_argument("--ranks", default="1,8,64", metavar="N,N,…", help="numbers of GPUs (1,8,64)")
+    parser.add_argument("--gpu-memory", metavar="SIZE", help="memory of a GPU, such as 80GiB: says what does not fit")
+    parser.add_argument("--device", choices=["gpu", "cpu"], default="gpu",
+                        help="what `auto` dtypes stand for: bfloat16 on a gpu, float32 on a cpu (gpu)")  # fmt: skip
+    parser.add_argument("--from", dest="recorded", type=Path, metavar="RUN", help="output directory of a measured run")
+    parser.add_argument("--zero", type=int, choices=[0, 1, 2, 3], default=2,
+                        help="ZeRO stage of the predicted steps; 0 is DDP (2)")  # fmt: skip
+    parser.add_argument("--link-gbps", type=float, default=100.0, metavar="G",
+                        help="gigabits a second that each rank sends and receives (100)")  # fmt: skip
+    parser.add_argument("--link-latency-us", type=float, default=20.0, metavar="U",
+                        help="microseconds that a message takes to start (20)")  # fmt: skip
+
+
+def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
+    """Predict and print. Raises ValueError, OSError."""
+    ranks = parse_ranks(options.ranks)
+    limit = None if options.gpu_memory is None else parse_size(options.gpu_memory)
+    if options.link_gbps <= 0 or options.link_latency_us < 0:
+        raise ValueError(f"--link-gbps, --link-latency-us: {options.link_gbps:g}, {options.link_latency_us:g} given, "
+                         "expected a speed above 0 and a latency of at least 0")  # fmt: skip
+    config = parse_config(list(rest))
+    from ..model.load import load_model_config
+    from ..monitoring.console import set_up_logging  # torch; a mistake in the options should not wait for it
+    from ..planning.predict import Predictor
+
+    set_up_logging()
+    model_config = load_model_config(config.model)
+    most_bytes = None if limit is None else int(limit * (1 - RESERVE))
+    predictor = Predictor(config, model_config, options.device, most_bytes)
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
+    _print_steps(console, predictor, ranks)
+    _print_parts(console, predictor, ranks[-1])
+    unfit = _print_peaks(console, predictor, ranks, limit)
+    if most_bytes is not None:
+        for num_ranks in unfit:
+            _print_advice(console, config, model_config, options.device, num_ranks, most_bytes)
+    if options.recorded is not None:
+        from ..planning.outlook import print_outlook
+
+        print_outlook(console, predictor, options, ranks)
+    return int(bool(unfit))
+
+
+def parse_ranks(text: str) -> list[int]:
+    """Numbers of ranks in rising order. Raises ValueError."""
+    words = text.split(",")
+    if not all(re.fullmatch(r"[1-9]\d*", word.strip()) for word in words):
+        raise ValueError(f"--ranks: {text!r} given, expected whole numbers from 1 up, such as 1,8,64")
+    return sorted({int(word) for word in words})
+
+
+def parse_size(text: str) -> int:
+    """Bytes of a size with its unit. Raises ValueError."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]+)\s*", text)
+    if match is None or match[2].upper() not in UNITS:
+        raise ValueError(f"--gpu-memory: {text!r} given, expected a number with its unit, such as 80GiB or 24GB")
+    return int(float(match[1]) * UNITS[match[2].upper()])
+
+
+def _print_steps(console: Console, predictor: Predictor, ranks: list[int]) -> None:
+    from ..planning.predict import batch_arithmetic
+
+    config = predictor.config
+    counts = predictor.inputs(1, 0).counts
+    trained = f"{counts.adapters / 1e6:.2f} M in adapters" if counts.adapters else "all of them trained"
+    console.print(f"{config.model.name}: {counts.parameters / 1e6:.2f} M parameters, {trained}")
+    table = table_of(f"A step: {config.train.batch_size} prompts × {config.rollout.group_size} completions, all of "
+                     "full length", ["ranks", "completions a rank", "packs a rank", "largest pack", "optimizer steps"]
+                     )  # fmt: skip
+    for num_ranks in ranks:
+        step = batch_arithmetic(config, num_ranks, predictor.share_prompts)
+        table.add_row(str(num_ranks), str(step.completions_per_rank), str(step.packs_per_rank),
+                      f"{step.largest_pack_tokens} tokens", str(step.optimizer_steps))  # fmt: skip
+    console.print(table)
+
+
+def _print_parts(console: Console, predictor: Predictor, num_ranks: int) -> None:
+    """Every part under each strategy, and each phase's peak."""
+    from ..planning.memory import peaks
+
+    found = {name: predictor.parts(num_ranks, stage) for name, stage in STRATEGIES.items()}
+    table = table_of(f"Memory of each of {num_ranks} rank(s)", ["part", "held", *found])
+    rows: dict[tuple[str, str], dict[str, int]] = {}
+    for name, parts in found.items():
+        for part in parts:
+            rows.setdefault((part.name, part.phase), {})[name] = part.num_bytes
+    for (part_name, phase), values in sorted(rows.items(), key=lambda row: row[0][1] != "always"):
+        table.add_row(part_name, phase, *(readable(values[name]) if values.get(name) else "–" for name in found))
+    table.add_section()
+    tops = {name: peaks(parts) for name, parts in found.items()}
+    for phase in next(iter(tops.values())):
+        table.add_row("peak", phase, *(readable(top[phase]) for top in tops.values()), style="bold")
+    console.print(table)
+
+
+def _print_peaks(console: Console, predictor: Predictor, ranks: list[int], limit: int | None) -> list[int]:
+    """The largest peak by ranks and strategy; returns the numbers of ranks at which no strategy fits."""
+    from ..planning.advice import largest_peak
+
+    most = predictor.most_bytes
+    title = "Largest peak, and its phase"
+    if most is not None:
+        title += f"; ✗: above {readable(most)}, what {readable(limit or 0)} leave after a reserve of {RESERVE:.0%}"
+    table = table_of(title, ["ranks", *STRATEGIES])
+    unfit = []
+    for num_ranks in ranks:
+        tops: list[tuple[Phase, int]] = [largest_peak(predictor, num_ranks, stage) for stage in STRATEGIES.values()]
+        fits = [most is None or needed <= most for _, needed in tops]
+        table.add_row(str(num_ranks), *(f"{readable(needed)} {phase}{'' if fit else ' ✗'}"
+                                        for (phase, needed), fit in zip(tops, fits, strict=True)))  # fmt: skip
+        if not any(fits):
+            unfit.append(num_ranks)
+    console.print(table)
+    return unfit
+
+
+def _print_advice(
+    console: Console, config: Config, model_config: Any, device: Any, num_ranks: int, most_bytes: int
+) -> None:
+    from ..planning.advice import make_fit
+
+    stage: ZeroStage = 2 if num_ranks > 1 else 0
+    changes, needed = make_fit(config, model_config, device, num_ranks, stage, most_bytes)
+    start = f"{num_ranks} rank(s){' from ZeRO-2' if stage else ''}"
+    told = "  ".join(changes) or "no change helps"
+    fits = needed <= most_bytes
+    console.print(f"{start}: {told}: {readable(needed)}" + ("" if fits else ", which still does not fit: more ranks "
+                  "under ZeRO-3, a smaller model, or shorter prompts and completions"), soft_wrap=True)  # fmt: skip

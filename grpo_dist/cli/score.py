@@ -1,0 +1,129 @@
+"""`python -m grpo_dist score`: what the configured rewards make of some completions, before any training.
+
+    python -m grpo_dist score --config configs/quickstart.yaml -n 20
+    python -m grpo_dist score --config configs/quickstart.yaml --completions FILE
+
+Completions come from a file with a column `completion` and, where its rows are not in the order of the data's, a column
+`prompt_index`; without a file, the gold answers themselves are scored, which a reward should like. No model is loaded.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from ..config.parse import parse_config
+from ..config.schema import Config
+from ..data.rows import load_rows
+from ..rewards.pool.pool import ScorerPool
+from ..rewards.registry import answer_checks
+from ..rewards.scores import Item, Scores, combine
+from ..text.plain import plain
+
+if TYPE_CHECKING:
+    from ..types import Prompt
+
+_SHOWN_CHARACTERS = 60
+_SHOWN_FAILURES = 5
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the verb's own options; those of a run, `--config` first, are left to its parser."""
+    parser.add_argument("--completions", metavar="FILE", help="JSONL, CSV or parquet with a column `completion`")
+    parser.add_argument("-n", type=int, default=20, metavar="N", help="most completions to score (20)")
+
+
+def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
+    """Score and print; 1 where more completions failed than scoring.error_budget allows. Raises ValueError, OSError."""
+    config = parse_config(list(rest))
+    if options.n < 1:
+        raise ValueError(f"-n: {options.n} given, expected at least 1")
+    items, groups = read_items(config, options.completions, options.n)
+    with ScorerPool(config.rewards, config.scoring) as pool:
+        scores = pool.score(items, groups=groups)
+    print_scores(config, items, scores)
+    return int(scores.failed.any(1).mean() > config.scoring.error_budget)
+
+
+def read_items(config: Config, path: str | None, most: int) -> tuple[list[Item], list[int]]:
+    """Return up to `most` completions of a file with the data's columns, or the gold answers without a file.
+
+    With them comes the group of each: a file's completions of one prompt, or all gold answers. Raises ValueError where
+    the file has no `completion`, or names a prompt that the data does not have.
+    """
+    from ..data.mixture import load_training
+    from ..model.load import load_tokenizer  # torch; a mistake in the options should not wait for it
+
+    tokenizer = load_tokenizer(config.model)
+    checks = answer_checks(config.rewards) if config.data.answer_column else []
+    prompts, _ = load_training(config, tokenizer, checks)
+    if path is None:
+        if config.data.answer_column is None:
+            raise ValueError("data.answer_column is null: without gold answers to score, give --completions FILE")
+        first = [prompts[place] for place in range(min(most, len(prompts)))]
+        pairs = [(prompt, str(prompt.columns["answer"])) for prompt in first]
+    else:
+        pairs = _read_pairs(path, prompts, most)
+    return to_items(pairs, tokenizer), [0 if path is None else prompt.index for prompt, _ in pairs]
+
+
+def to_items(pairs: Sequence[tuple[Prompt, str]], tokenizer: Any) -> list[Item]:
+    """Return prompts with completions as what is handed to the rewards."""
+    encoded = tokenizer([text for _, text in pairs], add_special_tokens=False)["input_ids"]
+    return [
+        Item(prompt.messages or prompt.text, text, ids, prompt.columns)
+        for (prompt, text), ids in zip(pairs, encoded, strict=True)
+    ]
+
+
+def _read_pairs(path: str, prompts: Sequence[Prompt], most: int) -> list[tuple[Prompt, str]]:
+    by_index = {prompt.index: prompt for prompt in prompts}
+    pairs = []
+    for place, row in enumerate(load_rows(path, "train")[:most]):
+        text, index = row.columns.get("completion"), row.columns.get("prompt_index", place)
+        if not isinstance(text, str):
+            raise ValueError(f"{path}, row {row.number}: {row.problem or 'no text in the column `completion`'}")
+        if row.is_text and isinstance(index, str) and index.isdecimal():
+            index = int(index)
+        if index not in by_index:
+            raise ValueError(f"{path}, row {row.number}: the data has no usable row with prompt_index {index!r}")
+        pairs.append((by_index[index], text))
+    return pairs
+
+
+def print_scores(config: Config, items: Sequence[Item], scores: Scores) -> None:
+    """Print a table with a line for each completion, what failed, and what each reward took."""
+    weights = [reward.weight_at(0) for reward in config.rewards]
+    totals = combine(scores.values, scores.failed, weights)
+    table = Table(box=box.SIMPLE)
+    for name in ("prompt", "completion"):
+        table.add_column(name, overflow="fold")
+    for name, weight in zip(scores.names, weights, strict=True):
+        table.add_column(f"{name}\n× {weight:g}", justify="right")
+    table.add_column("reward", justify="right")
+    for item, values, failed, total in zip(items, scores.values, scores.failed, totals, strict=True):
+        cells = ["failed" if bad else _number(value, "–") for value, bad in zip(values, failed, strict=True)]
+        prompt = item.prompt if isinstance(item.prompt, str) else item.prompt[-1]["content"]
+        texts = (plain(text, _SHOWN_CHARACTERS) for text in (prompt, item.completion))
+        table.add_row(*map(Text, (*texts, *cells, _number(total, "unscored"))))
+    console = Console()
+    console.print(table)
+    lines = [f"{name}: {seconds:.2f} s" for name, seconds in zip(scores.names, scores.seconds, strict=True)]
+    lines += [f"{name}: {total / count:.4g}" for name, (total, count) in scores.metrics.items()]
+    lines += [
+        f"completion {failure.item}: {failure.reward} failed ({failure.kind}): {plain(failure.message, 300)}"
+        for failure in scores.failures[:_SHOWN_FAILURES]
+    ]
+    if len(scores.failures) > _SHOWN_FAILURES:
+        lines.append(f"and {len(scores.failures) - _SHOWN_FAILURES} more failures")
+    console.print(Text("\n".join(lines)))
+
+
+def _number(value: float, absent: str) -> str:
+    return absent if value != value else f"{value:.4g}"

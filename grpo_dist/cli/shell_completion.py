@@ -1,0 +1,73 @@
+"""`python -m grpo_dist completion SHELL`: the script with which a shell completes the command `grpo-dist`.
+
+    eval "$(grpo-dist completion bash)"                                   in ~/.bashrc
+    grpo-dist completion zsh > ~/.zfunc/_grpo-dist                        with ~/.zfunc in fpath before compinit
+    grpo-dist completion fish > ~/.config/fish/completions/grpo-dist.fish
+
+It completes verbs, their options, and the dotted options of a run with the values they may have.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+from collections.abc import Sequence
+from typing import Any, Literal, get_args, get_origin
+
+import shtab
+
+from ..config.checks import require
+from ..config.parse import group_type, option_types, presets
+from .main import VERBS, make_parser
+
+PROGRAM = "grpo-dist"
+READERS = ("parse_config", "read_options")
+"""What a verb imports that takes the options of a run."""
+FILES = ("data.train_file", "data.eval_file", "model.name")
+"""Options that may be a path."""
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the verb's argument."""
+    parser.add_argument("shell", choices=shtab.SUPPORTED_SHELLS, help="the shell that is to complete")
+
+
+def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
+    """Print the script. Raises ValueError."""
+    require(not rest, "arguments", list(rest), "a shell alone")
+    print(script(options.shell))
+    return 0
+
+
+def script(shell: str) -> str:
+    """Return what the shell is to evaluate."""
+    parser = make_parser(VERBS)
+    parser.prog = PROGRAM
+    (verbs,) = (action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
+    for name, verb in verbs.choices.items():
+        verb.prog = f"{PROGRAM} {name}"
+        verb.description = VERBS[name][1]
+        module = importlib.import_module(VERBS[name][0])
+        if any(hasattr(module, reader) for reader in READERS):
+            _add_run_options(verb)
+    return shtab.complete(parser, shell)
+
+
+def _add_run_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of a run for their names and values alone: it is not this parser that reads them."""
+    parser.add_argument("--config").complete = shtab.FILE  # type: ignore[attr-defined]
+    parser.add_argument("--preset", choices=presets())
+    for name, hint in option_types().items():
+        if group_type(hint) is None:
+            option = parser.add_argument(f"--{name}", choices=_values(hint))
+            if name in FILES:
+                option.complete = shtab.FILE  # type: ignore[attr-defined]
+            elif name == "train.output_dir":
+                option.complete = shtab.DIRECTORY  # type: ignore[attr-defined]
+
+
+def _values(hint: Any) -> list[str] | None:
+    """Return the values that an option may have, where they are few."""
+    if get_origin(hint) is Literal:
+        return [str(value) for value in get_args(hint)]
+    return ["true", "false"] if hint is bool else None

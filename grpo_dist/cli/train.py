@@ -1,0 +1,32 @@
+"""`python -m grpo_dist train`: a training in this one process, on one GPU or the CPU.
+
+    python -m grpo_dist train --config configs/quickstart.yaml
+
+on several, each of which is a process:
+
+    accelerate launch --config_file accelerate_configs/zero2.yaml --num_processes 8 -m grpo_dist.train --config FILE
+
+`python -m grpo_dist.train --help` lists the options of a run.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+from ..config.parse import DRY_RUN, parse_config
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add nothing: all options are those of a run."""
+
+
+def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
+    """Train, and return the exit status."""
+    if DRY_RUN not in rest:
+        parse_config(list(rest))  # a mistake should not wait for torch, which comes with the trainer
+
+    from ..train import train
+    from ..trainer.ending import main
+
+    return main(train, list(rest))

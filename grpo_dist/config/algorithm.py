@@ -1,0 +1,187 @@
+"""The options that make one algorithm out of another: advantage, loss, critic; and which of them exclude each other.
+
+Options are independent wherever they can be; `check_algorithm` refuses what would mean nothing. Presets of the
+published algorithms are in configs/algorithms, and docs/algorithms.md explains them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from .checks import require
+
+if TYPE_CHECKING:
+    from .schema import Config
+
+
+@dataclass
+class AdvantageConfig:
+    """How rewards become advantages."""
+
+    baseline: Literal["mean", "leave_one_out", "none", "critic"] = "mean"
+    """Subtracted from each reward: the mean of its group, the mean of the others in its group, nothing, or what a
+    learned critic expects."""
+    scale: Literal["auto", "group", "batch", "none"] = "auto"
+    """Divide by the std of the group, by the std of the batch, or by nothing; `auto` is `group` with a group's baseline
+    (but `batch` for `reinforce`) and `batch` without. Without a group's baseline `batch` also subtracts the mean."""
+    several_rewards: Literal["sum_then_normalise", "normalise_then_sum"] = "sum_then_normalise"
+    """Whether weighted rewards are summed before baseline and scale are applied, or after (GDPO)."""
+    overlong_buffer: int = 0
+    """Soft overlong punishment (DAPO): over the last so many tokens before rollout.max_completion_length the reward
+    falls by overlong_penalty; 0 turns it off."""
+    overlong_penalty: float = 1.0
+    """The most that the soft overlong punishment takes off."""
+    drop_zero_variance: bool = False
+    """Take groups whose rewards are all equal out of the loss and its denominators, not only out of the gradient."""
+
+    def __post_init__(self) -> None:
+        require(self.overlong_buffer >= 0, "advantage.overlong_buffer", self.overlong_buffer, "0 (off) or more tokens")
+        require(self.overlong_penalty > 0, "advantage.overlong_penalty", self.overlong_penalty, "a number above 0")
+
+
+@dataclass
+class LossConfig:
+    """The objective of an update."""
+
+    objective: Literal["grpo", "reinforce", "cispo", "sapo"] = "grpo"
+    """`grpo`: clipped ratio (PPO, DeepSeekMath eq. 3). `reinforce`: log-probability times advantage. `cispo`: the same
+    times the clipped and detached ratio. `sapo`: a soft gate on the ratio."""
+    ratio_level: Literal["token", "sequence"] = "token"
+    """Ratio of each token, or of its whole completion (GSPO: the geometric mean of its tokens' ratios)."""
+    clip_low: float = 0.2
+    """The ratio is clipped below at 1 - clip_low; 1 turns that off."""
+    clip_high: float = 0.2
+    """The ratio is clipped above at 1 + clip_high."""
+    dual_clip: float | None = None
+    """Bound on the ratio where the advantage is negative, such as 3; null for none."""
+    sapo_temperature_positive: float = 1.0
+    """How fast `sapo`'s gate closes where the advantage is positive."""
+    sapo_temperature_negative: float = 1.05
+    """The same where it is not."""
+    aggregation: Literal["auto", "sequence_mean", "token_mean", "constant", "prompt_mean", "sequence_sum"] = "auto"
+    """How tokens are weighed: the mean over sequences of the mean over tokens (GRPO), the mean over all tokens of the
+    step (DAPO), the sum over tokens divided by sequences times rollout.max_completion_length (Dr. GRPO), the mean over
+    prompts of the mean over their tokens, or the mean over sequences of the sum over tokens; `auto` is `sequence_sum`
+    for `reinforce` and else `sequence_mean`."""
+    mask_truncated: bool = False
+    """Take completions that the length limit cut out of the loss and its denominators; their rewards still count in
+    their group's baseline."""
+    gamma: float = 1.0
+    """Discount of a reward for each token between it and the token that is credited."""
+    kl_coeff: float = 0.04
+    """Weight of the penalty that keeps the policy near the reference; 0 leaves the reference uncomputed."""
+    kl_estimator: Literal["auto", "k1", "k2", "k3", "abs", "squared_sequence"] = "auto"
+    """Schulman's estimators per token, the absolute log-ratio per token, or the squared log-ratio of whole sequences
+    (the recipe); `auto` is `squared_sequence` for `reinforce`, `k1` for kl_in `reward`, and else `k3`."""
+    kl_in: Literal["loss", "reward"] = "loss"
+    """Where the penalty goes: differentiated in the loss, or subtracted from the rewards (of each token without a
+    group's baseline, of the whole completion with one)."""
+    kl_unbiased: bool = False
+    """Multiply the penalty in the loss by the token's ratio: its gradient is then that of the KL itself."""
+    kl_target: float | None = None
+    """Adapt kl_coeff from step to step so that the metric `kl` (nats a token, by kl_estimator) approaches this; null
+    keeps it fixed."""
+    entropy_coeff: float = 0.0
+    """Weight of the entropy bonus, aggregated as the loss is."""
+    top_entropy_quantile: float = 1.0
+    """Only this share of the step's tokens, those of the highest entropy, gets a policy gradient; 1 is all of them."""
+    importance_correction: Literal["none", "truncate", "mask"] = "none"
+    """Weigh tokens by the trainer's probability over the rollout engine's: cut off at importance_high (TIS), or 0
+    outside [importance_low, importance_high] (IcePop, MIS)."""
+    importance_level: Literal["token", "sequence"] = "token"
+    """Whether that ratio is the token's or its whole completion's."""
+    importance_low: float = 0.5
+    """Lower bound of `mask`."""
+    importance_high: float = 2.0
+    """Upper bound of `truncate` and `mask`."""
+
+    def __post_init__(self) -> None:
+        require(0 <= self.clip_low <= 1, "loss.clip_low", self.clip_low, "a number in [0, 1]")
+        require(self.clip_high >= 0, "loss.clip_high", self.clip_high, "0 or more")
+        require(self.dual_clip is None or self.dual_clip > 1 + self.clip_high, "loss.dual_clip", self.dual_clip,
+                f"null, or a ratio above 1 + loss.clip_high = {1 + self.clip_high:g}")  # fmt: skip
+        for name in ("sapo_temperature_positive", "sapo_temperature_negative", "importance_high"):
+            require(getattr(self, name) > 0, f"loss.{name}", getattr(self, name), "a number above 0")
+        require(0 < self.gamma <= 1, "loss.gamma", self.gamma, "a discount in (0, 1]")
+        require(self.kl_coeff >= 0, "loss.kl_coeff", self.kl_coeff, "0 or more")
+        require(self.kl_target is None or self.kl_target > 0, "loss.kl_target", self.kl_target, "null, or nats above 0")
+        require(self.entropy_coeff >= 0, "loss.entropy_coeff", self.entropy_coeff, "0 or more")
+        require(0 < self.top_entropy_quantile <= 1, "loss.top_entropy_quantile", self.top_entropy_quantile,
+                "a share in (0, 1]")  # fmt: skip
+        require(0 <= self.importance_low < self.importance_high, "loss.importance_low", self.importance_low,
+                f"a number in [0, loss.importance_high = {self.importance_high:g})")  # fmt: skip
+
+
+@dataclass
+class CriticConfig:
+    """The learned baseline of advantage.baseline `critic`: a linear value head on the policy's hidden states."""
+
+    learning_rate: float = 1e-3
+    """Peak learning rate of the value head; it follows the policy's schedule."""
+    loss_coeff: float = 0.1
+    """Weight of the value loss beside the policy's: both reach the weights below the head."""
+    clip: float | None = 0.2
+    """Furthest that a value may profitably move from its old one in the updates of one batch; null for any."""
+    gae_lambda: float = 0.95
+    """Generalised advantage estimation: 1 trusts the rewards alone, 0 the critic alone."""
+
+    def __post_init__(self) -> None:
+        require(self.learning_rate > 0, "critic.learning_rate", self.learning_rate, "a number above 0")
+        require(self.loss_coeff > 0, "critic.loss_coeff", self.loss_coeff, "a number above 0")
+        require(self.clip is None or self.clip > 0, "critic.clip", self.clip, "null, or a number above 0")
+        require(0 <= self.gae_lambda <= 1, "critic.gae_lambda", self.gae_lambda, "a number in [0, 1]")
+
+
+def resolve_auto(advantage: AdvantageConfig, loss: LossConfig) -> None:
+    """Put what `auto` stands for in its place."""
+    recipe = loss.objective == "reinforce"
+    in_groups = advantage.baseline in ("mean", "leave_one_out")
+    if advantage.scale == "auto":
+        advantage.scale = "group" if in_groups and not recipe else "batch"
+    if loss.aggregation == "auto":
+        loss.aggregation = "sequence_sum" if recipe else "sequence_mean"
+    if loss.kl_estimator == "auto":
+        loss.kl_estimator = "k1" if loss.kl_in == "reward" else "squared_sequence" if recipe else "k3"
+
+
+def check_algorithm(config: Config) -> None:
+    """Resolve `auto` and raise ValueError for options that mean nothing together."""
+    advantage, loss, train = config.advantage, config.loss, config.train
+    resolve_auto(advantage, loss)
+    in_groups = advantage.baseline in ("mean", "leave_one_out")
+    group_size = config.rollout.group_size
+    require(group_size >= (2 if in_groups else 1), "rollout.group_size", group_size,
+            f"at least 2 for advantage.baseline `{advantage.baseline}`: it is relative to a group")  # fmt: skip
+    require(in_groups or advantage.scale != "group", "advantage.scale", advantage.scale,
+            f"`batch` or `none` where advantage.baseline is `{advantage.baseline}`")  # fmt: skip
+    for key, given, off in (
+        ("advantage.several_rewards", advantage.several_rewards, "sum_then_normalise"),
+        ("advantage.drop_zero_variance", advantage.drop_zero_variance, False),
+        ("rollout.max_resamples", config.rollout.max_resamples, 0),
+    ):
+        require(in_groups or given == off, key, given,
+                f"{off} for advantage.baseline `{advantage.baseline}`: the option asks for a group's")  # fmt: skip
+    require(advantage.overlong_buffer < config.rollout.max_completion_length, "advantage.overlong_buffer",
+            advantage.overlong_buffer, "less than rollout.max_completion_length")  # fmt: skip
+    _check_kl(advantage, loss)
+    several = train.updates_per_batch > 1 or train.num_minibatches > 1
+    require(loss.objective != "reinforce" or not several, "loss.objective", loss.objective,
+            "one with a ratio (grpo, cispo, sapo) where a batch serves several updates")  # fmt: skip
+    require(loss.objective != "reinforce" or loss.ratio_level == "token", "loss.ratio_level", loss.ratio_level,
+            "`token` where loss.objective is `reinforce`, which has no ratio")  # fmt: skip
+    require(loss.objective == "grpo" or loss.dual_clip is None, "loss.dual_clip", loss.dual_clip,
+            f"null where loss.objective is `{loss.objective}`")  # fmt: skip
+
+
+def _check_kl(advantage: AdvantageConfig, loss: LossConfig) -> None:
+    in_loss = loss.kl_in == "loss"
+    require(loss.kl_coeff > 0 or (in_loss and not loss.kl_unbiased and loss.kl_target is None), "loss.kl_coeff",
+            loss.kl_coeff, "a number above 0 where kl_in, kl_unbiased or kl_target is set")  # fmt: skip
+    require(in_loss or advantage.several_rewards == "sum_then_normalise", "loss.kl_in", loss.kl_in,
+            "`loss` with advantage.several_rewards `normalise_then_sum`, which would undo its weight")  # fmt: skip
+    require(not loss.kl_unbiased or (in_loss and loss.kl_estimator in ("k1", "k3")), "loss.kl_unbiased",
+            loss.kl_unbiased, "false but for `k1` and `k3` in the loss")  # fmt: skip
+    require(loss.kl_coeff == 0 or not in_loss or loss.kl_estimator != "k1" or loss.kl_unbiased, "loss.kl_estimator",
+            loss.kl_estimator, "another estimator, kl_unbiased, or kl_in `reward`: in the loss, the expected gradient "
+            "of `k1` alone is 0")  # fmt: skip

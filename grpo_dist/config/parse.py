@@ -1,0 +1,153 @@
+"""From the command line and YAML files to a checked Config, in a moment and without importing anything heavy."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import itertools
+import json
+import re
+import sys
+from dataclasses import fields, is_dataclass
+from typing import Any, NoReturn, get_args, get_origin, get_type_hints
+
+from jsonargparse import ActionConfigFile, ArgumentParser, Namespace, set_parsing_settings
+
+from ..text.plain import write_lines
+from .schema import Config
+from .shipped import shipped
+
+PRESETS = shipped("configs") / "algorithms"
+DRY_RUN = "--dry_run"
+"""Instead of a run, its check; not an option of a run, and not in a config file."""
+SECRET = re.compile(r"token|key|secret|password|credential", re.IGNORECASE)
+
+
+@functools.cache
+def option_types(cls: type = Config, prefix: str = "") -> dict[str, Any]:
+    """Every option's dotted name, groups included, with its type."""
+    found: dict[str, Any] = {}
+    for name, hint in get_type_hints(cls).items():
+        found[f"{prefix}{name}"] = hint
+        if (group := group_type(hint)) is not None:
+            found |= option_types(group, f"{prefix}{name}.")
+    return found
+
+
+def group_type(hint: Any) -> type | None:
+    """The dataclass of a type that is a group of options, or null; None for other types."""
+    kinds = [] if get_origin(hint) is list else [hint, *get_args(hint)]
+    return next((kind for kind in kinds if isinstance(kind, type) and is_dataclass(kind)), None)
+
+
+def nearest_option(word: str) -> str | None:
+    """The option that somebody meant who wrote an unknown one; None where nothing is near."""
+    known = list(option_types())
+    leaves = {key.rpartition(".")[2]: key for key in known}
+    leaf = word.rpartition(".")[2]
+    if leaf in leaves:
+        return leaves[leaf]
+    near = difflib.get_close_matches(word, known, n=1, cutoff=0.8)
+    near = near or [leaves[match] for match in difflib.get_close_matches(leaf, leaves, n=1, cutoff=0.75)]
+    return near[0] if near else None
+
+
+class _Parser(ArgumentParser):
+    """Answers a mistake with one message that names the nearest known option."""
+
+    files: tuple[str, ...] = ()
+    """The config files of the command line."""
+
+    def error(self, message: str, *_: Any, **__: Any) -> NoReturn:
+        refused = {word for match in re.findall(r"'([\w.]+)'|--([\w.]+)", message) for word in match if word}
+        near = {word: nearest_option(word) for word in sorted(refused - set(option_types()))}
+        hints = [f"{word!r}: did you mean {match!r}?" for word, match in near.items() if match]
+        files = [f"(with {path})" for path in self.files]
+        write_lines("\n".join([f"error: {message.strip()}", *hints, *files]), sys.stderr)
+        sys.exit(2)
+
+
+def make_parser(kind: type[ArgumentParser] = _Parser, **settings: Any) -> ArgumentParser:
+    """The parser of a training's command line; `settings` are jsonargparse's."""
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = kind(prog="grpo_dist.train", description="Train a causal language model with GRPO.", **settings)
+    parser.add_argument("--config", action=ActionConfigFile, help="A YAML file of options.")
+    parser.add_argument("--preset", choices=presets(), help="A published algorithm's options, before all others.")
+    parser.add_argument(DRY_RUN, action="store_true", help="Check all that can be checked beforehand, and end.")
+    parser.add_class_arguments(Config, nested_key=None)
+    return parser
+
+
+def to_config(parser: ArgumentParser, parsed: Namespace) -> Config:
+    """What was parsed, as a checked Config. Raises ValueError."""
+    _refuse_nulls(parsed, Config)
+    values = parser.instantiate(parsed)
+    return Config(**{field.name: values[field.name] for field in fields(Config)})
+
+
+def _refuse_nulls(values: Namespace, kind: type, prefix: str = "") -> None:
+    """Raise ValueError for null where an option cannot be null, and for a group that is none: jsonargparse does not."""
+    for name, hint in get_type_hints(kind).items():
+        if name not in values:  # the group was null, and then one of its options given: the others keep their defaults
+            continue
+        value, may_be_null = values[name], type(None) in get_args(hint)
+        group: Any = group_type(hint) or next(filter(is_dataclass, get_args(hint)), None)
+        if (value is None and not may_be_null) or (is_dataclass(hint) and not isinstance(value, Namespace)):
+            raise ValueError(f"{prefix}{name}: {value!r} given, expected a value; leave it out for the default")
+        for part in value if isinstance(value, list) else [value]:
+            if group is not None and isinstance(part, Namespace):
+                _refuse_nulls(part, group, f"{prefix}{name}.")
+
+
+def parse_config(arguments: list[str] | None = None) -> Config:
+    """The config of `--preset NAME`, `--config FILE` and dotted overrides, of which the later have the last word.
+
+    Ends the program with status 2 on a mistake.
+    """
+    parser = make_parser()
+    assert isinstance(parser, _Parser)
+    words = sys.argv[1:] if arguments is None else arguments
+    parser.files = tuple(
+        word.removeprefix("--config=") if "=" in word else following
+        for word, following in itertools.pairwise([*words, ""]) if word.split("=")[0] == "--config"
+    )  # fmt: skip
+    given = parser.parse_args(_preset_first(words))
+    try:
+        return to_config(parser, given)
+    except ValueError as error:  # a check of config.py
+        parser.error(str(error))
+
+
+def presets() -> list[str]:
+    """Names of the presets there are."""
+    return sorted(path.stem for path in PRESETS.glob("*.yaml"))
+
+
+def _preset_first(arguments: list[str]) -> list[str]:
+    """The arguments with a preset's file in front, as a config that every later one overrides."""
+    for place, argument in enumerate(arguments):
+        name, equals, value = argument.partition("=")
+        if name == "--preset" and (equals or place + 1 < len(arguments)):
+            path = PRESETS / f"{value if equals else arguments[place + 1]}.yaml"
+            return ["--config", str(path), *arguments] if path.is_file() else arguments
+    return arguments
+
+
+def redacted(values: Any, name: str = "") -> Any:
+    """A config's values with everything that looks like a secret by its name left out."""
+    if isinstance(values, dict):
+        return {key: redacted(value, str(key)) for key, value in values.items()}
+    if isinstance(values, (list, tuple)):
+        return [redacted(value, name) for value in values]
+    return "<redacted>" if isinstance(values, str) and SECRET.search(name) else values
+
+
+def flat(options: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested options by their dotted names, as JSON would hold them."""
+    found: dict[str, Any] = {}
+    for key, value in options.items():
+        if isinstance(value, dict):
+            found |= flat(value, f"{prefix}{key}.")
+        else:
+            found[f"{prefix}{key}"] = json.loads(json.dumps(value))
+    return found

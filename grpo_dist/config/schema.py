@@ -1,0 +1,339 @@
+"""Every option of a run: one dataclass a group, one documented field an option, checks beside the fields they check.
+
+Defaults are written here and nowhere else. All counts are global: `train.batch_size: 32` means 32 prompts a step on one
+rank and on sixty-four. This module imports nothing heavy, so that a mistake in a config is answered at once.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+from .algorithm import AdvantageConfig, CriticConfig, LossConfig, check_algorithm
+from .checks import is_date, require
+from .rewards import RewardConfig, ScoringConfig
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+@dataclass
+class ModelConfig:
+    """The policy's base model."""
+
+    name: str = "toy"
+    """Hub id or local path of a causal language model, or `toy` or `toy-carry`, which ship with the package."""
+    revision: str | None = None
+    """Branch, tag or commit on the hub."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Compute dtype of the policy; `auto` is bfloat16 on a GPU that has it and float32 elsewhere. Not float16, in which
+    small gradients are 0 unless the loss is scaled."""
+    attn_implementation: str = "auto"
+    """`auto` computes a prompt once for its whole group where the architecture allows it; any name transformers knows
+    (`sdpa`, `eager`, `flash_attention_2`) is handed to it, and completions are then computed one to a row."""
+    trust_remote_code: bool = False
+    """Run code that comes with the model. Leave it off unless you have read that code."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time in the update."""
+
+
+@dataclass
+class LoraConfig:
+    """Low-rank adapters; `lora: null` trains every weight instead."""
+
+    r: int = 16
+    """Rank of the adapters."""
+    alpha: float = 32.0
+    """Adapters are scaled by alpha / r."""
+    dropout: float = 0.0
+    """Dropout in the adapters while training; rollouts never use it. What is dropped depends on token and layer, not
+    on rank or pack."""
+    target_modules: str | list[str] = "all-linear"
+    """Modules that get adapters: `all-linear`, or a list of names."""
+
+    def __post_init__(self) -> None:
+        require(self.r >= 1, "lora.r", self.r, "a rank of at least 1")
+        require(self.alpha > 0, "lora.alpha", self.alpha, "a number above 0")
+        require(0 <= self.dropout < 1, "lora.dropout", self.dropout, "a share in [0, 1)")
+
+
+@dataclass
+class ReferenceConfig:
+    """The base model as it was before training: reference of the KL term."""
+
+    dtype: Dtype = "bfloat16"
+    """Dtype of the reference. That of the policy saves a copy with LoRA, but under ZeRO-3."""
+    placement: Literal["copy", "shared"] = "copy"
+    """`copy` keeps a whole frozen copy on every rank where the policy's base is not the same; `shared` uses the policy
+    itself, adapters off, where a copy does not fit (needs LoRA)."""
+
+
+@dataclass
+class CurriculumConfig:
+    """Which prompts are worth a group of completions, by the share that was right in their last one."""
+
+    low: float = 0.05
+    """Prompts with a smaller share of right completions are passed over."""
+    high: float = 0.95
+    """Prompts with a greater share are passed over."""
+    rest_epochs: int = 2
+    """Passes through the data for which they are."""
+
+    def __post_init__(self) -> None:
+        require(0 <= self.low <= self.high <= 1, "data.curriculum", (self.low, self.high), "0 <= low <= high <= 1")
+        require(self.rest_epochs >= 1, "data.curriculum.rest_epochs", self.rest_epochs, "1 or more")
+
+
+@dataclass
+class DataConfig:
+    """Where prompts come from and how they are read."""
+
+    train_file: str | dict[str, float] = "configs/data/math_tasks_train.jsonl"
+    """A JSONL, JSON, CSV or parquet file, a directory, or a hub id: what `datasets.load_dataset` takes. Several are
+    mixed where they are given with their weights: `{a.jsonl: 2, b.jsonl: 1}`."""
+    eval_file: str | None = "configs/data/math_tasks_eval.jsonl"
+    """The same for evaluation; null for none."""
+    subset: str | None = None
+    """Configuration name of a hub data set, such as `main`."""
+    train_split: str = "train"
+    """Split of `train_file` where it is a data set with splits."""
+    eval_split: str = "test"
+    """Split of `eval_file` where it is a data set with splits."""
+    prompt_column: str = "prompt"
+    """Column with the prompt: text, or a list of messages with `role` and `content`."""
+    answer_column: str | None = "answer"
+    """Column with the gold answer, handed to the rewards as `answer`; null where there is none."""
+    system_prompt: str | None = None
+    """Put before every prompt as a system message (needs a chat template)."""
+    chat_template: Literal["auto", "always", "never"] = "auto"
+    """Render prompts with the tokenizer's chat template: `auto` does so for messages, and for text too where a system
+    prompt is set."""
+    template_date: str | None = None
+    """The date (YYYY-MM-DD) for chat templates that write today's; null is the day the run begins, which stays the
+    run's when it goes on later."""
+    max_prompt_length: int = 512
+    """Longest prompt in tokens, template included."""
+    bad_rows: Literal["error", "drop"] = "error"
+    """What to do with rows that cannot be used (no prompt, too long, an answer no reward can read): `error` names the
+    first of them and stops; `drop` leaves them out and says how many."""
+    too_long: Literal["bad_row", "drop", "truncate"] = "bad_row"
+    """What to do with prompts above max_prompt_length: treat them as bad rows, leave them out, or keep their last
+    max_prompt_length tokens. How many there are is said in any case."""
+    keep: dict[str, Any] | None = None
+    """Use only rows whose columns are so: a value, a list of values, or `{min: …, max: …}` for each column named. How
+    many rows each column leaves out is said."""
+    streaming: bool = False
+    """Read rows when they are needed, for data that does not fit in memory; the order stays the same. Rows are then
+    checked as they come, and one that cannot be used stops the run."""
+    curriculum: CurriculumConfig | None = None
+    """Pass over prompts whose last group was too easy or too hard; null takes all prompts in turn."""
+
+    def __post_init__(self) -> None:
+        require(self.max_prompt_length >= 1, "data.max_prompt_length", self.max_prompt_length, "at least 1 token")
+        require(self.template_date is None or is_date(self.template_date), "data.template_date", self.template_date,
+                "a date as YYYY-MM-DD, or null")  # fmt: skip
+        require(
+            not (self.system_prompt and self.chat_template == "never"),
+            "data.system_prompt", self.system_prompt, "null where data.chat_template is `never`",
+        )  # fmt: skip
+        require(bool(self.train_file) and (isinstance(self.train_file, str) or min(self.train_file.values()) > 0),
+                "data.train_file", self.train_file, "a file, or files with weights above 0")  # fmt: skip
+        require(not self.streaming or (self.bad_rows, self.too_long, self.keep) in [
+            ("error", "bad_row", None), ("error", "truncate", None)], "data.streaming", self.streaming,
+            "false where bad_rows, too_long or keep leave rows out, known only after reading all")  # fmt: skip
+
+
+@dataclass
+class RolloutConfig:
+    """How completions are sampled."""
+
+    group_size: int = 8
+    """Completions per prompt."""
+    max_completion_length: int = 256
+    """Longest completion in tokens."""
+    temperature: float = 1.0
+    """Sampling temperature; log-probabilities of policy and reference are taken at the same temperature."""
+    top_p: float = 1.0
+    """Sample from the smallest set of tokens that holds this much probability; 1 turns it off."""
+    top_k: int = 0
+    """Sample from the k likeliest tokens; 0 turns it off."""
+    min_p: float = 0.0
+    """Leave out tokens less likely than this share of the likeliest one's probability; 0 turns it off."""
+    max_resamples: int = 0
+    """Dynamic sampling: groups whose rewards are all equal are replaced by groups of further prompts, in at most this
+    many rounds a step; what is still missing then is filled up with groups that were to be replaced."""
+    max_tokens_in_flight: int | Literal["auto"] = "auto"
+    """Most tokens (prompts and completions) whose keys and values are held at once on a rank; further prompts wait.
+    `auto` is what fits into a GPU's free memory, and 262144 on a CPU. Where memory runs out all the same, half as many
+    are decoded at once. The completions are the same."""
+    engine: Literal["auto", "native", "paged"] = "auto"
+    """Who decodes: `native`, this project's engine; `paged`, transformers' continuous batching, with this project's
+    sampling; `auto`, on a GPU the one that is faster in a trial at the start, else `native`. The completions are the
+    same."""
+
+    def __post_init__(self) -> None:
+        require(self.group_size >= 1, "rollout.group_size", self.group_size, "at least 1")
+        require(self.max_completion_length >= 1, "rollout.max_completion_length", self.max_completion_length,
+                "at least 1 token")  # fmt: skip
+        require(self.temperature > 0, "rollout.temperature", self.temperature,
+                "a number above 0 (evaluation has its own greedy pass)")  # fmt: skip
+        require(0 < self.top_p <= 1, "rollout.top_p", self.top_p, "a share in (0, 1]")
+        require(self.top_k >= 0, "rollout.top_k", self.top_k, "0 (off) or more")
+        require(0 <= self.min_p < 1, "rollout.min_p", self.min_p, "a share in [0, 1)")
+        require(self.max_resamples >= 0, "rollout.max_resamples", self.max_resamples, "0 (off) or more rounds")
+        require(self.max_tokens_in_flight == "auto" or self.max_tokens_in_flight >= 1, "rollout.max_tokens_in_flight",
+                self.max_tokens_in_flight, "at least 1, or auto")  # fmt: skip
+
+
+@dataclass
+class OptimConfig:
+    """AdamW and its schedule."""
+
+    learning_rate: float = 1e-5
+    """Peak learning rate."""
+    weight_decay: float = 0.0
+    """AdamW's decoupled weight decay."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW's decay rates of the first and second moment."""
+    scheduler: Literal["cosine", "linear", "constant"] = "cosine"
+    """Course of the learning rate after warm-up, over train.num_train_steps."""
+    warmup_steps: int = 0
+    """Steps of linear warm-up."""
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this norm."""
+
+    def __post_init__(self) -> None:
+        require(self.learning_rate > 0, "optim.learning_rate", self.learning_rate, "a number above 0")
+        require(self.weight_decay >= 0, "optim.weight_decay", self.weight_decay, "0 or more")
+        require(all(0 <= b < 1 for b in self.betas), "optim.betas", self.betas, "two numbers in [0, 1)")
+        require(self.warmup_steps >= 0, "optim.warmup_steps", self.warmup_steps, "0 or more steps")
+        require(self.max_grad_norm > 0, "optim.max_grad_norm", self.max_grad_norm, "a number above 0")
+
+
+@dataclass
+class TrainConfig:
+    """The loop."""
+
+    batch_size: int = 32
+    """Prompts a step, over all ranks."""
+    num_train_steps: int = 100
+    """Steps of the run; a step is one batch of rollouts and its updates."""
+    updates_per_batch: int = 1
+    """Passes over each batch of rollouts; more than one needs an objective with a ratio."""
+    num_minibatches: int = 1
+    """Optimizer steps a pass: the batch's prompts are divided into this many parts, each normalised by itself."""
+    max_tokens_per_pack: int = 4096
+    """Tokens computed at once in the update: the memory knob."""
+    eval_every: int = 50
+    """Steps between evaluations; 0 evaluates only before the first step and after the last."""
+    num_eval_prompts: int = 256
+    """Most prompts of data.eval_file used in an evaluation."""
+    save_every: int = 50
+    """Steps between checkpoints; 0 saves only at the end."""
+    keep_checkpoints: int = 2
+    """Complete checkpoints to keep."""
+    output_dir: str = "checkpoints"
+    """Where everything the run leaves behind goes."""
+    seed: int = 0
+    """Seed of sampling, shuffling and adapter initialisation."""
+    resume: str = "auto"
+    """`auto` continues from the newest complete checkpoint of output_dir, `never` refuses to touch an output_dir that
+    has one, and a path names the checkpoint to continue from."""
+    max_time: str | None = None
+    """Time after which the run saves and ends, as HH:MM:SS; the same command goes on from there. null for none."""
+    allow_changes: bool = False
+    """Resume although the base model, the adapters' shape, the data, the batch size or the seed have changed."""
+    max_bad_updates: int = 3
+    """Updates in a row whose gradient may be infinite or NaN, and are left out, before the run stops."""
+    max_failed_saves: int = 0
+    """Checkpoints in a row that may fail to be written, as on a full disk, before the run stops. The last of a run, and
+    the one after a signal, may not."""
+    hang_timeout_seconds: float = 300.0
+    """A rank whose process stands still for this long (stopped, or its node lost), or that all others wait for while it
+    passes no safe point, is named with the phase and stack it was last seen in, and the run ends. Must be longer than
+    the longest single forward and backward pass."""
+
+    @property
+    def max_seconds(self) -> float | None:
+        """train.max_time in seconds."""
+        if self.max_time is None:
+            return None
+        hours, minutes, seconds = map(int, self.max_time.split(":"))
+        return 3600 * hours + 60 * minutes + seconds
+
+    def __post_init__(self) -> None:
+        require(self.max_time is None or re.fullmatch(r"\d+:[0-5]\d:[0-5]\d", self.max_time) is not None,
+                "train.max_time", self.max_time, "HH:MM:SS, such as 03:45:00")  # fmt: skip
+        require(self.hang_timeout_seconds >= 5, "train.hang_timeout_seconds", self.hang_timeout_seconds,
+                "at least 5 seconds")  # fmt: skip
+        for key, least in {
+            "batch_size": 1, "num_train_steps": 1, "updates_per_batch": 1, "num_minibatches": 1,
+            "max_tokens_per_pack": 2, "eval_every": 0, "num_eval_prompts": 1, "save_every": 0, "keep_checkpoints": 2,
+            "seed": 0, "max_bad_updates": 1, "max_failed_saves": 0,
+        }.items():  # fmt: skip
+            require(getattr(self, key) >= least, f"train.{key}", getattr(self, key), f"{least} or more")
+
+
+@dataclass
+class LoggingConfig:
+    """What is written down, beside metrics.jsonl which always is."""
+
+    trackers: list[str] = field(default_factory=lambda: ["tensorboard"])
+    """Mirrors of the metrics, by Accelerate's names (`tensorboard`, `wandb`, …)."""
+    log_completions: bool = True
+    """Write every completion with its rewards and advantage to output_dir/completions."""
+    show_completions_every: int = 10
+    """Steps between looks at completions: the best and the worst of a group on a terminal, and a table of some in the
+    trackers; 0 shows none."""
+
+    def __post_init__(self) -> None:
+        require(self.show_completions_every >= 0, "logging.show_completions_every", self.show_completions_every,
+                "0 (never) or more steps")  # fmt: skip
+
+
+@dataclass
+class Config:
+    """A whole run."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    lora: LoraConfig | None = field(default_factory=LoraConfig)
+    reference: ReferenceConfig = field(default_factory=ReferenceConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    rewards: list[RewardConfig] = field(default_factory=lambda: [RewardConfig()])
+    """Reward functions; a completion's reward is their weighted sum."""
+    scoring: ScoringConfig = field(default_factory=ScoringConfig)
+    advantage: AdvantageConfig = field(default_factory=AdvantageConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    critic: CriticConfig = field(default_factory=CriticConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+
+    def __post_init__(self) -> None:
+        longest = self.data.max_prompt_length + self.rollout.max_completion_length
+        require(self.train.max_tokens_per_pack >= longest, "train.max_tokens_per_pack", self.train.max_tokens_per_pack,
+                f"at least data.max_prompt_length + rollout.max_completion_length = {longest}")  # fmt: skip
+        in_flight = self.rollout.max_tokens_in_flight
+        require(in_flight == "auto" or in_flight >= longest, "rollout.max_tokens_in_flight", in_flight,
+                f"room for one sequence of {longest} tokens")  # fmt: skip
+        require(bool(self.rewards), "rewards", self.rewards, "at least one reward")
+        require(self.lora is not None or self.reference.placement == "copy", "reference.placement",
+                self.reference.placement, "`copy` where lora is null: without adapters to switch off, the policy "
+                "cannot be its own reference")  # fmt: skip
+        require(self.optim.warmup_steps <= self.train.num_train_steps, "optim.warmup_steps", self.optim.warmup_steps,
+                f"at most train.num_train_steps = {self.train.num_train_steps}")  # fmt: skip
+        require(self.train.num_minibatches <= self.train.batch_size, "train.num_minibatches",
+                self.train.num_minibatches, f"at most train.batch_size = {self.train.batch_size}")  # fmt: skip
+        check_algorithm(self)
+        require(self.data.curriculum is None or not self.rollout.max_resamples, "data.curriculum", self.data.curriculum,
+                "null where rollout.max_resamples replaces prompts")  # fmt: skip
+
+    def weights_at(self, step: int) -> list[float]:
+        """The rewards' weights at a step (from 0)."""
+        return [reward.weight_at(step) for reward in self.rewards]
+
+    def at(self, step: int) -> Config:
+        """This config with the rewards' weights as they are at a step."""
+        rewards = [replace(reward, weight=reward.weight_at(step), schedule=None) for reward in self.rewards]
+        return replace(self, rewards=rewards)

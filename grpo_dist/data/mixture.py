@@ -1,0 +1,144 @@
+"""The training data of a config: one data set or a mixture, in memory or read as needed, and the sampler over it."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any, overload
+
+from ..config.schema import Config, DataConfig
+from ..types import Prompt
+from .order import Curriculum, Mixture, Sampler
+from .prompts import AnswerCheck, check_columns, check_distinct, load_prompts, prompt_of_row
+from .rows import RowReader
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+log = logging.getLogger(__name__)
+
+_CHECKED_ROWS = 100
+_KEPT_PROMPTS = 4096  # a step asks for its prompts several times
+
+
+def load_training(
+    config: Config, tokenizer: PreTrainedTokenizerBase, checks: Sequence[AnswerCheck]
+) -> tuple[Sequence[Prompt], Sampler | Mixture | Curriculum]:
+    """Return all training prompts, data sets of a mixture one after another, and the sampler over them.
+
+    Raises ValueError or FileNotFoundError as `load_prompts` does.
+    """
+    data, train = config.data, config.train
+    weights = {data.train_file: 1.0} if isinstance(data.train_file, str) else data.train_file
+    parts: list[Sequence[Prompt]] = []
+    first_index = 0
+    for path in weights:
+        if data.streaming:
+            part = StreamedPrompts(path, data, tokenizer, checks, first_index)
+            first_index += len(part)
+            parts.append(part)
+        else:
+            loaded, report = load_prompts(path, data.train_split, data, tokenizer, checks, first_index)
+            first_index += report.num_rows
+            parts.append(loaded)
+    prompts = parts[0] if len(parts) == 1 else Joined(parts)
+    sampler: Sampler | Mixture = (
+        Sampler(len(prompts), train.batch_size, train.seed)
+        if len(parts) == 1
+        else Mixture([len(part) for part in parts], list(weights.values()), train.batch_size, train.seed)
+    )
+    if data.curriculum is None:
+        return prompts, sampler
+    plan = data.curriculum
+    return prompts, Curriculum(sampler, len(prompts), plan.low, plan.high, plan.rest_epochs)
+
+
+def identifying(prompts: Sequence[Prompt]) -> Iterator[Prompt]:
+    """Yield the prompts that tell a data set from another: all, or of a streamed one those checked at its start."""
+    if isinstance(prompts, Joined):
+        for part in prompts.parts:
+            yield from identifying(part)
+    else:
+        yield from prompts[:_CHECKED_ROWS] if isinstance(prompts, StreamedPrompts) else prompts
+
+
+def order_of(config: DataConfig) -> dict[str, Any]:
+    """Return what else than the data and the seed decides which prompts a step takes."""
+    weights = None if isinstance(config.train_file, str) else list(config.train_file.values())
+    return {"weights": weights, "curriculum": config.curriculum and asdict(config.curriculum)}
+
+
+class StreamedPrompts(Sequence[Prompt]):
+    """Prompts that are read, checked and rendered when they are asked for."""
+
+    def __init__(
+        self, path: str, config: DataConfig, tokenizer: PreTrainedTokenizerBase, checks: Sequence[AnswerCheck],
+        first_index: int,
+    ) -> None:  # fmt: skip
+        """Find the rows and check the first hundred; raises as `load_prompts` does."""
+        self._path, self._config, self._tokenizer, self._checks = path, config, tokenizer, checks
+        self._first_index = first_index
+        self._rows = RowReader(path, config.train_split, config.subset)
+        first = range(min(_CHECKED_ROWS, len(self._rows)))
+        self._names = list(dict.fromkeys(name for place in first for name in self._rows[place].columns))
+        if self._names:
+            check_columns(path, self._names, config)
+        self._prompt = functools.lru_cache(_KEPT_PROMPTS)(self._read)
+        check_distinct(path, [self._prompt(place) for place in first], config)
+        log.info("%s: %d rows, the first %d checked, the others when they are needed", path, len(self), len(first))
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    @overload
+    def __getitem__(self, place: int) -> Prompt: ...
+
+    @overload
+    def __getitem__(self, place: slice) -> list[Prompt]: ...
+
+    def __getitem__(self, place: int | slice) -> Prompt | list[Prompt]:
+        """Return a prompt; raises ValueError where its row cannot be used."""
+        if isinstance(place, slice):
+            return [self._prompt(each) for each in range(*place.indices(len(self)))]
+        if not -len(self) <= place < len(self):
+            raise IndexError(place)
+        return self._prompt(place % len(self))
+
+    def _read(self, place: int) -> Prompt:
+        row = self._rows[place]
+        return prompt_of_row(
+            self._path, place, row, self._names, self._config, self._tokenizer, self._checks, self._first_index
+        )
+
+
+class Joined(Sequence[Prompt]):
+    """Several lists of prompts as one."""
+
+    def __init__(self, parts: Sequence[Sequence[Prompt]]) -> None:
+        self.parts = parts
+
+    def __len__(self) -> int:
+        return sum(map(len, self.parts))
+
+    @overload
+    def __getitem__(self, place: int) -> Prompt: ...
+
+    @overload
+    def __getitem__(self, place: slice) -> list[Prompt]: ...
+
+    def __getitem__(self, place: int | slice) -> Prompt | list[Prompt]:
+        """Return a prompt, or those of a slice."""
+        if isinstance(place, slice):
+            return [self[each] for each in range(*place.indices(len(self)))]
+        rest = place if place >= 0 else place + len(self)
+        for part in self.parts:
+            if 0 <= rest < len(part):
+                return part[rest]
+            rest -= len(part)
+        raise IndexError(place)
+
+    def __iter__(self) -> Iterator[Prompt]:
+        for part in self.parts:
+            yield from part

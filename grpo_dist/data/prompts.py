@@ -1,0 +1,331 @@
+"""Prompts: read from files or data sets, checked row by row, rendered to tokens.
+
+Everything that can be wrong with data is found here, before any model is loaded, and said with file and line; rows are
+dropped only where the config says so, and are counted. Which prompts a step takes is said in sampler.py.
+"""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from grpo_dist.config.schema import DataConfig
+from grpo_dist.data.rows import Row, is_lines, load_rows
+from grpo_dist.rewards.registry import KEYWORDS
+from grpo_dist.text.templates import Messages, TemplateRefusal, render_messages
+from grpo_dist.types import Prompt
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+AnswerCheck = Callable[[object], None]
+
+_MESSAGES_AS_TEXT = re.compile(r"\s*\[\s*\{\s*[\"'](role|content)[\"']\s*:")
+_SHOWN_ROWS = 5
+_SHOWN_START = 40
+_SHOWN_NAMES = 20
+_SHOWN_CHARACTERS = 200
+_ROWS_AT_ONCE = 1024  # texts handed to the tokenizer in one call: fast tokenizers work on them in parallel
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """A prompt as the model sees it."""
+
+    text: str
+    """The text, chat template included."""
+    messages: Messages | None
+    """The conversation it was rendered from; None for plain text."""
+    ids: list[int]
+    """Its token ids."""
+
+
+@dataclass(frozen=True)
+class DropReport:
+    """Which rows were left out, and why."""
+
+    source: str
+    """File or data set."""
+    unit: str
+    """What rows are numbered by: `line` or `row`."""
+    num_rows: int
+    """Rows read."""
+    dropped: list[tuple[int, str]]
+    """Number and reason of each row left out."""
+
+    def __str__(self) -> str:
+        """Name the first of the rows and how many there are."""
+        shown = "; ".join(f"{self.unit} {number}: {reason}" for number, reason in self.dropped[:_SHOWN_ROWS])
+        more = len(self.dropped) - _SHOWN_ROWS
+        rest = f"; and {more} more" if more > 0 else ""
+        return f"{self.source}: {len(self.dropped)} of {self.num_rows} rows cannot be used: {shown}{rest}"
+
+
+def load_prompts(
+    path: str,
+    split: str,
+    config: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    check_answers: Sequence[AnswerCheck] = (),
+    first_index: int = 0,
+) -> tuple[list[Prompt], DropReport]:
+    """Read, check and render all prompts of a file or data set.
+
+    `check_answers` are called with each row's gold answer and raise ValueError for one they cannot read. A prompt's
+    `index` is its row's place, dropped rows counted, from `first_index` on. Raises ValueError or FileNotFoundError
+    where there is nothing to read, where a configured column is missing, where no row is left, and where a row cannot
+    be used unless `config.bad_rows` is `drop`.
+    """
+    rows = load_rows(path, split, config.subset)
+    names = list(dict.fromkeys(name for row in rows for name in row.columns))
+    if names:
+        check_columns(path, names, config)
+    problems: dict[int, str] = {}
+    usable: list[tuple[int, str, Messages | None]] = []
+    kept = _kept(path, rows, names, config.keep)
+    for place, row in enumerate(rows):
+        if not kept[place]:
+            continue
+        try:
+            usable.append((place, *_read_row(row, config, tokenizer, check_answers)))
+        except _UnusableRowError as error:
+            problems[place] = str(error)
+    prompts = []
+    num_too_long = 0
+    for place, rendered in _tokenise(usable, tokenizer):
+        too_long = len(rendered.ids) > config.max_prompt_length
+        num_too_long += too_long
+        if not rendered.ids or (too_long and config.too_long == "bad_row"):
+            problems[place] = _wrong_length(rendered, config)
+        elif not too_long or config.too_long == "truncate":
+            columns = _reward_columns(rows[place], names, config)
+            ids = rendered.ids[-config.max_prompt_length :]
+            prompts.append(Prompt(first_index + place, ids, rendered.text, rendered.messages, columns))
+    if num_too_long and config.too_long != "bad_row":
+        logger.warning(
+            "%s: %d of %d prompts have more than data.max_prompt_length = %d tokens (data.too_long: %s)",
+            path, num_too_long, len(rows), config.max_prompt_length, config.too_long,
+        )  # fmt: skip
+    dropped = [(rows[place].number, problems[place]) for place in sorted(problems)]
+    report = DropReport(path, "line" if is_lines(path) else "row", len(rows), dropped)
+    if dropped and (config.bad_rows == "error" or not prompts):
+        cure = "none is left" if config.bad_rows == "drop" else "mend them, or leave them out with data.bad_rows: drop"
+        raise ValueError(f"{report}. {cure[0].upper()}{cure[1:]}")
+    if dropped:
+        logger.warning("%s. Left out (data.bad_rows: drop)", report)
+    if not prompts:
+        raise ValueError(f"{path}: data.keep and data.too_long leave none of {len(rows)} rows; loosen them")
+    check_distinct(path, prompts, config)
+    return prompts, report
+
+
+def prompt_of_row(
+    path: str, place: int, row: Row, names: Sequence[str], config: DataConfig, tokenizer: PreTrainedTokenizerBase,
+    check_answers: Sequence[AnswerCheck], first_index: int,
+) -> Prompt:  # fmt: skip
+    """Check and render a single row, as `load_prompts` does with many; raises ValueError where it cannot be used."""
+    try:
+        text, messages = _read_row(row, config, tokenizer, check_answers)
+        ((_, rendered),) = _tokenise([(place, text, messages)], tokenizer)
+        if not rendered.ids or (len(rendered.ids) > config.max_prompt_length and config.too_long != "truncate"):
+            raise _UnusableRowError(_wrong_length(rendered, config))
+    except _UnusableRowError as error:
+        raise ValueError(f"{path}: row {row.number} cannot be used: {error}") from error
+    ids, columns = rendered.ids[-config.max_prompt_length :], _reward_columns(row, names, config)
+    return Prompt(first_index + place, ids, rendered.text, rendered.messages, columns)
+
+
+def render(prompt: str | Messages, config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Rendered:
+    """Turn one prompt into tokens, as `load_prompts` does with many.
+
+    Plain text gets the special tokens that the tokenizer adds by itself, such as a BOS; a rendered conversation gets
+    those of its template only, and ends where the assistant begins. Raises ValueError where the prompt is empty or the
+    config's template rules and the tokenizer do not allow it.
+    """
+    text, messages = _as_text(prompt, config, tokenizer)
+    ((_, rendered),) = _tokenise([(0, text, messages)], tokenizer)
+    return rendered
+
+
+class _UnusableRowError(ValueError):
+    """A row that cannot be used; the message says why."""
+
+
+def check_columns(path: str, names: list[str], config: DataConfig) -> None:
+    """Raise ValueError where the configured columns are not there, or one has a name that rewards keep for TRL's."""
+    for key, column in (("prompt_column", config.prompt_column), ("answer_column", config.answer_column)):
+        if column is not None and column not in names:
+            near = difflib.get_close_matches(column, names, n=1)
+            hint = f" to {near[0]!r}" if near else ""
+            null = ", or to null where there is none" if key == "answer_column" else ""
+            shown = ", ".join(names[:_SHOWN_NAMES]) + (", …" if len(names) > _SHOWN_NAMES else "")
+            raise ValueError(f"{path} has no column {column!r}; it has {shown}. Set data.{key}{hint}{null}")
+    taken = [name for name in names if name in KEYWORDS and name != config.prompt_column]
+    if taken:
+        raise ValueError(
+            f"{path} has the column(s) {', '.join(taken)}, names that rewards receive something else under: rename"
+        )
+    if config.answer_column not in (None, "answer") and "answer" in names:
+        logger.warning(
+            "%s: rewards receive column %r as `answer`, in place of column 'answer'", path, config.answer_column
+        )
+
+
+def check_distinct(path: str, prompts: Sequence[Prompt], config: DataConfig) -> None:
+    """Raise ValueError where prompts of different texts are all the same to the model."""
+    first = prompts[0]
+    if any(prompt.ids != first.ids for prompt in prompts):
+        return
+    if any((prompt.text, prompt.messages) != (first.text, first.messages) for prompt in prompts):
+        cut = f" (data.too_long: truncate keeps the last {config.max_prompt_length})"
+        raise ValueError(
+            f"{path}: all {len(prompts)} prompts are the same {len(first.ids)} tokens to the model, although their "
+            f"texts differ{cut if config.too_long == 'truncate' else ''}: {first.text[-_SHOWN_CHARACTERS:]!r}; look at "
+            "the chat template and the tokenizer"
+        )
+
+
+def _wrong_length(rendered: Rendered, config: DataConfig) -> str:
+    most = config.max_prompt_length
+    return f"the prompt has {len(rendered.ids)} tokens, expected 1 to data.max_prompt_length = {most}"
+
+
+def _kept(path: str, rows: Sequence[Row], names: Sequence[str], keep: Mapping[str, Any] | None) -> list[bool]:
+    """Return which rows pass data.keep, and say how many each column leaves out; raises ValueError for a wrong one."""
+    kept = [True] * len(rows)
+    left_out = []
+    for column, wanted in (keep or {}).items():
+        if column not in names:
+            raise ValueError(f"data.keep: {path} has no column {column!r}; it has {', '.join(names[:_SHOWN_NAMES])}")
+        if isinstance(wanted, dict) and (not wanted or not set(wanted) <= {"min", "max"}):
+            raise ValueError(f"data.keep.{column}: {wanted!r} given, expected a value, a list, or min and max")
+        try:
+            passes = [not row.columns or _passes(_comparable(row, column, wanted), wanted) for row in rows]
+        except TypeError as error:
+            raise ValueError(f"data.keep.{column}: {wanted!r} cannot be compared: {error}") from error
+        left_out.append(f"{column}: {passes.count(False)}")
+        kept = [a and b for a, b in zip(kept, passes, strict=True)]
+    if left_out:
+        reasons = ", ".join(left_out)
+        logger.info("%s: data.keep keeps %d of %d rows (left out by %s)", path, sum(kept), len(rows), reasons)
+    return kept
+
+
+def _comparable(row: Row, column: str, wanted: Any) -> Any:
+    """A row's value; as a number where the file knows only texts and numbers are wanted."""
+    value = row.columns.get(column)
+    examples = wanted.values() if isinstance(wanted, dict) else wanted if isinstance(wanted, list) else [wanted]
+    if row.is_text and value is not None and all(isinstance(each, (int, float)) for each in examples):
+        try:
+            return float(value)
+        except ValueError:
+            return None
+    return value
+
+
+def _passes(value: Any, wanted: Any) -> bool:
+    if isinstance(wanted, dict):
+        return value is not None and wanted.get("min", value) <= value <= wanted.get("max", value)
+    return value in wanted if isinstance(wanted, list) else value == wanted
+
+
+def _read_row(
+    row: Row, config: DataConfig, tokenizer: PreTrainedTokenizerBase, check_answers: Sequence[AnswerCheck]
+) -> tuple[str, Messages | None]:
+    """Return a row's prompt as text, and as messages where it is a conversation; raises _UnusableRowError."""
+    if row.problem:
+        raise _UnusableRowError(row.problem)
+    if row.columns.get(config.prompt_column) is None:
+        raise _UnusableRowError(f"no {config.prompt_column!r}")
+    text, messages = _as_text(row.columns[config.prompt_column], config, tokenizer)
+    if config.answer_column is not None:
+        answer = row.columns.get(config.answer_column)
+        if answer is None or (isinstance(answer, float) and math.isnan(answer)):  # as tables write a missing number
+            raise _UnusableRowError(f"no {config.answer_column!r}")
+        for check in check_answers:
+            try:
+                check(answer)
+            except ValueError as error:
+                raise _UnusableRowError(str(error)) from error
+    return text, messages
+
+
+def _as_text(prompt: object, config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[str, Messages | None]:
+    """Apply the template rules; raises _UnusableRowError where a prompt, ValueError where the tokenizer cannot."""
+    messages = _as_messages(prompt, config)
+    if messages is None:
+        return str(prompt), None
+    if not tokenizer.chat_template:
+        raise ValueError(
+            f"{tokenizer.name_or_path!r} has no chat template, which prompts that are messages, data.system_prompt and "
+            "data.chat_template: always need; use the model's instruct variant, or plain text prompts"
+        )
+    try:
+        return render_messages(messages, tokenizer, config.template_date), messages
+    except TemplateRefusal as error:  # templates refuse what their model was not trained on, such as system messages
+        raise _UnusableRowError(str(error)) from error
+
+
+def _as_messages(prompt: object, config: DataConfig) -> Messages | None:
+    """Return the conversation to render for a prompt, or None where it is to stay plain text."""
+    system: Messages = [{"role": "system", "content": config.system_prompt}] if config.system_prompt else []
+    if isinstance(prompt, str):
+        if not prompt.strip():
+            raise _UnusableRowError("the prompt is empty")
+        if _MESSAGES_AS_TEXT.match(prompt):
+            raise _UnusableRowError(
+                f"the prompt is a text that holds a list of messages ({prompt[:_SHOWN_START]!r}), expected the list "
+                "itself: write the data as JSON lines (.jsonl) or parquet"
+            )
+        if config.chat_template == "always" or system:
+            return [*system, {"role": "user", "content": prompt}]
+        return None
+    if not isinstance(prompt, list):
+        raise _UnusableRowError(f"the prompt is a {type(prompt).__name__}, expected text or a list of messages")
+    if config.chat_template == "never":
+        raise _UnusableRowError("the prompt is a list of messages, which data.chat_template: never cannot render")
+    for message in prompt:
+        if not isinstance(message, dict) or not all(isinstance(message.get(key), str) for key in ("role", "content")):
+            raise _UnusableRowError(f"{message!r:.80} in the prompt is no message with the texts `role` and `content`")
+    if not prompt or prompt[-1]["role"] == "assistant":
+        raise _UnusableRowError("the prompt's messages end without one for the assistant to answer")
+    if system and prompt[0]["role"] == "system":
+        raise _UnusableRowError("the prompt has a system message of its own, and data.system_prompt is set as well")
+    return [*system, *prompt]
+
+
+def _tokenise(
+    texts: Sequence[tuple[int, str, Messages | None]], tokenizer: PreTrainedTokenizerBase
+) -> Iterator[tuple[int, Rendered]]:
+    """Turn (place, text, messages) into (place, rendered), in order."""
+    for start in range(0, len(texts), _ROWS_AT_ONCE):
+        part = texts[start : start + _ROWS_AT_ONCE]
+        ids: dict[int, list[int]] = {}
+        for templated in (False, True):
+            chosen = [(place, text) for place, text, messages in part if (messages is not None) == templated]
+            if chosen:
+                # A template writes its own BOS: a tokenizer that added one as well would train on two.
+                encoded = tokenizer(
+                    [text for _, text in chosen],
+                    add_special_tokens=not templated,
+                    return_attention_mask=False,
+                    verbose=False,
+                )
+                ids.update(zip((place for place, _ in chosen), encoded["input_ids"], strict=True))
+        for place, text, messages in part:
+            yield place, Rendered(text, messages, ids[place])
+
+
+def _reward_columns(row: Row, names: Sequence[str], config: DataConfig) -> dict[str, Any]:
+    """Return what the rewards receive of a row: every column but the prompt, None where the row lacks it."""
+    columns = {name: row.columns.get(name) for name in names if name != config.prompt_column}
+    if config.answer_column is not None:
+        columns["answer"] = row.columns[config.answer_column]
+    return columns

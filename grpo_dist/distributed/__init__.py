@@ -1,0 +1,1 @@
+"""Ranks: how they start, speak to each other, fail together and end."""

@@ -1,0 +1,115 @@
+"""What the optimizer holds, as whole tensors by name: the same under one process, DDP and every ZeRO stage.
+
+That is what lets a checkpoint be taken over by another number of ranks or another stage. ZeRO flattens parameters and
+gives each rank a slice; here it is known which slice of which parameter lies where.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .ranks import Ranks, is_sharded
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """The part of one parameter whose float32 value and Adam moments this rank holds."""
+
+    flat: Tensor
+    """The optimizer's own tensor, flattened, in which the part lies: the key of its state."""
+    flat_start: int
+    """Where in `flat` the part begins."""
+    start: int
+    """Where in the flattened parameter the part begins."""
+    size: int
+    """Elements of the part."""
+
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+class OptimizerState:
+    """Weights and Adam moments as whole tensors, whatever wrapper holds them and however it cuts them up.
+
+    What is saved so does not depend on the number of ranks or the ZeRO stage, and can be loaded under any other.
+    """
+
+    def __init__(self, ranks: Ranks, optimizer: Any, parameters: dict[str, torch.nn.Parameter]) -> None:
+        self.ranks = ranks
+        self.parameters: dict[str, Any] = dict(parameters)  # Any for what DeepSpeed writes on them
+        wrapped = optimizer.optimizer  # Accelerate's wrapper holds DeepSpeed's ZeRO optimizer, or torch's own
+        self.adam = wrapped.optimizer if ranks.is_deepspeed else wrapped
+        self.zero: Any = wrapped if ranks.is_deepspeed else None
+
+    def _fragment(self, parameter: Any) -> Fragment | None:
+        if is_sharded(parameter):
+            group, offset, size = self.zero.grad_position[self.zero.get_param_id(parameter)]
+            held = self.zero.fp32_partitioned_groups_flat[group]
+            start = size * self.ranks.rank
+            # the last ranks' parts may be padding beyond the parameter's end
+            return Fragment(held, offset, start, min(size, max(0, parameter.ds_numel - start)))
+        if self.zero is not None:
+            mapping = parameter._hp_mapping
+            if mapping is None:
+                return None
+            held = self.zero.single_partition_of_fp32_groups[mapping.param_group_index]
+            inside, outside = mapping.hp_fragment_address, mapping.lp_fragment_address
+            return Fragment(held, inside.start, outside.start, inside.numel)
+        return Fragment(parameter, 0, 0, parameter.numel())
+
+    def _part(self, tensor: Tensor, fragment: Fragment) -> Tensor:
+        return tensor.detach().view(-1)[fragment.flat_start : fragment.flat_start + fragment.size]
+
+    def _whole(self, parameter: Any, key: str | None) -> Tensor:
+        shape = parameter.ds_shape if is_sharded(parameter) else parameter.shape
+        flat = torch.zeros(shape.numel(), dtype=torch.float32)
+        fragment = self._fragment(parameter)
+        if fragment is not None and (key is None or key in self.adam.state[fragment.flat]):
+            held = fragment.flat if key is None else self.adam.state[fragment.flat][key]
+            flat[fragment.start : fragment.start + fragment.size] = self._part(held, fragment).float().cpu()
+        return (self.ranks.reduce(flat, "sum") if self.zero is not None else flat).view(shape)
+
+    @torch.no_grad()
+    def collect(self) -> dict[str, Tensor]:
+        """Whole float32 tensors on the CPU: each parameter as `weight/NAME`, its moments as `exp_avg/NAME` and
+        `exp_avg_sq/NAME`, and `adam_steps`; on the main rank alone. A collective."""
+        steps = [int(state["step"]) for state in self.adam.state.values() if "step" in state]
+        state = {"adam_steps": torch.tensor(max(self.ranks.gather_objects(max(steps, default=0))))}
+        for name, parameter in self.parameters.items():
+            for kind, key in (("weight", None), *((moment, moment) for moment in MOMENTS)):
+                tensor = self._whole(parameter, key)
+                if self.ranks.is_main:  # the others only help to put it together
+                    state[f"{kind}/{name}"] = tensor
+        return state
+
+    @torch.no_grad()
+    def restore(self, state: dict[str, Tensor]) -> None:
+        """Put back what `collect` returned, on every rank alike. Raises ValueError for tensors of other shapes."""
+        for name, parameter in self.parameters.items():
+            shape = parameter.ds_shape if is_sharded(parameter) else parameter.shape
+            for kind in ("weight", *MOMENTS):
+                if state[f"{kind}/{name}"].shape != shape:
+                    raise ValueError(f"{kind}/{name} has shape {list(state[f'{kind}/{name}'].shape)}, expected "
+                                     f"{list(shape)}")  # fmt: skip
+            fragment = self._fragment(parameter)
+            if fragment is not None:
+                flat = fragment.flat
+                part = slice(fragment.start, fragment.start + fragment.size)
+                self._part(flat, fragment).copy_(state[f"weight/{name}"].view(-1)[part])
+                adam = self.adam.state[flat]
+                where = flat.device if self.adam.param_groups[0].get("fused") else "cpu"
+                adam.setdefault("step", torch.zeros((), device=where)).fill_(float(state["adam_steps"]))
+                for moment in MOMENTS:
+                    adam.setdefault(moment, torch.zeros_like(flat, memory_format=torch.preserve_format))
+                    self._part(adam[moment], fragment).copy_(state[f"{moment}/{name}"].view(-1)[part])
+            # under DeepSpeed the model computes with a copy of what the optimizer holds
+            if is_sharded(parameter):
+                start = parameter.ds_tensor.numel() * self.ranks.rank
+                own = state[f"weight/{name}"].view(-1)[start : start + parameter.ds_tensor.numel()]
+                parameter.ds_tensor.view(-1)[: own.numel()].copy_(own)
+            elif self.zero is not None:
+                parameter.copy_(state[f"weight/{name}"])

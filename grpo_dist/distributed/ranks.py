@@ -1,0 +1,342 @@
+"""The ranks of a run: who they are, what they exchange, and how a step of the optimizer is taken on all of them.
+
+Accelerate and DeepSpeed are known here and in models.py alone. The same calls serve one process, DDP and ZeRO, on GPUs
+(NCCL) and on CPU ranks (gloo).
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.utils import (
+    DeepSpeedPlugin,
+    DistributedType,
+    GradientAccumulationPlugin,
+    InitProcessGroupKwargs,
+)
+from torch import Tensor
+
+from ..config.schema import Dtype, OptimConfig
+from .device import computes_on_gpu
+from .launch_config import set_aside_precision, settle_deepspeed
+from .rendezvous import START_SECONDS, Rendezvous, place_in_launch, warn_of_idle_gpus
+from .watch import Interrupted, serve_store
+
+log = logging.getLogger(__name__)
+
+START = timedelta(seconds=START_SECONDS)
+"""How long ranks wait for one another in a collective until the run has started."""
+PATIENCE = timedelta(hours=12)
+"""How long they do between phases: a rollout or a slow disk may take its time, and watch.py sees who hangs."""
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def resolve_dtype(name: Dtype) -> torch.dtype:
+    """The torch dtype of an option; `auto` is bfloat16 on ranks with a GPU that has it and float32 elsewhere."""
+    if name != "auto":
+        return DTYPES[name]
+    return torch.bfloat16 if computes_on_gpu() and torch.cuda.is_bf16_supported() else torch.float32
+
+
+def _bound_kernel_caches() -> None:
+    """Let oneDNN, and what torch keeps of it, hold on to few of the kernels that are made for every new shape.
+
+    Packs have ever new shapes: the 1,024 that each keeps by default come to hundreds of megabytes, and hardly one is
+    used again.
+    """
+    for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+        os.environ.setdefault(name, "64")
+
+
+def _keep_deepspeed_from_compiling() -> None:
+    """Leave out DeepSpeed's shared-memory collectives; gloo does without them.
+
+    They would be built with g++ at the first start, for a minute and without a word, and a start killed meanwhile would
+    leave a lock the next one waits on.
+    """
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    from deepspeed import ops
+
+    ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def _sum_in_float32(deepspeed_config: dict[str, Any]) -> None:
+    """Let DeepSpeed add the gradients of packs and of ranks in float32, as DDP does, where it computes in bfloat16.
+
+    In bfloat16 the sum of 64 packs is 1 % off, and depends on how many a rank has. Stage 1 then runs as stage 2, whose
+    result is the same: DeepSpeed's stage 1 with such sums is an optimizer that fails on a gradient of zero.
+    """
+    deepspeed_config |= {"data_types": {"grad_accum_dtype": "fp32"}, "communication_data_type": "fp32"}
+    zero = deepspeed_config["zero_optimization"]
+    zero["stage"] = 2 if zero["stage"] == 1 else zero["stage"]
+
+
+class PhaseError(RuntimeError):
+    """A phase failed on some rank; raised on all of them with every failing rank's own traceback."""
+
+
+class Ranks:
+    """All processes of the run, seen from one of them."""
+
+    def __init__(self, dtype: torch.dtype, optim: OptimConfig) -> None:
+        """Join the process group. `dtype` is the policy's compute dtype. Raises LaunchError where ranks do not come,
+        do not reach one another, or would share a GPU."""
+        _bound_kernel_caches()
+        rank, num_ranks = place_in_launch()
+        self._rendezvous = Rendezvous(rank, num_ranks) if num_ranks > 1 else None
+        if self._rendezvous is not None:
+            self._rendezvous.check_gpus()
+            self._rendezvous.choose_interface()
+        else:
+            warn_of_idle_gpus()
+        deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
+        if deepspeed and not computes_on_gpu():
+            _keep_deepspeed_from_compiling()
+        precision = "bf16" if dtype == torch.bfloat16 else "no"
+        plugin = DeepSpeedPlugin() if deepspeed else None
+        set_aside = set_aside_precision(os.environ, precision)
+        if plugin is not None:
+            set_aside += settle_deepspeed(plugin.deepspeed_config, optim.max_grad_norm)
+            if dtype == torch.bfloat16:
+                _sum_in_float32(plugin.deepspeed_config)
+        for line in set_aside:
+            log.warning("%s", line)
+        with nullcontext() if self._rendezvous is None else self._rendezvous.first_collective():
+            self.accelerator = self._accelerator(precision, plugin, num_ranks > 1)
+            # a channel for flags that does not wait for the device, as a collective of the training's backend would
+            self._control = dist.new_group(backend="gloo", timeout=START) if self.num_ranks > 1 else None
+            if self.num_ranks > 1:
+                dist.all_reduce(flag := torch.ones(1, device=self.device))
+                flag.item()  # waits for the device
+        self.max_grad_norm = optim.max_grad_norm
+        self.is_deepspeed = self.accelerator.distributed_type == DistributedType.DEEPSPEED
+        self.zero_stage = 0 if plugin is None else plugin.deepspeed_config["zero_optimization"]["stage"]
+        self.meetings = 0
+        """Collectives of this class that this rank has entered: who has entered the fewest is waited for."""
+
+    @staticmethod
+    def _accelerator(precision: str, plugin: DeepSpeedPlugin | None, several: bool) -> Accelerator:
+        on_cpu = not computes_on_gpu()
+        backend = {"backend": "gloo"} if on_cpu and (plugin is not None or several) else {}
+        return Accelerator(
+            # under DeepSpeed, cpu=True would give every process a world of its own; gloo comes from the handler there
+            cpu=on_cpu and plugin is None,
+            mixed_precision=precision,
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+            deepspeed_plugin=plugin,
+            dynamo_backend="no",  # whatever the launch config says
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=START, **backend)],
+        )
+
+    def meet(self, point: str) -> None:
+        """Wait for all ranks without a collective, however long it takes; the log names those that are not there."""
+        if self._rendezvous is not None:
+            self._rendezvous.meet(point, PATIENCE.total_seconds())
+
+    def fail(self, error: Exception) -> bool:
+        """End ranks that wait in `meet` for this one; returns whether all know."""
+        return self._rendezvous is None or self._rendezvous.fail(error)
+
+    def end_start(self) -> None:
+        """From here on ranks wait for one another as long as PATIENCE."""
+        if self.num_ranks > 1:  # DeepSpeed makes groups of its own, which wait for 10 or 30 minutes whatever is asked
+            for group in dist.distributed_c10d._world.pg_map:
+                dist.distributed_c10d._set_pg_timeout(PATIENCE, group)
+
+    @property
+    def rank(self) -> int:
+        """This process, from 0."""
+        return self.accelerator.process_index
+
+    @property
+    def num_ranks(self) -> int:
+        """Number of processes."""
+        return self.accelerator.num_processes
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes the files."""
+        return self.accelerator.is_main_process
+
+    @property
+    def device(self) -> torch.device:
+        """Where this rank computes."""
+        return self.accelerator.device
+
+    def share(self, count: int) -> slice:
+        """This rank's part of `count` pieces of work: contiguous, and never more than one larger than another's."""
+        return slice(count * self.rank // self.num_ranks, count * (self.rank + 1) // self.num_ranks)
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        self.meetings += 1
+        self.accelerator.wait_for_everyone()
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        """All ranks' tensors, of whatever lengths, joined along the first dimension in order of rank, on the CPU."""
+        self.meetings += 1
+        if self.num_ranks == 1:
+            return tensor.cpu()
+        tensor = tensor.to(self.device)
+        sizes = torch.zeros(self.num_ranks, dtype=torch.int64, device=self.device)
+        sizes[self.rank] = tensor.shape[0]
+        dist.all_reduce(sizes)
+        longest = int(sizes.max())
+        padded = tensor.new_zeros((longest, *tensor.shape[1:]))
+        padded[: tensor.shape[0]] = tensor
+        parts = [torch.empty_like(padded) for _ in range(self.num_ranks)]
+        dist.all_gather(parts, padded)
+        return torch.cat([part[:size] for part, size in zip(parts, sizes.tolist(), strict=True)]).cpu()
+
+    def gather_objects(self, thing: Any) -> list[Any]:
+        """One small picklable object from each rank, in order of rank."""
+        self.meetings += 1
+        if self.num_ranks == 1:
+            return [thing]
+        things: list[Any] = [None] * self.num_ranks
+        dist.all_gather_object(things, thing, group=self._control)
+        return things
+
+    def reduce(self, values: Tensor, how: str) -> Tensor:
+        """Sum (`sum`) or maximum (`max`) of a tensor over all ranks, on the CPU."""
+        self.meetings += 1
+        values = values.to(self.device, copy=True)
+        if self.num_ranks > 1:
+            dist.all_reduce(values, {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}[how])
+        return values.cpu()
+
+    @contextmanager
+    def together(self, phase: str) -> Iterator[None]:
+        """Run a phase without collectives in it; what ends it on one rank ends it on every rank.
+
+        A failure is raised as PhaseError on all of them, a stop as Interrupted. Without this the other ranks would wait
+        in their next collective until its time-out.
+        """
+        failure = stop = cause = None
+        try:
+            yield
+        except Interrupted as interrupted:
+            stop = str(interrupted)
+        except Exception as error:
+            failure, cause = traceback.format_exc(), error
+        ends = self.gather_objects((failure, stop))
+        failures = [(rank, text) for rank, (text, _) in enumerate(ends) if text]
+        if failures:
+            told = "\n".join(f"rank {rank}:\n{text}" for rank, text in failures)
+            raise PhaseError(f"{phase} failed on {len(failures)} of {self.num_ranks} ranks.\n{told}") from cause
+        for _, reason in ends:
+            if reason:
+                raise Interrupted(reason)
+
+    def agree(self, requested: str | None) -> None:
+        """Raise Interrupted on every rank if any has been requested to stop; for the inside of an update."""
+        self.meetings += 1
+        if self._control is None:
+            if requested:
+                raise Interrupted(requested)
+            return
+        flag = torch.tensor([int(requested is not None)])
+        dist.all_reduce(flag, dist.ReduceOp.MAX, group=self._control)
+        if flag.item():
+            raise Interrupted(next(reason for reason in self.gather_objects(requested) if reason))
+
+    def store(self, timeout_seconds: float) -> dist.Store | None:
+        """A key-value store of all ranks; None for one. A collective."""
+        return serve_store(self.rank, self.num_ranks, timeout_seconds)
+
+    def prepare(self, policy: torch.nn.Module, optimizer: torch.optim.Optimizer) -> tuple[Any, Any]:
+        """The policy and its optimizer, wrapped for this run (DDP, a DeepSpeed engine, or as they are)."""
+        if self.is_deepspeed:  # its buffer for gradients has 500 million elements by default: gigabytes for adapters
+            trained = sum(getattr(p, "ds_numel", p.numel()) for p in policy.parameters() if p.requires_grad)
+            zero = self.accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"]
+            zero["reduce_bucket_size"] = min(zero.get("reduce_bucket_size", 500_000_000), trained)
+        return self.accelerator.prepare(policy, optimizer)
+
+    def backward(self, policy: Any, loss: Tensor, last: bool) -> None:
+        """Add one pack's gradient; the `last` pack of an update synchronises the ranks.
+
+        DDP and ZeRO average over ranks while the loss is a share of the global one, hence the factor. (Under DDP the
+        forward of all but the last pack must run inside `quiet`.)
+        """
+        self.meetings += last
+        loss = loss * self.num_ranks
+        if self.is_deepspeed:
+            policy.set_gradient_accumulation_boundary(is_boundary=last)
+            policy.backward(loss)
+        else:
+            loss.backward()
+
+    def quiet(self, policy: Any, last: bool) -> Any:
+        """Context of forward and backward: keeps DDP from reducing gradients before the last pack."""
+        return policy.no_sync() if hasattr(policy, "no_sync") and not self.is_deepspeed and not last else nullcontext()
+
+    def optimizer_step(self, policy: Any, optimizer: Any, learning_rate: float) -> float:
+        """Clip, step, clear; returns the gradient's norm before clipping.
+
+        Where the norm is not finite no rank steps: it is the same number on all of them. (DeepSpeed does so by itself.)
+        """
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate * group["rate_share"]
+        if self.is_deepspeed:
+            policy.step()
+            norm = policy.get_global_grad_norm()
+        else:
+            trainable = [p for p in policy.parameters() if p.requires_grad]
+            norm = torch.nn.utils.clip_grad_norm_(trainable, self.max_grad_norm)
+            if bool(torch.isfinite(norm)):
+                optimizer.step()
+            optimizer.zero_grad()
+        return float(norm)
+
+    def unwrap(self, policy: Any) -> Any:
+        """The policy inside its wrapper."""
+        return self.accelerator.unwrap_model(policy)
+
+    def end(self) -> None:
+        """Leave the process group."""
+        self.accelerator.end_training()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def is_sharded(parameter: Tensor) -> bool:
+    """Whether ZeRO-3 holds only a part of this parameter on each rank."""
+    return hasattr(parameter, "ds_id")
+
+
+@contextmanager
+def whole(parameters: list[Tensor]) -> Iterator[None]:
+    """Inside, the parameters hold their full values on every rank (they are read only)."""
+    sharded = [p for p in parameters if is_sharded(p)]
+    if not sharded:
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(sharded, modifier_rank=None):
+        yield
+
+
+@contextmanager
+def unsharded_loading() -> Iterator[None]:
+    """Inside, `from_pretrained` loads whole models, also under ZeRO-3 (which would otherwise partition every model)."""
+    from transformers.integrations import deepspeed as integration
+
+    reference = integration._hf_deepspeed_config_weak_ref
+    config = reference() if reference is not None else None
+    integration.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        if config is not None:
+            integration.set_hf_deepspeed_config(config)

@@ -1,0 +1,180 @@
+"""From a policy to what others load: the merged model, the adapter, and a check of what was written by reopening it."""
+
+from __future__ import annotations
+
+import logging
+import math
+import shutil
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers.utils import cached_file
+
+from ..distributed.ranks import unsharded_loading, whole
+from .load import adapted_layers, plain_name
+from .policy import Policy
+
+log = logging.getLogger(__name__)
+
+PROCESSORS = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
+"""Files that servers ask for of a model that takes more than text; training changes none of them."""
+MAX_SHARD_SIZE = "5GB"
+"""Larger models are written as several files of at most this size, with an index."""
+ENOUGH = 0.99
+"""Share of the update that merged weights have to keep."""
+
+
+@torch.no_grad()
+def kept_shares(policy: Policy, dtypes: Sequence[torch.dtype], keep: bool) -> list[float | None]:
+    """Share of what the adapters have learned that is left in weights merged in each of some dtypes: 1 - |R|² / |ΔW|²
+    with ΔW = scaling · B A and R the rounding of W + ΔW; 0 where |R| is larger.
+
+    What rounding adds to an update counts as much as what it takes away. None without adapters, as long as they add
+    nothing, and on ranks that do not `keep` the result. A collective under ZeRO-3.
+    """
+    rounding, total = [0.0] * len(dtypes), 0.0
+    for layer in (adapted_layers(policy) if isinstance(policy.model, PeftModel) else {}).values():
+        with whole(list(layer.parameters())):
+            if keep:
+                weight, update = layer.get_base_layer().weight, layer.get_delta_weight("default").float()
+                exact = weight.double() + update
+                total += float(update.double().square().sum())
+                for place, dtype in enumerate(dtypes):
+                    written = _merged(weight, update).to(_dtype_in_file(policy, weight, dtype))
+                    rounding[place] += float((written - exact).square().sum())
+    return [max(0.0, 1 - each / total) if total else None for each in rounding]
+
+
+def choose_dtype(policy: Policy, keep: bool, asked: torch.dtype | None = None) -> tuple[torch.dtype, str]:
+    """The dtype to merge in, and a line about what it keeps: the one `asked` for, or else the policy's where that keeps
+    what was learned and float32 where it does not. A collective under ZeRO-3."""
+    own = asked or policy.causal_lm.dtype
+    share, share_in_float32 = kept_shares(policy, [own, torch.float32], keep)
+    if share is None:
+        return own, f"weights in {_name(own)}"
+    shares = {torch.float32: share_in_float32, own: share}
+    chosen = own if asked or share >= ENOUGH else torch.float32
+    line = f"weights in {_name(chosen)}, which keep {shares.pop(chosen):.1%} of what the adapters have learned"
+    others = "".join(f" ({_name(other)}: {kept:.1%})" for other, kept in shares.items())
+    return chosen, line + others if share < ENOUGH else line
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _merged(weight: Tensor, update: Tensor) -> Tensor:
+    """W + ΔW in float32."""
+    return weight.float() + update
+
+
+def _dtype_in_file(policy: Policy, parameter: Tensor, dtype: torch.dtype) -> torch.dtype:
+    """`dtype`, but for what the model keeps in another dtype than most of its weights."""
+    return dtype if parameter.dtype == policy.causal_lm.dtype else parameter.dtype
+
+
+@torch.no_grad()
+def merged_state(policy: Policy, keep: bool, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The trained model's whole weights by the plain model's names, on the CPU; collected one layer at a time.
+
+    Merged in float32, then rounded to `dtype`; what the model keeps in another dtype than its own stays in that. A
+    collective under ZeRO-3; ranks that do not `keep` the result get an empty one.
+    """
+    layers = adapted_layers(policy) if isinstance(policy.model, PeftModel) else {}
+    stored = set(policy.causal_lm.state_dict())
+    state: dict[str, Tensor] = {}
+    for name, parameter in policy.causal_lm.named_parameters():
+        if ".lora_" in name:
+            continue
+        key = plain_name(name)
+        layer = layers.get(key.removesuffix(".weight")) if key.endswith(".weight") else None
+        with whole([parameter, *(layer.parameters() if layer else ())]):
+            if keep:
+                value = _merged(parameter, layer.get_delta_weight("default").float()) if layer else parameter
+                state[key] = value.to(_dtype_in_file(policy, parameter, dtype)).cpu().clone()
+    if keep:
+        state |= {plain_name(name): buffer.cpu().clone() for name, buffer in policy.causal_lm.named_buffers()
+                  if name in stored}  # fmt: skip
+    return state
+
+
+def adapter_state(policy: Policy, keep: bool) -> dict[str, Tensor]:
+    """The adapters' whole weights by their names, on the CPU; a collective as `merged_state` is."""
+    adapters = {name: p for name, p in policy.model.named_parameters() if ".lora_" in name}
+    with whole(list(adapters.values())):
+        return {name: p.detach().cpu().clone() for name, p in adapters.items()} if keep else {}
+
+
+def save_final(policy: Policy, tokenizer: Any, directory: Path, is_main: bool) -> None:
+    """Write the merged model and the tokenizer, and the adapter beside it; then reopen and check what was written.
+
+    A collective under ZeRO-3.
+    """
+    dtype, line = choose_dtype(policy, is_main)
+    log.info("%s: %s", directory, line)
+    state, adapters = merged_state(policy, is_main, dtype), adapter_state(policy, is_main)
+    if is_main:
+        write_merged(policy, state, tokenizer, directory)
+        if isinstance(policy.model, PeftModel):
+            write_adapter(policy.model, adapters, directory / "adapter")
+
+
+def write_merged(
+    policy: Policy, state: dict[str, Tensor], tokenizer: Any, directory: Path, max_shard_size: str = MAX_SHARD_SIZE
+) -> None:
+    """Write a plain model of these weights, with its tokenizer, and check the files. Raises RuntimeError."""
+    with unsharded_loading(), torch.device("meta"):
+        plain = policy.causal_lm._from_config(policy.causal_lm.config, dtype=next(iter(state.values())).dtype)
+    plain.load_state_dict(state, strict=False, assign=True)
+    plain.tie_weights()
+    missing = [name for name, tensor in plain.state_dict().items() if tensor.is_meta]
+    if missing:
+        raise RuntimeError(f"the merged model lacks {len(missing)} weights, among them {missing[:3]}")
+    plain.generation_config = policy.causal_lm.generation_config
+    plain.save_pretrained(directory, max_shard_size=max_shard_size)
+    tokenizer.save_pretrained(directory)
+    for name in PROCESSORS:
+        given = cached_file(policy.causal_lm.name_or_path, name, _raise_exceptions_for_missing_entries=False,
+                            _raise_exceptions_for_connection_errors=False)  # fmt: skip
+        if given is not None:
+            shutil.copyfile(given, directory / name)
+    # the same weights may be named and grouped otherwise in files than in memory; tied ones are written once
+    expected = _size_and_norm({tensor.data_ptr(): tensor for tensor in plain.state_dict().values()}.values())
+    written = _size_and_norm(_tensors(directory))
+    if expected[0] != written[0] or not math.isclose(expected[1], written[1], rel_tol=1e-9):
+        raise RuntimeError(f"{directory}: the files hold {written[0]} numbers of norm {written[1]}, the model in "
+                           f"memory {expected[0]} of norm {expected[1]}")  # fmt: skip
+
+
+def write_adapter(model: PeftModel, state: dict[str, Tensor], directory: Path) -> None:
+    """Write a PEFT adapter and reopen it: under ZeRO-3 they have been known to come out empty. Raises RuntimeError."""
+    model.save_pretrained(directory, state_dict=state, save_embedding_layers=False)
+    written = load_file(directory / "adapter_model.safetensors")
+    if len(written) != len(state):
+        raise RuntimeError(f"{directory}: {len(written)} tensors were written, {len(state)} expected")
+    for name, value in state.items():
+        key = name.replace(".default.", ".")
+        if key not in written or not torch.equal(written[key], value):
+            raise RuntimeError(f"{directory}: the tensor {key} differs from the one in memory")
+
+
+def _tensors(directory: Path) -> Iterable[Tensor]:
+    """Every tensor of a saved model, one at a time."""
+    for file in sorted(directory.glob("*.safetensors")):
+        with safe_open(file, "pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118  (it is no dict)
+                yield tensors.get_tensor(name)
+
+
+def _size_and_norm(tensors: Iterable[Tensor]) -> tuple[int, float]:
+    """How many numbers there are, and their norm."""
+    count, squares = 0, 0.0
+    for tensor in tensors:
+        count, squares = count + tensor.numel(), squares + float(tensor.double().pow(2).sum())
+    return count, math.sqrt(squares)

@@ -1,0 +1,252 @@
+"""The models of a run as they are loaded: tokenizer, config, base, and the policy with its adapters."""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from peft import LoraConfig as PeftLoraConfig
+from peft import get_peft_model
+from peft.tuners.lora import LoraLayer
+from safetensors import SafetensorError
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import __version__ as transformers_version
+
+from ..config.places import model_place
+from ..config.schema import LoraConfig, ModelConfig
+from ..distributed.ranks import is_sharded, unsharded_loading
+from . import attention
+from .checks import (
+    CANNOT,
+    UnfitModel,
+    adapter_targets,
+    reads_text,
+    require_decoder,
+    require_trainable,
+    require_weights,
+    require_whole_model,
+)
+from .dropout import drop_by_token
+from .lora import fuse_adapters
+from .policy import Policy, recompute_layers
+from .toy import MODELS, toy_path
+
+log = logging.getLogger(__name__)
+
+
+def model_path(model: ModelConfig) -> str:
+    """What `from_pretrained` is given. Raises ValueError for a path where there is no model."""
+    return str(toy_path(model.name)) if model.name in MODELS else model_place(model.name, "model.name")
+
+
+def _hub_options(model: ModelConfig) -> dict[str, Any]:
+    return {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
+
+
+def load_tokenizer(model: ModelConfig) -> Any:
+    """The tokenizer, with a padding token (the first end-of-sequence token where it has none)."""
+    require_whole_model(model.name, model_path(model), model.revision)
+    tokenizer = AutoTokenizer.from_pretrained(model_path(model), **_hub_options(model))
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"model.name: the tokenizer of {model.name!r} has no end-of-sequence token; completions could "
+                         "only end by their length. Set `eos_token` in its tokenizer_config.json")  # fmt: skip
+    if not tokenizer("a")["input_ids"]:  # what transformers makes of a directory without a tokenizer's files
+        raise ValueError(f"model.name: the tokenizer of {model.name!r} makes no tokens of a text; are its files "
+                         "(tokenizer.json, tokenizer_config.json) beside config.json?")  # fmt: skip
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def end_token_ids(model: ModelConfig, tokenizer: Any) -> list[int]:
+    """Every token that ends a completion: the tokenizer's and those of the generation config, sorted."""
+    ends = {tokenizer.eos_token_id}
+    for source in (GenerationConfig, AutoConfig):
+        try:
+            options = _hub_options(model) if source is AutoConfig else {"revision": model.revision}
+            config = source.from_pretrained(model_path(model), **options)
+        except OSError:  # many repositories have no generation_config.json
+            continue
+        parts = [config] if source is GenerationConfig else [config, config.get_text_config(decoder=True)]
+        for given in (getattr(part, "eos_token_id", None) for part in parts):
+            ends |= set(given if isinstance(given, list) else [given]) - {None}
+    return sorted(ends)
+
+
+def load_model_config(model: ModelConfig) -> Any:
+    """The model's transformers config. Raises UnfitModel where there is none."""
+    require_whole_model(model.name, model_path(model), model.revision)
+    try:
+        return AutoConfig.from_pretrained(model_path(model), **_hub_options(model))
+    except (*CANNOT, StrictDataclassError) as error:
+        if isinstance(error, ValueError):
+            raise
+        told = " ".join(str(error).split())
+        raise UnfitModel(f"model.name: config.json of {model.name!r} is none that transformers {transformers_version} "
+                         f"reads ({type(error).__name__}: {told})") from error  # fmt: skip
+
+
+def check_model_config(model_config: Any, tokenizer: Any, longest: int) -> None:
+    """Raise ValueError where the model cannot be trained, or cannot hold sequences of `longest` tokens, or its
+    tokenizer's vocabulary."""
+    require_trainable(model_config, longest)
+    text = model_config.get_text_config()
+    positions = getattr(text, "max_position_embeddings", None)
+    if positions is not None and longest > positions:
+        raise ValueError(f"data.max_prompt_length + rollout.max_completion_length: {longest} tokens given, the model "
+                         f"has {positions} positions (max_position_embeddings)")  # fmt: skip
+    if len(tokenizer) > text.vocab_size:
+        raise ValueError(f"model.name: the tokenizer has {len(tokenizer)} tokens, the model only {text.vocab_size}")
+
+
+def packing_obstacle(model_config: Any, longest: int, trust_remote_code: bool = False) -> str | None:
+    """Why packs with shared prompts cannot express this architecture for sequences of `longest` tokens, or None."""
+    text = model_config.get_text_config()
+    window: Any = getattr(text, "sliding_window", None) or getattr(text, "attention_window", None)
+    kinds = set(getattr(text, "layer_types", None) or [])
+    slides = bool(window) and (not kinds or "sliding_attention" in kinds)
+    if slides and window < longest:
+        return f"attention in a sliding window of {window} tokens, shorter than the longest sequence of {longest}"
+    if kinds - {"full_attention", "sliding_attention"}:
+        return f"layers of the kinds {', '.join(sorted(kinds - {'full_attention', 'sliding_attention'}))}"
+    for option in ("attn_logit_softcapping", "attention_chunk_size", "use_mrope"):
+        if getattr(text, option, None):
+            return f"its option {option}"
+    if not getattr(text, "num_attention_heads", None):
+        return "no attention layers"
+    try:  # some architectures look the attention up in tables of their own
+        with unsharded_loading(), torch.device("meta"):
+            AutoModelForCausalLM.from_config(copy.deepcopy(model_config), attn_implementation=attention.NAME,
+                                             trust_remote_code=trust_remote_code)  # fmt: skip
+    except (KeyError, ValueError, ImportError) as error:
+        return f"its code does not take another attention ({type(error).__name__}: {error})"
+    return None
+
+
+def attention_for(model: ModelConfig, model_config: Any, longest: int) -> tuple[str | None, str | None]:
+    """The `attn_implementation` to load a model with, and why its prompts cannot be shared, or None as far as its
+    config tells."""
+    if model.attn_implementation != "auto":
+        return model.attn_implementation, "as model.attn_implementation asks"
+    obstacle = packing_obstacle(model_config, longest, model.trust_remote_code)
+    return (attention.NAME, None) if obstacle is None else (None, obstacle)
+
+
+def load_causal_lm(
+    model: ModelConfig, dtype: torch.dtype, attn_implementation: str | None, device: torch.device | None = None
+) -> nn.Module:
+    """A causal language model from the hub or a local path, on a `device` or else the CPU. Raises UnfitModel.
+
+    To a GPU its weights go one by one: ranks of a node would fill its memory with a whole model each.
+    """
+    placed = {} if device is None or device.type == "cpu" else {"device_map": {"": device}}
+    try:
+        loaded, report = AutoModelForCausalLM.from_pretrained(
+            model_path(model), dtype=dtype, attn_implementation=attn_implementation, output_loading_info=True, **placed,
+            **_hub_options(model),
+        )  # fmt: skip
+    except torch.OutOfMemoryError:
+        raise
+    except (*CANNOT, OSError, ImportError, SafetensorError) as error:
+        raise UnfitModel(f"model.name: {model.name!r} cannot be loaded ({type(error).__name__}: {error})") from error
+    if missing := sorted(report["missing_keys"]):
+        raise UnfitModel(f"model.name: {model.name!r} lacks {len(missing)} weights of {type(loaded).__name__}, which "
+                         f"would be drawn at random ({', '.join(missing[:3])} …): name a whole checkpoint")  # fmt: skip
+    return loaded
+
+
+def try_blank(
+    model: ModelConfig, lora: LoraConfig | None, model_config: Any, attn_implementation: str | None
+) -> str | None:
+    """Make the policy without weights, for what is wrong with it or its adapters; return which layers get none and why.
+
+    Raises ValueError, also where files of the weights are missing.
+    """
+    require_weights(model.name, Path(model_path(model)))
+    with unsharded_loading(), torch.device("meta"):
+        try:
+            base = blank_causal_lm(model, model_config, torch.float32, attn_implementation)
+        except (*CANNOT, ImportError) as error:
+            raise UnfitModel(f"model.name: {model.name!r} cannot be built from its config ({type(error).__name__}: "
+                             f"{error})") from error  # fmt: skip
+        require_decoder(base)
+        left_out = None if lora is None else adapter_targets(base, lora.target_modules)[1]
+        make_policy(base, model, lora, 1.0, 0)
+    return left_out
+
+
+def blank_causal_lm(
+    model: ModelConfig, model_config: Any, dtype: torch.dtype, attn_implementation: str | None
+) -> nn.Module:
+    """The model on the meta device, without weights, but tied where it is once loaded."""
+    with torch.device("meta"):
+        blank = AutoModelForCausalLM.from_config(
+            copy.deepcopy(model_config), dtype=dtype, attn_implementation=attn_implementation,
+            trust_remote_code=model.trust_remote_code,
+        )  # fmt: skip
+        blank.tie_weights()  # transformers 5.0 leaves that undone here
+    return blank
+
+
+def load_policy(
+    model: ModelConfig, lora: LoraConfig | None, dtype: torch.dtype, attn_implementation: str | None,
+    temperature: float, seed: int, *, device: torch.device | None = None, has_critic: bool = False,
+    entropy_gradient: bool = False,
+) -> Policy:  # fmt: skip
+    """The policy, its base loaded to a `device` or else the CPU: in `dtype` under adapters, else in float32."""
+    base = load_causal_lm(model, dtype if lora else torch.float32, attn_implementation, device)
+    return make_policy(base, model, lora, temperature, seed, has_critic=has_critic, entropy_gradient=entropy_gradient)
+
+
+def make_policy(
+    base: nn.Module, model: ModelConfig, lora: LoraConfig | None, temperature: float, seed: int, *,
+    has_critic: bool = False, entropy_gradient: bool = False,
+) -> Policy:  # fmt: skip
+    """The policy: adapters on a frozen base, or the whole of it to train (`lora` None)."""
+    extras: dict[str, Any] = {"has_critic": has_critic, "entropy_gradient": entropy_gradient}
+    if model.gradient_checkpointing:
+        recompute_layers(base)
+        if lora:
+            base.enable_input_require_grads()
+    if lora is None:
+        for name, parameter in base.named_parameters():  # what text never reaches gets no gradient on any rank
+            parameter.requires_grad_(reads_text(base, name))
+        return Policy(base, temperature, **extras)
+    torch.manual_seed(seed)  # every rank draws the same adapters
+    base.requires_grad_(False)
+    targets, _ = adapter_targets(base, lora.target_modules)
+    adapted = get_peft_model(base, PeftLoraConfig(
+        task_type="CAUSAL_LM", r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets,
+    ))  # fmt: skip
+    token_keys = drop_by_token(adapted, lora.dropout) if lora.dropout else None
+    fuse_adapters(adapted, is_sharded)
+    return Policy(adapted, temperature, **extras, token_keys=token_keys)
+
+
+def plain_name(name: str) -> str:
+    """The name a parameter of an adapted model has in the plain model."""
+    return name.removeprefix("base_model.model.").replace(".base_layer.", ".")
+
+
+def adapted_layers(policy: Policy) -> dict[str, LoraLayer]:
+    """Layers with adapters by the name of the plain model's layer."""
+    return {plain_name(name): module for name, module in policy.model.named_modules()
+            if isinstance(module, LoraLayer) and module.lora_A}  # fmt: skip
+
+
+def trainable(policy: Policy) -> dict[str, nn.Parameter]:
+    """What training changes, by name, in a fixed order."""
+    return {name: p for name, p in policy.named_parameters() if p.requires_grad}
+
+
+def base_identity(model: ModelConfig, model_config: Any) -> str:
+    """What tells one base model from another: its name, revision and configuration, wherever it lies."""
+    config = {key: value for key, value in model_config.to_dict().items()
+              if key not in ("_name_or_path", "transformers_version")}  # fmt: skip
+    return json.dumps({"name": model.name, "revision": model.revision, "config": config}, sort_keys=True, default=str)

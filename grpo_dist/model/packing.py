@@ -1,0 +1,192 @@
+"""The global batch cut into packs: the prompt once, then its completions, and no padding anywhere. Pure.
+
+A pack is one row of tokens made of pieces `prompt, completion 1, …, completion n`; each completion attends to its
+prompt and to itself only, and its positions go on from the prompt's end. The plan is a function of lengths alone, so
+every rank computes the same one and takes its own part.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from dataclasses import dataclass
+from itertools import chain, zip_longest
+
+import torch
+from torch import Tensor
+
+from ..distributed.transfer import to_device
+from ..types import Batch, token_places
+from .attention import RowLayout
+
+PAIRS_PER_TOKEN = 4096
+"""Attended pairs of tokens that cost about as much as one token's matrix products; only balance depends on it."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One prompt and some of its completions."""
+
+    prompt: int
+    """Place in batch.prompts."""
+    completions: list[int]
+    """Places in the batch's order of completions."""
+
+
+@dataclass(frozen=True)
+class Pack:
+    """One forward and backward pass: T tokens in a row, M of them completion tokens.
+
+    An empty pack (M = 0 in `token`, a token or two in `ids`) only keeps the number of packs equal on all ranks.
+    """
+
+    ids: Tensor
+    """(T,) int64 token ids."""
+    positions: Tensor
+    """(T,) int64 position of each token in its own sequence."""
+    predictor: Tensor
+    """(M,) int64: the row's token whose output predicts each completion token."""
+    targets: Tensor
+    """(M,) int64: the completion tokens themselves."""
+    token: Tensor
+    """(M,) int64: place of each completion token in the batch's flat tensors."""
+    sequence: Tensor
+    """(M,) int64: the pack's completions, numbered from 0."""
+    owner: Tensor
+    """(T,) int64: whose each token is: `n` of the batch's completion n, `-1 - p` of its prompt p."""
+    layout: RowLayout | None
+    """Who attends to whom; None for a plain causal row of one prompt and one completion."""
+
+    @property
+    def useful(self) -> int:
+        """Tokens of the row that are part of a sequence: all of them, or none of an empty pack's."""
+        return len(self.ids) if len(self.token) else 0
+
+    def to(self, device: torch.device) -> Pack:
+        """The pack with all its tensors on `device`, in one copy for which a GPU does not wait."""
+        names = ("ids", "positions", "predictor", "targets", "token", "sequence", "owner")
+        moved = to_device([getattr(self, name) for name in names], device)
+        return Pack(**dict(zip(names, moved, strict=True)), layout=self.layout.to(device) if self.layout else None)
+
+
+def piece_cost(prompt_length: int, lengths: list[int]) -> float:
+    """Cost of a piece in tokens: each token's matrix products, plus attention, which is quadratic."""
+    pairs = prompt_length**2 / 2 + sum(length * (prompt_length + length / 2) for length in lengths)
+    return prompt_length + sum(lengths) + pairs / PAIRS_PER_TOKEN
+
+
+def _cut(prompt: int, prompt_length: int, completions: list[int], lengths: list[int], most: int) -> list[Piece]:
+    """Pieces of one group, none above `most` tokens unless a single completion is."""
+    pieces: list[Piece] = []
+    size = most + 1
+    for n in completions:
+        if size + lengths[n] > most:
+            pieces.append(Piece(prompt, []))
+            size = prompt_length
+        pieces[-1].completions.append(n)
+        size += lengths[n]
+    return pieces
+
+
+def plan(
+    prompt_lengths: list[int],
+    group: list[int],
+    lengths: list[int],
+    keep: list[bool],
+    *,
+    max_tokens: int,
+    num_ranks: int,
+    share_prompts: bool = True,
+) -> list[list[list[Piece]]]:
+    """Divide the kept completions among ranks and packs: `plan(...)[rank][pack]` is a list of pieces.
+
+    `prompt_lengths` (P,), `group`, `lengths` and `keep` (N,). Every rank gets the same number of packs, of nearly equal
+    cost and at most `max_tokens` tokens each (a longer single sequence stands alone). Without `share_prompts` each pack
+    is one prompt with one completion. No completion is left out, and none stands twice.
+    """
+    members: dict[int, list[int]] = {}
+    for n, kept in enumerate(keep):
+        if kept:
+            members.setdefault(group[n], []).append(n)
+    if not members:
+        return [[] for _ in range(num_ranks)]
+    if share_prompts:
+        total = sum(prompt_lengths[g] + sum(lengths[n] for n in ns) for g, ns in members.items())
+        most = min(max_tokens, math.ceil(total / num_ranks))  # no piece may outweigh a rank's fair share
+        pieces = [piece for g, ns in members.items() for piece in _cut(g, prompt_lengths[g], ns, lengths, most)]
+    else:
+        pieces = [Piece(g, [n]) for g, ns in members.items() for n in ns]
+
+    costs = [piece_cost(prompt_lengths[p.prompt], [lengths[n] for n in p.completions]) for p in pieces]
+    packs = [[place] for place in range(len(pieces))]
+    if share_prompts:
+        sizes = [prompt_lengths[p.prompt] + sum(lengths[n] for n in p.completions) for p in pieces]
+        packs = _full_packs(sizes, max_tokens, num_ranks)
+    dealt = _deal(packs, [sum(costs[place] for place in pack) for pack in packs], num_ranks)
+    return [[[pieces[place] for place in pack] for pack in rank] for rank in dealt]
+
+
+def _full_packs(sizes: list[int], max_tokens: int, num_ranks: int) -> list[list[int]]:
+    """Packs of about equal size, a multiple of `num_ranks` of them and about as few as can hold pieces of `sizes`."""
+    heaviest_first = sorted(range(len(sizes)), key=lambda place: -sizes[place])
+    fewest = min(math.ceil(sum(sizes) / max_tokens), len(sizes))
+    num_packs, most = (num_ranks * math.ceil(count / num_ranks) for count in (fewest, len(sizes)))
+    more = num_ranks
+    while True:
+        packs: list[list[int]] = [[] for _ in range(num_packs)]
+        emptiest = [(0, number) for number in range(num_packs)]  # a heap
+        for place in heaviest_first:
+            size, number = emptiest[0]
+            packs[number].append(place)
+            heapq.heapreplace(emptiest, (size + sizes[place], number))
+        if all(size <= max_tokens or len(packs[number]) == 1 for size, number in emptiest):
+            return packs
+        num_packs = min(num_packs + more, most)
+        more *= 2  # a few packs too many cost less than trying every number
+
+
+def _deal(packs: list[list[int]], costs: list[float], num_ranks: int) -> list[list[list[int]]]:
+    """Each rank's packs, as many on each: in turns of equally heavy ones, of which the least loaded rank gets most."""
+    order = sorted(range(len(packs)), key=lambda number: -costs[number])
+    ranks: list[list[list[int]]] = [[] for _ in range(num_ranks)]
+    load = [0.0] * num_ranks
+    for turn in range(0, len(order), num_ranks):
+        least_loaded_first = sorted(range(num_ranks), key=load.__getitem__)
+        for rank, number in zip_longest(least_loaded_first, order[turn : turn + num_ranks]):
+            ranks[rank].append([] if number is None else packs[number])
+            load[rank] += 0.0 if number is None else costs[number]
+    return ranks
+
+
+def make_pack(batch: Batch, pieces: list[Piece], *, share_prompts: bool = True) -> Pack:
+    """The tensors of one pack; for no pieces, an empty pack of one token."""
+    if not pieces:
+        empty = torch.zeros(0, dtype=torch.int64)
+        layout = RowLayout([(1, [])]) if share_prompts else None
+        one = torch.zeros(1, dtype=torch.int64)
+        return Pack(one, one, empty, empty, empty, empty, one, layout)
+    chosen = torch.tensor([n for piece in pieces for n in piece.completions])
+    lengths = batch.lengths[chosen]
+    left = iter(lengths.tolist())
+    shapes = [(len(batch.prompts[p.prompt].ids), [next(left) for _ in p.completions]) for p in pieces]
+    # the row's segments: each piece's prompt and then its completions
+    sizes = torch.tensor([size for prompt, completions in shapes for size in (prompt, *completions)])
+    is_prompt = torch.tensor([n == 0 for _, completions in shapes for n in range(1 + len(completions))])
+    segment_starts = torch.cumsum(sizes, 0) - sizes
+    starts, prompt_starts, prompt_lengths = segment_starts[~is_prompt], segment_starts[is_prompt], sizes[is_prompt]
+    sequence = torch.repeat_interleave(torch.arange(len(chosen)), lengths)
+    piece = (torch.cumsum(is_prompt, 0) - 1)[~is_prompt][sequence]  # of each completion token, (M,)
+    row, token = token_places(starts, lengths), token_places(batch.starts[chosen], lengths)
+    prompt_row = token_places(prompt_starts, prompt_lengths)
+    own = row - starts[sequence]
+    ids = torch.empty(int(sizes.sum()), dtype=torch.int64)
+    positions, owner = torch.empty_like(ids), torch.empty_like(ids)
+    ids[prompt_row] = torch.tensor(list(chain.from_iterable(batch.prompts[p.prompt].ids for p in pieces)))
+    positions[prompt_row] = token_places(torch.zeros_like(prompt_starts), prompt_lengths)
+    ids[row] = targets = batch.tokens[token]
+    positions[row] = prompt_lengths[piece] + own
+    owner[row] = chosen[sequence]
+    owner[prompt_row] = torch.repeat_interleave(-1 - torch.tensor([p.prompt for p in pieces]), prompt_lengths)
+    predictor = torch.where(own == 0, (prompt_starts + prompt_lengths)[piece], row) - 1
+    layout = RowLayout(shapes) if share_prompts else None
+    return Pack(ids, positions, predictor, targets, token, sequence, owner, layout)

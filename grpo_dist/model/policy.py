@@ -1,0 +1,119 @@
+"""The module that is trained: a causal language model, and a critic where there is one, that answers packs."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from ..config.checks import require
+from .critic import ValueHead
+from .dropout import TokenKeys
+from .logprobs import head_logprobs, logits_logprobs
+from .packing import Pack
+
+
+class Policy(nn.Module):
+    """A causal language model that answers packs with log-probabilities."""
+
+    def __init__(
+        self, model: nn.Module, temperature: float, *, has_critic: bool = False, entropy_gradient: bool = False,
+        token_keys: TokenKeys | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.model = model
+        self.temperature = temperature
+        self.entropy_gradient = entropy_gradient
+        self.token_keys = token_keys  # where adapters have dropout, which draws from them
+        self.value_head = ValueHead(self.causal_lm.config.get_text_config().hidden_size) if has_critic else None
+        head = self.causal_lm.get_output_embeddings()
+        self.fused_head = False  # until probe.head_is_plain has found that nothing happens to the logits after the head
+        if isinstance(head, nn.Linear):
+            _teach_head(head)
+
+    @property
+    def causal_lm(self) -> nn.Module:
+        """The transformers model; with LoRA, the one the adapters were put into."""
+        return self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+
+    def train(self, mode: bool = True) -> Policy:
+        """Put the adapters and the critic into training mode; the base always computes as it does in a rollout.
+
+        Dropout, layer drop, router noise and batch statistics of a model have many names, and all of them ask the mode
+        of the module they are in. Layers that are recomputed are asked for theirs too: see `recompute_layers`.
+        """
+        super().train(mode)
+        for name, module in self.causal_lm.named_modules():
+            recomputed = isinstance(module, GradientCheckpointingLayer) and module.gradient_checkpointing
+            if not (recomputed or isinstance(module, LoraLayer) or ".lora_" in name):
+                module.training = False
+        return self
+
+    def forward(self, pack: Pack, dropout_key: int = 0) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Log-probability of each completion token, entropy of its distribution (nats) and the critic's value of the
+        text before it, None without a critic; all (M,) float32. `dropout_key` tells one update's dropout from
+        another's."""
+        if self.token_keys is not None:
+            self.token_keys.draw(dropout_key, pack.owner, pack.positions)
+        inputs: dict[str, Any] = {"input_ids": pack.ids[None], "use_cache": False}
+        if pack.layout is not None:
+            inputs |= {"position_ids": pack.positions[None], "layout": pack.layout}
+        numbers: dict[str, Any] = {"targets": pack.targets, "temperature": self.temperature,
+                                   "entropy_gradient": self.entropy_gradient}  # fmt: skip
+        if self.fused_head:
+            hidden = self.causal_lm.base_model(**inputs).last_hidden_state[0, pack.predictor]
+            logprobs, entropies = self.causal_lm.get_output_embeddings()(hidden, **numbers)
+        else:
+            wants_hidden = self.value_head is not None
+            output = self.causal_lm(**inputs, logits_to_keep=pack.predictor, output_hidden_states=wants_hidden)
+            logprobs, entropies = logits_logprobs(kept_logits(output.logits[0], pack.predictor), **numbers)
+            hidden = output.hidden_states[-1][0, pack.predictor] if wants_hidden else None
+        return logprobs, entropies, None if self.value_head is None else self.value_head(hidden)
+
+
+def kept_logits(logits: Tensor, predictor: Tensor) -> Tensor:
+    """The logits (M, V) at `predictor` (M,), which a model returns alone or, where it cannot, among those of all T."""
+    return logits if len(logits) == len(predictor) else logits[predictor]
+
+
+def recompute_layers(model: nn.Module) -> None:
+    """Recompute each layer's activations in the backward pass.
+
+    transformers does so in training mode alone, in which a layer may drop activations: the mode is left inside. Raises
+    ValueError where the model's code has no layers that transformers can recompute.
+    """
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    require(bool(layers), "model.gradient_checkpointing", True, f"false, as {type(model).__name__} has no layers that "
+            "transformers can recompute")  # fmt: skip
+    for layer in layers:
+        layer.gradient_checkpointing = True
+        layer._gradient_checkpointing_func = partial(_recomputed, layer)
+
+
+def _recomputed(layer: nn.Module, forward: Any, *inputs: Any) -> Any:
+    def evaluated(*given: Any) -> Any:
+        layer.training = False
+        try:
+            return forward(*given)
+        finally:
+            layer.training = True
+
+    return checkpoint(evaluated, *inputs, use_reentrant=False)
+
+
+def _teach_head(head: nn.Linear) -> None:
+    """Let the head answer with log-probabilities and entropies when it is given targets.
+
+    It has to happen inside the head's own call: that is where ZeRO-3 makes its sharded weight whole.
+    """
+    plain = head.forward
+
+    def forward(hidden: Tensor, targets: Tensor | None = None, **options: Any) -> Any:
+        return plain(hidden) if targets is None else head_logprobs(hidden, head.weight, head.bias, targets, **options)
+
+    head.forward = forward  # type: ignore[method-assign, assignment]

@@ -1,0 +1,1 @@
+"""What a run says about itself: metrics, alarms, the console, trackers."""

@@ -1,0 +1,57 @@
+"""What a run ran on, for its report: a line of environment.jsonl for each time it was started."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import socket
+from datetime import datetime, timezone
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+from .. import __version__
+from ..checkpoint.resume import versions
+from ..distributed.ranks import Ranks
+
+FILE = "environment.jsonl"
+
+
+def last_recorded(directory: Path, name: str) -> str | None:
+    """What `record_start` wrote down under a name when a run was last started; None where it did not."""
+    if not (directory / FILE).is_file():
+        return None
+    starts = [json.loads(line) for line in (directory / FILE).read_text().splitlines()]
+    return next((start[name] for start in reversed(starts) if name in start), None)
+
+
+def started_in(directory: Path) -> Path | None:
+    """The directory in which a run was last started, where its relative paths begin; None where it is not known."""
+    start = last_recorded(directory, "directory")
+    return None if start is None else Path(start)
+
+
+def record_start(directory: Path, ranks: Ranks, first_step: int, dtype: torch.dtype) -> None:
+    """Write down where and with what the run starts after a number of steps, on the main rank; a collective. `dtype` is
+    that of the policy's weights."""
+    on_gpu = ranks.device.type == "cuda"
+    device = torch.cuda.get_device_name(ranks.device) if on_gpu else f"{platform.machine()}, {os.cpu_count()} cores"
+    devices = ranks.gather_objects(f"{socket.gethostname()}: {device}")
+    if not ranks.is_main:
+        return
+    if ranks.is_deepspeed:
+        engine = f"DeepSpeed ZeRO-{ranks.zero_stage}"
+    else:
+        engine = "DDP" if ranks.num_ranks > 1 else "one process"
+    used = {"grpo_dist": __version__, "python": platform.python_version(), **versions()}
+    if ranks.is_deepspeed:
+        used["deepspeed"] = metadata.version("deepspeed")
+    if torch.version.cuda:
+        used["cuda"] = torch.version.cuda
+    start = {"started": f"{datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC", "directory": os.getcwd(),
+             "first_step": first_step, "engine": engine, "ranks": devices, "platform": platform.platform(),
+             "dtype": str(dtype).removeprefix("torch."), "versions": used}  # fmt: skip
+    with (directory / FILE).open("a") as file:
+        file.write(json.dumps(start) + "\n")

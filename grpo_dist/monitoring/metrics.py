@@ -1,0 +1,134 @@
+"""What is measured in a step; recording.py writes it down. Metric names are stable: docs/metrics.md has them all."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..algorithm.advantages import group_statistics
+from ..algorithm.losses import Loss
+from ..types import Batch
+from .json_lines import read_json_lines
+
+log = logging.getLogger(__name__)
+
+
+def batch_metrics(batch: Batch, advantages: Tensor, reward_names: list[str]) -> dict[str, float]:
+    """Metrics of the global batch: rewards, advantages (T,) and lengths."""
+    scored = batch.reward[~batch.reward.isnan()]
+    _, stds, counts = group_statistics(batch.reward, batch.group)
+    lengths = batch.lengths.double()
+    metrics = {
+        "reward/mean": float(scored.mean()) if len(scored) else math.nan,
+        "reward/std": float(scored.std()) if len(scored) > 1 else 0.0,
+        "reward/groups_zero_std": float(((stds <= 1e-12) | (counts < 2)).double().mean()),
+        "reward/unscored": float(batch.reward.isnan().double().mean()),
+        "advantage/abs_mean": float(advantages[batch.starts].abs().mean()),
+        "completion/length_mean": float(lengths.mean()),
+        "completion/length_max": float(lengths.max()),
+        "completion/truncated": float((~batch.finished).double().mean()),
+        "tokens/completion": float(lengths.sum()),
+    }
+    for name, column in zip(reward_names, batch.rewards.T, strict=True):
+        present = column[~column.isnan()]
+        metrics[f"reward/{name}/mean"] = float(present.mean()) if len(present) else math.nan
+    return metrics | batch.scoring
+
+
+NO_UPDATE: dict[str, float | None] = dict.fromkeys(
+    ("kl", "entropy", "ratio/mean", "ratio/max", "clip/low", "clip/high", "rollout/kl", "rollout/logprob_gap_max")
+) | dict.fromkeys(("loss", "loss/policy", "grad_norm", "learning_rate", "tokens/computed", "tokens/useful_share"), 0.0)
+"""Metrics of a step whose completions had nothing to teach: no forward pass, and no optimizer step, was taken."""
+
+
+def is_right(reward: Tensor, weights: Sequence[float]) -> Tensor:
+    """Whether rewards (N,) are above half of the positive weights' sum, (N,) bool; False for an unscored one."""
+    return reward > sum(weight for weight in weights if weight > 0) / 2
+
+
+def pass_rates(batch: Batch, weights: Sequence[float]) -> list[float]:
+    """Share of the right among the scored completions of each of the P prompts; NaN where none is scored."""
+    zeros = torch.zeros(len(batch.prompts), dtype=torch.float64)
+    right = zeros.index_add(0, batch.group, is_right(batch.reward, weights).double())
+    return (right / zeros.index_add(0, batch.group, (~batch.reward.isnan()).double())).tolist()
+
+
+class UpdateMetrics:
+    """Sums over the packs of one update, reduced over the ranks once at its end."""
+
+    TOTALS = ("loss", "loss/policy", "tokens", "useful", "computed")
+    MAXIMA = ("ratio/max", "rollout/logprob_gap_max")
+
+    def __init__(self, device: torch.device) -> None:
+        self.totals = torch.zeros(len(self.TOTALS), dtype=torch.float64, device=device)
+        self.maxima = torch.zeros(len(self.MAXIMA), dtype=torch.float64, device=device)
+        self.means: dict[str, Tensor] = {}
+
+    def add(self, total: Tensor, loss: Loss, off: Tensor, useful: int, computed: int, means: dict[str, Tensor]) -> None:
+        """Count one pack in; nothing here waits for the device.
+
+        `total` is what is differentiated; `off` (M,), how far the trainer's log-probabilities are above the rollout's,
+        and each of `means` (M,), of which the mean over all tokens is reported, have one number per token. All packs of
+        all ranks must name the same means.
+        """
+        off = off.double()
+        count = self.totals.new_tensor([loss.ratio.numel(), useful, computed])
+        self.totals += torch.cat([torch.stack([total.detach().double(), loss.policy.double()]), count])
+        # an estimate of KL(rollout ‖ trainer) that is never negative: k3 of http://joschu.net/blog/kl-approx.html
+        means = means | {"kl": loss.kl, "rollout/kl": torch.expm1(off) - off, "ratio/mean": loss.ratio,
+                         "clip/low": loss.clipped_low, "clip/high": loss.clipped_high}  # fmt: skip
+        for name, values in means.items():
+            self.means[name] = self.means.get(name, 0.0) + values.detach().double().sum()
+        if loss.ratio.numel():
+            self.maxima = torch.maximum(self.maxima, torch.stack([loss.ratio.double().max(), off.abs().max()]))
+
+    def reduced(self, ranks: Any) -> dict[str, float]:
+        """The metrics of the update over all ranks; a collective."""
+        sums = torch.cat([self.totals, torch.stack(list(self.means.values()))])
+        named = dict(zip([*self.TOTALS, *self.means], ranks.reduce(sums, "sum").tolist(), strict=True))
+        maxima = dict(zip(self.MAXIMA, ranks.reduce(self.maxima, "max").tolist(), strict=True))
+        tokens = max(named.pop("tokens"), 1.0)
+        useful, computed = named.pop("useful"), named.pop("computed")
+        for name in self.means:
+            named[name] /= tokens
+        return named | maxima | {"tokens/computed": computed, "tokens/useful_share": useful / max(computed, 1.0)}
+
+
+def update_metrics(updates: list[dict[str, float]]) -> dict[str, float | None]:
+    """What the last update of a step left; the largest gap to the rollout's numbers is of all of them, and the distance
+    from the rollout of the first."""
+    if not updates:
+        return NO_UPDATE
+    name = "rollout/logprob_gap_max"
+    largest = max(update[name] for update in updates)
+    return {**updates[-1], name: largest, "rollout/kl": updates[0].get("rollout/kl")}
+
+
+class Clock:
+    """Seconds spent in each phase of a step."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Add the time inside to `time/NAME`."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            key = f"time/{name}"
+            self.seconds[key] = self.seconds.get(key, 0.0) + time.perf_counter() - start
+
+
+def read_history(directory: Path) -> list[dict[str, Any]]:
+    """The whole lines of a run's metrics.jsonl."""
+    return read_json_lines(directory / "metrics.jsonl")

@@ -1,0 +1,141 @@
+"""Where what a run measures is written down: metrics.jsonl, alarms.jsonl, completions/, and the trackers' mirrors."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from torch import Tensor
+
+from ..config.parse import redacted
+from ..config.schema import Config
+from ..distributed.ranks import resolve_dtype
+from ..report.shaping import answer_of, flat
+from ..rewards.registry import answer_reader
+from ..types import Batch
+from .alarms import Alarm, Alarms, Metrics, rules_for
+from .json_lines import read_json_lines
+from .trackers import Entry, Mirror, Source, Table, run_name
+
+TABLE_ROWS = 16
+TABLE_CHARACTERS = 2_000
+HISTOGRAMS = {"reward": "reward/distribution", "advantage": "advantage/distribution", "tokens": "completion/lengths"}
+"""Columns of the completions that trackers get whole, and what they are called there."""
+
+
+def completions_table(
+    step: int, batch: Batch, texts: list[str], advantages: Tensor, reward_names: list[str]
+) -> dict[str, list[Any]]:
+    """Return the columns of a step's completions as they are written; `texts` are the N completions."""
+    groups = batch.group.tolist()
+    return {
+        "step": [step] * len(groups),
+        "prompt_index": [batch.prompts[g].index for g in groups],
+        "group": groups,
+        "prompt": [batch.prompts[g].text for g in groups],
+        "completion": texts,
+        "tokens": batch.lengths.tolist(),
+        "finished": batch.finished.tolist(),
+        "reward": batch.reward.tolist(),
+        "advantage": advantages[batch.starts].tolist(),  # of the first token: of the whole completion
+        **{f"reward/{name}": column.tolist() for name, column in zip(reward_names, batch.rewards.T, strict=True)},
+        **{f"reward/{column}": values for column, values in batch.extras.items()},
+    }
+
+
+def _arrow(values: list[Any]) -> pa.Array:
+    """`pa.array`, but that numbers and texts go without the import of pandas, which would make the first step wait."""
+    kinds = {type(value) for value in values}
+    if kinds == {str}:
+        parts = [value.encode() for value in values]
+        offsets = np.cumsum([0, *map(len, parts)], dtype=np.int64)
+        buffers = [None, pa.py_buffer(offsets), pa.py_buffer(b"".join(parts))]
+        return pa.Array.from_buffers(pa.large_string(), len(values), buffers).cast(pa.string())
+    if kinds in ({int}, {float}):
+        numbers = np.array(values)
+        return pa.Array.from_buffers(pa.from_numpy_dtype(numbers.dtype), len(values), [None, pa.py_buffer(numbers)])
+    if kinds == {bool}:
+        bits = pa.py_buffer(np.packbits(values, bitorder="little"))
+        return pa.Array.from_buffers(pa.bool_(), len(values), [None, bits])
+    return pa.array(values)
+
+
+class Recorder:
+    """Writes what a run leaves behind, on the main rank."""
+
+    def __init__(self, config: Config, directory: Path, first_step: int) -> None:
+        """Open the files; what an interrupted run wrote about steps after `first_step` is dropped, to be redone."""
+        self.directory = directory
+        self.logging = config.logging
+        path = directory / "metrics.jsonl"
+        kept = [line for line in read_json_lines(path) if line["step"] <= first_step]
+        path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        self.file = path.open("a", buffering=1)
+        dtype = str(resolve_dtype(config.model.dtype)).removeprefix("torch.")
+        self.alarms = Alarms(rules_for(config.loss.kl_estimator, dtype))
+        self.alarm_file = (directory / "alarms.jsonl").open("w", buffering=1)
+        for line in kept:
+            self._ring(line)
+        source = Source(directory, run_name(directory, first_step), flat(redacted(asdict(config))), first_step)
+        self.mirrors = [Mirror(kind, source) for kind in config.logging.trackers]
+        self.read_answer = answer_reader(config.rewards)
+        self.pictures: dict[str, dict[str, Any]] = {}
+
+    def metrics(self, values: Metrics) -> list[Alarm]:
+        """Append one step's metrics, numbers that are not finite as null; returns the alarms that they set off.
+
+        The trackers get them with the histograms and tables of the completions that were written before.
+        """
+        finite = {k: (v if not isinstance(v, float) or math.isfinite(v) else None) for k, v in values.items()}
+        self.file.write(json.dumps(finite) + "\n")
+        known = {k: v for k, v in finite.items() if v is not None and k != "step"}
+        for mirror in self.mirrors:
+            mirror.log(Entry(int(values["step"] or 0), known, **self.pictures))
+        self.pictures = {}
+        return self._ring(finite)
+
+    def _ring(self, values: dict[str, float | None]) -> list[Alarm]:
+        """Write the alarms that a step sets off to alarms.jsonl: a function of metrics.jsonl, made anew on a resume."""
+        alarms = self.alarms.step(values)
+        for alarm in alarms:
+            self.alarm_file.write(json.dumps(asdict(alarm) | {"page": alarm.page}) + "\n")
+        return alarms
+
+    def completions(self, step: int, batch: Batch, texts: list[str], advantages: Tensor, names: list[str]) -> None:
+        """Write one step's completions to completions/step_N.parquet."""
+        table = completions_table(step, batch, texts, advantages, names)
+        values = {name: np.array(table[column], dtype=np.float32) for column, name in HISTOGRAMS.items()}
+        self.pictures["histograms"] = {name: each[np.isfinite(each)] for name, each in values.items()}
+        if not self.logging.log_completions:
+            return
+        every = self.logging.show_completions_every
+        if self.mirrors and every and step % every == 0:
+            self.pictures["tables"] = self._tables(table)
+        folder = self.directory / "completions"
+        folder.mkdir(exist_ok=True)
+        columns = {name: _arrow(values) for name, values in table.items()}
+        pq.write_table(pa.table(columns), folder / f"step_{step:06d}.parquet")
+
+    def _tables(self, completions: dict[str, list[Any]]) -> dict[str, Table]:
+        """The first completions, and the most frequent answers of all."""
+        columns = ["prompt", "completion", "reward", "advantage", "tokens"]
+        rows = zip(*(completions[name][:TABLE_ROWS] for name in columns), strict=True)
+        cut = [[cell[:TABLE_CHARACTERS] if isinstance(cell, str) else cell for cell in row] for row in rows]
+        answers = Counter(answer_of(text, self.read_answer) for text in completions["completion"])
+        shares = [[answer, count / answers.total()] for answer, count in answers.most_common(TABLE_ROWS)]
+        return {"completions/sample": Table(columns, cut),
+                "completions/answers": Table(["answer", "share"], shares)}  # fmt: skip
+
+    def close(self) -> None:
+        """Flush and close everything."""
+        for mirror in self.mirrors:
+            mirror.close()
+        self.file.close()
+        self.alarm_file.close()

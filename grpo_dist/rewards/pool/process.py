@@ -1,0 +1,171 @@
+"""One scoring worker as its parent sees it: started fresh, called with a time limit, killed with all its children."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import re
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from grpo_dist.config.schema import RewardConfig
+from grpo_dist.rewards.placement import Placement
+from grpo_dist.rewards.pool.channel import Channel
+from grpo_dist.rewards.pool.worker import answer, resolve_for
+from grpo_dist.rewards.registry import Parameters, RewardFunction
+
+_START_SECONDS = 300.0  # importing a user's module may load a model; hanging in it for ever must still be found out
+_STDERR = 2
+_SECRET = re.compile(r"TOKEN|KEY|SECRET|PASSWORD|PASSWD|CREDENTIAL", re.IGNORECASE)
+# What launchers tell a rank about its job. A reward that imports torch.distributed, DeepSpeed or an MPI with these in
+# its environment would take itself for a rank and wait for the others.
+_DISTRIBUTED = re.compile(
+    r"(LOCAL_|NODE_|GROUP_|ROLE_|CROSS_)?(RANK|WORLD_SIZE)|ROLE_NAME|(MASTER|TORCHELASTIC|ACCELERATE|PMI|OMPI)_.*"
+)
+# The worker gets the parent's sys.path, current directory included, and never sees the parent's __main__.
+_BOOTSTRAP = (
+    "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
+    "from grpo_dist.rewards.pool.worker import main; main(int(sys.argv[2]), int(sys.argv[3]))"
+)
+
+
+class WorkerProcess:
+    """A running worker; whoever calls it waits."""
+
+    def __init__(
+        self,
+        rewards: Sequence[RewardConfig],
+        placement: Placement = "worker",
+        allowed: Sequence[str] = (),
+        memory_limit_bytes: int | None = None,
+    ) -> None:
+        """Start the process and wait until it has resolved those of the rewards that run in such a place.
+
+        `allowed` are the environment variables it gets although they look like secrets. Raises ValueError with the
+        user's mistake where a reward cannot be resolved, RuntimeError where the process ends or hangs before that.
+        """
+        if sys.platform == "win32":
+            raise ValueError("rewards run in worker processes that need Linux or macOS; on Windows, use WSL 2")
+        ours, theirs = socket.socketpair()
+        with theirs:
+            self._process = subprocess.Popen(
+                [sys.executable, "-c", _BOOTSTRAP, json.dumps(sys.path), str(theirs.fileno()), str(os.getpid())],
+                stdin=subprocess.DEVNULL,
+                stdout=_STDERR,  # what a reward prints is seen, and is never taken for a result
+                env=worker_environment(os.environ, allowed, gpu=placement == "gpu"),
+                pass_fds=[theirs.fileno()],
+                start_new_session=True,  # a terminal's Ctrl-C is for the parent, and a kill reaches all its children
+            )
+        self._channel = Channel(ours)
+        try:
+            self._channel.send(pickle.dumps((list(rewards), placement, memory_limit_bytes)), _START_SECONDS)
+            answer = json.loads(self._channel.receive(_START_SECONDS))
+        except (OSError, EOFError) as error:
+            code = self.kill()
+            late = isinstance(error, TimeoutError)
+            reason = f"took more than {_START_SECONDS:g} s" if late else f"exited with code {code}"
+            raise RuntimeError(
+                f"a scoring worker {reason} while it imported the rewards {[reward.name for reward in rewards]}; "
+                "what it printed is above"
+            ) from error
+        if "error" in answer:
+            self.kill()
+            raise ValueError(answer["error"])
+        self.placements: list[Placement] = [reward["placement"] for reward in answer["rewards"]]
+        """Where each reward declares to run."""
+        self.parameters = [
+            _read_parameters(reward) if reward["placement"] == placement else None for reward in answer["rewards"]
+        ]
+        """The keywords each reward takes; None where it runs elsewhere."""
+
+    def call(self, request: bytes, timeout_seconds: float) -> dict[str, Any]:
+        """Make one call and return the worker's answer (see `worker.answer` for both).
+
+        Raises TimeoutError after `timeout_seconds`; OSError, EOFError or ValueError where the worker is dead or has
+        lost its senses. After any of them the worker has to be killed.
+        """
+        self._channel.send(request, timeout_seconds)
+        return json.loads(self._channel.receive(timeout_seconds))
+
+    def signal_kill(self) -> None:
+        """Send SIGKILL to the worker and its children; safe from any thread, and after the end."""
+        # Until it has been waited for, its number cannot belong to another process.
+        if self._process.returncode is None:
+            os.killpg(self._process.pid, signal.SIGKILL)
+
+    def kill(self) -> int:
+        """Kill the worker and its children, and return the exit code it had come to by itself, or -9."""
+        self.signal_kill()
+        self._channel.close()
+        return self._process.wait()
+
+
+class ThisProcess:
+    """The training process itself as a place for rewards, in the form of a worker that cannot be killed."""
+
+    def __init__(self, rewards: Sequence[RewardConfig]) -> None:
+        """Resolve the rewards; raises ValueError where one cannot be."""
+        self._rewards = [resolve_for(config, "main") for config in rewards]
+        self.placements: list[Placement] = ["main"] * len(rewards)
+        self.parameters: list[Parameters | None] = [
+            reward.parameters if isinstance(reward, RewardFunction) else None for reward in self._rewards
+        ]
+
+    def call(self, request: bytes, timeout_seconds: float) -> dict[str, Any]:
+        """Make one call in the calling thread, for as long as it takes."""
+        return answer(self._rewards, request)
+
+    def signal_kill(self) -> None:
+        """Do nothing: this process goes on."""
+
+    def kill(self) -> int:
+        """Do nothing: this process goes on."""
+        return 0
+
+
+def worker_environment(
+    environment: Mapping[str, str], allowed: Sequence[str] = (), gpu: bool = False
+) -> dict[str, str]:
+    """Return the environment of a worker: the given one without launcher variables and without secrets but the allowed.
+
+    A worker has no GPU and one thread; with `gpu` it has the rank's GPU and the rank's threads. Raises ValueError where
+    an allowed variable is not set.
+    """
+    absent = [name for name in allowed if name not in environment]
+    if absent:
+        raise ValueError(
+            f"rewards.environment names {', '.join(absent)}, which this process does not have: export it before the "
+            "launch, or take it out"
+        )
+    kept = {
+        name: value
+        for name, value in environment.items()
+        if name in allowed or not (_SECRET.search(name) or _DISTRIBUTED.fullmatch(name))
+    }
+    # Unbuffered: what a reward has printed before it is killed would be lost.
+    kept |= {"PYTHONUNBUFFERED": "1", "CUDA_VISIBLE_DEVICES": _own_gpu(environment) if gpu else ""}
+    return kept if gpu else kept | {"OMP_NUM_THREADS": "1"}
+
+
+def _own_gpu(environment: Mapping[str, str]) -> str:
+    """Return the name of the one GPU that belongs to this rank, of those that the environment lets it see."""
+    rank, visible = environment.get("LOCAL_RANK", "0"), environment.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        return rank
+    names = visible.split(",")
+    return names[int(rank)] if int(rank) < len(names) else names[0]  # a launcher may have left each rank just its own
+
+
+def _read_parameters(description: dict[str, Any]) -> Parameters:
+    accepted = description["accepted"]
+    return Parameters(
+        accepted=None if accepted is None else frozenset(accepted),
+        required=frozenset(description["required"]),
+        bound=frozenset(description["bound"]),
+        most_items=description["most_items"],
+    )

@@ -1,0 +1,238 @@
+"""A scoring worker: a fresh Python that resolves the rewards, then answers one call after another until it is closed.
+
+It imports nothing but the standard library by itself, so that it starts in a moment, and does no scheduling and no
+retrying: that is the pool's part. Requests come pickled from the trusted side; answers go back as JSON, so that the
+trainer never unpickles anything that a reward function may have had its hands on.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import inspect
+import json
+import math
+import numbers
+import os
+import pickle
+import signal
+import socket
+import sys
+import traceback
+from collections.abc import Iterable, Mapping, Sequence, Set
+from typing import TYPE_CHECKING, Any
+
+from grpo_dist.rewards.pool.channel import Channel
+from grpo_dist.rewards.registry import RewardFunction, declared_placement, resolve
+
+if TYPE_CHECKING:
+    import asyncio
+
+    from grpo_dist.config.schema import RewardConfig
+    from grpo_dist.rewards.placement import Placement
+    from grpo_dist.rewards.scores import FailureKind
+
+_PR_SET_PDEATHSIG = 1
+_NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")
+_LEFT_TO_THE_PARENT = tuple(getattr(signal, name) for name in _NAMES if hasattr(signal, name))
+_TRACEBACK_CHARACTERS = 20_000
+_SHOWN_CHARACTERS = 200
+
+
+class BadValueError(ValueError):
+    """A reward function's result is not one reward per completion."""
+
+
+def main(descriptor: int, parent: int) -> None:
+    """Serve the channel at file descriptor `descriptor` for the process `parent`, and end with it."""
+    _end_with(parent)
+    for number in _LEFT_TO_THE_PARENT:
+        # A handler that does nothing rather than SIG_IGN: programs that a reward starts would inherit the latter, and
+        # could then not be terminated.
+        signal.signal(number, lambda *_: None)
+    connection = socket.socket(fileno=descriptor)
+    connection.set_inheritable(False)
+    channel = Channel(connection)
+    os.register_at_fork(after_in_child=lambda: _leave(channel))
+    configs, placement, memory_limit_bytes = pickle.loads(channel.receive())
+    if memory_limit_bytes is not None and sys.platform == "linux":  # macOS has no such limit
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_DATA, (memory_limit_bytes, memory_limit_bytes))
+    try:
+        rewards = [resolve_for(config, placement) for config in configs]
+    except ValueError as error:
+        channel.send(json.dumps({"error": str(error)}).encode())
+        return
+    channel.send(json.dumps({"rewards": [_describe(reward) for reward in rewards]}).encode())
+    while True:
+        try:
+            request = channel.receive()
+        except EOFError:
+            return
+        channel.send(json.dumps(answer(rewards, request) | {"resident_bytes": _resident_bytes()}).encode())
+
+
+def resolve_for(config: RewardConfig, placement: Placement) -> RewardFunction | Placement:
+    """Return the function of a reward that runs here, and of another just where it has to run."""
+    declared = declared_placement(config)
+    return resolve(config) if declared == placement else declared
+
+
+def answer(rewards: Sequence[RewardFunction | Placement], request: bytes) -> dict[str, Any]:
+    """Make one call and return `{"values": […], "bad": {place: [kind, message]}, "metrics": …, "extras": …}`, or its
+    `kind`, `message` and `traceback`.
+
+    A request is the pickled tuple of the reward's place, the number of completions, the keywords of the call and the
+    trainer's state. Values are floats, lists of floats and Nones (one per token), or None where the reward does not
+    apply or its value is bad.
+    """
+    try:
+        place, count, keywords, state = pickle.loads(request)
+        reward = rewards[place]
+        assert isinstance(reward, RewardFunction), "the pool sends a reward's calls to where the reward runs"
+        log = Log(count)
+        offered = {"trainer_state": state, "log_metric": log.metric, "log_extra": log.extra}
+        keywords |= {name: value for name, value in offered.items() if reward.parameters.takes(name)}
+        values, bad = read_values(_call(reward, keywords), count)
+    except BadValueError as error:
+        return {"kind": "bad_value", "message": str(error), "traceback": ""}
+    except BaseException as error:  # a reward may exit, or interrupt itself as Math-Verify does: it is all reported
+        line = "".join(traceback.format_exception_only(error)).strip()
+        return {"kind": "raised", "message": line, "traceback": traceback.format_exc()[-_TRACEBACK_CHARACTERS:]}
+    return {"values": values, "bad": bad, "metrics": log.means(), "extras": log.extras}
+
+
+class Log:
+    """What a reward logs during one call with `count` completions."""
+
+    def __init__(self, count: int) -> None:
+        self._count = count
+        self._metrics: dict[str, list[float]] = {}
+        self.extras: dict[str, list[Any]] = {}
+
+    def metric(self, name: str, value: float) -> None:
+        """TRL's `log_metric`: a number, averaged where it is logged again. Raises BadValueError for anything else."""
+        number = _as_float(value)
+        if not math.isfinite(number):
+            raise BadValueError(f"logged {_shown(value)} as the metric {name!r}, expected a finite number")
+        self._metrics.setdefault(str(name), []).append(number)
+
+    def extra(self, column: str, values: Iterable[Any]) -> None:
+        """TRL's `log_extra`: one value a completion for the completions' table; no number becomes a text."""
+        given = [value if value is None or isinstance(value, (bool, int, float)) else str(value) for value in values]
+        if len(given) != self._count:
+            raise BadValueError(f"logged {len(given)} values as {column!r} for {self._count} completions")
+        self.extras[str(column)] = given
+
+    def means(self) -> dict[str, float]:
+        """The mean of each metric over the call."""
+        return {name: sum(values) / len(values) for name, values in self._metrics.items()}
+
+
+Value = float | list[float | None] | None
+
+
+def read_values(result: object, count: int) -> tuple[list[Value], dict[int, tuple[FailureKind, str]]]:
+    """Return a result's values as floats, None where it does not apply, and kind and message of each bad one by place.
+
+    Bools, ints, numpy scalars and tensors without dimensions are numbers; arrays and tensors with one are lists. A
+    value that is a list itself holds one number, or None, per token of its completion; an exception says that this one
+    completion could not be scored. Raises BadValueError where the result as a whole is not a list of `count` values.
+    """
+    if hasattr(result, "tolist") and getattr(result, "ndim", None) is not None:
+        result = result.tolist()
+    if isinstance(result, (str, bytes, Mapping, Set)) or not isinstance(result, Iterable):
+        raise BadValueError(f"returned {_shown(result)}, expected a list of {count} floats or Nones")
+    given = list(result)
+    if len(given) != count:
+        raise BadValueError(f"returned {len(given)} values for {count} completions: {_shown(given)}")
+    values: list[Value] = []
+    bad: dict[int, tuple[FailureKind, str]] = {}
+    for place, value in enumerate(given):
+        read = None if isinstance(value, Exception) else _read_value(value)
+        if isinstance(value, Exception):
+            bad[place] = ("raised", "".join(traceback.format_exception_only(value)).strip())
+        elif not all(each is None or math.isfinite(each) for each in (read if isinstance(read, list) else [read])):
+            expected = "a finite number, None, or a list of these (one per token)"
+            bad[place], read = ("bad_value", f"returned {_shown(value)}, expected {expected}"), None
+        values.append(read)
+    return values, bad
+
+
+def _read_value(value: Any) -> Value:
+    if getattr(value, "ndim", None) == 1:
+        value = value.tolist()
+    if isinstance(value, (list, tuple)):
+        return [None if each is None else _as_float(each) for each in value]
+    return None if value is None else _as_float(value)
+
+
+def _as_float(value: Any) -> float:
+    """Return a value as a float; NaN, which no reward may be, where it is not a number."""
+    if getattr(value, "ndim", None) == 0:
+        value = value.item()
+    try:
+        return float(value) if isinstance(value, numbers.Real) else math.nan
+    except OverflowError:
+        return math.inf
+
+
+def _call(reward: RewardFunction, keywords: dict[str, Any]) -> object:
+    """Call a reward function, and see it through where it is asynchronous."""
+    result = reward.function(**keywords)
+    if not inspect.isawaitable(result):
+        return result
+    return _event_loop().run_until_complete(result)
+
+
+@functools.cache
+def _event_loop() -> asyncio.AbstractEventLoop:
+    """Return the process's one event loop: a client that a reward keeps between calls is bound to where it began."""
+    import asyncio  # takes most of a worker's start, and most rewards are not asynchronous
+
+    return asyncio.new_event_loop()
+
+
+def _describe(reward: RewardFunction | Placement) -> dict[str, Any]:
+    """Return a reward's placement, and its parameters where it runs here, as JSON."""
+    if not isinstance(reward, RewardFunction):
+        return {"placement": reward}
+    parameters = reward.parameters
+    return {
+        "placement": reward.placement,
+        "accepted": None if parameters.accepted is None else sorted(parameters.accepted),
+        "required": sorted(parameters.required),
+        "bound": sorted(parameters.bound),
+        "most_items": parameters.most_items,
+    }
+
+
+def _resident_bytes() -> int:
+    """Return how much memory this process holds; its peak where the kernel does not tell (not Linux)."""
+    import resource
+
+    if sys.platform == "linux":
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1]) * resource.getpagesize()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def _end_with(parent: int) -> None:
+    """Have the kernel kill this process when its parent dies, even in the middle of a call (Linux)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it died before the kernel was asked
+        sys.exit(f"scoring worker: the process {parent} that started it is gone")
+
+
+def _leave(channel: Channel) -> None:
+    """Make a process that a reward forked its own: signals end it, and it does not hold the channel open."""
+    channel.close()
+    for number in _LEFT_TO_THE_PARENT:
+        signal.signal(number, signal.SIG_DFL)
+
+
+def _shown(value: object) -> str:
+    shown = f"{value!r} ({type(value).__name__})"
+    return shown if len(shown) <= _SHOWN_CHARACTERS else shown[:_SHOWN_CHARACTERS] + "…"

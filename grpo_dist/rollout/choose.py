@@ -1,0 +1,240 @@
+"""Which engine draws a run's completions: what is right is asked of the loaded model, what is faster is measured."""
+
+from __future__ import annotations
+
+import logging
+import math
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..config.schema import RolloutConfig
+from ..model.checks import CANNOT
+from ..model.gpu_kernels import triton_obstacle
+from ..types import Completion
+from . import Engine, NativeEngine, PagedEngine, Request, RowEngine, Sampling, paged_obstacle
+from .native.cache import DecodeState, PrefillLayout
+from .native.compiled import CannotCompile
+from .native.graphs import CannotCapture
+from .native.kernel import KernelStep
+from .native.llama import LlamaStep
+from .native.steps import Step, module_step, prefill
+from .probe import NEW_TOKENS, PROMPT, example_tokens, rounding
+from .room import ON_CPU, BoundedEngine, WithinMemory
+
+log = logging.getLogger(__name__)
+
+FAR = 500
+"""A position at which it shows whether and how positions are encoded."""
+SAME = 1e-6
+"""Most nats between log-probabilities of the same kernels, launched one by one or as a graph."""
+
+
+def fused_step(model: nn.Module) -> Step:
+    """The step in fused kernels over pages. Raises ImportError where there is no Triton."""
+    from .native.fused import FusedStep
+
+    return FusedStep(model)
+
+
+STEPS: dict[str, Callable[[nn.Module], Step]] = {
+    "modules": module_step, "operations": LlamaStep, "compiled": KernelStep, "pages": module_step, "fused": fused_step,
+}  # fmt: skip
+"""How a step of decoding may be computed, by the name a checkpoint keeps; from slow to fast."""
+PAGED = ("pages", "fused")
+"""Those of STEPS whose keys and values lie in pages; for a GPU with Triton."""
+TOLD = {"modules": "decoding through the model's own modules", "operations": "decoding in few operations",
+        "compiled": "decoding in C++", "pages": "decoding through the model's own modules over pages",
+        "fused": "decoding in fused kernels over pages"}  # fmt: skip
+
+Maker = Callable[[list[int], int, int], RowEngine | BoundedEngine]
+"""Makes an engine from the ids that end a completion, its longest length, and the most tokens in flight."""
+
+
+class UnfitEngine(ValueError):
+    """The engine that was asked for does not draw what it should."""
+
+
+def make_engine(
+    model: nn.Module, obstacle: str | None, end_ids: list[int], rollout: RolloutConfig,
+    gather: Callable[[Any], list[Any]], step: str | None = None,
+) -> Engine:  # fmt: skip
+    """The engine that `rollout.engine` asks for, or the faster one that is right; a line in the log names it.
+
+    `obstacle` says why prompts cannot be shared, None where they can, the same on all ranks; `gather` returns what each
+    rank gave it, since all have to come to the same; `step` is how a run to go on with was decoding (see `made_of`).
+    Raises UnfitEngine where the paged engine is asked for and is wrong for the model.
+    """
+    own, told = _own_engine(model, obstacle, gather, step)
+    engine, on_gpu = own, model.get_input_embeddings().weight.is_cuda
+    # one group at a time is what continuous batching beats on a GPU; the engine that shares prompts is faster than it
+    if rollout.engine == "paged" or (rollout.engine == "auto" and on_gpu and obstacle is not None):
+        fault = next(filter(None, gather(_paged_fault(model, own))), None)
+        if fault is not None and rollout.engine == "paged":
+            raise UnfitEngine(f"rollout.engine: 'paged' given, expected 'auto' or 'native' for this model: {fault}")
+        if fault is not None:
+            told += f"; paged is out of the question: {fault}"
+        else:
+            engine, told = PagedEngine, f"transformers' continuous batching (paged), in place of the {told}"
+    log.info("rollouts: %s", told)
+    made = engine(end_ids, rollout.max_completion_length, ON_CPU)
+    return made if isinstance(made, RowEngine) else WithinMemory(made, rollout.max_tokens_in_flight)
+
+
+def made_of(engine: Engine) -> dict[str, str | None]:
+    """What a checkpoint keeps of an engine: with another one the rest of a run would round otherwise."""
+    engine = engine.engine if isinstance(engine, WithinMemory) else engine
+    step_of, pages = getattr(engine, "step_of", None), getattr(engine, "pages", False)
+    name = next((name for name, each in STEPS.items() if each is step_of and (name in PAGED) == pages), None)
+    return {"engine": "paged" if isinstance(engine, PagedEngine) else "native", "decoding": name}
+
+
+def _own_engine(
+    model: nn.Module, obstacle: str | None, gather: Callable[[Any], list[Any]], step: str | None
+) -> tuple[Maker, str]:
+    """This project's engine for the model, and what is said about it."""
+    if obstacle is not None:
+        told = f"one group at a time, and completions are computed one to a row ({obstacle})"
+        return lambda ends, most, _: RowEngine(ends, most), told
+    fastest = "fused" if model.get_input_embeddings().weight.is_cuda else "compiled"
+    most = step if step in list(STEPS) else fastest
+    found = gather(own_step(model, most))
+    name = min((name for name, _ in found), key=list(STEPS).index)
+    reason = next((reason for _, reason in found if reason is not None), None)
+    if step is not None and name != most:
+        log.warning("rollouts: %s, and not %s as before: from here on they round otherwise", TOLD[name], TOLD[most])
+    # the kernel attends to a shared prompt and to a row's own tokens at once
+    options: dict[str, Any] = {"step_of": STEPS[name], "pages": name in PAGED,
+                               "copied_prompt": 0 if name == "compiled" else None}  # fmt: skip
+    captures = _captures(model, gather, options)
+    told = f"native engine, prompts are shared by their groups{', CUDA graphs' * captures}, {TOLD[name]}"
+    if reason is not None:
+        told += f", which is slower than {TOLD[fastest]} ({reason})"
+    return lambda *sizes: NativeEngine(*sizes, captures=captures, **options), told
+
+
+def _captures(model: nn.Module, gather: Callable[[Any], list[Any]], options: dict[str, Any]) -> bool:
+    """Whether steps are captured in CUDA graphs: on a GPU, unless what is replayed is not what was captured."""
+    if not model.get_input_embeddings().weight.is_cuda:
+        return False
+    prompt = example_tokens(model, PROMPT).tolist()
+    requests = [Request(0, sample, prompt, key=sample) for sample in range(2)]
+    reason = None
+    try:
+        plain, replayed = (
+            NativeEngine([-1], NEW_TOKENS, 1 << 20, captures=captures, **options).generate(model, requests, Sampling())
+            for captures in (False, True)
+        )
+        gap = max(abs(p - q) for a, b in zip(plain, replayed, strict=True)
+                  for p, q in zip(a.logprobs, b.logprobs, strict=True))  # fmt: skip
+        if [each.ids for each in plain] != [each.ids for each in replayed] or gap > SAME:
+            reason = f"replayed steps are off by {gap:.2g} nats from the same steps not captured"
+    except CannotCapture as error:
+        reason = f"a step makes the host wait: {error}"
+    if reason := next(filter(None, gather(reason)), None):
+        log.warning("rollouts: decoding runs kernel by kernel and not as CUDA graphs, several times slower where few "
+                    "sequences are in flight (%s)", reason)  # fmt: skip
+    return reason is None
+
+
+def own_step(model: nn.Module, most: str = "compiled") -> tuple[str, str | None]:
+    """The fastest of STEPS, up to `most`, that computes what the model does, and why a faster one could not be made."""
+    weight = model.get_input_embeddings().weight
+    is_float32, reason = weight.dtype == torch.float32, None
+    # rounded where the model rounds, so that what is built otherwise shows; faster steps round less in 16 bits
+    as_llama = _decoding_off("operations", model) <= (1e-4 if is_float32 else 0.01)
+    if weight.is_cuda:
+        names = ["fused", "pages", "operations"] if as_llama else ["pages"]
+    else:
+        names = ["compiled", "operations"] if as_llama else []
+    for name in names:
+        if list(STEPS).index(name) > list(STEPS).index(most):
+            continue
+        if name in PAGED and (obstacle := triton_obstacle()):
+            reason = obstacle
+            continue
+        try:
+            if name == "operations" or _decoding_off(name, model) <= (1e-4 if is_float32 else 0.1):
+                return name, reason
+        except CannotCompile as error:
+            reason = str(error)
+    return "modules", None
+
+
+@torch.inference_mode()
+def _decoding_off(name: str, model: nn.Module) -> float:
+    """How far a step of decoding is from the logits of the model's own modules, near and far into a sequence: the norm
+    of the difference as a share of theirs, infinite where it does not work for the model.
+
+    Raises CannotCompile where it takes a compiler and there is none.
+    """
+    try:
+        far = min(FAR, _most_positions(model) - 1)
+        tokens = example_tokens(model, PROMPT)
+        positions = torch.tensor([PROMPT, far], device=tokens.device)
+        logits = []
+        layout, _ = prefill(model, [tokens.tolist()])
+        for step_of, state_of in ((module_step, _rows), (STEPS[name], _pages if name in PAGED else _rows)):
+            logits.append(step_of(model)(tokens[:2], positions, state_of(layout)).float())
+    except CannotCompile:
+        raise
+    except CANNOT:
+        return math.inf
+    theirs, ours = (each - each.mean(-1, keepdim=True) for each in logits)
+    return float((ours - theirs).norm()) / float(theirs.norm())
+
+
+def _rows(layout: PrefillLayout) -> DecodeState:
+    """Two sequences of the prompt in `layout`, about to take a step."""
+    state = DecodeState(layout.rows.device, 1, shares=True, whole_chunks=False)
+    state.admit(layout, [2])
+    state.make_room()
+    state.begin_step()
+    return state
+
+
+def _pages(layout: PrefillLayout) -> Any:
+    """The same, in pages."""
+    from .native.pages import two_rows
+
+    return two_rows(layout)
+
+
+def _most_positions(model: nn.Module) -> int:
+    """Tokens of the longest sequence the model can take, as far as its config tells."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
+
+
+def _paged_fault(model: nn.Module, own: Maker) -> str | None:
+    """Why transformers' engine is wrong for the model; None where it draws what this project's does."""
+    if obstacle := paged_obstacle():
+        return obstacle
+    if getattr(model.config.get_text_config(), "attn_logit_softcapping", None) is not None:
+        return "its attention scores are soft-capped, which transformers' paged attention leaves out"
+    requests = [Request(0, sample, example_tokens(model, PROMPT).tolist(), key=sample) for sample in range(4)]
+    try:
+        paged, expected = (make([-1], NEW_TOKENS, 1 << 20).generate(model, requests, Sampling())
+                           for make in (PagedEngine, own))  # fmt: skip
+        return None if _agree(paged, expected, rounding(model)) else "it draws other completions"
+    except (*CANNOT, FloatingPointError) as error:
+        return f"it cannot decode it ({type(error).__name__}: {error})"
+
+
+def _agree(some: list[Completion], others: list[Completion], tolerance: float) -> bool:
+    """Whether most tokens are the same, with near probabilities; rounding may tip a draw, and then what follows.
+
+    A difference of log-probabilities counts by the token's probability: that of an unlikely token says little, and in
+    16 bits it can be large.
+    """
+    same = 0
+    for one, other in zip(some, others, strict=True):
+        for a, b, p, q in zip(one.ids, other.ids, one.logprobs, other.logprobs, strict=True):
+            if a != b:
+                break
+            if abs(p - q) * math.exp(max(p, q)) > tolerance:
+                return False
+            same += 1
+    return 2 * same >= sum(len(one.ids) for one in some)

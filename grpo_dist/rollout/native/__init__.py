@@ -1,0 +1,1 @@
+"""This project's engine: prompts shared by their groups, decoding in place."""

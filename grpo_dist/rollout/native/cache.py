@@ -1,0 +1,239 @@
+"""Keys and values of everything in flight, and the attention of a decoding step over them.
+
+Keys and values of a prompt are held once, whatever the size of its group; each sequence adds only its own. A step of
+decoding attends to both parts apart and joins them under one softmax (the partial results are weighted by their sums
+of exponentials, as in FlashAttention, arXiv:2205.14135, section 3.1). Prompts so short that a second attention costs
+more than it saves are copied to every sequence instead, in front of its own tokens.
+
+Shapes: R sequences in flight, P prompts in flight, Lp the longest of them, S slots of each sequence, Hq query heads,
+Hk key heads, G = Hq / Hk, D head size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from ...model.attention import RowLayout
+
+SLOT_CHUNK = 32
+"""Slots for tokens are added this many at a time."""
+
+
+class PrefillLayout:
+    """A row of whole prompts that keeps the keys and values it sees."""
+
+    def __init__(self, lengths: list[int], device: torch.device) -> None:
+        self.lengths = lengths
+        self.rows = RowLayout([(length, []) for length in lengths], device)
+        self.keys: dict[int, Tensor] = {}
+        self.values: dict[int, Tensor] = {}
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
+        """See `attention.Layout`."""
+        if layer in self.keys:
+            raise ValueError(f"layer {layer} attends more than once")
+        self.keys[layer], self.values[layer] = key[0], value[0]
+        return self.rows.attend(layer, query, key, value, scale)
+
+
+class DecodeState:
+    """The cache of R sequences and their P prompts, which is also the layout of a decoding step.
+
+    While `version` stays the same no tensor is exchanged and, with whole chunks, no size changes; and a step reads
+    nothing back from the device. It can be captured once and replayed.
+    """
+
+    def __init__(self, device: torch.device, most_tokens: int, *, shares: bool, whole_chunks: bool) -> None:
+        """`most_tokens` is the most that can be sampled for a sequence; `shares` keeps a prompt once for its sequences.
+        With `whole_chunks` a step attends to all slots there are, so that its sizes change only every chunk."""
+        self.device, self.most_tokens, self.shares, self.whole_chunks = device, most_tokens, shares, whole_chunks
+        self.prompt_keys: dict[int, Tensor] = {}  # layer -> (P, Hk, Lp, D)
+        self.prompt_values: dict[int, Tensor] = {}
+        self.own_keys: dict[int, Tensor] = {}  # layer -> (R, Hk, S, D)
+        self.own_values: dict[int, Tensor] = {}
+        self.prompt_lengths = torch.zeros(0, dtype=torch.int64, device=device)  # (P,)
+        self.prompt = torch.zeros(0, dtype=torch.int64, device=device)  # (R,) each sequence's prompt
+        self.lengths = torch.zeros(0, dtype=torch.int64, device=device)  # (R,) sampled tokens held
+        self.used = 0  # the most slots that any sequence has filled, known without asking the device
+        self.version = 0  # counts the exchanges of tensors
+
+    @property
+    def num_rows(self) -> int:
+        """Sequences in flight."""
+        return len(self.prompt)
+
+    def admit(self, prefill: PrefillLayout, sizes: list[int]) -> None:
+        """Add prompts with `sizes` sequences each, from the row that computed them."""
+        if not prefill.keys:
+            raise ValueError("the model's attention never came to the layout it was given")
+        held, lengths, sizes_there = len(self.prompt_lengths), prefill.lengths, torch.tensor(sizes, device=self.device)
+        for kept, prompts, own in (
+            (prefill.keys, self.prompt_keys, self.own_keys), (prefill.values, self.prompt_values, self.own_values),
+        ):  # fmt: skip
+            for layer, row in kept.items():
+                fresh = _padded(row.split(lengths, 1))  # (new prompts, Hk, their longest, D)
+                if self.shares:
+                    prompts[layer] = _stacked(prompts.get(layer), fresh)
+                    fresh = fresh[:, :, :0]
+                own[layer] = _stacked(own.get(layer), fresh.repeat_interleave(sizes_there, 0))
+        places = torch.arange(held, held + len(lengths), device=self.device)
+        self.prompt = torch.cat([self.prompt, places.repeat_interleave(sizes_there)])
+        self.prompt_lengths = torch.cat([self.prompt_lengths, torch.tensor(lengths, device=self.device)])
+        self.lengths = torch.cat([self.lengths, self.lengths.new_zeros(sum(sizes))])
+        self.used = max(self.used, 0 if self.shares else max(lengths))
+        self._seat_rows()
+
+    def keep(self, rows: Tensor) -> None:
+        """Drop all sequences but `rows`, and the prompts nobody is left of."""
+        alive, self.prompt = torch.unique(self.prompt[rows], return_inverse=True)
+        self.lengths = self.lengths[rows]
+        if len(alive) < len(self.prompt_lengths):
+            self.prompt_lengths = self.prompt_lengths[alive]
+            longest = int(self.prompt_lengths.max()) if len(alive) else 0
+            for store in (self.prompt_keys, self.prompt_values):
+                for layer in store:
+                    store[layer] = store[layer][alive, :, :longest]
+        for store in (self.own_keys, self.own_values):
+            for layer in store:
+                store[layer] = store[layer][rows]
+        self.used = 0
+        if len(rows):
+            self._seat_rows()
+            self.used = int((self.starts + self.lengths).max())
+
+    def _seat_rows(self) -> None:
+        """Settle where each sequence's sampled tokens begin and, where prompts are shared, its seat at its prompt, at
+        which all of a prompt's sequences are one block of queries."""
+        self.version += 1
+        lengths = self.prompt_lengths[self.prompt]
+        self.starts = torch.zeros_like(lengths) if self.shares else lengths  # (R,) slot of the first sampled token
+        self.most_used = int(self.starts.max()) + self.most_tokens
+        self.rows = torch.arange(self.num_rows, device=self.device)
+        if not self.shares:
+            return
+        counts = torch.bincount(self.prompt, minlength=len(self.prompt_lengths))
+        self.most = int(counts.max())
+        first = torch.cumsum(counts, 0) - counts
+        self.seat = self.prompt * self.most + self.rows - first[self.prompt]
+        self.all_seated = self.num_rows == len(counts) * self.most
+        held = next(iter(self.prompt_keys.values()))
+        places = torch.arange(held.shape[2], device=self.device)
+        self.prompt_mask = _mask(places >= self.prompt_lengths[:, None], held.dtype)  # (P, 1, 1, Lp)
+
+    def make_room(self) -> None:
+        """Make room for one more token of each sequence."""
+        slots, most = next(iter(self.own_keys.values())).shape[2], self.used + 1
+        if most > slots:
+            self.version += 1
+            slots = min(max(slots + SLOT_CHUNK, slots * 3 // 2), self.most_used + 1)
+            for store in (self.own_keys, self.own_values):
+                for layer, tensor in store.items():
+                    store[layer] = _with_slots(tensor, slots)
+        self.seen = slots if self.whole_chunks else most
+
+    def begin_step(self) -> None:
+        """Lay out who attends to what; part of the step."""
+        self.slots = self.starts + self.lengths
+        self._own_mask: Tensor | None = None
+
+    @property
+    def own_mask(self) -> Tensor:
+        """Additive mask (R, 1, 1, seen) of this step; made when it is first asked for."""
+        if self._own_mask is None:
+            hidden = torch.arange(self.seen, device=self.device) > self.slots[:, None]
+            self._own_mask = _mask(hidden, next(iter(self.own_keys.values())).dtype)
+        return self._own_mask
+
+    def end_step(self) -> None:
+        """Count the tokens that were added; part of the step. Ended rows write to the last slot over and over."""
+        self.lengths.add_(1).clamp_(max=self.most_tokens)
+
+    def count_step(self) -> None:
+        """What the host has to know of a step."""
+        self.used = min(self.used + 1, self.most_used)
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
+        """See `attention.Layout`; the row's T tokens are the R sequences' newest ones, in order."""
+        query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
+        return self.attend_rows(layer, query, key, value, scale)[None]
+
+    def attend_rows(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
+        """Attention of the sequences' newest tokens: `query` (R, Hq, D), `key` and `value` (R, Hk, D) to (R, Hq, D)."""
+        own_keys, own_values = self.own_keys[layer], self.own_values[layer]
+        own_keys[self.rows, :, self.slots] = key
+        own_values[self.rows, :, self.slots] = value
+        num_rows, num_queries, _ = query.shape
+        query = query.reshape(num_rows, key.shape[1], -1, query.shape[2])  # (R, Hk, G, D)
+        own, own_sum = _partial(query, own_keys[:, :, : self.seen], own_values[:, :, : self.seen], self.own_mask, scale)
+        if not self.shares:
+            return own.reshape(num_rows, num_queries, -1)
+        shared, shared_sum = _partial(self._to_seats(query), self.prompt_keys[layer], self.prompt_values[layer],
+                                      self.prompt_mask, scale)  # fmt: skip
+        share = torch.sigmoid(self._from_seats(shared_sum[..., None]) - own_sum[..., None])
+        output = torch.lerp(own, self._from_seats(shared), share.to(own.dtype))
+        return output.reshape(num_rows, num_queries, -1)
+
+    def _to_seats(self, x: Tensor) -> Tensor:
+        """(R, Hk, G, D) to (P, Hk, most · G, D): all sequences of a prompt as one block of queries."""
+        _, heads, repeat, size = x.shape
+        num_seats = len(self.prompt_lengths) * self.most
+        seats = x if self.all_seated else x.new_zeros((num_seats, heads, repeat, size)).index_copy_(0, self.seat, x)
+        blocks = seats.view(-1, self.most, heads, repeat, size).transpose(1, 2)
+        return blocks.reshape(-1, heads, self.most * repeat, size)
+
+    def _from_seats(self, x: Tensor) -> Tensor:
+        """(P, Hk, most · G, D) to (R, Hk, G, D)."""
+        prompts, heads, queries, size = x.shape
+        seats = x.view(prompts, heads, self.most, queries // self.most, size).transpose(1, 2).flatten(0, 1)
+        return seats if self.all_seated else seats[self.seat]
+
+
+def _padded(rows: Sequence[Tensor]) -> Tensor:
+    """Tensors (Hk, L, D) of different lengths as one (N, Hk, longest, D)."""
+    longest = max(row.shape[1] for row in rows)
+    return torch.stack([_with_slots(row, longest) for row in rows])
+
+
+def _with_slots(x: Tensor, slots: int) -> Tensor:
+    """(…, S, D) to (…, slots, D), the new slots filled with zeros."""
+    return pad(x, (0, 0, 0, slots - x.shape[-2]))
+
+
+def _stacked(held: Tensor | None, new: Tensor) -> Tensor:
+    """(N, Hk, S, D) and (M, Hk, S', D) as one (N + M, Hk, max(S, S'), D)."""
+    if held is None:
+        return new
+    slots = max(held.shape[2], new.shape[2])
+    return torch.cat([_with_slots(held, slots), _with_slots(new, slots)])
+
+
+def _mask(hidden: Tensor, dtype: torch.dtype) -> Tensor:
+    """(N, K) bool to an additive mask (N, 1, 1, K)."""
+    return torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, -torch.inf)[:, None, None]
+
+
+def _partial(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: float | None) -> tuple[Tensor, Tensor]:
+    """Attention over a part of the keys: the output (N, H, Q, Dv) and the log of its sum of exponentials (N, H, Q).
+
+    `query` (N, H, Q, D), `keys` (N, H, K, D), `values` (N, H, K, Dv), `mask` (N, 1, 1, K) additive, with a key to be
+    seen in each row.
+    """
+    if query.device.type == "cpu" and keys.shape[-1] == values.shape[-1]:
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            query, keys, values, 0.0, False, attn_mask=mask, scale=scale
+        )
+    scores = _products(query, keys) * (query.shape[-1] ** -0.5 if scale is None else scale) + mask
+    sums = scores.logsumexp(-1)
+    return (scores - sums[..., None]).exp().to(values.dtype) @ values, sums
+
+
+def _products(query: Tensor, keys: Tensor) -> Tensor:
+    """`query @ keysᵀ` in float32: rounded to bfloat16, scores would be off by more than the trainer's attention is."""
+    if query.is_cuda and query.dtype != torch.float32:
+        flat = torch.bmm(query.flatten(0, 1), keys.flatten(0, 1).transpose(1, 2), out_dtype=torch.float32)
+        return flat.view(*query.shape[:3], keys.shape[2])
+    return (query @ keys.transpose(2, 3)).float()

@@ -1,0 +1,230 @@
+"""The native engine: each prompt is computed once for its whole group, and nothing that has ended is computed at all.
+
+Sequences leave the batch as they end, and waiting prompts enter as room is freed, so that memory is bounded by
+`max_tokens_in_flight` and not by the size of the step. A step of decoding changes tensors in place and reads nothing
+back; only every few steps is the device asked who has ended. On a GPU the step is captured and replayed (`graphs.py`).
+
+Shapes: N requests, R sequences in flight.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from itertools import groupby
+
+import torch
+from torch import Tensor, nn
+
+from ...types import Completion
+from ..engine import Request, check_lengths, ends_by_itself, finished_completion
+from ..sampling import Sampling, draw
+from .cache import DecodeState
+from .graphs import Replayed
+from .steps import Step, module_step, prefill
+
+COMPACT_BELOW = {"cpu": 0.85, "cuda": 0.7}
+"""Ended sequences are dropped when fewer than this share of those computed are alive: dropping copies the cache, and on
+a GPU captures the step anew."""
+COPIED_PROMPT = 64
+"""Where no prompt is longer than this many tokens, each sequence has its own copy of the prompt's keys and values."""
+STEPS_BETWEEN_CHECKS = {"cpu": 1, "cuda": 8}
+"""Steps until the device is asked who has ended: asking waits for it."""
+
+
+class NativeEngine:
+    """Decodes with shared prompts; needs a model loaded with `attn_implementation=attention.NAME`."""
+
+    def __init__(
+        self, end_ids: list[int], max_new_tokens: int, max_tokens_in_flight: int, *,
+        step_of: Callable[[nn.Module], Step] = module_step, steps_between_checks: int | None = None,
+        captures: bool = True, copied_prompt: int | None = None, pages: bool = False,
+    ) -> None:  # fmt: skip
+        """All but the first three change the speed alone: `step_of` (how to make a step of decoding from a model),
+        `steps_between_checks` (by default the device's), `captures` (on a GPU), `copied_prompt` (by default
+        COPIED_PROMPT), and `pages` (on a GPU with Triton: keys and values lie in pages, see `gpu.py`)."""
+        self.end_ids, self.max_new_tokens = end_ids, max_new_tokens
+        self.max_tokens_in_flight = max_tokens_in_flight
+        self.steps_between_checks, self.captures, self.step_of = steps_between_checks, captures, step_of
+        self.copied_prompt = COPIED_PROMPT if copied_prompt is None else copied_prompt
+        self.pages = pages
+
+    @torch.inference_mode()
+    def generate(
+        self, model: nn.Module, requests: list[Request], sampling: Sampling,
+        on_finish: Callable[[list[Completion]], None] | None = None, check: Callable[[], None] | None = None,
+    ) -> list[Completion]:  # fmt: skip
+        """See `Engine`."""
+        if self.pages:
+            from .gpu import PagedDecoding  # needs Triton
+
+            return PagedDecoding(
+                model, requests, sampling, end_ids=self.end_ids, max_new_tokens=self.max_new_tokens,
+                max_tokens_in_flight=self.max_tokens_in_flight, step_of=self.step_of, captures=self.captures,
+                on_finish=on_finish,
+            ).run(check)  # fmt: skip
+        decoding = _Decoding(self, model, requests, sampling, on_finish)
+        try:
+            return decoding.run(check)
+        finally:
+            decoding.close()
+
+
+class _Decoding:
+    """One call of `generate`."""
+
+    def __init__(
+        self, engine: NativeEngine, model: nn.Module, requests: list[Request], sampling: Sampling,
+        on_finish: Callable[[list[Completion]], None] | None,
+    ) -> None:  # fmt: skip
+        self.engine, self.model, self.sampling, self.on_finish = engine, model, sampling, on_finish
+        self.device = next(model.parameters()).device
+        kind = self.device.type
+        self.compact_below = COMPACT_BELOW.get(kind, COMPACT_BELOW["cuda"])
+        self.steps_between_checks = engine.steps_between_checks or STEPS_BETWEEN_CHECKS.get(kind, 1)
+        self.requests = requests
+        longest_prompt = max((len(request.prompt) for request in requests), default=0)
+        self.shares = longest_prompt > engine.copied_prompt
+        # most tokens a sequence's own cache comes to hold; with copied prompts it has room for the longest of them
+        self.row_tokens = engine.max_new_tokens + (0 if self.shares else longest_prompt)
+        self.waiting = deque(self._admissible(requests))
+        self.state = DecodeState(self.device, engine.max_new_tokens, shares=self.shares, whole_chunks=kind == "cuda")
+        captures = kind == "cuda" and engine.captures
+        self.replayed = Replayed(self._step, lambda: self.state.version) if captures else None
+        self.decode = engine.step_of(model)
+        self.ends = torch.tensor(engine.end_ids, device=self.device)
+        self.row_request = torch.zeros(0, dtype=torch.int64, device=self.device)  # (R,) place in `requests`
+        self.last = torch.zeros(0, dtype=torch.int64, device=self.device)  # (R,) newest token
+        self.alive = torch.zeros(0, dtype=torch.bool, device=self.device)  # (R,)
+        self.reported = torch.zeros(0, dtype=torch.bool)  # (R,) ended, and its completion handed out
+        total, most = len(requests), engine.max_new_tokens
+        self.keys = torch.tensor([request.key for request in requests], device=self.device, dtype=torch.int64)
+        check_lengths(requests, engine.max_new_tokens)
+        exact = [request.exact_length or 0 for request in requests]
+        self.exact = torch.tensor(exact, device=self.device, dtype=torch.int64)
+        self.limit = torch.where(self.exact > 0, self.exact, most)  # (N,)
+        # one place more than there can be tokens, for what ended rows draw until they are dropped
+        self.tokens = torch.zeros((total, most + 1), dtype=torch.int64, device=self.device)
+        self.logprobs = torch.zeros((total, most + 1), dtype=torch.float32, device=self.device)
+        self.ended_at = torch.zeros(total, dtype=torch.int64, device=self.device)
+        self.done: list[Completion | None] = [None] * total
+
+    def _admissible(self, requests: list[Request]) -> list[list[int]]:
+        """Requests in groups with one prompt that fit in flight by themselves."""
+        groups = []
+        for _, members in groupby(range(len(requests)), key=lambda n: requests[n].slot):
+            group = list(members)
+            most = max(1, (self.engine.max_tokens_in_flight - self._shared(group)) // self.row_tokens)
+            groups += [group[start : start + most] for start in range(0, len(group), most)]
+        return groups
+
+    def run(self, check: Callable[[], None] | None) -> list[Completion]:
+        """Decode until every request is answered."""
+        while self.waiting or self.state.num_rows:
+            if check:
+                check()
+            self._admit()
+            for _ in range(self.steps_between_checks):
+                if not self.state.num_rows:  # every sequence of the prompts just admitted ended with its first token
+                    break
+                self.state.make_room()
+                (self.replayed or self._step)()
+                self.state.count_step()
+            self._retire()
+        return [completion for completion in self.done if completion is not None]
+
+    def close(self) -> None:
+        """Let go of the graph now: it refers back to this object, and would hold its memory until it is collected."""
+        self.replayed = None
+
+    def _step(self) -> None:
+        """One more token of every row; sizes and places in memory stay as they are."""
+        # rows that have ended go on for nothing until they are dropped, but never past the model's last position
+        own = self.state.lengths.clamp(max=self.engine.max_new_tokens - 1)
+        positions = self.state.prompt_lengths[self.state.prompt] + own
+        self.state.begin_step()
+        logits = self.decode(self.last, positions, self.state)
+        self.state.end_step()
+        self._draw(logits)
+
+    def _shared(self, group: list[int]) -> int:
+        """Tokens that requests with one prompt hold together."""
+        return len(self.requests[group[0]].prompt) if self.shares else 0
+
+    def _reserved(self) -> int:
+        shared = int(self.state.prompt_lengths.sum()) if self.shares else 0
+        return shared + self.state.num_rows * self.row_tokens
+
+    def _admit(self) -> None:
+        """Prefill as many waiting prompts as there is room for, once enough room is free to be worth it."""
+        if not self.waiting:
+            return
+        room = self.engine.max_tokens_in_flight - self._reserved()
+        if self.state.num_rows and room < self.engine.max_tokens_in_flight // 4:
+            return
+        groups: list[list[int]] = []
+        while self.waiting:
+            need = self._shared(self.waiting[0]) + len(self.waiting[0]) * self.row_tokens
+            if need > room and (groups or self.state.num_rows):
+                break
+            room -= need
+            groups.append(self.waiting.popleft())
+        if groups:
+            self._prefill(groups)
+
+    def _prefill(self, groups: list[list[int]]) -> None:
+        """Compute the groups' prompts in a row, and draw the first token of each sequence."""
+        prompts, sizes = [self.requests[group[0]].prompt for group in groups], [len(group) for group in groups]
+        layout, logits = prefill(self.model, prompts)
+        self.state.admit(layout, sizes)
+        new = torch.tensor([n for group in groups for n in group], device=self.device)
+        self.row_request = torch.cat([self.row_request, new])
+        self.last = torch.cat([self.last, torch.zeros_like(new)])
+        self.alive = torch.cat([self.alive, torch.ones_like(new, dtype=torch.bool)])
+        self.reported = torch.cat([self.reported, torch.zeros(len(new), dtype=torch.bool)])
+        first = self.state.num_rows - len(new)
+        self._draw(logits.repeat_interleave(torch.tensor(sizes, device=self.device), 0), slice(first, None))
+        self._retire()
+
+    def _draw(self, logits: Tensor, rows: slice = slice(None)) -> None:
+        """Sample the next token of some rows, in place."""
+        request, position = self.row_request[rows], self.state.lengths[rows]
+        token, logprob = draw(logits, self.keys[request], position, self.sampling)
+        self.tokens[request, position] = token
+        self.logprobs[request, position] = logprob
+        self.last[rows] = token
+        by_itself = torch.isin(token, self.ends) & (self.exact[request] == 0)
+        over = by_itself | (position + 1 >= self.limit[request])
+        ends_now = self.alive[rows] & over
+        self.ended_at[request] = torch.where(ends_now, position + 1, self.ended_at[request])
+        self.alive[rows] &= ~over
+
+    def _retire(self) -> None:
+        """Hand out the completions that have ended, and drop their rows when there are enough of them."""
+        alive = self.alive.cpu()
+        new = (~alive & ~self.reported).nonzero()[:, 0]
+        if len(new):
+            self._finish(self.row_request[new.to(self.device)])
+            self.reported |= ~alive
+        count = int(alive.sum())
+        if count == self.state.num_rows or (count and count > self.compact_below * self.state.num_rows):
+            return
+        rows = alive.nonzero()[:, 0]
+        self.reported = self.reported[rows]
+        rows = rows.to(self.device)
+        self.state.keep(rows)
+        self.row_request, self.last, self.alive = self.row_request[rows], self.last[rows], self.alive[rows]
+
+    def _finish(self, ended: Tensor) -> None:
+        lengths = self.ended_at[ended]
+        longest = int(lengths.max())
+        ids, logprobs = self.tokens[ended, :longest].tolist(), self.logprobs[ended, :longest].tolist()
+        finished = []
+        for place, (n, length) in enumerate(zip(ended.tolist(), lengths.tolist(), strict=True)):
+            request = self.requests[n]
+            own = ids[place][:length]
+            by_itself = ends_by_itself(request, own, self.engine.end_ids, self.engine.max_new_tokens)
+            self.done[n] = finished_completion(request, own, logprobs[place][:length], by_itself)
+            finished.append(self.done[n])
+        if self.on_finish:
+            self.on_finish(finished)

@@ -1,0 +1,295 @@
+"""Decoding on a GPU: pages, captured steps, and a host that never makes the device wait.
+
+Rows have places in fixed buffers, so that a step of R rows is captured once and replayed whenever R rows are computed;
+R climbs a short ladder, and places above the last request are rows of nobody. While the device computes some steps the
+host looks at who had ended before them, hands out completions and prepares tables; it waits for copies that were queued
+before those steps, never for the steps.
+
+Shapes: N requests, C most rows, R rows computed.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from itertools import groupby
+
+import torch
+from torch import Tensor, nn
+
+from ...distributed.transfer import to_device
+from ...types import Completion
+from ..engine import Request, check_lengths, ends_by_itself, finished_completion
+from ..sampling import Sampling
+from .fused import fused_draw
+from .graphs import Sizes
+from .pages import PAGE, TILE, PagePool, pages_of
+from .steps import Step, prefill
+
+LADDER = [8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512]
+"""Numbers of rows for which a step is captured; above the last one, its multiples."""
+STEPS = 8
+"""Steps between two looks at who has ended."""
+PREFILL_TOKENS = 16_384
+"""Most tokens of prompts computed in one row, but for a longer prompt."""
+
+
+@dataclass
+class _Prompt:
+    """A prompt in flight."""
+
+    ids: list[int]
+    place: int
+    pages: list[int]
+    rows: int
+
+
+@dataclass
+class _Row:
+    """A sequence in flight; `length` is the most own tokens that it can hold by now."""
+
+    request: int
+    prompt: _Prompt
+    pages: list[int] = field(default_factory=list)
+    length: int = 0
+
+
+class HostCopy:
+    """Tensors on their way to the host; `values` waits for what was queued before them, and for nothing later."""
+
+    def __init__(self, *tensors: Tensor) -> None:
+        self.event = None
+        if not tensors[0].is_cuda:
+            self.copies = [tensor.clone() for tensor in tensors]
+            return
+        self.copies = [
+            torch.empty(t.shape, dtype=t.dtype, pin_memory=True).copy_(t, non_blocking=True) for t in tensors
+        ]
+        self.event = torch.cuda.Event()
+        self.event.record()
+
+    def values(self) -> list[list]:
+        """The tensors as lists."""
+        if self.event is not None:
+            self.event.synchronize()
+        return [copy.tolist() for copy in self.copies]
+
+
+class PagedDecoding:
+    """One call of `generate` on a GPU."""
+
+    def __init__(
+        self, model: nn.Module, requests: list[Request], sampling: Sampling, *, end_ids: list[int],
+        max_new_tokens: int, max_tokens_in_flight: int, step_of: Callable[[nn.Module], Step], captures: bool,
+        on_finish: Callable[[list[Completion]], None] | None = None,
+    ) -> None:  # fmt: skip
+        self.model, self.requests, self.sampling, self.on_finish = model, requests, sampling, on_finish
+        self.end_ids, self.most = end_ids, max_new_tokens
+        self.device = device = next(model.parameters()).device
+        check_lengths(requests, max_new_tokens)
+        longest = max((len(request.prompt) for request in requests), default=1)
+        groups = [list(members) for _, members in groupby(range(len(requests)), key=lambda n: requests[n].slot)]
+        needed = sum(pages_of(len(requests[g[0]].prompt)) + len(g) * pages_of(max_new_tokens) for g in groups)
+        least = pages_of(longest) + pages_of(max_new_tokens)
+        num_pages = max(least, min(needed, max_tokens_in_flight // PAGE))
+        self.waiting = deque(piece for group in groups for piece in self._that_fit(group, num_pages))
+        capacity = _rung(min(len(requests), max(1, num_pages // pages_of(max_new_tokens))))
+        self.pool = PagePool(device, num_pages, capacity, max_new_tokens, longest)
+        self.places = list(range(capacity - 1, -1, -1))  # of prompts
+        self.decode = step_of(model)
+        self.rows: list[_Row] = []
+        self.advance = Sizes(self._step) if captures and device.type == "cuda" else self._step
+        nobody = len(requests)  # the request of rows without one
+        self.row_request = torch.full((capacity,), nobody, device=device)
+        self.last = torch.zeros(capacity, dtype=torch.int64, device=device)
+        self.alive = torch.zeros(capacity, dtype=torch.bool, device=device)
+        exact = torch.tensor([request.exact_length or 0 for request in requests] + [0])
+        keys = torch.tensor([request.key for request in requests] + [0])
+        self.exact, self.limit, self.keys = to_device([exact, torch.where(exact > 0, exact, self.most), keys], device)
+        self.ends = torch.tensor(end_ids, device=device)
+        self.tokens = torch.zeros((nobody + 1, max_new_tokens), dtype=torch.int64, device=device)
+        self.logprobs = torch.zeros((nobody + 1, max_new_tokens), dtype=torch.float32, device=device)
+        self.ended_at = torch.zeros(nobody + 1, dtype=torch.int64, device=device)
+        self.done: list[Completion | None] = [None] * nobody
+        self.looked: tuple[list[_Row], HostCopy] | None = None
+        self.results: deque[tuple[list[int], HostCopy]] = deque()
+
+    def _that_fit(self, group: list[int], num_pages: int) -> list[list[int]]:
+        """Requests of one prompt in parts that fit by themselves."""
+        each = pages_of(self.most)
+        most = max(1, (num_pages - pages_of(len(self.requests[group[0]].prompt))) // each)
+        return [group[start : start + most] for start in range(0, len(group), most)]
+
+    def run(self, check: Callable[[], None] | None) -> list[Completion]:
+        """Decode until every request is answered."""
+        while self.waiting or self.rows:
+            if check:
+                check()
+            self._admit()
+            self._lay_tables()
+            for _ in range(STEPS):
+                self.advance(self.computed, self.tiles)
+            self._look()
+        while self.results:
+            self._hand_out()
+        return [completion for completion in self.done if completion is not None]
+
+    # --- on the device ------------------------------------------------------------------------------------------------
+
+    def _step(self, rows: int, tiles: int) -> None:
+        """One more token of every row; nothing is allocated that outlives it, and nothing is read back."""
+        pool = self.pool
+        pool.begin_step(rows, tiles)
+        positions = pool.prompt_lengths[pool.prompt[:rows]] + pool.lengths[:rows]
+        logits = self.decode(self.last[:rows], positions.long(), pool)
+        pool.lengths[:rows] += self.alive[:rows]
+        self._draw(logits, slice(0, rows))
+
+    def _draw(self, logits: Tensor, rows: slice) -> None:
+        alive, position = self.alive[rows], self.pool.lengths[rows].long()
+        request = torch.where(alive, self.row_request[rows], len(self.requests))
+        token, logprob = fused_draw(logits, self.keys[request], position, self.sampling)
+        place = position.clamp(max=self.most - 1)  # of nobody, or of a row that has ended
+        self.tokens[request, place] = token
+        self.logprobs[request, place] = logprob
+        self.last[rows] = token
+        over = (torch.isin(token, self.ends) & (self.exact[request] == 0)) | (position + 1 >= self.limit[request])
+        self.ended_at[request] = torch.where(over, position + 1, 0)
+        self.alive[rows] = alive & ~over
+
+    # --- on the host --------------------------------------------------------------------------------------------------
+
+    def _admit(self) -> None:
+        """Prefill as many waiting prompts as there are pages for, once a quarter of all pages is free."""
+        pool = self.pool
+        each = pages_of(self.most)
+        while self.waiting:
+            spare = len(pool.free) - sum(each - len(row.pages) for row in self.rows)
+            if self.rows and spare < pool.num_pages // 4:
+                return
+            chosen: list[list[int]] = []
+            tokens = rows = 0
+            while self.waiting:
+                ids, count = self.requests[self.waiting[0][0]].prompt, len(self.waiting[0])
+                need = pages_of(len(ids)) + count * each
+                full = need > spare or len(self.rows) + rows + count > len(self.row_request)
+                if full or (chosen and tokens + len(ids) > PREFILL_TOKENS):
+                    break
+                spare, tokens, rows = spare - need, tokens + len(ids), rows + count
+                chosen.append(self.waiting.popleft())
+            if not chosen:
+                return
+            self._prefill(chosen)
+
+    def _prefill(self, groups: list[list[int]]) -> None:
+        """Compute the prompts of groups in a row, and draw the first token of each sequence."""
+        pool, first = self.pool, len(self.rows)
+        prompts = []
+        for group in groups:
+            ids = self.requests[group[0]].prompt
+            prompts.append(_Prompt(ids, self.places.pop(), pool.take(len(ids)), len(group)))
+            self.rows += [_Row(n, prompts[-1]) for n in group]
+        layout, logits = prefill(self.model, [prompt.ids for prompt in prompts])
+        pool.store(layout, [prompt.pages for prompt in prompts])
+        new = slice(first, len(self.rows))
+        which = torch.tensor([n for n, group in enumerate(groups) for _ in group])
+        which, request = to_device([which, torch.tensor([n for group in groups for n in group])], self.device)
+        self.row_request[new] = request
+        self.alive[new] = True
+        pool.lengths[new] = 0
+        self._draw(logits[which], new)
+
+    def _lay_tables(self) -> None:
+        """Give every row pages for the next steps, and tell the device whose pages are which."""
+        pool, rows = self.pool, self.rows
+        for row in rows:
+            row.length = min(row.length + STEPS, self.most)
+            row.pages += pool.take(row.length, len(row.pages))
+        members: dict[int, tuple[_Prompt, list[int]]] = {}
+        for n, row in enumerate(rows):
+            members.setdefault(row.prompt.place, (row.prompt, []))[1].append(n)
+        tiles = [(prompt.place, of[start : start + TILE])
+                 for prompt, of in members.values() for start in range(0, len(of), TILE)]  # fmt: skip
+        self.computed, self.tiles = _rung(len(rows)), 1 << (len(tiles) - 1).bit_length() if tiles else 1
+        spare = self.tiles - len(tiles)
+        self._send([
+            (pool.table[: self.computed], _table([row.pages for row in rows], self.computed, pool.table.shape[1])),
+            (pool.prompt_table, _table({p.place: p.pages for p, _ in members.values()}, *pool.prompt_table.shape)),
+            (pool.prompt_lengths,
+             _column({p.place: len(p.ids) for p, _ in members.values()}, len(pool.prompt_lengths))),
+            (pool.prompt[: self.computed], _column([row.prompt.place for row in rows], self.computed)),
+            (pool.tile_prompt[: self.tiles], torch.tensor([place for place, _ in tiles] + [-1] * spare)),
+            (pool.tile_rows[: self.tiles],
+             torch.tensor([of + [-1] * (TILE - len(of)) for _, of in tiles] + [[-1] * TILE] * spare)),
+        ])  # fmt: skip
+
+    def _send(self, pairs: list[tuple[Tensor, Tensor]]) -> None:
+        for (to, _), sent in zip(pairs, to_device([values.int() for _, values in pairs], self.device), strict=True):
+            to.copy_(sent)
+
+    def _look(self) -> None:
+        """Queue a look at who is alive, and act upon the one before: hand out, and drop the rows that had ended."""
+        before, self.looked = self.looked, (list(self.rows), HostCopy(self.alive[: len(self.rows)]))
+        while self.results:
+            self._hand_out()
+        if before is None:
+            return
+        rows, flags = before
+        ended = {id(row) for row, alive in zip(rows, flags.values()[0], strict=True) if not alive}
+        ended &= {id(row) for row in self.rows}
+        if not ended:
+            return
+        requests = [row.request for row in self.rows if id(row) in ended]
+        (places,) = to_device([torch.tensor(requests)], self.device)
+        self.results.append((requests, HostCopy(self.ended_at[places], self.tokens[places], self.logprobs[places])))
+        kept = [n for n, row in enumerate(self.rows) if id(row) not in ended]
+        for row in self.rows:
+            if id(row) in ended:
+                self._let_go(row)
+        (order,) = to_device([torch.tensor(kept, dtype=torch.int64)], self.device)
+        was, now = len(self.rows), len(kept)
+        self.rows = [self.rows[n] for n in kept]
+        for buffer, nothing in ((self.row_request, len(self.requests)), (self.last, 0), (self.alive, False),
+                                (self.pool.lengths, 0)):  # fmt: skip
+            buffer[:now] = buffer[order]
+            buffer[now:was] = nothing
+
+    def _let_go(self, row: _Row) -> None:
+        self.pool.give_back(row.pages)
+        row.prompt.rows -= 1
+        if not row.prompt.rows:
+            self.pool.give_back(row.prompt.pages)
+            self.places.append(row.prompt.place)
+
+    def _hand_out(self) -> None:
+        requests, copy = self.results.popleft()
+        finished = []
+        for n, length, ids, logprobs in zip(requests, *copy.values(), strict=True):
+            request, own = self.requests[n], ids[:length]
+            by_itself = ends_by_itself(request, own, self.end_ids, self.most)
+            self.done[n] = finished_completion(request, own, logprobs[:length], by_itself)
+            finished.append(self.done[n])
+        if self.on_finish:
+            self.on_finish(finished)
+
+
+def _rung(rows: int) -> int:
+    """How many rows are computed for `rows` of them."""
+    top = LADDER[-1]
+    return LADDER[bisect_left(LADDER, rows)] if rows <= top else -(-rows // top) * top
+
+
+def _table(pages: list[list[int]] | dict[int, list[int]], rows: int, width: int) -> Tensor:
+    table = torch.zeros((rows, width), dtype=torch.int32)
+    for n, each in pages.items() if isinstance(pages, dict) else enumerate(pages):
+        table[n, : len(each)] = torch.tensor(each, dtype=torch.int32)
+    return table
+
+
+def _column(values: list[int] | dict[int, int], rows: int) -> Tensor:
+    column = torch.zeros(rows, dtype=torch.int32)
+    for n, each in values.items() if isinstance(values, dict) else enumerate(values):
+        column[n] = each
+    return column

@@ -1,0 +1,177 @@
+"""The decoding step of `llama.cpp`: models built as Llama is, on a CPU.
+
+torch's operations for a few tokens spend as long on starting as on computing, and a product of few rows waits for
+memory. Here a step is one call, and what it computes for a sequence does not depend, to the last bit, on what else is
+in flight. Where it cannot be compiled `llama.py` takes its place.
+
+Shapes: R sequences, V vocabulary, H hidden, F intermediate, D head size.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import c_float, c_int64, c_void_p
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import silu
+
+from .cache import DecodeState
+from .compiled import library
+from .llama import Layer, Linear, Norm, Weights
+
+SOURCE = Path(__file__).with_name("decode.cpp")
+FUNCTIONS = {torch.float32: "decode_float32", torch.bfloat16: "decode_bfloat16"}
+"""The function for weights of each dtype; it computes in float32."""
+MERGED = {torch.float32}
+"""The dtypes of weights to which adapters are added beforehand. In others that would round most of a small update away:
+there the adapters stay apart, and what they make of the inputs is added to the sums in float32."""
+MULTIPLE = 8
+"""Sizes have to be multiples of this: so many numbers, or twice as many, are computed at once."""
+
+
+# The structures of llama.cpp, field by field.
+class _Linear(ctypes.Structure):
+    _fields_ = [*((name, c_void_p) for name in ("weight", "bias", "low", "high")), ("rank", c_int64)]
+
+
+class _Layer(ctypes.Structure):
+    _fields_ = [
+        *((name, c_void_p) for name in ("input_norm", "mlp_norm", "query_norm", "key_norm")),
+        *((name, _Linear) for name in ("query", "key", "value", "output", "gate", "up", "down")),
+        *((name, c_void_p) for name in ("own_keys", "own_values", "prompt_keys", "prompt_values")),
+    ]
+
+
+class _Step(ctypes.Structure):
+    _fields_ = [
+        *((name, c_int64) for name in ("threads", "layers", "hidden", "intermediate", "vocabulary")),
+        *((name, c_int64) for name in ("query_heads", "key_heads", "head_size", "ranks")),
+        *((name, c_float) for name in ("eps", "scale")),
+        *((name, c_void_p) for name in ("embeddings", "norm")), ("head", _Linear), ("layer", c_void_p),
+        *((name, c_int64) for name in ("rows", "own_slots", "prompt_slots")),
+        *((name, c_void_p) for name in ("tokens", "slots", "prompt", "prompt_lengths", "cos", "sin")),
+        *((name, c_void_p) for name in ("logits", "scratch")),
+    ]  # fmt: skip
+
+
+class KernelStep:
+    """One more token of every sequence; it holds on to the weights that the model has when this is made."""
+
+    def __init__(self, model: nn.Module) -> None:
+        """Raises as `Weights`, and ValueError for sizes this does not compute or where it cannot be compiled."""
+        self.weights = weights = Weights(model)
+        first, size, self.dtype = weights.layers[0], weights.head_size, weights.embeddings.dtype
+        (vocabulary, hidden), inner = weights.embeddings.shape, len(first.gate.weight)
+        if self.dtype not in FUNCTIONS or any(number % MULTIPLE for number in (hidden, inner, size)):
+            raise ValueError(f"{self.dtype} with sizes {hidden}, {inner} and {size}, expected one of {list(FUNCTIONS)} "
+                             f"with multiples of {MULTIPLE}")  # fmt: skip
+        _check_layers(weights)
+        code = library(SOURCE)
+        self.decode, self.scratch_floats = getattr(code, FUNCTIONS[self.dtype]), code.scratch_floats
+        self.scratch_floats.restype = c_int64
+        self.kept: list[Tensor] = []  # what is pointed to
+        self.layers = (_Layer * len(weights.layers))(*(self._layer(layer) for layer in weights.layers))
+        self.step = _Step(
+            torch.get_num_threads(), len(self.layers), hidden, inner, vocabulary,
+            len(first.query.weight) // size, len(first.key.weight) // size, size, self._most_ranks(),
+            weights.norm.eps, first.scale,
+            self._kept(weights.embeddings, (vocabulary, hidden), self.dtype), self._norm(weights.norm, hidden),
+            self._linear(weights.head, vocabulary, hidden), ctypes.addressof(self.layers),
+        )  # fmt: skip
+        self.points_into: tuple[DecodeState | None, int] = None, 0
+
+    def __call__(self, tokens: Tensor, positions: Tensor, state: DecodeState) -> Tensor:
+        """Logits (R, V) float32 after `tokens` (R,) int64 at `positions` (R,) int64."""
+        if self.points_into != (state, state.version):
+            self._point_into(state)
+        step = self.step
+        logits = torch.empty(step.rows, step.vocabulary)
+        turn = [x.contiguous() for x in self.weights.rotary(logits, positions[None])]
+        step.cos, step.sin = (_address(x, (1, step.rows, step.head_size), torch.float32) for x in turn)
+        step.tokens, step.slots = (_address(x, (step.rows,), torch.int64) for x in (tokens, state.slots))
+        step.logits = logits.data_ptr()
+        self.decode(ctypes.byref(step))
+        return logits
+
+    def _point_into(self, state: DecodeState) -> None:
+        step, number = self.step, self.weights.layers[0].number
+        step.rows, step.own_slots, step.prompt_slots = state.num_rows, state.own_keys[number].shape[2], 0
+        stores = [("own_keys", state.own_keys, (step.rows, step.own_slots)),
+                  ("own_values", state.own_values, (step.rows, step.own_slots))]  # fmt: skip
+        if state.shares:
+            prompts, step.prompt_slots = len(state.prompt_lengths), state.prompt_keys[number].shape[2]
+            step.prompt = _address(state.prompt, (step.rows,), torch.int64)
+            step.prompt_lengths = _address(state.prompt_lengths, (prompts,), torch.int64)
+            stores += [("prompt_keys", state.prompt_keys, (prompts, step.prompt_slots)),
+                       ("prompt_values", state.prompt_values, (prompts, step.prompt_slots))]  # fmt: skip
+        for place, layer in zip(self.layers, self.weights.layers, strict=True):
+            for name, store, (length, slots) in stores:
+                shape = length, step.key_heads, slots, step.head_size
+                setattr(place, name, _address(store[layer.number], shape, self.dtype))
+        self.scratch = torch.empty(self.scratch_floats(ctypes.byref(step)))
+        step.scratch = self.scratch.data_ptr()
+        self.points_into = state, state.version
+
+    def _layer(self, layer: Layer) -> _Layer:
+        weights = self.weights
+        hidden, size, first = weights.embeddings.shape[1], weights.head_size, weights.layers[0]
+        queries, keys, inner = len(first.query.weight), len(first.key.weight), len(first.gate.weight)
+        return _Layer(
+            self._norm(layer.input_norm, hidden), self._norm(layer.mlp_norm, hidden),
+            self._norm(layer.query_norm, size), self._norm(layer.key_norm, size),
+            self._linear(layer.query, queries, hidden), self._linear(layer.key, keys, hidden),
+            self._linear(layer.value, keys, hidden), self._linear(layer.output, hidden, queries),
+            self._linear(layer.gate, inner, hidden), self._linear(layer.up, inner, hidden),
+            self._linear(layer.down, hidden, inner),
+        )  # fmt: skip
+
+    def _norm(self, norm: Norm | None, size: int) -> int | None:
+        return None if norm is None else self._kept(norm.weight.float(), (size,), torch.float32)
+
+    def _linear(self, linear: Linear, outputs: int, inputs: int) -> _Linear:
+        bias = None if linear.bias is None else self._kept(linear.bias.float(), (outputs,), torch.float32)
+        adapter = linear.adapter
+        if adapter is None or self.dtype in MERGED:
+            return _Linear(self._kept(linear.merged(), (outputs, inputs), self.dtype), bias)
+        if outputs % MULTIPLE:
+            raise ValueError(f"adapters on {outputs} outputs, expected a multiple of {MULTIPLE}")
+        rank = len(adapter.a)
+        low, high = (each.to(self.dtype) for each in (adapter.a, adapter.b))  # as the trainer rounds them
+        return _Linear(
+            self._kept(linear.weight, (outputs, inputs), self.dtype), bias, self._kept(low, (rank, inputs), self.dtype),
+            self._kept((high.float() * adapter.scaling).T.contiguous(), (rank, outputs), torch.float32), rank,
+        )  # fmt: skip
+
+    def _most_ranks(self) -> int:
+        """Of adapters that read the same input, added up."""
+        if self.dtype in MERGED:
+            return 0
+        groups: list[tuple[Linear, ...]] = [(self.weights.head,)]
+        for each in self.weights.layers:
+            groups += [(each.query, each.key, each.value), (each.output,), (each.gate, each.up), (each.down,)]
+        return max(sum(len(linear.adapter.a) for linear in group if linear.adapter) for group in groups)
+
+    def _kept(self, x: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> int:
+        self.kept.append(x)
+        return _address(x, shape, dtype)
+
+
+def _check_layers(weights: Weights) -> None:
+    """Raise ValueError where layers compute what the kernel does not."""
+    gates = torch.linspace(-8, 8, 65)
+    for layer in weights.layers:
+        norms = layer.input_norm, layer.mlp_norm, layer.query_norm, layer.key_norm
+        if {norm.eps for norm in norms if norm} != {weights.norm.eps} or layer.scale != weights.layers[0].scale:
+            raise ValueError("layers differ in the eps of their norms or the scale of their scores")
+        if not torch.equal(layer.activation(gates), silu(gates)):
+            raise ValueError("the activation is not SiLU")
+
+
+def _address(x: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> int:
+    """Where a tensor lies, which is what the kernel takes it for. Raises ValueError."""
+    if x.shape != shape or x.dtype != dtype or x.device.type != "cpu" or not x.is_contiguous():
+        raise ValueError(f"{x.dtype} {tuple(x.shape)} on {x.device}, strides {x.stride()}, expected {dtype} {shape} on "
+                         "the CPU without gaps")  # fmt: skip
+    return x.data_ptr()

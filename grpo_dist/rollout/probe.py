@@ -1,0 +1,174 @@
+"""Does a model compute what a run assumes? Asked of the model itself, in a few tiny forward passes.
+
+An architecture that ignores the layout of packs (state-space layers, linear attention, attention code of its own), that
+sees later tokens, that draws random numbers while it is trained, or that does something to its logits after the head,
+would train on wrong numbers without a word.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from ..model.attention import RowLayout
+from ..model.checks import CANNOT
+from ..model.packing import Pack
+from ..model.policy import kept_logits
+from . import NativeEngine, Request, RowEngine, Sampling
+
+PROMPT, COMPLETIONS = 5, (4, 3)
+NEW_TOKENS = 5
+"""Enough for a step of decoding that is captured to be replayed twice."""
+
+
+def example_tokens(model: nn.Module, count: int) -> Tensor:
+    """Ids (count,) of different tokens, on the model's device."""
+    embeddings = model.get_input_embeddings().weight
+    shape = getattr(embeddings, "ds_shape", embeddings.shape)  # ZeRO-3 leaves a sharded parameter none of its own
+    return (torch.arange(count, device=embeddings.device) * 7 + 3) % shape[0]
+
+
+@torch.no_grad()
+def _outputs(model: nn.Module, ids: Tensor, completions: tuple[int, ...]) -> Tensor:
+    """Log-probabilities (T, V) of a row of one prompt and its completions."""
+    positions = torch.cat([torch.arange(PROMPT), *(torch.arange(PROMPT, PROMPT + length) for length in completions)])
+    layout = RowLayout([(PROMPT, list(completions))]).to(ids.device)
+    output = model(input_ids=ids[None], position_ids=positions[None].to(ids.device), use_cache=False, layout=layout)
+    return torch.log_softmax(output.logits[0].float(), -1)
+
+
+def packing_leak(model: nn.Module) -> str | None:
+    """Why packs with shared prompts, or rollouts with them, are wrong for this model; None where they are right.
+
+    `model` was loaded with `attention.NAME` and holds its whole weights.
+    """
+    most = rounding(model)
+    first, second = COMPLETIONS
+    ids = example_tokens(model, PROMPT + first + second)
+    changed = ids.clone()
+    changed[PROMPT : PROMPT + first] = ids[PROMPT : PROMPT + first].flip(0)
+    try:
+        packed, disturbed = _outputs(model, ids, COMPLETIONS), _outputs(model, changed, COMPLETIONS)
+        alone = _outputs(model, torch.cat([ids[:PROMPT], ids[PROMPT + first :]]), (second,))
+    except CANNOT as error:
+        return f"its forward pass cannot take a pack: {type(error).__name__}: {error}"
+    own, other = slice(PROMPT, PROMPT + first), slice(PROMPT + first, None)
+    effect = float((packed[own] - disturbed[own]).abs().max())
+    if effect == 0:
+        return "outputs do not depend on the tokens of the pack"
+    if float((packed[other] - disturbed[other]).abs().max()) > most * effect:
+        return "one completion's output depends on another completion of the pack"
+    try:
+        decoded = decoding_error(model, tiny_engine())
+        worst = max(float((packed[other] - alone[PROMPT:]).abs().max()), decoded)
+    except CANNOT as error:
+        return f"it cannot be decoded with shared prompts: {type(error).__name__}: {error}"
+    return f"log-probabilities are off by {worst:.2g}" if worst > most * max(effect, 1.0) else None
+
+
+@torch.no_grad()
+def row_fault(model: nn.Module) -> str | None:
+    """Why a sequence in a row of its own is computed wrongly by the model's own attention, or None.
+
+    Later tokens must not change what comes before them, and decoding must compute what the row does.
+    """
+    most, length = rounding(model), PROMPT + NEW_TOKENS
+    ids = example_tokens(model, length)
+    changed = torch.cat([ids[:PROMPT], ids[PROMPT:].flip(0)])
+    try:
+        plain, disturbed = (_row(model, each) for each in (ids, changed))
+        effect = float((plain[PROMPT:] - disturbed[PROMPT:]).abs().max())
+        if float((plain[:PROMPT] - disturbed[:PROMPT]).abs().max()) > most * max(effect, 1.0):
+            return "outputs depend on later tokens"
+        requests = [Request(0, sample, ids[:PROMPT].tolist(), key=sample) for sample in range(2)]
+        worst = 0.0
+        for completion in RowEngine([-1], NEW_TOKENS).generate(model, requests, Sampling()):
+            sequence = torch.tensor([*ids[:PROMPT].tolist(), *completion.ids], device=ids.device)
+            chosen = _row(model, sequence)[PROMPT - 1 : -1].gather(-1, sequence[PROMPT:, None])[:, 0]
+            worst = max(worst, float((chosen.cpu() - torch.tensor(completion.logprobs)).abs().max()))
+    except CANNOT as error:
+        return f"{type(error).__name__}: {error}"
+    return None if worst <= most else f"decoding is off by {worst:.2g} nats from a forward pass over the same tokens"
+
+
+def _row(model: nn.Module, ids: Tensor) -> Tensor:
+    """Log-probabilities (T, V) of a plain row, asked for as an update does."""
+    places = torch.arange(len(ids), device=ids.device)
+    output = model(input_ids=ids[None], use_cache=False, logits_to_keep=places)
+    return torch.log_softmax(kept_logits(output.logits[0], places).float(), -1)
+
+
+def probe_pack(model: nn.Module, shared_prompts: bool) -> Pack:
+    """A pack of one prompt and one completion."""
+    ids = example_tokens(model, PROMPT + NEW_TOKENS)
+    places = torch.arange(len(ids), device=ids.device)
+    layout = RowLayout([(PROMPT, [NEW_TOKENS])]).to(ids.device) if shared_prompts else None
+    own = places[:NEW_TOKENS]
+    owner = torch.where(places < PROMPT, -1, 0)
+    return Pack(ids, places, places[PROMPT - 1 : -1], ids[PROMPT:], own, torch.zeros_like(own), owner, layout)
+
+
+@torch.no_grad()
+def is_noisy(compute: Callable[[], Tensor]) -> bool:
+    """Whether what `compute` returns depends on the state of the random number generators, beyond what the same state
+    makes of it twice."""
+    with torch.random.fork_rng():
+        outputs = []
+        for seed in (0, 0, 0, 1, 2, 3):
+            torch.manual_seed(seed)
+            outputs.append(compute())
+    same, others = (max(float((output - outputs[0]).abs().max()) for output in part)
+                    for part in (outputs[1:3], outputs[3:]))  # fmt: skip
+    return others > 4 * same + 1e-5
+
+
+def tiny_engine() -> NativeEngine:
+    """An engine for a few tokens, which shares even a tiny prompt."""
+    return NativeEngine([-1], NEW_TOKENS, 1 << 20, captures=False, copied_prompt=0)
+
+
+def rounding(model: nn.Module) -> float:
+    """What sums in another order differ by, as experts and other shapes bring them; a leak is of the order of 1."""
+    return 1e-3 if next(model.parameters()).dtype == torch.float32 else 0.1
+
+
+def decoding_error(model: nn.Module, engine: NativeEngine) -> float:
+    """Largest difference between the log-probabilities a rollout reports and those of its sequences in a row."""
+    prompt = example_tokens(model, PROMPT).tolist()
+    requests = [Request(0, sample, prompt, key=sample) for sample in range(2)]
+    completions = engine.generate(model, requests, Sampling())
+    ids = torch.tensor(prompt + [token for c in completions for token in c.ids], device=example_tokens(model, 1).device)
+    rows = _outputs(model, ids, (NEW_TOKENS, NEW_TOKENS))
+    worst = 0.0
+    for number, completion in enumerate(completions):
+        start = PROMPT + number * NEW_TOKENS
+        for place, (token, logprob) in enumerate(zip(completion.ids, completion.logprobs, strict=True)):
+            predictor = PROMPT - 1 if place == 0 else start + place - 1
+            worst = max(worst, abs(float(rows[predictor, token]) - logprob))
+    return worst
+
+
+@torch.no_grad()
+def head_is_plain(model: nn.Module, shared_prompts: bool) -> bool:
+    """Whether the model's logits are its last hidden states times its head, with nothing done to them in between.
+
+    Models that scale or soft-cap their logits, or transform hidden states before the head, are not.
+    """
+    head = model.get_output_embeddings()
+    if not isinstance(head, nn.Linear):
+        return False
+    ids = example_tokens(model, PROMPT)
+    inputs = {"input_ids": ids[None], "use_cache": False}
+    if shared_prompts:
+        positions = torch.arange(PROMPT, device=ids.device)
+        inputs |= {"position_ids": positions[None], "layout": RowLayout([(PROMPT, [])]).to(ids.device)}
+    try:
+        logits = model(**inputs).logits[0].float()
+        plain = linear(model.base_model(**inputs).last_hidden_state[0], head.weight, head.bias).float()
+    except CANNOT:
+        return False
+    most = 1e-4 if head.weight.dtype == torch.float32 else 0.02
+    return float((logits - plain).abs().max()) <= most * float(logits.abs().max())

@@ -1,0 +1,1 @@
+"""Chat templates, the text of tokens, and text made harmless."""

@@ -1,0 +1,94 @@
+"""How a run ends: done, stopped to be continued, or failed on all ranks or on this one; and what is said about it."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from ..cli.check import dry_run
+from ..config.parse import DRY_RUN, parse_config
+from ..config.schema import Config
+from ..distributed.ranks import PhaseError
+from ..distributed.rendezvous import LaunchError, is_of_one_rank
+from ..distributed.watch import Interrupted
+from ..model.checks import UnfitModel
+from ..monitoring.console import set_up_logging
+from ..report.page import write_report
+from ..text.plain import plain_lines, write_lines
+from .build import Run, UserError
+from .gathering import RewardFailure
+
+log = logging.getLogger(__name__)
+
+
+def main(train: Callable[[Run], None], arguments: list[str] | None = None) -> int:
+    """The command line around a training; returns the exit status.
+
+    0: done, or stopped by a signal or the time limit with a checkpoint to go on from. 1: failed. 2: a mistake in the
+    config, the data or the model, found before anything was learned. With --dry_run nothing is trained: see check.py.
+    """
+    words = sys.argv[1:] if arguments is None else arguments
+    if DRY_RUN in words:
+        return dry_run([word for word in words if word != DRY_RUN])
+    config = parse_config(words)
+    set_up_logging()
+    try:
+        run = Run(config)
+    except (UserError, LaunchError) as error:  # most are found on every rank alike
+        if os.environ.get("RANK", "0") == "0" or is_of_one_rank(error):
+            write_lines(plain_lines(f"error: {error}"), sys.stderr)
+        return 2
+    status, all_ranks, told, dies = 1, True, "", False
+    try:
+        train(run)
+        status, told = 0, "done"
+    except Interrupted as reason:
+        run.save()
+        status, told = 0, f"stopped: {reason}. The same command goes on from step {run.position.step}"
+    except UnfitModel as error:  # raised on all ranks alike
+        status, told = 2, f"error: {error}"
+    except (PhaseError, RewardFailure, FloatingPointError) as error:  # these are raised on all ranks alike
+        told = f"error: {_with_advice(str(error), config)}"
+    except BaseException as error:  # the other ranks may be in a collective that this one will never join
+        all_ranks, dies = False, run.ranks.num_ranks > 1
+        message = _with_advice(f"rank {run.ranks.rank} died: {type(error).__name__}: {error}", config)
+        if dies or isinstance(error, torch.OutOfMemoryError):
+            write_lines(f"{traceback.format_exc()}error: {message}", sys.stderr)
+        if dies:
+            run.watch.end_all(message)
+        raise
+    finally:
+        run.close(all_ranks)
+        if dies:  # without the interpreter's own end, which may wait for collectives under way
+            logging.shutdown()
+            sys.stderr.flush()
+            os._exit(status)
+        if run.ranks.is_main and told:
+            _report(run.directory)
+            told = run.summary() if told == "done" else plain_lines(told)  # it may quote what a model wrote
+            write_lines(told, sys.stderr if status else sys.stdout)
+    return status
+
+
+def _report(directory: Path) -> None:
+    try:
+        write_report([directory])
+    except Exception as error:  # a page about the run that cannot be written must not make the run a failed one
+        log.warning("no report was written (%s: %s); once that is mended, `python -m grpo_dist report %s` writes it",
+                    type(error).__name__, error, directory)  # fmt: skip
+
+
+def _with_advice(error: str, config: Config) -> str:
+    if torch.OutOfMemoryError.__name__ not in error and "out of memory" not in error:
+        return error
+    return (
+        f"{error}\nOut of memory. Lower train.max_tokens_per_pack (now {config.train.max_tokens_per_pack}) if it was "
+        f"in the update, rollout.max_tokens_in_flight (now {config.rollout.max_tokens_in_flight}) if in the rollout; "
+        f"or turn on model.gradient_checkpointing (now {config.model.gradient_checkpointing})"
+    )

@@ -1,0 +1,65 @@
+"""The first update of a run is checked: what it computes of the sampled tokens has to be what drew them.
+
+Before anything is learned, trainer and rollout are one model, and so are policy and reference. A model or a launch that
+computes something else in the update (later tokens seen, dropout, another dtype) shows here, whatever its cause.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from ..algorithm.targets import has_reference
+from ..config.schema import Config
+from ..distributed.ranks import resolve_dtype
+from ..model.checks import UnfitModel
+
+MOST_GAP = 1e-3
+"""Nats that float32 may change a token's log-probability by; small models are at 1e-6, in attention or recurrent."""
+MOST_KL = {"float32": 1e-6, "float16": 0.02, "bfloat16": 0.1}
+"""Nats a token that rounding may make of the distance between equal policies, several times what was measured."""
+
+
+@dataclass
+class FirstUpdate:
+    """Which of a run's first numbers are known beforehand; checks them once."""
+
+    dtype: str
+    """What the policy computes in, and so do rollouts."""
+    reference_dtype: str
+    has_known_gap: bool
+    """False where the policy has moved since the rollout, or drops some of the adapters' inputs."""
+    has_known_kl: bool
+    """False where adapters or weights have been trained, or nothing is compared with a reference."""
+
+    def check(self, metrics: Mapping[str, float]) -> None:
+        """Raise UnfitModel where the first update's metrics are not those of one and the same model."""
+        rounded = self.dtype if self.reference_dtype == "float32" else self.reference_dtype
+        limits = {
+            ("rollout/logprob_gap_max", self.has_known_gap and self.dtype == "float32"): MOST_GAP,
+            ("rollout/kl", self.has_known_gap): MOST_KL[self.dtype],
+            ("kl", self.has_known_kl): MOST_KL[rounded],
+        }
+        self.has_known_gap = self.has_known_kl = False
+        for (name, is_known), most in limits.items():
+            value = metrics.get(name, 0.0)
+            if is_known and math.isfinite(value) and value > most:
+                other = "the reference" if name == "kl" else "the rollout"
+                raise UnfitModel(
+                    f"the update does not compute what {other} computes: {name} is {value:.2g} nats before anything "
+                    f"was learned, and {most:.0e} would be rounding. Suspects: the model's attention (try "
+                    "--model.attn_implementation eager), dropout or noise in its code, a launch config that changes "
+                    "dtypes. Nothing was saved"
+                )
+
+
+def first_update(config: Config, is_resumed: bool, updates_done: int) -> FirstUpdate:
+    """What is known of a process's first update, before which `updates_done` were made of the batch."""
+    dtype, reference_dtype = (str(resolve_dtype(name)).removeprefix("torch.") for name in
+                              (config.model.dtype, config.reference.dtype))  # fmt: skip
+    drops = config.lora is not None and config.lora.dropout > 0  # changes nothing while adapters are untrained
+    return FirstUpdate(
+        dtype, reference_dtype, has_known_gap=not is_resumed or not (drops or updates_done),
+        has_known_kl=not is_resumed and has_reference(config) and config.loss.kl_estimator != "squared_sequence",
+    )  # fmt: skip

@@ -1,0 +1,114 @@
+"""From each rank's completions and scores to the one global batch that all ranks hold."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from dataclasses import replace
+from itertools import chain
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..distributed.ranks import Ranks
+from ..rewards.scores import Failure, Scores, combine
+from ..types import Batch, Completion, Prompt, at_last_tokens
+
+log = logging.getLogger(__name__)
+
+
+class RewardFailure(RuntimeError):
+    """More completions could not be scored than scoring.error_budget allows; raised on all ranks alike."""
+
+
+def gather_completions(ranks: Ranks, prompts: list[Prompt], completions: list[Completion]) -> Batch:
+    """The global batch in the order of (prompt, sample), from every rank's contiguous share of it; a collective.
+
+    Its rewards are yet to come: see `gather_scores`.
+    """
+    numbers = torch.tensor([[c.slot, len(c.ids), c.finished] for c in completions], dtype=torch.int64).view(-1, 3)
+    tokens = _flat((c.ids for c in completions), np.int32)  # half of what int64 would send
+    logprobs = _flat((c.logprobs for c in completions), np.float32)
+    numbers, tokens, logprobs = ranks.gather(numbers), ranks.gather(tokens).long(), ranks.gather(logprobs)
+    nothing = torch.full((len(numbers),), torch.nan, dtype=torch.float64)
+    return Batch(prompts, numbers[:, 0], numbers[:, 1], numbers[:, 2].bool(), tokens, logprobs,
+                 rewards=nothing[:, None], reward=nothing)  # fmt: skip
+
+
+def gather_scores(
+    ranks: Ranks, batch: Batch, rows: slice, scores: Scores, weights: list[float], error_budget: float
+) -> Batch:
+    """The global batch with its rewards, from every rank's scores of its `rows` of the batch; a collective.
+
+    Raises RewardFailure on every rank, with the first failure of each rank, where the share of completions that
+    failed to be scored is above `error_budget`.
+    """
+    reward = combine(scores.values, scores.failed, weights)
+    columns = np.concatenate([scores.values, scores.failed.astype(float), reward[:, None]], axis=1)
+    gathered = ranks.gather(torch.from_numpy(columns))
+    num_rewards = len(weights)
+    failures = gathered[:, num_rewards : 2 * num_rewards].bool()
+    failed = failures.any(1)
+    if bool(failed.any()):
+        _judge(ranks, batch, rows, scores.failures, failed.double().mean().item(), error_budget)
+    measured, extras = _gather_logged(ranks, scores)
+    counts = failures.sum(0).tolist()
+    measured |= {f"reward/{name}/failed": float(count) for name, count in zip(scores.names, counts, strict=True)}
+    return replace(batch, rewards=gathered[:, :num_rewards], reward=gathered[:, -1], extras=extras, scoring=measured,
+                   token_rewards=_token_rewards(ranks, batch.lengths[rows], scores))  # fmt: skip
+
+
+def _flat(rows: Iterable[list[Any]], dtype: type[np.generic]) -> Tensor:
+    """All numbers of the rows in one tensor."""
+    return torch.from_numpy(np.fromiter(chain.from_iterable(rows), dtype))
+
+
+def _gather_logged(ranks: Ranks, scores: Scores) -> tuple[dict[str, float], dict[str, list[Any]]]:
+    """Seconds spent in each reward, calls made again and what the rewards logged, over all ranks."""
+    spent = np.array([scores.seconds, scores.repeated_calls])
+    told = ranks.gather_objects((spent, scores.metrics, scores.extras, len(scores.values)))
+    seconds, repeated = np.sum([spent for spent, *_ in told], axis=0).tolist()
+    measured = {f"reward/{name}/seconds": total for name, total in zip(scores.names, seconds, strict=True)}
+    measured |= {f"reward/{name}/repeated_calls": count for name, count in zip(scores.names, repeated, strict=True)}
+    for name in sorted({name for _, metrics, *_ in told for name in metrics}):
+        parts = [metrics[name] for _, metrics, *_ in told if name in metrics]
+        measured[f"reward/{name}"] = sum(total for total, _ in parts) / sum(count for _, count in parts)
+    columns = sorted({column for *_, extras, _ in told for column in extras})
+    extras = {column: [value for *_, part, count in told for value in part.get(column, [None] * count)]
+              for column in columns}  # fmt: skip
+    for column, values in extras.items():
+        if any(isinstance(value, str) for value in values):  # a parquet column has one type
+            extras[column] = [None if value is None else str(value) for value in values]
+    return measured, extras
+
+
+def _token_rewards(ranks: Ranks, lengths: Tensor, scores: Scores) -> Tensor | None:
+    """The global batch's rewards by token, None where no rank has per-token rewards; a collective.
+
+    `lengths` (n,) int64 are those of the completions that were scored here.
+    """
+    if not any(ranks.gather_objects(bool(scores.per_token))):
+        return None
+    table = at_last_tokens(torch.from_numpy(scores.values), lengths)
+    starts = (torch.cumsum(lengths, 0) - lengths).tolist()
+    for (n, reward), values in scores.per_token.items():
+        table[starts[n] : starts[n] + len(values), reward] = torch.tensor(values, dtype=torch.float64)
+    return ranks.gather(table)
+
+
+def _judge(ranks: Ranks, batch: Batch, rows: slice, failures: list[Failure], share: float, budget: float) -> None:
+    """Say what failed, and stop all ranks where it was too much."""
+    first = None
+    if failures:
+        failure = failures[0]
+        prompt = batch.prompts[int(batch.group[rows][failure.item])].index
+        first = (f"reward {failure.reward!r} ({failure.kind}) on a completion of prompt {prompt}: {failure.message}\n"
+                 f"{failure.traceback}").rstrip()  # fmt: skip
+    told = [text for text in ranks.gather_objects(first) if text]
+    message = f"{share:.1%} of the completions could not be scored. " + "\n".join(told)
+    if share > budget:
+        raise RewardFailure(f"{message}\nscoring.error_budget allows {budget:.1%}: mend the reward or raise the budget")
+    if ranks.is_main:
+        log.warning("%s", message)
