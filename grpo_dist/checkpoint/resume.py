@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, replace
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from ..config.parse import redacted
 from ..config.schema import Config
 from ..data.mixture import identifying, order_of
 from ..model.load import base_identity
+from ..monitoring.machine import versions
 from ..text.templates import today, uses_date
 from ..types import Prompt
 from . import store as checkpoint
@@ -81,8 +81,3 @@ def require_same_start(starts: Sequence[dict[str, Any]]) -> None:
         if other := differences(starts[0], start):
             raise ValueError(f"rank {rank} was started otherwise than rank 0, expected the same config, packages, "
                              f"model and data on all nodes: {'; '.join(other)}")  # fmt: skip
-
-
-def versions() -> dict[str, str]:
-    """Versions of what the numbers depend on."""
-    return {name: metadata.version(name) for name in ("torch", "transformers", "peft", "accelerate")}

@@ -14,23 +14,10 @@ status is 2 where there is any problem.
 from __future__ import annotations
 
 import argparse
-import os
-import socket
 from collections.abc import Sequence
-from dataclasses import asdict
-from pathlib import Path
-from typing import Any
 
-from rich.console import Console
-from rich.text import Text
-
-from ..config.parse import flat, redacted
-from ..distributed.launch_config import require_known_launch
-from ..preflight.findings import Findings
-from ..preflight.options import Options, read_options
-from ..text.plain import plain
-
-_SHOWN_CHARACTERS = 1000
+from ..preflight.look import check
+from ..preflight.options import read_options
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -42,89 +29,4 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
     """Look, print, and return 2 where there is a problem. Raises ValueError."""
     if options.ranks is not None and options.ranks < 1:
         raise ValueError(f"--ranks: {options.ranks} given, expected at least 1")
-    return check(rest, options.ranks)
-
-
-def dry_run(words: Sequence[str]) -> int:
-    """Check from inside a launch: once on each node, and printed in full by rank 0 alone; no rank waits for another."""
-    if os.environ.get("LOCAL_RANK", "0") != "0":
-        return 0
-    is_main = os.environ.get("RANK", "0") == "0"
-    return check(words, int(os.environ.get("WORLD_SIZE", "1")), heading="" if is_main else socket.gethostname())
-
-
-def check(words: Sequence[str], num_ranks: int | None, heading: str = "") -> int:
-    """Check a training's command line, and print what was found: with a `heading`, the problems alone, below it."""
-    options = read_options(words)
-    findings = Findings(options.problems)
-    console = Console(highlight=False, soft_wrap=True)
-    with console.status("looking at model, data and rewards"):  # on a terminal alone
-        _look(options, num_ranks, findings)
-    if not heading:
-        _print_config(console, options)
-        for name, lines in findings.facts.items():
-            _print_block(console, name, lines)
-    if findings.remarks:
-        _print_block(console, f"{heading} worth a look".strip(), findings.remarks, "yellow")
-    if findings.problems:
-        told = [f"{number}. {problem}" for number, problem in enumerate(findings.problems, 1)]
-        _print_block(console, f"{heading} {len(told)} problem(s)".strip(), told, "red")
-    elif not heading:
-        console.print(Text("\nno problems found", style="bold green"))
-    return 2 if findings.problems else 0
-
-
-def _look(options: Options, num_ranks: int | None, findings: Findings) -> None:
-    import torch  # a mistake in the verb's own options should not wait for it
-
-    from ..monitoring.console import set_up_logging
-    from ..preflight import contents, machine, sizes, trackers
-
-    set_up_logging()
-    config, ranks = options.config, num_ranks or max(1, torch.cuda.device_count())
-    with findings.attempt():
-        require_known_launch(os.environ)
-    found = contents.read_contents(config, findings)
-    contents.describe_prompts(config, found, findings)
-    contents.try_rewards(config, found, findings)
-    sizes.describe_steps(config, found, ranks, findings)
-    counts = sizes.describe_memory(config, found, ranks, findings)
-    machine.look_at_disk(config, counts, findings)
-    machine.look_at_resuming(config, found, findings)
-    trackers.look_at_trackers(config.logging.trackers, findings)
-
-
-def _print_config(console: Console, options: Options) -> None:
-    """Print every option with its value: first those given, with what gave them, and then the defaults."""
-    values = flat(redacted(asdict(options.config)))
-    sources = {key: given.source for key, given in options.given.items()}
-    given = {key: source for key in values if (source := _source(key, sources))}
-    lines = [f"{key}: {_yaml(values[key])}   # {_short(source)}" for key, source in given.items()]
-    _print_block(console, f"{len(given)} options given", lines)
-    defaults = [f"{key}: {_yaml(value)}" for key, value in values.items() if key not in given]
-    _print_block(console, f"{len(defaults)} options at their defaults", defaults, "dim")
-
-
-def _source(key: str, sources: dict[str, str]) -> str | None:
-    """Return what gave an option, or a group it is in."""
-    while key:
-        if key in sources:
-            return sources[key]
-        key = key.rpartition(".")[0]
-    return None
-
-
-def _short(source: str) -> str:
-    path = Path(source)
-    return str(path.relative_to(Path.cwd())) if path.is_absolute() and path.is_relative_to(Path.cwd()) else source
-
-
-def _yaml(value: Any) -> str:
-    words = {None: "null", True: "true", False: "false"}
-    return words[value] if value is None or isinstance(value, bool) else str(value)
-
-
-def _print_block(console: Console, title: str, lines: Sequence[str], style: str = "") -> None:
-    console.print(Text(f"\n{title}", style=f"bold {style}".strip()))
-    for line in lines:
-        console.print(Text(f"  {plain(line, _SHOWN_CHARACTERS)}", style=style))
+    return check(read_options(rest), options.ranks)

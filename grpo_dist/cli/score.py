@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich import box
 from rich.console import Console
@@ -23,7 +23,7 @@ from ..config.schema import Config
 from ..data.rows import load_rows
 from ..rewards.pool.pool import ScorerPool
 from ..rewards.registry import answer_checks
-from ..rewards.scores import Item, Scores, combine
+from ..rewards.scores import Item, Scores, combine, to_items
 from ..text.plain import plain
 
 if TYPE_CHECKING:
@@ -71,15 +71,6 @@ def read_items(config: Config, path: str | None, most: int) -> tuple[list[Item],
     else:
         pairs = _read_pairs(path, prompts, most)
     return to_items(pairs, tokenizer), [0 if path is None else prompt.index for prompt, _ in pairs]
-
-
-def to_items(pairs: Sequence[tuple[Prompt, str]], tokenizer: Any) -> list[Item]:
-    """Return prompts with completions as what is handed to the rewards."""
-    encoded = tokenizer([text for _, text in pairs], add_special_tokens=False)["input_ids"]
-    return [
-        Item(prompt.messages or prompt.text, text, ids, prompt.columns)
-        for (prompt, text), ids in zip(pairs, encoded, strict=True)
-    ]
 
 
 def _read_pairs(path: str, prompts: Sequence[Prompt], most: int) -> list[tuple[Prompt, str]]:

@@ -12,6 +12,9 @@ from ..config.schema import Config
 from .packing import Pack
 from .policy import Policy
 
+REFERENCE_PACK = 4
+"""Tokens of a pack of the reference for each one of train.max_tokens_per_pack."""
+
 
 class Reference(Protocol):
     """What the policy is kept near to."""

@@ -13,7 +13,6 @@ from pathlib import Path
 import torch
 
 from .. import __version__
-from ..checkpoint.resume import versions
 from ..distributed.ranks import Ranks
 
 FILE = "environment.jsonl"
@@ -55,3 +54,8 @@ def record_start(directory: Path, ranks: Ranks, first_step: int, dtype: torch.dt
              "dtype": str(dtype).removeprefix("torch."), "versions": used}  # fmt: skip
     with (directory / FILE).open("a") as file:
         file.write(json.dumps(start) + "\n")
+
+
+def versions() -> dict[str, str]:
+    """Versions of what the numbers depend on."""
+    return {name: metadata.version(name) for name in ("torch", "transformers", "peft", "accelerate")}

@@ -16,9 +16,10 @@ from torch import Tensor
 
 from ..config.parse import redacted
 from ..config.schema import Config
+from ..config.values import flat
 from ..distributed.ranks import resolve_dtype
-from ..report.shaping import answer_of, flat
 from ..rewards.registry import answer_reader
+from ..text.plain import answer_of
 from ..types import Batch
 from .alarms import Alarm, Alarms, Metrics, rules_for
 from .json_lines import read_json_lines

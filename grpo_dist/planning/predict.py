@@ -16,12 +16,11 @@ from ..distributed.ranks import DTYPES
 from ..model import attention
 from ..model.load import packing_obstacle, trainable
 from ..model.packing import Piece, plan
-from ..model.reference import needs_copy
+from ..model.reference import REFERENCE_PACK, needs_copy
 from ..rollout.native.cache import SLOT_CHUNK
 from ..rollout.native.engine import COPIED_PROMPT
 from ..rollout.native.kernel import MERGED
 from ..rollout.room import LOGIT_BYTES, ON_CPU, fitting
-from ..trainer.work import REFERENCE_PACK
 from .memory import Flight, MemoryInputs, ModelCounts, Part, Passes, memory_per_rank, slots_held
 from .tracing import Precision, Shape, build_policy, count, reward_model_bytes, trace_passes
 

@@ -11,7 +11,6 @@ import numpy as np
 
 from ..checkpoint.resume import resume_path, with_template_date
 from ..checkpoint.store import DamagedCheckpoint
-from ..cli.score import to_items
 from ..config.schema import Config, ModelConfig, RewardConfig
 from ..data.mixture import load_training
 from ..data.prompts import load_prompts
@@ -19,6 +18,7 @@ from ..model.checks import require_whole_model
 from ..model.load import attention_for, check_model_config, load_model_config, load_tokenizer, model_path, try_blank
 from ..rewards.pool.pool import ScorerPool
 from ..rewards.registry import BUILT_IN, answer_checks, declared_placement
+from ..rewards.scores import to_items
 from ..text.plain import plain
 from ..types import Prompt
 from .findings import Findings

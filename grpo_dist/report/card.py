@@ -11,9 +11,9 @@ from typing import Any, Literal
 import yaml
 
 from .. import __version__
-from ..checkpoint.resume import versions
 from ..config.parse import flat
 from ..config.schema import Config
+from ..monitoring.machine import versions
 from ..text.plain import plain
 
 _ROWS = 9

@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from ..config.schema import Config
+from ..config.values import flat
 from .embedding import encoded, harmless
 from .reading import FIELDS, Completions, Written, read_completions, read_run
-from .shaping import OTHER, HeatMap, answer_map, change, curves, flat, is_number, number_map, run_names, variants
+from .shaping import OTHER, HeatMap, answer_map, change, curves, is_number, number_map, run_names, variants
 
 MOST_COMPLETION_BYTES = 12_000_000
 MOST_CURVE_NUMBERS = 300_000

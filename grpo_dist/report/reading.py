@@ -13,10 +13,12 @@ import pyarrow.parquet as pq
 import yaml
 
 from ..config.schema import RewardConfig
+from ..config.values import flat
 from ..monitoring.json_lines import read_json_lines
 from ..rewards.registry import BUILT_IN, answer_reader
+from ..text.plain import answer_of
 from .embedding import cut, encoded, harmless
-from .shaping import agreement, answer_of, by_lot, flat, spread
+from .shaping import agreement, by_lot, spread
 
 MOST_STEPS_READ = 200
 """Steps whose completions are looked at; a longer run's are taken evenly spaced."""

@@ -7,11 +7,10 @@ import math
 import os
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-MOST_LABEL_CHARACTERS = 60
 TIMES = 6
 """Parts of a run in which an answer can be frequent."""
 OTHER, UNSCORED = "all others", "unscored"
@@ -53,16 +52,6 @@ def change(values: Sequence[float]) -> Change | None:
                  for part, mean in zip(parts, means, strict=True)]  # fmt: skip
     error = math.sqrt(sum(variances) / window)
     return Change(means[0], means[1], window, abs(means[1] - means[0]) > 2 * error)
-
-
-def flat(config: Any, name: str = "") -> dict[str, Any]:
-    """Return a nested config by dotted names; lists of mappings get their numbers as names."""
-    if isinstance(config, list) and any(isinstance(each, dict) for each in config):
-        config = dict(enumerate(config))
-    if not isinstance(config, dict) or not config:
-        return {name: config}
-    return {key: value for part, below in config.items()
-            for key, value in flat(below, f"{name}.{part}" if name else str(part)).items()}  # fmt: skip
 
 
 def variants(configs: Sequence[dict[str, Any]]) -> list[int]:
@@ -120,13 +109,6 @@ def columns(steps: Sequence[int], most: int) -> list[tuple[int, int]]:
     count = min(len(steps), most)
     ends = [len(steps) * place // count for place in range(count + 1)] if count else []
     return [(steps[start], steps[end - 1]) for start, end in itertools.pairwise(ends)]
-
-
-def answer_of(text: str, read: Callable[[str], str | None] | None) -> str:
-    """Return the answer that a completion gives, or where none can be read the start of its text, on one line."""
-    answer = read(text) if read is not None else None
-    words = " ".join((text[: 4 * MOST_LABEL_CHARACTERS] if answer is None else answer).split())
-    return words if len(words) <= MOST_LABEL_CHARACTERS else words[: MOST_LABEL_CHARACTERS - 1] + "…"
 
 
 def answer_map(counts: Sequence[Counter[str]], steps: Sequence[int], most_rows: int, most_columns: int) -> HeatMap:

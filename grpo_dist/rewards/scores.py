@@ -5,9 +5,14 @@ Pure data and one pure function; n completions and R rewards throughout.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ..types import Prompt
+
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -91,3 +96,12 @@ def combine(values: NDArray[np.float64], failed: NDArray[np.bool_], weights: Seq
         applies |= present
     total[~applies | failed[:, counted].any(axis=1)] = np.nan
     return total
+
+
+def to_items(pairs: Sequence[tuple[Prompt, str]], tokenizer: Any) -> list[Item]:
+    """Return prompts with completions as what is handed to the rewards."""
+    encoded = tokenizer([text for _, text in pairs], add_special_tokens=False)["input_ids"]
+    return [
+        Item(prompt.messages or prompt.text, text, ids, prompt.columns)
+        for (prompt, text), ids in zip(pairs, encoded, strict=True)
+    ]

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TextIO
+
+MOST_LABEL_CHARACTERS = 60
 
 
 def plain(text: str, most_characters: int) -> str:
@@ -26,3 +29,10 @@ def write_lines(text: str, stream: TextIO) -> None:
     """Write a text and its end of line in one call: `print` makes two, and other ranks may write between them."""
     stream.write(f"{text}\n")
     stream.flush()
+
+
+def answer_of(text: str, read: Callable[[str], str | None] | None) -> str:
+    """Return the answer that a completion gives, or where none can be read the start of its text, on one line."""
+    answer = read(text) if read is not None else None
+    words = " ".join((text[: 4 * MOST_LABEL_CHARACTERS] if answer is None else answer).split())
+    return words if len(words) <= MOST_LABEL_CHARACTERS else words[: MOST_LABEL_CHARACTERS - 1] + "…"

@@ -21,7 +21,7 @@ from ..algorithm.targets import has_reference
 from ..checkpoint import store as checkpoint
 from ..checkpoint.guards import BadUpdates, lock, warn_of_slow_save
 from ..checkpoint.reopening import check_final, probe
-from ..checkpoint.resume import changes, identity, require_same_start, resume_path, versions, with_template_date
+from ..checkpoint.resume import changes, identity, require_same_start, resume_path, with_template_date
 from ..checkpoint.state import Position
 from ..config.parse import redacted
 from ..config.schema import Config, RolloutConfig
@@ -51,7 +51,7 @@ from ..model.reference import AdaptersOff, FrozenCopy, Reference, needs_copy
 from ..model.rollout_weights import RolloutModel
 from ..monitoring.alarms import Metrics
 from ..monitoring.console import Display
-from ..monitoring.machine import record_start
+from ..monitoring.machine import record_start, versions
 from ..monitoring.metrics import Clock, read_history
 from ..monitoring.recorder import Recorder
 from ..monitoring.trackers import require_known

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import torch
 
-from ..cli.check import dry_run
 from ..config.parse import DRY_RUN, parse_config
 from ..config.schema import Config
 from ..distributed.ranks import PhaseError
@@ -19,6 +18,7 @@ from ..distributed.rendezvous import LaunchError, is_of_one_rank
 from ..distributed.watch import Interrupted
 from ..model.checks import UnfitModel
 from ..monitoring.console import set_up_logging
+from ..preflight.look import dry_run
 from ..report.page import write_report
 from ..text.plain import plain_lines, write_lines
 from .build import Run, UserError

@@ -11,11 +11,9 @@ from torch import Tensor
 from ..algorithm.losses import token_weights
 from ..algorithm.targets import Targets, computed, included, minibatch_of, needs_measuring, reference_in_loss
 from ..model.packing import Pack, make_pack, plan
+from ..model.reference import REFERENCE_PACK
 from ..types import Batch, Measured
 from .build import Run
-
-REFERENCE_PACK = 4
-"""Tokens of a pack of the reference for each one of train.max_tokens_per_pack."""
 
 
 @dataclass

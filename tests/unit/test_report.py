@@ -18,27 +18,26 @@ from hypothesis import strategies as st
 from runs_on_disk import write_run
 
 from grpo_dist.cli.main import main
+from grpo_dist.config.values import flat
 from grpo_dist.report.embedding import UNSEEN, cut, encoded, harmless, visible
 from grpo_dist.report.page import render, write_report
 from grpo_dist.report.reading import FIELDS, read_completions, read_run
 from grpo_dist.report.shaping import (
-    MOST_LABEL_CHARACTERS,
     OTHER,
     UNSCORED,
     agreement,
     answer_map,
-    answer_of,
     by_lot,
     change,
     columns,
     curves,
-    flat,
     number_map,
     round_width,
     run_names,
     spread,
     variants,
 )
+from grpo_dist.text.plain import MOST_LABEL_CHARACTERS, answer_of
 
 HOSTILE = "</script><script>alert(1)</script><!--\x00\x1b[31mred\x1b[0m\u202eevil\u2066\u2028\u2029\ud800\ufeff"
 NUMBERS = st.floats(-1e6, 1e6)
