@@ -7,6 +7,6 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 export GRPO_DIST_VENV=$PWD/.venv-lowest GRPO_DIST_PINS=constraints-lowest.txt PIP_NO_COMPILE=1
 if (($#)); then exec launch/test.sh "$@"; fi
-launch/test.sh tests/unit/test_{adapters,data,model_checks,models,own_attention,probe,rollout_model}.py \
+launch/test.sh tests/unit/model/test_lora.py tests/unit/data/test_prompts.py tests/unit/model/test_checks.py tests/unit/model/test_load.py tests/unit/rollout/test_own_attention.py tests/unit/rollout/test_probe.py tests/unit/model/test_rollout_weights.py \
   'tests/distributed/test_invariance.py::test_same_tokens_and_weights[zero2-2]'
 exec launch/quickstart.sh --train.output_dir runs/lowest --train.num_train_steps 2

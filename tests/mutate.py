@@ -1,8 +1,8 @@
 """Does a test fail for every small change of the pure modules? Changes them one at a time, and runs their tests.
 
     python tests/mutate.py                        # all of MODULES: an hour or two on two cores
-    python tests/mutate.py losses kl              # some of them
-    python tests/mutate.py packing --line 152     # one line
+    python tests/mutate.py algorithm/losses             # some of them
+    python tests/mutate.py model/packing --line 152    # one line
 
 A change swaps an operator, a comparison, a constant, the arguments of a choice or the truth of a condition. Survivors
 are printed as `module:line: before -> after`; those that change nothing that can be seen are listed in EQUIVALENT. The
@@ -30,18 +30,29 @@ import transformers  # noqa: F401
 
 ROOT = Path(__file__).parents[1]
 MODULES = {
-    "advantages": ["advantages", "algorithm"], "losses": ["losses", "trl_equality"], "kl": ["losses", "trl_equality"],
-    "ratios": ["algorithm", "losses"], "schedule": ["schedule"], "estimates": ["estimates"],
-    "packing": ["packing"], "batch": ["batch", "gathering"], "attention": ["packing"],
-    "logprobs": ["logprobs"], "rollout/sampling": ["sampling"], "hashing": ["sampling", "dropout"],
-    "dropout": ["dropout"], "adapters": ["adapters", "dropout"], "algorithm": ["algorithm"], "contrast": ["estimates"],
-    "gathering": ["gathering"],
-}  # fmt: skip
-"""Modules of the package, and the files `tests/unit/test_NAME.py` that say what they do."""
+    "algorithm/advantages": ["advantages", "targets"],
+    "algorithm/losses": ["losses", "trl_equality"],
+    "algorithm/kl": ["losses", "trl_equality"],
+    "algorithm/ratios": ["targets", "losses"],
+    "algorithm/schedule": ["schedule"],
+    "algorithm/estimates": ["estimates"],
+    "model/packing": ["packing"],
+    "types": ["batch", "gathering"],
+    "model/attention": ["packing"],
+    "model/logprobs": ["logprobs"],
+    "rollout/sampling": ["sampling"],
+    "algorithm/hashing": ["sampling", "dropout"],
+    "model/dropout": ["dropout"],
+    "model/lora": ["lora", "dropout"],
+    "algorithm/targets": ["targets"],
+    "monitoring/contrast": ["estimates"],
+    "trainer/gathering": ["gathering"],
+}
+"""Modules of the package, and the files `test_NAME.py` of tests/unit that say what they do."""
 EQUIVALENT = {
-    "advantages": ["stds > 1e-12 * means.abs().clamp(min=1) -> stds >= 1e-12 * means.abs().clamp(min=1)"],
-    "logprobs": ["CHUNK_ELEMENTS = 1 << 24", "-1 -> 1", "3 -> 4"],
-    "losses": ["temperature[advantages > 0]"],
+    "algorithm/advantages": ["stds > 1e-12 * means.abs().clamp(min=1) -> stds >= 1e-12 * means.abs().clamp(min=1)"],
+    "model/logprobs": ["CHUNK_ELEMENTS = 1 << 24", "-1 -> 1", "3 -> 4"],
+    "algorithm/losses": ["temperature[advantages > 0]"],
 }
 """Changes that no test can see, by module: as `before -> after`, or all those of lines that begin so."""
 SWAPS: dict[type, type] = {
@@ -103,7 +114,11 @@ def survives(copy_of: Path, module: Path, text: str, seconds: float) -> bool:
     original = module.read_text()
     module.write_text(text)
     name = str(module.relative_to(copy_of / "grpo_dist")).removesuffix(".py")
-    tests = [f"tests/unit/test_{each}.py" for each in MODULES[name]]
+    tests = [
+        str(path.relative_to(copy_of))
+        for each in MODULES[name]
+        for path in copy_of.glob(f"tests/unit/**/test_{each}.py")
+    ]
     child = os.fork()
     if child == 0:
         os.chdir(copy_of)

@@ -79,7 +79,7 @@ def test_rows_that_end_at_any_time_change_nothing() -> None:
 def test_pages_draw_what_the_cpu_draws(part: int, simulated: bool) -> None:
     """In float32 the completions of the engine without pages; in bfloat16 captured is eager."""
     if simulated:
-        pytest.skip("Triton needs the device; tests/unit/test_triton.py runs its kernels without one")
+        pytest.skip("Triton needs the device; tests/unit/rollout/test_triton.py runs its kernels without one")
     for seed in range(part, NUM_CASES, PARTS):
         case = make_case(seed)
         case["options"] = {"step_of": [fused_step, module_step][seed // PARTS % 2], "pages": True}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from small_models import base  # noqa: F401  (a fixture for all)
 
 from grpo_dist.rollout.native.compiled import CannotCompile, library
 from grpo_dist.rollout.native.kernel import SOURCE

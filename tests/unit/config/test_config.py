@@ -142,7 +142,7 @@ def test_nothing_heavy_is_imported() -> None:
     code = ("import sys, grpo_dist.config.parse as c; c.parse_config([]); "
             f"print([m for m in {heavy} if m in sys.modules])")  # fmt: skip
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True,
-                          cwd=Path(__file__).parents[2])  # fmt: skip
+                          cwd=Path(__file__).parents[3])  # fmt: skip
     assert done.stdout.strip() == "[]"
 
 

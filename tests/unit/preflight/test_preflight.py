@@ -13,11 +13,11 @@ import torch
 from grpo_dist.checkpoint import store as checkpoint
 from grpo_dist.checkpoint.resume import identity
 from grpo_dist.checkpoint.state import Position
-from grpo_dist.cli.check import dry_run
 from grpo_dist.cli.main import main
 from grpo_dist.config.parse import parse_config
 from grpo_dist.preflight.contents import read_contents
 from grpo_dist.preflight.findings import Findings
+from grpo_dist.preflight.look import dry_run
 from grpo_dist.preflight.options import COMMAND_LINE, read_options
 from grpo_dist.preflight.trackers import Service, unreachable
 from grpo_dist.text.plain import plain, plain_lines

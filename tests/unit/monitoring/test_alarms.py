@@ -120,7 +120,7 @@ def test_bounds_on_rounding_are_the_dtypes(dtype: str, gap: float, kl: float) ->
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.name)
 def test_the_page_says_what_to_do(rule: Rule) -> None:
-    page = (Path(__file__).parents[2] / PAGE).read_text()
+    page = (Path(__file__).parents[3] / PAGE).read_text()
     assert re.search(rf"^### {rule.name}\n\n\S", page, re.M)
     assert f"`{rule.metric}`" in page
 

@@ -124,7 +124,7 @@ def test_completion_in_bash(tmp_path: Path) -> None:
     file = tmp_path / "complete.bash"
     file.write_text("\n".join([script("bash"), COMPLETE, *lines]))
     done = subprocess.run(["bash", "--norc", str(file)], capture_output=True, text=True, timeout=60, check=True,
-                          cwd=Path(__file__).parents[2])  # fmt: skip
+                          cwd=Path(__file__).parents[3])  # fmt: skip
     assert not done.stderr
     for words, answer in zip(CASES, done.stdout.splitlines(), strict=True):
         assert set(answer.split()) == CASES[words], words

@@ -11,7 +11,7 @@ import pytest
 
 from grpo_dist.cli.main import VERBS, main, make_parser
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 USES = {
     "help": (["--help"], 0, "score"),
     "help of a verb": (["score", "--help"], 0, "--completions"),

@@ -439,7 +439,7 @@ def test_workers_die_with_their_parent(directory: Path) -> None:
         "print(int(pool.score([Item('?', 'print', [])]).values[0, 0]), flush=True)\n"
         "pool.submit([Item('?', 'hang', [])]); time.sleep(0.2); os.kill(os.getpid(), signal.SIGKILL)\n"
     )
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[3])}
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert "printed by a reward\nwritten by a reward" in done.stderr

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from test_models import LORA, base, logits, make_moved, make_policy  # noqa: F401  (base is a fixture)
+from small_models import LORA, logits, make_moved, make_policy
 from transformers import AutoModelForCausalLM
 
 from grpo_dist.checkpoint import store as checkpoint
@@ -50,7 +50,7 @@ def leave_behind(
 
 @pytest.mark.parametrize("place", ["final", "checkpoints/step_1"])
 @pytest.mark.parametrize("lora", [LORA, None], ids=["lora", "full"])
-def test_it_computes_what_was_trained(lora: LoraConfig | None, place: str, base: ModelConfig, tmp_path: Path) -> None:  # noqa: F811
+def test_it_computes_what_was_trained(lora: LoraConfig | None, place: str, base: ModelConfig, tmp_path: Path) -> None:
     policy = make_policy(base, lora)
     leave_behind(tmp_path / "run", base, policy, lora)
     trained = find(tmp_path / "run" / place)
@@ -64,7 +64,7 @@ def test_it_computes_what_was_trained(lora: LoraConfig | None, place: str, base:
     assert tied == load_model_config(base).tie_word_embeddings
 
 
-def test_the_base_is_loaded_in_the_dtype_it_was_trained_in(base: ModelConfig, tmp_path: Path) -> None:  # noqa: F811
+def test_the_base_is_loaded_in_the_dtype_it_was_trained_in(base: ModelConfig, tmp_path: Path) -> None:
     policy = make_moved(base, torch.bfloat16, 1e-6)
     leave_behind(tmp_path / "run", base, policy, LORA)
     assert load_model_config(ModelConfig(name=str(tmp_path / "run" / "final"))).dtype == torch.float32
@@ -79,7 +79,7 @@ def test_the_base_is_loaded_in_the_dtype_it_was_trained_in(base: ModelConfig, tm
     assert torch.equal(adapted(x), same(x)) and not torch.equal(adapted(x), adapted.get_base_layer()(x))
 
 
-def test_a_critic_stays_behind(base: ModelConfig, tmp_path: Path) -> None:  # noqa: F811
+def test_a_critic_stays_behind(base: ModelConfig, tmp_path: Path) -> None:
     policy = load_policy(base, LORA, torch.bfloat16, attention.NAME, 1.0, 0, has_critic=True).eval()
     leave_behind(tmp_path / "run", base, policy, LORA, critic=True)
     loaded, _ = load(find(tmp_path / "run" / "checkpoints" / "step_1"))
@@ -87,7 +87,7 @@ def test_a_critic_stays_behind(base: ModelConfig, tmp_path: Path) -> None:  # no
     assert write_merged(find(tmp_path / "run" / "checkpoints" / "step_1"), tmp_path / "out", None, "5GB")[1] == 5e-2
 
 
-def test_another_base_is_refused(base: ModelConfig, tmp_path: Path) -> None:  # noqa: F811
+def test_another_base_is_refused(base: ModelConfig, tmp_path: Path) -> None:
     leave_behind(tmp_path / "run", base, make_policy(base, LORA), LORA)
     trained = find(tmp_path / "run" / "checkpoints" / "step_1")
     trained.config["model"]["name"] = "toy"
@@ -96,7 +96,7 @@ def test_another_base_is_refused(base: ModelConfig, tmp_path: Path) -> None:  # 
 
 
 @pytest.mark.parametrize("target", ["embed_tokens", "lm_head"])
-def test_adapters_that_could_not_be_merged(target: str, base: ModelConfig) -> None:  # noqa: F811
+def test_adapters_that_could_not_be_merged(target: str, base: ModelConfig) -> None:
     lora = LoraConfig(r=2, target_modules=["q_proj", target])
     if target == "lm_head" and not load_model_config(base).tie_word_embeddings:
         load_policy(base, lora, torch.float32, None, 1.0, 0)
@@ -105,7 +105,7 @@ def test_adapters_that_could_not_be_merged(target: str, base: ModelConfig) -> No
             load_policy(base, lora, torch.float32, None, 1.0, 0)
 
 
-def test_files_that_differ_are_noticed(base: ModelConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+def test_files_that_differ_are_noticed(base: ModelConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     policy = make_policy(base, None)
     state = {name: p.detach().clone() for name, p in policy.causal_lm.named_parameters()}
     monkeypatch.setattr("grpo_dist.model.export._tensors", lambda directory: [torch.zeros(3)])

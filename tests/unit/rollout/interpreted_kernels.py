@@ -1,6 +1,6 @@
 """The Triton kernels in Triton's interpreter, against plain torch; largest differences as JSON.
 
-TRITON_INTERPRET=1 python tests/unit/interpreted_kernels.py
+TRITON_INTERPRET=1 python tests/unit/rollout/interpreted_kernels.py
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ import pytest
 from grpo_dist.model import toy, toy_carry
 from grpo_dist.model.toy_training import MAX_MODEL_BYTES, Task, evaluate, last_integer, make_tokenizer
 
-DATA = Path(__file__).parents[2] / "configs" / "data"
+DATA = Path(__file__).parents[3] / "configs" / "data"
 COLUMN = re.compile(r"(\d)\+(\d)\+(\d)=(\d\d)")
 
 
@@ -189,7 +189,7 @@ def test_shipped_model_adds_columns_and_forgets_carries() -> None:
 
 def test_a_missing_model_names_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(toy, "__file__", str(tmp_path / "toy.py"))
-    with pytest.raises(FileNotFoundError, match=r"python -m grpo_dist\.toy"):
+    with pytest.raises(FileNotFoundError, match=r"python -m grpo_dist\.model\.toy"):
         toy.toy_path()
 
 

@@ -9,14 +9,13 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from small_models import IDS, LORA, logits, make_moved, make_policy, make_tokenizer
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast, Qwen2Config
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from grpo_dist.checkpoint.reopening import check_final, divergence, probe, rounding_kl
 from grpo_dist.config.schema import LoraConfig, ModelConfig
 from grpo_dist.model import attention
-from grpo_dist.model.attention import block_layout
 from grpo_dist.model.export import choose_dtype, kept_shares, merged_state, save_final
 from grpo_dist.model.load import (
     Policy,
@@ -31,59 +30,10 @@ from grpo_dist.model.packing import Pack, Piece, make_pack
 from grpo_dist.model.reference import AdaptersOff, FrozenCopy
 from grpo_dist.types import Batch, Prompt
 
-IDS = torch.tensor([5, 9, 33, 60, 7, 12, 80, 41])
-LORA = LoraConfig(r=3, alpha=6.0)
-
-
-def make_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a byte, an end token, and no padding token."""
-    vocabulary = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "<end>"]
-    backend = Tokenizer(models.BPE(vocab={token: n for n, token in enumerate(vocabulary)}, merges=[]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<end>")
-
-
-@pytest.fixture(scope="module", params=[False, True], ids=["untied", "tied"])
-def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> ModelConfig:
-    """A small random Qwen2 on the disk, with tied embeddings and without, and several end tokens."""
-    path = tmp_path_factory.mktemp("base")
-    config = Qwen2Config(
-        vocab_size=257, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=128, tie_word_embeddings=request.param, eos_token_id=250,
-        bos_token_id=None,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn(parameter.shape) * 0.1)
-    model.generation_config = GenerationConfig(eos_token_id=[256, 7, 9])
-    model.save_pretrained(path)
-    make_tokenizer().save_pretrained(path)
-    return ModelConfig(name=str(path))
-
-
-def make_policy(base: ModelConfig, lora: LoraConfig | None) -> Policy:
-    """A policy that training has moved away from its base."""
-    policy = load_policy(base, lora, torch.float32, attention.NAME, 1.0, seed=0)
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for parameter in trainable(policy).values():
-            parameter.add_(torch.randn(parameter.shape) * 0.1)
-    return policy.eval()
-
 
 def make_copy(base: ModelConfig, dtype: torch.dtype = torch.float32) -> FrozenCopy:
     """The base in weights of its own."""
     return FrozenCopy(load_causal_lm(base, dtype, attention.NAME), 1.0)
-
-
-@torch.no_grad()
-def logits(model: nn.Module, shared: bool = True) -> Tensor:
-    """Logits of one fixed sequence; `shared` for a model with the package's attention."""
-    layout = {"layout": block_layout([(len(IDS), [])])} if shared else {}
-    return model(input_ids=IDS[None], position_ids=torch.arange(len(IDS))[None], use_cache=False, **layout).logits[0]
 
 
 def make_pack_of_two() -> Pack:
@@ -177,16 +127,6 @@ def test_a_bfloat16_policy_is_merged_in_float32(base: ModelConfig, tmp_path: Pat
     assert float((logits(final, shared=False).float() - logits(policy.causal_lm).float()).abs().max()) < 0.3
 
 
-def make_moved(base: ModelConfig, dtype: torch.dtype, moved: float) -> Policy:
-    """A policy whose adapters have learned: every entry of B has moved so far."""
-    policy = load_policy(base, LORA, dtype, attention.NAME, 1.0, 0).eval()
-    torch.manual_seed(1)
-    for name, parameter in trainable(policy).items():
-        if "lora_B" in name:
-            parameter.data.add_(torch.randn(parameter.shape).sign() * moved)
-    return policy
-
-
 @pytest.mark.parametrize("moved", [1e-6, 1e-5])
 def test_a_small_update_is_written_in_float32(moved: float, base: ModelConfig, tmp_path: Path) -> None:
     policy = make_moved(base, torch.bfloat16, 0.0)
@@ -244,10 +184,11 @@ def test_the_model_that_is_written_is_compared_with_the_policy(
     check_final(tmp_path / "final", probe(load_causal_lm(base, dtype, None)), dtype, trust_remote_code=False)
     (tmp_path / "final" / "model.safetensors").write_bytes(b"damaged")
     check_final(tmp_path / "final", probe(policy.causal_lm), dtype, trust_remote_code=False)
-    assert [(line.levelname, line.message.split(": ")[1].split(",")[0]) for line in caplog.records[:2]] == [
+    said = [line for line in caplog.records if line.name == "grpo_dist.checkpoint.reopening"]
+    assert [(line.levelname, line.message.split(": ")[1].split(",")[0]) for line in said[:2]] == [
         ("INFO", "reopened"), ("WARNING", "reopened"),
     ]  # fmt: skip
-    assert caplog.records[2].levelname == "WARNING" and "cannot be opened" in caplog.records[2].message
+    assert said[2].levelname == "WARNING" and "cannot be opened" in said[2].message
 
 
 def test_log_probabilities_are_at_the_temperature(base: ModelConfig) -> None:

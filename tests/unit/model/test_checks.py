@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_models import make_tokenizer
+from small_models import make_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from grpo_dist.config.schema import LoraConfig, ModelConfig
