@@ -40,7 +40,7 @@ from grpo_dist.model.toy import toy_path
 from grpo_dist.preflight.contents import read_contents
 from grpo_dist.preflight.findings import Findings
 from grpo_dist.train import train
-from grpo_dist.trainer.build import Run, UserError
+from grpo_dist.trainer.build import UserError, build, close
 
 HEAD = """# Which models train
 
@@ -182,11 +182,11 @@ def _trained(config: Config) -> list[str]:
     handler, logger = logging.StreamHandler(log), logging.getLogger("grpo_dist")
     logger.addHandler(handler)
     try:
-        run = Run(config)
+        parts, state = build(config)
         try:
-            train(run)
+            train(parts, state)
         finally:
-            run.close(all_ranks=True)
+            close(parts, all_ranks=True)
     finally:
         logger.removeHandler(handler)
     return log.getvalue().splitlines()

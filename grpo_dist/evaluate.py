@@ -47,14 +47,14 @@ from .monitoring.console import set_up_logging
 from .monitoring.metrics import is_right
 from .rewards.pool.pool import ScorerPool
 from .rewards.registry import answer_checks, answer_reader
-from .rollout import Sampling
 from .rollout.choose import UnfitEngine, make_engine
 from .rollout.own_attention import settle_attention
+from .rollout.sampling import sampling_of
 from .text.plain import plain_lines, write_lines
 from .text.templates import today, uses_date
 from .text.tokens import CompletionTexts
 from .trainer.gathering import gather_completions, gather_scores
-from .trainer.generation import Scoring, generate_and_score, requests_of
+from .trainer.scoring import Scoring, generate_and_score, requests_of
 from .types import Batch, Prompt
 
 _PROMPTS_A_PART = 64  # a part is the same whatever the number of ranks
@@ -148,7 +148,7 @@ class Evaluation:
         rollout, seed = self.config.rollout, self.config.train.seed
         drawn = ranks.share(len(prompts) * self.num_samples)
         requests = requests_of(prompts, self.num_samples, drawn, seed, "evaluate", first=start)
-        sampling = Sampling(rollout.temperature, rollout.top_p, rollout.top_k, rollout.min_p)
+        sampling = sampling_of(rollout)
         with ranks.together("sampling"):
             scoring = Scoring(self.scorer, prompts, self.num_samples, drawn, self.texts_of)
             completions = generate_and_score(self.engine, self.model, requests, sampling, scoring)

@@ -17,103 +17,95 @@ from __future__ import annotations
 import sys
 import time
 
-from torch import Tensor
-
+from .algorithm.hashing import stream_key
 from .algorithm.losses import policy_loss, value_loss
 from .algorithm.ratios import rollout_weights
-from .algorithm.targets import next_kl_coeff, objective_of, penalty_metrics, targets_of
-from .checkpoint.state import Position
-from .monitoring.metrics import UpdateMetrics, batch_metrics, pass_rates, update_metrics
-from .trainer.batches import batch_of
-from .trainer.build import Run
+from .algorithm.schedule import learning_rate
+from .algorithm.targets import needs_old_policy, next_kl_coeff, objective_of, with_advantages
+from .checkpoint.state import TrainState
+from .monitoring.alarms import Metrics
+from .monitoring.metrics import UpdateMetrics, pass_rates
+from .trainer.collect import collect, with_reference
 from .trainer.ending import main
 from .trainer.evaluation import evaluate
-from .trainer.work import Work, aim, measure, pack_batch
+from .trainer.packs import Minibatch, pack_minibatches, remaining_minibatches, tokens_of, with_old_policy
+from .trainer.parts import Parts
+from .trainer.record import is_due, record, write
+from .trainer.saving import save_checkpoint, save_model
 from .types import Batch
 
 
-def train(run: Run) -> None:
-    """Train the run's policy and leave everything in train.output_dir. Raises Interrupted at safe points."""
-    config = run.config
-    if run.position.is_start:
-        run.write({"step": 0, **evaluate(run, 0)})
-    for step in run.steps():
-        start, position = time.perf_counter(), run.position
-        batch, facts = batch_of(run, step)
-        minibatches = pack_batch(run, batch, step)
-        with run.phase("reference"):
-            measured = measure(run, minibatches, batch)
-        targets = targets_of(config.at(step), batch, measured, position.kl_coeff)
-        aim(minibatches, targets)
-        with run.phase("update"):
-            while minibatches and position.updates < config.train.updates_per_batch * len(minibatches):
-                found = update(run, minibatches[position.updates % len(minibatches)], step)
-                run.first_update.check(found)
-                skipped = run.bad_updates.judge(step + 1, found["grad_norm"], batch, targets.advantages)
-                position.add(batch, measured, facts, found | {"update/skipped": float(skipped)})
-        with run.phase("sync"):
-            run.rollout_model.sync()
-        metrics = batch_metrics(batch, targets.advantages, run.reward_names) | facts | update_metrics(position.metrics)
-        metrics |= penalty_metrics(config, batch, measured)
-        record(run, step, batch, targets.advantages, metrics, time.perf_counter() - start)
-    run.save_final()
+def train(parts: Parts, state: TrainState) -> None:
+    """Train the policy and leave everything in train.output_dir. Raises Interrupted at safe points."""
+    if state.is_start:
+        write(parts, {"step": 0, **evaluate(parts, state, 0)})
+    while state.step < parts.config.train.num_train_steps:
+        train_step(parts, state)
+    save_model(parts, state)
 
 
-def update(run: Run, work: list[Work], step: int) -> dict[str, float]:
+def train_step(parts: Parts, state: TrainState) -> Metrics:
+    """One step, from prompts to a trained policy; returns its metrics."""
+    config, start = parts.config, time.perf_counter()
+    reward_weights = config.weights_at(state.step)
+    batch = state.batch or collect(parts, state)  # prompts, completions, rewards: the same on every rank
+    batch = with_reference(parts, batch)
+    if not needs_old_policy(config):
+        batch = with_advantages(config, batch, reward_weights, state.kl_coeff)
+    minibatches = pack_minibatches(parts, batch)  # this rank's share of what teaches anything
+    batch = with_old_policy(parts, batch, minibatches)
+    if needs_old_policy(config):
+        batch = with_advantages(config, batch, reward_weights, state.kl_coeff)
+    with parts.phase("update"):
+        for minibatch in remaining_minibatches(config, state, minibatches):
+            metrics = update(parts, state, batch, minibatch)
+            state.after_update(batch, metrics)  # a checkpoint may fall between any two
+    with parts.phase("sync"):
+        parts.rollout_model.sync()
+    step_metrics = record(parts, state, batch, time.perf_counter() - start)
+    kl_coeff = next_kl_coeff(config.loss, state.kl_coeff, step_metrics["kl"])
+    state.after_step(kl_coeff, pass_rates(batch, reward_weights))
+    if is_due(config.train.save_every, state.step, config.train.num_train_steps):
+        save_checkpoint(parts, state, may_fail=state.step < config.train.num_train_steps)
+    return step_metrics
+
+
+def update(parts: Parts, state: TrainState, batch: Batch, minibatch: Minibatch) -> dict[str, float]:
     """One optimizer step on a minibatch; returns its metrics."""
-    config, loss_config = run.config, run.config.loss
-    objective = objective_of(loss_config, run.position.kl_coeff)
-    dropout_key = run.dropout_key(step)
-    measured = UpdateMetrics(run.ranks.device)
-    for number, each in enumerate(work, 1):
-        assert each.advantages is not None, "`aim` comes first"
-        last = number == len(work)
-        run.ranks.agree(run.watch.requested)
-        with run.ranks.quiet(run.wrapped, last):
-            logprobs, entropies, values = run.wrapped(each.pack, dropout_key)
-            old = logprobs.detach() if each.old is None else each.old
-            trust = rollout_weights(
-                old, each.sampled, each.pack.sequence, loss_config.importance_correction, loss_config.importance_level,
+    config, loss_config = parts.config, parts.config.loss
+    objective = objective_of(loss_config, state.kl_coeff)
+    dropout_key = stream_key(config.train.seed, "dropout", state.step, state.updates)
+    metrics = UpdateMetrics(parts.ranks.device)
+    for number, each in enumerate(minibatch.packs, 1):
+        is_last = number == len(minibatch.packs)
+        parts.ranks.agree(parts.watch.requested)
+        pack = each.to(parts.ranks.device)
+        tokens = tokens_of(config, batch, minibatch, each, parts.ranks.device)
+        with parts.ranks.no_sync(parts.wrapped, is_last):
+            logprobs, entropies, values = parts.wrapped(pack, dropout_key)
+            old = logprobs.detach() if tokens.old is None else tokens.old
+            importance = rollout_weights(
+                old, tokens.sampled, pack.sequence, loss_config.importance_correction, loss_config.importance_level,
                 loss_config.importance_low, loss_config.importance_high,
             )  # fmt: skip
-            loss = policy_loss(objective, logprobs, entropies, old, each.reference, each.advantages * trust,
-                               each.weights, each.pack.sequence)  # fmt: skip
+            loss = policy_loss(objective, logprobs, entropies, old, tokens.reference, tokens.advantages * importance,
+                               tokens.weights, pack.sequence)  # fmt: skip
             total, means = loss.total, {"entropy": entropies}
             if values is not None:
-                assert each.values is not None and each.returns is not None, "`measure` and `aim` come first"
-                errors = value_loss(values, each.values, each.returns, each.weights, config.critic.clip)
+                assert tokens.values is not None and tokens.returns is not None, "a critic has an old policy"
+                errors = value_loss(values, tokens.values, tokens.returns, tokens.weights, config.critic.clip)
                 total = total + config.critic.loss_coeff * errors
-                means |= {"value/mean": values, "value/error": (values - each.returns) ** 2}
+                means |= {"value/mean": values, "value/error": (values - tokens.returns) ** 2}
             if loss_config.importance_correction != "none":
-                means |= {"importance/mean": trust, "importance/masked": trust == 0}
-            run.ranks.backward(run.wrapped, total, last)
-        measured.add(total, loss, old - each.sampled, each.pack.useful, len(each.pack.ids), means)
-    learning_rate = run.learning_rate(step)
-    norm = run.ranks.optimizer_step(run.wrapped, run.optimizer, learning_rate)
-    return measured.reduced(run.ranks) | {"grad_norm": norm, "learning_rate": learning_rate}
-
-
-def record(
-    run: Run, step: int, batch: Batch, advantages: Tensor, metrics: dict[str, float | None], seconds: float
-) -> None:
-    """Write the step down; evaluate and save where they are due."""
-    done, config = step + 1, run.config.train
-    metrics = {"step": done, "epoch": run.sampler.epoch(done), **metrics}
-    metrics |= run.clock.seconds | {"time/step": seconds} | run.memory.metrics()
-    rollout_seconds, tokens = metrics.get("time/rollout"), metrics["tokens/completion"]
-    if rollout_seconds is not None and tokens is not None:  # not where the batch came from a checkpoint
-        metrics["rollout/tokens_per_second"] = tokens / rollout_seconds
-    kl_coeff = next_kl_coeff(run.config.loss, run.position.kl_coeff, metrics)
-    run.clock.seconds = {}
-    last = done == config.num_train_steps
-    if last or (config.eval_every and done % config.eval_every == 0):
-        metrics |= evaluate(run, done)
-    run.write(metrics, batch, advantages)
-    run.display.step(metrics)
-    run.sampler.record(pass_rates(batch, run.config.weights_at(step)))
-    run.position = Position(done, kl_coeff)
-    if last or (config.save_every and done % config.save_every == 0):
-        run.save(may_fail=not last)
+                means |= {"importance/mean": importance, "importance/masked": importance == 0}
+            parts.ranks.backward(parts.wrapped, total, is_last)
+        metrics.add(total, loss, old - tokens.sampled, pack.useful, len(pack.ids), means)
+    rate = learning_rate(state.step, config.train.num_train_steps, config.optim)
+    norm = parts.ranks.optimizer_step(parts.wrapped, parts.optimizer, rate)
+    reduced = metrics.reduced(parts.ranks) | {"grad_norm": norm, "learning_rate": rate}
+    parts.first_update.check(reduced)
+    skipped = parts.bad_updates.is_skipped(state.step + 1, norm, batch)
+    return reduced | {"update/skipped": float(skipped)}
 
 
 if __name__ == "__main__":

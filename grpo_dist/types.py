@@ -48,6 +48,18 @@ class Completion:
 
 
 @dataclass(frozen=True)
+class OldPolicy:
+    """What the policy that opened the batch computes for it: (T,) on the CPU, 0 for tokens that are left out."""
+
+    logprobs: Tensor
+    """Log-probability of each token (nats)."""
+    entropies: Tensor
+    """Entropy of the distribution before each token (nats)."""
+    values: Tensor | None = None
+    """The critic's value of the text before each token."""
+
+
+@dataclass(frozen=True)
 class Batch:
     """The global batch of one step, the same on every rank."""
 
@@ -73,9 +85,15 @@ class Batch:
     """(T, R) float64: rewards where they were given, NaN elsewhere; an outcome reward is its last token's. None where
     all rewards are outcome rewards."""
     scoring: dict[str, float] = field(default_factory=dict)
-    """Metrics of the scoring itself over all ranks: failures, seconds, and what rewards logged."""
+    """Metrics of sampling and scoring over all ranks: rounds, failures, seconds, and what rewards logged."""
     extras: dict[str, list[Any]] = field(default_factory=dict)
     """Columns that rewards logged for the completions' table, N values each, by `REWARD/COLUMN`."""
+    old: OldPolicy | None = None
+    """The policy that opened the batch; None where the loss and the advantages do not depend on it."""
+    advantages: Tensor | None = None
+    """(T,) float64: what each token is pushed by; None until `with_advantages`."""
+    returns: Tensor | None = None
+    """(T,) float64: what the critic is to predict; None without a critic."""
 
     @cached_property
     def starts(self) -> Tensor:
@@ -91,18 +109,6 @@ class Batch:
         """Token ids of completion `n`."""
         start = int(self.starts[n])
         return self.tokens[start : start + int(self.lengths[n])].tolist()
-
-
-@dataclass(frozen=True)
-class Measured:
-    """What the policy that opened the batch makes of it: (T,) on the CPU, 0 for tokens left out."""
-
-    logprobs: Tensor
-    """Log-probability of each token under the policy (nats)."""
-    entropies: Tensor
-    """Entropy of the policy's distribution before each token (nats)."""
-    values: Tensor | None = None
-    """The critic's value of the text before each token."""
 
 
 def join(batches: list[Batch], groups: list[list[int]]) -> Batch:

@@ -6,14 +6,14 @@ Everything here is a function of the global batch, and so the same on every rank
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from ..config.algorithm import LossConfig
 from ..config.schema import Config
-from ..types import Batch, Measured, all_token_rewards, at_last_tokens
+from ..types import Batch, all_token_rewards, at_last_tokens
 from .advantages import (
     discounted_sums,
     generalised_advantages,
@@ -28,18 +28,9 @@ from .kl import adapted_coefficient, kl_estimate
 from .losses import Objective
 
 _SETTLED = "`auto` was settled when the config was made"
-_MEASURED = "measured where anything depends on it"
+_NEEDS_OLD = "the old policy comes before what depends on it"
 ENTROPY_SLACK = 1e-5
 """Entropies (nats) that differ by less are equal: far above float32's rounding, far below what tells tokens apart."""
-
-
-@dataclass(frozen=True)
-class Targets:
-    """What each token is to be pushed towards: (T,) on the CPU."""
-
-    advantages: Tensor
-    returns: Tensor | None
-    """What the critic is to predict."""
 
 
 def has_groups(config: Config) -> bool:
@@ -47,8 +38,8 @@ def has_groups(config: Config) -> bool:
     return config.advantage.baseline in ("mean", "leave_one_out")
 
 
-def needs_measuring(config: Config) -> bool:
-    """Whether advantages depend on the whole batch's log-probabilities, entropies or values."""
+def needs_old_policy(config: Config) -> bool:
+    """Whether advantages depend on the old policy's log-probabilities, entropies or values of the whole batch."""
     return (
         config.advantage.baseline == "critic" or config.loss.kl_in == "reward" or config.loss.top_entropy_quantile < 1
     )
@@ -86,31 +77,35 @@ def included(config: Config, batch: Batch) -> Tensor:
 
 
 def computed(config: Config, batch: Batch) -> Tensor:
-    """Which completions need to be computed: (N,) bool; the others would add nothing to the gradient."""
-    if needs_measuring(config):
+    """Which completions need to be computed: (N,) bool; the others would add nothing to the gradient.
+
+    Advantages have to be there where they do not need the old policy.
+    """
+    if needs_old_policy(config):
         return ~batch.reward.isnan()
     counted = included(config, batch)
     if reference_in_loss(config) or config.loss.entropy_coeff:
         return counted
-    pushed = (targets_of(config, batch, None, 0.0).advantages != 0).double()
+    assert batch.advantages is not None
+    pushed = (batch.advantages != 0).double()
     return counted & (group_sums(pushed, batch.sequence, len(batch.lengths)) > 0)
 
 
-def targets_of(config: Config, batch: Batch, measured: Measured | None, kl_coeff: float) -> Targets:
-    """Advantage of each token of the global batch, and the critic's targets where there is one.
+def with_advantages(config: Config, batch: Batch, reward_weights: list[float], kl_coeff: float) -> Batch:
+    """The batch with the advantage of each token, and with the critic's returns where there is one.
 
-    `measured` is needed where `needs_measuring`; `kl_coeff` weighs a KL penalty in the reward.
+    The old policy has to be there where `needs_old_policy`; `kl_coeff` weighs a KL penalty in the reward.
     """
     advantage, loss = config.advantage, config.loss
     scored = ~batch.reward.isnan()
     rewards = torch.where(scored[batch.sequence, None], all_token_rewards(batch), torch.nan)
-    weights = [reward.weight for reward in config.rewards]
+    weights = reward_weights
     if advantage.overlong_buffer:
         fallen = overlong_punishment(batch.lengths, config.rollout.max_completion_length, advantage.overlong_buffer)
         fallen = torch.where(scored, fallen, torch.nan)
         rewards = torch.cat([rewards, at_last_tokens(fallen[:, None], batch.lengths)], 1)
         weights = [*weights, advantage.overlong_penalty]
-    penalty = kl_penalty(config, batch, measured)
+    penalty = kl_penalty(config, batch)
     returns = None
     if has_groups(config):
         if penalty is not None:
@@ -127,8 +122,8 @@ def targets_of(config: Config, batch: Batch, measured: Measured | None, kl_coeff
         if penalty is not None:
             given = given - kl_coeff * penalty
         if advantage.baseline == "critic":
-            assert measured is not None and measured.values is not None, _MEASURED
-            advantages, returns = generalised_advantages(given, measured.values.double(), batch.lengths, loss.gamma,
+            assert batch.old is not None and batch.old.values is not None, _NEEDS_OLD
+            advantages, returns = generalised_advantages(given, batch.old.values.double(), batch.lengths, loss.gamma,
                                                          config.critic.gae_lambda)  # fmt: skip
         else:
             advantages = discounted_sums(given, batch.lengths, loss.gamma)
@@ -137,38 +132,37 @@ def targets_of(config: Config, batch: Batch, measured: Measured | None, kl_coeff
         if advantage.scale == "batch":
             advantages = whiten(advantages, counted)
     if loss.top_entropy_quantile < 1:
-        assert measured is not None, _MEASURED
+        assert batch.old is not None, _NEEDS_OLD
         counted = included(config, batch)[batch.sequence]
-        advantages = torch.where(highest(measured.entropies, counted, loss.top_entropy_quantile), advantages, 0.0)
-    return Targets(advantages, returns)
+        advantages = torch.where(highest(batch.old.entropies, counted, loss.top_entropy_quantile), advantages, 0.0)
+    return replace(batch, advantages=advantages, returns=returns)
 
 
-def kl_penalty(config: Config, batch: Batch, measured: Measured | None) -> Tensor | None:
+def kl_penalty(config: Config, batch: Batch) -> Tensor | None:
     """KL estimate of each token where it goes into the reward: (T,) float64; else None."""
     if config.loss.kl_in == "loss":
         return None
-    assert measured is not None and batch.reference_logprobs is not None, _MEASURED
+    assert batch.old is not None and batch.reference_logprobs is not None, _NEEDS_OLD
     assert config.loss.kl_estimator != "auto", _SETTLED
-    return kl_estimate(measured.logprobs, batch.reference_logprobs, batch.sequence, config.loss.kl_estimator).double()
+    return kl_estimate(batch.old.logprobs, batch.reference_logprobs, batch.sequence, config.loss.kl_estimator).double()
 
 
-def penalty_metrics(config: Config, batch: Batch, measured: Measured | None) -> dict[str, float]:
+def penalty_metrics(config: Config, batch: Batch) -> dict[str, float]:
     """The metric `kl` where the penalty is in the reward, and the loss knows nothing of it."""
-    penalty = kl_penalty(config, batch, measured)
+    penalty = kl_penalty(config, batch)
     if penalty is None:
         return {}
     return {"kl": float(penalty[~batch.reward.isnan()[batch.sequence]].mean())}
 
 
-def next_kl_coeff(loss: LossConfig, kl_coeff: float, metrics: dict[str, float | None]) -> float:
-    """The KL coefficient of the next step; `metrics` are this step's and are told the one it used."""
-    if loss.kl_target is None:
+def next_kl_coeff(loss: LossConfig, kl_coeff: float, kl: float | None) -> float:
+    """The KL coefficient of the next step, from this step's and its KL.
+
+    `kl` is None where nothing was computed, and not finite where the update was left out.
+    """
+    if loss.kl_target is None or kl is None or not math.isfinite(kl):
         return kl_coeff
-    metrics["kl_coeff"] = kl_coeff
-    measured = metrics["kl"]  # None where nothing was computed, not finite where the update was left out
-    if measured is None or not math.isfinite(measured):
-        return kl_coeff
-    return adapted_coefficient(kl_coeff, measured, loss.kl_target)
+    return adapted_coefficient(kl_coeff, kl, loss.kl_target)
 
 
 def highest(values: Tensor, counted: Tensor, share: float) -> Tensor:

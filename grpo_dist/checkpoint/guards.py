@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import IO, Any
 
 from safetensors.torch import save_file
-from torch import Tensor
 
 from ..config.parse import flat
 from ..types import Batch, Prompt
@@ -78,7 +77,7 @@ class BadUpdates:
         self.directory, self.most_in_a_row, self.is_main = directory / "bad_updates", most_in_a_row, is_main
         self.in_a_row = 0
 
-    def judge(self, step: int, norm: float, batch: Batch, advantages: Tensor) -> bool:
+    def is_skipped(self, step: int, norm: float, batch: Batch) -> bool:
         """Whether the update was left out. Raises FloatingPointError after too many in a row, on all ranks."""
         if math.isfinite(norm):
             self.in_a_row = 0
@@ -88,8 +87,8 @@ class BadUpdates:
         if self.is_main:
             self.directory.mkdir(exist_ok=True)
             held = {"tokens": batch.tokens, "lengths": batch.lengths, "group": batch.group, "reward": batch.reward,
-                    "sampled_logprobs": batch.sampled_logprobs, "advantages": advantages}  # fmt: skip
-            save_file({name: tensor.clone() for name, tensor in held.items()}, dump)
+                    "sampled_logprobs": batch.sampled_logprobs, "advantages": batch.advantages}  # fmt: skip
+            save_file({name: tensor.clone() for name, tensor in held.items() if tensor is not None}, dump)
             log.warning("step %d: the gradient's norm is %s; no rank took the step, and its batch is in %s", step, norm,
                         dump)  # fmt: skip
         if self.in_a_row >= self.most_in_a_row:

@@ -16,11 +16,9 @@ from ..text.templates import today, uses_date
 from ..types import Prompt
 from . import store as checkpoint
 from .guards import data_fingerprint, differences
+from .state import NEEDED as STATE_NEEDS
 
-NEEDED = {
-    "step": int, "updates": int, "kl_coeff": (int, float), "facts": dict, "metrics": list, "logged": dict,
-    "identity": dict, "config": dict, "versions": dict, "sampler": dict,
-}  # fmt: skip
+NEEDED = STATE_NEEDS | {"identity": dict, "config": dict, "versions": dict}
 """What a checkpoint's metadata has to hold for a run to go on from it, with its types."""
 
 

@@ -1,80 +1,88 @@
-"""Where in a run the weights stand, and what of the step under way a checkpoint has to hold."""
+"""TrainState: where a run stands, which is what a checkpoint holds besides weights and optimizer."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..types import Batch, Measured, Prompt
+from ..data.order import Curriculum, Mixture, Sampler
+from ..types import Batch, OldPolicy, Prompt
+
+NEEDED = {"step": int, "updates": int, "kl_coeff": (int, float), "metrics": list, "logged": dict, "sampler": dict}
+"""What `TrainState.restore` reads of a checkpoint's metadata, with its types."""
 
 LOGGED = ("scoring", "extras")
 """Fields of a batch that are saved as JSON."""
-NOT_TENSORS = ("prompts", *LOGGED)
+COMPUTED_AGAIN = ("advantages", "returns")
+TENSORS = [each.name for each in fields(Batch) if each.name not in ("prompts", "old", *LOGGED, *COMPUTED_AGAIN)]
+OLD_TENSORS = [each.name for each in fields(OldPolicy)]
 
 
 @dataclass
-class Position:
-    """Whole steps, and updates within the step under way."""
+class TrainState:
+    """Steps done, and the updates of the step under way."""
 
     step: int
-    """Whole steps done."""
+    """Steps that are done."""
     kl_coeff: float
     """Weight of the KL penalty; changes from step to step where loss.kl_target is set."""
+    sampler: Sampler | Mixture | Curriculum
+    """Which prompts come next."""
     updates: int = 0
-    """Optimizer steps taken within the step under way."""
+    """Optimizer steps of the step under way."""
     batch: Batch | None = None
-    """That step's batch, once it has been used."""
-    measured: Measured | None = None
-    """What its updates are measured against, where it had to be computed."""
-    facts: dict[str, float] = field(default_factory=dict)
-    """Metrics of how the batch was sampled."""
+    """That step's batch, once an optimizer step has used it."""
     metrics: list[dict[str, float]] = field(default_factory=list)
-    """What its updates measured."""
+    """Metrics of each of those optimizer steps."""
 
     @property
     def is_start(self) -> bool:
         """Whether nothing has been learned yet."""
         return self.step == self.updates == 0
 
-    def add(self, batch: Batch, measured: Measured | None, facts: dict[str, float], metrics: dict[str, float]) -> None:
+    def after_update(self, batch: Batch, metrics: dict[str, float]) -> None:
         """One more optimizer step was taken on the batch."""
-        self.updates, self.batch, self.measured, self.facts = self.updates + 1, batch, measured, facts
+        self.updates, self.batch = self.updates + 1, batch
         self.metrics.append(metrics)
 
+    def after_step(self, kl_coeff: float, pass_rates: Sequence[float]) -> None:
+        """The step under way is done; `pass_rates` (P,) are those of its prompts, for a curriculum."""
+        self.sampler.record(pass_rates)
+        self.step, self.kl_coeff, self.updates, self.batch, self.metrics = self.step + 1, kl_coeff, 0, None, []
+
     def meta(self) -> dict[str, Any]:
-        """What of the position has to be saved as JSON."""
-        return {"updates": self.updates, "kl_coeff": self.kl_coeff, "facts": self.facts, "metrics": self.metrics,
-                "logged": {name: getattr(self.batch, name) for name in LOGGED} if self.batch else {}}  # fmt: skip
+        """What is saved as JSON; the step is the checkpoint's name."""
+        return {
+            "updates": self.updates, "kl_coeff": self.kl_coeff, "metrics": self.metrics,
+            "sampler": self.sampler.state(),
+            "logged": {name: getattr(self.batch, name) for name in LOGGED} if self.batch else {},
+        }  # fmt: skip
 
     def tensors(self) -> dict[str, Tensor]:
-        """What of the position has to be saved as tensors."""
+        """What is saved as tensors: those of the batch under way, if there is one."""
         if self.batch is None:
             return {}
-        held = {"batch/prompts": torch.tensor([prompt.index for prompt in self.batch.prompts])}
-        for prefix, thing in (("batch", self.batch), ("measured", self.measured)):
-            if thing is not None:
-                names = [each.name for each in fields(thing) if each.name not in NOT_TENSORS]
-                values = {f"{prefix}/{name}": getattr(thing, name) for name in names}
-                # cloned: some are columns of one gathered table, and safetensors refuses memory that is shared
-                held |= {name: value.clone() for name, value in values.items() if value is not None}
-        return held
+        values = {f"batch/{name}": getattr(self.batch, name) for name in TENSORS}
+        if self.batch.old is not None:
+            values |= {f"measured/{name}": getattr(self.batch.old, name) for name in OLD_TENSORS}
+        # cloned: some are columns of one gathered table, and safetensors refuses memory that is shared
+        saved = {name: value.clone() for name, value in values.items() if value is not None}
+        return saved | {"batch/prompts": torch.tensor([prompt.index for prompt in self.batch.prompts])}
 
-    @classmethod
-    def restored(cls, tensors: dict[str, Tensor], meta: dict[str, Any], prompts: Iterable[Prompt]) -> Position:
-        """The position that `tensors` and `meta`, which also holds `step`, were taken of; `prompts` is the data set."""
-        position = cls(meta["step"], meta["kl_coeff"], meta["updates"], facts=meta["facts"], metrics=meta["metrics"])
-        if position.updates:
-            held = {name: value for name, value in tensors.items() if name.startswith(("batch/", "measured/"))}
+    def restore(self, tensors: Mapping[str, Tensor], meta: Mapping[str, Any], prompts: Sequence[Prompt]) -> None:
+        """Take up what `tensors` and `meta` returned; `meta` has the step too, and `prompts` is the data set."""
+        self.sampler.restore(meta["sampler"])
+        self.step, self.kl_coeff = meta["step"], meta["kl_coeff"]
+        self.updates, self.metrics, self.batch = meta["updates"], meta["metrics"], None
+        if self.updates:
             by_index = {prompt.index: prompt for prompt in prompts}
-            chosen = [by_index[index] for index in held.pop("batch/prompts").tolist()]
-            parts: dict[str, dict[str, Any]] = {"batch": {}, "measured": {}}
-            for name, value in held.items():
-                prefix, _, leaf = name.partition("/")
-                parts[prefix][leaf] = value
-            position.batch = Batch(chosen, **parts["batch"], **meta["logged"])
-            position.measured = Measured(**parts["measured"]) if parts["measured"] else None
-        return position
+            chosen = [by_index[index] for index in tensors["batch/prompts"].tolist()]
+            old = {name: tensors[f"measured/{name}"] for name in OLD_TENSORS if f"measured/{name}" in tensors}
+            values: dict[str, Any] = {name: tensors[f"batch/{name}"] for name in TENSORS if f"batch/{name}" in tensors}
+            logged = dict(meta["logged"])
+            logged["scoring"] = meta.get("facts", {}) | logged["scoring"]  # apart in checkpoints of version 0.1
+            self.batch = Batch(chosen, **values, **logged, old=OldPolicy(**old) if old else None)

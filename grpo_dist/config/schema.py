@@ -7,7 +7,7 @@ rank and on sixty-four. This module imports nothing heavy, so that a mistake in 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from .algorithm import AdvantageConfig, CriticConfig, LossConfig, check_algorithm
@@ -332,8 +332,3 @@ class Config:
     def weights_at(self, step: int) -> list[float]:
         """The rewards' weights at a step (from 0)."""
         return [reward.weight_at(step) for reward in self.rewards]
-
-    def at(self, step: int) -> Config:
-        """This config with the rewards' weights as they are at a step."""
-        rewards = [replace(reward, weight=reward.weight_at(step), schedule=None) for reward in self.rewards]
-        return replace(self, rewards=rewards)

@@ -266,7 +266,7 @@ class Ranks:
         """Add one pack's gradient; the `last` pack of an update synchronises the ranks.
 
         DDP and ZeRO average over ranks while the loss is a share of the global one, hence the factor. (Under DDP the
-        forward of all but the last pack must run inside `quiet`.)
+        forward of all but the last pack must run inside `no_sync`.)
         """
         self.meetings += last
         loss = loss * self.num_ranks
@@ -276,7 +276,7 @@ class Ranks:
         else:
             loss.backward()
 
-    def quiet(self, policy: Any, last: bool) -> Any:
+    def no_sync(self, policy: Any, last: bool) -> Any:
         """Context of forward and backward: keeps DDP from reducing gradients before the last pack."""
         return policy.no_sync() if hasattr(policy, "no_sync") and not self.is_deepspeed and not last else nullcontext()
 

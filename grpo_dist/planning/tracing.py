@@ -23,7 +23,7 @@ from ..model.load import blank_causal_lm, make_policy, trainable
 from ..model.packing import Pack, Piece, make_pack
 from ..model.policy import Policy
 from ..rollout.room import cache_width
-from ..rollout.sampling import Sampling, draw
+from ..rollout.sampling import draw, sampling_of
 from ..types import Batch, Prompt
 from .live import LiveBytes
 from .memory import KEPT_WHOLE, ModelCounts, Passes
@@ -139,7 +139,7 @@ def trace_passes(
 def _trace_sampling(config: Config, vocabulary: int, dtype: torch.dtype) -> float:
     """Bytes that drawing tokens holds, for each logit."""
     rollout, rows = config.rollout, 8
-    sampling = Sampling(rollout.temperature, rollout.top_p, rollout.top_k, rollout.min_p)
+    sampling = sampling_of(rollout)
     with FakeTensorMode():
         logits, counters = torch.empty(rows, vocabulary, dtype=dtype), torch.empty(rows, dtype=torch.int64)
         with LiveBytes() as live:

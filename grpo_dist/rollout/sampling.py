@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ..algorithm.hashing import uniforms
+from ..config.schema import RolloutConfig
 
 BLOCK = 128
 """Tokens of the vocabulary whose probabilities are summed at once."""
@@ -29,6 +30,11 @@ class Sampling:
     min_p: float = 0.0
     greedy: bool = False
     """Take the likeliest token; the other fields but the temperature are then without effect."""
+
+
+def sampling_of(rollout: RolloutConfig) -> Sampling:
+    """How a config has completions of a training drawn."""
+    return Sampling(rollout.temperature, rollout.top_p, rollout.top_k, rollout.min_p)
 
 
 def allowed(logprobs: Tensor, sampling: Sampling) -> Tensor | None:

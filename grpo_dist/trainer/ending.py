@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from ..checkpoint.state import TrainState
 from ..config.parse import DRY_RUN, parse_config
 from ..config.schema import Config
 from ..distributed.ranks import PhaseError
@@ -21,13 +22,16 @@ from ..monitoring.console import set_up_logging
 from ..preflight.look import dry_run
 from ..report.page import write_report
 from ..text.plain import plain_lines, write_lines
-from .build import Run, UserError
+from .build import UserError, build, close
 from .gathering import RewardFailure
+from .parts import Parts
+from .record import summary
+from .saving import save_checkpoint
 
 log = logging.getLogger(__name__)
 
 
-def main(train: Callable[[Run], None], arguments: list[str] | None = None) -> int:
+def main(train: Callable[[Parts, TrainState], None], arguments: list[str] | None = None) -> int:
     """The command line around a training; returns the exit status.
 
     0: done, or stopped by a signal or the time limit with a checkpoint to go on from. 1: failed. 2: a mistake in the
@@ -39,39 +43,39 @@ def main(train: Callable[[Run], None], arguments: list[str] | None = None) -> in
     config = parse_config(words)
     set_up_logging()
     try:
-        run = Run(config)
+        parts, state = build(config)
     except (UserError, LaunchError) as error:  # most are found on every rank alike
         if os.environ.get("RANK", "0") == "0" or is_of_one_rank(error):
             write_lines(plain_lines(f"error: {error}"), sys.stderr)
         return 2
     status, all_ranks, told, dies = 1, True, "", False
     try:
-        train(run)
+        train(parts, state)
         status, told = 0, "done"
     except Interrupted as reason:
-        run.save()
-        status, told = 0, f"stopped: {reason}. The same command goes on from step {run.position.step}"
+        save_checkpoint(parts, state)
+        status, told = 0, f"stopped: {reason}. The same command goes on from step {state.step}"
     except UnfitModel as error:  # raised on all ranks alike
         status, told = 2, f"error: {error}"
     except (PhaseError, RewardFailure, FloatingPointError) as error:  # these are raised on all ranks alike
         told = f"error: {_with_advice(str(error), config)}"
     except BaseException as error:  # the other ranks may be in a collective that this one will never join
-        all_ranks, dies = False, run.ranks.num_ranks > 1
-        message = _with_advice(f"rank {run.ranks.rank} died: {type(error).__name__}: {error}", config)
+        all_ranks, dies = False, parts.ranks.num_ranks > 1
+        message = _with_advice(f"rank {parts.ranks.rank} died: {type(error).__name__}: {error}", config)
         if dies or isinstance(error, torch.OutOfMemoryError):
             write_lines(f"{traceback.format_exc()}error: {message}", sys.stderr)
         if dies:
-            run.watch.end_all(message)
+            parts.watch.end_all(message)
         raise
     finally:
-        run.close(all_ranks)
+        close(parts, all_ranks)
         if dies:  # without the interpreter's own end, which may wait for collectives under way
             logging.shutdown()
             sys.stderr.flush()
             os._exit(status)
-        if run.ranks.is_main and told:
-            _report(run.directory)
-            told = run.summary() if told == "done" else plain_lines(told)  # it may quote what a model wrote
+        if parts.ranks.is_main and told:
+            _report(parts.directory)
+            told = summary(parts) if told == "done" else plain_lines(told)  # it may quote what a model wrote
             write_lines(told, sys.stderr if status else sys.stdout)
     return status
 

@@ -84,7 +84,7 @@ def poison(function: Callable[..., Any]) -> Callable[..., Any]:
 NativeEngine.generate = at("rollout", NativeEngine.generate)  # type: ignore[method-assign]
 Pending.result = at("scoring", Pending.result)  # type: ignore[method-assign]
 train.update = at("update", train.update)
-evaluation._measure = at("eval", evaluation._measure)
+evaluation._evaluated = at("eval", evaluation._evaluated)
 checkpoint.save_file = at("shards", checkpoint.save_file)
 checkpoint._checksum = at("manifest", checkpoint._checksum)
 checkpoint._sync = at("rename", checkpoint._sync)

@@ -23,8 +23,10 @@ from hypothesis import strategies as st
 from grpo_dist.checkpoint import store as checkpoint
 from grpo_dist.checkpoint.guards import flat
 from grpo_dist.checkpoint.resume import NEEDED
+from grpo_dist.checkpoint.state import TrainState
 from grpo_dist.config.parse import make_parser, option_types, to_config
 from grpo_dist.config.schema import Config, DataConfig
+from grpo_dist.data.order import Sampler
 from grpo_dist.data.prompts import load_prompts
 from grpo_dist.data.rows import RowReader
 from grpo_dist.model.load import load_tokenizer
@@ -226,10 +228,7 @@ def commit(root: Path, step: int) -> Path:
     return checkpoint.save(root, step, tensors, META | {"step": step}, keep=9)
 
 
-META: dict[str, Any] = {
-    "updates": 0, "kl_coeff": 0.1, "facts": {}, "metrics": [], "logged": {}, "identity": {"seed": 0}, "config": {},
-    "versions": {}, "sampler": {},
-}  # fmt: skip
+META = TrainState(0, 0.1, Sampler(1, 1, 0)).meta() | {"identity": {"seed": 0}, "config": {}, "versions": {}}
 
 
 @given(

@@ -25,7 +25,7 @@ aten = torch.ops.aten
 CUDA = torch.device("cuda", 0)
 CPU = torch.device("cpu")
 PACKAGE = "/grpo_dist/"
-LOOP = "train"
+LOOP = "train_step"
 """The function whose callees name the phases of a step."""
 
 

@@ -19,7 +19,8 @@ from grpo_dist.config.parse import parse_config
 from grpo_dist.config.schema import Config
 from grpo_dist.data.rows import RowReader, load_rows
 from grpo_dist.model.toy import toy_path
-from grpo_dist.trainer.build import Run, UserError
+from grpo_dist.trainer.build import UserError, build
+from grpo_dist.trainer.models import engine_to_keep
 
 ROOT = Path(__file__).parents[2]
 
@@ -45,7 +46,7 @@ def config_of(tmp_path: Path, *arguments: str) -> Config:
 def test_an_output_directory_that_cannot_be(place: str, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(UserError, match=re.escape(place.format(tmp=tmp_path).rsplit("/", 1)[0])):
-        Run(config_of(tmp_path, "--train.output_dir", place.format(tmp=tmp_path)))
+        build(config_of(tmp_path, "--train.output_dir", place.format(tmp=tmp_path)))
 
 
 @pytest.mark.parametrize("tag", [f"!!python/{kind}:os.system" for kind in ("object/apply", "object/new", "name")])
@@ -68,7 +69,7 @@ def test_code_of_a_model_is_not_executed_unasked(tmp_path: Path) -> None:
     (model / "config.json").write_text(json.dumps(settings))
     (model / "evil.py").write_text(f"open({str(tmp_path / 'executed')!r}, 'w')\n")
     with pytest.raises(UserError, match="trust_remote_code"):
-        Run(config_of(tmp_path, "--model.name", str(model)))
+        build(config_of(tmp_path, "--model.name", str(model)))
     assert not (tmp_path / "executed").exists()
 
 
@@ -121,11 +122,9 @@ def saved(config: Config, step: int) -> Path:
 )
 def test_a_run_goes_on_with_the_engine_of_its_trial(asked: str, kept: str | None, taken: str, tmp_path: Path) -> None:
     config = config_of(tmp_path, "--rollout.engine", asked)
-    run = Run.__new__(Run)
-    run.config = config
     meta = {"engine": kept} if kept else {}
     saved_at = checkpoint.save(tmp_path / "checkpoints", 1, {"x": torch.zeros(4)}, meta, keep=9)
-    assert run._rollout_to_go_on_with(checkpoint.load_meta(saved_at)) == replace(config.rollout, engine=taken)
+    assert engine_to_keep(config.rollout, checkpoint.load_meta(saved_at)) == replace(config.rollout, engine=taken)
 
 
 def test_a_damaged_checkpoint_falls_back_or_raises(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -140,7 +139,7 @@ def test_a_damaged_checkpoint_falls_back_or_raises(tmp_path: Path, caplog: pytes
     with pytest.raises(checkpoint.DamagedCheckpoint, match="damaged"):
         resume_path(config_of(tmp_path, "--train.resume", str(second)))
     with pytest.raises(UserError, match="damaged"):
-        Run(config_of(tmp_path, "--train.resume", str(second)))
+        build(config_of(tmp_path, "--train.resume", str(second)))
     with pytest.raises(ValueError, match="holds checkpoints"):
         resume_path(config_of(tmp_path, "--train.resume", "never"))
 
@@ -159,11 +158,11 @@ def test_a_checkpoint_that_lacks_something_is_damaged(tmp_path: Path) -> None:
     config = config_of(tmp_path)
     checkpoint.save(tmp_path / "run" / "checkpoints", 1, {"x": torch.zeros(4)}, {"identity": {}}, keep=9)
     with pytest.raises(UserError, match="lacks"):
-        Run(config)
+        build(config)
     checkpoint.save(tmp_path / "run" / "checkpoints", 2, {"x": torch.zeros(4)},
-                    blank_meta() | {"identity": [], "facts": 1}, keep=9)  # fmt: skip
-    with pytest.raises(UserError, match="lacks facts, identity"):
-        Run(config)
+                    blank_meta() | {"identity": [], "metrics": 1}, keep=9)  # fmt: skip
+    with pytest.raises(UserError, match="lacks metrics, identity"):
+        build(config)
 
 
 @pytest.mark.parametrize(

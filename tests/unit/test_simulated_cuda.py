@@ -19,54 +19,49 @@ ROOT = Path(__file__).parents[2]
 
 WAITS_OF_A_ROLLOUT = {
     # once a rollout
-    ("H2D copy", "rollout/native.py:__init__"),
+    ("H2D copy", "rollout/native/engine.py:__init__"),
     # whenever prompts come in
-    ("H2D copy", "attention.py:to"),
-    ("H2D copy", "rollout/cache.py:admit"),
-    ("H2D copy", "rollout/native.py:_prefill"),
-    ("H2D copy", "rollout/steps.py:prefill"),
-    ("_local_scalar_dense.default", "rollout/native.py:_reserved"),
-    ("repeat_interleave without output_size", "rollout/cache.py:admit"),
-    ("repeat_interleave without output_size", "rollout/native.py:_prefill"),
+    ("H2D copy", "model/attention.py:to"),
+    ("H2D copy", "rollout/native/cache.py:admit"),
+    ("H2D copy", "rollout/native/engine.py:_prefill"),
+    ("H2D copy", "rollout/native/steps.py:prefill"),
+    ("_local_scalar_dense.default", "rollout/native/engine.py:_reserved"),
+    ("repeat_interleave without output_size", "rollout/native/cache.py:admit"),
+    ("repeat_interleave without output_size", "rollout/native/engine.py:_prefill"),
     # every few steps
-    ("D2H copy", "rollout/native.py:_retire"),
+    ("D2H copy", "rollout/native/engine.py:_retire"),
     # whenever sequences have ended
-    ("D2H copy", "rollout/native.py:_finish"),
-    ("H2D copy", "rollout/native.py:_retire"),
-    ("_local_scalar_dense.default", "rollout/native.py:_finish"),
+    ("D2H copy", "rollout/native/engine.py:_finish"),
+    ("H2D copy", "rollout/native/engine.py:_retire"),
+    ("_local_scalar_dense.default", "rollout/native/engine.py:_finish"),
     # whenever rows come in or are dropped
-    ("_local_scalar_dense.default", "rollout/cache.py:_seat_rows"),
-    ("_local_scalar_dense.default", "rollout/cache.py:keep"),
-    ("_unique2.default", "rollout/cache.py:keep"),
-    ("bincount.default", "rollout/cache.py:_seat_rows"),
+    ("_local_scalar_dense.default", "rollout/native/cache.py:_seat_rows"),
+    ("_local_scalar_dense.default", "rollout/native/cache.py:keep"),
+    ("_unique2.default", "rollout/native/cache.py:keep"),
+    ("bincount.default", "rollout/native/cache.py:_seat_rows"),
 }
 """Waits of the host by kind and function. A step of decoding has none."""
 
 WAITS_OF_AN_UPDATE = {
     # each pack
-    ("D2H copy", "work.py:aim"),
-    ("D2H copy", "work.py:measure"),
-    ("H2D copy", "attention.py:to"),
-    ("H2D copy", "metrics.py:add"),
-    ("H2D copy", "work.py:_pack"),
-    ("H2D copy", "work.py:aim"),
-    ("H2D copy", "work.py:measure"),
+    ("H2D copy", "model/attention.py:to"),
+    ("H2D copy", "monitoring/metrics.py:add"),
     # each optimizer step
-    ("D2H copy", "distributed.py:reduce"),
-    ("_local_scalar_dense.default", "distributed.py:optimizer_step"),
+    ("D2H copy", "distributed/ranks.py:reduce"),
+    ("_local_scalar_dense.default", "distributed/ranks.py:optimizer_step"),
 }
 """The same for what the loop calls from the end of a rollout to the end of its update."""
 
 WAITS_OF_SOME_UPDATES = {
     # each pack: policies that open a batch, ratios of sequences
-    ("D2H copy", "work.py:_opening"),
-    ("_local_scalar_dense.default", "kl.py:sequence_sums"),
+    ("D2H copy", "trainer/packs.py:with_old_policy"),
+    ("_local_scalar_dense.default", "algorithm/kl.py:sequence_sums"),
     # each batch
-    ("H2D copy", "distributed.py:reduce"),
+    ("H2D copy", "distributed/ranks.py:reduce"),
 }
 """What options bring with them."""
 
-PHASES = ("pack_batch", "measure", "aim", "update", "sync")
+PHASES = ("pack_minibatches", "with_old_policy", "update", "sync")
 COMPARED = {"loss": 1e-6, "grad_norm": 1e-6, "reward/mean": 1e-6, "kl": 1e-6, "entropy": 1e-6}
 
 

@@ -7,21 +7,23 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 
 import psutil
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from ...checkpoint.state import TrainState
 from ...config.parse import parse_config
-from ...monitoring.alarms import Metrics
+from ...data.order import Stateless
 from ...monitoring.console import set_up_logging
 from ...rollout import Request, Sampling
 from ...rollout.engine import Engine
-from ...train import train
-from ...trainer.build import Run
-from ...types import Batch, Completion, Prompt
+from ...train import train_step
+from ...trainer.build import build, close
+from ...trainer.parts import Parts
+from ...types import Completion
 from .turns import connect, let_go, own_peak_gib
 
 
@@ -42,43 +44,42 @@ class ExactLengths:
         return self.engine.generate(model, requests, sampling, on_finish, check)
 
 
-class TurnRun(Run):
-    """A run whose steps are ordered one by one; it takes prompts in the data's order and leaves nothing behind."""
+class PeersOrder(Stateless):
+    """The prompts TRL takes: the data's order, again and again."""
 
-    def steps(self) -> Iterator[int]:
-        """Yield a step for each order."""
-        self.engine = ExactLengths(self.engine)
-        line = connect()
-        step = 0
-        while (order := line.recv()) is not None:
-            self.engine.lengths = order["lengths"]
-            start = time.perf_counter()
-            yield step
-            peak = own_peak_gib() + sum(child.memory_info().rss for child in psutil.Process().children(True)) / 2**30
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-                peak = self.told["memory/peak_gib"]
-            seconds = time.perf_counter() - start
-            let_go()
-            line.send({"seconds": seconds, "metrics": self.told, "peak_gib": peak})
-            step += 1
+    def __init__(self, num_prompts: int, batch_size: int) -> None:
+        self.num_prompts, self.batch_size, self.seed = num_prompts, batch_size, 0
 
-    def prompts_of(self, step: int) -> list[Prompt]:
-        """The prompts TRL takes in its step of this number."""
-        size = self.config.train.batch_size
-        return [self.prompts[n % len(self.prompts)] for n in range(step * size, (step + 1) * size)]
+    def batch_indices(self, step: int) -> list[int]:
+        """See `Sampler`."""
+        return [n % self.num_prompts for n in range(step * self.batch_size, (step + 1) * self.batch_size)]
 
-    def write(self, metrics: Metrics, batch: Batch | None = None, advantages: Tensor | None = None) -> None:
-        """Keep what was measured."""
-        super().write(metrics, batch, advantages)
-        self.told = dict(metrics)
+    def epoch(self, step: int) -> float:
+        """See `Sampler`."""
+        return step * self.batch_size / self.num_prompts
 
-    def save_final(self) -> None:  # type: ignore[override]
-        """Nothing was trained that anyone would want."""
+
+def take_turns(parts: Parts, state: TrainState) -> None:
+    """Take a step for each order, and answer with its time, metrics and peak memory."""
+    engine = ExactLengths(parts.engine)
+    parts = replace(parts, engine=engine)
+    state.sampler = PeersOrder(len(parts.prompts), parts.config.train.batch_size)  # type: ignore[assignment]
+    line = connect()
+    while (order := line.recv()) is not None:
+        engine.lengths = order["lengths"]
+        start = time.perf_counter()
+        metrics = train_step(parts, state)
+        peak = own_peak_gib() + sum(child.memory_info().rss for child in psutil.Process().children(True)) / 2**30
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+            peak = metrics["memory/peak_gib"] or 0.0
+        seconds = time.perf_counter() - start
+        let_go()
+        line.send({"seconds": seconds, "metrics": metrics, "peak_gib": peak})
 
 
 if __name__ == "__main__":
     set_up_logging()
-    run = TurnRun(parse_config(sys.argv[1:]))
-    train(run)
-    run.close(all_ranks=True)
+    parts, state = build(parse_config(sys.argv[1:]))
+    take_turns(parts, state)
+    close(parts, all_ranks=True)

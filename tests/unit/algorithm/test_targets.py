@@ -16,16 +16,17 @@ from grpo_dist.algorithm.targets import (
     computed,
     included,
     minibatch_of,
-    needs_measuring,
+    needs_old_policy,
     next_kl_coeff,
     penalty_metrics,
-    targets_of,
+    with_advantages,
 )
-from grpo_dist.checkpoint.state import Position
+from grpo_dist.checkpoint.state import TrainState
 from grpo_dist.config.algorithm import AdvantageConfig, CriticConfig, LossConfig
 from grpo_dist.config.parse import PRESETS, parse_config, presets
 from grpo_dist.config.schema import Config, RewardConfig, RolloutConfig, TrainConfig
-from grpo_dist.types import Batch, Measured, Prompt, all_token_rewards, join
+from grpo_dist.data.order import Curriculum, Sampler
+from grpo_dist.types import Batch, OldPolicy, Prompt, all_token_rewards, join
 
 NAN = math.nan
 CLASSES = {"loss": LossConfig, "advantage": AdvantageConfig, "critic": CriticConfig, "rollout": RolloutConfig,
@@ -55,11 +56,19 @@ def make_config(**options: Any) -> Config:
     return Config(**{group: CLASSES[group](**values) for group, values in groups.items()})
 
 
-def make_measured(seed: int = 0) -> Measured:
+def make_old(seed: int = 0) -> OldPolicy:
     """Random log-probabilities, entropies and values."""
     generator = torch.Generator().manual_seed(seed)
     numbers = -torch.rand(3, 13, generator=generator)
-    return Measured(numbers[0], -numbers[1], numbers[2])
+    return OldPolicy(numbers[0], -numbers[1], numbers[2])
+
+
+def advantages_of(config: Config, batch: Batch, old: OldPolicy | None = None, kl_coeff: float = 0.0) -> torch.Tensor:
+    """The advantage of each token, (T,)."""
+    weights = [reward.weight for reward in config.rewards]
+    advantages = with_advantages(config, dataclasses.replace(batch, old=old), weights, kl_coeff).advantages
+    assert advantages is not None
+    return advantages
 
 
 REWARDS = [1.0, 0.0, 0.5, 1.0, 1.0, 1.0]
@@ -72,7 +81,7 @@ def test_unscored_completions_are_in_no_loss() -> None:
     batch = make_batch([1.0, NAN, 0.5, 1.0, 0.0, 1.0])
     assert included(make_config(), batch).tolist() == [True, False, True, True, True, True]
     assert included(make_config(loss__mask_truncated=True), batch).tolist() == [True, False, True, False, True, True]
-    assert targets_of(make_config(), batch, None, 0.0).advantages[3] == 0
+    assert advantages_of(make_config(), batch)[3] == 0
 
 
 def test_groups_without_variance_leave_the_denominators_only_where_asked() -> None:
@@ -94,7 +103,10 @@ def test_groups_without_variance_leave_the_denominators_only_where_asked() -> No
     ],
 )
 def test_only_what_can_teach_is_computed(options: dict[str, Any], expected: list[bool]) -> None:
-    assert computed(make_config(**options), make_batch(REWARDS)).tolist() == expected
+    config, batch = make_config(**options), make_batch(REWARDS)
+    if not needs_old_policy(config):
+        batch = with_advantages(config, batch, [reward.weight for reward in config.rewards], 0.0)
+    assert computed(config, batch).tolist() == expected
 
 
 def test_minibatches_are_whole_prompts() -> None:
@@ -107,7 +119,7 @@ def test_minibatches_are_whole_prompts() -> None:
 
 
 def test_grpo_on_a_known_batch() -> None:
-    advantages = targets_of(make_config(), make_batch(REWARDS), None, 0.0).advantages
+    advantages = advantages_of(make_config(), make_batch(REWARDS))
     expected = [0.5 / (0.5 + 1e-4), -0.5 / (0.5 + 1e-4), 0.0, 0.0, 0.0, 0.0]
     assert advantages.tolist() == pytest.approx([expected[n] for n in OWNER])
 
@@ -115,23 +127,25 @@ def test_grpo_on_a_known_batch() -> None:
 def test_a_penalty_in_the_reward_counts_once_a_completion_in_groups() -> None:
     config = make_config(advantage__baseline="leave_one_out", advantage__scale="none", loss__kl_coeff=0.3,
                          loss__kl_in="reward")  # fmt: skip
-    batch, measured = make_batch(REWARDS), make_measured()
-    difference = (measured.logprobs - batch.reference_logprobs).tolist()
+    batch, old = make_batch(REWARDS), make_old()
+    difference = (old.logprobs - batch.reference_logprobs).tolist()
     lost = [sum(d for d, owner in zip(difference, OWNER, strict=True) if owner == n) for n in range(6)]
     shaped = [reward - 0.3 * kl for reward, kl in zip(REWARDS, lost, strict=True)]
-    got = targets_of(config, batch, measured, 0.3).advantages
+    got = advantages_of(config, batch, old, 0.3)
     for t, n in enumerate(OWNER):
         others = [shaped[m] for m in range(6) if GROUP[m] == GROUP[n] and m != n]
         assert float(got[t]) == pytest.approx(shaped[n] - sum(others) / 2, rel=1e-5)
-    assert penalty_metrics(config, batch, measured)["kl"] == pytest.approx(sum(difference) / 13, rel=1e-5)
+    assert penalty_metrics(config, dataclasses.replace(batch, old=old))["kl"] == pytest.approx(
+        sum(difference) / 13, rel=1e-5
+    )
 
 
 def test_a_penalty_in_the_reward_is_each_tokens_without_groups() -> None:
     config = make_config(advantage__baseline="none", advantage__scale="none", loss__kl_coeff=0.3, loss__kl_in="reward",
                          loss__gamma=0.9, loss__kl_estimator="k2")  # fmt: skip
-    batch, measured = make_batch(REWARDS), make_measured()
-    penalties = ((measured.logprobs - batch.reference_logprobs) ** 2 / 2).tolist()
-    got = targets_of(config, batch, measured, 0.3).advantages
+    batch, old = make_batch(REWARDS), make_old()
+    penalties = ((old.logprobs - batch.reference_logprobs) ** 2 / 2).tolist()
+    got = advantages_of(config, batch, old, 0.3)
     for t, n in enumerate(OWNER):
         after = [s for s in range(t, 13) if OWNER[s] == n]
         expected = sum(0.9 ** (s - t) * -0.3 * penalties[s] for s in after) + 0.9 ** (after[-1] - t) * REWARDS[n]
@@ -140,7 +154,7 @@ def test_a_penalty_in_the_reward_is_each_tokens_without_groups() -> None:
 
 def test_without_groups_the_batch_is_whitened_by_token() -> None:
     config = make_config(advantage__baseline="none")
-    got = targets_of(config, make_batch([1.0, NAN, 0.5, 1.0, 0.0, 2.0]), None, 0.0).advantages
+    got = advantages_of(config, make_batch([1.0, NAN, 0.5, 1.0, 0.0, 2.0]))
     scored = [t for t, n in enumerate(OWNER) if n != 1]
     assert float(got[3]) == 0
     assert float(got[scored].mean()) == pytest.approx(0, abs=1e-12)
@@ -149,11 +163,11 @@ def test_without_groups_the_batch_is_whitened_by_token() -> None:
 
 def test_a_critic_with_lambda_one_is_reward_minus_value() -> None:
     config = make_config(advantage__baseline="critic", advantage__scale="none", critic__gae_lambda=1.0)
-    measured = make_measured()
-    targets = targets_of(config, make_batch(REWARDS), measured, 0.0)
-    expected = torch.tensor([REWARDS[n] for n in OWNER]) - measured.values
-    assert torch.allclose(targets.advantages, expected.double(), atol=1e-6)
-    assert targets.returns is not None and targets.returns.tolist() == pytest.approx([REWARDS[n] for n in OWNER])
+    old = make_old()
+    batch = with_advantages(config, dataclasses.replace(make_batch(REWARDS), old=old), [1.0], 0.0)
+    expected = torch.tensor([REWARDS[n] for n in OWNER]) - old.values
+    assert batch.advantages is not None and torch.allclose(batch.advantages, expected.double(), atol=1e-6)
+    assert batch.returns is not None and batch.returns.tolist() == pytest.approx([REWARDS[n] for n in OWNER])
 
 
 def test_rewards_of_tokens_reach_the_tokens_before_them() -> None:
@@ -161,13 +175,13 @@ def test_rewards_of_tokens_reach_the_tokens_before_them() -> None:
     table[[0, 2, 3, 5], 0] = torch.tensor([1.0, 0.0, 0.0, 1.0], dtype=torch.float64)
     table[6:, 0] = 0.5
     batch = make_batch([1.0, 0.0, 1.0, 2.0, 1.0, 0.5], token_rewards=table)
-    got = targets_of(make_config(advantage__scale="none"), batch, None, 0.0).advantages
+    got = advantages_of(make_config(advantage__scale="none"), batch)
     assert got.tolist() == [0.0, -0.5, -0.5, -0.5, 0.5, 0.5] + [0.0] * 7
 
 
 def test_soft_overlong_punishment_is_a_reward_more() -> None:
     options = {"rollout__max_completion_length": 4, "advantage__overlong_buffer": 2, "advantage__overlong_penalty": 0.8}
-    got = targets_of(make_config(**options, advantage__scale="none"), make_batch([1.0] * 6), None, 0.0).advantages
+    got = advantages_of(make_config(**options, advantage__scale="none"), make_batch([1.0] * 6))
     shaped = [1 - 0.4, 1.0, 1.0, 1 - 0.8, 1.0, 1.0]
     means = [sum(shaped[:3]) / 3, sum(shaped[3:]) / 3]
     assert got.tolist() == pytest.approx([shaped[n] - means[GROUP[n]] for n in OWNER])
@@ -177,17 +191,17 @@ def test_gdpo_tells_apart_what_sums_alike() -> None:
     config = make_config(advantage__several_rewards="normalise_then_sum")
     config.rewards = [RewardConfig("math"), RewardConfig("math")]
     batch = make_batch([1.0, 0.0, 1.0, 0.0, 0.0, 0.0], [0.0, 1.0, 1.0, 0.0, 0.0, 3.0])
-    got = targets_of(config, batch, None, 0.0).advantages
-    summed = targets_of(dataclasses.replace(config, advantage=make_config().advantage), batch, None, 0.0).advantages
+    got = advantages_of(config, batch)
+    summed = advantages_of(dataclasses.replace(config, advantage=make_config().advantage), batch)
     assert float(got[0]) == pytest.approx(float(got[3])) and not torch.allclose(got, summed, rtol=0.05)
 
 
 def test_only_tokens_of_high_entropy_are_pushed() -> None:
     config = make_config(loss__top_entropy_quantile=0.25)
-    measured, batch = make_measured(), make_batch(REWARDS)
-    got = targets_of(config, batch, measured, 0.0).advantages
-    plain = targets_of(make_config(), batch, None, 0.0).advantages
-    chosen = measured.entropies.argsort(descending=True)[:4]
+    old, batch = make_old(), make_batch(REWARDS)
+    got = advantages_of(config, batch, old)
+    plain = advantages_of(make_config(), batch)
+    chosen = old.entropies.argsort(descending=True)[:4]
     kept = torch.zeros(13, dtype=torch.bool)
     kept[chosen] = True
     assert torch.equal(got, torch.where(kept, plain, 0.0))
@@ -201,10 +215,9 @@ def test_the_controller_moves_towards_the_target() -> None:
     assert adapted_coefficient(0.1, 0.0, 0.01) == pytest.approx(0.1 * 0.98)
     assert adapted_coefficient(0.1, 0.011, 0.01) == pytest.approx(0.1 * 1.01)
     config = make_config(loss__kl_coeff=0.1, loss__kl_target=0.01)
-    metrics: dict[str, float | None] = {"kl": 0.02}
-    assert next_kl_coeff(config.loss, 0.1, metrics) == pytest.approx(0.102) and metrics["kl_coeff"] == 0.1
-    assert next_kl_coeff(config.loss, 0.1, {"kl": None}) == 0.1
-    assert next_kl_coeff(make_config().loss, 0.1, {"kl": 3.0}) == 0.1
+    assert next_kl_coeff(config.loss, 0.1, 0.02) == pytest.approx(0.102)
+    assert next_kl_coeff(config.loss, 0.1, None) == next_kl_coeff(config.loss, 0.1, NAN) == 0.1
+    assert next_kl_coeff(make_config().loss, 0.1, 3.0) == 0.1
 
 
 @pytest.mark.parametrize(("estimator", "unbiased"), [("k1", True), ("k2", False), ("k3", True)])
@@ -255,21 +268,37 @@ def test_join_takes_groups_in_order() -> None:
     assert join([one, two], [[], [1]]).reward.tolist() == [0.75, 0.1, 0.2]
 
 
-@pytest.mark.parametrize("measured", [None, make_measured()])
-def test_a_position_survives_its_checkpoint(measured: Measured | None) -> None:
-    batch = make_batch(REWARDS)
-    position = Position(4, 0.03)
-    assert not position.tensors() and not position.is_start
-    position.add(batch, measured, {"rollout/rounds": 2}, {"loss": 1.0})
-    again = Position.restored(position.tensors(), position.meta() | {"step": 4}, batch.prompts[::-1])
-    assert again.meta() == position.meta() and again.step == 4
-    assert again.batch.prompts == batch.prompts
+@pytest.mark.parametrize("old", [None, make_old()])
+def test_a_state_survives_its_checkpoint(old: OldPolicy | None) -> None:
+    """Every field of it: what is not in the checkpoint is a function of what is."""
+    batch = dataclasses.replace(make_batch(REWARDS), old=old, scoring={"rollout/rounds": 2.0}, extras={"a/b": [None]})
+    order = Curriculum(Sampler(9, 2, 0), 9, 0.2, 0.8, 1)
+    state = TrainState(4, 0.03, order)
+    assert not state.tensors() and not state.is_start
+    state.after_step(0.05, [0.5, 1.0])
+    state.after_update(batch, {"loss": 1.0})
+    again = TrainState(0, 0.1, Curriculum(Sampler(9, 2, 0), 9, 0.2, 0.8, 1))
+    again.restore(state.tensors(), state.meta() | {"step": 5}, batch.prompts[::-1])
+    assert again.meta() == state.meta() and again.step == 5 and again.updates == 1 and again.kl_coeff == 0.05
+    assert again.sampler.batch_indices(5) == order.batch_indices(5) != Sampler(9, 2, 0).batch_indices(4)
+    assert again.batch is not None and again.batch.prompts == batch.prompts
     for field in dataclasses.fields(Batch):
         value, other = getattr(batch, field.name), getattr(again.batch, field.name)
-        assert torch.equal(value, other) if isinstance(value, torch.Tensor) else value == other
-    assert (again.measured is None) == (measured is None)
-    if measured is not None:
-        assert torch.equal(again.measured.values, measured.values)
+        if field.name != "old":
+            assert torch.equal(value, other) if isinstance(value, torch.Tensor) else value == other
+    assert (again.batch.old is None) == (old is None)
+    for field in dataclasses.fields(OldPolicy) if old is not None else ():
+        assert torch.equal(getattr(again.batch.old, field.name), getattr(old, field.name))
+
+
+def test_a_state_of_version_0_1_is_taken_up() -> None:
+    """It has what dynamic sampling did apart from the batch's other metrics."""
+    batch = dataclasses.replace(make_batch(REWARDS), scoring={"reward/math/failed": 0.0})
+    state = TrainState(4, 0.03, Sampler(9, 2, 0))
+    state.after_update(batch, {"loss": 1.0})
+    again = TrainState(0, 0.1, Sampler(9, 2, 0))
+    again.restore(state.tensors(), state.meta() | {"step": 4, "facts": {"rollout/rounds": 2}}, batch.prompts)
+    assert again.batch is not None and again.batch.scoring == {"rollout/rounds": 2, "reward/math/failed": 0.0}
 
 
 # --- configs ---------------------------------------------------------------------------------------------------------
@@ -284,7 +313,7 @@ def test_a_preset_is_a_config_that_means_something(name: str) -> None:
             if option != "clip_high":
                 assert getattr(getattr(config, group), option) == value, option
     assert config.loss.clip_high == 0.5 and config.optim.learning_rate == 1e-3
-    assert needs_measuring(config) == (name in ("rloo", "ppo", "reinforce_pp"))
+    assert needs_old_policy(config) == (name in ("rloo", "ppo", "reinforce_pp"))
 
 
 def test_an_unknown_preset_is_refused(capsys: pytest.CaptureFixture[str]) -> None:

@@ -19,7 +19,7 @@ from grpo_dist.data.order import Curriculum, Mixture, Sampler
 from grpo_dist.model.load import load_tokenizer
 from grpo_dist.monitoring.metrics import pass_rates
 from grpo_dist.rewards.registry import answer_checks
-from grpo_dist.trainer.batches import further_places
+from grpo_dist.trainer.collect import further_places
 from grpo_dist.types import Batch, Prompt
 
 pytestmark = pytest.mark.quick

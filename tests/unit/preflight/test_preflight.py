@@ -12,7 +12,7 @@ import torch
 
 from grpo_dist.checkpoint import store as checkpoint
 from grpo_dist.checkpoint.resume import identity
-from grpo_dist.checkpoint.state import Position
+from grpo_dist.checkpoint.state import TrainState
 from grpo_dist.cli.main import main
 from grpo_dist.config.parse import parse_config
 from grpo_dist.preflight.contents import read_contents
@@ -191,9 +191,8 @@ def test_what_would_be_resumed(data: list[str], tmp_path: Path, capsys: pytest.C
     root = tmp_path / "runs" / "new" / "checkpoints"
     config = read_options(data[1:]).config
     contents = read_contents(config, Findings())
-    meta = Position(7, config.loss.kl_coeff).meta() | {
+    meta = TrainState(7, config.loss.kl_coeff, contents.sampler).meta() | {
         "identity": identity(config, contents.model_config, contents.prompts), "config": {}, "versions": {},
-        "sampler": contents.sampler.state(),
     }  # fmt: skip
     checkpoint.save(root, 7, {"x": torch.zeros(1)}, meta, keep=2)
     assert main(data) == 0

@@ -13,7 +13,7 @@ from grpo_dist.config.schema import RewardConfig, ScoringConfig
 from grpo_dist.rewards.pool.pool import ScorerPool
 from grpo_dist.rollout import Request, Sampling
 from grpo_dist.trainer.gathering import gather_completions
-from grpo_dist.trainer.generation import Scoring, generate_and_score, requests_of
+from grpo_dist.trainer.scoring import Scoring, generate_and_score, requests_of
 from grpo_dist.types import Completion, Prompt
 
 REWARD = '''

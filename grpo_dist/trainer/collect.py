@@ -1,0 +1,109 @@
+"""From prompts to the scored global batch of a step, the same on every rank: rollout, rewards, gathering."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from ..algorithm.advantages import has_spread
+from ..algorithm.hashing import stream_key
+from ..algorithm.targets import has_reference
+from ..checkpoint.state import TrainState
+from ..data.order import Curriculum, Mixture, Sampler
+from ..rewards.registry import TrainerState
+from ..rollout import Sampling
+from ..rollout.sampling import sampling_of
+from ..types import Batch, Completion, Prompt, join
+from .gathering import gather_completions, gather_scores
+from .packs import reference_logprobs
+from .parts import Parts
+from .scoring import Scoring, generate_and_score, requests_of
+
+
+def collect(parts: Parts, state: TrainState) -> Batch:
+    """A new batch of the step under way; a collective.
+
+    With dynamic sampling (DAPO, arXiv:2503.14476, section 3.2), groups whose rewards are all equal are replaced by
+    groups of further prompts. Prompts and noise of a round are functions of seed, step and round, so nothing has to be
+    saved for a resume; what a round replaces follows from the global batch, so ranks need not talk about it.
+    """
+    config, step = parts.config, state.step
+    prompts = [parts.prompts[place] for place in state.sampler.batch_indices(step)]
+    batches = [_round(parts, state, prompts, f"train/{step}")]
+    if not config.rollout.max_resamples:
+        return batches[0]
+    kept, spare = _sorted_groups(batches[0])
+    chosen, rounds, all_rewards = [kept], 0, [batches[0].reward]
+    while sum(map(len, chosen)) < config.train.batch_size and rounds < config.rollout.max_resamples:
+        rounds += 1
+        missing = config.train.batch_size - sum(map(len, chosen))
+        assert not isinstance(state.sampler, Curriculum), "refused with rollout.max_resamples"
+        places = further_places(state.sampler, step, rounds)[:missing]
+        batches.append(_round(parts, state, [parts.prompts[i] for i in places], f"train/{step}/{rounds}"))
+        chosen.append(_sorted_groups(batches[-1])[0])
+        all_rewards.append(batches[-1].reward)
+    replaced = sum(map(len, chosen)) - len(kept)
+    filled = spare[: config.train.batch_size - len(kept) - replaced]
+    chosen[0] = sorted(kept + filled)
+    counts = {
+        "rollout/rounds": 1 + rounds, "rollout/groups": sum(len(batch.prompts) for batch in batches),
+        "rollout/groups_replaced": replaced, "rollout/groups_without_signal": len(filled),
+        "reward/sampled_mean": float(torch.cat(all_rewards).nanmean()),
+    }  # fmt: skip
+    batch = join(batches, chosen)
+    return replace(batch, scoring=batch.scoring | counts)
+
+
+def with_reference(parts: Parts, batch: Batch) -> Batch:
+    """The batch with the reference's log-probabilities, where they are needed and not there yet; a collective."""
+    if not has_reference(parts.config) or batch.reference_logprobs is not None:
+        return batch
+    with parts.phase("reference"):
+        return replace(batch, reference_logprobs=reference_logprobs(parts, batch))
+
+
+def generate(
+    parts: Parts, state: TrainState, prompts: list[Prompt], group_size: int, sampling: Sampling, stream: str, step: int
+) -> tuple[list[Completion], Scoring]:
+    """This rank's share of the completions, and their scores, which are computed while others are generated.
+
+    `stream` names the noise, such as `train/12`; rewards are given `step`.
+    """
+    drawn = parts.ranks.share(len(prompts) * group_size)
+    requests = requests_of(prompts, group_size, drawn, parts.config.train.seed, stream)
+    progress = TrainerState(step, parts.config.train.num_train_steps, state.sampler.epoch(step))
+    with parts.rollout_model.open() as model, parts.ranks.together("rollout"):
+        scoring = Scoring(parts.scorer, prompts, group_size, drawn, parts.texts_of, progress)
+        return generate_and_score(parts.engine, model, requests, sampling, scoring, parts.watch.check), scoring
+
+
+def further_places(sampler: Sampler | Mixture, step: int, round: int) -> list[int]:
+    """Places of prompts that a round of dynamic sampling may take, in the order in which it takes them.
+
+    A mixture's shares hold for them too: they are drawn from each data set in proportion, whatever was to be replaced.
+    """
+    return sampler.reseeded(stream_key(sampler.seed, "resample", round) & (2**63 - 1)).batch_indices(step)
+
+
+def _round(parts: Parts, state: TrainState, prompts: list[Prompt], stream: str) -> Batch:
+    """Completions of `prompts`, scored and gathered; the reference is asked while rewards are still on their way."""
+    config = parts.config
+    with parts.phase("rollout"):
+        completions, scoring = generate(parts, state, prompts, config.rollout.group_size, sampling_of(config.rollout),
+                                        stream, state.step)  # fmt: skip
+        batch = gather_completions(parts.ranks, prompts, completions)
+        scoring.complete(batch)
+    if not config.rollout.max_resamples:  # else only of the groups that are kept
+        batch = with_reference(parts, batch)
+    with parts.phase("reward"):
+        with parts.ranks.together("scoring"):
+            scores = scoring.result(parts.watch.check)
+        return gather_scores(parts.ranks, batch, scoring.rows, scores, config.weights_at(state.step),
+                             config.scoring.error_budget)  # fmt: skip
+
+
+def _sorted_groups(batch: Batch) -> tuple[list[int], list[int]]:
+    """The groups whose rewards differ, and the others."""
+    spread = has_spread(batch.reward, batch.group).tolist()
+    return [g for g, one in enumerate(spread) if one], [g for g, one in enumerate(spread) if not one]

@@ -1,0 +1,101 @@
+"""The models of a training: policy, reference, rollout weights, and the engine that decodes with these."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..algorithm.targets import has_reference
+from ..checkpoint import store as checkpoint
+from ..config.schema import Config, RolloutConfig
+from ..distributed.optimizer_state import OptimizerState
+from ..distributed.ranks import Ranks, resolve_dtype, unsharded_loading
+from ..model.critic import parameter_groups
+from ..model.load import attention_for, load_causal_lm, load_policy, trainable
+from ..model.policy import Policy
+from ..model.reference import AdaptersOff, FrozenCopy, Reference, needs_copy
+from ..model.rollout_weights import RolloutModel
+from ..rollout import Engine
+from ..rollout.choose import make_engine
+from ..rollout.own_attention import require_no_noise, settle_attention
+from ..rollout.probe import head_is_plain
+
+
+@dataclass(frozen=True)
+class Models:
+    """What `Parts` has of them, under the same names."""
+
+    policy: Policy
+    wrapped: Any
+    optimizer: Any
+    optimizer_state: OptimizerState
+    reference: Reference | None
+    rollout_model: RolloutModel
+    engine: Engine
+    share_prompts: bool
+
+
+def load_models(
+    config: Config, model_config: Any, end_ids: list[int], ranks: Ranks, resume_from: Path | None
+) -> Models:
+    """Load and try them; a collective. Raises UnfitModel and UnfitEngine where they cannot be trained or decode."""
+    longest = config.data.max_prompt_length + config.rollout.max_completion_length
+    dtype = resolve_dtype(config.model.dtype)
+    implementation, obstacle = attention_for(config.model, model_config, longest)
+    policy = load_policy(config.model, config.lora, dtype, implementation, config.rollout.temperature,
+                         config.train.seed, device=None if ranks.zero_stage == 3 else ranks.device,
+                         has_critic=config.advantage.baseline == "critic",
+                         entropy_gradient=config.loss.entropy_coeff > 0)  # fmt: skip
+    optimizer = torch.optim.AdamW(
+        parameter_groups(policy, config.optim, config.critic),
+        lr=config.optim.learning_rate, betas=config.optim.betas, weight_decay=config.optim.weight_decay,
+        fused=ranks.device.type == "cuda",  # else a step takes as much memory again as what it trains
+    )  # fmt: skip
+    ranks.meet("loaded the model")  # a download may take longer than a collective of the start waits
+    wrapped, prepared = ranks.prepare(policy, optimizer)
+    wrapped.train()
+    policy = ranks.unwrap(wrapped)
+    optimizer_state = OptimizerState(ranks, prepared, trainable(policy))
+    reference = _load_reference(config, ranks, wrapped, policy, dtype, implementation)
+    ranks.meet("loaded the reference")
+    base = reference.policy.causal_lm if isinstance(reference, FrozenCopy) else None
+    rollout_model = RolloutModel(policy, dtype, implementation, base)
+    with rollout_model.open() as model:
+        models = [policy.causal_lm, *([reference.policy.causal_lm] if reference else []), model]
+        obstacle = settle_attention(models, implementation, obstacle, config.model.attn_implementation != "auto",
+                                    ranks.gather_objects)  # fmt: skip
+    share_prompts = obstacle is None
+    require_no_noise(wrapped, policy, share_prompts, ranks.gather_objects)
+    kept = {} if resume_from is None else checkpoint.load_meta(resume_from)
+    with rollout_model.open() as model:
+        plain = head_is_plain(model, share_prompts)
+        engine = make_engine(model, obstacle, end_ids, engine_to_keep(config.rollout, kept),
+                             ranks.gather_objects, kept.get("decoding"))  # fmt: skip
+    for each in (policy, *([reference.policy] if reference else [])):  # may be one
+        each.fused_head = plain and isinstance(each.causal_lm.get_output_embeddings(), torch.nn.Linear)
+    return Models(policy, wrapped, prepared, optimizer_state, reference, rollout_model, engine, share_prompts)
+
+
+def engine_to_keep(rollout: RolloutConfig, kept: dict[str, Any]) -> RolloutConfig:
+    """The options with the engine that a checkpoint's metadata (`kept`) names, where the config leaves the choice open.
+
+    Another engine would round differently.
+    """
+    return rollout if rollout.engine != "auto" else replace(rollout, engine=kept.get("engine", "auto"))
+
+
+def _load_reference(
+    config: Config, ranks: Ranks, wrapped: Any, policy: Policy, dtype: torch.dtype, implementation: str | None
+) -> Reference | None:
+    """The policy itself, adapters off, or a copy; None where nothing depends on it. `dtype` is the policy's."""
+    copy_dtype = resolve_dtype(config.reference.dtype)
+    if not has_reference(config):
+        return None
+    if not needs_copy(config, dtype, copy_dtype, ranks.zero_stage):
+        return AdaptersOff(wrapped, policy)
+    with unsharded_loading():
+        copy = load_causal_lm(config.model, copy_dtype, implementation, ranks.device)
+    return FrozenCopy(copy, config.rollout.temperature)

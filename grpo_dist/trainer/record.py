@@ -1,0 +1,70 @@
+"""A step written down: metrics, completions, and an evaluation where one is due."""
+
+from __future__ import annotations
+
+import torch
+
+from ..algorithm.targets import penalty_metrics
+from ..checkpoint.state import TrainState
+from ..monitoring.alarms import Metrics
+from ..monitoring.metrics import batch_metrics, read_history, update_metrics
+from ..types import Batch
+from .evaluation import evaluate
+from .parts import Parts
+
+
+def record(parts: Parts, state: TrainState, batch: Batch, seconds: float) -> dict[str, float | None]:
+    """Write down the step that is about to be done, after `seconds`, and return its metrics; a collective."""
+    config, done = parts.config, state.step + 1
+    assert batch.advantages is not None
+    metrics: dict[str, float | None] = {"step": done, "epoch": state.sampler.epoch(done)}
+    metrics |= batch_metrics(batch, batch.advantages, parts.reward_names) | update_metrics(state.metrics)
+    metrics |= penalty_metrics(config, batch) | parts.phase.metrics() | {"time/step": seconds}
+    rollout_seconds, tokens = metrics.get("time/rollout"), metrics["tokens/completion"]
+    if rollout_seconds is not None and tokens is not None:  # not where the batch came from a checkpoint
+        metrics["rollout/tokens_per_second"] = tokens / rollout_seconds
+    if config.loss.kl_target is not None:
+        metrics["kl_coeff"] = state.kl_coeff
+    if is_due(config.train.eval_every, done, config.train.num_train_steps):
+        metrics |= evaluate(parts, state, done)
+    write(parts, metrics, batch)
+    parts.display.step(metrics)
+    return metrics
+
+
+def is_due(every: int, done: int, last: int) -> bool:
+    """Whether something that comes every so many steps (0: never before the end) comes after `done` of `last`."""
+    return done == last or (every > 0 and done % every == 0)
+
+
+def write(parts: Parts, metrics: Metrics, batch: Batch | None = None) -> None:
+    """Write down metrics and, where they are logged, completions; on the main rank."""
+    if parts.recorder is None:
+        return
+    step = int(metrics["step"] or 0)
+    due = parts.config.logging.log_completions or parts.display.shows_completions(step)
+    if due and batch is not None and batch.advantages is not None:
+        texts = parts.texts_of([ids.tolist() for ids in torch.split(batch.tokens, batch.lengths.tolist())])
+        parts.recorder.completions(step, batch, texts, batch.advantages, parts.reward_names)
+        parts.display.completions(step, batch, texts, batch.advantages)
+    new = parts.recorder.metrics(metrics)
+    parts.display.alarms(new, parts.recorder.alarms.ringing)
+
+
+def summary(parts: Parts) -> str:
+    """What the run achieved and where it lies."""
+    lines, directory = [], parts.directory
+    evaluations = [entry for entry in read_history(directory) if "eval/accuracy" in entry]
+    if len(evaluations) > 1:
+        first, last = evaluations[0], evaluations[-1]
+        lines.append(f"held-out accuracy, sampled: {first['eval/accuracy']:.3f} before (step {first['step']}), "
+                     f"{last['eval/accuracy']:.3f} after (step {last['step']})")  # fmt: skip
+    lines += [f"trained model:  {directory / 'final'}", f"metrics:        {directory / 'metrics.jsonl'}"]
+    if (directory / "report.html").exists():
+        lines.append(f"report:         {directory / 'report.html'}")
+    if "tensorboard" in parts.config.logging.trackers:
+        lines.append(f"curves:         tensorboard --logdir {directory / 'tensorboard'}")
+    lines += [f"talk to it:     python -m grpo_dist chat {directory}",
+              f"take it home:   python -m grpo_dist export {directory}",
+              "next:           python -m grpo_dist init own.yaml (a config for a task of your own)"]  # fmt: skip
+    return "\n".join(lines)

@@ -1,0 +1,78 @@
+"""What a run leaves: checkpoints on its way, and the model at its end."""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
+
+from ..checkpoint import store
+from ..checkpoint.guards import warn_of_slow_save
+from ..checkpoint.reopening import check_final, probe
+from ..checkpoint.state import TrainState
+from ..config.parse import redacted
+from ..distributed.ranks import PhaseError
+from ..model.export import save_final
+from ..monitoring.machine import versions
+from ..monitoring.metrics import read_history
+from ..report.card import write_card
+from ..rollout.choose import made_of
+
+if TYPE_CHECKING:
+    from .parts import Parts
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Saves:
+    """How saving has gone so far."""
+
+    failed_in_a_row: int = 0
+
+
+def save_checkpoint(parts: Parts, state: TrainState, *, may_fail: bool = False) -> None:
+    """Commit a checkpoint of the state; a collective.
+
+    Raises PhaseError where that fails and either may not (`may_fail`) or has failed more often in a row than
+    train.max_failed_saves.
+    """
+    config, begun = parts.config.train, time.monotonic()
+    parts.watch.phase = "save"
+    tensors = parts.optimizer_state.collect() | state.tensors()
+    meta = state.meta() | made_of(parts.engine) | {
+        "identity": parts.identity, "config": redacted(asdict(parts.config)), "versions": versions(),
+        "dtype": str(parts.policy.causal_lm.dtype).removeprefix("torch."),
+    }  # fmt: skip
+    try:
+        with parts.ranks.together("saving a checkpoint"), parts.watch.patience():
+            if parts.ranks.is_main:
+                store.save(parts.directory / "checkpoints", state.step, tensors, meta, config.keep_checkpoints)
+    except PhaseError as error:
+        parts.saves.failed_in_a_row += 1
+        if not may_fail or parts.saves.failed_in_a_row > config.max_failed_saves:
+            raise
+        log.warning("going on without a checkpoint of step %d, the %d. in a row (train.max_failed_saves: %d): %s",
+                    state.step, parts.saves.failed_in_a_row, config.max_failed_saves,
+                    str(error).splitlines()[-1])  # fmt: skip
+        return
+    parts.saves.failed_in_a_row = 0
+    warn_of_slow_save(time.monotonic() - begun)
+
+
+def save_model(parts: Parts, state: TrainState) -> None:
+    """Write the merged model, the tokenizer and the adapter to output_dir/final; a collective."""
+    config, directory = parts.config, parts.directory / "final"
+    parts.watch.phase = "export"
+    with parts.watch.patience():
+        with parts.rollout_model.open() as model:
+            expected = probe(model) if parts.ranks.is_main else None
+        save_final(parts.policy, parts.tokenizer, directory, parts.ranks.is_main)
+        if expected is not None:
+            history, options = read_history(parts.directory), redacted(asdict(config))
+            write_card(directory, options, history, state.step, "merged")
+            if config.lora:
+                write_card(directory / "adapter", options, history, state.step, "adapter")
+            check_final(directory, expected, parts.rollout_model.dtype, config.model.trust_remote_code)
+        parts.ranks.barrier()
