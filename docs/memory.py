@@ -21,20 +21,24 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from grpo_dist.algorithm.targets import targets_of
+from grpo_dist.algorithm.targets import with_advantages
 from grpo_dist.config.parse import parse_config
+from grpo_dist.config.schema import Config
+from grpo_dist.distributed.ranks import Ranks
 from grpo_dist.model.load import load_model_config, load_tokenizer
+from grpo_dist.monitoring.metrics import pass_rates
 from grpo_dist.planning.live import LiveBytes
 from grpo_dist.planning.memory import peaks
 from grpo_dist.planning.predict import Predictor
 from grpo_dist.train import update
-from grpo_dist.trainer.batches import batch_of
-from grpo_dist.trainer.build import Run
-from grpo_dist.trainer.work import aim, measure, pack_batch
+from grpo_dist.trainer import build, models
+from grpo_dist.trainer.collect import collect, with_reference
+from grpo_dist.trainer.packs import pack_minibatches, with_old_policy
 
 ROOT = Path(__file__).parents[1]
 VOCABULARY = 4096
@@ -131,46 +135,51 @@ def tensor_bytes() -> int:
     return sum(storages.values())
 
 
-class MeasuredRun(Run):
-    """A run that notes what its process takes before models are loaded."""
-
-    def _load_models(self) -> None:
-        if self.ranks.is_deepspeed:
-            import deepspeed  # noqa: F401
-        gc.collect()
-        self.empty = resident()
-        super()._load_models()
-
-
 def measured_process(arguments: list[str], report: Path) -> None:
     """Train two steps and write down the peaks of the second's phases."""
     torch.set_num_threads(1)
-    run = MeasuredRun(parse_config(arguments))
+    empty = 0
+
+    def load_models(
+        config: Config, model_config: Any, end_ids: list[int], ranks: Ranks, resume_from: Path | None
+    ) -> Any:
+        """The models, after noting what the process takes without them."""
+        nonlocal empty
+        if ranks.is_deepspeed:
+            import deepspeed  # noqa: F401
+        gc.collect()
+        empty = resident()
+        return models.load_models(config, model_config, end_ids, ranks, resume_from)
+
+    build.load_models = load_models
+    config = parse_config(arguments)
+    parts, state = build.build(config)
     found: dict[str, dict[str, int]] = {}
 
     @contextmanager
-    def phase(name: str, step: int) -> Iterator[None]:
+    def phase(name: str) -> Iterator[None]:
         held = tensor_bytes()
         forget_peak()
         with LiveBytes() as live:
             yield
-        if step:
-            found[name] = {"tensors": held + live.peak, "process": resident("VmHWM") - run.empty}
+        if state.step:
+            found[name] = {"tensors": held + live.peak, "process": resident("VmHWM") - empty}
 
-    for step in range(2):
-        with phase("rollout", step):
-            batch, _ = batch_of(run, step)
-        minibatches = pack_batch(run, batch, step)
-        opening = measure(run, minibatches, batch)
-        targets = targets_of(run.config.at(step), batch, opening, run.position.kl_coeff)
-        aim(minibatches, targets)
-        with phase("update", step):
-            update(run, minibatches[0], step)
+    for _ in range(2):
+        weights = config.weights_at(state.step)
+        with phase("rollout"):
+            batch = with_reference(parts, collect(parts, state))
+        batch = with_advantages(config, batch, weights, state.kl_coeff)
+        minibatches = pack_minibatches(parts, batch)
+        batch = with_old_policy(parts, batch, minibatches)
+        with phase("update"):
+            update(parts, state, batch, minibatches[0])
         del minibatches
-        run.rollout_model.sync()
-    if run.ranks.is_main:
+        parts.rollout_model.sync()
+        state.after_step(state.kl_coeff, pass_rates(batch, weights))
+    if parts.ranks.is_main:
         report.write_text(json.dumps(found))
-    run.close(all_ranks=True)
+    build.close(parts, all_ranks=True)
 
 
 # --- the table -------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""`python -m grpo_dist VERB`: see cli.py."""
+"""`python -m grpo_dist VERB`: see cli/main.py."""
 
 import sys
 

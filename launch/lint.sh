@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Check style, format and types, after setting up. Mends what can be mended: launch/lint.sh --fix
+# Check style, format, types and who imports whom, after setting up. Mends what can be mended: launch/lint.sh --fix
 set -euo pipefail
 # shellcheck source=launch/setup.sh
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
@@ -12,4 +12,5 @@ failed=0
 ruff check . || failed=1
 ruff format --check . || failed=1
 mypy || failed=1
+lint-imports --no-cache || failed=1
 exit "$failed"

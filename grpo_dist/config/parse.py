@@ -114,7 +114,7 @@ def parse_config(arguments: list[str] | None = None) -> Config:
     given = parser.parse_args(_preset_first(words))
     try:
         return to_config(parser, given)
-    except ValueError as error:  # a check of config.py
+    except ValueError as error:  # a check of schema.py
         parser.error(str(error))
 
 

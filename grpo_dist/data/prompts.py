@@ -1,7 +1,7 @@
 """Prompts: read from files or data sets, checked row by row, rendered to tokens.
 
 Everything that can be wrong with data is found here, before any model is loaded, and said with file and line; rows are
-dropped only where the config says so, and are counted. Which prompts a step takes is said in sampler.py.
+dropped only where the config says so, and are counted. Which prompts a step takes is said in order.py.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Read rows from JSONL, JSON, CSV and parquet files, directories and hub data sets.
 
-What is wrong with the place they come from is an error here; what is wrong with a row is left for `data.py` to judge.
+What is wrong with the place they come from is an error here; what is wrong with a row is left to `prompts.py`.
 JSONL has a reader of its own, so that every row knows its line, and so have JSON and CSV, so that values are what the
 file says: `datasets` takes the text 2024-01-01 of a JSON file for a point in time and 007 of a CSV file for 7.
 """

@@ -1,4 +1,4 @@
-"""What is measured in a step; recording.py writes it down. Metric names are stable: docs/metrics.md has them all."""
+"""What is measured in a step; recorder.py writes it down. Metric names are stable: docs/metrics.md has them all."""
 
 from __future__ import annotations
 

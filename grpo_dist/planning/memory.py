@@ -1,6 +1,6 @@
 """Memory of one rank, by part and phase: arithmetic alone, without a model. Pure.
 
-What the parts are and when they are held follows run.py: weights and optimizer always, the cache and the logits of
+What the parts are and when they are held follows trainer/: weights and optimizer always, the cache and the logits of
 decoding during the rollout, the activations of one pack during the update. Bytes are those of tensors; a process adds
 its own (interpreter, libraries, and on a GPU CUDA's context and the allocator's fragments).
 """

@@ -1,4 +1,4 @@
-"""The decoding step of `llama.cpp`: models built as Llama is, on a CPU.
+"""The decoding step of `decode.cpp`: models built as Llama is, on a CPU.
 
 torch's operations for a few tokens spend as long on starting as on computing, and a product of few rows waits for
 memory. Here a step is one call, and what it computes for a sequence does not depend, to the last bit, on what else is
@@ -31,7 +31,7 @@ MULTIPLE = 8
 """Sizes have to be multiples of this: so many numbers, or twice as many, are computed at once."""
 
 
-# The structures of llama.cpp, field by field.
+# The structures of decode.cpp, field by field.
 class _Linear(ctypes.Structure):
     _fields_ = [*((name, c_void_p) for name in ("weight", "bias", "low", "high")), ("rank", c_int64)]
 

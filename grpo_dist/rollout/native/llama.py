@@ -2,7 +2,7 @@
 
 transformers' modules spend more operations, and more Python around them, than a step of a few tokens computes. This
 is the same function on the same weights, with numbers rounded at the same places. Whether it is the same for a given
-model is asked of that model (see `engines.py`); one that is built in another way decodes through its own modules.
+model is asked of that model (`rollout/choose.py`); one that is built in another way decodes through its own modules.
 
 Shapes: R sequences, H hidden, Hq query heads, Hk key heads, D head size, V vocabulary.
 """
