@@ -145,7 +145,7 @@ def measured_process(arguments: list[str], report: Path) -> None:
     ) -> Any:
         """The models, after noting what the process takes without them."""
         nonlocal empty
-        if ranks.is_deepspeed:
+        if ranks.strategy.zero_stage:
             import deepspeed  # noqa: F401
         gc.collect()
         empty = resident()

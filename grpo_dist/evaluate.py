@@ -29,9 +29,10 @@ from .algorithm.estimates import Comparison, Estimate, compare, estimate, majori
 from .config.parse import parse_config
 from .config.schema import Config
 from .data.prompts import load_prompts
+from .distributed.deepspeed import unsharded_loading
 from .distributed.device import set_up_cuda
 from .distributed.launch_config import require_known_launch
-from .distributed.ranks import Ranks, resolve_dtype, unsharded_loading
+from .distributed.ranks import Ranks, resolve_dtype
 from .distributed.rendezvous import is_of_one_rank, place_in_launch
 from .model.checks import UnfitModel
 from .model.load import (

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import kl_div
 
 from ..config.schema import ModelConfig
-from ..distributed.ranks import unsharded_loading
+from ..distributed.deepspeed import unsharded_loading
 from ..model import attention
 from ..model.attention import block_layout
 from ..model.load import load_causal_lm, load_model_config

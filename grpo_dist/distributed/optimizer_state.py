@@ -6,28 +6,14 @@ gives each rank a slice; here it is known which slice of which parameter lies wh
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .ranks import Ranks, is_sharded
-
-
-@dataclass(frozen=True)
-class Fragment:
-    """The part of one parameter whose float32 value and Adam moments this rank holds."""
-
-    flat: Tensor
-    """The optimizer's own tensor, flattened, in which the part lies: the key of its state."""
-    flat_start: int
-    """Where in `flat` the part begins."""
-    start: int
-    """Where in the flattened parameter the part begins."""
-    size: int
-    """Elements of the part."""
-
+from .deepspeed import full_shape
+from .ranks import Ranks
+from .strategy import Fragment
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -39,39 +25,21 @@ class OptimizerState:
     """
 
     def __init__(self, ranks: Ranks, optimizer: Any, parameters: dict[str, torch.nn.Parameter]) -> None:
-        self.ranks = ranks
-        self.parameters: dict[str, Any] = dict(parameters)  # Any for what DeepSpeed writes on them
-        wrapped = optimizer.optimizer  # Accelerate's wrapper holds DeepSpeed's ZeRO optimizer, or torch's own
-        self.adam = wrapped.optimizer if ranks.is_deepspeed else wrapped
-        self.zero: Any = wrapped if ranks.is_deepspeed else None
-
-    def _fragment(self, parameter: Any) -> Fragment | None:
-        if is_sharded(parameter):
-            group, offset, size = self.zero.grad_position[self.zero.get_param_id(parameter)]
-            held = self.zero.fp32_partitioned_groups_flat[group]
-            start = size * self.ranks.rank
-            # the last ranks' parts may be padding beyond the parameter's end
-            return Fragment(held, offset, start, min(size, max(0, parameter.ds_numel - start)))
-        if self.zero is not None:
-            mapping = parameter._hp_mapping
-            if mapping is None:
-                return None
-            held = self.zero.single_partition_of_fp32_groups[mapping.param_group_index]
-            inside, outside = mapping.hp_fragment_address, mapping.lp_fragment_address
-            return Fragment(held, inside.start, outside.start, inside.numel)
-        return Fragment(parameter, 0, 0, parameter.numel())
+        self.ranks, self.strategy, self.optimizer = ranks, ranks.strategy, optimizer
+        self.parameters = parameters
+        self.adam = self.strategy.adam(optimizer)
 
     def _part(self, tensor: Tensor, fragment: Fragment) -> Tensor:
         return tensor.detach().view(-1)[fragment.flat_start : fragment.flat_start + fragment.size]
 
     def _whole(self, parameter: Any, key: str | None) -> Tensor:
-        shape = parameter.ds_shape if is_sharded(parameter) else parameter.shape
+        shape = full_shape(parameter)
         flat = torch.zeros(shape.numel(), dtype=torch.float32)
-        fragment = self._fragment(parameter)
+        fragment = self.strategy.fragment(self.optimizer, parameter)
         if fragment is not None and (key is None or key in self.adam.state[fragment.flat]):
             held = fragment.flat if key is None else self.adam.state[fragment.flat][key]
             flat[fragment.start : fragment.start + fragment.size] = self._part(held, fragment).float().cpu()
-        return (self.ranks.reduce(flat, "sum") if self.zero is not None else flat).view(shape)
+        return (self.ranks.reduce(flat, "sum") if self.strategy.sums_fragments else flat).view(shape)
 
     @torch.no_grad()
     def collect(self) -> dict[str, Tensor]:
@@ -90,12 +58,12 @@ class OptimizerState:
     def restore(self, state: dict[str, Tensor]) -> None:
         """Put back what `collect` returned, on every rank alike. Raises ValueError for tensors of other shapes."""
         for name, parameter in self.parameters.items():
-            shape = parameter.ds_shape if is_sharded(parameter) else parameter.shape
+            shape = full_shape(parameter)
             for kind in ("weight", *MOMENTS):
                 if state[f"{kind}/{name}"].shape != shape:
                     raise ValueError(f"{kind}/{name} has shape {list(state[f'{kind}/{name}'].shape)}, expected "
                                      f"{list(shape)}")  # fmt: skip
-            fragment = self._fragment(parameter)
+            fragment = self.strategy.fragment(self.optimizer, parameter)
             if fragment is not None:
                 flat = fragment.flat
                 part = slice(fragment.start, fragment.start + fragment.size)
@@ -106,10 +74,4 @@ class OptimizerState:
                 for moment in MOMENTS:
                     adam.setdefault(moment, torch.zeros_like(flat, memory_format=torch.preserve_format))
                     self._part(adam[moment], fragment).copy_(state[f"{moment}/{name}"].view(-1)[part])
-            # under DeepSpeed the model computes with a copy of what the optimizer holds
-            if is_sharded(parameter):
-                start = parameter.ds_tensor.numel() * self.ranks.rank
-                own = state[f"weight/{name}"].view(-1)[start : start + parameter.ds_tensor.numel()]
-                parameter.ds_tensor.view(-1)[: own.numel()].copy_(own)
-            elif self.zero is not None:
-                parameter.copy_(state[f"weight/{name}"])
+            self.strategy.after_restore(parameter, state[f"weight/{name}"])

@@ -1,7 +1,7 @@
 """The ranks of a run: who they are, what they exchange, and how a step of the optimizer is taken on all of them.
 
-Accelerate and DeepSpeed are known here and in models.py alone. The same calls serve one process, DDP and ZeRO, on GPUs
-(NCCL) and on CPU ranks (gloo).
+The same calls serve one process, DDP and ZeRO, on GPUs (NCCL) and on CPU ranks (gloo). What differs between them is in
+strategy.py and deepspeed.py.
 """
 
 from __future__ import annotations
@@ -10,25 +10,22 @@ import logging
 import os
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.utils import (
-    DeepSpeedPlugin,
-    DistributedType,
-    GradientAccumulationPlugin,
-    InitProcessGroupKwargs,
-)
+from accelerate.utils import DeepSpeedPlugin, GradientAccumulationPlugin, InitProcessGroupKwargs
 from torch import Tensor
 
 from ..config.schema import Dtype, OptimConfig
+from . import deepspeed
 from .device import computes_on_gpu
-from .launch_config import set_aside_precision, settle_deepspeed
+from .launch_config import set_aside_precision
 from .rendezvous import START_SECONDS, Rendezvous, place_in_launch, warn_of_idle_gpus
+from .strategy import Replicated, Strategy
 from .watch import Interrupted, serve_store
 
 log = logging.getLogger(__name__)
@@ -58,29 +55,6 @@ def _bound_kernel_caches() -> None:
         os.environ.setdefault(name, "64")
 
 
-def _keep_deepspeed_from_compiling() -> None:
-    """Leave out DeepSpeed's shared-memory collectives; gloo does without them.
-
-    They would be built with g++ at the first start, for a minute and without a word, and a start killed meanwhile would
-    leave a lock the next one waits on.
-    """
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    from deepspeed import ops
-
-    ops.__compatible_ops__["deepspeed_shm_comm"] = False
-
-
-def _sum_in_float32(deepspeed_config: dict[str, Any]) -> None:
-    """Let DeepSpeed add the gradients of packs and of ranks in float32, as DDP does, where it computes in bfloat16.
-
-    In bfloat16 the sum of 64 packs is 1 % off, and depends on how many a rank has. Stage 1 then runs as stage 2, whose
-    result is the same: DeepSpeed's stage 1 with such sums is an optimizer that fails on a gradient of zero.
-    """
-    deepspeed_config |= {"data_types": {"grad_accum_dtype": "fp32"}, "communication_data_type": "fp32"}
-    zero = deepspeed_config["zero_optimization"]
-    zero["stage"] = 2 if zero["stage"] == 1 else zero["stage"]
-
-
 class PhaseError(RuntimeError):
     """A phase failed on some rank; raised on all of them with every failing rank's own traceback."""
 
@@ -99,16 +73,12 @@ class Ranks:
             self._rendezvous.choose_interface()
         else:
             warn_of_idle_gpus()
-        deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
-        if deepspeed and not computes_on_gpu():
-            _keep_deepspeed_from_compiling()
         precision = "bf16" if dtype == torch.bfloat16 else "no"
-        plugin = DeepSpeedPlugin() if deepspeed else None
         set_aside = set_aside_precision(os.environ, precision)
-        if plugin is not None:
-            set_aside += settle_deepspeed(plugin.deepspeed_config, optim.max_grad_norm)
-            if dtype == torch.bfloat16:
-                _sum_in_float32(plugin.deepspeed_config)
+        plugin = None
+        if deepspeed.is_asked_for():
+            plugin, further = deepspeed.make_plugin(dtype, optim.max_grad_norm)
+            set_aside += further
         for line in set_aside:
             log.warning("%s", line)
         with nullcontext() if self._rendezvous is None else self._rendezvous.first_collective():
@@ -118,9 +88,9 @@ class Ranks:
             if self.num_ranks > 1:
                 dist.all_reduce(flag := torch.ones(1, device=self.device))
                 flag.item()  # waits for the device
-        self.max_grad_norm = optim.max_grad_norm
-        self.is_deepspeed = self.accelerator.distributed_type == DistributedType.DEEPSPEED
-        self.zero_stage = 0 if plugin is None else plugin.deepspeed_config["zero_optimization"]["stage"]
+        self.strategy: Strategy = (
+            Replicated(self.num_ranks, optim.max_grad_norm) if plugin is None else deepspeed.Zero(plugin)
+        )
         self.meetings = 0
         """Collectives of this class that this rank has entered: who has entered the fewest is waited for."""
 
@@ -256,47 +226,29 @@ class Ranks:
 
     def prepare(self, policy: torch.nn.Module, optimizer: torch.optim.Optimizer) -> tuple[Any, Any]:
         """The policy and its optimizer, wrapped for this run (DDP, a DeepSpeed engine, or as they are)."""
-        if self.is_deepspeed:  # its buffer for gradients has 500 million elements by default: gigabytes for adapters
-            trained = sum(getattr(p, "ds_numel", p.numel()) for p in policy.parameters() if p.requires_grad)
-            zero = self.accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"]
-            zero["reduce_bucket_size"] = min(zero.get("reduce_bucket_size", 500_000_000), trained)
+        self.strategy.before_prepare(policy)
         return self.accelerator.prepare(policy, optimizer)
 
-    def backward(self, policy: Any, loss: Tensor, last: bool) -> None:
-        """Add one pack's gradient; the `last` pack of an update synchronises the ranks.
+    def no_sync(self, wrapped: Any, is_last: bool) -> AbstractContextManager[Any]:
+        """Context of a pack's forward and backward pass: ranks exchange gradients after the last pack alone."""
+        return self.strategy.no_sync(wrapped, is_last)
 
-        DDP and ZeRO average over ranks while the loss is a share of the global one, hence the factor. (Under DDP the
-        forward of all but the last pack must run inside `no_sync`.)
+    def backward(self, wrapped: Any, loss: Tensor, is_last: bool) -> None:
+        """Add one pack's gradient; the last pack of an update synchronises the ranks.
+
+        DDP and ZeRO average over ranks while the loss is a share of the global one, hence the factor.
         """
-        self.meetings += last
-        loss = loss * self.num_ranks
-        if self.is_deepspeed:
-            policy.set_gradient_accumulation_boundary(is_boundary=last)
-            policy.backward(loss)
-        else:
-            loss.backward()
+        self.meetings += is_last
+        self.strategy.backward(wrapped, loss * self.num_ranks, is_last)
 
-    def no_sync(self, policy: Any, last: bool) -> Any:
-        """Context of forward and backward: keeps DDP from reducing gradients before the last pack."""
-        return policy.no_sync() if hasattr(policy, "no_sync") and not self.is_deepspeed and not last else nullcontext()
-
-    def optimizer_step(self, policy: Any, optimizer: Any, learning_rate: float) -> float:
+    def optimizer_step(self, wrapped: Any, optimizer: Any, learning_rate: float) -> float:
         """Clip, step, clear; returns the gradient's norm before clipping.
 
-        Where the norm is not finite no rank steps: it is the same number on all of them. (DeepSpeed does so by itself.)
+        Where the norm is not finite no rank steps: it is the same number on all of them.
         """
         for group in optimizer.param_groups:
             group["lr"] = learning_rate * group["rate_share"]
-        if self.is_deepspeed:
-            policy.step()
-            norm = policy.get_global_grad_norm()
-        else:
-            trainable = [p for p in policy.parameters() if p.requires_grad]
-            norm = torch.nn.utils.clip_grad_norm_(trainable, self.max_grad_norm)
-            if bool(torch.isfinite(norm)):
-                optimizer.step()
-            optimizer.zero_grad()
-        return float(norm)
+        return self.strategy.step(wrapped, optimizer)
 
     def unwrap(self, policy: Any) -> Any:
         """The policy inside its wrapper."""
@@ -307,36 +259,3 @@ class Ranks:
         self.accelerator.end_training()
         if dist.is_initialized():
             dist.destroy_process_group()
-
-
-def is_sharded(parameter: Tensor) -> bool:
-    """Whether ZeRO-3 holds only a part of this parameter on each rank."""
-    return hasattr(parameter, "ds_id")
-
-
-@contextmanager
-def whole(parameters: list[Tensor]) -> Iterator[None]:
-    """Inside, the parameters hold their full values on every rank (they are read only)."""
-    sharded = [p for p in parameters if is_sharded(p)]
-    if not sharded:
-        yield
-        return
-    import deepspeed
-
-    with deepspeed.zero.GatheredParameters(sharded, modifier_rank=None):
-        yield
-
-
-@contextmanager
-def unsharded_loading() -> Iterator[None]:
-    """Inside, `from_pretrained` loads whole models, also under ZeRO-3 (which would otherwise partition every model)."""
-    from transformers.integrations import deepspeed as integration
-
-    reference = integration._hf_deepspeed_config_weak_ref
-    config = reference() if reference is not None else None
-    integration.unset_hf_deepspeed_config()
-    try:
-        yield
-    finally:
-        if config is not None:
-            integration.set_hf_deepspeed_config(config)

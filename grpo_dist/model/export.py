@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers.utils import cached_file
 
-from ..distributed.ranks import unsharded_loading, whole
+from ..distributed.deepspeed import gathered, unsharded_loading
 from .load import adapted_layers, plain_name
 from .policy import Policy
 
@@ -40,7 +40,7 @@ def kept_shares(policy: Policy, dtypes: Sequence[torch.dtype], keep: bool) -> li
     """
     rounding, total = [0.0] * len(dtypes), 0.0
     for layer in (adapted_layers(policy) if isinstance(policy.model, PeftModel) else {}).values():
-        with whole(list(layer.parameters())):
+        with gathered(list(layer.parameters())):
             if keep:
                 weight, update = layer.get_base_layer().weight, layer.get_delta_weight("default").float()
                 exact = weight.double() + update
@@ -94,7 +94,7 @@ def merged_state(policy: Policy, keep: bool, dtype: torch.dtype) -> dict[str, Te
             continue
         key = plain_name(name)
         layer = layers.get(key.removesuffix(".weight")) if key.endswith(".weight") else None
-        with whole([parameter, *(layer.parameters() if layer else ())]):
+        with gathered([parameter, *(layer.parameters() if layer else ())]):
             if keep:
                 value = _merged(parameter, layer.get_delta_weight("default").float()) if layer else parameter
                 state[key] = value.to(_dtype_in_file(policy, parameter, dtype)).cpu().clone()
@@ -107,7 +107,7 @@ def merged_state(policy: Policy, keep: bool, dtype: torch.dtype) -> dict[str, Te
 def adapter_state(policy: Policy, keep: bool) -> dict[str, Tensor]:
     """The adapters' whole weights by their names, on the CPU; a collective as `merged_state` is."""
     adapters = {name: p for name, p in policy.model.named_parameters() if ".lora_" in name}
-    with whole(list(adapters.values())):
+    with gathered(list(adapters.values())):
         return {name: p.detach().cpu().clone() for name, p in adapters.items()} if keep else {}
 
 

@@ -20,7 +20,7 @@ from transformers import __version__ as transformers_version
 
 from ..config.places import model_place
 from ..config.schema import LoraConfig, ModelConfig
-from ..distributed.ranks import is_sharded, unsharded_loading
+from ..distributed.deepspeed import is_sharded, unsharded_loading
 from . import attention
 from .checks import (
     CANNOT,

@@ -18,7 +18,7 @@ import torch
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 
-from ..distributed.ranks import is_sharded, unsharded_loading, whole
+from ..distributed.deepspeed import gathered, is_sharded, unsharded_loading
 from .load import plain_name
 from .lora import fuse_adapters
 from .policy import Policy
@@ -64,7 +64,7 @@ class RolloutModel:
         if isinstance(self.policy.model, PeftModel):
             return
         theirs = {name: p for name, p in self._policy_parameters().items() if is_sharded(p) or p.dtype != self.dtype}
-        with whole(_different(theirs.values())):
+        with gathered(_different(theirs.values())):
             held: dict[Tensor, Tensor] = {}  # tied weights stay tied
             for name, parameter in theirs.items():
                 if parameter not in held:
@@ -77,7 +77,7 @@ class RolloutModel:
     def open(self) -> Iterator[nn.Module]:
         """Inside, the model computes as the policy did at the last `sync`; a collective under ZeRO-3."""
         theirs = self._policy_parameters()
-        with torch.no_grad(), whole(_different(p for name, p in theirs.items() if name not in self._own)):
+        with torch.no_grad(), gathered(_different(p for name, p in theirs.items() if name not in self._own)):
             mine = dict(self.tree.named_parameters(remove_duplicate=False))
             for name in mine:
                 self._put(name, nn.Parameter(self._own.get(name, theirs[name].data), requires_grad=False))

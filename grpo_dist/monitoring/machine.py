@@ -40,17 +40,13 @@ def record_start(directory: Path, ranks: Ranks, first_step: int, dtype: torch.dt
     devices = ranks.gather_objects(f"{socket.gethostname()}: {device}")
     if not ranks.is_main:
         return
-    if ranks.is_deepspeed:
-        engine = f"DeepSpeed ZeRO-{ranks.zero_stage}"
-    else:
-        engine = "DDP" if ranks.num_ranks > 1 else "one process"
     used = {"grpo_dist": __version__, "python": platform.python_version(), **versions()}
-    if ranks.is_deepspeed:
+    if "DeepSpeed" in ranks.strategy.name:
         used["deepspeed"] = metadata.version("deepspeed")
     if torch.version.cuda:
         used["cuda"] = torch.version.cuda
     start = {"started": f"{datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC", "directory": os.getcwd(),
-             "first_step": first_step, "engine": engine, "ranks": devices, "platform": platform.platform(),
+             "first_step": first_step, "engine": ranks.strategy.name, "ranks": devices, "platform": platform.platform(),
              "dtype": str(dtype).removeprefix("torch."), "versions": used}  # fmt: skip
     with (directory / FILE).open("a") as file:
         file.write(json.dumps(start) + "\n")

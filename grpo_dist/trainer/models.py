@@ -11,8 +11,9 @@ import torch
 from ..algorithm.targets import has_reference
 from ..checkpoint import store as checkpoint
 from ..config.schema import Config, RolloutConfig
+from ..distributed.deepspeed import unsharded_loading
 from ..distributed.optimizer_state import OptimizerState
-from ..distributed.ranks import Ranks, resolve_dtype, unsharded_loading
+from ..distributed.ranks import Ranks, resolve_dtype
 from ..model.critic import parameter_groups
 from ..model.load import attention_for, load_causal_lm, load_policy, trainable
 from ..model.policy import Policy
@@ -46,7 +47,7 @@ def load_models(
     dtype = resolve_dtype(config.model.dtype)
     implementation, obstacle = attention_for(config.model, model_config, longest)
     policy = load_policy(config.model, config.lora, dtype, implementation, config.rollout.temperature,
-                         config.train.seed, device=None if ranks.zero_stage == 3 else ranks.device,
+                         config.train.seed, device=None if ranks.strategy.zero_stage == 3 else ranks.device,
                          has_critic=config.advantage.baseline == "critic",
                          entropy_gradient=config.loss.entropy_coeff > 0)  # fmt: skip
     optimizer = torch.optim.AdamW(
@@ -94,7 +95,7 @@ def _load_reference(
     copy_dtype = resolve_dtype(config.reference.dtype)
     if not has_reference(config):
         return None
-    if not needs_copy(config, dtype, copy_dtype, ranks.zero_stage):
+    if not needs_copy(config, dtype, copy_dtype, ranks.strategy.zero_stage):
         return AdaptersOff(wrapped, policy)
     with unsharded_loading():
         copy = load_causal_lm(config.model, copy_dtype, implementation, ranks.device)

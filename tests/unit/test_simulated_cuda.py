@@ -48,7 +48,7 @@ WAITS_OF_AN_UPDATE = {
     ("H2D copy", "monitoring/metrics.py:add"),
     # each optimizer step
     ("D2H copy", "distributed/ranks.py:reduce"),
-    ("_local_scalar_dense.default", "distributed/ranks.py:optimizer_step"),
+    ("_local_scalar_dense.default", "distributed/strategy.py:step"),
 }
 """The same for what the loop calls from the end of a rollout to the end of its update."""
 

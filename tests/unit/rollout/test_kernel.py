@@ -15,7 +15,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
 
-from grpo_dist.distributed.ranks import is_sharded
+from grpo_dist.distributed.deepspeed import is_sharded
 from grpo_dist.model import attention
 from grpo_dist.model.lora import fuse_adapters
 from grpo_dist.rollout.native import compiled

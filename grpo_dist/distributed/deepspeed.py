@@ -1,0 +1,161 @@
+"""ZeRO: what this package does with DeepSpeed, and works around in it.
+
+Whole tensors come from DeepSpeed's own record of who holds which part of which parameter. Its public functions
+`safe_set_full_fp32_param` and `safe_set_full_optimizer_state` fail under stage 3 before the optimizer has state, and
+where a parameter's size is not a multiple of the ranks; a checkpoint has to be taken up in both cases.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate.utils import DeepSpeedPlugin
+from torch import Tensor
+
+from .device import computes_on_gpu
+from .launch_config import settle_deepspeed
+from .strategy import Fragment
+
+
+def is_asked_for() -> bool:
+    """Whether the launch asks for DeepSpeed."""
+    return os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
+
+
+def make_plugin(dtype: torch.dtype, max_grad_norm: float) -> tuple[DeepSpeedPlugin, list[str]]:
+    """Accelerate's plugin for the launch's ZeRO options, and a line for each of them that a run decides otherwise.
+
+    `dtype` is what the policy computes in.
+    """
+    if not computes_on_gpu():
+        _keep_from_compiling()
+    plugin = DeepSpeedPlugin()
+    set_aside = settle_deepspeed(plugin.deepspeed_config, max_grad_norm)
+    if dtype == torch.bfloat16:
+        _sum_in_float32(plugin.deepspeed_config)
+    return plugin, set_aside
+
+
+def _keep_from_compiling() -> None:
+    """Leave out DeepSpeed's shared-memory collectives; gloo does without them.
+
+    They would be built with g++ at the first start, for a minute and without a word, and a start killed meanwhile would
+    leave a lock the next one waits on.
+    """
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    from deepspeed import ops
+
+    ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def _sum_in_float32(options: dict[str, Any]) -> None:
+    """Let DeepSpeed add the gradients of packs and of ranks in float32, as DDP does, where it computes in bfloat16.
+
+    In bfloat16 the sum of 64 packs is 1 % off, and depends on how many a rank has. Stage 1 then runs as stage 2, whose
+    result is the same: DeepSpeed's stage 1 with such sums is an optimizer that fails on a gradient of zero.
+    """
+    options |= {"data_types": {"grad_accum_dtype": "fp32"}, "communication_data_type": "fp32"}
+    zero = options["zero_optimization"]
+    zero["stage"] = 2 if zero["stage"] == 1 else zero["stage"]
+
+
+class Zero:
+    """Optimizer states, gradients and, in stage 3, weights are cut up over ranks. See `strategy.Strategy`."""
+
+    sums_fragments = True
+
+    def __init__(self, plugin: DeepSpeedPlugin) -> None:
+        self._options = plugin.deepspeed_config["zero_optimization"]
+        self.zero_stage: int = self._options["stage"]
+        self.name = f"DeepSpeed ZeRO-{self.zero_stage}"
+
+    def before_prepare(self, policy: torch.nn.Module) -> None:
+        """Bound the buffer for gradients, which has 500 million elements by default: gigabytes for adapters."""
+        trained = sum(getattr(p, "ds_numel", p.numel()) for p in policy.parameters() if p.requires_grad)
+        self._options["reduce_bucket_size"] = min(self._options.get("reduce_bucket_size", 500_000_000), trained)
+
+    def no_sync(self, wrapped: Any, is_last: bool) -> AbstractContextManager[Any]:
+        """See `Strategy`: `backward` says which pack is the last."""
+        return nullcontext()
+
+    def backward(self, wrapped: Any, loss: Tensor, is_last: bool) -> None:
+        """See `Strategy`."""
+        wrapped.set_gradient_accumulation_boundary(is_boundary=is_last)
+        wrapped.backward(loss)
+
+    def step(self, wrapped: Any, optimizer: Any) -> float:
+        """See `Strategy`; the engine clips, and leaves out a step whose norm is not finite, by itself."""
+        wrapped.step()
+        return float(wrapped.get_global_grad_norm())
+
+    def adam(self, optimizer: Any) -> torch.optim.Optimizer:
+        """See `Strategy`."""
+        return optimizer.optimizer.optimizer  # Accelerate's wrapper has ZeRO's, which has torch's own
+
+    def fragment(self, optimizer: Any, parameter: Any) -> Fragment | None:
+        """See `Strategy`."""
+        zero = optimizer.optimizer
+        if is_sharded(parameter):
+            group, offset, size = zero.grad_position[zero.get_param_id(parameter)]
+            start = size * dist.get_rank()
+            # the last ranks' parts may be padding beyond the parameter's end
+            size = min(size, max(0, parameter.ds_numel - start))
+            return Fragment(zero.fp32_partitioned_groups_flat[group], offset, start, size)
+        mapping = parameter._hp_mapping
+        if mapping is None:
+            return None
+        flat = zero.single_partition_of_fp32_groups[mapping.param_group_index]
+        inside, outside = mapping.hp_fragment_address, mapping.lp_fragment_address
+        return Fragment(flat, inside.start, outside.start, inside.numel)
+
+    def after_restore(self, parameter: Any, value: Tensor) -> None:
+        """See `Strategy`."""
+        if not is_sharded(parameter):
+            parameter.copy_(value)
+            return
+        start = parameter.ds_tensor.numel() * dist.get_rank()
+        own = value.view(-1)[start : start + parameter.ds_tensor.numel()]
+        parameter.ds_tensor.view(-1)[: own.numel()].copy_(own)
+
+
+def is_sharded(parameter: Tensor) -> bool:
+    """Whether ZeRO-3 holds only a part of this parameter on each rank."""
+    return hasattr(parameter, "ds_id")
+
+
+def full_shape(parameter: Any) -> torch.Size:
+    """The shape of a parameter, all ranks' parts of it taken together."""
+    return parameter.ds_shape if is_sharded(parameter) else parameter.shape
+
+
+@contextmanager
+def gathered(parameters: list[Tensor]) -> Iterator[None]:
+    """Inside, the parameters hold their full values on every rank (they are read only)."""
+    sharded = [p for p in parameters if is_sharded(p)]
+    if not sharded:
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(sharded, modifier_rank=None):
+        yield
+
+
+@contextmanager
+def unsharded_loading() -> Iterator[None]:
+    """Inside, `from_pretrained` loads whole models, also under ZeRO-3 (which would otherwise partition every model)."""
+    from transformers.integrations import deepspeed as integration
+
+    reference = integration._hf_deepspeed_config_weak_ref
+    config = reference() if reference is not None else None
+    integration.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        if config is not None:
+            integration.set_hf_deepspeed_config(config)

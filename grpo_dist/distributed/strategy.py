@@ -1,0 +1,101 @@
+"""How a policy is spread over ranks and its optimizer steps: the seam behind which DDP, ZeRO and others lie.
+
+`Strategy` is what another one, such as FSDP2, has to offer. `Replicated` is one process and DDP; ZeRO is in
+deepspeed.py.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """The part of one parameter whose float32 value and Adam moments this rank holds."""
+
+    flat: Tensor
+    """The optimizer's own tensor, flattened, in which the part lies: the key of its state."""
+    flat_start: int
+    """Where in `flat` the part begins."""
+    start: int
+    """Where in the flattened parameter the part begins."""
+    size: int
+    """Elements of the part."""
+
+
+class Strategy(Protocol):
+    """What a run asks of the way in which its policy is spread over ranks."""
+
+    name: str
+    """As it is shown."""
+    zero_stage: int
+    """ZeRO stage; 0 where every rank holds everything."""
+    sums_fragments: bool
+    """Whether ranks hold different fragments, which are added to make a whole tensor."""
+
+    def before_prepare(self, policy: torch.nn.Module) -> None:
+        """Set up what depends on the policy's size."""
+
+    def no_sync(self, wrapped: Any, is_last: bool) -> AbstractContextManager[Any]:
+        """Context of forward and backward of a pack: ranks exchange gradients after an update's last pack alone."""
+
+    def backward(self, wrapped: Any, loss: Tensor, is_last: bool) -> None:
+        """Add one pack's gradient, which the strategy averages over ranks."""
+
+    def step(self, wrapped: Any, optimizer: Any) -> float:
+        """Clip, step, clear; returns the gradient's norm before clipping. No rank steps where it is not finite."""
+
+    def adam(self, optimizer: Any) -> torch.optim.Optimizer:
+        """The optimizer that holds the moments, under the wrappers."""
+
+    def fragment(self, optimizer: Any, parameter: Any) -> Fragment | None:
+        """This rank's part of a parameter; None where it has none."""
+
+    def after_restore(self, parameter: Any, value: Tensor) -> None:
+        """Give the model, where it computes with a copy of what the optimizer holds, the new `value` of a parameter."""
+
+
+class Replicated:
+    """One process, or DDP: every rank holds all weights and moments."""
+
+    zero_stage, sums_fragments = 0, False
+
+    def __init__(self, num_ranks: int, max_grad_norm: float) -> None:
+        self.name = "DDP" if num_ranks > 1 else "one process"
+        self._max_grad_norm = max_grad_norm
+
+    def before_prepare(self, policy: torch.nn.Module) -> None:
+        """See `Strategy`."""
+
+    def no_sync(self, wrapped: Any, is_last: bool) -> AbstractContextManager[Any]:
+        """See `Strategy`."""
+        return wrapped.no_sync() if hasattr(wrapped, "no_sync") and not is_last else nullcontext()
+
+    def backward(self, wrapped: Any, loss: Tensor, is_last: bool) -> None:
+        """See `Strategy`."""
+        loss.backward()
+
+    def step(self, wrapped: Any, optimizer: Any) -> float:
+        """See `Strategy`."""
+        trainable = [p for p in wrapped.parameters() if p.requires_grad]
+        norm = torch.nn.utils.clip_grad_norm_(trainable, self._max_grad_norm)
+        if bool(torch.isfinite(norm)):
+            optimizer.step()
+        optimizer.zero_grad()
+        return float(norm)
+
+    def adam(self, optimizer: Any) -> torch.optim.Optimizer:
+        """See `Strategy`."""
+        return optimizer.optimizer  # Accelerate's wrapper has torch's own
+
+    def fragment(self, optimizer: Any, parameter: Any) -> Fragment | None:
+        """See `Strategy`."""
+        return Fragment(parameter, 0, 0, parameter.numel())
+
+    def after_restore(self, parameter: Any, value: Tensor) -> None:
+        """See `Strategy`."""
