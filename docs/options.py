@@ -23,6 +23,9 @@ Every option of a run: in a YAML file (`--config FILE`; several are applied in o
 dotted name (`--rollout.temperature 0.7`), which has the last word. `--preset NAME` puts a published algorithm's options
 before all others ([algorithms.md](algorithms.md)). `--print_config` prints what a command line comes to, `--dry_run`
 looks at it more closely. All counts are of the whole run, over all ranks. `python docs/options.py` makes this page.
+
+Editors that speak YAML's language server complete and check a config whose first line names a schema:
+`# yaml-language-server: $schema=FILE`. Shipped configs have that line; `python -m grpo_dist schema` prints the schema.
 """
 
 

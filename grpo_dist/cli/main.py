@@ -26,6 +26,7 @@ VERBS = {
     "init": ("grpo_dist.cli.init", "write a commented config to begin with"),
     "plan": ("grpo_dist.cli.plan", "predict memory of each GPU and the arithmetic of a step, on any number of them"),
     "report": ("grpo_dist.report", "write one page about a run, or about several"),
+    "schema": ("grpo_dist.cli.schema", "print the options as a JSON schema, for editors"),
     "score": ("grpo_dist.cli.score", "print a table of scored completions"),
     "train": (
         "grpo_dist.cli.train",

@@ -297,6 +297,7 @@ class Config:
 
     model: ModelConfig = field(default_factory=ModelConfig)
     lora: LoraConfig | None = field(default_factory=LoraConfig)
+    """The adapters that are trained; null trains all of the model's weights."""
     reference: ReferenceConfig = field(default_factory=ReferenceConfig)
     data: DataConfig = field(default_factory=DataConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)

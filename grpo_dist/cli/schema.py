@@ -1,0 +1,97 @@
+"""`python -m grpo_dist schema`: the options of a run as a JSON schema, with which editors complete and check a config.
+
+    python -m grpo_dist schema > config.schema.json
+
+and as the first line of a config
+
+    # yaml-language-server: $schema=config.schema.json
+
+The shipped configs have such a line; their schema is configs/schema.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import MISSING, Field, asdict, fields, is_dataclass
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from docstring_parser import parse_from_object
+
+from ..config.checks import require
+from ..config.schema import Config
+
+TYPES = {bool: "boolean", int: "integer", float: "number", str: "string", NoneType: "null"}
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add nothing: there is one schema."""
+
+
+def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
+    """Print the schema. Raises ValueError."""
+    require(not rest, "arguments", list(rest), "none")
+    print(render(), end="")
+    return 0
+
+
+def render() -> str:
+    """The schema as text, the same for the same options."""
+    schema = {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "A config of grpo_dist"}
+    return json.dumps(schema | schema_of(Config), indent=1, ensure_ascii=False) + "\n"
+
+
+def schema_of(hint: Any) -> dict[str, Any]:
+    """The JSON schema of a type that options have. Raises TypeError for one that none has."""
+    origin, arguments = get_origin(hint), get_args(hint)
+    if hint is Any:
+        return {}
+    if hint in TYPES:
+        return {"type": TYPES[hint]}
+    if is_dataclass(hint):
+        return _group(hint)
+    if origin is Literal:
+        return {"enum": list(arguments)}
+    if origin in (Union, UnionType):
+        return {"anyOf": [schema_of(each) for each in arguments]}
+    if origin is list:
+        return {"type": "array", "items": schema_of(arguments[0])}
+    if origin is tuple:
+        return {"type": "array", "prefixItems": [schema_of(each) for each in arguments], "items": False}
+    if origin is dict:
+        return {"type": "object", "additionalProperties": schema_of(arguments[1])}
+    raise TypeError(f"{hint} has no JSON schema here")
+
+
+def _group(kind: Any) -> dict[str, Any]:
+    documentation, hints = parse_from_object(kind), get_type_hints(kind)
+    described = {entry.arg_name: " ".join((entry.description or "").split()) for entry in documentation.params}
+    properties = {}
+    for field in fields(kind):
+        properties[field.name] = schema_of(hints[field.name])
+        if described.get(field.name):
+            properties[field.name]["description"] = described[field.name]
+        default = _default(field)
+        if default is not MISSING:
+            properties[field.name]["default"] = default
+    required = [name for name, each in properties.items() if "default" not in each]
+    schema = {"type": "object", "description": documentation.short_description or "", "additionalProperties": False,
+              "properties": properties}  # fmt: skip
+    return schema | ({"required": required} if required else {})
+
+
+def _default(field: Field[Any]) -> Any:
+    """The default of an option as JSON has it, or MISSING."""
+    if field.default is not MISSING:
+        value = field.default
+    elif field.default_factory is not MISSING:
+        value = field.default_factory()
+    else:
+        return MISSING
+    if isinstance(value, list):
+        value = [asdict(each) if is_dataclass(each) and not isinstance(each, type) else each for each in value]
+    elif is_dataclass(value) and not isinstance(value, type):
+        value = asdict(value)
+    return json.loads(json.dumps(value))
