@@ -100,7 +100,7 @@ def look(words: list[str], workspace: Path) -> None:
 def script(name: str, arguments: list[str]) -> None:
     """The launchers hand their arguments on; CI runs quickstart.sh and test.sh as they are."""
     assert (ROOT / name).is_file()
-    if name == "launch/test.sh":
+    if name in ("launch/test.sh", "launch/test_lowest.sh"):
         assert all((ROOT / word).exists() for word in arguments if word.startswith("tests"))
     elif name not in ("launch/setup.sh", "launch/lint.sh"):
         module("grpo_dist.train", arguments)
