@@ -73,8 +73,7 @@ class Evaluation:
         self.config = config = self._dated(config)
         data = config.data
         self.model_config = load_model_config(config.model)
-        self.longest = data.max_prompt_length + config.rollout.max_completion_length
-        check_model_config(self.model_config, self.tokenizer, self.longest)
+        check_model_config(self.model_config, self.tokenizer, config.max_sequence_length)
         checks = answer_checks(config.rewards) if data.answer_column else []
         assert data.eval_file is not None
         split = "train" if Path(data.eval_file).is_file() else data.eval_split
@@ -136,7 +135,7 @@ class Evaluation:
 
     def _load_model(self, ranks: Ranks) -> None:
         config, dtype = self.config, resolve_dtype(self.config.model.dtype)
-        implementation, obstacle = attention_for(config.model, self.model_config, self.longest)
+        implementation, obstacle = attention_for(config.model, self.model_config, config.max_sequence_length)
         with unsharded_loading():
             self.model = load_causal_lm(config.model, dtype, implementation, ranks.device).eval()
         ranks.meet("loaded the model")  # a download may take longer than a collective of the start waits

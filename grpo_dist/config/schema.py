@@ -312,7 +312,7 @@ class Config:
     logging: LoggingConfig = field(default_factory=LoggingConfig)
 
     def __post_init__(self) -> None:
-        longest = self.data.max_prompt_length + self.rollout.max_completion_length
+        longest = self.max_sequence_length
         require(self.train.max_tokens_per_pack >= longest, "train.max_tokens_per_pack", self.train.max_tokens_per_pack,
                 f"at least data.max_prompt_length + rollout.max_completion_length = {longest}")  # fmt: skip
         in_flight = self.rollout.max_tokens_in_flight
@@ -329,6 +329,11 @@ class Config:
         check_algorithm(self)
         require(self.data.curriculum is None or not self.rollout.max_resamples, "data.curriculum", self.data.curriculum,
                 "null where rollout.max_resamples replaces prompts")  # fmt: skip
+
+    @property
+    def max_sequence_length(self) -> int:
+        """Most tokens of a prompt with a completion of it."""
+        return self.data.max_prompt_length + self.rollout.max_completion_length
 
     def weights_at(self, step: int) -> list[float]:
         """The rewards' weights at a step (from 0)."""

@@ -47,7 +47,7 @@ def make_fit(
 
 def _candidates(config: Config, device: Device, phase: Phase, stage: ZeroStage, num_ranks: int) -> Iterator[Change]:
     """What could lower a phase's peak, the cheapest first."""
-    longest = config.data.max_prompt_length + config.rollout.max_completion_length
+    longest = config.max_sequence_length
     rollout, train, reference = config.rollout, config.train, config.reference
     in_flight = tokens_in_flight(config, device)
     if phase == "rollout" and in_flight > longest:

@@ -115,7 +115,7 @@ class Predictor:
     def __init__(self, config: Config, model_config: Any, device: Device, most_bytes: int | None = None) -> None:
         """`most_bytes` is what a rank has for tensors, as far as it is known."""
         self.config, self.model_config, self.device, self.most_bytes = config, model_config, device, most_bytes
-        longest = config.data.max_prompt_length + config.rollout.max_completion_length
+        longest = config.max_sequence_length
         named = config.model.attn_implementation
         obstacle = packing_obstacle(model_config, longest, config.model.trust_remote_code) if named == "auto" else named
         self.share_prompts = obstacle is None

@@ -51,9 +51,8 @@ def read_contents(config: Config, findings: Findings) -> Contents:
             found.model_config = load_model_config(config.model)
     if found.tokenizer is not None and found.model_config is not None:
         with findings.attempt():
-            longest = config.data.max_prompt_length + config.rollout.max_completion_length
-            check_model_config(found.model_config, found.tokenizer, longest)
-            implementation, _ = attention_for(config.model, found.model_config, longest)
+            check_model_config(found.model_config, found.tokenizer, config.max_sequence_length)
+            implementation, _ = attention_for(config.model, found.model_config, config.max_sequence_length)
             if left_out := try_blank(config.model, config.lora, found.model_config, implementation):
                 findings.remarks.append(f"adapters: none on {left_out}")
         with suppress(ValueError, OSError, DamagedCheckpoint):  # `look_at_resuming` says so

@@ -70,11 +70,6 @@ class _Data:
     end_ids: list[int]
     identity: dict[str, Any]
 
-    @property
-    def longest(self) -> int:
-        """Most tokens of a prompt with its completion."""
-        return self.config.data.max_prompt_length + self.config.rollout.max_completion_length
-
 
 def build(config: Config) -> tuple[Parts, TrainState]:
     """Everything a training needs, and where it stands: at its start, or where its newest checkpoint was; a collective.
@@ -159,9 +154,8 @@ def _load_data(config: Config, resume_from: Path | None) -> _Data:
     tokenizer = load_tokenizer(config.model)
     config = with_template_date(config, tokenizer, resume_from)
     model_config = load_model_config(config.model)
-    longest = config.data.max_prompt_length + config.rollout.max_completion_length
-    check_model_config(model_config, tokenizer, longest)
-    implementation, _ = attention_for(config.model, model_config, longest)
+    check_model_config(model_config, tokenizer, config.max_sequence_length)
+    implementation, _ = attention_for(config.model, model_config, config.max_sequence_length)
     if left_out := try_blank(config.model, config.lora, model_config, implementation):
         log.info("adapters: none on %s", left_out)
     checks = answer_checks(config.rewards) if config.data.answer_column else []

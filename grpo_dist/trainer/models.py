@@ -43,9 +43,8 @@ def load_models(
     config: Config, model_config: Any, end_ids: list[int], ranks: Ranks, resume_from: Path | None
 ) -> Models:
     """Load and try them; a collective. Raises UnfitModel and UnfitEngine where they cannot be trained or decode."""
-    longest = config.data.max_prompt_length + config.rollout.max_completion_length
     dtype = resolve_dtype(config.model.dtype)
-    implementation, obstacle = attention_for(config.model, model_config, longest)
+    implementation, obstacle = attention_for(config.model, model_config, config.max_sequence_length)
     policy = load_policy(config.model, config.lora, dtype, implementation, config.rollout.temperature,
                          config.train.seed, device=None if ranks.strategy.zero_stage == 3 else ranks.device,
                          has_critic=config.advantage.baseline == "critic",
