@@ -9,6 +9,7 @@ import os
 import socket
 from array import array
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
@@ -68,6 +69,13 @@ def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """One line an option that differs, with both values."""
     a, b = flat(before), flat(now)
     return [f"{key}: {a.get(key)!r} -> {b.get(key)!r}" for key in sorted({*a, *b}) if a.get(key) != b.get(key)]
+
+
+@dataclass
+class FailedSaves:
+    """Counts checkpoints that could not be written."""
+
+    in_a_row: int = 0
 
 
 class BadUpdates:

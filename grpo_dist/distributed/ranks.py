@@ -45,6 +45,11 @@ def resolve_dtype(name: Dtype) -> torch.dtype:
     return torch.bfloat16 if computes_on_gpu() and torch.cuda.is_bf16_supported() else torch.float32
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """The option that names a torch dtype."""
+    return str(dtype).removeprefix("torch.")
+
+
 def _bound_kernel_caches() -> None:
     """Let oneDNN, and what torch keeps of it, hold on to few of the kernels that are made for every new shape.
 

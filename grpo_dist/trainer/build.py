@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from ..checkpoint import store as checkpoint
-from ..checkpoint.guards import BadUpdates, lock
+from ..checkpoint.guards import BadUpdates, FailedSaves, lock
 from ..checkpoint.resume import changes, identity, require_same_start, resume_path, with_template_date
 from ..checkpoint.state import TrainState
 from ..config.parse import redacted
@@ -48,7 +48,6 @@ from .first_update import first_update
 from .models import load_models
 from .parts import Parts
 from .phases import Phases
-from .saving import Saves
 
 log = logging.getLogger(__name__)
 
@@ -130,7 +129,7 @@ def build(config: Config) -> tuple[Parts, TrainState]:
         phase=Phases(display, watch, ranks.device), display=display,
         recorder=Recorder(config, directory, kept) if ranks.is_main else None,
         first_update=first_update(config, resume_from is not None, state.updates),
-        bad_updates=BadUpdates(directory, config.train.max_bad_updates, ranks.is_main), saves=Saves(),
+        bad_updates=BadUpdates(directory, config.train.max_bad_updates, ranks.is_main), failed_saves=FailedSaves(),
     )  # fmt: skip
     record_start(directory, ranks, state.step, parts.policy.causal_lm.dtype)
     ranks.end_start()

@@ -27,16 +27,19 @@ from ..rollout.probe import head_is_plain
 
 @dataclass(frozen=True)
 class Models:
-    """What `Parts` has of them, under the same names."""
+    """What is trained, what it is compared with, and what draws completions."""
 
     policy: Policy
     wrapped: Any
+    """The policy as DDP or DeepSpeed wraps it: the one to call."""
     optimizer: Any
     optimizer_state: OptimizerState
     reference: Reference | None
+    """None where nothing depends on it."""
     rollout_model: RolloutModel
     engine: Engine
     share_prompts: bool
+    """Whether a pack computes a prompt once for several completions."""
 
 
 def load_models(

@@ -7,28 +7,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from ..checkpoint.guards import BadUpdates
+from ..checkpoint.guards import BadUpdates, FailedSaves
 from ..config.schema import Config
-from ..distributed.optimizer_state import OptimizerState
 from ..distributed.ranks import Ranks
 from ..distributed.watch import Watch
-from ..model.policy import Policy
-from ..model.reference import Reference
-from ..model.rollout_weights import RolloutModel
 from ..monitoring.console import Display
 from ..monitoring.recorder import Recorder
 from ..rewards.pool.pool import ScorerPool
-from ..rollout import Engine
 from ..text.tokens import CompletionTexts
 from ..types import Prompt
 from .first_update import FirstUpdate
+from .models import Models
 from .phases import Phases
-from .saving import Saves
 
 
 @dataclass(frozen=True)
-class Parts:
-    """What stays the same from the first step to the last; what changes is TrainState."""
+class Parts(Models):
+    """What stays the same from the first step to the last, the models among it; what changes is TrainState."""
 
     config: Config
     directory: Path
@@ -47,22 +42,10 @@ class Parts:
     reward_names: list[str]
     scorer: ScorerPool
 
-    policy: Policy
-    wrapped: Any
-    """The policy as DDP or DeepSpeed wraps it: the one to call."""
-    optimizer: Any
-    optimizer_state: OptimizerState
-    reference: Reference | None
-    """None where nothing depends on it."""
-    rollout_model: RolloutModel
-    engine: Engine
-    share_prompts: bool
-    """Whether a pack computes a prompt once for several completions."""
-
     phase: Phases
     display: Display
     recorder: Recorder | None
     """Writes metrics and completions; on the main rank."""
     first_update: FirstUpdate
     bad_updates: BadUpdates
-    saves: Saves
+    failed_saves: FailedSaves

@@ -4,32 +4,22 @@ from __future__ import annotations
 
 import logging
 import time
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING
+from dataclasses import asdict
 
 from ..checkpoint import store
 from ..checkpoint.guards import warn_of_slow_save
 from ..checkpoint.reopening import check_final, probe
 from ..checkpoint.state import TrainState
 from ..config.parse import redacted
-from ..distributed.ranks import PhaseError
+from ..distributed.ranks import PhaseError, dtype_name
 from ..model.export import save_final
 from ..monitoring.machine import versions
 from ..monitoring.metrics import read_history
 from ..report.card import write_card
 from ..rollout.choose import made_of
-
-if TYPE_CHECKING:
-    from .parts import Parts
+from .parts import Parts
 
 log = logging.getLogger(__name__)
-
-
-@dataclass
-class Saves:
-    """How saving has gone so far."""
-
-    failed_in_a_row: int = 0
 
 
 def save_checkpoint(parts: Parts, state: TrainState, *, may_fail: bool = False) -> None:
@@ -43,21 +33,21 @@ def save_checkpoint(parts: Parts, state: TrainState, *, may_fail: bool = False) 
     tensors = parts.optimizer_state.collect() | state.tensors()
     meta = state.meta() | made_of(parts.engine) | {
         "identity": parts.identity, "config": redacted(asdict(parts.config)), "versions": versions(),
-        "dtype": str(parts.policy.causal_lm.dtype).removeprefix("torch."),
+        "dtype": dtype_name(parts.policy.causal_lm.dtype),
     }  # fmt: skip
     try:
         with parts.ranks.together("saving a checkpoint"), parts.watch.patience():
             if parts.ranks.is_main:
                 store.save(parts.directory / "checkpoints", state.step, tensors, meta, config.keep_checkpoints)
     except PhaseError as error:
-        parts.saves.failed_in_a_row += 1
-        if not may_fail or parts.saves.failed_in_a_row > config.max_failed_saves:
+        parts.failed_saves.in_a_row += 1
+        if not may_fail or parts.failed_saves.in_a_row > config.max_failed_saves:
             raise
         log.warning("going on without a checkpoint of step %d, the %d. in a row (train.max_failed_saves: %d): %s",
-                    state.step, parts.saves.failed_in_a_row, config.max_failed_saves,
+                    state.step, parts.failed_saves.in_a_row, config.max_failed_saves,
                     str(error).splitlines()[-1])  # fmt: skip
         return
-    parts.saves.failed_in_a_row = 0
+    parts.failed_saves.in_a_row = 0
     warn_of_slow_save(time.monotonic() - begun)
 
 

@@ -16,7 +16,7 @@ from torch import nn
 
 from ...checkpoint.state import TrainState
 from ...config.parse import parse_config
-from ...data.order import Stateless
+from ...data.order import Sampler
 from ...monitoring.console import set_up_logging
 from ...rollout import Request, Sampling
 from ...rollout.engine import Engine
@@ -44,26 +44,19 @@ class ExactLengths:
         return self.engine.generate(model, requests, sampling, on_finish, check)
 
 
-class PeersOrder(Stateless):
+class PeersOrder(Sampler):
     """The prompts TRL takes: the data's order, again and again."""
-
-    def __init__(self, num_prompts: int, batch_size: int) -> None:
-        self.num_prompts, self.batch_size, self.seed = num_prompts, batch_size, 0
 
     def batch_indices(self, step: int) -> list[int]:
         """See `Sampler`."""
         return [n % self.num_prompts for n in range(step * self.batch_size, (step + 1) * self.batch_size)]
-
-    def epoch(self, step: int) -> float:
-        """See `Sampler`."""
-        return step * self.batch_size / self.num_prompts
 
 
 def take_turns(parts: Parts, state: TrainState) -> None:
     """Take a step for each order, and answer with its time, metrics and peak memory."""
     engine = ExactLengths(parts.engine)
     parts = replace(parts, engine=engine)
-    state.sampler = PeersOrder(len(parts.prompts), parts.config.train.batch_size)  # type: ignore[assignment]
+    state.sampler = PeersOrder(len(parts.prompts), parts.config.train.batch_size, seed=0)
     line = connect()
     while (order := line.recv()) is not None:
         engine.lengths = order["lengths"]
