@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from dataclasses import MISSING, Field, fields, is_dataclass
+from dataclasses import Field, fields, is_dataclass
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -15,6 +15,7 @@ from docstring_parser import parse_from_object
 
 from grpo_dist.config.parse import group_type
 from grpo_dist.config.schema import Config
+from grpo_dist.config.values import default_of, descriptions
 
 PAGE = Path(__file__).with_name("options.md")
 HEAD = """# Options
@@ -51,7 +52,7 @@ def _groups(kind: type, prefix: str = "") -> list[tuple[str, type]]:
 
 
 def _table(kind: type) -> str:
-    described = {entry.arg_name: " ".join(entry.description.split()) for entry in parse_from_object(kind).params}
+    described = descriptions(kind)
     hints = get_type_hints(kind)
     lines = ["| option | default | type | meaning |", "|---|---|---|---|"]
     for field in fields(kind):
@@ -61,7 +62,7 @@ def _table(kind: type) -> str:
 
 
 def _default(field: Field[Any]) -> str:
-    value = field.default if field.default is not MISSING else field.default_factory()  # type: ignore[misc]
+    value = default_of(field)
     shown = list(value) if isinstance(value, tuple) else value
     return yaml.safe_dump(shown, default_flow_style=True).removesuffix("...\n").strip()
 

@@ -84,5 +84,5 @@ class TrainState:
             old = {name: tensors[f"measured/{name}"] for name in OLD_TENSORS if f"measured/{name}" in tensors}
             values: dict[str, Any] = {name: tensors[f"batch/{name}"] for name in TENSORS if f"batch/{name}" in tensors}
             logged = dict(meta["logged"])
-            logged["scoring"] = meta.get("facts", {}) | logged["scoring"]  # apart in checkpoints of version 0.1
+            logged["scoring"] = meta.get("facts", {}) | logged["scoring"]  # apart in older checkpoints
             self.batch = Batch(chosen, **values, **logged, old=OldPolicy(**old) if old else None)

@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from docstring_parser import parse_from_object
 
 from ..config.parse import flat, group_type, option_types
 from ..config.schema import Config, RewardConfig
 from ..config.shipped import shipped
+from ..config.values import descriptions
 from ..data.rows import load_rows
 from ..rewards.registry import BUILT_IN
 
@@ -179,8 +179,7 @@ def render(starter: Starter) -> str:
 
 def option_docs(cls: type = Config, prefix: str = "") -> dict[str, str]:
     """Return what is said of every option that is documented, by dotted name; `rewards.NAME` for those of a reward."""
-    entries = parse_from_object(cls).params
-    found = {f"{prefix}{entry.arg_name}": " ".join((entry.description or "").split()) for entry in entries}
+    found = {f"{prefix}{name}": text for name, text in descriptions(cls).items()}
     types = option_types(cls)
     for name, hint in types.items():
         group = RewardConfig if name == "rewards" else group_type(hint)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
-from dataclasses import MISSING, Field, asdict, fields, is_dataclass
+from dataclasses import MISSING, asdict, fields, is_dataclass
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -22,6 +22,7 @@ from docstring_parser import parse_from_object
 
 from ..config.checks import require
 from ..config.schema import Config
+from ..config.values import default_of, descriptions
 
 TYPES = {bool: "boolean", int: "integer", float: "number", str: "string", NoneType: "null"}
 
@@ -66,32 +67,20 @@ def schema_of(hint: Any) -> dict[str, Any]:
 
 
 def _group(kind: Any) -> dict[str, Any]:
-    documentation, hints = parse_from_object(kind), get_type_hints(kind)
-    described = {entry.arg_name: " ".join((entry.description or "").split()) for entry in documentation.params}
+    described, hints = descriptions(kind), get_type_hints(kind)
     properties = {}
     for field in fields(kind):
         properties[field.name] = schema_of(hints[field.name])
         if described.get(field.name):
             properties[field.name]["description"] = described[field.name]
-        default = _default(field)
-        if default is not MISSING:
-            properties[field.name]["default"] = default
+        if (default := default_of(field)) is not MISSING:
+            properties[field.name]["default"] = _as_json(default)
     required = [name for name, each in properties.items() if "default" not in each]
-    schema = {"type": "object", "description": documentation.short_description or "", "additionalProperties": False,
-              "properties": properties}  # fmt: skip
+    about = parse_from_object(kind).short_description or ""
+    schema = {"type": "object", "description": about, "additionalProperties": False, "properties": properties}
     return schema | ({"required": required} if required else {})
 
 
-def _default(field: Field[Any]) -> Any:
-    """The default of an option as JSON has it, or MISSING."""
-    if field.default is not MISSING:
-        value = field.default
-    elif field.default_factory is not MISSING:
-        value = field.default_factory()
-    else:
-        return MISSING
-    if isinstance(value, list):
-        value = [asdict(each) if is_dataclass(each) and not isinstance(each, type) else each for each in value]
-    elif is_dataclass(value) and not isinstance(value, type):
-        value = asdict(value)
-    return json.loads(json.dumps(value))
+def _as_json(value: Any) -> Any:
+    """A default as JSON has it: groups of options and rewards are dataclasses."""
+    return json.loads(json.dumps(value, default=asdict))

@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers.utils import cached_file
 
 from ..distributed.deepspeed import gathered, unsharded_loading
+from ..distributed.ranks import dtype_name
 from .load import adapted_layers, plain_name
 from .policy import Policy
 
@@ -57,16 +58,12 @@ def choose_dtype(policy: Policy, keep: bool, asked: torch.dtype | None = None) -
     own = asked or policy.causal_lm.dtype
     share, share_in_float32 = kept_shares(policy, [own, torch.float32], keep)
     if share is None:
-        return own, f"weights in {_name(own)}"
+        return own, f"weights in {dtype_name(own)}"
     shares = {torch.float32: share_in_float32, own: share}
     chosen = own if asked or share >= ENOUGH else torch.float32
-    line = f"weights in {_name(chosen)}, which keep {shares.pop(chosen):.1%} of what the adapters have learned"
-    others = "".join(f" ({_name(other)}: {kept:.1%})" for other, kept in shares.items())
+    line = f"weights in {dtype_name(chosen)}, which keep {shares.pop(chosen):.1%} of what the adapters have learned"
+    others = "".join(f" ({dtype_name(other)}: {kept:.1%})" for other, kept in shares.items())
     return chosen, line + others if share < ENOUGH else line
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _merged(weight: Tensor, update: Tensor) -> Tensor:

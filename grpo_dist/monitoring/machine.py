@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 
 from .. import __version__
-from ..distributed.ranks import Ranks
+from ..distributed.deepspeed import Zero
+from ..distributed.ranks import Ranks, dtype_name
 
 FILE = "environment.jsonl"
 
@@ -41,13 +42,13 @@ def record_start(directory: Path, ranks: Ranks, first_step: int, dtype: torch.dt
     if not ranks.is_main:
         return
     used = {"grpo_dist": __version__, "python": platform.python_version(), **versions()}
-    if "DeepSpeed" in ranks.strategy.name:
+    if isinstance(ranks.strategy, Zero):
         used["deepspeed"] = metadata.version("deepspeed")
     if torch.version.cuda:
         used["cuda"] = torch.version.cuda
     start = {"started": f"{datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC", "directory": os.getcwd(),
              "first_step": first_step, "engine": ranks.strategy.name, "ranks": devices, "platform": platform.platform(),
-             "dtype": str(dtype).removeprefix("torch."), "versions": used}  # fmt: skip
+             "dtype": dtype_name(dtype), "versions": used}  # fmt: skip
     with (directory / FILE).open("a") as file:
         file.write(json.dumps(start) + "\n")
 

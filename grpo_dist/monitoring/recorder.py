@@ -17,7 +17,7 @@ from torch import Tensor
 from ..config.parse import redacted
 from ..config.schema import Config
 from ..config.values import flat
-from ..distributed.ranks import resolve_dtype
+from ..distributed.ranks import dtype_name, resolve_dtype
 from ..rewards.registry import answer_reader
 from ..text.plain import answer_of
 from ..types import Batch
@@ -79,7 +79,7 @@ class Recorder:
         kept = [line for line in read_json_lines(path) if line["step"] <= first_step]
         path.write_text("".join(json.dumps(line) + "\n" for line in kept))
         self.file = path.open("a", buffering=1)
-        dtype = str(resolve_dtype(config.model.dtype)).removeprefix("torch.")
+        dtype = dtype_name(resolve_dtype(config.model.dtype))
         self.alarms = Alarms(rules_for(config.loss.kl_estimator, dtype))
         self.alarm_file = (directory / "alarms.jsonl").open("w", buffering=1)
         for line in kept:

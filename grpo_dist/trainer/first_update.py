@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from ..algorithm.targets import has_reference
 from ..config.schema import Config
-from ..distributed.ranks import resolve_dtype
+from ..distributed.ranks import dtype_name, resolve_dtype
 from ..model.checks import UnfitModel
 
 MOST_GAP = 1e-3
@@ -56,8 +56,7 @@ class FirstUpdate:
 
 def first_update(config: Config, is_resumed: bool, updates_done: int) -> FirstUpdate:
     """What is known of a process's first update, before which `updates_done` were made of the batch."""
-    dtype, reference_dtype = (str(resolve_dtype(name)).removeprefix("torch.") for name in
-                              (config.model.dtype, config.reference.dtype))  # fmt: skip
+    dtype, reference_dtype = (dtype_name(resolve_dtype(each.dtype)) for each in (config.model, config.reference))
     drops = config.lora is not None and config.lora.dropout > 0  # changes nothing while adapters are untrained
     return FirstUpdate(
         dtype, reference_dtype, has_known_gap=not is_resumed or not (drops or updates_done),

@@ -291,8 +291,8 @@ def test_a_state_survives_its_checkpoint(old: OldPolicy | None) -> None:
         assert torch.equal(getattr(again.batch.old, field.name), getattr(old, field.name))
 
 
-def test_a_state_of_version_0_1_is_taken_up() -> None:
-    """It has what dynamic sampling did apart from the batch's other metrics."""
+def test_a_state_of_before_is_taken_up() -> None:
+    """An older checkpoint has what dynamic sampling did apart from the batch's other metrics."""
     batch = dataclasses.replace(make_batch(REWARDS), scoring={"reward/math/failed": 0.0})
     state = TrainState(4, 0.03, Sampler(9, 2, 0))
     state.after_update(batch, {"loss": 1.0})
