@@ -26,6 +26,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .algorithm.estimates import Comparison, Estimate, compare, estimate, majority_at_k, pass_at_k
+from .config.own_options import OwnOptions
 from .config.parse import parse_config
 from .config.schema import Config
 from .data.prompts import load_prompts
@@ -261,7 +262,7 @@ def report(rows: Rows, num_samples: int, other: Path | None, directory: Path) ->
 
 def read_options(arguments: Sequence[str] | None = None) -> tuple[argparse.Namespace, Config]:
     """Read the command line; what it does not name here are options of a training config."""
-    parser = argparse.ArgumentParser(prog="grpo_dist.evaluate", description=(__doc__ or "").partition("\n")[0])
+    parser = OwnOptions(prog="grpo_dist.evaluate", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--model", required=True, help="a model's directory or hub id, `toy` or `toy-carry`")
     parser.add_argument("--data", help="in place of the config's data.eval_file")
     parser.add_argument("--n", type=int, default=16, help="samples a prompt (16)")

@@ -13,6 +13,7 @@ import importlib
 import sys
 from collections.abc import Container, Sequence
 
+from ..config.own_options import OwnOptions
 from ..text.plain import plain_lines
 
 VERBS = {
@@ -50,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def make_parser(wanted: Container[str]) -> argparse.ArgumentParser:
     """Return the parser of all verbs, with the options of those that are wanted; only their modules are imported."""
     told = "What needs no launcher. For training itself: `python -m grpo_dist.train --help`."
-    parser = argparse.ArgumentParser(prog="python -m grpo_dist", description=told)
+    parser = OwnOptions(prog="python -m grpo_dist", description=told)
     verbs = parser.add_subparsers(metavar="VERB", required=True)
     for name, (module, summary) in VERBS.items():
         verb = verbs.add_parser(name, help=summary, formatter_class=argparse.RawDescriptionHelpFormatter)

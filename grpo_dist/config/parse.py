@@ -40,14 +40,23 @@ def group_type(hint: Any) -> type | None:
     return next((kind for kind in kinds if isinstance(kind, type) and is_dataclass(kind)), None)
 
 
-def nearest_option(word: str) -> str | None:
-    """The option that somebody meant who wrote an unknown one; None where nothing is near."""
-    known = list(option_types())
+def command_line_options() -> list[str]:
+    """Names of all that the command line of a run takes, without their dashes."""
+    return [*option_types(), "config", "preset", DRY_RUN.removeprefix("--")]
+
+
+def nearest_option(word: str, is_option: bool = False) -> str | None:
+    """The option that somebody meant who wrote an unknown one; None where nothing is near.
+
+    A word of which it is known that it `is_option`, by its dashes or its group, may also be the beginning of one.
+    """
+    known = command_line_options()
     leaves = {key.rpartition(".")[2]: key for key in known}
     leaf = word.rpartition(".")[2]
     if leaf in leaves:
         return leaves[leaf]
-    near = difflib.get_close_matches(word, known, n=1, cutoff=0.8)
+    begun = [key for key in known if (is_option or "." in word) and key.startswith(word)]
+    near = [min(begun, key=len)] if begun else difflib.get_close_matches(word, known, n=1, cutoff=0.8)
     near = near or [leaves[match] for match in difflib.get_close_matches(leaf, leaves, n=1, cutoff=0.75)]
     return near[0] if near else None
 
@@ -59,8 +68,9 @@ class _Parser(ArgumentParser):
     """The config files of the command line."""
 
     def error(self, message: str, *_: Any, **__: Any) -> NoReturn:
-        refused = {word for match in re.findall(r"'([\w.]+)'|--([\w.]+)", message) for word in match if word}
-        near = {word: nearest_option(word) for word in sorted(refused - set(option_types()))}
+        refused = {quoted or dashed: bool(dashed) for quoted, dashed in re.findall(r"'([\w.]+)'|--([\w.]+)", message)}
+        near = {word: nearest_option(word, is_option) for word, is_option in sorted(refused.items())
+                if word not in command_line_options()}  # fmt: skip
         hints = [f"{word!r}: did you mean {match!r}?" for word, match in near.items() if match]
         files = [f"(with {path})" for path in self.files]
         write_lines("\n".join([f"error: {message.strip()}", *hints, *files]), sys.stderr)
@@ -70,7 +80,8 @@ class _Parser(ArgumentParser):
 def make_parser(kind: type[ArgumentParser] = _Parser, **settings: Any) -> ArgumentParser:
     """The parser of a training's command line; `settings` are jsonargparse's."""
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = kind(prog="grpo_dist.train", description="Train a causal language model with GRPO.", **settings)
+    parser = kind(prog="grpo_dist.train", description="Train a causal language model with GRPO.",
+                  allow_abbrev=False, **settings)  # fmt: skip
     parser.add_argument("--config", action=ActionConfigFile, help="A YAML file of options.")
     parser.add_argument("--preset", choices=presets(), help="A published algorithm's options, before all others.")
     parser.add_argument(DRY_RUN, action="store_true", help="Check all that can be checked beforehand, and end.")

@@ -7,7 +7,6 @@ toy_carry.py. It deliberately does no reinforcement learning and downloads nothi
 
 from __future__ import annotations
 
-import argparse
 import json
 import random
 import re
@@ -16,6 +15,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
+
+from ..config.own_options import OwnOptions
 
 if TYPE_CHECKING:
     import torch
@@ -285,7 +286,7 @@ def make_base(task: Task, directory: Path, seed: int) -> list[str]:
 
 def main(module: str, task: Task, write_data: Callable[[Path], None], arguments: Sequence[str] | None = None) -> None:
     """Make a base model, and the data files where asked; exit with an error where it misses what is wanted of it."""
-    parser = argparse.ArgumentParser(prog=f"python -m grpo_dist.{module}", description="Make a toy base model.")
+    parser = OwnOptions(prog=f"python -m grpo_dist.{module}", description="Make a toy base model.")
     parser.add_argument("out_dir", type=Path, help="directory for the model and its tokenizer")
     parser.add_argument("--seed", type=int, default=0, help="of the weights and of what is drawn for training")
     parser.add_argument("--data-dir", type=Path, help="also write the training and evaluation prompts here")

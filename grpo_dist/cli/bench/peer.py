@@ -45,7 +45,7 @@ def trainer_of(options: argparse.Namespace, reward: object, clock: TrainerCallba
 
 def main() -> None:
     """Take steps until told to end."""
-    parser = argparse.ArgumentParser()
+    parser = argparse.ArgumentParser(allow_abbrev=False)
     for name in ("model", "prompts", "out", "dtype"):
         parser.add_argument(f"--{name}", required=True)
     for name in ("num_prompts", "group_size", "max_new_tokens", "lora_r", "micro_batch"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import subprocess
 import sys
@@ -19,6 +20,10 @@ USES = {
     "an unknown verb": (["scroe"], 2, "scroe"),
     "a bad option": (["score", "-n", "many"], 2, "many"),
     "a bad option of a run": (["score", "--rollout.grup_size", "2"], 2, "rollout.group_size"),
+    "a run's option, abbreviated": (["score", "--optim.learning_rat", "1"], 2, "did you mean 'optim.learning_rate'?"),
+    "a run's option, much abbreviated": (["train", "--rollout.max_c", "8"], 2, "'rollout.max_completion_length'?"),
+    "no config, abbreviated": (["train", "--conf", "configs/quickstart.yaml"], 2, "did you mean 'config'?"),
+    "no check, abbreviated": (["train", "--dry"], 2, "did you mean 'dry_run'?"),
     "a mistake in a training": (["train", "--rollout.grup_size", "2"], 2, "rollout.group_size"),
     "a bad option of a check": (["check", "--ranks", "few"], 2, "few"),
     "no such config": (["score", "--config", "nowhere.yaml"], 2, "nowhere.yaml"),
@@ -44,6 +49,23 @@ def test_every_verb_has_options_and_says_what_it_does(verb: str) -> None:
     with pytest.raises(SystemExit) as end:
         main([verb, "--help"])
     assert end.value.code == 0
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_no_option_of_a_verb_can_be_abbreviated(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    (verbs,) = (action for action in make_parser({verb})._actions if isinstance(action, argparse._SubParsersAction))
+    actions = verbs.choices[verb]._actions
+    places = [str((action.choices or ["here"])[0]) for action in actions if not action.option_strings]
+    options = [option for action in actions for option in action.option_strings if option.startswith("--")]
+    for option in options:
+        with pytest.raises(SystemExit) as end:
+            main([verb, *places, option[:-1], "1"])
+        assert end.value.code == 2 and f"did you mean {option}?" in capsys.readouterr().err
+
+
+def test_what_a_run_has_is_no_abbreviation_of_a_verbs_own() -> None:
+    options, rest = make_parser({"bench"}).parse_known_args(["bench", "--lora", "null", "--pairs", "2"])
+    assert options.lora_r == 16 and options.pairs == 2 and rest == ["--lora", "null"]
 
 
 def test_no_verb_needs_torch_to_be_asked_for() -> None:
