@@ -138,7 +138,7 @@ def main() -> int:
     parser.add_argument("--line", type=int, help="only changes of this line")
     parser.add_argument("--seconds", type=float, default=300, help="after which a run counts as failed")
     options = parser.parse_args()
-    died = survivors = 0
+    num_changes = num_survivors = 0
     with tempfile.TemporaryDirectory() as directory:
         copy_of = Path(directory)
         for name in ("grpo_dist", "tests", "configs", "setup.cfg", "pyproject.toml"):
@@ -148,19 +148,21 @@ def main() -> int:
             module = copy_of / "grpo_dist" / f"{name}.py"
             if not survives(copy_of, module, module.read_text(), options.seconds):
                 raise SystemExit(f"{name}: its tests fail without any change")
+            tried = survived = 0
             lines, equivalent = module.read_text().splitlines(), tuple(EQUIVALENT.get(name, ()))
             for line, change, text in mutants(module.read_text()):
                 if options.line not in (None, line) or change in equivalent:
                     continue
                 if lines[line - 1].strip().startswith(equivalent):
                     continue
+                tried += 1
                 if survives(copy_of, module, text, options.seconds):
-                    survivors += 1
+                    survived += 1
                     print(f"{name}:{line}: {change}", flush=True)
-                else:
-                    died += 1
-    print(f"{died} of {died + survivors} changes were seen by a test")
-    return int(survivors > 0)
+            print(f"{name}: {tried - survived} of {tried} changes were seen by a test", flush=True)
+            num_changes, num_survivors = num_changes + tried, num_survivors + survived
+    print(f"{num_changes - num_survivors} of {num_changes} changes were seen by a test")
+    return int(num_survivors > 0)
 
 
 if __name__ == "__main__":

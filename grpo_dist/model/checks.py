@@ -34,7 +34,6 @@ embeddings would serve as one."""
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 """Files that transformers loads weights from, or with `.index.json` behind them the lists of such files."""
 UNFIT_TYPES = {
-    "bamba": "decoding gives other probabilities than a forward pass over the same tokens",
     **{kind: "a token sees later ones" for kind in ("cpmant", "xlnet")},
     **{
         kind: "nothing is kept from which a rollout can be decoded"

@@ -84,26 +84,24 @@ def kept_logits(logits: Tensor, predictor: Tensor) -> Tensor:
 def recompute_layers(model: nn.Module) -> None:
     """Recompute each layer's activations in the backward pass.
 
-    transformers does so in training mode alone, in which a layer may drop activations: the mode is left inside. Raises
-    ValueError where the model's code has no layers that transformers can recompute.
+    transformers does so in training mode alone, in which a layer may drop activations: inside the mode is another, with
+    gradients or without. Raises ValueError where the model's code has no layers that transformers can recompute.
     """
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     require(bool(layers), "model.gradient_checkpointing", True, f"false, as {type(model).__name__} has no layers that "
             "transformers can recompute")  # fmt: skip
     for layer in layers:
         layer.gradient_checkpointing = True
-        layer._gradient_checkpointing_func = partial(_recomputed, layer)
+        layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
+        layer.forward = partial(_evaluated, layer, layer.forward)
 
 
-def _recomputed(layer: nn.Module, forward: Any, *inputs: Any) -> Any:
-    def evaluated(*given: Any) -> Any:
-        layer.training = False
-        try:
-            return forward(*given)
-        finally:
-            layer.training = True
-
-    return checkpoint(evaluated, *inputs, use_reentrant=False)
+def _evaluated(layer: nn.Module, forward: Any, *inputs: Any, **options: Any) -> Any:
+    mode, layer.training = layer.training, False
+    try:
+        return forward(*inputs, **options)
+    finally:
+        layer.training = mode
 
 
 def _teach_head(head: nn.Linear) -> None:

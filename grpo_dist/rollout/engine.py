@@ -15,6 +15,9 @@ from torch import Tensor, nn
 from ..types import Completion
 from .sampling import Sampling, draw
 
+COUNTS_ANEW = ("bamba",)
+"""Types whose code gives the first token of each call the position 0, unless it is given another."""
+
 
 @dataclass(frozen=True)
 class Request:
@@ -134,4 +137,6 @@ def _state_after(model: nn.Module, output: Any, length: int) -> dict[str, Any]:
     if "cache_params" in state and "cache_position" in inspect.signature(model.forward).parameters:
         place = length + getattr(model.config, "conv_kernel", 0)
         state["cache_position"] = torch.tensor([place], device=output.logits.device)
+    if model.config.model_type in COUNTS_ANEW:
+        state["position_ids"] = torch.tensor([[length]], device=output.logits.device)
     return state

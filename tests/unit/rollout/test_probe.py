@@ -298,6 +298,7 @@ ROW_ROUTE: dict[str, PretrainedConfig] = {
     "granite": make_config("Granite", {"logits_scaling": 4.0}),
     "cohere": make_config("Cohere", {"logit_scale": 0.25}),
     "mamba": make_config("Mamba", {"state_size": 4}),
+    "bamba": make_config("Bamba", {"attn_layer_indices": [1], **MAMBA}),
 }  # fmt: skip
 
 
