@@ -29,8 +29,8 @@ from grpo_dist.model.packing import make_pack, plan
 from grpo_dist.monitoring.metrics import batch_metrics
 from grpo_dist.monitoring.recorder import Recorder
 from grpo_dist.rewards.scores import Scores
-from grpo_dist.trainer.gathering import gather_completions, gather_scores
-from grpo_dist.types import Batch, Completion, Prompt, all_token_rewards, join
+from grpo_dist.trainer.gathering import gather_scores, gather_trajectories
+from grpo_dist.types import Batch, Prompt, Trajectory, all_token_rewards, join
 
 Result = TypeVar("Result")
 LONGEST = 2048
@@ -47,15 +47,15 @@ def timed(ranks: Ranks, name: str, work: Callable[[], Result]) -> Result:
 
 def make_rollouts(
     ranks: Ranks, num_prompts: int, group_size: int, mean: float
-) -> tuple[list[Prompt], list[Completion]]:
+) -> tuple[list[Prompt], list[Trajectory]]:
     """The prompts, the same on all ranks, and this rank's share of the completions."""
     numbers = np.random.default_rng(0)
     prompts = [Prompt(n, numbers.integers(250, size=length).tolist(), f"prompt {n}")
                for n, length in enumerate(numbers.integers(50, 500, size=num_prompts))]  # fmt: skip
     lengths = np.minimum(numbers.geometric(1 / mean, size=num_prompts * group_size), LONGEST)
     return prompts, [
-        Completion(n // group_size, n % group_size, numbers.integers(250, size=length).tolist(),
-                   (-numbers.random(length)).tolist(), bool(length < LONGEST))
+        Trajectory(n // group_size, n % group_size, numbers.integers(250, size=length).tolist(),
+                   (-numbers.random(length)).tolist(), bool(length < LONGEST), [True] * int(length))
         for n, length in list(enumerate(lengths))[ranks.share(len(lengths))]
     ]  # fmt: skip
 
@@ -78,7 +78,7 @@ def main() -> None:
     if ranks.is_main:
         print("| part | seconds | CPU seconds |\n|---|---|---|")
     batch = timed(ranks, f"gather, {own:,} of {count:,} completions own",
-                  lambda: gather_scores(ranks, gather_completions(ranks, prompts, completions), ranks.share(count),
+                  lambda: gather_scores(ranks, gather_trajectories(ranks, prompts, completions), ranks.share(count),
                                         scores, [1.0], 0.1))  # fmt: skip
     completions.clear()
     advantages = timed(ranks, "advantages", lambda: relative_advantages(

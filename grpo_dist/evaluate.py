@@ -49,14 +49,15 @@ from .monitoring.console import set_up_logging
 from .monitoring.metrics import is_right
 from .rewards.pool.pool import ScorerPool
 from .rewards.registry import answer_checks, answer_reader
+from .rollout import LoadedModel, awake, sample
 from .rollout.choose import UnfitEngine, make_engine
 from .rollout.own_attention import settle_attention
 from .rollout.sampling import sampling_of
 from .text.plain import plain_lines, write_lines
 from .text.templates import today, uses_date
 from .text.tokens import CompletionTexts
-from .trainer.gathering import gather_completions, gather_scores
-from .trainer.scoring import Scoring, generate_and_score, requests_of
+from .trainer.gathering import gather_scores, gather_trajectories
+from .trainer.scoring import Scoring, requests_of
 from .types import Batch, Prompt
 
 _PROMPTS_A_PART = 64  # a part is the same whatever the number of ranks
@@ -138,22 +139,21 @@ class Evaluation:
         config, dtype = self.config, resolve_dtype(self.config.model.dtype)
         implementation, obstacle = attention_for(config.model, self.model_config, config.max_sequence_length)
         with unsharded_loading():
-            self.model = load_causal_lm(config.model, dtype, implementation, ranks.device).eval()
+            model = load_causal_lm(config.model, dtype, implementation, ranks.device).eval()
         ranks.meet("loaded the model")  # a download may take longer than a collective of the start waits
-        obstacle = settle_attention([self.model], implementation, obstacle, config.model.attn_implementation != "auto",
+        obstacle = settle_attention([model], implementation, obstacle, config.model.attn_implementation != "auto",
                                     ranks.gather_objects)  # fmt: skip
-        self.engine = make_engine(self.model, obstacle, self.end_ids, config.rollout,
-                                  ranks.gather_objects)  # fmt: skip
+        self.engine = make_engine(LoadedModel(model), obstacle, self.end_ids, config.rollout, ranks.gather_objects)
 
     def _sample(self, ranks: Ranks, prompts: list[Prompt], start: int) -> Batch:
         rollout, seed = self.config.rollout, self.config.train.seed
         drawn = ranks.share(len(prompts) * self.num_samples)
         requests = requests_of(prompts, self.num_samples, drawn, seed, "evaluate", first=start)
         sampling = sampling_of(rollout)
-        with ranks.together("sampling"):
+        with awake(self.engine), ranks.together("sampling"):
             scoring = Scoring(self.scorer, prompts, self.num_samples, drawn, self.texts_of)
-            completions = generate_and_score(self.engine, self.model, requests, sampling, scoring)
-        batch = gather_completions(ranks, prompts, completions)
+            trajectories = sample(self.engine, requests, sampling, scoring.on_finish)
+        batch = gather_trajectories(ranks, prompts, trajectories)
         scoring.complete(batch)
         with ranks.together("scoring"):
             scores = scoring.result()

@@ -1,8 +1,9 @@
-"""The data that flows through one step: prompts, completions and the global batch.
+"""The data that flows through one step: prompts, trajectories and the global batch.
 
-Pure data: no model, no device handling, no I/O. Shapes use P prompts, N completions, R rewards and T completion tokens
-in all; completion n belongs to prompt `group[n]`, and its tokens are the slice `starts[n] : starts[n] + lengths[n]` of
-every flat (T,) tensor.
+Pure data: no model, no device handling, no I/O. Shapes use P prompts, N completions, R rewards, L completion tokens in
+all and T of them that the policy sampled. Completion n belongs to prompt `group[n]`; its sampled tokens are the slice
+`starts[n] : starts[n] + lengths[n]` of every flat (T,) tensor. Tokens that were not sampled are only ever attended to:
+losses, advantages, KL terms and their denominators are made of (T,) tensors, in which such tokens have no place.
 """
 
 from __future__ import annotations
@@ -32,19 +33,25 @@ class Prompt:
 
 
 @dataclass(frozen=True)
-class Completion:
-    """What the engine sampled for one (prompt, sample) of a step."""
+class Trajectory:
+    """What follows a prompt for one (prompt, sample) of a step.
+
+    The policy sampled some of its tokens; somebody else put the others there. An answer in one turn is the case in
+    which all are sampled.
+    """
 
     slot: int
     """The prompt's place in the step's batch."""
     sample: int
-    """The completion's place in its group."""
+    """The trajectory's place in its group."""
     ids: list[int]
-    """Sampled token ids, the end-of-sequence token included where it was reached."""
+    """Token ids, the end-of-sequence token included where it was reached."""
     logprobs: list[float]
     """The engine's log-probability of each sampled token (nats)."""
     finished: bool
-    """Whether the completion ended by itself; False where the length limit cut it."""
+    """Whether it ended by itself; False where a limit cut it."""
+    sampled: list[bool]
+    """Whether the policy sampled each of `ids`."""
 
 
 @dataclass(frozen=True)
@@ -67,14 +74,16 @@ class Batch:
     """The step's P prompts."""
     group: Tensor
     """(N,) int64: the prompt each completion answers."""
-    lengths: Tensor
-    """(N,) int64: tokens of each completion."""
+    row_lengths: Tensor
+    """(N,) int64: tokens of each completion, sampled or not."""
     finished: Tensor
     """(N,) bool: ended by itself."""
-    tokens: Tensor
-    """(T,) int64: all completions' token ids, one after another."""
+    ids: Tensor
+    """(L,) int64: all completions' token ids, one after another."""
+    sampled: Tensor
+    """(L,) bool: which of them the policy sampled."""
     sampled_logprobs: Tensor
-    """(T,) float32: the engine's log-probability of each token (nats)."""
+    """(T,) float32: the engine's log-probability of each sampled token (nats)."""
     rewards: Tensor
     """(N, R) float64: one column per reward function; NaN where it does not apply or failed."""
     reward: Tensor
@@ -96,47 +105,65 @@ class Batch:
     """(T,) float64: what the critic is to predict; None without a critic."""
 
     @cached_property
+    def lengths(self) -> Tensor:
+        """(N,) int64: sampled tokens of each completion."""
+        counts = torch.zeros(len(self.row_lengths), dtype=torch.int64)
+        rows = torch.repeat_interleave(torch.arange(len(counts)), self.row_lengths)
+        return counts.index_add_(0, rows, self.sampled.long())
+
+    @cached_property
+    def tokens(self) -> Tensor:
+        """(T,) int64: ids of the sampled tokens."""
+        return self.ids[self.sampled]
+
+    @cached_property
     def starts(self) -> Tensor:
-        """(N,) int64: where each completion begins in the flat tensors."""
+        """(N,) int64: where each completion's sampled tokens begin in the (T,) tensors."""
         return torch.cumsum(self.lengths, 0) - self.lengths
+
+    @cached_property
+    def row_starts(self) -> Tensor:
+        """(N,) int64: where each completion begins in the (L,) tensors."""
+        return torch.cumsum(self.row_lengths, 0) - self.row_lengths
 
     @property
     def sequence(self) -> Tensor:
-        """(T,) int64: the completion each token belongs to."""
+        """(T,) int64: the completion each sampled token belongs to."""
         return torch.repeat_interleave(torch.arange(len(self.lengths)), self.lengths)
 
     def completion_ids(self, n: int) -> list[int]:
-        """Token ids of completion `n`."""
-        start = int(self.starts[n])
-        return self.tokens[start : start + int(self.lengths[n])].tolist()
+        """Token ids of completion `n`, sampled or not."""
+        start = int(self.row_starts[n])
+        return self.ids[start : start + int(self.row_lengths[n])].tolist()
 
 
 def join(batches: list[Batch], groups: list[list[int]]) -> Batch:
     """One batch of the chosen `groups` of each of several batches, in that order; groups are numbered anew."""
     kept, renumbered, count = [], [], 0
-    for batch, chosen in zip(batches, groups, strict=True):
+    for batch, members in zip(batches, groups, strict=True):
         number = torch.full((len(batch.prompts),), -1)
-        number[chosen] = torch.arange(count, count + len(chosen))
+        number[members] = torch.arange(count, count + len(members))
         numbers, order = number[batch.group].sort(stable=True)
         kept.append(order[numbers >= 0])
         renumbered.append(numbers[numbers >= 0])
-        count += len(chosen)
+        count += len(members)
     places = [token_places(batch.starts[rows], batch.lengths[rows]) for batch, rows in zip(batches, kept, strict=True)]
+    row_places = [token_places(batch.row_starts[rows], batch.row_lengths[rows])
+                  for batch, rows in zip(batches, kept, strict=True)]  # fmt: skip
 
-    def rows(name: str) -> Tensor:
-        return torch.cat([getattr(batch, name)[mine] for batch, mine in zip(batches, kept, strict=True)])
-
-    def flat(name: str) -> Tensor:
+    def chosen(name: str, places: list[Tensor]) -> Tensor:
         return torch.cat([getattr(batch, name)[mine] for batch, mine in zip(batches, places, strict=True)])
 
-    reference = None if batches[0].reference_logprobs is None else flat("reference_logprobs")
+    reference = None if batches[0].reference_logprobs is None else chosen("reference_logprobs", places)
     token_rewards = None
     if any(batch.token_rewards is not None for batch in batches):
         token_rewards = torch.cat([all_token_rewards(batch)[mine] for batch, mine in zip(batches, places, strict=True)])
     return Batch(
-        prompts=[batch.prompts[g] for batch, chosen in zip(batches, groups, strict=True) for g in chosen],
-        group=torch.cat(renumbered), lengths=rows("lengths"), finished=rows("finished"), tokens=flat("tokens"),
-        sampled_logprobs=flat("sampled_logprobs"), rewards=rows("rewards"), reward=rows("reward"),
+        prompts=[batch.prompts[g] for batch, members in zip(batches, groups, strict=True) for g in members],
+        group=torch.cat(renumbered), row_lengths=chosen("row_lengths", kept), finished=chosen("finished", kept),
+        ids=chosen("ids", row_places), sampled=chosen("sampled", row_places),
+        sampled_logprobs=chosen("sampled_logprobs", places), rewards=chosen("rewards", kept),
+        reward=chosen("reward", kept),
         reference_logprobs=reference, token_rewards=token_rewards,
         scoring=_joined_scoring([batch.scoring for batch in batches]),
         extras={column: [value for batch, mine in zip(batches, kept, strict=True)

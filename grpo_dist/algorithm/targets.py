@@ -101,7 +101,7 @@ def with_advantages(config: Config, batch: Batch, reward_weights: list[float], k
     rewards = torch.where(scored[batch.sequence, None], all_token_rewards(batch), torch.nan)
     weights = reward_weights
     if advantage.overlong_buffer:
-        fallen = overlong_punishment(batch.lengths, config.rollout.max_completion_length, advantage.overlong_buffer)
+        fallen = overlong_punishment(batch.row_lengths, config.rollout.max_completion_length, advantage.overlong_buffer)
         fallen = torch.where(scored, fallen, torch.nan)
         rewards = torch.cat([rewards, at_last_tokens(fallen[:, None], batch.lengths)], 1)
         weights = [*weights, advantage.overlong_penalty]

@@ -94,9 +94,9 @@ class BadUpdates:
         dump = self.directory / f"step_{step}.safetensors"
         if self.is_main:
             self.directory.mkdir(exist_ok=True)
-            held = {"tokens": batch.tokens, "lengths": batch.lengths, "group": batch.group, "reward": batch.reward,
-                    "sampled_logprobs": batch.sampled_logprobs, "advantages": batch.advantages}  # fmt: skip
-            save_file({name: tensor.clone() for name, tensor in held.items() if tensor is not None}, dump)
+            names = ("ids", "row_lengths", "sampled", "group", "reward", "sampled_logprobs", "advantages")
+            tensors = {name: getattr(batch, name) for name in names}
+            save_file({name: tensor.clone() for name, tensor in tensors.items() if tensor is not None}, dump)
             log.warning("step %d: the gradient's norm is %s; no rank took the step, and its batch is in %s", step, norm,
                         dump)  # fmt: skip
         if self.in_a_row >= self.most_in_a_row:

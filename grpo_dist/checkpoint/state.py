@@ -83,6 +83,9 @@ class TrainState:
             chosen = [by_index[index] for index in tensors["batch/prompts"].tolist()]
             old = {name: tensors[f"measured/{name}"] for name in OLD_TENSORS if f"measured/{name}" in tensors}
             values: dict[str, Any] = {name: tensors[f"batch/{name}"] for name in TENSORS if f"batch/{name}" in tensors}
+            if "batch/tokens" in tensors:  # older checkpoints: all tokens are sampled
+                ids, lengths = tensors["batch/tokens"], tensors["batch/lengths"]
+                values |= {"ids": ids, "row_lengths": lengths, "sampled": torch.ones_like(ids, dtype=torch.bool)}
             logged = dict(meta["logged"])
             logged["scoring"] = meta.get("facts", {}) | logged["scoring"]  # apart in older checkpoints
             self.batch = Batch(chosen, **values, **logged, old=OldPolicy(**old) if old else None)

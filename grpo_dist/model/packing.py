@@ -35,7 +35,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class Pack:
-    """One forward and backward pass: T tokens in a row, M of them completion tokens.
+    """One forward and backward pass: T tokens in a row, M of them sampled.
 
     An empty pack (M = 0 in `token`, a token or two in `ids`) only keeps the number of packs equal on all ranks.
     """
@@ -45,11 +45,11 @@ class Pack:
     positions: Tensor
     """(T,) int64 position of each token in its own sequence."""
     predictor: Tensor
-    """(M,) int64: the row's token whose output predicts each completion token."""
+    """(M,) int64: the row's token whose output predicts each sampled token."""
     targets: Tensor
-    """(M,) int64: the completion tokens themselves."""
+    """(M,) int64: the sampled tokens themselves."""
     token: Tensor
-    """(M,) int64: place of each completion token in the batch's flat tensors."""
+    """(M,) int64: place of each sampled token in the batch's flat (T,) tensors."""
     sequence: Tensor
     """(M,) int64: the pack's completions, numbered from 0."""
     owner: Tensor
@@ -166,7 +166,7 @@ def make_pack(batch: Batch, pieces: list[Piece], *, share_prompts: bool = True) 
         one = torch.zeros(1, dtype=torch.int64)
         return Pack(one, one, empty, empty, empty, empty, one, layout)
     chosen = torch.tensor([n for piece in pieces for n in piece.completions])
-    lengths = batch.lengths[chosen]
+    lengths = batch.row_lengths[chosen]
     left = iter(lengths.tolist())
     shapes = [(len(batch.prompts[p.prompt].ids), [next(left) for _ in p.completions]) for p in pieces]
     # the row's segments: each piece's prompt and then its completions
@@ -174,19 +174,21 @@ def make_pack(batch: Batch, pieces: list[Piece], *, share_prompts: bool = True) 
     is_prompt = torch.tensor([n == 0 for _, completions in shapes for n in range(1 + len(completions))])
     segment_starts = torch.cumsum(sizes, 0) - sizes
     starts, prompt_starts, prompt_lengths = segment_starts[~is_prompt], segment_starts[is_prompt], sizes[is_prompt]
-    sequence = torch.repeat_interleave(torch.arange(len(chosen)), lengths)
-    piece = (torch.cumsum(is_prompt, 0) - 1)[~is_prompt][sequence]  # of each completion token, (M,)
-    row, token = token_places(starts, lengths), token_places(batch.starts[chosen], lengths)
+    sequence = torch.repeat_interleave(torch.arange(len(chosen)), lengths)  # of each completion token
+    piece = (torch.cumsum(is_prompt, 0) - 1)[~is_prompt][sequence]
+    row, source = token_places(starts, lengths), token_places(batch.row_starts[chosen], lengths)
     prompt_row = token_places(prompt_starts, prompt_lengths)
     own = row - starts[sequence]
     ids = torch.empty(int(sizes.sum()), dtype=torch.int64)
     positions, owner = torch.empty_like(ids), torch.empty_like(ids)
     ids[prompt_row] = torch.tensor(list(chain.from_iterable(batch.prompts[p.prompt].ids for p in pieces)))
     positions[prompt_row] = token_places(torch.zeros_like(prompt_starts), prompt_lengths)
-    ids[row] = targets = batch.tokens[token]
+    ids[row] = batch.ids[source]
     positions[row] = prompt_lengths[piece] + own
     owner[row] = chosen[sequence]
     owner[prompt_row] = torch.repeat_interleave(-1 - torch.tensor([p.prompt for p in pieces]), prompt_lengths)
     predictor = torch.where(own == 0, (prompt_starts + prompt_lengths)[piece], row) - 1
     layout = RowLayout(shapes) if share_prompts else None
-    return Pack(ids, positions, predictor, targets, token, sequence, owner, layout)
+    sampled = batch.sampled[source]
+    token = token_places(batch.starts[chosen], batch.lengths[chosen])
+    return Pack(ids, positions, predictor[sampled], batch.tokens[token], token, sequence[sampled], owner, layout)

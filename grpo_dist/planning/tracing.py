@@ -188,7 +188,7 @@ def example_pack(shape: Shape, share_prompts: bool) -> Pack:
     zeros = torch.zeros(len(lengths))
     tokens = torch.zeros(int(lengths.sum()), dtype=torch.int64)
     prompts = [Prompt(g, [0] * length, "") for g, (length, _) in enumerate(shape)]
-    batch = Batch(prompts, group, lengths, zeros > 0, tokens, tokens.float(), zeros[:, None], zeros)
+    batch = Batch(prompts, group, lengths, zeros > 0, tokens, tokens == 0, tokens.float(), zeros[:, None], zeros)
     pieces = [Piece(g, torch.nonzero(group == g)[:, 0].tolist()) for g in range(len(shape))]
     return make_pack(batch, pieces, share_prompts=share_prompts)
 

@@ -1,13 +1,16 @@
-"""Engines that turn prompts into completions.
+"""Engines that turn prompts into trajectories.
 
-An engine has one method, `generate(model, requests, sampling) -> completions`, and knows nothing of ranks, rewards or
-training: it is handed a model whose weights are whole.
+An engine is a service: requests go in, trajectories come out. It knows nothing of ranks, rewards or training. In this
+process it is a decoder and a model whose weights are gathered.
 """
 
 from ..algorithm.hashing import stream_key
-from .engine import Engine, Request, RowEngine
-from .native.engine import NativeEngine
-from .paged import PagedEngine, paged_obstacle
+from .engine import Decoder, Engine, Request, awake, decode_all, sample
+from .local import LoadedModel, LocalEngine
+from .native.engine import NativeDecoder
+from .paged import PagedDecoder, paged_obstacle
+from .rows import RowDecoder
 from .sampling import Sampling
 
-__all__ = ["Engine", "NativeEngine", "PagedEngine", "Request", "RowEngine", "Sampling", "paged_obstacle", "stream_key"]
+__all__ = ["Decoder", "Engine", "LoadedModel", "LocalEngine", "NativeDecoder", "PagedDecoder", "Request", "RowDecoder",
+           "Sampling", "awake", "decode_all", "paged_obstacle", "sample", "stream_key"]  # fmt: skip

@@ -1,4 +1,4 @@
-"""Which engine draws a run's completions: what is right is asked of the loaded model, what is faster is measured."""
+"""Which decoder draws a run's completions: what is right is asked of the loaded model, what is faster is measured."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from torch import nn
 from ..config.schema import RolloutConfig
 from ..model.checks import CANNOT
 from ..model.gpu_kernels import triton_obstacle
-from ..types import Completion
-from . import Engine, NativeEngine, PagedEngine, Request, RowEngine, Sampling, paged_obstacle
+from ..types import Trajectory
+from . import LocalEngine, NativeDecoder, PagedDecoder, Request, RowDecoder, decode_all, paged_obstacle
+from .local import Weights
 from .native.cache import DecodeState, PrefillLayout
 from .native.compiled import CannotCompile
 from .native.graphs import CannotCapture
@@ -23,7 +24,7 @@ from .native.kernel import KernelStep
 from .native.llama import LlamaStep
 from .native.steps import Step, module_step, prefill
 from .probe import NEW_TOKENS, PROMPT, example_tokens, rounding
-from .room import ON_CPU, BoundedEngine, WithinMemory
+from .room import ON_CPU, BoundedDecoder, WithinMemory
 
 log = logging.getLogger(__name__)
 
@@ -46,12 +47,12 @@ STEPS: dict[str, Callable[[nn.Module], Step]] = {
 """How a step of decoding may be computed, by the name a checkpoint keeps; from slow to fast."""
 PAGED = ("pages", "fused")
 """Those of STEPS whose keys and values lie in pages; for a GPU with Triton."""
-TOLD = {"modules": "decoding through the model's own modules", "operations": "decoding in few operations",
-        "compiled": "decoding in C++", "pages": "decoding through the model's own modules over pages",
-        "fused": "decoding in fused kernels over pages"}  # fmt: skip
+DESCRIPTIONS = {"modules": "decoding through the model's own modules", "operations": "decoding in few operations",
+                "compiled": "decoding in C++", "pages": "decoding through the model's own modules over pages",
+                "fused": "decoding in fused kernels over pages"}  # fmt: skip
 
-Maker = Callable[[list[int], int, int], RowEngine | BoundedEngine]
-"""Makes an engine from the ids that end a completion, its longest length, and the most tokens in flight."""
+Maker = Callable[[list[int], int, int], RowDecoder | BoundedDecoder]
+"""Makes a decoder from the ids that end a completion, its longest length, and the most tokens in flight."""
 
 
 class UnfitEngine(ValueError):
@@ -59,61 +60,60 @@ class UnfitEngine(ValueError):
 
 
 def make_engine(
-    model: nn.Module, obstacle: str | None, end_ids: list[int], rollout: RolloutConfig,
+    weights: Weights, obstacle: str | None, end_ids: list[int], rollout: RolloutConfig,
     gather: Callable[[Any], list[Any]], step: str | None = None,
-) -> Engine:  # fmt: skip
+) -> LocalEngine:  # fmt: skip
     """The engine that `rollout.engine` asks for, or the faster one that is right; a line in the log names it.
 
     `obstacle` says why prompts cannot be shared, None where they can, the same on all ranks; `gather` returns what each
-    rank gave it, since all have to come to the same; `step` is how a run to go on with was decoding (see `made_of`).
-    Raises UnfitEngine where the paged engine is asked for and is wrong for the model.
+    rank gave it, since all ranks have to make the same choice; `step` is how a run that goes on was decoding. Raises
+    UnfitEngine where the paged engine is asked for and is wrong for the model. A collective.
     """
-    own, told = _own_engine(model, obstacle, gather, step)
-    engine, on_gpu = own, model.get_input_embeddings().weight.is_cuda
-    # one group at a time is what continuous batching beats on a GPU; the engine that shares prompts is faster than it
-    if rollout.engine == "paged" or (rollout.engine == "auto" and on_gpu and obstacle is not None):
-        fault = next(filter(None, gather(_paged_fault(model, own))), None)
-        if fault is not None and rollout.engine == "paged":
-            raise UnfitEngine(f"rollout.engine: 'paged' given, expected 'auto' or 'native' for this model: {fault}")
-        if fault is not None:
-            told += f"; paged is out of the question: {fault}"
-        else:
-            engine, told = PagedEngine, f"transformers' continuous batching (paged), in place of the {told}"
-    log.info("rollouts: %s", told)
-    made = engine(end_ids, rollout.max_completion_length, ON_CPU)
-    return made if isinstance(made, RowEngine) else WithinMemory(made, rollout.max_tokens_in_flight)
+    with weights.open() as model:
+        make, message, decoding = _own_decoder(model, obstacle, gather, step)
+        on_gpu, name = model.get_input_embeddings().weight.is_cuda, "native"
+        # one group at a time is what continuous batching beats on a GPU; the one that shares prompts is faster than it
+        if rollout.engine == "paged" or (rollout.engine == "auto" and on_gpu and obstacle is not None):
+            fault = next(filter(None, gather(_paged_fault(model, make))), None)
+            if fault is not None and rollout.engine == "paged":
+                raise UnfitEngine(f"rollout.engine: 'paged' given, expected 'auto' or 'native' for this model: {fault}")
+            if fault is not None:
+                message += f"; paged is out of the question: {fault}"
+            else:
+                message = f"transformers' continuous batching (paged), in place of the {message}"
+                make, name, decoding = PagedDecoder, "paged", None
+    log.info("rollouts: %s", message)
+    made = make(end_ids, rollout.max_completion_length, ON_CPU)
+    decoder = made if isinstance(made, RowDecoder) else WithinMemory(made, rollout.max_tokens_in_flight)
+    return LocalEngine(decoder, weights, {"engine": name, "decoding": decoding})
 
 
-def made_of(engine: Engine) -> dict[str, str | None]:
-    """What a checkpoint keeps of an engine: with another one the rest of a run would round otherwise."""
-    engine = engine.engine if isinstance(engine, WithinMemory) else engine
-    step_of, pages = getattr(engine, "step_of", None), getattr(engine, "pages", False)
-    name = next((name for name, each in STEPS.items() if each is step_of and (name in PAGED) == pages), None)
-    return {"engine": "paged" if isinstance(engine, PagedEngine) else "native", "decoding": name}
-
-
-def _own_engine(
+def _own_decoder(
     model: nn.Module, obstacle: str | None, gather: Callable[[Any], list[Any]], step: str | None
-) -> tuple[Maker, str]:
-    """This project's engine for the model, and what is said about it."""
+) -> tuple[Maker, str, str | None]:
+    """This project's decoder for the model, the message about it, and the name of its step."""
     if obstacle is not None:
-        told = f"one group at a time, and completions are computed one to a row ({obstacle})"
-        return lambda ends, most, _: RowEngine(ends, most), told
+        message = f"one group at a time, and completions are computed one to a row ({obstacle})"
+        return lambda ends, most, _: RowDecoder(ends, most), message, None
     fastest = "fused" if model.get_input_embeddings().weight.is_cuda else "compiled"
     most = step if step in list(STEPS) else fastest
-    found = gather(own_step(model, most))
-    name = min((name for name, _ in found), key=list(STEPS).index)
-    reason = next((reason for _, reason in found if reason is not None), None)
+    choices = gather(own_step(model, most))
+    name = min((name for name, _ in choices), key=list(STEPS).index)
+    reason = next((reason for _, reason in choices if reason is not None), None)
     if step is not None and name != most:
-        log.warning("rollouts: %s, and not %s as before: from here on they round otherwise", TOLD[name], TOLD[most])
+        log.warning(
+            "rollouts: %s, and not %s as before: from here on they round otherwise",
+            DESCRIPTIONS[name],
+            DESCRIPTIONS[most],
+        )
     # the kernel attends to a shared prompt and to a row's own tokens at once
     options: dict[str, Any] = {"step_of": STEPS[name], "pages": name in PAGED,
                                "copied_prompt": 0 if name == "compiled" else None}  # fmt: skip
     captures = _captures(model, gather, options)
-    told = f"native engine, prompts are shared by their groups{', CUDA graphs' * captures}, {TOLD[name]}"
+    message = f"native engine, prompts are shared by their groups{', CUDA graphs' * captures}, {DESCRIPTIONS[name]}"
     if reason is not None:
-        told += f", which is slower than {TOLD[fastest]} ({reason})"
-    return lambda *sizes: NativeEngine(*sizes, captures=captures, **options), told
+        message += f", which is slower than {DESCRIPTIONS[fastest]} ({reason})"
+    return lambda *sizes: NativeDecoder(*sizes, captures=captures, **options), message, name
 
 
 def _captures(model: nn.Module, gather: Callable[[Any], list[Any]], options: dict[str, Any]) -> bool:
@@ -125,7 +125,7 @@ def _captures(model: nn.Module, gather: Callable[[Any], list[Any]], options: dic
     reason = None
     try:
         plain, replayed = (
-            NativeEngine([-1], NEW_TOKENS, 1 << 20, captures=captures, **options).generate(model, requests, Sampling())
+            decode_all(NativeDecoder([-1], NEW_TOKENS, 1 << 20, captures=captures, **options), model, requests)
             for captures in (False, True)
         )
         gap = max(abs(p - q) for a, b in zip(plain, replayed, strict=True)
@@ -216,14 +216,13 @@ def _paged_fault(model: nn.Module, own: Maker) -> str | None:
         return "its attention scores are soft-capped, which transformers' paged attention leaves out"
     requests = [Request(0, sample, example_tokens(model, PROMPT).tolist(), key=sample) for sample in range(4)]
     try:
-        paged, expected = (make([-1], NEW_TOKENS, 1 << 20).generate(model, requests, Sampling())
-                           for make in (PagedEngine, own))  # fmt: skip
+        paged, expected = (decode_all(make([-1], NEW_TOKENS, 1 << 20), model, requests) for make in (PagedDecoder, own))
         return None if _agree(paged, expected, rounding(model)) else "it draws other completions"
     except (*CANNOT, FloatingPointError) as error:
         return f"it cannot decode it ({type(error).__name__}: {error})"
 
 
-def _agree(some: list[Completion], others: list[Completion], tolerance: float) -> bool:
+def _agree(some: list[Trajectory], others: list[Trajectory], tolerance: float) -> bool:
     """Whether most tokens are the same, with near probabilities; rounding may tip a draw, and then what follows.
 
     A difference of log-probabilities counts by the token's probability: that of an unlikely token says little, and in

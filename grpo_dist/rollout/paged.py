@@ -1,4 +1,4 @@
-"""The paged engine: transformers' continuous batching computes, and this project's sampling draws.
+"""The paged decoder: transformers' continuous batching computes, and this project's sampling draws.
 
 Each token is a function of its completion's key and its place, as in every other engine, so the same completions come
 of it. Tokens and log-probabilities are written to tables on the device as they are drawn, which costs no waiting; what
@@ -10,7 +10,8 @@ Shapes: N requests, R sequences in a batch, V vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Iterator
 from dataclasses import fields
 from typing import Any
 
@@ -19,8 +20,8 @@ import transformers
 from torch import Tensor, nn
 from transformers import GenerationConfig, LogitsProcessorList
 
-from ..types import Completion
-from .engine import Request, check_lengths, ends_by_itself, finished_completion
+from ..types import Trajectory
+from .engine import Request, limit_of, trajectory
 from .sampling import Sampling, draw
 
 try:
@@ -50,7 +51,7 @@ def paged_obstacle() -> str | None:
     return f"transformers {given} has no continuous batching that another sampler can draw for; 5.12 has"
 
 
-class PagedEngine:
+class PagedDecoder:
     """Decodes with transformers' paged cache, for every model that its continuous batching takes."""
 
     def __init__(self, end_ids: list[int], max_new_tokens: int, max_tokens_in_flight: int) -> None:
@@ -58,31 +59,27 @@ class PagedEngine:
         self.max_tokens_in_flight = max_tokens_in_flight
 
     @torch.no_grad()
-    def generate(
-        self, model: nn.Module, requests: list[Request], sampling: Sampling,
-        on_finish: Callable[[list[Completion]], None] | None = None, check: Callable[[], None] | None = None,
-    ) -> list[Completion]:  # fmt: skip
-        """See `Engine`; `check` is called only where something has moved, so that a hang can be told from work.
+    def decode(self, model: nn.Module, queue: deque[Request], sampling: Sampling) -> Iterator[list[Trajectory]]:
+        """See `Decoder`; requests that are appended wait until those before them are answered.
 
-        Raises RuntimeError where transformers fails, or is too old.
+        A list comes only where something has moved, so that a hang can be told from work. Raises RuntimeError where
+        transformers fails, or is too old.
         """
         if obstacle := paged_obstacle():
             raise RuntimeError(obstacle)
-        check_lengths(requests, self.max_new_tokens)
-        if not requests:
-            return []
         attention = model.config._attn_implementation
-        # on a GPU transformers takes a flash kernel in its place where it finds one
-        model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")
-        try:
-            return self._generate(model, requests, sampling, on_finish, check)
-        finally:
-            model.set_attn_implementation(attention)
+        while queue:
+            requests = list(queue)
+            queue.clear()
+            # on a GPU transformers takes a flash kernel in its place where it finds one
+            model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")
+            try:
+                yield from self._decode(model, requests, sampling)
+            finally:
+                model.set_attn_implementation(attention)
 
-    def _generate(
-        self, model: Any, requests: list[Request], sampling: Sampling,
-        on_finish: Callable[[list[Completion]], None] | None, check: Callable[[], None] | None,
-    ) -> list[Completion]:  # fmt: skip
+    def _decode(self, model: Any, requests: list[Request], sampling: Sampling) -> Iterator[list[Trajectory]]:
+        limits = [limit_of(request, self.max_new_tokens) for request in requests]
         drawing = _Drawing(requests, sampling, self.max_new_tokens, model.device)
         manager = model.init_continuous_batching(
             GenerationConfig(do_sample=False, max_new_tokens=self.max_new_tokens, eos_token_id=-1),
@@ -90,19 +87,17 @@ class PagedEngine:
         )
         manager.logit_processor = ContinuousBatchingLogitsProcessorList(LogitsProcessorList([drawing]))
         manager.logit_processor.tensors_required = 1
-        done: dict[int, Completion] = {}
-        seen = -1
+        done, seen = 0, -1
         manager.start()
         try:
             for n, request in enumerate(requests):
                 manager.add_request(
-                    request.prompt, str(n), request.exact_length or self.max_new_tokens,
-                    eos_token_id=[] if request.exact_length else self.end_ids,
+                    request.prompt, str(n), limits[n], eos_token_id=[] if request.ignore_end else self.end_ids
                 )  # fmt: skip
-            while len(done) < len(requests):
-                if check and drawing.batches != seen:
+            while done < len(requests):
+                if drawing.batches != seen:
                     seen = drawing.batches
-                    check()
+                    yield []
                 answer = manager.get_result(timeout=SECONDS_BETWEEN_CHECKS)
                 if answer is None:
                     if not manager.is_running():
@@ -113,14 +108,12 @@ class PagedEngine:
                     continue
                 if answer.error is not None:
                     raise RuntimeError(f"transformers' continuous batching: {answer.error}")
+                done += 1
                 n = int(answer.request_id)
-                done[n] = self._completion(requests[n], answer.generated_tokens, drawing, n)
-                if on_finish:
-                    on_finish([done[n]])
+                yield [self._trajectory(requests[n], answer.generated_tokens, drawing, n)]
         finally:
-            manager.stop(hard_stop=len(done) < len(requests))
+            manager.stop(hard_stop=done < len(requests))
             manager.destroy()
-        return [done[n] for n in range(len(requests))]
 
     def _settings(self, requests: list[Request], device: str) -> ContinuousBatchingConfig:
         page = PAGE_TOKENS.get(device, PAGE_TOKENS["cuda"])
@@ -132,12 +125,11 @@ class PagedEngine:
         return ContinuousBatchingConfig(**{size: page}, num_blocks=min(sum(pages), most) + 1,
                                         max_batch_tokens=BATCH_TOKENS, use_async_batching=False)  # fmt: skip
 
-    def _completion(self, request: Request, ids: list[int], drawing: _Drawing, n: int) -> Completion:
+    def _trajectory(self, request: Request, ids: list[int], drawing: _Drawing, n: int) -> Trajectory:
         length = len(ids)
         if drawing.tokens[n, :length].tolist() != ids:
             raise RuntimeError("transformers' continuous batching returned other tokens than were drawn")
-        by_itself = ends_by_itself(request, ids, self.end_ids, self.max_new_tokens)
-        return finished_completion(request, ids, drawing.logprobs[n, :length].tolist(), by_itself)
+        return trajectory(request, ids, drawing.logprobs[n, :length].tolist(), self.end_ids)
 
 
 class _Drawing(ContinuousBatchingLogitsProcessor):

@@ -17,7 +17,7 @@ from ..model.attention import RowLayout
 from ..model.checks import CANNOT
 from ..model.packing import Pack
 from ..model.policy import kept_logits
-from . import NativeEngine, Request, RowEngine, Sampling
+from . import NativeDecoder, Request, RowDecoder, decode_all
 
 PROMPT, COMPLETIONS = 5, (4, 3)
 NEW_TOKENS = 5
@@ -62,7 +62,7 @@ def packing_leak(model: nn.Module) -> str | None:
     if float((packed[other] - disturbed[other]).abs().max()) > most * effect:
         return "one completion's output depends on another completion of the pack"
     try:
-        decoded = decoding_error(model, tiny_engine())
+        decoded = decoding_error(model, tiny_decoder())
         worst = max(float((packed[other] - alone[PROMPT:]).abs().max()), decoded)
     except CANNOT as error:
         return f"it cannot be decoded with shared prompts: {type(error).__name__}: {error}"
@@ -85,7 +85,7 @@ def row_fault(model: nn.Module) -> str | None:
             return "outputs depend on later tokens"
         requests = [Request(0, sample, ids[:PROMPT].tolist(), key=sample) for sample in range(2)]
         worst = 0.0
-        for completion in RowEngine([-1], NEW_TOKENS).generate(model, requests, Sampling()):
+        for completion in decode_all(RowDecoder([-1], NEW_TOKENS), model, requests):
             sequence = torch.tensor([*ids[:PROMPT].tolist(), *completion.ids], device=ids.device)
             chosen = _row(model, sequence)[PROMPT - 1 : -1].gather(-1, sequence[PROMPT:, None])[:, 0]
             worst = max(worst, float((chosen.cpu() - torch.tensor(completion.logprobs)).abs().max()))
@@ -125,9 +125,9 @@ def is_noisy(compute: Callable[[], Tensor]) -> bool:
     return others > 4 * same + 1e-5
 
 
-def tiny_engine() -> NativeEngine:
-    """An engine for a few tokens, which shares even a tiny prompt."""
-    return NativeEngine([-1], NEW_TOKENS, 1 << 20, captures=False, copied_prompt=0)
+def tiny_decoder() -> NativeDecoder:
+    """A decoder for a few tokens, which shares even a tiny prompt."""
+    return NativeDecoder([-1], NEW_TOKENS, 1 << 20, captures=False, copied_prompt=0)
 
 
 def rounding(model: nn.Module) -> float:
@@ -135,11 +135,11 @@ def rounding(model: nn.Module) -> float:
     return 1e-3 if next(model.parameters()).dtype == torch.float32 else 0.1
 
 
-def decoding_error(model: nn.Module, engine: NativeEngine) -> float:
+def decoding_error(model: nn.Module, decoder: NativeDecoder) -> float:
     """Largest difference between the log-probabilities a rollout reports and those of its sequences in a row."""
     prompt = example_tokens(model, PROMPT).tolist()
     requests = [Request(0, sample, prompt, key=sample) for sample in range(2)]
-    completions = engine.generate(model, requests, Sampling())
+    completions = decode_all(decoder, model, requests)
     ids = torch.tensor(prompt + [token for c in completions for token in c.ids], device=example_tokens(model, 1).device)
     rows = _outputs(model, ids, (NEW_TOKENS, NEW_TOKENS))
     worst = 0.0

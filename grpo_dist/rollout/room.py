@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import gc
 import logging
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Collection, Iterator
 from itertools import groupby
 from typing import Any, Literal, Protocol
 
 import torch
 from torch import nn
 
-from ..types import Completion
-from .engine import Engine, Request
+from ..types import Trajectory
+from .engine import Decoder, Request
 from .sampling import Sampling
 
 log = logging.getLogger(__name__)
@@ -28,43 +29,34 @@ LOGIT_BYTES = 24
 """Bytes that drawing a token takes for each entry of the vocabulary, the logits among them."""
 
 
-class BoundedEngine(Engine, Protocol):
-    """An engine that holds the keys and values of at most so many tokens at once."""
+class BoundedDecoder(Decoder, Protocol):
+    """A decoder that keeps the keys and values of at most so many tokens at once."""
 
     max_new_tokens: int
     max_tokens_in_flight: int
 
 
 class WithinMemory:
-    """An engine that decodes as much at once as there is memory for."""
+    """A decoder that decodes as much at once as there is memory for."""
 
-    def __init__(self, engine: BoundedEngine, tokens: int | Literal["auto"]) -> None:
+    def __init__(self, decoder: BoundedDecoder, tokens: int | Literal["auto"]) -> None:
         """`tokens` is the most in flight; `auto` asks the device before each rollout."""
-        self.engine, self.tokens = engine, tokens
-        self.most: int | None = None  # what memory has proved to be too small for, halved
+        self.decoder, self.tokens = decoder, tokens
+        self.most: int | None = None  # half of what memory was too small for
 
-    def generate(
-        self, model: nn.Module, requests: list[Request], sampling: Sampling,
-        on_finish: Callable[[list[Completion]], None] | None = None, check: Callable[[], None] | None = None,
-    ) -> list[Completion]:  # fmt: skip
-        """See `Engine`. Where memory runs out, what is not finished is decoded again with half as much in flight.
+    def decode(self, model: nn.Module, queue: deque[Request], sampling: Sampling) -> Iterator[list[Trajectory]]:
+        """See `Decoder`. Where memory runs out, what is not finished is decoded again with half as much in flight.
 
         Raises torch.OutOfMemoryError where that is still too much, or a single sequence is.
         """
-        done: dict[tuple[int, int], Completion] = {}
-
-        def finished(completions: list[Completion]) -> None:
-            done.update(((each.slot, each.sample), each) for each in completions)
-            if on_finish:
-                on_finish(completions)
-
-        least = max((len(request.prompt) for request in requests), default=0) + self.engine.max_new_tokens
-        self.engine.max_tokens_in_flight = max(least, self._tokens(model))
+        least = max((len(request.prompt) for request in queue), default=0) + self.decoder.max_new_tokens
+        self.decoder.max_tokens_in_flight = max(least, self._tokens(model))
+        missing: dict[tuple[int, int], Request] = {}
         failure = None
         try:
-            self.engine.generate(model, requests, sampling, finished, check)
+            yield from self._attempt(model, queue, sampling, missing)
         except torch.OutOfMemoryError as error:
-            in_flight = min(self.engine.max_tokens_in_flight, self._needed(requests))
+            in_flight = min(self.decoder.max_tokens_in_flight, self._needed(missing.values()))
             half = self.most = max(least, in_flight // 2)
             if half == in_flight:
                 raise
@@ -72,13 +64,31 @@ class WithinMemory:
         if failure is not None:  # out of the handler, whose traceback keeps what was allocated
             gc.collect()
             torch.cuda.empty_cache()
-            left = [request for request in requests if (request.slot, request.sample) not in done]
-            log.warning("memory ran out in a rollout (%s): the %d of %d completions that are missing are drawn with "
+            log.warning("memory ran out in a rollout (%s): the %d completions that are missing are drawn with "
                         "rollout.max_tokens_in_flight: %d, half of what was in flight, and from now on never more",
-                        failure, len(left), len(requests), half)  # fmt: skip
-            self.engine.max_tokens_in_flight = half
-            self.engine.generate(model, left, sampling, finished, check)
-        return [done[request.slot, request.sample] for request in requests]
+                        failure, len(missing), half)  # fmt: skip
+            self.decoder.max_tokens_in_flight = half
+            queue.extendleft(reversed(missing.values()))
+            yield from self._attempt(model, queue, sampling, missing)
+
+    def _attempt(
+        self, model: nn.Module, queue: deque[Request], sampling: Sampling, missing: dict[tuple[int, int], Request]
+    ) -> Iterator[list[Trajectory]]:
+        """Decode; `missing` are the requests that were taken and are not answered."""
+        taken: deque[Request] = deque()
+
+        def take() -> None:
+            while queue:
+                request = queue.popleft()
+                missing[request.slot, request.sample] = request
+                taken.append(request)
+
+        take()
+        for ended in self.decoder.decode(model, taken, sampling):
+            for each in ended:
+                del missing[each.slot, each.sample]
+            yield ended
+            take()
 
     def _tokens(self, model: nn.Module) -> int:
         tokens = self.tokens
@@ -86,13 +96,13 @@ class WithinMemory:
             device = next(model.parameters()).device
             tokens = ON_CPU
             if device.type == "cuda":
-                tokens = fitting(free_bytes(device), *bytes_of(model), self.engine.max_new_tokens)
+                tokens = fitting(free_bytes(device), *bytes_of(model), self.decoder.max_new_tokens)
         return tokens if self.most is None else min(tokens, self.most)
 
-    def _needed(self, requests: list[Request]) -> int:
-        """Tokens of all requests at full length, a prompt counted once for its group."""
+    def _needed(self, requests: Collection[Request]) -> int:
+        """Tokens of requests at full length, a prompt counted once for its group."""
         prompts = sum(len(next(group).prompt) for _, group in groupby(requests, key=lambda request: request.slot))
-        return prompts + len(requests) * self.engine.max_new_tokens
+        return prompts + len(requests) * self.decoder.max_new_tokens
 
 
 def fitting(free: int, token_bytes: int, row_bytes: int, row_tokens: int) -> int:

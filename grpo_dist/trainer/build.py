@@ -117,7 +117,7 @@ def build(config: Config) -> tuple[Parts, TrainState]:
     state = TrainState(0, config.loss.kl_coeff, data.sampler)
     if resume_from is not None:
         _resume(state, config, resume_from, ranks, models.optimizer_state, data.prompts)
-    models.rollout_model.sync()
+    models.engine.update_weights()
     watch = Watch(ranks.rank, ranks.num_ranks, ranks.store(config.train.hang_timeout_seconds),
                   config.train.max_seconds, config.train.hang_timeout_seconds, lambda: ranks.meetings)  # fmt: skip
     display = Display(config.train.num_train_steps, state.step, ranks.is_main, config.logging.show_completions_every)

@@ -12,13 +12,13 @@ from ..algorithm.targets import has_reference
 from ..checkpoint.state import TrainState
 from ..data.order import Curriculum, Mixture, Sampler
 from ..rewards.registry import TrainerState
-from ..rollout import Sampling
+from ..rollout import Sampling, awake, sample
 from ..rollout.sampling import sampling_of
-from ..types import Batch, Completion, Prompt, join
-from .gathering import gather_completions, gather_scores
+from ..types import Batch, Prompt, Trajectory, join
+from .gathering import gather_scores, gather_trajectories
 from .packs import reference_logprobs
 from .parts import Parts
-from .scoring import Scoring, generate_and_score, requests_of
+from .scoring import Scoring, requests_of
 
 
 def collect(parts: Parts, state: TrainState) -> Batch:
@@ -65,17 +65,17 @@ def with_reference(parts: Parts, batch: Batch) -> Batch:
 
 def generate(
     parts: Parts, state: TrainState, prompts: list[Prompt], group_size: int, sampling: Sampling, stream: str, step: int
-) -> tuple[list[Completion], Scoring]:
-    """This rank's share of the completions, and their scores, which are computed while others are generated.
+) -> tuple[list[Trajectory], Scoring]:
+    """This rank's share of the trajectories, and their scores, which are computed while others are sampled.
 
     `stream` names the noise, such as `train/12`; rewards are given `step`.
     """
     drawn = parts.ranks.share(len(prompts) * group_size)
     requests = requests_of(prompts, group_size, drawn, parts.config.train.seed, stream)
     progress = TrainerState(step, parts.config.train.num_train_steps, state.sampler.epoch(step))
-    with parts.rollout_model.open() as model, parts.ranks.together("rollout"):
+    with awake(parts.engine), parts.ranks.together("rollout"):
         scoring = Scoring(parts.scorer, prompts, group_size, drawn, parts.texts_of, progress)
-        return generate_and_score(parts.engine, model, requests, sampling, scoring, parts.watch.check), scoring
+        return sample(parts.engine, requests, sampling, scoring.on_finish, parts.watch.check), scoring
 
 
 def further_places(sampler: Sampler | Mixture, step: int, round: int) -> list[int]:
@@ -90,9 +90,9 @@ def _round(parts: Parts, state: TrainState, prompts: list[Prompt], stream: str) 
     """Completions of `prompts`, scored and gathered; the reference is asked while rewards are still on their way."""
     config = parts.config
     with parts.phase("rollout"):
-        completions, scoring = generate(parts, state, prompts, config.rollout.group_size, sampling_of(config.rollout),
-                                        stream, state.step)  # fmt: skip
-        batch = gather_completions(parts.ranks, prompts, completions)
+        trajectories, scoring = generate(parts, state, prompts, config.rollout.group_size, sampling_of(config.rollout),
+                                         stream, state.step)  # fmt: skip
+        batch = gather_trajectories(parts.ranks, prompts, trajectories)
         scoring.complete(batch)
     if not config.rollout.max_resamples:  # else only of the groups that are kept
         batch = with_reference(parts, batch)

@@ -7,12 +7,9 @@ from dataclasses import replace
 from ..checkpoint.state import TrainState
 from ..monitoring.metrics import is_right
 from ..rollout import Sampling
-from ..rollout.choose import made_of
-from ..rollout.fidelity import update_share
-from ..rollout.native.kernel import MERGED
 from ..rollout.sampling import sampling_of
 from .collect import generate
-from .gathering import gather_completions, gather_scores
+from .gathering import gather_scores, gather_trajectories
 from .parts import Parts
 
 
@@ -23,9 +20,7 @@ def evaluate(parts: Parts, state: TrainState, step: int) -> dict[str, float]:
     The noise is the same at every evaluation, so that two of them differ by the model alone.
     """
     with parts.phase("eval"):
-        with parts.rollout_model.open() as model:
-            merged = made_of(parts.engine)["decoding"] == "compiled" and model.dtype in MERGED
-            share = update_share(model, merged=merged)
+        share = parts.engine.update_share()
         metrics = {} if share is None else {"rollout/update_share": share}
         if not parts.eval_prompts:
             return metrics
@@ -39,11 +34,11 @@ def evaluate(parts: Parts, state: TrainState, step: int) -> dict[str, float]:
 
 def _evaluated(parts: Parts, state: TrainState, sampling: Sampling, prefix: str, step: int) -> dict[str, float]:
     """One completion a prompt. Accurate is a completion with more than half of the positive weights' sum as reward."""
-    completions, scoring = generate(parts, state, parts.eval_prompts, 1, sampling, "eval", step)
+    trajectories, scoring = generate(parts, state, parts.eval_prompts, 1, sampling, "eval", step)
     with parts.ranks.together("scoring an evaluation"):
         scores = scoring.result(parts.watch.check)
     weights = parts.config.weights_at(step)
-    batch = gather_completions(parts.ranks, parts.eval_prompts, completions)
+    batch = gather_trajectories(parts.ranks, parts.eval_prompts, trajectories)
     batch = gather_scores(parts.ranks, batch, scoring.rows, scores, weights, parts.config.scoring.error_budget)
     scored = batch.reward[~batch.reward.isnan()]
     right = is_right(scored, weights)

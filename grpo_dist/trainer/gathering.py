@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..distributed.ranks import Ranks
 from ..rewards.scores import Failure, Scores, combine
-from ..types import Batch, Completion, Prompt, at_last_tokens
+from ..types import Batch, Prompt, Trajectory, at_last_tokens
 
 log = logging.getLogger(__name__)
 
@@ -23,17 +23,18 @@ class RewardFailure(RuntimeError):
     """More completions could not be scored than scoring.error_budget allows; raised on all ranks alike."""
 
 
-def gather_completions(ranks: Ranks, prompts: list[Prompt], completions: list[Completion]) -> Batch:
+def gather_trajectories(ranks: Ranks, prompts: list[Prompt], trajectories: list[Trajectory]) -> Batch:
     """The global batch in the order of (prompt, sample), from every rank's contiguous share of it; a collective.
 
     Its rewards are yet to come: see `gather_scores`.
     """
-    numbers = torch.tensor([[c.slot, len(c.ids), c.finished] for c in completions], dtype=torch.int64).view(-1, 3)
-    tokens = _flat((c.ids for c in completions), np.int32)  # half of what int64 would send
-    logprobs = _flat((c.logprobs for c in completions), np.float32)
-    numbers, tokens, logprobs = ranks.gather(numbers), ranks.gather(tokens).long(), ranks.gather(logprobs)
+    numbers = torch.tensor([[each.slot, len(each.ids), each.finished] for each in trajectories], dtype=torch.int64)
+    numbers = ranks.gather(numbers.view(-1, 3))
+    ids = ranks.gather(_flat((each.ids for each in trajectories), np.int32)).long()  # half of what int64 would send
+    sampled = ranks.gather(_flat((each.sampled for each in trajectories), np.uint8)).bool()
+    logprobs = ranks.gather(_flat((each.logprobs for each in trajectories), np.float32))
     nothing = torch.full((len(numbers),), torch.nan, dtype=torch.float64)
-    return Batch(prompts, numbers[:, 0], numbers[:, 1], numbers[:, 2].bool(), tokens, logprobs,
+    return Batch(prompts, numbers[:, 0], numbers[:, 1], numbers[:, 2].bool(), ids, sampled, logprobs,
                  rewards=nothing[:, None], reward=nothing)  # fmt: skip
 
 
@@ -57,7 +58,7 @@ def gather_scores(
     counts = failures.sum(0).tolist()
     measured |= {f"reward/{name}/failed": float(count) for name, count in zip(scores.names, counts, strict=True)}
     return replace(batch, rewards=gathered[:, :num_rewards], reward=gathered[:, -1], extras=extras, scoring=measured,
-                   token_rewards=_token_rewards(ranks, batch.lengths[rows], scores))  # fmt: skip
+                   token_rewards=_token_rewards(ranks, batch, rows, scores))  # fmt: skip
 
 
 def _flat(rows: Iterable[list[Any]], dtype: type[np.generic]) -> Tensor:
@@ -84,17 +85,20 @@ def _gather_logged(ranks: Ranks, scores: Scores) -> tuple[dict[str, float], dict
     return measured, extras
 
 
-def _token_rewards(ranks: Ranks, lengths: Tensor, scores: Scores) -> Tensor | None:
-    """The global batch's rewards by token, None where no rank has per-token rewards; a collective.
+def _token_rewards(ranks: Ranks, batch: Batch, rows: slice, scores: Scores) -> Tensor | None:
+    """The global batch's rewards by sampled token, None where no rank has per-token rewards; a collective.
 
-    `lengths` (n,) int64 are those of the completions that were scored here.
+    `rows` are the completions that were scored here.
     """
     if not any(ranks.gather_objects(bool(scores.per_token))):
         return None
+    lengths = batch.lengths[rows]
     table = at_last_tokens(torch.from_numpy(scores.values), lengths)
     starts = (torch.cumsum(lengths, 0) - lengths).tolist()
+    sampled = torch.split(batch.sampled, batch.row_lengths.tolist())[rows]
     for (n, reward), values in scores.per_token.items():
-        table[starts[n] : starts[n] + len(values), reward] = torch.tensor(values, dtype=torch.float64)
+        place = slice(starts[n], starts[n] + int(lengths[n]))
+        table[place, reward] = torch.tensor(values, dtype=torch.float64)[sampled[n]]
     return ranks.gather(table)
 
 

@@ -75,8 +75,8 @@ def load_models(
     kept = {} if resume_from is None else checkpoint.load_meta(resume_from)
     with rollout_model.open() as model:
         plain = head_is_plain(model, share_prompts)
-        engine = make_engine(model, obstacle, end_ids, engine_to_keep(config.rollout, kept),
-                             ranks.gather_objects, kept.get("decoding"))  # fmt: skip
+    engine = make_engine(rollout_model, obstacle, end_ids, engine_to_keep(config.rollout, kept),
+                         ranks.gather_objects, kept.get("decoding"))  # fmt: skip
     for each in (policy, *([reference.policy] if reference else [])):  # may be one
         each.fused_head = plain and isinstance(each.causal_lm.get_output_embeddings(), torch.nn.Linear)
     return Models(policy, wrapped, prepared, optimizer_state, reference, rollout_model, engine, share_prompts)

@@ -93,7 +93,7 @@ def tokens_of(config: Config, batch: Batch, minibatch: Minibatch, pack: Pack, de
 
 
 def reference_logprobs(parts: Parts, batch: Batch) -> Tensor:
-    """Log-probability of each of the batch's tokens under the reference, (T,) on the CPU; a collective.
+    """Log-probability of each sampled token under the reference, (T,) on the CPU; a collective.
 
     It has packs of its own: without a backward pass a larger one fits, and no reward has to be known.
     """
@@ -131,8 +131,8 @@ def with_old_policy(parts: Parts, batch: Batch, minibatches: list[Minibatch]) ->
 def _own_packs(parts: Parts, batch: Batch, needed: Tensor, max_tokens: int) -> Iterator[Pack]:
     """This rank's packs of the `needed` (N,) completions, on the CPU, as many as every other rank's."""
     plans = plan(
-        [len(prompt.ids) for prompt in batch.prompts], batch.group.tolist(), batch.lengths.tolist(), needed.tolist(),
-        max_tokens=max_tokens, num_ranks=parts.ranks.num_ranks, share_prompts=parts.share_prompts,
+        [len(prompt.ids) for prompt in batch.prompts], batch.group.tolist(), batch.row_lengths.tolist(),
+        needed.tolist(), max_tokens=max_tokens, num_ranks=parts.ranks.num_ranks, share_prompts=parts.share_prompts,
     )  # fmt: skip
     for pieces in plans[parts.ranks.rank]:
         yield make_pack(batch, pieces, share_prompts=parts.share_prompts)

@@ -44,7 +44,7 @@ def write(parts: Parts, metrics: Metrics, batch: Batch | None = None) -> None:
     step = int(metrics["step"] or 0)
     due = parts.config.logging.log_completions or parts.display.shows_completions(step)
     if due and batch is not None and batch.advantages is not None:
-        texts = parts.texts_of([ids.tolist() for ids in torch.split(batch.tokens, batch.lengths.tolist())])
+        texts = parts.texts_of([ids.tolist() for ids in torch.split(batch.ids, batch.row_lengths.tolist())])
         parts.recorder.completions(step, batch, texts, batch.advantages, parts.reward_names)
         parts.display.completions(step, batch, texts, batch.advantages)
     new = parts.recorder.metrics(metrics)

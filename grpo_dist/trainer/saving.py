@@ -16,7 +16,6 @@ from ..model.export import save_final
 from ..monitoring.machine import versions
 from ..monitoring.metrics import read_history
 from ..report.card import write_card
-from ..rollout.choose import made_of
 from .parts import Parts
 
 log = logging.getLogger(__name__)
@@ -31,7 +30,7 @@ def save_checkpoint(parts: Parts, state: TrainState, *, may_fail: bool = False) 
     config, begun = parts.config.train, time.monotonic()
     parts.watch.phase = "save"
     tensors = parts.optimizer_state.collect() | state.tensors()
-    meta = state.meta() | made_of(parts.engine) | {
+    meta = state.meta() | parts.engine.decoding | {
         "identity": parts.identity, "config": redacted(asdict(parts.config)), "versions": versions(),
         "dtype": dtype_name(parts.policy.causal_lm.dtype),
     }  # fmt: skip

@@ -10,14 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from torch import nn
-
 from ..algorithm.hashing import stream_key
 from ..rewards.pool.pool import ScorerPool
 from ..rewards.registry import TrainerState
 from ..rewards.scores import Item, Scores
-from ..rollout import Engine, Request, Sampling
-from ..types import Batch, Completion, Prompt
+from ..rollout import Request
+from ..types import Batch, Prompt, Trajectory
 
 TextsOf = Callable[[Sequence[Sequence[int]]], list[str]]
 """Completions' token ids as the texts that rewards get."""
@@ -47,18 +45,18 @@ class Scoring:
         self.rows = slice(first * group_size, last * group_size)
         """The completions that are scored here, by their places in the global batch."""
         self._missing = dict.fromkeys(range(first, last), group_size)
-        self._ended: dict[int, list[Completion]] = {slot: [] for slot in self._missing}
+        self._ended: dict[int, list[Trajectory]] = {slot: [] for slot in self._missing}
         columns = list(dict.fromkeys(name for prompt in prompts for name in prompt.columns))
         self._pending = scorer.open(self.rows.stop - self.rows.start, columns, state)
 
-    def on_finish(self, completions: list[Completion]) -> None:
-        """Take in completions that this rank has drawn; a group that is complete is handed to the scorer."""
-        for completion in completions:
-            if completion.slot in self._missing:
-                group = self._ended[completion.slot]
-                group.append(completion)
+    def on_finish(self, trajectories: list[Trajectory]) -> None:
+        """Take in what this rank has sampled; a group that is complete is handed to the scorer."""
+        for trajectory in trajectories:
+            if trajectory.slot in self._missing:
+                group = self._ended[trajectory.slot]
+                group.append(trajectory)
                 if len(group) == self._size:
-                    self._hand_over(completion.slot, [c.ids for c in sorted(group, key=lambda each: each.sample)])
+                    self._hand_over(trajectory.slot, [each.ids for each in sorted(group, key=lambda each: each.sample)])
 
     def complete(self, batch: Batch) -> None:
         """Hand over the groups that other ranks have drawn parts of; `batch` is the global one."""
@@ -76,14 +74,3 @@ class Scoring:
             place + n: Item(prompt.messages or prompt.text, text, ids[n], prompt.columns)
             for n, text in enumerate(self._texts_of(ids))
         })  # fmt: skip
-
-
-def generate_and_score(
-    engine: Engine, model: nn.Module, requests: list[Request], sampling: Sampling, scoring: Scoring,
-    check: Callable[[], None] | None = None,
-) -> list[Completion]:  # fmt: skip
-    """The requests' completions, in their order; `scoring` is given them as they end.
-
-    `check` is called between tokens and may raise to give up.
-    """
-    return engine.generate(model, requests, sampling, scoring.on_finish, check)

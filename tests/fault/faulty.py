@@ -21,7 +21,7 @@ from grpo_dist import train
 from grpo_dist.checkpoint import store as checkpoint
 from grpo_dist.distributed import watch
 from grpo_dist.rewards.pool.pool import Pending
-from grpo_dist.rollout import NativeEngine
+from grpo_dist.rollout import NativeDecoder
 from grpo_dist.trainer import evaluation
 from grpo_dist.trainer.ending import main
 
@@ -81,7 +81,7 @@ def poison(function: Callable[..., Any]) -> Callable[..., Any]:
     return faulty
 
 
-NativeEngine.generate = at("rollout", NativeEngine.generate)  # type: ignore[method-assign]
+NativeDecoder.decode = at("rollout", NativeDecoder.decode)  # type: ignore[method-assign]
 Pending.result = at("scoring", Pending.result)  # type: ignore[method-assign]
 train.update = at("update", train.update)
 evaluation._evaluated = at("eval", evaluation._evaluated)

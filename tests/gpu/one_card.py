@@ -22,6 +22,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ from grpo_dist.config.schema import LoraConfig, ModelConfig
 from grpo_dist.model import attention, logprobs, packing, shared_prefix
 from grpo_dist.model.attention import RowLayout, block_layout
 from grpo_dist.model.load import make_policy
-from grpo_dist.rollout.engine import Request
+from grpo_dist.rollout.engine import Request, decode_all, in_order
 from grpo_dist.rollout.sampling import Sampling, draw
 from grpo_dist.types import Batch, Prompt
 
@@ -322,7 +323,7 @@ def decode_attention(tiny: bool) -> dict[str, Any]:
 
 def fused_step(tiny: bool) -> dict[str, Any]:
     """The fused draw against the plain one, and completions of the engine on pages against the engine without them."""
-    from grpo_dist.rollout.native.engine import NativeEngine
+    from grpo_dist.rollout.native.engine import NativeDecoder
     from grpo_dist.rollout.native.fused import FusedStep, fused_draw
     from grpo_dist.rollout.native.gpu import PagedDecoding
     from grpo_dist.rollout.native.steps import module_step
@@ -352,20 +353,15 @@ def fused_step(tiny: bool) -> dict[str, Any]:
         ]
         requests = requests[::5] if tiny else requests
         most = 4 if tiny else 150
-        expected = NativeEngine([2, 5], most, 1 << 20, captures=False).generate(model, requests, Sampling())
+        expected = decode_all(NativeDecoder([2, 5], most, 1 << 20, captures=False), model, requests)
         for step_of in (FusedStep, module_step):
             for captures in (False, True):
                 with torch.inference_mode():
-                    got = PagedDecoding(
-                        model,
-                        requests,
-                        Sampling(),
-                        end_ids=[2, 5],
-                        max_new_tokens=most,
-                        max_tokens_in_flight=1 << 12,
-                        step_of=step_of,
-                        captures=captures,
-                    ).run(None)
+                    decoding = PagedDecoding(
+                        model, requests, Sampling(), end_ids=[2, 5], max_new_tokens=most,
+                        max_tokens_in_flight=1 << 12, step_of=step_of, captures=captures,
+                    )  # fmt: skip
+                    got = in_order(requests, chain.from_iterable(decoding.run()))
                 same = sum(a.ids == b.ids for a, b in zip(got, expected, strict=True))
                 gap = max(_gap_until_they_part(a, b) for a, b in zip(got, expected, strict=True))
                 figures[f"{dtype} {step_of.__name__} captures {captures}"] = [same, len(got), round(gap, 6)]
@@ -384,17 +380,17 @@ def _gap_until_they_part(one: Any, other: Any) -> float:
 
 def engines(shape: str, rows: int, prompt: int, new: int) -> dict[str, Any]:
     """The same work by this project's engine, by transformers' continuous batching, and by `generate`."""
-    from grpo_dist.rollout import NativeEngine, PagedEngine
+    from grpo_dist.rollout import NativeDecoder, PagedDecoder
     from grpo_dist.rollout.choose import fused_step
 
     model, figures = model_of(shape), {}
     requests = [Request(n // 16, n, list(range(100, 100 + prompt)), key=n) for n in range(rows)]
-    native = NativeEngine([-1], new, 1 << 20, step_of=fused_step, pages=True)
+    native = NativeDecoder([-1], new, 1 << 20, step_of=fused_step, pages=True)
     drawn = {}
-    for name, engine in (("native", native), ("paged", PagedEngine([-1], new, 1 << 20))):
+    for name, engine in (("native", native), ("paged", PagedDecoder([-1], new, 1 << 20))):
         for turn in ("first", "second"):
             begun = time.perf_counter()
-            drawn[name] = engine.generate(model, requests, Sampling())
+            drawn[name] = decode_all(engine, model, requests)
             figures[f"{name}, {turn}: tokens_per_s wall"] = round(rows * new / (time.perf_counter() - begun))
     same = sum(a.ids == b.ids for a, b in zip(*drawn.values(), strict=True))
     figures["same completions"] = f"{same} of {rows}"
@@ -432,7 +428,7 @@ def decode(shape: str, rows: list[int], prompt: int, new: int, tiny: bool) -> di
         with torch.inference_mode():
             begun = time.perf_counter()
             decoding = made(requests)
-            decoding.run(None)
+            list(decoding.run())
             wall = time.perf_counter() - begun
             figures[f"{count} rows"] = {
                 "tokens_per_s wall": round(count * new / wall),
@@ -463,14 +459,14 @@ def decode(shape: str, rows: list[int], prompt: int, new: int, tiny: bool) -> di
 
 def old_decode(shape: str, rows: list[int], prompt: int, new: int) -> dict[str, Any]:
     """The engine without pages, as it decodes models that pages cannot hold."""
-    from grpo_dist.rollout.native.engine import NativeEngine
+    from grpo_dist.rollout.native.engine import NativeDecoder
     from grpo_dist.rollout.native.llama import LlamaStep
 
     model, figures = adapted(shape).causal_lm, {}
     for count in rows:
         requests = requests_for(count, prompt)
         begun = time.perf_counter()
-        NativeEngine([-1], new, 1 << 21, step_of=LlamaStep).generate(model, requests, Sampling())
+        decode_all(NativeDecoder([-1], new, 1 << 21, step_of=LlamaStep), model, requests)
         wall = time.perf_counter() - begun
         figures[f"{count} rows"] = {
             "tokens_per_s wall": round(count * new / wall),
@@ -501,7 +497,9 @@ def pack_of(pieces: list[tuple[int, list[int]]], vocabulary: int) -> packing.Pac
         Prompt(n, torch.randint(3, vocabulary, (length,)).tolist(), "", None, {})
         for n, (length, _) in enumerate(pieces)
     ]
-    batch = Batch(prompts, group, lengths, zeros > 0, tokens, torch.zeros(len(tokens)), zeros[:, None], zeros)
+    batch = Batch(
+        prompts, group, lengths, zeros > 0, tokens, tokens >= 0, torch.zeros(len(tokens)), zeros[:, None], zeros
+    )
     place = iter(range(len(lengths)))
     return packing.make_pack(batch, [packing.Piece(n, [next(place) for _ in c]) for n, (_, c) in enumerate(pieces)])
 

@@ -69,7 +69,8 @@ def test_a_step_does_not_wait_for_the_device(step_of: object, shares: bool, samp
 
 def test_rows_that_end_at_any_time_change_nothing() -> None:
     case = make_case(4)
-    requests = [replace(request, exact_length=1 + n % case["sizes"][0]) for n, request in enumerate(case["requests"])]
+    requests = [replace(request, max_new_tokens=1 + n % case["sizes"][0], ignore_end=True)
+                for n, request in enumerate(case["requests"])]  # fmt: skip
     model = make_model(case["kind"], 4, attention.NAME)
     expected = drawn(case | {"requests": requests}, model, captures=False)
     assert difference(drawn(case | {"requests": requests}, copy.deepcopy(model).to(CUDA), True), expected) is None

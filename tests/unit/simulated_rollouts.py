@@ -60,10 +60,10 @@ def make_case(seed: int) -> dict[str, Any]:
 
 def drawn(case: dict[str, Any], model: torch.nn.Module, captures: bool) -> list[Any]:
     """The completions of a case."""
-    from grpo_dist.rollout import NativeEngine
+    from grpo_dist.rollout import NativeDecoder, decode_all
 
-    engine = NativeEngine(ENDS, *case["sizes"], **case["options"], captures=captures)
-    return engine.generate(model, case["requests"], case["sampling"])
+    engine = NativeDecoder(ENDS, *case["sizes"], **case["options"], captures=captures)
+    return decode_all(engine, model, case["requests"], case["sampling"])
 
 
 def difference(some: list[Any], others: list[Any]) -> str | None:

@@ -16,12 +16,15 @@ def make_batch(first: int, sizes: list[int], has_token_rewards: bool, extras: di
     """A batch with a prompt for each of `sizes` completions; every number in it is its completion's or token's own."""
     group = torch.tensor([g for g, size in enumerate(sizes) for _ in range(size)])
     count = len(group)
-    lengths = torch.tensor([1 + (first + n) % 3 for n in range(count)])
-    tokens = torch.arange(int(lengths.sum())) + 100 * first
+    row_lengths = torch.tensor([2 + (first + n) % 3 for n in range(count)])
+    ids = torch.arange(int(row_lengths.sum())) + 100 * first
+    sampled = torch.ones(len(ids), dtype=torch.bool)
+    sampled[torch.cumsum(row_lengths, 0)[::2] - 1 - first % 2] = False  # one of every other row
+    tokens = ids[sampled]
     reward = torch.arange(count, dtype=torch.float64) + first
     return Batch(
-        [Prompt(first + g, [g], "") for g in range(len(sizes))], group, lengths, reward % 2 == 0, tokens,
-        -tokens.float(), reward[:, None] * 2, reward, reference_logprobs=tokens.float() / 2,
+        [Prompt(first + g, [g], "") for g in range(len(sizes))], group, row_lengths, reward % 2 == 0, ids,
+        sampled, -tokens.float(), reward[:, None] * 2, reward, reference_logprobs=tokens.float() / 2,
         token_rewards=tokens[:, None].double() * 3 if has_token_rewards else None, extras=extras,
         scoring={"reward/a/failed": float(first), "reward/a/seconds": 0.5, "reward/a/size": float(first)}
         | ({"reward/a/once": 4.0} if has_token_rewards else {}),
@@ -37,7 +40,7 @@ def test_joined_batches_equal_the_loop() -> None:
     spans = [(batch, int(batch.starts[n]), int(batch.starts[n] + batch.lengths[n])) for batch, n in rows]
     assert joined.prompts == [batch.prompts[g] for batch, g in chosen]
     assert joined.group.tolist() == [0, 1, 1, 2, 2]
-    for name in ("lengths", "finished", "reward", "rewards"):
+    for name in ("lengths", "row_lengths", "finished", "reward", "rewards"):
         assert torch.equal(getattr(joined, name), torch.stack([getattr(batch, name)[n] for batch, n in rows]))
     for name in ("tokens", "sampled_logprobs", "reference_logprobs"):
         assert torch.equal(getattr(joined, name), torch.cat([getattr(batch, name)[a:b] for batch, a, b in spans]))
@@ -48,7 +51,8 @@ def test_joined_batches_equal_the_loop() -> None:
     torch.testing.assert_close(joined.token_rewards, expected, rtol=0, atol=0, equal_nan=True)
     assert joined.extras == {"a/note": list("fabyz"), "a/more": [None, None, None, 2, 3]}
     assert joined.sequence.tolist() == [n for n, (_, a, b) in enumerate(spans) for _ in range(a, b)]
-    assert [joined.completion_ids(n) for n in range(5)] == [batch.tokens[a:b].tolist() for batch, a, b in spans]
+    assert [joined.completion_ids(n) for n in range(5)] == [batch.completion_ids(n) for batch, n in rows]
+    assert joined.tokens.tolist() == joined.ids[joined.sampled].tolist() != joined.ids.tolist()
     assert joined.scoring == {"reward/a/failed": 40.0, "reward/a/seconds": 1.0, "reward/a/size": 20.0,
                               "reward/a/once": 4.0}  # fmt: skip
 

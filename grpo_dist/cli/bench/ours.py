@@ -7,41 +7,33 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import replace
 
 import psutil
 import torch
-from torch import nn
 
 from ...checkpoint.state import TrainState
 from ...config.parse import parse_config
 from ...data.order import Sampler
 from ...monitoring.console import set_up_logging
-from ...rollout import Request, Sampling
-from ...rollout.engine import Engine
+from ...rollout import LocalEngine, Request, Sampling
 from ...train import train_step
 from ...trainer.build import build, close
 from ...trainer.parts import Parts
-from ...types import Completion
 from .turns import connect, let_go, own_peak_gib
 
 
-class ExactLengths:
-    """An engine whose completions have the lengths it is told."""
+class ExactLengths(LocalEngine):
+    """An engine whose completions have given lengths, one a request in their order; None for their own."""
 
-    def __init__(self, engine: Engine) -> None:
-        self.engine = engine
-        self.lengths: list[int] | None = None
+    lengths: list[int] | None = None
 
-    def generate(
-        self, model: nn.Module, requests: list[Request], sampling: Sampling,
-        on_finish: Callable[[list[Completion]], None] | None = None, check: Callable[[], None] | None = None,
-    ) -> list[Completion]:  # fmt: skip
-        """See `rollout.engine.Engine`."""
+    def submit(self, requests: list[Request], sampling: Sampling) -> None:
+        """See `Engine`."""
         if self.lengths is not None:
-            requests = [replace(r, exact_length=n) for r, n in zip(requests, self.lengths, strict=True)]
-        return self.engine.generate(model, requests, sampling, on_finish, check)
+            requests = [replace(each, max_new_tokens=length, ignore_end=True)
+                        for each, length in zip(requests, self.lengths, strict=True)]  # fmt: skip
+        super().submit(requests, sampling)
 
 
 class PeersOrder(Sampler):
@@ -54,7 +46,8 @@ class PeersOrder(Sampler):
 
 def take_turns(parts: Parts, state: TrainState) -> None:
     """Take a step for each order, and answer with its time, metrics and peak memory."""
-    engine = ExactLengths(parts.engine)
+    assert isinstance(parts.engine, LocalEngine)
+    engine = ExactLengths(parts.engine.decoder, parts.engine.weights, parts.engine.decoding)
     parts = replace(parts, engine=engine)
     state.sampler = PeersOrder(len(parts.prompts), parts.config.train.batch_size, seed=0)
     line = connect()

@@ -10,14 +10,13 @@ Shapes: N requests, R sequences in flight.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
-from itertools import groupby
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
 
-from ...types import Completion
-from ..engine import Request, check_lengths, ends_by_itself, finished_completion
+from ...types import Trajectory
+from ..engine import Request, limit_of, take_group, trajectory
 from ..sampling import Sampling, draw
 from .cache import DecodeState
 from .graphs import Replayed
@@ -32,7 +31,7 @@ STEPS_BETWEEN_CHECKS = {"cpu": 1, "cuda": 8}
 """Steps until the device is asked who has ended: asking waits for it."""
 
 
-class NativeEngine:
+class NativeDecoder:
     """Decodes with shared prompts; needs a model loaded with `attn_implementation=attention.NAME`."""
 
     def __init__(
@@ -50,44 +49,43 @@ class NativeEngine:
         self.pages = pages
 
     @torch.inference_mode()
-    def generate(
-        self, model: nn.Module, requests: list[Request], sampling: Sampling,
-        on_finish: Callable[[list[Completion]], None] | None = None, check: Callable[[], None] | None = None,
-    ) -> list[Completion]:  # fmt: skip
-        """See `Engine`."""
+    def decode(self, model: nn.Module, queue: deque[Request], sampling: Sampling) -> Iterator[list[Trajectory]]:
+        """See `Decoder`. Over pages, requests that are appended wait until those before them are answered."""
         if self.pages:
-            from .gpu import PagedDecoding  # needs Triton
-
-            return PagedDecoding(
-                model, requests, sampling, end_ids=self.end_ids, max_new_tokens=self.max_new_tokens,
-                max_tokens_in_flight=self.max_tokens_in_flight, step_of=self.step_of, captures=self.captures,
-                on_finish=on_finish,
-            ).run(check)  # fmt: skip
-        decoding = _Decoding(self, model, requests, sampling, on_finish)
+            yield from self._over_pages(model, queue, sampling)
+            return
+        decoding = _Decoding(self, model, queue, sampling)
         try:
-            return decoding.run(check)
+            yield from decoding.run()
         finally:
             decoding.close()
 
+    def _over_pages(self, model: nn.Module, queue: deque[Request], sampling: Sampling) -> Iterator[list[Trajectory]]:
+        from .gpu import PagedDecoding  # needs Triton
+
+        while queue:
+            requests = list(queue)
+            queue.clear()
+            yield from PagedDecoding(
+                model, requests, sampling, end_ids=self.end_ids, max_new_tokens=self.max_new_tokens,
+                max_tokens_in_flight=self.max_tokens_in_flight, step_of=self.step_of, captures=self.captures,
+            ).run()  # fmt: skip
+
 
 class _Decoding:
-    """One call of `generate`."""
+    """One call of `decode`."""
 
-    def __init__(
-        self, engine: NativeEngine, model: nn.Module, requests: list[Request], sampling: Sampling,
-        on_finish: Callable[[list[Completion]], None] | None,
-    ) -> None:  # fmt: skip
-        self.engine, self.model, self.sampling, self.on_finish = engine, model, sampling, on_finish
+    def __init__(self, engine: NativeDecoder, model: nn.Module, queue: deque[Request], sampling: Sampling) -> None:
+        self.engine, self.model, self.queue, self.sampling = engine, model, queue, sampling
         self.device = next(model.parameters()).device
         kind = self.device.type
         self.compact_below = COMPACT_BELOW.get(kind, COMPACT_BELOW["cuda"])
         self.steps_between_checks = engine.steps_between_checks or STEPS_BETWEEN_CHECKS.get(kind, 1)
-        self.requests = requests
-        longest_prompt = max((len(request.prompt) for request in requests), default=0)
-        self.shares = longest_prompt > engine.copied_prompt
-        # most tokens a sequence's own cache comes to hold; with copied prompts it has room for the longest of them
-        self.row_tokens = engine.max_new_tokens + (0 if self.shares else longest_prompt)
-        self.waiting = deque(self._admissible(requests))
+        self.requests: list[Request] = []  # all that were taken from the queue
+        self.waiting: deque[list[int]] = deque()  # places in `requests`, in groups with one prompt
+        self.finished: list[Trajectory] = []  # not yet handed out
+        self.longest_prompt = max((len(request.prompt) for request in queue), default=0)
+        self.shares = self.longest_prompt > engine.copied_prompt
         self.state = DecodeState(self.device, engine.max_new_tokens, shares=self.shares, whole_chunks=kind == "cuda")
         captures = kind == "cuda" and engine.captures
         self.replayed = Replayed(self._step, lambda: self.state.version) if captures else None
@@ -96,33 +94,47 @@ class _Decoding:
         self.row_request = torch.zeros(0, dtype=torch.int64, device=self.device)  # (R,) place in `requests`
         self.last = torch.zeros(0, dtype=torch.int64, device=self.device)  # (R,) newest token
         self.alive = torch.zeros(0, dtype=torch.bool, device=self.device)  # (R,)
-        self.reported = torch.zeros(0, dtype=torch.bool)  # (R,) ended, and its completion handed out
-        total, most = len(requests), engine.max_new_tokens
-        self.keys = torch.tensor([request.key for request in requests], device=self.device, dtype=torch.int64)
-        check_lengths(requests, engine.max_new_tokens)
-        exact = [request.exact_length or 0 for request in requests]
-        self.exact = torch.tensor(exact, device=self.device, dtype=torch.int64)
-        self.limit = torch.where(self.exact > 0, self.exact, most)  # (N,)
+        self.reported = torch.zeros(0, dtype=torch.bool)  # (R,) ended, and its trajectory collected
+        self.keys = torch.zeros(0, dtype=torch.int64, device=self.device)  # (N,)
+        self.limit = torch.zeros(0, dtype=torch.int64, device=self.device)  # (N,) most tokens to sample
+        self.may_end = torch.zeros(0, dtype=torch.bool, device=self.device)  # (N,)
+        self.ended_at = torch.zeros(0, dtype=torch.int64, device=self.device)  # (N,) tokens sampled, once it has ended
         # one place more than there can be tokens, for what ended rows draw until they are dropped
-        self.tokens = torch.zeros((total, most + 1), dtype=torch.int64, device=self.device)
-        self.logprobs = torch.zeros((total, most + 1), dtype=torch.float32, device=self.device)
-        self.ended_at = torch.zeros(total, dtype=torch.int64, device=self.device)
-        self.done: list[Completion | None] = [None] * total
+        self.tokens = torch.zeros((0, engine.max_new_tokens + 1), dtype=torch.int64, device=self.device)
+        self.logprobs = torch.zeros((0, engine.max_new_tokens + 1), dtype=torch.float32, device=self.device)
 
-    def _admissible(self, requests: list[Request]) -> list[list[int]]:
-        """Requests in groups with one prompt that fit in flight by themselves."""
-        groups = []
-        for _, members in groupby(range(len(requests)), key=lambda n: requests[n].slot):
-            group = list(members)
-            most = max(1, (self.engine.max_tokens_in_flight - self._shared(group)) // self.row_tokens)
-            groups += [group[start : start + most] for start in range(0, len(group), most)]
-        return groups
+    @property
+    def row_tokens(self) -> int:
+        """Most tokens a sequence's own cache comes to hold; with copied prompts it has room for the longest of them."""
+        return self.engine.max_new_tokens + (0 if self.shares else self.longest_prompt)
 
-    def run(self, check: Callable[[], None] | None) -> list[Completion]:
+    def _take(self) -> None:
+        """Take all requests of the queue, in groups that fit in flight by themselves."""
+        if not self.queue:
+            return
+        first = len(self.requests)
+        self.longest_prompt = max(self.longest_prompt, *(len(request.prompt) for request in self.queue))
+        while self.queue:
+            group = take_group(self.queue)
+            places = list(range(len(self.requests), len(self.requests) + len(group)))
+            self.requests += group
+            most = max(1, (self.engine.max_tokens_in_flight - self._shared(places)) // self.row_tokens)
+            self.waiting.extend(places[start : start + most] for start in range(0, len(places), most))
+        new = self.requests[first:]
+        self.keys = _longer(self.keys, [request.key for request in new])
+        self.limit = _longer(self.limit, [limit_of(request, self.engine.max_new_tokens) for request in new])
+        self.may_end = _longer(self.may_end, [not request.ignore_end for request in new])
+        self.ended_at = _longer(self.ended_at, [0] * len(new))
+        self.tokens = torch.cat([self.tokens, self.tokens.new_zeros((len(new), self.tokens.shape[1]))])
+        self.logprobs = torch.cat([self.logprobs, self.logprobs.new_zeros((len(new), self.logprobs.shape[1]))])
+        self.state.version += 1  # a captured step knows the tables of before
+
+    def run(self) -> Iterator[list[Trajectory]]:
         """Decode until every request is answered."""
-        while self.waiting or self.state.num_rows:
-            if check:
-                check()
+        while True:
+            self._take()
+            if not self.waiting and not self.state.num_rows:
+                return
             self._admit()
             for _ in range(self.steps_between_checks):
                 if not self.state.num_rows:  # every sequence of the prompts just admitted ended with its first token
@@ -131,7 +143,8 @@ class _Decoding:
                 (self.replayed or self._step)()
                 self.state.count_step()
             self._retire()
-        return [completion for completion in self.done if completion is not None]
+            finished, self.finished = self.finished, []
+            yield finished
 
     def close(self) -> None:
         """Let go of the graph now: it refers back to this object, and would hold its memory until it is collected."""
@@ -193,14 +206,13 @@ class _Decoding:
         self.tokens[request, position] = token
         self.logprobs[request, position] = logprob
         self.last[rows] = token
-        by_itself = torch.isin(token, self.ends) & (self.exact[request] == 0)
-        over = by_itself | (position + 1 >= self.limit[request])
+        over = (torch.isin(token, self.ends) & self.may_end[request]) | (position + 1 >= self.limit[request])
         ends_now = self.alive[rows] & over
         self.ended_at[request] = torch.where(ends_now, position + 1, self.ended_at[request])
         self.alive[rows] &= ~over
 
     def _retire(self) -> None:
-        """Hand out the completions that have ended, and drop their rows when there are enough of them."""
+        """Collect the trajectories that have ended, and drop their rows when there are enough of them."""
         alive = self.alive.cpu()
         new = (~alive & ~self.reported).nonzero()[:, 0]
         if len(new):
@@ -219,12 +231,11 @@ class _Decoding:
         lengths = self.ended_at[ended]
         longest = int(lengths.max())
         ids, logprobs = self.tokens[ended, :longest].tolist(), self.logprobs[ended, :longest].tolist()
-        finished = []
-        for place, (n, length) in enumerate(zip(ended.tolist(), lengths.tolist(), strict=True)):
-            request = self.requests[n]
-            own = ids[place][:length]
-            by_itself = ends_by_itself(request, own, self.engine.end_ids, self.engine.max_new_tokens)
-            self.done[n] = finished_completion(request, own, logprobs[place][:length], by_itself)
-            finished.append(self.done[n])
-        if self.on_finish:
-            self.on_finish(finished)
+        self.finished += [
+            trajectory(self.requests[n], ids[place][:length], logprobs[place][:length], self.engine.end_ids)
+            for place, (n, length) in enumerate(zip(ended.tolist(), lengths.tolist(), strict=True))
+        ]
+
+
+def _longer(column: Tensor, values: list[int] | list[bool]) -> Tensor:
+    return torch.cat([column, torch.tensor(values, dtype=column.dtype, device=column.device)])

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import groupby
 
@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from ...distributed.transfer import to_device
-from ...types import Completion
-from ..engine import Request, check_lengths, ends_by_itself, finished_completion
+from ...types import Trajectory
+from ..engine import Request, limit_of, trajectory
 from ..sampling import Sampling
 from .fused import fused_draw
 from .graphs import Sizes
@@ -78,17 +78,15 @@ class HostCopy:
 
 
 class PagedDecoding:
-    """One call of `generate` on a GPU."""
+    """Some requests decoded on a GPU."""
 
     def __init__(
         self, model: nn.Module, requests: list[Request], sampling: Sampling, *, end_ids: list[int],
         max_new_tokens: int, max_tokens_in_flight: int, step_of: Callable[[nn.Module], Step], captures: bool,
-        on_finish: Callable[[list[Completion]], None] | None = None,
     ) -> None:  # fmt: skip
-        self.model, self.requests, self.sampling, self.on_finish = model, requests, sampling, on_finish
+        self.model, self.requests, self.sampling = model, requests, sampling
         self.end_ids, self.most = end_ids, max_new_tokens
         self.device = device = next(model.parameters()).device
-        check_lengths(requests, max_new_tokens)
         longest = max((len(request.prompt) for request in requests), default=1)
         groups = [list(members) for _, members in groupby(range(len(requests)), key=lambda n: requests[n].slot)]
         needed = sum(pages_of(len(requests[g[0]].prompt)) + len(g) * pages_of(max_new_tokens) for g in groups)
@@ -105,14 +103,14 @@ class PagedDecoding:
         self.row_request = torch.full((capacity,), nobody, device=device)
         self.last = torch.zeros(capacity, dtype=torch.int64, device=device)
         self.alive = torch.zeros(capacity, dtype=torch.bool, device=device)
-        exact = torch.tensor([request.exact_length or 0 for request in requests] + [0])
         keys = torch.tensor([request.key for request in requests] + [0])
-        self.exact, self.limit, self.keys = to_device([exact, torch.where(exact > 0, exact, self.most), keys], device)
+        limit = torch.tensor([limit_of(request, self.most) for request in requests] + [self.most])
+        may_end = torch.tensor([not request.ignore_end for request in requests] + [True])
+        self.keys, self.limit, self.may_end = to_device([keys, limit, may_end], device)
         self.ends = torch.tensor(end_ids, device=device)
         self.tokens = torch.zeros((nobody + 1, max_new_tokens), dtype=torch.int64, device=device)
         self.logprobs = torch.zeros((nobody + 1, max_new_tokens), dtype=torch.float32, device=device)
         self.ended_at = torch.zeros(nobody + 1, dtype=torch.int64, device=device)
-        self.done: list[Completion | None] = [None] * nobody
         self.looked: tuple[list[_Row], HostCopy] | None = None
         self.results: deque[tuple[list[int], HostCopy]] = deque()
 
@@ -122,19 +120,15 @@ class PagedDecoding:
         most = max(1, (num_pages - pages_of(len(self.requests[group[0]].prompt))) // each)
         return [group[start : start + most] for start in range(0, len(group), most)]
 
-    def run(self, check: Callable[[], None] | None) -> list[Completion]:
+    def run(self) -> Iterator[list[Trajectory]]:
         """Decode until every request is answered."""
         while self.waiting or self.rows:
-            if check:
-                check()
             self._admit()
             self._lay_tables()
             for _ in range(STEPS):
                 self.advance(self.computed, self.tiles)
-            self._look()
-        while self.results:
-            self._hand_out()
-        return [completion for completion in self.done if completion is not None]
+            yield self._look()
+        yield self._ended()
 
     # --- on the device ------------------------------------------------------------------------------------------------
 
@@ -155,7 +149,7 @@ class PagedDecoding:
         self.tokens[request, place] = token
         self.logprobs[request, place] = logprob
         self.last[rows] = token
-        over = (torch.isin(token, self.ends) & (self.exact[request] == 0)) | (position + 1 >= self.limit[request])
+        over = (torch.isin(token, self.ends) & self.may_end[request]) | (position + 1 >= self.limit[request])
         self.ended_at[request] = torch.where(over, position + 1, 0)
         self.alive[rows] = alive & ~over
 
@@ -229,14 +223,16 @@ class PagedDecoding:
         for (to, _), sent in zip(pairs, to_device([values.int() for _, values in pairs], self.device), strict=True):
             to.copy_(sent)
 
-    def _look(self) -> None:
-        """Queue a look at who is alive, and act upon the one before: hand out, and drop the rows that had ended."""
+    def _look(self) -> list[Trajectory]:
+        """Queue a look at who is alive, and act upon the one before: drop the rows that had ended, and queue a copy of
+        them. Returns the trajectories whose copies were queued before that."""
         before, self.looked = self.looked, (list(self.rows), HostCopy(self.alive[: len(self.rows)]))
-        while self.results:
-            self._hand_out()
-        if before is None:
-            return
-        rows, flags = before
+        trajectories = self._ended()
+        if before is not None:
+            self._drop_ended(*before)
+        return trajectories
+
+    def _drop_ended(self, rows: list[_Row], flags: HostCopy) -> None:
         ended = {id(row) for row, alive in zip(rows, flags.values()[0], strict=True) if not alive}
         ended &= {id(row) for row in self.rows}
         if not ended:
@@ -263,16 +259,14 @@ class PagedDecoding:
             self.pool.give_back(row.prompt.pages)
             self.places.append(row.prompt.place)
 
-    def _hand_out(self) -> None:
-        requests, copy = self.results.popleft()
-        finished = []
-        for n, length, ids, logprobs in zip(requests, *copy.values(), strict=True):
-            request, own = self.requests[n], ids[:length]
-            by_itself = ends_by_itself(request, own, self.end_ids, self.most)
-            self.done[n] = finished_completion(request, own, logprobs[:length], by_itself)
-            finished.append(self.done[n])
-        if self.on_finish:
-            self.on_finish(finished)
+    def _ended(self) -> list[Trajectory]:
+        """The trajectories whose copies were queued, waiting for these."""
+        results, self.results = self.results, deque()
+        return [
+            trajectory(self.requests[n], ids[:length], logprobs[:length], self.end_ids)
+            for requests, copy in results
+            for n, length, ids, logprobs in zip(requests, *copy.values(), strict=True)
+        ]
 
 
 def _rung(rows: int) -> int:

@@ -40,8 +40,9 @@ def make_batch(rewards: list[float], *others: list[float], token_rewards: torch.
     """Two groups of three completions; the third reward column and so on are `others`. The fourth is cut off."""
     columns = torch.tensor([rewards, *others], dtype=torch.float64).T
     return Batch(
-        prompts=[Prompt(7, [1], "a"), Prompt(3, [1, 2], "b")], group=torch.tensor(GROUP), lengths=torch.tensor(LENGTHS),
-        finished=torch.tensor([True, True, True, False, True, True]), tokens=torch.arange(13),
+        prompts=[Prompt(7, [1], "a"), Prompt(3, [1, 2], "b")], group=torch.tensor(GROUP),
+        row_lengths=torch.tensor(LENGTHS), finished=torch.tensor([True, True, True, False, True, True]),
+        ids=torch.arange(13), sampled=torch.ones(13, dtype=torch.bool),
         sampled_logprobs=-torch.ones(13), rewards=columns, reward=columns.sum(1), token_rewards=token_rewards,
         reference_logprobs=-torch.rand(13, generator=torch.Generator().manual_seed(1)),
     )  # fmt: skip

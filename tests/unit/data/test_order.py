@@ -113,7 +113,7 @@ def test_without_history_the_curriculum_is_the_sampler() -> None:
 def test_pass_rates() -> None:
     reward = torch.tensor([1.0, 0.0, math.nan, 1.0, math.nan], dtype=torch.float64)
     group, empty = torch.tensor([0, 0, 0, 1, 2]), torch.tensor([])
-    batch = Batch([Prompt(n, [1], "?") for n in range(3)], group, empty, empty, empty, empty, empty, reward)
+    batch = Batch([Prompt(n, [1], "?") for n in range(3)], group, empty, empty, empty, empty, empty, empty, reward)
     assert pass_rates(batch, [1.0, -1.0])[:2] == [0.5, 1.0] and math.isnan(pass_rates(batch, [1.0])[2])
 
 

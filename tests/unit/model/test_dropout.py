@@ -76,7 +76,7 @@ def make_batch(shapes: list[tuple[int, list[int]]]) -> Batch:
     lengths = torch.tensor([length for _, lengths in shapes for length in lengths])
     group = torch.tensor([g for g, (_, lengths) in enumerate(shapes) for _ in lengths])
     tokens, zeros = torch.randint(61, (int(lengths.sum()),), generator=generator), torch.zeros(len(lengths))
-    return Batch(prompts, group, lengths, zeros > 0, tokens, tokens.float(), zeros[:, None], zeros)
+    return Batch(prompts, group, lengths, zeros > 0, tokens, tokens >= 0, tokens.float(), zeros[:, None], zeros)
 
 
 def tiny_policy(dropout: float, checkpointing: bool = False) -> Policy:

@@ -40,7 +40,7 @@ def make_pack_of_two() -> Pack:
     """A prompt with two completions."""
     zeros = torch.zeros(2, dtype=torch.float64)
     batch = Batch([Prompt(0, [4, 8, 15], "")], torch.tensor([0, 0]), torch.tensor([3, 2]), zeros > 0, IDS[:5],
-                  torch.zeros(5), zeros[:, None], zeros)  # fmt: skip
+                  IDS[:5] >= 0, torch.zeros(5), zeros[:, None], zeros)  # fmt: skip
     return make_pack(batch, [Piece(0, [0, 1])])
 
 

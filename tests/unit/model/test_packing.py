@@ -29,8 +29,8 @@ PIECES = st.lists(
 )
 
 
-def make_batch(pieces: list[tuple[int, list[int]]], seed: int = 0) -> Batch:
-    """A batch of random tokens from (prompt length, completion lengths)."""
+def make_batch(pieces: list[tuple[int, list[int]]], seed: int = 0, share_sampled: float = 1.0) -> Batch:
+    """A batch of random tokens from (prompt length, completion lengths); the first of each completion is sampled."""
     generator = torch.Generator().manual_seed(seed)
     prompts = [Prompt(n, torch.randint(90, (length,), generator=generator).tolist(), "")
                for n, (length, _) in enumerate(pieces)]  # fmt: skip
@@ -38,14 +38,17 @@ def make_batch(pieces: list[tuple[int, list[int]]], seed: int = 0) -> Batch:
     group = torch.tensor([n for n, (_, lengths) in enumerate(pieces) for _ in lengths], dtype=torch.int64)
     tokens = torch.randint(90, (int(lengths.sum()),), generator=generator)
     zeros = torch.zeros(len(lengths), dtype=torch.float64)
-    return Batch(prompts, group, lengths, zeros > 0, tokens, torch.zeros(len(tokens)), zeros[:, None], zeros)
+    sampled = torch.rand(len(tokens), generator=generator) <= share_sampled
+    sampled[torch.cumsum(lengths, 0) - lengths] = True
+    return Batch(prompts, group, lengths, zeros > 0, tokens, sampled, torch.zeros(int(sampled.sum())), zeros[:, None],
+                 zeros)  # fmt: skip
 
 
 def whole_plan(
     batch: Batch, max_tokens: int, num_ranks: int = 1, share_prompts: bool = True
 ) -> list[list[list[Piece]]]:
     """The plan of a batch of which everything is kept."""
-    prompt_lengths, lengths = [len(p.ids) for p in batch.prompts], batch.lengths.tolist()
+    prompt_lengths, lengths = [len(p.ids) for p in batch.prompts], batch.row_lengths.tolist()
     return plan(prompt_lengths, batch.group.tolist(), lengths, [True] * len(lengths), max_tokens=max_tokens,
                 num_ranks=num_ranks, share_prompts=share_prompts)  # fmt: skip
 
@@ -152,10 +155,13 @@ def test_piece_cost_grows_with_everything() -> None:
 SMALL = st.tuples(st.integers(1, 9), st.lists(st.integers(1, 7), min_size=1, max_size=4))
 
 
-@given(st.lists(SMALL, min_size=1, max_size=5), st.integers(16, 60), st.booleans())
+@given(st.lists(SMALL, min_size=1, max_size=5), st.integers(16, 60), st.booleans(), st.sampled_from([1.0, 0.6]))
 @settings(max_examples=60, deadline=None)
-def test_make_pack_equals_the_loop(pieces: list[tuple[int, list[int]]], max_tokens: int, share: bool) -> None:
-    batch = make_batch(pieces)
+def test_make_pack_equals_the_loop(
+    pieces: list[tuple[int, list[int]]], max_tokens: int, share: bool, share_sampled: float
+) -> None:
+    """Tokens that were not sampled stand in the row, and nothing is computed of them."""
+    batch = make_batch(pieces, share_sampled=share_sampled)
     for pack_pieces in whole_plan(batch, max_tokens, share_prompts=share)[0]:
         pack = make_pack(batch, pack_pieces, share_prompts=share)
         ids: list[int] = []
@@ -170,8 +176,11 @@ def test_make_pack_equals_the_loop(pieces: list[tuple[int, list[int]]], max_toke
             owner += [-1 - piece.prompt] * len(prompt)
             prompt_end = len(ids) - 1
             for n in piece.completions:
+                place, first = int(batch.starts[n]), int(batch.row_starts[n])
                 for t, token in enumerate(batch.completion_ids(n)):
-                    rows.append((len(ids) - 1 if t else prompt_end, token, int(batch.starts[n]) + t, number))
+                    if batch.sampled[first + t]:
+                        rows.append((len(ids) - 1 if t else prompt_end, token, place, number))
+                        place += 1
                     ids.append(token)
                     positions.append(len(prompt) + t)
                     owner.append(n)

@@ -16,7 +16,7 @@ from grpo_dist.model.attention import block_layout
 from grpo_dist.model.load import make_policy, trainable
 from grpo_dist.model.policy import Policy
 from grpo_dist.model.rollout_weights import RolloutModel
-from grpo_dist.rollout import Engine, PagedEngine, Request, RowEngine, Sampling
+from grpo_dist.rollout import Decoder, PagedDecoder, Request, RowDecoder, decode_all
 from grpo_dist.rollout.fidelity import update_share
 from grpo_dist.rollout.native.cache import DecodeState
 from grpo_dist.rollout.native.kernel import KernelStep
@@ -112,9 +112,9 @@ def test_its_weights_are_the_policys_own(dtype: torch.dtype) -> None:
     assert all(p.is_meta for p in rollout_model.tree.parameters())
 
 
-@pytest.mark.parametrize("make_engine", [lambda: RowEngine([-1], 4), lambda: PagedEngine([-1], 4, 64)],
+@pytest.mark.parametrize("make_decoder", [lambda: RowDecoder([-1], 4), lambda: PagedDecoder([-1], 4, 64)],
                          ids=["rows", "paged"])  # fmt: skip
-def test_other_engines_compute_with_adapters_apart(make_engine: Callable[[], Engine]) -> None:
+def test_other_decoders_compute_with_adapters_apart(make_decoder: Callable[[], Decoder]) -> None:
     policy = make(LORAS["all-linear"], torch.bfloat16, attn_implementation="sdpa")
     rollout_model, requests = RolloutModel(policy, torch.bfloat16, "sdpa"), [Request(0, 0, IDS[:5].tolist(), key=1)]
     own, called, drawn = {p.data_ptr() for p in policy.parameters()}, [], []
@@ -126,7 +126,7 @@ def test_other_engines_compute_with_adapters_apart(make_engine: Callable[[], Eng
     for learned in (0.0, 0.1):
         step(policy, learned)
         with rollout_model.open() as model:
-            drawn += make_engine().generate(model, requests, Sampling())
+            drawn += decode_all(make_decoder(), model, requests)
     assert len(called) >= 2 * 4 * 14 and not any(called)
     assert drawn[0].logprobs != drawn[1].logprobs
 

@@ -79,7 +79,8 @@ def batch(rewards: list[float], groups: list[int], lengths: list[int]) -> Batch:
     prompts = [Prompt(n, [1, 2], f"prompt {n}", None, {}) for n in range(max(groups) + 1)]
     reward = torch.tensor(rewards, dtype=torch.float64)
     return Batch(prompts, torch.tensor(groups), torch.tensor(lengths), torch.tensor([n % 2 == 0 for n in lengths]),
-                 torch.zeros(count, dtype=torch.int64), torch.zeros(count), reward[:, None], reward)  # fmt: skip
+                 torch.zeros(count, dtype=torch.int64), torch.ones(count, dtype=torch.bool), torch.zeros(count),
+                 reward[:, None], reward)  # fmt: skip
 
 
 def test_the_contrast_is_of_the_group_that_differs_most() -> None:

@@ -27,10 +27,10 @@ from transformers import Qwen2ForCausalLM as Qwen2  # noqa: E402
 from transformers import Qwen3ForCausalLM as Qwen3  # noqa: E402
 
 from grpo_dist.model import attention, head_kernel, logprobs  # noqa: E402
-from grpo_dist.rollout.engine import Request  # noqa: E402
+from grpo_dist.rollout.engine import Request, decode_all, in_order  # noqa: E402
 from grpo_dist.rollout.native import gpu, pages  # noqa: E402
 from grpo_dist.rollout.native.cache import PrefillLayout  # noqa: E402
-from grpo_dist.rollout.native.engine import NativeEngine  # noqa: E402
+from grpo_dist.rollout.native.engine import NativeDecoder  # noqa: E402
 from grpo_dist.rollout.native.fused import FusedStep, fused_draw  # noqa: E402
 from grpo_dist.rollout.native.pages import PAGE, TILE, PagePool  # noqa: E402
 from grpo_dist.rollout.native.steps import module_step  # noqa: E402
@@ -104,8 +104,8 @@ def completions(model: Any, step_of: Any, tokens: int, sampling: Sampling) -> li
             step_of=step_of,
             captures=False,
         )
-        got = decoding.run(None)
-    expected = NativeEngine([2, 5], 6, 1 << 20).generate(model, requests, sampling)
+        got = in_order(requests, [each for ended in decoding.run() for each in ended])
+    expected = decode_all(NativeDecoder([2, 5], 6, 1 << 20), model, requests, sampling)
     same = [
         a.ids == b.ids
         and a.finished == b.finished

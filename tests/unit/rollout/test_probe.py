@@ -17,8 +17,18 @@ from grpo_dist.config.schema import RolloutConfig
 from grpo_dist.model import attention
 from grpo_dist.model.load import Policy, packing_obstacle
 from grpo_dist.model.packing import make_pack, plan
-from grpo_dist.rollout import NativeEngine, PagedEngine, Request, RowEngine, Sampling, paged_obstacle, stream_key
-from grpo_dist.rollout.choose import STEPS, UnfitEngine, made_of, make_engine, own_step
+from grpo_dist.rollout import (
+    LoadedModel,
+    NativeDecoder,
+    PagedDecoder,
+    Request,
+    RowDecoder,
+    Sampling,
+    decode_all,
+    paged_obstacle,
+    stream_key,
+)
+from grpo_dist.rollout.choose import STEPS, UnfitEngine, make_engine, own_step
 from grpo_dist.rollout.native.compiled import library
 from grpo_dist.rollout.native.kernel import KernelStep
 from grpo_dist.rollout.native.llama import LlamaStep
@@ -168,7 +178,7 @@ def test_the_paged_engine_is_taken_where_it_is_right(name: str, caplog: pytest.L
     caplog.set_level("INFO")
     options = {"head_dim": 8} | UNPACKABLE.get(name, {})
     model, rollout = make_model(make_config(name, options), None), RolloutConfig(engine="paged")
-    assert isinstance(make_engine(model, "a window", [2], rollout, alone).engine, PagedEngine)
+    assert isinstance(make_engine(LoadedModel(model), "a window", [2], rollout, alone).decoder.decoder, PagedDecoder)
     assert "continuous batching (paged), in place of the one group at a time" in caplog.text
 
 
@@ -176,7 +186,7 @@ def test_the_paged_engine_is_taken_where_it_is_right(name: str, caplog: pytest.L
 def test_what_one_rank_finds_holds_for_all() -> None:
     model = make_model(make_config("Llama", {}), attention.NAME)
     with pytest.raises(UnfitEngine, match="another rank's"):
-        make_engine(model, None, [2], RolloutConfig(engine="paged"),
+        make_engine(LoadedModel(model), None, [2], RolloutConfig(engine="paged"),
                     lambda thing: [thing, thing if isinstance(thing, tuple) else "another rank's"])  # fmt: skip
 
 
@@ -194,20 +204,20 @@ def test_ranks_decode_alike_and_as_before(
     kept: Any, others: list[str], step_of: Any, told: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO")
-    model = make_model(make_config("Llama", {}), attention.NAME)
+    weights = LoadedModel(make_model(make_config("Llama", {}), attention.NAME))
     engine = make_engine(
-        model, None, [2], RolloutConfig(), lambda mine: [mine, *((name, "no g++") for name in others)], kept
+        weights, None, [2], RolloutConfig(), lambda mine: [mine, *((name, "no g++") for name in others)], kept
     )
-    assert engine.engine.step_of is step_of
+    assert engine.decoder.decoder.step_of is step_of
     assert told in caplog.text
-    assert made_of(engine) == {"engine": "native", "decoding": next(n for n, s in STEPS.items() if s is step_of)}
+    assert engine.decoding == {"engine": "native", "decoding": next(n for n, s in STEPS.items() if s is step_of)}
 
 
 @with_paged
 def test_soft_capped_scores_are_not_left_to_the_paged_engine() -> None:
     model = make_model(make_config("Gemma2", {"head_dim": 8}), None)
     with pytest.raises(UnfitEngine, match=r"rollout.engine: 'paged' given, .*soft-capped"):
-        make_engine(model, "a window", [2], RolloutConfig(engine="paged"), alone)
+        make_engine(LoadedModel(model), "a window", [2], RolloutConfig(engine="paged"), alone)
 
 
 @with_paged
@@ -216,8 +226,8 @@ def test_the_paged_engine_is_refused_where_it_draws_something_else() -> None:
     plain = model.forward
     model.forward = lambda **inputs: plain(**inputs | {"position_ids": inputs["position_ids"] * ("layout" in inputs)})
     with pytest.raises(UnfitEngine, match=r"rollout.engine: 'paged' given, .*draws other completions"):
-        make_engine(model, None, [2], RolloutConfig(engine="paged"), alone)
-    assert isinstance(make_engine(model, None, [2], RolloutConfig(), alone).engine, NativeEngine)
+        make_engine(LoadedModel(model), None, [2], RolloutConfig(engine="paged"), alone)
+    assert isinstance(make_engine(LoadedModel(model), None, [2], RolloutConfig(), alone).decoder.decoder, NativeDecoder)
 
 
 @pytest.mark.usefixtures("kernel")
@@ -312,13 +322,14 @@ def test_the_row_route_is_right(name: str) -> None:
     prompts = [Prompt(n, [(5 * k + n) % 57 + 3 for k in range(length)], "") for n, length in enumerate(lengths)]
     requests = [Request(slot, sample, prompts[slot].ids, stream_key(0, slot, sample))
                 for slot in range(2) for sample in range(3)]  # fmt: skip
-    completions = RowEngine([2, 9], 14).generate(model, requests, Sampling(temperature))
+    completions = decode_all(RowDecoder([2, 9], 14), model, requests, Sampling(temperature))
     assert any(len(c.ids) > 8 for c in completions)
     zeros = torch.zeros(6, dtype=torch.float64)
     batch = Batch(
         prompts, torch.tensor([c.slot for c in completions]),
         torch.tensor([len(c.ids) for c in completions]), zeros > 0,
         torch.tensor([token for c in completions for token in c.ids]),
+        torch.tensor([sampled for c in completions for sampled in c.sampled]),
         torch.tensor([value for c in completions for value in c.logprobs]), zeros[:, None], zeros,
     )  # fmt: skip
     policy = Policy(copy.deepcopy(model), temperature)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -27,23 +27,29 @@ from transformers import (
 from grpo_dist.model import attention
 from grpo_dist.model.load import packing_obstacle
 from grpo_dist.rollout import (
-    Engine,
-    NativeEngine,
-    PagedEngine,
+    Decoder,
+    LoadedModel,
+    LocalEngine,
+    NativeDecoder,
+    PagedDecoder,
     Request,
-    RowEngine,
+    RowDecoder,
     Sampling,
+    awake,
+    decode_all,
     paged,
     paged_obstacle,
+    sample,
     stream_key,
 )
+from grpo_dist.rollout.engine import in_order
 from grpo_dist.rollout.native import cache
 from grpo_dist.rollout.native import engine as native
 from grpo_dist.rollout.native.kernel import KernelStep
 from grpo_dist.rollout.native.llama import LlamaStep
 from grpo_dist.rollout.native.steps import Step, module_step, prefill
 from grpo_dist.rollout.probe import packing_leak
-from grpo_dist.types import Completion
+from grpo_dist.types import Trajectory
 
 TINY: dict[str, Any] = {
     "vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -59,7 +65,7 @@ ENDS = [2, 3, 17]
 MOST = 36
 """More than one chunk of slots, so that the cache has to grow."""
 with_paged = pytest.mark.skipif(paged_obstacle() is not None, reason=str(paged_obstacle()))
-ENGINES = [NativeEngine(ENDS, MOST, 200), pytest.param(PagedEngine(ENDS, MOST, 200), marks=with_paged)]
+ENGINES = [NativeDecoder(ENDS, MOST, 200), pytest.param(PagedDecoder(ENDS, MOST, 200), marks=with_paged)]
 
 
 @dataclass(frozen=True)
@@ -110,7 +116,12 @@ def make_requests(sizes: list[int], lengths: list[int]) -> list[Request]:
 REQUESTS = make_requests([4, 4, 1, 3, 4], [3, 20, 7, 1, 12])
 
 
-def assert_equal(got: list[Completion], expected: list[Completion]) -> None:
+def exactly(request: Request, length: int) -> Request:
+    """The request for so many tokens, whatever they are."""
+    return replace(request, max_new_tokens=length, ignore_end=True)
+
+
+def assert_equal(got: list[Trajectory], expected: list[Trajectory]) -> None:
     """The same tokens in the same order, and the same log-probabilities to 1e-4."""
     assert len(got) == len(expected)
     for one, other in zip(got, expected, strict=True):
@@ -118,7 +129,7 @@ def assert_equal(got: list[Completion], expected: list[Completion]) -> None:
         assert one.logprobs == pytest.approx(other.logprobs, abs=1e-4)
 
 
-def check_form(completions: list[Completion], requests: list[Request], most: int) -> None:
+def check_form(completions: list[Trajectory], requests: list[Request], most: int) -> None:
     """One completion a request, ended by its first end token or by the limit."""
     assert [(c.slot, c.sample) for c in completions] == [(r.slot, r.sample) for r in requests]
     for completion in completions:
@@ -131,12 +142,12 @@ def check_form(completions: list[Completion], requests: list[Request], most: int
 @pytest.mark.parametrize("name", CONFIGS)
 def test_both_engines_draw_the_same(name: str, pairs: dict[str, Pair]) -> None:
     pair = pairs[name]
-    expected = RowEngine(ENDS, MOST).generate(pair.plain, REQUESTS, Sampling())
+    expected = decode_all(RowDecoder(ENDS, MOST), pair.plain, REQUESTS)
     check_form(expected, REQUESTS, MOST)
     assert len({len(c.ids) for c in expected}) > 4, "the test needs completions of many lengths"
     assert any(not c.finished for c in expected) or max(len(c.ids) for c in expected) > 20
     for in_flight in (200, 100000):
-        assert_equal(NativeEngine(ENDS, MOST, in_flight).generate(pair.shared, REQUESTS, Sampling()), expected)
+        assert_equal(decode_all(NativeDecoder(ENDS, MOST, in_flight), pair.shared, REQUESTS), expected)
 
 
 @pytest.mark.usefixtures("kernel")
@@ -144,10 +155,10 @@ def test_both_engines_draw_the_same(name: str, pairs: dict[str, Pair]) -> None:
 @pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "mistral"])
 def test_a_faster_step_draws_the_same(name: str, step_of: Callable[[nn.Module], Step], pairs: dict[str, Pair]) -> None:
     model = pairs[name].shared
-    expected = NativeEngine(ENDS, MOST, 200).generate(model, REQUESTS, Sampling())
+    expected = decode_all(NativeDecoder(ENDS, MOST, 200), model, REQUESTS)
     for in_flight in (200, 100000):
-        engine = NativeEngine(ENDS, MOST, in_flight, step_of=step_of)
-        assert_equal(engine.generate(model, REQUESTS, Sampling()), expected)
+        engine = NativeDecoder(ENDS, MOST, in_flight, step_of=step_of)
+        assert_equal(decode_all(engine, model, REQUESTS), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -171,9 +182,9 @@ def test_a_step_in_few_operations_rounds_as_the_model_does(dtype: torch.dtype, p
 @pytest.mark.parametrize("name", CONFIGS)
 def test_continuous_batching_draws_the_same(name: str, pairs: dict[str, Pair]) -> None:
     pair, sampling = pairs[name], Sampling(temperature=0.9, top_p=0.95, top_k=30)
-    expected = RowEngine(ENDS, MOST).generate(pair.plain, REQUESTS, sampling)
+    expected = decode_all(RowDecoder(ENDS, MOST), pair.plain, REQUESTS, sampling)
     for in_flight in (40, 100000):
-        assert_equal(PagedEngine(ENDS, MOST, in_flight).generate(pair.shared, REQUESTS, sampling), expected)
+        assert_equal(decode_all(PagedDecoder(ENDS, MOST, in_flight), pair.shared, REQUESTS, sampling), expected)
     assert pair.shared.config._attn_implementation == attention.NAME, "as it was"
 
 
@@ -184,36 +195,36 @@ def test_continuous_batching_with_prompts_that_come_in_parts(
     """While a long prompt is still being computed others draw, and some have ended before."""
     monkeypatch.setattr(paged, "BATCH_TOKENS", 8)
     requests = make_requests([1] * 4, [2, 2, 2, 20])
-    requests = [replace(r, exact_length=n) for r, n in zip(requests, [2, 6, 6, 6], strict=True)]
-    expected = NativeEngine(ENDS, MOST, 10000).generate(pairs["llama"].shared, requests, Sampling())
-    assert_equal(PagedEngine(ENDS, MOST, 10000).generate(pairs["llama"].shared, requests, Sampling()), expected)
+    requests = [exactly(r, n) for r, n in zip(requests, [2, 6, 6, 6], strict=True)]
+    expected = decode_all(NativeDecoder(ENDS, MOST, 10000), pairs["llama"].shared, requests)
+    assert_equal(decode_all(PagedDecoder(ENDS, MOST, 10000), pairs["llama"].shared, requests), expected)
 
 
 @pytest.mark.parametrize("in_flight", [1, 100])
 def test_room_in_flight_changes_nothing(in_flight: int, pairs: dict[str, Pair]) -> None:
     sampling = Sampling(temperature=0.9, top_p=0.95, top_k=30, min_p=0.001)
-    expected = RowEngine(ENDS, MOST).generate(pairs["qwen2"].plain, REQUESTS, sampling)
-    assert_equal(NativeEngine(ENDS, MOST, in_flight).generate(pairs["qwen2"].shared, REQUESTS, sampling), expected)
+    expected = decode_all(RowDecoder(ENDS, MOST), pairs["qwen2"].plain, REQUESTS, sampling)
+    assert_equal(decode_all(NativeDecoder(ENDS, MOST, in_flight), pairs["qwen2"].shared, REQUESTS, sampling), expected)
 
 
 def test_a_request_alone_gives_what_it_gives_in_a_batch(pairs: dict[str, Pair]) -> None:
     pair = pairs["llama"]
-    for engine, model in ((NativeEngine(ENDS, MOST, 10000), pair.shared), (RowEngine(ENDS, MOST), pair.plain)):
-        together = engine.generate(model, REQUESTS, Sampling())
+    for engine, model in ((NativeDecoder(ENDS, MOST, 10000), pair.shared), (RowDecoder(ENDS, MOST), pair.plain)):
+        together = decode_all(engine, model, REQUESTS)
         for n in (0, 6, 15):
-            assert_equal(engine.generate(model, [REQUESTS[n]], Sampling()), [together[n]])
+            assert_equal(decode_all(engine, model, [REQUESTS[n]]), [together[n]])
         order = [12, 13, 14, 15, 0, 1, 2, 3, 9, 10]
-        assert_equal(engine.generate(model, [REQUESTS[n] for n in order], Sampling()), [together[n] for n in order])
+        assert_equal(decode_all(engine, model, [REQUESTS[n] for n in order]), [together[n] for n in order])
 
 
-@pytest.mark.parametrize("engine", [*ENGINES, RowEngine(ENDS, MOST)])
-def test_each_completion_is_reported_once(engine: Engine, pairs: dict[str, Pair]) -> None:
+@pytest.mark.parametrize("engine", [*ENGINES, RowDecoder(ENDS, MOST)])
+def test_each_completion_is_reported_once(engine: Decoder, pairs: dict[str, Pair]) -> None:
     pair = pairs["qwen2"]
-    calls: list[list[Completion]] = []
-    model = pair.plain if isinstance(engine, RowEngine) else pair.shared
-    completions = engine.generate(model, REQUESTS, Sampling(), calls.append)
+    model = pair.plain if isinstance(engine, RowDecoder) else pair.shared
+    calls = [call for call in engine.decode(model, deque(REQUESTS), Sampling()) if call]
+    completions = decode_all(engine, model, REQUESTS)
     reported = [completion for call in calls for completion in call]
-    assert len(calls) > 1 and all(calls)
+    assert len(calls) > 1
     assert Counter((c.slot, c.sample) for c in reported) == Counter((r.slot, r.sample) for r in REQUESTS)
     by_place = {(c.slot, c.sample): c for c in reported}
     assert all(by_place[c.slot, c.sample] == c for c in completions)
@@ -222,14 +233,14 @@ def test_each_completion_is_reported_once(engine: Engine, pairs: dict[str, Pair]
 @pytest.mark.parametrize("in_flight", [5, 100000])
 def test_a_single_new_token(in_flight: int, pairs: dict[str, Pair]) -> None:
     pair = pairs["llama"]
-    expected = RowEngine(ENDS, 1).generate(pair.plain, REQUESTS, Sampling())
+    expected = decode_all(RowDecoder(ENDS, 1), pair.plain, REQUESTS)
     check_form(expected, REQUESTS, 1)
-    assert_equal(NativeEngine(ENDS, 1, in_flight).generate(pair.shared, REQUESTS, Sampling()), expected)
+    assert_equal(decode_all(NativeDecoder(ENDS, 1, in_flight), pair.shared, REQUESTS), expected)
 
 
 def test_no_requests(pairs: dict[str, Pair]) -> None:
-    assert NativeEngine(ENDS, 4, 100).generate(pairs["llama"].shared, [], Sampling()) == []
-    assert RowEngine(ENDS, 4).generate(pairs["llama"].plain, [], Sampling()) == []
+    assert decode_all(NativeDecoder(ENDS, 4, 100), pairs["llama"].shared, []) == []
+    assert decode_all(RowDecoder(ENDS, 4), pairs["llama"].plain, []) == []
 
 
 def test_paged_refuses_a_transformers_it_cannot_draw_for(
@@ -237,21 +248,21 @@ def test_paged_refuses_a_transformers_it_cannot_draw_for(
 ) -> None:
     monkeypatch.setattr(paged, "ContinuousBatchingManager", object)
     with pytest.raises(RuntimeError, match="has no continuous batching that another sampler can draw for"):
-        PagedEngine(ENDS, MOST, 200).generate(pairs["llama"].shared, REQUESTS, Sampling())
+        decode_all(PagedDecoder(ENDS, MOST, 200), pairs["llama"].shared, REQUESTS)
 
 
 def test_every_completion_may_end_at_once(pairs: dict[str, Pair]) -> None:
     """Every token ends: nothing is left to decode after a prefill, and the next prompts must still come in."""
     everything = list(range(61))
-    completions = NativeEngine(everything, MOST, 50).generate(pairs["llama"].shared, REQUESTS, Sampling())
+    completions = decode_all(NativeDecoder(everything, MOST, 50), pairs["llama"].shared, REQUESTS)
     assert [len(c.ids) for c in completions] == [1] * len(REQUESTS) and all(c.finished for c in completions)
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gemma"])
 def test_greedy_is_what_transformers_generates(name: str, pairs: dict[str, Pair]) -> None:
     pair, requests = pairs[name], make_requests([1] * 4, [3, 20, 7, 12])
-    native = NativeEngine(ENDS, 24, 10000).generate(pair.shared, requests, Sampling(greedy=True))
-    assert_equal(native, RowEngine(ENDS, 24).generate(pair.plain, requests, Sampling(greedy=True)))
+    native = decode_all(NativeDecoder(ENDS, 24, 10000), pair.shared, requests, Sampling(greedy=True))
+    assert_equal(native, decode_all(RowDecoder(ENDS, 24), pair.plain, requests, Sampling(greedy=True)))
     for request, completion in zip(requests, native, strict=True):
         row = torch.tensor([request.prompt])
         output = pair.plain.generate(row, attention_mask=torch.ones_like(row), do_sample=False, max_new_tokens=24,
@@ -262,7 +273,7 @@ def test_greedy_is_what_transformers_generates(name: str, pairs: dict[str, Pair]
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_reported_logprobs_are_the_models(temperature: float, pairs: dict[str, Pair]) -> None:
     pair = pairs["mistral"]
-    completions = NativeEngine(ENDS, MOST, 10000).generate(pair.shared, REQUESTS, Sampling(temperature, top_k=20))
+    completions = decode_all(NativeDecoder(ENDS, MOST, 10000), pair.shared, REQUESTS, Sampling(temperature, top_k=20))
     for request, completion in zip(REQUESTS, completions, strict=True):
         row = torch.tensor([request.prompt + completion.ids])
         with torch.no_grad():
@@ -280,8 +291,8 @@ def test_values_narrower_than_keys() -> None:
         moe_intermediate_size=16,
     )  # fmt: skip
     pair, requests = make_pair(config), REQUESTS[:4]
-    expected = RowEngine(ENDS, 8).generate(pair.plain, requests, Sampling())
-    assert_equal(NativeEngine(ENDS, 8, 10000).generate(pair.shared, requests, Sampling()), expected)
+    expected = decode_all(RowDecoder(ENDS, 8), pair.plain, requests)
+    assert_equal(decode_all(NativeDecoder(ENDS, 8, 10000), pair.shared, requests), expected)
 
 
 def test_a_layer_that_attends_twice() -> None:
@@ -292,32 +303,77 @@ def test_a_layer_that_attends_twice() -> None:
     pair, requests = make_pair(config), REQUESTS[:4]
     if packing_leak(pair.shared):
         return
-    expected = RowEngine(ENDS, 8).generate(pair.plain, requests, Sampling())
-    assert_equal(NativeEngine(ENDS, 8, 10000).generate(pair.shared, requests, Sampling()), expected)
+    expected = decode_all(RowDecoder(ENDS, 8), pair.plain, requests)
+    assert_equal(decode_all(NativeDecoder(ENDS, 8, 10000), pair.shared, requests), expected)
 
 
 @pytest.mark.parametrize("in_flight", [100, 100000])
 def test_asking_seldom_who_has_ended_changes_nothing(in_flight: int, pairs: dict[str, Pair]) -> None:
     """Rows that have ended draw on until they are dropped, and none of that may be seen."""
     model = pairs["qwen2"].shared
-    expected = NativeEngine(ENDS, MOST, in_flight).generate(model, REQUESTS, Sampling())
+    expected = decode_all(NativeDecoder(ENDS, MOST, in_flight), model, REQUESTS)
     assert any(len(c.ids) == MOST for c in expected), "rows that go on past the last place are part of the test"
     for steps in (2, 8, 50):
-        engine = NativeEngine(ENDS, MOST, in_flight, steps_between_checks=steps)
-        assert_equal(engine.generate(model, REQUESTS, Sampling()), expected)
+        engine = NativeDecoder(ENDS, MOST, in_flight, steps_between_checks=steps)
+        assert_equal(decode_all(engine, model, REQUESTS), expected)
 
 
-@pytest.mark.parametrize("engine", ENGINES)
-def test_completions_of_exact_lengths(engine: Engine, pairs: dict[str, Pair]) -> None:
+@pytest.mark.parametrize("engine", [*ENGINES, RowDecoder(ENDS, MOST)])
+def test_completions_of_given_lengths(engine: Decoder, pairs: dict[str, Pair]) -> None:
     pair, lengths = pairs["qwen2"], [1 + (7 * n) % MOST for n in range(len(REQUESTS))]
-    requests = [replace(request, exact_length=length) for request, length in zip(REQUESTS, lengths, strict=True)]
-    completions = engine.generate(pair.shared, requests, Sampling())
+    requests = [exactly(request, length) for request, length in zip(REQUESTS, lengths, strict=True)]
+    model = pair.plain if isinstance(engine, RowDecoder) else pair.shared
+    completions = decode_all(engine, model, requests)
     assert [len(c.ids) for c in completions] == lengths
-    assert [c.finished for c in completions] == [length < MOST for length in lengths]
-    free = NativeEngine(ENDS, MOST, 200).generate(pair.shared, REQUESTS, Sampling())
+    assert not any(c.finished for c in completions)
+    bounded = [replace(request, max_new_tokens=length) for request, length in zip(REQUESTS, lengths, strict=True)]
+    free = decode_all(NativeDecoder(ENDS, MOST, 200), pair.shared, REQUESTS)
     for one, other in zip(completions, free, strict=True):
         shared = min(len(one.ids), len(other.ids))
         assert one.ids[:shared] == other.ids[:shared]
+    for one, other, length in zip(decode_all(engine, model, bounded), free, lengths, strict=True):
+        assert one.ids == other.ids[:length] and one.finished == (other.finished and len(other.ids) <= length)
+
+
+@pytest.mark.parametrize("engine", [*ENGINES, RowDecoder(ENDS, MOST)])
+def test_requests_that_come_while_others_are_decoded(engine: Decoder, pairs: dict[str, Pair]) -> None:
+    """A longer prompt, another sample of a prompt that was asked for before, and one after everything has ended."""
+    model = pairs["qwen2"].plain if isinstance(engine, RowDecoder) else pairs["qwen2"].shared
+    longer = replace(REQUESTS[0], slot=90, prompt=[*REQUESTS[0].prompt, *range(20, 60)], key=7)
+    expected = decode_all(engine, model, [*REQUESTS, longer])
+    queue = deque(REQUESTS[:3])
+    later = deque([[longer, *REQUESTS[5:]], REQUESTS[3:5]])
+    drawn: list[Trajectory] = []
+    for ended in engine.decode(model, queue, Sampling()):
+        drawn += ended
+        if later:
+            queue.extend(later.popleft())
+    assert not later
+    assert_equal(in_order([*REQUESTS, longer], drawn), expected)
+
+
+def test_an_engine_is_a_service(pairs: dict[str, Pair]) -> None:
+    engine = LocalEngine(NativeDecoder(ENDS, MOST, 200), LoadedModel(pairs["qwen2"].shared), {})
+    expected = decode_all(engine.decoder, pairs["qwen2"].shared, REQUESTS)
+    with awake(engine):
+        assert engine.poll() == []
+        engine.submit(REQUESTS[:6], Sampling())
+        drawn = engine.poll()
+        with pytest.raises(ValueError, match=r"top_k=3.* given while requests with .*top_k=0"):
+            engine.submit(REQUESTS[6:], Sampling(top_k=3))
+        engine.submit(REQUESTS[6:], Sampling())
+        while len(drawn) < len(REQUESTS):
+            drawn += engine.poll()
+        assert engine.poll() == []
+        assert_equal(in_order(REQUESTS, drawn), expected)
+        assert_equal(sample(engine, REQUESTS[:2], Sampling()), expected[:2])
+        engine.submit(REQUESTS, Sampling())
+        engine.poll()
+    with awake(engine):  # what was under way is dropped
+        assert engine.poll() == []
+        assert_equal(sample(engine, REQUESTS, Sampling()), expected)
+    with pytest.raises(AssertionError, match="sleeps"):
+        engine.submit(REQUESTS, Sampling())
 
 
 @with_paged
@@ -328,19 +384,20 @@ def test_an_interrupted_rollout_leaves_no_thread(pairs: dict[str, Pair]) -> None
     def check() -> None:
         raise Stop
 
-    before = threading.active_count()
-    with pytest.raises(Stop):
-        PagedEngine(ENDS, MOST, 200).generate(pairs["llama"].shared, REQUESTS, Sampling(), check=check)
+    before, model = threading.active_count(), pairs["llama"].shared
+    engine = LocalEngine(PagedDecoder(ENDS, MOST, 200), LoadedModel(model), {})
+    with pytest.raises(Stop), awake(engine):
+        sample(engine, REQUESTS, Sampling(), check=check)
     assert threading.active_count() == before
     assert pairs["llama"].shared.config._attn_implementation == attention.NAME
 
 
 @pytest.mark.parametrize("length", [0, MOST + 1, MOST + 2])
-@pytest.mark.parametrize("engine", [*ENGINES, RowEngine(ENDS, MOST)])
-def test_lengths_that_cannot_be_had(engine: Engine, length: int, pairs: dict[str, Pair]) -> None:
-    requests = [replace(REQUESTS[0], exact_length=length)]
-    with pytest.raises(ValueError, match="exact_length"):
-        engine.generate(pairs["llama"].plain, requests, Sampling())
+@pytest.mark.parametrize("engine", [*ENGINES, RowDecoder(ENDS, MOST)])
+def test_lengths_that_cannot_be_had(engine: Decoder, length: int, pairs: dict[str, Pair]) -> None:
+    requests = [replace(REQUESTS[0], max_new_tokens=length)]
+    with pytest.raises(ValueError, match="max_new_tokens"):
+        decode_all(engine, pairs["llama"].plain, requests)
 
 
 def test_rows_that_linger_do_not_make_the_cache_grow(pairs: dict[str, Pair], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -355,9 +412,9 @@ def test_rows_that_linger_do_not_make_the_cache_grow(pairs: dict[str, Pair], mon
 
     monkeypatch.setattr(cache.DecodeState, "make_room", spy)
     requests = make_requests([3] * 12, [4] * 12)
-    requests = [replace(r, exact_length=MOST if r.slot % 2 else 5 + r.sample) for r in requests]
-    completions = NativeEngine(ENDS, MOST, 6 * MOST).generate(pairs["qwen2"].shared, requests, Sampling())
-    assert [len(c.ids) for c in completions] == [r.exact_length for r in requests]
+    requests = [exactly(r, MOST if r.slot % 2 else 5 + r.sample) for r in requests]
+    completions = decode_all(NativeDecoder(ENDS, MOST, 6 * MOST), pairs["qwen2"].shared, requests)
+    assert [len(c.ids) for c in completions] == [r.max_new_tokens for r in requests]
     assert max(slots) <= MOST + 1 + (4 if native.COPIED_PROMPT else 0)
-    alone = NativeEngine(ENDS, MOST, 10**6).generate(pairs["qwen2"].shared, requests[-3:], Sampling())
+    alone = decode_all(NativeDecoder(ENDS, MOST, 10**6), pairs["qwen2"].shared, requests[-3:])
     assert_equal(completions[-3:], alone)

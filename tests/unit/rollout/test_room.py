@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import logging
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,11 +15,11 @@ from torch import nn
 from transformers import AutoModelForCausalLM, DeepseekV3Config, LlamaConfig, Qwen3Config
 
 from grpo_dist.model import attention
-from grpo_dist.rollout import NativeEngine, Request, Sampling, room, stream_key
+from grpo_dist.rollout import NativeDecoder, Request, Sampling, decode_all, room, stream_key
 from grpo_dist.rollout.native import engine as native
 from grpo_dist.rollout.native.steps import prefill
 from grpo_dist.rollout.room import ON_CPU, RESERVE, WithinMemory, bytes_of, cache_width, fitting
-from grpo_dist.types import Completion
+from grpo_dist.types import Trajectory
 
 NEW_TOKENS, GIB = 8, 2**30
 TINY: dict[str, Any] = {
@@ -35,7 +38,7 @@ def model() -> nn.Module:
     return AutoModelForCausalLM.from_config(LlamaConfig(**TINY), attn_implementation=attention.NAME).eval()
 
 
-def assert_equal(got: list[Completion], expected: list[Completion]) -> None:
+def assert_equal(got: list[Trajectory], expected: list[Trajectory]) -> None:
     """The same draws, and log-probabilities that differ by rounding alone: other rows are computed beside them."""
     assert [(c.slot, c.sample, c.ids, c.finished) for c in got] == [
         (c.slot, c.sample, c.ids, c.finished) for c in expected]  # fmt: skip
@@ -62,23 +65,23 @@ def test_half_as_much_is_decoded_where_memory_runs_out(
     model: nn.Module, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The draws, their order and what is handed out stay as they are; later rollouts do not try it again."""
-    expected = NativeEngine([2], NEW_TOKENS, ON_CPU).generate(model, REQUESTS, Sampling())
+    expected = decode_all(NativeDecoder([2], NEW_TOKENS, ON_CPU), model, REQUESTS)
     rows = run_out(monkeypatch, 6 * NEW_TOKENS)
-    engine, handed_out = WithinMemory(NativeEngine([2], NEW_TOKENS, ON_CPU), "auto"), []
-    assert_equal(engine.generate(model, REQUESTS, Sampling(), handed_out.extend), expected)
+    engine = WithinMemory(NativeDecoder([2], NEW_TOKENS, ON_CPU), "auto")
+    handed_out = [each for ended in engine.decode(model, deque(REQUESTS), Sampling()) for each in ended]
     assert_equal(sorted(handed_out, key=lambda each: (each.slot, each.sample)), expected)
     assert f"rollout.max_tokens_in_flight: {NEEDED // 2}" in caplog.text
-    assert "Tried to allocate 2.00 GiB): the 12 of 12 completions" in caplog.text
+    assert "Tried to allocate 2.00 GiB): the 12 completions" in caplog.text
     caplog.clear()
     rows.clear()
-    assert_equal(engine.generate(model, REQUESTS, Sampling()), expected)
+    assert_equal(decode_all(engine, model, REQUESTS), expected)
     assert not caplog.records and max(rows) <= 6
 
 
 def test_what_had_ended_is_not_drawn_again(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
     """A scored completion is neither lost nor handed out twice."""
-    exact = [Request(r.slot, r.sample, r.prompt, r.key, exact_length=1 + r.slot) for r in REQUESTS]
-    expected = NativeEngine([2], NEW_TOKENS, ON_CPU).generate(model, exact, Sampling())
+    exact = [replace(r, max_new_tokens=1 + r.slot, ignore_end=True) for r in REQUESTS]
+    expected = decode_all(NativeDecoder([2], NEW_TOKENS, ON_CPU), model, exact)
     steps, plain = [0], native._Decoding._step
 
     def step(decoding: Any) -> None:
@@ -88,10 +91,9 @@ def test_what_had_ended_is_not_drawn_again(model: nn.Module, monkeypatch: pytest
         plain(decoding)
 
     monkeypatch.setattr(native._Decoding, "_step", step)
-    handed_out: list[Completion] = []
-    engine = WithinMemory(NativeEngine([2], NEW_TOKENS, ON_CPU), ON_CPU)
-    assert_equal(engine.generate(model, exact, Sampling(), handed_out.extend), expected)
-    assert sorted((each.slot, each.sample) for each in handed_out) == [(r.slot, r.sample) for r in exact]
+    engine = WithinMemory(NativeDecoder([2], NEW_TOKENS, ON_CPU), ON_CPU)
+    handed_out = [each for ended in engine.decode(model, deque(exact), Sampling()) for each in ended]
+    assert_equal(sorted(handed_out, key=lambda each: (each.slot, each.sample)), expected)
 
 
 @pytest.mark.parametrize(("above", "tokens"), [(1, "auto"), (0, "auto"), (0, 3 + NEW_TOKENS)])
@@ -102,21 +104,21 @@ def test_memory_that_is_too_small_for_half_as_much_ends_the_rollout(
     monkeypatch.setattr(room.gc, "collect", lambda: attempts.append(1))
     run_out(monkeypatch, above)
     with pytest.raises(torch.OutOfMemoryError):
-        WithinMemory(NativeEngine([2], NEW_TOKENS, ON_CPU), tokens).generate(model, REQUESTS, Sampling())
+        decode_all(WithinMemory(NativeDecoder([2], NEW_TOKENS, ON_CPU), tokens), model, REQUESTS)
     assert len(attempts) == (tokens == "auto")  # a single sequence cannot be halved
 
 
 class Recording:
-    """An engine that notes how much it may hold, on a model that says it is on a GPU."""
+    """A decoder that notes how much it may keep, on a model that says it is on a GPU."""
 
     max_new_tokens = 1024
 
     def __init__(self) -> None:
         self.max_tokens_in_flight = 0
 
-    def generate(self, model: Any, requests: list[Request], *_: Any) -> list[Completion]:
+    def decode(self, model: Any, queue: deque[Request], sampling: Sampling) -> Iterator[list[Trajectory]]:
         """Nothing."""
-        return []
+        return iter([])
 
 
 def on_gpu(config: Any, dtype: torch.dtype = torch.bfloat16) -> Any:
@@ -136,24 +138,24 @@ def test_auto_is_what_fits_into_free_memory(monkeypatch: pytest.MonkeyPatch) -> 
     assert bytes_of(on_gpu(config)) == (28 * 1024, 151_936 * room.LOGIT_BYTES)
     engine = Recording()
     within = WithinMemory(engine, "auto")
-    within.generate(on_gpu(config), [], Sampling())
+    decode_all(within, on_gpu(config), [])
     usable = 40 * GIB + 20 * GIB - RESERVE * 80 * GIB
     rows = engine.max_tokens_in_flight / 1024
     assert engine.max_tokens_in_flight * 28 * 1024 + rows * 151_936 * room.LOGIT_BYTES == pytest.approx(usable)
     assert engine.max_tokens_in_flight > 1_500_000
     state["free"] = 0  # the same number is not kept: what is free is asked before each rollout
-    within.generate(on_gpu(config), [], Sampling())
+    decode_all(within, on_gpu(config), [])
     assert 300_000 < engine.max_tokens_in_flight < 500_000
     state["allocated"] = 30 * GIB  # nothing is left: a sequence has to fit all the same
-    within.generate(on_gpu(config), [], Sampling())
+    decode_all(within, on_gpu(config), [])
     assert engine.max_tokens_in_flight == 1024
-    WithinMemory(engine, 5000).generate(on_gpu(config), [], Sampling())
+    decode_all(WithinMemory(engine, 5000), on_gpu(config), [])
     assert engine.max_tokens_in_flight == 5000
 
 
 def test_auto_on_a_cpu(model: nn.Module) -> None:
-    engine = NativeEngine([2], NEW_TOKENS, 1)
-    WithinMemory(engine, "auto").generate(model, REQUESTS, Sampling())
+    engine = NativeDecoder([2], NEW_TOKENS, 1)
+    decode_all(WithinMemory(engine, "auto"), model, REQUESTS)
     assert engine.max_tokens_in_flight == ON_CPU
 
 
@@ -181,5 +183,5 @@ def test_fitting() -> None:
 
 def test_no_warning_where_nothing_happened(model: nn.Module, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.WARNING)
-    WithinMemory(NativeEngine([2], NEW_TOKENS, ON_CPU), 64).generate(model, REQUESTS, Sampling())
+    decode_all(WithinMemory(NativeDecoder([2], NEW_TOKENS, ON_CPU), 64), model, REQUESTS)
     assert not caplog.records

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from grpo_dist.rewards.scores import Failure, Scores
-from grpo_dist.trainer.gathering import RewardFailure, gather_completions, gather_scores
-from grpo_dist.types import Batch, Completion, Prompt
+from grpo_dist.trainer.gathering import RewardFailure, gather_scores, gather_trajectories
+from grpo_dist.types import Batch, Prompt, Trajectory
 
 pytestmark = pytest.mark.quick
 
@@ -65,14 +65,17 @@ class Threads:
         return results
 
 
-def make_completions() -> list[Completion]:
-    """Three prompts with four completions each, of which the last of each has no end."""
-    chance = random.Random(0)
-    return [Completion(g, s, [chance.randrange(50) for _ in range(chance.randint(1, 5))], [], s != 3)
-            for g in range(3) for s in range(4)]  # fmt: skip
+def make_trajectory(chance: random.Random, slot: int, sample: int) -> Trajectory:
+    """One to five tokens, of which about one in three, but never all, was not sampled; the last sample has no end."""
+    ids = [chance.randrange(50) for _ in range(chance.randint(1, 5))]
+    sampled = [chance.random() < 2 / 3 for _ in ids]
+    sampled[chance.randrange(len(ids))] = True
+    logprobs = [-token / 7 for token, mine in zip(ids, sampled, strict=True) if mine]
+    return Trajectory(slot, sample, ids, logprobs, sample != 3, sampled)
 
 
-COMPLETIONS = [Completion(c.slot, c.sample, c.ids, [-i / 7 for i in c.ids], c.finished) for c in make_completions()]
+CHANCE = random.Random(0)
+COMPLETIONS = [make_trajectory(CHANCE, slot, sample) for slot in range(3) for sample in range(4)]
 PROMPTS = [Prompt(10 + g, [g], "") for g in range(3)]
 
 
@@ -112,7 +115,7 @@ def gathered(shares: list[range], error_budget: float = 0.0, **options: Any) -> 
 
     def work(rank: int) -> Batch:
         mine = [COMPLETIONS[n] for n in shares[rank]]
-        batch = gather_completions(ranks, PROMPTS, mine)  # type: ignore[arg-type]
+        batch = gather_trajectories(ranks, PROMPTS, mine)  # type: ignore[arg-type]
         assert batch.rewards.isnan().all() and batch.reward.isnan().all() and len(batch.reward) == len(COMPLETIONS)
         assert batch.reward.dtype == batch.rewards.dtype == torch.float64
         scores = scores_of(shares[rank], **options)
@@ -136,17 +139,21 @@ def test_the_batch_equals_the_loop(shares: list[range]) -> None:
     for batch in gathered(shares):
         assert batch.prompts == PROMPTS
         equal(batch.group, [c.slot for c in COMPLETIONS])
-        equal(batch.lengths, [len(c.ids) for c in COMPLETIONS])
+        equal(batch.row_lengths, [len(c.ids) for c in COMPLETIONS])
+        equal(batch.lengths, [sum(c.sampled) for c in COMPLETIONS])
         equal(batch.finished, [c.finished for c in COMPLETIONS])
-        equal(batch.tokens, [i for c in COMPLETIONS for i in c.ids])
-        equal(batch.sampled_logprobs, [-i / 7 for c in COMPLETIONS for i in c.ids])
+        equal(batch.ids, [i for c in COMPLETIONS for i in c.ids])
+        equal(batch.sampled, [mine for c in COMPLETIONS for mine in c.sampled])
+        equal(batch.tokens, [i for c in COMPLETIONS for i, mine in zip(c.ids, c.sampled, strict=True) if mine])
+        equal(batch.sampled_logprobs, [value for c in COMPLETIONS for value in c.logprobs])
         second = [np.nansum(steps(n)) if is_by_token(n) else 7.0 for n in everyone]
         equal(batch.rewards, [[outcome(n), second[n]] for n in everyone])
         equal(batch.reward, [np.nansum([outcome(n), 0.5 * second[n]]) for n in everyone])
         table = []
         for n, completion in enumerate(COMPLETIONS):
-            last = len(completion.ids) - 1
-            for t in range(last + 1):
+            places = [t for t, mine in enumerate(completion.sampled) if mine]
+            last = places[-1]
+            for t in places:
                 by_outcome = 7.0 if t == last else math.nan
                 table.append([outcome(n) if t == last else math.nan, steps(n)[t] if is_by_token(n) else by_outcome])
         assert batch.token_rewards.dtype == torch.float64

@@ -7,14 +7,14 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
-from torch import Tensor, nn
+from torch import Tensor
 
 from grpo_dist.config.schema import RewardConfig, ScoringConfig
 from grpo_dist.rewards.pool.pool import ScorerPool
-from grpo_dist.rollout import Request, Sampling
-from grpo_dist.trainer.gathering import gather_completions
-from grpo_dist.trainer.scoring import Scoring, generate_and_score, requests_of
-from grpo_dist.types import Completion, Prompt
+from grpo_dist.rollout import Request, Sampling, sample
+from grpo_dist.trainer.gathering import gather_trajectories
+from grpo_dist.trainer.scoring import Scoring, requests_of
+from grpo_dist.types import Prompt, Trajectory
 
 REWARD = '''
 from pathlib import Path
@@ -34,10 +34,15 @@ def letters(rows: Sequence[Sequence[int]]) -> list[str]:
 
 
 class OneRank:
-    """What `gather_completions` asks of ranks, where all completions are here."""
+    """What `gather_trajectories` asks of ranks, where all completions are here."""
 
     def gather(self, tensor: Tensor) -> Tensor:
         return tensor
+
+
+def answer(request: Request) -> Trajectory:
+    """One token, which names the request."""
+    return Trajectory(request.slot, request.sample, [65 + 10 * request.slot + request.sample], [-1.0], True, [True])
 
 
 class Engine:
@@ -47,17 +52,13 @@ class Engine:
         self.called = called
         self.was_called_early = False
 
-    def generate(
-        self, model: nn.Module, requests: list[Request], sampling: Sampling,
-        on_finish: Callable[[list[Completion]], None] | None = None, check: Callable[[], None] | None = None,
-    ) -> list[Completion]:  # fmt: skip
-        answers = [Completion(r.slot, r.sample, [65 + 10 * r.slot + r.sample], [-1.0], True) for r in requests]
-        assert on_finish
-        for answer in sorted(answers, key=lambda a: (-(a.slot // 2), a.sample, a.slot)):
-            self.was_called_early = self.was_called_early or self.called()
-            on_finish([answer])
-            threading.Event().wait(0.05)
-        return answers
+    def submit(self, requests: list[Request], sampling: Sampling) -> None:
+        self.left = sorted(map(answer, requests), key=lambda a: (-(a.slot // 2), a.sample, a.slot))
+
+    def poll(self) -> list[Trajectory]:
+        self.was_called_early = self.was_called_early or self.called()
+        threading.Event().wait(0.05)
+        return [self.left.pop(0)]
 
 
 @pytest.fixture
@@ -75,7 +76,7 @@ def test_groups_are_scored_while_others_are_generated(pool: ScorerPool, tmp_path
     requests = requests_of(prompts, SIZE, everything, 0, "test")
     engine = Engine(calls.exists)
     scoring = Scoring(pool, prompts, SIZE, everything, letters)
-    completions = generate_and_score(engine, nn.Identity(), requests, Sampling(), scoring)
+    completions = sample(engine, requests, Sampling(), scoring.on_finish)  # type: ignore[arg-type]
     scores = scoring.result()
     assert [(c.slot, c.sample) for c in completions] == [(r.slot, r.sample) for r in requests]
     assert scores.values[:, 0].tolist() == [float(c.ids[0]) for c in completions]
@@ -96,9 +97,9 @@ def test_a_group_is_scored_at_once_whatever_the_ranks(pool: ScorerPool, tmp_path
         requests = requests_of(prompts, SIZE, share, 0, "test")
         assert requests == all_requests[share], "a request's noise does not depend on the share it is in"
         scorings.append(Scoring(pool, prompts, SIZE, share, letters))
-        drawn += [Completion(r.slot, r.sample, [65 + 10 * r.slot + r.sample], [-1.0], True) for r in requests]
+        drawn += map(answer, requests)
         scorings[-1].on_finish(drawn[share])
-    batch = gather_completions(OneRank(), prompts, drawn)  # type: ignore[arg-type]
+    batch = gather_trajectories(OneRank(), prompts, drawn)  # type: ignore[arg-type]
     for scoring in scorings:
         scoring.complete(batch)
     values = [value for scoring in scorings for value in scoring.result().values[:, 0].tolist()]

@@ -1,0 +1,90 @@
+"""The engine in this process: a decoder, and the weights it decodes with."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from typing import Protocol
+
+from torch import nn
+
+from ..types import Trajectory
+from .engine import Decoder, Request
+from .fidelity import update_share
+from .native.kernel import MERGED
+from .sampling import Sampling
+
+
+class Weights(Protocol):
+    """What a decoder decodes with."""
+
+    def sync(self) -> None:
+        """Take over the policy's weights; a collective."""
+
+    def open(self) -> AbstractContextManager[nn.Module]:
+        """A context in which the model has its weights; a collective."""
+
+
+class LoadedModel:
+    """A model that never changes."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def sync(self) -> None:
+        """Do nothing."""
+
+    def open(self) -> AbstractContextManager[nn.Module]:
+        """See `Weights`."""
+        return nullcontext(self.model)
+
+
+class LocalEngine:
+    """Decodes in this process, while it is polled."""
+
+    def __init__(self, decoder: Decoder, weights: Weights, decoding: dict[str, str | None]) -> None:
+        self.decoder, self.weights, self.decoding = decoder, weights, decoding
+        self._opened = ExitStack()
+        self._model: nn.Module | None = None
+        self._queue: deque[Request] = deque()
+        self._sampling = Sampling()
+        self._work: Iterator[list[Trajectory]] | None = None
+
+    def update_weights(self) -> None:
+        """See `Engine`."""
+        self.weights.sync()
+
+    def wake(self) -> None:
+        """See `Engine`."""
+        self._model = self._opened.enter_context(self.weights.open())
+
+    def sleep(self) -> None:
+        """See `Engine`."""
+        self._queue.clear()
+        self._work = self._model = None  # what is decoded goes with the iterator
+        self._opened.close()
+
+    def submit(self, requests: list[Request], sampling: Sampling) -> None:
+        """See `Engine`; the engine has to be awake."""
+        if self._work is not None and sampling != self._sampling:
+            raise ValueError(f"{sampling} given while requests with {self._sampling} are decoded, expected the same")
+        assert self._model is not None, "the engine sleeps"
+        self._queue.extend(requests)
+        if self._work is None:
+            self._sampling, self._work = sampling, self.decoder.decode(self._model, self._queue, sampling)
+
+    def poll(self) -> list[Trajectory]:
+        """See `Engine`."""
+        if self._work is None:
+            return []
+        ended = next(self._work, None)
+        if ended is None:
+            self._work = None
+        return ended or []
+
+    def update_share(self) -> float | None:
+        """See `Engine`."""
+        with self.weights.open() as model:
+            merged = self.decoding["decoding"] == "compiled" and next(model.parameters()).dtype in MERGED
+            return update_share(model, merged=merged)

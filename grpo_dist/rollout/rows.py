@@ -1,0 +1,80 @@
+"""The plain decoder for models whose attention cannot share a prompt."""
+
+from __future__ import annotations
+
+import inspect
+from collections import deque
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..types import Trajectory
+from .engine import Request, limit_of, take_group, trajectory
+from .sampling import Sampling, draw
+
+COUNTS_ANEW = ("bamba",)
+"""Types whose code gives the first token of each call the position 0, unless it is given another."""
+
+
+class RowDecoder:
+    """Decodes one group at a time with the model's own cache and attention: right for every architecture, not fast.
+
+    All rows of a group have the same prompt and the same age, so nothing is padded and the model needs no mask.
+    """
+
+    def __init__(self, end_ids: list[int], max_new_tokens: int) -> None:
+        self.end_ids, self.max_new_tokens = end_ids, max_new_tokens
+
+    @torch.no_grad()
+    def decode(self, model: nn.Module, queue: deque[Request], sampling: Sampling) -> Iterator[list[Trajectory]]:
+        """See `Decoder`."""
+        while queue:
+            yield from self._group(model, take_group(queue), sampling)
+
+    def _group(self, model: nn.Module, group: list[Request], sampling: Sampling) -> Iterator[list[Trajectory]]:
+        device = next(model.parameters()).device
+        inputs = torch.tensor([group[0].prompt] * len(group), device=device)
+        keys = torch.tensor([request.key for request in group], device=device)
+        limits = [limit_of(request, self.max_new_tokens) for request in group]
+        limit = torch.tensor(limits, device=device)
+        ends = torch.tensor(self.end_ids, device=device)
+        may_end = torch.tensor([not request.ignore_end for request in group], device=device)
+        ended = torch.zeros(len(group), dtype=torch.bool, device=device)
+        tokens: list[Tensor] = []
+        logprobs: list[Tensor] = []
+        state: dict[str, Any] = {}
+        for position in range(max(limits)):
+            if position:
+                yield []
+            output = model(input_ids=inputs, use_cache=True, logits_to_keep=1, **state)
+            state = _state_after(model, output, len(group[0].prompt) + position)
+            token, logprob = draw(output.logits[:, -1], keys, torch.full_like(keys, position), sampling)
+            tokens.append(token)
+            logprobs.append(logprob)
+            ended |= (torch.isin(token, ends) & may_end) | (position + 1 >= limit)
+            if bool(ended.all()):
+                break
+            inputs = token[:, None]
+        rows = zip(group, limits, torch.stack(tokens, 1).tolist(), torch.stack(logprobs, 1).tolist(), strict=True)
+        yield [self._trajectory(request, ids[:most], values[:most]) for request, most, ids, values in rows]
+
+    def _trajectory(self, request: Request, ids: list[int], logprobs: list[float]) -> Trajectory:
+        ends = () if request.ignore_end else self.end_ids
+        length = next((place + 1 for place, token in enumerate(ids) if token in ends), len(ids))
+        return trajectory(request, ids[:length], logprobs[:length], self.end_ids)
+
+
+def _state_after(model: nn.Module, output: Any, length: int) -> dict[str, Any]:
+    """What the model's next call takes of its last, of rows of `length` tokens; ValueError where it kept nothing."""
+    state = {name: output[name] for name in ("past_key_values", "cache_params") if output.get(name) is not None}
+    if not state:
+        raise ValueError(f"{type(model).__name__} keeps its state in a way this engine does not know")
+    # before transformers 5.4, Mamba asks for it, and takes a place within its convolution's width for a prompt's
+    if "cache_params" in state and "cache_position" in inspect.signature(model.forward).parameters:
+        place = length + getattr(model.config, "conv_kernel", 0)
+        state["cache_position"] = torch.tensor([place], device=output.logits.device)
+    if model.config.model_type in COUNTS_ANEW:
+        state["position_ids"] = torch.tensor([[length]], device=output.logits.device)
+    return state
