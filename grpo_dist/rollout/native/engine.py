@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
+from ...distributed.transfer import to_device
 from ...types import Trajectory
 from ..engine import Request, limit_of, take_group, trajectory
 from ..sampling import Sampling, draw
@@ -121,12 +122,17 @@ class _Decoding:
             most = max(1, (self.engine.max_tokens_in_flight - self._shared(places)) // self.row_tokens)
             self.waiting.extend(places[start : start + most] for start in range(0, len(places), most))
         new = self.requests[first:]
-        self.keys = _longer(self.keys, [request.key for request in new])
-        self.limit = _longer(self.limit, [limit_of(request, self.engine.max_new_tokens) for request in new])
-        self.may_end = _longer(self.may_end, [not request.ignore_end for request in new])
-        self.ended_at = _longer(self.ended_at, [0] * len(new))
-        self.tokens = torch.cat([self.tokens, self.tokens.new_zeros((len(new), self.tokens.shape[1]))])
-        self.logprobs = torch.cat([self.logprobs, self.logprobs.new_zeros((len(new), self.logprobs.shape[1]))])
+        columns = [
+            torch.tensor([request.key for request in new]),
+            torch.tensor([limit_of(request, self.engine.max_new_tokens) for request in new]),
+            torch.tensor([0 if request.ignore_end else 1 for request in new]),
+        ]
+        keys, limit, may_end = to_device(columns, self.device)
+        self.keys = torch.cat([self.keys, keys])
+        self.limit = torch.cat([self.limit, limit])
+        self.may_end = torch.cat([self.may_end, may_end > 0])
+        self.ended_at = _longer(self.ended_at, len(new))
+        self.tokens, self.logprobs = _longer(self.tokens, len(new)), _longer(self.logprobs, len(new))
         self.state.version += 1  # a captured step knows the tables of before
 
     def run(self) -> Iterator[list[Trajectory]]:
@@ -237,5 +243,6 @@ class _Decoding:
         ]
 
 
-def _longer(column: Tensor, values: list[int] | list[bool]) -> Tensor:
-    return torch.cat([column, torch.tensor(values, dtype=column.dtype, device=column.device)])
+def _longer(table: Tensor, rows: int) -> Tensor:
+    """The table with so many rows of zeros more."""
+    return torch.cat([table, table.new_zeros((rows, *table.shape[1:]))])

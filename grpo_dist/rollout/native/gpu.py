@@ -105,8 +105,9 @@ class PagedDecoding:
         self.alive = torch.zeros(capacity, dtype=torch.bool, device=device)
         keys = torch.tensor([request.key for request in requests] + [0])
         limit = torch.tensor([limit_of(request, self.most) for request in requests] + [self.most])
-        may_end = torch.tensor([not request.ignore_end for request in requests] + [True])
-        self.keys, self.limit, self.may_end = to_device([keys, limit, may_end], device)
+        may_end = torch.tensor([0 if request.ignore_end else 1 for request in requests] + [1])
+        self.keys, self.limit, may_end = to_device([keys, limit, may_end], device)
+        self.may_end = may_end > 0
         self.ends = torch.tensor(end_ids, device=device)
         self.tokens = torch.zeros((nobody + 1, max_new_tokens), dtype=torch.int64, device=device)
         self.logprobs = torch.zeros((nobody + 1, max_new_tokens), dtype=torch.float32, device=device)

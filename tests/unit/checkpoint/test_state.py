@@ -1,0 +1,63 @@
+"""What a checkpoint holds of a step that is under way, and of what older versions wrote."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from grpo_dist.checkpoint.state import TrainState
+from grpo_dist.data.order import Sampler
+from grpo_dist.types import Batch, OldPolicy, Prompt
+
+pytestmark = pytest.mark.quick
+
+PROMPTS = [Prompt(n, [n, n + 1], f"prompt {n}") for n in range(6)]
+IDS = torch.tensor([5, 6, 7, 8, 9, 10])
+
+
+def make_state(sampled: torch.Tensor) -> TrainState:
+    """A step of which one update was made: two prompts with a completion each, of two and four tokens."""
+    logprobs = -torch.arange(int(sampled.sum())).float()
+    rewards = torch.tensor([[1.0, 2.0], [float("nan"), 0.5]], dtype=torch.float64)
+    batch = Batch(
+        [PROMPTS[4], PROMPTS[1]], torch.tensor([0, 1]), torch.tensor([2, 4]), torch.tensor([True, False]), IDS, sampled,
+        logprobs, rewards, rewards.nansum(1), scoring={"reward/a/seconds": 0.5}, extras={"a/note": ["x", None]},
+        old=OldPolicy(logprobs - 1, logprobs + 2),
+    )  # fmt: skip
+    state = TrainState(3, 0.04, Sampler(len(PROMPTS), 2, seed=0))
+    state.after_update(batch, {"loss": 1.5})
+    return state
+
+
+def restored(tensors: dict[str, torch.Tensor], state: TrainState) -> TrainState:
+    """The state as another process takes it up."""
+    fresh = TrainState(0, 0.0, Sampler(len(PROMPTS), 2, seed=0))
+    fresh.restore(tensors, {**state.meta(), "step": state.step}, PROMPTS)
+    return fresh
+
+
+@pytest.mark.parametrize("sampled", [[True] * 6, [True, False, True, False, False, True]])
+def test_a_batch_under_way_is_restored(sampled: list[bool]) -> None:
+    state = make_state(torch.tensor(sampled))
+    again = restored(state.tensors(), state)
+    assert (again.step, again.updates, again.kl_coeff, again.metrics) == (3, 1, 0.04, [{"loss": 1.5}])
+    assert again.batch is not None and state.batch is not None
+    assert again.batch.prompts == state.batch.prompts
+    assert (again.batch.scoring, again.batch.extras) == (state.batch.scoring, state.batch.extras)
+    assert again.meta() == state.meta()
+    for name, tensor in state.tensors().items():
+        torch.testing.assert_close(again.tensors()[name], tensor, rtol=0, atol=0, equal_nan=True)
+    assert again.batch.tokens.tolist() == [token for token, mine in zip(IDS.tolist(), sampled, strict=True) if mine]
+    assert again.batch.lengths.tolist() == [sum(sampled[:2]), sum(sampled[2:])]
+
+
+def test_a_checkpoint_from_before_tokens_were_told_apart() -> None:
+    """Older versions kept the completions' tokens and lengths alone."""
+    state = make_state(torch.ones(6, dtype=torch.bool))
+    older = state.tensors()
+    older["batch/tokens"], older["batch/lengths"] = older.pop("batch/ids"), older.pop("batch/row_lengths")
+    del older["batch/sampled"]
+    again = restored(older, state)
+    assert again.tensors().keys() == state.tensors().keys()
+    for name, tensor in state.tensors().items():
+        torch.testing.assert_close(again.tensors()[name], tensor, rtol=0, atol=0, equal_nan=True)
