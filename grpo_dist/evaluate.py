@@ -6,7 +6,7 @@
 
 Rewards, columns and sampling are those of a training config. Every sample is a function of the seed, its prompt and its
 number, so the ranks change nothing. Samples are saved in parts as they come, and the same command goes on after the
-last whole part. Nothing is trained, and a model is loaded whole on every rank.
+last part. Nothing is trained. Every rank loads the complete model.
 """
 
 from __future__ import annotations
@@ -94,13 +94,13 @@ class Evaluation:
         if config.data.template_date is not None or not uses_date(self.tokenizer):
             return config
         path = self.directory / "evaluation.json"
-        kept = json.loads(path.read_text()).get("template_date") if path.exists() else None
-        return replace(config, data=replace(config.data, template_date=kept or today()))
+        saved = json.loads(path.read_text()).get("template_date") if path.exists() else None
+        return replace(config, data=replace(config.data, template_date=saved or today()))
 
     def _claim(self) -> None:
         """Refuse a directory that holds another evaluation: its samples would be taken for this one's."""
         config = self.config
-        said = {
+        identity = {
             "model": base_identity(config.model, self.model_config), "num_samples": self.num_samples,
             "rollout": asdict(config.rollout), "rewards": [asdict(reward) for reward in config.rewards],
             "seed": config.train.seed, "num_prompts": len(self.prompts),
@@ -108,14 +108,14 @@ class Evaluation:
             "prompts": hashlib.sha256(repr([(p.index, p.ids) for p in self.prompts]).encode()).hexdigest(),
         }  # fmt: skip
         path = self.directory / "evaluation.json"
-        told = json.loads(json.dumps(said))
-        if path.exists() and (kept := json.loads(path.read_text())) != told:
-            changed = [key for key in told if kept.get(key) != told[key]]
+        identity = json.loads(json.dumps(identity))  # as it is read back
+        if path.exists() and (saved := json.loads(path.read_text())) != identity:
+            changed = [key for key in identity if saved.get(key) != identity[key]]
             raise ValueError(f"{self.directory} holds another evaluation ({', '.join(changed)} differ): choose another "
                              "--output, or remove it")  # fmt: skip
         if os.environ.get("RANK", "0") == "0":
             self.directory.mkdir(parents=True, exist_ok=True)
-            _write(path, json.dumps(told, indent=1))
+            _write(path, json.dumps(identity, indent=1))
 
     def run(self, ranks: Ranks) -> Rows:
         """Sample and score what is not there yet, and return a row for each prompt."""
@@ -244,17 +244,17 @@ def report(rows: Rows, num_samples: int, other: Path | None, directory: Path) ->
         for name in sorted({row["category"] for row in rows} - {None}, key=str)
     }
     tables = {name: summarise(part, num_samples) for name, part in groups.items()}
-    summary: dict[str, Any] = {name: {key: asdict(told) for key, told in part.items()} for name, part in tables.items()}
+    summary: dict[str, Any] = {name: {key: asdict(each) for key, each in part.items()} for name, part in tables.items()}
     console = Console()
     counts = {name: len(part) for name, part in groups.items()}
     console.print(_table(f"{len(rows)} prompts, {num_samples} samples each", tables, counts), markup=False)
     if other is not None:
         theirs = [json.loads(line) for path in sorted(other.glob("samples_*.jsonl")) for line in path.open()]
-        told = compare_rows(theirs, rows)
-        summary["comparison"] = asdict(told)
+        result = compare_rows(theirs, rows)
+        summary["comparison"] = asdict(result)
         console.print(
-            f"mean@n against {other}: {told.difference.value:+.4f} [{told.difference.low:+.4f}, "
-            f"{told.difference.high:+.4f}] over {told.num_prompts} common prompts, p = {told.p_value:.4g}",
+            f"mean@n against {other}: {result.difference.value:+.4f} [{result.difference.low:+.4f}, "
+            f"{result.difference.high:+.4f}] over {result.num_prompts} common prompts, p = {result.p_value:.4g}",
             markup=False,
         )
     _write(directory / "summary.json", json.dumps(summary, indent=1))

@@ -1,4 +1,4 @@
-"""Which decoder draws a run's completions: what is right is asked of the loaded model, what is faster is measured."""
+"""Which decoder draws a run's completions: the fastest that computes what the loaded model computes."""
 
 from __future__ import annotations
 

@@ -112,8 +112,8 @@ def decode_all(
 
 def in_order(requests: list[Request], trajectories: Iterable[Trajectory]) -> list[Trajectory]:
     """Each request's trajectory."""
-    found = {(each.slot, each.sample): each for each in trajectories}
-    return [found[request.slot, request.sample] for request in requests]
+    answers = {(each.slot, each.sample): each for each in trajectories}
+    return [answers[request.slot, request.sample] for request in requests]
 
 
 def take_group(queue: deque[Request]) -> list[Request]:

@@ -17,7 +17,7 @@ def update_share(model: nn.Module, *, merged: bool) -> float | None:
     `merged` where adapters are added to the weights, as on a CPU in float32; else they are apart, rounded to the dtype
     of the weights.
     """
-    found = total = 0.0
+    present = total = 0.0
     for module in model.modules():
         if not isinstance(module, LoraLayer) or "default" not in module.lora_A:
             continue
@@ -28,10 +28,10 @@ def update_share(model: nn.Module, *, merged: bool) -> float | None:
         if merged:
             layer = linear_of(module)
             added = (layer.merged() - layer.weight).double()
-            found += scaling * float(((exact_b.T @ added) * exact_a).sum())
+            present += scaling * float(((exact_b.T @ added) * exact_a).sum())
         else:
-            found += scaling**2 * _inner(exact_a, exact_b, a.to(dtype).double(), b.to(dtype).double())
-    return found / total if total else None
+            present += scaling**2 * _inner(exact_a, exact_b, a.to(dtype).double(), b.to(dtype).double())
+    return present / total if total else None
 
 
 def _inner(a: Tensor, b: Tensor, other_a: Tensor, other_b: Tensor) -> float:

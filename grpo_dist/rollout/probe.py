@@ -43,7 +43,7 @@ def _outputs(model: nn.Module, ids: Tensor, completions: tuple[int, ...]) -> Ten
 def packing_leak(model: nn.Module) -> str | None:
     """Why packs with shared prompts, or rollouts with them, are wrong for this model; None where they are right.
 
-    `model` was loaded with `attention.NAME` and holds its whole weights.
+    `model` was loaded with `attention.NAME` and has all its weights.
     """
     most = rounding(model)
     first, second = COMPLETIONS

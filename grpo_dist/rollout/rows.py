@@ -67,7 +67,7 @@ class RowDecoder:
 
 
 def _state_after(model: nn.Module, output: Any, length: int) -> dict[str, Any]:
-    """What the model's next call takes of its last, of rows of `length` tokens; ValueError where it kept nothing."""
+    """What the model's next call takes over from its last one, for rows of `length` tokens; ValueError for nothing."""
     state = {name: output[name] for name in ("past_key_values", "cache_params") if output.get(name) is not None}
     if not state:
         raise ValueError(f"{type(model).__name__} keeps its state in a way this engine does not know")

@@ -121,13 +121,13 @@ def build(config: Config) -> tuple[Parts, TrainState]:
     watch = Watch(ranks.rank, ranks.num_ranks, ranks.store(config.train.hang_timeout_seconds),
                   config.train.max_seconds, config.train.hang_timeout_seconds, lambda: ranks.meetings)  # fmt: skip
     display = Display(config.train.num_train_steps, state.step, ranks.is_main, config.logging.show_completions_every)
-    kept = -1 if state.is_start else state.step
+    last_step = -1 if state.is_start else state.step
     parts = Parts(
         config=config, directory=directory, lock=lock_file, identity=data.identity, ranks=ranks, watch=watch,
         tokenizer=data.tokenizer, texts_of=CompletionTexts(data.tokenizer, data.end_ids), prompts=data.prompts,
         eval_prompts=data.eval_prompts, reward_names=labels(config.rewards), scorer=scorer, **vars(models),
         phase=Phases(display, watch, ranks.device), display=display,
-        recorder=Recorder(config, directory, kept) if ranks.is_main else None,
+        recorder=Recorder(config, directory, last_step) if ranks.is_main else None,
         first_update=first_update(config, resume_from is not None, state.updates),
         bad_updates=BadUpdates(directory, config.train.max_bad_updates, ranks.is_main), failed_saves=FailedSaves(),
     )  # fmt: skip

@@ -33,8 +33,8 @@ def collect(parts: Parts, state: TrainState) -> Batch:
     batches = [_round(parts, state, prompts, f"train/{step}")]
     if not config.rollout.max_resamples:
         return batches[0]
-    kept, spare = _sorted_groups(batches[0])
-    chosen, rounds, all_rewards = [kept], 0, [batches[0].reward]
+    with_signal, without = _sorted_groups(batches[0])
+    chosen, rounds, all_rewards = [with_signal], 0, [batches[0].reward]
     while sum(map(len, chosen)) < config.train.batch_size and rounds < config.rollout.max_resamples:
         rounds += 1
         missing = config.train.batch_size - sum(map(len, chosen))
@@ -43,9 +43,9 @@ def collect(parts: Parts, state: TrainState) -> Batch:
         batches.append(_round(parts, state, [parts.prompts[i] for i in places], f"train/{step}/{rounds}"))
         chosen.append(_sorted_groups(batches[-1])[0])
         all_rewards.append(batches[-1].reward)
-    replaced = sum(map(len, chosen)) - len(kept)
-    filled = spare[: config.train.batch_size - len(kept) - replaced]
-    chosen[0] = sorted(kept + filled)
+    replaced = sum(map(len, chosen)) - len(with_signal)
+    filled = without[: config.train.batch_size - len(with_signal) - replaced]
+    chosen[0] = sorted(with_signal + filled)
     counts = {
         "rollout/rounds": 1 + rounds, "rollout/groups": sum(len(batch.prompts) for batch in batches),
         "rollout/groups_replaced": replaced, "rollout/groups_without_signal": len(filled),
@@ -94,7 +94,7 @@ def _round(parts: Parts, state: TrainState, prompts: list[Prompt], stream: str) 
                                          stream, state.step)  # fmt: skip
         batch = gather_trajectories(parts.ranks, prompts, trajectories)
         scoring.complete(batch)
-    if not config.rollout.max_resamples:  # else only of the groups that are kept
+    if not config.rollout.max_resamples:  # else only of the groups that stay
         batch = with_reference(parts, batch)
     with parts.phase("reward"):
         with parts.ranks.together("scoring"):

@@ -35,7 +35,7 @@ def main(train: Callable[[Parts, TrainState], None], arguments: list[str] | None
     """The command line around a training; returns the exit status.
 
     0: done, or stopped by a signal or the time limit with a checkpoint to go on from. 1: failed. 2: a mistake in the
-    config, the data or the model, found before anything was learned. With --dry_run nothing is trained: see check.py.
+    config, the data or the model, before anything was learned. With --dry_run nothing is trained: see check.py.
     """
     words = sys.argv[1:] if arguments is None else arguments
     if DRY_RUN in words:
@@ -44,28 +44,28 @@ def main(train: Callable[[Parts, TrainState], None], arguments: list[str] | None
     set_up_logging()
     try:
         parts, state = build(config)
-    except (UserError, LaunchError) as error:  # most are found on every rank alike
+    except (UserError, LaunchError) as error:  # most are raised on all ranks
         if os.environ.get("RANK", "0") == "0" or is_of_one_rank(error):
             write_lines(plain_lines(f"error: {error}"), sys.stderr)
         return 2
-    status, all_ranks, told, dies = 1, True, "", False
+    status, all_ranks, message, dies = 1, True, "", False
     try:
         train(parts, state)
-        status, told = 0, "done"
-    except Interrupted as reason:
+        status, message = 0, "done"
+    except Interrupted as stop:
         save_checkpoint(parts, state)
-        status, told = 0, f"stopped: {reason}. The same command goes on from step {state.step}"
+        status, message = 0, f"stopped: {stop}. The same command goes on from step {state.step}"
     except UnfitModel as error:  # raised on all ranks alike
-        status, told = 2, f"error: {error}"
+        status, message = 2, f"error: {error}"
     except (PhaseError, RewardFailure, FloatingPointError) as error:  # these are raised on all ranks alike
-        told = f"error: {_with_advice(str(error), config)}"
+        message = f"error: {_with_advice(str(error), config)}"
     except BaseException as error:  # the other ranks may be in a collective that this one will never join
         all_ranks, dies = False, parts.ranks.num_ranks > 1
-        message = _with_advice(f"rank {parts.ranks.rank} died: {type(error).__name__}: {error}", config)
+        reason = _with_advice(f"rank {parts.ranks.rank} died: {type(error).__name__}: {error}", config)
         if dies or isinstance(error, torch.OutOfMemoryError):
-            write_lines(f"{traceback.format_exc()}error: {message}", sys.stderr)
+            write_lines(f"{traceback.format_exc()}error: {reason}", sys.stderr)
         if dies:
-            parts.watch.end_all(message)
+            parts.watch.end_all(reason)
         raise
     finally:
         close(parts, all_ranks)
@@ -73,10 +73,10 @@ def main(train: Callable[[Parts, TrainState], None], arguments: list[str] | None
             logging.shutdown()
             sys.stderr.flush()
             os._exit(status)
-        if parts.ranks.is_main and told:
+        if parts.ranks.is_main and message:
             _report(parts.directory)
-            told = summary(parts) if told == "done" else plain_lines(told)  # it may quote what a model wrote
-            write_lines(told, sys.stderr if status else sys.stdout)
+            message = summary(parts) if message == "done" else plain_lines(message)  # it may quote what a model wrote
+            write_lines(message, sys.stderr if status else sys.stdout)
     return status
 
 

@@ -18,7 +18,7 @@ from ..model.checks import UnfitModel
 MOST_GAP = 1e-3
 """Nats that float32 may change a token's log-probability by; small models are at 1e-6, in attention or recurrent."""
 MOST_KL = {"float32": 1e-6, "float16": 0.02, "bfloat16": 0.1}
-"""Nats a token that rounding may make of the distance between equal policies, several times what was measured."""
+"""Nats a token that rounding may make of the distance between equal policies: several times what tests saw."""
 
 
 @dataclass

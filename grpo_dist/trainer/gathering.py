@@ -53,11 +53,11 @@ def gather_scores(
     failures = gathered[:, num_rewards : 2 * num_rewards].bool()
     failed = failures.any(1)
     if bool(failed.any()):
-        _judge(ranks, batch, rows, scores.failures, failed.double().mean().item(), error_budget)
-    measured, extras = _gather_logged(ranks, scores)
+        _report_failures(ranks, batch, rows, scores.failures, failed.double().mean().item(), error_budget)
+    metrics, extras = _gather_logged(ranks, scores)
     counts = failures.sum(0).tolist()
-    measured |= {f"reward/{name}/failed": float(count) for name, count in zip(scores.names, counts, strict=True)}
-    return replace(batch, rewards=gathered[:, :num_rewards], reward=gathered[:, -1], extras=extras, scoring=measured,
+    metrics |= {f"reward/{name}/failed": float(count) for name, count in zip(scores.names, counts, strict=True)}
+    return replace(batch, rewards=gathered[:, :num_rewards], reward=gathered[:, -1], extras=extras, scoring=metrics,
                    token_rewards=_token_rewards(ranks, batch, rows, scores))  # fmt: skip
 
 
@@ -69,20 +69,20 @@ def _flat(rows: Iterable[list[Any]], dtype: type[np.generic]) -> Tensor:
 def _gather_logged(ranks: Ranks, scores: Scores) -> tuple[dict[str, float], dict[str, list[Any]]]:
     """Seconds spent in each reward, calls made again and what the rewards logged, over all ranks."""
     spent = np.array([scores.seconds, scores.repeated_calls])
-    told = ranks.gather_objects((spent, scores.metrics, scores.extras, len(scores.values)))
-    seconds, repeated = np.sum([spent for spent, *_ in told], axis=0).tolist()
-    measured = {f"reward/{name}/seconds": total for name, total in zip(scores.names, seconds, strict=True)}
-    measured |= {f"reward/{name}/repeated_calls": count for name, count in zip(scores.names, repeated, strict=True)}
-    for name in sorted({name for _, metrics, *_ in told for name in metrics}):
-        parts = [metrics[name] for _, metrics, *_ in told if name in metrics]
-        measured[f"reward/{name}"] = sum(total for total, _ in parts) / sum(count for _, count in parts)
-    columns = sorted({column for *_, extras, _ in told for column in extras})
-    extras = {column: [value for *_, part, count in told for value in part.get(column, [None] * count)]
+    logged = ranks.gather_objects((spent, scores.metrics, scores.extras, len(scores.values)))
+    seconds, repeated = np.sum([spent for spent, *_ in logged], axis=0).tolist()
+    totals = {f"reward/{name}/seconds": total for name, total in zip(scores.names, seconds, strict=True)}
+    totals |= {f"reward/{name}/repeated_calls": count for name, count in zip(scores.names, repeated, strict=True)}
+    for name in sorted({name for _, metrics, *_ in logged for name in metrics}):
+        parts = [metrics[name] for _, metrics, *_ in logged if name in metrics]
+        totals[f"reward/{name}"] = sum(total for total, _ in parts) / sum(count for _, count in parts)
+    columns = sorted({column for *_, extras, _ in logged for column in extras})
+    extras = {column: [value for *_, part, count in logged for value in part.get(column, [None] * count)]
               for column in columns}  # fmt: skip
     for column, values in extras.items():
         if any(isinstance(value, str) for value in values):  # a parquet column has one type
             extras[column] = [None if value is None else str(value) for value in values]
-    return measured, extras
+    return totals, extras
 
 
 def _token_rewards(ranks: Ranks, batch: Batch, rows: slice, scores: Scores) -> Tensor | None:
@@ -102,16 +102,18 @@ def _token_rewards(ranks: Ranks, batch: Batch, rows: slice, scores: Scores) -> T
     return ranks.gather(table)
 
 
-def _judge(ranks: Ranks, batch: Batch, rows: slice, failures: list[Failure], share: float, budget: float) -> None:
-    """Say what failed, and stop all ranks where it was too much."""
+def _report_failures(
+    ranks: Ranks, batch: Batch, rows: slice, failures: list[Failure], share: float, budget: float
+) -> None:
+    """Log what failed, or stop all ranks where it was too much."""
     first = None
     if failures:
         failure = failures[0]
         prompt = batch.prompts[int(batch.group[rows][failure.item])].index
         first = (f"reward {failure.reward!r} ({failure.kind}) on a completion of prompt {prompt}: {failure.message}\n"
                  f"{failure.traceback}").rstrip()  # fmt: skip
-    told = [text for text in ranks.gather_objects(first) if text]
-    message = f"{share:.1%} of the completions could not be scored. " + "\n".join(told)
+    messages = [text for text in ranks.gather_objects(first) if text]
+    message = f"{share:.1%} of the completions could not be scored. " + "\n".join(messages)
     if share > budget:
         raise RewardFailure(f"{message}\nscoring.error_budget allows {budget:.1%}: mend the reward or raise the budget")
     if ranks.is_main:

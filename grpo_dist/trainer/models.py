@@ -72,22 +72,22 @@ def load_models(
                                     ranks.gather_objects)  # fmt: skip
     share_prompts = obstacle is None
     require_no_noise(wrapped, policy, share_prompts, ranks.gather_objects)
-    kept = {} if resume_from is None else checkpoint.load_meta(resume_from)
+    saved = {} if resume_from is None else checkpoint.load_meta(resume_from)
     with rollout_model.open() as model:
         plain = head_is_plain(model, share_prompts)
-    engine = make_engine(rollout_model, obstacle, end_ids, engine_to_keep(config.rollout, kept),
-                         ranks.gather_objects, kept.get("decoding"))  # fmt: skip
+    engine = make_engine(rollout_model, obstacle, end_ids, engine_to_keep(config.rollout, saved),
+                         ranks.gather_objects, saved.get("decoding"))  # fmt: skip
     for each in (policy, *([reference.policy] if reference else [])):  # may be one
         each.fused_head = plain and isinstance(each.causal_lm.get_output_embeddings(), torch.nn.Linear)
     return Models(policy, wrapped, prepared, optimizer_state, reference, rollout_model, engine, share_prompts)
 
 
-def engine_to_keep(rollout: RolloutConfig, kept: dict[str, Any]) -> RolloutConfig:
-    """The options with the engine that a checkpoint's metadata (`kept`) names, where the config leaves the choice open.
+def engine_to_keep(rollout: RolloutConfig, saved: dict[str, Any]) -> RolloutConfig:
+    """The options with the engine that a checkpoint's metadata (`saved`) names, where the config leaves it open.
 
     Another engine would round differently.
     """
-    return rollout if rollout.engine != "auto" else replace(rollout, engine=kept.get("engine", "auto"))
+    return rollout if rollout.engine != "auto" else replace(rollout, engine=saved.get("engine", "auto"))
 
 
 def _load_reference(

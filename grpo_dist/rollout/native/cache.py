@@ -1,6 +1,6 @@
 """Keys and values of everything in flight, and the attention of a decoding step over them.
 
-Keys and values of a prompt are held once, whatever the size of its group; each sequence adds only its own. A step of
+Keys and values of a prompt are stored once, whatever the size of its group; each sequence adds only its own. A step of
 decoding attends to both parts apart and joins them under one softmax (the partial results are weighted by their sums
 of exponentials, as in FlashAttention, arXiv:2205.14135, section 3.1). Prompts so short that a second attention costs
 more than it saves are copied to every sequence instead, in front of its own tokens.
@@ -57,7 +57,7 @@ class DecodeState:
         self.own_values: dict[int, Tensor] = {}
         self.prompt_lengths = torch.zeros(0, dtype=torch.int64, device=device)  # (P,)
         self.prompt = torch.zeros(0, dtype=torch.int64, device=device)  # (R,) each sequence's prompt
-        self.lengths = torch.zeros(0, dtype=torch.int64, device=device)  # (R,) sampled tokens held
+        self.lengths = torch.zeros(0, dtype=torch.int64, device=device)  # (R,) sampled tokens in the cache
         self.used = 0  # the most slots that any sequence has filled, known without asking the device
         self.version = 0  # counts the exchanges of tensors
 
@@ -70,17 +70,17 @@ class DecodeState:
         """Add prompts with `sizes` sequences each, from the row that computed them."""
         if not prefill.keys:
             raise ValueError("the model's attention never came to the layout it was given")
-        held, lengths, sizes_there = len(self.prompt_lengths), prefill.lengths, torch.tensor(sizes, device=self.device)
-        for kept, prompts, own in (
+        first, lengths, sizes_there = len(self.prompt_lengths), prefill.lengths, torch.tensor(sizes, device=self.device)
+        for fresh_rows, prompts, own in (
             (prefill.keys, self.prompt_keys, self.own_keys), (prefill.values, self.prompt_values, self.own_values),
         ):  # fmt: skip
-            for layer, row in kept.items():
+            for layer, row in fresh_rows.items():
                 fresh = _padded(row.split(lengths, 1))  # (new prompts, Hk, their longest, D)
                 if self.shares:
                     prompts[layer] = _stacked(prompts.get(layer), fresh)
                     fresh = fresh[:, :, :0]
                 own[layer] = _stacked(own.get(layer), fresh.repeat_interleave(sizes_there, 0))
-        places = torch.arange(held, held + len(lengths), device=self.device)
+        places = torch.arange(first, first + len(lengths), device=self.device)
         self.prompt = torch.cat([self.prompt, places.repeat_interleave(sizes_there)])
         self.prompt_lengths = torch.cat([self.prompt_lengths, torch.tensor(lengths, device=self.device)])
         self.lengths = torch.cat([self.lengths, self.lengths.new_zeros(sum(sizes))])
@@ -120,9 +120,9 @@ class DecodeState:
         first = torch.cumsum(counts, 0) - counts
         self.seat = self.prompt * self.most + self.rows - first[self.prompt]
         self.all_seated = self.num_rows == len(counts) * self.most
-        held = next(iter(self.prompt_keys.values()))
-        places = torch.arange(held.shape[2], device=self.device)
-        self.prompt_mask = _mask(places >= self.prompt_lengths[:, None], held.dtype)  # (P, 1, 1, Lp)
+        keys = next(iter(self.prompt_keys.values()))
+        places = torch.arange(keys.shape[2], device=self.device)
+        self.prompt_mask = _mask(places >= self.prompt_lengths[:, None], keys.dtype)  # (P, 1, 1, Lp)
 
     def make_room(self) -> None:
         """Make room for one more token of each sequence."""
@@ -203,12 +203,12 @@ def _with_slots(x: Tensor, slots: int) -> Tensor:
     return pad(x, (0, 0, 0, slots - x.shape[-2]))
 
 
-def _stacked(held: Tensor | None, new: Tensor) -> Tensor:
+def _stacked(old: Tensor | None, new: Tensor) -> Tensor:
     """(N, Hk, S, D) and (M, Hk, S', D) as one (N + M, Hk, max(S, S'), D)."""
-    if held is None:
+    if old is None:
         return new
-    slots = max(held.shape[2], new.shape[2])
-    return torch.cat([_with_slots(held, slots), _with_slots(new, slots)])
+    slots = max(old.shape[2], new.shape[2])
+    return torch.cat([_with_slots(old, slots), _with_slots(new, slots)])
 
 
 def _mask(hidden: Tensor, dtype: torch.dtype) -> Tensor:

@@ -38,8 +38,8 @@ def library(source: Path) -> ctypes.CDLL:
         compile_ = [*compiler, *FLAGS, "-fopenmp"]
         # with the instructions that -march=native has come to mean here: a home may be shared by unlike machines
         meaning = _output([*compile_, "-dM", "-E", "-x", "c++", os.devnull])
-        made_of = repr((source.read_bytes(), compile_, openmp, meaning))
-        name = f"{source.stem}-{hashlib.sha256(made_of.encode()).hexdigest()[:16]}.so"
+        ingredients = repr((source.read_bytes(), compile_, openmp, meaning))
+        name = f"{source.stem}-{hashlib.sha256(ingredients.encode()).hexdigest()[:16]}.so"
         with _directory() as directory:
             place = directory / name
             if place.is_file():
@@ -64,12 +64,12 @@ def _compiler(openmp: str) -> list[str]:
         raise CannotCompile(f"CXX: {error}") from error
     # what clang compiles calls its own OpenMP
     names = ["g++", "c++"] if "gomp" in Path(openmp).name else ["g++", "c++", "clang++"]
-    found = next(filter(None, map(shutil.which, names)), None)
+    installed = next(filter(None, map(shutil.which, names)), None)
     if given:
         return given
-    if found is None:
+    if installed is None:
         raise CannotCompile(f"there is no C++ compiler: {', '.join(names)} are not on the PATH, and CXX is not set")
-    return [found]
+    return [installed]
 
 
 def _openmp() -> str:
@@ -79,11 +79,11 @@ def _openmp() -> str:
     except OSError:
         raise CannotCompile(f"OpenMP is looked for as Linux does, not on {platform.system()}") from None
     mapped = dict.fromkeys(fields[5] for line in lines if len(fields := line.split(maxsplit=5)) == 6)
-    found = [path for path in mapped if re.fullmatch(r"lib(gomp|iomp5|omp)\b.*\.so.*", Path(path).name)]
-    if not found:
+    loaded = [path for path in mapped if re.fullmatch(r"lib(gomp|iomp5|omp)\b.*\.so.*", Path(path).name)]
+    if not loaded:
         raise CannotCompile("torch has loaded no OpenMP")
     beside = str(Path(torch.__file__).parent.parent)  # torch/lib, or torch.libs
-    return next((path for path in found if path.startswith(beside)), found[0])
+    return next((path for path in loaded if path.startswith(beside)), loaded[0])
 
 
 @contextmanager
@@ -92,8 +92,8 @@ def _directory() -> Iterator[Path]:
     directory = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "grpo_dist"
     try:
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        facts = directory.stat()
-        own = facts.st_uid == os.getuid() and not facts.st_mode & 0o022 and os.access(directory, os.W_OK)
+        status = directory.stat()
+        own = status.st_uid == os.getuid() and not status.st_mode & 0o022 and os.access(directory, os.W_OK)
     except OSError:
         own = False
     if own:

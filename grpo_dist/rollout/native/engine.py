@@ -167,7 +167,7 @@ class _Decoding:
         self._draw(logits)
 
     def _shared(self, group: list[int]) -> int:
-        """Tokens that requests with one prompt hold together."""
+        """Tokens that requests with one prompt share."""
         return len(self.requests[group[0]].prompt) if self.shares else 0
 
     def _reserved(self) -> int:

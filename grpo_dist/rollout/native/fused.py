@@ -60,7 +60,7 @@ def _product(*parts: Linear) -> Product:
 
 @dataclass(frozen=True)
 class FusedLayer:
-    """Attention and feed-forward, with what is computed together in one piece."""
+    """Attention and feed-forward; weights that one product can compute are joined."""
 
     layer: Layer
     qkv: Product

@@ -241,13 +241,13 @@ class PagedDecoding:
         requests = [row.request for row in self.rows if id(row) in ended]
         (places,) = to_device([torch.tensor(requests)], self.device)
         self.results.append((requests, HostCopy(self.ended_at[places], self.tokens[places], self.logprobs[places])))
-        kept = [n for n, row in enumerate(self.rows) if id(row) not in ended]
+        alive_rows = [n for n, row in enumerate(self.rows) if id(row) not in ended]
         for row in self.rows:
             if id(row) in ended:
                 self._let_go(row)
-        (order,) = to_device([torch.tensor(kept, dtype=torch.int64)], self.device)
-        was, now = len(self.rows), len(kept)
-        self.rows = [self.rows[n] for n in kept]
+        (order,) = to_device([torch.tensor(alive_rows, dtype=torch.int64)], self.device)
+        was, now = len(self.rows), len(alive_rows)
+        self.rows = [self.rows[n] for n in alive_rows]
         for buffer, nothing in ((self.row_request, len(self.requests)), (self.last, 0), (self.alive, False),
                                 (self.pool.lengths, 0)):  # fmt: skip
             buffer[:now] = buffer[order]

@@ -71,7 +71,7 @@ class KernelStep:
         code = library(SOURCE)
         self.decode, self.scratch_floats = getattr(code, FUNCTIONS[self.dtype]), code.scratch_floats
         self.scratch_floats.restype = c_int64
-        self.kept: list[Tensor] = []  # what is pointed to
+        self.referenced: list[Tensor] = []  # what is pointed to
         self.layers = (_Layer * len(weights.layers))(*(self._layer(layer) for layer in weights.layers))
         self.step = _Step(
             torch.get_num_threads(), len(self.layers), hidden, inner, vocabulary,
@@ -154,7 +154,7 @@ class KernelStep:
         return max(sum(len(linear.adapter.a) for linear in group if linear.adapter) for group in groups)
 
     def _kept(self, x: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> int:
-        self.kept.append(x)
+        self.referenced.append(x)
         return _address(x, shape, dtype)
 
 

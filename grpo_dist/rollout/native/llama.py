@@ -178,9 +178,9 @@ def _layer(module: Any) -> Layer:
 
 
 def _expect(module: nn.Module, names: set[str], extra: Set[str] = frozenset()) -> None:
-    found = {name for name, _ in module.named_children()}
-    if not names <= found <= names | extra:
-        raise ValueError(f"{type(module).__name__} consists of {sorted(found)}, expected {sorted(names)}")
+    children = {name for name, _ in module.named_children()}
+    if not names <= children <= names | extra:
+        raise ValueError(f"{type(module).__name__} consists of {sorted(children)}, expected {sorted(names)}")
 
 
 def _norm(module: Any) -> Norm:

@@ -23,7 +23,7 @@ from .cache import PrefillLayout
 PAGE = 64
 """Tokens of a page."""
 TILE = 8
-"""Rows of one prompt that attend to it together."""
+"""Rows of one prompt that attend to it in one tile."""
 PROGRAMS = 264
 """Thread blocks that fill a GPU: a step of few rows is split into as many parts."""
 
@@ -40,7 +40,7 @@ class PagePool:
         self.values: dict[int, Tensor] = {}
         self.free = list(range(num_pages, 0, -1))
         self.table = torch.zeros((most_rows, pages_of(row_tokens)), dtype=torch.int32, device=device)
-        self.lengths = torch.zeros(most_rows, dtype=torch.int32, device=device)  # own tokens held
+        self.lengths = torch.zeros(most_rows, dtype=torch.int32, device=device)  # own tokens in the cache
         self.prompt = torch.zeros(most_rows, dtype=torch.int64, device=device)
         self.prompt_table = torch.zeros((most_rows, pages_of(prompt_tokens)), dtype=torch.int32, device=device)
         self.prompt_lengths = torch.zeros(most_rows, dtype=torch.int32, device=device)
@@ -48,9 +48,9 @@ class PagePool:
         self.tile_rows = torch.zeros((2 * most_rows, TILE), dtype=torch.int32, device=device)
         self.num_rows = self.num_tiles = self.splits = self.prompt_splits = 0
 
-    def take(self, tokens: int, held: int = 0) -> list[int]:
-        """The pages that are missing for `tokens` tokens where `held` pages are there."""
-        return [self.free.pop() for _ in range(pages_of(tokens) - held)]
+    def take(self, tokens: int, present: int = 0) -> list[int]:
+        """The pages that are missing for `tokens` tokens where `present` pages are there."""
+        return [self.free.pop() for _ in range(pages_of(tokens) - present)]
 
     def give_back(self, pages: list[int]) -> None:
         """Pages that nobody needs any more."""
@@ -136,5 +136,5 @@ def pages_of(tokens: int) -> int:
 
 def _splits(programs: int, pages: int) -> int:
     """Into how many parts each program's pages are cut: a power of two that fills the GPU, at most one part a page."""
-    wanted = min(max(1, PROGRAMS // programs), pages, 16)
-    return 1 << int(math.log2(wanted))
+    splits = min(max(1, PROGRAMS // programs), pages, 16)
+    return 1 << int(math.log2(splits))
