@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from toy import task
+from toy_training import make_tokenizer
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 from transformers import Qwen2ForSequenceClassification as Classifier
 
 from grpo_dist.config.schema import RewardConfig, ScoringConfig
-from grpo_dist.model.toy import task
-from grpo_dist.model.toy_training import make_tokenizer
 from grpo_dist.rewards.pool.pool import ScorerPool
 from grpo_dist.rewards.registry import resolve
 from grpo_dist.rewards.scores import Item

@@ -1,6 +1,6 @@
 """Train the tiny reward model of configs/summarise.yaml: 1 for a text that ends with a full stop, else 0.
 
-    python configs/data/make_reward_model.py [OUT_DIR]
+    python toys/toy_reward_model.py [OUT_DIR]
 """  # fmt: skip
 
 from __future__ import annotations
@@ -9,10 +9,9 @@ import random
 import sys
 
 import torch
+from toy import task
+from toy_training import make_tokenizer
 from transformers import Qwen2Config, Qwen2ForSequenceClassification
-
-from grpo_dist.model.toy import task
-from grpo_dist.model.toy_training import make_tokenizer
 
 OUT_DIR = "configs/data/toy_reward_model"
 

@@ -1,12 +1,12 @@
-"""How a toy base model is made: a tokenizer and a tiny Qwen2, trained on a task from nothing until it can but will not.
+"""Make a toy model: a tokenizer and a tiny Qwen2, trained from random weights on a task of toy.py or toy_carry.py.
 
-A first phase teaches the task; a second, short one changes how often the model does what it was taught, and spares the
-knowledge. What is left is what GRPO needs: a policy that could be right and mostly is not. The tasks are in toy.py and
-toy_carry.py. It deliberately does no reinforcement learning and downloads nothing.
+A first phase teaches the task. A short second phase lets the model answer wrong more often and keeps the knowledge.
+GRPO needs such a policy: it can be right and mostly is not. This does no reinforcement learning and downloads nothing.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import random
 import re
@@ -15,8 +15,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
-
-from ..config.own_options import OwnOptions
 
 if TYPE_CHECKING:
     import torch
@@ -45,7 +43,7 @@ class Phase:
     num_steps: int
     matrix_learning_rate: float  # Muon, the hidden matrices
     other_learning_rate: float  # AdamW, the embedding, the biases and the norms
-    fault_share: float  # how often targets are not what a right answer would be; the task says in which ways
+    fault_share: float  # share of targets that are no right answer; each task has its own kinds of faults
     batch_size: int = 64
 
 
@@ -59,35 +57,35 @@ class Shape:
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """What a base has to be to be worth shipping, on held-out problems; shares between 0 and 1."""
+class Bounds:
+    """Accuracies on held-out problems, between 0 and 1, that a model must have to ship."""
 
-    taught: float  # least that is right of the most likely completions after the first phase
-    greedy: tuple[float, float]  # bounds of the same for the base
-    sampled: tuple[float, float]  # bounds of what is right of its samples
+    taught: float  # lower bound of the greedy accuracy after the first phase
+    greedy: tuple[float, float]  # lower and upper bound of the greedy accuracy of the finished model
+    sampled: tuple[float, float]  # lower and upper bound of the accuracy of its samples
 
 
 @dataclass(frozen=True)
 class Task:
-    """What one base is taught and measured by."""
+    """What a model learns, and how it is evaluated."""
 
-    texts: Sequence[str]  # what the tokenizer is to know
+    texts: Sequence[str]  # the tokenizer is trained on them
     draw: Callable[[Phase, random.Random], list[tuple[str, str]]]  # a batch of prompts with their targets
     held_out: Sequence[Problem]
     max_completion_tokens: int
     phases: tuple[Phase, Phase]
     shape: Shape
-    wanted: Wanted
+    bounds: Bounds
 
 
 @dataclass(frozen=True)
 class Accuracy:
-    """What a model makes of a list of problems; all are shares between 0 and 1."""
+    """Results of a model on a list of problems; all are shares between 0 and 1."""
 
     greedy: float  # problems whose most likely completion is right
     sampled: float  # samples at temperature 1 that are right
     any_sample: float  # problems with at least one right sample
-    ended: float  # samples that ended by themselves
+    ended: float  # samples that end with the end token
 
     def __str__(self) -> str:
         return (
@@ -98,8 +96,8 @@ class Accuracy:
 
 def last_integer(text: str) -> int | None:
     """Return the last integer written in text, or None."""
-    found = re.findall(r"-?\d+", text)
-    return int(found[-1]) if found else None
+    integers = re.findall(r"-?\d+", text)
+    return int(integers[-1]) if integers else None
 
 
 def write_rows(path: Path, rows: Sequence[Problem]) -> None:
@@ -112,20 +110,20 @@ def write_rows(path: Path, rows: Sequence[Problem]) -> None:
 
 
 def make_tokenizer(texts: Sequence[str]) -> Qwen2Tokenizer:
-    """Train Qwen2's byte-level BPE on some texts: one token a digit, an end token and another for padding."""
+    """Train Qwen2's byte-level BPE on some texts. Each digit is a token, and there is an end and a padding token."""
     from tokenizers.pre_tokenizers import ByteLevel
     from tokenizers.trainers import BpeTrainer
     from transformers import Qwen2Tokenizer
 
-    # AutoTokenizer rebuilds a Qwen2 tokenizer from its vocabulary and merges alone, with Qwen2's own pre-tokenizer; so
-    # the merges are learnt under that pre-tokenizer, or they would mean something else after a save and a load.
+    # AutoTokenizer rebuilds a Qwen2 tokenizer from its vocabulary and merges, with Qwen2's pre-tokenizer. Merges that
+    # were learned with another pre-tokenizer would mean something else after a save and a load.
     backend = Qwen2Tokenizer().backend_tokenizer
     trainer = BpeTrainer(vocab_size=1000, initial_alphabet=ByteLevel.alphabet(), show_progress=False)
     backend.train_from_iterator(texts, trainer)
-    learnt = json.loads(backend.to_str())["model"]
-    merges = [tuple(merge) for merge in learnt["merges"]]
+    learned = json.loads(backend.to_str())["model"]
+    merges = [tuple(merge) for merge in learned["merges"]]
     return Qwen2Tokenizer(
-        vocab=learnt["vocab"],
+        vocab=learned["vocab"],
         merges=merges,
         unk_token=None,
         eos_token=EOS_TOKEN,
@@ -161,7 +159,7 @@ def encode(
 ) -> tuple[torch.Tensor, torch.Tensor, int]:
     """Return token ids (N, T) and labels (N, T), padded on the right, and the length of the shortest prompt.
 
-    Labels are -100 everywhere but on the completion and its end token.
+    Labels are -100 except on the completion and its end token.
     """
     import torch
 
@@ -181,18 +179,18 @@ def cross_entropy(model: Qwen2ForCausalLM, ids: torch.Tensor, labels: torch.Tens
     """Return the mean negative log-likelihood of the completion tokens; right padding needs no attention mask."""
     import torch.nn.functional as F
 
-    # Logits before the last token of the shortest prompt would be thrown away, and are a third of the output's cost.
+    # No loss needs the logits before the last token of the shortest prompt, which are a third of the output's cost.
     logits = model(input_ids=ids, use_cache=False, logits_to_keep=slice(shortest - 1, -1)).logits
     return F.cross_entropy(logits.flatten(0, 1), labels[:, shortest:].flatten())
 
 
 def train(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerBase, task: Task, phase: Phase, seed: int) -> None:
-    """Run one phase: Muon for the hidden matrices, AdamW for the rest, the rates warmed up and decayed to zero."""
+    """Run one phase: Muon for the hidden matrices, AdamW for the rest; rates warm up and decay to zero."""
     import torch
 
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
     others = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed" in name]
-    # With AdamW alone held-out problems come after three times as many steps, and the command would take minutes more.
+    # AdamW alone needs three times as many steps to solve held-out problems, which takes minutes more.
     optimizers = [
         torch.optim.Muon(matrices, lr=phase.matrix_learning_rate, weight_decay=0.01),
         torch.optim.AdamW(others, lr=phase.other_learning_rate, weight_decay=0.1, betas=(0.9, 0.95)),
@@ -224,7 +222,7 @@ def evaluate(
     seed: int = 0,
     num_samples: int = 8,
 ) -> Accuracy:
-    """Complete every problem greedily and num_samples times at temperature 1; right is a right last integer."""
+    """Complete every problem greedily and num_samples times at temperature 1. The last integer counts."""
     import torch
 
     tokenizer.padding_side = "left"
@@ -252,7 +250,7 @@ def evaluate(
 
 
 def make_base(task: Task, directory: Path, seed: int) -> list[str]:
-    """Train a base, save it rounded to bfloat16, evaluate what was saved, and return what it misses."""
+    """Train a model, save it in bfloat16, evaluate the saved model, and return the bounds that it misses."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -269,26 +267,26 @@ def make_base(task: Task, directory: Path, seed: int) -> list[str]:
     saved = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
     final = evaluate(saved, tokenizer, task.held_out, task.max_completion_tokens)
     weights = directory / "model.safetensors"
-    weights.chmod(0o644)  # safetensors leaves it readable to its owner alone, and an installed package has others
+    weights.chmod(0o644)  # safetensors lets only the owner read it, and an installed package has other users
     size_bytes = weights.stat().st_size
     print(f"held-out of the saved model: {final}; {size_bytes} bytes", flush=True)
     bounds = {
-        f"greedy after the {teaching.name} phase": (first.greedy, task.wanted.taught, 1.0),
-        "greedy": (final.greedy, *task.wanted.greedy),
-        "sampled": (final.sampled, *task.wanted.sampled),
+        f"greedy after the {teaching.name} phase": (first.greedy, task.bounds.taught, 1.0),
+        "greedy": (final.greedy, *task.bounds.greedy),
+        "sampled": (final.sampled, *task.bounds.sampled),
         "ended": (final.ended, 0.99, 1.0),
     }
-    missed = [f"{name} {value:.3f}, wanted {low} to {high}"
+    missed = [f"{name} {value:.3f}, expected {low} to {high}"
               for name, (value, low, high) in bounds.items() if not low <= value <= high]  # fmt: skip
-    too_big = [f"{size_bytes} bytes, wanted below {MAX_MODEL_BYTES}"] if size_bytes >= MAX_MODEL_BYTES else []
+    too_big = [f"{size_bytes} bytes, expected below {MAX_MODEL_BYTES}"] if size_bytes >= MAX_MODEL_BYTES else []
     return missed + too_big
 
 
-def main(module: str, task: Task, write_data: Callable[[Path], None], arguments: Sequence[str] | None = None) -> None:
-    """Make a base model, and the data files where asked; exit with an error where it misses what is wanted of it."""
-    parser = OwnOptions(prog=f"python -m grpo_dist.{module}", description="Make a toy base model.")
+def main(task: Task, write_data: Callable[[Path], None], arguments: Sequence[str] | None = None) -> None:
+    """Make a model, and the data files if asked. Exits with an error if the model misses a bound."""
+    parser = argparse.ArgumentParser(description="Make a toy base model.", allow_abbrev=False)
     parser.add_argument("out_dir", type=Path, help="directory for the model and its tokenizer")
-    parser.add_argument("--seed", type=int, default=0, help="of the weights and of what is drawn for training")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the weights and of the training targets")
     parser.add_argument("--data-dir", type=Path, help="also write the training and evaluation prompts here")
     options = parser.parse_args(arguments)
     if options.data_dir is not None:

@@ -1,17 +1,16 @@
-"""The longer toy task and its base model: column addition that is written out, and goes wrong at the carries.
+"""Make the toy model `toy-carry` and its data: column addition in writing, which goes wrong at the carries.
 
-Numbers of 3 to 8 digits are added from the right, a column at a time, each with the carry of the one before:
+Numbers of 3 to 8 digits are added from the right, one column at a time, each with the carry of the column before:
 
     What is 368 + 275? Write out each column.
      8+5+0=13;6+7+1=14;3+2+1=06 so 643
 
-A completion has 30 to 85 tokens and is right only if every carry was taken along. The base, `toy-carry`, forgets most
-of them, the more often the larger the digit to which the carry is added, and at times it guesses (" Maybe 712") and
-writes nothing out: its best answer is right only where there is next to nothing to carry, and of a sum with many
-carries a whole group of samples is usually wrong. The columns themselves it adds without fail, in sums it has never
-seen too. It is made in three minutes on one CPU core.
+A completion has 30 to 85 tokens and is right only if it has every carry. The model forgets most carries, and more often
+before larger digits. Sometimes it guesses (" Maybe 712") and writes no columns. Its greedy answer is right only where
+a sum has almost no carries. In a sum with many carries usually all samples of a group are wrong. It adds the columns
+themselves without errors, also in sums that it has never seen. Making it takes three minutes on one CPU core.
 
-    python -m grpo_dist.model.toy_carry OUT_DIR [--seed 0] [--data-dir configs/data]
+    python toys/toy_carry.py OUT_DIR [--seed 0] [--data-dir configs/data]
 """
 
 from __future__ import annotations
@@ -21,13 +20,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from .toy_training import Phase, Shape, Task, Wanted, main, write_rows
+from toy_training import Bounds, Phase, Shape, Task, main, write_rows
 
 DIGITS = range(3, 9)
 NUM_TRAIN, NUM_EVAL = 1200, 120
 GUESS = " Maybe {}"
 GUESS_SHARE = 0.4  # of the fault share; the other targets forget carries
-MAX_FORGET_SHARE = 0.95  # what is never seen cannot be found by sampling
+MAX_FORGET_SHARE = 0.95  # sampling cannot find what the model never saw
 
 COLUMNS = Phase("columns", 420, matrix_learning_rate=0.01, other_learning_rate=0.01, fault_share=0.1)
 CARELESS = Phase("careless", 80, matrix_learning_rate=0.001, other_learning_rate=0.001, fault_share=0.6)
@@ -56,7 +55,7 @@ def draw_problem(num_digits: int, draw: random.Random) -> Problem:
 
 
 def problems(split: Literal["train", "eval"]) -> list[Problem]:
-    """List the problems of a split, equally many of each number of digits; none is in both."""
+    """List the problems of a split, equally many of each number of digits. No problem is in both splits."""
     draw, rows = random.Random(20), dict[Problem, None]()  # its own fixed seed, as in toy.py
     while len(rows) < NUM_TRAIN + NUM_EVAL:
         rows[draw_problem(DIGITS[len(rows) % len(DIGITS)], draw)] = None
@@ -70,12 +69,12 @@ def write_data(directory: Path) -> None:
 
 
 def forget_share(digit: int, fault_share: float) -> float:
-    """How often the carry to a column is forgotten: a fifth of the fault share at the upper digit 0, twice it at 9."""
+    """The probability to forget a carry: a fifth of the fault share before digit 0, twice the fault share before 9."""
     return min(MAX_FORGET_SHARE, fault_share * (1 + digit) / 5)
 
 
 def written_out(problem: Problem, fault_share: float, draw: random.Random) -> str:
-    """Write out a sum in which carries are forgotten now and then; the answer is what the columns come to."""
+    """Write out a sum and sometimes forget a carry. The answer follows from the columns."""
     columns, answer, carry = [], "", 0
     for upper, lower in zip(str(problem.left)[::-1], str(problem.right)[::-1], strict=True):
         carry = 0 if carry and draw.random() < forget_share(int(upper), fault_share) else carry
@@ -94,7 +93,7 @@ def draw_target(problem: Problem, phase: Phase, draw: random.Random) -> str:
 
 
 def task() -> Task:
-    """What the base is taught and measured by."""
+    """The task: its data, phases, model size and the accuracy that the model must have."""
     held_out = problems("eval")
     known = set(held_out)
 
@@ -113,9 +112,9 @@ def task() -> Task:
         max_completion_tokens=96,
         phases=(COLUMNS, CARELESS),
         shape=Shape(hidden_size=96, intermediate_size=192),
-        wanted=Wanted(taught=0.97, greedy=(0.0, 0.3), sampled=(0.1, 0.25)),
+        bounds=Bounds(taught=0.97, greedy=(0.0, 0.3), sampled=(0.1, 0.25)),
     )
 
 
 if __name__ == "__main__":
-    main("toy_carry", task(), write_data)
+    main(task(), write_data)
