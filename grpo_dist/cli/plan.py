@@ -1,15 +1,10 @@
 """`python -m grpo_dist plan`: memory of each GPU, and the arithmetic of a step, on any number of them.
 
     python -m grpo_dist plan --config configs/quickstart.yaml --ranks 1,8,64 --gpu-memory 80GiB
-    python -m grpo_dist plan --config FILE --ranks 8,64,512 --from RUN --zero 2 --link-gbps 100
 
 Of the model nothing is loaded but its config: parameters are counted, and the passes of an update traced, on tensors
 without memory. Prompts and completions are taken at their full length. The status is 1 where --gpu-memory is given and
 no strategy fits at one of the numbers of ranks. docs/memory.md compares predictions with measurements.
-
-With --from, the steps that a run recorded say how long a step takes on other numbers of ranks, once with the config's
-batch (strong scaling) and once with a batch that grows with the ranks (weak scaling). docs/scaling.md has the
-assumptions.
 """
 
 from __future__ import annotations
@@ -18,7 +13,6 @@ import argparse
 import re
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -43,22 +37,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--gpu-memory", metavar="SIZE", help="memory of a GPU, such as 80GiB: says what does not fit")
     parser.add_argument("--device", choices=["gpu", "cpu"], default="gpu",
                         help="what `auto` dtypes stand for: bfloat16 on a gpu, float32 on a cpu (gpu)")  # fmt: skip
-    parser.add_argument("--from", dest="recorded", type=Path, metavar="RUN", help="output directory of a measured run")
-    parser.add_argument("--zero", type=int, choices=[0, 1, 2, 3], default=2,
-                        help="ZeRO stage of the predicted steps; 0 is DDP (2)")  # fmt: skip
-    parser.add_argument("--link-gbps", type=float, default=100.0, metavar="G",
-                        help="gigabits a second that each rank sends and receives (100)")  # fmt: skip
-    parser.add_argument("--link-latency-us", type=float, default=20.0, metavar="U",
-                        help="microseconds that a message takes to start (20)")  # fmt: skip
 
 
 def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
     """Predict and print. Raises ValueError, OSError."""
     ranks = parse_ranks(options.ranks)
     limit = None if options.gpu_memory is None else parse_size(options.gpu_memory)
-    if options.link_gbps <= 0 or options.link_latency_us < 0:
-        raise ValueError(f"--link-gbps, --link-latency-us: {options.link_gbps:g}, {options.link_latency_us:g} given, "
-                         "expected a speed above 0 and a latency of at least 0")  # fmt: skip
     config = parse_config(list(rest))
     from ..model.load import load_model_config
     from ..monitoring.console import set_up_logging  # torch; a mistake in the options should not wait for it
@@ -75,10 +59,6 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
     if most_bytes is not None:
         for num_ranks in unfit:
             _print_advice(console, config, model_config, options.device, num_ranks, most_bytes)
-    if options.recorded is not None:
-        from ..planning.outlook import print_outlook
-
-        print_outlook(console, predictor, options, ranks)
     return int(bool(unfit))
 
 

@@ -1,1 +1,1 @@
-"""What a run will need and how fast it can be, worked out before anything is loaded."""
+"""The memory of a rank and the counts of a step, predicted before anything is loaded."""

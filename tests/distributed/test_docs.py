@@ -35,8 +35,8 @@ ONLY_READ = {
     # verbs that are read by their parser alone
     "bench": "takes minutes",
 }  # fmt: skip
-NEEDED = {"--push_to_hub", "--from"}
-"""Options that need an account, or a run that takes long: read by their verb's parser alone."""
+NEEDED = {"--push_to_hub"}
+"""Options that need an account: read by their verb's parser alone."""
 STAND_INS = {"FILE": "configs/quickstart.yaml", "RUN": "runs/quickstart", "COMPLETIONS": "completions.jsonl",
              "OTHER_OUTPUT": "other"}  # fmt: skip
 """What the test puts in the place of what a page leaves to its reader."""
