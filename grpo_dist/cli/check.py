@@ -1,14 +1,14 @@
-"""`python -m grpo_dist check`: everything about a run that can be found out beforehand, and all problems at once.
+"""`python -m grpo_dist check`: check a run before it starts, and report all problems at once.
 
     python -m grpo_dist check --config configs/quickstart.yaml --ranks 8
 
-and the same on the machines of the run:
+The same check on the machines of the run:
 
     accelerate launch --config_file accelerate_configs/zero2.yaml --num_processes 8 -m grpo_dist.train \
         --config FILE --dry_run
 
-Options are those of a training. Nothing is loaded that a run would compute with, and nothing is left behind. The exit
-status is 2 where there is any problem.
+The options are those of a training. The check loads no weights and leaves no files. The exit status is 2 if there is a
+problem.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from ..preflight.options import read_options
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add the verb's own options; those of a run, `--config` first, are left to its parser."""
-    parser.add_argument("--ranks", type=int, metavar="N", help="processes of the run (as many as there are GPUs, or 1)")
+    """Add the options of the verb. The parser of a run reads the others, such as `--config`."""
+    parser.add_argument("--ranks", type=int, metavar="N", help="processes of the run (the number of GPUs, or 1)")
 
 
 def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
-    """Look, print, and return 2 where there is a problem. Raises ValueError."""
+    """Check, print, and return 2 if there is a problem. Raises ValueError."""
     if options.ranks is not None and options.ranks < 1:
         raise ValueError(f"--ranks: {options.ranks} given, expected at least 1")
     return check(read_options(rest), options.ranks)

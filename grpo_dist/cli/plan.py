@@ -1,10 +1,10 @@
-"""`python -m grpo_dist plan`: memory of each GPU, and the arithmetic of a step, on any number of them.
+"""`python -m grpo_dist plan`: predict the memory of each GPU, and the counts of a step, for any number of GPUs.
 
     python -m grpo_dist plan --config configs/quickstart.yaml --ranks 1,8,64 --gpu-memory 80GiB
 
-Of the model nothing is loaded but its config: parameters are counted, and the passes of an update traced, on tensors
-without memory. Prompts and completions are taken at their full length. The status is 1 where --gpu-memory is given and
-no strategy fits at one of the numbers of ranks. docs/memory.md compares predictions with measurements.
+Only the config of the model is loaded. Parameters are counted and the passes of an update are traced on tensors without
+memory. All prompts and completions have full length. The exit status is 1 if --gpu-memory is given and no strategy fits
+for one of the numbers of ranks. docs/memory.md compares predictions with measurements.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ if TYPE_CHECKING:
 
 STRATEGIES: dict[str, ZeroStage] = {"DDP": 0, "ZeRO-1": 1, "ZeRO-2": 2, "ZeRO-3": 3}
 RESERVE = 0.1
-"""Share of --gpu-memory left to what is not a tensor: CUDA's context, libraries, fragments of the allocator."""
+"""Share of --gpu-memory for what is not a tensor: the CUDA context, libraries, fragments of the allocator."""
 UNITS = {"MB": 10**6, "GB": 10**9, "TB": 10**12, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add the verb's own options; those of a run, `--config` first, are left to its parser."""
+    """Add the options of the verb. The parser of a run reads the others, such as `--config`."""
     parser.add_argument("--ranks", default="1,8,64", metavar="N,N,…", help="numbers of GPUs (1,8,64)")
-    parser.add_argument("--gpu-memory", metavar="SIZE", help="memory of a GPU, such as 80GiB: says what does not fit")
+    parser.add_argument("--gpu-memory", metavar="SIZE", help="memory of a GPU, such as 80GiB, to see what fits")
     parser.add_argument("--device", choices=["gpu", "cpu"], default="gpu",
-                        help="what `auto` dtypes stand for: bfloat16 on a gpu, float32 on a cpu (gpu)")  # fmt: skip
+                        help="device of `auto` dtypes: bfloat16 on a gpu, float32 on a cpu (gpu)")  # fmt: skip
 
 
 def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
@@ -45,7 +45,7 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
     limit = None if options.gpu_memory is None else parse_size(options.gpu_memory)
     config = parse_config(list(rest))
     from ..model.load import load_model_config
-    from ..monitoring.console import set_up_logging  # torch; a mistake in the options should not wait for it
+    from ..monitoring.console import set_up_logging  # imports torch: an error in the options should not wait for it
     from ..planning.predict import Predictor
 
     set_up_logging()
@@ -63,7 +63,7 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
 
 
 def parse_ranks(text: str) -> list[int]:
-    """Numbers of ranks in rising order. Raises ValueError."""
+    """Numbers of ranks in ascending order. Raises ValueError."""
     words = text.split(",")
     if not all(re.fullmatch(r"[1-9]\d*", word.strip()) for word in words):
         raise ValueError(f"--ranks: {text!r} given, expected whole numbers from 1 up, such as 1,8,64")
@@ -71,7 +71,7 @@ def parse_ranks(text: str) -> list[int]:
 
 
 def parse_size(text: str) -> int:
-    """Bytes of a size with its unit. Raises ValueError."""
+    """The bytes of a size with a unit. Raises ValueError."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]+)\s*", text)
     if match is None or match[2].upper() not in UNITS:
         raise ValueError(f"--gpu-memory: {text!r} given, expected a number with its unit, such as 80GiB or 24GB")
@@ -96,32 +96,32 @@ def _print_steps(console: Console, predictor: Predictor, ranks: list[int]) -> No
 
 
 def _print_parts(console: Console, predictor: Predictor, num_ranks: int) -> None:
-    """Every part under each strategy, and each phase's peak."""
+    """Print every part for each strategy, and the peak of each phase."""
     from ..planning.memory import peaks
 
-    found = {name: predictor.parts(num_ranks, stage) for name, stage in STRATEGIES.items()}
-    table = table_of(f"Memory of each of {num_ranks} rank(s)", ["part", "held", *found])
+    by_strategy = {name: predictor.parts(num_ranks, stage) for name, stage in STRATEGIES.items()}
+    table = table_of(f"Memory of each of {num_ranks} rank(s)", ["part", "phase", *by_strategy])
     rows: dict[tuple[str, str], dict[str, int]] = {}
-    for name, parts in found.items():
+    for name, parts in by_strategy.items():
         for part in parts:
             rows.setdefault((part.name, part.phase), {})[name] = part.num_bytes
     for (part_name, phase), values in sorted(rows.items(), key=lambda row: row[0][1] != "always"):
-        table.add_row(part_name, phase, *(readable(values[name]) if values.get(name) else "–" for name in found))
+        table.add_row(part_name, phase, *(readable(values[name]) if values.get(name) else "–" for name in by_strategy))
     table.add_section()
-    tops = {name: peaks(parts) for name, parts in found.items()}
+    tops = {name: peaks(parts) for name, parts in by_strategy.items()}
     for phase in next(iter(tops.values())):
         table.add_row("peak", phase, *(readable(top[phase]) for top in tops.values()), style="bold")
     console.print(table)
 
 
 def _print_peaks(console: Console, predictor: Predictor, ranks: list[int], limit: int | None) -> list[int]:
-    """The largest peak by ranks and strategy; returns the numbers of ranks at which no strategy fits."""
+    """Print the largest peak by ranks and strategy. Returns the numbers of ranks for which no strategy fits."""
     from ..planning.advice import largest_peak
 
     most = predictor.most_bytes
     title = "Largest peak, and its phase"
     if most is not None:
-        title += f"; ✗: above {readable(most)}, what {readable(limit or 0)} leave after a reserve of {RESERVE:.0%}"
+        title += f"; ✗: above {readable(most)}, {readable(limit or 0)} less a reserve of {RESERVE:.0%}"
     table = table_of(title, ["ranks", *STRATEGIES])
     unfit = []
     for num_ranks in ranks:
@@ -143,7 +143,7 @@ def _print_advice(
     stage: ZeroStage = 2 if num_ranks > 1 else 0
     changes, needed = make_fit(config, model_config, device, num_ranks, stage, most_bytes)
     start = f"{num_ranks} rank(s){' from ZeRO-2' if stage else ''}"
-    told = "  ".join(changes) or "no change helps"
+    advice = "  ".join(changes) or "no change helps"
     fits = needed <= most_bytes
-    console.print(f"{start}: {told}: {readable(needed)}" + ("" if fits else ", which still does not fit: more ranks "
-                  "under ZeRO-3, a smaller model, or shorter prompts and completions"), soft_wrap=True)  # fmt: skip
+    console.print(f"{start}: {advice}: {readable(needed)}" + ("" if fits else ", still too much; use more ranks "
+                  "with ZeRO-3, a smaller model, or shorter prompts and completions"), soft_wrap=True)  # fmt: skip

@@ -1,4 +1,4 @@
-"""What to change where a run does not fit, found by predicting it with the change."""
+"""Options to change if a run does not fit into memory. Each change is checked by a new prediction."""
 
 from __future__ import annotations
 
@@ -14,30 +14,30 @@ Change = tuple[str, Config, ZeroStage]
 
 
 def largest_peak(predictor: Predictor, num_ranks: int, stage: ZeroStage) -> tuple[Phase, int]:
-    """The phase that needs most, and its bytes."""
-    found = peaks(predictor.parts(num_ranks, stage))
-    phase = max(found, key=found.__getitem__)
-    return phase, found[phase]
+    """The phase with the largest peak, and its bytes."""
+    by_phase = peaks(predictor.parts(num_ranks, stage))
+    phase = max(by_phase, key=by_phase.__getitem__)
+    return phase, by_phase[phase]
 
 
 def make_fit(
     config: Config, model_config: Any, device: Device, num_ranks: int, stage: ZeroStage, most_bytes: int
 ) -> tuple[list[str], int]:
-    """Changes that together bring a rank's memory below `most_bytes`, and the bytes that are needed with them.
+    """The changes that bring a rank's memory below `most_bytes`, and the bytes that it then needs.
 
-    Those that cost least time come first; a change that does not help with what is largest is left out. Where all of
-    them are not enough, the bytes returned are above the limit.
+    Changes that cost least time come first. A change that does not lower the largest peak is left out. If all changes
+    are not enough, the returned bytes are above the limit.
     """
     phase, needed = largest_peak(Predictor(config, model_config, device, most_bytes), num_ranks, stage)
     changes: list[str] = []
     for _ in range(16):
         if needed <= most_bytes:
             break
-        for told, changed, changed_stage in _candidates(config, device, phase, stage, num_ranks):
+        for change, changed, changed_stage in _candidates(config, device, phase, stage, num_ranks):
             predictor = Predictor(changed, model_config, device, most_bytes)
             new_phase, new = largest_peak(predictor, num_ranks, changed_stage)
             if new < needed:
-                changes = [each for each in changes if each.split()[0] != told.split()[0]] + [told]
+                changes = [each for each in changes if each.split()[0] != change.split()[0]] + [change]
                 config, stage, phase, needed = changed, changed_stage, new_phase, new
                 break
         else:
@@ -46,7 +46,7 @@ def make_fit(
 
 
 def _candidates(config: Config, device: Device, phase: Phase, stage: ZeroStage, num_ranks: int) -> Iterator[Change]:
-    """What could lower a phase's peak, the cheapest first."""
+    """Changes that could lower the peak of a phase, the cheapest first."""
     longest = config.max_sequence_length
     rollout, train, reference = config.rollout, config.train, config.reference
     in_flight = tokens_in_flight(config, device)

@@ -1,4 +1,4 @@
-"""Counting the tensors that are alive while some code runs, real ones or fake ones alike."""
+"""Count the bytes of live tensors while code runs. The tensors may be real or fake."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from torch.utils._pytree import tree_leaves
 
 
 class LiveBytes(TorchDispatchMode):
-    """Inside, every tensor that an operation brings forth is counted from then until it is freed.
+    """Counts every tensor that an operation returns, from then until it is freed.
 
-    Tensors that were there before are not counted, and neither is what an operation uses and frees within itself.
+    It does not count tensors that existed before, nor tensors that an operation allocates and frees inside.
     """
 
     def __init__(self) -> None:
@@ -22,13 +22,13 @@ class LiveBytes(TorchDispatchMode):
         self.now = 0
         """Bytes alive."""
         self.peak = 0
-        """Most bytes alive at once so far."""
-        self._held: dict[int, int] = {}
+        """Most bytes alive at once until now."""
+        self._sizes: dict[int, int] = {}
 
     def __torch_dispatch__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Run an operation and count what it returned."""
+        """Run an operation and count the tensors that it returns."""
         self._note((args, kwargs), counted=False)
         result = func(*args, **(kwargs or {}))
         self._note(result, counted=True)
@@ -39,11 +39,11 @@ class LiveBytes(TorchDispatchMode):
             if isinstance(leaf, Tensor):
                 storage = leaf.untyped_storage()
                 key = storage._cdata
-                if key not in self._held:
-                    self._held[key] = storage.nbytes() if counted else 0
-                    self.now += self._held[key]
+                if key not in self._sizes:
+                    self._sizes[key] = storage.nbytes() if counted else 0
+                    self.now += self._sizes[key]
                     self.peak = max(self.peak, self.now)
                     weakref.finalize(storage, self._freed, key)
 
     def _freed(self, key: int) -> None:
-        self.now -= self._held.pop(key, 0)
+        self.now -= self._sizes.pop(key, 0)

@@ -1,8 +1,8 @@
-"""Memory of one rank, by part and phase: arithmetic alone, without a model. Pure.
+"""Memory of one rank, by part and phase. Pure arithmetic without a model.
 
-What the parts are and when they are held follows trainer/: weights and optimizer always, the cache and the logits of
-decoding during the rollout, the activations of one pack during the update. Bytes are those of tensors; a process adds
-its own (interpreter, libraries, and on a GPU CUDA's context and the allocator's fragments).
+The parts follow trainer/: weights and optimizer exist always, the cache and the logits of decoding during the rollout,
+the activations of one pack during the update. Bytes are those of tensors. A process needs more: the interpreter,
+libraries, and on a GPU the CUDA context and the fragments of the allocator.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ PHASES: tuple[Phase, ...] = ("rollout", "reference", "update", "optimizer")
 
 FLOAT32 = 4
 
-KEPT_WHOLE = 100_000
-"""ZeRO-3 keeps parameters of fewer elements whole on every rank (stage3_param_persistence_threshold)."""
+PERSISTENCE_THRESHOLD = 100_000
+"""ZeRO-3 does not shard parameters with fewer elements (stage3_param_persistence_threshold)."""
 MOST_GATHERED = 1_000_000_000
-"""Elements that ZeRO-3 keeps gathered at once (stage3_max_live_parameters)."""
+"""Most elements that ZeRO-3 keeps gathered at once (stage3_max_live_parameters)."""
 REDUCE_BUCKET = 500_000_000
-"""Elements of the buffer in which DeepSpeed reduces gradients, at most (reduce_bucket_size)."""
+"""Most elements of the buffer in which DeepSpeed reduces gradients (reduce_bucket_size)."""
 
 
 @dataclass(frozen=True)
@@ -31,13 +31,13 @@ class ModelCounts:
     parameters: int
     """Of the base model, without adapters."""
     adapters: int
-    """Of the adapters; 0 where all weights are trained."""
+    """Of the adapters; 0 if all weights are trained."""
     adapted: int
     """Of the weights that have adapters on them."""
     joined: int
     """Of the projections to queries, keys and values."""
-    kept_whole: int
-    """Of the base parameters below KEPT_WHOLE."""
+    persistent: int
+    """Of the base parameters below PERSISTENCE_THRESHOLD, which ZeRO-3 does not shard."""
     num_layers: int
     cache_width: int
     """Of the keys and values of one token in one layer."""
@@ -47,37 +47,37 @@ class ModelCounts:
 
 @dataclass(frozen=True)
 class Passes:
-    """Most bytes held at once above the weights."""
+    """Peak bytes of the passes, without the weights."""
 
     update: int
     """In the forward and backward pass of one pack."""
     reference: int
-    """In the reference's forward pass of one pack; 0 where no reference is needed."""
+    """In the reference's forward pass of one pack; 0 without a reference."""
     prefill_per_token: int
-    """In a forward pass without gradients, for each token, the logits left out."""
+    """In a forward pass without gradients, for each token, without the logits."""
     sampling_per_logit: float
-    """In drawing a token from its logits, for each entry of the vocabulary, the logits themselves left out."""
+    """In sampling a token, for each logit, without the logits themselves."""
 
 
 @dataclass(frozen=True)
 class Flight:
-    """What a rank decodes at once, at its fullest."""
+    """The sequences that a rank decodes at once, at the peak."""
 
     prompts: int
     rows: int
     """Sequences."""
     prompt_length: int
     slots: int
-    """Tokens for which a sequence's own cache has room when it is longest."""
+    """Tokens for which the cache of a sequence has space when the sequence is longest."""
     shares: bool
-    """Prompts are held once for all their sequences; else the sequences' own caches hold them."""
+    """The cache holds a prompt once for all its sequences; else once for each sequence."""
     scored: int
-    """Most keys to which the attention of a sequence holds its scores at once; 0 where its kernel keeps none."""
+    """Most attention scores that a query keeps at once; 0 if the kernel keeps none."""
 
 
 @dataclass(frozen=True)
 class MemoryInputs:
-    """All that the memory of a rank depends on."""
+    """Everything that determines the memory of a rank."""
 
     counts: ModelCounts
     passes: Passes
@@ -86,32 +86,32 @@ class MemoryInputs:
     zero_stage: Literal[0, 1, 2, 3]
     """0: DDP, or one process without DeepSpeed."""
     policy_bytes: int
-    """Bytes of one of the policy's weights."""
+    """Bytes of one weight of the policy."""
     trained_bytes: int
-    """Bytes of one of the weights that are trained, as the policy computes with them."""
+    """Bytes of one trained weight, in the dtype of the policy's computation."""
     copy_bytes: int
-    """Bytes of one of the frozen copy's weights; 0 where there is no copy."""
+    """Bytes of one weight of the frozen copy; 0 without a copy."""
     copy_decodes: bool
-    """Rollouts are drawn with the copy's weights where ZeRO-3 has partitioned the policy's: it has their dtype."""
+    """Rollouts use the copy if ZeRO-3 has sharded the policy: both have the same dtype."""
     step_bytes: int = 0
-    """Of weights that a step of decoding has in a form of its own."""
+    """Of weights that decoding stores a second time, in another form."""
     reward_models: int = 0
-    """Bytes of reward models that lie on the rank's GPU beside it."""
+    """Bytes of reward models on the rank's GPU."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """Something that takes memory."""
+    """One use of memory."""
 
     name: str
     num_bytes: int
     phase: Phase
-    """When it is held."""
+    """The phase in which it exists."""
 
 
 def slots_held(copied: int, max_new_tokens: int, chunk: int) -> int:
-    """Slots a sequence's own cache has grown to when it holds `copied` tokens of its prompt and `max_new_tokens` (see
-    rollout/cache.py)."""
+    """Slots in the cache of a sequence with `copied` prompt tokens and `max_new_tokens` new ones (see
+    rollout/native/cache.py)."""
     slots, most = copied, copied + max_new_tokens
     while slots < most:
         slots = min(max(slots + chunk, slots * 3 // 2), most + 1)
@@ -119,18 +119,18 @@ def slots_held(copied: int, max_new_tokens: int, chunk: int) -> int:
 
 
 def memory_per_rank(inputs: MemoryInputs) -> list[Part]:
-    """Every part of a rank's memory; a phase's peak is the sum of its parts and of those held always."""
+    """All parts of a rank's memory. The peak of a phase is the sum of its parts and of those that exist always."""
     return [*_weights(inputs), *_rollout(inputs), *_update(inputs)]
 
 
 def peaks(parts: list[Part]) -> dict[Phase, int]:
-    """Bytes held at the fullest moment of each phase."""
+    """Peak bytes of each phase."""
     always = sum(part.num_bytes for part in parts if part.phase == "always")
     return {phase: always + sum(part.num_bytes for part in parts if part.phase == phase) for phase in PHASES}
 
 
 def shard(elements: int, num_ranks: int, sharded: bool) -> int:
-    """Elements a rank holds of `elements`."""
+    """Elements of `elements` on one rank."""
     return math.ceil(elements / num_ranks) if sharded else elements
 
 
@@ -141,12 +141,12 @@ def _trained(inputs: MemoryInputs) -> int:
 def _weights(inputs: MemoryInputs) -> list[Part]:
     counts, ranks, stage = inputs.counts, inputs.num_ranks, inputs.zero_stage
     frozen = counts.parameters if counts.adapters else 0
-    held = shard(frozen - counts.kept_whole, ranks, stage == 3) + counts.kept_whole if frozen else 0
+    stored = shard(frozen - counts.persistent, ranks, stage == 3) + counts.persistent if frozen else 0
     trained = _trained(inputs)
-    parts = [Part("frozen weights", held * inputs.policy_bytes, "always")] if frozen else []
+    parts = [Part("frozen weights", stored * inputs.policy_bytes, "always")] if frozen else []
     name = "adapters" if frozen else "policy weights"
     parts.append(Part(name, shard(trained, ranks, stage == 3) * inputs.trained_bytes, "always"))
-    # DeepSpeed computes with one set of the trained weights and steps another, in float32
+    # DeepSpeed computes with one set of the trained weights and updates another set, in float32
     per_element = 2 * FLOAT32 + (FLOAT32 if stage else 0)
     parts.append(Part("optimizer", shard(trained, ranks, stage > 0) * per_element, "always"))
     if inputs.copy_bytes:
@@ -165,12 +165,12 @@ def _weights(inputs: MemoryInputs) -> list[Part]:
 
 
 def _gathered(inputs: MemoryInputs, most: int) -> int:
-    """Bytes of frozen weights that ZeRO-3 holds for a forward pass on top of the rank's shard."""
+    """Bytes of frozen weights that ZeRO-3 gathers for a forward pass, besides the rank's shard."""
     counts = inputs.counts
     if inputs.zero_stage != 3:
         return 0
     weights = counts.parameters if counts.adapters else 0
-    return min(weights - counts.kept_whole, most) * inputs.policy_bytes
+    return min(weights - counts.persistent, most) * inputs.policy_bytes
 
 
 def _rollout(inputs: MemoryInputs) -> list[Part]:
@@ -181,7 +181,7 @@ def _rollout(inputs: MemoryInputs) -> list[Part]:
     own = flight.rows * flight.slots * per_token
     drawing = int(flight.rows * counts.vocabulary * (width + inputs.passes.sampling_per_logit))
     of_a_step = max(drawing, flight.rows * counts.query_heads * flight.scored * 2 * (width + FLOAT32))
-    prefill = prompt_tokens * inputs.passes.prefill_per_token - own  # the sequences have no cache of their own then
+    prefill = prompt_tokens * inputs.passes.prefill_per_token - own  # during prefill the sequences have no cache yet
     parts = [
         Part("keys and values", flight.shares * prompt_tokens * per_token + own, "rollout"),
         Part("decoding or prefill", max(of_a_step, prefill), "rollout"),
@@ -203,9 +203,9 @@ def _update(inputs: MemoryInputs) -> list[Part]:
     if stage in (1, 2):
         parts.append(Part("gradient bucket", min(REDUCE_BUCKET, trained) * inputs.trained_bytes, "update"))
     own = math.ceil(trained / ranks) if stage else trained
-    # what is clipped and stepped: DeepSpeed's shard of the gradients and its float32 twin, or whole gradients
-    held = own * (inputs.trained_bytes + FLOAT32) if stage else trained * inputs.trained_bytes
-    parts.append(Part("stepped gradients", held, "optimizer"))
+    # gradients of the optimizer step: DeepSpeed's shard and its float32 copy, or all gradients
+    stored = own * (inputs.trained_bytes + FLOAT32) if stage else trained * inputs.trained_bytes
+    parts.append(Part("stepped gradients", stored, "optimizer"))
     if stage == 3:
         parts.append(gathered)
         if not inputs.copy_bytes and inputs.passes.reference:

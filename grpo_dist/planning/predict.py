@@ -1,5 +1,4 @@
-"""From a config to what it needs: the counts of a step, and the memory of a rank. Nothing of a model but its config is
-loaded."""
+"""Predict the counts of a step and the memory of a rank from a config. Of a model, only its config is loaded."""
 
 from __future__ import annotations
 
@@ -30,13 +29,13 @@ ZeroStage = Literal[0, 1, 2, 3]
 
 @dataclass(frozen=True)
 class StepCounts:
-    """The arithmetic of one step on a number of ranks, every prompt and completion at full length."""
+    """Counts of one step on a number of ranks, if every prompt and completion has full length."""
 
     completions: int
     completions_per_rank: int
-    """On the rank with most."""
+    """On the rank with the most."""
     packs_per_rank: int
-    """Of one pass over the batch; every rank has as many."""
+    """For one pass over the batch; the same on every rank."""
     largest_pack_tokens: int
     optimizer_steps: int
 
@@ -44,8 +43,8 @@ class StepCounts:
 def full_plan(
     config: Config, num_ranks: int, share_prompts: bool, larger: int = 1
 ) -> tuple[list[int], list[int], list[list[list[Piece]]]]:
-    """Prompt lengths (P,), completion lengths (N,) and the plan of a batch in which everything has its full length, in
-    packs `larger` times as large as those of the update."""
+    """Prompt lengths (P,), completion lengths (N,) and the plan of a batch of full-length sequences, in packs `larger`
+    times as large as those of the update."""
     group_size = config.rollout.group_size
     prompts = [config.data.max_prompt_length] * math.ceil(config.train.batch_size / config.train.num_minibatches)
     lengths = [config.rollout.max_completion_length] * (len(prompts) * group_size)
@@ -56,7 +55,7 @@ def full_plan(
 
 
 def batch_arithmetic(config: Config, num_ranks: int, share_prompts: bool = True) -> StepCounts:
-    """What the config's counts come to on `num_ranks`."""
+    """The counts of a step on `num_ranks`."""
     prompts, lengths, ranks = full_plan(config, num_ranks, share_prompts)
     total = config.train.batch_size * config.rollout.group_size
     return StepCounts(
@@ -75,9 +74,9 @@ def _size(pack: list[Piece], prompts: list[int], lengths: list[int]) -> int:
 def flight(
     config: Config, num_ranks: int, share_prompts: bool = True, device: Device = "cpu", most: int | None = None
 ) -> Flight:
-    """What a rank decodes at once (see rollout/): as many groups as max_tokens_in_flight, or `most`, has room for.
+    """The sequences that a rank decodes at once (see rollout/): the groups that max_tokens_in_flight or `most` allows.
 
-    Where a prompt cannot be shared that is one group, of which every sequence holds the prompt for itself.
+    Without shared prompts this is one group, and each of its sequences stores the prompt.
     """
     rollout, prompt = config.rollout, config.data.max_prompt_length
     share = math.ceil(config.train.batch_size * rollout.group_size / num_ranks)
@@ -85,35 +84,35 @@ def flight(
     if not share_prompts:
         rows = min(share, rollout.group_size)
         return Flight(rows, rows, prompt, prompt + longest, shares=False, scored=prompt + longest)
-    shares = device == "cpu" or prompt > COPIED_PROMPT  # on a CPU as compiled decoding does
+    shares = device == "cpu" or prompt > COPIED_PROMPT  # on a CPU as in compiled decoding
     once, each = (prompt, longest) if shares else (0, prompt + longest)
     most = tokens_in_flight(config, device) if most is None else most
     of_a_group = min(rollout.group_size, max(1, (most - once) // each))
     groups = max(1, most // (once + of_a_group * each))
     rows = min(share, groups * of_a_group)
     slots = slots_held(0 if shares else prompt, longest, SLOT_CHUNK)
-    scored = 0 if device == "cpu" else max(once, slots)  # on a CPU the attention is one kernel
+    scored = 0 if device == "cpu" else max(once, slots)  # on a CPU attention is one kernel
     return Flight(math.ceil(rows / of_a_group), rows, prompt, slots, shares, scored)
 
 
 def tokens_in_flight(config: Config, device: Device) -> int:
-    """The option; `auto` is ON_CPU on a CPU, and as much as comes up on a GPU whose memory is not known."""
+    """The option. `auto` is ON_CPU on a CPU, and unlimited on a GPU of unknown memory."""
     given = config.rollout.max_tokens_in_flight
     return given if given != "auto" else ON_CPU if device == "cpu" else sys.maxsize
 
 
 def dtype_on(device: Device, name: Dtype) -> torch.dtype:
-    """The torch dtype of an option on a device that need not be this one."""
+    """The torch dtype of an option on a device, which need not be the device of this machine."""
     if name != "auto":
         return DTYPES[name]
     return torch.bfloat16 if device == "gpu" else torch.float32
 
 
 class Predictor:
-    """The memory of a config's ranks. Traces a model once for each shape of pack, which takes seconds."""
+    """Predicts the memory of a config's ranks. It traces a model once for each shape of pack, which takes seconds."""
 
     def __init__(self, config: Config, model_config: Any, device: Device, most_bytes: int | None = None) -> None:
-        """`most_bytes` is what a rank has for tensors, as far as it is known."""
+        """`most_bytes` is the memory of a rank for tensors, if known."""
         self.config, self.model_config, self.device, self.most_bytes = config, model_config, device, most_bytes
         longest = config.max_sequence_length
         named = config.model.attn_implementation
@@ -127,11 +126,11 @@ class Predictor:
         self._passes: dict[tuple[Precision, Shape, Shape | None], Passes] = {}
 
     def parts(self, num_ranks: int, zero_stage: ZeroStage) -> list[Part]:
-        """The parts of a rank's memory under DDP or one process (stage 0) or ZeRO."""
+        """The parts of a rank's memory, for DDP or one process (stage 0) or ZeRO."""
         return memory_per_rank(self.inputs(num_ranks, zero_stage))
 
     def inputs(self, num_ranks: int, zero_stage: ZeroStage) -> MemoryInputs:
-        """What the memory of a rank depends on."""
+        """Everything that determines the memory of a rank."""
         casts = zero_stage > 0 and self.policy_dtype != torch.float32
         has_copy = needs_copy(self.config, self.policy_dtype, self.copy_dtype, zero_stage)
         precision = Precision(self.policy_dtype, self.copy_dtype if has_copy else self.policy_dtype, casts)
@@ -150,7 +149,7 @@ class Predictor:
         return replace(inputs, flight=flight(self.config, num_ranks, self.share_prompts, self.device, most))
 
     def _step_bytes(self, counts: ModelCounts) -> int:
-        """Of weights that decoding has a second time: with adapters added to them on a CPU, side by side on a GPU."""
+        """Bytes of weights that decoding stores again: merged with adapters on a CPU, concatenated on a GPU."""
         if not self.share_prompts:
             return 0
         if self.device == "gpu":
@@ -158,7 +157,7 @@ class Predictor:
         return counts.adapted * self.policy_dtype.itemsize if self.policy_dtype in MERGED else 0
 
     def _fitting(self, inputs: MemoryInputs, most_bytes: int) -> int:
-        """Tokens in flight for which `auto` has room beside what is always held, at least those of one sequence."""
+        """Tokens in flight that `auto` fits beside the memory that is always used; at least those of one sequence."""
         counts, longest = inputs.counts, self.config.rollout.max_completion_length
         always = sum(part.num_bytes for part in memory_per_rank(inputs) if part.phase == "always")
         per_token = counts.num_layers * counts.cache_width * inputs.policy_bytes

@@ -1,7 +1,7 @@
-"""A model without its weights: how large it is, and what its passes over a pack hold, found by running them on tensors
-that have shapes but no memory.
+"""The size of a model, and the memory of its passes over a pack, without its weights.
 
-The code that runs is the trainer's own, so what is counted follows every change of it.
+The passes run on tensors that have shapes but no memory. They are the trainer's own code, so that the counts follow
+every change of it.
 """
 
 from __future__ import annotations
@@ -26,32 +26,32 @@ from ..rollout.room import cache_width
 from ..rollout.sampling import draw, sampling_of
 from ..types import Batch, Prompt
 from .live import LiveBytes
-from .memory import KEPT_WHOLE, ModelCounts, Passes
+from .memory import PERSISTENCE_THRESHOLD, ModelCounts, Passes
 
 TRACED_LAYERS = (2, 4)
-"""Depths at which a deeper model is traced: what its passes hold grows by the same for every further layer."""
+"""Depths at which a deeper model is traced. The memory of its passes grows by the same amount with each layer."""
 PREFILL_TOKENS = 1024
 JOINED = ("q_proj", "k_proj", "v_proj")
 
 Shape = tuple[tuple[int, tuple[int, ...]], ...]
-"""A pack's pieces: each prompt's length and its completions'."""
+"""The pieces of a pack: the length of each prompt, and of its completions."""
 
 
 @dataclass(frozen=True)
 class Precision:
-    """How the weights are held."""
+    """The dtypes of the weights."""
 
     policy: torch.dtype
     copy: torch.dtype
     casts_all: bool
-    """The policy's dtype is that of all its weights, as under DeepSpeed; else what is trained stays in float32, and a
-    smaller dtype is computed with under autocast."""
+    """All weights of the policy have its dtype, as with DeepSpeed. Otherwise trained weights stay in float32, and
+    autocast computes with a smaller dtype."""
 
 
 def build_policy(
     config: Config, model_config: Any, implementation: str | None, precision: Precision, num_layers: int | None = None
 ) -> Policy:
-    """The policy on the meta device, of `num_layers` or of all its layers."""
+    """The policy on the meta device, with `num_layers` layers or all."""
     shape = copy.deepcopy(model_config)
     text = shape.get_text_config()
     if num_layers is not None:
@@ -70,7 +70,7 @@ def build_policy(
 
 
 def count(policy: Policy) -> ModelCounts:
-    """The sizes of a policy on any device."""
+    """The counts of a policy on any device."""
     trained = {id(p) for p in trainable(policy).values()}
     base = [p for p in policy.parameters() if id(p) not in trained]
     adapted = [module.get_base_layer().weight for module in policy.modules()
@@ -86,7 +86,7 @@ def count(policy: Policy) -> ModelCounts:
             for name, p in policy.named_parameters()
             if name.removesuffix(".weight").removesuffix(".base_layer").endswith(JOINED)
         ),
-        kept_whole=sum(p.numel() for p in base if p.numel() < KEPT_WHOLE),
+        persistent=sum(p.numel() for p in base if p.numel() < PERSISTENCE_THRESHOLD),
         num_layers=text.num_hidden_layers,
         query_heads=getattr(text, "num_attention_heads", None) or 0,
         cache_width=cache_width(text),
@@ -95,8 +95,8 @@ def count(policy: Policy) -> ModelCounts:
 
 
 def reward_model_bytes(config: Config) -> int:
-    """Bytes of the weights of a config's `reward_model` rewards; what a call of them computes with is left out. Raises
-    OSError where there is no such model."""
+    """Bytes of the weights of a config's `reward_model` rewards, without the memory of their calls. Raises OSError if a
+    model does not exist."""
     total = 0
     for reward in (reward for reward in config.rewards if reward.name == "reward_model"):
         given = {name: reward.args[name] for name in ("revision", "trust_remote_code") if name in reward.args}
@@ -114,13 +114,13 @@ def trace_passes(
     config: Config, model_config: Any, implementation: str | None, precision: Precision,
     shape: Shape, of_reference: Shape | None,
 ) -> Passes:  # fmt: skip
-    """What the passes over a pack of that `shape`, and of the reference over one `of_reference`, hold without weights.
+    """The memory, without weights, of the passes over a pack of that `shape`, and of the reference over `of_reference`.
 
-    None leaves the reference out, which is the policy's base in the copy's dtype. Raises ValueError
-    for models whose code asks for the values of tensors, or for operations that cannot go without them.
+    None leaves out the reference, which is the policy's base in the dtype of the copy. Raises ValueError for models
+    whose code or operations need the values of tensors.
     """
     depth = model_config.get_text_config().num_hidden_layers
-    logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)  # it prints what is raised as well
+    logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)  # it prints errors as well
     depths = (depth,) if depth <= TRACED_LAYERS[-1] else TRACED_LAYERS
     try:
         rows = [_trace(config, model_config, implementation, precision, shape, of_reference, num_layers)
@@ -137,7 +137,7 @@ def trace_passes(
 
 
 def _trace_sampling(config: Config, vocabulary: int, dtype: torch.dtype) -> float:
-    """Bytes that drawing tokens holds, for each logit."""
+    """Bytes that sampling needs for each logit."""
     rollout, rows = config.rollout, 8
     sampling = sampling_of(rollout)
     with FakeTensorMode():
@@ -168,7 +168,7 @@ def _trace(
     with fake:
         for each in (policy, frozen, decoding):
             _materialise(each)
-        for parameter in trainable(policy).values():  # as after the update's first pack
+        for parameter in trainable(policy).values():  # as after the first pack of an update
             parameter.grad = torch.zeros_like(parameter)
         with LiveBytes() as update:
             with torch.autocast("cpu", precision.policy, enabled=mixed):
@@ -182,7 +182,7 @@ def _trace(
 
 
 def example_pack(shape: Shape, share_prompts: bool) -> Pack:
-    """A pack of that shape."""
+    """A pack of this shape."""
     lengths = torch.tensor([length for _, completions in shape for length in completions])
     group = torch.tensor([g for g, (_, completions) in enumerate(shape) for _ in completions])
     zeros = torch.zeros(len(lengths))
@@ -194,7 +194,7 @@ def example_pack(shape: Shape, share_prompts: bool) -> Pack:
 
 
 def _materialise(module: nn.Module) -> None:
-    """Put tensors that are on the meta device onto the CPU, inside a FakeTensorMode: with shapes, without memory."""
+    """Move tensors from the meta device to the CPU inside a FakeTensorMode: they have shapes but no memory."""
     made: dict[Tensor, Tensor] = {}  # tied weights stay tied
     for each in module.modules():
         tables: tuple[dict[str, Any], ...] = (each._parameters, each._buffers)

@@ -1,1 +1,1 @@
-"""What can be found out about a run before it starts, without loading weights; `check.py` puts it together."""
+"""Checks of a run before it starts, without loading weights. `look.py` calls the others."""

@@ -1,4 +1,4 @@
-"""A look at what a run would learn from: tokenizer, prompts, gold answers, rewards. No weights are loaded."""
+"""Checks of tokenizer, prompts, gold answers and rewards. They load no weights."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..checkpoint.store import DamagedCheckpoint
 from ..config.schema import Config, ModelConfig, RewardConfig
 from ..data.mixture import load_training
 from ..data.prompts import load_prompts
-from ..model.checks import require_whole_model
+from ..model.checks import require_complete_model
 from ..model.load import attention_for, check_model_config, load_model_config, load_tokenizer, model_path, try_blank
 from ..rewards.pool.pool import ScorerPool
 from ..rewards.registry import BUILT_IN, answer_checks, declared_placement
@@ -30,7 +30,7 @@ _SCORED_PROMPTS = 8
 
 @dataclass
 class Contents:
-    """What could be read; None or empty where it could not."""
+    """What the check could read. A field is None or empty where reading failed."""
 
     tokenizer: Any = None
     model_config: Any = None
@@ -40,33 +40,33 @@ class Contents:
 
 
 def read_contents(config: Config, findings: Findings) -> Contents:
-    """Read tokenizer, model config and data, and note everything that is wrong with them."""
-    found = Contents()
+    """Read tokenizer, model config and data, and note every problem with them."""
+    contents = Contents()
     unreadable = f"model.name: {config.model.name!r} given, expected a hub id or a directory that can be read: "
     with findings.attempt():
-        require_whole_model(config.model.name, model_path(config.model), config.model.revision)
+        require_complete_model(config.model.name, model_path(config.model), config.model.revision)
         with findings.attempt(unreadable):
-            found.tokenizer = load_tokenizer(config.model)
+            contents.tokenizer = load_tokenizer(config.model)
         with findings.attempt(unreadable):
-            found.model_config = load_model_config(config.model)
-    if found.tokenizer is not None and found.model_config is not None:
+            contents.model_config = load_model_config(config.model)
+    if contents.tokenizer is not None and contents.model_config is not None:
         with findings.attempt():
-            check_model_config(found.model_config, found.tokenizer, config.max_sequence_length)
-            implementation, _ = attention_for(config.model, found.model_config, config.max_sequence_length)
-            if left_out := try_blank(config.model, config.lora, found.model_config, implementation):
+            check_model_config(contents.model_config, contents.tokenizer, config.max_sequence_length)
+            implementation, _ = attention_for(config.model, contents.model_config, config.max_sequence_length)
+            if left_out := try_blank(config.model, config.lora, contents.model_config, implementation):
                 findings.remarks.append(f"adapters: none on {left_out}")
-        with suppress(ValueError, OSError, DamagedCheckpoint):  # `look_at_resuming` says so
-            config = with_template_date(config, found.tokenizer, resume_path(config))
-    _read_data(config, found, findings)
-    return found
+        with suppress(ValueError, OSError, DamagedCheckpoint):  # `check_resuming` reports it
+            config = with_template_date(config, contents.tokenizer, resume_path(config))
+    _read_data(config, contents, findings)
+    return contents
 
 
-def _read_data(config: Config, found: Contents, findings: Findings) -> None:
+def _read_data(config: Config, contents: Contents, findings: Findings) -> None:
     checks: list[Any] = []
     with findings.attempt():
         checks = answer_checks(config.rewards) if config.data.answer_column else []
-    tokenizer, data = found.tokenizer, config.data
-    if tokenizer is None:  # rows, columns and answers can be looked at all the same
+    tokenizer, data = contents.tokenizer, config.data
+    if tokenizer is None:  # rows, columns and answers can be checked anyway
         tokenizer = load_tokenizer(ModelConfig("toy"))
         tokenizer.chat_template = "{% for message in messages %}{{ message.role }} {{ message.content }}\n{% endfor %}"
         data = replace(data, too_long="drop")
@@ -75,61 +75,61 @@ def _read_data(config: Config, found: Contents, findings: Findings) -> None:
     for file in files:
         with findings.attempt():
             one = replace(config, data=replace(data, train_file=file))
-            found.prompts, found.sampler = load_training(one, tokenizer, checks)
+            contents.prompts, contents.sampler = load_training(one, tokenizer, checks)
     if len(files) > 1 and len(findings.problems) == before:
-        found.prompts, found.sampler = load_training(config, tokenizer, checks)
+        contents.prompts, contents.sampler = load_training(config, tokenizer, checks)
     if data.eval_file:
         with findings.attempt():
-            found.eval_prompts, _ = load_prompts(data.eval_file, data.eval_split, data, tokenizer, checks)
+            contents.eval_prompts, _ = load_prompts(data.eval_file, data.eval_split, data, tokenizer, checks)
 
 
-def describe_prompts(config: Config, found: Contents, findings: Findings) -> None:
-    """Note how many prompts there are, how long, and what the first of them look like to the model."""
-    if not found.prompts or found.tokenizer is None:
+def describe_prompts(config: Config, contents: Contents, findings: Findings) -> None:
+    """Note the number of prompts, their longest length, and the text of the first ones as the model sees it."""
+    if not contents.prompts or contents.tokenizer is None:
         return
-    shown = [found.prompts[place] for place in range(min(_SHOWN_PROMPTS, len(found.prompts)))]
-    lines = [f"{len(found.prompts)} to train on, {len(found.eval_prompts)} to evaluate on"]
+    shown = [contents.prompts[place] for place in range(min(_SHOWN_PROMPTS, len(contents.prompts)))]
+    lines = [f"{len(contents.prompts)} to train on, {len(contents.eval_prompts)} to evaluate on"]
     if not config.data.streaming:
-        longest = max(len(prompt.ids) for prompt in found.prompts)
+        longest = max(len(prompt.ids) for prompt in contents.prompts)
         lines.append(f"the longest has {longest} tokens (data.max_prompt_length: {config.data.max_prompt_length})")
-        trained = {tuple(prompt.ids) for prompt in found.prompts}
-        if common := sum(tuple(prompt.ids) in trained for prompt in found.eval_prompts):
-            findings.remarks.append(f"{common} of {len(found.eval_prompts)} evaluation prompts are trained on as well")
+        trained = {tuple(prompt.ids) for prompt in contents.prompts}
+        if common := sum(tuple(prompt.ids) in trained for prompt in contents.eval_prompts):
+            findings.remarks.append(f"{common} of {len(contents.eval_prompts)} evaluation prompts are also trained on")
     lines += [f"{len(prompt.ids)} tokens: {plain(prompt.text, _SHOWN_CHARACTERS)}" for prompt in shown]
-    findings.facts["prompts"] = lines
+    findings.results["prompts"] = lines
 
 
-def try_rewards(config: Config, found: Contents, findings: Findings) -> None:
-    """Have each reward score gold answers, and gold answers of other prompts; note what fails and what it cannot tell.
+def try_rewards(config: Config, contents: Contents, findings: Findings) -> None:
+    """Score gold answers, and gold answers of other prompts, with each reward. Note failures and equal scores.
 
-    Each runs in a worker of its own, as in the run. Built-in rewards that would load a model are not tried.
+    Each reward runs in a worker of its own, as in the run. Built-in rewards that would load a model are not tried.
     """
-    prompts = [found.prompts[place] for place in range(min(_SCORED_PROMPTS, len(found.prompts)))]
+    prompts = [contents.prompts[place] for place in range(min(_SCORED_PROMPTS, len(contents.prompts)))]
     totals = np.zeros(2)
     for reward in config.rewards:
         with findings.attempt():
             if reward.name in BUILT_IN and declared_placement(reward) == "gpu":
-                findings.facts.setdefault("rewards", []).append(f"{reward.name}: not tried, it would load its model")
+                findings.results.setdefault("rewards", []).append(f"{reward.name}: not tried, it would load its model")
             else:
-                totals += reward.weight_at(0) * _try(reward, config, prompts, found, findings)
+                totals += reward.weight_at(0) * _try(reward, config, prompts, contents, findings)
     if config.data.answer_column and prompts and totals[0] <= totals[1]:
-        findings.remarks.append("no reward likes gold answers better than those of other prompts; unless an answer is "
-                                "no completion here, look at some with `python -m grpo_dist score`")  # fmt: skip
+        findings.remarks.append("no reward scores gold answers higher than answers of other prompts. That is normal "
+                                "if answers are not completions; else run `python -m grpo_dist score`")  # fmt: skip
 
 
 def _try(
-    reward: RewardConfig, config: Config, prompts: Sequence[Prompt], found: Contents, findings: Findings
+    reward: RewardConfig, config: Config, prompts: Sequence[Prompt], contents: Contents, findings: Findings
 ) -> np.ndarray:
-    """Return a reward's means over right and wrong answers, (2,), 0 for NaN. Raises ValueError, RuntimeError."""
+    """Return the mean scores of right and of wrong answers, (2,), with 0 for NaN. Raises ValueError, RuntimeError."""
     with ScorerPool([reward], replace(config.scoring, num_workers=1)) as pool:
-        for prompt in (*prompts[:1], *found.eval_prompts[:1]):
+        for prompt in (*prompts[:1], *contents.eval_prompts[:1]):
             pool.check_columns(prompt.columns)
-        if not prompts or found.tokenizer is None:
+        if not prompts or contents.tokenizer is None:
             return np.zeros(2)
         right = [str(prompt.columns["answer"]) if config.data.answer_column else prompt.text for prompt in prompts]
         pairs = [*zip(prompts, right, strict=True), *zip(prompts, right[1:] + right[:1], strict=True)]
-        items = to_items(pairs, found.tokenizer)
-        scores = pool.score(items[:1])  # first alone, so that a reward that hangs costs one time limit
+        items = to_items(pairs, contents.tokenizer)
+        scores = pool.score(items[:1])  # one item first: a reward that hangs then costs one time limit
         if not {failure.kind for failure in scores.failures} & {"timeout", "died"}:
             scores = pool.score(items, groups=[*range(len(prompts))] * 2)
     if scores.failures:
@@ -141,15 +141,15 @@ def _try(
         )  # fmt: skip
         return np.zeros(2)
     means = np.array([_mean(scores.values[: len(prompts), 0]), _mean(scores.values[len(prompts) :, 0])])
-    told = ("gold answers", "answers of other prompts") if config.data.answer_column else ("prompts", "other prompts")
-    findings.facts.setdefault("rewards", []).append(
-        f"{reward.name}: {_told(means[0])} for {told[0]}, {_told(means[1])} for {told[1]} "
+    scored = ("gold answers", "answers of other prompts") if config.data.answer_column else ("prompts", "other prompts")
+    findings.results.setdefault("rewards", []).append(
+        f"{reward.name}: {_score(means[0])} for {scored[0]}, {_score(means[1])} for {scored[1]} "
         f"(means over {len(prompts)}, {scores.seconds[0]:.2f} s)"
     )
     return np.nan_to_num(means)
 
 
-def _told(value: float) -> str:
+def _score(value: float) -> str:
     return "unscored" if np.isnan(value) else f"{value:.3g}"
 
 

@@ -1,4 +1,4 @@
-"""What a check has to say, gathered until everything has been looked at."""
+"""The result of a check, collected until all parts are checked."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from dataclasses import dataclass, field
 
 @dataclass
 class Findings:
-    """Problems that would stop a run or make it worthless, and remarks that are worth a look."""
+    """Problems, which would stop a run or make it worthless, and remarks, which the user should read."""
 
     problems: list[str] = field(default_factory=list)
     """Each names what was given and what was expected, and says what to do."""
     remarks: list[str] = field(default_factory=list)
-    facts: dict[str, list[str]] = field(default_factory=dict)
-    """What was found, line by line, under the name of what was looked at."""
+    results: dict[str, list[str]] = field(default_factory=dict)
+    """Lines to print, by topic."""
 
     @contextmanager
     def attempt(self, prefix: str = "") -> Iterator[None]:
-        """Take what the house raises for a user's mistake as a problem, and go on after the block.
+        """Record an error as a problem and continue after the block.
 
-        `prefix` is for errors of other libraries, which do not name the option.
+        `prefix` names the option for errors of other libraries, which do not name it.
         """
         try:
             yield

@@ -1,4 +1,4 @@
-"""A check of a training's command line: what is looked at, in which order, and how it is printed."""
+"""Check the command line of a training and print the result."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _SHOWN_CHARACTERS = 1000
 
 
 def dry_run(words: Sequence[str]) -> int:
-    """Check from inside a launch: once on each node, and printed in full by rank 0 alone; no rank waits for another."""
+    """Check from inside a launch, once on each node. Only rank 0 prints everything. No rank waits for another."""
     if os.environ.get("LOCAL_RANK", "0") != "0":
         return 0
     is_main = os.environ.get("RANK", "0") == "0"
@@ -32,27 +32,27 @@ def dry_run(words: Sequence[str]) -> int:
 
 
 def check(options: Options, num_ranks: int | None, heading: str = "") -> int:
-    """Check a training's options, and print what was found: with a `heading`, the problems alone, below it."""
+    """Check the options of a training and print the result. With a `heading`, print only remarks and problems."""
     findings = Findings(options.problems)
     console = Console(highlight=False, soft_wrap=True)
-    with console.status("looking at model, data and rewards"):  # on a terminal alone
+    with console.status("checking model, data and rewards"):  # only on a terminal
         _look(options, num_ranks, findings)
     if not heading:
         _print_config(console, options)
-        for name, lines in findings.facts.items():
+        for name, lines in findings.results.items():
             _print_block(console, name, lines)
     if findings.remarks:
         _print_block(console, f"{heading} worth a look".strip(), findings.remarks, "yellow")
     if findings.problems:
-        told = [f"{number}. {problem}" for number, problem in enumerate(findings.problems, 1)]
-        _print_block(console, f"{heading} {len(told)} problem(s)".strip(), told, "red")
+        numbered = [f"{number}. {problem}" for number, problem in enumerate(findings.problems, 1)]
+        _print_block(console, f"{heading} {len(numbered)} problem(s)".strip(), numbered, "red")
     elif not heading:
-        console.print(Text("\nno problems found", style="bold green"))
+        console.print(Text("\nno problems read", style="bold green"))
     return 2 if findings.problems else 0
 
 
 def _look(options: Options, num_ranks: int | None, findings: Findings) -> None:
-    import torch  # a mistake in the verb's own options should not wait for it
+    import torch  # an error in the verb's own options should not wait for this import
 
     from ..monitoring.console import set_up_logging
     from . import contents, machine, sizes, trackers
@@ -61,18 +61,18 @@ def _look(options: Options, num_ranks: int | None, findings: Findings) -> None:
     config, ranks = options.config, num_ranks or max(1, torch.cuda.device_count())
     with findings.attempt():
         require_known_launch(os.environ)
-    found = contents.read_contents(config, findings)
-    contents.describe_prompts(config, found, findings)
-    contents.try_rewards(config, found, findings)
-    sizes.describe_steps(config, found, ranks, findings)
-    counts = sizes.describe_memory(config, found, ranks, findings)
-    machine.look_at_disk(config, counts, findings)
-    machine.look_at_resuming(config, found, findings)
-    trackers.look_at_trackers(config.logging.trackers, findings)
+    read = contents.read_contents(config, findings)
+    contents.describe_prompts(config, read, findings)
+    contents.try_rewards(config, read, findings)
+    sizes.describe_steps(config, read, ranks, findings)
+    counts = sizes.describe_memory(config, read, ranks, findings)
+    machine.check_disk(config, counts, findings)
+    machine.check_resuming(config, read, findings)
+    trackers.check_trackers(config.logging.trackers, findings)
 
 
 def _print_config(console: Console, options: Options) -> None:
-    """Print every option with its value: first those given, with what gave them, and then the defaults."""
+    """Print every option with its value: first the given ones with their source, then the defaults."""
     values = flat(redacted(asdict(options.config)))
     sources = {key: given.source for key, given in options.given.items()}
     given = {key: source for key in values if (source := _source(key, sources))}
@@ -83,7 +83,7 @@ def _print_config(console: Console, options: Options) -> None:
 
 
 def _source(key: str, sources: dict[str, str]) -> str | None:
-    """Return what gave an option, or a group it is in."""
+    """Return the source of an option, or of the group that it is in."""
     while key:
         if key in sources:
             return sources[key]

@@ -1,4 +1,4 @@
-"""A look at where a run would go: disk space, output directory, a checkpoint to go on from. No weights are loaded."""
+"""Checks of disk space, the output directory and the checkpoint to resume from. They load no weights."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from .findings import Findings
 from .sizes import gib
 
 
-def look_at_disk(config: Config, counts: ModelCounts | None, findings: Findings) -> None:
-    """Note whether output_dir can be written and has room for the checkpoints and the final model."""
+def check_disk(config: Config, counts: ModelCounts | None, findings: Findings) -> None:
+    """Note whether output_dir is writable and has space for the checkpoints and the final model."""
     directory = Path(config.train.output_dir)
     existing = next(path for path in (directory.absolute(), *directory.absolute().parents) if path.exists())
     try:
@@ -40,22 +40,22 @@ def look_at_disk(config: Config, counts: ModelCounts | None, findings: Findings)
     dtype = torch.float32 if config.lora is None else resolve_dtype(config.model.dtype)
     needed = num_kept * checkpoint + counts.parameters * dtype.itemsize + 4 * counts.adapters
     free = shutil.disk_usage(existing).free
-    told = (f"{gib(needed)} for {num_kept} checkpoints and the final model, {gib(free)} free in {existing}; "
-            "completions come on top")  # fmt: skip
+    space = (f"{gib(needed)} for {num_kept} checkpoints and the final model, {gib(free)} free in {existing}; "
+             "completions need more")  # fmt: skip
     if needed > free:
-        findings.problems.append(f"train.output_dir: {directory} needs {told}; free some, choose another disk, or "
+        findings.problems.append(f"train.output_dir: {directory} needs {space}; free some, choose another disk, or "
                                  f"lower train.keep_checkpoints (now {config.train.keep_checkpoints})")  # fmt: skip
-    findings.facts["disk"] = [told]
+    findings.results["disk"] = [space]
 
 
-def look_at_resuming(config: Config, found: Contents, findings: Findings) -> None:
-    """Note which checkpoint the run would go on from, and whether it may."""
+def check_resuming(config: Config, contents: Contents, findings: Findings) -> None:
+    """Note the checkpoint that the run would resume from, and whether it may."""
     with findings.attempt():
         path = resume_path(config)
-        told = ["no checkpoint: the run starts from the beginning"]
+        lines = ["no checkpoint: the run starts from the beginning"]
         if path is not None:
-            told = [f"goes on from {path}"]
-            if found.model_config is not None and found.prompts:
-                dated = with_template_date(config, found.tokenizer, path)
-                told += changes(path, dated, identity(dated, found.model_config, found.prompts))
-        findings.facts["resuming"] = told
+            lines = [f"resumes from {path}"]
+            if contents.model_config is not None and contents.prompts:
+                dated = with_template_date(config, contents.tokenizer, path)
+                lines += changes(path, dated, identity(dated, contents.model_config, contents.prompts))
+        findings.results["resuming"] = lines

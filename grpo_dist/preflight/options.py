@@ -1,6 +1,6 @@
-"""All mistakes of a command line and its config files at once, where `parse_config` ends at the first.
+"""All mistakes of a command line and its config files at once. `parse_config` stops at the first one.
 
-Each option is first parsed by itself; those that cannot be are named and left out, and what is left is put together.
+Each option is first parsed alone. Options that fail are reported and left out. The others then make a config.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ class Given:
     """One option that was given."""
 
     key: str
-    """Its dotted name, as it was written."""
+    """Its dotted name, as given."""
     value: Any
-    """From a file, as YAML; from the command line, its word."""
+    """YAML from a file, or a word of the command line."""
     source: str
     """The file, or COMMAND_LINE."""
 
@@ -47,17 +47,17 @@ class Given:
 
 @dataclass
 class Options:
-    """What a command line comes to."""
+    """The config of a command line, and its problems."""
 
     config: Config
-    """The config; where an option cannot be used, its default stands in for it."""
+    """The config, with the default of each option that is not usable."""
     given: dict[str, Given] = field(default_factory=dict)
-    """What was given and is used, by name; the last word counts."""
+    """The given options that are used, by name. The last one given counts."""
     problems: list[str] = field(default_factory=list)
 
 
 def read_options(words: Sequence[str]) -> Options:
-    """Return the config of a training's command line, what was given, and everything that is wrong with it."""
+    """Return the config of a training's command line, the given options, and all problems."""
     parser = make_parser(ArgumentParser, exit_on_error=False)
     problems: list[str] = []
     usable = []
@@ -67,19 +67,19 @@ def read_options(words: Sequence[str]) -> Options:
             usable.append(given)
         else:
             problems.append(problem)
-    config, refusals = _together(parser, usable)
-    if refusals:  # what else is looked at should not stumble over values that are known to be wrong
+    config, refusals = _combined(parser, usable)
+    if refusals:  # the other checks should not fail because of values that are known to be wrong
         keys = {refusal.partition(":")[0] for refusal in refusals}
         refused = {given.key: given for given in usable if keys & {given.key, given.key.rpartition(".")[0]}}
         usable = [given for given in usable if given.key not in refused]
-        config, left = _together(parser, usable)
-        told = [refusal for refusal in refusals if refusal.partition(":")[0] in refused or refusal in left]
-        problems += [_with_source(refusal, refused) for refusal in [*told, *(r for r in left if r not in told)]]
+        config, left = _combined(parser, usable)
+        named = [refusal for refusal in refusals if refusal.partition(":")[0] in refused or refusal in left]
+        problems += [_with_source(refusal, refused) for refusal in [*named, *(r for r in left if r not in named)]]
     return Options(config, {given.key: given for given in usable}, problems)
 
 
 def _all_given(words: Sequence[str], problems: list[str]) -> Iterator[Given]:
-    """Yield every option of the command line and its files, those of a preset first."""
+    """Yield every option of the command line and its files; options of a preset come first."""
     pairs = list(_pairs(words, problems))
     for key, value in pairs:
         if key == "preset":
@@ -117,10 +117,10 @@ def _of_file(path: Path, problems: list[str]) -> Iterator[Given]:
         problems.append(f"--config: {path} cannot be read ({error.strerror}); name an existing YAML file")
         return
     except (yaml.YAMLError, ValueError) as error:
-        problems.append(f"--config: {path} is no YAML: {' '.join(str(error).split())}")
+        problems.append(f"--config: {path} is not YAML: {' '.join(str(error).split())}")
         return
     if not isinstance(loaded, dict):
-        problems.append(f"--config: {path} holds {type(loaded).__name__}, expected options such as `train: {{…}}`")
+        problems.append(f"--config: {path} contains {type(loaded).__name__}, expected options such as `train: {{…}}`")
         return
     yield from _leaves(loaded, "", str(path))
 
@@ -136,19 +136,19 @@ def _leaves(values: dict[str, Any], prefix: str, source: str) -> Iterator[Given]
 
 
 def _alone(parser: ArgumentParser, given: Given) -> str | None:
-    """Return what is wrong with one option by itself: its name or its type."""
+    """Return the problem of one option alone: its name or its type."""
     hint = option_types().get(given.key.removesuffix("+"))
     (value,) = redacted({given.key: given.value}).values()
-    told = f"{given.key}: {value!r} given" + (f" in {given.source}" if given.source != COMMAND_LINE else "")
+    problem = f"{given.key}: {value!r} given" + (f" in {given.source}" if given.source != COMMAND_LINE else "")
     if hint is None:
         near = nearest_option(given.key)
-        return f"{told}, but there is no such option; " + (f"did you mean {near!r}?" if near else "--help lists them")
+        return f"{problem}, but no such option exists; " + (f"did you mean {near!r}?" if near else "--help lists them")
     try:
         with collected_refusals():
             parser.parse_args(given.arguments)
     except (ArgumentError, ValueError) as error:
         detail = str(error).strip().splitlines()[-1].strip()
-        return f"{told}, expected {_expected(hint)}" + (f" ({detail})" if get_origin(hint) is list else "")
+        return f"{problem}, expected {_expected(hint)}" + (f" ({detail})" if get_origin(hint) is list else "")
     return None
 
 
@@ -164,8 +164,8 @@ def _expected(hint: Any) -> str:
     return " or ".join(map(_expected, get_args(hint)))
 
 
-def _together(parser: ArgumentParser, usable: Sequence[Given]) -> tuple[Config, list[str]]:
-    """Return the config of options that are each usable, and what is wrong between them."""
+def _combined(parser: ArgumentParser, usable: Sequence[Given]) -> tuple[Config, list[str]]:
+    """Return the config of options that are usable alone, and the problems of their combination."""
     with collected_refusals() as refusals:
         try:
             parsed = parser.parse_args([word for given in usable for word in given.arguments])

@@ -1,4 +1,4 @@
-"""What a config's counts come to: completions, packs and updates of a step, sizes of the model, memory of a rank."""
+"""Counts of a step (completions, packs, updates), the size of the model, and the memory of a rank."""
 
 from __future__ import annotations
 
@@ -15,64 +15,64 @@ from .contents import Contents
 from .findings import Findings
 
 
-def describe_steps(config: Config, found: Contents, num_ranks: int, findings: Findings) -> None:
-    """Note what a step has to do and how often the data is gone through."""
+def describe_steps(config: Config, contents: Contents, num_ranks: int, findings: Findings) -> None:
+    """Note the work of a step and the number of epochs."""
     train = config.train
     counts = batch_arithmetic(config, num_ranks)
-    findings.facts["steps"] = lines = [
+    findings.results["steps"] = lines = [
         f"{train.batch_size} prompts × {config.rollout.group_size} = {counts.completions} completions, up to "
         f"{counts.completions_per_rank} on each of {num_ranks} rank(s)",
-        f"at most {counts.packs_per_rank} pack(s) on each rank, of up to {counts.largest_pack_tokens} tokens, were "
-        "everything of full length",
+        f"if all sequences had full length: {counts.packs_per_rank} pack(s) on each rank, of up to "
+        f"{counts.largest_pack_tokens} tokens",
         f"{counts.optimizer_steps} update(s) a step, {counts.optimizer_steps * train.num_train_steps} in all",
     ]
     if counts.completions < num_ranks:
         findings.remarks.append(f"{counts.completions} completions a step cannot keep {num_ranks} ranks busy: raise "
                                 "train.batch_size")  # fmt: skip
-    if found.prompts:
-        epochs = train.num_train_steps * train.batch_size / len(found.prompts)
-        lines.append(f"{train.num_train_steps} steps: {epochs:.2f} times through the {len(found.prompts)} prompts")
-        if train.batch_size > len(found.prompts):
-            findings.remarks.append(f"train.batch_size: {train.batch_size} prompts a step, but there are only "
-                                    f"{len(found.prompts)}: some come more than once in a step")  # fmt: skip
+    if contents.prompts:
+        epochs = train.num_train_steps * train.batch_size / len(contents.prompts)
+        lines.append(f"{train.num_train_steps} steps: {epochs:.2f} epochs of {len(contents.prompts)} prompts")
+        if train.batch_size > len(contents.prompts):
+            findings.remarks.append(f"train.batch_size: {train.batch_size} prompts a step, but the data has only "
+                                    f"{len(contents.prompts)}: some prompts come more than once in a step")  # fmt: skip
 
 
-def describe_memory(config: Config, found: Contents, num_ranks: int, findings: Findings) -> ModelCounts | None:
-    """Note the model's sizes and what a rank holds at its fullest, and whether it fits; return the sizes."""
-    if found.model_config is None:
+def describe_memory(config: Config, contents: Contents, num_ranks: int, findings: Findings) -> ModelCounts | None:
+    """Note the size of the model and the peak memory of a rank, and whether it fits. Returns the sizes."""
+    if contents.model_config is None:
         return None
     on_gpu = torch.cuda.is_available()
     stage = zero_stage(num_ranks)
     try:
         most_bytes = int(_gpu_bytes() * (1 - RESERVE)) if on_gpu else None
-        predictor = Predictor(config, found.model_config, "gpu" if on_gpu else "cpu", most_bytes)
+        predictor = Predictor(config, contents.model_config, "gpu" if on_gpu else "cpu", most_bytes)
         inputs = predictor.inputs(num_ranks, stage)
-    except (ValueError, RuntimeError, LookupError, TypeError, AttributeError) as error:  # the model's own code ran
+    except (ValueError, RuntimeError, LookupError, TypeError, AttributeError) as error:  # of the model's code
         if str(error) not in findings.problems:
             findings.remarks.append(f"memory and disk space cannot be predicted for {config.model.name}: {error}")
         return None
     counts = inputs.counts
     trained = counts.adapters or counts.parameters
-    findings.facts["model"] = [f"{config.model.name}: {counts.parameters / 1e6:,.1f} M parameters, "
+    findings.results["model"] = [f"{config.model.name}: {counts.parameters / 1e6:,.1f} M parameters, "
                                f"{trained / 1e6:,.1f} M trained"]  # fmt: skip
     _compare(config, inputs, on_gpu, findings)
     return counts
 
 
 def _compare(config: Config, inputs: MemoryInputs, on_gpu: bool, findings: Findings) -> None:
-    """Note what a rank needs beside what it has."""
+    """Note the memory that a rank needs and has."""
     phase, needed = max(peaks(memory_per_rank(inputs)).items(), key=lambda each: each[1])
     if on_gpu:
         room = _gpu_bytes()
     else:
         room = psutil.virtual_memory().total / int(os.environ.get("LOCAL_WORLD_SIZE", inputs.num_ranks))
     under = f"ZeRO-{inputs.zero_stage}" if inputs.zero_stage else "DDP" if inputs.num_ranks > 1 else "no DeepSpeed"
-    told = (f"{gib(needed)} of tensors on each rank at its fullest, in the phase {phase}, under {under}; a rank has "
-            f"{gib(room)}")  # fmt: skip
-    findings.facts["memory"] = [told]
+    memory = (f"{gib(needed)} of tensors on each rank at the peak, in the phase {phase}, with {under}; a rank has "
+              f"{gib(room)}")  # fmt: skip
+    findings.results["memory"] = [memory]
     if needed > room:
         findings.problems.append(
-            f"memory: {told}. Lower train.max_tokens_per_pack (now {config.train.max_tokens_per_pack}) or "
+            f"memory: {memory}. Lower train.max_tokens_per_pack (now {config.train.max_tokens_per_pack}) or "
             f"rollout.max_tokens_in_flight (now {config.rollout.max_tokens_in_flight}), turn on "
             "model.gradient_checkpointing, or use a higher ZeRO stage; `python -m grpo_dist plan` shows every part"
         )
@@ -83,7 +83,7 @@ def _gpu_bytes() -> int:
 
 
 def zero_stage(num_ranks: int) -> ZeroStage:
-    """The launcher's ZeRO stage; outside of a launch that of launch/single_node.sh, or none for one rank."""
+    """The ZeRO stage of the launcher. Without a launcher: the stage of launch/single_node.sh, or 0 for one rank."""
     if "WORLD_SIZE" in os.environ:
         used = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true"
         return int(os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")) if used else 0  # type: ignore[return-value]

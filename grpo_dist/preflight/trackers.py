@@ -1,4 +1,4 @@
-"""Whether the trackers of a config are known, installed and can be reached."""
+"""Check that the trackers of a config are known, installed and reachable."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ _CONNECT_SECONDS = 3.0
 
 @dataclass(frozen=True)
 class Service:
-    """What a tracker talks to."""
+    """The server of a tracker."""
 
     variable: str
     """Environment variable that names its address."""
     address: str
-    """Its address where that is not set; empty where the tracker is then a local one."""
+    """Its address where the variable is not set; empty if the tracker is then local."""
     key: str
-    """Environment variable with the credentials; empty where none are needed."""
+    """Environment variable with the credentials; empty if the tracker needs none."""
     login: str
-    """File in the home directory in which its client keeps a login."""
+    """File in the home directory where its client stores a login."""
 
 
 SERVICES = {
@@ -35,11 +35,11 @@ SERVICES = {
     "swanlab": Service("SWANLAB_API_HOST", "https://api.swanlab.cn", "SWANLAB_API_KEY", ".swanlab/.netrc"),
     "mlflow": Service("MLFLOW_TRACKING_URI", "", "", ""),
 }
-"""Trackers that talk to a host."""
+"""Trackers with a server."""
 
 
-def look_at_trackers(names: list[str], findings: Findings) -> None:
-    """Note whether each tracker is known, installed, has its credentials and can be reached; a run goes on without."""
+def check_trackers(names: list[str], findings: Findings) -> None:
+    """Note whether each tracker is known, installed, has credentials and is reachable."""
     for name in names:
         try:
             require_known([name])
@@ -54,13 +54,13 @@ def look_at_trackers(names: list[str], findings: Findings) -> None:
             if problem:
                 findings.problems.append(f"logging.trackers: {name!r} given, but {problem}")
             else:
-                findings.facts.setdefault("trackers", []).append(f"{name}: reached")
+                findings.results.setdefault("trackers", []).append(f"{name}: reached")
         else:
-            findings.facts.setdefault("trackers", []).append(f"{name}: installed")
+            findings.results.setdefault("trackers", []).append(f"{name}: installed")
 
 
 def unreachable(service: Service) -> str | None:
-    """Return why a tracker's service could not be used; None where it answers or is a local one."""
+    """Return the reason why a tracker's server is not usable. None if it answers or is local."""
     address = urlsplit(os.environ.get(service.variable) or service.address)
     if not address.hostname:
         return None
@@ -70,12 +70,12 @@ def unreachable(service: Service) -> str | None:
         port = address.port or (80 if address.scheme == "http" else 443)
         socket.create_connection((address.hostname, port), _CONNECT_SECONDS).close()
     except OSError as error:
-        return (f"{address.hostname} does not answer within {_CONNECT_SECONDS:g} s ({error}); where there is no "
+        return (f"{address.hostname} does not answer within {_CONNECT_SECONDS:g} s ({error}); without a "
                 "network, use its offline mode or tensorboard")  # fmt: skip
     return None
 
 
 def _logged_in(login: str, host: str) -> bool:
-    """Whether a client's login file is there and, where it is for several hosts, knows this one."""
+    """Whether a client's login file exists and, if it is for several hosts, names this one."""
     file = Path(os.environ.get("NETRC") or Path.home() / login) if login == ".netrc" else Path.home() / login
     return file.is_file() and (not login.endswith(".netrc") or host in file.read_text(errors="replace"))

@@ -35,7 +35,7 @@ from grpo_dist.planning.predict import Device, Predictor, batch_arithmetic, flig
 from grpo_dist.planning.tracing import Precision, build_policy, count, example_pack
 from grpo_dist.rollout.native.cache import SLOT_CHUNK, DecodeState, PrefillLayout
 
-COUNTS = ModelCounts(parameters=1_000_003, adapters=50_001, adapted=800_000, joined=200_000, kept_whole=4_003,
+COUNTS = ModelCounts(parameters=1_000_003, adapters=50_001, adapted=800_000, joined=200_000, persistent=4_003,
                      num_layers=3, cache_width=128, query_heads=8, vocabulary=500)  # fmt: skip
 INPUTS = MemoryInputs(COUNTS, Passes(700_000, 300_000, 1_000, 8.0), Flight(4, 32, 100, 64, True, 150), num_ranks=3,
                       zero_stage=0, policy_bytes=2, trained_bytes=4, copy_bytes=2, copy_decodes=True)  # fmt: skip
@@ -56,24 +56,24 @@ def named(inputs: MemoryInputs) -> dict[str, int]:
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_what_all_ranks_hold_together(stage: Any) -> None:
-    """Sharded parts add up to one whole over the ranks; the others stand once on each."""
+def test_shards_of_all_ranks_add_up(stage: Any) -> None:
+    """Sharded parts add up over the ranks to all weights; every rank has the others."""
     parts = named(replace(INPUTS, zero_stage=stage))
-    whole = COUNTS.parameters * 2
+    total = COUNTS.parameters * 2
     rounding = 3 * 2
     if stage == 3:
-        every_rank = COUNTS.kept_whole * 2
-        assert abs(3 * (parts["frozen weights"] - every_rank) - (whole - every_rank)) <= rounding
-        assert parts["gathered weights"] == whole - every_rank
+        every_rank = COUNTS.persistent * 2
+        assert abs(3 * (parts["frozen weights"] - every_rank) - (total - every_rank)) <= rounding
+        assert parts["gathered weights"] == total - every_rank
     else:
-        assert parts["frozen weights"] == whole
+        assert parts["frozen weights"] == total
     moments, master = 8, 4
     states = parts["optimizer"] * (3 if stage else 1)
     assert 0 <= states - COUNTS.adapters * (moments + (master if stage else 0)) <= 3 * 12
-    assert parts["frozen copy"] == whole and not {"rollout weights", "gathered policy"} & set(parts)
+    assert parts["frozen copy"] == total and not {"rollout weights", "gathered policy"} & set(parts)
 
 
-def test_peaks_are_what_is_held_together() -> None:
+def test_peaks_are_sums_of_parts() -> None:
     parts = memory_per_rank(INPUTS)
     always = 0
     for part in parts:
@@ -86,7 +86,7 @@ def test_peaks_are_what_is_held_together() -> None:
 def test_a_shared_reference_has_no_copy() -> None:
     parts = named(replace(INPUTS, copy_bytes=0, copy_decodes=False, zero_stage=3))
     assert not {"frozen copy", "rollout weights"} & set(parts)
-    assert parts["gathered policy"] == (COUNTS.parameters - COUNTS.kept_whole) * 2
+    assert parts["gathered policy"] == (COUNTS.parameters - COUNTS.persistent) * 2
 
 
 @pytest.mark.parametrize(
@@ -184,7 +184,7 @@ def test_a_traced_pass_holds_what_the_real_one_does(checkpointing: bool, lora: L
     assert live.peak == pytest.approx(predicted.update, rel=0.01)
 
 
-def test_live_bytes_follow_what_is_held() -> None:
+def test_live_bytes_follow_live_tensors() -> None:
     before = torch.zeros(1000)
     with LiveBytes() as live:
         a = before * 2
@@ -221,9 +221,9 @@ def test_what_is_decoded_at_once(device: Device, prompt: int, in_flight: int, ro
     with a shared one; where that is too much, as many of it as have room."""
     config = config_of(rollout=RolloutConfig(group_size=4, max_completion_length=24, max_tokens_in_flight=in_flight))
     config = replace(config, data=replace(config.data, max_prompt_length=prompt))
-    found = flight(config, 1, device=device)
-    assert (found.rows, found.prompts, found.shares) == (rows, prompts, device == "cpu" or prompt == 100)
-    assert found.scored == 0 if device == "cpu" else found.scored >= 24
+    decoded = flight(config, 1, device=device)
+    assert (decoded.rows, decoded.prompts, decoded.shares) == (rows, prompts, device == "cpu" or prompt == 100)
+    assert decoded.scored == 0 if device == "cpu" else decoded.scored >= 24
     alone = flight(config, 1, share_prompts=False)
     assert (alone.rows, alone.prompts) == (4, 4)
 
@@ -291,8 +291,8 @@ def test_advice_makes_it_fit_or_says_that_nothing_does() -> None:
 def test_the_verb_says_what_does_not_fit(capsys: pytest.CaptureFixture[str]) -> None:
     words = ["plan", "--config", "configs/quickstart.yaml", "--ranks", "1,4", "--device", "cpu"]
     assert main(words) == 0
-    told = capsys.readouterr().out
-    assert "0.49 M parameters" in told and "frozen copy" in told and "✗" not in told
+    output = capsys.readouterr().out
+    assert "0.49 M parameters" in output and "frozen copy" in output and "✗" not in output
     assert main([*words, "--gpu-memory", "30MiB"]) == 1
-    told = capsys.readouterr().out
-    assert "✗" in told and "1 rank(s): --train.max_tokens_per_pack" in told
+    output = capsys.readouterr().out
+    assert "✗" in output and "1 rank(s): --train.max_tokens_per_pack" in output

@@ -36,7 +36,7 @@ def test_good_options_come_to_what_a_training_would_use(words: list[str]) -> Non
     assert options.config == parse_config(words)
 
 
-def test_what_was_given_is_told_from_defaults() -> None:
+def test_given_options_have_a_source() -> None:
     given = read_options([*QUICKSTART, "--lora.r=8"]).given
     assert given["lora.r"].source == COMMAND_LINE and given["lora.r"].value == "8"
     assert given["train.batch_size"].source == "configs/quickstart.yaml"
@@ -59,7 +59,7 @@ def test_all_mistakes_of_a_command_line_at_once(tmp_path: Path) -> None:
         "stray": "expected options such as",
         "--train.seed": "nothing given",
         "--preset": "'dapoo' given, expected one of cispo, dapo",
-        "rolout": f"given in {file}, but there is no such option; did you mean 'rollout'?",
+        "rolout": f"given in {file}, but no such option exists; did you mean 'rollout'?",
         "rollout.group_size": f"2.5 given in {file}, expected a whole number",
         "train.learning_rate": "did you mean 'optim.learning_rate'?",
         "rewards": "expected a list (Expected a <class 'float'>. Got value: x)",
@@ -70,16 +70,16 @@ def test_all_mistakes_of_a_command_line_at_once(tmp_path: Path) -> None:
         "rollout.temperature": "-1.0 given, expected a number above 0",
         "loss.kl_coeff": "-1.0 given, expected 0 or more",
     }
-    told = {problem.partition(":")[0].split(" ")[0].strip("'"): problem for problem in options.problems}
-    assert told.keys() == expected.keys() and len(options.problems) == len(expected)
+    problems = {problem.partition(":")[0].split(" ")[0].strip("'"): problem for problem in options.problems}
+    assert problems.keys() == expected.keys() and len(options.problems) == len(expected)
     for key, part in expected.items():
-        assert part in told[key], told[key]
+        assert part in problems[key], problems[key]
     assert "s3cret" not in " ".join(options.problems)
     assert options.config.rollout.max_completion_length == 16, "what is right is used"
     assert options.config.train.batch_size == 32, "defaults stand in for what is not"
 
 
-def test_a_refusal_between_options_that_stays_is_told_once(tmp_path: Path) -> None:
+def test_a_refusal_between_options_that_stays_is_reported_once(tmp_path: Path) -> None:
     options = read_options(["--data.max_prompt_length", "8000"])
     assert len(options.problems) == 1 and options.problems[0].startswith("train.max_tokens_per_pack: 4096 given")
 
@@ -96,12 +96,12 @@ def data(tmp_path: Path) -> list[str]:
 def test_a_good_run(data: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*data, "--ranks", "3"]) == 0
     shown = capsys.readouterr().out
-    for told in ("no problems found", "12 to train on", "math: 1 for gold answers, 0 for answers of other prompts",
-                 "up to 86 on each of 3 rank(s)", "M parameters", "of tensors on each rank at its fullest", "free in",
+    for message in ("no problems found", "12 to train on", "math: 1 for gold answers, 0 for answers of other prompts",
+                 "up to 86 on each of 3 rank(s)", "M parameters", "of tensors on each rank at the peak", "free in",
                  "starts from the beginning", "tensorboard: installed",
-                 "12 of 12 evaluation prompts are trained on as well", "[bold]",
+                 "12 of 12 evaluation prompts are also trained on", "[bold]",
                  "data.max_prompt_length: 64   # the"):  # fmt: skip
-        assert told in shown, told
+        assert message in shown, message
     assert "\x1b" not in shown and "\u202e" not in shown
     assert not (tmp_path / "runs").exists(), "a check leaves nothing behind"
 
@@ -115,10 +115,10 @@ def test_problems_of_data_rewards_and_machine_together(
                  '[{name: mth}]', "--logging.trackers", "[tensorbord]", "--model.name", str(tmp_path / "no_model"),
                  "--train.output_dir", str(tmp_path / "occupied" / "run")]) == 2  # fmt: skip
     shown = capsys.readouterr().out
-    for told in ("rewards: 'mth' is not a built-in reward; did you mean 'math'?", "no_model' given, but there is no",
+    for message in ("rewards: 'mth' is not a built-in reward; did you mean 'math'?", "no_model' given, but there is no",
                  "has no column 'anser'; it has prompt, answer. Set data.answer_column to 'answer'", "nowhere.jsonl",
                  "occupied cannot be written to", "'tensorbord' given", "6 problem(s)"):  # fmt: skip
-        assert told in shown, told
+        assert message in shown, message
 
 
 def test_rewards_that_fail_on_samples(
@@ -196,7 +196,7 @@ def test_what_would_be_resumed(data: list[str], tmp_path: Path, capsys: pytest.C
     }  # fmt: skip
     checkpoint.save(root, 7, {"x": torch.zeros(1)}, meta, keep=2)
     assert main(data) == 0
-    assert f"goes on from {root / 'step_7'}" in capsys.readouterr().out
+    assert f"resumes from {root / 'step_7'}" in capsys.readouterr().out
     assert main([*data, "--train.seed", "3", "--train.resume", "auto"]) == 2
     assert "belongs to another run:   seed: 0 -> 3 Choose another train.output_dir" in capsys.readouterr().out
     assert main([*data, "--train.resume", "never"]) == 2
