@@ -1,4 +1,4 @@
-"""A trained model and its base model, asked the same and heard side by side."""
+"""A chat with a trained model and its base model. Both answer the same prompts, side by side."""
 
 from __future__ import annotations
 
@@ -35,23 +35,23 @@ class Voice:
     name: str
     model: nn.Module
     adapters: Callable[[], AbstractContextManager[Any]] = nullcontext
-    """Context in which the model computes."""
+    """Context manager for the model's computation."""
     said: list[dict[str, str]] = field(default_factory=list)
     """The conversation so far, as messages."""
 
 
 class Conversation:
-    """Both models, and how they are asked."""
+    """The two models and their generation settings."""
 
     def __init__(self, trained: Trained, policy: Policy, tokenizer: Any, temperature: float, longest: int | None,
                  seed: int) -> None:  # fmt: skip
-        """A temperature of 0 takes the likeliest token, another draws under the run's top_p, top_k and min_p; `longest`
-        None is rollout.max_completion_length."""
+        """A temperature of 0 is greedy. Sampling uses the run's top_p, top_k and min_p. If `longest` is None,
+        rollout.max_completion_length limits answers."""
         self.tokenizer = tokenizer
         self.data = DataConfig(**{**trained.config["data"], "curriculum": None})
         self.templated = bool(tokenizer.chat_template) and self.data.chat_template != "never"
         self.voices = voices(trained, policy)
-        for voice in self.voices:  # generate() would fill in the penalties and limits that come with the model
+        for voice in self.voices:  # generate() would use the penalties and limits of the model's own config
             voice.model.generation_config = GenerationConfig()
         torch.manual_seed(seed)
         rollout, end_ids = trained.config["rollout"], end_token_ids(trained.model, tokenizer)
@@ -64,7 +64,7 @@ class Conversation:
         self.console = Console()
 
     def answer(self, prompt: str) -> None:
-        """Print both answers: side by side and as they come on a terminal, else one after the other."""
+        """Print both answers: side by side as they grow on a terminal, else one after the other."""
         answers = dict.fromkeys((voice.name for voice in self.voices), "")
         if not self.console.is_terminal:
             for voice in self.voices:
@@ -80,7 +80,7 @@ class Conversation:
                 self._generate(voice, prompt, show)
 
     def _generate(self, voice: Voice, prompt: str, show: Callable[[str], None]) -> str:
-        """A voice's whole answer; `show` is given what there is of it as it comes."""
+        """Return the answer of a voice. `show` gets the text each time it grows."""
         messages = [*voice.said, {"role": "user", "content": prompt}]
         ids = render(messages if self.templated else prompt, self.data, self.tokenizer).ids
         with voice.adapters(), torch.no_grad():
@@ -92,7 +92,7 @@ class Conversation:
 
 
 def voices(trained: Trained, policy: Policy) -> list[Voice]:
-    """The base model and the trained one; with adapters they share their weights."""
+    """The base model and the trained model. With adapters they share weights."""
     if isinstance(policy.model, PeftModel):
         base = Voice("base", policy.causal_lm, policy.model.disable_adapter)
     else:
@@ -108,7 +108,7 @@ class _Shown(BaseStreamer):
         self._ids: list[int] | None = None
 
     def put(self, value: Any) -> None:
-        """Take in the prompt, which comes first, or a token."""
+        """Receive the prompt, which comes first, or a token."""
         if self._ids is None:
             self._ids = []
             return
@@ -118,11 +118,11 @@ class _Shown(BaseStreamer):
             self._show(text)
 
     def end(self) -> None:
-        """Do nothing: the last token has been shown."""
+        """Do nothing: the last token is shown already."""
 
 
 def harmless(text: str) -> str:
-    """A text of several lines without anything that steers a terminal."""
+    """A text of several lines without terminal control characters."""
     return "\n".join(plain(line, _LINE_CHARACTERS) for line in text.splitlines())
 
 

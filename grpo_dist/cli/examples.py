@@ -1,8 +1,8 @@
-"""`python -m grpo_dist examples`: a copy of the shipped configs and their data to run and to change.
+"""`python -m grpo_dist examples`: copy the shipped configs and their data, to run and to change them.
 
     python -m grpo_dist examples my_project
 
-After `pip install grpo_dist` the commands of the documentation then run in that directory as they do in a checkout.
+After `pip install grpo_dist` the commands of the documentation run in that directory as in a checkout.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from ..config.shipped import Folder, shipped
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the verb's options."""
-    parser.add_argument("directory", type=Path, nargs="?", default=Path(), metavar="DIR", help="where to put it (here)")
+    parser.add_argument("directory", type=Path, nargs="?", default=Path(), metavar="DIR", help="target directory (.)")
 
 
 def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
-    """Copy, and say what can be run now. Raises ValueError, FileExistsError."""
+    """Copy, and print the next command. Raises ValueError, FileExistsError."""
     require(not rest, "arguments", list(rest), "a directory alone")
     for folder in copy_examples(options.directory):
         print(f"made {folder}/")
@@ -32,12 +32,12 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
 
 
 def copy_examples(directory: Path) -> list[Path]:
-    """Copy what ships into a directory and return the new folders. Raises FileExistsError before it overwrites one."""
+    """Copy the shipped folders into a directory and return the copies. Raises FileExistsError if one exists."""
     folders: tuple[Folder, ...] = ("configs", "accelerate_configs", "launch")
     targets = [directory / folder for folder in folders]
     there = [str(target) for target in targets if target.exists()]
     if there:
-        raise FileExistsError(f"{', '.join(there)}: already there; choose another directory, or move them away")
+        raise FileExistsError(f"{', '.join(there)} already exist; choose another directory, or move them")
     for folder, target in zip(folders[:2], targets[:2], strict=True):
         shutil.copytree(shipped(folder), target, ignore=shutil.ignore_patterns("__pycache__"))
     targets[2].mkdir()

@@ -1,11 +1,11 @@
-"""`python -m grpo_dist export`: take home what a run has trained, checked by reopening it.
+"""`python -m grpo_dist export`: export a trained model, reopen the export and check it.
 
     python -m grpo_dist export runs/quickstart --to merged
     python -m grpo_dist export runs/quickstart/checkpoints/step_40 --to adapter --out my_adapter
 
-`merged` is a plain transformers model, `adapter` the PEFT adapter alone, and `gguf-recipe` the merged model with a
-script that makes GGUF files of it with llama.cpp's converter. A run that has not ended is exported from its newest
-checkpoint. No ranks are started; everything happens on the CPU.
+`merged` is a plain transformers model, `adapter` only the PEFT adapter, and `gguf-recipe` the merged model with a
+script that makes GGUF files of it with llama.cpp's converter. For a run that has not ended, the export uses its newest
+checkpoint. It runs in one process on the CPU.
 """
 
 from __future__ import annotations
@@ -25,31 +25,31 @@ if TYPE_CHECKING:
 
 KINDS = ("merged", "adapter", "gguf-recipe")
 TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2}
-"""Furthest that logits of the exported model may be from the policy's, as a share of the largest: weights are merged in
+"""Largest allowed difference of the logits of export and policy, as a share of the largest logit. Weights are merged in
 float32 and then rounded to the dtype."""
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
-"""What vLLM takes as --max-lora-rank."""
+"""Values that vLLM allows for --max-lora-rank."""
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the verb's options."""
     parser.add_argument("run_or_checkpoint", type=Path, metavar="RUN_OR_CHECKPOINT", help="train.output_dir, or a "
                         "checkpoint in it")  # fmt: skip
-    parser.add_argument("--to", choices=KINDS, default="merged", help="what to make (merged)")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="where to (RUN/exports/step_N-KIND)")
-    parser.add_argument("--dtype", choices=TOLERANCE, help="of a merged model's weights (as they were trained, or "
-                        "float32 where less than 99 %% of the update would be left)")  # fmt: skip
-    parser.add_argument("--max_shard_size", default="5GB", metavar="SIZE", help="of each weight file (5GB)")
-    parser.add_argument("--push_to_hub", metavar="OWNER/NAME", help="upload it as well, as a private repository")
+    parser.add_argument("--to", choices=KINDS, default="merged", help="kind of export (merged)")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="output directory (RUN/exports/step_N-KIND)")
+    parser.add_argument("--dtype", choices=TOLERANCE, help="dtype of a merged model (that of the training, or "
+                        "float32 if it would keep less than 99 %% of the update)")  # fmt: skip
+    parser.add_argument("--max_shard_size", default="5GB", metavar="SIZE", help="size of each weight file (5GB)")
+    parser.add_argument("--push_to_hub", metavar="OWNER/NAME", help="also upload it, as a private repository")
 
 
 def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
-    """Export, check, describe, and say how to use it. Raises ValueError, OSError; RuntimeError where a check fails."""
+    """Export, check and print the usage. Raises ValueError, OSError, and RuntimeError if the check fails."""
     require(not rest, "arguments", list(rest), "a run or a checkpoint, and the options of --help")
     from ..checkpoint.trained import find
     from ..monitoring.console import set_up_logging
     from ..monitoring.metrics import read_history
-    from ..report.card import write_card  # torch; a mistake in the options should not wait for it
+    from ..report.card import write_card  # imports torch: an error in the options should not wait for it
 
     set_up_logging()
     trained = find(options.run_or_checkpoint)
@@ -78,7 +78,7 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
 
 
 def write_merged(trained: Trained, out: Path, dtype: str | None, max_shard_size: str) -> tuple[float, float, float]:
-    """Write the merged model and return how far its logits are from the policy's, how far they may be, and the KL."""
+    """Write the merged model. Returns the results of `compare` with the policy."""
     from ..checkpoint.reopening import probe
     from ..checkpoint.trained import at, load
     from ..distributed.ranks import DTYPES
@@ -91,13 +91,13 @@ def write_merged(trained: Trained, out: Path, dtype: str | None, max_shard_size:
     print(line)
     state = saving.merged_state(policy, keep=True, dtype=written)
     saving.write_merged(policy, state, tokenizer, out, max_shard_size)
-    del policy, state  # room for the reopened one
+    del policy, state  # frees memory for the reopened model
     rougher = max(written, computed, key=lambda dtype: TOLERANCE[str(dtype).removeprefix("torch.")])
     return compare(expected, probe(load_causal_lm(at(trained, out), written, None)), str(rougher))
 
 
 def write_adapter(trained: Trained, out: Path) -> tuple[float, float, float]:
-    """Write the adapter and return how far its logits are from the policy's, how far they may be, and the KL."""
+    """Write the adapter. Returns the results of `compare` with the policy."""
     from peft import PeftModel
 
     from ..checkpoint.reopening import probe
@@ -114,21 +114,23 @@ def write_adapter(trained: Trained, out: Path) -> tuple[float, float, float]:
     return compare(expected, probe(reopened), str(dtype))
 
 
-def compare(expected: Tensor, found: Tensor, dtype: str) -> tuple[float, float, float]:
-    """The largest difference as a share of the largest logit, what is allowed, and the KL in nats a token; raises
-    RuntimeError beyond what is allowed."""
+def compare(expected: Tensor, exported: Tensor, dtype: str) -> tuple[float, float, float]:
+    """Return the largest difference as a share of the largest logit, its allowed value, and the KL in nats a token.
+
+    Raises RuntimeError above the allowed value.
+    """
     from ..checkpoint.reopening import divergence
 
-    difference = float((expected - found).abs().max() / expected.abs().max())
+    difference = float((expected - exported).abs().max() / expected.abs().max())
     allowed = TOLERANCE[dtype.removeprefix("torch.")]
     if not difference <= allowed:
         raise RuntimeError(f"the exported model is not the trained one: its logits differ by {difference:.1e} of the "
                            f"largest, {allowed:.0e} would be rounding")  # fmt: skip
-    return difference, allowed, divergence(expected, found)
+    return difference, allowed, divergence(expected, exported)
 
 
 def upload(directory: Path, name: str) -> str:
-    """Upload a directory to a new or existing repository of the hub, private where new; returns its address."""
+    """Upload a directory to a repository of the hub and return its address. A new repository is private."""
     from huggingface_hub import HfApi
 
     hub = HfApi()
@@ -138,13 +140,13 @@ def upload(directory: Path, name: str) -> str:
 
 
 def gguf_recipe(directory: Path) -> str:
-    """A shell script that makes GGUF files, in 16 bits and quantised to about 4.5, of a merged model."""
+    """A shell script that makes GGUF files of a merged model: in 16 bits, and quantised to about 4.5 bits."""
     model = shlex.quote(directory.resolve().name)
     return f"""#!/usr/bin/env bash
 # GGUF files of the model in this directory, with llama.cpp's converter. Needs git, cmake, a C++ compiler and a network.
 set -euo pipefail
 cd "$(dirname "${{BASH_SOURCE[0]}}")"
-llama_cpp=${{LLAMA_CPP:-../llama.cpp}}   # a checkout that is there already, or a place for one
+llama_cpp=${{LLAMA_CPP:-../llama.cpp}}   # an existing checkout, or a place for a new one
 [[ -d $llama_cpp ]] || git clone --depth 1 https://github.com/ggml-org/llama.cpp "$llama_cpp"
 python -m venv "$llama_cpp/venv"
 "$llama_cpp/venv/bin/pip" install -r "$llama_cpp/requirements/requirements-convert_hf_to_gguf.txt"
@@ -157,7 +159,7 @@ echo "talk to it: $llama_cpp/build/bin/llama-cli -m {model}-q4_k_m.gguf"
 
 
 def usage(trained: Trained, out: Path, kind: str) -> list[str]:
-    """Lines that say how to use an export with transformers, vLLM and llama.cpp."""
+    """Lines with commands to use an export with transformers, vLLM and llama.cpp."""
     from ..model.load import model_path
 
     place = shlex.quote(str(out))

@@ -1,9 +1,9 @@
-"""`python -m grpo_dist init`: a commented config to begin with, from a few questions or from options.
+"""`python -m grpo_dist init`: write a commented config to start from, after a few questions or from options.
 
     python -m grpo_dist init own.yaml
     python -m grpo_dist init own.yaml --model Qwen/Qwen2.5-0.5B-Instruct --data my.jsonl --reward my_module:reward
 
-What is not given is asked for on a terminal, and an error elsewhere where there is no default for it.
+On a terminal, `init` asks for what is not given. Elsewhere it uses defaults, and fails where an option has none.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ OFTEN_CHANGED = (
     "scoring.num_workers", "loss.kl_coeff", "optim.warmup_steps", "train.eval_every", "train.save_every",
     "train.max_time", "logging.trackers",
 )  # fmt: skip
-"""Options that it shows, commented out, with their defaults."""
+"""Options that it shows in comments, with their defaults."""
 PROMPT_COLUMNS = ("prompt", "question", "problem", "instruction", "messages", "input", "query")
 ANSWER_COLUMNS = ("answer", "solution", "target", "label", "output", "response")
 _WIDTH = 110
@@ -45,7 +45,7 @@ _WIDTH = 110
 
 @dataclass(frozen=True)
 class Starter:
-    """What a starter config depends on."""
+    """The answers that a starter config is made from."""
 
     model: str
     data: str
@@ -58,23 +58,23 @@ class Starter:
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the verb's options."""
-    parser.add_argument("file", type=Path, metavar="FILE", help="where to write the config")
+    parser.add_argument("file", type=Path, metavar="FILE", help="file to write")
     parser.add_argument("--model", help="hub id or directory of a causal language model, or `toy`")
     parser.add_argument("--data", help="prompts: a JSONL, JSON, CSV or parquet file, a directory, or a hub id")
     parser.add_argument("--eval_data", help="the same for evaluation (none)")
-    parser.add_argument("--prompt_column", help="column with the prompt (found in a local file)")
-    parser.add_argument("--answer_column", help="column with the gold answer, `null` for none (found in a local file)")
+    parser.add_argument("--prompt_column", help="prompt column (guessed from a local file)")
+    parser.add_argument("--answer_column", help="gold answer column, `null` for none (guessed from a local file)")
     parser.add_argument("--reward", help="a built-in reward, or module:function (math)")
-    parser.add_argument("--output_dir", help="where the run goes (runs/ and the name of FILE)")
-    parser.add_argument("--gpus", type=int, help="GPUs of this machine that the command to start will use (1)")
+    parser.add_argument("--output_dir", help="output directory of the run (runs/ and the name of FILE)")
+    parser.add_argument("--gpus", type=int, help="GPUs for the printed training command (1)")
 
 
 def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
-    """Ask, write, and say what to run next. Raises ValueError, FileExistsError."""
+    """Ask, write the file, and print the next commands. Raises ValueError, FileExistsError."""
     if rest:
         raise ValueError(f"{' '.join(rest)} given, expected the options that `init --help` lists")
     if options.file.exists():
-        raise FileExistsError(f"{options.file} exists already; choose another name, or move it away")
+        raise FileExistsError(f"{options.file} already exists; choose another name, or move the file")
     on_terminal = sys.stdin.isatty() and sys.stdout.isatty()
     try:
         starter = complete(options, _ask if on_terminal else _refuse)
@@ -88,9 +88,9 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
 
 
 Check = Callable[[str], str | None]
-"""From an answer to what is wrong with it; None where nothing is."""
+"""Maps an answer to its problem, or to None."""
 Asker = Callable[[str, str, str | None, Check], str]
-"""From an option, a question, a default (None: there is none) and a check to an answer."""
+"""Maps an option, a question, a default (None: no default) and a check to an answer."""
 
 
 def _ask(option: str, question: str, default: str | None, check: Check) -> str:
@@ -106,12 +106,12 @@ def _ask(option: str, question: str, default: str | None, check: Check) -> str:
 
 def _refuse(option: str, question: str, default: str | None, check: Check) -> str:
     if default is None:
-        raise ValueError(f"--{option}: nothing given, and there is no terminal to ask on; expected: {question}")
+        raise ValueError(f"--{option}: nothing given, and no terminal to ask on; expected: {question}")
     return default
 
 
 def complete(options: argparse.Namespace, ask: Asker) -> Starter:
-    """Return the answers: those given as options, and `ask` for the others. Raises ValueError, FileNotFoundError."""
+    """Return the answers from options, or from `ask`. Raises ValueError, FileNotFoundError."""
 
     def answer(option: str, question: str, default: str | None, check: Check = lambda _: None) -> str:
         given = getattr(options, option)
@@ -147,7 +147,7 @@ def _reward_problem(reward: str) -> str | None:
 
 
 def _of(columns: Sequence[str]) -> str:
-    return f" (there are {', '.join(columns)})" if columns else ""
+    return f" (columns: {', '.join(columns)})" if columns else ""
 
 
 def _first(names: Sequence[str], columns: Sequence[str], default: str) -> str:
@@ -160,32 +160,32 @@ def render(starter: Starter) -> str:
     config.model.name, config.train.output_dir = starter.model, starter.output_dir
     config.data = replace(config.data, train_file=starter.data, eval_file=starter.eval_data,
                           prompt_column=starter.prompt_column, answer_column=starter.answer_column)  # fmt: skip
-    values, told = flat(asdict(config)), option_docs()
-    lines = ["# A starter config. All options, with their defaults and what they mean:",
+    values, docs = flat(asdict(config)), option_docs()
+    lines = ["# A starter config. All options, with their defaults and meanings:",
              "#     python -m grpo_dist.train --help"]  # fmt: skip
     for group in option_types():
         keys = [key for key in (*SET, *OFTEN_CHANGED) if key.partition(".")[0] == group]
         if group == "rewards":
-            lines += ["", "rewards:", *_comment(told["rewards"], "  "), *_comment(told["rewards.name"], "  "),
-                      f"  - name: {_yaml(starter.reward)}", *_comment(told["rewards.weight"], "    "),
+            lines += ["", "rewards:", *_comment(docs["rewards"], "  "), *_comment(docs["rewards.name"], "  "),
+                      f"  - name: {_yaml(starter.reward)}", *_comment(docs["rewards.weight"], "    "),
                       "    weight: 1.0"]  # fmt: skip
         elif keys:
             lines += ["", f"{group}:" if set(keys) & set(SET) else f"# {group}:"]
         for key in keys:
             off = "" if key in SET else "# "
-            lines += [*_comment(told[key], "  "), f"  {off}{key.partition('.')[2]}: {_yaml(values[key])}"]
+            lines += [*_comment(docs[key], "  "), f"  {off}{key.partition('.')[2]}: {_yaml(values[key])}"]
     return "\n".join(lines) + "\n"
 
 
 def option_docs(cls: type = Config, prefix: str = "") -> dict[str, str]:
-    """Return what is said of every option that is documented, by dotted name; `rewards.NAME` for those of a reward."""
-    found = {f"{prefix}{name}": text for name, text in descriptions(cls).items()}
+    """Return the description of every option by its dotted name, and of a reward's options by `rewards.NAME`."""
+    docs = {f"{prefix}{name}": text for name, text in descriptions(cls).items()}
     types = option_types(cls)
     for name, hint in types.items():
         group = RewardConfig if name == "rewards" else group_type(hint)
         if group is not None and "." not in name:
-            found |= option_docs(group, f"{prefix}{name}.")
-    return found
+            docs |= option_docs(group, f"{prefix}{name}.")
+    return docs
 
 
 def _comment(text: str, indent: str) -> list[str]:
@@ -197,7 +197,7 @@ def _yaml(value: Any) -> str:
 
 
 def start_command(file: Path, gpus: int | None) -> str:
-    """Return the command that trains on `gpus`."""
+    """Return the command that trains on `gpus` GPUs."""
     if gpus is None or gpus < 2:
         return f"python -m grpo_dist.train --config {file}"
     strategy = shipped("accelerate_configs") / "zero2.yaml"

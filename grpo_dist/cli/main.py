@@ -1,9 +1,8 @@
-"""`python -m grpo_dist VERB` for what needs no launcher.
+"""`python -m grpo_dist VERB`: the commands that need no launcher.
 
-A verb is a module with a docstring, `add_options(parser)` and `run(options, rest)`, which returns the exit status: put
-it into VERBS. It is imported when it is asked for, and should import torch only once it runs, so that a mistake is
-answered at once. What a verb does not know of the command line is left to it as the rest, for the options of a run
-(`cli_config.parse_config`).
+A verb is a module with a docstring, `add_options(parser)` and `run(options, rest)`, which returns the exit status.
+VERBS lists it. The module is imported when its verb is used. It should import torch only in `run`, so that errors in
+the options come at once. `rest` has the arguments that the verb's parser does not know: the options of a run.
 """
 
 from __future__ import annotations
@@ -17,27 +16,27 @@ from ..config.own_options import OwnOptions
 from ..text.plain import plain_lines
 
 VERBS = {
-    # verb: its module, and what it does in a few words
-    "bench": ("grpo_dist.cli.bench.bench", "time a step, against TRL if you like"),
-    "chat": ("grpo_dist.cli.chat", "talk to what a run has trained, beside its base model"),
-    "check": ("grpo_dist.cli.check", "look at a config before a run, and name all problems at once"),
-    "completion": ("grpo_dist.cli.shell_completion", "print the script with which a shell completes `grpo-dist`"),
+    # verb: (module, summary)
+    "bench": ("grpo_dist.cli.bench.bench", "time a step, optionally against TRL"),
+    "chat": ("grpo_dist.cli.chat", "talk to a trained model and its base model"),
+    "check": ("grpo_dist.cli.check", "check a config before a run, and report all problems at once"),
+    "completion": ("grpo_dist.cli.shell_completion", "print the script for shell completion of `grpo-dist`"),
     "examples": ("grpo_dist.cli.examples", "copy the shipped configs and their data into a directory"),
-    "export": ("grpo_dist.cli.export", "take home what a run has trained: merged, as an adapter, towards GGUF"),
-    "init": ("grpo_dist.cli.init", "write a commented config to begin with"),
-    "plan": ("grpo_dist.cli.plan", "predict memory of each GPU and the arithmetic of a step, on any number of them"),
-    "report": ("grpo_dist.report", "write one page about a run, or about several"),
+    "export": ("grpo_dist.cli.export", "export a trained model: merged, as an adapter, or for GGUF"),
+    "init": ("grpo_dist.cli.init", "write a commented config to start from"),
+    "plan": ("grpo_dist.cli.plan", "predict the memory of each GPU, for any number of GPUs"),
+    "report": ("grpo_dist.report", "write one page about one or several runs"),
     "schema": ("grpo_dist.cli.schema", "print the options as a JSON schema, for editors"),
     "score": ("grpo_dist.cli.score", "print a table of scored completions"),
     "train": (
         "grpo_dist.cli.train",
-        "train in this one process (several: accelerate launch --num_processes N -m grpo_dist.train)",
+        "train in one process (for more: accelerate launch --num_processes N -m grpo_dist.train)",
     ),
 }
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a verb and return its exit status: 2 for a mistake of the user."""
+    """Run a verb and return its exit status, which is 2 for an error of the user."""
     words = sys.argv[1:] if arguments is None else arguments
     parser = make_parser(words[:1])
     options, rest = parser.parse_known_args(words)
@@ -48,16 +47,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
 
 
-def make_parser(wanted: Container[str]) -> argparse.ArgumentParser:
-    """Return the parser of all verbs, with the options of those that are wanted; only their modules are imported."""
-    told = "What needs no launcher. For training itself: `python -m grpo_dist.train --help`."
-    parser = OwnOptions(prog="python -m grpo_dist", description=told)
-    verbs = parser.add_subparsers(metavar="VERB", required=True)
+def make_parser(verbs: Container[str]) -> argparse.ArgumentParser:
+    """Return the parser of all verbs, with the options of `verbs`. It imports only their modules."""
+    description = "Commands that need no launcher. For training see `python -m grpo_dist.train --help`."
+    parser = OwnOptions(prog="python -m grpo_dist", description=description)
+    subparsers = parser.add_subparsers(metavar="VERB", required=True)
     for name, (module, summary) in VERBS.items():
-        verb = verbs.add_parser(name, help=summary, formatter_class=argparse.RawDescriptionHelpFormatter)
-        if name in wanted:
-            found = importlib.import_module(module)
-            verb.description = found.__doc__
-            found.add_options(verb)
-            verb.set_defaults(run=found.run)
+        verb = subparsers.add_parser(name, help=summary, formatter_class=argparse.RawDescriptionHelpFormatter)
+        if name in verbs:
+            imported = importlib.import_module(module)
+            verb.description = imported.__doc__
+            imported.add_options(verb)
+            verb.set_defaults(run=imported.run)
     return parser

@@ -1,12 +1,12 @@
-"""`python -m grpo_dist schema`: the options of a run as a JSON schema, with which editors complete and check a config.
+"""`python -m grpo_dist schema`: print the options of a run as a JSON schema, which editors use to check configs.
 
     python -m grpo_dist schema > config.schema.json
 
-and as the first line of a config
+The first line of a config then names the schema:
 
     # yaml-language-server: $schema=config.schema.json
 
-The shipped configs have such a line; their schema is configs/schema.json.
+The shipped configs have such a line. Their schema is configs/schema.json.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
 
 
 def render() -> str:
-    """The schema as text, the same for the same options."""
+    """The schema as text. It depends on the options alone."""
     schema = {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "A config of grpo_dist"}
     return json.dumps(schema | schema_of(Config), indent=1, ensure_ascii=False) + "\n"
 
 
 def schema_of(hint: Any) -> dict[str, Any]:
-    """The JSON schema of a type that options have. Raises TypeError for one that none has."""
+    """The JSON schema of the type of an option. Raises TypeError for a type that no option has."""
     origin, arguments = get_origin(hint), get_args(hint)
     if hint is Any:
         return {}
@@ -82,5 +82,5 @@ def _group(kind: Any) -> dict[str, Any]:
 
 
 def _as_json(value: Any) -> Any:
-    """A default as JSON has it: groups of options and rewards are dataclasses."""
+    """A default as JSON. Groups of options and rewards are dataclasses."""
     return json.loads(json.dumps(value, default=asdict))

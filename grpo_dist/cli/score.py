@@ -1,10 +1,10 @@
-"""`python -m grpo_dist score`: what the configured rewards make of some completions, before any training.
+"""`python -m grpo_dist score`: score completions with the configured rewards, before a training.
 
     python -m grpo_dist score --config configs/quickstart.yaml -n 20
     python -m grpo_dist score --config configs/quickstart.yaml --completions FILE
 
-Completions come from a file with a column `completion` and, where its rows are not in the order of the data's, a column
-`prompt_index`; without a file, the gold answers themselves are scored, which a reward should like. No model is loaded.
+Completions come from a file with a column `completion`. If its rows are not in the order of the data, it also needs a
+column `prompt_index`. Without a file, the gold answers are scored, which should get a high reward. No model is loaded.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ _SHOWN_FAILURES = 5
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add the verb's own options; those of a run, `--config` first, are left to its parser."""
+    """Add the options of the verb. The parser of a run reads the others, such as `--config`."""
     parser.add_argument("--completions", metavar="FILE", help="JSONL, CSV or parquet with a column `completion`")
     parser.add_argument("-n", type=int, default=20, metavar="N", help="most completions to score (20)")
 
 
 def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
-    """Score and print; 1 where more completions failed than scoring.error_budget allows. Raises ValueError, OSError."""
+    """Score and print. Returns 1 if more completions fail than scoring.error_budget. Raises ValueError, OSError."""
     config = parse_config(list(rest))
     if options.n < 1:
         raise ValueError(f"-n: {options.n} given, expected at least 1")
@@ -52,20 +52,20 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
 
 
 def read_items(config: Config, path: str | None, most: int) -> tuple[list[Item], list[int]]:
-    """Return up to `most` completions of a file with the data's columns, or the gold answers without a file.
+    """Return up to `most` completions of a file with the columns of the data, or the gold answers without a file.
 
-    With them comes the group of each: a file's completions of one prompt, or all gold answers. Raises ValueError where
-    the file has no `completion`, or names a prompt that the data does not have.
+    Also returns the group of each: completions of one prompt in a file, or all gold answers. Raises ValueError if the
+    file has no `completion`, or names a prompt that the data does not have.
     """
     from ..data.mixture import load_training
-    from ..model.load import load_tokenizer  # torch; a mistake in the options should not wait for it
+    from ..model.load import load_tokenizer  # imports torch: an error in the options should not wait for it
 
     tokenizer = load_tokenizer(config.model)
     checks = answer_checks(config.rewards) if config.data.answer_column else []
     prompts, _ = load_training(config, tokenizer, checks)
     if path is None:
         if config.data.answer_column is None:
-            raise ValueError("data.answer_column is null: without gold answers to score, give --completions FILE")
+            raise ValueError("data.answer_column is null: there are no gold answers to score; give --completions FILE")
         first = [prompts[place] for place in range(min(most, len(prompts)))]
         pairs = [(prompt, str(prompt.columns["answer"])) for prompt in first]
     else:
@@ -89,7 +89,7 @@ def _read_pairs(path: str, prompts: Sequence[Prompt], most: int) -> list[tuple[P
 
 
 def print_scores(config: Config, items: Sequence[Item], scores: Scores) -> None:
-    """Print a table with a line for each completion, what failed, and what each reward took."""
+    """Print a table of completions, the failures, and the seconds of each reward."""
     weights = [reward.weight_at(0) for reward in config.rewards]
     totals = combine(scores.values, scores.failed, weights)
     table = Table(box=box.SIMPLE)

@@ -1,10 +1,10 @@
-"""`python -m grpo_dist completion SHELL`: the script with which a shell completes the command `grpo-dist`.
+"""`python -m grpo_dist completion SHELL`: print the script for shell completion of the command `grpo-dist`.
 
     eval "$(grpo-dist completion bash)"                                   in ~/.bashrc
     grpo-dist completion zsh > ~/.zfunc/_grpo-dist                        with ~/.zfunc in fpath before compinit
     grpo-dist completion fish > ~/.config/fish/completions/grpo-dist.fish
 
-It completes verbs, their options, and the dotted options of a run with the values they may have.
+It completes verbs, their options, and the dotted options of a run with their values.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from .main import VERBS, make_parser
 
 PROGRAM = "grpo-dist"
 READERS = ("parse_config", "read_options")
-"""What a verb imports that takes the options of a run."""
+"""Functions that a verb imports if it takes the options of a run."""
 FILES = ("data.train_file", "data.eval_file", "model.name")
 """Options that may be a path."""
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the verb's argument."""
-    parser.add_argument("shell", choices=shtab.SUPPORTED_SHELLS, help="the shell that is to complete")
+    parser.add_argument("shell", choices=shtab.SUPPORTED_SHELLS, help="the shell")
 
 
 def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
@@ -40,7 +40,7 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
 
 
 def script(shell: str) -> str:
-    """Return what the shell is to evaluate."""
+    """Return the script for the shell."""
     parser = make_parser(VERBS)
     parser.prog = PROGRAM
     (verbs,) = (action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
@@ -54,7 +54,7 @@ def script(shell: str) -> str:
 
 
 def _add_run_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options of a run for their names and values alone: it is not this parser that reads them."""
+    """Add the options of a run to complete their names and values. Another parser reads them."""
     parser.add_argument("--config").complete = shtab.FILE  # type: ignore[attr-defined]
     parser.add_argument("--preset", choices=presets())
     for name, hint in option_types().items():
@@ -67,7 +67,7 @@ def _add_run_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _values(hint: Any) -> list[str] | None:
-    """Return the values that an option may have, where they are few."""
+    """Return the values of an option, if there are few."""
     if get_origin(hint) is Literal:
         return [str(value) for value in get_args(hint)]
     return ["true", "false"] if hint is bool else None

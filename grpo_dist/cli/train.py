@@ -1,8 +1,8 @@
-"""`python -m grpo_dist train`: a training in this one process, on one GPU or the CPU.
+"""`python -m grpo_dist train`: train in one process, on one GPU or the CPU.
 
     python -m grpo_dist train --config configs/quickstart.yaml
 
-on several, each of which is a process:
+With several GPUs each one has a process:
 
     accelerate launch --config_file accelerate_configs/zero2.yaml --num_processes 8 -m grpo_dist.train --config FILE
 
@@ -24,7 +24,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
     """Train, and return the exit status."""
     if DRY_RUN not in rest:
-        parse_config(list(rest))  # a mistake should not wait for torch, which comes with the trainer
+        parse_config(list(rest))  # an error should not wait for torch, which the trainer imports
 
     from ..train import train
     from ..trainer.ending import main

@@ -1,7 +1,7 @@
-"""`python -m grpo_dist bench`: how long a step takes here, and how long TRL takes for the same work.
+"""`python -m grpo_dist bench`: time a step on this machine, and the same step with TRL.
 
-Each trainer is a process of its own that takes a step when it is told to (`turns.py`), so that two of them alternate
-step by step on one machine. TRL is left as it comes and goes first; ours is then made to write completions of the very
-lengths that TRL's had, so that a pair of steps is the same work. `workloads.py` has the models and prompts, `ours.py`
-and `peer.py` the two workers, `tables.py` what is printed.
+Each trainer is a process that takes a step on request (`turns.py`), so that the two alternate on one machine. TRL is
+unchanged and takes the first step. Ours then makes completions of exactly the lengths of TRL's, so that both steps of
+a pair do the same work. `workloads.py` has the models and prompts, `ours.py` and `peer.py` the two workers, and
+`tables.py` the printed tables.
 """

@@ -1,4 +1,4 @@
-"""The verb `bench`: start the workers, let them take turns, print the tables."""
+"""The verb `bench`: start the workers, let them alternate, print the tables."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .workloads import WORKLOADS, Workload, model_of, write_prompts
 
 PROMPTS = "prompts.jsonl"
 PEER_MICRO_BATCH = 8
-"""Sequences of a micro-batch of the peer on a GPU, at most: activations of a whole step have room on none."""
+"""Most sequences of the peer's micro-batch on a GPU. The activations of a full step fit on no GPU."""
 SAME_WORK = 0.05
 """The peer's completion tokens may differ from ours by this share."""
 
@@ -28,34 +28,34 @@ SAME_WORK = 0.05
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of the verb."""
     parser.add_argument("--workload", nargs="+", default=["quickstart"], choices=list(WORKLOADS), metavar="NAME",
-                        help=f"what to time: {', '.join(WORKLOADS)} (quickstart)")  # fmt: skip
-    parser.add_argument("--model", help="a model of your own, by hub id or path, with the workload's sizes")
+                        help=f"workloads to time: {', '.join(WORKLOADS)} (quickstart)")  # fmt: skip
+    parser.add_argument("--model", help="your own model, by hub id or path, with the sizes of the workload")
     for name, what in (
         ("num_prompts", "prompts a step"), ("group_size", "completions a prompt"), ("prompt_tokens", "longest prompt"),
-        ("max_new_tokens", "longest completion"), ("mean_new_tokens", "mean completion of a model that is made"),
+        ("max_new_tokens", "longest completion"), ("mean_new_tokens", "mean completion of a generated model"),
     ):  # fmt: skip
         parser.add_argument(f"--{name}", type=int, metavar="N", help=f"{what}, in place of the workload's")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="in place of the workload's")
-    parser.add_argument("--pairs", type=int, default=3, metavar="N", help="steps timed, after one that is not (3)")
+    parser.add_argument("--pairs", type=int, default=3, metavar="N", help="timed steps, after one untimed step (3)")
     parser.add_argument("--kl_coeff", type=float, default=0.04, metavar="X", help="coefficient of the KL term (0.04)")
     parser.add_argument("--lora_r", type=int, default=16, metavar="N", help="rank of the adapters (16)")
-    parser.add_argument("--against", choices=["trl"], help="time a peer too, step by step in turn")
+    parser.add_argument("--against", choices=["trl"], help="also time a peer, in alternating steps")
     parser.add_argument("--peer_python", default=sys.executable, metavar="FILE",
                         help="the Python of an environment with trl==1.16.0 (this one)")  # fmt: skip
     parser.add_argument("--peer_continuous_batching", action="store_true", help="TRL's faster generation on a GPU")
     parser.add_argument("--peer_micro_batch", type=int, metavar="N",
                         help=f"TRL's sequences a micro-batch (on a GPU {PEER_MICRO_BATCH}, on a CPU all of a step)"
                         )  # fmt: skip
-    parser.add_argument("--models_dir", type=Path, metavar="DIR", help="where made models are kept for the next time")
+    parser.add_argument("--models_dir", type=Path, metavar="DIR", help="directory to keep generated models in")
 
 
 def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
-    """Time and print; what is left of the command line overrides our config. Raises ValueError."""
+    """Time and print. `rest` overrides our config. Raises ValueError."""
     if options.pairs < 1:
         raise ValueError(f"--pairs: {options.pairs} given, expected at least 1")
-    from ...distributed.device import set_up_cuda  # torch; a mistake in the options should not wait for it
+    from ...distributed.device import set_up_cuda  # imports torch: an error in the options should not wait for it
 
-    set_up_cuda()  # the workers inherit it: both sides' allocators are set alike
+    set_up_cuda()  # the workers inherit it: both sides have the same allocator settings
     changes = {name: getattr(options, name) for name in (
         "model", "num_prompts", "group_size", "prompt_tokens", "max_new_tokens", "mean_new_tokens", "dtype")
         if getattr(options, name) is not None}  # fmt: skip
@@ -74,7 +74,7 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
 
 
 def time_workload(workload: Workload, options: argparse.Namespace, rest: Sequence[str], scratch: Path) -> list[Pair]:
-    """The timed steps of one workload; each side's first is left out. Raises ValueError where the work differs."""
+    """The timed steps of one workload, without the first of each side. Raises ValueError if the work differs."""
     scratch.mkdir()
     model = model_of(workload, options.models_dir or scratch)
     num_steps = options.pairs + 1
@@ -99,7 +99,7 @@ def time_workload(workload: Workload, options: argparse.Namespace, rest: Sequenc
 def ours_in_turn(
     workload: Workload, model: str, scratch: Path, *, num_steps: int, kl_coeff: float, lora_r: int, rest: Sequence[str]
 ) -> Worker:
-    """Our worker for `num_steps` steps of prompts, which are written to `scratch`; `rest` overrides its config."""
+    """Our worker for `num_steps` steps. Writes the prompts to `scratch`. `rest` overrides the config."""
     write_prompts(workload, num_steps, scratch / PROMPTS)
     longest = workload.prompt_tokens + workload.max_new_tokens
     config = {
@@ -137,9 +137,9 @@ def their_command(workload: Workload, options: argparse.Namespace, model: str, s
 
 
 def peer_micro_batch(given: int | None, workload: Workload) -> int:
-    """TRL's sequences a micro-batch: as given, or all of a step, on a GPU the largest part of it that is small enough.
+    """TRL's sequences a micro-batch: as given, or a full step on a CPU, or the largest divisor of one that fits a GPU.
 
-    Raises ValueError where a step cannot be divided so.
+    Raises ValueError if a step is not divisible by the given number.
     """
     from ...distributed.device import computes_on_gpu
 
@@ -154,7 +154,7 @@ def peer_micro_batch(given: int | None, workload: Workload) -> int:
 
 
 def machine() -> str:
-    """What this was measured on, in a line."""
+    """The machine, in one line."""
     import torch
 
     if torch.cuda.is_available():

@@ -1,6 +1,6 @@
-"""Our worker: the trainer as users run it, which waits for its turn before each step.
+"""Our worker: the trainer as users run it. It waits for a request before each step.
 
-    python -m grpo_dist.cli.bench.ours --config FILE     started by `bench`, which tells it what to do
+    python -m grpo_dist.cli.bench.ours --config FILE     started by `bench`, which sends it requests
 """  # fmt: skip
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class ExactLengths(LocalEngine):
 
 
 class PeersOrder(Sampler):
-    """The prompts TRL takes: the data's order, again and again."""
+    """The prompts that TRL takes: the data in order, repeatedly."""
 
     def batch_indices(self, step: int) -> list[int]:
         """See `Sampler`."""
@@ -45,14 +45,14 @@ class PeersOrder(Sampler):
 
 
 def take_turns(parts: Parts, state: TrainState) -> None:
-    """Take a step for each order, and answer with its time, metrics and peak memory."""
+    """Take a step for each request, and answer with its time, metrics and peak memory."""
     assert isinstance(parts.engine, LocalEngine)
     engine = ExactLengths(parts.engine.decoder, parts.engine.weights, parts.engine.decoding)
     parts = replace(parts, engine=engine)
     state.sampler = PeersOrder(len(parts.prompts), parts.config.train.batch_size, seed=0)
     line = connect()
-    while (order := line.recv()) is not None:
-        engine.lengths = order["lengths"]
+    while (request := line.recv()) is not None:
+        engine.lengths = request["lengths"]
         start = time.perf_counter()
         metrics = train_step(parts, state)
         peak = own_peak_gib() + sum(child.memory_info().rss for child in psutil.Process().children(True)) / 2**30

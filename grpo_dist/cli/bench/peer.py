@@ -1,6 +1,6 @@
-"""TRL's worker: its GRPOTrainer as it comes, which waits for its turn at the end of each step.
+"""TRL's worker: its unchanged GRPOTrainer, which waits for a request at the end of each step.
 
-Run as a script, by the Python of an environment that has TRL; it imports nothing of this package but `turns.py`.
+It runs as a script in an environment that has TRL. Of this package it imports only `turns.py`.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def trainer_of(options: argparse.Namespace, reward: object, clock: TrainerCallba
 
 
 def main() -> None:
-    """Take steps until told to end."""
+    """Take steps until the request to end."""
     parser = argparse.ArgumentParser(allow_abbrev=False)
     for name in ("model", "prompts", "out", "dtype"):
         parser.add_argument(f"--{name}", required=True)

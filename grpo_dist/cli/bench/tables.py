@@ -1,4 +1,4 @@
-"""What a benchmark prints: Markdown tables that can be pasted as they are. Pure."""
+"""The tables of a benchmark, in Markdown. Pure."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ PHASES = ("rollout", "reward", "reference", "update", "sync")
 
 @dataclass(frozen=True)
 class Pair:
-    """One step of ours, and the step of the peer that it repeats."""
+    """One step of ours, and the peer's step with the same work."""
 
     ours: dict[str, Any]
     theirs: dict[str, Any] | None = None
@@ -28,12 +28,12 @@ class Pair:
 
     @property
     def ratio(self) -> float:
-        """How many times the peer's seconds per completion token are ours."""
+        """The peer's seconds per completion token divided by ours."""
         return (self.theirs["seconds"] / self.their_tokens) / (self.ours["seconds"] / self.tokens) if self.theirs else 0
 
 
 def table(rows: list[list[str]]) -> str:
-    """Rows of cells, the first of them the header, as Markdown."""
+    """Rows of cells as Markdown. The first row is the header."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     padded = [[cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in rows]
     lines = [f"| {' | '.join(row)} |" for row in padded]
@@ -51,7 +51,7 @@ def pairs_table(name: str, pairs: list[Pair], peer: str) -> str:
 
 
 def summary_row(name: str, pairs: list[Pair], peer: str | None) -> dict[str, str]:
-    """One workload in numbers: medians over its steps."""
+    """The medians of one workload over its steps."""
 
     def median(get: Any) -> float:
         return statistics.median(get(pair) for pair in pairs)

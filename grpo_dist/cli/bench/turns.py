@@ -1,7 +1,7 @@
-"""How two trainers take turns: each is a process that waits for an order, takes one step and says what it was.
+"""Two trainers that alternate. Each is a process that waits for a request, takes one step and answers with its metrics.
 
-An order is the lengths the step's completions shall have (None: they end by themselves); the answer is a dict of
-numbers. Nothing but the standard library is imported with this, because a worker may live in an environment of its own.
+A request has the lengths of the step's completions, or None if they end by themselves. The answer is a dict of numbers.
+This module imports only the standard library, because a worker may run in another environment.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ PATIENCE_SECONDS = 3600.0
 
 
 def connect() -> Connection:
-    """A worker's end of the line."""
+    """The connection of a worker."""
     return Client(os.environ[ADDRESS], authkey=KEY)
 
 
 def parity(completion_ids: list[list[int]], **_: object) -> list[float]:
-    """Whether a completion's length is odd: a reward that costs nothing and divides every group."""
+    """A cheap reward that differs within every group: 1 for completions of odd length."""
     return [float(len(ids) % 2) for ids in completion_ids]
 
 
@@ -37,7 +37,7 @@ def own_peak_gib() -> float:
 
 
 def let_go() -> None:
-    """Give what this process's allocator holds idle back to the GPU: the other trainer's turn comes."""
+    """Return unused memory of this process's allocator to the GPU, for the other trainer."""
     import torch
 
     if torch.cuda.is_available():
@@ -46,10 +46,10 @@ def let_go() -> None:
 
 
 class Worker:
-    """A trainer that takes steps when it is told to; a context manager."""
+    """A trainer that takes steps on request; a context manager."""
 
     def __init__(self, command: Sequence[str], directory: Path) -> None:
-        """`directory` is for what it prints."""
+        """`directory` is for its log."""
         self.command, self.directory = list(command), directory
 
     def __enter__(self) -> Worker:
@@ -70,7 +70,7 @@ class Worker:
         return self
 
     def step(self, lengths: list[int] | None) -> dict[str, Any]:
-        """Let it take one step; returns what it says of it."""
+        """Request one step and return the answer."""
         self.line.send({"lengths": lengths})
         self._wait(self.line)
         return self.line.recv()
@@ -83,10 +83,10 @@ class Worker:
 
     def _failure(self) -> ValueError:
         self.log.flush()
-        told = "\n".join((self.directory / "log").read_text().splitlines()[-15:])
+        tail = "\n".join((self.directory / "log").read_text().splitlines()[-15:])
         status = self.process.poll()
         how = "did not answer" if status is None else f"ended with status {status}"
-        return ValueError(f"{' '.join(self.command[:3])} … {how}; the end of what it printed:\n{told}")
+        return ValueError(f"{' '.join(self.command[:3])} … {how}; the end of its log:\n{tail}")
 
     def __exit__(self, *_: object) -> None:
         if self.process.poll() is None:

@@ -1,8 +1,8 @@
-"""What a step is timed on: models with random weights whose completions end by themselves, and random prompts.
+"""Workloads of the benchmark: models with random weights whose completions end by themselves, and random prompts.
 
-A model with random weights never ends a completion, so every rollout would run to the length limit and a benchmark
-would say nothing about uneven lengths. Here one hidden dimension is a constant that only the end token's row of the
-head reads: each token ends its completion with the same probability, and lengths are geometric.
+A model with random weights usually never ends a completion. Every rollout would reach the length limit, and the
+benchmark would not show the effect of uneven lengths. Here one hidden dimension is a constant that only the end token's
+row of the head reads. Each token then ends its completion with the same probability, and lengths are geometric.
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ class Workload:
 
     name: str
     model: Shape | str
-    """A shape to make a model of, or a model's name or path."""
+    """The shape of a generated model, or the name or path of a model."""
     num_prompts: int
     group_size: int
     prompt_tokens: int
-    """Letters of the longest prompt; lengths are uniform from half of it. The toy model's prompts are sums instead."""
+    """Letters of the longest prompt. Lengths are uniform from half of it. The toy model gets sums instead."""
     max_new_tokens: int
     mean_new_tokens: int
-    """Mean length of completions without the limit; only for a model that is made."""
+    """Mean length of completions without the limit; only for a generated model."""
     dtype: str = "float32"
 
 
@@ -73,7 +73,7 @@ def make_model(shape: Shape, mean_new_tokens: int, dtype: str, directory: Path) 
 
     disable_progress_bar()
     torch.manual_seed(0)
-    on_gpu = torch.cuda.is_available()  # minutes on a CPU for a model of billions, and twice the memory in float32
+    on_gpu = torch.cuda.is_available()  # a CPU takes minutes for large models, and twice the memory in float32
     device = torch.device("cuda" if on_gpu else "cpu")
     config = Qwen2Config(
         vocab_size=shape.vocabulary, hidden_size=shape.hidden, intermediate_size=shape.intermediate,
@@ -85,7 +85,7 @@ def make_model(shape: Shape, mean_new_tokens: int, dtype: str, directory: Path) 
         model = Qwen2ForCausalLM._from_config(config)
     with torch.no_grad():
         embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
-        embedding[:, 0] = 5.0  # large beside the other dimensions, and so the same for every token
+        embedding[:, 0] = 5.0  # large compared with the other dimensions: after the norm the same for every token
         head[:, 0] = 0.0
         head[:2] = 0.0
         tokens = torch.randint(2, shape.vocabulary, (4, 64), device=device)
@@ -95,18 +95,18 @@ def make_model(shape: Shape, mean_new_tokens: int, dtype: str, directory: Path) 
         head[1, 0] = math.log(float(others) / (mean_new_tokens - 1)) / level
     model.to(getattr(torch, dtype)).save_pretrained(directory)
     characters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    # one place is left: the tokenizer is rebuilt as Qwen2's when it is loaded, which adds a token for the unknown
+    # one entry stays free: loading makes a Qwen2 tokenizer of it, which adds a token for unknown text
     fillers = [f"<filler-{n}>" for n in range(shape.vocabulary - len(characters) - 3)]
     vocabulary = {token: n for n, token in enumerate([PAD, END, *characters, *fillers])}
     tokenizer = Tokenizer(models.BPE(vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    whole = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=PAD, eos_token=END, padding_side="left")
-    whole.save_pretrained(directory)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=PAD, eos_token=END, padding_side="left")
+    fast.save_pretrained(directory)
 
 
 def model_of(workload: Workload, directory: Path) -> str:
-    """The workload's model as a name or path; made under `directory` where it has to be and is not there yet."""
+    """The name or path of the workload's model. A generated model is made under `directory` if it does not exist."""
     if isinstance(workload.model, str):
         return workload.model
     sizes = "-".join(map(str, asdict(workload.model).values()))
@@ -117,7 +117,7 @@ def model_of(workload: Workload, directory: Path) -> str:
 
 
 def write_prompts(workload: Workload, num_steps: int, path: Path) -> None:
-    """Write the prompts of `num_steps` steps as JSONL: random letters, for the toy model sums."""
+    """Write the prompts of `num_steps` steps as JSONL: random letters, or sums for the toy model."""
     drawn = random.Random(0)
     with path.open("w") as file:
         for _ in range(num_steps * workload.num_prompts):

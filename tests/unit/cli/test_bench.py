@@ -69,7 +69,7 @@ def test_prompts_have_the_lengths_they_should(tmp_path: Path) -> None:
 
 
 def test_our_step_repeats_given_lengths(tmp_path: Path) -> None:
-    """The worker is the trainer: it takes a step for each order, with completions of the lengths it is told."""
+    """The worker is the trainer: it takes a step for each request, with completions of the given lengths."""
     lengths = [1 + n % 16 for n in range(16 * 8)]
     with ours_in_turn(WORKLOADS["quickstart"], "toy", tmp_path, num_steps=2, kl_coeff=0.04, lora_r=4, rest=[]) as ours:
         first, second = ours.step(lengths), ours.step(None)

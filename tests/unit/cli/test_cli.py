@@ -32,13 +32,13 @@ USES = {
 
 @pytest.mark.parametrize("name", USES)
 def test_is_answered_without_torch(name: str) -> None:
-    words, status, told = USES[name]
+    words, status, message = USES[name]
     code = ("import sys, grpo_dist.cli.main as cli\ntry: print(cli.main(sys.argv[1:]))\n"
             "except SystemExit as end: print(end.code)\nprint('torch' in sys.modules)")  # fmt: skip
     done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, cwd=ROOT, timeout=60,
                           check=True)  # fmt: skip
     assert done.stdout.splitlines()[-2:] == [str(status), "False"], done.stderr
-    assert told in done.stdout + done.stderr
+    assert message in done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("verb", VERBS)

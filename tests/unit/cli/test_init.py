@@ -49,8 +49,8 @@ def test_what_options_give_passes_check(
 ) -> None:
     file = tmp_path / "own.yaml"
     assert main(["init", str(file), "--model", "toy", "--data", str(data), "--gpus", "4"]) == 0
-    told = capsys.readouterr().out
-    assert f"check --config {file}" in told and "--num_processes 4 -m grpo_dist.train" in told
+    output = capsys.readouterr().out
+    assert f"check --config {file}" in output and "--num_processes 4 -m grpo_dist.train" in output
     config = parse_config(["--config", str(file)])
     assert (config.data.prompt_column, config.data.answer_column) == ("question", "solution")
     assert config.data.eval_file is None
@@ -96,8 +96,8 @@ def test_questions(
 
 def test_mistakes(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "own.yaml"
-    for words, told in {
-        (): "--model: nothing given, and there is no terminal to ask on",
+    for words, message in {
+        (): "--model: nothing given, and no terminal to ask on",
         ("--model", "toy"): "--data: nothing given",
         ("--model", "toy", "--data", "nowhere.csv"): "--data: no file 'nowhere.csv' here",
         ("--model", "toy", "--data", str(data), "--reward", "mth"): "did you mean 'math'?",
@@ -105,17 +105,17 @@ def test_mistakes(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
         ("--model", "toy", "--data", str(data), "--rollout.top_k", "1"): "--rollout.top_k 1 given",
     }.items():
         assert main(["init", str(file), *words]) == 2
-        assert told in capsys.readouterr().err
+        assert message in capsys.readouterr().err
         assert not file.exists()
     file.write_text("mine")
     assert main(["init", str(file), "--model", "toy", "--data", str(data)]) == 2
-    assert "exists already" in capsys.readouterr().err and file.read_text() == "mine"
+    assert "already exists" in capsys.readouterr().err and file.read_text() == "mine"
 
 
 def test_every_option_is_documented_where_comments_come_from() -> None:
-    told = starter.option_docs()
+    docs = starter.option_docs()
     groups = {name.rpartition(".")[0] for name in option_types()} - {""}
-    missing = [name for name in option_types() if not told.get(name) and name not in groups]
+    missing = [name for name in option_types() if not docs.get(name) and name not in groups]
     assert missing == []
 
 
@@ -133,5 +133,5 @@ def test_completion_in_bash(tmp_path: Path) -> None:
 @pytest.mark.parametrize("shell", ["zsh", "fish"])
 def test_completion_knows_the_same_for_other_shells(shell: str) -> None:
     text = script(shell)
-    for told in ("check", "rollout.temperature", "dr_grpo", "completions"):
-        assert told in text
+    for word in ("check", "rollout.temperature", "dr_grpo", "completions"):
+        assert word in text

@@ -74,11 +74,11 @@ def test_mistakes_are_seen(mistake: dict[str, Any]) -> None:
 
 def test_every_option_is_in_it_with_its_meaning() -> None:
     def described(schema: dict[str, Any], prefix: str = "") -> dict[str, str]:
-        found = {}
+        texts = {}
         for each in [schema, *schema.get("anyOf", [])]:
             for name, option in each.get("properties", {}).items():
-                found |= {f"{prefix}{name}": option.get("description", "")} | described(option, f"{prefix}{name}.")
-        return found
+                texts |= {f"{prefix}{name}": option.get("description", "")} | described(option, f"{prefix}{name}.")
+        return texts
 
     meanings = described(SCHEMA)
     assert meanings.keys() == option_types().keys()
