@@ -1,8 +1,8 @@
 """Attention for rows of several sequences behind shared prompts, through transformers' attention interface. Pure.
 
-A model loaded with `attn_implementation=NAME` hands queries, keys and values here together with the keyword argument
-`layout` its caller passed to `forward`. The layout knows who attends to whom and computes only that: no mask of the
-whole row exists, nothing is computed to be masked away but inside small blocks, and the model's code is untouched.
+A model that is loaded with `attn_implementation=NAME` calls this module with queries, keys, values and the keyword
+argument `layout`, which its caller passes to `forward`. The layout defines which tokens attend to which, and computes
+only those pairs. No mask covers the row, only small blocks are masked, and the model's code is unchanged.
 
 Shapes: T tokens in the row, Hq query heads, Hk key heads, D head size.
 """
@@ -22,14 +22,14 @@ from transformers import AttentionInterface
 from .shared_prefix import Segments, can_use_flash, segments, shared_prefix_attention
 
 NAME = "grpo_dist"
-"""The name under which transformers knows this attention."""
+"""The name of this attention in transformers."""
 
 BLOCK = 256
-"""Tokens of short sequences attended to in one masked block; larger wastes on masks, smaller on calls."""
+"""Most tokens of a masked block of short sequences. Larger blocks mask more pairs, smaller ones need more calls."""
 
 
 class Layout(Protocol):
-    """Who attends to whom in a row."""
+    """Which tokens attend to which in a row."""
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
         """Attention of one layer: `query` (1, Hq, T, D), `key` and `value` (1, Hk, T, D) to (1, T, Hq, D)."""
@@ -39,7 +39,7 @@ def _attention(
     module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
     scaling: float | None = None, *, layout: Layout | None = None, **unused: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
-    """The entry point transformers calls; dropout is ignored on purpose (a rollout and its update must agree)."""
+    """The function that transformers calls. It ignores dropout, because a rollout and its update must agree."""
     if layout is None:
         raise ValueError(f"a model with attn_implementation={NAME!r} was called without the keyword argument `layout`")
     if unused.get("softcap") is not None or unused.get("s_aux") is not None:
@@ -51,10 +51,10 @@ AttentionInterface.register(NAME, _attention)
 
 
 class RowLayout:
-    """A row of pieces, each (prompt length, completion lengths), wherever it is computed.
+    """A row of pieces, each (prompt length, completion lengths), on any device.
 
-    In half precision on a GPU the flash kernels compute it (`shared_prefix.py`), else blocks of masked attention, which
-    are laid out when they are first asked for.
+    In half precision on a GPU the flash kernels compute it (`shared_prefix.py`). Otherwise blocks of masked attention
+    do, which are made at their first use.
     """
 
     def __init__(self, pieces: Sequence[tuple[int, list[int]]], device: torch.device | None = None) -> None:
@@ -71,7 +71,7 @@ class RowLayout:
 
     @cached_property
     def segments(self) -> Segments:
-        """The row as the flash kernels want it."""
+        """The row as segments for the flash kernels."""
         return segments(self.pieces).to(self.device)
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
@@ -86,7 +86,7 @@ class RowLayout:
 class Block:
     """Queries `queries`, the keys of the ranges `keys`, and the mask between them (None: causal).
 
-    The blocks' queries follow one another, and each range of keys is some block's queries.
+    The queries of the blocks are consecutive. Each range of keys is the range of queries of a block.
     """
 
     queries: slice
@@ -96,7 +96,7 @@ class Block:
 
 @dataclass(frozen=True)
 class BlockLayout:
-    """A row as a list of blocks that together hold every query once."""
+    """A row as a list of blocks, in which every query occurs once."""
 
     blocks: list[Block]
 
@@ -110,7 +110,7 @@ class BlockLayout:
         repeat = query.shape[1] // key.shape[1]
         if repeat > 1:
             key, value = key.repeat_interleave(repeat, 1), value.repeat_interleave(repeat, 1)
-        # split, not sliced: each slice's gradient would be a whole row of zeros but for the slice
+        # split, not sliced: the gradient of a slice would be a full row of zeros outside the slice
         sizes = [block.queries.stop - block.queries.start for block in self.blocks]
         queries, keys, values = (x.split(sizes, 2) for x in (query, key, value))
         place = {block.queries.start: n for n, block in enumerate(self.blocks)}
@@ -125,14 +125,14 @@ class BlockLayout:
 
 
 def _joined(parts: Sequence[Tensor], chosen: Sequence[int]) -> Tensor:
-    """The chosen parts of a row (1, H, T, D) one after another; no copy of a single one."""
+    """The chosen parts of a row (1, H, T, D), concatenated. A single part is not copied."""
     return parts[chosen[0]] if len(chosen) == 1 else torch.cat([parts[n] for n in chosen], 2)
 
 
 def _visible(piece: Tensor, segment: Tensor) -> Tensor:
-    """(T, T) bool, query by key, for T tokens that follow one another in a row; `piece` and `segment` are (T,).
+    """(T, T) bool, query by key, for T consecutive tokens of a row; `piece` and `segment` are (T,).
 
-    Seen is a key of the same piece, not later, in the prompt (segment 0) or in the query's own completion.
+    A query sees keys of its piece that are not later and in the prompt (segment 0) or in its own completion.
     """
     own = (piece[:, None] == piece) & ((segment == 0) | (segment[:, None] == segment))
     return own.tril_()
@@ -141,8 +141,8 @@ def _visible(piece: Tensor, segment: Tensor) -> Tensor:
 def block_layout(pieces: Sequence[tuple[int, list[int]]], block: int = BLOCK) -> BlockLayout:
     """Layout of a row of pieces, each (prompt length, completion lengths).
 
-    Short pieces that follow one another share a masked block of at most `block` tokens. A longer piece becomes one
-    causal block for its prompt and blocks of completions, which see the prompt and themselves.
+    Consecutive short pieces share a masked block of at most `block` tokens. A longer piece becomes one causal block for
+    its prompt, and blocks of completions, which see the prompt and themselves.
     """
     piece_of: list[int] = []
     segment_of: list[int] = []
@@ -164,7 +164,7 @@ def block_layout(pieces: Sequence[tuple[int, list[int]]], block: int = BLOCK) ->
             seen = mask.new_ones((len(mask), prompt.stop - prompt.start))
             blocks.append(Block(queries, (prompt, queries), torch.cat([seen, mask], 1)))
 
-    pending: int | None = None  # where a run of short pieces began
+    pending: int | None = None  # start of the current run of short pieces
     for (start, end), (prompt, completions) in zip(spans, pieces, strict=True):
         if pending is not None and end - pending > block:
             masked(slice(pending, start))

@@ -1,4 +1,4 @@
-"""What a model's own files say against training it, asked before any weights are read."""
+"""Checks of a model's files for what prevents its training, before any weights are read."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ from transformers.utils.peft_utils import find_adapter_config_file
 
 try:
     from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
-except ImportError:  # older releases of PEFT put adapters where they are named
+except ImportError:  # older releases of PEFT put adapters on exactly the named layers
     convert_peft_config_for_transformers = None
 
 _SHOWN_NAMES = 12
 
 
 CANNOT = (TypeError, ValueError, RuntimeError, AttributeError, KeyError, IndexError, AssertionError)
-"""What a model's code raises that was not made for what it is asked."""
+"""Errors of model code that does not support the request."""
 
 OTHER_HEADS = ("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering", "ForMaskedLM",
                "ForMultipleChoice", "ForNextSentencePrediction", "RewardModel", "ForReward", "ForScore")  # fmt: skip
-"""Ends of `architectures` of checkpoints whose weights are no language model's: a head would be drawn at random, or the
-embeddings would serve as one."""
+"""Suffixes of `architectures` of checkpoints that are no language models. The weights of their head would be random, or
+those of the embeddings."""
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
-"""Files that transformers loads weights from, or with `.index.json` behind them the lists of such files."""
+"""Files from which transformers loads weights. With the suffix `.index.json` they list such files."""
 UNFIT_TYPES = {
     **{kind: "a token sees later ones" for kind in ("cpmant", "xlnet")},
     **{
@@ -42,55 +42,55 @@ UNFIT_TYPES = {
     "prophetnet": "positions are made up and cannot be given",
     "xmod": "the language has to be set in code",
 }
-"""Types of which transformers' own code is known not to be fit, and why: what the loaded model would show too late.
-`docs/models.py` looks at all of them."""
+"""Model types that transformers' code does not let train, with the reason. A loaded model would show it too late.
+`docs/models.py` examines all types."""
 IGNORE_IS_DECODER = ("gpt_neox", "gpt_neox_japanese")
-"""Types that are decoders whatever their configs' is_decoder says."""
+"""Types that are decoders for any value of is_decoder in the config."""
 
 
 class UnfitModel(ValueError):
-    """The model cannot be trained as the config asks."""
+    """The model cannot be trained with this config."""
 
 
-def require_whole_model(name: str, path: str, revision: str | None) -> None:
-    """Raise UnfitModel where the path has a PEFT adapter: transformers would load another model beneath it."""
+def require_complete_model(name: str, path: str, revision: str | None) -> None:
+    """Raise UnfitModel if the path has a PEFT adapter: transformers would load its base model instead."""
     try:
         adapter = find_adapter_config_file(path, revision=revision)
-    except (OSError, ValueError):  # no such model: who loads it says so
+    except (OSError, ValueError):  # no such model: the loading function reports it
         return
     if adapter is not None:
         raise UnfitModel(
-            f"model.name: {name!r} is a PEFT adapter (it has adapter_config.json), expected a whole model. Merge it "
+            f"model.name: {name!r} is a PEFT adapter (it has adapter_config.json), expected a full model. Merge it "
             "into its base: AutoPeftModelForCausalLM.from_pretrained(ADAPTER).merge_and_unload().save_pretrained(NEW), "
             "and put the tokenizer beside it"
         )
 
 
 def require_weights(name: str, path: Path) -> None:
-    """Raise UnfitModel where a directory lacks weights that its own files say it has, or has them in part."""
+    """Raise UnfitModel if a directory lacks weights that its files list, or has incomplete ones."""
     if not path.is_dir():  # a hub id
         return
     parts = [each for each in WEIGHTS if (path / each).is_file()][:1]
     listed = next((each for each in WEIGHTS if (path / f"{each}.index.json").is_file()), None)
     if not parts and listed is None:
-        raise UnfitModel(f"model.name: {name!r} has no weights, expected {' or '.join(WEIGHTS)}, or parts of it with "
-                         f"their list ({WEIGHTS[0]}.index.json) beside config.json")  # fmt: skip
+        raise UnfitModel(f"model.name: {name!r} has no weights, expected {' or '.join(WEIGHTS)} beside config.json, "
+                         f"or several files with their list ({WEIGHTS[0]}.index.json)")  # fmt: skip
     if not parts:
         parts = sorted(set(json.loads((path / f"{listed}.index.json").read_text())["weight_map"].values()))
     if missing := [part for part in parts if not (path / part).is_file()]:
-        raise UnfitModel(f"model.name: {name!r} lacks {len(missing)} of the {len(parts)} files of weights that its "
-                         f"{listed}.index.json names ({_some(missing)}): copy them there as well")  # fmt: skip
+        raise UnfitModel(f"model.name: {name!r} lacks {len(missing)} of the {len(parts)} weight files that its "
+                         f"{listed}.index.json names ({_some(missing)}): copy these files too")  # fmt: skip
     for part in (part for part in parts if part.endswith(".safetensors")):
         try:
             with safe_open(path / part, "pt"):  # reads the header, and compares the length
                 pass
         except SafetensorError as error:
-            raise UnfitModel(f"model.name: {path / part} is no whole file of weights ({error}): fetch it again, with "
-                             "`git lfs pull` where it is a pointer of a few lines") from error  # fmt: skip
+            raise UnfitModel(f"model.name: {path / part} is not a complete weight file ({error}): fetch it again, "
+                             "with `git lfs pull` if it is a pointer of a few lines") from error  # fmt: skip
 
 
 def require_trainable(model_config: Any, longest: int) -> None:
-    """Raise UnfitModel for configs of models that no training here can be right for, on `longest` tokens."""
+    """Raise UnfitModel for configs of models that cannot be trained correctly on `longest` tokens."""
     kind = model_config.model_type
     try:
         model_config.get_text_config()
@@ -103,8 +103,8 @@ def require_trainable(model_config: Any, longest: int) -> None:
             given = quantised if isinstance(quantised, dict) else vars(quantised)
             raise UnfitModel(
                 f"model.name: a quantised checkpoint ({given.get('quant_method', 'quantization_config')}) given, "
-                "expected weights in float32, bfloat16 or float16: name the checkpoint it was made from, or write a "
-                "dequantised copy and take quantization_config out of its config.json"
+                "expected weights in float32, bfloat16 or float16: name the checkpoint that it comes from, or write a "
+                "dequantised copy and remove quantization_config from its config.json"
             )
     own_code = "AutoModelForCausalLM" in (getattr(model_config, "auto_map", None) or {})
     if type(model_config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not own_code:
@@ -131,13 +131,13 @@ def require_trainable(model_config: Any, longest: int) -> None:
         if longest > bound:
             raise UnfitModel(
                 f"data.max_prompt_length + rollout.max_completion_length: {longest} tokens given, expected at most "
-                f"{bound} for this model: beyond, its position encoding ({rope['rope_type']}) depends on how long a "
-                "sequence has become, so that a token would be scored otherwise than it was drawn"
+                f"{bound} for this model: beyond, its position encoding ({rope['rope_type']}) depends on the length "
+                "of the sequence, so that a token's probability would change after it was drawn"
             )
 
 
 def require_decoder(model: Any) -> None:
-    """Raise UnfitModel for a model, with or without weights, that its config makes an encoder."""
+    """Raise UnfitModel if the config makes the model, with or without weights, an encoder."""
     kind = model.config.model_type
     if getattr(model.config, "is_decoder", True) or kind in IGNORE_IS_DECODER:
         return
@@ -147,10 +147,10 @@ def require_decoder(model: Any) -> None:
 
 
 def adapter_targets(model: Any, targets: str | Sequence[str]) -> tuple[str | Sequence[str], str | None]:
-    """What PEFT is given for `lora.target_modules`, and which layers are left out and why, None where none are.
+    """Return the target modules for PEFT, and a note on layers that get no adapter and why, or None.
 
-    Adapters are put on plain linear layers of the language model, whose weights are their own. Raises UnfitModel where
-    a name matches none of those. The model may be on the meta device.
+    Adapters go on plain linear layers of the language model with weights of their own. Raises UnfitModel if a name
+    matches no such layer. The model may be on the meta device.
     """
     linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
     why_not = {name: reason for name, module in linear.items() if (reason := _obstacle(model, name, module))}
@@ -171,11 +171,11 @@ def adapter_targets(model: Any, targets: str | Sequence[str]) -> tuple[str | Seq
         fused = sorted({name.rpartition(".")[2] for name, p in model.named_parameters() if p.ndim == 3})
         left_out |= {name: "experts in one tensor" for name in fused}
     else:
-        wanted = [targets] if isinstance(targets, str) else list(targets)
-        if not wanted:
+        given = [targets] if isinstance(targets, str) else list(targets)
+        if not given:
             raise UnfitModel("lora.target_modules: [] given, but it names no layer. Expected `all-linear`, or names of "
                              "layers; `lora: null` trains all weights")  # fmt: skip
-        matched = {each: [name for name in linear if _matches(name, each, isinstance(targets, str))] for each in wanted}
+        matched = {each: [name for name in linear if _matches(name, each, isinstance(targets, str))] for each in given}
         chosen = [name for name in fit if any(name in names for names in matched.values())]
         for each, names in matched.items():
             if not set(names) & set(fit):
@@ -191,7 +191,7 @@ def adapter_targets(model: Any, targets: str | Sequence[str]) -> tuple[str | Seq
 
 
 def _obstacle(model: Any, name: str, module: nn.Module) -> str | None:
-    """Why a linear layer cannot have an adapter."""
+    """The reason why a linear layer cannot have an adapter, or None."""
     if type(module).forward not in (nn.Linear.forward, Conv1D.forward):
         return "a layer with code of its own"
     if not reads_text(model, name):
@@ -205,19 +205,19 @@ def _obstacle(model: Any, name: str, module: nn.Module) -> str | None:
 
 
 def _means_experts(model: Any, name: str) -> bool:
-    """Whether PEFT puts the adapters of a layer of this name on experts, which had layers of that name once."""
+    """Whether PEFT maps this name to experts, which had layers of that name in older releases."""
     if convert_peft_config_for_transformers is None:
         return False
     probe = LoraConfig(target_modules=[name])
     try:
         convert_peft_config_for_transformers(probe, model, None)
-    except ValueError:  # not without others of the experts' names
+    except ValueError:  # the mapping needs other names of experts
         return True
     return name not in probe.target_modules
 
 
 def reads_text(model: Any, name: str) -> bool:
-    """Whether a layer or parameter of this name is in the language model, not beside it (vision, audio)."""
+    """Whether a layer or parameter is part of the language model, and not of a vision or audio tower."""
     if model.config.get_text_config(decoder=True) is model.config:
         return True
     decoder, head = model.get_decoder(), _head_name(model)
@@ -231,12 +231,12 @@ def _head_name(model: Any) -> str | None:
 
 
 def _matches(name: str, target: str, is_pattern: bool) -> bool:
-    """As PEFT has it: a pattern matches whole names, a name of a list also a name's end."""
+    """Match as PEFT does: a pattern matches full names, a name of a list also the end of a name."""
     return bool(re.fullmatch(target, name)) if is_pattern else name == target or name.endswith(f".{target}")
 
 
 def _kind(name: str) -> str:
-    """A layer's name without the number of its block."""
+    """The name of a layer without the number of its block."""
     return re.sub(r"\.\d+\.", ".*.", name)
 
 
@@ -253,12 +253,12 @@ def _refuse(
     if names:
         reason, hint = f"{target!r} cannot have adapters: {why_not[names[0]]}", "."
     elif isinstance(targets, str) and any(_matches(name, target, False) for name in fit):
-        reason, hint = f"a text is a pattern for whole names, and matches none; write [{target}].", ""
+        reason, hint = f"a string is a pattern for full names, and matches none; write [{target}].", ""
     elif any(_matches(name, target, False) for name, _ in model.named_modules()):
-        reason, hint = f"{target!r} is no linear layer", "."
+        reason, hint = f"{target!r} is not a linear layer", "."
     elif any(p.ndim == 3 and target.split("_")[0] in name for name, p in model.named_parameters()):
         reason, hint = f"{target!r} is part of experts in one tensor, which cannot have adapters", "."
     else:
-        reason = f"{target!r} is no layer of {type(model).__name__}"
+        reason = f"{target!r} is not a layer of {type(model).__name__}"
     raise UnfitModel(f"lora.target_modules: {targets!r} given, but {reason}{hint} Expected `all-linear`, or names "
                      f"among {_some(short)}")  # fmt: skip

@@ -1,4 +1,4 @@
-"""The learned critic: a value head on the policy's hidden states, with a learning rate of its own."""
+"""The learned critic: a value head on the policy's hidden states, with its own learning rate."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from torch.nn.functional import linear
 from ..config.schema import CriticConfig, OptimConfig
 
 HEAD = "value_head"
-"""Attribute of the policy that holds the head, and prefix of its parameters' names."""
+"""Attribute of the policy for the head, and prefix of the names of its parameters."""
 
 
 class ValueHead(nn.Module):
-    """A linear map from hidden states to expected returns, 0 at first; computed in float32."""
+    """A linear map from hidden states to expected returns. It starts at 0 and computes in float32."""
 
     def __init__(self, hidden_size: int) -> None:
         super().__init__()
@@ -28,9 +28,9 @@ class ValueHead(nn.Module):
 
 
 def parameter_groups(policy: nn.Module, optim: OptimConfig, critic: CriticConfig) -> list[dict[str, Any]]:
-    """AdamW's groups: the policy at the schedule's learning rate, the value head, where there is one, in proportion.
+    """AdamW's groups: the policy with the schedule's learning rate, and the value head, if any, in proportion to it.
 
-    `rate_share` is what a group's learning rate is of the schedule's.
+    `rate_share` is a group's learning rate divided by the schedule's.
     """
     trained = {name: p for name, p in policy.named_parameters() if p.requires_grad}
     head = [p for name, p in trained.items() if name.startswith(HEAD)]

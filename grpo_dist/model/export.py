@@ -1,4 +1,4 @@
-"""From a policy to what others load: the merged model, the adapter, and a check of what was written by reopening it."""
+"""Export a policy as a merged model or an adapter, and check the written files by reopening them."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ from .policy import Policy
 log = logging.getLogger(__name__)
 
 PROCESSORS = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
-"""Files that servers ask for of a model that takes more than text; training changes none of them."""
+"""Files that servers need for a model with inputs other than text. Training changes none of them."""
 MAX_SHARD_SIZE = "5GB"
-"""Larger models are written as several files of at most this size, with an index."""
+"""Most bytes of one weight file. Larger models have several files and an index."""
 ENOUGH = 0.99
-"""Share of the update that merged weights have to keep."""
+"""Share of the update that merged weights must keep."""
 
 
 @torch.no_grad()
 def kept_shares(policy: Policy, dtypes: Sequence[torch.dtype], keep: bool) -> list[float | None]:
-    """Share of what the adapters have learned that is left in weights merged in each of some dtypes: 1 - |R|² / |ΔW|²
-    with ΔW = scaling · B A and R the rounding of W + ΔW; 0 where |R| is larger.
+    """Share of the adapters' update that merged weights keep in each of some dtypes: 1 - |R|² / |ΔW|² with
+    ΔW = scaling · B A and R the rounding error of W + ΔW; 0 if |R| is larger.
 
-    What rounding adds to an update counts as much as what it takes away. None without adapters, as long as they add
-    nothing, and on ranks that do not `keep` the result. A collective under ZeRO-3.
+    Rounding errors of both signs count. None without adapters, while the adapters are zero, and on ranks that do not
+    `keep` the result. A collective under ZeRO-3.
     """
     rounding, total = [0.0] * len(dtypes), 0.0
     for layer in (adapted_layers(policy) if isinstance(policy.model, PeftModel) else {}).values():
@@ -53,8 +53,8 @@ def kept_shares(policy: Policy, dtypes: Sequence[torch.dtype], keep: bool) -> li
 
 
 def choose_dtype(policy: Policy, keep: bool, asked: torch.dtype | None = None) -> tuple[torch.dtype, str]:
-    """The dtype to merge in, and a line about what it keeps: the one `asked` for, or else the policy's where that keeps
-    what was learned and float32 where it does not. A collective under ZeRO-3."""
+    """The dtype of merged weights, and a line about the share that it keeps. The dtype is `asked`, else the policy's if
+    that keeps enough of the update, else float32. A collective under ZeRO-3."""
     own = asked or policy.causal_lm.dtype
     share, share_in_float32 = kept_shares(policy, [own, torch.float32], keep)
     if share is None:
@@ -72,16 +72,16 @@ def _merged(weight: Tensor, update: Tensor) -> Tensor:
 
 
 def _dtype_in_file(policy: Policy, parameter: Tensor, dtype: torch.dtype) -> torch.dtype:
-    """`dtype`, but for what the model keeps in another dtype than most of its weights."""
+    """`dtype`, or the parameter's own dtype if it differs from that of the model."""
     return dtype if parameter.dtype == policy.causal_lm.dtype else parameter.dtype
 
 
 @torch.no_grad()
 def merged_state(policy: Policy, keep: bool, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The trained model's whole weights by the plain model's names, on the CPU; collected one layer at a time.
+    """All weights of the trained model by the plain model's names, on the CPU. One layer is gathered at a time.
 
-    Merged in float32, then rounded to `dtype`; what the model keeps in another dtype than its own stays in that. A
-    collective under ZeRO-3; ranks that do not `keep` the result get an empty one.
+    Weights are merged in float32 and rounded to `dtype`. Parameters whose dtype differs from that of the model keep it.
+    A collective under ZeRO-3. Ranks that do not `keep` the result get an empty dict.
     """
     layers = adapted_layers(policy) if isinstance(policy.model, PeftModel) else {}
     stored = set(policy.causal_lm.state_dict())
@@ -102,14 +102,14 @@ def merged_state(policy: Policy, keep: bool, dtype: torch.dtype) -> dict[str, Te
 
 
 def adapter_state(policy: Policy, keep: bool) -> dict[str, Tensor]:
-    """The adapters' whole weights by their names, on the CPU; a collective as `merged_state` is."""
+    """All weights of the adapters by their names, on the CPU. A collective like `merged_state`."""
     adapters = {name: p for name, p in policy.model.named_parameters() if ".lora_" in name}
     with gathered(list(adapters.values())):
         return {name: p.detach().cpu().clone() for name, p in adapters.items()} if keep else {}
 
 
 def save_final(policy: Policy, tokenizer: Any, directory: Path, is_main: bool) -> None:
-    """Write the merged model and the tokenizer, and the adapter beside it; then reopen and check what was written.
+    """Write the merged model, the tokenizer and the adapter, then reopen and check the files.
 
     A collective under ZeRO-3.
     """
@@ -141,16 +141,16 @@ def write_merged(
                             _raise_exceptions_for_connection_errors=False)  # fmt: skip
         if given is not None:
             shutil.copyfile(given, directory / name)
-    # the same weights may be named and grouped otherwise in files than in memory; tied ones are written once
+    # files may name and group the weights differently than memory does; tied weights are written once
     expected = _size_and_norm({tensor.data_ptr(): tensor for tensor in plain.state_dict().values()}.values())
     written = _size_and_norm(_tensors(directory))
     if expected[0] != written[0] or not math.isclose(expected[1], written[1], rel_tol=1e-9):
-        raise RuntimeError(f"{directory}: the files hold {written[0]} numbers of norm {written[1]}, the model in "
-                           f"memory {expected[0]} of norm {expected[1]}")  # fmt: skip
+        raise RuntimeError(f"{directory}: the files have {written[0]} numbers of norm {written[1]}, the model in "
+                           f"memory has {expected[0]} of norm {expected[1]}")  # fmt: skip
 
 
 def write_adapter(model: PeftModel, state: dict[str, Tensor], directory: Path) -> None:
-    """Write a PEFT adapter and reopen it: under ZeRO-3 they have been known to come out empty. Raises RuntimeError."""
+    """Write a PEFT adapter and reopen it, because ZeRO-3 can leave it empty. Raises RuntimeError."""
     model.save_pretrained(directory, state_dict=state, save_embedding_layers=False)
     written = load_file(directory / "adapter_model.safetensors")
     if len(written) != len(state):
@@ -170,7 +170,7 @@ def _tensors(directory: Path) -> Iterable[Tensor]:
 
 
 def _size_and_norm(tensors: Iterable[Tensor]) -> tuple[int, float]:
-    """How many numbers there are, and their norm."""
+    """The count of the numbers, and their norm."""
     count, squares = 0, 0.0
     for tensor in tensors:
         count, squares = count + tensor.numel(), squares + float(tensor.double().pow(2).sum())

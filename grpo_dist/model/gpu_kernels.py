@@ -1,7 +1,7 @@
-"""Whether this project's Triton kernels work on this machine.
+"""Check that this project's Triton kernels work on this machine.
 
-Triton compiles on the machine: without a C compiler, the driver's library or a GPU that it knows, it fails at the first
-kernel, after it was imported without a complaint.
+Triton compiles on the machine. Without a C compiler, the driver's library or a supported GPU, its import works but its
+first kernel fails.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 
 @cache
 def triton_obstacle() -> str | None:
-    """Why Triton's kernels cannot run on the current CUDA device, in one line; None where one has run."""
+    """The reason why Triton's kernels cannot run on the current CUDA device, in one line, or None."""
     try:
         from .head_kernel import score_rows
 

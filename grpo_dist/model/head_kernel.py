@@ -1,6 +1,6 @@
-"""The elementwise part of the log-probability head on a GPU, in one kernel; imported where Triton is.
+"""The elementwise part of the log-probability head on a GPU, in one kernel. It is imported only where Triton works.
 
-In torch's operations it is nine passes over the logits of a chunk. Here a row is read twice and its slope written once.
+torch's operations need nine passes over the logits of a chunk. This kernel reads a row twice and writes its slope once.
 
 Shapes: M tokens, V vocabulary.
 """
@@ -44,8 +44,8 @@ def _score(logits, targets, slopes, logprobs, entropies, size, inverse_temperatu
 def score_rows(
     logits: Tensor, targets: Tensor, temperature: float, slope_dtype: torch.dtype | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Log-probability of each target (M,), entropy of each row (M,), and the derivative (M, V) of the former by the
-    logits, in `slope_dtype`; None where that is None. `logits` (M, V) float32, contiguous."""
+    """Log-probability of each target (M,), entropy of each row (M,), and the derivative (M, V) of the log-probability
+    by the logits in `slope_dtype`, or None if that is None. `logits` (M, V) float32, contiguous."""
     rows, size = logits.shape
     logprobs, entropies = torch.empty((2, rows), dtype=torch.float32, device=logits.device)
     slopes = None if slope_dtype is None else torch.empty((rows, size), dtype=slope_dtype, device=logits.device)

@@ -1,4 +1,4 @@
-"""The models of a run as they are loaded: tokenizer, config, base, and the policy with its adapters."""
+"""Load the models of a run: tokenizer, config, base, and the policy with its adapters."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ from .checks import (
     UnfitModel,
     adapter_targets,
     reads_text,
+    require_complete_model,
     require_decoder,
     require_trainable,
     require_weights,
-    require_whole_model,
 )
 from .dropout import drop_by_token
 from .lora import fuse_adapters
@@ -41,7 +41,7 @@ log = logging.getLogger(__name__)
 
 
 def model_path(model: ModelConfig) -> str:
-    """What `from_pretrained` is given. Raises ValueError for a path where there is no model."""
+    """The argument of `from_pretrained`. Raises ValueError for a path without a model."""
     return str(toy_path(model.name)) if model.name in MODELS else model_place(model.name, "model.name")
 
 
@@ -50,13 +50,13 @@ def _hub_options(model: ModelConfig) -> dict[str, Any]:
 
 
 def load_tokenizer(model: ModelConfig) -> Any:
-    """The tokenizer, with a padding token (the first end-of-sequence token where it has none)."""
-    require_whole_model(model.name, model_path(model), model.revision)
+    """The tokenizer, with a padding token. Without one of its own, it is the first end-of-sequence token."""
+    require_complete_model(model.name, model_path(model), model.revision)
     tokenizer = AutoTokenizer.from_pretrained(model_path(model), **_hub_options(model))
     if tokenizer.eos_token_id is None:
-        raise ValueError(f"model.name: the tokenizer of {model.name!r} has no end-of-sequence token; completions could "
-                         "only end by their length. Set `eos_token` in its tokenizer_config.json")  # fmt: skip
-    if not tokenizer("a")["input_ids"]:  # what transformers makes of a directory without a tokenizer's files
+        raise ValueError(f"model.name: the tokenizer of {model.name!r} has no end-of-sequence token; all completions "
+                         "would end by their length. Set `eos_token` in its tokenizer_config.json")  # fmt: skip
+    if not tokenizer("a")["input_ids"]:  # transformers gives this for a directory without tokenizer files
         raise ValueError(f"model.name: the tokenizer of {model.name!r} makes no tokens of a text; are its files "
                          "(tokenizer.json, tokenizer_config.json) beside config.json?")  # fmt: skip
     if tokenizer.pad_token_id is None:
@@ -65,7 +65,7 @@ def load_tokenizer(model: ModelConfig) -> Any:
 
 
 def end_token_ids(model: ModelConfig, tokenizer: Any) -> list[int]:
-    """Every token that ends a completion: the tokenizer's and those of the generation config, sorted."""
+    """All tokens that end a completion, of the tokenizer and the generation config, sorted."""
     ends = {tokenizer.eos_token_id}
     for source in (GenerationConfig, AutoConfig):
         try:
@@ -80,21 +80,21 @@ def end_token_ids(model: ModelConfig, tokenizer: Any) -> list[int]:
 
 
 def load_model_config(model: ModelConfig) -> Any:
-    """The model's transformers config. Raises UnfitModel where there is none."""
-    require_whole_model(model.name, model_path(model), model.revision)
+    """The model's transformers config. Raises UnfitModel if it is not readable."""
+    require_complete_model(model.name, model_path(model), model.revision)
     try:
         return AutoConfig.from_pretrained(model_path(model), **_hub_options(model))
     except (*CANNOT, StrictDataclassError) as error:
         if isinstance(error, ValueError):
             raise
-        told = " ".join(str(error).split())
-        raise UnfitModel(f"model.name: config.json of {model.name!r} is none that transformers {transformers_version} "
-                         f"reads ({type(error).__name__}: {told})") from error  # fmt: skip
+        message = " ".join(str(error).split())
+        raise UnfitModel(f"model.name: transformers {transformers_version} cannot read config.json of {model.name!r} "
+                         f"({type(error).__name__}: {message})") from error  # fmt: skip
 
 
 def check_model_config(model_config: Any, tokenizer: Any, longest: int) -> None:
-    """Raise ValueError where the model cannot be trained, or cannot hold sequences of `longest` tokens, or its
-    tokenizer's vocabulary."""
+    """Raise ValueError if the model cannot be trained, or is too small for sequences of `longest` tokens or for the
+    vocabulary of the tokenizer."""
     require_trainable(model_config, longest)
     text = model_config.get_text_config()
     positions = getattr(text, "max_position_embeddings", None)
@@ -106,7 +106,7 @@ def check_model_config(model_config: Any, tokenizer: Any, longest: int) -> None:
 
 
 def packing_obstacle(model_config: Any, longest: int, trust_remote_code: bool = False) -> str | None:
-    """Why packs with shared prompts cannot express this architecture for sequences of `longest` tokens, or None."""
+    """The reason why packs with shared prompts do not fit this architecture and `longest` tokens, or None."""
     text = model_config.get_text_config()
     window: Any = getattr(text, "sliding_window", None) or getattr(text, "attention_window", None)
     kinds = set(getattr(text, "layer_types", None) or [])
@@ -120,7 +120,7 @@ def packing_obstacle(model_config: Any, longest: int, trust_remote_code: bool = 
             return f"its option {option}"
     if not getattr(text, "num_attention_heads", None):
         return "no attention layers"
-    try:  # some architectures look the attention up in tables of their own
+    try:  # some architectures have their own tables of attention functions
         with unsharded_loading(), torch.device("meta"):
             AutoModelForCausalLM.from_config(copy.deepcopy(model_config), attn_implementation=attention.NAME,
                                              trust_remote_code=trust_remote_code)  # fmt: skip
@@ -130,8 +130,8 @@ def packing_obstacle(model_config: Any, longest: int, trust_remote_code: bool = 
 
 
 def attention_for(model: ModelConfig, model_config: Any, longest: int) -> tuple[str | None, str | None]:
-    """The `attn_implementation` to load a model with, and why its prompts cannot be shared, or None as far as its
-    config tells."""
+    """The `attn_implementation` to load a model with, and the reason in its config why prompts cannot be shared, or
+    None."""
     if model.attn_implementation != "auto":
         return model.attn_implementation, "as model.attn_implementation asks"
     obstacle = packing_obstacle(model_config, longest, model.trust_remote_code)
@@ -141,9 +141,9 @@ def attention_for(model: ModelConfig, model_config: Any, longest: int) -> tuple[
 def load_causal_lm(
     model: ModelConfig, dtype: torch.dtype, attn_implementation: str | None, device: torch.device | None = None
 ) -> nn.Module:
-    """A causal language model from the hub or a local path, on a `device` or else the CPU. Raises UnfitModel.
+    """A causal language model from the hub or a local path, on `device` or the CPU. Raises UnfitModel.
 
-    To a GPU its weights go one by one: ranks of a node would fill its memory with a whole model each.
+    Weights move to a GPU one by one. Otherwise each rank of a node would fill its memory with a full model.
     """
     placed = {} if device is None or device.type == "cpu" else {"device_map": {"": device}}
     try:
@@ -157,16 +157,16 @@ def load_causal_lm(
         raise UnfitModel(f"model.name: {model.name!r} cannot be loaded ({type(error).__name__}: {error})") from error
     if missing := sorted(report["missing_keys"]):
         raise UnfitModel(f"model.name: {model.name!r} lacks {len(missing)} weights of {type(loaded).__name__}, which "
-                         f"would be drawn at random ({', '.join(missing[:3])} …): name a whole checkpoint")  # fmt: skip
+                         f"would be random ({', '.join(missing[:3])} …): name a complete checkpoint")  # fmt: skip
     return loaded
 
 
 def try_blank(
     model: ModelConfig, lora: LoraConfig | None, model_config: Any, attn_implementation: str | None
 ) -> str | None:
-    """Make the policy without weights, for what is wrong with it or its adapters; return which layers get none and why.
+    """Build the policy without weights, to check it and its adapters. Returns which layers get no adapter and why.
 
-    Raises ValueError, also where files of the weights are missing.
+    Raises ValueError, also if weight files are missing.
     """
     require_weights(model.name, Path(model_path(model)))
     with unsharded_loading(), torch.device("meta"):
@@ -184,13 +184,13 @@ def try_blank(
 def blank_causal_lm(
     model: ModelConfig, model_config: Any, dtype: torch.dtype, attn_implementation: str | None
 ) -> nn.Module:
-    """The model on the meta device, without weights, but tied where it is once loaded."""
+    """The model on the meta device, without weights, with the ties of the loaded model."""
     with torch.device("meta"):
         blank = AutoModelForCausalLM.from_config(
             copy.deepcopy(model_config), dtype=dtype, attn_implementation=attn_implementation,
             trust_remote_code=model.trust_remote_code,
         )  # fmt: skip
-        blank.tie_weights()  # transformers 5.0 leaves that undone here
+        blank.tie_weights()  # transformers 5.0 does not do that here
     return blank
 
 
@@ -199,7 +199,7 @@ def load_policy(
     temperature: float, seed: int, *, device: torch.device | None = None, has_critic: bool = False,
     entropy_gradient: bool = False,
 ) -> Policy:  # fmt: skip
-    """The policy, its base loaded to a `device` or else the CPU: in `dtype` under adapters, else in float32."""
+    """The policy, with its base on `device` or the CPU: in `dtype` with adapters, else in float32."""
     base = load_causal_lm(model, dtype if lora else torch.float32, attn_implementation, device)
     return make_policy(base, model, lora, temperature, seed, has_critic=has_critic, entropy_gradient=entropy_gradient)
 
@@ -208,17 +208,17 @@ def make_policy(
     base: nn.Module, model: ModelConfig, lora: LoraConfig | None, temperature: float, seed: int, *,
     has_critic: bool = False, entropy_gradient: bool = False,
 ) -> Policy:  # fmt: skip
-    """The policy: adapters on a frozen base, or the whole of it to train (`lora` None)."""
+    """The policy: adapters on a frozen base, or all weights trained if `lora` is None."""
     extras: dict[str, Any] = {"has_critic": has_critic, "entropy_gradient": entropy_gradient}
     if model.gradient_checkpointing:
         recompute_layers(base)
         if lora:
             base.enable_input_require_grads()
     if lora is None:
-        for name, parameter in base.named_parameters():  # what text never reaches gets no gradient on any rank
+        for name, parameter in base.named_parameters():  # weights that text never uses get no gradient on any rank
             parameter.requires_grad_(reads_text(base, name))
         return Policy(base, temperature, **extras)
-    torch.manual_seed(seed)  # every rank draws the same adapters
+    torch.manual_seed(seed)  # all ranks draw the same adapters
     base.requires_grad_(False)
     targets, _ = adapter_targets(base, lora.target_modules)
     adapted = get_peft_model(base, PeftLoraConfig(
@@ -230,7 +230,7 @@ def make_policy(
 
 
 def plain_name(name: str) -> str:
-    """The name a parameter of an adapted model has in the plain model."""
+    """The name in the plain model of a parameter of the adapted model."""
     return name.removeprefix("base_model.model.").replace(".base_layer.", ".")
 
 
@@ -241,12 +241,12 @@ def adapted_layers(policy: Policy) -> dict[str, LoraLayer]:
 
 
 def trainable(policy: Policy) -> dict[str, nn.Parameter]:
-    """What training changes, by name, in a fixed order."""
+    """The trained parameters by name, in a fixed order."""
     return {name: p for name, p in policy.named_parameters() if p.requires_grad}
 
 
 def base_identity(model: ModelConfig, model_config: Any) -> str:
-    """What tells one base model from another: its name, revision and configuration, wherever it lies."""
+    """A text that identifies a base model: its name, revision and config, independent of its location."""
     config = {key: value for key, value in model_config.to_dict().items()
               if key not in ("_name_or_path", "transformers_version")}  # fmt: skip
     return json.dumps({"name": model.name, "revision": model.revision, "config": config}, sort_keys=True, default=str)

@@ -1,10 +1,10 @@
-"""Log-probabilities and entropies of chosen tokens, without ever holding the logits of more than a chunk. Pure.
+"""Log-probabilities and entropies of chosen tokens. Only one chunk of logits exists at a time. Pure.
 
-The head is linear, so the gradient of a token's log-probability with respect to its hidden state is a vector that is
-known in the forward pass: the target's row of the head minus the rows' mean under the softmax. So is the entropy's: the
-rows' mean weighted by how far each log-probability is from the mean one. Where the head is frozen (LoRA) these vectors
-are all the backward pass needs: it multiplies them by the incoming gradients and recomputes nothing. Where the head is
-trained its logits are computed again, chunk by chunk.
+The head is linear. The gradient of a token's log-probability by its hidden state is therefore known in the forward
+pass: the target's row of the head minus the mean of the rows under the softmax. The gradient of the entropy is known
+too: the mean of the rows, weighted by the difference of each log-probability from the mean one. With a frozen head
+(LoRA), the backward pass only multiplies these vectors by the incoming gradients. With a trained head it computes the
+logits again, chunk by chunk.
 
 Shapes: M tokens, H hidden, V vocabulary.
 """
@@ -21,8 +21,8 @@ from torch.nn.functional import linear
 from .gpu_kernels import triton_obstacle
 
 CHUNK_ELEMENTS = {"cpu": 1 << 24, "cuda": 1 << 28}
-"""Most logits held at once: 64 MiB in float32, which a CPU's caches half hold; 1 GiB on a GPU, which each chunk has to
-fill, and reads the whole head for."""
+"""Most logits at once. 64 MiB in float32 on a CPU, half of which fit into its caches. 1 GiB on a GPU, because a chunk
+must keep it busy and reads the entire head."""
 
 
 def _chunks(hidden: Tensor, vocabulary: int) -> list[slice]:
@@ -31,8 +31,8 @@ def _chunks(hidden: Tensor, vocabulary: int) -> list[slice]:
 
 
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Logits (m, V) in float32. Where the library can, products of 16-bit numbers are not rounded to 16 bits first: a
-    logit of 20 would be off by up to 0.06."""
+    """Logits (m, V) in float32. On a GPU, products of 16-bit numbers are not rounded to 16 bits first: a logit of 20
+    would be off by up to 0.06."""
     if hidden.is_cuda and hidden.dtype != torch.float32:
         logits = torch.mm(hidden, weight.T, out_dtype=torch.float32)
         return logits if bias is None else logits.add_(bias)
@@ -42,8 +42,9 @@ def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def _scored(
     logits: Tensor, targets: Tensor, temperature: float, slope_dtype: torch.dtype | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Log-probabilities (m,) of targets, entropies (m,) and, in `slope_dtype`, the derivative (m, V) of the former by
-    the logits (m, V) float32. The difference is taken in float32: in 16 bits that of a confident token would be 0."""
+    """Log-probabilities (m,) of targets, entropies (m,) and, in `slope_dtype`, the derivative (m, V) of the
+    log-probabilities by the logits (m, V) float32. The subtraction is in float32: in 16 bits it would be 0 for a
+    confident token."""
     if logits.is_cuda and triton_obstacle() is None:
         from .head_kernel import score_rows
 
@@ -132,7 +133,7 @@ def head_logprobs(
     `hidden` (M, H), `weight` (V, H), `bias` (V,) or None, `targets` (M,) int64. Differentiable with respect to hidden
     states, weight and bias through the log-probabilities, and with `entropy_gradient` through the entropies too.
     """
-    # a head trained in float32 under autocast: cast here, where the cast is differentiated
+    # a head that trains in float32 under autocast: autograd must see the cast
     weight, bias = weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype)
     return _HeadLogprobs.apply(hidden, weight, bias, targets, temperature, entropy_gradient)
 
@@ -140,7 +141,7 @@ def head_logprobs(
 def logits_logprobs(
     logits: Tensor, targets: Tensor, temperature: float, entropy_gradient: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """The same from whole logits (M, V), for models that change the logits after the head."""
+    """The same from all logits (M, V), for models that change logits after the head."""
     rows = torch.log_softmax(logits.float() / temperature, dim=-1)
     certain = rows if entropy_gradient else rows.detach()
     entropies = -(certain.exp() * certain).sum(-1)

@@ -1,9 +1,9 @@
 """A linear layer with low-rank adapters as one operation: fewer passes over the activations, the same numbers. Pure.
 
-Written layer by layer, `W x + s B (A x)` makes three intermediate results of the output's size and as many in the
-backward pass; here both low-rank products are added where the large one already lies.
+With one layer each, `W x + s B (A x)` makes three intermediate results of the output's size, and three more in the
+backward pass. Here the low-rank products are added in place to the large one.
 
-Dropout is part of it: what is dropped is drawn by `dropout.py`, its scale goes into the adapters' own.
+Dropout is part of the operation: `dropout.py` decides what is dropped, and its scale becomes part of the adapters'.
 
 Shapes: T tokens, I inputs, O outputs, r the adapters' rank.
 """
@@ -25,10 +25,10 @@ from .dropout import TokenDropout
 def add_low_rank(x: Tensor, weight: Tensor, bias: Tensor | None, low: Tensor, b: Tensor) -> Tensor:
     """`x Wᵀ + bias + low Bᵀ`; x (T, I), W (O, I), low (T, r), B (O, r), all of one dtype, to (T, O).
 
-    In 16 bits an output's low-rank part may be less than half of its last digit's unit: added to the rounded output it
-    would be lost (99 % of it after a step at a learning rate of 1e-6), so it is in the sum before that is rounded.
+    In 16 bits the low-rank part of an output may be less than half a unit of its last digit. After rounding, it would
+    be lost (99 % of it after a step at a learning rate of 1e-6). It is therefore added before rounding.
     """
-    if x.dtype == torch.float32:  # and then nothing but an added 0 tells the adapted layer from the plain one
+    if x.dtype == torch.float32:  # new adapters then only add 0 to the output of the plain layer
         return linear(x, weight, bias).addmm_(low, b.T)
     y = (low @ b.T).addmm_(x, weight.T)
     return y if bias is None else y.add_(bias)
@@ -63,8 +63,8 @@ def adapted_linear(
 ) -> Tensor:
     """`x Wᵀ + bias + scaling · (x Aᵀ) Bᵀ`; x (…, I), W (O, I), A (r, I), B (O, r), all of x's dtype, to (…, O).
 
-    `kept` (…, I) bool says which inputs the adapters see; None for all. Differentiable with respect to x, A and B; the
-    weight and the bias are frozen. LoRA: arXiv:2106.09685, equation 3.
+    `kept` (…, I) bool marks the inputs that the adapters see; None means all. Differentiable with respect to x, A and
+    B; the weight and the bias are frozen. LoRA: arXiv:2106.09685, equation 3.
     """
     with torch.autocast(x.device.type, enabled=False):
         kept = None if kept is None else kept.flatten(0, -2)
@@ -75,8 +75,8 @@ def adapted_linear(
 def fuse_adapters(model: nn.Module, is_sharded: Callable[[Tensor], bool], name: str = "default") -> None:
     """Let every linear layer with plain adapters `name` compute them in one operation.
 
-    Layers with torch's dropout or a transposed weight (GPT-2's) go on as PEFT wrote them, and so do those of which a
-    weight `is_sharded` when they are called: ZeRO-3 makes a weight whole inside the call of the module that owns it.
+    Layers with torch's dropout or a transposed weight (GPT-2's) keep PEFT's code. So does a call of a layer with a
+    weight that `is_sharded`: ZeRO-3 gathers a weight inside the call of the module that owns it.
     """
     for layer in model.modules():
         is_lora = isinstance(layer, LoraLinear) and isinstance(layer.base_layer, nn.Linear) and name in layer.lora_A

@@ -1,8 +1,8 @@
-"""The global batch cut into packs: the prompt once, then its completions, and no padding anywhere. Pure.
+"""Divide the global batch into packs: each prompt once, then its completions, without padding. Pure.
 
-A pack is one row of tokens made of pieces `prompt, completion 1, …, completion n`; each completion attends to its
-prompt and to itself only, and its positions go on from the prompt's end. The plan is a function of lengths alone, so
-every rank computes the same one and takes its own part.
+A pack is one row of tokens with pieces `prompt, completion 1, …, completion n`. A completion attends only to its prompt
+and to itself, and its positions continue from the end of the prompt. The plan depends on lengths alone, so that every
+rank computes the same plan and takes its part.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ..types import Batch, token_places
 from .attention import RowLayout
 
 PAIRS_PER_TOKEN = 4096
-"""Attended pairs of tokens that cost about as much as one token's matrix products; only balance depends on it."""
+"""Attended pairs of tokens that cost about as much as the matrix products of one token. Only the balance uses it."""
 
 
 @dataclass(frozen=True)
@@ -30,14 +30,14 @@ class Piece:
     prompt: int
     """Place in batch.prompts."""
     completions: list[int]
-    """Places in the batch's order of completions."""
+    """Places in the batch's completions."""
 
 
 @dataclass(frozen=True)
 class Pack:
     """One forward and backward pass: T tokens in a row, M of them sampled.
 
-    An empty pack (M = 0 in `token`, a token or two in `ids`) only keeps the number of packs equal on all ranks.
+    An empty pack (M = 0 in `token`, one or two tokens in `ids`) only keeps the number of packs equal on all ranks.
     """
 
     ids: Tensor
@@ -45,7 +45,7 @@ class Pack:
     positions: Tensor
     """(T,) int64 position of each token in its own sequence."""
     predictor: Tensor
-    """(M,) int64: the row's token whose output predicts each sampled token."""
+    """(M,) int64: place in the row of the token that predicts each sampled token."""
     targets: Tensor
     """(M,) int64: the sampled tokens themselves."""
     token: Tensor
@@ -53,17 +53,17 @@ class Pack:
     sequence: Tensor
     """(M,) int64: the pack's completions, numbered from 0."""
     owner: Tensor
-    """(T,) int64: whose each token is: `n` of the batch's completion n, `-1 - p` of its prompt p."""
+    """(T,) int64: the sequence of each token: `n` for completion n of the batch, `-1 - p` for its prompt p."""
     layout: RowLayout | None
-    """Who attends to whom; None for a plain causal row of one prompt and one completion."""
+    """Which tokens attend to which; None for a plain causal row of one prompt and one completion."""
 
     @property
     def useful(self) -> int:
-        """Tokens of the row that are part of a sequence: all of them, or none of an empty pack's."""
+        """Tokens of the row that belong to a sequence: all of them, or none in an empty pack."""
         return len(self.ids) if len(self.token) else 0
 
     def to(self, device: torch.device) -> Pack:
-        """The pack with all its tensors on `device`, in one copy for which a GPU does not wait."""
+        """The pack with all tensors on `device`, in one asynchronous copy."""
         names = ("ids", "positions", "predictor", "targets", "token", "sequence", "owner")
         moved = to_device([getattr(self, name) for name in names], device)
         return Pack(**dict(zip(names, moved, strict=True)), layout=self.layout.to(device) if self.layout else None)
@@ -76,7 +76,7 @@ def piece_cost(prompt_length: int, lengths: list[int]) -> float:
 
 
 def _cut(prompt: int, prompt_length: int, completions: list[int], lengths: list[int], most: int) -> list[Piece]:
-    """Pieces of one group, none above `most` tokens unless a single completion is."""
+    """Pieces of one group with at most `most` tokens each, unless a single completion has more."""
     pieces: list[Piece] = []
     size = most + 1
     for n in completions:
@@ -101,8 +101,8 @@ def plan(
     """Divide the kept completions among ranks and packs: `plan(...)[rank][pack]` is a list of pieces.
 
     `prompt_lengths` (P,), `group`, `lengths` and `keep` (N,). Every rank gets the same number of packs, of nearly equal
-    cost and at most `max_tokens` tokens each (a longer single sequence stands alone). Without `share_prompts` each pack
-    is one prompt with one completion. No completion is left out, and none stands twice.
+    cost and at most `max_tokens` tokens each (a longer single sequence has its own pack). Without `share_prompts` each
+    pack is one prompt with one completion. Every completion is in exactly one pack.
     """
     members: dict[int, list[int]] = {}
     for n, kept in enumerate(keep):
@@ -112,7 +112,7 @@ def plan(
         return [[] for _ in range(num_ranks)]
     if share_prompts:
         total = sum(prompt_lengths[g] + sum(lengths[n] for n in ns) for g, ns in members.items())
-        most = min(max_tokens, math.ceil(total / num_ranks))  # no piece may outweigh a rank's fair share
+        most = min(max_tokens, math.ceil(total / num_ranks))  # no piece may exceed a rank's fair share
         pieces = [piece for g, ns in members.items() for piece in _cut(g, prompt_lengths[g], ns, lengths, most)]
     else:
         pieces = [Piece(g, [n]) for g, ns in members.items() for n in ns]
@@ -127,7 +127,7 @@ def plan(
 
 
 def _full_packs(sizes: list[int], max_tokens: int, num_ranks: int) -> list[list[int]]:
-    """Packs of about equal size, a multiple of `num_ranks` of them and about as few as can hold pieces of `sizes`."""
+    """Packs of about equal size for pieces of `sizes`: about as few as possible, and a multiple of `num_ranks`."""
     heaviest_first = sorted(range(len(sizes)), key=lambda place: -sizes[place])
     fewest = min(math.ceil(sum(sizes) / max_tokens), len(sizes))
     num_packs, most = (num_ranks * math.ceil(count / num_ranks) for count in (fewest, len(sizes)))
@@ -146,7 +146,7 @@ def _full_packs(sizes: list[int], max_tokens: int, num_ranks: int) -> list[list[
 
 
 def _deal(packs: list[list[int]], costs: list[float], num_ranks: int) -> list[list[list[int]]]:
-    """Each rank's packs, as many on each: in turns of equally heavy ones, of which the least loaded rank gets most."""
+    """Packs of each rank, equally many. In turns of similar packs, the least loaded rank gets the heaviest one."""
     order = sorted(range(len(packs)), key=lambda number: -costs[number])
     ranks: list[list[list[int]]] = [[] for _ in range(num_ranks)]
     load = [0.0] * num_ranks
@@ -169,7 +169,7 @@ def make_pack(batch: Batch, pieces: list[Piece], *, share_prompts: bool = True) 
     lengths = batch.row_lengths[chosen]
     left = iter(lengths.tolist())
     shapes = [(len(batch.prompts[p.prompt].ids), [next(left) for _ in p.completions]) for p in pieces]
-    # the row's segments: each piece's prompt and then its completions
+    # segments of the row: the prompt of each piece, then its completions
     sizes = torch.tensor([size for prompt, completions in shapes for size in (prompt, *completions)])
     is_prompt = torch.tensor([n == 0 for _, completions in shapes for n in range(1 + len(completions))])
     segment_starts = torch.cumsum(sizes, 0) - sizes

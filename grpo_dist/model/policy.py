@@ -1,4 +1,4 @@
-"""The module that is trained: a causal language model, and a critic where there is one, that answers packs."""
+"""The trained module: a causal language model, optionally with a critic, that takes packs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .packing import Pack
 
 
 class Policy(nn.Module):
-    """A causal language model that answers packs with log-probabilities."""
+    """A causal language model that returns the log-probabilities of packs."""
 
     def __init__(
         self, model: nn.Module, temperature: float, *, has_critic: bool = False, entropy_gradient: bool = False,
@@ -29,23 +29,23 @@ class Policy(nn.Module):
         self.model = model
         self.temperature = temperature
         self.entropy_gradient = entropy_gradient
-        self.token_keys = token_keys  # where adapters have dropout, which draws from them
+        self.token_keys = token_keys  # for adapters with dropout
         self.value_head = ValueHead(self.causal_lm.config.get_text_config().hidden_size) if has_critic else None
         head = self.causal_lm.get_output_embeddings()
-        self.fused_head = False  # until probe.head_is_plain has found that nothing happens to the logits after the head
+        self.fused_head = False  # until probe.head_is_plain shows that the model changes no logits after the head
         if isinstance(head, nn.Linear):
             _teach_head(head)
 
     @property
     def causal_lm(self) -> nn.Module:
-        """The transformers model; with LoRA, the one the adapters were put into."""
+        """The transformers model; with LoRA, the one with the adapters inside."""
         return self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
 
     def train(self, mode: bool = True) -> Policy:
-        """Put the adapters and the critic into training mode; the base always computes as it does in a rollout.
+        """Put the adapters and the critic into training mode. The base always computes as in a rollout.
 
-        Dropout, layer drop, router noise and batch statistics of a model have many names, and all of them ask the mode
-        of the module they are in. Layers that are recomputed are asked for theirs too: see `recompute_layers`.
+        Dropout, layer drop, router noise and batch statistics have many names in models, but all depend on the mode of
+        their module. Recomputed layers need training mode for recomputing: see `recompute_layers`.
         """
         super().train(mode)
         for name, module in self.causal_lm.named_modules():
@@ -55,9 +55,8 @@ class Policy(nn.Module):
         return self
 
     def forward(self, pack: Pack, dropout_key: int = 0) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Log-probability of each completion token, entropy of its distribution (nats) and the critic's value of the
-        text before it, None without a critic; all (M,) float32. `dropout_key` tells one update's dropout from
-        another's."""
+        """Log-probability of each completion token, entropy of its distribution (nats), and the critic's value of the
+        text before it (None without a critic); all (M,) float32. `dropout_key` makes the dropout of updates differ."""
         if self.token_keys is not None:
             self.token_keys.draw(dropout_key, pack.owner, pack.positions)
         inputs: dict[str, Any] = {"input_ids": pack.ids[None], "use_cache": False}
@@ -69,23 +68,23 @@ class Policy(nn.Module):
             hidden = self.causal_lm.base_model(**inputs).last_hidden_state[0, pack.predictor]
             logprobs, entropies = self.causal_lm.get_output_embeddings()(hidden, **numbers)
         else:
-            wants_hidden = self.value_head is not None
-            output = self.causal_lm(**inputs, logits_to_keep=pack.predictor, output_hidden_states=wants_hidden)
+            needs_hidden = self.value_head is not None
+            output = self.causal_lm(**inputs, logits_to_keep=pack.predictor, output_hidden_states=needs_hidden)
             logprobs, entropies = logits_logprobs(kept_logits(output.logits[0], pack.predictor), **numbers)
-            hidden = output.hidden_states[-1][0, pack.predictor] if wants_hidden else None
+            hidden = output.hidden_states[-1][0, pack.predictor] if needs_hidden else None
         return logprobs, entropies, None if self.value_head is None else self.value_head(hidden)
 
 
 def kept_logits(logits: Tensor, predictor: Tensor) -> Tensor:
-    """The logits (M, V) at `predictor` (M,), which a model returns alone or, where it cannot, among those of all T."""
+    """The logits (M, V) at `predictor` (M,). A model returns only these, or those of all T tokens."""
     return logits if len(logits) == len(predictor) else logits[predictor]
 
 
 def recompute_layers(model: nn.Module) -> None:
     """Recompute each layer's activations in the backward pass.
 
-    transformers does so in training mode alone, in which a layer may drop activations: inside the mode is another, with
-    gradients or without. Raises ValueError where the model's code has no layers that transformers can recompute.
+    transformers does that only in training mode, in which a layer may drop activations. Inside the layer the mode is
+    therefore off, with gradients or without. Raises ValueError if the model has no layers that transformers can recompute.
     """
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     require(bool(layers), "model.gradient_checkpointing", True, f"false, as {type(model).__name__} has no layers that "
@@ -105,9 +104,9 @@ def _evaluated(layer: nn.Module, forward: Any, *inputs: Any, **options: Any) -> 
 
 
 def _teach_head(head: nn.Linear) -> None:
-    """Let the head answer with log-probabilities and entropies when it is given targets.
+    """Let the head return log-probabilities and entropies if it gets targets.
 
-    It has to happen inside the head's own call: that is where ZeRO-3 makes its sharded weight whole.
+    This must happen inside the call of the head, because ZeRO-3 gathers its weight there.
     """
     plain = head.forward
 

@@ -1,4 +1,4 @@
-"""The reference of the KL term: the base model as it was before training."""
+"""The reference of the KL term: the base model before training."""
 
 from __future__ import annotations
 
@@ -13,29 +13,28 @@ from .packing import Pack
 from .policy import Policy
 
 REFERENCE_PACK = 4
-"""Tokens of a pack of the reference for each one of train.max_tokens_per_pack."""
+"""Packs of the reference have this many times train.max_tokens_per_pack tokens."""
 
 
 class Reference(Protocol):
-    """What the policy is kept near to."""
+    """The model that the KL term keeps the policy close to."""
 
     policy: Policy
 
     def logprobs(self, pack: Pack) -> Tensor:
-        """Log-probabilities (M,) of a pack; a collective under ZeRO-3 where the weights are the policy's."""
+        """Log-probabilities (M,) of a pack. A collective under ZeRO-3 if the weights are the policy's."""
 
 
 def needs_copy(config: Config, dtype: torch.dtype, copy_dtype: torch.dtype, zero_stage: int) -> bool:
-    """Whether the reference has weights of its own beside a policy of a `dtype`: not where nothing depends on it, where
-    `reference.placement` asks for the policy itself, and where the copy would have the same numbers as a base that
-    every rank has."""
+    """Whether the reference needs its own weights beside a policy of `dtype`. It does not if nothing uses it, if
+    `reference.placement` shares the policy, or if every rank has the base in the same dtype already."""
     is_same = copy_dtype == dtype and zero_stage < 3
     shares = config.lora is not None and (is_same or config.reference.placement == "shared")
     return has_reference(config) and not shares
 
 
 class FrozenCopy:
-    """The base model in weights of its own."""
+    """The base model with its own weights."""
 
     def __init__(self, model: nn.Module, temperature: float) -> None:
         self.policy = Policy(model.eval().requires_grad_(False), temperature)
@@ -47,7 +46,7 @@ class FrozenCopy:
 
 
 class AdaptersOff:
-    """The policy with its adapters off: no weights of its own."""
+    """The policy with its adapters off. It has no own weights."""
 
     def __init__(self, wrapped: Any, policy: Policy) -> None:
         self.wrapped, self.policy = wrapped, policy

@@ -1,11 +1,11 @@
 """The model that draws completions: the policy's own weights in a second tree of modules.
 
-A rollout is to be drawn by the very policy that is trained. Adapters merged into 16-bit weights are another one: most
-of a small update is less than half of a weight's last digit. So the tree has adapters as the policy has them, and its
-tensors are the policy's. Weights are held a second time only where those cannot be used as they are: where all weights
-are trained in float32 and computed with in 16 bits, and where ZeRO-3 has partitioned them.
+The trained policy itself must draw the rollouts. Adapters merged into 16-bit weights would be another policy, because
+most of a small update is less than half a unit of a weight's last digit. The tree therefore has adapters too, and its
+tensors are the policy's. It copies weights only in two cases: if all weights train in float32 and compute in 16 bits,
+and if ZeRO-3 has sharded them.
 
-The tree is in evaluation mode, free of the hooks with which DDP and ZeRO follow the policy's modules.
+The tree is in evaluation mode and has no hooks of DDP and ZeRO.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from .policy import Policy
 
 
 class RolloutModel:
-    """What the engine decodes with; `open` it for a rollout, `sync` it after each step."""
+    """The model that the engine decodes with. `open` it for a rollout and `sync` it after each step."""
 
     def __init__(
         self, policy: Policy, dtype: torch.dtype, attn_implementation: str | None,
         base: nn.Module | None = None,
     ) -> None:  # fmt: skip
-        """`dtype` is what the policy computes in. Where ZeRO-3 has partitioned frozen weights, those of `base` take
-        their place if they have that dtype; else they are gathered for each rollout. A collective under ZeRO-3."""
+        """`dtype` is that of the policy's computation. If ZeRO-3 has sharded frozen weights, the weights of `base`
+        replace them if they have that dtype; else each rollout gathers them. A collective under ZeRO-3."""
         self.policy, self.dtype = policy, dtype
         with unsharded_loading(), torch.device("meta"):
             tree = policy.causal_lm._from_config(
@@ -55,27 +55,27 @@ class RolloutModel:
 
     @property
     def causal_lm(self) -> nn.Module:
-        """The transformers model; it has weights only while this is open."""
+        """The transformers model. It has weights only while this object is open."""
         return self.tree.get_base_model() if isinstance(self.tree, PeftModel) else self.tree
 
     @torch.no_grad()
     def sync(self) -> None:
-        """Refill what is held a second time from the policy; a collective under ZeRO-3."""
+        """Refill the copied weights from the policy. A collective under ZeRO-3."""
         if isinstance(self.policy.model, PeftModel):
             return
         theirs = {name: p for name, p in self._policy_parameters().items() if is_sharded(p) or p.dtype != self.dtype}
         with gathered(_different(theirs.values())):
-            held: dict[Tensor, Tensor] = {}  # tied weights stay tied
+            copies: dict[Tensor, Tensor] = {}  # tied weights stay tied
             for name, parameter in theirs.items():
-                if parameter not in held:
+                if parameter not in copies:
                     own = self._own.get(name)
                     own = torch.empty_like(parameter, dtype=self.dtype, requires_grad=False) if own is None else own
-                    held[parameter] = own.copy_(parameter)
-                self._own[name] = held[parameter]
+                    copies[parameter] = own.copy_(parameter)
+                self._own[name] = copies[parameter]
 
     @contextmanager
     def open(self) -> Iterator[nn.Module]:
-        """Inside, the model computes as the policy did at the last `sync`; a collective under ZeRO-3."""
+        """A context in which the model computes as the policy did at the last `sync`. A collective under ZeRO-3."""
         theirs = self._policy_parameters()
         with torch.no_grad(), gathered(_different(p for name, p in theirs.items() if name not in self._own)):
             mine = dict(self.tree.named_parameters(remove_duplicate=False))
@@ -88,7 +88,7 @@ class RolloutModel:
                     self._put(name, empty)
 
     def _policy_parameters(self) -> dict[str, nn.Parameter]:
-        """The policy's parameters by the tree's names; tied weights have two, in both trees."""
+        """The policy's parameters by the names of the tree. Tied weights have two names in both trees."""
         return dict(self.policy.model.named_parameters(remove_duplicate=False))
 
     def _put(self, name: str, parameter: nn.Parameter) -> None:

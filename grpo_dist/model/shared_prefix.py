@@ -1,12 +1,12 @@
 """Attention of a row of pieces on a GPU: two variable-length flash calls, joined under one softmax. Pure.
 
-A piece is a prompt and its completions. One call computes every segment of the row (a prompt, or a completion) by
-itself, causally; the other one computes the completions against the keys of their prompt. Their outputs are weighted by
-their sums of exponentials (FlashAttention, arXiv:2205.14135, section 3.1). No mask exists, keys and values are neither
-expanded to the query heads nor copied (but for the prompts'), and any lengths will do.
+A piece is a prompt and its completions. One call computes causal attention within every segment of the row (a prompt or
+a completion). The other call computes attention of the completions to the keys of their prompt. Their outputs are
+weighted by their sums of exponentials (FlashAttention, arXiv:2205.14135, section 3.1). No mask exists. Keys and values
+are not expanded to the query heads, and only those of prompts are copied. Lengths are arbitrary.
 
-Backward, both kernels get the joined output and the joined log-sum-exp: the probabilities and the row sums that they
-compute again are then those of the whole softmax (arXiv:2307.08691, section 3.1.2), so their gradients add up.
+In the backward pass both kernels get the joined output and the joined log-sum-exp. The probabilities and row sums that
+they recompute are then those of the joint softmax (arXiv:2307.08691, section 3.1.2), and their gradients add up.
 
 Shapes: T tokens in the row, Hq query heads, Hk key heads, D head size, K tokens of prompts.
 """
@@ -25,25 +25,25 @@ from torch.autograd.function import once_differentiable
 from ..distributed.transfer import to_device
 
 LARGEST_HEAD = 256
-"""The largest head size that the flash kernels know; it has to be a multiple of 8."""
+"""The largest head size of the flash kernels. A size must be a multiple of 8."""
 
 
 @dataclass(frozen=True)
 class Segments:
-    """Where the segments of a row begin and end, for both calls; tensors int32, on the device of the row."""
+    """Bounds of the segments of a row, for both calls; int32 tensors on the device of the row."""
 
     own: Tensor
     """Bounds of all segments, one after another: (number of segments + 1,)."""
     queries: Tensor
-    """Bounds of prompt, completions together, next prompt, …: (2 · pieces + 1,)."""
+    """Bounds of prompt, all its completions, next prompt, …: (2 · pieces + 1,)."""
     keys: Tensor
-    """Bounds of the keys that each of those sees of its prompt: none for a prompt, (2 · pieces + 1,)."""
+    """Bounds of the prompt keys that each of those ranges sees, none for a prompt: (2 · pieces + 1,)."""
     prompt_rows: Tensor
     """(K,) int64 places of the prompts' tokens in the row."""
     most_own: int
     """Tokens of the longest segment."""
     most_queries: int
-    """Tokens of the longest range of queries, prompts included: the kernel writes no others."""
+    """Tokens of the longest range of queries, prompts included. The kernel writes only these."""
     most_keys: int
     """Tokens of the longest prompt with completions."""
 
@@ -77,7 +77,7 @@ def _bounds(lengths: list[int]) -> Tensor:
 
 
 def can_use_flash(query: Tensor, key: Tensor, value: Tensor) -> bool:
-    """Whether the flash kernels compute these heads: half precision on a GPU, equal sizes, a multiple of 8 to 256."""
+    """Whether the flash kernels support these heads: half precision on a GPU, equal sizes, multiples of 8 up to 256."""
     size = query.shape[-1]
     return (query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and size % 8 == 0
             and size <= LARGEST_HEAD and key.shape[-1] == value.shape[-1] == size)  # fmt: skip
@@ -126,8 +126,8 @@ class _SharedPrefix(torch.autograd.Function):
 
 
 def _joined(one: Tensor, one_sums: Tensor, other: Tensor, other_sums: Tensor) -> tuple[Tensor, Tensor]:
-    """Outputs (T, H, D) with their log-sums (H, T) as one. A query without keys in `other` has an output of 0 there and
-    an infinite sum of either sign, as kernels differ."""
+    """Join two outputs (T, H, D) and their log-sums (H, T). A query without keys in `other` has an output of 0 there
+    and an infinite sum whose sign depends on the kernel."""
     other_sums = torch.where(other_sums.isinf(), -torch.inf, other_sums)
     share = torch.sigmoid(other_sums - one_sums).T[..., None]
     joined = torch.lerp(one.to(share.dtype), other.to(share.dtype), share).to(one.dtype)
@@ -138,8 +138,8 @@ def _flash(
     query: Tensor, key: Tensor, value: Tensor, queries: Tensor, keys: Tensor, most_queries: int, most_keys: int,
     causal: bool, scale: float,
 ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:  # fmt: skip
-    """The output (T, H, D), its log-sums of exponentials (H, T), and what the backward pass is given of random states,
-    which are not used without dropout."""
+    """The output (T, H, D), its log-sums of exponentials (H, T), and random states for the backward pass, unused
+    without dropout."""
     output, sums, state, unused, _ = torch.ops.aten._flash_attention_forward(
         query, key, value, queries, keys, most_queries, most_keys, 0.0, causal, False, scale=scale
     )

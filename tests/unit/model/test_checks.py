@@ -102,12 +102,12 @@ def test_towers_beside_the_language_model_are_not_trained_at_all() -> None:
 @pytest.mark.parametrize(
     ("targets", "message"),
     [
-        (["q_proj", "v_prj"], r"'v_prj' is no layer of Qwen2ForCausalLM; did you mean 'v_proj'\?"),
+        (["q_proj", "v_prj"], r"'v_prj' is not a layer of Qwen2ForCausalLM; did you mean 'v_proj'\?"),
         ([], "it names no layer"),
-        ("q_proj", r"a text is a pattern for whole names, and matches none; write \[q_proj\]"),
-        (["nothing"], r"'nothing' is no layer of Qwen2ForCausalLM\. Expected `all-linear`, or names among down_proj"),
+        ("q_proj", r"a string is a pattern for full names, and matches none; write \[q_proj\]"),
+        (["nothing"], r"'nothing' is not a layer of Qwen2ForCausalLM\. Expected `all-linear`, or names among down"),
         (["lm_head"], "'lm_head' cannot have adapters: its weights are tied"),
-        (["q_proj", "embed_tokens"], "'embed_tokens' is no linear layer"),
+        (["q_proj", "embed_tokens"], "'embed_tokens' is not a linear layer"),
     ],
 )
 def test_names_that_match_nothing_are_refused(targets: str | list[str], message: str) -> None:
@@ -180,7 +180,7 @@ def test_files_of_weights_that_are_not_there_are_named(tmp_path: Path) -> None:
     whole = (tmp_path / parts[1]).read_bytes()
     for text in (b"version https://git-lfs.github.com/spec/v1", whole[:-1]):
         (tmp_path / parts[1]).write_bytes(text)
-        with pytest.raises(UnfitModel, match=rf"{parts[1]} is no whole file of weights .*git lfs pull"):
+        with pytest.raises(UnfitModel, match=rf"{parts[1]} is not a complete weight file .*git lfs pull"):
             require_weights("mine", tmp_path)
         with pytest.raises(UnfitModel, match="cannot be loaded"):
             load_causal_lm(ModelConfig(name=str(tmp_path)), torch.float32, None)
