@@ -47,7 +47,7 @@ def check(options: Options, num_ranks: int | None, heading: str = "") -> int:
         numbered = [f"{number}. {problem}" for number, problem in enumerate(findings.problems, 1)]
         _print_block(console, f"{heading} {len(numbered)} problem(s)".strip(), numbered, "red")
     elif not heading:
-        console.print(Text("\nno problems read", style="bold green"))
+        console.print(Text("\nno problems found", style="bold green"))
     return 2 if findings.problems else 0
 
 

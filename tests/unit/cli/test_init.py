@@ -91,7 +91,7 @@ def test_questions(
     assert config.data.prompt_column == "question", "the default, taken from the file"
     shown = capsys.readouterr().out
     assert "no file 'nowhere.jsonl' here" in shown and "did you mean 'math'?" in shown
-    assert any("(there are question, solution) [question]" in question for question in asked)
+    assert any("(columns: question, solution) [question]" in question for question in asked)
 
 
 def test_mistakes(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

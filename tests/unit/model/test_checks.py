@@ -177,15 +177,15 @@ def test_files_of_weights_that_are_not_there_are_named(tmp_path: Path) -> None:
     parts = sorted(path.name for path in tmp_path.glob("*.safetensors"))
     assert len(parts) > 2
     require_weights("mine", tmp_path)
-    whole = (tmp_path / parts[1]).read_bytes()
-    for text in (b"version https://git-lfs.github.com/spec/v1", whole[:-1]):
+    complete = (tmp_path / parts[1]).read_bytes()
+    for text in (b"version https://git-lfs.github.com/spec/v1", complete[:-1]):
         (tmp_path / parts[1]).write_bytes(text)
         with pytest.raises(UnfitModel, match=rf"{parts[1]} is not a complete weight file .*git lfs pull"):
             require_weights("mine", tmp_path)
         with pytest.raises(UnfitModel, match="cannot be loaded"):
             load_causal_lm(ModelConfig(name=str(tmp_path)), torch.float32, None)
     (tmp_path / parts[1]).unlink()
-    with pytest.raises(UnfitModel, match=rf"'mine' lacks 1 of the {len(parts)} files .* \({parts[1]}\)"):
+    with pytest.raises(UnfitModel, match=rf"'mine' lacks 1 of the {len(parts)} weight files .* \({parts[1]}\)"):
         require_weights("mine", tmp_path)
     (tmp_path / "model.safetensors.index.json").unlink()
     with pytest.raises(UnfitModel, match=r"'mine' has no weights, expected model\.safetensors"):
