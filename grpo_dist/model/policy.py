@@ -84,7 +84,8 @@ def recompute_layers(model: nn.Module) -> None:
     """Recompute each layer's activations in the backward pass.
 
     transformers does that only in training mode, in which a layer may drop activations. Inside the layer the mode is
-    therefore off, with gradients or without. Raises ValueError if the model has no layers that transformers can recompute.
+    therefore off, with gradients or without. Raises ValueError if the model has no layers that transformers can
+    recompute.
     """
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     require(bool(layers), "model.gradient_checkpointing", True, f"false, as {type(model).__name__} has no layers that "
