@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Check style, format, types and who imports whom, after setting up. Mends what can be mended: launch/lint.sh --fix
+# Check style, format, types and who imports whom, after setting up. launch/lint.sh --fix corrects what it can.
 set -euo pipefail
 # shellcheck source=launch/setup.sh
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"

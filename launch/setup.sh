@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Make the project's own environment: .venv in the checkout, or $GRPO_DIST_VENV, pinned by constraints.txt, or $GRPO_DIST_PINS.
+# Make the environment of the project: .venv in the checkout, or $GRPO_DIST_VENV, with the pins of constraints.txt, or $GRPO_DIST_PINS.
 #
-#     launch/setup.sh        by hand: ends with the environment's place
+#     launch/setup.sh        by hand: prints the path of the environment
 #     source launch/setup.sh from the scripts beside it: also puts the environment on PATH and sets $root and $venv
 #
-# A second call finds the stamp of the first and returns at once. Calls at the same time wait for one another.
+# A second call sees the stamp of the first and returns at once. Simultaneous calls wait for one another.
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
@@ -33,7 +33,7 @@ find_python() {
   die "Python 3.10 or newer is needed, and none of python3.13, 3.12, 3.11, 3.10 and python3 on PATH is that"
 }
 
-# What the environment was made from: which checkout, which Python, which pins.
+# The checkout, Python and pins that the environment was made from.
 fingerprint() {
   printf '%s\n' "$root"
   "$venv/bin/python" -V
@@ -44,35 +44,35 @@ is_current() {
   [[ -x $venv/bin/python && -f $venv/stamp && $(fingerprint) == "$(<"$venv/stamp")" ]]
 }
 
-# Its pip starts and lives in this very folder: false for half-made, copied and moved environments.
-is_whole() {
+# Its pip starts and is in this folder: false for incomplete, copied and moved environments.
+is_complete() {
   [[ $("$venv/bin/pip" --version 2>/dev/null) == *" $venv/"* ]]
 }
 
-quietly() {
+logged() {
   "$@" >>"$venv/setup.log" 2>&1 </dev/null && return
   tail -n 25 "$venv/setup.log" >&2
-  die "setting up $venv failed (above, the end of $venv/setup.log); it goes on from there when started again"
+  die "setting up $venv failed (above: the end of $venv/setup.log); start it again to continue"
 }
 
 install() {
   local python
-  if ! is_whole; then
+  if ! is_complete; then
     [[ ! -e $venv || -f $venv/setup.log || -z $(ls -A "$venv") ]] ||
-      die "$venv has no working pip, and was not made here: move it away, or set GRPO_DIST_VENV to another place"
+      die "$venv has no working pip, and this script did not make it: move it away, or set GRPO_DIST_VENV to another path"
     python=$(find_python)
     printf 'grpo_dist: making an environment with %s in %s\n' "$("$python" -V)" "$venv" >&2
     rm -rf "$venv"
     mkdir "$venv"
-    quietly "$python" -m venv "$venv"
+    logged "$python" -m venv "$venv"
   fi
   rm -f "$venv/stamp"
   printf 'grpo_dist: installing what %s pins (some minutes, once; progress in %s)\n' "$pins" "$venv/setup.log" >&2
   cd "$root"
   if [[ $pins == constraints-lowest.txt ]]; then
-    quietly "$venv/bin/python" tests/lowest/torch_without_cuda.py "$(sed -n 's/^torch==//p' "$pins")"
+    logged "$venv/bin/python" tests/lowest/torch_without_cuda.py "$(sed -n 's/^torch==//p' "$pins")"
   fi
-  quietly "$venv/bin/python" -m pip install --disable-pip-version-check -c "$pins" -e '.[dev]'
+  logged "$venv/bin/python" -m pip install --disable-pip-version-check -c "$pins" -e '.[dev]'
   fingerprint >"$venv/stamp"
 }
 

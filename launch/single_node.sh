@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Train on this machine: on all of its GPUs, or without any on two CPU ranks. Arguments go to grpo_dist.train.
+# Train on all GPUs of this machine, or without GPUs on two CPU ranks. Arguments go to grpo_dist.train.
 #
 #     launch/single_node.sh --config configs/quickstart.yaml --train.num_train_steps 50
 #
@@ -10,7 +10,7 @@ set -euo pipefail
 # shellcheck source=launch/setup.sh
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 
-# GPUs, cores this process may use, and a port that is free now: two runs on one machine must not meet on the default one.
+# GPUs, cores of this process, and a free port: two runs on one machine must not both use the default port.
 machine=$(python -c '
 import importlib.util, os, socket, torch
 num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -27,7 +27,7 @@ config=${ACCELERATE_CONFIG:-$strategy}
 
 ranks=${NUM_PROCESSES:-$((num_gpus > 0 ? num_gpus : 2))}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((num_cores > ranks ? num_cores / ranks : 1))}
-# Without GPUs, say so to DeepSpeed: every process would warn that it found none.
+# Tell DeepSpeed that there are no GPUs. Otherwise every process warns.
 if ((num_gpus == 0)); then export DS_ACCELERATOR=cpu; fi
 exec accelerate launch --config_file "$config" --num_processes "$ranks" --main_process_port "$port" \
   -m grpo_dist.train "$@"

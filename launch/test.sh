@@ -6,13 +6,13 @@ source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 cd "$root"
 (($#)) && exec python -m pytest "$@"
 
-# Tests of functions use one core, and ranks wait for one another: both go on at once, and are shown from quick to slow.
+# Tests of functions use one core, and ranks often wait: both run at the same time. Output is from quick to slow.
 functions=(tests/unit tests/fuzz) runs=()
 for folder in tests/[a-z]*/; do
   [[ " ${functions[*]} " == *" ${folder%/} "* ]] || runs+=("$folder")
 done
 log=$(mktemp)
-set -m # else the tests in the background, and what they start, would be deaf to SIGINT
+set -m # otherwise the tests in the background and their processes would ignore SIGINT
 python -m pytest "${runs[@]}" >"$log" 2>&1 &
 background=$!
 set +m

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Run tests on the oldest releases that setup.cfg allows, in .venv-lowest, which it makes. For machines without GPUs.
+# Run tests on the oldest releases that setup.cfg allows, in a new environment .venv-lowest. For machines without GPUs.
 #
-#     launch/test_lowest.sh               what depends most on the releases, then the quickstart
-#     launch/test_lowest.sh tests/unit    arguments go to pytest, in place of that
+#     launch/test_lowest.sh               tests that depend most on the releases, then the quickstart
+#     launch/test_lowest.sh tests/unit    arguments go to pytest instead
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 export GRPO_DIST_VENV=$PWD/.venv-lowest GRPO_DIST_PINS=constraints-lowest.txt PIP_NO_COMPILE=1

@@ -1,4 +1,4 @@
-"""Countdown: an equation that uses the given numbers once each and comes to the target. A reward of one's own.
+"""Countdown: an equation that uses each given number once and equals the target. A custom reward.
 
 The completion's last `<answer>…</answer>` counts. It is read as an arithmetic expression and never run as code.
 """
@@ -16,25 +16,25 @@ MOST_CHARACTERS = 200
 
 
 def countdown(completions: list[str], answer: list[int], numbers: list[list[int]], **_: object) -> list[float]:
-    """1 for a right equation, 0.1 for a wrong one in its place, 0 for none."""
+    """1 for a right equation, 0.1 for a wrong one, 0 without one."""
     return [score(text, target, given) for text, target, given in zip(completions, answer, numbers, strict=True)]
 
 
 def score(text: str, target: int, given: list[int]) -> float:
     """Score one completion."""
-    found = ANSWER.findall(text)
-    if not found or len(found[-1]) > MOST_CHARACTERS:
+    equations = ANSWER.findall(text)
+    if not equations or len(equations[-1]) > MOST_CHARACTERS:
         return 0.0
     used: list[int] = []
     try:
-        value = evaluate(ast.parse(found[-1].strip(), mode="eval").body, used)
+        value = evaluate(ast.parse(equations[-1].strip(), mode="eval").body, used)
     except (SyntaxError, ValueError, ZeroDivisionError, RecursionError):
         return 0.1
     return 1.0 if value == target and sorted(used) == sorted(given) else 0.1
 
 
 def evaluate(node: ast.expr, used: list[int]) -> Fraction:
-    """Return the exact value of an expression, noting the numbers it uses; raises ValueError for anything else."""
+    """Return the exact value of an expression, and add its numbers to `used`. Raises ValueError for anything else."""
     if isinstance(node, ast.Constant) and type(node.value) is int:
         used.append(node.value)
         return Fraction(node.value)

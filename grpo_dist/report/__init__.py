@@ -1,7 +1,7 @@
-"""Write one page about one run, or about several side by side: RUN/report.html, or --out FILE.
+"""Write one page about one or several runs: RUN/report.html, or --out FILE.
 
-The page is one file without any links to others: it opens from a disk, from an attachment and without a network. Runs
-whose configs differ in the seed alone are drawn as one curve with their range.
+The page is one file without links to others, so that it opens from a disk or an attachment without a network. Runs
+whose configs differ only in the seed are one curve with a range.
 
     python -m grpo_dist report runs/quickstart
     python -m grpo_dist report runs/grpo runs/dapo --out comparison.html
@@ -15,13 +15,13 @@ from pathlib import Path
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Declare the verb's options."""
+    """Add the options of the verb."""
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run's train.output_dir")
     parser.add_argument("--out", type=Path, metavar="FILE", help="the page to write [RUN/report.html of the first run]")
 
 
 def run(options: argparse.Namespace, rest: list[str]) -> int:
-    """Write the page and say where it is."""
+    """Write the page and print its path."""
     from .page import write_report
 
     if rest:

@@ -1,4 +1,4 @@
-"""The model card of what a run has trained: its data, rewards, options, course and evaluation, from its own records."""
+"""The model card of a trained model: data, rewards, options, course and evaluation, from the files of its run."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ def write_card(
 def model_card(
     config: Mapping[str, Any], history: Sequence[Mapping[str, Any]], step: int, kind: Literal["merged", "adapter"]
 ) -> str:
-    """Markdown with the front matter that the hub reads.
+    """Markdown with the front matter for the hub.
 
-    `config` is the resolved config without secrets, `history` the lines of metrics.jsonl; lines after `step` are of
-    another state of the run and left out.
+    `config` is the resolved config without secrets, `history` the lines of metrics.jsonl. Lines after `step` describe
+    later states of the run and are left out.
     """
     history = [entry for entry in history if entry["step"] <= step]
     train, rollout = config["train"], config["rollout"]
@@ -50,14 +50,14 @@ def model_card(
         f"`{_place(config['model']['name'])}` after {step} steps of GRPO with grpo_dist {__version__}: "
         f"{train['batch_size']} prompts a step, {rollout['group_size']} completions of at most "
         f"{rollout['max_completion_length']} tokens each"
-        + (". This is the PEFT adapter alone." if kind == "adapter" else "."),
+        + (". This is only the PEFT adapter." if kind == "adapter" else "."),
         "## Evaluation\n\n" + _evaluation(history),
         "## Course of the training\n\n" + _course(history),
         "## Data and rewards\n\n" + _data(config),
-        "## Options\n\nWhat differs from the defaults:\n\n```yaml\n" + _options(config) + "```",
+        "## Options\n\nOptions that differ from the defaults:\n\n```yaml\n" + _options(config) + "```",
         "## Software\n\n" + ", ".join(f"{name} {version}" for name, version in versions().items()),
-        "## Limits\n\nWhat stands above is all that was measured. A model trained on a reward is good at what the "
-        "reward counts; whether it still does what the base model did has to be tested apart.",
+        "## Limits\n\nOnly the values above were measured. A model trained on a reward is good at what that counts. "
+        "Test separately whether it keeps the abilities of the base model.",
     ]
     return "\n\n".join(sections) + "\n"
 
@@ -77,7 +77,7 @@ def _on_hub(name: str) -> bool:
 
 
 def _place(value: Any) -> Any:
-    """A name, or all names in a value, without the directories of the machine they were on."""
+    """A name, or all names in a value, without directories of the machine."""
     if isinstance(value, Mapping):
         return {_place(key): _place(inner) for key, inner in value.items()}
     if isinstance(value, list):
@@ -88,7 +88,7 @@ def _place(value: Any) -> Any:
 def _evaluation(history: Sequence[Mapping[str, Any]]) -> str:
     measured = [entry for entry in history if any(name.startswith("eval/") for name in entry)]
     if not measured:
-        return "None was made during the training."
+        return "The training had none."
     first, last = measured[0], measured[-1]
     columns = [first] if first is last else [first, last]
     names = [name for name, value in last.items() if name.startswith("eval/") and isinstance(value, (int, float))]

@@ -1,7 +1,7 @@
-// Line charts and heat maps over steps, as SVG. All of them read out the same step.
+// Line charts and heat maps over steps, as SVG. All of them print the values of the same step.
 
-/** Mean of each value's neighbours with weights that fall by a factor a place, to both sides alike: a curve that does not
- * lag behind. Gaps stay gaps. */
+/** Mean of each value's neighbours. Weights fall by a factor with each place, equally on both sides, so that the curve
+ * does not lag. Gaps stay gaps. */
 function smoothed(values, factor) {
   const oneSided = (places) => {
     const sums = [];
@@ -18,10 +18,10 @@ function smoothed(values, factor) {
   return values.map((value, i) => (value == null ? null : (before[i][0] + after[i][0] - value) / (before[i][1] + after[i][1] - 1)));
 }
 
-/** Metrics without noise to smooth away, or with too few values. */
+/** Metrics that are not smoothed, because they have no noise or too few values. */
 const isExact = (name) => ["learning_rate", "memory/peak_gib", "epoch"].includes(name) || name.startsWith("eval/");
 
-/** The lines of metrics: one for each variant that has them, of its runs' mean, with the range between its runs. */
+/** The lines of metrics. Each variant has a line with the mean of its runs, and the range between them. */
 function seriesOf(metrics) {
   const lines = [];
   for (const variant of variants) {
@@ -59,12 +59,12 @@ function ticks(low, high, most) {
   const rough = (high - low) / most;
   const power = 10 ** Math.floor(Math.log10(rough));
   const step = [1, 2, 5, 10].map((n) => n * power).find((n) => n >= rough * 0.999);
-  const found = [];
-  for (let n = Math.ceil(low / step - 1e-9); n * step <= high + step * 1e-9; n += 1) found.push(n * step + 0);
-  return found;
+  const values = [];
+  for (let n = Math.ceil(low / step - 1e-9); n * step <= high + step * 1e-9; n += 1) values.push(n * step + 0);
+  return values;
 }
 
-/** Least and greatest value to draw: from zero where that costs little room. */
+/** The least and greatest value to draw. They start from zero if that needs little space. */
 function extent(lines) {
   const values = lines.flatMap((line) => line.points.flatMap((point) => [point.raw, point.low, point.high]));
   let [low, high] = [Math.min(...values), Math.max(...values)];
@@ -76,7 +76,7 @@ function extent(lines) {
 const LAST_STEP = Math.max(1, ...runs.flatMap((run) => run.curves.step));
 const FIRST_STEP = Math.min(LAST_STEP - 1, ...runs.flatMap((run) => run.curves.step));
 
-/** Places on the axis of steps, which all line charts share. */
+/** Positions on the axis of steps, which all line charts share. */
 function stepAxis(left, right) {
   const place = (step) => left + ((step - FIRST_STEP) / (LAST_STEP - FIRST_STEP)) * (right - left);
   const step = (x) => Math.round(FIRST_STEP + ((x - left) / (right - left)) * (LAST_STEP - FIRST_STEP));
@@ -87,13 +87,13 @@ function path(points, x, y) {
   return points.map((point, i) => `${i ? "L" : "M"}${x(point).toFixed(1)} ${y(point).toFixed(1)}`).join("");
 }
 
-/** The point of a line that a step reads out: the last one up to it. */
+/** The last point of a line up to a step. */
 function pointAt(line, step) {
   const until = step == null ? line.points : line.points.filter((point) => point.step <= step);
   return until[until.length - 1];
 }
 
-/** Let the pointer choose the step that is read out. */
+/** Let the pointer choose the step whose values are printed. */
 function followPointer(svg, stepOf) {
   svg.addEventListener("pointermove", (event) => {
     set({ cursor: stepOf(event.clientX - svg.getBoundingClientRect().left) });
@@ -101,12 +101,12 @@ function followPointer(svg, stepOf) {
   svg.addEventListener("pointerleave", () => set({ cursor: null }));
 }
 
-/** A chart's title, and below it what it reads out. */
+/** The title of a chart, and below it the printed values. */
 function caption(title, unit, readout = null) {
   return make("figcaption", {}, make("div", { class: "title" }, title, make("span", { class: "unit" }, ` ${unit}`)), readout ?? "");
 }
 
-/** Lines of metrics; small charts leave it to the toolbar to name the runs' colours. */
+/** Lines of metrics. For small charts, the toolbar names the colours of the runs. */
 function lineChart({ title, metrics, unit = "", small = true }) {
   const height = small ? 150 : 240;
   const readout = make("div", { class: "readout" });
@@ -174,7 +174,7 @@ function drawSteps(svg, axis, box) {
   const marks = ticks(FIRST_STEP, LAST_STEP, (box.right - box.left) / 70).filter(Number.isInteger);
   marks.forEach((step, i) => svg.append(make("text", { class: "tick", x: axis.place(step), y: box.bottom + 15,
     "text-anchor": i === marks.length - 1 && axis.place(step) > box.right - 12 ? "end" : "middle" },
-    i === 0 ? `step ${step}` : whole(step))));
+    i === 0 ? `step ${step}` : integer(step))));
 }
 
 function swatch(color, dashed = false) {
@@ -182,12 +182,12 @@ function swatch(color, dashed = false) {
     stroke: `var(--c${color})`, "stroke-width": 3, "stroke-dasharray": dashed ? "5 3" : null }));
 }
 
-/** Draw once the element has its place and width on the page. */
+/** Draw when the element is on the page and has a width. */
 function whenPlaced(node, draw) {
   requestAnimationFrame(() => (node.isConnected ? draw() : whenPlaced(node, draw)));
 }
 
-/** Shares of a step's completions by row; the figure at the right is the share at the step that is read out. */
+/** Shares of a step's completions by row. The number at the right is the share at the printed step. */
 function heatMap({ title, note, mapOf }) {
   const holder = make("div", { class: "plot" });
   const readout = make("div", { class: "readout" });
@@ -218,7 +218,7 @@ function heatMap({ title, note, mapOf }) {
     const stepsAt = [[0, "start"], [map.columns.length - 1, "end"]];
     for (const [c, anchor] of stepsAt) {
       svg.append(make("text", { class: "tick", x: c ? right : left, y: height - 5, "text-anchor": anchor },
-        `step ${whole(c ? map.columns[c][1] : map.columns[c][0])}`));
+        `step ${integer(c ? map.columns[c][1] : map.columns[c][0])}`));
     }
     const mark = svg.appendChild(make("rect", { class: "cursor", y: 0, width: cell, height: height - 20 }));
     followPointer(svg, (x) => map.columns[Math.min(map.columns.length - 1, Math.max(0, Math.floor((x - left) / cell)))][1]);
@@ -235,7 +235,7 @@ function heatMap({ title, note, mapOf }) {
     mark.setAttribute("visibility", state.cursor == null ? "hidden" : "visible");
     const [first, last] = map.columns[c];
     readout.replaceChildren(make("span", { class: "scale" }, "0 ", make("i", {}), ` ${percent(most)}`),
-      make("span", {}, "at step ", make("b", {}, first === last ? whole(last) : `${whole(first)}–${whole(last)}`)));
+      make("span", {}, "at step ", make("b", {}, first === last ? integer(last) : `${integer(first)}–${integer(last)}`)));
   };
   whenPlaced(holder, draw);
   watch(["width", "run"], () => holder.isConnected && draw());

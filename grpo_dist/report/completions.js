@@ -1,9 +1,9 @@
-// A browser of the completions, and a comparison of two of one prompt.
+// A list of completions with filters, and a comparison of two completions of one prompt.
 
 const PAGE = 40;
 const SHOWN_CHARACTERS = 700;
 
-/** The run's sampled completions as objects; made when first asked for. */
+/** The sampled completions of a run as objects, made at their first use. */
 function rowsOf(run) {
   run.completions.table ??= run.completions.rows.map((row) => {
     const made = Object.fromEntries(data.fields.map((name, place) => [name, row[place]]));
@@ -21,7 +21,7 @@ const ORDERS = {
   "shortest first": (a, b) => a.tokens - b.tokens,
 };
 
-/** Whether a row passes the form's filters; an empty field lets everything through. */
+/** Whether a row passes the filters of the form. An empty field does not filter. */
 function passes(row, filter) {
   const inside = (value, low, high) => (low === "" || (value != null && value >= Number(low))) && (high === "" || (value != null && value <= Number(high)));
   return inside(row.step, filter.first, filter.last) && inside(row.reward, filter.low, filter.high)
@@ -40,21 +40,21 @@ function completionsPanel() {
   const list = make("tbody", {});
   const heads = ["Step", "Reward", "Advantage", "Tokens", "Prompt", "Completion", ""].map((text) => make("th", { scope: "col" }, text));
   const more = make("button", { type: "button", id: "more", click: () => show(list.children.length + PAGE) }, "Show more");
-  let found = [];
+  let matches = [];
   const show = (most) => {
-    list.append(...found.slice(list.children.length, most).map(completionItem));
-    more.hidden = list.children.length >= found.length;
-    more.textContent = `Show ${Math.min(PAGE, found.length - list.children.length)} more of ${whole(found.length)}`;
+    list.append(...matches.slice(list.children.length, most).map(completionItem));
+    more.hidden = list.children.length >= matches.length;
+    more.textContent = `Show ${Math.min(PAGE, matches.length - list.children.length)} more of ${integer(matches.length)}`;
   };
   const refresh = () => {
     const filter = Object.fromEntries(["first", "last", "low", "high"].map((id) => [id, form.querySelector(`#${id}`).value]));
     filter.text = text.value.toLowerCase();
     const run = runs[state.run];
     const rows = rowsOf(run);
-    found = rows.filter((row) => passes(row, filter)).sort(ORDERS[order.value]);
+    matches = rows.filter((row) => passes(row, filter)).sort(ORDERS[order.value]);
     const { total, steps_read: read, num_steps: steps } = run.completions;
-    const kept = rows.length < total ? `a sample of ${whole(rows.length)} from the ${whole(total)} completions` : `all ${whole(total)} completions`;
-    count.textContent = `${whole(found.length)} match, of ${kept} of ${read < steps ? `${read} evenly spaced steps of ${whole(steps)}` : `${whole(steps)} steps`}. The whole lies in completions/.`;
+    const kept = rows.length < total ? `a sample of ${integer(rows.length)} from the ${integer(total)} completions` : `all ${integer(total)} completions`;
+    count.textContent = `${integer(matches.length)} match, of ${kept} of ${read < steps ? `${read} evenly spaced steps of ${integer(steps)}` : `${integer(steps)} steps`}. completions/ has all of them.`;
     list.replaceChildren();
     show(PAGE);
   };
@@ -67,26 +67,26 @@ function completionItem(row) {
   const parts = Object.entries(row.rewards).map(([name, value]) => `${name} ${typeof value === "number" ? short(value) : written(value)}`).join(", ");
   const tone = row.advantage > 0 ? "good" : row.advantage < 0 ? "bad" : "";
   return make("tr", {},
-    make("td", { "data-label": "step" }, whole(row.step)),
+    make("td", { "data-label": "step" }, integer(row.step)),
     make("td", { "data-label": "reward", class: tone }, row.reward == null ? "unscored" : short(row.reward), parts ? ` (${parts})` : ""),
     make("td", { "data-label": "advantage" }, short(row.advantage)),
-    make("td", { "data-label": "tokens" }, whole(row.tokens), row.finished ? "" : ", truncated"),
+    make("td", { "data-label": "tokens" }, integer(row.tokens), row.finished ? "" : ", truncated"),
     make("td", { class: "text prompt" }, long(row.prompt)),
     make("td", { class: "text" }, long(row.completion, row.cut_from)),
     make("td", {}, make("button", { type: "button", class: "compare", click: () => compare(row) }, "Compare")));
 }
 
-/** A text whose rest is shown when asked for; `cut_from` is the length of one of which the page holds only the start. */
+/** A text with a button that shows its rest. If the page has only the start of a text, `cutFrom` is its full length. */
 function long(text, cutFrom = 0) {
   const node = make("span", {}, text.slice(0, SHOWN_CHARACTERS) || make("em", {}, "empty"));
-  const note = cutFrom ? make("em", {}, ` … cut: the completion has ${whole(cutFrom)} characters, completions/ holds all of them`) : null;
+  const note = cutFrom ? make("em", {}, ` … cut: the completion has ${integer(cutFrom)} characters, completions/ has all of them`) : null;
   if (text.length <= SHOWN_CHARACTERS) return [node, note];
   const button = make("button", { type: "button", click: () => { node.textContent = text; button.replaceWith(note ?? ""); } },
-    `… show all ${whole(text.length)} characters${cutFrom ? ` kept of ${whole(cutFrom)}` : ""}`);
+    `… show all ${integer(text.length)} characters${cutFrom ? ` kept of ${integer(cutFrom)}` : ""}`);
   return [node, button];
 }
 
-/** Open the comparison: this completion beside another of the same prompt, the one farthest away in training. */
+/** Open the comparison of this completion with another one of the same prompt, the farthest in training. */
 function compare(row) {
   const run = runs[state.run];
   const all = rowsOf(run).filter((each) => each.prompt === row.prompt).sort((a, b) => a.step - b.step);
@@ -106,7 +106,7 @@ function compare(row) {
     const parts = difference(left, right);
     views[0].replaceChildren(...(parts ? spans(parts, "removed") : [left]));
     views[1].replaceChildren(...(parts ? spans(parts, "added") : [right]));
-    note.textContent = !parts ? "Too long to mark what differs." : left === right ? "The two are the same." : "What only one side has is marked.";
+    note.textContent = !parts ? "The texts are too long to mark the differences." : left === right ? "The two texts are the same." : "Words that only one side has are marked.";
   };
   const dialog = make("dialog", { "aria-label": "Comparison of two completions", close: () => dialog.remove() },
     make("form", { method: "dialog" }, make("h3", {}, "Two completions of one prompt"), make("button", { autofocus: true }, "Close")),
@@ -124,7 +124,7 @@ function spans(parts, own) {
 
 const MOST_PAIRS = 4_000_000;
 
-/** The longest common subsequence of words, as [kind, text] with kind same, removed or added; null where too long. */
+/** The longest common subsequence of words, as [kind, text] with kind same, removed or added; null if too long. */
 function difference(left, right) {
   const [a, b] = [left, right].map((text) => text.match(/\s+|[\p{L}\p{N}]+|[^\s\p{L}\p{N}]/gu) ?? []);
   let start = 0;

@@ -1,5 +1,5 @@
 "use strict";
-// The data, what panels share, and how elements and numbers are made. Texts only ever become text nodes.
+// The data, the state that panels share, and functions that make elements and format numbers. All texts become text nodes.
 
 const data = JSON.parse(document.getElementById("data").textContent);
 const runs = data.runs;
@@ -12,19 +12,19 @@ function variantLabel(names) {
   if (names.length === 1) return names[0];
   let common = names[0];
   while (common && !names.every((name) => name.startsWith(common))) common = common.slice(0, -1);
-  const said = common.replace(/[\s_./-]*(seed)?[\s_./-]*$/i, "") || `${names[0]} … ${names[names.length - 1]}`;
-  return `${said} (${names.length} seeds)`;
+  const label = common.replace(/[\s_./-]*(seed)?[\s_./-]*$/i, "") || `${names[0]} … ${names[names.length - 1]}`;
+  return `${label} (${names.length} seeds)`;
 }
 
 const state = {
-  cursor: null, // the step that all plots read out; null is each plot's last
+  cursor: null, // the step whose values all plots print; null is the last step of each plot
   smoothing: usualSmoothing(Math.max(...runs.map((run) => run.curves.step.length))),
   run: 0, // the run whose answers, times and completions are shown
   hidden: new Set(), // numbers of variants that are not drawn
   width: 0,
 };
 
-/** The factor whose weights reach over a fortieth of the points, and over four at least. */
+/** The factor for which the weights cover a fortieth of the points, and at least four. */
 function usualSmoothing(numPoints) {
   const reach = Math.max(4, numPoints / 40);
   return Math.round((50 * (reach - 1)) / (reach + 1)) / 50;
@@ -32,7 +32,7 @@ function usualSmoothing(numPoints) {
 
 const watchers = [];
 
-/** Draw now, and again whenever one of the keys of the state changes. */
+/** Call `draw` now, and again when one of the `keys` of the state changes. */
 function watch(keys, draw) {
   watchers.push({ keys, draw });
   draw();
@@ -58,7 +58,7 @@ function make(tag, attributes = {}, ...children) {
   return node;
 }
 
-/** A section of the page with its place in the navigation. */
+/** A section of the page, which the navigation links to. */
 function section(id, title, ...children) {
   return make("section", { id, "aria-labelledby": `${id}-title` }, make("h2", { id: `${id}-title` }, title), ...children.filter(Boolean));
 }
@@ -74,7 +74,7 @@ function table(heads, rows, attributes = {}) {
 const MINUS = "\u2212";
 const NONE = "–";
 
-/** A number in three digits or so. */
+/** A number with about three digits. */
 function short(value) {
   if (value == null) return NONE;
   const size = Math.abs(value);
@@ -86,7 +86,7 @@ function short(value) {
   return text.replaceAll("-", MINUS);
 }
 
-function whole(value) {
+function integer(value) {
   return new Intl.NumberFormat("en").format(value);
 }
 
@@ -102,7 +102,7 @@ function duration(seconds) {
   return minutes < 120 ? `${minutes} min` : `${Math.floor(minutes / 60)} h ${minutes % 60} min`;
 }
 
-/** A config's value as it would stand in YAML, near enough. */
+/** The value of an option, about as in YAML. */
 function written(value) {
   if (value === undefined) return NONE;
   return typeof value === "string" ? value : JSON.stringify(value);

@@ -1,4 +1,4 @@
-"""Text of any origin, put into a page such that a reader sees what is there and a browser sees nothing but text."""
+"""Embed text of any origin in a page. A reader sees all of it, and a browser sees only text."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ UNSEEN = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb\ud800-\udfff"
     "\U000e0000-\U000e007f]"
 )
-"""Characters that show nothing, steer a terminal, or turn the direction of the text around them."""
+"""Characters that are invisible, control a terminal, or change the direction of text."""
 
 
 def visible(text: str) -> str:
-    """Return a text with what cannot be seen named: `␛` for control characters, `⟨U+202E⟩` for the others."""
-    return UNSEEN.sub(lambda found: _named(found.group()), text)
+    """Return a text with invisible characters replaced by names: `␛` for control characters, `⟨U+202E⟩` for others."""
+    return UNSEEN.sub(lambda match: _named(match.group()), text)
 
 
 def _named(character: str) -> str:
@@ -27,7 +27,7 @@ def _named(character: str) -> str:
 
 
 def harmless(value: Any, most_characters: int) -> Any:
-    """Return JSON-like data with visible texts, each cut to a length and saying so, and null for infinite and NaN."""
+    """Return JSON-like data with visible texts, cut to a length with a note, and null for infinite values and NaN."""
     if isinstance(value, dict):
         return {harmless(str(key), most_characters): harmless(each, most_characters) for key, each in value.items()}
     if isinstance(value, (list, tuple)):
@@ -41,12 +41,12 @@ def harmless(value: Any, most_characters: int) -> Any:
 
 
 def encoded(value: Any) -> str:
-    """Return data as JSON for the inside of a `<script>` element, which nothing in it can end."""
+    """Return data as JSON for a `<script>` element, which no text in it can end."""
     return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
 
 
 def cut(text: str, most_characters: int, most_bytes: int) -> tuple[str, bool]:
-    """Return as much of a text's beginning, made visible, as keeps to both limits, and whether anything is missing.
+    """Return the beginning of a text, made visible and within both limits, and whether the text is cut.
 
     The bytes are those of `encoded`.
     """

@@ -3,7 +3,7 @@
 for (const run of runs) run.curves = withAgreement(run);
 if (runs.some((run) => run.agreement.step.length)) measured.push("agreement");
 
-/** The run's curves, with the agreement that was read off its completions beside the metrics. */
+/** The curves of a run: its metrics, and the agreement of its completions. */
 function withAgreement(run) {
   const at = new Map(run.agreement.step.map((step, place) => [step, run.agreement.share[place]]));
   return { ...run.curves, agreement: run.curves.step.map((step) => at.get(step) ?? null) };

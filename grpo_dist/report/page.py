@@ -1,4 +1,4 @@
-"""Puts the report together: template, style, scripts and the data of the runs in one file."""
+"""Make the report: template, style, scripts and the data of the runs in one file."""
 
 from __future__ import annotations
 
@@ -20,25 +20,25 @@ from .shaping import OTHER, HeatMap, answer_map, change, curves, is_number, numb
 
 MOST_COMPLETION_BYTES = 12_000_000
 MOST_CURVE_NUMBERS = 300_000
-"""Over all runs: what keeps the page under 20 MB."""
+"""Limits over all runs, which keep the page under 20 MB."""
 MOST_COLUMNS, MOST_ROWS = 60, 12
-"""Of a heat map."""
+"""Limits of a heat map."""
 SCRIPTS = ("dom.js", "charts.js", "panels.js", "completions.js", "page.js")
-JUDGED = ("reward/mean", "eval/accuracy")
-"""Metrics that say whether a run has learned."""
+HEADLINES = ("reward/mean", "eval/accuracy")
+"""Metrics that show whether a run has learned."""
 
 
 def write_report(directories: Sequence[Path], out: Path | None = None) -> Path:
-    """Write the report of one or several runs and return its place, report.html of the first run by default.
+    """Write the report of one or several runs and return its path, by default report.html of the first run.
 
-    Raises ValueError where there is no run, OSError where something cannot be read or written.
+    Raises ValueError if there is no run, OSError if a file cannot be read or written.
     """
     runs = [read_run(directory) for directory in directories]
     target = out or runs[0].directory / "report.html"
     temporary = target.with_name(f".{target.name}.{os.getpid()}")
     try:
         temporary.write_text(render(runs), encoding="utf-8")
-        temporary.replace(target)  # a reader never sees half a page
+        temporary.replace(target)  # a reader never sees an incomplete page
     finally:
         temporary.unlink(missing_ok=True)
     return target
@@ -61,7 +61,7 @@ def render(runs: Sequence[Written]) -> str:
     page = _asset("template.html")
     for mark, text in {
         "policy": policy, "title": html.escape(", ".join(harmless(names, 200))), "style": style, "script": script,
-        "data": encoded(data),  # last: what a model wrote is never searched for marks
+        "data": encoded(data),  # last, so that marks in texts of a model are not replaced
     }.items():  # fmt: skip
         page = page.replace(f"%%{mark}%%", text)
     return page
@@ -72,7 +72,7 @@ def _asset(name: str) -> str:
 
 
 def _hash(text: str) -> str:
-    """A source that allows this very text in a content security policy."""
+    """A source of a content security policy that allows exactly this text."""
     return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
 
 
@@ -81,39 +81,39 @@ def _measured(run: Written) -> set[str]:
 
 
 def _run_data(run: Written, name: str, variant: int, most_points: int, most_bytes: int) -> dict[str, Any]:
-    found = read_completions(run, most_bytes)
+    completions = read_completions(run, most_bytes)
     drawn = curves(run.lines, most_points)
     data = {
         "name": name, "directory": str(run.directory.absolute()), "variant": variant, "config": run.config,
         "starts": run.starts, "alarms": run.alarms[:200], "num_alarms": len(run.alarms),
         "curves": drawn, "num_lines": len(run.lines), "changes": _changes(run),
-        "completions": {"total": found.total, "num_steps": len(run.files), "steps_read": len(found.steps)},
-        "maps": {key: asdict(each) for key, each in _maps(found).items()},
-        "agreement": {"step": found.steps, "share": found.agreement},
+        "completions": {"total": completions.total, "num_steps": len(run.files), "steps_read": len(completions.steps)},
+        "maps": {key: asdict(each) for key, each in _maps(completions).items()},
+        "agreement": {"step": completions.steps, "share": completions.agreement},
     }  # fmt: skip
     data = harmless(data, 2_000)
-    data["completions"] |= {"prompts": found.prompts, "rows": found.rows}  # harmless already, and longer
+    data["completions"] |= {"prompts": completions.prompts, "rows": completions.rows}  # already harmless, and longer
     return data
 
 
 def _changes(run: Written) -> dict[str, dict[str, Any]]:
-    """Of each metric that judges a run: its first and last values, and whether they clearly differ."""
-    found = {}
-    for name in JUDGED:
+    """The first and last value of each headline metric, and whether they clearly differ."""
+    changes = {}
+    for name in HEADLINES:
         values = [line[name] for line in run.lines if is_number(line.get(name))]
         moved = change(values)
-        if name.startswith("eval/") and len(values) > 1:  # each is a mean over many prompts already
-            found[name] = {"before": values[0], "after": values[-1]}
+        if name.startswith("eval/") and len(values) > 1:  # each value is a mean over many prompts already
+            changes[name] = {"before": values[0], "after": values[-1]}
         elif moved is not None:
-            found[name] = asdict(moved)
-    return found
+            changes[name] = asdict(moved)
+    return changes
 
 
-def _maps(found: Completions) -> dict[str, HeatMap]:
-    if not found.steps:
+def _maps(completions: Completions) -> dict[str, HeatMap]:
+    if not completions.steps:
         return {}
     return {
-        "answers": answer_map(found.answers, found.steps, MOST_ROWS, MOST_COLUMNS),
-        "rewards": number_map(found.rewards, found.steps, MOST_ROWS, MOST_COLUMNS),
-        "lengths": number_map(found.lengths, found.steps, MOST_ROWS, MOST_COLUMNS),
+        "answers": answer_map(completions.answers, completions.steps, MOST_ROWS, MOST_COLUMNS),
+        "rewards": number_map(completions.rewards, completions.steps, MOST_ROWS, MOST_COLUMNS),
+        "lengths": number_map(completions.lengths, completions.steps, MOST_ROWS, MOST_COLUMNS),
     }  # fmt: skip

@@ -1,4 +1,4 @@
-// The sections of the page but for the completions.
+// The sections of the page except the completions.
 
 const SHARE = "share";
 const TITLES = {
@@ -33,14 +33,14 @@ const PHASES = { rollout: "rollout", reward: "waiting for rewards", reference: "
 const measured = [...new Set(runs.flatMap((run) => Object.keys(run.curves)))].filter((name) => name !== "step");
 const has = (name) => measured.includes(name);
 
-/** Charts of the metrics that there are; those that never changed are told in a line. */
+/** Charts of the measured metrics. One line lists those that never changed. */
 function chartsOf(names) {
   const values = (name) => new Set(runs.flatMap((run) => run.curves[name] ?? []).filter((value) => value != null));
-  const present = names.filter(has).map((name) => ({ name, values: values(name), told: TITLES[name] ?? [name] }));
+  const present = names.filter(has).map((name) => ({ name, values: values(name), caption: TITLES[name] ?? [name] }));
   const still = present.filter((each) => each.values.size < 2);
-  return [make("div", { class: "grid" }, present.filter((each) => each.values.size > 1).map(({ name, told: [title, unit] }) =>
+  return [make("div", { class: "grid" }, present.filter((each) => each.values.size > 1).map(({ name, caption: [title, unit] }) =>
     lineChart({ title, unit, metrics: [{ name }] }))),
-  still.length ? make("p", { class: "note" }, "Never changed: ", still.map((each) => `${each.told[0]} ${short([...each.values][0])}`).join(", "), ".") : null];
+  still.length ? make("p", { class: "note" }, "Never changed: ", still.map((each) => `${each.caption[0]} ${short([...each.values][0])}`).join(", "), ".") : null];
 }
 
 function header() {
@@ -61,14 +61,14 @@ function header() {
 
 function toolbar() {
   const bar = document.getElementById("toolbar");
-  const said = make("output", { for: "step" });
+  const shown = make("output", { for: "step" });
   const step = make("input", { type: "range", id: "step", min: FIRST_STEP, max: LAST_STEP, value: LAST_STEP,
     input: () => set({ cursor: Number(step.value) }) });
   const smoothing = make("input", { type: "range", id: "smoothing", min: 0, max: 0.98, step: 0.02, value: state.smoothing,
     input: () => set({ smoothing: Number(smoothing.value) }) });
   const amount = make("output", { for: "smoothing" });
   bar.append(
-    make("label", {}, "Step read out ", step, said), make("label", {}, "Smoothing ", smoothing, amount),
+    make("label", {}, "Step read out ", step, shown), make("label", {}, "Smoothing ", smoothing, amount),
   );
   if (variants.length > 1) bar.append(legend());
   if (runs.length > 1) {
@@ -78,7 +78,7 @@ function toolbar() {
   }
   watch(["cursor"], () => {
     step.value = state.cursor ?? LAST_STEP;
-    said.textContent = state.cursor == null ? "last" : whole(state.cursor);
+    shown.textContent = state.cursor == null ? "last" : integer(state.cursor);
   });
   watch(["smoothing"], () => { amount.textContent = state.smoothing.toFixed(2); });
 }
@@ -94,15 +94,15 @@ function legend() {
   }));
 }
 
-/** What a run was, in a line of facts. */
-function facts(run) {
+/** Names and values that describe a run. */
+function overview(run) {
   const steps = run.curves.step;
   const sum = (name) => (run.curves[name] ?? []).reduce((a, b) => a + (b ?? 0), 0) * (run.num_lines / steps.length);
   const done = steps[steps.length - 1];
   const asked = run.config["train.num_train_steps"];
   const start = run.starts[run.starts.length - 1] ?? {};
   return [
-    ["Steps", done >= asked ? `${whole(done)}, complete` : `${whole(done)} of ${whole(asked)}`],
+    ["Steps", done >= asked ? `${integer(done)}, complete` : `${integer(done)} of ${integer(asked)}`],
     ["Model", run.config["model.name"]],
     ["Ranks", start.ranks ? `${start.ranks.length}, ${start.engine}` : NONE],
     ["Time in steps", duration(sum("time/step") + sum("time/eval"))],
@@ -126,9 +126,9 @@ function learning() {
       metrics: [{ name: "eval/accuracy", label: "sampled" }, { name: "eval/greedy_accuracy", label: "greedy" }] }],
   ].filter(([name]) => has(name)).map(([name, chart]) => make("div", {},
     runs.length === 1 && runs[0].changes[name] ? verdict(runs[0].changes[name]) : null, lineChart({ ...chart, small: false })));
-  const told = runs.length > 1 ? comparison() : make("dl", { class: "facts" },
-    facts(runs[0]).map(([name, value]) => make("div", {}, make("dt", {}, name), make("dd", {}, value))));
-  return section("learning", "Did it learn?", make("div", { class: "grid wide" }, cards), told, alarms());
+  const about = runs.length > 1 ? comparison() : make("dl", { class: "overview" },
+    overview(runs[0]).map(([name, value]) => make("div", {}, make("dt", {}, name), make("dd", {}, value))));
+  return section("learning", "Did it learn?", make("div", { class: "grid wide" }, cards), about, alarms());
 }
 
 function comparison() {
@@ -138,35 +138,35 @@ function comparison() {
   const moved = (run, name) => (run.changes[name] ? `${short(run.changes[name].before)} → ${short(run.changes[name].after)}` : NONE);
   const heads = ["Run", "Reward, first → last", "Held-out accuracy", "KL", "Length", "Tokens/s", "Steps", "Time", ...differing];
   const rows = runs.map((run) => {
-    const told = Object.fromEntries(facts(run));
+    const about = Object.fromEntries(overview(run));
     return [make("span", {}, swatch(run.variant % 8), " ", run.name), moved(run, "reward/mean"), moved(run, "eval/accuracy"),
       short(last(run, "kl")), short(last(run, "completion/length_mean")), short(last(run, "rollout/tokens_per_second")),
-      told.Steps, told["Time in steps"], ...differing.map((key) => written(run.config[key]))];
+      about.Steps, about["Time in steps"], ...differing.map((key) => written(run.config[key]))];
   });
   return table(heads, rows, { class: "numbers", label: "Comparison of the runs" });
 }
 
 function alarms() {
-  const told = runs.flatMap((run) => run.alarms.map((alarm) => ({ run, alarm })));
+  const listed = runs.flatMap((run) => run.alarms.map((alarm) => ({ run, alarm })));
   const number = runs.reduce((sum, run) => sum + run.num_alarms, 0);
   if (!number) return null;
-  return make("details", { class: "alarms", open: true }, make("summary", {}, `${whole(number)} alarm${number > 1 ? "s" : ""}`),
-    make("ul", {}, told.map(({ run, alarm }) => make("li", {}, runs.length > 1 ? `${run.name}, ` : "", `step ${alarm.step}: `,
+  return make("details", { class: "alarms", open: true }, make("summary", {}, `${integer(number)} alarm${number > 1 ? "s" : ""}`),
+    make("ul", {}, listed.map(({ run, alarm }) => make("li", {}, runs.length > 1 ? `${run.name}, ` : "", `step ${alarm.step}: `,
       alarm.message ?? written(alarm), alarm.page ? make("span", { class: "note" }, ` What to do: ${alarm.page}`) : ""))),
-    number > told.length ? make("p", { class: "note" }, `The first ${told.length} are shown.`) : null);
+    number > listed.length ? make("p", { class: "note" }, `The first ${listed.length} are listed.`) : null);
 }
 
 function answers() {
   if (!runs.some((run) => run.maps.answers)) {
-    return section("answers", "Answers", make("p", { class: "note" }, "This run kept no completions (logging.log_completions was off)."));
+    return section("answers", "Answers", make("p", { class: "note" }, "This run has no completions (logging.log_completions was off)."));
   }
-  const told = make("p", { class: "note" });
+  const note = make("p", { class: "note" });
   watch(["run"], () => {
     const { steps_read: read, num_steps: steps } = runs[state.run].completions;
-    told.textContent = read < steps ? `From ${read} evenly spaced steps of ${whole(steps)}.` : `From every completion of ${read} steps.`;
+    note.textContent = read < steps ? `From ${read} evenly spaced steps of ${integer(steps)}.` : `From every completion of ${read} steps.`;
   });
   const map = (name) => (run) => run.maps[name];
-  return section("answers", "What it answered", told, make("div", { class: "grid wide" },
+  return section("answers", "What it answered", note, make("div", { class: "grid wide" },
     make("div", { class: "stack" }, heatMap({ title: "Answers over training", mapOf: map("answers"),
       note: "share of completions, earliest first" }),
     lineChart({ title: "Agreement within a group", unit: "share of its most frequent answer", metrics: [{ name: "agreement" }] })),

@@ -1,4 +1,4 @@
-"""Reads what a run left behind, whether it is done, was interrupted or is still going on."""
+"""Read the files of a run, which may be done, interrupted or still running."""
 
 from __future__ import annotations
 
@@ -21,32 +21,32 @@ from .embedding import cut, encoded, harmless
 from .shaping import agreement, by_lot, spread
 
 MOST_STEPS_READ = 200
-"""Steps whose completions are looked at; a longer run's are taken evenly spaced."""
+"""Most steps whose completions are read. They are evenly spaced in a longer run."""
 MOST_CHARACTERS = 20_000
-"""Characters of one text that the page holds."""
+"""Most characters of one text on the page."""
 FIELDS = ("prompt", "completion", "cut_from", "step", "group", "tokens", "finished", "reward", "advantage", "rewards")
-"""Of a sampled row; `prompt` is a place in the list of prompts, `cut_from` the length of a text that is cut, or 0."""
+"""Fields of a sampled row. `prompt` is a place in the list of prompts, `cut_from` the length of a cut text, or 0."""
 
 
 @dataclass(frozen=True)
 class Written:
-    """A run's files but for its completions."""
+    """The files of a run, without the contents of its completions."""
 
     directory: Path
     lines: list[dict[str, Any]]
-    """Of metrics.jsonl, each step once, in order."""
+    """Lines of metrics.jsonl, each step once, in order."""
     config: dict[str, Any]
-    """By dotted names."""
+    """Options by dotted names."""
     starts: list[dict[str, Any]]
-    """Of environment.jsonl: one entry each time the run was started."""
+    """Lines of environment.jsonl: one for each start of the run."""
     alarms: list[dict[str, Any]]
     files: dict[int, Path]
-    """Completions by step; none of steps that an interrupted run has to do again."""
+    """Files of completions by step, without steps that an interrupted run must repeat."""
 
 
 @dataclass
 class Completions:
-    """What was read of the completions; the lists that are not of rows have an entry for each step read."""
+    """Results of reading completions. Lists have an entry for each step, except `prompts` and `rows`."""
 
     steps: list[int] = field(default_factory=list)
     answers: list[Counter[str]] = field(default_factory=list)
@@ -54,17 +54,17 @@ class Completions:
     rewards: list[list[float]] = field(default_factory=list)
     lengths: list[list[float]] = field(default_factory=list)
     total: int = 0
-    """Completions of the steps read."""
+    """Number of completions of these steps."""
     prompts: list[str] = field(default_factory=list)
     rows: list[list[Any]] = field(default_factory=list)
-    """A sample for reading: FIELDS of each."""
+    """A sample of completions with their FIELDS."""
 
 
 def read_run(directory: Path) -> Written:
-    """Read a run's files. Raises ValueError where there is no run, OSError where it cannot be read."""
+    """Read the files of a run. Raises ValueError if there is no run, OSError if a file is not readable."""
     path = directory / "metrics.jsonl"
     if not path.is_file():
-        raise ValueError(f"{directory} holds no run: expected metrics.jsonl in it, as `train.output_dir` has it")
+        raise ValueError(f"{directory} is no run: expected metrics.jsonl in it, as in `train.output_dir`")
     lines = sorted({line["step"]: line for line in read_json_lines(path)}.values(), key=lambda line: line["step"])
     options = directory / "config.yaml"
     config = yaml.safe_load(options.read_text()) if options.exists() else {}
@@ -78,33 +78,33 @@ def read_run(directory: Path) -> Written:
 
 
 def reader_of(config: dict[str, Any]) -> Callable[[str], str | None] | None:
-    """Return how the run's own reward reads an answer, where it is a built-in that can."""
+    """Return the function by which the run's reward extracts an answer, if a built-in reward has one."""
     names = [value for key, value in config.items() if key.startswith("rewards.") and key.endswith(".name")]
     return answer_reader([RewardConfig(name) for name in names if name in BUILT_IN])
 
 
 def read_completions(run: Written, most_bytes: int) -> Completions:
-    """Read the completions of some steps, and keep a sample of rows whose JSON takes at most `most_bytes`."""
-    found, read = Completions(), reader_of(run.config)
+    """Read the completions of some steps, and keep a sample of rows with at most `most_bytes` of JSON."""
+    completions, read = Completions(), reader_of(run.config)
     steps = list(run.files)
     chosen = [steps[place] for place in spread(len(steps), MOST_STEPS_READ)]
     places: dict[str, int] = {}
     for step in chosen:
         table = pq.read_table(run.files[step]).to_pydict()
         answers = [answer_of(text, read) for text in table["completion"]]
-        found.steps.append(step)
-        found.total += len(answers)
-        found.answers.append(Counter(answers))
-        found.agreement.append(agreement(answers, table["group"]))
-        found.rewards.append([math.nan if reward is None else reward for reward in table["reward"]])
-        found.lengths.append(table["tokens"])
-        _sample(table, found, places, most_bytes // len(chosen))
-    found.prompts = list(places)
-    return found
+        completions.steps.append(step)
+        completions.total += len(answers)
+        completions.answers.append(Counter(answers))
+        completions.agreement.append(agreement(answers, table["group"]))
+        completions.rewards.append([math.nan if reward is None else reward for reward in table["reward"]])
+        completions.lengths.append(table["tokens"])
+        _sample(table, completions, places, most_bytes // len(chosen))
+    completions.prompts = list(places)
+    return completions
 
 
-def _sample(table: dict[str, list[Any]], found: Completions, places: dict[str, int], most_bytes: int) -> None:
-    """Keep whole groups, drawn by lot, until the bytes are used up; of the first as many completions as fit."""
+def _sample(table: dict[str, list[Any]], completions: Completions, places: dict[str, int], most_bytes: int) -> None:
+    """Keep complete groups in random order until the bytes are used. Of the first group, keep what fits."""
     left, each = most_bytes, most_bytes // 3
     by_prompt: dict[int, list[int]] = {}
     for place, index in enumerate(table["prompt_index"]):
@@ -119,12 +119,12 @@ def _sample(table: dict[str, list[Any]], found: Completions, places: dict[str, i
             return
         for row, size in zip(rows, sizes, strict=True):
             if left >= size:
-                found.rows.append([places.setdefault(prompt, len(places)), *row])
+                completions.rows.append([places.setdefault(prompt, len(places)), *row])
                 left -= size
 
 
 def _row(table: dict[str, list[Any]], place: int, most_bytes: int) -> list[Any]:
-    """The fields after the first."""
+    """FIELDS without the first."""
     completion = table["completion"][place]
     text, is_cut = cut(completion, MOST_CHARACTERS, most_bytes)
     values = [table[name][place] for name in ("step", "group", "tokens", "finished", "reward", "advantage")]

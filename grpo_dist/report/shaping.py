@@ -1,4 +1,4 @@
-"""From what a run wrote to what its report draws: pure functions over lists, dicts and numbers."""
+"""Pure functions that turn the records of a run into the data of its report."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ from dataclasses import dataclass
 from typing import Any
 
 TIMES = 6
-"""Parts of a run in which an answer can be frequent."""
+"""Number of parts of a run in which frequent answers are determined."""
 OTHER, UNSCORED = "all others", "unscored"
 SEEDS_DIFFER_IN = ("train.seed", "train.output_dir")
 
 
 @dataclass(frozen=True)
 class HeatMap:
-    """Shares of a step's completions, by row and by column of neighbouring steps."""
+    """Shares of completions by row and by column. A column is a range of steps."""
 
     rows: list[str]
     columns: list[tuple[int, int]]
     """First and last step of each column."""
     shares: list[list[float]]
-    """By row and column; each column adds up to 1."""
+    """By row and column; the sum of a column is 1."""
 
 
 @dataclass(frozen=True)
 class Change:
-    """How a metric moved from a run's first steps to its last."""
+    """The change of a metric from the first steps of a run to its last."""
 
     before: float
     """Mean of the first `window` values."""
@@ -42,7 +42,7 @@ class Change:
 
 
 def change(values: Sequence[float]) -> Change | None:
-    """Compare the first tenth of the values (three at least) with the last; None for fewer than six values."""
+    """Compare the first tenth of the values (at least three) with the last. None for fewer than six values."""
     window = max(3, len(values) // 10)
     if len(values) < 2 * window:
         return None
@@ -55,7 +55,7 @@ def change(values: Sequence[float]) -> Change | None:
 
 
 def variants(configs: Sequence[dict[str, Any]]) -> list[int]:
-    """Number the runs' flat configs such that runs which differ in their seed alone have the same number."""
+    """Return a number for each flat config. Configs that differ only in the seed have the same number."""
     seen: list[dict[str, Any]] = []
     numbers = []
     for config in configs:
@@ -67,7 +67,7 @@ def variants(configs: Sequence[dict[str, Any]]) -> list[int]:
 
 
 def run_names(directories: Sequence[str]) -> list[str]:
-    """Return each directory's last part, with as many of its parents as tell it from the others."""
+    """Return the last part of each directory, with as many parents as needed to make the names different."""
     parts = [os.path.abspath(directory).strip(os.sep).split(os.sep) for directory in directories]
     depth = 1
     while len({tuple(part[-depth:]) for part in parts}) < len({tuple(part) for part in parts}):
@@ -76,23 +76,23 @@ def run_names(directories: Sequence[str]) -> list[str]:
 
 
 def spread(count: int, most: int) -> list[int]:
-    """Return at most `most` of the places 0 … count − 1, evenly spread, with both ends."""
+    """Return at most `most` of the places 0 … count − 1, evenly spaced, with both ends."""
     if count <= most:
         return list(range(count))
     return sorted({round(place * (count - 1) / (most - 1)) for place in range(most)})
 
 
 def curves(lines: Sequence[dict[str, Any]], most_points: int) -> dict[str, list[float | None]]:
-    """Return the metrics by name, `step` among them; neighbouring steps are averaged where there are too many.
+    """Return the metrics by name, also `step`. If there are too many steps, neighbouring ones are averaged.
 
-    None stands where a metric was not measured. A point's step is the last of those it stands for.
+    A value is None where a metric was not measured. The step of an averaged point is its last one.
     """
     each = max(1, math.ceil(len(lines) / most_points))
     parts = [lines[start : start + each] for start in range(0, len(lines), each)]
     names = dict.fromkeys(name for line in lines for name, value in line.items() if is_number(value))
-    found = {name: [_mean([line[name] for line in part if is_number(line.get(name))]) for part in parts]
+    metrics = {name: [_mean([line[name] for line in part if is_number(line.get(name))]) for part in parts]
              for name in names}  # fmt: skip
-    return found | {"step": [part[-1]["step"] for part in parts]}
+    return metrics | {"step": [part[-1]["step"] for part in parts]}
 
 
 def is_number(value: Any) -> bool:
@@ -105,16 +105,16 @@ def _mean(values: Sequence[float]) -> float | None:
 
 
 def columns(steps: Sequence[int], most: int) -> list[tuple[int, int]]:
-    """Divide steps into at most `most` runs of neighbours, as equal in number as can be."""
+    """Divide steps into at most `most` ranges of nearly equal length."""
     count = min(len(steps), most)
     ends = [len(steps) * place // count for place in range(count + 1)] if count else []
     return [(steps[start], steps[end - 1]) for start, end in itertools.pairwise(ends)]
 
 
 def answer_map(counts: Sequence[Counter[str]], steps: Sequence[int], most_rows: int, most_columns: int) -> HeatMap:
-    """Show the answers that were most frequent at some time, in the order in which they had it, and all others.
+    """The heat map of the answers that were most frequent at some time, in order of their time, and of all others.
 
-    `counts` has one counter of answers for each of the steps.
+    `counts` has one counter of answers for each step.
     """
     across = columns(steps, most_columns)
     merged = _merge(counts, steps, across)
@@ -137,9 +137,9 @@ def answer_map(counts: Sequence[Counter[str]], steps: Sequence[int], most_rows: 
 
 
 def number_map(values: Sequence[Sequence[float]], steps: Sequence[int], most_rows: int, most_columns: int) -> HeatMap:
-    """Show how often a number took which value: by value where they are few, else in ranges from round number to next.
+    """The heat map of a number: by value if there are few values, else by ranges between round numbers.
 
-    `values` has the numbers of each of the steps; NaN is `unscored`. Rows go from the largest value down.
+    `values` has the numbers of each step; NaN is `unscored`. Rows are in descending order.
     """
     present = sorted({value for step in values for value in step if not math.isnan(value)}, reverse=True)
     if len(present) <= most_rows:
@@ -159,14 +159,14 @@ def number_map(values: Sequence[Sequence[float]], steps: Sequence[int], most_row
 
 
 def round_width(low: float, high: float, most: int) -> float:
-    """Return the smallest of 1, 2, 2.5 and 5 times a power of ten that parts low … high into at most `most` ranges."""
+    """Return the least of 1, 2, 2.5 and 5 times a power of ten that divides low … high into at most `most` ranges."""
     power = 10.0 ** math.floor(math.log10((high - low) / most))
     widths = (factor * scale for scale in (power, 10 * power, 100 * power) for factor in (1, 2, 2.5, 5))
     return next(width for width in widths if _range_of(high, width) - _range_of(low, width) < most)
 
 
 def _range_of(value: float, width: float) -> int:
-    """Which range a value is in; one that is a range's lower end but for rounding is in that range."""
+    """The range of a value. A value that equals the lower end of a range except for rounding is in that range."""
     return math.floor(value / width + 1e-9)
 
 
@@ -183,7 +183,7 @@ def _shares(counts: Sequence[Counter[str]], rows: Sequence[str]) -> list[list[fl
 
 
 def agreement(answers: Sequence[str], groups: Sequence[int]) -> float:
-    """Return the share that the most frequent answer has in its group, averaged over the groups."""
+    """Return the share of the most frequent answer of a group, averaged over the groups."""
     by_group: dict[int, Counter[str]] = {}
     for answer, group in zip(answers, groups, strict=True):
         by_group.setdefault(group, Counter())[answer] += 1
@@ -191,5 +191,5 @@ def agreement(answers: Sequence[str], groups: Sequence[int]) -> float:
 
 
 def by_lot(prompt_indices: Iterable[int]) -> list[int]:
-    """Return the different prompts in an order that is the same at every step, so that a sample meets them again."""
+    """Return the different prompts in a random order that is the same at every step, so that samples repeat prompts."""
     return sorted(set(prompt_indices), key=lambda index: (zlib.crc32(str(index).encode()), index))

@@ -48,7 +48,7 @@ def test_numbers_are_the_runs_own() -> None:
 def test_what_came_after_the_exported_step_is_left_out() -> None:
     card = model_card(config(), history(100), 40, "merged")
     assert "0.9" not in card and "| 40 | 0.4 " in card and "| 41 |" not in card
-    assert "None was made" in model_card(config(), [], 0, "merged")
+    assert "The training had none" in model_card(config(), [], 0, "merged")
 
 
 def test_the_machine_stays_out() -> None:

@@ -258,4 +258,6 @@ def test_the_verb(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "both.html" in capsys.readouterr().out and (tmp_path / "both.html").stat().st_size > 10_000
     assert main(["report", str(tmp_path)]) == 2
     assert "expected metrics.jsonl" in capsys.readouterr().err
-    assert main(["report", runs[0], "--ot", "x"]) == 2
+    assert main(["report", runs[0], "--what", "x"]) == 2
+    with pytest.raises(SystemExit, match="2"):
+        main(["report", runs[0], "--ot", "x"])
