@@ -1,10 +1,10 @@
-"""What the global batch costs every rank of a step: gathering it, and all that is done with the whole of it.
+"""Measure the cost of the global batch on every rank: gathering it, and everything that is computed from it.
 
     python docs/batch_costs.py                                         # one process
     accelerate launch --config_file accelerate_configs/ddp.yaml --num_processes 2 docs/batch_costs.py
 
-Completions are made up: 4,096 prompts × 16, with geometric lengths of 500 tokens in the mean and 2,048 at most. Prints
-a line for each part with its seconds and the CPU seconds of this rank; the latter are the ones to compare.
+Completions are random: 4,096 prompts × 16, with geometric lengths of 500 tokens in the mean and at most 2,048. Prints
+a line for each part with its seconds and the CPU seconds of this rank. Compare the CPU seconds.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ LONGEST = 2048
 
 
 def timed(ranks: Ranks, name: str, work: Callable[[], Result]) -> Result:
-    """Run something and print what it took."""
+    """Run a function and print its time."""
     start, cpu = time.perf_counter(), time.process_time()
     result = work()
     if ranks.is_main:
@@ -105,7 +105,7 @@ def main() -> None:
 
 
 def record(ranks: Ranks, batch: Batch, advantages: torch.Tensor) -> None:
-    """What the main rank alone does: the table of completions."""
+    """The work of only the main rank: the table of completions."""
     tokenizer = load_tokenizer(ModelConfig())
     batch = replace(batch, tokens=batch.tokens % len(tokenizer))
     rows = [ids.tolist() for ids in torch.split(batch.tokens, batch.lengths.tolist())]

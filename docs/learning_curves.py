@@ -1,11 +1,11 @@
-"""Train a toy model with every preset of interest and draw held-out accuracy over the steps.
+"""Train a toy model with several presets and draw held-out accuracy over the steps.
 
     python docs/learning_curves.py arithmetic                               # all presets, three seeds
     python docs/learning_curves.py carry                                    # written-out addition
-    python docs/learning_curves.py carry --presets grpo dapo --seeds 0      # what you want to compare
+    python docs/learning_curves.py carry --presets grpo dapo --seeds 0      # chosen presets and seeds
 
-Writes learning_curves_TASK.json and .svg beside itself and prints the table of docs/algorithms.md. A run that is in
---runs already is not made again.
+Writes learning_curves_TASK.json and .svg into its folder and prints the table of docs/algorithms.md. A run that exists
+in --runs is not repeated.
 """
 
 from __future__ import annotations

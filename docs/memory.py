@@ -1,11 +1,11 @@
-"""Compare what `python -m grpo_dist plan` predicts with what steps of training take: the table of docs/memory.md.
+"""Compare predictions of `python -m grpo_dist plan` with the memory of training steps: the table of docs/memory.md.
 
     python docs/memory.py                        # all rows: half an hour on two cores, up to 6 GiB
-    python docs/memory.py --only "28 M"          # those whose model or setting contain this
+    python docs/memory.py --only "28 M"          # rows whose model or setting contains this
 
-Each row trains two steps in processes of its own, on models of random weights whose completions (almost) never end by
-themselves, and looks at the second. `tensors` are the bytes of all tensors that are alive, `process` the resident
-memory above that of the process before it loaded a model; both at the fullest moment of a phase, on rank 0.
+Each row trains two steps in new processes, on models with random weights whose completions almost never end by
+themselves, and measures the second step. `tensors` are the bytes of all live tensors. `process` is the resident memory
+above that of the process before it loaded a model. Both are peaks of a phase, on rank 0.
 """
 
 from __future__ import annotations
@@ -114,18 +114,18 @@ def make_model(name: str, folder: Path) -> None:
 
 
 def resident(field: str = "VmRSS") -> int:
-    """Bytes of this process that are in memory now (VmRSS), or were at most (VmHWM) since `forget_peak`."""
+    """Resident bytes of this process now (VmRSS), or their peak since `forget_peak` (VmHWM)."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 
 
 def forget_peak() -> None:
-    """Start VmHWM anew."""
+    """Reset VmHWM."""
     Path("/proc/self/clear_refs").write_text("5")
 
 
 def tensor_bytes() -> int:
-    """Bytes of all tensors alive in this process."""
+    """Bytes of all live tensors in this process."""
     gc.collect()
     storages = {}
     for thing in gc.get_objects():
@@ -136,14 +136,14 @@ def tensor_bytes() -> int:
 
 
 def measured_process(arguments: list[str], report: Path) -> None:
-    """Train two steps and write down the peaks of the second's phases."""
+    """Train two steps and write the peaks of the phases of the second."""
     torch.set_num_threads(1)
     empty = 0
 
     def load_models(
         config: Config, model_config: Any, end_ids: list[int], ranks: Ranks, resume_from: Path | None
     ) -> Any:
-        """The models, after noting what the process takes without them."""
+        """Load the models, after measuring the process without them."""
         nonlocal empty
         if ranks.strategy.zero_stage:
             import deepspeed  # noqa: F401
@@ -154,16 +154,16 @@ def measured_process(arguments: list[str], report: Path) -> None:
     build.load_models = load_models
     config = parse_config(arguments)
     parts, state = build.build(config)
-    found: dict[str, dict[str, int]] = {}
+    peak_bytes: dict[str, dict[str, int]] = {}
 
     @contextmanager
     def phase(name: str) -> Iterator[None]:
-        held = tensor_bytes()
+        before = tensor_bytes()
         forget_peak()
         with LiveBytes() as live:
             yield
         if state.step:
-            found[name] = {"tensors": held + live.peak, "process": resident("VmHWM") - empty}
+            peak_bytes[name] = {"tensors": before + live.peak, "process": resident("VmHWM") - empty}
 
     for _ in range(2):
         weights = config.weights_at(state.step)
@@ -178,7 +178,7 @@ def measured_process(arguments: list[str], report: Path) -> None:
         parts.rollout_model.sync()
         state.after_step(state.kl_coeff, pass_rates(batch, weights))
     if parts.ranks.is_main:
-        report.write_text(json.dumps(found))
+        report.write_text(json.dumps(peak_bytes))
     build.close(parts, all_ranks=True)
 
 
@@ -186,14 +186,14 @@ def measured_process(arguments: list[str], report: Path) -> None:
 
 
 def measure_row(row: Row, folder: Path, arguments: list[str]) -> dict[str, dict[str, int]]:
-    """The peaks of a row's phases, measured in processes of their own."""
+    """The peaks of a row's phases, measured in new processes."""
     report = folder / "report.json"
     program = [__file__, "--inside", str(report), *arguments]
     launcher = [sys.executable]
     if row.num_ranks > 1:
         launcher += ["-m", "accelerate.commands.launch", "--config_file", f"accelerate_configs/{row.strategy}.yaml",
                      "--num_processes", str(row.num_ranks), "--main_process_port", "0"]  # fmt: skip
-    # without this glibc keeps what threads have freed, and RSS shows what was, not what is
+    # otherwise glibc keeps memory that threads have freed, and RSS includes it
     environment = os.environ | {"MALLOC_ARENA_MAX": "1", "MALLOC_TRIM_THRESHOLD_": "0",
                                 "MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}  # fmt: skip
     done = subprocess.run([*launcher, *program], cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
@@ -209,14 +209,14 @@ def table_lines(row: Row) -> Iterator[str]:
         make_model(row.model, folder / "model")
         arguments = row.arguments(folder)
         config = parse_config(arguments)
-        found = measure_row(row, folder, arguments)
+        peak_bytes = measure_row(row, folder, arguments)
         parts = Predictor(config, load_model_config(config.model), "cpu").parts(row.num_ranks, row.zero_stage)
     top = peaks(parts)
-    # the reference is asked about what was generated before the batch is whole
+    # the reference runs on completions while the rollout goes on
     predicted = {"rollout": max(top["rollout"], top["reference"]), "update": max(top["update"], top["optimizer"])}
     setting = f"{row.prompts} × {row.group}, {row.prompt} + {row.new}, pack {row.pack}"
     for phase, bytes_ in predicted.items():
-        tensors, process = (found[phase][kind] for kind in ("tensors", "process"))
+        tensors, process = (peak_bytes[phase][kind] for kind in ("tensors", "process"))
         yield (f"| {row.model} | {setting} | {row.options.replace('--', '') or '–'} | {row.strategy} | {phase} "
                f"| {bytes_ / 2**20:.1f} | {tensors / 2**20:.1f} | {bytes_ / tensors - 1:+.0%} "
                f"| {process / 2**20:.0f} | {bytes_ / process - 1:+.0%} |")  # fmt: skip

@@ -1,12 +1,12 @@
-"""Walk over every causal type of transformers, and write what becomes of each into docs/models.md; not among the tests.
+"""Train a tiny model of every causal type of transformers, and write the results into docs/models.md. This is no test.
 
     python docs/models.py             # all of them, an hour or more on two cores
     python docs/models.py bloom opt   # some; the others stay as docs/models.json has them
 
-A tiny model of each type is looked at by `check` and trained for two steps, in a process of its own. Either all of this
-is so, or it is refused by name, by both: policy and rollout give a sampled token the same log-probability in both
-steps; the KL from the reference is 0 before anything is learned; and where completions share packs, the gradient is
-that of one completion to a row with the model's own attention. The exit status is 1 where a type does neither.
+A tiny model of each type is checked with `check` and trained for two steps, in a process of its own. Either both refuse
+it by name, or all of this holds: policy and rollout give a sampled token the same log-probability in both steps; the KL
+from the reference is 0 before the first update; and if completions share packs, the gradient is that of one completion
+a row with the model's own attention. The exit status is 1 if a type does neither.
 """
 
 from __future__ import annotations
@@ -44,18 +44,19 @@ from grpo_dist.trainer.build import UserError, build, close
 
 HEAD = """# Which models train
 
-Types that transformers {version} loads with `AutoModelForCausalLM`, each as a tiny model of random weights, in float32
-on a CPU; those that were not looked at yet stand at the end. `python docs/models.py` makes this page, and with names of
-types it looks at those alone; it is no part of the tests, as all of them take an hour or more. A type that is listed
-as trained did two steps in which policy and rollout gave each sampled token the same log-probability within 0.001 nats,
-the KL from the reference was 0 before anything was learned, and, where completions share packs, the gradient was that
-of one completion to a row with the model's own attention within a thousandth. What is refused, `check` refuses as well.
+Types that transformers {version} loads with `AutoModelForCausalLM`, each as a tiny model of random weights, in
+float32 on a CPU. The end of the page lists types that were not examined. `python docs/models.py` makes this page;
+with names of types it examines only those. It is not one of the tests, because all types take an hour or more. A
+trained type made two steps in which policy and rollout gave each sampled token the same log-probability within 0.001
+nats, and the KL from the reference was 0 before the first update. If completions share packs, the gradient was that
+of one completion a row with the model's own attention, within a thousandth. `check` refuses the same types as this
+page.
 
-Of sliding windows and other choices of a config, the tiny models have those of the type's default: completions longer
-than a window are computed one to a row ([architecture.md](architecture.md)). Vision and audio towers beside a language
-model are left alone.
+The tiny models have the type's defaults for sliding windows and other choices of a config. Completions longer than a
+window are computed one a row ([architecture.md](architecture.md)). Vision and audio towers of a model are not
+trained.
 
-## Trained: {packed} in packs, {rows} one completion to a row
+## Trained: {packed} in packs, {rows} one completion a row
 
 | type | computed in | a step of decoding by | adapters, attention |
 |---|---|---|---|
@@ -67,7 +68,7 @@ model are left alone.
 |---|---|
 {why}
 
-Not looked at: {untried}.
+Not examined: {untried}.
 """
 PAGE, OUTCOMES = (Path(__file__).with_name(name) for name in ("models.md", "models.json"))
 MOST_GAP, MOST_KL, MOST_SHARE = 1e-3, 1e-6, 1e-3
@@ -89,25 +90,25 @@ REWARD = """def shortness(completions, **columns):
 
 
 def outcome(kind: str, config: Config) -> dict[str, Any]:
-    """What becomes of a type, looked at in a process of its own: see `_look`."""
+    """The result of a type, examined in a process of its own: see `_look`."""
     with tempfile.TemporaryDirectory() as folder:
         ours, theirs = multiprocessing.Pipe(duplex=False)
         process = multiprocessing.get_context("fork").Process(target=_look, args=(kind, config, Path(folder), theirs))
         process.start()
         theirs.close()
         try:
-            found = ours.recv() if ours.poll(PATIENCE_SECONDS) else {"fault": f"no end in {PATIENCE_SECONDS} s"}
+            result = ours.recv() if ours.poll(PATIENCE_SECONDS) else {"fault": f"no end in {PATIENCE_SECONDS} s"}
         except EOFError:
             process.join()
-            found = {"fault": f"ended with status {process.exitcode}"}
+            result = {"fault": f"ended with status {process.exitcode}"}
         process.kill()
         process.join()
-    return found
+    return result
 
 
 def _look(kind: str, config: Config, folder: Path, results: Any) -> None:
-    """Send what becomes of a type: `fault` where it is neither trained exactly nor refused, else `refused` (why), or
-    `packs` (why not, None where they are), `rollouts`, and the largest differences that were seen."""
+    """Send the result of a type: `fault` if it is neither trained exactly nor refused, else `refused` (the reason), or
+    `packs` (None, or the reason against them), `rollouts`, and the largest differences."""
     printed = io.StringIO()
     try:
         torch.set_num_threads(1)
@@ -131,7 +132,7 @@ def _make(kind: str) -> None:
     torch.manual_seed(0)
     try:
         AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained("model")
-    except (ImportError, AttributeError):  # a package that the type needs, or a part of its config: see what is said
+    except (ImportError, AttributeError):  # a package that the type needs, or a part of its config: see the message
         config.save_pretrained("model")
     tokenizer.save_pretrained("model")
     rows = [{"prompt": f"What is {a} + {a + 5}?"} for a in range(8)]
@@ -161,18 +162,18 @@ def _compared(config: Config, log: list[str]) -> dict[str, Any]:
     said = {line.partition(": ")[0]: line.partition(": ")[2] for line in log}
     packs = None if "shared by their groups" in said["rollouts"] else said["rollouts"].partition("(")[2][:-1]
     rollouts = said["rollouts"].rpartition(", ")[2] if packs is None else "one group at a time"
-    found = {"packs": packs, "rollouts": rollouts, "attention": said.get("attention"), "adapters": said.get("adapters"),
+    entry = {"packs": packs, "rollouts": rollouts, "attention": said.get("attention"), "adapters": said.get("adapters"),
              "gap": max(each["rollout/logprob_gap_max"] for each in (first, second)), "kl": first["kl"]}  # fmt: skip
     if packs is None:
         _trained(replace(config, model=replace(config.model, attn_implementation="eager"),
                          train=replace(config.train, output_dir="rows")))  # fmt: skip
         norm = _metrics("rows")[0]["grad_norm"]
-        found["share"] = abs(first["grad_norm"] - norm) / norm
-    if not (found["gap"] < MOST_GAP and found["kl"] < MOST_KL and found.get("share", 0.0) < MOST_SHARE):
-        found["fault"] = "is not exact"
+        entry["share"] = abs(first["grad_norm"] - norm) / norm
+    if not (entry["gap"] < MOST_GAP and entry["kl"] < MOST_KL and entry.get("share", 0.0) < MOST_SHARE):
+        entry["fault"] = "is not exact"
     if not first["grad_norm"] > 0:
-        found["fault"] = "learns nothing"
-    return found
+        entry["fault"] = "learns nothing"
+    return entry
 
 
 def _trained(config: Config) -> list[str]:
@@ -225,15 +226,15 @@ def _left_out(each: dict[str, Any]) -> str:
 
 
 def walk(kinds: Iterable[str]) -> bool:
-    """Look at the types, write down what becomes of them, and return whether all types are right."""
+    """Examine the types, write the results, and return whether all types are right."""
     config, faults = parse_config(OPTIONS), False
     for kind in kinds:
-        found = outcome(kind, config)
-        print(kind, json.dumps(found), flush=True)
-        faults |= "fault" in found
+        result = outcome(kind, config)
+        print(kind, json.dumps(result), flush=True)
+        faults |= "fault" in result
         known = json.loads(OUTCOMES.read_text()) if OUTCOMES.is_file() else {}
         known.pop(kind, None)
-        kept = {} if "fault" in found else {kind: found}
+        kept = {} if "fault" in result else {kind: result}
         OUTCOMES.write_text(json.dumps(dict(sorted((known | kept).items())), indent=1) + "\n")
         PAGE.write_text(render(json.loads(OUTCOMES.read_text())))
     return not faults

@@ -20,13 +20,14 @@ from grpo_dist.config.values import default_of, descriptions
 PAGE = Path(__file__).with_name("options.md")
 HEAD = """# Options
 
-Every option of a run: in a YAML file (`--config FILE`; several are applied in order), or on the command line by its
-dotted name (`--rollout.temperature 0.7`), which has the last word. `--preset NAME` puts a published algorithm's options
-before all others ([algorithms.md](algorithms.md)). `--print_config` prints what a command line comes to, `--dry_run`
-looks at it more closely. All counts are of the whole run, over all ranks. `python docs/options.py` makes this page.
+This page lists every option of a run. Set options in a YAML file (`--config FILE`; several files are applied in
+order), or on the command line by dotted names (`--rollout.temperature 0.7`), which override files. `--preset NAME`
+applies the options of a published algorithm before all others ([algorithms.md](algorithms.md)). `--print_config`
+prints the resulting config, and `--dry_run` checks it. All counts are over all ranks. `python docs/options.py` makes
+this page.
 
-Editors that speak YAML's language server complete and check a config whose first line names a schema:
-`# yaml-language-server: $schema=FILE`. Shipped configs have that line; `python -m grpo_dist schema` prints the schema.
+Editors with the YAML language server complete and check a config whose first line names a schema: `#
+yaml-language-server: $schema=FILE`. Shipped configs have that line; `python -m grpo_dist schema` prints the schema.
 """
 
 
@@ -41,14 +42,14 @@ def render() -> str:
 
 def _groups(kind: type, prefix: str = "") -> list[tuple[str, type]]:
     """Dotted names and classes of the groups of options in a class, those within them too."""
-    found = []
+    groups = []
     for field in fields(kind):
         hint = get_type_hints(kind)[field.name]
         inner = group_type(hint) or next(filter(is_dataclass, get_args(hint)), None)
         if inner is not None:
             name = f"{prefix}{field.name}"
-            found += [(name, inner), *_groups(inner, f"{name}.")]
-    return found
+            groups += [(name, inner), *_groups(inner, f"{name}.")]
+    return groups
 
 
 def _table(kind: type) -> str:

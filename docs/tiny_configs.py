@@ -98,7 +98,7 @@ MORE: dict[str, dict[str, Any]] = {
     "zamba2": {"layer_types": ["linear_attention", "hybrid", "hybrid"], "num_hidden_layers": 3},
     "zaya": {"num_experts_per_tok": 1},
 }
-"""What a type takes beside, or instead."""
+"""Options of a type that are added or replaced."""
 
 
 def tiny_config(kind: str, tokens: dict[str, int | None]) -> PreTrainedConfig:

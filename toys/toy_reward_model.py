@@ -31,8 +31,8 @@ def main(directory: str) -> None:
     for step in range(200):
         texts = ["".join(draw.choices(letters, k=draw.randint(1, 60))) + draw.choice(["", "."]) for _ in range(32)]
         inputs = tokenizer(texts, padding=True, return_tensors="pt")
-        wanted = torch.tensor([float(text.endswith(".")) for text in texts])
-        loss = torch.nn.functional.mse_loss(model(**inputs).logits[:, 0], wanted)
+        target = torch.tensor([float(text.endswith(".")) for text in texts])
+        loss = torch.nn.functional.mse_loss(model(**inputs).logits[:, 0], target)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -50,10 +50,10 @@ def weights(model: nn.Module) -> dict[str, Tensor]:
 
 
 def assert_same_bits(model: nn.Module, expected: dict[str, Tensor]) -> None:
-    """The model holds exactly what it held."""
-    held = model.state_dict()
-    assert held.keys() == expected.keys()
-    assert all(torch.equal(held[name], tensor) for name, tensor in expected.items())
+    """The model holds exactly what it state."""
+    state = model.state_dict()
+    assert state.keys() == expected.keys()
+    assert all(torch.equal(state[name], tensor) for name, tensor in expected.items())
 
 
 @pytest.mark.parametrize("lora", [LORA, None], ids=["lora", "full"])
@@ -89,10 +89,10 @@ def test_the_policy_as_its_own_reference(base: ModelConfig) -> None:
 @pytest.mark.parametrize("lora", [LORA, None], ids=["lora", "full"])
 def test_what_is_exported_is_what_was_trained(lora: LoraConfig | None, base: ModelConfig, tmp_path: Path) -> None:
     policy, tokenizer, pack = make_policy(base, lora), load_tokenizer(base), make_pack_of_two()
-    before, scored, wanted = weights(policy), policy(pack)[0].detach(), logits(policy.causal_lm)
+    before, scored, target = weights(policy), policy(pack)[0].detach(), logits(policy.causal_lm)
     save_final(policy, tokenizer, tmp_path / "final", is_main=True)
     final = AutoModelForCausalLM.from_pretrained(tmp_path / "final").eval()
-    assert torch.allclose(logits(final, shared=False), wanted, atol=1e-5)
+    assert torch.allclose(logits(final, shared=False), target, atol=1e-5)
     assert set(final.generation_config.eos_token_id) == {256, 7, 9}
     text = "What is 2 + 3?"
     assert AutoTokenizer.from_pretrained(tmp_path / "final").encode(text) == tokenizer.encode(text)
@@ -100,7 +100,7 @@ def test_what_is_exported_is_what_was_trained(lora: LoraConfig | None, base: Mod
     if lora is not None:
         plain = AutoModelForCausalLM.from_pretrained(base.name)
         adapted = PeftModel.from_pretrained(plain, tmp_path / "final" / "adapter").eval()
-        assert torch.allclose(logits(adapted, shared=False), wanted, atol=1e-5)
+        assert torch.allclose(logits(adapted, shared=False), target, atol=1e-5)
     # and the policy is as it was: exporting in the middle of a run changes nothing
     assert_same_bits(policy, before)
     assert torch.equal(policy(pack)[0].detach(), scored)

@@ -35,12 +35,12 @@ def inputs(dtype: torch.dtype = torch.float32, with_bias: bool = True) -> tuple[
 
 
 def gradients(function: object, tensors: list[Tensor | None], targets: Tensor, temperature: float,
-              wanted: list[int]) -> list[Tensor]:  # fmt: skip
-    """Gradients with respect to the `wanted` ones of hidden, weight, bias, for one fixed incoming gradient."""
-    leaves = [None if t is None else t.detach().clone().requires_grad_(n in wanted) for n, t in enumerate(tensors)]
+              chosen: list[int]) -> list[Tensor]:  # fmt: skip
+    """Gradients with respect to the `chosen` ones of hidden, weight, bias, for one fixed incoming gradient."""
+    leaves = [None if t is None else t.detach().clone().requires_grad_(n in chosen) for n, t in enumerate(tensors)]
     values, _ = function(*leaves, targets, temperature)  # type: ignore[operator]
     incoming = torch.linspace(-1, 2, len(values)).to(values.dtype)
-    return list(torch.autograd.grad(values, [leaves[n] for n in wanted], incoming))  # type: ignore[misc]
+    return list(torch.autograd.grad(values, [leaves[n] for n in chosen], incoming))  # type: ignore[misc]
 
 
 @pytest.mark.parametrize("chunk_elements", [1, 3 * V, 1 << 24])
@@ -57,12 +57,12 @@ def test_values_and_gradients_equal_autograd(
     assert torch.allclose(values.double(), expected, atol=1e-5)
     assert torch.allclose(entropies.double(), expected_entropies, atol=1e-5)
     choices = [[0], [0, 1], [1]] + ([[0, 1, 2], [1, 2]] if with_bias else [])
-    for wanted in choices:
-        got = gradients(head_logprobs, [hidden, weight, bias], targets, temperature, wanted)
-        truth = gradients(plain, [hidden, weight, bias], targets, temperature, wanted)
+    for chosen in choices:
+        got = gradients(head_logprobs, [hidden, weight, bias], targets, temperature, chosen)
+        truth = gradients(plain, [hidden, weight, bias], targets, temperature, chosen)
         for value, expected_value in zip(got, truth, strict=True):
             assert value.dtype == torch.float32
-            assert torch.allclose(value, expected_value, atol=1e-5), wanted
+            assert torch.allclose(value, expected_value, atol=1e-5), chosen
 
 
 @pytest.mark.parametrize(("chunk_elements", "rows"), [(1, [1] * M), (2 * V, [2, 2, 2, 1]), (M * V, [M])])
@@ -77,30 +77,30 @@ def test_no_more_logits_than_a_chunk(chunk_elements: int, rows: list[int], monke
     assert [len(logits) for logits in seen] == rows + rows, "forward, and again where the head is trained"
 
 
-@pytest.mark.parametrize("wanted", [[2], [0, 2]])
-def test_a_bias_trained_without_its_weight_has_a_gradient(wanted: list[int]) -> None:
+@pytest.mark.parametrize("chosen", [[2], [0, 2]])
+def test_a_bias_trained_without_its_weight_has_a_gradient(chosen: list[int]) -> None:
     hidden, weight, bias, targets = inputs()
-    got = gradients(head_logprobs, [hidden, weight, bias], targets, 0.8, wanted)
-    truth = gradients(plain, [hidden, weight, bias], targets, 0.8, wanted)
+    got = gradients(head_logprobs, [hidden, weight, bias], targets, 0.8, chosen)
+    truth = gradients(plain, [hidden, weight, bias], targets, 0.8, chosen)
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(got, truth, strict=True))
 
 
 @pytest.mark.parametrize("chunk_elements", [V, 1 << 24])
-@pytest.mark.parametrize("wanted", [[0], [0, 1], [0, 1, 2], [1]])
+@pytest.mark.parametrize("chosen", [[0], [0, 1], [0, 1, 2], [1]])
 def test_the_entropy_gradient_equals_autograd(
-    wanted: list[int], chunk_elements: int, monkeypatch: pytest.MonkeyPatch
+    chosen: list[int], chunk_elements: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(module.CHUNK_ELEMENTS, "cpu", chunk_elements)
     tensors = inputs()
     results = []
     for dtype in (torch.float32, torch.float64):
-        leaves = [t.detach().clone().to(dtype).requires_grad_(n in wanted) for n, t in enumerate(tensors[:3])]
+        leaves = [t.detach().clone().to(dtype).requires_grad_(n in chosen) for n, t in enumerate(tensors[:3])]
         if dtype == torch.float32:
             values, entropies = head_logprobs(*leaves, tensors[3], 0.7, entropy_gradient=True)
         else:
             values, entropies = plain(*leaves, tensors[3], 0.7)
         mixed = (values * torch.linspace(-1, 2, M)).sum() + (entropies * torch.linspace(3, -2, M)).sum()
-        results.append(torch.autograd.grad(mixed, [leaves[n] for n in wanted]))
+        results.append(torch.autograd.grad(mixed, [leaves[n] for n in chosen]))
     for got, expected in zip(*results, strict=True):
         assert torch.allclose(got.double(), expected, atol=2e-5)
 
@@ -119,10 +119,10 @@ def test_gradients_equal_finite_differences(head_is_frozen: bool) -> None:
     def value(h: Tensor, w: Tensor, b: Tensor | None) -> float:
         return float((plain(h, w, b, targets, 0.7)[0] * incoming).sum())
 
-    wanted = [0] if head_is_frozen else [0, 1, 2]
-    got = gradients(head_logprobs, [hidden, weight, bias], targets, 0.7, wanted)
+    chosen = [0] if head_is_frozen else [0, 1, 2]
+    got = gradients(head_logprobs, [hidden, weight, bias], targets, 0.7, chosen)
     doubles = [hidden.double(), weight.double(), bias.double() if bias is not None else None]
-    for n, gradient in zip(wanted, got, strict=True):
+    for n, gradient in zip(chosen, got, strict=True):
         for place in range(0, gradient.numel(), 3):
             ends = []
             for step in (1e-5, -1e-5):
@@ -155,22 +155,22 @@ def test_without_gradients_nothing_is_saved() -> None:
     assert not values.requires_grad
 
 
-@pytest.mark.parametrize("wanted", [[0], [0, 1]])
-def test_no_tokens_give_a_gradient_of_zero(wanted: list[int]) -> None:
+@pytest.mark.parametrize("chosen", [[0], [0, 1]])
+def test_no_tokens_give_a_gradient_of_zero(chosen: list[int]) -> None:
     hidden, weight, _, targets = inputs()
-    got = gradients(head_logprobs, [hidden[:0], weight, None], targets[:0], 1.0, wanted)
+    got = gradients(head_logprobs, [hidden[:0], weight, None], targets[:0], 1.0, chosen)
     assert all(bool((g == 0).all()) for g in got)
 
 
-@pytest.mark.parametrize("wanted", [[0], [0, 1, 2]])
-def test_bfloat16_is_close_and_keeps_its_dtype(wanted: list[int]) -> None:
+@pytest.mark.parametrize("chosen", [[0], [0, 1, 2]])
+def test_bfloat16_is_close_and_keeps_its_dtype(chosen: list[int]) -> None:
     hidden, weight, bias, targets = inputs(torch.bfloat16)
     values, entropies = head_logprobs(hidden, weight, bias, targets, 0.9)
     expected, _ = plain(hidden, weight, bias, targets, 0.9)
     assert values.dtype == entropies.dtype == torch.float32
     assert torch.allclose(values.double(), expected, atol=0.1)
-    got = gradients(head_logprobs, [hidden, weight, bias], targets, 0.9, wanted)
-    truth = gradients(plain, [hidden, weight, bias], targets, 0.9, wanted)
+    got = gradients(head_logprobs, [hidden, weight, bias], targets, 0.9, chosen)
+    truth = gradients(plain, [hidden, weight, bias], targets, 0.9, chosen)
     for value, expected_value in zip(got, truth, strict=True):
         assert value.dtype == torch.bfloat16
         assert float((value - expected_value).norm() / expected_value.norm()) < 0.03

@@ -87,12 +87,12 @@ def test_it_follows_the_policy(lora: LoraConfig | None, tied: bool) -> None:
         old = logits(policy.eval().causal_lm)
         step(policy, 0.1)
         rollout_model.sync()
-        wanted = logits(policy.causal_lm)
+        target = logits(policy.causal_lm)
         policy.train()
-        assert float((wanted - old).abs().max()) > 0.1, "the step must show"
+        assert float((target - old).abs().max()) > 0.1, "the step must show"
         with rollout_model.open() as model:
             for got in (logits(model), *(decoded(each, model) for each in (module_step, LlamaStep, KernelStep))):
-                assert float((got - wanted).abs().max()) < 1e-4
+                assert float((got - target).abs().max()) < 1e-4
             assert not any(p.requires_grad for p in model.parameters())
     with pytest.raises(KeyError), rollout_model.open():
         raise KeyError("a rollout that fails")
@@ -154,13 +154,13 @@ def test_a_first_small_step_reaches_the_rollout(step_of: Callable[[nn.Module], S
     policy = make(LORAS["all-linear"])
     rollout_model = RolloutModel(policy, torch.float32, attention.NAME)
     exact = make(LORAS["all-linear"]).double().eval()
-    found = []
+    result = []
     for _ in range(2):
         with rollout_model.open() as model:
-            found.append((decoded(step_of, model), logits(exact.causal_lm)))
+            result.append((decoded(step_of, model), logits(exact.causal_lm)))
         for each in (policy, exact):
             step(each, learning_rate)
-    (before, exact_before), (now, exact_now) = found
+    (before, exact_before), (now, exact_now) = result
     assert share(now, before, exact_now, exact_before) == pytest.approx(1, abs=0.01 if learning_rate > 5e-6 else 0.05)
 
 
@@ -179,13 +179,13 @@ def test_the_share_of_a_first_step_that_decodes(learning_rate: float, dtype: tor
 def test_the_share_is_what_rounded_weights_have_of_an_update() -> None:
     policy = make(LORAS["all-linear"], torch.bfloat16)
     step(policy, 1e-5)
-    found = total = 0.0
+    result = total = 0.0
     for module in policy.modules():
         if isinstance(module, LoraLayer):
             weight, exact = module.base_layer.weight, module.get_delta_weight("default").double()
             rounded = (weight.float() + exact.float()).bfloat16()
-            found += float(((rounded - weight).double() * exact).sum())
+            result += float(((rounded - weight).double() * exact).sum())
             total += float(exact.square().sum())
     with RolloutModel(policy, torch.bfloat16, attention.NAME).open() as model:
-        assert update_share(model, merged=True) == pytest.approx(found / total, abs=1e-3)
-    assert found / total < 0.5
+        assert update_share(model, merged=True) == pytest.approx(result / total, abs=1e-3)
+    assert result / total < 0.5

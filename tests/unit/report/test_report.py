@@ -51,15 +51,15 @@ def joined(lists: Iterable[list[Any]]) -> list[Any]:
 @given(st.lists(NUMBERS, max_size=80))
 def test_change(values: list[float]) -> None:
     window = max(3, len(values) // 10)
-    found = change(values)
+    result = change(values)
     if len(values) < 2 * window:
-        assert found is None
+        assert result is None
         return
     first, last = np.array(values[:window]), np.array(values[-window:])
     error = np.sqrt(first.var(ddof=1) / window + last.var(ddof=1) / window)
-    assert found is not None and found.window == window
-    assert np.allclose([found.before, found.after], [first.mean(), last.mean()])
-    assert found.is_clear == (abs(last.mean() - first.mean()) > 2 * error) or math.isclose(
+    assert result is not None and result.window == window
+    assert np.allclose([result.before, result.after], [first.mean(), last.mean()])
+    assert result.is_clear == (abs(last.mean() - first.mean()) > 2 * error) or math.isclose(
         abs(last.mean() - first.mean()), 2 * error, rel_tol=1e-6, abs_tol=1e-6)  # fmt: skip
 
 
@@ -95,27 +95,27 @@ def test_spread(count: int, most: int) -> None:
 
 @given(st.lists(st.integers(0, 10**6), unique=True, max_size=150).map(sorted), st.integers(1, 40))
 def test_columns(steps: list[int], most: int) -> None:
-    found = columns(steps, most)
-    members = [[step for step in steps if first <= step <= last] for first, last in found]
+    result = columns(steps, most)
+    members = [[step for step in steps if first <= step <= last] for first, last in result]
     assert joined(members) == steps
-    assert len(found) == min(most, len(steps))
-    assert not found or max(map(len, members)) - min(map(len, members)) <= 1
+    assert len(result) == min(most, len(steps))
+    assert not result or max(map(len, members)) - min(map(len, members)) <= 1
 
 
 @given(st.lists(st.dictionaries(st.sampled_from("abc"), NUMBERS | st.none() | st.just(math.nan))), st.integers(1, 9))
 def test_curves(lines: list[dict[str, float | None]], most: int) -> None:
     lines = [line | {"step": step} for step, line in enumerate(lines)]
-    found = curves(lines, most)
-    assert len(found["step"]) <= most
+    result = curves(lines, most)
+    assert len(result["step"]) <= most
     each = math.ceil(len(lines) / most)
     for name in "abc":
         values = [line.get(name) for line in lines]
         values = [math.nan if value is None else value for value in values]
         parts = [[v for v in values[start : start + each] if v == v] for start in range(0, len(values), each or 1)]
         expected = [np.mean(part) if part else None for part in parts]
-        if name in found:
-            assert [v is None for v in found[name]] == [v is None for v in expected]
-            assert np.allclose([v for v in found[name] if v is not None], [v for v in expected if v is not None])
+        if name in result:
+            assert [v is None for v in result[name]] == [v is None for v in expected]
+            assert np.allclose([v for v in result[name] if v is not None], [v for v in expected if v is not None])
         else:
             assert expected == [None] * len(expected)
 
@@ -126,30 +126,30 @@ ANSWERS = st.lists(st.lists(st.sampled_from("abcdef"), min_size=1, max_size=9), 
 @given(ANSWERS, st.integers(1, 7), st.integers(1, 9))
 def test_answer_map(answers: list[list[str]], most_rows: int, most_columns: int) -> None:
     steps = [3 * place + 1 for place in range(len(answers))]
-    found = answer_map([Counter(each) for each in answers], steps, most_rows, most_columns)
-    assert found.columns == columns(steps, most_columns)
-    assert len(set(found.rows) - {OTHER}) == min(most_rows, len(set(joined(answers))))
-    for place, (first, last) in enumerate(found.columns):
+    result = answer_map([Counter(each) for each in answers], steps, most_rows, most_columns)
+    assert result.columns == columns(steps, most_columns)
+    assert len(set(result.rows) - {OTHER}) == min(most_rows, len(set(joined(answers))))
+    for place, (first, last) in enumerate(result.columns):
         given_then = joined(each for step, each in zip(steps, answers, strict=True) if first <= step <= last)
-        for row, shares in zip(found.rows, found.shares, strict=True):
-            expected = np.mean([a not in found.rows if row == OTHER else a == row for a in given_then])
+        for row, shares in zip(result.rows, result.shares, strict=True):
+            expected = np.mean([a not in result.rows if row == OTHER else a == row for a in given_then])
             assert math.isclose(shares[place], expected, abs_tol=1e-9)
 
 
 def test_answers_come_in_the_order_of_their_time() -> None:
-    found = answer_map([Counter(["new"] * step + ["old"] * (9 - step)) for step in range(10)], list(range(10)), 5, 10)
-    assert found.rows == ["old", "new"]
+    result = answer_map([Counter(["new"] * step + ["old"] * (9 - step)) for step in range(10)], list(range(10)), 5, 10)
+    assert result.rows == ["old", "new"]
 
 
 @given(st.lists(st.lists(st.sampled_from([0.0, 0.25, 1.0, 7.5, math.nan]), min_size=1), min_size=1, max_size=12),
        st.integers(2, 6))  # fmt: skip
 def test_number_map(values: list[list[float]], most_rows: int) -> None:
-    found = number_map(values, list(range(len(values))), most_rows, 5)
+    result = number_map(values, list(range(len(values))), most_rows, 5)
     numbers = sorted({v for step in values for v in step if v == v})
-    for place, (first, last) in enumerate(found.columns):
+    for place, (first, last) in enumerate(result.columns):
         then = joined(values[first : last + 1])
-        assert math.isclose(sum(row[place] for row in found.shares), 1)
-        for row, shares in zip(found.rows, found.shares, strict=True):
+        assert math.isclose(sum(row[place] for row in result.shares), 1)
+        for row, shares in zip(result.rows, result.shares, strict=True):
             if row == UNSCORED:
                 expected = [v != v for v in then]
             elif len(numbers) <= most_rows:
@@ -215,10 +215,10 @@ def test_after_a_kill_each_step_is_there_once(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", num_steps=8)
     lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
     (run / "metrics.jsonl").write_text("".join(lines[:6] + lines[4:6]) + '{"step": 6, "rew')
-    found = read_run(run)
-    assert [line["step"] for line in found.lines] == list(range(6))
-    assert list(found.files) == list(range(1, 6))
-    assert {row[FIELDS.index("step")] for row in read_completions(found, 10**6).rows} == set(range(1, 6))
+    result = read_run(run)
+    assert [line["step"] for line in result.lines] == list(range(6))
+    assert list(result.files) == list(range(1, 6))
+    assert {row[FIELDS.index("step")] for row in read_completions(result, 10**6).rows} == set(range(1, 6))
 
 
 def test_a_sample_keeps_to_its_size_and_meets_prompts_again(tmp_path: Path) -> None:
