@@ -53,6 +53,7 @@ from .rollout import LoadedModel, awake, sample
 from .rollout.choose import UnfitEngine, make_engine
 from .rollout.own_attention import settle_attention
 from .rollout.sampling import sampling_of
+from .text.files import write_file
 from .text.plain import plain_lines, write_lines
 from .text.templates import today, uses_date
 from .text.tokens import CompletionTexts
@@ -115,7 +116,7 @@ class Evaluation:
                              "--output, or remove it")  # fmt: skip
         if os.environ.get("RANK", "0") == "0":
             self.directory.mkdir(parents=True, exist_ok=True)
-            _write(path, json.dumps(identity, indent=1))
+            write_file(path, json.dumps(identity, indent=1))
 
     def run(self, ranks: Ranks) -> Rows:
         """Sample and score what is not there yet, and return a row for each prompt."""
@@ -128,7 +129,7 @@ class Evaluation:
             prompts = self.prompts[start : start + _PROMPTS_A_PART]
             rows = self._rows(prompts, self._sample(ranks, prompts, start))
             if ranks.is_main:
-                _write(self._path(start), "".join(f"{json.dumps(row)}\n" for row in rows))
+                write_file(self._path(start), "".join(f"{json.dumps(row)}\n" for row in rows))
         ranks.barrier()
         return [json.loads(line) for start in parts for line in self._path(start).read_text().splitlines()]
 
@@ -216,16 +217,6 @@ def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
 
-def _write(path: Path, text: str) -> None:
-    """Write a file as a whole or not at all: half a part would be taken for a part."""
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.rename(path)
-
-
 def _table(title: str, tables: dict[str, dict[str, Estimate]], num_prompts: dict[str, int]) -> Table:
     table = Table(title=title)
     table.add_column("measure")
@@ -257,7 +248,7 @@ def report(rows: Rows, num_samples: int, other: Path | None, directory: Path) ->
             f"{result.difference.high:+.4f}] over {result.num_prompts} common prompts, p = {result.p_value:.4g}",
             markup=False,
         )
-    _write(directory / "summary.json", json.dumps(summary, indent=1))
+    write_file(directory / "summary.json", json.dumps(summary, indent=1))
 
 
 def read_options(arguments: Sequence[str] | None = None) -> tuple[argparse.Namespace, Config]:

@@ -21,7 +21,7 @@ from .algorithm.hashing import stream_key
 from .algorithm.losses import policy_loss, value_loss
 from .algorithm.ratios import rollout_weights
 from .algorithm.schedule import learning_rate
-from .algorithm.targets import needs_old_policy, next_kl_coeff, objective_of, with_advantages
+from .algorithm.targets import needs_old_policy, next_kl_coeff, with_advantages
 from .checkpoint.state import TrainState
 from .monitoring.alarms import Metrics
 from .monitoring.metrics import UpdateMetrics, pass_rates
@@ -73,7 +73,6 @@ def train_step(parts: Parts, state: TrainState) -> Metrics:
 def update(parts: Parts, state: TrainState, batch: Batch, minibatch: Minibatch) -> dict[str, float]:
     """One optimizer step on a minibatch; returns its metrics."""
     config, loss_config = parts.config, parts.config.loss
-    objective = objective_of(loss_config, state.kl_coeff)
     dropout_key = stream_key(config.train.seed, "dropout", state.step, state.updates)
     metrics = UpdateMetrics(parts.ranks.device)
     for number, each in enumerate(minibatch.packs, 1):
@@ -88,8 +87,8 @@ def update(parts: Parts, state: TrainState, batch: Batch, minibatch: Minibatch) 
                 old, tokens.sampled, pack.sequence, loss_config.importance_correction, loss_config.importance_level,
                 loss_config.importance_low, loss_config.importance_high,
             )  # fmt: skip
-            loss = policy_loss(objective, logprobs, entropies, old, tokens.reference, tokens.advantages * importance,
-                               tokens.weights, pack.sequence)  # fmt: skip
+            loss = policy_loss(loss_config, state.kl_coeff, logprobs, entropies, old, tokens.reference,
+                               tokens.advantages * importance, tokens.weights, pack.sequence)  # fmt: skip
             total, means = loss.total, {"entropy": entropies}
             if values is not None:
                 assert tokens.values is not None and tokens.returns is not None, "a critic has an old policy"

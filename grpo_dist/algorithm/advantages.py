@@ -9,13 +9,10 @@ Shapes: N completions, T completion tokens in the order of the completions, E re
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
-Baseline = Literal["mean", "leave_one_out"]
-Scale = Literal["group", "batch", "none"]
+from ..config.algorithm import GroupBaseline, Scale
 
 STD_FLOOR = 1e-4
 """Added to a std before dividing by it, as TRL does: rewards that differ by rounding alone must not become signal."""
@@ -45,7 +42,7 @@ def has_spread(rewards: Tensor, group: Tensor) -> Tensor:
 
 
 def group_relative_advantages(
-    rewards: Tensor, group: Tensor, baseline: Baseline, scale: Scale, owner: Tensor | None = None
+    rewards: Tensor, group: Tensor, baseline: GroupBaseline, scale: Scale, owner: Tensor | None = None
 ) -> Tensor:
     """Advantage of each reward relative to its group (DeepSeekMath, arXiv:2402.03300, sections 4.1.2 and 4.1.3).
 
@@ -84,7 +81,7 @@ def weighted_rewards(rewards: Tensor, weights: list[float]) -> Tensor:
 
 
 def relative_advantages(
-    rewards: Tensor, weights: list[float], lengths: Tensor, group: Tensor, *, baseline: Baseline, scale: Scale,
+    rewards: Tensor, weights: list[float], lengths: Tensor, group: Tensor, *, baseline: GroupBaseline, scale: Scale,
     normalise_each: bool, gamma: float,
 ) -> Tensor:  # fmt: skip
     """Advantage of each token relative to its completion's group: (T,) float64.

@@ -5,12 +5,10 @@ Shapes: M completion tokens of a pack, or any other number of whole completions.
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
-KlEstimator = Literal["k1", "k2", "k3", "abs", "squared_sequence"]
+from ..config.algorithm import KlEstimator
 
 CONTROLLER_GAIN = 0.1
 CONTROLLER_BAND = 0.2

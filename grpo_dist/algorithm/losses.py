@@ -7,33 +7,13 @@ normalisation, so that the sum over all packs of all ranks is the loss of the wh
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-from .kl import KlEstimator, kl_estimate
-from .ratios import RatioLevel, policy_ratio
-
-Aggregation = Literal["sequence_mean", "token_mean", "constant", "prompt_mean", "sequence_sum"]
-Surrogate = Literal["grpo", "reinforce", "cispo", "sapo"]
-
-
-@dataclass(frozen=True)
-class Objective:
-    """What one token's loss is made of; the options of the same names in the config say what they do."""
-
-    surrogate: Surrogate
-    ratio_level: RatioLevel
-    clip_low: float
-    clip_high: float
-    dual_clip: float | None
-    sapo_temperature_positive: float
-    sapo_temperature_negative: float
-    kl_coeff: float
-    kl_estimator: KlEstimator
-    kl_unbiased: bool
-    entropy_coeff: float
+from ..config.algorithm import AUTO_IS_RESOLVED, Aggregation, LossConfig
+from .kl import kl_estimate
+from .ratios import policy_ratio
 
 
 @dataclass(frozen=True)
@@ -83,64 +63,66 @@ def token_weights(
     return torch.repeat_interleave(torch.where(included, per_token, 0.0), lengths).float()
 
 
-def _clipped(ratio: Tensor, advantages: Tensor, objective: Objective) -> tuple[Tensor, Tensor, Tensor]:
+def _clipped(ratio: Tensor, advantages: Tensor, options: LossConfig) -> tuple[Tensor, Tensor, Tensor]:
     """GRPO's clipped surrogate (DeepSeekMath, arXiv:2402.03300, eq. 3; DAPO, arXiv:2503.14476, eq. 8, for two clips).
 
     `dual_clip` also bounds the ratio where the advantage is negative (dual clip, arXiv:1912.09729).
     """
-    low, high = 1 - objective.clip_low, 1 + objective.clip_high
+    low, high = 1 - options.clip_low, 1 + options.clip_high
     clipped_low = (ratio < low) & (advantages < 0)
     clipped_high = (ratio > high) & (advantages > 0)
     bounded = ratio
-    if objective.dual_clip is not None:
-        bounded = ratio.clamp(max=objective.dual_clip)
-        clipped_high |= (ratio > objective.dual_clip) & (advantages < 0)
+    if options.dual_clip is not None:
+        bounded = ratio.clamp(max=options.dual_clip)
+        clipped_high |= (ratio > options.dual_clip) & (advantages < 0)
     losses = -torch.minimum(bounded * advantages, ratio.clamp(low, high) * advantages)
     return losses, clipped_low, clipped_high
 
 
 def _surrogate(
-    logprobs: Tensor, ratio: Tensor, advantages: Tensor, objective: Objective
+    logprobs: Tensor, ratio: Tensor, advantages: Tensor, options: LossConfig
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Loss of each token without penalties, to be minimised, and where its clips decided: three (M,) tensors."""
     never = torch.zeros_like(ratio, dtype=torch.bool)
-    if objective.surrogate == "grpo":
-        return _clipped(ratio, advantages, objective)
-    if objective.surrogate == "reinforce":  # Williams (1992)
+    if options.objective == "grpo":
+        return _clipped(ratio, advantages, options)
+    if options.objective == "reinforce":  # Williams (1992)
         return -advantages * logprobs, never, never
-    if objective.surrogate == "cispo":  # MiniMax-M1, arXiv:2506.13585: the weight is clipped, the gradient stays
-        low, high = 1 - objective.clip_low, 1 + objective.clip_high
+    if options.objective == "cispo":  # MiniMax-M1, arXiv:2506.13585: the weight is clipped, the gradient stays
+        low, high = 1 - options.clip_low, 1 + options.clip_high
         weight = ratio.detach().clamp(low, high)
         return -weight * advantages * logprobs, ratio < low, ratio > high
     # SAPO, arXiv:2511.20347: a gate with slope 1 at ratio 1 that closes smoothly on both sides
-    negative = torch.full_like(ratio, objective.sapo_temperature_negative)
-    temperature = torch.where(advantages > 0, objective.sapo_temperature_positive, negative)
+    negative = torch.full_like(ratio, options.sapo_temperature_negative)
+    temperature = torch.where(advantages > 0, options.sapo_temperature_positive, negative)
     gate = torch.sigmoid(temperature * (ratio - 1)) * 4 / temperature
     return -gate * advantages, never, never
 
 
 def policy_loss(
-    objective: Objective, logprobs: Tensor, entropies: Tensor, old: Tensor, reference: Tensor | None,
+    options: LossConfig, kl_coeff: float, logprobs: Tensor, entropies: Tensor, old: Tensor, reference: Tensor | None,
     advantages: Tensor, weights: Tensor, sequence: Tensor,
 ) -> Loss:  # fmt: skip
     """Loss of one pack: the surrogate, plus `kl_coeff` times the KL penalty, minus `entropy_coeff` times the entropy.
 
+    `kl_coeff` is the coefficient of this step: the controller of `kl_target` moves it away from `options.kl_coeff`.
     All tensors (M,): log-probabilities (nats) under the policy (with gradient), under the policy that sampled or opened
     the batch (`old`), under the reference (None: no penalty); entropies (nats); advantages; weights from
     `token_weights`; and `sequence`, the pack's completions numbered from 0. With `kl_unbiased` the penalty is
     multiplied by the token's ratio, which makes its gradient that of the KL under the policy as it now is
     (DeepSeek-V3.2, arXiv:2512.02556).
     """
-    ratio = policy_ratio(logprobs, old, sequence, objective.ratio_level)
-    per_token, low, high = _surrogate(logprobs, ratio, advantages, objective)
+    ratio = policy_ratio(logprobs, old, sequence, options.ratio_level)
+    per_token, low, high = _surrogate(logprobs, ratio, advantages, options)
     policy = total = (per_token * weights).sum()
     kl = torch.zeros_like(logprobs)
     if reference is not None:
-        kl = kl_estimate(logprobs, reference, sequence, objective.kl_estimator)
-        penalty = kl * policy_ratio(logprobs, old, sequence, "token") if objective.kl_unbiased else kl
-        total = total + objective.kl_coeff * (penalty * weights).sum()
-    if objective.entropy_coeff:
-        total = total - objective.entropy_coeff * (entropies * weights).sum()
+        assert options.kl_estimator != "auto", AUTO_IS_RESOLVED
+        kl = kl_estimate(logprobs, reference, sequence, options.kl_estimator)
+        penalty = kl * policy_ratio(logprobs, old, sequence, "token") if options.kl_unbiased else kl
+        total = total + kl_coeff * (penalty * weights).sum()
+    if options.entropy_coeff:
+        total = total - options.entropy_coeff * (entropies * weights).sum()
     return Loss(total, policy.detach(), kl.detach(), ratio.detach(), low, high)
 
 

@@ -6,14 +6,12 @@ Shapes: M completion tokens of a pack; its completions, numbered from 0 by `sequ
 from __future__ import annotations
 
 import math
-from typing import Literal
 
 import torch
 from torch import Tensor
 
+from ..config.algorithm import ImportanceCorrection, RatioLevel
 from .kl import sequence_sums
-
-RatioLevel = Literal["token", "sequence"]
 
 
 def policy_ratio(logprobs: Tensor, old: Tensor, sequence: Tensor, level: RatioLevel) -> Tensor:
@@ -31,7 +29,7 @@ def policy_ratio(logprobs: Tensor, old: Tensor, sequence: Tensor, level: RatioLe
 
 
 def rollout_weights(
-    old: Tensor, sampled: Tensor, sequence: Tensor, correction: Literal["none", "truncate", "mask"], level: RatioLevel,
+    old: Tensor, sampled: Tensor, sequence: Tensor, correction: ImportanceCorrection, level: RatioLevel,
     low: float, high: float,
 ) -> Tensor:  # fmt: skip
     """Weight of each token that corrects for an engine which samples from another distribution than is trained: (M,).

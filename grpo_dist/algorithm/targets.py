@@ -11,7 +11,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ..config.algorithm import LossConfig
+from ..config.algorithm import AUTO_IS_RESOLVED, LossConfig
 from ..config.schema import Config
 from ..types import Batch, all_token_rewards, at_last_tokens
 from .advantages import (
@@ -25,9 +25,7 @@ from .advantages import (
     whiten,
 )
 from .kl import adapted_coefficient, kl_estimate
-from .losses import Objective
 
-_SETTLED = "`auto` was settled when the config was made"
 _NEEDS_OLD = "the old policy comes before what depends on it"
 ENTROPY_SLACK = 1e-5
 """Entropies (nats) that differ by less are equal: far above float32's rounding, far below what tells tokens apart."""
@@ -53,17 +51,6 @@ def reference_in_loss(config: Config) -> bool:
 def has_reference(config: Config) -> bool:
     """Whether anything is computed from the reference's log-probabilities."""
     return config.loss.kl_in == "reward" or reference_in_loss(config)
-
-
-def objective_of(loss: LossConfig, kl_coeff: float) -> Objective:
-    """The objective of an update, with the coefficient as it now is."""
-    assert loss.kl_estimator != "auto", _SETTLED
-    return Objective(
-        surrogate=loss.objective, ratio_level=loss.ratio_level, clip_low=loss.clip_low, clip_high=loss.clip_high,
-        dual_clip=loss.dual_clip, sapo_temperature_positive=loss.sapo_temperature_positive,
-        sapo_temperature_negative=loss.sapo_temperature_negative, kl_coeff=kl_coeff, kl_estimator=loss.kl_estimator,
-        kl_unbiased=loss.kl_unbiased, entropy_coeff=loss.entropy_coeff,
-    )  # fmt: skip
 
 
 def included(config: Config, batch: Batch) -> Tensor:
@@ -112,7 +99,7 @@ def with_advantages(config: Config, batch: Batch, reward_weights: list[float], k
             sums = group_sums(penalty, batch.sequence, len(scored))
             lost = at_last_tokens(torch.where(scored, sums, torch.nan)[:, None], batch.lengths)
             rewards, weights = torch.cat([rewards, lost], 1), [*weights, -kl_coeff]
-        assert advantage.scale != "auto" and advantage.baseline in ("mean", "leave_one_out"), _SETTLED
+        assert advantage.scale != "auto" and advantage.baseline in ("mean", "leave_one_out"), AUTO_IS_RESOLVED
         advantages = relative_advantages(
             rewards, weights, batch.lengths, batch.group, baseline=advantage.baseline, scale=advantage.scale,
             normalise_each=advantage.several_rewards == "normalise_then_sum", gamma=loss.gamma,
@@ -143,7 +130,7 @@ def kl_penalty(config: Config, batch: Batch) -> Tensor | None:
     if config.loss.kl_in == "loss":
         return None
     assert batch.old is not None and batch.reference_logprobs is not None, _NEEDS_OLD
-    assert config.loss.kl_estimator != "auto", _SETTLED
+    assert config.loss.kl_estimator != "auto", AUTO_IS_RESOLVED
     return kl_estimate(batch.old.logprobs, batch.reference_logprobs, batch.sequence, config.loss.kl_estimator).double()
 
 

@@ -11,11 +11,10 @@ from array import array
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 from safetensors.torch import save_file
 
-from ..config.parse import flat
 from ..types import Batch, Prompt
 
 log = logging.getLogger(__name__)
@@ -63,12 +62,6 @@ def data_fingerprint(prompts: Iterable[Prompt]) -> str:
     for prompt in prompts:
         digest.update(array("q", [len(prompt.ids), *prompt.ids]).tobytes())
     return digest.hexdigest()[:16]
-
-
-def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """One line an option that differs, with both values."""
-    a, b = flat(before), flat(now)
-    return [f"{key}: {a.get(key)!r} -> {b.get(key)!r}" for key in sorted({*a, *b}) if a.get(key) != b.get(key)]
 
 
 @dataclass

@@ -7,15 +7,15 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from ..config.parse import redacted
 from ..config.schema import Config
+from ..config.values import differences, redacted
 from ..data.mixture import identifying, order_of
 from ..model.load import base_identity
 from ..monitoring.machine import versions
 from ..text.templates import today, uses_date
 from ..types import Prompt
 from . import store as checkpoint
-from .guards import data_fingerprint, differences
+from .guards import data_fingerprint
 from .state import NEEDED as STATE_NEEDS
 
 NEEDED = STATE_NEEDS | {"identity": dict, "config": dict, "versions": dict}

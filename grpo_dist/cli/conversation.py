@@ -22,7 +22,7 @@ from ..config.schema import DataConfig
 from ..data.prompts import render
 from ..model.load import end_token_ids, load_causal_lm
 from ..model.policy import Policy
-from ..text.plain import plain
+from ..text.plain import plain_lines
 from ..text.tokens import CompletionTexts
 
 _LINE_CHARACTERS = 10_000
@@ -68,7 +68,8 @@ class Conversation:
         answers = dict.fromkeys((voice.name for voice in self.voices), "")
         if not self.console.is_terminal:
             for voice in self.voices:
-                print(f"--- {voice.name}\n{harmless(self._generate(voice, prompt, lambda _: None))}", flush=True)
+                answer = plain_lines(self._generate(voice, prompt, lambda _: None), _LINE_CHARACTERS)
+                print(f"--- {voice.name}\n{answer}", flush=True)
             return
         with Live(_side_by_side(answers), console=self.console, vertical_overflow="visible") as live:
             for voice in self.voices:
@@ -121,14 +122,9 @@ class _Shown(BaseStreamer):
         """Do nothing: the last token is shown already."""
 
 
-def harmless(text: str) -> str:
-    """A text of several lines without terminal control characters."""
-    return "\n".join(plain(line, _LINE_CHARACTERS) for line in text.splitlines())
-
-
 def _side_by_side(answers: dict[str, str]) -> Table:
     table = Table(*answers, expand=True, show_lines=False)
     for column in table.columns:
         column.ratio, column.overflow = 1, "fold"
-    table.add_row(*(Text(harmless(text)) for text in answers.values()))
+    table.add_row(*(Text(plain_lines(text, _LINE_CHARACTERS)) for text in answers.values()))
     return table

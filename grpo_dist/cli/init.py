@@ -19,10 +19,10 @@ from typing import Any
 
 import yaml
 
-from ..config.parse import flat, group_type, option_types
+from ..config.parse import group_type, option_types
 from ..config.schema import Config, RewardConfig
 from ..config.shipped import shipped
-from ..config.values import descriptions
+from ..config.values import descriptions, flat
 from ..data.rows import load_rows
 from ..rewards.registry import BUILT_IN
 

@@ -22,8 +22,8 @@ from ..config.schema import Config
 from ..planning.tables import readable, table_of
 
 if TYPE_CHECKING:
-    from ..planning.memory import Phase
-    from ..planning.predict import Predictor, ZeroStage
+    from ..planning.memory import Phase, ZeroStage
+    from ..planning.predict import Predictor
 
 STRATEGIES: dict[str, ZeroStage] = {"DDP": 0, "ZeRO-1": 1, "ZeRO-2": 2, "ZeRO-3": 3}
 RESERVE = 0.1

@@ -14,15 +14,25 @@ from .checks import require
 if TYPE_CHECKING:
     from .schema import Config
 
+GroupBaseline = Literal["mean", "leave_one_out"]
+Scale = Literal["group", "batch", "none"]
+Surrogate = Literal["grpo", "reinforce", "cispo", "sapo"]
+RatioLevel = Literal["token", "sequence"]
+Aggregation = Literal["sequence_mean", "token_mean", "constant", "prompt_mean", "sequence_sum"]
+KlEstimator = Literal["k1", "k2", "k3", "abs", "squared_sequence"]
+ImportanceCorrection = Literal["none", "truncate", "mask"]
+
+AUTO_IS_RESOLVED = "Config replaces `auto` by what it stands for"
+
 
 @dataclass
 class AdvantageConfig:
     """How rewards become advantages."""
 
-    baseline: Literal["mean", "leave_one_out", "none", "critic"] = "mean"
+    baseline: Literal[GroupBaseline, "none", "critic"] = "mean"
     """Subtracted from each reward: the mean of its group, the mean of the others in its group, nothing, or what a
     learned critic expects."""
-    scale: Literal["auto", "group", "batch", "none"] = "auto"
+    scale: Literal["auto", Scale] = "auto"
     """Divide by the std of the group, by the std of the batch, or by nothing; `auto` is `group` with a group's baseline
     (but `batch` for `reinforce`) and `batch` without. Without a group's baseline `batch` also subtracts the mean."""
     several_rewards: Literal["sum_then_normalise", "normalise_then_sum"] = "sum_then_normalise"
@@ -44,10 +54,10 @@ class AdvantageConfig:
 class LossConfig:
     """The objective of an update."""
 
-    objective: Literal["grpo", "reinforce", "cispo", "sapo"] = "grpo"
+    objective: Surrogate = "grpo"
     """`grpo`: clipped ratio (PPO, DeepSeekMath eq. 3). `reinforce`: log-probability times advantage. `cispo`: the same
     times the clipped and detached ratio. `sapo`: a soft gate on the ratio."""
-    ratio_level: Literal["token", "sequence"] = "token"
+    ratio_level: RatioLevel = "token"
     """Ratio of each token, or of its whole completion (GSPO: the geometric mean of its tokens' ratios)."""
     clip_low: float = 0.2
     """The ratio is clipped below at 1 - clip_low; 1 turns that off."""
@@ -59,7 +69,7 @@ class LossConfig:
     """How fast `sapo`'s gate closes where the advantage is positive."""
     sapo_temperature_negative: float = 1.05
     """The same where it is not."""
-    aggregation: Literal["auto", "sequence_mean", "token_mean", "constant", "prompt_mean", "sequence_sum"] = "auto"
+    aggregation: Literal["auto", Aggregation] = "auto"
     """How tokens are weighed: the mean over sequences of the mean over tokens (GRPO), the mean over all tokens of the
     step (DAPO), the sum over tokens divided by sequences times rollout.max_completion_length (Dr. GRPO), the mean over
     prompts of the mean over their tokens, or the mean over sequences of the sum over tokens; `auto` is `sequence_sum`
@@ -71,7 +81,7 @@ class LossConfig:
     """Discount of a reward for each token between it and the token that is credited."""
     kl_coeff: float = 0.04
     """Weight of the penalty that keeps the policy near the reference; 0 leaves the reference uncomputed."""
-    kl_estimator: Literal["auto", "k1", "k2", "k3", "abs", "squared_sequence"] = "auto"
+    kl_estimator: Literal["auto", KlEstimator] = "auto"
     """Schulman's estimators per token, the absolute log-ratio per token, or the squared log-ratio of whole sequences
     (the recipe); `auto` is `squared_sequence` for `reinforce`, `k1` for kl_in `reward`, and else `k3`."""
     kl_in: Literal["loss", "reward"] = "loss"
@@ -86,10 +96,10 @@ class LossConfig:
     """Weight of the entropy bonus, aggregated as the loss is."""
     top_entropy_quantile: float = 1.0
     """Only this share of the step's tokens, those of the highest entropy, gets a policy gradient; 1 is all of them."""
-    importance_correction: Literal["none", "truncate", "mask"] = "none"
+    importance_correction: ImportanceCorrection = "none"
     """Weigh tokens by the trainer's probability over the rollout engine's: cut off at importance_high (TIS), or 0
     outside [importance_low, importance_high] (IcePop, MIS)."""
-    importance_level: Literal["token", "sequence"] = "token"
+    importance_level: RatioLevel = "token"
     """Whether that ratio is the token's or its whole completion's."""
     importance_low: float = 0.5
     """Lower bound of `mask`."""

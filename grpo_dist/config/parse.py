@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import functools
 import itertools
-import json
 import re
 import sys
 from dataclasses import fields, is_dataclass
@@ -20,7 +19,6 @@ from .shipped import shipped
 PRESETS = shipped("configs") / "algorithms"
 DRY_RUN = "--dry_run"
 """Instead of a run, its check; not an option of a run, and not in a config file."""
-SECRET = re.compile(r"token|key|secret|password|credential", re.IGNORECASE)
 
 
 @functools.cache
@@ -142,23 +140,3 @@ def _preset_first(arguments: list[str]) -> list[str]:
             path = PRESETS / f"{value if equals else arguments[place + 1]}.yaml"
             return ["--config", str(path), *arguments] if path.is_file() else arguments
     return arguments
-
-
-def redacted(values: Any, name: str = "") -> Any:
-    """A config's values with everything that looks like a secret by its name left out."""
-    if isinstance(values, dict):
-        return {key: redacted(value, str(key)) for key, value in values.items()}
-    if isinstance(values, (list, tuple)):
-        return [redacted(value, name) for value in values]
-    return "<redacted>" if isinstance(values, str) and SECRET.search(name) else values
-
-
-def flat(options: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested options by their dotted names, as JSON would hold them."""
-    found: dict[str, Any] = {}
-    for key, value in options.items():
-        if isinstance(value, dict):
-            found |= flat(value, f"{prefix}{key}.")
-        else:
-            found[f"{prefix}{key}"] = json.loads(json.dumps(value))
-    return found

@@ -14,7 +14,9 @@ from .algorithm import AdvantageConfig, CriticConfig, LossConfig, check_algorith
 from .checks import is_date, require
 from .rewards import RewardConfig, ScoringConfig
 
-Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+ComputeDtype = Literal["float32", "bfloat16"]
+Dtype = Literal["auto", ComputeDtype, "float16"]
+TokensInFlight = int | Literal["auto"]
 
 
 @dataclass
@@ -25,7 +27,7 @@ class ModelConfig:
     """Hub id or local path of a causal language model, or `toy` or `toy-carry`, which ship with the package."""
     revision: str | None = None
     """Branch, tag or commit on the hub."""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    dtype: Literal["auto", ComputeDtype] = "auto"
     """Compute dtype of the policy; `auto` is bfloat16 on a GPU that has it and float32 elsewhere. Not float16, in which
     small gradients are 0 unless the loss is scaled."""
     attn_implementation: str = "auto"
@@ -162,7 +164,7 @@ class RolloutConfig:
     max_resamples: int = 0
     """Dynamic sampling: groups whose rewards are all equal are replaced by groups of further prompts, in at most this
     many rounds a step; what is still missing then is filled up with groups that were to be replaced."""
-    max_tokens_in_flight: int | Literal["auto"] = "auto"
+    max_tokens_in_flight: TokensInFlight = "auto"
     """Most tokens (prompts and completions) whose keys and values are held at once on a rank; further prompts wait.
     `auto` is what fits into a GPU's free memory, and 262144 on a CPU. Where memory runs out all the same, half as many
     are decoded at once. The completions are the same."""

@@ -1,21 +1,49 @@
-"""Options as values: by their dotted names, with their defaults and what is said of them."""
+"""Options as values: their dotted names, defaults and descriptions, the differences of two configs, and secrets."""
 
 from __future__ import annotations
 
+import json
+import re
+from collections.abc import Mapping
 from dataclasses import MISSING, Field
 from typing import Any
 
 from docstring_parser import parse_from_object
 
+SECRET = re.compile(r"token|key|secret|password|passwd|credential", re.IGNORECASE)
+"""Names that look like those of secrets: of options, of a reward's arguments, of environment variables."""
 
-def flat(config: Any, name: str = "") -> dict[str, Any]:
-    """Return a nested config by dotted names; lists of mappings get their numbers as names."""
-    if isinstance(config, list) and any(isinstance(each, dict) for each in config):
-        config = dict(enumerate(config))
-    if not isinstance(config, dict) or not config:
-        return {name: config}
-    return {key: value for part, below in config.items()
-            for key, value in flat(below, f"{name}.{part}" if name else str(part)).items()}  # fmt: skip
+
+def flat(values: Mapping[str, Any], *, numbered: bool = False, prefix: str = "") -> dict[str, Any]:
+    """Return nested values by their dotted names, each as JSON holds it; an empty group is a value of its own.
+
+    A list is one value. With `numbered`, a list of groups is a group instead, and its numbers are names
+    (`rewards.0.name`): trackers and the report show one number or text a name.
+    """
+    named: dict[str, Any] = {}
+    for part, value in values.items():
+        if numbered and isinstance(value, list) and any(isinstance(each, dict) for each in value):
+            value = dict(enumerate(value))
+        if isinstance(value, dict) and value:
+            named |= flat(value, numbered=numbered, prefix=f"{prefix}{part}.")
+        else:
+            named[f"{prefix}{part}"] = json.loads(json.dumps(value, default=str))
+    return named
+
+
+def redacted(values: Any, name: str = "") -> Any:
+    """Return a config's values without the texts whose names look like those of secrets."""
+    if isinstance(values, dict):
+        return {key: redacted(value, str(key)) for key, value in values.items()}
+    if isinstance(values, (list, tuple)):
+        return [redacted(value, name) for value in values]
+    return "<redacted>" if isinstance(values, str) and SECRET.search(name) else values
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Return one line for each option that differs, with both values."""
+    a, b = flat(before), flat(now)
+    return [f"{key}: {a.get(key)!r} -> {b.get(key)!r}" for key in sorted({*a, *b}) if a.get(key) != b.get(key)]
 
 
 def descriptions(group: type) -> dict[str, str]:

@@ -14,11 +14,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from torch import Tensor
 
-from ..config.parse import redacted
 from ..config.schema import Config
-from ..config.values import flat
+from ..config.values import flat, redacted
 from ..distributed.ranks import dtype_name, resolve_dtype
 from ..rewards.registry import answer_reader
+from ..text.files import write_file
 from ..text.plain import answer_of
 from ..types import Batch
 from .alarms import Alarm, Alarms, Metrics, rules_for
@@ -77,14 +77,15 @@ class Recorder:
         self.logging = config.logging
         path = directory / "metrics.jsonl"
         kept = [line for line in read_json_lines(path) if line["step"] <= first_step]
-        path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        write_file(path, "".join(json.dumps(line) + "\n" for line in kept))
         self.file = path.open("a", buffering=1)
         dtype = dtype_name(resolve_dtype(config.model.dtype))
         self.alarms = Alarms(rules_for(config.loss.kl_estimator, dtype))
         self.alarm_file = (directory / "alarms.jsonl").open("w", buffering=1)
         for line in kept:
             self._ring(line)
-        source = Source(directory, run_name(directory, first_step), flat(redacted(asdict(config))), first_step)
+        options = flat(redacted(asdict(config)), numbered=True)
+        source = Source(directory, run_name(directory, first_step), options, first_step)
         self.mirrors = [Mirror(kind, source) for kind in config.logging.trackers]
         self.read_answer = answer_reader(config.rewards)
         self.pictures: dict[str, dict[str, Any]] = {}

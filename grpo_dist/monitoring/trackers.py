@@ -25,6 +25,7 @@ import numpy as np
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 
 from ..config.checks import require
+from ..text.files import write_file
 
 log = logging.getLogger(__name__)
 
@@ -82,7 +83,7 @@ def run_name(directory: Path, first_step: int) -> str:
     """Return the output directory's name with a mark that is this run's own, through all its starts."""
     path = directory / "tracker_id"
     if first_step < 0 or not path.exists():
-        path.write_text(uuid.uuid4().hex[:8])
+        write_file(path, uuid.uuid4().hex[:8])
     return f"{directory.resolve().name}-{path.read_text()}"
 
 

@@ -7,8 +7,8 @@ from dataclasses import replace
 from typing import Any
 
 from ..config.schema import Config
-from .memory import Phase, peaks
-from .predict import Device, Predictor, ZeroStage, tokens_in_flight
+from .memory import Phase, ZeroStage, peaks
+from .predict import Device, Predictor, tokens_in_flight
 
 Change = tuple[str, Config, ZeroStage]
 

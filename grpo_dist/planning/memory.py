@@ -11,6 +11,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+ZeroStage = Literal[0, 1, 2, 3]
 Phase = Literal["always", "rollout", "reference", "update", "optimizer"]
 PHASES: tuple[Phase, ...] = ("rollout", "reference", "update", "optimizer")
 
@@ -83,7 +84,7 @@ class MemoryInputs:
     passes: Passes
     flight: Flight
     num_ranks: int
-    zero_stage: Literal[0, 1, 2, 3]
+    zero_stage: ZeroStage
     """0: DDP, or one process without DeepSpeed."""
     policy_bytes: int
     """Bytes of one weight of the policy."""

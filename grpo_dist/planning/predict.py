@@ -20,11 +20,10 @@ from ..rollout.native.cache import SLOT_CHUNK
 from ..rollout.native.engine import COPIED_PROMPT
 from ..rollout.native.kernel import MERGED
 from ..rollout.room import LOGIT_BYTES, ON_CPU, fitting
-from .memory import Flight, MemoryInputs, ModelCounts, Part, Passes, memory_per_rank, slots_held
+from .memory import Flight, MemoryInputs, ModelCounts, Part, Passes, ZeroStage, memory_per_rank, slots_held
 from .tracing import Precision, Shape, build_policy, count, reward_model_bytes, trace_passes
 
 Device = Literal["gpu", "cpu"]
-ZeroStage = Literal[0, 1, 2, 3]
 
 
 @dataclass(frozen=True)

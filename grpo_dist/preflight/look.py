@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from ..config.parse import flat, redacted
+from ..config.values import flat, redacted
 from ..distributed.launch_config import require_known_launch
 from ..text.plain import plain
 from .findings import Findings

@@ -15,8 +15,9 @@ import yaml
 from jsonargparse import ArgumentError, ArgumentParser, get_loader
 
 from ..config.checks import collected_refusals
-from ..config.parse import PRESETS, group_type, make_parser, nearest_option, option_types, presets, redacted, to_config
+from ..config.parse import PRESETS, group_type, make_parser, nearest_option, option_types, presets, to_config
 from ..config.schema import Config
+from ..config.values import redacted
 
 COMMAND_LINE = "the command line"
 _NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text", NoneType: "null",

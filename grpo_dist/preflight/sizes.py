@@ -8,8 +8,8 @@ import psutil
 import torch
 
 from ..config.schema import Config
-from ..planning.memory import MemoryInputs, ModelCounts, memory_per_rank, peaks
-from ..planning.predict import Predictor, ZeroStage, batch_arithmetic
+from ..planning.memory import MemoryInputs, ModelCounts, ZeroStage, memory_per_rank, peaks
+from ..planning.predict import Predictor, batch_arithmetic
 from ..rollout.room import RESERVE
 from .contents import Contents
 from .findings import Findings

@@ -11,10 +11,12 @@ from typing import Any, Literal
 import yaml
 
 from .. import __version__
-from ..config.parse import flat
 from ..config.schema import Config
+from ..config.values import flat
 from ..monitoring.machine import versions
 from ..text.plain import plain
+
+Kind = Literal["merged", "adapter"]
 
 _ROWS = 9
 _COURSE = {
@@ -27,16 +29,13 @@ _SHOWN_CHARACTERS = 120
 
 
 def write_card(
-    directory: Path, config: Mapping[str, Any], history: Sequence[Mapping[str, Any]], step: int,
-    kind: Literal["merged", "adapter"],
-) -> None:  # fmt: skip
+    directory: Path, config: Mapping[str, Any], history: Sequence[Mapping[str, Any]], step: int, kind: Kind
+) -> None:
     """Write README.md into the directory of an exported model."""
     (directory / "README.md").write_text(model_card(config, history, step, kind), encoding="utf-8")
 
 
-def model_card(
-    config: Mapping[str, Any], history: Sequence[Mapping[str, Any]], step: int, kind: Literal["merged", "adapter"]
-) -> str:
+def model_card(config: Mapping[str, Any], history: Sequence[Mapping[str, Any]], step: int, kind: Kind) -> str:
     """Markdown with the front matter for the hub.
 
     `config` is the resolved config without secrets, `history` the lines of metrics.jsonl. Lines after `step` describe
@@ -124,7 +123,7 @@ def _data(config: Mapping[str, Any]) -> str:
 
 def _options(config: Mapping[str, Any]) -> str:
     defaults = flat(asdict(Config()))
-    given = {key: value for key, value in flat(dict(config)).items()
+    given = {key: value for key, value in flat(config).items()
              if (key not in defaults or value != defaults[key]) and not key.startswith(_ABOUT_THE_MACHINE)}  # fmt: skip
     return yaml.safe_dump(_place(given), sort_keys=False, width=110)
 

@@ -4,26 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from typing import Any
 
-UNSEEN = re.compile(
-    "[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb\ud800-\udfff"
-    "\U000e0000-\U000e007f]"
-)
-"""Characters that are invisible, control a terminal, or change the direction of text."""
-
-
-def visible(text: str) -> str:
-    """Return a text with invisible characters replaced by names: `␛` for control characters, `⟨U+202E⟩` for others."""
-    return UNSEEN.sub(lambda match: _named(match.group()), text)
-
-
-def _named(character: str) -> str:
-    code = ord(character)
-    if code < 0x20:
-        return chr(0x2400 + code)
-    return "␡" if code == 0x7F else f"⟨U+{code:04X}⟩"
+from ..text.plain import visible
 
 
 def harmless(value: Any, most_characters: int) -> Any:

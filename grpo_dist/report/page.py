@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import html
-import os
 from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import datetime, timezone
@@ -14,6 +13,7 @@ from typing import Any
 
 from ..config.schema import Config
 from ..config.values import flat
+from ..text.files import write_file
 from .embedding import encoded, harmless
 from .reading import FIELDS, Completions, Written, read_completions, read_run
 from .shaping import OTHER, HeatMap, answer_map, change, curves, is_number, number_map, run_names, variants
@@ -35,12 +35,7 @@ def write_report(directories: Sequence[Path], out: Path | None = None) -> Path:
     """
     runs = [read_run(directory) for directory in directories]
     target = out or runs[0].directory / "report.html"
-    temporary = target.with_name(f".{target.name}.{os.getpid()}")
-    try:
-        temporary.write_text(render(runs), encoding="utf-8")
-        temporary.replace(target)  # a reader never sees an incomplete page
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_file(target, render(runs))
     return target
 
 
@@ -51,7 +46,7 @@ def render(runs: Sequence[Written]) -> str:
     most_points = max(100, MOST_CURVE_NUMBERS // sum(len(_measured(run)) + 1 for run in runs))
     data = {
         "made": f"{datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC", "fields": FIELDS, "other": OTHER,
-        "defaults": harmless(flat(asdict(Config())), 2_000),
+        "defaults": harmless(flat(asdict(Config()), numbered=True), 2_000),
         "runs": [_run_data(run, name, number, most_points, MOST_COMPLETION_BYTES // len(runs))
                  for run, name, number in zip(runs, names, numbers, strict=True)],
     }  # fmt: skip

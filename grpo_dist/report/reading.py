@@ -67,11 +67,11 @@ def read_run(directory: Path) -> Written:
         raise ValueError(f"{directory} is no run: expected metrics.jsonl in it, as in `train.output_dir`")
     lines = sorted({line["step"]: line for line in read_json_lines(path)}.values(), key=lambda line: line["step"])
     options = directory / "config.yaml"
-    config = yaml.safe_load(options.read_text()) if options.exists() else {}
+    config = (yaml.safe_load(options.read_text()) if options.exists() else None) or {}
     done = lines[-1]["step"] if lines else 0
     files = {int(file.stem.removeprefix("step_")): file for file in (directory / "completions").glob("step_*.parquet")}
     return Written(
-        directory, lines, flat(config), read_json_lines(directory / "environment.jsonl"),
+        directory, lines, flat(config, numbered=True), read_json_lines(directory / "environment.jsonl"),
         [alarm for alarm in read_json_lines(directory / "alarms.jsonl") if alarm.get("step", 0) <= done],
         {step: files[step] for step in sorted(files) if step <= done},
     )  # fmt: skip

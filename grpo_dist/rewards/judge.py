@@ -16,9 +16,7 @@ import asyncio
 import hashlib
 import inspect
 import json
-import os
 import re
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +25,7 @@ from typing import Any
 from grpo_dist.rewards.http import Client, ServiceError
 from grpo_dist.rewards.placement import runs_in
 from grpo_dist.rewards.text import completion_text
+from grpo_dist.text.files import write_file
 
 TEMPLATE = """\
 Judge how well the response answers the request, from 0 (useless) to 10 (could not be better).
@@ -154,7 +153,8 @@ class JudgeReward:
         said, num_input_tokens, num_output_tokens = reply.content
         score = self._read_score(said)
         if path is not None:
-            _write_json(path, {"text": said})
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_file(path, json.dumps({"text": said}))
         cost_usd = num_input_tokens * self._prices[0] + num_output_tokens * self._prices[1]
         return Verdict(said, score, cost_usd, reply.seconds, reply.retries, cached=False)
 
@@ -201,11 +201,3 @@ def _read_json(path: Path) -> Any:
         return found if isinstance(found, dict) and isinstance(found.get("text"), str) else None
     except (OSError, ValueError):
         return None
-
-
-def _write_json(path: Path, content: Any) -> None:
-    """Write a file as a whole or not at all, whoever else writes it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as file:
-        json.dump(content, file)
-    os.replace(file.name, path)

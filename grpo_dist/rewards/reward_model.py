@@ -9,9 +9,10 @@ where there is one.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 from grpo_dist.config.places import model_place
+from grpo_dist.config.schema import ComputeDtype
 from grpo_dist.rewards.placement import runs_in
 from grpo_dist.rewards.text import completion_text
 from grpo_dist.text.templates import render_messages
@@ -27,7 +28,7 @@ class RewardModelReward:
         revision: str | None = None,
         label: int | str | None = None,
         batch_size: int = 16,
-        dtype: Literal["float32", "bfloat16"] = "float32",
+        dtype: ComputeDtype = "float32",
         max_length: int | None = None,
         device: str = "auto",
         trust_remote_code: bool = False,

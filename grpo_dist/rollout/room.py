@@ -10,11 +10,12 @@ import logging
 from collections import deque
 from collections.abc import Collection, Iterator
 from itertools import groupby
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 
+from ..config.schema import TokensInFlight
 from ..types import Trajectory
 from .engine import Decoder, Request
 from .sampling import Sampling
@@ -39,7 +40,7 @@ class BoundedDecoder(Decoder, Protocol):
 class WithinMemory:
     """A decoder that decodes as much at once as there is memory for."""
 
-    def __init__(self, decoder: BoundedDecoder, tokens: int | Literal["auto"]) -> None:
+    def __init__(self, decoder: BoundedDecoder, tokens: TokensInFlight) -> None:
         """`tokens` is the most in flight; `auto` asks the device before each rollout."""
         self.decoder, self.tokens = decoder, tokens
         self.most: int | None = None  # half of what memory was too small for

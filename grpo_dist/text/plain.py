@@ -1,11 +1,17 @@
-"""Text for a terminal: what a model or a data set wrote is made harmless, and other ranks write beside it."""
+"""Text that a model, a data set or a user wrote, made harmless for a terminal, a log or a page."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import TextIO
 
 MOST_LABEL_CHARACTERS = 60
+UNSEEN = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb\ud800-\udfff"
+    "\U000e0000-\U000e007f]"
+)
+"""Characters that show nothing, steer a terminal, or turn the direction of the text around them."""
 
 
 def plain(text: str, most_characters: int) -> str:
@@ -23,6 +29,18 @@ def plain(text: str, most_characters: int) -> str:
 def plain_lines(text: str, most_characters: int = 4000) -> str:
     """Return a message with each of its lines made harmless, for messages that may quote a model or its data."""
     return "\n".join(plain(line, most_characters) for line in text.split("\n"))
+
+
+def visible(text: str) -> str:
+    """Return a text with what cannot be seen named: `␛` for control characters, `⟨U+202E⟩` for the others."""
+    return UNSEEN.sub(lambda found: _named(found.group()), text)
+
+
+def _named(character: str) -> str:
+    code = ord(character)
+    if code < 0x20:
+        return chr(0x2400 + code)
+    return "␡" if code == 0x7F else f"⟨U+{code:04X}⟩"
 
 
 def write_lines(text: str, stream: TextIO) -> None:

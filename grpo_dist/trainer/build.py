@@ -15,8 +15,8 @@ from ..checkpoint import store as checkpoint
 from ..checkpoint.guards import BadUpdates, FailedSaves, lock
 from ..checkpoint.resume import changes, identity, require_same_start, resume_path, with_template_date
 from ..checkpoint.state import TrainState
-from ..config.parse import redacted
 from ..config.schema import Config
+from ..config.values import redacted
 from ..data.mixture import load_training
 from ..data.order import Curriculum, Mixture, Sampler
 from ..data.prompts import load_prompts
@@ -42,6 +42,7 @@ from ..monitoring.trackers import require_known
 from ..rewards.pool.pool import ScorerPool
 from ..rewards.registry import answer_checks, labels
 from ..rollout.choose import UnfitEngine
+from ..text.files import write_file
 from ..text.tokens import CompletionTexts
 from ..types import Prompt
 from .first_update import first_update
@@ -100,7 +101,7 @@ def build(config: Config) -> tuple[Parts, TrainState]:
     data = _agree_on_data(ranks, data, resume_from)
     config = data.config
     if ranks.is_main:
-        (directory / "config.yaml").write_text(yaml.safe_dump(redacted(asdict(config)), sort_keys=False))
+        write_file(directory / "config.yaml", yaml.safe_dump(redacted(asdict(config)), sort_keys=False))
     places = ranks.gather_objects(resume_from and resume_from.name)
     if len(set(places)) > 1:
         raise UserError(f"train.output_dir: ranks see different checkpoints in {directory}, {places} in order "

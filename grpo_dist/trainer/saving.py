@@ -10,7 +10,7 @@ from ..checkpoint import store
 from ..checkpoint.guards import warn_of_slow_save
 from ..checkpoint.reopening import check_final, probe
 from ..checkpoint.state import TrainState
-from ..config.parse import redacted
+from ..config.values import redacted
 from ..distributed.ranks import PhaseError, dtype_name
 from ..model.export import save_final
 from ..monitoring.machine import versions

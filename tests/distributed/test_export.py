@@ -20,7 +20,6 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from grpo_dist.cli.conversation import harmless
 from grpo_dist.cli.main import main
 from grpo_dist.model.toy import toy_path
 
@@ -186,10 +185,3 @@ def test_chat_has_both_answers(run: Path, capsys: pytest.CaptureFixture[str], mo
     monkeypatch.setattr("builtins.input", lambda _: next(lines))
     assert main(["chat", str(run / "checkpoints" / "step_2"), "--temperature", "1", "--seed", "3"]) == 0
     assert capsys.readouterr().out.count("--- after 2 steps") == 2
-
-
-def test_what_a_model_says_does_not_steer_the_terminal() -> None:
-    assert (
-        harmless("one\x1b[2J\ntwo\r\x07[bold]")
-        == "one\N{REPLACEMENT CHARACTER}[2J\ntwo\n\N{REPLACEMENT CHARACTER}[bold]"
-    )

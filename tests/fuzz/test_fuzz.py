@@ -21,11 +21,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from grpo_dist.checkpoint import store as checkpoint
-from grpo_dist.checkpoint.guards import flat
 from grpo_dist.checkpoint.resume import NEEDED
 from grpo_dist.checkpoint.state import TrainState
 from grpo_dist.config.parse import make_parser, option_types, to_config
 from grpo_dist.config.schema import Config, DataConfig
+from grpo_dist.config.values import flat
 from grpo_dist.data.order import Sampler
 from grpo_dist.data.prompts import load_prompts
 from grpo_dist.data.rows import RowReader

@@ -16,24 +16,22 @@ from typing import Any
 import pytest
 import torch
 
-from grpo_dist.algorithm.losses import Aggregation, Objective, policy_loss, token_weights
+from grpo_dist.algorithm.losses import policy_loss, token_weights
 from grpo_dist.algorithm.targets import ENTROPY_SLACK, highest
+from grpo_dist.config.algorithm import Aggregation, LossConfig
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 STORED = json.loads((FIXTURES / "trl_losses.json").read_text())
 LENGTHS = torch.tensor(STORED["lengths"])
 INSIDE = torch.arange(STORED["longest"]) < LENGTHS[:, None]
-BASE = Objective(
-    surrogate="grpo", ratio_level="token", clip_low=0.2, clip_high=0.2, dual_clip=None, sapo_temperature_positive=1.0,
-    sapo_temperature_negative=1.05, kl_coeff=0.0, kl_estimator="k3", kl_unbiased=False, entropy_coeff=0.0,
-)  # fmt: skip
-OURS: dict[str, tuple[Objective, Aggregation]] = {
+BASE = LossConfig(kl_coeff=0.0, kl_estimator="k3")
+OURS: dict[str, tuple[LossConfig, Aggregation]] = {
     "grpo": (BASE, "sequence_mean"),
     "bnpo": (BASE, "token_mean"),  # the same on one rank
     "dr_grpo": (BASE, "constant"),
     "dapo": (BASE, "token_mean"),
-    "cispo": (replace(BASE, surrogate="cispo", clip_low=1.0, clip_high=1.0), "token_mean"),  # TRL's 2.0
-    "sapo": (replace(BASE, surrogate="sapo"), "sequence_mean"),
+    "cispo": (replace(BASE, objective="cispo", clip_low=1.0, clip_high=1.0), "token_mean"),  # TRL's 2.0
+    "sapo": (replace(BASE, objective="sapo"), "sequence_mean"),
     "luspo": (replace(BASE, ratio_level="sequence"), "sequence_sum"),
     "gspo": (replace(BASE, ratio_level="sequence"), "sequence_mean"),
 }
@@ -65,7 +63,8 @@ def test_loss_and_gradient_equal_trl(name: str) -> None:
                             longest=STORED["longest"]).double()  # fmt: skip
     logprobs = flat(given["logprobs"]).requires_grad_()
     reference = flat(given["reference"]) if objective.kl_coeff else None
-    loss = policy_loss(objective, logprobs, entropies, flat(given["old"]), reference, advantages, weights, sequence)
+    loss = policy_loss(objective, objective.kl_coeff, logprobs, entropies, flat(given["old"]), reference, advantages,
+                       weights, sequence)  # fmt: skip
     assert loss.total.item() == pytest.approx(case["loss"], rel=1e-5)
     (gradient,) = torch.autograd.grad(loss.total, logprobs)
     expected = flat(case["gradient"])

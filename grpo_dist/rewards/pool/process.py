@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from grpo_dist.config.schema import RewardConfig
+from grpo_dist.config.values import SECRET
 from grpo_dist.rewards.placement import Placement
 from grpo_dist.rewards.pool.channel import Channel
 from grpo_dist.rewards.pool.worker import answer, resolve_for
@@ -21,7 +22,6 @@ from grpo_dist.rewards.registry import Parameters, RewardFunction
 
 _START_SECONDS = 300.0  # importing a user's module may load a model; hanging in it for ever must still be found out
 _STDERR = 2
-_SECRET = re.compile(r"TOKEN|KEY|SECRET|PASSWORD|PASSWD|CREDENTIAL", re.IGNORECASE)
 # What launchers tell a rank about its job. A reward that imports torch.distributed, DeepSpeed or an MPI with these in
 # its environment would take itself for a rank and wait for the others.
 _DISTRIBUTED = re.compile(
@@ -145,7 +145,7 @@ def worker_environment(
     kept = {
         name: value
         for name, value in environment.items()
-        if name in allowed or not (_SECRET.search(name) or _DISTRIBUTED.fullmatch(name))
+        if name in allowed or not (SECRET.search(name) or _DISTRIBUTED.fullmatch(name))
     }
     # Unbuffered: what a reward has printed before it is killed would be lost.
     kept |= {"PYTHONUNBUFFERED": "1", "CUDA_VISIBLE_DEVICES": _own_gpu(environment) if gpu else ""}

@@ -13,36 +13,39 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from grpo_dist.algorithm.kl import kl_estimate
-from grpo_dist.algorithm.losses import Objective, policy_loss, token_weights, value_loss
+from grpo_dist.algorithm.losses import Loss, policy_loss, token_weights, value_loss
+from grpo_dist.config.algorithm import LossConfig
 
 pytestmark = pytest.mark.quick
 
 LENGTHS = [3, 1, 4]
 SEQUENCE = [0, 0, 0, 1, 2, 2, 2, 2]
-OBJECTIVE = Objective(
-    surrogate="grpo", ratio_level="token", clip_low=0.2, clip_high=0.2, dual_clip=None, sapo_temperature_positive=1.0,
-    sapo_temperature_negative=1.05, kl_coeff=0.0, kl_estimator="k3", kl_unbiased=False, entropy_coeff=0.0,
-)  # fmt: skip
-CASES: list[Objective] = [
+OBJECTIVE = LossConfig(kl_coeff=0.0, kl_estimator="k3")
+CASES: list[LossConfig] = [
     OBJECTIVE,
     replace(OBJECTIVE, kl_coeff=0.3),
     replace(OBJECTIVE, kl_coeff=0.3, kl_estimator="squared_sequence", clip_low=0.1, clip_high=0.5),
     replace(OBJECTIVE, dual_clip=1.6, clip_high=0.5, kl_coeff=0.2, kl_estimator="abs"),
     replace(OBJECTIVE, kl_coeff=0.3, kl_unbiased=True, entropy_coeff=0.7),
     replace(OBJECTIVE, kl_coeff=0.3, kl_estimator="k1", kl_unbiased=True),
-    replace(OBJECTIVE, surrogate="reinforce", kl_estimator="squared_sequence", kl_coeff=0.3),
-    replace(OBJECTIVE, surrogate="reinforce", kl_estimator="k2", kl_coeff=0.3),
-    replace(OBJECTIVE, surrogate="sapo", kl_coeff=0.1),
-    replace(OBJECTIVE, surrogate="sapo", sapo_temperature_positive=2.0, sapo_temperature_negative=3.0),
+    replace(OBJECTIVE, objective="reinforce", kl_estimator="squared_sequence", kl_coeff=0.3),
+    replace(OBJECTIVE, objective="reinforce", kl_estimator="k2", kl_coeff=0.3),
+    replace(OBJECTIVE, objective="sapo", kl_coeff=0.1),
+    replace(OBJECTIVE, objective="sapo", sapo_temperature_positive=2.0, sapo_temperature_negative=3.0),
 ]
-DETACHED: list[Objective] = [
-    replace(OBJECTIVE, surrogate="cispo", clip_low=1.0),
-    replace(OBJECTIVE, surrogate="cispo", kl_coeff=0.3),
+DETACHED: list[LossConfig] = [
+    replace(OBJECTIVE, objective="cispo", clip_low=1.0),
+    replace(OBJECTIVE, objective="cispo", kl_coeff=0.3),
     replace(OBJECTIVE, ratio_level="sequence", clip_low=0.03, clip_high=0.04),
-    replace(OBJECTIVE, ratio_level="sequence", surrogate="cispo"),
-    replace(OBJECTIVE, ratio_level="sequence", surrogate="sapo", kl_coeff=0.3),
+    replace(OBJECTIVE, ratio_level="sequence", objective="cispo"),
+    replace(OBJECTIVE, ratio_level="sequence", objective="sapo", kl_coeff=0.3),
 ]
 """Objectives with parts that are not differentiated, which finite differences of the value therefore do not show."""
+
+
+def loss_of(options: LossConfig, *tensors: Tensor | None, **named: Tensor) -> Loss:
+    """The loss at the coefficient of the options."""
+    return policy_loss(options, options.kl_coeff, *tensors, **named)  # type: ignore[arg-type]
 
 
 def naive_kl(d: list[float], sequence: list[int], m: int, estimator: str) -> float:
@@ -55,7 +58,7 @@ def naive_kl(d: list[float], sequence: list[int], m: int, estimator: str) -> flo
 
 def naive_loss(
     logprobs: list[float], entropies: list[float], old: list[float], reference: list[float], advantages: list[float],
-    weights: list[float], sequence: list[int], o: Objective, frozen: list[float] | None = None,
+    weights: list[float], sequence: list[int], o: LossConfig, frozen: list[float] | None = None,
 ) -> float:  # fmt: skip
     """The loss, one token after another; `frozen` are the log-probabilities where they are not differentiated."""
     total = 0.0
@@ -67,13 +70,13 @@ def naive_loss(
             mine = [n for n in range(len(logprobs)) if sequence[n] == sequence[m]]
             fixed = math.exp(sum(frozen[n] - old[n] for n in mine) / len(mine))
             ratio = fixed * math.exp(logprob - frozen[m])
-        if o.surrogate == "grpo" and advantages[m] >= 0:
+        if o.objective == "grpo" and advantages[m] >= 0:
             term = -min(ratio, 1 + o.clip_high) * advantages[m]
-        elif o.surrogate == "grpo":
+        elif o.objective == "grpo":
             term = -min(max(ratio, 1 - o.clip_low), o.dual_clip or math.inf) * advantages[m]
-        elif o.surrogate == "reinforce":
+        elif o.objective == "reinforce":
             term = -advantages[m] * logprob
-        elif o.surrogate == "cispo":
+        elif o.objective == "cispo":
             term = -min(max(fixed, 1 - o.clip_low), 1 + o.clip_high) * advantages[m] * logprob
         else:
             tau = o.sapo_temperature_positive if advantages[m] > 0 else o.sapo_temperature_negative
@@ -99,10 +102,10 @@ def inputs(seed: int = 0) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("case", CASES + DETACHED)
-def test_policy_loss_and_gradient_equal_the_loop(case: Objective) -> None:
+def test_policy_loss_and_gradient_equal_the_loop(case: LossConfig) -> None:
     tensors = inputs()
     logprobs, entropies = tensors["logprobs"].requires_grad_(), tensors["entropies"].requires_grad_()
-    loss = policy_loss(case, **tensors)
+    loss = loss_of(case, **tensors)
     lists = {name: tensor.tolist() for name, tensor in tensors.items() if name != "logprobs"}
     point = logprobs.tolist()
     assert loss.total.item() == pytest.approx(naive_loss(point, **lists, o=case), rel=1e-12)
@@ -125,7 +128,7 @@ def test_a_sequence_ratio_has_the_gradient_of_gspo() -> None:
     tensors = inputs() | {"weights": torch.tensor([1 / 9] * 3 + [1 / 3] + [1 / 12] * 4, dtype=torch.float64)}
     tensors["advantages"] = torch.tensor([1.0] * 3 + [0.5] + [-2.0] * 4, dtype=torch.float64)
     logprobs = tensors["logprobs"].requires_grad_()
-    got = policy_loss(replace(OBJECTIVE, ratio_level="sequence", clip_low=0.9, clip_high=9.0), **tensors).total
+    got = loss_of(replace(OBJECTIVE, ratio_level="sequence", clip_low=0.9, clip_high=9.0), **tensors).total
     expected = torch.zeros((), dtype=torch.float64)
     for first, last in ((0, 3), (3, 4), (4, 8)):
         ratio = (logprobs[first:last] - tensors["old"][first:last]).mean().exp()
@@ -135,8 +138,14 @@ def test_a_sequence_ratio_has_the_gradient_of_gspo() -> None:
     assert torch.allclose(*gradients, rtol=1e-12)
 
 
+def test_the_kl_coefficient_is_the_argument() -> None:
+    """The option is where the coefficient begins; the controller of `kl_target` moves it."""
+    adapted = policy_loss(replace(OBJECTIVE, kl_coeff=9.0), 0.3, **inputs())
+    assert adapted.total.item() == loss_of(replace(OBJECTIVE, kl_coeff=0.3), **inputs()).total.item()
+
+
 def test_without_a_reference_there_is_no_penalty() -> None:
-    loss = policy_loss(replace(OBJECTIVE, kl_coeff=5.0), **(inputs() | {"reference": None}))  # type: ignore[arg-type]
+    loss = loss_of(replace(OBJECTIVE, kl_coeff=5.0), **(inputs() | {"reference": None}))  # type: ignore[arg-type]
     assert float(loss.total) == float(loss.policy)
     assert loss.kl.tolist() == [0.0] * 8
 
@@ -145,7 +154,7 @@ def test_flags_say_which_clip_decided() -> None:
     tensors = inputs()
     objective = replace(OBJECTIVE, clip_high=0.3)
     logprobs = tensors["logprobs"].requires_grad_()
-    loss = policy_loss(objective, **tensors)
+    loss = loss_of(objective, **tensors)
     ratios = [math.exp(a - b) for a, b in zip(logprobs.tolist(), tensors["old"].tolist(), strict=True)]
     advantages = tensors["advantages"].tolist()
     assert loss.ratio.tolist() == pytest.approx(ratios)
@@ -155,12 +164,12 @@ def test_flags_say_which_clip_decided() -> None:
     (gradient,) = torch.autograd.grad(loss.total, logprobs)
     assert torch.equal(gradient == 0, loss.clipped_low | loss.clipped_high)
     for surrogate in ("reinforce", "sapo"):
-        plain = policy_loss(replace(objective, surrogate=surrogate), **tensors)
+        plain = loss_of(replace(objective, objective=surrogate), **tensors)
         assert not bool(plain.clipped_low.any()) and not bool(plain.clipped_high.any())
-    cispo = policy_loss(replace(objective, surrogate="cispo"), **tensors)
+    cispo = loss_of(replace(objective, objective="cispo"), **tensors)
     assert cispo.clipped_low.tolist() == [r < 0.8 for r in ratios]
     assert cispo.clipped_high.tolist() == [r > 1.3 for r in ratios]
-    dual = policy_loss(replace(objective, dual_clip=1.5), **(tensors | {"advantages": -tensors["advantages"]}))
+    dual = loss_of(replace(objective, dual_clip=1.5), **(tensors | {"advantages": -tensors["advantages"]}))
     assert bool(dual.clipped_high[0]) and ratios[0] > 1.5
 
 
@@ -171,9 +180,9 @@ def test_flags_on_a_grid(surrogate: Any) -> None:
     points = [(log, advantage) for log in logs for advantage in (-2.0, -0.5, 0.0, 0.5, 2.0)]
     ratio, advantages = torch.tensor(points, dtype=torch.float64).T
     ones = torch.ones(len(points), dtype=torch.float64)
-    for low, high, dual in ((0.0, 0.0, None), (0.3, 0.5, math.exp(0.5)), (0.3, 0.2, None), (0.0, 0.0, 1.0)):
-        objective = replace(OBJECTIVE, surrogate=surrogate, clip_low=low, clip_high=high, dual_clip=dual)
-        loss = policy_loss(objective, ratio, ones, 0 * ones, None, advantages, ones, torch.arange(len(points)))
+    for low, high, dual in ((0.0, 0.0, None), (0.3, 0.5, math.exp(0.5)), (0.3, 0.2, None), (0.0, 0.0, math.exp(0.5))):
+        objective = replace(OBJECTIVE, objective=surrogate, clip_low=low, clip_high=high, dual_clip=dual)
+        loss = loss_of(objective, ratio, ones, 0 * ones, None, advantages, ones, torch.arange(len(points)))
         signed = [(math.exp(log), a if surrogate == "grpo" else None) for log, a in points]
         is_low = [r < 1 - low and (a is None or a < 0) for r, a in signed]
         is_high = [r > 1 + high if a is None else (r > 1 + high and a > 0) or (dual is not None and r > dual and a < 0)
@@ -188,7 +197,7 @@ def test_first_step_has_ratio_one_and_the_plain_policy_gradient(surrogate: Any, 
     logprobs = (-torch.rand(64) * 20).to(dtype).requires_grad_()
     advantages, weights = torch.randn(64).to(dtype), torch.rand(64).to(dtype)
     old = logprobs.detach()
-    loss = policy_loss(replace(OBJECTIVE, kl_coeff=0.1, surrogate=surrogate, ratio_level=level), logprobs, weights, old,
+    loss = loss_of(replace(OBJECTIVE, kl_coeff=0.1, objective=surrogate, ratio_level=level), logprobs, weights, old,
                        old, advantages, weights, torch.zeros(64, dtype=torch.int64))  # fmt: skip
     assert bool((loss.ratio == 1).all())
     assert bool((loss.kl == 0).all())
@@ -200,7 +209,7 @@ def test_first_step_has_ratio_one_and_the_plain_policy_gradient(surrogate: Any, 
 def test_only_the_total_is_differentiable() -> None:
     tensors = inputs()
     tensors["logprobs"].requires_grad_()
-    loss = policy_loss(replace(OBJECTIVE, kl_coeff=0.1), **tensors)
+    loss = loss_of(replace(OBJECTIVE, kl_coeff=0.1), **tensors)
     assert loss.total.requires_grad
     assert not any(t.requires_grad for t in (loss.policy, loss.kl, loss.ratio, loss.clipped_low, loss.clipped_high))
 
@@ -273,22 +282,22 @@ def test_squared_sequence_shares_the_square_out_evenly() -> None:
 
 
 @pytest.mark.parametrize("case", CASES + DETACHED)
-def test_an_empty_pack_has_a_loss_of_zero_that_can_be_differentiated(case: Objective) -> None:
+def test_an_empty_pack_has_a_loss_of_zero_that_can_be_differentiated(case: LossConfig) -> None:
     empty, sequence = torch.zeros(0), torch.zeros(0, dtype=torch.int64)
     parameter = torch.ones(3, requires_grad=True)
-    loss = policy_loss(case, parameter[sequence], empty, empty, empty, empty, empty, sequence)
+    loss = loss_of(case, parameter[sequence], empty, empty, empty, empty, empty, sequence)
     loss.total.backward()
     assert float(loss.total.detach()) == 0 and parameter.grad is not None and parameter.grad.tolist() == [0.0] * 3
 
 
 @pytest.mark.parametrize("case", CASES + DETACHED)
-def test_the_loss_is_a_sum_over_completions(case: Objective) -> None:
+def test_the_loss_is_a_sum_over_completions(case: LossConfig) -> None:
     tensors = inputs()
-    whole = policy_loss(case, **tensors).total.item()
+    whole = loss_of(case, **tensors).total.item()
     parts = 0.0
     for number in range(len(LENGTHS)):
         mine = tensors["sequence"] == number
         part = {name: tensor[mine] for name, tensor in tensors.items()}
         part["sequence"] = torch.zeros(LENGTHS[number], dtype=torch.int64)
-        parts += float(policy_loss(case, **part).total)
+        parts += float(loss_of(case, **part).total)
     assert parts == pytest.approx(whole, rel=1e-12)

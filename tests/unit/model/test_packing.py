@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import AutoModelForCausalLM, Qwen2Config
 
-from grpo_dist.algorithm.losses import Objective, policy_loss, token_weights
+from grpo_dist.algorithm.losses import policy_loss, token_weights
+from grpo_dist.config.algorithm import LossConfig
 from grpo_dist.model import attention
 from grpo_dist.model.attention import BLOCK, block_layout
 from grpo_dist.model.critic import ValueHead
@@ -325,11 +326,8 @@ def share_of_loss(
 ) -> Tensor:  # fmt: skip
     """The loss of some tokens."""
     mine = {name: tensor[token] for name, tensor in inputs.items()}
-    objective = Objective(
-        surrogate="grpo", ratio_level=level, clip_low=0.2, clip_high=0.2, dual_clip=None, sapo_temperature_positive=1.0,
-        sapo_temperature_negative=1.0, kl_coeff=0.1, kl_estimator=estimator, kl_unbiased=False, entropy_coeff=0.3,
-    )  # type: ignore[arg-type]  # fmt: skip
-    return policy_loss(objective, logprobs, entropies, sequence=sequence, **mine).total
+    options = LossConfig(ratio_level=level, kl_estimator=estimator, entropy_coeff=0.3)  # type: ignore[arg-type]
+    return policy_loss(options, 0.1, logprobs, entropies, sequence=sequence, **mine).total
 
 
 def flat_gradient(model: torch.nn.Module) -> Tensor:

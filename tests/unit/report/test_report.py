@@ -19,7 +19,7 @@ from runs_on_disk import write_run
 
 from grpo_dist.cli.main import main
 from grpo_dist.config.values import flat
-from grpo_dist.report.embedding import UNSEEN, cut, encoded, harmless, visible
+from grpo_dist.report.embedding import cut, encoded, harmless
 from grpo_dist.report.page import render, write_report
 from grpo_dist.report.reading import FIELDS, read_completions, read_run
 from grpo_dist.report.shaping import (
@@ -37,7 +37,7 @@ from grpo_dist.report.shaping import (
     spread,
     variants,
 )
-from grpo_dist.text.plain import MOST_LABEL_CHARACTERS, answer_of
+from grpo_dist.text.plain import MOST_LABEL_CHARACTERS, UNSEEN, answer_of, visible
 
 HOSTILE = "</script><script>alert(1)</script><!--\x00\x1b[31mred\x1b[0m\u202eevil\u2066\u2028\u2029\ud800\ufeff"
 NUMBERS = st.floats(-1e6, 1e6)
@@ -71,7 +71,7 @@ def test_change_tells_learning_from_noise() -> None:
 
 def test_configs() -> None:
     config = {"train": {"seed": 1, "steps": 5}, "rewards": [{"name": "a", "args": {}}], "betas": [0.9, 0.99]}
-    options = flat(config)
+    options = flat(config, numbered=True)
     assert options == {"train.seed": 1, "train.steps": 5, "rewards.0.name": "a", "rewards.0.args": {},
                        "betas": [0.9, 0.99]}  # fmt: skip
     assert variants([options, options | {"train.seed": 2}, options | {"train.steps": 6}, options]) == [0, 0, 1, 0]
