@@ -141,7 +141,7 @@ class Evaluation:
         implementation, obstacle = attention_for(config.model, self.model_config, config.max_sequence_length)
         with unsharded_loading():
             model = load_causal_lm(config.model, dtype, implementation, ranks.device).eval()
-        ranks.meet("loaded the model")  # a download may take longer than a collective of the start waits
+        ranks.wait_at("loaded the model")  # a download may take longer than a collective of the start waits
         obstacle = settle_attention([model], implementation, obstacle, config.model.attn_implementation != "auto",
                                     ranks.gather_objects)  # fmt: skip
         self.engine = make_engine(LoadedModel(model), obstacle, self.end_ids, config.rollout, ranks.gather_objects)
@@ -151,12 +151,12 @@ class Evaluation:
         drawn = ranks.share(len(prompts) * self.num_samples)
         requests = requests_of(prompts, self.num_samples, drawn, seed, "evaluate", first=start)
         sampling = sampling_of(rollout)
-        with awake(self.engine), ranks.together("sampling"):
+        with awake(self.engine), ranks.shared_errors("sampling"):
             scoring = Scoring(self.scorer, prompts, self.num_samples, drawn, self.texts_of)
             trajectories = sample(self.engine, requests, sampling, scoring.on_finish)
         batch = gather_trajectories(ranks, prompts, trajectories)
         scoring.complete(batch)
-        with ranks.together("scoring"):
+        with ranks.shared_errors("scoring"):
             scores = scoring.result()
         return gather_scores(ranks, batch, scoring.rows, scores, self._weights, self.config.scoring.error_budget)
 

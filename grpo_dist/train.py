@@ -77,7 +77,7 @@ def update(parts: Parts, state: TrainState, batch: Batch, minibatch: Minibatch) 
     metrics = UpdateMetrics(parts.ranks.device)
     for number, each in enumerate(minibatch.packs, 1):
         is_last = number == len(minibatch.packs)
-        parts.ranks.agree(parts.watch.requested)
+        parts.ranks.stop_if_any(parts.watch.requested)
         pack = each.to(parts.ranks.device)
         tokens = tokens_of(config, batch, minibatch, each, parts.ranks.device)
         with parts.ranks.no_sync(parts.wrapped, is_last):

@@ -1,1 +1,1 @@
-"""Options: what they are, how they are read, and what is wrong with them."""
+"""Options: their declaration, how they are read, and their checks."""

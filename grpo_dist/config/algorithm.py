@@ -1,6 +1,6 @@
-"""The options that make one algorithm out of another: advantage, loss, critic; and which of them exclude each other.
+"""The options in which algorithms differ (advantage, loss, critic), and which of them exclude each other.
 
-Options are independent wherever they can be; `check_algorithm` refuses what would mean nothing. Presets of the
+Options are independent where possible; `check_algorithm` refuses combinations without a meaning. Presets of the
 published algorithms are in configs/algorithms, and docs/algorithms.md explains them.
 """
 
@@ -30,20 +30,21 @@ class AdvantageConfig:
     """How rewards become advantages."""
 
     baseline: Literal[GroupBaseline, "none", "critic"] = "mean"
-    """Subtracted from each reward: the mean of its group, the mean of the others in its group, nothing, or what a
-    learned critic expects."""
+    """Subtracted from each reward: the mean of its group, the mean of the others in its group, nothing, or the value
+    of a learned critic."""
     scale: Literal["auto", Scale] = "auto"
     """Divide by the std of the group, by the std of the batch, or by nothing; `auto` is `group` with a group's baseline
     (but `batch` for `reinforce`) and `batch` without. Without a group's baseline `batch` also subtracts the mean."""
     several_rewards: Literal["sum_then_normalise", "normalise_then_sum"] = "sum_then_normalise"
     """Whether weighted rewards are summed before baseline and scale are applied, or after (GDPO)."""
     overlong_buffer: int = 0
-    """Soft overlong punishment (DAPO): over the last so many tokens before rollout.max_completion_length the reward
-    falls by overlong_penalty; 0 turns it off."""
+    """Soft overlong punishment (DAPO): the reward falls by overlong_penalty over this many last tokens before
+    rollout.max_completion_length; 0 turns it off."""
     overlong_penalty: float = 1.0
     """The most that the soft overlong punishment takes off."""
     drop_zero_variance: bool = False
-    """Take groups whose rewards are all equal out of the loss and its denominators, not only out of the gradient."""
+    """Leave groups whose rewards are all equal out of the loss and its denominators. Without this, only their
+    advantages are 0."""
 
     def __post_init__(self) -> None:
         require(self.overlong_buffer >= 0, "advantage.overlong_buffer", self.overlong_buffer, "0 (off) or more tokens")
@@ -58,7 +59,7 @@ class LossConfig:
     """`grpo`: clipped ratio (PPO, DeepSeekMath eq. 3). `reinforce`: log-probability times advantage. `cispo`: the same
     times the clipped and detached ratio. `sapo`: a soft gate on the ratio."""
     ratio_level: RatioLevel = "token"
-    """Ratio of each token, or of its whole completion (GSPO: the geometric mean of its tokens' ratios)."""
+    """Ratio of each token, or of its completion (GSPO: the geometric mean of its tokens' ratios)."""
     clip_low: float = 0.2
     """The ratio is clipped below at 1 - clip_low; 1 turns that off."""
     clip_high: float = 0.2
@@ -68,25 +69,25 @@ class LossConfig:
     sapo_temperature_positive: float = 1.0
     """How fast `sapo`'s gate closes where the advantage is positive."""
     sapo_temperature_negative: float = 1.05
-    """The same where it is not."""
+    """How fast it closes where the advantage is not positive."""
     aggregation: Literal["auto", Aggregation] = "auto"
-    """How tokens are weighed: the mean over sequences of the mean over tokens (GRPO), the mean over all tokens of the
+    """How tokens are weighted: the mean over sequences of the mean over tokens (GRPO), the mean over all tokens of the
     step (DAPO), the sum over tokens divided by sequences times rollout.max_completion_length (Dr. GRPO), the mean over
     prompts of the mean over their tokens, or the mean over sequences of the sum over tokens; `auto` is `sequence_sum`
     for `reinforce` and else `sequence_mean`."""
     mask_truncated: bool = False
-    """Take completions that the length limit cut out of the loss and its denominators; their rewards still count in
-    their group's baseline."""
+    """Leave completions that the length limit cut out of the loss and its denominators. Their rewards still count in
+    the baseline of their group."""
     gamma: float = 1.0
-    """Discount of a reward for each token between it and the token that is credited."""
+    """Discount of a reward for each token between it and the token whose advantage it enters."""
     kl_coeff: float = 0.04
     """Weight of the penalty that keeps the policy near the reference; 0 leaves the reference uncomputed."""
     kl_estimator: Literal["auto", KlEstimator] = "auto"
-    """Schulman's estimators per token, the absolute log-ratio per token, or the squared log-ratio of whole sequences
+    """Schulman's estimators per token, the absolute log-ratio per token, or the squared log-ratio of a full sequence
     (the recipe); `auto` is `squared_sequence` for `reinforce`, `k1` for kl_in `reward`, and else `k3`."""
     kl_in: Literal["loss", "reward"] = "loss"
-    """Where the penalty goes: differentiated in the loss, or subtracted from the rewards (of each token without a
-    group's baseline, of the whole completion with one)."""
+    """Where the penalty goes: into the loss, which is differentiated, or off the rewards (of each token without a
+    group's baseline, of the completion with one)."""
     kl_unbiased: bool = False
     """Multiply the penalty in the loss by the token's ratio: its gradient is then that of the KL itself."""
     kl_target: float | None = None
@@ -95,12 +96,12 @@ class LossConfig:
     entropy_coeff: float = 0.0
     """Weight of the entropy bonus, aggregated as the loss is."""
     top_entropy_quantile: float = 1.0
-    """Only this share of the step's tokens, those of the highest entropy, gets a policy gradient; 1 is all of them."""
+    """Share of the step's tokens that get a policy gradient: those of the highest entropy. 1 is all tokens."""
     importance_correction: ImportanceCorrection = "none"
-    """Weigh tokens by the trainer's probability over the rollout engine's: cut off at importance_high (TIS), or 0
+    """Weight tokens by the trainer's probability over the rollout engine's: cut off at importance_high (TIS), or 0
     outside [importance_low, importance_high] (IcePop, MIS)."""
     importance_level: RatioLevel = "token"
-    """Whether that ratio is the token's or its whole completion's."""
+    """Whether that ratio is the token's or its completion's."""
     importance_low: float = 0.5
     """Lower bound of `mask`."""
     importance_high: float = 2.0
@@ -130,11 +131,11 @@ class CriticConfig:
     learning_rate: float = 1e-3
     """Peak learning rate of the value head; it follows the policy's schedule."""
     loss_coeff: float = 0.1
-    """Weight of the value loss beside the policy's: both reach the weights below the head."""
+    """Weight of the value loss beside the policy loss. Both change the weights below the head."""
     clip: float | None = 0.2
-    """Furthest that a value may profitably move from its old one in the updates of one batch; null for any."""
+    """A value gains nothing by moving further than this from its old one in the updates of a batch; null: no limit."""
     gae_lambda: float = 0.95
-    """Generalised advantage estimation: 1 trusts the rewards alone, 0 the critic alone."""
+    """Generalised advantage estimation: 1 uses the rewards alone, 0 the critic's next value."""
 
     def __post_init__(self) -> None:
         require(self.learning_rate > 0, "critic.learning_rate", self.learning_rate, "a number above 0")
@@ -144,7 +145,7 @@ class CriticConfig:
 
 
 def resolve_auto(advantage: AdvantageConfig, loss: LossConfig) -> None:
-    """Put what `auto` stands for in its place."""
+    """Replace each `auto` by what it stands for."""
     recipe = loss.objective == "reinforce"
     in_groups = advantage.baseline in ("mean", "leave_one_out")
     if advantage.scale == "auto":
@@ -156,7 +157,7 @@ def resolve_auto(advantage: AdvantageConfig, loss: LossConfig) -> None:
 
 
 def check_algorithm(config: Config) -> None:
-    """Resolve `auto` and raise ValueError for options that mean nothing together."""
+    """Resolve `auto`, and raise ValueError for options that have no meaning in combination."""
     advantage, loss, train = config.advantage, config.loss, config.train
     resolve_auto(advantage, loss)
     in_groups = advantage.baseline in ("mean", "leave_one_out")
@@ -171,7 +172,7 @@ def check_algorithm(config: Config) -> None:
         ("rollout.max_resamples", config.rollout.max_resamples, 0),
     ):
         require(in_groups or given == off, key, given,
-                f"{off} for advantage.baseline `{advantage.baseline}`: the option asks for a group's")  # fmt: skip
+                f"{off} for advantage.baseline `{advantage.baseline}`: the option needs groups")  # fmt: skip
     require(advantage.overlong_buffer < config.rollout.max_completion_length, "advantage.overlong_buffer",
             advantage.overlong_buffer, "less than rollout.max_completion_length")  # fmt: skip
     _check_kl(advantage, loss)
@@ -189,9 +190,9 @@ def _check_kl(advantage: AdvantageConfig, loss: LossConfig) -> None:
     require(loss.kl_coeff > 0 or (in_loss and not loss.kl_unbiased and loss.kl_target is None), "loss.kl_coeff",
             loss.kl_coeff, "a number above 0 where kl_in, kl_unbiased or kl_target is set")  # fmt: skip
     require(in_loss or advantage.several_rewards == "sum_then_normalise", "loss.kl_in", loss.kl_in,
-            "`loss` with advantage.several_rewards `normalise_then_sum`, which would undo its weight")  # fmt: skip
+            "`loss` with advantage.several_rewards `normalise_then_sum`, which would cancel its weight")  # fmt: skip
     require(not loss.kl_unbiased or (in_loss and loss.kl_estimator in ("k1", "k3")), "loss.kl_unbiased",
-            loss.kl_unbiased, "false but for `k1` and `k3` in the loss")  # fmt: skip
+            loss.kl_unbiased, "false, except for `k1` and `k3` in the loss")  # fmt: skip
     require(loss.kl_coeff == 0 or not in_loss or loss.kl_estimator != "k1" or loss.kl_unbiased, "loss.kl_estimator",
             loss.kl_estimator, "another estimator, kl_unbiased, or kl_in `reward`: in the loss, the expected gradient "
             "of `k1` alone is 0")  # fmt: skip

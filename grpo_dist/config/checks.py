@@ -1,4 +1,4 @@
-"""The one way in which an option is refused."""
+"""Checks of options: `require` is the one way to refuse a value."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ _collected: ContextVar[list[str] | None] = ContextVar("collected", default=None)
 
 
 def require(condition: bool, key: str, given: object, expected: str) -> None:
-    """Raise a ValueError that names the option, what was given and what was expected, unless `condition` holds.
+    """Raise a ValueError that names the option, what was given and what was expected, unless `condition` is true.
 
-    No option has a use for an infinite number.
+    An infinite number is always refused.
     """
     if not condition or given in (math.inf, -math.inf):
         refusal = f"{key}: {given!r} given, expected {expected}"
@@ -33,7 +33,7 @@ def is_date(text: str) -> bool:
 
 @contextmanager
 def collected_refusals() -> Iterator[list[str]]:
-    """Inside, what `require` refuses is appended to the list that is yielded, and nothing is raised."""
+    """Inside, `require` appends its messages to the list that is yielded, and raises nothing."""
     refusals: list[str] = []
     token = _collected.set(refusals)
     try:

@@ -1,4 +1,4 @@
-"""From the command line and YAML files to a checked Config, in a moment and without importing anything heavy."""
+"""From the command line and YAML files to a checked Config, without heavy imports."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from .shipped import shipped
 
 PRESETS = shipped("configs") / "algorithms"
 DRY_RUN = "--dry_run"
-"""Instead of a run, its check; not an option of a run, and not in a config file."""
+"""Checks a run in place of the run. It is not an option of a run, and not in a config file."""
 
 
 @functools.cache
 def option_types(cls: type = Config, prefix: str = "") -> dict[str, Any]:
     """Every option's dotted name, groups included, with its type."""
-    found: dict[str, Any] = {}
+    types: dict[str, Any] = {}
     for name, hint in get_type_hints(cls).items():
-        found[f"{prefix}{name}"] = hint
+        types[f"{prefix}{name}"] = hint
         if (group := group_type(hint)) is not None:
-            found |= option_types(group, f"{prefix}{name}.")
-    return found
+            types |= option_types(group, f"{prefix}{name}.")
+    return types
 
 
 def group_type(hint: Any) -> type | None:
@@ -39,14 +39,14 @@ def group_type(hint: Any) -> type | None:
 
 
 def command_line_options() -> list[str]:
-    """Names of all that the command line of a run takes, without their dashes."""
+    """Names of everything that the command line of a run takes, without their dashes."""
     return [*option_types(), "config", "preset", DRY_RUN.removeprefix("--")]
 
 
 def nearest_option(word: str, is_option: bool = False) -> str | None:
-    """The option that somebody meant who wrote an unknown one; None where nothing is near.
+    """The option nearest to an unknown one; None where nothing is near.
 
-    A word of which it is known that it `is_option`, by its dashes or its group, may also be the beginning of one.
+    A word that `is_option`, by its dashes or its group, may also be the beginning of an option.
     """
     known = command_line_options()
     leaves = {key.rpartition(".")[2]: key for key in known}
@@ -60,7 +60,7 @@ def nearest_option(word: str, is_option: bool = False) -> str | None:
 
 
 class _Parser(ArgumentParser):
-    """Answers a mistake with one message that names the nearest known option."""
+    """Reports a mistake in one message that names the nearest known option."""
 
     files: tuple[str, ...] = ()
     """The config files of the command line."""
@@ -81,23 +81,27 @@ def make_parser(kind: type[ArgumentParser] = _Parser, **settings: Any) -> Argume
     parser = kind(prog="grpo_dist.train", description="Train a causal language model with GRPO.",
                   allow_abbrev=False, **settings)  # fmt: skip
     parser.add_argument("--config", action=ActionConfigFile, help="A YAML file of options.")
-    parser.add_argument("--preset", choices=presets(), help="A published algorithm's options, before all others.")
-    parser.add_argument(DRY_RUN, action="store_true", help="Check all that can be checked beforehand, and end.")
+    parser.add_argument(
+        "--preset", choices=presets(), help="Options of a published algorithm; all others override them."
+    )
+    parser.add_argument(
+        DRY_RUN, action="store_true", help="Check everything that can be checked before a run, and end."
+    )
     parser.add_class_arguments(Config, nested_key=None)
     return parser
 
 
 def to_config(parser: ArgumentParser, parsed: Namespace) -> Config:
-    """What was parsed, as a checked Config. Raises ValueError."""
+    """A checked Config from parsed values. Raises ValueError."""
     _refuse_nulls(parsed, Config)
     values = parser.instantiate(parsed)
     return Config(**{field.name: values[field.name] for field in fields(Config)})
 
 
 def _refuse_nulls(values: Namespace, kind: type, prefix: str = "") -> None:
-    """Raise ValueError for null where an option cannot be null, and for a group that is none: jsonargparse does not."""
+    """Raise ValueError where an option cannot be null and is, or a group is no group: jsonargparse accepts both."""
     for name, hint in get_type_hints(kind).items():
-        if name not in values:  # the group was null, and then one of its options given: the others keep their defaults
+        if name not in values:  # the group was null, then one of its options was given: the others have their defaults
             continue
         value, may_be_null = values[name], type(None) in get_args(hint)
         group: Any = group_type(hint) or next(filter(is_dataclass, get_args(hint)), None)
@@ -109,7 +113,7 @@ def _refuse_nulls(values: Namespace, kind: type, prefix: str = "") -> None:
 
 
 def parse_config(arguments: list[str] | None = None) -> Config:
-    """The config of `--preset NAME`, `--config FILE` and dotted overrides, of which the later have the last word.
+    """The config of `--preset NAME`, `--config FILE` and dotted options; later ones override earlier ones.
 
     Ends the program with status 2 on a mistake.
     """
@@ -128,12 +132,12 @@ def parse_config(arguments: list[str] | None = None) -> Config:
 
 
 def presets() -> list[str]:
-    """Names of the presets there are."""
+    """Names of the presets."""
     return sorted(path.stem for path in PRESETS.glob("*.yaml"))
 
 
 def _preset_first(arguments: list[str]) -> list[str]:
-    """The arguments with a preset's file in front, as a config that every later one overrides."""
+    """The arguments with the preset's file as the first config, which every later one overrides."""
     for place, argument in enumerate(arguments):
         name, equals, value = argument.partition("=")
         if name == "--preset" and (equals or place + 1 < len(arguments)):

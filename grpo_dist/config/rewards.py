@@ -17,14 +17,14 @@ class RewardConfig:
     weight: float = 1.0
     """Rewards are summed with these weights."""
     schedule: dict[int, float] | None = None
-    """Factors of the weight by step, such as `{0: 1.0, 200: 0.0}`: linear between the steps given, constant outside."""
+    """Factors of the weight by step, such as `{0: 1.0, 200: 0.0}`: linear between these steps, constant outside."""
     args: dict[str, Any] = field(default_factory=dict)
     """The reward's own arguments."""
     timeout_seconds: float | None = None
     """This reward's own limit in place of scoring.timeout_seconds."""
     environment: list[str] = field(default_factory=list)
-    """Names of environment variables that this reward needs although they look like secrets (a judge's API key). It
-    then runs in workers of its own; no other reward sees them."""
+    """Environment variables that this reward needs although their names look like secrets (a judge's API key). The
+    reward then runs in workers of its own, and no other reward sees them."""
 
     def __post_init__(self) -> None:
         require(bool(self.name), "rewards.name", self.name, "a built-in reward or module:function")
@@ -52,14 +52,14 @@ class ScoringConfig:
     num_workers: int = 2
     """Worker processes on each rank."""
     timeout_seconds: float = 60.0
-    """A call, which has all completions of a prompt, is killed when it takes longer; completions that also take longer
-    alone count as unscored (docs/rewards.md)."""
+    """Time limit of a call, which has all completions of a prompt. A call that takes longer is killed; a completion
+    that takes longer by itself counts as unscored (docs/rewards.md)."""
     error_budget: float = 0.1
     """Share of a step's completions that may stay unscored through failures; above it the run stops."""
     recycle_above_gib: float = 2.0
-    """A worker that holds more memory than this after a call is replaced by a fresh one: leaks end there."""
+    """A worker that has more memory than this after a call is replaced by a new one, which bounds leaks."""
     memory_limit_gib: float = 8.0
-    """Memory a worker can allocate at all; beyond it a reward gets a MemoryError. Workers on a GPU have no limit."""
+    """Memory that a worker can allocate; above it a reward gets a MemoryError. Workers on a GPU have no limit."""
 
     def __post_init__(self) -> None:
         require(0 < self.recycle_above_gib <= self.memory_limit_gib, "scoring.recycle_above_gib",

@@ -1,7 +1,7 @@
-"""Every option of a run: one dataclass a group, one documented field an option, checks beside the fields they check.
+"""Every option of a run: a dataclass for each group, a documented field for each option, and the checks of the fields.
 
 Defaults are written here and nowhere else. All counts are global: `train.batch_size: 32` means 32 prompts a step on one
-rank and on sixty-four. This module imports nothing heavy, so that a mistake in a config is answered at once.
+rank and on sixty-four. This module imports nothing heavy, so that the answer to a mistake in a config comes at once.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ class ModelConfig:
     revision: str | None = None
     """Branch, tag or commit on the hub."""
     dtype: Literal["auto", ComputeDtype] = "auto"
-    """Compute dtype of the policy; `auto` is bfloat16 on a GPU that has it and float32 elsewhere. Not float16, in which
-    small gradients are 0 unless the loss is scaled."""
+    """Compute dtype of the policy; `auto` is bfloat16 on a GPU that has it and float32 elsewhere. float16 is not
+    allowed: small gradients would be 0 without a scaled loss."""
     attn_implementation: str = "auto"
-    """`auto` computes a prompt once for its whole group where the architecture allows it; any name transformers knows
-    (`sdpa`, `eager`, `flash_attention_2`) is handed to it, and completions are then computed one to a row."""
+    """`auto` computes a prompt once for all completions of its group where the architecture allows it. Any other name
+    goes to transformers (`sdpa`, `eager`, `flash_attention_2`), and each completion is then a row of its own."""
     trust_remote_code: bool = False
     """Run code that comes with the model. Leave it off unless you have read that code."""
     gradient_checkpointing: bool = False
@@ -48,7 +48,7 @@ class LoraConfig:
     alpha: float = 32.0
     """Adapters are scaled by alpha / r."""
     dropout: float = 0.0
-    """Dropout in the adapters while training; rollouts never use it. What is dropped depends on token and layer, not
+    """Dropout in the adapters while training; rollouts never use it. The dropped units depend on token and layer, not
     on rank or pack."""
     target_modules: str | list[str] = "all-linear"
     """Modules that get adapters: `all-linear`, or a list of names."""
@@ -64,22 +64,22 @@ class ReferenceConfig:
     """The base model as it was before training: reference of the KL term."""
 
     dtype: Dtype = "bfloat16"
-    """Dtype of the reference. That of the policy saves a copy with LoRA, but under ZeRO-3."""
+    """Dtype of the reference. With LoRA, the policy's dtype saves a copy of the base model, except under ZeRO-3."""
     placement: Literal["copy", "shared"] = "copy"
-    """`copy` keeps a whole frozen copy on every rank where the policy's base is not the same; `shared` uses the policy
-    itself, adapters off, where a copy does not fit (needs LoRA)."""
+    """`copy` keeps a full frozen copy on every rank where the policy's base is not the same; `shared` uses the policy
+    itself with its adapters off, where a copy does not fit (needs LoRA)."""
 
 
 @dataclass
 class CurriculumConfig:
-    """Which prompts are worth a group of completions, by the share that was right in their last one."""
+    """Which prompts get a group of completions, by the share of right completions in their last group."""
 
     low: float = 0.05
     """Prompts with a smaller share of right completions are passed over."""
     high: float = 0.95
     """Prompts with a greater share are passed over."""
     rest_epochs: int = 2
-    """Passes through the data for which they are."""
+    """Passes through the data for which such prompts are passed over."""
 
     def __post_init__(self) -> None:
         require(0 <= self.low <= self.high <= 1, "data.curriculum", (self.low, self.high), "0 <= low <= high <= 1")
@@ -91,8 +91,8 @@ class DataConfig:
     """Where prompts come from and how they are read."""
 
     train_file: str | dict[str, float] = "configs/data/math_tasks_train.jsonl"
-    """A JSONL, JSON, CSV or parquet file, a directory, or a hub id: what `datasets.load_dataset` takes. Several are
-    mixed where they are given with their weights: `{a.jsonl: 2, b.jsonl: 1}`."""
+    """A JSONL, JSON, CSV or parquet file, a directory, or a hub id: what `datasets.load_dataset` takes. Several with
+    weights are a mixture: `{a.jsonl: 2, b.jsonl: 1}`."""
     eval_file: str | None = "configs/data/math_tasks_eval.jsonl"
     """The same for evaluation; null for none."""
     subset: str | None = None
@@ -104,15 +104,15 @@ class DataConfig:
     prompt_column: str = "prompt"
     """Column with the prompt: text, or a list of messages with `role` and `content`."""
     answer_column: str | None = "answer"
-    """Column with the gold answer, handed to the rewards as `answer`; null where there is none."""
+    """Column with the gold answer, which rewards receive as `answer`; null where there is none."""
     system_prompt: str | None = None
-    """Put before every prompt as a system message (needs a chat template)."""
+    """A system message that goes before every prompt (needs a chat template)."""
     chat_template: Literal["auto", "always", "never"] = "auto"
     """Render prompts with the tokenizer's chat template: `auto` does so for messages, and for text too where a system
     prompt is set."""
     template_date: str | None = None
-    """The date (YYYY-MM-DD) for chat templates that write today's; null is the day the run begins, which stays the
-    run's when it goes on later."""
+    """The date (YYYY-MM-DD) for chat templates that write today's; null is the day on which the run begins. A resumed
+    run keeps it."""
     max_prompt_length: int = 512
     """Longest prompt in tokens, template included."""
     bad_rows: Literal["error", "drop"] = "error"
@@ -120,13 +120,13 @@ class DataConfig:
     first of them and stops; `drop` leaves them out and says how many."""
     too_long: Literal["bad_row", "drop", "truncate"] = "bad_row"
     """What to do with prompts above max_prompt_length: treat them as bad rows, leave them out, or keep their last
-    max_prompt_length tokens. How many there are is said in any case."""
+    max_prompt_length tokens. The log says how many there are."""
     keep: dict[str, Any] | None = None
-    """Use only rows whose columns are so: a value, a list of values, or `{min: …, max: …}` for each column named. How
-    many rows each column leaves out is said."""
+    """Use only rows with these values: for each column a value, a list of values, or `{min: …, max: …}`. The log says
+    how many rows each column leaves out."""
     streaming: bool = False
-    """Read rows when they are needed, for data that does not fit in memory; the order stays the same. Rows are then
-    checked as they come, and one that cannot be used stops the run."""
+    """Read rows when they are needed, for data that does not fit in memory; the order stays the same. Each row is
+    checked when it is read, and a row that cannot be used stops the run."""
     curriculum: CurriculumConfig | None = None
     """Pass over prompts whose last group was too easy or too hard; null takes all prompts in turn."""
 
@@ -142,7 +142,7 @@ class DataConfig:
                 "data.train_file", self.train_file, "a file, or files with weights above 0")  # fmt: skip
         require(not self.streaming or (self.bad_rows, self.too_long, self.keep) in [
             ("error", "bad_row", None), ("error", "truncate", None)], "data.streaming", self.streaming,
-            "false where bad_rows, too_long or keep leave rows out, known only after reading all")  # fmt: skip
+            "false where bad_rows, too_long or keep leave rows out: a stream cannot know beforehand which")  # fmt: skip
 
 
 @dataclass
@@ -156,22 +156,22 @@ class RolloutConfig:
     temperature: float = 1.0
     """Sampling temperature; log-probabilities of policy and reference are taken at the same temperature."""
     top_p: float = 1.0
-    """Sample from the smallest set of tokens that holds this much probability; 1 turns it off."""
+    """Sample from the smallest set of tokens with this much probability; 1 turns it off."""
     top_k: int = 0
     """Sample from the k likeliest tokens; 0 turns it off."""
     min_p: float = 0.0
     """Leave out tokens less likely than this share of the likeliest one's probability; 0 turns it off."""
     max_resamples: int = 0
-    """Dynamic sampling: groups whose rewards are all equal are replaced by groups of further prompts, in at most this
-    many rounds a step; what is still missing then is filled up with groups that were to be replaced."""
+    """Dynamic sampling: groups of further prompts replace groups whose rewards are all equal, in at most this many
+    rounds a step. If too few are there after the last round, the rest are groups that were to be replaced."""
     max_tokens_in_flight: TokensInFlight = "auto"
-    """Most tokens (prompts and completions) whose keys and values are held at once on a rank; further prompts wait.
-    `auto` is what fits into a GPU's free memory, and 262144 on a CPU. Where memory runs out all the same, half as many
-    are decoded at once. The completions are the same."""
+    """Most tokens (prompts and completions) with keys and values in a rank's memory at once; further prompts wait.
+    `auto` is what fits into a GPU's free memory, and 262144 on a CPU. If memory still runs out, half as many are
+    decoded at once. The completions are the same."""
     engine: Literal["auto", "native", "paged"] = "auto"
-    """Who decodes: `native`, this project's engine; `paged`, transformers' continuous batching, with this project's
-    sampling; `auto`, on a GPU the one that is faster in a trial at the start, else `native`. The completions are the
-    same."""
+    """The engine that decodes: `native`, this project's own; `paged`, transformers' continuous batching with this
+    project's sampling; `auto`, the one that is faster in a trial at the start on a GPU, else `native`. The completions
+    are the same."""
 
     def __post_init__(self) -> None:
         require(self.group_size >= 1, "rollout.group_size", self.group_size, "at least 1")
@@ -225,35 +225,35 @@ class TrainConfig:
     num_minibatches: int = 1
     """Optimizer steps a pass: the batch's prompts are divided into this many parts, each normalised by itself."""
     max_tokens_per_pack: int = 4096
-    """Tokens computed at once in the update: the memory knob."""
+    """Tokens computed at once in the update. Lower it to save memory."""
     eval_every: int = 50
     """Steps between evaluations; 0 evaluates only before the first step and after the last."""
     num_eval_prompts: int = 256
-    """Most prompts of data.eval_file used in an evaluation."""
+    """Most prompts of data.eval_file in an evaluation."""
     save_every: int = 50
     """Steps between checkpoints; 0 saves only at the end."""
     keep_checkpoints: int = 2
     """Complete checkpoints to keep."""
     output_dir: str = "checkpoints"
-    """Where everything the run leaves behind goes."""
+    """Directory of all files that the run writes."""
     seed: int = 0
     """Seed of sampling, shuffling and adapter initialisation."""
     resume: str = "auto"
     """`auto` continues from the newest complete checkpoint of output_dir, `never` refuses to touch an output_dir that
     has one, and a path names the checkpoint to continue from."""
     max_time: str | None = None
-    """Time after which the run saves and ends, as HH:MM:SS; the same command goes on from there. null for none."""
+    """Time after which the run saves and ends, as HH:MM:SS; the same command resumes it. null for no limit."""
     allow_changes: bool = False
-    """Resume although the base model, the adapters' shape, the data, the batch size or the seed have changed."""
+    """Resume although the base model, the adapters' shape, the data, the batch size or the seed has changed."""
     max_bad_updates: int = 3
-    """Updates in a row whose gradient may be infinite or NaN, and are left out, before the run stops."""
+    """Updates in a row with an infinite or NaN gradient at which the run stops. Each such update is skipped."""
     max_failed_saves: int = 0
-    """Checkpoints in a row that may fail to be written, as on a full disk, before the run stops. The last of a run, and
-    the one after a signal, may not."""
+    """Checkpoints in a row that may fail to be written, as on a full disk, before the run stops. The last one of a run
+    and the one after a signal must not fail."""
     hang_timeout_seconds: float = 300.0
-    """A rank whose process stands still for this long (stopped, or its node lost), or that all others wait for while it
-    passes no safe point, is named with the phase and stack it was last seen in, and the run ends. Must be longer than
-    the longest single forward and backward pass."""
+    """The run ends where a process stands still for this long (it is stopped, or its node is lost), or where no rank
+    passes a safe point for this long. The message names the rank, its phase and its stack. It must be longer than the
+    longest single forward and backward pass."""
 
     @property
     def max_seconds(self) -> float | None:
@@ -278,15 +278,15 @@ class TrainConfig:
 
 @dataclass
 class LoggingConfig:
-    """What is written down, beside metrics.jsonl which always is."""
+    """What a run records. It always writes metrics.jsonl."""
 
     trackers: list[str] = field(default_factory=lambda: ["tensorboard"])
-    """Mirrors of the metrics, by Accelerate's names (`tensorboard`, `wandb`, …)."""
+    """Trackers that get the metrics too, by Accelerate's names (`tensorboard`, `wandb`, …)."""
     log_completions: bool = True
     """Write every completion with its rewards and advantage to output_dir/completions."""
     show_completions_every: int = 10
-    """Steps between looks at completions: the best and the worst of a group on a terminal, and a table of some in the
-    trackers; 0 shows none."""
+    """Steps after which completions are shown: the best and the worst of a group on a terminal, and a table of some in
+    the trackers; 0 shows none."""
 
     def __post_init__(self) -> None:
         require(self.show_completions_every >= 0, "logging.show_completions_every", self.show_completions_every,
@@ -295,7 +295,7 @@ class LoggingConfig:
 
 @dataclass
 class Config:
-    """A whole run."""
+    """All options of a run."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     lora: LoraConfig | None = field(default_factory=LoraConfig)
@@ -304,7 +304,7 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     rewards: list[RewardConfig] = field(default_factory=lambda: [RewardConfig()])
-    """Reward functions; a completion's reward is their weighted sum."""
+    """Reward functions; the reward of a completion is their weighted sum."""
     scoring: ScoringConfig = field(default_factory=ScoringConfig)
     advantage: AdvantageConfig = field(default_factory=AdvantageConfig)
     loss: LossConfig = field(default_factory=LossConfig)
@@ -334,7 +334,7 @@ class Config:
 
     @property
     def max_sequence_length(self) -> int:
-        """Most tokens of a prompt with a completion of it."""
+        """Most tokens of a prompt and its completion."""
         return self.data.max_prompt_length + self.rollout.max_completion_length
 
     def weights_at(self, step: int) -> list[float]:

@@ -1,7 +1,6 @@
-"""Where the files lie that ship beside the code: configs with their data, and what the launchers need.
+"""The files that ship beside the code: configs with their data, and the files of the launchers.
 
-In a checkout they are at its top level, in an installation inside the package. `python -m grpo_dist examples` makes a
-copy of them.
+A checkout has them at its top level, an installation inside the package. `python -m grpo_dist examples` copies them.
 """
 
 from __future__ import annotations
@@ -16,6 +15,6 @@ Folder = Literal["configs", "accelerate_configs", "launch"]
 
 
 def shipped(folder: Folder) -> Path:
-    """Where a folder lies; of `launch`, an installation has only slurm.sbatch: the other scripts set up a checkout."""
+    """The path of a folder. An installation has only slurm.sbatch of `launch`: the other scripts set up a checkout."""
     inside = PACKAGE / folder
     return inside if inside.is_dir() else PACKAGE.parent / folder

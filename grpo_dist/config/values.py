@@ -47,7 +47,7 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 
 
 def descriptions(group: type) -> dict[str, str]:
-    """What is said of each documented option of a group, by its name, on one line."""
+    """The description of each documented option of a group, by its name, on one line."""
     entries = parse_from_object(group).params
     return {entry.arg_name: " ".join((entry.description or "").split()) for entry in entries}
 

@@ -1,1 +1,1 @@
-"""Ranks: how they start, speak to each other, fail together and end."""
+"""Ranks: how they start, exchange tensors, share errors and end."""

@@ -1,8 +1,8 @@
 """ZeRO: what this package does with DeepSpeed, and works around in it.
 
-Whole tensors come from DeepSpeed's own record of who holds which part of which parameter. Its public functions
+DeepSpeed's own record says which rank has which part of which parameter. Its public functions
 `safe_set_full_fp32_param` and `safe_set_full_optimizer_state` fail under stage 3 before the optimizer has state, and
-where a parameter's size is not a multiple of the ranks; a checkpoint has to be taken up in both cases.
+where a parameter's size is not a multiple of the ranks. A checkpoint is restored in both cases.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ def is_asked_for() -> bool:
 
 
 def make_plugin(dtype: torch.dtype, max_grad_norm: float) -> tuple[DeepSpeedPlugin, list[str]]:
-    """Accelerate's plugin for the launch's ZeRO options, and a line for each of them that a run decides otherwise.
+    """Accelerate's plugin for the launch's ZeRO options, and a line for each option that the run overrides.
 
-    `dtype` is what the policy computes in.
+    `dtype` is the policy's compute dtype.
     """
     if not computes_on_gpu():
         _keep_from_compiling()
@@ -44,8 +44,8 @@ def make_plugin(dtype: torch.dtype, max_grad_norm: float) -> tuple[DeepSpeedPlug
 def _keep_from_compiling() -> None:
     """Leave out DeepSpeed's shared-memory collectives; gloo does without them.
 
-    They would be built with g++ at the first start, for a minute and without a word, and a start killed meanwhile would
-    leave a lock the next one waits on.
+    g++ would build them at the first start, which takes a minute and prints nothing. A start that is killed meanwhile
+    would leave a lock, and the next start would wait on it.
     """
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     from deepspeed import ops
@@ -54,10 +54,10 @@ def _keep_from_compiling() -> None:
 
 
 def _sum_in_float32(options: dict[str, Any]) -> None:
-    """Let DeepSpeed add the gradients of packs and of ranks in float32, as DDP does, where it computes in bfloat16.
+    """Let DeepSpeed add the gradients of packs and of ranks in float32 where it computes in bfloat16, as DDP does.
 
-    In bfloat16 the sum of 64 packs is 1 % off, and depends on how many a rank has. Stage 1 then runs as stage 2, whose
-    result is the same: DeepSpeed's stage 1 with such sums is an optimizer that fails on a gradient of zero.
+    In bfloat16 the sum of 64 packs is 1 % off, and depends on the number of packs of a rank. Stage 1 then runs as
+    stage 2, which has the same result: with float32 sums, DeepSpeed's stage 1 fails on a gradient of zero.
     """
     options |= {"data_types": {"grad_accum_dtype": "fp32"}, "communication_data_type": "fp32"}
     zero = options["zero_optimization"]
@@ -65,7 +65,7 @@ def _sum_in_float32(options: dict[str, Any]) -> None:
 
 
 class Zero:
-    """Optimizer states, gradients and, in stage 3, weights are cut up over ranks. See `strategy.Strategy`."""
+    """Each rank has a part of optimizer states and gradients, and in stage 3 of weights. See `strategy.Strategy`."""
 
     sums_fragments = True
 
@@ -75,7 +75,7 @@ class Zero:
         self.name = f"DeepSpeed ZeRO-{self.zero_stage}"
 
     def before_prepare(self, policy: torch.nn.Module) -> None:
-        """Bound the buffer for gradients, which has 500 million elements by default: gigabytes for adapters."""
+        """Bound the buffer for gradients: its default of 500 million elements takes gigabytes, also for adapters."""
         trained = sum(getattr(p, "ds_numel", p.numel()) for p in policy.parameters() if p.requires_grad)
         self._options["reduce_bucket_size"] = min(self._options.get("reduce_bucket_size", 500_000_000), trained)
 
@@ -89,13 +89,13 @@ class Zero:
         wrapped.backward(loss)
 
     def step(self, wrapped: Any, optimizer: Any) -> float:
-        """See `Strategy`; the engine clips, and leaves out a step whose norm is not finite, by itself."""
+        """See `Strategy`. DeepSpeed's engine clips, and skips a step whose norm is not finite."""
         wrapped.step()
         return float(wrapped.get_global_grad_norm())
 
     def adam(self, optimizer: Any) -> torch.optim.Optimizer:
         """See `Strategy`."""
-        return optimizer.optimizer.optimizer  # Accelerate's wrapper has ZeRO's, which has torch's own
+        return optimizer.optimizer.optimizer  # inside Accelerate's wrapper is ZeRO's, and inside that is torch's
 
     def fragment(self, optimizer: Any, parameter: Any) -> Fragment | None:
         """See `Strategy`."""
@@ -103,7 +103,7 @@ class Zero:
         if is_sharded(parameter):
             group, offset, size = zero.grad_position[zero.get_param_id(parameter)]
             start = size * dist.get_rank()
-            # the last ranks' parts may be padding beyond the parameter's end
+            # the parts of the last ranks may be padding beyond the parameter's end
             size = min(size, max(0, parameter.ds_numel - start))
             return Fragment(zero.fp32_partitioned_groups_flat[group], offset, start, size)
         mapping = parameter._hp_mapping
@@ -124,18 +124,18 @@ class Zero:
 
 
 def is_sharded(parameter: Tensor) -> bool:
-    """Whether ZeRO-3 holds only a part of this parameter on each rank."""
+    """Whether each rank has only a part of this parameter, under ZeRO-3."""
     return hasattr(parameter, "ds_id")
 
 
 def full_shape(parameter: Any) -> torch.Size:
-    """The shape of a parameter, all ranks' parts of it taken together."""
+    """The shape of a parameter in full, with the parts of all ranks."""
     return parameter.ds_shape if is_sharded(parameter) else parameter.shape
 
 
 @contextmanager
 def gathered(parameters: list[Tensor]) -> Iterator[None]:
-    """Inside, the parameters hold their full values on every rank (they are read only)."""
+    """Inside, the parameters have their full values on every rank; the caller only reads them."""
     sharded = [p for p in parameters if is_sharded(p)]
     if not sharded:
         yield
@@ -148,7 +148,7 @@ def gathered(parameters: list[Tensor]) -> Iterator[None]:
 
 @contextmanager
 def unsharded_loading() -> Iterator[None]:
-    """Inside, `from_pretrained` loads whole models, also under ZeRO-3 (which would otherwise partition every model)."""
+    """Inside, `from_pretrained` loads full models, also under ZeRO-3, which would otherwise partition every model."""
     from transformers.integrations import deepspeed as integration
 
     reference = integration._hf_deepspeed_config_weak_ref

@@ -1,4 +1,4 @@
-"""The device that a rank computes on: whether it is a GPU, how CUDA is set up, and how much of its memory is taken."""
+"""The device that a rank computes on: whether it is a GPU, how CUDA is set up, and how much memory is in use."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from contextlib import contextmanager
 import torch
 
 ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
-"""Variables that torch's allocator reads, the newer one first."""
+"""Variables that torch's allocator reads; the newer one is first."""
 
 
 def computes_on_gpu() -> bool:
-    """Whether ranks compute on GPUs: there is one, and the launch does not ask for the CPU (`use_cpu`)."""
+    """Whether ranks compute on GPUs: a GPU is there, and the launch does not ask for the CPU (`use_cpu`)."""
     asks_for_cpu = os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("true", "1", "yes")
     return torch.cuda.is_available() and not asks_for_cpu
 
 
 def set_up_cuda() -> None:
-    """Settings for a training, to be made before the first call of CUDA; a user's own stay.
+    """Set up CUDA for a training before its first call; a user's own settings stay.
 
-    Caches and packs have ever new sizes: without segments that can grow, what one size has left free fits no other. And
-    a sum over the tokens of a pack stays in float32, also where its products are in bfloat16.
+    Caches and packs often have new sizes. Segments that can grow let a freed block serve another size. A sum over the
+    tokens of a pack stays in float32, also where its products are in bfloat16.
     """
     if not any(name in os.environ for name in ALLOCATOR):
         os.environ.update(dict.fromkeys(ALLOCATOR, "expandable_segments:True"))
@@ -31,7 +31,7 @@ def set_up_cuda() -> None:
 
 
 class MemoryPeaks:
-    """The most memory of a rank's GPU that tensors take, in each phase of a step and in all of it; on a CPU the most
+    """The most memory that tensors take on a rank's GPU, in each phase of a step and in the step; on a CPU the most
     that the process has ever taken."""
 
     def __init__(self, device: torch.device) -> None:
@@ -41,7 +41,7 @@ class MemoryPeaks:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Look at what is inside for `memory/NAME_gib`; phases do not lie within one another."""
+        """Record the peak inside as `memory/NAME_gib`; phases are not nested."""
         if self.device.type != "cuda":
             yield
             return
@@ -52,7 +52,7 @@ class MemoryPeaks:
             self._phases[name] = max(self._phases.get(name, 0), self._look())
 
     def _look(self) -> int:
-        """Bytes at the fullest moment since the last look."""
+        """Peak bytes since the last look."""
         peak = torch.cuda.max_memory_allocated(self.device)
         self._peak = max(self._peak, peak)
         self._reserved = max(self._reserved, torch.cuda.max_memory_reserved(self.device))
@@ -60,18 +60,18 @@ class MemoryPeaks:
         return peak
 
     def metrics(self) -> dict[str, float]:
-        """GiB since the last call: of each phase, of all, and what torch's allocator had reserved."""
+        """Peak GiB since the last call: of each phase, of all, and what torch's allocator reserved."""
         if self.device.type != "cuda":
             return {"memory/peak_gib": resident_peak_bytes() / 2**30}
         self._look()
-        found = {f"memory/{name}_gib": peak for name, peak in self._phases.items()}
-        found |= {"memory/peak_gib": self._peak, "memory/reserved_gib": self._reserved}
+        peaks = {f"memory/{name}_gib": peak for name, peak in self._phases.items()}
+        peaks |= {"memory/peak_gib": self._peak, "memory/reserved_gib": self._reserved}
         self._phases, self._peak, self._reserved = {}, 0, 0
-        return {name: value / 2**30 for name, value in found.items()}
+        return {name: value / 2**30 for name, value in peaks.items()}
 
 
 def resident_peak_bytes() -> int:
-    """The most memory that this process has ever had."""
+    """The most memory that this process has ever taken."""
     import resource  # not on Windows
 
     unit = 1 if sys.platform == "darwin" else 1024

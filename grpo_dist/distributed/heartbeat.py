@@ -1,8 +1,9 @@
-"""What ranks tell of themselves, and who of them is to blame where nothing goes on. Pure: no store, no clock, no log.
+"""What a rank reports of itself, and which rank is the cause where nothing moves. Pure: no store, no clock, no log.
 
-Ranks wait for one another in collectives, so where one stands still all of them soon do. Two counters tell that one
-from the others: `moves` grows at every safe point, and `meetings` at every collective a rank enters, which is the same
-sequence on all ranks. Who has entered the fewest is whom the others wait for.
+Ranks wait for one another in collectives. Where one rank stands still, all of them soon stand still. Two counters find
+the one that the others wait for: `safe_points` grows at every safe point, and `collectives_entered` grows at every
+collective. The collectives are the same sequence on all ranks, so the others wait for the rank that has entered the
+fewest.
 """
 
 from __future__ import annotations
@@ -13,74 +14,80 @@ from typing import Literal
 
 
 @dataclass(frozen=True)
-class Beat:
-    """What a rank tells of itself twice a second."""
+class Heartbeat:
+    """What a rank reports of itself twice a second."""
 
-    tick: float
-    """Clock of the thread that tells: it stands still where the whole process does."""
-    moves: float
-    """Safe points its main thread has passed."""
-    meetings: int
-    """Collectives its main thread has entered."""
+    clock_seconds: float
+    """Clock of the thread that reports. It stands still where the process does."""
+    safe_points: float
+    """Safe points that the main thread has passed."""
+    collectives_entered: int
+    """Collectives that the main thread has entered."""
     phase: str
     stack: str
-    """Where its main thread is."""
+    """Where the main thread is."""
 
     @property
-    def is_waiting(self) -> bool:
+    def is_in_collective(self) -> bool:
         """Whether the main thread is inside a collective, as far as Python shows."""
         return "torch/distributed/" in self.stack
 
 
 @dataclass(frozen=True)
-class Sight:
-    """A rank's last beat and when, by the observer's clock in seconds, each part of it was seen to change."""
+class RankStatus:
+    """A rank's last heartbeat, and when each part of it last changed, in seconds of the observer's clock."""
 
-    beat: Beat
-    ticked: float
+    heartbeat: Heartbeat
+    clock_changed: float
     moved: float
-    met: float
+    """When it last passed a safe point or entered a collective."""
+    entered: float
+    """When it last entered a collective."""
 
 
-def look(before: Sight | None, beat: Beat, now: float) -> Sight:
-    """The sight of a rank after one more look at its beat."""
+def observed(before: RankStatus | None, heartbeat: Heartbeat, now: float) -> RankStatus:
+    """The status of a rank after one more look at its heartbeat."""
     if before is None:
-        return Sight(beat, now, now, now)
-    return Sight(
-        beat,
-        before.ticked if beat.tick == before.beat.tick else now,
-        before.moved if (beat.moves, beat.meetings) == (before.beat.moves, before.beat.meetings) else now,
-        before.met if beat.meetings == before.beat.meetings else now,
+        return RankStatus(heartbeat, now, now, now)
+    last = before.heartbeat
+    has_entered = heartbeat.collectives_entered != last.collectives_entered
+    has_moved = has_entered or heartbeat.safe_points != last.safe_points
+    return RankStatus(
+        heartbeat,
+        now if heartbeat.clock_seconds != last.clock_seconds else before.clock_changed,
+        now if has_moved else before.moved,
+        now if has_entered else before.entered,
     )
 
 
-Blame = dict[int, Literal["process", "main thread"]]
+Stalled = dict[int, Literal["process", "main thread"]]
 
 
-def stuck(sights: Mapping[int, Sight], now: float, timeout_seconds: float) -> Blame:
-    """The ranks to blame, and what of each stands still; empty while something moves.
+def stalled(statuses: Mapping[int, RankStatus], now: float, timeout_seconds: float) -> Stalled:
+    """The ranks that stop the run, and what of each stands still; empty while something moves.
 
-    A process is silent where its own beat stands still for the time-out. Main threads are stuck where none of the ranks
-    seen has passed a safe point for so long; as long as one does, the others may be waiting for its work.
+    A process is stalled where its clock stands still for the time-out. Main threads are stalled where no rank has
+    moved for so long: as long as one moves, the others may wait for its work.
     """
-    silent = [rank for rank, sight in sights.items() if now - sight.ticked > timeout_seconds]
+    silent = [rank for rank, status in statuses.items() if now - status.clock_changed > timeout_seconds]
     if silent:
         return dict.fromkeys(silent, "process")
-    if not sights or any(now - sight.moved <= timeout_seconds for sight in sights.values()):
+    if not statuses or any(now - status.moved <= timeout_seconds for status in statuses.values()):
         return {}
-    last = behind(sights)
-    return dict.fromkeys([rank for rank in last if not sights[rank].beat.is_waiting] or last, "main thread")
+    last = behind(statuses)
+    outside = [rank for rank in last if not statuses[rank].heartbeat.is_in_collective]
+    return dict.fromkeys(outside or last, "main thread")
 
 
-def behind(sights: Mapping[int, Sight]) -> list[int]:
+def behind(statuses: Mapping[int, RankStatus]) -> list[int]:
     """The ranks that have entered the fewest collectives."""
-    fewest = min(sight.beat.meetings for sight in sights.values())
-    return [rank for rank, sight in sights.items() if sight.beat.meetings == fewest]
+    fewest = min(status.heartbeat.collectives_entered for status in statuses.values())
+    return [rank for rank, status in statuses.items() if status.heartbeat.collectives_entered == fewest]
 
 
-def slow(sights: Mapping[int, Sight], now: float, seconds: float) -> list[int]:
-    """The ranks that all others have been waiting for, for at least `seconds`."""
-    last = behind(sights) if sights else []
-    if len(last) == len(sights) or now - max(sight.met for sight in sights.values()) < seconds:
+def slow(statuses: Mapping[int, RankStatus], now: float, seconds: float) -> list[int]:
+    """The ranks that all others have waited for, for at least `seconds`."""
+    last = behind(statuses) if statuses else []
+    if len(last) == len(statuses) or now - max(status.entered for status in statuses.values()) < seconds:
         return []
     return last

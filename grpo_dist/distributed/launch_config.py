@@ -1,8 +1,8 @@
-"""What a launch config says beside what the run does: it may place the work, never change what is computed.
+"""The entries of a launch config: they may place the work, and they never change what is computed.
 
 `accelerate config` asks for gradient accumulation and mixed precision, and a DeepSpeed file may name batch sizes,
-dtypes, an optimizer. Where such an entry contradicts the run's own options, those win and a line says so; entries that
-would compute something else and cannot be set aside are refused before anything is loaded.
+dtypes, an optimizer. Where such an entry contradicts the run's own options, the options win and a line says so. Entries
+that would compute something else and cannot be set aside are refused before anything is loaded.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 DECIDED = {
-    "gradient_accumulation_steps": "packs are added up as train.max_tokens_per_pack says",
+    "gradient_accumulation_steps": "train.max_tokens_per_pack says how packs are added up",
     "gradient_clipping": "optim.max_grad_norm clips",
     "train_batch_size": "train.batch_size counts the prompts of a step",
     "train_micro_batch_size_per_gpu": "train.max_tokens_per_pack bounds what is computed at once",
@@ -32,7 +32,7 @@ DECIDED = {
     "zero_allow_untested_optimizer": "the optimizer is torch's AdamW",
     "zero_force_ds_cpu_optimizer": "the optimizer is torch's AdamW",
 }
-"""DeepSpeed entries that the run decides itself, and by what."""
+"""DeepSpeed entries that the run overrides, with the reason."""
 HARMLESS = {
     "activation_checkpointing", "aio", "checkpoint", "comet", "comms_logger", "csv_monitor", "disable_allgather",
     "dump_state", "flops_profiler", "load_universal_checkpoint", "memory_breakdown", "monitor_config", "nebula",
@@ -51,11 +51,11 @@ FOREIGN = {
     "ACCELERATE_USE_FSDP": "distributed_type FSDP", "ACCELERATE_USE_MEGATRON_LM": "distributed_type MEGATRON_LM",
     "ACCELERATE_USE_PARALLELISM_CONFIG": "parallelism_config",
 }  # fmt: skip
-"""What Accelerate's launcher sets for engines this trainer does not run under."""
+"""What Accelerate's launcher sets for engines that this trainer does not support."""
 
 
 def require_known_launch(environment: Mapping[str, str]) -> None:
-    """Raise ValueError where the launch asks for something else to be computed, or names a file that cannot be used."""
+    """Raise ValueError where the launch would change what is computed, or names a file that cannot be used."""
     for variable, entry in FOREIGN.items():
         if environment.get(variable, "false").lower() in ("true", "1"):
             raise ValueError(f"launch config: {entry} given, expected one process, DDP (MULTI_GPU) or DEEPSPEED: see "
@@ -95,10 +95,10 @@ def _is_off(value: Any) -> bool:
 
 
 def settle_deepspeed(entries: dict[str, Any], max_grad_norm: float) -> list[str]:
-    """Leave to the run, in place, what it decides itself of a DeepSpeed config; a line for each entry that said
-    something else.
+    """Override in place the entries of a DeepSpeed config that the run decides; returns a line for each entry that
+    said something else.
 
-    What `auto` leaves open is either decided by the run or left to DeepSpeed's defaults.
+    An entry `auto` is decided by the run or by DeepSpeed's defaults.
     """
     own = {"gradient_accumulation_steps": 1, "gradient_clipping": max_grad_norm, "train_micro_batch_size_per_gpu": 1,
            "zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}  # fmt: skip
@@ -119,7 +119,7 @@ def _leaves_open(given: Any) -> bool:
 
 
 def set_aside_precision(environment: Mapping[str, str], used: str) -> list[str]:
-    """A line where the launch asks for another mixed precision than the one that is used (`bf16` or `no`)."""
+    """A line where the launch asks for another mixed precision than the one in use (`bf16` or `no`)."""
     given = environment.get("ACCELERATE_MIXED_PRECISION", "no").lower()
     if given in ("no", used):  # the default of every launch says no
         return []

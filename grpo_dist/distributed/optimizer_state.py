@@ -1,7 +1,7 @@
-"""What the optimizer holds, as whole tensors by name: the same under one process, DDP and every ZeRO stage.
+"""The optimizer's state as full tensors by name: the same under one process, DDP and every ZeRO stage.
 
-That is what lets a checkpoint be taken over by another number of ranks or another stage. ZeRO flattens parameters and
-gives each rank a slice; here it is known which slice of which parameter lies where.
+A checkpoint can therefore be resumed with another number of ranks or another stage. ZeRO flattens parameters and gives
+each rank a slice; this module knows which slice of which parameter is where.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class OptimizerState:
-    """Weights and Adam moments as whole tensors, whatever wrapper holds them and however it cuts them up.
+    """Weights and Adam moments as full tensors, whatever the wrapper and however it splits them.
 
-    What is saved so does not depend on the number of ranks or the ZeRO stage, and can be loaded under any other.
+    They do not depend on the number of ranks or the ZeRO stage, and can be loaded under any other.
     """
 
     def __init__(self, ranks: Ranks, optimizer: Any, parameters: dict[str, torch.nn.Parameter]) -> None:
@@ -32,31 +32,31 @@ class OptimizerState:
     def _part(self, tensor: Tensor, fragment: Fragment) -> Tensor:
         return tensor.detach().view(-1)[fragment.flat_start : fragment.flat_start + fragment.size]
 
-    def _whole(self, parameter: Any, key: str | None) -> Tensor:
+    def _full(self, parameter: Any, key: str | None) -> Tensor:
         shape = full_shape(parameter)
         flat = torch.zeros(shape.numel(), dtype=torch.float32)
         fragment = self.strategy.fragment(self.optimizer, parameter)
         if fragment is not None and (key is None or key in self.adam.state[fragment.flat]):
-            held = fragment.flat if key is None else self.adam.state[fragment.flat][key]
-            flat[fragment.start : fragment.start + fragment.size] = self._part(held, fragment).float().cpu()
+            tensor = fragment.flat if key is None else self.adam.state[fragment.flat][key]
+            flat[fragment.start : fragment.start + fragment.size] = self._part(tensor, fragment).float().cpu()
         return (self.ranks.reduce(flat, "sum") if self.strategy.sums_fragments else flat).view(shape)
 
     @torch.no_grad()
     def collect(self) -> dict[str, Tensor]:
-        """Whole float32 tensors on the CPU: each parameter as `weight/NAME`, its moments as `exp_avg/NAME` and
-        `exp_avg_sq/NAME`, and `adam_steps`; on the main rank alone. A collective."""
+        """Full float32 tensors on the CPU: each parameter as `weight/NAME`, its moments as `exp_avg/NAME` and
+        `exp_avg_sq/NAME`, and `adam_steps`. Ranks other than the main one return `adam_steps` alone. A collective."""
         steps = [int(state["step"]) for state in self.adam.state.values() if "step" in state]
         state = {"adam_steps": torch.tensor(max(self.ranks.gather_objects(max(steps, default=0))))}
         for name, parameter in self.parameters.items():
             for kind, key in (("weight", None), *((moment, moment) for moment in MOMENTS)):
-                tensor = self._whole(parameter, key)
-                if self.ranks.is_main:  # the others only help to put it together
+                tensor = self._full(parameter, key)
+                if self.ranks.is_main:  # the others only take part in the sum
                     state[f"{kind}/{name}"] = tensor
         return state
 
     @torch.no_grad()
     def restore(self, state: dict[str, Tensor]) -> None:
-        """Put back what `collect` returned, on every rank alike. Raises ValueError for tensors of other shapes."""
+        """Restore what `collect` returned, the same on every rank. Raises ValueError for tensors of other shapes."""
         for name, parameter in self.parameters.items():
             shape = full_shape(parameter)
             for kind in ("weight", *MOMENTS):

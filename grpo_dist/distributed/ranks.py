@@ -1,4 +1,4 @@
-"""The ranks of a run: who they are, what they exchange, and how a step of the optimizer is taken on all of them.
+"""The ranks of a run: their numbers, their collectives, and the optimizer step that all of them take.
 
 The same calls serve one process, DDP and ZeRO, on GPUs (NCCL) and on CPU ranks (gloo). What differs between them is in
 strategy.py and deepspeed.py.
@@ -31,9 +31,9 @@ from .watch import Interrupted, serve_store
 log = logging.getLogger(__name__)
 
 START = timedelta(seconds=START_SECONDS)
-"""How long ranks wait for one another in a collective until the run has started."""
+"""Time limit of a collective until the run has started."""
 PATIENCE = timedelta(hours=12)
-"""How long they do between phases: a rollout or a slow disk may take its time, and watch.py sees who hangs."""
+"""Time limit of a collective afterwards: a rollout or a slow disk takes time, and watch.py ends a run that hangs."""
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -51,25 +51,25 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def _bound_kernel_caches() -> None:
-    """Let oneDNN, and what torch keeps of it, hold on to few of the kernels that are made for every new shape.
+    """Let oneDNN and torch keep few of the kernels that they make for every new shape.
 
-    Packs have ever new shapes: the 1,024 that each keeps by default come to hundreds of megabytes, and hardly one is
-    used again.
+    Packs often have a new shape. By default each of the two keeps 1,024 kernels, which take hundreds of megabytes, and
+    hardly one is used again.
     """
     for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
         os.environ.setdefault(name, "64")
 
 
 class PhaseError(RuntimeError):
-    """A phase failed on some rank; raised on all of them with every failing rank's own traceback."""
+    """A phase failed on some rank. All ranks raise it, with the traceback of every rank that failed."""
 
 
 class Ranks:
     """All processes of the run, seen from one of them."""
 
     def __init__(self, dtype: torch.dtype, optim: OptimConfig) -> None:
-        """Join the process group. `dtype` is the policy's compute dtype. Raises LaunchError where ranks do not come,
-        do not reach one another, or would share a GPU."""
+        """Join the process group. `dtype` is the policy's compute dtype. Raises LaunchError where ranks are missing, do
+        not reach one another, or would share a GPU."""
         _bound_kernel_caches()
         rank, num_ranks = place_in_launch()
         self._rendezvous = Rendezvous(rank, num_ranks) if num_ranks > 1 else None
@@ -88,7 +88,7 @@ class Ranks:
             log.warning("%s", line)
         with nullcontext() if self._rendezvous is None else self._rendezvous.first_collective():
             self.accelerator = self._accelerator(precision, plugin, num_ranks > 1)
-            # a channel for flags that does not wait for the device, as a collective of the training's backend would
+            # a group for flags: unlike a collective of the training's backend, it does not wait for the device
             self._control = dist.new_group(backend="gloo", timeout=START) if self.num_ranks > 1 else None
             if self.num_ranks > 1:
                 dist.all_reduce(flag := torch.ones(1, device=self.device))
@@ -96,15 +96,15 @@ class Ranks:
         self.strategy: Strategy = (
             Replicated(self.num_ranks, optim.max_grad_norm) if plugin is None else deepspeed.Zero(plugin)
         )
-        self.meetings = 0
-        """Collectives of this class that this rank has entered: who has entered the fewest is waited for."""
+        self.collectives_entered = 0
+        """Collectives of this class that this rank has entered. The others wait for the rank that has entered least."""
 
     @staticmethod
     def _accelerator(precision: str, plugin: DeepSpeedPlugin | None, several: bool) -> Accelerator:
         on_cpu = not computes_on_gpu()
         backend = {"backend": "gloo"} if on_cpu and (plugin is not None or several) else {}
         return Accelerator(
-            # under DeepSpeed, cpu=True would give every process a world of its own; gloo comes from the handler there
+            # under DeepSpeed, cpu=True would give every process a world of its own; there the handler names gloo
             cpu=on_cpu and plugin is None,
             mixed_precision=precision,
             gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
@@ -113,18 +113,18 @@ class Ranks:
             kwargs_handlers=[InitProcessGroupKwargs(timeout=START, **backend)],
         )
 
-    def meet(self, point: str) -> None:
-        """Wait for all ranks without a collective, however long it takes; the log names those that are not there."""
+    def wait_at(self, point: str) -> None:
+        """Wait without a collective until all ranks have passed a point; the log names those that have not."""
         if self._rendezvous is not None:
-            self._rendezvous.meet(point, PATIENCE.total_seconds())
+            self._rendezvous.wait_at(point, PATIENCE.total_seconds())
 
     def fail(self, error: Exception) -> bool:
-        """End ranks that wait in `meet` for this one; returns whether all know."""
+        """End the ranks that wait for this one in `wait_at`; returns whether all know."""
         return self._rendezvous is None or self._rendezvous.fail(error)
 
     def end_start(self) -> None:
-        """From here on ranks wait for one another as long as PATIENCE."""
-        if self.num_ranks > 1:  # DeepSpeed makes groups of its own, which wait for 10 or 30 minutes whatever is asked
+        """From here on PATIENCE is the time limit of a collective."""
+        if self.num_ranks > 1:  # DeepSpeed makes groups of its own, with limits of 10 or 30 minutes
             for group in dist.distributed_c10d._world.pg_map:
                 dist.distributed_c10d._set_pg_timeout(PATIENCE, group)
 
@@ -149,17 +149,17 @@ class Ranks:
         return self.accelerator.device
 
     def share(self, count: int) -> slice:
-        """This rank's part of `count` pieces of work: contiguous, and never more than one larger than another's."""
+        """This rank's part of `count` pieces of work: contiguous, and at most one larger than another rank's."""
         return slice(count * self.rank // self.num_ranks, count * (self.rank + 1) // self.num_ranks)
 
     def barrier(self) -> None:
         """Wait for all ranks."""
-        self.meetings += 1
+        self.collectives_entered += 1
         self.accelerator.wait_for_everyone()
 
     def gather(self, tensor: Tensor) -> Tensor:
-        """All ranks' tensors, of whatever lengths, joined along the first dimension in order of rank, on the CPU."""
-        self.meetings += 1
+        """All ranks' tensors, of any lengths, joined along the first dimension in order of rank, on the CPU."""
+        self.collectives_entered += 1
         if self.num_ranks == 1:
             return tensor.cpu()
         tensor = tensor.to(self.device)
@@ -175,7 +175,7 @@ class Ranks:
 
     def gather_objects(self, thing: Any) -> list[Any]:
         """One small picklable object from each rank, in order of rank."""
-        self.meetings += 1
+        self.collectives_entered += 1
         if self.num_ranks == 1:
             return [thing]
         things: list[Any] = [None] * self.num_ranks
@@ -184,18 +184,18 @@ class Ranks:
 
     def reduce(self, values: Tensor, how: str) -> Tensor:
         """Sum (`sum`) or maximum (`max`) of a tensor over all ranks, on the CPU."""
-        self.meetings += 1
+        self.collectives_entered += 1
         values = values.to(self.device, copy=True)
         if self.num_ranks > 1:
             dist.all_reduce(values, {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}[how])
         return values.cpu()
 
     @contextmanager
-    def together(self, phase: str) -> Iterator[None]:
-        """Run a phase without collectives in it; what ends it on one rank ends it on every rank.
+    def shared_errors(self, phase: str) -> Iterator[None]:
+        """Run a phase without collectives in it; an error on one rank ends it on every rank.
 
-        A failure is raised as PhaseError on all of them, a stop as Interrupted. Without this the other ranks would wait
-        in their next collective until its time-out.
+        All ranks raise PhaseError for a failure and Interrupted for a stop. Otherwise the other ranks would wait in
+        their next collective until its time-out.
         """
         failure = stop = cause = None
         try:
@@ -207,15 +207,15 @@ class Ranks:
         ends = self.gather_objects((failure, stop))
         failures = [(rank, text) for rank, (text, _) in enumerate(ends) if text]
         if failures:
-            told = "\n".join(f"rank {rank}:\n{text}" for rank, text in failures)
-            raise PhaseError(f"{phase} failed on {len(failures)} of {self.num_ranks} ranks.\n{told}") from cause
+            tracebacks = "\n".join(f"rank {rank}:\n{text}" for rank, text in failures)
+            raise PhaseError(f"{phase} failed on {len(failures)} of {self.num_ranks} ranks.\n{tracebacks}") from cause
         for _, reason in ends:
             if reason:
                 raise Interrupted(reason)
 
-    def agree(self, requested: str | None) -> None:
-        """Raise Interrupted on every rank if any has been requested to stop; for the inside of an update."""
-        self.meetings += 1
+    def stop_if_any(self, requested: str | None) -> None:
+        """Raise Interrupted on every rank where any is requested to stop; for the inside of an update. A collective."""
+        self.collectives_entered += 1
         if self._control is None:
             if requested:
                 raise Interrupted(requested)
@@ -226,7 +226,7 @@ class Ranks:
             raise Interrupted(next(reason for reason in self.gather_objects(requested) if reason))
 
     def store(self, timeout_seconds: float) -> dist.Store | None:
-        """A key-value store of all ranks; None for one. A collective."""
+        """A key-value store of all ranks; None for one rank. A collective."""
         return serve_store(self.rank, self.num_ranks, timeout_seconds)
 
     def prepare(self, policy: torch.nn.Module, optimizer: torch.optim.Optimizer) -> tuple[Any, Any]:
@@ -235,21 +235,21 @@ class Ranks:
         return self.accelerator.prepare(policy, optimizer)
 
     def no_sync(self, wrapped: Any, is_last: bool) -> AbstractContextManager[Any]:
-        """Context of a pack's forward and backward pass: ranks exchange gradients after the last pack alone."""
+        """Context of a pack's forward and backward pass: ranks exchange gradients only after the last pack."""
         return self.strategy.no_sync(wrapped, is_last)
 
     def backward(self, wrapped: Any, loss: Tensor, is_last: bool) -> None:
-        """Add one pack's gradient; the last pack of an update synchronises the ranks.
+        """Add one pack's gradient. The last pack of an update synchronises the ranks.
 
         DDP and ZeRO average over ranks while the loss is a share of the global one, hence the factor.
         """
-        self.meetings += is_last
+        self.collectives_entered += is_last
         self.strategy.backward(wrapped, loss * self.num_ranks, is_last)
 
     def optimizer_step(self, wrapped: Any, optimizer: Any, learning_rate: float) -> float:
-        """Clip, step, clear; returns the gradient's norm before clipping.
+        """Clip, step and clear; returns the gradient's norm before clipping.
 
-        Where the norm is not finite no rank steps: it is the same number on all of them.
+        No rank steps where the norm is not finite: the norm is the same number on all ranks.
         """
         for group in optimizer.param_groups:
             group["lr"] = learning_rate * group["rate_share"]

@@ -1,8 +1,8 @@
-"""How the ranks of a run come together, and what is said where one does not.
+"""How the ranks of a run find one another, and the messages where one is missing.
 
-Every rank reports to the store of the launch before any collective is entered: where it runs and which GPU it takes.
-Until all have come, rank 0 says now and then who is missing. The first collective is then tried under a time limit of
-its own, since a wrong network interface shows there and would otherwise be a wait of hours. Needs no process group.
+Every rank reports to the store of the launch where it runs and which GPU it takes, before it enters any collective.
+Until all have reported, rank 0 names the missing ones now and then. The first collective then has a time limit of its
+own: a wrong network interface shows there, and would otherwise be a wait of hours. Needs no process group.
 """
 
 from __future__ import annotations
@@ -32,27 +32,27 @@ log = logging.getLogger(__name__)
 START_SECONDS = 600.0
 """How long ranks wait for one another until the run has started."""
 FIRST_COLLECTIVE_SECONDS = 180.0
-"""How long the first collective may take once all ranks have come."""
+"""How long the first collective may take once all ranks have reported."""
 REMIND_SECONDS = 30.0
 """Missing ranks are named this often."""
 LOOK_SECONDS = 0.2
 FAILURE_SECONDS = 5.0
-"""How long a rank that has failed waits for the others to learn of it: its launcher ends them once it has ended."""
+"""How long a rank that has failed waits until the others know. Once it has ended, its launcher ends the others."""
 LATE_SECONDS = 60.0
-"""How long where the others may still have to come."""
+"""The same where the others may not have reported yet."""
 
 
 class LaunchError(ValueError):
     """The ranks cannot work together; the message says which, and what to do."""
 
     def __init__(self, message: str, by_all: bool = False) -> None:
-        """`by_all`: it is raised on all ranks alike, so that one of them can say it."""
+        """`by_all`: all ranks raise it, so one of them can print it."""
         super().__init__(message)
         self.by_all = by_all
 
 
 def is_of_one_rank(error: Exception) -> bool:
-    """Whether other ranks may not know of a mistake in the start, so that this one has to name it."""
+    """Whether other ranks may not know of an error in the start, so that this rank has to print it."""
     return isinstance(error, LaunchError) and not error.by_all
 
 
@@ -74,13 +74,13 @@ def place_in_launch() -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class Report:
-    """What a rank says of itself when it comes."""
+    """What a rank reports when it starts."""
 
     host: str
     address: str
-    """The interface and address by which it reaches the first rank."""
+    """The interface and address from which it reaches the first rank."""
     gpu: str | None
-    """What names its GPU on the host; None on a CPU."""
+    """The id of its GPU on the host; None on a CPU."""
     num_gpus: int
     """GPUs that it sees."""
 
@@ -89,26 +89,26 @@ class Rendezvous:
     """The ranks of a launch, seen from one of them; `reports` are in order of rank."""
 
     def __init__(self, rank: int, num_ranks: int, timeout_seconds: float = START_SECONDS) -> None:
-        """Report, and wait for the others. Raises LaunchError where they do not come in time."""
+        """Report, and wait for the others. Raises LaunchError where they do not report in time."""
         self.rank, self.num_ranks, self.timeout_seconds = rank, num_ranks, timeout_seconds
         self._reach()
-        come = f"come to {self.place}"
-        self.meet(come, timeout_seconds, json.dumps(asdict(own_report())))
-        told = self.store.multi_get([self._key(come, each) for each in range(num_ranks)])
-        self.reports = [Report(**json.loads(each)) for each in told]
+        arrival = f"come to {self.place}"
+        self.wait_at(arrival, timeout_seconds, json.dumps(asdict(own_report())))
+        reports = self.store.multi_get([self._key(arrival, each) for each in range(num_ranks)])
+        self.reports = [Report(**json.loads(each)) for each in reports]
 
     @classmethod
     def fail_before(cls, error: Exception) -> None:
-        """Let ranks that come, or will come, end with what has ended this one before it came.
+        """End the other ranks, also those that start later, with the error that ended this one before its report.
 
-        Rank 0 says so itself. Raises LaunchError, for this rank to say, where rank 0 does not learn of it.
+        Rank 0 prints its own error. Raises LaunchError where rank 0 does not learn of it, so that this rank prints it.
         """
         rank, num_ranks = place_in_launch()
         if rank == 0:
             return
         absent = cls.__new__(cls)
         absent.rank, absent.num_ranks, absent.timeout_seconds = rank, num_ranks, LATE_SECONDS
-        with suppress(LaunchError, RuntimeError):  # torch's own, where the store goes meanwhile
+        with suppress(LaunchError, RuntimeError):  # torch raises RuntimeError where the store ends meanwhile
             absent._reach()
             if absent.fail(error, LATE_SECONDS):
                 return
@@ -117,11 +117,12 @@ class Rendezvous:
     def _reach(self) -> None:
         self.place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         self.store = self._store()
-        # the how-manieth of this launch: a store may outlive a run
-        self.meeting = self.store.add(f"grpo_dist/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{self.rank}", 1)
+        # the number of this start: a store may outlive a run
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        self.start_number = self.store.add(f"grpo_dist/{attempt}/{self.rank}", 1)
 
     def _store(self) -> dist.Store:
-        """The launcher's store, or one that rank 0 serves where there is no launcher's."""
+        """The launcher's store, or else one that rank 0 serves."""
         host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         serves = self.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
         begun = said = time.monotonic()
@@ -135,13 +136,13 @@ class Rendezvous:
                           self.place, now - begun, self.timeout_seconds)  # fmt: skip
                 said = now
             time.sleep(LOOK_SECONDS)
-        # shared with torch's own rendezvous, which follows at the same place; it would wait for all ranks in here
+        # torch's own rendezvous follows at the same address and shares the store; a wait for all ranks is not for here
         return dist.TCPStore(host, port, self.num_ranks, serves, timedelta(seconds=self.timeout_seconds),
                              wait_for_workers=False, multi_tenant=True)  # fmt: skip
 
     def _key(self, *parts: str | int) -> str:
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        return "/".join(map(str, ("grpo_dist", attempt, self.meeting, *parts)))
+        return "/".join(map(str, ("grpo_dist", attempt, self.start_number, *parts)))
 
     def _set(self, point: str, value: str = "") -> None:
         self.store.set(self._key(point, self.rank), value)
@@ -152,8 +153,8 @@ class Rendezvous:
         return [each for each in range(self.num_ranks) if not self.store.check([self._key(point, each)])]
 
     def meet(self, point: str, timeout_seconds: float, value: str = "") -> None:
-        """Pass a point, and wait until all ranks have; those that have not are named. Raises LaunchError, also where
-        one of them has failed."""
+        """Pass a point, and wait until all ranks have passed it; the log names those that have not. Raises LaunchError,
+        also where one of them has failed."""
         try:
             self._set(point, value)
             begun = said = time.monotonic()
@@ -182,10 +183,10 @@ class Rendezvous:
                 f"rank {_listed(missing)}")  # fmt: skip
 
     def fail(self, error: Exception, seconds: float = FAILURE_SECONDS) -> bool:
-        """Let ranks that wait for this one end with what has ended it; returns whether all know within `seconds`."""
-        told = f"rank {self.rank} on {socket.gethostname()} has failed: {type(error).__name__}: {error}"
-        with suppress(RuntimeError):  # the store has gone with rank 0
-            self.store.set(self._key("failed"), told)
+        """End the ranks that wait for this one, with its error; returns whether all know within `seconds`."""
+        message = f"rank {self.rank} on {socket.gethostname()} has failed: {type(error).__name__}: {error}"
+        with suppress(RuntimeError):  # the store ended with rank 0
+            self.store.set(self._key("failed"), message)
             know, begun = self.store.add(self._key("know"), 1), time.monotonic()
             while know < self.num_ranks and time.monotonic() - begun < seconds:
                 time.sleep(LOOK_SECONDS)
@@ -197,7 +198,7 @@ class Rendezvous:
     def first_collective(self, timeout_seconds: float = FIRST_COLLECTIVE_SECONDS) -> Iterator[None]:
         """Inside, all ranks enter their first collective; the process ends where that takes too long.
 
-        It may stand in a call of NCCL or gloo that no exception ends, so a thread speaks for it. Raises LaunchError
+        A thread prints the error and ends the process: no exception ends a call of NCCL or gloo. Raises LaunchError
         where the collective fails.
         """
         self._set("entered")
@@ -218,13 +219,13 @@ class Rendezvous:
         except RuntimeError:
             advice = f"rank {self.rank} on {self.reports[self.rank].host}: {self.place} does not answer any more either"
         write_lines(f"error: no answer in {seconds:.0f} s. {advice}", sys.stderr)
-        time.sleep(2.0)  # the others speak too, and the store may be in this process
+        time.sleep(2.0)  # the others print theirs too, and the store may be in this process
         os._exit(1)
 
     def _advice(self) -> str:
-        own, absent, stuck = self.reports[self.rank], self.missing("entered"), self.missing("done")
-        inside = [each for each in stuck if each not in absent]
-        through = [each for each in range(self.num_ranks) if each not in stuck]
+        own, absent, not_done = self.reports[self.rank], self.missing("entered"), self.missing("done")
+        inside = [each for each in not_done if each not in absent]
+        through = [each for each in range(self.num_ranks) if each not in not_done]
         backend, name = ("NCCL", "NCCL_SOCKET_IFNAME") if own.gpu else ("gloo", "GLOO_SOCKET_IFNAME")
         hosts = {each.host: each.address for each in self.reports}
         return (
@@ -236,7 +237,7 @@ class Rendezvous:
         )
 
     def check_gpus(self) -> None:
-        """Raise LaunchError, on all ranks alike, where two share a GPU; rank 0 warns of GPUs that nobody takes."""
+        """Raise LaunchError on all ranks where two share a GPU; rank 0 warns of GPUs that no rank takes."""
         takers: dict[tuple[str, str], list[int]] = {}
         for rank, report in enumerate(self.reports):
             if report.gpu is not None:
@@ -256,14 +257,16 @@ class Rendezvous:
                             seen - there, seen, host, self.num_ranks - there + seen)  # fmt: skip
 
     def _on(self, host: str) -> tuple[int, int]:
-        """Ranks on a host, and the GPUs that they see there."""
+        """The number of ranks on a host, and of GPUs that they see there."""
         there = [report for report in self.reports if report.host == host]
         cards = {report.gpu for report in there}
         return len(there), max(len(cards), max(report.num_gpus for report in there))
 
     def choose_interface(self) -> None:
-        """Choose gloo's interface where it would take one that no other host reaches: it goes by the host's own name,
-        which many systems resolve to 127.0.1.1."""
+        """Choose gloo's interface where gloo would take one that no other host reaches.
+
+        Gloo looks up the host's own name, which many systems resolve to 127.0.1.1.
+        """
         own = self.reports[self.rank]
         if len(Counter(report.host for report in self.reports)) == 1 or "GLOO_SOCKET_IFNAME" in os.environ:
             return
@@ -280,7 +283,7 @@ class Rendezvous:
 
 
 def own_report() -> Report:
-    """What this rank says of itself; takes its GPU as Accelerate will."""
+    """This rank's report; its GPU is the one that Accelerate will choose."""
     gpu, num_gpus = None, 0
     if computes_on_gpu():
         num_gpus = torch.cuda.device_count()
@@ -291,7 +294,7 @@ def own_report() -> Report:
 
 
 def warn_of_idle_gpus() -> None:
-    """Say so where one process without a launcher leaves GPUs idle."""
+    """Warn where one process without a launcher leaves GPUs idle."""
     if computes_on_gpu() and (count := torch.cuda.device_count()) > 1:
         log.warning("%d of this machine's %d GPUs are idle: `accelerate launch --config_file "
                     "accelerate_configs/zero2.yaml --num_processes %d -m grpo_dist.train …` takes all",
@@ -319,7 +322,7 @@ def _address_towards(host: str) -> str:
 
 
 def _listed(ranks: list[int]) -> str:
-    """Ranks in a line, long runs of them shortened."""
+    """Ranks in one line, with long runs shortened."""
     runs: list[list[int]] = []
     for rank in ranks:
         if runs and rank == runs[-1][-1] + 1:

@@ -1,7 +1,6 @@
-"""How a policy is spread over ranks and its optimizer steps: the seam behind which DDP, ZeRO and others lie.
+"""How a policy is spread over ranks and how its optimizer steps: the interface of DDP, ZeRO and others.
 
-`Strategy` is what another one, such as FSDP2, has to offer. `Replicated` is one process and DDP; ZeRO is in
-deepspeed.py.
+Another strategy, such as FSDP2, implements `Strategy`. `Replicated` is one process and DDP; ZeRO is in deepspeed.py.
 """
 
 from __future__ import annotations
@@ -16,10 +15,10 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Fragment:
-    """The part of one parameter whose float32 value and Adam moments this rank holds."""
+    """The part of one parameter whose float32 value and Adam moments are on this rank."""
 
     flat: Tensor
-    """The optimizer's own tensor, flattened, in which the part lies: the key of its state."""
+    """The optimizer's own flattened tensor that contains the part: the key of its state."""
     flat_start: int
     """Where in `flat` the part begins."""
     start: int
@@ -29,39 +28,39 @@ class Fragment:
 
 
 class Strategy(Protocol):
-    """What a run asks of the way in which its policy is spread over ranks."""
+    """What a run needs of the way in which its policy is spread over ranks."""
 
     name: str
-    """As it is shown."""
+    """The name that users see."""
     zero_stage: int
-    """ZeRO stage; 0 where every rank holds everything."""
+    """ZeRO stage; 0 where every rank has everything."""
     sums_fragments: bool
-    """Whether ranks hold different fragments, which are added to make a whole tensor."""
+    """Whether ranks have different fragments, whose sum is the full tensor."""
 
     def before_prepare(self, policy: torch.nn.Module) -> None:
         """Set up what depends on the policy's size."""
 
     def no_sync(self, wrapped: Any, is_last: bool) -> AbstractContextManager[Any]:
-        """Context of forward and backward of a pack: ranks exchange gradients after an update's last pack alone."""
+        """Context of a pack's forward and backward pass: ranks exchange gradients only after the last pack."""
 
     def backward(self, wrapped: Any, loss: Tensor, is_last: bool) -> None:
         """Add one pack's gradient, which the strategy averages over ranks."""
 
     def step(self, wrapped: Any, optimizer: Any) -> float:
-        """Clip, step, clear; returns the gradient's norm before clipping. No rank steps where it is not finite."""
+        """Clip, step and clear; returns the gradient's norm before clipping. No rank steps where it is not finite."""
 
     def adam(self, optimizer: Any) -> torch.optim.Optimizer:
-        """The optimizer that holds the moments, under the wrappers."""
+        """The optimizer that has the moments, under the wrappers."""
 
     def fragment(self, optimizer: Any, parameter: Any) -> Fragment | None:
         """This rank's part of a parameter; None where it has none."""
 
     def after_restore(self, parameter: Any, value: Tensor) -> None:
-        """Give the model, where it computes with a copy of what the optimizer holds, the new `value` of a parameter."""
+        """Give a parameter its new `value` where the model computes with a copy of the optimizer's."""
 
 
 class Replicated:
-    """One process, or DDP: every rank holds all weights and moments."""
+    """One process, or DDP: every rank has all weights and moments."""
 
     zero_stage, sums_fragments = 0, False
 
@@ -91,7 +90,7 @@ class Replicated:
 
     def adam(self, optimizer: Any) -> torch.optim.Optimizer:
         """See `Strategy`."""
-        return optimizer.optimizer  # Accelerate's wrapper has torch's own
+        return optimizer.optimizer  # inside Accelerate's wrapper is torch's own
 
     def fragment(self, optimizer: Any, parameter: Any) -> Fragment | None:
         """See `Strategy`."""

@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def to_device(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
-    """Tensors of one dtype on `device`; to a GPU in one copy from pinned memory, for which the host does not wait."""
+    """Tensors of one dtype on `device`. To a GPU they go in one copy from pinned memory, and the host does not wait."""
     assert len({tensor.dtype for tensor in tensors}) <= 1, "one copy has one dtype"
     if device.type != "cuda":
         return [tensor.to(device) for tensor in tensors]

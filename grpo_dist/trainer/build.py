@@ -120,7 +120,8 @@ def build(config: Config) -> tuple[Parts, TrainState]:
         _resume(state, config, resume_from, ranks, models.optimizer_state, data.prompts)
     models.engine.update_weights()
     watch = Watch(ranks.rank, ranks.num_ranks, ranks.store(config.train.hang_timeout_seconds),
-                  config.train.max_seconds, config.train.hang_timeout_seconds, lambda: ranks.meetings)  # fmt: skip
+                  config.train.max_seconds, config.train.hang_timeout_seconds,
+                  lambda: ranks.collectives_entered)  # fmt: skip
     display = Display(config.train.num_train_steps, state.step, ranks.is_main, config.logging.show_completions_every)
     last_step = -1 if state.is_start else state.step
     parts = Parts(

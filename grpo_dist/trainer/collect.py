@@ -73,7 +73,7 @@ def generate(
     drawn = parts.ranks.share(len(prompts) * group_size)
     requests = requests_of(prompts, group_size, drawn, parts.config.train.seed, stream)
     progress = TrainerState(step, parts.config.train.num_train_steps, state.sampler.epoch(step))
-    with awake(parts.engine), parts.ranks.together("rollout"):
+    with awake(parts.engine), parts.ranks.shared_errors("rollout"):
         scoring = Scoring(parts.scorer, prompts, group_size, drawn, parts.texts_of, progress)
         return sample(parts.engine, requests, sampling, scoring.on_finish, parts.watch.check), scoring
 
@@ -97,7 +97,7 @@ def _round(parts: Parts, state: TrainState, prompts: list[Prompt], stream: str) 
     if not config.rollout.max_resamples:  # else only of the groups that stay
         batch = with_reference(parts, batch)
     with parts.phase("reward"):
-        with parts.ranks.together("scoring"):
+        with parts.ranks.shared_errors("scoring"):
             scores = scoring.result(parts.watch.check)
         return gather_scores(parts.ranks, batch, scoring.rows, scores, config.weights_at(state.step),
                              config.scoring.error_budget)  # fmt: skip

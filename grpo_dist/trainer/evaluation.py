@@ -35,7 +35,7 @@ def evaluate(parts: Parts, state: TrainState, step: int) -> dict[str, float]:
 def _evaluated(parts: Parts, state: TrainState, sampling: Sampling, prefix: str, step: int) -> dict[str, float]:
     """One completion a prompt. Accurate is a completion with more than half of the positive weights' sum as reward."""
     trajectories, scoring = generate(parts, state, parts.eval_prompts, 1, sampling, "eval", step)
-    with parts.ranks.together("scoring an evaluation"):
+    with parts.ranks.shared_errors("scoring an evaluation"):
         scores = scoring.result(parts.watch.check)
     weights = parts.config.weights_at(step)
     batch = gather_trajectories(parts.ranks, parts.eval_prompts, trajectories)

@@ -57,13 +57,13 @@ def load_models(
         lr=config.optim.learning_rate, betas=config.optim.betas, weight_decay=config.optim.weight_decay,
         fused=ranks.device.type == "cuda",  # else a step takes as much memory again as what it trains
     )  # fmt: skip
-    ranks.meet("loaded the model")  # a download may take longer than a collective of the start waits
+    ranks.wait_at("loaded the model")  # a download may take longer than a collective of the start waits
     wrapped, prepared = ranks.prepare(policy, optimizer)
     wrapped.train()
     policy = ranks.unwrap(wrapped)
     optimizer_state = OptimizerState(ranks, prepared, trainable(policy))
     reference = _load_reference(config, ranks, wrapped, policy, dtype, implementation)
-    ranks.meet("loaded the reference")
+    ranks.wait_at("loaded the reference")
     base = reference.policy.causal_lm if isinstance(reference, FrozenCopy) else None
     rollout_model = RolloutModel(policy, dtype, implementation, base)
     with rollout_model.open() as model:

@@ -102,7 +102,7 @@ def reference_logprobs(parts: Parts, batch: Batch) -> Tensor:
     everything = torch.ones(len(batch.lengths), dtype=torch.bool)
     flat = torch.zeros(len(batch.tokens), device=parts.ranks.device)
     for pack in _own_packs(parts, batch, everything, factor * parts.config.train.max_tokens_per_pack):
-        parts.ranks.agree(parts.watch.requested)
+        parts.ranks.stop_if_any(parts.watch.requested)
         pack = pack.to(parts.ranks.device)
         flat[pack.token] = parts.reference.logprobs(pack)
     return parts.ranks.reduce(flat, "sum")
@@ -120,7 +120,7 @@ def with_old_policy(parts: Parts, batch: Batch, minibatches: list[Minibatch]) ->
         flat = {name: torch.zeros(len(batch.tokens)) for name in names}
         parts.policy.eval()  # the rollout had no dropout either
         for pack in (pack for each in minibatches for pack in each.packs):
-            parts.ranks.agree(parts.watch.requested)
+            parts.ranks.stop_if_any(parts.watch.requested)
             for name, numbers in zip(names, parts.wrapped(pack.to(parts.ranks.device)), strict=False):
                 flat[name][pack.token] = numbers.cpu()
         parts.policy.train()

@@ -35,7 +35,7 @@ def save_checkpoint(parts: Parts, state: TrainState, *, may_fail: bool = False) 
         "dtype": dtype_name(parts.policy.causal_lm.dtype),
     }  # fmt: skip
     try:
-        with parts.ranks.together("saving a checkpoint"), parts.watch.patience():
+        with parts.ranks.shared_errors("saving a checkpoint"), parts.watch.patience():
             if parts.ranks.is_main:
                 store.save(parts.directory / "checkpoints", state.step, tensors, meta, config.keep_checkpoints)
     except PhaseError as error:

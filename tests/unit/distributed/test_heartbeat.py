@@ -1,4 +1,4 @@
-"""Who is to blame where nothing goes on: told apart from who waits, and from who is only slow."""
+"""The rank that stops a run: not one that waits, and not one that is only slow."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import pytest
 
-from grpo_dist.distributed.heartbeat import Beat, Sight, look, slow, stuck
+from grpo_dist.distributed.heartbeat import Heartbeat, RankStatus, observed, slow, stalled
 from grpo_dist.distributed.watch import stack_of
 
 pytestmark = pytest.mark.quick
@@ -16,19 +16,19 @@ pytestmark = pytest.mark.quick
 COLLECTIVE = '  File "site-packages/torch/distributed/distributed_c10d.py", line 1, in all_reduce\n'
 
 
-def observe(ranks: dict[int, Callable[[int], Beat]], seconds: int) -> dict[int, Sight]:
-    """What rank 0 has seen of the others after looking at them each second."""
-    sights: dict[int, Sight] = {}
+def observe(ranks: dict[int, Callable[[int], Heartbeat]], seconds: int) -> dict[int, RankStatus]:
+    """The statuses on rank 0 after a look at the others each second."""
+    statuses: dict[int, RankStatus] = {}
     for now in range(seconds + 1):
-        sights = {rank: look(sights.get(rank), beat(now), now) for rank, beat in ranks.items()}
-    return sights
+        statuses = {rank: observed(statuses.get(rank), heartbeat(now), now) for rank, heartbeat in ranks.items()}
+    return statuses
 
 
 def rank(
-    *, ticks_until: int = 99, moves_until: int = 99, meetings: Callable[[int], int] = lambda _: 7, stack: str = ""
-) -> Callable[[int], Beat]:
+    *, ticks_until: int = 99, moves_until: int = 99, entered: Callable[[int], int] = lambda _: 7, stack: str = ""
+) -> Callable[[int], Heartbeat]:
     """A rank whose process and whose main thread move up to a second each."""
-    return lambda now: Beat(min(now, ticks_until), min(now, moves_until), meetings(now), "update", stack)
+    return lambda now: Heartbeat(min(now, ticks_until), min(now, moves_until), entered(now), "update", stack)
 
 
 @pytest.mark.parametrize(
@@ -37,25 +37,25 @@ def rank(
         ({0: rank(), 1: rank()}, {}),
         ({0: rank(moves_until=2), 1: rank()}, {}),  # waits for a rank that works
         ({0: rank(moves_until=2), 1: rank(ticks_until=3, moves_until=3)}, {1: "process"}),
-        ({0: rank(moves_until=2, meetings=lambda _: 8), 1: rank(moves_until=3)}, {1: "main thread"}),
-        ({0: rank(moves_until=2), 1: rank(moves_until=3, meetings=lambda _: 8)}, {0: "main thread"}),
+        ({0: rank(moves_until=2, entered=lambda _: 8), 1: rank(moves_until=3)}, {1: "main thread"}),
+        ({0: rank(moves_until=2), 1: rank(moves_until=3, entered=lambda _: 8)}, {0: "main thread"}),
         ({0: rank(moves_until=2), 1: rank(moves_until=3)}, {0: "main thread", 1: "main thread"}),
         ({0: rank(moves_until=2, stack=COLLECTIVE), 1: rank(moves_until=3)}, {1: "main thread"}),
         ({0: rank(moves_until=2)}, {0: "main thread"}),
         ({}, {}),
     ],
 )  # fmt: skip
-def test_stuck(ranks: dict[int, Callable[[int], Beat]], expected: dict[int, str]) -> None:
-    sights = observe(ranks, 20)
-    assert stuck(sights, 20, 10) == expected
-    assert stuck(sights, 20, 30) == {}  # not yet
+def test_stalled(ranks: dict[int, Callable[[int], Heartbeat]], expected: dict[int, str]) -> None:
+    statuses = observe(ranks, 20)
+    assert stalled(statuses, 20, 10) == expected
+    assert stalled(statuses, 20, 30) == {}  # not yet
 
 
 def test_slow_is_who_has_not_come_to_the_collective_the_others_are_in() -> None:
-    late = {0: rank(meetings=lambda now: 8 if now >= 5 else 7), 1: rank(), 2: rank(meetings=lambda now: 8)}
-    sights = observe(late, 20)
-    assert slow(sights, 20, 15) == [1]
-    assert slow(sights, 20, 16) == []  # the last of the others came at 5
+    late = {0: rank(entered=lambda now: 8 if now >= 5 else 7), 1: rank(), 2: rank(entered=lambda now: 8)}
+    statuses = observe(late, 20)
+    assert slow(statuses, 20, 15) == [1]
+    assert slow(statuses, 20, 16) == []  # the last of the others came at 5
     assert slow(observe({0: rank(), 1: rank()}, 20), 20, 5) == []  # all in the same place
     assert slow({}, 20, 5) == []
 

@@ -87,7 +87,7 @@ def test_a_rank_that_loads_for_long_is_named(caplog: pytest.LogCaptureFixture) -
     ends = come(range(2), 2)
     late = threading.Timer(1.0, ends[1].meet, ["loaded the model", 20.0])
     late.start()
-    ends[0].meet("loaded the model", 20.0)
+    ends[0].wait_at("loaded the model", 20.0)
     late.join()
     assert "1 of 2 ranks have loaded the model; missing for 0 s: rank 1" in caplog.text
 
@@ -96,7 +96,7 @@ def test_a_rank_that_fails_while_it_loads_ends_those_that_wait_for_it() -> None:
     ends = come(range(2), 2)
     assert not ends[1].fail(MemoryError("2 GiB"), 0.0)
     with pytest.raises(LaunchError, match=f"rank 1 on {socket.gethostname()} has failed: MemoryError: 2 GiB"):
-        ends[0].meet("loaded the model", 20.0)
+        ends[0].wait_at("loaded the model", 20.0)
     assert ends[1].store.add(ends[1]._key("know"), 0) == 2
 
 
