@@ -1,8 +1,8 @@
 """Rewards to advantages. Pure.
 
-Rewards are given at tokens: an outcome reward at a completion's last token, process rewards wherever they were given.
-A completion without a reward (NaN: it could not be scored) takes no part: it leaves the means and stds of its group and
-of the batch, and its own advantages are 0.
+Each reward belongs to a token: an outcome reward to a completion's last token, a process reward to the token where it
+was given. A completion without a reward (NaN: it could not be scored) takes no part: it is not in the means and stds of
+its group and of the batch, and its own advantages are 0.
 
 Shapes: N completions, T completion tokens in the order of the completions, E rewards given.
 """
@@ -36,7 +36,7 @@ def group_statistics(rewards: Tensor, group: Tensor) -> tuple[Tensor, Tensor, Te
 
 
 def has_spread(rewards: Tensor, group: Tensor) -> Tensor:
-    """Whether a group's rewards differ: (P,) bool. A mean of equal numbers may be off by a rounding, which is none."""
+    """Whether a group's rewards differ: (P,) bool. The mean of equal numbers may be off by a rounding."""
     means, stds, _ = group_statistics(rewards, group)
     return stds > 1e-12 * means.abs().clamp(min=1)
 
@@ -46,8 +46,8 @@ def group_relative_advantages(
 ) -> Tensor:
     """Advantage of each reward relative to its group (DeepSeekMath, arXiv:2402.03300, sections 4.1.2 and 4.1.3).
 
-    `rewards` (E,) float64 with NaN for unscored, `group` (E,) int64, and `owner` (E,) int64: the completion each reward
-    belongs to; None where each has one of its own. The reward minus its group's mean (`mean`) or the mean of the other
+    `rewards` (E,) float64 with NaN for unscored, `group` (E,) int64, and `owner` (E,) int64: the completion of each
+    reward; None where each has one of its own. The reward minus its group's mean (`mean`) or the mean of the other
     completions' rewards (`leave_one_out`; RLOO, arXiv:2402.14740), divided by the group's std
     (`group`), by the std of these differences over the batch (`batch`), or by nothing (`none`). Returns (E,) float64,
     exactly 0 in groups whose rewards are all equal.
@@ -68,12 +68,12 @@ def group_relative_advantages(
         return centred
     if scale == "group":
         return centred / (stds[group] + STD_FLOOR)
-    # differences from group means have mean 0 over the batch, so only the scale is left to normalise
+    # differences from group means have mean 0 over the batch, so only their scale is normalised
     return centred / (centred[scored].std() + STD_FLOOR) if int(scored.sum()) > 1 else centred
 
 
 def weighted_rewards(rewards: Tensor, weights: list[float]) -> Tensor:
-    """Weighted sum of several rewards at each token: `rewards` (T, R) to (T,); NaN where none was given."""
+    """Weighted sum of several rewards at each token: `rewards` (T, R) to (T,); NaN where a token has none."""
     counted = [r for r, weight in enumerate(weights) if weight != 0]
     chosen = rewards[:, counted]
     summed = (chosen.nan_to_num(0.0) * torch.tensor(weights, dtype=rewards.dtype)[counted]).sum(1)
@@ -111,11 +111,13 @@ def relative_advantages(
 def discounted_sums(values: Tensor, lengths: Tensor, discount: float) -> Tensor:
     """Sum of the `values` (T,) from each token to its completion's end, each discounted by its distance: (T,)."""
     last = values[torch.cumsum(lengths, 0) - 1]
-    if discount == 1 and values.count_nonzero() == last.count_nonzero():  # outcomes alone, as usual: the same, at once
+    if (
+        discount == 1 and values.count_nonzero() == last.count_nonzero()
+    ):  # outcomes alone, which is the usual case: the result is the same
         return torch.repeat_interleave(last, lengths)
     longest_first = lengths.argsort(descending=True, stable=True)
     ends = torch.cumsum(lengths, 0)[longest_first]
-    # of how many completions the token this far from the end is one
+    # how many completions have a token at this distance from the end
     counts = torch.flip(torch.cumsum(torch.flip(torch.bincount(lengths), [0]), 0), [0]).tolist()
     sums = values.clone()
     for distance, count in enumerate(counts[2:], 2):
@@ -138,8 +140,8 @@ def generalised_advantages(
     """Generalised advantage estimates and the critic's targets (Schulman et al., arXiv:1506.02438, eq. 16).
 
     `rewards` and `values` (T,) float64: the reward of each token, and the critic's value of the text before it. After a
-    completion's last token the value is 0, also where the length limit cut it: nothing more is to be had there. Returns
-    advantages and advantages + values, both (T,).
+    completion's last token the value is 0, also where the length limit cut it: no reward follows. Returns advantages
+    and advantages + values, both (T,).
     """
     following = torch.zeros_like(values)
     following[:-1] = values[1:]

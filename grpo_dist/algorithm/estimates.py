@@ -1,7 +1,7 @@
-"""What a set of samples says about a model: pass@k, maj@k, confidence intervals, paired tests. Pure, on numpy.
+"""Statistics of a model's samples: pass@k, maj@k, confidence intervals, paired tests. Pure, on NumPy.
 
-P prompts; a prompt's samples are in the order in which they are numbered. Everything random is drawn from a generator
-with a fixed seed: the same samples give the same numbers.
+P prompts; a prompt's samples are in the order of their numbers. All random numbers come from a generator with a fixed
+seed: the same samples give the same numbers.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _SEED = 0
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over prompts and how sure it is."""
+    """A mean over prompts and its confidence interval."""
 
     value: float
     low: float
@@ -51,10 +51,10 @@ def pass_at_k(num_samples: int, num_right: int, k: int) -> float:
 
 
 def majority_at_k(answers: Sequence[str | None], right: Sequence[bool], k: int) -> float:
-    """Return the share of right majorities among the consecutive blocks of k samples, a rest left out.
+    """Return the share of right majorities among the consecutive blocks of k samples; a shorter last block is left out.
 
-    A block's majority is its most frequent answer, of equally frequent ones the one that came first; a sample without
-    an answer (None) has no vote, and a block without votes is wrong. Raises ValueError for less than one block.
+    A block's majority is its most frequent answer, and the first of equally frequent ones. A sample without an answer
+    (None) has no vote, and a block without votes is wrong. Raises ValueError for less than one block.
     """
     num_blocks = len(answers) // k
     if num_blocks < 1:
@@ -63,13 +63,15 @@ def majority_at_k(answers: Sequence[str | None], right: Sequence[bool], k: int) 
     for start in range(0, num_blocks * k, k):
         votes = Counter(answer for answer in answers[start : start + k] if answer is not None)
         if votes:
-            winner = votes.most_common(1)[0][0]  # the first of equals: a Counter keeps the order of insertion
+            winner = votes.most_common(1)[0][
+                0
+            ]  # a Counter keeps the order of insertion, so this is the first of equally frequent ones
             won += right[start + list(answers[start : start + k]).index(winner)]
     return won / num_blocks
 
 
 def estimate(values: Sequence[float]) -> Estimate:
-    """Return the mean of one value a prompt, (P,), with its interval; all NaN where there are none."""
+    """Return the mean of one value for each prompt, (P,), with its interval; all NaN where there are none."""
     array = np.asarray(values, dtype=float)
     if not len(array):
         return Estimate(np.nan, np.nan, np.nan)
@@ -78,13 +80,16 @@ def estimate(values: Sequence[float]) -> Estimate:
 
 
 def compare(first: Sequence[float], second: Sequence[float]) -> Comparison:
-    """Compare one value a prompt of two models, both (P,) in the same order. Raises ValueError for none or unequal."""
+    """Compare two models by one value for each prompt, both (P,) in the same order.
+
+    Raises ValueError where there are none, or more of one than of the other.
+    """
     if len(first) != len(second) or not len(first):
         raise ValueError(f"{len(first)} and {len(second)} prompts given, expected the same, and at least one")
     differences = np.asarray(second, dtype=float) - np.asarray(first, dtype=float)
     generator = np.random.Generator(np.random.PCG64(_SEED))
     observed = abs(differences.sum())
-    as_far = 1  # the observed signs are one of the ways
+    as_far = 1  # the observed signs count as one draw
     for _ in range(_SIGN_FLIPS):
         signs = generator.integers(0, 2, len(differences)) * 2 - 1
         as_far += abs((signs * differences).sum()) >= observed - 1e-12

@@ -1,6 +1,6 @@
 """Random numbers as functions of counters: no state that a checkpoint holds or that ranks share. Pure.
 
-A key is 64 bits made of what a number is for (seed, step, prompt, …); further counters are mixed into it on the device.
+A key is a 64-bit hash of a number's purpose (seed, step, prompt, …). Further counters are mixed into it on the device.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def stream_key(*counters: int | str) -> int:
 
 
 def _shift_right(x: Tensor, bits: int) -> Tensor:
-    """Logical right shift: torch's own copies the sign bit."""
+    """Logical right shift: that of torch copies the sign bit."""
     return (x >> bits).bitwise_and_((1 << (64 - bits)) - 1)
 
 

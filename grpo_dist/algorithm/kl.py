@@ -1,6 +1,6 @@
-"""Estimates of the divergence between policy and reference, token by token, and the controller of their weight. Pure.
+"""Estimates of the divergence between policy and reference at each token, and the controller of their weight. Pure.
 
-Shapes: M completion tokens of a pack, or any other number of whole completions.
+Shapes: M completion tokens of a pack, or of any number of complete completions.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ CONTROLLER_BAND = 0.2
 
 
 def kl_estimate(logprobs: Tensor, reference: Tensor, sequence: Tensor, estimator: KlEstimator) -> Tensor:
-    """Estimate of KL(policy || reference) at each token, from tokens that the policy has drawn: (M,).
+    """Estimate of KL(policy || reference) at each token, from tokens that the policy drew: (M,).
 
     With d = log policy - log reference: `k1` is d, unbiased and of high variance; `k2` is d²/2, whose plain gradient is
     the KL's; `k3` is exp(-d) - 1 + d, unbiased and never negative (http://joschu.net/blog/kl-approx.html; DeepSeekMath,
-    eq. 4); `abs` is |d|; `squared_sequence` is the original recipe's square of a sequence's summed d, shared out evenly
-    among its tokens. `sequence` (M,) int64 numbers the completions, which are whole.
+    eq. 4); `abs` is |d|; `squared_sequence` is the original recipe's square of a sequence's summed d, divided evenly
+    among its tokens. `sequence` (M,) int64 numbers the completions, which are complete.
     """
     difference = logprobs - reference
     if estimator == "k1":
@@ -29,7 +29,7 @@ def kl_estimate(logprobs: Tensor, reference: Tensor, sequence: Tensor, estimator
     if estimator == "k2":
         return difference**2 / 2
     if estimator == "k3":
-        return torch.expm1(-difference) + difference  # exp(d) - 1 would round away all of a small difference
+        return torch.expm1(-difference) + difference  # exp(d) - 1 would round a small difference to 0
     if estimator == "abs":
         return difference.abs()
     sums, lengths = sequence_sums(difference, sequence)
@@ -44,7 +44,7 @@ def sequence_sums(values: Tensor, sequence: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def adapted_coefficient(coefficient: float, kl: float, target: float) -> float:
-    """The coefficient after a step on which `kl` was measured: raised where it is above `target`, else lowered.
+    """The coefficient after a step with the metric `kl`: raised where `kl` is above `target`, else lowered.
 
     Ziegler et al., arXiv:1909.08593, section 2.2, applied once a step.
     """

@@ -1,7 +1,7 @@
-"""The objective of an update, on flat tensors of completion tokens. Pure.
+"""The loss of an update, on flat tensors of completion tokens. Pure.
 
-Shapes: M completion tokens of a pack. Every function is linear in `weights` (M,), which carry the *global*
-normalisation, so that the sum over all packs of all ranks is the loss of the whole batch however it was cut up.
+Shapes: M completion tokens of a pack. Every function is linear in `weights` (M,), which contain the *global*
+normalisation. The sum over all packs of all ranks is therefore the loss of the batch, however it was split.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from .ratios import policy_ratio
 
 @dataclass(frozen=True)
 class Loss:
-    """A pack's share of the loss, and what is worth knowing about it (all detached but `total`)."""
+    """A pack's share of the loss, with the tensors of its metrics; only `total` is differentiable."""
 
     total: Tensor
-    """Scalar to differentiate."""
+    """Scalar: the value to differentiate."""
     policy: Tensor
     """Scalar: the part without KL penalty and entropy bonus."""
     kl: Tensor
     """(M,) KL estimate of each token; 0 without a reference."""
     ratio: Tensor
-    """(M,) probability ratio between the policy and the one that is being improved on."""
+    """(M,) probability ratio of the policy to the old policy."""
     clipped_low: Tensor
     """(M,) bool: the lower clip decided."""
     clipped_high: Tensor
@@ -39,8 +39,8 @@ def token_weights(
 ) -> Tensor:
     """Weight of each token in the loss, from *all* completions that share an optimizer step: (T,) float32.
 
-    `lengths`, `group` and `included` (N,): completions that are not included have weight 0 and no place in any
-    denominator. With n included completions of P prompts, T tokens in all and `longest` the length limit:
+    `lengths`, `group` and `included` (N,): completions that are not included have weight 0 and are in no denominator.
+    With n included completions of P prompts, T tokens in all and `longest` the length limit:
     sequence_mean: 1 / (n * length), the mean over sequences of their token means (GRPO); token_mean: 1 / T, the mean
     over all tokens (DAPO); constant: 1 / (n * longest) (Dr. GRPO, arXiv:2503.20783); prompt_mean: 1 / (P * the prompt's
     tokens), the mean over prompts of their token means; sequence_sum: 1 / n, the mean over sequences of token sums.
@@ -82,13 +82,13 @@ def _clipped(ratio: Tensor, advantages: Tensor, options: LossConfig) -> tuple[Te
 def _surrogate(
     logprobs: Tensor, ratio: Tensor, advantages: Tensor, options: LossConfig
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss of each token without penalties, to be minimised, and where its clips decided: three (M,) tensors."""
+    """Loss of each token without penalties, and where its lower and upper clip decided: three (M,) tensors."""
     never = torch.zeros_like(ratio, dtype=torch.bool)
     if options.objective == "grpo":
         return _clipped(ratio, advantages, options)
     if options.objective == "reinforce":  # Williams (1992)
         return -advantages * logprobs, never, never
-    if options.objective == "cispo":  # MiniMax-M1, arXiv:2506.13585: the weight is clipped, the gradient stays
+    if options.objective == "cispo":  # MiniMax-M1, arXiv:2506.13585: the weight is clipped, and the gradient stays
         low, high = 1 - options.clip_low, 1 + options.clip_high
         weight = ratio.detach().clamp(low, high)
         return -weight * advantages * logprobs, ratio < low, ratio > high
@@ -106,8 +106,8 @@ def policy_loss(
     """Loss of one pack: the surrogate, plus `kl_coeff` times the KL penalty, minus `entropy_coeff` times the entropy.
 
     `kl_coeff` is the coefficient of this step: the controller of `kl_target` moves it away from `options.kl_coeff`.
-    All tensors (M,): log-probabilities (nats) under the policy (with gradient), under the policy that sampled or opened
-    the batch (`old`), under the reference (None: no penalty); entropies (nats); advantages; weights from
+    All tensors (M,): log-probabilities (nats) under the policy (with gradient), under the old policy, which began the
+    updates on the batch (`old`), under the reference (None: no penalty); entropies (nats); advantages; weights from
     `token_weights`; and `sequence`, the pack's completions numbered from 0. With `kl_unbiased` the penalty is
     multiplied by the token's ratio, which makes its gradient that of the KL under the policy as it now is
     (DeepSeek-V3.2, arXiv:2512.02556).
@@ -129,9 +129,9 @@ def policy_loss(
 def value_loss(values: Tensor, old: Tensor, returns: Tensor, weights: Tensor, clip: float | None) -> Tensor:
     """Half the weighted squared error of the critic's values; a scalar.
 
-    All tensors (M,): values (with gradient), the values that opened the batch (`old`), the returns to be met, weights
-    from `token_weights`. With `clip`, a value gains nothing by moving further than that from its old one (the PPO
-    implementations' value clipping; Schulman et al., arXiv:1707.06347, eq. 9, without).
+    All tensors (M,): values (with gradient), the values of the old policy (`old`), the returns, weights from
+    `token_weights`. With `clip`, a value gains nothing by moving further than that from its old one. Implementations of
+    PPO clip so; Schulman et al., arXiv:1707.06347, eq. 9, do not.
     """
     errors = (values - returns) ** 2
     if clip is not None:

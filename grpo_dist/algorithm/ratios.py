@@ -1,6 +1,6 @@
-"""Probability ratios: of the policy to the one that opened the batch, and of that one to the rollout engine. Pure.
+"""Probability ratios: of the policy to the old policy, and of the old policy to the rollout engine. Pure.
 
-Shapes: M completion tokens of a pack; its completions, numbered from 0 by `sequence` (M,), are whole.
+Shapes: M completion tokens of a pack; its completions, numbered from 0 by `sequence` (M,), are complete.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from .kl import sequence_sums
 
 
 def policy_ratio(logprobs: Tensor, old: Tensor, sequence: Tensor, level: RatioLevel) -> Tensor:
-    """Ratio of each token's probability under the policy to that under the old one: (M,), exactly 1 where they agree.
+    """Ratio of each token's probability under the policy to that under the old one: (M,); 1 where they are equal.
 
-    `sequence` gives every token its completion's ratio, the geometric mean of its tokens' (GSPO, arXiv:2507.18071,
-    eq. 7), with the token's own gradient (GSPO-token, eq. 14): the same in sum as long as the tokens of a completion
-    share an advantage, and right where they do not.
+    The level `sequence` gives every token the ratio of its completion, the geometric mean of its tokens' ratios (GSPO,
+    arXiv:2507.18071, eq. 7), with the token's own gradient (GSPO-token, eq. 14). The sum is the same where the tokens
+    of a completion share an advantage, and it is right where they do not.
     """
     log_ratio = logprobs - old
     if level == "sequence":
@@ -32,12 +32,12 @@ def rollout_weights(
     old: Tensor, sampled: Tensor, sequence: Tensor, correction: ImportanceCorrection, level: RatioLevel,
     low: float, high: float,
 ) -> Tensor:  # fmt: skip
-    """Weight of each token that corrects for an engine which samples from another distribution than is trained: (M,).
+    """Importance weight of each token, for an engine that samples from another distribution than the policy's: (M,).
 
-    The ratio of the trainer's probability (`old`) to the engine's (`sampled`), of the token or of its whole completion
-    (the product of its tokens'). `truncate` cuts it off at `high` (truncated importance sampling, TIS); `mask` takes
-    tokens or completions whose ratio is outside [low, high] out of the policy's loss (IcePop per token, masked
-    importance sampling per sequence). https://fengyao.notion.site/off-policy-rl; https://ringtech.notion.site/icepop.
+    The ratio of the trainer's probability (`old`) to the engine's (`sampled`), of the token or of its completion (the
+    product over its tokens). `truncate` cuts the ratio off at `high` (truncated importance sampling, TIS). `mask` keeps
+    tokens or completions with a ratio outside [low, high] out of the policy's loss (IcePop per token, masked importance
+    sampling per sequence). https://fengyao.notion.site/off-policy-rl; https://ringtech.notion.site/icepop.
     """
     if correction == "none":
         return torch.ones_like(old)

@@ -1,6 +1,6 @@
-"""From the options of an algorithm to the numbers of a batch: who takes part, and what each token is pushed towards.
+"""From the options of an algorithm to the numbers of a batch: which completions take part, and each token's advantage.
 
-Everything here is a function of the global batch, and so the same on every rank.
+Everything here is a function of the global batch, and therefore the same on every rank.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from .advantages import (
 )
 from .kl import adapted_coefficient, kl_estimate
 
-_NEEDS_OLD = "the old policy comes before what depends on it"
+_NEEDS_OLD = "the batch has no old policy yet, on which this depends"
 ENTROPY_SLACK = 1e-5
-"""Entropies (nats) that differ by less are equal: far above float32's rounding, far below what tells tokens apart."""
+"""Entropies (nats) that differ by less count as equal: far above float32's rounding, far below real differences."""
 
 
 def has_groups(config: Config) -> bool:
-    """Whether a completion is judged by its group."""
+    """Whether a completion's advantage is relative to its group."""
     return config.advantage.baseline in ("mean", "leave_one_out")
 
 
@@ -49,12 +49,12 @@ def reference_in_loss(config: Config) -> bool:
 
 
 def has_reference(config: Config) -> bool:
-    """Whether anything is computed from the reference's log-probabilities."""
+    """Whether the algorithm needs the reference's log-probabilities."""
     return config.loss.kl_in == "reward" or reference_in_loss(config)
 
 
 def included(config: Config, batch: Batch) -> Tensor:
-    """Which completions are in the loss and its denominators: (N,) bool. Never those that could not be scored."""
+    """Which completions are in the loss and its denominators: (N,) bool. Unscored ones never are."""
     counted = ~batch.reward.isnan()
     if config.loss.mask_truncated:
         counted &= batch.finished
@@ -64,9 +64,9 @@ def included(config: Config, batch: Batch) -> Tensor:
 
 
 def computed(config: Config, batch: Batch) -> Tensor:
-    """Which completions need to be computed: (N,) bool; the others would add nothing to the gradient.
+    """Which completions an update computes: (N,) bool; the others would add nothing to the gradient.
 
-    Advantages have to be there where they do not need the old policy.
+    The batch needs its advantages already, unless they depend on the old policy.
     """
     if needs_old_policy(config):
         return ~batch.reward.isnan()
@@ -74,31 +74,33 @@ def computed(config: Config, batch: Batch) -> Tensor:
     if reference_in_loss(config) or config.loss.entropy_coeff:
         return counted
     assert batch.advantages is not None
-    pushed = (batch.advantages != 0).double()
-    return counted & (group_sums(pushed, batch.sequence, len(batch.lengths)) > 0)
+    nonzero = (batch.advantages != 0).double()
+    return counted & (group_sums(nonzero, batch.sequence, len(batch.lengths)) > 0)
 
 
 def with_advantages(config: Config, batch: Batch, reward_weights: list[float], kl_coeff: float) -> Batch:
     """The batch with the advantage of each token, and with the critic's returns where there is one.
 
-    The old policy has to be there where `needs_old_policy`; `kl_coeff` weighs a KL penalty in the reward.
+    The batch needs its old policy where `needs_old_policy` says so. `kl_coeff` weights a KL penalty in the reward.
     """
     advantage, loss = config.advantage, config.loss
     scored = ~batch.reward.isnan()
     rewards = torch.where(scored[batch.sequence, None], all_token_rewards(batch), torch.nan)
     weights = reward_weights
     if advantage.overlong_buffer:
-        fallen = overlong_punishment(batch.row_lengths, config.rollout.max_completion_length, advantage.overlong_buffer)
-        fallen = torch.where(scored, fallen, torch.nan)
-        rewards = torch.cat([rewards, at_last_tokens(fallen[:, None], batch.lengths)], 1)
+        punishment = overlong_punishment(
+            batch.row_lengths, config.rollout.max_completion_length, advantage.overlong_buffer
+        )
+        punishment = torch.where(scored, punishment, torch.nan)
+        rewards = torch.cat([rewards, at_last_tokens(punishment[:, None], batch.lengths)], 1)
         weights = [*weights, advantage.overlong_penalty]
     penalty = kl_penalty(config, batch)
     returns = None
     if has_groups(config):
         if penalty is not None:
             sums = group_sums(penalty, batch.sequence, len(scored))
-            lost = at_last_tokens(torch.where(scored, sums, torch.nan)[:, None], batch.lengths)
-            rewards, weights = torch.cat([rewards, lost], 1), [*weights, -kl_coeff]
+            penalties = at_last_tokens(torch.where(scored, sums, torch.nan)[:, None], batch.lengths)
+            rewards, weights = torch.cat([rewards, penalties], 1), [*weights, -kl_coeff]
         assert advantage.scale != "auto" and advantage.baseline in ("mean", "leave_one_out"), AUTO_IS_RESOLVED
         advantages = relative_advantages(
             rewards, weights, batch.lengths, batch.group, baseline=advantage.baseline, scale=advantage.scale,
@@ -126,7 +128,7 @@ def with_advantages(config: Config, batch: Batch, reward_weights: list[float], k
 
 
 def kl_penalty(config: Config, batch: Batch) -> Tensor | None:
-    """KL estimate of each token where it goes into the reward: (T,) float64; else None."""
+    """KL estimate of each token where the penalty is in the reward: (T,) float64; else None."""
     if config.loss.kl_in == "loss":
         return None
     assert batch.old is not None and batch.reference_logprobs is not None, _NEEDS_OLD
@@ -135,7 +137,7 @@ def kl_penalty(config: Config, batch: Batch) -> Tensor | None:
 
 
 def penalty_metrics(config: Config, batch: Batch) -> dict[str, float]:
-    """The metric `kl` where the penalty is in the reward, and the loss knows nothing of it."""
+    """The metric `kl` where the penalty is in the reward and not in the loss."""
     penalty = kl_penalty(config, batch)
     if penalty is None:
         return {}
@@ -143,9 +145,9 @@ def penalty_metrics(config: Config, batch: Batch) -> dict[str, float]:
 
 
 def next_kl_coeff(loss: LossConfig, kl_coeff: float, kl: float | None) -> float:
-    """The KL coefficient of the next step, from this step's and its KL.
+    """The KL coefficient of the next step, from that of this step and its KL.
 
-    `kl` is None where nothing was computed, and not finite where the update was left out.
+    `kl` is None where nothing was computed, and not finite where the update was skipped.
     """
     if loss.kl_target is None or kl is None or not math.isfinite(kl):
         return kl_coeff
@@ -155,8 +157,8 @@ def next_kl_coeff(loss: LossConfig, kl_coeff: float, kl: float | None) -> float:
 def highest(values: Tensor, counted: Tensor, share: float) -> Tensor:
     """Which of the `counted` values (T,) are in the highest `share` of them, as arXiv:2506.01939 chooses tokens.
 
-    All that equal the last one are in. Tokens after the same text have the same entropy but for rounding, which
-    depends on the pack: without the slack, how the batch was packed would choose among them.
+    All values equal to the last one are in. Tokens after the same text have the same entropy except for rounding, which
+    depends on the pack. The slack keeps packing from choosing among them.
     """
     chosen = values[counted]
     if not len(chosen):

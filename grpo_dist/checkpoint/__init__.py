@@ -1,1 +1,1 @@
-"""What a run writes to go on from, and what is read back."""
+"""Checkpoints: how a run writes, verifies and resumes them."""

@@ -1,4 +1,4 @@
-"""What keeps a run from harm: a lock on its directory, a comparison with what it was, a watch on its numbers."""
+"""Guards of a run: a lock on its directory, a hash of its data, and counters of failed saves and bad updates."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from ..types import Batch, Prompt
 log = logging.getLogger(__name__)
 
 LAUNCHERS_PATIENCE = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"
-"""How many seconds torchrun (and so `accelerate launch`) waits for the ranks after a signal before it kills them."""
+"""Seconds that torchrun (and therefore `accelerate launch`) waits for the ranks after a signal before it kills them."""
 
 
 def warn_of_slow_save(seconds: float) -> None:
-    """Say so where saving takes so long that a signal to the launcher might not leave enough time for it.
+    """Warn where a save takes so long that a signal to the launcher might not leave enough time for it.
 
-    A stop also has to come to a safe point first, hence the half.
+    A stop also waits for a safe point first, hence the half.
     """
     patience = float(os.environ.get(LAUNCHERS_PATIENCE, "30"))
     if seconds > patience / 2:
@@ -37,11 +37,11 @@ def warn_of_slow_save(seconds: float) -> None:
 
 
 def lock(directory: Path) -> IO[str]:
-    """Take the output directory for this run; raises ValueError where another run has it.
+    """Lock the output directory for this run; raises ValueError where another run has locked it.
 
-    The kernel drops the lock with the process that holds it, however that ends: there are no stale ones.
+    The kernel releases the lock when the process ends, however it ends: no lock is ever stale.
     """
-    import fcntl  # not on Windows, where a run ends before this: its scoring workers need POSIX
+    import fcntl  # not on Windows, where a run has already ended: scoring workers need POSIX
 
     file = (directory / ".lock").open("a+")
     try:
@@ -72,14 +72,14 @@ class FailedSaves:
 
 
 class BadUpdates:
-    """Counts updates whose gradient was not finite, keeps their batch, and ends the run after too many in a row."""
+    """Counts updates whose gradient was not finite, saves their batch, and ends the run after too many in a row."""
 
     def __init__(self, directory: Path, most_in_a_row: int, is_main: bool) -> None:
         self.directory, self.most_in_a_row, self.is_main = directory / "bad_updates", most_in_a_row, is_main
         self.in_a_row = 0
 
     def is_skipped(self, step: int, norm: float, batch: Batch) -> bool:
-        """Whether the update was left out. Raises FloatingPointError after too many in a row, on all ranks."""
+        """Whether the update was skipped. Raises FloatingPointError after too many in a row, on all ranks."""
         if math.isfinite(norm):
             self.in_a_row = 0
             return False

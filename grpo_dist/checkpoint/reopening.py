@@ -1,4 +1,4 @@
-"""Is what was written what was trained? Asked of the files, opened as others will open them."""
+"""A check that the written model is the trained one: its files are opened as others will open them."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ _PROBE_TOKENS = 64
 
 
 def rounding_kl(dtype: torch.dtype) -> float:
-    """KL of a written model from its policy, nats a token, that a `dtype` of either may make by rounding.
+    """Bound on the KL of a written model from its policy, nats a token, by rounding to `dtype`.
 
-    It goes with the square of the dtype's precision ε. Measured: at most 28 ε² in 16 bits with models of 2 to 24 layers
-    of random weights and the toy ones (1.7e-3 in bfloat16), 230 ε² with a pretrained one of 135 M weights; in float32,
-    where sums in another order count for more, at most 8e-12.
+    It grows with the square of the dtype's precision ε. Measurements: at most 28 ε² in 16 bits with models of 2 to 24
+    layers of random weights and the toy ones (1.7e-3 in bfloat16), 230 ε² with a pretrained one of 135 M weights; in
+    float32, where the order of sums matters more, at most 8e-12.
     """
     return max(1000 * torch.finfo(dtype).eps ** 2, 1e-9)
 
 
 @torch.no_grad()
 def probe(model: nn.Module) -> Tensor:
-    """Logits (T, V) float32, on the CPU, of a fixed row of tokens that mean nothing."""
+    """Logits (T, V) float32, on the CPU, of a fixed row of random tokens."""
     embeddings = model.get_input_embeddings()
     length = min(_PROBE_TOKENS, getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize)
     ids = torch.randint(embeddings.num_embeddings, (1, length), generator=torch.Generator().manual_seed(0))
@@ -45,21 +45,23 @@ def probe(model: nn.Module) -> Tensor:
     return model.eval()(**inputs).logits[0].float().cpu()
 
 
-def divergence(expected: Tensor, found: Tensor) -> float:
-    """KL(expected ‖ found) of two next-token distributions, given as logits (T, V): nats a token."""
-    ours, theirs = (torch.log_softmax(logits.double(), -1) for logits in (expected, found))
+def divergence(expected: Tensor, actual: Tensor) -> float:
+    """KL(expected ‖ actual) of two next-token distributions, given as logits (T, V): nats a token."""
+    ours, theirs = (torch.log_softmax(logits.double(), -1) for logits in (expected, actual))
     return float(kl_div(theirs, ours, log_target=True, reduction="none").sum(-1).mean())
 
 
 def check_final(directory: Path, expected: Tensor, dtype: torch.dtype, trust_remote_code: bool) -> None:
-    """Say how far the model in a directory is from a run's policy, of which `expected` are the logits of `probe` in
-    `dtype`; as a warning where that is more than rounding, and where the files cannot be opened."""
+    """Log the KL of the model in a directory from a run's policy, whose logits of `probe` in `dtype` are `expected`.
+
+    The line is a warning where that is more than rounding, and where the files cannot be opened.
+    """
     here = ModelConfig(name=str(directory), trust_remote_code=trust_remote_code)
     try:
         with unsharded_loading():
             reopened = load_causal_lm(here, load_model_config(here).dtype, None)
     except (OSError, ValueError) as error:
-        log.warning("%s cannot be opened as others will open it: %s: %s", directory, type(error).__name__, error)
+        log.warning("%s cannot be opened by transformers: %s: %s", directory, type(error).__name__, error)
         return
     distance, most = divergence(expected, probe(reopened)), rounding_kl(dtype)
     level = logging.INFO if distance <= most else logging.WARNING

@@ -1,4 +1,4 @@
-"""Where a run goes on from, and whether it is still the same run, and the same on all ranks."""
+"""The checkpoint that a run resumes from, and whether the run is still the same, and the same on all ranks."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from .guards import data_fingerprint
 from .state import NEEDED as STATE_NEEDS
 
 NEEDED = STATE_NEEDS | {"identity": dict, "config": dict, "versions": dict}
-"""What a checkpoint's metadata has to hold for a run to go on from it, with its types."""
+"""What the metadata of a checkpoint needs so that a run can resume from it, with its types."""
 
 
 def resume_path(config: Config) -> Path | None:
-    """The checkpoint that train.resume comes to, or None for a fresh start.
+    """The checkpoint that train.resume stands for, or None for a fresh start.
 
     Raises ValueError where there is one and train.resume is `never`, DamagedCheckpoint where the one named is damaged.
     """
@@ -40,9 +40,9 @@ def resume_path(config: Config) -> Path | None:
 
 
 def with_template_date(config: Config, tokenizer: Any, path: Path | None) -> Config:
-    """The config with the date that the chat template is given, where it writes one.
+    """The config with the date for the chat template, where the template writes one.
 
-    It is the option's, or that of the checkpoint at `path`, or today's: a run keeps the prompts it began with.
+    The date is the option's, or that of the checkpoint at `path`, or today's: a resumed run keeps its prompts.
     """
     if config.data.template_date is not None or not uses_date(tokenizer):
         return config
@@ -51,7 +51,7 @@ def with_template_date(config: Config, tokenizer: Any, path: Path | None) -> Con
 
 
 def identity(config: Config, model_config: Any, prompts: Sequence[Prompt]) -> dict[str, Any]:
-    """What a run may not change on its way."""
+    """What must stay the same throughout a run."""
     return {"base": base_identity(config.model, model_config), "lora": asdict(config)["lora"],
             "critic": config.advantage.baseline == "critic", "num_prompts": len(prompts),
             "data": data_fingerprint(identifying(prompts)), "order": order_of(config.data),
@@ -59,23 +59,23 @@ def identity(config: Config, model_config: Any, prompts: Sequence[Prompt]) -> di
 
 
 def changes(path: Path, config: Config, now: dict[str, Any]) -> list[str]:
-    """What has changed since a checkpoint, a line each; raises ValueError where the run's identity `now` is another."""
+    """A line for each change since a checkpoint; raises ValueError where the run's identity `now` is another."""
     meta = checkpoint.load_meta(path, NEEDED)
     harmful = differences(meta["identity"], now)
     if harmful and not config.train.allow_changes:
-        told = "\n  ".join(harmful)
-        raise ValueError(f"{path} belongs to another run:\n  {told}\nChoose another train.output_dir, "
+        lines = "\n  ".join(harmful)
+        raise ValueError(f"{path} belongs to another run:\n  {lines}\nChoose another train.output_dir, "
                          "or set train.allow_changes")  # fmt: skip
     changed = harmful + differences(meta["config"], redacted(asdict(config)))
     return [f"changed since the checkpoint: {change}" for change in changed] + [
-        f"another version than the checkpoint's, equality is not promised: {change}"
+        f"the version differs from the checkpoint's, so results may differ: {change}"
         for change in differences(meta["versions"], versions())
     ]
 
 
 def require_same_start(starts: Sequence[dict[str, Any]]) -> None:
-    """Raise ValueError where a rank's options, versions or data are not those of rank 0; `starts` in order of rank."""
+    """Raise ValueError where a rank's options, versions or data differ from rank 0's; `starts` is in order of rank."""
     for rank, start in enumerate(starts):
         if other := differences(starts[0], start):
-            raise ValueError(f"rank {rank} was started otherwise than rank 0, expected the same config, packages, "
+            raise ValueError(f"rank {rank} was started differently from rank 0, expected the same config, packages, "
                              f"model and data on all nodes: {'; '.join(other)}")  # fmt: skip

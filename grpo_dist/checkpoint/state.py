@@ -1,4 +1,4 @@
-"""TrainState: where a run stands, which is what a checkpoint holds besides weights and optimizer."""
+"""TrainState: the progress of a run, which a checkpoint contains beside weights and optimizer."""
 
 from __future__ import annotations
 
@@ -24,38 +24,38 @@ OLD_TENSORS = [each.name for each in fields(OldPolicy)]
 
 @dataclass
 class TrainState:
-    """Steps done, and the updates of the step under way."""
+    """Steps done, and the updates of the current step."""
 
     step: int
     """Steps that are done."""
     kl_coeff: float
-    """Weight of the KL penalty; changes from step to step where loss.kl_target is set."""
+    """Weight of the KL penalty; it changes from step to step where loss.kl_target is set."""
     sampler: Sampler | Mixture | Curriculum
-    """Which prompts come next."""
+    """It chooses the next prompts."""
     updates: int = 0
-    """Optimizer steps of the step under way."""
+    """Optimizer steps of the current step."""
     batch: Batch | None = None
-    """That step's batch, once an optimizer step has used it."""
+    """The batch of the current step, once an optimizer step has used it."""
     metrics: list[dict[str, float]] = field(default_factory=list)
     """Metrics of each of those optimizer steps."""
 
     @property
     def is_start(self) -> bool:
-        """Whether nothing has been learned yet."""
+        """Whether no optimizer step was taken yet."""
         return self.step == self.updates == 0
 
     def after_update(self, batch: Batch, metrics: dict[str, float]) -> None:
-        """One more optimizer step was taken on the batch."""
+        """Record one more optimizer step on the batch."""
         self.updates, self.batch = self.updates + 1, batch
         self.metrics.append(metrics)
 
     def after_step(self, kl_coeff: float, pass_rates: Sequence[float]) -> None:
-        """The step under way is done; `pass_rates` (P,) are those of its prompts, for a curriculum."""
+        """Record that the current step is done; `pass_rates` (P,) are those of its prompts, for a curriculum."""
         self.sampler.record(pass_rates)
         self.step, self.kl_coeff, self.updates, self.batch, self.metrics = self.step + 1, kl_coeff, 0, None, []
 
     def meta(self) -> dict[str, Any]:
-        """What is saved as JSON; the step is the checkpoint's name."""
+        """The part that is saved as JSON; the step is in the checkpoint's name."""
         return {
             "updates": self.updates, "kl_coeff": self.kl_coeff, "metrics": self.metrics,
             "sampler": self.sampler.state(),
@@ -63,18 +63,18 @@ class TrainState:
         }  # fmt: skip
 
     def tensors(self) -> dict[str, Tensor]:
-        """What is saved as tensors: those of the batch under way, if there is one."""
+        """The part that is saved as tensors: those of the current batch, if there is one."""
         if self.batch is None:
             return {}
         values = {f"batch/{name}": getattr(self.batch, name) for name in TENSORS}
         if self.batch.old is not None:
             values |= {f"measured/{name}": getattr(self.batch.old, name) for name in OLD_TENSORS}
-        # cloned: some are columns of one gathered table, and safetensors refuses memory that is shared
+        # clones: some are columns of one gathered table, and safetensors refuses shared memory
         saved = {name: value.clone() for name, value in values.items() if value is not None}
         return saved | {"batch/prompts": torch.tensor([prompt.index for prompt in self.batch.prompts])}
 
     def restore(self, tensors: Mapping[str, Tensor], meta: Mapping[str, Any], prompts: Sequence[Prompt]) -> None:
-        """Take up what `tensors` and `meta` returned; `meta` has the step too, and `prompts` is the data set."""
+        """Restore what `tensors` and `meta` returned; `meta` has the step too, and `prompts` is the data set."""
         self.sampler.restore(meta["sampler"])
         self.step, self.kl_coeff = meta["step"], meta["kl_coeff"]
         self.updates, self.metrics, self.batch = meta["updates"], meta["metrics"], None
@@ -87,5 +87,7 @@ class TrainState:
                 ids, lengths = tensors["batch/tokens"], tensors["batch/lengths"]
                 values |= {"ids": ids, "row_lengths": lengths, "sampled": torch.ones_like(ids, dtype=torch.bool)}
             logged = dict(meta["logged"])
-            logged["scoring"] = meta.get("facts", {}) | logged["scoring"]  # apart in older checkpoints
+            logged["scoring"] = (
+                meta.get("facts", {}) | logged["scoring"]
+            )  # older checkpoints have a part of it under this name
             self.batch = Batch(chosen, **values, **logged, old=OldPolicy(**old) if old else None)

@@ -1,8 +1,8 @@
-"""Checkpoints that are there whole or not at all.
+"""Checkpoints that are complete or not there.
 
 A checkpoint is written to a temporary directory, every file is flushed to the disk, a manifest with sizes and checksums
-comes last, and one rename makes it visible; older ones are pruned only afterwards. What has no valid manifest is not a
-checkpoint. Tensors are safetensors and the rest is JSON: loading one executes nothing.
+comes last, and one rename makes it visible. Older ones are pruned only afterwards. A directory without a valid manifest
+is no checkpoint. Tensors are safetensors and the rest is JSON: loading a checkpoint executes nothing.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ log = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
 TENSORS = "state.safetensors"
 META = "state.json"
-CHANGED = "it was changed, or is of another version; choose another train.output_dir, or remove it"
-"""What is said of a checkpoint that is whole and holds something else than it should."""
+CHANGED = "it was changed, or another version wrote it; choose another train.output_dir, or remove it"
+"""The end of the message about a complete checkpoint with the wrong contents."""
 
 
 class DamagedCheckpoint(RuntimeError):
-    """A directory that should be a checkpoint is incomplete or was changed."""
+    """A checkpoint's directory is incomplete or was changed."""
 
 
 def _sync(path: Path) -> None:
-    """Make sure a file's contents, or a directory's entries, are on the disk."""
+    """Flush a file's contents, or a directory's entries, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -56,10 +56,10 @@ def save(root: Path, step: int, tensors: dict[str, Tensor], meta: dict[str, Any]
     temporary, target = root / f"tmp_{step}", root / f"step_{step}"
     try:
         _write(temporary, {"step": step, **meta}, tensors)
-    except BaseException:  # on a full disk, what is left of it would be in the way of everything else
+    except BaseException:  # on a full disk, the rest of it would leave no room for anything else
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    if target.exists():  # left by a run that went on from an earlier step
+    if target.exists():  # of a run that was later resumed from an earlier step
         shutil.rmtree(target)
     temporary.rename(target)
     _sync(root)
@@ -68,7 +68,7 @@ def save(root: Path, step: int, tensors: dict[str, Tensor], meta: dict[str, Any]
 
 
 def _write(directory: Path, meta: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-    """Write a checkpoint's files and have them on the disk, the manifest last."""
+    """Write a checkpoint's files and flush them to the disk, the manifest last."""
     directory.mkdir()
     save_file(tensors, directory / TENSORS)
     (directory / META).write_text(json.dumps(meta, indent=1))
@@ -82,7 +82,7 @@ def _write(directory: Path, meta: dict[str, Any], tensors: dict[str, Tensor]) ->
 
 
 def _prune(root: Path, step: int, keep: int) -> None:
-    """Leave the newest `keep` checkpoints up to `step`; damaged ones do not count, later ones are of another branch."""
+    """Keep the newest `keep` checkpoints up to `step`; damaged ones do not count, later ones are of another branch."""
     kept = 0
     for path in complete(root):
         if _step(path) > step or kept == keep:
@@ -100,7 +100,7 @@ def _manifest(path: Path) -> dict[str, Any]:
     """Files by name, each with `bytes` and `sha256`. Raises DamagedCheckpoint."""
     try:
         files = json.loads((path / MANIFEST).read_text())["files"]
-        if set(files) != {TENSORS, META}:  # no other file is ever read, whatever a manifest says
+        if set(files) != {TENSORS, META}:  # no other file is read, whatever a manifest says
             raise ValueError(f"its manifest names {sorted(files)}")
         return {name: {"bytes": int(entry["bytes"]), "sha256": str(entry["sha256"])} for name, entry in files.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -115,42 +115,41 @@ def _sizes_match(path: Path) -> bool:
 
 
 def verify(path: Path) -> None:
-    """Raise DamagedCheckpoint unless every file is there as the manifest says."""
+    """Raise DamagedCheckpoint unless every file is as the manifest says."""
     for name, entry in _manifest(path).items():
         try:
-            whole = (path / name).stat().st_size == entry["bytes"] and _checksum(path / name) == entry["sha256"]
+            is_intact = (path / name).stat().st_size == entry["bytes"] and _checksum(path / name) == entry["sha256"]
         except OSError as error:
             raise DamagedCheckpoint(f"{path} is not a complete checkpoint ({error})") from error
-        if not whole:
+        if not is_intact:
             raise DamagedCheckpoint(f"{path / name} does not match its manifest: the file is damaged")
 
 
 def complete(root: Path) -> list[Path]:
     """Checkpoints under `root` that have a manifest, newest first."""
-    found = []
+    checkpoints = []
     for path in root.glob("step_*") if root.is_dir() else ():
         if path.name.removeprefix("step_").isdecimal() and (path / MANIFEST).is_file():
-            found.append(path)
-    return sorted(found, key=_step, reverse=True)
+            checkpoints.append(path)
+    return sorted(checkpoints, key=_step, reverse=True)
 
 
 def newest(root: Path) -> Path | None:
-    """The newest checkpoint under `root` that is whole; the others are named in the log and passed over."""
-    whole = complete(root)
-    for path in sorted({*root.glob("step_*"), *root.glob("tmp_*")} - {*whole}):
-        log.warning("%s has no manifest: it is no checkpoint, and passed over", path)
-    for path in whole:
+    """The newest undamaged checkpoint under `root`; the log names those that it passes over."""
+    checkpoints = complete(root)
+    for path in sorted({*root.glob("step_*"), *root.glob("tmp_*")} - {*checkpoints}):
+        log.warning("%s has no manifest: it is no checkpoint, and is passed over", path)
+    for path in checkpoints:
         try:
             verify(path)
             return path
         except DamagedCheckpoint as error:
-            log.warning("%s; going on to the checkpoint before it", error)
+            log.warning("%s; trying the checkpoint before it", error)
     return None
 
 
 def load_meta(path: Path, needed: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Metadata of a checkpoint that has been verified. Raises DamagedCheckpoint where it lacks what is `needed`, names
-    with types."""
+    """Metadata of a verified checkpoint. Raises DamagedCheckpoint where it lacks a `needed` name of that type."""
     try:
         meta = json.loads((path / META).read_text())
     except (ValueError, RecursionError) as error:

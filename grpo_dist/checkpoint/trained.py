@@ -1,4 +1,4 @@
-"""What a run has trained, found again on the disk and loaded without ranks: by `export` and `chat`."""
+"""A run's trained model, loaded from the disk without ranks, for `export` and `chat`."""
 
 from __future__ import annotations
 
@@ -28,18 +28,18 @@ class Trained:
     """A checkpoint, or the directory `final` of a run that has ended."""
 
     path: Path
-    """Where its weights are."""
+    """The directory of the weights."""
     run: Path
     """The run's directory."""
     step: int
-    """How many steps it was trained for."""
+    """Steps of its training."""
     config: dict[str, Any]
     """The run's resolved config."""
     is_checkpoint: bool
 
     @property
     def model(self) -> ModelConfig:
-        """The base model, by an absolute path where the run found it by a relative one."""
+        """The base model, by an absolute path where the run was given a relative one."""
         model, start = self.given_model, started_in(self.run)
         if start is not None and (is_path(model.name) or (start / model.name).is_dir()) and model.name not in MODELS:
             return replace(model, name=str(start / Path(model.name).expanduser()))
@@ -57,9 +57,9 @@ class Trained:
 
 
 def find(path: Path) -> Trained:
-    """A run's end, or its newest checkpoint where it has not ended; or the checkpoint or `final` that is named itself.
+    """The final model of a run, or its newest checkpoint where it has not ended; `path` may also name either itself.
 
-    Raises ValueError where there is neither, and where the checkpoint is not whole.
+    Raises ValueError where there is neither, and where the checkpoint is damaged.
     """
     if (path / checkpoint.MANIFEST).is_file():
         try:
@@ -79,14 +79,14 @@ def find(path: Path) -> Trained:
         return Trained(final, run, done, config, False)
     newest = checkpoint.newest(run / "checkpoints")
     if newest is None:
-        raise ValueError(f"{run}: there is no whole checkpoint and no `final` of a run that has ended")
+        raise ValueError(f"{run}: there is no complete checkpoint, and no `final` of a run that has ended")
     return find(newest)
 
 
 def load(trained: Trained) -> tuple[Policy, Any]:
-    """The trained policy on the CPU, in the dtype it was trained in, and its tokenizer.
+    """The trained policy on the CPU, in its dtype of training, and its tokenizer.
 
-    Raises ValueError where the base model is not the one it was trained on, OSError where it is not there.
+    Raises ValueError where the base model is another than the one of training, OSError where it is missing.
     """
     model, lora, tokenizer = trained.model, trained.lora, load_tokenizer(trained.model)
     if trained.is_checkpoint:
@@ -99,12 +99,14 @@ def load(trained: Trained) -> tuple[Policy, Any]:
     trained_in = last_recorded(trained.run, "dtype")
     base = load_causal_lm(model, stored if trained_in is None else DTYPES[trained_in], None)
     adapted = PeftModel.from_pretrained(base, str(trained.path / "adapter"))
-    fuse_adapters(adapted, is_sharded)  # they are added as in training; in 16 bits PEFT's own way loses small updates
+    fuse_adapters(
+        adapted, is_sharded
+    )  # adapters are added as in training: in 16 bits PEFT's own addition loses small updates
     return Policy(adapted, 1.0).eval(), tokenizer
 
 
 def at(trained: Trained, path: Path) -> ModelConfig:
-    """A directory to load the trained model from, with the trust its base model has."""
+    """A directory to load the trained model from, with its base model's `trust_remote_code`."""
     return ModelConfig(name=str(path), trust_remote_code=trained.model.trust_remote_code)
 
 
@@ -112,7 +114,7 @@ def _from_checkpoint(trained: Trained) -> Policy:
     tensors, meta = checkpoint.load(trained.path)
     model = trained.model
     if base_identity(trained.given_model, load_model_config(model)) != meta["identity"]["base"]:
-        raise ValueError(f"{trained.path}: {model.name!r} is not the base model any more that this was trained on")
+        raise ValueError(f"{trained.path}: {model.name!r} is not the base model of this training any more")
     dtype = DTYPES[meta["dtype"]] if "dtype" in meta else resolve_dtype(model.dtype)
     policy = load_policy(model, trained.lora, dtype, None, 1.0, 0, has_critic=meta["identity"]["critic"])
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""The training data of a config: one data set or a mixture, in memory or read as needed, and the sampler over it."""
+"""The training data of a config: one data set or a mixture, in memory or streamed, and the sampler over it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _KEPT_PROMPTS = 4096  # a step asks for its prompts several times
 def load_training(
     config: Config, tokenizer: PreTrainedTokenizerBase, checks: Sequence[AnswerCheck]
 ) -> tuple[Sequence[Prompt], Sampler | Mixture | Curriculum]:
-    """Return all training prompts, data sets of a mixture one after another, and the sampler over them.
+    """Return all training prompts (those of a mixture one data set after another) and the sampler over them.
 
     Raises ValueError or FileNotFoundError as `load_prompts` does.
     """
@@ -56,7 +56,7 @@ def load_training(
 
 
 def identifying(prompts: Sequence[Prompt]) -> Iterator[Prompt]:
-    """Yield the prompts that tell a data set from another: all, or of a streamed one those checked at its start."""
+    """Yield the prompts that identify a data set: all, or of a streamed one those that are checked at its start."""
     if isinstance(prompts, Joined):
         for part in prompts.parts:
             yield from identifying(part)
@@ -65,19 +65,19 @@ def identifying(prompts: Sequence[Prompt]) -> Iterator[Prompt]:
 
 
 def order_of(config: DataConfig) -> dict[str, Any]:
-    """Return what else than the data and the seed decides which prompts a step takes."""
+    """Return what decides a step's prompts beside the data and the seed."""
     weights = None if isinstance(config.train_file, str) else list(config.train_file.values())
     return {"weights": weights, "curriculum": config.curriculum and asdict(config.curriculum)}
 
 
 class StreamedPrompts(Sequence[Prompt]):
-    """Prompts that are read, checked and rendered when they are asked for."""
+    """Prompts that are read, checked and rendered when they are needed."""
 
     def __init__(
         self, path: str, config: DataConfig, tokenizer: PreTrainedTokenizerBase, checks: Sequence[AnswerCheck],
         first_index: int,
     ) -> None:  # fmt: skip
-        """Find the rows and check the first hundred; raises as `load_prompts` does."""
+        """Find the rows and check the first hundred; raises what `load_prompts` raises."""
         self._path, self._config, self._tokenizer, self._checks = path, config, tokenizer, checks
         self._first_index = first_index
         self._rows = RowReader(path, config.train_split, config.subset)
@@ -87,7 +87,7 @@ class StreamedPrompts(Sequence[Prompt]):
             check_columns(path, self._names, config)
         self._prompt = functools.lru_cache(_KEPT_PROMPTS)(self._read)
         check_distinct(path, [self._prompt(place) for place in first], config)
-        log.info("%s: %d rows, the first %d checked, the others when they are needed", path, len(self), len(first))
+        log.info("%s: %d rows; the first %d are checked, the others when they are needed", path, len(self), len(first))
 
     def __len__(self) -> int:
         return len(self._rows)

@@ -1,7 +1,7 @@
-"""Which prompts a step takes: counters, and nothing that a loader would have to keep. Pure.
+"""Which prompts a step takes: functions of counters, without the state of a loader. Pure.
 
-`Sampler` goes through one data set, `Mixture` through several in given shares. `Curriculum` leaves out for a while what
-was measured to be too easy or too hard: its state is its history, which every rank has and a checkpoint keeps.
+`Sampler` goes through one data set, `Mixture` through several in given shares. `Curriculum` leaves prompts out for a
+while that were too easy or too hard. Its state is its history, which is the same on every rank and in the checkpoint.
 """
 
 from __future__ import annotations
@@ -18,36 +18,36 @@ from numpy.typing import NDArray
 Some = TypeVar("Some", bound="Stateless")
 
 _GOLDEN = 0x9E3779B97F4A7C15
-_CYCLE = 1000  # slots in which a mixture keeps to its shares: the finest share it can keep is one in a thousand
+_CYCLE = 1000  # consecutive prompts in which a mixture keeps its shares: the smallest share is one in a thousand
 
 
 class Stateless:
-    """What samplers without a history share."""
+    """The part that samplers without a history share."""
 
     seed: int
 
     def reseeded(self: Some, seed: int) -> Some:
-        """Return a sampler of the same data in the same shares whose orders come from another seed."""
+        """Return a sampler of the same data in the same shares, with the order of another seed."""
         other = copy.copy(self)
         other.seed = seed
         return other
 
     def record(self, pass_rates: Sequence[float]) -> None:
-        """Take in what a batch was measured to be: nothing, the order is fixed."""
+        """Do nothing: pass rates do not change the order."""
 
     def state(self) -> dict[str, Any]:
-        """Return what a checkpoint has to keep: nothing, the step says it all."""
+        """Return the state for a checkpoint: nothing, because the step decides the prompts."""
         return {}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Take up a state that `state` returned."""
+        """Restore what `state` returned."""
 
 
 class Sampler(Stateless):
-    """Which prompts a step takes: a permutation per epoch and a counter, nothing else.
+    """Which prompts a step takes: a permutation for each epoch, and a counter.
 
-    Batches run on over the end of an epoch, so a batch may hold a prompt twice, and always does where it is larger than
-    the data set.
+    Batches continue over the end of an epoch, so a batch may have a prompt twice, and always does where it is larger
+    than the data set.
     """
 
     def __init__(self, num_prompts: int, batch_size: int, seed: int) -> None:
@@ -76,15 +76,15 @@ class Sampler(Stateless):
         return int(permutation(self.num_prompts, self.seed, epoch)[place])
 
     def epoch(self, step: int) -> float:
-        """Return how many times the data has been gone through before a step."""
+        """Return the passes through the data before a step."""
         return step * self.batch_size / self.num_prompts
 
 
 class Mixture(Stateless):
-    """Prompts of several data sets in given shares, each gone through in its own permutations.
+    """Prompts of several data sets in given shares, each in its own permutations.
 
-    Every 1000 consecutive prompts hold each data set's share exactly (to the nearest whole number), in an order that
-    depends on the seed. The prompts of all data sets are taken to stand in one list, one data set after another.
+    Every 1000 consecutive prompts have each data set's share exactly (to the nearest whole number), in an order that
+    depends on the seed. Places count in one list of the prompts of all data sets, one data set after another.
     """
 
     def __init__(self, sizes: Sequence[int], weights: Sequence[float], batch_size: int, seed: int) -> None:
@@ -101,7 +101,7 @@ class Mixture(Stateless):
         if counts.min() < 1:
             raise ValueError(f"the weights {list(weights)} given, expected each to be a thousandth of the sum or more")
         self._counts = counts
-        self._slots = np.repeat(np.arange(len(sizes)), counts)
+        self._sources = np.repeat(np.arange(len(sizes)), counts)
 
     def batch_indices(self, step: int) -> list[int]:
         """Return the places of a step's `batch_size` prompts in the joined list: a function of the step alone."""
@@ -109,59 +109,60 @@ class Mixture(Stateless):
 
     def index(self, cursor: int) -> int:
         """Return the place of the prompt that comes after `cursor` others."""
-        cycle, slot = divmod(cursor, _CYCLE)
-        order = self._slots[permutation(_CYCLE, self.seed, -1 - cycle)]  # epochs count from 0 up
-        source = int(order[slot])
-        before = cycle * int(self._counts[source]) + int((order[:slot] == source).sum())
+        cycle, position = divmod(cursor, _CYCLE)
+        order = self._sources[permutation(_CYCLE, self.seed, -1 - cycle)]  # epochs count from 0 up
+        source = int(order[position])
+        before = cycle * int(self._counts[source]) + int((order[:position] == source).sum())
         epoch, place = divmod(before, self._sizes[source])
         return self._starts[source] + int(permutation(self._sizes[source], self.seed + source, epoch)[place])
 
     def epoch(self, step: int) -> float:
-        """Return how many prompts come before a step, in multiples of all there are."""
+        """Return the number of prompts before a step, in multiples of all prompts."""
         return step * self.batch_size / sum(self._sizes)
 
 
 class Curriculum:
-    """Prompts that are neither solved nor hopeless, by the pass rate of their last group.
+    """Prompts that are neither too easy nor too hard, by the pass rate of their last group.
 
-    The order is that of the sampler underneath. A prompt whose last pass rate was outside [low, high] is passed over
-    until `rest` further passes through the data have begun; one that was never measured is taken. Where a whole pass
-    holds nothing to take, prompts are taken as they come. The next batch is a function of the history, which is equal
-    on all ranks because the batch is.
+    The order is that of the sampler inside. A prompt whose last pass rate was outside [low, high] is passed over until
+    `rest` further passes through the data have begun. A prompt without a pass rate is taken. If all prompts of a pass
+    are passed over, prompts are taken in order. The next batch is a function of the history, which is equal on all
+    ranks because the batch is.
     """
 
     def __init__(self, sampler: Sampler | Mixture, num_prompts: int, low: float, high: float, rest: int) -> None:
         self._sampler, self._num_prompts = sampler, num_prompts
         self._low, self._high, self._rest = low, high, rest
         self._cursor = 0
-        self._measured: dict[int, tuple[float, int]] = {}
+        self._last_rates: dict[int, tuple[float, int]] = {}
+        """Pass rate of each prompt's last group, and the pass through the data in which that was."""
 
     def batch_indices(self, step: int) -> list[int]:
         """Return the places of the next batch's prompts; the same until `record` is called."""
         return [index for _, index in self._walk()]
 
     def epoch(self, step: int) -> float:
-        """Return how many times the data has been gone through, prompts that were passed over counted."""
+        """Return the passes through the data, which include prompts that were passed over."""
         return self._cursor / self._num_prompts
 
     def record(self, pass_rates: Sequence[float]) -> None:
-        """Take in the batch's pass rates, (batch_size,), NaN where a group is unscored, and go on to the next batch."""
+        """Record the batch's pass rates, (batch_size,), NaN where a group is unscored, and go on to the next batch."""
         walked = list(self._walk())
         for (cursor, index), rate in zip(walked, pass_rates, strict=True):
             if rate == rate:
-                self._measured[index] = (float(rate), cursor // self._num_prompts)
+                self._last_rates[index] = (float(rate), cursor // self._num_prompts)
         self._cursor = walked[-1][0] + 1
 
     def state(self) -> dict[str, Any]:
         """Return the history as JSON."""
-        return {"cursor": self._cursor, "measured": [[place, *told] for place, told in self._measured.items()]}
+        return {"cursor": self._cursor, "measured": [[place, *last] for place, last in self._last_rates.items()]}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Take up a history that `state` returned; an empty one, of a run that had no curriculum, is a beginning."""
+        """Restore the history that `state` returned; an empty one is of a run that had no curriculum."""
         if not state:
             return
         self._cursor = int(state["cursor"])
-        self._measured = {int(place): (float(rate), int(seen)) for place, rate, seen in state["measured"]}
+        self._last_rates = {int(place): (float(rate), int(seen)) for place, rate, seen in state["measured"]}
 
     def _walk(self) -> Iterator[tuple[int, int]]:
         """Yield cursor and place of each prompt of the next batch."""
@@ -176,7 +177,7 @@ class Curriculum:
         return self._sampler.index(cursor)
 
     def _rests(self, index: int, epoch: int) -> bool:
-        rate, seen = self._measured.get(index, (self._low, epoch))
+        rate, seen = self._last_rates.get(index, (self._low, epoch))
         return not self._low <= rate <= self._high and epoch - seen <= self._rest
 
 
@@ -185,12 +186,14 @@ def permutation(num_prompts: int, seed: int, epoch: int) -> NDArray[np.int64]:
     """Return the order of an epoch, (num_prompts,), a read-only permutation of range(num_prompts).
 
     Prompts are sorted by the SplitMix64 (Steele et al. 2014) of their place under a key made from seed and epoch. The
-    mixing is a bijection, so there are no ties, and no library's generator is used: the order is the same in any
-    version of anything.
+    mixing is a bijection, so there are no ties. It uses no library's generator, so the order is the same with any
+    version of any package.
     """
     digest = hashlib.blake2b(f"{seed}:{epoch}".encode(), digest_size=8).digest()
     places = np.arange(1, num_prompts + 1, dtype=np.uint64)
-    keys = np.uint64(int.from_bytes(digest, "little")) + places * np.uint64(_GOLDEN)  # wraps at 2^64, as it should
+    keys = np.uint64(int.from_bytes(digest, "little")) + places * np.uint64(
+        _GOLDEN
+    )  # wraps at 2^64, as SplitMix64 does
     keys = (keys ^ (keys >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     keys = (keys ^ (keys >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     order = np.argsort(keys ^ (keys >> np.uint64(31)))

@@ -1,7 +1,7 @@
 """Prompts: read from files or data sets, checked row by row, rendered to tokens.
 
-Everything that can be wrong with data is found here, before any model is loaded, and said with file and line; rows are
-dropped only where the config says so, and are counted. Which prompts a step takes is said in order.py.
+This module reports every error in the data with its file and line, before any model is loaded. It drops rows only where
+the config says so, and counts them. order.py decides which prompts a step takes.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _SHOWN_ROWS = 5
 _SHOWN_START = 40
 _SHOWN_NAMES = 20
 _SHOWN_CHARACTERS = 200
-_ROWS_AT_ONCE = 1024  # texts handed to the tokenizer in one call: fast tokenizers work on them in parallel
+_ROWS_AT_ONCE = 1024  # texts in one call of the tokenizer: fast tokenizers work on them in parallel
 
 
 @dataclass(frozen=True)
@@ -49,19 +49,19 @@ class Rendered:
 
 @dataclass(frozen=True)
 class DropReport:
-    """Which rows were left out, and why."""
+    """The rows that were left out, and why."""
 
     source: str
     """File or data set."""
     unit: str
-    """What rows are numbered by: `line` or `row`."""
+    """The unit of row numbers: `line` or `row`."""
     num_rows: int
     """Rows read."""
     dropped: list[tuple[int, str]]
     """Number and reason of each row left out."""
 
     def __str__(self) -> str:
-        """Name the first of the rows and how many there are."""
+        """Name the first rows and say how many there are."""
         shown = "; ".join(f"{self.unit} {number}: {reason}" for number, reason in self.dropped[:_SHOWN_ROWS])
         more = len(self.dropped) - _SHOWN_ROWS
         rest = f"; and {more} more" if more > 0 else ""
@@ -78,8 +78,8 @@ def load_prompts(
 ) -> tuple[list[Prompt], DropReport]:
     """Read, check and render all prompts of a file or data set.
 
-    `check_answers` are called with each row's gold answer and raise ValueError for one they cannot read. A prompt's
-    `index` is its row's place, dropped rows counted, from `first_index` on. Raises ValueError or FileNotFoundError
+    `check_answers` are called with each row's gold answer, and raise ValueError for one that they cannot read. A
+    prompt's `index` is `first_index` plus its row's place; dropped rows count. Raises ValueError or FileNotFoundError
     where there is nothing to read, where a configured column is missing, where no row is left, and where a row cannot
     be used unless `config.bad_rows` is `drop`.
     """
@@ -116,8 +116,8 @@ def load_prompts(
     dropped = [(rows[place].number, problems[place]) for place in sorted(problems)]
     report = DropReport(path, "line" if is_lines(path) else "row", len(rows), dropped)
     if dropped and (config.bad_rows == "error" or not prompts):
-        cure = "none is left" if config.bad_rows == "drop" else "mend them, or leave them out with data.bad_rows: drop"
-        raise ValueError(f"{report}. {cure[0].upper()}{cure[1:]}")
+        advice = "No row is left" if config.bad_rows == "drop" else "Correct them, or set data.bad_rows: drop"
+        raise ValueError(f"{report}. {advice}")
     if dropped:
         logger.warning("%s. Left out (data.bad_rows: drop)", report)
     if not prompts:
@@ -130,7 +130,7 @@ def prompt_of_row(
     path: str, place: int, row: Row, names: Sequence[str], config: DataConfig, tokenizer: PreTrainedTokenizerBase,
     check_answers: Sequence[AnswerCheck], first_index: int,
 ) -> Prompt:  # fmt: skip
-    """Check and render a single row, as `load_prompts` does with many; raises ValueError where it cannot be used."""
+    """Check and render one row as `load_prompts` does; raises ValueError where it cannot be used."""
     try:
         text, messages = _read_row(row, config, tokenizer, check_answers)
         ((_, rendered),) = _tokenise([(place, text, messages)], tokenizer)
@@ -143,7 +143,7 @@ def prompt_of_row(
 
 
 def render(prompt: str | Messages, config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Rendered:
-    """Turn one prompt into tokens, as `load_prompts` does with many.
+    """Turn one prompt into tokens as `load_prompts` does.
 
     Plain text gets the special tokens that the tokenizer adds by itself, such as a BOS; a rendered conversation gets
     those of its template only, and ends where the assistant begins. Raises ValueError where the prompt is empty or the
@@ -155,11 +155,11 @@ def render(prompt: str | Messages, config: DataConfig, tokenizer: PreTrainedToke
 
 
 class _UnusableRowError(ValueError):
-    """A row that cannot be used; the message says why."""
+    """A row cannot be used; the message says why."""
 
 
 def check_columns(path: str, names: list[str], config: DataConfig) -> None:
-    """Raise ValueError where the configured columns are not there, or one has a name that rewards keep for TRL's."""
+    """Raise ValueError where a configured column is missing, or one has the name of another argument of rewards."""
     for key, column in (("prompt_column", config.prompt_column), ("answer_column", config.answer_column)):
         if column is not None and column not in names:
             near = difflib.get_close_matches(column, names, n=1)
@@ -170,7 +170,7 @@ def check_columns(path: str, names: list[str], config: DataConfig) -> None:
     taken = [name for name in names if name in KEYWORDS and name != config.prompt_column]
     if taken:
         raise ValueError(
-            f"{path} has the column(s) {', '.join(taken)}, names that rewards receive something else under: rename"
+            f"{path} has the column(s) {', '.join(taken)}, which are names of other arguments of rewards: rename them"
         )
     if config.answer_column not in (None, "answer") and "answer" in names:
         logger.warning(
@@ -179,14 +179,14 @@ def check_columns(path: str, names: list[str], config: DataConfig) -> None:
 
 
 def check_distinct(path: str, prompts: Sequence[Prompt], config: DataConfig) -> None:
-    """Raise ValueError where prompts of different texts are all the same to the model."""
+    """Raise ValueError where prompts of different texts all have the same tokens."""
     first = prompts[0]
     if any(prompt.ids != first.ids for prompt in prompts):
         return
     if any((prompt.text, prompt.messages) != (first.text, first.messages) for prompt in prompts):
         cut = f" (data.too_long: truncate keeps the last {config.max_prompt_length})"
         raise ValueError(
-            f"{path}: all {len(prompts)} prompts are the same {len(first.ids)} tokens to the model, although their "
+            f"{path}: all {len(prompts)} prompts have the same {len(first.ids)} tokens, although their "
             f"texts differ{cut if config.too_long == 'truncate' else ''}: {first.text[-_SHOWN_CHARACTERS:]!r}; look at "
             "the chat template and the tokenizer"
         )
@@ -198,18 +198,18 @@ def _wrong_length(rendered: Rendered, config: DataConfig) -> str:
 
 
 def _kept(path: str, rows: Sequence[Row], names: Sequence[str], keep: Mapping[str, Any] | None) -> list[bool]:
-    """Return which rows pass data.keep, and say how many each column leaves out; raises ValueError for a wrong one."""
+    """Return which rows pass data.keep, and log how many each column leaves out; raises ValueError for a wrong one."""
     kept = [True] * len(rows)
     left_out = []
-    for column, wanted in (keep or {}).items():
+    for column, condition in (keep or {}).items():
         if column not in names:
             raise ValueError(f"data.keep: {path} has no column {column!r}; it has {', '.join(names[:_SHOWN_NAMES])}")
-        if isinstance(wanted, dict) and (not wanted or not set(wanted) <= {"min", "max"}):
-            raise ValueError(f"data.keep.{column}: {wanted!r} given, expected a value, a list, or min and max")
+        if isinstance(condition, dict) and (not condition or not set(condition) <= {"min", "max"}):
+            raise ValueError(f"data.keep.{column}: {condition!r} given, expected a value, a list, or min and max")
         try:
-            passes = [not row.columns or _passes(_comparable(row, column, wanted), wanted) for row in rows]
+            passes = [not row.columns or _passes(_comparable(row, column, condition), condition) for row in rows]
         except TypeError as error:
-            raise ValueError(f"data.keep.{column}: {wanted!r} cannot be compared: {error}") from error
+            raise ValueError(f"data.keep.{column}: {condition!r} cannot be compared: {error}") from error
         left_out.append(f"{column}: {passes.count(False)}")
         kept = [a and b for a, b in zip(kept, passes, strict=True)]
     if left_out:
@@ -218,10 +218,12 @@ def _kept(path: str, rows: Sequence[Row], names: Sequence[str], keep: Mapping[st
     return kept
 
 
-def _comparable(row: Row, column: str, wanted: Any) -> Any:
-    """A row's value; as a number where the file knows only texts and numbers are wanted."""
+def _comparable(row: Row, column: str, condition: Any) -> Any:
+    """A row's value, as a number where the file has only texts and the condition has numbers."""
     value = row.columns.get(column)
-    examples = wanted.values() if isinstance(wanted, dict) else wanted if isinstance(wanted, list) else [wanted]
+    examples = (
+        condition.values() if isinstance(condition, dict) else condition if isinstance(condition, list) else [condition]
+    )
     if row.is_text and value is not None and all(isinstance(each, (int, float)) for each in examples):
         try:
             return float(value)
@@ -230,10 +232,10 @@ def _comparable(row: Row, column: str, wanted: Any) -> Any:
     return value
 
 
-def _passes(value: Any, wanted: Any) -> bool:
-    if isinstance(wanted, dict):
-        return value is not None and wanted.get("min", value) <= value <= wanted.get("max", value)
-    return value in wanted if isinstance(wanted, list) else value == wanted
+def _passes(value: Any, condition: Any) -> bool:
+    if isinstance(condition, dict):
+        return value is not None and condition.get("min", value) <= value <= condition.get("max", value)
+    return value in condition if isinstance(condition, list) else value == condition
 
 
 def _read_row(
@@ -247,7 +249,7 @@ def _read_row(
     text, messages = _as_text(row.columns[config.prompt_column], config, tokenizer)
     if config.answer_column is not None:
         answer = row.columns.get(config.answer_column)
-        if answer is None or (isinstance(answer, float) and math.isnan(answer)):  # as tables write a missing number
+        if answer is None or (isinstance(answer, float) and math.isnan(answer)):  # tables write a missing number so
             raise _UnusableRowError(f"no {config.answer_column!r}")
         for check in check_answers:
             try:
@@ -258,30 +260,32 @@ def _read_row(
 
 
 def _as_text(prompt: object, config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[str, Messages | None]:
-    """Apply the template rules; raises _UnusableRowError where a prompt, ValueError where the tokenizer cannot."""
+    """Apply the template rules; raises _UnusableRowError for a wrong prompt, ValueError for a wrong tokenizer."""
     messages = _as_messages(prompt, config)
     if messages is None:
         return str(prompt), None
     if not tokenizer.chat_template:
         raise ValueError(
-            f"{tokenizer.name_or_path!r} has no chat template, which prompts that are messages, data.system_prompt and "
-            "data.chat_template: always need; use the model's instruct variant, or plain text prompts"
+            f"{tokenizer.name_or_path!r} has no chat template. Prompts that are messages, data.system_prompt and "
+            "data.chat_template: always need one; use the model's instruct variant, or plain text prompts"
         )
     try:
         return render_messages(messages, tokenizer, config.template_date), messages
-    except TemplateRefusal as error:  # templates refuse what their model was not trained on, such as system messages
+    except (
+        TemplateRefusal
+    ) as error:  # a template refuses messages that its model was not trained on, such as system messages
         raise _UnusableRowError(str(error)) from error
 
 
 def _as_messages(prompt: object, config: DataConfig) -> Messages | None:
-    """Return the conversation to render for a prompt, or None where it is to stay plain text."""
+    """Return the conversation to render for a prompt, or None where it stays plain text."""
     system: Messages = [{"role": "system", "content": config.system_prompt}] if config.system_prompt else []
     if isinstance(prompt, str):
         if not prompt.strip():
             raise _UnusableRowError("the prompt is empty")
         if _MESSAGES_AS_TEXT.match(prompt):
             raise _UnusableRowError(
-                f"the prompt is a text that holds a list of messages ({prompt[:_SHOWN_START]!r}), expected the list "
+                f"the prompt is a text that contains a list of messages ({prompt[:_SHOWN_START]!r}), expected the list "
                 "itself: write the data as JSON lines (.jsonl) or parquet"
             )
         if config.chat_template == "always" or system:
@@ -293,11 +297,13 @@ def _as_messages(prompt: object, config: DataConfig) -> Messages | None:
         raise _UnusableRowError("the prompt is a list of messages, which data.chat_template: never cannot render")
     for message in prompt:
         if not isinstance(message, dict) or not all(isinstance(message.get(key), str) for key in ("role", "content")):
-            raise _UnusableRowError(f"{message!r:.80} in the prompt is no message with the texts `role` and `content`")
+            raise _UnusableRowError(
+                f"{message!r:.80} in the prompt is not a message with the texts `role` and `content`"
+            )
     if not prompt or prompt[-1]["role"] == "assistant":
-        raise _UnusableRowError("the prompt's messages end without one for the assistant to answer")
+        raise _UnusableRowError("the prompt's last message is not one that the assistant can answer")
     if system and prompt[0]["role"] == "system":
-        raise _UnusableRowError("the prompt has a system message of its own, and data.system_prompt is set as well")
+        raise _UnusableRowError("the prompt has a system message, and data.system_prompt adds another; set it to null")
     return [*system, *prompt]
 
 
@@ -324,7 +330,7 @@ def _tokenise(
 
 
 def _reward_columns(row: Row, names: Sequence[str], config: DataConfig) -> dict[str, Any]:
-    """Return what the rewards receive of a row: every column but the prompt, None where the row lacks it."""
+    """Return a row's columns for the rewards: every column except the prompt, None where the row lacks it."""
     columns = {name: row.columns.get(name) for name in names if name != config.prompt_column}
     if config.answer_column is not None:
         columns["answer"] = row.columns[config.answer_column]

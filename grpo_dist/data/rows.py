@@ -1,8 +1,8 @@
 """Read rows from JSONL, JSON, CSV and parquet files, directories and hub data sets.
 
-What is wrong with the place they come from is an error here; what is wrong with a row is left to `prompts.py`.
-JSONL has a reader of its own, so that every row knows its line, and so have JSON and CSV, so that values are what the
-file says: `datasets` takes the text 2024-01-01 of a JSON file for a point in time and 007 of a CSV file for 7.
+An error of a file or data set is raised here; `prompts.py` handles an error of a row. JSONL has a reader of its own, so
+that every row knows its line. JSON and CSV have readers of their own too, so that values are what the file says:
+`datasets` reads the text 2024-01-01 of a JSON file as a point in time, and 007 of a CSV file as 7.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _LINES = (".jsonl", ".ndjson")
 _SEPARATORS = {".csv": ",", ".tsv": "\t"}
 _FILES = (*_LINES, ".json", *_SEPARATORS, ".parquet")
 _AS_TEXT = {"keep_default_na": False, "na_values": [""]}
-"""What has the CSV reader of `datasets` take NA and null for text; an empty cell has no value."""
+"""Options with which the CSV reader of `datasets` keeps NA and null as texts; an empty cell has no value."""
 _CALLS = re.compile(r"\s*(Example of usage:\s*`[^`]*`|Please use `[^`]*`[^.]*\.)", re.DOTALL)
 _MOST_CELL_CHARACTERS = 2**31 - 1
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -34,24 +34,24 @@ _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 @dataclass(frozen=True)
 class Row:
-    """One row as it was read."""
+    """One row as read."""
 
     number: int
-    """Its line in a JSONL file, its place in any other data set; both from 1."""
+    """Its line in a JSONL file, or its place in any other data set; both from 1."""
     columns: dict[str, Any]
     """Its values by column; empty where it could not be read."""
     problem: str = ""
     """Why it could not be read."""
     is_text: bool = False
-    """Whether its values are texts because the file knows nothing else, as in CSV."""
+    """Whether its values are texts because the file has only texts, as in CSV."""
 
 
 def load_rows(path: str, split: str, subset: str | None = None) -> list[Row]:
-    """Read all rows of a JSONL file, of anything `datasets.load_dataset` takes, or of what `save_to_disk` has saved.
+    """Read all rows of a JSONL file, of anything that `datasets.load_dataset` takes, or of a `save_to_disk` directory.
 
     `split` and `subset` choose from a directory or a hub data set; a single file has neither. Raises FileNotFoundError
     where there is no such file, ValueError where it cannot be read or is empty. JSONL lines that are not JSON objects
-    come back as rows with a `problem`; lines of white space are no rows. The values of a CSV file are texts, None where
+    become rows with a `problem`; lines of white space are no rows. The values of a CSV file are texts, None where
     a cell is empty.
     """
     _check_file(path)
@@ -62,14 +62,14 @@ def load_rows(path: str, split: str, subset: str | None = None) -> list[Row]:
 
 
 class RowReader:
-    """Rows of a data set by their place, read when they are asked for.
+    """Rows of a data set by their place, read when they are needed.
 
-    Of a JSONL file only where its lines begin is held, 16 bytes each, and of a JSON or CSV file everything; parquet and
-    data sets are mapped into memory.
+    For a JSONL file, memory has only the place of each line, 16 bytes; for a JSON or CSV file it has all rows. Parquet
+    files and data sets are mapped into memory.
     """
 
     def __init__(self, path: str, split: str, subset: str | None = None) -> None:
-        """Find the rows; raises as `load_rows` does."""
+        """Find the rows; raises what `load_rows` raises."""
         self._path = path
         self._table: Sequence[Row] | None = None
         if is_lines(path):
@@ -110,7 +110,7 @@ def is_lines(path: str) -> bool:
 
 
 def _read_lines(path: str) -> Iterator[Row]:
-    """Read a JSONL file; what is wrong with a line is left for the caller to judge."""
+    """Read a JSONL file; a line that is wrong becomes a row with a `problem`."""
     with Path(path).open("rb") as file:
         for number, line in enumerate(file, 1):
             row = _read_line(number, line)
@@ -137,12 +137,12 @@ def _row_of_json(number: int, value: Any) -> Row:
 
 
 def _is_blank(number: int, line: bytes) -> bool:
-    """Whether a line holds nothing but JSON's white space (and, as the first, a byte order mark): it is no row."""
+    """Whether a line is no row: it has only JSON's white space and, as the first line, a byte order mark."""
     return not (line.removeprefix(codecs.BOM_UTF8) if number == 1 else line).strip()
 
 
 def _check_file(path: str) -> None:
-    """Raise FileNotFoundError where a path is a file's by its ending and there is no such file."""
+    """Raise FileNotFoundError where a path has the ending of a file and there is no such file."""
     suffix = Path(path).suffix.lower()
     if suffix in _FILES and not Path(path).is_file():
         folder = Path(path).parent
@@ -173,7 +173,7 @@ def _open_table(path: str, split: str, subset: str | None) -> Sequence[Row]:
     """Open a file, a directory or a hub data set; parquet and data sets are mapped into memory by `datasets`."""
     try:
         return _opened(path, split, subset)
-    except Exception as error:  # `datasets` raises some dozen kinds; splits and subsets there are stand in the message
+    except Exception as error:  # `datasets` raises a dozen kinds; its messages name the splits and subsets
         where = "" if Path(path).exists() else f"; it is no file or directory here{_neighbours(path)}"
         raise ValueError(
             f"{path!r} (subset {subset!r}, split {split!r}) cannot be loaded: {_reason(error)}{where}"
@@ -203,8 +203,8 @@ def _opened(path: str, split: str, subset: str | None) -> Sequence[Row]:
     times = [name for name, feature in table.features.items() if str(getattr(feature, "dtype", "")).startswith("time")]
     if times and table.info.builder_name == "json":
         logger.warning(
-            "%s: `datasets` reads the column(s) %s as points in time, not as the text in the files; name a JSON file "
-            "itself to have the text", path, ", ".join(times),
+            "%s: `datasets` reads the column(s) %s as points in time, not as the text in the files; name the JSON file "
+            "itself to get the text", path, ", ".join(times),
         )  # fmt: skip
     return _Table(table, is_text)
 
@@ -217,9 +217,9 @@ def _texts(columns: Sequence[str]) -> Any:
 
 
 def _read_cells(path: Path, separator: str) -> list[Row]:
-    """Rows of a CSV file, their values texts; raises ValueError where a column occurs twice.
+    """Rows of a CSV file, with texts as values; raises ValueError where a column occurs twice.
 
-    A row with more cells than there are columns has a `problem`: a comma in it lacks its quotes.
+    A row with more cells than columns has a `problem`: a cell with a comma lacks its quotes.
     """
     csv.field_size_limit(_MOST_CELL_CHARACTERS)
     with path.open(encoding="utf-8-sig", newline="") as file:
@@ -230,7 +230,7 @@ def _read_cells(path: Path, separator: str) -> list[Row]:
     read = []
     for number, cells in enumerate(rows, 1):
         if any(cells[len(names) :]):
-            problem = f"{len(cells)} cells, expected {len(names)}: a cell with a separator in it has to be in quotes"
+            problem = f"{len(cells)} cells, expected {len(names)}: put cells that contain a separator in quotes"
             read.append(Row(number, {}, problem))
         else:
             values = [cell or None for cell in cells] + [None] * (len(names) - len(cells))
@@ -239,7 +239,7 @@ def _read_cells(path: Path, separator: str) -> list[Row]:
 
 
 def _read_json(path: Path) -> list[Row]:
-    """Rows of a file with a list of objects, or with an object a line; raises ValueError where it is no JSON."""
+    """Rows of a file with a list of objects, or with one object on each line; raises ValueError where it is no JSON."""
     text = path.read_text(encoding="utf-8-sig")
     try:
         value = json.loads(text)
@@ -252,7 +252,7 @@ def _read_json(path: Path) -> list[Row]:
 
 
 def _saved(path: Path, split: str, subset: str | None) -> Any:
-    """A data set that `datasets` has saved to disk, or a split of several; raises ValueError for one it lacks."""
+    """A data set that `datasets` saved to disk, or one of its splits; raises ValueError for a split that it lacks."""
     import datasets
 
     if subset is not None:
@@ -267,28 +267,28 @@ def _saved(path: Path, split: str, subset: str | None) -> Any:
 
 
 def _reason(error: BaseException) -> str:
-    """Return an error's message with that of its cause, which is where `datasets` keeps what was wrong with a file.
+    """Return an error's message with that of its cause, where `datasets` says what is wrong with a file.
 
-    Its advice to call Python functions is replaced by the option that does the same.
+    Advice to call a Python function becomes advice to set the option that does the same.
     """
-    said = _CALLS.sub("", str(error)).strip()
-    if "Config name is missing" in said or "BuilderConfig" in said:
-        said += "; set data.subset to one of them"
-    elif "Unknown split" in said:
-        said += " Set data.train_split or data.eval_split to one of them"
-    elif "scripts are no longer supported" in said:
-        said += "; save the data set as parquet or JSONL, and name that"
+    message = _CALLS.sub("", str(error)).strip()
+    if "Config name is missing" in message or "BuilderConfig" in message:
+        message += "; set data.subset to one of them"
+    elif "Unknown split" in message:
+        message += " Set data.train_split or data.eval_split to one of them"
+    elif "scripts are no longer supported" in message:
+        message += "; save the data set as parquet or JSONL, and name that"
     elif isinstance(error, UnicodeDecodeError):
-        said += "; save the file as UTF-8"
-    reason = said if type(error) is ValueError else f"{type(error).__name__}: {said}"
+        message += "; save the file as UTF-8"
+    reason = message if type(error) is ValueError else f"{type(error).__name__}: {message}"
     return f"{reason} ({error.__cause__})" if error.__cause__ is not None else reason
 
 
 def _neighbours(path: str) -> str:
-    """Return a hint with the names nearest to that of a path which leads nowhere, where there are such."""
-    wanted = Path(path)
-    if not wanted.parent.is_dir():
+    """Return a hint with the names nearest to a path that does not exist; empty where none are near."""
+    missing = Path(path)
+    if not missing.parent.is_dir():
         return ""
-    names = sorted(entry.name for entry in wanted.parent.iterdir() if not entry.name.startswith("."))
-    near = difflib.get_close_matches(wanted.name, names, n=3)
-    return f"; near it: {', '.join(str(wanted.parent / name) for name in near)}" if near else ""
+    names = sorted(entry.name for entry in missing.parent.iterdir() if not entry.name.startswith("."))
+    near = difflib.get_close_matches(missing.name, names, n=3)
+    return f"; near it: {', '.join(str(missing.parent / name) for name in near)}" if near else ""

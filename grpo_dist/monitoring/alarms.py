@@ -1,8 +1,8 @@
-"""Alarms in plain words where training goes wrong, from the metrics alone.
+"""Alarms for a training that goes wrong, from the metrics alone.
 
-Pure: a function of the lines of metrics.jsonl, in their order. Each rule reads one number off the recent steps; it
-rings when that number has been above its limit for some steps in a row, and again only after it has come down below a
-lower one. What to do is said in docs/metrics.md under the alarm's name.
+Pure: a function of the lines of metrics.jsonl, in their order. Each rule computes one number from the recent steps. It
+rings when that number has been above its limit for some steps in a row, and again only after the number has been below
+a lower limit. docs/metrics.md says what to do, under the alarm's name.
 """
 
 from __future__ import annotations
@@ -22,47 +22,47 @@ _AVERAGED = 5
 
 @dataclass(frozen=True)
 class Alarm:
-    """One thing that goes wrong, at the step where that became clear."""
+    """One problem of a training, at the step that shows it."""
 
     step: int
     name: str
     metric: str
     """The metric that shows it."""
     value: float
-    """What the rule read off the metrics."""
+    """The number that the rule computed."""
     limit: float
-    """What it should not be above."""
+    """The limit that it is above."""
     message: str
-    """What is wrong, with the metrics' values."""
+    """The problem, with the values of the metrics."""
 
     @property
     def page(self) -> str:
-        """Where it is said what to do."""
+        """The page that says what to do."""
         return f"{PAGE}#{self.name}"
 
 
-def _measured(steps: Iterable[Metrics], name: str) -> list[float]:
+def _values(steps: Iterable[Metrics], name: str) -> list[float]:
     return [value for step in steps if (value := step.get(name)) is not None]
 
 
 @dataclass(frozen=True)
 class History:
-    """Steps so far: the first few, and the recent ones up to the present one."""
+    """Steps so far: the first few, and the recent ones up to the current one."""
 
     first: Sequence[Metrics]
     recent: Sequence[Metrics]
 
     def now(self, name: str) -> float | None:
-        """A metric of the present step; None where it was not measured."""
+        """A metric of the current step; None where the step has no value."""
         return self.recent[-1].get(name)
 
     def before(self, name: str, most: int) -> list[float]:
-        """A metric of up to `most` steps before the present one, as far as it was measured."""
-        return _measured(list(self.recent)[:-1][-most:], name)
+        """The values of a metric in up to `most` steps before the current one."""
+        return _values(list(self.recent)[:-1][-most:], name)
 
     def start(self, name: str) -> float | None:
-        """The mean of a metric over the first steps; None before they are done, and where it was not measured."""
-        values = _measured(self.first, name)
+        """The mean of a metric over the first steps; None before they are done, and where they have no value."""
+        values = _values(self.first, name)
         return fmean(values) if values and len(self.first) == FIRST_STEPS else None
 
 
@@ -73,14 +73,14 @@ class Rule:
     name: str
     metric: str
     value: Callable[[History], float | None]
-    """The number that is compared; None where it cannot be told."""
+    """The number that is compared; None where it is unknown."""
     limit: float
     clears: float
     """Below this the alarm may ring again."""
     steps: int
-    """For how many steps in a row the value has to be above the limit."""
+    """Steps in a row for which the value is above the limit."""
     message: str
-    """A format of `value` and of the present metrics, `now[NAME]`."""
+    """A format of `value` and of the current metrics, `now[NAME]`."""
 
 
 def _now(name: str) -> Callable[[History], float | None]:
@@ -88,7 +88,7 @@ def _now(name: str) -> Callable[[History], float | None]:
 
 
 def _whether(name: str, test: Callable[[float], bool]) -> Callable[[History], float | None]:
-    """1 where the present value passes the test, else 0."""
+    """1 where the current value passes the test, else 0."""
     return lambda history: None if (now := history.now(name)) is None else float(test(now))
 
 
@@ -101,7 +101,7 @@ def _failed_share(history: History) -> float | None:
 
 
 def _times_median(name: str) -> Callable[[History], float | None]:
-    """The present value over the median of the 20 steps before, once there are 10."""
+    """The current value over the median of the 20 steps before, once there are 10."""
 
     def value(history: History) -> float | None:
         now, before = history.now(name), history.before(name, 20)
@@ -111,22 +111,24 @@ def _times_median(name: str) -> Callable[[History], float | None]:
 
 
 def _entropy_lost(history: History) -> float | None:
-    """By what factor the entropy is below that of the first steps, where groups are alike and nothing was gained.
+    """The factor by which the entropy is below that of the first steps, where most groups have equal rewards and the
+    mean reward has not grown; else 0.
 
-    A gain is half of the standard deviation that rewards had at the start: who has learned a task is sure of it.
+    Growth is more than half of the rewards' standard deviation at the start: a policy that has learned a task has a low
+    entropy too.
     """
     entropy, reward, spread = (history.start(name) for name in ("entropy", "reward/mean", "reward/std"))
     now, rewards = history.now("entropy"), history.before("reward/mean", _AVERAGED)
     if entropy is None or reward is None or spread is None or now is None or not rewards:
         return None
-    gained = fmean(rewards) - reward > spread / 2
-    alike = (history.now("reward/groups_zero_std") or 0.0) > 0.5
-    return entropy / max(now, 1e-9) if alike and not gained else 0.0
+    has_grown = fmean(rewards) - reward > spread / 2
+    groups_equal = (history.now("reward/groups_zero_std") or 0.0) > 0.5
+    return entropy / max(now, 1e-9) if groups_equal and not has_grown else 0.0
 
 
 def _reward_lost(history: History) -> float | None:
-    """How far the reward, averaged, is below its best, in its standard deviations within a batch."""
-    means, spread = _measured(history.recent, "reward/mean"), _measured(history.recent, "reward/std")
+    """The distance of the averaged reward below its best, in standard deviations of rewards within a batch."""
+    means, spread = _values(history.recent, "reward/mean"), _values(history.recent, "reward/std")
     if len(means) < 2 * _AVERAGED:
         return None
     averaged = [fmean(means[place : place + _AVERAGED]) for place in range(len(means) - _AVERAGED + 1)]
@@ -143,7 +145,7 @@ RULES = (
     Rule("no_signal", "reward/groups_zero_std", _now("reward/groups_zero_std"), 0.95, 0.8, 5,
          "{value:.0%} of the groups have equal rewards (mean {now[reward/mean]:.3g}): nothing can be learned there"),
     Rule("no_update", "learning_rate", _whether("learning_rate", lambda rate: rate == 0), 0.5, 0.5, 3,
-         "no update was made: no completion had anything to teach, or the learning rate is 0"),
+         "no update was made: every completion has an advantage of 0, or the learning rate is 0"),
     Rule("kl_runaway", "kl", _now("kl"), 1.0, 0.5, 3,
          "the policy runs away from the reference: KL is {value:.3g} nats a token"),
     Rule("entropy_collapse", "entropy", _entropy_lost, 10.0, 5.0, 5,
@@ -152,14 +154,14 @@ RULES = (
     Rule("truncated", "completion/truncated", _now("completion/truncated"), 0.5, 0.3, 3,
          "{value:.0%} of the completions are cut off by rollout.max_completion_length"),
     Rule("empty_completions", "completion/length_mean", _whether("completion/length_mean", lambda tokens: tokens < 1.5),
-         0.5, 0.5, 3, "completions are all but empty: {now[completion/length_mean]:.3g} tokens on average"),
+         0.5, 0.5, 3, "completions are nearly empty: {now[completion/length_mean]:.3g} tokens on average"),
     Rule("logprob_gap", "rollout/logprob_gap_max", _now("rollout/logprob_gap_max"), 2.0, 1.0, 3,
          "rollout and trainer disagree about the same token by up to {value:.3g} nats"),
     Rule("rollout_off", "rollout/kl", _now("rollout/kl"), 2e-2, 1e-2, 3,
          "rollouts are not drawn by the policy that is trained: KL is {value:.3g} nats a token between the two"),
     Rule("update_lost", "rollout/update_share",
          _whether("rollout/update_share", lambda share: not 0.99 <= share <= 1.01), 0.5, 0.5, 1,
-         "{now[rollout/update_share]:.1%} of what was learned is in the weights that draw rollouts"),
+         "{now[rollout/update_share]:.1%} of the updates is in the weights that draw rollouts"),
     Rule("rewards_failing", "reward/NAME/failed", _failed_share, 0.01, 0.001, 1,
          "rewards failed for {value:.1%} of the completions, which are unscored"),
     Rule("unscored", "reward/unscored", _now("reward/unscored"), 0.2, 0.1, 3,
@@ -169,21 +171,20 @@ RULES = (
     Rule("grad_spike", "grad_norm", _times_median("grad_norm"), 10.0, 3.0, 1,
          "the gradient's norm is {now[grad_norm]:.3g}, {value:.0f} times its recent median"),
     Rule("bad_update", "update/skipped", _now("update/skipped"), 0.5, 0.5, 1,
-         "an update was left out: its gradient was not finite"),
+         "an update was skipped: its gradient was not finite"),
     Rule("clipped", "clip/low", lambda history: (history.now("clip/low") or 0) + (history.now("clip/high") or 0),
          0.3, 0.2, 3, "{value:.0%} of the tokens are clipped: the policy moves too far within a batch"),
     Rule("reward_collapse", "reward/mean", _reward_lost, 1.0, 0.5, 3,
          "the reward has collapsed: {now[reward/mean]:.3g} on average, {value:.2g} standard deviations below its best"),
 )  # fmt: skip
-"""All alarms. Limits are meant to be silent in a run that learns; those on rounding are bfloat16's."""
+"""All alarms. No limit should ring in a run that learns; the limits on rounding are those of bfloat16."""
 
 ROUNDING = {"logprob_gap": {"float32": 0.01, "float16": 0.3}, "rollout_off": {"float32": 1e-4, "float16": 2e-3}}
 """Limits of alarms in other dtypes of the policy."""
 
 
 def rules_for(kl_estimator: str, dtype: str = "bfloat16") -> tuple[Rule, ...]:
-    """All rules that hold where `kl` comes from this estimator (of whole sequences, it has no known scale) and the
-    policy computes in this dtype."""
+    """All rules for an estimator of `kl` and the policy's compute dtype; `kl` of sequences has no known scale."""
     rules = [rule for rule in RULES if rule.metric != "kl" or kl_estimator != "squared_sequence"]
     limits = {name: by_dtype[dtype] for name, by_dtype in ROUNDING.items() if dtype in by_dtype}
     return tuple(replace(rule, limit=limit, clears=limit / 2) if (limit := limits.get(rule.name)) else rule
@@ -191,7 +192,7 @@ def rules_for(kl_estimator: str, dtype: str = "bfloat16") -> tuple[Rule, ...]:
 
 
 class Alarms:
-    """Watches the steps of a run go by."""
+    """The alarms of a run, from one step to the next."""
 
     def __init__(self, rules: Sequence[Rule] = RULES) -> None:
         self.rules = rules
@@ -202,7 +203,7 @@ class Alarms:
         self._recent: deque[Metrics] = deque(maxlen=RECENT_STEPS)
 
     def step(self, metrics: Metrics) -> list[Alarm]:
-        """Take in the metrics of the next step and return the alarms that begin to ring with it."""
+        """Add the metrics of the next step, and return the alarms that begin to ring with it."""
         if "reward/mean" not in metrics:  # the evaluation before the first step
             return []
         self._recent.append(metrics)

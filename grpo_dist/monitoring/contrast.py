@@ -30,7 +30,7 @@ class Shown:
 
 
 def contrast(batch: Batch, texts: Sequence[str], advantages: Tensor) -> tuple[str, Shown, Shown] | None:
-    """Return a prompt with the best and worst of its group: of the first group whose rewards differ most.
+    """Return a prompt with the best and worst completion of its group, the first of those whose rewards differ most.
 
     `texts` are the N completions, `advantages` (T,). None where no two completions of a group are scored.
     """
@@ -55,12 +55,12 @@ def contrast(batch: Batch, texts: Sequence[str], advantages: Tensor) -> tuple[st
 
 
 def contrast_table(step: int, prompt: str, best: Shown, worst: Shown) -> Table:
-    """Return the table; what model and data wrote is plain text in it."""
+    """Return the table; texts of the model and the data are plain text in it."""
     title = Text(f"step {step}: {plain(prompt, _PROMPT_CHARACTERS)}")
     table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", expand=True)
     for name, shown in (("best of its group", best), ("worst", worst)):
         cut = "" if shown.finished else ", cut off"
-        told = f"reward {shown.reward:.3g}, advantage {shown.advantage:+.2f}, {shown.num_tokens} tokens{cut}"
-        table.add_column(Text(f"{name}\n{told}"), ratio=1, overflow="fold")
+        numbers = f"reward {shown.reward:.3g}, advantage {shown.advantage:+.2f}, {shown.num_tokens} tokens{cut}"
+        table.add_column(Text(f"{name}\n{numbers}"), ratio=1, overflow="fold")
     table.add_row(*(Text(plain(shown.text, _TEXT_CHARACTERS)) for shown in (best, worst)))
     return table

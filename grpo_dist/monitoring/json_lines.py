@@ -1,4 +1,4 @@
-"""Files of one JSON object a line that a run may be in the middle of writing."""
+"""Files of one JSON object on each line, which a run may be writing."""
 
 from __future__ import annotations
 
@@ -8,6 +8,6 @@ from typing import Any
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """Return the objects of all whole lines; none where there is no file."""
+    """Return the objects of all complete lines; none where there is no file."""
     lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
     return [json.loads(line) for line in lines if line.endswith("\n")]

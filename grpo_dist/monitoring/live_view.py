@@ -1,6 +1,6 @@
-"""What is drawn on a terminal while a run goes on, redrawn in place, for any width.
+"""The live view of a run on a terminal of any width, redrawn in place.
 
-Nothing hides the cursor or leaves the terminal's normal screen: a run that is killed leaves nothing to be restored.
+It neither hides the cursor nor leaves the terminal's normal screen: after a run that is killed, nothing needs a repair.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ BLOCKS = "▁▂▃▄▅▆▇█"
 SHADES = "█▓▒░▚·"
 COLOURS = ("cyan", "magenta", "yellow", "green", "blue", "dim")
 PHASES = ("rollout", "reward", "reference", "update", "sync")
-"""Phases of a step in their order; what else a step does is `other`."""
-FACTS = {
+"""Phases of a step in their order; the rest of a step is `other`."""
+SHOWN = {
     "eval/accuracy": "accuracy {:.3f}",
     "kl": "kl {:.4f}",
     "entropy": "entropy {:.3f}",
@@ -30,12 +30,12 @@ FACTS = {
     "memory/peak_gib": "{:.1f} GiB",
     "time/step": "{:.2f} s/step",
 }
-"""Metrics that are shown, and how."""
+"""Metrics that are shown, with their formats."""
 _TIMED_STEPS = 20
 
 
 def sparkline(values: Sequence[float], width: int) -> str:
-    """Return numbers as blocks between their lowest and highest, at most `width`, neighbours averaged where need be."""
+    """Return numbers as at most `width` blocks between the lowest and the highest; more numbers are averaged."""
     if not values or width < 1:
         return ""
     count = min(width, len(values))
@@ -48,7 +48,7 @@ def sparkline(values: Sequence[float], width: int) -> str:
 
 
 def shares_of_time(metrics: Mapping[str, float | None]) -> dict[str, float]:
-    """Return each phase's share of a step's seconds, `other` included; empty where they were not measured."""
+    """Return each phase's share of a step's seconds, with `other`; empty without the metric `time/step`."""
     total = metrics.get("time/step") or 0.0
     if total <= 0:
         return {}
@@ -57,7 +57,7 @@ def shares_of_time(metrics: Mapping[str, float | None]) -> dict[str, float]:
 
 
 def split_bar(shares: Sequence[float], width: int) -> list[int]:
-    """Return how many of `width` cells each share gets: they add up to `width`, by largest remainders."""
+    """Return the cells of each share, which add up to `width`, by largest remainders."""
     exact = [share / (sum(shares) or 1.0) * width for share in shares]
     cells = [int(cell) for cell in exact]
     missing = width - sum(cells) if any(shares) else 0
@@ -66,9 +66,9 @@ def split_bar(shares: Sequence[float], width: int) -> list[int]:
     return cells
 
 
-def facts(metrics: Mapping[str, float | None]) -> list[str]:
-    """Return what is worth a number, as far as it was measured."""
-    return [form.format(value) for name, form in FACTS.items() if (value := metrics.get(name)) is not None]
+def shown_metrics(metrics: Mapping[str, float | None]) -> list[str]:
+    """Return the metrics that are shown, as far as they have a value."""
+    return [form.format(value) for name, form in SHOWN.items() if (value := metrics.get(name)) is not None]
 
 
 def clock(seconds: float) -> str:
@@ -78,7 +78,7 @@ def clock(seconds: float) -> str:
 
 
 class LiveView:
-    """The lines at the foot of the terminal."""
+    """The lines at the bottom of the terminal."""
 
     def __init__(self, num_steps: int, first_step: int) -> None:
         self.num_steps, self.step = num_steps, first_step
@@ -90,7 +90,7 @@ class LiveView:
         self._ends = deque([time.monotonic()], maxlen=_TIMED_STEPS + 1)
 
     def add(self, metrics: Mapping[str, float | None]) -> None:
-        """Take in a step's metrics; what it did not measure stays as it was."""
+        """Add a step's metrics; a metric without a value keeps its last one."""
         self.step = int(metrics["step"] or 0)
         self._metrics |= {name: value for name, value in metrics.items() if value is not None}
         if (reward := metrics.get("reward/mean")) is not None:
@@ -99,7 +99,7 @@ class LiveView:
 
     @property
     def seconds_left(self) -> float | None:
-        """At the pace of the last steps; None before the first."""
+        """Seconds to the end at the pace of the last steps; None before the first."""
         if len(self._ends) < 2:
             return None
         return (self._ends[-1] - self._ends[0]) / (len(self._ends) - 1) * (self.num_steps - self.step)
@@ -116,7 +116,7 @@ class LiveView:
         if self._rewards:
             line = Text(f"reward {self._rewards[-1]:.3f} ", style="bold")
             yield line.append(sparkline(self._rewards, max(8, min(60, width - len(line)))), style="not bold green")
-        yield from _flow([Text(fact) for fact in facts(self._metrics)], width)
+        yield from _flow([Text(shown) for shown in shown_metrics(self._metrics)], width)
         shares = shares_of_time(self._metrics)
         if shares:
             marks = list(zip(shares, SHADES, COLOURS, strict=True))
@@ -138,7 +138,7 @@ class LiveView:
 
 
 def _flow(cells: Sequence[Text], width: int) -> Iterator[Text]:
-    """Yield cells side by side, in as many lines as they need."""
+    """Yield cells side by side, in as many lines as needed."""
     line = Text()
     for cell in cells:
         if line and len(line) + 2 + len(cell) > width:
@@ -150,7 +150,7 @@ def _flow(cells: Sequence[Text], width: int) -> Iterator[Text]:
 
 
 def start_live(view: LiveView, console: Console) -> Live:
-    """Begin to draw the view, twice a second; what is printed or logged meanwhile goes above it."""
+    """Start to draw the view twice a second; printed and logged lines go above it."""
     live = Live(view, console=console, refresh_per_second=2)
     live.start()
     console.show_cursor(True)

@@ -1,4 +1,4 @@
-"""What a run ran on, for its report: a line of environment.jsonl for each time it was started."""
+"""The machine and packages of a run, for its report: a line of environment.jsonl for each start."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ FILE = "environment.jsonl"
 
 
 def last_recorded(directory: Path, name: str) -> str | None:
-    """What `record_start` wrote down under a name when a run was last started; None where it did not."""
+    """The entry of a name that `record_start` wrote at the last start of a run; None where there is none."""
     if not (directory / FILE).is_file():
         return None
     starts = [json.loads(line) for line in (directory / FILE).read_text().splitlines()]
@@ -28,14 +28,14 @@ def last_recorded(directory: Path, name: str) -> str | None:
 
 
 def started_in(directory: Path) -> Path | None:
-    """The directory in which a run was last started, where its relative paths begin; None where it is not known."""
+    """The directory in which a run was last started, from which its relative paths start; None where it is unknown."""
     start = last_recorded(directory, "directory")
     return None if start is None else Path(start)
 
 
 def record_start(directory: Path, ranks: Ranks, first_step: int, dtype: torch.dtype) -> None:
-    """Write down where and with what the run starts after a number of steps, on the main rank; a collective. `dtype` is
-    that of the policy's weights."""
+    """Record the machine and packages of a start after `first_step` steps, on the main rank. `dtype` is that of the
+    policy's weights. A collective."""
     on_gpu = ranks.device.type == "cuda"
     device = torch.cuda.get_device_name(ranks.device) if on_gpu else f"{platform.machine()}, {os.cpu_count()} cores"
     devices = ranks.gather_objects(f"{socket.gethostname()}: {device}")
@@ -54,5 +54,5 @@ def record_start(directory: Path, ranks: Ranks, first_step: int, dtype: torch.dt
 
 
 def versions() -> dict[str, str]:
-    """Versions of what the numbers depend on."""
+    """Versions of the packages that results depend on."""
     return {name: metadata.version(name) for name in ("torch", "transformers", "peft", "accelerate")}

@@ -1,4 +1,4 @@
-"""What is measured in a step; recorder.py writes it down. Metric names are stable: docs/metrics.md has them all."""
+"""The metrics of a step, which recorder.py writes. Their names are stable: docs/metrics.md has all of them."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def batch_metrics(batch: Batch, advantages: Tensor, reward_names: list[str]) -> 
 NO_UPDATE: dict[str, float | None] = dict.fromkeys(
     ("kl", "entropy", "ratio/mean", "ratio/max", "clip/low", "clip/high", "rollout/kl", "rollout/logprob_gap_max")
 ) | dict.fromkeys(("loss", "loss/policy", "grad_norm", "learning_rate", "tokens/computed", "tokens/useful_share"), 0.0)
-"""Metrics of a step whose completions had nothing to teach: no forward pass, and no optimizer step, was taken."""
+"""Metrics of a step without an update: all advantages were 0, so no forward pass and no optimizer step was made."""
 
 
 def is_right(reward: Tensor, weights: Sequence[float]) -> Tensor:
@@ -55,14 +55,14 @@ def is_right(reward: Tensor, weights: Sequence[float]) -> Tensor:
 
 
 def pass_rates(batch: Batch, weights: Sequence[float]) -> list[float]:
-    """Share of the right among the scored completions of each of the P prompts; NaN where none is scored."""
+    """Share of right completions among the scored ones of each of the P prompts; NaN where none is scored."""
     zeros = torch.zeros(len(batch.prompts), dtype=torch.float64)
     right = zeros.index_add(0, batch.group, is_right(batch.reward, weights).double())
     return (right / zeros.index_add(0, batch.group, (~batch.reward.isnan()).double())).tolist()
 
 
 class UpdateMetrics:
-    """Sums over the packs of one update, reduced over the ranks once at its end."""
+    """Sums over the packs of one update, which are reduced over the ranks once at its end."""
 
     TOTALS = ("loss", "loss/policy", "tokens", "useful", "computed")
     MAXIMA = ("ratio/max", "rollout/logprob_gap_max")
@@ -72,23 +72,22 @@ class UpdateMetrics:
         self.maxima = torch.zeros(len(self.MAXIMA), dtype=torch.float64, device=device)
         self.means: dict[str, Tensor] = {}
 
-    def add(self, total: Tensor, loss: Loss, off: Tensor, useful: int, computed: int, means: dict[str, Tensor]) -> None:
-        """Count one pack in; nothing here waits for the device.
+    def add(self, total: Tensor, loss: Loss, gap: Tensor, useful: int, computed: int, means: dict[str, Tensor]) -> None:
+        """Add one pack; nothing here waits for the device.
 
-        `total` is what is differentiated; `off` (M,), how far the trainer's log-probabilities are above the rollout's,
-        and each of `means` (M,), of which the mean over all tokens is reported, have one number per token. All packs of
-        all ranks must name the same means.
+        `total` is the loss that is differentiated. `gap` (M,) is the trainer's log-probabilities minus the rollout's.
+        `means` are (M,) tensors whose mean over all tokens is a metric; all packs of all ranks have the same names.
         """
-        off = off.double()
+        gap = gap.double()
         count = self.totals.new_tensor([loss.ratio.numel(), useful, computed])
         self.totals += torch.cat([torch.stack([total.detach().double(), loss.policy.double()]), count])
         # an estimate of KL(rollout ‖ trainer) that is never negative: k3 of http://joschu.net/blog/kl-approx.html
-        means = means | {"kl": loss.kl, "rollout/kl": torch.expm1(off) - off, "ratio/mean": loss.ratio,
+        means = means | {"kl": loss.kl, "rollout/kl": torch.expm1(gap) - gap, "ratio/mean": loss.ratio,
                          "clip/low": loss.clipped_low, "clip/high": loss.clipped_high}  # fmt: skip
         for name, values in means.items():
             self.means[name] = self.means.get(name, 0.0) + values.detach().double().sum()
         if loss.ratio.numel():
-            self.maxima = torch.maximum(self.maxima, torch.stack([loss.ratio.double().max(), off.abs().max()]))
+            self.maxima = torch.maximum(self.maxima, torch.stack([loss.ratio.double().max(), gap.abs().max()]))
 
     def reduced(self, ranks: Any) -> dict[str, float]:
         """The metrics of the update over all ranks; a collective."""
@@ -103,8 +102,7 @@ class UpdateMetrics:
 
 
 def update_metrics(updates: list[dict[str, float]]) -> dict[str, float | None]:
-    """What the last update of a step left; the largest gap to the rollout's numbers is of all of them, and the distance
-    from the rollout of the first."""
+    """Metrics of a step: those of its last update, the largest gap to the rollout of all, the KL to it of the first."""
     if not updates:
         return NO_UPDATE
     name = "rollout/logprob_gap_max"
@@ -113,7 +111,7 @@ def update_metrics(updates: list[dict[str, float]]) -> dict[str, float | None]:
 
 
 class Clock:
-    """Seconds spent in each phase of a step."""
+    """Seconds of each phase of a step."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
@@ -130,5 +128,5 @@ class Clock:
 
 
 def read_history(directory: Path) -> list[dict[str, Any]]:
-    """The whole lines of a run's metrics.jsonl."""
+    """The complete lines of a run's metrics.jsonl."""
     return read_json_lines(directory / "metrics.jsonl")

@@ -1,4 +1,4 @@
-"""Where what a run measures is written down: metrics.jsonl, alarms.jsonl, completions/, and the trackers' mirrors."""
+"""The records of a run: metrics.jsonl, alarms.jsonl, completions/, and the trackers."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ from .trackers import Entry, Mirror, Source, Table, run_name
 TABLE_ROWS = 16
 TABLE_CHARACTERS = 2_000
 HISTOGRAMS = {"reward": "reward/distribution", "advantage": "advantage/distribution", "tokens": "completion/lengths"}
-"""Columns of the completions that trackers get whole, and what they are called there."""
+"""Columns of the completions that trackers get as histograms, with their names there."""
 
 
 def completions_table(
     step: int, batch: Batch, texts: list[str], advantages: Tensor, reward_names: list[str]
 ) -> dict[str, list[Any]]:
-    """Return the columns of a step's completions as they are written; `texts` are the N completions."""
+    """Return the columns of a step's completions for their file; `texts` are the N completions."""
     groups = batch.group.tolist()
     return {
         "step": [step] * len(groups),
@@ -45,14 +45,16 @@ def completions_table(
         "tokens": batch.lengths.tolist(),
         "finished": batch.finished.tolist(),
         "reward": batch.reward.tolist(),
-        "advantage": advantages[batch.starts].tolist(),  # of the first token: of the whole completion
+        "advantage": advantages[
+            batch.starts
+        ].tolist(),  # the first token's, which is the completion's for outcome rewards
         **{f"reward/{name}": column.tolist() for name, column in zip(reward_names, batch.rewards.T, strict=True)},
         **{f"reward/{column}": values for column, values in batch.extras.items()},
     }
 
 
 def _arrow(values: list[Any]) -> pa.Array:
-    """`pa.array`, but that numbers and texts go without the import of pandas, which would make the first step wait."""
+    """`pa.array` without the import of pandas for numbers and texts, which would delay the first step."""
     kinds = {type(value) for value in values}
     if kinds == {str}:
         parts = [value.encode() for value in values]
@@ -69,10 +71,10 @@ def _arrow(values: list[Any]) -> pa.Array:
 
 
 class Recorder:
-    """Writes what a run leaves behind, on the main rank."""
+    """Writes the records of a run, on the main rank."""
 
     def __init__(self, config: Config, directory: Path, first_step: int) -> None:
-        """Open the files; what an interrupted run wrote about steps after `first_step` is dropped, to be redone."""
+        """Open the files, and drop an interrupted run's lines of steps after `first_step`, which are done again."""
         self.directory = directory
         self.logging = config.logging
         path = directory / "metrics.jsonl"
@@ -91,9 +93,9 @@ class Recorder:
         self.pictures: dict[str, dict[str, Any]] = {}
 
     def metrics(self, values: Metrics) -> list[Alarm]:
-        """Append one step's metrics, numbers that are not finite as null; returns the alarms that they set off.
+        """Append one step's metrics, with null for numbers that are not finite; returns the alarms that begin to ring.
 
-        The trackers get them with the histograms and tables of the completions that were written before.
+        The trackers get them with the histograms and tables of the completions that were recorded before.
         """
         finite = {k: (v if not isinstance(v, float) or math.isfinite(v) else None) for k, v in values.items()}
         self.file.write(json.dumps(finite) + "\n")
@@ -104,7 +106,7 @@ class Recorder:
         return self._ring(finite)
 
     def _ring(self, values: dict[str, float | None]) -> list[Alarm]:
-        """Write the alarms that a step sets off to alarms.jsonl: a function of metrics.jsonl, made anew on a resume."""
+        """Write a step's alarms to alarms.jsonl: a function of metrics.jsonl, which a resumed run computes again."""
         alarms = self.alarms.step(values)
         for alarm in alarms:
             self.alarm_file.write(json.dumps(asdict(alarm) | {"page": alarm.page}) + "\n")
@@ -126,7 +128,7 @@ class Recorder:
         pq.write_table(pa.table(columns), folder / f"step_{step:06d}.parquet")
 
     def _tables(self, completions: dict[str, list[Any]]) -> dict[str, Table]:
-        """The first completions, and the most frequent answers of all."""
+        """The first completions, and the most frequent answers among all."""
         columns = ["prompt", "completion", "reward", "advantage", "tokens"]
         rows = zip(*(completions[name][:TABLE_ROWS] for name in columns), strict=True)
         cut = [[cell[:TABLE_CHARACTERS] if isinstance(cell, str) else cell for cell in row] for row in rows]

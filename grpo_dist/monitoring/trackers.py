@@ -1,8 +1,8 @@
-"""Mirrors of metrics.jsonl: each tracker in a thread of its own, so that none can hold up or end a run.
+"""Trackers that mirror metrics.jsonl, each in a thread of its own, so that none can delay or end a run.
 
 Any of Accelerate's trackers gets the config and the metrics; TensorBoard, Weights & Biases and trackio also get
-histograms and tables. A tracker that raises is left alone from then on, with one line in the log; one that hangs is
-left behind.
+histograms and tables. A tracker that raises gets nothing more, and the log says so. The run does not wait for a tracker
+that hangs.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from ..text.files import write_file
 log = logging.getLogger(__name__)
 
 PROJECT = "grpo_dist"
-MOST_WAITING = 10_000
+MOST_QUEUED = 10_000
 CLOSE_SECONDS = 10.0
 WITH_PICTURES = ("wandb", "trackio")
 """Trackers with wandb's interface for histograms and tables."""
@@ -44,13 +44,13 @@ class Table:
     rows: list[list[Any]]
 
     def markdown(self) -> str:
-        """The table as Markdown shows it; no cell can end its row."""
+        """The table in Markdown; no cell can end its row."""
         lines = [self.columns, ["---"] * len(self.columns), *self.rows]
         return "\n".join("| " + " | ".join(_cell(cell) for cell in line) + " |" for line in lines)
 
 
 def _cell(value: Any) -> str:
-    """A text as one line in which nothing is Markdown or HTML."""
+    """A text on one line without Markdown or HTML."""
     text = f"{value:.4g}" if isinstance(value, float) else str(value)
     marks: dict[str, str | int | None] = {mark: f"&#{ord(mark)};" for mark in r"\`*_{}[]<>()#+!|&~"}
     return "<br>".join(text.translate(str.maketrans(marks)).splitlines())
@@ -58,29 +58,29 @@ def _cell(value: Any) -> str:
 
 @dataclass(frozen=True)
 class Entry:
-    """What one step has for the trackers."""
+    """One step's data for the trackers."""
 
     step: int
     metrics: dict[str, float]
     histograms: dict[str, np.ndarray] = field(default_factory=dict)
-    """The numbers themselves, one a completion."""
+    """The numbers, one for each completion."""
     tables: dict[str, Table] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Source:
-    """The run that trackers are told of."""
+    """The run that trackers show."""
 
     directory: Path
     name: str
     config: dict[str, Any]
     """Redacted, by dotted names."""
     first_step: int
-    """Steps done before this start of the run; -1 where nothing was written down before."""
+    """Steps done before this start of the run; -1 where there are no records of it yet."""
 
 
 def run_name(directory: Path, first_step: int) -> str:
-    """Return the output directory's name with a mark that is this run's own, through all its starts."""
+    """Return the output directory's name with an id of this run, which all its starts share."""
     path = directory / "tracker_id"
     if first_step < 0 or not path.exists():
         write_file(path, uuid.uuid4().hex[:8])
@@ -88,7 +88,7 @@ def run_name(directory: Path, first_step: int) -> str:
 
 
 def require_known(kinds: Sequence[str]) -> None:
-    """Raise a ValueError that names the nearest tracker there is for one that there is not."""
+    """Raise a ValueError for an unknown tracker; it names the nearest known one."""
     for kind in kinds:
         near = [f"; did you mean {match!r}?" for match in difflib.get_close_matches(kind, LOGGER_TYPE_TO_CLASS, n=1)]
         require(kind in LOGGER_TYPE_TO_CLASS, "logging.trackers", kind,
@@ -96,10 +96,10 @@ def require_known(kinds: Sequence[str]) -> None:
 
 
 def open_tracker(kind: str, source: Source) -> GeneralTracker:
-    """Start one of Accelerate's trackers and tell it the config; a resumed run goes on where the tracker can."""
+    """Start one of Accelerate's trackers with the config; a resumed run continues where the tracker can."""
     options: dict[str, Any] = {}
     project = PROJECT
-    if kind == "tensorboard":  # what it holds of steps that are done again is hidden
+    if kind == "tensorboard":  # this hides its entries of steps that are done again
         project, options = "tensorboard", {"purge_step": source.first_step + 1}
     elif kind == "wandb":
         options = {"name": source.name, "id": source.name, "resume": "allow", "dir": str(source.directory),
@@ -107,10 +107,10 @@ def open_tracker(kind: str, source: Source) -> GeneralTracker:
     elif kind == "trackio":
         options = {"name": source.name, "resume": "allow", "embed": False, "auto_log_cpu": False, "auto_log_gpu": False,
                    "config": source.config}  # fmt: skip
-    found = LOGGER_TYPE_TO_CLASS[kind]
-    if found.requires_logging_directory:
+    tracker_class = LOGGER_TYPE_TO_CLASS[kind]
+    if tracker_class.requires_logging_directory:
         options["logging_dir"] = str(source.directory)
-    tracker = found(project, **options)
+    tracker = tracker_class(project, **options)
     tracker.start()
     if kind == "tensorboard":
         rows = [[name, json.dumps(value)] for name, value in source.config.items()]
@@ -122,8 +122,8 @@ def open_tracker(kind: str, source: Source) -> GeneralTracker:
     return tracker
 
 
-def hand_over(kind: str, tracker: GeneralTracker, entry: Entry) -> None:
-    """Log what one step has, as far as this kind of tracker can hold it."""
+def log_entry(kind: str, tracker: GeneralTracker, entry: Entry) -> None:
+    """Log one step's data, as far as this kind of tracker can show it."""
     tracker.log(entry.metrics, step=entry.step)
     if kind == "tensorboard":
         for name, values in entry.histograms.items():
@@ -143,38 +143,38 @@ class Mirror:
 
     def __init__(self, kind: str, source: Source) -> None:
         self.kind, self.source = kind, source
-        self._waiting: queue.Queue[Entry | None] = queue.Queue(MOST_WAITING)
+        self._queue: queue.Queue[Entry | None] = queue.Queue(MOST_QUEUED)
         self._broken = False
         self._thread = threading.Thread(target=self._work, name=f"tracker-{kind}", daemon=True)
         self._thread.start()
 
     def log(self, entry: Entry) -> None:
-        """Hand over one step's numbers; returns at once."""
+        """Queue one step's data; returns at once."""
         if self._broken:
             return
         try:
-            self._waiting.put_nowait(entry)
+            self._queue.put_nowait(entry)
         except queue.Full:
             self._broken = True
             log.warning("tracker %s has not taken %d entries and gets no more; metrics.jsonl has everything", self.kind,
-                        MOST_WAITING)  # fmt: skip
+                        MOST_QUEUED)  # fmt: skip
 
     def close(self) -> None:
-        """Wait for what was handed over, for a while."""
+        """Wait until the queue is empty, for a limited time."""
         deadline = time.monotonic() + CLOSE_SECONDS
         if self._thread.is_alive():
             with contextlib.suppress(queue.Full):
-                self._waiting.put(None, timeout=CLOSE_SECONDS)
+                self._queue.put(None, timeout=CLOSE_SECONDS)
             self._thread.join(max(0.0, deadline - time.monotonic()))
         if self._thread.is_alive():
-            log.warning("tracker %s did not end within %.0f s and is left behind; metrics.jsonl has everything",
+            log.warning("tracker %s did not end within %.0f s, and the run does not wait; metrics.jsonl has everything",
                         self.kind, CLOSE_SECONDS)  # fmt: skip
 
     def _work(self) -> None:
         try:
             tracker = open_tracker(self.kind, self.source)
-            while (entry := self._waiting.get()) is not None:
-                hand_over(self.kind, tracker, entry)
+            while (entry := self._queue.get()) is not None:
+                log_entry(self.kind, tracker, entry)
             tracker.finish()
         except Exception as error:  # whatever a tracker does, the run goes on
             self._broken = True

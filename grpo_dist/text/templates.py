@@ -1,8 +1,8 @@
-"""Chat templates: from messages to the text that a model sees, and a look at what comes back.
+"""Chat templates: from messages to the text that a model sees, with a check of that text.
 
 A template is a program that comes with a model. It may take messages only as lists of parts, leave some out, write
-today's date, or draw at random; what it makes of a run's messages is therefore compared with them, and the date that it
-is given is the run's.
+today's date, or draw at random. The rendered text is therefore compared with the messages, and the template gets the
+date of the run.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ Messages = list[dict[str, str]]
 _CLOCK = "strftime_now"
 _RANDOM = re.compile(r"\|\s*random\b|\blipsum\b")
 _FORMATS = re.compile(r"'([^'{}\n]*%[^'{}\n]*)'|\"([^\"{}\n]*%[^\"{}\n]*)\"")
-_OPENING_TAG = re.compile(r"<((?!assistant|model|bot)\w+)>\s*$")  # but no turn's head
-_READ_ROLES = ("system", "developer", "user")  # templates shorten what an assistant has said, such as its thoughts
+_OPENING_TAG = re.compile(r"<((?!assistant|model|bot)\w+)>\s*$")  # but not the head of a turn
+_READ_ROLES = ("system", "developer", "user")  # templates shorten an assistant's messages, such as its thoughts
 _SHORT_CHARACTERS = 8
 _SENTINEL = "qzxsentinelqzx"
 _SHOWN_CHARACTERS = 60
-_said: set[tuple[str, str]] = set()
+_warned: set[tuple[str, str]] = set()
 _comes_back_at: dict[tuple[Any, ...], bool] = {}
 
 
 class TemplateRefusal(ValueError):
-    """A conversation that a template cannot render, or of which it leaves something out; the message says why."""
+    """A template cannot render a conversation, or leaves a part of it out; the message says why."""
 
 
 def uses_date(tokenizer: Any) -> bool:
@@ -41,7 +41,7 @@ def uses_date(tokenizer: Any) -> bool:
 
 
 def today() -> str:
-    """Today's date as data.template_date has it."""
+    """Today's date in the form of data.template_date."""
     return datetime.now().date().isoformat()
 
 
@@ -50,14 +50,14 @@ def render_messages(
 ) -> str:
     """Return the text of a conversation, which ends where the assistant begins, or with its answer (`answered`).
 
-    The template is given `template_date` (YYYY-MM-DD; None for today's) as the current date. Messages whose text does
-    not come back are rendered as lists of parts. Raises TemplateRefusal where the template refuses the conversation or
+    The template gets `template_date` (YYYY-MM-DD; None for today's) as the current date. Messages whose text is not in
+    the result are rendered again as lists of parts. Raises TemplateRefusal where the template refuses a conversation or
     leaves out the text of a message, ValueError where it cannot be used at all.
     """
     template = _template_of(tokenizer)
     if _RANDOM.search(template):
         raise ValueError(
-            f"the chat template of {tokenizer.name_or_path!r} draws at random, so that a prompt is another each time: "
+            f"the chat template of {tokenizer.name_or_path!r} draws at random, so that a prompt differs each time: "
             "take `random` and `lipsum` out of it"
         )
     if _CLOCK in template:
@@ -75,7 +75,7 @@ def render_messages(
         if left or text is None:
             raise TemplateRefusal(reason or _left_out(plain[missing[0]]))
     if not answered:
-        _look(tokenizer, template, text)
+        _warn_of_openings(tokenizer, template, text)
     return text
 
 
@@ -85,13 +85,13 @@ def _template_of(tokenizer: Any) -> str:
     if isinstance(template, Mapping):
         if "default" not in template:
             raise ValueError(f"{tokenizer.name_or_path!r} has the chat templates {', '.join(map(repr, template))}, "
-                             "expected one named 'default': rename the one to be used")  # fmt: skip
+                             "expected one named 'default': rename the one to use")  # fmt: skip
         template = template["default"]
     return str(template)
 
 
 def _with_date(template: str, day: date) -> str:
-    """The template with a clock that stands still: a macro in place of transformers' function `strftime_now`."""
+    """The template with a fixed date: a macro in place of transformers' function `strftime_now`."""
     formats = {single or double for single, double in _FORMATS.findall(template)}
     known = {each: datetime(day.year, day.month, day.day).strftime(each) for each in sorted(formats)}
     return (f"{{%- macro {_CLOCK}(format) -%}}{{%- set known = {json.dumps(known, ensure_ascii=False)} -%}}"
@@ -105,7 +105,7 @@ def _attempt(
 ) -> tuple[str | None, list[int], str]:
     """The rendered text (None where the template refuses), the places of messages that are not in it, and the refusal.
 
-    The messages at the places `in_parts` are given as lists of one part.
+    The template gets the messages at the places `in_parts` as lists of one part.
     """
 
     def rendered(texts: Sequence[str]) -> str:
@@ -118,7 +118,7 @@ def _attempt(
         text = rendered(texts)
         missing = set(_missing(messages, text, tokenizer))
         for n, message in enumerate(messages):
-            # a few characters may stand in the template itself, and parts may come back as Python writes them
+            # a few characters may be in the template itself, and parts may be rendered as Python writes them
             if _is_read(message) and texts[n].strip() and (n in in_parts or len(texts[n]) < _SHORT_CHARACTERS):
                 if not _comes_back(rendered([*texts[:n], _SENTINEL, *texts[n + 1 :]])):
                     missing.add(n)
@@ -128,13 +128,13 @@ def _attempt(
                     _comes_back_at[key] = _comes_back(rendered([*texts[:n], _SENTINEL, *texts[n + 1 :]]))
                 if not _comes_back_at[key]:
                     missing.add(n)
-    except Exception as error:  # a template is a program, and may raise what it likes
+    except Exception as error:  # a template is a program, and may raise anything
         return None, [], f"the model's chat template refuses the prompt: {error}"
     return text, sorted(missing), ""
 
 
 def _comes_back(text: str) -> bool:
-    """Whether the sentinel stands in a rendered text as itself, and not as Python or JSON writes a list."""
+    """Whether the sentinel is in a rendered text as itself, and not as Python or JSON writes a list."""
     text = text.casefold()
     return _SENTINEL in text and f"'{_SENTINEL}'" not in text and f'"{_SENTINEL}"' not in text
 
@@ -150,15 +150,15 @@ def _is_read(message: Mapping[str, str]) -> bool:
 
 
 def _missing(messages: Messages, text: str, tokenizer: Any) -> list[int]:
-    """Places of messages whose text is not in the rendered one, white space and case aside."""
-    wanted = Counter(message["content"].strip() for message in messages if _is_read(message))
-    absent = {content for content, count in wanted.items() if text.count(content) < count}
+    """Places of messages whose text is not in the rendered one, apart from white space and case."""
+    expected = Counter(message["content"].strip() for message in messages if _is_read(message))
+    absent = {content for content, count in expected.items() if text.count(content) < count}
     if absent:
         squeezed = _squeezed(text)
-        changed = {content for content in absent if squeezed.count(_squeezed(content)) >= wanted[content]}
+        changed = {content for content in absent if squeezed.count(_squeezed(content)) >= expected[content]}
         if changed:
-            _say_once(tokenizer, "changes white space or case of messages: the model sees another text than the data's",
-                      f", such as {min(changed)[:_SHOWN_CHARACTERS]!r}")  # fmt: skip
+            _warn_once(tokenizer, "changes white space or case of messages: the model does not see the data's text",
+                       f", such as {min(changed)[:_SHOWN_CHARACTERS]!r}")  # fmt: skip
         absent -= changed
     return [n for n, message in enumerate(messages) if _is_read(message) and message["content"].strip() in absent]
 
@@ -170,35 +170,37 @@ def _squeezed(text: str) -> str:
 def _left_out(message: Mapping[str, str]) -> str:
     return (
         f"the model's chat template leaves out or changes the text of the {message['role']} message "
-        f"({message['content'][:_SHOWN_CHARACTERS]!r}): put it where the template takes it, or mend the template"
+        f"({message['content'][:_SHOWN_CHARACTERS]!r}): put it where the template takes it, or correct the template"
     )
 
 
-def _look(tokenizer: Any, template: str, text: str) -> None:
-    """Say once of a template what completions then do not begin with, or have to begin with."""
+def _warn_of_openings(tokenizer: Any, template: str, text: str) -> None:
+    """Warn once of a template after which completions begin differently from what users expect."""
     if tag := _OPENING_TAG.search(text):
-        _say_once(tokenizer, f"begins the answer itself with <{tag[1]}>: completions, and what rewards get, come after")
+        _warn_once(
+            tokenizer, f"begins the answer itself with <{tag[1]}>: completions and the texts of rewards begin after it"
+        )
     key = (str(tokenizer.name_or_path), template)
-    if key in _said:
+    if key in _warned:
         return
-    _said.add(key)
+    _warned.add(key)
     question, answer = [{"role": "user", "content": _SENTINEL}], "qzxanswerqzx"
     try:
         asked, bare = (_apply(question, tokenizer, template, is_prompt) for is_prompt in (True, False))
         full = _apply([*question, {"role": "assistant", "content": answer}], tokenizer, template, is_prompt=False)
-    except Exception:  # a template that takes no such conversation: that it takes the data's is what counts
+    except Exception:  # the template takes no such conversation; only the data's conversations matter
         return
     before = full[len(asked) :].partition(answer)[0] if full.startswith(asked) else ""
     if asked == bare and answer in full and before.strip():
-        _say_once(
+        _warn_once(
             tokenizer,
             f"ignores add_generation_prompt: the model has to write {before!r} itself, and rewards get it as a part of "
             "the completion",
         )
 
 
-def _say_once(tokenizer: Any, what: str, example: str = "") -> None:
+def _warn_once(tokenizer: Any, what: str, example: str = "") -> None:
     key = (str(tokenizer.name_or_path), what)
-    if key not in _said:
-        _said.add(key)
+    if key not in _warned:
+        _warned.add(key)
         logger.warning("the chat template of %r %s%s", tokenizer.name_or_path, what, example)

@@ -1,4 +1,4 @@
-"""From token ids to the text that rewards, tables and people see."""
+"""From token ids to the text that rewards, tables and users see."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from typing import Any
 
 
 class CompletionTexts:
-    """Decodes completions: everything that was sampled, but for the tokens that only frame a text.
+    """Decodes completions: all sampled tokens, except those that only frame a text.
 
-    Left out are the tokenizer's beginning, end and padding, and further special tokens that end a completion. Other
-    special tokens stay: `<think>` or `<tool_call>` may be one, and a reward that asks for it has to see it. White space
-    is left as the tokens spell it.
+    The tokenizer's tokens for beginning, end and padding are left out, and so are further special tokens that end a
+    completion. Other special tokens stay: `<think>` or `<tool_call>` may be one, and rewards may look for it. White
+    space stays as the tokens spell it.
     """
 
     def __init__(self, tokenizer: Any, end_ids: Sequence[int]) -> None:
-        """`end_ids` are the tokens that end a completion; of these, texts keep the ones that are not special."""
+        """`end_ids` are the tokens that end a completion; texts keep those that are not special."""
         self._tokenizer = tokenizer
         special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
         frame = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id}

@@ -39,7 +39,7 @@ def without_a_weight(disk: Path) -> None:
     ("spoil", "expected"),
     [
         pytest.param(without_data, "has failed: FileNotFoundError: ", marks=pytest.mark.slow),
-        (with_other_options, "rank 1 was started otherwise than rank 0, "),
+        (with_other_options, "rank 1 was started differently from rank 0, "),
         (without_a_weight, "has failed: UnfitModel: model.name: './model' lacks 1 weights of "),
     ],
 )

@@ -145,14 +145,14 @@ def test_a_run_goes_on(
 ) -> None:
     monkeypatch.setitem(LOGGER_TYPE_TO_CLASS, "waiting", Waiting)
     monkeypatch.setattr(trackers, "CLOSE_SECONDS", 0.2)
-    monkeypatch.setattr(trackers, "MOST_WAITING", 5)
+    monkeypatch.setattr(trackers, "MOST_QUEUED", 5)
     monkeypatch.setattr(Waiting, "fails", fails)
     Waiting.allowed.clear()
     mirror = Mirror("waiting", Source(tmp_path, "run", CONFIG, -1))
     for step in range(20):
         mirror.log(entry(step))
     mirror.close()
-    assert ("the server is on fire" if fails else "is left behind") in caplog.text
+    assert ("the server is on fire" if fails else "the run does not wait") in caplog.text
     Waiting.allowed.set()
 
 
