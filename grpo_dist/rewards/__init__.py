@@ -1,5 +1,5 @@
-"""Rewards: one file per built-in reward, and the pool of processes that runs them (`pool.ScorerPool`).
+"""Rewards: one file for each built-in reward, and the pool of processes that runs them (`pool.ScorerPool`).
 
-Nothing in this package imports torch, transformers or anything distributed, and this file imports nothing at all: every
-scoring worker is a fresh Python that has to start in a moment.
+No module here imports torch, transformers or anything distributed when it is imported, and this file imports nothing:
+every scoring worker is a new Python that has to start fast.
 """

@@ -1,15 +1,15 @@
 """The `code` reward: whether the completion's program passes the row's tests, run in the sandbox.
 
-The program is the last block fenced by three backticks (its language tag is ignored; one that is not closed goes on to
-the end), or the whole completion where there is none. The tests are the row's answer: a list, or its JSON, of
+The program is the last block fenced by three backticks (its language tag is ignored; an open block ends with the
+completion), or the completion itself where there is no block. The tests are the row's answer: a list, or its JSON, of
 
 - `{"input": …, "output": …}`: the program, given the input, has to exit with 0 and print the output. White space at the
   ends of lines and empty lines at the end do not count.
 - `assert EXPRESSION == LITERAL`, or `assert EXPRESSION` and `assert not EXPRESSION` for a call's truth: the expression
   is evaluated after the program; a float may be off by one in a million.
 
-Expected values never enter the sandbox, and every comparison is made outside of it. A program cannot do better than to
-compute what is asked: there is no verdict in there to forge. A test of another form would need one, and is refused.
+Expected values never enter the sandbox, and every comparison is made outside. A program has to compute the right value:
+the sandbox has no verdict that it could forge. A test of another form would need a verdict inside, and is refused.
 A program that crashes, hangs or exceeds a limit is wrong; a sandbox that fails leaves the completion unscored.
 """
 
@@ -47,7 +47,7 @@ for _number, _expression in enumerate({expressions!r}):
 
 @dataclass(frozen=True)
 class PrintTest:
-    """A run of the whole program."""
+    """A run of the program with an input."""
 
     given: str
     expected: str
@@ -55,11 +55,11 @@ class PrintTest:
 
 @dataclass(frozen=True)
 class ValueTest:
-    """An expression over what the program defines."""
+    """An expression that is evaluated after the program."""
 
     expression: str
     expected: Any
-    """Its value, or just its truth where `truth`."""
+    """Its value, or only its truth value where `truth` is set."""
     truth: bool = False
 
 
@@ -78,7 +78,7 @@ class CodeReward:
         allow_unisolated: bool = False,
         **limits: Any,
     ) -> None:
-        """Find out whether programs can be isolated; `limits` are those of `sandbox.Limits`, `seconds` for each run.
+        """Check that programs can be isolated; `limits` are those of `sandbox.Limits`, `seconds` for each run.
 
         Raises SandboxError where programs cannot be isolated and `allow_unisolated` is not set.
         """
@@ -103,7 +103,7 @@ class CodeReward:
         return rewards
 
     def count_passed(self, program: str, tests: Sequence[Test]) -> int:
-        """Return how many tests a program passes; without `partial`, it is not run again once one has failed."""
+        """Return how many tests a program passes; without `partial`, the first failure ends the runs."""
         values = [test for test in tests if isinstance(test, ValueTest)]
         num_passed = self._passed_values(program, values) if values else 0
         for test in tests:
@@ -114,21 +114,21 @@ class CodeReward:
         return num_passed
 
     def _passed_values(self, program: str, tests: Sequence[ValueTest]) -> int:
-        mark = secrets.token_hex(8)  # so that what the program prints is not taken for a value by accident
+        mark = secrets.token_hex(8)  # so that the program's own output is not read as a value by accident
         harness = _HARNESS.format(source=program, expressions=[test.expression for test in tests], mark=mark)
-        told: dict[int, object] = {}
+        values: dict[int, object] = {}
         for line in self.sandbox.run(harness).stdout.splitlines():
             try:
-                found, number, shown = json.loads(line)
-                if found == mark and number not in told:
-                    told[number] = ast.literal_eval(shown)
+                line_mark, number, shown = json.loads(line)
+                if line_mark == mark and number not in values:
+                    values[number] = ast.literal_eval(shown)
             except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
-                continue  # the program's own output, or a value that is no literal and so equals none
-        return sum(number in told and _agrees(told[number], test) for number, test in enumerate(tests))
+                continue  # the program's own output, or a value that is no literal and so equals no expected value
+        return sum(number in values and _passes(values[number], test) for number, test in enumerate(tests))
 
     @staticmethod
     def check_answer(answer: object) -> None:
-        """Raise ValueError for tests that this reward cannot judge; data loading asks this of every row."""
+        """Raise ValueError for tests that this reward cannot run; data loading calls it for every row."""
         read_tests(answer)
 
 
@@ -139,7 +139,7 @@ def extract_program(completion: str) -> str:
 
 
 def read_tests(answer: object) -> list[Test]:
-    """Return the tests that a gold answer holds. Raises ValueError where one cannot be judged, or there is none."""
+    """Return the tests of a gold answer. Raises ValueError where one cannot be run, or there is none."""
     if isinstance(answer, str):
         try:
             answer = json.loads(answer)
@@ -160,12 +160,12 @@ def _read_test(test: object) -> Test:
     except (SyntaxError, ValueError, RecursionError) as error:
         raise ValueError(f"the test {test!r:.80} is no Python: {error}") from error
     if len(statements) == 1 and isinstance(statements[0], ast.Assert):
-        found = _read_assertion(statements[0].test)
-        if found is not None:
-            return found
+        assertion = _read_assertion(statements[0].test)
+        if assertion is not None:
+            return assertion
     raise ValueError(
-        f"the test {test!r:.80} is not of the form assert EXPRESSION == LITERAL or assert CALL(…): it would be judged "
-        "by code that the completion can change"
+        f"the test {test!r:.80} is not of the form assert EXPRESSION == LITERAL or assert CALL(…): the "
+        "completion could change the code that decides it"
     )
 
 
@@ -183,12 +183,12 @@ def _read_assertion(claim: ast.expr) -> ValueTest | None:
     return None
 
 
-def _agrees(value: object, test: ValueTest) -> bool:
+def _passes(value: object, test: ValueTest) -> bool:
     return bool(value) is test.expected if test.truth else _equal(value, test.expected)
 
 
 def _equal(value: Any, expected: Any) -> bool:
-    """Python's equality, floats inside lists, tuples and dictionaries compared with a tolerance."""
+    """Python's equality, with a tolerance for floats, also inside lists, tuples and dictionaries."""
     numbers = (int, float)
     if isinstance(expected, float) and isinstance(value, numbers):
         try:

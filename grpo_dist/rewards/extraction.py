@@ -1,12 +1,12 @@
 r"""The `gsm8k` and `boxed` rewards: an answer written in an agreed place, compared as text.
 
-- `gsm8k`: what follows the last `####`, up to the end of its line.
-- `boxed`: what stands in the last `\boxed{…}` (or `\fbox{…}`), braces matched; one that is not closed is none.
+- `gsm8k`: the text after the last `####`, up to the end of its line.
+- `boxed`: the content of the last `\boxed{…}` (or `\fbox{…}`) with matched braces; an open box does not count.
 
 Both sides are compared after the same clean-up: white space, `$`, a final full stop, thousands separators, LaTeX's
 spaces (`\!`, `\,` and the like), `\left` and `\right`, a leading `+` and an integer's trailing `.0…` are removed;
 `\dfrac` and `\tfrac` are read as `\frac`, `\text{x}` as `x`. Nothing is computed: `1/2` is not `0.5` here.
-The gold answer is read from the same place where it has one, and taken as a whole otherwise.
+The gold answer is read from the same place where it has one; otherwise all of its text is the answer.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _BOXED = re.compile(r"\\(?:boxed|fbox)\s*\{")
 _GROUPED = re.compile(r"(?<![0-9.,])[0-9]{1,3}(?:,[0-9]{3})+(?![0-9,])")
 _TEXT = re.compile(r"\\(?:text|mathrm|textbf|mathbf)\{([^{}]*)\}")
 _DROPPED = re.compile(r"\\[!, ;:]|\\left(?![a-z])|\\right(?![a-z])|[\s$]")
-_WHOLE = re.compile(r"([+-]?[0-9]+)\.0+")
+_INTEGER = re.compile(r"([+-]?[0-9]+)\.0+")
 
 
 @runs_in("worker", most_items=32)
@@ -42,15 +42,15 @@ class ExtractedAnswer:
         log_metric: Callable[[str, float], None] | None = None,
     ) -> list[float]:
         """Score completions against one gold answer each, and log the share that has an answer in the right place."""
-        found = [self._extract(completion_text(completion)) for completion in completions]
+        answers = [self._extract(completion_text(completion)) for completion in completions]
         if log_metric:
-            log_metric("found", sum(text is not None for text in found) / len(found))
-        return [self._reward(text, gold) for text, gold in zip(found, answer, strict=True)]
+            log_metric("found", sum(text is not None for text in answers) / len(answers))
+        return [self._reward(text, gold) for text, gold in zip(answers, answer, strict=True)]
 
-    def _reward(self, found: str | None, gold: object) -> float:
-        if found is None:
+    def _reward(self, text: str | None, gold: object) -> float:
+        if text is None:
             return self.missing_reward
-        return self.correct_reward if clean(found) == read_gold(gold, self._extract) else self.wrong_reward
+        return self.correct_reward if clean(text) == read_gold(gold, self._extract) else self.wrong_reward
 
 
 class Gsm8kReward(ExtractedAnswer):
@@ -67,8 +67,8 @@ class Gsm8kReward(ExtractedAnswer):
     @staticmethod
     def read_completion(text: str) -> str | None:
         """Return the answer that a completion gives, for a majority vote; None where it gives none."""
-        found = after_hashes(text)
-        return None if found is None else clean(found)
+        answer = after_hashes(text)
+        return None if answer is None else clean(answer)
 
 
 class BoxedReward(ExtractedAnswer):
@@ -85,12 +85,12 @@ class BoxedReward(ExtractedAnswer):
     @staticmethod
     def read_completion(text: str) -> str | None:
         """Return the answer that a completion gives, for a majority vote; None where it gives none."""
-        found = last_boxed(text)
-        return None if found is None else clean(found)
+        answer = last_boxed(text)
+        return None if answer is None else clean(answer)
 
 
 def after_hashes(text: str) -> str | None:
-    """Return what follows the last `####` on its line, or None where nothing does."""
+    """Return the text after the last `####` on its line, or None where there is none."""
     _, mark, rest = text.rpartition("####")
     line = rest.strip().partition("\n")[0].strip() if mark else ""
     return line or None
@@ -106,17 +106,17 @@ def last_boxed(text: str) -> str | None:
                 depth += 1 if character == "{" else -1
                 if depth == 0:
                     return text[start.end() : place].strip() or None
-        # A box that is never closed cannot hold a closed one: what follows it has been read to the end.
+        # An open box contains no closed one: the text after it was read to the end.
     return None
 
 
 def clean(text: str) -> str:
     """Return an answer in the form in which answers are compared."""
     text = _TEXT.sub(r"\1", text.strip()).replace("\\dfrac", "\\frac").replace("\\tfrac", "\\frac")
-    text = _GROUPED.sub(lambda found: found.group().replace(",", ""), text)
+    text = _GROUPED.sub(lambda match: match.group().replace(",", ""), text)
     text = _DROPPED.sub("", text).rstrip(".").removeprefix("+").replace("\u2212", "-")
-    whole = _WHOLE.fullmatch(text)
-    return whole.group(1) if whole else text
+    integer = _INTEGER.fullmatch(text)
+    return integer.group(1) if integer else text
 
 
 def read_gold(answer: object, extract: Callable[[str], str | None]) -> str:
@@ -125,7 +125,7 @@ def read_gold(answer: object, extract: Callable[[str], str | None]) -> str:
         answer = str(answer)
     if not isinstance(answer, str):
         raise ValueError(f"the answer is {answer!r:.80}, expected a text or a number")
-    found = clean(extract(answer) or answer)
-    if not found:
+    cleaned = clean(extract(answer) or answer)
+    if not cleaned:
         raise ValueError(f"the answer {answer!r:.80} is empty")
-    return found
+    return cleaned

@@ -1,12 +1,12 @@
-"""The `format` reward: whether a completion has the shape that was asked for.
+"""The `format` reward: whether a completion has the required form.
 
-Give one of `pattern`, a regular expression that the whole completion has to match (`re.DOTALL`, white space at both
-ends ignored), or `tags`, names of tags that have to stand in the completion in this order, each opened and closed
-exactly once, none inside another, with nothing but white space before, between and after them: `tags: [think, answer]`
-asks for `<think>…</think><answer>…</answer>`. With `partial`, tags are rewarded by the share of the 2 n marks that
-occur exactly once, which gives a model that never gets it all right something to climb.
+Give one of `pattern` and `tags`. `pattern` is a regular expression that the full completion has to match (`re.DOTALL`,
+white space at both ends ignored). `tags` are names of tags that the completion has to contain in this order: each is
+opened and closed exactly once, none is inside another, and only white space is before, between and after them. For
+example, `tags: [think, answer]` requires `<think>…</think><answer>…</answer>`. With `partial`, the reward is the share
+of the 2 n marks that occur exactly once, so that a model that is never fully right still gets a signal.
 
-A regular expression can take for ever on a text made for it; the time limit of scoring ends it, unscored.
+A regular expression can take very long on some texts. The time limit of scoring ends it: the completion is unscored.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """JSON over HTTP for rewards that ask a service: bounded concurrency, retries with backoff, and errors without secrets.
 
-Tried again are connections that fail or are cut, time-outs, the statuses 408, 425, 429 and 5xx, and answers that are no
-JSON or do not hold what was asked for. Any other status is the caller's mistake and is raised at once.
+A request is repeated after a connection that fails or breaks, a time-out, the statuses 408, 425, 429 and 5xx, and an
+answer that is no JSON or lacks the required content. Any other status is an error of the caller and is raised at once.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ _SHOWN_CHARACTERS = 300
 
 
 class ServiceError(RuntimeError):
-    """A service did not give what it was asked for; the message says what it gave."""
+    """A service did not return the required content; the message says what it returned."""
 
 
 @dataclass(frozen=True)
 class Reply:
-    """What came back."""
+    """The answer of a service."""
 
     content: Any
-    """The answer as the caller's `read` made it."""
+    """The result of the caller's `read`."""
     seconds: float
     """Time of the attempt that succeeded."""
     retries: int
@@ -37,14 +37,14 @@ class Reply:
 
 
 class Client:
-    """Posts to one service; lives as long as its process, on one event loop."""
+    """Posts to one service, for the lifetime of its process, on one event loop."""
 
     def __init__(
         self, url: str, auth_variable: str | None, concurrency: int, retries: int, request_seconds: float
     ) -> None:
         """`auth_variable` names the environment variable with the bearer token.
 
-        Raises ValueError where the variable is not in this process's environment, or a number makes no sense.
+        Raises ValueError where the variable is not in this process's environment, or a number is out of range.
         """
         if not url.startswith(("http://", "https://")):
             raise ValueError(f"url: {url!r} given, expected one that starts with http:// or https://")
@@ -61,16 +61,16 @@ class Client:
         self.url = url
         self._headers = {"Authorization": f"Bearer {os.environ[auth_variable]}"} if auth_variable else {}
         self._retries, self._request_seconds = retries, request_seconds
-        self._slots = asyncio.Semaphore(concurrency)
+        self._semaphore = asyncio.Semaphore(concurrency)
         self._client: Any = None
 
     async def post(self, payload: dict[str, Any], read: Callable[[Any], Read]) -> Reply:
-        """Post JSON and return what `read` makes of the JSON that comes back, waiting for a free slot first.
+        """Post JSON and return the result of `read` on the JSON of the answer, after a wait for a free connection.
 
-        `read` raises LookupError, TypeError or ValueError where it is not what was asked for. Raises ServiceError when
-        all attempts have failed.
+        `read` raises LookupError, TypeError or ValueError where the answer lacks the required content. Raises
+        ServiceError when all attempts have failed.
         """
-        async with self._slots:
+        async with self._semaphore:
             for attempt in range(self._retries + 1):
                 begun = time.monotonic()
                 try:
@@ -105,7 +105,7 @@ class Client:
 
 
 class _TryAgainError(Exception):
-    """An attempt failed in a way that may pass."""
+    """An attempt failed, and another one may succeed."""
 
     def __init__(self, message: str, wait_seconds: float = 0.0) -> None:
         super().__init__(message)
@@ -113,7 +113,7 @@ class _TryAgainError(Exception):
 
 
 def _seconds(retry_after: str | None) -> float:
-    """Read a Retry-After header; its other form, a date, is treated as if there were none."""
+    """Read a Retry-After header in seconds; a header with a date counts as none."""
     try:
         return max(0.0, float(retry_after or 0))
     except ValueError:

@@ -1,11 +1,11 @@
 """The `judge` reward: a language model behind an OpenAI-compatible endpoint gives each completion a score.
 
-The template is sent as one user message, with `{prompt}`, `{completion}` and any `{column}` of the data filled in, each
-once and literally, so that braces in a completion mean nothing. The score is the last match of `score_pattern` in the
+The template is sent as one user message. `{prompt}`, `{completion}` and any `{column}` of the data are filled in once
+and literally, so braces in a completion have no effect. The score is the last match of `score_pattern` in the
 reply; the reward is (score - min_score) / (max_score - min_score), a number in [0, 1]. A reply without a score or with
 one outside the range, like an endpoint that fails after all retries, leaves the completion unscored.
 
-Verdicts are kept in `cache` (one small file each, shared by any number of processes) under everything that was sent; a
+`cache` stores verdicts, one small file each, under a hash of the request; any number of processes can share it. A
 completion that was judged before costs nothing, also after a resume. A completion can try to talk a judge into a good
 score: use a strong judge, mark the completion in the template, and read the logged verdicts.
 """
@@ -46,7 +46,7 @@ _SHOWN_CHARACTERS = 200
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the judge said of one completion."""
+    """The judge's reply about one completion."""
 
     text: str
     score: float
@@ -77,7 +77,7 @@ class JudgeReward:
         usd_per_million_output_tokens: float = 0.0,
         request: dict[str, Any] | None = None,
     ) -> None:
-        """`url` is the endpoint's base, such as `https://api.openai.com/v1`; `request` is added to what is sent
+        """`url` is the endpoint's base, such as `https://api.openai.com/v1`; `request` adds fields to the request
         (`temperature`, `max_tokens`, …).
 
         Raises ValueError where the template has no `{completion}`, the pattern no group, or the range no width.
@@ -97,7 +97,7 @@ class JudgeReward:
         self._prices = (usd_per_million_input_tokens * 1e-6, usd_per_million_output_tokens * 1e-6)
         self._cache = Path(cache) if cache else None
         self._request = {"model": model, "temperature": 0.0} | (request or {})
-        # The columns that the template names are required arguments, so that a missing one is found before the run.
+        # The columns in the template are required arguments, so that a missing one is an error before the run.
         columns = [name for name in dict.fromkeys(names) if name not in ("prompt", "completion")]
         known = ["prompts", "completions", "log_metric", "log_extra", *columns]
         self.__signature__ = inspect.Signature(
@@ -112,7 +112,7 @@ class JudgeReward:
         log_extra: Callable[[str, list[Any]], None] | None = None,
         **columns: list[Any],
     ) -> list[float | Exception]:
-        """Have completions judged, several at a time; an exception stands for one that stays unscored."""
+        """Score completions, several at a time; an exception stands for one that stays unscored."""
         texts = [
             self._fill(
                 {name: values[place] for name, values in columns.items()}
@@ -138,32 +138,32 @@ class JudgeReward:
             return (verdict.score - self._min_score) / (self._max_score - self._min_score)
         if isinstance(verdict, ServiceError):
             return verdict
-        raise verdict  # a mistake in this program
+        raise verdict  # an error of this package
 
     def _fill(self, values: dict[str, Any]) -> str:
-        return _FIELD.sub(lambda found: str(values.get(found.group(1), found.group())), self._template)
+        return _FIELD.sub(lambda match: str(values.get(match.group(1), match.group())), self._template)
 
     async def _judge(self, text: str) -> Verdict:
         request = self._request | {"messages": [{"role": "user", "content": text}]}
         path = self._cache_path(request)
-        kept = _read_json(path) if path else None
-        if kept is not None:
-            return Verdict(kept["text"], self._read_score(kept["text"]), 0.0, 0.0, 0, cached=True)
+        cached = _read_json(path) if path else None
+        if cached is not None:
+            return Verdict(cached["text"], self._read_score(cached["text"]), 0.0, 0.0, 0, cached=True)
         reply = await self._client.post(request, _read_reply)
-        said, num_input_tokens, num_output_tokens = reply.content
-        score = self._read_score(said)
+        verdict, num_input_tokens, num_output_tokens = reply.content
+        score = self._read_score(verdict)
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_file(path, json.dumps({"text": said}))
+            write_file(path, json.dumps({"text": verdict}))
         cost_usd = num_input_tokens * self._prices[0] + num_output_tokens * self._prices[1]
-        return Verdict(said, score, cost_usd, reply.seconds, reply.retries, cached=False)
+        return Verdict(verdict, score, cost_usd, reply.seconds, reply.retries, cached=False)
 
-    def _read_score(self, said: str) -> float:
-        found = self._score.findall(said)
+    def _read_score(self, verdict: str) -> float:
+        scores = self._score.findall(verdict)
         try:
-            score = float(found[-1])
+            score = float(scores[-1])
         except (IndexError, ValueError):
-            raise ServiceError(f"the judge's reply holds no score: {said[-_SHOWN_CHARACTERS:]!r}") from None
+            raise ServiceError(f"the judge's reply has no score: {verdict[-_SHOWN_CHARACTERS:]!r}") from None
         if not self._min_score <= score <= self._max_score:
             raise ServiceError(f"the judge's score {score:g} is outside {self._min_score:g} to {self._max_score:g}")
         return score
@@ -177,7 +177,7 @@ class JudgeReward:
 
 
 def prompt_text(prompt: str | list[dict[str, str]]) -> str:
-    """Return a prompt as text; a conversation as its messages' contents under their roles, or a lone one by itself."""
+    """Return a prompt as text. A conversation becomes its messages with their roles, a single message its content."""
     if isinstance(prompt, str):
         return prompt
     if len(prompt) == 1:
@@ -187,17 +187,17 @@ def prompt_text(prompt: str | list[dict[str, str]]) -> str:
 
 def _read_reply(content: Any) -> tuple[str, int, int]:
     """Return a chat completion's text and its tokens in and out (0 where the endpoint does not count them)."""
-    said = content["choices"][0]["message"]["content"]
-    if not isinstance(said, str):
+    text = content["choices"][0]["message"]["content"]
+    if not isinstance(text, str):
         raise TypeError("the reply has no text")
     usage = content.get("usage") or {}
-    return said, int(usage.get("prompt_tokens") or 0), int(usage.get("completion_tokens") or 0)
+    return text, int(usage.get("prompt_tokens") or 0), int(usage.get("completion_tokens") or 0)
 
 
 def _read_json(path: Path) -> Any:
-    """Return a cached verdict; None where there is none, or a damaged one, which is then asked for again."""
+    """Return a cached verdict; None where there is none or it is damaged, and the judge is asked again."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        return found if isinstance(found, dict) and isinstance(found.get("text"), str) else None
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return content if isinstance(content, dict) and isinstance(content.get("text"), str) else None
     except (OSError, ValueError):
         return None

@@ -4,11 +4,12 @@ What counts as an integer, in completions and answers alike:
 
 - a run of the digits 0-9 (no other script's digits), of any length, leading zeros ignored;
 - with thousands separators where every comma is followed by exactly three digits: `1,234` is one integer, `1,2` is two;
-- negative where `-` or U+2212 stands directly before it and no letter, digit or closing bracket before that: `-7` and
+- negative where `-` or U+2212 is directly before it and no letter, digit or closing bracket before that: `-7` and
   `=-7` are -7, while `12-7` ends in 7. Minus zero is zero;
-- never a part of a decimal number: `3.14`, `5.0` and `1,234.5` hold no integer. A sentence's full stop is none.
+- never a part of a decimal number: `3.14`, `5.0` and `1,234.5` contain no integer. A full stop after an integer ends a
+  sentence.
 
-Integers are compared as digit strings, so length costs nothing and Python's limit on int conversion is never met.
+Integers are compared as digit strings, so length costs nothing and Python's limit on int conversion does not apply.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ _SHOWN_CHARACTERS = 80
 class MathRewardModel:
     """Reward a completion whose last integer equals the integer of the gold answer.
 
-    An instance is also a reward function of TRL's signature, which is how `rewards: [{name: math}]` uses it.
+    An instance is also a reward function with TRL's signature; `rewards: [{name: math}]` uses it so.
     """
 
     def __init__(self, correct_reward: float = 1.0, wrong_reward: float = 0.0) -> None:
@@ -63,7 +64,7 @@ class MathRewardModel:
 
     @staticmethod
     def check_answer(answer: object) -> None:
-        """Raise ValueError for a gold answer that this reward cannot read; data loading asks this of every row."""
+        """Raise ValueError for a gold answer that this reward cannot read; data loading calls it for every row."""
         read_answer(answer)
 
 
@@ -75,9 +76,9 @@ def last_integer(text: str) -> str | None:
 def read_answer(answer: object) -> str:
     """Return the integer of a gold answer in normal form.
 
-    An answer is an int, a float of integral value, or a text with exactly one number in it, an integer; of a text with
-    `####` in it (GSM8K) only what follows the last one is read. Raises ValueError for anything else, and for a text
-    with several numbers: which one is meant would be a guess, and a wrong guess rewards wrong answers.
+    An answer is an int, a float of integral value, or a text with exactly one number in it, an integer. If the text has
+    a `####` (GSM8K), only the part after the last one is read. Raises ValueError for anything else, and for a text with
+    several numbers: it would have to guess one, and a wrong guess rewards wrong answers.
     """
     if isinstance(answer, float) and answer.is_integer():
         answer = int(answer)
@@ -87,9 +88,9 @@ def read_answer(answer: object) -> str:
         raise ValueError(f"the answer is {_shown(answer)}, expected an integer or a text with one integer in it")
     numbers = list(_numbers_from_the_end(answer.rpartition("####")[2]))
     if len(numbers) > 1:
-        raise ValueError(f"the answer {_shown(answer)} holds {len(numbers)} numbers, expected one integer")
+        raise ValueError(f"the answer {_shown(answer)} has {len(numbers)} numbers, expected one integer")
     if not numbers or numbers[0] is None:
-        raise ValueError(f"the answer {_shown(answer)} holds no integer")
+        raise ValueError(f"the answer {_shown(answer)} has no integer")
     return numbers[0]
 
 

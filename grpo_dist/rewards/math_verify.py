@@ -1,16 +1,16 @@
-r"""The `math_verify` reward: mathematical equality, judged by the library Math-Verify (the extra `math`).
+r"""The `math_verify` reward: mathematical equality, decided by the library Math-Verify (the extra `math`).
 
-First the exact match: what stands in the completion's last `\boxed{…}` is compared with the gold answer as the `boxed`
-reward compares, which settles most completions in microseconds. Only what differs goes to the library, which reads
-LaTeX and plain expressions and compares symbolically (`1/2` is `0.5`, `x+1` is `1+x`). Five outcomes, logged as shares:
+First comes the exact match: the completion's last `\boxed{…}` is compared with the gold answer as the `boxed` reward
+does, which decides most completions in microseconds. The others go to the library, which reads LaTeX and plain
+expressions and compares symbolically (`1/2` is `0.5`, `x+1` is `1+x`). Five outcomes, logged as shares:
 
 - `right` and `wrong`;
-- `unparsable_answer`: nothing in the completion can be read as mathematics. Its reward is `wrong_reward`;
+- `unparsable_answer`: the library reads no mathematics in the completion. Its reward is `wrong_reward`;
 - `unparsable_gold`: the row's gold answer cannot be read. The completion stays unscored;
 - `scorer_failure`: the library raised or took longer than `seconds`. The completion stays unscored.
 
-The reward of a run-away such as `9^{9^{9}}` is not known, so it is none. Each call handles one completion, in a process
-that can be killed: the library's own time limit works by a signal, which some of its computations never see.
+The value of an expression such as `9^{9^{9}}` takes too long, so its completion has no reward. Each call handles one
+completion, in a process that can be killed: the library's own time limit is a signal, which some computations ignore.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ class MathVerifyReward:
     """Reward completions whose answer equals the gold answer mathematically."""
 
     def __init__(self, correct_reward: float = 1.0, wrong_reward: float = 0.0, seconds: int = 5) -> None:
-        """Raises ImportError, with what to install, where the library is missing.
+        """Raises ImportError, with the command to install it, where the library is missing.
 
-        `seconds` bounds each of reading and comparing; keep it below the time limit of scoring.
+        `seconds` is the limit of reading and of comparing; keep it below the time limit of scoring.
         """
         try:
             import math_verify
@@ -54,8 +54,8 @@ class MathVerifyReward:
         counts = dict.fromkeys(OUTCOMES, 0)
         for completion, gold in zip(completions, answer, strict=True):
             try:
-                outcome, detail = self.judge(completion_text(completion), gold)
-            # The library's time limit raises a BaseException of its own; nothing else here interrupts a worker.
+                outcome, detail = self.outcome_of(completion_text(completion), gold)
+            # The library's time limit raises its own BaseException; nothing else here interrupts a worker.
             except BaseException as error:
                 outcome, detail = "scorer_failure", f"{type(error).__name__}: {error}"
             counts[outcome] += 1
@@ -68,8 +68,8 @@ class MathVerifyReward:
                 log_metric(outcome, count / len(completions))
         return rewards
 
-    def judge(self, completion: str, gold: object) -> tuple[str, str]:
-        """Return one of the five outcomes and what there is to say about it; raises what the library raises."""
+    def outcome_of(self, completion: str, gold: object) -> tuple[str, str]:
+        """Return one of the five outcomes and its details; raises what the library raises."""
         boxed, gold_text = last_boxed(completion), str(gold)
         expected = last_boxed(gold_text) or gold_text.rpartition("####")[2].strip()
         if not expected:
@@ -90,6 +90,6 @@ class MathVerifyReward:
 
     @staticmethod
     def check_answer(answer: object) -> None:
-        """Raise ValueError for a gold answer that is empty or no text or number; parsing is left to the workers."""
+        """Raise ValueError for a gold answer that is empty or no text or number; the workers parse it."""
         if isinstance(answer, bool) or not isinstance(answer, (str, int, float)) or not str(answer).strip():
             raise ValueError(f"the answer is {answer!r:.80}, expected a text or a number")

@@ -1,7 +1,7 @@
 """From a RewardConfig to a function that can be called: built-in names, import paths, arguments, signatures.
 
-Everything that can be wrong with a configured reward is found here, before it is first called, and said as a ValueError
-for the user. The pool's workers do the resolving, so that a user's module is never imported into the training process.
+Every error in a configured reward is raised here as a ValueError for the user, before its first call. The workers of
+the pool resolve rewards, so that a user's module is never imported into the training process.
 """
 
 from __future__ import annotations
@@ -34,21 +34,21 @@ BUILT_IN = {
     "judge": "grpo_dist.rewards.judge:JudgeReward",
     "remote": "grpo_dist.rewards.remote:RemoteReward",
 }
-"""Names of the rewards that ship with the package, and where they are."""
+"""Names of the rewards that ship with the package, with their import paths."""
 KEYWORDS = ("prompts", "completions", "completion_ids", "trainer_state", "log_metric", "log_extra")
-"""What every reward function may take beside the data's columns (TRL's names)."""
+"""Arguments of every reward function beside the data's columns (TRL's names)."""
 
 
 @dataclass(frozen=True)
 class TrainerState:
-    """What a reward that asks for `trainer_state` learns of the run (TRL's names)."""
+    """The run, for a reward that takes `trainer_state` (TRL's names)."""
 
     global_step: int = 0
     """Steps done."""
     max_steps: int = 0
     """Steps of the run."""
     epoch: float = 0.0
-    """How many times the data has been gone through."""
+    """Passes through the data."""
 
 
 @dataclass(frozen=True)
@@ -58,14 +58,14 @@ class Parameters:
     accepted: frozenset[str] | None
     """Names it accepts; None where it has **kwargs and accepts any."""
     required: frozenset[str]
-    """Names it cannot do without."""
+    """Names that it requires."""
     bound: frozenset[str]
-    """Names the config's args have already filled in; a column of the same name gives way."""
+    """Names that the config's args fill in; they override a column of the same name."""
     most_items: int | None = None
-    """The most completions a call may have; None where the function does not say."""
+    """The most completions of a call; None where the function declares none."""
 
     def takes(self, name: str) -> bool:
-        """Whether the function may be handed this keyword."""
+        """Whether the function takes this keyword."""
         return name not in self.bound and (self.accepted is None or name in self.accepted)
 
     def check_columns(self, reward: str, columns: Iterable[str]) -> None:
@@ -85,9 +85,9 @@ class RewardFunction:
     """A reward that is ready to be called."""
 
     name: str
-    """As the config names it."""
+    """Its name in the config."""
     function: Callable[..., Any]
-    """The function with the config's arguments bound; what it returns is not checked here."""
+    """The function with the config's arguments bound; its results are not checked here."""
     parameters: Parameters
     """The keywords it takes, without those that are bound."""
     placement: Placement
@@ -95,7 +95,7 @@ class RewardFunction:
 
 
 def labels(rewards: Sequence[RewardConfig]) -> list[str]:
-    """Return a short, unique name per reward for metrics: the function's name, numbered where it occurs again."""
+    """Return a short name for each reward in metrics: the function's name, with a number where it is not unique."""
     names: list[str] = []
     for reward in rewards:
         short = reward.name.rpartition(":")[2].rpartition(".")[2]
@@ -108,51 +108,52 @@ def labels(rewards: Sequence[RewardConfig]) -> list[str]:
 
 
 def answer_checks(rewards: Sequence[RewardConfig]) -> list[Callable[[object], None]]:
-    """Return the checks that built-in rewards make of a gold answer; each raises ValueError for one it cannot read."""
-    built_in = [_find(BUILT_IN[reward.name], reward.name) for reward in rewards if reward.name in BUILT_IN]
+    """Return the built-in rewards' checks of a gold answer; each raises ValueError for one that it cannot read."""
+    built_in = [_import(BUILT_IN[reward.name], reward.name) for reward in rewards if reward.name in BUILT_IN]
     return [reward.check_answer for reward in built_in if hasattr(reward, "check_answer")]
 
 
 def answer_reader(rewards: Sequence[RewardConfig]) -> Callable[[str], str | None] | None:
-    """Return how the first built-in reward that reads an answer reads it off a completion; None where none does."""
+    """Return the function by which the first built-in reward reads a completion's answer; None where none does."""
     for reward in rewards:
         if reward.name in BUILT_IN:
-            found = _find(BUILT_IN[reward.name], reward.name)
-            if hasattr(found, "read_completion"):
-                return found.read_completion
+            reader = _import(BUILT_IN[reward.name], reward.name)
+            if hasattr(reader, "read_completion"):
+                return reader.read_completion
     return None
 
 
 def declared_placement(config: RewardConfig) -> Placement:
-    """Return where a configured reward has to run, without instantiating it. Raises ValueError as `resolve` does."""
+    """Return where a configured reward runs, without an instance of it. Raises ValueError as `resolve` does."""
     try:
-        return placement_of(_find(_import_path(config.name), config.name))
+        return placement_of(_import(_import_path(config.name), config.name))
     except ValueError as error:
         raise ValueError(str(error) if config.name in str(error) else f"rewards: {config.name!r}: {error}") from error
 
 
 def resolve(config: RewardConfig) -> RewardFunction:
-    """Return the function a config names, its arguments bound; a class is instantiated with them and must be callable.
+    """Return the function that a config names, with its arguments bound. A class is instantiated with them.
 
-    Raises ValueError where the name is unknown, the import fails, the thing is not callable, an argument does not fit,
-    or the function cannot be called the way TRL calls one: `fn(prompts=…, completions=…, completion_ids=…, **columns)`.
+    Raises ValueError where the name is unknown, the import fails, the object is not callable, an argument does not fit,
+    or the function cannot be called as TRL calls one: `fn(prompts=…, completions=…, completion_ids=…, **columns)`.
     """
-    found = _find(_import_path(config.name), config.name)
-    if inspect.isclass(found):
-        function: Any = _instantiate(found, config)
+    imported = _import(_import_path(config.name), config.name)
+    if inspect.isclass(imported):
+        function: Any = _instantiate(imported, config)
         bound: dict[str, Any] = {}
     else:
-        function, bound = found, config.args
+        function, bound = imported, config.args
     if not callable(function):
-        what = f"an instance of {found.__name__}" if inspect.isclass(found) else f"of type {type(found).__name__}"
+        kind = type(function).__name__
+        what = f"an instance of {kind}" if inspect.isclass(imported) else f"of type {kind}"
         raise ValueError(f"rewards: {config.name!r} is {what}, which cannot be called; expected a function")
-    parameters = replace(_parameters(function, config.name, bound), most_items=most_items_of(found))
+    parameters = replace(_parameters(function, config.name, bound), most_items=most_items_of(imported))
     ready = functools.partial(function, **bound) if bound else function
-    return RewardFunction(config.name, ready, parameters, placement_of(found))
+    return RewardFunction(config.name, ready, parameters, placement_of(imported))
 
 
 def _import_path(name: str) -> str:
-    """Return `module:function` for a configured name, or raise the ValueError that says what is wrong with it."""
+    """Return `module:function` for a configured name. Raises ValueError, which says what is wrong with it."""
     if name in BUILT_IN:
         return BUILT_IN[name]
     known = f"built in: {', '.join(BUILT_IN)}"
@@ -165,7 +166,7 @@ def _import_path(name: str) -> str:
     if module.endswith(".py") or "/" in module:
         dotted = module.removesuffix(".py").strip("./").replace("/", ".")
         raise ValueError(
-            f"rewards: {name!r} names a file, expected module:function; from the directory it is found in, write "
+            f"rewards: {name!r} names a file, expected module:function; from the directory of the file, write "
             f"{dotted}:{attribute}"
         )
     if not module or not attribute:
@@ -173,42 +174,42 @@ def _import_path(name: str) -> str:
     return name
 
 
-def _find(path: str, name: str) -> Any:
-    """Import what `module:attribute` points to, looking in the current directory as well; `name` is for messages."""
+def _import(path: str, name: str) -> Any:
+    """Import `module:attribute`, also from the current directory; `name` is for messages."""
     module_name, _, attributes = path.partition(":")
     if not {"", os.getcwd()} & set(sys.path):
         sys.path.append(os.getcwd())
     try:
-        found: Any = importlib.import_module(module_name)
-    except (Exception, SystemExit) as error:  # whatever a user's module raises; a script may even try to exit
+        imported: Any = importlib.import_module(module_name)
+    except (Exception, SystemExit) as error:  # a user's module may raise anything, and a script may exit
         frame = traceback.extract_tb(error.__traceback__)[-1]
         at = "" if "importlib" in frame.filename else f" ({frame.filename}, line {frame.lineno})"
         raise ValueError(
             f"rewards: {name!r}: importing {module_name!r} failed with {type(error).__name__}: {error}{at}; "
-            f"modules are looked for in {os.getcwd()} and in the Python path"
+            f"modules are imported from {os.getcwd()} and from the Python path"
         ) from error
     for attribute in attributes.split("."):
-        if not hasattr(found, attribute):
-            hint = _nearest(attribute, dir(found))
+        if not hasattr(imported, attribute):
+            hint = _nearest(attribute, dir(imported))
             raise ValueError(f"rewards: {name!r}: {module_name!r} has no {attribute!r}{hint}")
-        found = getattr(found, attribute)
-    return found
+        imported = getattr(imported, attribute)
+    return imported
 
 
 def _instantiate(cls: type, config: RewardConfig) -> Any:
-    """Make the instance, or raise the ValueError that says why the arguments do not fit."""
+    """Make the instance. Raises ValueError, which says why the arguments do not fit."""
     try:
         return cls(**config.args)
-    except Exception as error:  # its constructor is the user's code, or refuses the user's arguments
+    except Exception as error:  # its constructor is the user's code, or it refuses the user's arguments
         given = f"cannot be made with the args {list(config.args)}"  # not their values: one may be a secret
         raise ValueError(f"rewards: {config.name!r} {given}: {type(error).__name__}: {error}") from error
 
 
 def _parameters(function: Callable[..., Any], name: str, bound: dict[str, Any]) -> Parameters:
-    """Read the keywords a function takes, leaving out those that are bound, and check that TRL's call fits."""
+    """Read the keywords that a function takes, without those that are bound, and check that TRL's call fits."""
     try:
         signature = inspect.signature(function)
-    except ValueError:  # some functions written in C tell nobody their signature; the first call will show
+    except ValueError:  # some functions written in C have no signature; the first call shows errors
         return Parameters(accepted=None, required=frozenset(), bound=frozenset(bound))
     kinds = inspect.Parameter
     given = signature.parameters.values()
@@ -218,7 +219,7 @@ def _parameters(function: Callable[..., Any], name: str, bound: dict[str, Any]) 
     unknown = sorted(key for key in bound if key in KEYWORDS or (key not in names and not takes_any))
     if unknown:
         raise ValueError(
-            f"rewards: {name!r} was given the args {unknown}, which it does not take or which are filled in for it"
+            f"rewards: {name!r} was given the args {unknown}, which it does not take or which every call fills in"
             f"{_nearest(unknown[0], names)}; its signature is {signature}"
         )
     positional = [p.name for p in given if p.kind is kinds.POSITIONAL_ONLY and p.default is kinds.empty]

@@ -1,11 +1,11 @@
 """The `remote` reward: a service of your own scores the completions over HTTP.
 
-It receives a POST with JSON, one entry a completion in each list,
+It receives a POST with JSON, one entry for each completion in each list,
 
     {"prompts": […], "completions": […], "COLUMN": […], …}
 
-and answers `{"rewards": […]}`: a number each, null where the reward does not apply, or `{"error": "…"}` where the
-completion could not be scored. A service that fails after all retries leaves its completions unscored.
+and answers `{"rewards": […]}`. An entry is a number, null where the reward does not apply, or `{"error": "…"}` where
+the completion could not be scored. A service that fails after all retries leaves its completions unscored.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _NOT_SENT = ("completion_ids", "trainer_state")
 
 @runs_in("single", most_items=32)
 class RemoteReward:
-    """Reward completions as a service does."""
+    """Reward completions by the answers of a service."""
 
     def __init__(
         self,
@@ -30,7 +30,7 @@ class RemoteReward:
         retries: int = 4,
         request_seconds: float = 30.0,
     ) -> None:
-        """See `http.Client` for the arguments and what is raised."""
+        """See `http.Client` for the arguments and the errors."""
         self._client = Client(url, auth_variable, concurrency=1, retries=retries, request_seconds=request_seconds)
 
     async def __call__(
@@ -41,14 +41,16 @@ class RemoteReward:
         log_extra: Callable[[str, list[Any]], None] | None = None,
         **columns: Any,
     ) -> list[Any]:
-        """Have the service score completions; an exception stands for one that stays unscored."""
+        """Score completions by the service; an exception stands for one that stays unscored."""
         sent = {name: values for name, values in columns.items() if name not in _NOT_SENT}
         count = len(completions)
         try:
             reply = await self._client.post(
                 {"prompts": prompts, "completions": completions, **sent}, lambda content: _read(content, count)
             )
-        except ServiceError as error:  # returned, not raised: the pool would ask again for each completion
+        except (
+            ServiceError
+        ) as error:  # returned, not raised: after an error the pool would call again for each completion
             return [error] * count
         if log_metric:
             log_metric("latency_seconds", reply.seconds)

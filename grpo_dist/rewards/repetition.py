@@ -1,8 +1,9 @@
-"""The `repetition` reward: a punishment for saying the same thing again.
+"""The `repetition` reward: a punishment for repeated words.
 
-Of the n-grams of a completion's words (white space separates words, case is ignored), the share that occurred before in
-the same completion, times `max_penalty`: 0 where every n-gram is new, nearly `-max_penalty` where one is repeated
-without end. A completion with fewer words than `ngram` is not punished. With `over: tokens`, token ids are the words.
+The punishment is `max_penalty` times the share of a completion's n-grams of words that occurred before in it (white
+space separates words, case is ignored). It is 0 where every n-gram is new, and nearly `-max_penalty` where one is
+repeated without end. A completion with fewer words than `ngram` is not punished. With `over: tokens`, the words are
+token ids.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ class RepetitionReward:
     """Punish repeated n-grams."""
 
     def __init__(self, ngram: int = 3, max_penalty: float = 1.0, over: Literal["words", "tokens"] = "words") -> None:
-        """Raises ValueError for an n-gram of no words, a negative penalty, or something else to count."""
+        """Raises ValueError for an n-gram of no words, a negative penalty, or an unknown `over`."""
         if ngram < 1 or max_penalty < 0:
             raise ValueError(f"ngram {ngram} and max_penalty {max_penalty} given, expected at least 1 and 0")
         if over not in ("words", "tokens"):

@@ -1,10 +1,9 @@
 """The `reward_model` reward: the score of a sequence-classification checkpoint.
 
-A conversation is rendered with the reward model's own chat template, the completion as its last assistant message; a
-plain prompt and its completion are joined as they are. The reward is the model's one output, or, where it has several
-classes, the probability of class `label` (a number or a name). A text longer than `max_length` is never cut: its
-completion stays unscored, as does an empty one. One copy of the model runs on each rank, beside the policy on its GPU
-where there is one.
+A conversation is rendered with the reward model's own chat template, with the completion as its last assistant message;
+a plain prompt and its completion are joined. The reward is the model's one output, or the probability of class `label`
+(a number or a name) where it has several classes. A text longer than `max_length` is never cut: its completion stays
+unscored, as an empty one does. One copy of the model runs on each rank, on the GPU of the policy where there is one.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ class RewardModelReward:
         device: str = "auto",
         trust_remote_code: bool = False,
     ) -> None:
-        """Load the model; `device: auto` is the rank's GPU or else the CPU, `max_length` defaults to the model's own.
+        """Load the model; `device: auto` is the rank's GPU or else the CPU, and `max_length` defaults to the model's.
 
         Raises ValueError where the checkpoint has no classification head, or `label` does not choose one of several
         classes, and OSError where there is no such model.
@@ -44,21 +43,21 @@ class RewardModelReward:
         model = model_place(model, "model")
         given = {"revision": revision, "trust_remote_code": trust_remote_code}
         self.tokenizer: Any = AutoTokenizer.from_pretrained(model, **given)
-        self.model, told = AutoModelForSequenceClassification.from_pretrained(
+        self.model, loading = AutoModelForSequenceClassification.from_pretrained(
             model, dtype=getattr(torch, dtype), output_loading_info=True, **given
         )
-        missing = sorted(told["missing_keys"])
+        missing = sorted(loading["missing_keys"])
         if missing:
             raise ValueError(
-                f"{model} has no weights for {', '.join(missing[:3])}: expected a sequence-classification checkpoint, "
-                "whose head is trained"
+                f"{model} has no weights for {', '.join(missing[:3])}: expected a sequence-classification checkpoint "
+                "with a trained head"
             )
         self.label = _class_of(model, self.model.config, label)
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
         self.model.config.get_text_config().pad_token_id = self.tokenizer.pad_token_id
         self.model.config.pad_token_id = self.tokenizer.pad_token_id
-        # Decoders find the last token by the padding after it.
+        # A decoder finds the last token by the padding after it.
         self.tokenizer.padding_side = "right"
         self.device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
         self.model.to(self.device).eval()
@@ -73,7 +72,7 @@ class RewardModelReward:
             ValueError(f"the text has {len(ids)} tokens, expected 1 to {self.max_length} (reward_model's max_length)")
             for ids in encoded
         ]
-        # Texts of like length together: less padding to compute.
+        # Texts of similar length share a batch, which saves padding.
         fitting = (n for n, ids in enumerate(encoded) if 1 <= len(ids) <= self.max_length)
         order = sorted(fitting, key=lambda n: len(encoded[n]))
         for start in range(0, len(order), self.batch_size):

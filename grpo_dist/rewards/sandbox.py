@@ -1,8 +1,8 @@
-"""Run untrusted Python: a fresh interpreter without files, network, environment or rights, killed as a whole.
+"""Run untrusted Python: a new interpreter without files, network, environment or rights, killed with its children.
 
-Each run gets, where the kernel allows it, its own user, process, mount, network, IPC and host-name namespace: it sees
+Where the kernel allows it, each run has its own user, process, mount, network, IPC and host-name namespace. It sees
 Python's standard library and the system's libraries read-only, an empty /tmp in memory, no other process and no
-network. In any case it gets an empty environment, a session and a temporary directory of its own, limits on CPU time,
+network. In any case it has an empty environment, a session and a temporary directory of its own, limits on CPU time,
 memory, processes, open files and file sizes, a limit on its output, and an end by SIGKILL. docs/rewards.md says what
 this does not cover.
 """
@@ -27,7 +27,7 @@ from typing import Any, Literal
 logger = logging.getLogger(__name__)
 
 _LAUNCHER = Path(__file__).with_name("sandbox_launcher.py")
-_END_SECONDS = 10.0  # for a killed program's processes to be gone
+_END_SECONDS = 10.0  # until all processes of a killed program have ended
 _READ_BYTES = 1 << 16
 _PROBE = "print(6 * 7)"
 
@@ -35,12 +35,12 @@ Ending = Literal["exited", "timeout", "output"]
 
 
 class SandboxError(RuntimeError):
-    """The sandbox itself failed: nothing is known about the program."""
+    """The sandbox itself failed, so the result of the program is unknown."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What one run may use."""
+    """The limits of one run."""
 
     seconds: float = 10.0
     """Wall time, and CPU time of each process, rounded up."""
@@ -51,31 +51,31 @@ class Limits:
     open_files: int = 64
     """Open files of each process."""
     file_mib: int = 16
-    """Size of a file, and of all files together where isolated."""
+    """Size of a file, and with isolation the total size of all files."""
     output_bytes: int = 1 << 20
-    """Output, stdout and stderr together; a run is killed when it exceeds them."""
+    """Total output on stdout and stderr; a run that exceeds it is killed."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a run."""
+    """The result of a run."""
 
     ending: Ending
-    """It ended by itself, or was killed for its time or its output."""
+    """The program ended by itself, or was killed for its time or its output."""
     exit_code: int
-    """As a shell tells it: 128 + n after signal n; 137 also where it was killed from here."""
+    """The exit code of a shell: 128 + n after signal n, and 137 also where this module killed the program."""
     stdout: str
-    """What it wrote, invalid UTF-8 replaced, up to the limit."""
+    """Its output up to the limit, with invalid UTF-8 replaced."""
     stderr: str
 
 
 class Sandbox:
-    """A way to run programs; safe to use from several threads, and holds nothing between runs."""
+    """A way to run programs. Several threads can use it, and it has no state between runs."""
 
     def __init__(self, limits: Limits | None = None, allow_unisolated: bool = False) -> None:
-        """Find out whether the kernel isolates.
+        """Check whether the kernel isolates.
 
-        Raises SandboxError where it does not, unless `allow_unisolated`, and where not even a trivial program runs.
+        Raises SandboxError where it does not, unless `allow_unisolated` is set, and where a trivial program fails.
         """
         if sys.platform != "linux":
             raise SandboxError("programs are run on Linux only; elsewhere, use a remote sandbox (docs/rewards.md)")
@@ -141,7 +141,7 @@ class Sandbox:
                 "RLIMIT_CORE": 0,
             },
         }
-        if not self.isolated:  # without a user of its own the limit would count all of this user's processes
+        if not self.isolated:  # without its own user, the limit would count all processes of this user
             del order["limits"]["RLIMIT_NPROC"]
         return subprocess.Popen(
             [python, "-I", "-S", "-B", str(_LAUNCHER), json.dumps(order)],
@@ -173,7 +173,7 @@ class Sandbox:
                     output[key.data] += content
                 if sum(map(len, output.values())) > self.limits.output_bytes:
                     return "output", output
-        # A program may close its output and go on.
+        # A program may close its output and continue.
         try:
             process.wait(max(0.0, deadline - time.monotonic()))
         except subprocess.TimeoutExpired:
@@ -187,14 +187,14 @@ class Sandbox:
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:
-    """Kill what is left of a run, and wait until all of its processes are gone."""
-    # The number of a session that still has processes is not given to others, and a run ends with a number that was
-    # given a moment ago: this reaches nobody else.
+    """Kill the rest of a run, and wait until all of its processes have ended."""
+    # The kernel does not reuse the number of a session that still has processes, and this number is new: the signal
+    # reaches no other process.
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     assert process.stdout is not None
-    # Whatever still runs holds the other end of the pipe; the kernel may take a moment to end all of a namespace.
+    # A process that still runs has the other end of the pipe open; the kernel may need a moment to end a namespace.
     deadline = time.monotonic() + _END_SECONDS
     os.set_blocking(process.stdout.fileno(), False)
     while time.monotonic() < deadline:

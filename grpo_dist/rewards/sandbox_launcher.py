@@ -1,11 +1,11 @@
-"""Started by `sandbox.py` as a program of its own: shuts itself in, then becomes the untrusted program.
+"""The program that `sandbox.py` starts: it isolates itself, and then becomes the untrusted program.
 
     python -I -S sandbox_launcher.py '{"isolated": true, …}'
 
-Three processes stand behind each other. The launcher enters new namespaces and can be killed from outside. Its child is
-the first process of the new process namespace, so that the kernel ends everything in there when it ends, and it ends
-with the launcher. That child's child loses all rights and executes the program. What goes wrong before that is written
-to the status pipe, which the program never holds.
+There are three processes. The launcher enters new namespaces and can be killed from outside. Its child is the first
+process of the new process namespace: it ends with the launcher, and when it ends, the kernel ends everything in the
+namespace. That child's child drops all rights and executes the program. Errors before that go to the status pipe, which
+the program never has.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ libc = ctypes.CDLL(None, use_errno=True)
 
 
 def main() -> NoReturn:
-    """Run the program that argv describes and exit as it does."""
+    """Run the program that argv describes, and exit with its code."""
     order: dict[str, Any] = json.loads(sys.argv[1])
     status = order["status"]
     os.set_inheritable(status, False)
@@ -57,15 +57,15 @@ def main() -> NoReturn:
 
 
 def _first_process(order: dict[str, Any], source: str, watch: int) -> NoReturn:
-    """Guard the program: nothing in the process namespace survives this process, nor does this the launcher."""
+    """Guard the program: nothing in the namespace outlives this process, and it does not outlive the launcher."""
     status = order["status"]
     try:
         libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        libc.prctl(_PR_SET_DUMPABLE, 0)  # or the program, which has the same owner, could trace it
+        libc.prctl(_PR_SET_DUMPABLE, 0)  # otherwise the program, which has the same owner, could trace it
         os.set_blocking(watch, False)
         try:
             if os.read(watch, 1) == b"":
-                os._exit(1)  # the launcher died before the kernel was asked to tell
+                os._exit(1)  # the launcher died before the call of prctl
         except BlockingIOError:
             pass
         child = os.fork()
@@ -73,7 +73,7 @@ def _first_process(order: dict[str, Any], source: str, watch: int) -> NoReturn:
             _become_program(order, source)
         os.close(status)
         for descriptor in (0, 1, 2):
-            os.close(descriptor)  # the reader outside sees the end of the output when the program is gone
+            os.close(descriptor)  # the reader outside sees the end of the output when the program has ended
         os._exit(_exit_code(child))
     except BaseException as error:
         _fail(status, error)
@@ -105,7 +105,7 @@ def _become_program(order: dict[str, Any], source: str) -> NoReturn:
             signal.signal(number, signal.SIG_DFL)
         os.write(order["status"], b"ready")
         environment = {"PATH": "/usr/bin:/bin", "HOME": directory, "LANG": "C.UTF-8", "PYTHONHASHSEED": "0"}
-        # Every descriptor above 2 closes with the exec: Python opens its own so, and what was passed is closed here.
+        # Every descriptor above 2 closes with the exec: Python's own are set so, and inherited ones are closed here.
         os.closerange(3, order["status"])
         os.closerange(order["status"] + 1, 4096)
         os.execve(order["python"], [order["python"], "-I", "-S", "-B", path], environment)
@@ -117,7 +117,9 @@ def _enter_namespaces() -> None:
     """Enter new namespaces of every kind; raises OSError where the kernel does not allow it."""
     target, ready, done = os.getpid(), os.pipe(), os.pipe()
     helper = os.fork()
-    if helper == 0:  # only from outside may root map a second user, and it must: root has no limit on processes
+    if (
+        helper == 0
+    ):  # root needs a second user, because root has no limit on processes, and only a process outside may map it
         try:
             os.close(ready[1])
             os.read(ready[0], 1)
@@ -141,7 +143,7 @@ def _enter_namespaces() -> None:
 
 
 def _enter_root(order: dict[str, Any]) -> None:
-    """Make a root directory in memory that holds Python, the system's libraries, read-only, and an empty /tmp."""
+    """Make a root directory in memory with Python and the system's libraries, read-only, and an empty /tmp."""
     root = order["directory"]
     _mount("none", "/", None, _MS_REC | _MS_PRIVATE)
     _mount("none", root, "tmpfs", _MS_NOSUID | _MS_NODEV, f"size={order['tmpfs_bytes']},mode=755")
@@ -169,7 +171,7 @@ def _bind(path: str, root: str, read_only: bool = True) -> None:
         os.symlink(os.readlink(path), target)
         return
     if os.path.exists(target):
-        return  # lies in a directory that is there already
+        return  # it is in a directory that is there already
     if os.path.isdir(path):
         os.makedirs(target)
     else:
@@ -196,7 +198,7 @@ def _check(result: int, what: str) -> None:
 
 
 def _exit_code(child: int) -> int:
-    """Wait for a child, burying every other on the way, and return its exit code in the shell's form."""
+    """Wait for a child, and for others that end before it, and return its exit code in the shell's form."""
     while True:
         ended, state = os.wait()
         if ended == child:

@@ -1,6 +1,6 @@
-"""What goes into scoring and what comes out of it, and how several rewards become one.
+"""The inputs and results of scoring, and the sum of several rewards.
 
-Pure data and one pure function; n completions and R rewards throughout.
+Data classes and pure functions; n completions and R rewards throughout.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ FailureKind = Literal["raised", "timeout", "bad_value", "died"]
 
 @dataclass(frozen=True)
 class Item:
-    """One completion to be scored."""
+    """One completion for the rewards."""
 
     prompt: str | list[dict[str, str]]
     """The prompt as text, or as the messages of a conversation; a conversation's completion reaches the rewards as one
@@ -37,16 +37,16 @@ class Item:
 
 @dataclass(frozen=True)
 class Failure:
-    """One reward that could not be had for one completion."""
+    """A reward that failed for one completion."""
 
     item: int
-    """Place of the completion in what was submitted."""
+    """Place of the completion among those submitted."""
     reward: str
     """Label of the reward."""
     kind: FailureKind
-    """The function raised, ran out of time, returned something that is not a reward, or ended its process."""
+    """The function raised, exceeded its time, returned something that is not a reward, or ended its process."""
     message: str
-    """What happened, in a line."""
+    """The cause, in one line."""
     traceback: str = ""
     """The function's traceback, where it raised."""
 
@@ -58,7 +58,7 @@ class Scores:
     values: NDArray[np.float64]
     """(n, R); NaN where a reward does not apply to a completion, and where it failed."""
     failed: NDArray[np.bool_]
-    """(n, R); True where the reward failed, which is what tells the two kinds of NaN apart."""
+    """(n, R); True where the reward failed: it distinguishes the two kinds of NaN."""
     failures: list[Failure]
     """One for each True of `failed`, by completion and then by reward."""
     names: list[str]
@@ -66,31 +66,33 @@ class Scores:
     seconds: NDArray[np.float64]
     """(R,); time spent in each reward's calls, summed over the workers."""
     repeated_calls: list[int]
-    """(R,); calls that failed and succeeded when they were made again without the completions that made them fail."""
+    """(R,); calls that failed, and succeeded when they were repeated without the completions that fail alone."""
     per_token: dict[tuple[int, int], list[float]] = field(default_factory=dict)
-    """By (completion, reward), where a reward gave one number per completion token: these numbers, NaN for None. Their
-    sum stands in `values`."""
+    """By (completion, reward), where a reward gave one number for each completion token: these numbers, NaN for None.
+    Their sum is in `values`."""
     metrics: dict[str, tuple[float, int]] = field(default_factory=dict)
-    """What rewards logged with `log_metric`, by `REWARD/NAME`: the sum over the calls of value times completions, and
-    the number of those completions. Their quotient is the mean, however the completions were divided into calls."""
+    """Metrics of `log_metric`, by `REWARD/NAME`: the sum over the calls of value times completions, and the number of
+    those completions. Their quotient is the mean, however the completions were divided into calls."""
     extras: dict[str, list[Any]] = field(default_factory=dict)
-    """What rewards logged with `log_extra`, by `REWARD/COLUMN`: one value a completion, None where there is none."""
+    """Columns of `log_extra`, by `REWARD/COLUMN`: one value for each completion, None where there is none."""
 
 
 def combine(values: NDArray[np.float64], failed: NDArray[np.bool_], weights: Sequence[float]) -> NDArray[np.float64]:
     """Return the weighted sum of each completion's rewards.
 
     values, failed (n, R) as in `Scores`; weights (R); result (n,). A reward that does not apply is left out of a sum. A
-    completion is NaN, unscored, where one of its rewards failed or none applies: half a sum is no reward, and neither
-    is 0. A weight of 0 makes a reward a mere measurement, whose failures and values alike leave the sum alone.
-    Raises ValueError where the shapes do not fit together.
+    completion is NaN, unscored, where one of its rewards failed or none applies: neither a part of a sum nor 0 is its
+    reward. A reward with weight 0 is only a metric: its values and failures do not change the sum. Raises ValueError
+    where the shapes do not match.
     """
     if values.shape != failed.shape or values.shape[1:] != (len(weights),):
-        raise ValueError(f"values {values.shape}, failed {failed.shape} and {len(weights)} weights do not fit together")
+        raise ValueError(
+            f"values {values.shape}, failed {failed.shape} and {len(weights)} weights given, expected (n, R) twice, and R"
+        )
     counted = [r for r, weight in enumerate(weights) if weight != 0]
     total = np.zeros(len(values))
     applies = np.zeros(len(values), dtype=bool)
-    for r in counted:  # in a fixed order, so that a sum does not depend on how many completions it is computed with
+    for r in counted:  # in a fixed order, so that a sum does not depend on the number of completions
         present = ~np.isnan(values[:, r])
         total[present] += weights[r] * values[present, r]
         applies |= present
@@ -99,7 +101,7 @@ def combine(values: NDArray[np.float64], failed: NDArray[np.bool_], weights: Seq
 
 
 def to_items(pairs: Sequence[tuple[Prompt, str]], tokenizer: Any) -> list[Item]:
-    """Return prompts with completions as what is handed to the rewards."""
+    """Return prompts with completions as items for the rewards."""
     encoded = tokenizer([text for _, text in pairs], add_special_tokens=False)["input_ids"]
     return [
         Item(prompt.messages or prompt.text, text, ids, prompt.columns)

@@ -1,4 +1,4 @@
-"""What the built-in rewards read of a completion."""
+"""The text of a completion, for the built-in rewards."""
 
 from __future__ import annotations
 

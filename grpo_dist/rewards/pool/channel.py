@@ -1,6 +1,6 @@
-"""Messages of bytes over a socket, with time limits: how the pool and its workers talk.
+"""Messages of bytes over a socket, with time limits, between the pool and its workers.
 
-A message is its length (8 bytes) and its content. A peer that is gone raises EOFError or OSError.
+A message is its length (8 bytes) and its content. EOFError or OSError is raised where the peer has ended.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import struct
 import time
 
 _LENGTH = struct.Struct("!Q")
-_MOST_BYTES = 1 << 34  # far above any batch: a greater length is not a message but somebody's stray bytes
+_MOST_BYTES = 1 << 34  # far above any batch: a greater length is not a message, but bytes of another writer
 _READ_BYTES = 1 << 20
 
 
@@ -26,7 +26,7 @@ class Channel:
         self._connection.sendall(_LENGTH.pack(len(message)) + message)
 
     def receive(self, timeout_seconds: float | None = None) -> bytes:
-        """Wait for one whole message; raises TimeoutError where it is late, ValueError where it is not a message."""
+        """Wait for one complete message; raises TimeoutError where it is late, ValueError where it is no message."""
         deadline = None if timeout_seconds is None else time.monotonic() + timeout_seconds
         (length,) = _LENGTH.unpack(self._read(_LENGTH.size, deadline))
         if length > _MOST_BYTES:

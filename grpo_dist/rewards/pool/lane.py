@@ -1,8 +1,8 @@
-"""A lane of the scoring pool: rewards that run in the same kind of place, their queue, and the threads that feed it.
+"""A lane of the scoring pool: rewards with the same placement, their queue, and the threads that serve it.
 
-Each worker process has a thread that hands it one call at a time. Where a call fails, each of its completions is called
-alone to find the guilty, and the others are then called again at once: values are only ever taken from a call that a
-reward could compare completions in. A call that fails without a guilty completion fails for all of them. A worker that
+Each worker process has a thread that gives it one call at a time. After a call that fails, each of its completions is
+called alone to find those that fail, and the others are then called again in one call: values only come from a call in
+which a reward could compare completions. If the second call fails too, it fails for all its completions. A worker that
 exceeds the time limit is killed with its children and replaced.
 """
 
@@ -29,7 +29,7 @@ from grpo_dist.rewards.scores import Item
 logger = logging.getLogger(__name__)
 
 _MOST_CHUNK_ITEMS = 32
-_CHUNKS_PER_WORKER = 2  # so that a worker that is done early can take over some of the rest
+_CHUNKS_PER_WORKER = 2  # so that a worker that is done early can take some of the rest
 _CLOSE_SECONDS = 10.0
 _NOT_TRIED = {
     "kind": "timeout", "traceback": "",
@@ -47,13 +47,13 @@ class _Job:
     reward: int
     places: list[int]
     search: _Search | None = None
-    """What this call of one completion is a part of: its values are not taken."""
+    """The search that this call of one completion belongs to; its values are not used."""
     is_repeated: bool = False
-    """Whether it repeats a call that failed, without the guilty."""
+    """Whether it repeats a failed call, without the completions that fail alone."""
 
 
 class _Search:
-    """A call that failed, while its completions are called alone to find the guilty."""
+    """A failed call, while its completions are called alone to find those that fail."""
 
     def __init__(self, job: _Job, failure: dict[str, Any]) -> None:
         self.job, self.failure = job, failure
@@ -62,7 +62,7 @@ class _Search:
         self._lock = threading.Lock()
 
     def tried(self, place: int, is_sound: bool) -> list[int]:
-        """Take in a completion's own call; after the last, returns the completions that can be scored, in order."""
+        """Record a completion's own call; after the last, returns the completions that can be scored, in order."""
         with self._lock:
             self._untried -= 1
             if is_sound:
@@ -71,7 +71,7 @@ class _Search:
 
 
 class Lane:
-    """Workers for some of the pool's rewards; rewards go by their number in the whole pool."""
+    """Workers for some of the pool's rewards; `reward` is a reward's number in the pool."""
 
     def __init__(
         self, rewards: Mapping[int, RewardConfig], names: Sequence[str], placement: Placement, scoring: ScoringConfig
@@ -90,11 +90,12 @@ class Lane:
         self._closed = False
         self._workers: dict[int, Place] = {}
         started: queue.SimpleQueue[Place | Exception] = queue.SimpleQueue()
-        # The kernel kills a worker when the *thread* that started it ends, so a worker is started by the thread that
-        # feeds it, which lives as long.
+        # The kernel kills a worker when the *thread* that started it ends: the thread that serves a worker starts it.
         self._threads = [
-            threading.Thread(target=self._serve, args=(slot, started), name=f"scorer-{placement}-{slot}", daemon=True)
-            for slot in range(scoring.num_workers if placement == "worker" else 1)
+            threading.Thread(
+                target=self._serve, args=(number, started), name=f"scorer-{placement}-{number}", daemon=True
+            )
+            for number in range(scoring.num_workers if placement == "worker" else 1)
         ]
         for thread in self._threads:
             thread.start()
@@ -104,7 +105,7 @@ class Lane:
                 self.close()
                 raise answer
             self.placements = dict(zip(self.rewards, answer.placements, strict=True))
-            """Where each reward declares to run; the others are not this lane's."""
+            """Where each reward declares to run; this lane has those of its own placement."""
             self.parameters: dict[int, Parameters] = {
                 reward: parameters
                 for reward, parameters in zip(self.rewards, answer.parameters, strict=True)
@@ -113,10 +114,10 @@ class Lane:
             """The keywords that each of this lane's rewards takes."""
 
     def submit(self, pending: Pending, begun: int) -> None:
-        """Make the calls that a group, the items that have come since `begun`, makes possible under all rewards.
+        """Queue the calls of a group, the items that have arrived since `begun`, for all rewards.
 
         In shared workers a call has one group. Rewards that declare `most_items`, and those with a process of their
-        own, get as many as fit; a group is divided only where it alone has more than `most_items`.
+        own, get as many groups as fit; a group is divided only where it alone has more than `most_items`.
         """
         group, count = pending.arrived[begun:], len(pending.items)
         share = min(math.ceil(count / (_CHUNKS_PER_WORKER * len(self._threads))), _MOST_CHUNK_ITEMS)
@@ -129,7 +130,7 @@ class Lane:
             self._enqueue(_Job(pending, reward, call) for call in calls)
 
     def close(self) -> None:
-        """Kill the workers; whoever waits for scores gets a RuntimeError. Closing twice is harmless."""
+        """Kill the workers. A caller that waits for scores gets a RuntimeError. A second call does nothing."""
         with self._lock:
             self._closed = True
             for worker in self._workers.values():
@@ -139,25 +140,27 @@ class Lane:
         for thread in self._threads:
             thread.join(_CLOSE_SECONDS)
 
-    def _serve(self, slot: int, started: queue.SimpleQueue[Place | Exception]) -> None:
-        """Run one worker: a thread's life."""
+    def _serve(self, number: int, started: queue.SimpleQueue[Place | Exception]) -> None:
+        """Serve one worker; the target of a thread."""
         try:
-            worker = self._start(slot)
+            worker = self._start(number)
         except Exception as error:  # the constructor raises it
             started.put(error)
             return
         started.put(worker)
         while (job := self._jobs.get()) is not None:
             try:
-                if slot not in self._workers:
-                    worker = self._start(slot)
-                self._run(slot, worker, job)
-            except Exception as error:  # a fault of the pool: whoever waits for the result gets it, and does not hang
+                if number not in self._workers:
+                    worker = self._start(number)
+                self._run(number, worker, job)
+            except (
+                Exception
+            ) as error:  # an error of the pool: the caller that waits for the result gets it, and does not hang
                 job.pending.abort(error)
-        if slot in self._workers:
-            self._stop(slot)
+        if number in self._workers:
+            self._stop(number)
 
-    def _start(self, slot: int) -> Place:
+    def _start(self, number: int) -> Place:
         rewards = list(self.rewards.values())
         worker: Place
         if self._placement == "main":
@@ -166,21 +169,21 @@ class Lane:
             limit = None if self._placement == "gpu" else int(self._scoring.memory_limit_gib * 2**30)
             worker = WorkerProcess(rewards, self._placement, rewards[0].environment, limit)
         with self._lock:
-            self._workers[slot] = worker
+            self._workers[number] = worker
             closed = self._closed
         if closed:
-            self._stop(slot)
+            self._stop(number)
             raise RuntimeError("the scoring pool is closed")
         return worker
 
-    def _stop(self, slot: int) -> int:
-        """Kill a slot's worker and return the exit code it had come to."""
+    def _stop(self, number: int) -> int:
+        """Kill a worker and return its exit code."""
         with self._lock:
-            worker = self._workers.pop(slot)
+            worker = self._workers.pop(number)
         return worker.kill()
 
-    def _run(self, slot: int, worker: Place, job: _Job) -> None:
-        """Make one call, and take in its values or its failure."""
+    def _run(self, number: int, worker: Place, job: _Job) -> None:
+        """Make one call, and record its values or its failure."""
         pending, reward = job.pending, job.reward
         if self._closed:
             raise RuntimeError("the scoring pool is closed")
@@ -188,10 +191,10 @@ class Lane:
             self._fail(job, _NOT_TRIED)
             return
         begun = time.monotonic()
-        answer = self._call(slot, worker, job)
+        answer = self._call(number, worker, job)
         pending.spent(reward, time.monotonic() - begun)
         resident_bytes = answer.pop("resident_bytes", 0)
-        if self._closed and "values" not in answer:  # it is `close` that has killed the worker, not the reward
+        if self._closed and "values" not in answer:  # `close` has killed the worker, not the reward
             raise RuntimeError("the scoring pool is closed")
         if "values" not in answer:
             self._fail(job, answer)
@@ -201,10 +204,10 @@ class Lane:
             pending.scored(reward, job.places, answer)
             if job.is_repeated:
                 pending.repeated(reward)
-        self._recycle(slot, resident_bytes)
+        self._recycle(number, resident_bytes)
 
     def _fail(self, job: _Job, failure: dict[str, Any]) -> None:
-        """Search a failed call for the guilty; a call that cannot be searched, or was before, fails for all it has."""
+        """Search a failed call for the completions that fail; a call that was searched already fails for all it has."""
         if len(job.places) > 1 and not job.is_repeated and failure is not _NOT_TRIED:
             search = _Search(job, failure)
             self._enqueue(_Job(job.pending, job.reward, [place], search) for place in job.places)
@@ -215,52 +218,54 @@ class Lane:
             self._repeat(job.search, job.search.tried(job.places[0], is_sound=False))
 
     def _repeat(self, search: _Search, sound: list[int]) -> None:
-        """Call again what a search has left; nothing where it goes on, or has left nothing."""
+        """Repeat a call with the completions that can be scored; `sound` is empty until the search is done."""
         if not sound:
             return
         job, failure = search.job, search.failure
         if job.pending.first_repeat(job.reward):
             logger.warning(
                 "reward %s failed when it was called with %d completions (%s: %s), %d of which it cannot score alone; "
-                "the others are called again at once. Further such calls of this batch are only counted",
+                "the others are called again. Further such calls of this batch are only counted",
                 self._names[job.reward], len(job.places), failure["kind"], failure["message"],
                 len(job.places) - len(sound),
             )  # fmt: skip
         self._enqueue([_Job(job.pending, job.reward, sound, is_repeated=True)])
 
-    def _recycle(self, slot: int, resident_bytes: int) -> None:
-        """End a worker that has grown too large; the next call starts a fresh one."""
+    def _recycle(self, number: int, resident_bytes: int) -> None:
+        """End a worker that has too much memory; the next call starts a new one."""
         if self._placement != "gpu" and resident_bytes > self._scoring.recycle_above_gib * 2**30:
-            self._stop(slot)
+            self._stop(number)
             logger.warning(
-                "a scoring worker holds %.2f GiB, more than scoring.recycle_above_gib = %g; it is replaced",
+                "a scoring worker has %.2f GiB, more than scoring.recycle_above_gib = %g; it is replaced",
                 resident_bytes / 2**30,
                 self._scoring.recycle_above_gib,
             )
 
     def _enqueue(self, jobs: Iterable[_Job]) -> None:
-        with self._lock:  # nothing may come after the end marks that `close` leaves, or it would never be done
+        with self._lock:  # a job after the end marks of `close` would never be done
             if self._closed:
                 raise RuntimeError("the scoring pool is closed")
             for job in jobs:
                 self._jobs.put(job)
 
-    def _call(self, slot: int, worker: Place, job: _Job) -> dict[str, Any]:
-        """Return the worker's answer to one call, or a failure in the same form where the call has cost the worker."""
+    def _call(self, number: int, worker: Place, job: _Job) -> dict[str, Any]:
+        """Return the worker's answer to one call, or a failure in the same form where the call ended the worker."""
         keywords = _keywords(job, self.parameters[job.reward])
-        state = SimpleNamespace(**asdict(job.pending.state))  # a class of ours would have the worker import numpy
+        state = SimpleNamespace(
+            **asdict(job.pending.state)
+        )  # with a class of this package the worker would import numpy
         own = self.rewards[job.reward].timeout_seconds
         limit = self._scoring.timeout_seconds if own is None else own
         try:
             request = pickle.dumps((self._place_of[job.reward], len(job.places), keywords, state))
             return worker.call(request, limit)
         except TimeoutError:
-            self._stop(slot)
+            self._stop(number)
             key = "scoring.timeout_seconds" if own is None else "rewards.timeout_seconds"
             several = f" with {len(job.places)} completions" if len(job.places) > 1 else ""
             kind, message = "timeout", f"took longer than {key} = {limit:g}{several}"
         except (OSError, EOFError, ValueError):
-            kind, message = "died", f"ended its worker process (exit code {self._stop(slot)})"
+            kind, message = "died", f"ended its worker process (exit code {self._stop(number)})"
         job.pending.lost_call(job.reward)
         if not self._closed:
             name, count = self._names[job.reward], len(job.places)
@@ -271,7 +276,7 @@ class Lane:
 def _keywords(job: _Job, parameters: Parameters) -> dict[str, Any]:
     """Return the arguments of a call: TRL's and the data's columns, as far as the function takes them.
 
-    What only the worker can make (`log_metric` and its like) it adds there.
+    The worker adds `log_metric`, `log_extra` and `trainer_state`.
     """
     items = [job.pending.item(place) for place in job.places]
     keywords: dict[str, Any] = {

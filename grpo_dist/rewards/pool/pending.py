@@ -1,4 +1,4 @@
-"""Scores on their way: what the pool's threads fill in and its caller waits for."""
+"""Scores that the pool's threads fill in, and that its caller waits for."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ _CHECK_SECONDS = 0.2
 
 
 class Pending:
-    """Scores on their way; threads of the pool fill it in."""
+    """Scores that threads of the pool fill in."""
 
     def __init__(
         self, num_items: int, columns: Sequence[str], names: Sequence[str], most_lost_calls: int, state: TrainerState
     ) -> None:
         self.items: list[Item | None] = [None] * num_items
-        """What is to be scored, as far as it is there already."""
+        """The items to score; None for those that are not there yet."""
         self.arrived: list[int] = []
-        """Places of the items that are there, in the order they came."""
+        """Places of the items that are there, in the order of their arrival."""
         self.state = state
         self.columns = list(columns)
         """The names of all items' columns."""
@@ -48,9 +48,9 @@ class Pending:
             self._done.set()
 
     def result(self, check: Callable[[], None] | None = None) -> Scores:
-        """Wait for all scores; raises what kept the pool itself from scoring, such as being closed.
+        """Wait for all scores; raises an error of the pool itself, for example that it is closed.
 
-        `check` is called several times a second meanwhile and may raise to give up waiting.
+        `check` is called several times a second meanwhile, and may raise to end the wait.
         """
         while not self._done.wait(_CHECK_SECONDS):
             if check:
@@ -68,21 +68,21 @@ class Pending:
         )  # fmt: skip
 
     def item(self, place: int) -> Item:
-        """An item that has come."""
+        """An item that has arrived."""
         item = self.items[place]
         assert item is not None
         return item
 
     def add(self, items: Mapping[int, Item]) -> None:
-        """Take in items by their places."""
+        """Add items by their places."""
         for place, item in items.items():
             self.items[place] = item
         self.arrived += items
 
     def fill(self, reward: int, group: Sequence[int], most: int) -> list[list[int]]:
-        """Take in a group for a reward whose calls have at most `most` items, and return the calls that are full.
+        """Add a group for a reward whose calls have at most `most` items, and return the calls that are full.
 
-        A group is divided where it alone has more; after the last item nothing is left waiting.
+        A group is divided where it alone has more. After the last item, all calls are returned.
         """
         calls, waiting = [], self._waiting.pop(reward, [])
         if waiting and len(waiting) + len(group) > most:
@@ -95,16 +95,16 @@ class Pending:
         return calls
 
     def scored(self, reward: int, places: Sequence[int], answer: dict[str, Any]) -> None:
-        """Take in the values of one call."""
+        """Add the values of one call."""
         num_tokens = [len(self.item(place).completion_ids) for place in places]
-        bad = {int(place): told for place, told in answer["bad"].items()}
+        bad = {int(place): problem for place, problem in answer["bad"].items()}
         with self._lock:
             for number, (place, value) in enumerate(zip(places, answer["values"], strict=True)):
                 if isinstance(value, list) and len(value) != num_tokens[number]:
-                    told = f"returned {len(value)} numbers for {num_tokens[number]} tokens, expected one per token"
-                    bad[number] = ("bad_value", told)
+                    message = f"returned {len(value)} numbers for {num_tokens[number]} tokens, expected one per token"
+                    bad[number] = ("bad_value", message)
                 else:
-                    self._take(place, reward, value)
+                    self._set_value(place, reward, value)
             for place, (kind, message) in bad.items():
                 self._failures[places[place], reward] = self._failure(places[place], reward, kind, message)
             for name, mean in answer["metrics"].items():
@@ -116,7 +116,7 @@ class Pending:
                     cells[place] = value
             self._close(len(places))
 
-    def _take(self, place: int, reward: int, value: float | list[float | None] | None) -> None:
+    def _set_value(self, place: int, reward: int, value: float | list[float | None] | None) -> None:
         if isinstance(value, list):
             numbers = np.array(value, dtype=float)  # None becomes NaN
             self._per_token[place, reward] = numbers.tolist()
@@ -124,35 +124,35 @@ class Pending:
         self._values[place, reward] = np.nan if value is None else value
 
     def failed(self, reward: int, place: int, kind: FailureKind, message: str, traceback: str = "") -> None:
-        """Take in that one completion cannot be scored."""
+        """Record that one completion cannot be scored."""
         with self._lock:
             self._failures[place, reward] = self._failure(place, reward, kind, message, traceback)
             self._close(1)
 
     def spent(self, reward: int, seconds: float) -> None:
-        """Take in how long a call has taken."""
+        """Add the seconds of a call."""
         with self._lock:
             self._seconds[reward] += seconds
 
     def lost_call(self, reward: int) -> None:
-        """Take in that a call has cost its worker."""
+        """Count a call that ended its worker."""
         with self._lock:
             self._lost_calls[reward] += 1
 
     def repeated(self, reward: int) -> None:
-        """Take in that a failed call succeeded when it was made again without the guilty."""
+        """Count a failed call that succeeded when it was repeated without the completions that fail alone."""
         with self._lock:
             self._repeated_calls[reward] += 1
 
     def first_repeat(self, reward: int) -> bool:
-        """Whether no call of a reward has been made again before; true once."""
+        """Whether no call of a reward was repeated before; true once."""
         with self._lock:
             is_first = reward not in self._warned_of
             self._warned_of.add(reward)
         return is_first
 
     def is_given_up(self, reward: int) -> bool:
-        """Whether so many calls of a reward have cost their worker that trying on would only waste time."""
+        """Whether so many calls of a reward have ended their worker that further ones would only waste time."""
         return self._lost_calls[reward] >= self._most_lost_calls
 
     def abort(self, error: Exception) -> None:

@@ -1,10 +1,10 @@
-"""The scoring pool: reward functions in worker processes, with a hard time limit and nothing defaulted.
+"""The scoring pool: reward functions in worker processes, with a hard time limit and no default rewards.
 
-Rewards run where they declare to run (`placement`); one that is given secrets runs apart from the others. A call has
-all completions of a prompt, so that a reward can compare them, unless it declares otherwise. The pool knows nothing of
-ranks and stops nothing: it says what failed, and the loop decides together with the other ranks.
+Rewards run where they declare to run (`placement`); one that gets secrets runs in its own workers. A call has all
+completions of a prompt, so that a reward can compare them, unless it declares otherwise. The pool does not know of
+ranks and does not stop the run: it reports failures, and the loop decides on all ranks.
 
-    with ScorerPool(config.rewards, config.scoring) as pool:     # a mistake in a reward is raised here
+    with ScorerPool(config.rewards, config.scoring) as pool:     # raises errors in the config of a reward
         pending = pool.submit(items)                             # returns at once
         scores = pending.result()
 """
@@ -34,7 +34,7 @@ class ScorerPool:
         where a worker cannot be started.
         """
         self.names = labels(rewards)
-        """A short, unique label per reward."""
+        """A short, unique label for each reward."""
         self._rewards = list(rewards)
         self._scoring = scoring
         self._closed = False
@@ -46,7 +46,7 @@ class ScorerPool:
             raise
         parameters = {number: taken for lane in self._lanes for number, taken in lane.parameters.items()}
         self.parameters = [parameters[number] for number in range(len(rewards))]
-        """The keywords each reward takes."""
+        """The keywords that each reward takes."""
 
     def check_columns(self, columns: Iterable[str]) -> None:
         """Raise ValueError where a reward requires a column that the data lacks."""
@@ -55,9 +55,9 @@ class ScorerPool:
             parameters.check_columns(reward.name, columns)
 
     def open(self, num_items: int, columns: Sequence[str], state: TrainerState | None = None) -> Pending:
-        """Announce completions that are yet to come; `add` hands them over, in parts.
+        """Announce a number of completions, which `add` then passes on in parts.
 
-        `columns` are the data's; `state` is for rewards that ask for `trainer_state`. Raises ValueError where a reward
+        `columns` are the data's; `state` is for rewards that take `trainer_state`. Raises ValueError where a reward
         requires a column that is not among them, RuntimeError where the pool is closed.
         """
         if self._closed:
@@ -68,9 +68,9 @@ class ScorerPool:
         return Pending(num_items, columns, self.names, most_lost_calls, state or TrainerState())
 
     def add(self, pending: Pending, items: Mapping[int, Item]) -> None:
-        """Hand over a group, items by their places, and return at once; a call is made where there are enough for it.
+        """Pass on a group, items by their places, and return at once; calls start when they have enough items.
 
-        A group is what a reward may compare: it is called with all of it at once, whatever else there is to score.
+        A reward may compare the items of a group, so one call has all of them.
         """
         if not items:
             return
@@ -82,7 +82,7 @@ class ScorerPool:
     def submit(
         self, items: Sequence[Item], state: TrainerState | None = None, groups: Sequence[int] | None = None
     ) -> Pending:
-        """Begin to score completions and return at once; columns that only some items have are None for the others.
+        """Start to score completions and return at once; columns that only some items have are None for the others.
 
         `groups` has a number for each item, the same for those of a group; without it all items are one group.
         """
@@ -98,11 +98,11 @@ class ScorerPool:
     def score(
         self, items: Sequence[Item], state: TrainerState | None = None, groups: Sequence[int] | None = None
     ) -> Scores:
-        """Score completions and wait for it; see `submit`."""
+        """Score completions and wait for the scores; see `submit`."""
         return self.submit(items, state, groups).result()
 
     def close(self) -> None:
-        """Kill the workers; whoever waits for scores gets a RuntimeError. Closing twice is harmless."""
+        """Kill the workers. A caller that waits for scores gets a RuntimeError. A second call does nothing."""
         self._closed = True
         for lane in self._lanes:
             lane.close()
@@ -114,21 +114,21 @@ class ScorerPool:
         self.close()
 
     def _start_lanes(self) -> None:
-        """Start the shared workers, one set for each set of allowed secrets, and then what they say runs elsewhere.
+        """Start the shared workers, one set for each set of allowed secrets, then the workers of the other placements.
 
-        Only a worker may import a user's module and look where its functions declare to run.
+        Only a worker may import a user's module and read where its functions declare to run.
         """
         shared: dict[frozenset[str], dict[int, RewardConfig]] = {}
         for number, reward in enumerate(self._rewards):
             shared.setdefault(frozenset(reward.environment), {})[number] = reward
-        elsewhere: list[tuple[int, Placement]] = []
+        others: list[tuple[int, Placement]] = []
         for group in shared.values():
             lane = self._add(group, "worker")
-            elsewhere += [(number, where) for number, where in lane.placements.items() if where != "worker"]
+            others += [(number, where) for number, where in lane.placements.items() if where != "worker"]
             if not lane.parameters:
                 lane.close()
                 self._lanes.remove(lane)
-        for number, where in elsewhere:
+        for number, where in others:
             self._add({number: self._rewards[number]}, where)
 
     def _add(self, rewards: dict[int, RewardConfig], placement: Placement) -> Lane:

@@ -1,4 +1,4 @@
-"""One scoring worker as its parent sees it: started fresh, called with a time limit, killed with all its children."""
+"""One scoring worker, as its parent uses it: started, called with a time limit, killed with all its children."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from grpo_dist.rewards.pool.channel import Channel
 from grpo_dist.rewards.pool.worker import answer, resolve_for
 from grpo_dist.rewards.registry import Parameters, RewardFunction
 
-_START_SECONDS = 300.0  # importing a user's module may load a model; hanging in it for ever must still be found out
+_START_SECONDS = 300.0  # the import of a user's module may load a model; one that hangs must still end
 _STDERR = 2
-# What launchers tell a rank about its job. A reward that imports torch.distributed, DeepSpeed or an MPI with these in
-# its environment would take itself for a rank and wait for the others.
+# Variables by which launchers describe a job. With these in its environment, a reward that imports torch.distributed,
+# DeepSpeed or an MPI would start as a rank and wait for the others.
 _DISTRIBUTED = re.compile(
     r"(LOCAL_|NODE_|GROUP_|ROLE_|CROSS_)?(RANK|WORLD_SIZE)|ROLE_NAME|(MASTER|TORCHELASTIC|ACCELERATE|PMI|OMPI)_.*"
 )
-# The worker gets the parent's sys.path, current directory included, and never sees the parent's __main__.
+# The worker gets the parent's sys.path, with the current directory, and never sees the parent's __main__.
 _BOOTSTRAP = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
     "from grpo_dist.rewards.pool.worker import main; main(int(sys.argv[2]), int(sys.argv[3]))"
@@ -35,7 +35,7 @@ _BOOTSTRAP = (
 
 
 class WorkerProcess:
-    """A running worker; whoever calls it waits."""
+    """A running worker; its caller waits."""
 
     def __init__(
         self,
@@ -44,10 +44,10 @@ class WorkerProcess:
         allowed: Sequence[str] = (),
         memory_limit_bytes: int | None = None,
     ) -> None:
-        """Start the process and wait until it has resolved those of the rewards that run in such a place.
+        """Start the process and wait until it has resolved the rewards with this placement.
 
-        `allowed` are the environment variables it gets although they look like secrets. Raises ValueError with the
-        user's mistake where a reward cannot be resolved, RuntimeError where the process ends or hangs before that.
+        `allowed` are environment variables that it gets although their names look like secrets. Raises ValueError
+        where a reward cannot be resolved, RuntimeError where the process ends or hangs before that.
         """
         if sys.platform == "win32":
             raise ValueError("rewards run in worker processes that need Linux or macOS; on Windows, use WSL 2")
@@ -56,10 +56,10 @@ class WorkerProcess:
             self._process = subprocess.Popen(
                 [sys.executable, "-c", _BOOTSTRAP, json.dumps(sys.path), str(theirs.fileno()), str(os.getpid())],
                 stdin=subprocess.DEVNULL,
-                stdout=_STDERR,  # what a reward prints is seen, and is never taken for a result
+                stdout=_STDERR,  # users see what a reward prints, and it is never read as a result
                 env=worker_environment(os.environ, allowed, gpu=placement == "gpu"),
                 pass_fds=[theirs.fileno()],
-                start_new_session=True,  # a terminal's Ctrl-C is for the parent, and a kill reaches all its children
+                start_new_session=True,  # Ctrl-C goes to the parent alone, and a kill reaches all children
             )
         self._channel = Channel(ours)
         try:
@@ -71,7 +71,7 @@ class WorkerProcess:
             reason = f"took more than {_START_SECONDS:g} s" if late else f"exited with code {code}"
             raise RuntimeError(
                 f"a scoring worker {reason} while it imported the rewards {[reward.name for reward in rewards]}; "
-                "what it printed is above"
+                "its output is above"
             ) from error
         if "error" in answer:
             self.kill()
@@ -81,35 +81,35 @@ class WorkerProcess:
         self.parameters = [
             _read_parameters(reward) if reward["placement"] == placement else None for reward in answer["rewards"]
         ]
-        """The keywords each reward takes; None where it runs elsewhere."""
+        """The keywords that each reward takes; None where it has another placement."""
 
     def call(self, request: bytes, timeout_seconds: float) -> dict[str, Any]:
         """Make one call and return the worker's answer (see `worker.answer` for both).
 
-        Raises TimeoutError after `timeout_seconds`; OSError, EOFError or ValueError where the worker is dead or has
-        lost its senses. After any of them the worker has to be killed.
+        Raises TimeoutError after `timeout_seconds`; OSError, EOFError or ValueError where the worker has ended or
+        its answer is no message. After any of them the worker has to be killed.
         """
         self._channel.send(request, timeout_seconds)
         return json.loads(self._channel.receive(timeout_seconds))
 
     def signal_kill(self) -> None:
-        """Send SIGKILL to the worker and its children; safe from any thread, and after the end."""
-        # Until it has been waited for, its number cannot belong to another process.
+        """Send SIGKILL to the worker and its children; safe from any thread, and after their end."""
+        # Until `wait`, its number cannot belong to another process.
         if self._process.returncode is None:
             os.killpg(self._process.pid, signal.SIGKILL)
 
     def kill(self) -> int:
-        """Kill the worker and its children, and return the exit code it had come to by itself, or -9."""
+        """Kill the worker and its children; returns its own exit code where it had ended, else -9."""
         self.signal_kill()
         self._channel.close()
         return self._process.wait()
 
 
 class ThisProcess:
-    """The training process itself as a place for rewards, in the form of a worker that cannot be killed."""
+    """The training process itself, in the form of a worker that cannot be killed."""
 
     def __init__(self, rewards: Sequence[RewardConfig]) -> None:
-        """Resolve the rewards; raises ValueError where one cannot be."""
+        """Resolve the rewards; raises ValueError where one cannot be resolved."""
         self._rewards = [resolve_for(config, "main") for config in rewards]
         self.placements: list[Placement] = ["main"] * len(rewards)
         self.parameters: list[Parameters | None] = [
@@ -117,7 +117,7 @@ class ThisProcess:
         ]
 
     def call(self, request: bytes, timeout_seconds: float) -> dict[str, Any]:
-        """Make one call in the calling thread, for as long as it takes."""
+        """Make one call in the calling thread, without a time limit."""
         return answer(self._rewards, request)
 
     def signal_kill(self) -> None:
@@ -131,7 +131,8 @@ class ThisProcess:
 def worker_environment(
     environment: Mapping[str, str], allowed: Sequence[str] = (), gpu: bool = False
 ) -> dict[str, str]:
-    """Return the environment of a worker: the given one without launcher variables and without secrets but the allowed.
+    """Return the environment of a worker: the given one without launcher variables and without secrets that are not
+    allowed.
 
     A worker has no GPU and one thread; with `gpu` it has the rank's GPU and the rank's threads. Raises ValueError where
     an allowed variable is not set.
@@ -147,18 +148,18 @@ def worker_environment(
         for name, value in environment.items()
         if name in allowed or not (SECRET.search(name) or _DISTRIBUTED.fullmatch(name))
     }
-    # Unbuffered: what a reward has printed before it is killed would be lost.
+    # Unbuffered output: otherwise the output of a reward that is killed would be lost.
     kept |= {"PYTHONUNBUFFERED": "1", "CUDA_VISIBLE_DEVICES": _own_gpu(environment) if gpu else ""}
     return kept if gpu else kept | {"OMP_NUM_THREADS": "1"}
 
 
 def _own_gpu(environment: Mapping[str, str]) -> str:
-    """Return the name of the one GPU that belongs to this rank, of those that the environment lets it see."""
+    """Return the name of this rank's GPU, among those that the environment lets it see."""
     rank, visible = environment.get("LOCAL_RANK", "0"), environment.get("CUDA_VISIBLE_DEVICES")
     if visible is None:
         return rank
     names = visible.split(",")
-    return names[int(rank)] if int(rank) < len(names) else names[0]  # a launcher may have left each rank just its own
+    return names[int(rank)] if int(rank) < len(names) else names[0]  # some launchers let each rank see its own GPU only
 
 
 def _read_parameters(description: dict[str, Any]) -> Parameters:

@@ -1,8 +1,8 @@
-"""A scoring worker: a fresh Python that resolves the rewards, then answers one call after another until it is closed.
+"""A scoring worker: a new Python that resolves the rewards, then answers one call after another until it is closed.
 
-It imports nothing but the standard library by itself, so that it starts in a moment, and does no scheduling and no
-retrying: that is the pool's part. Requests come pickled from the trusted side; answers go back as JSON, so that the
-trainer never unpickles anything that a reward function may have had its hands on.
+It imports nothing but the standard library by itself, so that it starts fast. It neither schedules nor retries calls:
+the pool does. Requests are pickled by the trainer. Answers are JSON, so that the trainer never unpickles data of a
+reward function.
 """
 
 from __future__ import annotations
@@ -44,11 +44,11 @@ class BadValueError(ValueError):
 
 
 def main(descriptor: int, parent: int) -> None:
-    """Serve the channel at file descriptor `descriptor` for the process `parent`, and end with it."""
+    """Serve the channel at file descriptor `descriptor` for the process `parent`, and end with that process."""
     _end_with(parent)
     for number in _LEFT_TO_THE_PARENT:
-        # A handler that does nothing rather than SIG_IGN: programs that a reward starts would inherit the latter, and
-        # could then not be terminated.
+        # A handler that does nothing, not SIG_IGN: programs that a reward starts would inherit SIG_IGN, and could not
+        # be terminated.
         signal.signal(number, lambda *_: None)
     connection = socket.socket(fileno=descriptor)
     connection.set_inheritable(False)
@@ -74,7 +74,7 @@ def main(descriptor: int, parent: int) -> None:
 
 
 def resolve_for(config: RewardConfig, placement: Placement) -> RewardFunction | Placement:
-    """Return the function of a reward that runs here, and of another just where it has to run."""
+    """Return the function of a reward with this placement, and of another reward its placement."""
     declared = declared_placement(config)
     return resolve(config) if declared == placement else declared
 
@@ -97,14 +97,16 @@ def answer(rewards: Sequence[RewardFunction | Placement], request: bytes) -> dic
         values, bad = read_values(_call(reward, keywords), count)
     except BadValueError as error:
         return {"kind": "bad_value", "message": str(error), "traceback": ""}
-    except BaseException as error:  # a reward may exit, or interrupt itself as Math-Verify does: it is all reported
+    except (
+        BaseException
+    ) as error:  # a reward may exit, or interrupt itself as Math-Verify does: all of this is reported
         line = "".join(traceback.format_exception_only(error)).strip()
         return {"kind": "raised", "message": line, "traceback": traceback.format_exc()[-_TRACEBACK_CHARACTERS:]}
     return {"values": values, "bad": bad, "metrics": log.means(), "extras": log.extras}
 
 
 class Log:
-    """What a reward logs during one call with `count` completions."""
+    """The log of a reward during one call with `count` completions."""
 
     def __init__(self, count: int) -> None:
         self._count = count
@@ -112,14 +114,14 @@ class Log:
         self.extras: dict[str, list[Any]] = {}
 
     def metric(self, name: str, value: float) -> None:
-        """TRL's `log_metric`: a number, averaged where it is logged again. Raises BadValueError for anything else."""
+        """TRL's `log_metric`: a number; several of a name are averaged. Raises BadValueError for anything else."""
         number = _as_float(value)
         if not math.isfinite(number):
             raise BadValueError(f"logged {_shown(value)} as the metric {name!r}, expected a finite number")
         self._metrics.setdefault(str(name), []).append(number)
 
     def extra(self, column: str, values: Iterable[Any]) -> None:
-        """TRL's `log_extra`: one value a completion for the completions' table; no number becomes a text."""
+        """TRL's `log_extra`: one value for each completion, for their table; values other than numbers become texts."""
         given = [value if value is None or isinstance(value, (bool, int, float)) else str(value) for value in values]
         if len(given) != self._count:
             raise BadValueError(f"logged {len(given)} values as {column!r} for {self._count} completions")
@@ -136,9 +138,9 @@ Value = float | list[float | None] | None
 def read_values(result: object, count: int) -> tuple[list[Value], dict[int, tuple[FailureKind, str]]]:
     """Return a result's values as floats, None where it does not apply, and kind and message of each bad one by place.
 
-    Bools, ints, numpy scalars and tensors without dimensions are numbers; arrays and tensors with one are lists. A
-    value that is a list itself holds one number, or None, per token of its completion; an exception says that this one
-    completion could not be scored. Raises BadValueError where the result as a whole is not a list of `count` values.
+    Bools, ints, NumPy scalars and tensors without dimensions are numbers; arrays and tensors with one dimension are
+    lists. A value that is a list has one number, or None, for each token of its completion. An exception means that
+    this completion could not be scored. Raises BadValueError where the result is not a list of `count` values.
     """
     if hasattr(result, "tolist") and getattr(result, "ndim", None) is not None:
         result = result.tolist()
@@ -169,7 +171,7 @@ def _read_value(value: Any) -> Value:
 
 
 def _as_float(value: Any) -> float:
-    """Return a value as a float; NaN, which no reward may be, where it is not a number."""
+    """Return a value as a float, or NaN, which no reward may be, where it is not a number."""
     if getattr(value, "ndim", None) == 0:
         value = value.item()
     try:
@@ -179,7 +181,7 @@ def _as_float(value: Any) -> float:
 
 
 def _call(reward: RewardFunction, keywords: dict[str, Any]) -> object:
-    """Call a reward function, and see it through where it is asynchronous."""
+    """Call a reward function, and wait for its result where it is asynchronous."""
     result = reward.function(**keywords)
     if not inspect.isawaitable(result):
         return result
@@ -188,8 +190,8 @@ def _call(reward: RewardFunction, keywords: dict[str, Any]) -> object:
 
 @functools.cache
 def _event_loop() -> asyncio.AbstractEventLoop:
-    """Return the process's one event loop: a client that a reward keeps between calls is bound to where it began."""
-    import asyncio  # takes most of a worker's start, and most rewards are not asynchronous
+    """Return the process's one event loop: a client that a reward keeps between calls belongs to its first loop."""
+    import asyncio  # this import takes most of a worker's start, and most rewards are not asynchronous
 
     return asyncio.new_event_loop()
 
@@ -209,7 +211,7 @@ def _describe(reward: RewardFunction | Placement) -> dict[str, Any]:
 
 
 def _resident_bytes() -> int:
-    """Return how much memory this process holds; its peak where the kernel does not tell (not Linux)."""
+    """Return the memory of this process, or its peak where the kernel does not report it (not Linux)."""
     import resource
 
     if sys.platform == "linux":
@@ -222,12 +224,12 @@ def _end_with(parent: int) -> None:
     """Have the kernel kill this process when its parent dies, even in the middle of a call (Linux)."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it died before the kernel was asked
-        sys.exit(f"scoring worker: the process {parent} that started it is gone")
+    if os.getppid() != parent:  # the parent died before the call of prctl
+        sys.exit(f"scoring worker: the process {parent} that started it has ended")
 
 
 def _leave(channel: Channel) -> None:
-    """Make a process that a reward forked its own: signals end it, and it does not hold the channel open."""
+    """Detach a process that a reward forked: signals end it, and it does not keep the channel open."""
     channel.close()
     for number in _LEFT_TO_THE_PARENT:
         signal.signal(number, signal.SIG_DFL)
