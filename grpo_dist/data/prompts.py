@@ -301,7 +301,7 @@ def _as_messages(prompt: object, config: DataConfig) -> Messages | None:
                 f"{message!r:.80} in the prompt is not a message with the texts `role` and `content`"
             )
     if not prompt or prompt[-1]["role"] == "assistant":
-        raise _UnusableRowError("the prompt's last message is not one that the assistant can answer")
+        raise _UnusableRowError("the prompt has no message at its end that the assistant can answer")
     if system and prompt[0]["role"] == "system":
         raise _UnusableRowError("the prompt has a system message, and data.system_prompt adds another; set it to null")
     return [*system, *prompt]

@@ -152,7 +152,7 @@ class Rendezvous:
         """Ranks that have not passed a point."""
         return [each for each in range(self.num_ranks) if not self.store.check([self._key(point, each)])]
 
-    def meet(self, point: str, timeout_seconds: float, value: str = "") -> None:
+    def wait_at(self, point: str, timeout_seconds: float, value: str = "") -> None:
         """Pass a point, and wait until all ranks have passed it; the log names those that have not. Raises LaunchError,
         also where one of them has failed."""
         try:

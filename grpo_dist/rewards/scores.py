@@ -87,7 +87,7 @@ def combine(values: NDArray[np.float64], failed: NDArray[np.bool_], weights: Seq
     """
     if values.shape != failed.shape or values.shape[1:] != (len(weights),):
         raise ValueError(
-            f"values {values.shape}, failed {failed.shape} and {len(weights)} weights given, expected (n, R) twice, and R"
+            f"values {values.shape}, failed {failed.shape} and {len(weights)} weights given, expected (n, R), (n, R), R"
         )
     counted = [r for r, weight in enumerate(weights) if weight != 0]
     total = np.zeros(len(values))

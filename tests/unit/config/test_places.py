@@ -39,7 +39,7 @@ def test_a_directory_is_named_by_its_absolute_path(tmp_path: Path, monkeypatch: 
         ("~/nowhere", r"there is no directory .*/nowhere"),
         ("./empty", r"there is no config\.json in .*/empty: expected a directory that a model was saved to$"),
         ("runs", r"no config\.json in .*/runs.*; there is one in runs/final"),
-        ("model/config.json", r"which is a file .*: expected the directory it lies in"),
+        ("model/config.json", r"which is a file .*: expected the directory that it is in"),
     ],
 )
 def test_a_path_that_leads_nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, message: str) -> None:

@@ -75,13 +75,13 @@ def test_the_recipe_s_rows_arrive(tmp_path: Path, tokenizer: PreTrainedTokenizer
         ({"prompt": "a"}, "line 2: no 'answer'"),
         ({"prompt": "a", "answer": None}, "line 2: no 'answer'"),
         ({"prompt": "a", "answer": float("nan")}, "line 2: no 'answer'"),
-        ({"prompt": "a", "answer": "unknown"}, "line 2: the answer 'unknown' holds no integer"),
+        ({"prompt": "a", "answer": "unknown"}, "line 2: the answer 'unknown' has no integer"),
         ({"prompt": "  ", "answer": "1"}, "line 2: the prompt is empty"),
         ({"prompt": 3, "answer": "1"}, "line 2: the prompt is a int, expected text or a list of messages"),
-        ({"prompt": [], "answer": "1"}, "line 2: the prompt's messages end without"),
-        ({"prompt": [{"role": "assistant", "content": "a"}], "answer": "1"}, "messages end without one for the assist"),
-        ({"prompt": ["a"], "answer": "1"}, "line 2: 'a' in the prompt is no message"),
-        ({"prompt": [{"role": "user"}], "answer": "1"}, r"line 2: \{'role': 'user'\} in the prompt is no message"),
+        ({"prompt": [], "answer": "1"}, "line 2: the prompt has no message at its end"),
+        ({"prompt": [{"role": "assistant", "content": "a"}], "answer": "1"}, "no message at its end that the"),
+        ({"prompt": ["a"], "answer": "1"}, "line 2: 'a' in the prompt is not a message"),
+        ({"prompt": [{"role": "user"}], "answer": "1"}, r"line 2: \{'role': 'user'\} in the prompt is not a message"),
         ({"prompt": [{"role": "tool", "content": "a"}], "answer": "1"}, "line 2: the model's chat template refuses"),
         ({"prompt": "a" * 40, "answer": "1"}, "line 2: the prompt has 41 tokens, expected 1 to .* = 40"),
     ],
@@ -103,9 +103,9 @@ def test_a_bad_row_is_named_or_counted(
 
 def test_many_bad_rows_are_summed_up(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     path = write(tmp_path, *["no"] * 9)
-    with pytest.raises(ValueError, match=r"9 of 9 rows.*line 1: .*line 5: [^;]*; and 4 more. Mend them"):
+    with pytest.raises(ValueError, match=r"9 of 9 rows.*line 1: .*line 5: [^;]*; and 4 more. Correct them"):
         load_prompts(path, "train", DataConfig(), tokenizer)
-    with pytest.raises(ValueError, match=r"9 of 9 rows.*None is left"):
+    with pytest.raises(ValueError, match=r"9 of 9 rows.*No row is left"):
         load_prompts(path, "train", DataConfig(bad_rows="drop"), tokenizer)
 
 
@@ -132,7 +132,7 @@ def test_columns_are_checked_as_a_whole(tmp_path: Path, tokenizer: PreTrainedTok
     config.answer_column = None
     ((prompt,), _) = load_prompts(path, "train", config, tokenizer, MATH)
     assert prompt.columns == {"gold": "1"}
-    with pytest.raises(ValueError, match=r"column.* completions, names that rewards receive something else"):
+    with pytest.raises(ValueError, match=r"column.* completions, which are names of other arguments of rewards"):
         load_prompts(write(tmp_path, row(1, completions="a")), "train", DataConfig(), tokenizer)
 
 
@@ -210,7 +210,7 @@ def test_cells_of_a_csv_file(tmp_path: Path, tokenizer: PreTrainedTokenizerFast)
     rows = load_rows(path, "train")
     assert rows[0].columns == {"prompt": 'two\nlines, "so"', "answer": "01", "level": "4"}
     assert rows[1].columns["answer"] is None and rows[3].columns["level"] is None
-    assert "4 cells, expected 3: a cell with a separator" in rows[2].problem
+    assert "4 cells, expected 3: put cells that contain a separator" in rows[2].problem
     with pytest.raises(ValueError, match=r"row 2: no 'answer'; row 3: 4 cells, expected 3"):
         load_prompts(path, "train", DataConfig(), tokenizer)
     dropped = DataConfig(bad_rows="drop", keep={"level": [4, 5]})
@@ -232,7 +232,7 @@ def test_messages_as_text_are_no_prompt(
 ) -> None:
     cell = '"' + text.replace('"', '""') + '",1'
     lines = ["prompt,answer", cell] if name == "train.csv" else [{"prompt": text, "answer": "1"}]
-    with pytest.raises(ValueError, match=r"the prompt is a text that holds a list of messages .* write the data as"):
+    with pytest.raises(ValueError, match=r"the prompt is a text that contains a list of messages .* write the data as"):
         load_prompts(write(tmp_path, *lines, name=name), "train", DataConfig(), tokenizer)
 
 
@@ -283,7 +283,7 @@ def test_templates(tokenizer: PreTrainedTokenizerFast) -> None:
     assert render("Hi", DataConfig(chat_template="never"), tokenizer) == plain
     with pytest.raises(ValueError, match="chat_template: never cannot render"):
         render(messages, DataConfig(chat_template="never"), tokenizer)
-    with pytest.raises(ValueError, match="system message of its own"):
+    with pytest.raises(ValueError, match=r"has a system message, and .*system_prompt adds another"):
         render([{"role": "system", "content": "No."}, *messages], DataConfig(system_prompt="Be brief."), tokenizer)
     with pytest.raises(ValueError, match="no chat template"):
         render(messages, DataConfig(), make_tokenizer(None))

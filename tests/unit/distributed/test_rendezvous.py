@@ -85,7 +85,7 @@ def test_nobody_answers_where_rank_0_should_be(caplog: pytest.LogCaptureFixture)
 
 def test_a_rank_that_loads_for_long_is_named(caplog: pytest.LogCaptureFixture) -> None:
     ends = come(range(2), 2)
-    late = threading.Timer(1.0, ends[1].meet, ["loaded the model", 20.0])
+    late = threading.Timer(1.0, ends[1].wait_at, ["loaded the model", 20.0])
     late.start()
     ends[0].wait_at("loaded the model", 20.0)
     late.join()

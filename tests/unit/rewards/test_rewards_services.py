@@ -42,7 +42,7 @@ def test_scores_are_read_and_failures_stay_unscored(server: Server) -> None:
     scores = judged(server, "7 of {level}", "what?", "0", usd_per_million_input_tokens=10)
     assert scores.values[[0, 2], 0].tolist() == [0.7, 0.0]
     ((place, message),) = [(failure.item, failure.message) for failure in scores.failures]
-    assert place == 1 and "holds no score: 'I will not judge that.'" in message
+    assert place == 1 and "has no score: 'I will not judge that.'" in message
     sent = [request["messages"][0]["content"] for request in server.requests]
     assert "2+2?|7 of {level}|{prompt}" in sent, "what is filled in is not filled in again"
     assert server.requests[0]["model"] == "m" and server.requests[0]["temperature"] == 0

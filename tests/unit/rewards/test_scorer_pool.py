@@ -463,7 +463,7 @@ def test_workers_die_with_their_parent(directory: Path) -> None:
         (RewardConfig("user_rewards:no_completions"), r"the signature \(prompts\); expected one"),
         (RewardConfig("user_rewards:positional"), r"the signature \(completions, /\); expected one"),
         (RewardConfig("user_rewards:seen", args={"factr": 2}), "did you mean 'factor'"),
-        (RewardConfig("user_rewards:seen", args={"completions": 2}), "filled in for it"),
+        (RewardConfig("user_rewards:seen", args={"completions": 2}), "which every call fills in"),
         (RewardConfig("user_rewards:Counter"), "missing 1 required positional argument: 'start'"),
         (RewardConfig("broken_rewards:f"), r"No module named 'no_such_package' \(.*broken_rewards.py, line 2\)"),
         (RewardConfig("exiting_rewards:f"), "SystemExit: usage"),
@@ -507,7 +507,7 @@ def test_combine_tells_failed_from_does_not_apply() -> None:
     failed = np.array([[False, False], [False, False], [False, True], [False, False], [True, False]])
     np.testing.assert_array_equal(combine(values, failed, [1.0, 0.5]), [2.0, 1.0, nan, nan, nan])
     np.testing.assert_array_equal(combine(values, failed, [1.0, 0.0]), [1.0, nan, 1.0, nan, nan])
-    with pytest.raises(ValueError, match="do not fit"):
+    with pytest.raises(ValueError, match="1 weights given, expected"):
         combine(values, failed, [1.0])
 
 

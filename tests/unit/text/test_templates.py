@@ -104,7 +104,7 @@ def test_templates_that_cannot_be_used_at_all() -> None:
 def test_what_is_worth_a_word_is_said_once(
     template: str, messages: list[dict[str, str]], word: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    templates._said.clear()
+    templates._warned.clear()
     tokenizer = tokenizer_with(template)
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
@@ -150,7 +150,7 @@ def test_prompts_that_are_all_the_same_are_refused(tmp_path: Path) -> None:
     file = tmp_path / "train.jsonl"
     file.write_text("".join(json.dumps({"prompt": f"{n} and the same end", "answer": "1"}) + "\n" for n in range(3)))
     tokenizer = tokenizer_with(TURNS)
-    with pytest.raises(ValueError, match=r"all 3 prompts are the same 4 tokens.*too_long: truncate keeps the last 4"):
+    with pytest.raises(ValueError, match=r"all 3 prompts have the same 4 tokens.*too_long: truncate keeps the last 4"):
         load_prompts(str(file), "train", DataConfig(max_prompt_length=4, too_long="truncate"), tokenizer)
     file.write_text((json.dumps({"prompt": "one and the same", "answer": "1"}) + "\n") * 3)
     assert len(load_prompts(str(file), "train", DataConfig(), tokenizer)[0]) == 3, "given so, it is no mistake"
