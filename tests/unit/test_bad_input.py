@@ -210,4 +210,4 @@ def test_other_changes_are_listed(tmp_path: Path) -> None:
     after = config_of(tmp_path, "--optim.learning_rate", "2e-4", "--train.num_train_steps", "99")
     told = "\n".join(changes(path, after, identity(after, load_model_config(after.model), [])))
     assert "optim.learning_rate: 0.001 -> 0.0002" in told and "train.num_train_steps: 60 -> 99" in told
-    assert "another version than the checkpoint's" in told  # the checkpoint above names none
+    assert "the version differs from the checkpoint's" in told  # the checkpoint above names none
