@@ -11,7 +11,7 @@ UNSEEN = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb\ud800-\udfff"
     "\U000e0000-\U000e007f]"
 )
-"""Characters that show nothing, steer a terminal, or turn the direction of the text around them."""
+"""Characters that are invisible, control a terminal, or change the direction of text."""
 
 
 def plain(text: str, most_characters: int) -> str:
@@ -34,7 +34,7 @@ def plain_lines(text: str, most_characters: int = 4000) -> str:
 
 
 def visible(text: str) -> str:
-    """Return a text with names for invisible characters: `␛` for control characters, `⟨U+202E⟩` for the others."""
+    """Return a text with invisible characters replaced by names: `␛` for control characters, `⟨U+202E⟩` for others."""
     return UNSEEN.sub(lambda match: _named(match.group()), text)
 
 
