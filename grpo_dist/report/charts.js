@@ -40,7 +40,9 @@ function seriesOf(metrics) {
         });
       }
       const mean = (values) => values.reduce((a, b) => a + b) / values.length;
-      const points = [...steps].sort((a, b) => a[0] - b[0]).map(([step, { raw, smooth }]) => ({
+      const [first, last] = shownRange();
+      const shown = [...steps].filter(([step]) => step >= first && step <= last);
+      const points = shown.sort((a, b) => a[0] - b[0]).map(([step, { raw, smooth }]) => ({
         step, raw: mean(raw), value: mean(smooth), low: Math.min(...smooth), high: Math.max(...smooth),
       }));
       if (points.length) {
@@ -64,23 +66,48 @@ function ticks(low, high, most) {
   return values;
 }
 
-/** The least and greatest value to draw. They start from zero if that needs little space. */
-function extent(lines) {
+/** Ticks of a logarithmic axis: powers of ten, and 2 and 5 times them below two decades. */
+function logTicks(low, high, most) {
+  const factors = high / low > 100 ? [1] : [1, 2, 5];
+  const powers = Array.from({ length: Math.floor(Math.log10(high)) - Math.floor(Math.log10(low)) + 1 },
+    (_, n) => 10 ** (Math.floor(Math.log10(low)) + n));
+  const values = powers.flatMap((power) => factors.map((factor) => factor * power)).filter((value) => value >= low && value <= high);
+  const every = Math.ceil(values.length / (most + 2));
+  return values.length > 1 ? values.filter((_, place) => place % every === 0) : ticks(low, high, most);
+}
+
+/** The scale of values: logarithmic if chosen and if all values are above 0. A linear one starts from 0 if that needs
+ * little space. `share` maps a value to its height, from 0 to 1. */
+function scaleOf(lines) {
   const values = lines.flatMap((line) => line.points.flatMap((point) => [point.raw, point.low, point.high]));
   let [low, high] = [Math.min(...values), Math.max(...values)];
-  if (low >= 0 && low < high / 2) low = 0;
+  const isLog = state.log && low > 0;
+  if (!isLog && low >= 0 && low < high / 2) low = 0;
   if (low === high) [low, high] = low === 0 ? [0, 1] : [low - Math.abs(low) / 10, high + Math.abs(high) / 10];
-  return [low, high + (high - low) * 0.04];
+  high = isLog ? high * (high / low) ** 0.04 : high + (high - low) * 0.04;
+  const measure = isLog ? Math.log10 : (value) => value;
+  const share = (value) => (measure(value) - measure(low)) / (measure(high) - measure(low));
+  return { isLog, share, marks: (isLog ? logTicks : ticks)(low, high, 3) };
 }
 
 const LAST_STEP = Math.max(1, ...runs.flatMap((run) => run.curves.step));
 const FIRST_STEP = Math.min(LAST_STEP - 1, ...runs.flatMap((run) => run.curves.step));
 
+/** First and last step that line charts show. */
+const shownRange = () => state.range ?? [FIRST_STEP, LAST_STEP];
+
+/** Show only the steps between two, or all steps if the two are equal or cover everything. */
+function zoom(one, other) {
+  const [first, last] = [Math.max(FIRST_STEP, Math.min(one, other)), Math.min(LAST_STEP, Math.max(one, other))];
+  set({ range: first < last && (first > FIRST_STEP || last < LAST_STEP) ? [first, last] : null, cursor: null });
+}
+
 /** Positions on the axis of steps, which all line charts share. */
 function stepAxis(left, right) {
-  const place = (step) => left + ((step - FIRST_STEP) / (LAST_STEP - FIRST_STEP)) * (right - left);
-  const step = (x) => Math.round(FIRST_STEP + ((x - left) / (right - left)) * (LAST_STEP - FIRST_STEP));
-  return { place, step: (x) => Math.min(LAST_STEP, Math.max(FIRST_STEP, step(x))) };
+  const [first, last] = shownRange();
+  const place = (step) => left + ((step - first) / (last - first)) * (right - left);
+  const step = (x) => Math.round(first + ((x - left) / (right - left)) * (last - first));
+  return { place, step: (x) => Math.min(last, Math.max(first, step(x))) };
 }
 
 function path(points, x, y) {
@@ -99,6 +126,34 @@ function followPointer(svg, stepOf) {
     set({ cursor: stepOf(event.clientX - svg.getBoundingClientRect().left) });
   });
   svg.addEventListener("pointerleave", () => set({ cursor: null }));
+}
+
+/** Zoom to the steps that the pointer drags over, and show all steps after a double click. A finger scrolls instead. */
+function zoomByPointer(svg, axis, box) {
+  const area = svg.appendChild(make("rect", { class: "chosen", y: box.top, height: box.bottom - box.top, width: 0 }));
+  const inside = (event) => Math.min(box.right, Math.max(box.left, event.clientX - svg.getBoundingClientRect().left));
+  let start = null;
+  svg.addEventListener("pointerdown", (event) => {
+    if (event.pointerType === "touch" || event.button !== 0) return;
+    start = inside(event);
+    svg.setPointerCapture(event.pointerId);
+  });
+  svg.addEventListener("pointermove", (event) => {
+    if (start == null) return;
+    area.setAttribute("x", Math.min(start, inside(event)));
+    area.setAttribute("width", Math.abs(inside(event) - start));
+  });
+  const stop = () => {
+    start = null;
+    area.setAttribute("width", 0);
+  };
+  svg.addEventListener("pointercancel", stop);
+  svg.addEventListener("pointerup", (event) => {
+    const [from, end] = [start, inside(event)];
+    stop();
+    if (from != null && Math.abs(end - from) > 5) zoom(axis.step(from), axis.step(end));
+  });
+  svg.addEventListener("dblclick", () => zoom(FIRST_STEP, LAST_STEP));
 }
 
 /** The title of a chart, and below it the printed values. */
@@ -123,10 +178,11 @@ function lineChart({ title, metrics, unit = "", small = true }) {
     axis = stepAxis(box.left, box.right);
     const svg = make("svg", { width, height, role: "img", "aria-label": title });
     if (lines.length) {
-      const [low, high] = extent(lines);
-      const y = (value) => box.bottom - ((value - low) / (high - low)) * (box.bottom - box.top);
+      const scale = scaleOf(lines);
+      const y = (value) => box.bottom - scale.share(value) * (box.bottom - box.top);
       const x = (point) => axis.place(point.step);
-      for (const tick of ticks(low, high, 3)) {
+      if (state.log && !scale.isLog) svg.append(make("text", { class: "tick", x: box.right, y: box.top + 10, "text-anchor": "end" }, "linear: has values up to 0"));
+      for (const tick of scale.marks) {
         svg.append(make("line", { class: "rule", x1: box.left, x2: box.right, y1: y(tick), y2: y(tick) }),
           make("text", { class: "tick", x: box.left - 6, y: y(tick) + 4, "text-anchor": "end" }, short(tick)));
       }
@@ -137,18 +193,20 @@ function lineChart({ title, metrics, unit = "", small = true }) {
     drawSteps(svg, axis, box);
     mark = svg.appendChild(make("line", { class: "cursor", y1: box.top, y2: box.bottom }));
     followPointer(svg, axis.step);
+    zoomByPointer(svg, axis, box);
     holder.replaceChildren(svg);
     read();
   };
   const read = () => {
-    const at = state.cursor ?? LAST_STEP;
+    const [first, last] = shownRange();
+    const at = state.cursor ?? last;
     for (const [name, value] of [["x1", axis.place(at)], ["x2", axis.place(at)]]) mark.setAttribute(name, value);
-    mark.setAttribute("visibility", state.cursor == null ? "hidden" : "visible");
+    mark.setAttribute("visibility", state.cursor == null || at < first || at > last ? "hidden" : "visible");
     readout.replaceChildren(...lines.map((line) => make("span", { title: line.label }, swatch(line.color, line.dashed),
       lines.length > 1 && !small ? `${line.label} ` : "", make("b", {}, short(pointAt(line, state.cursor)?.raw)))));
   };
   whenPlaced(holder, draw);
-  watch(["width", "smoothing", "hidden"], () => holder.isConnected && draw());
+  watch(["width", "smoothing", "hidden", "range", "log"], () => holder.isConnected && draw());
   watch(["cursor"], () => mark && read());
   return figure;
 }
@@ -171,7 +229,7 @@ function drawLine(svg, line, x, y) {
 
 function drawSteps(svg, axis, box) {
   svg.append(make("line", { class: "axis", x1: box.left, x2: box.right, y1: box.bottom, y2: box.bottom }));
-  const marks = ticks(FIRST_STEP, LAST_STEP, (box.right - box.left) / 70).filter(Number.isInteger);
+  const marks = ticks(...shownRange(), (box.right - box.left) / 70).filter(Number.isInteger);
   marks.forEach((step, i) => svg.append(make("text", { class: "tick", x: axis.place(step), y: box.bottom + 15,
     "text-anchor": i === marks.length - 1 && axis.place(step) > box.right - 12 ? "end" : "middle" },
     i === 0 ? `step ${step}` : integer(step))));

@@ -21,6 +21,8 @@ const state = {
   smoothing: usualSmoothing(Math.max(...runs.map((run) => run.curves.step.length))),
   run: 0, // the run whose answers, times and completions are shown
   hidden: new Set(), // numbers of variants that are not drawn
+  range: null, // first and last step of the line charts; null is all steps
+  log: false, // whether the line charts have logarithmic values
   width: 0,
 };
 

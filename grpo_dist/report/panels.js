@@ -67,8 +67,15 @@ function toolbar() {
   const smoothing = make("input", { type: "range", id: "smoothing", min: 0, max: 0.98, step: 0.02, value: state.smoothing,
     input: () => set({ smoothing: Number(smoothing.value) }) });
   const amount = make("output", { for: "smoothing" });
+  const bound = (id, name) => make("input", { type: "number", id, min: FIRST_STEP, max: LAST_STEP, "aria-label": name,
+    change: () => zoom(Number(from.value || FIRST_STEP), Number(until.value || LAST_STEP)) });
+  const [from, until] = [bound("from", "First step of the curves"), bound("until", "Last step of the curves")];
+  const everything = make("button", { type: "button", id: "everything", click: () => zoom(FIRST_STEP, LAST_STEP) }, "All steps");
+  const log = make("input", { type: "checkbox", id: "log", change: () => set({ log: log.checked }) });
   bar.append(
     make("label", {}, "Step read out ", step, shown), make("label", {}, "Smoothing ", smoothing, amount),
+    make("span", { class: "range", title: "Or drag over a curve; a double click shows all steps" }, "Curves from ", from, " to ", until, everything),
+    make("label", {}, log, "Log scale"),
   );
   if (variants.length > 1) bar.append(legend());
   if (runs.length > 1) {
@@ -81,6 +88,10 @@ function toolbar() {
     shown.textContent = state.cursor == null ? "last" : integer(state.cursor);
   });
   watch(["smoothing"], () => { amount.textContent = state.smoothing.toFixed(2); });
+  watch(["range"], () => {
+    [from.value, until.value] = shownRange();
+    everything.disabled = state.range == null;
+  });
 }
 
 function legend() {

@@ -124,6 +124,20 @@ class Page:
             self.send("Input.dispatchKeyEvent", type=kind, key=key, code=key,
                       windowsVirtualKeyCode={"Tab": 9, "Enter": 13, "Escape": 27, "ArrowLeft": 37}[key])  # fmt: skip
 
+    def drag(self, selector: str, start: float, end: float) -> None:
+        """Drag the mouse over the first element that a CSS selector finds, between two shares of its width."""
+        left, width, y = self.js(f"""(() => {{ const node = document.querySelector({json.dumps(selector)});
+            node.scrollIntoView({{ block: "center", behavior: "instant" }});
+            const box = node.getBoundingClientRect(); return [box.left, box.width, box.top + box.height / 2]; }})()""")
+        for kind, share in (
+            ("mouseMoved", start),
+            ("mousePressed", start),
+            ("mouseMoved", end),
+            ("mouseReleased", end),
+        ):
+            self.send("Input.dispatchMouseEvent", type=kind, x=left + share * width, y=y, clickCount=1,
+                      button="none" if kind == "mouseMoved" else "left", buttons=1)  # fmt: skip
+
     def screenshot(self, path: Path, whole: bool = False) -> None:
         """Save what is seen as PNG, or the whole page."""
         found = self.send("Page.captureScreenshot", captureBeyondViewport=whole, **(

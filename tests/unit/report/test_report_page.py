@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -137,6 +139,49 @@ def test_by_keyboard(page: Page, single: Path) -> None:
     page.press("ArrowLeft")
     assert page.texts("[data-metric='reward/mean'] .readout") == ["0.917"]
     assert page.texts("#toolbar output")[0] == "11"
+
+
+STEPS = "[...document.querySelectorAll('#from, #until')].map((field) => Number(field.value))"
+LAST_TICK = "[...document.querySelectorAll('[data-metric=\"reward/mean\"] .tick')].pop().textContent"
+
+
+def test_curves_zoom_by_dragging_and_by_fields(page: Page, single: Path) -> None:
+    page.open(single, 1440)
+    assert page.js(STEPS) == [0, 12] and page.js("document.getElementById('everything').disabled")
+    page.drag("[data-metric='kl'] .plot svg", 0.4, 0.8)
+    first, last = page.js(STEPS)
+    assert 0 < first < last < 12 and page.js(LAST_TICK) == str(last), "one range for all charts"
+    assert page.js("document.querySelector('[data-metric=kl] .line').getBBox().width") > 100
+    page.send("Input.dispatchMouseEvent", type="mouseMoved", x=5, y=5)
+    assert page.texts("[data-metric='reward/mean'] .readout") == [f"{last / 12:.3g}"], "the last step that is shown"
+    page.js("document.querySelector('[data-metric=kl] .plot svg').dispatchEvent(new MouseEvent('dblclick'))")
+    assert page.js(STEPS) == [0, 12] and page.js(LAST_TICK) == "12"
+    page.js("""(() => { const field = document.getElementById("until"); field.value = "6";
+        field.dispatchEvent(new Event("change")); })()""")
+    assert page.js(STEPS) == [0, 6] and page.js(LAST_TICK) == "6"
+    page.js("document.getElementById('everything').click()")
+    assert page.js(STEPS) == [0, 12]
+
+
+def test_a_logarithmic_scale(page: Page, tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    added = [{"entropy": 10.0 ** -line["step"], "grad_norm": line["step"]} for line in lines]
+    (run / "metrics.jsonl").write_text("".join(
+        json.dumps(line | more) + "\n" for line, more in zip(lines, added, strict=True)))  # fmt: skip
+    page.open(write_report([run]), 1440)
+    page.js("""(() => { const field = document.getElementById("smoothing"); field.value = 0;
+        field.dispatchEvent(new Event("input")); })()""")
+    heights = (
+        "[...document.querySelectorAll('[data-metric=entropy] circle')].map((dot) => Number(dot.getAttribute('cy')))"
+    )
+    page.js("document.getElementById('log').click()")
+    gaps = [after - before for before, after in itertools.pairwise(page.js(heights))]
+    assert len(gaps) == 12 and max(gaps) - min(gaps) < 0.01 * gaps[0], "equal factors, equal distances"
+    assert "linear: has values up to 0" in page.texts("[data-metric=grad_norm] .tick")
+    assert "linear: has values up to 0" not in page.texts("[data-metric=entropy] .tick")
+    page.js("document.getElementById('log').click()")
+    assert page.js(heights)[1] - page.js(heights)[0] > 5 * gaps[0]
 
 
 def test_theme_motion_and_paper(page: Page, single: Path) -> None:
