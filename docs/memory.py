@@ -175,7 +175,7 @@ def measured_process(arguments: list[str], report: Path) -> None:
         with phase("update"):
             update(parts, state, batch, minibatches[0])
         del minibatches
-        parts.rollout_model.sync()
+        parts.engine.update_weights()
         state.after_step(state.kl_coeff, pass_rates(batch, weights))
     if parts.ranks.is_main:
         report.write_text(json.dumps(peak_bytes))

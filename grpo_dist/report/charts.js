@@ -85,8 +85,8 @@ function scaleOf(lines) {
   if (!isLog && low >= 0 && low < high / 2) low = 0;
   if (low === high) [low, high] = low === 0 ? [0, 1] : [low - Math.abs(low) / 10, high + Math.abs(high) / 10];
   high = isLog ? high * (high / low) ** 0.04 : high + (high - low) * 0.04;
-  const measure = isLog ? Math.log10 : (value) => value;
-  const share = (value) => (measure(value) - measure(low)) / (measure(high) - measure(low));
+  const transform = isLog ? Math.log10 : (value) => value;
+  const share = (value) => (transform(value) - transform(low)) / (transform(high) - transform(low));
   return { isLog, share, marks: (isLog ? logTicks : ticks)(low, high, 3) };
 }
 
