@@ -1,4 +1,4 @@
-"""Random numbers as functions of counters: no state that a checkpoint holds or that ranks share. Pure.
+"""Random numbers as functions of counters: no state for checkpoints or for ranks to share. Pure.
 
 A key is a 64-bit hash of a number's purpose (seed, step, prompt, …). Further counters are mixed into it on the device.
 """

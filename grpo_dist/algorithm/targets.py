@@ -37,7 +37,7 @@ def has_groups(config: Config) -> bool:
 
 
 def needs_old_policy(config: Config) -> bool:
-    """Whether advantages depend on the old policy's log-probabilities, entropies or values of the whole batch."""
+    """Whether advantages depend on the old policy's log-probabilities, entropies or values of the full batch."""
     return (
         config.advantage.baseline == "critic" or config.loss.kl_in == "reward" or config.loss.top_entropy_quantile < 1
     )

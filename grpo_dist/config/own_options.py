@@ -1,4 +1,4 @@
-"""The parser of a command's own options, which leaves those of a run to `parse_config` and takes no abbreviations."""
+"""The parser of a command's own options. It leaves a run's options to `parse_config`, and takes no abbreviations."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from .parse import command_line_options
 
 
 class OwnOptions(argparse.ArgumentParser):
-    """Refuses what is nearer to one of its own options than to those of a run; other words are the caller's.
+    """Refuses a word that is nearer to one of its own options than to a run's; the caller gets the other words.
 
-    An abbreviation would hide a run's option (`--lora` was `--lora_r` to a command that has it), or a misspelt one.
+    An abbreviation would hide a run's option (`--lora` would be `--lora_r` where a command has it), or a misspelling.
     """
 
     def __init__(self, *arguments: Any, **settings: Any) -> None:
@@ -34,7 +34,7 @@ class OwnOptions(argparse.ArgumentParser):
 
 
 def nearest(word: str, own: Sequence[str], others: Sequence[str]) -> str | None:
-    """The option that somebody meant: itself, an own one that begins so, or the nearest; None where nothing is near."""
+    """The option that a word stands for: itself, an own one that begins so, or the nearest; None where none is near."""
     begun = [option for option in own if option.startswith(word)]
     if word in others or not begun:
         return word if word in others else next(iter(difflib.get_close_matches(word, [*own, *others], 1, 0.75)), None)

@@ -142,7 +142,7 @@ class DataConfig:
                 "data.train_file", self.train_file, "a file, or files with weights above 0")  # fmt: skip
         require(not self.streaming or (self.bad_rows, self.too_long, self.keep) in [
             ("error", "bad_row", None), ("error", "truncate", None)], "data.streaming", self.streaming,
-            "false where bad_rows, too_long or keep leave rows out: a stream cannot know beforehand which")  # fmt: skip
+            "false where bad_rows, too_long or keep leave rows out: a stream does not know which ones")  # fmt: skip
 
 
 @dataclass

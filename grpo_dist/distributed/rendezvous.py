@@ -43,7 +43,7 @@ LATE_SECONDS = 60.0
 
 
 class LaunchError(ValueError):
-    """The ranks cannot work together; the message says which, and what to do."""
+    """The ranks cannot start a run; the message says which, and what to do."""
 
     def __init__(self, message: str, by_all: bool = False) -> None:
         """`by_all`: all ranks raise it, so one of them can print it."""
@@ -92,7 +92,7 @@ class Rendezvous:
         """Report, and wait for the others. Raises LaunchError where they do not report in time."""
         self.rank, self.num_ranks, self.timeout_seconds = rank, num_ranks, timeout_seconds
         self._reach()
-        arrival = f"come to {self.place}"
+        arrival = f"reported to {self.place}"
         self.wait_at(arrival, timeout_seconds, json.dumps(asdict(own_report())))
         reports = self.store.multi_get([self._key(arrival, each) for each in range(num_ranks)])
         self.reports = [Report(**json.loads(each)) for each in reports]
@@ -125,16 +125,17 @@ class Rendezvous:
         """The launcher's store, or else one that rank 0 serves."""
         host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         serves = self.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-        begun = said = time.monotonic()
+        begun = reminded = time.monotonic()
         while not serves and not _answers(host, port):
             now = time.monotonic()
             if now - begun > self.timeout_seconds:
-                raise LaunchError(f"rank {self.rank} on {socket.gethostname()} has reached nobody at {self.place} for "
-                                  f"{now - begun:.0f} s: does rank 0 run there, and is the port open?")  # fmt: skip
-            if now - said > REMIND_SECONDS:
-                log.error("rank %d on %s reaches nobody at %s yet (%.0f s of %.0f)", self.rank, socket.gethostname(),
+                raise LaunchError(f"rank {self.rank} on {socket.gethostname()} has had no answer from {self.place} "
+                                  f"for {now - begun:.0f} s: check that rank 0 runs there, and that the port is "
+                                  "open")  # fmt: skip
+            if now - reminded > REMIND_SECONDS:
+                log.error("rank %d on %s has no answer from %s yet (%.0f s of %.0f)", self.rank, socket.gethostname(),
                           self.place, now - begun, self.timeout_seconds)  # fmt: skip
-                said = now
+                reminded = now
             time.sleep(LOOK_SECONDS)
         # torch's own rendezvous follows at the same address and shares the store; a wait for all ranks is not for here
         return dist.TCPStore(host, port, self.num_ranks, serves, timedelta(seconds=self.timeout_seconds),
@@ -157,7 +158,7 @@ class Rendezvous:
         also where one of them has failed."""
         try:
             self._set(point, value)
-            begun = said = time.monotonic()
+            begun = reminded = time.monotonic()
             while self.store.add(self._key(point), 0) < self.num_ranks:
                 if self.store.check([self._key("failed")]):
                     self.store.add(self._key("know"), 1)
@@ -167,11 +168,11 @@ class Rendezvous:
                     raise LaunchError(f"{self._missing_since(point, now - begun)}. Start them with the same address "
                                       "and port, or start fewer ranks; their own logs say why they have not"
                                       )  # fmt: skip
-                if now - said > REMIND_SECONDS and (self.rank == 0 or 0 in self.missing(point)):
+                if now - reminded > REMIND_SECONDS and (self.rank == 0 or 0 in self.missing(point)):
                     log.error(
                         "%s (the run ends after %.0f s)", self._missing_since(point, now - begun), timeout_seconds
                     )
-                    said = now
+                    reminded = now
                 time.sleep(LOOK_SECONDS)
         except RuntimeError as error:
             raise LaunchError(f"rank {self.rank} on {socket.gethostname()}: {self.place} does not answer any more; "
@@ -225,13 +226,13 @@ class Rendezvous:
     def _advice(self) -> str:
         own, absent, not_done = self.reports[self.rank], self.missing("entered"), self.missing("done")
         inside = [each for each in not_done if each not in absent]
-        through = [each for each in range(self.num_ranks) if each not in not_done]
+        done = [each for each in range(self.num_ranks) if each not in not_done]
         backend, name = ("NCCL", "NCCL_SOCKET_IFNAME") if own.gpu else ("gloo", "GLOO_SOCKET_IFNAME")
         hosts = {each.host: each.address for each in self.reports}
         return (
-            f"rank {self.rank} on {own.host} does not get through the first collective of the {self.num_ranks} ranks "
+            f"rank {self.rank} on {own.host} does not complete the first collective of the {self.num_ranks} ranks "
             f"over {backend} ({name}={os.environ.get(name, '(not set)')}; it reaches {self.place} by {own.address}). "
-            f"Through it: rank {_listed(through)}; in it: {_listed(inside)}; not come to it: {_listed(absent)}. "
+            f"Ranks that have completed it: {_listed(done)}; inside: {_listed(inside)}; missing: {_listed(absent)}. "
             f"Hosts: {', '.join(f'{host} ({address})' for host, address in hosts.items())}. Set NCCL_SOCKET_IFNAME and "
             "GLOO_SOCKET_IFNAME to the interface by which the hosts reach one another"
         )

@@ -123,12 +123,12 @@ class JudgeReward:
         verdicts = await asyncio.gather(*(self._judge(text) for text in texts), return_exceptions=True)
         given = [verdict for verdict in verdicts if isinstance(verdict, Verdict)]
         if log_metric:
-            asked = [verdict for verdict in given if not verdict.cached]
-            log_metric("cached", (len(given) - len(asked)) / len(texts))
-            log_metric("cost_usd", sum(verdict.cost_usd for verdict in asked) / len(texts))
-            log_metric("retries", sum(verdict.retries for verdict in asked) / len(texts))
-            if asked:
-                log_metric("latency_seconds", sum(verdict.seconds for verdict in asked) / len(asked))
+            sent = [verdict for verdict in given if not verdict.cached]
+            log_metric("cached", (len(given) - len(sent)) / len(texts))
+            log_metric("cost_usd", sum(verdict.cost_usd for verdict in sent) / len(texts))
+            log_metric("retries", sum(verdict.retries for verdict in sent) / len(texts))
+            if sent:
+                log_metric("latency_seconds", sum(verdict.seconds for verdict in sent) / len(sent))
         if log_extra:
             log_extra("verdict", [verdict.text if isinstance(verdict, Verdict) else None for verdict in verdicts])
         return [self._reward(verdict) for verdict in verdicts]

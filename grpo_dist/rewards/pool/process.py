@@ -121,10 +121,10 @@ class ThisProcess:
         return answer(self._rewards, request)
 
     def signal_kill(self) -> None:
-        """Do nothing: this process goes on."""
+        """Do nothing: the training continues."""
 
     def kill(self) -> int:
-        """Do nothing: this process goes on."""
+        """Do nothing: the training continues."""
         return 0
 
 

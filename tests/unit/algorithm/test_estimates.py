@@ -42,18 +42,18 @@ def test_majorities(answers: list[str | None], right: list[bool], k: int, expect
 
 
 def test_intervals_cover_and_repeat() -> None:
-    told = estimate([0.0, 1.0] * 200)
-    assert told == estimate([0.0, 1.0] * 200) and told.value == 0.5
-    assert told.low == pytest.approx(0.5 - 1.96 * 0.025, abs=0.01) and told.high == pytest.approx(0.549, abs=0.01)
+    result = estimate([0.0, 1.0] * 200)
+    assert result == estimate([0.0, 1.0] * 200) and result.value == 0.5
+    assert result.low == pytest.approx(0.5 - 1.96 * 0.025, abs=0.01) and result.high == pytest.approx(0.549, abs=0.01)
     assert math.isnan(estimate([]).value)
 
 
 def test_comparisons() -> None:
     worse, better = [0.0, 0.25, 0.5, 0.5, 0.25, 0.0, 0.25, 0.75], [0.5, 0.75, 1.0, 0.75, 0.75, 0.5, 0.5, 1.0]
-    told = compare(worse, better)
-    assert told.difference.value == pytest.approx(0.40625) and told.difference.low > 0
-    assert told.p_value == pytest.approx(2 / 2**8, abs=0.003), "all eight signs agree"
-    assert compare(worse, worse).p_value == 1 and compare(better, worse).p_value == told.p_value
+    result = compare(worse, better)
+    assert result.difference.value == pytest.approx(0.40625) and result.difference.low > 0
+    assert result.p_value == pytest.approx(2 / 2**8, abs=0.003), "all eight signs are equal"
+    assert compare(worse, worse).p_value == 1 and compare(better, worse).p_value == result.p_value
     with pytest.raises(ValueError):
         compare([], [])
 
@@ -64,9 +64,9 @@ def test_unscored_samples_count_in_nothing_else() -> None:
         "right": [True, False, False, False], "finished": [True, True, True, False], "answers": ["1", "2", "2", "2"],
     }  # fmt: skip
     lost = row | {"prompt_index": 1, "rewards": [None] * 4, "right": [False] * 4}
-    told = {name: each.value for name, each in summarise([row, lost], 4).items()}
-    assert [told[name] for name in ("mean@4", "mean reward", "pass@1")] == pytest.approx([1 / 3] * 3)
-    assert told["unscored"] == 0.625 and told["truncated"] == 0.25 and math.isnan(told["pass@4"])
-    assert told["maj@2"] == 1.0
+    result = {name: each.value for name, each in summarise([row, lost], 4).items()}
+    assert [result[name] for name in ("mean@4", "mean reward", "pass@1")] == pytest.approx([1 / 3] * 3)
+    assert result["unscored"] == 0.625 and result["truncated"] == 0.25 and math.isnan(result["pass@4"])
+    assert result["maj@2"] == 1.0
     with pytest.raises(ValueError, match="0 and 0 prompts"):
         compare_rows([row], [row])

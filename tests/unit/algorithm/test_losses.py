@@ -293,11 +293,11 @@ def test_an_empty_pack_has_a_loss_of_zero_that_can_be_differentiated(case: LossC
 @pytest.mark.parametrize("case", CASES + DETACHED)
 def test_the_loss_is_a_sum_over_completions(case: LossConfig) -> None:
     tensors = inputs()
-    whole = loss_of(case, **tensors).total.item()
+    total = loss_of(case, **tensors).total.item()
     parts = 0.0
     for number in range(len(LENGTHS)):
         mine = tensors["sequence"] == number
         part = {name: tensor[mine] for name, tensor in tensors.items()}
         part["sequence"] = torch.zeros(LENGTHS[number], dtype=torch.int64)
         parts += float(loss_of(case, **part).total)
-    assert parts == pytest.approx(whole, rel=1e-12)
+    assert parts == pytest.approx(total, rel=1e-12)

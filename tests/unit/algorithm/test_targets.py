@@ -223,7 +223,7 @@ def test_the_controller_moves_towards_the_target() -> None:
 
 @pytest.mark.parametrize(("estimator", "unbiased"), [("k1", True), ("k2", False), ("k3", True)])
 def test_estimators_have_the_gradient_of_the_kl(estimator: Any, unbiased: bool) -> None:
-    """Summed over a whole vocabulary under the policy, the estimates' gradients are that of the KL itself."""
+    """Summed over the vocabulary under the policy, the estimates' gradients are that of the KL itself."""
     generator = torch.Generator().manual_seed(5)
     logits, reference = torch.randn(2, 6, generator=generator, dtype=torch.float64)
     logits.requires_grad_()
@@ -320,8 +320,8 @@ def test_a_preset_is_a_config_that_means_something(name: str) -> None:
 def test_an_unknown_preset_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         parse_config(["--preset", "grop"])
-    told = capsys.readouterr().err
-    assert "grop" in told and "'grpo'" in told
+    output = capsys.readouterr().err
+    assert "grop" in output and "'grpo'" in output
 
 
 @pytest.mark.parametrize(

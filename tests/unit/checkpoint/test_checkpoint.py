@@ -1,4 +1,4 @@
-"""Checkpoints: whole or not at all, bit for bit, and nothing in them is followed or executed."""
+"""Checkpoints: complete or not there, bit for bit, and nothing in them is followed or executed."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def state(seed: int) -> dict[str, Tensor]:
 
 
 def save(root: Path, step: int, keep: int = 10) -> Path:
-    """A checkpoint whose tensors are told by its step."""
+    """A checkpoint whose tensors depend on its step."""
     return checkpoint.save(root, step, state(step), {"identity": {"seed": step, "base": None}}, keep)
 
 

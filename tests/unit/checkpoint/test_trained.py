@@ -1,4 +1,4 @@
-"""Trained models found again: full fine-tuning, tied and untied embeddings, a critic, a base that is another."""
+"""Trained models, loaded again: full fine-tuning, tied and untied embeddings, a critic, a base that is another."""
 
 from __future__ import annotations
 

@@ -50,7 +50,7 @@ def test_a_mixture_keeps_its_shares_and_goes_through_each_part() -> None:
     parts = Counter("a" if index < 30 else "b" if index < 37 else "c" for index in taken)
     assert parts == {"a": 500, "b": 333, "c": 167}
     first = Counter(index for index in taken if index < 30)
-    assert len(first) == 30 and max(first.values()) - min(first.values()) <= 1, "in whole permutations"
+    assert len(first) == 30 and max(first.values()) - min(first.values()) <= 1, "in complete permutations"
     assert mixture.batch_indices(77) == Mixture([30, 7, 500], [3, 2, 1], 10, 1).batch_indices(77)
     assert mixture.batch_indices(0) != Mixture([30, 7, 500], [3, 2, 1], 10, 2).batch_indices(0)
     with pytest.raises(ValueError, match="thousandth"):
@@ -88,15 +88,15 @@ def test_the_curriculum_passes_over_what_is_too_easy_or_too_hard() -> None:
 
     rates = {1: 0.0, 2: 1.0, 3: math.nan}
     taken = run_curriculum(make(), rates, 30)
-    assert sorted(taken[:12]) == list(range(12)), "what was never measured is taken"
+    assert sorted(taken[:12]) == list(range(12)), "a prompt without a pass rate is taken"
     assert not {1, 2} & set(taken[12:32]), "they rest for two passes"
     counts = Counter(taken)
     assert 1 <= counts[1] < counts[4] and counts[3] >= counts[4] - 1
-    whole = make()
-    run_curriculum(whole, rates, 7)
+    uninterrupted = make()
+    run_curriculum(uninterrupted, rates, 7)
     resumed = make()
-    resumed.restore(json.loads(json.dumps(whole.state())))
-    assert run_curriculum(resumed, rates, 10) == run_curriculum(whole, rates, 10)
+    resumed.restore(json.loads(json.dumps(uninterrupted.state())))
+    assert run_curriculum(resumed, rates, 10) == run_curriculum(uninterrupted, rates, 10)
     hopeless = dict.fromkeys(range(12), 0.0)
     assert len(run_curriculum(make(), hopeless, 20)) == 80, "where nothing fits, prompts come in turn"
 
@@ -130,9 +130,9 @@ def test_streaming_gives_the_same_prompts_in_the_same_order(tmp_path: Path, toke
     path = write(tmp_path / "a.jsonl", range(300))
     with open(path, "a") as file:
         file.write("\n  \n" + json.dumps({"prompt": "é?", "answer": 1}) + "\n")
-    held, sampler = load_training(config(train_file=path), tokenizer, CHECKS)
+    loaded, sampler = load_training(config(train_file=path), tokenizer, CHECKS)
     streamed, same = load_training(config(train_file=path, streaming=True), tokenizer, CHECKS)
-    assert list(streamed) == held and streamed[298:] == held[298:]
+    assert list(streamed) == loaded and streamed[298:] == loaded[298:]
     assert sampler.batch_indices(50) == same.batch_indices(50)
     csv = tmp_path / "a.csv"
     csv.write_text("prompt,answer\na?,1\nb?,2\n")
@@ -153,11 +153,11 @@ def test_filters_are_counted(tmp_path: Path, tokenizer: Any, caplog: pytest.LogC
     prompts, _ = load_training(config(train_file=path, keep={"level": {"max": 1}, "kind": ["x"]}), tokenizer, CHECKS)
     assert [prompt.index for prompt in prompts] == [0, 4, 6]
     assert "keeps 3 of 10 rows (left out by level: 3, kind: 5)" in caplog.text
-    for keep, told in (
+    for keep, message in (
         ({"levle": 1}, "no column 'levle'"), ({"level": {"most": 1}}, "min and max"),
         ({"level": 7}, "leave none of 10"), ({"kind": {"min": 1}}, "cannot be compared"),
     ):  # fmt: skip
-        with pytest.raises(ValueError, match=told):
+        with pytest.raises(ValueError, match=message):
             load_training(config(train_file=path, keep=keep), tokenizer, CHECKS)
 
 

@@ -215,7 +215,9 @@ def test_cells_of_a_csv_file(tmp_path: Path, tokenizer: PreTrainedTokenizerFast)
         load_prompts(path, "train", DataConfig(), tokenizer)
     dropped = DataConfig(bad_rows="drop", keep={"level": [4, 5]})
     prompts, _ = load_prompts(path, "train", dropped, tokenizer)
-    assert [prompt.columns["answer"] for prompt in prompts] == ["01"], "numbers are wanted, and texts compared as such"
+    assert [prompt.columns["answer"] for prompt in prompts] == ["01"], (
+        "the condition has numbers, and texts are compared as numbers"
+    )
     kept = DataConfig(bad_rows="drop", keep={"level": {"min": 4}, "answer": "01"})
     assert len(load_prompts(path, "train", kept, tokenizer)[0]) == 1
     with pytest.raises(ValueError, match=r"the column\(s\) 'a' occur more than once"):

@@ -65,6 +65,6 @@ def test_a_stack_names_the_innermost_calls_and_reads_no_source() -> None:
         return stack_of(sys._getframe())
 
     linecache.clearcache()
-    told = inner().splitlines()
+    calls = inner().splitlines()
     assert not linecache.cache
-    assert len(told) == 6 and told[-1].endswith("in inner") and told[-2].endswith("and_reads_no_source")
+    assert len(calls) == 6 and calls[-1].endswith("in inner") and calls[-2].endswith("and_reads_no_source")

@@ -1,4 +1,4 @@
-"""The ranks of a launch come together, or it is said which of them does not, and where."""
+"""The ranks of a launch find one another, or a message names those that are missing."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_who_is_missing_is_named_again_and_again_and_in_the_end(caplog: pytest.L
     lines = [record.getMessage() for record in caplog.records]
     assert len(lines) > 1
     place = f"127.0.0.1:{os.environ['MASTER_PORT']}"
-    assert lines[-1].startswith(f"2 of 4 ranks have come to {place}; missing for ")
+    assert lines[-1].startswith(f"2 of 4 ranks have reported to {place}; missing for ")
     assert "rank 1, 3 (the run ends after 2 s)" in lines[-1]
     assert "missing for 2 s: rank 1, 3. Start them with the same address and port" in str(ends[0])
     assert is_of_one_rank(ends[0])
@@ -79,8 +79,8 @@ def test_who_is_missing_is_named_again_and_again_and_in_the_end(caplog: pytest.L
 
 def test_nobody_answers_where_rank_0_should_be(caplog: pytest.LogCaptureFixture) -> None:
     end = come([1], 2, timeout_seconds=1.0)[1]
-    assert f"rank 1 on {socket.gethostname()} has reached nobody at 127.0.0.1:{os.environ['MASTER_PORT']}" in str(end)
-    assert "reaches nobody" in caplog.text
+    assert f"rank 1 on {socket.gethostname()} has had no answer from 127.0.0.1:{os.environ['MASTER_PORT']}" in str(end)
+    assert "has no answer from" in caplog.text
 
 
 def test_a_rank_that_loads_for_long_is_named(caplog: pytest.LogCaptureFixture) -> None:
@@ -141,10 +141,10 @@ def test_a_first_collective_that_stands_still_ends_the_process(
     ends[0]._set("entered")
     with ends[0].first_collective(0.1):
         assert ended.wait(20)
-    told = capsys.readouterr().err
-    assert f"error: no answer in 0 s. rank 0 on {socket.gethostname()} does not get through the first" in told
-    assert "of the 3 ranks over gloo (GLOO_SOCKET_IFNAME=(not set); it reaches 127.0.0.1:" in told
-    assert "by lo 127.0.0.1). Through it: rank 1; in it: 0; not come to it: 2. " in told
+    output = capsys.readouterr().err
+    assert f"error: no answer in 0 s. rank 0 on {socket.gethostname()} does not complete the first" in output
+    assert "of the 3 ranks over gloo (GLOO_SOCKET_IFNAME=(not set); it reaches 127.0.0.1:" in output
+    assert "by lo 127.0.0.1). Ranks that have completed it: 1; inside: 0; missing: 2. " in output
 
 
 def test_a_first_collective_that_fails_names_the_interface(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -157,15 +157,15 @@ def test_a_first_collective_that_fails_names_the_interface(monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize(
-    ("given", "told"),
+    ("given", "message"),
     [({"RANK": "3"}, r"RANK=3, WORLD_SIZE=\(not set\)"), ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK=2, WORLD_SIZE=2"),
      ({"RANK": "one", "WORLD_SIZE": "2"}, "RANK=one"), ({"RANK": "-1", "WORLD_SIZE": "2"}, "RANK=-1"),
      ({"WORLD_SIZE": "2", "MASTER_ADDR": ""}, "WORLD_SIZE=2 in the environment, but MASTER_ADDR not")],
 )  # fmt: skip
-def test_launches_that_are_none(given: dict[str, str], told: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_launches_that_are_none(given: dict[str, str], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in given.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(LaunchError, match=told):
+    with pytest.raises(LaunchError, match=message):
         place_in_launch()
 
 
@@ -195,8 +195,8 @@ def ranks_on(host: str, gpus: list[str], num_gpus: int) -> list[Report]:
 def test_more_ranks_than_gpus_are_refused() -> None:
     reports = [*ranks_on("a", ["u0", "u1"], 2), *ranks_on("b", ["v0", "v1", "v0", "v1"], 2)]
     for rank in range(6):
-        told = r"4 ranks on b, which has 2 GPU\(s\) for them: rank 2, 4 would share one, .*--num_processes 4"
-        with pytest.raises(LaunchError, match=told) as refusal:
+        message = r"4 ranks on b, which has 2 GPU\(s\) for them: rank 2, 4 would share one, .*--num_processes 4"
+        with pytest.raises(LaunchError, match=message) as refusal:
             of_reports(reports, rank).check_gpus()
         assert not is_of_one_rank(refusal.value)
 

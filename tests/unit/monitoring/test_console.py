@@ -68,10 +68,10 @@ def test_the_view_fits_any_width(width: int) -> None:
     assert all(cell_len(line) < width for line in lines)
     assert width < 40 or any("▁" in line and "█" in line for line in lines)
     if width >= 80:
-        for told in ("step 49/60", "left", "reward 0.980", "kl 0.0123", "entropy 0.400", "length 12.3", "truncated 25%",
+        for part in ("step 49/60", "left", "reward 0.980", "kl 0.0123", "entropy 0.400", "length 12.3", "truncated 25%",
                      "12,346 tok/s", "1.2 GiB", "rollout 50%", "update 25%", "other 2%",
                      "alarms on: truncated"):  # fmt: skip
-            assert told in out.getvalue(), told
+            assert part in out.getvalue(), part
 
 
 def batch(rewards: list[float], groups: list[int], lengths: list[int]) -> Batch:

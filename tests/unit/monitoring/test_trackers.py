@@ -77,7 +77,7 @@ def wandb_records(path: Path) -> Iterator[Any]:
         size, kind = int.from_bytes(written[place + 4 : place + 6], "little"), written[place + 6]
         text += written[place + 7 : place + 7 + size]
         place += 7 + size
-        if kind in (1, 4):  # a whole record, or its last part
+        if kind in (1, 4):  # a complete record, or its last part
             yield protocol.Record.FromString(text)
             text = b""
 

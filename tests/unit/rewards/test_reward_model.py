@@ -32,7 +32,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("models")
     tokenizer = make_tokenizer(task().texts)
     tokenizer.chat_template = "{% for message in messages %}{{ message.role }} {{ message.content }} {% endfor %}"
-    wanted = torch.tensor([float("good" in text) for text in TEXTS])
+    targets = torch.tensor([float("good" in text) for text in TEXTS])
     inputs = tokenizer(TEXTS, padding=True, return_tensors="pt")
     for name, num_labels in (("scalar", 1), ("classes", 2)):
         torch.manual_seed(0)
@@ -42,9 +42,9 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for _ in range(60):
             logits = model(**inputs).logits
             loss = (
-                torch.nn.functional.mse_loss(logits[:, 0], wanted)
+                torch.nn.functional.mse_loss(logits[:, 0], targets)
                 if num_labels == 1
-                else torch.nn.functional.cross_entropy(logits, wanted.long())
+                else torch.nn.functional.cross_entropy(logits, targets.long())
             )
             loss.backward()
             optimizer.step()
@@ -84,7 +84,7 @@ def test_conversations_use_the_model_s_own_template(directory: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("args", "told"),
+    ("args", "message"),
     [
         ({"model": "headless"}, "has no weights for score.weight"),
         ({"model": "classes"}, "expected one of the classes"),
@@ -92,6 +92,6 @@ def test_conversations_use_the_model_s_own_template(directory: Path) -> None:
         ({"model": "scalar", "label": 0}, "has a single output"),
     ],
 )
-def test_checkpoints_that_cannot_serve(directory: Path, args: dict[str, object], told: str) -> None:
-    with pytest.raises(ValueError, match=told):
+def test_checkpoints_that_cannot_serve(directory: Path, args: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         resolve(RewardConfig("reward_model", args={**args, "model": str(directory / str(args["model"]))}))

@@ -67,10 +67,10 @@ def test_last_integer(text: str, expected: str | None) -> None:
 
 @given(st.text(alphabet="0123456789,.- x)=\u2212\u0665"))
 def test_last_integer_is_always_an_integer_of_the_text(text: str) -> None:
-    found = last_integer(text)
-    if found is not None:
-        assert re.fullmatch(r"0|-?[1-9][0-9]*", found)
-        assert found.lstrip("-") in text.replace(",", "")
+    integer = last_integer(text)
+    if integer is not None:
+        assert re.fullmatch(r"0|-?[1-9][0-9]*", integer)
+        assert integer.lstrip("-") in text.replace(",", "")
 
 
 @given(st.integers(), st.text(alphabet=st.characters(categories=("L", "Z"))))

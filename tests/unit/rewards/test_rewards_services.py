@@ -61,12 +61,12 @@ def test_what_may_pass_is_tried_again(server: Server, fault: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("fault", "told", "attempts"), [("500", "status 500", 3), ("cut", "attempts", 3), ("401", "status 401", 1)]
+    ("fault", "message", "attempts"), [("500", "status 500", 3), ("cut", "attempts", 3), ("401", "status 401", 1)]
 )
-def test_what_does_not_pass_is_a_failure_and_no_reward(server: Server, fault: str, told: str, attempts: int) -> None:
+def test_what_does_not_pass_is_a_failure_and_no_reward(server: Server, fault: str, message: str, attempts: int) -> None:
     server.always = fault
     scores = judged(server, "5", retries=2)
-    assert scores.failed.all() and told in scores.failures[0].message
+    assert scores.failed.all() and message in scores.failures[0].message
     assert scores.failures[0].kind == "raised" and len(server.requests) == attempts
 
 
@@ -108,7 +108,7 @@ def test_the_key_is_sent_and_never_shown(server: Server, monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize(
-    ("args", "told"),
+    ("args", "message"),
     [
         ({"template": "{prompt}"}, "has no {completion}"),
         ({"score_pattern": "Score"}, "one group"),
@@ -118,10 +118,10 @@ def test_the_key_is_sent_and_never_shown(server: Server, monkeypatch: pytest.Mon
         ({"api_key": "sk-secret"}, "unexpected keyword argument 'api_key'"),
     ],
 )
-def test_mistakes_are_said_at_once(args: dict[str, Any], told: str) -> None:
+def test_mistakes_are_said_at_once(args: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match="judge") as caught:
         resolve(RewardConfig("judge", args={"url": "http://x", "model": "m", **args}))
-    assert told in str(caught.value) and "sk-secret" not in str(caught.value)
+    assert message in str(caught.value) and "sk-secret" not in str(caught.value)
 
 
 def test_a_column_of_the_template_is_required() -> None:

@@ -17,7 +17,7 @@ from grpo_dist.rewards.scores import Item
 
 
 @pytest.mark.parametrize(
-    ("text", "found"),
+    ("text", "expected"),
     [
         (r"\boxed{7}", "7"),
         (r"\boxed{1} then \boxed{\frac{1}{2}}", r"\frac{1}{2}"),
@@ -28,16 +28,16 @@ from grpo_dist.rewards.scores import Item
         ("7", None),
     ],
 )
-def test_last_boxed(text: str, found: str | None) -> None:
-    assert last_boxed(text) == found
+def test_last_boxed(text: str, expected: str | None) -> None:
+    assert last_boxed(text) == expected
 
 
 @pytest.mark.parametrize(
-    ("text", "found"),
+    ("text", "expected"),
     [("a #### 7\nmore", "7"), ("#### 1\n#### 2", "2"), ("####", None), ("7", None), ("####\n 7", "7")],
 )
-def test_after_hashes(text: str, found: str | None) -> None:
-    assert after_hashes(text) == found
+def test_after_hashes(text: str, expected: str | None) -> None:
+    assert after_hashes(text) == expected
 
 
 @pytest.mark.parametrize(
@@ -77,7 +77,7 @@ def test_answers_and_places() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "whole", "partial"),
+    ("text", "full", "partial"),
     [
         ("<think>a</think>\n<answer>b</answer> ", 1.0, 1.0),
         ("<think></think><answer></answer>", 1.0, 1.0),
@@ -89,8 +89,8 @@ def test_answers_and_places() -> None:
         ("", 0.0, 0.0),
     ],
 )
-def test_tags(text: str, whole: float, partial: float) -> None:
-    assert FormatReward(tags=["think", "answer"])([text]) == [whole]
+def test_tags(text: str, full: float, partial: float) -> None:
+    assert FormatReward(tags=["think", "answer"])([text]) == [full]
     assert FormatReward(tags=["think", "answer"], partial=True)([text]) == [partial]
 
 
@@ -139,10 +139,10 @@ def test_math_verify_tells_five_outcomes_apart() -> None:
     with ScorerPool([reward], ScoringConfig(num_workers=1, memory_limit_gib=2)) as pool:
         scores = pool.score([Item("?", text, [], {"answer": gold}) for text, gold, *_ in cases])
     values = [None if failed else value for value, failed in zip(scores.values[:, 0], scores.failed[:, 0], strict=True)]
-    told = {failure.item: failure.message for failure in scores.failures}
+    messages = {failure.item: failure.message for failure in scores.failures}
     for place, (text, _, expected, outcome) in enumerate(cases):
         if expected is None:
-            assert values[place] is None and outcome in told[place], (text[:40], told)
+            assert values[place] is None and outcome in messages[place], (text[:40], messages)
         else:
             assert values[place] in (expected, None), (text[:40], values[place])
     assert sum(value is None for value in values) <= 5, "long texts may run out of time, but are never guessed"

@@ -31,15 +31,15 @@ def reward(sandbox: Sandbox) -> CodeReward:
 
 
 def processes_of(mark: str) -> list[str]:
-    found = []
+    names = []
     for path in Path("/proc").glob("[0-9]*/environ"):
         try:
             content = path.with_name("cmdline").read_bytes()
         except OSError:
             continue
         if mark.encode() in content:
-            found.append(path.parent.name)
-    return found
+            names.append(path.parent.name)
+    return names
 
 
 def wait_until_gone(mark: str) -> None:

@@ -296,12 +296,12 @@ def test_results_come_in_order_whatever_the_chunks(pools: Callable[[str], Scorer
 
 def test_only_the_guilty_stay_unscored(pools: Callable[[str], ScorerPool]) -> None:
     texts = [str(n) for n in range(40)]
-    guilty = {3: "raise", 9: "exit", 12: "die", 15: "segfault", 20: "hang", 31: "hang in C"}
-    for place, text in guilty.items():
+    faulty = {3: "raise", 9: "exit", 12: "die", 15: "segfault", 20: "hang", 31: "hang in C"}
+    for place, text in faulty.items():
         texts[place] = text
     scores = pools("act").score(items(*texts))
     assert kinds(scores) == [(3, "raised"), (9, "raised"), (12, "died"), (15, "died"), (20, "timeout"), (31, "timeout")]
-    assert all(scores.values[n, 0] == n for n in range(40) if n not in guilty)
+    assert all(scores.values[n, 0] == n for n in range(40) if n not in faulty)
     messages = {failure.item: failure.message for failure in scores.failures}
     assert messages[3] == "RuntimeError: this one is bad"
     assert "in one\n" in scores.failures[0].traceback
@@ -520,11 +520,11 @@ def test_what_rewards_log_reaches_metrics_and_table(directory: Path) -> None:
     assert scores.extras == {"logs/first": ["a", "b", "c", "d", "e"]}
 
 
-@pytest.mark.parametrize("guilty", ["raise", "hang"])
-def test_a_call_made_again_still_compares(directory: Path, guilty: str, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("faulty", ["raise", "hang"])
+def test_a_call_made_again_still_compares(directory: Path, faulty: str, caplog: pytest.LogCaptureFixture) -> None:
     quick = ScoringConfig(num_workers=2, timeout_seconds=TIMEOUT_SECONDS)
     with ScorerPool([RewardConfig("user_rewards:compares")], quick) as pool:
-        scores = pool.score(items("aaa", guilty, "a", "aa"), groups=[0] * 4)
+        scores = pool.score(items("aaa", faulty, "a", "aa"), groups=[0] * 4)
     assert [failure.item for failure in scores.failures] == [1]
     assert scores.values[[0, 2, 3], 0].tolist() == [0.0, 1.0, 0.0], "among those that can be scored, not each alone"
     assert scores.repeated_calls == [1] and scores.metrics["compares/calls"][1] == 3
