@@ -15,7 +15,8 @@ from .checks import is_date, require
 from .rewards import RewardConfig, ScoringConfig
 
 ComputeDtype = Literal["float32", "bfloat16"]
-Dtype = Literal["auto", ComputeDtype, "float16"]
+PolicyDtype = Literal["auto", ComputeDtype]
+Dtype = Literal[PolicyDtype, "float16"]
 TokensInFlight = int | Literal["auto"]
 
 
@@ -27,7 +28,7 @@ class ModelConfig:
     """Hub id or local path of a causal language model, or `toy` or `toy-carry`, which ship with the package."""
     revision: str | None = None
     """Branch, tag or commit on the hub."""
-    dtype: Literal["auto", ComputeDtype] = "auto"
+    dtype: PolicyDtype = "auto"
     """Compute dtype of the policy; `auto` is bfloat16 on a GPU that has it and float32 elsewhere. float16 is not
     allowed: small gradients would be 0 without a scaled loss."""
     attn_implementation: str = "auto"
