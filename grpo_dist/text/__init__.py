@@ -1,1 +1,1 @@
-"""Chat templates, the text of tokens, and text made harmless."""
+"""Chat templates, the text of tokens, text made harmless, and files that are written complete or not at all."""
