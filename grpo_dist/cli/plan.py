@@ -143,7 +143,7 @@ def _print_advice(
     stage: ZeroStage = 2 if num_ranks > 1 else 0
     changes, needed = make_fit(config, model_config, device, num_ranks, stage, most_bytes)
     start = f"{num_ranks} rank(s){' from ZeRO-2' if stage else ''}"
-    advice = "  ".join(changes) or "no change helps"
+    advice = f"set {'  '.join(changes)}; the peak is then" if changes else "no change helps; the peak is"
     fits = needed <= most_bytes
-    console.print(f"{start}: {advice}: {readable(needed)}" + ("" if fits else ", still too much; use more ranks "
+    console.print(f"{start}: {advice} {readable(needed)}" + ("" if fits else ", still too much; use more ranks "
                   "with ZeRO-3, a smaller model, or shorter prompts and completions"), soft_wrap=True)  # fmt: skip

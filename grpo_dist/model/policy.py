@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
+import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
@@ -83,17 +84,28 @@ def kept_logits(logits: Tensor, predictor: Tensor) -> Tensor:
 def recompute_layers(model: nn.Module) -> None:
     """Recompute each layer's activations in the backward pass.
 
-    transformers does that only in training mode, in which a layer may drop activations. Inside the layer the mode is
-    therefore off, with gradients or without. Raises ValueError if the model has no layers that transformers can
-    recompute.
+    transformers does that only in training mode, in which a layer may drop activations. The layer's own code therefore
+    runs in evaluation mode, with gradients or without. Raises ValueError if the model has no layers that transformers
+    can recompute.
     """
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     require(bool(layers), "model.gradient_checkpointing", True, f"false, as {type(model).__name__} has no layers that "
             "transformers can recompute")  # fmt: skip
     for layer in layers:
         layer.gradient_checkpointing = True
-        layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
-        layer.forward = partial(_evaluated, layer, layer.forward)
+        layer._gradient_checkpointing_func = partial(_recomputed, layer)
+        layer.forward = partial(_without_gradients, layer, layer.forward)
+
+
+def _recomputed(layer: nn.Module, forward: Any, *inputs: Any) -> Any:
+    return checkpoint(partial(_evaluated, layer, forward), *inputs, use_reentrant=False)
+
+
+def _without_gradients(layer: nn.Module, forward: Any, *inputs: Any, **options: Any) -> Any:
+    """Some releases do not call the checkpointing function without gradients. With them, `forward` may call it."""
+    if torch.is_grad_enabled():
+        return forward(*inputs, **options)
+    return _evaluated(layer, forward, *inputs, **options)
 
 
 def _evaluated(layer: nn.Module, forward: Any, *inputs: Any, **options: Any) -> Any:

@@ -66,8 +66,8 @@ def _compare(config: Config, inputs: MemoryInputs, on_gpu: bool, findings: Findi
         room = _gpu_bytes()
     else:
         room = psutil.virtual_memory().total / int(os.environ.get("LOCAL_WORLD_SIZE", inputs.num_ranks))
-    under = f"ZeRO-{inputs.zero_stage}" if inputs.zero_stage else "DDP" if inputs.num_ranks > 1 else "no DeepSpeed"
-    memory = (f"{gib(needed)} of tensors on each rank at the peak, in the phase {phase}, with {under}; a rank has "
+    strategy = f"ZeRO-{inputs.zero_stage}" if inputs.zero_stage else "DDP" if inputs.num_ranks > 1 else "one process"
+    memory = (f"{gib(needed)} of tensors on each rank at the peak, in the phase {phase}, with {strategy}; a rank has "
               f"{gib(room)}")  # fmt: skip
     findings.results["memory"] = [memory]
     if needed > room:

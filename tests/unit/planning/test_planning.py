@@ -295,4 +295,4 @@ def test_the_verb_says_what_does_not_fit(capsys: pytest.CaptureFixture[str]) -> 
     assert "0.49 M parameters" in output and "frozen copy" in output and "✗" not in output
     assert main([*words, "--gpu-memory", "30MiB"]) == 1
     output = capsys.readouterr().out
-    assert "✗" in output and "1 rank(s): --train.max_tokens_per_pack" in output
+    assert "✗" in output and "1 rank(s): set --train.max_tokens_per_pack" in output

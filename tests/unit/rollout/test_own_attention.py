@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -98,10 +99,17 @@ def test_a_base_in_training_computes_as_in_a_rollout(kind: str, recomputes: bool
     expected = policy.eval()(pack)[0]
     assert not is_noisy(lambda: in_training(policy))
     assert torch.equal(in_training(policy), expected)
+    with torch.no_grad():
+        assert torch.equal(in_training(policy), expected)
+    layers = [module for module in policy.modules() if isinstance(module, GradientCheckpointingLayer)]
+    calls: Counter[nn.Module] = Counter()
+    for module in layers[0].modules():
+        if not list(module.children()):
+            module.register_forward_hook(lambda module, *_: calls.update([module]))
     in_training(policy).sum().backward()
+    assert max(calls.values()) == 1 + recomputes, "the backward pass computes a recomputed layer once more"
     gradients = [p.grad.clone() for p in policy.parameters() if p.grad is not None]
     assert gradients and any(bool(gradient.any()) for gradient in gradients)
-    layers = [module for module in policy.modules() if isinstance(module, GradientCheckpointingLayer)]
     assert layers and all(layer.training == recomputes for layer in layers)
 
 
