@@ -100,9 +100,12 @@ def check_model_config(model_config: Any, tokenizer: Any, longest: int) -> None:
     positions = getattr(text, "max_position_embeddings", None)
     if positions is not None and longest > positions:
         raise ValueError(f"data.max_prompt_length + rollout.max_completion_length: {longest} tokens given, the model "
-                         f"has {positions} positions (max_position_embeddings)")  # fmt: skip
+                         f"has {positions} positions (max_position_embeddings): lower one of the two")  # fmt: skip
     if len(tokenizer) > text.vocab_size:
-        raise ValueError(f"model.name: the tokenizer has {len(tokenizer)} tokens, the model only {text.vocab_size}")
+        raise ValueError(
+            f"model.name: the tokenizer has {len(tokenizer)} tokens, the model only {text.vocab_size}: "
+            "name a model with the tokenizer that it was trained with"
+        )
 
 
 def packing_obstacle(model_config: Any, longest: int, trust_remote_code: bool = False) -> str | None:
