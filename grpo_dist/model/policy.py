@@ -46,12 +46,11 @@ class Policy(nn.Module):
         """Put the adapters and the critic into training mode. The base always computes as in a rollout.
 
         Dropout, layer drop, router noise and batch statistics have many names in models, but all depend on the mode of
-        their module. Recomputed layers need training mode for recomputing: see `recompute_layers`.
+        their module.
         """
         super().train(mode)
         for name, module in self.causal_lm.named_modules():
-            recomputed = isinstance(module, GradientCheckpointingLayer) and module.gradient_checkpointing
-            if not (recomputed or isinstance(module, LoraLayer) or ".lora_" in name):
+            if not (isinstance(module, LoraLayer) or ".lora_" in name):
                 module.training = False
         return self
 
@@ -84,36 +83,20 @@ def kept_logits(logits: Tensor, predictor: Tensor) -> Tensor:
 def recompute_layers(model: nn.Module) -> None:
     """Recompute each layer's activations in the backward pass.
 
-    transformers does that only in training mode, in which a layer may drop activations. The layer's own code therefore
-    runs in evaluation mode, with gradients or without. Raises ValueError if the model has no layers that transformers
-    can recompute.
+    transformers would do that only in training mode, in which a layer may drop activations, and its releases differ
+    in what they do without gradients. Raises ValueError if the model has no layers that transformers can recompute.
     """
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     require(bool(layers), "model.gradient_checkpointing", True, f"false, as {type(model).__name__} has no layers that "
             "transformers can recompute")  # fmt: skip
     for layer in layers:
-        layer.gradient_checkpointing = True
-        layer._gradient_checkpointing_func = partial(_recomputed, layer)
-        layer.forward = partial(_without_gradients, layer, layer.forward)
+        layer.forward = partial(_recomputed, layer.forward)
 
 
-def _recomputed(layer: nn.Module, forward: Any, *inputs: Any) -> Any:
-    return checkpoint(partial(_evaluated, layer, forward), *inputs, use_reentrant=False)
-
-
-def _without_gradients(layer: nn.Module, forward: Any, *inputs: Any, **options: Any) -> Any:
-    """Some releases do not call the checkpointing function without gradients. With them, `forward` may call it."""
-    if torch.is_grad_enabled():
+def _recomputed(forward: Any, *inputs: Any, **options: Any) -> Any:
+    if not torch.is_grad_enabled():
         return forward(*inputs, **options)
-    return _evaluated(layer, forward, *inputs, **options)
-
-
-def _evaluated(layer: nn.Module, forward: Any, *inputs: Any, **options: Any) -> Any:
-    mode, layer.training = layer.training, False
-    try:
-        return forward(*inputs, **options)
-    finally:
-        layer.training = mode
+    return checkpoint(forward, *inputs, use_reentrant=False, **options)
 
 
 def _teach_head(head: nn.Linear) -> None:

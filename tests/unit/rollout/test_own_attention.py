@@ -12,7 +12,6 @@ from packaging.version import Version
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from grpo_dist.model import attention
 from grpo_dist.model.checks import UnfitModel
@@ -110,7 +109,6 @@ def test_a_base_in_training_computes_as_in_a_rollout(kind: str, recomputes: bool
     assert max(calls.values()) == 1 + recomputes, "the backward pass computes a recomputed layer once more"
     gradients = [p.grad.clone() for p in policy.parameters() if p.grad is not None]
     assert gradients and any(bool(gradient.any()) for gradient in gradients)
-    assert layers and all(layer.training == recomputes for layer in layers)
 
 
 def test_adapter_dropout_and_no_other_is_on_in_training() -> None:
