@@ -90,7 +90,7 @@ def read_completions(run: Written, most_bytes: int) -> Completions:
     chosen = [steps[place] for place in spread(len(steps), MOST_STEPS_READ)]
     places: dict[str, int] = {}
     for step in chosen:
-        table = pq.read_table(run.files[step]).to_pydict()
+        table = pq.ParquetFile(run.files[step]).read().to_pydict()  # pq.read_table would import pandas
         answers = [answer_of(text, read) for text in table["completion"]]
         completions.steps.append(step)
         completions.total += len(answers)

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from grpo_dist.algorithm.kl import kl_estimate
+from grpo_dist.algorithm.kl import kl_estimate, sequence_sums
 from grpo_dist.algorithm.losses import Loss, policy_loss, token_weights, value_loss
 from grpo_dist.config.algorithm import LossConfig
 
@@ -279,6 +279,12 @@ def test_squared_sequence_shares_the_square_out_evenly() -> None:
         start += length
     empty = torch.zeros(0)
     assert kl_estimate(empty, empty, torch.zeros(0, dtype=torch.int64), "squared_sequence").shape == (0,)
+
+
+def test_sums_are_of_as_many_completions_as_there_are() -> None:
+    sums, lengths = sequence_sums(torch.tensor([1.0, 2.0, 4.0]), torch.tensor([0, 1, 1]))
+    assert sums.tolist() == [1.0, 6.0] and lengths.tolist() == [1.0, 2.0]
+    assert all(part.shape == (0,) for part in sequence_sums(torch.zeros(0), torch.zeros(0, dtype=torch.int64)))
 
 
 @pytest.mark.parametrize("case", CASES + DETACHED)

@@ -246,6 +246,8 @@ def test_rollout_weights_equal_the_loop(correction: Any, level: Any) -> None:
         ratio = math.exp(sum(float(old[s] - sampled[s]) for s in mine))
         expected = {"none": 1.0, "truncate": min(ratio, 1.3), "mask": ratio if 0.7 <= ratio <= 1.3 else 0.0}[correction]
         assert float(got[t]) == pytest.approx(expected)
+    same = rollout_weights(old, old, torch.tensor(OWNER), correction, level, 1.0, 1.0)
+    assert same.tolist() == [1.0] * 13, "the bounds are inside"
     none = torch.zeros(0, dtype=torch.int64)
     assert rollout_weights(old[:0], old[:0], none, correction, level, 0.7, 1.3).shape == (0,)
 

@@ -68,6 +68,18 @@ def test_the_share_is_dropped_and_tokens_layers_and_inputs_are_apart(share: floa
         assert abs(float((centred * neighbour).mean() / centred.square().mean())) < 0.01
 
 
+def test_a_share_near_0_or_1_is_neither() -> None:
+    levels = [TokenDropout(share, "", TokenKeys()).levels for share in (0.0, 1e-9, 0.5, 1 - 1e-9, 1.0)]
+    assert levels == [1, 1, 1 << 15, (1 << 16) - 1, (1 << 16) - 1]
+
+
+def test_of_all_levels_as_many_are_dropped_as_the_share_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    every = torch.arange(-(1 << 15), 1 << 15).to(torch.int16)[None]
+    monkeypatch.setattr("grpo_dist.model.dropout.short_numbers", lambda keys, count: every)
+    kept = dropping(0.3, "", [0], [0]).kept(torch.zeros(1, 1 << 16))
+    assert int((~kept).sum()) == round(0.3 * (1 << 16))
+
+
 def make_batch(shapes: list[tuple[int, list[int]]]) -> Batch:
     """A batch of prompts of given lengths with completions of given lengths."""
     generator = torch.Generator().manual_seed(0)
