@@ -3,10 +3,17 @@
 #
 #     launch/test_lowest.sh               tests that depend most on the releases, then the quickstart
 #     launch/test_lowest.sh tests/unit    arguments go to pytest instead
+#
+# The exit status is 75 if the releases cannot be downloaded.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 export GRPO_DIST_VENV=$PWD/.venv-lowest GRPO_DIST_PINS=constraints-lowest.txt PIP_NO_COMPILE=1
+if ! launch/setup.sh; then
+  tail -n 40 "$GRPO_DIST_VENV/setup.log" 2>/dev/null | grep -qiE 'connection broken|connection error|timed out' && exit 75
+  exit 1
+fi
 if (($#)); then exec launch/test.sh "$@"; fi
-launch/test.sh tests/unit/model/test_lora.py tests/unit/data/test_prompts.py tests/unit/model/test_checks.py tests/unit/model/test_load.py tests/unit/rollout/test_own_attention.py tests/unit/rollout/test_probe.py tests/unit/model/test_rollout_weights.py \
+launch/test.sh tests/unit/{model/test_{lora,checks,load,rollout_weights},data/test_prompts,rollout/test_{own_attention,probe}}.py \
   'tests/distributed/test_invariance.py::test_same_tokens_and_weights[zero2-2]'
+rm -rf runs/lowest
 exec launch/quickstart.sh --train.output_dir runs/lowest --train.num_train_steps 2

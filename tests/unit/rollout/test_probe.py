@@ -316,6 +316,8 @@ ROW_ROUTE: dict[str, PretrainedConfig] = {
 def test_the_row_route_is_right(name: str) -> None:
     """Rollout, then scoring in packs of one completion, against one plain forward of each sequence."""
     model = make_model(ROW_ROUTE[name], None)
+    if name == "bamba" and model(torch.arange(3)[None], use_cache=True).get("past_key_values") is None:
+        pytest.skip("this release of transformers hands the state of Bamba to nobody")
     with torch.no_grad():
         model.get_output_embeddings().weight.mul_(3)
     lengths, temperature = [3, 15], 0.8
