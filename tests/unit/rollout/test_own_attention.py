@@ -12,6 +12,7 @@ from packaging.version import Version
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from grpo_dist.model import attention
 from grpo_dist.model.checks import UnfitModel
