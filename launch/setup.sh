@@ -71,16 +71,10 @@ install() {
   cd "$root"
   local extras=test,lint
   if [[ $pins == constraints-lowest.txt ]]; then
-<<<<<<< HEAD
+    extras=test # what checks the code needs newer releases than the code does
     logged "$venv/bin/python" tests/lowest/torch_without_cuda.py "$(sed -n 's/^torch==//p' "$pins")"
   fi
-  logged "$venv/bin/python" -m pip install --disable-pip-version-check -c "$pins" -e '.[dev]'
-=======
-    extras=test # what checks the code needs newer releases than the code does
-    quietly "$venv/bin/python" tests/lowest/torch_without_cuda.py "$(sed -n 's/^torch==//p' "$pins")"
-  fi
-  quietly "$venv/bin/python" -m pip install --disable-pip-version-check -c "$pins" -e ".[$extras]"
->>>>>>> 64bf8e7 (CI tests the oldest releases too, whose environment can be made again)
+  logged "$venv/bin/python" -m pip install --disable-pip-version-check -c "$pins" -e ".[$extras]"
   fingerprint >"$venv/stamp"
 }
 
