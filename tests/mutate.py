@@ -48,7 +48,7 @@ MODULES = {
     "model/dropout": ["dropout"],
     "model/lora": ["lora", "dropout"],
     "algorithm/targets": ["targets"],
-    "monitoring/contrast": ["estimates"],
+    "monitoring/contrast": ["console"],
     "trainer/gathering": ["gathering"],
 }
 """Modules of the package, and the files `test_NAME.py` of tests/unit that say what they do."""
@@ -60,6 +60,7 @@ EQUIVALENT = {
     "algorithm/hashing": ["1 << 64 -> 1 >> 64", "-count // 4 -> -count * 4"],
     # of a row that was not drawn; int16 takes the bound modulo 2^16
     "model/dropout": ["0 -> 1", "self.levels - LEVELS // 2 -> self.levels + LEVELS // 2"],
+    "rollout/sampling": ["BLOCK = 128", "-1 -> 1"],  # how many sums are kept; the last of two dimensions
     "monitoring/contrast": ["_PROMPT_CHARACTERS =", "_TEXT_CHARACTERS ="],  # how much is shown
 }
 """Changes that no test can see, by module: as `before -> after`, or all those of lines that begin so."""
@@ -79,7 +80,8 @@ def changes(tree: ast.AST) -> Iterator[tuple[ast.AST, ast.AST]]:
     """Every node that can be changed, with what it becomes."""
     annotations = {id(part) for node in ast.walk(tree) for name in ("annotation", "returns")
                    if (note := getattr(node, name, None)) for part in ast.walk(note)}  # fmt: skip
-    messages = {id(part) for node in ast.walk(tree) if isinstance(node, ast.Raise) for part in ast.walk(node)}
+    messages = {id(part) for node in ast.walk(tree) if isinstance(node, (ast.Raise, ast.Assert))
+                for part in ast.walk(node)}  # fmt: skip
     asserted = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.keyword) and node.arg == "strict"}
     asserted |= {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.keyword) and node.arg == "frozen"}
     for node in ast.walk(tree):

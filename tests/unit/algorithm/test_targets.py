@@ -6,6 +6,7 @@ import dataclasses
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -13,7 +14,10 @@ import yaml
 from grpo_dist.algorithm.kl import adapted_coefficient, kl_estimate
 from grpo_dist.algorithm.ratios import rollout_weights
 from grpo_dist.algorithm.targets import (
+    ENTROPY_SLACK,
     computed,
+    has_reference,
+    highest,
     included,
     minibatch_of,
     needs_old_policy,
@@ -83,6 +87,16 @@ def test_unscored_completions_are_in_no_loss() -> None:
     assert included(make_config(), batch).tolist() == [True, False, True, True, True, True]
     assert included(make_config(loss__mask_truncated=True), batch).tolist() == [True, False, True, False, True, True]
     assert advantages_of(make_config(), batch)[3] == 0
+    alone = advantages_of(make_config(advantage__baseline="none", advantage__scale="none"), batch)
+    assert alone[2:5].tolist() == [1.0, 0.0, 0.5]
+
+
+@pytest.mark.parametrize(("kl_in", "kl_coeff"), [("loss", 0.0), ("loss", 0.1), ("reward", 0.1)])
+def test_a_reference_is_needed_in_the_reward_or_by_a_term_of_the_loss(kl_in: str, kl_coeff: float) -> None:
+    config = make_config(loss__kl_in=kl_in, loss__kl_coeff=kl_coeff)
+    assert has_reference(config) is (kl_in == "reward" or kl_coeff > 0)
+    if kl_in == "loss":
+        assert penalty_metrics(config, make_batch(REWARDS)) == {}
 
 
 def test_groups_without_variance_leave_the_denominators_only_where_asked() -> None:
@@ -206,6 +220,21 @@ def test_only_tokens_of_high_entropy_are_pushed() -> None:
     kept = torch.zeros(13, dtype=torch.bool)
     kept[chosen] = True
     assert torch.equal(got, torch.where(kept, plain, 0.0))
+
+
+@pytest.mark.parametrize("share", [0.1, 0.25, 0.5, 0.6, 0.9])
+@pytest.mark.parametrize("count", [1, 2, 4, 9])
+def test_the_highest_are_those_above_the_quantile(count: int, share: float) -> None:
+    values = torch.randperm(count + 3, generator=torch.Generator().manual_seed(count)).double()
+    counted = torch.arange(count + 3) >= 3
+    threshold = float(np.quantile(values[counted].numpy(), 1 - share)) - 1e-9
+    assert torch.equal(highest(values, counted, share), counted & (values >= threshold))
+    assert highest(values, counted & False, share).tolist() == [False] * (count + 3)
+
+
+def test_entropies_apart_by_rounding_are_equal() -> None:
+    values = torch.tensor([1.0, 1.0 - ENTROPY_SLACK, 1.0 - 2 * ENTROPY_SLACK], dtype=torch.float64)
+    assert highest(values, torch.tensor([True] * 3), 0.1).tolist() == [True, True, False]
 
 
 # --- KL and rollout correction ---------------------------------------------------------------------------------------

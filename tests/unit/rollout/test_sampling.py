@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from grpo_dist.algorithm.hashing import stream_key, uniforms
-from grpo_dist.rollout.sampling import Sampling, allowed, draw
+from grpo_dist.config.schema import RolloutConfig
+from grpo_dist.rollout.sampling import Sampling, allowed, draw, sampling_of
 
 pytestmark = pytest.mark.quick
 
@@ -107,15 +108,16 @@ def test_draws_do_not_depend_on_the_batch(sampling: Sampling) -> None:
         assert int(alone) == int(tokens[n])
 
 
-def test_draw_inverts_the_cumulative_distribution() -> None:
+@pytest.mark.parametrize("size", [11, 300])
+def test_draw_inverts_the_cumulative_distribution(size: int) -> None:
     generator = torch.Generator().manual_seed(1)
-    logits = torch.randn(200, 11, generator=generator)
+    logits = torch.randn(200, size, generator=generator)
     keys, positions = torch.arange(200) - 100, torch.arange(200) * 3
     tokens, _ = draw(logits, keys, positions, Sampling(temperature=0.8))
     probs = torch.softmax(logits.double() / 0.8, -1)
     for n in range(200):
         target, mass = splitmix64(int(keys[n]), int(positions[n])), 0.0
-        for token in range(11):
+        for token in range(size):
             mass += float(probs[n, token])
             if mass > target:
                 break
@@ -158,6 +160,23 @@ def test_allowed_is_none_where_nothing_is_cut() -> None:
     logprobs = torch.log_softmax(torch.randn(2, 5), -1)
     assert allowed(logprobs, Sampling()) is None
     assert allowed(logprobs, Sampling(top_k=5)) is None
+
+
+def test_thresholds_that_are_met_exactly() -> None:
+    """Of min-p the threshold is inside; of top-p the token at which the mass is reached is the last."""
+    logprobs = torch.tensor([[0.25, 0.5, 0.125, 0.125]]).log()
+    assert logprobs.exp().tolist() == [[0.25, 0.5, 0.125, 0.125]], "no rounding decides"
+    for sampling, kept in (
+        (Sampling(min_p=1.0), [1]), (Sampling(min_p=0.5), [0, 1]), (Sampling(top_p=0.5), [1]),
+        (Sampling(top_p=0.75), [0, 1]), (Sampling(top_p=0.7501), [0, 1, 2, 3]),
+    ):  # fmt: skip
+        keep = allowed(logprobs, sampling)
+        assert keep is not None and keep[0].nonzero()[:, 0].tolist() == kept, sampling
+
+
+def test_sampling_is_what_the_config_says() -> None:
+    assert Sampling() == Sampling(temperature=1.0, top_p=1.0, top_k=0, min_p=0.0, greedy=False)
+    assert sampling_of(RolloutConfig(temperature=0.7, top_p=0.9, top_k=5, min_p=0.1)) == Sampling(0.7, 0.9, 5, 0.1)
 
 
 def test_ties_at_the_threshold_are_kept() -> None:
