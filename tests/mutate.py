@@ -61,7 +61,15 @@ EQUIVALENT = {
     # of a row that was not drawn; int16 takes the bound modulo 2^16
     "model/dropout": ["0 -> 1", "self.levels - LEVELS // 2 -> self.levels + LEVELS // 2"],
     "rollout/sampling": ["BLOCK = 128", "-1 -> 1"],  # how many sums are kept; the last of two dimensions
-    "monitoring/contrast": ["_PROMPT_CHARACTERS =", "_TEXT_CHARACTERS ="],  # how much is shown
+    # how much is shown, and how wide; any number below 0; of equal rewards two completions already come in order
+    "monitoring/contrast": [
+        "_PROMPT_CHARACTERS =",
+        "_TEXT_CHARACTERS =",
+        "table = Table(",
+        "table.add_column(",
+        "1.0 -> 2.0",
+        "order = batch.reward",
+    ],
 }
 """Changes that no test can see, by module: as `before -> after`, or all those of lines that begin so."""
 PYTEST = ["-qx", "--assert=plain", "--hypothesis-seed=0",

@@ -56,6 +56,8 @@ def test_a_model_that_cannot_share_prompts_falls_back_to_attention_that_is_causa
     if kind == "roformer" and Version(transformers.__version__) < Version("5.18"):
         pytest.skip("its code makes its mask otherwise, in some releases without regard to the order of tokens")
     model = build(kind, attention.NAME, **TYPES[kind])
+    if model._supports_sdpa:
+        pytest.skip("in this release its code has other attention, too")
     assert settle(model, attention.NAME) is not None
     assert row_fault(model) is None
     assert model.config._attn_implementation == "eager"

@@ -251,7 +251,10 @@ def test_what_cannot_be_packed_is_named(name: str) -> None:
     config = make_config(name, UNPACKABLE[name])
     obstacle = packing_obstacle(config, LONGEST)
     if obstacle is None:
-        obstacle = packing_leak(make_model(config, attention.NAME))
+        model = make_model(config, attention.NAME)
+        if name == "GPTJ" and model._supports_attention_backend:
+            pytest.skip("in this release its code takes another attention")
+        obstacle = packing_leak(model)
     assert obstacle
 
 
