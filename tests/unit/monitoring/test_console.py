@@ -92,7 +92,7 @@ def test_the_contrast_is_of_the_group_that_differs_most() -> None:
     assert (best.text, best.reward, best.advantage, best.num_tokens, best.finished) == ("text 3", 0.9, 3.0, 4, True)
     assert (worst.text, worst.reward, worst.advantage, worst.finished) == ("text 2", 0.2, 2.0, False)
     assert contrast(batch([nan, nan, 1.0], [0, 0, 1], [1, 1, 1]), ["a", "b", "c"], torch.zeros(3)) is None
-    high = contrast(batch([5.0, 5.1, 0.0, 1.0], [0, 0, 1, 1], [1] * 4), list("abcd"), torch.zeros(4))
+    high = contrast(batch([5.0, 5.1, 0.0, 1.0, 0.5], [0, 0, 1, 1, 1], [1] * 5), list("abcde"), torch.zeros(5))
     equal = contrast(batch([0.5, 0.5], [0, 0], [1, 1]), ["a", "b"], torch.zeros(2))
     assert high is not None and high[1].text == "d", "a difference counts, not how high the rewards are"
     assert equal is not None and (equal[2].text, equal[1].text) == ("a", "b")

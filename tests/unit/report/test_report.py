@@ -5,7 +5,10 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import os
 import re
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -250,6 +253,15 @@ def test_a_long_run_keeps_under_20_megabytes(tmp_path: Path) -> None:
     lines = [{"step": step, **{f"metric/{n}": step / 7 for n in range(60)}} for step in range(10_000)]
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert len(render([read_run(run)]).encode()) < 20e6
+
+
+def test_no_run_waits_for_pandas(tmp_path: Path) -> None:
+    """pyarrow imports it for tables of several files, which takes a second, or the process where it does not fit."""
+    run = write_run(tmp_path / "run")
+    (tmp_path / "pandas.py").write_text("raise SystemExit('imported')")
+    done = subprocess.run([sys.executable, "-m", "grpo_dist", "report", str(run)], capture_output=True, text=True,
+                          env={**os.environ, "PYTHONPATH": str(tmp_path)}, check=False)  # fmt: skip
+    assert done.returncode == 0 and done.stderr == ""
 
 
 def test_the_verb(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
