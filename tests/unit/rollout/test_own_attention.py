@@ -106,7 +106,7 @@ def test_a_base_in_training_computes_as_in_a_rollout(kind: str, recomputes: bool
     layers = [module for module in policy.modules() if isinstance(module, GradientCheckpointingLayer)]
     calls: Counter[nn.Module] = Counter()
     for module in layers[0].modules():
-        if not list(module.children()):
+        if isinstance(module, nn.Linear):  # an activation may be called for each expert
             module.register_forward_hook(lambda module, *_: calls.update([module]))
     in_training(policy).sum().backward()
     assert max(calls.values()) == 1 + recomputes, "the backward pass computes a recomputed layer once more"
