@@ -51,7 +51,8 @@ def test_joined_batches_equal_the_loop() -> None:
     torch.testing.assert_close(joined.token_rewards, expected, rtol=0, atol=0, equal_nan=True)
     assert joined.extras == {"a/note": list("fabyz"), "a/more": [None, None, None, 2, 3]}
     assert joined.sequence.tolist() == [n for n, (_, a, b) in enumerate(spans) for _ in range(a, b)]
-    assert [one.completion_ids(n) for n in range(6)] == [ids.tolist() for ids in one.ids.split(one.row_lengths.tolist())]
+    rows_of_one = one.ids.split(one.row_lengths.tolist())
+    assert [one.completion_ids(n) for n in range(6)] == [ids.tolist() for ids in rows_of_one]
     assert [joined.completion_ids(n) for n in range(5)] == [batch.completion_ids(n) for batch, n in rows]
     assert joined.tokens.tolist() == joined.ids[joined.sampled].tolist() != joined.ids.tolist()
     assert joined.scoring == {"reward/a/failed": 40.0, "reward/a/seconds": 1.0, "reward/a/size": 20.0,
