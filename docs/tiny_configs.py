@@ -36,6 +36,7 @@ SIZES: dict[str, Any] = {
 }  # fmt: skip
 """By the names that configs give to sizes."""
 HYBRID = ["linear_attention", "full_attention"]
+MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 16, "mamba_chunk_size": 16}
 MORE: dict[str, dict[str, Any]] = {
     **{
         kind: {"is_decoder": True}
@@ -59,7 +60,7 @@ MORE: dict[str, dict[str, Any]] = {
         )
     },
     "bailing_hybrid": {"layer_group_size": 2},
-    "bamba": {"attn_layer_indices": [1]},
+    "bamba": {"attn_layer_indices": [1], **MAMBA},
     "cohere_compass_text": {
         "layer_types": ["full_attention", "full_attention"],
         "rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}},
@@ -75,7 +76,7 @@ MORE: dict[str, dict[str, Any]] = {
     "gemma4": {"text_config": {"vocab_size_per_layer_input": 512, "hidden_size_per_layer_input": 16}},
     "gemma4_text": {"vocab_size_per_layer_input": 512, "hidden_size_per_layer_input": 16},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
-    "granitemoehybrid": {"layer_types": HYBRID},
+    "granitemoehybrid": {"layer_types": HYBRID, **MAMBA},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "kimi_linear": {"layer_types": HYBRID},
     "lfm2": {"full_attn_idxs": [1]},

@@ -60,8 +60,14 @@ EQUIVALENT = {
     "algorithm/hashing": ["1 << 64 -> 1 >> 64", "-count // 4 -> -count * 4"],
     # of a row that was not drawn; int16 takes the bound modulo 2^16
     "model/dropout": ["0 -> 1", "self.levels - LEVELS // 2 -> self.levels + LEVELS // 2"],
-    # how much is drawn, from which seed; a sum that is off by exactly 1e-12
-    "algorithm/estimates": ["_RESAMPLES =", "_SIGN_FLIPS =", "_SEED =", "as_far += abs("],
+    # how much is drawn, from which seed; a sum that is off by exactly 1e-12; the first of two
+    "algorithm/estimates": [
+        "_RESAMPLES =",
+        "_SIGN_FLIPS =",
+        "_SEED =",
+        "as_far += abs(",
+        "winner = votes.most_common(",
+    ],
     "types": ["number = torch.full(", "numbers, order = "],  # any number below 0; sorting on a CPU is stable anyway
     "rollout/sampling": ["BLOCK = 128", "-1 -> 1"],  # how many sums are kept; the last of two dimensions
     # how much is shown, and how wide; any number below 0; of equal rewards two completions already come in order

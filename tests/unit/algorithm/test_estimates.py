@@ -70,3 +70,9 @@ def test_unscored_samples_count_in_nothing_else() -> None:
     assert result["maj@2"] == 1.0
     with pytest.raises(ValueError, match="0 and 0 prompts"):
         compare_rows([row], [row])
+
+
+def test_a_majority_is_right_as_its_own_block_says() -> None:
+    answers = ["a", "b", "b", "b", "c", "c"]
+    assert majority_at_k(answers, [False, True, False, False, True, True], 3) == 1.0
+    assert majority_at_k(answers, [True, False, True, True, False, False], 3) == 0.0
