@@ -290,6 +290,8 @@ def _keywords(job: _Job, parameters: Parameters) -> dict[str, Any]:
     return {name: value for name, value in keywords.items() if parameters.takes(name)}
 
 
-def _as_prompted(item: Item) -> str | list[dict[str, str]]:
-    """Return the completion in the form of its prompt: a text, or one assistant message."""
+def _as_prompted(item: Item) -> str | list[dict[str, Any]]:
+    """Return the completion in the form of its prompt: a text, or one assistant message, or all of an episode."""
+    if item.messages is not None:
+        return item.messages
     return item.completion if isinstance(item.prompt, str) else [{"role": "assistant", "content": item.completion}]

@@ -20,7 +20,7 @@ from grpo_dist.rewards.pool.channel import Channel
 from grpo_dist.rewards.pool.worker import answer, resolve_for
 from grpo_dist.rewards.registry import Parameters, RewardFunction
 
-_START_SECONDS = 300.0  # the import of a user's module may load a model; one that hangs must still end
+START_SECONDS = 300.0  # the import of a user's module may load a model; one that hangs must still end
 _STDERR = 2
 # Variables by which launchers describe a job. With these in its environment, a reward that imports torch.distributed,
 # DeepSpeed or an MPI would start as a rank and wait for the others.
@@ -29,9 +29,33 @@ _DISTRIBUTED = re.compile(
 )
 # The worker gets the parent's sys.path, with the current directory, and never sees the parent's __main__.
 _BOOTSTRAP = (
-    "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
-    "from grpo_dist.rewards.pool.worker import main; main(int(sys.argv[2]), int(sys.argv[3]))"
+    "import importlib, json, sys; sys.path[:] = json.loads(sys.argv[1]); "
+    "importlib.import_module(sys.argv[2]).main(int(sys.argv[3]), int(sys.argv[4]))"
 )
+
+
+def start_worker(
+    module: str, allowed: Sequence[str], key: str, gpu: bool = False
+) -> tuple[subprocess.Popen[bytes], socket.socket]:
+    """Start a process that runs `main(descriptor, parent)` of a module, and return it with our end of its socket.
+
+    `allowed` are the environment variables it gets although they look like secrets, and `key` is the option that names
+    them. Raises ValueError where one is not set, or on Windows.
+    """
+    if sys.platform == "win32":
+        raise ValueError("rewards and environments run in processes that need Linux or macOS; on Windows, use WSL 2")
+    environment = worker_environment(os.environ, allowed, gpu=gpu, key=key)
+    ours, theirs = socket.socketpair()
+    with theirs:
+        process = subprocess.Popen(
+            [sys.executable, "-c", _BOOTSTRAP, json.dumps(sys.path), module, str(theirs.fileno()), str(os.getpid())],
+            stdin=subprocess.DEVNULL,
+            stdout=_STDERR,  # users see what their code prints, and it is never read as a result
+            env=environment,
+            pass_fds=[theirs.fileno()],
+            start_new_session=True,  # Ctrl-C goes to the parent alone, and a kill reaches all children
+        )
+    return process, ours
 
 
 class WorkerProcess:
@@ -49,26 +73,17 @@ class WorkerProcess:
         `allowed` are environment variables that it gets although their names look like secrets. Raises ValueError
         where a reward cannot be resolved, RuntimeError where the process ends or hangs before that.
         """
-        if sys.platform == "win32":
-            raise ValueError("rewards run in worker processes that need Linux or macOS; on Windows, use WSL 2")
-        ours, theirs = socket.socketpair()
-        with theirs:
-            self._process = subprocess.Popen(
-                [sys.executable, "-c", _BOOTSTRAP, json.dumps(sys.path), str(theirs.fileno()), str(os.getpid())],
-                stdin=subprocess.DEVNULL,
-                stdout=_STDERR,  # users see what a reward prints, and it is never read as a result
-                env=worker_environment(os.environ, allowed, gpu=placement == "gpu"),
-                pass_fds=[theirs.fileno()],
-                start_new_session=True,  # Ctrl-C goes to the parent alone, and a kill reaches all children
-            )
-        self._channel = Channel(ours)
+        self._process, connection = start_worker(
+            "grpo_dist.rewards.pool.worker", allowed, "rewards.environment", gpu=placement == "gpu"
+        )
+        self._channel = Channel(connection)
         try:
-            self._channel.send(pickle.dumps((list(rewards), placement, memory_limit_bytes)), _START_SECONDS)
-            answer = json.loads(self._channel.receive(_START_SECONDS))
+            self._channel.send(pickle.dumps((list(rewards), placement, memory_limit_bytes)), START_SECONDS)
+            answer = json.loads(self._channel.receive(START_SECONDS))
         except (OSError, EOFError) as error:
             code = self.kill()
             late = isinstance(error, TimeoutError)
-            reason = f"took more than {_START_SECONDS:g} s" if late else f"exited with code {code}"
+            reason = f"took more than {START_SECONDS:g} s" if late else f"exited with code {code}"
             raise RuntimeError(
                 f"a scoring worker {reason} while it imported the rewards {[reward.name for reward in rewards]}; "
                 "its output is above"
@@ -129,7 +144,7 @@ class ThisProcess:
 
 
 def worker_environment(
-    environment: Mapping[str, str], allowed: Sequence[str] = (), gpu: bool = False
+    environment: Mapping[str, str], allowed: Sequence[str] = (), gpu: bool = False, key: str = "rewards.environment"
 ) -> dict[str, str]:
     """Return the environment of a worker: the given one without launcher variables and without secrets that are not
     allowed.
@@ -140,7 +155,7 @@ def worker_environment(
     absent = [name for name in allowed if name not in environment]
     if absent:
         raise ValueError(
-            f"rewards.environment names {', '.join(absent)}, which this process does not have: export it before the "
+            f"{key} names {', '.join(absent)}, which this process does not have: export it before the "
             "launch, or take it out"
         )
     kept = {

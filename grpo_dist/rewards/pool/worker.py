@@ -44,21 +44,11 @@ class BadValueError(ValueError):
 
 
 def main(descriptor: int, parent: int) -> None:
-    """Serve the channel at file descriptor `descriptor` for the process `parent`, and end with that process."""
-    _end_with(parent)
-    for number in _LEFT_TO_THE_PARENT:
-        # A handler that does nothing, not SIG_IGN: programs that a reward starts would inherit SIG_IGN, and could not
-        # be terminated.
-        signal.signal(number, lambda *_: None)
-    connection = socket.socket(fileno=descriptor)
-    connection.set_inheritable(False)
-    channel = Channel(connection)
-    os.register_at_fork(after_in_child=lambda: _leave(channel))
+    """Serve the channel at file descriptor `descriptor` for the process `parent`, and end with it."""
+    channel = connect(descriptor, parent)
     configs, placement, memory_limit_bytes = pickle.loads(channel.receive())
-    if memory_limit_bytes is not None and sys.platform == "linux":  # macOS has no such limit
-        import resource
-
-        resource.setrlimit(resource.RLIMIT_DATA, (memory_limit_bytes, memory_limit_bytes))
+    if memory_limit_bytes is not None:
+        limit_memory(memory_limit_bytes)
     try:
         rewards = [resolve_for(config, placement) for config in configs]
     except ValueError as error:
@@ -71,6 +61,28 @@ def main(descriptor: int, parent: int) -> None:
         except EOFError:
             return
         channel.send(json.dumps(answer(rewards, request) | {"resident_bytes": _resident_bytes()}).encode())
+
+
+def connect(descriptor: int, parent: int) -> Channel:
+    """The channel at a file descriptor, in a process that ends with its parent and leaves signals to it."""
+    _end_with(parent)
+    for number in _LEFT_TO_THE_PARENT:
+        # A handler that does nothing, not SIG_IGN: programs that users' code starts would inherit SIG_IGN, and nobody
+        # could terminate them.
+        signal.signal(number, lambda *_: None)
+    connection = socket.socket(fileno=descriptor)
+    connection.set_inheritable(False)
+    channel = Channel(connection)
+    os.register_at_fork(after_in_child=lambda: _leave(channel))
+    return channel
+
+
+def limit_memory(limit_bytes: int) -> None:
+    """Bound what this process can allocate, where the system can (Linux)."""
+    if sys.platform == "linux":
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_DATA, (limit_bytes, limit_bytes))
 
 
 def resolve_for(config: RewardConfig, placement: Placement) -> RewardFunction | Placement:
