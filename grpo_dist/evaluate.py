@@ -49,16 +49,17 @@ from .monitoring.console import set_up_logging
 from .monitoring.metrics import is_right
 from .rewards.pool.pool import ScorerPool
 from .rewards.registry import answer_checks, answer_reader
-from .rollout import LoadedModel, awake, sample
+from .rollout import LoadedModel, awake
 from .rollout.choose import UnfitEngine, make_engine
 from .rollout.own_attention import settle_attention
+from .rollout.playing import episodes_of, for_prompts, open_host, sample_or_play, templated
 from .rollout.sampling import sampling_of
 from .text.files import write_file
 from .text.plain import plain_lines, write_lines
 from .text.templates import today, uses_date
 from .text.tokens import CompletionTexts
 from .trainer.gathering import gather_scores, gather_trajectories
-from .trainer.scoring import Scoring, requests_of
+from .trainer.scoring import ENVIRONMENT_COLUMNS, Scoring, requests_of
 from .types import Batch, Prompt
 
 _PROMPTS_A_PART = 64  # a part is the same whatever the number of ranks
@@ -73,21 +74,24 @@ class Evaluation:
         """Raises ValueError or OSError for what a user can have got wrong, before the model is loaded."""
         self.num_samples, self.directory, self.category = num_samples, directory, category
         self.tokenizer = load_tokenizer(config.model)
-        self.config = config = self._dated(config)
+        self.config = config = templated(self._dated(config))
         data = config.data
         self.model_config = load_model_config(config.model)
         check_model_config(self.model_config, self.tokenizer, config.max_sequence_length)
+        self.host = open_host(config)
+        prompt_tokenizer = for_prompts(self.tokenizer, self.host)
         checks = answer_checks(config.rewards) if data.answer_column else []
         assert data.eval_file is not None
         split = "train" if Path(data.eval_file).is_file() else data.eval_split
-        self.prompts, _ = load_prompts(data.eval_file, split, data, self.tokenizer, checks)
+        self.prompts, _ = load_prompts(data.eval_file, split, data, prompt_tokenizer, checks)
         if category is not None and category not in self.prompts[0].columns:
             raise ValueError(f"--category: {category!r} given, expected one of {', '.join(self.prompts[0].columns)}")
         self._claim()
         self.end_ids = end_token_ids(config.model, self.tokenizer)
         self.texts_of = CompletionTexts(self.tokenizer, self.end_ids)
         self.scorer = ScorerPool(config.rewards, config.scoring)
-        self.scorer.check_columns(self.prompts[0].columns)
+        self.scorer.check_columns([*self.prompts[0].columns, *(ENVIRONMENT_COLUMNS if self.host else ())])
+        self.episodes = episodes_of(config, self.host, prompt_tokenizer, self.end_ids)
         self.read_answer: Callable[[str], str | None] | None = answer_reader(config.rewards)
 
     def _dated(self, config: Config) -> Config:
@@ -152,9 +156,10 @@ class Evaluation:
         requests = requests_of(prompts, self.num_samples, drawn, seed, "evaluate", first=start)
         sampling = sampling_of(rollout)
         with awake(self.engine), ranks.shared_errors("sampling"):
-            scoring = Scoring(self.scorer, prompts, self.num_samples, drawn, self.texts_of)
-            trajectories = sample(self.engine, requests, sampling, scoring.on_finish)
-        batch = gather_trajectories(ranks, prompts, trajectories)
+            scoring = Scoring(self.scorer, prompts, self.num_samples, drawn, self.texts_of,
+                              has_episodes=self.episodes is not None)  # fmt: skip
+            trajectories = sample_or_play(self.engine, self.episodes, requests, prompts, sampling, scoring.on_finish)
+        batch = gather_trajectories(ranks, prompts, trajectories, has_episodes=self.episodes is not None)
         scoring.complete(batch)
         with ranks.shared_errors("scoring"):
             scores = scoring.result()
@@ -294,6 +299,8 @@ def main() -> int:
         return 2
     finally:
         evaluation.scorer.close()
+        if evaluation.host:
+            evaluation.host.close()
         is_main = ranks.is_main
         ranks.end()
     if is_main:

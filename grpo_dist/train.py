@@ -1,10 +1,10 @@
 """GRPO on one screen. What differs from the textbook:
 
-1. The batch is global: every rank gathers all completions and rewards, so a group may span ranks and nothing that is
-   learned depends on how many there are.
-2. A prompt is computed once for its whole group, in the rollout and in the update.
-3. Rollouts are drawn with the policy's own weights, adapters apart: nothing of an update is lost to rounding.
-4. The old policy's log-probabilities are the detached current ones while the batch serves one update.
+1. The batch is global: every rank gathers all completions and rewards. So a group may span ranks, and the result does
+   not depend on the number of ranks.
+2. A prompt is computed once for its group, in the rollout and in the update.
+3. Rollouts use the policy's own weights with unmerged adapters, so that rounding cannot lose a small update.
+4. If a batch is used for only one update, the old policy's log-probabilities are the detached current ones.
 
     accelerate launch --config_file accelerate_configs/zero2.yaml --num_processes 8 -m grpo_dist.train --config FILE
     python -m grpo_dist.train --config FILE                                                           # one process
@@ -45,21 +45,22 @@ def train(parts: Parts, state: TrainState) -> None:
 
 
 def train_step(parts: Parts, state: TrainState) -> Metrics:
-    """One step, from prompts to a trained policy; returns its metrics."""
+    """One step, from prompts to a trained policy; returns the step's metrics."""
     config, start = parts.config, time.perf_counter()
     reward_weights = config.weights_at(state.step)
-    batch = state.batch or collect(parts, state)  # prompts, completions, rewards: the same on every rank
+    # prompts, completions, rewards, the same on every rank; a run that was stopped between updates has its batch
+    batch = state.batch or collect(parts, state)
     batch = with_reference(parts, batch)
     if not needs_old_policy(config):
         batch = with_advantages(config, batch, reward_weights, state.kl_coeff)
-    minibatches = pack_minibatches(parts, batch)  # this rank's share of what teaches anything
-    batch = with_old_policy(parts, batch, minibatches)
-    if needs_old_policy(config):
+    minibatches = pack_minibatches(parts, batch)  # this rank's share of the completions that have a gradient
+    batch = with_old_policy(parts, batch, minibatches)  # the same batch where nothing needs the old policy
+    if needs_old_policy(config):  # for values, a KL term in the reward, or entropies of the batch
         batch = with_advantages(config, batch, reward_weights, state.kl_coeff)
     with parts.phase("update"):
         for minibatch in remaining_minibatches(config, state, minibatches):
             metrics = update(parts, state, batch, minibatch)
-            state.after_update(batch, metrics)  # a checkpoint may fall between any two
+            state.after_update(batch, metrics)  # a stop after this saves, and the next run goes on from here
     with parts.phase("sync"):
         parts.engine.update_weights()
     step_metrics = record(parts, state, batch, time.perf_counter() - start)
@@ -75,34 +76,35 @@ def update(parts: Parts, state: TrainState, batch: Batch, minibatch: Minibatch) 
     config, loss_config = parts.config, parts.config.loss
     dropout_key = stream_key(config.train.seed, "dropout", state.step, state.updates)
     metrics = UpdateMetrics(parts.ranks.device)
-    for number, each in enumerate(minibatch.packs, 1):
+    for number, cpu_pack in enumerate(minibatch.packs, 1):
         is_last = number == len(minibatch.packs)
         parts.ranks.stop_if_any(parts.watch.requested)
-        pack = each.to(parts.ranks.device)
-        tokens = tokens_of(config, batch, minibatch, each, parts.ranks.device)
-        with parts.ranks.no_sync(parts.wrapped, is_last):
+        pack = cpu_pack.to(parts.ranks.device)
+        tokens = tokens_of(config, batch, minibatch, cpu_pack, parts.ranks.device)
+        with parts.ranks.no_sync(parts.wrapped, unless=is_last):
             logprobs, entropies, values = parts.wrapped(pack, dropout_key)
             old = logprobs.detach() if tokens.old is None else tokens.old
             importance = rollout_weights(
-                old, tokens.sampled, pack.sequence, loss_config.importance_correction, loss_config.importance_level,
+                old, tokens.rollout, pack.sequence, loss_config.importance_correction, loss_config.importance_level,
                 loss_config.importance_low, loss_config.importance_high,
             )  # fmt: skip
             loss = policy_loss(loss_config, state.kl_coeff, logprobs, entropies, old, tokens.reference,
                                tokens.advantages * importance, tokens.weights, pack.sequence)  # fmt: skip
-            total, means = loss.total, {"entropy": entropies}
+            total, averaged = loss.total, {"entropy": entropies}
             if values is not None:
-                assert tokens.values is not None and tokens.returns is not None, "a critic has an old policy"
+                assert tokens.values is not None and tokens.returns is not None, "with_old_policy fills them"
                 errors = value_loss(values, tokens.values, tokens.returns, tokens.weights, config.critic.clip)
                 total = total + config.critic.loss_coeff * errors
-                means |= {"value/mean": values, "value/error": (values - tokens.returns) ** 2}
+                averaged |= {"value/mean": values, "value/error": (values - tokens.returns) ** 2}
             if loss_config.importance_correction != "none":
-                means |= {"importance/mean": importance, "importance/masked": importance == 0}
+                averaged |= {"importance/mean": importance, "importance/masked": importance == 0}
             parts.ranks.backward(parts.wrapped, total, is_last)
-        metrics.add(total, loss, old - tokens.sampled, pack.useful, len(pack.ids), means)
+        metrics.add(total, loss, old - tokens.rollout, pack.useful, len(pack.ids), averaged)
     rate = learning_rate(state.step, config.train.num_train_steps, config.optim)
     norm = parts.ranks.optimizer_step(parts.wrapped, parts.optimizer, rate)
     reduced = metrics.reduced(parts.ranks) | {"grad_norm": norm, "learning_rate": rate}
     parts.first_update.check(reduced)
+    # the optimizer took no step where the norm is not finite
     skipped = parts.bad_updates.is_skipped(state.step + 1, norm, batch)
     return reduced | {"update/skipped": float(skipped)}
 

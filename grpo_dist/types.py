@@ -2,8 +2,8 @@
 
 Pure data: no model, no device handling, no I/O. Shapes use P prompts, N completions, R rewards, L completion tokens in
 all and T of them that the policy sampled. Completion n belongs to prompt `group[n]`; its sampled tokens are the slice
-`starts[n] : starts[n] + lengths[n]` of every flat (T,) tensor. Tokens that were not sampled are only ever attended to:
-losses, advantages, KL terms and their denominators are made of (T,) tensors, in which such tokens have no place.
+`starts[n] : starts[n] + lengths[n]` of every flat (T,) tensor. Tokens that were not sampled are context: others attend
+to them, and they have no entry in (T,) tensors, of which losses, advantages, KL terms and their denominators are made.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class Prompt:
     """One row of the data set, ready for the model."""
 
     index: int
-    """Row in the data set."""
+    """Place of its row in the data set."""
     ids: list[int]
     """Token ids of the rendered prompt."""
     text: str
@@ -30,6 +30,24 @@ class Prompt:
     """The conversation the prompt was rendered from; None for plain text."""
     columns: dict[str, Any] = field(default_factory=dict)
     """The row's other columns, as the rewards receive them."""
+
+
+@dataclass(frozen=True)
+class Episode:
+    """What a trajectory with tools or an environment was, besides its tokens."""
+
+    messages: list[dict[str, Any]]
+    """The conversation after the prompt: the assistant's turns and the tools' answers."""
+    turns: int
+    """Turns of the policy."""
+    reward: float | None
+    """What the environment says the episode is worth; None where it says nothing."""
+    failure: str | None
+    """Why the environment broke, so that nobody can score the episode; None where it did not."""
+    outcomes: dict[str, int]
+    """Calls by what came of them: `answered`, `error` (the tool raised), `malformed` (the model's call was none)."""
+    prompt: Prompt
+    """The prompt, with what the environment said at its reset."""
 
 
 @dataclass(frozen=True)
@@ -45,18 +63,23 @@ class Trajectory:
     sample: int
     """The trajectory's place in its group."""
     ids: list[int]
-    """Token ids, the end-of-sequence token included where it was reached."""
+    """Token ids after the prompt. The end-of-sequence token is one of them, if it was sampled."""
     logprobs: list[float]
     """The engine's log-probability of each sampled token (nats)."""
     finished: bool
     """Whether it ended by itself; False where a limit cut it."""
     sampled: list[bool]
     """Whether the policy sampled each of `ids`."""
+    episode: Episode | None = None
+    """None where there are no tools and no environment."""
 
 
 @dataclass(frozen=True)
 class OldPolicy:
-    """What the policy that opened the batch computes for it: (T,) on the CPU, 0 for tokens that are left out."""
+    """What the policy computes for a batch before its first update.
+
+    Tensors (T,) on the CPU; 0 for completions that have no gradient, and so are in no pack.
+    """
 
     logprobs: Tensor
     """Log-probability of each token (nats)."""
@@ -73,7 +96,7 @@ class Batch:
     prompts: list[Prompt]
     """The step's P prompts."""
     group: Tensor
-    """(N,) int64: the prompt each completion answers."""
+    """(N,) int64: the prompt of each completion."""
     row_lengths: Tensor
     """(N,) int64: tokens of each completion, sampled or not."""
     finished: Tensor
@@ -87,22 +110,25 @@ class Batch:
     rewards: Tensor
     """(N, R) float64: one column per reward function; NaN where it does not apply or failed."""
     reward: Tensor
-    """(N,) float64: their weighted sum; NaN for a completion that could not be scored."""
+    """(N,) float64: their weighted sum; NaN where a reward that counts failed, or none applies."""
     reference_logprobs: Tensor | None = None
-    """(T,) float32: log-probability of each token under the reference (nats); None where there is no KL term."""
+    """(T,) float32: log-probability of each token under the reference (nats), from `with_reference`; None without a KL
+    term."""
     token_rewards: Tensor | None = None
-    """(T, R) float64: rewards where they were given, NaN elsewhere; an outcome reward is its last token's. None where
-    all rewards are outcome rewards."""
+    """(T, R) float64: rewards at the tokens they were given for, NaN elsewhere; a reward for the outcome is at the last
+    token. None if all rewards are for the outcome."""
     scoring: dict[str, float] = field(default_factory=dict)
     """Metrics of sampling and scoring over all ranks: rounds, failures, seconds, and what rewards logged."""
     extras: dict[str, list[Any]] = field(default_factory=dict)
     """Columns that rewards logged for the completions' table, N values each, by `REWARD/COLUMN`."""
+    episodes: list[Episode] | None = None
+    """(N) as long as the completions are scored; None without tools and environment."""
     old: OldPolicy | None = None
-    """The policy that opened the batch; None where the loss and the advantages do not depend on it."""
+    """From `with_old_policy`; None where neither the loss nor the advantages depend on it."""
     advantages: Tensor | None = None
-    """(T,) float64: what each token is pushed by; None until `with_advantages`."""
+    """(T,) float64: advantage of each token, from `with_advantages`."""
     returns: Tensor | None = None
-    """(T,) float64: what the critic is to predict; None without a critic."""
+    """(T,) float64: targets of the critic, from `with_advantages`; None without a critic."""
 
     @cached_property
     def lengths(self) -> Tensor:
@@ -138,7 +164,8 @@ class Batch:
 
 
 def join(batches: list[Batch], groups: list[list[int]]) -> Batch:
-    """One batch of the chosen `groups` of each of several batches, in that order; groups are numbered anew."""
+    """One batch of the chosen `groups` of each of several batches, in that order, before `with_advantages`; groups are
+    numbered anew."""
     kept, renumbered, count = [], [], 0
     for batch, members in zip(batches, groups, strict=True):
         number = torch.full((len(batch.prompts),), -1)
@@ -200,7 +227,7 @@ def all_token_rewards(batch: Batch) -> Tensor:
 
 
 def at_last_tokens(values: Tensor, lengths: Tensor) -> Tensor:
-    """Each completion's `values` (N, R) at its last token: (T, R), NaN elsewhere."""
+    """Each completion's `values` (N, R) at its last token: (T, R), NaN elsewhere; each has one token or more."""
     table = torch.full((int(lengths.sum()), values.shape[1]), torch.nan, dtype=values.dtype)
     table[torch.cumsum(lengths, 0) - 1] = values
     return table

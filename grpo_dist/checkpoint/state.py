@@ -17,8 +17,9 @@ NEEDED = {"step": int, "updates": int, "kl_coeff": (int, float), "metrics": list
 
 LOGGED = ("scoring", "extras")
 """Fields of a batch that are saved as JSON."""
-COMPUTED_AGAIN = ("advantages", "returns")
-TENSORS = [each.name for each in fields(Batch) if each.name not in ("prompts", "old", *LOGGED, *COMPUTED_AGAIN)]
+NOT_SAVED = ("prompts", "episodes", "old", "advantages", "returns")
+"""Fields that are saved in another form, are computed again, or have no use after the scoring."""
+TENSORS = [each.name for each in fields(Batch) if each.name not in (*NOT_SAVED, *LOGGED)]
 OLD_TENSORS = [each.name for each in fields(OldPolicy)]
 
 

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from .algorithm import AdvantageConfig, CriticConfig, LossConfig, check_algorithm
 from .checks import is_date, require
+from .environment import EnvironmentConfig
 from .rewards import RewardConfig, ScoringConfig
 
 ComputeDtype = Literal["float32", "bfloat16"]
@@ -307,6 +308,8 @@ class Config:
     rewards: list[RewardConfig] = field(default_factory=lambda: [RewardConfig()])
     """Reward functions; the reward of a completion is their weighted sum."""
     scoring: ScoringConfig = field(default_factory=ScoringConfig)
+    environment: EnvironmentConfig | None = None
+    """Tools that the model may call, and the environment it plays in; null for one answer to each prompt."""
     advantage: AdvantageConfig = field(default_factory=AdvantageConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     critic: CriticConfig = field(default_factory=CriticConfig)
@@ -321,6 +324,8 @@ class Config:
         in_flight = self.rollout.max_tokens_in_flight
         require(in_flight == "auto" or in_flight >= longest, "rollout.max_tokens_in_flight", in_flight,
                 f"room for one sequence of {longest} tokens")  # fmt: skip
+        require(self.environment is None or self.data.chat_template != "never", "data.chat_template",
+                self.data.chat_template, "auto or always with an environment: tools need a template")  # fmt: skip
         require(bool(self.rewards), "rewards", self.rewards, "at least one reward")
         require(self.lora is not None or self.reference.placement == "copy", "reference.placement",
                 self.reference.placement, "`copy` where lora is null: without adapters to switch off, the policy "

@@ -14,11 +14,21 @@ from ..checkpoint.store import DamagedCheckpoint
 from ..config.schema import Config, ModelConfig, RewardConfig
 from ..data.mixture import load_training
 from ..data.prompts import load_prompts
+from ..environments.host import EnvironmentHost
 from ..model.checks import require_complete_model
-from ..model.load import attention_for, check_model_config, load_model_config, load_tokenizer, model_path, try_blank
+from ..model.load import (
+    attention_for,
+    check_model_config,
+    end_token_ids,
+    load_model_config,
+    load_tokenizer,
+    model_path,
+    try_blank,
+)
 from ..rewards.pool.pool import ScorerPool
 from ..rewards.registry import BUILT_IN, answer_checks, declared_placement
 from ..rewards.scores import to_items
+from ..rollout.playing import described, episodes_of, for_prompts, open_host, templated
 from ..text.plain import plain
 from ..types import Prompt
 from .findings import Findings
@@ -57,11 +67,18 @@ def read_contents(config: Config, findings: Findings) -> Contents:
                 findings.remarks.append(f"adapters: none on {left_out}")
         with suppress(ValueError, OSError, DamagedCheckpoint):  # `check_resuming` reports it
             config = with_template_date(config, contents.tokenizer, resume_path(config))
-    _read_data(config, contents, findings)
+    host = None
+    with findings.attempt():
+        host = open_host(config)
+    try:
+        _read_data(templated(config), contents, findings, host)
+    finally:
+        if host is not None:
+            host.close()
     return contents
 
 
-def _read_data(config: Config, contents: Contents, findings: Findings) -> None:
+def _read_data(config: Config, contents: Contents, findings: Findings, host: EnvironmentHost | None) -> None:
     checks: list[Any] = []
     with findings.attempt():
         checks = answer_checks(config.rewards) if config.data.answer_column else []
@@ -70,6 +87,11 @@ def _read_data(config: Config, contents: Contents, findings: Findings) -> None:
         tokenizer = load_tokenizer(ModelConfig("toy"))
         tokenizer.chat_template = "{% for message in messages %}{{ message.role }} {{ message.content }}\n{% endfor %}"
         data = replace(data, too_long="drop")
+    elif host is not None and tokenizer.chat_template:  # without one, the first prompt is refused
+        with findings.attempt():
+            tokenizer = for_prompts(tokenizer, host)
+            episodes_of(config, host, tokenizer, end_token_ids(config.model, tokenizer))
+        findings.results["tools"] = [f"{name}: {description}" for name, description in described(host)]
     files = [data.train_file] if isinstance(data.train_file, str) else list(data.train_file)
     before = len(findings.problems)
     for file in files:

@@ -33,6 +33,7 @@ BUILT_IN = {
     "reward_model": "grpo_dist.rewards.reward_model:RewardModelReward",
     "judge": "grpo_dist.rewards.judge:JudgeReward",
     "remote": "grpo_dist.rewards.remote:RemoteReward",
+    "environment": "grpo_dist.rewards.environment:environment",
 }
 """Names of the rewards that ship with the package, with their import paths."""
 KEYWORDS = ("prompts", "completions", "completion_ids", "trainer_state", "log_metric", "log_extra")

@@ -17,7 +17,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-FailureKind = Literal["raised", "timeout", "bad_value", "died"]
+FailureKind = Literal["raised", "timeout", "bad_value", "died", "environment"]
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,8 @@ class Item:
     """The completion's token ids."""
     columns: dict[str, Any] = field(default_factory=dict)
     """The data row's other columns, `answer` among them where there is one."""
+    messages: list[dict[str, Any]] | None = None
+    """The conversation after the prompt, where tools answered; rewards get it in place of one assistant message."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,8 @@ class Failure:
     reward: str
     """Label of the reward."""
     kind: FailureKind
-    """The function raised, exceeded its time, returned something that is not a reward, or ended its process."""
+    """The function raised, exceeded its time, returned something that is not a reward, or ended its process; or the
+    completion's environment broke."""
     message: str
     """The cause, in one line."""
     traceback: str = ""

@@ -33,6 +33,8 @@ class Request:
     """Key of its noise, see hashing.stream_key."""
     max_new_tokens: int | None = None
     """The most tokens to sample, where it is less than the engine's own limit."""
+    offset: int = 0
+    """Tokens of the trajectory that come before: the noise of a token goes by its place in the trajectory."""
     ignore_end: bool = False
     """Sample on after a token that ends a completion, as a benchmark does that repeats another trainer's work."""
 

@@ -142,6 +142,7 @@ class _Drawing(ContinuousBatchingLogitsProcessor):
         self.sampling, self.nobody = sampling, len(requests)  # rows that get no token draw for nobody
         self.batches = self.widest = 0
         self.keys = torch.tensor([*(request.key for request in requests), 0], device=device)
+        self.offsets = torch.tensor([*(request.offset for request in requests), 0], device=device)
         self.lengths = torch.zeros(len(requests) + 1, dtype=torch.int64, device=device)
         self.tokens = torch.zeros((len(requests) + 1, most + 1), dtype=torch.int64, device=device)
         self.logprobs = torch.zeros((len(requests) + 1, most + 1), device=device)
@@ -164,7 +165,7 @@ class _Drawing(ContinuousBatchingLogitsProcessor):
         """Draw from logits (R, V), and return scores (R, V) of which the drawn token's is the largest."""
         request = tensor_arg[: scores.shape[0]].long()
         position = self.lengths[request].clamp(max=self.tokens.shape[1] - 1)
-        token, logprob = draw(scores, self.keys[request], position, self.sampling)
+        token, logprob = draw(scores, self.keys[request], self.offsets[request] + position, self.sampling)
         self.tokens[request, position] = token
         self.logprobs[request, position] = logprob
         self.lengths[request] = position + 1

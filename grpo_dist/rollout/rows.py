@@ -37,6 +37,7 @@ class RowDecoder:
         device = next(model.parameters()).device
         inputs = torch.tensor([group[0].prompt] * len(group), device=device)
         keys = torch.tensor([request.key for request in group], device=device)
+        offsets = torch.tensor([request.offset for request in group], device=device)
         limits = [limit_of(request, self.max_new_tokens) for request in group]
         limit = torch.tensor(limits, device=device)
         ends = torch.tensor(self.end_ids, device=device)
@@ -50,7 +51,7 @@ class RowDecoder:
                 yield []
             output = model(input_ids=inputs, use_cache=True, logits_to_keep=1, **state)
             state = _state_after(model, output, len(group[0].prompt) + position)
-            token, logprob = draw(output.logits[:, -1], keys, torch.full_like(keys, position), sampling)
+            token, logprob = draw(output.logits[:, -1], keys, offsets + position, sampling)
             tokens.append(token)
             logprobs.append(logprob)
             ended |= (torch.isin(token, ends) & may_end) | (position + 1 >= limit)

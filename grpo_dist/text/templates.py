@@ -37,7 +37,7 @@ class TemplateRefusal(ValueError):
 
 def uses_date(tokenizer: Any) -> bool:
     """Whether the tokenizer's chat template may write today's date."""
-    return bool(tokenizer.chat_template) and _CLOCK in _template_of(tokenizer)
+    return bool(tokenizer.chat_template) and _CLOCK in template_of(tokenizer)
 
 
 def today() -> str:
@@ -54,14 +54,7 @@ def render_messages(
     the result are rendered again as lists of parts. Raises TemplateRefusal where the template refuses a conversation or
     leaves out the text of a message, ValueError where it cannot be used at all.
     """
-    template = _template_of(tokenizer)
-    if _RANDOM.search(template):
-        raise ValueError(
-            f"the chat template of {tokenizer.name_or_path!r} draws at random, so that a prompt differs each time: "
-            "take `random` and `lipsum` out of it"
-        )
-    if _CLOCK in template:
-        template = _with_date(template, date.fromisoformat(template_date or today()))
+    template = _steady_template(tokenizer, template_date)
     plain = [dict(message) for message in messages]
 
     def attempt(in_parts: Collection[int]) -> tuple[str | None, list[int], str]:
@@ -79,15 +72,35 @@ def render_messages(
     return text
 
 
-def _template_of(tokenizer: Any) -> str:
-    """The template for conversations without tools; raises ValueError where there is none among several."""
+def render_conversation(
+    messages: Sequence[Mapping[str, Any]], tokenizer: Any, template_date: str | None, *, is_prompt: bool
+) -> str:
+    """Return the text of any conversation, tools' calls and answers included, unexamined; raises as templates do."""
+    return _apply(messages, tokenizer, _steady_template(tokenizer, template_date), is_prompt)
+
+
+def template_of(tokenizer: Any, preferred: str = "default") -> str:
+    """The chat template, of several the `preferred` one or the default; raises ValueError where there is neither."""
     template = tokenizer.chat_template
     if isinstance(template, Mapping):
+        if preferred in template:
+            return str(template[preferred])
         if "default" not in template:
             raise ValueError(f"{tokenizer.name_or_path!r} has the chat templates {', '.join(map(repr, template))}, "
                              "expected one named 'default': rename the one to use")  # fmt: skip
         template = template["default"]
     return str(template)
+
+
+def _steady_template(tokenizer: Any, template_date: str | None) -> str:
+    """The template, which writes the same at any time; raises ValueError for one that draws at random."""
+    template = template_of(tokenizer)
+    if _RANDOM.search(template):
+        raise ValueError(
+            f"the chat template of {tokenizer.name_or_path!r} draws at random, so that a prompt differs each time: "
+            "take `random` and `lipsum` out of it"
+        )
+    return _with_date(template, date.fromisoformat(template_date or today())) if _CLOCK in template else template
 
 
 def _with_date(template: str, day: date) -> str:

@@ -26,6 +26,7 @@ from ..distributed.optimizer_state import OptimizerState
 from ..distributed.ranks import Ranks, resolve_dtype
 from ..distributed.rendezvous import LaunchError, Rendezvous, place_in_launch
 from ..distributed.watch import Watch
+from ..environments.host import EnvironmentHost
 from ..model.checks import UnfitModel
 from ..model.load import (
     attention_for,
@@ -42,6 +43,7 @@ from ..monitoring.trackers import require_known
 from ..rewards.pool.pool import ScorerPool
 from ..rewards.registry import answer_checks, labels
 from ..rollout.choose import UnfitEngine
+from ..rollout.playing import episodes_of, for_prompts, open_host, templated
 from ..text.files import write_file
 from ..text.tokens import CompletionTexts
 from ..types import Prompt
@@ -49,6 +51,7 @@ from .first_update import first_update
 from .models import load_models
 from .parts import Parts
 from .phases import Phases
+from .scoring import ENVIRONMENT_COLUMNS
 
 log = logging.getLogger(__name__)
 
@@ -84,13 +87,15 @@ def build(config: Config) -> tuple[Parts, TrainState]:
     try:  # all that a user can have got wrong, before ranks meet and models are loaded
         require_known_launch(os.environ)
         resume_from = resume_path(config)
-        data = _load_data(config, resume_from)
+        host = open_host(config)
+        data = _load_data(templated(config), resume_from, host)
         for change in changes(resume_from, data.config, data.identity) if resume_from else ():
             log.warning("%s", change)
         require_known(config.logging.trackers)
         scorer = ScorerPool(config.rewards, config.scoring)
         for prompt in (data.prompts[0], *data.eval_prompts[:1]):
-            scorer.check_columns(prompt.columns)
+            scorer.check_columns([*prompt.columns, *(ENVIRONMENT_COLUMNS if host else ())])
+        episodes = episodes_of(data.config, host, for_prompts(data.tokenizer, host), data.end_ids)
         directory.mkdir(parents=True, exist_ok=True)
         lock_file = lock(directory) if is_main else None
     except (ValueError, OSError, checkpoint.DamagedCheckpoint) as error:
@@ -98,7 +103,7 @@ def build(config: Config) -> tuple[Parts, TrainState]:
         raise UserError(str(error)) from error
     ranks = Ranks(resolve_dtype(config.model.dtype), config.optim)
     _log_on_main(is_main, others=logging.WARNING)
-    data = _agree_on_data(ranks, data, resume_from)
+    data = _agree_on_data(ranks, data, resume_from, host)
     config = data.config
     if ranks.is_main:
         write_file(directory / "config.yaml", yaml.safe_dump(redacted(asdict(config)), sort_keys=False))
@@ -127,7 +132,8 @@ def build(config: Config) -> tuple[Parts, TrainState]:
     parts = Parts(
         config=config, directory=directory, lock=lock_file, identity=data.identity, ranks=ranks, watch=watch,
         tokenizer=data.tokenizer, texts_of=CompletionTexts(data.tokenizer, data.end_ids), prompts=data.prompts,
-        eval_prompts=data.eval_prompts, reward_names=labels(config.rewards), scorer=scorer, **vars(models),
+        eval_prompts=data.eval_prompts, reward_names=labels(config.rewards), scorer=scorer, episodes=episodes,
+        **vars(models),
         phase=Phases(display, watch, ranks.device), display=display,
         recorder=Recorder(config, directory, last_step) if ranks.is_main else None,
         first_update=first_update(config, resume_from is not None, state.updates),
@@ -145,13 +151,15 @@ def close(parts: Parts, all_ranks: bool) -> None:
         parts.ranks.barrier()
     parts.display.close()
     parts.scorer.close()
+    if parts.episodes:
+        parts.episodes.host.close()
     if parts.recorder:
         parts.recorder.close()
     if all_ranks:
         parts.ranks.end()
 
 
-def _load_data(config: Config, resume_from: Path | None) -> _Data:
+def _load_data(config: Config, resume_from: Path | None, host: EnvironmentHost | None) -> _Data:
     tokenizer = load_tokenizer(config.model)
     config = with_template_date(config, tokenizer, resume_from)
     model_config = load_model_config(config.model)
@@ -160,23 +168,24 @@ def _load_data(config: Config, resume_from: Path | None) -> _Data:
     if left_out := try_blank(config.model, config.lora, model_config, implementation):
         log.info("adapters: none on %s", left_out)
     checks = answer_checks(config.rewards) if config.data.answer_column else []
-    prompts, sampler = load_training(config, tokenizer, checks)
+    renderer = for_prompts(tokenizer, host)
+    prompts, sampler = load_training(config, renderer, checks)
     eval_prompts: list[Prompt] = []
     if config.data.eval_file:
-        loaded, _ = load_prompts(config.data.eval_file, config.data.eval_split, config.data, tokenizer, checks)
+        loaded, _ = load_prompts(config.data.eval_file, config.data.eval_split, config.data, renderer, checks)
         eval_prompts = loaded[: config.train.num_eval_prompts]
     return _Data(config, tokenizer, model_config, prompts, sampler, eval_prompts,
                  end_token_ids(config.model, tokenizer), identity(config, model_config, prompts))  # fmt: skip
 
 
-def _agree_on_data(ranks: Ranks, data: _Data, resume_from: Path | None) -> _Data:
+def _agree_on_data(ranks: Ranks, data: _Data, resume_from: Path | None, host: EnvironmentHost | None) -> _Data:
     """The data with rank 0's template_date, where a run is started about midnight; a collective.
 
     Raises UserError where ranks were started otherwise all the same.
     """
     date = ranks.gather_objects(data.config.data.template_date)[0]
     if date != data.config.data.template_date:
-        data = _load_data(replace(data.config, data=replace(data.config.data, template_date=date)), resume_from)
+        data = _load_data(replace(data.config, data=replace(data.config.data, template_date=date)), resume_from, host)
     start = {"config": redacted(asdict(data.config)), "versions": versions(), "identity": data.identity}
     try:
         require_same_start(ranks.gather_objects(start))

@@ -12,7 +12,8 @@ from ..algorithm.targets import has_reference
 from ..checkpoint.state import TrainState
 from ..data.order import Curriculum, Mixture, Sampler
 from ..rewards.registry import TrainerState
-from ..rollout import Sampling, awake, sample
+from ..rollout import Sampling, awake
+from ..rollout.playing import sample_or_play
 from ..rollout.sampling import sampling_of
 from ..types import Batch, Prompt, Trajectory, join
 from .gathering import gather_scores, gather_trajectories
@@ -74,8 +75,10 @@ def generate(
     requests = requests_of(prompts, group_size, drawn, parts.config.train.seed, stream)
     progress = TrainerState(step, parts.config.train.num_train_steps, state.sampler.epoch(step))
     with awake(parts.engine), parts.ranks.shared_errors("rollout"):
-        scoring = Scoring(parts.scorer, prompts, group_size, drawn, parts.texts_of, progress)
-        return sample(parts.engine, requests, sampling, scoring.on_finish, parts.watch.check), scoring
+        scoring = Scoring(parts.scorer, prompts, group_size, drawn, parts.texts_of, progress,
+                          has_episodes=parts.episodes is not None)  # fmt: skip
+        return sample_or_play(parts.engine, parts.episodes, requests, prompts, sampling, scoring.on_finish,
+                              parts.watch.check), scoring  # fmt: skip
 
 
 def further_places(sampler: Sampler | Mixture, step: int, round: int) -> list[int]:
@@ -92,7 +95,7 @@ def _round(parts: Parts, state: TrainState, prompts: list[Prompt], stream: str) 
     with parts.phase("rollout"):
         trajectories, scoring = generate(parts, state, prompts, config.rollout.group_size, sampling_of(config.rollout),
                                          stream, state.step)  # fmt: skip
-        batch = gather_trajectories(parts.ranks, prompts, trajectories)
+        batch = gather_trajectories(parts.ranks, prompts, trajectories, has_episodes=parts.episodes is not None)
         scoring.complete(batch)
     if not config.rollout.max_resamples:  # else only of the groups that stay
         batch = with_reference(parts, batch)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from itertools import chain
 from typing import Any
@@ -14,7 +15,8 @@ from torch import Tensor
 
 from ..distributed.ranks import Ranks
 from ..rewards.scores import Failure, Scores, combine
-from ..types import Batch, Prompt, Trajectory, at_last_tokens
+from ..rollout.episodes import require_same
+from ..types import Batch, Episode, Prompt, Trajectory, at_last_tokens
 
 log = logging.getLogger(__name__)
 
@@ -23,19 +25,26 @@ class RewardFailure(RuntimeError):
     """More completions could not be scored than scoring.error_budget allows; raised on all ranks alike."""
 
 
-def gather_trajectories(ranks: Ranks, prompts: list[Prompt], trajectories: list[Trajectory]) -> Batch:
+def gather_trajectories(
+    ranks: Ranks, prompts: list[Prompt], trajectories: list[Trajectory], *, has_episodes: bool = False
+) -> Batch:
     """The global batch in the order of (prompt, sample), from every rank's contiguous share of it; a collective.
 
-    Its rewards are yet to come: see `gather_scores`.
+    Its rewards are yet to come: see `gather_scores`. Raises RewardFailure where episodes of one prompt began
+    differently.
     """
     numbers = torch.tensor([[each.slot, len(each.ids), each.finished] for each in trajectories], dtype=torch.int64)
     numbers = ranks.gather(numbers.view(-1, 3))
     ids = ranks.gather(_flat((each.ids for each in trajectories), np.int32)).long()  # half of what int64 would send
     sampled = ranks.gather(_flat((each.sampled for each in trajectories), np.uint8)).bool()
     logprobs = ranks.gather(_flat((each.logprobs for each in trajectories), np.float32))
+    episodes = None
+    if has_episodes:
+        episodes = [each for part in ranks.gather_objects([each.episode for each in trajectories]) for each in part]
+        prompts = _played_prompts(prompts, numbers[:, 0].tolist(), episodes)
     nothing = torch.full((len(numbers),), torch.nan, dtype=torch.float64)
     return Batch(prompts, numbers[:, 0], numbers[:, 1], numbers[:, 2].bool(), ids, sampled, logprobs,
-                 rewards=nothing[:, None], reward=nothing)  # fmt: skip
+                 rewards=nothing[:, None], reward=nothing, episodes=episodes)  # fmt: skip
 
 
 def gather_scores(
@@ -57,8 +66,33 @@ def gather_scores(
     metrics, extras = _gather_logged(ranks, scores)
     counts = failures.sum(0).tolist()
     metrics |= {f"reward/{name}/failed": float(count) for name, count in zip(scores.names, counts, strict=True)}
+    if batch.episodes is not None:
+        metrics |= episode_metrics(batch.episodes)
+        extras["environment/conversation"] = [json.dumps(each.messages, ensure_ascii=False) for each in batch.episodes]
     return replace(batch, rewards=gathered[:, :num_rewards], reward=gathered[:, -1], extras=extras, scoring=metrics,
-                   token_rewards=_token_rewards(ranks, batch, rows, scores))  # fmt: skip
+                   token_rewards=_token_rewards(ranks, batch, rows, scores), episodes=None)  # fmt: skip
+
+
+def episode_metrics(episodes: Sequence[Episode]) -> dict[str, float]:
+    """Metrics of the episodes of a batch, means an episode but for the number of broken environments."""
+    outcomes = {"answered": "calls_answered", "error": "calls_failed", "malformed": "calls_malformed"}
+    count = max(1, len(episodes))
+    metrics = {"environment/turns": sum(each.turns for each in episodes) / count}
+    for outcome, name in outcomes.items():
+        metrics[f"environment/{name}"] = sum(each.outcomes[outcome] for each in episodes) / count
+    return metrics | {"environment/failed": float(sum(each.failure is not None for each in episodes))}
+
+
+def _played_prompts(prompts: list[Prompt], group: list[int], episodes: list[Episode]) -> list[Prompt]:
+    """The prompts with what environments said at their reset, which is the same for the episodes of a prompt."""
+    played: dict[int, Prompt] = {}
+    for slot, episode in zip(group, episodes, strict=True):
+        if episode.failure is None:
+            try:
+                require_same(played.setdefault(slot, episode.prompt), episode.prompt)
+            except ValueError as error:
+                raise RewardFailure(str(error)) from error
+    return [played.get(slot, prompt) for slot, prompt in enumerate(prompts)]
 
 
 def _flat(rows: Iterable[list[Any]], dtype: type[np.generic]) -> Tensor:

@@ -34,7 +34,7 @@ class PackTokens:
     """What the loss needs of a pack's M tokens; tensors (M,) float32 on the device."""
 
     weights: Tensor
-    sampled: Tensor
+    rollout: Tensor
     """Log-probabilities under the rollout engine (nats)."""
     advantages: Tensor
     old: Tensor | None
@@ -82,7 +82,7 @@ def tokens_of(config: Config, batch: Batch, minibatch: Minibatch, pack: Pack, de
     assert batch.advantages is not None
     old = batch.old
     values: dict[str, Tensor | None] = {
-        "weights": minibatch.weights, "sampled": batch.sampled_logprobs, "advantages": batch.advantages,
+        "weights": minibatch.weights, "rollout": batch.sampled_logprobs, "advantages": batch.advantages,
         "old": old.logprobs if old is not None and serves_several_updates(config) else None,
         "reference": batch.reference_logprobs if reference_in_loss(config) else None,
         "values": None if old is None else old.values, "returns": batch.returns,

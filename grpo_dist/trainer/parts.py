@@ -14,6 +14,7 @@ from ..distributed.watch import Watch
 from ..monitoring.console import Display
 from ..monitoring.recorder import Recorder
 from ..rewards.pool.pool import ScorerPool
+from ..rollout.episodes import Episodes
 from ..text.tokens import CompletionTexts
 from ..types import Prompt
 from .first_update import FirstUpdate
@@ -41,6 +42,8 @@ class Parts(Models):
     eval_prompts: list[Prompt]
     reward_names: list[str]
     scorer: ScorerPool
+    episodes: Episodes | None
+    """Plays with tools and environments; None where there are none."""
 
     phase: Phases
     display: Display

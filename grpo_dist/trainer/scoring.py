@@ -8,15 +8,18 @@ reaches it with the global batch.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 from ..algorithm.hashing import stream_key
 from ..rewards.pool.pool import ScorerPool
 from ..rewards.registry import TrainerState
-from ..rewards.scores import Item, Scores
+from ..rewards.scores import Failure, Item, Scores
 from ..rollout import Request
-from ..types import Batch, Prompt, Trajectory
+from ..types import Batch, Episode, Prompt, Trajectory
 
+ENVIRONMENT_COLUMNS = ("environment_reward",)
+"""What rewards may take of an episode beside the data's columns."""
 TextsOf = Callable[[Sequence[Sequence[int]]], list[str]]
 """Completions' token ids as the texts that rewards get."""
 
@@ -37,7 +40,7 @@ class Scoring:
 
     def __init__(
         self, scorer: ScorerPool, prompts: list[Prompt], group_size: int, drawn: slice, texts_of: TextsOf,
-        state: TrainerState | None = None,
+        state: TrainerState | None = None, *, has_episodes: bool = False,
     ) -> None:  # fmt: skip
         """Announce the groups whose first completion is in `drawn`. Raises ValueError and RuntimeError as the pool."""
         self._scorer, self._prompts, self._size, self._texts_of = scorer, prompts, group_size, texts_of
@@ -46,8 +49,10 @@ class Scoring:
         """The completions that are scored here, by their places in the global batch."""
         self._missing = dict.fromkeys(range(first, last), group_size)
         self._ended: dict[int, list[Trajectory]] = {slot: [] for slot in self._missing}
-        columns = list(dict.fromkeys(name for prompt in prompts for name in prompt.columns))
-        self._pending = scorer.open(self.rows.stop - self.rows.start, columns, state)
+        self._broken: dict[int, str] = {}  # places in `rows` whose environment broke, with the reason
+        columns = dict.fromkeys(name for prompt in prompts for name in prompt.columns)
+        columns |= dict.fromkeys(ENVIRONMENT_COLUMNS if has_episodes else ())
+        self._pending = scorer.open(self.rows.stop - self.rows.start, list(columns), state)
 
     def on_finish(self, trajectories: list[Trajectory]) -> None:
         """Take in what this rank has sampled; a group that is complete is handed to the scorer."""
@@ -56,21 +61,35 @@ class Scoring:
                 group = self._ended[trajectory.slot]
                 group.append(trajectory)
                 if len(group) == self._size:
-                    self._hand_over(trajectory.slot, [each.ids for each in sorted(group, key=lambda each: each.sample)])
+                    group.sort(key=lambda each: each.sample)
+                    self._hand_over(trajectory.slot, [(each.ids, each.episode) for each in group])
 
     def complete(self, batch: Batch) -> None:
         """Hand over the groups that other ranks have drawn parts of; `batch` is the global one."""
         for slot in list(self._missing):
-            self._hand_over(slot, [batch.completion_ids(slot * self._size + n) for n in range(self._size)])
+            rows = range(slot * self._size, (slot + 1) * self._size)
+            self._hand_over(
+                slot, [(batch.completion_ids(n), batch.episodes[n] if batch.episodes else None) for n in rows]
+            )
 
     def result(self, check: Callable[[], None] | None = None) -> Scores:
         """Wait for the scores of `rows`, in their order; `check` is called meanwhile and may raise to give up."""
-        return self._pending.result(check)
+        scores = self._pending.result(check)
+        for place, message in self._broken.items():
+            scores.values[place], scores.failed[place] = math.nan, True
+            scores.failures.append(Failure(place, "environment", "environment", message))
+        return scores
 
-    def _hand_over(self, slot: int, ids: list[list[int]]) -> None:
+    def _hand_over(self, slot: int, group: list[tuple[list[int], Episode | None]]) -> None:
         del self._missing[slot]
-        prompt, place = self._prompts[slot], slot * self._size - self.rows.start
-        self._scorer.add(self._pending, {
-            place + n: Item(prompt.messages or prompt.text, text, ids[n], prompt.columns)
-            for n, text in enumerate(self._texts_of(ids))
-        })  # fmt: skip
+        first = slot * self._size - self.rows.start
+        items = {}
+        for n, ((ids, episode), text) in enumerate(zip(group, self._texts_of([ids for ids, _ in group]), strict=True)):
+            prompt, columns, messages = self._prompts[slot], {}, None
+            if episode is not None:
+                prompt, messages = episode.prompt, episode.messages
+                columns = {"environment_reward": episode.reward}
+                if episode.failure is not None:
+                    self._broken[first + n] = episode.failure
+            items[first + n] = Item(prompt.messages or prompt.text, text, ids, prompt.columns | columns, messages)
+        self._scorer.add(self._pending, items)

@@ -11,6 +11,7 @@ from launching import ROOT, launch, metrics
 RUNS = {
     "critic": ["--preset", "ppo", "--loss.importance_correction", "truncate", "--loss.kl_target", "0.02"],
     "groups": ["--rollout.max_resamples", "1", "--rewards", "[{name: math}, {name: boxed, weight: 0.1}]"],
+    "episodes": ["--config", "configs/calculator.yaml"],
 }
 """Between them, all options that add metrics; `boxed` reports a number of its own."""
 
@@ -32,7 +33,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
     names: set[str] = set()
     for run, words in RUNS.items():
         directory = tmp_path_factory.mktemp("runs") / run
-        done = launch(None, 1, "--config", "configs/quickstart.yaml", "--train.num_train_steps", "2", *words,
+        done = launch(None, 1, "--config", "configs/quickstart.yaml", *words, "--train.num_train_steps", "2",
                       "--train.batch_size", "4", "--train.num_eval_prompts", "4", "--train.save_every", "0",
                       "--train.output_dir", str(directory))  # fmt: skip
         assert done.returncode == 0, done.stderr[-4000:]

@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 import toy
 import toy_carry
+import toy_tools
 from toy_training import MAX_MODEL_BYTES, Task, evaluate, last_integer, make_tokenizer
+from transformers import AutoTokenizer
 
 from grpo_dist.model.toy import toy_path
 
@@ -65,6 +67,9 @@ def test_answers_are_right(split: str) -> None:
     for row in rows(f"carry_{split}"):
         found = re.fullmatch(r"What is (\d+) \+ (\d+)\? Write out each column\.", row["prompt"])
         assert found is not None and row["answer"] == str(int(found[1]) + int(found[2]))
+    for row in rows(f"products_{split}"):
+        found = re.fullmatch(r"What is (\d+) \* (\d+)\?", row["prompt"])
+        assert found is not None and row["answer"] == str(int(found[1]) * int(found[2]))
     for row in rows(f"math_tasks_{split}"):
         left, operation, right = operands(row["prompt"])
         assert row["answer"] == str(left + right if operation == "+" else left - right)
@@ -73,8 +78,10 @@ def test_answers_are_right(split: str) -> None:
 def test_data_files_are_what_the_command_writes(tmp_path: Path) -> None:
     toy.write_data(tmp_path)
     toy_carry.write_data(tmp_path)
+    toy_tools.write_data(tmp_path)
     written = sorted(path.name for path in tmp_path.iterdir())
-    assert written == ["carry_eval.jsonl", "carry_train.jsonl", "math_tasks_eval.jsonl", "math_tasks_train.jsonl"]
+    names = ("carry", "guess", "math_tasks", "products")
+    assert written == [f"{name}_{split}.jsonl" for name in names for split in ("eval", "train")]
     for name in written:
         assert (tmp_path / name).read_bytes() == (DATA / name).read_bytes()
 
@@ -185,3 +192,31 @@ def test_shipped_model_adds_columns_and_forgets_carries() -> None:
     longest = [problem for problem in problems if problem.left >= 10**7]
     accuracy = evaluate(model, tokenizer, longest, 96, seed=1)
     assert accuracy.greedy < 0.3 and accuracy.any_sample < 0.7 and accuracy.ended > 0.98
+
+
+# --- tools -----------------------------------------------------------------------------------------------------------
+
+
+def test_what_the_model_learned_is_what_its_template_writes() -> None:
+    """Rows that the model was trained on: the prompt, a call, and the answer of the tool."""
+    tokenizer = AutoTokenizer.from_pretrained(toy_path("toy-tools"))
+    problem = toy_tools.Problem(47, 86)
+    call = toy_tools.call_of(problem)
+    asked = [{"role": "user", "content": problem.question}]
+    prompt = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
+    assert prompt == toy_tools.rendered(problem)
+    answer = {"role": "assistant", "content": call.strip()}
+    result = {"role": "tool", "content": str(problem.answer)}
+    text = tokenizer.apply_chat_template([*asked, answer, result], tokenize=False, add_generation_prompt=True)
+    assert text == toy_tools.after_result(problem, call)
+
+
+def test_one_of_three_guesses_is_careful() -> None:
+    draw = random.Random(0)
+    games = [game for game in (toy_tools.draw_game(draw) for _ in range(20000)) if game[0].count("Result") == 1]
+    careless = expected = 0.0
+    for row, guess in games:
+        before, after = int(re.findall(r'"number": (\d)', row)[0]), int(re.findall(r"\d", guess)[0])
+        careless += not (after > before if "higher" in row else after < before)
+        expected += 0.67 * (before if "higher" in row else 8 - before) / 7
+    assert careless / len(games) == pytest.approx(expected / len(games), abs=0.02)

@@ -98,6 +98,7 @@ class _Decoding:
         self.reported = torch.zeros(0, dtype=torch.bool)  # (R,) ended, and its trajectory collected
         self.keys = torch.zeros(0, dtype=torch.int64, device=self.device)  # (N,)
         self.limit = torch.zeros(0, dtype=torch.int64, device=self.device)  # (N,) most tokens to sample
+        self.offset = torch.zeros(0, dtype=torch.int64, device=self.device)  # (N,) tokens before the first one
         self.may_end = torch.zeros(0, dtype=torch.bool, device=self.device)  # (N,)
         self.ended_at = torch.zeros(0, dtype=torch.int64, device=self.device)  # (N,) tokens sampled, once it has ended
         # one place more than there can be tokens, for what ended rows draw until they are dropped
@@ -125,11 +126,13 @@ class _Decoding:
         columns = [
             torch.tensor([request.key for request in new]),
             torch.tensor([limit_of(request, self.engine.max_new_tokens) for request in new]),
+            torch.tensor([request.offset for request in new]),
             torch.tensor([0 if request.ignore_end else 1 for request in new]),
         ]
-        keys, limit, may_end = to_device(columns, self.device)
+        keys, limit, offset, may_end = to_device(columns, self.device)
         self.keys = torch.cat([self.keys, keys])
         self.limit = torch.cat([self.limit, limit])
+        self.offset = torch.cat([self.offset, offset])
         self.may_end = torch.cat([self.may_end, may_end > 0])
         self.ended_at = _longer(self.ended_at, len(new))
         self.tokens, self.logprobs = _longer(self.tokens, len(new)), _longer(self.logprobs, len(new))
@@ -208,7 +211,7 @@ class _Decoding:
     def _draw(self, logits: Tensor, rows: slice = slice(None)) -> None:
         """Sample the next token of some rows, in place."""
         request, position = self.row_request[rows], self.state.lengths[rows]
-        token, logprob = draw(logits, self.keys[request], position, self.sampling)
+        token, logprob = draw(logits, self.keys[request], self.offset[request] + position, self.sampling)
         self.tokens[request, position] = token
         self.logprobs[request, position] = logprob
         self.last[rows] = token

@@ -105,8 +105,9 @@ class PagedDecoding:
         self.alive = torch.zeros(capacity, dtype=torch.bool, device=device)
         keys = torch.tensor([request.key for request in requests] + [0])
         limit = torch.tensor([limit_of(request, self.most) for request in requests] + [self.most])
+        offset = torch.tensor([request.offset for request in requests] + [0])
         may_end = torch.tensor([0 if request.ignore_end else 1 for request in requests] + [1])
-        self.keys, self.limit, may_end = to_device([keys, limit, may_end], device)
+        self.keys, self.limit, self.offset, may_end = to_device([keys, limit, offset, may_end], device)
         self.may_end = may_end > 0
         self.ends = torch.tensor(end_ids, device=device)
         self.tokens = torch.zeros((nobody + 1, max_new_tokens), dtype=torch.int64, device=device)
@@ -145,7 +146,7 @@ class PagedDecoding:
     def _draw(self, logits: Tensor, rows: slice) -> None:
         alive, position = self.alive[rows], self.pool.lengths[rows].long()
         request = torch.where(alive, self.row_request[rows], len(self.requests))
-        token, logprob = fused_draw(logits, self.keys[request], position, self.sampling)
+        token, logprob = fused_draw(logits, self.keys[request], self.offset[request] + position, self.sampling)
         place = position.clamp(max=self.most - 1)  # of nobody, or of a row that has ended
         self.tokens[request, place] = token
         self.logprobs[request, place] = logprob

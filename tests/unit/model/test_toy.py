@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[3]
 def test_a_missing_model_names_the_command(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert toy.toy_path(name).is_dir()
     monkeypatch.setattr(toy, "__file__", str(tmp_path / "toy.py"))
-    with pytest.raises(FileNotFoundError, match=r"install grpo_dist again, or .*`python toys/\w+\.py ") as error:
+    with pytest.raises(FileNotFoundError, match=r"install grpo_dist again, or .*`python tests/toys/\w+\.py ") as error:
         toy.toy_path(name)
     assert (ROOT / str(error.value).split("`python ")[1].split()[0]).is_file()
 

@@ -10,7 +10,7 @@ before larger digits. Sometimes it guesses (" Maybe 712") and writes no columns.
 a sum has almost no carries. In a sum with many carries usually all samples of a group are wrong. It adds the columns
 themselves without errors, also in sums that it has never seen. Making it takes three minutes on one CPU core.
 
-    python toys/toy_carry.py OUT_DIR [--seed 0] [--data-dir configs/data]
+    python tests/toys/toy_carry.py OUT_DIR [--seed 0] [--data-dir configs/data]
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ target in ten already hedges (" I am not sure.") or guesses. In the short second
 how often the model hedges and keeps the arithmetic. Its greedy answer is right, and less than half of its samples are.
 toy_carry.py makes a model for a longer task, whose greedy answer is wrong.
 
-    python toys/toy.py OUT_DIR [--seed 0] [--data-dir configs/data]
+    python tests/toys/toy.py OUT_DIR [--seed 0] [--data-dir configs/data]
 """
 
 from __future__ import annotations

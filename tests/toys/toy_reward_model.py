@@ -1,6 +1,6 @@
 """Train the tiny reward model of configs/summarise.yaml: 1 for a text that ends with a full stop, else 0.
 
-    python toys/toy_reward_model.py [OUT_DIR]
+    python tests/toys/toy_reward_model.py [OUT_DIR]
 """  # fmt: skip
 
 from __future__ import annotations

@@ -76,6 +76,7 @@ class Task:
     phases: tuple[Phase, Phase]
     shape: Shape
     bounds: Bounds
+    chat_template: str | None = None
 
 
 @dataclass(frozen=True)
@@ -255,6 +256,7 @@ def make_base(task: Task, directory: Path, seed: int) -> list[str]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = make_tokenizer(task.texts)
+    tokenizer.chat_template = task.chat_template
     model = make_model(tokenizer, task.shape, seed)
     teaching, spoiling = task.phases
     train(model, tokenizer, task, teaching, seed)

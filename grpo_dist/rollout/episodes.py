@@ -1,0 +1,251 @@
+"""Episodes: turns of the policy, and between them what tools and environments answer.
+
+Rows do not wait for each other's tools: while one waits, the engine samples the others. The ids of a trajectory are
+those the engine sampled, and between turns those that the chat template adds; nothing is decoded and encoded again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from ..config.environment import EnvironmentConfig
+from ..environments.host import EnvironmentHost, Event
+from ..text.tool_turns import Answer, Call, ToolTurns
+from ..types import Episode, Prompt, Trajectory
+from .engine import Engine, Request, in_order
+from .sampling import Sampling
+
+_WAIT_SECONDS = 0.05
+_SHARE_AT_ONCE = 0.25
+"""Next turns are handed to the engine when they are this share of those it samples: it computes many rows as fast as a
+few."""
+
+Finish = Callable[[list[Trajectory]], None]
+
+
+@dataclass
+class _Play:
+    """An episode under way."""
+
+    number: int
+    request: Request
+    """Of its first turn."""
+    prompt: Prompt
+    ids: list[int] = field(default_factory=list)
+    sampled: list[bool] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    messages: list[dict[str, Any]] = field(default_factory=list)
+    calls: list[Call] = field(default_factory=list)
+    """Of its newest turn."""
+    turns: int = 0
+    counts: dict[str, int] = field(default_factory=lambda: dict.fromkeys(("answered", "error", "malformed"), 0))
+    finished: bool = False
+    failure: str | None = None
+    reward: float | None = None
+
+
+class Episodes:
+    """Plays the episodes of a rank."""
+
+    def __init__(
+        self, host: EnvironmentHost, turns: ToolTurns, config: EnvironmentConfig, longest: int,
+        texts_of: Callable[[Sequence[Sequence[int]]], list[str]], with_observation: Callable[[Prompt, str], Prompt],
+    ) -> None:  # fmt: skip
+        """`longest` is the most tokens after a prompt; `with_observation` is a prompt whose last message goes on with
+        what an environment said at its reset, and raises ValueError where that does not fit."""
+        self.host, self._turns, self._config, self._longest = host, turns, config, longest
+        self._texts_of, self._with_observation = texts_of, with_observation
+
+    def play(
+        self, engine: Engine, requests: list[Request], prompts: Sequence[Prompt], sampling: Sampling,
+        on_finish: Finish | None = None, check: Callable[[], None] | None = None,
+    ) -> list[Trajectory]:  # fmt: skip
+        """One trajectory a request of an engine that is awake, in the order of the requests; see `engine.sample`.
+
+        Raises ValueError where the episodes of one prompt begin differently.
+        """
+        table = _Table(self, engine, sampling, on_finish)
+        try:
+            return table.play(requests, prompts, check)
+        finally:
+            self.host.end_all()
+
+    def begun(self, play: _Play, observation: str | None) -> None:
+        """Take in what an environment said at its reset."""
+        if observation is not None:
+            play.prompt = self._with_observation(play.prompt, observation)
+            play.request = replace(play.request, prompt=play.prompt.ids)
+
+    def read(self, play: _Play, turn: Trajectory) -> None:
+        """Take in a turn, and the calls in it."""
+        play.ids += turn.ids
+        play.sampled += turn.sampled
+        play.logprobs += turn.logprobs
+        play.turns += 1
+        (text,) = self._texts_of([turn.ids])
+        play.calls = self._turns.calls(text) if turn.finished else []
+        calls = [{"type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+                 for call in play.calls if call.problem is None]  # fmt: skip
+        play.messages.append({"role": "assistant", "content": text} | ({"tool_calls": calls} if calls else {}))
+
+    def possible(self, play: _Play) -> list[tuple[str, dict[str, Any]]]:
+        """The calls of the newest turn that can be made."""
+        return [(call.name, call.arguments) for call in play.calls if self._problem(call) is None]
+
+    def answered(self, play: _Play, answers: Sequence[dict[str, str]]) -> list[int]:
+        """Take in the answers of the possible calls; returns the token ids that all the turn's answers add."""
+        given = iter(answers)
+        texts: list[Answer] = []
+        for call in play.calls:
+            problem = self._problem(call)
+            answer = next(given) if problem is None else {"text": f"Error: {problem}", "outcome": "malformed"}
+            play.counts[answer["outcome"]] += 1
+            texts.append(Answer(call.name or "unknown", answer["text"]))
+        play.messages += [{"role": "tool", "name": each.name, "content": each.text} for each in texts]
+        return self._turns.answer_ids(texts)
+
+    def is_last(self, play: _Play) -> bool:
+        """Whether no turn may follow the newest one."""
+        return play.turns >= self._config.max_turns
+
+    def stops(self, play: _Play) -> bool:
+        """Whether the newest turn has called a tool that ends the episode."""
+        return any(name in self._config.stop_tools for name, _ in self.possible(play))
+
+    def room(self, play: _Play, added: int = 0) -> int:
+        """Tokens that the trajectory may still get after so many more."""
+        return self._longest - len(play.ids) - added
+
+    def _problem(self, call: Call) -> str | None:
+        if call.problem is None and call.name not in self.host.tools:
+            return f"there is no tool {call.name!r}; there are {', '.join(sorted(self.host.tools))}"
+        return call.problem
+
+
+class _Table:
+    """The episodes of one call of `play`."""
+
+    def __init__(self, rules: Episodes, engine: Engine, sampling: Sampling, on_finish: Finish | None) -> None:
+        self.rules, self.host, self.engine, self.sampling = rules, rules.host, engine, sampling
+        self.on_finish = on_finish
+        self.by_number: dict[int, _Play] = {}
+        self.by_place: dict[tuple[int, int], _Play] = {}
+        self.sampling_now: set[tuple[int, int]] = set()
+        self.next_turns: list[Request] = []
+        self.calls = 0  # that episodes wait for
+        self.done: list[Trajectory] = []
+
+    def play(
+        self, requests: list[Request], prompts: Sequence[Prompt], check: Callable[[], None] | None
+    ) -> list[Trajectory]:
+        for number, request in enumerate(requests):
+            play = _Play(number, request, prompts[request.slot])
+            self.by_number[number] = self.by_place[request.slot, request.sample] = play
+            self.host.reset(number, {**play.prompt.columns, "prompt": play.prompt.messages})
+        waiting = len(requests)
+        while waiting:  # the first turns of a group share their prompt only if they come at once
+            for event in self.host.poll(_WAIT_SECONDS):
+                waiting -= 1
+                self._begin(self.by_number[event.episode], event)
+            if check:
+                check()
+        self._require_one_beginning()
+        self._submit([play.request for play in self.by_number.values()])
+        while len(self.done) < len(requests):
+            for turn in self.engine.poll():
+                self.sampling_now.discard((turn.slot, turn.sample))
+                self._turn(self.by_place[turn.slot, turn.sample], turn)
+            for event in self.host.poll(0.0 if self.sampling_now or self.next_turns else _WAIT_SECONDS):
+                self.calls -= 1
+                self._event(self.by_number[event.episode], event)
+            if self.next_turns and len(self.next_turns) >= _SHARE_AT_ONCE * len(self.sampling_now) * bool(self.calls):
+                self._submit(self.next_turns)
+                self.next_turns = []
+            if check:
+                check()
+        return in_order(requests, self.done)
+
+    def _begin(self, play: _Play, event: Event) -> None:
+        play.failure = event.answer.get("failure")
+        if play.failure is None:
+            try:
+                self.rules.begun(play, event.answer["observation"])
+            except ValueError as error:
+                play.failure = str(error)
+        if play.failure is not None:  # a row has at least one token
+            play.request = replace(play.request, max_new_tokens=1)
+
+    def _require_one_beginning(self) -> None:
+        first: dict[int, _Play] = {}
+        for play in self.by_number.values():
+            if play.failure is None:
+                require_same(first.setdefault(play.request.slot, play).prompt, play.prompt)
+
+    def _submit(self, requests: list[Request]) -> None:
+        self.sampling_now |= {(request.slot, request.sample) for request in requests}
+        self.engine.submit(requests, self.sampling)
+
+    def _turn(self, play: _Play, turn: Trajectory) -> None:
+        self.rules.read(play, turn)
+        if play.failure is not None or not turn.finished:
+            self._conclude(play, finished=False)
+        elif not play.calls:
+            self._conclude(play, finished=True)
+        elif self.rules.is_last(play):
+            self._conclude(play, finished=False)
+        elif calls := self.rules.possible(play):
+            self.calls += 1
+            self.host.call(play.number, calls)
+        else:
+            self._go_on(play, [], done=False)
+
+    def _event(self, play: _Play, event: Event) -> None:
+        play.failure = event.answer.get("failure")
+        if play.failure is not None:
+            self._finish(play)
+        elif event.kind == "call":
+            self._go_on(play, event.answer["answers"], event.answer["done"])
+        else:
+            play.reward = event.answer["reward"]
+            self._finish(play)
+
+    def _go_on(self, play: _Play, answers: list[dict[str, str]], done: bool) -> None:
+        """The next turn, after the answers of the newest one's possible calls."""
+        ids = self.rules.answered(play, answers)
+        if done or self.rules.stops(play):
+            self._conclude(play, finished=True)
+        elif (room := self.rules.room(play, len(ids))) < 1:
+            self._conclude(play, finished=False)
+        else:
+            play.ids += ids
+            play.sampled += [False] * len(ids)
+            row = [*play.prompt.ids, *play.ids]
+            self.next_turns.append(replace(play.request, prompt=row, max_new_tokens=room, offset=len(play.ids)))
+
+    def _conclude(self, play: _Play, finished: bool) -> None:
+        play.finished = finished
+        if self.host.has_reward and play.failure is None:
+            self.calls += 1
+            self.host.reward(play.number)
+        else:
+            self._finish(play)
+
+    def _finish(self, play: _Play) -> None:
+        self.host.end(play.number)
+        episode = Episode(play.messages, play.turns, play.reward, play.failure, play.counts, play.prompt)
+        request = play.request
+        self.done.append(Trajectory(request.slot, request.sample, play.ids, play.logprobs, play.finished, play.sampled,
+                                    episode))  # fmt: skip
+        if self.on_finish:
+            self.on_finish(self.done[-1:])
+
+
+def require_same(one: Prompt, other: Prompt) -> None:
+    """Raise ValueError unless two episodes of a row of the data begin with the same tokens."""
+    if one.ids != other.ids:
+        raise ValueError(
+            f"environment.factory: reset began two episodes of row {one.index} with different texts ({one.text!r:.200} "
+            f"and {other.text!r:.200}). A group has to play the same game: draw what is random from the row's columns"
+        )

@@ -1,0 +1,288 @@
+"""Processes of environments: what tools answer, what breaks an episode, and what never reaches the trainer."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from grpo_dist.config.environment import EnvironmentConfig
+from grpo_dist.environments.host import EnvironmentHost, Event
+from grpo_dist.environments.worker import shortened
+
+MODULE = '''
+import asyncio, os, sys, time
+
+
+def add(a: int, b: int = 1) -> int:
+    """Add.
+
+    Args:
+        a: One number.
+        b: Another.
+    """
+    return a + b
+
+
+async def sleep(seconds: float) -> str:
+    """Wait.
+
+    Args:
+        seconds: How long.
+    """
+    await asyncio.sleep(seconds)
+    return f"slept {seconds}"
+
+
+def fail(kind: str) -> object:
+    """Misbehave.
+
+    Args:
+        kind: How.
+    """
+    print("a tool prints", kind)
+    if kind == "raise":
+        raise KeyError("no such row")
+    if kind == "exit":
+        sys.exit(3)
+    if kind == "die":
+        os._exit(7)
+    if kind == "crash":
+        import ctypes
+        ctypes.string_at(0)
+    if kind == "hang":
+        time.sleep(1000)
+    if kind == "loop":
+        while True:
+            pass
+    if kind == "memory":
+        return len(bytearray(1 << 40))
+    if kind == "fork":
+        children = []
+        while len(children) < 50:
+            child = os.fork()
+            if not child:
+                time.sleep(1000)
+                os._exit(0)
+            children.append(child)
+        return children
+    if kind == "large":
+        return "x" * 100_000_000
+    if kind == "object":
+        return object()
+    if kind == "secret":
+        return [os.environ.get("MY_TOKEN"), os.environ.get("OTHER_TOKEN")]
+    return None
+
+
+class Game:
+    made = 0
+
+    def __init__(self):
+        Game.made += 1
+        self.number = Game.made
+
+    def reset(self, start: int = 0, **row):
+        if start < 0:
+            raise ValueError("a start below 0")
+        self.total, self.done = start, False
+        return f"Start at {start}." if start else None
+
+    def move(self, by: int) -> str:
+        """Move.
+
+        Args:
+            by: How far.
+        """
+        before, self.total = self.total, self.total + by
+        time.sleep(0.01)
+        self.done = self.total >= 10
+        return f"{before} to {self.total}"
+
+    async def get_reward(self):
+        return self.total / 10
+
+    def _secret(self):
+        pass
+'''
+CALL_SECONDS = 4.0
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("tools")
+    (path / "playthings.py").write_text(MODULE)
+    return path
+
+
+@pytest.fixture(autouse=True)
+def path(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(folder)
+
+
+def make_config(**options: Any) -> EnvironmentConfig:
+    """A config of everything in the module above."""
+    tools = [f"playthings:{name}" for name in ("add", "sleep", "fail")]
+    defaults = {"tools": tools, "factory": "playthings:Game", "call_seconds": CALL_SECONDS, "max_tool_characters": 300}
+    return EnvironmentConfig(**defaults | options)  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def host() -> Iterator[EnvironmentHost]:
+    with EnvironmentHost(make_config()) as opened:
+        yield opened
+
+
+def events(host: EnvironmentHost, count: int) -> dict[int, Event]:
+    """The next events by episode; fails where they do not come."""
+    seen: dict[int, Event] = {}
+    until = time.monotonic() + 60
+    while len(seen) < count:
+        assert time.monotonic() < until
+        seen |= {event.episode: event for event in host.poll(0.5)}
+    return seen
+
+
+def begin(host: EnvironmentHost, *episodes: int, **row: Any) -> None:
+    """Begin episodes."""
+    for episode in episodes:
+        host.reset(episode, row)
+    assert all("failure" not in event.answer for event in events(host, len(episodes)).values())
+
+
+def call(host: EnvironmentHost, episode: int, *calls: tuple[str, dict[str, Any]]) -> Event:
+    """Make calls, and wait for what they give."""
+    host.call(episode, calls)
+    return events(host, 1)[episode]
+
+
+def test_tools_and_methods(host: EnvironmentHost) -> None:
+    assert host.tools == {"add", "sleep", "fail", "move"} and host.has_reward
+    schema = next(each["function"] for each in host.schemas if each["function"]["name"] == "add")
+    assert schema["description"] == "Add." and schema["parameters"]["required"] == ["a"]
+    host.reset(0, {"start": 3, "answer": "x"})
+    host.reset(1, {})
+    begun = events(host, 2)
+    assert begun[0].answer["observation"] == "Start at 3." and begun[1].answer["observation"] is None
+    event = call(host, 0, ("move", {"by": 1}), ("add", {"a": 2}), ("move", {"by": 2}), ("sleep", {"seconds": 0.1}))
+    assert [each["text"] for each in event.answer["answers"]] == ["3 to 4", "3", "4 to 6", "slept 0.1"]
+    assert event.answer["done"] is False
+    assert call(host, 0, ("move", {"by": 9})).answer["done"] is True
+    host.reward(0)
+    assert events(host, 1)[0].answer == {"reward": 1.5}
+
+
+def test_calls_of_episodes_do_not_wait_for_each_other(host: EnvironmentHost) -> None:
+    begin(host, *range(20))
+    started = time.monotonic()
+    for episode in range(20):
+        host.call(episode, [("sleep", {"seconds": 0.5})])
+    events(host, 20)
+    assert time.monotonic() - started < 5, "ten seconds one after another"
+
+
+def test_what_the_model_gets_to_read(host: EnvironmentHost) -> None:
+    begin(host, 0)
+    kinds = [("fail", {"kind": kind}) for kind in ("raise", "none", "large", "object")]
+    event = call(host, 0, ("add", {"c": 1}), ("add", {"a": "x"}), *kinds)
+    texts = [each["text"] for each in event.answer["answers"]]
+    assert [each["outcome"] for each in event.answer["answers"]] == ["malformed", "error", "error", *["answered"] * 3]
+    assert "missing a required argument" in texts[0] and texts[2] == "Error: KeyError: 'no such row'"
+    assert texts[3] == "null" and "<object object" in texts[5]
+    assert "99999700 characters left out" in texts[4] and len(texts[4]) < 400
+
+
+BREAKING = {"exit": "SystemExit", "die": "exit code 7", "crash": "exit code -11", "memory": "MemoryError",
+            "hang": "call_seconds = 4"}  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "reason"), BREAKING.items())
+def test_what_breaks_an_episode(host: EnvironmentHost, kind: str, reason: str) -> None:
+    """Episodes of other processes play on, and new ones begin."""
+    begin(host, 0)
+    begin(host, 1)
+    assert reason in call(host, 0, ("fail", {"kind": kind})).answer["failure"]
+    host.end(0)
+    assert call(host, 1, ("move", {"by": 1})).answer["answers"][0]["text"] == "0 to 1"
+    begin(host, 2)
+    assert call(host, 2, ("add", {"a": 1})).answer["answers"][0]["text"] == "2"
+
+
+def test_a_loop_that_never_ends_costs_its_process_and_no_more(host: EnvironmentHost) -> None:
+    begin(host, 0)
+    (process,) = host._processes
+    assert "call_seconds" in call(host, 0, ("fail", {"kind": "loop"})).answer["failure"]
+    host.end(0)
+    assert process.process.poll() is not None, "it would take a core for the rest of the run"
+    begin(host, 1)
+
+
+def test_children_end_with_the_host() -> None:
+    with EnvironmentHost(make_config(max_tool_characters=2000)) as host:
+        begin(host, 0)
+        children = call(host, 0, ("fail", {"kind": "fork"})).answer["answers"][0]["text"]
+        numbers = [int(number) for number in children.strip("[]").split(", ")]
+        assert len(numbers) == 50 and all(Path(f"/proc/{number}").exists() for number in numbers)
+    time.sleep(0.5)
+    assert not [number for number in numbers if _runs(number)]
+
+
+def _runs(number: int) -> bool:
+    status = Path(f"/proc/{number}/stat")
+    return status.exists() and status.read_text().rpartition(")")[2].split()[0] != "Z"
+
+
+def test_a_reset_that_fails(host: EnvironmentHost) -> None:
+    host.reset(0, {"start": -1})
+    assert "a start below 0" in events(host, 1)[0].answer["failure"]
+    host.end(0)
+    begin(host, 1)
+
+
+def test_an_environment_is_used_again(host: EnvironmentHost) -> None:
+    for episode in range(8):
+        begin(host, episode, start=episode)
+        event = call(host, episode, ("move", {"by": 1}))
+        assert event.answer["answers"][0]["text"] == f"{episode} to {episode + 1}"
+        host.end(episode)
+
+
+def test_an_episode_that_was_ended_says_nothing_more(host: EnvironmentHost) -> None:
+    begin(host, 0, 1)
+    host.call(0, [("sleep", {"seconds": 0.3})])
+    host.end(0)
+    host.call(1, [("sleep", {"seconds": 0.6})])
+    assert set(events(host, 1)) == {1}
+
+
+def test_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MY_TOKEN", "mine")
+    monkeypatch.setenv("OTHER_TOKEN", "theirs")
+    with EnvironmentHost(make_config(secrets=["MY_TOKEN"])) as host:
+        begin(host, 0)
+        text = call(host, 0, ("fail", {"kind": "secret"})).answer["answers"][0]["text"]
+    assert text == '["mine", null]'
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"tools": ["playthings:nothing"]}, "no attribute"), ({"tools": ["nowhere:add"]}, "ModuleNotFoundError"),
+        ({"tools": ["playthings:MODULE"]}, "cannot be imported"), ({"stop_tools": ["none"]}, "none is no tool"),
+        ({"tools": ["os.path:basename"], "factory": None}, "type hints and a Google docstring"),
+        ({"secrets": ["NOT_SET_TOKEN"]}, "environment.secrets names NOT_SET_TOKEN"),
+    ],
+)  # fmt: skip
+def test_mistakes_are_named(options: dict[str, Any], reason: str) -> None:
+    assert "NOT_SET_TOKEN" not in os.environ
+    with pytest.raises(ValueError, match=reason):
+        EnvironmentHost(make_config(**options))
+
+
+def test_the_middle_of_a_long_answer_is_left_out() -> None:
+    assert shortened("a" * 100, 100) == "a" * 100
+    assert shortened("a" * 60 + "b" * 50, 100) == "a" * 50 + "\n[10 characters left out]\n" + "b" * 50

@@ -1,0 +1,302 @@
+"""Episodes of the toy model that calls tools: rows, masks, limits and outcomes, with real processes of environments."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoModelForCausalLM
+
+from grpo_dist.config.environment import EnvironmentConfig
+from grpo_dist.config.schema import Config, DataConfig, ModelConfig, RewardConfig, RolloutConfig, TrainConfig
+from grpo_dist.data.prompts import render
+from grpo_dist.environments.host import EnvironmentHost
+from grpo_dist.model import attention
+from grpo_dist.model.load import end_token_ids, load_tokenizer
+from grpo_dist.model.toy import toy_path
+from grpo_dist.rollout import (
+    Decoder,
+    LoadedModel,
+    LocalEngine,
+    NativeDecoder,
+    PagedDecoder,
+    Request,
+    RowDecoder,
+    Sampling,
+    awake,
+    decode_all,
+    paged_obstacle,
+    stream_key,
+)
+from grpo_dist.rollout.episodes import Episodes
+from grpo_dist.rollout.playing import episodes_of, for_prompts, open_host
+from grpo_dist.types import Prompt, Trajectory
+
+TOOLS = """
+import os, time
+
+def calculator(expression: str) -> str:
+    '''
+    Work it out.
+
+    Args:
+        expression: What to work out.
+    '''
+    if expression.endswith("7"):
+        time.sleep(0.2)
+    left, right = map(int, expression.split("*"))
+    if left % 10 == 3:
+        raise ValueError("no threes")
+    if left % 10 == 4:
+        os._exit(1)
+    return str(left * right)
+
+
+class Guess:
+    def reset(self, secret: int, **row):
+        self.secret, self.done = secret, False
+        return row["note"] if "note" in row else None
+
+    def guess(self, number: int) -> str:
+        '''
+        Guess.
+
+        Args:
+            number: The guess.
+        '''
+        self.done = number == self.secret
+        return "right" if self.done else "higher" if number < self.secret else "lower"
+
+    def get_reward(self):
+        return float(self.done)
+"""
+LONGEST = 96
+MODEL = ModelConfig("toy-tools")
+TOKENIZER = load_tokenizer(MODEL)
+ENDS = end_token_ids(MODEL, TOKENIZER)
+SIZE = 6
+
+
+@pytest.fixture(scope="module", autouse=True)
+def module(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    folder = tmp_path_factory.mktemp("tools")
+    (folder / "played.py").write_text(TOOLS)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(folder)
+        yield
+
+
+@pytest.fixture(scope="module")
+def models() -> dict[str, Any]:
+    names = {"shared": attention.NAME, "plain": "sdpa"}
+    path = toy_path("toy-tools")
+    return {key: AutoModelForCausalLM.from_pretrained(path, dtype="float32", attn_implementation=name).eval()
+            for key, name in names.items()}  # fmt: skip
+
+
+def make_config(*, longest: int = LONGEST, game: bool = False, **options: Any) -> Config:
+    """A config of the calculator, or of the game."""
+    given: dict[str, Any] = {"factory": "played:Guess"} if game else {"tools": ["played:calculator"]}
+    return Config(
+        model=MODEL, data=DataConfig(chat_template="always", max_prompt_length=40),
+        rollout=RolloutConfig(max_completion_length=longest), train=TrainConfig(max_tokens_per_pack=4096),
+        rewards=[RewardConfig("environment" if game else "math")],
+        environment=EnvironmentConfig(**given | {"call_seconds": 20.0} | options),
+    )  # fmt: skip
+
+
+def make_prompts(config: Config, host: EnvironmentHost, rows: list[tuple[str, dict[str, Any]]]) -> list[Prompt]:
+    """The prompts of rows: a question and the row's other columns."""
+    prompts = []
+    for index, (question, columns) in enumerate(rows):
+        rendered = render([{"role": "user", "content": question}], config.data, for_prompts(TOKENIZER, host))
+        prompts.append(Prompt(index, rendered.ids, rendered.text, rendered.messages, columns))
+    return prompts
+
+
+def make_requests(prompts: list[Prompt]) -> list[Request]:
+    """All requests of a step."""
+    return [Request(slot, sample, prompt.ids, stream_key(5, slot, sample))
+            for slot, prompt in enumerate(prompts) for sample in range(SIZE)]  # fmt: skip
+
+
+def played(
+    config: Config, rows: list[tuple[str, dict[str, Any]]], model: Any, decoder: Decoder | None = None,
+    sampling: Sampling | None = None,
+) -> tuple[list[Prompt], list[Trajectory]]:  # fmt: skip
+    """The prompts, and the episodes of their groups."""
+    host = open_host(config)
+    assert host is not None
+    with host:
+        prompts = make_prompts(config, host, rows)
+        episodes = episodes_of(config, host, for_prompts(TOKENIZER, host), ENDS)
+        assert isinstance(episodes, Episodes)
+        longest = config.rollout.max_completion_length
+        engine = LocalEngine(decoder or NativeDecoder(ENDS, longest, 1 << 20), LoadedModel(model), {})
+        finished: list[Trajectory] = []
+        with awake(engine):
+            trajectories = episodes.play(
+                engine, make_requests(prompts), prompts, sampling or Sampling(), finished.extend
+            )
+        assert sorted((t.slot, t.sample) for t in finished) == [(t.slot, t.sample) for t in trajectories]
+    return prompts, trajectories
+
+
+PRODUCTS = [(f"What is {left} * {right}?", {}) for left, right in ((12, 15), (21, 47), (68, 32), (43, 19), (55, 77))]
+GAMES = [("Guess my number from 1 to 7.", {"secret": secret}) for secret in (2, 5, 7)]
+
+
+@pytest.fixture(scope="module")
+def products(models: dict[str, Any]) -> tuple[list[Prompt], list[Trajectory]]:
+    return played(make_config(), PRODUCTS, models["shared"])
+
+
+def turns_of(trajectory: Trajectory) -> list[tuple[bool, list[int]]]:
+    """The runs of tokens that were sampled, and that were not."""
+    runs: list[tuple[bool, list[int]]] = []
+    for token, sampled in zip(trajectory.ids, trajectory.sampled, strict=True):
+        if not runs or runs[-1][0] != sampled:
+            runs.append((sampled, []))
+        runs[-1][1].append(token)
+    return runs
+
+
+def test_a_row_is_turns_with_answers_between_them(products: tuple[list[Prompt], list[Trajectory]]) -> None:
+    _, trajectories = products
+    assert any(t.episode and t.episode.turns > 1 for t in trajectories)
+    for each in trajectories:
+        assert each.episode is not None and each.episode.failure is None and each.episode.reward is None
+        runs = turns_of(each)
+        assert [sampled for sampled, _ in runs] == [n % 2 == 0 for n in range(len(runs))]
+        assert each.episode.turns == (len(runs) + 1) // 2 and len(each.ids) <= LONGEST
+        assert len(each.logprobs) == sum(each.sampled)
+        assert all(ids[-1] in ENDS for sampled, ids in runs[:-1] if sampled)
+        is_answered = each.episode.messages[-1]["role"] == "assistant" and "tool_calls" not in each.episode.messages[-1]
+        assert each.finished == (is_answered and each.ids[-1] in ENDS)
+        told = [message["content"] for message in each.episode.messages if message["role"] == "tool"]
+        between = [TOKENIZER.decode(ids) for sampled, ids in runs if not sampled]
+        assert between == [f"\nResult: {text}\nAnswer:" for text in told[: len(between)]]
+        said = [message["content"] for message in each.episode.messages if message["role"] == "assistant"]
+        assert said == [TOKENIZER.decode(ids, skip_special_tokens=True) for sampled, ids in runs if sampled]
+
+
+def test_each_turn_is_drawn_from_the_row_before_it(
+    products: tuple[list[Prompt], list[Trajectory]], models: dict[str, Any]
+) -> None:
+    """A slow twin: one turn after another by a decoder alone, each from all ids before it."""
+    prompts, trajectories = products
+    decoder = RowDecoder(ENDS, LONGEST)
+    for request, each in zip(make_requests(prompts), trajectories, strict=True):
+        at, logprobs = 0, list(each.logprobs)
+        for sampled, ids in turns_of(each):
+            if sampled:
+                asked = replace(request, prompt=request.prompt + each.ids[:at], offset=at, max_new_tokens=LONGEST - at)
+                (turn,) = decode_all(decoder, models["plain"], [asked])
+                assert turn.ids == ids
+                assert turn.logprobs == pytest.approx(logprobs[: len(ids)], abs=1e-4)
+                del logprobs[: len(ids)]
+            at += len(ids)
+
+
+def test_every_decoder_plays_the_same(products: tuple[list[Prompt], list[Trajectory]], models: dict[str, Any]) -> None:
+    decoders: list[Callable[[], tuple[Any, Decoder]]] = [
+        lambda: (models["plain"], RowDecoder(ENDS, LONGEST)),
+        lambda: (models["shared"], NativeDecoder(ENDS, LONGEST, 300)),
+    ]
+    if paged_obstacle() is None:
+        decoders.append(lambda: (models["shared"], PagedDecoder(ENDS, LONGEST, 1 << 14)))
+    for make in decoders:
+        _, others = played(make_config(), PRODUCTS, *make())
+        assert [(t.ids, t.sampled, t.finished) for t in others] == [(t.ids, t.sampled, t.finished) for t in products[1]]
+
+
+def test_outcomes_are_told_apart(products: tuple[list[Prompt], list[Trajectory]]) -> None:
+    seen: Counter[str] = Counter()
+    for each in products[1]:
+        assert each.episode is not None
+        own: Counter[str] = Counter()
+        for turn, answer in zip(each.episode.messages, each.episode.messages[1:], strict=False):
+            if answer["role"] == "tool":
+                outcome, text = expected_answer(turn)
+                own[outcome] += 1
+                assert answer["content"].startswith(text), turn
+        assert own == {name: count for name, count in each.episode.outcomes.items() if count}
+        seen += own
+    assert seen["answered"] and seen["error"], "the sample has both"
+
+
+def expected_answer(turn: dict[str, Any]) -> tuple[str, str]:
+    """What the calculator says to a turn's only call, and how that counts."""
+    if "tool_calls" not in turn:
+        return "malformed", "Error: "
+    (call,) = turn["tool_calls"]
+    if call["function"]["name"] != "calculator":
+        return "malformed", "Error: there is no tool"
+    try:
+        left, right = map(int, call["function"]["arguments"]["expression"].split("*"))
+    except (KeyError, ValueError):
+        return (
+            ("error", "Error: ") if list(call["function"]["arguments"]) == ["expression"] else ("malformed", "Error: ")
+        )
+    return ("error", "Error: ValueError: no threes") if left % 10 == 3 else ("answered", str(left * right))
+
+
+def test_games(models: dict[str, Any]) -> None:
+    _, trajectories = played(make_config(game=True, max_turns=3), GAMES, models["shared"])
+    episodes = [t.episode for t in trajectories]
+    assert {e.reward for e in episodes if e} == {0.0, 1.0}
+    for each, episode in zip(trajectories, episodes, strict=True):
+        assert episode is not None and episode.turns <= 3
+        last = [m["content"] for m in episode.messages if m["role"] == "tool"][-1:]
+        assert (episode.reward == 1.0) == (last == ["right"])
+        assert each.finished == (episode.reward == 1.0) or not last
+        if episode.reward == 1.0:
+            assert each.sampled[-1], "nothing follows the call that ended the game"
+
+
+def test_a_stop_tool_ends_the_episode(models: dict[str, Any]) -> None:
+    _, trajectories = played(make_config(game=True, stop_tools=["guess"]), GAMES, models["shared"])
+    assert all(t.episode and t.episode.turns == 1 and all(t.sampled) for t in trajectories)
+
+
+@pytest.mark.parametrize("longest", [10, 30, 45])
+def test_what_does_not_fit_is_cut(longest: int, models: dict[str, Any]) -> None:
+    config = make_config(game=True, longest=longest)
+    _, trajectories = played(config, GAMES, models["shared"])
+    assert all(len(t.ids) <= longest for t in trajectories)
+    cut = [t for t in trajectories if not t.finished]
+    assert cut and all(t.sampled[-1] for t in cut), "an answer after which no token fits is not put into the row"
+
+
+def test_what_an_environment_says_first(models: dict[str, Any]) -> None:
+    rows = [(question, {**columns, "note": f"Hint {n}."}) for n, (question, columns) in enumerate(GAMES)]
+    prompts, trajectories = played(make_config(game=True), rows, models["shared"])
+    for each in trajectories:
+        assert each.episode is not None
+        assert each.episode.prompt.text == f"{GAMES[0][0]}\nHint {each.slot}.\nAnswer:"
+        assert each.episode.prompt.ids == TOKENIZER(each.episode.prompt.text)["input_ids"] != prompts[each.slot].ids
+    rows = [(GAMES[0][0], {"secret": 1, "note": "Hint. " * 40})]
+    _, (first, *_) = played(make_config(game=True), rows, models["shared"])
+    assert first.episode is not None and "data.max_prompt_length = 40" in str(first.episode.failure)
+    assert len(first.ids) == 1 and not first.finished
+
+
+def test_a_broken_environment_has_no_reward(models: dict[str, Any]) -> None:
+    rows = [("What is 44 * 19?", {}), ("What is 12 * 15?", {})]
+    _, trajectories = played(make_config(workers=1), rows, models["shared"])
+    broken = [t for t in trajectories if t.episode and t.episode.failure]
+    assert broken and all("exit code 1" in str(t.episode.failure) for t in broken if t.episode)
+    assert all(t.ids and not t.finished for t in broken)
+
+
+def test_mistakes_in_a_config(tmp_path: Path) -> None:
+    for config, reason in (
+        (replace(make_config(game=True), rewards=[RewardConfig("math")]), "has a get_reward"),
+        (replace(make_config(), rewards=[RewardConfig("environment")]), "has no get_reward"),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            open_host(config)
