@@ -79,7 +79,7 @@ class Zero:
         trained = sum(getattr(p, "ds_numel", p.numel()) for p in policy.parameters() if p.requires_grad)
         self._options["reduce_bucket_size"] = min(self._options.get("reduce_bucket_size", 500_000_000), trained)
 
-    def no_sync(self, wrapped: Any, is_last: bool) -> AbstractContextManager[Any]:
+    def no_sync(self, wrapped: Any, *, unless: bool) -> AbstractContextManager[Any]:
         """See `Strategy`: `backward` says which pack is the last."""
         return nullcontext()
 

@@ -234,9 +234,9 @@ class Ranks:
         self.strategy.before_prepare(policy)
         return self.accelerator.prepare(policy, optimizer)
 
-    def no_sync(self, wrapped: Any, is_last: bool) -> AbstractContextManager[Any]:
+    def no_sync(self, wrapped: Any, *, unless: bool) -> AbstractContextManager[Any]:
         """Context of a pack's forward and backward pass: ranks exchange gradients only after the last pack."""
-        return self.strategy.no_sync(wrapped, is_last)
+        return self.strategy.no_sync(wrapped, unless=unless)
 
     def backward(self, wrapped: Any, loss: Tensor, is_last: bool) -> None:
         """Add one pack's gradient. The last pack of an update synchronises the ranks.

@@ -40,7 +40,7 @@ class Strategy(Protocol):
     def before_prepare(self, policy: torch.nn.Module) -> None:
         """Set up what depends on the policy's size."""
 
-    def no_sync(self, wrapped: Any, is_last: bool) -> AbstractContextManager[Any]:
+    def no_sync(self, wrapped: Any, *, unless: bool) -> AbstractContextManager[Any]:
         """Context of a pack's forward and backward pass: ranks exchange gradients only after the last pack."""
 
     def backward(self, wrapped: Any, loss: Tensor, is_last: bool) -> None:
@@ -71,9 +71,9 @@ class Replicated:
     def before_prepare(self, policy: torch.nn.Module) -> None:
         """See `Strategy`."""
 
-    def no_sync(self, wrapped: Any, is_last: bool) -> AbstractContextManager[Any]:
+    def no_sync(self, wrapped: Any, *, unless: bool) -> AbstractContextManager[Any]:
         """See `Strategy`."""
-        return wrapped.no_sync() if hasattr(wrapped, "no_sync") and not is_last else nullcontext()
+        return wrapped.no_sync() if hasattr(wrapped, "no_sync") and not unless else nullcontext()
 
     def backward(self, wrapped: Any, loss: Tensor, is_last: bool) -> None:
         """See `Strategy`."""
