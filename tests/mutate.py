@@ -69,7 +69,11 @@ EQUIVALENT = {
         "winner = votes.most_common(",
     ],
     "types": ["number = torch.full(", "numbers, order = "],  # any number below 0; sorting on a CPU is stable anyway
-    "rollout/sampling": ["BLOCK = 128", "-1 -> 1"],  # how many sums are kept; the last of two dimensions
+    "rollout/sampling": [
+        "BLOCK = 128",
+        "-1 -> 1",
+        "size % BLOCK -> size * BLOCK",
+    ],  # sums of so many; 2 dimensions; pads by 0
     # how much is shown, and how wide; any number below 0; of equal rewards two completions already come in order
     "monitoring/contrast": [
         "_PROMPT_CHARACTERS =",

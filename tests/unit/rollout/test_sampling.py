@@ -12,7 +12,7 @@ from torch import Tensor
 
 from grpo_dist.algorithm.hashing import stream_key, uniforms
 from grpo_dist.config.schema import RolloutConfig
-from grpo_dist.rollout.sampling import Sampling, allowed, draw, sampling_of
+from grpo_dist.rollout.sampling import Sampling, _first_above, allowed, draw, sampling_of
 
 pytestmark = pytest.mark.quick
 
@@ -230,6 +230,12 @@ def test_a_token_of_probability_zero_is_never_drawn(uniform: float, monkeypatch:
         assert bool((torch.softmax(logits.double(), -1).gather(1, tokens[:, None]) > 0).all())
     tokens, _ = draw(logits, zeros, zeros, Sampling(top_k=1))
     assert tokens.tolist() == [1, 2, 0, 3]
+
+
+def test_a_target_that_rounding_puts_at_the_total_meets_the_last_part_above_zero() -> None:
+    parts = torch.tensor([[0.5, 0.5, 0.0], [1.0, 0.0, 0.0], [0.0, 0.0, 1.0]], dtype=torch.float64)
+    for target in (1.0, 1.5):
+        assert _first_above(parts.cumsum(-1), parts, torch.full((3, 1), target).double()).tolist() == [[1], [0], [2]]
 
 
 def test_low_precision_logits_are_taken_as_float32() -> None:
