@@ -6,7 +6,7 @@ from __future__ import annotations
 class GuessNumber:
     """The player calls `guess` until the number is right; the episode is worth 1 if it gets there, else 0."""
 
-    def reset(self, secret: int, **row: object) -> None:
+    def reset(self, secret: int) -> None:
         """Begin with the number of the data's column `secret`, so that a group plays the same game."""
         self.secret, self.done = secret, False
 

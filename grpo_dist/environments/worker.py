@@ -109,7 +109,9 @@ class Worker:
             environment = self._free.pop()
         except IndexError:
             environment = self._made()
-        observation = self._result(environment.reset(**request["row"])) if hasattr(environment, "reset") else None
+        observation = None
+        if hasattr(environment, "reset"):
+            observation = self._result(environment.reset(**_taken(environment.reset, request["row"])))
         self._live[request["episode"]] = environment
         return {"observation": None if observation is None else _text(observation)}
 
@@ -182,6 +184,14 @@ def shortened(text: str, most: int) -> str:
     note = f"\n[{len(text) - most} characters left out]\n"
     half = most // 2
     return text[:half] + note + text[len(text) - (most - half) :]
+
+
+def _taken(function: Callable[..., Any], row: dict[str, Any]) -> dict[str, Any]:
+    """The columns that a function takes: all of them where it has **kwargs."""
+    parameters = inspect.signature(function).parameters
+    if any(each.kind is inspect.Parameter.VAR_KEYWORD for each in parameters.values()):
+        return row
+    return {name: value for name, value in row.items() if name in parameters}
 
 
 def _schema(name: str, tool: Callable[..., Any]) -> dict[str, Any]:

@@ -57,9 +57,9 @@ def calculator(expression: str) -> str:
 
 
 class Guess:
-    def reset(self, secret: int, **row):
+    def reset(self, secret: int, note: str | None = None):
         self.secret, self.done = secret, False
-        return row["note"] if "note" in row else None
+        return note
 
     def guess(self, number: int) -> str:
         '''
