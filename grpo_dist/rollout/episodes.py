@@ -213,7 +213,12 @@ class _Table:
 
     def _go_on(self, play: _Play, answers: list[dict[str, str]], done: bool) -> None:
         """The next turn, after the answers of the newest one's possible calls."""
-        ids = self.rules.answered(play, answers)
+        try:
+            ids = self.rules.answered(play, answers)
+        except ValueError as error:  # the template refuses what a tool answered
+            play.failure = str(error)
+            self._finish(play)
+            return
         if done or self.rules.stops(play):
             self._conclude(play, finished=True)
         elif (room := self.rules.room(play, len(ids))) < 1:

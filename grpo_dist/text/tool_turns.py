@@ -22,6 +22,7 @@ _said: set[tuple[str, ...]] = set()
 
 CALL_ID = "call00000"
 """Mistral's templates ask for nine letters and digits."""
+_SENTINEL = "qzxanswerqzx"
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,8 @@ class ToolTurns:
         self._read = _reader(tokenizer, call_format)
         added = tokenizer.added_tokens_decoder.values()
         self._specials = [str(token) for token in added if token.special and len(str(token)) > 1]
-        self.answer_ids([Answer("tool", "7")])
+        if _SENTINEL not in self._between([Answer("tool", _SENTINEL)]):
+            raise ValueError(f"the chat template of {tokenizer.name_or_path!r} leaves out what a tool answers")
 
     def calls(self, text: str) -> list[Call]:
         """The calls in the text of a turn, in order; what begins as a call and is none has a `problem`."""
@@ -77,9 +79,14 @@ class ToolTurns:
     def answer_ids(self, answers: Sequence[Answer]) -> list[int]:
         """Token ids from the end of the model's turn to the beginning of its next, with a turn's answers in order.
 
-        An answer that spells a special token gets a space into it: no tool may end a turn or begin another.
+        An answer that spells a special token gets a space into it: no tool may end a turn or begin another. Raises
+        ValueError where the template refuses the answers.
         """
-        answers = [Answer(each.name, self._without_specials(each.text)) for each in answers]
+        texts = [Answer(each.name, self._without_specials(each.text)) for each in answers]
+        return self._tokenizer(self._between(texts), add_special_tokens=False)["input_ids"]
+
+    def _between(self, answers: Sequence[Answer]) -> str:
+        """The text from the end of the model's turn to the beginning of its next."""
         calls = [{"type": "function", "id": CALL_ID, "function": {"name": each.name, "arguments": {}}}
                  for each in answers]  # fmt: skip
         asked: list[dict[str, Any]] = [{"role": "user", "content": "Go on."},
@@ -92,15 +99,15 @@ class ToolTurns:
             after = render_conversation([*asked, *answered], self._tokenizer, self._date, is_prompt=True)
         except Exception as error:  # a template is a program, and may raise what it likes
             raise ValueError(f"the chat template of {name!r} takes no answers of tools: {error}") from error
-        turn_end = max((before.rfind(end) + len(end) for end in self._ends if end in before), default=len(before))
+        call = before.rfind(answers[-1].name)
+        ends = [before.rfind(end) + len(end) for end in self._ends if before.rfind(end) > call]
+        turn_end = max(ends, default=len(before))
         if not after.startswith(before[:turn_end]):
             raise ValueError(
                 f"the chat template of {name!r} writes earlier turns anew when a tool has answered, so that the tokens "
                 "that were sampled are no part of the conversation any more: use a template that only appends"
             )
-        if any(each.text and each.text not in after for each in answers):
-            raise ValueError(f"the chat template of {name!r} leaves out or changes what a tool answers")
-        return self._tokenizer(after[turn_end:], add_special_tokens=False)["input_ids"]
+        return after[turn_end:]
 
     def _without_specials(self, text: str) -> str:
         for token in self._specials:

@@ -139,12 +139,32 @@ def test_an_answer_cannot_end_a_turn() -> None:
     assert "7< |im_end|>" in tokenizer.decode(hostile)
 
 
+def test_templates_may_trim_and_quote_answers() -> None:
+    """What a template makes of an answer is its affair, as long as the answer is there."""
+    template = FAMILIES["hermes"][1].replace("{{ m.content }}\n</tool_response>", "{{ m.content | trim | tojson }}</r>")
+    tokenizer = with_tools(make_tokenizer(template, ["<|im_end|>"]), [SCHEMA])
+    added = ToolTurns(tokenizer, [tokenizer.eos_token_id]).answer_ids([Answer("add", ' a "b"\nc '), Answer("add", "")])
+    assert r'"a \"b\"\nc"</r>' in tokenizer.decode(added) and '""</r>' in tokenizer.decode(added)
+
+
+def test_a_turn_that_the_template_does_not_close() -> None:
+    """The user's end is not taken for the assistant's."""
+    template = (
+        "{%- for m in messages -%}{%- if m.role == 'user' -%}{{ m.content }}<|im_end|>{%- elif m.role == 'tool' -%}"
+        "({{ m.content }}){%- else -%}<tool_call>{{ m.tool_calls[0].function.name }}</tool_call>{%- endif -%}"
+        "{%- endfor -%}"
+    )
+    tokenizer = with_tools(make_tokenizer(template, ["<|im_end|>"]), [])
+    turns = ToolTurns(tokenizer, [tokenizer.eos_token_id])
+    assert tokenizer.decode(turns.answer_ids([Answer("add", "7")])) == "(7)"
+
+
 def test_templates_that_cannot_go_on_are_refused() -> None:
     rewriting = "{{ messages | length }}" + FAMILIES["hermes"][1]
     silent = turns("", CHATML, "<|im_start|>assistant\n", "<tool_call>")
     raising = turns("{{ raise_exception('no tools here') }}", CHATML, "", "<tool_call>")
     unknown = turns("({{ m.content }})", CHATML, "", "!")
-    for template, reason in ((rewriting, "writes earlier turns anew"), (silent, "leaves out or changes"),
+    for template, reason in ((rewriting, "writes earlier turns anew"), (silent, "leaves out what a tool answers"),
                              (raising, "no tools here"), (unknown, "environment.call_format")):  # fmt: skip
         tokenizer = with_tools(make_tokenizer(template, ["<|im_end|>"]), [])
         with pytest.raises(ValueError, match=reason):
