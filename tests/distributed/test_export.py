@@ -165,15 +165,17 @@ def test_mistakes(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
         file.write(b"x")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()
-    for arguments, told in (
+    for arguments, message in (
         ([tmp_path / "nowhere"], "expected the directory of a run"),
         ([damaged], "damaged"),
         ([run, "--out", tmp_path / "full"], "not empty"),
         ([run, "--to", "adapter", "--dtype", "bfloat16"], "--dtype"),
-        ([run, "--too", "adapter"], "--too"),
     ):
         assert main(["export", *map(str, arguments)]) == 2
-        assert told in capsys.readouterr().err
+        assert message in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        main(["export", str(run), "--too", "adapter"])
+    assert "--too; did you mean --to?" in capsys.readouterr().err
 
 
 def test_chat_has_both_answers(run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
