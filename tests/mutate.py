@@ -55,7 +55,8 @@ MODULES = {
 EQUIVALENT = {
     "algorithm/advantages": ["stds > 1e-12 * means.abs().clamp(min=1) -> stds >= 1e-12 * means.abs().clamp(min=1)"],
     "model/logprobs": ["CHUNK_ELEMENTS = 1 << 24", "-1 -> 1", "3 -> 4"],
-    "algorithm/losses": ["temperature = torch.where(advantages > 0, "],  # at 0 nothing is pushed
+    # at 0 nothing is pushed; a group more, which is empty, counts for nothing
+    "algorithm/losses": ["temperature = torch.where(advantages > 0, ", "num_groups = int(group.max()) + 1 if len("],
     # torch takes numbers modulo 2^64; more words than are needed are cut off
     "algorithm/hashing": ["1 << 64 -> 1 >> 64", "-count // 4 -> -count * 4"],
     # of a row that was not drawn; int16 takes the bound modulo 2^16

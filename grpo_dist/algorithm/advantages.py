@@ -30,7 +30,7 @@ def group_statistics(rewards: Tensor, group: Tensor) -> tuple[Tensor, Tensor, Te
     counts = group_sums(scored.double(), group, num_groups)
     filled = rewards.nan_to_num(0.0)
     means = group_sums(filled, group, num_groups) / counts.clamp(min=1)
-    deviations = torch.where(scored, rewards - means[group], 0.0).nan_to_num(0.0)
+    deviations = torch.where(scored, rewards - means[group], 0.0)
     stds = (group_sums(deviations**2, group, num_groups) / (counts - 1).clamp(min=1)).sqrt()
     return means, stds, counts
 
@@ -63,7 +63,7 @@ def group_relative_advantages(
         others = counts[group] - group_sums(scored.double(), owner, num_owners)[owner]
         subtracted = (means[group] * counts[group] - own_sums) / others.clamp(min=1)
         usable &= others > 0
-    centred = torch.where(usable, rewards - subtracted, 0.0).nan_to_num(0.0)
+    centred = torch.where(usable, rewards - subtracted, 0.0)
     if scale == "none":
         return centred
     if scale == "group":

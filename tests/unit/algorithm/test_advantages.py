@@ -246,3 +246,18 @@ def test_whitening_counts_only_what_counts() -> None:
 def test_overlong_punishment() -> None:
     lengths = torch.tensor([1, 6, 7, 8, 10])
     assert overlong_punishment(lengths, 10, 4).tolist() == [0.0, 0.0, -0.25, -0.5, -1.0]
+
+
+def test_no_completions_have_no_groups() -> None:
+    nothing = torch.zeros(0, dtype=torch.float64)
+    assert [len(each) for each in group_statistics(nothing, torch.zeros(0, dtype=torch.int64))] == [0, 0, 0]
+
+
+def test_one_scored_completion_has_no_scale() -> None:
+    """The std of one number is undefined: rewards that are normalised each leave it at 0."""
+    rewards = torch.tensor([[1.0, 2.0], [math.nan, math.nan]], dtype=torch.float64)
+    advantages = relative_advantages(
+        rewards, [1.0, 1.0], torch.tensor([1, 1]), torch.tensor([0, 0]), baseline="mean", scale="group",
+        normalise_each=True, gamma=1.0,
+    )  # fmt: skip
+    assert advantages.tolist() == [0.0, 0.0]
