@@ -88,7 +88,6 @@ class TrainState:
                 ids, lengths = tensors["batch/tokens"], tensors["batch/lengths"]
                 values |= {"ids": ids, "row_lengths": lengths, "sampled": torch.ones_like(ids, dtype=torch.bool)}
             logged = dict(meta["logged"])
-            logged["scoring"] = (
-                meta.get("facts", {}) | logged["scoring"]
-            )  # older checkpoints have a part of it under this name
+            # older checkpoints have a part of it under the name `facts`
+            logged["scoring"] = meta.get("facts", {}) | logged["scoring"]
             self.batch = Batch(chosen, **values, **logged, old=OldPolicy(**old) if old else None)

@@ -99,9 +99,8 @@ def load(trained: Trained) -> tuple[Policy, Any]:
     trained_in = last_recorded(trained.run, "dtype")
     base = load_causal_lm(model, stored if trained_in is None else DTYPES[trained_in], None)
     adapted = PeftModel.from_pretrained(base, str(trained.path / "adapter"))
-    fuse_adapters(
-        adapted, is_sharded
-    )  # adapters are added as in training: in 16 bits PEFT's own addition loses small updates
+    # adapters are added as in training: in 16 bits PEFT's own addition loses small updates
+    fuse_adapters(adapted, is_sharded)
     return Policy(adapted, 1.0).eval(), tokenizer
 
 

@@ -191,9 +191,8 @@ def permutation(num_prompts: int, seed: int, epoch: int) -> NDArray[np.int64]:
     """
     digest = hashlib.blake2b(f"{seed}:{epoch}".encode(), digest_size=8).digest()
     places = np.arange(1, num_prompts + 1, dtype=np.uint64)
-    keys = np.uint64(int.from_bytes(digest, "little")) + places * np.uint64(
-        _GOLDEN
-    )  # wraps at 2^64, as SplitMix64 does
+    # wraps at 2^64, as SplitMix64 does
+    keys = np.uint64(int.from_bytes(digest, "little")) + places * np.uint64(_GOLDEN)
     keys = (keys ^ (keys >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     keys = (keys ^ (keys >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     order = np.argsort(keys ^ (keys >> np.uint64(31)))

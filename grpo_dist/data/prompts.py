@@ -271,9 +271,8 @@ def _as_text(prompt: object, config: DataConfig, tokenizer: PreTrainedTokenizerB
         )
     try:
         return render_messages(messages, tokenizer, config.template_date), messages
-    except (
-        TemplateRefusal
-    ) as error:  # a template refuses messages that its model was not trained on, such as system messages
+    except TemplateRefusal as error:
+        # a template refuses messages that its model was not trained on, such as system messages
         raise _UnusableRowError(str(error)) from error
 
 

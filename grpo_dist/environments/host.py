@@ -12,10 +12,9 @@ import heapq
 import itertools
 import json
 import logging
-import os
 import pickle
 import queue
-import signal
+import subprocess
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -24,7 +23,7 @@ from typing import Any
 
 from grpo_dist.config.environment import EnvironmentConfig
 from grpo_dist.rewards.pool.channel import Channel
-from grpo_dist.rewards.pool.process import START_SECONDS, start_worker
+from grpo_dist.rewards.pool.process import START_SECONDS, signal_kill, start_worker
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +45,7 @@ class Event:
 class _Process:
     """A process, and the episodes that live in it."""
 
-    process: Any
+    process: subprocess.Popen[bytes]
     channel: Channel
     episodes: set[int] = field(default_factory=set)
     is_stuck: bool = False
@@ -222,11 +221,9 @@ class EnvironmentHost:
             self._answers.put((process, answer))
 
     def _kill(self, process: _Process) -> int:
+        """Kill a process and its children; returns its own exit code where it had ended, else -9."""
         if process in self._processes:
             self._processes.remove(process)
-        ended = process.process.poll()
-        if ended is None:
-            os.killpg(process.process.pid, signal.SIGKILL)
-        code = process.process.wait()
+        signal_kill(process.process)
         process.channel.close()
-        return code if ended is None else ended
+        return process.process.wait()

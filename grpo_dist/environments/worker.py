@@ -8,12 +8,10 @@ before it, since they share their environment; calls of functions do not wait.
 from __future__ import annotations
 
 import asyncio
-import importlib
 import inspect
 import json
 import os
 import pickle
-import sys
 import threading
 import traceback
 from collections.abc import Callable
@@ -22,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from grpo_dist.rewards.pool.channel import Channel
 from grpo_dist.rewards.pool.worker import connect, limit_memory
+from grpo_dist.rewards.registry import import_object
 
 if TYPE_CHECKING:
     from grpo_dist.config.environment import EnvironmentConfig
@@ -163,15 +162,7 @@ class Worker:
 
 def imported(path: str) -> Any:
     """What `module:name` names. Raises ValueError."""
-    module, _, name = path.partition(":")
-    if not {"", os.getcwd()} & set(sys.path):
-        sys.path.append(os.getcwd())
-    try:
-        thing: Any = importlib.import_module(module)
-        for each in name.split("."):
-            thing = getattr(thing, each)
-    except BaseException as error:  # whatever a user's module raises; a script may even try to exit
-        raise ValueError(f"environment: {path!r} cannot be imported: {type(error).__name__}: {error}") from error
+    thing = import_object(path, path, "environment")
     if not callable(thing):
         raise ValueError(f"environment: {path!r} is a {type(thing).__name__}, expected a function or a class")
     return thing

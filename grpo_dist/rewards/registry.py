@@ -110,7 +110,7 @@ def labels(rewards: Sequence[RewardConfig]) -> list[str]:
 
 def answer_checks(rewards: Sequence[RewardConfig]) -> list[Callable[[object], None]]:
     """Return the built-in rewards' checks of a gold answer; each raises ValueError for one that it cannot read."""
-    built_in = [_import(BUILT_IN[reward.name], reward.name) for reward in rewards if reward.name in BUILT_IN]
+    built_in = [import_object(BUILT_IN[reward.name], reward.name) for reward in rewards if reward.name in BUILT_IN]
     return [reward.check_answer for reward in built_in if hasattr(reward, "check_answer")]
 
 
@@ -118,7 +118,7 @@ def answer_reader(rewards: Sequence[RewardConfig]) -> Callable[[str], str | None
     """Return the function by which the first built-in reward reads a completion's answer; None where none does."""
     for reward in rewards:
         if reward.name in BUILT_IN:
-            reader = _import(BUILT_IN[reward.name], reward.name)
+            reader = import_object(BUILT_IN[reward.name], reward.name)
             if hasattr(reader, "read_completion"):
                 return reader.read_completion
     return None
@@ -127,7 +127,7 @@ def answer_reader(rewards: Sequence[RewardConfig]) -> Callable[[str], str | None
 def declared_placement(config: RewardConfig) -> Placement:
     """Return where a configured reward runs, without an instance of it. Raises ValueError as `resolve` does."""
     try:
-        return placement_of(_import(_import_path(config.name), config.name))
+        return placement_of(import_object(_import_path(config.name), config.name))
     except ValueError as error:
         raise ValueError(str(error) if config.name in str(error) else f"rewards: {config.name!r}: {error}") from error
 
@@ -138,7 +138,7 @@ def resolve(config: RewardConfig) -> RewardFunction:
     Raises ValueError where the name is unknown, the import fails, the object is not callable, an argument does not fit,
     or the function cannot be called as TRL calls one: `fn(prompts=…, completions=…, completion_ids=…, **columns)`.
     """
-    imported = _import(_import_path(config.name), config.name)
+    imported = import_object(_import_path(config.name), config.name)
     if inspect.isclass(imported):
         function: Any = _instantiate(imported, config)
         bound: dict[str, Any] = {}
@@ -175,8 +175,11 @@ def _import_path(name: str) -> str:
     return name
 
 
-def _import(path: str, name: str) -> Any:
-    """Import `module:attribute`, also from the current directory; `name` is for messages."""
+def import_object(path: str, name: str, key: str = "rewards") -> Any:
+    """Import `module:attribute`, also from the current directory; option `key` and `name` are for messages.
+
+    Raises ValueError where the import fails, or the module has no such attribute.
+    """
     module_name, _, attributes = path.partition(":")
     if not {"", os.getcwd()} & set(sys.path):
         sys.path.append(os.getcwd())
@@ -186,13 +189,13 @@ def _import(path: str, name: str) -> Any:
         frame = traceback.extract_tb(error.__traceback__)[-1]
         at = "" if "importlib" in frame.filename else f" ({frame.filename}, line {frame.lineno})"
         raise ValueError(
-            f"rewards: {name!r}: importing {module_name!r} failed with {type(error).__name__}: {error}{at}; "
+            f"{key}: {name!r}: importing {module_name!r} failed with {type(error).__name__}: {error}{at}; "
             f"modules are imported from {os.getcwd()} and from the Python path"
         ) from error
     for attribute in attributes.split("."):
         if not hasattr(imported, attribute):
             hint = _nearest(attribute, dir(imported))
-            raise ValueError(f"rewards: {name!r}: {module_name!r} has no {attribute!r}{hint}")
+            raise ValueError(f"{key}: {name!r}: {module_name!r} has no {attribute!r}{hint}")
         imported = getattr(imported, attribute)
     return imported
 

@@ -48,9 +48,8 @@ class RemoteReward:
             reply = await self._client.post(
                 {"prompts": prompts, "completions": completions, **sent}, lambda content: _read(content, count)
             )
-        except (
-            ServiceError
-        ) as error:  # returned, not raised: after an error the pool would call again for each completion
+        except ServiceError as error:
+            # returned, not raised: after an error the pool would call again for each completion
             return [error] * count
         if log_metric:
             log_metric("latency_seconds", reply.seconds)

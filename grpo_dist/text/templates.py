@@ -170,7 +170,7 @@ def _missing(messages: Messages, text: str, tokenizer: Any) -> list[int]:
         squeezed = _squeezed(text)
         changed = {content for content in absent if squeezed.count(_squeezed(content)) >= expected[content]}
         if changed:
-            _warn_once(tokenizer, "changes white space or case of messages: the model does not see the data's text",
+            warn_once(tokenizer, "changes white space or case of messages: the model does not see the data's text",
                        f", such as {min(changed)[:_SHOWN_CHARACTERS]!r}")  # fmt: skip
         absent -= changed
     return [n for n, message in enumerate(messages) if _is_read(message) and message["content"].strip() in absent]
@@ -190,7 +190,7 @@ def _left_out(message: Mapping[str, str]) -> str:
 def _warn_of_openings(tokenizer: Any, template: str, text: str) -> None:
     """Warn once of a template after which completions begin differently from what users expect."""
     if tag := _OPENING_TAG.search(text):
-        _warn_once(
+        warn_once(
             tokenizer, f"begins the answer itself with <{tag[1]}>: completions and the texts of rewards begin after it"
         )
     key = (str(tokenizer.name_or_path), template)
@@ -205,14 +205,15 @@ def _warn_of_openings(tokenizer: Any, template: str, text: str) -> None:
         return
     before = full[len(asked) :].partition(answer)[0] if full.startswith(asked) else ""
     if asked == bare and answer in full and before.strip():
-        _warn_once(
+        warn_once(
             tokenizer,
             f"ignores add_generation_prompt: the model has to write {before!r} itself, and rewards get it as a part of "
             "the completion",
         )
 
 
-def _warn_once(tokenizer: Any, what: str, example: str = "") -> None:
+def warn_once(tokenizer: Any, what: str, example: str = "") -> None:
+    """Warn of a tokenizer's chat template, once in a process."""
     key = (str(tokenizer.name_or_path), what)
     if key not in _warned:
         _warned.add(key)

@@ -9,16 +9,12 @@ from __future__ import annotations
 
 import copy
 import json
-import logging
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .templates import render_conversation, template_of
-
-log = logging.getLogger(__name__)
-_said: set[tuple[str, ...]] = set()
+from .templates import render_conversation, template_of, warn_once
 
 CALL_ID = "call00000"
 """Mistral's templates ask for nine letters and digits."""
@@ -48,11 +44,8 @@ def with_tools(tokenizer: Any, schemas: Sequence[dict[str, Any]]) -> Any:
     changed, names = copy.copy(tokenizer), [schema["function"]["name"] for schema in schemas]
     changed.chat_template = f"{{%- set tools = {_literal(list(schemas))} -%}}\n{template_of(tokenizer, 'tool_use')}"
     shown = render_conversation([{"role": "user", "content": "Go on."}], changed, None, is_prompt=True)
-    missing = [name for name in names if name not in shown]
-    if missing and (changed.name_or_path, *missing) not in _said:
-        _said.add((changed.name_or_path, *missing))
-        log.warning("the chat template of %r does not show %s to the model: it has to know its tools by itself",
-                    tokenizer.name_or_path, ", ".join(missing))  # fmt: skip
+    if missing := [name for name in names if name not in shown]:
+        warn_once(tokenizer, f"does not show {', '.join(missing)} to the model: it has to know its tools by itself")
     return changed
 
 

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from toy_training import Bounds, Phase, Shape, Task, main, write_rows
+from toy_training import Bounds, Phase, Shape, Task, distinct, main, unseen, write_rows
 
 DIGITS = range(3, 9)
 NUM_TRAIN, NUM_EVAL = 1200, 120
@@ -56,10 +56,9 @@ def draw_problem(num_digits: int, draw: random.Random) -> Problem:
 
 def problems(split: Literal["train", "eval"]) -> list[Problem]:
     """List the problems of a split, equally many of each number of digits. No problem is in both splits."""
-    draw, rows = random.Random(20), dict[Problem, None]()  # its own fixed seed, as in toy.py
-    while len(rows) < NUM_TRAIN + NUM_EVAL:
-        rows[draw_problem(DIGITS[len(rows) % len(DIGITS)], draw)] = None
-    return list(rows)[:NUM_EVAL] if split == "eval" else list(rows)[NUM_EVAL:]
+    draw = random.Random(20)  # its own fixed seed, as in toy.py
+    rows = distinct(lambda number: draw_problem(DIGITS[number % len(DIGITS)], draw), NUM_TRAIN + NUM_EVAL)
+    return rows[:NUM_EVAL] if split == "eval" else rows[NUM_EVAL:]
 
 
 def write_data(directory: Path) -> None:
@@ -98,10 +97,7 @@ def task() -> Task:
     known = set(held_out)
 
     def draw_batch(phase: Phase, draw: random.Random) -> list[tuple[str, str]]:
-        rows: list[Problem] = []
-        while len(rows) < phase.batch_size:
-            row = draw_problem(draw.choice(DIGITS), draw)
-            rows += [] if row in known else [row]
+        rows = unseen(lambda: draw_problem(draw.choice(DIGITS), draw), known, phase.batch_size)
         return [(row.prompt, draw_target(row, phase, draw)) for row in rows]
 
     example = Problem(368, 275)

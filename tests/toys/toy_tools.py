@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from toy_training import EOS_TOKEN, Bounds, Phase, Shape, Task, main, write_rows
+from toy_training import EOS_TOKEN, Bounds, Phase, Shape, Task, distinct, main, unseen, write_rows
 
 FACTORS = range(11, 100)
 NUM_TRAIN, NUM_EVAL = 1200, 120
@@ -113,10 +113,9 @@ def draw_problem(draw: random.Random) -> Problem:
 
 def problems(split: Literal["train", "eval"]) -> list[Problem]:
     """List the problems of a split. No problem is in both splits."""
-    draw, rows = random.Random(21), dict[Problem, None]()
-    while len(rows) < NUM_TRAIN + NUM_EVAL:
-        rows[draw_problem(draw)] = None
-    return list(rows)[:NUM_EVAL] if split == "eval" else list(rows)[NUM_EVAL:]
+    draw = random.Random(21)
+    rows = distinct(lambda _: draw_problem(draw), NUM_TRAIN + NUM_EVAL)
+    return rows[:NUM_EVAL] if split == "eval" else rows[NUM_EVAL:]
 
 
 def write_data(directory: Path) -> None:
@@ -173,10 +172,7 @@ def task() -> Task:
     known = set(held_out)
 
     def draw_batch(phase: Phase, draw: random.Random) -> list[tuple[str, str]]:
-        rows: list[Problem] = []
-        while len(rows) < phase.batch_size:
-            row = draw_problem(draw)
-            rows += [] if row in known else [row]
+        rows = unseen(lambda: draw_problem(draw), known, phase.batch_size)
         return [draw_pair(row, phase, draw) for row in rows]
 
     example = Problem(47, 86)

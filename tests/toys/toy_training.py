@@ -11,15 +11,16 @@ import json
 import random
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase, Qwen2ForCausalLM, Qwen2Tokenizer
 
+T = TypeVar("T")
 MAX_MODEL_BYTES = 1_000_000
 EOS_TOKEN = "<|endoftext|>"
 PAD_TOKEN = "<|pad|>"
@@ -108,6 +109,23 @@ def write_rows(path: Path, rows: Sequence[Problem]) -> None:
     random.Random(0).shuffle(shuffled)
     lines = [json.dumps({"prompt": row.prompt, "answer": str(row.answer)}) + "\n" for row in shuffled]
     path.write_text("".join(lines), encoding="utf-8")
+
+
+def distinct(draw: Callable[[int], T], count: int) -> list[T]:
+    """So many different things; `draw` gets the number of those that are there."""
+    things = dict[T, None]()
+    while len(things) < count:
+        things[draw(len(things))] = None
+    return list(things)
+
+
+def unseen(draw: Callable[[], T], held_out: Set[T], count: int) -> list[T]:
+    """So many things, none of which is held out."""
+    things: list[T] = []
+    while len(things) < count:
+        thing = draw()
+        things += [] if thing in held_out else [thing]
+    return things
 
 
 def make_tokenizer(texts: Sequence[str]) -> Qwen2Tokenizer:

@@ -153,9 +153,8 @@ class Lane:
                 if number not in self._workers:
                     worker = self._start(number)
                 self._run(number, worker, job)
-            except (
-                Exception
-            ) as error:  # an error of the pool: the caller that waits for the result gets it, and does not hang
+            except Exception as error:
+                # an error of the pool: the caller that waits for the result gets it, and does not hang
                 job.pending.abort(error)
         if number in self._workers:
             self._stop(number)
@@ -251,9 +250,8 @@ class Lane:
     def _call(self, number: int, worker: Place, job: _Job) -> dict[str, Any]:
         """Return the worker's answer to one call, or a failure in the same form where the call ended the worker."""
         keywords = _keywords(job, self.parameters[job.reward])
-        state = SimpleNamespace(
-            **asdict(job.pending.state)
-        )  # with a class of this package the worker would import numpy
+        # with a class of this package the worker would import numpy
+        state = SimpleNamespace(**asdict(job.pending.state))
         own = self.rewards[job.reward].timeout_seconds
         limit = self._scoring.timeout_seconds if own is None else own
         try:

@@ -58,6 +58,13 @@ def start_worker(
     return process, ours
 
 
+def signal_kill(process: subprocess.Popen[bytes]) -> None:
+    """Send SIGKILL to a process of `start_worker` and its children; safe from any thread, and after their end."""
+    # Until `wait`, its number cannot belong to another process.
+    if process.returncode is None:
+        os.killpg(process.pid, signal.SIGKILL)
+
+
 class WorkerProcess:
     """A running worker; its caller waits."""
 
@@ -109,9 +116,7 @@ class WorkerProcess:
 
     def signal_kill(self) -> None:
         """Send SIGKILL to the worker and its children; safe from any thread, and after their end."""
-        # Until `wait`, its number cannot belong to another process.
-        if self._process.returncode is None:
-            os.killpg(self._process.pid, signal.SIGKILL)
+        signal_kill(self._process)
 
     def kill(self) -> int:
         """Kill the worker and its children; returns its own exit code where it had ended, else -9."""

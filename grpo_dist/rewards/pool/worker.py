@@ -109,9 +109,8 @@ def answer(rewards: Sequence[RewardFunction | Placement], request: bytes) -> dic
         values, bad = read_values(_call(reward, keywords), count)
     except BadValueError as error:
         return {"kind": "bad_value", "message": str(error), "traceback": ""}
-    except (
-        BaseException
-    ) as error:  # a reward may exit, or interrupt itself as Math-Verify does: all of this is reported
+    except BaseException as error:
+        # a reward may exit, or interrupt itself as Math-Verify does: all of this is reported
         line = "".join(traceback.format_exception_only(error)).strip()
         return {"kind": "raised", "message": line, "traceback": traceback.format_exc()[-_TRACEBACK_CHARACTERS:]}
     return {"values": values, "bad": bad, "metrics": log.means(), "extras": log.extras}

@@ -86,6 +86,13 @@ def fail(kind: str) -> object:
                 os._exit(0)
             children.append(child)
         return children
+    if kind == "orphan":
+        child = os.fork()
+        if not child:
+            time.sleep(1000)
+        with open("orphan", "w") as file:
+            file.write(str(child))
+        os._exit(7)
     if kind == "large":
         return "x" * 100_000_000
     if kind == "object":
@@ -247,6 +254,17 @@ def test_children_end_with_the_host() -> None:
     assert not [number for number in numbers if _runs(number)]
 
 
+def test_children_of_a_process_that_ended_end_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with EnvironmentHost(make_config()) as host:
+        begin(host, 0)
+        assert "exit code 7" in call(host, 0, ("fail", {"kind": "orphan"})).answer["failure"]
+        until = time.monotonic() + 30
+        while _runs(int((tmp_path / "orphan").read_text())):
+            assert time.monotonic() < until
+            time.sleep(0.05)
+
+
 def _runs(number: int) -> bool:
     status = Path(f"/proc/{number}/stat")
     return status.exists() and status.read_text().rpartition(")")[2].split()[0] != "Z"
@@ -287,12 +305,14 @@ def test_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        ({"tools": ["playthings:nothing"]}, "no attribute"), ({"tools": ["nowhere:add"]}, "ModuleNotFoundError"),
-        ({"tools": ["playthings:MODULE"]}, "cannot be imported"), ({"stop_tools": ["none"]}, "none is no tool"),
+        ({"tools": ["playthings:nothing"]}, "'playthings' has no 'nothing'"),
+        ({"tools": ["nowhere:add"]}, "ModuleNotFoundError"),
+        ({"tools": ["playthings:arrived"]}, "is a list, expected a function or a class"),
+        ({"stop_tools": ["none"]}, "none is no tool"),
         ({"tools": ["os.path:basename"], "factory": None}, "type hints and a Google docstring"),
         ({"secrets": ["NOT_SET_TOKEN"]}, "environment.secrets names NOT_SET_TOKEN"),
     ],
-)  # fmt: skip
+)
 def test_mistakes_are_named(options: dict[str, Any], reason: str) -> None:
     assert "NOT_SET_TOKEN" not in os.environ
     with pytest.raises(ValueError, match=reason):
