@@ -10,7 +10,7 @@ WIDTH, HEADS, LAYERS = 64, 4, 2
 SIZES: dict[str, Any] = {
     **dict.fromkeys(("hidden_size", "d_model", "n_embd", "dim", "emb_dim", "hidden_dim", "embedding_size",
                      "word_embed_proj_dim", "d_embed", "width", "output_dim", "out_hidden_size", "embed_dim",
-                     "lru_width", "dim_model",
+                     "lru_width", "dim_model", "hidden_size_global",
                      "projection_dim", "vision_output_dim"), WIDTH),
     **dict.fromkeys(("intermediate_size", "ffn_dim", "decoder_ffn_dim", "encoder_ffn_dim", "n_inner", "d_inner", "dff",
                      "dim_ff", "ffn_hidden_size", "feed_forward_size", "intermediate_size_mlp", "d_ff",
@@ -61,12 +61,22 @@ MORE: dict[str, dict[str, Any]] = {
     },
     "bailing_hybrid": {"layer_group_size": 2},
     "bamba": {"attn_layer_indices": [1], **MAMBA},
+    "blt": {
+        "encoder_hash_byte_group_vocab": 100,
+        "global_config": {"encoder_cross_output_size": 2 * WIDTH},
+    },
     "cohere_compass_text": {
         "layer_types": ["full_attention", "full_attention"],
         "rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}},
     },
-    "dots3_note": {"text_config": {"num_key_value_heads": HEADS}},
+    "dots3_note": {
+        "text_config": {"num_key_value_heads": HEADS, "per_layer_config": {}},
+        "vision_config": {"per_layer_config": {}, "adapter_in_dim": WIDTH, "adapter_out_dim": WIDTH},
+        "audio_config": {"adapter_input_size": WIDTH, "adapter_out_dim": WIDTH},
+    },
     "dots3_note_text": {"num_key_value_heads": HEADS},
+    "falcon_h1": {"mamba_d_ssm": 128, **MAMBA},
+    "falcon_mamba": {"time_step_rank": 4},
     "gemma3n_text": {
         "num_kv_shared_layers": 0,
         "layer_types": ["sliding_attention", "full_attention"],
@@ -89,7 +99,7 @@ MORE: dict[str, dict[str, Any]] = {
     "qwen3_5_moe": {"text_config": {"layer_types": HYBRID}},
     "qwen3_5_text": {"layer_types": HYBRID},
     "qwen3_5_moe_text": {"layer_types": HYBRID},
-    "dbrx": {"attn_config": {"rope_theta": 1e4}},
+    "dbrx": {"attn_config": {"rope_theta": 1e4, "clip_qkv": 8.0}},
     "gemma4_assistant": {"text_config": {"hidden_size_per_layer_input": 0}},
     "qwen4_exp": {"text_config": {"layer_types": HYBRID}},
     "qwen4_exp_text": {"layer_types": HYBRID},

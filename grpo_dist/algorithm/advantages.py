@@ -58,9 +58,8 @@ def group_relative_advantages(
     subtracted = means[group]
     if baseline == "leave_one_out":
         owner = torch.arange(len(rewards)) if owner is None else owner
-        num_owners = int(owner.max()) + 1 if len(owner) else 0
-        own_sums = group_sums(rewards.nan_to_num(0.0), owner, num_owners)[owner]
-        others = counts[group] - group_sums(scored.double(), owner, num_owners)[owner]
+        own_sums = torch.bincount(owner, weights=rewards.nan_to_num(0.0))[owner]
+        others = counts[group] - torch.bincount(owner, weights=scored.double())[owner]
         subtracted = (means[group] * counts[group] - own_sums) / others.clamp(min=1)
         usable &= others > 0
     centred = torch.where(usable, rewards - subtracted, 0.0)
@@ -111,11 +110,10 @@ def relative_advantages(
 def discounted_sums(values: Tensor, lengths: Tensor, discount: float) -> Tensor:
     """Sum of the `values` (T,) from each token to its completion's end, each discounted by its distance: (T,)."""
     last = values[torch.cumsum(lengths, 0) - 1]
-    if (
-        discount == 1 and values.count_nonzero() == last.count_nonzero()
-    ):  # outcomes alone, which is the usual case: the result is the same
+    # outcomes alone, which is the usual case: the result is that of the loop
+    if discount == 1 and values.count_nonzero() == last.count_nonzero():
         return torch.repeat_interleave(last, lengths)
-    longest_first = lengths.argsort(descending=True, stable=True)
+    longest_first = lengths.argsort(descending=True)
     ends = torch.cumsum(lengths, 0)[longest_first]
     # how many completions have a token at this distance from the end
     counts = torch.flip(torch.cumsum(torch.flip(torch.bincount(lengths), [0]), 0), [0]).tolist()
@@ -151,5 +149,8 @@ def generalised_advantages(
 
 
 def overlong_punishment(lengths: Tensor, longest: int, buffer: int) -> Tensor:
-    """DAPO's soft punishment (arXiv:2503.14476, eq. 13): (N,) float64, from 0 to -1 over the last `buffer` tokens."""
-    return ((longest - buffer - lengths).double() / buffer).clamp(-1.0, 0.0)
+    """DAPO's soft punishment (arXiv:2503.14476, eq. 13): (N,) float64, from 0 to -1 over the last `buffer` tokens.
+
+    `lengths` (N,) are at most `longest`.
+    """
+    return ((longest - buffer - lengths).double() / buffer).clamp(max=0.0)

@@ -13,7 +13,7 @@ import torch
 from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.utils import cached_file
 
 from ..distributed.deepspeed import gathered, unsharded_loading
@@ -128,7 +128,7 @@ def write_merged(
     """Write a plain model of these weights, with its tokenizer, and check the files. Raises RuntimeError."""
     with unsharded_loading(), torch.device("meta"):
         plain = policy.causal_lm._from_config(policy.causal_lm.config, dtype=next(iter(state.values())).dtype)
-    plain.load_state_dict(state, strict=False, assign=True)
+    plain.load_state_dict(_by_all_names(state, plain), strict=False, assign=True)
     plain.tie_weights()
     missing = [name for name, tensor in plain.state_dict().items() if tensor.is_meta]
     if missing:
@@ -147,6 +147,16 @@ def write_merged(
     if expected[0] != written[0] or not math.isclose(expected[1], written[1], rel_tol=1e-9):
         raise RuntimeError(f"{directory}: the files have {written[0]} numbers of norm {written[1]}, the model in "
                            f"memory has {expected[0]} of norm {expected[1]}")  # fmt: skip
+
+
+def _by_all_names(state: dict[str, Tensor], plain: nn.Module) -> dict[str, Tensor]:
+    """The weights, with those that share a tensor under each of its names: of a tied head, some models name the head
+    first, and others the embeddings."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in plain.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    given = ((group, state[name]) for group in names.values() for name in group if name in state)
+    return state | {name: tensor for group, tensor in given for name in group}
 
 
 def write_adapter(model: PeftModel, state: dict[str, Tensor], directory: Path) -> None:

@@ -40,6 +40,13 @@ def _outputs(model: nn.Module, ids: Tensor, completions: tuple[int, ...]) -> Ten
     return torch.log_softmax(output.logits[0].float(), -1)
 
 
+@torch.no_grad()
+def _outputs_by_own_positions(model: nn.Module, ids: Tensor) -> Tensor:
+    """Log-probabilities (T, V) of a sequence whose positions the model counts itself."""
+    layout = RowLayout([(len(ids), [])]).to(ids.device)
+    return torch.log_softmax(model(input_ids=ids[None], use_cache=False, layout=layout).logits[0].float(), -1)
+
+
 def packing_leak(model: nn.Module) -> str | None:
     """Why packs with shared prompts, or rollouts with them, are wrong for this model; None where they are right.
 
@@ -52,7 +59,8 @@ def packing_leak(model: nn.Module) -> str | None:
     changed[PROMPT : PROMPT + first] = ids[PROMPT : PROMPT + first].flip(0)
     try:
         packed, disturbed = _outputs(model, ids, COMPLETIONS), _outputs(model, changed, COMPLETIONS)
-        alone = _outputs(model, torch.cat([ids[:PROMPT], ids[PROMPT + first :]]), (second,))
+        sequence = torch.cat([ids[:PROMPT], ids[PROMPT + first :]])
+        alone, plain = _outputs(model, sequence, (second,)), _outputs_by_own_positions(model, sequence)
     except CANNOT as error:
         return f"its forward pass cannot take a pack: {type(error).__name__}: {error}"
     own, other = slice(PROMPT, PROMPT + first), slice(PROMPT + first, None)
@@ -61,6 +69,8 @@ def packing_leak(model: nn.Module) -> str | None:
         return "outputs do not depend on the tokens of the pack"
     if float((packed[other] - disturbed[other]).abs().max()) > most * effect:
         return "one completion's output depends on another completion of the pack"
+    if float((plain - alone).abs().max()) > most * max(effect, 1.0):
+        return "its own code does not count positions from 0"
     try:
         decoded = decoding_error(model, tiny_decoder())
         worst = max(float((packed[other] - alone[PROMPT:]).abs().max()), decoded)

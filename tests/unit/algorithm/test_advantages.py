@@ -253,6 +253,21 @@ def test_no_completions_have_no_groups() -> None:
     assert [len(each) for each in group_statistics(nothing, torch.zeros(0, dtype=torch.int64))] == [0, 0, 0]
 
 
+def test_two_scored_completions_have_a_scale() -> None:
+    scale = math.sqrt(0.5) + STD_FLOOR
+    assert compute([1.0, 0.0, NAN], [0, 0, 1], "batch") == pytest.approx([0.5 / scale, -0.5 / scale, 0.0])
+    advantages = relative_advantages(
+        torch.tensor([[1.0, 0.0], [0.0, 0.0]], dtype=torch.float64), [1.0, 1.0], torch.tensor([1, 1]),
+        torch.tensor([0, 0]), baseline="mean", scale="none", normalise_each=True, gamma=1.0,
+    )  # fmt: skip
+    assert advantages.tolist() == pytest.approx([0.5 / scale, -0.5 / scale])
+
+
+def test_completions_of_one_token_keep_their_order() -> None:
+    values = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)
+    assert torch.equal(discounted_sums(values, torch.tensor([1, 1, 1]), 1.0), values)
+
+
 def test_one_scored_completion_has_no_scale() -> None:
     """The std of one number is undefined: rewards that are normalised each leave it at 0."""
     rewards = torch.tensor([[1.0, 2.0], [math.nan, math.nan]], dtype=torch.float64)

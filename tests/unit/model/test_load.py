@@ -11,7 +11,7 @@ import torch
 from peft import PeftModel
 from small_models import IDS, LORA, logits, make_moved, make_policy, make_tokenizer
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, CamembertConfig
 
 from grpo_dist.checkpoint.reopening import check_final, divergence, probe, rounding_kl
 from grpo_dist.config.schema import LoraConfig, ModelConfig
@@ -104,6 +104,20 @@ def test_what_is_exported_is_what_was_trained(lora: LoraConfig | None, base: Mod
     # and the policy is as it was: exporting in the middle of a run changes nothing
     assert_same_bits(policy, before)
     assert torch.equal(policy(pack)[0].detach(), scored)
+
+
+@pytest.mark.parametrize("lora", [LORA, None], ids=["lora", "full"])
+def test_a_tied_head_that_comes_before_the_embeddings_is_written(lora: LoraConfig | None, tmp_path: Path) -> None:
+    """CamemBERT's code makes the head first, so that the tensor's first name is the head's."""
+    config = CamembertConfig(vocab_size=257, hidden_size=32, intermediate_size=48, num_hidden_layers=1, is_decoder=True,
+                             num_attention_heads=4, max_position_embeddings=64, bos_token_id=None)  # fmt: skip
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    policy = load_policy(ModelConfig(name=str(tmp_path)), lora, torch.float32, "sdpa", 1.0, 0).eval()
+    trainable(policy)[list(trainable(policy))[-1]].data.add_(0.1)
+    save_final(policy, make_tokenizer(), tmp_path / "final", is_main=True)
+    final = AutoModelForCausalLM.from_pretrained(tmp_path / "final").eval()
+    assert torch.allclose(final(IDS[None]).logits, policy.causal_lm(IDS[None]).logits, atol=1e-5)
 
 
 def test_other_ranks_export_nothing(base: ModelConfig, tmp_path: Path) -> None:

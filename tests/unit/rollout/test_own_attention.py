@@ -63,6 +63,13 @@ def test_a_model_that_cannot_share_prompts_falls_back_to_attention_that_is_causa
     assert model.config._attn_implementation == "eager"
 
 
+def test_a_model_that_counts_positions_otherwise_keeps_its_own() -> None:
+    """RoBERTa's family begins after the padding token's id, which is 0 here."""
+    model = build("camembert", attention.NAME, is_decoder=True)
+    assert settle(model, attention.NAME) == "its own code does not count positions from 0"
+    assert model.config._attn_implementation == "sdpa" and row_fault(model) is None
+
+
 def test_the_fallback_prefers_sdpa() -> None:
     model = build("qwen2", attention.NAME)
     assert settle(model, attention.NAME) is None

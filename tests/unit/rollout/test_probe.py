@@ -283,8 +283,8 @@ def test_a_model_that_ignores_its_positions_is_caught() -> None:
     model = make_model(make_config("Llama", {}), attention.NAME)
     plain = model.forward
 
-    def forward(position_ids: torch.Tensor, **inputs: Any) -> Any:
-        return plain(position_ids=torch.arange(position_ids.shape[1])[None], **inputs)
+    def forward(position_ids: torch.Tensor | None = None, **inputs: Any) -> Any:
+        return plain(position_ids=torch.arange(inputs["input_ids"].shape[1])[None], **inputs)
 
     model.forward = forward
     assert "off by" in str(packing_leak(model))
