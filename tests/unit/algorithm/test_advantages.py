@@ -263,6 +263,14 @@ def test_two_scored_completions_have_a_scale() -> None:
     assert advantages.tolist() == pytest.approx([0.5 / scale, -0.5 / scale])
 
 
+def test_an_unscored_reward_is_no_part_of_its_completion() -> None:
+    rewards = torch.tensor([1.0, NAN, 3.0], dtype=torch.float64)
+    advantages = group_relative_advantages(
+        rewards, torch.zeros(3, dtype=torch.int64), "leave_one_out", "none", torch.tensor([0, 0, 1])
+    )
+    assert advantages.tolist() == [-2.0, 0.0, 2.0]
+
+
 def test_completions_of_one_token_keep_their_order() -> None:
     values = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)
     assert torch.equal(discounted_sums(values, torch.tensor([1, 1, 1]), 1.0), values)
