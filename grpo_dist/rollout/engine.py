@@ -35,6 +35,9 @@ class Request:
     """The most tokens to sample, where it is less than the engine's own limit."""
     offset: int = 0
     """Tokens of the trajectory that come before: the noise of a token goes by its place in the trajectory."""
+    keeps: bool = False
+    """Whether the row stays in memory once the trajectory has ended by itself, until a request of the same slot and
+    sample goes on with it or the row is released. Engines that cannot keep it compute it again."""
     ignore_end: bool = False
     """Sample on after a token that ends a completion, as a benchmark does that repeats another trainer's work."""
 
@@ -57,6 +60,9 @@ class Engine(Protocol):
     def submit(self, requests: list[Request], sampling: Sampling) -> None:
         """Ask for a trajectory a request. Raises ValueError where requests that wait are sampled in another way."""
 
+    def release(self, places: Iterable[tuple[int, int]]) -> None:
+        """Drop the rows, by slot and sample, that were kept and with which no request goes on."""
+
     def poll(self) -> list[Trajectory]:
         """Work on for a while, and return the trajectories that ended; none where nothing was submitted."""
 
@@ -73,6 +79,10 @@ class Decoder(Protocol):
         It takes requests from the left of `queue` and ends when there are none and all it took are answered. Requests
         may be appended while it is suspended.
         """
+
+    def release(self, places: Iterable[tuple[int, int]]) -> None:
+        """See `Engine`; nothing to do for a decoder that keeps no rows."""
+        return
 
 
 @contextmanager

@@ -106,9 +106,9 @@ class Episodes:
         play.messages += [{"role": "tool", "name": each.name, "content": each.text} for each in texts]
         return self._turns.answer_ids(texts)
 
-    def is_last(self, play: _Play) -> bool:
-        """Whether no turn may follow the newest one."""
-        return play.turns >= self._config.max_turns
+    def turns_left(self, turns: int) -> int:
+        """Turns that an episode may have after so many."""
+        return self._config.max_turns - turns
 
     def stops(self, play: _Play) -> bool:
         """Whether the newest turn has called a tool that ends the episode."""
@@ -141,6 +141,7 @@ class _Table:
         self, requests: list[Request], prompts: Sequence[Prompt], check: Callable[[], None] | None
     ) -> list[Trajectory]:
         for number, request in enumerate(requests):
+            request = replace(request, keeps=self.rules.turns_left(0) > 1)
             play = _Play(number, request, prompts[request.slot])
             self.by_number[number] = self.by_place[request.slot, request.sample] = play
             self.host.reset(number, {**play.prompt.columns, "prompt": play.prompt.messages})
@@ -193,7 +194,7 @@ class _Table:
             self._conclude(play, finished=False)
         elif not play.calls:
             self._conclude(play, finished=True)
-        elif self.rules.is_last(play):
+        elif not self.rules.turns_left(play.turns):
             self._conclude(play, finished=False)
         elif calls := self.rules.possible(play):
             self.calls += 1
@@ -227,10 +228,12 @@ class _Table:
             play.ids += ids
             play.sampled += [False] * len(ids)
             row = [*play.prompt.ids, *play.ids]
-            self.next_turns.append(replace(play.request, prompt=row, max_new_tokens=room, offset=len(play.ids)))
+            self.next_turns.append(replace(play.request, prompt=row, max_new_tokens=room, offset=len(play.ids),
+                                           keeps=self.rules.turns_left(play.turns) > 1))  # fmt: skip
 
     def _conclude(self, play: _Play, finished: bool) -> None:
         play.finished = finished
+        self.engine.release([(play.request.slot, play.request.sample)])
         if self.host.has_reward and play.failure is None:
             self.calls += 1
             self.host.reward(play.number)
@@ -239,6 +242,7 @@ class _Table:
 
     def _finish(self, play: _Play) -> None:
         self.host.end(play.number)
+        self.engine.release([(play.request.slot, play.request.sample)])
         episode = Episode(play.messages, play.turns, play.reward, play.failure, play.counts, play.prompt)
         request = play.request
         self.done.append(Trajectory(request.slot, request.sample, play.ids, play.logprobs, play.finished, play.sampled,

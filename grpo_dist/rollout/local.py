@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Protocol
 
@@ -50,6 +50,7 @@ class LocalEngine:
         self._queue: deque[Request] = deque()
         self._sampling = Sampling()
         self._work: Iterator[list[Trajectory]] | None = None
+        self._unanswered = 0
 
     def update_weights(self) -> None:
         """See `Engine`."""
@@ -63,16 +64,24 @@ class LocalEngine:
         """See `Engine`."""
         self._queue.clear()
         self._work = self._model = None  # what is decoded goes with the iterator
+        self._unanswered = 0
         self._opened.close()
 
     def submit(self, requests: list[Request], sampling: Sampling) -> None:
         """See `Engine`; the engine has to be awake."""
+        if self._work is not None and sampling != self._sampling and not self._unanswered:
+            self._work = None  # nothing is left in it but rows that were kept
         if self._work is not None and sampling != self._sampling:
             raise ValueError(f"{sampling} given while requests with {self._sampling} are decoded, expected the same")
         assert self._model is not None, "the engine sleeps"
         self._queue.extend(requests)
+        self._unanswered += len(requests)
         if self._work is None:
             self._sampling, self._work = sampling, self.decoder.decode(self._model, self._queue, sampling)
+
+    def release(self, places: Iterable[tuple[int, int]]) -> None:
+        """See `Engine`."""
+        self.decoder.release(places)
 
     def poll(self) -> list[Trajectory]:
         """See `Engine`."""
@@ -81,7 +90,9 @@ class LocalEngine:
         ended = next(self._work, None)
         if ended is None:
             self._work = None
-        return ended or []
+            return []
+        self._unanswered -= len(ended)
+        return ended
 
     def update_share(self) -> float | None:
         """See `Engine`."""

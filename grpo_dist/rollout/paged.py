@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, LogitsProcessorList
 
 from ..types import Trajectory
-from .engine import Request, limit_of, trajectory
+from .engine import Decoder, Request, limit_of, trajectory
 from .sampling import Sampling, draw
 
 try:
@@ -51,7 +51,7 @@ def paged_obstacle() -> str | None:
     return f"transformers {given} has no continuous batching that another sampler can draw for; 5.12 has"
 
 
-class PagedDecoder:
+class PagedDecoder(Decoder):
     """Decodes with transformers' paged cache, for every model that its continuous batching takes."""
 
     def __init__(self, end_ids: list[int], max_new_tokens: int, max_tokens_in_flight: int) -> None:

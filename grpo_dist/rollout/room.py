@@ -8,7 +8,7 @@ from __future__ import annotations
 import gc
 import logging
 from collections import deque
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from itertools import groupby
 from typing import Any, Protocol
 
@@ -71,6 +71,10 @@ class WithinMemory:
             self.decoder.max_tokens_in_flight = half
             queue.extendleft(reversed(missing.values()))
             yield from self._attempt(model, queue, sampling, missing)
+
+    def release(self, places: Iterable[tuple[int, int]]) -> None:
+        """See `Engine`."""
+        self.decoder.release(places)
 
     def _attempt(
         self, model: nn.Module, queue: deque[Request], sampling: Sampling, missing: dict[tuple[int, int], Request]

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from ..types import Trajectory
-from .engine import Request, limit_of, take_group, trajectory
+from .engine import Decoder, Request, limit_of, take_group, trajectory
 from .sampling import Sampling, draw
 
 COUNTS_ANEW = ("bamba",)
 """Types whose code gives the first token of each call the position 0, unless it is given another."""
 
 
-class RowDecoder:
+class RowDecoder(Decoder):
     """Decodes one group at a time with the model's own cache and attention: right for every architecture, not fast.
 
     All rows of a group have the same prompt and the same age, so nothing is padded and the model needs no mask.

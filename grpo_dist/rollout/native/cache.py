@@ -60,6 +60,7 @@ class DecodeState:
         self.lengths = torch.zeros(0, dtype=torch.int64, device=device)  # (R,) sampled tokens in the cache
         self.used = 0  # the most slots that any sequence has filled, known without asking the device
         self.version = 0  # counts the exchanges of tensors
+        self.computed: Tensor | None = None  # the rows of the step under way; None for all
 
     @property
     def num_rows(self) -> int:
@@ -124,19 +125,20 @@ class DecodeState:
         places = torch.arange(keys.shape[2], device=self.device)
         self.prompt_mask = _mask(places >= self.prompt_lengths[:, None], keys.dtype)  # (P, 1, 1, Lp)
 
-    def make_room(self) -> None:
-        """Make room for one more token of each sequence."""
-        slots, most = next(iter(self.own_keys.values())).shape[2], self.used + 1
+    def make_room(self, tokens: int = 1) -> None:
+        """Make room for so many more tokens of each sequence."""
+        slots, most = next(iter(self.own_keys.values())).shape[2], self.used + tokens
         if most > slots:
             self.version += 1
-            slots = min(max(slots + SLOT_CHUNK, slots * 3 // 2), self.most_used + 1)
+            slots = min(max(slots + SLOT_CHUNK, slots * 3 // 2, most), self.most_used + 1)
             for store in (self.own_keys, self.own_values):
                 for layer, tensor in store.items():
                     store[layer] = _with_slots(tensor, slots)
         self.seen = slots if self.whole_chunks else most
 
-    def begin_step(self) -> None:
-        """Lay out who attends to what; part of the step."""
+    def begin_step(self, computed: Tensor | None = None) -> None:
+        """Lay out who attends to what; part of the step. `computed` are the rows it is for, None for all of them."""
+        self.computed = computed
         self.slots = self.starts + self.lengths
         self._own_mask: Tensor | None = None
 
@@ -150,7 +152,15 @@ class DecodeState:
 
     def end_step(self) -> None:
         """Count the tokens that were added; part of the step. Ended rows write to the last slot over and over."""
-        self.lengths.add_(1).clamp_(max=self.most_tokens)
+        if self.computed is None:
+            self.lengths.add_(1).clamp_(max=self.most_tokens)
+        else:
+            self.lengths[self.computed] += 1
+
+    def set_lengths(self, rows: Tensor, lengths: Tensor) -> None:
+        """Say how many own tokens of some rows are in the cache."""
+        self.lengths[rows] = lengths
+        self.used = int((self.starts + self.lengths).max())
 
     def count_step(self) -> None:
         """What the host has to know of a step."""

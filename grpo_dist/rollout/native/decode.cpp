@@ -41,8 +41,10 @@ struct Step {
     int64_t rows, own_slots, prompt_slots; // the batch; without shared prompts prompt_slots is 0
     const int64_t *tokens, *slots; // (R,) newest token, and where its key goes
     const int64_t *prompt, *prompt_lengths; // (R,), those of a prompt one after another, and (P,)
-    const float *cos, *sin;  // (R, D)
-    float *logits, *scratch; // (R, V), and room for `scratch_floats`
+    const int64_t* cache_rows; // (R,) where in the cache each is; null: at its own number
+    const float *cos, *sin;    // (R, D)
+    float *logits, *scratch;   // (R, V), or null where several tokens of a row are only to enter the cache, and room
+                               // for `scratch_floats`
 };
 
 namespace {
@@ -358,6 +360,22 @@ template <int L, class W> class Decoding {
     float *key = s.scratch + room.key, *value = s.scratch + room.value;
     float *gate = s.scratch + room.gate, *up = s.scratch + room.up, *low = s.scratch + room.low;
 
+    W* own(void* cache, long row, long head) const {
+        const long place = s.cache_rows ? s.cache_rows[row] : row;
+        return static_cast<W*>(cache) + (place * s.key_heads + head) * s.own_slots * size;
+    }
+
+    // a row's new key and value of a head go to the cache
+    void enter(const Layer& layer, long row, long head) {
+        float *k = key + row * keys + head * size, *v = value + row * keys + head * size;
+        if (layer.key_norm) normalise<L>(k, size, layer.key_norm, s.eps, k);
+        turn(k, size, s.cos + row * size, s.sin + row * size);
+        for (long d = 0; d < size; ++d) {
+            store(k[d], own(layer.own_keys, row, head) + s.slots[row] * size + d);
+            store(v[d], own(layer.own_values, row, head) + s.slots[row] * size + d);
+        }
+    }
+
     // A head of rows [from, to) of one prompt: new keys and values go to the cache, the queries attend to the prompt
     // together and to their rows' own tokens each, and their outputs take their place.
     void attend(const Layer& layer, long from, long to, long head) {
@@ -368,9 +386,6 @@ template <int L, class W> class Decoding {
         auto prompts = [&](const void* cache) {
             return static_cast<const W*>(cache) + (prompt * s.key_heads + head) * s.prompt_slots * size;
         };
-        auto own = [&](void* cache, long row) {
-            return static_cast<W*>(cache) + (row * s.key_heads + head) * s.own_slots * size;
-        };
         for (long row = from; row < to; ++row) {
             const float *cos = s.cos + row * size, *sin = s.sin + row * size;
             float* q = turned + (row - from) * group * size;
@@ -379,18 +394,12 @@ template <int L, class W> class Decoding {
                 if (layer.query_norm) normalise<L>(each, size, layer.query_norm, s.eps, each);
                 turn(each, size, cos, sin);
             }
-            float *k = key + row * keys + head * size, *v = value + row * keys + head * size;
-            if (layer.key_norm) normalise<L>(k, size, layer.key_norm, s.eps, k);
-            turn(k, size, cos, sin);
-            for (long d = 0; d < size; ++d) {
-                store(k[d], own(layer.own_keys, row) + s.slots[row] * size + d);
-                store(v[d], own(layer.own_values, row) + s.slots[row] * size + d);
-            }
+            if (s.logits) enter(layer, row, head);
         }
         score<L>(turned, count, size, prompts(layer.prompt_keys), shared, s.scale, scores, room.stride);
         for (long row = from; row < to; ++row) {
             const long first = (row - from) * group, seen = s.slots[row] + 1;
-            score<L>(turned + first * size, group, size, own(layer.own_keys, row), seen, s.scale,
+            score<L>(turned + first * size, group, size, own(layer.own_keys, row, head), seen, s.scale,
                      scores + first * room.stride + shared, room.stride);
             for (long q = first; q < first + group; ++q) softmax<L>(scores + q * room.stride, shared + seen);
         }
@@ -398,7 +407,7 @@ template <int L, class W> class Decoding {
         weigh<L>(scores, room.stride, count, size, prompts(layer.prompt_values), shared, outputs);
         for (long row = from; row < to; ++row) {
             const long first = (row - from) * group;
-            weigh<L>(scores + first * room.stride + shared, room.stride, group, size, own(layer.own_values, row),
+            weigh<L>(scores + first * room.stride + shared, room.stride, group, size, own(layer.own_values, row, head),
                      s.slots[row] + 1, outputs + first * size);
             std::copy_n(outputs + first * size, group * size, query + row * queries + head * group * size);
         }
@@ -406,6 +415,11 @@ template <int L, class W> class Decoding {
 
     // all threads; whoever is done early takes the next rows
     void attend_all(const Layer& layer) {
+        if (!s.logits) { // a row's later tokens attend to its earlier ones, which other threads may compute
+#pragma omp for collapse(2)
+            for (long head = 0; head < s.key_heads; ++head)
+                for (long row = 0; row < rows; ++row) enter(layer, row, head);
+        }
 #pragma omp for schedule(dynamic) collapse(2)
         for (long head = 0; head < s.key_heads; ++head)
             for (long begin = 0; begin < rows; begin += room.block)
@@ -486,6 +500,7 @@ template <int L, class W> class Decoding {
             apply<true>(gate, inner, hidden, layer->down, low, x);
 #pragma omp barrier
         }
+        if (!s.logits) return;
         norm_rows(s.norm);
         reduce(normed, hidden, {s.head});
         apply<false>(normed, hidden, s.vocabulary, s.head, low, s.logits);

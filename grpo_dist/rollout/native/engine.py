@@ -10,18 +10,19 @@ Shapes: N requests, R sequences in flight.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from ...distributed.transfer import to_device
 from ...types import Trajectory
-from ..engine import Request, limit_of, take_group, trajectory
+from ..engine import Decoder, Request, limit_of, take_group, trajectory
 from ..sampling import Sampling, draw
 from .cache import DecodeState
 from .graphs import Replayed
-from .steps import Step, module_step, prefill
+from .steps import EnteringStep, Step, module_step, prefill
 
 COMPACT_BELOW = {"cpu": 0.85, "cuda": 0.7}
 """Ended sequences are dropped when fewer than this share of those computed are alive: dropping copies the cache, and on
@@ -32,7 +33,11 @@ STEPS_BETWEEN_CHECKS = {"cpu": 1, "cuda": 8}
 """Steps until the device is asked who has ended: asking waits for it."""
 
 
-class NativeDecoder:
+ENTERED_AT_ONCE = 512
+"""Most tokens that enter the cache in one call."""
+
+
+class NativeDecoder(Decoder):
     """Decodes with shared prompts; needs a model loaded with `attn_implementation=attention.NAME`."""
 
     def __init__(
@@ -48,6 +53,7 @@ class NativeDecoder:
         self.steps_between_checks, self.captures, self.step_of = steps_between_checks, captures, step_of
         self.copied_prompt = COPIED_PROMPT if copied_prompt is None else copied_prompt
         self.pages = pages
+        self.released: set[tuple[int, int]] = set()
 
     @torch.inference_mode()
     def decode(self, model: nn.Module, queue: deque[Request], sampling: Sampling) -> Iterator[list[Trajectory]]:
@@ -61,6 +67,10 @@ class NativeDecoder:
         finally:
             decoding.close()
 
+    def release(self, places: Iterable[tuple[int, int]]) -> None:
+        """See `Engine`."""
+        self.released.update(places)
+
     def _over_pages(self, model: nn.Module, queue: deque[Request], sampling: Sampling) -> Iterator[list[Trajectory]]:
         from .gpu import PagedDecoding  # needs Triton
 
@@ -71,6 +81,18 @@ class NativeDecoder:
                 model, requests, sampling, end_ids=self.end_ids, max_new_tokens=self.max_new_tokens,
                 max_tokens_in_flight=self.max_tokens_in_flight, step_of=self.step_of, captures=self.captures,
             ).run()  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """A row that has ended and stays for a request that goes on with it."""
+
+    request: int
+    """Place of the request that it answered."""
+    prompt_tokens: int
+    """Tokens of its prompt; what comes after them is its own."""
+    ids: list[int]
+    """All its tokens; the newest one is not in the cache."""
 
 
 class _Decoding:
@@ -91,15 +113,20 @@ class _Decoding:
         captures = kind == "cuda" and engine.captures
         self.replayed = Replayed(self._step, lambda: self.state.version) if captures else None
         self.decode = engine.step_of(model)
+        self.entering = self.decode if self.shares and isinstance(self.decode, EnteringStep) else None
         self.ends = torch.tensor(engine.end_ids, device=self.device)
         self.row_request = torch.zeros(0, dtype=torch.int64, device=self.device)  # (R,) place in `requests`
         self.last = torch.zeros(0, dtype=torch.int64, device=self.device)  # (R,) newest token
         self.alive = torch.zeros(0, dtype=torch.bool, device=self.device)  # (R,)
         self.reported = torch.zeros(0, dtype=torch.bool)  # (R,) ended, and its trajectory collected
+        self.kept = torch.zeros(0, dtype=torch.bool)  # (R,) ended, and waits for a request that goes on with it
+        self.kept_at: dict[tuple[int, int], _Kept] = {}  # such rows by slot and sample
+        self.going_on: list[tuple[int, _Kept]] = []  # requests that go on with a row
         self.keys = torch.zeros(0, dtype=torch.int64, device=self.device)  # (N,)
         self.limit = torch.zeros(0, dtype=torch.int64, device=self.device)  # (N,) most tokens to sample
         self.offset = torch.zeros(0, dtype=torch.int64, device=self.device)  # (N,) tokens before the first one
         self.may_end = torch.zeros(0, dtype=torch.bool, device=self.device)  # (N,)
+        self.start = torch.zeros(0, dtype=torch.int64, device=self.device)  # (N,) own tokens of its row before it
         self.ended_at = torch.zeros(0, dtype=torch.int64, device=self.device)  # (N,) tokens sampled, once it has ended
         # one place more than there can be tokens, for what ended rows draw until they are dropped
         self.tokens = torch.zeros((0, engine.max_new_tokens + 1), dtype=torch.int64, device=self.device)
@@ -120,6 +147,8 @@ class _Decoding:
             group = take_group(self.queue)
             places = list(range(len(self.requests), len(self.requests) + len(group)))
             self.requests += group
+            if not (places := [n for n in places if not self._goes_on(n)]):
+                continue
             most = max(1, (self.engine.max_tokens_in_flight - self._shared(places)) // self.row_tokens)
             self.waiting.extend(places[start : start + most] for start in range(0, len(places), most))
         new = self.requests[first:]
@@ -133,6 +162,7 @@ class _Decoding:
         self.keys = torch.cat([self.keys, keys])
         self.limit = torch.cat([self.limit, limit])
         self.offset = torch.cat([self.offset, offset])
+        self.start = _longer(self.start, len(new))
         self.may_end = torch.cat([self.may_end, may_end > 0])
         self.ended_at = _longer(self.ended_at, len(new))
         self.tokens, self.logprobs = _longer(self.tokens, len(new)), _longer(self.logprobs, len(new))
@@ -141,12 +171,14 @@ class _Decoding:
     def run(self) -> Iterator[list[Trajectory]]:
         """Decode until every request is answered."""
         while True:
+            self._release()
             self._take()
             if not self.waiting and not self.state.num_rows:
                 return
+            self._enter()
             self._admit()
             for _ in range(self.steps_between_checks):
-                if not self.state.num_rows:  # every sequence of the prompts just admitted ended with its first token
+                if not self.state.num_rows or (self.kept.any() and not self.alive.any()):  # all have ended
                     break
                 self.state.make_room()
                 (self.replayed or self._step)()
@@ -160,14 +192,59 @@ class _Decoding:
         self.replayed = None
 
     def _step(self) -> None:
-        """One more token of every row; sizes and places in memory stay as they are."""
+        """One more token of every row that is not kept; sizes and places in memory stay as they are."""
         # rows that have ended go on for nothing until they are dropped, but never past the model's last position
         own = self.state.lengths.clamp(max=self.engine.max_new_tokens - 1)
         positions = self.state.prompt_lengths[self.state.prompt] + own
-        self.state.begin_step()
-        logits = self.decode(self.last, positions, self.state)
+        rows = self.alive.nonzero()[:, 0] if self.kept.any() else slice(None)
+        self.state.begin_step(None if isinstance(rows, slice) else rows)
+        logits = self.decode(self.last[rows], positions[rows], self.state)
         self.state.end_step()
-        self._draw(logits)
+        self._draw(logits, rows)
+
+    def _goes_on(self, n: int) -> bool:
+        """Whether a request goes on with a row that was kept; one that does not drops it."""
+        request = self.requests[n]
+        kept = self.kept_at.pop((request.slot, request.sample), None)
+        if kept is None:
+            return False
+        tokens = len(request.prompt) + limit_of(request, self.engine.max_new_tokens) - kept.prompt_tokens
+        is_longer = len(request.prompt) > len(kept.ids) and request.prompt[: len(kept.ids)] == kept.ids
+        if is_longer and tokens <= self.engine.max_new_tokens:
+            self.going_on.append((n, kept))
+            return True
+        self.kept[self._row_of(kept)] = False
+        return False
+
+    def _row_of(self, kept: _Kept) -> int:
+        return int((self.row_request == kept.request).nonzero())
+
+    def _release(self) -> None:
+        for place in self.engine.released & self.kept_at.keys():
+            self.kept[self._row_of(self.kept_at.pop(place))] = False
+        self.engine.released.clear()
+
+    def _enter(self) -> None:
+        """Put what came after kept rows into their cache, up to the token that the next one is drawn after."""
+        going_on = sorted((self._row_of(kept), n, kept) for n, kept in self.going_on)
+        self.going_on = []
+        entered: list[tuple[int, int, int]] = []  # row, slot and token
+        for row, n, kept in going_on:
+            own, cached = self.requests[n].prompt[kept.prompt_tokens :], len(kept.ids) - kept.prompt_tokens - 1
+            entered += [(row, slot, own[slot]) for slot in range(cached, len(own) - 1)]
+            self.row_request[row], self.last[row], self.start[n] = n, own[-1], len(own)
+            self.offset[n] -= len(own)
+            self.limit[n] += len(own)
+        if self.entering is None or not going_on:
+            return
+        rows = torch.tensor([row for row, _, _ in going_on])
+        self.alive[rows], self.reported[rows], self.kept[rows] = True, False, False
+        lengths = self.start[self.row_request[rows]] - 1
+        self.state.make_room(int((lengths - self.state.lengths[rows]).max()))
+        for at in range(0, len(entered), ENTERED_AT_ONCE):
+            columns = torch.tensor(entered[at : at + ENTERED_AT_ONCE]).T.contiguous()
+            self.entering.enter(columns[2], columns[0], columns[1], self.state)
+        self.state.set_lengths(rows, lengths)
 
     def _shared(self, group: list[int]) -> int:
         """Tokens that requests with one prompt share."""
@@ -203,12 +280,13 @@ class _Decoding:
         self.row_request = torch.cat([self.row_request, new])
         self.last = torch.cat([self.last, torch.zeros_like(new)])
         self.alive = torch.cat([self.alive, torch.ones_like(new, dtype=torch.bool)])
-        self.reported = torch.cat([self.reported, torch.zeros(len(new), dtype=torch.bool)])
+        self.reported, self.kept = (torch.cat([each, torch.zeros(len(new), dtype=torch.bool)])
+                                    for each in (self.reported, self.kept))  # fmt: skip
         first = self.state.num_rows - len(new)
         self._draw(logits.repeat_interleave(torch.tensor(sizes, device=self.device), 0), slice(first, None))
         self._retire()
 
-    def _draw(self, logits: Tensor, rows: slice = slice(None)) -> None:
+    def _draw(self, logits: Tensor, rows: slice | Tensor) -> None:
         """Sample the next token of some rows, in place."""
         request, position = self.row_request[rows], self.state.lengths[rows]
         token, logprob = draw(logits, self.keys[request], self.offset[request] + position, self.sampling)
@@ -225,25 +303,33 @@ class _Decoding:
         alive = self.alive.cpu()
         new = (~alive & ~self.reported).nonzero()[:, 0]
         if len(new):
-            self._finish(self.row_request[new.to(self.device)])
+            self._finish(new)
             self.reported |= ~alive
-        count = int(alive.sum())
+        count = int((alive | self.kept).sum())
         if count == self.state.num_rows or (count and count > self.compact_below * self.state.num_rows):
             return
-        rows = alive.nonzero()[:, 0]
-        self.reported = self.reported[rows]
+        rows = (alive | self.kept).nonzero()[:, 0]
+        self.reported, self.kept = self.reported[rows], self.kept[rows]
         rows = rows.to(self.device)
         self.state.keep(rows)
         self.row_request, self.last, self.alive = self.row_request[rows], self.last[rows], self.alive[rows]
 
-    def _finish(self, ended: Tensor) -> None:
-        lengths = self.ended_at[ended]
+    def _finish(self, rows: Tensor) -> None:
+        """Collect the trajectories of rows (on the host) that have ended."""
+        ended = self.row_request[rows.to(self.device)]
+        starts, lengths = self.start[ended], self.ended_at[ended]
         longest = int(lengths.max())
         ids, logprobs = self.tokens[ended, :longest].tolist(), self.logprobs[ended, :longest].tolist()
-        self.finished += [
-            trajectory(self.requests[n], ids[place][:length], logprobs[place][:length], self.engine.end_ids)
-            for place, (n, length) in enumerate(zip(ended.tolist(), lengths.tolist(), strict=True))
-        ]
+        for place, (row, n, start, length) in enumerate(
+            zip(rows.tolist(), ended.tolist(), starts.tolist(), lengths.tolist(), strict=True)
+        ):
+            request, own = self.requests[n], slice(start, length)
+            answer = trajectory(request, ids[place][own], logprobs[place][own], self.engine.end_ids)
+            self.finished.append(answer)
+            if self.entering and request.keeps and answer.finished:
+                prompt_tokens = int(self.state.prompt_lengths[self.state.prompt[row]])
+                self.kept_at[request.slot, request.sample] = _Kept(n, prompt_tokens, request.prompt + answer.ids)
+                self.kept[row] = True
 
 
 def _longer(table: Tensor, rows: int) -> Tensor:

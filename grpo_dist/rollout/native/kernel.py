@@ -51,7 +51,7 @@ class _Step(ctypes.Structure):
         *((name, c_float) for name in ("eps", "scale")),
         *((name, c_void_p) for name in ("embeddings", "norm")), ("head", _Linear), ("layer", c_void_p),
         *((name, c_int64) for name in ("rows", "own_slots", "prompt_slots")),
-        *((name, c_void_p) for name in ("tokens", "slots", "prompt", "prompt_lengths", "cos", "sin")),
+        *((name, c_void_p) for name in ("tokens", "slots", "prompt", "prompt_lengths", "cache_rows", "cos", "sin")),
         *((name, c_void_p) for name in ("logits", "scratch")),
     ]  # fmt: skip
 
@@ -81,28 +81,48 @@ class KernelStep:
             self._linear(weights.head, vocabulary, hidden), ctypes.addressof(self.layers),
         )  # fmt: skip
         self.points_into: tuple[DecodeState | None, int] = None, 0
+        self.scratch = torch.empty(0)
 
     def __call__(self, tokens: Tensor, positions: Tensor, state: DecodeState) -> Tensor:
-        """Logits (R, V) float32 after `tokens` (R,) int64 at `positions` (R,) int64."""
+        """Logits (R, V) float32 after `tokens` (R,) int64 at `positions` (R,) int64, of the rows that are computed."""
+        logits, rows = torch.empty(len(tokens), self.step.vocabulary), state.computed
+        self._run(tokens, positions, state.slots if rows is None else state.slots[rows], rows, state, logits)
+        return logits
+
+    def enter(self, tokens: Tensor, rows: Tensor, slots: Tensor, state: DecodeState) -> None:
+        """Put the keys and values of tokens into the cache: all (T,) int64, those of a row one after another.
+
+        They come out as those of single steps do, to the last bit.
+        """
+        positions = state.prompt_lengths[state.prompt[rows]] + slots - state.starts[rows]
+        self._run(tokens, positions, slots, rows, state, None)
+
+    def _run(
+        self, tokens: Tensor, positions: Tensor, slots: Tensor, rows: Tensor | None, state: DecodeState,
+        logits: Tensor | None,
+    ) -> None:  # fmt: skip
         if self.points_into != (state, state.version):
             self._point_into(state)
-        step = self.step
-        logits = torch.empty(step.rows, step.vocabulary)
-        turn = [x.contiguous() for x in self.weights.rotary(logits, positions[None])]
-        step.cos, step.sin = (_address(x, (1, step.rows, step.head_size), torch.float32) for x in turn)
-        step.tokens, step.slots = (_address(x, (step.rows,), torch.int64) for x in (tokens, state.slots))
-        step.logits = logits.data_ptr()
+        step, count = self.step, len(tokens)
+        prompt = state.prompt if rows is None else state.prompt[rows]
+        turn = [x.contiguous() for x in self.weights.rotary(torch.empty(0), positions[None])]
+        step.rows = count
+        step.cos, step.sin = (_address(x, (1, count, step.head_size), torch.float32) for x in turn)
+        step.tokens, step.slots, step.prompt = (_address(x, (count,), torch.int64) for x in (tokens, slots, prompt))
+        step.cache_rows = None if rows is None else _address(rows, (count,), torch.int64)
+        step.logits = None if logits is None else logits.data_ptr()
+        if (needed := self.scratch_floats(ctypes.byref(step))) > len(self.scratch):
+            self.scratch = torch.empty(needed)
+        step.scratch = self.scratch.data_ptr()
         self.decode(ctypes.byref(step))
-        return logits
 
     def _point_into(self, state: DecodeState) -> None:
         step, number = self.step, self.weights.layers[0].number
-        step.rows, step.own_slots, step.prompt_slots = state.num_rows, state.own_keys[number].shape[2], 0
-        stores = [("own_keys", state.own_keys, (step.rows, step.own_slots)),
-                  ("own_values", state.own_values, (step.rows, step.own_slots))]  # fmt: skip
+        step.own_slots, step.prompt_slots = state.own_keys[number].shape[2], 0
+        stores = [("own_keys", state.own_keys, (state.num_rows, step.own_slots)),
+                  ("own_values", state.own_values, (state.num_rows, step.own_slots))]  # fmt: skip
         if state.shares:
             prompts, step.prompt_slots = len(state.prompt_lengths), state.prompt_keys[number].shape[2]
-            step.prompt = _address(state.prompt, (step.rows,), torch.int64)
             step.prompt_lengths = _address(state.prompt_lengths, (prompts,), torch.int64)
             stores += [("prompt_keys", state.prompt_keys, (prompts, step.prompt_slots)),
                        ("prompt_values", state.prompt_values, (prompts, step.prompt_slots))]  # fmt: skip
@@ -110,8 +130,6 @@ class KernelStep:
             for name, store, (length, slots) in stores:
                 shape = length, step.key_heads, slots, step.head_size
                 setattr(place, name, _address(store[layer.number], shape, self.dtype))
-        self.scratch = torch.empty(self.scratch_floats(ctypes.byref(step)))
-        step.scratch = self.scratch.data_ptr()
         self.points_into = state, state.version
 
     def _layer(self, layer: Layer) -> _Layer:

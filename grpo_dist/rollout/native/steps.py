@@ -5,7 +5,7 @@ Shapes: P prompts, R sequences, V vocabulary.
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,15 @@ class Step(Protocol):
     def __call__(self, tokens: Tensor, positions: Tensor, state: Any) -> Tensor:
         """Logits (R, V) after the newest `tokens` (R,) int64 at `positions` (R,) int64; inside a step of `state`, which
         is a DecodeState or, for steps over pages, a PagePool."""
+
+
+@runtime_checkable
+class EnteringStep(Step, Protocol):
+    """A step that computes any of the rows, and can put tokens that nobody samples into the cache."""
+
+    def enter(self, tokens: Tensor, rows: Tensor, slots: Tensor, state: DecodeState) -> None:
+        """Put the keys and values of `tokens` of `rows` into `slots` of the cache: all (T,) int64, those of a row one
+        after another."""
 
 
 def module_step(model: nn.Module) -> Step:

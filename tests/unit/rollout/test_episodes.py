@@ -33,6 +33,7 @@ from grpo_dist.rollout import (
     stream_key,
 )
 from grpo_dist.rollout.episodes import Episodes
+from grpo_dist.rollout.native.kernel import KernelStep
 from grpo_dist.rollout.playing import episodes_of, for_prompts, open_host
 from grpo_dist.types import Prompt, Trajectory
 
@@ -202,10 +203,12 @@ def test_each_turn_is_drawn_from_the_row_before_it(
             at += len(ids)
 
 
+@pytest.mark.usefixtures("kernel")
 def test_every_decoder_plays_the_same(products: tuple[list[Prompt], list[Trajectory]], models: dict[str, Any]) -> None:
     decoders: list[Callable[[], tuple[Any, Decoder]]] = [
         lambda: (models["plain"], RowDecoder(ENDS, LONGEST)),
         lambda: (models["shared"], NativeDecoder(ENDS, LONGEST, 300)),
+        lambda: (models["shared"], NativeDecoder(ENDS, LONGEST, 1 << 20, step_of=KernelStep, copied_prompt=0)),
     ]
     if paged_obstacle() is None:
         decoders.append(lambda: (models["shared"], PagedDecoder(ENDS, LONGEST, 1 << 14)))

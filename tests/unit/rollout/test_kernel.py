@@ -95,6 +95,30 @@ def test_weights_in_bfloat16_are_summed_in_float32(shares: bool) -> None:
     assert off[KernelStep] < 0.5 * off[module_step] < 0.05
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.inference_mode()
+def test_tokens_enter_as_by_single_steps(dtype: torch.dtype) -> None:
+    """To the last bit, for rows of different prompts and lengths, and where a part of the rows is computed."""
+    model, rows = make_model("qwen3").to(dtype), torch.tensor([5, 0, 1])
+    expected = decoded(KernelStep, model, [3, 2, 3], shares=True)
+    layout, _ = prefill(model, PROMPTS)
+    state = DecodeState(torch.device("cpu"), STEPS, shares=True, whole_chunks=False)
+    state.admit(layout, [3, 2, 3])
+    lengths, tokens, step = torch.tensor([9, 20, 1]), tokens_of(torch.arange(8)), KernelStep(model)
+    state.make_room(20)
+    entered = [(int(tokens[slot, row]), row, slot) for row, length in zip(rows.tolist(), lengths.tolist(), strict=True)
+               for slot in range(length)]  # fmt: skip
+    step.enter(*torch.tensor(entered).T.contiguous(), state)
+    state.set_lengths(rows, lengths)
+    state.make_room()
+    state.begin_step(rows)
+    positions = state.prompt_lengths[state.prompt[rows]] + lengths
+    logits = step(tokens[lengths, rows], positions, state)
+    assert torch.equal(logits.double(), expected[lengths, rows])
+    state.end_step()
+    assert torch.equal(state.lengths[rows], lengths + 1) and int(state.lengths.sum()) == int(lengths.sum()) + 3
+
+
 def adapted(model: nn.Module, rank: int, targets: list[str] | str, learned: float) -> nn.Module:
     """The model with adapters, in float32 as they are trained, that have learned something."""
     wrapped = get_peft_model(model, LoraConfig(r=rank, lora_alpha=1.5 * rank, target_modules=targets))
