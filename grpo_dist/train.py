@@ -25,6 +25,7 @@ from .algorithm.targets import needs_old_policy, next_kl_coeff, with_advantages
 from .checkpoint.state import TrainState
 from .monitoring.alarms import Metrics
 from .monitoring.metrics import UpdateMetrics, pass_rates
+from .trainer.ahead import drawn_ahead
 from .trainer.collect import collect, with_reference
 from .trainer.ending import main
 from .trainer.evaluation import evaluate
@@ -49,18 +50,20 @@ def train_step(parts: Parts, state: TrainState) -> Metrics:
     config, start = parts.config, time.perf_counter()
     reward_weights = config.weights_at(state.step)
     # prompts, completions, rewards, the same on every rank; a run that was stopped between updates has its batch
-    batch = state.batch or collect(parts, state)
-    batch = with_reference(parts, batch)
-    if not needs_old_policy(config):
-        batch = with_advantages(config, batch, reward_weights, state.kl_coeff)
-    minibatches = pack_minibatches(parts, batch)  # this rank's share of the completions that have a gradient
-    batch = with_old_policy(parts, batch, minibatches)  # the same batch where nothing needs the old policy
-    if needs_old_policy(config):  # for values, a KL term in the reward, or entropies of the batch
-        batch = with_advantages(config, batch, reward_weights, state.kl_coeff)
-    with parts.phase("update"):
-        for minibatch in remaining_minibatches(config, state, minibatches):
-            metrics = update(parts, state, batch, minibatch)
-            state.after_update(batch, metrics)  # a stop after this saves, and the next run goes on from here
+    # prompts, completions, rewards, the same on every rank; kept where the run was stopped, or where it was drawn ahead
+    batch = state.batch or collect(parts, state, state.step)
+    with drawn_ahead(parts, state):  # with rollout.lag 1, the next step's batch by the policy before this update
+        batch = with_reference(parts, batch)
+        if not needs_old_policy(config):
+            batch = with_advantages(config, batch, reward_weights, state.kl_coeff)
+        minibatches = pack_minibatches(parts, batch)  # this rank's share of the completions that have a gradient
+        batch = with_old_policy(parts, batch, minibatches)  # the same batch where nothing needs the old policy
+        if needs_old_policy(config):  # for values, a KL term in the reward, or entropies of the batch
+            batch = with_advantages(config, batch, reward_weights, state.kl_coeff)
+        with parts.phase("update"):
+            for minibatch in remaining_minibatches(config, state, minibatches):
+                metrics = update(parts, state, batch, minibatch)
+                state.after_update(batch, metrics)  # a stop after this saves, and the next run goes on from here
     with parts.phase("sync"):
         parts.engine.update_weights()
     step_metrics = record(parts, state, batch, time.perf_counter() - start)
@@ -84,10 +87,7 @@ def update(parts: Parts, state: TrainState, batch: Batch, minibatch: Minibatch) 
         with parts.ranks.no_sync(parts.wrapped, unless=is_last):
             logprobs, entropies, values = parts.wrapped(pack, dropout_key)
             old = logprobs.detach() if tokens.old is None else tokens.old
-            importance = rollout_weights(
-                old, tokens.rollout, pack.sequence, loss_config.importance_correction, loss_config.importance_level,
-                loss_config.importance_low, loss_config.importance_high,
-            )  # fmt: skip
+            importance = rollout_weights(loss_config, old, tokens.rollout, pack.sequence)
             loss = policy_loss(loss_config, state.kl_coeff, logprobs, entropies, old, tokens.reference,
                                tokens.advantages * importance, tokens.weights, pack.sequence)  # fmt: skip
             total, averaged = loss.total, {"entropy": entropies}

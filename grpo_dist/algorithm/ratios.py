@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-from ..config.algorithm import ImportanceCorrection, RatioLevel
+from ..config.algorithm import LossConfig, RatioLevel
 from .kl import sequence_sums
 
 
@@ -28,23 +28,24 @@ def policy_ratio(logprobs: Tensor, old: Tensor, sequence: Tensor, level: RatioLe
     return log_ratio.exp()
 
 
-def rollout_weights(
-    old: Tensor, sampled: Tensor, sequence: Tensor, correction: ImportanceCorrection, level: RatioLevel,
-    low: float, high: float,
-) -> Tensor:  # fmt: skip
-    """Importance weight of each token, for an engine that samples from another distribution than the policy's: (M,).
+def rollout_weights(options: LossConfig, old: Tensor, sampled: Tensor, sequence: Tensor) -> Tensor:
+    """Importance weight of each token, for completions that another distribution drew than the old policy's: (M,).
 
-    The ratio of the trainer's probability (`old`) to the engine's (`sampled`), of the token or of its completion (the
-    product over its tokens). `truncate` cuts the ratio off at `high` (truncated importance sampling, TIS). `mask` keeps
-    tokens or completions with a ratio outside [low, high] out of the policy's loss (IcePop per token, masked importance
-    sampling per sequence). https://fengyao.notion.site/off-policy-rl; https://ringtech.notion.site/icepop.
+    With rollout.lag that is an older policy, with an engine that computes otherwise the rounded policy. The ratio of
+    the old policy's probability (`old`) to the one with which it was drawn (`sampled`), of the token or of its
+    completion (the product over its tokens). `truncate` cuts the ratio off at the upper bound (truncated importance
+    sampling, TIS). `mask` keeps tokens or completions with a ratio outside the bounds out of the policy's loss (IcePop
+    per token, masked importance sampling per sequence). https://fengyao.notion.site/off-policy-rl;
+    https://ringtech.notion.site/icepop. Beside the ratio of an update it makes the decoupled objective of AReaL
+    (arXiv:2505.24298, section 5.2), whose proximal policy is the old policy.
     """
-    if correction == "none":
+    low, high = options.importance_low, options.importance_high
+    if options.importance_correction == "none":
         return torch.ones_like(old)
     log_ratio = old - sampled
-    if level == "sequence":
+    if options.importance_level == "sequence":
         log_ratio = sequence_sums(log_ratio, sequence)[0][sequence]
-    if correction == "truncate":
+    if options.importance_correction == "truncate":
         return log_ratio.clamp(max=math.log(high)).exp()
     ratio = log_ratio.exp()
     return torch.where((ratio >= low) & (ratio <= high), ratio, torch.zeros_like(ratio))

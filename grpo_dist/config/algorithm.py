@@ -97,9 +97,10 @@ class LossConfig:
     """Weight of the entropy bonus, aggregated as the loss is."""
     top_entropy_quantile: float = 1.0
     """Share of the step's tokens that get a policy gradient: those of the highest entropy. 1 is all tokens."""
-    importance_correction: ImportanceCorrection = "none"
-    """Weight tokens by the trainer's probability over the rollout engine's: cut off at importance_high (TIS), or 0
-    outside [importance_low, importance_high] (IcePop, MIS)."""
+    importance_correction: Literal["auto", ImportanceCorrection] = "auto"
+    """Weight tokens by the trainer's probability, before the batch's first update, over that with which they were
+    drawn: cut off at importance_high (TIS), or 0 outside [importance_low, importance_high] (IcePop, MIS); `auto` is
+    `truncate` where rollout.lag is 1, and else `none`."""
     importance_level: RatioLevel = "token"
     """Whether that ratio is the token's or its completion's."""
     importance_low: float = 0.5
@@ -144,8 +145,9 @@ class CriticConfig:
         require(0 <= self.gae_lambda <= 1, "critic.gae_lambda", self.gae_lambda, "a number in [0, 1]")
 
 
-def resolve_auto(advantage: AdvantageConfig, loss: LossConfig) -> None:
+def resolve_auto(config: Config) -> None:
     """Replace each `auto` by what it stands for."""
+    advantage, loss = config.advantage, config.loss
     recipe = loss.objective == "reinforce"
     in_groups = advantage.baseline in ("mean", "leave_one_out")
     if advantage.scale == "auto":
@@ -154,12 +156,14 @@ def resolve_auto(advantage: AdvantageConfig, loss: LossConfig) -> None:
         loss.aggregation = "sequence_sum" if recipe else "sequence_mean"
     if loss.kl_estimator == "auto":
         loss.kl_estimator = "k1" if loss.kl_in == "reward" else "squared_sequence" if recipe else "k3"
+    if loss.importance_correction == "auto":
+        loss.importance_correction = "truncate" if config.rollout.lag else "none"
 
 
 def check_algorithm(config: Config) -> None:
     """Resolve `auto`, and raise ValueError for options that have no meaning in combination."""
     advantage, loss, train = config.advantage, config.loss, config.train
-    resolve_auto(advantage, loss)
+    resolve_auto(config)
     in_groups = advantage.baseline in ("mean", "leave_one_out")
     group_size = config.rollout.group_size
     require(group_size >= (2 if in_groups else 1), "rollout.group_size", group_size,

@@ -174,6 +174,9 @@ class RolloutConfig:
     """The engine that decodes: `native`, this project's own; `paged`, transformers' continuous batching with this
     project's sampling; `auto`, the one that is faster in a trial at the start on a GPU, else `native`. The completions
     are the same."""
+    lag: int = 0
+    """Steps by which the policy that draws a batch is behind the one that begins to train on it. 0 draws with the
+    newest policy. 1 draws the next step's batch before this step's update."""
 
     def __post_init__(self) -> None:
         require(self.group_size >= 1, "rollout.group_size", self.group_size, "at least 1")
@@ -184,6 +187,7 @@ class RolloutConfig:
         require(0 < self.top_p <= 1, "rollout.top_p", self.top_p, "a share in (0, 1]")
         require(self.top_k >= 0, "rollout.top_k", self.top_k, "0 (off) or more")
         require(0 <= self.min_p < 1, "rollout.min_p", self.min_p, "a share in [0, 1)")
+        require(self.lag in (0, 1), "rollout.lag", self.lag, "0 or 1 steps")
         require(self.max_resamples >= 0, "rollout.max_resamples", self.max_resamples, "0 (off) or more rounds")
         require(self.max_tokens_in_flight == "auto" or self.max_tokens_in_flight >= 1, "rollout.max_tokens_in_flight",
                 self.max_tokens_in_flight, "at least 1, or auto")  # fmt: skip
@@ -337,6 +341,9 @@ class Config:
         check_algorithm(self)
         require(self.data.curriculum is None or not self.rollout.max_resamples, "data.curriculum", self.data.curriculum,
                 "null where rollout.max_resamples replaces prompts")  # fmt: skip
+        require(self.data.curriculum is None or not self.rollout.lag, "data.curriculum", self.data.curriculum,
+                "null where rollout.lag is 1: the next prompts are chosen before this step's pass rates are known"
+                )  # fmt: skip
 
     @property
     def max_sequence_length(self) -> int:

@@ -183,9 +183,14 @@ ROUNDING = {"logprob_gap": {"float32": 0.01, "float16": 0.3}, "rollout_off": {"f
 """Limits of alarms in other dtypes of the policy."""
 
 
-def rules_for(kl_estimator: str, dtype: str = "bfloat16") -> tuple[Rule, ...]:
-    """All rules for an estimator of `kl` and the policy's compute dtype; `kl` of sequences has no known scale."""
-    rules = [rule for rule in RULES if rule.metric != "kl" or kl_estimator != "squared_sequence"]
+def rules_for(kl_estimator: str, dtype: str = "bfloat16", lag: int = 0) -> tuple[Rule, ...]:
+    """All rules for an estimator of `kl`, the policy's compute dtype and rollout.lag.
+
+    `kl` of sequences has no known scale, nor has the distance to the rollout where an older policy drew it.
+    """
+    without = {"kl"} if kl_estimator == "squared_sequence" else set()
+    without |= {"rollout/logprob_gap_max", "rollout/kl"} if lag else set()
+    rules = [rule for rule in RULES if rule.metric not in without]
     limits = {name: by_dtype[dtype] for name, by_dtype in ROUNDING.items() if dtype in by_dtype}
     return tuple(replace(rule, limit=limit, clears=limit / 2) if (limit := limits.get(rule.name)) else rule
                  for rule in rules)  # fmt: skip

@@ -123,8 +123,11 @@ class Clock:
         try:
             yield
         finally:
-            key = f"time/{name}"
-            self.seconds[key] = self.seconds.get(key, 0.0) + time.perf_counter() - start
+            self.add(name, time.perf_counter() - start)
+
+    def add(self, name: str, seconds: float) -> None:
+        """Add to `time/NAME`."""
+        self.seconds[f"time/{name}"] = self.seconds.get(f"time/{name}", 0.0) + seconds
 
 
 def read_history(directory: Path) -> list[dict[str, Any]]:

@@ -82,7 +82,7 @@ class Recorder:
         write_file(path, "".join(json.dumps(line) + "\n" for line in kept))
         self.file = path.open("a", buffering=1)
         dtype = dtype_name(resolve_dtype(config.model.dtype))
-        self.alarms = Alarms(rules_for(config.loss.kl_estimator, dtype))
+        self.alarms = Alarms(rules_for(config.loss.kl_estimator, dtype, config.rollout.lag))
         self.alarm_file = (directory / "alarms.jsonl").open("w", buffering=1)
         for line in kept:
             self._ring(line)

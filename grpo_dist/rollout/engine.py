@@ -47,6 +47,8 @@ class Engine(Protocol):
 
     decoding: dict[str, str | None]
     """What a checkpoint keeps of the engine: with another one the rest of a run would round otherwise."""
+    is_elsewhere: bool
+    """Whether it samples in other processes. Then this one may update the policy while another thread polls it."""
 
     def update_weights(self) -> None:
         """Take over the policy's weights as they are now; a collective."""

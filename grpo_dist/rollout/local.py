@@ -43,6 +43,8 @@ class LoadedModel:
 class LocalEngine:
     """Decodes in this process, while it is polled."""
 
+    is_elsewhere = False
+
     def __init__(self, decoder: Decoder, weights: Weights, decoding: dict[str, str | None]) -> None:
         self.decoder, self.weights, self.decoding = decoder, weights, decoding
         self._opened = ExitStack()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import torch
 
@@ -21,17 +23,22 @@ from .packs import reference_logprobs
 from .parts import Parts
 from .scoring import Scoring, requests_of
 
+Drawn = tuple[list[Trajectory], Scoring]
+"""This rank's share of a round's trajectories, and their scores on their way."""
 
-def collect(parts: Parts, state: TrainState) -> Batch:
-    """A new batch of the step under way; a collective.
+
+def collect(parts: Parts, state: TrainState, step: int, first: Callable[[], Drawn] | None = None) -> Batch:
+    """A new batch for a step, which is the one under way or the next; a collective.
+
+    `first` returns what the first round has drawn already.
 
     With dynamic sampling (DAPO, arXiv:2503.14476, section 3.2), groups whose rewards are all equal are replaced by
     groups of further prompts. Prompts and noise of a round are functions of seed, step and round, so nothing has to be
     saved for a resume; what a round replaces follows from the global batch, so ranks need not talk about it.
     """
-    config, step = parts.config, state.step
-    prompts = [parts.prompts[place] for place in state.sampler.batch_indices(step)]
-    batches = [_round(parts, state, prompts, f"train/{step}")]
+    config = parts.config
+    prompts, stream = first_round(parts, state, step)
+    batches = [_round(parts, state, prompts, stream, step, first)]
     if not config.rollout.max_resamples:
         return batches[0]
     with_signal, without = _sorted_groups(batches[0])
@@ -41,7 +48,7 @@ def collect(parts: Parts, state: TrainState) -> Batch:
         missing = config.train.batch_size - sum(map(len, chosen))
         assert not isinstance(state.sampler, Curriculum), "refused with rollout.max_resamples"
         places = further_places(state.sampler, step, rounds)[:missing]
-        batches.append(_round(parts, state, [parts.prompts[i] for i in places], f"train/{step}/{rounds}"))
+        batches.append(_round(parts, state, [parts.prompts[i] for i in places], f"train/{step}/{rounds}", step))
         chosen.append(_sorted_groups(batches[-1])[0])
         all_rewards.append(batches[-1].reward)
     replaced = sum(map(len, chosen)) - len(with_signal)
@@ -56,6 +63,11 @@ def collect(parts: Parts, state: TrainState) -> Batch:
     return replace(batch, scoring=batch.scoring | counts)
 
 
+def first_round(parts: Parts, state: TrainState, step: int) -> tuple[list[Prompt], str]:
+    """The prompts of a step's first round, and the name of its noise."""
+    return [parts.prompts[place] for place in state.sampler.batch_indices(step)], f"train/{step}"
+
+
 def with_reference(parts: Parts, batch: Batch) -> Batch:
     """The batch with the reference's log-probabilities, where they are needed and not there yet; a collective."""
     if not has_reference(parts.config) or batch.reference_logprobs is not None:
@@ -66,19 +78,31 @@ def with_reference(parts: Parts, batch: Batch) -> Batch:
 
 def generate(
     parts: Parts, state: TrainState, prompts: list[Prompt], group_size: int, sampling: Sampling, stream: str, step: int
-) -> tuple[list[Trajectory], Scoring]:
+) -> Drawn:
     """This rank's share of the trajectories, and their scores, which are computed while others are sampled.
 
     `stream` names the noise, such as `train/12`; rewards are given `step`.
     """
+    with awake(parts.engine), parts.ranks.shared_errors("rollout"):
+        draw, scoring = share(parts, state, prompts, group_size, sampling, stream, step)
+        return draw(parts.watch.check), scoring
+
+
+def share(
+    parts: Parts, state: TrainState, prompts: list[Prompt], group_size: int, sampling: Sampling, stream: str, step: int
+) -> tuple[Callable[[Callable[[], None]], list[Trajectory]], Scoring]:
+    """What draws this rank's share of the trajectories, to be called with a check that may raise to give up; and their
+    scores. Arguments are those of `generate`."""
     drawn = parts.ranks.share(len(prompts) * group_size)
     requests = requests_of(prompts, group_size, drawn, parts.config.train.seed, stream)
     progress = TrainerState(step, parts.config.train.num_train_steps, state.sampler.epoch(step))
-    with awake(parts.engine), parts.ranks.shared_errors("rollout"):
-        scoring = Scoring(parts.scorer, prompts, group_size, drawn, parts.texts_of, progress,
-                          has_episodes=parts.episodes is not None)  # fmt: skip
-        return sample_or_play(parts.engine, parts.episodes, requests, prompts, sampling, scoring.on_finish,
-                              parts.watch.check), scoring  # fmt: skip
+    scoring = Scoring(parts.scorer, prompts, group_size, drawn, parts.texts_of, progress,
+                      has_episodes=parts.episodes is not None)  # fmt: skip
+
+    def draw(check: Callable[[], None]) -> list[Trajectory]:
+        return sample_or_play(parts.engine, parts.episodes, requests, prompts, sampling, scoring.on_finish, check)
+
+    return draw, scoring
 
 
 def further_places(sampler: Sampler | Mixture, step: int, round: int) -> list[int]:
@@ -89,20 +113,29 @@ def further_places(sampler: Sampler | Mixture, step: int, round: int) -> list[in
     return sampler.reseeded(stream_key(sampler.seed, "resample", round) & (2**63 - 1)).batch_indices(step)
 
 
-def _round(parts: Parts, state: TrainState, prompts: list[Prompt], stream: str) -> Batch:
-    """Completions of `prompts`, scored and gathered; the reference is asked while rewards are still on their way."""
+def _round(
+    parts: Parts, state: TrainState, prompts: list[Prompt], stream: str, step: int,
+    drawn: Callable[[], Drawn] | None = None,
+) -> Batch:  # fmt: skip
+    """Completions of `prompts`, scored and gathered; the reference is asked while rewards are still on their way.
+
+    `drawn` returns the completions where they were drawn before.
+    """
     config = parts.config
     with parts.phase("rollout"):
-        trajectories, scoring = generate(parts, state, prompts, config.rollout.group_size, sampling_of(config.rollout),
-                                         stream, state.step)  # fmt: skip
+        if drawn is None:
+            drawn = partial(generate, parts, state, prompts, config.rollout.group_size, sampling_of(config.rollout),
+                            stream, step)  # fmt: skip
+        trajectories, scoring = drawn()
         batch = gather_trajectories(parts.ranks, prompts, trajectories, has_episodes=parts.episodes is not None)
         scoring.complete(batch)
+    parts.phase.sampled_tokens += len(batch.tokens)
     if not config.rollout.max_resamples:  # else only of the groups that stay
         batch = with_reference(parts, batch)
     with parts.phase("reward"):
         with parts.ranks.shared_errors("scoring"):
             scores = scoring.result(parts.watch.check)
-        return gather_scores(parts.ranks, batch, scoring.rows, scores, config.weights_at(state.step),
+        return gather_scores(parts.ranks, batch, scoring.rows, scores, config.weights_at(step),
                              config.scoring.error_budget)  # fmt: skip
 
 

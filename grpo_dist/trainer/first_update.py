@@ -59,6 +59,6 @@ def first_update(config: Config, is_resumed: bool, updates_done: int) -> FirstUp
     dtype, reference_dtype = (dtype_name(resolve_dtype(each.dtype)) for each in (config.model, config.reference))
     drops = config.lora is not None and config.lora.dropout > 0  # changes nothing while adapters are untrained
     return FirstUpdate(
-        dtype, reference_dtype, has_known_gap=not is_resumed or not (drops or updates_done),
+        dtype, reference_dtype, has_known_gap=not is_resumed or not (drops or updates_done or config.rollout.lag),
         has_known_kl=not is_resumed and has_reference(config) and config.loss.kl_estimator != "squared_sequence",
     )  # fmt: skip

@@ -19,6 +19,8 @@ class Phases:
     def __init__(self, display: Display, watch: Watch, device: torch.device) -> None:
         self._display, self._watch = display, watch
         self._clock, self._memory = Clock(), MemoryPeaks(device)
+        self.sampled_tokens = 0
+        """Tokens that all ranks have sampled in the phase `rollout` since the last call of `metrics`."""
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
@@ -28,8 +30,15 @@ class Phases:
         with self._clock.phase(name), self._memory.phase(name):
             yield
 
+    def add(self, name: str, seconds: float) -> None:
+        """Add time to a phase that this process was not in."""
+        self._clock.add(name, seconds)
+
     def metrics(self) -> dict[str, float]:
-        """Seconds and memory of each phase since the last call."""
+        """Seconds and memory of each phase and the speed of the rollout, since the last call."""
         metrics = self._clock.seconds | self._memory.metrics()
-        self._clock.seconds = {}
+        if self.sampled_tokens:  # not where the batch came from a checkpoint
+            seconds = metrics["time/rollout"] + metrics.get("time/overlapped", 0.0)
+            metrics["rollout/tokens_per_second"] = self.sampled_tokens / seconds
+        self._clock.seconds, self.sampled_tokens = {}, 0
         return metrics

@@ -20,9 +20,6 @@ def record(parts: Parts, state: TrainState, batch: Batch, seconds: float) -> dic
     metrics: dict[str, float | None] = {"step": done, "epoch": state.sampler.epoch(done)}
     metrics |= batch_metrics(batch, batch.advantages, parts.reward_names) | update_metrics(state.metrics)
     metrics |= penalty_metrics(config, batch) | parts.phase.metrics() | {"time/step": seconds}
-    rollout_seconds, tokens = metrics.get("time/rollout"), metrics["tokens/completion"]
-    if rollout_seconds is not None and tokens is not None:  # not where the batch came from a checkpoint
-        metrics["rollout/tokens_per_second"] = tokens / rollout_seconds
     if config.loss.kl_target is not None:
         metrics["kl_coeff"] = state.kl_coeff
     if is_due(config.train.eval_every, done, config.train.num_train_steps):

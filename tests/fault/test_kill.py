@@ -36,6 +36,8 @@ NAMES = ("mid-rollout", "mid-scoring", "before an update", "between two updates"
          "before the manifest", "before the rename", "while pruning")  # fmt: skip
 MATRIX = [(name, step, updates) for name in NAMES for step in (FIRST, LATER) for updates in (1, 3)
           if not (name == "between two updates" and updates == 1)]  # fmt: skip
+LAGGING = [("before an update", 2, 1), ("between two updates", LATER, 3), ("mid-rollout", 3, 1)]
+"""Cases that are tried with rollout.lag 1 too, where a batch is under way that no update has used."""
 QUICK = [("mid-rollout", LATER, 3), ("between two updates", LATER, 3), ("before the manifest", LATER, 3)]
 """Cases that are tried each time."""
 
@@ -45,13 +47,14 @@ def state(directory: Path) -> dict[str, torch.Tensor]:
     return load_file(directory / "checkpoints" / "step_5" / "state.safetensors")
 
 
-def arguments(directory: Path, updates: int) -> list[str]:
+def arguments(directory: Path, updates: int, lag: int = 0) -> list[str]:
     """A short run whose batches serve some updates each."""
     return [
         "--config", "configs/quickstart.yaml", "--train.output_dir", str(directory), "--train.num_train_steps", "5",
         "--train.batch_size", "7", "--rollout.group_size", "5", "--train.updates_per_batch", str(updates),
         "--train.save_every", "1", "--data.train_file", str(directory.parent / "ten.jsonl"), "--data.eval_file", "null",
         "--loss.kl_coeff", "0.02", "--model.dtype", "float32",
+        "--rollout.lag", str(lag),
     ]  # fmt: skip
 
 
@@ -62,30 +65,30 @@ def ten_prompts(directory: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """The same run with so many updates a batch, left alone."""
 
     @functools.cache
-    def run(updates: int) -> Path:
+    def run(updates: int, lag: int = 0) -> Path:
         directory = tmp_path_factory.mktemp("undisturbed")
         ten_prompts(directory)
-        done = launch(None, 1, *arguments(directory / "run", updates))
+        done = launch(None, 1, *arguments(directory / "run", updates, lag))
         assert done.returncode == 0, done.stderr[-4000:]
         return directory / "run"
 
     return run
 
 
-def kill_at(where: str, run: Path, updates: int) -> None:
+def kill_at(where: str, run: Path, updates: int, lag: int = 0) -> None:
     """Start the run, or go on with it, and have it killed."""
-    killed = launch(None, 1, *arguments(run, updates), program=["tests/fault/faulty.py"], fresh=True,
+    killed = launch(None, 1, *arguments(run, updates, lag), program=["tests/fault/faulty.py"], fresh=True,
                     environment={"FAULT": f"kill@{where}", "PYTHONPATH": str(ROOT)})  # fmt: skip
     assert killed.returncode == -9, killed.stderr[-3000:]
 
 
-def end(run: Path, updates: int, expected: Path) -> None:
+def end(run: Path, updates: int, expected: Path, lag: int = 0) -> None:
     """Go on to the end, which has to be that of the undisturbed run, bit for bit."""
-    again = launch(None, 1, *arguments(run, updates))
+    again = launch(None, 1, *arguments(run, updates, lag))
     assert again.returncode == 0, again.stderr[-3000:]
     wanted, got = state(expected), state(run)
     assert wanted.keys() == got.keys()
@@ -100,16 +103,23 @@ def end(run: Path, updates: int, expected: Path) -> None:
     ("name", "step", "updates"),
     [pytest.param(*case, marks=[] if case in QUICK else pytest.mark.slow) for case in MATRIX],
 )
-def test_killed_anywhere(
-    name: str, step: int, updates: int, undisturbed: Callable[[int], Path], tmp_path: Path
-) -> None:
+def test_killed_anywhere(name: str, step: int, updates: int, undisturbed: Callable[..., Path], tmp_path: Path) -> None:
     ten_prompts(tmp_path)
     kill_at(point(name, step, updates), tmp_path / "run", updates)
     end(tmp_path / "run", updates, undisturbed(updates))
 
 
+@pytest.mark.parametrize(("name", "step", "updates"), LAGGING)
+def test_killed_with_a_batch_in_flight(
+    name: str, step: int, updates: int, undisturbed: Callable[..., Path], tmp_path: Path
+) -> None:
+    ten_prompts(tmp_path)
+    kill_at(point(name, step, updates), tmp_path / "run", updates, lag=1)
+    end(tmp_path / "run", updates, undisturbed(updates, lag=1), lag=1)
+
+
 @pytest.mark.slow
-def test_killed_twice_in_one_epoch(undisturbed: Callable[[int], Path], tmp_path: Path) -> None:
+def test_killed_twice_in_one_epoch(undisturbed: Callable[..., Path], tmp_path: Path) -> None:
     """The second start counts its calls from where the first was killed."""
     ten_prompts(tmp_path)
     kill_at(point("mid-scoring", 3, 3), tmp_path / "run", 3)

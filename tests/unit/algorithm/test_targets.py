@@ -269,16 +269,19 @@ def test_estimators_have_the_gradient_of_the_kl(estimator: Any, unbiased: bool) 
 def test_rollout_weights_equal_the_loop(correction: Any, level: Any) -> None:
     generator = torch.Generator().manual_seed(2)
     old, sampled = -torch.rand(2, 13, generator=generator, dtype=torch.float64)
-    got = rollout_weights(old, sampled, torch.tensor(OWNER), correction, level, 0.7, 1.3)
+    options = LossConfig(importance_correction=correction, importance_level=level, importance_low=0.7,
+                         importance_high=1.3)  # fmt: skip
+    got = rollout_weights(options, old, sampled, torch.tensor(OWNER))
     for t, n in enumerate(OWNER):
         mine = [t] if level == "token" else [s for s in range(13) if OWNER[s] == n]
         ratio = math.exp(sum(float(old[s] - sampled[s]) for s in mine))
         expected = {"none": 1.0, "truncate": min(ratio, 1.3), "mask": ratio if 0.7 <= ratio <= 1.3 else 0.0}[correction]
         assert float(got[t]) == pytest.approx(expected)
-    same = rollout_weights(old, old, torch.tensor(OWNER), correction, level, 1.0, 1.0)
-    assert same.tolist() == [1.0] * 13, "the bounds are inside"
+    for bounds in ({"importance_low": 1.0}, {"importance_high": 1.0}):
+        same = rollout_weights(dataclasses.replace(options, **bounds), old, old, torch.tensor(OWNER))
+        assert same.tolist() == [1.0] * 13, "the bounds are inside"
     none = torch.zeros(0, dtype=torch.int64)
-    assert rollout_weights(old[:0], old[:0], none, correction, level, 0.7, 1.3).shape == (0,)
+    assert rollout_weights(options, old[:0], old[:0], none).shape == (0,)
 
 
 # --- batches that are joined, and positions that are saved -----------------------------------------------------------
@@ -329,7 +332,9 @@ def test_a_state_of_before_is_taken_up() -> None:
     state = TrainState(4, 0.03, Sampler(9, 2, 0))
     state.after_update(batch, {"loss": 1.0})
     again = TrainState(0, 0.1, Sampler(9, 2, 0))
-    again.restore(state.tensors(), state.meta() | {"step": 4, "facts": {"rollout/rounds": 2}}, batch.prompts)
+    tensors = {name: tensor for name, tensor in state.tensors().items() if not name.startswith("batch/prompt_")}
+    again.restore(tensors, state.meta() | {"step": 4, "facts": {"rollout/rounds": 2}}, batch.prompts)
+    assert again.batch is not None and again.batch.prompts == batch.prompts
     assert again.batch is not None and again.batch.scoring == {"rollout/rounds": 2, "reward/math/failed": 0.0}
 
 

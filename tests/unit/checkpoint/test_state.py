@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -56,8 +58,33 @@ def test_a_checkpoint_from_before_tokens_were_told_apart() -> None:
     state = make_state(torch.ones(6, dtype=torch.bool))
     older = state.tensors()
     older["batch/tokens"], older["batch/lengths"] = older.pop("batch/ids"), older.pop("batch/row_lengths")
-    del older["batch/sampled"]
+    for name in ("sampled", "prompt_ids", "prompt_lengths"):
+        del older[f"batch/{name}"]
     again = restored(older, state)
     assert again.tensors().keys() == state.tensors().keys()
     for name, tensor in state.tensors().items():
         torch.testing.assert_close(again.tensors()[name], tensor, rtol=0, atol=0, equal_nan=True)
+
+
+def test_a_batch_drawn_ahead_is_restored_and_becomes_the_current_one() -> None:
+    state = make_state(torch.ones(6, dtype=torch.bool))
+    assert state.batch is not None
+    state.ahead = replace(state.batch, prompts=[PROMPTS[2], PROMPTS[0]], ids=IDS + 20, scoring={}, old=None)
+    again = restored(state.tensors(), state)
+    assert again.ahead is not None and again.ahead.old is None and again.batch is not None and again.batch.old
+    assert again.ahead.prompts == [PROMPTS[2], PROMPTS[0]] and again.batch.prompts == [PROMPTS[4], PROMPTS[1]]
+    for each in (state, again):
+        each.after_step(0.04, [0.0, 1.0])
+        assert each.ahead is None and each.batch is not None and each.updates == 0 and each.metrics == []
+        assert each.batch.ids.tolist() == (IDS + 20).tolist()
+    once_more = restored(again.tensors(), again)  # no update has used it, and it is kept all the same
+    assert once_more.meta() == state.meta() and once_more.tensors().keys() == state.tensors().keys()
+
+
+def test_a_prompt_is_restored_with_what_its_environment_said() -> None:
+    state = make_state(torch.ones(6, dtype=torch.bool))
+    assert state.batch is not None
+    played = replace(PROMPTS[4], ids=[4, 5, 90, 91], text="prompt 4, you see a door")
+    state.batch = replace(state.batch, prompts=[played, PROMPTS[1]])
+    again = restored(state.tensors(), state)
+    assert again.batch is not None and again.batch.prompts == [played, PROMPTS[1]]

@@ -116,6 +116,7 @@ def test_bounds_on_rounding_are_the_dtypes(dtype: str, gap: float, kl: float) ->
     assert rung(Alarms(rules_for("k3", dtype)), 1, [far] * 3) == [(3, "logprob_gap"), (3, "rollout_off")]
     near = HEALTHY | {"rollout/logprob_gap_max": gap / 3, "rollout/kl": kl / 3}
     assert rung(Alarms(rules_for("k3", dtype)), 1, [near] * 10) == []
+    assert rung(Alarms(rules_for("k3", dtype, lag=1)), 1, [far] * 3) == [], "an older policy drew"
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.name)
