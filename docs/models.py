@@ -115,8 +115,11 @@ def _look(kind: str, config: Config, folder: Path, results: Any) -> None:
         os.chdir(folder)
         sys.path.insert(0, str(folder))
         with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
-            _make(kind)
-            results.send(_checked_and_trained(config))
+            obstacle = _make(kind)
+            result = _checked_and_trained(config)
+            if "has no weights" in result.get("refused", ""):
+                result = {"fault": f"its weights cannot be made: {obstacle}"}
+            results.send(result)
     except BaseException as error:
         results.send({"fault": f"{type(error).__name__}: {' '.join(str(error).split())}"[:500],
                       "printed": printed.getvalue()[-1000:] + traceback.format_exc()[-2000:]})  # fmt: skip
@@ -124,20 +127,24 @@ def _look(kind: str, config: Config, folder: Path, results: Any) -> None:
         os._exit(0)
 
 
-def _make(kind: str) -> None:
+def _make(kind: str) -> str | None:
+    """Write a tiny model of the type; returns why it is without weights, or None."""
     tokenizer = AutoTokenizer.from_pretrained(toy_path())
     tokens = {"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id,
               "pad_token_id": tokenizer.pad_token_id, "bos_token_id": tokenizer.eos_token_id}  # fmt: skip
     config = tiny_config(kind, tokens)
     torch.manual_seed(0)
+    obstacle = None
     try:
         AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained("model")
-    except (ImportError, AttributeError):  # a package that the type needs, or a part of its config: see the message
+    except (ImportError, AttributeError, ValueError) as error:  # it needs a package, or a part of its config
+        obstacle = str(error)
         config.save_pretrained("model")
     tokenizer.save_pretrained("model")
     rows = [{"prompt": f"What is {a} + {a + 5}?"} for a in range(8)]
     Path("data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     Path("shortness.py").write_text(REWARD)
+    return obstacle
 
 
 def _checked_and_trained(config: Config) -> dict[str, Any]:
@@ -168,7 +175,7 @@ def _compared(config: Config, log: list[str]) -> dict[str, Any]:
         _trained(replace(config, model=replace(config.model, attn_implementation="eager"),
                          train=replace(config.train, output_dir="rows")))  # fmt: skip
         norm = _metrics("rows")[0]["grad_norm"]
-        entry["share"] = abs(first["grad_norm"] - norm) / norm
+        entry["share"] = abs(first["grad_norm"] - norm) / norm if norm > 0 else 0.0
     if not (entry["gap"] < MOST_GAP and entry["kl"] < MOST_KL and entry.get("share", 0.0) < MOST_SHARE):
         entry["fault"] = "is not exact"
     if not first["grad_norm"] > 0:

@@ -37,6 +37,8 @@ SIZES: dict[str, Any] = {
 """By the names that configs give to sizes."""
 HYBRID = ["linear_attention", "full_attention"]
 MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 16, "mamba_chunk_size": 16}
+INDEXER = {"indexer_n_heads": 4, "indexer_kv_heads": 1, "indexer_head_dim": 16, "indexer_budget": 64,
+           "indexer_compress_ratio": 4}  # fmt: skip
 MORE: dict[str, dict[str, Any]] = {
     **{
         kind: {"is_decoder": True}
@@ -94,6 +96,7 @@ MORE: dict[str, dict[str, Any]] = {
     "recurrent_gemma": {"num_hidden_layers": 3},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
     "mamba2": {"num_heads": 8, "head_dim": 16},
+    "minicpm3": {"scale_emb": 1, "dim_model_base": WIDTH},
     "qwen3_next": {"layer_types": HYBRID},
     "qwen3_5": {"text_config": {"layer_types": HYBRID}},
     "qwen3_5_moe": {"text_config": {"layer_types": HYBRID}},
@@ -101,20 +104,34 @@ MORE: dict[str, dict[str, Any]] = {
     "qwen3_5_moe_text": {"layer_types": HYBRID},
     "dbrx": {"attn_config": {"rope_theta": 1e4, "clip_qkv": 8.0}},
     "gemma4_assistant": {"text_config": {"hidden_size_per_layer_input": 0}},
-    "qwen4_exp": {"text_config": {"layer_types": HYBRID}},
-    "qwen4_exp_text": {"layer_types": HYBRID},
+    "qwen4_exp": {"text_config": {"layer_types": ["linear_attention", "indexed_attention"], **INDEXER}},
+    "qwen4_exp_text": {"layer_types": ["linear_attention", "indexed_attention"], **INDEXER},
     "reformer": {"is_decoder": True, "axial_pos_embds_dim": (32, 32), "axial_pos_shape": (16, 32)},
     "xlm": {"causal": True},
+    "xlstm": {"hidden_size": 2 * WIDTH, "embedding_dim": 2 * WIDTH},
     "zamba": {"layer_types": ["linear_attention", "hybrid", "hybrid"], "num_hidden_layers": 3},
-    "zamba2": {"layer_types": ["linear_attention", "hybrid", "hybrid"], "num_hidden_layers": 3},
+    "zamba2": {
+        "layers_block_type": ["linear_attention", "hybrid", "hybrid"],
+        "hybrid_layer_ids": [1, 2],
+        "num_hidden_layers": 3,
+        "mamba_headdim": 16,
+        "mamba_d_state": 16,
+        "chunk_size": 16,
+        "attention_hidden_size": 2 * WIDTH,
+        "attention_head_dim": 2 * WIDTH // HEADS,
+        "num_key_value_heads": HEADS,
+        "num_query_groups": HEADS,
+    },
     "zaya": {"num_experts_per_tok": 1},
 }
 """Options of a type that are added or replaced."""
+NEEDED: dict[str, dict[str, Any]] = {"gemma4_assistant": {"text_config": {"hidden_size_per_layer_input": 0}}}
+"""Options without which a type's config cannot be made."""
 
 
 def tiny_config(kind: str, tokens: dict[str, int | None]) -> PreTrainedConfig:
     """A small config of a type; `tokens` has `vocab_size` and the ids of special tokens."""
-    return _shrunk(AutoConfig.for_model(kind), {**tokens, **MORE.get(kind, {})})
+    return _shrunk(AutoConfig.for_model(kind, **NEEDED.get(kind, {})), {**tokens, **MORE.get(kind, {})})
 
 
 def _shrunk(config: PreTrainedConfig, more: dict[str, Any]) -> PreTrainedConfig:

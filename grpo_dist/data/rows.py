@@ -24,6 +24,7 @@ logger = logging.getLogger(__name__)
 
 _LINES = (".jsonl", ".ndjson")
 _SEPARATORS = {".csv": ",", ".tsv": "\t"}
+_OTHER_SEPARATORS = ";\t|,"
 _FILES = (*_LINES, ".json", *_SEPARATORS, ".parquet")
 _AS_TEXT = {"keep_default_na": False, "na_values": [""]}
 """Options with which the CSV reader of `datasets` keeps NA and null as texts; an empty cell has no value."""
@@ -225,6 +226,9 @@ def _read_cells(path: Path, separator: str) -> list[Row]:
     with path.open(encoding="utf-8-sig", newline="") as file:
         lines = [cells for cells in csv.reader(file, delimiter=separator) if cells]
     names, rows = (lines[0], lines[1:]) if lines else ([], [])
+    others = [each for each in _OTHER_SEPARATORS if each != separator and len(names) == 1 and each in names[0]]
+    if others:
+        raise ValueError(f"cells separated by {others[0]!r}, expected {separator!r}: save it so, or as JSONL")
     if twice := [name for name, count in Counter(names).items() if count > 1]:
         raise ValueError(f"the column(s) {', '.join(map(repr, twice))} occur more than once")
     read = []

@@ -37,7 +37,11 @@ UNFIT_TYPES = {
     **{kind: "a token sees later ones" for kind in ("cpmant", "xlnet")},
     **{
         kind: "nothing is kept from which a rollout can be decoded"
-        for kind in ("openai-gpt", "reformer", "rwkv", "xlm")
+        for kind in ("blt", "openai-gpt", "recurrent_gemma", "reformer", "rwkv", "xlm")
+    },
+    **{
+        kind: "it drafts tokens for another model, and needs that model's states"
+        for kind in ("gemma4_assistant", "gemma4_unified_assistant")
     },
     "prophetnet": "positions are made up and cannot be given",
     "xmod": "the language has to be set in code",
@@ -110,7 +114,7 @@ def require_trainable(model_config: Any, longest: int) -> None:
     if type(model_config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not own_code:
         raise UnfitModel(f"model.name: a model of the type {kind} given, expected a causal language model, one that "
                          "transformers' AutoModelForCausalLM loads")  # fmt: skip
-    if (reason := UNFIT_TYPES.get(text.model_type)) and not own_code:
+    if (reason := UNFIT_TYPES.get(kind) or UNFIT_TYPES.get(text.model_type)) and not own_code:
         raise UnfitModel(f"model.name: a model of the type {kind} given, which cannot be trained here: in "
                          f"transformers' code of it, {reason}")  # fmt: skip
     named = getattr(model_config, "architectures", None) or []

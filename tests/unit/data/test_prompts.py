@@ -222,6 +222,11 @@ def test_cells_of_a_csv_file(tmp_path: Path, tokenizer: PreTrainedTokenizerFast)
     assert len(load_prompts(path, "train", kept, tokenizer)[0]) == 1
     with pytest.raises(ValueError, match=r"the column\(s\) 'a' occur more than once"):
         load_rows(write(tmp_path, "a,b,a", "1,2,3", name="twice.csv"), "train")
+    with pytest.raises(ValueError, match=r"cells separated by ';', expected ',': save it so"):
+        load_rows(write(tmp_path, "prompt;answer", "What?;0,5", name="semicolons.csv"), "train")
+    with pytest.raises(ValueError, match=r"cells separated by ',', expected '\\t'"):
+        load_rows(write(tmp_path, "prompt,answer", "What?,5", name="commas.tsv"), "train")
+    assert len(load_rows(write(tmp_path, '"one, alone"', "What?", name="alone.csv"), "train")) == 1
     (tmp_path / "latin.csv").write_bytes("prompt,answer\né,1\n".encode("latin-1"))
     with pytest.raises(ValueError, match=r"latin\.csv.*can't decode byte 0xe9.*; save the file as UTF-8"):
         load_rows(str(tmp_path / "latin.csv"), "train")
