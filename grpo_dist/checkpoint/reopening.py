@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import logging
-import sys
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import kl_div
 
 from ..config.schema import ModelConfig
 from ..distributed.deepspeed import unsharded_loading
-from ..model import attention
-from ..model.attention import block_layout
+from ..model.fixed_row import fixed_logits
 from ..model.load import load_causal_lm, load_model_config
 
 log = logging.getLogger(__name__)
-
-_PROBE_TOKENS = 64
 
 
 def rounding_kl(dtype: torch.dtype) -> float:
@@ -31,20 +27,6 @@ def rounding_kl(dtype: torch.dtype) -> float:
     return max(1000 * torch.finfo(dtype).eps ** 2, 1e-9)
 
 
-@torch.no_grad()
-def probe(model: nn.Module) -> Tensor:
-    """Logits (T, V) float32, on the CPU, of a fixed row of random tokens."""
-    embeddings = model.get_input_embeddings()
-    length = min(_PROBE_TOKENS, getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize)
-    ids = torch.randint(embeddings.num_embeddings, (1, length), generator=torch.Generator().manual_seed(0))
-    ids = ids.to(embeddings.weight.device)
-    inputs = {"input_ids": ids, "use_cache": False}
-    if getattr(model.config, "_attn_implementation", None) == attention.NAME:
-        positions, layout = torch.arange(length, device=ids.device), block_layout([(length, [])])
-        inputs |= {"position_ids": positions[None], "layout": layout.to(ids.device)}
-    return model.eval()(**inputs).logits[0].float().cpu()
-
-
 def divergence(expected: Tensor, actual: Tensor) -> float:
     """KL(expected ‖ actual) of two next-token distributions, given as logits (T, V): nats a token."""
     ours, theirs = (torch.log_softmax(logits.double(), -1) for logits in (expected, actual))
@@ -52,7 +34,7 @@ def divergence(expected: Tensor, actual: Tensor) -> float:
 
 
 def check_final(directory: Path, expected: Tensor, dtype: torch.dtype, trust_remote_code: bool) -> None:
-    """Log the KL of the model in a directory from a run's policy, whose logits of `probe` in `dtype` are `expected`.
+    """Log the KL of the model in a directory from a run's policy, whose `fixed_logits` in `dtype` are `expected`.
 
     The line is a warning where that is more than rounding, and where the files cannot be opened.
     """
@@ -63,6 +45,6 @@ def check_final(directory: Path, expected: Tensor, dtype: torch.dtype, trust_rem
     except (OSError, ValueError) as error:
         log.warning("%s cannot be opened by transformers: %s: %s", directory, type(error).__name__, error)
         return
-    distance, most = divergence(expected, probe(reopened)), rounding_kl(dtype)
+    distance, most = divergence(expected, fixed_logits(reopened)), rounding_kl(dtype)
     level = logging.INFO if distance <= most else logging.WARNING
     log.log(level, "%s: reopened, KL from the policy %.1e nats a token (rounding: %.0e)", directory, distance, most)

@@ -79,39 +79,39 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
 
 def write_merged(trained: Trained, out: Path, dtype: str | None, max_shard_size: str) -> tuple[float, float, float]:
     """Write the merged model. Returns the results of `compare` with the policy."""
-    from ..checkpoint.reopening import probe
     from ..checkpoint.trained import at, load
     from ..distributed.ranks import DTYPES
     from ..model import export as saving
+    from ..model.fixed_row import fixed_logits
     from ..model.load import load_causal_lm
 
     policy, tokenizer = load(trained)
-    expected, computed = probe(policy.causal_lm), policy.causal_lm.dtype
+    expected, computed = fixed_logits(policy.causal_lm), policy.causal_lm.dtype
     written, line = saving.choose_dtype(policy, keep=True, asked=None if dtype is None else DTYPES[dtype])
     print(line)
     state = saving.merged_state(policy, keep=True, dtype=written)
     saving.write_merged(policy, state, tokenizer, out, max_shard_size)
     del policy, state  # frees memory for the reopened model
     rougher = max(written, computed, key=lambda dtype: TOLERANCE[str(dtype).removeprefix("torch.")])
-    return compare(expected, probe(load_causal_lm(at(trained, out), written, None)), str(rougher))
+    return compare(expected, fixed_logits(load_causal_lm(at(trained, out), written, None)), str(rougher))
 
 
 def write_adapter(trained: Trained, out: Path) -> tuple[float, float, float]:
     """Write the adapter. Returns the results of `compare` with the policy."""
     from peft import PeftModel
 
-    from ..checkpoint.reopening import probe
     from ..checkpoint.trained import load
     from ..model import export as saving
+    from ..model.fixed_row import fixed_logits
     from ..model.load import load_causal_lm
 
     policy, tokenizer = load(trained)
-    expected, dtype = probe(policy.causal_lm), policy.causal_lm.dtype
+    expected, dtype = fixed_logits(policy.causal_lm), policy.causal_lm.dtype
     saving.write_adapter(policy.model, saving.adapter_state(policy, keep=True), out)
     tokenizer.save_pretrained(out)
     del policy
     reopened = PeftModel.from_pretrained(load_causal_lm(trained.model, dtype, None), str(out))
-    return compare(expected, probe(reopened), str(dtype))
+    return compare(expected, fixed_logits(reopened), str(dtype))
 
 
 def compare(expected: Tensor, exported: Tensor, dtype: str) -> tuple[float, float, float]:

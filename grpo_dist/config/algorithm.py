@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal
 from .checks import require
 
 if TYPE_CHECKING:
-    from .schema import Config
+    from .schema import Config, RolloutConfig
 
 GroupBaseline = Literal["mean", "leave_one_out"]
 Scale = Literal["group", "batch", "none"]
@@ -100,7 +100,7 @@ class LossConfig:
     importance_correction: Literal["auto", ImportanceCorrection] = "auto"
     """Weight tokens by the trainer's probability, before the batch's first update, over that with which they were
     drawn: cut off at importance_high (TIS), or 0 outside [importance_low, importance_high] (IcePop, MIS); `auto` is
-    `truncate` where rollout.lag is 1, and else `none`."""
+    `truncate` where rollout.lag is 1 or rollout.engine `vllm`, and else `none`."""
     importance_level: RatioLevel = "token"
     """Whether that ratio is the token's or its completion's."""
     importance_low: float = 0.5
@@ -157,7 +157,13 @@ def resolve_auto(config: Config) -> None:
     if loss.kl_estimator == "auto":
         loss.kl_estimator = "k1" if loss.kl_in == "reward" else "squared_sequence" if recipe else "k3"
     if loss.importance_correction == "auto":
-        loss.importance_correction = "truncate" if config.rollout.lag else "none"
+        loss.importance_correction = default_correction(config.rollout)
+
+
+def default_correction(rollout: RolloutConfig) -> ImportanceCorrection:
+    """What `loss.importance_correction: auto` stands for: a correction where another policy draws than the one that is
+    trained, or another engine whose draw is its own."""
+    return "truncate" if rollout.lag or rollout.engine == "vllm" else "none"
 
 
 def check_algorithm(config: Config) -> None:

@@ -12,8 +12,10 @@ from typing import Any, Literal
 
 from .algorithm import AdvantageConfig, CriticConfig, LossConfig, check_algorithm
 from .checks import is_date, require
+from .curriculum import CurriculumConfig
 from .environment import EnvironmentConfig
 from .rewards import RewardConfig, ScoringConfig
+from .vllm import VllmConfig, check_vllm
 
 ComputeDtype = Literal["float32", "bfloat16"]
 PolicyDtype = Literal["auto", ComputeDtype]
@@ -73,22 +75,6 @@ class ReferenceConfig:
 
 
 @dataclass
-class CurriculumConfig:
-    """Which prompts get a group of completions, by the share of right completions in their last group."""
-
-    low: float = 0.05
-    """Prompts with a smaller share of right completions are passed over."""
-    high: float = 0.95
-    """Prompts with a greater share are passed over."""
-    rest_epochs: int = 2
-    """Passes through the data for which such prompts are passed over."""
-
-    def __post_init__(self) -> None:
-        require(0 <= self.low <= self.high <= 1, "data.curriculum", (self.low, self.high), "0 <= low <= high <= 1")
-        require(self.rest_epochs >= 1, "data.curriculum.rest_epochs", self.rest_epochs, "1 or more")
-
-
-@dataclass
 class DataConfig:
     """Where prompts come from and how they are read."""
 
@@ -136,10 +122,8 @@ class DataConfig:
         require(self.max_prompt_length >= 1, "data.max_prompt_length", self.max_prompt_length, "at least 1 token")
         require(self.template_date is None or is_date(self.template_date), "data.template_date", self.template_date,
                 "a date as YYYY-MM-DD, or null")  # fmt: skip
-        require(
-            not (self.system_prompt and self.chat_template == "never"),
-            "data.system_prompt", self.system_prompt, "null where data.chat_template is `never`",
-        )  # fmt: skip
+        require(not (self.system_prompt and self.chat_template == "never"), "data.system_prompt", self.system_prompt,
+                "null where data.chat_template is `never`")  # fmt: skip
         require(bool(self.train_file) and (isinstance(self.train_file, str) or min(self.train_file.values()) > 0),
                 "data.train_file", self.train_file, "a file, or files with weights above 0")  # fmt: skip
         require(not self.streaming or (self.bad_rows, self.too_long, self.keep) in [
@@ -170,20 +154,21 @@ class RolloutConfig:
     """Most tokens (prompts and completions) with keys and values in a rank's memory at once; further prompts wait.
     `auto` is what fits into a GPU's free memory, and 262144 on a CPU. If memory still runs out, half as many are
     decoded at once. The completions are the same."""
-    engine: Literal["auto", "native", "paged"] = "auto"
+    engine: Literal["auto", "native", "paged", "vllm"] = "auto"
     """The engine that decodes: `native`, this project's own; `paged`, transformers' continuous batching with this
-    project's sampling; `auto`, the one that is faster in a trial at the start on a GPU, else `native`. The completions
-    are the same."""
+    project's sampling; `auto`, the faster one of a trial at the start on a GPU, else `native`. All three draw the same
+    completions. `vllm`: vLLM servers, whose sampling is their own (docs/vllm.md)."""
     lag: int = 0
     """Steps by which the policy that draws a batch is behind the one that begins to train on it. 0 draws with the
     newest policy. 1 draws the next step's batch before this step's update."""
+    vllm: VllmConfig | None = None
+    """The servers of engine `vllm`."""
 
     def __post_init__(self) -> None:
         require(self.group_size >= 1, "rollout.group_size", self.group_size, "at least 1")
         require(self.max_completion_length >= 1, "rollout.max_completion_length", self.max_completion_length,
                 "at least 1 token")  # fmt: skip
-        require(self.temperature > 0, "rollout.temperature", self.temperature,
-                "a number above 0 (evaluation has its own greedy pass)")  # fmt: skip
+        require(self.temperature > 0, "rollout.temperature", self.temperature, "above 0 (evaluations also go greedily)")
         require(0 < self.top_p <= 1, "rollout.top_p", self.top_p, "a share in (0, 1]")
         require(self.top_k >= 0, "rollout.top_k", self.top_k, "0 (off) or more")
         require(0 <= self.min_p < 1, "rollout.min_p", self.min_p, "a share in [0, 1)")
@@ -339,6 +324,7 @@ class Config:
         require(self.train.num_minibatches <= self.train.batch_size, "train.num_minibatches",
                 self.train.num_minibatches, f"at most train.batch_size = {self.train.batch_size}")  # fmt: skip
         check_algorithm(self)
+        check_vllm(self)
         require(self.data.curriculum is None or not self.rollout.max_resamples, "data.curriculum", self.data.curriculum,
                 "null where rollout.max_resamples replaces prompts")  # fmt: skip
         require(self.data.curriculum is None or not self.rollout.lag, "data.curriculum", self.data.curriculum,

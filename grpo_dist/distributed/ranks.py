@@ -201,7 +201,7 @@ class Ranks:
         try:
             yield
         except Interrupted as interrupted:
-            stop = str(interrupted)
+            stop = interrupted
         except Exception as error:
             failure, cause = traceback.format_exc(), error
         ends = self.gather_objects((failure, stop))
@@ -209,9 +209,9 @@ class Ranks:
         if failures:
             tracebacks = "\n".join(f"rank {rank}:\n{text}" for rank, text in failures)
             raise PhaseError(f"{phase} failed on {len(failures)} of {self.num_ranks} ranks.\n{tracebacks}") from cause
-        for _, reason in ends:
-            if reason:
-                raise Interrupted(reason)
+        for _, ending in ends:
+            if ending:
+                raise Interrupted(str(ending), failed=ending.failed)
 
     def stop_if_any(self, requested: str | None) -> None:
         """Raise Interrupted on every rank where any is requested to stop; for the inside of an update. A collective."""

@@ -38,7 +38,12 @@ SLOW_SECONDS = 60.0
 
 
 class Interrupted(Exception):
-    """The run was asked to stop; the message says by what. Raised at safe points only."""
+    """The run stops, to be continued; the message says by what. Raised at safe points only."""
+
+    def __init__(self, reason: str, *, failed: bool = False) -> None:
+        """`failed` where the run was not asked to stop but cannot go on, as without its servers."""
+        super().__init__(reason)
+        self.failed = failed
 
 
 class Watch:

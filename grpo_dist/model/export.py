@@ -123,9 +123,10 @@ def save_final(policy: Policy, tokenizer: Any, directory: Path, is_main: bool) -
 
 
 def write_merged(
-    policy: Policy, state: dict[str, Tensor], tokenizer: Any, directory: Path, max_shard_size: str = MAX_SHARD_SIZE
-) -> None:
-    """Write a plain model of these weights, with its tokenizer, and check the files. Raises RuntimeError."""
+    policy: Policy, state: dict[str, Tensor], tokenizer: Any | None, directory: Path,
+    max_shard_size: str = MAX_SHARD_SIZE,
+) -> None:  # fmt: skip
+    """Write a plain model of these weights, with its tokenizer if given, and check the files. Raises RuntimeError."""
     with unsharded_loading(), torch.device("meta"):
         plain = policy.causal_lm._from_config(policy.causal_lm.config, dtype=next(iter(state.values())).dtype)
     plain.load_state_dict(_by_all_names(state, plain), strict=False, assign=True)
@@ -135,7 +136,8 @@ def write_merged(
         raise RuntimeError(f"the merged model lacks {len(missing)} weights, among them {missing[:3]}")
     plain.generation_config = policy.causal_lm.generation_config
     plain.save_pretrained(directory, max_shard_size=max_shard_size)
-    tokenizer.save_pretrained(directory)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(directory)
     for name in PROCESSORS:
         given = cached_file(policy.causal_lm.name_or_path, name, _raise_exceptions_for_missing_entries=False,
                             _raise_exceptions_for_connection_errors=False)  # fmt: skip

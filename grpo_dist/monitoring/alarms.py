@@ -159,6 +159,8 @@ RULES = (
          "rollout and trainer disagree about the same token by up to {value:.3g} nats"),
     Rule("rollout_off", "rollout/kl", _now("rollout/kl"), 2e-2, 1e-2, 3,
          "rollouts are not drawn by the policy that is trained: KL is {value:.3g} nats a token between the two"),
+    Rule("probe_gap", "rollout/probe_gap", _now("rollout/probe_gap"), 0.2, 0.1, 1,
+         "the servers score a fixed row differently than the trainer, by up to {value:.3g} nats"),
     Rule("update_lost", "rollout/update_share",
          _whether("rollout/update_share", lambda share: not 0.99 <= share <= 1.01), 0.5, 0.5, 1,
          "{now[rollout/update_share]:.1%} of the updates is in the weights that draw rollouts"),
@@ -179,7 +181,8 @@ RULES = (
 )  # fmt: skip
 """All alarms. No limit should ring in a run that learns; the limits on rounding are those of bfloat16."""
 
-ROUNDING = {"logprob_gap": {"float32": 0.01, "float16": 0.3}, "rollout_off": {"float32": 1e-4, "float16": 2e-3}}
+ROUNDING = {"logprob_gap": {"float32": 0.01, "float16": 0.3}, "rollout_off": {"float32": 1e-4, "float16": 2e-3},
+            "probe_gap": {"float32": 5e-4}}  # fmt: skip
 """Limits of alarms in other dtypes of the policy."""
 
 

@@ -71,6 +71,12 @@ class Engine(Protocol):
     def update_share(self) -> float | None:
         """Share of the adapters' update that is in the weights which sample; None where there is none. A collective."""
 
+    def metrics(self) -> dict[str, float]:
+        """Metrics of the engine itself since the last call."""
+
+    def close(self) -> None:
+        """End what the engine has started outside of this process."""
+
 
 class Decoder(Protocol):
     """Decodes in this process."""

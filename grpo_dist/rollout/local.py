@@ -101,3 +101,10 @@ class LocalEngine:
         with self.weights.open() as model:
             merged = self.decoding["decoding"] == "compiled" and next(model.parameters()).dtype in MERGED
             return update_share(model, merged=merged)
+
+    def metrics(self) -> dict[str, float]:
+        """See `Engine`."""
+        return {}
+
+    def close(self) -> None:
+        """Do nothing."""

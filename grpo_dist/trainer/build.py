@@ -25,7 +25,7 @@ from ..distributed.launch_config import require_known_launch
 from ..distributed.optimizer_state import OptimizerState
 from ..distributed.ranks import Ranks, resolve_dtype
 from ..distributed.rendezvous import LaunchError, Rendezvous, place_in_launch
-from ..distributed.watch import Watch
+from ..distributed.watch import Interrupted, Watch
 from ..environments.host import EnvironmentHost
 from ..model.checks import UnfitModel
 from ..model.load import (
@@ -123,7 +123,11 @@ def build(config: Config) -> tuple[Parts, TrainState]:
     state = TrainState(0, config.loss.kl_coeff, data.sampler)
     if resume_from is not None:
         _resume(state, config, resume_from, ranks, models.optimizer_state, data.prompts)
-    models.engine.update_weights()
+    try:
+        models.engine.update_weights()
+    except Interrupted as error:  # raised on all ranks alike
+        models.engine.close()
+        raise UserError(str(error)) from error
     watch = Watch(ranks.rank, ranks.num_ranks, ranks.store(config.train.hang_timeout_seconds),
                   config.train.max_seconds, config.train.hang_timeout_seconds,
                   lambda: ranks.collectives_entered)  # fmt: skip
@@ -151,6 +155,7 @@ def close(parts: Parts, all_ranks: bool) -> None:
         parts.ranks.barrier()
     parts.display.close()
     parts.scorer.close()
+    parts.engine.close()
     if parts.episodes:
         parts.episodes.host.close()
     if parts.recorder:

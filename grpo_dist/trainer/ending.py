@@ -34,7 +34,8 @@ log = logging.getLogger(__name__)
 def main(train: Callable[[Parts, TrainState], None], arguments: list[str] | None = None) -> int:
     """The command line around a training; returns the exit status.
 
-    0: done, or stopped by a signal or the time limit with a checkpoint to go on from. 1: failed. 2: a mistake in the
+    0: done, or stopped by a signal or the time limit with a checkpoint to go on from. 1: failed, after a checkpoint
+    where servers that the run needs are gone. 2: a mistake in the
     config, the data or the model, before anything was learned. With --dry_run nothing is trained: see check.py.
     """
     words = sys.argv[1:] if arguments is None else arguments
@@ -54,7 +55,8 @@ def main(train: Callable[[Parts, TrainState], None], arguments: list[str] | None
         status, message = 0, "done"
     except Interrupted as stop:
         save_checkpoint(parts, state)
-        status, message = 0, f"stopped: {stop}. The same command goes on from step {state.step}"
+        status = int(stop.failed)
+        message = f"{'error' if stop.failed else 'stopped'}: {stop}. The same command goes on from step {state.step}"
     except UnfitModel as error:  # raised on all ranks alike
         status, message = 2, f"error: {error}"
     except (PhaseError, RewardFailure, FloatingPointError) as error:  # these are raised on all ranks alike

@@ -23,6 +23,7 @@ from ..rollout import Engine
 from ..rollout.choose import make_engine
 from ..rollout.own_attention import require_no_noise, settle_attention
 from ..rollout.probe import head_is_plain
+from ..rollout.vllm.start import make_vllm_engine
 
 
 @dataclass(frozen=True)
@@ -75,8 +76,12 @@ def load_models(
     saved = {} if resume_from is None else checkpoint.load_meta(resume_from)
     with rollout_model.open() as model:
         plain = head_is_plain(model, share_prompts)
-    engine = make_engine(rollout_model, obstacle, end_ids, engine_to_keep(config.rollout, saved),
-                         ranks.gather_objects, saved.get("decoding"))  # fmt: skip
+    engine: Engine
+    if config.rollout.engine == "vllm":
+        engine = make_vllm_engine(config, ranks, rollout_model, policy, end_ids, saved.get("step", 0))
+    else:
+        engine = make_engine(rollout_model, obstacle, end_ids, engine_to_keep(config.rollout, saved),
+                             ranks.gather_objects, saved.get("decoding"))  # fmt: skip
     for each in (policy, *([reference.policy] if reference else [])):  # may be one
         each.fused_head = plain and isinstance(each.causal_lm.get_output_embeddings(), torch.nn.Linear)
     return Models(policy, wrapped, prepared, optimizer_state, reference, rollout_model, engine, share_prompts)

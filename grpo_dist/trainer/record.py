@@ -19,7 +19,7 @@ def record(parts: Parts, state: TrainState, batch: Batch, seconds: float) -> dic
     assert batch.advantages is not None
     metrics: dict[str, float | None] = {"step": done, "epoch": state.sampler.epoch(done)}
     metrics |= batch_metrics(batch, batch.advantages, parts.reward_names) | update_metrics(state.metrics)
-    metrics |= penalty_metrics(config, batch) | parts.phase.metrics() | {"time/step": seconds}
+    metrics |= penalty_metrics(config, batch) | parts.engine.metrics() | parts.phase.metrics() | {"time/step": seconds}
     if config.loss.kl_target is not None:
         metrics["kl_coeff"] = state.kl_coeff
     if is_due(config.train.eval_every, done, config.train.num_train_steps):

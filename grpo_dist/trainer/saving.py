@@ -8,11 +8,12 @@ from dataclasses import asdict
 
 from ..checkpoint import store
 from ..checkpoint.guards import warn_of_slow_save
-from ..checkpoint.reopening import check_final, probe
+from ..checkpoint.reopening import check_final
 from ..checkpoint.state import TrainState
 from ..config.values import redacted
 from ..distributed.ranks import PhaseError, dtype_name
 from ..model.export import save_final
+from ..model.fixed_row import fixed_logits
 from ..monitoring.machine import versions
 from ..monitoring.metrics import read_history
 from ..report.card import write_card
@@ -56,7 +57,7 @@ def save_model(parts: Parts, state: TrainState) -> None:
     parts.watch.phase = "export"
     with parts.watch.patience():
         with parts.rollout_model.open() as model:
-            expected = probe(model) if parts.ranks.is_main else None
+            expected = fixed_logits(model) if parts.ranks.is_main else None
         save_final(parts.policy, parts.tokenizer, directory, parts.ranks.is_main)
         if expected is not None:
             history, options = read_history(parts.directory), redacted(asdict(config))

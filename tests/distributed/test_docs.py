@@ -102,7 +102,7 @@ def script(name: str, arguments: list[str]) -> None:
     assert (ROOT / name).is_file()
     if name in ("launch/test.sh", "launch/test_lowest.sh"):
         assert all((ROOT / word).exists() for word in arguments if word.startswith("tests"))
-    elif name not in ("launch/setup.sh", "launch/lint.sh"):
+    elif name not in ("launch/setup.sh", "launch/setup_vllm.sh", "launch/lint.sh"):
         module("grpo_dist.train", arguments)
 
 

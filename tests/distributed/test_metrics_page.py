@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import re
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
+from fake_vllm import FakeVllm
 from launching import ROOT, launch, metrics
+
+from grpo_dist.model.toy import toy_path
 
 RUNS = {
     "critic": ["--preset", "ppo", "--loss.importance_correction", "truncate", "--loss.kl_target", "0.02"],
     "groups": ["--rollout.max_resamples", "1", "--rewards", "[{name: math}, {name: boxed, weight: 0.1}]"],
+    "vllm": ["--rollout.engine", "vllm"],
     "episodes": ["--config", "configs/calculator.yaml"],
 }
 """Between them, all options that add metrics; `boxed` reports a number of its own."""
@@ -31,11 +36,15 @@ def page() -> set[str]:
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
     names: set[str] = set()
-    for run, words in RUNS.items():
-        directory = tmp_path_factory.mktemp("runs") / run
-        done = launch(None, 1, "--config", "configs/quickstart.yaml", *words, "--train.num_train_steps", "2",
-                      "--train.batch_size", "4", "--train.num_eval_prompts", "4", "--train.save_every", "0",
-                      "--train.output_dir", str(directory))  # fmt: skip
+    for run, options in RUNS.items():
+        directory, words, server = tmp_path_factory.mktemp("runs") / run, list(options), nullcontext()
+        if run == "vllm":
+            server = FakeVllm(str(toy_path()), max_rank=32)
+            words += ["--rollout.vllm.urls", f"[{server.url}]"]
+        with server:
+            done = launch(None, 1, "--config", "configs/quickstart.yaml", *words, "--train.num_train_steps", "2",
+                          "--train.batch_size", "4", "--train.num_eval_prompts", "4", "--train.save_every", "0",
+                          "--train.output_dir", str(directory))  # fmt: skip
         assert done.returncode == 0, done.stderr[-4000:]
         assert (directory / "alarms.jsonl").exists()
         names |= {name for line in metrics(directory) for name in line}

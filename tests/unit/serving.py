@@ -13,10 +13,15 @@ Fault = str
 """`ok`, `slow`, `cut`, `json` (broken), `empty` (valid JSON, not an answer), `hang`, or a status such as `429`."""
 
 
+class _Http(ThreadingHTTPServer):
+    daemon_threads = True
+    request_queue_size = 512
+
+
 class Server:
     """Answers POSTs with what `answer` makes of their JSON, after the faults that are queued; a context manager."""
 
-    def __init__(self, answer: Callable[[Any], Any]) -> None:
+    def __init__(self, answer: Callable[[Any], Any], host: str = "127.0.0.1", port: int = 0) -> None:
         self.answer = answer
         self.faults: list[Fault] = []
         self.always: Fault = "ok"
@@ -32,10 +37,11 @@ class Server:
             def do_POST(self) -> None:
                 server._handle(self)
 
+            do_GET = do_POST
+
             def log_message(self, *_: object) -> None: ...
 
-        self._http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._http.daemon_threads = True
+        self._http = _Http((host, port), Handler)
         self.url = f"http://127.0.0.1:{self._http.server_port}"
         threading.Thread(target=self._http.serve_forever, daemon=True).start()
 
@@ -46,12 +52,22 @@ class Server:
         self._http.shutdown()
         self._http.server_close()
 
+    def reply(self, path: str, given: Any) -> tuple[int, Any]:
+        """Status and JSON for a message to a path, where no fault is due."""
+        return 200, self.answer(given)
+
+    def has_faults(self, path: str) -> bool:
+        """Whether faults are for messages to this path."""
+        return True
+
     def _handle(self, handler: BaseHTTPRequestHandler) -> None:
-        given = json.loads(handler.rfile.read(int(handler.headers["Content-Length"])))
+        body = handler.rfile.read(int(handler.headers.get("Content-Length", 0)))
+        given, fault = json.loads(body) if body else None, "ok"
         with self._lock:
             self.requests.append(given)
             self.headers.append(dict(handler.headers))
-            fault = self.faults.pop(0) if self.faults else self.always
+            if self.has_faults(handler.path):
+                fault = self.faults.pop(0) if self.faults else self.always
             self._at_once += 1
             self.most_at_once = max(self.most_at_once, self._at_once)
         try:
@@ -65,10 +81,11 @@ class Server:
             time.sleep(0.1)
         if fault == "hang":
             time.sleep(3)
-        status = int(fault) if fault.isdigit() else 200
-        content = {"json": b'{"choices": [', "empty": b"{}"}.get(fault) or json.dumps(self.answer(given)).encode()
-        if status != 200:
-            content = b'{"error": "no"}'
+        broken = {"json": b'{"choices": [', "empty": b"{}"}.get(fault)
+        status, answer = (int(fault), {"error": "no"}) if fault.isdigit() else (200, None)
+        if not broken and status == 200:
+            status, answer = self.reply(handler.path, given)
+        content = broken or json.dumps(answer).encode()
         handler.send_response(status)
         if status == 429:
             handler.send_header("Retry-After", "0.1")

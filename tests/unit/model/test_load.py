@@ -13,10 +13,11 @@ from small_models import IDS, LORA, logits, make_moved, make_policy, make_tokeni
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, CamembertConfig
 
-from grpo_dist.checkpoint.reopening import check_final, divergence, probe, rounding_kl
+from grpo_dist.checkpoint.reopening import check_final, divergence, rounding_kl
 from grpo_dist.config.schema import LoraConfig, ModelConfig
 from grpo_dist.model import attention
 from grpo_dist.model.export import choose_dtype, kept_shares, merged_state, save_final
+from grpo_dist.model.fixed_row import fixed_logits
 from grpo_dist.model.load import (
     Policy,
     adapted_layers,
@@ -157,7 +158,7 @@ def test_a_small_update_is_written_in_float32(moved: float, base: ModelConfig, t
     save_final(policy, load_tokenizer(base), tmp_path / "final", is_main=True)
     final = AutoModelForCausalLM.from_pretrained(tmp_path / "final").eval()
     assert final.dtype == torch.float32
-    assert divergence(probe(policy.causal_lm), probe(final)) < rounding_kl(torch.bfloat16)
+    assert divergence(fixed_logits(policy.causal_lm), fixed_logits(final)) < rounding_kl(torch.bfloat16)
 
 
 def test_a_large_update_is_written_in_the_policys_dtype(base: ModelConfig) -> None:
@@ -194,10 +195,10 @@ def test_the_model_that_is_written_is_compared_with_the_policy(
     caplog.set_level("INFO", "grpo_dist.checkpoint.reopening")
     policy = make_moved(base, dtype, 0.1)
     save_final(policy, load_tokenizer(base), tmp_path / "final", is_main=True)
-    check_final(tmp_path / "final", probe(policy.causal_lm), dtype, trust_remote_code=False)
-    check_final(tmp_path / "final", probe(load_causal_lm(base, dtype, None)), dtype, trust_remote_code=False)
+    check_final(tmp_path / "final", fixed_logits(policy.causal_lm), dtype, trust_remote_code=False)
+    check_final(tmp_path / "final", fixed_logits(load_causal_lm(base, dtype, None)), dtype, trust_remote_code=False)
     (tmp_path / "final" / "model.safetensors").write_bytes(b"damaged")
-    check_final(tmp_path / "final", probe(policy.causal_lm), dtype, trust_remote_code=False)
+    check_final(tmp_path / "final", fixed_logits(policy.causal_lm), dtype, trust_remote_code=False)
     said = [line for line in caplog.records if line.name == "grpo_dist.checkpoint.reopening"]
     assert [(line.levelname, line.message.split(": ")[1].split(",")[0]) for line in said[:2]] == [
         ("INFO", "reopened"), ("WARNING", "reopened"),

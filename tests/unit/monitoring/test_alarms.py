@@ -17,7 +17,8 @@ HEALTHY = {
     "reward/math/failed": 0.0, "entropy": 0.6, "clip/low": 0.0, "clip/high": 0.01, "grad_norm": 0.8,
     "learning_rate": 1e-3, "update/skipped": 0.0, "completion/length_mean": 5.0, "completion/truncated": 0.0,
     "tokens/completion": 500.0, "rollout/logprob_gap_max": 0.01,
-    "rollout/kl": 1e-3, "rollout/update_share": 1.0, "time/reward": 0.1, "time/step": 2.0,
+    "rollout/kl": 1e-3, "rollout/update_share": 1.0, "rollout/probe_gap": 0.02,
+    "time/reward": 0.1, "time/step": 2.0,
 }  # fmt: skip
 WRONG: dict[str, tuple[dict[str, float | None], int]] = {
     # alarm: what is wrong, and the step of it at which the alarm is due
@@ -29,6 +30,7 @@ WRONG: dict[str, tuple[dict[str, float | None], int]] = {
     "empty_completions": ({"completion/length_mean": 1.0, "tokens/completion": 100.0}, 3),
     "logprob_gap": ({"rollout/logprob_gap_max": 3.0}, 3),
     "rollout_off": ({"rollout/kl": 0.05}, 3),
+    "probe_gap": ({"rollout/probe_gap": 0.3}, 1),
     "update_lost": ({"rollout/update_share": 0.04}, 1),
     "rewards_failing": ({"reward/math/failed": 2.0}, 1),
     "unscored": ({"reward/unscored": 0.3}, 3),
@@ -112,9 +114,9 @@ def test_a_solved_task_has_little_entropy_and_no_alarm() -> None:
     ("dtype", "gap", "kl"), [("float32", 0.02, 2e-4), ("float16", 0.4, 3e-3), ("bfloat16", 3.0, 0.05)]
 )
 def test_bounds_on_rounding_are_the_dtypes(dtype: str, gap: float, kl: float) -> None:
-    far = HEALTHY | {"rollout/logprob_gap_max": gap, "rollout/kl": kl}
+    far = HEALTHY | {"rollout/logprob_gap_max": gap, "rollout/kl": kl, "rollout/probe_gap": 0.0}
     assert rung(Alarms(rules_for("k3", dtype)), 1, [far] * 3) == [(3, "logprob_gap"), (3, "rollout_off")]
-    near = HEALTHY | {"rollout/logprob_gap_max": gap / 3, "rollout/kl": kl / 3}
+    near = far | {"rollout/logprob_gap_max": gap / 3, "rollout/kl": kl / 3}
     assert rung(Alarms(rules_for("k3", dtype)), 1, [near] * 10) == []
     assert rung(Alarms(rules_for("k3", dtype, lag=1)), 1, [far] * 3) == [], "an older policy drew"
 

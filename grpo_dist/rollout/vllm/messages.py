@@ -1,0 +1,80 @@
+"""The messages of a vLLM server: what is asked of /v1/completions, and what a right answer is. Pure."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from ...algorithm.hashing import stream_key
+from ..engine import Request, limit_of
+from ..sampling import Sampling
+
+_NO_PROBABILITY = -9999.0
+"""What vLLM writes for a log-probability of minus infinity."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a server sampled for a request."""
+
+    ids: list[int]
+    logprobs: list[float]
+    """Of each of `ids` (nats)."""
+    prompt_logprobs: list[float]
+    """Of each token of the prompt but the first, where they were asked for."""
+
+
+def completion_message(
+    model: str, request: Request, sampling: Sampling, end_ids: list[int], most: int, *, scores_prompt: bool = False
+) -> dict[str, Any]:
+    """The message that asks for one trajectory of at most `most` tokens.
+
+    Every option of sampling is given: servers take those that are missing from the model's generation_config.json.
+    """
+    message: dict[str, Any] = {
+        "model": model, "prompt": request.prompt, "max_tokens": limit_of(request, most),
+        "temperature": 0.0 if sampling.greedy else sampling.temperature,
+        "top_p": 1.0 if sampling.greedy else sampling.top_p, "top_k": 0 if sampling.greedy else sampling.top_k,
+        "min_p": 0.0 if sampling.greedy else sampling.min_p,
+        "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0,
+        "seed": seed_of(request), "logprobs": 0, "return_token_ids": True,
+        # the ids that end a completion are the trainer's, whatever the server takes from the model's files
+        "ignore_eos": True, "stop_token_ids": [] if request.ignore_end else end_ids,
+    }  # fmt: skip
+    return message | {"prompt_logprobs": 0} if scores_prompt else message
+
+
+def seed_of(request: Request) -> int:
+    """The seed of a request: a function of its noise, which is one of (seed, step, prompt, sample), and of its place in
+    the trajectory; from 0 to 2**63 - 1, since servers take -1 for no seed."""
+    return (stream_key(request.key, request.offset) if request.offset else request.key) & (2**63 - 1)
+
+
+def read_answer(content: Any, message: dict[str, Any]) -> Answer:
+    """The answer to a message. Raises LookupError, TypeError or ValueError for anything but a complete right one."""
+    if content["model"] != message["model"]:
+        raise ValueError(f"it is of the model {content['model']!r}, expected {message['model']!r}")
+    (choice,) = content["choices"]
+    if choice["prompt_token_ids"] != message["prompt"]:
+        raise ValueError("it is for another prompt")
+    ids, reason, most = [int(token) for token in choice["token_ids"]], choice["finish_reason"], message["max_tokens"]
+    logprobs = [_logprob(value) for value in choice["logprobs"]["token_logprobs"]]
+    if len(ids) != len(logprobs):
+        raise ValueError(f"{len(logprobs)} log-probabilities for {len(ids)} tokens")
+    ended = bool(ids) and ids[-1] in message["stop_token_ids"]
+    if not (1 <= len(ids) <= most and {"stop": ended, "length": len(ids) == most}.get(reason, False)):
+        raise ValueError(f"{len(ids)} tokens that ended by {reason!r}, expected an end token or {most} tokens")
+    return Answer(ids, logprobs, _prompt_logprobs(choice, message) if "prompt_logprobs" in message else [])
+
+
+def _prompt_logprobs(choice: Any, message: dict[str, Any]) -> list[float]:
+    _, *rows = choice["prompt_logprobs"]
+    values = [float(row[str(token)]["logprob"]) for row, token in zip(rows, message["prompt"][1:], strict=True)]
+    if not all(map(math.isfinite, values)):
+        raise ValueError("log-probabilities of the prompt that are not finite")
+    return values
+
+
+def _logprob(value: Any) -> float:
+    return -math.inf if float(value) <= _NO_PROBABILITY else float(value)

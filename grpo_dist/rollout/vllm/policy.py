@@ -1,0 +1,239 @@
+"""The policy on the servers: written as files, loaded under a name of its own, and compared with the trainer's."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import shutil
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from peft import PeftModel
+from torch import Tensor
+
+from ...config.schema import Config
+from ...distributed.ranks import Ranks, dtype_name, resolve_dtype
+from ...distributed.watch import Interrupted
+from ...model.export import adapter_state, merged_state, write_adapter, write_merged
+from ...model.policy import Policy
+from ..local import Weights
+from ..sampling import sampling_of
+from .client import Failed, Server, ServerError, Servers
+from .messages import Answer, read_answer
+from .probe import STOPS, Expected, expected_scores, is_stale, largest_gap, question
+
+log = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
+
+KEPT = 2
+"""Policies on the servers: the newest one, and the one before it, which requests under way may sample from."""
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """The policy that the servers have."""
+
+    model: str
+    """The name to ask for."""
+    path: str | None
+    """Its adapter; None where it is the server's model itself."""
+    expected: Expected
+    gap: float
+    """The largest gap of the probe over the servers (nats)."""
+    failed: dict[str, str]
+    """The servers that do not have it, with the reason."""
+
+
+class ServedPolicy:
+    """Keeps the servers' policy that of the trainer. Its methods are collectives, but for `restore`."""
+
+    def __init__(
+        self, config: Config, servers: Servers, ranks: Ranks, weights: Weights, policy: Policy | None,
+        end_ids: list[int], step: int, needed: str,
+    ) -> None:  # fmt: skip
+        """`policy` is what is trained, None for a fixed model, and `weights` what the trainer computes with; `step` is
+        that of the first update, and `needed` how a server is started that serves this run."""
+        self.servers, self._ranks, self._weights, self._policy = servers, ranks, weights, policy
+        self._config, self._end_ids, self._step, self._needed = config, end_ids, step, needed
+        self._sampling = sampling_of(config.rollout)
+        self._dtype = resolve_dtype(config.model.dtype)
+        self._directory = (Path(config.train.output_dir) / "rollout").absolute()
+        self._tag = uuid.uuid4().hex[:8]  # of the main rank: two runs on a server never have the same name
+        self._names: list[str] = []
+        self._before: dict[str, tuple[Expected, Answer]] = {}
+        self.loaded: Loaded | None = None
+        servers.restore = self.restore
+
+    @property
+    def _has_adapters(self) -> bool:
+        return self._policy is not None and isinstance(self._policy.model, PeftModel)
+
+    def update(self) -> None:
+        """Bring the policy of now to the servers and compare. Raises Interrupted on all ranks where that fails."""
+        state: dict[str, Tensor] = {}
+        if self._policy is not None and self._has_adapters:
+            state = adapter_state(self._policy, self._ranks.is_main)
+        elif self._policy is not None:
+            state = merged_state(self._policy, self._ranks.is_main, self._dtype)
+        self._weights.sync()
+        with self._weights.open() as model:
+            expected = expected_scores(model, self._sampling, self._config.max_sequence_length,
+                                       dtype_name(self._dtype))  # fmt: skip
+        self.loaded = self.on_main(lambda: self._serve(state, expected))
+        self._step += 1
+        self.servers.begin(self.loaded.failed)
+
+    def start(self) -> None:
+        """Remove what a killed run has left, and look at the servers. Raises Interrupted on all ranks."""
+        self.on_main(self._look)
+
+    def close(self) -> None:
+        """Remove the policy's files, and its adapters from servers that go on; on the main rank."""
+        if self._ranks.is_main:
+            for name in list(self._names):
+                self._remove(name)
+
+    def on_main(self, work: Callable[[], Result]) -> Result:
+        """What `work` returns on the main rank. Raises Interrupted on all ranks where it fails."""
+        result, error = None, None
+        if self._ranks.is_main:
+            try:
+                result = work()
+            except (ServerError, OSError, RuntimeError) as failure:
+                error = str(failure) if isinstance(failure, ServerError) else f"{type(failure).__name__}: {failure}"
+        result, error = self._ranks.gather_objects((result, error))[0]
+        if error is not None:
+            raise Interrupted(f"rollout.vllm: {error}", failed=True)
+        return result
+
+    def _look(self) -> None:
+        shutil.rmtree(self._directory, ignore_errors=True)
+        self._directory.mkdir(parents=True)
+
+        async def look(server: Server) -> None:
+            listed = await self.servers.insist(server, "GET", "/v1/models", read=lambda content: content["data"])
+            base = next((each for each in listed if not each.get("parent")), None)
+            if base is None:
+                raise ServerError(f"{server.url} serves no model")
+            longest, needed = base.get("max_model_len") or math.inf, self._config.max_sequence_length
+            if longest < needed:
+                raise ServerError(f"{server.url} serves sequences of {longest} tokens, expected {needed} "
+                                  f"(data.max_prompt_length + rollout.max_completion_length)")  # fmt: skip
+            self._bases[server.url] = base["id"]
+            for each in listed:
+                if each.get("parent") and Path(each.get("root") or "/").is_relative_to(self._directory):
+                    log.warning("rollouts: %s still had %s of an earlier run", server.url, each["id"])
+                    await self._unload(server, each["id"])
+
+        self._bases: dict[str, str] = {}
+        self._each(look, all_must=True)
+        if len(set(self._bases.values())) > 1 and not self._has_adapters:
+            raise ServerError(f"the servers serve different models, {self._bases}: expected the same one")
+
+    def _serve(self, state: dict[str, Tensor], expected: Expected) -> Loaded:
+        name = f"policy-{self._tag}-{self._step}"
+        path = self._directory / name
+        model = next(iter(self._bases.values()))
+        if self._policy is not None:
+            self._names.append(name)
+            try:
+                if self._has_adapters:
+                    write_adapter(self._policy.model, state, path)
+                    model = name
+                else:
+                    write_merged(self._policy, state, None, path)
+            except Exception as error:
+                raise ServerError(f"the policy cannot be written to {path} for the servers "
+                                  f"({type(error).__name__}: {error})") from error  # fmt: skip
+        answers: dict[str, Answer] = {}
+
+        async def load(server: Server) -> None:
+            if self._has_adapters:
+                await self.servers.insist(server, "POST", "/v1/load_lora_adapter",
+                                          {"lora_name": name, "lora_path": str(path)})  # fmt: skip
+            elif self._policy is not None:
+                await self._reload(server, path)
+            message = question(model, expected, self._sampling, self._end_ids)
+            answers[server.url] = await self.servers.insist(server, "POST", "/v1/completions", message,
+                                                            lambda content: read_answer(content, message))  # fmt: skip
+
+        failed = self._each(load)
+        gaps = {url: largest_gap(expected, answer) for url, answer in answers.items()}
+        for url, gap in gaps.items():
+            self._require_same(url, gap, expected, answers[url])
+        self._before = {url: (expected, answer) for url, answer in answers.items()}
+        while len(self._names) > KEPT or (self._names and not self._has_adapters):
+            self._remove(self._names[0])
+        return Loaded(model, str(path) if self._has_adapters else None, expected, max(gaps.values()), failed)
+
+    def _require_same(self, url: str, gap: float, expected: Expected, answer: Answer) -> None:
+        stale = url in self._before and is_stale(self._before[url], (expected, answer))
+        if stale or not gap <= STOPS[expected.dtype]:
+            raise ServerError(
+                f"{url} does not sample from the policy: its log-probabilities of a fixed row are "
+                + ("those of before the update" if stale else f"off by up to {gap:.3g} nats") +
+                f", expected at most {STOPS[expected.dtype]:g} in {expected.dtype}. Does it serve another base model, "
+                f"dtype or revision? This run needs: {self._needed}"
+            )  # fmt: skip
+
+    def _each(self, work: Callable[[Server], Any], *, all_must: bool = False) -> dict[str, str]:
+        """Do something on every server; returns those on which it failed, with the reason. Raises ServerError where
+        that is all of them, or one and `all_must`."""
+
+        async def on_all() -> list[BaseException | None]:
+            return await asyncio.gather(*map(work, self.servers.servers), return_exceptions=True)
+
+        failed: dict[str, str] = {}
+        for server, error in zip(self.servers.servers, self.servers.run(on_all()), strict=True):
+            if isinstance(error, ServerError):
+                failed[server.url] = str(error)
+            elif error is not None:
+                raise error
+        if failed and (all_must or len(failed) == len(self.servers.servers)):
+            reasons = "; ".join(failed.values())
+            raise ServerError(f"{reasons}. This run needs servers that are started with: {self._needed}")
+        for url, reason in failed.items():
+            log.warning("rollouts: %s does not have the policy and is not used (%s)", url, reason)
+        return failed
+
+    async def _reload(self, server: Server, path: Path) -> None:
+        call = {"method": "reload_weights", "kwargs": {"weights_path": str(path)}}
+        await self.servers.insist(server, "POST", "/collective_rpc", call)
+        # blocks of the prefix cache have the old weights' keys and values
+        await self.servers.insist(server, "POST", "/reset_prefix_cache")
+
+    async def _unload(self, server: Server, name: str) -> None:
+        await self.servers.attempt(server, "POST", "/v1/unload_lora_adapter", {"lora_name": name})
+
+    def _remove(self, name: str) -> None:
+        """Remove a policy from servers and disk; a server that lost it itself does not matter."""
+
+        async def unload(server: Server) -> None:
+            try:
+                await self._unload(server, name)
+            except (Failed, ServerError) as error:
+                log.debug("%s: %s", server.url, error)
+
+        if self._has_adapters:
+            self._each(unload)
+        shutil.rmtree(self._directory / name, ignore_errors=True)
+        self._names.remove(name)
+
+    async def restore(self, server: Server) -> None:
+        """Make sure that a server has the policy after a failure: it may have been started again."""
+        assert self.loaded is not None, "requests follow an update"
+        loaded = self.loaded
+        if loaded.path is not None:
+            listed = await self.servers.attempt(server, "GET", "/v1/models", read=lambda content: content["data"])
+            if loaded.model not in [each["id"] for each in listed]:
+                await self.servers.attempt(server, "POST", "/v1/load_lora_adapter",
+                                           {"lora_name": loaded.model, "lora_path": loaded.path})  # fmt: skip
+        message = question(loaded.model, loaded.expected, self._sampling, self._end_ids)
+        answer = await self.servers.attempt(server, "POST", "/v1/completions", message,
+                                            lambda content: read_answer(content, message))  # fmt: skip
+        self._require_same(server.url, largest_gap(loaded.expected, answer), loaded.expected, answer)

@@ -1,0 +1,68 @@
+"""From a config to the engine that samples on vLLM servers."""
+
+from __future__ import annotations
+
+import os
+import socket
+from pathlib import Path
+
+from ...config.schema import Config
+from ...config.vllm import SHARED
+from ...distributed.ranks import Ranks, dtype_name, resolve_dtype
+from ...distributed.watch import Interrupted
+from ...model.load import model_path
+from ...model.policy import Policy
+from ..choose import UnfitEngine
+from ..local import Weights
+from .client import Servers
+from .engine import VllmEngine
+from .policy import ServedPolicy
+from .server import OwnServer, StartError, command_line
+
+
+def make_vllm_engine(
+    config: Config, ranks: Ranks, weights: Weights, policy: Policy | None, end_ids: list[int], step: int
+) -> VllmEngine:
+    """The engine, after its servers have answered; a collective.
+
+    `policy` is what is trained, None for a model that never changes, and `weights` what the trainer computes with;
+    `step` is that of the next update. Raises UnfitEngine where there is no server, or none that serves the run.
+    """
+    options = config.rollout.vllm
+    assert options is not None, "check_vllm sees to it"
+    model, dtype = model_path(config.model), dtype_name(resolve_dtype(config.model.dtype))
+    own, problem = None, None
+    if options.urls is None and ranks.is_main:
+        try:
+            own = _start(config, model, dtype, ranks)
+        except (StartError, OSError) as error:
+            problem = str(error)
+    ranks.wait_at("started the vLLM server")  # which loads a model
+    urls, problem = ranks.gather_objects((options.urls if own is None else [own.url], problem))[0]
+    if problem is not None:
+        raise UnfitEngine(problem)
+    servers = Servers(urls, options.timeout_seconds, options.retries, ranks.rank,
+                      own.obituary if own else lambda: None)  # fmt: skip
+    served = ServedPolicy(config, servers, ranks, weights, policy, end_ids, step, command_line(config, model, dtype))
+
+    def share_memory(what: str) -> None:
+        path = {"sleep": "/sleep?level=1", "wake_up": "/wake_up"}[what]
+        served.on_main(lambda: servers.run(servers.insist(servers.servers[0], "POST", path)))
+
+    engine = VllmEngine(served, own, end_ids, config.rollout.max_completion_length,
+                        share_memory if options.devices == SHARED else None)  # fmt: skip
+    try:
+        served.start()
+    except Interrupted as error:
+        engine.close()
+        raise UnfitEngine(str(error)) from error
+    return engine
+
+
+def _start(config: Config, model: str, dtype: str, ranks: Ranks) -> OwnServer:
+    """A server that answers."""
+    is_one_machine = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) == ranks.num_ranks
+    server = OwnServer(config, model, dtype, Path(config.train.output_dir),
+                       "127.0.0.1" if is_one_machine else socket.gethostname())  # fmt: skip
+    server.wait_until_ready()
+    return server

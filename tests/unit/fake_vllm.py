@@ -1,0 +1,135 @@
+"""A small server with the interface of vLLM's: it samples from a model and PEFT adapters that are loaded while it runs.
+
+    python fake_vllm.py serve MODEL --port 8000 [--max-lora-rank 16] [...]
+
+It takes vLLM's command line too, so that a run can start it. `plant` makes it wrong in the way of its name.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from serving import Server
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from grpo_dist.rollout import Request, RowDecoder, Sampling, decode_all
+
+COMPLETIONS = "/v1/completions"
+
+
+class FakeVllm(Server):
+    """Serves a directory's model; faults are for completions."""
+
+    def __init__(self, model: str, *, max_rank: int = 16, longest: int = 4096, plant: str = "", port: int = 0) -> None:
+        """`plant`: `stale` (each adapter is the first one), `scaling` (adapters count twice), `raw` (log-probabilities
+        at temperature 1), or nothing."""
+        super().__init__(lambda _: {}, port=port)
+        self.path, self.max_rank, self.longest, self.plant = model, max_rank, longest, plant
+        self.base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+        self.adapters: dict[str, tuple[nn.Module, str]] = {}
+        self.calls: list[str] = []
+        self.refuses_adapters = False
+        self._one = threading.Lock()
+
+    def has_faults(self, path: str) -> bool:
+        return path == COMPLETIONS
+
+    def reply(self, path: str, given: Any) -> tuple[int, Any]:
+        with self._one:
+            self.calls.append(path)
+            if path == "/v1/models":
+                loaded = self.adapters.items()
+                adapters = [{"id": name, "parent": self.path, "root": root} for name, (_, root) in loaded]
+                return 200, {"data": [{"id": self.path, "root": self.path, "max_model_len": self.longest}, *adapters]}
+            if path == COMPLETIONS:
+                return self._complete(given)
+            if path == "/v1/load_lora_adapter":
+                return self._load(given["lora_name"], given["lora_path"])
+            if path == "/v1/unload_lora_adapter":
+                return (200, {}) if self.adapters.pop(given["lora_name"], None) else (404, {"error": "not loaded"})
+            if path == "/collective_rpc":
+                loaded = AutoModelForCausalLM.from_pretrained(given["kwargs"]["weights_path"], dtype=torch.float32)
+                if self.plant != "stale":
+                    self.base = loaded.eval()
+            return 200, {}
+
+    def _load(self, name: str, root: str) -> tuple[int, Any]:
+        if self.refuses_adapters or not (Path(root) / "adapter_config.json").is_file():
+            return 404, {"error": f"No adapter found for {root}"}
+        rank = json.loads((Path(root) / "adapter_config.json").read_text())["r"]
+        if rank > self.max_rank:
+            return 400, {"error": f"LoRA rank {rank} is greater than max_lora_rank {self.max_rank}."}
+        if name in self.adapters:
+            return 400, {"error": f"The lora adapter '{name}' has already been loaded."}
+        if self.plant == "stale" and self.adapters:
+            self.adapters[name] = (next(iter(self.adapters.values()))[0], root)
+            return 200, {}
+        base = AutoModelForCausalLM.from_pretrained(self.path, dtype=torch.float32)
+        model = PeftModel.from_pretrained(base, root).merge_and_unload()
+        if self.plant == "scaling":
+            for weight, plain in zip(model.parameters(), self.base.parameters(), strict=True):
+                weight.data += weight.data - plain.data
+        self.adapters[name] = (model.eval(), root)
+        return 200, {}
+
+    def _complete(self, given: Any) -> tuple[int, Any]:
+        name, prompt = given["model"], given["prompt"]
+        if name != self.path and name not in self.adapters:
+            return 404, {"error": f"The model `{name}` does not exist."}
+        if len(prompt) + given["max_tokens"] > self.longest:
+            return 400, {"error": f"maximum context length is {self.longest} tokens"}
+        model = self.base if name == self.path else self.adapters[name][0]
+        greedy = given["temperature"] == 0
+        sampling = Sampling(1.0 if greedy else given["temperature"], given["top_p"], given["top_k"], given["min_p"],
+                            greedy)  # fmt: skip
+        (sampled,) = decode_all(RowDecoder(given["stop_token_ids"], given["max_tokens"]), model,
+                                [Request(0, 0, prompt, given["seed"])], sampling)  # fmt: skip
+        logprobs = sampled.logprobs
+        if self.plant == "raw":
+            logprobs = self._scores(model, [*prompt, *sampled.ids])[len(prompt) - 1 :]
+        choice = {"index": 0, "text": "", "finish_reason": "stop" if sampled.finished else "length",
+                  "prompt_token_ids": prompt, "token_ids": sampled.ids,
+                  "logprobs": {"token_logprobs": logprobs}}  # fmt: skip
+        if "prompt_logprobs" in given:
+            scores = self._scores(model, prompt)
+            choice["prompt_logprobs"] = [None, *({str(token): {"logprob": score, "rank": 1}}
+                                                 for token, score in zip(prompt[1:], scores, strict=True))]  # fmt: skip
+        return 200, {"model": name, "choices": [choice]}
+
+    @staticmethod
+    @torch.no_grad()
+    def _scores(model: nn.Module, ids: list[int]) -> list[float]:
+        rows = torch.log_softmax(model(input_ids=torch.tensor([ids])).logits[0].float(), -1)
+        return rows[:-1].gather(-1, torch.tensor(ids[1:])[:, None])[:, 0].tolist()
+
+
+def main() -> None:
+    """The command line of vLLM, as far as a run gives it."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("model")
+    parser.add_argument("--port", type=int)
+    parser.add_argument("--max-model-len", type=int, default=4096)
+    parser.add_argument("--max-lora-rank", type=int, default=16)
+    parser.add_argument("--plant", default="")
+    options, _ = parser.parse_known_args(sys.argv[sys.argv.index("serve") + 1 :])
+    if options.plant == "ends":
+        sys.exit("fake_vllm: no device")
+    torch.set_num_threads(1)
+    with FakeVllm(options.model, max_rank=options.max_lora_rank, longest=options.max_model_len, plant=options.plant,
+                  port=options.port) as server:  # fmt: skip
+        print(f"serving {options.model} at {server.url}", flush=True)
+        while True:
+            time.sleep(1)
+
+
+if __name__ == "__main__":
+    main()
