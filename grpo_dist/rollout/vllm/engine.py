@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import queue
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from functools import partial
 from typing import Any
@@ -72,6 +72,9 @@ class VllmEngine:
             future = self._servers.start(self._ask(request, message))
             self._waiting.add(future)
             future.add_done_callback(partial(_put, ended, request))
+
+    def release(self, places: Iterable[tuple[int, int]]) -> None:
+        """Do nothing: servers keep the prefixes that they have room for."""
 
     def poll(self) -> list[Trajectory]:
         """See `Engine`. Raises Interrupted where no server answers."""
