@@ -36,6 +36,8 @@ class VllmEngine:
         on the trainer's devices, a collective."""
         self._served, self._servers, self._own = served, served.servers, own
         self._end_ids, self._most, self._shares_memory = end_ids, max_new_tokens, shares_memory
+        # a server that shares the trainer's devices cannot draw while these update
+        self.is_elsewhere = shares_memory is None
         self._ended: queue.SimpleQueue[tuple[Request, Future[Answer]]] = queue.SimpleQueue()
         self._waiting: set[Future[Answer]] = set()
         self._sampling = Sampling()
@@ -54,10 +56,7 @@ class VllmEngine:
 
     def sleep(self) -> None:
         """See `Engine`."""
-        for future in self._waiting:
-            future.cancel()  # which closes the connection, and so ends the work on the server
-        self._waiting.clear()
-        self._ended = queue.SimpleQueue()
+        self._drop()
         if self._shares_memory is not None:
             self._shares_memory("sleep")
 
@@ -104,10 +103,17 @@ class VllmEngine:
 
     def close(self) -> None:
         """See `Engine`."""
+        self._drop()
         self._served.close()
         if self._own is not None:
             self._own.close()
         self._servers.close()
+
+    def _drop(self) -> None:
+        for future in self._waiting:
+            future.cancel()  # which closes the connection, and so ends the work on the server
+        self._waiting.clear()
+        self._ended = queue.SimpleQueue()
 
     async def _ask(self, request: Request, message: dict[str, Any]) -> Answer:
         return await self._servers.post(
