@@ -11,7 +11,6 @@ last part. Nothing is trained. Every rank loads the complete model.
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import os
@@ -25,9 +24,13 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from .config.evaluation import read_options
+
+if __name__ == "__main__":
+    # before the imports of torch, so that the answer to a mistake in an option comes at once
+    read_options()
+
 from .algorithm.estimates import Comparison, Estimate, compare, estimate, majority_at_k, pass_at_k
-from .config.own_options import OwnOptions
-from .config.parse import parse_config
 from .config.schema import Config
 from .data.prompts import load_prompts
 from .distributed.deepspeed import unsharded_loading
@@ -254,27 +257,6 @@ def report(rows: Rows, num_samples: int, other: Path | None, directory: Path) ->
             markup=False,
         )
     write_file(directory / "summary.json", json.dumps(summary, indent=1))
-
-
-def read_options(arguments: Sequence[str] | None = None) -> tuple[argparse.Namespace, Config]:
-    """Read the command line; what it does not name here are options of a training config."""
-    parser = OwnOptions(prog="grpo_dist.evaluate", description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--model", required=True, help="a model's directory or hub id, `toy` or `toy-carry`")
-    parser.add_argument("--data", help="in place of the config's data.eval_file")
-    parser.add_argument("--n", type=int, default=16, help="samples a prompt (16)")
-    parser.add_argument("--category", help="a column of the data: a table for each of its values")
-    parser.add_argument("--output", type=Path, default=Path("evaluation"), help="where samples and summary go")
-    parser.add_argument("--compare", type=Path, metavar="OUTPUT", help="another evaluation's output, for a paired test")
-    options, rest = parser.parse_known_args(arguments)
-    if options.n < 1:
-        parser.error(f"--n: {options.n} given, expected at least 1")
-    if options.compare is not None and not list(options.compare.glob("samples_*.jsonl")):
-        parser.error(f"--compare: {options.compare} holds no samples of an evaluation")
-    config = parse_config([*rest, "--model.name", options.model])
-    config.data.eval_file = options.data or config.data.eval_file
-    if config.data.eval_file is None:
-        parser.error("no data: give --data, or a config with data.eval_file")
-    return options, config
 
 
 def main() -> int:

@@ -17,6 +17,12 @@ from __future__ import annotations
 import sys
 import time
 
+from .config.parse import refuse_mistakes
+
+if __name__ == "__main__":
+    # before the imports of torch, so that the answer to a mistake in an option comes at once
+    refuse_mistakes()
+
 from .algorithm.hashing import stream_key
 from .algorithm.losses import policy_loss, value_loss
 from .algorithm.ratios import rollout_weights

@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from ..config.parse import DRY_RUN, parse_config
+from ..config.parse import refuse_mistakes
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -23,9 +23,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
     """Train, and return the exit status."""
-    if DRY_RUN not in rest:
-        parse_config(list(rest))  # an error should not wait for torch, which the trainer imports
+    refuse_mistakes(list(rest))
 
+    # only now, since this imports torch
     from ..train import train
     from ..trainer.ending import main
 

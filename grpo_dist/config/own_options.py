@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 import difflib
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
-from .parse import command_line_options
+from .parse import command_line_options, let_first_rank_answer
 
 
 class OwnOptions(argparse.ArgumentParser):
@@ -31,6 +31,11 @@ class OwnOptions(argparse.ArgumentParser):
             if near in own:
                 self.error(f"unrecognized arguments: {word}; did you mean {near}?")
         return options, rest
+
+    def error(self, message: str) -> NoReturn:
+        """Print the message once on a node, and end the program with status 2."""
+        let_first_rank_answer()
+        super().error(message)
 
 
 def nearest(word: str, own: Sequence[str], others: Sequence[str]) -> str | None:

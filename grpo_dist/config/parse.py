@@ -5,8 +5,10 @@ from __future__ import annotations
 import difflib
 import functools
 import itertools
+import os
 import re
 import sys
+import time
 from dataclasses import fields, is_dataclass
 from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 
@@ -19,6 +21,7 @@ from .shipped import shipped
 PRESETS = shipped("configs") / "algorithms"
 DRY_RUN = "--dry_run"
 """Checks a run in place of the run. It is not an option of a run, and not in a config file."""
+_FIRST_RANK_SECONDS = 10.0
 
 
 @functools.cache
@@ -71,8 +74,18 @@ class _Parser(ArgumentParser):
                 if word not in command_line_options()}  # fmt: skip
         hints = [f"{word!r}: did you mean {match!r}?" for word, match in near.items() if match]
         files = [f"(with {path})" for path in self.files]
+        let_first_rank_answer()
         write_lines("\n".join([f"error: {message.strip()}", *hints, *files]), sys.stderr)
         sys.exit(2)
+
+
+def let_first_rank_answer() -> None:
+    """Wait on every other rank of a node: the first one ends with the same message, and the launcher ends the others.
+
+    A rank that is still there after the wait has a mistake of its own.
+    """
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        time.sleep(_FIRST_RANK_SECONDS)
 
 
 def make_parser(kind: type[ArgumentParser] = _Parser, **settings: Any) -> ArgumentParser:
@@ -129,6 +142,13 @@ def parse_config(arguments: list[str] | None = None) -> Config:
         return to_config(parser, given)
     except ValueError as error:  # a check of schema.py
         parser.error(str(error))
+
+
+def refuse_mistakes(arguments: list[str] | None = None) -> None:
+    """End the program with status 2 on a mistake in a run's options. A dry run reports all of them by itself."""
+    words = sys.argv[1:] if arguments is None else arguments
+    if DRY_RUN not in words:
+        parse_config(words)
 
 
 def presets() -> list[str]:

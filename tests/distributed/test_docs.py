@@ -18,9 +18,9 @@ from accelerate.commands.launch import launch_command_parser
 from documents import PAGES, Command, commands, files
 from launching import ROOT, launch
 
-from grpo_dist import evaluate
 from grpo_dist.cli.examples import copy_examples
 from grpo_dist.cli.main import main, make_parser
+from grpo_dist.config import evaluation
 from grpo_dist.config.parse import option_types, parse_config
 
 SHORT = ("--train.num_train_steps", "2", "--train.num_eval_prompts", "4")
@@ -112,7 +112,7 @@ def module(name: str, arguments: list[str]) -> None:
         arguments = arguments[arguments[:1] == ["train"] :]
         parse(lambda: parse_config([word for word in arguments if word != "--dry_run"]))
     elif name == "grpo_dist.evaluate":
-        parse(lambda: evaluate.read_options(arguments))
+        parse(lambda: evaluation.read_options(arguments))
     elif name == "grpo_dist" and arguments[0] not in ONLY_READ and not NEEDED & set(arguments):
         assert main(arguments) == 0
     elif name == "grpo_dist":

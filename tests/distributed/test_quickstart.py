@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
-from launching import launch, metrics
+from launching import ROOT, launch, metrics
 
 
 def test_quickstart_learns(tmp_path: Path) -> None:
@@ -25,3 +28,13 @@ def test_started_again_it_has_nothing_left_to_do(tmp_path: Path) -> None:
     assert first.returncode == second.returncode == 0, second.stderr[-4000:]
     assert "done already" in second.stderr
     assert len(metrics(tmp_path / "run")) == 2
+
+
+def test_a_mistake_in_an_option_ends_before_the_launcher_starts() -> None:
+    done = subprocess.run(
+        ["launch/single_node.sh", "--rollout.grup_size", "2"], cwd=ROOT, capture_output=True, text=True, timeout=120,
+        check=False, env={**os.environ, "GRPO_DIST_VENV": sys.prefix},
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert "did you mean 'rollout.group_size'?" in done.stderr
+    assert "Traceback" not in done.stderr

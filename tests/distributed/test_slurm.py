@@ -56,6 +56,15 @@ def test_what_is_missing_is_said_at_once(variables: dict[str, str], expected: st
     assert expected in result.stderr
 
 
+def test_a_mistake_in_an_option_ends_the_job_before_any_launcher_starts() -> None:
+    job = {"SLURM_JOB_ID": "1", "SLURM_SUBMIT_DIR": str(ROOT), "GRPO_DIST_VENV": sys.prefix}
+    result = subprocess.run(["bash", SBATCH_FILE, "--rollout.grup_size", "2"], env=environment(**job),
+                            capture_output=True, text=True, timeout=60, check=False)  # fmt: skip
+    assert result.returncode == 2
+    assert "did you mean 'rollout.group_size'?" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
 @pytest.fixture
 def cluster() -> None:
     """Skip without a SLURM cluster that has two nodes to give."""

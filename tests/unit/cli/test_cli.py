@@ -6,11 +6,14 @@ import argparse
 import importlib
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from grpo_dist.cli.main import VERBS, main, make_parser
+from grpo_dist.config.evaluation import read_options
+from grpo_dist.config.parse import parse_config
 
 ROOT = Path(__file__).parents[3]
 USES = {
@@ -39,6 +42,33 @@ def test_is_answered_without_torch(name: str) -> None:
                           check=True)  # fmt: skip
     assert done.stdout.splitlines()[-2:] == [str(status), "False"], done.stderr
     assert message in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("words", [["grpo_dist.train"], ["grpo_dist.evaluate", "--model", "toy"]])
+def test_a_launched_module_reads_its_options_before_it_imports_torch(words: list[str]) -> None:
+    # an import of torch would raise here
+    code = "import runpy, sys; sys.modules['torch'] = None; runpy.run_module(sys.argv.pop(1), run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", code, *words, "--rollout.grup_size", "2"],
+                          capture_output=True, text=True, cwd=ROOT, timeout=60, check=False)  # fmt: skip
+    assert done.returncode == 2, done.stderr
+    assert "rollout.grup_size" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("local_rank", ["0", "3"])
+@pytest.mark.parametrize(("read", "words"), [(parse_config, []), (read_options, ["--model", "toy"])])
+def test_the_first_rank_of_a_node_answers_before_the_others(
+    local_rank: str, read: Callable[[list[str]], object], words: list[str], monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.setenv("LOCAL_RANK", local_rank)
+    already_printed: list[str] = []
+    monkeypatch.setattr("grpo_dist.config.parse.time.sleep", lambda _: already_printed.append(capsys.readouterr().err))
+    with pytest.raises(SystemExit) as end:
+        read([*words, "--train.bath_size", "3"])
+    assert end.value.code == 2
+    assert already_printed == ([] if local_rank == "0" else [""])
+    assert "--train.bath_size" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("verb", VERBS)
