@@ -31,6 +31,7 @@ from .algorithm.targets import needs_old_policy, next_kl_coeff, with_advantages
 from .checkpoint.state import TrainState
 from .monitoring.alarms import Metrics
 from .monitoring.metrics import UpdateMetrics, pass_rates
+from .monitoring.traces import with_trace
 from .trainer.ahead import drawn_ahead
 from .trainer.collect import collect, with_reference
 from .trainer.ending import main
@@ -55,11 +56,10 @@ def train_step(parts: Parts, state: TrainState) -> Metrics:
     """One step, from prompts to a trained policy; returns the step's metrics."""
     config, start = parts.config, time.perf_counter()
     reward_weights = config.weights_at(state.step)
-    # prompts, completions, rewards, the same on every rank; a run that was stopped between updates has its batch
     # prompts, completions, rewards, the same on every rank; kept where the run was stopped, or where it was drawn ahead
     batch = state.batch or collect(parts, state, state.step)
     with drawn_ahead(parts, state):  # with rollout.lag 1, the next step's batch by the policy before this update
-        batch = with_reference(parts, batch)
+        batch = with_trace(with_reference(parts, batch))
         if not needs_old_policy(config):
             batch = with_advantages(config, batch, reward_weights, state.kl_coeff)
         minibatches = pack_minibatches(parts, batch)  # this rank's share of the completions that have a gradient
@@ -84,7 +84,7 @@ def update(parts: Parts, state: TrainState, batch: Batch, minibatch: Minibatch) 
     """One optimizer step on a minibatch; returns its metrics."""
     config, loss_config = parts.config, parts.config.loss
     dropout_key = stream_key(config.train.seed, "dropout", state.step, state.updates)
-    metrics = UpdateMetrics(parts.ranks.device)
+    metrics = UpdateMetrics(batch, parts.ranks.device)
     for number, cpu_pack in enumerate(minibatch.packs, 1):
         is_last = number == len(minibatch.packs)
         parts.ranks.stop_if_any(parts.watch.requested)
@@ -105,7 +105,7 @@ def update(parts: Parts, state: TrainState, batch: Batch, minibatch: Minibatch) 
             if loss_config.importance_correction != "none":
                 averaged |= {"importance/mean": importance, "importance/masked": importance == 0}
             parts.ranks.backward(parts.wrapped, total, is_last)
-        metrics.add(total, loss, old - tokens.rollout, pack.useful, len(pack.ids), averaged)
+        metrics.add(total, loss, old - tokens.rollout, cpu_pack.token, pack.useful, len(pack.ids), averaged)
     rate = learning_rate(state.step, config.train.num_train_steps, config.optim)
     norm = parts.ranks.optimizer_step(parts.wrapped, parts.optimizer, rate)
     reduced = metrics.reduced(parts.ranks) | {"grad_norm": norm, "learning_rate": rate}

@@ -123,6 +123,9 @@ class Batch:
     """Columns that rewards logged for the completions' table, N values each, by `REWARD/COLUMN`."""
     episodes: list[Episode] | None = None
     """(N) as long as the completions are scored; None without tools and environment."""
+    trace: Tensor | None = None
+    """(W, 2) float64: the trainer's log-probability less the rollout's, and its entropy (nats), of the tokens that the
+    report shows one by one; NaN until an update has computed them. See `monitoring.traces`."""
     old: OldPolicy | None = None
     """From `with_old_policy`; None where neither the loss nor the advantages depend on it."""
     advantages: Tensor | None = None

@@ -15,8 +15,10 @@ from torch import Tensor
 
 from ..algorithm.advantages import group_statistics
 from ..algorithm.losses import Loss
+from ..distributed.transfer import to_device
 from ..types import Batch
 from .json_lines import read_json_lines
+from .traces import traced_tokens
 
 log = logging.getLogger(__name__)
 
@@ -67,15 +69,22 @@ class UpdateMetrics:
     TOTALS = ("loss", "loss/policy", "tokens", "useful", "computed")
     MAXIMA = ("ratio/max", "rollout/logprob_gap_max")
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, batch: Batch, device: torch.device) -> None:
+        self.trace, self.traced = batch.trace, traced_tokens(batch)
+        # gap, entropy, and whether they are known
+        self.seen = torch.zeros((len(self.traced), 3), dtype=torch.float64, device=device)
         self.totals = torch.zeros(len(self.TOTALS), dtype=torch.float64, device=device)
         self.maxima = torch.zeros(len(self.MAXIMA), dtype=torch.float64, device=device)
         self.means: dict[str, Tensor] = {}
 
-    def add(self, total: Tensor, loss: Loss, gap: Tensor, useful: int, computed: int, means: dict[str, Tensor]) -> None:
+    def add(
+        self, total: Tensor, loss: Loss, gap: Tensor, token: Tensor, useful: int, computed: int,
+        means: dict[str, Tensor],
+    ) -> None:  # fmt: skip
         """Add one pack; nothing here waits for the device.
 
-        `total` is the loss that is differentiated. `gap` (M,) is the trainer's log-probabilities minus the rollout's.
+        `total` is the loss that is differentiated. `gap` (M,) is the trainer's log-probabilities minus the rollout's,
+        `token` (M,), on the CPU, the places of the pack's tokens in the batch, and `means["entropy"]` is traced.
         `means` are (M,) tensors whose mean over all tokens is a metric; all packs of all ranks have the same names.
         """
         gap = gap.double()
@@ -88,11 +97,22 @@ class UpdateMetrics:
             self.means[name] = self.means.get(name, 0.0) + values.detach().double().sum()
         if loss.ratio.numel():
             self.maxima = torch.maximum(self.maxima, torch.stack([loss.ratio.double().max(), gap.abs().max()]))
+        inside = ((token >= self.traced.start) & (token < self.traced.stop)).nonzero()[:, 0]
+        if self.trace is not None and len(inside):
+            rows, inside = to_device([token[inside] - self.traced.start, inside], self.seen.device)
+            known = gap[inside], means["entropy"][inside].detach().double()
+            self.seen[rows] = torch.stack([*known, torch.ones_like(known[0])], 1)
 
     def reduced(self, ranks: Any) -> dict[str, float]:
-        """The metrics of the update over all ranks; a collective."""
-        sums = torch.cat([self.totals, torch.stack(list(self.means.values()))])
-        named = dict(zip([*self.TOTALS, *self.means], ranks.reduce(sums, "sum").tolist(), strict=True))
+        """The metrics of the update over all ranks, and in the batch's trace what this pass was first to compute; a
+        collective."""
+        sums = torch.cat([self.totals, torch.stack(list(self.means.values())), self.seen.flatten()])
+        reduced = ranks.reduce(sums, "sum")
+        named = dict(zip([*self.TOTALS, *self.means], reduced.tolist(), strict=False))
+        if self.trace is not None:
+            seen = reduced[len(named) :].view_as(self.seen)
+            new = (seen[:, 2] > 0) & self.trace[:, 0].isnan()
+            self.trace[new] = seen[new, :2]
         maxima = dict(zip(self.MAXIMA, ranks.reduce(self.maxima, "max").tolist(), strict=True))
         tokens = max(named.pop("tokens"), 1.0)
         useful, computed = named.pop("useful"), named.pop("computed")

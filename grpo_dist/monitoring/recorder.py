@@ -32,9 +32,10 @@ HISTOGRAMS = {"reward": "reward/distribution", "advantage": "advantage/distribut
 
 
 def completions_table(
-    step: int, batch: Batch, texts: list[str], advantages: Tensor, reward_names: list[str]
+    step: int, batch: Batch, texts: list[str], traces: list[str], advantages: Tensor, reward_names: list[str]
 ) -> dict[str, list[Any]]:
-    """Return the columns of a step's completions for their file; `texts` are the N completions."""
+    """Return the columns of a step's completions for their file; `texts` are the N completions, `traces` are from
+    `trace_lines`."""
     groups = batch.group.tolist()
     return {
         "step": [step] * len(groups),
@@ -50,6 +51,7 @@ def completions_table(
         ].tolist(),  # the first token's, which is the completion's for outcome rewards
         **{f"reward/{name}": column.tolist() for name, column in zip(reward_names, batch.rewards.T, strict=True)},
         **{f"reward/{column}": values for column, values in batch.extras.items()},
+        "trace": traces,
     }
 
 
@@ -112,9 +114,11 @@ class Recorder:
             self.alarm_file.write(json.dumps(asdict(alarm) | {"page": alarm.page}) + "\n")
         return alarms
 
-    def completions(self, step: int, batch: Batch, texts: list[str], advantages: Tensor, names: list[str]) -> None:
-        """Write one step's completions to completions/step_N.parquet."""
-        table = completions_table(step, batch, texts, advantages, names)
+    def completions(
+        self, step: int, batch: Batch, texts: list[str], traces: list[str], advantages: Tensor, names: list[str]
+    ) -> None:
+        """Write one step's completions to completions/step_N.parquet; see `completions_table`."""
+        table = completions_table(step, batch, texts, traces, advantages, names)
         values = {name: np.array(table[column], dtype=np.float32) for column, name in HISTOGRAMS.items()}
         self.pictures["histograms"] = {name: each[np.isfinite(each)] for name, each in values.items()}
         if not self.logging.log_completions:

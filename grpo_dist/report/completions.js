@@ -31,18 +31,20 @@ function passes(row, filter) {
 function completionsPanel() {
   const number = (id, label) => make("label", {}, label, make("input", { type: "number", id, step: "any", inputmode: "decimal" }));
   const text = make("input", { type: "search", id: "text", placeholder: "words of a prompt or completion" });
+  const colour = make("select", { id: "colour" }, Object.keys(COLOURS).map((name) => make("option", {}, name)));
   const order = make("select", { id: "order" }, Object.keys(ORDERS).map((name) => make("option", {}, name)));
   const form = make("form", { class: "filter", submit: (event) => event.preventDefault(), input: () => refresh(),
     reset: () => setTimeout(refresh) },
   make("label", { class: "grow" }, "Text", text), number("first", "Step from"), number("last", "to"),
-  number("low", "Reward from"), number("high", "to"), make("label", {}, "Order", order), make("button", { type: "reset" }, "Clear"));
+  number("low", "Reward from"), number("high", "to"), make("label", {}, "Order", order), make("label", {}, "Colour by", colour), make("button", { type: "reset" }, "Clear"));
   const count = make("p", { class: "note", role: "status", id: "count" });
   const list = make("tbody", {});
   const heads = ["Step", "Reward", "Advantage", "Tokens", "Prompt", "Completion", ""].map((text) => make("th", { scope: "col" }, text));
   const more = make("button", { type: "button", id: "more", click: () => show(list.children.length + PAGE) }, "Show more");
+  const alone = make("p", { class: "note", id: "alone" }, "A link has chosen these completions. ", make("a", { href: "#completions" }, "Show all"));
   let matches = [];
   const show = (most) => {
-    list.append(...matches.slice(list.children.length, most).map(completionItem));
+    list.append(...matches.slice(list.children.length, most).map((row) => completionItem(row, colour.value)));
     more.hidden = list.children.length >= matches.length;
     more.textContent = `Show ${Math.min(PAGE, matches.length - list.children.length)} more of ${integer(matches.length)}`;
   };
@@ -51,19 +53,40 @@ function completionsPanel() {
     filter.text = text.value.toLowerCase();
     const run = runs[state.run];
     const rows = rowsOf(run);
-    matches = rows.filter((row) => passes(row, filter)).sort(ORDERS[order.value]);
+    const linked = linkedRows(rows);
+    matches = linked ?? rows.filter((row) => passes(row, filter)).sort(ORDERS[order.value]);
+    alone.hidden = !linked;
     const { total, steps_read: read, num_steps: steps } = run.completions;
     const kept = rows.length < total ? `a sample of ${integer(rows.length)} from the ${integer(total)} completions` : `all ${integer(total)} completions`;
     count.textContent = `${integer(matches.length)} match, of ${kept} of ${read < steps ? `${read} evenly spaced steps of ${integer(steps)}` : `${integer(steps)} steps`}. completions/ has all of them.`;
     list.replaceChildren();
     show(PAGE);
   };
-  watch(["run"], refresh);
-  return section("completions", "Completions", form, count,
+  watch(["run", "link"], refresh);
+  return section("completions", "Completions", form, legendOfWriters(), alone, count,
     make("table", { class: "rows" }, make("thead", {}, make("tr", {}, heads)), list), more);
 }
 
-function completionItem(row) {
+/** The completions that the page's address names, in order of their steps; null where it names none. */
+function linkedRows(rows) {
+  const { kind, step, place } = state.link ?? {};
+  if (!kind) return null;
+  const named = rows.find((row) => row.step === step && row.place === place);
+  if (!named) return [];
+  return kind === "completion" ? [named] : rows.filter((row) => row.prompt === named.prompt).sort((a, b) => a.step - b.step || a.place - b.place);
+}
+
+/** Read the page's address: `#completion=RUN.STEP.PLACE` is one completion, `#prompt=…` all of its prompt. */
+function followAddress() {
+  const match = /^#(completion|prompt)=(\d+)\.(\d+)\.(\d+)$/.exec(location.hash);
+  if (!match && !state.link) return;
+  const [run, step, place] = match ? match.slice(2).map(Number) : [state.run];
+  set({ run: Math.min(run, runs.length - 1), link: match ? { kind: match[1], step, place } : null });
+  if (match) document.getElementById("completions").scrollIntoView();
+}
+
+function completionItem(row, colour) {
+  const address = `${state.run}.${row.step}.${row.place}`;
   const parts = Object.entries(row.rewards).map(([name, value]) => `${name} ${typeof value === "number" ? short(value) : written(value)}`).join(", ");
   const tone = row.advantage > 0 ? "good" : row.advantage < 0 ? "bad" : "";
   return make("tr", {},
@@ -72,8 +95,10 @@ function completionItem(row) {
     make("td", { "data-label": "advantage" }, short(row.advantage)),
     make("td", { "data-label": "tokens" }, integer(row.tokens), row.finished ? "" : ", truncated"),
     make("td", { class: "text prompt" }, long(row.prompt)),
-    make("td", { class: "text" }, long(row.completion, row.cut_from)),
-    make("td", {}, make("button", { type: "button", class: "compare", click: () => compare(row) }, "Compare")));
+    make("td", { class: "text" }, row.trace ? traced(row.trace, colour) : long(row.completion, row.cut_from)),
+    make("td", {}, make("div", { class: "actions" }, make("button", { type: "button", class: "compare", click: () => compare(row) }, "Compare"),
+      make("a", { href: `#prompt=${address}`, title: "All completions of this prompt, from the first step on" }, "Follow"),
+      make("a", { href: `#completion=${address}`, title: "An address of this completion alone" }, "Link"))));
 }
 
 /** A text with a button that shows its rest. If the page has only the start of a text, `cutFrom` is its full length. */

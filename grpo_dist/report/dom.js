@@ -19,6 +19,7 @@ function variantLabel(names) {
 const state = {
   cursor: null, // the step whose values all plots print; null is the last step of each plot
   smoothing: usualSmoothing(Math.max(...runs.map((run) => run.curves.step.length))),
+  link: null, // what the page's address names: kind (completion or prompt), step and place
   run: 0, // the run whose answers, times and completions are shown
   hidden: new Set(), // numbers of variants that are not drawn
   range: null, // first and last step of the line charts; null is all steps

@@ -12,6 +12,8 @@ function withAgreement(run) {
 header();
 toolbar();
 document.getElementById("main").append(learning(), answers(), curvePanels(), time(), completionsPanel(), config());
+window.addEventListener("hashchange", followAddress);
+followAddress();
 new ResizeObserver(([entry]) => {
   if (entry.contentRect.width !== state.width) set({ width: entry.contentRect.width });
 }).observe(document.getElementById("main"));

@@ -23,7 +23,7 @@ MOST_CURVE_NUMBERS = 300_000
 """Limits over all runs, which keep the page under 20 MB."""
 MOST_COLUMNS, MOST_ROWS = 60, 12
 """Limits of a heat map."""
-SCRIPTS = ("dom.js", "charts.js", "panels.js", "completions.js", "page.js")
+SCRIPTS = ("dom.js", "charts.js", "panels.js", "trace.js", "completions.js", "page.js")
 HEADLINES = ("reward/mean", "eval/accuracy")
 """Metrics that show whether a run has learned."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections import Counter
 from collections.abc import Callable
@@ -15,17 +16,24 @@ import yaml
 from ..config.schema import RewardConfig
 from ..config.values import flat
 from ..monitoring.json_lines import read_json_lines
+from ..monitoring.traces import by_lot
 from ..rewards.registry import BUILT_IN, answer_reader
-from ..text.plain import answer_of
+from ..text.plain import answer_of, visible
 from .embedding import cut, encoded, harmless
-from .shaping import agreement, by_lot, spread
+from .shaping import agreement, spread
 
 MOST_STEPS_READ = 200
 """Most steps whose completions are read. They are evenly spaced in a longer run."""
 MOST_CHARACTERS = 20_000
 """Most characters of one text on the page."""
-FIELDS = ("prompt", "completion", "cut_from", "step", "group", "tokens", "finished", "reward", "advantage", "rewards")
-"""Fields of a sampled row. `prompt` is a place in the list of prompts, `cut_from` the length of a cut text, or 0."""
+CONVERSATION = "reward/environment/conversation"
+"""The column of an episode's messages, which its completion shows already."""
+TRACE_SHARE = 0.25
+"""Share of the bytes for completions that traces may take."""
+FIELDS = ("prompt", "completion", "cut_from", "step", "group", "tokens", "finished", "reward", "advantage", "rewards",
+          "place", "trace")  # fmt: skip
+"""Fields of a sampled row. `prompt` is a place in the list of prompts, `cut_from` the length of a cut text, or 0,
+`place` that in its step's file, and `trace` as in monitoring.traces, with numbers in millionths of a nat, or null."""
 
 
 @dataclass(frozen=True)
@@ -106,6 +114,7 @@ def read_completions(run: Written, most_bytes: int) -> Completions:
 def _sample(table: dict[str, list[Any]], completions: Completions, places: dict[str, int], most_bytes: int) -> None:
     """Keep complete groups in random order until the bytes are used. Of the first group, keep what fits."""
     left, each = most_bytes, most_bytes // 3
+    traces = int(TRACE_SHARE * most_bytes)
     by_prompt: dict[int, list[int]] = {}
     for place, index in enumerate(table["prompt_index"]):
         by_prompt.setdefault(index, []).append(place)
@@ -114,6 +123,9 @@ def _sample(table: dict[str, list[Any]], completions: Completions, places: dict[
         prompt += f" … (cut: it has {len(table['prompt'][by_prompt[index][0]]):,} characters)" * is_cut
         left -= len(encoded(prompt).encode()) * (prompt not in places)
         rows = [_row(table, place, each) for place in by_prompt[index]]
+        for row in rows:
+            row.append(_trace(table, row[-1], traces))
+            traces -= len(encoded(row[-1]).encode()) * (row[-1] is not None)
         sizes = [len(encoded(row).encode()) for row in rows]
         if number and left < sum(sizes):
             return
@@ -124,9 +136,22 @@ def _sample(table: dict[str, list[Any]], completions: Completions, places: dict[
 
 
 def _row(table: dict[str, list[Any]], place: int, most_bytes: int) -> list[Any]:
-    """FIELDS without the first."""
+    """FIELDS without the first and the last."""
     completion = table["completion"][place]
     text, is_cut = cut(completion, MOST_CHARACTERS, most_bytes)
     values = [table[name][place] for name in ("step", "group", "tokens", "finished", "reward", "advantage")]
-    parts = {name.removeprefix("reward/"): table[name][place] for name in table if name.startswith("reward/")}
-    return [text, len(completion) if is_cut else 0, *harmless([*values, parts if len(parts) > 1 else {}], 200)]
+    parts = {name.removeprefix("reward/"): table[name][place] for name in table
+             if name.startswith("reward/") and name != CONVERSATION}  # fmt: skip
+    return [text, len(completion) if is_cut else 0, *harmless([*values, parts if len(parts) > 1 else {}], 200), place]
+
+
+def _trace(table: dict[str, list[Any]], place: int, most_bytes: int) -> dict[str, Any] | None:
+    """A completion's trace, if it has one that fits; older runs have none."""
+    line = table.get("trace", [""] * (place + 1))[place]
+    if not line:
+        return None
+    trace = json.loads(line)
+    small = {name: [None if value is None else round(1e6 * float(f"{value:.2g}")) for value in trace[name]]
+             for name in ("logprob", "gap", "entropy")}  # fmt: skip
+    shown = {"text": [visible(text) for text in trace["text"]], "by": trace["by"]} | small
+    return shown if len(encoded(shown).encode()) <= most_bytes else None

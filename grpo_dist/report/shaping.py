@@ -5,9 +5,8 @@ from __future__ import annotations
 import itertools
 import math
 import os
-import zlib
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -188,8 +187,3 @@ def agreement(answers: Sequence[str], groups: Sequence[int]) -> float:
     for answer, group in zip(answers, groups, strict=True):
         by_group.setdefault(group, Counter())[answer] += 1
     return math.fsum(max(count.values()) / count.total() for count in by_group.values()) / len(by_group)
-
-
-def by_lot(prompt_indices: Iterable[int]) -> list[int]:
-    """Return the different prompts in a random order that is the same at every step, so that samples repeat prompts."""
-    return sorted(set(prompt_indices), key=lambda index: (zlib.crc32(str(index).encode()), index))

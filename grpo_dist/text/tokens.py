@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+_MOST_TOKENS_OF_A_CHARACTER = 4
+_BROKEN = "\ufffd"
+
 
 class CompletionTexts:
     """Decodes completions: all sampled tokens, except those that only frame a text.
@@ -27,3 +30,25 @@ class CompletionTexts:
         return self._tokenizer.batch_decode(
             kept, skip_special_tokens=False, clean_up_tokenization_spaces=False, spaces_between_special_tokens=False
         )
+
+    def pieces(self, ids: Sequence[int]) -> list[str]:
+        """The text of each token, special or not. A character of several tokens is the first one's; the others have
+        none."""
+        pieces: list[str] = []
+        begins = 0  # of a character that is not complete
+
+        def text(first: int, last: int) -> str:
+            return self._tokenizer.decode(
+                ids[first:last], skip_special_tokens=False, clean_up_tokenization_spaces=False
+            )
+
+        for place in range(len(ids)):
+            alone, joined = text(place, place + 1), text(begins, place + 1)
+            if _BROKEN not in alone and begins < place:
+                pieces += [text(begins, place), *[""] * (place - begins - 1), alone]
+            elif joined.endswith(_BROKEN) and place + 1 - begins < _MOST_TOKENS_OF_A_CHARACTER and place + 1 < len(ids):
+                continue
+            else:
+                pieces += [joined, *[""] * (place - begins)]
+            begins = place + 1
+        return pieces

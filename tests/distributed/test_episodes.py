@@ -65,6 +65,10 @@ def test_ranks_play_the_same_episodes(strategy: str, num_processes: int, one_pro
     expected, got = completions(one_process), completions(other)
     for name in ("completion", "reward/environment/conversation", "advantage", "reward/math"):
         assert [row[name] for row in got] == [row[name] for row in expected], name
+    traces, others = ([row["trace"] and json.loads(row["trace"]) for row in rows] for rows in (expected, got))
+    for a, b in zip(filter(None, traces), filter(None, others), strict=True):
+        assert (a["text"], a["by"]) == (b["text"], b["by"])
+        assert a["entropy"] == pytest.approx(b["entropy"], rel=0.02, abs=1e-4)
     assert relative_difference(learned(one_process), learned(other)) <= 1e-4
     for a, b in zip(metrics(one_process)[1:], metrics(other)[1:], strict=True):
         for name in ("loss", "kl", "grad_norm", "environment/turns", "environment/calls_answered"):
@@ -92,6 +96,22 @@ def sampled_by_text(ids: list[int], tokenizer: Any) -> list[bool]:
     return sampled
 
 
+def assert_traced(row: dict[str, Any], ids: list[int], sampled: Any, logits: Any, logprobs: Any) -> bool:
+    """Whether a row has a trace, which has to say of each token what the model says."""
+    if not row["trace"]:
+        return False
+    trace = json.loads(row["trace"])
+    assert [by == "m" for by in trace["by"]] == sampled.tolist() and len(trace["text"]) == len(ids)
+    answers = [text["content"] for text in json.loads(row["reward/environment/conversation"]) if text["role"] == "tool"]
+    by_tools = "".join(text for text, by in zip(trace["text"], trace["by"], strict=True) if by == "t")
+    assert by_tools == "".join(answers[: trace["by"].count("xt")])
+    both = [p + gap for p, gap in zip(trace["logprob"], trace["gap"], strict=True)]
+    assert both == pytest.approx(logprobs.tolist(), rel=0.01, abs=1e-4)
+    entropies = -(torch.log_softmax(logits, -1) * torch.softmax(logits, -1)).sum(-1)[sampled]
+    assert trace["entropy"] == pytest.approx(entropies.tolist(), rel=0.01, abs=1e-4)
+    return True
+
+
 def test_the_gradient_is_that_of_the_sampled_tokens(one_process: Path) -> None:
     """The second step's, against a loop over its rows at the first step's checkpoint."""
     before, after = (load_file(one_process / "checkpoints" / f"step_{n}" / "state.safetensors") for n in (1, 2))
@@ -105,20 +125,23 @@ def test_the_gradient_is_that_of_the_sampled_tokens(one_process: Path) -> None:
         if "lora_" in name:
             parameter.data = before[f"weight/model.{name}"]
     rows = [row for row in completions(one_process) if row["step"] == 2]
-    loss, turns = torch.zeros(()), 0
+    loss, turns, traced = torch.zeros(()), 0, 0
     for row in rows:
         ids, prompt = json.loads(row["reward/note/ids"]), tokenizer(row["prompt"])["input_ids"]
         sampled = torch.tensor(sampled_by_text(ids, tokenizer))
         assert row["tokens"] == int(sampled.sum())
         turns += sum(message["role"] == "assistant" for message in json.loads(row["reward/environment/conversation"]))
         places = torch.arange(len(ids)), torch.tensor(ids)
-        logprobs = torch.log_softmax(model(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1], -1)[places]
+        logits = model(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1]
+        logprobs = torch.log_softmax(logits, -1)[places]
         with torch.no_grad(), model.disable_adapter():
             plain = model(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1]
         gap = (torch.log_softmax(plain, -1)[places] - logprobs)[sampled]
         ratio = (logprobs - logprobs.detach())[sampled].exp()
+        traced += assert_traced(row, ids, sampled, logits, logprobs[sampled])
         loss = loss + (-ratio * row["advantage"] + KL * (gap.exp() - 1 - gap)).mean() / len(rows)
     assert turns > len(rows), "some rows have several turns"
+    assert traced == 4, "one group"
     assert metrics(one_process)[2]["loss"] == pytest.approx(loss.item(), rel=1e-3, abs=1e-5)
     loss.backward()
     compared = 0

@@ -17,9 +17,10 @@ from grpo_dist.config.schema import Config
 
 def write_run(
     directory: Path, num_steps: int = 12, text: Callable[[int, int, int], str] = lambda step, group, sample: str(group),
-    num_groups: int = 2, group_size: int = 4, **train: Any,
+    num_groups: int = 2, group_size: int = 4, trace: dict[str, Any] | None = None, **train: Any,
 ) -> Path:  # fmt: skip
-    """A run whose reward rises with its steps; `text` gives a completion by step, group and sample."""
+    """A run whose reward rises with its steps; `text` gives a completion by step, group and sample, and `trace` is that
+    of each."""
     (directory / "completions").mkdir(parents=True)
     config = asdict(Config())
     config["train"] |= {"num_train_steps": num_steps, "output_dir": str(directory), **train}
@@ -38,6 +39,9 @@ def write_run(
             "advantage": [0.5 - sample % 2 for _, sample in rows],
         }  # fmt: skip
         table["reward/math"] = table["reward"]
+        if trace:
+            table["reward/environment/conversation"] = ["[]"] * len(rows)
+        table["trace"] = [json.dumps(trace) if trace else "" for _ in rows]
         pq.write_table(pa.table(table), directory / "completions" / f"step_{step:06d}.parquet")
     lines[-1]["eval/accuracy"] = 0.75
     (directory / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))

@@ -30,7 +30,6 @@ from grpo_dist.report.shaping import (
     UNSCORED,
     agreement,
     answer_map,
-    by_lot,
     change,
     columns,
     curves,
@@ -177,12 +176,6 @@ def test_agreement(pairs: list[tuple[str, int]]) -> None:
     groups = [[a for a, g in pairs if g == group] for group in {g for _, g in pairs}]
     expected = np.mean([max(group.count(a) for a in group) / len(group) for group in groups])
     assert math.isclose(agreement(*zip(*pairs, strict=True)), expected)
-
-
-def test_the_lot_falls_alike_at_every_step() -> None:
-    everything = by_lot(range(100))
-    assert sorted(everything) == list(range(100)) != everything
-    assert by_lot([7, 3, 7, 50]) == [index for index in everything if index in (7, 3, 50)]
 
 
 def test_answers() -> None:

@@ -123,6 +123,54 @@ def test_two_steps_of_one_prompt_are_compared(page: Page, single: Path) -> None:
     page.wait_for("document.querySelector('dialog') === null")
 
 
+TRACE = {
+    "text": ["6 ", "x 7", HOSTILE, "\nResult: ", "42", "42"], "by": "mmmxtm", "logprob": [-0.01, -2.0, -5.0, -0.5],
+    "gap": [0.0, 1e-6, None, -0.3], "entropy": [3.0, 0.2, None, 0.0],
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def traced(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_report([write_run(tmp_path_factory.mktemp("traced") / "run", num_steps=3, trace=TRACE)])
+
+
+@pytest.mark.parametrize("width", [390, 1440])
+def test_tokens_show_who_wrote_them(page: Page, traced: Path, width: int) -> None:
+    page.open(traced, width)
+    assert page.js("document.documentElement.scrollWidth") <= width
+    tokens = "[...document.querySelector('.rows tbody tr').querySelectorAll('td.text + td.text span')]"
+    assert page.js(f"{tokens}.map((token) => token.className)") == [
+        "by-m shade0", "by-m shade3", "by-m shade4", "by-x", "by-t", "by-m shade1"
+    ]  # fmt: skip
+    assert "conversation" not in page.texts("#completions")[0], "the tokens show it"
+    assert page.texts(".rows tr td.text + td.text")[0].startswith("6 x 7<script>alert(1)</script>")
+    titles = page.js(f"{tokens}.map((token) => token.title)")
+    assert titles[1] == "by the model: log-probability −2 (14 %), entropy 0.2, gap to the trainer 1e−6"
+    assert titles[2] == "by the model: log-probability −5 (<1 %), no gradient, so not computed by the trainer"
+    assert titles[3:5] == ["by the chat template", "by a tool or an environment"]
+    fill(page, colour="gap to the trainer")
+    shades = [name[-1] for name in page.js(f"{tokens}.map((token) => token.className)") if name.startswith("by-m")]
+    assert shades == ["0", "0", "0", "4"]
+    fill(page, colour="log-probability")
+
+
+def test_an_address_names_a_completion_or_follows_a_prompt(page: Page, traced: Path) -> None:
+    page.open(traced, 1440)
+    assert page.style("#alone", "display") == "none"
+    page.js("document.querySelector('.actions a').click()")
+    page.wait_for("!document.getElementById('alone').hidden")
+    assert page.js("location.hash") == "#prompt=0.3.4"
+    assert page.texts("[data-label=step]") == [str(step) for step in (1, 3) for _ in range(4)]
+    assert set(page.texts("td.prompt")) == {"prompt 2"}
+    page.js("location.hash = '#completion=0.2.5'")
+    page.wait_for("document.querySelectorAll('.rows tbody tr').length === 1")
+    assert page.texts("[data-label=step]") == ["2"] and page.texts("[data-label=tokens]") == ["4"]
+    page.js("location.hash = '#completion=0.77.5'")
+    page.wait_for("document.querySelectorAll('.rows tbody tr').length === 0")
+    page.js("document.querySelector('#alone a').click()")
+    page.wait_for("document.querySelectorAll('.rows tbody tr').length === 24")
+
+
 def test_by_keyboard(page: Page, single: Path) -> None:
     """Everything that can be used is reached with Tab, in order, and seen where it is."""
     page.open(single, 1440)

@@ -52,3 +52,16 @@ def test_a_think_reward_can_be_won(tokenizer: PreTrainedTokenizerFast) -> None:
     ids = tokenizer("<think>so</think>4<|im_end|>", add_special_tokens=False)["input_ids"]
     (text,) = CompletionTexts(tokenizer, [tokenizer.convert_tokens_to_ids("<|im_end|>")])([ids])
     assert re.fullmatch(r"<think>.*</think>\d", text)
+
+
+def test_pieces_are_the_texts_of_tokens(tokenizer: PreTrainedTokenizerFast) -> None:
+    """A character of several tokens is the first one's; a broken one is shown as such."""
+    texts, text = CompletionTexts(tokenizer, []), "so é 𝄞 , 4 .\n<tool_call>"
+    ids = [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+    pieces = texts.pieces(ids)
+    assert len(pieces) == len(ids) and "".join(pieces) == text + "<|endoftext|>"
+    first = pieces.index("𝄞")
+    assert pieces[first : first + 5] == ["𝄞", "", "", "", " "] and pieces[-2:] == ["<tool_call>", "<|endoftext|>"]
+    assert texts.pieces(ids[: first + 2])[-2:] == ["\ufffd", ""]
+    assert texts.pieces([ids[first]] * 6 + ids[-1:])[-1] == "<|endoftext|>"
+    assert texts.pieces([]) == []

@@ -1,0 +1,53 @@
+// A completion token by token: who wrote each, and what rollout and trainer say of it.
+
+const WRITERS = { m: "the model", t: "a tool or an environment", x: "the chat template" };
+/** By what tokens are coloured: their value, and from which values on each darker shade is used. */
+const COLOURS = {
+  "log-probability": { value: (token) => token.logprob, from: [0.1, 0.7, 1.6, 3] },
+  entropy: { value: (token) => token.entropy, from: [0.1, 0.5, 1, 2] },
+  "gap to the trainer": { value: (token) => token.gap, from: [0.001, 0.01, 0.05, 0.2] },
+};
+
+/** The tokens of a trace as objects; numbers in nats, null where there is none. */
+function tokensOf(trace) {
+  let sampled = 0;
+  return trace.text.map((text, place) => {
+    const by = trace.by[place];
+    if (by !== "m") return { text, by };
+    const [logprob, gap, entropy] = ["logprob", "gap", "entropy"].map((name) => trace[name][sampled] ?? null)
+      .map((value) => (value == null ? null : value / 1e6));
+    sampled += 1;
+    return { text, by, logprob, gap, entropy };
+  });
+}
+
+/** What a pointer over a token shows. */
+function describe(token) {
+  if (token.by !== "m") return `by ${WRITERS[token.by]}`;
+  const trained = token.gap == null ? "no gradient, so not computed by the trainer" : `entropy ${short(token.entropy)}, gap to the trainer ${short(token.gap)}`;
+  return `by ${WRITERS.m}: log-probability ${short(token.logprob)} (${percent(Math.exp(token.logprob))}), ${trained}`;
+}
+
+/** The tokens as elements, with a button for those after the first SHOWN_CHARACTERS. */
+function traced(trace, colour) {
+  const { value, from } = COLOURS[colour];
+  const all = tokensOf(trace);
+  const nodes = all.map((token) => {
+    const size = token.by === "m" ? Math.abs(value(token) ?? 0) : 0;
+    return make("span", { class: token.by === "m" ? `by-m shade${from.filter((least) => size >= least).length}` : `by-${token.by}`,
+      title: describe(token) }, token.text);
+  });
+  let characters = 0;
+  const end = all.findIndex((token) => (characters += token.text.length) > SHOWN_CHARACTERS);
+  if (end < 0) return nodes;
+  const button = make("button", { type: "button", click: () => button.replaceWith(...nodes.slice(end)) }, `… show all ${integer(all.length)} tokens`);
+  return [...nodes.slice(0, end), button];
+}
+
+function legendOfWriters() {
+  const shades = [0, 1, 2, 3, 4].map((shade) => make("span", { class: `by-m shade${shade}` }, " "));
+  return make("p", { class: "note", id: "writers" }, "Of one prompt a step, tokens are told apart: ",
+    make("span", { class: "by-m" }, "the model"), ", ", make("span", { class: "by-t" }, "a tool or an environment"), ", ",
+    make("span", { class: "by-x" }, "the chat template"), ". Shades from a small to a large number: ", shades,
+    ". A pointer over a token shows its numbers, in nats.");
+}
