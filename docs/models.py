@@ -134,11 +134,14 @@ def _make(kind: str) -> str | None:
               "pad_token_id": tokenizer.pad_token_id, "bos_token_id": tokenizer.eos_token_id}  # fmt: skip
     config = tiny_config(kind, tokens)
     torch.manual_seed(0)
-    obstacle = None
+    obstacle, written = None, None
     try:
-        AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained("model")
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        model.save_pretrained("model")
+        written = model.config.model_type
     except (ImportError, AttributeError, ValueError) as error:  # it needs a package, or a part of its config
         obstacle = str(error)
+    if written != kind:  # the model has the text's part of the config alone
         config.save_pretrained("model")
     tokenizer.save_pretrained("model")
     rows = [{"prompt": f"What is {a} + {a + 5}?"} for a in range(8)]

@@ -39,6 +39,12 @@ HYBRID = ["linear_attention", "full_attention"]
 MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 16, "mamba_chunk_size": 16}
 INDEXER = {"indexer_n_heads": 4, "indexer_kv_heads": 1, "indexer_head_dim": 16, "indexer_budget": 64,
            "indexer_compress_ratio": 4}  # fmt: skip
+GEMMA3N = {
+    "num_kv_shared_layers": 0,
+    "layer_types": ["sliding_attention", "full_attention"],
+    "vocab_size_per_layer_input": 512,
+    "hidden_size_per_layer_input": 16,
+}
 MORE: dict[str, dict[str, Any]] = {
     **{
         kind: {"is_decoder": True}
@@ -79,12 +85,8 @@ MORE: dict[str, dict[str, Any]] = {
     "dots3_note_text": {"num_key_value_heads": HEADS},
     "falcon_h1": {"mamba_d_ssm": 128, **MAMBA},
     "falcon_mamba": {"time_step_rank": 4},
-    "gemma3n_text": {
-        "num_kv_shared_layers": 0,
-        "layer_types": ["sliding_attention", "full_attention"],
-        "vocab_size_per_layer_input": 512,
-        "hidden_size_per_layer_input": 16,
-    },
+    "gemma3n": {"text_config": GEMMA3N},
+    "gemma3n_text": GEMMA3N,
     "gemma4": {"text_config": {"vocab_size_per_layer_input": 512, "hidden_size_per_layer_input": 16}},
     "gemma4_text": {"vocab_size_per_layer_input": 512, "hidden_size_per_layer_input": 16},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
@@ -103,7 +105,7 @@ MORE: dict[str, dict[str, Any]] = {
     "qwen3_5_text": {"layer_types": HYBRID},
     "qwen3_5_moe_text": {"layer_types": HYBRID},
     "dbrx": {"attn_config": {"rope_theta": 1e4, "clip_qkv": 8.0}},
-    "gemma4_assistant": {"text_config": {"hidden_size_per_layer_input": 0}},
+    "gemma4_assistant": {"text_config": {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0}},
     "qwen4_exp": {"text_config": {"layer_types": ["linear_attention", "indexed_attention"], **INDEXER}},
     "qwen4_exp_text": {"layer_types": ["linear_attention", "indexed_attention"], **INDEXER},
     "reformer": {"is_decoder": True, "axial_pos_embds_dim": (32, 32), "axial_pos_shape": (16, 32)},
@@ -125,7 +127,9 @@ MORE: dict[str, dict[str, Any]] = {
     "zaya": {"num_experts_per_tok": 1},
 }
 """Options of a type that are added or replaced."""
-NEEDED: dict[str, dict[str, Any]] = {"gemma4_assistant": {"text_config": {"hidden_size_per_layer_input": 0}}}
+NEEDED: dict[str, dict[str, Any]] = {
+    "gemma4_assistant": {"text_config": {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0}}
+}
 """Options without which a type's config cannot be made."""
 
 

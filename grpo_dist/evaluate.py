@@ -66,6 +66,7 @@ from .trainer.scoring import ENVIRONMENT_COLUMNS, Scoring, requests_of
 from .types import Batch, Prompt
 
 _PROMPTS_A_PART = 64  # a part is the same whatever the number of ranks
+_SHOWN_CHARACTERS = 80
 
 Rows = list[dict[str, Any]]
 
@@ -73,11 +74,14 @@ Rows = list[dict[str, Any]]
 class Evaluation:
     """Data, model and rewards of one evaluation; `run` is a collective."""
 
-    def __init__(self, config: Config, num_samples: int, directory: Path, category: str | None) -> None:
-        """Raises ValueError or OSError for what a user can have got wrong, before the model is loaded."""
+    def __init__(
+        self, config: Config, num_samples: int, directory: Path, category: str | None, compared: Path | None = None
+    ) -> None:
+        """`compared` is the output of an evaluation with which this one is to be compared. Raises ValueError or OSError
+        for what a user can have got wrong, before the model is loaded."""
         self.num_samples, self.directory, self.category = num_samples, directory, category
         self.tokenizer = load_tokenizer(config.model)
-        self.config = config = templated(self._dated(config))
+        self.config = config = templated(self._dated(config, compared))
         data = config.data
         self.model_config = load_model_config(config.model)
         check_model_config(self.model_config, self.tokenizer, config.max_sequence_length)
@@ -89,6 +93,8 @@ class Evaluation:
         self.prompts, _ = load_prompts(data.eval_file, split, data, prompt_tokenizer, checks)
         if category is not None and category not in self.prompts[0].columns:
             raise ValueError(f"--category: {category!r} given, expected one of {', '.join(self.prompts[0].columns)}")
+        if compared is not None:
+            self._require_common_prompts(compared)
         self._claim()
         self.end_ids = end_token_ids(config.model, self.tokenizer)
         self.texts_of = CompletionTexts(self.tokenizer, self.end_ids)
@@ -97,13 +103,24 @@ class Evaluation:
         self.episodes = episodes_of(config, self.host, prompt_tokenizer, self.end_ids)
         self.read_answer: Callable[[str], str | None] | None = answer_reader(config.rewards)
 
-    def _dated(self, config: Config) -> Config:
-        """The config with the date that a template which writes one was given when this evaluation began."""
+    def _dated(self, config: Config, compared: Path | None) -> Config:
+        """The config with the date that a template which writes one was given when this evaluation began, or the one
+        with which it is compared: another day's prompts are others."""
         if config.data.template_date is not None or not uses_date(self.tokenizer):
             return config
-        path = self.directory / "evaluation.json"
-        saved = json.loads(path.read_text()).get("template_date") if path.exists() else None
-        return replace(config, data=replace(config.data, template_date=saved or today()))
+        paths = [folder / "evaluation.json" for folder in (self.directory, compared) if folder is not None]
+        saved = [json.loads(path.read_text()).get("template_date") for path in paths if path.exists()]
+        return replace(config, data=replace(config.data, template_date=next(filter(None, saved), None) or today()))
+
+    def _require_common_prompts(self, compared: Path) -> None:
+        """Raise ValueError where another evaluation has none of this one's prompts."""
+        theirs = {(row["prompt_index"], row["prompt"]) for row in _samples(compared)}
+        if theirs.isdisjoint((prompt.index, prompt.text) for prompt in self.prompts):
+            texts = [text[:_SHOWN_CHARACTERS] for text in (min(theirs)[1] if theirs else "", self.prompts[0].text)]
+            raise ValueError(
+                f"--compare: {compared} has none of these prompts. Its first one begins {texts[0]!r}, and this one's "
+                f"{texts[1]!r}: both need the same data, prompt column and chat template"
+            )
 
     def _claim(self) -> None:
         """Refuse a directory that holds another evaluation: its samples would be taken for this one's."""
@@ -189,6 +206,11 @@ class Evaluation:
         return rows
 
 
+def _samples(directory: Path) -> Rows:
+    """The rows of an evaluation's output."""
+    return [json.loads(line) for path in sorted(directory.glob("samples_*.jsonl")) for line in path.open()]
+
+
 def summarise(rows: Rows, num_samples: int) -> dict[str, Estimate]:
     """Return each measure over a table of rows; a sample that could not be scored counts in none but `unscored`."""
     powers = [2**power for power in range(num_samples.bit_length()) if 2**power <= num_samples]
@@ -248,8 +270,7 @@ def report(rows: Rows, num_samples: int, other: Path | None, directory: Path) ->
     counts = {name: len(part) for name, part in groups.items()}
     console.print(_table(f"{len(rows)} prompts, {num_samples} samples each", tables, counts), markup=False)
     if other is not None:
-        theirs = [json.loads(line) for path in sorted(other.glob("samples_*.jsonl")) for line in path.open()]
-        result = compare_rows(theirs, rows)
+        result = compare_rows(_samples(other), rows)
         summary["comparison"] = asdict(result)
         console.print(
             f"mean@n against {other}: {result.difference.value:+.4f} [{result.difference.low:+.4f}, "
@@ -267,7 +288,7 @@ def main() -> int:
         set_up_cuda()
         place_in_launch()  # raises where the launch is none
         require_known_launch(os.environ)
-        evaluation = Evaluation(config, options.n, options.output, options.category)
+        evaluation = Evaluation(config, options.n, options.output, options.category, options.compare)
         ranks = Ranks(resolve_dtype(config.model.dtype), config.optim)
     except (ValueError, OSError) as error:
         if os.environ.get("RANK", "0") == "0" or is_of_one_rank(error):

@@ -60,7 +60,27 @@ EQUIVALENT = {
         "return stds > 1e-12 * means.abs().clamp(min=1): 1 -> 2",
         "if discount == 1 and values.count_nonzero() == last.count_nonzero():: 1 -> 2",
     ],
-    "model/logprobs": ["CHUNK_ELEMENTS = 1 << 24", "-1 -> 1", "3 -> 4"],
+    # how much is computed at once; the lines of a GPU, which tests/gpu runs; the two are None together; of the ones, as
+    # many are taken as there are targets
+    "model/logprobs": [
+        "CHUNK_ELEMENTS =",
+        "if hidden.is_cuda and",
+        "return logits if bias is None else",
+        "if logits.is_cuda and",
+        "return score_rows(",
+        "direction is not None and slopes is not None -> direction is not None or slopes is not None",
+        "slopes = probs.neg_().scatter_add_(",
+        "slope.scatter_add_(1, targets[piece, None], slope.new_ones(len(slope), 1)): 1 -> 2",
+        "-1 -> 1",
+        "3 -> 4",
+    ],
+    # the balance alone; any number above `most`; how many numbers of packs are tried; loads are only compared
+    "model/packing": [
+        "PAIRS_PER_TOKEN =",
+        "size = most + 1: 1 -> 2",
+        "more *= 2  # a few packs too many cost less than trying every number: 2 -> 3",
+        "load = [0.0] * num_ranks: 0.0 -> 1.0",
+    ],
     # at 0 nothing is pushed; a group more, which is empty, counts for nothing
     "algorithm/losses": ["temperature = torch.where(advantages > 0, ", "num_groups = int(group.max()) + 1 if len("],
     # torch takes numbers modulo 2^64; more words than are needed are cut off

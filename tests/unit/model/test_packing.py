@@ -136,7 +136,8 @@ def test_sharing_prompts_computes_fewer_tokens() -> None:
     (packs,) = whole_plan(batch, 100000)
     assert len(packs) == 1
     assert sorted(piece.prompt for piece in packs[0]) == [0, 1, 2, 3]
-    assert len(make_pack(batch, packs[0]).ids) == 4 * 180
+    pack = make_pack(batch, packs[0])
+    assert len(pack.ids) == 4 * 180 and pack.layout is not None
 
 
 def test_one_long_group_is_cut_between_ranks() -> None:
@@ -191,6 +192,7 @@ def test_make_pack_equals_the_loop(
         columns = (pack.predictor, pack.targets, pack.token, pack.sequence)
         assert list(zip(*(column.tolist() for column in columns), strict=True)) == rows
         assert (pack.layout is None) != share
+        assert pack.useful == (len(ids) if rows else 0)
 
 
 @pytest.mark.parametrize("share", [True, False])
@@ -204,7 +206,7 @@ def test_a_pack_on_a_device_is_the_same_pack(share: bool) -> None:
 @pytest.mark.parametrize("share", [True, False])
 def test_an_empty_pack(share: bool) -> None:
     pack = make_pack(make_batch([(3, [2])]), [], share_prompts=share)
-    assert len(pack.ids) == len(pack.positions) == 1
+    assert len(pack.ids) == len(pack.positions) == 1 and pack.useful == 0
     assert all(
         len(t) == 0 and t.dtype == torch.int64 for t in (pack.predictor, pack.targets, pack.token, pack.sequence)
     )
@@ -382,3 +384,8 @@ def test_an_empty_pack_reaches_every_trained_weight(config: Qwen2Config) -> None
         assert logprobs.shape == entropies.shape == values.shape == (0,)
         (logprobs.sum() + values.sum()).backward()
         assert all(p.grad is not None and not p.grad.any() for p in policy.parameters())
+
+
+def test_the_heaviest_pack_goes_to_the_least_loaded_rank() -> None:
+    dealt = plan([1] * 4, [0, 1, 2, 3], [10, 9, 5, 1], [True] * 4, max_tokens=99, num_ranks=2, share_prompts=False)
+    assert sorted([piece.completions[0] for (piece,) in rank] for rank in dealt) == [[0, 3], [1, 2]]

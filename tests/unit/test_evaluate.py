@@ -1,0 +1,47 @@
+"""What an evaluation finds out before it loads a model."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from grpo_dist import evaluate
+from grpo_dist.config.parse import parse_config
+from grpo_dist.evaluate import Evaluation
+from grpo_dist.model.load import load_tokenizer
+from grpo_dist.model.toy import toy_path
+
+
+def begun(folder: Path, *, compared: str | None = None, output: str, prompt: str = "What is 2 + 3?") -> Evaluation:
+    """An evaluation of a model whose chat template writes the date, as far as its start."""
+    (folder / "data.jsonl").write_text(
+        json.dumps({"prompt": [{"role": "user", "content": prompt}], "answer": "5"}) + "\n"
+    )
+    config = parse_config(["--model.name", str(folder / "model"), "--data.eval_file", str(folder / "data.jsonl"),
+                           "--rewards", "[{name: math}]"])  # fmt: skip
+    evaluation = Evaluation(config, 2, folder / output, None, folder / compared if compared else None)
+    evaluation.scorer.close()
+    return evaluation
+
+
+def test_an_evaluation_is_compared_with_another_day_s(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(toy_path(), tmp_path / "model")
+    tokenizer = load_tokenizer(parse_config([]).model)
+    tokenizer.chat_template = "{{ strftime_now('%F') }} {{ messages[0]['content'] }}"
+    tokenizer.save_pretrained(tmp_path / "model")
+    monkeypatch.setattr(evaluate, "today", lambda: "2024-02-03")
+    (first,) = begun(tmp_path, output="first").prompts
+    rows = [{"prompt_index": first.index, "prompt": first.text}]
+    (tmp_path / "first" / "samples_0000000.jsonl").write_text(json.dumps(rows[0]) + "\n")
+    monkeypatch.setattr(evaluate, "today", lambda: "2024-02-04")
+    assert begun(tmp_path, output="first").prompts == [first], "it goes on as it began"
+    assert begun(tmp_path, output="second", compared="first").prompts == [first]
+    assert begun(tmp_path, output="third").prompts[0].text.startswith("2024-02-04")
+    with pytest.raises(
+        ValueError, match=r"--compare: .*first has none of these prompts. Its first one begins '2024-02-03"
+    ):
+        begun(tmp_path, output="fourth", compared="first", prompt="What is 5 + 3?")
+    assert not (tmp_path / "fourth").exists()
