@@ -79,8 +79,9 @@ class DataConfig:
     """Where prompts come from and how they are read."""
 
     train_file: str | dict[str, float] = "configs/data/math_tasks_train.jsonl"
-    """A JSONL, JSON, CSV or parquet file, a directory, or a hub id: what `datasets.load_dataset` takes. Several with
-    weights are a mixture: `{a.jsonl: 2, b.jsonl: 1}`."""
+    """A JSONL, JSON, CSV or parquet file, a directory, or a hub id: what `datasets.load_dataset` takes; or
+    `reasoning_gym:chain_sum?size=1000` for tasks of reasoning-gym. Several with weights are a mixture:
+    `{a.jsonl: 2, b.jsonl: 1}`."""
     eval_file: str | None = "configs/data/math_tasks_eval.jsonl"
     """The same for evaluation; null for none."""
     subset: str | None = None

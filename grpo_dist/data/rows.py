@@ -1,4 +1,4 @@
-"""Read rows from JSONL, JSON, CSV and parquet files, directories and hub data sets.
+"""Read rows from JSONL, JSON, CSV and parquet files, directories, hub data sets and reasoning-gym.
 
 An error of a file or data set is raised here; `prompts.py` handles an error of a row. JSONL has a reader of its own, so
 that every row knows its line. JSON and CSV have readers of their own too, so that values are what the file says:
@@ -19,6 +19,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from .reasoning_gym import Generated, is_generated
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +50,7 @@ class Row:
 
 
 def load_rows(path: str, split: str, subset: str | None = None) -> list[Row]:
-    """Read all rows of a JSONL file, of anything that `datasets.load_dataset` takes, or of a `save_to_disk` directory.
+    """Read all rows of a JSONL file, of what `datasets.load_dataset` or `save_to_disk` know, or of `reasoning_gym:…`.
 
     `split` and `subset` choose from a directory or a hub data set; a single file has neither. Raises FileNotFoundError
     where there is no such file, ValueError where it cannot be read or is empty. JSONL lines that are not JSON objects
@@ -154,7 +156,7 @@ def _check_file(path: str) -> None:
 
 
 class _Table(Sequence[Row]):
-    """Rows of a data set that is mapped into memory."""
+    """Rows of a data set that is mapped into memory, or generated."""
 
     def __init__(self, table: Any, is_text: bool) -> None:
         self._table, self._is_text = table, is_text
@@ -172,6 +174,8 @@ class _Table(Sequence[Row]):
 
 def _open_table(path: str, split: str, subset: str | None) -> Sequence[Row]:
     """Open a file, a directory or a hub data set; parquet and data sets are mapped into memory by `datasets`."""
+    if is_generated(path):
+        return _Table(Generated(path), is_text=False)
     try:
         return _opened(path, split, subset)
     except Exception as error:  # `datasets` raises a dozen kinds; its messages name the splits and subsets

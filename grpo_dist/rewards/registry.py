@@ -32,6 +32,7 @@ BUILT_IN = {
     "code": "grpo_dist.rewards.code:CodeReward",
     "reward_model": "grpo_dist.rewards.reward_model:RewardModelReward",
     "judge": "grpo_dist.rewards.judge:JudgeReward",
+    "reasoning_gym": "grpo_dist.rewards.reasoning_gym:ReasoningGymReward",
     "remote": "grpo_dist.rewards.remote:RemoteReward",
     "environment": "grpo_dist.rewards.environment:environment",
 }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -30,11 +29,12 @@ def test_started_again_it_has_nothing_left_to_do(tmp_path: Path) -> None:
     assert len(metrics(tmp_path / "run")) == 2
 
 
-def test_a_mistake_in_an_option_ends_before_the_launcher_starts() -> None:
-    done = subprocess.run(
-        ["launch/single_node.sh", "--rollout.grup_size", "2"], cwd=ROOT, capture_output=True, text=True, timeout=120,
-        check=False, env={**os.environ, "GRPO_DIST_VENV": sys.prefix},
-    )  # fmt: skip
-    assert done.returncode == 2
+def test_a_mistake_in_an_option_ends_before_the_launcher_starts(tmp_path: Path) -> None:
+    (tmp_path / "single_node.sh").write_bytes((ROOT / "launch" / "single_node.sh").read_bytes())
+    # the tests' own environment, whatever its pins
+    (tmp_path / "setup.sh").write_text(f"root={ROOT} PATH={Path(sys.executable).parent}:$PATH; cd $root\n")
+    done = subprocess.run(["bash", str(tmp_path / "single_node.sh"), "--rollout.grup_size", "2"], capture_output=True,
+                          text=True, timeout=120, check=False)  # fmt: skip
+    assert done.returncode == 2, done.stderr
     assert "did you mean 'rollout.group_size'?" in done.stderr
     assert "Traceback" not in done.stderr
