@@ -12,6 +12,7 @@ import json
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,8 @@ class FakeVllm(Server):
         self.adapters: dict[str, tuple[nn.Module, str]] = {}
         self.calls: list[str] = []
         self.refuses_adapters = False
+        self.bend: Callable[[dict[str, Any]], None] = lambda choice: None
+        """What it does to the choice of each answer."""
         self._one = threading.Lock()
 
     def has_faults(self, path: str) -> bool:
@@ -103,6 +106,7 @@ class FakeVllm(Server):
             scores = self._scores(model, prompt)
             choice["prompt_logprobs"] = [None, *({str(token): {"logprob": score, "rank": 1}}
                                                  for token, score in zip(prompt[1:], scores, strict=True))]  # fmt: skip
+        self.bend(choice)
         return 200, {"model": name, "choices": [choice]}
 
     @staticmethod

@@ -29,6 +29,7 @@ class Server:
         self.headers: list[dict[str, str]] = []
         self.most_at_once = self._at_once = 0
         self._lock = threading.Lock()
+        self._ended = False
         server = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -49,6 +50,7 @@ class Server:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._ended = True  # connections that are open get no answer
         self._http.shutdown()
         self._http.server_close()
 
@@ -62,6 +64,9 @@ class Server:
 
     def _handle(self, handler: BaseHTTPRequestHandler) -> None:
         body = handler.rfile.read(int(handler.headers.get("Content-Length", 0)))
+        if self._ended:
+            handler.close_connection = True
+            return
         given, fault = json.loads(body) if body else None, "ok"
         with self._lock:
             self.requests.append(given)

@@ -94,8 +94,9 @@ class Servers:
             if self._client is not None:
                 await self._client.aclose()
 
-        self.run(shut())
-        self._loop.call_soon_threadsafe(self._loop.stop)
+        if self._loop.is_running():
+            self.run(shut())
+            self._loop.call_soon_threadsafe(self._loop.stop)
 
     def begin(self, without: Collection[str]) -> None:
         """Forget earlier failures: there is a new policy, and all servers but those at the urls `without` have it."""
