@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import fake_vllm
+import psutil
 import pytest
 from fake_vllm import FakeVllm
-from launching import metrics, train
+from launching import ROOT, TINY, command, launch, metrics, train
 
 from grpo_dist.model.toy import toy_path
 
@@ -28,12 +36,101 @@ def urls(*servers: FakeVllm) -> tuple[str, str]:
 
 def test_adapters_are_served_and_proved(server: FakeVllm, tmp_path: Path) -> None:
     run = train("zero2", 2, tmp_path / "run", *SMALL, *urls(server))
-    _, *steps = metrics(run)
-    assert [line["step"] for line in steps] == [1, 2]
-    assert all(line["rollout/probe_gap"] <= 1e-4 for line in steps)
-    assert all(line["rollout/logprob_gap_max"] <= 1e-4 for line in steps), "the trainer scores what the server drew"
-    assert all(line["importance/mean"] == pytest.approx(1, abs=1e-4) for line in steps), "`truncate` is the default"
+    _, *lines = metrics(run)
+    assert [line["step"] for line in lines] == [1, 2]
+    assert all(line["rollout/probe_gap"] <= 1e-4 for line in lines)
+    assert all(line["rollout/logprob_gap_max"] <= 1e-4 for line in lines), "the trainer scores what the server drew"
+    assert all(line["importance/mean"] == pytest.approx(1, abs=1e-4) for line in lines), "`truncate` is the default"
     assert server.calls.count("/v1/load_lora_adapter") == 3, "one a step, and one before the first"
     names = {given["model"] for given in server.requests if given and "prompt" in given}
     assert len(names) == 3, "each step asks for its own policy by name"
     assert not server.adapters and not list((run / "rollout").iterdir()), "nothing stays on servers and disk"
+
+
+@pytest.fixture
+def python(tmp_path: Path) -> str:
+    """The Python of an environment in which that server is vLLM."""
+    path = tmp_path / "python"
+    path.write_text(f'#!/bin/sh\nPYTHONPATH={Path(fake_vllm.__file__).parent} exec {sys.executable} '
+                    f'{fake_vllm.__file__} "$@"\n')  # fmt: skip
+    path.chmod(0o755)
+    return str(path)
+
+
+def begin(directory: Path, *words: str) -> subprocess.Popen[str]:
+    """Start a training in the background."""
+    return subprocess.Popen(
+        [*command(None, 1), *TINY, *SMALL, "--train.output_dir", str(directory), *words], cwd=ROOT, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+
+
+def wait_for(condition: Callable[[], object], run: subprocess.Popen[str]) -> None:
+    while not condition():
+        assert run.poll() is None, run.communicate()[1][-4000:]
+        time.sleep(0.05)
+
+
+def note(directory: Path) -> int | None:
+    """The process of the server that a run has started."""
+    path = directory / ".vllm.json"
+    return json.loads(path.read_text())["pid"] if path.exists() and path.read_text() else None
+
+
+def steps(directory: Path) -> int:
+    """Steps that are done."""
+    return len(metrics(directory)) - 1 if (directory / "metrics.jsonl").exists() else 0
+
+
+def test_a_server_lives_as_long_as_its_run(python: str, tmp_path: Path) -> None:
+    directory, words = tmp_path / "run", ["--rollout.vllm.python", python, "--train.num_train_steps", "40"]
+    run = begin(directory, *words, "--train.save_every", "1")
+    wait_for(lambda: steps(directory) > 1, run)
+    first = note(directory)
+    run.kill()
+    run.communicate()
+    assert first is not None
+    psutil.wait_procs([psutil.Process(first)] if psutil.pid_exists(first) else [], timeout=30)
+    assert not psutil.pid_exists(first), "a killed run leaves no server"
+    done = steps(directory)
+    run = begin(directory, *words)
+    wait_for(lambda: steps(directory) > done, run)
+    os.kill(note(directory) or 0, signal.SIGKILL)
+    _, stderr = run.communicate(timeout=120)
+    assert run.returncode == 1 and "has ended with status" in stderr, stderr[-4000:]
+    assert f"serving {toy_path()}" in stderr, "the last lines of its log"
+    saved = steps(directory)
+    assert f"goes on from step {saved}" in stderr, stderr[-1000:]
+    again = launch(None, 1, *TINY, *SMALL, "--train.output_dir", str(directory), *words[:2],
+                   "--train.num_train_steps", str(saved + 1), "--train.allow_changes", "true")  # fmt: skip
+    assert again.returncode == 0, again.stderr[-4000:]
+    assert [line["step"] for line in metrics(directory)] == list(range(saved + 2))
+    assert note(directory) is None and not list((directory / "rollout").iterdir())
+
+
+def test_a_server_that_does_not_start(python: str, tmp_path: Path) -> None:
+    done = launch("ddp", 2, *TINY, *SMALL, "--train.output_dir", str(tmp_path / "run"), "--rollout.vllm.python", python,
+                  "--rollout.vllm.args", "[--plant, ends]")  # fmt: skip
+    assert done.returncode != 0 and "fake_vllm: no device" in done.stderr, done.stderr[-4000:]
+    assert "Traceback" not in done.stderr.partition("error: ")[0]
+
+
+def test_a_signal_while_requests_are_out(server: FakeVllm, tmp_path: Path) -> None:
+    run = begin(tmp_path / "run", *urls(server))
+    wait_for(lambda: steps(tmp_path / "run") == 1, run)
+    server.always = "hang"
+    wait_for(lambda: server.most_at_once > 2, run)
+    run.send_signal(signal.SIGTERM)
+    stdout, stderr = run.communicate(timeout=60)
+    assert run.returncode == 0 and "stopped: rank 0 received SIGTERM" in stdout, stderr[-4000:]
+    server.always = "ok"
+    again = train(None, 1, tmp_path / "run", *SMALL, *urls(server))
+    assert [line["step"] for line in metrics(again)] == [0, 1, 2]
+
+
+def test_a_step_ahead(server: FakeVllm, tmp_path: Path) -> None:
+    run = train(None, 1, tmp_path / "run", *SMALL, *urls(server), "--rollout.lag", "1")
+    _, first, second = metrics(run)
+    assert first["time/overlapped"] > 0, "the next rollout runs while the update does"
+    assert second["rollout/logprob_gap_max"] > 1e-4, "an older policy drew"
+    assert first["rollout/probe_gap"] <= 1e-4 and second["rollout/probe_gap"] <= 1e-4
