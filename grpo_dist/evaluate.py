@@ -31,13 +31,14 @@ if __name__ == "__main__":
     read_options()
 
 from .algorithm.estimates import Comparison, Estimate, compare, estimate, majority_at_k, pass_at_k
-from .config.schema import Config
+from .config.schema import Config, ReferenceConfig
 from .data.prompts import load_prompts
 from .distributed.deepspeed import unsharded_loading
 from .distributed.device import set_up_cuda
 from .distributed.launch_config import require_known_launch
 from .distributed.ranks import Ranks, resolve_dtype
 from .distributed.rendezvous import is_of_one_rank, place_in_launch
+from .distributed.watch import Interrupted
 from .model.checks import UnfitModel
 from .model.load import (
     attention_for,
@@ -52,11 +53,12 @@ from .monitoring.console import set_up_logging
 from .monitoring.metrics import is_right
 from .rewards.pool.pool import ScorerPool
 from .rewards.registry import answer_checks, answer_reader
-from .rollout import LoadedModel, awake
+from .rollout import Engine, LoadedModel, awake
 from .rollout.choose import UnfitEngine, make_engine
 from .rollout.own_attention import settle_attention
 from .rollout.playing import episodes_of, for_prompts, open_host, sample_or_play, templated
 from .rollout.sampling import sampling_of
+from .rollout.vllm.start import make_vllm_engine
 from .text.files import write_file
 from .text.plain import plain_lines, write_lines
 from .text.templates import today, uses_date
@@ -80,6 +82,7 @@ class Evaluation:
         """`compared` is the output of an evaluation with which this one is to be compared. Raises ValueError or OSError
         for what a user can have got wrong, before the model is loaded."""
         self.num_samples, self.directory, self.category = num_samples, directory, category
+        self.engine: Engine | None = None
         self.tokenizer = load_tokenizer(config.model)
         self.config = config = templated(self._dated(config, compared))
         data = config.data
@@ -127,7 +130,9 @@ class Evaluation:
         config = self.config
         identity = {
             "model": base_identity(config.model, self.model_config), "num_samples": self.num_samples,
-            "rollout": asdict(config.rollout), "rewards": [asdict(reward) for reward in config.rewards],
+            # another server may draw the rest
+            "rollout": {name: value for name, value in asdict(config.rollout).items() if name != "vllm"},
+            "rewards": [asdict(reward) for reward in config.rewards],
             "seed": config.train.seed, "num_prompts": len(self.prompts),
             "template_date": config.data.template_date,
             "prompts": hashlib.sha256(repr([(p.index, p.ids) for p in self.prompts]).encode()).hexdigest(),
@@ -168,13 +173,32 @@ class Evaluation:
         ranks.wait_at("loaded the model")  # a download may take longer than a collective of the start waits
         obstacle = settle_attention([model], implementation, obstacle, config.model.attn_implementation != "auto",
                                     ranks.gather_objects)  # fmt: skip
-        self.engine = make_engine(LoadedModel(model), obstacle, self.end_ids, config.rollout, ranks.gather_objects)
+        weights = LoadedModel(model)
+        if config.rollout.engine == "vllm":
+            self.engine = make_vllm_engine(self._served(), ranks, weights, None, self.end_ids, 0)
+            self.engine.update_weights()  # the probe
+        else:
+            self.engine = make_engine(weights, obstacle, self.end_ids, config.rollout, ranks.gather_objects)
+
+    def _served(self) -> Config:
+        """The config for servers of the model as it is, whose files are the evaluation's."""
+        train = replace(self.config.train, output_dir=str(self.directory))
+        return replace(self.config, lora=None, reference=ReferenceConfig(), train=train)
+
+    def close(self) -> None:
+        """End the processes that it has started."""
+        self.scorer.close()
+        if self.host:
+            self.host.close()
+        if self.engine is not None:
+            self.engine.close()
 
     def _sample(self, ranks: Ranks, prompts: list[Prompt], start: int) -> Batch:
         rollout, seed = self.config.rollout, self.config.train.seed
         drawn = ranks.share(len(prompts) * self.num_samples)
         requests = requests_of(prompts, self.num_samples, drawn, seed, "evaluate", first=start)
         sampling = sampling_of(rollout)
+        assert self.engine is not None, "_load_model makes it"
         with awake(self.engine), ranks.shared_errors("sampling"):
             scoring = Scoring(self.scorer, prompts, self.num_samples, drawn, self.texts_of,
                               has_episodes=self.episodes is not None)  # fmt: skip
@@ -296,14 +320,12 @@ def main() -> int:
         return 2
     try:
         rows = evaluation.run(ranks)
-    except (UnfitModel, UnfitEngine) as error:
+    except (UnfitModel, UnfitEngine, Interrupted) as error:  # raised on all ranks alike
         if ranks.is_main:
             write_lines(plain_lines(f"error: {error}"), sys.stderr)
-        return 2
+        return 1 if isinstance(error, Interrupted) else 2
     finally:
-        evaluation.scorer.close()
-        if evaluation.host:
-            evaluation.host.close()
+        evaluation.close()
         is_main = ranks.is_main
         ranks.end()
     if is_main:

@@ -5,10 +5,25 @@
 #
 # NUM_PROCESSES      ranks                                              [one per GPU; 2 without a GPU]
 # ACCELERATE_CONFIG  a name from accelerate_configs/, or a file's path  [zero2; ddp where there is no DeepSpeed]
+# SERVER_GPUS        GPUs for a vLLM server, such as 4,5,6,7: the others train   [none]
+# VLLM_PYTHON        the Python that starts the server, see launch/setup_vllm.sh  [the config's rollout.vllm.python]
 # OMP_NUM_THREADS    CPU threads of each rank                           [cores ÷ ranks]
 set -euo pipefail
 # shellcheck source=launch/setup.sh
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
+
+if [[ ${SERVER_GPUS:-} ]]; then
+  visible=${CUDA_VISIBLE_DEVICES:-$(nvidia-smi --query-gpu=index --format=csv,noheader 2>/dev/null | paste -sd, || true)}
+  export CUDA_VISIBLE_DEVICES=
+  for gpu in ${visible//,/ }; do
+    [[ ,$SERVER_GPUS, == *,$gpu,* ]] || CUDA_VISIBLE_DEVICES+=${CUDA_VISIBLE_DEVICES:+,}$gpu
+  done
+  for gpu in ${SERVER_GPUS//,/ }; do
+    [[ ,$visible, == *,$gpu,* ]] || die "SERVER_GPUS=$SERVER_GPUS given, expected some of the GPUs $visible"
+  done
+  [[ $CUDA_VISIBLE_DEVICES ]] || die "SERVER_GPUS=$SERVER_GPUS leaves no GPU for the training"
+  set -- "$@" --rollout.engine vllm --rollout.vllm.devices "$SERVER_GPUS" ${VLLM_PYTHON:+--rollout.vllm.python "$VLLM_PYTHON"}
+fi
 
 # A mistake in an option ends here, and so does --help: the launcher would add a traceback, and each rank would answer.
 status=0

@@ -55,7 +55,7 @@ def _look(options: Options, num_ranks: int | None, findings: Findings) -> None:
     import torch  # an error in the verb's own options should not wait for this import
 
     from ..monitoring.console import set_up_logging
-    from . import contents, machine, sizes, trackers
+    from . import contents, machine, servers, sizes, trackers
 
     set_up_logging()
     config, ranks = options.config, num_ranks or max(1, torch.cuda.device_count())
@@ -68,6 +68,8 @@ def _look(options: Options, num_ranks: int | None, findings: Findings) -> None:
     counts = sizes.describe_memory(config, read, ranks, findings)
     machine.check_disk(config, counts, findings)
     machine.check_resuming(config, read, findings)
+    with findings.attempt():
+        servers.check_servers(config, findings)
     trackers.check_trackers(config.logging.trackers, findings)
 
 

@@ -6,7 +6,10 @@ import json
 import subprocess
 from pathlib import Path
 
+from fake_vllm import FakeVllm
 from launching import ROOT, launch
+
+from grpo_dist.model.toy import toy_path
 
 
 def evaluate(strategy: str | None, num_processes: int, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -43,3 +46,15 @@ def test_ranks_resuming_and_comparing(tmp_path: Path) -> None:
     assert other.returncode == 2 and "holds another evaluation (rollout differ)" in other.stderr
     missing = evaluate(None, 1, *common, "--output", str(tmp_path / "x"), "--category", "colour")
     assert missing.returncode == 2 and "--category: 'colour' given" in missing.stderr
+
+
+def test_a_server_samples(tmp_path: Path) -> None:
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join((ROOT / "configs/data/math_tasks_eval.jsonl").read_text().splitlines(keepends=True)[:3]))
+    words = ("--data", str(data), "--output", str(tmp_path / "out"), "--rollout.engine", "vllm")
+    with FakeVllm(str(toy_path())) as server:
+        done = evaluate(None, 1, *words, "--rollout.vllm.urls", f"[{server.url}]")
+        assert done.returncode == 0, done.stderr[-4000:]
+        assert len([given for given in server.requests if given and "seed" in given]) == 7, "6 samples and the probe"
+    server_gone = evaluate(None, 1, *words, "--rollout.vllm.urls", f"[{server.url}]")
+    assert server_gone.returncode == 0, "all samples are there: another server is no other evaluation"

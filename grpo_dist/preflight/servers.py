@@ -1,0 +1,65 @@
+"""Check the vLLM servers of a config, or what would start one."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import urllib.request
+
+from ..config.schema import Config
+from ..distributed.ranks import dtype_name, resolve_dtype
+from ..model.load import model_path
+from ..rollout.vllm.client import AUTH_VARIABLE
+from ..rollout.vllm.server import command_line
+from .findings import Findings
+
+_ANSWER_SECONDS = 5.0
+_IMPORT_SECONDS = 300.0
+
+
+def check_servers(config: Config, findings: Findings) -> None:
+    """Note what draws the completions, and whether it is there; nothing where the run's own processes draw."""
+    options = config.rollout.vllm
+    if options is None:
+        return
+    command = command_line(config, model_path(config.model), dtype_name(resolve_dtype(config.model.dtype)))
+    lines = [f"a server is started with: {command}"]
+    if options.python is not None:
+        lines += _version(os.path.expanduser(options.python), findings)
+    for url in options.urls or ():
+        lines += _answer(url, config, findings)
+    findings.results["servers"] = lines
+
+
+def _version(python: str, findings: Findings) -> list[str]:
+    try:
+        done = subprocess.run([python, "-c", "import vllm; print(vllm.__version__)"], capture_output=True, text=True,
+                              timeout=_IMPORT_SECONDS, check=False)  # fmt: skip
+    except (OSError, subprocess.TimeoutExpired) as error:
+        findings.problems.append(f"rollout.vllm.python: {python!r} given, which does not start ({error}): "
+                                 "launch/setup_vllm.sh makes an environment")  # fmt: skip
+        return []
+    if done.returncode:
+        last = done.stderr.strip().splitlines()[-1:] or ["no message"]
+        findings.problems.append(f"rollout.vllm.python: {python!r} given, which cannot import vllm ({last[0]}): "
+                                 "launch/setup_vllm.sh makes an environment")  # fmt: skip
+        return []
+    return [f"vLLM {done.stdout.split()[-1]} in {python}"]
+
+
+def _answer(url: str, config: Config, findings: Findings) -> list[str]:
+    key = os.environ.get(AUTH_VARIABLE)
+    request = urllib.request.Request(f"{url.rstrip('/')}/v1/models",
+                                     headers={"Authorization": f"Bearer {key}"} if key else {})  # fmt: skip
+    try:
+        with urllib.request.urlopen(request, timeout=_ANSWER_SECONDS) as answer:
+            base = next(each for each in json.load(answer)["data"] if not each.get("parent"))
+    except (OSError, ValueError, LookupError, StopIteration) as error:
+        findings.problems.append(f"rollout.vllm.urls: {url} does not answer ({error}): start it first")
+        return []
+    longest = base.get("max_model_len")
+    if longest is not None and longest < config.max_sequence_length:
+        findings.problems.append(f"rollout.vllm.urls: {url} serves sequences of {longest} tokens, expected "
+                                 f"{config.max_sequence_length} (--max-model-len)")  # fmt: skip
+    return [f"{url} serves {base['id']}, up to {longest} tokens"]
