@@ -80,6 +80,7 @@ EQUIVALENT = {
         "size = most + 1: 1 -> 2",
         "more *= 2  # a few packs too many cost less than trying every number: 2 -> 3",
         "load = [0.0] * num_ranks: 0.0 -> 1.0",
+        "load[rank] += 0.0 if number is None else costs[number]: 0.0 -> 1.0",
     ],
     # at 0 nothing is pushed; a group more, which is empty, counts for nothing
     "algorithm/losses": ["temperature = torch.where(advantages > 0, ", "num_groups = int(group.max()) + 1 if len("],

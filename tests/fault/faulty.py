@@ -1,6 +1,7 @@
 """grpo_dist.train with one fault built in, for the tests of faults: started in the trainer's place.
 
 FAULT=KIND@POINT:N does KIND at the N-th time (from 1) that the run comes to POINT, on rank FAULT_RANK (default: all).
+It makes the file FAULT_MARK first, if that is given.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,6 +35,8 @@ visits = 0
 
 def happen() -> None:
     """Let the fault happen."""
+    if mark := os.environ.get("FAULT_MARK"):
+        Path(mark).touch()
     if KIND == "enospc":
         raise OSError(errno.ENOSPC, "No space left on device")
     if KIND == "oom":
