@@ -52,7 +52,7 @@ from .model.load import (
 from .monitoring.console import set_up_logging
 from .monitoring.metrics import is_right
 from .rewards.pool.pool import ScorerPool
-from .rewards.registry import answer_checks, answer_reader
+from .rewards.registry import EPISODE_COLUMNS, answer_checks, answer_reader
 from .rollout import Engine, LoadedModel, awake
 from .rollout.choose import UnfitEngine, make_engine
 from .rollout.own_attention import settle_attention
@@ -64,7 +64,7 @@ from .text.plain import plain_lines, write_lines
 from .text.templates import today, uses_date
 from .text.tokens import CompletionTexts
 from .trainer.gathering import gather_scores, gather_trajectories
-from .trainer.scoring import ENVIRONMENT_COLUMNS, Scoring, requests_of
+from .trainer.scoring import Scoring, requests_of
 from .types import Batch, Prompt
 
 _PROMPTS_A_PART = 64  # a part is the same whatever the number of ranks
@@ -102,7 +102,7 @@ class Evaluation:
         self.end_ids = end_token_ids(config.model, self.tokenizer)
         self.texts_of = CompletionTexts(self.tokenizer, self.end_ids)
         self.scorer = ScorerPool(config.rewards, config.scoring)
-        self.scorer.check_columns([*self.prompts[0].columns, *(ENVIRONMENT_COLUMNS if self.host else ())])
+        self.scorer.check_columns([*self.prompts[0].columns, *(EPISODE_COLUMNS if self.host else ())])
         self.episodes = episodes_of(config, self.host, prompt_tokenizer, self.end_ids)
         self.read_answer: Callable[[str], str | None] | None = answer_reader(config.rewards)
 

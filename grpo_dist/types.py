@@ -48,6 +48,8 @@ class Episode:
     """Calls by what came of them: `answered`, `error` (the tool raised), `malformed` (the model's call was none)."""
     prompt: Prompt
     """The prompt, with what the environment said at its reset."""
+    rewards: dict[str, float | None] = field(default_factory=dict)
+    """What rewards that take the environment itself gave, by their names in the config."""
 
 
 @dataclass(frozen=True)

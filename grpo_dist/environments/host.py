@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from grpo_dist.config.environment import EnvironmentConfig
+from grpo_dist.config.rewards import RewardConfig
 from grpo_dist.rewards.pool.channel import Channel
 from grpo_dist.rewards.pool.process import START_SECONDS, signal_kill, start_worker
 
@@ -55,10 +56,10 @@ class _Process:
 class EnvironmentHost:
     """Processes that hold environments; close it, or use it as a context manager."""
 
-    def __init__(self, config: EnvironmentConfig) -> None:
-        """Start a process and learn its tools. Raises ValueError with the user's mistake, RuntimeError where a process
-        cannot be started."""
-        self._config = config
+    def __init__(self, config: EnvironmentConfig, rewards: Sequence[RewardConfig] = ()) -> None:
+        """Start a process and learn its tools, and which of `rewards` take the environments. Raises ValueError with the
+        user's mistake, RuntimeError where a process cannot be started."""
+        self._config, self._rewards = config, list(rewards)
         self._numbers = itertools.count()
         self._home: dict[int, _Process] = {}
         self._open: dict[int, tuple[int, str]] = {}  # request -> episode and kind
@@ -70,6 +71,8 @@ class EnvironmentHost:
         """JSON schemas of all tools."""
         self.has_reward: bool = description["has_reward"]
         """Whether the environment says what an episode is worth."""
+        self.rewards: list[str] = description["rewards"]
+        """Names of the rewards that take the environments, and so are called in their processes."""
         self._processes.append(first)
 
     @property
@@ -88,9 +91,10 @@ class EnvironmentHost:
         """Make an episode's calls; an event of kind `call` comes of it, with `answers` in order, and `done`."""
         self._ask(episode, "call", self._config.call_seconds * max(1, len(calls)), calls=list(calls))
 
-    def reward(self, episode: int) -> None:
-        """Ask what an episode is worth; an event of kind `reward` comes of it, with a `reward`."""
-        self._ask(episode, "reward", self._config.call_seconds)
+    def reward(self, episode: int, row: Mapping[str, Any] | None = None) -> None:
+        """Ask what an episode is worth; an event of kind `reward` comes of it, with a `reward`, and `rewards` of those
+        that take the environment and of `row` what they name."""
+        self._ask(episode, "reward", self._config.call_seconds, row=dict(row or {}))
 
     def end(self, episode: int) -> None:
         """End an episode, whatever it waits for; its environment is free for another."""
@@ -194,7 +198,7 @@ class EnvironmentHost:
         handle, connection = start_worker("grpo_dist.environments.worker", self._config.secrets, "environment.secrets")
         process = _Process(handle, Channel(connection))
         try:
-            process.channel.send(pickle.dumps((self._config, describes)), START_SECONDS)
+            process.channel.send(pickle.dumps((self._config, self._rewards, describes)), START_SECONDS)
             description = json.loads(process.channel.receive(START_SECONDS))
         except (OSError, EOFError) as error:
             code = self._kill(process)

@@ -20,10 +20,11 @@ from typing import TYPE_CHECKING, Any
 
 from grpo_dist.rewards.pool.channel import Channel
 from grpo_dist.rewards.pool.worker import connect, limit_memory
-from grpo_dist.rewards.registry import import_object
+from grpo_dist.rewards.registry import BUILT_IN, RewardFunction, episode_columns, import_object, resolve
 
 if TYPE_CHECKING:
     from grpo_dist.config.environment import EnvironmentConfig
+    from grpo_dist.config.rewards import RewardConfig
 
 _RESERVED = ("reset", "get_reward", "done")
 _THREADS = 256
@@ -34,10 +35,10 @@ def main(descriptor: int, parent: int) -> None:
     """Serve the channel at file descriptor `descriptor` for the process `parent`, and end with it."""
     channel = connect(descriptor, parent)
     config: EnvironmentConfig
-    config, describes = pickle.loads(channel.receive())
+    config, rewards, describes = pickle.loads(channel.receive())
     limit_memory(int(config.memory_limit_gib * 2**30))
     try:
-        worker = Worker(config, channel)
+        worker = Worker(config, rewards, channel)
         description = worker.description() if describes else {}
     except ValueError as error:
         channel.send(json.dumps({"error": str(error)}).encode())
@@ -53,11 +54,12 @@ def main(descriptor: int, parent: int) -> None:
 class Worker:
     """The environments of this process, by episode."""
 
-    def __init__(self, config: EnvironmentConfig, channel: Channel) -> None:
-        """Import tools and factory. Raises ValueError with the user's mistake."""
+    def __init__(self, config: EnvironmentConfig, rewards: list[RewardConfig], channel: Channel) -> None:
+        """Import tools, factory, and the rewards that take environments. Raises ValueError with the user's mistake."""
         self._config, self._channel = config, channel
         self._functions = {function.__name__: function for function in map(imported, config.tools)}
         self._factory = imported(config.factory) if config.factory else None
+        self._rewards = _taking_environments(rewards)
         self._free: list[Any] = []
         self._live: dict[int, Any] = {}
         self._send_lock = threading.Lock()
@@ -78,8 +80,11 @@ class Worker:
         tools = self._functions | self._methods
         if unknown := set(self._config.stop_tools) - set(tools):
             raise ValueError(f"environment.stop_tools: {', '.join(sorted(unknown))} is no tool")
+        if self._rewards and self._factory is None:
+            raise ValueError(f"rewards: {', '.join(self._rewards)} takes `environments`; environment.factory is null")
         return {
             "schemas": [_schema(name, tool) for name, tool in tools.items()],
+            "rewards": list(self._rewards),
             "has_reward": any(callable(getattr(each, "get_reward", None)) for each in self._free),
         }
 
@@ -142,8 +147,19 @@ class Worker:
             return {"text": f"Error: {type(error).__name__}: {error}", "outcome": "error"}
 
     def _reward(self, request: dict[str, Any]) -> dict[str, Any]:
-        value = self._result(self._live[request["episode"]].get_reward())
-        return {"reward": None if value is None else float(value)}
+        environment = self._live[request["episode"]]
+        value = self._result(environment.get_reward()) if hasattr(environment, "get_reward") else None
+        given = {name: [each] for name, each in request["row"].items()} | {"environments": [environment]}
+        return {"reward": None if value is None else float(value),
+                "rewards": {reward.name: self._scored(reward, given) for reward in self._rewards.values()}}  # fmt: skip
+
+    def _scored(self, reward: RewardFunction, given: dict[str, list[Any]]) -> float | None:
+        """What a reward gives one episode."""
+        taken = {name: values for name, values in given.items() if reward.parameters.takes(name)}
+        values = list(self._result(reward.function(**taken)))
+        if len(values) != 1:
+            raise ValueError(f"rewards: {reward.name!r} returned {len(values)} values for one episode")
+        return None if values[0] is None else float(values[0])
 
     def _made(self) -> Any:
         assert self._factory is not None
@@ -158,6 +174,21 @@ class Worker:
             return await value
 
         return asyncio.run_coroutine_threadsafe(wait(), self._loop).result()
+
+
+def _taking_environments(rewards: list[RewardConfig]) -> dict[str, RewardFunction]:
+    """The rewards that take `environments`, by name. Raises ValueError where one cannot be called here."""
+    taking: dict[str, RewardFunction] = {}
+    for reward in rewards:
+        if reward.name in BUILT_IN or "environments" not in episode_columns(reward):
+            continue
+        if reward.name in taking:
+            raise ValueError(f"rewards: {reward.name!r}, which takes `environments`, is given twice")
+        if reward.environment:
+            raise ValueError(f"rewards.environment: {reward.name!r} takes `environments` and is called in their "
+                             f"processes: name {', '.join(reward.environment)} in environment.secrets")  # fmt: skip
+        taking[reward.name] = resolve(reward, has_environments=True)
+    return taking
 
 
 def imported(path: str) -> Any:

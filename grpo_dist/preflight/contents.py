@@ -26,7 +26,7 @@ from ..model.load import (
     try_blank,
 )
 from ..rewards.pool.pool import ScorerPool
-from ..rewards.registry import BUILT_IN, answer_checks, declared_placement
+from ..rewards.registry import BUILT_IN, answer_checks, declared_placement, episode_columns
 from ..rewards.scores import to_items
 from ..rollout.playing import described, episodes_of, for_prompts, open_host, templated
 from ..text.plain import plain
@@ -132,6 +132,8 @@ def try_rewards(config: Config, contents: Contents, findings: Findings) -> None:
         with findings.attempt():
             if reward.name in BUILT_IN and declared_placement(reward) == "gpu":
                 findings.results.setdefault("rewards", []).append(f"{reward.name}: not tried, it would load its model")
+            elif config.environment is not None and episode_columns(reward):
+                findings.results.setdefault("rewards", []).append(f"{reward.name}: not tried, it needs an episode")
             else:
                 totals += reward.weight_at(0) * _try(reward, config, prompts, contents, findings)
     if config.data.answer_column and prompts and totals[0] <= totals[1]:

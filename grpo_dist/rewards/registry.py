@@ -13,7 +13,7 @@ import inspect
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -39,6 +39,9 @@ BUILT_IN = {
 """Names of the rewards that ship with the package, with their import paths."""
 KEYWORDS = ("prompts", "completions", "completion_ids", "trainer_state", "log_metric", "log_extra")
 """Arguments of every reward function beside the data's columns (TRL's names)."""
+EPISODE_COLUMNS = ("environment_reward", "environments")
+"""What an episode adds to the data's columns: what its environment's `get_reward` returned, and what the rewards that
+take `environments` gave it, by name."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,7 @@ class Parameters:
     required: frozenset[str]
     """Names that it requires."""
     bound: frozenset[str]
-    """Names that the config's args fill in; they override a column of the same name."""
+    """Names that are not filled in by columns: the config's args override them."""
     most_items: int | None = None
     """The most completions of a call; None where the function declares none."""
 
@@ -133,15 +136,32 @@ def declared_placement(config: RewardConfig) -> Placement:
         raise ValueError(str(error) if config.name in str(error) else f"rewards: {config.name!r}: {error}") from error
 
 
-def resolve(config: RewardConfig) -> RewardFunction:
+def episode_columns(config: RewardConfig) -> set[str]:
+    """Return which of EPISODE_COLUMNS a configured reward names. Raises ValueError where it cannot be imported."""
+    imported = import_object(_import_path(config.name), config.name)
+    try:
+        names = inspect.signature(imported.__call__ if inspect.isclass(imported) else imported).parameters
+    except (TypeError, ValueError):  # some functions written in C have no signature, and `resolve` refuses the rest
+        return set()
+    return set(names) & set(EPISODE_COLUMNS)
+
+
+def resolve(config: RewardConfig, *, has_environments: bool = False) -> RewardFunction:
     """Return the function that a config names, with its arguments bound. A class is instantiated with them.
+
+    A reward that takes `environments` is called where these live, which is said by `has_environments`. Elsewhere the
+    function returns what was given to each episode there.
 
     Raises ValueError where the name is unknown, the import fails, the object is not callable, an argument does not fit,
     or the function cannot be called as TRL calls one: `fn(prompts=…, completions=…, completion_ids=…, **columns)`.
     """
     imported = import_object(_import_path(config.name), config.name)
+    takes_environments = "environments" in episode_columns(config)
+    if takes_environments and not has_environments:
+        function: Any = functools.partial(_given, config.name)
+        return RewardFunction(config.name, function, _parameters(function, config.name, {}), placement_of(imported))
     if inspect.isclass(imported):
-        function: Any = _instantiate(imported, config)
+        function = _instantiate(imported, config)
         bound: dict[str, Any] = {}
     else:
         function, bound = imported, config.args
@@ -150,8 +170,17 @@ def resolve(config: RewardConfig) -> RewardFunction:
         what = f"an instance of {kind}" if inspect.isclass(imported) else f"of type {kind}"
         raise ValueError(f"rewards: {config.name!r} is {what}, which cannot be called; expected a function")
     parameters = replace(_parameters(function, config.name, bound), most_items=most_items_of(imported))
+    if not takes_environments:  # what is in **columns is not the instances
+        parameters = replace(parameters, bound=parameters.bound | {"environments"})
     ready = functools.partial(function, **bound) if bound else function
     return RewardFunction(config.name, ready, parameters, placement_of(imported))
+
+
+def _given(
+    name: str, completions: Sequence[Any], environments: Sequence[Mapping[str, float | None]], **columns: Any
+) -> list[float | None]:
+    """Return what the reward `name` gave each episode where its environment lives."""
+    return [given.get(name) for given in environments]
 
 
 def _import_path(name: str) -> str:

@@ -44,6 +44,7 @@ class _Play:
     finished: bool = False
     failure: str | None = None
     reward: float | None = None
+    rewards: dict[str, float | None] = field(default_factory=dict)
 
 
 class Episodes:
@@ -209,7 +210,7 @@ class _Table:
         elif event.kind == "call":
             self._go_on(play, event.answer["answers"], event.answer["done"])
         else:
-            play.reward = event.answer["reward"]
+            play.reward, play.rewards = event.answer["reward"], event.answer["rewards"]
             self._finish(play)
 
     def _go_on(self, play: _Play, answers: list[dict[str, str]], done: bool) -> None:
@@ -234,16 +235,18 @@ class _Table:
     def _conclude(self, play: _Play, finished: bool) -> None:
         play.finished = finished
         self.engine.release([(play.request.slot, play.request.sample)])
-        if self.host.has_reward and play.failure is None:
+        if (self.host.has_reward or self.host.rewards) and play.failure is None:
             self.calls += 1
-            self.host.reward(play.number)
+            row = {"prompts": play.prompt.messages, "completions": play.messages, "completion_ids": play.ids}
+            self.host.reward(play.number, play.prompt.columns | row)
         else:
             self._finish(play)
 
     def _finish(self, play: _Play) -> None:
         self.host.end(play.number)
         self.engine.release([(play.request.slot, play.request.sample)])
-        episode = Episode(play.messages, play.turns, play.reward, play.failure, play.counts, play.prompt)
+        episode = Episode(play.messages, play.turns, play.reward, play.failure, play.counts, play.prompt,
+                          play.rewards)  # fmt: skip
         request = play.request
         self.done.append(Trajectory(request.slot, request.sample, play.ids, play.logprobs, play.finished, play.sampled,
                                     episode))  # fmt: skip

@@ -21,7 +21,7 @@ def open_host(config: Config) -> EnvironmentHost | None:
     RuntimeError where a process cannot be started."""
     if config.environment is None:
         return None
-    host = EnvironmentHost(config.environment)
+    host = EnvironmentHost(config.environment, config.rewards)
     has_reward = any(reward.name == "environment" for reward in config.rewards)
     if host.has_reward != has_reward:
         host.close()

@@ -41,7 +41,7 @@ from ..monitoring.machine import record_start, versions
 from ..monitoring.recorder import Recorder
 from ..monitoring.trackers import require_known
 from ..rewards.pool.pool import ScorerPool
-from ..rewards.registry import answer_checks, labels
+from ..rewards.registry import EPISODE_COLUMNS, answer_checks, labels
 from ..rollout.choose import UnfitEngine
 from ..rollout.playing import episodes_of, for_prompts, open_host, templated
 from ..text.files import write_file
@@ -51,7 +51,6 @@ from .first_update import first_update
 from .models import load_models
 from .parts import Parts
 from .phases import Phases
-from .scoring import ENVIRONMENT_COLUMNS
 
 log = logging.getLogger(__name__)
 
@@ -94,7 +93,7 @@ def build(config: Config) -> tuple[Parts, TrainState]:
         require_known(config.logging.trackers)
         scorer = ScorerPool(config.rewards, config.scoring)
         for prompt in (data.prompts[0], *data.eval_prompts[:1]):
-            scorer.check_columns([*prompt.columns, *(ENVIRONMENT_COLUMNS if host else ())])
+            scorer.check_columns([*prompt.columns, *(EPISODE_COLUMNS if host else ())])
         episodes = episodes_of(data.config, host, for_prompts(data.tokenizer, host), data.end_ids)
         directory.mkdir(parents=True, exist_ok=True)
         lock_file = lock(directory) if is_main else None

@@ -13,13 +13,11 @@ from collections.abc import Callable, Sequence
 
 from ..algorithm.hashing import stream_key
 from ..rewards.pool.pool import ScorerPool
-from ..rewards.registry import TrainerState
+from ..rewards.registry import EPISODE_COLUMNS, TrainerState
 from ..rewards.scores import Failure, Item, Scores
 from ..rollout import Request
 from ..types import Batch, Episode, Prompt, Trajectory
 
-ENVIRONMENT_COLUMNS = ("environment_reward",)
-"""What rewards may take of an episode beside the data's columns."""
 TextsOf = Callable[[Sequence[Sequence[int]]], list[str]]
 """Completions' token ids as the texts that rewards get."""
 
@@ -51,7 +49,7 @@ class Scoring:
         self._ended: dict[int, list[Trajectory]] = {slot: [] for slot in self._missing}
         self._broken: dict[int, str] = {}  # places in `rows` whose environment broke, with the reason
         columns = dict.fromkeys(name for prompt in prompts for name in prompt.columns)
-        columns |= dict.fromkeys(ENVIRONMENT_COLUMNS if has_episodes else ())
+        columns |= dict.fromkeys(EPISODE_COLUMNS if has_episodes else ())
         self._pending = scorer.open(self.rows.stop - self.rows.start, list(columns), state)
 
     def on_finish(self, trajectories: list[Trajectory]) -> None:
@@ -88,7 +86,7 @@ class Scoring:
             prompt, columns, messages = self._prompts[slot], {}, None
             if episode is not None:
                 prompt, messages = episode.prompt, episode.messages
-                columns = {"environment_reward": episode.reward}
+                columns = {"environment_reward": episode.reward, "environments": episode.rewards}
                 if episode.failure is not None:
                     self._broken[first + n] = episode.failure
             items[first + n] = Item(prompt.messages or prompt.text, text, ids, prompt.columns | columns, messages)

@@ -112,6 +112,11 @@ def test_a_good_run(data: list[str], tmp_path: Path, capsys: pytest.CaptureFixtu
     assert not (tmp_path / "runs").exists(), "a check leaves nothing behind"
 
 
+def test_a_reward_of_episodes_is_not_tried_on_gold_answers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", "--config", "configs/guess_number.yaml", "--train.output_dir", str(tmp_path / "run")]) == 0
+    assert "environment: not tried, it needs an episode" in capsys.readouterr().out
+
+
 def test_problems_of_data_rewards_and_machine_together(
     data: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -12,12 +12,22 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from grpo_dist.config.environment import EnvironmentConfig
-from grpo_dist.config.schema import Config, DataConfig, ModelConfig, RewardConfig, RolloutConfig, TrainConfig
+from grpo_dist.config.schema import (
+    Config,
+    DataConfig,
+    ModelConfig,
+    RewardConfig,
+    RolloutConfig,
+    ScoringConfig,
+    TrainConfig,
+)
 from grpo_dist.data.prompts import render
 from grpo_dist.environments.host import EnvironmentHost
 from grpo_dist.model import attention
 from grpo_dist.model.load import end_token_ids, load_tokenizer
 from grpo_dist.model.toy import toy_path
+from grpo_dist.rewards.pool.pool import ScorerPool
+from grpo_dist.rewards.scores import Item
 from grpo_dist.rollout import (
     Decoder,
     LoadedModel,
@@ -74,6 +84,20 @@ class Guess:
 
     def get_reward(self):
         return float(self.done)
+
+
+def by_number(environments, prompts, completions, completion_ids, secret, **columns):
+    (environment,), (messages,), (prompt,) = environments, completions, prompts
+    assert environment.secret == secret[0] and prompt[-1]["role"] == "user" and completion_ids[0]
+    return [sum(message["role"] == "assistant" for message in messages) + 0.5 * environment.done]
+
+
+def by_half(environments, scale=1.0, **columns):
+    return [scale / 2 if environment.done else None for environment in environments]
+
+
+def twice(environments, **columns):
+    return [1.0, 2.0]
 """
 LONGEST = 96
 MODEL = ModelConfig("toy-tools")
@@ -261,6 +285,35 @@ def test_games(models: dict[str, Any]) -> None:
             assert each.sampled[-1], "nothing follows the call that ended the game"
 
 
+def test_rewards_get_the_environment(models: dict[str, Any]) -> None:
+    rewards = [RewardConfig("environment"), RewardConfig("played:by_number"),
+               RewardConfig("played:by_half", args={"scale": 3.0})]  # fmt: skip
+    config = replace(make_config(game=True, max_turns=3), rewards=rewards)
+    _, trajectories = played(config, GAMES, models["shared"])
+    given = [t.episode.rewards for t in trajectories if t.episode]
+    for each, rewards_of in zip(trajectories, given, strict=True):
+        assert each.episode is not None and each.episode.reward is not None
+        done = each.episode.reward == 1.0
+        assert rewards_of == {
+            "played:by_number": each.episode.turns + 0.5 * done,
+            "played:by_half": 1.5 if done else None,
+        }
+    items = [Item("", "", [1], {"environment_reward": 0.0, "environments": each}) for each in given]
+    with ScorerPool(rewards[1:], ScoringConfig(num_workers=1)) as pool:
+        pool.check_columns(["environments"])
+        scores = pool.score(items)
+        with pytest.raises(ValueError, match="needs the argument"):
+            pool.check_columns(["secret"])
+    assert scores.names == ["by_number", "by_half"] and not scores.failures
+    assert scores.values[:, 0].tolist() == [each["played:by_number"] for each in given]
+
+
+def test_a_reward_of_environments_gives_each_episode_one_value(models: dict[str, Any]) -> None:
+    config = replace(make_config(game=True), rewards=[RewardConfig("environment"), RewardConfig("played:twice")])
+    _, trajectories = played(config, GAMES[:1], models["shared"])
+    assert all("returned 2 values for one episode" in str(t.episode.failure) for t in trajectories if t.episode)
+
+
 def test_a_stop_tool_ends_the_episode(models: dict[str, Any]) -> None:
     _, trajectories = played(make_config(game=True, stop_tools=["guess"]), GAMES, models["shared"])
     assert all(t.episode and t.episode.turns == 1 and all(t.sampled) for t in trajectories)
@@ -300,6 +353,15 @@ def test_mistakes_in_a_config(tmp_path: Path) -> None:
     for config, reason in (
         (replace(make_config(game=True), rewards=[RewardConfig("math")]), "has a get_reward"),
         (replace(make_config(), rewards=[RewardConfig("environment")]), "has no get_reward"),
+        (replace(make_config(), rewards=[RewardConfig("played:by_half")]), "environment.factory is null"),
+        (
+            replace(make_config(game=True), rewards=[RewardConfig("played:by_half", environment=["KEY"])]),
+            "name KEY in environment.secrets",
+        ),
+        (
+            replace(make_config(game=True), rewards=[RewardConfig("played:by_half"), RewardConfig("played:by_half")]),
+            "is given twice",
+        ),
     ):
         with pytest.raises(ValueError, match=reason):
             open_host(config)
