@@ -196,7 +196,7 @@ def test_tools_and_methods(host: EnvironmentHost) -> None:
     assert event.answer["done"] is False
     assert call(host, 0, ("move", {"by": 9})).answer["done"] is True
     host.reward(0)
-    assert events(host, 1)[0].answer == {"reward": 1.5}
+    assert events(host, 1)[0].answer == {"reward": 1.5, "rewards": {}}
 
 
 def test_calls_of_episodes_do_not_wait_for_each_other() -> None:
