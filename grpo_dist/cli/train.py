@@ -13,8 +13,10 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from pathlib import Path
 
-from ..config.parse import refuse_mistakes
+from ..config.parse import checked, refuse_mistakes
+from ..config.schema import Config
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -30,3 +32,18 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
     from ..trainer.ending import main
 
     return main(train, list(rest))
+
+
+def run_training(config: Config) -> Path:
+    """Train in this process, which is one rank where a launcher has set that up, and return train.output_dir.
+
+    The training goes on from a checkpoint as the command does, and a signal or train.max_time stops it with one. Raises
+    ValueError for an option out of range, and RuntimeError where the training fails, after the message that says why.
+    """
+    from ..train import train
+    from ..trainer.ending import run as run_ranks
+
+    status = run_ranks(train, checked(config))
+    if status:
+        raise RuntimeError(f"the training ended with status {status}; the message before this says why")
+    return Path(config.train.output_dir)

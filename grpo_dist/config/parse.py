@@ -9,7 +9,8 @@ import os
 import re
 import sys
 import time
-from dataclasses import fields, is_dataclass
+from argparse import ArgumentError
+from dataclasses import asdict, fields, is_dataclass
 from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace, set_parsing_settings
@@ -142,6 +143,32 @@ def parse_config(arguments: list[str] | None = None) -> Config:
         return to_config(parser, given)
     except ValueError as error:  # a check of schema.py
         parser.error(str(error))
+
+
+def checked(config: Config) -> Config:
+    """A config that was made or changed in Python, checked as a file is.
+
+    Raises ValueError for an option that does not exist, has the wrong type or is out of range.
+    """
+    _refuse_unknown(config)
+    parser = make_parser(ArgumentParser, exit_on_error=False)
+    try:
+        return to_config(parser, parser.parse_object(asdict(config)))
+    except ArgumentError as error:
+        raise ValueError(str(error)) from error
+
+
+def _refuse_unknown(group: Any, prefix: str = "") -> None:
+    """Raise ValueError for an attribute that is no option: a dataclass accepts any."""
+    options = {field.name for field in fields(group)}
+    for name, value in vars(group).items():
+        if name not in options:
+            near = nearest_option(f"{prefix}{name}")
+            hint = f"; did you mean {near!r}?" if near else ""
+            raise ValueError(f"{prefix}{name}: {value!r} given, but no such option exists{hint}")
+        for part in value if isinstance(value, list) else [value]:
+            if is_dataclass(part):
+                _refuse_unknown(part, f"{prefix}{name}.")
 
 
 def refuse_mistakes(arguments: list[str] | None = None) -> None:

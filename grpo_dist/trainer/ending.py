@@ -41,7 +41,11 @@ def main(train: Callable[[Parts, TrainState], None], arguments: list[str] | None
     words = sys.argv[1:] if arguments is None else arguments
     if DRY_RUN in words:
         return dry_run([word for word in words if word != DRY_RUN])
-    config = parse_config(words)
+    return run(train, parse_config(words))
+
+
+def run(train: Callable[[Parts, TrainState], None], config: Config) -> int:
+    """Build the parts of a training, train, and return the exit status as `main` does."""
     set_up_logging()
     try:
         parts, state = build(config)
