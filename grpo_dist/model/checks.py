@@ -33,6 +33,8 @@ OTHER_HEADS = ("ForSequenceClassification", "ForTokenClassification", "ForQuesti
 those of the embeddings."""
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 """Files from which transformers loads weights. With the suffix `.index.json` they list such files."""
+STORED_DTYPES = ("F64", "F32", "F16", "BF16")
+"""Dtypes of weights in a file, by their names there."""
 UNFIT_TYPES = {
     **{kind: "a token sees later ones" for kind in ("cpmant", "xlnet")},
     **{
@@ -71,7 +73,7 @@ def require_complete_model(name: str, path: str, revision: str | None) -> None:
 
 
 def require_weights(name: str, path: Path) -> None:
-    """Raise UnfitModel if a directory lacks weights that its files list, or has incomplete ones."""
+    """Raise UnfitModel if a directory lacks weights that its files list, or has incomplete or quantised ones."""
     if not path.is_dir():  # a hub id
         return
     parts = [each for each in WEIGHTS if (path / each).is_file()][:1]
@@ -86,11 +88,16 @@ def require_weights(name: str, path: Path) -> None:
                          f"{listed}.index.json names ({_some(missing)}): copy these files too")  # fmt: skip
     for part in (part for part in parts if part.endswith(".safetensors")):
         try:
-            with safe_open(path / part, "pt"):  # reads the header, and compares the length
-                pass
+            with safe_open(path / part, "pt") as file:  # reads the header, and compares the length
+                names = [name for name in file.keys() if name.endswith("weight")]  # noqa: SIM118  (it is no dict)
+                dtypes = {name: file.get_slice(name).get_dtype() for name in names}
         except SafetensorError as error:
             raise UnfitModel(f"model.name: {path / part} is not a complete weight file ({error}): fetch it again, "
                              "with `git lfs pull` if it is a pointer of a few lines") from error  # fmt: skip
+        if quantised := [name for name, dtype in dtypes.items() if dtype not in STORED_DTYPES]:
+            raise UnfitModel(f"model.name: {path / part} has quantised weights ({quantised[0]} in "
+                             f"{dtypes[quantised[0]]}), expected float32, bfloat16 or float16: name the checkpoint "
+                             "that it comes from")  # fmt: skip
 
 
 def require_trainable(model_config: Any, longest: int) -> None:

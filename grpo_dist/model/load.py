@@ -151,13 +151,18 @@ def load_causal_lm(
     placed = {} if device is None or device.type == "cpu" else {"device_map": {"": device}}
     try:
         loaded, report = AutoModelForCausalLM.from_pretrained(
-            model_path(model), dtype=dtype, attn_implementation=attn_implementation, output_loading_info=True, **placed,
-            **_hub_options(model),
+            model_path(model), dtype=dtype, attn_implementation=attn_implementation, output_loading_info=True,
+            ignore_mismatched_sizes=True, **placed, **_hub_options(model),
         )  # fmt: skip
     except torch.OutOfMemoryError:
         raise
     except (*CANNOT, OSError, ImportError, SafetensorError) as error:
         raise UnfitModel(f"model.name: {model.name!r} cannot be loaded ({type(error).__name__}: {error})") from error
+    if mismatched := sorted(report["mismatched_keys"], key=str):
+        name, stored, expected = mismatched[0]
+        raise UnfitModel(f"model.name: {model.name!r} has {len(mismatched)} weights of other shapes than its "
+                         f"config.json says ({name}: {tuple(stored)}, expected {tuple(expected)}): name a checkpoint "
+                         "with its own config.json")  # fmt: skip
     if missing := sorted(report["missing_keys"]):
         raise UnfitModel(f"model.name: {model.name!r} lacks {len(missing)} weights of {type(loaded).__name__}, which "
                          f"would be random ({', '.join(missing[:3])} …): name a complete checkpoint")  # fmt: skip

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from small_models import make_tokenizer
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
@@ -172,6 +173,25 @@ def test_configs_of_no_decoder_are_refused(kind: str, options: dict[str, Any], m
 def test_a_decoder_needs_no_is_decoder() -> None:
     require_decoder(blank("gpt_neox"))
     require_decoder(blank("bert", is_decoder=True))
+
+
+@pytest.mark.parametrize(("dtype", "name"), [(torch.float8_e4m3fn, "F8_E4M3"), (torch.int8, "I8")])
+def test_quantised_weights_are_seen_without_a_word_in_the_config(dtype: torch.dtype, name: str, tmp_path: Path) -> None:
+    """Loading would make plain numbers of them, without their scales."""
+    AutoModelForCausalLM.from_config(config("qwen2")).save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    weights["model.layers.1.mlp.up_proj.weight"] = weights["model.layers.1.mlp.up_proj.weight"].to(dtype)
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UnfitModel, match=rf"has quantised weights \(model\.layers\.1\..*weight in {name}\)"):
+        try_blank(ModelConfig(name=str(tmp_path)), None, load_model_config(ModelConfig(name=str(tmp_path))), None)
+
+
+def test_weights_of_another_shape_are_named(tmp_path: Path) -> None:
+    AutoModelForCausalLM.from_config(config("qwen2")).save_pretrained(tmp_path)
+    settings = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(settings | {"intermediate_size": 24}))
+    with pytest.raises(UnfitModel, match=r"has 6 weights of other shapes .*: \(32, 64\), expected \(32, 24\)"):
+        load_causal_lm(ModelConfig(name=str(tmp_path)), torch.float32, None)
 
 
 def test_files_of_weights_that_are_not_there_are_named(tmp_path: Path) -> None:
