@@ -50,6 +50,8 @@ class Episode:
     """The prompt, with what the environment said at its reset."""
     rewards: dict[str, float | None] = field(default_factory=dict)
     """What rewards that take the environment itself gave, by their names in the config."""
+    tool_seconds: float = 0.0
+    """Time that it waited for the answers of its calls."""
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ those the engine sampled, and between turns those that the chat template adds; n
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -45,6 +46,9 @@ class _Play:
     failure: str | None = None
     reward: float | None = None
     rewards: dict[str, float | None] = field(default_factory=dict)
+    tool_seconds: float = 0.0
+    called_at: float = 0.0
+    """When its newest calls were made."""
 
 
 class Episodes:
@@ -199,12 +203,15 @@ class _Table:
             self._conclude(play, finished=False)
         elif calls := self.rules.possible(play):
             self.calls += 1
+            play.called_at = time.monotonic()
             self.host.call(play.number, calls)
         else:
             self._go_on(play, [], done=False)
 
     def _event(self, play: _Play, event: Event) -> None:
         play.failure = event.answer.get("failure")
+        if event.kind == "call":
+            play.tool_seconds += time.monotonic() - play.called_at
         if play.failure is not None:
             self._finish(play)
         elif event.kind == "call":
@@ -246,7 +253,7 @@ class _Table:
         self.host.end(play.number)
         self.engine.release([(play.request.slot, play.request.sample)])
         episode = Episode(play.messages, play.turns, play.reward, play.failure, play.counts, play.prompt,
-                          play.rewards)  # fmt: skip
+                          play.rewards, play.tool_seconds)  # fmt: skip
         request = play.request
         self.done.append(Trajectory(request.slot, request.sample, play.ids, play.logprobs, play.finished, play.sampled,
                                     episode))  # fmt: skip

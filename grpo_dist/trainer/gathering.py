@@ -67,19 +67,21 @@ def gather_scores(
     counts = failures.sum(0).tolist()
     metrics |= {f"reward/{name}/failed": float(count) for name, count in zip(scores.names, counts, strict=True)}
     if batch.episodes is not None:
-        metrics |= episode_metrics(batch.episodes)
+        metrics |= episode_metrics(batch, batch.episodes)
         extras["environment/conversation"] = [json.dumps(each.messages, ensure_ascii=False) for each in batch.episodes]
     return replace(batch, rewards=gathered[:, :num_rewards], reward=gathered[:, -1], extras=extras, scoring=metrics,
                    token_rewards=_token_rewards(ranks, batch, rows, scores), episodes=None)  # fmt: skip
 
 
-def episode_metrics(episodes: Sequence[Episode]) -> dict[str, float]:
+def episode_metrics(batch: Batch, episodes: Sequence[Episode]) -> dict[str, float]:
     """Metrics of the episodes of a batch, means an episode but for the number of broken environments."""
     outcomes = {"answered": "calls_answered", "error": "calls_failed", "malformed": "calls_malformed"}
     count = max(1, len(episodes))
     metrics = {"environment/turns": sum(each.turns for each in episodes) / count}
     for outcome, name in outcomes.items():
         metrics[f"environment/{name}"] = sum(each.outcomes[outcome] for each in episodes) / count
+    metrics["environment/context_tokens"] = float((batch.row_lengths - batch.lengths).sum()) / count
+    metrics["environment/tool_seconds"] = sum(each.tool_seconds for each in episodes) / count
     return metrics | {"environment/failed": float(sum(each.failure is not None for each in episodes))}
 
 

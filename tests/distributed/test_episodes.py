@@ -71,7 +71,8 @@ def test_ranks_play_the_same_episodes(strategy: str, num_processes: int, one_pro
         assert a["entropy"] == pytest.approx(b["entropy"], rel=0.02, abs=1e-4)
     assert relative_difference(learned(one_process), learned(other)) <= 1e-4
     for a, b in zip(metrics(one_process)[1:], metrics(other)[1:], strict=True):
-        for name in ("loss", "kl", "grad_norm", "environment/turns", "environment/calls_answered"):
+        for name in ("loss", "kl", "grad_norm", "environment/turns", "environment/calls_answered",
+                     "environment/context_tokens"):  # fmt: skip
             assert b[name] == pytest.approx(a[name], rel=1e-3, abs=1e-6), name
 
 
@@ -141,6 +142,9 @@ def test_the_gradient_is_that_of_the_sampled_tokens(one_process: Path) -> None:
         traced += assert_traced(row, ids, sampled, logits, logprobs[sampled])
         loss = loss + (-ratio * row["advantage"] + KL * (gap.exp() - 1 - gap)).mean() / len(rows)
     assert turns > len(rows), "some rows have several turns"
+    context = sum(len(json.loads(row["reward/note/ids"])) - row["tokens"] for row in rows)
+    assert metrics(one_process)[2]["environment/context_tokens"] == pytest.approx(context / len(rows)) and context
+    assert 0 < metrics(one_process)[2]["environment/tool_seconds"] < 60
     assert traced == 4, "one group"
     assert metrics(one_process)[2]["loss"] == pytest.approx(loss.item(), rel=1e-3, abs=1e-5)
     loss.backward()

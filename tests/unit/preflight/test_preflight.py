@@ -73,7 +73,7 @@ def test_all_mistakes_of_a_command_line_at_once(tmp_path: Path) -> None:
         "--config": "nowhere.yaml cannot be read",
         "optim.learning_rat": "did you mean 'optim.learning_rate'?",
         "train.batch_size": f"0 given, expected 1 or more (in {file})",
-        "rollout.temperature": "-1.0 given, expected a number above 0",
+        "rollout.temperature": "-1.0 given, expected above 0",
         "loss.kl_coeff": "-1.0 given, expected 0 or more",
     }
     problems = {problem.partition(":")[0].split(" ")[0].strip("'"): problem for problem in options.problems}
