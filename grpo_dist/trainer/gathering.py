@@ -76,7 +76,7 @@ def gather_scores(
 def episode_metrics(batch: Batch, episodes: Sequence[Episode]) -> dict[str, float]:
     """Metrics of the episodes of a batch, means an episode but for the number of broken environments."""
     outcomes = {"answered": "calls_answered", "error": "calls_failed", "malformed": "calls_malformed"}
-    count = max(1, len(episodes))
+    count = len(episodes)
     metrics = {"environment/turns": sum(each.turns for each in episodes) / count}
     for outcome, name in outcomes.items():
         metrics[f"environment/{name}"] = sum(each.outcomes[outcome] for each in episodes) / count

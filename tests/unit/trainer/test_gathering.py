@@ -6,6 +6,7 @@ import math
 import random
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from grpo_dist.rewards.scores import Failure, Scores
 from grpo_dist.trainer.gathering import RewardFailure, gather_scores, gather_trajectories
-from grpo_dist.types import Batch, Prompt, Trajectory
+from grpo_dist.types import Batch, Episode, Prompt, Trajectory
 
 pytestmark = pytest.mark.quick
 
@@ -166,6 +167,34 @@ def test_the_batch_equals_the_loop(shares: list[range]) -> None:
         with_note = next(share for share in shares if 3 in share)
         assert batch.extras == {"right/text": [f"{n}" for n in everyone],
                                 "steps/note": [n if n in with_note else None for n in everyone]}  # fmt: skip
+
+
+@pytest.mark.parametrize("shares", SHARES)
+def test_episodes_of_a_batch(shares: list[range]) -> None:
+    """A broken environment has no say in its prompt; the conversation is kept as it is."""
+    broken, ranks = {1, 4, 5, 6, 7}, Threads(len(shares))
+
+    def episode(n: int) -> Episode:
+        slot = COMPLETIONS[n].slot
+        said = Prompt(10 + slot, [slot, 99 if n in broken else 7], "said")
+        outcomes = {"answered": n, "error": 1, "malformed": 2}
+        return Episode([{"content": f"ä{n}"}], n + 1, None, "broke" if n in broken else None, outcomes, said,
+                       tool_seconds=0.5)  # fmt: skip
+
+    def work(rank: int) -> Batch:
+        mine = [replace(COMPLETIONS[n], episode=episode(n)) for n in shares[rank]]
+        batch = gather_trajectories(ranks, PROMPTS, mine, has_episodes=True)  # type: ignore[arg-type]
+        rows = slice(shares[rank].start, shares[rank].stop)
+        return gather_scores(ranks, batch, rows, scores_of(shares[rank]), WEIGHTS, 0.0)  # type: ignore[arg-type]
+
+    for batch in ranks.run(work):
+        assert [prompt.ids for prompt in batch.prompts] == [[0, 7], [1], [2, 7]]
+        assert batch.extras["environment/conversation"] == [f'[{{"content": "ä{n}"}}]' for n in range(12)]
+        assert {name: value for name, value in batch.scoring.items() if name.startswith("environment/")} == {
+            "environment/turns": 6.5, "environment/calls_answered": 5.5, "environment/calls_failed": 1.0,
+            "environment/calls_malformed": 2.0, "environment/failed": 5.0, "environment/tool_seconds": 0.5,
+            "environment/context_tokens": sum(len(each.ids) - sum(each.sampled) for each in COMPLETIONS) / 12,
+        }  # fmt: skip
 
 
 def test_no_table_without_rewards_by_token() -> None:
