@@ -113,9 +113,11 @@ def wait_for(job: str) -> str:
     return state
 
 
-def submit(overrides: dict[str, str], log: Path, submitted: list[str], **changes: str) -> str:
+def submit(
+    overrides: dict[str, str], log: Path, submitted: list[str], script: Path = SBATCH_FILE, **changes: str
+) -> str:
     """Submit a training on two nodes, one rank each; returns the job's id."""
-    command = ["sbatch", "--parsable", "--nodes=2", "--time=15", f"--output={log}", str(SBATCH_FILE)]
+    command = ["sbatch", "--parsable", "--nodes=2", "--time=15", f"--output={log}", str(script)]
     submission = subprocess.run(
         [*command, *(word for name, value in overrides.items() for word in (f"--{name}", value))],
         env=environment(GRPO_DIST_VENV=sys.prefix, PROCS_PER_NODE="1", **changes), cwd=ROOT, capture_output=True,
@@ -125,6 +127,44 @@ def submit(overrides: dict[str, str], log: Path, submitted: list[str], **changes
     job = submission.stdout.strip().partition(";")[0]
     submitted.append(job)
     return job
+
+
+SERVING = ROOT / "launch" / "slurm_vllm.sbatch"
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        ({"SLURM_JOB_ID": ""}, "sbatch launch/slurm_vllm.sbatch"),
+        ({"GRPO_DIST_VENV": "/nowhere"}, "run launch/setup.sh first"),
+        ({"VLLM_PYTHON": "/nowhere"}, "run launch/setup_vllm.sh"),
+    ],
+)
+def test_what_serving_nodes_lack_is_said_at_once(variables: dict[str, str], expected: str) -> None:
+    job = {"SLURM_JOB_ID": "1", "SLURM_SUBMIT_DIR": str(ROOT), "GRPO_DIST_VENV": sys.prefix}
+    result = subprocess.run(
+        ["bash", SERVING], env=environment(**(job | variables)), capture_output=True, text=True, timeout=60
+    )
+    assert result.returncode == 1
+    assert expected in result.stderr
+
+
+@pytest.mark.usefixtures("cluster")
+def test_one_node_serves_and_the_other_trains(tmp_path: Path, submitted: list[str]) -> None:
+    python = tmp_path / "python"
+    server = ROOT / "tests" / "unit" / "fake_vllm.py"
+    python.write_text(f'#!/bin/sh\nPYTHONPATH={server.parent} exec {sys.executable} {server} "$@"\n')
+    python.chmod(0o755)
+    log, run = tmp_path / "job.log", tmp_path / "run"
+    words = {"train.output_dir": str(run), "train.num_train_steps": "2", "train.batch_size": "4",
+             "rollout.group_size": "4", "data.eval_file": "null"}  # fmt: skip
+    job = submit(words, log, submitted, script=SERVING, VLLM_PYTHON=str(python))
+    state = wait_for(job)
+    for left in ROOT.glob(f"grpo_dist-vllm-{job}-*.log"):
+        left.unlink()
+    assert state == "COMPLETED", log.read_text()[-4000:]
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [0, 1, 2] and lines[-1]["rollout/probe_gap"] <= 1e-4
 
 
 @pytest.mark.usefixtures("cluster")

@@ -30,10 +30,11 @@ COMPLETIONS = "/v1/completions"
 class FakeVllm(Server):
     """Serves a directory's model; faults are for completions."""
 
-    def __init__(self, model: str, *, max_rank: int = 16, longest: int = 4096, plant: str = "", port: int = 0) -> None:
+    def __init__(self, model: str, *, max_rank: int = 16, longest: int = 4096, plant: str = "",
+                 host: str = "127.0.0.1", port: int = 0) -> None:  # fmt: skip
         """`plant`: `stale` (each adapter is the first one), `scaling` (adapters count twice), `raw` (log-probabilities
         at temperature 1), or nothing."""
-        super().__init__(lambda _: {}, port=port)
+        super().__init__(lambda _: {}, host, port)
         self.path, self.max_rank, self.longest, self.plant = model, max_rank, longest, plant
         self.base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
         self.adapters: dict[str, tuple[nn.Module, str]] = {}
@@ -121,6 +122,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("-m")
     parser.add_argument("--model")
+    parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int)
     parser.add_argument("--max-model-len", type=int, default=4096)
     parser.add_argument("--max-lora-rank", type=int, default=16)
@@ -130,7 +132,7 @@ def main() -> None:
         sys.exit("fake_vllm: no device")
     torch.set_num_threads(1)
     with FakeVllm(options.model, max_rank=options.max_lora_rank, longest=options.max_model_len, plant=options.plant,
-                  port=options.port) as server:  # fmt: skip
+                  host=options.host, port=options.port) as server:  # fmt: skip
         print(f"serving {options.model} at {server.url}", flush=True)
         while True:
             time.sleep(1)

@@ -18,6 +18,7 @@ import psutil
 
 from ...config.schema import Config
 from ...config.vllm import MOST_ADAPTER_RANK, SHARED, logprobs_mode
+from ...distributed.device import computes_on_gpu
 from . import keeper
 
 log = logging.getLogger(__name__)
@@ -65,6 +66,15 @@ def command_line(config: Config, model: str, dtype: str) -> str:
     return f"{given} python -m {MODULE} {' '.join(arguments(config, model, dtype))}".strip()
 
 
+def server_command(config: Config, python: str, model: str, dtype: str, host: str, port: int) -> list[str]:
+    """The command of a server; other machines reach it where `host` is not loopback."""
+    words = [os.path.expanduser(python), "-m", MODULE, *arguments(config, model, dtype),
+             "--host", "127.0.0.1" if host == "127.0.0.1" else "0.0.0.0", "--port", str(port)]  # fmt: skip
+    shared = config.rollout.vllm is not None and config.rollout.vllm.devices == SHARED
+    # vLLM refuses it on a CPU, where sleeping frees nothing
+    return [*words, "--enable-sleep-mode"] if shared and computes_on_gpu() else words
+
+
 class OwnServer:
     """A server in a process of its own."""
 
@@ -78,14 +88,10 @@ class OwnServer:
             free.bind(("", 0))
             port = free.getsockname()[1]
         self.url = f"http://{host}:{port}"
-        words = [*arguments(config, model, dtype), "--host", "127.0.0.1" if host == "127.0.0.1" else "0.0.0.0",
-                 "--port", str(port)]  # fmt: skip
-        if options.devices == SHARED:
-            words.append("--enable-sleep-mode")
+        command = [*server_command(config, options.python, model, dtype, host, port), *options.args]
         environment = server_environment(os.environ) | variables(config)
         if options.devices not in (None, SHARED):
             environment["CUDA_VISIBLE_DEVICES"] = str(options.devices)
-        command = [os.path.expanduser(options.python), "-m", MODULE, *words, *options.args]
         with self.log_path.open("ab") as output:
             self._start = output.tell()
             self._keeper = subprocess.Popen(

@@ -1,0 +1,33 @@
+"""Become a server for a training: what launch/slurm_vllm.sbatch starts on the nodes that serve.
+
+    python -m grpo_dist.rollout.vllm.serve PYTHON PORT OPTIONS_OF_THE_TRAINING [-- ARGUMENTS_OF_THE_SERVER]
+
+PYTHON is that of vLLM's environment.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+from ...config.parse import parse_config
+from ...distributed.ranks import dtype_name, resolve_dtype
+from ...model.load import model_path
+from .server import server_command, server_environment, variables
+
+
+def command_of(words: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    """The server's command and environment. Ends the program with status 2 on a mistake in an option."""
+    python, port, *rest = words
+    place = rest.index("--") if "--" in rest else len(rest)
+    config = parse_config(rest[:place])
+    dtype = dtype_name(resolve_dtype(config.model.dtype))
+    command = server_command(config, python, model_path(config.model), dtype, "0.0.0.0", int(port))
+    return [*command, *rest[place + 1 :]], server_environment(os.environ) | variables(config)
+
+
+if __name__ == "__main__":
+    command, environment = command_of(sys.argv[1:])
+    print(*command, flush=True)
+    os.execve(command[0], command, environment)
