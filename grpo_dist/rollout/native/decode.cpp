@@ -13,6 +13,7 @@
 #include <cstring>
 #include <initializer_list>
 #include <omp.h>
+#include <type_traits>
 #include <utility>
 
 struct Linear {
@@ -138,9 +139,10 @@ template <int L> inline Vec<L> exponential(Vec<L> x) {
 
 // --- products with weights -----------------------------------------------------------------------------------------
 
-// A tile's lines of weights (OUTPUTS × CHUNK) and a block's rows (ROW_BLOCK × CHUNK) fit in the nearest cache, a
-// block's weights (OUTPUT_BLOCK × CHUNK), and the next ones on their way, in the second.
-constexpr long CHUNK = 512, ROW_BLOCK = 16, OUTPUT_BLOCK = 32;
+// Inputs are summed in equal parts of at most CHUNK. A tile's lines of weights (OUTPUTS × CHUNK) and rows (ROWS × CHUNK)
+// fit in the nearest cache, a block's rows (ROW_BLOCK × CHUNK) and weights (OUTPUT_BLOCK × CHUNK), and the next ones on
+// their way, in the second.
+constexpr long CHUNK = 1024, ROW_BLOCK = 16, OUTPUT_BLOCK = 32;
 
 // values (ROWS, OUTPUTS) = N rows of x (N, stride) times OUTPUTS lines of weights, over `count` inputs
 template <int L, int N, class W>
@@ -194,27 +196,43 @@ template <class W> class Ahead {
     }
 };
 
+// A tile's lines of weights in float32: where several tiles of rows read them, each line is converted once. `room` has
+// OUTPUTS × CHUNK floats.
+template <int L, class W> inline void widen(const W* const* w, long count, float* room, const float** wide) {
+    for (int o = 0; o < OUTPUTS; ++o) {
+        wide[o] = room + o * CHUNK;
+        for (long k = 0; k < count; k += L) store<L>(load<L>(w[o] + k), room + o * CHUNK + k);
+    }
+}
+
 // to (rows, outputs) = or, `adds`, += W x + b; this thread's share of the outputs
 template <int L, class W, bool adds>
 void product(const float* x, long rows, long inputs, long outputs, Linear layer, float* to) {
     Share mine(outputs);
     const W* weight = static_cast<const W*>(layer.weight);
+    const long parts = (inputs + CHUNK - 1) / CHUNK, chunk = (inputs / L + parts - 1) / parts * L;
+    alignas(CACHE_LINE) float room[OUTPUTS * CHUNK];
     for (long block = mine.from; block < mine.to; block += OUTPUT_BLOCK) {
         long end = std::min(block + OUTPUT_BLOCK, mine.to), tiles = (end - block + OUTPUTS - 1) / OUTPUTS;
-        for (long k = 0; k < inputs; k += CHUNK) {
-            long count = std::min(CHUNK, inputs - k);
-            bool last = k + CHUNK >= inputs; // then the next block's first inputs follow
+        for (long k = 0; k < inputs; k += chunk) {
+            long count = std::min(chunk, inputs - k);
+            bool last = k + chunk >= inputs; // then the next block's first inputs follow
             long lines = rows <= ROWS ? 0 : last ? std::min(OUTPUT_BLOCK, mine.to - end) : end - block;
-            Ahead<W> ahead(weight + (last ? end * inputs : block * inputs + k + CHUNK), lines, inputs,
-                           std::min(CHUNK, last ? inputs : inputs - k - CHUNK), tiles * ((rows + ROWS - 1) / ROWS));
+            Ahead<W> ahead(weight + (last ? end * inputs : block * inputs + k + chunk), lines, inputs,
+                           std::min(chunk, last ? inputs : inputs - k - chunk), tiles * ((rows + ROWS - 1) / ROWS));
             for (long row_block = 0; row_block < rows; row_block += ROW_BLOCK)
                 for (long o = block; o < end; o += OUTPUTS) {
                     const W* w[OUTPUTS];
                     for (int i = 0; i < OUTPUTS; ++i) w[i] = weight + std::min(o + i, outputs - 1) * inputs + k;
-                    for (long r = row_block; r < std::min(row_block + ROW_BLOCK, rows); r += ROWS) {
+                    const long row_end = std::min(row_block + ROW_BLOCK, rows);
+                    const bool widens = !std::is_same_v<W, float> && row_end - row_block > ROWS;
+                    const float* wide[OUTPUTS];
+                    if (widens) widen<L>(w, count, room, wide);
+                    for (long r = row_block; r < row_end; r += ROWS) {
                         float values[ROWS * OUTPUTS];
                         ahead.next();
-                        any_tile<L>(rows - r, x + r * inputs + k, inputs, w, count, values);
+                        if (widens) any_tile<L>(rows - r, x + r * inputs + k, inputs, wide, count, values);
+                        else any_tile<L>(rows - r, x + r * inputs + k, inputs, w, count, values);
                         for (int i = 0; i < std::min<long>(ROWS, rows - r); ++i)
                             for (int j = 0; j < std::min<long>(OUTPUTS, outputs - o); ++j) {
                                 float& y = to[(r + i) * outputs + o + j];
