@@ -303,7 +303,7 @@ class _Decoding:
         alive = self.alive.cpu()
         new = (~alive & ~self.reported).nonzero()[:, 0]
         if len(new):
-            self._finish(new)
+            self._finish(new, self.row_request[new.to(self.device)])
             self.reported |= ~alive
         count = int((alive | self.kept).sum())
         if count == self.state.num_rows or (count and count > self.compact_below * self.state.num_rows):
@@ -314,9 +314,8 @@ class _Decoding:
         self.state.keep(rows)
         self.row_request, self.last, self.alive = self.row_request[rows], self.last[rows], self.alive[rows]
 
-    def _finish(self, rows: Tensor) -> None:
-        """Collect the trajectories of rows (on the host) that have ended."""
-        ended = self.row_request[rows.to(self.device)]
+    def _finish(self, rows: Tensor, ended: Tensor) -> None:
+        """Collect the trajectories of `rows` (on the host) that have ended, and of their requests `ended`."""
         starts, lengths = self.start[ended], self.ended_at[ended]
         longest = int(lengths.max())
         ids, logprobs = self.tokens[ended, :longest].tolist(), self.logprobs[ended, :longest].tolist()
