@@ -134,3 +134,14 @@ def test_a_step_ahead(server: FakeVllm, tmp_path: Path) -> None:
     assert first["time/overlapped"] > 0, "the next rollout runs while the update does"
     assert second["rollout/logprob_gap_max"] > 1e-4, "an older policy drew"
     assert first["rollout/probe_gap"] <= 1e-4 and second["rollout/probe_gap"] <= 1e-4
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("GRPO_DIST_VLLM" not in os.environ, reason="GRPO_DIST_VLLM does not name the Python of vLLM")
+def test_vllm_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+    run = train(None, 1, tmp_path / "run", *SMALL, "--rollout.vllm.python", os.environ["GRPO_DIST_VLLM"])
+    _, *lines = metrics(run)
+    assert [line["step"] for line in lines] == [1, 2]
+    assert all(line["rollout/probe_gap"] <= 1e-4 and line["rollout/logprob_gap_max"] <= 1e-4 for line in lines)
+    assert note(run) is None, "it ends with the run"
