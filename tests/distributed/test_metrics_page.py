@@ -15,7 +15,7 @@ from grpo_dist.model.toy import toy_path
 RUNS = {
     "critic": ["--preset", "ppo", "--loss.importance_correction", "truncate", "--loss.kl_target", "0.02"],
     "groups": ["--rollout.max_resamples", "1", "--rewards", "[{name: math}, {name: boxed, weight: 0.1}]"],
-    "vllm": ["--rollout.engine", "vllm"],
+    "vllm": ["--rollout.engine", "vllm", "--rollout.lag", "1"],
     "episodes": ["--config", "configs/calculator.yaml"],
 }
 """Between them, all options that add metrics; `boxed` reports a number of its own."""
