@@ -32,3 +32,9 @@ def test_every_test_is_collected(file: Path, pytestconfig: pytest.Config) -> Non
     assert not skipped, f"pytest does not descend into folders named {skipped}"
     classes = [node for node in ast.parse(file.read_text()).body if isinstance(node, ast.ClassDef)]
     assert all(node.name.startswith("Test") for node in classes if "def test_" in ast.unparse(node))
+
+
+def test_files_have_names_of_their_own() -> None:
+    """`pytest` over several folders refuses two files of one name."""
+    names = [file.name for file in FILES if file.name.startswith("test_")]
+    assert sorted(names) == sorted(set(names))
