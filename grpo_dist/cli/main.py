@@ -32,6 +32,7 @@ VERBS = {
         "grpo_dist.cli.train",
         "train in one process (for more: accelerate launch --num_processes N -m grpo_dist.train)",
     ),
+    "watch": ("grpo_dist.report.live", "show the report of runs while they go on"),
 }
 
 

@@ -39,19 +39,21 @@ def write_report(directories: Sequence[Path], out: Path | None = None) -> Path:
     return target
 
 
-def render(runs: Sequence[Written]) -> str:
-    """Return the page."""
+def render(runs: Sequence[Written], live: str | None = None) -> str:
+    """Return the page; `live` is the version of one that is served (see live.py) and follows its runs."""
     names = run_names([str(run.directory) for run in runs])
     numbers = variants([run.config for run in runs])
     most_points = max(100, MOST_CURVE_NUMBERS // sum(len(_measured(run)) + 1 for run in runs))
     data = {
-        "made": f"{datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC", "fields": FIELDS, "other": OTHER,
+        "live": live, "made": f"{datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC", "fields": FIELDS, "other": OTHER,
         "defaults": harmless(flat(asdict(Config()), numbered=True), 2_000),
         "runs": [_run_data(run, name, number, most_points, MOST_COMPLETION_BYTES // len(runs))
                  for run, name, number in zip(runs, names, numbers, strict=True)],
     }  # fmt: skip
-    style, script = _asset("style.css"), "\n".join(_asset(name) for name in SCRIPTS)
+    scripts = (*SCRIPTS, "live.js") if live else SCRIPTS
+    style, script = _asset("style.css"), "\n".join(_asset(name) for name in scripts)
     policy = "; ".join(["default-src 'none'", "base-uri 'none'", "form-action 'none'",
+                        *(["connect-src 'self'"] if live else []),
                         f"script-src {_hash(script)}", f"style-src {_hash(style)}"])  # fmt: skip
     page = _asset("template.html")
     for mark, text in {

@@ -9,6 +9,8 @@ import os
 import shutil
 import subprocess
 import tempfile
+import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ FLAGS = (
 )  # fmt: skip
 
 LOADED = """new Promise((done) => {
-  const look = () => (document.readyState === "complete" && location.protocol === "file:"
+  const look = () => (document.readyState === "complete" && location.protocol !== "about:"
     ? requestAnimationFrame(() => requestAnimationFrame(done)) : setTimeout(look, 10));
   look();
 })"""
@@ -85,14 +87,14 @@ class Page:
             self.complaints.append(json.dumps(told["args"]))
         return message
 
-    def open(self, path: Path, width: int, dark: bool = False, **media: str) -> None:
-        """Show a file at a width, in a theme and with media features such as `prefers_reduced_motion`."""
+    def open(self, place: Path | str, width: int, dark: bool = False, **media: str) -> None:
+        """Show a file or an address at a width, in a theme and with media features such as `prefers_reduced_motion`."""
         features = {"prefers_color_scheme": "dark" if dark else "light", **media}
         named = [{"name": name.replace("_", "-"), "value": value} for name, value in features.items()]
         self.send("Emulation.setEmulatedMedia", features=named)
         self.send("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1,
                   mobile=width < 600)  # fmt: skip
-        self.send("Page.navigate", url=path.absolute().as_uri())
+        self.send("Page.navigate", url=place if isinstance(place, str) else place.absolute().as_uri())
         self.js(LOADED)
 
     def js(self, expression: str) -> Any:
@@ -109,6 +111,17 @@ class Page:
           setTimeout(() => fail("waited in vain"), 20000);
           look();
         }})""")
+
+    def wait_for_reload(self, expression: str) -> None:
+        """Wait as `wait_for` does, although the page may be loaded again meanwhile."""
+        deadline = time.monotonic() + 20
+        while True:
+            with suppress(RuntimeError):  # what an expression ran on is gone
+                if self.js(expression):
+                    return
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"waited in vain for {expression}")
+            time.sleep(0.05)
 
     def texts(self, selector: str) -> list[str]:
         """The texts of all elements that a CSS selector finds."""
