@@ -85,6 +85,8 @@ def _print_steps(console: Console, predictor: Predictor, ranks: list[int]) -> No
     counts = predictor.inputs(1, 0).counts
     trained = f"{counts.adapters / 1e6:.2f} M in adapters" if counts.adapters else "all of them trained"
     console.print(f"{config.model.name}: {counts.parameters / 1e6:.2f} M parameters, {trained}")
+    if config.rollout.engine == "vllm":
+        console.print("completions are drawn by vLLM servers, whose memory is not counted")
     table = table_of(f"A step: {config.train.batch_size} prompts × {config.rollout.group_size} completions, all of "
                      "full length", ["ranks", "completions a rank", "packs a rank", "largest pack", "optimizer steps"]
                      )  # fmt: skip

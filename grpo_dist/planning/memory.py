@@ -98,6 +98,8 @@ class MemoryInputs:
     """Of weights that decoding stores a second time, in another form."""
     reward_models: int = 0
     """Bytes of reward models on the rank's GPU."""
+    decodes: bool = True
+    """Whether the rank draws completions; False where servers do."""
 
 
 @dataclass(frozen=True)
@@ -121,7 +123,7 @@ def slots_held(copied: int, max_new_tokens: int, chunk: int) -> int:
 
 def memory_per_rank(inputs: MemoryInputs) -> list[Part]:
     """All parts of a rank's memory. The peak of a phase is the sum of its parts and of those that exist always."""
-    return [*_weights(inputs), *_rollout(inputs), *_update(inputs)]
+    return [*_weights(inputs), *(_rollout(inputs) if inputs.decodes else []), *_update(inputs)]
 
 
 def peaks(parts: list[Part]) -> dict[Phase, int]:

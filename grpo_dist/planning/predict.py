@@ -140,7 +140,7 @@ class Predictor:
             policy_bytes=self.policy_dtype.itemsize, trained_bytes=trained_bytes,
             copy_bytes=self.copy_dtype.itemsize if has_copy else 0,
             copy_decodes=has_copy and self.copy_dtype == self.policy_dtype, step_bytes=self._step_bytes(counts),
-            reward_models=self._reward_models,
+            reward_models=self._reward_models, decodes=self.config.rollout.engine != "vllm",
         )  # fmt: skip
         if self.most_bytes is None or tokens_in_flight(self.config, self.device) != sys.maxsize:
             return inputs

@@ -24,6 +24,7 @@ from grpo_dist.config.schema import (
     RolloutConfig,
     TrainConfig,
 )
+from grpo_dist.config.vllm import VllmConfig
 from grpo_dist.distributed.ranks import DTYPES
 from grpo_dist.model import attention
 from grpo_dist.model.load import load_model_config, load_policy, trainable
@@ -81,6 +82,14 @@ def test_peaks_are_sums_of_parts() -> None:
     for phase, peak in peaks(parts).items():
         mine = [part.num_bytes for part in parts if part.phase == phase]
         assert mine and peak == always + sum(mine)
+
+
+def test_where_servers_draw_a_rank_has_no_cache() -> None:
+    served = config_of(rollout=RolloutConfig(engine="vllm", vllm=VllmConfig(urls=["http://localhost:8000"])))
+    own, others = (Predictor(config, load_model_config(config.model), "cpu").parts(1, 0)
+                   for config in (config_of(), served))  # fmt: skip
+    assert [part for part in own if part.phase == "rollout"]
+    assert [part.name for part in others] == [part.name for part in own if part.phase != "rollout"]
 
 
 def test_a_shared_reference_has_no_copy() -> None:
