@@ -21,7 +21,7 @@ from ..config.parse import group_type, option_types, presets
 from .main import VERBS, make_parser
 
 PROGRAM = "grpo-dist"
-READERS = ("parse_config", "read_options")
+READERS = ("parse_config", "read_options", "refuse_mistakes")
 """Functions that a verb imports if it takes the options of a run."""
 FILES = ("data.train_file", "data.eval_file", "model.name")
 """Options that may be a path."""

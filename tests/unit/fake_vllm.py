@@ -27,6 +27,15 @@ from grpo_dist.rollout import Request, RowDecoder, Sampling, decode_all
 COMPLETIONS = "/v1/completions"
 
 
+LOADING = threading.Lock()
+"""transformers patches torch and its classes while it loads a model: two threads at once would leave them patched."""
+
+
+def load_model(path: str) -> nn.Module:
+    """A directory's model in float32; the caller holds LOADING where it is not the only thread."""
+    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+
+
 class FakeVllm(Server):
     """Serves a directory's model; faults are for completions."""
 
@@ -36,7 +45,7 @@ class FakeVllm(Server):
         at temperature 1), or nothing."""
         super().__init__(lambda _: {}, host, port)
         self.path, self.max_rank, self.longest, self.plant = model, max_rank, longest, plant
-        self.base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+        self.base = load_model(model)
         self.adapters: dict[str, tuple[nn.Module, str]] = {}
         self.calls: list[str] = []
         self.refuses_adapters = False
@@ -61,9 +70,10 @@ class FakeVllm(Server):
             if path == "/v1/unload_lora_adapter":
                 return (200, {}) if self.adapters.pop(given["lora_name"], None) else (404, {"error": "not loaded"})
             if path == "/collective_rpc":
-                loaded = AutoModelForCausalLM.from_pretrained(given["kwargs"]["weights_path"], dtype=torch.float32)
+                with LOADING:
+                    model = load_model(given["kwargs"]["weights_path"])
                 if self.plant != "stale":
-                    self.base = loaded.eval()
+                    self.base = model
             return 200, {}
 
     def _load(self, name: str, root: str) -> tuple[int, Any]:
@@ -77,8 +87,8 @@ class FakeVllm(Server):
         if self.plant == "stale" and self.adapters:
             self.adapters[name] = (next(iter(self.adapters.values()))[0], root)
             return 200, {}
-        base = AutoModelForCausalLM.from_pretrained(self.path, dtype=torch.float32)
-        model = PeftModel.from_pretrained(base, root).merge_and_unload()
+        with LOADING:
+            model = PeftModel.from_pretrained(load_model(self.path), root).merge_and_unload()
         if self.plant == "scaling":
             for weight, plain in zip(model.parameters(), self.base.parameters(), strict=True):
                 weight.data += weight.data - plain.data
