@@ -33,7 +33,7 @@ NOT_HERE = {
 }  # fmt: skip
 ONLY_READ = {
     # verbs that are read by their parser alone
-    "bench": "takes minutes",
+    "bench": "takes minutes", "watch": "serves until it is interrupted",
 }  # fmt: skip
 NEEDED = {"--push_to_hub"}
 """Options that need an account: read by their verb's parser alone."""
