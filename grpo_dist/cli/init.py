@@ -9,7 +9,6 @@ On a terminal, `init` asks for what is not given. Elsewhere it uses defaults, an
 from __future__ import annotations
 
 import argparse
-import difflib
 import sys
 import textwrap
 from collections.abc import Callable, Sequence
@@ -19,6 +18,7 @@ from typing import Any
 
 import yaml
 
+from ..config.checks import did_you_mean
 from ..config.parse import group_type, option_types
 from ..config.schema import Config, RewardConfig
 from ..config.shipped import shipped
@@ -141,9 +141,8 @@ def _data_problem(data: str) -> str | None:
 def _reward_problem(reward: str) -> str | None:
     if ":" in reward or reward in BUILT_IN:
         return None
-    near = difflib.get_close_matches(reward, BUILT_IN, n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
-    return f"{reward!r} given, expected module:function or one of {', '.join(BUILT_IN)}{hint}"
+    return (f"{reward!r} given, expected module:function or one of {', '.join(BUILT_IN)}"
+            f"{did_you_mean(reward, BUILT_IN)}")  # fmt: skip
 
 
 def _of(columns: Sequence[str]) -> str:

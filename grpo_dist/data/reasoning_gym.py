@@ -6,13 +6,13 @@ data set has no single answer) and `entry`, which the reward `reasoning_gym` rec
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any, overload
 
 import yaml
 
+from ..config.checks import did_you_mean
 from ..rewards.reasoning_gym import check_name, library
 
 PREFIX = "reasoning_gym:"
@@ -62,8 +62,7 @@ def _options(name: str, query: str) -> dict[str, Any]:
     for part in filter(None, query.split("&")):
         key, equals, value = part.partition("=")
         if key not in known or not equals:
-            near = difflib.get_close_matches(key, known, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise ValueError(f"{part!r} given, expected option=value with one of {', '.join(known)}{hint}")
+            raise ValueError(f"{part!r} given, expected option=value with one of {', '.join(known)}"
+                             f"{did_you_mean(key, known)}")  # fmt: skip
         options[key] = yaml.safe_load(value)
     return options

@@ -8,7 +8,6 @@ that hangs.
 from __future__ import annotations
 
 import contextlib
-import difflib
 import importlib
 import json
 import logging
@@ -24,7 +23,7 @@ from typing import Any
 import numpy as np
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 
-from ..config.checks import require
+from ..config.checks import did_you_mean, require
 from ..text.files import write_file
 
 log = logging.getLogger(__name__)
@@ -90,9 +89,8 @@ def run_name(directory: Path, first_step: int) -> str:
 def require_known(kinds: Sequence[str]) -> None:
     """Raise a ValueError for an unknown tracker; it names the nearest known one."""
     for kind in kinds:
-        near = [f"; did you mean {match!r}?" for match in difflib.get_close_matches(kind, LOGGER_TYPE_TO_CLASS, n=1)]
         require(kind in LOGGER_TYPE_TO_CLASS, "logging.trackers", kind,
-                f"some of {', '.join(LOGGER_TYPE_TO_CLASS)}{''.join(near)}")  # fmt: skip
+                f"some of {', '.join(LOGGER_TYPE_TO_CLASS)}{did_you_mean(kind, LOGGER_TYPE_TO_CLASS)}")  # fmt: skip
 
 
 def open_tracker(kind: str, source: Source) -> GeneralTracker:

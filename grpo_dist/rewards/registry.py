@@ -6,7 +6,6 @@ the pool resolve rewards, so that a user's module is never imported into the tra
 
 from __future__ import annotations
 
-import difflib
 import functools
 import importlib
 import inspect
@@ -17,6 +16,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from grpo_dist.config.checks import did_you_mean
 from grpo_dist.config.schema import RewardConfig
 from grpo_dist.rewards.placement import Placement, most_items_of, placement_of
 
@@ -190,7 +190,7 @@ def _import_path(name: str) -> str:
     known = f"built in: {', '.join(BUILT_IN)}"
     if ":" not in name:
         raise ValueError(
-            f"rewards: {name!r} is not a built-in reward{_nearest(name, BUILT_IN)} ({known}); "
+            f"rewards: {name!r} is not a built-in reward{did_you_mean(name, BUILT_IN)} ({known}); "
             "a function of your own is written module:function"
         )
     module, _, attribute = name.partition(":")
@@ -224,7 +224,7 @@ def import_object(path: str, name: str, key: str = "rewards") -> Any:
         ) from error
     for attribute in attributes.split("."):
         if not hasattr(imported, attribute):
-            hint = _nearest(attribute, dir(imported))
+            hint = did_you_mean(attribute, dir(imported))
             raise ValueError(f"{key}: {name!r}: {module_name!r} has no {attribute!r}{hint}")
         imported = getattr(imported, attribute)
     return imported
@@ -254,7 +254,7 @@ def _parameters(function: Callable[..., Any], name: str, bound: dict[str, Any]) 
     if unknown:
         raise ValueError(
             f"rewards: {name!r} was given the args {unknown}, which it does not take or which every call fills in"
-            f"{_nearest(unknown[0], names)}; its signature is {signature}"
+            f"{did_you_mean(unknown[0], names)}; its signature is {signature}"
         )
     positional = [p.name for p in given if p.kind is kinds.POSITIONAL_ONLY and p.default is kinds.empty]
     if positional or not (takes_any or names & {"completions", "completion_ids"}):
@@ -265,8 +265,3 @@ def _parameters(function: Callable[..., Any], name: str, bound: dict[str, Any]) 
         )
     required = frozenset(p.name for p in by_name if p.default is kinds.empty and p.name not in bound)
     return Parameters(None if takes_any else frozenset(names), required, frozenset(bound))
-
-
-def _nearest(name: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(name, list(known), n=1)
-    return f"; did you mean {close[0]!r}?" if close else ""

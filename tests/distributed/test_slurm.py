@@ -17,6 +17,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 SBATCH_FILE = ROOT / "launch" / "slurm.sbatch"
+SERVING = ROOT / "launch" / "slurm_vllm.sbatch"
 OURS = ("CONFIG", "ACCELERATE_CONFIG", "PROCS_PER_NODE", "GRPO_DIST_ROOT", "GRPO_DIST_VENV", "OMP_NUM_THREADS")
 STEPS, PROMPTS, GROUP_SIZE = 3, 4, 8
 LIMIT_SECONDS = 600
@@ -38,19 +39,22 @@ def environment(**changes: str) -> dict[str, str]:
 
 
 @pytest.mark.parametrize(
-    ("variables", "expected"),
+    ("script", "variables", "expected"),
     [
-        ({"SLURM_JOB_ID": ""}, "sbatch launch/slurm.sbatch"),
-        ({"SLURM_SUBMIT_DIR": "/"}, "/ is not the checkout"),
-        ({"GRPO_DIST_VENV": "/nowhere"}, "run launch/setup.sh first"),
-        ({"CONFIG": "no.yaml"}, "CONFIG=no.yaml is not a file"),
-        ({"ACCELERATE_CONFIG": "zero9"}, "ACCELERATE_CONFIG=zero9"),
+        (SBATCH_FILE, {"SLURM_JOB_ID": ""}, "sbatch launch/slurm.sbatch"),
+        (SBATCH_FILE, {"SLURM_SUBMIT_DIR": "/"}, "/ is not the checkout"),
+        (SBATCH_FILE, {"GRPO_DIST_VENV": "/nowhere"}, "run launch/setup.sh first"),
+        (SBATCH_FILE, {"CONFIG": "no.yaml"}, "CONFIG=no.yaml is not a file"),
+        (SBATCH_FILE, {"ACCELERATE_CONFIG": "zero9"}, "ACCELERATE_CONFIG=zero9"),
+        (SERVING, {"SLURM_JOB_ID": ""}, "sbatch launch/slurm_vllm.sbatch"),
+        (SERVING, {"GRPO_DIST_VENV": "/nowhere"}, "run launch/setup.sh first"),
+        (SERVING, {"VLLM_PYTHON": "/nowhere"}, "run launch/setup_vllm.sh"),
     ],
 )
-def test_what_is_missing_is_said_at_once(variables: dict[str, str], expected: str) -> None:
+def test_what_is_missing_is_said_at_once(script: Path, variables: dict[str, str], expected: str) -> None:
     job = {"SLURM_JOB_ID": "1", "SLURM_SUBMIT_DIR": str(ROOT), "GRPO_DIST_VENV": sys.prefix}
     result = subprocess.run(
-        ["bash", SBATCH_FILE], env=environment(**(job | variables)), capture_output=True, text=True, timeout=60
+        ["bash", script], env=environment(**(job | variables)), capture_output=True, text=True, timeout=60
     )
     assert result.returncode == 1
     assert expected in result.stderr
@@ -127,26 +131,6 @@ def submit(
     job = submission.stdout.strip().partition(";")[0]
     submitted.append(job)
     return job
-
-
-SERVING = ROOT / "launch" / "slurm_vllm.sbatch"
-
-
-@pytest.mark.parametrize(
-    ("variables", "expected"),
-    [
-        ({"SLURM_JOB_ID": ""}, "sbatch launch/slurm_vllm.sbatch"),
-        ({"GRPO_DIST_VENV": "/nowhere"}, "run launch/setup.sh first"),
-        ({"VLLM_PYTHON": "/nowhere"}, "run launch/setup_vllm.sh"),
-    ],
-)
-def test_what_serving_nodes_lack_is_said_at_once(variables: dict[str, str], expected: str) -> None:
-    job = {"SLURM_JOB_ID": "1", "SLURM_SUBMIT_DIR": str(ROOT), "GRPO_DIST_VENV": sys.prefix}
-    result = subprocess.run(
-        ["bash", SERVING], env=environment(**(job | variables)), capture_output=True, text=True, timeout=60
-    )
-    assert result.returncode == 1
-    assert expected in result.stderr
 
 
 @pytest.mark.usefixtures("cluster")

@@ -7,7 +7,7 @@ import logging
 import math
 import shutil
 import uuid
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -29,6 +29,8 @@ from .probe import STOPS, Expected, expected_scores, is_stale, largest_gap, ques
 log = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
+Ask = Callable[..., Awaitable[Any]]
+"""`Servers.attempt`, or `Servers.insist` with its retries."""
 
 KEPT = 2
 """Policies on the servers: the newest one, and the one before it, which requests under way may sample from."""
@@ -154,13 +156,10 @@ class ServedPolicy:
 
         async def load(server: Server) -> None:
             if self._has_adapters:
-                await self.servers.insist(server, "POST", "/v1/load_lora_adapter",
-                                          {"lora_name": name, "lora_path": str(path)})  # fmt: skip
+                await _load_adapter(self.servers.insist, server, name, str(path))
             elif self._policy is not None:
                 await self._reload(server, path)
-            message = question(model, expected, self._sampling, self._end_ids)
-            answers[server.url] = await self.servers.insist(server, "POST", "/v1/completions", message,
-                                                            lambda content: read_answer(content, message))  # fmt: skip
+            answers[server.url] = await self._answer(self.servers.insist, server, model, expected)
 
         failed = self._each(load)
         gaps = {url: largest_gap(expected, answer) for url, answer in answers.items()}
@@ -207,6 +206,11 @@ class ServedPolicy:
         # blocks of the prefix cache have the old weights' keys and values
         await self.servers.insist(server, "POST", "/reset_prefix_cache")
 
+    async def _answer(self, ask: Ask, server: Server, model: str, expected: Expected) -> Answer:
+        """What a server answers to the probe."""
+        message = question(model, expected, self._sampling, self._end_ids)
+        return await ask(server, "POST", "/v1/completions", message, lambda content: read_answer(content, message))
+
     async def _unload(self, server: Server, name: str) -> None:
         await self.servers.attempt(server, "POST", "/v1/unload_lora_adapter", {"lora_name": name})
 
@@ -231,9 +235,10 @@ class ServedPolicy:
         if loaded.path is not None:
             listed = await self.servers.attempt(server, "GET", "/v1/models", read=lambda content: content["data"])
             if loaded.model not in [each["id"] for each in listed]:
-                await self.servers.attempt(server, "POST", "/v1/load_lora_adapter",
-                                           {"lora_name": loaded.model, "lora_path": loaded.path})  # fmt: skip
-        message = question(loaded.model, loaded.expected, self._sampling, self._end_ids)
-        answer = await self.servers.attempt(server, "POST", "/v1/completions", message,
-                                            lambda content: read_answer(content, message))  # fmt: skip
+                await _load_adapter(self.servers.attempt, server, loaded.model, loaded.path)
+        answer = await self._answer(self.servers.attempt, server, loaded.model, loaded.expected)
         self._require_same(server.url, largest_gap(loaded.expected, answer), loaded.expected, answer)
+
+
+async def _load_adapter(ask: Ask, server: Server, name: str, path: str) -> None:
+    await ask(server, "POST", "/v1/load_lora_adapter", {"lora_name": name, "lora_path": path})
