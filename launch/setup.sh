@@ -69,7 +69,7 @@ install() {
   rm -f "$venv/stamp"
   printf 'grpo_dist: installing what %s pins (some minutes, once; progress in %s)\n' "$pins" "$venv/setup.log" >&2
   cd "$root"
-  local extras=test,lint
+  local extras=test,lint,quantized
   if [[ $pins == constraints-lowest.txt ]]; then
     extras=test # what checks the code needs newer releases than the code does
     logged "$venv/bin/python" tests/lowest/torch_without_cuda.py "$(sed -n 's/^torch==//p' "$pins")"

@@ -101,7 +101,7 @@ def _print_parts(console: Console, predictor: Predictor, num_ranks: int) -> None
     """Print every part for each strategy, and the peak of each phase."""
     from ..planning.memory import peaks
 
-    by_strategy = {name: predictor.parts(num_ranks, stage) for name, stage in STRATEGIES.items()}
+    by_strategy = {name: predictor.parts(num_ranks, stage) for name, stage in _strategies(predictor).items()}
     table = table_of(f"Memory of each of {num_ranks} rank(s)", ["part", "phase", *by_strategy])
     rows: dict[tuple[str, str], dict[str, int]] = {}
     for name, parts in by_strategy.items():
@@ -116,6 +116,11 @@ def _print_parts(console: Console, predictor: Predictor, num_ranks: int) -> None
     console.print(table)
 
 
+def _strategies(predictor: Predictor) -> dict[str, ZeroStage]:
+    """The strategies that can train the model: ZeRO-3 does not shard a quantised base."""
+    return {name: stage for name, stage in STRATEGIES.items() if stage < 3 or predictor.quantization is None}
+
+
 def _print_peaks(console: Console, predictor: Predictor, ranks: list[int], limit: int | None) -> list[int]:
     """Print the largest peak by ranks and strategy. Returns the numbers of ranks for which no strategy fits."""
     from ..planning.advice import largest_peak
@@ -124,10 +129,11 @@ def _print_peaks(console: Console, predictor: Predictor, ranks: list[int], limit
     title = "Largest peak, and its phase"
     if most is not None:
         title += f"; ✗: above {readable(most)}, {readable(limit or 0)} less a reserve of {RESERVE:.0%}"
-    table = table_of(title, ["ranks", *STRATEGIES])
+    strategies = _strategies(predictor)
+    table = table_of(title, ["ranks", *strategies])
     unfit = []
     for num_ranks in ranks:
-        tops: list[tuple[Phase, int]] = [largest_peak(predictor, num_ranks, stage) for stage in STRATEGIES.values()]
+        tops: list[tuple[Phase, int]] = [largest_peak(predictor, num_ranks, stage) for stage in strategies.values()]
         fits = [most is None or needed <= most for _, needed in tops]
         table.add_row(str(num_ranks), *(f"{readable(needed)} {phase}{'' if fit else ' ✗'}"
                                         for (phase, needed), fit in zip(tops, fits, strict=True)))  # fmt: skip

@@ -20,6 +20,7 @@ from .vllm import VllmConfig, check_vllm
 ComputeDtype = Literal["float32", "bfloat16"]
 PolicyDtype = Literal["auto", ComputeDtype]
 Dtype = Literal[PolicyDtype, "float16"]
+Quantization = Literal["nf4", "int8"]
 TokensInFlight = int | Literal["auto"]
 
 
@@ -34,6 +35,9 @@ class ModelConfig:
     dtype: PolicyDtype = "auto"
     """Compute dtype of the policy; `auto` is bfloat16 on a GPU that has it and float32 elsewhere. float16 is not
     allowed: small gradients would be 0 without a scaled loss."""
+    quantization: Quantization | None = None
+    """Quantise the linear layers of the base when it is loaded, to 4 bits a weight (`nf4`, with double quantisation) or
+    8 (`int8`), and train adapters on it. Needs LoRA and the extra `quantized`. null: as in the checkpoint."""
     attn_implementation: str = "auto"
     """`auto` computes a prompt once for all completions of its group where the architecture allows it. Any other name
     goes to transformers (`sdpa`, `eager`, `flash_attention_2`), and each completion is then a row of its own."""
@@ -320,6 +324,8 @@ class Config:
         require(self.lora is not None or self.reference.placement == "copy", "reference.placement",
                 self.reference.placement, "`copy` where lora is null: without adapters to switch off, the policy "
                 "cannot be its own reference")  # fmt: skip
+        require(self.lora is not None or self.model.quantization is None, "model.quantization",
+                self.model.quantization, "null where lora is null: quantised weights cannot be trained")  # fmt: skip
         require(self.optim.warmup_steps <= self.train.num_train_steps, "optim.warmup_steps", self.optim.warmup_steps,
                 f"at most train.num_train_steps = {self.train.num_train_steps}")  # fmt: skip
         require(self.train.num_minibatches <= self.train.batch_size, "train.num_minibatches",

@@ -64,6 +64,8 @@ def check_vllm(config: Config) -> None:
             "the urls of servers or the python to start one with, where rollout.engine is `vllm`")  # fmt: skip
     require(not is_vllm or config.lora is None or config.lora.r <= MOST_ADAPTER_RANK, "lora.r",
             config.lora and config.lora.r, f"at most {MOST_ADAPTER_RANK}, as vLLM serves no higher rank")  # fmt: skip
+    require(not is_vllm or config.model.quantization is None, "model.quantization", config.model.quantization,
+            "null with rollout.engine `vllm`: a server would compute with other values of the weights")  # fmt: skip
     require(not is_vllm or rollout.temperature == 1 or not cuts_off(rollout), "rollout.temperature",
             rollout.temperature, "1 with top_p, top_k or min_p: vLLM returns log-probabilities either before the "
             "temperature or after these")  # fmt: skip

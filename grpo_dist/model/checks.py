@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,8 @@ try:
 except ImportError:  # older releases of PEFT put adapters on exactly the named layers
     convert_peft_config_for_transformers = None
 
+from .quantized import QuantizedLinear
+
 _SHOWN_NAMES = 12
 
 
@@ -35,6 +37,8 @@ WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 """Files from which transformers loads weights. With the suffix `.index.json` they list such files."""
 STORED_DTYPES = ("F64", "F32", "F16", "BF16")
 """Dtypes of weights in a file, by their names there."""
+LOADED_IN = ("load_in_4bit", "_load_in_4bit", "load_in_8bit", "_load_in_8bit")
+"""Keys by which bitsandbytes' quantization_config says how weights are stored."""
 UNFIT_TYPES = {
     **{kind: "a token sees later ones" for kind in ("cpmant", "xlnet")},
     **{
@@ -72,8 +76,9 @@ def require_complete_model(name: str, path: str, revision: str | None) -> None:
         )
 
 
-def require_weights(name: str, path: Path) -> None:
-    """Raise UnfitModel if a directory lacks weights that its files list, or has incomplete or quantised ones."""
+def require_weights(name: str, path: Path, is_quantized: bool = False) -> None:
+    """Raise UnfitModel if a directory lacks weights that its files list, has incomplete ones, or has quantised ones
+    where its config does not say so (`is_quantized`), or the other way round."""
     if not path.is_dir():  # a hub id
         return
     parts = [each for each in WEIGHTS if (path / each).is_file()][:1]
@@ -86,18 +91,42 @@ def require_weights(name: str, path: Path) -> None:
     if missing := [part for part in parts if not (path / part).is_file()]:
         raise UnfitModel(f"model.name: {name!r} lacks {len(missing)} of the {len(parts)} weight files that its "
                          f"{listed}.index.json names ({_some(missing)}): copy these files too")  # fmt: skip
+    is_marked = False
     for part in (part for part in parts if part.endswith(".safetensors")):
         try:
             with safe_open(path / part, "pt") as file:  # reads the header, and compares the length
-                names = [name for name in file.keys() if name.endswith("weight")]  # noqa: SIM118  (it is no dict)
+                every = list(file.keys())
+                names = [name for name in every if name.endswith("weight")]
                 dtypes = {name: file.get_slice(name).get_dtype() for name in names}
         except SafetensorError as error:
             raise UnfitModel(f"model.name: {path / part} is not a complete weight file ({error}): fetch it again, "
                              "with `git lfs pull` if it is a pointer of a few lines") from error  # fmt: skip
-        if quantised := [name for name, dtype in dtypes.items() if dtype not in STORED_DTYPES]:
+        quantised = [name for name, dtype in dtypes.items() if dtype not in STORED_DTYPES]
+        is_marked |= any(name.endswith(".SCB") or ".quant_state." in name for name in every)
+        if quantised and not is_quantized:
             raise UnfitModel(f"model.name: {path / part} has quantised weights ({quantised[0]} in "
                              f"{dtypes[quantised[0]]}), expected float32, bfloat16 or float16: name the checkpoint "
                              "that it comes from")  # fmt: skip
+    if is_quantized and not is_marked:
+        raise UnfitModel(f"model.name: config.json of {name!r} has a quantization_config of bitsandbytes, but its "
+                         "weights are not quantised: remove it there, and set model.quantization to quantise them when "
+                         "they are loaded")  # fmt: skip
+
+
+def bitsandbytes_config(model_config: Any) -> Mapping[str, Any] | None:
+    """The quantization_config of a checkpoint that bitsandbytes has quantised; None for others."""
+    given = _quantization_config(model_config) or {}
+    is_named = given.get("quant_method", "bitsandbytes") == "bitsandbytes"
+    return given if is_named and any(given.get(key) for key in LOADED_IN) else None
+
+
+def _quantization_config(model_config: Any) -> Mapping[str, Any] | None:
+    """The quantization_config of a quantised checkpoint."""
+    for each in (model_config, model_config.get_text_config(decoder=True)):
+        given = getattr(each, "quantization_config", None) or getattr(each, "compression_config", None)
+        if given:
+            return given if isinstance(given, Mapping) else vars(given)
+    return None
 
 
 def require_trainable(model_config: Any, longest: int) -> None:
@@ -108,15 +137,14 @@ def require_trainable(model_config: Any, longest: int) -> None:
         text = model_config.get_text_config(decoder=True)
     except ValueError as error:
         raise UnfitModel(f"model.name: the type {kind} has several language models, expected one") from error
-    for each in (model_config, text):
-        quantised = getattr(each, "quantization_config", None) or getattr(each, "compression_config", None)
-        if quantised:
-            given = quantised if isinstance(quantised, dict) else vars(quantised)
-            raise UnfitModel(
-                f"model.name: a quantised checkpoint ({given.get('quant_method', 'quantization_config')}) given, "
-                "expected weights in float32, bfloat16 or float16: name the checkpoint that it comes from, or write a "
-                "dequantised copy and remove quantization_config from its config.json"
-            )
+    given = _quantization_config(model_config)
+    if given and bitsandbytes_config(model_config) is None:
+        raise UnfitModel(
+            f"model.name: a quantised checkpoint ({given.get('quant_method', 'quantization_config')}) given, expected "
+            "weights in float32, bfloat16 or float16, or quantised by bitsandbytes: name the checkpoint that it comes "
+            "from (and set model.quantization), or write a dequantised copy and remove quantization_config from its "
+            "config.json"
+        )
     own_code = "AutoModelForCausalLM" in (getattr(model_config, "auto_map", None) or {})
     if type(model_config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not own_code:
         raise UnfitModel(f"model.name: a model of the type {kind} given, expected a causal language model, one that "
@@ -203,14 +231,14 @@ def adapter_targets(model: Any, targets: str | Sequence[str]) -> tuple[str | Seq
 
 def _obstacle(model: Any, name: str, module: nn.Module) -> str | None:
     """The reason why a linear layer cannot have an adapter, or None."""
-    if type(module).forward not in (nn.Linear.forward, Conv1D.forward):
+    if type(module).forward not in (nn.Linear.forward, Conv1D.forward, QuantizedLinear.forward):
         return "a layer with code of its own"
     if not reads_text(model, name):
         return "outside the language model"
     mixer, _, own_name = name.rpartition(".")
     if own_name != "in_proj" and all(hasattr(model.get_submodule(mixer), part) for part in ("A_log", "D", "conv1d")):
         return "Mamba's kernels take its weights without calling it"
-    if f"{name}.weight" not in {own for own, _ in model.named_parameters()}:
+    if not isinstance(module, QuantizedLinear) and f"{name}.weight" not in {own for own, _ in model.named_parameters()}:
         return "its weights are tied to another layer's"
     return None
 

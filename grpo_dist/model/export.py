@@ -20,6 +20,7 @@ from ..distributed.deepspeed import gathered, unsharded_loading
 from ..distributed.ranks import dtype_name
 from .load import adapted_layers, plain_name
 from .policy import Policy
+from .quantized import quantized_layers
 
 log = logging.getLogger(__name__)
 
@@ -61,7 +62,8 @@ def choose_dtype(policy: Policy, keep: bool, asked: torch.dtype | None = None) -
         return own, f"weights in {dtype_name(own)}"
     shares = {torch.float32: share_in_float32, own: share}
     chosen = own if asked or share >= ENOUGH else torch.float32
-    line = f"weights in {dtype_name(chosen)}, which keep {shares.pop(chosen):.1%} of what the adapters have learned"
+    merged = f"weights in {dtype_name(chosen)}" + " (the base dequantised)" * bool(quantized_layers(policy.causal_lm))
+    line = f"{merged}, which keep {shares.pop(chosen):.1%} of what the adapters have learned"
     others = "".join(f" ({dtype_name(other)}: {kept:.1%})" for other, kept in shares.items())
     return chosen, line + others if share < ENOUGH else line
 
@@ -81,13 +83,15 @@ def merged_state(policy: Policy, keep: bool, dtype: torch.dtype) -> dict[str, Te
     """All weights of the trained model by the plain model's names, on the CPU. One layer is gathered at a time.
 
     Weights are merged in float32 and rounded to `dtype`. Parameters whose dtype differs from that of the model keep it.
-    A collective under ZeRO-3. Ranks that do not `keep` the result get an empty dict.
+    A quantised base is dequantised: its values are those that the adapters were trained on. A collective under ZeRO-3.
+    Ranks that do not `keep` the result get an empty dict.
     """
     layers = adapted_layers(policy) if isinstance(policy.model, PeftModel) else {}
+    quantized = quantized_layers(policy.causal_lm)
     stored = set(policy.causal_lm.state_dict())
     state: dict[str, Tensor] = {}
     for name, parameter in policy.causal_lm.named_parameters():
-        if ".lora_" in name:
+        if ".lora_" in name or not parameter.is_floating_point():
             continue
         key = plain_name(name)
         layer = layers.get(key.removesuffix(".weight")) if key.endswith(".weight") else None
@@ -95,6 +99,11 @@ def merged_state(policy: Policy, keep: bool, dtype: torch.dtype) -> dict[str, Te
             if keep:
                 value = _merged(parameter, layer.get_delta_weight("default").float()) if layer else parameter
                 state[key] = value.to(_dtype_in_file(policy, parameter, dtype)).cpu().clone()
+    for name, base in quantized.items() if keep else ():
+        key = plain_name(f"{name}.weight")
+        layer, value = layers.get(key.removesuffix(".weight")), base.weight
+        value = (_merged(value, layer.get_delta_weight("default").float()) if layer else value).to(dtype).cpu()
+        state[key] = value.T.contiguous() if base.is_transposed else value
     if keep:
         state |= {plain_name(name): buffer.cpu().clone() for name, buffer in policy.causal_lm.named_buffers()
                   if name in stored}  # fmt: skip

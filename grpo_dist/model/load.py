@@ -26,6 +26,7 @@ from .checks import (
     CANNOT,
     UnfitModel,
     adapter_targets,
+    bitsandbytes_config,
     reads_text,
     require_complete_model,
     require_decoder,
@@ -35,6 +36,7 @@ from .checks import (
 from .dropout import drop_by_token
 from .lora import fuse_adapters
 from .policy import Policy, recompute_layers
+from .quantization import quantized_loading, use_own_layers
 from .toy import MODELS, toy_path
 
 log = logging.getLogger(__name__)
@@ -146,9 +148,11 @@ def load_causal_lm(
 ) -> nn.Module:
     """A causal language model from the hub or a local path, on `device` or the CPU. Raises UnfitModel.
 
-    Weights move to a GPU one by one. Otherwise each rank of a node would fill its memory with a full model.
+    Weights move to a GPU one by one. Otherwise each rank of a node would fill its memory with a full model. A quantised
+    base has the layers of `quantized.py`, which compute in `dtype`.
     """
     placed = {} if device is None or device.type == "cpu" else {"device_map": {"": device}}
+    placed |= quantized_loading(model, dtype, device)
     try:
         loaded, report = AutoModelForCausalLM.from_pretrained(
             model_path(model), dtype=dtype, attn_implementation=attn_implementation, output_loading_info=True,
@@ -166,6 +170,8 @@ def load_causal_lm(
     if missing := sorted(report["missing_keys"]):
         raise UnfitModel(f"model.name: {model.name!r} lacks {len(missing)} weights of {type(loaded).__name__}, which "
                          f"would be random ({', '.join(missing[:3])} …): name a complete checkpoint")  # fmt: skip
+    if getattr(loaded, "hf_quantizer", None) is not None:
+        use_own_layers(loaded, dtype)
     return loaded
 
 
@@ -176,7 +182,8 @@ def try_blank(
 
     Raises ValueError, also if weight files are missing.
     """
-    require_weights(model.name, Path(model_path(model)))
+    is_quantized = bitsandbytes_config(model_config) is not None
+    require_weights(model.name, Path(model_path(model)), is_quantized)
     with unsharded_loading(), torch.device("meta"):
         try:
             base = blank_causal_lm(model, model_config, torch.float32, attn_implementation)
@@ -257,4 +264,6 @@ def base_identity(model: ModelConfig, model_config: Any) -> str:
     """A text that identifies a base model: its name, revision and config, independent of its location."""
     config = {key: value for key, value in model_config.to_dict().items()
               if key not in ("_name_or_path", "transformers_version")}  # fmt: skip
-    return json.dumps({"name": model.name, "revision": model.revision, "config": config}, sort_keys=True, default=str)
+    asked = {} if model.quantization is None else {"quantization": model.quantization}
+    return json.dumps({"name": model.name, "revision": model.revision, "config": config} | asked, sort_keys=True,
+                      default=str)  # fmt: skip

@@ -20,6 +20,10 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
 from .dropout import TokenDropout
+from .quantized import QuantizedLinear
+
+Weight = Tensor | Callable[[], Tensor]
+"""A frozen weight, or what dequantises it: in the forward pass, and again in the backward pass."""
 
 
 def add_low_rank(x: Tensor, weight: Tensor, bias: Tensor | None, low: Tensor, b: Tensor) -> Tensor:
@@ -37,20 +41,23 @@ def add_low_rank(x: Tensor, weight: Tensor, bias: Tensor | None, low: Tensor, b:
 class _AdaptedLinear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scaling: float,
+        ctx: Any, x: Tensor, weight: Weight, bias: Tensor | None, a: Tensor, b: Tensor, scaling: float,
         kept: Tensor | None,
     ) -> Tensor:  # fmt: skip
         low = ((x if kept is None else x * kept) @ a.T).mul_(scaling)
-        ctx.save_for_backward(x, weight, a, b, low, kept)
+        stored, ctx.dequantized = (weight, None) if isinstance(weight, Tensor) else (None, weight)
+        ctx.save_for_backward(x, stored, a, b, low, kept)
         ctx.scaling = scaling
-        return add_low_rank(x, weight, bias, low, b)
+        return add_low_rank(x, weight if isinstance(weight, Tensor) else weight(), bias, low, b)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, a, b, low, kept = ctx.saved_tensors
+        x, stored, a, b, low, kept = ctx.saved_tensors
         grad_low = (grad @ b).mul_(ctx.scaling)
-        grad_x = grad @ weight if ctx.needs_input_grad[0] else None
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            grad_x = grad @ (ctx.dequantized() if stored is None else stored)
         if grad_x is not None and kept is None:
             grad_x.addmm_(grad_low, a)
         elif grad_x is not None:
@@ -59,7 +66,7 @@ class _AdaptedLinear(torch.autograd.Function):
 
 
 def adapted_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scaling: float, kept: Tensor | None = None
+    x: Tensor, weight: Weight, bias: Tensor | None, a: Tensor, b: Tensor, scaling: float, kept: Tensor | None = None
 ) -> Tensor:
     """`x Wᵀ + bias + scaling · (x Aᵀ) Bᵀ`; x (…, I), W (O, I), A (r, I), B (O, r), all of x's dtype, to (…, O).
 
@@ -69,7 +76,7 @@ def adapted_linear(
     with torch.autocast(x.device.type, enabled=False):
         kept = None if kept is None else kept.flatten(0, -2)
         y = _AdaptedLinear.apply(x.flatten(0, -2), weight, bias, a, b, scaling, kept)
-        return y.view(*x.shape[:-1], weight.shape[0])
+        return y.view(*x.shape[:-1], len(b))
 
 
 def fuse_adapters(model: nn.Module, is_sharded: Callable[[Tensor], bool], name: str = "default") -> None:
@@ -89,12 +96,14 @@ def _fused(
 ) -> Callable[[Tensor], Tensor]:
     def forward(x: Tensor) -> Tensor:
         base, a, b = layer.base_layer, layer.lora_A[name].weight, layer.lora_B[name].weight
-        is_plain = layer.disable_adapters or layer.merged or x.dtype != base.weight.dtype
-        if is_plain or any(map(is_sharded, (base.weight, a, b))):
+        is_quantized = isinstance(base, QuantizedLinear)
+        weight, dtype = (base.dequantized, base.dtype) if is_quantized else (base.weight, base.weight.dtype)
+        is_plain = layer.disable_adapters or layer.merged or x.dtype != dtype
+        if is_plain or any(map(is_sharded, (a, b) if is_quantized else (base.weight, a, b))):
             return plain(x)
         a, b, scaling, dropout = a.to(x.dtype), b.to(x.dtype), layer.scaling[name], layer.lora_dropout[name]
         if not (dropout.training and isinstance(dropout, TokenDropout)):
-            return adapted_linear(x, base.weight, base.bias, a, b, scaling)
-        return adapted_linear(x, base.weight, base.bias, a, b, scaling * dropout.scale, dropout.kept(x))
+            return adapted_linear(x, weight, base.bias, a, b, scaling)
+        return adapted_linear(x, weight, base.bias, a, b, scaling * dropout.scale, dropout.kept(x))
 
     return forward

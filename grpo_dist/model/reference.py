@@ -25,10 +25,13 @@ class Reference(Protocol):
         """Log-probabilities (M,) of a pack. A collective under ZeRO-3 if the weights are the policy's."""
 
 
-def needs_copy(config: Config, dtype: torch.dtype, copy_dtype: torch.dtype, zero_stage: int) -> bool:
+def needs_copy(
+    config: Config, dtype: torch.dtype, copy_dtype: torch.dtype, zero_stage: int, is_quantized: bool
+) -> bool:
     """Whether the reference needs its own weights beside a policy of `dtype`. It does not if nothing uses it, if
-    `reference.placement` shares the policy, or if every rank has the base in the same dtype already."""
-    is_same = copy_dtype == dtype and zero_stage < 3
+    `reference.placement` shares the policy, or if every rank has the base in the same dtype already, or a quantised
+    one, whose values nothing else has."""
+    is_same = (copy_dtype == dtype and zero_stage < 3) or is_quantized
     shares = config.lora is not None and (is_same or config.reference.placement == "shared")
     return has_reference(config) and not shares
 

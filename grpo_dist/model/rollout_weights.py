@@ -2,8 +2,9 @@
 
 The trained policy itself must draw the rollouts. Adapters merged into 16-bit weights would be another policy, because
 most of a small update is less than half a unit of a weight's last digit. The tree therefore has adapters too, and its
-tensors are the policy's. It copies weights only in two cases: if all weights train in float32 and compute in 16 bits,
-and if ZeRO-3 has sharded them.
+tensors are the policy's. It copies weights only in three cases: if all weights train in float32 and compute in 16 bits,
+if ZeRO-3 has sharded them, and if they are quantised. A quantised base is dequantised while the model is open, which is
+during rollouts, because a step of decoding computes with few tokens and would dequantise as many weights as an update.
 
 The tree is in evaluation mode and has no hooks of DDP and ZeRO.
 """
@@ -22,6 +23,7 @@ from ..distributed.deepspeed import gathered, is_sharded, unsharded_loading
 from .load import plain_name
 from .lora import fuse_adapters
 from .policy import Policy
+from .quantized import quantized_layers
 
 
 class RolloutModel:
@@ -51,6 +53,7 @@ class RolloutModel:
             same = given.get(plain_name(name))
             if not parameter.requires_grad and is_sharded(parameter) and same is not None and same.dtype == dtype:
                 self._own[name] = same.data
+        self._quantized = {f"{name}.weight": layer for name, layer in quantized_layers(policy.model).items()}
         self.sync()
 
     @property
@@ -80,7 +83,10 @@ class RolloutModel:
         with torch.no_grad(), gathered(_different(p for name, p in theirs.items() if name not in self._own)):
             mine = dict(self.tree.named_parameters(remove_duplicate=False))
             for name in mine:
-                self._put(name, nn.Parameter(self._own.get(name, theirs[name].data), requires_grad=False))
+                if (value := self._own.get(name)) is None:
+                    layer = self._quantized.get(name)
+                    value = theirs[name].data if layer is None else layer.plain_weight
+                self._put(name, nn.Parameter(value, requires_grad=False))
             try:
                 yield self.causal_lm
             finally:

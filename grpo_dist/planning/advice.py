@@ -28,12 +28,14 @@ def make_fit(
     Changes that cost least time come first. A change that does not lower the largest peak is left out. If all changes
     are not enough, the returned bytes are above the limit.
     """
-    phase, needed = largest_peak(Predictor(config, model_config, device, most_bytes), num_ranks, stage)
+    predictor = Predictor(config, model_config, device, most_bytes)
+    is_quantized = predictor.quantization is not None
+    phase, needed = largest_peak(predictor, num_ranks, stage)
     changes: list[str] = []
     for _ in range(16):
         if needed <= most_bytes:
             break
-        for change, changed, changed_stage in _candidates(config, device, phase, stage, num_ranks):
+        for change, changed, changed_stage in _candidates(config, device, phase, stage, num_ranks, is_quantized):
             predictor = Predictor(changed, model_config, device, most_bytes)
             new_phase, new = largest_peak(predictor, num_ranks, changed_stage)
             if new < needed:
@@ -45,7 +47,9 @@ def make_fit(
     return changes, needed
 
 
-def _candidates(config: Config, device: Device, phase: Phase, stage: ZeroStage, num_ranks: int) -> Iterator[Change]:
+def _candidates(
+    config: Config, device: Device, phase: Phase, stage: ZeroStage, num_ranks: int, is_quantized: bool
+) -> Iterator[Change]:
     """Changes that could lower the peak of a phase, the cheapest first."""
     longest = config.max_sequence_length
     rollout, train, reference = config.rollout, config.train, config.reference
@@ -66,7 +70,7 @@ def _candidates(config: Config, device: Device, phase: Phase, stage: ZeroStage, 
     if phase == "update" and not config.model.gradient_checkpointing:
         changed = replace(config, model=replace(config.model, gradient_checkpointing=True))
         yield "--model.gradient_checkpointing true", changed, stage
-    if stage != 3 and num_ranks > 1:
+    if stage != 3 and num_ranks > 1 and not is_quantized:
         yield "--config_file accelerate_configs/zero3.yaml", config, 3
     if reference.placement == "copy" and config.lora is not None:
         yield "--reference.placement shared", replace(config, reference=replace(reference, placement="shared")), stage

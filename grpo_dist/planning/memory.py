@@ -44,6 +44,10 @@ class ModelCounts:
     """Of the keys and values of one token in one layer."""
     query_heads: int
     vocabulary: int
+    quantized: int = 0
+    """Of the base parameters that are stored in 4 or 8 bits."""
+    quantized_bytes: int = 0
+    """Bytes of these, with their scales."""
 
 
 @dataclass(frozen=True)
@@ -146,7 +150,8 @@ def _weights(inputs: MemoryInputs) -> list[Part]:
     frozen = counts.parameters if counts.adapters else 0
     stored = shard(frozen - counts.persistent, ranks, stage == 3) + counts.persistent if frozen else 0
     trained = _trained(inputs)
-    parts = [Part("frozen weights", stored * inputs.policy_bytes, "always")] if frozen else []
+    dense = (stored - counts.quantized) * inputs.policy_bytes
+    parts = [Part("frozen weights", dense + counts.quantized_bytes, "always")] if frozen else []
     name = "adapters" if frozen else "policy weights"
     parts.append(Part(name, shard(trained, ranks, stage == 3) * inputs.trained_bytes, "always"))
     # DeepSpeed computes with one set of the trained weights and updates another set, in float32
@@ -189,6 +194,8 @@ def _rollout(inputs: MemoryInputs) -> list[Part]:
         Part("keys and values", flight.shares * prompt_tokens * per_token + own, "rollout"),
         Part("decoding or prefill", max(of_a_step, prefill), "rollout"),
     ]
+    if counts.quantized:
+        parts.append(Part("dequantised base", counts.quantized * width, "rollout"))
     if inputs.step_bytes:
         parts.append(Part("weights of the step", inputs.step_bytes, "rollout"))
     if inputs.zero_stage == 3 and counts.adapters and not inputs.copy_decodes:

@@ -15,6 +15,7 @@ from ..distributed.ranks import DTYPES
 from ..model import attention
 from ..model.load import packing_obstacle, trainable
 from ..model.packing import Piece, plan
+from ..model.quantization import kind_of
 from ..model.reference import REFERENCE_PACK, needs_copy
 from ..rollout.native.cache import SLOT_CHUNK
 from ..rollout.native.engine import COPIED_PROMPT
@@ -120,6 +121,7 @@ class Predictor:
         self.implementation = attention.NAME if self.share_prompts else None if named == "auto" else named
         self.policy_dtype = dtype_on(device, config.model.dtype)
         self.copy_dtype = dtype_on(device, config.reference.dtype)
+        self.quantization = kind_of(config.model, model_config)
         self._reward_models = reward_model_bytes(config) if device == "gpu" else 0
         self._counts: dict[Precision, tuple[ModelCounts, int]] = {}
         self._passes: dict[tuple[Precision, Shape, Shape | None], Passes] = {}
@@ -131,7 +133,8 @@ class Predictor:
     def inputs(self, num_ranks: int, zero_stage: ZeroStage) -> MemoryInputs:
         """Everything that determines the memory of a rank."""
         casts = zero_stage > 0 and self.policy_dtype != torch.float32
-        has_copy = needs_copy(self.config, self.policy_dtype, self.copy_dtype, zero_stage)
+        is_quantized = self.quantization is not None
+        has_copy = needs_copy(self.config, self.policy_dtype, self.copy_dtype, zero_stage, is_quantized)
         precision = Precision(self.policy_dtype, self.copy_dtype if has_copy else self.policy_dtype, casts)
         counts, trained_bytes = self._count(precision)
         inputs = MemoryInputs(

@@ -22,6 +22,8 @@ from ..model import attention
 from ..model.load import blank_causal_lm, make_policy, trainable
 from ..model.packing import Pack, Piece, make_pack
 from ..model.policy import Policy
+from ..model.quantization import kind_of, quantize_blank
+from ..model.quantized import quantized_layers
 from ..rollout.room import cache_width
 from ..rollout.sampling import draw, sampling_of
 from ..types import Batch, Prompt
@@ -59,6 +61,9 @@ def build_policy(
         if vars(text).get("layer_types"):
             text.layer_types = text.layer_types[:num_layers]
     base = blank_causal_lm(config.model, shape, precision.policy if config.lora else torch.float32, implementation)
+    kind = kind_of(config.model, model_config)
+    if kind is not None and config.lora is not None:
+        quantize_blank(base, kind, model_config, precision.policy)
     with torch.device("meta"):
         policy = make_policy(base, config.model, config.lora, config.rollout.temperature, config.train.seed,
                              has_critic=config.advantage.baseline == "critic",
@@ -75,17 +80,22 @@ def count(policy: Policy) -> ModelCounts:
     base = [p for p in policy.parameters() if id(p) not in trained]
     adapted = [module.get_base_layer().weight for module in policy.modules()
                if isinstance(module, LoraLayer) and module.lora_A]  # fmt: skip
+    quantized = quantized_layers(policy)
+    sizes = {name: layer.in_features * layer.out_features for name, layer in quantized.items()}
     every = list(trainable(policy).values())
     text = policy.causal_lm.config.get_text_config()
     return ModelCounts(
-        parameters=sum(p.numel() for p in base or every),
+        parameters=sum(p.numel() for p in base or every if p.is_floating_point()) + sum(sizes.values()),
         adapters=sum(p.numel() for p in every) if base else 0,
         adapted=sum(p.numel() for p in adapted),
         joined=sum(
             p.numel()
             for name, p in policy.named_parameters()
             if name.removesuffix(".weight").removesuffix(".base_layer").endswith(JOINED)
-        ),
+        )
+        + sum(size for name, size in sizes.items() if name.removesuffix(".base_layer").endswith(JOINED)),
+        quantized=sum(sizes.values()),
+        quantized_bytes=sum(layer.num_bytes for layer in quantized.values()),
         persistent=sum(p.numel() for p in base if p.numel() < PERSISTENCE_THRESHOLD),
         num_layers=text.num_hidden_layers,
         query_heads=getattr(text, "num_attention_heads", None) or 0,

@@ -25,6 +25,7 @@ from ..model.load import (
     model_path,
     try_blank,
 )
+from ..model.quantization import require_quantizable
 from ..rewards.pool.pool import ScorerPool
 from ..rewards.registry import BUILT_IN, answer_checks, declared_placement, episode_columns
 from ..rewards.scores import to_items
@@ -63,6 +64,7 @@ def read_contents(config: Config, findings: Findings) -> Contents:
         with findings.attempt():
             check_model_config(contents.model_config, contents.tokenizer, config.max_sequence_length)
             implementation, _ = attention_for(config.model, contents.model_config, config.max_sequence_length)
+            require_quantizable(config, contents.model_config)
             if left_out := try_blank(config.model, config.lora, contents.model_config, implementation):
                 findings.remarks.append(f"adapters: none on {left_out}")
         with suppress(ValueError, OSError, DamagedCheckpoint):  # `check_resuming` reports it

@@ -8,6 +8,7 @@ import psutil
 import torch
 
 from ..config.schema import Config
+from ..model.quantization import kind_of, require_unsharded
 from ..planning.memory import MemoryInputs, ModelCounts, ZeroStage, memory_per_rank, peaks
 from ..planning.predict import Predictor, batch_arithmetic
 from ..rollout.room import RESERVE
@@ -43,6 +44,8 @@ def describe_memory(config: Config, contents: Contents, num_ranks: int, findings
         return None
     on_gpu = torch.cuda.is_available()
     stage = zero_stage(num_ranks)
+    with findings.attempt():
+        require_unsharded(kind_of(config.model, contents.model_config) is not None, stage)
     try:
         most_bytes = int(_gpu_bytes() * (1 - RESERVE)) if on_gpu else None
         predictor = Predictor(config, contents.model_config, "gpu" if on_gpu else "cpu", most_bytes)

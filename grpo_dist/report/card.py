@@ -49,7 +49,8 @@ def model_card(config: Mapping[str, Any], history: Sequence[Mapping[str, Any]], 
         f"`{_place(config['model']['name'])}` after {step} steps of GRPO with grpo_dist {__version__}: "
         f"{train['batch_size']} prompts a step, {rollout['group_size']} completions of at most "
         f"{rollout['max_completion_length']} tokens each"
-        + (". This is only the PEFT adapter." if kind == "adapter" else "."),
+        + (". This is only the PEFT adapter." if kind == "adapter" else ".")
+        + _quantization(config, kind),
         "## Evaluation\n\n" + _evaluation(history),
         "## Course of the training\n\n" + _course(history),
         "## Data and rewards\n\n" + _data(config),
@@ -59,6 +60,15 @@ def model_card(config: Mapping[str, Any], history: Sequence[Mapping[str, Any]], 
         "Test separately whether it keeps the abilities of the base model.",
     ]
     return "\n\n".join(sections) + "\n"
+
+
+def _quantization(config: Mapping[str, Any], kind: Kind) -> str:
+    """What the adapter belongs on, where its base was quantised."""
+    quantization = config["model"].get("quantization")
+    if quantization is None:
+        return ""
+    base = f"The adapter was trained on the base quantised to {quantization} by bitsandbytes"
+    return f" {base}, and belongs on that." if kind == "adapter" else f" {base}, and is merged into its values."
 
 
 def _front_matter(config: Mapping[str, Any], kind: str) -> str:

@@ -36,6 +36,7 @@ from ..model.load import (
     load_tokenizer,
     try_blank,
 )
+from ..model.quantization import require_quantizable
 from ..monitoring.console import Display
 from ..monitoring.machine import record_start, versions
 from ..monitoring.recorder import Recorder
@@ -169,6 +170,7 @@ def _load_data(config: Config, resume_from: Path | None, host: EnvironmentHost |
     model_config = load_model_config(config.model)
     check_model_config(model_config, tokenizer, config.max_sequence_length)
     implementation, _ = attention_for(config.model, model_config, config.max_sequence_length)
+    require_quantizable(config, model_config)
     if left_out := try_blank(config.model, config.lora, model_config, implementation):
         log.info("adapters: none on %s", left_out)
     checks = answer_checks(config.rewards) if config.data.answer_column else []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from ..distributed.ranks import Ranks, resolve_dtype
 from ..model.critic import parameter_groups
 from ..model.load import attention_for, load_causal_lm, load_policy, trainable
 from ..model.policy import Policy
+from ..model.quantization import describe, kind_of, require_unsharded
 from ..model.reference import AdaptersOff, FrozenCopy, Reference, needs_copy
 from ..model.rollout_weights import RolloutModel
 from ..rollout import Engine
@@ -24,6 +26,8 @@ from ..rollout.choose import make_engine
 from ..rollout.own_attention import require_no_noise, settle_attention
 from ..rollout.probe import head_is_plain
 from ..rollout.vllm.start import make_vllm_engine
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -48,11 +52,15 @@ def load_models(
 ) -> Models:
     """Load and try them; a collective. Raises UnfitModel and UnfitEngine where they cannot be trained or decode."""
     dtype = resolve_dtype(config.model.dtype)
+    kind = kind_of(config.model, model_config)
+    require_unsharded(kind is not None, ranks.strategy.zero_stage)
     implementation, obstacle = attention_for(config.model, model_config, config.max_sequence_length)
     policy = load_policy(config.model, config.lora, dtype, implementation, config.rollout.temperature,
                          config.train.seed, device=None if ranks.strategy.zero_stage == 3 else ranks.device,
                          has_critic=config.advantage.baseline == "critic",
                          entropy_gradient=config.loss.entropy_coeff > 0)  # fmt: skip
+    if kind is not None:
+        log.info("%s", describe(policy, kind))
     optimizer = torch.optim.AdamW(
         parameter_groups(policy, config.optim, config.critic),
         lr=config.optim.learning_rate, betas=config.optim.betas, weight_decay=config.optim.weight_decay,
@@ -63,7 +71,7 @@ def load_models(
     wrapped.train()
     policy = ranks.unwrap(wrapped)
     optimizer_state = OptimizerState(ranks, prepared, trainable(policy))
-    reference = _load_reference(config, ranks, wrapped, policy, dtype, implementation)
+    reference = _load_reference(config, ranks, wrapped, policy, dtype, implementation, kind is not None)
     ranks.wait_at("loaded the reference")
     base = reference.policy.causal_lm if isinstance(reference, FrozenCopy) else None
     rollout_model = RolloutModel(policy, dtype, implementation, base)
@@ -96,13 +104,14 @@ def engine_to_keep(rollout: RolloutConfig, saved: dict[str, Any]) -> RolloutConf
 
 
 def _load_reference(
-    config: Config, ranks: Ranks, wrapped: Any, policy: Policy, dtype: torch.dtype, implementation: str | None
-) -> Reference | None:
+    config: Config, ranks: Ranks, wrapped: Any, policy: Policy, dtype: torch.dtype, implementation: str | None,
+    is_quantized: bool,
+) -> Reference | None:  # fmt: skip
     """The policy itself, adapters off, or a copy; None where nothing depends on it. `dtype` is the policy's."""
     copy_dtype = resolve_dtype(config.reference.dtype)
     if not has_reference(config):
         return None
-    if not needs_copy(config, dtype, copy_dtype, ranks.strategy.zero_stage):
+    if not needs_copy(config, dtype, copy_dtype, ranks.strategy.zero_stage, is_quantized):
         return AdaptersOff(wrapped, policy)
     with unsharded_loading():
         copy = load_causal_lm(config.model, copy_dtype, implementation, ranks.device)

@@ -31,6 +31,8 @@ def test_it_runs(path: Path, tmp_path: Path) -> None:
             pytest.skip(str(error))
     if any(reward["name"] == "reasoning_gym" for reward in rewards):
         pytest.importorskip("reasoning_gym")
+    if "qlora" in path.stem:
+        pytest.importorskip("bitsandbytes")
     options = ["--config", str(path), *SMALL, "--train.output_dir", str(tmp_path / "run")]
     with Server(lambda request: chat_reply("Plain enough.\nScore: 6")) as server:
         for reward in rewards:

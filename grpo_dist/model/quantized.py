@@ -1,0 +1,147 @@
+"""Frozen linear layers whose weights are stored in 4 or 8 bits (QLoRA, arXiv:2305.14314). Pure.
+
+bitsandbytes quantises (`quantization.py`); here is what computes with the result. A product dequantises the weight, and
+so does its backward pass, so that no dense weight stays in memory between the two. It consists of torch's operations:
+the same in training and in evaluation, on a CPU and on a GPU.
+
+All tensors of such a layer are integers, the scales as the bits of float32 numbers. Casting a model, as DeepSpeed does,
+therefore leaves them alone.
+
+Shapes: O outputs, I inputs, B blocks of weights.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn.functional import embedding, linear
+
+
+class QuantizedLinear(nn.Linear):
+    """`x Wᵀ + bias` with a stored W that is not a parameter. Subclasses store it."""
+
+    def __init__(
+        self, in_features: int, out_features: int, bias: Tensor | None, dtype: torch.dtype, is_transposed: bool
+    ) -> None:
+        """`dtype` is that of the computation; `is_transposed` where the plain layer stores (I, O), as GPT-2's do."""
+        nn.Module.__init__(self)  # without nn.Linear's parameter `weight`
+        self.in_features, self.out_features = in_features, out_features
+        self.dtype, self.is_transposed = dtype, is_transposed
+        self.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
+
+    def dequantized(self) -> Tensor:
+        """The weight (O, I) in `dtype`."""
+        raise NotImplementedError
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        """The weight, dequantised at each access."""
+        return self.dequantized()
+
+    @property
+    def plain_weight(self) -> Tensor:
+        """The weight as the plain layer stores it."""
+        return self.weight.T.contiguous() if self.is_transposed else self.weight
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the stored weight."""
+        return sum(p.nbytes for name, p in self.named_parameters() if name != "bias")
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(…, I) to (…, O)."""
+        return _FrozenProduct.apply(x.to(self.dtype), self)  # type: ignore[no-any-return]
+
+
+class _FrozenProduct(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: QuantizedLinear) -> Tensor:
+        ctx.layer = layer
+        return linear(x, layer.dequantized(), layer.bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None]:
+        return (grad @ ctx.layer.dequantized() if ctx.needs_input_grad[0] else None), None
+
+
+class FourBitLinear(QuantizedLinear):
+    """Two weights a byte; each names one of 16 values, which is scaled by the largest magnitude of its block."""
+
+    def __init__(
+        self, in_features: int, out_features: int, bias: Tensor | None, dtype: torch.dtype, is_transposed: bool, *,
+        codes: Tensor, values: Tensor, scales: Scales, block: int,
+    ) -> None:  # fmt: skip
+        """`codes` (B · block / 2,) uint8, the first weight of a pair in the high half, rows of W one after another;
+        `values` (16,) float32; `block` is the number of weights that share a scale."""
+        super().__init__(in_features, out_features, bias, dtype, is_transposed)
+        self.block = block
+        self.codes, self.values = _frozen(codes), _frozen(_bits(values))
+        self.scales = scales
+
+    def dequantized(self) -> Tensor:
+        """See `QuantizedLinear`."""
+        values = _floats(self.values)
+        pairs = torch.stack([values.repeat_interleave(16), values.repeat(16)], 1)
+        blocks = embedding(self.codes.int(), pairs).view(-1, self.block)
+        dense = blocks.mul_(self.scales.all()[:, None]).view(-1)[: self.out_features * self.in_features]
+        return dense.to(self.dtype).view(self.out_features, self.in_features)
+
+
+class Scales(nn.Module):
+    """Scales (B,) float32, or 8-bit numbers for them in blocks of their own (double quantisation)."""
+
+    def __init__(
+        self, stored: Tensor, *, values: Tensor | None = None, scales: Tensor | None = None,
+        offset: Tensor | None = None, block: int = 1,
+    ) -> None:  # fmt: skip
+        """`stored` (B,) is float32; or uint8 with `values` (256,) that it names, the `scales` of its blocks of `block`
+        numbers, and the `offset` () that is added, all float32."""
+        super().__init__()
+        self.block = block
+        self.stored = _frozen(stored if values is not None else _bits(stored))
+        for name, tensor in (("values", values), ("scales", scales), ("offset", offset)):
+            self.register_parameter(name, None if tensor is None else _frozen(_bits(tensor)))
+
+    def all(self) -> Tensor:
+        """(B,) float32."""
+        if self.values is None:
+            return _floats(self.stored)
+        scales = _floats(self.scales).repeat_interleave(self.block)[: len(self.stored)]
+        return _floats(self.values)[self.stored.int()].mul_(scales).add_(_floats(self.offset))
+
+
+class EightBitLinear(QuantizedLinear):
+    """A byte a weight, with a scale for each output."""
+
+    def __init__(
+        self, in_features: int, out_features: int, bias: Tensor | None, dtype: torch.dtype, is_transposed: bool, *,
+        codes: Tensor, scales: Tensor,
+    ) -> None:  # fmt: skip
+        """`codes` (O, I) int8; `scales` (O,) float32, what a code of 1 stands for."""
+        super().__init__(in_features, out_features, bias, dtype, is_transposed)
+        self.codes, self.scales = _frozen(codes), _frozen(_bits(scales))
+
+    def dequantized(self) -> Tensor:
+        """See `QuantizedLinear`."""
+        return self.codes.float().mul_(_floats(self.scales)[:, None]).to(self.dtype)
+
+
+def quantized_layers(model: nn.Module) -> dict[str, QuantizedLinear]:
+    """A model's quantised layers by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, QuantizedLinear)}
+
+
+def _frozen(tensor: Tensor) -> nn.Parameter:
+    return nn.Parameter(tensor, requires_grad=False)
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    return tensor.float().contiguous().view(torch.int32)
+
+
+def _floats(bits: Tensor) -> Tensor:
+    return bits.view(torch.float32)

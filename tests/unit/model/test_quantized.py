@@ -1,0 +1,293 @@
+"""Quantised bases against dense models of the same values: what they compute, share, export and refuse."""
+
+from __future__ import annotations
+
+import copy
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from small_models import IDS, logits, make_tokenizer
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GPT2Config
+
+from grpo_dist.config.schema import Config, LoraConfig, ModelConfig
+from grpo_dist.model import attention
+from grpo_dist.model.checks import UnfitModel
+from grpo_dist.model.export import save_final
+from grpo_dist.model.load import (
+    check_model_config,
+    load_causal_lm,
+    load_model_config,
+    make_policy,
+    trainable,
+    try_blank,
+)
+from grpo_dist.model.policy import Policy
+from grpo_dist.model.quantization import quantize_blank, require_quantizable, require_unsharded
+from grpo_dist.model.quantized import EightBitLinear, quantized_layers
+from grpo_dist.model.rollout_weights import RolloutModel
+from grpo_dist.rollout.fidelity import update_share
+from grpo_dist.rollout.native.kernel import KernelStep
+
+bnb = pytest.importorskip("bitsandbytes")
+
+LORA = LoraConfig(r=3, alpha=6.0)
+KINDS = ["nf4", "int8"]
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+def quantised(base: ModelConfig, kind: str) -> ModelConfig:
+    """The same base, to be quantised when it is loaded."""
+    return replace(base, quantization=kind)
+
+
+def dense(model: nn.Module) -> nn.Module:
+    """A copy with plain layers of the dequantised weights."""
+    made = copy.deepcopy(model)
+    for name, layer in quantized_layers(made).items():
+        plain = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, dtype=layer.dtype)
+        plain.weight.data = layer.weight
+        if layer.bias is not None:
+            plain.bias = layer.bias
+        made.set_submodule(name, plain)
+    return made
+
+
+def moved(base: nn.Module) -> Policy:
+    """A policy on this base whose adapters have learned something."""
+    policy = make_policy(base, ModelConfig(), LORA, 1.0, 0).eval()
+    torch.manual_seed(1)
+    for parameter in trainable(policy).values():
+        parameter.data.add_(torch.randn(parameter.shape) * 0.1)
+    return policy
+
+
+def gradients(policy: Policy) -> dict[str, Tensor]:
+    """Of the adapters, for a fixed row."""
+    for parameter in trainable(policy).values():
+        parameter.grad = None
+    with torch.autocast("cpu", torch.bfloat16, enabled=policy.causal_lm.dtype == torch.bfloat16):
+        computed = policy.model(input_ids=IDS[None], use_cache=False).logits
+    computed.float().square().mean().backward()
+    return {name: parameter.grad.clone() for name, parameter in trainable(policy).items()}
+
+
+@pytest.mark.parametrize("shape", [(64, 96), (24, 40), (8, 6)])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("kind", "double"), [("nf4", True), ("nf4", False), ("fp4", True)])
+def test_four_bits_are_dequantised_as_bitsandbytes_does(
+    kind: str, double: bool, dtype: torch.dtype, shape: tuple[int, int]
+) -> None:
+    from grpo_dist.model.quantization import _four_bit
+
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float32).to(dtype)
+    layer = bnb.nn.Linear4bit(shape[1], shape[0], bias=False, compress_statistics=double, quant_type=kind)
+    layer.weight = bnb.nn.Params4bit(weight, requires_grad=False, compress_statistics=double, quant_type=kind).to("cpu")
+    expected = bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+    assert torch.equal(_four_bit(layer, dtype).weight, expected)
+    assert 0 < float((expected - weight).norm() / weight.norm()) < 0.2
+
+
+def test_eight_bits_are_dequantised_row_by_row(base: ModelConfig) -> None:
+    loaded = load_causal_lm(quantised(base, "int8"), torch.float32, None)
+    plain = load_causal_lm(base, torch.float32, None)
+    for name, layer in quantized_layers(loaded).items():
+        weight = plain.get_submodule(name).weight
+        assert isinstance(layer, EightBitLinear)
+        assert float((layer.weight - weight).abs().max()) <= 0.6 / 127 * float(weight.abs().max()), name
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_policy_is_that_of_the_dequantised_base(kind: str, dtype: torch.dtype, base: ModelConfig) -> None:
+    loaded = load_causal_lm(quantised(base, kind), dtype, None)
+    assert len(quantized_layers(loaded)) == 14, "all but the head"
+    on_plain = moved(dense(loaded))
+    policy = moved(loaded)
+    assert not any(p.is_floating_point() for layer in quantized_layers(policy).values()
+                   for name, p in layer.named_parameters() if name != "bias")  # fmt: skip
+    for adapters_on in (True, False):
+        with torch.no_grad():
+            if adapters_on:
+                assert torch.equal(logits(policy.model, shared=False), logits(on_plain.model, shared=False))
+            else:
+                with policy.model.disable_adapter(), on_plain.model.disable_adapter():
+                    assert torch.equal(logits(policy.model, shared=False), logits(on_plain.model, shared=False))
+    got, expected = gradients(policy), gradients(on_plain)
+    assert got.keys() == expected.keys() and any(float(each.norm()) > 0 for each in got.values())
+    for name, gradient in expected.items():
+        assert torch.equal(got[name], gradient), name
+
+
+def test_a_gradient_after_an_evaluation_is_that_before(base: ModelConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU with AVX512_BF16, bitsandbytes' layers lose it."""
+    import bitsandbytes.nn.modules as modules
+
+    for flag in ("has_avx512bf16",):
+        if hasattr(modules, flag):
+            monkeypatch.setattr(modules, flag, lambda: True)
+    policy = moved(load_causal_lm(quantised(base, "nf4"), torch.bfloat16, None))
+    before = gradients(policy)
+    with torch.no_grad():
+        policy.eval().model(input_ids=IDS[None])
+    after = gradients(policy)
+    assert all(torch.equal(after[name], gradient) for name, gradient in before.items())
+    assert not any(type(module).__module__.startswith("bitsandbytes") for module in policy.modules())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_casting_a_model_leaves_the_stored_weights(kind: str, base: ModelConfig) -> None:
+    """DeepSpeed casts all that are floating-point numbers."""
+    loaded = load_causal_lm(quantised(base, kind), torch.bfloat16, None)
+    before = {name: layer.weight for name, layer in quantized_layers(loaded).items()}
+    loaded.to(torch.bfloat16)
+    assert all(torch.equal(layer.weight, before[name]) for name, layer in quantized_layers(loaded).items())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rollouts_have_the_values_of_the_quantised_base(dtype: torch.dtype, base: ModelConfig) -> None:
+    policy = moved(load_causal_lm(quantised(base, "nf4"), dtype, attention.NAME))
+    rollout = RolloutModel(policy, dtype, attention.NAME)
+    with rollout.open() as model:
+        assert torch.equal(logits(model), logits(policy.causal_lm))
+        assert update_share(model, merged=False) == pytest.approx(1, abs=2e-2 if dtype == torch.bfloat16 else 1e-6)
+        KernelStep(model)
+    assert all(p.is_meta for name, p in rollout.tree.named_parameters() if name.endswith("base_layer.weight"))
+
+
+def test_layers_that_store_their_weight_transposed(tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_config(GPT2Config(vocab_size=257, n_embd=32, n_layer=1, n_head=2, n_positions=64))
+    model.save_pretrained(tmp_path / "base")
+    policy = moved(load_causal_lm(ModelConfig(str(tmp_path / "base"), quantization="nf4"), torch.float32, None))
+    with RolloutModel(policy, torch.float32, None).open() as rollout:
+        torch.testing.assert_close(logits(rollout, shared=False), logits(policy.causal_lm, shared=False))
+    save_final(policy, make_tokenizer(), tmp_path / "final", is_main=True)
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "final")
+    torch.testing.assert_close(logits(merged, False), logits(policy.causal_lm, False), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_export_is_merged_into_the_dequantised_base(
+    kind: str, base: ModelConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    policy = moved(load_causal_lm(quantised(base, kind), torch.float32, None))
+    expected = logits(policy.causal_lm, shared=False)
+    with caplog.at_level("INFO", logger="grpo_dist"):
+        save_final(policy, make_tokenizer(), tmp_path / "final", is_main=True)
+    assert "weights in float32 (the base dequantised), which keep 100.0%" in caplog.text
+    assert "quantization_config" not in json.loads((tmp_path / "final/config.json").read_text())
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "final", dtype=torch.float32)
+    torch.testing.assert_close(logits(merged, shared=False), expected, rtol=1e-4, atol=1e-5)
+    again = load_causal_lm(quantised(base, kind), torch.float32, None)
+    adapted = PeftModel.from_pretrained(again, str(tmp_path / "final/adapter"))
+    torch.testing.assert_close(logits(adapted, shared=False), expected, rtol=1e-5, atol=1e-6)
+    plain = AutoModelForCausalLM.from_pretrained(base.name, dtype=torch.float32)
+    assert not torch.allclose(logits(plain, shared=False), logits(again, shared=False), atol=1e-3)
+
+
+CHECKPOINTS = {
+    "nf4": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True),
+    "nf4 once": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4"),
+    "fp4": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_storage="bfloat16"),
+    "int8": BitsAndBytesConfig(load_in_8bit=True),
+}
+
+
+@pytest.fixture(params=CHECKPOINTS)
+def checkpoint(request: pytest.FixtureRequest, base: ModelConfig, tmp_path: Path) -> ModelConfig:
+    """The small model, as bitsandbytes quantises and transformers saves it."""
+    model = AutoModelForCausalLM.from_pretrained(
+        base.name, quantization_config=CHECKPOINTS[request.param], device_map={"": "cpu"}, dtype=torch.bfloat16
+    )
+    model.save_pretrained(tmp_path)
+    make_tokenizer().save_pretrained(tmp_path)
+    return ModelConfig(name=str(tmp_path), dtype="float32")
+
+
+def test_checkpoints_of_bitsandbytes_are_trained_on(checkpoint: ModelConfig) -> None:
+    config = Config(model=checkpoint, lora=LORA)
+    model_config = load_model_config(checkpoint)
+    check_model_config(model_config, make_tokenizer(), 16)
+    require_quantizable(config, model_config)
+    assert try_blank(checkpoint, LORA, model_config, None) is None
+    loaded = load_causal_lm(checkpoint, torch.float32, None)
+    theirs = AutoModelForCausalLM.from_pretrained(checkpoint.name, dtype=torch.float32, device_map={"": "cpu"})
+    assert len(quantized_layers(loaded)) == 14
+    for name, layer in quantized_layers(loaded).items():
+        weight = theirs.get_submodule(name).weight
+        if isinstance(layer, EightBitLinear):
+            expected = bnb.functional.int8_vectorwise_dequant(weight.data, weight.SCB)
+            torch.testing.assert_close(layer.weight, expected.float(), rtol=1e-6, atol=0)
+        else:
+            expected = bnb.functional.dequantize_4bit(weight.data, weight.quant_state)
+            assert expected.dtype == torch.bfloat16 and torch.equal(layer.weight.bfloat16(), expected)
+    assert {p.dtype for p in loaded.parameters() if p.is_floating_point()} == {torch.float32}
+    policy = moved(loaded)
+    with RolloutModel(policy, torch.float32, None).open() as rollout:
+        assert torch.equal(logits(rollout, shared=False), logits(policy.causal_lm, shared=False))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"lora": None}, r"lora: null given with a checkpoint in \S+ \(bitsandbytes\), expected adapters"),
+        ({"quantization": "other"}, r"model\.quantization: '\S+' given, expected null: the checkpoint .* in \S+"),
+        ({"engine": "vllm"}, r"rollout\.engine: 'vllm' given with a checkpoint in \S+ \(bitsandbytes\)"),
+    ],
+)
+def test_what_cannot_go_with_a_quantised_checkpoint(
+    change: dict[str, str | None], message: str, checkpoint: ModelConfig
+) -> None:
+    model_config = load_model_config(checkpoint)
+    config = Config(model=checkpoint, lora=LORA)
+    if "lora" in change:
+        config = replace(config, lora=None)
+    elif "engine" in change:
+        config.rollout.engine = "vllm"
+    else:
+        is_int8 = model_config.quantization_config.get("load_in_8bit")
+        config.model.quantization = "nf4" if is_int8 else "int8"
+    with pytest.raises(UnfitModel, match=message):
+        require_quantizable(config, model_config)
+
+
+def test_a_config_that_says_quantised_of_plain_weights(base: ModelConfig, tmp_path: Path) -> None:
+    for file in Path(base.name).iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    settings = json.loads((tmp_path / "config.json").read_text())
+    given = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    (tmp_path / "config.json").write_text(json.dumps(settings | {"quantization_config": given}))
+    model = ModelConfig(name=str(tmp_path))
+    with pytest.raises(UnfitModel, match=r"weights are not quantised: remove it there, and set model\.quantization"):
+        try_blank(model, LORA, load_model_config(model), None)
+
+
+def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(UnfitModel, match=r"bitsandbytes, which is not installed: pip install 'grpo_dist\[quantized\]'"):
+        require_quantizable(Config(model=ModelConfig(quantization="nf4")), load_model_config(ModelConfig()))
+
+
+def test_options_that_exclude_a_quantised_base() -> None:
+    with pytest.raises(ValueError, match=r"model\.quantization: 'nf4' given, expected null where lora is null"):
+        Config(model=ModelConfig(quantization="nf4"), lora=None)
+    with pytest.raises(UnfitModel, match="given with ZeRO-3, which would shard it, expected DDP, ZeRO-1 or ZeRO-2"):
+        require_unsharded(True, 3)
+    require_unsharded(True, 2)
+    require_unsharded(False, 3)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_blank_model_has_the_layers_of_the_loaded_one(kind: str, base: ModelConfig) -> None:
+    loaded = load_causal_lm(quantised(base, kind), torch.bfloat16, None)
+    with torch.device("meta"):
+        blank = AutoModelForCausalLM.from_config(load_model_config(base), dtype=torch.bfloat16)
+    quantize_blank(blank, kind, load_model_config(base), torch.bfloat16)
+    sizes = {name: (p.shape, p.dtype) for name, p in loaded.named_parameters(remove_duplicate=False)}
+    assert {name: (p.shape, p.dtype) for name, p in blank.named_parameters(remove_duplicate=False)} == sizes
+    assert not hasattr(blank.config, "quantization_config") and not hasattr(loaded.config, "quantization_config")
