@@ -53,7 +53,7 @@ class QuantizedLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """(…, I) to (…, O)."""
-        return _FrozenProduct.apply(x.to(self.dtype), self)  # type: ignore[no-any-return]
+        return _FrozenProduct.apply(x.to(self.dtype), self)
 
 
 class _FrozenProduct(torch.autograd.Function):
@@ -99,7 +99,7 @@ class Scales(nn.Module):
         offset: Tensor | None = None, block: int = 1,
     ) -> None:  # fmt: skip
         """`stored` (B,) is float32; or uint8 with `values` (256,) that it names, the `scales` of its blocks of `block`
-        numbers, and the `offset` () that is added, all float32."""
+        numbers, and the `offset` (1,) that is added, all float32."""
         super().__init__()
         self.block = block
         self.stored = _frozen(stored if values is not None else _bits(stored))
@@ -140,7 +140,7 @@ def _frozen(tensor: Tensor) -> nn.Parameter:
 
 
 def _bits(tensor: Tensor) -> Tensor:
-    return tensor.float().contiguous().view(torch.int32)
+    return tensor.float().reshape(-1).view(torch.int32)  # DeepSpeed sends no tensor without dimensions
 
 
 def _floats(bits: Tensor) -> Tensor:
