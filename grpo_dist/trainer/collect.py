@@ -130,7 +130,8 @@ def _round(
         batch = gather_trajectories(parts.ranks, prompts, trajectories, has_episodes=parts.episodes is not None)
         scoring.complete(batch)
     parts.phase.sampled_tokens += len(batch.tokens)
-    if not config.rollout.max_resamples:  # else only of the groups that stay
+    # with resampling only of the groups that stay, and a step ahead while a server draws the next batch
+    if not config.rollout.max_resamples and not (config.rollout.lag and parts.engine.is_elsewhere):
         batch = with_reference(parts, batch)
     with parts.phase("reward"):
         with parts.ranks.shared_errors("scoring"):

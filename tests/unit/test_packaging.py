@@ -113,9 +113,10 @@ def test_it_trains_without_deepspeed(tmp_path: Path) -> None:
 
 
 def test_every_module_imports_on_windows(tmp_path: Path) -> None:
-    """But for what is a program of its own, of Linux or beside TRL, and what is for a GPU with Triton."""
+    """But for what is a program of its own, of Linux or beside a peer, and what is for a GPU with Triton."""
     modules = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in (ROOT / "grpo_dist").rglob("*.py")]
-    programs = {"grpo_dist.__main__", "grpo_dist.rewards.sandbox_launcher", "grpo_dist.cli.bench.peer"}
+    programs = {"grpo_dist.__main__", "grpo_dist.rewards.sandbox_launcher",
+                "grpo_dist.cli.bench.peer_trl", "grpo_dist.cli.bench.peer_vllm"}  # fmt: skip
     native = ("fused", "gpu", "pages", "triton_kernels")
     with_triton = ["model.head_kernel", *(f"rollout.native.{name}" for name in native)]
     on_gpu = {f"grpo_dist.{name}" for name in with_triton}

@@ -19,6 +19,7 @@ from .turns import Worker
 from .workloads import WORKLOADS, Workload, model_of, write_prompts
 
 PROMPTS = "prompts.jsonl"
+PEERS = {"trl": "TRL", "vllm": "vLLM"}
 PEER_MICRO_BATCH = 8
 """Most sequences of the peer's micro-batch on a GPU. The activations of a full step fit on no GPU."""
 SAME_WORK = 0.05
@@ -39,9 +40,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--pairs", type=int, default=3, metavar="N", help="timed steps, after one untimed step (3)")
     parser.add_argument("--kl_coeff", type=float, default=0.04, metavar="X", help="coefficient of the KL term (0.04)")
     parser.add_argument("--lora_r", type=int, default=16, metavar="N", help="rank of the adapters (16)")
-    parser.add_argument("--against", choices=["trl"], help="also time a peer, in alternating steps")
+    parser.add_argument("--against", choices=list(PEERS),
+                        help="also time a peer, in turn: trl in steps, vllm in rollouts alone")  # fmt: skip
     parser.add_argument("--peer_python", default=sys.executable, metavar="FILE",
-                        help="the Python of an environment with trl==1.16.0 (this one)")  # fmt: skip
+                        help="the Python of an environment with trl==1.16.0 or vllm==0.32.0 (this one)")  # fmt: skip
     parser.add_argument("--peer_continuous_batching", action="store_true", help="TRL's faster generation on a GPU")
     parser.add_argument("--peer_micro_batch", type=int, metavar="N",
                         help=f"TRL's sequences a micro-batch (on a GPU {PEER_MICRO_BATCH}, on a CPU all of a step)"
@@ -60,14 +62,15 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
         "model", "num_prompts", "group_size", "prompt_tokens", "max_new_tokens", "mean_new_tokens", "dtype")
         if getattr(options, name) is not None}  # fmt: skip
     print(f"{machine()}\n", flush=True)
+    peer = PEERS.get(options.against)
     rows: list[dict[str, str]] = []
     with tempfile.TemporaryDirectory(prefix="grpo_dist-bench-") as scratch:
         for name in options.workload:
             workload = replace(WORKLOADS[name], **changes)
             pairs = time_workload(workload, options, rest, Path(scratch) / name)
-            if options.against:
-                print(pairs_table(name, pairs, "TRL") + "\n", flush=True)
-            rows.append(summary_row(name, pairs, "TRL" if options.against else None))
+            if peer:
+                print(pairs_table(name, pairs, peer) + "\n", flush=True)
+            rows.append(summary_row(name, pairs, peer))
             print(f"{name}: {rows[-1]['s a step']} s a step", file=sys.stderr, flush=True)
     print(table([list(rows[0]), *(list(row.values()) for row in rows)]))
     return 0
@@ -85,14 +88,15 @@ def time_workload(workload: Workload, options: argparse.Namespace, rest: Sequenc
         theirs = None
         if options.against:
             command = their_command(workload, options, model, scratch)
-            theirs = opened.enter_context(Worker(command, scratch / "trl"))
+            theirs = opened.enter_context(Worker(command, scratch / options.against))
         for _ in range(num_steps):
             their_step = theirs.step(None) if theirs else None
-            pairs.append(Pair(ours.step(their_step["lengths"] if their_step else None), their_step))
+            lengths = their_step["lengths"] if their_step else None
+            pairs.append(Pair(ours.step(lengths, is_rollout=options.against == "vllm"), their_step))
     for pair in pairs[1:]:
         if pair.theirs and abs(pair.their_tokens / pair.tokens - 1) > SAME_WORK:
-            raise ValueError(f"{workload.name}: {pair.tokens:.0f} completion tokens against TRL's {pair.their_tokens}: "
-                             "not the same work")  # fmt: skip
+            raise ValueError(f"{workload.name}: {pair.tokens:.0f} completion tokens against the peer's "
+                             f"{pair.their_tokens}: not the same work")  # fmt: skip
     return pairs[1:]
 
 
@@ -122,17 +126,21 @@ def ours_in_turn(
 
 
 def their_command(workload: Workload, options: argparse.Namespace, model: str, scratch: Path) -> list[str]:
-    """The command of TRL's worker."""
+    """The command of the peer's worker."""
     if workload.model == "toy":
         from ...model.toy import toy_path
 
         model = str(toy_path())
-    command = [options.peer_python, str(Path(__file__).with_name("peer.py")), "--model", model, "--prompts",
-               str(scratch / PROMPTS), "--out", str(scratch / "trl" / "out"), "--dtype", workload.dtype,
-               "--kl_coeff", str(options.kl_coeff), "--lora_r", str(options.lora_r),
-               "--micro_batch", str(peer_micro_batch(options.peer_micro_batch, workload))]  # fmt: skip
+    script = Path(__file__).with_name(f"peer_{options.against}.py")
+    command = [options.peer_python, str(script), "--model", model, "--prompts", str(scratch / PROMPTS),
+               "--dtype", workload.dtype]  # fmt: skip
     for name in ("num_prompts", "group_size", "max_new_tokens"):
         command += [f"--{name}", str(getattr(workload, name))]
+    if options.against == "vllm":
+        return command
+    command += ["--out", str(scratch / "trl" / "out"), "--kl_coeff", str(options.kl_coeff),
+                "--lora_r", str(options.lora_r),
+                "--micro_batch", str(peer_micro_batch(options.peer_micro_batch, workload))]  # fmt: skip
     return command + ["--continuous_batching"] * options.peer_continuous_batching
 
 

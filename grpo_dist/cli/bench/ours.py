@@ -15,10 +15,13 @@ import torch
 from ...checkpoint.state import TrainState
 from ...config.parse import parse_config
 from ...data.order import Sampler
+from ...monitoring.alarms import Metrics
 from ...monitoring.console import set_up_logging
 from ...rollout import LocalEngine, Request, Sampling
+from ...rollout.sampling import sampling_of
 from ...train import train_step
 from ...trainer.build import build, close
+from ...trainer.collect import first_round, generate
 from ...trainer.parts import Parts
 from .turns import connect, let_go, own_peak_gib
 
@@ -44,6 +47,16 @@ class PeersOrder(Sampler):
         return [n % self.num_prompts for n in range(step * self.batch_size, (step + 1) * self.batch_size)]
 
 
+def rollout(parts: Parts, state: TrainState) -> Metrics:
+    """Draw the completions of a step's prompts and go on to the next step; returns what tables show of it."""
+    config = parts.config
+    prompts, stream = first_round(parts, state, state.step)
+    trajectories, _ = generate(parts, state, prompts, config.rollout.group_size, sampling_of(config.rollout), stream,
+                               state.step)  # fmt: skip
+    state.step += 1
+    return {"tokens/completion": float(sum(len(each.ids) for each in trajectories))}
+
+
 def take_turns(parts: Parts, state: TrainState) -> None:
     """Take a step for each request, and answer with its time, metrics and peak memory."""
     assert isinstance(parts.engine, LocalEngine)
@@ -54,11 +67,11 @@ def take_turns(parts: Parts, state: TrainState) -> None:
     while (request := line.recv()) is not None:
         engine.lengths = request["lengths"]
         start = time.perf_counter()
-        metrics = train_step(parts, state)
+        metrics = rollout(parts, state) if request["is_rollout"] else train_step(parts, state)
         peak = own_peak_gib() + sum(child.memory_info().rss for child in psutil.Process().children(True)) / 2**30
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-            peak = metrics["memory/peak_gib"] or 0.0
+            peak = torch.cuda.max_memory_allocated() / 2**30
         seconds = time.perf_counter() - start
         let_go()
         line.send({"seconds": seconds, "metrics": metrics, "peak_gib": peak})

@@ -69,8 +69,9 @@ def summary_row(name: str, pairs: list[Pair], peer: str | None) -> dict[str, str
     row |= {"s a step": f"{median(lambda pair: pair.ours['seconds']):.2f}",
             "tokens a step": f"{median(lambda pair: pair.tokens):.0f}",
             "tokens/s": f"{median(lambda pair: pair.tokens / pair.ours['seconds']):.0f}"}  # fmt: skip
-    row |= {name: f"{phase(name):.2f}" for name in PHASES}
-    row["useful share"] = f"{median(lambda pair: pair.ours['metrics']['tokens/useful_share']):.3f}"
+    if "time/update" in pairs[0].ours["metrics"]:  # else rollouts alone were timed
+        row |= {name: f"{phase(name):.2f}" for name in PHASES}
+        row["useful share"] = f"{median(lambda pair: pair.ours['metrics']['tokens/useful_share']):.3f}"
     row["peak GiB"] = f"{max(pair.ours['peak_gib'] for pair in pairs):.2f}"
     if peer:
         row[f"{peer}: peak GiB"] = f"{max(pair.theirs['peak_gib'] for pair in pairs if pair.theirs):.2f}"

@@ -1,6 +1,7 @@
 """Two trainers that alternate. Each is a process that waits for a request, takes one step and answers with its metrics.
 
-A request has the lengths of the step's completions, or None if they end by themselves. The answer is a dict of numbers.
+A request has the lengths of the step's completions, or None if they end by themselves, and whether only the rollout is
+wanted. The answer is a dict of numbers.
 This module imports only the standard library, because a worker may run in another environment.
 """
 
@@ -69,9 +70,9 @@ class Worker:
                 raise
         return self
 
-    def step(self, lengths: list[int] | None) -> dict[str, Any]:
-        """Request one step and return the answer."""
-        self.line.send({"lengths": lengths})
+    def step(self, lengths: list[int] | None, *, is_rollout: bool = False) -> dict[str, Any]:
+        """Request one step, or its rollout alone, and return the answer."""
+        self.line.send({"lengths": lengths, "is_rollout": is_rollout})
         self._wait(self.line)
         return self.line.recv()
 

@@ -21,7 +21,7 @@ SMALL = Workload("small", Shape(64, 2, 4, 2, 128, 400), 3, 4, 40, 64, 8)
 
 def step(seconds: float, tokens: int) -> dict[str, object]:
     """What our worker says of a step."""
-    metrics = {"tokens/completion": tokens, "tokens/useful_share": 1.0, "time/rollout": seconds / 2}
+    metrics = {"tokens/completion": tokens, "tokens/useful_share": 1.0, "time/rollout": seconds / 2, "time/update": 0.1}
     return {"seconds": seconds, "peak_gib": 1.0, "metrics": metrics}
 
 
