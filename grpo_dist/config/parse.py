@@ -131,9 +131,11 @@ def parse_config(arguments: list[str] | None = None) -> Config:
 
     Ends the program with status 2 on a mistake.
     """
+    words = sys.argv[1:] if arguments is None else arguments
+    if (config := _without_mistakes.pop(tuple(words), None)) is not None:
+        return config
     parser = make_parser()
     assert isinstance(parser, _Parser)
-    words = sys.argv[1:] if arguments is None else arguments
     parser.files = tuple(
         word.removeprefix("--config=") if "=" in word else following
         for word, following in itertools.pairwise([*words, ""]) if word.split("=")[0] == "--config"
@@ -171,11 +173,15 @@ def _refuse_unknown(group: Any, prefix: str = "") -> None:
                 _refuse_unknown(part, f"{prefix}{name}.")
 
 
+_without_mistakes: dict[tuple[str, ...], Config] = {}
+"""What `refuse_mistakes` has read, until the program asks for it: reading takes half a second."""
+
+
 def refuse_mistakes(arguments: list[str] | None = None) -> None:
     """End the program with status 2 on a mistake in a run's options. A dry run reports all of them by itself."""
     words = sys.argv[1:] if arguments is None else arguments
     if DRY_RUN not in words:
-        parse_config(words)
+        _without_mistakes[tuple(words)] = parse_config(words)
 
 
 def presets() -> list[str]:

@@ -194,7 +194,7 @@ def adapter_targets(model: Any, targets: str | Sequence[str]) -> tuple[str | Seq
     linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
     why_not = {name: reason for name, module in linear.items() if (reason := _obstacle(model, name, module))}
     leaves = {name.rpartition(".")[2] for name in linear}
-    renamed = {leaf for leaf in leaves if _means_experts(model, leaf)}
+    renamed = {leaf for leaf in leaves if _means_experts(model, {leaf})} if _means_experts(model, leaves) else set()
     for name in linear:
         if name not in why_not and name.rpartition(".")[2] in renamed:
             why_not[name] = "PEFT takes its name for the experts'"
@@ -243,16 +243,16 @@ def _obstacle(model: Any, name: str, module: nn.Module) -> str | None:
     return None
 
 
-def _means_experts(model: Any, name: str) -> bool:
-    """Whether PEFT maps this name to experts, which had layers of that name in older releases."""
+def _means_experts(model: Any, names: set[str]) -> bool:
+    """Whether PEFT maps one of the names to experts, which had layers of that name in older releases."""
     if convert_peft_config_for_transformers is None:
         return False
-    probe = LoraConfig(target_modules=[name])
+    probe = LoraConfig(target_modules=sorted(names))
     try:
         convert_peft_config_for_transformers(probe, model, None)
     except ValueError:  # the mapping needs other names of experts
         return True
-    return name not in probe.target_modules
+    return not names <= set(probe.target_modules or ())
 
 
 def reads_text(model: Any, name: str) -> bool:
