@@ -40,7 +40,7 @@ CASES = {
 }  # fmt: skip
 
 
-QUICK = {"dapo", "gspo", "ppo"}
+QUICK = {"gspo", "ppo"}
 """Presets that are tried each time: between them, most of the options."""
 
 
@@ -76,7 +76,9 @@ def test_groups_without_signal_come_to_have_some(tmp_path: Path) -> None:
     assert lines[-1]["eval/accuracy"] >= lines[0]["eval/accuracy"] + 0.25
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name in ("critic", "dynamic") else pytest.mark.slow) for name in CASES]
+)
 def test_ranks_do_not_matter(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "own.py").write_text(TOKEN_REWARD)
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{ROOT}")

@@ -22,7 +22,7 @@ def one_process(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return train(None, 1, tmp_path_factory.mktemp("one") / "run", *LAG)
 
 
-@pytest.mark.parametrize(("strategy", "num_processes"), [("ddp", 2), ("zero3", 2)])
+@pytest.mark.parametrize(("strategy", "num_processes"), [("ddp", 2), pytest.param("zero3", 2, marks=pytest.mark.slow)])
 def test_ranks_change_nothing(strategy: str, num_processes: int, one_process: Path, tmp_path: Path) -> None:
     other = train(strategy, num_processes, tmp_path / "run", *LAG)
     assert [row["completion"] for row in completions(other)] == [row["completion"] for row in completions(one_process)]

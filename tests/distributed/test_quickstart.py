@@ -7,9 +7,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from launching import ROOT, launch, metrics
 
 
+@pytest.mark.slow
 def test_quickstart_learns(tmp_path: Path) -> None:
     run = tmp_path / "run"
     done = launch("zero2", 2, "--config", "configs/quickstart.yaml", "--train.output_dir", str(run), fresh=True)

@@ -222,10 +222,8 @@ def interrupt(how: str, job: str, log: Path) -> None:
 
 
 @pytest.mark.usefixtures("cluster")
-@pytest.mark.parametrize(
-    "how",
-    [pytest.param(how, marks=[] if how == "asked to make room" else pytest.mark.slow) for how in INTERRUPTIONS],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("how", INTERRUPTIONS)
 def test_interrupted_it_ends_with_the_same_weights(how: str, tmp_path: Path, submitted: list[str]) -> None:
     overrides = {"train.num_train_steps": "40", "train.batch_size": "4", "train.save_every": "3",
                  "train.hang_timeout_seconds": "10", "data.eval_file": "null"}  # fmt: skip
