@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -45,6 +46,7 @@ from .model.load import (
     base_identity,
     check_model_config,
     end_token_ids,
+    ignored_generation_options,
     load_causal_lm,
     load_model_config,
     load_tokenizer,
@@ -57,7 +59,7 @@ from .rollout import Engine, LoadedModel, awake
 from .rollout.choose import UnfitEngine, make_engine
 from .rollout.own_attention import settle_attention
 from .rollout.playing import episodes_of, for_prompts, open_host, sample_or_play, templated
-from .rollout.sampling import sampling_of
+from .rollout.sampling import sampling_with
 from .rollout.vllm.start import make_vllm_engine
 from .text.files import write_file
 from .text.plain import plain_lines, write_lines
@@ -66,6 +68,8 @@ from .text.tokens import CompletionTexts
 from .trainer.gathering import gather_scores, gather_trajectories
 from .trainer.scoring import Scoring, requests_of
 from .types import Batch, Prompt
+
+log = logging.getLogger(__name__)
 
 _PROMPTS_A_PART = 64  # a part is the same whatever the number of ranks
 _SHOWN_CHARACTERS = 80
@@ -101,6 +105,11 @@ class Evaluation:
         self._claim()
         self.end_ids = end_token_ids(config.model, self.tokenizer)
         self.texts_of = CompletionTexts(self.tokenizer, self.end_ids)
+        vocabulary = self.model_config.get_text_config().vocab_size
+        ignored = ignored_generation_options(config.model, config.rollout)
+        if ignored and os.environ.get("RANK", "0") == "0":
+            log.info("%s", ignored)
+        self.sampling = sampling_with(config.rollout, self.tokenizer, self.end_ids, vocabulary)
         self.scorer = ScorerPool(config.rewards, config.scoring)
         self.scorer.check_columns([*self.prompts[0].columns, *(EPISODE_COLUMNS if self.host else ())])
         self.episodes = episodes_of(config, self.host, prompt_tokenizer, self.end_ids)
@@ -194,15 +203,15 @@ class Evaluation:
             self.engine.close()
 
     def _sample(self, ranks: Ranks, prompts: list[Prompt], start: int) -> Batch:
-        rollout, seed = self.config.rollout, self.config.train.seed
+        seed = self.config.train.seed
         drawn = ranks.share(len(prompts) * self.num_samples)
         requests = requests_of(prompts, self.num_samples, drawn, seed, "evaluate", first=start)
-        sampling = sampling_of(rollout)
         assert self.engine is not None, "_load_model makes it"
         with awake(self.engine), ranks.shared_errors("sampling"):
             scoring = Scoring(self.scorer, prompts, self.num_samples, drawn, self.texts_of,
                               has_episodes=self.episodes is not None)  # fmt: skip
-            trajectories = sample_or_play(self.engine, self.episodes, requests, prompts, sampling, scoring.on_finish)
+            trajectories = sample_or_play(self.engine, self.episodes, requests, prompts, self.sampling,
+                                          scoring.on_finish)  # fmt: skip
         batch = gather_trajectories(ranks, prompts, trajectories, has_episodes=self.episodes is not None)
         scoring.complete(batch)
         with ranks.shared_errors("scoring"):

@@ -5,8 +5,9 @@
 
 Prompts go through the tokenizer's chat template, with data.system_prompt, unless the tokenizer has none or
 data.chat_template is `never`. With a template, each model remembers its own conversation. Answers are greedy unless
---temperature is given; sampling then uses the run's top_p, top_k and min_p. The penalties and limits of the model's
-generation_config.json are not used, as in training. Ctrl-D or an empty line ends the chat.
+--temperature is given; sampling then uses the run's top_p, top_k and min_p. Stop texts, banned tokens and
+min_new_tokens are the run's. The penalties and limits of the model's generation_config.json are not used, as in
+training. Ctrl-D or an empty line ends the chat.
 """
 
 from __future__ import annotations

@@ -14,14 +14,15 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 from torch import nn
-from transformers import GenerationConfig
+from transformers import GenerationConfig, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
 from ..checkpoint.trained import Trained
-from ..config.schema import DataConfig
+from ..config.schema import DataConfig, RolloutConfig
 from ..data.prompts import render
 from ..model.load import end_token_ids, load_causal_lm
 from ..model.policy import Policy
+from ..rollout.sampling import sampling_with
 from ..text.plain import plain_lines
 from ..text.tokens import CompletionTexts
 
@@ -54,13 +55,17 @@ class Conversation:
         for voice in self.voices:  # generate() would use the penalties and limits of the model's own config
             voice.model.generation_config = GenerationConfig()
         torch.manual_seed(seed)
-        rollout, end_ids = trained.config["rollout"], end_token_ids(trained.model, tokenizer)
+        rollout, end_ids = RolloutConfig(**trained.config["rollout"]), end_token_ids(trained.model, tokenizer)
         self.texts_of = CompletionTexts(tokenizer, end_ids)
-        self.generation = {"max_new_tokens": longest or rollout["max_completion_length"], "do_sample": temperature > 0,
+        vocabulary = policy.causal_lm.config.get_text_config().vocab_size
+        self.sampling = sampling_with(rollout, tokenizer, end_ids, vocabulary)
+        most = longest or rollout.max_completion_length
+        self.generation = {"max_new_tokens": most, "min_new_tokens": min(rollout.min_new_tokens, most),
+                           "suppress_tokens": [*self.sampling.banned] or None, "do_sample": temperature > 0,
                            "eos_token_id": end_ids, "pad_token_id": tokenizer.pad_token_id}  # fmt: skip
         if temperature > 0:
-            limits = {name: rollout[name] for name in ("top_p", "top_k", "min_p")}
-            self.generation |= {"temperature": temperature, **limits}
+            self.generation |= {"temperature": temperature, "top_p": rollout.top_p, "top_k": rollout.top_k,
+                                "min_p": rollout.min_p}  # fmt: skip
         self.console = Console()
 
     def answer(self, prompt: str) -> None:
@@ -84,9 +89,15 @@ class Conversation:
         """Return the answer of a voice. `show` gets the text each time it grows."""
         messages = [*voice.said, {"role": "user", "content": prompt}]
         ids = render(messages if self.templated else prompt, self.data, self.tokenizer).ids
+
+        def stops(row: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+            answer = row[0, len(ids) :].tolist()
+            return torch.tensor([self.sampling.stopped_at(answer, 0) == len(answer)])
+
         with voice.adapters(), torch.no_grad():
             out = voice.model.generate(torch.tensor([ids]), attention_mask=torch.ones(1, len(ids), dtype=torch.long),
-                                       streamer=_Shown(self.texts_of, show), **self.generation)  # fmt: skip
+                                       streamer=_Shown(self.texts_of, show),
+                                       stopping_criteria=StoppingCriteriaList([stops]), **self.generation)  # fmt: skip
         (text,) = self.texts_of([out[0, len(ids) :].tolist()])
         voice.said = [*messages, {"role": "assistant", "content": text}]
         return text

@@ -23,6 +23,9 @@ Dtype = Literal[PolicyDtype, "float16"]
 Quantization = Literal["nf4", "int8"]
 TokensInFlight = int | Literal["auto"]
 
+MOST_STOP_CHARACTERS = 1000
+"""The table that finds stop texts has a row for each of their characters."""
+
 
 @dataclass
 class ModelConfig:
@@ -152,6 +155,15 @@ class RolloutConfig:
     """Sample from the k likeliest tokens; 0 turns it off."""
     min_p: float = 0.0
     """Leave out tokens less likely than this share of the likeliest one's probability; 0 turns it off."""
+    stop: list[str] = field(default_factory=list)
+    """Texts that end a completion, such as `[</answer>]`, besides its end-of-sequence tokens. The token that completes
+    one is the last: it is trained on, rewards see the text with all of it, and the completion counts as finished. With
+    an environment, a turn ends so."""
+    min_new_tokens: int = 0
+    """So many tokens of a completion do not end it: end tokens are not drawn, and stop texts do not count."""
+    banned_tokens: list[int | str] = field(default_factory=list)
+    """Tokens that are never drawn: ids, or texts of one token each. As with top_p, log-probabilities are those of all
+    tokens."""
     max_resamples: int = 0
     """Dynamic sampling: groups of further prompts replace groups whose rewards are all equal, in at most this many
     rounds a step. If too few are there after the last round, the rest are groups that were to be replaced."""
@@ -178,6 +190,11 @@ class RolloutConfig:
         require(self.top_k >= 0, "rollout.top_k", self.top_k, "0 (off) or more")
         require(0 <= self.min_p < 1, "rollout.min_p", self.min_p, "a share in [0, 1)")
         require(self.lag in (0, 1), "rollout.lag", self.lag, "0 or 1 steps")
+        require(all(self.stop), "rollout.stop", self.stop, "texts of at least one character")
+        require(sum(map(len, self.stop)) <= MOST_STOP_CHARACTERS, "rollout.stop", self.stop,
+                f"at most {MOST_STOP_CHARACTERS} characters in all")  # fmt: skip
+        require(0 <= self.min_new_tokens < self.max_completion_length, "rollout.min_new_tokens", self.min_new_tokens,
+                f"from 0 to less than rollout.max_completion_length = {self.max_completion_length}")  # fmt: skip
         require(self.max_resamples >= 0, "rollout.max_resamples", self.max_resamples, "0 (off) or more rounds")
         require(self.max_tokens_in_flight == "auto" or self.max_tokens_in_flight >= 1, "rollout.max_tokens_in_flight",
                 self.max_tokens_in_flight, "at least 1, or auto")  # fmt: skip

@@ -67,13 +67,14 @@ def check_vllm(config: Config) -> None:
     require(not is_vllm or config.model.quantization is None, "model.quantization", config.model.quantization,
             "null with rollout.engine `vllm`: a server would compute with other values of the weights")  # fmt: skip
     require(not is_vllm or rollout.temperature == 1 or not cuts_off(rollout), "rollout.temperature",
-            rollout.temperature, "1 with top_p, top_k or min_p: vLLM returns log-probabilities either before the "
-            "temperature or after these")  # fmt: skip
+            rollout.temperature, "1 with top_p, top_k, min_p, min_new_tokens or banned_tokens: vLLM returns "
+            "log-probabilities either before the temperature or after these")  # fmt: skip
 
 
 def cuts_off(rollout: RolloutConfig) -> bool:
-    """Whether unlikely tokens are never drawn."""
-    return rollout.top_p < 1 or rollout.top_k > 0 or rollout.min_p > 0
+    """Whether some tokens are never drawn."""
+    truncates = rollout.top_p < 1 or rollout.top_k > 0 or rollout.min_p > 0
+    return truncates or rollout.min_new_tokens > 0 or bool(rollout.banned_tokens)
 
 
 def logprobs_mode(rollout: RolloutConfig) -> str:

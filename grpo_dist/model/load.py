@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 from transformers import __version__ as transformers_version
 
 from ..config.places import model_place
-from ..config.schema import LoraConfig, ModelConfig
+from ..config.schema import LoraConfig, ModelConfig, RolloutConfig
 from ..distributed.deepspeed import is_sharded, unsharded_loading
 from . import attention
 from .checks import (
@@ -40,6 +40,10 @@ from .quantization import quantized_loading, use_own_layers
 from .toy import MODELS, toy_path
 
 log = logging.getLogger(__name__)
+
+_NO_SAMPLING = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "do_sample", "use_cache",
+                "cache_implementation", "transformers_version", "_from_model_config")  # fmt: skip
+"""Entries of generation_config.json that do not change what is drawn, or that the engines do take over."""
 
 
 def model_path(model: ModelConfig) -> str:
@@ -79,6 +83,20 @@ def end_token_ids(model: ModelConfig, tokenizer: Any) -> list[int]:
         for given in (getattr(part, "eos_token_id", None) for part in parts):
             ends |= set(given if isinstance(given, list) else [given]) - {None}
     return sorted(ends)
+
+
+def ignored_generation_options(model: ModelConfig, rollout: RolloutConfig) -> str | None:
+    """What the model's generation_config.json asks for and rollouts do not do; None where there is nothing."""
+    try:
+        given = GenerationConfig.from_pretrained(model_path(model), revision=model.revision).to_diff_dict()
+    except OSError:
+        return None
+    ignored = {name: value for name, value in given.items()
+               if name not in _NO_SAMPLING and value != getattr(rollout, name, None)}  # fmt: skip
+    if not ignored:
+        return None
+    return (f"generation_config.json of {model.name!r} says {', '.join(f'{k}: {v}' for k, v in ignored.items())}: "
+            "nothing of it is applied, completions are drawn as `rollout` says")  # fmt: skip
 
 
 def load_model_config(model: ModelConfig) -> Any:

@@ -25,7 +25,7 @@ from ..model.policy import Policy
 from ..model.quantization import kind_of, quantize_blank
 from ..model.quantized import quantized_layers
 from ..rollout.room import cache_width
-from ..rollout.sampling import draw, sampling_of
+from ..rollout.sampling import Rules, draw, sampling_of
 from ..types import Batch, Prompt
 from .live import LiveBytes
 from .memory import PERSISTENCE_THRESHOLD, ModelCounts, Passes
@@ -149,11 +149,13 @@ def trace_passes(
 def _trace_sampling(config: Config, vocabulary: int, dtype: torch.dtype) -> float:
     """Bytes that sampling needs for each logit."""
     rollout, rows = config.rollout, 8
-    sampling = sampling_of(rollout)
+    sampling = replace(sampling_of(rollout), min_new_tokens=rollout.min_new_tokens,
+                       banned=(0,) if rollout.banned_tokens else ())  # fmt: skip
     with FakeTensorMode():
         logits, counters = torch.empty(rows, vocabulary, dtype=dtype), torch.empty(rows, dtype=torch.int64)
+        rules = Rules(sampling, [0], logits.device)
         with LiveBytes() as live:
-            draw(logits, counters, counters, sampling)
+            draw(logits, counters, counters, sampling, rules)
     return live.peak / logits.numel()
 
 

@@ -20,6 +20,7 @@ from ..model.load import (
     attention_for,
     check_model_config,
     end_token_ids,
+    ignored_generation_options,
     load_model_config,
     load_tokenizer,
     model_path,
@@ -30,6 +31,7 @@ from ..rewards.pool.pool import ScorerPool
 from ..rewards.registry import BUILT_IN, answer_checks, declared_placement, episode_columns
 from ..rewards.scores import to_items
 from ..rollout.playing import described, episodes_of, for_prompts, open_host, templated
+from ..rollout.sampling import sampling_with
 from ..text.plain import plain
 from ..types import Prompt
 from .findings import Findings
@@ -67,6 +69,12 @@ def read_contents(config: Config, findings: Findings) -> Contents:
             require_quantizable(config, contents.model_config)
             if left_out := try_blank(config.model, config.lora, contents.model_config, implementation):
                 findings.remarks.append(f"adapters: none on {left_out}")
+        with findings.attempt():
+            ends = end_token_ids(config.model, contents.tokenizer)
+            vocabulary = contents.model_config.get_text_config().vocab_size
+            sampling_with(config.rollout, contents.tokenizer, ends, vocabulary)
+        if ignored := ignored_generation_options(config.model, config.rollout):
+            findings.remarks.append(ignored)
         with suppress(ValueError, OSError, DamagedCheckpoint):  # `check_resuming` reports it
             config = with_template_date(config, contents.tokenizer, resume_path(config))
     host = None

@@ -152,12 +152,14 @@ def limit_of(request: Request, most: int) -> int:
     return limit
 
 
-def trajectory(request: Request, ids: list[int], logprobs: list[float], end_ids: list[int]) -> Trajectory:
+def trajectory(
+    request: Request, ids: list[int], logprobs: list[float], end_ids: list[int], sampling: Sampling
+) -> Trajectory:
     """The answer to a request; raises FloatingPointError where the model's output was not a distribution."""
     if not all(map(math.isfinite, logprobs)):
         raise FloatingPointError(
             f"the rollout model's log-probabilities for prompt {request.slot}, sample {request.sample} are not finite: "
             "its weights or activations have overflowed"
         )
-    finished = not request.ignore_end and ids[-1] in end_ids
+    finished = not request.ignore_end and sampling.ends(ids, request.offset, end_ids)
     return Trajectory(request.slot, request.sample, ids, logprobs, finished, sampled=[True] * len(ids))

@@ -41,6 +41,8 @@ class _Play:
     calls: list[Call] = field(default_factory=list)
     """Of its newest turn."""
     turns: int = 0
+    is_open: bool = False
+    """Whether its newest turn ended without an end token, by a stop text."""
     counts: dict[str, int] = field(default_factory=lambda: dict.fromkeys(("answered", "error", "malformed"), 0))
     finished: bool = False
     failure: str | None = None
@@ -57,11 +59,12 @@ class Episodes:
     def __init__(
         self, host: EnvironmentHost, turns: ToolTurns, config: EnvironmentConfig, longest: int,
         texts_of: Callable[[Sequence[Sequence[int]]], list[str]], with_observation: Callable[[Prompt, str], Prompt],
+        end_ids: Sequence[int],
     ) -> None:  # fmt: skip
-        """`longest` is the most tokens after a prompt; `with_observation` is a prompt whose last message goes on with
-        what an environment said at its reset, and raises ValueError where that does not fit."""
+        """`longest` is the most tokens after a prompt; `end_ids` end a turn; `with_observation` is a prompt whose last
+        message goes on with what an environment said at its reset, and raises ValueError where that does not fit."""
         self.host, self._turns, self._config, self._longest = host, turns, config, longest
-        self._texts_of, self._with_observation = texts_of, with_observation
+        self._texts_of, self._with_observation, self._end_ids = texts_of, with_observation, end_ids
 
     def play(
         self, engine: Engine, requests: list[Request], prompts: Sequence[Prompt], sampling: Sampling,
@@ -89,6 +92,7 @@ class Episodes:
         play.sampled += turn.sampled
         play.logprobs += turn.logprobs
         play.turns += 1
+        play.is_open = turn.finished and turn.ids[-1] not in self._end_ids
         (text,) = self._texts_of([turn.ids])
         play.calls = self._turns.calls(text) if turn.finished else []
         calls = [{"type": "function", "function": {"name": call.name, "arguments": call.arguments}}
@@ -109,7 +113,7 @@ class Episodes:
             play.counts[answer["outcome"]] += 1
             texts.append(Answer(call.name or "unknown", answer["text"]))
         play.messages += [{"role": "tool", "name": each.name, "content": each.text} for each in texts]
-        return self._turns.answer_ids(texts)
+        return self._turns.answer_ids(texts, is_open=play.is_open)
 
     def turns_left(self, turns: int) -> int:
         """Turns that an episode may have after so many."""

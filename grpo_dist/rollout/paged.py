@@ -22,7 +22,7 @@ from transformers import GenerationConfig, LogitsProcessorList
 
 from ..types import Trajectory
 from .engine import Decoder, Request, limit_of, trajectory
-from .sampling import Sampling, draw
+from .sampling import Rules, Sampling, draw
 
 try:
     from transformers.generation.configuration_utils import ContinuousBatchingConfig
@@ -80,7 +80,7 @@ class PagedDecoder(Decoder):
 
     def _decode(self, model: Any, requests: list[Request], sampling: Sampling) -> Iterator[list[Trajectory]]:
         limits = [limit_of(request, self.max_new_tokens) for request in requests]
-        drawing = _Drawing(requests, sampling, self.max_new_tokens, model.device)
+        drawing = _Drawing(requests, sampling, self.end_ids, self.max_new_tokens, model.device)
         manager = model.init_continuous_batching(
             GenerationConfig(do_sample=False, max_new_tokens=self.max_new_tokens, eos_token_id=-1),
             self._settings(requests, model.device.type),
@@ -126,10 +126,10 @@ class PagedDecoder(Decoder):
                                         max_batch_tokens=BATCH_TOKENS, use_async_batching=False)  # fmt: skip
 
     def _trajectory(self, request: Request, ids: list[int], drawing: _Drawing, n: int) -> Trajectory:
-        length = len(ids)
-        if drawing.tokens[n, :length].tolist() != ids:
+        if drawing.tokens[n, : len(ids)].tolist() != ids:
             raise RuntimeError("transformers' continuous batching returned other tokens than were drawn")
-        return trajectory(request, ids, drawing.logprobs[n, :length].tolist(), self.end_ids)
+        ids = ids[: int(drawing.stopped_at[n]) or None]
+        return trajectory(request, ids, drawing.logprobs[n, : len(ids)].tolist(), self.end_ids, drawing.sampling)
 
 
 class _Drawing(ContinuousBatchingLogitsProcessor):
@@ -138,8 +138,15 @@ class _Drawing(ContinuousBatchingLogitsProcessor):
     supported_kwargs: dict[str, type] = {}
     ignored_kwargs: tuple[str, ...] = ()
 
-    def __init__(self, requests: list[Request], sampling: Sampling, most: int, device: torch.device) -> None:
+    def __init__(
+        self, requests: list[Request], sampling: Sampling, end_ids: list[int], most: int, device: torch.device
+    ) -> None:
         self.sampling, self.nobody = sampling, len(requests)  # rows that get no token draw for nobody
+        self.rules, self.end_id = Rules(sampling, end_ids, device), end_ids[0]
+        self.rules.grow(len(requests) + 1)
+        self.may_end = torch.tensor([*(not request.ignore_end for request in requests), False], device=device)
+        # transformers knows no other ends than ids: what a stop string ends gets one more token, which does
+        self.stopped_at = torch.zeros(len(requests) + 1, dtype=torch.int64, device=device)
         self.batches = self.widest = 0
         self.keys = torch.tensor([*(request.key for request in requests), 0], device=device)
         self.offsets = torch.tensor([*(request.offset for request in requests), 0], device=device)
@@ -165,7 +172,13 @@ class _Drawing(ContinuousBatchingLogitsProcessor):
         """Draw from logits (R, V), and return scores (R, V) of which the drawn token's is the largest."""
         request = tensor_arg[: scores.shape[0]].long()
         position = self.lengths[request].clamp(max=self.tokens.shape[1] - 1)
-        token, logprob = draw(scores, self.keys[request], self.offsets[request] + position, self.sampling)
+        place = self.offsets[request] + position
+        token, logprob = draw(scores, self.keys[request], place, self.sampling, self.rules)
+        if self.sampling.stop is not None:
+            has_stopped = self.stopped_at[request] > 0
+            token = torch.where(has_stopped, self.end_id, token)
+            stops = self.rules.ended(token, request, place) & self.may_end[request] & ~has_stopped
+            self.stopped_at[request] = torch.where(stops, position + 1, self.stopped_at[request])
         self.tokens[request, position] = token
         self.logprobs[request, position] = logprob
         self.lengths[request] = position + 1

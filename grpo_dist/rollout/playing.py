@@ -79,4 +79,4 @@ def episodes_of(
         return replace(prompt, ids=rendered.ids, text=rendered.text, messages=rendered.messages)
 
     return Episodes(host, turns, config.environment, config.rollout.max_completion_length,
-                    CompletionTexts(tokenizer, end_ids), with_observation)  # fmt: skip
+                    CompletionTexts(tokenizer, end_ids), with_observation, end_ids)  # fmt: skip

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..types import Trajectory
 from .engine import Decoder, Request, limit_of, take_group, trajectory
-from .sampling import Sampling, draw
+from .sampling import Rules, Sampling, draw
 
 COUNTS_ANEW = ("bamba",)
 """Types whose code gives the first token of each call the position 0, unless it is given another."""
@@ -40,9 +40,10 @@ class RowDecoder(Decoder):
         offsets = torch.tensor([request.offset for request in group], device=device)
         limits = [limit_of(request, self.max_new_tokens) for request in group]
         limit = torch.tensor(limits, device=device)
-        ends = torch.tensor(self.end_ids, device=device)
+        rules, rows = Rules(sampling, self.end_ids, device), torch.arange(len(group), device=device)
+        rules.grow(len(group))
         may_end = torch.tensor([not request.ignore_end for request in group], device=device)
-        ended = torch.zeros(len(group), dtype=torch.bool, device=device)
+        length = torch.zeros(len(group), dtype=torch.int64, device=device)  # once it has ended
         tokens: list[Tensor] = []
         logprobs: list[Tensor] = []
         state: dict[str, Any] = {}
@@ -51,20 +52,18 @@ class RowDecoder(Decoder):
                 yield []
             output = model(input_ids=inputs, use_cache=True, logits_to_keep=1, **state)
             state = _state_after(model, output, len(group[0].prompt) + position)
-            token, logprob = draw(output.logits[:, -1], keys, offsets + position, sampling)
+            token, logprob = draw(output.logits[:, -1], keys, offsets + position, sampling, rules)
             tokens.append(token)
             logprobs.append(logprob)
-            ended |= (torch.isin(token, ends) & may_end) | (position + 1 >= limit)
-            if bool(ended.all()):
+            over = (rules.ended(token, rows, offsets + position) & may_end) | (position + 1 >= limit)
+            length = torch.where(over & (length == 0), position + 1, length)
+            if bool((length > 0).all()):
                 break
             inputs = token[:, None]
-        rows = zip(group, limits, torch.stack(tokens, 1).tolist(), torch.stack(logprobs, 1).tolist(), strict=True)
-        yield [self._trajectory(request, ids[:most], values[:most]) for request, most, ids, values in rows]
-
-    def _trajectory(self, request: Request, ids: list[int], logprobs: list[float]) -> Trajectory:
-        ends = () if request.ignore_end else self.end_ids
-        length = next((place + 1 for place, token in enumerate(ids) if token in ends), len(ids))
-        return trajectory(request, ids[:length], logprobs[:length], self.end_ids)
+        drawn = zip(group, length.tolist(), torch.stack(tokens, 1).tolist(), torch.stack(logprobs, 1).tolist(),
+                    strict=True)  # fmt: skip
+        yield [trajectory(request, ids[:most], values[:most], self.end_ids, sampling)
+               for request, most, ids, values in drawn]  # fmt: skip
 
 
 def _state_after(model: nn.Module, output: Any, length: int) -> dict[str, Any]:

@@ -7,14 +7,19 @@ one pass over the vocabulary and no random state exists that a checkpoint would 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from ..algorithm.hashing import uniforms
+from ..config.checks import require
 from ..config.schema import RolloutConfig
+from ..text.tokens import CompletionTexts
+from .stop import Matching, StopStrings, stop_strings
 
 BLOCK = 128
 """Tokens of the vocabulary whose probabilities are summed at once."""
@@ -22,19 +27,106 @@ BLOCK = 128
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is drawn."""
+    """How the next token is drawn, and what ends a trajectory besides the ids that the engine knows."""
 
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
     min_p: float = 0.0
     greedy: bool = False
-    """Take the likeliest token; the other fields but the temperature are then without effect."""
+    """Take the likeliest token that may be drawn; top_p, top_k and min_p are then without effect."""
+    banned: tuple[int, ...] = ()
+    """Ids that are never drawn."""
+    min_new_tokens: int = 0
+    """So many tokens of a trajectory do not end it: ids that would are not drawn, and stop strings do not count."""
+    stop: StopStrings | None = None
+
+    def ends(self, ids: Sequence[int], offset: int, end_ids: Sequence[int]) -> bool:
+        """Whether the last of `ids`, before which the trajectory has `offset` tokens, ends it by itself."""
+        return ids[-1] in end_ids or self.stopped_at(ids, offset) == len(ids)
+
+    def stopped_at(self, ids: Sequence[int], offset: int) -> int | None:
+        """How many of `ids` there are with the first one that completes a stop string; None where none does."""
+        return None if self.stop is None else self.stop.first(ids, self.min_new_tokens - offset)
 
 
 def sampling_of(rollout: RolloutConfig) -> Sampling:
-    """How a config has completions of a training drawn."""
+    """The numbers of a config's sampling; `sampling_with` adds what only a tokenizer knows."""
     return Sampling(rollout.temperature, rollout.top_p, rollout.top_k, rollout.min_p)
+
+
+def sampling_with(rollout: RolloutConfig, tokenizer: Any, end_ids: Sequence[int], vocabulary: int) -> Sampling:
+    """How a config has completions drawn by a model with `vocabulary` logits and this tokenizer.
+
+    Raises ValueError for banned tokens that are none, and for stop strings that cannot occur.
+    """
+    banned = tuple(sorted({_token_id(token, tokenizer) for token in rollout.banned_tokens}))
+    require(not set(end_ids) <= {*banned} or bool(rollout.stop), "rollout.banned_tokens", rollout.banned_tokens,
+            f"a token that may end a completion ({sorted(end_ids)}), or rollout.stop")  # fmt: skip
+    sampling = replace(sampling_of(rollout), banned=banned, min_new_tokens=rollout.min_new_tokens)
+    if not rollout.stop:
+        return sampling
+    spelled = CompletionTexts(tokenizer, end_ids).spelled()
+    stop = stop_strings(rollout.stop, [*spelled, *[b""] * (vocabulary - len(spelled))])
+    for text in rollout.stop:
+        ids = tokenizer(f"a{text}", add_special_tokens=False)["input_ids"]
+        require(stop.first(ids) is not None, "rollout.stop", text, "a text that occurs in completions: the tokenizer "
+                f"makes {tokenizer.convert_ids_to_tokens(ids)} of `a{text}`, and the texts that rewards get leave out "
+                "the tokens that only end a completion, which end it anyway")  # fmt: skip
+    return replace(sampling, stop=stop)
+
+
+def _token_id(token: int | str, tokenizer: Any) -> int:
+    """The id of a banned token. Raises ValueError where it is no single token."""
+    if isinstance(token, int):
+        require(0 <= token < len(tokenizer), "rollout.banned_tokens", token, f"an id from 0 to {len(tokenizer) - 1}")
+        return token
+    if (known := tokenizer.get_vocab().get(token)) is not None:
+        return known
+    ids = tokenizer(token, add_special_tokens=False)["input_ids"]
+    require(len(ids) == 1, "rollout.banned_tokens", token, "a text of one token: the tokenizer makes "
+            f"{tokenizer.convert_ids_to_tokens(ids)} of it")  # fmt: skip
+    return ids[0]
+
+
+class Rules:
+    """What of a Sampling depends on a request's tokens, in place on a device: which may be drawn, and which end it.
+
+    A place is the number of the trajectory's tokens before a token.
+    """
+
+    def __init__(self, sampling: Sampling, end_ids: Sequence[int], device: torch.device) -> None:
+        self._ends = torch.tensor(list(end_ids), dtype=torch.int64, device=device)
+        self._banned = torch.tensor(sampling.banned, dtype=torch.int64, device=device)
+        self._least = sampling.min_new_tokens
+        self._matching = None if sampling.stop is None else Matching(sampling.stop, device)
+
+    def grow(self, count: int) -> None:
+        """Take in `count` requests more."""
+        if self._matching is not None:
+            self._matching.grow(count)
+
+    def ended(self, tokens: Tensor, request: Tensor, places: Tensor) -> Tensor:
+        """Whether the newest `tokens` (R,) of each `request` (R,), at `places` (R,), end it: (R,) bool."""
+        over = torch.isin(tokens, self._ends)
+        if self._matching is None:
+            return over
+        return over | (self._matching.step(tokens, request) & (places >= self._least))
+
+    @property
+    def bans(self) -> bool:
+        """Whether some token may not be drawn somewhere."""
+        return bool(len(self._banned)) or self._least > 0
+
+    def possible(self, logprobs: Tensor, places: Tensor) -> Tensor:
+        """Log-probabilities (B, V) among the tokens that may be drawn at `places` (B,): -inf for the others."""
+        if not self.bans:
+            return logprobs
+        kept = logprobs.index_fill(1, self._banned, -torch.inf)
+        if self._least:
+            early = (places < self._least)[:, None]
+            kept[:, self._ends] = kept[:, self._ends].masked_fill(early, -torch.inf)
+        return torch.log_softmax(kept, dim=-1)
 
 
 def allowed(logprobs: Tensor, sampling: Sampling) -> Tensor | None:
@@ -59,18 +151,22 @@ def allowed(logprobs: Tensor, sampling: Sampling) -> Tensor | None:
     return keep
 
 
-def draw(logits: Tensor, keys: Tensor, positions: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
+def draw(
+    logits: Tensor, keys: Tensor, positions: Tensor, sampling: Sampling, rules: Rules | None = None
+) -> tuple[Tensor, Tensor]:
     """Draw one token per row.
 
-    `logits` (B, V), `keys` and `positions` (B,) int64. Returns token ids (B,) int64 and their log-probabilities (B,)
-    float32 under the untruncated distribution at the sampling temperature, which is what the trainer computes too.
+    `logits` (B, V), `keys` and `positions` (B,) int64; `rules` are those of the sampling, None for one without bans.
+    Returns token ids (B,) int64 and their log-probabilities (B,) float32 under the untruncated distribution at the
+    sampling temperature, which is what the trainer computes too. Tokens are banned before the others are truncated.
     """
     logprobs = torch.log_softmax(logits.float() / sampling.temperature, dim=-1)
+    possible = logprobs if rules is None else rules.possible(logprobs, positions)
     if sampling.greedy:
-        tokens = logprobs.argmax(-1)
+        tokens = possible.argmax(-1)
     else:
-        keep = allowed(logprobs, sampling)
-        probs = logprobs.exp()
+        keep = allowed(possible, sampling)
+        probs = possible.exp()
         if keep is not None:
             probs *= keep
         tokens = _inverse_cdf(probs, uniforms(keys, positions))

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
 _MOST_TOKENS_OF_A_CHARACTER = 4
 _BROKEN = "\ufffd"
+_BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
+_PRINTED_BYTES = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+"""The bytes that a byte-level vocabulary (GPT-2) writes as the character of the same number; the others come, in order,
+from 256 on."""
+_BYTE_OF = {chr(byte): byte for byte in _PRINTED_BYTES} | {
+    chr(256 + place): byte for place, byte in enumerate(sorted({*range(256)} - {*_PRINTED_BYTES}))
+}
 
 
 class CompletionTexts:
@@ -31,6 +39,20 @@ class CompletionTexts:
             kept, skip_special_tokens=False, clean_up_tokenization_spaces=False, spaces_between_special_tokens=False
         )
 
+    def spelled(self) -> list[bytes]:
+        """The bytes that each token of the vocabulary adds to a text which has begun, by its id; none for tokens that
+        texts leave out."""
+        size = len(self._tokenizer)
+        begin = self._tokenizer("a", add_special_tokens=False)["input_ids"][-1:]
+        rows = [begin, *([*begin, number] for number in range(size))]
+        before, *texts = self._tokenizer.batch_decode(
+            rows, skip_special_tokens=False, clean_up_tokenization_spaces=False, spaces_between_special_tokens=False
+        )
+        added = [text.removeprefix(before) for text in texts]
+        spelled = [_bytes_of(self._tokenizer.convert_ids_to_tokens(number)) if _BROKEN in text else text.encode()
+                   for number, text in enumerate(added)]  # fmt: skip
+        return [b"" if number in self._left_out else each for number, each in enumerate(spelled)]
+
     def pieces(self, ids: Sequence[int]) -> list[str]:
         """The text of each token, special or not. A character of several tokens is the first one's; the others have
         none."""
@@ -52,3 +74,10 @@ class CompletionTexts:
                 pieces += [joined, *[""] * (place - begins)]
             begins = place + 1
         return pieces
+
+
+def _bytes_of(token: str) -> bytes:
+    """The bytes of a token that is no text by itself, as its vocabulary writes it."""
+    if byte := _BYTE_TOKEN.fullmatch(token):
+        return bytes([int(byte[1], 16)])
+    return bytes(map(_BYTE_OF.__getitem__, token)) if {*token} <= _BYTE_OF.keys() else token.encode()

@@ -69,16 +69,17 @@ class ToolTurns:
         """The calls in the text of a turn, in order; what begins as a call and is none has a `problem`."""
         return self._read(text)
 
-    def answer_ids(self, answers: Sequence[Answer]) -> list[int]:
-        """Token ids from the end of the model's turn to the beginning of its next, with a turn's answers in order.
+    def answer_ids(self, answers: Sequence[Answer], *, is_open: bool = False) -> list[int]:
+        """Token ids from the end of the model's turn to the beginning of its next, with a turn's answers in order; for
+        a turn that `is_open`, whose end token was not sampled, that token too.
 
         An answer that spells a special token gets a space into it: no tool may end a turn or begin another. Raises
         ValueError where the template refuses the answers.
         """
         texts = [Answer(each.name, self._without_specials(each.text)) for each in answers]
-        return self._tokenizer(self._between(texts), add_special_tokens=False)["input_ids"]
+        return self._tokenizer(self._between(texts, is_open), add_special_tokens=False)["input_ids"]
 
-    def _between(self, answers: Sequence[Answer]) -> str:
+    def _between(self, answers: Sequence[Answer], is_open: bool = False) -> str:
         """The text from the end of the model's turn to the beginning of its next."""
         calls = [{"type": "function", "id": CALL_ID, "function": {"name": each.name, "arguments": {}}}
                  for each in answers]  # fmt: skip
@@ -93,14 +94,14 @@ class ToolTurns:
         except Exception as error:  # a template is a program, and may raise what it likes
             raise ValueError(f"the chat template of {name!r} takes no answers of tools: {error}") from error
         call = before.rfind(answers[-1].name)
-        ends = [before.rfind(end) + len(end) for end in self._ends if before.rfind(end) > call]
-        turn_end = max(ends, default=len(before))
+        ends = [(before.rfind(end) + len(end), end) for end in self._ends if before.rfind(end) > call]
+        turn_end, end = max(ends, default=(len(before), ""))
         if not after.startswith(before[:turn_end]):
             raise ValueError(
                 f"the chat template of {name!r} writes earlier turns anew when a tool has answered, so that the tokens "
                 "that were sampled are no part of the conversation any more: use a template that only appends"
             )
-        return after[turn_end:]
+        return end * is_open + after[turn_end:]
 
     def _without_specials(self, text: str) -> str:
         for token in self._specials:

@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from functools import partial
 
 from ..checkpoint.state import TrainState
-from ..rollout.sampling import sampling_of
 from ..types import Trajectory
 from .collect import Drawn, collect, first_round, share
 from .parts import Parts
@@ -53,9 +52,9 @@ class _Drawing:
         self._seconds = 0.0
         parts.engine.wake()
         with parts.ranks.shared_errors("rollout"):
-            rollout = parts.config.rollout
+            size = parts.config.rollout.group_size
             prompts, stream = first_round(parts, state, step)
-            draw, self._scoring = share(parts, state, prompts, rollout.group_size, sampling_of(rollout), stream, step)
+            draw, self._scoring = share(parts, state, prompts, size, parts.sampling, stream, step)
         # a daemon: the end of a run that failed does not wait for it
         threading.Thread(target=partial(self._draw, draw), name="rollout", daemon=True).start()
 

@@ -32,6 +32,7 @@ from ..model.load import (
     attention_for,
     check_model_config,
     end_token_ids,
+    ignored_generation_options,
     load_model_config,
     load_tokenizer,
     try_blank,
@@ -45,6 +46,7 @@ from ..rewards.pool.pool import ScorerPool
 from ..rewards.registry import EPISODE_COLUMNS, answer_checks, labels
 from ..rollout.choose import UnfitEngine
 from ..rollout.playing import episodes_of, for_prompts, open_host, templated
+from ..rollout.sampling import Sampling, sampling_with
 from ..text.files import write_file
 from ..text.tokens import CompletionTexts
 from ..types import Prompt
@@ -71,6 +73,7 @@ class _Data:
     sampler: Sampler | Mixture | Curriculum
     eval_prompts: list[Prompt]
     end_ids: list[int]
+    sampling: Sampling
     identity: dict[str, Any]
 
 
@@ -136,7 +139,8 @@ def build(config: Config) -> tuple[Parts, TrainState]:
     parts = Parts(
         config=config, directory=directory, lock=lock_file, identity=data.identity, ranks=ranks, watch=watch,
         tokenizer=data.tokenizer, texts_of=CompletionTexts(data.tokenizer, data.end_ids), prompts=data.prompts,
-        eval_prompts=data.eval_prompts, reward_names=labels(config.rewards), scorer=scorer, episodes=episodes,
+        eval_prompts=data.eval_prompts, sampling=data.sampling, reward_names=labels(config.rewards), scorer=scorer,
+        episodes=episodes,
         **vars(models),
         phase=Phases(display, watch, ranks.device), display=display,
         recorder=Recorder(config, directory, last_step) if ranks.is_main else None,
@@ -180,8 +184,13 @@ def _load_data(config: Config, resume_from: Path | None, host: EnvironmentHost |
     if config.data.eval_file:
         loaded, _ = load_prompts(config.data.eval_file, config.data.eval_split, config.data, renderer, checks)
         eval_prompts = loaded[: config.train.num_eval_prompts]
-    return _Data(config, tokenizer, model_config, prompts, sampler, eval_prompts,
-                 end_token_ids(config.model, tokenizer), identity(config, model_config, prompts))  # fmt: skip
+    end_ids = end_token_ids(config.model, tokenizer)
+    vocabulary = model_config.get_text_config().vocab_size
+    sampling = sampling_with(config.rollout, tokenizer, end_ids, vocabulary)
+    if ignored := ignored_generation_options(config.model, config.rollout):
+        log.info("%s", ignored)
+    return _Data(config, tokenizer, model_config, prompts, sampler, eval_prompts, end_ids, sampling,
+                 identity(config, model_config, prompts))  # fmt: skip
 
 
 def _agree_on_data(ranks: Ranks, data: _Data, resume_from: Path | None, host: EnvironmentHost | None) -> _Data:

@@ -16,7 +16,6 @@ from ..data.order import Curriculum, Mixture, Sampler
 from ..rewards.registry import TrainerState
 from ..rollout import Sampling, awake
 from ..rollout.playing import sample_or_play
-from ..rollout.sampling import sampling_of
 from ..types import Batch, Prompt, Trajectory, join
 from .gathering import gather_scores, gather_trajectories
 from .packs import reference_logprobs
@@ -124,8 +123,7 @@ def _round(
     config = parts.config
     with parts.phase("rollout"):
         if drawn is None:
-            drawn = partial(generate, parts, state, prompts, config.rollout.group_size, sampling_of(config.rollout),
-                            stream, step)  # fmt: skip
+            drawn = partial(generate, parts, state, prompts, config.rollout.group_size, parts.sampling, stream, step)
         trajectories, scoring = drawn()
         batch = gather_trajectories(parts.ranks, prompts, trajectories, has_episodes=parts.episodes is not None)
         scoring.complete(batch)

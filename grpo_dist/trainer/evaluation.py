@@ -7,7 +7,6 @@ from dataclasses import replace
 from ..checkpoint.state import TrainState
 from ..monitoring.metrics import is_right
 from ..rollout import Sampling
-from ..rollout.sampling import sampling_of
 from .collect import generate
 from .gathering import gather_scores, gather_trajectories
 from .parts import Parts
@@ -24,9 +23,8 @@ def evaluate(parts: Parts, state: TrainState, step: int) -> dict[str, float]:
         metrics = {} if share is None else {"rollout/update_share": share}
         if not parts.eval_prompts:
             return metrics
-        sampling = sampling_of(parts.config.rollout)
-        metrics |= _evaluated(parts, state, sampling, "eval/", step)
-        metrics |= _evaluated(parts, state, replace(sampling, greedy=True), "eval/greedy_", step)
+        metrics |= _evaluated(parts, state, parts.sampling, "eval/", step)
+        metrics |= _evaluated(parts, state, replace(parts.sampling, greedy=True), "eval/greedy_", step)
     parts.display.say(f"step {step}: held-out accuracy {metrics['eval/accuracy']:.3f} sampled, "
                       f"{metrics['eval/greedy_accuracy']:.3f} greedy")  # fmt: skip
     return metrics

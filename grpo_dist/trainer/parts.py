@@ -15,6 +15,7 @@ from ..monitoring.console import Display
 from ..monitoring.recorder import Recorder
 from ..rewards.pool.pool import ScorerPool
 from ..rollout.episodes import Episodes
+from ..rollout.sampling import Sampling
 from ..text.tokens import CompletionTexts
 from ..types import Prompt
 from .first_update import FirstUpdate
@@ -40,6 +41,8 @@ class Parts(Models):
     texts_of: CompletionTexts
     prompts: Sequence[Prompt]
     eval_prompts: list[Prompt]
+    sampling: Sampling
+    """How completions of the training are drawn."""
     reward_names: list[str]
     scorer: ScorerPool
     episodes: Episodes | None

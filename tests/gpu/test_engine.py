@@ -15,7 +15,8 @@ from grpo_dist.rollout.choose import fused_step
 from grpo_dist.rollout.native.cache import DecodeState
 from grpo_dist.rollout.native.llama import LlamaStep
 from grpo_dist.rollout.native.steps import module_step, prefill
-from grpo_dist.rollout.sampling import draw
+from grpo_dist.rollout.sampling import Rules, draw
+from grpo_dist.rollout.stop import stop_strings
 
 CUDA = torch.device("cuda")
 NUM_CASES = 60
@@ -44,8 +45,10 @@ def test_captured_is_eager_to_the_bit_in_bfloat16(part: int, simulated: bool) ->
 @pytest.mark.parametrize("step_of", [module_step, LlamaStep])
 @pytest.mark.parametrize("shares", [True, False])
 @pytest.mark.parametrize(
-    "sampling", [Sampling(), Sampling(0.9, top_p=0.9, top_k=20, min_p=0.01), Sampling(greedy=True)]
-)
+    "sampling",
+    [Sampling(), Sampling(0.9, top_p=0.9, top_k=20, min_p=0.01), Sampling(greedy=True),
+     Sampling(banned=(3,), min_new_tokens=1, stop=stop_strings(["ab"], [bytes([97 + n % 8]) for n in range(61)]))],
+)  # fmt: skip
 @torch.inference_mode()
 def test_a_step_does_not_wait_for_the_device(step_of: object, shares: bool, sampling: Sampling) -> None:
     model = make_model("Qwen3", 0, attention.NAME).to(CUDA)
@@ -54,6 +57,8 @@ def test_a_step_does_not_wait_for_the_device(step_of: object, shares: bool, samp
     state.admit(layout, [2, 3])
     state.make_room()
     step, tokens, keys = step_of(model), torch.full((5,), 7, device=CUDA), torch.arange(5, device=CUDA)
+    rules, rows = Rules(sampling, [2, 3], CUDA), torch.arange(5, device=CUDA)
+    rules.grow(5)
     torch.cuda.set_sync_debug_mode("error")
     try:
         for _ in range(2):
@@ -61,7 +66,8 @@ def test_a_step_does_not_wait_for_the_device(step_of: object, shares: bool, samp
             state.begin_step()
             logits = step(tokens, positions, state)
             state.end_step()
-            tokens, _ = draw(logits, keys, state.lengths, sampling)
+            tokens, _ = draw(logits, keys, state.lengths, sampling, rules)
+            rules.ended(tokens, rows, state.lengths)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert tokens.tolist()

@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ import torch
 from peft import PeftModel
 from serving import Server
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from grpo_dist.rollout import Request, RowDecoder, Sampling, decode_all
 
@@ -104,9 +105,12 @@ class FakeVllm(Server):
         model = self.base if name == self.path else self.adapters[name][0]
         greedy = given["temperature"] == 0
         sampling = Sampling(1.0 if greedy else given["temperature"], given["top_p"], given["top_k"], given["min_p"],
-                            greedy)  # fmt: skip
+                            greedy, tuple(map(int, given.get("logit_bias", {}))), given["min_tokens"])  # fmt: skip
         (sampled,) = decode_all(RowDecoder(given["stop_token_ids"], given["max_tokens"]), model,
                                 [Request(0, 0, prompt, given["seed"])], sampling)  # fmt: skip
+        most = self._stopped_at(sampled.ids, given)
+        sampled = replace(sampled, ids=sampled.ids[:most], logprobs=sampled.logprobs[:most],
+                          finished=sampled.finished or most is not None)  # fmt: skip
         logprobs = sampled.logprobs
         if self.plant == "raw":
             logprobs = self._scores(model, [*prompt, *sampled.ids])[len(prompt) - 1 :]
@@ -119,6 +123,18 @@ class FakeVllm(Server):
                                                  for token, score in zip(prompt[1:], scores, strict=True))]  # fmt: skip
         self.bend(choice)
         return 200, {"model": name, "choices": [choice]}
+
+    def _stopped_at(self, ids: list[int], given: dict[str, Any]) -> int | None:
+        """Where a stop string ends a completion, by its text after each token."""
+        if not given["stop"]:
+            return None
+        assert not given["skip_special_tokens"] and given["ignore_eos"]
+        tokenizer = AutoTokenizer.from_pretrained(self.path)
+        for length in range(given["min_tokens"] + 1, len(ids) + 1):
+            before, text = (tokenizer.decode(ids[:most]) for most in (length - 1, length))
+            if any(text.find(stop, max(0, len(before) - len(stop) + 1)) >= 0 for stop in given["stop"]):
+                return length
+        return None
 
     @staticmethod
     @torch.no_grad()

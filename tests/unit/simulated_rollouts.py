@@ -41,15 +41,18 @@ def make_case(seed: int) -> dict[str, Any]:
     from grpo_dist.rollout import Request, Sampling, stream_key
     from grpo_dist.rollout.native.llama import LlamaStep
     from grpo_dist.rollout.native.steps import module_step
+    from grpo_dist.rollout.stop import stop_strings
 
     rng = random.Random(seed)
     prompts = [[rng.randrange(4, VOCABULARY) for _ in range(rng.randint(1, 20))] for _ in range(rng.randint(1, 5))]
     groups = [rng.randint(1, 4) for _ in prompts]
     requests = [Request(slot, sample, prompts[slot], stream_key(seed, "train/0", slot, sample))
                 for slot, size in enumerate(groups) for sample in range(size)]  # fmt: skip
+    stop = stop_strings(["ab", "ca", "ggg"], [bytes([97 + number % 8]) for number in range(VOCABULARY)])
     sampling = rng.choice([
         Sampling(), Sampling(0.8, top_p=0.9), Sampling(top_k=5), Sampling(0.9, min_p=0.05), Sampling(greedy=True),
-        Sampling(0.9, top_p=0.95, top_k=30, min_p=0.001),
+        Sampling(0.9, top_p=0.95, top_k=30, min_p=0.001), Sampling(banned=(5, 6), min_new_tokens=3, stop=stop),
+        Sampling(top_p=0.95, stop=stop),
     ])  # fmt: skip
     options = {"step_of": rng.choice([module_step, LlamaStep]), "copied_prompt": rng.choice([0, 64])}
     most = rng.choice([5, 12, 40])

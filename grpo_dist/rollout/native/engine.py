@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ...distributed.transfer import to_device
 from ...types import Trajectory
 from ..engine import Decoder, Request, limit_of, take_group, trajectory
-from ..sampling import Sampling, draw
+from ..sampling import Rules, Sampling, draw
 from .cache import DecodeState
 from .graphs import Replayed
 from .steps import EnteringStep, Step, module_step, prefill
@@ -114,7 +114,7 @@ class _Decoding:
         self.replayed = Replayed(self._step, lambda: self.state.version) if captures else None
         self.decode = engine.step_of(model)
         self.entering = self.decode if self.shares and isinstance(self.decode, EnteringStep) else None
-        self.ends = torch.tensor(engine.end_ids, device=self.device)
+        self.rules = Rules(sampling, engine.end_ids, self.device)
         self.row_request = torch.zeros(0, dtype=torch.int64, device=self.device)  # (R,) place in `requests`
         self.last = torch.zeros(0, dtype=torch.int64, device=self.device)  # (R,) newest token
         self.alive = torch.zeros(0, dtype=torch.bool, device=self.device)  # (R,)
@@ -159,6 +159,7 @@ class _Decoding:
             torch.tensor([0 if request.ignore_end else 1 for request in new]),
         ]
         keys, limit, offset, may_end = to_device(columns, self.device)
+        self.rules.grow(len(new))
         self.keys = torch.cat([self.keys, keys])
         self.limit = torch.cat([self.limit, limit])
         self.offset = torch.cat([self.offset, offset])
@@ -289,11 +290,13 @@ class _Decoding:
     def _draw(self, logits: Tensor, rows: slice | Tensor) -> None:
         """Sample the next token of some rows, in place."""
         request, position = self.row_request[rows], self.state.lengths[rows]
-        token, logprob = draw(logits, self.keys[request], self.offset[request] + position, self.sampling)
+        place = self.offset[request] + position
+        token, logprob = draw(logits, self.keys[request], place, self.sampling, self.rules)
         self.tokens[request, position] = token
         self.logprobs[request, position] = logprob
         self.last[rows] = token
-        over = (torch.isin(token, self.ends) & self.may_end[request]) | (position + 1 >= self.limit[request])
+        ends = self.rules.ended(token, request, place) & self.may_end[request]
+        over = ends | (position + 1 >= self.limit[request])
         ends_now = self.alive[rows] & over
         self.ended_at[request] = torch.where(ends_now, position + 1, self.ended_at[request])
         self.alive[rows] &= ~over
@@ -323,7 +326,7 @@ class _Decoding:
             zip(rows.tolist(), ended.tolist(), starts.tolist(), lengths.tolist(), strict=True)
         ):
             request, own = self.requests[n], slice(start, length)
-            answer = trajectory(request, ids[place][own], logprobs[place][own], self.engine.end_ids)
+            answer = trajectory(request, ids[place][own], logprobs[place][own], self.engine.end_ids, self.sampling)
             self.finished.append(answer)
             if self.entering and request.keeps and answer.finished:
                 prompt_tokens = int(self.state.prompt_lengths[self.state.prompt[row]])

@@ -16,7 +16,7 @@ import triton
 from torch import Tensor, nn
 from torch.nn.functional import embedding, linear, silu
 
-from ..sampling import Sampling, draw, uniforms
+from ..sampling import Rules, Sampling, draw, uniforms
 from . import triton_kernels as kernels
 from .llama import Layer, Linear, Norm, Weights
 from .pages import PAGE, PagePool
@@ -140,10 +140,12 @@ def _swiglu(gate: Tensor, up: Tensor) -> Tensor:
     return output
 
 
-def fused_draw(logits: Tensor, keys: Tensor, positions: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
-    """`sampling.draw` in two kernels where nothing is truncated."""
-    if sampling.greedy or sampling.top_p < 1 or sampling.top_k > 0 or sampling.min_p > 0:
-        return draw(logits, keys, positions, sampling)
+def fused_draw(
+    logits: Tensor, keys: Tensor, positions: Tensor, sampling: Sampling, rules: Rules
+) -> tuple[Tensor, Tensor]:
+    """`sampling.draw` in two kernels where nothing is truncated or banned."""
+    if sampling.greedy or sampling.top_p < 1 or sampling.top_k > 0 or sampling.min_p > 0 or rules.bans:
+        return draw(logits, keys, positions, sampling, rules)
     rows, size = logits.shape
     logits, blocks = logits.contiguous(), triton.cdiv(size, VOCABULARY_BLOCK)
     peaks = logits.new_empty((2, rows, blocks), dtype=torch.float32)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from ...distributed.transfer import to_device
 from ...types import Trajectory
 from ..engine import Request, limit_of, trajectory
-from ..sampling import Sampling
+from ..sampling import Rules, Sampling
 from .fused import fused_draw
 from .graphs import Sizes
 from .pages import PAGE, TILE, PagePool, pages_of
@@ -109,7 +109,8 @@ class PagedDecoding:
         may_end = torch.tensor([0 if request.ignore_end else 1 for request in requests] + [1])
         self.keys, self.limit, self.offset, may_end = to_device([keys, limit, offset, may_end], device)
         self.may_end = may_end > 0
-        self.ends = torch.tensor(end_ids, device=device)
+        self.rules = Rules(sampling, end_ids, device)
+        self.rules.grow(nobody + 1)
         self.tokens = torch.zeros((nobody + 1, max_new_tokens), dtype=torch.int64, device=device)
         self.logprobs = torch.zeros((nobody + 1, max_new_tokens), dtype=torch.float32, device=device)
         self.ended_at = torch.zeros(nobody + 1, dtype=torch.int64, device=device)
@@ -146,12 +147,14 @@ class PagedDecoding:
     def _draw(self, logits: Tensor, rows: slice) -> None:
         alive, position = self.alive[rows], self.pool.lengths[rows].long()
         request = torch.where(alive, self.row_request[rows], len(self.requests))
-        token, logprob = fused_draw(logits, self.keys[request], self.offset[request] + position, self.sampling)
+        place = self.offset[request] + position
+        token, logprob = fused_draw(logits, self.keys[request], place, self.sampling, self.rules)
+        ends = self.rules.ended(token, request, place) & self.may_end[request]
         place = position.clamp(max=self.most - 1)  # of nobody, or of a row that has ended
         self.tokens[request, place] = token
         self.logprobs[request, place] = logprob
         self.last[rows] = token
-        over = (torch.isin(token, self.ends) & self.may_end[request]) | (position + 1 >= self.limit[request])
+        over = ends | (position + 1 >= self.limit[request])
         self.ended_at[request] = torch.where(over, position + 1, 0)
         self.alive[rows] = alive & ~over
 
@@ -265,7 +268,7 @@ class PagedDecoding:
         """The trajectories whose copies were queued, waiting for these."""
         results, self.results = self.results, deque()
         return [
-            trajectory(self.requests[n], ids[:length], logprobs[:length], self.end_ids)
+            trajectory(self.requests[n], ids[:length], logprobs[:length], self.end_ids, self.sampling)
             for requests, copy in results
             for n, length, ids, logprobs in zip(requests, *copy.values(), strict=True)
         ]

@@ -68,7 +68,7 @@ class VllmEngine:
         self._sampling, ended = sampling, self._ended
         for request in requests:
             message = completion_message(self._served.loaded.model, request, sampling, self._end_ids, self._most)
-            future = self._servers.start(self._ask(request, message))
+            future = self._servers.start(self._ask(request, message, sampling))
             self._waiting.add(future)
             future.add_done_callback(partial(_put, ended, request))
 
@@ -88,7 +88,7 @@ class VllmEngine:
                 answer = future.result()
             except ServerError as error:
                 raise Interrupted(f"rollout.vllm: {error}", failed=True) from error
-            done.append(trajectory(request, answer.ids, answer.logprobs, self._end_ids))
+            done.append(trajectory(request, answer.ids, answer.logprobs, self._end_ids, self._sampling))
         return done
 
     def update_share(self) -> float | None:
@@ -115,9 +115,9 @@ class VllmEngine:
         self._waiting.clear()
         self._ended = queue.SimpleQueue()
 
-    async def _ask(self, request: Request, message: dict[str, Any]) -> Answer:
+    async def _ask(self, request: Request, message: dict[str, Any], sampling: Sampling) -> Answer:
         return await self._servers.post(
-            "/v1/completions", message, lambda content: read_answer(content, message),
+            "/v1/completions", message, lambda content: read_answer(content, message, sampling, request.offset),
             tokens=len(request.prompt) + limit_of(request, self._most), home=request.slot,
         )  # fmt: skip
 

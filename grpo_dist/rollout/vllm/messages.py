@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...algorithm.hashing import stream_key
-from ..engine import Request, limit_of
+from ..engine import PLAIN, Request, limit_of
 from ..sampling import Sampling
 
 _NO_PROBABILITY = -9999.0
 """What vLLM writes for a log-probability of minus infinity."""
+_BAN = -100.0
+"""The lowest bias of a logit that vLLM takes."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,13 @@ def completion_message(
         "seed": seed_of(request), "logprobs": 0, "return_token_ids": True,
         # the ids that end a completion are the trainer's, whatever the server takes from the model's files
         "ignore_eos": True, "stop_token_ids": [] if request.ignore_end else end_ids,
+        "min_tokens": min(max(0, sampling.min_new_tokens - request.offset), limit_of(request, most)),
+        "stop": [*sampling.stop.strings] if sampling.stop and not request.ignore_end else [],
+        # a stop string may be a special token
+        "skip_special_tokens": False, "spaces_between_special_tokens": False,
     }  # fmt: skip
+    if sampling.banned:
+        message["logit_bias"] = {str(token): _BAN for token in sampling.banned}
     return message | {"prompt_logprobs": 0} if scores_prompt else message
 
 
@@ -51,8 +59,11 @@ def seed_of(request: Request) -> int:
     return (stream_key(request.key, request.offset) if request.offset else request.key) & (2**63 - 1)
 
 
-def read_answer(content: Any, message: dict[str, Any]) -> Answer:
-    """The answer to a message. Raises LookupError, TypeError or ValueError for anything but a complete right one."""
+def read_answer(content: Any, message: dict[str, Any], sampling: Sampling = PLAIN, offset: int = 0) -> Answer:
+    """The answer to a message, which asked for `sampling` after `offset` tokens of the trajectory.
+
+    Raises LookupError, TypeError or ValueError for anything but a complete right one.
+    """
     if content["model"] != message["model"]:
         raise ValueError(f"it is of the model {content['model']!r}, expected {message['model']!r}")
     (choice,) = content["choices"]
@@ -62,9 +73,15 @@ def read_answer(content: Any, message: dict[str, Any]) -> Answer:
     logprobs = [_logprob(value) for value in choice["logprobs"]["token_logprobs"]]
     if len(ids) != len(logprobs):
         raise ValueError(f"{len(logprobs)} log-probabilities for {len(ids)} tokens")
-    ended = bool(ids) and ids[-1] in message["stop_token_ids"]
+    if banned := {*ids}.intersection(sampling.banned):
+        raise ValueError(f"tokens that are banned: {sorted(banned)}")
+    stopped_at = sampling.stopped_at(ids, offset) if message["stop"] else None
+    ended = stopped_at is not None or (bool(ids) and ids[-1] in message["stop_token_ids"])
     if not (1 <= len(ids) <= most and {"stop": ended, "length": len(ids) == most}.get(reason, False)):
-        raise ValueError(f"{len(ids)} tokens that ended by {reason!r}, expected an end token or {most} tokens")
+        raise ValueError(f"{len(ids)} tokens that ended by {reason!r}, expected an end token, a stop string or {most} "
+                         "tokens")  # fmt: skip
+    # a server may look at the text after several tokens
+    ids, logprobs = ids[:stopped_at], logprobs[:stopped_at]
     return Answer(ids, logprobs, _prompt_logprobs(choice, message) if "prompt_logprobs" in message else [])
 
 

@@ -35,8 +35,12 @@ from grpo_dist.rollout.native.fused import FusedStep, fused_draw  # noqa: E402
 from grpo_dist.rollout.native.pages import PAGE, TILE, PagePool  # noqa: E402
 from grpo_dist.rollout.native.steps import module_step  # noqa: E402
 from grpo_dist.rollout.sampling import Sampling, draw  # noqa: E402
+from grpo_dist.rollout.stop import stop_strings  # noqa: E402
 
 CPU = torch.device("cpu")
+RULES = Sampling(
+    banned=(3, 9), min_new_tokens=2, stop=stop_strings(["ab", "fgh"], [bytes([97 + n]) for n in range(23)])
+)
 
 
 def attention_of_pages(splits: tuple[int, int] | None, heads: int, key_heads: int, size: int) -> float:
@@ -143,6 +147,7 @@ def main() -> None:
             completions(qwen2, FusedStep, 64 * 5, Sampling(0.8)),
             completions(qwen3, FusedStep, 1 << 20, Sampling(top_p=0.9)),
             completions(qwen2, module_step, 1 << 20, Sampling()),
+            completions(qwen2, FusedStep, 1 << 20, RULES),
         ],
     }
     logits, keys = torch.randn(5, 3000) * 3, torch.randint(-(2**62), 2**62, (5,))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,7 @@ from grpo_dist.rollout import (
 from grpo_dist.rollout.episodes import Episodes
 from grpo_dist.rollout.native.kernel import KernelStep
 from grpo_dist.rollout.playing import episodes_of, for_prompts, open_host
+from grpo_dist.rollout.sampling import sampling_with
 from grpo_dist.types import Prompt, Trajectory
 
 TOOLS = """
@@ -239,6 +241,30 @@ def test_every_decoder_plays_the_same(products: tuple[list[Prompt], list[Traject
     for make in decoders:
         _, others = played(make_config(), PRODUCTS, *make())
         assert [(t.ids, t.sampled, t.finished) for t in others] == [(t.ids, t.sampled, t.finished) for t in products[1]]
+
+
+@pytest.mark.usefixtures("kernel")
+def test_a_stop_string_ends_a_turn(models: dict[str, Any]) -> None:
+    config = make_config()
+    config.rollout.stop = ["</tool_call>"]
+    sampling = sampling_with(config.rollout, TOKENIZER, ENDS, models["plain"].config.vocab_size)
+    others = None
+    for decoder, model in (
+        (RowDecoder(ENDS, LONGEST), models["plain"]),
+        (NativeDecoder(ENDS, LONGEST, 300, step_of=KernelStep, copied_prompt=0), models["shared"]),
+    ):
+        _, trajectories = played(config, PRODUCTS[:3], model, decoder, sampling)
+        assert others is None or [t.ids for t in others] == [t.ids for t in trajectories]
+        others = trajectories
+    called = 0
+    for each in others or ():
+        runs = turns_of(each)
+        for (sampled, ids), (_, added) in pairwise(runs):
+            if sampled and ids[-1] not in ENDS:
+                called += 1
+                assert TOKENIZER.decode(ids).endswith("</tool_call>")
+                assert added[0] in ENDS and TOKENIZER.decode(added[1:]).startswith("\nResult: ")
+    assert called > 2
 
 
 def test_outcomes_are_told_apart(products: tuple[list[Prompt], list[Trajectory]]) -> None:

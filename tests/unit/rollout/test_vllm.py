@@ -11,7 +11,7 @@ import pytest
 import torch
 from fake_vllm import FakeVllm
 from small_models import make_policy, make_tokenizer
-from transformers import AutoModelForCausalLM, Qwen2Config
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config
 
 from grpo_dist.config.schema import Config, DataConfig, LoraConfig, ModelConfig, OptimConfig, RolloutConfig, TrainConfig
 from grpo_dist.config.vllm import VllmConfig, logprobs_mode
@@ -21,10 +21,12 @@ from grpo_dist.model.attention import NAME, RowLayout
 from grpo_dist.model.load import trainable
 from grpo_dist.model.policy import Policy
 from grpo_dist.model.rollout_weights import RolloutModel
-from grpo_dist.rollout import Request, Sampling, sample
+from grpo_dist.rollout import Request, RowDecoder, Sampling, decode_all, sample
 from grpo_dist.rollout.choose import UnfitEngine
+from grpo_dist.rollout.sampling import sampling_with
+from grpo_dist.rollout.stop import stop_strings
 from grpo_dist.rollout.vllm import client
-from grpo_dist.rollout.vllm.messages import seed_of
+from grpo_dist.rollout.vllm.messages import completion_message, read_answer, seed_of
 from grpo_dist.rollout.vllm.start import make_vllm_engine
 
 ENDS = [256, 7, 9]
@@ -112,6 +114,40 @@ def test_what_is_drawn_is_the_policys(start: Start, server: FakeVllm) -> None:
         assert each.finished == (each.ids[-1] in ENDS) and len(each.ids) <= 6
         assert each.logprobs == pytest.approx(scores(training.policy, request.prompt, each.ids, 0.7), abs=1e-4)
     assert training.engine.metrics()["rollout/probe_gap"] <= 1e-4
+
+
+def test_stop_strings_and_bans_are_the_trainers(start: Start, server: FakeVllm) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(server.path)
+    free = decode_all(RowDecoder(ENDS, 6), server.base, REQUESTS)
+    rollout = {"stop": [*"acegikmoqsuwy02468"], "min_new_tokens": 2, "banned_tokens": [free[1].ids[0]]}
+    training = start(server, **rollout)
+    training.engine.update_weights()
+    sampling = sampling_with(training.config.rollout, tokenizer, ENDS, 257)
+    requests = [replace(request, offset=request.sample) for request in REQUESTS]
+    drawn = sample(training.engine, requests, sampling)
+    keyed = [replace(request, key=seed_of(request), offset=0) for request in requests]
+    ((served, _),) = server.adapters.values()
+    for each, request in zip(drawn, keyed, strict=True):
+        (expected,) = decode_all(RowDecoder(ENDS, 6), served, [request],
+                                 replace(sampling, min_new_tokens=2 - request.sample))  # fmt: skip
+        assert (each.ids, each.finished) == (expected.ids, expected.finished)
+    assert any(each.finished and each.ids[-1] not in ENDS for each in drawn)
+    assert free[1].ids[0] not in {token for each in drawn for token in each.ids}
+
+
+@pytest.mark.parametrize(
+    ("choice", "message"),
+    [({"token_ids": [97, 5], "finish_reason": "stop"}, "a stop string"), ({"token_ids": [97, 4]}, "banned")],
+)
+def test_an_answer_that_breaks_the_rules_is_refused(choice: dict[str, Any], message: str) -> None:
+    sampling = Sampling(banned=(4,), stop=stop_strings(["b"], [bytes([n]) for n in range(256)]))
+    asked = completion_message("m", REQUESTS[0], sampling, [7], 2)
+    content = {"model": "m", "choices": [{"prompt_token_ids": REQUESTS[0].prompt, "finish_reason": "length",
+                                          "logprobs": {"token_logprobs": [-1.0, -1.0]}, **choice}]}  # fmt: skip
+    with pytest.raises(ValueError, match=message):
+        read_answer(content, asked, sampling)
+    content["choices"][0] |= {"token_ids": [98, 5], "finish_reason": "length"}
+    assert read_answer(content, asked, sampling).ids == [98]
 
 
 def scores(policy: Policy, prompt: list[int], ids: list[int], temperature: float) -> list[float]:
