@@ -29,11 +29,12 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from grpo_dist.algorithm.targets import with_advantages
 from grpo_dist.config.parse import parse_config
 from grpo_dist.config.schema import Config
+from grpo_dist.distributed.deepspeed import Zero
 from grpo_dist.distributed.ranks import Ranks
 from grpo_dist.model.load import load_model_config, load_tokenizer
 from grpo_dist.monitoring.metrics import pass_rates
 from grpo_dist.planning.live import LiveBytes
-from grpo_dist.planning.memory import peaks
+from grpo_dist.planning.memory import STRATEGIES, Strategy, peaks
 from grpo_dist.planning.predict import Predictor
 from grpo_dist.train import update
 from grpo_dist.trainer import build, models
@@ -65,9 +66,9 @@ class Row:
     strategy: str = "one process"
 
     @property
-    def zero_stage(self) -> int:
-        """ZeRO stage of the strategy; 0 is none."""
-        return int(self.strategy[4:5]) if self.strategy.startswith("zero") else 0
+    def planned(self) -> Strategy:
+        """The strategy as `plan` names it."""
+        return next((each for each in STRATEGIES if each.lower().replace("-", "") == self.strategy), "DDP")
 
     @property
     def num_ranks(self) -> int:
@@ -145,7 +146,7 @@ def measured_process(arguments: list[str], report: Path) -> None:
     ) -> Any:
         """Load the models, after measuring the process without them."""
         nonlocal empty
-        if ranks.strategy.zero_stage:
+        if isinstance(ranks.strategy, Zero):
             import deepspeed  # noqa: F401
         gc.collect()
         empty = resident()
@@ -210,7 +211,7 @@ def table_lines(row: Row) -> Iterator[str]:
         arguments = row.arguments(folder)
         config = parse_config(arguments)
         peak_bytes = measure_row(row, folder, arguments)
-        parts = Predictor(config, load_model_config(config.model), "cpu").parts(row.num_ranks, row.zero_stage)
+        parts = Predictor(config, load_model_config(config.model), "cpu").parts(row.num_ranks, row.planned)
     top = peaks(parts)
     # the reference runs on completions while the rollout goes on
     predicted = {"rollout": max(top["rollout"], top["reference"]), "update": max(top["update"], top["optimizer"])}

@@ -12,8 +12,8 @@ from peft import PeftModel
 
 from ..config.places import is_path
 from ..config.schema import LoraConfig, ModelConfig
-from ..distributed.deepspeed import is_sharded
 from ..distributed.ranks import DTYPES, resolve_dtype
+from ..distributed.sharding import is_sharded
 from ..model.load import base_identity, load_causal_lm, load_model_config, load_policy, load_tokenizer, trainable
 from ..model.lora import fuse_adapters
 from ..model.policy import Policy

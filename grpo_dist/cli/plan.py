@@ -19,13 +19,12 @@ from rich.console import Console
 
 from ..config.parse import parse_config
 from ..config.schema import Config
+from ..planning.memory import SHARDS_WEIGHTS, STRATEGIES, Phase, Strategy, peaks
 from ..planning.tables import readable, table_of
 
 if TYPE_CHECKING:
-    from ..planning.memory import Phase, ZeroStage
     from ..planning.predict import Predictor
 
-STRATEGIES: dict[str, ZeroStage] = {"DDP": 0, "ZeRO-1": 1, "ZeRO-2": 2, "ZeRO-3": 3}
 RESERVE = 0.1
 """Share of --gpu-memory for what is not a tensor: the CUDA context, libraries, fragments of the allocator."""
 UNITS = {"MB": 10**6, "GB": 10**9, "TB": 10**12, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
@@ -82,7 +81,7 @@ def _print_steps(console: Console, predictor: Predictor, ranks: list[int]) -> No
     from ..planning.predict import batch_arithmetic
 
     config = predictor.config
-    counts = predictor.inputs(1, 0).counts
+    counts = predictor.inputs(1, "DDP").counts
     trained = f"{counts.adapters / 1e6:.2f} M in adapters" if counts.adapters else "all of them trained"
     console.print(f"{config.model.name}: {counts.parameters / 1e6:.2f} M parameters, {trained}")
     if config.rollout.engine == "vllm":
@@ -99,9 +98,7 @@ def _print_steps(console: Console, predictor: Predictor, ranks: list[int]) -> No
 
 def _print_parts(console: Console, predictor: Predictor, num_ranks: int) -> None:
     """Print every part for each strategy, and the peak of each phase."""
-    from ..planning.memory import peaks
-
-    by_strategy = {name: predictor.parts(num_ranks, stage) for name, stage in _strategies(predictor).items()}
+    by_strategy = {strategy: predictor.parts(num_ranks, strategy) for strategy in _strategies(predictor)}
     table = table_of(f"Memory of each of {num_ranks} rank(s)", ["part", "phase", *by_strategy])
     rows: dict[tuple[str, str], dict[str, int]] = {}
     for name, parts in by_strategy.items():
@@ -116,9 +113,9 @@ def _print_parts(console: Console, predictor: Predictor, num_ranks: int) -> None
     console.print(table)
 
 
-def _strategies(predictor: Predictor) -> dict[str, ZeroStage]:
-    """The strategies that can train the model: ZeRO-3 does not shard a quantised base."""
-    return {name: stage for name, stage in STRATEGIES.items() if stage < 3 or predictor.quantization is None}
+def _strategies(predictor: Predictor) -> list[Strategy]:
+    """The strategies that can train the model: a quantised base is not sharded."""
+    return [each for each in STRATEGIES if each not in SHARDS_WEIGHTS or predictor.quantization is None]
 
 
 def _print_peaks(console: Console, predictor: Predictor, ranks: list[int], limit: int | None) -> list[int]:
@@ -133,7 +130,7 @@ def _print_peaks(console: Console, predictor: Predictor, ranks: list[int], limit
     table = table_of(title, ["ranks", *strategies])
     unfit = []
     for num_ranks in ranks:
-        tops: list[tuple[Phase, int]] = [largest_peak(predictor, num_ranks, stage) for stage in strategies.values()]
+        tops: list[tuple[Phase, int]] = [largest_peak(predictor, num_ranks, strategy) for strategy in strategies]
         fits = [most is None or needed <= most for _, needed in tops]
         table.add_row(str(num_ranks), *(f"{readable(needed)} {phase}{'' if fit else ' ✗'}"
                                         for (phase, needed), fit in zip(tops, fits, strict=True)))  # fmt: skip
@@ -148,10 +145,11 @@ def _print_advice(
 ) -> None:
     from ..planning.advice import make_fit
 
-    stage: ZeroStage = 2 if num_ranks > 1 else 0
-    changes, needed = make_fit(config, model_config, device, num_ranks, stage, most_bytes)
-    start = f"{num_ranks} rank(s){' from ZeRO-2' if stage else ''}"
+    strategy: Strategy = "ZeRO-2" if num_ranks > 1 else "DDP"
+    changes, needed = make_fit(config, model_config, device, num_ranks, strategy, most_bytes)
+    start = f"{num_ranks} rank(s){' from ZeRO-2' if num_ranks > 1 else ''}"
     advice = f"set {'  '.join(changes)}; the peak is then" if changes else "no change helps; the peak is"
     fits = needed <= most_bytes
     console.print(f"{start}: {advice} {readable(needed)}" + ("" if fits else ", still too much; use more ranks "
-                  "with ZeRO-3, a smaller model, or shorter prompts and completions"), soft_wrap=True)  # fmt: skip
+                  "with ZeRO-3 or FSDP2, a smaller model, or shorter prompts and completions"),
+                  soft_wrap=True)  # fmt: skip

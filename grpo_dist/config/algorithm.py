@@ -206,3 +206,18 @@ def _check_kl(advantage: AdvantageConfig, loss: LossConfig) -> None:
     require(loss.kl_coeff == 0 or not in_loss or loss.kl_estimator != "k1" or loss.kl_unbiased, "loss.kl_estimator",
             loss.kl_estimator, "another estimator, kl_unbiased, or kl_in `reward`: in the loss, the expected gradient "
             "of `k1` alone is 0")  # fmt: skip
+
+
+def check_split_rows(config: Config) -> None:
+    """Raise ValueError where a group of ranks cannot divide the rows: some options need a whole completion at once."""
+    if config.train.sequence_parallel_size == 1:
+        return
+    for key, given, refused in (
+        ("loss.ratio_level", config.loss.ratio_level, "sequence"),
+        ("loss.importance_level", config.loss.importance_level, "sequence"),
+        ("loss.kl_estimator", config.loss.kl_estimator, "squared_sequence"),
+    ):
+        require(given != refused, key, given, "another where train.sequence_parallel_size is above 1: ranks have parts "
+                "of a completion")  # fmt: skip
+    require(config.model.attn_implementation == "auto", "model.attn_implementation", config.model.attn_implementation,
+            "auto where train.sequence_parallel_size is above 1")  # fmt: skip

@@ -10,7 +10,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from .algorithm import AdvantageConfig, CriticConfig, LossConfig, check_algorithm
+from .algorithm import AdvantageConfig, CriticConfig, LossConfig, check_algorithm, check_split_rows
 from .checks import is_date, require
 from .curriculum import CurriculumConfig
 from .environment import EnvironmentConfig
@@ -75,7 +75,8 @@ class ReferenceConfig:
     """The base model as it was before training: reference of the KL term."""
 
     dtype: Dtype = "bfloat16"
-    """Dtype of the reference. With LoRA, the policy's dtype saves a copy of the base model, except under ZeRO-3."""
+    """Dtype of the reference. With LoRA, the policy's dtype saves a copy of the base model, except under ZeRO-3
+    and FSDP2."""
     placement: Literal["copy", "shared"] = "copy"
     """`copy` keeps a full frozen copy on every rank where the policy's base is not the same; `shared` uses the policy
     itself with its adapters off, where a copy does not fit (needs LoRA)."""
@@ -239,6 +240,9 @@ class TrainConfig:
     """Optimizer steps a pass: the batch's prompts are divided into this many parts, each normalised by itself."""
     max_tokens_per_pack: int = 4096
     """Tokens computed at once in the update. Lower it to save memory."""
+    sequence_parallel_size: int = 1
+    """Ranks that compute a pack together, each some of its tokens and in attention some of the heads (Ulysses): for
+    sequences that do not fit on one GPU. It divides the number of ranks and of the model's attention heads."""
     eval_every: int = 50
     """Steps between evaluations; 0 evaluates only before the first step and after the last."""
     num_eval_prompts: int = 256
@@ -283,7 +287,8 @@ class TrainConfig:
                 "at least 5 seconds")  # fmt: skip
         for key, least in {
             "batch_size": 1, "num_train_steps": 1, "updates_per_batch": 1, "num_minibatches": 1,
-            "max_tokens_per_pack": 2, "eval_every": 0, "num_eval_prompts": 1, "save_every": 0, "keep_checkpoints": 2,
+            "max_tokens_per_pack": 2, "sequence_parallel_size": 1, "eval_every": 0, "num_eval_prompts": 1,
+            "save_every": 0, "keep_checkpoints": 2,
             "seed": 0, "max_bad_updates": 1, "max_failed_saves": 0,
         }.items():  # fmt: skip
             require(getattr(self, key) >= least, f"train.{key}", getattr(self, key), f"{least} or more")
@@ -348,6 +353,7 @@ class Config:
         require(self.train.num_minibatches <= self.train.batch_size, "train.num_minibatches",
                 self.train.num_minibatches, f"at most train.batch_size = {self.train.batch_size}")  # fmt: skip
         check_algorithm(self)
+        check_split_rows(self)
         check_vllm(self)
         require(self.data.curriculum is None or not self.rollout.max_resamples, "data.curriculum", self.data.curriculum,
                 "null where rollout.max_resamples replaces prompts")  # fmt: skip

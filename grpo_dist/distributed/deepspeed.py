@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from accelerate import Accelerator
 from accelerate.utils import DeepSpeedPlugin
 from torch import Tensor
 
@@ -71,13 +72,15 @@ class Zero:
 
     def __init__(self, plugin: DeepSpeedPlugin) -> None:
         self._options = plugin.deepspeed_config["zero_optimization"]
-        self.zero_stage: int = self._options["stage"]
-        self.name = f"DeepSpeed ZeRO-{self.zero_stage}"
+        self.name = f"DeepSpeed ZeRO-{self._options['stage']}"
+        self.shards_weights: bool = self._options["stage"] == 3
 
-    def before_prepare(self, policy: torch.nn.Module) -> None:
-        """Bound the buffer for gradients: its default of 500 million elements takes gigabytes, also for adapters."""
+    def prepare(self, accelerator: Accelerator, policy: Any, optimizer: torch.optim.Optimizer) -> tuple[Any, Any]:
+        """See `Strategy`. The buffer for gradients is bounded: its default of 500 million elements takes gigabytes,
+        also for adapters."""
         trained = sum(getattr(p, "ds_numel", p.numel()) for p in policy.parameters() if p.requires_grad)
         self._options["reduce_bucket_size"] = min(self._options.get("reduce_bucket_size", 500_000_000), trained)
+        return accelerator.prepare(policy, optimizer)
 
     def no_sync(self, wrapped: Any, *, unless: bool) -> AbstractContextManager[Any]:
         """See `Strategy`: `backward` says which pack is the last."""
@@ -128,21 +131,12 @@ def is_sharded(parameter: Tensor) -> bool:
     return hasattr(parameter, "ds_id")
 
 
-def full_shape(parameter: Any) -> torch.Size:
-    """The shape of a parameter in full, with the parts of all ranks."""
-    return parameter.ds_shape if is_sharded(parameter) else parameter.shape
-
-
 @contextmanager
 def gathered(parameters: list[Tensor]) -> Iterator[None]:
-    """Inside, the parameters have their full values on every rank; the caller only reads them."""
-    sharded = [p for p in parameters if is_sharded(p)]
-    if not sharded:
-        yield
-        return
+    """Inside, these sharded parameters have their full values. A collective."""
     import deepspeed
 
-    with deepspeed.zero.GatheredParameters(sharded, modifier_rank=None):
+    with deepspeed.zero.GatheredParameters(parameters, modifier_rank=None):
         yield
 
 

@@ -40,6 +40,12 @@ HARMLESS = {
     "zero_optimization",
 }  # fmt: skip
 """DeepSpeed entries that place the work or report on it."""
+FSDP_DECIDED = {
+    "activation_checkpointing": ("false", "model.gradient_checkpointing decides"),
+    "ignored_modules": ("", "all weights are sharded"),
+    "reshard_after_forward": ("true", "rollouts need the memory of gathered weights"),
+}
+"""Entries of fsdp_config with a value that is always used, and the reason."""
 LOSSY = ("zero_quantized_weights", "zero_quantized_gradients", "zero_quantized_nontrainable_weights")
 """Entries of zero_optimization that round weights or gradients."""
 IN_FILE = {
@@ -48,18 +54,20 @@ IN_FILE = {
 }  # fmt: skip
 """Entries of a launch config that Accelerate refuses beside a DeepSpeed file."""
 FOREIGN = {
-    "ACCELERATE_USE_FSDP": "distributed_type FSDP", "ACCELERATE_USE_MEGATRON_LM": "distributed_type MEGATRON_LM",
+    "ACCELERATE_USE_MEGATRON_LM": "distributed_type MEGATRON_LM",
     "ACCELERATE_USE_PARALLELISM_CONFIG": "parallelism_config",
-}  # fmt: skip
+}
 """What Accelerate's launcher sets for engines that this trainer does not support."""
 
 
 def require_known_launch(environment: Mapping[str, str]) -> None:
     """Raise ValueError where the launch would change what is computed, or names a file that cannot be used."""
     for variable, entry in FOREIGN.items():
-        if environment.get(variable, "false").lower() in ("true", "1"):
-            raise ValueError(f"launch config: {entry} given, expected one process, DDP (MULTI_GPU) or DEEPSPEED: see "
-                             "accelerate_configs/")  # fmt: skip
+        if asks_for(environment, variable):
+            raise ValueError(f"launch config: {entry} given, expected one process, DDP (MULTI_GPU), DEEPSPEED or FSDP: "
+                             "see accelerate_configs/")  # fmt: skip
+    if asks_for(environment, "ACCELERATE_USE_FSDP"):
+        _require_fsdp2(environment)
     file = environment.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
     if environment.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true" and file != "none":
         _require_known_entries(file, _read(file))
@@ -67,6 +75,28 @@ def require_known_launch(environment: Mapping[str, str]) -> None:
         if beside:
             raise ValueError(f"launch config: {', '.join(beside)} given beside deepspeed_config_file, expected in "
                              f"{file} alone; take it out of the launch config")  # fmt: skip
+
+
+def asks_for(environment: Mapping[str, str], variable: str) -> bool:
+    """Whether a variable of the launcher says yes."""
+    return environment.get(variable, "false").lower() in ("true", "1")
+
+
+def _require_fsdp2(environment: Mapping[str, str]) -> None:
+    version = environment.get("FSDP_VERSION", "1")
+    if version != "2":
+        raise ValueError(f"launch config: fsdp_version {version} given, expected 2: see accelerate_configs/fsdp2.yaml, "
+                         "or run `accelerate to-fsdp2` on your file")  # fmt: skip
+    if asks_for(environment, "FSDP_OFFLOAD_PARAMS"):
+        raise ValueError("launch config: fsdp_offload_params true given, expected false; for weights in host memory "
+                         "use accelerate_configs/zero3_offload.yaml")  # fmt: skip
+
+
+def set_aside_fsdp(environment: Mapping[str, str]) -> list[str]:
+    """A line for each entry of fsdp_config that asks for something else than what is done."""
+    given = {name: environment.get(f"FSDP_{name.upper()}", "none").lower() for name in FSDP_DECIDED}
+    return [f"launch config: fsdp_{name} {given[name]} is set aside: {reason}"
+            for name, (used, reason) in FSDP_DECIDED.items() if given[name] not in ("none", used)]  # fmt: skip
 
 
 def _read(file: str) -> dict[str, Any]:

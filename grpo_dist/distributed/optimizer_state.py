@@ -1,7 +1,7 @@
-"""The optimizer's state as full tensors by name: the same under one process, DDP and every ZeRO stage.
+"""The optimizer's state as full tensors by name: the same under one process, DDP, every ZeRO stage and FSDP2.
 
-A checkpoint can therefore be resumed with another number of ranks or another stage. ZeRO flattens parameters and gives
-each rank a slice; this module knows which slice of which parameter is where.
+A checkpoint can therefore be resumed with another number of ranks or another strategy. ZeRO and FSDP2 give each rank a
+slice of a parameter; this module knows which slice is where.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .deepspeed import full_shape
 from .ranks import Ranks
+from .sharding import full_shape
 from .strategy import Fragment
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -21,7 +21,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 class OptimizerState:
     """Weights and Adam moments as full tensors, whatever the wrapper and however it splits them.
 
-    They do not depend on the number of ranks or the ZeRO stage, and can be loaded under any other.
+    They do not depend on the number of ranks or the strategy, and can be loaded under any other.
     """
 
     def __init__(self, ranks: Ranks, optimizer: Any, parameters: dict[str, torch.nn.Parameter]) -> None:

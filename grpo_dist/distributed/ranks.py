@@ -1,7 +1,7 @@
 """The ranks of a run: their numbers, their collectives, and the optimizer step that all of them take.
 
-The same calls serve one process, DDP and ZeRO, on GPUs (NCCL) and on CPU ranks (gloo). What differs between them is in
-strategy.py and deepspeed.py.
+The same calls serve one process, DDP, ZeRO and FSDP2, on GPUs (NCCL) and on CPU ranks (gloo). What differs between
+them is in strategy.py, deepspeed.py and fsdp.py.
 """
 
 from __future__ import annotations
@@ -21,10 +21,11 @@ from accelerate.utils import DeepSpeedPlugin, GradientAccumulationPlugin, InitPr
 from torch import Tensor
 
 from ..config.schema import Dtype, OptimConfig
-from . import deepspeed
+from . import deepspeed, fsdp
 from .device import computes_on_gpu
-from .launch_config import set_aside_precision
+from .launch_config import set_aside_fsdp, set_aside_precision
 from .rendezvous import START_SECONDS, Rendezvous, place_in_launch, warn_of_idle_gpus
+from .row_group import row_group
 from .strategy import Replicated, Strategy
 from .watch import Interrupted, serve_store
 
@@ -67,9 +68,9 @@ class PhaseError(RuntimeError):
 class Ranks:
     """All processes of the run, seen from one of them."""
 
-    def __init__(self, dtype: torch.dtype, optim: OptimConfig) -> None:
-        """Join the process group. `dtype` is the policy's compute dtype. Raises LaunchError where ranks are missing, do
-        not reach one another, or would share a GPU."""
+    def __init__(self, dtype: torch.dtype, optim: OptimConfig, sequence_parallel_size: int = 1) -> None:
+        """Join the process group. `dtype` is the policy's compute dtype; `sequence_parallel_size` divides the number of
+        ranks. Raises LaunchError where ranks are missing, do not reach one another, or would share a GPU."""
         _bound_kernel_caches()
         rank, num_ranks = place_in_launch()
         self._rendezvous = Rendezvous(rank, num_ranks) if num_ranks > 1 else None
@@ -80,22 +81,30 @@ class Ranks:
             warn_of_idle_gpus()
         precision = "bf16" if dtype == torch.bfloat16 else "no"
         set_aside = set_aside_precision(os.environ, precision)
-        plugin = None
+        plugin, shards = None, num_ranks > 1 and fsdp.is_asked_for()
+        if shards:
+            set_aside += set_aside_fsdp(os.environ)
         if deepspeed.is_asked_for():
             plugin, further = deepspeed.make_plugin(dtype, optim.max_grad_norm)
             set_aside += further
         for line in set_aside:
             log.warning("%s", line)
         with nullcontext() if self._rendezvous is None else self._rendezvous.first_collective():
-            self.accelerator = self._accelerator(precision, plugin, num_ranks > 1)
+            # under FSDP2 the units say in which dtype they compute
+            self.accelerator = self._accelerator("no" if shards else precision, plugin, num_ranks > 1)
             # a group for flags: unlike a collective of the training's backend, it does not wait for the device
             self._control = dist.new_group(backend="gloo", timeout=START) if self.num_ranks > 1 else None
             if self.num_ranks > 1:
                 dist.all_reduce(flag := torch.ones(1, device=self.device))
                 flag.item()  # waits for the device
-        self.strategy: Strategy = (
-            Replicated(self.num_ranks, optim.max_grad_norm) if plugin is None else deepspeed.Zero(plugin)
-        )
+        self.strategy: Strategy
+        if shards:
+            self.strategy = fsdp.Fsdp(dtype, optim.max_grad_norm)
+        else:
+            self.strategy = (
+                Replicated(self.num_ranks, optim.max_grad_norm) if plugin is None else deepspeed.Zero(plugin)
+            )
+        self.row_group = row_group(self.rank, self.num_ranks, sequence_parallel_size)
         self.collectives_entered = 0
         """Collectives of this class that this rank has entered. The others wait for the rank that has entered least."""
 
@@ -231,8 +240,7 @@ class Ranks:
 
     def prepare(self, policy: torch.nn.Module, optimizer: torch.optim.Optimizer) -> tuple[Any, Any]:
         """The policy and its optimizer, wrapped for this run (DDP, a DeepSpeed engine, or as they are)."""
-        self.strategy.before_prepare(policy)
-        return self.accelerator.prepare(policy, optimizer)
+        return self.strategy.prepare(self.accelerator, policy, optimizer)
 
     def no_sync(self, wrapped: Any, *, unless: bool) -> AbstractContextManager[Any]:
         """Context of a pack's forward and backward pass: ranks exchange gradients only after the last pack."""
@@ -241,7 +249,7 @@ class Ranks:
     def backward(self, wrapped: Any, loss: Tensor, is_last: bool) -> None:
         """Add one pack's gradient. The last pack of an update synchronises the ranks.
 
-        DDP and ZeRO average over ranks while the loss is a share of the global one, hence the factor.
+        All strategies average over ranks while the loss is a share of the global one, hence the factor.
         """
         self.collectives_entered += is_last
         self.strategy.backward(wrapped, loss * self.num_ranks, is_last)

@@ -1,6 +1,6 @@
-"""How a policy is spread over ranks and how its optimizer steps: the interface of DDP, ZeRO and others.
+"""How a policy is spread over ranks and how its optimizer steps: the interface of DDP, ZeRO and FSDP2.
 
-Another strategy, such as FSDP2, implements `Strategy`. `Replicated` is one process and DDP; ZeRO is in deepspeed.py.
+`Replicated` is one process and DDP. ZeRO is in deepspeed.py, FSDP2 in fsdp.py.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 
 
@@ -32,13 +33,13 @@ class Strategy(Protocol):
 
     name: str
     """The name that users see."""
-    zero_stage: int
-    """ZeRO stage; 0 where every rank has everything."""
+    shards_weights: bool
+    """Whether ranks have parts of the weights, which are gathered for each computation."""
     sums_fragments: bool
     """Whether ranks have different fragments, whose sum is the full tensor."""
 
-    def before_prepare(self, policy: torch.nn.Module) -> None:
-        """Set up what depends on the policy's size."""
+    def prepare(self, accelerator: Accelerator, policy: Any, optimizer: torch.optim.Optimizer) -> tuple[Any, Any]:
+        """The policy, spread over the ranks and wrapped for its calls, and its optimizer."""
 
     def no_sync(self, wrapped: Any, *, unless: bool) -> AbstractContextManager[Any]:
         """Context of a pack's forward and backward pass: ranks exchange gradients only after the last pack."""
@@ -62,14 +63,15 @@ class Strategy(Protocol):
 class Replicated:
     """One process, or DDP: every rank has all weights and moments."""
 
-    zero_stage, sums_fragments = 0, False
+    shards_weights = sums_fragments = False
 
     def __init__(self, num_ranks: int, max_grad_norm: float) -> None:
         self.name = "DDP" if num_ranks > 1 else "one process"
         self._max_grad_norm = max_grad_norm
 
-    def before_prepare(self, policy: torch.nn.Module) -> None:
+    def prepare(self, accelerator: Accelerator, policy: Any, optimizer: torch.optim.Optimizer) -> tuple[Any, Any]:
         """See `Strategy`."""
+        return accelerator.prepare(policy, optimizer)
 
     def no_sync(self, wrapped: Any, *, unless: bool) -> AbstractContextManager[Any]:
         """See `Strategy`."""

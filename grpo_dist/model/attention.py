@@ -35,6 +35,17 @@ class Layout(Protocol):
         """Attention of one layer: `query` (1, Hq, T, D), `key` and `value` (1, Hk, T, D) to (1, T, Hq, D)."""
 
 
+class PackLayout(Layout, Protocol):
+    """The layout of a pack."""
+
+    @property
+    def pieces(self) -> Sequence[tuple[int, list[int]]]:
+        """Of the whole row: prompt length, completion lengths."""
+
+    def to(self, device: torch.device) -> PackLayout:
+        """The layout with its tensors on `device`."""
+
+
 def _attention(
     module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
     scaling: float | None = None, *, layout: Layout | None = None, **unused: Any,

@@ -16,8 +16,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers.utils import cached_file
 
-from ..distributed.deepspeed import gathered, unsharded_loading
+from ..distributed.deepspeed import unsharded_loading
 from ..distributed.ranks import dtype_name
+from ..distributed.sharding import gathered
 from .load import adapted_layers, plain_name
 from .policy import Policy
 from .quantized import quantized_layers
@@ -38,7 +39,7 @@ def kept_shares(policy: Policy, dtypes: Sequence[torch.dtype], keep: bool) -> li
     ΔW = scaling · B A and R the rounding error of W + ΔW; 0 if |R| is larger.
 
     Rounding errors of both signs count. None without adapters, while the adapters are zero, and on ranks that do not
-    `keep` the result. A collective under ZeRO-3.
+    `keep` the result. A collective if weights are sharded.
     """
     rounding, total = [0.0] * len(dtypes), 0.0
     for layer in (adapted_layers(policy) if isinstance(policy.model, PeftModel) else {}).values():
@@ -55,7 +56,7 @@ def kept_shares(policy: Policy, dtypes: Sequence[torch.dtype], keep: bool) -> li
 
 def choose_dtype(policy: Policy, keep: bool, asked: torch.dtype | None = None) -> tuple[torch.dtype, str]:
     """The dtype of merged weights, and a line about the share that it keeps. The dtype is `asked`, else the policy's if
-    that keeps enough of the update, else float32. A collective under ZeRO-3."""
+    that keeps enough of the update, else float32. A collective if weights are sharded."""
     own = asked or policy.causal_lm.dtype
     share, share_in_float32 = kept_shares(policy, [own, torch.float32], keep)
     if share is None:
@@ -83,20 +84,21 @@ def merged_state(policy: Policy, keep: bool, dtype: torch.dtype) -> dict[str, Te
     """All weights of the trained model by the plain model's names, on the CPU. One layer is gathered at a time.
 
     Weights are merged in float32 and rounded to `dtype`. Parameters whose dtype differs from that of the model keep it.
-    A quantised base is dequantised: its values are those that the adapters were trained on. A collective under ZeRO-3.
-    Ranks that do not `keep` the result get an empty dict.
+    A quantised base is dequantised: its values are those that the adapters were trained on. A collective if weights are
+    sharded. Ranks that do not `keep` the result get an empty dict.
     """
     layers = adapted_layers(policy) if isinstance(policy.model, PeftModel) else {}
     quantized = quantized_layers(policy.causal_lm)
     stored = set(policy.causal_lm.state_dict())
     state: dict[str, Tensor] = {}
-    for name, parameter in policy.causal_lm.named_parameters():
+    for name, parameter in list(policy.causal_lm.named_parameters()):
         if ".lora_" in name or not parameter.is_floating_point():
             continue
         key = plain_name(name)
         layer = layers.get(key.removesuffix(".weight")) if key.endswith(".weight") else None
         with gathered([parameter, *(layer.parameters() if layer else ())]):
             if keep:
+                parameter = policy.causal_lm.get_parameter(name)
                 value = _merged(parameter, layer.get_delta_weight("default").float()) if layer else parameter
                 state[key] = value.to(_dtype_in_file(policy, parameter, dtype)).cpu().clone()
     for name, base in quantized.items() if keep else ():
@@ -112,15 +114,16 @@ def merged_state(policy: Policy, keep: bool, dtype: torch.dtype) -> dict[str, Te
 
 def adapter_state(policy: Policy, keep: bool) -> dict[str, Tensor]:
     """All weights of the adapters by their names, on the CPU. A collective like `merged_state`."""
-    adapters = {name: p for name, p in policy.model.named_parameters() if ".lora_" in name}
-    with gathered(list(adapters.values())):
-        return {name: p.detach().cpu().clone() for name, p in adapters.items()} if keep else {}
+    names = [name for name, _ in policy.model.named_parameters() if ".lora_" in name]
+    with gathered([policy.model.get_parameter(name) for name in names]):
+        full = {name: policy.model.get_parameter(name) for name in names}
+        return {name: p.detach().cpu().clone() for name, p in full.items()} if keep else {}
 
 
 def save_final(policy: Policy, tokenizer: Any, directory: Path, is_main: bool) -> None:
     """Write the merged model, the tokenizer and the adapter, then reopen and check the files.
 
-    A collective under ZeRO-3.
+    A collective if weights are sharded.
     """
     dtype, line = choose_dtype(policy, is_main)
     log.info("%s: %s", directory, line)

@@ -20,7 +20,8 @@ from transformers import __version__ as transformers_version
 
 from ..config.places import model_place
 from ..config.schema import LoraConfig, ModelConfig, RolloutConfig
-from ..distributed.deepspeed import is_sharded, unsharded_loading
+from ..distributed.deepspeed import unsharded_loading
+from ..distributed.sharding import is_sharded
 from . import attention
 from .checks import (
     CANNOT,

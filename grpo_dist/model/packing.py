@@ -17,8 +17,10 @@ from torch import Tensor
 
 from ..distributed.transfer import to_device
 from ..types import Batch, token_places
-from .attention import RowLayout
+from .attention import PackLayout, RowLayout
 
+FILLER = torch.iinfo(torch.int64).min
+"""The owner of a token that belongs to no sequence."""
 PAIRS_PER_TOKEN = 4096
 """Attended pairs of tokens that cost about as much as the matrix products of one token. Only the balance uses it."""
 
@@ -53,20 +55,19 @@ class Pack:
     sequence: Tensor
     """(M,) int64: the pack's completions, numbered from 0."""
     owner: Tensor
-    """(T,) int64: the sequence of each token: `n` for completion n of the batch, `-1 - p` for its prompt p."""
-    layout: RowLayout | None
+    """(T,) int64: the sequence of each token: `n` for completion n of the batch, `-1 - p` for its prompt p, or
+    FILLER."""
+    layout: PackLayout | None
     """Which tokens attend to which; None for a plain causal row of one prompt and one completion."""
-
-    @property
-    def useful(self) -> int:
-        """Tokens of the row that belong to a sequence: all of them, or none in an empty pack."""
-        return len(self.ids) if len(self.token) else 0
+    useful: int
+    """Tokens of the row that belong to a sequence: all of them, or none in an empty pack."""
 
     def to(self, device: torch.device) -> Pack:
         """The pack with all tensors on `device`, in one asynchronous copy."""
         names = ("ids", "positions", "predictor", "targets", "token", "sequence", "owner")
         moved = to_device([getattr(self, name) for name in names], device)
-        return Pack(**dict(zip(names, moved, strict=True)), layout=self.layout.to(device) if self.layout else None)
+        layout = self.layout.to(device) if self.layout else None
+        return Pack(**dict(zip(names, moved, strict=True)), layout=layout, useful=self.useful)
 
 
 def piece_cost(prompt_length: int, lengths: list[int]) -> float:
@@ -164,7 +165,7 @@ def make_pack(batch: Batch, pieces: list[Piece], *, share_prompts: bool = True) 
         empty = torch.zeros(0, dtype=torch.int64)
         layout = RowLayout([(1, [])]) if share_prompts else None
         one = torch.zeros(1, dtype=torch.int64)
-        return Pack(one, one, empty, empty, empty, empty, one, layout)
+        return Pack(one, one, empty, empty, empty, empty, one + FILLER, layout, useful=0)
     chosen = torch.tensor([n for piece in pieces for n in piece.completions])
     lengths = batch.row_lengths[chosen]
     left = iter(lengths.tolist())
@@ -191,4 +192,5 @@ def make_pack(batch: Batch, pieces: list[Piece], *, share_prompts: bool = True) 
     layout = RowLayout(shapes) if share_prompts else None
     sampled = batch.sampled[source]
     token = token_places(batch.starts[chosen], batch.lengths[chosen])
-    return Pack(ids, positions, predictor[sampled], batch.tokens[token], token, sequence[sampled], owner, layout)
+    return Pack(ids, positions, predictor[sampled], batch.tokens[token], token, sequence[sampled], owner, layout,
+                useful=len(ids) if len(token) else 0)  # fmt: skip

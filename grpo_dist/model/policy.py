@@ -102,7 +102,7 @@ def _recomputed(forward: Any, *inputs: Any, **options: Any) -> Any:
 def _teach_head(head: nn.Linear) -> None:
     """Let the head return log-probabilities and entropies if it gets targets.
 
-    This must happen inside the call of the head, because ZeRO-3 gathers its weight there.
+    This must happen inside the call of the head, because ZeRO-3 and FSDP2 gather its weight there.
     """
     plain = head.forward
 

@@ -57,11 +57,11 @@ def _require_package() -> None:
                          "pip install 'grpo_dist[quantized]'")  # fmt: skip
 
 
-def require_unsharded(is_quantized: bool, zero_stage: int) -> None:
-    """Raise UnfitModel where ZeRO-3 would shard a quantised base."""
-    if is_quantized and zero_stage == 3:
-        raise UnfitModel("model.quantization: a quantised base given with ZeRO-3, which would shard it, expected DDP, "
-                         "ZeRO-1 or ZeRO-2: start with accelerate_configs/zero2.yaml")  # fmt: skip
+def require_unsharded(is_quantized: bool, shards_weights: bool) -> None:
+    """Raise UnfitModel where ZeRO-3 or FSDP2 would shard a quantised base."""
+    if is_quantized and shards_weights:
+        raise UnfitModel("model.quantization: a quantised base given with ZeRO-3 or FSDP2, which would shard it, "
+                         "expected DDP, ZeRO-1 or ZeRO-2: start with accelerate_configs/zero2.yaml")  # fmt: skip
 
 
 def quantized_loading(model: ModelConfig, dtype: torch.dtype, device: torch.device | None) -> dict[str, Any]:

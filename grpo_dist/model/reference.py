@@ -22,16 +22,16 @@ class Reference(Protocol):
     policy: Policy
 
     def logprobs(self, pack: Pack) -> Tensor:
-        """Log-probabilities (M,) of a pack. A collective under ZeRO-3 if the weights are the policy's."""
+        """Log-probabilities (M,) of a pack. A collective under ZeRO-3 and FSDP2 if the weights are the policy's."""
 
 
 def needs_copy(
-    config: Config, dtype: torch.dtype, copy_dtype: torch.dtype, zero_stage: int, is_quantized: bool
+    config: Config, dtype: torch.dtype, copy_dtype: torch.dtype, shards_weights: bool, is_quantized: bool
 ) -> bool:
     """Whether the reference needs its own weights beside a policy of `dtype`. It does not if nothing uses it, if
     `reference.placement` shares the policy, or if every rank has the base in the same dtype already, or a quantised
     one, whose values nothing else has."""
-    is_same = (copy_dtype == dtype and zero_stage < 3) or is_quantized
+    is_same = (copy_dtype == dtype and not shards_weights) or is_quantized
     shares = config.lora is not None and (is_same or config.reference.placement == "shared")
     return has_reference(config) and not shares
 

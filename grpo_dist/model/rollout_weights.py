@@ -3,10 +3,11 @@
 The trained policy itself must draw the rollouts. Adapters merged into 16-bit weights would be another policy, because
 most of a small update is less than half a unit of a weight's last digit. The tree therefore has adapters too, and its
 tensors are the policy's. It copies weights only in three cases: if all weights train in float32 and compute in 16 bits,
-if ZeRO-3 has sharded them, and if they are quantised. A quantised base is dequantised while the model is open, which is
-during rollouts, because a step of decoding computes with few tokens and would dequantise as many weights as an update.
+if ZeRO-3 or FSDP2 has sharded them, and if they are quantised. A quantised base is dequantised while the model is open,
+which is during rollouts, because a step of decoding computes with few tokens and would dequantise as many weights as an
+update.
 
-The tree is in evaluation mode and has no hooks of DDP and ZeRO.
+The tree is in evaluation mode and has no hooks of DDP, ZeRO and FSDP2.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ import torch
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 
-from ..distributed.deepspeed import gathered, is_sharded, unsharded_loading
+from ..distributed.deepspeed import unsharded_loading
+from ..distributed.sharding import gathered, is_sharded
 from .load import plain_name
 from .lora import fuse_adapters
 from .policy import Policy
@@ -33,8 +35,8 @@ class RolloutModel:
         self, policy: Policy, dtype: torch.dtype, attn_implementation: str | None,
         base: nn.Module | None = None,
     ) -> None:  # fmt: skip
-        """`dtype` is that of the policy's computation. If ZeRO-3 has sharded frozen weights, the weights of `base`
-        replace them if they have that dtype; else each rollout gathers them. A collective under ZeRO-3."""
+        """`dtype` is that of the policy's computation. If frozen weights are sharded, those of `base` replace them if
+        they have that dtype; else each rollout gathers them. A collective if weights are sharded."""
         self.policy, self.dtype = policy, dtype
         with unsharded_loading(), torch.device("meta"):
             tree = policy.causal_lm._from_config(
@@ -63,24 +65,26 @@ class RolloutModel:
 
     @torch.no_grad()
     def sync(self) -> None:
-        """Refill the copied weights from the policy. A collective under ZeRO-3."""
+        """Refill the copied weights from the policy, one at a time. A collective if weights are sharded."""
         if isinstance(self.policy.model, PeftModel):
             return
         theirs = {name: p for name, p in self._policy_parameters().items() if is_sharded(p) or p.dtype != self.dtype}
-        with gathered(_different(theirs.values())):
-            copies: dict[Tensor, Tensor] = {}  # tied weights stay tied
-            for name, parameter in theirs.items():
-                if parameter not in copies:
-                    own = self._own.get(name)
-                    own = torch.empty_like(parameter, dtype=self.dtype, requires_grad=False) if own is None else own
-                    copies[parameter] = own.copy_(parameter)
-                self._own[name] = copies[parameter]
+        copies: dict[Tensor, Tensor] = {}  # tied weights stay tied
+        for name, parameter in theirs.items():
+            if parameter not in copies:
+                with gathered([parameter]):
+                    full, own = self.policy.model.get_parameter(name), self._own.get(name)
+                    own = torch.empty_like(full, dtype=self.dtype, requires_grad=False) if own is None else own
+                    copies[parameter] = own.copy_(full)
+            self._own[name] = copies[parameter]
 
     @contextmanager
     def open(self) -> Iterator[nn.Module]:
-        """A context in which the model computes as the policy did at the last `sync`. A collective under ZeRO-3."""
-        theirs = self._policy_parameters()
-        with torch.no_grad(), gathered(_different(p for name, p in theirs.items() if name not in self._own)):
+        """A context in which the model computes as the policy did at the last `sync`. A collective if weights are
+        sharded."""
+        needed = _different(p for name, p in self._policy_parameters().items() if name not in self._own)
+        with torch.no_grad(), gathered(needed):
+            theirs = self._policy_parameters()
             mine = dict(self.tree.named_parameters(remove_duplicate=False))
             for name in mine:
                 if (value := self._own.get(name)) is None:

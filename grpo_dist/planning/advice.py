@@ -7,21 +7,21 @@ from dataclasses import replace
 from typing import Any
 
 from ..config.schema import Config
-from .memory import Phase, ZeroStage, peaks
+from .memory import SHARDS_WEIGHTS, Phase, Strategy, peaks
 from .predict import Device, Predictor, tokens_in_flight
 
-Change = tuple[str, Config, ZeroStage]
+Change = tuple[str, Config, Strategy]
 
 
-def largest_peak(predictor: Predictor, num_ranks: int, stage: ZeroStage) -> tuple[Phase, int]:
+def largest_peak(predictor: Predictor, num_ranks: int, strategy: Strategy) -> tuple[Phase, int]:
     """The phase with the largest peak, and its bytes."""
-    by_phase = peaks(predictor.parts(num_ranks, stage))
+    by_phase = peaks(predictor.parts(num_ranks, strategy))
     phase = max(by_phase, key=by_phase.__getitem__)
     return phase, by_phase[phase]
 
 
 def make_fit(
-    config: Config, model_config: Any, device: Device, num_ranks: int, stage: ZeroStage, most_bytes: int
+    config: Config, model_config: Any, device: Device, num_ranks: int, strategy: Strategy, most_bytes: int
 ) -> tuple[list[str], int]:
     """The changes that bring a rank's memory below `most_bytes`, and the bytes that it then needs.
 
@@ -30,17 +30,17 @@ def make_fit(
     """
     predictor = Predictor(config, model_config, device, most_bytes)
     is_quantized = predictor.quantization is not None
-    phase, needed = largest_peak(predictor, num_ranks, stage)
+    phase, needed = largest_peak(predictor, num_ranks, strategy)
     changes: list[str] = []
     for _ in range(16):
         if needed <= most_bytes:
             break
-        for change, changed, changed_stage in _candidates(config, device, phase, stage, num_ranks, is_quantized):
+        for change, changed, changed_strategy in _candidates(config, device, phase, strategy, num_ranks, is_quantized):
             predictor = Predictor(changed, model_config, device, most_bytes)
-            new_phase, new = largest_peak(predictor, num_ranks, changed_stage)
+            new_phase, new = largest_peak(predictor, num_ranks, changed_strategy)
             if new < needed:
                 changes = [each for each in changes if each.split()[0] != change.split()[0]] + [change]
-                config, stage, phase, needed = changed, changed_stage, new_phase, new
+                config, strategy, phase, needed = changed, changed_strategy, new_phase, new
                 break
         else:
             break
@@ -48,7 +48,7 @@ def make_fit(
 
 
 def _candidates(
-    config: Config, device: Device, phase: Phase, stage: ZeroStage, num_ranks: int, is_quantized: bool
+    config: Config, device: Device, phase: Phase, strategy: Strategy, num_ranks: int, is_quantized: bool
 ) -> Iterator[Change]:
     """Changes that could lower the peak of a phase, the cheapest first."""
     longest = config.max_sequence_length
@@ -58,19 +58,23 @@ def _candidates(
         share = train.batch_size * (config.data.max_prompt_length + rollout.group_size * rollout.max_completion_length)
         tokens = max(longest, min(in_flight, share // num_ranks) // 2)
         changed = replace(config, rollout=replace(rollout, max_tokens_in_flight=tokens))
-        yield f"--rollout.max_tokens_in_flight {tokens}", changed, stage
+        yield f"--rollout.max_tokens_in_flight {tokens}", changed, strategy
     if phase in ("update", "reference") and train.max_tokens_per_pack > longest:
         tokens = max(longest, train.max_tokens_per_pack // 2)
         changed = replace(config, train=replace(train, max_tokens_per_pack=tokens))
-        yield f"--train.max_tokens_per_pack {tokens}", changed, stage
-    if stage in (0, 1) and num_ranks > 1:
-        yield "--config_file accelerate_configs/zero2.yaml", config, 2
+        yield f"--train.max_tokens_per_pack {tokens}", changed, strategy
+    if strategy in ("DDP", "ZeRO-1") and num_ranks > 1:
+        yield "--config_file accelerate_configs/zero2.yaml", config, "ZeRO-2"
     if reference.dtype not in ("bfloat16", "float16"):
-        yield "--reference.dtype bfloat16", replace(config, reference=replace(reference, dtype="bfloat16")), stage
+        yield "--reference.dtype bfloat16", replace(config, reference=replace(reference, dtype="bfloat16")), strategy
     if phase == "update" and not config.model.gradient_checkpointing:
         changed = replace(config, model=replace(config.model, gradient_checkpointing=True))
-        yield "--model.gradient_checkpointing true", changed, stage
-    if stage != 3 and num_ranks > 1 and not is_quantized:
-        yield "--config_file accelerate_configs/zero3.yaml", config, 3
+        yield "--model.gradient_checkpointing true", changed, strategy
+    if strategy not in SHARDS_WEIGHTS and num_ranks > 1 and not is_quantized:
+        yield "--config_file accelerate_configs/zero3.yaml", config, "ZeRO-3"
     if reference.placement == "copy" and config.lora is not None:
-        yield "--reference.placement shared", replace(config, reference=replace(reference, placement="shared")), stage
+        yield (
+            "--reference.placement shared",
+            replace(config, reference=replace(reference, placement="shared")),
+            strategy,
+        )

@@ -9,13 +9,18 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
-ZeroStage = Literal[0, 1, 2, 3]
+Strategy = Literal["DDP", "ZeRO-1", "ZeRO-2", "ZeRO-3", "FSDP2"]
+"""DDP is also one process."""
+STRATEGIES: tuple[Strategy, ...] = get_args(Strategy)
 Phase = Literal["always", "rollout", "reference", "update", "optimizer"]
 PHASES: tuple[Phase, ...] = ("rollout", "reference", "update", "optimizer")
 
 FLOAT32 = 4
+
+SHARDS_WEIGHTS = ("ZeRO-3", "FSDP2")
+"""Strategies in which a rank has a part of the weights."""
 
 PERSISTENCE_THRESHOLD = 100_000
 """ZeRO-3 does not shard parameters with fewer elements (stage3_param_persistence_threshold)."""
@@ -40,6 +45,8 @@ class ModelCounts:
     persistent: int
     """Of the base parameters below PERSISTENCE_THRESHOLD, which ZeRO-3 does not shard."""
     num_layers: int
+    layer: int
+    """Of the largest layer, with its adapters."""
     cache_width: int
     """Of the keys and values of one token in one layer."""
     query_heads: int
@@ -88,8 +95,7 @@ class MemoryInputs:
     passes: Passes
     flight: Flight
     num_ranks: int
-    zero_stage: ZeroStage
-    """0: DDP, or one process without DeepSpeed."""
+    strategy: Strategy
     policy_bytes: int
     """Bytes of one weight of the policy."""
     trained_bytes: int
@@ -97,13 +103,23 @@ class MemoryInputs:
     copy_bytes: int
     """Bytes of one weight of the frozen copy; 0 without a copy."""
     copy_decodes: bool
-    """Rollouts use the copy if ZeRO-3 has sharded the policy: both have the same dtype."""
+    """Rollouts use the copy if the policy is sharded: both have the same dtype."""
     step_bytes: int = 0
     """Of weights that decoding stores a second time, in another form."""
     reward_models: int = 0
     """Bytes of reward models on the rank's GPU."""
     decodes: bool = True
     """Whether the rank draws completions; False where servers do."""
+
+    @property
+    def shards_weights(self) -> bool:
+        """Whether ranks have parts of the weights, which are gathered for each computation."""
+        return self.strategy in SHARDS_WEIGHTS
+
+    @property
+    def uses_deepspeed(self) -> bool:
+        """Whether the strategy is DeepSpeed's."""
+        return self.strategy.startswith("ZeRO")
 
 
 @dataclass(frozen=True)
@@ -146,39 +162,44 @@ def _trained(inputs: MemoryInputs) -> int:
 
 
 def _weights(inputs: MemoryInputs) -> list[Part]:
-    counts, ranks, stage = inputs.counts, inputs.num_ranks, inputs.zero_stage
+    counts, ranks, strategy = inputs.counts, inputs.num_ranks, inputs.strategy
     frozen = counts.parameters if counts.adapters else 0
-    stored = shard(frozen - counts.persistent, ranks, stage == 3) + counts.persistent if frozen else 0
+    whole = counts.persistent if frozen and strategy == "ZeRO-3" else 0
+    stored = shard(frozen - whole, ranks, inputs.shards_weights) + whole
     trained = _trained(inputs)
     dense = (stored - counts.quantized) * inputs.policy_bytes
     parts = [Part("frozen weights", dense + counts.quantized_bytes, "always")] if frozen else []
     name = "adapters" if frozen else "policy weights"
-    parts.append(Part(name, shard(trained, ranks, stage == 3) * inputs.trained_bytes, "always"))
+    # FSDP2 stores float32 and casts what it gathers
+    width = FLOAT32 if strategy == "FSDP2" else inputs.trained_bytes
+    parts.append(Part(name, shard(trained, ranks, inputs.shards_weights) * width, "always"))
     # DeepSpeed computes with one set of the trained weights and updates another set, in float32
-    per_element = 2 * FLOAT32 + (FLOAT32 if stage else 0)
-    parts.append(Part("optimizer", shard(trained, ranks, stage > 0) * per_element, "always"))
+    per_element = 2 * FLOAT32 + (FLOAT32 if inputs.uses_deepspeed else 0)
+    parts.append(Part("optimizer", shard(trained, ranks, strategy != "DDP") * per_element, "always"))
     if inputs.copy_bytes:
         parts.append(Part("frozen copy", counts.parameters * inputs.copy_bytes, "always"))
-    if not frozen and (stage == 3 or inputs.trained_bytes != inputs.policy_bytes):
+    if not frozen and (inputs.shards_weights or inputs.trained_bytes != inputs.policy_bytes):
         parts.append(Part("rollout weights", trained * inputs.policy_bytes, "always"))
     if inputs.reward_models:
         parts.append(Part("reward models", inputs.reward_models, "always"))
-    if stage == 0 and ranks > 1:
+    if strategy == "DDP" and ranks > 1:
         parts.append(Part("DDP gradient buckets", trained * inputs.trained_bytes, "always"))
-    if stage == 3:
+    if strategy == "ZeRO-3":
         bucket = min(REDUCE_BUCKET, trained)
         parts.append(Part("gradient bucket, shard", (bucket + math.ceil(trained / ranks)) * inputs.trained_bytes,
                           "always"))  # fmt: skip
     return parts
 
 
-def _gathered(inputs: MemoryInputs, most: int) -> int:
-    """Bytes of frozen weights that ZeRO-3 gathers for a forward pass, besides the rank's shard."""
+def _gathered(inputs: MemoryInputs) -> int:
+    """Bytes of weights that are gathered for a forward pass, besides the rank's shard; of trained ones only by FSDP2,
+    which gathers a layer before it has freed the one before."""
     counts = inputs.counts
-    if inputs.zero_stage != 3:
-        return 0
+    if inputs.strategy == "FSDP2":
+        freed = max(counts.num_layers - 2, 0) * counts.layer
+        return (counts.parameters + counts.adapters - freed) * inputs.policy_bytes
     weights = counts.parameters if counts.adapters else 0
-    return min(weights - counts.persistent, most) * inputs.policy_bytes
+    return min(weights - counts.persistent, MOST_GATHERED) * inputs.policy_bytes
 
 
 def _rollout(inputs: MemoryInputs) -> list[Part]:
@@ -198,26 +219,38 @@ def _rollout(inputs: MemoryInputs) -> list[Part]:
         parts.append(Part("dequantised base", counts.quantized * width, "rollout"))
     if inputs.step_bytes:
         parts.append(Part("weights of the step", inputs.step_bytes, "rollout"))
-    if inputs.zero_stage == 3 and counts.adapters and not inputs.copy_decodes:
-        parts.append(Part("gathered policy", _gathered(inputs, counts.parameters), "rollout"))
+    if inputs.shards_weights and counts.adapters and not inputs.copy_decodes:
+        whole = counts.persistent if inputs.strategy == "ZeRO-3" else 0
+        parts.append(Part("gathered policy", (counts.parameters - whole) * inputs.policy_bytes, "rollout"))
     return parts
 
 
+def _largest_unit(counts: ModelCounts) -> int:
+    """Trained elements of the largest unit of FSDP2: a layer, or embeddings and head."""
+    if counts.adapters:
+        return math.ceil(counts.adapters / max(counts.num_layers, 1))
+    return max(counts.layer, counts.parameters - counts.num_layers * counts.layer)
+
+
 def _update(inputs: MemoryInputs) -> list[Part]:
-    trained, ranks, stage = _trained(inputs), inputs.num_ranks, inputs.zero_stage
-    gathered = Part("gathered weights", _gathered(inputs, MOST_GATHERED), "update")
+    trained, ranks, strategy = _trained(inputs), inputs.num_ranks, inputs.strategy
+    own = math.ceil(trained / ranks) if strategy != "DDP" else trained
     parts = [Part("activations of a pack", inputs.passes.update, "update"),
              Part("reference pass", inputs.passes.reference, "reference")]  # fmt: skip
-    if stage < 3:
+    if strategy == "FSDP2":
+        parts += [Part("gradients", own * FLOAT32, "update"),
+                  Part("gradients of a unit", _largest_unit(inputs.counts) * (inputs.trained_bytes + FLOAT32),
+                       "update")]  # fmt: skip
+    elif strategy != "ZeRO-3":
         parts.append(Part("gradients", trained * inputs.trained_bytes, "update"))
-    if stage in (1, 2):
+    if strategy in ("ZeRO-1", "ZeRO-2"):
         parts.append(Part("gradient bucket", min(REDUCE_BUCKET, trained) * inputs.trained_bytes, "update"))
-    own = math.ceil(trained / ranks) if stage else trained
-    # gradients of the optimizer step: DeepSpeed's shard and its float32 copy, or all gradients
-    stored = own * (inputs.trained_bytes + FLOAT32) if stage else trained * inputs.trained_bytes
-    parts.append(Part("stepped gradients", stored, "optimizer"))
-    if stage == 3:
-        parts.append(gathered)
+    # gradients of the optimizer step: DeepSpeed's shard and its float32 copy, FSDP2's shard, or all gradients
+    width = {"DDP": inputs.trained_bytes, "FSDP2": FLOAT32}.get(strategy, inputs.trained_bytes + FLOAT32)
+    parts.append(Part("stepped gradients", own * width, "optimizer"))
+    if inputs.shards_weights:
+        num_bytes = _gathered(inputs)
+        parts.append(Part("gathered weights", num_bytes, "update"))
         if not inputs.copy_bytes and inputs.passes.reference:
-            parts.append(Part(gathered.name, gathered.num_bytes, "reference"))
+            parts.append(Part("gathered weights", num_bytes, "reference"))
     return parts

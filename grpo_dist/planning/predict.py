@@ -21,7 +21,17 @@ from ..rollout.native.cache import SLOT_CHUNK
 from ..rollout.native.engine import COPIED_PROMPT
 from ..rollout.native.kernel import MERGED
 from ..rollout.room import LOGIT_BYTES, ON_CPU, fitting
-from .memory import Flight, MemoryInputs, ModelCounts, Part, Passes, ZeroStage, memory_per_rank, slots_held
+from .memory import (
+    SHARDS_WEIGHTS,
+    Flight,
+    MemoryInputs,
+    ModelCounts,
+    Part,
+    Passes,
+    Strategy,
+    memory_per_rank,
+    slots_held,
+)
 from .tracing import Precision, Shape, build_policy, count, reward_model_bytes, trace_passes
 
 Device = Literal["gpu", "cpu"]
@@ -49,7 +59,8 @@ def full_plan(
     prompts = [config.data.max_prompt_length] * math.ceil(config.train.batch_size / config.train.num_minibatches)
     lengths = [config.rollout.max_completion_length] * (len(prompts) * group_size)
     group = [n // group_size for n in range(len(lengths))]
-    return prompts, lengths, plan(prompts, group, lengths, [True] * len(lengths), num_ranks=num_ranks,
+    num_groups = max(1, num_ranks // config.train.sequence_parallel_size)
+    return prompts, lengths, plan(prompts, group, lengths, [True] * len(lengths), num_ranks=num_groups,
                                   share_prompts=share_prompts,
                                   max_tokens=larger * config.train.max_tokens_per_pack)  # fmt: skip
 
@@ -126,20 +137,22 @@ class Predictor:
         self._counts: dict[Precision, tuple[ModelCounts, int]] = {}
         self._passes: dict[tuple[Precision, Shape, Shape | None], Passes] = {}
 
-    def parts(self, num_ranks: int, zero_stage: ZeroStage) -> list[Part]:
-        """The parts of a rank's memory, for DDP or one process (stage 0) or ZeRO."""
-        return memory_per_rank(self.inputs(num_ranks, zero_stage))
+    def parts(self, num_ranks: int, strategy: Strategy) -> list[Part]:
+        """The parts of a rank's memory."""
+        return memory_per_rank(self.inputs(num_ranks, strategy))
 
-    def inputs(self, num_ranks: int, zero_stage: ZeroStage) -> MemoryInputs:
+    def inputs(self, num_ranks: int, strategy: Strategy) -> MemoryInputs:
         """Everything that determines the memory of a rank."""
-        casts = zero_stage > 0 and self.policy_dtype != torch.float32
+        # adapters stay in float32 but for DeepSpeed, which like FSDP2 casts weights that are all trained
+        stays = strategy == "DDP" or (strategy == "FSDP2" and self.config.lora is not None)
+        casts = not stays and self.policy_dtype != torch.float32
         is_quantized = self.quantization is not None
-        has_copy = needs_copy(self.config, self.policy_dtype, self.copy_dtype, zero_stage, is_quantized)
+        has_copy = needs_copy(self.config, self.policy_dtype, self.copy_dtype, strategy in SHARDS_WEIGHTS, is_quantized)
         precision = Precision(self.policy_dtype, self.copy_dtype if has_copy else self.policy_dtype, casts)
         counts, trained_bytes = self._count(precision)
         inputs = MemoryInputs(
             counts=counts, passes=self._trace(precision, num_ranks), num_ranks=num_ranks,
-            flight=flight(self.config, num_ranks, self.share_prompts, self.device), zero_stage=zero_stage,
+            flight=flight(self.config, num_ranks, self.share_prompts, self.device), strategy=strategy,
             policy_bytes=self.policy_dtype.itemsize, trained_bytes=trained_bytes,
             copy_bytes=self.copy_dtype.itemsize if has_copy else 0,
             copy_decodes=has_copy and self.copy_dtype == self.policy_dtype, step_bytes=self._step_bytes(counts),
@@ -180,7 +193,9 @@ class Predictor:
             self._passes[precision, shape, of_reference] = trace_passes(
                 self.config, self.model_config, self.implementation, precision, shape, of_reference
             )
-        return self._passes[precision, shape, of_reference]
+        passes, size = self._passes[precision, shape, of_reference], self.config.train.sequence_parallel_size
+        # each rank of a group has a share of the tokens, and of the heads in attention
+        return replace(passes, update=passes.update // size, reference=passes.reference // size)
 
     def _largest_pack(self, num_ranks: int, larger: int) -> Shape:
         prompts, lengths, ranks = full_plan(self.config, num_ranks, self.share_prompts, larger)

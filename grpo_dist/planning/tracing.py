@@ -16,6 +16,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, AutoModelForSequenceClassification
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..config.schema import Config
 from ..model import attention
@@ -46,7 +47,7 @@ class Precision:
     policy: torch.dtype
     copy: torch.dtype
     casts_all: bool
-    """All weights of the policy have its dtype, as with DeepSpeed. Otherwise trained weights stay in float32, and
+    """All weights of the policy compute in its dtype, as with DeepSpeed. Otherwise trained weights stay in float32, and
     autocast computes with a smaller dtype."""
 
 
@@ -98,6 +99,14 @@ def count(policy: Policy) -> ModelCounts:
         quantized_bytes=sum(layer.num_bytes for layer in quantized.values()),
         persistent=sum(p.numel() for p in base if p.numel() < PERSISTENCE_THRESHOLD),
         num_layers=text.num_hidden_layers,
+        layer=max(
+            (
+                sum(p.numel() for p in module.parameters())
+                for module in policy.modules()
+                if isinstance(module, GradientCheckpointingLayer)
+            ),
+            default=0,
+        ),
         query_heads=getattr(text, "num_attention_heads", None) or 0,
         cache_width=cache_width(text),
         vocabulary=text.vocab_size,

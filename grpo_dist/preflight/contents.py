@@ -27,6 +27,7 @@ from ..model.load import (
     try_blank,
 )
 from ..model.quantization import require_quantizable
+from ..model.split_rows import require_whole_groups
 from ..rewards.pool.pool import ScorerPool
 from ..rewards.registry import BUILT_IN, answer_checks, declared_placement, episode_columns
 from ..rewards.scores import to_items
@@ -52,7 +53,7 @@ class Contents:
     sampler: Any = None
 
 
-def read_contents(config: Config, findings: Findings) -> Contents:
+def read_contents(config: Config, num_ranks: int, findings: Findings) -> Contents:
     """Read tokenizer, model config and data, and note every problem with them."""
     contents = Contents()
     unreadable = f"model.name: {config.model.name!r} given, expected a hub id or a directory that can be read: "
@@ -65,8 +66,9 @@ def read_contents(config: Config, findings: Findings) -> Contents:
     if contents.tokenizer is not None and contents.model_config is not None:
         with findings.attempt():
             check_model_config(contents.model_config, contents.tokenizer, config.max_sequence_length)
-            implementation, _ = attention_for(config.model, contents.model_config, config.max_sequence_length)
+            implementation, obstacle = attention_for(config.model, contents.model_config, config.max_sequence_length)
             require_quantizable(config, contents.model_config)
+            require_whole_groups(config, contents.model_config, num_ranks, obstacle)
             if left_out := try_blank(config.model, config.lora, contents.model_config, implementation):
                 findings.remarks.append(f"adapters: none on {left_out}")
         with findings.attempt():

@@ -61,7 +61,7 @@ def _look(options: Options, num_ranks: int | None, findings: Findings) -> None:
     config, ranks = options.config, num_ranks or max(1, torch.cuda.device_count())
     with findings.attempt():
         require_known_launch(os.environ)
-    read = contents.read_contents(config, findings)
+    read = contents.read_contents(config, ranks, findings)
     contents.describe_prompts(config, read, findings)
     contents.try_rewards(config, read, findings)
     sizes.describe_steps(config, read, ranks, findings)

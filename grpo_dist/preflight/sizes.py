@@ -8,8 +8,9 @@ import psutil
 import torch
 
 from ..config.schema import Config
+from ..distributed.launch_config import asks_for
 from ..model.quantization import kind_of, require_unsharded
-from ..planning.memory import MemoryInputs, ModelCounts, ZeroStage, memory_per_rank, peaks
+from ..planning.memory import SHARDS_WEIGHTS, MemoryInputs, ModelCounts, Strategy, memory_per_rank, peaks
 from ..planning.predict import Predictor, batch_arithmetic
 from ..rollout.room import RESERVE
 from .contents import Contents
@@ -43,13 +44,13 @@ def describe_memory(config: Config, contents: Contents, num_ranks: int, findings
     if contents.model_config is None:
         return None
     on_gpu = torch.cuda.is_available()
-    stage = zero_stage(num_ranks)
+    strategy = strategy_of_launch(num_ranks)
     with findings.attempt():
-        require_unsharded(kind_of(config.model, contents.model_config) is not None, stage)
+        require_unsharded(kind_of(config.model, contents.model_config) is not None, strategy in SHARDS_WEIGHTS)
     try:
         most_bytes = int(_gpu_bytes() * (1 - RESERVE)) if on_gpu else None
         predictor = Predictor(config, contents.model_config, "gpu" if on_gpu else "cpu", most_bytes)
-        inputs = predictor.inputs(num_ranks, stage)
+        inputs = predictor.inputs(num_ranks, strategy)
     except (ValueError, RuntimeError, LookupError, TypeError, AttributeError) as error:  # of the model's code
         if str(error) not in findings.problems:
             findings.remarks.append(f"memory and disk space cannot be predicted for {config.model.name}: {error}")
@@ -69,7 +70,7 @@ def _compare(config: Config, inputs: MemoryInputs, on_gpu: bool, findings: Findi
         room = _gpu_bytes()
     else:
         room = psutil.virtual_memory().total / int(os.environ.get("LOCAL_WORLD_SIZE", inputs.num_ranks))
-    strategy = f"ZeRO-{inputs.zero_stage}" if inputs.zero_stage else "DDP" if inputs.num_ranks > 1 else "one process"
+    strategy = "one process" if (inputs.strategy, inputs.num_ranks) == ("DDP", 1) else inputs.strategy
     memory = (f"{gib(needed)} of tensors on each rank at the peak, in the phase {phase}, with {strategy}; a rank has "
               f"{gib(room)}")  # fmt: skip
     findings.results["memory"] = [memory]
@@ -77,7 +78,8 @@ def _compare(config: Config, inputs: MemoryInputs, on_gpu: bool, findings: Findi
         findings.problems.append(
             f"memory: {memory}. Lower train.max_tokens_per_pack (now {config.train.max_tokens_per_pack}) or "
             f"rollout.max_tokens_in_flight (now {config.rollout.max_tokens_in_flight}), turn on "
-            "model.gradient_checkpointing, or use a higher ZeRO stage; `python -m grpo_dist plan` shows every part"
+            "model.gradient_checkpointing, or use a higher ZeRO stage or FSDP2; `python -m grpo_dist plan` shows every "
+            "part"
         )
 
 
@@ -85,12 +87,15 @@ def _gpu_bytes() -> int:
     return torch.cuda.get_device_properties(0).total_memory
 
 
-def zero_stage(num_ranks: int) -> ZeroStage:
-    """The ZeRO stage of the launcher. Without a launcher: the stage of launch/single_node.sh, or 0 for one rank."""
-    if "WORLD_SIZE" in os.environ:
-        used = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true"
-        return int(os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")) if used else 0  # type: ignore[return-value]
-    return 2 if num_ranks > 1 else 0
+def strategy_of_launch(num_ranks: int) -> Strategy:
+    """The strategy of the launcher. Without a launcher: that of launch/single_node.sh."""
+    if asks_for(os.environ, "ACCELERATE_USE_DEEPSPEED"):
+        return f"ZeRO-{os.environ.get('ACCELERATE_DEEPSPEED_ZERO_STAGE', '2')}"  # type: ignore[return-value]
+    if num_ranks == 1:
+        return "DDP"
+    if "WORLD_SIZE" not in os.environ:
+        return "ZeRO-2"
+    return "FSDP2" if asks_for(os.environ, "ACCELERATE_USE_FSDP") else "DDP"
 
 
 def gib(num_bytes: float) -> str:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from ..distributed.sharding import full_shape
 from ..model.attention import RowLayout
 from ..model.checks import CANNOT
 from ..model.packing import Pack
@@ -27,8 +28,7 @@ NEW_TOKENS = 5
 def example_tokens(model: nn.Module, count: int) -> Tensor:
     """Ids (count,) of different tokens, on the model's device."""
     embeddings = model.get_input_embeddings().weight
-    shape = getattr(embeddings, "ds_shape", embeddings.shape)  # ZeRO-3 leaves a sharded parameter none of its own
-    return (torch.arange(count, device=embeddings.device) * 7 + 3) % shape[0]
+    return (torch.arange(count, device=embeddings.device) * 7 + 3) % full_shape(embeddings)[0]
 
 
 @torch.no_grad()
@@ -118,7 +118,9 @@ def probe_pack(model: nn.Module, shared_prompts: bool) -> Pack:
     layout = RowLayout([(PROMPT, [NEW_TOKENS])]).to(ids.device) if shared_prompts else None
     own = places[:NEW_TOKENS]
     owner = torch.where(places < PROMPT, -1, 0)
-    return Pack(ids, places, places[PROMPT - 1 : -1], ids[PROMPT:], own, torch.zeros_like(own), owner, layout)
+    return Pack(
+        ids, places, places[PROMPT - 1 : -1], ids[PROMPT:], own, torch.zeros_like(own), owner, layout, useful=len(ids)
+    )
 
 
 @torch.no_grad()

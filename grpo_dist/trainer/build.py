@@ -38,6 +38,7 @@ from ..model.load import (
     try_blank,
 )
 from ..model.quantization import require_quantizable
+from ..model.split_rows import require_whole_groups
 from ..monitoring.console import Display
 from ..monitoring.machine import record_start, versions
 from ..monitoring.recorder import Recorder
@@ -104,7 +105,7 @@ def build(config: Config) -> tuple[Parts, TrainState]:
     except (ValueError, OSError, checkpoint.DamagedCheckpoint) as error:
         Rendezvous.fail_before(error)
         raise UserError(str(error)) from error
-    ranks = Ranks(resolve_dtype(config.model.dtype), config.optim)
+    ranks = Ranks(resolve_dtype(config.model.dtype), config.optim, config.train.sequence_parallel_size)
     _log_on_main(is_main, others=logging.WARNING)
     data = _agree_on_data(ranks, data, resume_from, host)
     config = data.config
@@ -173,8 +174,9 @@ def _load_data(config: Config, resume_from: Path | None, host: EnvironmentHost |
     config = with_template_date(config, tokenizer, resume_from)
     model_config = load_model_config(config.model)
     check_model_config(model_config, tokenizer, config.max_sequence_length)
-    implementation, _ = attention_for(config.model, model_config, config.max_sequence_length)
+    implementation, obstacle = attention_for(config.model, model_config, config.max_sequence_length)
     require_quantizable(config, model_config)
+    require_whole_groups(config, model_config, int(os.environ.get("WORLD_SIZE", "1")), obstacle)
     if left_out := try_blank(config.model, config.lora, model_config, implementation):
         log.info("adapters: none on %s", left_out)
     checks = answer_checks(config.rewards) if config.data.answer_column else []

@@ -15,12 +15,14 @@ from ..config.schema import Config, RolloutConfig
 from ..distributed.deepspeed import unsharded_loading
 from ..distributed.optimizer_state import OptimizerState
 from ..distributed.ranks import Ranks, resolve_dtype
+from ..model.checks import UnfitModel
 from ..model.critic import parameter_groups
 from ..model.load import attention_for, load_causal_lm, load_policy, trainable
 from ..model.policy import Policy
 from ..model.quantization import describe, kind_of, require_unsharded
 from ..model.reference import AdaptersOff, FrozenCopy, Reference, needs_copy
 from ..model.rollout_weights import RolloutModel
+from ..model.split_rows import require_whole_groups
 from ..rollout import Engine
 from ..rollout.choose import make_engine
 from ..rollout.own_attention import require_no_noise, settle_attention
@@ -36,7 +38,7 @@ class Models:
 
     policy: Policy
     wrapped: Any
-    """The policy as DDP or DeepSpeed wraps it: the one to call."""
+    """The policy as the strategy wraps it: the one to call."""
     optimizer: Any
     optimizer_state: OptimizerState
     reference: Reference | None
@@ -53,10 +55,10 @@ def load_models(
     """Load and try them; a collective. Raises UnfitModel and UnfitEngine where they cannot be trained or decode."""
     dtype = resolve_dtype(config.model.dtype)
     kind = kind_of(config.model, model_config)
-    require_unsharded(kind is not None, ranks.strategy.zero_stage)
+    require_unsharded(kind is not None, ranks.strategy.shards_weights)
     implementation, obstacle = attention_for(config.model, model_config, config.max_sequence_length)
     policy = load_policy(config.model, config.lora, dtype, implementation, config.rollout.temperature,
-                         config.train.seed, device=None if ranks.strategy.zero_stage == 3 else ranks.device,
+                         config.train.seed, device=None if ranks.strategy.shards_weights else ranks.device,
                          has_critic=config.advantage.baseline == "critic",
                          entropy_gradient=config.loss.entropy_coeff > 0)  # fmt: skip
     if kind is not None:
@@ -79,6 +81,10 @@ def load_models(
         models = [policy.causal_lm, *([reference.policy.causal_lm] if reference else []), model]
         obstacle = settle_attention(models, implementation, obstacle, config.model.attn_implementation != "auto",
                                     ranks.gather_objects)  # fmt: skip
+    try:
+        require_whole_groups(config, model_config, ranks.num_ranks, obstacle)
+    except ValueError as error:
+        raise UnfitModel(str(error)) from error
     share_prompts = obstacle is None
     require_no_noise(wrapped, policy, share_prompts, ranks.gather_objects)
     saved = {} if resume_from is None else checkpoint.load_meta(resume_from)
@@ -111,7 +117,7 @@ def _load_reference(
     copy_dtype = resolve_dtype(config.reference.dtype)
     if not has_reference(config):
         return None
-    if not needs_copy(config, dtype, copy_dtype, ranks.strategy.zero_stage, is_quantized):
+    if not needs_copy(config, dtype, copy_dtype, ranks.strategy.shards_weights, is_quantized):
         return AdaptersOff(wrapped, policy)
     with unsharded_loading():
         copy = load_causal_lm(config.model, copy_dtype, implementation, ranks.device)

@@ -15,6 +15,7 @@ from ..config.schema import Config
 from ..distributed.transfer import to_device
 from ..model.packing import Pack, make_pack, plan
 from ..model.reference import REFERENCE_PACK
+from ..model.split_rows import split_pack
 from ..types import Batch, OldPolicy
 from .parts import Parts
 
@@ -129,10 +130,14 @@ def with_old_policy(parts: Parts, batch: Batch, minibatches: list[Minibatch]) ->
 
 
 def _own_packs(parts: Parts, batch: Batch, needed: Tensor, max_tokens: int) -> Iterator[Pack]:
-    """This rank's packs of the `needed` (N,) completions, on the CPU, as many as every other rank's."""
+    """This rank's packs of the `needed` (N,) completions, or its tokens of them, on the CPU, as many as every other
+    rank's."""
+    group = parts.ranks.row_group
     plans = plan(
         [len(prompt.ids) for prompt in batch.prompts], batch.group.tolist(), batch.row_lengths.tolist(),
-        needed.tolist(), max_tokens=max_tokens, num_ranks=parts.ranks.num_ranks, share_prompts=parts.share_prompts,
+        needed.tolist(), max_tokens=max_tokens, num_ranks=parts.ranks.num_ranks // group.size,
+        share_prompts=parts.share_prompts,
     )  # fmt: skip
-    for pieces in plans[parts.ranks.rank]:
-        yield make_pack(batch, pieces, share_prompts=parts.share_prompts)
+    for pieces in plans[group.number]:
+        pack = make_pack(batch, pieces, share_prompts=parts.share_prompts)
+        yield pack if group.size == 1 else split_pack(pack, group)

@@ -77,13 +77,15 @@ def test_groups_without_signal_come_to_have_some(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[] if name in ("critic", "dynamic") else pytest.mark.slow) for name in CASES]
-)
-def test_ranks_do_not_matter(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ("name", "strategy"),
+    [*(pytest.param(name, "zero3", marks=[] if name in ("critic", "dynamic") else pytest.mark.slow) for name in CASES),
+     pytest.param("critic", "fsdp2", marks=pytest.mark.slow)],
+)  # fmt: skip
+def test_ranks_do_not_matter(name: str, strategy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "own.py").write_text(TOKEN_REWARD)
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{ROOT}")
     one = train(None, 1, tmp_path / "one", *CASES[name])
-    three = train("zero3", 3, tmp_path / "three", *CASES[name])
+    three = train(strategy, 3, tmp_path / "three", *CASES[name])
     assert [row["completion"] for row in completions(three)] == [row["completion"] for row in completions(one)]
     assert [row["reward"] for row in completions(three)] == [row["reward"] for row in completions(one)]
     assert relative_difference(adapters(one), adapters(three)) <= 1e-5

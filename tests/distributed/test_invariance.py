@@ -1,4 +1,4 @@
-"""Promise 1: the number of ranks and the ZeRO stage change neither the tokens that are drawn nor what is learned."""
+"""Promise 1: the number of ranks and the strategy change neither the tokens that are drawn nor what is learned."""
 
 from __future__ import annotations
 
@@ -8,8 +8,11 @@ import pytest
 from launching import adapters, completions, merged_equals_adapter, metrics, relative_difference, train
 from safetensors.torch import load_file
 
+from grpo_dist.model.toy import toy_path
+
 SELDOM = [("cpu", 1), ("zero1", 2), ("zero3", 2), ("zero3_offload", 2)]
-VARIANTS = [("ddp", 2), ("zero2", 2), ("zero3", 3), *(pytest.param(*each, marks=pytest.mark.slow) for each in SELDOM)]
+VARIANTS = [("ddp", 2), ("zero2", 2), ("zero3", 3), ("fsdp2_cpu", 2),
+            *(pytest.param(*each, marks=pytest.mark.slow) for each in SELDOM)]  # fmt: skip
 COMPARING = '[{name: math}, {name: "tests.distributed.comparing:shortest", weight: 0.5}]'
 KL = ("--loss.kl_coeff", "0.04", "--rewards", COMPARING)
 
@@ -58,7 +61,20 @@ def test_first_step(one_process: Path) -> None:
     [
         ("zero3", 2, ("--reference.placement", "shared")),
         pytest.param("zero3", 2, ("--model.gradient_checkpointing", "true"), marks=pytest.mark.slow),
+        pytest.param(
+            "fsdp2",
+            3,
+            ("--reference.placement", "shared", "--model.gradient_checkpointing", "true"),
+            marks=pytest.mark.slow,
+        ),
         ("zero2", 2, ("--train.max_tokens_per_pack", "80")),
+        ("ddp", 2, ("--train.sequence_parallel_size", "2", "--train.max_tokens_per_pack", "80")),
+        pytest.param(
+            "fsdp2",
+            4,
+            ("--train.sequence_parallel_size", "2", "--model.gradient_checkpointing", "true"),
+            marks=pytest.mark.slow,
+        ),
         pytest.param("ddp", 2, ("--model.attn_implementation", "sdpa"), marks=pytest.mark.quick),
         ("zero2", 2, ("--rollout.engine", "paged")),
     ],
@@ -85,6 +101,21 @@ def test_other_objectives(arguments: tuple[str, ...], tmp_path: Path) -> None:
     assert relative_difference(adapters(one), adapters(three)) <= 1e-5
 
 
+@pytest.mark.parametrize(
+    ("strategy", "num_processes"), [("fsdp2", 3), pytest.param("zero3", 3, marks=pytest.mark.slow)]
+)
+def test_all_weights(strategy: str, num_processes: int, tmp_path: Path) -> None:
+    arguments = ("--lora", "null", "--train.num_train_steps", "2", "--optim.learning_rate", "1e-4", *KL)
+    one = train(None, 1, tmp_path / "one", *arguments)
+    other = train(strategy, num_processes, tmp_path / "other", *arguments)
+    assert [row["completion"] for row in completions(other)] == [row["completion"] for row in completions(one)]
+    base = load_file(toy_path() / "model.safetensors")
+    learned = [{name: tensor - base[name] for name, tensor in load_file(run / "final" / "model.safetensors").items()}
+               for run in (one, other)]  # fmt: skip
+    assert all(float(tensor.norm()) > 0 for tensor in learned[0].values())
+    assert relative_difference(*learned) <= 1e-3
+
+
 @pytest.fixture(scope="module")
 def with_dropout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One process whose adapters have dropout."""
@@ -99,6 +130,7 @@ DROPOUT = (*KL, "--lora.dropout", "0.1", "--train.updates_per_batch", "2", "--tr
     [
         ("ddp", 2, ("--train.max_tokens_per_pack", "80", "--model.gradient_checkpointing", "true")),
         ("zero3", 2, ()),
+        pytest.param("fsdp2", 2, (), marks=pytest.mark.slow),
         pytest.param("zero2", 3, ("--model.attn_implementation", "sdpa"), marks=pytest.mark.slow),
     ],
 )
@@ -129,6 +161,7 @@ def in_bfloat16(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pytest.param("ddp", 1e-6, marks=pytest.mark.slow),
         pytest.param("zero1", 1e-6, marks=pytest.mark.slow),
         ("zero3", 5e-3),
+        ("fsdp2", 1e-6),
     ],
 )
 def test_packs_and_ranks_are_summed_in_float32(strategy: str, most: float, in_bfloat16: Path, tmp_path: Path) -> None:

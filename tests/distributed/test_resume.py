@@ -40,7 +40,7 @@ def kill_after(steps: int, strategy: str | None, num_processes: int, directory: 
 
 
 @pytest.mark.parametrize(
-    ("strategy", "num_processes"), [pytest.param("zero2", 2, marks=pytest.mark.slow), ("zero3", 2)]
+    ("strategy", "num_processes"), [pytest.param("zero2", 2, marks=pytest.mark.slow), ("zero3", 2), ("fsdp2", 2)]
 )
 def test_killed_and_started_again(strategy: str, num_processes: int, tmp_path: Path) -> None:
     undisturbed = train(strategy, num_processes, tmp_path / "undisturbed", *EACH)
@@ -56,7 +56,11 @@ def test_killed_and_started_again(strategy: str, num_processes: int, tmp_path: P
 
 Shape = tuple[str | None, int]
 SHAPES: list[tuple[Shape, Shape]] = [
+    (("fsdp2", 2), ("zero3", 3)),
+    (("zero2", 2), ("fsdp2", 3)),
     (("zero2", 2), ("zero3", 3)),
+    (("fsdp2", 3), (None, 1)),
+    (("ddp", 2), ("fsdp2", 2)),
     ((None, 1), ("ddp", 2)),
     (("ddp", 2), (None, 1)),
     (("ddp", 2), ("zero2", 2)),

@@ -8,7 +8,12 @@ from typing import Any
 
 import pytest
 
-from grpo_dist.distributed.launch_config import require_known_launch, set_aside_precision, settle_deepspeed
+from grpo_dist.distributed.launch_config import (
+    require_known_launch,
+    set_aside_fsdp,
+    set_aside_precision,
+    settle_deepspeed,
+)
 
 pytestmark = pytest.mark.quick
 
@@ -69,7 +74,32 @@ def test_a_file_that_is_missing_or_contradicted_is_refused(tmp_path: Path) -> No
         require_known_launch(launched(tmp_path, STAGE, ACCELERATE_CONFIG_DS_FIELDS="deepspeed_config_file,zero_stage"))
 
 
-@pytest.mark.parametrize("variable", ["ACCELERATE_USE_FSDP", "ACCELERATE_USE_MEGATRON_LM"])
+FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_OFFLOAD_PARAMS": "false"}
+"""What the launcher sets for accelerate_configs/fsdp2.yaml, among others."""
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [({"FSDP_VERSION": "1"}, "fsdp_version 1 given, expected 2"),
+     ({"FSDP_OFFLOAD_PARAMS": "true"}, "fsdp_offload_params true given, expected false")],
+)  # fmt: skip
+def test_fsdp_is_taken_in_its_second_version_on_one_device(entries: dict[str, str], message: str) -> None:
+    require_known_launch(FSDP2)
+    with pytest.raises(ValueError, match=f"launch config: {message}"):
+        require_known_launch(FSDP2 | entries)
+
+
+def test_entries_of_fsdp_config_that_the_run_decides_are_set_aside_with_a_line_each() -> None:
+    defaults = {"FSDP_RESHARD_AFTER_FORWARD": "true", "FSDP_ACTIVATION_CHECKPOINTING": "false",
+                "FSDP_CPU_RAM_EFFICIENT_LOADING": "true", "FSDP_AUTO_WRAP_POLICY": "NO_WRAP"}  # fmt: skip
+    assert set_aside_fsdp(FSDP2 | defaults) == []
+    others = {"FSDP_RESHARD_AFTER_FORWARD": "false", "FSDP_ACTIVATION_CHECKPOINTING": "true",
+              "FSDP_IGNORED_MODULES": "lm_head"}  # fmt: skip
+    lines = set_aside_fsdp(FSDP2 | others)
+    assert len(lines) == 3 and all("launch config: fsdp_" in line and "is set aside: " in line for line in lines)
+
+
+@pytest.mark.parametrize("variable", ["ACCELERATE_USE_PARALLELISM_CONFIG", "ACCELERATE_USE_MEGATRON_LM"])
 def test_engines_the_trainer_does_not_run_under_are_refused(variable: str) -> None:
     with pytest.raises(ValueError, match="expected one process, DDP"):
         require_known_launch({variable: "true"})

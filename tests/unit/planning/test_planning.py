@@ -31,15 +31,25 @@ from grpo_dist.model.load import load_model_config, load_policy, trainable
 from grpo_dist.model.reference import needs_copy
 from grpo_dist.planning.advice import largest_peak, make_fit
 from grpo_dist.planning.live import LiveBytes
-from grpo_dist.planning.memory import Flight, MemoryInputs, ModelCounts, Passes, memory_per_rank, peaks, slots_held
+from grpo_dist.planning.memory import (
+    SHARDS_WEIGHTS,
+    STRATEGIES,
+    Flight,
+    MemoryInputs,
+    ModelCounts,
+    Passes,
+    memory_per_rank,
+    peaks,
+    slots_held,
+)
 from grpo_dist.planning.predict import Device, Predictor, batch_arithmetic, flight
 from grpo_dist.planning.tracing import Precision, build_policy, count, example_pack
 from grpo_dist.rollout.native.cache import SLOT_CHUNK, DecodeState, PrefillLayout
 
 COUNTS = ModelCounts(parameters=1_000_003, adapters=50_001, adapted=800_000, joined=200_000, persistent=4_003,
-                     num_layers=3, cache_width=128, query_heads=8, vocabulary=500)  # fmt: skip
+                     num_layers=3, layer=290_000, cache_width=128, query_heads=8, vocabulary=500)  # fmt: skip
 INPUTS = MemoryInputs(COUNTS, Passes(700_000, 300_000, 1_000, 8.0), Flight(4, 32, 100, 64, True, 150), num_ranks=3,
-                      zero_stage=0, policy_bytes=2, trained_bytes=4, copy_bytes=2, copy_decodes=True)  # fmt: skip
+                      strategy="DDP", policy_bytes=2, trained_bytes=4, copy_bytes=2, copy_decodes=True)  # fmt: skip
 
 
 def config_of(**changes: Any) -> Config:
@@ -56,21 +66,25 @@ def named(inputs: MemoryInputs) -> dict[str, int]:
     return {part.name: part.num_bytes for part in memory_per_rank(inputs)}
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_shards_of_all_ranks_add_up(stage: Any) -> None:
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_shards_of_all_ranks_add_up(strategy: Any) -> None:
     """Sharded parts add up over the ranks to all weights; every rank has the others."""
-    parts = named(replace(INPUTS, zero_stage=stage))
+    parts = named(replace(INPUTS, strategy=strategy))
     total = COUNTS.parameters * 2
     rounding = 3 * 2
-    if stage == 3:
-        every_rank = COUNTS.persistent * 2
+    if strategy in SHARDS_WEIGHTS:
+        every_rank = COUNTS.persistent * 2 if strategy == "ZeRO-3" else 0
         assert abs(3 * (parts["frozen weights"] - every_rank) - (total - every_rank)) <= rounding
-        assert parts["gathered weights"] == total - every_rank
+        # FSDP2 frees a layer of three before the last is there
+        gathered = {"ZeRO-3": total - every_rank, "FSDP2": total + 2 * (COUNTS.adapters - COUNTS.layer)}
+        assert parts["gathered weights"] == gathered[strategy]
     else:
         assert parts["frozen weights"] == total
-    moments, master = 8, 4
-    states = parts["optimizer"] * (3 if stage else 1)
-    assert 0 <= states - COUNTS.adapters * (moments + (master if stage else 0)) <= 3 * 12
+    moments, master = 8, 4 if strategy.startswith("ZeRO") else 0
+    states = parts["optimizer"] * (1 if strategy == "DDP" else 3)
+    assert 0 <= states - COUNTS.adapters * (moments + master) <= 3 * 12
+    if strategy == "FSDP2":
+        assert 0 <= 3 * parts["adapters"] - 4 * COUNTS.adapters <= 3 * 4 and parts["gradients"] == parts["adapters"]
     assert parts["frozen copy"] == total and not {"rollout weights", "gathered policy"} & set(parts)
 
 
@@ -86,41 +100,43 @@ def test_peaks_are_sums_of_parts() -> None:
 
 def test_where_servers_draw_a_rank_has_no_cache() -> None:
     served = config_of(rollout=RolloutConfig(engine="vllm", vllm=VllmConfig(urls=["http://localhost:8000"])))
-    own, others = (Predictor(config, load_model_config(config.model), "cpu").parts(1, 0)
+    own, others = (Predictor(config, load_model_config(config.model), "cpu").parts(1, "DDP")
                    for config in (config_of(), served))  # fmt: skip
     assert [part for part in own if part.phase == "rollout"]
     assert [part.name for part in others] == [part.name for part in own if part.phase != "rollout"]
 
 
 def test_a_shared_reference_has_no_copy() -> None:
-    parts = named(replace(INPUTS, copy_bytes=0, copy_decodes=False, zero_stage=3))
-    assert not {"frozen copy", "rollout weights"} & set(parts)
-    assert parts["gathered policy"] == (COUNTS.parameters - COUNTS.persistent) * 2
+    for strategy, whole in (("ZeRO-3", COUNTS.persistent), ("FSDP2", 0)):
+        parts = named(replace(INPUTS, copy_bytes=0, copy_decodes=False, strategy=strategy))
+        assert not {"frozen copy", "rollout weights"} & set(parts)
+        assert parts["gathered policy"] == (COUNTS.parameters - whole) * 2
 
 
 @pytest.mark.parametrize(
-    ("stage", "trained_bytes", "expected"), [(0, 2, 0), (2, 2, 0), (0, 4, 2), (2, 4, 2), (3, 2, 2)]
+    ("strategy", "trained_bytes", "expected"),
+    [("DDP", 2, 0), ("ZeRO-2", 2, 0), ("DDP", 4, 2), ("ZeRO-2", 4, 2), ("ZeRO-3", 2, 2), ("FSDP2", 2, 2)],
 )
-def test_weights_that_are_all_trained_decode_where_they_can(stage: Any, trained_bytes: int, expected: int) -> None:
+def test_weights_that_are_all_trained_decode_where_they_can(strategy: Any, trained_bytes: int, expected: int) -> None:
     full = replace(COUNTS, adapters=0, adapted=0)
-    parts = named(replace(INPUTS, counts=full, zero_stage=stage, trained_bytes=trained_bytes))
+    parts = named(replace(INPUTS, counts=full, strategy=strategy, trained_bytes=trained_bytes))
     assert parts.get("rollout weights", 0) == expected * COUNTS.parameters and "gathered policy" not in parts
 
 
 @pytest.mark.parametrize(
     ("lora", "options", "copies"),
-    [(LoraConfig(), {}, (False, False, True)), (LoraConfig(), {"dtype": "float16"}, (True, True, True)),
-     (LoraConfig(), {"placement": "shared"}, (False, False, False)), (None, {}, (True, True, True))],
+    [(LoraConfig(), {}, (False, True)), (LoraConfig(), {"dtype": "float16"}, (True, True)),
+     (LoraConfig(), {"placement": "shared"}, (False, False)), (None, {}, (True, True))],
     ids=["same", "other-dtype", "shared", "full"],
 )  # fmt: skip
 def test_a_copy_is_counted_where_a_run_has_one(
     lora: LoraConfig | None, options: dict[str, Any], copies: tuple[bool, ...]
 ) -> None:
-    """Policy and copy in bfloat16 as on a GPU, under DDP, ZeRO-2 and ZeRO-3; never where nothing needs a reference."""
+    """Policy and copy in bfloat16 as on a GPU, whole and sharded; never where nothing needs a reference."""
     config = config_of(lora=lora, reference=ReferenceConfig(**options), loss=LossConfig(kl_coeff=0.04))
     dtypes = torch.bfloat16, DTYPES[config.reference.dtype]
-    assert tuple(needs_copy(config, *dtypes, stage) for stage in (0, 2, 3)) == copies
-    assert not needs_copy(replace(config, loss=LossConfig(kl_coeff=0.0)), *dtypes, 3)
+    assert tuple(needs_copy(config, *dtypes, shards, False) for shards in (False, True)) == copies
+    assert not needs_copy(replace(config, loss=LossConfig(kl_coeff=0.0)), *dtypes, True, False)
 
 
 def test_seven_billion_weights_lie_on_a_gpu_once() -> None:
@@ -129,8 +145,8 @@ def test_seven_billion_weights_lie_on_a_gpu_once() -> None:
                                num_attention_heads=28, num_key_value_heads=4, tie_word_embeddings=False)  # fmt: skip
     precision = Precision(torch.bfloat16, torch.bfloat16, False)
     counts = count(build_policy(config_of(lora=LoraConfig()), model_config, attention.NAME, precision))
-    for stage in (0, 1, 2):
-        parts = memory_per_rank(replace(INPUTS, counts=counts, zero_stage=stage, copy_bytes=0, copy_decodes=False))
+    for strategy in ("DDP", "ZeRO-1", "ZeRO-2"):
+        parts = memory_per_rank(replace(INPUTS, counts=counts, strategy=strategy, copy_bytes=0, copy_decodes=False))
         always = {part.name: part.num_bytes / 2**30 for part in parts if part.phase == "always"}
         assert always["frozen weights"] == pytest.approx(14.2, abs=0.05) and sum(always.values()) < 15.5
 
@@ -180,7 +196,7 @@ def test_counts_are_those_of_the_loaded_model() -> None:
 def test_a_traced_pass_holds_what_the_real_one_does(checkpointing: bool, lora: LoraConfig | None) -> None:
     model = ModelConfig(gradient_checkpointing=checkpointing)
     config = config_of(model=model, lora=lora, reference=ReferenceConfig(dtype="float32"))
-    predicted = Predictor(config, load_model_config(model), "cpu").inputs(2, 0).passes
+    predicted = Predictor(config, load_model_config(model), "cpu").inputs(2, "DDP").passes
     policy = load_policy(model, lora, torch.float32, attention.NAME, 1.0, 0)
     policy.train().fused_head = True
     pack = example_pack(((40, (24,) * 4),) * 2, True)
@@ -241,13 +257,13 @@ def test_auto_takes_what_a_gpu_has_left() -> None:
     """All at once where memory is not known or large enough; else what fits, and at least one sequence."""
     config = config_of(rollout=RolloutConfig(group_size=4, max_completion_length=24))
     model_config = load_model_config(config.model)
-    everything = Predictor(config, model_config, "gpu").inputs(1, 0)
+    everything = Predictor(config, model_config, "gpu").inputs(1, "DDP")
     assert everything.flight.rows == 4 * config.train.batch_size
     always = sum(part.num_bytes for part in memory_per_rank(everything) if part.phase == "always")
-    rows = {most: Predictor(config, model_config, "gpu", always + most).inputs(1, 0).flight.rows
+    rows = {most: Predictor(config, model_config, "gpu", always + most).inputs(1, "DDP").flight.rows
             for most in (1 << 40, 1 << 20, 0)}  # fmt: skip
     assert rows[1 << 40] == everything.flight.rows > rows[1 << 20] > rows[0] == 1
-    assert Predictor(config, model_config, "cpu", always).inputs(1, 0).flight.rows == everything.flight.rows
+    assert Predictor(config, model_config, "cpu", always).inputs(1, "DDP").flight.rows == everything.flight.rows
 
 
 def test_a_reward_model_lies_on_the_gpu_too(tmp_path: Path) -> None:
@@ -259,9 +275,9 @@ def test_a_reward_model_lies_on_the_gpu_too(tmp_path: Path) -> None:
     for dtype, itemsize in ({}, 4), ({"dtype": "bfloat16"}, 2):
         config = config_of(rewards=[RewardConfig(name="reward_model", args={"model": str(tmp_path)} | dtype)])
         model_config = load_model_config(config.model)
-        parts = named(Predictor(config, model_config, "gpu").inputs(1, 0))
+        parts = named(Predictor(config, model_config, "gpu").inputs(1, "DDP"))
         assert parts["reward models"] == size * itemsize
-    assert "reward models" not in named(Predictor(config, model_config, "cpu").inputs(1, 0))
+    assert "reward models" not in named(Predictor(config, model_config, "cpu").inputs(1, "DDP"))
 
 
 # --- the verb -------------------------------------------------------------------------------------------------------
@@ -288,11 +304,11 @@ def test_ranks_are_read() -> None:
 def test_advice_makes_it_fit_or_says_that_nothing_does() -> None:
     model_config = load_model_config(ModelConfig())
     config = config_of(train=TrainConfig(batch_size=12, max_tokens_per_pack=1000))
-    _, needed = largest_peak(Predictor(config, model_config, "cpu"), 2, 2)
-    changes, left = make_fit(config, model_config, "cpu", 2, 2, needed // 2)
+    _, needed = largest_peak(Predictor(config, model_config, "cpu"), 2, "ZeRO-2")
+    changes, left = make_fit(config, model_config, "cpu", 2, "ZeRO-2", needed // 2)
     assert left <= needed // 2 and changes == ["--train.max_tokens_per_pack 250"]
     least = config_of(train=TrainConfig(batch_size=2, max_tokens_per_pack=64))
-    changes, left = make_fit(least, model_config, "cpu", 2, 2, 1000)
+    changes, left = make_fit(least, model_config, "cpu", 2, "ZeRO-2", 1000)
     assert left > 1000 and "--model.gradient_checkpointing true" in changes
     assert len({change.split()[0] for change in changes}) == len(changes)
 

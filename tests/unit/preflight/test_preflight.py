@@ -201,7 +201,7 @@ def test_a_tracker_that_answers_and_one_that_does_not(monkeypatch: pytest.Monkey
 def test_what_would_be_resumed(data: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = tmp_path / "runs" / "new" / "checkpoints"
     config = read_options(data[1:]).config
-    contents = read_contents(config, Findings())
+    contents = read_contents(config, 1, Findings())
     meta = TrainState(7, config.loss.kl_coeff, contents.sampler).meta() | {
         "identity": identity(config, contents.model_config, contents.prompts), "config": {}, "versions": {},
     }  # fmt: skip
