@@ -52,9 +52,9 @@ nats, and the KL from the reference was 0 before the first update. If completion
 of one completion a row with the model's own attention, within a thousandth. `check` refuses the same types as this
 page.
 
-The tiny models have the type's defaults for sliding windows and other choices of a config. Completions longer than a
-window are computed one a row ([architecture.md](architecture.md)). Vision and audio towers of a model are not
-trained.
+The tiny models have the type's defaults for sliding windows and other choices of a config. Sequences longer than a
+window are computed in packs as well, and decoded through the model's own modules
+([architecture.md](architecture.md)). Vision and audio towers of a model are not trained.
 
 ## Trained: {packed} in packs, {rows} one completion a row
 

@@ -50,6 +50,7 @@ from .model.load import (
     load_causal_lm,
     load_model_config,
     load_tokenizer,
+    short_window,
 )
 from .monitoring.console import set_up_logging
 from .monitoring.metrics import is_right
@@ -180,14 +181,16 @@ class Evaluation:
         with unsharded_loading():
             model = load_causal_lm(config.model, dtype, implementation, ranks.device).eval()
         ranks.wait_at("loaded the model")  # a download may take longer than a collective of the start waits
+        window = short_window(self.model_config, config.max_sequence_length)
         obstacle = settle_attention([model], implementation, obstacle, config.model.attn_implementation != "auto",
-                                    ranks.gather_objects)  # fmt: skip
+                                    ranks.gather_objects, window)  # fmt: skip
         weights = LoadedModel(model)
         if config.rollout.engine == "vllm":
             self.engine = make_vllm_engine(self._served(), ranks, weights, None, self.end_ids, 0)
             self.engine.update_weights()  # the probe
         else:
-            self.engine = make_engine(weights, obstacle, self.end_ids, config.rollout, ranks.gather_objects)
+            self.engine = make_engine(weights, obstacle, self.end_ids, config.rollout, ranks.gather_objects,
+                                      window=window)  # fmt: skip
 
     def _served(self) -> Config:
         """The config for servers of the model as it is, whose files are the evaluation's."""

@@ -36,7 +36,7 @@ from .trainer.ahead import drawn_ahead
 from .trainer.collect import collect, with_reference
 from .trainer.ending import main
 from .trainer.evaluation import evaluate
-from .trainer.packs import Minibatch, pack_minibatches, remaining_minibatches, tokens_of, with_old_policy
+from .trainer.packs import Minibatch, on_device, pack_minibatches, remaining_minibatches, with_old_policy
 from .trainer.parts import Parts
 from .trainer.record import is_due, record, write
 from .trainer.saving import save_checkpoint, save_model
@@ -88,8 +88,7 @@ def update(parts: Parts, state: TrainState, batch: Batch, minibatch: Minibatch) 
     for number, cpu_pack in enumerate(minibatch.packs, 1):
         is_last = number == len(minibatch.packs)
         parts.ranks.stop_if_any(parts.watch.requested)
-        pack = cpu_pack.to(parts.ranks.device)
-        tokens = tokens_of(config, batch, minibatch, cpu_pack, parts.ranks.device)
+        pack, tokens = on_device(config, batch, minibatch, cpu_pack, parts.ranks.device)
         with parts.ranks.no_sync(parts.wrapped, unless=is_last):
             logprobs, entropies, values = parts.wrapped(pack, dropout_key)
             old = logprobs.detach() if tokens.old is None else tokens.old

@@ -37,10 +37,11 @@ def kl_estimate(logprobs: Tensor, reference: Tensor, sequence: Tensor, estimator
 
 
 def sequence_sums(values: Tensor, sequence: Tensor) -> tuple[Tensor, Tensor]:
-    """Sum of `values` (M,) over each completion, and the completions' lengths: both (completions,)."""
-    num_sequences = int(sequence.max()) + 1 if len(sequence) else 0
-    zeros = values.new_zeros(num_sequences)
-    return zeros.index_add(0, sequence, values), zeros.index_add(0, sequence, torch.ones_like(values))
+    """Sum of `values` (M,) over each completion, and the completions' lengths: both (M,), where those of completion n
+    are at place n. Places without a completion have the sum 0 and the length 1: a GPU need not tell their number."""
+    zeros = torch.zeros_like(values)
+    lengths = zeros.index_add(0, sequence, torch.ones_like(values))
+    return zeros.index_add(0, sequence, values), lengths.clamp(min=1)
 
 
 def adapted_coefficient(coefficient: float, kl: float, target: float) -> float:

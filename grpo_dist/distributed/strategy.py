@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -84,11 +85,11 @@ class Replicated:
     def step(self, wrapped: Any, optimizer: Any) -> float:
         """See `Strategy`."""
         trainable = [p for p in wrapped.parameters() if p.requires_grad]
-        norm = torch.nn.utils.clip_grad_norm_(trainable, self._max_grad_norm)
-        if bool(torch.isfinite(norm)):
+        norm = float(torch.nn.utils.clip_grad_norm_(trainable, self._max_grad_norm))
+        if math.isfinite(norm):
             optimizer.step()
         optimizer.zero_grad()
-        return float(norm)
+        return norm
 
     def adam(self, optimizer: Any) -> torch.optim.Optimizer:
         """See `Strategy`."""

@@ -7,12 +7,18 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+ALIGNMENT = 16
+"""Bytes of a joint copy at multiples of which its tensors begin: kernels read as many at once."""
+
 
 def to_device(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
-    """Tensors of one dtype on `device`. To a GPU they go in one copy from pinned memory, and the host does not wait."""
-    assert len({tensor.dtype for tensor in tensors}) <= 1, "one copy has one dtype"
+    """The tensors on `device`. To a GPU they go in one copy from pinned memory, and the host does not wait."""
     if device.type != "cuda":
         return [tensor.to(device) for tensor in tensors]
-    joined = torch.cat([tensor.flatten() for tensor in tensors]).pin_memory().to(device, non_blocking=True)
-    parts = joined.split([tensor.numel() for tensor in tensors])
-    return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
+    sizes = [-(-tensor.nbytes // ALIGNMENT) * ALIGNMENT for tensor in tensors]
+    joined = torch.zeros(sum(sizes), dtype=torch.uint8)
+    for part, tensor in zip(joined.split(sizes), tensors, strict=True):
+        part[: tensor.nbytes] = tensor.contiguous().view(-1).view(torch.uint8)
+    parts = joined.pin_memory().to(device, non_blocking=True).split(sizes)
+    return [part[: tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+            for part, tensor in zip(parts, tensors, strict=True)]  # fmt: skip

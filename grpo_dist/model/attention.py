@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, Protocol
 
 import torch
@@ -19,7 +18,16 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
-from .shared_prefix import Segments, can_use_flash, segments, shared_prefix_attention
+from ..distributed.transfer import to_device
+from .shared_prefix import (
+    Segments,
+    Window,
+    can_use_flash,
+    segments,
+    shared_prefix_attention,
+    window_attention,
+    window_of,
+)
 
 NAME = "grpo_dist"
 """The name of this attention in transformers."""
@@ -31,8 +39,11 @@ BLOCK = 256
 class Layout(Protocol):
     """Which tokens attend to which in a row."""
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
-        """Attention of one layer: `query` (1, Hq, T, D), `key` and `value` (1, Hk, T, D) to (1, T, Hq, D)."""
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None, window: int | None = None
+    ) -> Tensor:
+        """Attention of one layer: `query` (1, Hq, T, D), `key` and `value` (1, Hk, T, D) to (1, T, Hq, D). With a
+        `window` a query sees only so many of the newest positions of its sequence, its own included."""
 
 
 class PackLayout(Layout, Protocol):
@@ -42,20 +53,20 @@ class PackLayout(Layout, Protocol):
     def pieces(self) -> Sequence[tuple[int, list[int]]]:
         """Of the whole row: prompt length, completion lengths."""
 
-    def to(self, device: torch.device) -> PackLayout:
-        """The layout with its tensors on `device`."""
+    def to(self, device: torch.device, segments: Segments | None = None) -> PackLayout:
+        """The layout with its tensors on `device`, where `segments` of the whole row may be already."""
 
 
 def _attention(
     module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
-    scaling: float | None = None, *, layout: Layout | None = None, **unused: Any,
+    scaling: float | None = None, *, layout: Layout | None = None, sliding_window: int | None = None, **unused: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
     """The function that transformers calls. It ignores dropout, because a rollout and its update must agree."""
     if layout is None:
         raise ValueError(f"a model with attn_implementation={NAME!r} was called without the keyword argument `layout`")
     if unused.get("softcap") is not None or unused.get("s_aux") is not None:
         raise ValueError(f"attn_implementation={NAME!r} has neither soft-capped scores nor attention sinks")
-    return layout.attend(module.layer_idx, query, key, value, scaling), None
+    return layout.attend(module.layer_idx, query, key, value, scaling, sliding_window), None
 
 
 AttentionInterface.register(NAME, _attention)
@@ -68,29 +79,48 @@ class RowLayout:
     do, which are made at their first use.
     """
 
-    def __init__(self, pieces: Sequence[tuple[int, list[int]]], device: torch.device | None = None) -> None:
+    def __init__(
+        self, pieces: Sequence[tuple[int, list[int]]], device: torch.device | None = None,
+        segments: Segments | None = None,
+    ) -> None:  # fmt: skip
+        """`segments` are those of the pieces on `device`, if they are there already."""
         self.pieces, self.device = pieces, device or torch.device("cpu")
+        self.longest = max(prompt + max(completions, default=0) for prompt, completions in pieces)
+        self._segments = segments
+        self._windows: dict[int, Window] = {}
+        self._blocks: dict[int | None, BlockLayout] = {}
 
-    def to(self, device: torch.device) -> RowLayout:
-        """The layout with its tensors on `device`."""
-        return RowLayout(self.pieces, device)
+    def to(self, device: torch.device, segments: Segments | None = None) -> RowLayout:
+        """See `PackLayout`."""
+        return RowLayout(self.pieces, device, segments)
 
-    @cached_property
-    def blocks(self) -> BlockLayout:
-        """The row as blocks."""
-        return block_layout(self.pieces).to(self.device)
-
-    @cached_property
-    def segments(self) -> Segments:
-        """The row as segments for the flash kernels."""
-        return segments(self.pieces).to(self.device)
-
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None, window: int | None = None
+    ) -> Tensor:
         """See `Layout`."""
+        if window is not None and window >= self.longest:
+            window = None
         if not can_use_flash(query, key, value):
-            return self.blocks.attend(layer, query, key, value, scale)
+            return self._in_blocks(window).attend(layer, query, key, value, scale)
         query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
-        return shared_prefix_attention(query, key, value, self.segments, scale)[None]
+        if window is None:
+            return shared_prefix_attention(query, key, value, self._in_segments(), scale)[None]
+        return window_attention(query, key, value, self._in_window(window), scale)[None]
+
+    def _in_segments(self) -> Segments:
+        if self._segments is None:
+            self._segments = segments(self.pieces).to(self.device)
+        return self._segments
+
+    def _in_window(self, window: int) -> Window:
+        if window not in self._windows:
+            self._windows[window] = window_of(self.pieces, window).to(self.device)
+        return self._windows[window]
+
+    def _in_blocks(self, window: int | None) -> BlockLayout:
+        if window not in self._blocks:
+            self._blocks[window] = block_layout(self.pieces, window=window).to(self.device)
+        return self._blocks[window]
 
 
 @dataclass(frozen=True)
@@ -113,11 +143,13 @@ class BlockLayout:
 
     def to(self, device: torch.device) -> BlockLayout:
         """The layout with its masks on `device`."""
-        return BlockLayout([Block(b.queries, b.keys, None if b.mask is None else b.mask.to(device))
-                            for b in self.blocks])  # fmt: skip
+        masks = iter(to_device([block.mask for block in self.blocks if block.mask is not None], device))
+        return BlockLayout([Block(b.queries, b.keys, None if b.mask is None else next(masks)) for b in self.blocks])
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
-        """See `Layout`."""
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None, window: int | None = None
+    ) -> Tensor:
+        """See `Layout`; the masks contain the window."""
         repeat = query.shape[1] // key.shape[1]
         if repeat > 1:
             key, value = key.repeat_interleave(repeat, 1), value.repeat_interleave(repeat, 1)
@@ -149,8 +181,16 @@ def _visible(piece: Tensor, segment: Tensor) -> Tensor:
     return own.tril_()
 
 
-def block_layout(pieces: Sequence[tuple[int, list[int]]], block: int = BLOCK) -> BlockLayout:
-    """Layout of a row of pieces, each (prompt length, completion lengths).
+def _positions(pieces: Sequence[tuple[int, list[int]]]) -> Tensor:
+    """The position of each token of a row in its own sequence, (T,)."""
+    ranges = [each for (prompt, completions) in pieces
+              for each in ((0, prompt), *((prompt, prompt + length) for length in completions))]  # fmt: skip
+    return torch.cat([torch.arange(*each) for each in ranges])
+
+
+def block_layout(pieces: Sequence[tuple[int, list[int]]], block: int = BLOCK, window: int | None = None) -> BlockLayout:
+    """Layout of a row of pieces, each (prompt length, completion lengths), of queries that see all of their sequence or
+    a `window` of it.
 
     Consecutive short pieces share a masked block of at most `block` tokens. A longer piece becomes one causal block for
     its prompt, and blocks of completions, which see the prompt and themselves.
@@ -165,15 +205,18 @@ def block_layout(pieces: Sequence[tuple[int, list[int]]], block: int = BLOCK) ->
             segment_of += [place] * length
         spans.append((start, len(piece_of)))
     piece, segment = torch.tensor(piece_of, dtype=torch.int32), torch.tensor(segment_of, dtype=torch.int32)
+    positions = None if window is None else _positions(pieces)
     blocks: list[Block] = []
 
     def masked(queries: slice, prompt: slice | None = None) -> None:
         mask = _visible(piece[queries], segment[queries])
-        if prompt is None:
-            blocks.append(Block(queries, (queries,), mask))
-        else:  # all of these queries see all of their prompt
+        keys: tuple[slice, ...] = (queries,)
+        if prompt is not None:  # all of these queries see all of their prompt
             seen = mask.new_ones((len(mask), prompt.stop - prompt.start))
-            blocks.append(Block(queries, (prompt, queries), torch.cat([seen, mask], 1)))
+            mask, keys = torch.cat([seen, mask], 1), (prompt, queries)
+        if window is not None and positions is not None:
+            mask &= positions[queries, None] - torch.cat([positions[part] for part in keys]) < window
+        blocks.append(Block(queries, keys, mask))
 
     pending: int | None = None  # start of the current run of short pieces
     for (start, end), (prompt, completions) in zip(spans, pieces, strict=True):
@@ -184,7 +227,10 @@ def block_layout(pieces: Sequence[tuple[int, list[int]]], block: int = BLOCK) ->
             pending = start if pending is None else pending
             continue
         prompt_range = slice(start, start + prompt)
-        blocks.append(Block(prompt_range, (prompt_range,), None))
+        if window is None or prompt <= window:
+            blocks.append(Block(prompt_range, (prompt_range,), None))
+        else:
+            masked(prompt_range)
         chunk_start = chunk_end = start + prompt
         for length in completions:
             if chunk_end > chunk_start and chunk_end + length - chunk_start > block:

@@ -129,14 +129,21 @@ def check_model_config(model_config: Any, tokenizer: Any, longest: int) -> None:
         )
 
 
+def short_window(model_config: Any, longest: int) -> int | None:
+    """The sliding window of some layers, if it is shorter than a sequence of `longest` tokens, or None."""
+    text = model_config.get_text_config()
+    window: int | None = getattr(text, "sliding_window", None)
+    kinds = getattr(text, "layer_types", None) or []
+    slides = bool(window) and (not kinds or "sliding_attention" in kinds)
+    return window if slides and window is not None and window < longest else None
+
+
 def packing_obstacle(model_config: Any, longest: int, trust_remote_code: bool = False) -> str | None:
     """The reason why packs with shared prompts do not fit this architecture and `longest` tokens, or None."""
     text = model_config.get_text_config()
-    window: Any = getattr(text, "sliding_window", None) or getattr(text, "attention_window", None)
     kinds = set(getattr(text, "layer_types", None) or [])
-    slides = bool(window) and (not kinds or "sliding_attention" in kinds)
-    if slides and window < longest:
-        return f"attention in a sliding window of {window} tokens, shorter than the longest sequence of {longest}"
+    if (window := getattr(text, "attention_window", None)) and window < longest:
+        return f"attention in a window of {window} tokens, shorter than the longest sequence of {longest}"
     if kinds - {"full_attention", "sliding_attention"}:
         return f"layers of the kinds {', '.join(sorted(kinds - {'full_attention', 'sliding_attention'}))}"
     for option in ("attn_logit_softcapping", "attention_chunk_size", "use_mrope"):

@@ -20,6 +20,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
 from .dropout import TokenDropout
+from .products import float32_product
 from .quantized import QuantizedLinear
 
 Weight = Tensor | Callable[[], Tensor]
@@ -44,7 +45,9 @@ class _AdaptedLinear(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Weight, bias: Tensor | None, a: Tensor, b: Tensor, scaling: float,
         kept: Tensor | None,
     ) -> Tensor:  # fmt: skip
-        low = ((x if kept is None else x * kept) @ a.T).mul_(scaling)
+        ctx.dtypes = a.dtype, b.dtype
+        a, b = a.to(x.dtype), b.to(x.dtype)
+        low = _scaled_product(x if kept is None else x * kept, a.T, scaling)
         stored, ctx.dequantized = (weight, None) if isinstance(weight, Tensor) else (None, weight)
         ctx.save_for_backward(x, stored, a, b, low, kept)
         ctx.scaling = scaling
@@ -54,7 +57,7 @@ class _AdaptedLinear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, stored, a, b, low, kept = ctx.saved_tensors
-        grad_low = (grad @ b).mul_(ctx.scaling)
+        grad_low = _scaled_product(grad, b, ctx.scaling)
         grad_x = None
         if ctx.needs_input_grad[0]:
             grad_x = grad @ (ctx.dequantized() if stored is None else stored)
@@ -62,16 +65,27 @@ class _AdaptedLinear(torch.autograd.Function):
             grad_x.addmm_(grad_low, a)
         elif grad_x is not None:
             grad_x.addcmul_(grad_low @ a, kept.to(grad_x.dtype))
-        return grad_x, None, None, grad_low.T @ (x if kept is None else x * kept), grad.T @ low, None, None
+        grads = (grad_low.T, x if kept is None else x * kept), (grad.T, low)
+        grad_a, grad_b = (float32_product(*each) if dtype == torch.float32 else (each[0] @ each[1]).to(dtype)
+                          for each, dtype in zip(grads, ctx.dtypes, strict=True))  # fmt: skip
+        return grad_x, None, None, grad_a, grad_b, None, None
+
+
+def _scaled_product(x: Tensor, y: Tensor, scaling: float) -> Tensor:
+    """`scaling · x y`. A GPU's library scales inside the product, before it rounds."""
+    if x.is_cuda:
+        return torch.addmm(x.new_empty(()), x, y, beta=0, alpha=scaling)
+    return (x @ y).mul_(scaling)
 
 
 def adapted_linear(
     x: Tensor, weight: Weight, bias: Tensor | None, a: Tensor, b: Tensor, scaling: float, kept: Tensor | None = None
 ) -> Tensor:
-    """`x Wᵀ + bias + scaling · (x Aᵀ) Bᵀ`; x (…, I), W (O, I), A (r, I), B (O, r), all of x's dtype, to (…, O).
+    """`x Wᵀ + bias + scaling · (x Aᵀ) Bᵀ`; x (…, I), W (O, I), A (r, I), B (O, r), to (…, O).
 
-    `kept` (…, I) bool marks the inputs that the adapters see; None means all. Differentiable with respect to x, A and
-    B; the weight and the bias are frozen. LoRA: arXiv:2106.09685, equation 3.
+    W has x's dtype, and A and B have that or float32, as their gradients do. `kept` (…, I) bool marks the inputs that
+    the adapters see; None means all. Differentiable with respect to x, A and B; the weight and the bias are frozen.
+    LoRA: arXiv:2106.09685, equation 3.
     """
     with torch.autocast(x.device.type, enabled=False):
         kept = None if kept is None else kept.flatten(0, -2)
@@ -101,7 +115,7 @@ def _fused(
         is_plain = layer.disable_adapters or layer.merged or x.dtype != dtype
         if is_plain or any(map(is_sharded, (a, b) if is_quantized else (base.weight, a, b))):
             return plain(x)
-        a, b, scaling, dropout = a.to(x.dtype), b.to(x.dtype), layer.scaling[name], layer.lora_dropout[name]
+        scaling, dropout = layer.scaling[name], layer.lora_dropout[name]
         if not (dropout.training and isinstance(dropout, TokenDropout)):
             return adapted_linear(x, weight, base.bias, a, b, scaling)
         return adapted_linear(x, weight, base.bias, a, b, scaling * dropout.scale, dropout.kept(x))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import heapq
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain, zip_longest
 
@@ -18,6 +19,7 @@ from torch import Tensor
 from ..distributed.transfer import to_device
 from ..types import Batch, token_places
 from .attention import PackLayout, RowLayout
+from .shared_prefix import segments
 
 FILLER = torch.iinfo(torch.int64).min
 """The owner of a token that belongs to no sequence."""
@@ -64,10 +66,18 @@ class Pack:
 
     def to(self, device: torch.device) -> Pack:
         """The pack with all tensors on `device`, in one asynchronous copy."""
+        return self.to_with([], device)[0]
+
+    def to_with(self, others: Sequence[Tensor], device: torch.device) -> tuple[Pack, list[Tensor]]:
+        """The pack on `device`, and other tensors in the same copy."""
         names = ("ids", "positions", "predictor", "targets", "token", "sequence", "owner")
-        moved = to_device([getattr(self, name) for name in names], device)
-        layout = self.layout.to(device) if self.layout else None
-        return Pack(**dict(zip(names, moved, strict=True)), layout=layout, useful=self.useful)
+        bounds = segments(self.layout.pieces) if self.layout and device.type == "cuda" else None
+        tensors = [*(getattr(self, name) for name in names), *(bounds.tensors if bounds else [])]
+        moved = to_device([*tensors, *others], device)
+        there = moved[len(names) : len(tensors)]
+        layout = self.layout and self.layout.to(device, bounds.with_tensors(there) if bounds else None)
+        pack = Pack(**dict(zip(names, moved, strict=False)), layout=layout, useful=self.useful)
+        return pack, moved[len(tensors) :]
 
 
 def piece_cost(prompt_length: int, lengths: list[int]) -> float:

@@ -8,13 +8,16 @@ are not expanded to the query heads, and only those of prompts are copied. Lengt
 In the backward pass both kernels get the joined output and the joined log-sum-exp. The probabilities and row sums that
 they recompute are then those of the joint softmax (arXiv:2307.08691, section 3.1.2), and their gradients add up.
 
+A layer with a sliding window sees only the end of a long prompt, and not the same part from every query. There each
+completion gets copies of the last keys and values of its prompt, and one call computes all.
+
 Shapes: T tokens in the row, Hq query heads, Hk key heads, D head size, K tokens of prompts.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any
 
@@ -23,9 +26,26 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..distributed.transfer import to_device
+from .gpu_kernels import flash_obstacle, triton_obstacle
 
 LARGEST_HEAD = 256
 """The largest head size of the flash kernels. A size must be a multiple of 8."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """What a call of the kernels computes: sequences of queries and of keys, and which of these a query sees."""
+
+    queries: Tensor
+    """Bounds of the queries of each sequence, one after another: int32."""
+    keys: Tensor
+    """The same of the keys."""
+    most_queries: int
+    most_keys: int
+    causal: bool
+    """The last query of a sequence sees its last key, and each query before it one key less; else it sees all."""
+    window: int | None = None
+    """Most keys that a query sees."""
 
 
 @dataclass(frozen=True)
@@ -47,12 +67,66 @@ class Segments:
     most_keys: int
     """Tokens of the longest prompt with completions."""
 
+    @property
+    def within(self) -> Call:
+        """Every segment by itself."""
+        return Call(self.own, self.own, self.most_own, self.most_own, causal=True)
+
+    @property
+    def before(self) -> Call:
+        """The completions after their prompts' keys."""
+        return Call(self.queries, self.keys, self.most_queries, self.most_keys, causal=False)
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All tensors."""
+        return [self.own, self.queries, self.keys, self.prompt_rows]
+
+    def with_tensors(self, tensors: Sequence[Tensor]) -> Segments:
+        """The same numbers with these in place of `tensors`."""
+        own, queries, keys, prompt_rows = tensors
+        return replace(self, own=own, queries=queries, keys=keys, prompt_rows=prompt_rows)
+
     def to(self, device: torch.device) -> Segments:
         """The same on `device`."""
-        if device.type == self.own.device.type:
-            return self
-        own, queries, keys, rows = to_device([self.own, self.queries, self.keys, self.prompt_rows.int()], device)
-        return Segments(own, queries, keys, rows.long(), self.most_own, self.most_queries, self.most_keys)
+        return self.with_tensors(to_device(self.tensors, device))
+
+
+@dataclass(frozen=True)
+class Window:
+    """The one call of a layer with a sliding window; tensors on one device."""
+
+    call: Call
+    """A segment's last keys are its own. Those before them are the end of its prompt."""
+    rows: Tensor
+    """(K,) int64 places in the row of the keys."""
+
+    def to(self, device: torch.device) -> Window:
+        """The same on `device`."""
+        queries, keys, rows = to_device([self.call.queries, self.call.keys, self.rows], device)
+        return Window(replace(self.call, queries=queries, keys=keys), rows)
+
+
+def window_of(pieces: Sequence[tuple[int, list[int]]], size: int) -> Window:
+    """The segments of a row of pieces, each (prompt length, completion lengths), for a window of `size` positions, on
+    the CPU."""
+    lengths: list[tuple[int, int]] = []  # of queries and keys
+    rows: list[Tensor] = []
+    start = 0
+    for prompt, completions in pieces:
+        end = start + prompt
+        # the first token of a completion sees `size - 1` tokens of the prompt
+        tail = torch.arange(max(start, end - size + 1), end)
+        lengths.append((prompt, prompt))
+        rows.append(torch.arange(start, end))
+        for length in completions:
+            lengths.append((length, len(tail) + length))
+            rows += [tail, torch.arange(end, end + length)]
+            end += length
+        start = end
+    queries, keys = (list(each) for each in zip(*lengths, strict=True))
+    call = Call(_bounds(queries), _bounds(keys), max(queries), max(keys), causal=True, window=size)
+    return Window(call, torch.cat(rows))
 
 
 def segments(pieces: Sequence[tuple[int, list[int]]]) -> Segments:
@@ -77,10 +151,12 @@ def _bounds(lengths: list[int]) -> Tensor:
 
 
 def can_use_flash(query: Tensor, key: Tensor, value: Tensor) -> bool:
-    """Whether the flash kernels support these heads: half precision on a GPU, equal sizes, multiples of 8 up to 256."""
+    """Whether the flash kernels compute these heads (1, H, T, D): half precision on a GPU, equal sizes, multiples of 8
+    up to 256, and kernels that passed a trial."""
     size = query.shape[-1]
-    return (query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and size % 8 == 0
+    fits = (query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and size % 8 == 0
             and size <= LARGEST_HEAD and key.shape[-1] == value.shape[-1] == size)  # fmt: skip
+    return fits and flash_obstacle(query.dtype, size, query.shape[1] // key.shape[1]) is None
 
 
 def shared_prefix_attention(query: Tensor, key: Tensor, value: Tensor, where: Segments, scale: float | None) -> Tensor:
@@ -91,15 +167,11 @@ def shared_prefix_attention(query: Tensor, key: Tensor, value: Tensor, where: Se
 class _SharedPrefix(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, where: Segments, scale: float) -> Tensor:
-        output, sums, state = _flash(
-            query, key, value, where.own, where.own, where.most_own, where.most_own, True, scale
-        )
+        output, sums, state = _flash(query, key, value, where.within, scale)
         prefix_state = state
         if where.most_keys:
-            prompts = key[where.prompt_rows], value[where.prompt_rows]
-            other, other_sums, prefix_state = _flash(
-                query, *prompts, where.queries, where.keys, where.most_queries, where.most_keys, False, scale
-            )
+            prompts = _chosen(key, value, where.prompt_rows)
+            other, other_sums, prefix_state = _flash(query, *prompts, where.before, scale)
             output, sums = _joined(output, sums, other, other_sums)
         ctx.save_for_backward(query, key, value, output, sums, *state, *prefix_state)
         ctx.where, ctx.scale = where, scale
@@ -109,25 +181,59 @@ class _SharedPrefix(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, output, sums, *states = ctx.saved_tensors
-        where, grad = ctx.where, grad.contiguous()
-        shared = (grad, query), (output, sums)
-        grad_query, grad_key, grad_value = _flash_backward(
-            *shared, key, value, where.own, where.own, where.most_own, where.most_own, True, states[:2], ctx.scale
-        )
+        where, rows, result = ctx.where, (grad.contiguous(), query), (output, sums)
+        grads = _flash_backward(rows, result, key, value, where.within, states[:2], ctx.scale)
         if where.most_keys:
-            rows = where.prompt_rows
-            more_query, more_key, more_value = _flash_backward(
-                *shared, key[rows], value[rows], where.queries, where.keys, where.most_queries, where.most_keys, False,
-                states[2:], ctx.scale,
-            )  # fmt: skip
-            grad_query = grad_query.add_(more_query)
-            grad_key, grad_value = grad_key.index_add_(0, rows, more_key), grad_value.index_add_(0, rows, more_value)
+            prompts = _chosen(key, value, where.prompt_rows)
+            more = _flash_backward(rows, result, *prompts, where.before, states[2:], ctx.scale)
+            grads[0].add_(more[0])
+            for whole, part in zip(grads[1:], more[1:], strict=True):
+                whole.index_add_(0, where.prompt_rows, part)
+        return *grads, None, None
+
+
+def window_attention(query: Tensor, key: Tensor, value: Tensor, where: Window, scale: float | None) -> Tensor:
+    """Attention of a row in a layer with a sliding window: `query` (T, Hq, D), `key` and `value` (T, Hk, D) to
+    (T, Hq, D); differentiable."""
+    return _Window.apply(query, key, value, where, query.shape[-1] ** -0.5 if scale is None else scale)
+
+
+class _Window(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, where: Window, scale: float) -> Tensor:
+        seen = _chosen(key, value, where.rows)
+        output, sums, state = _flash(query, *seen, where.call, scale)
+        ctx.save_for_backward(query, key, value, output, sums, *state)
+        ctx.where, ctx.scale = where, scale
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, output, sums, *state = ctx.saved_tensors
+        rows = ctx.where.rows
+        seen = _chosen(key, value, rows)
+        grad_query, *grads = _flash_backward(
+            (grad.contiguous(), query), (output, sums), *seen, ctx.where.call, state, ctx.scale
+        )
+        # in float32: a prompt's keys have a part of their gradient from each completion
+        dtype = torch.promote_types(key.dtype, torch.float32)
+        grad_key, grad_value = (torch.zeros_like(key, dtype=dtype).index_add_(0, rows, part.to(dtype)).to(key.dtype)
+                                for part in grads)  # fmt: skip
         return grad_query, grad_key, grad_value, None, None
 
 
+def _chosen(key: Tensor, value: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    return key.index_select(0, rows), value.index_select(0, rows)
+
+
 def _joined(one: Tensor, one_sums: Tensor, other: Tensor, other_sums: Tensor) -> tuple[Tensor, Tensor]:
-    """Join two outputs (T, H, D) and their log-sums (H, T). A query without keys in `other` has an output of 0 there
-    and an infinite sum whose sign depends on the kernel."""
+    """Join two outputs (T, H, D) and their log-sums (H, T), in place if Triton works. A query without keys in `other`
+    has an output of 0 there and an infinite sum whose sign depends on the kernel."""
+    if one.is_cuda and one.is_contiguous() and other.is_contiguous() and triton_obstacle() is None:
+        from .join_kernel import join
+
+        return join(one, one_sums, other, other_sums)
     other_sums = torch.where(other_sums.isinf(), -torch.inf, other_sums)
     share = torch.sigmoid(other_sums - one_sums).T[..., None]
     joined = torch.lerp(one.to(share.dtype), other.to(share.dtype), share).to(one.dtype)
@@ -135,21 +241,27 @@ def _joined(one: Tensor, one_sums: Tensor, other: Tensor, other_sums: Tensor) ->
 
 
 def _flash(
-    query: Tensor, key: Tensor, value: Tensor, queries: Tensor, keys: Tensor, most_queries: int, most_keys: int,
-    causal: bool, scale: float,
-) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:  # fmt: skip
+    query: Tensor, key: Tensor, value: Tensor, call: Call, scale: float
+) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
     """The output (T, H, D), its log-sums of exponentials (H, T), and random states for the backward pass, unused
     without dropout."""
     output, sums, state, unused, _ = torch.ops.aten._flash_attention_forward(
-        query, key, value, queries, keys, most_queries, most_keys, 0.0, causal, False, scale=scale
-    )
+        query, key, value, call.queries, call.keys, call.most_queries, call.most_keys, 0.0, call.causal, False,
+        scale=scale, **_sides(call),
+    )  # fmt: skip
     return output, sums, (state, unused)
 
 
 def _flash_backward(
-    rows: tuple[Tensor, Tensor], result: tuple[Tensor, Tensor], key: Tensor, value: Tensor, queries: Tensor,
-    keys: Tensor, most_queries: int, most_keys: int, causal: bool, state: Sequence[Tensor], scale: float,
+    rows: tuple[Tensor, Tensor], result: tuple[Tensor, Tensor], key: Tensor, value: Tensor, call: Call,
+    state: Sequence[Tensor], scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     return torch.ops.aten._flash_attention_backward(
-        *rows, key, value, *result, queries, keys, most_queries, most_keys, 0.0, causal, *state, scale=scale
-    )
+        *rows, key, value, *result, call.queries, call.keys, call.most_queries, call.most_keys, 0.0, call.causal,
+        *state, scale=scale, **_sides(call),
+    )  # fmt: skip
+
+
+def _sides(call: Call) -> dict[str, int]:
+    """A window as the kernels take it: positions on both sides of a query."""
+    return {} if call.window is None else {"window_size_left": call.window - 1, "window_size_right": 0}

@@ -14,6 +14,7 @@ from ..config.schema import Config
 from ..distributed.row_group import RowGroup, to_heads, to_tokens
 from .attention import PackLayout, RowLayout
 from .packing import FILLER, Pack
+from .shared_prefix import Segments
 
 
 @dataclass(frozen=True)
@@ -31,11 +32,13 @@ class SplitLayout:
         """See `attention.PackLayout`."""
         return self.row.pieces
 
-    def to(self, device: torch.device) -> SplitLayout:
-        """The layout with its tensors on `device`."""
-        return replace(self, row=self.row.to(device))
+    def to(self, device: torch.device, segments: Segments | None = None) -> SplitLayout:
+        """See `attention.PackLayout`."""
+        return replace(self, row=self.row.to(device, segments))
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None, window: int | None = None
+    ) -> Tensor:
         """See `attention.Layout`; T is the number of own tokens."""
         size, heads = self.group.size, query.shape[1]
         if key.shape[1] % size:  # ranks need keys of their own query heads alone
@@ -45,7 +48,7 @@ class SplitLayout:
         whole = to_heads(torch.cat(parts, -1), self.group, self.lengths).split([x.shape[-1] for x in parts], -1)
         sizes = (query.shape[-1], key.shape[-1], value.shape[-1])
         query, key, value = (x.unflatten(-1, (-1, head)).transpose(1, 2) for x, head in zip(whole, sizes, strict=True))
-        attended = self.row.attend(layer, query, key, value, scale)
+        attended = self.row.attend(layer, query, key, value, scale, window)
         own = to_tokens(attended.flatten(2), self.group, self.lengths)
         return own.transpose(0, 1).reshape(1, -1, heads, attended.shape[-1])
 

@@ -66,14 +66,16 @@ def pass_rates(batch: Batch, weights: Sequence[float]) -> list[float]:
 class UpdateMetrics:
     """Sums over the packs of one update, which are reduced over the ranks once at its end."""
 
-    TOTALS = ("loss", "loss/policy", "tokens", "useful", "computed")
+    LOSSES = ("loss", "loss/policy")
+    COUNTS = ("tokens", "useful", "computed")
     MAXIMA = ("ratio/max", "rollout/logprob_gap_max")
 
     def __init__(self, batch: Batch, device: torch.device) -> None:
         self.trace, self.traced = batch.trace, traced_tokens(batch)
         # gap, entropy, and whether they are known
         self.seen = torch.zeros((len(self.traced), 3), dtype=torch.float64, device=device)
-        self.totals = torch.zeros(len(self.TOTALS), dtype=torch.float64, device=device)
+        self.losses = torch.zeros(len(self.LOSSES), dtype=torch.float64, device=device)
+        self.counts = torch.zeros(len(self.COUNTS), dtype=torch.float64)  # on the CPU, which knows them
         self.maxima = torch.zeros(len(self.MAXIMA), dtype=torch.float64, device=device)
         self.means: dict[str, Tensor] = {}
 
@@ -88,8 +90,8 @@ class UpdateMetrics:
         `means` are (M,) tensors whose mean over all tokens is a metric; all packs of all ranks have the same names.
         """
         gap = gap.double()
-        count = self.totals.new_tensor([loss.ratio.numel(), useful, computed])
-        self.totals += torch.cat([torch.stack([total.detach().double(), loss.policy.double()]), count])
+        self.losses += torch.stack([total.detach().double(), loss.policy.double()])
+        self.counts += torch.tensor([loss.ratio.numel(), useful, computed], dtype=torch.float64)
         # an estimate of KL(rollout ‖ trainer) that is never negative: k3 of http://joschu.net/blog/kl-approx.html
         means = means | {"kl": loss.kl, "rollout/kl": torch.expm1(gap) - gap, "ratio/mean": loss.ratio,
                          "clip/low": loss.clipped_low, "clip/high": loss.clipped_high}  # fmt: skip
@@ -106,9 +108,10 @@ class UpdateMetrics:
     def reduced(self, ranks: Any) -> dict[str, float]:
         """The metrics of the update over all ranks, and in the batch's trace what this pass was first to compute; a
         collective."""
-        sums = torch.cat([self.totals, torch.stack(list(self.means.values())), self.seen.flatten()])
+        counts = to_device([self.counts], self.losses.device)
+        sums = torch.cat([self.losses, *counts, torch.stack(list(self.means.values())), self.seen.flatten()])
         reduced = ranks.reduce(sums, "sum")
-        named = dict(zip([*self.TOTALS, *self.means], reduced.tolist(), strict=False))
+        named = dict(zip([*self.LOSSES, *self.COUNTS, *self.means], reduced.tolist(), strict=False))
         if self.trace is not None:
             seen = reduced[len(named) :].view_as(self.seen)
             new = (seen[:, 2] > 0) & self.trace[:, 0].isnan()

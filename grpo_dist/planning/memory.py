@@ -11,6 +11,8 @@ import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from ..rollout.room import PREFILL_TOKENS
+
 Strategy = Literal["DDP", "ZeRO-1", "ZeRO-2", "ZeRO-3", "FSDP2"]
 """DDP is also one process."""
 STRATEGIES: tuple[Strategy, ...] = get_args(Strategy)
@@ -85,6 +87,8 @@ class Flight:
     """The cache holds a prompt once for all its sequences; else once for each sequence."""
     scored: int
     """Most attention scores that a query keeps at once; 0 if the kernel keeps none."""
+    is_captured: bool = False
+    """Keys and values are a pool of pages, and steps are graphs, which keep the memory of a step to the end."""
 
 
 @dataclass(frozen=True)
@@ -211,10 +215,13 @@ def _rollout(inputs: MemoryInputs) -> list[Part]:
     drawing = int(flight.rows * counts.vocabulary * (width + inputs.passes.sampling_per_logit))
     of_a_step = max(drawing, flight.rows * counts.query_heads * flight.scored * 2 * (width + FLOAT32))
     prefill = prompt_tokens * inputs.passes.prefill_per_token - own  # during prefill the sequences have no cache yet
-    parts = [
-        Part("keys and values", flight.shares * prompt_tokens * per_token + own, "rollout"),
-        Part("decoding or prefill", max(of_a_step, prefill), "rollout"),
-    ]
+    parts = [Part("keys and values", flight.shares * prompt_tokens * per_token + own, "rollout")]
+    if flight.is_captured:
+        in_a_row = min(prompt_tokens, max(flight.prompt_length, PREFILL_TOKENS))
+        parts += [Part("captured steps", of_a_step, "rollout"),
+                  Part("prefill", in_a_row * inputs.passes.prefill_per_token, "rollout")]  # fmt: skip
+    else:
+        parts.append(Part("decoding or prefill", max(of_a_step, prefill), "rollout"))
     if counts.quantized:
         parts.append(Part("dequantised base", counts.quantized * width, "rollout"))
     if inputs.step_bytes:

@@ -13,14 +13,14 @@ from ..algorithm.targets import reference_in_loss
 from ..config.schema import Config, Dtype
 from ..distributed.ranks import DTYPES
 from ..model import attention
-from ..model.load import packing_obstacle, trainable
+from ..model.load import packing_obstacle, short_window, trainable
 from ..model.packing import Piece, plan
 from ..model.quantization import kind_of
 from ..model.reference import REFERENCE_PACK, needs_copy
 from ..rollout.native.cache import SLOT_CHUNK
 from ..rollout.native.engine import COPIED_PROMPT
 from ..rollout.native.kernel import MERGED
-from ..rollout.room import LOGIT_BYTES, ON_CPU, fitting
+from ..rollout.room import LOGIT_BYTES, ON_CPU, PAGE, fitting, pages_of
 from .memory import (
     SHARDS_WEIGHTS,
     Flight,
@@ -83,11 +83,13 @@ def _size(pack: list[Piece], prompts: list[int], lengths: list[int]) -> int:
 
 
 def flight(
-    config: Config, num_ranks: int, share_prompts: bool = True, device: Device = "cpu", most: int | None = None
-) -> Flight:
+    config: Config, num_ranks: int, share_prompts: bool = True, device: Device = "cpu", most: int | None = None,
+    pages: bool = False,
+) -> Flight:  # fmt: skip
     """The sequences that a rank decodes at once (see rollout/): the groups that max_tokens_in_flight or `most` allows.
 
-    Without shared prompts this is one group, and each of its sequences stores the prompt.
+    Without shared prompts this is one group, and each of its sequences stores the prompt. With `pages`, as on a GPU,
+    prompts and sequences have whole pages.
     """
     rollout, prompt = config.rollout, config.data.max_prompt_length
     share = math.ceil(config.train.batch_size * rollout.group_size / num_ranks)
@@ -95,15 +97,17 @@ def flight(
     if not share_prompts:
         rows = min(share, rollout.group_size)
         return Flight(rows, rows, prompt, prompt + longest, shares=False, scored=prompt + longest)
-    shares = device == "cpu" or prompt > COPIED_PROMPT  # on a CPU as in compiled decoding
+    if pages:
+        prompt, longest = pages_of(prompt) * PAGE, pages_of(longest) * PAGE
+    shares = pages or device == "cpu" or prompt > COPIED_PROMPT  # on a CPU as in compiled decoding
     once, each = (prompt, longest) if shares else (0, prompt + longest)
     most = tokens_in_flight(config, device) if most is None else most
     of_a_group = min(rollout.group_size, max(1, (most - once) // each))
     groups = max(1, most // (once + of_a_group * each))
     rows = min(share, groups * of_a_group)
-    slots = slots_held(0 if shares else prompt, longest, SLOT_CHUNK)
-    scored = 0 if device == "cpu" else max(once, slots)  # on a CPU attention is one kernel
-    return Flight(math.ceil(rows / of_a_group), rows, prompt, slots, shares, scored)
+    slots = longest if pages else slots_held(0 if shares else prompt, longest, SLOT_CHUNK)
+    scored = 0 if pages or device == "cpu" else max(once, slots)  # there attention is one kernel
+    return Flight(math.ceil(rows / of_a_group), rows, prompt, slots, shares, scored, pages)
 
 
 def tokens_in_flight(config: Config, device: Device) -> int:
@@ -129,6 +133,8 @@ class Predictor:
         named = config.model.attn_implementation
         obstacle = packing_obstacle(model_config, longest, config.model.trust_remote_code) if named == "auto" else named
         self.share_prompts = obstacle is None
+        # layers with a short window decode through the model's own modules, without pages
+        self.pages = device == "gpu" and self.share_prompts and short_window(model_config, longest) is None
         self.implementation = attention.NAME if self.share_prompts else None if named == "auto" else named
         self.policy_dtype = dtype_on(device, config.model.dtype)
         self.copy_dtype = dtype_on(device, config.reference.dtype)
@@ -152,7 +158,7 @@ class Predictor:
         counts, trained_bytes = self._count(precision)
         inputs = MemoryInputs(
             counts=counts, passes=self._trace(precision, num_ranks), num_ranks=num_ranks,
-            flight=flight(self.config, num_ranks, self.share_prompts, self.device), strategy=strategy,
+            flight=self._flight(num_ranks), strategy=strategy,
             policy_bytes=self.policy_dtype.itemsize, trained_bytes=trained_bytes,
             copy_bytes=self.copy_dtype.itemsize if has_copy else 0,
             copy_decodes=has_copy and self.copy_dtype == self.policy_dtype, step_bytes=self._step_bytes(counts),
@@ -160,8 +166,10 @@ class Predictor:
         )  # fmt: skip
         if self.most_bytes is None or tokens_in_flight(self.config, self.device) != sys.maxsize:
             return inputs
-        most = self._fitting(inputs, self.most_bytes)
-        return replace(inputs, flight=flight(self.config, num_ranks, self.share_prompts, self.device, most))
+        return replace(inputs, flight=self._flight(num_ranks, self._fitting(inputs, self.most_bytes)))
+
+    def _flight(self, num_ranks: int, most: int | None = None) -> Flight:
+        return flight(self.config, num_ranks, self.share_prompts, self.device, most, self.pages)
 
     def _step_bytes(self, counts: ModelCounts) -> int:
         """Bytes of weights that decoding stores again: merged with adapters on a CPU, concatenated on a GPU."""

@@ -61,16 +61,19 @@ class UnfitEngine(ValueError):
 
 def make_engine(
     weights: Weights, obstacle: str | None, end_ids: list[int], rollout: RolloutConfig,
-    gather: Callable[[Any], list[Any]], step: str | None = None,
+    gather: Callable[[Any], list[Any]], step: str | None = None, window: int | None = None,
 ) -> LocalEngine:  # fmt: skip
     """The engine that `rollout.engine` asks for, or the faster one that is right; a line in the log names it.
 
     `obstacle` says why prompts cannot be shared, None where they can, the same on all ranks; `gather` returns what each
-    rank gave it, since all ranks have to make the same choice; `step` is how a run that goes on was decoding. Raises
-    UnfitEngine where the paged engine is asked for and is wrong for the model. A collective.
+    rank gave it, since all ranks have to make the same choice; `step` is how a run that goes on was decoding; `window`
+    is a sliding window that is shorter than the longest sequence. Raises UnfitEngine where the paged engine is asked
+    for and is wrong for the model. A collective.
     """
     with weights.open() as model:
-        make, message, decoding = _own_decoder(model, obstacle, gather, step)
+        # only the model's own modules say which layers have a window
+        most = "modules" if window is not None else step
+        make, message, decoding = _own_decoder(model, obstacle, gather, most)
         on_gpu, name = model.get_input_embeddings().weight.is_cuda, "native"
         # one group at a time is what continuous batching beats on a GPU; the one that shares prompts is faster than it
         if rollout.engine == "paged" or (rollout.engine == "auto" and on_gpu and obstacle is not None):

@@ -14,7 +14,7 @@ from torch import nn
 from ..model import attention
 from ..model.checks import CANNOT, UnfitModel
 from ..model.policy import Policy
-from .probe import is_noisy, packing_leak, probe_pack, row_fault
+from .probe import is_noisy, packing_leak, probe_pack, row_fault, window_leak
 
 log = logging.getLogger(__name__)
 
@@ -23,14 +23,16 @@ OWN = ("sdpa", "eager")
 
 
 def settle_attention(
-    models: Sequence[Any], given: str | None, obstacle: str | None, named: bool, gather: Callable[[Any], list[Any]]
-) -> str | None:
+    models: Sequence[Any], given: str | None, obstacle: str | None, named: bool, gather: Callable[[Any], list[Any]],
+    window: int | None = None,
+) -> str | None:  # fmt: skip
     """Set the attention of all `models`, which share an architecture, to the first that is right for the last of them,
     and return why prompts cannot be shared, None where they can.
 
     They were loaded with the attention `given` (None: transformers' choice); `obstacle` is what the config alone says
-    against sharing. Only `given` is tried where it was `named` by the user. `gather` returns what each rank gave it:
-    what one rank finds holds for all. Raises UnfitModel.
+    against sharing; `window` is a sliding window that is shorter than the longest sequence. Only `given` is tried where
+    it was `named` by the user. `gather` returns what each rank gave it: what one rank finds holds for all. Raises
+    UnfitModel.
     """
     model = models[-1]
 
@@ -38,7 +40,7 @@ def settle_attention(
         return next(filter(None, gather(probe(model))), None)
 
     if obstacle is None:
-        obstacle = fault_of(packing_leak)
+        obstacle = fault_of(packing_leak if window is None else window_leak)
         if obstacle is None:
             return None
     first = None if given == attention.NAME else given

@@ -7,13 +7,15 @@ would train on wrong numbers without a word.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from ..distributed.sharding import full_shape
+from ..model import attention
 from ..model.attention import RowLayout
 from ..model.checks import CANNOT
 from ..model.packing import Pack
@@ -21,6 +23,8 @@ from ..model.policy import kept_logits
 from . import NativeDecoder, Request, RowDecoder, decode_all
 
 PROMPT, COMPLETIONS = 5, (4, 3)
+NARROW = 3
+"""Positions of a sliding window that shows in so few tokens."""
 NEW_TOKENS = 5
 """Enough for a step of decoding that is captured to be replayed twice."""
 
@@ -77,6 +81,45 @@ def packing_leak(model: nn.Module) -> str | None:
     except CANNOT as error:
         return f"it cannot be decoded with shared prompts: {type(error).__name__}: {error}"
     return f"log-probabilities are off by {worst:.2g}" if worst > most * max(effect, 1.0) else None
+
+
+@contextmanager
+def _narrow_windows(model: nn.Module, size: int) -> Iterator[None]:
+    """Inside, every sliding window of the model has `size` positions, for its own attention and for this project's."""
+    owners = [*model.modules(), model.config.get_text_config()]
+    windows = [(each, each.sliding_window) for each in owners if isinstance(getattr(each, "sliding_window", None), int)]
+    try:
+        for owner, _ in windows:
+            owner.sliding_window = size
+        yield
+    finally:
+        for owner, before in windows:
+            owner.sliding_window = before
+
+
+@torch.no_grad()
+def window_leak(model: nn.Module) -> str | None:
+    """`packing_leak` of a model with sliding windows, in which windows are narrow enough to show in a few tokens. In
+    these the model has to compute what its own attention computes."""
+    ids = example_tokens(model, PROMPT + max(COMPLETIONS))
+    try:
+        wide = _outputs_by_own_positions(model, ids)
+        with _narrow_windows(model, NARROW):
+            narrow = _outputs_by_own_positions(model, ids)
+            leak = packing_leak(model)
+            model.set_attn_implementation("sdpa")
+            try:
+                own = _row(model, ids)
+            finally:
+                model.set_attn_implementation(attention.NAME)
+    except CANNOT as error:
+        return f"its sliding windows cannot be tried: {type(error).__name__}: {error}"
+    effect, off = (float((narrow - other).abs().max()) for other in (wide, own))
+    if effect == 0:
+        return "its layers do not say that they have a sliding window"
+    if leak is not None:
+        return leak
+    return f"log-probabilities in a sliding window are off by {off:.2g}" if off > rounding(model) else None
 
 
 @torch.no_grad()

@@ -30,6 +30,17 @@ LOGIT_BYTES = 24
 """Bytes that drawing a token takes for each entry of the vocabulary, the logits among them."""
 
 
+PAGE = 64
+"""Tokens of a page of keys and values on a GPU."""
+PREFILL_TOKENS = 16_384
+"""Most tokens of prompts that a GPU computes in one row, but for a longer prompt."""
+
+
+def pages_of(tokens: int) -> int:
+    """Pages that hold `tokens` tokens."""
+    return -(-tokens // PAGE)
+
+
 class BoundedDecoder(Decoder, Protocol):
     """A decoder that keeps the keys and values of at most so many tokens at once."""
 

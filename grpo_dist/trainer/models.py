@@ -17,7 +17,7 @@ from ..distributed.optimizer_state import OptimizerState
 from ..distributed.ranks import Ranks, resolve_dtype
 from ..model.checks import UnfitModel
 from ..model.critic import parameter_groups
-from ..model.load import attention_for, load_causal_lm, load_policy, trainable
+from ..model.load import attention_for, load_causal_lm, load_policy, short_window, trainable
 from ..model.policy import Policy
 from ..model.quantization import describe, kind_of, require_unsharded
 from ..model.reference import AdaptersOff, FrozenCopy, Reference, needs_copy
@@ -57,6 +57,7 @@ def load_models(
     kind = kind_of(config.model, model_config)
     require_unsharded(kind is not None, ranks.strategy.shards_weights)
     implementation, obstacle = attention_for(config.model, model_config, config.max_sequence_length)
+    window = short_window(model_config, config.max_sequence_length)
     policy = load_policy(config.model, config.lora, dtype, implementation, config.rollout.temperature,
                          config.train.seed, device=None if ranks.strategy.shards_weights else ranks.device,
                          has_critic=config.advantage.baseline == "critic",
@@ -80,7 +81,7 @@ def load_models(
     with rollout_model.open() as model:
         models = [policy.causal_lm, *([reference.policy.causal_lm] if reference else []), model]
         obstacle = settle_attention(models, implementation, obstacle, config.model.attn_implementation != "auto",
-                                    ranks.gather_objects)  # fmt: skip
+                                    ranks.gather_objects, window)  # fmt: skip
     try:
         require_whole_groups(config, model_config, ranks.num_ranks, obstacle)
     except ValueError as error:
@@ -95,7 +96,7 @@ def load_models(
         engine = make_vllm_engine(config, ranks, rollout_model, policy, end_ids, saved.get("step", 0))
     else:
         engine = make_engine(rollout_model, obstacle, end_ids, engine_to_keep(config.rollout, saved),
-                             ranks.gather_objects, saved.get("decoding"))  # fmt: skip
+                             ranks.gather_objects, saved.get("decoding"), window)  # fmt: skip
     for each in (policy, *([reference.policy] if reference else [])):  # may be one
         each.fused_head = plain and isinstance(each.causal_lm.get_output_embeddings(), torch.nn.Linear)
     return Models(policy, wrapped, prepared, optimizer_state, reference, rollout_model, engine, share_prompts)

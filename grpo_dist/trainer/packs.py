@@ -12,7 +12,6 @@ from ..algorithm.losses import token_weights
 from ..algorithm.targets import computed, included, minibatch_of, needs_old_policy, reference_in_loss
 from ..checkpoint.state import TrainState
 from ..config.schema import Config
-from ..distributed.transfer import to_device
 from ..model.packing import Pack, make_pack, plan
 from ..model.reference import REFERENCE_PACK
 from ..model.split_rows import split_pack
@@ -78,8 +77,11 @@ def serves_several_updates(config: Config) -> bool:
     return config.train.updates_per_batch * config.train.num_minibatches > 1
 
 
-def tokens_of(config: Config, batch: Batch, minibatch: Minibatch, pack: Pack, device: torch.device) -> PackTokens:
-    """What the loss needs of the tokens of one pack of `minibatch`, from a batch that has advantages."""
+def on_device(
+    config: Config, batch: Batch, minibatch: Minibatch, pack: Pack, device: torch.device
+) -> tuple[Pack, PackTokens]:
+    """One pack of `minibatch` and what the loss needs of its tokens, from a batch that has advantages, on `device`. To
+    a GPU both go in one copy, for which the host does not wait."""
     assert batch.advantages is not None
     old = batch.old
     values: dict[str, Tensor | None] = {
@@ -89,8 +91,9 @@ def tokens_of(config: Config, batch: Batch, minibatch: Minibatch, pack: Pack, de
         "values": None if old is None else old.values, "returns": batch.returns,
     }  # fmt: skip
     present = {name: value[pack.token].float() for name, value in values.items() if value is not None}
-    moved = dict(zip(present, to_device(list(present.values()), device), strict=True))
-    return PackTokens(**{name: moved.get(name) for name in values})  # type: ignore[arg-type]
+    pack, moved = pack.to_with(list(present.values()), device)
+    there = dict(zip(present, moved, strict=True))
+    return pack, PackTokens(**{name: there.get(name) for name in values})  # type: ignore[arg-type]
 
 
 def reference_logprobs(parts: Parts, batch: Batch) -> Tensor:
@@ -118,12 +121,13 @@ def with_old_policy(parts: Parts, batch: Batch, minibatches: list[Minibatch]) ->
         return batch
     names = ["logprobs", "entropies"] + ["values"] * (config.advantage.baseline == "critic")
     with parts.phase("reference"):
-        flat = {name: torch.zeros(len(batch.tokens)) for name in names}
+        flat = {name: torch.zeros(len(batch.tokens), device=parts.ranks.device) for name in names}
         parts.policy.eval()  # the rollout had no dropout either
         for pack in (pack for each in minibatches for pack in each.packs):
             parts.ranks.stop_if_any(parts.watch.requested)
-            for name, numbers in zip(names, parts.wrapped(pack.to(parts.ranks.device)), strict=False):
-                flat[name][pack.token] = numbers.cpu()
+            pack = pack.to(parts.ranks.device)
+            for name, numbers in zip(names, parts.wrapped(pack), strict=False):
+                flat[name][pack.token] = numbers
         parts.policy.train()
         old = OldPolicy(**{name: parts.ranks.reduce(numbers, "sum") for name, numbers in flat.items()})
     return replace(batch, old=old)

@@ -18,6 +18,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import simulated_kernels
 import torch
 import torch.utils._device
 from simulated_device import CUDA, MODE, SEEN, CUDAGraph, Mode, Simulated, attention, wait
@@ -182,6 +183,15 @@ def _replace_libraries() -> None:
         return (attention if isinstance(query, Simulated) else plain_attention)(query, *args, **kwargs)
 
     torch.nn.functional.scaled_dot_product_attention = either
+    plain_norm = torch.nn.functional.rms_norm
+
+    @functools.wraps(plain_norm)
+    def norm(x: Tensor, shape: Any, weight: Tensor | None = None, eps: float | None = None) -> Tensor:
+        if isinstance(x, Simulated) and weight is not None:
+            return simulated_kernels.RmsNorm.apply(x, weight, eps)
+        return plain_norm(x, shape, weight, eps)
+
+    torch.nn.functional.rms_norm = norm
 
     class Autocast(torch.autocast):
         def __init__(self, device_type: str, *args: Any, **kwargs: Any) -> None:

@@ -21,7 +21,6 @@ WAITS_OF_A_ROLLOUT = {
     # once a rollout
     ("H2D copy", "rollout/native/engine.py:__init__"),
     # whenever prompts come in
-    ("H2D copy", "model/attention.py:to"),
     ("H2D copy", "rollout/native/cache.py:admit"),
     ("H2D copy", "rollout/native/engine.py:_prefill"),
     ("H2D copy", "rollout/native/steps.py:prefill"),
@@ -43,9 +42,6 @@ WAITS_OF_A_ROLLOUT = {
 """Waits of the host by kind and function. A step of decoding has none."""
 
 WAITS_OF_AN_UPDATE = {
-    # each pack
-    ("H2D copy", "model/attention.py:to"),
-    ("H2D copy", "monitoring/metrics.py:add"),
     # each optimizer step
     ("D2H copy", "distributed/ranks.py:reduce"),
     ("_local_scalar_dense.default", "distributed/strategy.py:step"),
@@ -53,9 +49,6 @@ WAITS_OF_AN_UPDATE = {
 """The same for what the loop calls from the end of a rollout to the end of its update."""
 
 WAITS_OF_SOME_UPDATES = {
-    # each pack: policies that open a batch, ratios of sequences
-    ("D2H copy", "trainer/packs.py:with_old_policy"),
-    ("_local_scalar_dense.default", "algorithm/kl.py:sequence_sums"),
     # each batch
     ("H2D copy", "distributed/ranks.py:reduce"),
 }

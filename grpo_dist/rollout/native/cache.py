@@ -32,12 +32,14 @@ class PrefillLayout:
         self.keys: dict[int, Tensor] = {}
         self.values: dict[int, Tensor] = {}
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None, window: int | None = None
+    ) -> Tensor:
         """See `attention.Layout`."""
         if layer in self.keys:
             raise ValueError(f"layer {layer} attends more than once")
         self.keys[layer], self.values[layer] = key[0], value[0]
-        return self.rows.attend(layer, query, key, value, scale)
+        return self.rows.attend(layer, query, key, value, scale, window)
 
 
 class DecodeState:
@@ -58,6 +60,7 @@ class DecodeState:
         self.prompt_lengths = torch.zeros(0, dtype=torch.int64, device=device)  # (P,)
         self.prompt = torch.zeros(0, dtype=torch.int64, device=device)  # (R,) each sequence's prompt
         self.lengths = torch.zeros(0, dtype=torch.int64, device=device)  # (R,) sampled tokens in the cache
+        self.longest = 0  # tokens of the longest sequence there may be
         self.used = 0  # the most slots that any sequence has filled, known without asking the device
         self.version = 0  # counts the exchanges of tensors
         self.computed: Tensor | None = None  # the rows of the step under way; None for all
@@ -86,6 +89,7 @@ class DecodeState:
         self.prompt_lengths = torch.cat([self.prompt_lengths, torch.tensor(lengths, device=self.device)])
         self.lengths = torch.cat([self.lengths, self.lengths.new_zeros(sum(sizes))])
         self.used = max(self.used, 0 if self.shares else max(lengths))
+        self.longest = max(self.longest, max(lengths) + self.most_tokens)
         self._seat_rows()
 
     def keep(self, rows: Tensor) -> None:
@@ -140,15 +144,32 @@ class DecodeState:
         """Lay out who attends to what; part of the step. `computed` are the rows it is for, None for all of them."""
         self.computed = computed
         self.slots = self.starts + self.lengths
-        self._own_mask: Tensor | None = None
+        self._own_masks: dict[int | None, Tensor] = {}
+        self._window_masks: dict[int, tuple[Tensor, Tensor]] = {}
 
-    @property
-    def own_mask(self) -> Tensor:
+    def own_mask(self, window: int | None = None) -> Tensor:
         """Additive mask (R, 1, 1, seen) of this step; made when it is first asked for."""
-        if self._own_mask is None:
-            hidden = torch.arange(self.seen, device=self.device) > self.slots[:, None]
-            self._own_mask = _mask(hidden, next(iter(self.own_keys.values())).dtype)
-        return self._own_mask
+        if window not in self._own_masks:
+            slots = torch.arange(self.seen, device=self.device)
+            hidden = slots > self.slots[:, None]
+            if window is not None:
+                hidden |= slots <= self.slots[:, None] - window
+            self._own_masks[window] = _mask(hidden, next(iter(self.own_keys.values())).dtype)
+        return self._own_masks[window]
+
+    def _window_mask(self, window: int, repeat: int) -> tuple[Tensor, Tensor]:
+        """Additive mask (P, 1, most · G, Lp) of the prompts for this step's queries of a layer with a window, and (R,)
+        bool, whose windows have left their prompt behind. To these the mask shows one key: a query needs one."""
+        if window not in self._window_masks:
+            lengths = self.prompt_lengths[self.prompt]
+            keys = next(iter(self.prompt_keys.values()))
+            places = torch.arange(keys.shape[2], device=self.device)
+            first = lengths + self.lengths - window + 1  # the first position that a row sees
+            is_past = first >= lengths
+            hidden = (places < torch.where(is_past, 0, first)[:, None]) | (places >= lengths[:, None])
+            rows = torch.zeros(hidden.shape, dtype=keys.dtype, device=self.device).masked_fill_(hidden, -torch.inf)
+            self._window_masks[window] = self._to_seats(rows[:, None, None].repeat(1, 1, repeat, 1)), is_past
+        return self._window_masks[window]
 
     def end_step(self) -> None:
         """Count the tokens that were added; part of the step. Ended rows write to the last slot over and over."""
@@ -166,24 +187,34 @@ class DecodeState:
         """What the host has to know of a step."""
         self.used = min(self.used + 1, self.most_used)
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None, window: int | None = None
+    ) -> Tensor:
         """See `attention.Layout`; the row's T tokens are the R sequences' newest ones, in order."""
         query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
-        return self.attend_rows(layer, query, key, value, scale)[None]
+        return self.attend_rows(layer, query, key, value, scale, window)[None]
 
-    def attend_rows(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
+    def attend_rows(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None, window: int | None = None
+    ) -> Tensor:
         """Attention of the sequences' newest tokens: `query` (R, Hq, D), `key` and `value` (R, Hk, D) to (R, Hq, D)."""
+        window = None if window is None or window >= self.longest else window
         own_keys, own_values = self.own_keys[layer], self.own_values[layer]
         own_keys[self.rows, :, self.slots] = key
         own_values[self.rows, :, self.slots] = value
         num_rows, num_queries, _ = query.shape
         query = query.reshape(num_rows, key.shape[1], -1, query.shape[2])  # (R, Hk, G, D)
-        own, own_sum = _partial(query, own_keys[:, :, : self.seen], own_values[:, :, : self.seen], self.own_mask, scale)
+        own, own_sum = _partial(query, own_keys[:, :, : self.seen], own_values[:, :, : self.seen],
+                                self.own_mask(window), scale)  # fmt: skip
         if not self.shares:
             return own.reshape(num_rows, num_queries, -1)
-        shared, shared_sum = _partial(self._to_seats(query), self.prompt_keys[layer], self.prompt_values[layer],
-                                      self.prompt_mask, scale)  # fmt: skip
-        share = torch.sigmoid(self._from_seats(shared_sum[..., None]) - own_sum[..., None])
+        mask, is_past = (self.prompt_mask, None) if window is None else self._window_mask(window, query.shape[2])
+        shared, shared_sum = _partial(self._to_seats(query), self.prompt_keys[layer], self.prompt_values[layer], mask,
+                                      scale)  # fmt: skip
+        shared_sum = self._from_seats(shared_sum[..., None])
+        if is_past is not None:
+            shared_sum = shared_sum.masked_fill(is_past[:, None, None, None], -torch.inf)
+        share = torch.sigmoid(shared_sum - own_sum[..., None])
         output = torch.lerp(own, self._from_seats(shared), share.to(own.dtype))
         return output.reshape(num_rows, num_queries, -1)
 

@@ -16,12 +16,13 @@ import triton
 from torch import Tensor, nn
 from torch.nn.functional import embedding, linear, silu
 
+from ...model.gate_kernel import gated
+from ..room import PAGE
 from ..sampling import Rules, Sampling, draw, uniforms
 from . import triton_kernels as kernels
 from .llama import Layer, Linear, Norm, Weights
-from .pages import PAGE, PagePool
+from .pages import PagePool
 
-ACTIVATION_BLOCK = 1024
 VOCABULARY_BLOCK = 1024
 
 
@@ -97,7 +98,7 @@ class FusedStep:
             y = _with_bias(each.output, each.output(state.attend_rows(layer.number, query, layer.scale).flatten(1)))
             inner = _normalised(x, y, layer.mlp_norm)
             gate, up = (_with_bias(product, product(inner)) for product in (each.gate, each.up))
-            y = _with_bias(each.down, each.down(_swiglu(gate, up)))
+            y = _with_bias(each.down, each.down(gated(gate, up)))
         x = _normalised(x, y, weights.norm)
         if self.head.low is None and x.is_cuda and x.dtype != torch.float32:  # as the trainer's: not rounded to 16 bits
             return _with_bias(self.head, torch.mm(x, self.head.weight.T, out_dtype=torch.float32))
@@ -131,13 +132,6 @@ def _normalised(x: Tensor, y: Tensor | None, norm: Norm) -> Tensor:
     kernels.add_and_normalise[(rows,)](x, x if y is None else y, norm.weight, normed, size, norm.eps, ADD=y is not None,
                                        BLOCK=triton.next_power_of_2(size))  # fmt: skip
     return normed
-
-
-def _swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    output = torch.empty_like(gate)
-    count = gate.numel()
-    kernels.swiglu[(triton.cdiv(count, ACTIVATION_BLOCK),)](gate, up, output, count, BLOCK=ACTIVATION_BLOCK)
-    return output
 
 
 def fused_draw(

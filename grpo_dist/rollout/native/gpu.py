@@ -22,18 +22,17 @@ from torch import Tensor, nn
 from ...distributed.transfer import to_device
 from ...types import Trajectory
 from ..engine import Request, limit_of, trajectory
+from ..room import PAGE, PREFILL_TOKENS, pages_of
 from ..sampling import Rules, Sampling
 from .fused import fused_draw
 from .graphs import Sizes
-from .pages import PAGE, TILE, PagePool, pages_of
+from .pages import TILE, PagePool
 from .steps import Step, prefill
 
 LADDER = [8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512]
 """Numbers of rows for which a step is captured; above the last one, its multiples."""
 STEPS = 8
 """Steps between two looks at who has ended."""
-PREFILL_TOKENS = 16_384
-"""Most tokens of prompts computed in one row, but for a longer prompt."""
 
 
 @dataclass

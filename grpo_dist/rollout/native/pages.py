@@ -17,11 +17,10 @@ import triton
 from torch import Tensor
 
 from ...distributed.transfer import to_device
+from ..room import PAGE, pages_of
 from . import triton_kernels as kernels
 from .cache import PrefillLayout
 
-PAGE = 64
-"""Tokens of a page."""
 TILE = 8
 """Rows of one prompt that attend to it in one tile."""
 PROGRAMS = 264
@@ -46,6 +45,7 @@ class PagePool:
         self.prompt_lengths = torch.zeros(most_rows, dtype=torch.int32, device=device)
         self.tile_prompt = torch.zeros(2 * most_rows, dtype=torch.int32, device=device)
         self.tile_rows = torch.zeros((2 * most_rows, TILE), dtype=torch.int32, device=device)
+        self.longest = prompt_tokens + row_tokens
         self.num_rows = self.num_tiles = self.splits = self.prompt_splits = 0
 
     def take(self, tokens: int, present: int = 0) -> list[int]:
@@ -77,8 +77,13 @@ class PagePool:
         self.splits = _splits(num_rows * heads, self.table.shape[1])
         self.prompt_splits = _splits(num_tiles * heads, self.prompt_table.shape[1])
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
-        """See `attention.Layout`; the row's T tokens are the newest ones of the R rows, in order."""
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None, window: int | None = None
+    ) -> Tensor:
+        """See `attention.Layout`; the row's T tokens are the newest ones of the R rows, in order. The pages have all of
+        a sequence, so it must not be longer than a `window`."""
+        if window is not None and window < self.longest:
+            raise ValueError(f"a sliding window of {window} tokens given, and sequences may have {self.longest}")
         query, key, value = (x[0].transpose(0, 1).contiguous() for x in (query, key, value))
         lengths = self.lengths[: self.num_rows].long()
         page = self.table[: self.num_rows].gather(1, (lengths // PAGE)[:, None])[:, 0].long()
@@ -127,11 +132,6 @@ def two_rows(layout: PrefillLayout) -> PagePool:
     pool.tile_rows[0] = torch.tensor([0, 1] + [-1] * (TILE - 2), device=pool.device)
     pool.begin_step(2, 1)
     return pool
-
-
-def pages_of(tokens: int) -> int:
-    """Pages that hold `tokens` tokens."""
-    return -(-tokens // PAGE)
 
 
 def _splits(programs: int, pages: int) -> int:

@@ -192,16 +192,6 @@ def add_and_normalise(x, y, weight, normed, size, eps, ADD: tl.constexpr, BLOCK:
 
 
 @triton.jit
-def swiglu(gate, up, output, count, BLOCK: tl.constexpr):
-    """SiLU(gate) times up (arXiv:2002.05202, section 2)."""
-    k = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = k < count
-    g = tl.load(gate + k, mask=inside, other=0.0).to(tl.float32)
-    u = tl.load(up + k, mask=inside, other=0.0).to(tl.float32)
-    tl.store(output + k, (g / (1 + tl.exp(-g)) * u).to(output.dtype.element_ty), mask=inside)
-
-
-@triton.jit
 def sum_blocks(logits, peaks, totals, size, blocks, inverse_temperature, BLOCK: tl.constexpr):
     """Peak and sum of exponentials of each block of a row's scaled logits, (R, blocks) float32 each."""
     row, block = tl.program_id(0).to(tl.int64), tl.program_id(1)

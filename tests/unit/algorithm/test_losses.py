@@ -281,9 +281,9 @@ def test_squared_sequence_shares_the_square_out_evenly() -> None:
     assert kl_estimate(empty, empty, torch.zeros(0, dtype=torch.int64), "squared_sequence").shape == (0,)
 
 
-def test_sums_are_of_as_many_completions_as_there_are() -> None:
+def test_sums_are_those_of_each_completion() -> None:
     sums, lengths = sequence_sums(torch.tensor([1.0, 2.0, 4.0]), torch.tensor([0, 1, 1]))
-    assert sums.tolist() == [1.0, 6.0] and lengths.tolist() == [1.0, 2.0]
+    assert sums.tolist() == [1.0, 6.0, 0.0] and lengths.tolist() == [1.0, 2.0, 1.0]
     assert all(part.shape == (0,) for part in sequence_sums(torch.zeros(0), torch.zeros(0, dtype=torch.int64)))
 
 

@@ -26,7 +26,7 @@ from transformers import Qwen2Config, Qwen3Config  # noqa: E402
 from transformers import Qwen2ForCausalLM as Qwen2  # noqa: E402
 from transformers import Qwen3ForCausalLM as Qwen3  # noqa: E402
 
-from grpo_dist.model import attention, head_kernel, logprobs  # noqa: E402
+from grpo_dist.model import attention, gate_kernel, head_kernel, join_kernel, logprobs, shared_prefix  # noqa: E402
 from grpo_dist.rollout.engine import Request, decode_all, in_order  # noqa: E402
 from grpo_dist.rollout.native import gpu, pages  # noqa: E402
 from grpo_dist.rollout.native.cache import PrefillLayout  # noqa: E402
@@ -170,8 +170,30 @@ def main() -> None:
         )
     ]
     result["head"] = max(float((a - b).abs().max()) for a, b in pairs)
+    result["update"] = [joined(), gates()]
     result["two rows"] = pages.two_rows(_prefilled()).num_rows
     print(json.dumps(result))
+
+
+def joined() -> float:
+    """The join of two parts of attention, of which some rows have nothing in the second one."""
+    parts = [torch.randn(37, 3, 24) for _ in range(2)]
+    sums = [torch.randn(3, 37) * 3 for _ in range(2)]
+    sums[1][:, ::5] = torch.inf
+    sums[1][:, 1::5] = -torch.inf
+    expected = shared_prefix._joined(parts[0].clone(), sums[0].clone(), parts[1], sums[1])
+    got = join_kernel.join(parts[0], sums[0], parts[1], sums[1])
+    return max(float((a - b).abs().max()) for a, b in zip(got, expected, strict=True))
+
+
+def gates() -> float:
+    """SwiGLU's gate and its gradients."""
+    gate, up = ((torch.randn(5, 333) * 4).requires_grad_() for _ in range(2))
+    grad, output = torch.randn(5, 333), torch.nn.functional.silu(gate) * up
+    expected = [output, *torch.autograd.grad(output, (gate, up), grad)]
+    gate, up = gate.detach(), up.detach()
+    got = [gate_kernel.gated(gate, up), *gate_kernel.gated_backward(grad, gate, up)]
+    return max(float((a - b).abs().max()) for a, b in zip(got, expected, strict=True))
 
 
 def _prefilled() -> PrefillLayout:

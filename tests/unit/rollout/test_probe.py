@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from grpo_dist.config.schema import RolloutConfig
 from grpo_dist.model import attention
-from grpo_dist.model.load import Policy, packing_obstacle
+from grpo_dist.model.load import Policy, packing_obstacle, short_window
 from grpo_dist.model.packing import make_pack, plan
 from grpo_dist.rollout import (
     LoadedModel,
@@ -33,7 +33,7 @@ from grpo_dist.rollout.native.compiled import library
 from grpo_dist.rollout.native.kernel import KernelStep
 from grpo_dist.rollout.native.llama import LlamaStep
 from grpo_dist.rollout.native.steps import module_step
-from grpo_dist.rollout.probe import packing_leak
+from grpo_dist.rollout.probe import packing_leak, window_leak
 from grpo_dist.types import Batch, Prompt
 
 LONGEST = 64
@@ -52,9 +52,7 @@ PACKABLE: dict[str, dict[str, Any]] = {
     "Gemma3Text": {"head_dim": 8, "sliding_window": LONGEST}, "GPT2": GPT,
 }  # fmt: skip
 UNPACKABLE: dict[str, dict[str, Any]] = {
-    "Mistral": {"sliding_window": LONGEST - 1},
     "Gemma2": {"head_dim": 8, "sliding_window": 1024},
-    "Gemma3Text": {"head_dim": 8, "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]},
     "Mamba": {"state_size": 4},
     "Mamba2": {"head_dim": 16, "num_heads": 4, "state_size": 4, "n_groups": 1},
     "Bamba": {"attn_layer_indices": [1], **MAMBA},
@@ -258,14 +256,57 @@ def test_what_cannot_be_packed_is_named(name: str) -> None:
     assert obstacle
 
 
-@pytest.mark.parametrize(("name", "words"), [("Mistral", "63 tokens"), ("Gemma2", "softcapping"), ("Lfm2", "conv")])
+@pytest.mark.parametrize(("name", "words"), [("Gemma2", "softcapping"), ("Lfm2", "conv")])
 def test_the_obstacle_says_what_it_is(name: str, words: str) -> None:
     assert words in str(packing_obstacle(make_config(name, UNPACKABLE[name]), LONGEST))
 
 
-def test_a_window_that_no_layer_uses_is_no_obstacle() -> None:
+def test_a_window_that_no_layer_uses_is_none() -> None:
     config = make_config("Qwen2", {"use_sliding_window": False, "sliding_window": 8})
-    assert packing_obstacle(config, LONGEST) is None
+    assert packing_obstacle(config, LONGEST) is None and short_window(config, LONGEST) is None
+
+
+WINDOWED: dict[str, dict[str, Any]] = {
+    "Mistral": {"sliding_window": 6}, "Phi3": {"sliding_window": 6}, "Qwen3": {
+        "head_dim": 8, "use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1,
+    },
+    "Gemma3Text": {"head_dim": 8, "sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"]},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WINDOWED)
+def test_layers_with_a_short_window_are_packed(name: str) -> None:
+    config = make_config(name, WINDOWED[name])
+    assert packing_obstacle(config, LONGEST) is None and short_window(config, LONGEST) == 6
+    assert short_window(config, 6) is None
+    model = make_model(config, attention.NAME)
+    assert window_leak(model) is None
+    assert model.config.sliding_window == 6 and model.config._attn_implementation == attention.NAME
+
+
+@pytest.mark.parametrize("name", WINDOWED)
+def test_rollouts_in_short_windows_are_those_of_the_models_own_attention(name: str) -> None:
+    config = make_config(name, WINDOWED[name])
+    prompts = [[(5 * k + n) % 57 + 3 for k in range(length)] for n, length in enumerate((3, 15))]
+    requests = [Request(slot, sample, prompts[slot], stream_key(0, slot, sample))
+                for slot in range(2) for sample in range(3)]  # fmt: skip
+    expected = decode_all(RowDecoder([2, 9], 14), make_model(config, None), requests)
+    engine = make_engine(LoadedModel(make_model(config, attention.NAME)), None, [2, 9],
+                         RolloutConfig(max_completion_length=14), alone, window=6)  # fmt: skip
+    assert engine.decoding["decoding"] == "modules"
+    for decoder in (engine.decoder, NativeDecoder([2, 9], 14, 1 << 20, copied_prompt=0)):
+        drawn = decode_all(decoder, make_model(config, attention.NAME), requests)
+        assert [each.ids for each in drawn] == [each.ids for each in expected]
+        assert all(abs(p - q) < 1e-4 for a, b in zip(drawn, expected, strict=True)
+                   for p, q in zip(a.logprobs, b.logprobs, strict=True))  # fmt: skip
+
+
+def test_a_model_that_does_not_say_where_its_windows_are_is_caught() -> None:
+    model = make_model(make_config("Mistral", {"sliding_window": 6}), attention.NAME)
+    plain = attention.RowLayout.attend
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(attention.RowLayout, "attend", lambda self, *given: plain(self, *given[:5]))
+        assert "do not say" in str(window_leak(model))
 
 
 @pytest.mark.parametrize("name", ["Mamba", "Lfm2", "FalconH1", "Bamba"])

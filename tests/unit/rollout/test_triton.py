@@ -48,3 +48,7 @@ def test_the_fused_draw_is_the_plain_one(interpreted: Any) -> None:
 
 def test_the_fused_head_is_the_plain_one(interpreted: Any) -> None:
     assert interpreted["head"] < 2e-5
+
+
+def test_the_kernels_of_an_update_are_torchs_operations(interpreted: Any) -> None:
+    assert max(interpreted["update"]) < 1e-5

@@ -1,0 +1,131 @@
+"""Modules of transformers' models as one kernel each on a GPU. On a CPU nothing changes.
+
+A module is recognised by what it computes, in a trial on a few numbers.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.func import functional_call
+from torch.nn.functional import silu
+
+from .gpu_kernels import triton_obstacle
+
+HALVES = (torch.bfloat16, torch.float16)
+GATED = {"gate_proj", "up_proj", "down_proj", "act_fn"}
+"""The modules of a gated feed-forward layer."""
+
+
+def fuse_norms(model: nn.Module) -> None:
+    """Let every plain RMSNorm (arXiv:1910.07467, equation 4) of 16-bit rows on a GPU be torch's own.
+
+    It rounds its result once. transformers' code rounds before the weight as well. Norms of other kinds (Gemma's adds 1
+    to the weight) and of float32 weights keep their code.
+    """
+    known: dict[Hashable, bool] = {}
+    for module in model.modules():
+        eps = getattr(module, "variance_epsilon", None)
+        if not type(module).__name__.endswith("RMSNorm") or not isinstance(eps, float):
+            continue
+        if _once(known, (type(module), eps), _is_plain_norm, module, eps):
+            module.forward = _fused_norm(module, module.forward, eps)
+
+
+def fuse_gates(model: nn.Module) -> None:
+    """Let every SwiGLU layer (arXiv:2002.05202, equation 6) of 16-bit rows on a GPU compute its gate in one kernel.
+
+    It rounds its result once, and keeps no output of the activation for the backward pass.
+    """
+    known: dict[Hashable, bool] = {}
+    for module in model.modules():
+        is_gated = {name for name, _ in module.named_children()} == GATED
+        if is_gated and _once(known, (type(module), type(module.act_fn)), _is_plain_gate, module):
+            module.forward = _fused_gate(module, module.forward)
+
+
+def _once(known: dict[Hashable, bool], kind: Hashable, trial: Callable[..., bool], *arguments: Any) -> bool:
+    """The result of a trial for each kind of module."""
+    if kind not in known:
+        try:
+            known[kind] = trial(*arguments)
+        except (AttributeError, RuntimeError, TypeError, ValueError):
+            known[kind] = False
+    return known[kind]
+
+
+@torch.no_grad()
+def _is_plain_norm(module: nn.Module, eps: float) -> bool:
+    """Whether a module with a weight of any size computes RMSNorm with that weight alone."""
+    generator = torch.Generator().manual_seed(0)
+    x, weight = (torch.randn(shape, generator=generator, device="cpu") for shape in ((3, 8), (8,)))
+    if [name for name, _ in module.named_parameters()] != ["weight"]:
+        return False
+    given = functional_call(module, {"weight": weight}, (x,))
+    return torch.allclose(given, nn.functional.rms_norm(x, (8,), weight, eps), atol=1e-5)
+
+
+@torch.no_grad()
+def _is_plain_gate(module: Any) -> bool:
+    """Whether a module computes SwiGLU with its three projections, whatever these are."""
+    generator = torch.Generator().manual_seed(0)
+    x, gate, up, down = (torch.randn(shape, generator=generator, device="cpu")
+                         for shape in ((3, 8), (6, 8), (6, 8), (8, 6)))  # fmt: skip
+    small = copy.copy(module)
+    small._modules = {"act_fn": module.act_fn} | {
+        name: _Product(weight) for name, weight in (("gate_proj", gate), ("up_proj", up), ("down_proj", down))
+    }
+    return torch.allclose(type(module).forward(small, x), (silu(x @ gate.T) * (x @ up.T)) @ down.T, atol=1e-4)
+
+
+class _Product(nn.Module):
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.matrix = weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.matrix.T
+
+
+def _fused_norm(module: Any, plain: Callable[[Tensor], Tensor], eps: float) -> Callable[[Tensor], Tensor]:
+    def forward(x: Tensor) -> Tensor:
+        weight = module.weight
+        if not (x.is_cuda and x.dtype in HALVES and x.dtype == weight.dtype):
+            return plain(x)
+        with torch.autocast(x.device.type, enabled=False):
+            return nn.functional.rms_norm(x, weight.shape, weight, eps)
+
+    return forward
+
+
+def _fused_gate(module: Any, plain: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    def forward(x: Tensor) -> Tensor:
+        if not x.is_cuda or triton_obstacle() is not None:
+            return plain(x)
+        gate, up = module.gate_proj(x), module.up_proj(x)
+        is_half = gate.dtype == up.dtype and gate.dtype in HALVES
+        return module.down_proj(_Gate.apply(gate, up) if is_half else module.act_fn(gate) * up)
+
+    return forward
+
+
+class _Gate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        from .gate_kernel import gated
+
+        gate, up = gate.contiguous(), up.contiguous()
+        ctx.save_for_backward(gate, up)
+        return gated(gate, up)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        from .gate_kernel import gated_backward
+
+        return gated_backward(grad.contiguous(), *ctx.saved_tensors)

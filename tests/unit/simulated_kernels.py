@@ -1,0 +1,98 @@
+"""Kernels that a GPU has and the CPU does not, for the simulated device: each one operation, so that it counts as one.
+
+`put_triton_in()` puts the package's Triton kernels for updates into the process by their formulas. What Triton itself
+computes is tested in its interpreter (`rollout/test_triton.py`).
+"""
+
+from __future__ import annotations
+
+import sys
+import types
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import rms_norm as plain_norm
+
+
+@torch.library.custom_op("simulated::rms_norm", mutates_args=())
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """torch's kernel: in float32, rounded once."""
+    return plain_norm(x.float(), weight.shape, weight.float(), eps).to(x.dtype)
+
+
+@torch.library.custom_op("simulated::rms_norm_backward", mutates_args=())
+def rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """The gradient by `x`."""
+    grad, y, weight = grad.float(), x.float(), weight.float() * torch.ones_like(x, dtype=torch.float32)
+    factor = (y.pow(2).mean(-1, keepdim=True) + eps).rsqrt()
+    inner = grad * weight
+    return (factor * (inner - y * factor.pow(2) * (inner * y).mean(-1, keepdim=True))).to(x.dtype)
+
+
+class RmsNorm(torch.autograd.Function):
+    """RMSNorm of rows with a frozen weight."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """`rms_norm`."""
+        ctx.save_for_backward(x, weight)
+        ctx.eps = eps
+        return rms_norm(x, weight, eps)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """`rms_norm_backward`."""
+        assert not ctx.needs_input_grad[1]
+        return rms_norm_backward(grad, *ctx.saved_tensors, ctx.eps), None, None
+
+
+@torch.library.custom_op("simulated::score_rows", mutates_args=())
+def score_rows(
+    logits: Tensor, targets: Tensor, temperature: float, slope_dtype: torch.dtype | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`head_kernel.score_rows`, with an empty tensor for None."""
+    rows = torch.log_softmax(logits / temperature, -1)
+    chosen, entropies = rows.gather(-1, targets[:, None])[:, 0], -(rows.exp() * rows).sum(-1)
+    if slope_dtype is None:
+        return chosen, entropies, torch.zeros(0)
+    slopes = -rows.exp()
+    slopes.scatter_add_(1, targets[:, None], torch.ones_like(slopes[:, :1]))
+    return chosen, entropies, (slopes / temperature).to(slope_dtype)
+
+
+@torch.library.custom_op("simulated::join", mutates_args=())
+def join(output: Tensor, sums: Tensor, other: Tensor, other_sums: Tensor) -> tuple[Tensor, Tensor]:
+    """`join_kernel.join`."""
+    other_sums = torch.where(other_sums.isinf(), -torch.inf, other_sums)
+    share = torch.sigmoid(other_sums - sums).T[..., None]
+    return torch.lerp(output.float(), other.float(), share).to(output.dtype), torch.logaddexp(sums, other_sums)
+
+
+@torch.library.custom_op("simulated::gated", mutates_args=())
+def gated(gate: Tensor, up: Tensor) -> Tensor:
+    """`gate_kernel.gated`."""
+    return (torch.nn.functional.silu(gate.float()) * up.float()).to(gate.dtype)
+
+
+@torch.library.custom_op("simulated::gated_backward", mutates_args=())
+def gated_backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    """`gate_kernel.gated_backward`."""
+    grad, x, y, share = grad.float(), gate.float(), up.float(), gate.float().sigmoid()
+    return (grad * y * share * (1 + x * (1 - share))).to(gate.dtype), (grad * x * share).to(up.dtype)
+
+
+def put_triton_in() -> None:
+    """Let the package find its Triton kernels for updates."""
+
+    def scored(*arguments: Any) -> tuple[Tensor, Tensor, Tensor | None]:
+        logprobs, entropies, slopes = score_rows(*arguments)
+        return logprobs, entropies, None if arguments[3] is None else slopes
+
+    for name, kernels in {
+        "head_kernel": {"score_rows": scored}, "join_kernel": {"join": join},
+        "gate_kernel": {"gated": gated, "gated_backward": gated_backward},
+    }.items():  # fmt: skip
+        module = types.ModuleType(f"grpo_dist.model.{name}")
+        vars(module).update(kernels)
+        sys.modules[module.__name__] = module

@@ -1,0 +1,57 @@
+"""What a pack costs a GPU, counted on the simulated one: kernels, waits of the host, masks."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from grpo_dist.model import gpu_kernels
+from grpo_dist.model.shared_prefix import segments
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def counts() -> Any:
+    """What `simulated_packs.py` prints: the simulated device changes torch for a process."""
+    done = subprocess.run(
+        [sys.executable, str(Path(__file__).with_name("simulated_packs.py"))], cwd=ROOT, text=True, capture_output=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-6000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_a_pack_takes_few_kernels(counts: Any) -> None:
+    """28 layers, 4 x (256 + 16 x 240) tokens, adapters on every linear layer: forward and backward pass."""
+    assert counts["update"]["kernels"] <= 6000
+    assert counts["attention"]["kernels"] <= 25 and counts["window"]["kernels"] <= 25
+
+
+@pytest.mark.parametrize("name", ["update", "reference", "attention", "window"])
+def test_the_host_never_waits_for_a_pack(counts: Any, name: str) -> None:
+    assert counts[name]["waits"] == []
+
+
+def test_there_are_no_masks(counts: Any) -> None:
+    """512 completions of 4,096 tokens behind prompts of 512: bounds and places of prompts in place of 9 GiB."""
+    assert counts["attention"]["blocks"] == counts["window"]["blocks"] == 0
+    tensors = segments([(512, [4096] * 16)] * 32).tensors
+    assert all(each.dim() == 1 for each in tensors) and sum(each.nbytes for each in tensors) < 1 << 18
+
+
+def test_flash_kernels_that_are_wrong_or_other_are_not_used(counts: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert counts["wrong kernels"]["blocks"] == 1
+    assert counts["wrong kernels"]["reason"].startswith("they are off by ")
+    assert gpu_kernels._other_arguments() is None
+    name = "_flash_attention_backward"
+    arguments, results = gpu_kernels.FLASH_ARGUMENTS[name]
+    for other in ((arguments.replace("max_q max_k", "max_k max_q"), results), (arguments, results + 1)):
+        monkeypatch.setitem(gpu_kernels.FLASH_ARGUMENTS, name, other)
+        assert f"{name} of torch" in str(gpu_kernels._other_arguments())
