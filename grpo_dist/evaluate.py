@@ -59,7 +59,7 @@ from .rewards.registry import EPISODE_COLUMNS, answer_checks, answer_reader
 from .rollout import Engine, LoadedModel, awake
 from .rollout.choose import UnfitEngine, make_engine
 from .rollout.own_attention import settle_attention
-from .rollout.playing import episodes_of, for_prompts, open_host, sample_or_play, templated
+from .rollout.playing import by_environment, episodes_of, for_prompts, open_host, sample_or_play, templated
 from .rollout.sampling import sampling_with
 from .rollout.vllm.start import make_vllm_engine
 from .text.files import write_file
@@ -98,7 +98,8 @@ class Evaluation:
         checks = answer_checks(config.rewards) if data.answer_column else []
         assert data.eval_file is not None
         split = "train" if Path(data.eval_file).is_file() else data.eval_split
-        self.prompts, _ = load_prompts(data.eval_file, split, data, prompt_tokenizer, checks)
+        self.prompts, _ = load_prompts(data.eval_file, split, data, prompt_tokenizer, checks,
+                                       tokenizers=by_environment(self.tokenizer, self.host))  # fmt: skip
         if category is not None and category not in self.prompts[0].columns:
             raise ValueError(f"--category: {category!r} given, expected one of {', '.join(self.prompts[0].columns)}")
         if compared is not None:
@@ -113,7 +114,7 @@ class Evaluation:
         self.sampling = sampling_with(config.rollout, self.tokenizer, self.end_ids, vocabulary)
         self.scorer = ScorerPool(config.rewards, config.scoring)
         self.scorer.check_columns([*self.prompts[0].columns, *(EPISODE_COLUMNS if self.host else ())])
-        self.episodes = episodes_of(config, self.host, prompt_tokenizer, self.end_ids)
+        self.episodes = episodes_of(config, self.host, self.tokenizer, self.end_ids)
         self.read_answer: Callable[[str], str | None] | None = answer_reader(config.rewards)
 
     def _dated(self, config: Config, compared: Path | None) -> Config:

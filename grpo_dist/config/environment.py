@@ -7,6 +7,9 @@ from typing import Literal
 
 from .checks import require
 
+ENVIRONMENT_COLUMN = "environment"
+"""Column of the data that names the environment of a row where there are several."""
+
 
 @dataclass
 class EnvironmentConfig:
@@ -14,9 +17,10 @@ class EnvironmentConfig:
 
     tools: list[str] = field(default_factory=list)
     """Functions that the model may call, as `module:function`; type hints and the docstring become their schema."""
-    factory: str | None = None
-    """A class or function, as `module:Class`, that makes an environment: its public methods are tools too. See
-    docs/environments.md."""
+    factory: str | dict[str, str] | None = None
+    """A class or function, as `module:Class`, that makes an environment: its public methods are tools too. Several with
+    names, as `{math: module:Math, game: module:Game}`: the data's column `environment` names the row's, and only its
+    tools are shown. See docs/environments.md."""
     max_turns: int = 8
     """Turns of the model in an episode. An episode whose last turn still calls a tool counts as truncated."""
     max_tool_characters: int = 2000
@@ -37,10 +41,17 @@ class EnvironmentConfig:
     """Names of environment variables that tools need although they look like secrets."""
 
     def __post_init__(self) -> None:
-        require(bool(self.tools) or self.factory is not None, "environment", None, "tools, a factory, or both")
-        require(all(":" in name for name in [*self.tools, *filter(None, [self.factory])]), "environment",
+        require(bool(self.tools) or bool(self.factory), "environment", None, "tools, a factory, or both")
+        require(all(":" in name for name in [*self.tools, *self.factories.values()]), "environment",
                 [*self.tools, self.factory], "names written module:function")  # fmt: skip
         for key, least in {"max_turns": 1, "max_tool_characters": 100, "workers": 1}.items():
             require(getattr(self, key) >= least, f"environment.{key}", getattr(self, key), f"{least} or more")
         for key in ("reset_seconds", "call_seconds", "memory_limit_gib"):
             require(getattr(self, key) > 0, f"environment.{key}", getattr(self, key), "a number above 0")
+
+    @property
+    def factories(self) -> dict[str, str]:
+        """The factories by name; the name of a single one, which no column has to choose, is empty."""
+        if isinstance(self.factory, dict):
+            return self.factory
+        return {"": self.factory} if self.factory else {}

@@ -98,8 +98,9 @@ class DataConfig:
     """Split of `train_file` where it is a data set with splits."""
     eval_split: str = "test"
     """Split of `eval_file` where it is a data set with splits."""
-    prompt_column: str = "prompt"
-    """Column with the prompt: text, or a list of messages with `role` and `content`."""
+    prompt_column: str | None = "prompt"
+    """Column with the prompt: text, or a list of messages with `role` and `content`; null where environments give the
+    prompts."""
     answer_column: str | None = "answer"
     """Column with the gold answer, which rewards receive as `answer`; null where there is none."""
     system_prompt: str | None = None
@@ -342,6 +343,9 @@ class Config:
                 f"room for one sequence of {longest} tokens")  # fmt: skip
         require(self.environment is None or self.data.chat_template != "never", "data.chat_template",
                 self.data.chat_template, "auto or always with an environment: tools need a template")  # fmt: skip
+        require(self.data.prompt_column is not None or bool(self.environment and self.environment.factory),
+                "data.prompt_column", None, "a column, or an environment.factory whose reset gives the prompts"
+                )  # fmt: skip
         require(bool(self.rewards), "rewards", self.rewards, "at least one reward")
         require(self.lora is not None or self.reference.placement == "copy", "reference.placement",
                 self.reference.placement, "`copy` where lora is null: without adapters to switch off, the policy "

@@ -11,7 +11,15 @@ from typing import TYPE_CHECKING, Any, overload
 from ..config.schema import Config, DataConfig
 from ..types import Prompt
 from .order import Curriculum, Mixture, Sampler
-from .prompts import AnswerCheck, check_columns, check_distinct, load_prompts, prompt_of_row
+from .prompts import (
+    NO_TOKENIZERS,
+    AnswerCheck,
+    Tokenizers,
+    check_columns,
+    check_distinct,
+    load_prompts,
+    prompt_of_row,
+)
 from .rows import RowReader
 
 if TYPE_CHECKING:
@@ -24,11 +32,12 @@ _KEPT_PROMPTS = 4096  # a step asks for its prompts several times
 
 
 def load_training(
-    config: Config, tokenizer: PreTrainedTokenizerBase, checks: Sequence[AnswerCheck]
-) -> tuple[Sequence[Prompt], Sampler | Mixture | Curriculum]:
+    config: Config, tokenizer: PreTrainedTokenizerBase, checks: Sequence[AnswerCheck],
+    tokenizers: Tokenizers = NO_TOKENIZERS,
+) -> tuple[Sequence[Prompt], Sampler | Mixture | Curriculum]:  # fmt: skip
     """Return all training prompts (those of a mixture one data set after another) and the sampler over them.
 
-    Raises ValueError or FileNotFoundError as `load_prompts` does.
+    Takes `tokenizers` and raises ValueError or FileNotFoundError as `load_prompts` does.
     """
     data, train = config.data, config.train
     weights = {data.train_file: 1.0} if isinstance(data.train_file, str) else data.train_file
@@ -36,11 +45,11 @@ def load_training(
     first_index = 0
     for path in weights:
         if data.streaming:
-            part = StreamedPrompts(path, data, tokenizer, checks, first_index)
+            part = StreamedPrompts(path, data, tokenizer, checks, first_index, tokenizers)
             first_index += len(part)
             parts.append(part)
         else:
-            loaded, report = load_prompts(path, data.train_split, data, tokenizer, checks, first_index)
+            loaded, report = load_prompts(path, data.train_split, data, tokenizer, checks, first_index, tokenizers)
             first_index += report.num_rows
             parts.append(loaded)
     prompts = parts[0] if len(parts) == 1 else Joined(parts)
@@ -75,11 +84,11 @@ class StreamedPrompts(Sequence[Prompt]):
 
     def __init__(
         self, path: str, config: DataConfig, tokenizer: PreTrainedTokenizerBase, checks: Sequence[AnswerCheck],
-        first_index: int,
+        first_index: int, tokenizers: Tokenizers = NO_TOKENIZERS,
     ) -> None:  # fmt: skip
         """Find the rows and check the first hundred; raises what `load_prompts` raises."""
         self._path, self._config, self._tokenizer, self._checks = path, config, tokenizer, checks
-        self._first_index = first_index
+        self._first_index, self._tokenizers = first_index, tokenizers
         self._rows = RowReader(path, config.train_split, config.subset)
         first = range(min(_CHECKED_ROWS, len(self._rows)))
         self._names = list(dict.fromkeys(name for place in first for name in self._rows[place].columns))
@@ -108,9 +117,8 @@ class StreamedPrompts(Sequence[Prompt]):
 
     def _read(self, place: int) -> Prompt:
         row = self._rows[place]
-        return prompt_of_row(
-            self._path, place, row, self._names, self._config, self._tokenizer, self._checks, self._first_index
-        )
+        return prompt_of_row(self._path, place, row, self._names, self._config, self._tokenizer, self._checks,
+                             self._first_index, self._tokenizers)  # fmt: skip
 
 
 class Joined(Sequence[Prompt]):

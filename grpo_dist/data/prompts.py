@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from grpo_dist.config.environment import ENVIRONMENT_COLUMN
 from grpo_dist.config.schema import DataConfig
 from grpo_dist.data.rows import Row, is_lines, load_rows
 from grpo_dist.rewards.registry import KEYWORDS
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 AnswerCheck = Callable[[object], None]
+Tokenizers = Mapping[str, Any]
+"""Tokenizers by the name of an environment: the template of each knows the tools of its own."""
+NO_TOKENIZERS: Tokenizers = {}
 
 _MESSAGES_AS_TEXT = re.compile(r"\s*\[\s*\{\s*[\"'](role|content)[\"']\s*:")
 _SHOWN_ROWS = 5
@@ -75,13 +79,15 @@ def load_prompts(
     tokenizer: PreTrainedTokenizerBase,
     check_answers: Sequence[AnswerCheck] = (),
     first_index: int = 0,
+    tokenizers: Tokenizers = NO_TOKENIZERS,
 ) -> tuple[list[Prompt], DropReport]:
     """Read, check and render all prompts of a file or data set.
 
     `check_answers` are called with each row's gold answer, and raise ValueError for one that they cannot read. A
-    prompt's `index` is `first_index` plus its row's place; dropped rows count. Raises ValueError or FileNotFoundError
-    where there is nothing to read, where a configured column is missing, where no row is left, and where a row cannot
-    be used unless `config.bad_rows` is `drop`.
+    prompt's `index` is `first_index` plus its row's place; dropped rows count. `tokenizers` render the rows of several
+    environments, by the column `environment`. Raises ValueError or FileNotFoundError where there is nothing to read,
+    where a configured column is missing, where no row is left, and where a row cannot be used unless `config.bad_rows`
+    is `drop`.
     """
     rows = load_rows(path, split, config.subset)
     names = list(dict.fromkeys(name for row in rows for name in row.columns))
@@ -94,7 +100,7 @@ def load_prompts(
         if not kept[place]:
             continue
         try:
-            usable.append((place, *_read_row(row, config, tokenizer, check_answers)))
+            usable.append((place, *_read_row(row, config, tokenizer, check_answers, tokenizers)))
         except _UnusableRowError as error:
             problems[place] = str(error)
     prompts = []
@@ -128,11 +134,11 @@ def load_prompts(
 
 def prompt_of_row(
     path: str, place: int, row: Row, names: Sequence[str], config: DataConfig, tokenizer: PreTrainedTokenizerBase,
-    check_answers: Sequence[AnswerCheck], first_index: int,
+    check_answers: Sequence[AnswerCheck], first_index: int, tokenizers: Tokenizers = NO_TOKENIZERS,
 ) -> Prompt:  # fmt: skip
     """Check and render one row as `load_prompts` does; raises ValueError where it cannot be used."""
     try:
-        text, messages = _read_row(row, config, tokenizer, check_answers)
+        text, messages = _read_row(row, config, tokenizer, check_answers, tokenizers)
         ((_, rendered),) = _tokenise([(place, text, messages)], tokenizer)
         if not rendered.ids or (len(rendered.ids) > config.max_prompt_length and config.too_long != "truncate"):
             raise _UnusableRowError(_wrong_length(rendered, config))
@@ -160,11 +166,12 @@ class _UnusableRowError(ValueError):
 
 def check_columns(path: str, names: list[str], config: DataConfig) -> None:
     """Raise ValueError where a configured column is missing, or one has the name of another argument of rewards."""
+    null_of = {"prompt_column": ", or to null where environments give the prompts",
+               "answer_column": ", or to null where there is none"}  # fmt: skip
     for key, column in (("prompt_column", config.prompt_column), ("answer_column", config.answer_column)):
         if column is not None and column not in names:
             near = difflib.get_close_matches(column, names, n=1)
-            hint = f" to {near[0]!r}" if near else ""
-            null = ", or to null where there is none" if key == "answer_column" else ""
+            hint, null = f" to {near[0]!r}" if near else "", null_of[key]
             shown = ", ".join(names[:_SHOWN_NAMES]) + (", …" if len(names) > _SHOWN_NAMES else "")
             raise ValueError(f"{path} has no column {column!r}; it has {shown}. Set data.{key}{hint}{null}")
     taken = [name for name in names if name in KEYWORDS and name != config.prompt_column]
@@ -239,14 +246,18 @@ def _passes(value: Any, condition: Any) -> bool:
 
 
 def _read_row(
-    row: Row, config: DataConfig, tokenizer: PreTrainedTokenizerBase, check_answers: Sequence[AnswerCheck]
-) -> tuple[str, Messages | None]:
+    row: Row, config: DataConfig, tokenizer: PreTrainedTokenizerBase, check_answers: Sequence[AnswerCheck],
+    tokenizers: Tokenizers,
+) -> tuple[str, Messages | None]:  # fmt: skip
     """Return a row's prompt as text, and as messages where it is a conversation; raises _UnusableRowError."""
     if row.problem:
         raise _UnusableRowError(row.problem)
-    if row.columns.get(config.prompt_column) is None:
+    prompt = row.columns.get(config.prompt_column) if config.prompt_column else None
+    if prompt is None and config.prompt_column and not tokenizers:
         raise _UnusableRowError(f"no {config.prompt_column!r}")
-    text, messages = _as_text(row.columns[config.prompt_column], config, tokenizer)
+    if prompt is None:  # the row's environment says it at its reset
+        prompt = [{"role": "user", "content": ""}]
+    text, messages = _as_text(prompt, config, _tokenizer_of(row, tokenizer, tokenizers))
     if config.answer_column is not None:
         answer = row.columns.get(config.answer_column)
         if answer is None or (isinstance(answer, float) and math.isnan(answer)):  # tables write a missing number so
@@ -257,6 +268,17 @@ def _read_row(
             except ValueError as error:
                 raise _UnusableRowError(str(error)) from error
     return text, messages
+
+
+def _tokenizer_of(row: Row, tokenizer: PreTrainedTokenizerBase, tokenizers: Tokenizers) -> PreTrainedTokenizerBase:
+    """The tokenizer whose template knows the tools of a row's environment; raises _UnusableRowError."""
+    if not tokenizers:
+        return tokenizer
+    name = row.columns.get(ENVIRONMENT_COLUMN)
+    if not isinstance(name, str) or name not in tokenizers:
+        known = ", ".join(tokenizers)
+        raise _UnusableRowError(f"{ENVIRONMENT_COLUMN!r} is {name!r}, expected a name of environment.factory: {known}")
+    return tokenizers[name]
 
 
 def _as_text(prompt: object, config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[str, Messages | None]:

@@ -21,7 +21,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from grpo_dist.config.environment import EnvironmentConfig
+from grpo_dist.config.environment import ENVIRONMENT_COLUMN, EnvironmentConfig
 from grpo_dist.config.rewards import RewardConfig
 from grpo_dist.rewards.pool.channel import Channel
 from grpo_dist.rewards.pool.process import START_SECONDS, signal_kill, start_worker
@@ -37,7 +37,7 @@ class Event:
 
     episode: int
     kind: str
-    """reset, call or reward."""
+    """reset, call, turn or reward."""
     answer: dict[str, Any]
     """What the worker answered; `failure` where the environment is broken."""
 
@@ -67,29 +67,44 @@ class EnvironmentHost:
         self._answers: queue.SimpleQueue[tuple[_Process, dict[str, Any] | None]] = queue.SimpleQueue()
         self._processes: list[_Process] = []
         first, description = self._start(describes=True)
-        self.schemas: list[dict[str, Any]] = description["schemas"]
-        """JSON schemas of all tools."""
+        self.schemas: dict[str, list[dict[str, Any]]] = description["schemas"]
+        """JSON schemas of the tools by environment; the name of a single one is empty."""
+        self.with_users: list[str] = description["with_users"]
+        """Names of the environments that answer turns without calls."""
         self.has_reward: bool = description["has_reward"]
         """Whether the environment says what an episode is worth."""
         self.rewards: list[str] = description["rewards"]
         """Names of the rewards that take the environments, and so are called in their processes."""
         self._processes.append(first)
 
-    @property
-    def tools(self) -> set[str]:
-        """Names of all tools."""
-        return {schema["function"]["name"] for schema in self.schemas}
+    def name_of(self, row: Mapping[str, Any]) -> str:
+        """The name of the environment of a row of the data."""
+        return "" if "" in self.schemas else row[ENVIRONMENT_COLUMN]
 
-    def reset(self, episode: int, row: Mapping[str, Any]) -> None:
-        """Begin an episode on a row of the data; an event of kind `reset` comes of it, with an `observation`."""
+    def tools(self, name: str) -> set[str]:
+        """Names of the tools of an environment."""
+        return {schema["function"]["name"] for schema in self.schemas[name]}
+
+    def reset(self, episode: int, row: Mapping[str, Any], seed: int = 0) -> None:
+        """Begin an episode on a row of the data; an event of kind `reset` comes of it, with an `observation`.
+
+        What the environment draws follows from `seed`.
+        """
         process = self._placed()
         process.episodes.add(episode)
         self._home[episode] = process
-        self._ask(episode, "reset", self._config.reset_seconds, row=dict(row))
+        name = self.name_of(row)
+        columns = {column: value for column, value in row.items() if not name or column != ENVIRONMENT_COLUMN}
+        self._ask(episode, "reset", self._config.reset_seconds, name=name, seed=seed, row=columns)
 
     def call(self, episode: int, calls: Sequence[tuple[str, dict[str, Any]]]) -> None:
         """Make an episode's calls; an event of kind `call` comes of it, with `answers` in order, and `done`."""
         self._ask(episode, "call", self._config.call_seconds * max(1, len(calls)), calls=list(calls))
+
+    def after_turn(self, episode: int, text: str) -> None:
+        """Hand over a turn without calls; an event of kind `turn` comes of it, with the `messages` that answer it, and
+        `done`."""
+        self._ask(episode, "turn", self._config.call_seconds, text=text)
 
     def reward(self, episode: int, row: Mapping[str, Any] | None = None) -> None:
         """Ask what an episode is worth; an event of kind `reward` comes of it, with a `reward`, and `rewards` of those

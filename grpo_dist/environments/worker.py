@@ -8,16 +8,20 @@ before it, since they share their environment; calls of functions do not wait.
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import inspect
 import json
 import os
 import pickle
+import random
 import threading
 import traceback
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from grpo_dist.environments import randomness
 from grpo_dist.rewards.pool.channel import Channel
 from grpo_dist.rewards.pool.worker import connect, limit_memory
 from grpo_dist.rewards.registry import BUILT_IN, RewardFunction, episode_columns, import_object, resolve
@@ -26,7 +30,7 @@ if TYPE_CHECKING:
     from grpo_dist.config.environment import EnvironmentConfig
     from grpo_dist.config.rewards import RewardConfig
 
-_RESERVED = ("reset", "get_reward", "done")
+_RESERVED = ("reset", "get_reward", "done", "after_turn")
 _THREADS = 256
 _TRACEBACK_CHARACTERS = 4000
 
@@ -37,6 +41,7 @@ def main(descriptor: int, parent: int) -> None:
     config: EnvironmentConfig
     config, rewards, describes = pickle.loads(channel.receive())
     limit_memory(int(config.memory_limit_gib * 2**30))
+    randomness.install()
     try:
         worker = Worker(config, rewards, channel)
         description = worker.description() if describes else {}
@@ -51,6 +56,20 @@ def main(descriptor: int, parent: int) -> None:
             os._exit(0)  # threads of tools may be in the middle of something
 
 
+@dataclass
+class _Episode:
+    """An episode under way."""
+
+    name: str
+    """Of its environment's factory."""
+    environment: Any
+    """None where there are only functions."""
+    seed: int
+    """Of what it draws."""
+    stream: random.Random
+    turn: int = 0
+
+
 class Worker:
     """The environments of this process, by episode."""
 
@@ -58,47 +77,48 @@ class Worker:
         """Import tools, factory, and the rewards that take environments. Raises ValueError with the user's mistake."""
         self._config, self._channel = config, channel
         self._functions = {function.__name__: function for function in map(imported, config.tools)}
-        self._factory = imported(config.factory) if config.factory else None
+        self._factories = {name: imported(path) for name, path in config.factories.items()} or {"": None}
         self._rewards = _taking_environments(rewards)
-        self._free: list[Any] = []
-        self._live: dict[int, Any] = {}
+        self._live: dict[int, _Episode] = {}
         self._send_lock = threading.Lock()
         self._requests, self._calls = (ThreadPoolExecutor(_THREADS) for _ in range(2))  # those wait for these
         self._loop = asyncio.new_event_loop()
         threading.Thread(target=self._loop.run_forever, daemon=True).start()
-        self._methods: dict[str, Callable[..., Any]] = {}
-        if self._factory is not None:
-            first = self._made()
-            self._methods = {name: method for name, method in inspect.getmembers(first, inspect.ismethod)
-                             if not name.startswith("_") and name not in _RESERVED}  # fmt: skip
-            self._free.append(first)
+        self._free = {name: [factory()] if factory else [] for name, factory in self._factories.items()}
+        self._methods = {name: _methods(each[0]) if each else {} for name, each in self._free.items()}
 
     def description(self) -> dict[str, Any]:
-        """The tools' JSON schemas, and whether the environment has a reward. Raises ValueError."""
-        if both := set(self._methods) & set(self._functions):
-            raise ValueError(f"environment: {', '.join(sorted(both))} is a tool and a method of the environment too")
-        tools = self._functions | self._methods
-        if unknown := set(self._config.stop_tools) - set(tools):
+        """By the environments' names, the tools' JSON schemas; which of them answer turns without calls, whether there
+        is a reward, and which rewards take environments. Raises ValueError."""
+        tools = {name: self._functions | methods for name, methods in self._methods.items()}
+        for methods in self._methods.values():
+            if both := set(methods) & set(self._functions):
+                raise ValueError(f"environment: {', '.join(sorted(both))} is a tool and a method of an environment")
+        if unknown := set(self._config.stop_tools) - {tool for each in tools.values() for tool in each}:
             raise ValueError(f"environment.stop_tools: {', '.join(sorted(unknown))} is no tool")
-        if self._rewards and self._factory is None:
+        if self._rewards and not self._config.factories:
             raise ValueError(f"rewards: {', '.join(self._rewards)} takes `environments`; environment.factory is null")
         return {
-            "schemas": [_schema(name, tool) for name, tool in tools.items()],
+            "schemas": {name: [_schema(*tool) for tool in each.items()] for name, each in tools.items()},
+            "with_users": [name for name, instances in self._free.items()
+                           if any(hasattr(each, "after_turn") for each in instances)],
             "rewards": list(self._rewards),
-            "has_reward": any(callable(getattr(each, "get_reward", None)) for each in self._free),
-        }
+            "has_reward": any(callable(getattr(each, "get_reward", None))
+                              for instances in self._free.values() for each in instances),
+        }  # fmt: skip
 
     def begin(self, request: dict[str, Any]) -> None:
         """Start to work on a request: `id`, `episode`, `kind` (reset, call, reward, end) and what the kind needs."""
         if request["kind"] == "end":
-            if (environment := self._live.pop(request["episode"], None)) is not None:
-                self._free.append(environment)
+            ended = self._live.pop(request["episode"], None)
+            if ended is not None and ended.environment is not None:
+                self._free[ended.name].append(ended.environment)
             return
         self._requests.submit(self._answer, request)
 
     def _answer(self, request: dict[str, Any]) -> None:
         try:
-            answer = {"reset": self._reset, "call": self._call, "reward": self._reward}[request["kind"]](request)
+            answer = getattr(self, f"_{request['kind']}")(request)
         except BaseException as error:  # tools may exit or interrupt themselves: the environment is then broken
             line = "".join(traceback.format_exception_only(error)).strip()
             answer = {"failure": line, "traceback": traceback.format_exc()[-_TRACEBACK_CHARACTERS:]}
@@ -107,31 +127,44 @@ class Worker:
             self._channel.send(json.dumps({"id": request["id"], **answer}).encode())
 
     def _reset(self, request: dict[str, Any]) -> dict[str, Any]:
-        if self._factory is None:
-            return {"observation": None}
+        name, seed, observation = request["name"], request["seed"], None
+        stream = random.Random(seed)
+        randomness.use(stream)
+        factory = self._factories[name]
         try:
-            environment = self._free.pop()
+            environment = self._free[name].pop()
         except IndexError:
-            environment = self._made()
-        observation = None
+            environment = factory() if factory else None
         if hasattr(environment, "reset"):
-            observation = self._result(environment.reset(**_taken(environment.reset, request["row"])))
-        self._live[request["episode"]] = environment
-        return {"observation": None if observation is None else _text(observation)}
+            observation = self._result(environment.reset(**_taken(environment.reset, request["row"], seed)))
+        self._live[request["episode"]] = _Episode(name, environment, seed, stream)
+        return {"observation": _observation(observation)}
 
     def _call(self, request: dict[str, Any]) -> dict[str, Any]:
-        environment = self._live.get(request["episode"])
+        episode = self._live[request["episode"]]
+        environment = episode.environment
+        episode.turn += 1
         waiting: list[Any] = []
-        for name, arguments in request["calls"]:
-            if name in self._methods:
+        for number, (name, arguments) in enumerate(request["calls"]):
+            if name in self._methods[episode.name]:
+                randomness.use(episode.stream)
                 waiting.append(self._called(getattr(environment, name), arguments))
-            else:
-                waiting.append(self._calls.submit(self._called, self._functions[name], arguments))
+            else:  # at the same time as others, so with a stream of its own
+                randomness.use(random.Random(f"{episode.seed}/{episode.turn}/{number}"))
+                run = contextvars.copy_context().run
+                waiting.append(self._calls.submit(run, self._called, self._functions[name], arguments))
+        randomness.use(episode.stream)
         answers = [each if isinstance(each, dict) else each.result() for each in waiting]
         for answer in answers:
             answer["text"] = shortened(answer["text"], self._config.max_tool_characters)
-        done = getattr(environment, "done", False)
-        return {"answers": answers, "done": bool(done() if callable(done) else done)}
+        return {"answers": answers, "done": _is_done(environment)}
+
+    def _turn(self, request: dict[str, Any]) -> dict[str, Any]:
+        episode = self._live[request["episode"]]
+        randomness.use(episode.stream)
+        said = _observation(self._result(episode.environment.after_turn(request["text"])))
+        messages = [{"role": "user", "content": said}] if isinstance(said, str) else said
+        return {"messages": messages, "done": not messages or _is_done(episode.environment)}
 
     def _called(self, tool: Callable[..., Any], arguments: dict[str, Any]) -> dict[str, Any]:
         """What a call gives, or the error that the model gets to read."""
@@ -147,7 +180,8 @@ class Worker:
             return {"text": f"Error: {type(error).__name__}: {error}", "outcome": "error"}
 
     def _reward(self, request: dict[str, Any]) -> dict[str, Any]:
-        environment = self._live[request["episode"]]
+        environment = self._live[request["episode"]].environment
+        randomness.use(self._live[request["episode"]].stream)
         value = self._result(environment.get_reward()) if hasattr(environment, "get_reward") else None
         given = {name: [each] for name, each in request["row"].items()} | {"environments": [environment]}
         return {"reward": None if value is None else float(value),
@@ -160,10 +194,6 @@ class Worker:
         if len(values) != 1:
             raise ValueError(f"rewards: {reward.name!r} returned {len(values)} values for one episode")
         return None if values[0] is None else float(values[0])
-
-    def _made(self) -> Any:
-        assert self._factory is not None
-        return self._factory()
 
     def _result(self, value: Any) -> Any:
         """The value, of a coroutine what it returns."""
@@ -208,12 +238,41 @@ def shortened(text: str, most: int) -> str:
     return text[:half] + note + text[len(text) - (most - half) :]
 
 
-def _taken(function: Callable[..., Any], row: dict[str, Any]) -> dict[str, Any]:
-    """The columns that a function takes: all of them where it has **kwargs."""
-    parameters = inspect.signature(function).parameters
+def _methods(environment: Any) -> dict[str, Callable[..., Any]]:
+    """The methods of an environment that are tools."""
+    return {name: method for name, method in inspect.getmembers(environment, inspect.ismethod)
+            if not name.startswith("_") and name not in _RESERVED}  # fmt: skip
+
+
+def _taken(reset: Callable[..., Any], row: dict[str, Any], seed: int) -> dict[str, Any]:
+    """The columns that `reset` takes: all of them where it has **kwargs; and the seed where it names a `seed`."""
+    parameters = inspect.signature(reset).parameters
+    if "seed" in parameters:
+        row = {"seed": seed} | row
     if any(each.kind is inspect.Parameter.VAR_KEYWORD for each in parameters.values()):
         return row
     return {name: value for name, value in row.items() if name in parameters}
+
+
+def _is_done(environment: Any) -> bool:
+    """Whether an environment says that the episode has ended."""
+    done = getattr(environment, "done", False)
+    return bool(done() if callable(done) else done)
+
+
+def _observation(value: Any) -> str | list[dict[str, str]] | None:
+    """What `reset` or `after_turn` returned: a text, the texts of a list of parts, messages, or None; raises TypeError
+    for others."""
+    if value is None or isinstance(value, str):
+        return value
+    parts = value if isinstance(value, list) else [value]
+    if all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in parts):
+        return "\n".join(part["text"] for part in parts)
+    if all(isinstance(part, dict) and all(isinstance(part.get(key), str) for key in ("role", "content"))
+           for part in parts):  # fmt: skip
+        return [{"role": part["role"], "content": part["content"]} for part in parts]
+    raise TypeError(f"{value!r:.80} returned, expected None, a text, or messages with the texts `role` and "
+                    "`content`")  # fmt: skip
 
 
 def _schema(name: str, tool: Callable[..., Any]) -> dict[str, Any]:

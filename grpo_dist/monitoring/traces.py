@@ -69,8 +69,8 @@ def trace_lines(
         tokens, places = slice(start, start + int(batch.lengths[n])), slice(row, row + int(batch.row_lengths[n]))
         gap, entropy = batch.trace[tokens.start - first : tokens.stop - first].T.tolist()
         texts = pieces_of(batch.completion_ids(n))
-        answers = [message["content"] for message in json.loads(conversations[n]) if message["role"] == "tool"] if (
-            conversations) else []  # fmt: skip
+        talk = json.loads(conversations[n]) if conversations else []
+        answers = [message["content"] for message in talk if message["role"] != "assistant"]
         lines[n] = json.dumps({
             "text": texts, "by": writers(texts, batch.sampled[places].tolist(), answers),
             "logprob": _rounded(batch.sampled_logprobs[tokens].tolist()), "gap": _rounded(gap),

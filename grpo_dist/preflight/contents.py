@@ -13,7 +13,7 @@ from ..checkpoint.resume import resume_path, with_template_date
 from ..checkpoint.store import DamagedCheckpoint
 from ..config.schema import Config, ModelConfig, RewardConfig
 from ..data.mixture import load_training
-from ..data.prompts import load_prompts
+from ..data.prompts import NO_TOKENIZERS, load_prompts
 from ..environments.host import EnvironmentHost
 from ..model.checks import require_complete_model
 from ..model.load import (
@@ -31,7 +31,7 @@ from ..model.split_rows import require_whole_groups
 from ..rewards.pool.pool import ScorerPool
 from ..rewards.registry import BUILT_IN, answer_checks, declared_placement, episode_columns
 from ..rewards.scores import to_items
-from ..rollout.playing import described, episodes_of, for_prompts, open_host, templated
+from ..rollout.playing import by_environment, described, episodes_of, for_prompts, open_host, templated
 from ..rollout.sampling import sampling_with
 from ..text.plain import plain
 from ..types import Prompt
@@ -94,27 +94,28 @@ def _read_data(config: Config, contents: Contents, findings: Findings, host: Env
     checks: list[Any] = []
     with findings.attempt():
         checks = answer_checks(config.rewards) if config.data.answer_column else []
-    tokenizer, data = contents.tokenizer, config.data
+    tokenizer, data, tokenizers = contents.tokenizer, config.data, NO_TOKENIZERS
     if tokenizer is None:  # rows, columns and answers can be checked anyway
         tokenizer = load_tokenizer(ModelConfig("toy"))
         tokenizer.chat_template = "{% for message in messages %}{{ message.role }} {{ message.content }}\n{% endfor %}"
         data = replace(data, too_long="drop")
     elif host is not None and tokenizer.chat_template:  # without one, the first prompt is refused
         with findings.attempt():
-            tokenizer = for_prompts(tokenizer, host)
-            episodes_of(config, host, tokenizer, end_token_ids(config.model, tokenizer))
+            tokenizer, tokenizers = for_prompts(contents.tokenizer, host), by_environment(contents.tokenizer, host)
+            episodes_of(config, host, contents.tokenizer, end_token_ids(config.model, tokenizer))
         findings.results["tools"] = [f"{name}: {description}" for name, description in described(host)]
     files = [data.train_file] if isinstance(data.train_file, str) else list(data.train_file)
     before = len(findings.problems)
     for file in files:
         with findings.attempt():
             one = replace(config, data=replace(data, train_file=file))
-            contents.prompts, contents.sampler = load_training(one, tokenizer, checks)
+            contents.prompts, contents.sampler = load_training(one, tokenizer, checks, tokenizers)
     if len(files) > 1 and len(findings.problems) == before:
-        contents.prompts, contents.sampler = load_training(config, tokenizer, checks)
+        contents.prompts, contents.sampler = load_training(config, tokenizer, checks, tokenizers)
     if data.eval_file:
         with findings.attempt():
-            contents.eval_prompts, _ = load_prompts(data.eval_file, data.eval_split, data, tokenizer, checks)
+            contents.eval_prompts, _ = load_prompts(data.eval_file, data.eval_split, data, tokenizer, checks,
+                                                    tokenizers=tokenizers)  # fmt: skip
 
 
 def describe_prompts(config: Config, contents: Contents, findings: Findings) -> None:

@@ -31,6 +31,8 @@ class Request:
     """Token ids of the prompt."""
     key: int
     """Key of its noise, see hashing.stream_key."""
+    prompt_key: int = 0
+    """Key of the noise of what an environment draws: the same for all samples of a prompt."""
     max_new_tokens: int | None = None
     """The most tokens to sample, where it is less than the engine's own limit."""
     offset: int = 0

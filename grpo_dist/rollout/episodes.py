@@ -7,8 +7,9 @@ those the engine sampled, and between turns those that the chat template adds; n
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 from ..config.environment import EnvironmentConfig
@@ -24,6 +25,8 @@ _SHARE_AT_ONCE = 0.25
 few."""
 
 Finish = Callable[[list[Trajectory]], None]
+Observation = str | list[dict[str, str]] | None
+"""What an environment says at its reset: a text, messages, or nothing."""
 
 
 @dataclass
@@ -34,6 +37,8 @@ class _Play:
     request: Request
     """Of its first turn."""
     prompt: Prompt
+    environment: str
+    """Its name."""
     ids: list[int] = field(default_factory=list)
     sampled: list[bool] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
@@ -49,22 +54,23 @@ class _Play:
     reward: float | None = None
     rewards: dict[str, float | None] = field(default_factory=dict)
     tool_seconds: float = 0.0
-    called_at: float = 0.0
-    """When its newest calls were made."""
+    asked_at: float = 0.0
+    """When its newest calls were made, or its newest turn was handed over."""
 
 
 class Episodes:
     """Plays the episodes of a rank."""
 
     def __init__(
-        self, host: EnvironmentHost, turns: ToolTurns, config: EnvironmentConfig, longest: int,
-        texts_of: Callable[[Sequence[Sequence[int]]], list[str]], with_observation: Callable[[Prompt, str], Prompt],
+        self, host: EnvironmentHost, turns: Mapping[str, ToolTurns], config: EnvironmentConfig, longest: int,
+        texts_of: Callable[[Sequence[Sequence[int]]], list[str]], begun: Callable[[Prompt, Observation], Prompt],
         end_ids: Sequence[int],
     ) -> None:  # fmt: skip
-        """`longest` is the most tokens after a prompt; `end_ids` end a turn; `with_observation` is a prompt whose last
-        message goes on with what an environment said at its reset, and raises ValueError where that does not fit."""
+        """`turns` are by the environments' names, `longest` is the most tokens after a prompt; `end_ids` end a turn;
+        `begun` is a prompt with what an environment said at its reset, and raises ValueError where that does not
+        fit."""
         self.host, self._turns, self._config, self._longest = host, turns, config, longest
-        self._texts_of, self._with_observation, self._end_ids = texts_of, with_observation, end_ids
+        self._texts_of, self._begun, self._end_ids = texts_of, begun, end_ids
 
     def play(
         self, engine: Engine, requests: list[Request], prompts: Sequence[Prompt], sampling: Sampling,
@@ -80,11 +86,10 @@ class Episodes:
         finally:
             self.host.end_all()
 
-    def begun(self, play: _Play, observation: str | None) -> None:
-        """Take in what an environment said at its reset."""
-        if observation is not None:
-            play.prompt = self._with_observation(play.prompt, observation)
-            play.request = replace(play.request, prompt=play.prompt.ids)
+    def begin(self, play: _Play, observation: Observation) -> None:
+        """Take in what an environment said at its reset. Raises ValueError where there is no prompt."""
+        play.prompt = self._begun(play.prompt, observation)
+        play.request = replace(play.request, prompt=play.prompt.ids)
 
     def read(self, play: _Play, turn: Trajectory) -> None:
         """Take in a turn, and the calls in it."""
@@ -94,26 +99,31 @@ class Episodes:
         play.turns += 1
         play.is_open = turn.finished and turn.ids[-1] not in self._end_ids
         (text,) = self._texts_of([turn.ids])
-        play.calls = self._turns.calls(text) if turn.finished else []
+        play.calls = self._turns[play.environment].calls(text) if turn.finished else []
         calls = [{"type": "function", "function": {"name": call.name, "arguments": call.arguments}}
                  for call in play.calls if call.problem is None]  # fmt: skip
         play.messages.append({"role": "assistant", "content": text} | ({"tool_calls": calls} if calls else {}))
 
     def possible(self, play: _Play) -> list[tuple[str, dict[str, Any]]]:
         """The calls of the newest turn that can be made."""
-        return [(call.name, call.arguments) for call in play.calls if self._problem(call) is None]
+        return [(call.name, call.arguments) for call in play.calls if self._problem(play, call) is None]
 
     def answered(self, play: _Play, answers: Sequence[dict[str, str]]) -> list[int]:
         """Take in the answers of the possible calls; returns the token ids that all the turn's answers add."""
         given = iter(answers)
         texts: list[Answer] = []
         for call in play.calls:
-            problem = self._problem(call)
+            problem = self._problem(play, call)
             answer = next(given) if problem is None else {"text": f"Error: {problem}", "outcome": "malformed"}
             play.counts[answer["outcome"]] += 1
             texts.append(Answer(call.name or "unknown", answer["text"]))
         play.messages += [{"role": "tool", "name": each.name, "content": each.text} for each in texts]
-        return self._turns.answer_ids(texts, is_open=play.is_open)
+        return self._turns[play.environment].answer_ids(texts, is_open=play.is_open)
+
+    def replied(self, play: _Play, messages: Sequence[dict[str, str]]) -> list[int]:
+        """Take in what the environment answered to a turn without calls; returns the token ids that it adds."""
+        play.messages += messages
+        return self._turns[play.environment].user_ids(messages, is_open=play.is_open) if messages else []
 
     def turns_left(self, turns: int) -> int:
         """Turns that an episode may have after so many."""
@@ -127,9 +137,9 @@ class Episodes:
         """Tokens that the trajectory may still get after so many more."""
         return self._longest - len(play.ids) - added
 
-    def _problem(self, call: Call) -> str | None:
-        if call.problem is None and call.name not in self.host.tools:
-            return f"there is no tool {call.name!r}; there are {', '.join(sorted(self.host.tools))}"
+    def _problem(self, play: _Play, call: Call) -> str | None:
+        if call.problem is None and call.name not in (tools := self.host.tools(play.environment)):
+            return f"there is no tool {call.name!r}; there are {', '.join(sorted(tools))}"
         return call.problem
 
 
@@ -151,9 +161,10 @@ class _Table:
     ) -> list[Trajectory]:
         for number, request in enumerate(requests):
             request = replace(request, keeps=self.rules.turns_left(0) > 1)
-            play = _Play(number, request, prompts[request.slot])
+            prompt = prompts[request.slot]
+            play = _Play(number, request, prompt, self.host.name_of(prompt.columns))
             self.by_number[number] = self.by_place[request.slot, request.sample] = play
-            self.host.reset(number, {**play.prompt.columns, "prompt": play.prompt.messages})
+            self.host.reset(number, {**prompt.columns, "prompt": prompt.messages}, request.prompt_key)
         waiting = len(requests)
         while waiting:  # the first turns of a group share their prompt only if they come at once
             for event in self.host.poll(_WAIT_SECONDS):
@@ -181,7 +192,7 @@ class _Table:
         play.failure = event.answer.get("failure")
         if play.failure is None:
             try:
-                self.rules.begun(play, event.answer["observation"])
+                self.rules.begin(play, event.answer["observation"])
             except ValueError as error:
                 play.failure = str(error)
         if play.failure is not None:  # a row has at least one token
@@ -201,40 +212,49 @@ class _Table:
         self.rules.read(play, turn)
         if play.failure is not None or not turn.finished:
             self._conclude(play, finished=False)
+        elif not play.calls and play.environment in self.host.with_users:
+            self._wait(play)
+            self.host.after_turn(play.number, play.messages[-1]["content"])
         elif not play.calls:
             self._conclude(play, finished=True)
         elif not self.rules.turns_left(play.turns):
             self._conclude(play, finished=False)
         elif calls := self.rules.possible(play):
-            self.calls += 1
-            play.called_at = time.monotonic()
+            self._wait(play)
             self.host.call(play.number, calls)
         else:
-            self._go_on(play, [], done=False)
+            self._go_on(play, partial(self.rules.answered, play, []))
+
+    def _wait(self, play: _Play) -> None:
+        self.calls += 1
+        play.asked_at = time.monotonic()
 
     def _event(self, play: _Play, event: Event) -> None:
         play.failure = event.answer.get("failure")
-        if event.kind == "call":
-            play.tool_seconds += time.monotonic() - play.called_at
+        if event.kind in ("call", "turn"):
+            play.tool_seconds += time.monotonic() - play.asked_at
         if play.failure is not None:
             self._finish(play)
         elif event.kind == "call":
-            self._go_on(play, event.answer["answers"], event.answer["done"])
+            ended = event.answer["done"] or self.rules.stops(play)
+            self._go_on(play, partial(self.rules.answered, play, event.answer["answers"]), ended)
+        elif event.kind == "turn":
+            self._go_on(play, partial(self.rules.replied, play, event.answer["messages"] or []), event.answer["done"])
         else:
             play.reward, play.rewards = event.answer["reward"], event.answer["rewards"]
             self._finish(play)
 
-    def _go_on(self, play: _Play, answers: list[dict[str, str]], done: bool) -> None:
-        """The next turn, after the answers of the newest one's possible calls."""
+    def _go_on(self, play: _Play, answer_ids: Callable[[], list[int]], ended: bool = False) -> None:
+        """The next turn, after what answers the newest one; none where the episode has `ended`."""
         try:
-            ids = self.rules.answered(play, answers)
+            ids = answer_ids()
         except ValueError as error:  # the template refuses what a tool answered
             play.failure = str(error)
             self._finish(play)
             return
-        if done or self.rules.stops(play):
+        if ended:
             self._conclude(play, finished=True)
-        elif (room := self.rules.room(play, len(ids))) < 1:
+        elif not self.rules.turns_left(play.turns) or (room := self.rules.room(play, len(ids))) < 1:
             self._conclude(play, finished=False)
         else:
             play.ids += ids
@@ -270,5 +290,6 @@ def require_same(one: Prompt, other: Prompt) -> None:
     if one.ids != other.ids:
         raise ValueError(
             f"environment.factory: reset began two episodes of row {one.index} with different texts ({one.text!r:.200} "
-            f"and {other.text!r:.200}). A group has to play the same game: draw what is random from the row's columns"
+            f"and {other.text!r:.200}). A group has to play the same game: take what is random from the row's columns, "
+            "from Python's `random`, or from the argument `seed` of reset"
         )

@@ -7,13 +7,14 @@ from dataclasses import replace
 from typing import Any
 
 from ..config.schema import Config
-from ..data.prompts import render
+from ..data.prompts import NO_TOKENIZERS, Tokenizers, render
 from ..environments.host import EnvironmentHost
+from ..text.templates import Messages
 from ..text.tokens import CompletionTexts
 from ..text.tool_turns import ToolTurns, with_tools
 from ..types import Prompt, Trajectory
 from . import Engine, Request, Sampling, sample
-from .episodes import Episodes
+from .episodes import Episodes, Observation
 
 
 def open_host(config: Config) -> EnvironmentHost | None:
@@ -23,25 +24,35 @@ def open_host(config: Config) -> EnvironmentHost | None:
         return None
     host = EnvironmentHost(config.environment, config.rewards)
     has_reward = any(reward.name == "environment" for reward in config.rewards)
+    factories = " or ".join(config.environment.factories.values())
     if host.has_reward != has_reward:
         host.close()
         raise ValueError(
-            f"rewards: {config.environment.factory} has a get_reward, and no reward is named `environment`: add "
+            f"rewards: {factories} has a get_reward, and no reward is named `environment`: add "
             "{name: environment}, with weight 0 if it is only to be written down" if host.has_reward else
-            f"rewards: `environment` given, and {config.environment.factory or 'a list of tools'} has no get_reward"
+            f"rewards: `environment` given, and {factories or 'a list of tools'} has no get_reward"
         )  # fmt: skip
     return host
 
 
 def described(host: EnvironmentHost) -> list[tuple[str, str]]:
-    """Name and description of each tool."""
-    functions = [schema["function"] for schema in host.schemas]
-    return [(function["name"], function["description"]) for function in functions]
+    """Name and description of each tool; those of several environments are written `environment: tool`."""
+    functions = [(name, schema["function"]) for name, schemas in host.schemas.items() for schema in schemas]
+    return [
+        (": ".join(filter(None, [name, function["name"]])), function["description"]) for name, function in functions
+    ]
 
 
 def for_prompts(tokenizer: Any, host: EnvironmentHost | None) -> Any:
-    """The tokenizer that renders prompts: its template knows the tools."""
-    return tokenizer if host is None else with_tools(tokenizer, host.schemas)
+    """The tokenizer that renders prompts: its template knows the tools, unless a row's environment chooses them."""
+    return tokenizer if host is None or "" not in host.schemas else with_tools(tokenizer, host.schemas[""])
+
+
+def by_environment(tokenizer: Any, host: EnvironmentHost | None) -> Tokenizers:
+    """The tokenizers that render prompts where the data's column `environment` chooses the tools; else none."""
+    if host is None or "" in host.schemas:
+        return NO_TOKENIZERS
+    return {name: with_tools(tokenizer, schemas) for name, schemas in host.schemas.items()}
 
 
 def templated(config: Config) -> Config:
@@ -62,21 +73,38 @@ def sample_or_play(
 def episodes_of(
     config: Config, host: EnvironmentHost | None, tokenizer: Any, end_ids: Sequence[int]
 ) -> Episodes | None:
-    """What plays; `tokenizer` is the one for prompts. Raises ValueError where its template cannot go on after tools."""
+    """What plays; `tokenizer` is the model's. Raises ValueError where its template cannot go on after tools."""
     if host is None or config.environment is None:
         return None
-    data = config.data
-    turns = ToolTurns(tokenizer, end_ids, data.template_date, config.environment.call_format)
+    data, call_format = config.data, config.environment.call_format
+    tokenizers = by_environment(tokenizer, host) or {"": for_prompts(tokenizer, host)}
+    turns = {name: ToolTurns(each, end_ids, data.template_date, call_format, has_tools=bool(host.schemas[name]),
+                             has_users=name in host.with_users) for name, each in tokenizers.items()}  # fmt: skip
 
-    def with_observation(prompt: Prompt, observation: str) -> Prompt:
+    def begun(prompt: Prompt, observation: Observation) -> Prompt:
         assert prompt.messages is not None, "prompts with tools are conversations"
-        *before, last = prompt.messages
-        content = f"{last['content']}\n{observation}" if last["content"] else observation
-        rendered = render([*before, {**last, "content": content}], replace(data, system_prompt=None), tokenizer)
+        if observation is None and prompt.messages[-1]["content"]:
+            return prompt
+        messages = with_observation(prompt.messages, observation)
+        rendered = render(messages, replace(data, system_prompt=None), tokenizers[host.name_of(prompt.columns)])
         if len(rendered.ids) > data.max_prompt_length:
             raise ValueError(f"the prompt has {len(rendered.ids)} tokens with what the environment said at its reset, "
                              f"expected at most data.max_prompt_length = {data.max_prompt_length}")  # fmt: skip
         return replace(prompt, ids=rendered.ids, text=rendered.text, messages=rendered.messages)
 
     return Episodes(host, turns, config.environment, config.rollout.max_completion_length,
-                    CompletionTexts(tokenizer, end_ids), with_observation, end_ids)  # fmt: skip
+                    CompletionTexts(tokenizer, end_ids), begun, end_ids)  # fmt: skip
+
+
+def with_observation(messages: Messages, observation: Observation) -> Messages:
+    """The conversation with what an environment said: messages follow it, a text follows in its last message.
+
+    Raises ValueError where there is no prompt then.
+    """
+    *before, last = messages
+    if isinstance(observation, list):
+        return [*before, *([last] if last["content"] else []), *observation]
+    content = "\n".join(filter(None, [last["content"], observation]))
+    if not content:
+        raise ValueError("the row has no prompt, and reset returned none: return a text or messages")
+    return [*before, {**last, "content": content}]

@@ -1,8 +1,8 @@
-"""How a chat template continues a conversation after tools have answered, and how its model writes calls of them.
+"""How a chat template continues a conversation after tools or a user have answered, and how its model writes calls.
 
-What a model sampled is never decoded and encoded again. What a tool's answer adds is read off two renderings of a
-made-up conversation, with the answer and without it: the tokens between the end of the model's turn and the beginning
-of its next one.
+What a model sampled is never decoded and encoded again. What an answer adds is read off two renderings of a made-up
+conversation, with the answer and without it: the tokens between the end of the model's turn and the beginning of its
+next one.
 """
 
 from __future__ import annotations
@@ -19,6 +19,13 @@ from .templates import render_conversation, template_of, warn_once
 CALL_ID = "call00000"
 """Mistral's templates ask for nine letters and digits."""
 _SENTINEL = "qzxanswerqzx"
+_QUESTION: dict[str, Any] = {"role": "user", "content": "Go on."}
+_SAID = "qzxsaidqzx"
+_TOOLS = "{%- set tools = "
+"""Begins the first line of a template that knows its tools."""
+_THOUGHTS: tuple[dict[str, str], ...] = ({}, {"reasoning_content": "qzxthoughtqzx"})
+"""What a made-up turn of the model has besides its calls. Qwen3's templates put an empty thought into a turn without
+one as long as it is the last; they keep the thoughts of others until the user speaks again."""
 
 
 @dataclass(frozen=True)
@@ -41,8 +48,10 @@ class Answer:
 
 def with_tools(tokenizer: Any, schemas: Sequence[dict[str, Any]]) -> Any:
     """The tokenizer with a chat template that knows the tools (JSON schemas), for rendering prompts."""
+    if not schemas:
+        return tokenizer
     changed, names = copy.copy(tokenizer), [schema["function"]["name"] for schema in schemas]
-    changed.chat_template = f"{{%- set tools = {_literal(list(schemas))} -%}}\n{template_of(tokenizer, 'tool_use')}"
+    changed.chat_template = f"{_TOOLS}{_literal(list(schemas))} -%}}\n{template_of(tokenizer, 'tool_use')}"
     shown = render_conversation([{"role": "user", "content": "Go on."}], changed, None, is_prompt=True)
     if missing := [name for name in names if name not in shown]:
         warn_once(tokenizer, f"does not show {', '.join(missing)} to the model: it has to know its tools by itself")
@@ -50,24 +59,38 @@ def with_tools(tokenizer: Any, schemas: Sequence[dict[str, Any]]) -> Any:
 
 
 class ToolTurns:
-    """Reads calls off a turn, and gives the tokens that tools' answers add after it."""
+    """Reads calls off a turn, and gives the tokens that tools' answers add after it, or a user's."""
 
     def __init__(
-        self, tokenizer: Any, end_ids: Sequence[int], template_date: str | None = None, call_format: str = "auto"
-    ) -> None:
-        """`tokenizer` knows the tools, `end_ids` end a turn. Raises ValueError where the template cannot be continued
-        with a tool's answer, or nobody knows how the model writes calls."""
+        self, tokenizer: Any, end_ids: Sequence[int], template_date: str | None = None, call_format: str = "auto", *,
+        has_tools: bool = True, has_users: bool = False,
+    ) -> None:  # fmt: skip
+        """`tokenizer` knows the tools, if there are any; `end_ids` end a turn; `has_users` says that messages of a user
+        follow turns without calls. Raises ValueError where the template cannot be continued with the answers, or nobody
+        knows how the model writes calls."""
         self._tokenizer, self._date = tokenizer, template_date
         self._ends = [tokenizer.convert_ids_to_tokens(number) for number in end_ids]
-        self._read = _reader(tokenizer, call_format)
         added = tokenizer.added_tokens_decoder.values()
         self._specials = [str(token) for token in added if token.special and len(str(token)) > 1]
-        if _SENTINEL not in self._between([Answer("tool", _SENTINEL)]):
-            raise ValueError(f"the chat template of {tokenizer.name_or_path!r} leaves out what a tool answers")
+        self._read: Callable[[str], list[Call]] = lambda _: []
+        self._takes_several = True
+        if has_tools:
+            self._read = _reader(tokenizer, call_format)
+            if _SENTINEL not in self._after_calls([Answer("tool", _SENTINEL)])[1]:
+                raise ValueError(f"the chat template of {tokenizer.name_or_path!r} leaves out what a tool answers: use "
+                                 "one that shows it")  # fmt: skip
+            self._require_readable_calls()
+            self._takes_several = self._shows_names_of_several()
+        if has_users:
+            self.user_ids([_QUESTION])
 
     def calls(self, text: str) -> list[Call]:
-        """The calls in the text of a turn, in order; what begins as a call and is none has a `problem`."""
-        return self._read(text)
+        """The calls in the text of a turn, in order; what begins as a call and is none has a `problem`, and so have
+        several calls where the template takes one a turn."""
+        calls = self._read(text.rpartition("</think>")[2])  # a thought about a call is none
+        if len(calls) > 1 and not self._takes_several:
+            return [Call(calls[0].name, {}, "several calls in a turn: make one, and wait for its result")]
+        return calls
 
     def answer_ids(self, answers: Sequence[Answer], *, is_open: bool = False) -> list[int]:
         """Token ids from the end of the model's turn to the beginning of its next, with a turn's answers in order; for
@@ -77,36 +100,96 @@ class ToolTurns:
         ValueError where the template refuses the answers.
         """
         texts = [Answer(each.name, self._without_specials(each.text)) for each in answers]
-        return self._tokenizer(self._between(texts, is_open), add_special_tokens=False)["input_ids"]
+        return self._ids(self._after_calls(texts), is_open)
 
-    def _between(self, answers: Sequence[Answer], is_open: bool = False) -> str:
-        """The text from the end of the model's turn to the beginning of its next."""
-        calls = [{"type": "function", "id": CALL_ID, "function": {"name": each.name, "arguments": {}}}
-                 for each in answers]  # fmt: skip
-        asked: list[dict[str, Any]] = [{"role": "user", "content": "Go on."},
-                                       {"role": "assistant", "content": "", "tool_calls": calls}]  # fmt: skip
+    def user_ids(self, messages: Sequence[dict[str, str]], *, is_open: bool = False) -> list[int]:
+        """Token ids from the end of a turn without calls to the beginning of the model's next, with messages between.
+
+        What holds for answers of tools holds for the messages.
+        """
+        turn = {"role": "assistant", "content": _SAID}
+        texts = [{**each, "content": self._without_specials(each["content"])} for each in messages]
+        return self._ids(self._between(turn, _SAID, texts, "messages of a user after the model's"), is_open)
+
+    def _ids(self, between: tuple[str, str], is_open: bool) -> list[int]:
+        end, text = between
+        return self._tokenizer(end * is_open + text, add_special_tokens=False)["input_ids"]
+
+    def _after_calls(self, answers: Sequence[Answer]) -> tuple[str, str]:
+        turn = _calling([Call(each.name, {}) for each in answers])
         answered = [{"role": "tool", "name": each.name, "tool_call_id": CALL_ID, "content": each.text}
                     for each in answers]  # fmt: skip
+        return self._between(turn, answers[-1].name, answered, "answers of tools")
+
+    def _between(
+        self, turn: dict[str, Any], last: str, following: Sequence[dict[str, Any]], what: str
+    ) -> tuple[str, str]:
+        """What ends the model's `turn`, whose `last` words are given, and the text from there to the beginning of its
+        next."""
         name = self._tokenizer.name_or_path
-        try:
-            before = render_conversation(asked, self._tokenizer, self._date, is_prompt=False)
-            after = render_conversation([*asked, *answered], self._tokenizer, self._date, is_prompt=True)
-        except Exception as error:  # a template is a program, and may raise what it likes
-            raise ValueError(f"the chat template of {name!r} takes no answers of tools: {error}") from error
-        call = before.rfind(answers[-1].name)
-        ends = [(before.rfind(end) + len(end), end) for end in self._ends if before.rfind(end) > call]
-        turn_end, end = max(ends, default=(len(before), ""))
-        if not after.startswith(before[:turn_end]):
+        for thought in _THOUGHTS:
+            asked = [_QUESTION, turn | thought]
+            try:
+                before = self._rendered(asked, is_prompt=False)
+                after = self._rendered([*asked, *following], is_prompt=True)
+            except Exception as error:  # a template is a program, and may raise what it likes
+                raise ValueError(f"the chat template of {name!r} takes no {what} ({error}): use a model whose template "
+                                 "does") from error  # fmt: skip
+            turn_end, end = self._end_of(before, last)
+            if after.startswith(before[:turn_end]):
+                return end, after[turn_end:]
+        raise ValueError(
+            f"the chat template of {name!r} writes earlier turns anew before {what}, so that the tokens that were "
+            "sampled are no part of the conversation any more: use a template that only appends"
+        )
+
+    def _rendered(self, messages: Sequence[dict[str, Any]], *, is_prompt: bool) -> str:
+        return render_conversation(messages, self._tokenizer, self._date, is_prompt=is_prompt)
+
+    def _end_of(self, text: str, last: str) -> tuple[int, str]:
+        """Where the model's turn ends whose last words are given, which is behind the token that ends it, and that
+        token; it is empty where the template closes no turn."""
+        place = text.rfind(last)
+        ends = [(text.rfind(end) + len(end), end) for end in self._ends if text.rfind(end) > place]
+        return max(ends, default=(len(text), ""))
+
+    def _require_readable_calls(self) -> None:
+        """Raise ValueError where a call that the template itself writes is not read as one."""
+        call = Call("qzxtoolqzx", {"a": 1})
+        prompt = self._rendered([_QUESTION], is_prompt=True)
+        text = self._rendered([_QUESTION, _calling([call])], is_prompt=False)
+        if not text.startswith(prompt) or call.name not in text:  # the template does not write calls
+            return
+        turn_end, end = self._end_of(text, call.name)
+        turn = text[len(prompt) : turn_end].removesuffix(end)
+        if self._read(turn) != [call]:
             raise ValueError(
-                f"the chat template of {name!r} writes earlier turns anew when a tool has answered, so that the tokens "
-                "that were sampled are no part of the conversation any more: use a template that only appends"
+                f"environment.call_format: the chat template of {self._tokenizer.name_or_path!r} writes a call as "
+                f"{turn!r}, which would not be read as one: give another of {', '.join(READERS)}, or give the "
+                "tokenizer a response_schema"
             )
-        return end * is_open + after[turn_end:]
+
+    def _shows_names_of_several(self) -> bool:
+        """Whether the template takes several calls in a turn: some refuse them, some write only the first."""
+        calls = [Call(f"qzxtool{n}qzx", {}) for n in range(2)]
+        try:
+            text = self._rendered([_QUESTION, _calling(calls)], is_prompt=False)
+        except Exception:  # as above
+            return False
+        return (calls[0].name in text) == (calls[1].name in text)
 
     def _without_specials(self, text: str) -> str:
         for token in self._specials:
             text = text.replace(token, f"{token[0]} {token[1:]}")
         return text
+
+
+def _calling(calls: Sequence[Call]) -> dict[str, Any]:
+    """A message of the model that makes some calls."""
+    return {"role": "assistant", "content": "", "tool_calls": [
+        {"type": "function", "id": CALL_ID, "function": {"name": call.name, "arguments": call.arguments}}
+        for call in calls
+    ]}  # fmt: skip
 
 
 def _literal(value: Any) -> str:
@@ -125,6 +208,8 @@ def _reader(tokenizer: Any, call_format: str) -> Callable[[str], list[Call]]:
     if getattr(tokenizer, "response_schema", None):
         return lambda text: _parsed(tokenizer, text)
     template = template_of(tokenizer, "tool_use")
+    if template.startswith(_TOOLS):  # the tools' schemas say nothing of the model
+        template = template.partition("\n")[2]
     for name, mark in MARKS.items():
         if mark in template:
             return READERS[name]

@@ -46,7 +46,7 @@ from ..monitoring.trackers import require_known
 from ..rewards.pool.pool import ScorerPool
 from ..rewards.registry import EPISODE_COLUMNS, answer_checks, labels
 from ..rollout.choose import UnfitEngine
-from ..rollout.playing import episodes_of, for_prompts, open_host, templated
+from ..rollout.playing import by_environment, episodes_of, for_prompts, open_host, templated
 from ..rollout.sampling import Sampling, sampling_with
 from ..text.files import write_file
 from ..text.tokens import CompletionTexts
@@ -99,7 +99,7 @@ def build(config: Config) -> tuple[Parts, TrainState]:
         scorer = ScorerPool(config.rewards, config.scoring)
         for prompt in (data.prompts[0], *data.eval_prompts[:1]):
             scorer.check_columns([*prompt.columns, *(EPISODE_COLUMNS if host else ())])
-        episodes = episodes_of(data.config, host, for_prompts(data.tokenizer, host), data.end_ids)
+        episodes = episodes_of(data.config, host, data.tokenizer, data.end_ids)
         directory.mkdir(parents=True, exist_ok=True)
         lock_file = lock(directory) if is_main else None
     except (ValueError, OSError, checkpoint.DamagedCheckpoint) as error:
@@ -180,11 +180,12 @@ def _load_data(config: Config, resume_from: Path | None, host: EnvironmentHost |
     if left_out := try_blank(config.model, config.lora, model_config, implementation):
         log.info("adapters: none on %s", left_out)
     checks = answer_checks(config.rewards) if config.data.answer_column else []
-    renderer = for_prompts(tokenizer, host)
-    prompts, sampler = load_training(config, renderer, checks)
+    renderer, renderers = for_prompts(tokenizer, host), by_environment(tokenizer, host)
+    prompts, sampler = load_training(config, renderer, checks, renderers)
     eval_prompts: list[Prompt] = []
     if config.data.eval_file:
-        loaded, _ = load_prompts(config.data.eval_file, config.data.eval_split, config.data, renderer, checks)
+        loaded, _ = load_prompts(config.data.eval_file, config.data.eval_split, config.data, renderer, checks,
+                                 tokenizers=renderers)  # fmt: skip
         eval_prompts = loaded[: config.train.num_eval_prompts]
     end_ids = end_token_ids(config.model, tokenizer)
     vocabulary = model_config.get_text_config().vocab_size

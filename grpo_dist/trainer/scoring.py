@@ -29,8 +29,8 @@ def requests_of(prompts: list[Prompt], group_size: int, drawn: slice, *stream: i
     `stream` names the noise, in which prompts are counted from `first`.
     """
     tasks = [(slot, sample) for slot in range(len(prompts)) for sample in range(group_size)]
-    return [Request(slot, sample, prompts[slot].ids, stream_key(*stream, first + slot, sample))
-            for slot, sample in tasks[drawn]]  # fmt: skip
+    return [Request(slot, sample, prompts[slot].ids, stream_key(*stream, first + slot, sample),
+                    stream_key(*stream, first + slot, "prompt")) for slot, sample in tasks[drawn]]  # fmt: skip
 
 
 class Scoring:

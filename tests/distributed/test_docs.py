@@ -56,7 +56,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (directory / "other").mkdir()
     (directory / "other" / "samples_0.jsonl").touch()
     subprocess.run([sys.executable, "make_data.py"], cwd=directory, check=True)
-    for config in ("configs/quickstart.yaml", "my_task.yaml"):
+    for config in ("configs/quickstart.yaml", "my_task.yaml", "configs/calculator.yaml"):
         done = launch(None, 1, "--config", config, *SHORT, directory=directory)
         assert done.returncode == 0, done.stderr[-4000:]
     return directory

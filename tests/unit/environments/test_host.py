@@ -77,6 +77,16 @@ def fail(kind: str) -> object:
             pass
     if kind == "memory":
         return len(bytearray(1 << 40))
+    if kind == "leak":
+        kept = []
+        while True:
+            kept.append(bytes(1 << 28))
+    if kind == "bomb":
+        for _ in range(6):
+            os.fork()
+        with open("bomb", "a") as file:
+            file.write(f"{os.getpid()}\\n")
+        time.sleep(1000)
     if kind == "fork":
         children = []
         while len(children) < 50:
@@ -184,8 +194,8 @@ def call(host: EnvironmentHost, episode: int, *calls: tuple[str, dict[str, Any]]
 
 
 def test_tools_and_methods(host: EnvironmentHost) -> None:
-    assert host.tools == {"add", "sleep", "meet", "fail", "move"} and host.has_reward
-    schema = next(each["function"] for each in host.schemas if each["function"]["name"] == "add")
+    assert host.tools("") == {"add", "sleep", "meet", "fail", "move"} and host.has_reward
+    schema = next(each["function"] for each in host.schemas[""] if each["function"]["name"] == "add")
     assert schema["description"] == "Add." and schema["parameters"]["required"] == ["a"]
     host.reset(0, {"start": 3, "answer": "x"})
     host.reset(1, {})
@@ -220,7 +230,7 @@ def test_what_the_model_gets_to_read(host: EnvironmentHost) -> None:
 
 
 BREAKING = {"exit": "SystemExit", "die": "exit code 7", "crash": "exit code -11", "memory": "MemoryError",
-            "hang": "call_seconds = 8"}  # fmt: skip
+            "leak": "MemoryError", "hang": "call_seconds = 8"}  # fmt: skip
 
 
 @pytest.mark.parametrize(("kind", "reason"), BREAKING.items())
@@ -242,6 +252,21 @@ def test_a_loop_that_never_ends_costs_its_process_and_no_more(host: EnvironmentH
     host.end(0)
     assert process.process.poll() is not None, "it would take a core for the rest of the run"
     begin(host, 1)
+
+
+def test_a_fork_bomb_ends_with_its_episode(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with EnvironmentHost(make_config(workers=1, call_seconds=3.0)) as host:
+        begin(host, 0)
+        assert "call_seconds" in call(host, 0, ("fail", {"kind": "bomb"})).answer["failure"]
+        numbers = [int(number) for number in (tmp_path / "bomb").read_text().split()]
+        assert len(numbers) == 64
+        host.end(0)
+        until = time.monotonic() + 30
+        while any(map(_runs, numbers)):
+            assert time.monotonic() < until
+            time.sleep(0.05)
+        begin(host, 1)
 
 
 def test_children_end_with_the_host() -> None:

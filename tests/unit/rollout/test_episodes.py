@@ -160,7 +160,7 @@ def played(
     assert host is not None
     with host:
         prompts = make_prompts(config, host, rows)
-        episodes = episodes_of(config, host, for_prompts(TOKENIZER, host), ENDS)
+        episodes = episodes_of(config, host, TOKENIZER, ENDS)
         assert isinstance(episodes, Episodes)
         longest = config.rollout.max_completion_length
         engine = LocalEngine(decoder or NativeDecoder(ENDS, longest, 1 << 20), LoadedModel(model), {})

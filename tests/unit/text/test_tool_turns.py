@@ -8,10 +8,9 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from family_templates import make_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 from grpo_dist.text.templates import render_conversation, render_messages
 from grpo_dist.text.tool_turns import Answer, Call, ToolTurns, with_tools
@@ -58,18 +57,6 @@ WRITTEN: dict[str, Callable[[str, dict[str, Any]], str]] = {
 SCHEMA = {"type": "function", "function": {"name": "add", "description": 'Adds "two"\nnumbers.', "parameters": {
     "type": "object", "properties": {"a": {"type": "integer", "default": None, "nullable": True}}}}}  # fmt: skip
 QUESTION = [{"role": "user", "content": "What is 1 + 2, all in all?"}]
-
-
-def make_tokenizer(template: str, specials: list[str]) -> Any:
-    """A tokenizer of bytes."""
-    vocabulary = {letter: n for n, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    backend.decoder = decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=specials[0])
-    tokenizer.add_special_tokens({"additional_special_tokens": specials})
-    tokenizer.chat_template = template
-    return tokenizer
 
 
 def make_turns(family: str) -> tuple[ToolTurns, Any]:
@@ -151,7 +138,7 @@ def test_a_turn_that_the_template_does_not_close() -> None:
     """The user's end is not taken for the assistant's."""
     template = (
         "{%- for m in messages -%}{%- if m.role == 'user' -%}{{ m.content }}<|im_end|>{%- elif m.role == 'tool' -%}"
-        "({{ m.content }}){%- else -%}<tool_call>{{ m.tool_calls[0].function.name }}</tool_call>{%- endif -%}"
+        "({{ m.content }}){%- else -%}<tool_call>{{ m.tool_calls[0].function | tojson }}</tool_call>{%- endif -%}"
         "{%- endfor -%}"
     )
     tokenizer = with_tools(make_tokenizer(template, ["<|im_end|>"]), [])
