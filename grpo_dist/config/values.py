@@ -12,6 +12,8 @@ from docstring_parser import parse_from_object
 
 SECRET = re.compile(r"token|key|secret|password|passwd|credential", re.IGNORECASE)
 """Names that look like those of secrets: of options, of a reward's arguments, of environment variables."""
+_OF_A_MODEL = ("max_tokens_in_flight", "banned_tokens")
+"""Options whose tokens are no secrets."""
 
 
 def flat(values: Mapping[str, Any], *, numbered: bool = False, prefix: str = "") -> dict[str, Any]:
@@ -37,7 +39,8 @@ def redacted(values: Any, name: str = "") -> Any:
         return {key: redacted(value, str(key)) for key, value in values.items()}
     if isinstance(values, (list, tuple)):
         return [redacted(value, name) for value in values]
-    return "<redacted>" if isinstance(values, str) and SECRET.search(name) else values
+    is_secret = isinstance(values, str) and SECRET.search(name) and name not in _OF_A_MODEL
+    return "<redacted>" if is_secret else values
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

@@ -46,9 +46,9 @@ def test_a_config_does_not_differ_from_its_json() -> None:
 
 def test_secrets_are_redacted() -> None:
     values = {"rewards": [{"name": "mine:f", "args": {"api_key": "s3cret", "url": "http://x", "passwd": ("s3cret",)}}],
-              "hub_token": "s3cret", "max_tokens_per_pack": 4096}  # fmt: skip
+              "hub_token": "s3cret", "max_tokens_per_pack": 4096, "max_tokens_in_flight": "auto"}  # fmt: skip
     assert redacted(values) == {
         "rewards": [{"name": "mine:f", "args": {"api_key": "<redacted>", "url": "http://x", "passwd": ["<redacted>"]}}],
-        "hub_token": "<redacted>", "max_tokens_per_pack": 4096,
+        "hub_token": "<redacted>", "max_tokens_per_pack": 4096, "max_tokens_in_flight": "auto",
     }  # fmt: skip
     assert all(map(SECRET.search, ("HF_TOKEN", "WANDB_API_KEY", "DB_PASSWD", "my_password", "CREDENTIALS", "Secret")))
