@@ -22,7 +22,8 @@ class EnvironmentConfig:
     names, as `{math: module:Math, game: module:Game}`: the data's column `environment` names the row's, and only its
     tools are shown. See docs/environments.md."""
     max_turns: int = 8
-    """Turns of the model in an episode. An episode whose last turn still calls a tool counts as truncated."""
+    """Turns of the model in an episode. An episode whose last turn still calls a tool counts as truncated, unless an
+    environment is done by it."""
     max_tool_characters: int = 2000
     """Longest answer of a tool; the middle of a longer one is left out, and the answer says so."""
     stop_tools: list[str] = field(default_factory=list)

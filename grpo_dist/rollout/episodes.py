@@ -125,6 +125,11 @@ class Episodes:
         play.messages += messages
         return self._turns[play.environment].user_ids(messages, is_open=play.is_open) if messages else []
 
+    @property
+    def has_environment(self) -> bool:
+        """Whether calls may change something, rather than only say something."""
+        return bool(self._config.factories)
+
     def turns_left(self, turns: int) -> int:
         """Turns that an episode may have after so many."""
         return self._config.max_turns - turns
@@ -217,9 +222,9 @@ class _Table:
             self.host.after_turn(play.number, play.messages[-1]["content"])
         elif not play.calls:
             self._conclude(play, finished=True)
-        elif not self.rules.turns_left(play.turns):
+        elif not self.rules.turns_left(play.turns) and not self.rules.has_environment:
             self._conclude(play, finished=False)
-        elif calls := self.rules.possible(play):
+        elif calls := self.rules.possible(play):  # of the last turn too: a move may end the game
             self._wait(play)
             self.host.call(play.number, calls)
         else:

@@ -313,6 +313,13 @@ def test_games(models: dict[str, Any]) -> None:
             assert each.sampled[-1], "nothing follows the call that ended the game"
 
 
+def test_the_last_turn_is_played(models: dict[str, Any]) -> None:
+    _, trajectories = played(make_config(game=True, max_turns=1), GAMES, models["shared"])
+    rewards = [t.episode.reward for t in trajectories if t.episode]
+    assert set(rewards) == {0.0, 1.0} and rewards == [float(t.finished) for t in trajectories]
+    assert all(t.episode and t.episode.turns == 1 and all(t.sampled) for t in trajectories)
+
+
 def test_rewards_get_the_environment(models: dict[str, Any]) -> None:
     rewards = [RewardConfig("environment"), RewardConfig("played:by_number"),
                RewardConfig("played:by_half", args={"scale": 3.0})]  # fmt: skip
