@@ -52,6 +52,7 @@ from .model.load import (
     load_tokenizer,
     short_window,
 )
+from .model.quantized import dequantize_layers
 from .monitoring.console import set_up_logging
 from .monitoring.metrics import is_right
 from .rewards.pool.pool import ScorerPool
@@ -181,6 +182,7 @@ class Evaluation:
         implementation, obstacle = attention_for(config.model, self.model_config, config.max_sequence_length)
         with unsharded_loading():
             model = load_causal_lm(config.model, dtype, implementation, ranks.device).eval()
+        dequantize_layers(model)
         ranks.wait_at("loaded the model")  # a download may take longer than a collective of the start waits
         window = short_window(self.model_config, config.max_sequence_length)
         obstacle = settle_attention([model], implementation, obstacle, config.model.attn_implementation != "auto",

@@ -165,6 +165,8 @@ def usage(trained: Trained, out: Path, kind: str) -> list[str]:
     place = shlex.quote(str(out))
     example = f"from transformers import pipeline; print(pipeline('text-generation', {str(out)!r})('Hello'))"
     lines = [f'  transformers:        python -c "{example}"']
+    if kind == "adapter" and trained.model.quantization is not None:
+        return [f"  It belongs on the base quantised to {trained.model.quantization}: docs/quantized.md loads both"]
     if kind == "adapter":
         assert trained.lora is not None
         rank = next((size for size in VLLM_RANKS if size >= trained.lora.r), trained.lora.r)

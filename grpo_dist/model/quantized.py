@@ -135,6 +135,14 @@ def quantized_layers(model: nn.Module) -> dict[str, QuantizedLinear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, QuantizedLinear)}
 
 
+def dequantize_layers(model: nn.Module) -> None:
+    """Replace a model's quantised layers by plain ones with the same values, for a model that only decodes."""
+    for name, layer in quantized_layers(model).items():
+        plain = nn.Linear(layer.in_features, layer.out_features, device="meta")
+        plain.weight, plain.bias = _frozen(layer.weight), layer.bias
+        model.set_submodule(name, plain)
+
+
 def _frozen(tensor: Tensor) -> nn.Parameter:
     return nn.Parameter(tensor, requires_grad=False)
 

@@ -173,7 +173,7 @@ def _trace(
     shape: Shape, of_reference: Shape | None, num_layers: int,
 ) -> list[int]:  # fmt: skip
     policy = build_policy(config, model_config, implementation, precision, num_layers)
-    plain = replace(config, lora=None, model=replace(config.model, gradient_checkpointing=False),
+    plain = replace(config, lora=None, model=replace(config.model, gradient_checkpointing=False, quantization=None),
                     reference=replace(config.reference, placement="copy"))  # fmt: skip
     frozen, decoding = (
         build_policy(plain, model_config, implementation, Precision(dtype, dtype, casts_all=True), num_layers)

@@ -57,8 +57,9 @@ def describe_memory(config: Config, contents: Contents, num_ranks: int, findings
         return None
     counts = inputs.counts
     trained = counts.adapters or counts.parameters
-    findings.results["model"] = [f"{config.model.name}: {counts.parameters / 1e6:,.1f} M parameters, "
-                               f"{trained / 1e6:,.1f} M trained"]  # fmt: skip
+    stored = f", {counts.quantized / 1e6:,.1f} M of them in {predictor.quantization}" if counts.quantized else ""
+    findings.results["model"] = [f"{config.model.name}: {counts.parameters / 1e6:,.1f} M parameters{stored}, "
+                                 f"{trained / 1e6:,.1f} M trained"]  # fmt: skip
     _compare(config, inputs, on_gpu, findings)
     return counts
 

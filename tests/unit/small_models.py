@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -33,10 +35,14 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 @pytest.fixture(scope="module", params=[False, True], ids=["untied", "tied"])
 def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> ModelConfig:
     """A small random Qwen2 on the disk, with tied embeddings and without, and several end tokens."""
-    path = tmp_path_factory.mktemp("base")
+    return make_base(tmp_path_factory.mktemp("base"), request.param)
+
+
+def make_base(path: Path, tied: bool) -> ModelConfig:
+    """Write the model of `base`."""
     config = Qwen2Config(
         vocab_size=257, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=128, tie_word_embeddings=request.param, eos_token_id=250,
+        num_key_value_heads=2, max_position_embeddings=128, tie_word_embeddings=tied, eos_token_id=250,
         bos_token_id=None,
     )  # fmt: skip
     torch.manual_seed(0)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
-from small_models import IDS, logits, make_tokenizer
+from small_models import IDS, logits, make_base, make_tokenizer
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GPT2Config
 
@@ -29,8 +29,9 @@ from grpo_dist.model.load import (
 )
 from grpo_dist.model.policy import Policy
 from grpo_dist.model.quantization import quantize_blank, require_quantizable, require_unsharded
-from grpo_dist.model.quantized import EightBitLinear, quantized_layers
+from grpo_dist.model.quantized import EightBitLinear, dequantize_layers, quantized_layers
 from grpo_dist.model.rollout_weights import RolloutModel
+from grpo_dist.planning.predict import Predictor
 from grpo_dist.rollout.fidelity import update_share
 from grpo_dist.rollout.native.kernel import KernelStep
 
@@ -41,6 +42,12 @@ KINDS = ["nf4", "int8"]
 DTYPES = [torch.float32, torch.bfloat16]
 
 
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> ModelConfig:
+    """A small model with tied embeddings."""
+    return make_base(tmp_path_factory.mktemp("base"), tied=True)
+
+
 def quantised(base: ModelConfig, kind: str) -> ModelConfig:
     """The same base, to be quantised when it is loaded."""
     return replace(base, quantization=kind)
@@ -49,12 +56,7 @@ def quantised(base: ModelConfig, kind: str) -> ModelConfig:
 def dense(model: nn.Module) -> nn.Module:
     """A copy with plain layers of the dequantised weights."""
     made = copy.deepcopy(model)
-    for name, layer in quantized_layers(made).items():
-        plain = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, dtype=layer.dtype)
-        plain.weight.data = layer.weight
-        if layer.bias is not None:
-            plain.bias = layer.bias
-        made.set_submodule(name, plain)
+    dequantize_layers(made)
     return made
 
 
@@ -291,3 +293,15 @@ def test_a_blank_model_has_the_layers_of_the_loaded_one(kind: str, base: ModelCo
     sizes = {name: (p.shape, p.dtype) for name, p in loaded.named_parameters(remove_duplicate=False)}
     assert {name: (p.shape, p.dtype) for name, p in blank.named_parameters(remove_duplicate=False)} == sizes
     assert not hasattr(blank.config, "quantization_config") and not hasattr(loaded.config, "quantization_config")
+
+
+def test_plan_knows_the_bytes() -> None:
+    model = ModelConfig(dtype="bfloat16", quantization="nf4")
+    config = Config(model=model, lora=LORA)
+    config.data.max_prompt_length, config.rollout.max_completion_length, config.rollout.group_size = 16, 8, 2
+    config.train.batch_size, config.train.max_tokens_per_pack = 2, 64
+    parts = {part.name: part.num_bytes for part in Predictor(config, load_model_config(model), "cpu").parts(2, 2)}
+    loaded = load_causal_lm(model, torch.bfloat16, None)
+    assert parts["frozen weights"] == sum(p.nbytes for p in loaded.parameters())
+    assert parts["dequantised base"] == sum(layer.weight.nbytes for layer in quantized_layers(loaded).values())
+    assert "frozen copy" not in parts, "the reference is the base, whatever reference.dtype is"
