@@ -177,6 +177,9 @@ class RolloutConfig:
     """The engine that decodes: `native`, this project's own; `paged`, transformers' continuous batching with this
     project's sampling; `auto`, the faster one of a trial at the start on a GPU, else `native`. All three draw the same
     completions. `vllm`: vLLM servers, whose sampling is their own (docs/vllm.md)."""
+    dequantize: bool = True
+    """Decode with a dequantised copy of a quantised base, which exists during rollouts only. false decodes with the
+    quantised base itself: several times slower, without the memory of the copy."""
     lag: int = 0
     """Steps by which the policy that draws a batch is behind the one that begins to train on it. 0 draws with the
     newest policy. 1 draws the next step's batch before this step's update."""

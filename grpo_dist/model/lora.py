@@ -21,7 +21,7 @@ from torch.nn.functional import linear
 
 from .dropout import TokenDropout
 from .products import float32_product
-from .quantized import QuantizedLinear
+from .quantized import QuantizedLinear, dtype_of
 
 Weight = Tensor | Callable[[], Tensor]
 """A frozen weight, or what dequantises it: in the forward pass, and again in the backward pass."""
@@ -111,8 +111,8 @@ def _fused(
     def forward(x: Tensor) -> Tensor:
         base, a, b = layer.base_layer, layer.lora_A[name].weight, layer.lora_B[name].weight
         is_quantized = isinstance(base, QuantizedLinear)
-        weight, dtype = (base.dequantized, base.dtype) if is_quantized else (base.weight, base.weight.dtype)
-        is_plain = layer.disable_adapters or layer.merged or x.dtype != dtype
+        weight = base.dequantized if is_quantized else base.weight
+        is_plain = layer.disable_adapters or layer.merged or x.dtype != dtype_of(base)
         if is_plain or any(map(is_sharded, (a, b) if is_quantized else (base.weight, a, b))):
             return plain(x)
         scaling, dropout = layer.scaling[name], layer.lora_dropout[name]

@@ -12,6 +12,7 @@ Shapes: O outputs, I inputs, B blocks of weights.
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -50,6 +51,11 @@ class QuantizedLinear(nn.Linear):
     def num_bytes(self) -> int:
         """Bytes of the stored weight."""
         return sum(p.nbytes for name, p in self.named_parameters() if name != "bias")
+
+    def blank(self) -> QuantizedLinear:
+        """The same layer on the meta device."""
+        empty = {id(p): _frozen(torch.empty_like(p, device="meta")) for p in self.parameters()}
+        return copy.deepcopy(self, empty)
 
     def forward(self, x: Tensor) -> Tensor:
         """(…, I) to (…, O)."""
@@ -133,6 +139,11 @@ class EightBitLinear(QuantizedLinear):
 def quantized_layers(model: nn.Module) -> dict[str, QuantizedLinear]:
     """A model's quantised layers by name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, QuantizedLinear)}
+
+
+def dtype_of(layer: Any) -> torch.dtype:
+    """The dtype of a linear layer's weight, dequantised where it is stored otherwise."""
+    return layer.dtype if isinstance(layer, QuantizedLinear) else layer.weight.dtype  # type: ignore[no-any-return]
 
 
 def dequantize_layers(model: nn.Module) -> None:

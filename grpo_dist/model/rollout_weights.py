@@ -5,7 +5,7 @@ most of a small update is less than half a unit of a weight's last digit. The tr
 tensors are the policy's. It copies weights only in three cases: if all weights train in float32 and compute in 16 bits,
 if ZeRO-3 or FSDP2 has sharded them, and if they are quantised. A quantised base is dequantised while the model is open,
 which is during rollouts, because a step of decoding computes with few tokens and would dequantise as many weights as an
-update.
+update. `rollout.dequantize: false` saves this copy.
 
 The tree is in evaluation mode and has no hooks of DDP, ZeRO and FSDP2.
 """
@@ -33,7 +33,7 @@ class RolloutModel:
 
     def __init__(
         self, policy: Policy, dtype: torch.dtype, attn_implementation: str | None,
-        base: nn.Module | None = None,
+        base: nn.Module | None = None, dequantizes: bool = True,
     ) -> None:  # fmt: skip
         """`dtype` is that of the policy's computation. If frozen weights are sharded, those of `base` replace them if
         they have that dtype; else each rollout gathers them. A collective if weights are sharded."""
@@ -42,6 +42,8 @@ class RolloutModel:
             tree = policy.causal_lm._from_config(
                 policy.causal_lm.config, attn_implementation=attn_implementation, dtype=dtype
             )
+            for name, layer in ({} if dequantizes else quantized_layers(policy.causal_lm)).items():
+                tree.set_submodule(plain_name(f"{name}.weight").removesuffix(".weight"), layer.blank())
             if isinstance(policy.model, PeftModel):
                 tree = get_peft_model(tree, replace(policy.model.peft_config["default"], lora_dropout=0.0))
                 fuse_adapters(tree, is_sharded)

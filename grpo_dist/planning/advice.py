@@ -59,6 +59,8 @@ def _candidates(
         tokens = max(longest, min(in_flight, share // num_ranks) // 2)
         changed = replace(config, rollout=replace(rollout, max_tokens_in_flight=tokens))
         yield f"--rollout.max_tokens_in_flight {tokens}", changed, strategy
+    if phase == "rollout" and is_quantized and rollout.dequantize:
+        yield "--rollout.dequantize false", replace(config, rollout=replace(rollout, dequantize=False)), strategy
     if phase in ("update", "reference") and train.max_tokens_per_pack > longest:
         tokens = max(longest, train.max_tokens_per_pack // 2)
         changed = replace(config, train=replace(train, max_tokens_per_pack=tokens))

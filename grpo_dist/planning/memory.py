@@ -114,6 +114,8 @@ class MemoryInputs:
     """Bytes of reward models on the rank's GPU."""
     decodes: bool = True
     """Whether the rank draws completions; False where servers do."""
+    dequantizes: bool = True
+    """Whether rollouts have a dense copy of a quantised base."""
 
     @property
     def shards_weights(self) -> bool:
@@ -222,7 +224,7 @@ def _rollout(inputs: MemoryInputs) -> list[Part]:
                   Part("prefill", in_a_row * inputs.passes.prefill_per_token, "rollout")]  # fmt: skip
     else:
         parts.append(Part("decoding or prefill", max(of_a_step, prefill), "rollout"))
-    if counts.quantized:
+    if counts.quantized and inputs.dequantizes:
         parts.append(Part("dequantised base", counts.quantized * width, "rollout"))
     if inputs.step_bytes:
         parts.append(Part("weights of the step", inputs.step_bytes, "rollout"))

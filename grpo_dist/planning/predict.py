@@ -163,6 +163,7 @@ class Predictor:
             copy_bytes=self.copy_dtype.itemsize if has_copy else 0,
             copy_decodes=has_copy and self.copy_dtype == self.policy_dtype, step_bytes=self._step_bytes(counts),
             reward_models=self._reward_models, decodes=self.config.rollout.engine != "vllm",
+            dequantizes=self.config.rollout.dequantize,
         )  # fmt: skip
         if self.most_bytes is None or tokens_in_flight(self.config, self.device) != sys.maxsize:
             return inputs
@@ -173,7 +174,7 @@ class Predictor:
 
     def _step_bytes(self, counts: ModelCounts) -> int:
         """Bytes of weights that decoding stores again: merged with adapters on a CPU, concatenated on a GPU."""
-        if not self.share_prompts:
+        if not self.share_prompts or (counts.quantized and not self.config.rollout.dequantize):
             return 0
         if self.device == "gpu":
             return counts.joined * self.policy_dtype.itemsize

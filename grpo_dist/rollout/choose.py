@@ -14,6 +14,7 @@ from torch import nn
 from ..config.schema import RolloutConfig
 from ..model.checks import CANNOT
 from ..model.gpu_kernels import triton_obstacle
+from ..model.quantized import quantized_layers
 from ..types import Trajectory
 from . import LocalEngine, NativeDecoder, PagedDecoder, Request, RowDecoder, decode_all, paged_obstacle
 from .local import Weights
@@ -148,7 +149,8 @@ def own_step(model: nn.Module, most: str = "compiled") -> tuple[str, str | None]
     weight = model.get_input_embeddings().weight
     is_float32, reason = weight.dtype == torch.float32, None
     # rounded where the model rounds, so that what is built otherwise shows; faster steps round less in 16 bits
-    as_llama = _decoding_off("operations", model) <= (1e-4 if is_float32 else 0.01)
+    # a quantised model was asked to decode without dense weights, which faster steps hold on to
+    as_llama = not quantized_layers(model) and _decoding_off("operations", model) <= (1e-4 if is_float32 else 0.01)
     if weight.is_cuda:
         names = ["fused", "pages", "operations"] if as_llama else ["pages"]
     else:

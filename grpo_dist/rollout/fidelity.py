@@ -6,6 +6,7 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
+from ..model.quantized import dtype_of
 from .native.llama import linear_of
 
 
@@ -22,7 +23,7 @@ def update_share(model: nn.Module, *, merged: bool) -> float | None:
         if not isinstance(module, LoraLayer) or "default" not in module.lora_A:
             continue
         a, b = module.lora_A["default"].weight, module.lora_B["default"].weight
-        scaling, dtype = module.scaling["default"], module.get_base_layer().weight.dtype
+        scaling, dtype = module.scaling["default"], dtype_of(module.get_base_layer())
         exact_a, exact_b = a.double(), b.double()
         total += scaling**2 * _inner(exact_a, exact_b, exact_a, exact_b)
         if merged:

@@ -32,6 +32,7 @@ from grpo_dist.model.quantization import quantize_blank, require_quantizable, re
 from grpo_dist.model.quantized import EightBitLinear, dequantize_layers, quantized_layers
 from grpo_dist.model.rollout_weights import RolloutModel
 from grpo_dist.planning.predict import Predictor
+from grpo_dist.rollout.choose import own_step
 from grpo_dist.rollout.fidelity import update_share
 from grpo_dist.rollout.native.kernel import KernelStep
 
@@ -160,6 +161,17 @@ def test_rollouts_have_the_values_of_the_quantised_base(dtype: torch.dtype, base
         assert update_share(model, merged=False) == pytest.approx(1, abs=2e-2 if dtype == torch.bfloat16 else 1e-6)
         KernelStep(model)
     assert all(p.is_meta for name, p in rollout.tree.named_parameters() if name.endswith("base_layer.weight"))
+
+
+def test_rollouts_without_a_copy_share_the_quantised_base(base: ModelConfig) -> None:
+    policy = moved(load_causal_lm(quantised(base, "nf4"), torch.float32, attention.NAME))
+    rollout = RolloutModel(policy, torch.float32, attention.NAME, dequantizes=False)
+    policys = {p.data_ptr() for p in policy.model.parameters()}
+    with rollout.open() as model:
+        assert torch.equal(logits(model), logits(policy.causal_lm))
+        assert {p.data_ptr() for p in rollout.tree.parameters()} == policys
+        assert own_step(model) == ("modules", None), "faster steps hold on to dense weights"
+        assert update_share(model, merged=False) == pytest.approx(1, abs=1e-6)
 
 
 def test_layers_that_store_their_weight_transposed(tmp_path: Path) -> None:
