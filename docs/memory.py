@@ -169,7 +169,7 @@ def measured_process(arguments: list[str], report: Path) -> None:
     for _ in range(2):
         weights = config.weights_at(state.step)
         with phase("rollout"):
-            batch = with_reference(parts, collect(parts, state))
+            batch = with_reference(parts, collect(parts, state, state.step))
         batch = with_advantages(config, batch, weights, state.kl_coeff)
         minibatches = pack_minibatches(parts, batch)
         batch = with_old_policy(parts, batch, minibatches)

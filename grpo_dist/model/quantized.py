@@ -143,7 +143,7 @@ def quantized_layers(model: nn.Module) -> dict[str, QuantizedLinear]:
 
 def dtype_of(layer: Any) -> torch.dtype:
     """The dtype of a linear layer's weight, dequantised where it is stored otherwise."""
-    return layer.dtype if isinstance(layer, QuantizedLinear) else layer.weight.dtype  # type: ignore[no-any-return]
+    return layer.dtype if isinstance(layer, QuantizedLinear) else layer.weight.dtype
 
 
 def dequantize_layers(model: nn.Module) -> None:
