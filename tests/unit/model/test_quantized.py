@@ -312,7 +312,8 @@ def test_plan_knows_the_bytes() -> None:
     config = Config(model=model, lora=LORA)
     config.data.max_prompt_length, config.rollout.max_completion_length, config.rollout.group_size = 16, 8, 2
     config.train.batch_size, config.train.max_tokens_per_pack = 2, 64
-    parts = {part.name: part.num_bytes for part in Predictor(config, load_model_config(model), "cpu").parts(2, 2)}
+    predicted = Predictor(config, load_model_config(model), "cpu").parts(2, "ZeRO-2")
+    parts = {part.name: part.num_bytes for part in predicted}
     loaded = load_causal_lm(model, torch.bfloat16, None)
     assert parts["frozen weights"] == sum(p.nbytes for p in loaded.parameters())
     assert parts["dequantised base"] == sum(layer.weight.nbytes for layer in quantized_layers(loaded).values())
