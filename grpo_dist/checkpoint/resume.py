@@ -53,7 +53,8 @@ def with_template_date(config: Config, tokenizer: Any, path: Path | None) -> Con
 def identity(config: Config, model_config: Any, prompts: Sequence[Prompt]) -> dict[str, Any]:
     """What must stay the same throughout a run."""
     return {"base": base_identity(config.model, model_config), "lora": asdict(config)["lora"],
-            "critic": config.advantage.baseline == "critic", "num_prompts": len(prompts),
+            "critic": config.advantage.baseline == "critic", "optimizer": config.optim.optimizer,
+            "num_prompts": len(prompts),
             "data": data_fingerprint(identifying(prompts)), "order": order_of(config.data),
             "seed": config.train.seed, "batch_size": config.train.batch_size}  # fmt: skip
 
@@ -61,7 +62,7 @@ def identity(config: Config, model_config: Any, prompts: Sequence[Prompt]) -> di
 def changes(path: Path, config: Config, now: dict[str, Any]) -> list[str]:
     """A line for each change since a checkpoint; raises ValueError where the run's identity `now` is another."""
     meta = checkpoint.load_meta(path, NEEDED)
-    harmful = differences(meta["identity"], now)
+    harmful = differences({"optimizer": "adamw"} | meta["identity"], now)  # older checkpoints name none
     if harmful and not config.train.allow_changes:
         lines = "\n  ".join(harmful)
         raise ValueError(f"{path} belongs to another run:\n  {lines}\nChoose another train.output_dir, "

@@ -207,18 +207,29 @@ class RolloutConfig:
 
 @dataclass
 class OptimConfig:
-    """AdamW and its schedule."""
+    """The optimizer and its schedule."""
 
+    optimizer: Literal["adamw", "adamw_8bit", "muon"] = "adamw"
+    """`adamw`, fused on a GPU; `adamw_8bit`, bitsandbytes' (extra `quantized`), whose moments take a quarter of the
+    memory; `muon`, torch's for matrices, with AdamW for embeddings, the head and everything that is no matrix. The
+    last two need one process or DDP."""
     learning_rate: float = 1e-5
     """Peak learning rate."""
     weight_decay: float = 0.0
-    """AdamW's decoupled weight decay."""
+    """Decoupled weight decay."""
     betas: tuple[float, float] = (0.9, 0.999)
     """AdamW's decay rates of the first and second moment."""
-    scheduler: Literal["cosine", "linear", "constant"] = "cosine"
-    """Course of the learning rate after warm-up, over train.num_train_steps."""
+    scheduler: Literal["cosine", "linear", "constant", "warmup_stable_decay"] = "cosine"
+    """Course of the learning rate after warm-up, over train.num_train_steps. `warmup_stable_decay` (WSD) is constant,
+    and goes down as a cosine in the last decay_ratio of the steps."""
     warmup_steps: int = 0
     """Steps of linear warm-up."""
+    warmup_ratio: float = 0.0
+    """The same as a share of train.num_train_steps."""
+    decay_ratio: float = 0.1
+    """Share of train.num_train_steps in which `warmup_stable_decay` goes down."""
+    min_lr_ratio: float = 0.0
+    """Share of the peak to which the learning rate goes down."""
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this norm."""
 
@@ -227,6 +238,10 @@ class OptimConfig:
         require(self.weight_decay >= 0, "optim.weight_decay", self.weight_decay, "0 or more")
         require(all(0 <= b < 1 for b in self.betas), "optim.betas", self.betas, "two numbers in [0, 1)")
         require(self.warmup_steps >= 0, "optim.warmup_steps", self.warmup_steps, "0 or more steps")
+        require(self.warmup_steps == 0 or self.warmup_ratio == 0, "optim.warmup_ratio", self.warmup_ratio,
+                "0 where optim.warmup_steps is given")  # fmt: skip
+        for key in ("warmup_ratio", "min_lr_ratio", "decay_ratio"):
+            require(0 <= getattr(self, key) <= 1, f"optim.{key}", getattr(self, key), "a share in [0, 1]")
         require(self.max_grad_norm > 0, "optim.max_grad_norm", self.max_grad_norm, "a number above 0")
 
 

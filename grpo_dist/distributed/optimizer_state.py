@@ -75,3 +75,49 @@ class OptimizerState:
                     adam.setdefault(moment, torch.zeros_like(flat, memory_format=torch.preserve_format))
                     self._part(adam[moment], fragment).copy_(state[f"{moment}/{name}"].view(-1)[part])
             self.strategy.after_restore(parameter, state[f"weight/{name}"])
+
+
+class WholeOptimizerState:
+    """Weights and everything that an optimizer keeps of them, where every rank has all of it: for optimizers other than
+    AdamW. It does not depend on the number of ranks."""
+
+    def __init__(self, ranks: Ranks, optimizer: Any, parameters: dict[str, torch.nn.Parameter]) -> None:
+        self.ranks, self.optimizer, self.parameters = ranks, ranks.strategy.adam(optimizer), parameters
+
+    @torch.no_grad()
+    def collect(self) -> dict[str, Tensor]:
+        """Tensors on the CPU: each parameter as `weight/NAME`, and what is kept of it as `state/KEY/NAME`. Ranks other
+        than the main one return none."""
+        if not self.ranks.is_main:
+            return {}
+        tensors = {f"weight/{name}": parameter.detach().float().cpu() for name, parameter in self.parameters.items()}
+        return tensors | {
+            f"state/{key}/{name}": torch.as_tensor(value).to("cpu", copy=True)
+            for name, parameter in self.parameters.items()
+            for key, value in self.optimizer.state[parameter].items()
+        }
+
+    @torch.no_grad()
+    def restore(self, state: dict[str, Tensor]) -> None:
+        """Restore what `collect` returned, the same on every rank. Raises ValueError for tensors of other shapes."""
+        kept: dict[str, dict[str, Tensor]] = {name: {} for name in self.parameters}
+        for key, value in state.items():
+            if key.startswith("state/"):
+                _, kind, name = key.split("/", 2)
+                kept[name][kind] = value
+        for name, parameter in self.parameters.items():
+            weight = state[f"weight/{name}"]
+            if weight.shape != parameter.shape:
+                raise ValueError(f"weight/{name} has shape {list(weight.shape)}, expected {list(parameter.shape)}")
+            parameter.copy_(weight)
+            self.optimizer.state[parameter] = {
+                key: self._value(key, value, parameter) for key, value in kept[name].items()
+            }
+
+    def _value(self, key: str, value: Tensor, parameter: Tensor) -> Any:
+        if key != "step":
+            return value.to(parameter.device)
+        if not value.is_floating_point():  # a number, to bitsandbytes
+            return int(value)
+        fused = any(group.get("fused") for group in self.optimizer.param_groups)
+        return value.to(parameter.device if fused else "cpu")

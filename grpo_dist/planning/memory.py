@@ -108,6 +108,8 @@ class MemoryInputs:
     """Bytes of one weight of the frozen copy; 0 without a copy."""
     copy_decodes: bool
     """Rollouts use the copy if the policy is sharded: both have the same dtype."""
+    moment_bytes: int = 2 * FLOAT32
+    """Bytes that the optimizer keeps of one trained weight."""
     step_bytes: int = 0
     """Of weights that decoding stores a second time, in another form."""
     reward_models: int = 0
@@ -180,7 +182,7 @@ def _weights(inputs: MemoryInputs) -> list[Part]:
     width = FLOAT32 if strategy == "FSDP2" else inputs.trained_bytes
     parts.append(Part(name, shard(trained, ranks, inputs.shards_weights) * width, "always"))
     # DeepSpeed computes with one set of the trained weights and updates another set, in float32
-    per_element = 2 * FLOAT32 + (FLOAT32 if inputs.uses_deepspeed else 0)
+    per_element = inputs.moment_bytes + (FLOAT32 if inputs.uses_deepspeed else 0)
     parts.append(Part("optimizer", shard(trained, ranks, strategy != "DDP") * per_element, "always"))
     if inputs.copy_bytes:
         parts.append(Part("frozen copy", counts.parameters * inputs.copy_bytes, "always"))

@@ -37,6 +37,10 @@ from .tracing import Precision, Shape, build_policy, count, reward_model_bytes, 
 Device = Literal["gpu", "cpu"]
 
 
+MOMENT_BYTES = {"adamw": 8, "adamw_8bit": 2, "muon": 4}
+"""Bytes that an optimizer keeps of one weight; with `muon`, of one in a matrix."""
+
+
 @dataclass(frozen=True)
 class StepCounts:
     """Counts of one step on a number of ranks, if every prompt and completion has full length."""
@@ -162,6 +166,7 @@ class Predictor:
             policy_bytes=self.policy_dtype.itemsize, trained_bytes=trained_bytes,
             copy_bytes=self.copy_dtype.itemsize if has_copy else 0,
             copy_decodes=has_copy and self.copy_dtype == self.policy_dtype, step_bytes=self._step_bytes(counts),
+            moment_bytes=MOMENT_BYTES[self.config.optim.optimizer],
             reward_models=self._reward_models, decodes=self.config.rollout.engine != "vllm",
             dequantizes=self.config.rollout.dequantize,
         )  # fmt: skip

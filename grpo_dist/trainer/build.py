@@ -22,7 +22,7 @@ from ..data.order import Curriculum, Mixture, Sampler
 from ..data.prompts import load_prompts
 from ..distributed.device import set_up_cuda
 from ..distributed.launch_config import require_known_launch
-from ..distributed.optimizer_state import OptimizerState
+from ..distributed.optimizer_state import OptimizerState, WholeOptimizerState
 from ..distributed.ranks import Ranks, resolve_dtype
 from ..distributed.rendezvous import LaunchError, Rendezvous, place_in_launch
 from ..distributed.watch import Interrupted, Watch
@@ -37,6 +37,7 @@ from ..model.load import (
     load_tokenizer,
     try_blank,
 )
+from ..model.optimizer import require_optimizer
 from ..model.quantization import require_quantizable
 from ..model.split_rows import require_whole_groups
 from ..monitoring.console import Display
@@ -90,6 +91,7 @@ def build(config: Config) -> tuple[Parts, TrainState]:
     _log_on_main(is_main, others=logging.ERROR)  # as long as all ranks come to the same
     try:  # all that a user can have got wrong, before ranks meet and models are loaded
         require_known_launch(os.environ)
+        require_optimizer(config.optim, os.environ)
         resume_from = resume_path(config)
         host = open_host(config)
         data = _load_data(templated(config), resume_from, host)
@@ -217,7 +219,7 @@ def _resume(
     config: Config,
     path: Path,
     ranks: Ranks,
-    optimizer_state: OptimizerState,
+    optimizer_state: OptimizerState | WholeOptimizerState,
     prompts: Sequence[Prompt],
 ) -> None:
     """Take up the checkpoint at `path`; a collective. Raises UserError on all ranks where it does not fit the run."""

@@ -13,11 +13,11 @@ from ..algorithm.targets import has_reference
 from ..checkpoint import store as checkpoint
 from ..config.schema import Config, RolloutConfig
 from ..distributed.deepspeed import unsharded_loading
-from ..distributed.optimizer_state import OptimizerState
+from ..distributed.optimizer_state import OptimizerState, WholeOptimizerState
 from ..distributed.ranks import Ranks, resolve_dtype
 from ..model.checks import UnfitModel
-from ..model.critic import parameter_groups
 from ..model.load import attention_for, load_causal_lm, load_policy, short_window, trainable
+from ..model.optimizer import make_optimizer
 from ..model.policy import Policy
 from ..model.quantization import describe, kind_of, require_unsharded
 from ..model.reference import AdaptersOff, FrozenCopy, Reference, needs_copy
@@ -40,7 +40,7 @@ class Models:
     wrapped: Any
     """The policy as the strategy wraps it: the one to call."""
     optimizer: Any
-    optimizer_state: OptimizerState
+    optimizer_state: OptimizerState | WholeOptimizerState
     reference: Reference | None
     """None where nothing depends on it."""
     rollout_model: RolloutModel
@@ -64,16 +64,13 @@ def load_models(
                          entropy_gradient=config.loss.entropy_coeff > 0)  # fmt: skip
     if kind is not None:
         log.info("%s", describe(policy, kind))
-    optimizer = torch.optim.AdamW(
-        parameter_groups(policy, config.optim, config.critic),
-        lr=config.optim.learning_rate, betas=config.optim.betas, weight_decay=config.optim.weight_decay,
-        fused=ranks.device.type == "cuda",  # else a step takes as much memory again as what it trains
-    )  # fmt: skip
+    optimizer = make_optimizer(policy, config, ranks.device)
     ranks.wait_at("loaded the model")  # a download may take longer than a collective of the start waits
     wrapped, prepared = ranks.prepare(policy, optimizer)
     wrapped.train()
     policy = ranks.unwrap(wrapped)
-    optimizer_state = OptimizerState(ranks, prepared, trainable(policy))
+    state_of = OptimizerState if config.optim.optimizer == "adamw" else WholeOptimizerState
+    optimizer_state = state_of(ranks, prepared, trainable(policy))
     reference = _load_reference(config, ranks, wrapped, policy, dtype, implementation, kind is not None)
     ranks.wait_at("loaded the reference")
     base = reference.policy.causal_lm if isinstance(reference, FrozenCopy) else None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 
@@ -41,6 +41,29 @@ def test_every_step_learns_and_none_above_the_peak(scheduler: Scheduler, warmup:
         assert rising[-1] == 1
     if scheduler != "constant" and len(falling) > 30:
         assert falling[-1] < 0.05
+
+
+def test_shares_of_the_steps_and_of_the_peak() -> None:
+    def course(**options: Any) -> list[float]:
+        optim = OptimConfig(learning_rate=1.0, **options)
+        return [learning_rate(step, 10, optim) for step in range(10)]
+
+    assert course(warmup_ratio=0.15, scheduler="constant") == pytest.approx([0.5, *[1] * 9])
+    assert course(warmup_ratio=0.2) == course(warmup_steps=2)
+    assert course(scheduler="linear", min_lr_ratio=0.5)[5] == pytest.approx(0.75)
+    stable = course(scheduler="warmup_stable_decay", warmup_steps=2, decay_ratio=0.4, min_lr_ratio=0.2)
+    falls = [0.2 + 0.8 * (1 + math.cos(math.pi * step / 4)) / 2 for step in range(4)]
+    assert stable == pytest.approx([0.5, *[1] * 5, *falls])
+    assert course(scheduler="warmup_stable_decay", decay_ratio=0) == [1] * 10
+    assert course(scheduler="warmup_stable_decay", warmup_steps=8, decay_ratio=1)[8] == 1
+
+
+@pytest.mark.parametrize(
+    "options", [{"warmup_ratio": 1.5}, {"min_lr_ratio": -1}, {"warmup_ratio": 0.1, "warmup_steps": 3}]
+)
+def test_shares_out_of_range(options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="optim"):
+        OptimConfig(**options)
 
 
 def test_the_peak_only_scales() -> None:
