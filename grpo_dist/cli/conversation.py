@@ -27,6 +27,8 @@ from ..text.plain import plain_lines
 from ..text.tokens import CompletionTexts
 
 _LINE_CHARACTERS = 10_000
+_SAMPLING = ("max_completion_length", "top_p", "top_k", "min_p", "stop", "min_new_tokens", "banned_tokens")
+"""The options of rollouts that hold in a chat."""
 
 
 @dataclass
@@ -55,7 +57,9 @@ class Conversation:
         for voice in self.voices:  # generate() would use the penalties and limits of the model's own config
             voice.model.generation_config = GenerationConfig()
         torch.manual_seed(seed)
-        rollout, end_ids = RolloutConfig(**trained.config["rollout"]), end_token_ids(trained.model, tokenizer)
+        given, end_ids = trained.config["rollout"], end_token_ids(trained.model, tokenizer)
+        # a run of an older version lacks some
+        rollout = RolloutConfig(**{name: given[name] for name in _SAMPLING if name in given})
         self.texts_of = CompletionTexts(tokenizer, end_ids)
         vocabulary = policy.causal_lm.config.get_text_config().vocab_size
         self.sampling = sampling_with(rollout, tokenizer, end_ids, vocabulary)

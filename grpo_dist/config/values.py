@@ -12,8 +12,8 @@ from docstring_parser import parse_from_object
 
 SECRET = re.compile(r"token|key|secret|password|passwd|credential", re.IGNORECASE)
 """Names that look like those of secrets: of options, of a reward's arguments, of environment variables."""
-_OF_A_MODEL = ("max_tokens_in_flight", "banned_tokens")
-"""Options whose tokens are no secrets."""
+_OF_A_MODEL = ("max_tokens_in_flight", "banned_tokens", "tokenizer")
+"""Options of a run with such names that are no secrets."""
 
 
 def flat(values: Mapping[str, Any], *, numbered: bool = False, prefix: str = "") -> dict[str, Any]:
