@@ -7,9 +7,10 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from ..config.schema import Config
+from ..config.schema import Config, LoraConfig
 from ..config.values import differences, redacted
 from ..data.mixture import identifying, order_of
+from ..model.adapter import fingerprint
 from ..model.load import base_identity
 from ..monitoring.machine import versions
 from ..text.templates import today, uses_date
@@ -52,17 +53,30 @@ def with_template_date(config: Config, tokenizer: Any, path: Path | None) -> Con
 
 def identity(config: Config, model_config: Any, prompts: Sequence[Prompt]) -> dict[str, Any]:
     """What must stay the same throughout a run."""
-    return {"base": base_identity(config.model, model_config), "lora": asdict(config)["lora"],
+    return {"base": base_identity(config.model, model_config), "lora": _shape_of(config.lora),
+            "adapter": _adapter_of(config.lora),
             "critic": config.advantage.baseline == "critic", "optimizer": config.optim.optimizer,
             "num_prompts": len(prompts),
             "data": data_fingerprint(identifying(prompts)), "order": order_of(config.data),
             "seed": config.train.seed, "batch_size": config.train.batch_size}  # fmt: skip
 
 
+def _shape_of(lora: LoraConfig | None) -> dict[str, Any] | None:
+    return None if lora is None else {key: value for key, value in asdict(lora).items() if key != "init_from"}
+
+
+def _adapter_of(lora: LoraConfig | None) -> str | None:
+    """What identifies the adapter that a run went on from, wherever it lies; None where there is none."""
+    return None if lora is None or lora.init_from is None else fingerprint(lora.init_from)
+
+
 def changes(path: Path, config: Config, now: dict[str, Any]) -> list[str]:
     """A line for each change since a checkpoint; raises ValueError where the run's identity `now` is another."""
     meta = checkpoint.load_meta(path, NEEDED)
-    harmful = differences({"optimizer": "adamw"} | meta["identity"], now)  # older checkpoints name none
+    before = {"optimizer": "adamw"} | meta["identity"]  # older checkpoints lack what was the only choice
+    if before["lora"] is not None:
+        before["lora"] = _shape_of(LoraConfig()) | before["lora"]
+    harmful = differences(before, now)
     if harmful and not config.train.allow_changes:
         lines = "\n  ".join(harmful)
         raise ValueError(f"{path} belongs to another run:\n  {lines}\nChoose another train.output_dir, "

@@ -115,7 +115,8 @@ def _from_checkpoint(trained: Trained) -> Policy:
     if base_identity(trained.given_model, load_model_config(model)) != meta["identity"]["base"]:
         raise ValueError(f"{trained.path}: {model.name!r} is not the base model of this training any more")
     dtype = DTYPES[meta["dtype"]] if "dtype" in meta else resolve_dtype(model.dtype)
-    policy = load_policy(model, trained.lora, dtype, None, 1.0, 0, has_critic=meta["identity"]["critic"])
+    lora = None if trained.lora is None else replace(trained.lora, init_from=None)  # the checkpoint has the values
+    policy = load_policy(model, lora, dtype, None, 1.0, 0, has_critic=meta["identity"]["critic"])
     with torch.no_grad():
         for name, parameter in trainable(policy).items():
             parameter.copy_(tensors[f"weight/{name}"])

@@ -43,11 +43,13 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
     ranks = parse_ranks(options.ranks)
     limit = None if options.gpu_memory is None else parse_size(options.gpu_memory)
     config = parse_config(list(rest))
+    from ..model.adapter import with_adapter
     from ..model.load import load_model_config
     from ..monitoring.console import set_up_logging  # imports torch: an error in the options should not wait for it
     from ..planning.predict import Predictor
 
     set_up_logging()
+    config = with_adapter(config)
     model_config = load_model_config(config.model)
     most_bytes = None if limit is None else int(limit * (1 - RESERVE))
     predictor = Predictor(config, model_config, options.device, most_bytes)

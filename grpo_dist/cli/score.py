@@ -58,8 +58,10 @@ def read_items(config: Config, path: str | None, most: int) -> tuple[list[Item],
     file has no `completion`, or names a prompt that the data does not have.
     """
     from ..data.mixture import load_training
-    from ..model.load import load_tokenizer  # imports torch: an error in the options should not wait for it
+    from ..model.adapter import with_adapter  # imports torch: an error in the options should not wait for it
+    from ..model.load import load_tokenizer
 
+    config = with_adapter(config)
     tokenizer = load_tokenizer(config.model)
     checks = answer_checks(config.rewards) if config.data.answer_column else []
     prompts, _ = load_training(config, tokenizer, checks)

@@ -7,18 +7,19 @@ import os
 from pathlib import Path
 
 
-def model_place(name: str, option: str) -> str:
+def model_place(name: str, option: str, *files: str) -> str:
     """Return the argument of `from_pretrained` for a name: a directory's absolute path, or the hub id itself.
 
-    Raises ValueError, which names the `option`, for a path without a model.
+    Raises ValueError, which names the `option`, for a path with none of `files`, by default those of a model.
     """
     path = Path(name).expanduser()
     full = Path(os.path.abspath(path))
     if path.is_dir():
-        if not any((path / file).is_file() for file in ("config.json", "adapter_config.json")):
-            inside = sorted(str(each.parent) for each in path.glob("*/config.json"))
+        files = files or ("config.json", "adapter_config.json")
+        if not any((path / file).is_file() for file in files):
+            inside = sorted(str(each.parent) for each in path.glob(f"*/{files[0]}"))
             hint = f"; there is one in {', '.join(inside[:3])}" if inside else ""
-            raise ValueError(f"{option}: {name!r} given, but there is no config.json in {full}: expected a directory "
+            raise ValueError(f"{option}: {name!r} given, but there is no {files[0]} in {full}: expected a directory "
                              f"that a model was saved to{hint}")  # fmt: skip
         return str(full)
     if path.is_file():

@@ -32,7 +32,8 @@ class ModelConfig:
     """The policy's base model."""
 
     name: str = "toy"
-    """Hub id or local path of a causal language model, or `toy` or `toy-carry`, which ship with the package."""
+    """Hub id or local path of a causal language model, or of a PEFT adapter, from which the run goes on (see
+    lora.init_from); or `toy` or `toy-carry`, which ship with the package."""
     revision: str | None = None
     """Branch, tag or commit on the hub."""
     dtype: PolicyDtype = "auto"
@@ -48,6 +49,8 @@ class ModelConfig:
     """Run code that comes with the model. Leave it off unless you have read that code."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time in the update."""
+    tokenizer: str | None = None
+    """Hub id or local path of the tokenizer; null takes the model's, or that of an adapter that has one."""
 
 
 @dataclass
@@ -63,6 +66,11 @@ class LoraConfig:
     on rank or pack."""
     target_modules: str | list[str] = "all-linear"
     """Modules that get adapters: `all-linear`, or a list of names."""
+    use_rslora: bool = False
+    """Scale adapters by alpha / √r instead (rsLoRA)."""
+    init_from: str | None = None
+    """A PEFT adapter (LoRA or rsLoRA on linear layers) to go on from; a model.name that is an adapter means the same.
+    r, alpha, use_rslora and target_modules are the adapter's. null starts with adapters that add nothing."""
 
     def __post_init__(self) -> None:
         require(self.r >= 1, "lora.r", self.r, "a rank of at least 1")
@@ -72,7 +80,7 @@ class LoraConfig:
 
 @dataclass
 class ReferenceConfig:
-    """The base model as it was before training: reference of the KL term."""
+    """The model as it was before training: reference of the KL term."""
 
     dtype: Dtype = "bfloat16"
     """Dtype of the reference. With LoRA, the policy's dtype saves a copy of the base model, except under ZeRO-3
@@ -80,6 +88,8 @@ class ReferenceConfig:
     placement: Literal["copy", "shared"] = "copy"
     """`copy` keeps a full frozen copy on every rank where the policy's base is not the same; `shared` uses the policy
     itself with its adapters off, where a copy does not fit (needs LoRA)."""
+    model: Literal["adapter", "base"] = "adapter"
+    """What the reference is of a run that goes on from an adapter: the base with that adapter, or the base alone."""
 
 
 @dataclass

@@ -23,6 +23,7 @@ from ..config.schema import LoraConfig, ModelConfig, RolloutConfig
 from ..distributed.deepspeed import unsharded_loading
 from ..distributed.sharding import is_sharded
 from . import attention
+from .adapter import load_adapter
 from .checks import (
     CANNOT,
     UnfitModel,
@@ -43,7 +44,8 @@ from .toy import MODELS, toy_path
 log = logging.getLogger(__name__)
 
 _NO_SAMPLING = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "do_sample", "use_cache",
-                "cache_implementation", "transformers_version", "_from_model_config")  # fmt: skip
+                "cache_implementation", "output_attentions", "output_hidden_states", "output_scores", "output_logits",
+                "return_dict_in_generate", "transformers_version", "_from_model_config")  # fmt: skip
 """Entries of generation_config.json that do not change what is drawn, or that the engines do take over."""
 
 
@@ -59,7 +61,11 @@ def _hub_options(model: ModelConfig) -> dict[str, Any]:
 def load_tokenizer(model: ModelConfig) -> Any:
     """The tokenizer, with a padding token. Without one of its own, it is the first end-of-sequence token."""
     require_complete_model(model.name, model_path(model), model.revision)
-    tokenizer = AutoTokenizer.from_pretrained(model_path(model), **_hub_options(model))
+    if model.tokenizer is None:
+        tokenizer = AutoTokenizer.from_pretrained(model_path(model), **_hub_options(model))
+    else:
+        place = model_place(model.tokenizer, "model.tokenizer", "tokenizer_config.json")
+        tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=model.trust_remote_code)
     if tokenizer.eos_token_id is None:
         raise ValueError(f"model.name: the tokenizer of {model.name!r} has no end-of-sequence token; all completions "
                          "would end by their length. Set `eos_token` in its tokenizer_config.json")  # fmt: skip
@@ -93,7 +99,7 @@ def ignored_generation_options(model: ModelConfig, rollout: RolloutConfig) -> st
     except OSError:
         return None
     ignored = {name: value for name, value in given.items()
-               if name not in _NO_SAMPLING and value != getattr(rollout, name, None)}  # fmt: skip
+               if name not in _NO_SAMPLING and value not in (None, False, getattr(rollout, name, None))}  # fmt: skip
     if not ignored:
         return None
     return (f"generation_config.json of {model.name!r} says {', '.join(f'{k}: {v}' for k, v in ignored.items())}: "
@@ -240,9 +246,15 @@ def load_policy(
     temperature: float, seed: int, *, device: torch.device | None = None, has_critic: bool = False,
     entropy_gradient: bool = False,
 ) -> Policy:  # fmt: skip
-    """The policy, with its base on `device` or the CPU: in `dtype` with adapters, else in float32."""
+    """The policy, with its base on `device` or the CPU: in `dtype` with adapters, else in float32.
+
+    Adapters have the values of `lora.init_from` where there is one.
+    """
     base = load_causal_lm(model, dtype if lora else torch.float32, attn_implementation, device)
-    return make_policy(base, model, lora, temperature, seed, has_critic=has_critic, entropy_gradient=entropy_gradient)
+    policy = make_policy(base, model, lora, temperature, seed, has_critic=has_critic, entropy_gradient=entropy_gradient)
+    if lora is not None and lora.init_from is not None:
+        load_adapter(policy.model, lora.init_from)
+    return policy
 
 
 def make_policy(
@@ -264,6 +276,7 @@ def make_policy(
     targets, _ = adapter_targets(base, lora.target_modules)
     adapted = get_peft_model(base, PeftLoraConfig(
         task_type="CAUSAL_LM", r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets,
+        use_rslora=lora.use_rslora,
     ))  # fmt: skip
     token_keys = drop_by_token(adapted, lora.dropout) if lora.dropout else None
     fuse_adapters(adapted, is_sharded)

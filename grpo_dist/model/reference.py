@@ -48,6 +48,32 @@ class FrozenCopy:
         return self.policy(pack)[0]
 
 
+class AdaptersAtStart:
+    """The policy with the values that its adapters had at the start, which are all that it keeps."""
+
+    def __init__(self, wrapped: Any, policy: Policy) -> None:
+        self.wrapped, self.policy = wrapped, policy
+        self._adapters = [p for name, p in policy.model.named_parameters() if ".lora_" in name]
+        self._start = [parameter.detach().clone() for parameter in self._adapters]
+
+    @torch.no_grad()
+    def logprobs(self, pack: Pack) -> Tensor:
+        """See `Reference`."""
+        now = [parameter.detach().clone() for parameter in self._adapters]
+        self.policy.eval()  # its adapters drop nothing
+        try:
+            self._fill(self._start)
+            return self.wrapped(pack)[0]
+        finally:
+            self._fill(now)
+            self.policy.train()
+
+    def _fill(self, values: list[Tensor]) -> None:
+        """Write in place: others refer to the same memory."""
+        for parameter, value in zip(self._adapters, values, strict=True):
+            parameter.detach().copy_(value)
+
+
 class AdaptersOff:
     """The policy with its adapters off. It has no own weights."""
 

@@ -51,7 +51,8 @@ class RolloutModel:
         for name, buffer in policy.model.named_buffers():
             owner, _, leaf = name.rpartition(".")
             self.tree.get_submodule(owner)._buffers[leaf] = buffer
-        given = {} if base is None else dict(base.named_parameters(remove_duplicate=False))
+        of_base = [] if base is None else base.named_parameters(remove_duplicate=False)
+        given = {plain_name(name): parameter for name, parameter in of_base}
         self._own: dict[str, Tensor] = {}
         for name, parameter in self._policy_parameters().items():
             same = given.get(plain_name(name))

@@ -54,6 +54,7 @@ def check(options: Options, num_ranks: int | None, heading: str = "") -> int:
 def _look(options: Options, num_ranks: int | None, findings: Findings) -> None:
     import torch  # an error in the verb's own options should not wait for this import
 
+    from ..model.adapter import with_adapter
     from ..model.optimizer import require_optimizer
     from ..monitoring.console import set_up_logging
     from . import contents, machine, servers, sizes, trackers
@@ -62,6 +63,8 @@ def _look(options: Options, num_ranks: int | None, findings: Findings) -> None:
     config, ranks = options.config, num_ranks or max(1, torch.cuda.device_count())
     with findings.attempt():
         require_known_launch(os.environ)
+    with findings.attempt():
+        config = with_adapter(config)
     with findings.attempt():
         require_optimizer(config.optim, os.environ)
     read = contents.read_contents(config, ranks, findings)

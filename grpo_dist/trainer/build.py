@@ -27,6 +27,7 @@ from ..distributed.ranks import Ranks, resolve_dtype
 from ..distributed.rendezvous import LaunchError, Rendezvous, place_in_launch
 from ..distributed.watch import Interrupted, Watch
 from ..environments.host import EnvironmentHost
+from ..model.adapter import with_adapter
 from ..model.checks import UnfitModel
 from ..model.load import (
     attention_for,
@@ -93,6 +94,7 @@ def build(config: Config) -> tuple[Parts, TrainState]:
         require_known_launch(os.environ)
         require_optimizer(config.optim, os.environ)
         resume_from = resume_path(config)
+        config = with_adapter(config)
         host = open_host(config)
         data = _load_data(templated(config), resume_from, host)
         for change in changes(resume_from, data.config, data.identity) if resume_from else ():

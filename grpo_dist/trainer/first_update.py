@@ -57,8 +57,12 @@ class FirstUpdate:
 def first_update(config: Config, is_resumed: bool, updates_done: int) -> FirstUpdate:
     """What is known of a process's first update, before which `updates_done` were made of the batch."""
     dtype, reference_dtype = (dtype_name(resolve_dtype(each.dtype)) for each in (config.model, config.reference))
-    drops = config.lora is not None and config.lora.dropout > 0  # changes nothing while adapters are untrained
+    drops = config.lora is not None and config.lora.dropout > 0
+    goes_on = config.lora is not None and config.lora.init_from is not None
+    is_new = not is_resumed and not (drops and goes_on)  # dropout changes nothing while adapters are untrained
+    is_reference = not (goes_on and config.reference.model == "base")
     return FirstUpdate(
-        dtype, reference_dtype, has_known_gap=not is_resumed or not (drops or updates_done or config.rollout.lag),
-        has_known_kl=not is_resumed and has_reference(config) and config.loss.kl_estimator != "squared_sequence",
+        dtype, reference_dtype, has_known_gap=is_new or not (drops or updates_done or config.rollout.lag),
+        has_known_kl=is_new and is_reference and has_reference(config)
+        and config.loss.kl_estimator != "squared_sequence",
     )  # fmt: skip

@@ -15,12 +15,13 @@ from ..config.schema import Config, RolloutConfig
 from ..distributed.deepspeed import unsharded_loading
 from ..distributed.optimizer_state import OptimizerState, WholeOptimizerState
 from ..distributed.ranks import Ranks, resolve_dtype
+from ..model.adapter import require_own_values
 from ..model.checks import UnfitModel
 from ..model.load import attention_for, load_causal_lm, load_policy, short_window, trainable
 from ..model.optimizer import make_optimizer
 from ..model.policy import Policy
 from ..model.quantization import describe, kind_of, require_unsharded
-from ..model.reference import AdaptersOff, FrozenCopy, Reference, needs_copy
+from ..model.reference import AdaptersAtStart, AdaptersOff, FrozenCopy, Reference, needs_copy
 from ..model.rollout_weights import RolloutModel
 from ..model.split_rows import require_whole_groups
 from ..rollout import Engine
@@ -56,6 +57,7 @@ def load_models(
     dtype = resolve_dtype(config.model.dtype)
     kind = kind_of(config.model, model_config)
     require_unsharded(kind is not None, ranks.strategy.shards_weights)
+    require_own_values(config, ranks.strategy.shards_weights)
     implementation, obstacle = attention_for(config.model, model_config, config.max_sequence_length)
     window = short_window(model_config, config.max_sequence_length)
     policy = load_policy(config.model, config.lora, dtype, implementation, config.rollout.temperature,
@@ -111,12 +113,19 @@ def _load_reference(
     config: Config, ranks: Ranks, wrapped: Any, policy: Policy, dtype: torch.dtype, implementation: str | None,
     is_quantized: bool,
 ) -> Reference | None:  # fmt: skip
-    """The policy itself, adapters off, or a copy; None where nothing depends on it. `dtype` is the policy's."""
+    """The policy itself, with its adapters off or as they were at the start, or a copy; None where nothing depends on
+    it. `dtype` is the policy's."""
     copy_dtype = resolve_dtype(config.reference.dtype)
     if not has_reference(config):
         return None
+    lora, temperature = config.lora, config.rollout.temperature
+    has_adapter = lora is not None and lora.init_from is not None and config.reference.model == "adapter"
     if not needs_copy(config, dtype, copy_dtype, ranks.strategy.shards_weights, is_quantized):
-        return AdaptersOff(wrapped, policy)
+        return (AdaptersAtStart if has_adapter else AdaptersOff)(wrapped, policy)
     with unsharded_loading():
-        copy = load_causal_lm(config.model, copy_dtype, implementation, ranks.device)
-    return FrozenCopy(copy, config.rollout.temperature)
+        if has_adapter and lora is not None:
+            copy = load_policy(config.model, replace(lora, dropout=0.0), copy_dtype, implementation, temperature,
+                               config.train.seed, device=ranks.device).model  # fmt: skip
+        else:
+            copy = load_causal_lm(config.model, copy_dtype, implementation, ranks.device)
+    return FrozenCopy(copy, temperature)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import torch
 from launching import adapters, completions, merged_equals_adapter, metrics, relative_difference, train
 from safetensors.torch import load_file
 
@@ -114,6 +116,25 @@ def test_all_weights(strategy: str, num_processes: int, tmp_path: Path) -> None:
                for run in (one, other)]  # fmt: skip
     assert all(float(tensor.norm()) > 0 for tensor in learned[0].values())
     assert relative_difference(*learned) <= 1e-3
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        pytest.param("muon", marks=[
+            pytest.mark.slow, pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch 2.9 has Muon")
+        ]),
+        pytest.param("adamw_8bit", marks=[
+            pytest.mark.slow, pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="the extra `quantized`")
+        ]),
+    ],
+)  # fmt: skip
+def test_other_optimizers(optimizer: str, tmp_path: Path) -> None:
+    one, two = (
+        train(*shape, tmp_path / str(shape[1]), "--optim.optimizer", optimizer) for shape in ((None, 1), ("ddp", 2))
+    )
+    assert [row["completion"] for row in completions(two)] == [row["completion"] for row in completions(one)]
+    assert relative_difference(adapters(one), adapters(two)) <= 1e-4
 
 
 @pytest.fixture(scope="module")

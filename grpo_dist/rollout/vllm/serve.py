@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 from ...config.parse import parse_config
 from ...distributed.ranks import dtype_name, resolve_dtype
+from ...model.adapter import with_adapter
 from ...model.load import model_path
 from .server import server_command, server_environment, variables
 
@@ -21,7 +22,7 @@ def command_of(words: Sequence[str]) -> tuple[list[str], dict[str, str]]:
     """The server's command and environment. Ends the program with status 2 on a mistake in an option."""
     python, port, *rest = words
     place = rest.index("--") if "--" in rest else len(rest)
-    config = parse_config(rest[:place])
+    config = with_adapter(parse_config(rest[:place]))
     dtype = dtype_name(resolve_dtype(config.model.dtype))
     command = server_command(config, python, model_path(config.model), dtype, "0.0.0.0", int(port))
     return [*command, *rest[place + 1 :]], server_environment(os.environ) | variables(config)

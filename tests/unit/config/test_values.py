@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from grpo_dist.config.schema import Config, RewardConfig
+from grpo_dist.config.schema import Config, ModelConfig, RewardConfig, RolloutConfig
 from grpo_dist.config.values import SECRET, differences, flat, redacted
 
 pytestmark = pytest.mark.quick
@@ -51,4 +51,6 @@ def test_secrets_are_redacted() -> None:
         "rewards": [{"name": "mine:f", "args": {"api_key": "<redacted>", "url": "http://x", "passwd": ["<redacted>"]}}],
         "hub_token": "<redacted>", "max_tokens_per_pack": 4096, "max_tokens_in_flight": "auto",
     }  # fmt: skip
+    config = asdict(Config(model=ModelConfig(tokenizer="mine"), rollout=RolloutConfig(banned_tokens=["a"])))
+    assert json.dumps(redacted(config)) == json.dumps(config)
     assert all(map(SECRET.search, ("HF_TOKEN", "WANDB_API_KEY", "DB_PASSWD", "my_password", "CREDENTIALS", "Secret")))

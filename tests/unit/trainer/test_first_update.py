@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import pytest
 
 from grpo_dist.config.schema import Config, LoraConfig, LossConfig, ModelConfig, ReferenceConfig
@@ -11,6 +13,13 @@ from grpo_dist.trainer.first_update import first_update
 pytestmark = pytest.mark.quick
 
 RIGHT = {"rollout/logprob_gap_max": 2e-6, "rollout/kl": 1e-12, "kl": 0.0}
+
+
+def going_on(reference: Literal["adapter", "base"], dropout: float = 0.0) -> Config:
+    """A config of a run that goes on from an adapter."""
+    given = config(dropout=dropout)
+    given.lora, given.reference.model = LoraConfig(dropout=dropout, init_from="adapter"), reference
+    return given
 
 
 def config(dtype: str = "float32", reference: str = "float32", dropout: float = 0.0, estimator: str = "k3") -> Config:
@@ -48,6 +57,11 @@ def test_only_what_is_known_beforehand_is_checked() -> None:
     first_update(config(), True, 1).check(moved)  # resumed within a batch
     first_update(config(dropout=0.1), True, 0).check(moved)
     first_update(config(estimator="squared_sequence"), False, 0).check(RIGHT | {"kl": 3.0})
+    first_update(going_on("base"), False, 0).check(RIGHT | {"kl": 3.0})
+    first_update(going_on("adapter", dropout=0.1), False, 0).check(moved)
+    for one in (going_on("adapter"), config(dropout=0.1)):
+        with pytest.raises(UnfitModel, match="kl is 3"):
+            first_update(one, False, 0).check(RIGHT | {"kl": 3.0})
     with pytest.raises(UnfitModel, match="rollout/logprob_gap_max"):
         first_update(config(), True, 0).check(moved)
     second = first_update(config(), False, 0)

@@ -1,0 +1,158 @@
+"""Runs that go on from a PEFT adapter: its base model, its shape, and its values."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig as PeftLoraConfig
+from peft import PeftModel
+from peft.utils import load_peft_weights
+from torch import Tensor
+from transformers.utils.peft_utils import find_adapter_config_file
+
+from ..algorithm.targets import has_reference
+from ..config.places import model_place
+from ..config.schema import Config, LoraConfig
+from .checks import UnfitModel
+from .toy import MODELS
+
+log = logging.getLogger(__name__)
+
+SHAPE = {"r": "r", "lora_alpha": "alpha", "target_modules": "target_modules", "use_rslora": "use_rslora"}
+"""Entries of adapter_config.json that are taken over, and the options of `lora` that they become."""
+WITHOUT_EFFECT = {
+    "auto_mapping", "base_model_name_or_path", "fan_in_fan_out", "inference_mode", "lora_dropout", "peft_type",
+    "peft_version", "revision", "runtime_config", "task_type",
+}  # fmt: skip
+"""Entries that do not change what an adapter adds to its base."""
+PLAIN_STARTS = (True, False, "gaussian", "orthogonal", "eva")
+"""Values of init_lora_weights that leave the base's weights as they are."""
+
+
+def with_adapter(config: Config) -> Config:
+    """The config of a run that goes on from an adapter, which model.name or lora.init_from names: model.name is its
+    base, and `lora` has its shape. Other configs stay as they are.
+
+    Raises UnfitModel for an adapter that cannot be trained on, and where options of `lora` contradict it.
+    """
+    model, lora = config.model, config.lora
+    own = None if model.name in MODELS else _entries(model_place(model.name, "model.name"), model.revision)
+    if own is None and (lora is None or lora.init_from is None):
+        return config
+    option, name = ("lora.init_from", lora.init_from) if own is None and lora else ("model.name", model.name)
+    assert name is not None
+    if lora is None:
+        raise UnfitModel(f"lora: null given, expected adapters: model.name {name!r} is a PEFT adapter. To train all "
+                         "weights, merge it into its base first (`merge_and_unload`)")  # fmt: skip
+    if own is not None and lora.init_from is not None:
+        raise UnfitModel(f"lora.init_from: {lora.init_from!r} given, expected null where model.name is an adapter")
+    if own is not None and model.revision is not None:
+        raise UnfitModel(f"model.revision: {model.revision!r} given, expected null for an adapter: download that "
+                         "revision of it and name the directory")  # fmt: skip
+    place = model_place(name, option)
+    entries = own or _entries(place, None)
+    if entries is None:
+        raise UnfitModel(f"{option}: {name!r} given, expected a PEFT adapter, with adapter_config.json")
+    _require_plain(option, name, entries)
+    taken = {ours: entries[theirs] for theirs, ours in SHAPE.items() if entries.get(theirs) is not None}
+    _require_agreement(lora, taken, name)
+    lora = replace(lora, **taken, init_from=place)
+    if own is not None:
+        model = replace(
+            model, name=_base(place, entries), revision=entries.get("revision"),
+            tokenizer=place if model.tokenizer is None and _has_tokenizer(place) else model.tokenizer,
+        )  # fmt: skip
+    log.info("adapters: %s is trained on (r %d, alpha %g), of the base %s", name, lora.r, lora.alpha, model.name)
+    return replace(config, lora=lora, model=model)
+
+
+def _entries(place: str, revision: str | None) -> dict[str, Any] | None:
+    """The adapter_config.json of a directory or repository; None where there is none."""
+    try:
+        file = find_adapter_config_file(place, revision=revision)
+    except (OSError, ValueError):  # no such model: the loading function reports it
+        return None
+    return None if file is None else json.loads(Path(file).read_text())
+
+
+def _has_tokenizer(place: str) -> bool:
+    return (Path(place) / "tokenizer_config.json").is_file()
+
+
+def _base(place: str, entries: dict[str, Any]) -> str:
+    """The base model that an adapter names; a relative path may also be one from where the adapter is."""
+    name = entries.get("base_model_name_or_path")
+    if not name:
+        raise UnfitModel(f"model.name: {place!r} is a PEFT adapter that names no base model "
+                         "(base_model_name_or_path in its adapter_config.json): name the base, and the adapter as "
+                         "lora.init_from")  # fmt: skip
+    beside = Path(place).parent / name
+    return str(beside) if not Path(name).is_dir() and beside.is_dir() else name
+
+
+def _require_plain(option: str, name: str, entries: dict[str, Any]) -> None:
+    """Raise UnfitModel for an adapter that is more than low-rank matrices on linear layers."""
+    if (kind := entries.get("peft_type")) != "LORA":
+        raise UnfitModel(f"{option}: {name!r} is a PEFT adapter of the type {kind}, expected LORA")
+    if (start := entries.get("init_lora_weights", True)) not in PLAIN_STARTS:
+        raise UnfitModel(f"{option}: {name!r} has init_lora_weights {start!r}, which changes the weights of the base "
+                         "too: merge it into its base (`merge_and_unload`), and train on that")  # fmt: skip
+    defaults = {field.name: getattr(PeftLoraConfig(), field.name) for field in fields(PeftLoraConfig)}
+    known = {*SHAPE, *WITHOUT_EFFECT, "init_lora_weights"}
+    others = {key: value for key, value in entries.items()
+              if key not in known and value and value != defaults.get(key)}  # fmt: skip
+    if others:
+        given = ", ".join(f"{key}: {json.dumps(value)}" for key, value in others.items())
+        raise UnfitModel(f"{option}: {name!r} is an adapter with {given}, which cannot be trained here, expected plain "
+                         "LoRA or rsLoRA on linear layers: merge it into its base (`merge_and_unload`), and train new "
+                         "adapters on that")  # fmt: skip
+
+
+def _require_agreement(lora: LoraConfig, taken: dict[str, Any], name: str) -> None:
+    """Raise UnfitModel where an option of the shape is given and is not the adapter's."""
+    for key, value in taken.items():
+        given, default = getattr(lora, key), getattr(LoraConfig(), key)
+        if given not in (default, value):
+            raise UnfitModel(f"lora.{key}: {given!r} given, expected {value!r}, as the adapter {name!r} has; leave it "
+                             "out to take over the adapter's")  # fmt: skip
+
+
+def require_own_values(config: Config, shards_weights: bool) -> None:
+    """Raise UnfitModel where the reference would need the adapter's first values in sharded weights."""
+    shares = config.reference.placement == "shared" and config.reference.model == "adapter" and has_reference(config)
+    if shards_weights and shares and config.lora is not None and config.lora.init_from is not None:
+        raise UnfitModel("reference.placement: 'shared' given, expected `copy` under ZeRO-3 and FSDP2 where the "
+                         "reference is the adapter that the run goes on from; or set reference.model: base")  # fmt: skip
+
+
+@torch.no_grad()
+def load_adapter(model: PeftModel, place: str) -> None:
+    """Give a new adapter the values of the one at `place`. Raises UnfitModel where they have other names or shapes."""
+    try:
+        values: dict[str, Tensor] = load_peft_weights(place, device="cpu")
+    except (OSError, ValueError) as error:
+        raise UnfitModel(f"lora.init_from: the weights of {place!r} cannot be read ({error})") from error
+    own = {name.replace(".default.", "."): p for name, p in model.named_parameters() if ".lora_" in name}
+    for given, expected, lacks in ((values, own, "it lacks"), (own, values, "this model has no place for")):
+        if missing := sorted(expected.keys() - given.keys()):
+            raise UnfitModel(f"lora.init_from: {place!r} does not fit {type(model.get_base_model()).__name__}: {lacks} "
+                             f"{len(missing)} weights ({', '.join(missing[:3])} …)")  # fmt: skip
+    for name, parameter in own.items():
+        if values[name].shape != parameter.shape:
+            raise UnfitModel(f"lora.init_from: {place!r} has {name} of the shape {list(values[name].shape)}, expected "
+                             f"{list(parameter.shape)}: it belongs to another base model")  # fmt: skip
+        parameter.copy_(values[name])
+
+
+def fingerprint(place: str) -> str:
+    """A hash of the values of the adapter at `place`."""
+    values, digest = load_peft_weights(place, device="cpu"), hashlib.sha256()
+    for name in sorted(values):
+        digest.update(name.encode() + values[name].float().numpy().tobytes())
+    return digest.hexdigest()[:16]
