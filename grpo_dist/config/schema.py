@@ -221,8 +221,8 @@ class OptimConfig:
 
     optimizer: Literal["adamw", "adamw_8bit", "muon"] = "adamw"
     """`adamw`, fused on a GPU; `adamw_8bit`, bitsandbytes' (extra `quantized`), whose moments take a quarter of the
-    memory; `muon`, torch's for matrices, with AdamW for embeddings, the head and everything that is no matrix. The
-    last two need one process or DDP."""
+    memory; `muon` for matrices, with AdamW for embeddings, the head and everything that is no matrix. The last two
+    need one process or DDP."""
     learning_rate: float = 1e-5
     """Peak learning rate."""
     weight_decay: float = 0.0

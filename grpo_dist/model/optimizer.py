@@ -1,19 +1,22 @@
-"""The optimizer of a run: torch's AdamW, bitsandbytes' 8-bit AdamW, or torch's Muon."""
+"""The optimizer of a run: torch's AdamW, bitsandbytes' 8-bit AdamW, or Muon."""
 
 from __future__ import annotations
 
 import importlib.util
+import math
 from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..config.checks import require
 from ..config.schema import Config, OptimConfig
 from .critic import HEAD, parameter_groups
 from .policy import Policy
 
+MOMENTUM = 0.95
+"""Share of the mean of gradients that stays in each step of Muon."""
 SHARDED = {"ACCELERATE_USE_DEEPSPEED": "DeepSpeed", "ACCELERATE_USE_FSDP": "FSDP"}
 """What Accelerate's launcher sets where ranks have parts of the optimizer's state."""
 
@@ -30,8 +33,6 @@ def require_optimizer(optim: OptimConfig, environment: Mapping[str, str]) -> Non
     sharding = [kind for variable, kind in SHARDED.items() if environment.get(variable, "").lower() in ("true", "1")]
     require(not sharding, "optim.optimizer", name, f"adamw with {' and '.join(sharding)}, or DDP "
             "(accelerate_configs/ddp.yaml): it needs each weight in one piece")  # fmt: skip
-    require(name != "muon" or hasattr(torch.optim, "Muon"), "optim.optimizer", name,
-            f"adamw with torch {torch.__version__}, or torch 2.9, which has Muon")  # fmt: skip
     require(name != "adamw_8bit" or importlib.util.find_spec("bitsandbytes") is not None, "optim.optimizer", name,
             "bitsandbytes to be installed: pip install 'grpo_dist[quantized]'")  # fmt: skip
 
@@ -60,12 +61,45 @@ def _matrices(policy: Policy) -> set[nn.Parameter]:
             if parameter.ndim == 2 and id(parameter) not in excluded and not name.startswith(HEAD)}  # fmt: skip
 
 
-class _MuonAndAdamW(torch.optim.Optimizer):
-    """Muon for matrices and AdamW for other parameters, as one optimizer.
+class _Muon(torch.optim.Optimizer):
+    """Muon with Nesterov momentum. An update is about as large as AdamW's (arXiv:2502.16982, section 2.2), so that one
+    learning rate serves both.
 
-    Muon's rate is scaled so that an update is about as large as AdamW's (arXiv:2502.16982, section 2.2): one learning
-    rate serves both.
+    torch's own makes the update orthogonal in bfloat16. Where a gradient has a small rank, as those of adapters have,
+    the other directions are then rounding, and differ by percents between one rank and two.
     """
+
+    def __init__(self, groups: list[dict[str, Any]], lr: float, weight_decay: float) -> None:
+        super().__init__(groups, {"lr": lr, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Take a step with the gradients that are there."""
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                state = self.state[parameter]
+                mean = state.setdefault("momentum_buffer", torch.zeros_like(parameter))
+                mean.lerp_(parameter.grad, 1 - MOMENTUM)
+                update = orthogonal(parameter.grad.lerp(mean, MOMENTUM))
+                parameter.mul_(1 - group["lr"] * group["weight_decay"])
+                parameter.add_(update, alpha=-group["lr"] * 0.2 * math.sqrt(max(parameter.shape)))
+
+
+def orthogonal(matrix: Tensor) -> Tensor:
+    """Roughly U Vᵀ of a matrix U S Vᵀ, by five Newton-Schulz steps in its own dtype, whose coefficients are those of
+    Muon (https://kellerjordan.github.io/posts/muon): singular values become 0.7 to 1.2."""
+    x = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
+    x = x / x.norm().clamp(min=1e-7)
+    for _ in range(5):
+        gram = x @ x.T
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    return x.T if matrix.shape[0] > matrix.shape[1] else x
+
+
+class _MuonAndAdamW(torch.optim.Optimizer):
+    """Muon for matrices and AdamW for other parameters, as one optimizer."""
 
     def __init__(
         self, groups: list[dict[str, Any]], matrices: set[nn.Parameter], muon: dict[str, Any], adamw: dict[str, Any]
@@ -76,8 +110,7 @@ class _MuonAndAdamW(torch.optim.Optimizer):
             some = [group | {"params": [p for p in group["params"] if (p in matrices) == is_muon]} for group in groups]
             some = [group for group in some if group["params"]]
             if some:
-                self._parts.append(torch.optim.Muon(some, **muon, adjust_lr_fn="match_rms_adamw") if is_muon
-                                   else torch.optim.AdamW(some, **adamw))  # fmt: skip
+                self._parts.append(_Muon(some, **muon) if is_muon else torch.optim.AdamW(some, **adamw))
         self.param_groups = [group for part in self._parts for group in part.param_groups]
 
     @torch.no_grad()

@@ -6,7 +6,6 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-import torch
 from launching import adapters, completions, merged_equals_adapter, metrics, relative_difference, train
 from safetensors.torch import load_file
 
@@ -121,9 +120,7 @@ def test_all_weights(strategy: str, num_processes: int, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "optimizer",
     [
-        pytest.param("muon", marks=[
-            pytest.mark.slow, pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch 2.9 has Muon")
-        ]),
+        pytest.param("muon", marks=pytest.mark.slow),
         pytest.param("adamw_8bit", marks=[
             pytest.mark.slow, pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="the extra `quantized`")
         ]),
