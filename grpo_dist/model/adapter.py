@@ -127,8 +127,8 @@ def require_own_values(config: Config, shards_weights: bool) -> None:
     """Raise UnfitModel where the reference would need the adapter's first values in sharded weights."""
     shares = config.reference.placement == "shared" and config.reference.model == "adapter" and has_reference(config)
     if shards_weights and shares and config.lora is not None and config.lora.init_from is not None:
-        raise UnfitModel("reference.placement: 'shared' given, expected `copy` under ZeRO-3 and FSDP2 where the reference "
-                         "is the adapter that the run goes on from; or set reference.model: base")  # fmt: skip
+        raise UnfitModel("reference.placement: 'shared' given, expected `copy` under ZeRO-3 and FSDP2, where the "
+                         "reference is the adapter that the run goes on from; or set reference.model: base")  # fmt: skip
 
 
 @torch.no_grad()
