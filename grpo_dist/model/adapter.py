@@ -128,7 +128,7 @@ def require_own_values(config: Config, shards_weights: bool) -> None:
     shares = config.reference.placement == "shared" and config.reference.model == "adapter" and has_reference(config)
     if shards_weights and shares and config.lora is not None and config.lora.init_from is not None:
         raise UnfitModel("reference.placement: 'shared' given, expected `copy` under ZeRO-3 and FSDP2, where the "
-                         "reference is the adapter that the run goes on from; or set reference.model: base")  # fmt: skip
+                         "reference is the adapter that the run goes on from, or reference.model: base")  # fmt: skip
 
 
 @torch.no_grad()
