@@ -1,10 +1,9 @@
-"""What tests of rollout.lag start: a reward that teaches nothing at one step, and a trainer whose engine draws from
-weights of its own in a thread, as one in another process does."""
+"""What a test of rollout.lag starts: a trainer whose engine draws from weights of its own in a thread, as one elsewhere
+does."""
 
 from __future__ import annotations
 
 import sys
-from typing import Any
 
 import torch
 from torch import nn
@@ -12,11 +11,6 @@ from torch import nn
 from grpo_dist import train
 from grpo_dist.rollout import LocalEngine, choose
 from grpo_dist.trainer.ending import main
-
-
-def nothing_at_the_second_step(completions: list[str], trainer_state: Any, **_: Any) -> list[float]:
-    """The length in characters, and at the second step 0 for all, so that no update is made."""
-    return [0.0 if trainer_state.global_step == 1 else float(len(text)) for text in completions]
 
 
 class Elsewhere(LocalEngine):

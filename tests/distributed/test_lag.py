@@ -32,8 +32,8 @@ def test_ranks_change_nothing(strategy: str, num_processes: int, one_process: Pa
 def test_which_policy_draws(tmp_path: Path) -> None:
     """With a lag the first two batches are drawn by the untrained policy. The third is drawn by the policy after the
     first update, as it is without a lag where the second step makes no update."""
-    options = ("--rewards", "[{name: 'tests.distributed.lagging:nothing_at_the_second_step'}]", "--loss.kl_coeff", "0",
-               "--loss.importance_correction", "none", "--train.num_train_steps", "3",
+    options = ("--rewards", "[{name: 'tests.distributed.comparing:nothing_at_the_second_step'}]",
+               "--loss.kl_coeff", "0", "--loss.importance_correction", "none", "--train.num_train_steps", "3",
                "--optim.learning_rate", "1e-2")  # fmt: skip
     behind = train(None, 1, tmp_path / "behind", *options, "--rollout.lag", "1")
     newest = train(None, 1, tmp_path / "newest", *options)
@@ -54,7 +54,7 @@ def test_the_older_policy_is_corrected_for(one_process: Path) -> None:
 def test_an_engine_elsewhere_draws_while_updates_go_on(one_process: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     done = launch("ddp", 2, *TINY, *LAG, "--train.output_dir", str(run), program=["tests/distributed/lagging.py"],
-                  environment={"PYTHONPATH": str(ROOT)}, fresh=True)  # fmt: skip
+                  environment={"PYTHONPATH": str(ROOT)})  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
     assert [row["completion"] for row in completions(run)] == [row["completion"] for row in completions(one_process)]
     assert relative_difference(adapters(one_process), adapters(run)) <= 1e-4
@@ -68,7 +68,7 @@ def test_stopped_with_a_batch_in_flight(at: str, one_process: Path, tmp_path: Pa
     """Stopped while the next batch is drawn, and between the two updates of a step."""
     run = tmp_path / "run"
     stopped = launch(None, 1, *TINY, *LAG, "--train.output_dir", str(run), program=["tests/fault/faulty.py"],
-                     environment={"PYTHONPATH": str(ROOT), "FAULT": f"usr1@{at}"}, fresh=True)  # fmt: skip
+                     environment={"PYTHONPATH": str(ROOT), "FAULT": f"usr1@{at}"})  # fmt: skip
     assert stopped.returncode == 0 and "stopped" in stopped.stdout, stopped.stderr[-4000:]
     again = train(None, 1, run, *LAG)
     assert [row["completion"] for row in completions(again)] == [row["completion"] for row in completions(one_process)]
