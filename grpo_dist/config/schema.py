@@ -190,6 +190,10 @@ class RolloutConfig:
     dequantize: bool = True
     """Decode with a dequantised copy of a quantised base, which exists during rollouts only. false decodes with the
     quantised base itself: several times slower, without the memory of the copy."""
+    drafts: bool = True
+    """Draw several tokens of a completion in one pass where other completions of its prompt, of the same step or of
+    earlier epochs, show what probably comes next, and where that is faster. The completions are the same, to the last
+    bit. For models that decode in C++ on a CPU (docs/architecture.md); others draw without drafts."""
     lag: int = 0
     """Steps by which the policy that draws a batch is behind the one that begins to train on it. 0 draws with the
     newest policy. 1 draws the next step's batch before this step's update."""

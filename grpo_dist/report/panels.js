@@ -19,6 +19,7 @@ const TITLES = {
   "rollout/update_share": ["Share of the update in the rollout", "share"],
   "rollout/logprob_gap_max": ["Gap of rollout and trainer", "nats, largest"],
   "rollout/tokens_per_second": ["Rollout speed", "tokens per second"],
+  "rollout/draft_accepted": ["Drafted tokens that were drawn", SHARE],
   "time/step": ["Time of a step", "seconds"],
   "memory/peak_gib": ["Peak memory of rank 0", "GiB"],
   "tokens/useful_share": ["Useful share of computed tokens", SHARE],
@@ -26,7 +27,7 @@ const TITLES = {
 const CURVES = ["kl", "entropy", "completion/length_mean", "completion/truncated", "reward/groups_zero_std",
   "reward/unscored", "loss", "grad_norm", "learning_rate", "ratio/max", "rollout/kl", "rollout/logprob_gap_max",
   "rollout/update_share"];
-const SPEED = ["time/step", "rollout/tokens_per_second", "memory/peak_gib", "tokens/useful_share"];
+const SPEED = ["time/step", "rollout/tokens_per_second", "rollout/draft_accepted", "memory/peak_gib", "tokens/useful_share"];
 const PHASES = { rollout: "rollout", reward: "waiting for rewards", reference: "reference and old policy",
   update: "update", sync: "sync of the rollout weights", eval: "evaluation" };
 

@@ -74,7 +74,7 @@ def make_engine(
     with weights.open() as model:
         # only the model's own modules say which layers have a window
         most = "modules" if window is not None else step
-        make, message, decoding = _own_decoder(model, obstacle, gather, most)
+        make, message, decoding = _own_decoder(model, obstacle, gather, most, rollout.drafts)
         on_gpu, name = model.get_input_embeddings().weight.is_cuda, "native"
         # one group at a time is what continuous batching beats on a GPU; the one that shares prompts is faster than it
         if rollout.engine == "paged" or (rollout.engine == "auto" and on_gpu and obstacle is not None):
@@ -93,7 +93,7 @@ def make_engine(
 
 
 def _own_decoder(
-    model: nn.Module, obstacle: str | None, gather: Callable[[Any], list[Any]], step: str | None
+    model: nn.Module, obstacle: str | None, gather: Callable[[Any], list[Any]], step: str | None, drafts: bool
 ) -> tuple[Maker, str, str | None]:
     """This project's decoder for the model, the message about it, and the name of its step."""
     if obstacle is not None:
@@ -115,6 +115,7 @@ def _own_decoder(
                                "copied_prompt": 0 if name == "compiled" else None}  # fmt: skip
     captures = _captures(model, gather, options)
     message = f"native engine, prompts are shared by their groups{', CUDA graphs' * captures}, {DESCRIPTIONS[name]}"
+    options["drafts"] = drafts and name == "compiled"  # others round by the number of tokens in a pass
     if reason is not None:
         message += f", which is slower than {DESCRIPTIONS[fastest]} ({reason})"
     return lambda *sizes: NativeDecoder(*sizes, captures=captures, **options), message, name

@@ -94,6 +94,10 @@ class Decoder(Protocol):
         """See `Engine`; nothing to do for a decoder that keeps no rows."""
         return
 
+    def metrics(self) -> dict[str, float]:
+        """See `Engine`."""
+        return {}
+
 
 @contextmanager
 def awake(engine: Engine) -> Iterator[None]:

@@ -104,7 +104,7 @@ class LocalEngine:
 
     def metrics(self) -> dict[str, float]:
         """See `Engine`."""
-        return {}
+        return self.decoder.metrics()
 
     def close(self) -> None:
         """Do nothing."""

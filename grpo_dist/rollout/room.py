@@ -87,6 +87,10 @@ class WithinMemory:
         """See `Engine`."""
         self.decoder.release(places)
 
+    def metrics(self) -> dict[str, float]:
+        """See `Engine`."""
+        return self.decoder.metrics()
+
     def _attempt(
         self, model: nn.Module, queue: deque[Request], sampling: Sampling, missing: dict[tuple[int, int], Request]
     ) -> Iterator[list[Trajectory]]:

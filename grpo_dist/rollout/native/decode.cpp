@@ -40,12 +40,12 @@ struct Step {
     Linear head;
     const Layer* layer;
     int64_t rows, own_slots, prompt_slots; // the batch; without shared prompts prompt_slots is 0
+    int64_t several; // whether some of `rows` are tokens of the same row of the cache, one after another
     const int64_t *tokens, *slots; // (R,) newest token, and where its key goes
     const int64_t *prompt, *prompt_lengths; // (R,), those of a prompt one after another, and (P,)
     const int64_t* cache_rows; // (R,) where in the cache each is; null: at its own number
     const float *cos, *sin;    // (R, D)
-    float *logits, *scratch;   // (R, V), or null where several tokens of a row are only to enter the cache, and room
-                               // for `scratch_floats`
+    float *logits, *scratch;   // (R, V), or null where tokens are only to enter the cache; room for `scratch_floats`
 };
 
 namespace {
@@ -412,7 +412,7 @@ template <int L, class W> class Decoding {
                 if (layer.query_norm) normalise<L>(each, size, layer.query_norm, s.eps, each);
                 turn(each, size, cos, sin);
             }
-            if (s.logits) enter(layer, row, head);
+            if (!s.several) enter(layer, row, head);
         }
         score<L>(turned, count, size, prompts(layer.prompt_keys), shared, s.scale, scores, room.stride);
         for (long row = from; row < to; ++row) {
@@ -433,7 +433,7 @@ template <int L, class W> class Decoding {
 
     // all threads; whoever is done early takes the next rows
     void attend_all(const Layer& layer) {
-        if (!s.logits) { // a row's later tokens attend to its earlier ones, which other threads may compute
+        if (s.several) { // a row's later tokens attend to its earlier ones, which other threads may compute
 #pragma omp for collapse(2)
             for (long head = 0; head < s.key_heads; ++head)
                 for (long row = 0; row < rows; ++row) enter(layer, row, head);

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 
 import torch
@@ -21,8 +22,9 @@ from ...types import Trajectory
 from ..engine import Decoder, Request, limit_of, take_group, trajectory
 from ..sampling import Rules, Sampling, draw
 from .cache import DecodeState
+from .drafted import DraftedSteps, Drafts
 from .graphs import Replayed
-from .steps import EnteringStep, Step, module_step, prefill
+from .steps import SeveralTokensStep, Step, module_step, prefill
 
 COMPACT_BELOW = {"cpu": 0.85, "cuda": 0.7}
 """Ended sequences are dropped when fewer than this share of those computed are alive: dropping copies the cache, and on
@@ -31,8 +33,6 @@ COPIED_PROMPT = 64
 """Where no prompt is longer than this many tokens, each sequence has its own copy of the prompt's keys and values."""
 STEPS_BETWEEN_CHECKS = {"cpu": 1, "cuda": 8}
 """Steps until the device is asked who has ended: asking waits for it."""
-
-
 ENTERED_AT_ONCE = 512
 """Most tokens that enter the cache in one call."""
 
@@ -43,16 +43,16 @@ class NativeDecoder(Decoder):
     def __init__(
         self, end_ids: list[int], max_new_tokens: int, max_tokens_in_flight: int, *,
         step_of: Callable[[nn.Module], Step] = module_step, steps_between_checks: int | None = None,
-        captures: bool = True, copied_prompt: int | None = None, pages: bool = False,
+        captures: bool = True, copied_prompt: int | None = None, pages: bool = False, drafts: bool = False,
     ) -> None:  # fmt: skip
         """All but the first three change the speed alone: `step_of` (how to make a step of decoding from a model),
         `steps_between_checks` (by default the device's), `captures` (on a GPU), `copied_prompt` (by default
-        COPIED_PROMPT), and `pages` (on a GPU with Triton: keys and values lie in pages, see `gpu.py`)."""
-        self.end_ids, self.max_new_tokens = end_ids, max_new_tokens
-        self.max_tokens_in_flight = max_tokens_in_flight
+        COPIED_PROMPT), `pages` (on a GPU with Triton: keys and values lie in pages, see `gpu.py`), and `drafts` (for a
+        step that computes several tokens of a row)."""
+        self.end_ids, self.max_new_tokens, self.max_tokens_in_flight = end_ids, max_new_tokens, max_tokens_in_flight
         self.steps_between_checks, self.captures, self.step_of = steps_between_checks, captures, step_of
         self.copied_prompt = COPIED_PROMPT if copied_prompt is None else copied_prompt
-        self.pages = pages
+        self.pages, self.drafts = pages, Drafts(end_ids) if drafts else None
         self.released: set[tuple[int, int]] = set()
 
     @torch.inference_mode()
@@ -61,15 +61,16 @@ class NativeDecoder(Decoder):
         if self.pages:
             yield from self._over_pages(model, queue, sampling)
             return
-        decoding = _Decoding(self, model, queue, sampling)
-        try:
+        with closing(Decoding(self, model, queue, sampling)) as decoding:
             yield from decoding.run()
-        finally:
-            decoding.close()
 
     def release(self, places: Iterable[tuple[int, int]]) -> None:
         """See `Engine`."""
         self.released.update(places)
+
+    def metrics(self) -> dict[str, float]:
+        """See `Engine`."""
+        return self.drafts.metrics() if self.drafts else {}
 
     def _over_pages(self, model: nn.Module, queue: deque[Request], sampling: Sampling) -> Iterator[list[Trajectory]]:
         from .gpu import PagedDecoding  # needs Triton
@@ -95,7 +96,7 @@ class _Kept:
     """All its tokens; the newest one is not in the cache."""
 
 
-class _Decoding:
+class Decoding:
     """One call of `decode`."""
 
     def __init__(self, engine: NativeDecoder, model: nn.Module, queue: deque[Request], sampling: Sampling) -> None:
@@ -113,8 +114,10 @@ class _Decoding:
         captures = kind == "cuda" and engine.captures
         self.replayed = Replayed(self._step, lambda: self.state.version) if captures else None
         self.decode = engine.step_of(model)
-        self.entering = self.decode if self.shares and isinstance(self.decode, EnteringStep) else None
         self.rules = Rules(sampling, engine.end_ids, self.device)
+        several = self.decode if isinstance(self.decode, SeveralTokensStep) else None
+        self.entering = several if self.shares else None
+        self.drafted = DraftedSteps(self, several, engine.drafts) if several and engine.drafts else None
         self.row_request = torch.zeros(0, dtype=torch.int64, device=self.device)  # (R,) place in `requests`
         self.last = torch.zeros(0, dtype=torch.int64, device=self.device)  # (R,) newest token
         self.alive = torch.zeros(0, dtype=torch.bool, device=self.device)  # (R,)
@@ -160,11 +163,9 @@ class _Decoding:
         ]
         keys, limit, offset, may_end = to_device(columns, self.device)
         self.rules.grow(len(new))
-        self.keys = torch.cat([self.keys, keys])
-        self.limit = torch.cat([self.limit, limit])
-        self.offset = torch.cat([self.offset, offset])
+        self.keys, self.limit = torch.cat([self.keys, keys]), torch.cat([self.limit, limit])
+        self.offset, self.may_end = torch.cat([self.offset, offset]), torch.cat([self.may_end, may_end > 0])
         self.start = _longer(self.start, len(new))
-        self.may_end = torch.cat([self.may_end, may_end > 0])
         self.ended_at = _longer(self.ended_at, len(new))
         self.tokens, self.logprobs = _longer(self.tokens, len(new)), _longer(self.logprobs, len(new))
         self.state.version += 1  # a captured step knows the tables of before
@@ -181,16 +182,20 @@ class _Decoding:
             for _ in range(self.steps_between_checks):
                 if not self.state.num_rows or (self.kept.any() and not self.alive.any()):  # all have ended
                     break
-                self.state.make_room()
-                (self.replayed or self._step)()
-                self.state.count_step()
+                (self.drafted or self.advance)()
             self._retire()
             finished, self.finished = self.finished, []
             yield finished
 
     def close(self) -> None:
-        """Let go of the graph now: it refers back to this object, and would hold its memory until it is collected."""
-        self.replayed = None
+        """Let go now of what refers back to this object, and would hold its memory until it is collected."""
+        self.replayed = self.drafted = None
+
+    def advance(self) -> None:
+        """One more token of every row that is not kept."""
+        self.state.make_room()
+        (self.replayed or self._step)()
+        self.state.count_step()
 
     def _step(self) -> None:
         """One more token of every row that is not kept; sizes and places in memory stay as they are."""
@@ -290,13 +295,17 @@ class _Decoding:
     def _draw(self, logits: Tensor, rows: slice | Tensor) -> None:
         """Sample the next token of some rows, in place."""
         request, position = self.row_request[rows], self.state.lengths[rows]
-        place = self.offset[request] + position
-        token, logprob = draw(logits, self.keys[request], place, self.sampling, self.rules)
+        places = self.offset[request] + position
+        token, logprob = draw(logits, self.keys[request], places, self.sampling, self.rules)
+        self.take(rows, request, position, token, logprob)
+
+    def take(self, rows: slice | Tensor, request: Tensor, position: Tensor, token: Tensor, logprob: Tensor) -> None:
+        """Take in the newest token of some rows, in place; `position` is its place among the row's own tokens."""
         self.tokens[request, position] = token
         self.logprobs[request, position] = logprob
         self.last[rows] = token
-        ends = self.rules.ended(token, request, place) & self.may_end[request]
-        over = ends | (position + 1 >= self.limit[request])
+        ends = self.rules.ended(token, request, self.offset[request] + position)
+        over = (ends & self.may_end[request]) | (position + 1 >= self.limit[request])
         ends_now = self.alive[rows] & over
         self.ended_at[request] = torch.where(ends_now, position + 1, self.ended_at[request])
         self.alive[rows] &= ~over
@@ -328,6 +337,8 @@ class _Decoding:
             request, own = self.requests[n], slice(start, length)
             answer = trajectory(request, ids[place][own], logprobs[place][own], self.engine.end_ids, self.sampling)
             self.finished.append(answer)
+            if self.engine.drafts:
+                self.engine.drafts.add(request, start, answer.ids)
             if self.entering and request.keeps and answer.finished:
                 prompt_tokens = int(self.state.prompt_lengths[self.state.prompt[row]])
                 self.kept_at[request.slot, request.sample] = _Kept(n, prompt_tokens, request.prompt + answer.ids)

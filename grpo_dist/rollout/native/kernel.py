@@ -50,7 +50,7 @@ class _Step(ctypes.Structure):
         *((name, c_int64) for name in ("query_heads", "key_heads", "head_size", "ranks")),
         *((name, c_float) for name in ("eps", "scale")),
         *((name, c_void_p) for name in ("embeddings", "norm")), ("head", _Linear), ("layer", c_void_p),
-        *((name, c_int64) for name in ("rows", "own_slots", "prompt_slots")),
+        *((name, c_int64) for name in ("rows", "own_slots", "prompt_slots", "several")),
         *((name, c_void_p) for name in ("tokens", "slots", "prompt", "prompt_lengths", "cache_rows", "cos", "sin")),
         *((name, c_void_p) for name in ("logits", "scratch")),
     ]  # fmt: skip
@@ -83,30 +83,37 @@ class KernelStep:
         self.points_into: tuple[DecodeState | None, int] = None, 0
         self.scratch = torch.empty(0)
 
+    @property
+    def vocabulary(self) -> int:
+        """Logits of a token."""
+        return self.step.vocabulary
+
     def __call__(self, tokens: Tensor, positions: Tensor, state: DecodeState) -> Tensor:
         """Logits (R, V) float32 after `tokens` (R,) int64 at `positions` (R,) int64, of the rows that are computed."""
-        logits, rows = torch.empty(len(tokens), self.step.vocabulary), state.computed
+        logits, rows = torch.empty(len(tokens), self.vocabulary), state.computed
         self._run(tokens, positions, state.slots if rows is None else state.slots[rows], rows, state, logits)
         return logits
 
     def enter(self, tokens: Tensor, rows: Tensor, slots: Tensor, state: DecodeState) -> None:
-        """Put the keys and values of tokens into the cache: all (T,) int64, those of a row one after another.
+        """See `SeveralTokensStep`."""
+        self._run(tokens, _positions(rows, slots, state), slots, rows, state, None, several=True)
 
-        They come out as those of single steps do, to the last bit.
-        """
-        positions = state.prompt_lengths[state.prompt[rows]] + slots - state.starts[rows]
-        self._run(tokens, positions, slots, rows, state, None)
+    def several(self, tokens: Tensor, rows: Tensor, slots: Tensor, state: DecodeState) -> Tensor:
+        """See `SeveralTokensStep`; logits are float32."""
+        logits = torch.empty(len(tokens), self.vocabulary)
+        self._run(tokens, _positions(rows, slots, state), slots, rows, state, logits, several=True)
+        return logits
 
     def _run(
         self, tokens: Tensor, positions: Tensor, slots: Tensor, rows: Tensor | None, state: DecodeState,
-        logits: Tensor | None,
+        logits: Tensor | None, *, several: bool = False,
     ) -> None:  # fmt: skip
         if self.points_into != (state, state.version):
             self._point_into(state)
         step, count = self.step, len(tokens)
         prompt = state.prompt if rows is None else state.prompt[rows]
         turn = [x.contiguous() for x in self.weights.rotary(torch.empty(0), positions[None])]
-        step.rows = count
+        step.rows, step.several = count, several
         step.cos, step.sin = (_address(x, (1, count, step.head_size), torch.float32) for x in turn)
         step.tokens, step.slots, step.prompt = (_address(x, (count,), torch.int64) for x in (tokens, slots, prompt))
         step.cache_rows = None if rows is None else _address(rows, (count,), torch.int64)
@@ -174,6 +181,11 @@ class KernelStep:
     def _kept(self, x: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> int:
         self.referenced.append(x)
         return _address(x, shape, dtype)
+
+
+def _positions(rows: Tensor, slots: Tensor, state: DecodeState) -> Tensor:
+    """Positions of tokens that get `slots` of the cache."""
+    return state.prompt_lengths[state.prompt[rows]] + slots - state.starts[rows]
 
 
 def _check_layers(weights: Weights) -> None:

@@ -22,12 +22,20 @@ class Step(Protocol):
 
 
 @runtime_checkable
-class EnteringStep(Step, Protocol):
-    """A step that computes any of the rows, and can put tokens that nobody samples into the cache."""
+class SeveralTokensStep(Step, Protocol):
+    """A step that computes any of the rows, and several tokens of a row at once: to the last bit as one after another.
+
+    Its arguments are `tokens` of `rows` and the `slots` of the cache that they get, all (T,) int64, those of a row one
+    after another.
+    """
+
+    vocabulary: int
 
     def enter(self, tokens: Tensor, rows: Tensor, slots: Tensor, state: DecodeState) -> None:
-        """Put the keys and values of `tokens` of `rows` into `slots` of the cache: all (T,) int64, those of a row one
-        after another."""
+        """Put the keys and values of tokens that nobody samples into the cache."""
+
+    def several(self, tokens: Tensor, rows: Tensor, slots: Tensor, state: DecodeState) -> Tensor:
+        """Logits (T, V) after each token; their keys and values are then in the cache."""
 
 
 def module_step(model: nn.Module) -> Step:
