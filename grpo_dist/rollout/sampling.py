@@ -18,6 +18,7 @@ from torch.nn.functional import pad
 from ..algorithm.hashing import uniforms
 from ..config.checks import require
 from ..config.schema import RolloutConfig
+from ..distributed.transfer import to_device
 from ..text.tokens import CompletionTexts
 from .stop import Matching, StopStrings, stop_strings
 
@@ -96,8 +97,8 @@ class Rules:
     """
 
     def __init__(self, sampling: Sampling, end_ids: Sequence[int], device: torch.device) -> None:
-        self._ends = torch.tensor(list(end_ids), dtype=torch.int64, device=device)
-        self._banned = torch.tensor(sampling.banned, dtype=torch.int64, device=device)
+        ids = [torch.tensor(list(each), dtype=torch.int64) for each in (end_ids, sampling.banned)]
+        self._ends, self._banned = to_device(ids, device)
         self._least = sampling.min_new_tokens
         self._matching = None if sampling.stop is None else Matching(sampling.stop, device)
 

@@ -17,6 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..distributed.transfer import to_device
+
 
 @dataclass(frozen=True)
 class StopStrings:
@@ -45,7 +47,7 @@ class Matching:
     """The states of requests, in place on a device."""
 
     def __init__(self, stop: StopStrings, device: torch.device) -> None:
-        self._classes, self._moves = (torch.from_numpy(each).to(device) for each in (stop.classes, stop.moves))
+        self._classes, self._moves = to_device([torch.from_numpy(each) for each in (stop.classes, stop.moves)], device)
         self._state = torch.zeros(0, dtype=torch.int64, device=device)
 
     def grow(self, count: int) -> None:

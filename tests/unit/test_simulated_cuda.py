@@ -18,8 +18,6 @@ from grpo_dist.config.parse import presets
 ROOT = Path(__file__).parents[2]
 
 WAITS_OF_A_ROLLOUT = {
-    # once a rollout
-    ("H2D copy", "rollout/native/engine.py:__init__"),
     # whenever prompts come in
     ("H2D copy", "rollout/native/cache.py:admit"),
     ("H2D copy", "rollout/native/engine.py:_prefill"),
