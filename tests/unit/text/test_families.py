@@ -157,7 +157,7 @@ def test_check_refuses_what_a_run_refuses(tmp_path: Path) -> None:
         environment=EnvironmentConfig(tools=["configs.environments.calculator:calculator"], workers=1),
     )  # fmt: skip
     findings = Findings()
-    read_contents(config, findings)
+    read_contents(config, 1, findings)
     (problem,) = findings.problems
     assert str(tmp_path / "model") in problem and "would not be read as one" in problem
 
