@@ -25,9 +25,12 @@ from .launch_config import asks_for
 from .strategy import Fragment
 
 
-def is_asked_for() -> bool:
-    """Whether the launch asks for FSDP."""
-    return asks_for(os.environ, "ACCELERATE_USE_FSDP")
+def take_over() -> bool:
+    """Whether the launch asks for FSDP. Accelerate and transformers are not to see that from here on: one would shard a
+    single process, and the other load weights on the first rank alone."""
+    is_asked_for = asks_for(os.environ, "ACCELERATE_USE_FSDP")
+    os.environ.pop("ACCELERATE_USE_FSDP", None)
+    return is_asked_for
 
 
 class Fsdp:
@@ -37,8 +40,6 @@ class Fsdp:
 
     def __init__(self, dtype: torch.dtype, max_grad_norm: float) -> None:
         """`dtype` is the policy's compute dtype."""
-        # else transformers would load weights on the first rank alone, also those of the frozen copy
-        os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
         self._dtype, self._max_grad_norm = dtype, max_grad_norm
         self._parts: dict[Tensor, nn.Parameter] = {}
 

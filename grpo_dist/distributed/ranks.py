@@ -81,7 +81,7 @@ class Ranks:
             warn_of_idle_gpus()
         precision = "bf16" if dtype == torch.bfloat16 else "no"
         set_aside = set_aside_precision(os.environ, precision)
-        plugin, shards = None, num_ranks > 1 and fsdp.is_asked_for()
+        plugin, shards = None, fsdp.take_over() and num_ranks > 1
         if shards:
             set_aside += set_aside_fsdp(os.environ)
         if deepspeed.is_asked_for():

@@ -25,6 +25,7 @@ from grpo_dist.preflight.findings import Findings
 from grpo_dist.preflight.look import dry_run
 from grpo_dist.preflight.options import COMMAND_LINE, read_options
 from grpo_dist.preflight.servers import check_servers
+from grpo_dist.preflight.sizes import strategy_of_launch
 from grpo_dist.preflight.trackers import Service, unreachable
 from grpo_dist.text.plain import plain, plain_lines
 
@@ -232,3 +233,20 @@ def test_servers_are_asked_and_environments_tried(tmp_path: Path) -> None:
     for python, message in {sys.executable: "cannot import vllm", str(tmp_path / "no"): "does not start"}.items():
         (problem,) = look(python=python).problems
         assert message in problem and "launch/setup_vllm.sh" in problem
+
+
+@pytest.mark.parametrize(
+    ("variables", "num_ranks", "expected"),
+    [({}, 1, "DDP"), ({}, 2, "ZeRO-2"), ({"WORLD_SIZE": "2"}, 2, "DDP"),
+     ({"WORLD_SIZE": "2", "ACCELERATE_USE_FSDP": "true"}, 2, "FSDP2"),
+     ({"WORLD_SIZE": "1", "ACCELERATE_USE_FSDP": "true"}, 1, "DDP"),
+     ({"WORLD_SIZE": "2", "ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}, 2, "ZeRO-3")],
+)  # fmt: skip
+def test_the_strategy_is_the_launchs(
+    variables: dict[str, str], num_ranks: int, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("WORLD_SIZE", "ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_DEEPSPEED_ZERO_STAGE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert strategy_of_launch(num_ranks) == expected
