@@ -8,6 +8,7 @@ gloo's average in a reduce-scatter is a sum (pytorch/pytorch#162338). Units ther
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -82,13 +83,13 @@ class Fsdp:
         gradients = [part.grad for part in self._parts.values() if part.grad is not None]
         squares = torch.nn.utils.get_total_norm(gradients).square()
         dist.all_reduce(squares)
-        norm = squares.sqrt()
-        if bool(torch.isfinite(norm)):
-            torch._foreach_mul_(gradients, (self._max_grad_norm / (norm + 1e-6)).clamp(max=1))
+        norm = math.sqrt(float(squares))
+        if math.isfinite(norm):
+            torch._foreach_mul_(gradients, min(1.0, self._max_grad_norm / (norm + 1e-6)))
             optimizer.step()
         optimizer.zero_grad()
         wrapped.zero_grad()
-        return float(norm)
+        return norm
 
     def _part(self, parameter: Any) -> nn.Parameter:
         """This rank's part of a trained parameter, as the optimizer has it, at its present place in memory."""
