@@ -1,7 +1,7 @@
 """FSDP2: torch's `fully_shard`, for launch configs of Accelerate with `distributed_type: FSDP` and `fsdp_version: 2`.
 
 `Accelerator.prepare` shards on GPUs alone, and CPU ranks would run DDP without a word. The policy is therefore sharded
-here, the same way on both. The optimizer gets the parts of this rank as plain tensors, so that any of torch's will do.
+here, the same way on both. The optimizer gets the parts of this rank as plain tensors.
 
 gloo's average in a reduce-scatter is a sum (pytorch/pytorch#162338). Units therefore ask for sums, and divide them.
 """
