@@ -253,6 +253,18 @@ def test_what_is_decoded_at_once(device: Device, prompt: int, in_flight: int, ro
     assert (alone.rows, alone.prompts) == (4, 4)
 
 
+def test_a_gpu_holds_pages_and_its_captured_steps() -> None:
+    """Prompts of 40 tokens and completions of 24 have a page of 64 each; a graph's memory stays beside a prefill's."""
+    decoded = flight(config_of(), 1, device="gpu", pages=True)
+    assert (decoded.rows, decoded.prompts, decoded.prompt_length, decoded.slots) == (24, 6, 64, 64)
+    assert decoded.shares and decoded.scored == 0 and decoded.is_captured
+    parts = named(replace(INPUTS, flight=decoded))
+    assert parts["keys and values"] == (6 + 24) * 64 * COUNTS.num_layers * COUNTS.cache_width * 2
+    assert parts["captured steps"] == 24 * COUNTS.vocabulary * (2 + 8) and parts["prefill"] == 6 * 64 * 1_000
+    model_config = load_model_config(config_of().model)
+    assert Predictor(config_of(), model_config, "gpu").pages and not Predictor(config_of(), model_config, "cpu").pages
+
+
 def test_auto_takes_what_a_gpu_has_left() -> None:
     """All at once where memory is not known or large enough; else what fits, and at least one sequence."""
     config = config_of(rollout=RolloutConfig(group_size=4, max_completion_length=24))
