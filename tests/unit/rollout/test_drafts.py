@@ -122,13 +122,17 @@ def test_a_pass_has_the_drafts_that_make_it_fastest() -> None:
 @pytest.mark.parametrize("shares", [True, False], ids=["shared", "copied"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @torch.inference_mode()
-def test_several_tokens_of_a_row_are_computed_as_one_after_another(dtype: torch.dtype, shares: bool) -> None:
-    """To the last bit: rows of different prompts, lengths and numbers of tokens in one pass, and after wrong drafts."""
+def test_several_tokens_of_a_row_are_computed_as_one_after_another(
+    dtype: torch.dtype, shares: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the last bit: rows of different prompts, lengths and numbers of tokens in one pass, after wrong drafts, and by
+    threads that compute different tokens of a row."""
     model = make_model("qwen3", hidden_size=528).to(dtype)
     expected, rows = decoded(KernelStep, model, [3, 2, 3], shares), [5, 0, 1, 7]
     layout, _ = prefill(model, PROMPTS_OF_KERNEL)
     state = DecodeState(torch.device("cpu"), 40, shares=shares, whole_chunks=False)
     state.admit(layout, [3, 2, 3])
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     step, tokens = KernelStep(model), tokens_of(torch.arange(8))
     lengths = {row: 0 for row in rows}
     for numbers in ([1, 9, 4, 2], [3, 1, 17, 1], [12, 5, 1, 30], [2, 2, 2, 2]):
