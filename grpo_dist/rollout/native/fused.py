@@ -135,10 +135,11 @@ def _normalised(x: Tensor, y: Tensor | None, norm: Norm) -> Tensor:
 
 
 def fused_draw(
-    logits: Tensor, keys: Tensor, positions: Tensor, sampling: Sampling, rules: Rules
+    logits: Tensor, keys: Tensor, positions: Tensor, sampling: Sampling, rules: Rules | None = None
 ) -> tuple[Tensor, Tensor]:
     """`sampling.draw` in two kernels where nothing is truncated or banned."""
-    if sampling.greedy or sampling.top_p < 1 or sampling.top_k > 0 or sampling.min_p > 0 or rules.bans:
+    truncates = sampling.top_p < 1 or sampling.top_k > 0 or sampling.min_p > 0
+    if sampling.greedy or truncates or (rules is not None and rules.bans):
         return draw(logits, keys, positions, sampling, rules)
     rows, size = logits.shape
     logits, blocks = logits.contiguous(), triton.cdiv(size, VOCABULARY_BLOCK)
