@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from . import attention
-from .attention import block_layout
+from .attention import RowLayout
 
 TOKENS = 64
 
@@ -26,6 +26,6 @@ def fixed_logits(model: nn.Module, most: int = TOKENS) -> Tensor:
     ids = torch.tensor([fixed_ids(model, most)], device=model.get_input_embeddings().weight.device)
     inputs = {"input_ids": ids, "use_cache": False}
     if getattr(model.config, "_attn_implementation", None) == attention.NAME:
-        positions, layout = torch.arange(ids.shape[1], device=ids.device), block_layout([(ids.shape[1], [])])
+        positions, layout = torch.arange(ids.shape[1], device=ids.device), RowLayout([(ids.shape[1], [])])
         inputs |= {"position_ids": positions[None], "layout": layout.to(ids.device)}
     return model.eval()(**inputs).logits[0].float().cpu()

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from grpo_dist.config.schema import RolloutConfig
 from grpo_dist.model import attention
+from grpo_dist.model.fixed_row import fixed_logits
 from grpo_dist.model.load import Policy, packing_obstacle, short_window
 from grpo_dist.model.packing import make_pack, plan
 from grpo_dist.rollout import (
@@ -299,6 +300,12 @@ def test_rollouts_in_short_windows_are_those_of_the_models_own_attention(name: s
         assert [each.ids for each in drawn] == [each.ids for each in expected]
         assert all(abs(p - q) < 1e-4 for a, b in zip(drawn, expected, strict=True)
                    for p, q in zip(a.logprobs, b.logprobs, strict=True))  # fmt: skip
+
+
+def test_a_fixed_row_is_computed_in_windows() -> None:
+    config = make_config("Mistral", {"sliding_window": 6})
+    packed, own = (fixed_logits(make_model(config, implementation)) for implementation in (attention.NAME, "sdpa"))
+    assert torch.allclose(packed, own, atol=1e-4)
 
 
 def test_a_model_that_does_not_say_where_its_windows_are_is_caught() -> None:
