@@ -18,7 +18,8 @@ from transformers import GenerationConfig, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
 from ..checkpoint.trained import Trained
-from ..config.schema import DataConfig, RolloutConfig
+from ..config.rollout import RolloutConfig
+from ..config.schema import DataConfig
 from ..data.prompts import render
 from ..model.load import end_token_ids, load_causal_lm
 from ..model.policy import Policy

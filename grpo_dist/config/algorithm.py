@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Literal
 from .checks import require
 
 if TYPE_CHECKING:
-    from .schema import Config, RolloutConfig
+    from .rollout import RolloutConfig
+    from .schema import Config
 
 GroupBaseline = Literal["mean", "leave_one_out"]
 Scale = Literal["group", "batch", "none"]

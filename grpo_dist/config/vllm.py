@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 from .checks import require
 
 if TYPE_CHECKING:
-    from .schema import Config, RolloutConfig
+    from .rollout import RolloutConfig
+    from .schema import Config
 
 SHARED = "shared"
 """The word for devices that are the trainer's own."""

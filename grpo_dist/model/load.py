@@ -19,7 +19,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 from transformers import __version__ as transformers_version
 
 from ..config.places import model_place
-from ..config.schema import LoraConfig, ModelConfig, RolloutConfig
+from ..config.rollout import RolloutConfig
+from ..config.schema import LoraConfig, ModelConfig
 from ..distributed.deepspeed import unsharded_loading
 from ..distributed.sharding import is_sharded
 from . import attention

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..config.schema import RolloutConfig
+from ..config.rollout import RolloutConfig
 from ..model.checks import CANNOT
 from ..model.gpu_kernels import triton_obstacle
 from ..model.quantized import quantized_layers

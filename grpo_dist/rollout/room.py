@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from ..config.schema import TokensInFlight
+from ..config.rollout import TokensInFlight
 from ..types import Trajectory
 from .engine import Decoder, Request
 from .sampling import Sampling

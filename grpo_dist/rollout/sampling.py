@@ -17,7 +17,7 @@ from torch.nn.functional import pad
 
 from ..algorithm.hashing import uniforms
 from ..config.checks import require
-from ..config.schema import RolloutConfig
+from ..config.rollout import RolloutConfig
 from ..distributed.transfer import to_device
 from ..text.tokens import CompletionTexts
 from .stop import Matching, StopStrings, stop_strings

@@ -11,7 +11,8 @@ import torch
 
 from ..algorithm.targets import has_reference
 from ..checkpoint import store as checkpoint
-from ..config.schema import Config, RolloutConfig
+from ..config.rollout import RolloutConfig
+from ..config.schema import Config
 from ..distributed.deepspeed import unsharded_loading
 from ..distributed.optimizer_state import OptimizerState, WholeOptimizerState
 from ..distributed.ranks import Ranks, resolve_dtype
