@@ -42,13 +42,21 @@ def make_plugin(dtype: torch.dtype, max_grad_norm: float) -> tuple[DeepSpeedPlug
     return plugin, set_aside
 
 
+def name_device() -> None:
+    """Tell DeepSpeed that there is no GPU, if so: it prints a warning where it finds out by itself.
+
+    Accelerate and transformers import it without being asked, for example to save a model.
+    """
+    if not computes_on_gpu():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+
 def _keep_from_compiling() -> None:
     """Leave out DeepSpeed's shared-memory collectives; gloo does without them.
 
     g++ would build them at the first start, which takes a minute and prints nothing. A start that is killed meanwhile
     would leave a lock, and the next start would wait on it.
     """
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
     from deepspeed import ops
 
     ops.__compatible_ops__["deepspeed_shm_comm"] = False

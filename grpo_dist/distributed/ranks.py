@@ -79,6 +79,7 @@ class Ranks:
             self._rendezvous.choose_interface()
         else:
             warn_of_idle_gpus()
+        deepspeed.name_device()
         precision = "bf16" if dtype == torch.bfloat16 else "no"
         set_aside = set_aside_precision(os.environ, precision)
         plugin, shards = None, fsdp.take_over() and num_ranks > 1
@@ -262,10 +263,6 @@ class Ranks:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate * group["rate_share"]
         return self.strategy.step(wrapped, optimizer)
-
-    def unwrap(self, policy: Any) -> Any:
-        """The policy inside its wrapper."""
-        return self.accelerator.unwrap_model(policy)
 
     def end(self) -> None:
         """Leave the process group."""

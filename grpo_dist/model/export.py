@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers.utils import cached_file
 
-from ..distributed.deepspeed import unsharded_loading
+from ..distributed.deepspeed import name_device, unsharded_loading
 from ..distributed.ranks import dtype_name
 from ..distributed.sharding import gathered
 from .load import adapted_layers, plain_name
@@ -147,6 +147,7 @@ def write_merged(
     if missing:
         raise RuntimeError(f"the merged model lacks {len(missing)} weights, among them {missing[:3]}")
     plain.generation_config = policy.causal_lm.generation_config
+    name_device()
     plain.save_pretrained(directory, max_shard_size=max_shard_size)
     if tokenizer is not None:
         tokenizer.save_pretrained(directory)
@@ -175,6 +176,7 @@ def _by_all_names(state: dict[str, Tensor], plain: nn.Module) -> dict[str, Tenso
 
 def write_adapter(model: PeftModel, state: dict[str, Tensor], directory: Path) -> None:
     """Write a PEFT adapter and reopen it, because ZeRO-3 can leave it empty. Raises RuntimeError."""
+    name_device()
     model.save_pretrained(directory, state_dict=state, save_embedding_layers=False)
     written = load_file(directory / "adapter_model.safetensors")
     if len(written) != len(state):

@@ -71,7 +71,6 @@ def load_models(
     ranks.wait_at("loaded the model")  # a download may take longer than a collective of the start waits
     wrapped, prepared = ranks.prepare(policy, optimizer)
     wrapped.train()
-    policy = ranks.unwrap(wrapped)
     state_of = OptimizerState if config.optim.optimizer == "adamw" else WholeOptimizerState
     optimizer_state = state_of(ranks, prepared, trainable(policy))
     reference = _load_reference(config, ranks, wrapped, policy, dtype, implementation, kind is not None)
