@@ -49,7 +49,7 @@ def assert_equal(got: list[Trajectory], expected: list[Trajectory]) -> None:
 def run_out(monkeypatch: pytest.MonkeyPatch, above: int) -> list[int]:
     """Memory runs out in a decoding step while rows could come to more than `above` tokens; the rows of each step."""
     rows: list[int] = []
-    plain = native._Decoding._step
+    plain = native.Decoding._step
 
     def step(decoding: Any) -> None:
         rows.append(decoding.state.num_rows)
@@ -57,7 +57,7 @@ def run_out(monkeypatch: pytest.MonkeyPatch, above: int) -> list[int]:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB\nmore")
         plain(decoding)
 
-    monkeypatch.setattr(native._Decoding, "_step", step)
+    monkeypatch.setattr(native.Decoding, "_step", step)
     return rows
 
 
@@ -82,7 +82,7 @@ def test_what_had_ended_is_not_drawn_again(model: nn.Module, monkeypatch: pytest
     """A scored completion is neither lost nor handed out twice."""
     exact = [replace(r, max_new_tokens=1 + r.slot, ignore_end=True) for r in REQUESTS]
     expected = decode_all(NativeDecoder([2], NEW_TOKENS, ON_CPU), model, exact)
-    steps, plain = [0], native._Decoding._step
+    steps, plain = [0], native.Decoding._step
 
     def step(decoding: Any) -> None:
         steps[0] += 1
@@ -90,7 +90,7 @@ def test_what_had_ended_is_not_drawn_again(model: nn.Module, monkeypatch: pytest
             raise torch.OutOfMemoryError
         plain(decoding)
 
-    monkeypatch.setattr(native._Decoding, "_step", step)
+    monkeypatch.setattr(native.Decoding, "_step", step)
     engine = WithinMemory(NativeDecoder([2], NEW_TOKENS, ON_CPU), ON_CPU)
     handed_out = [each for ended in engine.decode(model, deque(exact), Sampling()) for each in ended]
     assert_equal(sorted(handed_out, key=lambda each: (each.slot, each.sample)), expected)
