@@ -11,8 +11,6 @@ import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from ..rollout.room import PREFILL_TOKENS
-
 Strategy = Literal["DDP", "ZeRO-1", "ZeRO-2", "ZeRO-3", "FSDP2"]
 """DDP is also one process."""
 STRATEGIES: tuple[Strategy, ...] = get_args(Strategy)
@@ -221,6 +219,8 @@ def _rollout(inputs: MemoryInputs) -> list[Part]:
     prefill = prompt_tokens * inputs.passes.prefill_per_token - own  # during prefill the sequences have no cache yet
     parts = [Part("keys and values", flight.shares * prompt_tokens * per_token + own, "rollout")]
     if flight.is_captured:
+        from ..rollout.room import PREFILL_TOKENS  # imports torch: an error in the options should not wait for it
+
         in_a_row = min(prompt_tokens, max(flight.prompt_length, PREFILL_TOKENS))
         parts += [Part("captured steps", of_a_step, "rollout"),
                   Part("prefill", in_a_row * inputs.passes.prefill_per_token, "rollout")]  # fmt: skip
