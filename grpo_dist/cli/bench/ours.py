@@ -18,7 +18,6 @@ from ...data.order import Sampler
 from ...monitoring.alarms import Metrics
 from ...monitoring.console import set_up_logging
 from ...rollout import LocalEngine, Request, Sampling
-from ...rollout.sampling import sampling_of
 from ...train import train_step
 from ...trainer.build import build, close
 from ...trainer.collect import first_round, generate
@@ -49,10 +48,9 @@ class PeersOrder(Sampler):
 
 def rollout(parts: Parts, state: TrainState) -> Metrics:
     """Draw the completions of a step's prompts and go on to the next step; returns what tables show of it."""
-    config = parts.config
     prompts, stream = first_round(parts, state, state.step)
-    trajectories, _ = generate(parts, state, prompts, config.rollout.group_size, sampling_of(config.rollout), stream,
-                               state.step)  # fmt: skip
+    size = parts.config.rollout.group_size
+    trajectories, _ = generate(parts, state, prompts, size, parts.sampling, stream, state.step)
     state.step += 1
     return {"tokens/completion": float(sum(len(each.ids) for each in trajectories))}
 
