@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..config.checks import require
 from ..config.schema import Config, OptimConfig
+from ..distributed.launch_config import asks_for
 from .critic import HEAD, parameter_groups
 from .policy import Policy
 
@@ -30,7 +31,7 @@ def require_optimizer(optim: OptimConfig, environment: Mapping[str, str]) -> Non
     name = optim.optimizer
     if name == "adamw":
         return
-    sharding = [kind for variable, kind in SHARDED.items() if environment.get(variable, "").lower() in ("true", "1")]
+    sharding = [kind for variable, kind in SHARDED.items() if asks_for(environment, variable)]
     require(not sharding, "optim.optimizer", name, f"adamw with {' and '.join(sharding)}, or DDP "
             "(accelerate_configs/ddp.yaml): it needs each weight in one piece")  # fmt: skip
     require(name != "adamw_8bit" or importlib.util.find_spec("bitsandbytes") is not None, "optim.optimizer", name,
