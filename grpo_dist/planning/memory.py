@@ -87,6 +87,8 @@ class Flight:
     """Most attention scores that a query keeps at once; 0 if the kernel keeps none."""
     is_captured: bool = False
     """Keys and values are a pool of pages, and steps are graphs, which keep the memory of a step to the end."""
+    prefilled: int = 0
+    """Where steps are graphs: the most prompt tokens that are computed in one row."""
 
 
 @dataclass(frozen=True)
@@ -219,11 +221,8 @@ def _rollout(inputs: MemoryInputs) -> list[Part]:
     prefill = prompt_tokens * inputs.passes.prefill_per_token - own  # during prefill the sequences have no cache yet
     parts = [Part("keys and values", flight.shares * prompt_tokens * per_token + own, "rollout")]
     if flight.is_captured:
-        from ..rollout.room import PREFILL_TOKENS  # imports torch: an error in the options should not wait for it
-
-        in_a_row = min(prompt_tokens, max(flight.prompt_length, PREFILL_TOKENS))
         parts += [Part("captured steps", of_a_step, "rollout"),
-                  Part("prefill", in_a_row * inputs.passes.prefill_per_token, "rollout")]  # fmt: skip
+                  Part("prefill", flight.prefilled * inputs.passes.prefill_per_token, "rollout")]  # fmt: skip
     else:
         parts.append(Part("decoding or prefill", max(of_a_step, prefill), "rollout"))
     if counts.quantized and inputs.dequantizes:

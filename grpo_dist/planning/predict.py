@@ -20,7 +20,7 @@ from ..model.reference import REFERENCE_PACK, needs_copy
 from ..rollout.native.cache import SLOT_CHUNK
 from ..rollout.native.engine import COPIED_PROMPT
 from ..rollout.native.kernel import MERGED
-from ..rollout.room import LOGIT_BYTES, ON_CPU, PAGE, fitting, pages_of
+from ..rollout.room import LOGIT_BYTES, ON_CPU, PAGE, PREFILL_TOKENS, fitting, pages_of
 from .memory import (
     SHARDS_WEIGHTS,
     Flight,
@@ -111,7 +111,9 @@ def flight(
     rows = min(share, groups * of_a_group)
     slots = longest if pages else slots_held(0 if shares else prompt, longest, SLOT_CHUNK)
     scored = 0 if pages or device == "cpu" else max(once, slots)  # there attention is one kernel
-    return Flight(math.ceil(rows / of_a_group), rows, prompt, slots, shares, scored, pages)
+    prompts = math.ceil(rows / of_a_group)
+    prefilled = min(prompts * prompt, max(prompt, PREFILL_TOKENS)) if pages else 0
+    return Flight(prompts, rows, prompt, slots, shares, scored, pages, prefilled)
 
 
 def tokens_in_flight(config: Config, device: Device) -> int:
