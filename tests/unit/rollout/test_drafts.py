@@ -9,12 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from test_kept_rows import ENDS, MOST, PROMPTS, last_first, played
+from test_kept_rows import ENDS, MOST, PROMPTS, last_first, peaked_model, played
 from test_kernel import decoded, make_model, tokens_of
 from torch import nn
-from transformers import AutoModelForCausalLM, LlamaConfig
 
-from grpo_dist.model import attention
 from grpo_dist.rollout import NativeDecoder, Request, Sampling, decode_all, stream_key
 from grpo_dist.rollout.drafts import BEGIN, Acceptance, Completions, PassTime, numbers_of_drafts, text_of
 from grpo_dist.rollout.native import drafted
@@ -169,13 +167,7 @@ class Fixed(PassTime):
 @pytest.fixture(scope="module", params=[torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def certain(request: pytest.FixtureRequest) -> nn.Module:
     """A model that often, but not always, draws the same."""
-    torch.manual_seed(3)
-    config = LlamaConfig(vocab_size=61, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
-                         num_attention_heads=4, num_key_value_heads=2)  # fmt: skip
-    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention.NAME).eval()
-    with torch.no_grad():
-        model.lm_head.weight.mul_(60)
-    return model.to(request.param)
+    return peaked_model(60).to(request.param)
 
 
 def decoder(drafts: bool, in_flight: int = 1 << 16, copied: int = 0) -> NativeDecoder:

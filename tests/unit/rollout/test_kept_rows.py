@@ -29,15 +29,20 @@ Place = tuple[int, int]
 """Slot and sample."""
 
 
-@pytest.fixture(scope="module")
-def model() -> nn.Module:
+def peaked_model(factor: float) -> nn.Module:
+    """A small model whose logits are `factor` times those of random weights."""
     torch.manual_seed(3)
     config = LlamaConfig(vocab_size=61, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
                          num_attention_heads=4, num_key_value_heads=2)  # fmt: skip
     model = AutoModelForCausalLM.from_config(config, attn_implementation=attention.NAME).eval()
     with torch.no_grad():
-        model.lm_head.weight.mul_(20)
+        model.lm_head.weight.mul_(factor)
     return model
+
+
+@pytest.fixture(scope="module")
+def model() -> nn.Module:
+    return peaked_model(20)
 
 
 def native(in_flight: int = 1 << 16) -> NativeDecoder:
