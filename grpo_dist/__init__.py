@@ -6,6 +6,7 @@ docs/python.md shows a training from Python.
 """
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
@@ -15,6 +16,12 @@ if TYPE_CHECKING:
     from .cli.train import run_training
     from .config.parse import parse_config
     from .config.schema import Config
+
+if "OMP_WAIT_POLICY" not in os.environ:
+    # A thread of libgomp that waits spins for milliseconds, 300 thousand turns. Beside another busy process it then
+    # keeps the core from the thread that it waits for, and a step takes 16 times as long. libgomp reads this when torch
+    # loads it.
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 _PLACES = {
     "Config": "grpo_dist.config.schema", "parse_config": "grpo_dist.config.parse", "run_training": "grpo_dist.cli.train"

@@ -32,11 +32,11 @@ python -c 'import sys; from grpo_dist.config.parse import refuse_mistakes; refus
 
 # GPUs, cores of this process, and a free port: two runs on one machine must not both use the default port.
 machine=$(python -c '
-import importlib.util, os, socket, torch
-num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+import importlib.util, socket, torch
+from grpo_dist.distributed.cores import num_cores
 with socket.socket() as free:
     free.bind(("127.0.0.1", 0))
-    print(torch.cuda.device_count(), num_cores, free.getsockname()[1],
+    print(torch.cuda.device_count(), num_cores(), free.getsockname()[1],
           "zero2" if importlib.util.find_spec("deepspeed") else "ddp")
 ')
 read -r num_gpus num_cores port strategy <<<"$machine"

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ..config.schema import Dtype, OptimConfig
 from . import deepspeed, fsdp
+from .cores import num_cores
 from .device import computes_on_gpu
 from .launch_config import set_aside_fsdp, set_aside_precision
 from .rendezvous import START_SECONDS, Rendezvous, place_in_launch, warn_of_idle_gpus
@@ -61,6 +62,14 @@ def _bound_kernel_caches() -> None:
         os.environ.setdefault(name, "64")
 
 
+def _bound_threads() -> None:
+    """Let torch use no more threads than a container's quota has cores, unless OMP_NUM_THREADS says how many."""
+    cores, threads = num_cores(), torch.get_num_threads()
+    if cores < threads and "OMP_NUM_THREADS" not in os.environ:
+        log.info("CPU: %d threads in place of %d, because this process may use no more cores", cores, threads)
+        torch.set_num_threads(cores)
+
+
 class PhaseError(RuntimeError):
     """A phase failed on some rank. All ranks raise it, with the traceback of every rank that failed."""
 
@@ -72,6 +81,7 @@ class Ranks:
         """Join the process group. `dtype` is the policy's compute dtype; `sequence_parallel_size` divides the number of
         ranks. Raises LaunchError where ranks are missing, do not reach one another, or would share a GPU."""
         _bound_kernel_caches()
+        _bound_threads()
         rank, num_ranks = place_in_launch()
         self._rendezvous = Rendezvous(rank, num_ranks) if num_ranks > 1 else None
         if self._rendezvous is not None:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, suppress
 from pathlib import Path
+from urllib.request import urlopen
 
 import fake_vllm
 import psutil
@@ -136,8 +139,13 @@ def test_a_step_ahead(server: FakeVllm, tmp_path: Path) -> None:
     assert first["rollout/probe_gap"] <= 1e-4 and second["rollout/probe_gap"] <= 1e-4
 
 
+vllm_itself = pytest.mark.skipif(
+    "GRPO_DIST_VLLM" not in os.environ, reason="GRPO_DIST_VLLM does not name the Python of vLLM"
+)
+
+
 @pytest.mark.slow
-@pytest.mark.skipif("GRPO_DIST_VLLM" not in os.environ, reason="GRPO_DIST_VLLM does not name the Python of vLLM")
+@vllm_itself
 def test_vllm_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
     run = train(None, 1, tmp_path / "run", *SMALL, "--rollout.vllm.python", os.environ["GRPO_DIST_VLLM"])
@@ -145,3 +153,63 @@ def test_vllm_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert [line["step"] for line in lines] == [1, 2]
     assert all(line["rollout/probe_gap"] <= 1e-4 and line["rollout/logprob_gap_max"] <= 1e-4 for line in lines)
     assert note(run) is None, "it ends with the run"
+
+
+@pytest.fixture
+def vllm_urls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """Two vLLM servers, started as launch/slurm_vllm.sbatch starts them."""
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+    with ExitStack() as running:
+        urls = []
+        for number in range(2):
+            port = free_port()
+            log = running.enter_context((tmp_path / f"server{number}.log").open("w"))
+            words = [*TINY, *SMALL, "--rollout.vllm.urls", f"[http://127.0.0.1:{port}]"]
+            server = subprocess.Popen(
+                [sys.executable, "-m", "grpo_dist.rollout.vllm.serve", os.environ["GRPO_DIST_VLLM"], str(port), *words],
+                cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
+            )  # fmt: skip
+            running.callback(server.wait)
+            running.callback(os.killpg, server.pid, signal.SIGTERM)
+            urls.append(f"http://127.0.0.1:{port}")
+        for number, url in enumerate(urls):
+            wait_until_it_serves(url, tmp_path / f"server{number}.log")
+        yield urls
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+def wait_until_it_serves(url: str, log: Path) -> None:
+    for _ in range(600):
+        with suppress(OSError), urlopen(f"{url}/health", timeout=5):
+            return
+        time.sleep(1)
+    raise AssertionError(log.read_text()[-4000:])
+
+
+def finished_requests(url: str) -> float:
+    with urlopen(f"{url}/metrics", timeout=5) as answer:
+        lines = answer.read().decode().splitlines()
+    return sum(float(line.split()[-1]) for line in lines if line.startswith("vllm:request_success_total"))
+
+
+@pytest.mark.slow
+@vllm_itself
+def test_two_servers_of_vllm(vllm_urls: list[str], tmp_path: Path) -> None:
+    where = ["--rollout.vllm.urls", f"[{', '.join(vllm_urls)}]"]
+    run = train("ddp", 2, tmp_path / "run", *SMALL, *where)
+    _, *lines = metrics(run)
+    assert [line["step"] for line in lines] == [1, 2]
+    assert all(line["rollout/probe_gap"] <= 1e-4 and line["rollout/logprob_gap_max"] <= 1e-4 for line in lines)
+    shares = [finished_requests(url) for url in vllm_urls]
+    assert min(shares) >= 0.25 * sum(shares), f"each draws its part: {shares}"
+    done = launch(None, 1, "--config", "configs/quickstart.yaml", "--model", "toy", "--n", "2",
+                  "--model.dtype", "float32", "--output", str(tmp_path / "out"), "--rollout.engine", "vllm", *where,
+                  program=["-m", "grpo_dist.evaluate"])  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert "pass@2" in done.stdout
+    assert all(finished_requests(url) > share for url, share in zip(vllm_urls, shares, strict=True))

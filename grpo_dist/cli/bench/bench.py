@@ -88,7 +88,8 @@ def time_workload(workload: Workload, options: argparse.Namespace, rest: Sequenc
         theirs = None
         if options.against:
             command = their_command(workload, options, model, scratch)
-            theirs = opened.enter_context(Worker(command, scratch / options.against))
+            # its threads wait as they do without this package
+            theirs = opened.enter_context(Worker(command, scratch / options.against, without=["GOMP_SPINCOUNT"]))
         for _ in range(num_steps):
             their_step = theirs.step(None) if theirs else None
             lengths = their_step["lengths"] if their_step else None

@@ -11,7 +11,7 @@ import os
 import subprocess
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from multiprocessing.connection import Client, Connection, Listener, wait
 from pathlib import Path
 from typing import Any
@@ -49,9 +49,10 @@ def let_go() -> None:
 class Worker:
     """A trainer that takes steps on request; a context manager."""
 
-    def __init__(self, command: Sequence[str], directory: Path) -> None:
-        """`directory` is for its log."""
+    def __init__(self, command: Sequence[str], directory: Path, without: Sequence[str] = ()) -> None:
+        """`directory` is for its log; its environment is this one without the variables `without`."""
         self.command, self.directory = list(command), directory
+        self.environment = {name: value for name, value in os.environ.items() if name not in without}
 
     def __enter__(self) -> Worker:
         self.directory.mkdir()
@@ -60,7 +61,7 @@ class Worker:
             self.log = (self.directory / "log").open("w")
             self.process = subprocess.Popen(
                 self.command, stdout=self.log, stderr=subprocess.STDOUT, start_new_session=True,
-                env={**os.environ, "TOKENIZERS_PARALLELISM": "false", ADDRESS: str(listener.address)},
+                env={**self.environment, "TOKENIZERS_PARALLELISM": "false", ADDRESS: str(listener.address)},
             )  # fmt: skip
             try:
                 self._wait(listener._listener._socket)  # type: ignore[attr-defined]
@@ -74,7 +75,12 @@ class Worker:
         """Request one step, or its rollout alone, and return the answer."""
         self.line.send({"lengths": lengths, "is_rollout": is_rollout})
         self._wait(self.line)
-        return self.line.recv()
+        try:
+            return self.line.recv()
+        except EOFError:  # a worker that dies closes its line before it is gone
+            with suppress(subprocess.TimeoutExpired):
+                self.process.wait(5)
+            raise self._failure() from None
 
     def _wait(self, thing: Any) -> None:
         deadline = time.monotonic() + PATIENCE_SECONDS
