@@ -95,7 +95,7 @@ def update(parts: Parts, state: TrainState, batch: Batch, minibatch: Minibatch) 
             importance = rollout_weights(loss_config, old, tokens.rollout, pack.sequence)
             loss = policy_loss(loss_config, state.kl_coeff, logprobs, entropies, old, tokens.reference,
                                tokens.advantages * importance, tokens.weights, pack.sequence)  # fmt: skip
-            total, averaged = loss.total, {"entropy": entropies}
+            total, averaged = loss.total, {"entropy": entropies, **parts.policy.router_agreement(pack)}
             if values is not None:
                 assert tokens.values is not None and tokens.returns is not None, "with_old_policy fills them"
                 errors = value_loss(values, tokens.values, tokens.returns, tokens.weights, config.critic.clip)

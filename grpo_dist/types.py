@@ -1,7 +1,8 @@
 """The data that flows through one step: prompts, trajectories and the global batch.
 
 Pure data: no model, no device handling, no I/O. Shapes use P prompts, N completions, R rewards, L completion tokens in
-all and T of them that the policy sampled. Completion n belongs to prompt `group[n]`; its sampled tokens are the slice
+all and T of them that the policy sampled; the prompts have Lp tokens in all, and a mixture of experts R routers that
+choose K experts for a token. Completion n belongs to prompt `group[n]`; its sampled tokens are the slice
 `starts[n] : starts[n] + lengths[n]` of every flat (T,) tensor. Tokens that were not sampled are context: others attend
 to them, and they have no entry in (T,) tensors, of which losses, advantages, KL terms and their denominators are made.
 """
@@ -76,6 +77,9 @@ class Trajectory:
     """Whether the policy sampled each of `ids`."""
     episode: Episode | None = None
     """None where there are no tools and no environment."""
+    routes: Tensor | None = None
+    """(tokens of the prompt and of `ids`, R, K) integers on the CPU: the experts that each token took, see
+    `model.routing`. None where nobody replays them."""
 
 
 @dataclass(frozen=True)
@@ -118,6 +122,11 @@ class Batch:
     reference_logprobs: Tensor | None = None
     """(T,) float32: log-probability of each token under the reference (nats), from `with_reference`; None without a KL
     term."""
+    prompt_routes: Tensor | None = None
+    """(Lp, R, K): the experts that the tokens of each prompt took, one prompt after another; None where nobody replays
+    them."""
+    routes: Tensor | None = None
+    """(L, R, K): those of the completions' tokens."""
     token_rewards: Tensor | None = None
     """(T, R) float64: rewards at the tokens they were given for, NaN elsewhere; a reward for the outcome is at the last
     token. None if all rewards are for the outcome."""
@@ -159,6 +168,16 @@ class Batch:
         """(N,) int64: where each completion begins in the (L,) tensors."""
         return torch.cumsum(self.row_lengths, 0) - self.row_lengths
 
+    @cached_property
+    def prompt_lengths(self) -> Tensor:
+        """(P,) int64: tokens of each prompt."""
+        return torch.tensor([len(prompt.ids) for prompt in self.prompts], dtype=torch.int64)
+
+    @cached_property
+    def prompt_starts(self) -> Tensor:
+        """(P,) int64: where each prompt begins in the (Lp,) tensors."""
+        return torch.cumsum(self.prompt_lengths, 0) - self.prompt_lengths
+
     @property
     def sequence(self) -> Tensor:
         """(T,) int64: the completion each sampled token belongs to."""
@@ -189,6 +208,11 @@ def join(batches: list[Batch], groups: list[list[int]]) -> Batch:
         return torch.cat([getattr(batch, name)[mine] for batch, mine in zip(batches, places, strict=True)])
 
     reference = None if batches[0].reference_logprobs is None else chosen("reference_logprobs", places)
+    routes = prompt_routes = None
+    if batches[0].routes is not None:
+        prompt_places = [token_places(batch.prompt_starts[members], batch.prompt_lengths[members])
+                         for batch, members in zip(batches, groups, strict=True)]  # fmt: skip
+        prompt_routes, routes = chosen("prompt_routes", prompt_places), chosen("routes", row_places)
     token_rewards = None
     if any(batch.token_rewards is not None for batch in batches):
         token_rewards = torch.cat([all_token_rewards(batch)[mine] for batch, mine in zip(batches, places, strict=True)])
@@ -198,7 +222,7 @@ def join(batches: list[Batch], groups: list[list[int]]) -> Batch:
         ids=chosen("ids", row_places), sampled=chosen("sampled", row_places),
         sampled_logprobs=chosen("sampled_logprobs", places), rewards=chosen("rewards", kept),
         reward=chosen("reward", kept),
-        reference_logprobs=reference, token_rewards=token_rewards,
+        reference_logprobs=reference, prompt_routes=prompt_routes, routes=routes, token_rewards=token_rewards,
         scoring=_joined_scoring([batch.scoring for batch in batches]),
         extras={column: [value for batch, mine in zip(batches, kept, strict=True)
                          for value in _column(batch, column, mine)]
@@ -224,6 +248,11 @@ def token_places(starts: Tensor, lengths: Tensor) -> Tensor:
     """The numbers `starts[n]` to `starts[n] + lengths[n] - 1` of each n, one after another; all int64."""
     before = torch.cumsum(lengths, 0) - lengths
     return torch.repeat_interleave(starts - before, lengths) + torch.arange(int(lengths.sum()))
+
+
+def no_routes(tokens: int, like: Tensor) -> Tensor:
+    """(tokens, R, K) as `like` (…, R, K): in place of experts, the number that says that none were recorded."""
+    return like.new_full((tokens, *like.shape[-2:]), torch.iinfo(like.dtype).max)
 
 
 def all_token_rewards(batch: Batch) -> Tensor:

@@ -9,7 +9,10 @@ from .checks import require
 from .vllm import VllmConfig
 
 TokensInFlight = int | Literal["auto"]
+RoutingReplay = bool | Literal["auto"]
 
+NO_ROUTES = {"paged": "does not report the experts of a token", "vllm": "is not asked for the experts of a token"}
+"""Engines that cannot serve routing replay, and why."""
 MOST_STOP_CHARACTERS = 1000
 """The table that finds stop texts has a row for each of their characters."""
 
@@ -57,6 +60,9 @@ class RolloutConfig:
     """Draw several tokens of a completion in one pass where other completions of its prompt, of the same step or of
     earlier epochs, show what probably comes next, and where that is faster. The completions are the same, to the last
     bit. For models that decode in C++ on a CPU (docs/architecture.md); others draw without drafts."""
+    routing_replay: RoutingReplay = "auto"
+    """For a mixture of experts: reference and update take the experts that each token took in the rollout, weighted by
+    their own routers (docs/experts.md). `auto` does so where the model and the engine can; true refuses others."""
     lag: int = 0
     """Steps by which the policy that draws a batch is behind the one that begins to train on it. 0 draws with the
     newest policy. 1 draws the next step's batch before this step's update."""
@@ -71,6 +77,9 @@ class RolloutConfig:
         require(0 < self.top_p <= 1, "rollout.top_p", self.top_p, "a share in (0, 1]")
         require(self.top_k >= 0, "rollout.top_k", self.top_k, "0 (off) or more")
         require(0 <= self.min_p < 1, "rollout.min_p", self.min_p, "a share in [0, 1)")
+        reports = self.engine not in NO_ROUTES
+        require(self.routing_replay is not True or reports, "rollout.routing_replay", True,
+                f"auto or false with rollout.engine: {self.engine}, which {NO_ROUTES.get(self.engine)}")  # fmt: skip
         require(self.lag in (0, 1), "rollout.lag", self.lag, "0 or 1 steps")
         require(all(self.stop), "rollout.stop", self.stop, "texts of at least one character")
         require(sum(map(len, self.stop)) <= MOST_STOP_CHARACTERS, "rollout.stop", self.stop,

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..distributed.transfer import to_device
-from ..types import Batch, token_places
+from ..types import Batch, no_routes, token_places
 from .attention import PackLayout, RowLayout
 from .shared_prefix import segments
 
@@ -63,6 +63,8 @@ class Pack:
     """Which tokens attend to which; None for a plain causal row of one prompt and one completion."""
     useful: int
     """Tokens of the row that belong to a sequence: all of them, or none in an empty pack."""
+    routes: Tensor | None = None
+    """(T, R, K): the experts that each token took in the rollout, see `routing`; None where nobody replays them."""
 
     def to(self, device: torch.device) -> Pack:
         """The pack with all tensors on `device`, in one asynchronous copy."""
@@ -70,7 +72,8 @@ class Pack:
 
     def to_with(self, others: Sequence[Tensor], device: torch.device) -> tuple[Pack, list[Tensor]]:
         """The pack on `device`, and other tensors in the same copy."""
-        names = ("ids", "positions", "predictor", "targets", "token", "sequence", "owner")
+        names = ["ids", "positions", "predictor", "targets", "token", "sequence", "owner"]
+        names += [] if self.routes is None else ["routes"]
         bounds = segments(self.layout.pieces) if self.layout and device.type == "cuda" else None
         tensors = [*(getattr(self, name) for name in names), *(bounds.tensors if bounds else [])]
         moved = to_device([*tensors, *others], device)
@@ -175,7 +178,8 @@ def make_pack(batch: Batch, pieces: list[Piece], *, share_prompts: bool = True) 
         empty = torch.zeros(0, dtype=torch.int64)
         layout = RowLayout([(1, [])]) if share_prompts else None
         one = torch.zeros(1, dtype=torch.int64)
-        return Pack(one, one, empty, empty, empty, empty, one + FILLER, layout, useful=0)
+        routes = None if batch.routes is None else no_routes(1, like=batch.routes)
+        return Pack(one, one, empty, empty, empty, empty, one + FILLER, layout, useful=0, routes=routes)
     chosen = torch.tensor([n for piece in pieces for n in piece.completions])
     lengths = batch.row_lengths[chosen]
     left = iter(lengths.tolist())
@@ -202,5 +206,11 @@ def make_pack(batch: Batch, pieces: list[Piece], *, share_prompts: bool = True) 
     layout = RowLayout(shapes) if share_prompts else None
     sampled = batch.sampled[source]
     token = token_places(batch.starts[chosen], batch.lengths[chosen])
+    routes = None
+    if batch.routes is not None and batch.prompt_routes is not None:
+        routes = batch.routes.new_empty((len(ids), *batch.routes.shape[1:]))
+        routes[row] = batch.routes[source]
+        prompts = torch.tensor([p.prompt for p in pieces])
+        routes[prompt_row] = batch.prompt_routes[token_places(batch.prompt_starts[prompts], prompt_lengths)]
     return Pack(ids, positions, predictor[sampled], batch.tokens[token], token, sequence[sampled], owner, layout,
-                useful=len(ids) if len(token) else 0)  # fmt: skip
+                useful=len(ids) if len(token) else 0, routes=routes)  # fmt: skip

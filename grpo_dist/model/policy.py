@@ -18,6 +18,7 @@ from .dropout import TokenKeys
 from .fused_modules import fuse_gates, fuse_norms
 from .logprobs import head_logprobs, logits_logprobs
 from .packing import Pack
+from .routing import routers_of
 
 
 class Policy(nn.Module):
@@ -62,6 +63,8 @@ class Policy(nn.Module):
         text before it (None without a critic); all (M,) float32. `dropout_key` makes the dropout of updates differ."""
         if self.token_keys is not None:
             self.token_keys.draw(dropout_key, pack.owner, pack.positions)
+        if (routers := routers_of(self.causal_lm)) is not None:
+            routers.given = pack.routes  # also for layers that are recomputed in the backward pass
         inputs: dict[str, Any] = {"input_ids": pack.ids[None], "use_cache": False}
         if pack.layout is not None:
             inputs |= {"position_ids": pack.positions[None], "layout": pack.layout}
@@ -76,6 +79,13 @@ class Policy(nn.Module):
             logprobs, entropies = logits_logprobs(kept_logits(output.logits[0], pack.predictor), **numbers)
             hidden = output.hidden_states[-1][0, pack.predictor] if needs_hidden else None
         return logprobs, entropies, None if self.value_head is None else self.value_head(hidden)
+
+    def router_agreement(self, pack: Pack) -> dict[str, Tensor]:
+        """The metric of routers after the forward pass of `pack`, (M,); nothing where no routes are replayed."""
+        routers = routers_of(self.causal_lm)
+        if routers is None or pack.routes is None:
+            return {}
+        return {"rollout/router_agreement": routers.agreement(pack.predictor)}
 
 
 def kept_logits(logits: Tensor, predictor: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor
 from ..config.checks import require
 from ..config.schema import Config
 from ..distributed.row_group import RowGroup, to_heads, to_tokens
+from ..types import no_routes
 from .attention import PackLayout, RowLayout
 from .packing import FILLER, Pack
 from .shared_prefix import Segments
@@ -73,8 +74,12 @@ def split_pack(pack: Pack, group: RowGroup) -> Pack:
     own, lengths = group.share(len(pack.ids) + missing), group.lengths(len(pack.ids) + missing)
     ids, positions = (torch.cat([x, x.new_zeros(missing)])[own] for x in (pack.ids, pack.positions))
     owner = torch.cat([pack.owner, pack.owner.new_full((missing,), FILLER)])[own]
+    routes = pack.routes
+    if routes is not None:
+        routes = torch.cat([routes, no_routes(missing, like=routes)])[own]
     here = (pack.predictor >= own.start) & (pack.predictor < own.stop)
     return Pack(
         ids, positions, pack.predictor[here] - own.start, pack.targets[here], pack.token[here], pack.sequence[here],
         owner, SplitLayout(layout, group, lengths), useful=int((owner != FILLER).sum()) if pack.useful else 0,
+        routes=routes,
     )  # fmt: skip

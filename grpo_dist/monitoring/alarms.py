@@ -159,6 +159,9 @@ RULES = (
          "rollout and trainer disagree about the same token by up to {value:.3g} nats"),
     Rule("rollout_off", "rollout/kl", _now("rollout/kl"), 2e-2, 1e-2, 3,
          "rollouts are not drawn by the policy that is trained: KL is {value:.3g} nats a token between the two"),
+    Rule("routers_off", "rollout/router_agreement",
+         lambda history: None if (now := history.now("rollout/router_agreement")) is None else 1 - now, 0.3, 0.2, 3,
+         "{value:.0%} of the routers would choose other experts than the rollout took"),
     Rule("probe_gap", "rollout/probe_gap", _now("rollout/probe_gap"), 0.2, 0.1, 1,
          "the servers score a fixed row differently than the trainer, by up to {value:.3g} nats"),
     Rule("update_lost", "rollout/update_share",
@@ -192,7 +195,7 @@ def rules_for(kl_estimator: str, dtype: str = "bfloat16", lag: int = 0) -> tuple
     `kl` of sequences has no known scale, nor has the distance to the rollout where an older policy drew it.
     """
     without = {"kl"} if kl_estimator == "squared_sequence" else set()
-    without |= {"rollout/logprob_gap_max", "rollout/kl"} if lag else set()
+    without |= {"rollout/logprob_gap_max", "rollout/kl", "rollout/router_agreement"} if lag else set()
     rules = [rule for rule in RULES if rule.metric not in without]
     limits = {name: by_dtype[dtype] for name, by_dtype in ROUNDING.items() if dtype in by_dtype}
     return tuple(replace(rule, limit=limit, clears=limit / 2) if (limit := limits.get(rule.name)) else rule

@@ -125,12 +125,15 @@ class UpdateMetrics:
 
 
 def update_metrics(updates: list[dict[str, float]]) -> dict[str, float | None]:
-    """Metrics of a step: those of its last update, the largest gap to the rollout of all, the KL to it of the first."""
+    """Metrics of a step: those of its last update, the largest gap to the rollout of all, and of the first one how near
+    it is to the rollout."""
     if not updates:
         return NO_UPDATE
     name = "rollout/logprob_gap_max"
     largest = max(update[name] for update in updates)
-    return {**updates[-1], name: largest, "rollout/kl": updates[0].get("rollout/kl")}
+    step = {**updates[-1], name: largest, "rollout/kl": updates[0].get("rollout/kl")}
+    agreement = "rollout/router_agreement"
+    return step | ({agreement: updates[0][agreement]} if agreement in updates[0] else {})
 
 
 class Clock:

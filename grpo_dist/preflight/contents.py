@@ -32,6 +32,7 @@ from ..rewards.pool.pool import ScorerPool
 from ..rewards.registry import BUILT_IN, answer_checks, declared_placement, episode_columns
 from ..rewards.scores import to_items
 from ..rollout.playing import by_environment, described, episodes_of, for_prompts, open_host, templated
+from ..rollout.replay import require_experts
 from ..rollout.sampling import sampling_with
 from ..text.plain import plain
 from ..types import Prompt
@@ -68,6 +69,7 @@ def read_contents(config: Config, num_ranks: int, findings: Findings) -> Content
             check_model_config(contents.model_config, contents.tokenizer, config.max_sequence_length)
             implementation, obstacle = attention_for(config.model, contents.model_config, config.max_sequence_length)
             require_quantizable(config, contents.model_config)
+            require_experts(config.rollout, contents.model_config)
             require_whole_groups(config, contents.model_config, num_ranks, obstacle)
             if left_out := try_blank(config.model, config.lora, contents.model_config, implementation):
                 findings.remarks.append(f"adapters: none on {left_out}")

@@ -18,6 +18,7 @@ const TITLES = {
   "rollout/kl": ["Rollout's distance from the trainer", "nats a token"],
   "rollout/update_share": ["Share of the update in the rollout", "share"],
   "rollout/logprob_gap_max": ["Gap of rollout and trainer", "nats, largest"],
+  "rollout/router_agreement": ["Routers that agree with the rollout", SHARE],
   "rollout/tokens_per_second": ["Rollout speed", "tokens per second"],
   "rollout/draft_accepted": ["Drafted tokens that were drawn", SHARE],
   "time/step": ["Time of a step", "seconds"],
@@ -26,7 +27,7 @@ const TITLES = {
 };
 const CURVES = ["kl", "entropy", "completion/length_mean", "completion/truncated", "reward/groups_zero_std",
   "reward/unscored", "loss", "grad_norm", "learning_rate", "ratio/max", "rollout/kl", "rollout/logprob_gap_max",
-  "rollout/update_share"];
+  "rollout/update_share", "rollout/router_agreement"];
 const SPEED = ["time/step", "rollout/tokens_per_second", "rollout/draft_accepted", "memory/peak_gib", "tokens/useful_share"];
 const PHASES = { rollout: "rollout", reward: "waiting for rewards", reference: "reference and old policy",
   update: "update", sync: "sync of the rollout weights", eval: "evaluation" };

@@ -15,6 +15,7 @@ from ..config.rollout import RolloutConfig
 from ..model.checks import CANNOT
 from ..model.gpu_kernels import triton_obstacle
 from ..model.quantized import quantized_layers
+from ..model.routing import routers_of
 from ..types import Trajectory
 from . import LocalEngine, NativeDecoder, PagedDecoder, Request, RowDecoder, decode_all, paged_obstacle
 from .local import Weights
@@ -76,8 +77,10 @@ def make_engine(
         most = "modules" if window is not None else step
         make, message, decoding = _own_decoder(model, obstacle, gather, most, rollout.drafts)
         on_gpu, name = model.get_input_embeddings().weight.is_cuda, "native"
-        # one group at a time is what continuous batching beats on a GPU; the one that shares prompts is faster than it
-        if rollout.engine == "paged" or (rollout.engine == "auto" and on_gpu and obstacle is not None):
+        # one group at a time is what continuous batching beats on a GPU; the one that shares prompts is faster than it,
+        # and it does not report the experts of a token
+        prefers_paged = on_gpu and obstacle is not None and routers_of(model) is None
+        if rollout.engine == "paged" or (rollout.engine == "auto" and prefers_paged):
             fault = next(filter(None, gather(_paged_fault(model, make))), None)
             if fault is not None and rollout.engine == "paged":
                 raise UnfitEngine(f"rollout.engine: 'paged' given, expected 'auto' or 'native' for this model: {fault}")

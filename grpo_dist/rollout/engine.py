@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import Protocol
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..types import Trajectory
 from .sampling import Sampling
@@ -159,8 +159,9 @@ def limit_of(request: Request, most: int) -> int:
 
 
 def trajectory(
-    request: Request, ids: list[int], logprobs: list[float], end_ids: list[int], sampling: Sampling
-) -> Trajectory:
+    request: Request, ids: list[int], logprobs: list[float], end_ids: list[int], sampling: Sampling,
+    routes: Tensor | None = None,
+) -> Trajectory:  # fmt: skip
     """The answer to a request; raises FloatingPointError where the model's output was not a distribution."""
     if not all(map(math.isfinite, logprobs)):
         raise FloatingPointError(
@@ -168,4 +169,5 @@ def trajectory(
             "its weights or activations have overflowed"
         )
     finished = not request.ignore_end and sampling.ends(ids, request.offset, end_ids)
-    return Trajectory(request.slot, request.sample, ids, logprobs, finished, sampled=[True] * len(ids))
+    return Trajectory(request.slot, request.sample, ids, logprobs, finished, sampled=[True] * len(ids),
+                      routes=routes)  # fmt: skip

@@ -12,6 +12,9 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from ..config.environment import EnvironmentConfig
 from ..environments.host import EnvironmentHost, Event
 from ..text.tool_turns import Answer, Call, ToolTurns
@@ -42,6 +45,8 @@ class _Play:
     ids: list[int] = field(default_factory=list)
     sampled: list[bool] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
+    routes: Tensor | None = None
+    """Of the prompt and `ids`; of a token that several turns computed, the first ones."""
     messages: list[dict[str, Any]] = field(default_factory=list)
     calls: list[Call] = field(default_factory=list)
     """Of its newest turn."""
@@ -93,6 +98,7 @@ class Episodes:
 
     def read(self, play: _Play, turn: Trajectory) -> None:
         """Take in a turn, and the calls in it."""
+        play.routes = routes_after(play.routes, turn.routes)
         play.ids += turn.ids
         play.sampled += turn.sampled
         play.logprobs += turn.logprobs
@@ -285,9 +291,15 @@ class _Table:
                           play.rewards, play.tool_seconds)  # fmt: skip
         request = play.request
         self.done.append(Trajectory(request.slot, request.sample, play.ids, play.logprobs, play.finished, play.sampled,
-                                    episode))  # fmt: skip
+                                    episode, play.routes))  # fmt: skip
         if self.on_finish:
             self.on_finish(self.done[-1:])
+
+
+def routes_after(before: Tensor | None, turn: Tensor | None) -> Tensor | None:
+    """The routes of a row after one more turn, (T, R, K). `turn` has those of the tokens of `before` too, as they were
+    computed again; what was drawn after them was drawn by the first ones, except for the last token, which had none."""
+    return turn if before is None or turn is None else torch.cat([before[:-1], turn[len(before) - 1 :]])
 
 
 def require_same(one: Prompt, other: Prompt) -> None:

@@ -20,6 +20,7 @@ from ..model.attention import RowLayout
 from ..model.checks import CANNOT
 from ..model.packing import Pack
 from ..model.policy import kept_logits
+from ..model.routing import Routers
 from . import NativeDecoder, Request, RowDecoder, decode_all
 
 PROMPT, COMPLETIONS = 5, (4, 3)
@@ -204,6 +205,42 @@ def decoding_error(model: nn.Module, decoder: NativeDecoder) -> float:
             predictor = PROMPT - 1 if place == 0 else start + place - 1
             worst = max(worst, abs(float(rows[predictor, token]) - logprob))
     return worst
+
+
+def routing_fault(model: nn.Module, shared_prompts: bool) -> str | None:
+    """Why the experts that a rollout takes cannot be taken again in this model; None where they can."""
+    try:
+        routers = Routers(model)
+    except ValueError as error:
+        return str(error)
+    try:
+        return _replay_fault(model, routers, shared_prompts)
+    except CANNOT as error:
+        return f"its routers cannot be given experts: {type(error).__name__}: {error}"
+    finally:
+        routers.remove()
+
+
+@torch.no_grad()
+def _replay_fault(model: nn.Module, routers: Routers, shared_prompts: bool) -> str | None:
+    pack = probe_pack(model, shared_prompts)
+    count = len(pack.ids)
+    layout = {} if pack.layout is None else {"position_ids": pack.positions[None], "layout": pack.layout}
+
+    def logits(given: Tensor | None) -> Tensor:
+        routers.given = given
+        return model(input_ids=pack.ids[None], use_cache=False, **layout).logits[0].float()
+
+    own = logits(None)
+    if any(chosen.shape != (count, routers.experts_of_a_token) for chosen in routers.chosen):
+        return "not every router chooses experts for every token by torch.topk"
+    taken = routers.recorded()
+    same, others = logits(taken), logits(((taken.long() + 1) % routers.num_experts).to(taken.dtype))
+    if float((same - own).abs().max()) > rounding(model):
+        return "it computes something else with the experts that it chose itself"
+    if routers.experts_of_a_token < routers.num_experts and torch.equal(own, others):
+        return "its experts do not depend on the choice"
+    return None
 
 
 @torch.no_grad()

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..types import Trajectory
+from ..model.routing import routers_of
+from ..types import Trajectory, no_routes
 from .engine import Decoder, Request, limit_of, take_group, trajectory
 from .sampling import Rules, Sampling, draw
 
@@ -47,10 +48,13 @@ class RowDecoder(Decoder):
         tokens: list[Tensor] = []
         logprobs: list[Tensor] = []
         state: dict[str, Any] = {}
+        routers, routes = routers_of(model), []
         for position in range(max(limits)):
             if position:
                 yield []
             output = model(input_ids=inputs, use_cache=True, logits_to_keep=1, **state)
+            if routers is not None:  # of the prompt, or of the newest token of each row
+                routes.append(routers.recorded().view(len(group), -1, *routers.shape))
             state = _state_after(model, output, len(group[0].prompt) + position)
             token, logprob = draw(output.logits[:, -1], keys, offsets + position, sampling, rules)
             tokens.append(token)
@@ -61,9 +65,18 @@ class RowDecoder(Decoder):
                 break
             inputs = token[:, None]
         drawn = zip(group, length.tolist(), torch.stack(tokens, 1).tolist(), torch.stack(logprobs, 1).tolist(),
-                    strict=True)  # fmt: skip
-        yield [trajectory(request, ids[:most], values[:most], self.end_ids, sampling)
-               for request, most, ids, values in drawn]  # fmt: skip
+                    _of_rows(routes, length.tolist()), strict=True)  # fmt: skip
+        yield [trajectory(request, ids[:most], values[:most], self.end_ids, sampling, routes)
+               for request, most, ids, values, routes in drawn]  # fmt: skip
+
+
+def _of_rows(routes: list[Tensor], lengths: list[int]) -> list[Tensor | None]:
+    """Routes of each row of a group, from those of each call; the last token of a row came into no call."""
+    if not routes:
+        return [None] * len(lengths)
+    prompt, table = routes[0].shape[1], torch.cat(routes, 1).cpu()
+    return [torch.cat([row[: prompt + length - 1], no_routes(1, like=row)])
+            for row, length in zip(table, lengths, strict=True)]  # fmt: skip
 
 
 def _state_after(model: nn.Module, output: Any, length: int) -> dict[str, Any]:

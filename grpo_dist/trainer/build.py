@@ -49,6 +49,7 @@ from ..rewards.pool.pool import ScorerPool
 from ..rewards.registry import EPISODE_COLUMNS, answer_checks, labels
 from ..rollout.choose import UnfitEngine
 from ..rollout.playing import by_environment, episodes_of, for_prompts, open_host, templated
+from ..rollout.replay import require_experts
 from ..rollout.sampling import Sampling, sampling_with
 from ..text.files import write_file
 from ..text.tokens import CompletionTexts
@@ -180,6 +181,7 @@ def _load_data(config: Config, resume_from: Path | None, host: EnvironmentHost |
     check_model_config(model_config, tokenizer, config.max_sequence_length)
     implementation, obstacle = attention_for(config.model, model_config, config.max_sequence_length)
     require_quantizable(config, model_config)
+    require_experts(config.rollout, model_config)
     require_whole_groups(config, model_config, int(os.environ.get("WORLD_SIZE", "1")), obstacle)
     if left_out := try_blank(config.model, config.lora, model_config, implementation):
         log.info("adapters: none on %s", left_out)

@@ -125,7 +125,9 @@ def _round(
         if drawn is None:
             drawn = partial(generate, parts, state, prompts, config.rollout.group_size, parts.sampling, stream, step)
         trajectories, scoring = drawn()
-        batch = gather_trajectories(parts.ranks, prompts, trajectories, has_episodes=parts.episodes is not None)
+        nothing = None if parts.routers is None else parts.routers.nothing
+        batch = gather_trajectories(parts.ranks, prompts, trajectories, has_episodes=parts.episodes is not None,
+                                    nothing_routed=nothing)  # fmt: skip
         scoring.complete(batch)
     parts.phase.sampled_tokens += len(batch.tokens)
     # with resampling only of the groups that stay, and a step ahead while a server draws the next batch

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..distributed.ranks import Ranks
 from ..rewards.scores import Failure, Scores, combine
 from ..rollout.episodes import require_same
-from ..types import Batch, Episode, Prompt, Trajectory, at_last_tokens
+from ..types import Batch, Episode, Prompt, Trajectory, at_last_tokens, no_routes
 
 log = logging.getLogger(__name__)
 
@@ -26,12 +26,13 @@ class RewardFailure(RuntimeError):
 
 
 def gather_trajectories(
-    ranks: Ranks, prompts: list[Prompt], trajectories: list[Trajectory], *, has_episodes: bool = False
-) -> Batch:
+    ranks: Ranks, prompts: list[Prompt], trajectories: list[Trajectory], *, has_episodes: bool = False,
+    nothing_routed: Tensor | None = None,
+) -> Batch:  # fmt: skip
     """The global batch in the order of (prompt, sample), from every rank's contiguous share of it; a collective.
 
-    Its rewards are yet to come: see `gather_scores`. Raises RewardFailure where episodes of one prompt began
-    differently.
+    `nothing_routed` (0, R, K) is given where the trajectories have routes that are to be kept. Rewards are yet to come:
+    see `gather_scores`. Raises RewardFailure where episodes of one prompt began differently.
     """
     numbers = torch.tensor([[each.slot, len(each.ids), each.finished] for each in trajectories], dtype=torch.int64)
     numbers = ranks.gather(numbers.view(-1, 3))
@@ -42,9 +43,14 @@ def gather_trajectories(
     if has_episodes:
         episodes = [each for part in ranks.gather_objects([each.episode for each in trajectories]) for each in part]
         prompts = _played_prompts(prompts, numbers[:, 0].tolist(), episodes)
+    prompt_routes = routes = None
+    if nothing_routed is not None:
+        prompt_routes = _gather_prompt_routes(ranks, prompts, trajectories, nothing_routed)
+        routes = ranks.gather(torch.cat([nothing_routed, *(_routes(each)[-len(each.ids) :] for each in trajectories)]))
     nothing = torch.full((len(numbers),), torch.nan, dtype=torch.float64)
     return Batch(prompts, numbers[:, 0], numbers[:, 1], numbers[:, 2].bool(), ids, sampled, logprobs,
-                 rewards=nothing[:, None], reward=nothing, episodes=episodes)  # fmt: skip
+                 rewards=nothing[:, None], reward=nothing, episodes=episodes, prompt_routes=prompt_routes,
+                 routes=routes)  # fmt: skip
 
 
 def gather_scores(
@@ -95,6 +101,31 @@ def _played_prompts(prompts: list[Prompt], group: list[int], episodes: list[Epis
             except ValueError as error:
                 raise RewardFailure(str(error)) from error
     return [played.get(slot, prompt) for slot, prompt in enumerate(prompts)]
+
+
+def _routes(trajectory: Trajectory) -> Tensor:
+    assert trajectory.routes is not None, "asked only where the engine reports them"
+    return trajectory.routes
+
+
+def _gather_prompt_routes(
+    ranks: Ranks, prompts: list[Prompt], trajectories: list[Trajectory], nothing: Tensor
+) -> Tensor:
+    """The routes of each prompt's tokens, (Lp, R, K), as the first trajectory of its group has them.
+
+    The group's other ranks have computed the prompt too. A group without a trajectory of this prompt has none.
+    """
+    first: dict[int, Tensor] = {}
+    for each in trajectories:
+        if each.episode is None or each.episode.failure is None:
+            first.setdefault(each.slot, _routes(each)[: -len(each.ids)])
+    numbers = ranks.gather(torch.tensor([[slot, len(part)] for slot, part in first.items()], dtype=torch.int64)
+                           .view(-1, 2))  # fmt: skip
+    gathered = ranks.gather(torch.cat([nothing, *first.values()]))
+    parts: dict[int, Tensor] = {}
+    for slot, part in zip(numbers[:, 0].tolist(), gathered.split(numbers[:, 1].tolist()), strict=True):
+        parts.setdefault(slot, part)
+    return torch.cat([parts.get(slot, no_routes(len(prompt.ids), nothing)) for slot, prompt in enumerate(prompts)])
 
 
 def _flat(rows: Iterable[list[Any]], dtype: type[np.generic]) -> Tensor:

@@ -24,11 +24,13 @@ from ..model.policy import Policy
 from ..model.quantization import describe, kind_of, require_unsharded
 from ..model.reference import AdaptersAtStart, AdaptersOff, FrozenCopy, Reference, needs_copy
 from ..model.rollout_weights import RolloutModel
+from ..model.routing import Routers
 from ..model.split_rows import require_whole_groups
 from ..rollout import Engine
 from ..rollout.choose import make_engine
 from ..rollout.own_attention import require_no_noise, settle_attention
 from ..rollout.probe import head_is_plain
+from ..rollout.replay import settle_replay
 from ..rollout.vllm.start import make_vllm_engine
 
 log = logging.getLogger(__name__)
@@ -49,6 +51,8 @@ class Models:
     engine: Engine
     share_prompts: bool
     """Whether a pack computes a prompt once for several completions."""
+    routers: Routers | None
+    """The policy's, where reference and update take the experts of the rollout."""
 
 
 def load_models(
@@ -88,17 +92,20 @@ def load_models(
     share_prompts = obstacle is None
     require_no_noise(wrapped, policy, share_prompts, ranks.gather_objects)
     saved = {} if resume_from is None else checkpoint.load_meta(resume_from)
+    rollout = engine_to_keep(config.rollout, saved)
     with rollout_model.open() as model:
         plain = head_is_plain(model, share_prompts)
+        routers = settle_replay(models, rollout, share_prompts, ranks.gather_objects)
     engine: Engine
     if config.rollout.engine == "vllm":
         engine = make_vllm_engine(config, ranks, rollout_model, policy, end_ids, saved.get("step", 0))
     else:
-        engine = make_engine(rollout_model, obstacle, end_ids, engine_to_keep(config.rollout, saved),
-                             ranks.gather_objects, saved.get("decoding"), window)  # fmt: skip
+        engine = make_engine(rollout_model, obstacle, end_ids, rollout, ranks.gather_objects, saved.get("decoding"),
+                             window)  # fmt: skip
     for each in (policy, *([reference.policy] if reference else [])):  # may be one
         each.fused_head = plain and isinstance(each.causal_lm.get_output_embeddings(), torch.nn.Linear)
-    return Models(policy, wrapped, prepared, optimizer_state, reference, rollout_model, engine, share_prompts)
+    return Models(policy, wrapped, prepared, optimizer_state, reference, rollout_model, engine, share_prompts,
+                  routers)  # fmt: skip
 
 
 def engine_to_keep(rollout: RolloutConfig, saved: dict[str, Any]) -> RolloutConfig:

@@ -14,3 +14,8 @@ def shortest(completions: list[str], **_: Any) -> list[float]:
 def nothing_at_the_second_step(completions: list[str], trainer_state: Any, **_: Any) -> list[float]:
     """The length in characters, and at the second step 0 for all, so that no update is made."""
     return [0.0 if trainer_state.global_step == 1 else float(len(text)) for text in completions]
+
+
+def different_characters(completions: list[str], **_: Any) -> list[float]:
+    """How many characters a text has, each counted once."""
+    return [float(len(set(text))) for text in completions]

@@ -233,6 +233,11 @@ class DecodeState:
         return seats if self.all_seated else seats[self.seat]
 
 
+def longer(table: Tensor, rows: int) -> Tensor:
+    """The table with so many rows of zeros more."""
+    return torch.cat([table, table.new_zeros((rows, *table.shape[1:]))])
+
+
 def _padded(rows: Sequence[Tensor]) -> Tensor:
     """Tensors (Hk, L, D) of different lengths as one (N, Hk, longest, D)."""
     longest = max(row.shape[1] for row in rows)

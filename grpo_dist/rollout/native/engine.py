@@ -21,9 +21,10 @@ from ...distributed.transfer import to_device
 from ...types import Trajectory
 from ..engine import Decoder, Request, limit_of, take_group, trajectory
 from ..sampling import Rules, Sampling, draw
-from .cache import DecodeState
+from .cache import DecodeState, longer
 from .drafted import DraftedSteps, Drafts
 from .graphs import Replayed
+from .routes import RouteTable
 from .steps import SeveralTokensStep, Step, module_step, prefill
 
 COMPACT_BELOW = {"cpu": 0.85, "cuda": 0.7}
@@ -114,6 +115,7 @@ class Decoding:
         captures = kind == "cuda" and engine.captures
         self.replayed = Replayed(self._step, lambda: self.state.version) if captures else None
         self.decode = engine.step_of(model)
+        self.routes = RouteTable(model, engine.max_new_tokens, self.device)
         self.rules = Rules(sampling, engine.end_ids, self.device)
         several = self.decode if isinstance(self.decode, SeveralTokensStep) else None
         self.entering = several if self.shares else None
@@ -163,11 +165,11 @@ class Decoding:
         ]
         keys, limit, offset, may_end = to_device(columns, self.device)
         self.rules.grow(len(new))
+        self.routes.grow(len(new))
         self.keys, self.limit = torch.cat([self.keys, keys]), torch.cat([self.limit, limit])
         self.offset, self.may_end = torch.cat([self.offset, offset]), torch.cat([self.may_end, may_end > 0])
-        self.start = _longer(self.start, len(new))
-        self.ended_at = _longer(self.ended_at, len(new))
-        self.tokens, self.logprobs = _longer(self.tokens, len(new)), _longer(self.logprobs, len(new))
+        self.start, self.ended_at = longer(self.start, len(new)), longer(self.ended_at, len(new))
+        self.tokens, self.logprobs = longer(self.tokens, len(new)), longer(self.logprobs, len(new))
         self.state.version += 1  # a captured step knows the tables of before
 
     def run(self) -> Iterator[list[Trajectory]]:
@@ -205,6 +207,7 @@ class Decoding:
         rows = self.alive.nonzero()[:, 0] if self.kept.any() else slice(None)
         self.state.begin_step(None if isinstance(rows, slice) else rows)
         logits = self.decode(self.last[rows], positions[rows], self.state)
+        self.routes.keep_step(self.row_request[rows], self.state.lengths[rows])
         self.state.end_step()
         self._draw(logits, rows)
 
@@ -281,6 +284,7 @@ class Decoding:
         """Compute the groups' prompts in a row, and draw the first token of each sequence."""
         prompts, sizes = [self.requests[group[0]].prompt for group in groups], [len(group) for group in groups]
         layout, logits = prefill(self.model, prompts)
+        self.routes.keep_prompts(groups, layout.lengths)
         self.state.admit(layout, sizes)
         new = torch.tensor([n for group in groups for n in group], device=self.device)
         self.row_request = torch.cat([self.row_request, new])
@@ -331,11 +335,11 @@ class Decoding:
         starts, lengths = self.start[ended], self.ended_at[ended]
         longest = int(lengths.max())
         ids, logprobs = self.tokens[ended, :longest].tolist(), self.logprobs[ended, :longest].tolist()
-        for place, (row, n, start, length) in enumerate(
-            zip(rows.tolist(), ended.tolist(), starts.tolist(), lengths.tolist(), strict=True)
-        ):
+        routes = self.routes.of(ended.tolist(), lengths.tolist(), self.routes.of_drawn(ended))
+        columns = [column.tolist() for column in (rows, ended, starts, lengths)]
+        for row, n, start, length, drawn, values, taken in zip(*columns, ids, logprobs, routes, strict=True):
             request, own = self.requests[n], slice(start, length)
-            answer = trajectory(request, ids[place][own], logprobs[place][own], self.engine.end_ids, self.sampling)
+            answer = trajectory(request, drawn[own], values[own], self.engine.end_ids, self.sampling, taken)
             self.finished.append(answer)
             if self.engine.drafts:
                 self.engine.drafts.add(request, start, answer.ids)
@@ -343,8 +347,3 @@ class Decoding:
                 prompt_tokens = int(self.state.prompt_lengths[self.state.prompt[row]])
                 self.kept_at[request.slot, request.sample] = _Kept(n, prompt_tokens, request.prompt + answer.ids)
                 self.kept[row] = True
-
-
-def _longer(table: Tensor, rows: int) -> Tensor:
-    """The table with so many rows of zeros more."""
-    return torch.cat([table, table.new_zeros((rows, *table.shape[1:]))])

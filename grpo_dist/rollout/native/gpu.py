@@ -27,6 +27,7 @@ from ..sampling import Rules, Sampling
 from .fused import fused_draw
 from .graphs import Sizes
 from .pages import TILE, PagePool
+from .routes import RouteTable
 from .steps import Step, prefill
 
 LADDER = [8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512]
@@ -69,11 +70,15 @@ class HostCopy:
         self.event = torch.cuda.Event()
         self.event.record()
 
-    def values(self) -> list[list]:
-        """The tensors as lists."""
+    def tensors(self) -> list[Tensor]:
+        """The tensors on the host."""
         if self.event is not None:
             self.event.synchronize()
-        return [copy.tolist() for copy in self.copies]
+        return self.copies
+
+    def values(self) -> list[list]:
+        """The tensors as lists."""
+        return [copy.tolist() for copy in self.tensors()]
 
 
 class PagedDecoding:
@@ -113,6 +118,8 @@ class PagedDecoding:
         self.tokens = torch.zeros((nobody + 1, max_new_tokens), dtype=torch.int64, device=device)
         self.logprobs = torch.zeros((nobody + 1, max_new_tokens), dtype=torch.float32, device=device)
         self.ended_at = torch.zeros(nobody + 1, dtype=torch.int64, device=device)
+        self.routes = RouteTable(model, max_new_tokens, device)
+        self.routes.grow(nobody + 1)
         self.looked: tuple[list[_Row], HostCopy] | None = None
         self.results: deque[tuple[list[int], HostCopy]] = deque()
 
@@ -140,12 +147,16 @@ class PagedDecoding:
         pool.begin_step(rows, tiles)
         positions = pool.prompt_lengths[pool.prompt[:rows]] + pool.lengths[:rows]
         logits = self.decode(self.last[:rows], positions.long(), pool)
+        self.routes.keep_step(self._request(slice(0, rows)), pool.lengths[:rows].long())
         pool.lengths[:rows] += self.alive[:rows]
         self._draw(logits, slice(0, rows))
 
+    def _request(self, rows: slice) -> Tensor:
+        """The requests of rows; what has ended goes on for nobody."""
+        return torch.where(self.alive[rows], self.row_request[rows], len(self.requests))
+
     def _draw(self, logits: Tensor, rows: slice) -> None:
-        alive, position = self.alive[rows], self.pool.lengths[rows].long()
-        request = torch.where(alive, self.row_request[rows], len(self.requests))
+        alive, position, request = self.alive[rows], self.pool.lengths[rows].long(), self._request(rows)
         place = self.offset[request] + position
         token, logprob = fused_draw(logits, self.keys[request], place, self.sampling, self.rules)
         ends = self.rules.ended(token, request, place) & self.may_end[request]
@@ -190,6 +201,7 @@ class PagedDecoding:
             prompts.append(_Prompt(ids, self.places.pop(), pool.take(len(ids)), len(group)))
             self.rows += [_Row(n, prompts[-1]) for n in group]
         layout, logits = prefill(self.model, [prompt.ids for prompt in prompts])
+        self.routes.keep_prompts(groups, layout.lengths)
         pool.store(layout, [prompt.pages for prompt in prompts])
         new = slice(first, len(self.rows))
         which = torch.tensor([n for n, group in enumerate(groups) for _ in group])
@@ -243,7 +255,9 @@ class PagedDecoding:
             return
         requests = [row.request for row in self.rows if id(row) in ended]
         (places,) = to_device([torch.tensor(requests)], self.device)
-        self.results.append((requests, HostCopy(self.ended_at[places], self.tokens[places], self.logprobs[places])))
+        copy = HostCopy(self.ended_at[places], self.tokens[places], self.logprobs[places],
+                        *self.routes.of_drawn(places))  # fmt: skip
+        self.results.append((requests, copy))
         alive_rows = [n for n, row in enumerate(self.rows) if id(row) not in ended]
         for row in self.rows:
             if id(row) in ended:
@@ -266,11 +280,16 @@ class PagedDecoding:
     def _ended(self) -> list[Trajectory]:
         """The trajectories whose copies were queued, waiting for these."""
         results, self.results = self.results, deque()
-        return [
-            trajectory(self.requests[n], ids[:length], logprobs[:length], self.end_ids, self.sampling)
-            for requests, copy in results
-            for n, length, ids, logprobs in zip(requests, *copy.values(), strict=True)
-        ]
+        trajectories = []
+        for requests, copy in results:
+            tensors = copy.tensors()
+            lengths, tokens, logprobs = (tensor.tolist() for tensor in tensors[:3])
+            routes = self.routes.of(requests, lengths, tensors[3:])
+            trajectories += [
+                trajectory(self.requests[n], ids[:length], values[:length], self.end_ids, self.sampling, taken)
+                for n, length, ids, values, taken in zip(requests, lengths, tokens, logprobs, routes, strict=True)
+            ]
+        return trajectories
 
 
 def _rung(rows: int) -> int:

@@ -18,6 +18,7 @@ HEALTHY = {
     "learning_rate": 1e-3, "update/skipped": 0.0, "completion/length_mean": 5.0, "completion/truncated": 0.0,
     "tokens/completion": 500.0, "rollout/logprob_gap_max": 0.01,
     "rollout/kl": 1e-3, "rollout/update_share": 1.0, "rollout/probe_gap": 0.02,
+    "rollout/router_agreement": 0.95,
     "time/reward": 0.1, "time/step": 2.0,
 }  # fmt: skip
 WRONG: dict[str, tuple[dict[str, float | None], int]] = {
@@ -31,6 +32,7 @@ WRONG: dict[str, tuple[dict[str, float | None], int]] = {
     "logprob_gap": ({"rollout/logprob_gap_max": 3.0}, 3),
     "rollout_off": ({"rollout/kl": 0.05}, 3),
     "probe_gap": ({"rollout/probe_gap": 0.3}, 1),
+    "routers_off": ({"rollout/router_agreement": 0.6}, 3),
     "update_lost": ({"rollout/update_share": 0.04}, 1),
     "rewards_failing": ({"reward/math/failed": 2.0}, 1),
     "unscored": ({"reward/unscored": 0.3}, 3),

@@ -22,11 +22,13 @@ def _patch(tensor: Any, *others: Any) -> None:
 
 interpreter._patch_lang_tensor = _patch
 
-from transformers import Qwen2Config, Qwen3Config  # noqa: E402
+from transformers import Qwen2Config, Qwen3Config, Qwen3MoeConfig  # noqa: E402
 from transformers import Qwen2ForCausalLM as Qwen2  # noqa: E402
 from transformers import Qwen3ForCausalLM as Qwen3  # noqa: E402
+from transformers import Qwen3MoeForCausalLM as Qwen3Moe  # noqa: E402
 
 from grpo_dist.model import attention, gate_kernel, head_kernel, join_kernel, logprobs, shared_prefix  # noqa: E402
+from grpo_dist.model.routing import Routers  # noqa: E402
 from grpo_dist.rollout.engine import Request, decode_all, in_order  # noqa: E402
 from grpo_dist.rollout.native import gpu, pages  # noqa: E402
 from grpo_dist.rollout.native.cache import PrefillLayout  # noqa: E402
@@ -114,6 +116,7 @@ def completions(model: Any, step_of: Any, tokens: int, sampling: Sampling) -> li
         a.ids == b.ids
         and a.finished == b.finished
         and all(abs(p - q) < 1e-5 for p, q in zip(a.logprobs, b.logprobs, strict=True))
+        and (a.routes is b.routes is None or torch.equal(a.routes, b.routes))
         for a, b in zip(got, expected, strict=True)
     ]
     return [sum(same), len(same) - sum(same), decoding.pool.num_pages - len(set(decoding.pool.free))]
@@ -141,6 +144,9 @@ def main() -> None:
     """Run every kernel."""
     gpu.LADDER[:], gpu.STEPS = [1, 2, 4, 8], 3
     qwen2, qwen3 = model_of(Qwen2, Qwen2Config), model_of(Qwen3, Qwen3Config, head_dim=8)
+    sizes = {"head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8}
+    experts = model_of(Qwen3Moe, Qwen3MoeConfig, **sizes)
+    Routers(experts)
     result: dict[str, Any] = {
         "attention": [attention_of_pages(*case) for case in ((None, 6, 2, 32), ((1, 2), 4, 4, 16), ((4, 1), 7, 1, 24))],
         "completions": [
@@ -148,6 +154,7 @@ def main() -> None:
             completions(qwen3, FusedStep, 1 << 20, Sampling(top_p=0.9)),
             completions(qwen2, module_step, 1 << 20, Sampling()),
             completions(qwen2, FusedStep, 1 << 20, RULES),
+            completions(experts, module_step, 64 * 5, Sampling()),
         ],
     }
     logits, keys = torch.randn(5, 3000) * 3, torch.randint(-(2**62), 2**62, (5,))

@@ -37,8 +37,8 @@ def test_attention_over_pages_is_a_softmax_over_all_keys(interpreted: Any) -> No
 
 
 def test_the_engine_on_pages_draws_what_the_other_draws(interpreted: Any) -> None:
-    """With every place for rows and pages taken and given back, too."""
-    assert interpreted["completions"] == [[6, 0, 0]] * 4
+    """With every place for rows and pages taken and given back, too, and tokens of experts with their routes."""
+    assert interpreted["completions"] == [[6, 0, 0]] * 5
 
 
 def test_the_fused_draw_is_the_plain_one(interpreted: Any) -> None:

@@ -215,3 +215,20 @@ def test_failures_stop_all_ranks_or_none(shares: list[range], caplog: pytest.Log
         assert batch.scoring["reward/right/failed"] == 3.0
     (warning,) = caplog.records
     assert "25.0%" in warning.getMessage() and "no 6" in warning.getMessage()
+
+
+@pytest.mark.parametrize("shares", SHARES, ids=len)
+def test_routes_travel_with_the_rows(shares: list[range]) -> None:
+    """Those of a prompt are its first trajectory's, whichever rank has it, but not one whose environment broke."""
+    generator = torch.Generator().manual_seed(0)
+    drawn = [replace(each, routes=torch.randint(0, 9, (1 + len(each.ids), 2, 3), generator=generator).byte())
+             for each in COMPLETIONS]  # fmt: skip
+    broken = Episode([], 1, None, "the environment broke", {}, PROMPTS[0])
+    drawn[0] = replace(drawn[0], episode=broken)
+    nothing, ranks = torch.zeros((0, 2, 3), dtype=torch.uint8), Threads(len(shares))
+    batches = ranks.run(lambda rank: gather_trajectories(
+        ranks, PROMPTS, [drawn[n] for n in shares[rank]], nothing_routed=nothing))  # type: ignore[arg-type]  # fmt: skip
+    routes = [each.routes for each in drawn if each.routes is not None]
+    for batch in batches:
+        assert torch.equal(batch.prompt_routes, torch.cat([routes[n][:1] for n in (1, 4, 8)]))
+        assert torch.equal(batch.routes, torch.cat([each[1:] for each in routes]))

@@ -1,0 +1,50 @@
+"""Whether a run replays the experts of its rollouts; see `model/routing.py`."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from ..config.checks import require
+from ..config.rollout import NO_ROUTES, RolloutConfig
+from ..model.checks import UnfitModel
+from ..model.routing import Routers, has_experts
+from .probe import routing_fault
+
+log = logging.getLogger(__name__)
+
+
+def require_experts(rollout: RolloutConfig, model_config: Any) -> None:
+    """Raise ValueError where replay is asked for and a model with this config has no experts."""
+    require(rollout.routing_replay is not True or has_experts(model_config), "rollout.routing_replay", True,
+            f"auto or false for a model without experts ({model_config.model_type})")  # fmt: skip
+
+
+def settle_replay(
+    models: Sequence[Any], rollout: RolloutConfig, shared_prompts: bool, gather: Callable[[Any], list[Any]]
+) -> Routers | None:
+    """Have all `models`, which share an architecture, replay routes as `rollout.routing_replay` asks: the routers of
+    the first one, None where nothing is replayed. A line in the log says so.
+
+    The last model has its weights; `gather` returns what each rank gave it. Raises UnfitModel where replay is asked for
+    and cannot be had. A collective.
+    """
+    model = models[-1]
+    if not has_experts(model.config):
+        return None
+    if not rollout.routing_replay:
+        log.info("experts: rollout, reference and update each choose their own (rollout.routing_replay: false)")
+        return None
+    obstacle = f"rollout.engine {rollout.engine} {NO_ROUTES[rollout.engine]}" if rollout.engine in NO_ROUTES else None
+    obstacle = obstacle or next(filter(None, gather(routing_fault(model, shared_prompts))), None)
+    if obstacle is not None and rollout.routing_replay is True:
+        raise UnfitModel(f"rollout.routing_replay: True given, expected auto or false: {obstacle}")
+    if obstacle is not None:
+        log.warning("experts: rollout, reference and update each choose their own, which differ where scores are near "
+                    "(no routing replay: %s)", obstacle)  # fmt: skip
+        return None
+    routers = [Routers(each) for each in dict.fromkeys(models)]
+    log.info("experts: reference and update take those of the rollout, %d of %d in %d layers; no load-balance loss",
+             routers[0].experts_of_a_token, routers[0].num_experts, len(routers[0].chosen))  # fmt: skip
+    return routers[0]
