@@ -13,7 +13,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import torch
 from peft import PeftModel
-from resident import server_for
+from resident import ForkedRun, server_for
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -54,11 +54,11 @@ def command(strategy: str | None, num_processes: int, program: list[str] = TRAIN
     ]  # fmt: skip
 
 
-def launch(
+def begin(
     strategy: str | None, num_processes: int, *arguments: str, environment: dict[str, str] | None = None,
-    timeout_seconds: float = 300, program: list[str] = TRAINER, directory: Path = ROOT, fresh: bool = False,
-) -> subprocess.CompletedProcess[str]:  # fmt: skip
-    """Run a training to its end and return what it printed.
+    program: list[str] = TRAINER, directory: Path = ROOT, fresh: bool = False,
+) -> subprocess.Popen[str] | ForkedRun:  # fmt: skip
+    """Start a training, for tests that do something to it while it runs.
 
     Its processes are forks of one that has imported the libraries (see fork_server.py), or `fresh`, as a user's are.
     """
@@ -66,10 +66,26 @@ def launch(
     variables = {**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})}
     server = None if fresh else server_for(variables)
     if server is not None:
-        return server.run(words[1:], directory, variables, timeout_seconds)
-    return subprocess.run(
-        words, cwd=directory, capture_output=True, text=True, timeout=timeout_seconds, env=variables, check=False
+        return server.start(words[1:], directory, variables)
+    return subprocess.Popen(
+        words, cwd=directory, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=variables
     )
+
+
+def launch(
+    strategy: str | None, num_processes: int, *arguments: str, environment: dict[str, str] | None = None,
+    timeout_seconds: float = 300, program: list[str] = TRAINER, directory: Path = ROOT, fresh: bool = False,
+) -> subprocess.CompletedProcess[str]:  # fmt: skip
+    """Run a training to its end and return what it printed; `fresh` is that of `begin`."""
+    run = begin(strategy, num_processes, *arguments, environment=environment, program=program, directory=directory,
+                fresh=fresh)  # fmt: skip
+    try:
+        out, err = run.communicate(timeout=timeout_seconds)
+    except BaseException:
+        run.kill()
+        run.wait()
+        raise
+    return subprocess.CompletedProcess(run.args, run.wait(), out, err)
 
 
 def train(strategy: str | None, num_processes: int, directory: Path, *arguments: str, fresh: bool = False) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import functools
 import json
 import os
@@ -16,7 +17,10 @@ from pathlib import Path
 
 import torch
 
-FREE = {"PYTHONPATH", "FAULT", "FAULT_RANK", "PYTEST_CURRENT_TEST"}
+FREE = {
+    "PYTHONPATH", "FAULT", "FAULT_RANK", "FAULT_MARK", "DISKS", "CXX", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "HF_TOKEN",
+    "WANDB_API_KEY", "MY_PASSWORD", "JUDGE_KEY", "PYTEST_CURRENT_TEST",
+}  # fmt: skip
 """Variables in which a run may differ from the server: no library reads them while it is imported."""
 
 
@@ -25,6 +29,7 @@ class ForkServer:
 
     def __init__(self, environment: Mapping[str, str]) -> None:
         self._fixed = fixed(environment)
+        self._run: ForkedRun | None = None
         self._requests, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             self._process = subprocess.Popen(
@@ -36,39 +41,78 @@ class ForkServer:
         """Whether the libraries would have been imported alike in this environment."""
         return fixed(environment) == self._fixed
 
-    def run(
-        self, words: Sequence[str], directory: Path, environment: Mapping[str, str], timeout_seconds: float
-    ) -> subprocess.CompletedProcess[str]:
-        """What `python WORDS` printed and ended with; raises subprocess.TimeoutExpired after killing it."""
-        job = {"words": list(words), "directory": str(directory), "environment": dict(environment)}
-        with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
-            socket.send_fds(self._requests, [json.dumps(job).encode()], [out.fileno(), err.fileno()])
-            pid = int(self._receive())
-            self._requests.settimeout(timeout_seconds)
-            try:
-                status = int(self._receive())
-            except BaseException as error:
-                self._requests.settimeout(None)
-                os.kill(pid, signal.SIGKILL)
-                self._receive()
-                if isinstance(error, TimeoutError):
-                    raise subprocess.TimeoutExpired(job["words"], timeout_seconds) from error
-                raise
-            self._requests.settimeout(None)
-            for file in (out, err):
-                file.seek(0)
-            return subprocess.CompletedProcess(job["words"], status, out.read(), err.read())
+    def start(self, words: Sequence[str], directory: Path, environment: Mapping[str, str]) -> ForkedRun:
+        """Start `python WORDS`. The server has one run at a time: one that a failed test has left is killed first."""
+        self._end_run()
+        self._run = ForkedRun(self._requests, words, directory, environment)
+        return self._run
 
     def close(self) -> None:
         """Let the server end."""
+        self._end_run()
         self._requests.close()
         self._process.wait()
 
-    def _receive(self) -> bytes:
+    def _end_run(self) -> None:
+        if self._run is not None and self._run.poll() is None:
+            self._run.kill()
+            self._run.wait()
+
+
+class ForkedRun:
+    """A program in a fork of the server: what the tests use of `subprocess.Popen`, its output in files."""
+
+    def __init__(
+        self, requests: socket.socket, words: Sequence[str], directory: Path, environment: Mapping[str, str]
+    ) -> None:
+        self._requests, self.args = requests, list(words)
+        self.returncode: int | None = None
+        self._files = [tempfile.TemporaryFile("w+") for _ in range(2)]  # noqa: SIM115 (`communicate` closes them)
+        job = {"words": self.args, "directory": str(directory), "environment": dict(environment)}
+        requests.settimeout(None)
+        socket.send_fds(requests, [json.dumps(job).encode()], [file.fileno() for file in self._files])
+        self.pid = self._receive()
+
+    def poll(self) -> int | None:
+        """The exit status, None while it runs."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.wait(0)
+        return self.returncode
+
+    def wait(self, timeout: float | None = None) -> int:
+        """The exit status; raises subprocess.TimeoutExpired after `timeout` seconds."""
+        if self.returncode is None:
+            self._requests.settimeout(timeout)
+            try:
+                self.returncode = self._receive()
+            except (TimeoutError, BlockingIOError) as error:
+                raise subprocess.TimeoutExpired(self.args, timeout or 0) from error
+        return self.returncode
+
+    def communicate(self, timeout: float | None = None) -> tuple[str, str]:
+        """What it has printed, once it has ended, to be asked for once; raises subprocess.TimeoutExpired."""
+        self.wait(timeout)
+        printed = []
+        for file in self._files:
+            with file:
+                file.seek(0)
+                printed.append(file.read())
+        return printed[0], printed[1]
+
+    def send_signal(self, number: int) -> None:
+        """Send a signal to the process, not to those that it has started."""
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        """End the process with SIGKILL."""
+        self.send_signal(signal.SIGKILL)
+
+    def _receive(self) -> int:
         message = self._requests.recv(64)
         if not message:
-            raise RuntimeError(f"the fork server ended with status {self._process.wait()}")
-        return message
+            raise RuntimeError("the fork server has ended")
+        return int(message)
 
 
 def fixed(environment: Mapping[str, str]) -> dict[str, str]:

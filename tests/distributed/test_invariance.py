@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import torch
 from launching import adapters, completions, merged_equals_adapter, metrics, relative_difference, train
 from safetensors.torch import load_file
 
@@ -24,15 +26,23 @@ def one_process(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return train(None, 1, tmp_path_factory.mktemp("one"), *KL)
 
 
+@pytest.fixture(scope="module")
+def fresh(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """ZeRO-2 in processes that are started as users start them. Other tests start forks, which hash strings alike."""
+    return train("zero2", 2, tmp_path_factory.mktemp("fresh"), *KL, fresh=True)
+
+
 def learned(directory: Path) -> dict[str, float]:
     """Norm of the learned part: B starts at zero, so it holds nothing but updates."""
     return {name: float(tensor.norm()) for name, tensor in adapters(directory).items() if "lora_B" in name}
 
 
 @pytest.mark.parametrize(("strategy", "num_processes"), VARIANTS)
-def test_same_tokens_and_weights(strategy: str, num_processes: int, one_process: Path, tmp_path: Path) -> None:
-    """Once as users start it; the other tests start forks, all of which hash strings alike."""
-    other = train(strategy, num_processes, tmp_path / "run", *KL, fresh=strategy == "zero2")
+def test_same_tokens_and_weights(
+    strategy: str, num_processes: int, one_process: Path, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    is_fresh = strategy == "zero2"
+    other = request.getfixturevalue("fresh") if is_fresh else train(strategy, num_processes, tmp_path / "run", *KL)
     expected, got = completions(one_process), completions(other)
     assert [row["completion"] for row in got] == [row["completion"] for row in expected]
     for name in ("advantage", "reward/math", "reward/shortest"):
@@ -45,6 +55,18 @@ def test_same_tokens_and_weights(strategy: str, num_processes: int, one_process:
     for a, b in zip(metrics(one_process)[1:], metrics(other)[1:], strict=True):
         for name in ("loss", "kl", "grad_norm", "reward/mean", "entropy"):
             assert b[name] == pytest.approx(a[name], rel=1e-3, abs=1e-6), name
+
+
+def test_forks_make_the_run_of_fresh_processes(fresh: Path, tmp_path: Path) -> None:
+    """Bit for bit."""
+    forked = train("zero2", 2, tmp_path / "run", *KL)
+    expected, got = adapters(fresh), adapters(forked)
+    assert expected.keys() == got.keys() and all(torch.equal(expected[name], got[name]) for name in expected)
+    assert completions(fresh) == completions(forked)
+    measured = re.compile("time/|memory/|.*second")
+    for a, b in zip(metrics(fresh), metrics(forked), strict=True):
+        assert a.keys() == b.keys()
+        assert {k: v for k, v in a.items() if not measured.match(k)} == {k: b[k] for k in a if not measured.match(k)}
 
 
 @pytest.mark.quick
@@ -68,7 +90,7 @@ def test_first_step(one_process: Path) -> None:
             ("--reference.placement", "shared", "--model.gradient_checkpointing", "true"),
             marks=pytest.mark.slow,
         ),
-        ("zero2", 2, ("--train.max_tokens_per_pack", "80")),
+        pytest.param("zero2", 2, ("--train.max_tokens_per_pack", "80"), marks=pytest.mark.slow),
         ("ddp", 2, ("--train.sequence_parallel_size", "2", "--train.max_tokens_per_pack", "80")),
         pytest.param(
             "fsdp2",
@@ -77,7 +99,7 @@ def test_first_step(one_process: Path) -> None:
             marks=pytest.mark.slow,
         ),
         pytest.param("ddp", 2, ("--model.attn_implementation", "sdpa"), marks=pytest.mark.quick),
-        ("zero2", 2, ("--rollout.engine", "paged")),
+        ("zero1", 2, ("--rollout.engine", "paged")),
     ],
 )
 def test_what_changes_only_speed_and_memory(
@@ -147,7 +169,7 @@ DROPOUT = (*KL, "--lora.dropout", "0.1", "--train.updates_per_batch", "2", "--tr
     ("strategy", "num_processes", "arguments"),
     [
         ("ddp", 2, ("--train.max_tokens_per_pack", "80", "--model.gradient_checkpointing", "true")),
-        ("zero3", 2, ()),
+        pytest.param("zero3", 2, (), marks=pytest.mark.slow),
         pytest.param("fsdp2", 2, (), marks=pytest.mark.slow),
         pytest.param("zero2", 3, ("--model.attn_implementation", "sdpa"), marks=pytest.mark.slow),
     ],

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import subprocess
+import contextlib
+import functools
+import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
-from launching import ROOT, TINY, adapters, command, completions, metrics, relative_difference, train
+from launching import TINY, adapters, begin, completions, metrics, relative_difference, train
 from safetensors.torch import load_file
 
 EACH = ("--train.save_every", "1")
+Shape = tuple[str | None, int]
 
 
 def state(directory: Path) -> dict[str, torch.Tensor]:
@@ -21,13 +24,9 @@ def state(directory: Path) -> dict[str, torch.Tensor]:
     return load_file(directory / "checkpoints" / "step_5" / "state.safetensors")
 
 
-def kill_after(steps: int, strategy: str | None, num_processes: int, directory: Path) -> None:
+def kill_after(steps: int, strategy: str | None, num_processes: int, directory: Path, fresh: bool = False) -> None:
     """Start a training and kill -9 all of it once `steps` steps are written down."""
-    process = subprocess.Popen(
-        [*command(strategy, num_processes), *TINY, *EACH, "--train.output_dir", str(directory)], cwd=ROOT,
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    process = begin(strategy, num_processes, *TINY, *EACH, "--train.output_dir", str(directory), fresh=fresh)
     deadline = time.monotonic() + 240
     while process.poll() is None and time.monotonic() < deadline:
         written = directory / "metrics.jsonl"
@@ -35,17 +34,40 @@ def kill_after(steps: int, strategy: str | None, num_processes: int, directory: 
             break
         time.sleep(0.05)
     assert process.poll() is None, "the run ended before it could be killed"
-    os.killpg(process.pid, signal.SIGKILL)
+    all_of_it = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+    for each in all_of_it:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            each.kill()
     process.wait()
+    _, alive = psutil.wait_procs(all_of_it, timeout=60)
+    assert not alive
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Shape], Path]:
+    """Runs that were killed after two steps. Each is started once, and handed out as a copy."""
+
+    @functools.cache
+    def run(strategy: str | None, num_processes: int) -> Path:
+        directory = tmp_path_factory.mktemp("killed") / "run"
+        # once as users start it: forks all hash strings alike, and what is resumed must not depend on that
+        kill_after(2, strategy, num_processes, directory, fresh=strategy == "zero3")
+        return directory
+
+    def copy(shape: Shape) -> Path:
+        return shutil.copytree(run(*shape), tmp_path_factory.mktemp("copy") / "run")
+
+    return copy
 
 
 @pytest.mark.parametrize(
     ("strategy", "num_processes"), [pytest.param("zero2", 2, marks=pytest.mark.slow), ("zero3", 2), ("fsdp2", 2)]
 )
-def test_killed_and_started_again(strategy: str, num_processes: int, tmp_path: Path) -> None:
+def test_killed_and_started_again(
+    strategy: str, num_processes: int, killed: Callable[[Shape], Path], tmp_path: Path
+) -> None:
     undisturbed = train(strategy, num_processes, tmp_path / "undisturbed", *EACH)
-    kill_after(2, strategy, num_processes, tmp_path / "killed")
-    again = train(strategy, num_processes, tmp_path / "killed", *EACH)
+    again = train(strategy, num_processes, killed((strategy, num_processes)), *EACH)
     expected, got = state(undisturbed), state(again)
     assert expected.keys() == got.keys()
     assert all(torch.equal(expected[name], got[name]) for name in expected)
@@ -54,7 +76,6 @@ def test_killed_and_started_again(strategy: str, num_processes: int, tmp_path: P
     assert [line["loss"] for line in metrics(again)[1:]] == [line["loss"] for line in metrics(undisturbed)[1:]]
 
 
-Shape = tuple[str | None, int]
 SHAPES: list[tuple[Shape, Shape]] = [
     (("fsdp2", 2), ("zero3", 3)),
     (("zero2", 2), ("fsdp2", 3)),
@@ -79,8 +100,7 @@ def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("before", "after"), [pytest.param(*pair, marks=[] if pair is SHAPES[0] else pytest.mark.slow) for pair in SHAPES]
 )
-def test_another_shape_takes_over(before: Shape, after: Shape, one_rank: Path, tmp_path: Path) -> None:
-    kill_after(2, *before, tmp_path / "moved")
-    moved = train(*after, tmp_path / "moved", *EACH)
+def test_another_shape_takes_over(before: Shape, after: Shape, one_rank: Path, killed: Callable[[Shape], Path]) -> None:
+    moved = train(*after, killed(before), *EACH)
     assert [row["completion"] for row in completions(moved)] == [row["completion"] for row in completions(one_rank)]
     assert relative_difference(adapters(one_rank), adapters(moved)) <= 1e-5

@@ -12,13 +12,14 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
 from pathlib import Path
+from typing import Any
 from urllib.request import urlopen
 
 import fake_vllm
 import psutil
 import pytest
 from fake_vllm import FakeVllm
-from launching import ROOT, TINY, command, launch, metrics, train
+from launching import ROOT, TINY, begin, launch, metrics, train
 
 from grpo_dist.model.toy import toy_path
 
@@ -60,15 +61,12 @@ def python(tmp_path: Path) -> str:
     return str(path)
 
 
-def begin(directory: Path, *words: str) -> subprocess.Popen[str]:
+def begin_at(directory: Path, *words: str) -> Any:
     """Start a training in the background."""
-    return subprocess.Popen(
-        [*command(None, 1), *TINY, *SMALL, "--train.output_dir", str(directory), *words], cwd=ROOT, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    return begin(None, 1, *TINY, *SMALL, "--train.output_dir", str(directory), *words)
 
 
-def wait_for(condition: Callable[[], object], run: subprocess.Popen[str]) -> None:
+def wait_for(condition: Callable[[], object], run: Any) -> None:
     while not condition():
         assert run.poll() is None, run.communicate()[1][-4000:]
         time.sleep(0.05)
@@ -87,7 +85,7 @@ def steps(directory: Path) -> int:
 
 def test_a_server_lives_as_long_as_its_run(python: str, tmp_path: Path) -> None:
     directory, words = tmp_path / "run", ["--rollout.vllm.python", python, "--train.num_train_steps", "40"]
-    run = begin(directory, *words, "--train.save_every", "1")
+    run = begin_at(directory, *words, "--train.save_every", "1")
     wait_for(lambda: steps(directory) > 1, run)
     first = note(directory)
     run.kill()
@@ -96,7 +94,7 @@ def test_a_server_lives_as_long_as_its_run(python: str, tmp_path: Path) -> None:
     psutil.wait_procs([psutil.Process(first)] if psutil.pid_exists(first) else [], timeout=30)
     assert not psutil.pid_exists(first), "a killed run leaves no server"
     done = steps(directory)
-    run = begin(directory, *words)
+    run = begin_at(directory, *words)
     wait_for(lambda: steps(directory) > done, run)
     os.kill(note(directory) or 0, signal.SIGKILL)
     _, stderr = run.communicate(timeout=120)
@@ -119,7 +117,7 @@ def test_a_server_that_does_not_start(python: str, tmp_path: Path) -> None:
 
 
 def test_a_signal_while_requests_are_out(server: FakeVllm, tmp_path: Path) -> None:
-    run = begin(tmp_path / "run", *urls(server))
+    run = begin_at(tmp_path / "run", *urls(server))
     wait_for(lambda: steps(tmp_path / "run") == 1, run)
     server.always = "hang"
     wait_for(lambda: server.most_at_once > 2, run)

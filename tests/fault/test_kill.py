@@ -81,7 +81,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]
 
 def kill_at(where: str, run: Path, updates: int, lag: int = 0) -> None:
     """Start the run, or go on with it, and have it killed."""
-    killed = launch(None, 1, *arguments(run, updates, lag), program=["tests/fault/faulty.py"], fresh=True,
+    killed = launch(None, 1, *arguments(run, updates, lag), program=["tests/fault/faulty.py"],
                     environment={"FAULT": f"kill@{where}", "PYTHONPATH": str(ROOT)})  # fmt: skip
     assert killed.returncode == -9, killed.stderr[-3000:]
 

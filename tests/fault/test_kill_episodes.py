@@ -110,7 +110,7 @@ def test_killed_amid_episodes(
     before = {"reset": EPISODES, "call": calls(undisturbed, 1)}[point]
     (folder / f"kill_{point}").write_text(f"{before + 5} {later_seconds}")
     run = tmp_path / "run"
-    killed = launch(None, 1, *arguments(folder, run), fresh=True)
+    killed = launch(None, 1, *arguments(folder, run))
     assert killed.returncode == -9, killed.stderr[-3000:]
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["step_1"], "it was killed in the second step"
     if point == "call":

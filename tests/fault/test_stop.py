@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import signal
-import subprocess
 import time
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 import torch
-from launching import ROOT, TINY, TRAINER, command, launch, metrics, reported_steps, train
+from launching import ROOT, TINY, TRAINER, begin, launch, metrics, reported_steps, train
 from safetensors.torch import load_file
 
 from grpo_dist.checkpoint import store as checkpoint
@@ -44,7 +43,6 @@ QUICK = {"rollout"}
 def test_one_rank_signalled(point: str, undisturbed: Path, tmp_path: Path) -> None:
     run = str(tmp_path / "run")
     stopped = launch("zero2", 2, *TINY, *ARGUMENTS, "--train.output_dir", run, program=["tests/fault/faulty.py"],
-                     fresh=True,
                      environment={"FAULT": f"usr1@{point}", "FAULT_RANK": "1", "PYTHONPATH": str(ROOT)})  # fmt: skip
     assert stopped.returncode == 0, stopped.stderr[-4000:]
     assert "stopped: rank 1 received SIGUSR1" in stopped.stdout
@@ -61,7 +59,7 @@ def test_a_penalty_switched_on_in_the_middle_of_a_batch(tmp_path: Path) -> None:
     """The batch that the checkpoint holds has no reference: it is asked when the run goes on."""
     run, often = tmp_path / "run", ("--train.updates_per_batch", "3", "--train.num_train_steps", "2")
     stopped = launch(None, 1, *TINY, *often, "--loss.kl_coeff", "0", "--train.output_dir", str(run),
-                     program=["tests/fault/faulty.py"], fresh=True,
+                     program=["tests/fault/faulty.py"],
                      environment={"FAULT": "usr1@update:5", "PYTHONPATH": str(ROOT)})  # fmt: skip
     assert stopped.returncode == 0 and "stopped:" in stopped.stdout, stopped.stderr[-4000:]
     tensors, meta = checkpoint.load(run / "checkpoints" / "step_1")
@@ -89,12 +87,10 @@ def test_one_rank_killed(undisturbed: Path, tmp_path: Path) -> None:
 def test_a_second_signal_ends_it_at_once(tmp_path: Path) -> None:
     """In a loop that never comes to a safe point; what is saved is whole."""
     run, mark = tmp_path / "run", tmp_path / "in_the_loop"
-    process = subprocess.Popen(
-        [*command(None, 1, ["tests/fault/faulty.py"]), *TINY, "--train.output_dir", str(run), "--train.save_every", "1",
-         "--data.eval_file", "null"], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "FAULT": "loop@update:3", "FAULT_MARK": str(mark),
-             "PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
+    process = begin(None, 1, *TINY, "--train.output_dir", str(run), "--train.save_every", "1", "--data.eval_file",
+                    "null", program=["tests/fault/faulty.py"], environment={
+                        "FAULT": "loop@update:3", "FAULT_MARK": str(mark), "PYTHONPATH": str(ROOT)
+                    })  # fmt: skip
     deadline = time.monotonic() + 240
     while not mark.exists():
         assert time.monotonic() < deadline and process.poll() is None
@@ -109,64 +105,63 @@ def test_a_second_signal_ends_it_at_once(tmp_path: Path) -> None:
 
 def start(
     strategy: str, directory: Path, *arguments: str, program: list[str] = TRAINER,
-    environment: dict[str, str] | None = None,
-) -> subprocess.Popen[str]:  # fmt: skip
+    environment: dict[str, str] | None = None, fresh: bool = False,
+) -> Any:  # fmt: skip
     """A long training on two ranks, once its first step is written down."""
-    process = subprocess.Popen(
-        [*command(strategy, 2, program), *TINY, "--train.num_train_steps", "5000", "--train.output_dir", str(directory),
-         *arguments], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **(environment or {})},
-    )  # fmt: skip
+    process = begin(strategy, 2, *TINY, "--train.num_train_steps", "5000", "--train.output_dir", str(directory),
+                    *arguments, program=program, fresh=fresh,
+                    environment={"PYTHONPATH": str(ROOT), **(environment or {})})  # fmt: skip
     deadline = time.monotonic() + 240
     while process.poll() is None and time.monotonic() < deadline:
         if (directory / "metrics.jsonl").exists() and len(metrics(directory)) > 1:
             return process
         time.sleep(0.1)
-    raise AssertionError(f"no step was done:\n{process.communicate()[0][-4000:]}")
+    raise AssertionError(f"no step was done:\n{process.communicate()[1][-4000:]}")
 
 
-def of_run(directory: Path) -> list[psutil.Process]:
-    """All processes that were started for the run, scoring workers included."""
-    ranks = [p for p in psutil.process_iter(["cmdline"]) if str(directory) in (p.info["cmdline"] or [])]
-    return ranks + [child for rank in ranks for child in rank.children(recursive=True)]
+def started_by(process: Any) -> list[psutil.Process]:
+    """All processes of the run but the launcher, scoring workers included."""
+    started = psutil.Process(process.pid).children(recursive=True)
+    assert len(started) >= 4, "two ranks, and a scoring worker of each"
+    return started
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_the_launcher_signalled(number: signal.Signals, tmp_path: Path) -> None:
-    process = start("zero2", tmp_path / "run")
-    processes = of_run(tmp_path / "run")
+    process = start("zero2", tmp_path / "run", fresh=True)
+    processes = started_by(process)
     process.send_signal(number)
-    output = process.communicate(timeout=60)[0]  # ranks that the launcher had to kill would not have said so
-    assert "The same command goes on from step" in output
+    # ranks that the launcher had to kill would not have said so
+    assert "The same command goes on from step" in "".join(process.communicate(timeout=60))
     assert list((tmp_path / "run" / "checkpoints").glob("step_*/manifest.json"))
-    assert not [p for p in processes if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+    _, alive = psutil.wait_procs(processes, timeout=60)
+    assert not alive
 
 
 def test_ranks_whose_launcher_is_killed_end(tmp_path: Path) -> None:
     process = start("ddp", tmp_path / "run")
-    processes = of_run(tmp_path / "run")
+    processes = started_by(process)
     process.kill()
-    _, alive = psutil.wait_procs([p for p in processes if p.pid != process.pid], timeout=60)
+    _, alive = psutil.wait_procs(processes, timeout=60)
     assert not alive
 
 
 def test_the_time_limit(tmp_path: Path) -> None:
     done = launch("ddp", 2, *TINY, "--train.num_train_steps", "5000", "--train.max_time", "0:00:03",
-                  "--train.output_dir", str(tmp_path / "run"), fresh=True)  # fmt: skip
+                  "--train.output_dir", str(tmp_path / "run"))  # fmt: skip
     assert done.returncode == 0
     assert "train.max_time (3 s) is reached" in done.stdout
     assert list((tmp_path / "run" / "checkpoints").glob("step_*/manifest.json"))
 
 
 def test_a_hung_rank_is_named(tmp_path: Path) -> None:
-    process = start("ddp", tmp_path / "run", "--train.hang_timeout_seconds", "5")
-    while len(metrics(tmp_path / "run")) < 5 and process.poll() is None:
-        time.sleep(0.1)  # not in the second step: see docs/faults.md on what is not covered
-    hung = next(p for p in of_run(tmp_path / "run") if p.environ().get("RANK") == "1")
-    hung.suspend()
-    output = process.communicate(timeout=120)[0]
-    assert process.returncode != 0
-    assert "rank 1 has not moved for 5 s. It was last seen in the phase" in output and 'File "' in output
+    """Its process is suspended. Not in the second step: see docs/faults.md on what is not covered."""
+    done = launch("ddp", 2, *TINY, "--train.output_dir", str(tmp_path / "run"), "--train.hang_timeout_seconds", "5",
+                  program=["tests/fault/faulty.py"],
+                  environment={"FAULT": "stop@update:4", "FAULT_RANK": "1", "PYTHONPATH": str(ROOT),
+                               "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "2"})  # fmt: skip
+    assert done.returncode != 0
+    assert "rank 1 has not moved for 5 s. It was last seen in the phase" in done.stderr and 'File "' in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -181,7 +176,7 @@ def test_a_hung_main_thread_is_named(fault: str, strategy: str | None, tmp_path:
     """Its process lives, and so does the thread that tells of it."""
     rank = "1" if strategy else "0"
     done = launch(strategy, 2, *TINY, "--train.output_dir", str(tmp_path / "run"), "--train.hang_timeout_seconds", "5",
-                  program=["tests/fault/faulty.py"], fresh=True,
+                  program=["tests/fault/faulty.py"],
                   environment={"FAULT": fault, "FAULT_RANK": rank, "PYTHONPATH": str(ROOT)})  # fmt: skip
     assert done.returncode == 1
     phase = fault.partition("@")[2].partition(":")[0]
@@ -225,7 +220,7 @@ def test_saving_longer_than_the_launcher_waits(patience: str, tmp_path: Path) ->
         assert process.poll() is None
         time.sleep(0.1)
     process.send_signal(signal.SIGTERM)
-    output = process.communicate(timeout=120)[0]
+    output = "".join(process.communicate(timeout=120))
     newest = checkpoint.newest(run / "checkpoints")
     assert newest is not None and newest.name == ("step_1" if patience == "30" else "step_2")
     if patience == "100":
