@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 from accelerate.commands.launch import launch_command_parser
@@ -40,7 +41,15 @@ NEEDED = {"--push_to_hub"}
 STAND_INS = {"FILE": "configs/quickstart.yaml", "RUN": "runs/quickstart", "COMPLETIONS": "completions.jsonl",
              "OTHER_OUTPUT": "other"}  # fmt: skip
 """What the test puts in the place of what a page leaves to its reader."""
+SELDOM = {"python -m grpo_dist plan --config configs/gsm8k_lora.yaml"}
+"""How commands begin that take long, and of which a test of their own runs the like."""
 ALL = [command for page in PAGES for command in commands(page)]
+
+
+def row(command: Command) -> Any:
+    """A command as a row of the test."""
+    marks = [pytest.mark.slow] if any(command.text.startswith(start) for start in SELDOM) else []
+    return pytest.param(command, marks=marks, id=f"{command.page}: {command.text[:70]}")
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +71,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-@pytest.mark.parametrize("command", ALL, ids=[f"{command.page}: {command.text[:70]}" for command in ALL])
+@pytest.mark.parametrize("command", map(row, ALL))
 def test_command(command: Command, workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(workspace)
     monkeypatch.setattr("builtins.input", lambda prompt="": "")

@@ -142,7 +142,8 @@ def fake_vllm(directory: Path) -> Path:
 
 
 @pytest.mark.usefixtures("cluster")
-@pytest.mark.parametrize("is_vllm", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["fake", "vllm"])
+@pytest.mark.slow
+@pytest.mark.parametrize("is_vllm", [False, True], ids=["fake", "vllm"])
 def test_one_node_serves_and_the_other_trains(tmp_path: Path, submitted: list[str], is_vllm: bool) -> None:
     if is_vllm and "GRPO_DIST_VLLM" not in os.environ:
         pytest.skip("GRPO_DIST_VLLM does not name the Python of vLLM")
