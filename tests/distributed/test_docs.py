@@ -71,7 +71,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-@pytest.mark.parametrize("command", map(row, ALL))
+@pytest.mark.parametrize("command", [row(command) for command in ALL])
 def test_command(command: Command, workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(workspace)
     monkeypatch.setattr("builtins.input", lambda prompt="": "")
