@@ -14,6 +14,7 @@ from ..config.places import is_path
 from ..config.schema import LoraConfig, ModelConfig
 from ..distributed.ranks import DTYPES, resolve_dtype
 from ..distributed.sharding import is_sharded
+from ..model.expert_adapters import fuse_expert_adapters
 from ..model.load import base_identity, load_causal_lm, load_model_config, load_policy, load_tokenizer, trainable
 from ..model.lora import fuse_adapters
 from ..model.policy import Policy
@@ -101,6 +102,7 @@ def load(trained: Trained) -> tuple[Policy, Any]:
     adapted = PeftModel.from_pretrained(base, str(trained.path / "adapter"))
     # adapters are added as in training: in 16 bits PEFT's own addition loses small updates
     fuse_adapters(adapted, is_sharded)
+    fuse_expert_adapters(adapted)
     return Policy(adapted, 1.0).eval(), tokenizer
 
 

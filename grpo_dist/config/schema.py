@@ -63,6 +63,9 @@ class LoraConfig:
     on rank or pack."""
     target_modules: str | list[str] = "all-linear"
     """Modules that get adapters: `all-linear`, or a list of names."""
+    target_parameters: list[str] = field(default_factory=list)
+    """Tensors with the weights of several experts that get adapters as well, by the ends of their names, such as
+    `[experts.gate_up_proj, experts.down_proj]`: r for each expert (docs/experts.md)."""
     use_rslora: bool = False
     """Scale adapters by alpha / √r instead (rsLoRA)."""
     init_from: str | None = None
@@ -73,6 +76,8 @@ class LoraConfig:
         require(self.r >= 1, "lora.r", self.r, "a rank of at least 1")
         require(self.alpha > 0, "lora.alpha", self.alpha, "a number above 0")
         require(0 <= self.dropout < 1, "lora.dropout", self.dropout, "a share in [0, 1)")
+        require(not self.target_parameters or self.dropout == 0, "lora.dropout", self.dropout,
+                "0 with lora.target_parameters")  # fmt: skip
 
 
 @dataclass

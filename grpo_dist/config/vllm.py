@@ -65,6 +65,9 @@ def check_vllm(config: Config) -> None:
             "the urls of servers or the python to start one with, where rollout.engine is `vllm`")  # fmt: skip
     require(not is_vllm or config.lora is None or config.lora.r <= MOST_ADAPTER_RANK, "lora.r",
             config.lora and config.lora.r, f"at most {MOST_ADAPTER_RANK}, as vLLM serves no higher rank")  # fmt: skip
+    experts = config.lora.target_parameters if config.lora else []
+    require(not is_vllm or not experts, "lora.target_parameters", experts,
+            "[] with rollout.engine `vllm`, which is not given adapters on experts")  # fmt: skip
     require(not is_vllm or config.model.quantization is None, "model.quantization", config.model.quantization,
             "null with rollout.engine `vllm`: a server would compute with other values of the weights")  # fmt: skip
     require(not is_vllm or rollout.temperature == 1 or not cuts_off(rollout), "rollout.temperature",

@@ -185,8 +185,11 @@ def require_decoder(model: Any) -> None:
                      "in its config.json")  # fmt: skip
 
 
-def adapter_targets(model: Any, targets: str | Sequence[str]) -> tuple[str | Sequence[str], str | None]:
-    """Return the target modules for PEFT, and a note on layers that get no adapter and why, or None.
+def adapter_targets(
+    model: Any, targets: str | Sequence[str], parameters: Sequence[str] = ()
+) -> tuple[str | Sequence[str], str | None]:
+    """Return the target modules for PEFT, and a note on layers that get no adapter and why, or None; `parameters` are
+    names of experts' tensors that get some.
 
     Adapters go on plain linear layers of the language model with weights of their own. Raises UnfitModel if a name
     matches no such layer. The model may be on the meta device.
@@ -207,14 +210,15 @@ def adapter_targets(model: Any, targets: str | Sequence[str]) -> tuple[str | Seq
         head = _head_name(model)
         chosen = [name for name in fit if name != head]
         left_out.pop(head, None)
-        fused = sorted({name.rpartition(".")[2] for name, p in model.named_parameters() if p.ndim == 3})
-        left_out |= {name: "experts in one tensor" for name in fused}
+        fused = {name.rpartition(".")[2] for name, p in model.named_parameters()
+                 if p.ndim == 3 and not any(matches(name, each, False) for each in parameters)}  # fmt: skip
+        left_out |= {name: "experts in one tensor" for name in sorted(fused)}
     else:
         given = [targets] if isinstance(targets, str) else list(targets)
         if not given:
             raise UnfitModel("lora.target_modules: [] given, but it names no layer. Expected `all-linear`, or names of "
                              "layers; `lora: null` trains all weights")  # fmt: skip
-        matched = {each: [name for name in linear if _matches(name, each, isinstance(targets, str))] for each in given}
+        matched = {each: [name for name in linear if matches(name, each, isinstance(targets, str))] for each in given}
         chosen = [name for name in fit if any(name in names for names in matched.values())]
         for each, names in matched.items():
             if not set(names) & set(fit):
@@ -225,7 +229,9 @@ def adapter_targets(model: Any, targets: str | Sequence[str]) -> tuple[str | Seq
         reasons = {reason: sorted({_kind(name) for name, why in left_out.items() if why == reason}) for reason in
                    dict.fromkeys(left_out.values())}  # fmt: skip
         note = "; ".join(f"{_some(names)} ({reason})" for reason, names in reasons.items())
-    is_plain = note is None and not (isinstance(targets, str) and targets != "all-linear")  # a pattern may match more
+    is_pattern = isinstance(targets, str) and targets != "all-linear"  # it may match more
+    # of a mixture of experts, PEFT's `all-linear` means its experts and routers too
+    is_plain = note is None and not is_pattern and not parameters
     return (targets if is_plain else chosen), note
 
 
@@ -269,7 +275,7 @@ def _head_name(model: Any) -> str | None:
     return next((name for name, module in model.named_modules() if head is not None and module is head), None)
 
 
-def _matches(name: str, target: str, is_pattern: bool) -> bool:
+def matches(name: str, target: str, is_pattern: bool) -> bool:
     """Match as PEFT does: a pattern matches full names, a name of a list also the end of a name."""
     return bool(re.fullmatch(target, name)) if is_pattern else name == target or name.endswith(f".{target}")
 
@@ -291,12 +297,12 @@ def _refuse(
     hint = f"; did you mean {near[0]!r}?" if near else "."
     if names:
         reason, hint = f"{target!r} cannot have adapters: {why_not[names[0]]}", "."
-    elif isinstance(targets, str) and any(_matches(name, target, False) for name in fit):
+    elif isinstance(targets, str) and any(matches(name, target, False) for name in fit):
         reason, hint = f"a string is a pattern for full names, and matches none; write [{target}].", ""
-    elif any(_matches(name, target, False) for name, _ in model.named_modules()):
+    elif any(matches(name, target, False) for name, _ in model.named_modules()):
         reason, hint = f"{target!r} is not a linear layer", "."
     elif any(p.ndim == 3 and target.split("_")[0] in name for name, p in model.named_parameters()):
-        reason, hint = f"{target!r} is part of experts in one tensor, which cannot have adapters", "."
+        reason, hint = f"{target!r} is part of experts in one tensor (lora.target_parameters is for these)", "."
     else:
         reason = f"{target!r} is not a layer of {type(model).__name__}"
     raise UnfitModel(f"lora.target_modules: {targets!r} given, but {reason}{hint} Expected `all-linear`, or names "

@@ -19,6 +19,7 @@ from transformers.utils import cached_file
 from ..distributed.deepspeed import name_device, unsharded_loading
 from ..distributed.ranks import dtype_name
 from ..distributed.sharding import gathered
+from .expert_adapters import adapted_weight, delta_weight
 from .load import adapted_layers, plain_name
 from .policy import Policy
 from .quantized import quantized_layers
@@ -45,7 +46,7 @@ def kept_shares(policy: Policy, dtypes: Sequence[torch.dtype], keep: bool) -> li
     for layer in (adapted_layers(policy) if isinstance(policy.model, PeftModel) else {}).values():
         with gathered(list(layer.parameters())):
             if keep:
-                weight, update = layer.get_base_layer().weight, layer.get_delta_weight("default").float()
+                weight, update = adapted_weight(layer), delta_weight(layer)
                 exact = weight.double() + update
                 total += float(update.double().square().sum())
                 for place, dtype in enumerate(dtypes):
@@ -95,16 +96,16 @@ def merged_state(policy: Policy, keep: bool, dtype: torch.dtype) -> dict[str, Te
         if ".lora_" in name or not parameter.is_floating_point():
             continue
         key = plain_name(name)
-        layer = layers.get(key.removesuffix(".weight")) if key.endswith(".weight") else None
+        layer = layers.get(key.removesuffix(".weight"))
         with gathered([parameter, *(layer.parameters() if layer else ())]):
             if keep:
                 parameter = policy.causal_lm.get_parameter(name)
-                value = _merged(parameter, layer.get_delta_weight("default").float()) if layer else parameter
+                value = _merged(parameter, delta_weight(layer)) if layer else parameter
                 state[key] = value.to(_dtype_in_file(policy, parameter, dtype)).cpu().clone()
     for name, base in quantized.items() if keep else ():
         key = plain_name(f"{name}.weight")
         layer, value = layers.get(key.removesuffix(".weight")), base.weight
-        value = (_merged(value, layer.get_delta_weight("default").float()) if layer else value).to(dtype).cpu()
+        value = (_merged(value, delta_weight(layer)) if layer else value).to(dtype).cpu()
         state[key] = value.T.contiguous() if base.is_transposed else value
     if keep:
         state |= {plain_name(name): buffer.cpu().clone() for name, buffer in policy.causal_lm.named_buffers()

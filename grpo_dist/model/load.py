@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ from .checks import (
     require_weights,
 )
 from .dropout import drop_by_token
+from .expert_adapters import expert_parameters, fuse_expert_adapters, of_experts
 from .lora import fuse_adapters
 from .policy import Policy, recompute_layers
 from .quantization import quantized_loading, use_own_layers
@@ -224,7 +226,7 @@ def try_blank(
             raise UnfitModel(f"model.name: {model.name!r} cannot be built from its config ({type(error).__name__}: "
                              f"{error})") from error  # fmt: skip
         require_decoder(base)
-        left_out = None if lora is None else adapter_targets(base, lora.target_modules)[1]
+        left_out = None if lora is None else adapter_targets(base, lora.target_modules, lora.target_parameters)[1]
         make_policy(base, model, lora, 1.0, 0)
     return left_out
 
@@ -274,25 +276,27 @@ def make_policy(
         return Policy(base, temperature, **extras)
     torch.manual_seed(seed)  # all ranks draw the same adapters
     base.requires_grad_(False)
-    targets, _ = adapter_targets(base, lora.target_modules)
+    targets, _ = adapter_targets(base, lora.target_modules, lora.target_parameters)
     adapted = get_peft_model(base, PeftLoraConfig(
         task_type="CAUSAL_LM", r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets,
-        use_rslora=lora.use_rslora,
+        use_rslora=lora.use_rslora, target_parameters=expert_parameters(base, lora.target_parameters) or None,
     ))  # fmt: skip
     token_keys = drop_by_token(adapted, lora.dropout) if lora.dropout else None
     fuse_adapters(adapted, is_sharded)
+    fuse_expert_adapters(adapted)
     return Policy(adapted, temperature, **extras, token_keys=token_keys)
 
 
 def plain_name(name: str) -> str:
     """The name in the plain model of a parameter of the adapted model."""
-    return name.removeprefix("base_model.model.").replace(".base_layer.", ".")
+    return re.sub(r"\.base_layer(?=\.|$)", "", name.removeprefix("base_model.model."))
 
 
 def adapted_layers(policy: Policy) -> dict[str, LoraLayer]:
-    """Layers with adapters by the name of the plain model's layer."""
-    return {plain_name(name): module for name, module in policy.model.named_modules()
-            if isinstance(module, LoraLayer) and module.lora_A}  # fmt: skip
+    """Layers with adapters by the name of the plain model's layer, or of the experts' tensor that they are for."""
+    layers = {name: module for name, module in policy.model.named_modules()
+              if isinstance(module, LoraLayer) and module.lora_A}  # fmt: skip
+    return {plain_name(name) + of_experts(module): module for name, module in layers.items()}
 
 
 def trainable(policy: Policy) -> dict[str, nn.Parameter]:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from ..distributed.deepspeed import unsharded_loading
 from ..distributed.sharding import gathered, is_sharded
+from .expert_adapters import fuse_expert_adapters
 from .load import plain_name
 from .lora import fuse_adapters
 from .policy import Policy
@@ -47,6 +48,7 @@ class RolloutModel:
             if isinstance(policy.model, PeftModel):
                 tree = get_peft_model(tree, replace(policy.model.peft_config["default"], lora_dropout=0.0))
                 fuse_adapters(tree, is_sharded)
+                fuse_expert_adapters(tree)
         self.tree = tree.eval().requires_grad_(False)
         for name, buffer in policy.model.named_buffers():
             owner, _, leaf = name.rpartition(".")

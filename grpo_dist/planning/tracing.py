@@ -20,6 +20,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..config.schema import Config
 from ..model import attention
+from ..model.expert_adapters import adapted_weight
 from ..model.load import blank_causal_lm, make_policy, trainable
 from ..model.packing import Pack, Piece, make_pack
 from ..model.policy import Policy
@@ -79,7 +80,7 @@ def count(policy: Policy) -> ModelCounts:
     """The counts of a policy on any device."""
     trained = {id(p) for p in trainable(policy).values()}
     base = [p for p in policy.parameters() if id(p) not in trained]
-    adapted = [module.get_base_layer().weight for module in policy.modules()
+    adapted = [adapted_weight(module) for module in policy.modules()
                if isinstance(module, LoraLayer) and module.lora_A]  # fmt: skip
     quantized = quantized_layers(policy)
     sizes = {name: layer.in_features * layer.out_features for name, layer in quantized.items()}

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import torch
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
 
+from ..model.expert_adapters import adapted_weight, factors
 from ..model.quantized import dtype_of
 from .native.llama import linear_of
 
@@ -22,14 +24,15 @@ def update_share(model: nn.Module, *, merged: bool) -> float | None:
     for module in model.modules():
         if not isinstance(module, LoraLayer) or "default" not in module.lora_A:
             continue
-        a, b = module.lora_A["default"].weight, module.lora_B["default"].weight
-        scaling, dtype = module.scaling["default"], dtype_of(module.get_base_layer())
+        b, a = factors(module)
+        scaling = module.scaling["default"]
+        dtype = adapted_weight(module).dtype if isinstance(module, ParamWrapper) else dtype_of(module.get_base_layer())
         exact_a, exact_b = a.double(), b.double()
         total += scaling**2 * _inner(exact_a, exact_b, exact_a, exact_b)
         if merged:
             layer = linear_of(module)
             added = (layer.merged() - layer.weight).double()
-            present += scaling * float(((exact_b.T @ added) * exact_a).sum())
+            present += scaling * float(((exact_b.mT @ added) * exact_a).sum())
         else:
             present += scaling**2 * _inner(exact_a, exact_b, a.to(dtype).double(), b.to(dtype).double())
     return present / total if total else None
@@ -37,4 +40,4 @@ def update_share(model: nn.Module, *, merged: bool) -> float | None:
 
 def _inner(a: Tensor, b: Tensor, other_a: Tensor, other_b: Tensor) -> float:
     """The sum of the products of two updates' entries, B A and B' A', without either."""
-    return float(((b.T @ other_b) * (a @ other_a.T)).sum())
+    return float(((b.mT @ other_b) * (a @ other_a.mT)).sum())

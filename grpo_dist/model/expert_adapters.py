@@ -1,0 +1,146 @@
+"""Adapters on experts whose weights are one tensor, computed apart from it.
+
+PEFT adds `scaling · B A` to the weights of all experts before it uses them, in their dtype. In 16 bits this rounds most
+of a small update away, and it takes a second tensor of their size. Here the product of each expert gets its adapter's,
+as in a linear layer: `x Wᵀ + scaling (x Aᵀ) Bᵀ`. The experts' own code computes one expert after another, and finds in
+place of its weight one that does this. Parameters, names and files are PEFT's.
+
+Shapes: E experts, I inputs, O outputs, r rank. Some models have weights (E, O, I), and others (E, I, O).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from ..config.schema import LoraConfig
+from .checks import UnfitModel, matches
+from .lora import adapted_linear
+
+PRODUCTS = (torch.matmul, Tensor.matmul, Tensor.__matmul__)
+"""`x @ W`, in models whose weights are (E, I, O)."""
+
+
+class _Matrix:
+    """The weight of one expert, which is only multiplied with."""
+
+    def __init__(self, weight: Tensor, left: Tensor, right: Tensor, scaling: float) -> None:
+        """`weight` (O, I) or (I, O); see `factors`."""
+        self.weight, self.left, self.right, self.scaling = weight, left, right, scaling
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Tensor:
+        x, matrix, *bias = args
+        if not isinstance(matrix, _Matrix) or func not in (linear, *PRODUCTS) or kwargs:
+            raise TypeError(f"{func} of an expert's weight with adapters, expected a product from its left")
+        weight, a, b = matrix.weight, matrix.right, matrix.left
+        if func is not linear:
+            weight, a, b = weight.T, b.T, a.T
+        return adapted_linear(x, weight, bias[0] if bias else None, a, b, matrix.scaling)
+
+
+class _Weights:
+    """The weights of all experts, which are only indexed."""
+
+    def __init__(self, layer: ParamWrapper) -> None:
+        self.weights, (self.left, self.right) = layer.get_param(), factors(layer)
+        self.scaling = layer.scaling["default"]
+
+    def __getitem__(self, expert: int | Tensor) -> _Matrix:
+        return _Matrix(self.weights[expert], self.left[expert], self.right[expert], self.scaling)
+
+
+def factors(layer: LoraLayer) -> tuple[Tensor, Tensor]:
+    """What a layer's adapters add to its weight is `scaling` times the product of these, (E, rows, r) and
+    (E, r, columns); E is 1 for a linear layer."""
+    a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    if not isinstance(layer, ParamWrapper):
+        return b[None], a[None]
+    a, b = a.unflatten(0, (layer.num_experts, -1)), b.unflatten(1, (-1, layer.num_experts)).permute(2, 0, 1)
+    # PEFT takes the rows of a weight for its inputs, older releases also where they are its outputs
+    return (b, a) if getattr(layer, "_did_swap_in_out_features", False) else (a.mT, b.mT)
+
+
+def adapted_weight(layer: LoraLayer) -> nn.Parameter:
+    """The weight that a layer's adapters are for."""
+    return layer.get_param() if isinstance(layer, ParamWrapper) else layer.get_base_layer().weight
+
+
+def of_experts(layer: LoraLayer) -> str:
+    """What follows the name of a layer in that of the experts' tensor that its adapters are for; else nothing."""
+    return f".{layer.parameter_name}" if isinstance(layer, ParamWrapper) else ""
+
+
+def delta_weight(layer: LoraLayer) -> Tensor:
+    """What a layer's adapters add to its weight, of the weight's shape, in float32."""
+    if not isinstance(layer, ParamWrapper):
+        return layer.get_delta_weight("default").float()
+    left, right = (factor.float() for factor in factors(layer))
+    return (left @ right) * layer.scaling["default"]
+
+
+def expert_parameters(model: Any, names: Sequence[str]) -> list[str]:
+    """The parameters of the model that `names` mean, each a name or the end of one, as PEFT takes them.
+
+    Raises UnfitModel for a name that means no tensor of several experts.
+    """
+    chosen = []
+    own = {name for name, p in model.named_parameters() if p.ndim == 3}
+    for each in names:
+        meant = [name for name, _ in model.named_parameters() if matches(name, each, False)]
+        if not set(meant) & own:
+            expected = ", ".join(sorted({".".join(name.split(".")[-3:]) for name in own})) or "none for this model"
+            reason = "is no tensor of several experts" if meant else "is no parameter of it"
+            raise UnfitModel(f"lora.target_parameters: {each!r} given, which {reason} ({type(model).__name__}), "
+                             f"expected {expected}")  # fmt: skip
+        chosen += [name for name in meant if name in own]
+    return chosen
+
+
+def require_unsharded_experts(lora: LoraConfig | None, shards_weights: bool) -> None:
+    """Raise UnfitModel where ZeRO-3 or FSDP2 would shard adapters that no module's call gathers."""
+    if lora is not None and lora.target_parameters and shards_weights:
+        raise UnfitModel(f"lora.target_parameters: {lora.target_parameters} given, expected [] with ZeRO-3 and FSDP2, "
+                         "or DDP, ZeRO-1 or ZeRO-2: start with accelerate_configs/zero2.yaml")  # fmt: skip
+
+
+def fuse_expert_adapters(model: nn.Module) -> None:
+    """Let experts with adapters compute these apart, one expert after another."""
+    layers = [module for module in model.modules() if isinstance(module, ParamWrapper)]
+    inner = {id(layer.base_layer) for layer in layers}
+    for layer in layers:
+        if id(layer) not in inner:  # one for each tensor, each within the next
+            layer.forward = _apart(layer)
+            layer.get_base_layer().config._experts_implementation = "eager"
+
+
+def _apart(outer: ParamWrapper) -> Callable[..., Any]:
+    experts, layers = outer.get_base_layer(), [outer]
+    while isinstance(layers[-1].base_layer, ParamWrapper):
+        layers.append(layers[-1].base_layer)
+
+    def forward(*inputs: Any, **options: Any) -> Any:
+        if outer.disable_adapters:
+            return experts(*inputs, **options)
+        with _in_place_of(experts, {layer.parameter_name: _Weights(layer) for layer in layers}):
+            return experts(*inputs, **options)
+
+    return forward
+
+
+@contextmanager
+def _in_place_of(experts: nn.Module, weights: dict[str, _Weights]) -> Iterator[None]:
+    """Inside, the experts' code finds these under the names of its parameters, which stay what they are."""
+    experts.__dict__.update(weights)
+    try:
+        yield
+    finally:
+        for name in weights:
+            del experts.__dict__[name]
