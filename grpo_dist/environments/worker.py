@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 _RESERVED = ("reset", "get_reward", "done", "after_turn")
 _THREADS = 256
 _TRACEBACK_CHARACTERS = 4000
+_NO_SIGNALS = "signal only works in main thread"
+"""How Python refuses a signal handler in a thread."""
 
 
 def main(descriptor: int, parent: int) -> None:
@@ -177,6 +179,11 @@ class Worker:
         except MemoryError:
             raise
         except Exception as error:
+            if _NO_SIGNALS in str(error):  # no call of this tool can work, whatever the model writes
+                raise RuntimeError(
+                    f"{tool.__name__} sets a signal handler, and tools run in threads, which cannot: leave its own "
+                    "time limit out, since environment.call_seconds limits each call"
+                ) from error
             return {"text": f"Error: {type(error).__name__}: {error}", "outcome": "error"}
 
     def _reward(self, request: dict[str, Any]) -> dict[str, Any]:
