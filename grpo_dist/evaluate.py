@@ -57,6 +57,7 @@ from .monitoring.console import set_up_logging
 from .monitoring.metrics import is_right
 from .rewards.pool.pool import ScorerPool
 from .rewards.registry import EPISODE_COLUMNS, answer_checks, answer_reader
+from .rewards.text import answering_texts
 from .rollout import Engine, LoadedModel, awake
 from .rollout.choose import UnfitEngine, make_engine
 from .rollout.own_attention import settle_attention
@@ -69,7 +70,7 @@ from .text.templates import today, uses_date
 from .text.tokens import CompletionTexts
 from .trainer.gathering import gather_scores, gather_trajectories
 from .trainer.scoring import Scoring, requests_of
-from .types import Batch, Prompt
+from .types import CONVERSATION, Batch, Prompt
 
 log = logging.getLogger(__name__)
 
@@ -230,17 +231,21 @@ class Evaluation:
 
     def _rows(self, prompts: list[Prompt], batch: Batch) -> Rows:
         right = is_right(batch.reward, self._weights).tolist()
+        conversations = batch.extras.get(CONVERSATION)
         rows: Rows = []
         for slot, prompt in enumerate(prompts):
             places = (batch.group == slot).nonzero()[:, 0].tolist()
             texts = self.texts_of([batch.completion_ids(n) for n in places])
+            talks = [conversations[n] for n in places] if conversations else None
             rows.append({
                 "prompt_index": prompt.index, "prompt": prompt.text,
                 "category": prompt.columns[self.category] if self.category else None,
                 "completions": texts, "tokens": batch.lengths[places].tolist(),
                 "finished": batch.finished[places].tolist(), "right": [right[n] for n in places],
                 "rewards": [None if reward != reward else reward for reward in batch.reward[places].tolist()],
-                "answers": [self.read_answer(text) for text in texts] if self.read_answer else None,
+                "answers": [self.read_answer(text) for text in answering_texts(texts, talks)] if self.read_answer
+                else None,
+                **({"conversations": [json.loads(talk) for talk in talks]} if talks else {}),
             })  # fmt: skip
         return rows
 

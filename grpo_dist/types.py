@@ -16,6 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+CONVERSATION = "environment/conversation"
+"""The column of `Batch.extras` with the messages of each episode, as JSON."""
+
 
 @dataclass(frozen=True)
 class Prompt:

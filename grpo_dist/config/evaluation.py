@@ -17,7 +17,7 @@ _SUMMARY = ("Evaluate a model on a data set: unbiased pass@k, maj@k, mean reward
 def read_options(arguments: Sequence[str] | None = None) -> tuple[argparse.Namespace, Config]:
     """Read the command line; what it does not name here are options of a training config."""
     parser = OwnOptions(prog="grpo_dist.evaluate", description=_SUMMARY)
-    parser.add_argument("--model", required=True, help="a model's directory or hub id, `toy` or `toy-carry`")
+    parser.add_argument("--model", required=True, help="a model's directory or hub id, or a toy's name")
     parser.add_argument("--data", help="in place of the config's data.eval_file")
     parser.add_argument("--n", type=int, default=16, help="samples a prompt (16)")
     parser.add_argument("--category", help="a column of the data: a table for each of its values")

@@ -18,9 +18,10 @@ from ..config.schema import Config
 from ..config.values import flat, redacted
 from ..distributed.ranks import dtype_name, resolve_dtype
 from ..rewards.registry import answer_reader
+from ..rewards.text import answering_texts
 from ..text.files import write_file
 from ..text.plain import answer_of
-from ..types import Batch
+from ..types import CONVERSATION, Batch
 from .alarms import Alarm, Alarms, Metrics, rules_for
 from .json_lines import read_json_lines
 from .trackers import Entry, Mirror, Source, Table, run_name
@@ -136,7 +137,8 @@ class Recorder:
         columns = ["prompt", "completion", "reward", "advantage", "tokens"]
         rows = zip(*(completions[name][:TABLE_ROWS] for name in columns), strict=True)
         cut = [[cell[:TABLE_CHARACTERS] if isinstance(cell, str) else cell for cell in row] for row in rows]
-        answers = Counter(answer_of(text, self.read_answer) for text in completions["completion"])
+        texts = answering_texts(completions["completion"], completions.get(f"reward/{CONVERSATION}"))
+        answers = Counter(answer_of(text, self.read_answer) for text in texts)
         shares = [[answer, count / answers.total()] for answer, count in answers.most_common(TABLE_ROWS)]
         return {"completions/sample": Table(columns, cut),
                 "completions/answers": Table(["answer", "share"], shares)}  # fmt: skip

@@ -18,7 +18,9 @@ from ..config.values import flat
 from ..monitoring.json_lines import read_json_lines
 from ..monitoring.traces import by_lot
 from ..rewards.registry import BUILT_IN, answer_reader
+from ..rewards.text import answering_texts
 from ..text.plain import answer_of, visible
+from ..types import CONVERSATION
 from .embedding import cut, encoded, harmless
 from .shaping import agreement, spread
 
@@ -26,8 +28,6 @@ MOST_STEPS_READ = 200
 """Most steps whose completions are read. They are evenly spaced in a longer run."""
 MOST_CHARACTERS = 20_000
 """Most characters of one text on the page."""
-CONVERSATION = "reward/environment/conversation"
-"""The column of an episode's messages, which its completion shows already."""
 TRACE_SHARE = 0.25
 """Share of the bytes for completions that traces may take."""
 FIELDS = ("prompt", "completion", "cut_from", "step", "group", "tokens", "finished", "reward", "advantage", "rewards",
@@ -99,7 +99,8 @@ def read_completions(run: Written, most_bytes: int) -> Completions:
     places: dict[str, int] = {}
     for step in chosen:
         table = pq.ParquetFile(run.files[step]).read().to_pydict()  # pq.read_table would import pandas
-        answers = [answer_of(text, read) for text in table["completion"]]
+        texts = answering_texts(table["completion"], table.get(f"reward/{CONVERSATION}"))
+        answers = [answer_of(text, read) for text in texts]
         completions.steps.append(step)
         completions.total += len(answers)
         completions.answers.append(Counter(answers))
@@ -141,7 +142,7 @@ def _row(table: dict[str, list[Any]], place: int, most_bytes: int) -> list[Any]:
     text, is_cut = cut(completion, MOST_CHARACTERS, most_bytes)
     values = [table[name][place] for name in ("step", "group", "tokens", "finished", "reward", "advantage")]
     parts = {name.removeprefix("reward/"): table[name][place] for name in table
-             if name.startswith("reward/") and name != CONVERSATION}  # fmt: skip
+             if name.startswith("reward/") and name != f"reward/{CONVERSATION}"}  # fmt: skip
     return [text, len(completion) if is_cut else 0, *harmless([*values, parts if len(parts) > 1 else {}], 200), place]
 
 

@@ -2,9 +2,20 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
+
 
 def completion_text(completion: str | list[dict[str, str]]) -> str:
     """Return a completion's text; of a conversation, what the assistant said last."""
     if isinstance(completion, str):
         return completion
     return next((message["content"] for message in reversed(completion) if message["role"] == "assistant"), "")
+
+
+def answering_texts(completions: Sequence[str], conversations: Sequence[str] | None) -> list[str]:
+    """Return the texts that completions' answers are read from: of episodes, whose `conversations` are messages as
+    JSON, what the assistant said last."""
+    if conversations is None:
+        return list(completions)
+    return [completion_text(json.loads(each)) for each in conversations]

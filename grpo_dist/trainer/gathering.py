@@ -16,7 +16,7 @@ from torch import Tensor
 from ..distributed.ranks import Ranks
 from ..rewards.scores import Failure, Scores, combine
 from ..rollout.episodes import require_same
-from ..types import Batch, Episode, Prompt, Trajectory, at_last_tokens, no_routes
+from ..types import CONVERSATION, Batch, Episode, Prompt, Trajectory, at_last_tokens, no_routes
 
 log = logging.getLogger(__name__)
 
@@ -74,7 +74,7 @@ def gather_scores(
     metrics |= {f"reward/{name}/failed": float(count) for name, count in zip(scores.names, counts, strict=True)}
     if batch.episodes is not None:
         metrics |= episode_metrics(batch, batch.episodes)
-        extras["environment/conversation"] = [json.dumps(each.messages, ensure_ascii=False) for each in batch.episodes]
+        extras[CONVERSATION] = [json.dumps(each.messages, ensure_ascii=False) for each in batch.episodes]
     return replace(batch, rewards=gathered[:, :num_rewards], reward=gathered[:, -1], extras=extras, scoring=metrics,
                    token_rewards=_token_rewards(ranks, batch, rows, scores), episodes=None)  # fmt: skip
 

@@ -9,7 +9,7 @@ from ..checkpoint.state import TrainState
 from ..monitoring.alarms import Metrics
 from ..monitoring.metrics import batch_metrics, read_history, update_metrics
 from ..monitoring.traces import trace_lines
-from ..types import Batch
+from ..types import CONVERSATION, Batch
 from .evaluation import evaluate
 from .parts import Parts
 
@@ -43,7 +43,7 @@ def write(parts: Parts, metrics: Metrics, batch: Batch | None = None) -> None:
     due = parts.config.logging.log_completions or parts.display.shows_completions(step)
     if due and batch is not None and batch.advantages is not None:
         texts = parts.texts_of([ids.tolist() for ids in torch.split(batch.ids, batch.row_lengths.tolist())])
-        traces = trace_lines(batch, parts.texts_of.pieces, batch.extras.get("environment/conversation"))
+        traces = trace_lines(batch, parts.texts_of.pieces, batch.extras.get(CONVERSATION))
         parts.recorder.completions(step, batch, texts, traces, batch.advantages, parts.reward_names)
         parts.display.completions(step, batch, texts, batch.advantages)
     new = parts.recorder.metrics(metrics)

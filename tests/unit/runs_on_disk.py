@@ -20,7 +20,7 @@ def write_run(
     num_groups: int = 2, group_size: int = 4, trace: dict[str, Any] | None = None, **train: Any,
 ) -> Path:  # fmt: skip
     """A run whose reward rises with its steps; `text` gives a completion by step, group and sample, and `trace` is that
-    of each."""
+    of each: they are then episodes, of which the model wrote the first line."""
     (directory / "completions").mkdir(parents=True)
     config = asdict(Config())
     config["train"] |= {"num_train_steps": num_steps, "output_dir": str(directory), **train}
@@ -40,7 +40,10 @@ def write_run(
         }  # fmt: skip
         table["reward/math"] = table["reward"]
         if trace:
-            table["reward/environment/conversation"] = ["[]"] * len(rows)
+            said = [each.partition("\n")[0] for each in table["completion"]]
+            table["reward/environment/conversation"] = [
+                json.dumps([{"role": "assistant", "content": each}, {"role": "tool", "content": "9"}]) for each in said
+            ]
         table["trace"] = [json.dumps(trace) if trace else "" for _ in rows]
         pq.write_table(pa.table(table), directory / "completions" / f"step_{step:06d}.parquet")
     lines[-1]["eval/accuracy"] = 0.75

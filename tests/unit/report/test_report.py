@@ -185,6 +185,12 @@ def test_answers() -> None:
     assert len(answer_of("x" * 10**6, None)) == MOST_LABEL_CHARACTERS
 
 
+def test_the_answer_of_an_episode_is_what_the_model_said_last(tmp_path: Path) -> None:
+    trace = {"text": ["4", "\nResult: 9"], "by": "mt", "logprob": [-0.5], "gap": [0.0], "entropy": [0.7]}
+    run = read_run(write_run(tmp_path / "run", text=lambda *place: "4\nResult: 9", trace=trace))
+    assert all(set(answers) == {"4"} for answers in read_completions(run, 10**6).answers)
+
+
 @given(st.text(st.characters(), max_size=60), st.integers(0, 50), st.integers(2, 90))
 def test_texts_are_visible_and_keep_to_limits(text: str, characters: int, size: int) -> None:
     shown = visible(text)

@@ -320,6 +320,14 @@ def test_the_last_turn_is_played(models: dict[str, Any]) -> None:
     assert all(t.episode and t.episode.turns == 1 and all(t.sampled) for t in trajectories)
 
 
+def test_one_turn_is_what_is_drawn_without_episodes(models: dict[str, Any]) -> None:
+    """To the last bit."""
+    prompts, trajectories = played(make_config(max_turns=1), PRODUCTS, models["shared"])
+    drawn = decode_all(NativeDecoder(ENDS, LONGEST, 1 << 20), models["shared"], make_requests(prompts))
+    assert [(t.ids, t.logprobs) for t in trajectories] == [(t.ids, t.logprobs) for t in drawn]
+    assert any(t.episode and t.episode.messages[-1].get("tool_calls") for t in trajectories)
+
+
 def test_rewards_get_the_environment(models: dict[str, Any]) -> None:
     rewards = [RewardConfig("environment"), RewardConfig("played:by_number"),
                RewardConfig("played:by_half", args={"scale": 3.0})]  # fmt: skip
