@@ -1,11 +1,12 @@
-"""Train a toy model with several presets and draw held-out accuracy over the steps.
+"""Train toy models several times each, and draw held-out accuracy over the steps.
 
     python docs/learning_curves.py arithmetic                               # all presets, three seeds
     python docs/learning_curves.py carry                                    # written-out addition
-    python docs/learning_curves.py carry --presets grpo dapo --seeds 0      # chosen presets and seeds
+    python docs/learning_curves.py environments                             # a tool, the same without it, a game
+    python docs/learning_curves.py carry --only grpo dapo --seeds 0         # chosen curves and seeds
 
-Writes learning_curves_TASK.json and .svg into its folder and prints the table of docs/algorithms.md. A run that exists
-in --runs is not repeated.
+Writes learning_curves_TASK.json and .svg into its folder and prints the table of its page: docs/algorithms.md, or
+docs/environments.md. A run that exists in --runs is not repeated.
 """
 
 from __future__ import annotations
@@ -21,7 +22,6 @@ from pathlib import Path
 HERE = Path(__file__).parent
 ROOT = HERE.parent
 COLUMNS, WIDTH, HEIGHT = 4, 200, 130
-EVERY = 5
 PRESETS = sorted(path.stem for path in (ROOT / "configs" / "algorithms").glob("*.yaml"))
 
 Curve = list[tuple[int, float]]
@@ -29,45 +29,60 @@ Curve = list[tuple[int, float]]
 
 @dataclass(frozen=True)
 class Task:
-    """A config, the steps of the table (the last one ends it), the presets worth a curve, and options for all."""
+    """Trainings to compare."""
 
-    config: str
+    curves: dict[str, list[str]]
+    """Options of each training, by name."""
     shown: tuple[int, ...]
-    presets: list[str]
-    options: list[str]
+    """Steps of the table."""
+    every: int = 5
+    """Steps between two evaluations."""
+    heading: str = "preset"
+    """Of the table's first column."""
 
 
+def with_presets(presets: list[str], config: str, last_step: int, *options: str) -> dict[str, list[str]]:
+    """A training for each preset."""
+    given = ["--config", config, "--train.num_train_steps", str(last_step), *options]
+    return {preset: ["--preset", preset, *given] for preset in presets}
+
+
+CALCULATOR = ["--config", "configs/calculator.yaml"]
 TASKS = {
-    "arithmetic": Task("configs/quickstart.yaml", (0, 5, 10, 20, 40), PRESETS, ["--lora.alpha", "64"]),
-    "carry": Task("configs/carry.yaml", (0, 5, 10, 15), ["reinforce", "rloo", "grpo", "dr_grpo", "dapo", "gspo"],
-                  ["--optim.scheduler", "constant"]),
+    "arithmetic": Task(with_presets(PRESETS, "configs/quickstart.yaml", 40, "--lora.alpha", "64"), (0, 5, 10, 20, 40)),
+    "carry": Task(with_presets(["reinforce", "rloo", "grpo", "dr_grpo", "dapo", "gspo"], "configs/carry.yaml", 15,
+                               "--optim.scheduler", "constant"), (0, 5, 10, 15)),
+    "environments": Task({"calculator": CALCULATOR, "no calculator": [*CALCULATOR, "--environment", "null"],
+                          "guess_number": ["--config", "configs/guess_number.yaml"]},
+                         (0, 10, 20, 40, 60), every=10, heading="config"),
 }  # fmt: skip
 
 
-def train(task: Task, preset: str, seed: int, runs: Path, options: list[str]) -> Curve:
+def train(task: Task, name: str, seed: int, runs: Path, options: list[str]) -> Curve:
     """Held-out accuracy, sampled at temperature 1, by step."""
-    directory = runs / f"{preset}-{seed}"
+    directory = runs / f"{name.replace(' ', '_')}-{seed}"
     written = directory / "metrics.jsonl"
     if not (directory / "final").exists():
         subprocess.run([
-            sys.executable, "-m", "grpo_dist.train", "--preset", preset, "--config", task.config,
-            "--train.seed", str(seed), "--train.num_train_steps", str(task.shown[-1]),
-            "--train.eval_every", str(EVERY), "--train.save_every", "0", "--logging.trackers", "[]",
-            "--logging.log_completions", "false", "--train.output_dir", str(directory), *task.options, *options,
+            sys.executable, "-m", "grpo_dist.train", *task.curves[name], "--train.seed", str(seed),
+            "--train.eval_every", str(task.every), "--train.save_every", "0", "--logging.trackers", "[]",
+            "--logging.log_completions", "false", "--train.output_dir", str(directory), *options,
         ], cwd=ROOT, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
     lines = [json.loads(line) for line in written.read_text().splitlines()]
     return [(line["step"], line["eval/accuracy"]) for line in lines if "eval/accuracy" in line]
 
 
-def drawing(curves: dict[str, list[Curve]], num_steps: int) -> str:
-    """One small plot a preset: each seed thin, the median thick."""
+def drawing(curves: dict[str, list[Curve]]) -> str:
+    """One small plot a name: each seed thin, the median thick."""
     rows = -(-len(curves) // COLUMNS)
-    parts = [f'<svg xmlns="http://www.w3.org/2000/svg" width="{COLUMNS * WIDTH}" height="{rows * HEIGHT}" '
+    columns = min(COLUMNS, len(curves))
+    parts = [f'<svg xmlns="http://www.w3.org/2000/svg" width="{columns * WIDTH}" height="{rows * HEIGHT}" '
              'font-family="sans-serif" font-size="11"><rect width="100%" height="100%" fill="white"/>']  # fmt: skip
-    for place, (preset, seeds) in enumerate(curves.items()):
+    for place, (name, seeds) in enumerate(curves.items()):
+        num_steps = seeds[0][-1][0]
         left, top = place % COLUMNS * WIDTH + 30, place // COLUMNS * HEIGHT + 22
         wide, high = WIDTH - 45, HEIGHT - 42
-        parts.append(f'<text x="{left}" y="{top - 6}" font-weight="bold">{preset}</text>')
+        parts.append(f'<text x="{left}" y="{top - 6}" font-weight="bold">{name}</text>')
         for level in (0.0, 0.5, 1.0):
             y = top + high * (1 - level)
             parts.append(f'<path d="M{left} {y:.1f}h{wide}" stroke="#ddd"/><text x="{left - 24}" y="{y + 4:.1f}" '
@@ -82,14 +97,15 @@ def drawing(curves: dict[str, list[Curve]], num_steps: int) -> str:
     return "\n".join([*parts, "</svg>\n"])
 
 
-def table(curves: dict[str, list[Curve]], shown: tuple[int, ...]) -> str:
+def table(curves: dict[str, list[Curve]], task: Task) -> str:
     """Median accuracy over the seeds at some steps, and the least at the end."""
-    lines = ["| preset | " + " | ".join(f"step {step}" for step in shown) + " | worst seed at the end |",
-             "|---" * (len(shown) + 2) + "|"]  # fmt: skip
-    for preset, seeds in curves.items():
-        medians = [statistics.median(dict(curve)[step] for curve in seeds) for step in shown]
-        cells = [f"{value:.2f}" for value in [*medians, min(curve[-1][1] for curve in seeds)]]
-        lines.append(f"| `{preset}` | " + " | ".join(cells) + " |")
+    lines = [f"| {task.heading} | " + " | ".join(f"step {step}" for step in task.shown) + " | worst seed at the end |",
+             "|---" * (len(task.shown) + 2) + "|"]  # fmt: skip
+    for name, seeds in curves.items():
+        by_step = [dict(curve) for curve in seeds]
+        cells = [f"{statistics.median(curve[step] for curve in by_step):.2f}" if step in by_step[0] else ""
+                 for step in task.shown]  # fmt: skip
+        lines.append(f"| `{name}` | " + " | ".join([*cells, f"{min(curve[-1][1] for curve in seeds):.2f}"]) + " |")
     return "\n".join(lines)
 
 
@@ -97,19 +113,21 @@ def main() -> None:
     """The command line; options it does not know go to every training."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("task", choices=TASKS)
-    parser.add_argument("--presets", nargs="+", choices=PRESETS)
+    parser.add_argument("--only", nargs="+", metavar="CURVE", help="names of curves; all of the task")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "curves")
     parser.add_argument("--out", type=Path, default=HERE)
     given, options = parser.parse_known_args()
     task, runs = TASKS[given.task], given.runs.resolve() / given.task
+    if unknown := set(given.only or ()) - set(task.curves):
+        parser.error(f"--only: {', '.join(sorted(unknown))} given, expected some of {', '.join(task.curves)}")
     curves: dict[str, list[Curve]] = {}
-    for preset in given.presets or task.presets:
-        curves[preset] = [train(task, preset, seed, runs, options) for seed in given.seeds]
-        print(f"{preset}: " + ", ".join(f"{curve[-1][1]:.3f}" for curve in curves[preset]), file=sys.stderr, flush=True)
+    for name in given.only or task.curves:
+        curves[name] = [train(task, name, seed, runs, options) for seed in given.seeds]
+        print(f"{name}: " + ", ".join(f"{curve[-1][1]:.3f}" for curve in curves[name]), file=sys.stderr, flush=True)
     (given.out / f"learning_curves_{given.task}.json").write_text(json.dumps(curves) + "\n")
-    (given.out / f"learning_curves_{given.task}.svg").write_text(drawing(curves, task.shown[-1]))
-    print(table(curves, task.shown))
+    (given.out / f"learning_curves_{given.task}.svg").write_text(drawing(curves))
+    print(table(curves, task))
 
 
 if __name__ == "__main__":
