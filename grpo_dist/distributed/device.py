@@ -30,6 +30,16 @@ def set_up_cuda() -> None:
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
 
 
+def slow_on_this_cpu(dtype: torch.dtype) -> str | None:
+    """What to know about 16-bit weights on a CPU without products of bfloat16; None where nothing is amiss."""
+    no_products = torch.backends.mkldnn.is_available() and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    if dtype == torch.float32 or computes_on_gpu() or not no_products:
+        return None
+    name = str(dtype).removeprefix("torch.")
+    return (f"model.dtype: {name}: this CPU has no products of 16-bit numbers, and torch's take several times as "
+            "long as those of float32; model.dtype float32 is faster here")  # fmt: skip
+
+
 class MemoryPeaks:
     """The most memory that tensors take on a rank's GPU, in each phase of a step and in the step; on a CPU the most
     that the process has ever taken."""

@@ -23,7 +23,7 @@ from torch import Tensor
 from ..config.schema import Dtype, OptimConfig
 from . import deepspeed, fsdp
 from .cores import num_cores
-from .device import computes_on_gpu
+from .device import computes_on_gpu, slow_on_this_cpu
 from .launch_config import set_aside_fsdp, set_aside_precision
 from .rendezvous import START_SECONDS, Rendezvous, place_in_launch, warn_of_idle_gpus
 from .row_group import row_group
@@ -89,6 +89,8 @@ class Ranks:
             self._rendezvous.choose_interface()
         else:
             warn_of_idle_gpus()
+        if slow := slow_on_this_cpu(dtype):
+            log.warning("%s", slow)
         deepspeed.name_device()
         precision = "bf16" if dtype == torch.bfloat16 else "no"
         set_aside = set_aside_precision(os.environ, precision)

@@ -8,7 +8,9 @@ import psutil
 import torch
 
 from ..config.schema import Config
+from ..distributed.device import slow_on_this_cpu
 from ..distributed.launch_config import asks_for
+from ..distributed.ranks import resolve_dtype
 from ..model.quantization import kind_of, require_unsharded
 from ..planning.memory import SHARDS_WEIGHTS, MemoryInputs, ModelCounts, Strategy, memory_per_rank, peaks
 from ..planning.predict import Predictor, batch_arithmetic
@@ -43,6 +45,8 @@ def describe_memory(config: Config, contents: Contents, num_ranks: int, findings
     """Note the size of the model and the peak memory of a rank, and whether it fits. Returns the sizes."""
     if contents.model_config is None:
         return None
+    if slow := slow_on_this_cpu(resolve_dtype(config.model.dtype)):
+        findings.remarks.append(slow)
     on_gpu = torch.cuda.is_available()
     strategy = strategy_of_launch(num_ranks)
     with findings.attempt():

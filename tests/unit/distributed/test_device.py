@@ -7,7 +7,7 @@ import os
 import pytest
 import torch
 
-from grpo_dist.distributed.device import ALLOCATOR, MemoryPeaks, set_up_cuda
+from grpo_dist.distributed.device import ALLOCATOR, MemoryPeaks, set_up_cuda, slow_on_this_cpu
 
 GIB = 2**30
 
@@ -82,3 +82,15 @@ def test_a_cpu_knows_its_process_alone() -> None:
     with memory.phase("update"):
         pass
     assert 0.01 < memory.metrics().pop("memory/peak_gib") < 1000 and len(memory.metrics()) == 1
+
+
+@pytest.mark.parametrize(
+    ("dtype", "has_products", "expected"),
+    [(torch.bfloat16, False, "model.dtype: bfloat16"), (torch.bfloat16, True, None), (torch.float32, False, None)],
+)
+def test_a_cpu_without_products_of_16_bit_numbers_is_named(
+    dtype: torch.dtype, has_products: bool, expected: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: has_products, raising=False)
+    said = slow_on_this_cpu(dtype)
+    assert said is None if expected is None else said is not None and said.startswith(expected)
