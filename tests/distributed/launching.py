@@ -88,9 +88,13 @@ def launch(
     return subprocess.CompletedProcess(run.args, run.wait(), out, err)
 
 
-def train(strategy: str | None, num_processes: int, directory: Path, *arguments: str, fresh: bool = False) -> Path:
+def train(
+    strategy: str | None, num_processes: int, directory: Path, *arguments: str, fresh: bool = False,
+    timeout_seconds: float = 300,
+) -> Path:  # fmt: skip
     """A training that must succeed; returns its output directory."""
-    done = launch(strategy, num_processes, *TINY, "--train.output_dir", str(directory), *arguments, fresh=fresh)
+    done = launch(strategy, num_processes, *TINY, "--train.output_dir", str(directory), *arguments, fresh=fresh,
+                  timeout_seconds=timeout_seconds)  # fmt: skip
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
     return directory
 

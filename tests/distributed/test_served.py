@@ -146,7 +146,8 @@ vllm_itself = pytest.mark.skipif(
 @vllm_itself
 def test_vllm_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
-    run = train(None, 1, tmp_path / "run", *SMALL, "--rollout.vllm.python", os.environ["GRPO_DIST_VLLM"])
+    python = os.environ["GRPO_DIST_VLLM"]
+    run = train(None, 1, tmp_path / "run", *SMALL, "--rollout.vllm.python", python, timeout_seconds=900)
     _, *lines = metrics(run)
     assert [line["step"] for line in lines] == [1, 2]
     assert all(line["rollout/probe_gap"] <= 1e-4 and line["rollout/logprob_gap_max"] <= 1e-4 for line in lines)

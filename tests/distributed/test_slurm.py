@@ -20,7 +20,7 @@ SBATCH_FILE = ROOT / "launch" / "slurm.sbatch"
 SERVING = ROOT / "launch" / "slurm_vllm.sbatch"
 OURS = ("CONFIG", "ACCELERATE_CONFIG", "PROCS_PER_NODE", "GRPO_DIST_ROOT", "GRPO_DIST_VENV", "OMP_NUM_THREADS")
 STEPS, PROMPTS, GROUP_SIZE = 3, 4, 8
-LIMIT_SECONDS = 600
+LIMIT_SECONDS = 900
 
 RECORDER = '''
 """A reward that notes on which node completions were scored: every rank scores those it generated."""
