@@ -12,9 +12,9 @@ from torch import Tensor
 
 # Multipliers and increment of splitmix64 (Steele, Lea and Flood, "Fast splittable pseudorandom number generators",
 # OOPSLA 2014) as signed 64-bit numbers, because torch has no unsigned multiplication.
-_GAMMA = 0x9E3779B97F4A7C15 - (1 << 64)
-_MIX1 = 0xBF58476D1CE4E5B9 - (1 << 64)
-_MIX2 = 0x94D049BB133111EB - (1 << 64)
+GAMMA = 0x9E3779B97F4A7C15 - (1 << 64)
+MIX1 = 0xBF58476D1CE4E5B9 - (1 << 64)
+MIX2 = 0x94D049BB133111EB - (1 << 64)
 
 
 def stream_key(*counters: int | str) -> int:
@@ -30,9 +30,9 @@ def _shift_right(x: Tensor, bits: int) -> Tensor:
 
 def hashed(keys: Tensor, counters: Tensor) -> Tensor:
     """64 random bits for each pair of a key and a counter, all int64; shapes broadcast."""
-    x = keys + (counters + 1) * _GAMMA
-    x.bitwise_xor_(_shift_right(x, 30)).mul_(_MIX1)
-    x.bitwise_xor_(_shift_right(x, 27)).mul_(_MIX2)
+    x = keys + (counters + 1) * GAMMA
+    x.bitwise_xor_(_shift_right(x, 30)).mul_(MIX1)
+    x.bitwise_xor_(_shift_right(x, 27)).mul_(MIX2)
     return x.bitwise_xor_(_shift_right(x, 31))
 
 

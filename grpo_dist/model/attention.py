@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -19,6 +20,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
 from ..distributed.transfer import to_device
+from .gpu_kernels import say_blocks
 from .shared_prefix import (
     Segments,
     Window,
@@ -40,10 +42,12 @@ class Layout(Protocol):
     """Which tokens attend to which in a row."""
 
     def attend(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None, window: int | None = None
-    ) -> Tensor:
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None, window: int | None = None,
+        softcap: float | None = None,
+    ) -> Tensor:  # fmt: skip
         """Attention of one layer: `query` (1, Hq, T, D), `key` and `value` (1, Hk, T, D) to (1, T, Hq, D). With a
-        `window` a query sees only so many of the newest positions of its sequence, its own included."""
+        `window` a query sees only so many of the newest positions of its sequence, its own included. A `softcap` c
+        makes c · tanh(score / c) of a score (arXiv:2408.00118, section 2)."""
 
 
 class PackLayout(Layout, Protocol):
@@ -59,14 +63,15 @@ class PackLayout(Layout, Protocol):
 
 def _attention(
     module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
-    scaling: float | None = None, *, layout: Layout | None = None, sliding_window: int | None = None, **unused: Any,
+    scaling: float | None = None, *, layout: Layout | None = None, sliding_window: int | None = None,
+    softcap: float | None = None, **unused: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
     """The function that transformers calls. It ignores dropout, because a rollout and its update must agree."""
     if layout is None:
         raise ValueError(f"a model with attn_implementation={NAME!r} was called without the keyword argument `layout`")
-    if unused.get("softcap") is not None or unused.get("s_aux") is not None:
-        raise ValueError(f"attn_implementation={NAME!r} has neither soft-capped scores nor attention sinks")
-    return layout.attend(module.layer_idx, query, key, value, scaling, sliding_window), None
+    if unused.get("s_aux") is not None:
+        raise ValueError(f"attn_implementation={NAME!r} has no attention sinks")
+    return layout.attend(module.layer_idx, query, key, value, scaling, sliding_window, softcap), None
 
 
 AttentionInterface.register(NAME, _attention)
@@ -95,13 +100,16 @@ class RowLayout:
         return RowLayout(self.pieces, device, segments)
 
     def attend(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None, window: int | None = None
-    ) -> Tensor:
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None, window: int | None = None,
+        softcap: float | None = None,
+    ) -> Tensor:  # fmt: skip
         """See `Layout`."""
         if window is not None and window >= self.longest:
             window = None
-        if not can_use_flash(query, key, value):
-            return self._in_blocks(window).attend(layer, query, key, value, scale)
+        if softcap is not None and query.is_cuda:
+            say_blocks("they have no soft cap of scores")
+        if softcap is not None or not can_use_flash(query, key, value):
+            return self._in_blocks(window).attend(layer, query, key, value, scale, softcap=softcap)
         query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
         if window is None:
             return shared_prefix_attention(query, key, value, self._in_segments(), scale)[None]
@@ -147,9 +155,11 @@ class BlockLayout:
         return BlockLayout([Block(b.queries, b.keys, None if b.mask is None else next(masks)) for b in self.blocks])
 
     def attend(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None, window: int | None = None
-    ) -> Tensor:
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None, window: int | None = None,
+        softcap: float | None = None,
+    ) -> Tensor:  # fmt: skip
         """See `Layout`; the masks contain the window."""
+        compute = scaled_dot_product_attention if softcap is None else partial(capped_attention, softcap=softcap)
         repeat = query.shape[1] // key.shape[1]
         if repeat > 1:
             key, value = key.repeat_interleave(repeat, 1), value.repeat_interleave(repeat, 1)
@@ -160,11 +170,30 @@ class BlockLayout:
         outputs = []
         for n, block in enumerate(self.blocks):
             seen = [place[part.start] for part in block.keys]
-            outputs.append(scaled_dot_product_attention(
+            outputs.append(compute(
                 queries[n], _joined(keys, seen), _joined(values, seen),
                 attn_mask=block.mask, is_causal=block.mask is None, scale=scale,
             ))  # fmt: skip
         return _joined(outputs, range(len(outputs))).transpose(1, 2)
+
+
+def capped_attention(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, is_causal: bool, scale: float | None,
+    softcap: float,
+) -> Tensor:  # fmt: skip
+    """`scaled_dot_product_attention`, which has no soft cap, of scores with one; a mask is bool."""
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    scores = cap_scores((query @ key.transpose(-2, -1)).float(), scale, softcap)
+    if is_causal:
+        attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril_()
+    if attn_mask is not None:
+        scores = scores.masked_fill(~attn_mask, -torch.inf)
+    return scores.softmax(-1).to(value.dtype) @ value
+
+
+def cap_scores(products: Tensor, scale: float, softcap: float | None) -> Tensor:
+    """Scores of the products of queries and keys."""
+    return products * scale if softcap is None else softcap * torch.tanh(products * (scale / softcap))
 
 
 def _joined(parts: Sequence[Tensor], chosen: Sequence[int]) -> Tensor:

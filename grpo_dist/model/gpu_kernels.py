@@ -73,8 +73,14 @@ def flash_obstacle(dtype: torch.dtype, head_size: int, group: int) -> str | None
     except (RuntimeError, TypeError, ValueError) as error:
         reason = f"they cannot run here: {_line(error)}"
     if reason is not None:
-        log.warning("attention of packs: masked blocks, slower than torch's flash kernels (%s)", reason)
+        say_blocks(reason)
     return reason
+
+
+@cache
+def say_blocks(reason: str) -> None:
+    """Log once why packs are computed in blocks."""
+    log.warning("attention of packs: masked blocks, slower than torch's flash kernels (%s)", reason)
 
 
 def _other_arguments() -> str | None:

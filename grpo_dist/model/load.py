@@ -147,6 +147,11 @@ def short_window(model_config: Any, longest: int) -> int | None:
     return window if slides and window is not None and window < longest else None
 
 
+def soft_cap(model_config: Any) -> float | None:
+    """The soft cap of attention scores, or None."""
+    return getattr(model_config.get_text_config(), "attn_logit_softcapping", None)
+
+
 def packing_obstacle(model_config: Any, longest: int, trust_remote_code: bool = False) -> str | None:
     """The reason why packs with shared prompts do not fit this architecture and `longest` tokens, or None."""
     text = model_config.get_text_config()
@@ -155,7 +160,7 @@ def packing_obstacle(model_config: Any, longest: int, trust_remote_code: bool = 
         return f"attention in a window of {window} tokens, shorter than the longest sequence of {longest}"
     if kinds - {"full_attention", "sliding_attention"}:
         return f"layers of the kinds {', '.join(sorted(kinds - {'full_attention', 'sliding_attention'}))}"
-    for option in ("attn_logit_softcapping", "attention_chunk_size", "use_mrope"):
+    for option in ("attention_chunk_size", "use_mrope"):
         if getattr(text, option, None):
             return f"its option {option}"
     if not getattr(text, "num_attention_heads", None):

@@ -38,8 +38,9 @@ class SplitLayout:
         return replace(self, row=self.row.to(device, segments))
 
     def attend(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None, window: int | None = None
-    ) -> Tensor:
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None, window: int | None = None,
+        softcap: float | None = None,
+    ) -> Tensor:  # fmt: skip
         """See `attention.Layout`; T is the number of own tokens."""
         size, heads = self.group.size, query.shape[1]
         if key.shape[1] % size:  # ranks need keys of their own query heads alone
@@ -49,7 +50,7 @@ class SplitLayout:
         whole = to_heads(torch.cat(parts, -1), self.group, self.lengths).split([x.shape[-1] for x in parts], -1)
         sizes = (query.shape[-1], key.shape[-1], value.shape[-1])
         query, key, value = (x.unflatten(-1, (-1, head)).transpose(1, 2) for x, head in zip(whole, sizes, strict=True))
-        attended = self.row.attend(layer, query, key, value, scale, window)
+        attended = self.row.attend(layer, query, key, value, scale, window, softcap)
         own = to_tokens(attended.flatten(2), self.group, self.lengths)
         return own.transpose(0, 1).reshape(1, -1, heads, attended.shape[-1])
 

@@ -13,7 +13,7 @@ from ..algorithm.targets import reference_in_loss
 from ..config.schema import Config, Dtype
 from ..distributed.ranks import DTYPES
 from ..model import attention
-from ..model.load import packing_obstacle, short_window, trainable
+from ..model.load import packing_obstacle, trainable
 from ..model.packing import Piece, plan
 from ..model.quantization import kind_of
 from ..model.reference import REFERENCE_PACK, needs_copy
@@ -139,8 +139,7 @@ class Predictor:
         named = config.model.attn_implementation
         obstacle = packing_obstacle(model_config, longest, config.model.trust_remote_code) if named == "auto" else named
         self.share_prompts = obstacle is None
-        # layers with a short window decode through the model's own modules, without pages
-        self.pages = device == "gpu" and self.share_prompts and short_window(model_config, longest) is None
+        self.pages = device == "gpu" and self.share_prompts
         self.implementation = attention.NAME if self.share_prompts else None if named == "auto" else named
         self.policy_dtype = dtype_on(device, config.model.dtype)
         self.copy_dtype = dtype_on(device, config.reference.dtype)
@@ -180,11 +179,12 @@ class Predictor:
         return flight(self.config, num_ranks, self.share_prompts, self.device, most, self.pages)
 
     def _step_bytes(self, counts: ModelCounts) -> int:
-        """Bytes of weights that decoding stores again: merged with adapters on a CPU, concatenated on a GPU."""
+        """Bytes of weights that decoding stores again: merged with adapters on a CPU; on a GPU concatenated, and the
+        adapters in the policy's dtype."""
         if not self.share_prompts or (counts.quantized and not self.config.rollout.dequantize):
             return 0
         if self.device == "gpu":
-            return counts.joined * self.policy_dtype.itemsize
+            return (counts.joined + counts.adapters) * self.policy_dtype.itemsize
         return counts.adapted * self.policy_dtype.itemsize if self.policy_dtype in MERGED else 0
 
     def _fitting(self, inputs: MemoryInputs, most_bytes: int) -> int:

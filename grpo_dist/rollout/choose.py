@@ -6,6 +6,7 @@ import logging
 import math
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import nn
 from ..config.rollout import RolloutConfig
 from ..model.checks import CANNOT
 from ..model.gpu_kernels import triton_obstacle
+from ..model.load import soft_cap
 from ..model.quantized import quantized_layers
 from ..model.routing import routers_of
 from ..types import Trajectory
@@ -25,7 +27,7 @@ from .native.graphs import CannotCapture
 from .native.kernel import KernelStep
 from .native.llama import LlamaStep
 from .native.steps import Step, module_step, prefill
-from .probe import NEW_TOKENS, PROMPT, example_tokens, rounding
+from .probe import NEW_TOKENS, PROMPT, example_tokens, narrow_bounds, rounding
 from .room import ON_CPU, BoundedDecoder, WithinMemory
 
 log = logging.getLogger(__name__)
@@ -73,9 +75,9 @@ def make_engine(
     for and is wrong for the model. A collective.
     """
     with weights.open() as model:
-        # only the model's own modules say which layers have a window
-        most = "modules" if window is not None else step
-        make, message, decoding = _own_decoder(model, obstacle, gather, most, rollout.drafts)
+        # only the model's own modules say which layers have a window or a soft cap
+        has_bounds = window is not None or soft_cap(model.config) is not None
+        make, message, decoding = _own_decoder(model, obstacle, gather, step, rollout.drafts, has_bounds)
         on_gpu, name = model.get_input_embeddings().weight.is_cuda, "native"
         # one group at a time is what continuous batching beats on a GPU; the one that shares prompts is faster than it,
         # and it does not report the experts of a token
@@ -96,15 +98,17 @@ def make_engine(
 
 
 def _own_decoder(
-    model: nn.Module, obstacle: str | None, gather: Callable[[Any], list[Any]], step: str | None, drafts: bool
-) -> tuple[Maker, str, str | None]:
+    model: nn.Module, obstacle: str | None, gather: Callable[[Any], list[Any]], step: str | None, drafts: bool,
+    has_bounds: bool,
+) -> tuple[Maker, str, str | None]:  # fmt: skip
     """This project's decoder for the model, the message about it, and the name of its step."""
     if obstacle is not None:
         message = f"one group at a time, and completions are computed one to a row ({obstacle})"
         return lambda ends, most, _: RowDecoder(ends, most), message, None
-    fastest = "fused" if model.get_input_embeddings().weight.is_cuda else "compiled"
+    on_gpu = model.get_input_embeddings().weight.is_cuda
+    fastest = ("pages" if on_gpu else "modules") if has_bounds else "fused" if on_gpu else "compiled"
     most = step if step in list(STEPS) else fastest
-    choices = gather(own_step(model, most))
+    choices = gather(own_step(model, most, has_bounds))
     name = min((name for name, _ in choices), key=list(STEPS).index)
     reason = next((reason for _, reason in choices if reason is not None), None)
     if step is not None and name != most:
@@ -148,13 +152,17 @@ def _captures(model: nn.Module, gather: Callable[[Any], list[Any]], options: dic
     return reason is None
 
 
-def own_step(model: nn.Module, most: str = "compiled") -> tuple[str, str | None]:
-    """The fastest of STEPS, up to `most`, that computes what the model does, and why a faster one could not be made."""
+def own_step(model: nn.Module, most: str = "compiled", has_bounds: bool = False) -> tuple[str, str | None]:
+    """The fastest of STEPS, up to `most`, that computes what the model does, and why a faster one could not be made.
+
+    With `has_bounds` some layers have a short window or a soft cap.
+    """
     weight = model.get_input_embeddings().weight
     is_float32, reason = weight.dtype == torch.float32, None
     # rounded where the model rounds, so that what is built otherwise shows; faster steps round less in 16 bits
     # a quantised model was asked to decode without dense weights, which faster steps hold on to
-    as_llama = not quantized_layers(model) and _decoding_off("operations", model) <= (1e-4 if is_float32 else 0.01)
+    as_llama = not (has_bounds or quantized_layers(model))
+    as_llama = as_llama and _decoding_off("operations", model) <= (1e-4 if is_float32 else 0.01)
     if weight.is_cuda:
         names = ["fused", "pages", "operations"] if as_llama else ["pages"]
     else:
@@ -166,11 +174,18 @@ def own_step(model: nn.Module, most: str = "compiled") -> tuple[str, str | None]
             reason = obstacle
             continue
         try:
-            if name == "operations" or _decoding_off(name, model) <= (1e-4 if is_float32 else 0.1):
+            if name == "operations":
                 return name, reason
+            with narrow_bounds(model) if has_bounds else nullcontext():
+                off = _decoding_off(name, model)
         except CannotCompile as error:
             reason = str(error)
-    return "modules", None
+            continue
+        if off <= (1e-4 if is_float32 else 0.1):
+            return name, reason
+        if name in PAGED:
+            reason = f"{DESCRIPTIONS[name]} computes other numbers for this model, or does not work here"
+    return "modules", reason if weight.is_cuda else None
 
 
 @torch.inference_mode()

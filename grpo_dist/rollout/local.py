@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Protocol
 
+import torch
 from torch import nn
 
 from ..types import Trajectory
@@ -64,10 +65,13 @@ class LocalEngine:
 
     def sleep(self) -> None:
         """See `Engine`."""
+        on_gpu = self._model is not None and next(self._model.parameters()).is_cuda
         self._queue.clear()
         self._work = self._model = None  # what is decoded goes with the iterator
         self._unanswered = 0
         self._opened.close()
+        if on_gpu:  # pages, and what captured steps alone could use, are of other sizes than an update's tensors
+            torch.cuda.empty_cache()
 
     def submit(self, requests: list[Request], sampling: Sampling) -> None:
         """See `Engine`; the engine has to be awake."""

@@ -13,8 +13,9 @@ from torch import nn
 
 from ..model import attention
 from ..model.checks import CANNOT, UnfitModel
+from ..model.load import soft_cap
 from ..model.policy import Policy
-from .probe import is_noisy, packing_leak, probe_pack, row_fault, window_leak
+from .probe import bounds_leak, is_noisy, packing_leak, probe_pack, row_fault
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +41,8 @@ def settle_attention(
         return next(filter(None, gather(probe(model))), None)
 
     if obstacle is None:
-        obstacle = fault_of(packing_leak if window is None else window_leak)
+        has_bounds = window is not None or soft_cap(model.config) is not None
+        obstacle = fault_of(bounds_leak if has_bounds else packing_leak)
         if obstacle is None:
             return None
     first = None if given == attention.NAME else given

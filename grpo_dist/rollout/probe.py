@@ -18,14 +18,15 @@ from ..distributed.sharding import full_shape
 from ..model import attention
 from ..model.attention import RowLayout
 from ..model.checks import CANNOT
+from ..model.load import soft_cap
 from ..model.packing import Pack
 from ..model.policy import kept_logits
 from ..model.routing import Routers
 from . import NativeDecoder, Request, RowDecoder, decode_all
 
 PROMPT, COMPLETIONS = 5, (4, 3)
-NARROW = 3
-"""Positions of a sliding window that shows in so few tokens."""
+NARROW = {"sliding_window": 3, "attn_logit_softcapping": 0.05}
+"""Positions of a sliding window, and a soft cap of scores, that show in so few tokens of any weights."""
 NEW_TOKENS = 5
 """Enough for a step of decoding that is captured to be replayed twice."""
 
@@ -85,42 +86,44 @@ def packing_leak(model: nn.Module) -> str | None:
 
 
 @contextmanager
-def _narrow_windows(model: nn.Module, size: int) -> Iterator[None]:
-    """Inside, every sliding window of the model has `size` positions, for its own attention and for this project's."""
+def narrow_bounds(model: nn.Module) -> Iterator[None]:
+    """Inside, every sliding window and every soft cap of the model is so narrow that it shows in a few tokens, for the
+    model's own attention and for this project's."""
     owners = [*model.modules(), model.config.get_text_config()]
-    windows = [(each, each.sliding_window) for each in owners if isinstance(getattr(each, "sliding_window", None), int)]
+    bounds = [(each, name, before, narrow) for each in owners for name, narrow in NARROW.items()
+              if isinstance(before := getattr(each, name, None), int | float)]  # fmt: skip
     try:
-        for owner, _ in windows:
-            owner.sliding_window = size
+        for owner, name, _, narrow in bounds:
+            setattr(owner, name, narrow)
         yield
     finally:
-        for owner, before in windows:
-            owner.sliding_window = before
+        for owner, name, before, _ in bounds:
+            setattr(owner, name, before)
 
 
 @torch.no_grad()
-def window_leak(model: nn.Module) -> str | None:
-    """`packing_leak` of a model with sliding windows, in which windows are narrow enough to show in a few tokens. In
-    these the model has to compute what its own attention computes."""
+def bounds_leak(model: nn.Module) -> str | None:
+    """`packing_leak` of a model with sliding windows or soft caps, which are narrow enough to show in a few tokens.
+    With these the model has to compute what its own attention computes."""
     ids = example_tokens(model, PROMPT + max(COMPLETIONS))
     try:
         wide = _outputs_by_own_positions(model, ids)
-        with _narrow_windows(model, NARROW):
+        with narrow_bounds(model):
             narrow = _outputs_by_own_positions(model, ids)
             leak = packing_leak(model)
-            model.set_attn_implementation("sdpa")
+            model.set_attn_implementation("sdpa" if soft_cap(model.config) is None else "eager")
             try:
                 own = _row(model, ids)
             finally:
                 model.set_attn_implementation(attention.NAME)
     except CANNOT as error:
-        return f"its sliding windows cannot be tried: {type(error).__name__}: {error}"
+        return f"its sliding windows or soft caps cannot be tried: {type(error).__name__}: {error}"
     effect, off = (float((narrow - other).abs().max()) for other in (wide, own))
     if effect == 0:
-        return "its layers do not say that they have a sliding window"
+        return "its layers do not say that they have a sliding window or a soft cap"
     if leak is not None:
         return leak
-    return f"log-probabilities in a sliding window are off by {off:.2g}" if off > rounding(model) else None
+    return f"log-probabilities in narrow windows or caps are off by {off:.2g}" if off > rounding(model) else None
 
 
 @torch.no_grad()

@@ -7,6 +7,7 @@ one pass over the vocabulary and no random state exists that a checkpoint would 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -24,6 +25,9 @@ from .stop import Matching, StopStrings, stop_strings
 
 BLOCK = 128
 """Tokens of the vocabulary whose probabilities are summed at once."""
+UNITS = 2.0**40
+"""Parts of the likeliest token's probability in which a nucleus is weighed. Sums of integers do not depend on the order
+in which they are made, so that every engine finds the same nucleus."""
 
 
 @dataclass(frozen=True)
@@ -130,24 +134,27 @@ class Rules:
         return torch.log_softmax(kept, dim=-1)
 
 
-def allowed(logprobs: Tensor, sampling: Sampling) -> Tensor | None:
+def allowed(logits: Tensor, sampling: Sampling) -> Tensor | None:
     """Which tokens may be drawn: (B, V) bool, or None for all of them.
 
-    Top-k, top-p and min-p are each judged on the untruncated distribution at the sampling temperature and then
-    intersected, so their order does not matter; ties at a threshold are all kept.
+    `logits` (B, V) float32, of the sampling temperature; a constant may be added to those of a row. Top-k, top-p and
+    min-p are each judged on the untruncated distribution and then intersected, so their order does not matter. With
+    top-p a token stays if the tokens that are likelier than it have less than that mass, and with top-k if they are
+    fewer than that: tokens of the same logit all stay, or none.
     """
     keep = None
-    if 0 < sampling.top_k < logprobs.shape[-1]:
-        keep = logprobs >= logprobs.topk(sampling.top_k, dim=-1).values[..., -1:]
+    if 0 < sampling.top_k < logits.shape[-1]:
+        keep = logits >= logits.topk(sampling.top_k, dim=-1).values[..., -1:]
     if sampling.min_p > 0:
-        likely = logprobs.exp() >= sampling.min_p * logprobs.amax(-1, keepdim=True).exp()
+        likely = logits >= logits.amax(-1, keepdim=True) + math.log(sampling.min_p)
         keep = likely if keep is None else keep & likely
     if sampling.top_p < 1:
-        ordered, _ = logprobs.sort(dim=-1, descending=True)
-        probs = ordered.exp()
-        inside = probs.cumsum(-1) - probs < sampling.top_p  # the token that crosses the threshold is kept
-        threshold = torch.where(inside, ordered, torch.inf).amin(-1, keepdim=True)
-        nucleus = logprobs >= threshold
+        ordered = logits.sort(dim=-1, descending=True).values
+        running = ((ordered - ordered[..., :1]).exp_() * UNITS).long().cumsum_(-1)
+        # in float32, as a kernel of a GPU takes it
+        most = (running[..., -1:].double() * torch.tensor(sampling.top_p, dtype=torch.float32)).ceil().long()
+        last = torch.searchsorted(running, most).clamp(max=running.shape[-1] - 1)
+        nucleus = logits >= ordered.gather(-1, last)
         keep = nucleus if keep is None else keep & nucleus
     return keep
 
@@ -161,12 +168,14 @@ def draw(
     Returns token ids (B,) int64 and their log-probabilities (B,) float32 under the untruncated distribution at the
     sampling temperature, which is what the trainer computes too. Tokens are banned before the others are truncated.
     """
-    logprobs = torch.log_softmax(logits.float() / sampling.temperature, dim=-1)
+    logits = logits.float() / sampling.temperature
+    logprobs = torch.log_softmax(logits, dim=-1)
     possible = logprobs if rules is None else rules.possible(logprobs, positions)
     if sampling.greedy:
         tokens = possible.argmax(-1)
     else:
-        keep = allowed(possible, sampling)
+        # a log-probability has fewer digits than its logit: tokens that differ may become equal
+        keep = allowed(logits if possible is logprobs else possible, sampling)
         probs = possible.exp()
         if keep is not None:
             probs *= keep

@@ -324,7 +324,8 @@ def decode_attention(tiny: bool) -> dict[str, Any]:
 def fused_step(tiny: bool) -> dict[str, Any]:
     """The fused draw against the plain one, and completions of the engine on pages against the engine without them."""
     from grpo_dist.rollout.native.engine import NativeDecoder
-    from grpo_dist.rollout.native.fused import FusedStep, fused_draw
+    from grpo_dist.rollout.native.fused import FusedStep
+    from grpo_dist.rollout.native.fused_draw import fused_draw
     from grpo_dist.rollout.native.gpu import PagedDecoding
     from grpo_dist.rollout.native.steps import module_step
 
@@ -341,7 +342,12 @@ def fused_step(tiny: bool) -> dict[str, Any]:
     many = torch.randint(-(2**62), 2**62, (8 * rows,), device=DEVICE)
     figures["draw ms"] = {
         name: milliseconds(lambda: each(big, many, many, Sampling(top_p=top_p)))  # noqa: B023
-        for name, each, top_p in (("fused", fused_draw, 1.0), ("plain", draw, 1.0), ("top_p", draw, 0.95))
+        for name, each, top_p in (
+            ("fused", fused_draw, 1.0),
+            ("plain", draw, 1.0),
+            ("fused top_p", fused_draw, 0.95),
+            ("plain top_p", draw, 0.95),
+        )
     }
     for dtype in (torch.float32, torch.bfloat16):
         model = model_of("tiny", dtype)

@@ -176,7 +176,7 @@ NO_KERNEL = {
     aten._local_scalar_dense.default, aten._unsafe_view.default,
 }  # fmt: skip
 INDEXING = {aten.index.Tensor, aten.index_put_.default, aten.index_put.default, aten._index_put_impl_.default}
-TAKES_CPU_SCALARS = {aten.where.self, aten.masked_fill_.Tensor, aten.masked_fill.Tensor}
+TAKES_CPU_SCALARS = {aten.fill_.Tensor, aten.where.self, aten.masked_fill_.Tensor, aten.masked_fill.Tensor}
 
 
 def _flash(

@@ -117,7 +117,7 @@ def test_every_module_imports_on_windows(tmp_path: Path) -> None:
     modules = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in (ROOT / "grpo_dist").rglob("*.py")]
     programs = {"grpo_dist.__main__", "grpo_dist.rewards.sandbox_launcher",
                 "grpo_dist.cli.bench.peer_trl", "grpo_dist.cli.bench.peer_vllm"}  # fmt: skip
-    native = ("fused", "gpu", "pages", "triton_kernels")
+    native = ("draw_kernels", "fused", "fused_draw", "gpu", "pages", "triton_kernels")
     with_triton = ["model.head_kernel", *(f"rollout.native.{name}" for name in native)]
     on_gpu = {f"grpo_dist.{name}" for name in with_triton}
     names = sorted({name.removesuffix(".__init__") for name in modules} - programs - on_gpu)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ...model.attention import RowLayout
+from ...model.attention import RowLayout, cap_scores
 
 SLOT_CHUNK = 32
 """Slots for tokens are added this many at a time."""
@@ -33,13 +33,14 @@ class PrefillLayout:
         self.values: dict[int, Tensor] = {}
 
     def attend(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None, window: int | None = None
-    ) -> Tensor:
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None, window: int | None = None,
+        softcap: float | None = None,
+    ) -> Tensor:  # fmt: skip
         """See `attention.Layout`."""
         if layer in self.keys:
             raise ValueError(f"layer {layer} attends more than once")
         self.keys[layer], self.values[layer] = key[0], value[0]
-        return self.rows.attend(layer, query, key, value, scale, window)
+        return self.rows.attend(layer, query, key, value, scale, window, softcap)
 
 
 class DecodeState:
@@ -188,15 +189,17 @@ class DecodeState:
         self.used = min(self.used + 1, self.most_used)
 
     def attend(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None, window: int | None = None
-    ) -> Tensor:
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None, window: int | None = None,
+        softcap: float | None = None,
+    ) -> Tensor:  # fmt: skip
         """See `attention.Layout`; the row's T tokens are the R sequences' newest ones, in order."""
         query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
-        return self.attend_rows(layer, query, key, value, scale, window)[None]
+        return self.attend_rows(layer, query, key, value, scale, window, softcap)[None]
 
     def attend_rows(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None, window: int | None = None
-    ) -> Tensor:
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None, window: int | None = None,
+        softcap: float | None = None,
+    ) -> Tensor:  # fmt: skip
         """Attention of the sequences' newest tokens: `query` (R, Hq, D), `key` and `value` (R, Hk, D) to (R, Hq, D)."""
         window = None if window is None or window >= self.longest else window
         own_keys, own_values = self.own_keys[layer], self.own_values[layer]
@@ -205,12 +208,12 @@ class DecodeState:
         num_rows, num_queries, _ = query.shape
         query = query.reshape(num_rows, key.shape[1], -1, query.shape[2])  # (R, Hk, G, D)
         own, own_sum = _partial(query, own_keys[:, :, : self.seen], own_values[:, :, : self.seen],
-                                self.own_mask(window), scale)  # fmt: skip
+                                self.own_mask(window), scale, softcap)  # fmt: skip
         if not self.shares:
             return own.reshape(num_rows, num_queries, -1)
         mask, is_past = (self.prompt_mask, None) if window is None else self._window_mask(window, query.shape[2])
         shared, shared_sum = _partial(self._to_seats(query), self.prompt_keys[layer], self.prompt_values[layer], mask,
-                                      scale)  # fmt: skip
+                                      scale, softcap)  # fmt: skip
         shared_sum = self._from_seats(shared_sum[..., None])
         if is_past is not None:
             shared_sum = shared_sum.masked_fill(is_past[:, None, None, None], -torch.inf)
@@ -262,17 +265,19 @@ def _mask(hidden: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, -torch.inf)[:, None, None]
 
 
-def _partial(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: float | None) -> tuple[Tensor, Tensor]:
+def _partial(
+    query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: float | None, softcap: float | None
+) -> tuple[Tensor, Tensor]:
     """Attention over a part of the keys: the output (N, H, Q, Dv) and the log of its sum of exponentials (N, H, Q).
 
     `query` (N, H, Q, D), `keys` (N, H, K, D), `values` (N, H, K, Dv), `mask` (N, 1, 1, K) additive, with a key to be
     seen in each row.
     """
-    if query.device.type == "cpu" and keys.shape[-1] == values.shape[-1]:
+    if query.device.type == "cpu" and keys.shape[-1] == values.shape[-1] and softcap is None:
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             query, keys, values, 0.0, False, attn_mask=mask, scale=scale
         )
-    scores = _products(query, keys) * (query.shape[-1] ** -0.5 if scale is None else scale) + mask
+    scores = cap_scores(_products(query, keys), query.shape[-1] ** -0.5 if scale is None else scale, softcap) + mask
     sums = scores.logsumexp(-1)
     return (scores - sums[..., None]).exp().to(values.dtype) @ values, sums
 

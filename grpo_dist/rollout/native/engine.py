@@ -79,10 +79,11 @@ class NativeDecoder(Decoder):
         while queue:
             requests = list(queue)
             queue.clear()
-            yield from PagedDecoding(
+            with closing(PagedDecoding(
                 model, requests, sampling, end_ids=self.end_ids, max_new_tokens=self.max_new_tokens,
                 max_tokens_in_flight=self.max_tokens_in_flight, step_of=self.step_of, captures=self.captures,
-            ).run()  # fmt: skip
+            )) as decoding:  # fmt: skip
+                yield from decoding.run()
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,11 @@
-"""A decoding step on a GPU of models built as Llama is, in few kernels, and the draw of its tokens.
+"""A decoding step on a GPU of models built as Llama is, in few kernels.
 
 Matrix products are the libraries'; what lies between two of them is one kernel each (`triton_kernels.py`). Adapters
-stay apart from the weights: their small product is computed first, and the large one is added to it in the library's
-float32 accumulator, so that an update too small for a weight of 16 bits still reaches the sum.
+stay apart from the weights. A layer's first low-rank product is a small product beside the large one, for layers of one
+input at once. The second one is part of the kernel that takes the layer's output, which is in float32 there: an update
+too small for an output of 16 bits still reaches the sum.
 
-Shapes: R rows, H hidden, V vocabulary.
+Shapes: R rows, H hidden, V vocabulary, r the largest rank of a layer's adapters.
 """
 
 from __future__ import annotations
@@ -14,60 +15,80 @@ from dataclasses import dataclass
 import torch
 import triton
 from torch import Tensor, nn
-from torch.nn.functional import embedding, linear, silu
+from torch.nn.functional import embedding, linear, pad, silu
 
-from ...model.gate_kernel import gated
+from ...model.products import float32_product
 from ..room import PAGE
-from ..sampling import Rules, Sampling, draw, uniforms
 from . import triton_kernels as kernels
 from .llama import Layer, Linear, Norm, Weights
 from .pages import PagePool
 
-VOCABULARY_BLOCK = 1024
+RANKS = 8
+"""Ranks are filled up to multiples of this with zeros: outputs stay aligned."""
+GATE_ROWS, GATE_BLOCK = 16, 128
+"""Rows and outputs of a tile in which a gate is computed."""
 
 
-@dataclass(frozen=True)
 class Product:
-    """One or several linear layers of the same input, as one matrix product; with the adapters that lie on them."""
+    """Linear layers of one input, computed one by one, and their adapters' first products at once."""
 
-    weight: Tensor
-    bias: Tensor | None
-    low: Tensor | None
-    """The adapters' first matrices, one under another: (sum of ranks, inputs)."""
-    high: Tensor | None
-    """Their second ones, scaled, each beside the outputs it adds to: (outputs, sum of ranks)."""
+    def __init__(self, *layers: Linear) -> None:
+        self.weights, dtype = [layer.weight for layer in layers], layers[0].weight.dtype
+        self.rank = -(-max(0 if layer.adapter is None else len(layer.adapter.a) for layer in layers) // RANKS) * RANKS
+        self.has_bias = any(layer.bias is not None for layer in layers)
+        self.biases = [layer.weight.new_zeros(len(layer.weight)) if layer.bias is None else layer.bias
+                       for layer in layers]  # fmt: skip
+        self.low = torch.cat([_low(layer, self.rank) for layer in layers]).to(dtype)  # (layers · r, inputs)
+        self.high = [_high(layer, self.rank).to(dtype) for layer in layers]  # (r, outputs) each
+
+    def __call__(self, x: Tensor) -> tuple[list[Tensor], Tensor]:
+        """Each layer's outputs (R, outputs) of x (R, inputs), without bias and adapters, and `low` (R, layers · r)."""
+        outputs = [_product(x, weight, self.rank) for weight in self.weights]
+        return outputs, linear(x, self.low) if self.rank else x
+
+
+class Stacked:
+    """Linear layers of one input as one product, with their adapters' first products behind the outputs."""
+
+    def __init__(self, *layers: Linear) -> None:
+        apart = Product(*layers)
+        self.rank, self.has_bias, self.bias = apart.rank, apart.has_bias, torch.cat(apart.biases)
+        self.weight = torch.cat([*apart.weights, apart.low])
+        self.high = torch.cat(apart.high, 1)  # (r, outputs)
 
     def __call__(self, x: Tensor) -> Tensor:
-        """(R, inputs) to (R, outputs), without the bias."""
-        if self.low is None or self.high is None:
-            return linear(x, self.weight)
-        return linear(linear(x, self.low), self.high).addmm_(x, self.weight.T)
+        """(R, inputs) to (R, outputs + layers · r), without the bias."""
+        return _product(x, self.weight, self.rank)
 
 
-def _product(*parts: Linear) -> Product:
-    first = parts[0].weight
-    bias = None
-    if any(part.bias is not None for part in parts):
-        bias = torch.cat([first.new_zeros(len(part.weight)) if part.bias is None else part.bias for part in parts])
-    weight = first if len(parts) == 1 else torch.cat([part.weight for part in parts])
-    adapters = [part.adapter for part in parts]
-    if not any(adapters):
-        return Product(weight, bias, None, None)
-    low = torch.cat([each.a for each in adapters if each]).to(first.dtype)
-    high = [first.new_zeros((len(part.weight), 0)) if each is None else (each.b * each.scaling).to(first.dtype)
-            for part, each in zip(parts, adapters, strict=True)]  # fmt: skip
-    return Product(weight, bias, low, torch.block_diag(*high))
+def _product(x: Tensor, weight: Tensor, rank: int) -> Tensor:
+    """`x Wᵀ`, in float32 where adapters are added to it."""
+    return float32_product(x, weight.T) if rank else linear(x, weight)
+
+
+def _low(layer: Linear, rank: int) -> Tensor:
+    """An adapter's first matrix (rank, inputs), zeros where there is none."""
+    if layer.adapter is None:
+        return layer.weight.new_zeros((rank, layer.weight.shape[1]))
+    return pad(layer.adapter.a, (0, 0, 0, rank - len(layer.adapter.a)))
+
+
+def _high(layer: Linear, rank: int) -> Tensor:
+    """Its second one, scaled, (rank, outputs)."""
+    if layer.adapter is None:
+        return layer.weight.new_zeros((rank, len(layer.weight)))
+    b = layer.adapter.b * layer.adapter.scaling
+    return pad(b, (0, rank - b.shape[1])).T.contiguous()
 
 
 @dataclass(frozen=True)
 class FusedLayer:
-    """Attention and feed-forward; weights that one product can compute are joined."""
+    """Attention and feed-forward; the weights of queries, keys and values are copied to be one."""
 
     layer: Layer
-    qkv: Product
+    qkv: Stacked
     output: Product
-    gate: Product
-    up: Product
+    gate_up: Product
     down: Product
 
 
@@ -81,28 +102,32 @@ class FusedStep:
         for layer in weights.layers:
             if not torch.equal(layer.activation(gates), silu(gates)):
                 raise ValueError("the activation is not SiLU")
-        self.layers = [FusedLayer(each, _product(each.query, each.key, each.value), _product(each.output),
-                                  _product(each.gate), _product(each.up), _product(each.down))
+        self.layers = [FusedLayer(each, Stacked(each.query, each.key, each.value), Product(each.output),
+                                  Product(each.gate, each.up), Product(each.down))
                        for each in weights.layers]  # fmt: skip
-        self.head = _product(weights.head)
+        self.head = Product(weights.head)
 
     def __call__(self, tokens: Tensor, positions: Tensor, state: PagePool) -> Tensor:
         """Logits (R, V) after `tokens` (R,) int64 at `positions` (R,) int64."""
         weights = self.weights
-        x, y = embedding(tokens, weights.embeddings), None
+        x = embedding(tokens, weights.embeddings)
         cos, sin = (each[0].contiguous() for each in weights.rotary(x, positions[None]))
+        before: tuple[Product, Tensor] | None = None  # a layer and its input, of which the output is not yet added
         for each in self.layers:
             layer = each.layer
-            inner = _normalised(x, y, layer.input_norm)
-            query = self._placed(each, inner, cos, sin, state)
-            y = _with_bias(each.output, each.output(state.attend_rows(layer.number, query, layer.scale).flatten(1)))
-            inner = _normalised(x, y, layer.mlp_norm)
-            gate, up = (_with_bias(product, product(inner)) for product in (each.gate, each.up))
-            y = _with_bias(each.down, each.down(gated(gate, up)))
-        x = _normalised(x, y, weights.norm)
-        if self.head.low is None and x.is_cuda and x.dtype != torch.float32:  # as the trainer's: not rounded to 16 bits
-            return _with_bias(self.head, torch.mm(x, self.head.weight.T, out_dtype=torch.float32))
-        return _with_bias(self.head, self.head(x))
+            query = self._placed(each, _normalised(x, before, layer.input_norm), cos, sin, state)
+            attended = state.attend_rows(layer.number, query, layer.scale).flatten(1)
+            inner = _normalised(x, (each.output, attended), layer.mlp_norm)
+            before = each.down, _gated(each.gate_up, inner)
+        return self._logits(_normalised(x, before, weights.norm))
+
+    def _logits(self, x: Tensor) -> Tensor:
+        """Not rounded to 16 bits, as the trainer's are not."""
+        head = self.head
+        logits = float32_product(x, head.weights[0].T)
+        if head.rank:
+            logits += float32_product(linear(x, head.low), head.high[0])
+        return logits.add_(head.biases[0]) if head.has_bias else logits
 
     def _placed(self, each: FusedLayer, x: Tensor, cos: Tensor, sin: Tensor, state: PagePool) -> Tensor:
         """The rotated queries (R, Hq, D); keys and values go to their pages."""
@@ -112,42 +137,36 @@ class FusedStep:
         query = x.new_empty((rows, queries, size))
         norms = layer.query_norm, layer.key_norm
         weights = [qkv if norm is None else norm.weight for norm in norms]
-        bias = qkv if each.qkv.bias is None else each.qkv.bias
         kernels.rotate_and_store[rows, queries + 2 * heads](
-            qkv, bias, *weights, cos, sin, query, keys, state.values[layer.number], state.table, state.lengths,
-            state.table.shape[1], 0.0 if norms[0] is None else norms[0].eps, HQ=queries, HK=heads, D=size,
-            DP=triton.next_power_of_2(size), PAGE=PAGE, BIAS=each.qkv.bias is not None, NORM=norms[0] is not None,
+            qkv, each.qkv.high, each.qkv.bias, *weights, cos, sin, query, keys, state.values[layer.number], state.table,
+            state.lengths, state.table.shape[1], 0.0 if norms[0] is None else norms[0].eps, HQ=queries, HK=heads,
+            D=size, DP=triton.next_power_of_2(size), PAGE=PAGE, RANK=each.qkv.rank, BIAS=each.qkv.has_bias,
+            NORM=norms[0] is not None,
         )  # fmt: skip
         return query
 
 
-def _with_bias(product: Product, y: Tensor) -> Tensor:
-    return y if product.bias is None else y.add_(product.bias)
-
-
-def _normalised(x: Tensor, y: Tensor | None, norm: Norm) -> Tensor:
-    """RMSNorm of x + y, which is left in x."""
-    rows, size = x.shape
-    normed = torch.empty_like(x)
-    kernels.add_and_normalise[(rows,)](x, x if y is None else y, norm.weight, normed, size, norm.eps, ADD=y is not None,
+def _normalised(x: Tensor, before: tuple[Product, Tensor] | None, norm: Norm) -> Tensor:
+    """RMSNorm of x and the output of the layer `before`, the sum of which is left in x."""
+    (rows, size), normed = x.shape, torch.empty_like(x)
+    rank, has_bias, y, low, high, bias = 0, False, x, x, x, x
+    if before is not None:
+        product, inputs = before
+        rank, has_bias, high, bias = product.rank, product.has_bias, product.high[0], product.biases[0]
+        (y,), low = product(inputs)
+    kernels.add_and_normalise[(rows,)](x, y, low, high, bias, norm.weight, normed, size, norm.eps,
+                                       ADD=before is not None, RANK=rank, BIAS=has_bias,
                                        BLOCK=triton.next_power_of_2(size))  # fmt: skip
     return normed
 
 
-def fused_draw(
-    logits: Tensor, keys: Tensor, positions: Tensor, sampling: Sampling, rules: Rules | None = None
-) -> tuple[Tensor, Tensor]:
-    """`sampling.draw` in two kernels where nothing is truncated or banned."""
-    truncates = sampling.top_p < 1 or sampling.top_k > 0 or sampling.min_p > 0
-    if sampling.greedy or truncates or (rules is not None and rules.bans):
-        return draw(logits, keys, positions, sampling, rules)
-    rows, size = logits.shape
-    logits, blocks = logits.contiguous(), triton.cdiv(size, VOCABULARY_BLOCK)
-    peaks = logits.new_empty((2, rows, blocks), dtype=torch.float32)
-    token = torch.empty_like(keys)
-    logprob = peaks.new_empty(rows)
-    inverse = 1 / sampling.temperature
-    kernels.sum_blocks[rows, blocks](logits, peaks[0], peaks[1], size, blocks, inverse, BLOCK=VOCABULARY_BLOCK)
-    kernels.draw_token[(rows,)](logits, peaks[0], peaks[1], uniforms(keys, positions), token, logprob, size, blocks,
-                                inverse, BLOCK=VOCABULARY_BLOCK, BLOCKS=triton.next_power_of_2(blocks))  # fmt: skip
-    return token, logprob
+def _gated(product: Product, x: Tensor) -> Tensor:
+    """SwiGLU of the layers gate and up."""
+    (gate, up), low = product(x)
+    rows, size = gate.shape
+    output = x.new_empty((rows, size))
+    kernels.multiply_by_gate[triton.cdiv(rows, GATE_ROWS), triton.cdiv(size, GATE_BLOCK)](
+        gate, up, low, *product.high, *product.biases, output, rows, size, RANK=product.rank,
+        RP=max(16, triton.next_power_of_2(product.rank)), BIAS=product.has_bias, ROWS=GATE_ROWS, BLOCK=GATE_BLOCK,
+    )  # fmt: skip
+    return output

@@ -24,7 +24,7 @@ from ...types import Trajectory
 from ..engine import Request, limit_of, trajectory
 from ..room import PAGE, PREFILL_TOKENS, pages_of
 from ..sampling import Rules, Sampling
-from .fused import fused_draw
+from .fused_draw import fused_draw
 from .graphs import Sizes
 from .pages import TILE, PagePool
 from .routes import RouteTable
@@ -48,7 +48,7 @@ class _Prompt:
 
 @dataclass
 class _Row:
-    """A sequence in flight; `length` is the most own tokens that it can hold by now."""
+    """A sequence in flight; `length` is the number of steps that it has been in, at most the longest completion."""
 
     request: int
     prompt: _Prompt
@@ -134,10 +134,14 @@ class PagedDecoding:
         while self.waiting or self.rows:
             self._admit()
             self._lay_tables()
-            for _ in range(STEPS):
+            for _ in range(self.steps):
                 self.advance(self.computed, self.tiles)
             yield self._look()
         yield self._ended()
+
+    def close(self) -> None:
+        """Let go now of what refers back to this object, and would hold pages and graphs until it is collected."""
+        del self.advance
 
     # --- on the device ------------------------------------------------------------------------------------------------
 
@@ -148,7 +152,7 @@ class PagedDecoding:
         positions = pool.prompt_lengths[pool.prompt[:rows]] + pool.lengths[:rows]
         logits = self.decode(self.last[:rows], positions.long(), pool)
         self.routes.keep_step(self._request(slice(0, rows)), pool.lengths[:rows].long())
-        pool.lengths[:rows] += self.alive[:rows]
+        pool.lengths[:rows].add_(self.alive[:rows])
         self._draw(logits, slice(0, rows))
 
     def _request(self, rows: slice) -> Tensor:
@@ -160,13 +164,14 @@ class PagedDecoding:
         place = self.offset[request] + position
         token, logprob = fused_draw(logits, self.keys[request], place, self.sampling, self.rules)
         ends = self.rules.ended(token, request, place) & self.may_end[request]
-        place = position.clamp(max=self.most - 1)  # of nobody, or of a row that has ended
-        self.tokens[request, place] = token
-        self.logprobs[request, place] = logprob
+        self.tokens[request, position] = token
+        self.logprobs[request, position] = logprob
         self.last[rows] = token
-        over = ends | (position + 1 >= self.limit[request])
-        self.ended_at[request] = torch.where(over, position + 1, 0)
+        drawn = position + 1
+        over = ends | (drawn >= self.limit[request])
+        self.ended_at[request] = torch.where(over, drawn, 0)
         self.alive[rows] = alive & ~over
+        self.pool.lengths[rows].mul_(self.alive[rows])  # a row that has ended reads no more than the token it writes
 
     # --- on the host --------------------------------------------------------------------------------------------------
 
@@ -214,8 +219,9 @@ class PagedDecoding:
     def _lay_tables(self) -> None:
         """Give every row pages for the next steps, and tell the device whose pages are which."""
         pool, rows = self.pool, self.rows
+        self.steps = min(STEPS, max(self._steps_left(row) for row in rows))
         for row in rows:
-            row.length = min(row.length + STEPS, self.most)
+            row.length = min(row.length + self.steps, self.most)
             row.pages += pool.take(row.length, len(row.pages))
         members: dict[int, tuple[_Prompt, list[int]]] = {}
         for n, row in enumerate(rows):
@@ -240,19 +246,25 @@ class PagedDecoding:
             to.copy_(sent)
 
     def _look(self) -> list[Trajectory]:
-        """Queue a look at who is alive, and act upon the one before: drop the rows that had ended, and queue a copy of
-        them. Returns the trajectories whose copies were queued before that."""
+        """Queue a look at who is alive, and act upon the one before: drop the rows that had ended, and those that have
+        all of their tokens by now, and queue a copy of them. Returns the trajectories whose copies were queued before
+        that."""
         before, self.looked = self.looked, (list(self.rows), HostCopy(self.alive[: len(self.rows)]))
         trajectories = self._ended()
+        ended = {id(row) for row in self.rows if self._steps_left(row) <= 0}
         if before is not None:
-            self._drop_ended(*before)
+            rows, flags = before
+            ended |= {id(row) for row, alive in zip(rows, flags.values()[0], strict=True) if not alive}
+        if ended := ended & {id(row) for row in self.rows}:
+            self._drop(ended)
         return trajectories
 
-    def _drop_ended(self, rows: list[_Row], flags: HostCopy) -> None:
-        ended = {id(row) for row, alive in zip(rows, flags.values()[0], strict=True) if not alive}
-        ended &= {id(row) for row in self.rows}
-        if not ended:
-            return
+    def _steps_left(self, row: _Row) -> int:
+        """Steps until a row has as many tokens as it may have; its first one was drawn before any."""
+        return limit_of(self.requests[row.request], self.most) - 1 - row.length
+
+    def _drop(self, ended: set[int]) -> None:
+        """Drop the rows with these identities."""
         requests = [row.request for row in self.rows if id(row) in ended]
         (places,) = to_device([torch.tensor(requests)], self.device)
         copy = HostCopy(self.ended_at[places], self.tokens[places], self.logprobs[places],

@@ -25,6 +25,8 @@ TILE = 8
 """Rows of one prompt that attend to it in one tile."""
 PROGRAMS = 264
 """Thread blocks that fill a GPU: a step of few rows is split into as many parts."""
+EVERYTHING = 1 << 30
+"""Positions of a window that no sequence leaves."""
 
 
 class PagePool:
@@ -45,7 +47,6 @@ class PagePool:
         self.prompt_lengths = torch.zeros(most_rows, dtype=torch.int32, device=device)
         self.tile_prompt = torch.zeros(2 * most_rows, dtype=torch.int32, device=device)
         self.tile_rows = torch.zeros((2 * most_rows, TILE), dtype=torch.int32, device=device)
-        self.longest = prompt_tokens + row_tokens
         self.num_rows = self.num_tiles = self.splits = self.prompt_splits = 0
 
     def take(self, tokens: int, present: int = 0) -> list[int]:
@@ -78,25 +79,27 @@ class PagePool:
         self.prompt_splits = _splits(num_tiles * heads, self.prompt_table.shape[1])
 
     def attend(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None, window: int | None = None
-    ) -> Tensor:
-        """See `attention.Layout`; the row's T tokens are the newest ones of the R rows, in order. The pages have all of
-        a sequence, so it must not be longer than a `window`."""
-        if window is not None and window < self.longest:
-            raise ValueError(f"a sliding window of {window} tokens given, and sequences may have {self.longest}")
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None, window: int | None = None,
+        softcap: float | None = None,
+    ) -> Tensor:  # fmt: skip
+        """See `attention.Layout`; the row's T tokens are the newest ones of the R rows, in order."""
         query, key, value = (x[0].transpose(0, 1).contiguous() for x in (query, key, value))
         lengths = self.lengths[: self.num_rows].long()
         page = self.table[: self.num_rows].gather(1, (lengths // PAGE)[:, None])[:, 0].long()
         self.keys[layer][page, :, lengths % PAGE] = key
         self.values[layer][page, :, lengths % PAGE] = value
-        return self.attend_rows(layer, query, scale)[None]
+        return self.attend_rows(layer, query, scale, window, softcap)[None]
 
-    def attend_rows(self, layer: int, query: Tensor, scale: float | None) -> Tensor:
-        """Attention of `query` (R, Hq, D), contiguous, to all that is in the pages; (R, Hq, D)."""
+    def attend_rows(
+        self, layer: int, query: Tensor, scale: float | None, window: int | None = None, softcap: float | None = None
+    ) -> Tensor:
+        """Attention of `query` (R, Hq, D), contiguous, to what is in the pages; (R, Hq, D). Pages before a `window` are
+        not read."""
         keys, values = self.keys[layer], self.values[layer]
         (rows, num_queries, size), heads = query.shape, keys.shape[1]
         group, padded = num_queries // heads, max(16, triton.next_power_of_2(size))
-        sizes = {"HK": heads, "G": group, "D": size, "DP": padded, "PAGE": PAGE}
+        sizes = {"HK": heads, "G": group, "D": size, "DP": padded, "PAGE": PAGE, "CAPPED": softcap is not None}
+        seen, cap = window or EVERYTHING, softcap or 0.0
         scale = size**-0.5 if scale is None else scale
         parts = [query.new_empty((splits, rows, num_queries, size), dtype=torch.float32)
                  for splits in (self.prompt_splits, self.splits)]  # fmt: skip
@@ -104,15 +107,15 @@ class PagePool:
         shared_sums, own_sums = (part.new_empty(part.shape[:3]) for part in parts)
         width = max(triton.next_power_of_2(group), 16 // TILE)
         kernels.attend_prompts[self.num_tiles, heads, self.prompt_splits](
-            query, keys, values, self.prompt_table, self.prompt_lengths, self.tile_prompt, self.tile_rows, shared,
-            shared_sums, rows, scale, self.prompt_table.shape[1], GP=width, ROWS=TILE, SPLITS=self.prompt_splits,
-            **sizes,
+            query, keys, values, self.prompt_table, self.prompt_lengths, self.lengths, self.tile_prompt, self.tile_rows,
+            shared, shared_sums, rows, scale, seen, cap, self.prompt_table.shape[1], GP=width, ROWS=TILE,
+            SPLITS=self.prompt_splits, **sizes,
         )  # fmt: skip
         output = torch.empty_like(query)
         kernels.attend_own[rows, heads, self.splits](
             query, keys, values, self.table, self.lengths, shared, shared_sums, output if self.splits == 1 else own,
-            own_sums, rows, scale, self.table.shape[1], GP=max(16, triton.next_power_of_2(group)), SPLITS=self.splits,
-            SHARED=self.prompt_splits, **sizes,
+            own_sums, rows, scale, seen, cap, self.table.shape[1], GP=max(16, triton.next_power_of_2(group)),
+            SPLITS=self.splits, SHARED=self.prompt_splits, **sizes,
         )  # fmt: skip
         if self.splits > 1:
             kernels.join[(rows * num_queries,)](own, own_sums, shared, shared_sums, output, rows * num_queries, D=size,

@@ -1,10 +1,13 @@
-"""The kernels of a decoding step on a GPU that no library has: attention over pages, norms, rotations and sampling.
+"""The kernels of a decoding step on a GPU that no library has: attention over pages, norms, rotations and gates.
 
 Each does in one pass over its data what torch would do in five or more. They are imported where Triton is; the
 functions that launch them are in `fused.py`, which says what each computes in torch's terms.
 
-Shapes: R rows, Hq query heads, Hk key heads, G = Hq / Hk, D head size, V vocabulary; a page holds PAGE tokens of one
-layer as (Hk, PAGE, D).
+Where a layer has adapters, the kernel that takes the layer's output adds what they make of it: `low` (R, r) times
+`high` (r, outputs), in float32. An update too small for an output of 16 bits still reaches what is computed from it.
+
+Shapes: R rows, Hq query heads, Hk key heads, G = Hq / Hk, D head size, r adapters' rank; a page holds PAGE tokens of
+one layer as (Hk, PAGE, D).
 """
 
 from __future__ import annotations
@@ -16,9 +19,12 @@ LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def _attend(query, keys, values, table, first, last, length, scale, head, HK: tl.constexpr, PAGE: tl.constexpr,
-            D: tl.constexpr, DP: tl.constexpr, M: tl.constexpr):  # fmt: skip
-    """Pages [first, last) of a table, of which `length` tokens count: peak (M,) in base 2, sum (M,), output (M, DP)."""
+def _attend(query, keys, values, table, first, last, low, start, length, scale, cap, head, HK: tl.constexpr,
+            PAGE: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, M: tl.constexpr, CAPPED: tl.constexpr):  # fmt: skip
+    """Pages [first, last) of a table: peak (M,) in base 2, sum (M,), output (M, DP).
+
+    The tokens [low, length) are read, of which a query sees those from its `start` (M, 1) on.
+    """
     place, d = tl.arange(0, PAGE), tl.arange(0, DP)
     inside = (d < D)[None, :]
     peak = tl.full((M,), -float("inf"), tl.float32)
@@ -27,13 +33,18 @@ def _attend(query, keys, values, table, first, last, length, scale, head, HK: tl
     for number in range(first, last):
         page = tl.load(table + number).to(tl.int64)
         at = (page * HK + head) * PAGE * D + place[:, None] * D + d[None, :]
-        seen = number * PAGE + place < length
-        key = tl.load(keys + at, mask=inside, other=0.0)
-        scores = tl.dot(query, tl.trans(key), input_precision="ieee") * (scale * LOG2E)
-        scores = tl.where(seen[None, :], scores, -float("inf"))
+        token = number * PAGE + place
+        used = (token >= low) & (token < length)
+        key = tl.load(keys + at, mask=inside & used[:, None], other=0.0)
+        scores = tl.dot(query, tl.trans(key), input_precision="ieee") * scale
+        if CAPPED:
+            scores = cap * (1 - 2 / (tl.exp(2 * scores / cap) + 1))
+        scores = tl.where(used[None, :] & (token[None, :] >= start), scores * LOG2E, -float("inf"))
         now = tl.maximum(peak, tl.max(scores, 1))
-        weights, old = tl.exp2(scores - now[:, None]), tl.exp2(peak - now)
-        value = tl.load(values + at, mask=inside & seen[:, None], other=0.0)
+        # a query whose window begins after this page has seen nothing yet
+        shift = tl.where(now == -float("inf"), 0.0, now)
+        weights, old = tl.exp2(scores - shift[:, None]), tl.exp2(peak - shift)
+        value = tl.load(values + at, mask=inside & used[:, None], other=0.0)
         output = output * old[:, None] + tl.dot(weights.to(value.dtype), value, input_precision="ieee")
         total = total * old + tl.sum(weights, 1)
         peak = now
@@ -41,9 +52,10 @@ def _attend(query, keys, values, table, first, last, length, scale, head, HK: tl
 
 
 @triton.jit
-def attend_prompts(query, keys, values, table, lengths, tile_prompt, tile_rows, output, sums, num_rows, scale, width,
-                   HK: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
-                   PAGE: tl.constexpr, ROWS: tl.constexpr, SPLITS: tl.constexpr):  # fmt: skip
+def attend_prompts(query, keys, values, table, lengths, own_lengths, tile_prompt, tile_rows, output, sums, num_rows,
+                   scale, window, cap, width, HK: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr,
+                   DP: tl.constexpr, PAGE: tl.constexpr, ROWS: tl.constexpr, SPLITS: tl.constexpr,
+                   CAPPED: tl.constexpr):  # fmt: skip
     """Rows of one prompt, a tile at a time, over a split of its pages; output (SPLITS, R, Hq, D), log-sums likewise."""
     tile, head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     prompt = tl.load(tile_prompt + tile)
@@ -56,11 +68,14 @@ def attend_prompts(query, keys, values, table, lengths, tile_prompt, tile_rows, 
     at = (row * HK * G + head * G + group).to(tl.int64)
     q = tl.load(query + at[:, None] * D + d[None, :], mask=real[:, None] & (d < D)[None, :], other=0.0)
     length = tl.load(lengths + prompt)
+    start = length + tl.load(own_lengths + row, mask=real, other=0) + 1 - window
+    low = tl.minimum(tl.maximum(tl.min(tl.where(real, start, length)), 0), length)
     pages = tl.cdiv(length, PAGE)
-    each = tl.cdiv(pages, SPLITS)
-    first = split * each
-    peak, total, out = _attend(q, keys, values, table + prompt * width, first, tl.minimum(first + each, pages), length,
-                               scale, head, HK, PAGE, D, DP, M)  # fmt: skip
+    begin = low // PAGE
+    each = tl.cdiv(pages - begin, SPLITS)
+    first = begin + split * each
+    peak, total, out = _attend(q, keys, values, table + prompt * width, first, tl.minimum(first + each, pages), low,
+                               start[:, None], length, scale, cap, head, HK, PAGE, D, DP, M, CAPPED)  # fmt: skip
     to = split * num_rows * HK * G + at
     empty = total == 0.0
     out = out / tl.where(empty, 1.0, total)[:, None]
@@ -69,9 +84,9 @@ def attend_prompts(query, keys, values, table, lengths, tile_prompt, tile_rows, 
 
 
 @triton.jit
-def attend_own(query, keys, values, table, lengths, shared, shared_sums, output, sums, num_rows, scale, width,
-               HK: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
-               PAGE: tl.constexpr, SPLITS: tl.constexpr, SHARED: tl.constexpr):  # fmt: skip
+def attend_own(query, keys, values, table, lengths, shared, shared_sums, output, sums, num_rows, scale, window, cap,
+               width, HK: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
+               PAGE: tl.constexpr, SPLITS: tl.constexpr, SHARED: tl.constexpr, CAPPED: tl.constexpr):  # fmt: skip
     """A row over a split of its own pages, its newest token's among them.
 
     With one split the SHARED parts of its prompt are joined in and the result (R, Hq, D) is written; with several, a
@@ -84,11 +99,14 @@ def attend_own(query, keys, values, table, lengths, shared, shared_sums, output,
     inside = real[:, None] & (d < D)[None, :]
     q = tl.load(query + at[:, None] * D + d[None, :], mask=inside, other=0.0)
     length = tl.load(lengths + row) + 1
+    low = tl.maximum(length - window, 0)
     pages = tl.cdiv(length, PAGE)
-    each = tl.cdiv(pages, SPLITS)
-    first = split * each
+    begin = low // PAGE
+    each = tl.cdiv(pages - begin, SPLITS)
+    first = begin + split * each
     peak, total, out = _attend(q, keys, values, table + row.to(tl.int64) * width, first,
-                               tl.minimum(first + each, pages), length, scale, head, HK, PAGE, D, DP, GP)  # fmt: skip
+                               tl.minimum(first + each, pages), low, low, length, scale, cap, head, HK, PAGE, D, DP, GP,
+                               CAPPED)  # fmt: skip
     if SPLITS == 1:
         for part in range(SHARED):
             to = part * num_rows * HK * G + at
@@ -136,18 +154,26 @@ def join(own, own_sums, shared, shared_sums, output, num_queries, D: tl.constexp
 
 
 @triton.jit
-def rotate_and_store(qkv, bias, q_weight, k_weight, cos, sin, query, keys, values, table, lengths, width, eps,
+def rotate_and_store(qkv, high, bias, q_weight, k_weight, cos, sin, query, keys, values, table, lengths, width, eps,
                      HQ: tl.constexpr, HK: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, PAGE: tl.constexpr,
-                     BIAS: tl.constexpr, NORM: tl.constexpr):  # fmt: skip
-    """One head of a row's newest token: bias, norm and rotation; a query goes to `query`, keys and values to a page."""
+                     RANK: tl.constexpr, BIAS: tl.constexpr, NORM: tl.constexpr):  # fmt: skip
+    """One head of a row's newest token: adapters, bias, norm and rotation; a query goes to `query`, keys and values to
+    a page. Behind its heads a row of `qkv` has `low` of the queries' adapters, of the keys' and of the values'."""
     row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     d = tl.arange(0, DP)
     inside = d < D
     half: tl.constexpr = D // 2
     other = tl.where(d < half, d + half, d - half)
-    base = row * (HQ + 2 * HK) * D + head * D
-    x = tl.load(qkv + base + d, mask=inside, other=0.0).to(tl.float32)
-    y = tl.load(qkv + base + other, mask=inside, other=0.0).to(tl.float32)
+    size: tl.constexpr = (HQ + 2 * HK) * D
+    base = row * (size + 3 * RANK)
+    x = tl.load(qkv + base + head * D + d, mask=inside, other=0.0).to(tl.float32)
+    y = tl.load(qkv + base + head * D + other, mask=inside, other=0.0).to(tl.float32)
+    low = qkv + base + size + RANK * ((head >= HQ).to(tl.int32) + (head >= HQ + HK).to(tl.int32))
+    for j in range(RANK):
+        share = tl.load(low + j).to(tl.float32)
+        to = high + j * size + head * D
+        x += share * tl.load(to + d, mask=inside, other=0.0).to(tl.float32)
+        y += share * tl.load(to + other, mask=inside, other=0.0).to(tl.float32)
     if BIAS:
         x += tl.load(bias + head * D + d, mask=inside, other=0.0).to(tl.float32)
         y += tl.load(bias + head * D + other, mask=inside, other=0.0).to(tl.float32)
@@ -176,56 +202,47 @@ def rotate_and_store(qkv, bias, q_weight, k_weight, cos, sin, query, keys, value
 
 
 @triton.jit
-def add_and_normalise(x, y, weight, normed, size, eps, ADD: tl.constexpr, BLOCK: tl.constexpr):
-    """x += y in place, and RMSNorm of the sum (arXiv:1910.07467, equation 4)."""
+def add_and_normalise(x, y, low, high, bias, weight, normed, size, eps, ADD: tl.constexpr, RANK: tl.constexpr,
+                      BIAS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    """x += y in place, with y's adapters and bias, and RMSNorm of the sum (arXiv:1910.07467, equation 4)."""
     row = tl.program_id(0).to(tl.int64)
     k = tl.arange(0, BLOCK)
     inside = k < size
-    v = tl.load(x + row * size + k, mask=inside, other=0.0)
+    v = tl.load(x + row * size + k, mask=inside, other=0.0).to(tl.float32)
     if ADD:
-        v = v + tl.load(y + row * size + k, mask=inside, other=0.0)
-        tl.store(x + row * size + k, v, mask=inside)
-    v = v.to(tl.float32)
+        more = tl.load(y + row * size + k, mask=inside, other=0.0).to(tl.float32)
+        for j in range(RANK):
+            share = tl.load(low + row * RANK + j).to(tl.float32)
+            more += share * tl.load(high + j * size + k, mask=inside, other=0.0).to(tl.float32)
+        if BIAS:
+            more += tl.load(bias + k, mask=inside, other=0.0).to(tl.float32)
+        stored = (v + more).to(x.dtype.element_ty)
+        tl.store(x + row * size + k, stored, mask=inside)
+        v = stored.to(tl.float32)
     factor = tl.rsqrt(tl.sum(v * v) / size + eps)
     scaled = v * factor * tl.load(weight + k, mask=inside, other=0.0).to(tl.float32)
     tl.store(normed + row * size + k, scaled.to(normed.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def sum_blocks(logits, peaks, totals, size, blocks, inverse_temperature, BLOCK: tl.constexpr):
-    """Peak and sum of exponentials of each block of a row's scaled logits, (R, blocks) float32 each."""
-    row, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    k = block * BLOCK + tl.arange(0, BLOCK)
-    x = tl.load(logits + row * size + k, mask=k < size, other=-float("inf")).to(tl.float32) * inverse_temperature
-    peak = tl.max(x)
-    tl.store(peaks + row * blocks + block, peak)
-    tl.store(totals + row * blocks + block, tl.sum(tl.exp(x - peak)))
-
-
-@triton.jit
-def draw_token(logits, peaks, totals, uniform, token, logprob, size, blocks, inverse_temperature, BLOCK: tl.constexpr,
-               BLOCKS: tl.constexpr):  # fmt: skip
-    """The token at which a row's running sum of probabilities passes its uniform number, and its log-probability."""
-    row = tl.program_id(0).to(tl.int64)
-    b = tl.arange(0, BLOCKS)
-    block_peaks = tl.load(peaks + row * blocks + b, mask=b < blocks, other=-float("inf"))
-    peak = tl.max(block_peaks)
-    sums = tl.load(totals + row * blocks + b, mask=b < blocks, other=0.0) * tl.exp(block_peaks - peak)
-    running = tl.cumsum(sums.to(tl.float64), 0)
-    total = tl.max(running)
-    target = tl.load(uniform + row) * total
-    # rounding may put the target at the total: then the last block with a probability is taken
-    last = tl.max(tl.where(sums > 0, b, 0))
-    block = tl.minimum(tl.sum((running <= target).to(tl.int32)), last)
-    before = tl.sum(tl.where(b < block, sums, 0.0).to(tl.float64))
-    share = (target - before) / tl.sum(tl.where(b == block, sums, 0.0).to(tl.float64))
-    k = tl.arange(0, BLOCK)
-    at = block * BLOCK + k
-    x = tl.load(logits + row * size + at, mask=at < size, other=-float("inf")).to(tl.float32) * inverse_temperature
-    weights = tl.exp(x - peak)
-    inner = tl.cumsum(weights.to(tl.float64), 0)
-    final = tl.max(tl.where(weights > 0, k, 0))
-    chosen = tl.minimum(tl.sum((inner <= share * tl.max(inner)).to(tl.int32)), final)
-    tl.store(token + row, (block * BLOCK + chosen).to(tl.int64))
-    value = tl.sum(tl.where(k == chosen, x, 0.0))
-    tl.store(logprob + row, value - peak - tl.log(total.to(tl.float32)))
+def multiply_by_gate(gate, up, low, gate_high, up_high, gate_bias, up_bias, output, num_rows, size, RANK: tl.constexpr,
+                     RP: tl.constexpr, BIAS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    """SwiGLU (arXiv:2002.05202, equation 6) of a tile of rows and outputs, with the adapters of both layers: `low` has
+    the gate's and, beside it, those of `up`."""
+    m, k = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    j = tl.arange(0, RP)
+    inside = (m < num_rows)[:, None] & (k < size)[None, :]
+    at = m.to(tl.int64)[:, None] * size + k[None, :]
+    g = tl.load(gate + at, mask=inside, other=0.0).to(tl.float32)
+    u = tl.load(up + at, mask=inside, other=0.0).to(tl.float32)
+    if RANK > 0:
+        narrow, wide = (m < num_rows)[:, None] & (j < RANK)[None, :], (j < RANK)[:, None] & (k < size)[None, :]
+        to, of = low + m[:, None] * 2 * RANK + j[None, :], j[:, None] * size + k[None, :]
+        g += tl.dot(tl.load(to, mask=narrow, other=0.0), tl.load(gate_high + of, mask=wide, other=0.0),
+                    input_precision="ieee")  # fmt: skip
+        u += tl.dot(tl.load(to + RANK, mask=narrow, other=0.0), tl.load(up_high + of, mask=wide, other=0.0),
+                    input_precision="ieee")  # fmt: skip
+    if BIAS:
+        g += tl.load(gate_bias + k, mask=k < size, other=0.0).to(tl.float32)[None, :]
+        u += tl.load(up_bias + k, mask=k < size, other=0.0).to(tl.float32)[None, :]
+    tl.store(output + at, (g / (1 + tl.exp(-g)) * u).to(output.dtype.element_ty), mask=inside)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification, LlamaConfig, Qwen2Config
+from transformers import AutoModelForSequenceClassification, LlamaConfig, MistralConfig, Qwen2Config
 
 from grpo_dist.cli.main import main
 from grpo_dist.cli.plan import parse_ranks, parse_size
@@ -262,7 +262,10 @@ def test_a_gpu_holds_pages_and_its_captured_steps() -> None:
     assert parts["keys and values"] == (6 + 24) * 64 * COUNTS.num_layers * COUNTS.cache_width * 2
     assert parts["captured steps"] == 24 * COUNTS.vocabulary * (2 + 8) and parts["prefill"] == 6 * 64 * 1_000
     model_config = load_model_config(config_of().model)
-    assert Predictor(config_of(), model_config, "gpu").pages and not Predictor(config_of(), model_config, "cpu").pages
+    windows = MistralConfig(vocab_size=100, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
+                            num_attention_heads=2, num_key_value_heads=2, sliding_window=8)  # fmt: skip
+    for each in (model_config, windows):
+        assert Predictor(config_of(), each, "gpu").pages and not Predictor(config_of(), each, "cpu").pages
 
 
 def test_auto_takes_what_a_gpu_has_left() -> None:

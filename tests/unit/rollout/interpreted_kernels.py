@@ -6,6 +6,7 @@ TRITON_INTERPRET=1 python tests/unit/rollout/interpreted_kernels.py
 from __future__ import annotations
 
 import json
+import math
 from typing import Any
 
 import torch
@@ -22,7 +23,11 @@ def _patch(tensor: Any, *others: Any) -> None:
 
 interpreter._patch_lang_tensor = _patch
 
-from transformers import Qwen2Config, Qwen3Config, Qwen3MoeConfig  # noqa: E402
+from peft import LoraConfig, get_peft_model  # noqa: E402
+from transformers import Gemma2Config, Gemma3TextConfig, LlamaConfig, Qwen2Config, Qwen3Config, Qwen3MoeConfig  # noqa: E402
+from transformers import Gemma2ForCausalLM as Gemma2  # noqa: E402
+from transformers import Gemma3ForCausalLM as Gemma3  # noqa: E402
+from transformers import LlamaForCausalLM as Llama  # noqa: E402
 from transformers import Qwen2ForCausalLM as Qwen2  # noqa: E402
 from transformers import Qwen3ForCausalLM as Qwen3  # noqa: E402
 from transformers import Qwen3MoeForCausalLM as Qwen3Moe  # noqa: E402
@@ -30,13 +35,15 @@ from transformers import Qwen3MoeForCausalLM as Qwen3Moe  # noqa: E402
 from grpo_dist.model import attention, gate_kernel, head_kernel, join_kernel, logprobs, shared_prefix  # noqa: E402
 from grpo_dist.model.routing import Routers  # noqa: E402
 from grpo_dist.rollout.engine import Request, decode_all, in_order  # noqa: E402
-from grpo_dist.rollout.native import gpu, pages  # noqa: E402
+from grpo_dist.rollout.native import draw_kernels, gpu, pages  # noqa: E402
+from grpo_dist.rollout.native import fused_draw as drawing  # noqa: E402
 from grpo_dist.rollout.native.cache import PrefillLayout  # noqa: E402
 from grpo_dist.rollout.native.engine import NativeDecoder  # noqa: E402
-from grpo_dist.rollout.native.fused import FusedStep, fused_draw  # noqa: E402
+from grpo_dist.rollout.native.fused import FusedStep  # noqa: E402
+from grpo_dist.rollout.native.fused_draw import fused_draw  # noqa: E402
 from grpo_dist.rollout.native.pages import PAGE, TILE, PagePool  # noqa: E402
 from grpo_dist.rollout.native.steps import module_step  # noqa: E402
-from grpo_dist.rollout.sampling import Sampling, draw  # noqa: E402
+from grpo_dist.rollout.sampling import Sampling, allowed, draw  # noqa: E402
 from grpo_dist.rollout.stop import stop_strings  # noqa: E402
 
 CPU = torch.device("cpu")
@@ -45,7 +52,10 @@ RULES = Sampling(
 )
 
 
-def attention_of_pages(splits: tuple[int, int] | None, heads: int, key_heads: int, size: int) -> float:
+def attention_of_pages(
+    splits: tuple[int, int] | None, heads: int, key_heads: int, size: int, window: int | None = None,
+    softcap: float | None = None,
+) -> float:  # fmt: skip
     """Rows of several prompts, over all of their pages, against a softmax over all of their keys."""
     torch.manual_seed(heads + size)
     prompts, rows = [70, 3, 130], [2, 0, 2, 1, 2, 2, 0, 2, 2, 2, 2, 2]
@@ -70,7 +80,7 @@ def attention_of_pages(splits: tuple[int, int] | None, heads: int, key_heads: in
     pool.begin_step(len(rows), len(tiles) + 1)
     pool.splits, pool.prompt_splits = splits or (pool.splits, pool.prompt_splits)
     new = [torch.randn(1, count, len(rows), size) for count in (heads, key_heads, key_heads)]
-    output = pool.attend(0, *new, None)[0]
+    output = pool.attend(0, *new, None, window, softcap)[0]
     worst = 0.0
     for n, prompt in enumerate(rows):
         seen = [
@@ -78,7 +88,10 @@ def attention_of_pages(splits: tuple[int, int] | None, heads: int, key_heads: in
             for store in (pool.keys, pool.values)
         ]
         keys, values = (each.repeat_interleave(heads // key_heads, 0) for each in seen)
-        weights = (torch.einsum("hd,hkd->hk", new[0][0, :, n].double(), keys) * size**-0.5).softmax(-1)
+        scores = torch.einsum("hd,hkd->hk", new[0][0, :, n].double(), keys) * size**-0.5
+        scores = scores if softcap is None else softcap * (scores / softcap).tanh()
+        scores[:, : 0 if window is None else max(0, scores.shape[1] - window)] = -torch.inf
+        weights = scores.softmax(-1)
         worst = max(worst, float((output[n] - torch.einsum("hk,hkd->hd", weights, values)).abs().max()))
     return worst
 
@@ -92,12 +105,14 @@ def _seen(store: Tensor, prompt: list[int], prompt_length: int, own: Tensor, own
     return torch.cat(parts, 1).double()
 
 
-def completions(model: Any, step_of: Any, tokens: int, sampling: Sampling) -> list[int]:
+def completions(
+    model: Any, step_of: Any, tokens: int, sampling: Sampling, members: int = 3, most: int = 6
+) -> list[int]:
     """How many completions of the engine on pages are those of the engine without, how many are not, pages leaked."""
     requests = [
         Request(slot, n, [6 + k % 17 for k in range(3 + 70 * slot)], key=100 * slot + n)
         for slot in range(2)
-        for n in range(3)
+        for n in range(members)
     ]
     with torch.inference_mode():
         decoding = gpu.PagedDecoding(
@@ -105,13 +120,13 @@ def completions(model: Any, step_of: Any, tokens: int, sampling: Sampling) -> li
             requests,
             sampling,
             end_ids=[2, 5],
-            max_new_tokens=6,
+            max_new_tokens=most,
             max_tokens_in_flight=tokens,
             step_of=step_of,
             captures=False,
         )
         got = in_order(requests, [each for ended in decoding.run() for each in ended])
-    expected = decode_all(NativeDecoder([2, 5], 6, 1 << 20), model, requests, sampling)
+    expected = decode_all(NativeDecoder([2, 5], most, 1 << 20), model, requests, sampling)
     same = [
         a.ids == b.ids
         and a.finished == b.finished
@@ -140,27 +155,74 @@ def model_of(kind: Any, config: Any, **options: Any) -> Any:
     return model
 
 
+def adapted(model: Any) -> Any:
+    """The model with adapters of several ranks, not on every layer, that change its outputs."""
+    targets = ["q_proj", "v_proj", "o_proj", "up_proj", "down_proj", "lm_head"]
+    options = {"r": 3, "lora_alpha": 6, "rank_pattern": {"q_proj": 5}, "target_modules": targets}
+    adapters = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **options))
+    for name, parameter in adapters.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(0, 0.2)
+    return adapters.base_model.model
+
+
+def floors() -> int:
+    """How many thresholds of truncated distributions leave other tokens than sorting does, with many equal logits."""
+    wrong = 0
+    for case in range(6):
+        torch.manual_seed(case)
+        logits = torch.randn(2, 90) * [0.1, 1, 3, 10][case % 4]
+        logits = logits if case % 3 else (logits * 4).round() / 4
+        logits[0, ::7] = -torch.inf
+        sampling = Sampling(0.8, [0.9, 0.3, 1.0, 0.999][case // 2 % 4], [0, 0, 1, 20, 90][case % 5],
+                            [0.0, 0.0, 0.05, 1.0][case // 3 % 4])  # fmt: skip
+        peaks, totals, got = torch.zeros(2, 2), torch.zeros(2, 2), torch.zeros(2)
+        draw_kernels.sum_blocks[2, 2](logits, got, peaks, totals, 90, 2, 0.8, FLOOR=False, BLOCK=64)
+        draw_kernels.find_floors[(2,)](
+            logits, peaks, got, 90, 2, 0.8, sampling.top_p if sampling.top_p < 1 else 2.0, sampling.top_k or 90,
+            math.log(sampling.min_p) if sampling.min_p else -math.inf, PEAKS=2, BLOCK=64, WAYS=drawing.WAYS,
+            PASSES=drawing.PASSES,
+        )  # fmt: skip
+        kept = allowed(logits / 0.8, sampling)
+        expected = torch.ones_like(logits, dtype=torch.bool) if kept is None else kept
+        possible = logits > -torch.inf
+        wrong += int((((logits / 0.8 >= got[:, None]) & possible) != (expected & possible)).any(1).sum())
+    return wrong
+
+
 def main() -> None:
     """Run every kernel."""
-    gpu.LADDER[:], gpu.STEPS = [1, 2, 4, 8], 3
+    gpu.LADDER[:], gpu.STEPS, drawing.BLOCK = [1, 2, 4, 8], 3, 32
     qwen2, qwen3 = model_of(Qwen2, Qwen2Config), model_of(Qwen3, Qwen3Config, head_dim=8)
     sizes = {"head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8}
     experts = model_of(Qwen3Moe, Qwen3MoeConfig, **sizes)
     Routers(experts)
     result: dict[str, Any] = {
-        "attention": [attention_of_pages(*case) for case in ((None, 6, 2, 32), ((1, 2), 4, 4, 16), ((4, 1), 7, 1, 24))],
+        "attention": [attention_of_pages(*case) for case in (
+            (None, 6, 2, 32), ((1, 2), 4, 4, 16), ((4, 1), 7, 1, 24), (None, 2, 2, 16, 3), ((2, 2), 4, 2, 16, 90),
+            ((1, 1), 2, 1, 16, 130, 0.4), ((2, 4), 2, 2, 16, None, 2.0))],
         "completions": [
             completions(qwen2, FusedStep, 64 * 5, Sampling(0.8)),
             completions(qwen3, FusedStep, 1 << 20, Sampling(top_p=0.9)),
             completions(qwen2, module_step, 1 << 20, Sampling()),
             completions(qwen2, FusedStep, 1 << 20, RULES),
             completions(experts, module_step, 64 * 5, Sampling()),
+            # few rows and tokens: a program takes the interpreter 10 to 40 ms
+            completions(adapted(model_of(Llama, LlamaConfig, attention_bias=True, mlp_bias=True)), FusedStep, 1 << 20,
+                        Sampling(0.9, top_k=9, min_p=0.02), 1, 4),
+            completions(model_of(Gemma2, Gemma2Config, head_dim=8, sliding_window=68, attn_logit_softcapping=0.5,
+                                 final_logit_softcapping=3.0), module_step, 1 << 20, Sampling(), 1, 4),
+            completions(model_of(Gemma3, Gemma3TextConfig, head_dim=8, sliding_window=5), module_step, 1 << 20,
+                        Sampling(), 1, 4),
         ],
-    }
-    logits, keys = torch.randn(5, 3000) * 3, torch.randint(-(2**62), 2**62, (5,))
+        "floors": floors(),
+    }  # fmt: skip
+    drawing.BLOCK = 256
+    logits, keys = torch.randn(5, 1003) * 3, torch.randint(-(2**62), 2**62, (5,))
     drawn = [
-        [each(logits, keys, torch.full_like(keys, n), Sampling(0.8)) for n in range(4)] for each in (fused_draw, draw)
-    ]
+        [each(logits, keys, torch.full_like(keys, n), sampling) for n, sampling in enumerate(
+            (Sampling(0.8), Sampling(), Sampling(), Sampling(0.8, 0.7, 50, 0.001)))] for each in (fused_draw, draw)
+    ]  # fmt: skip
     result["draws"] = [
         sum(int((a[0] != b[0]).sum()) for a, b in zip(*drawn, strict=True)),
         max(float((a[1] - b[1]).abs().max()) for a, b in zip(*drawn, strict=True)),

@@ -34,7 +34,7 @@ from grpo_dist.rollout.native.compiled import library
 from grpo_dist.rollout.native.kernel import KernelStep
 from grpo_dist.rollout.native.llama import LlamaStep
 from grpo_dist.rollout.native.steps import module_step
-from grpo_dist.rollout.probe import packing_leak, window_leak
+from grpo_dist.rollout.probe import bounds_leak, packing_leak
 from grpo_dist.types import Batch, Prompt
 
 LONGEST = 64
@@ -51,9 +51,9 @@ PACKABLE: dict[str, dict[str, Any]] = {
     "Llama": {}, "Qwen2": {}, "Qwen3": {"head_dim": 8}, "Gemma": {"head_dim": 8},
     "Mistral": {"sliding_window": LONGEST},
     "Gemma3Text": {"head_dim": 8, "sliding_window": LONGEST}, "GPT2": GPT,
+    "Gemma2": {"head_dim": 8, "sliding_window": LONGEST},
 }  # fmt: skip
 UNPACKABLE: dict[str, dict[str, Any]] = {
-    "Gemma2": {"head_dim": 8, "sliding_window": 1024},
     "Mamba": {"state_size": 4},
     "Mamba2": {"head_dim": 16, "num_heads": 4, "state_size": 4, "n_groups": 1},
     "Bamba": {"attn_layer_indices": [1], **MAMBA},
@@ -257,7 +257,7 @@ def test_what_cannot_be_packed_is_named(name: str) -> None:
     assert obstacle
 
 
-@pytest.mark.parametrize(("name", "words"), [("Gemma2", "softcapping"), ("Lfm2", "conv")])
+@pytest.mark.parametrize(("name", "words"), [("Lfm2", "conv")])
 def test_the_obstacle_says_what_it_is(name: str, words: str) -> None:
     assert words in str(packing_obstacle(make_config(name, UNPACKABLE[name]), LONGEST))
 
@@ -272,6 +272,7 @@ WINDOWED: dict[str, dict[str, Any]] = {
         "head_dim": 8, "use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1,
     },
     "Gemma3Text": {"head_dim": 8, "sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"]},
+    "Gemma2": {"head_dim": 8, "sliding_window": 6, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0},
 }  # fmt: skip
 
 
@@ -281,7 +282,7 @@ def test_layers_with_a_short_window_are_packed(name: str) -> None:
     assert packing_obstacle(config, LONGEST) is None and short_window(config, LONGEST) == 6
     assert short_window(config, 6) is None
     model = make_model(config, attention.NAME)
-    assert window_leak(model) is None
+    assert bounds_leak(model) is None
     assert model.config.sliding_window == 6 and model.config._attn_implementation == attention.NAME
 
 
@@ -302,10 +303,19 @@ def test_rollouts_in_short_windows_are_those_of_the_models_own_attention(name: s
                    for p, q in zip(a.logprobs, b.logprobs, strict=True))  # fmt: skip
 
 
-def test_a_fixed_row_is_computed_in_windows() -> None:
-    config = make_config("Mistral", {"sliding_window": 6})
-    packed, own = (fixed_logits(make_model(config, implementation)) for implementation in (attention.NAME, "sdpa"))
+@pytest.mark.parametrize("name", ["Mistral", "Gemma2"])
+def test_a_fixed_row_is_computed_in_windows_and_soft_caps(name: str) -> None:
+    config = make_config(name, WINDOWED[name])
+    packed, own = (fixed_logits(make_model(config, implementation)) for implementation in (attention.NAME, "eager"))
     assert torch.allclose(packed, own, atol=1e-4)
+
+
+def test_soft_caps_that_are_left_out_are_caught() -> None:
+    model = make_model(make_config("Gemma2", WINDOWED["Gemma2"]), attention.NAME)
+    plain = attention.RowLayout.attend
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(attention.RowLayout, "attend", lambda self, *given: plain(self, *given[:6]))
+        assert "are off by" in str(bounds_leak(model))
 
 
 def test_a_model_that_does_not_say_where_its_windows_are_is_caught() -> None:
@@ -313,7 +323,7 @@ def test_a_model_that_does_not_say_where_its_windows_are_is_caught() -> None:
     plain = attention.RowLayout.attend
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(attention.RowLayout, "attend", lambda self, *given: plain(self, *given[:5]))
-        assert "do not say" in str(window_leak(model))
+        assert "do not say" in str(bounds_leak(model))
 
 
 @pytest.mark.parametrize("name", ["Mamba", "Lfm2", "FalconH1", "Bamba"])

@@ -37,13 +37,19 @@ def test_attention_over_pages_is_a_softmax_over_all_keys(interpreted: Any) -> No
 
 
 def test_the_engine_on_pages_draws_what_the_other_draws(interpreted: Any) -> None:
-    """With every place for rows and pages taken and given back, too, and tokens of experts with their routes."""
-    assert interpreted["completions"] == [[6, 0, 0]] * 5
+    """With every place for rows and pages taken and given back, too, with routes of experts, with adapters on some
+    layers, and with windows and soft caps."""
+    assert interpreted["completions"] == [[6, 0, 0]] * 5 + [[2, 0, 0]] * 3
 
 
 def test_the_fused_draw_is_the_plain_one(interpreted: Any) -> None:
     differ, gap = interpreted["draws"]
     assert differ == 0 and gap < 1e-5
+
+
+def test_a_threshold_without_sorting_leaves_the_tokens_that_sorting_leaves(interpreted: Any) -> None:
+    """With equal logits, and with tokens that cannot be drawn."""
+    assert interpreted["floors"] == 0
 
 
 def test_the_fused_head_is_the_plain_one(interpreted: Any) -> None:

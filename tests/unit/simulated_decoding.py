@@ -1,0 +1,234 @@
+"""What a step of the paged engine costs on the simulated device, and what its rows read; as JSON.
+
+    python tests/unit/simulated_decoding.py > RESULT.json
+
+Triton is replaced: each of its kernels counts as one and computes nothing, but that every token drawn is 7. What they
+compute is tested in Triton's interpreter (`rollout/test_triton.py`). Kernels do not depend on sizes, so the model has
+tiny ones. Every layer takes as many kernels as another, so that 28 layers follow from 1 and 2.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import random
+import sys
+import types
+import weakref
+from collections import Counter
+from typing import Any
+from unittest.mock import patch
+
+import peft  # noqa: F401 (bitsandbytes, which it imports, asks a real torch for CUDA's streams)
+import torch
+from simulated_cuda import install
+from simulated_device import CUDA, SEEN
+from simulated_kernels import put_triton_in
+
+install()
+put_triton_in()
+
+TOKEN = 7
+LAUNCHED: Counter[str] = Counter()
+
+
+class Kernel:
+    """A kernel of Triton's, launched as `kernel[grid](arguments)`."""
+
+    def __init__(self, function: Any) -> None:
+        self.name = function.__name__
+        self.arguments = function.__code__.co_varnames[: function.__code__.co_argcount]
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Kernel:
+        assert all(size > 0 for size in grid)
+        return self
+
+    def __call__(self, *args: Any, num_warps: int = 4, **kwargs: Any) -> None:
+        """Count a launch with all of its arguments."""
+        given = dict(zip(self.arguments, args, strict=False)) | kwargs
+        assert given.keys() == {*self.arguments}, (self.name, given.keys() ^ {*self.arguments})
+        LAUNCHED[self.name] += 1
+        SEEN.kernels += 1
+        if self.name == "draw_token":
+            fill(given["token"], TOKEN)
+            fill(given["logprob"], -1.0)
+
+
+def fill(tensor: Any, value: float) -> None:
+    """Write into a tensor as a kernel does, also while a graph is captured."""
+    bare = getattr(tensor, "elem", tensor)
+    if SEEN.capture is not None:
+        SEEN.capture.append(([], lambda: bare.fill_(value)))
+    bare.fill_(value)
+
+
+triton, language = types.ModuleType("triton"), types.ModuleType("triton.language")
+language.constexpr = lambda value: value
+triton.language, triton.jit = language, Kernel
+triton.cdiv, triton.next_power_of_2 = lambda a, b: -(-a // b), lambda n: 1 << (n - 1).bit_length()
+sys.modules |= {"triton": triton, "triton.language": language}
+
+from transformers import AutoModelForCausalLM, Qwen2Config  # noqa: E402
+
+from grpo_dist.config.schema import LoraConfig, ModelConfig  # noqa: E402
+from grpo_dist.model import attention  # noqa: E402
+from grpo_dist.model.load import make_policy  # noqa: E402
+from grpo_dist.rollout.engine import Request  # noqa: E402
+from grpo_dist.rollout.local import LoadedModel, LocalEngine  # noqa: E402
+from grpo_dist.rollout.native import gpu  # noqa: E402
+from grpo_dist.rollout.native.engine import NativeDecoder  # noqa: E402
+from grpo_dist.rollout.native.fused import FusedStep  # noqa: E402
+from grpo_dist.rollout.room import PAGE, fitting  # noqa: E402
+from grpo_dist.rollout.sampling import Sampling  # noqa: E402
+
+LAYERS = 28
+
+
+def make_model(num_layers: int, adapters: bool = True) -> Any:
+    """A policy with adapters on every linear layer of the blocks, as rollouts have it, on the device."""
+    config = Qwen2Config(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=num_layers, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=4096,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    base = AutoModelForCausalLM.from_config(config, attn_implementation=attention.NAME, dtype=torch.bfloat16)
+    policy = make_policy(base, ModelConfig(name="none"), LoraConfig() if adapters else None, 1.0, 0)
+    return policy.causal_lm.to(CUDA).eval()
+
+
+def requests_of(groups: int, members: int, prompt: int, limits: list[int] | None = None) -> list[Request]:
+    """Completions that end by their length alone."""
+    return [Request(slot, n, [5] * prompt, key=slot * members + n, ignore_end=True,
+                    max_new_tokens=limits[slot * members + n] if limits else None)
+            for slot in range(groups) for n in range(members)]  # fmt: skip
+
+
+@torch.inference_mode()
+def of_a_step(model: Any, rows: int, sampling: Sampling) -> dict[str, int]:
+    """Kernels of a step of so many rows, of two prompts."""
+    decoding = gpu.PagedDecoding(
+        model, requests_of(2, rows // 2, 70), sampling, end_ids=[2], max_new_tokens=200, max_tokens_in_flight=1 << 20,
+        step_of=FusedStep, captures=False,
+    )  # fmt: skip
+    work = decoding.run()
+    next(work)
+    SEEN.kernels = 0
+    LAUNCHED.clear()
+    decoding.advance(decoding.computed, decoding.tiles)
+    return {"all": SEEN.kernels, **LAUNCHED}
+
+
+def of_steps(rows: int, sampling: Sampling = Sampling(), adapters: bool = True) -> int:  # noqa: B008
+    """Kernels of a step with LAYERS layers."""
+    some, more = (of_a_step(make_model(count, adapters), rows, sampling)["all"] for count in (1, 2))
+    return some + (LAYERS - 1) * (more - some)
+
+
+class Reading:
+    """A step without a model, which counts the slots that its rows read, and those of the living."""
+
+    def __init__(self, _: Any) -> None:
+        self.steps = self.read = self.held = 0
+        READINGS.append(self)
+
+    def __call__(self, tokens: torch.Tensor, positions: torch.Tensor, pool: Any) -> torch.Tensor:
+        """Logits of one token."""
+        self.steps += 1
+        rows = pool.num_rows
+        alive = DECODING[-1].alive[:rows]
+        own = pool.lengths[:rows] + 1
+        tiles = pool.tile_prompt[: pool.num_tiles]
+        self.read += int(own.sum() + pool.prompt_lengths[tiles[tiles >= 0].long()].sum())
+        prompts = pool.prompt[:rows][alive].unique()
+        self.held += int(own[alive].sum() + pool.prompt_lengths[prompts].sum())
+        return torch.zeros((rows, 1))
+
+
+READINGS: list[Reading] = []
+DECODING: list[Any] = []
+
+
+class Parameter(torch.nn.Module):
+    """A model of nothing, on the CPU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+
+
+def begin_step(pool: Any, num_rows: int, num_tiles: int) -> None:
+    """What a step without attention has to know."""
+    pool.num_rows, pool.num_tiles = num_rows, num_tiles
+
+
+def prefill(_: Any, prompts: list[list[int]]) -> tuple[Any, torch.Tensor]:
+    """What a prefill gives of prompts that nobody attends to."""
+    return types.SimpleNamespace(lengths=[len(prompt) for prompt in prompts]), torch.zeros((len(prompts), 1))
+
+
+def read_by(requests: list[Request], most: int, tokens: int) -> dict[str, Any]:
+    with (
+        patch.object(gpu, "prefill", prefill),
+        patch.object(gpu.PagePool, "store", lambda *_: None),
+        patch.object(gpu.PagePool, "begin_step", begin_step),
+        torch.inference_mode(),
+    ):
+        decoding = gpu.PagedDecoding(
+            Parameter(), requests, Sampling(), end_ids=[2], max_new_tokens=most, max_tokens_in_flight=tokens,
+            step_of=Reading, captures=False,
+        )  # fmt: skip
+        DECODING.append(decoding)
+        lengths = {(each.slot, each.sample): len(each.ids) for ended in decoding.run() for each in ended}
+    seen = READINGS[-1]
+    limits = {(each.slot, each.sample): each.max_new_tokens or most for each in requests}
+    return {"steps": seen.steps, "ratio": seen.read / seen.held, "right": lengths == limits,
+            "leaked": decoding.pool.num_pages - len(set(decoding.pool.free))}  # fmt: skip
+
+
+def of_memory() -> dict[str, Any]:
+    """What is left of a rollout's pool and graphs when the engine sleeps, without the help of a collection."""
+    pools, left = [], []
+    plain = gpu.PagePool.__init__
+
+    def watched(pool: Any, *args: Any) -> None:
+        plain(pool, *args)
+        pools.append(weakref.ref(pool))
+
+    gpu.PagePool.__init__ = watched
+    torch.cuda.empty_cache = lambda: left.append(sum(pool() is not None for pool in pools))
+    engine = LocalEngine(NativeDecoder([2], 40, 1 << 20, step_of=FusedStep, pages=True), LoadedModel(make_model(1)), {})
+    gc.collect()
+    gc.disable()
+    replays = SEEN.replays
+    for ends_early in (False, True):
+        engine.wake()
+        engine.submit(requests_of(2, 4, 70), Sampling())
+        answered = 0
+        while answered < (1 if ends_early else 8):
+            answered += len(engine.poll())
+            if ends_early:
+                break
+        engine.sleep()
+    gc.enable()
+    return {"pools": len(pools), "left": left, "replays": SEEN.replays - replays}
+
+
+def main() -> None:
+    """Count everything."""
+    normal = random.Random(0)
+    lengths = [min(1024, max(1, round(normal.gauss(600, 200)))) for _ in range(32)]
+    # 80 GB, Qwen2.5-1.5B: what is left beside weights in 16 bits, adapters, and a tenth
+    free = int(0.9 * 80e9) - 2 * 1_600_000_000 - 16 * 20_000_000
+    tokens = fitting(free, 28 * 2 * 2 * 128 * 2, 151_936 * 24, 1024)
+    print(json.dumps({
+        "many rows": of_steps(512), "few rows": of_steps(8), "top-p": of_steps(512, Sampling(top_p=0.95)),
+        "without adapters": of_steps(512, adapters=False), "page": PAGE,
+        # what is in flight has pages for 1,024 tokens, so that a few of them show whether rows wait for others
+        "full": read_by(requests_of(32, 16, 256, [9] * 512), 1024, tokens),
+        "normal": read_by(requests_of(2, 16, 256, lengths), 1024, tokens),
+        "memory": of_memory(),
+    }))  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

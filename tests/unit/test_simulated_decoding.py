@@ -1,0 +1,50 @@
+"""What a step of decoding costs a GPU, counted on the simulated one: kernels, what its rows read, memory."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def counts() -> Any:
+    """What `simulated_decoding.py` prints: the simulated device changes torch for a process."""
+    done = subprocess.run(
+        [sys.executable, str(Path(__file__).with_name("simulated_decoding.py"))], cwd=ROOT, text=True,
+        capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-6000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("name", ["many rows", "few rows", "top-p"])
+def test_a_step_takes_few_kernels(counts: Any, name: str) -> None:
+    """28 layers, shared prompts, adapters apart on every linear layer."""
+    assert counts[name] <= 480
+    assert counts["without adapters"] <= 380
+
+
+def test_all_completions_are_decoded_at_once(counts: Any) -> None:
+    """512 completions of up to 1,024 tokens, with as many tokens in flight as 80 GB have room for: no row waits for
+    another, and none takes a step after its last token."""
+    assert counts["full"]["steps"] == 8 and counts["full"]["right"]
+
+
+def test_little_is_read_but_for_rows_that_live(counts: Any) -> None:
+    """Lengths around 600 tokens, 200 off."""
+    assert counts["normal"]["ratio"] <= 1.1
+    assert counts["normal"]["right"] and counts["normal"]["leaked"] == 0
+
+
+def test_pages_and_graphs_are_gone_when_the_engine_sleeps(counts: Any) -> None:
+    """Also where it is put to sleep in the middle; then the allocator gives back what it kept for them."""
+    assert counts["memory"]["pools"] == 2 and counts["memory"]["replays"] > 10
+    assert counts["memory"]["left"] == [0, 0]
