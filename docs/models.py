@@ -29,6 +29,7 @@ from typing import Any
 import torch
 import transformers
 from accelerate.state import AcceleratorState
+from architectures import table
 from tiny_configs import tiny_config
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -44,6 +45,9 @@ from grpo_dist.trainer.build import UserError, build, close
 
 HEAD = """# Which models train
 
+{architectures}
+## All types
+
 Types that transformers {version} loads with `AutoModelForCausalLM`, each as a tiny model of random weights, in
 float32 on a CPU. The end of the page lists types that were not examined. `python docs/models.py` makes this page;
 with names of types it examines only those. It is not one of the tests, because all types take an hour or more. A
@@ -56,13 +60,13 @@ The tiny models have the type's defaults for sliding windows and other choices o
 window are computed in packs as well, and decoded through the model's own modules
 ([architecture.md](architecture.md)). Vision and audio towers of a model are not trained.
 
-## Trained: {packed} in packs, {rows} one completion a row
+### Trained: {packed} in packs, {rows} one completion a row
 
 | type | computed in | a step of decoding by | adapters, attention |
 |---|---|---|---|
 {trained}
 
-## Refused: {refused}
+### Refused: {refused}
 
 | type | why |
 |---|---|
@@ -220,8 +224,9 @@ def render(outcomes: dict[str, dict[str, Any]]) -> str:
           for kind, each in rows.items()),
     ]  # fmt: skip
     return HEAD.format(
-        version=transformers.__version__, packed=len(packed), rows=len(rows), refused=len(refused),
-        trained="\n".join(sorted(lines)), why="\n".join(f"| `{kind}` | {_cell(refused[kind])} |" for kind in refused),
+        architectures=table(), version=transformers.__version__,
+        packed=len(packed), rows=len(rows), refused=len(refused), trained="\n".join(sorted(lines)),
+        why="\n".join(f"| `{kind}` | {_cell(refused[kind])} |" for kind in refused),
         untried=", ".join(f"`{kind}`" for kind in untried) or "none",
     )  # fmt: skip
 
@@ -246,8 +251,13 @@ def walk(kinds: Iterable[str]) -> bool:
         known.pop(kind, None)
         kept = {} if "fault" in result else {kind: result}
         OUTCOMES.write_text(json.dumps(dict(sorted((known | kept).items())), indent=1) + "\n")
-        PAGE.write_text(render(json.loads(OUTCOMES.read_text())))
+        write_page()
     return not faults
+
+
+def write_page() -> None:
+    """Write the page from the kept results."""
+    PAGE.write_text(render(json.loads(OUTCOMES.read_text())))
 
 
 if __name__ == "__main__":

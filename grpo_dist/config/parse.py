@@ -22,6 +22,16 @@ from .shipped import shipped
 PRESETS = shipped("configs") / "algorithms"
 DRY_RUN = "--dry_run"
 """Checks a run in place of the run. It is not an option of a run, and not in a config file."""
+LEFT_OUT = {
+    "lora.use_dora": "DoRA is not supported, because a step of decoding would normalise all weights again; expected "
+    "LoRA, or rsLoRA with lora.use_rslora",
+    "lora.modules_to_save": "no layer is trained beside adapters; name linear layers in lora.target_modules (the head "
+    "may be one), or train all weights with `lora: null`",
+    "lora.bias": "biases stay as they are in the base; `lora: null` trains them with all weights",
+    "rollout.logit_bias": "a bias would draw from another policy than the one that is trained; rollout.banned_tokens "
+    "names tokens that are never drawn",
+}  # fmt: skip
+"""Options that people look for, with what to do in their place."""
 _FIRST_RANK_SECONDS = 10.0
 
 
@@ -63,6 +73,14 @@ def nearest_option(word: str, is_option: bool = False) -> str | None:
     return near[0] if near else None
 
 
+def advice(word: str, is_option: bool = False) -> str | None:
+    """What to do in place of an unknown option; None where nothing is near."""
+    answer = next((f"{key} is no option: {reason}" for key, reason in LEFT_OUT.items()
+                   if f"{word}.".startswith((f"{key}.", f"{key.rpartition('.')[2]}."))), None)  # fmt: skip
+    near = nearest_option(word, is_option)
+    return answer or (f"did you mean {near!r}?" if near else None)
+
+
 class _Parser(ArgumentParser):
     """Reports a mistake in one message that names the nearest known option."""
 
@@ -71,9 +89,8 @@ class _Parser(ArgumentParser):
 
     def error(self, message: str, *_: Any, **__: Any) -> NoReturn:
         refused = {quoted or dashed: bool(dashed) for quoted, dashed in re.findall(r"'([\w.]+)'|--([\w.]+)", message)}
-        near = {word: nearest_option(word, is_option) for word, is_option in sorted(refused.items())
-                if word not in command_line_options()}  # fmt: skip
-        hints = [f"{word!r}: did you mean {match!r}?" for word, match in near.items() if match]
+        hints = [f"{word!r}: {hint}" for word, is_option in sorted(refused.items())
+                 if word not in command_line_options() and (hint := advice(word, is_option))]  # fmt: skip
         files = [f"(with {path})" for path in self.files]
         let_first_rank_answer()
         write_lines("\n".join([f"error: {message.strip()}", *hints, *files]), sys.stderr)
@@ -165,9 +182,8 @@ def _refuse_unknown(group: Any, prefix: str = "") -> None:
     options = {field.name for field in fields(group)}
     for name, value in vars(group).items():
         if name not in options:
-            near = nearest_option(f"{prefix}{name}")
-            hint = f"; did you mean {near!r}?" if near else ""
-            raise ValueError(f"{prefix}{name}: {value!r} given, but no such option exists{hint}")
+            hint = advice(f"{prefix}{name}")
+            raise ValueError(f"{prefix}{name}: {value!r} given, but no such option exists{f'; {hint}' if hint else ''}")
         for part in value if isinstance(value, list) else [value]:
             if is_dataclass(part):
                 _refuse_unknown(part, f"{prefix}{name}.")

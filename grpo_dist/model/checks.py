@@ -210,8 +210,11 @@ def adapter_targets(
         head = _head_name(model)
         chosen = [name for name in fit if name != head]
         left_out.pop(head, None)
-        fused = {name.rpartition(".")[2] for name, p in model.named_parameters()
-                 if p.ndim == 3 and not any(matches(name, each, False) for each in parameters)}  # fmt: skip
+        owners = dict(model.named_modules())
+        tensors = [name for name, p in model.named_parameters() if p.ndim == 3 and reads_text(model, name)
+                   and not isinstance(owners[name.rpartition(".")[0]], nn.Conv1d)]  # fmt: skip
+        fused = {name.rpartition(".")[2] for name in tensors
+                 if not any(matches(name, each, False) for each in parameters)}  # fmt: skip
         left_out |= {name: "experts in one tensor" for name in sorted(fused)}
     else:
         given = [targets] if isinstance(targets, str) else list(targets)

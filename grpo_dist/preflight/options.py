@@ -15,7 +15,7 @@ import yaml
 from jsonargparse import ArgumentError, ArgumentParser, get_loader
 
 from ..config.checks import collected_refusals
-from ..config.parse import PRESETS, group_type, make_parser, nearest_option, option_types, presets, to_config
+from ..config.parse import PRESETS, advice, group_type, make_parser, option_types, presets, to_config
 from ..config.schema import Config
 from ..config.values import redacted
 
@@ -142,8 +142,7 @@ def _alone(parser: ArgumentParser, given: Given) -> str | None:
     (value,) = redacted({given.key: given.value}).values()
     problem = f"{given.key}: {value!r} given" + (f" in {given.source}" if given.source != COMMAND_LINE else "")
     if hint is None:
-        near = nearest_option(given.key)
-        return f"{problem}, but no such option exists; " + (f"did you mean {near!r}?" if near else "--help lists them")
+        return f"{problem}, but no such option exists; {advice(given.key) or '--help lists them'}"
     try:
         with collected_refusals():
             parser.parse_args(given.arguments)

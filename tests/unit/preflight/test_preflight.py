@@ -56,6 +56,7 @@ def test_all_mistakes_of_a_command_line_at_once(tmp_path: Path) -> None:
         "rolout: {group_size: 4}\n"
         "rollout: {group_size: 2.5, temperature: -1, max_completion_length: 16}\n"
         "train: {batch_size: 0, learning_rate: 3}\n"
+        "lora: {use_dora: true}\n"
         "rewards: [{name: math, weight: x, args: {api_key: s3cret}}]\n"
         "loss: {objective: ppo}\n"
     )
@@ -69,6 +70,7 @@ def test_all_mistakes_of_a_command_line_at_once(tmp_path: Path) -> None:
         "rolout": f"given in {file}, but no such option exists; did you mean 'rollout'?",
         "rollout.group_size": f"2.5 given in {file}, expected a whole number",
         "train.learning_rate": "did you mean 'optim.learning_rate'?",
+        "lora.use_dora": f"True given in {file}, but no such option exists; lora.use_dora is no option: DoRA is",
         "rewards": "expected a list (Expected a <class 'float'>. Got value: x)",
         "loss.objective": "'ppo' given in",
         "--config": "nowhere.yaml cannot be read",
