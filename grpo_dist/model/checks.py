@@ -21,6 +21,7 @@ try:
 except ImportError:  # older releases of PEFT put adapters on exactly the named layers
     convert_peft_config_for_transformers = None
 
+from ..distributed.sharding import full_shape
 from .quantized import QuantizedLinear
 
 _SHOWN_NAMES = 12
@@ -211,7 +212,8 @@ def adapter_targets(
         chosen = [name for name in fit if name != head]
         left_out.pop(head, None)
         owners = dict(model.named_modules())
-        tensors = [name for name, p in model.named_parameters() if p.ndim == 3 and reads_text(model, name)
+        tensors = [name for name, p in model.named_parameters()
+                   if len(full_shape(p)) == 3 and reads_text(model, name)
                    and not isinstance(owners[name.rpartition(".")[0]], nn.Conv1d)]  # fmt: skip
         fused = {name.rpartition(".")[2] for name in tensors
                  if not any(matches(name, each, False) for each in parameters)}  # fmt: skip
@@ -304,7 +306,7 @@ def _refuse(
         reason, hint = f"a string is a pattern for full names, and matches none; write [{target}].", ""
     elif any(matches(name, target, False) for name, _ in model.named_modules()):
         reason, hint = f"{target!r} is not a linear layer", "."
-    elif any(p.ndim == 3 and target.split("_")[0] in name for name, p in model.named_parameters()):
+    elif any(len(full_shape(p)) == 3 and target.split("_")[0] in name for name, p in model.named_parameters()):
         reason, hint = f"{target!r} is part of experts in one tensor (lora.target_parameters is for these)", "."
     else:
         reason = f"{target!r} is not a layer of {type(model).__name__}"

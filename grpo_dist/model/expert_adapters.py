@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from ..config.schema import LoraConfig
+from ..distributed.sharding import full_shape
 from .checks import UnfitModel, matches
 from .lora import adapted_linear
 
@@ -92,7 +93,7 @@ def expert_parameters(model: Any, names: Sequence[str]) -> list[str]:
     Raises UnfitModel for a name that means no tensor of several experts.
     """
     chosen = []
-    own = {name for name, p in model.named_parameters() if p.ndim == 3}
+    own = {name for name, p in model.named_parameters() if len(full_shape(p)) == 3}
     for each in names:
         meant = [name for name, _ in model.named_parameters() if matches(name, each, False)]
         if not set(meant) & own:
