@@ -49,7 +49,7 @@ ARCHITECTURES = [
     Architecture("Phi-1, Phi-2", "phi", "modules", vllm=THROUGH),
     Architecture("Phi-3, Phi-4", "phi3", "modules"),
     Architecture("Gemma", "gemma", "modules"),
-    Architecture("Gemma 2", "gemma2", rows="attn_logit_softcapping"),
+    Architecture("Gemma 2", "gemma2", "modules"),
     Architecture("Gemma 3, 270 M and 1 B", "gemma3_text", "modules"),
     Architecture("Gemma 3, from 4 B, as text", "gemma3", "modules", without=(OUTSIDE,)),
     Architecture("OLMo", "olmo", "modules", vllm=THROUGH),
