@@ -10,6 +10,7 @@ from fake_vllm import FakeVllm
 from launching import ROOT, launch
 
 from grpo_dist.model.toy import toy_path
+from grpo_dist.rewards.math import last_integer
 
 
 def evaluate(strategy: str | None, num_processes: int, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -58,3 +59,19 @@ def test_a_server_samples(tmp_path: Path) -> None:
         assert len([given for given in server.requests if given and "seed" in given]) == 7, "6 samples and the probe"
     server_gone = evaluate(None, 1, *words, "--rollout.vllm.urls", f"[{server.url}]")
     assert server_gone.returncode == 0, "all samples are there: another server is no other evaluation"
+
+
+def test_episodes(tmp_path: Path) -> None:
+    """The answer of an episode is what the model said last; what a tool said is in the conversation."""
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join((ROOT / "configs/data/products_eval.jsonl").read_text().splitlines(keepends=True)[:8]))
+    options = ("--config", "configs/calculator.yaml", "--model", "toy-tools", "--n", "4", "--data", str(data))
+    done = evaluate(None, 1, *options, "--output", str(tmp_path / "out"))
+    assert done.returncode == 0, done.stderr[-4000:]
+    rows = [json.loads(line) for part in samples(tmp_path / "out") for line in part.splitlines()]
+    talks = [talk for row in rows for talk in row["conversations"]]
+    answers = [answer for row in rows for answer in row["answers"]]
+    assert len(talks) == 32 and any(message["role"] == "tool" for talk in talks for message in talk)
+    for talk, answer in zip(talks, answers, strict=True):
+        said = [message["content"] for message in talk if message["role"] == "assistant"][-1]
+        assert answer == last_integer(said)
