@@ -45,6 +45,9 @@ TEMPLATE = (
 GAME = "Guess my number from 1 to 7."
 NUMBERS = range(1, 8)
 MOST_GUESSES = 3
+PLAYED_NUMBERS = range(1, 6)
+"""Of the data: fewer than those that the model was made with, so that three guesses at random rarely find the number,
+and it learns in minutes to find it always."""
 GAME_SHARE = 0.3
 """Of the rows that the model learns from."""
 CAREFUL_SHARE = 0.33
@@ -123,7 +126,8 @@ def write_data(directory: Path) -> None:
     write_rows(directory / "products_train.jsonl", problems("train"))
     write_rows(directory / "products_eval.jsonl", problems("eval"))
     for name, count in (("train", NUM_TRAIN), ("eval", NUM_EVAL)):
-        rows = [{"prompt": GAME, "secret": NUMBERS[n % len(NUMBERS)]} for n in range(count)]
+        game = GAME.replace(str(NUMBERS[-1]), str(PLAYED_NUMBERS[-1]))
+        rows = [{"prompt": game, "secret": PLAYED_NUMBERS[n % len(PLAYED_NUMBERS)]} for n in range(count)]
         (directory / f"guess_{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
