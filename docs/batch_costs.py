@@ -14,6 +14,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -25,7 +26,7 @@ from grpo_dist.algorithm.losses import token_weights
 from grpo_dist.config.schema import Config, ModelConfig, OptimConfig
 from grpo_dist.distributed.ranks import Ranks
 from grpo_dist.model.load import load_tokenizer
-from grpo_dist.model.packing import make_pack, plan
+from grpo_dist.model.packing import Piece, make_pack, plan
 from grpo_dist.monitoring.metrics import batch_metrics
 from grpo_dist.monitoring.recorder import Recorder
 from grpo_dist.rewards.scores import Scores
@@ -92,29 +93,35 @@ def main() -> None:
     timed(ranks, "joining two rounds of dynamic sampling",
           lambda: join([batch, batch], [list(range(half)), list(range(half, len(prompts)))]))  # fmt: skip
     for num_ranks in given.ranks:
-        packs = timed(ranks, f"plan for {num_ranks} ranks", lambda n=num_ranks: plan(
-            [len(p.ids) for p in prompts], batch.group.tolist(), batch.lengths.tolist(), everything.tolist(),
-            max_tokens=8192, num_ranks=n))  # fmt: skip
+        packs = timed(ranks, f"plan for {num_ranks} ranks", partial(
+            plan, [len(p.ids) for p in prompts], batch.group.tolist(), batch.lengths.tolist(), everything.tolist(),
+            max_tokens=8192, num_ranks=num_ranks))  # fmt: skip
         mine = packs[0]
         timed(ranks, f"tensors of one rank's {len(mine)} packs, of {num_ranks} ranks",
-              lambda mine=mine: [make_pack(batch, pieces) for pieces in mine] and None)  # fmt: skip
+              partial(tensors_of, batch, mine))  # fmt: skip
     if ranks.is_main:
         record(ranks, batch, advantages)
     ranks.barrier()
     ranks.end()
 
 
+def tensors_of(batch: Batch, packs: list[list[Piece]]) -> None:
+    """Make a rank's packs."""
+    for pieces in packs:
+        make_pack(batch, pieces)
+
+
 def record(ranks: Ranks, batch: Batch, advantages: torch.Tensor) -> None:
     """The work of only the main rank: the table of completions."""
     tokenizer = load_tokenizer(ModelConfig())
-    batch = replace(batch, tokens=batch.tokens % len(tokenizer))
-    rows = [ids.tolist() for ids in torch.split(batch.tokens, batch.lengths.tolist())]
+    batch = replace(batch, ids=batch.ids % len(tokenizer))
+    rows = [ids.tolist() for ids in torch.split(batch.ids, batch.row_lengths.tolist())]
     texts = timed(ranks, "main rank: texts", lambda: tokenizer.batch_decode(rows, skip_special_tokens=True))
     with tempfile.TemporaryDirectory() as folder:
         config = replace(Config(), logging=replace(Config().logging, trackers=[]))
         recorder = Recorder(config, Path(folder), -1)
         timed(ranks, "main rank: table of completions",
-              lambda: recorder.completions(1, batch, texts, advantages, ["made up"]))  # fmt: skip
+              lambda: recorder.completions(1, batch, texts, [""] * len(texts), advantages, ["made up"]))  # fmt: skip
         recorder.close()
 
 

@@ -156,7 +156,7 @@ def _make(kind: str) -> str | None:
 
 def _checked_and_trained(config: Config) -> dict[str, Any]:
     findings, begun = Findings(), time.process_time()
-    read_contents(config, findings)
+    read_contents(config, 1, findings)
     checked_seconds = time.process_time() - begun
     begun = time.process_time()
     try:
@@ -176,14 +176,15 @@ def _compared(config: Config, log: list[str]) -> dict[str, Any]:
     said = {line.partition(": ")[0]: line.partition(": ")[2] for line in log}
     packs = None if "shared by their groups" in said["rollouts"] else said["rollouts"].partition("(")[2][:-1]
     rollouts = said["rollouts"].rpartition(", ")[2] if packs is None else "one group at a time"
-    entry = {"packs": packs, "rollouts": rollouts, "attention": said.get("attention"), "adapters": said.get("adapters"),
-             "gap": max(each["rollout/logprob_gap_max"] for each in (first, second)), "kl": first["kl"]}  # fmt: skip
+    gap, kl, share = max(each["rollout/logprob_gap_max"] for each in (first, second)), first["kl"], 0.0
+    entry: dict[str, Any] = {"packs": packs, "rollouts": rollouts, "attention": said.get("attention"),
+                             "adapters": said.get("adapters"), "gap": gap, "kl": kl}  # fmt: skip
     if packs is None:
         _trained(replace(config, model=replace(config.model, attn_implementation="eager"),
                          train=replace(config.train, output_dir="rows")))  # fmt: skip
         norm = _metrics("rows")[0]["grad_norm"]
-        entry["share"] = abs(first["grad_norm"] - norm) / norm if norm > 0 else 0.0
-    if not (entry["gap"] < MOST_GAP and entry["kl"] < MOST_KL and entry.get("share", 0.0) < MOST_SHARE):
+        entry["share"] = share = abs(first["grad_norm"] - norm) / norm if norm > 0 else 0.0
+    if not (gap < MOST_GAP and kl < MOST_KL and share < MOST_SHARE):
         entry["fault"] = "is not exact"
     if not first["grad_norm"] > 0:
         entry["fault"] = "learns nothing"

@@ -45,7 +45,7 @@ def _groups(kind: type, prefix: str = "") -> list[tuple[str, type]]:
     groups = []
     for field in fields(kind):
         hint = get_type_hints(kind)[field.name]
-        inner = group_type(hint) or next(filter(is_dataclass, get_args(hint)), None)
+        inner: Any = group_type(hint) or next(filter(is_dataclass, get_args(hint)), None)
         if inner is not None:
             name = f"{prefix}{field.name}"
             groups += [(name, inner), *_groups(inner, f"{name}.")]
