@@ -1,12 +1,14 @@
 """The Triton kernels in Triton's interpreter, against plain torch; largest differences as JSON.
 
-TRITON_INTERPRET=1 python tests/unit/rollout/interpreted_kernels.py
+TRITON_INTERPRET=1 python tests/unit/rollout/interpreted_kernels.py          what a change is likely to break
+TRITON_INTERPRET=1 python tests/unit/rollout/interpreted_kernels.py all      more rollouts and shapes
 """
 
 from __future__ import annotations
 
 import json
 import math
+import sys
 from typing import Any
 
 import torch
@@ -197,26 +199,29 @@ def main() -> None:
     sizes = {"head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8}
     experts = model_of(Qwen3Moe, Qwen3MoeConfig, **sizes)
     Routers(experts)
+    pages_of = [(None, 6, 2, 32), (None, 2, 2, 16, 3), ((1, 1), 2, 1, 16, 130, 0.4)]
+    # few rows and tokens: a program takes the interpreter 10 to 40 ms
+    rollouts: list[tuple[Any, ...]] = [
+        (qwen2, FusedStep, 64 * 5, Sampling(0.8)),
+        (adapted(model_of(Llama, LlamaConfig, attention_bias=True, mlp_bias=True)), FusedStep, 1 << 20,
+         Sampling(0.9, top_k=9, min_p=0.02), 1, 4),
+        (model_of(Gemma2, Gemma2Config, head_dim=8, sliding_window=68, attn_logit_softcapping=0.5,
+                  final_logit_softcapping=3.0), module_step, 1 << 20, Sampling(), 1, 4),
+        (model_of(Gemma3, Gemma3TextConfig, head_dim=8, sliding_window=5), module_step, 1 << 20, Sampling(), 1, 4),
+    ]  # fmt: skip
+    if sys.argv[1:] == ["all"]:
+        pages_of += [((1, 2), 4, 4, 16), ((4, 1), 7, 1, 24), ((2, 2), 4, 2, 16, 90), ((2, 4), 2, 2, 16, None, 2.0)]
+        rollouts += [
+            (qwen3, FusedStep, 1 << 20, Sampling(top_p=0.9)),
+            (qwen2, module_step, 1 << 20, Sampling()),
+            (qwen2, FusedStep, 1 << 20, RULES),
+            (experts, module_step, 64 * 5, Sampling()),
+        ]
     result: dict[str, Any] = {
-        "attention": [attention_of_pages(*case) for case in (
-            (None, 6, 2, 32), ((1, 2), 4, 4, 16), ((4, 1), 7, 1, 24), (None, 2, 2, 16, 3), ((2, 2), 4, 2, 16, 90),
-            ((1, 1), 2, 1, 16, 130, 0.4), ((2, 4), 2, 2, 16, None, 2.0))],
-        "completions": [
-            completions(qwen2, FusedStep, 64 * 5, Sampling(0.8)),
-            completions(qwen3, FusedStep, 1 << 20, Sampling(top_p=0.9)),
-            completions(qwen2, module_step, 1 << 20, Sampling()),
-            completions(qwen2, FusedStep, 1 << 20, RULES),
-            completions(experts, module_step, 64 * 5, Sampling()),
-            # few rows and tokens: a program takes the interpreter 10 to 40 ms
-            completions(adapted(model_of(Llama, LlamaConfig, attention_bias=True, mlp_bias=True)), FusedStep, 1 << 20,
-                        Sampling(0.9, top_k=9, min_p=0.02), 1, 4),
-            completions(model_of(Gemma2, Gemma2Config, head_dim=8, sliding_window=68, attn_logit_softcapping=0.5,
-                                 final_logit_softcapping=3.0), module_step, 1 << 20, Sampling(), 1, 4),
-            completions(model_of(Gemma3, Gemma3TextConfig, head_dim=8, sliding_window=5), module_step, 1 << 20,
-                        Sampling(), 1, 4),
-        ],
+        "attention": [attention_of_pages(*case) for case in pages_of],
+        "completions": [completions(*case) for case in rollouts],
         "floors": floors(),
-    }  # fmt: skip
+    }
     drawing.BLOCK = 256
     logits, keys = torch.randn(5, 1003) * 3, torch.randint(-(2**62), 2**62, (5,))
     drawn = [

@@ -13,15 +13,17 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).parents[3]
+SOME = [[6, 0, 0], [2, 0, 0], [2, 0, 0], [2, 0, 0]]
+"""What the rollouts of every run return."""
 
 
-@pytest.fixture(scope="module")
-def interpreted() -> Any:
+@pytest.fixture(scope="module", params=[[], pytest.param(["all"], marks=pytest.mark.slow)], ids=["some", "all"])
+def interpreted(request: pytest.FixtureRequest) -> Any:
     """What `interpreted_kernels.py` prints: the interpreter has to be chosen before Triton is imported."""
     if importlib.util.find_spec("triton") is None:
         pytest.skip("Triton is not installed: pip install --no-deps triton")
     done = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("interpreted_kernels.py"))],
+        [sys.executable, str(Path(__file__).with_name("interpreted_kernels.py")), *request.param],
         cwd=ROOT,
         text=True,
         capture_output=True,
@@ -39,7 +41,7 @@ def test_attention_over_pages_is_a_softmax_over_all_keys(interpreted: Any) -> No
 def test_the_engine_on_pages_draws_what_the_other_draws(interpreted: Any) -> None:
     """With every place for rows and pages taken and given back, too, with routes of experts, with adapters on some
     layers, and with windows and soft caps."""
-    assert interpreted["completions"] == [[6, 0, 0]] * 5 + [[2, 0, 0]] * 3
+    assert interpreted["completions"] in (SOME, SOME + [[6, 0, 0]] * 4), "ended rows, other tokens, other numbers"
 
 
 def test_the_fused_draw_is_the_plain_one(interpreted: Any) -> None:
