@@ -19,16 +19,17 @@ import torch
 
 FREE = {
     "PYTHONPATH", "FAULT", "FAULT_RANK", "FAULT_MARK", "DISKS", "CXX", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "HF_TOKEN",
-    "WANDB_API_KEY", "MY_PASSWORD", "JUDGE_KEY", "PYTEST_CURRENT_TEST",
+    "WANDB_API_KEY", "MY_PASSWORD", "JUDGE_KEY", "PYTEST_CURRENT_TEST", "PYTORCH_NVML_BASED_CUDA_CHECK",
 }  # fmt: skip
-"""Variables in which a run may differ from the server: no library reads them while it is imported."""
+"""Variables in which a run may differ from the server: no library reads them while it is imported. Accelerate sets the
+last one where it looks for a GPU, also in fixtures that several tests share."""
 
 
 class ForkServer:
     """A process that has imported the libraries, and what it was given as environment."""
 
     def __init__(self, environment: Mapping[str, str]) -> None:
-        self._fixed = fixed(environment)
+        self.fixed = fixed(environment)
         self._run: ForkedRun | None = None
         self._requests, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
@@ -39,7 +40,7 @@ class ForkServer:
 
     def suits(self, environment: Mapping[str, str]) -> bool:
         """Whether the libraries would have been imported alike in this environment."""
-        return fixed(environment) == self._fixed
+        return fixed(environment) == self.fixed
 
     def start(self, words: Sequence[str], directory: Path, environment: Mapping[str, str]) -> ForkedRun:
         """Start `python WORDS`. The server has one run at a time: one that a failed test has left is killed first."""
@@ -130,6 +131,11 @@ def _server() -> ForkServer:
 def prepare() -> None:
     """Start the session's server, if it is to have one, without waiting for it."""
     server_for({**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+def prepared_with() -> dict[str, str]:
+    """What runs have to have in common with the server."""
+    return _server().fixed
 
 
 def server_for(environment: Mapping[str, str]) -> ForkServer | None:

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from launching import launch
-from resident import server_for
+from resident import fixed, prepared_with, server_for
 
 PROGRAM = """
 import json, os, random, signal, sys
@@ -73,5 +73,7 @@ def test_a_program_that_takes_too_long_is_killed(program: list[str]) -> None:
 @pytest.mark.skipif(sys.platform != "linux" or torch.cuda.is_available(), reason="no run here is a fork")
 def test_a_variable_that_libraries_read_needs_a_process_of_its_own() -> None:
     variables = {**os.environ, "OMP_NUM_THREADS": "1"}
-    assert server_for(variables | {"PYTHONPATH": "/tmp"}) is not None, "an earlier test has changed a variable"
+    changed = set(fixed(variables).items()) ^ set(prepared_with().items())
+    assert not changed, "an earlier test has changed a variable"
+    assert server_for(variables | {"PYTHONPATH": "/tmp"}) is not None
     assert server_for(variables | {"HF_HUB_OFFLINE": "1"}) is None
