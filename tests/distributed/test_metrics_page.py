@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from fake_vllm import FakeVllm
 from launching import ROOT, launch, metrics
+from small_experts import make_experts
 
 from grpo_dist.model.toy import toy_path
 
@@ -17,6 +18,7 @@ RUNS = {
     "groups": ["--rollout.max_resamples", "1", "--rewards", "[{name: math}, {name: boxed, weight: 0.1}]"],
     "vllm": ["--rollout.engine", "vllm", "--rollout.lag", "1"],
     "episodes": ["--config", "configs/calculator.yaml"],
+    "experts": ["--data.max_prompt_length", "64", "--rollout.max_completion_length", "8"],
 }
 """Between them, all options that add metrics; `boxed` reports a number of its own."""
 
@@ -41,6 +43,8 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
         if run == "vllm":
             server = FakeVllm(str(toy_path()), max_rank=32)
             words += ["--rollout.vllm.urls", f"[{server.url}]"]
+        if run == "experts":
+            words += ["--model.name", make_experts(tmp_path_factory.mktemp("model"), "qwen3_moe")]
         with server:
             done = launch(None, 1, "--config", "configs/quickstart.yaml", *words, "--train.num_train_steps", "2",
                           "--train.batch_size", "4", "--train.num_eval_prompts", "4", "--train.save_every", "0",
