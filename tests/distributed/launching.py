@@ -88,6 +88,14 @@ def launch(
     return subprocess.CompletedProcess(run.args, run.wait(), out, err)
 
 
+def python_of_fake_vllm(directory: Path) -> str:
+    """The Python of an environment in which vLLM is the small server of fake_vllm.py."""
+    python, server = directory / "python", ROOT / "tests" / "unit" / "fake_vllm.py"
+    python.write_text(f'#!/bin/sh\nPYTHONPATH={server.parent} exec {sys.executable} {server} "$@"\n')
+    python.chmod(0o755)
+    return str(python)
+
+
 def train(
     strategy: str | None, num_processes: int, directory: Path, *arguments: str, fresh: bool = False,
     timeout_seconds: float = 300,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -15,11 +14,10 @@ from pathlib import Path
 from typing import Any
 from urllib.request import urlopen
 
-import fake_vllm
 import psutil
 import pytest
 from fake_vllm import FakeVllm
-from launching import ROOT, TINY, begin, launch, metrics, train
+from launching import ROOT, TINY, begin, free_port, launch, metrics, python_of_fake_vllm, train
 
 from grpo_dist.model.toy import toy_path
 
@@ -54,11 +52,7 @@ def test_adapters_are_served_and_proved(server: FakeVllm, tmp_path: Path) -> Non
 @pytest.fixture
 def python(tmp_path: Path) -> str:
     """The Python of an environment in which that server is vLLM."""
-    path = tmp_path / "python"
-    path.write_text(f'#!/bin/sh\nPYTHONPATH={Path(fake_vllm.__file__).parent} exec {sys.executable} '
-                    f'{fake_vllm.__file__} "$@"\n')  # fmt: skip
-    path.chmod(0o755)
-    return str(path)
+    return python_of_fake_vllm(tmp_path)
 
 
 def begin_at(directory: Path, *words: str) -> Any:
@@ -174,12 +168,6 @@ def vllm_urls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[
         for number, url in enumerate(urls):
             wait_until_it_serves(url, tmp_path / f"server{number}.log")
         yield urls
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
 
 
 def wait_until_it_serves(url: str, log: Path) -> None:

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from launching import python_of_fake_vllm
 
 ROOT = Path(__file__).resolve().parents[2]
 SBATCH_FILE = ROOT / "launch" / "slurm.sbatch"
@@ -133,21 +134,13 @@ def submit(
     return job
 
 
-def fake_vllm(directory: Path) -> Path:
-    """The Python of an environment in which vLLM is a small server with its interface."""
-    python, server = directory / "python", ROOT / "tests" / "unit" / "fake_vllm.py"
-    python.write_text(f'#!/bin/sh\nPYTHONPATH={server.parent} exec {sys.executable} {server} "$@"\n')
-    python.chmod(0o755)
-    return python
-
-
 @pytest.mark.usefixtures("cluster")
 @pytest.mark.slow
 @pytest.mark.parametrize("is_vllm", [False, True], ids=["fake", "vllm"])
 def test_one_node_serves_and_the_other_trains(tmp_path: Path, submitted: list[str], is_vllm: bool) -> None:
     if is_vllm and "GRPO_DIST_VLLM" not in os.environ:
         pytest.skip("GRPO_DIST_VLLM does not name the Python of vLLM")
-    python = os.environ["GRPO_DIST_VLLM"] if is_vllm else str(fake_vllm(tmp_path))
+    python = os.environ["GRPO_DIST_VLLM"] if is_vllm else python_of_fake_vllm(tmp_path)
     log, run = tmp_path / "job.log", tmp_path / "run"
     words = {"train.output_dir": str(run), "train.num_train_steps": "2", "train.batch_size": "4",
              "rollout.group_size": "4", "data.eval_file": "null"}  # fmt: skip

@@ -208,7 +208,8 @@ class Decoding:
         rows = self.alive.nonzero()[:, 0] if self.kept.any() else slice(None)
         self.state.begin_step(None if isinstance(rows, slice) else rows)
         logits = self.decode(self.last[rows], positions[rows], self.state)
-        self.routes.keep_step(self.row_request[rows], self.state.lengths[rows])
+        if self.routes.keeps:
+            self.routes.keep_step(self.row_request[rows], self.state.lengths[rows])
         self.state.end_step()
         self._draw(logits, rows)
 

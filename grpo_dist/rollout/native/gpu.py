@@ -151,7 +151,8 @@ class PagedDecoding:
         pool.begin_step(rows, tiles)
         positions = pool.prompt_lengths[pool.prompt[:rows]] + pool.lengths[:rows]
         logits = self.decode(self.last[:rows], positions.long(), pool)
-        self.routes.keep_step(self._request(slice(0, rows)), pool.lengths[:rows].long())
+        if self.routes.keeps:
+            self.routes.keep_step(self._request(slice(0, rows)), pool.lengths[:rows].long())
         pool.lengths[:rows].add_(self.alive[:rows])
         self._draw(logits, slice(0, rows))
 

@@ -24,6 +24,11 @@ class RouteTable:
             nothing = self.routers.nothing.to(device)
             self.drawn = nothing.new_zeros((0, most + 1, *self.routers.shape))  # (N, most + 1, R, K)
 
+    @property
+    def keeps(self) -> bool:
+        """Whether there are routers, whose choices are kept."""
+        return self.routers is not None
+
     def grow(self, requests: int) -> None:
         """Make room for so many requests more."""
         if self.routers is not None:
@@ -36,9 +41,10 @@ class RouteTable:
                 self.prompts |= dict.fromkeys(group, routes)
 
     def keep_step(self, requests: Tensor, places: Tensor) -> None:
-        """Keep, in place, the routes of the tokens that were computed last; `places` are theirs among a row's own."""
-        if self.routers is not None:
-            self.drawn[requests, places] = self.routers.recorded()
+        """Keep, in place, the routes of the tokens that were computed last; `places` are theirs among a row's own.
+        Where nothing is kept, a step does not pay for these arguments."""
+        assert self.routers is not None
+        self.drawn[requests, places] = self.routers.recorded()
 
     def of_drawn(self, requests: Tensor) -> list[Tensor]:
         """One tensor of the routes of what was drawn for `requests`, or nothing."""

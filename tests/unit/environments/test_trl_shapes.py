@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from modules_on_disk import importable
 
 from grpo_dist.config.environment import EnvironmentConfig
 from grpo_dist.config.rewards import RewardConfig
@@ -202,10 +203,7 @@ def walk_reward(environments, **kwargs) -> list[float | None]:
 
 @pytest.fixture(scope="module", autouse=True)
 def module(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    folder = tmp_path_factory.mktemp("shapes")
-    (folder / "shapes.py").write_text(MODULE)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(folder)
+    with importable(tmp_path_factory, "shapes", MODULE):
         yield
 
 

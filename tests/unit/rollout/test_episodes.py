@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from modules_on_disk import importable
 from transformers import AutoModelForCausalLM
 
 from grpo_dist.config.environment import EnvironmentConfig
@@ -110,10 +111,7 @@ SIZE = 6
 
 @pytest.fixture(scope="module", autouse=True)
 def module(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    folder = tmp_path_factory.mktemp("tools")
-    (folder / "played.py").write_text(TOOLS)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(folder)
+    with importable(tmp_path_factory, "played", TOOLS):
         yield
 
 

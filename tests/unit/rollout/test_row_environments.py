@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from modules_on_disk import importable
 from transformers import AutoModelForCausalLM
 
 from grpo_dist.config.environment import EnvironmentConfig
@@ -107,10 +108,7 @@ SIZE = 4
 
 @pytest.fixture(scope="module", autouse=True)
 def module(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    folder = tmp_path_factory.mktemp("environments")
-    (folder / "arcade.py").write_text(MODULE)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(folder)
+    with importable(tmp_path_factory, "arcade", MODULE):
         yield
 
 
