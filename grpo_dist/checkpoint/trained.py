@@ -14,9 +14,8 @@ from ..config.places import is_path
 from ..config.schema import LoraConfig, ModelConfig
 from ..distributed.ranks import DTYPES, resolve_dtype
 from ..distributed.sharding import is_sharded
-from ..model.expert_adapters import fuse_expert_adapters
+from ..model.expert_adapters import compute_adapters_apart
 from ..model.load import base_identity, load_causal_lm, load_model_config, load_policy, load_tokenizer, trainable
-from ..model.lora import fuse_adapters
 from ..model.policy import Policy
 from ..model.toy import MODELS
 from ..monitoring.machine import last_recorded, started_in
@@ -100,9 +99,8 @@ def load(trained: Trained) -> tuple[Policy, Any]:
     trained_in = last_recorded(trained.run, "dtype")
     base = load_causal_lm(model, stored if trained_in is None else DTYPES[trained_in], None)
     adapted = PeftModel.from_pretrained(base, str(trained.path / "adapter"))
-    # adapters are added as in training: in 16 bits PEFT's own addition loses small updates
-    fuse_adapters(adapted, is_sharded)
-    fuse_expert_adapters(adapted)
+    # as in training
+    compute_adapters_apart(adapted, is_sharded)
     return Policy(adapted, 1.0).eval(), tokenizer
 
 

@@ -23,7 +23,7 @@ from torch.nn.functional import linear
 from ..config.schema import LoraConfig
 from ..distributed.sharding import full_shape
 from .checks import UnfitModel, matches
-from .lora import adapted_linear
+from .lora import adapted_linear, fuse_adapters
 
 PRODUCTS = (torch.matmul, Tensor.matmul, Tensor.__matmul__)
 """`x @ W`, in models whose weights are (E, I, O)."""
@@ -112,7 +112,14 @@ def require_unsharded_experts(lora: LoraConfig | None, shards_weights: bool) -> 
                          "or DDP, ZeRO-1 or ZeRO-2: start with accelerate_configs/zero2.yaml")  # fmt: skip
 
 
-def fuse_expert_adapters(model: nn.Module) -> None:
+def compute_adapters_apart(model: nn.Module, is_sharded: Callable[[Tensor], bool]) -> None:
+    """Let linear layers and experts compute their adapters apart from their weights: in 16 bits PEFT's own addition
+    loses small updates. Policy, rollout and a reopened model do so alike; `is_sharded` is that of `fuse_adapters`."""
+    fuse_adapters(model, is_sharded)
+    _fuse_expert_adapters(model)
+
+
+def _fuse_expert_adapters(model: nn.Module) -> None:
     """Let experts with adapters compute these apart, one expert after another."""
     layers = [module for module in model.modules() if isinstance(module, ParamWrapper)]
     inner = {id(layer.base_layer) for layer in layers}

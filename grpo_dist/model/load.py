@@ -38,8 +38,7 @@ from .checks import (
     require_weights,
 )
 from .dropout import drop_by_token
-from .expert_adapters import expert_parameters, fuse_expert_adapters, of_experts
-from .lora import fuse_adapters
+from .expert_adapters import compute_adapters_apart, expert_parameters, of_experts
 from .policy import Policy, recompute_layers
 from .quantization import quantized_loading, use_own_layers
 from .toy import MODELS, toy_path
@@ -287,8 +286,7 @@ def make_policy(
         use_rslora=lora.use_rslora, target_parameters=expert_parameters(base, lora.target_parameters) or None,
     ))  # fmt: skip
     token_keys = drop_by_token(adapted, lora.dropout) if lora.dropout else None
-    fuse_adapters(adapted, is_sharded)
-    fuse_expert_adapters(adapted)
+    compute_adapters_apart(adapted, is_sharded)
     return Policy(adapted, temperature, **extras, token_keys=token_keys)
 
 

@@ -22,9 +22,8 @@ from torch import Tensor, nn
 
 from ..distributed.deepspeed import unsharded_loading
 from ..distributed.sharding import gathered, is_sharded
-from .expert_adapters import fuse_expert_adapters
+from .expert_adapters import compute_adapters_apart
 from .load import plain_name
-from .lora import fuse_adapters
 from .policy import Policy
 from .quantized import quantized_layers
 
@@ -47,8 +46,7 @@ class RolloutModel:
                 tree.set_submodule(plain_name(f"{name}.weight").removesuffix(".weight"), layer.blank())
             if isinstance(policy.model, PeftModel):
                 tree = get_peft_model(tree, replace(policy.model.peft_config["default"], lora_dropout=0.0))
-                fuse_adapters(tree, is_sharded)
-                fuse_expert_adapters(tree)
+                compute_adapters_apart(tree, is_sharded)
         self.tree = tree.eval().requires_grad_(False)
         for name, buffer in policy.model.named_buffers():
             owner, _, leaf = name.rpartition(".")
