@@ -118,7 +118,8 @@ def test_every_module_imports_on_windows(tmp_path: Path) -> None:
     programs = {"grpo_dist.__main__", "grpo_dist.rewards.sandbox_launcher",
                 "grpo_dist.cli.bench.peer_trl", "grpo_dist.cli.bench.peer_vllm"}  # fmt: skip
     native = ("draw_kernels", "fused", "fused_draw", "gpu", "pages", "triton_kernels")
-    with_triton = ["model.head_kernel", *(f"rollout.native.{name}" for name in native)]
+    of_update = (f"model.{name}_kernel" for name in ("gate", "head", "join"))
+    with_triton = [*of_update, *(f"rollout.native.{name}" for name in native)]
     on_gpu = {f"grpo_dist.{name}" for name in with_triton}
     names = sorted({name.removesuffix(".__init__") for name in modules} - programs - on_gpu)
     code = f"import importlib\nfor name in {names}: importlib.import_module(name)"
