@@ -79,7 +79,9 @@ def require_no_noise(wrapped: Any, policy: Policy, shares_prompts: bool, gather:
 
 
 def _set(models: Sequence[Any], name: str | None) -> str | None:
-    """Have the models use an attention; returns why they cannot."""
+    """Have the models use an attention, or keep it (None); returns why they cannot."""
+    if (name or models[-1].config._attn_implementation) == "sdpa" and soft_cap(models[-1].config) is not None:
+        return "it has no soft cap, which the model's config asks for"
     if name is None:
         return None
     try:

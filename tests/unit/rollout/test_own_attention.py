@@ -90,6 +90,18 @@ def test_a_named_attention_is_the_only_one_tried() -> None:
     assert settle(build("qwen2", "eager"), "eager", obstacle="named", named=True) == "named"
 
 
+def test_sdpa_which_has_no_soft_cap_is_not_taken_for_a_model_with_one() -> None:
+    """Some releases of transformers compute it without the cap and say nothing."""
+    model = build("gemma2", "eager", head_dim=8)
+    assert settle(model, None, obstacle="its config") == "its config"
+    assert model.config._attn_implementation == "eager"
+    with pytest.raises(UnfitModel, match=r"model\.attn_implementation: .*sdpa: it has no soft cap"):
+        settle(model, "sdpa", obstacle="named", named=True)
+    model.config._attn_implementation = "sdpa"  # as some releases load it
+    assert settle(model, None, obstacle="its config") == "its config"
+    assert model.config._attn_implementation == "eager"
+
+
 def in_training(policy: Policy) -> Tensor:
     """Log-probabilities of a tiny completion as an update computes them."""
     return policy.train()(probe_pack(policy.causal_lm, shared_prompts=False))[0]

@@ -292,7 +292,7 @@ def test_rollouts_in_short_windows_are_those_of_the_models_own_attention(name: s
     prompts = [[(5 * k + n) % 57 + 3 for k in range(length)] for n, length in enumerate((3, 15))]
     requests = [Request(slot, sample, prompts[slot], stream_key(0, slot, sample))
                 for slot in range(2) for sample in range(3)]  # fmt: skip
-    expected = decode_all(RowDecoder([2, 9], 14), make_model(config, None), requests)
+    expected = decode_all(RowDecoder([2, 9], 14), make_model(config, "eager"), requests)
     engine = make_engine(LoadedModel(make_model(config, attention.NAME)), None, [2, 9],
                          RolloutConfig(max_completion_length=14), alone, window=6)  # fmt: skip
     assert engine.decoding["decoding"] == "modules"
