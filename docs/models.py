@@ -36,7 +36,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from grpo_dist.config.parse import parse_config
 from grpo_dist.config.schema import Config
-from grpo_dist.model.checks import UnfitModel
+from grpo_dist.model.files import UnfitModel
 from grpo_dist.model.toy import toy_path
 from grpo_dist.preflight.contents import read_contents
 from grpo_dist.preflight.findings import Findings

@@ -40,7 +40,7 @@ from .distributed.launch_config import require_known_launch
 from .distributed.ranks import Ranks, resolve_dtype
 from .distributed.rendezvous import is_of_one_rank, place_in_launch
 from .distributed.watch import Interrupted
-from .model.checks import UnfitModel
+from .model.files import UnfitModel
 from .model.load import (
     attention_for,
     base_identity,

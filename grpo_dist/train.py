@@ -17,10 +17,10 @@ from __future__ import annotations
 import sys
 import time
 
-from .config.parse import refuse_mistakes
+from .preflight.early import refuse_mistakes
 
 if __name__ == "__main__":
-    # before the imports of torch, so that the answer to a mistake in an option comes at once
+    # before the imports of torch, so that the answer to a mistake comes at once
     refuse_mistakes()
 
 from .algorithm.hashing import stream_key

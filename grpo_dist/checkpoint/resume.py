@@ -10,7 +10,7 @@ from typing import Any
 from ..config.schema import Config, LoraConfig
 from ..config.values import differences, redacted
 from ..data.mixture import identifying, order_of
-from ..model.adapter import fingerprint
+from ..model.adapter_values import fingerprint
 from ..model.load import base_identity
 from ..monitoring.machine import versions
 from ..text.templates import today, uses_date

@@ -15,8 +15,9 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..config.parse import checked, refuse_mistakes
+from ..config.parse import checked
 from ..config.schema import Config
+from ..preflight.early import refuse_mistakes
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

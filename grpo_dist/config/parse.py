@@ -193,11 +193,14 @@ _without_mistakes: dict[tuple[str, ...], Config] = {}
 """What `refuse_mistakes` has read, until the program asks for it: reading takes half a second."""
 
 
-def refuse_mistakes(arguments: list[str] | None = None) -> None:
-    """End the program with status 2 on a mistake in a run's options. A dry run reports all of them by itself."""
+def refuse_mistakes(arguments: list[str] | None = None) -> Config | None:
+    """End the program with status 2 on a mistake in a run's options, else return the config. A dry run, for which this
+    is None, reports all of them by itself."""
     words = sys.argv[1:] if arguments is None else arguments
-    if DRY_RUN not in words:
-        _without_mistakes[tuple(words)] = parse_config(words)
+    if DRY_RUN in words:
+        return None
+    config = _without_mistakes[tuple(words)] = parse_config(words)
+    return config
 
 
 def presets() -> list[str]:

@@ -7,10 +7,14 @@ that would compute something else and cannot be set aside are refused before any
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from ..config.checks import require
+from ..config.schema import OptimConfig
 
 DECIDED = {
     "gradient_accumulation_steps": "train.max_tokens_per_pack says how packs are added up",
@@ -58,6 +62,8 @@ FOREIGN = {
     "ACCELERATE_USE_PARALLELISM_CONFIG": "parallelism_config",
 }
 """What Accelerate's launcher sets for engines that this trainer does not support."""
+SHARDED = {"ACCELERATE_USE_DEEPSPEED": "DeepSpeed", "ACCELERATE_USE_FSDP": "FSDP"}
+"""What Accelerate's launcher sets where ranks have parts of the optimizer's state."""
 
 
 def require_known_launch(environment: Mapping[str, str]) -> None:
@@ -77,9 +83,36 @@ def require_known_launch(environment: Mapping[str, str]) -> None:
                              f"{file} alone; take it out of the launch config")  # fmt: skip
 
 
+def shards_weights(environment: Mapping[str, str]) -> bool:
+    """Whether the launch asks for ZeRO-3 or FSDP2. Raises ValueError for a DeepSpeed file that cannot be read."""
+    if asks_for(environment, "ACCELERATE_USE_FSDP"):
+        return True
+    if not asks_for(environment, "ACCELERATE_USE_DEEPSPEED"):
+        return False
+    file = environment.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
+    stage = environment.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")
+    return str(stage if file == "none" else _read(file)["zero_optimization"].get("stage", stage)) == "3"
+
+
 def asks_for(environment: Mapping[str, str], variable: str) -> bool:
     """Whether a variable of the launcher says yes."""
     return environment.get(variable, "false").lower() in ("true", "1")
+
+
+def require_optimizer(optim: OptimConfig, environment: Mapping[str, str]) -> None:
+    """Raise ValueError for an optimizer that is not installed, or that cannot do its work in parts.
+
+    Muon makes a matrix orthogonal and 8-bit moments have a scale for each 256 numbers: on parts of a weight, the result
+    would depend on the number of ranks.
+    """
+    name = optim.optimizer
+    if name == "adamw":
+        return
+    sharding = [kind for variable, kind in SHARDED.items() if asks_for(environment, variable)]
+    require(not sharding, "optim.optimizer", name, f"adamw with {' and '.join(sharding)}, or DDP "
+            "(accelerate_configs/ddp.yaml): it needs each weight in one piece")  # fmt: skip
+    require(name != "adamw_8bit" or importlib.util.find_spec("bitsandbytes") is not None, "optim.optimizer", name,
+            "bitsandbytes to be installed: pip install 'grpo_dist[quantized]'")  # fmt: skip
 
 
 def _require_fsdp2(environment: Mapping[str, str]) -> None:

@@ -1,25 +1,19 @@
-"""Runs that go on from a PEFT adapter: its base model, its shape, and its values."""
+"""Runs that go on from a PEFT adapter: its base model and its shape. `adapter_values.py` reads its values.
+
+Imports nothing heavy, so that the answer to an adapter that cannot be trained on comes at once.
+"""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from peft import LoraConfig as PeftLoraConfig
-from peft import PeftModel
-from peft.utils import load_peft_weights
-from torch import Tensor
-from transformers.utils.peft_utils import find_adapter_config_file
-
-from ..algorithm.targets import has_reference
 from ..config.places import model_place
 from ..config.schema import Config, LoraConfig
-from .checks import UnfitModel
+from .files import UnfitModel
 from .toy import MODELS
 
 log = logging.getLogger(__name__)
@@ -31,6 +25,10 @@ WITHOUT_EFFECT = {
     "peft_version", "revision", "runtime_config", "task_type",
 }  # fmt: skip
 """Entries that do not change what an adapter adds to its base."""
+DEFAULTS = {"bias": "none", "megatron_core": "megatron.core"}
+"""Other entries with the value that changes nothing."""
+MORE = {"alpha_pattern", "bias", "lora_bias", "modules_to_save", "rank_pattern", "target_parameters", "use_dora"}
+"""Entries by which an adapter is more than what is trained here. A newer PEFT may have further ones."""
 PLAIN_STARTS = (True, False, "gaussian", "orthogonal", "eva")
 """Values of init_lora_weights that leave the base's weights as they are."""
 
@@ -68,12 +66,25 @@ def with_adapter(config: Config) -> Config:
             model, name=_base(place, entries), revision=entries.get("revision"),
             tokenizer=place if model.tokenizer is None and _has_tokenizer(place) else model.tokenizer,
         )  # fmt: skip
-    log.info("adapters: %s is trained on (r %d, alpha %g), of the base %s", name, lora.r, lora.alpha, model.name)
+    log.info("adapters: %s (r %d, alpha %g) on the base %s", name, lora.r, lora.alpha, model.name)
     return replace(config, lora=lora, model=model)
+
+
+def to_evaluate(config: Config) -> Config:
+    """The config of an evaluation, in which `lora` is the adapter's where model.name is one, and null elsewhere.
+
+    What it says of new adapters is a training's. Raises UnfitModel.
+    """
+    config = with_adapter(replace(config, lora=LoraConfig()))
+    return config if config.lora is not None and config.lora.init_from else replace(config, lora=None)
 
 
 def _entries(place: str, revision: str | None) -> dict[str, Any] | None:
     """The adapter_config.json of a directory or repository; None where there is none."""
+    if (path := Path(place)).is_dir():
+        return json.loads(own.read_text()) if (own := path / "adapter_config.json").is_file() else None
+    from transformers.utils.peft_utils import find_adapter_config_file
+
     try:
         file = find_adapter_config_file(place, revision=revision)
     except (OSError, ValueError):  # no such model: the loading function reports it
@@ -103,10 +114,14 @@ def _require_plain(option: str, name: str, entries: dict[str, Any]) -> None:
     if (start := entries.get("init_lora_weights", True)) not in PLAIN_STARTS:
         raise UnfitModel(f"{option}: {name!r} has init_lora_weights {start!r}, which changes the weights of the base "
                          "too: merge it into its base (`merge_and_unload`), and train on that")  # fmt: skip
-    defaults = {field.name: getattr(PeftLoraConfig(), field.name) for field in fields(PeftLoraConfig)}
     known = {*SHAPE, *WITHOUT_EFFECT, "init_lora_weights"}
     others = {key: value for key, value in entries.items()
-              if key not in known and value and value != defaults.get(key)}  # fmt: skip
+              if key not in known and value and value != DEFAULTS.get(key)}  # fmt: skip
+    if not others.keys() <= MORE:
+        from peft import LoraConfig as PeftLoraConfig
+
+        defaults = {field.name: getattr(PeftLoraConfig(), field.name) for field in fields(PeftLoraConfig)}
+        others = {key: value for key, value in others.items() if value != defaults.get(key)}
     if others:
         given = ", ".join(f"{key}: {json.dumps(value)}" for key, value in others.items())
         raise UnfitModel(f"{option}: {name!r} is an adapter with {given}, which cannot be trained here, expected plain "
@@ -121,38 +136,3 @@ def _require_agreement(lora: LoraConfig, taken: dict[str, Any], name: str) -> No
         if given not in (default, value):
             raise UnfitModel(f"lora.{key}: {given!r} given, expected {value!r}, as the adapter {name!r} has; leave it "
                              "out to take over the adapter's")  # fmt: skip
-
-
-def require_own_values(config: Config, shards_weights: bool) -> None:
-    """Raise UnfitModel where the reference would need the adapter's first values in sharded weights."""
-    shares = config.reference.placement == "shared" and config.reference.model == "adapter" and has_reference(config)
-    if shards_weights and shares and config.lora is not None and config.lora.init_from is not None:
-        raise UnfitModel("reference.placement: 'shared' given, expected `copy` under ZeRO-3 and FSDP2, where the "
-                         "reference is the adapter that the run goes on from, or reference.model: base")  # fmt: skip
-
-
-@torch.no_grad()
-def load_adapter(model: PeftModel, place: str) -> None:
-    """Give a new adapter the values of the one at `place`. Raises UnfitModel where they have other names or shapes."""
-    try:
-        values: dict[str, Tensor] = load_peft_weights(place, device="cpu")
-    except (OSError, ValueError) as error:
-        raise UnfitModel(f"lora.init_from: the weights of {place!r} cannot be read ({error})") from error
-    own = {name.replace(".default.", "."): p for name, p in model.named_parameters() if ".lora_" in name}
-    for given, expected, lacks in ((values, own, "it lacks"), (own, values, "this model has no place for")):
-        if missing := sorted(expected.keys() - given.keys()):
-            raise UnfitModel(f"lora.init_from: {place!r} does not fit {type(model.get_base_model()).__name__}: {lacks} "
-                             f"{len(missing)} weights ({', '.join(missing[:3])} …)")  # fmt: skip
-    for name, parameter in own.items():
-        if values[name].shape != parameter.shape:
-            raise UnfitModel(f"lora.init_from: {place!r} has {name} of the shape {list(values[name].shape)}, expected "
-                             f"{list(parameter.shape)}: it belongs to another base model")  # fmt: skip
-        parameter.copy_(values[name])
-
-
-def fingerprint(place: str) -> str:
-    """A hash of the values of the adapter at `place`."""
-    values, digest = load_peft_weights(place, device="cpu"), hashlib.sha256()
-    for name in sorted(values):
-        digest.update(name.encode() + values[name].float().numpy().tobytes())
-    return digest.hexdigest()[:16]

@@ -1,16 +1,13 @@
-"""Checks of a model's files for what prevents its training, before any weights are read."""
+"""Checks of a model for what prevents its training, before any weights are read."""
 
 from __future__ import annotations
 
 import difflib
-import json
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from peft import LoraConfig
-from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.pytorch_utils import Conv1D
@@ -22,45 +19,14 @@ except ImportError:  # older releases of PEFT put adapters on exactly the named 
     convert_peft_config_for_transformers = None
 
 from ..distributed.sharding import full_shape
+from .files import UnfitModel, is_bitsandbytes, require_fit, some_names
 from .quantized import QuantizedLinear
-
-_SHOWN_NAMES = 12
-
 
 CANNOT = (TypeError, ValueError, RuntimeError, AttributeError, KeyError, IndexError, AssertionError)
 """Errors of model code that does not support the request."""
 
-OTHER_HEADS = ("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering", "ForMaskedLM",
-               "ForMultipleChoice", "ForNextSentencePrediction", "RewardModel", "ForReward", "ForScore")  # fmt: skip
-"""Suffixes of `architectures` of checkpoints that are no language models. The weights of their head would be random, or
-those of the embeddings."""
-WEIGHTS = ("model.safetensors", "pytorch_model.bin")
-"""Files from which transformers loads weights. With the suffix `.index.json` they list such files."""
-STORED_DTYPES = ("F64", "F32", "F16", "BF16")
-"""Dtypes of weights in a file, by their names there."""
-LOADED_IN = ("load_in_4bit", "_load_in_4bit", "load_in_8bit", "_load_in_8bit")
-"""Keys by which bitsandbytes' quantization_config says how weights are stored."""
-UNFIT_TYPES = {
-    **{kind: "a token sees later ones" for kind in ("cpmant", "xlnet")},
-    **{
-        kind: "nothing is kept from which a rollout can be decoded"
-        for kind in ("blt", "openai-gpt", "recurrent_gemma", "reformer", "rwkv", "xlm")
-    },
-    **{
-        kind: "it drafts tokens for another model, and needs that model's states"
-        for kind in ("gemma4_assistant", "gemma4_unified_assistant")
-    },
-    "prophetnet": "positions are made up and cannot be given",
-    "xmod": "the language has to be set in code",
-}
-"""Model types that transformers' code does not let train, with the reason. A loaded model would show it too late.
-`docs/models.py` examines all types."""
 IGNORE_IS_DECODER = ("gpt_neox", "gpt_neox_japanese")
 """Types that are decoders for any value of is_decoder in the config."""
-
-
-class UnfitModel(ValueError):
-    """The model cannot be trained with this config."""
 
 
 def require_complete_model(name: str, path: str, revision: str | None) -> None:
@@ -77,48 +43,10 @@ def require_complete_model(name: str, path: str, revision: str | None) -> None:
         )
 
 
-def require_weights(name: str, path: Path, is_quantized: bool = False) -> None:
-    """Raise UnfitModel if a directory lacks weights that its files list, has incomplete ones, or has quantised ones
-    where its config does not say so (`is_quantized`), or the other way round."""
-    if not path.is_dir():  # a hub id
-        return
-    parts = [each for each in WEIGHTS if (path / each).is_file()][:1]
-    listed = next((each for each in WEIGHTS if (path / f"{each}.index.json").is_file()), None)
-    if not parts and listed is None:
-        raise UnfitModel(f"model.name: {name!r} has no weights, expected {' or '.join(WEIGHTS)} beside config.json, "
-                         f"or several files with their list ({WEIGHTS[0]}.index.json)")  # fmt: skip
-    if not parts:
-        parts = sorted(set(json.loads((path / f"{listed}.index.json").read_text())["weight_map"].values()))
-    if missing := [part for part in parts if not (path / part).is_file()]:
-        raise UnfitModel(f"model.name: {name!r} lacks {len(missing)} of the {len(parts)} weight files that its "
-                         f"{listed}.index.json names ({_some(missing)}): copy these files too")  # fmt: skip
-    is_marked = False
-    for part in (part for part in parts if part.endswith(".safetensors")):
-        try:
-            with safe_open(path / part, "pt") as file:  # reads the header, and compares the length
-                every = list(file.keys())
-                names = [name for name in every if name.endswith("weight")]
-                dtypes = {name: file.get_slice(name).get_dtype() for name in names}
-        except SafetensorError as error:
-            raise UnfitModel(f"model.name: {path / part} is not a complete weight file ({error}): fetch it again, "
-                             "with `git lfs pull` if it is a pointer of a few lines") from error  # fmt: skip
-        quantised = [name for name, dtype in dtypes.items() if dtype not in STORED_DTYPES]
-        is_marked |= any(name.endswith(".SCB") or ".quant_state." in name for name in every)
-        if quantised and not is_quantized:
-            raise UnfitModel(f"model.name: {path / part} has quantised weights ({quantised[0]} in "
-                             f"{dtypes[quantised[0]]}), expected float32, bfloat16 or float16: name the checkpoint "
-                             "that it comes from")  # fmt: skip
-    if is_quantized and not is_marked:
-        raise UnfitModel(f"model.name: config.json of {name!r} has a quantization_config of bitsandbytes, but its "
-                         "weights are not quantised: remove it there, and set model.quantization to quantise them when "
-                         "they are loaded")  # fmt: skip
-
-
 def bitsandbytes_config(model_config: Any) -> Mapping[str, Any] | None:
     """The quantization_config of a checkpoint that bitsandbytes has quantised; None for others."""
-    given = _quantization_config(model_config) or {}
-    is_named = given.get("quant_method", "bitsandbytes") == "bitsandbytes"
-    return given if is_named and any(given.get(key) for key in LOADED_IN) else None
+    given = _quantization_config(model_config)
+    return given if given and is_bitsandbytes(given) else None
 
 
 def _quantization_config(model_config: Any) -> Mapping[str, Any] | None:
@@ -138,32 +66,17 @@ def require_trainable(model_config: Any, longest: int) -> None:
         text = model_config.get_text_config(decoder=True)
     except ValueError as error:
         raise UnfitModel(f"model.name: the type {kind} has several language models, expected one") from error
-    given = _quantization_config(model_config)
-    if given and bitsandbytes_config(model_config) is None:
-        raise UnfitModel(
-            f"model.name: a quantised checkpoint ({given.get('quant_method', 'quantization_config')}) given, expected "
-            "weights in float32, bfloat16 or float16, or quantised by bitsandbytes: name the checkpoint that it comes "
-            "from (and set model.quantization), or write a dequantised copy and remove quantization_config from its "
-            "config.json"
-        )
     own_code = "AutoModelForCausalLM" in (getattr(model_config, "auto_map", None) or {})
+    named = getattr(model_config, "architectures", None) or []
+    require_fit(kind, text.model_type, named, _quantization_config(model_config),
+                bool(getattr(model_config, "is_encoder_decoder", False)), own_code)  # fmt: skip
     if type(model_config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not own_code:
         raise UnfitModel(f"model.name: a model of the type {kind} given, expected a causal language model, one that "
                          "transformers' AutoModelForCausalLM loads")  # fmt: skip
-    if (reason := UNFIT_TYPES.get(kind) or UNFIT_TYPES.get(text.model_type)) and not own_code:
-        raise UnfitModel(f"model.name: a model of the type {kind} given, which cannot be trained here: in "
-                         f"transformers' code of it, {reason}")  # fmt: skip
-    named = getattr(model_config, "architectures", None) or []
-    if wrong := next((name for name in named if name.endswith(OTHER_HEADS)), None):
-        raise UnfitModel(f"model.name: a checkpoint of {wrong} given (architectures in its config.json), expected a "
-                         "causal language model: its weights have no head that predicts tokens")  # fmt: skip
     is_bare = [name.endswith("Model") and not name.endswith("HeadModel") for name in named]
     if named and all(is_bare) and not getattr(text, "tie_word_embeddings", False):
         raise UnfitModel(f"model.name: a checkpoint of {named[0]} given (architectures in its config.json), expected a "
                          "causal language model: it has no head that predicts tokens")  # fmt: skip
-    if getattr(model_config, "is_encoder_decoder", False):
-        raise UnfitModel(f"model.name: an encoder-decoder of the type {kind} given (is_encoder_decoder in its "
-                         "config.json), expected a causal language model; its encoder would be left out")  # fmt: skip
     rope = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
     original = rope.get("original_max_position_embeddings") or getattr(text, "original_max_position_embeddings", None)
     if rope.get("rope_type") in ("dynamic", "longrope"):
@@ -233,7 +146,7 @@ def adapter_targets(
     if left_out:
         reasons = {reason: sorted({_kind(name) for name, why in left_out.items() if why == reason}) for reason in
                    dict.fromkeys(left_out.values())}  # fmt: skip
-        note = "; ".join(f"{_some(names)} ({reason})" for reason, names in reasons.items())
+        note = "; ".join(f"{some_names(names)} ({reason})" for reason, names in reasons.items())
     is_pattern = isinstance(targets, str) and targets != "all-linear"  # it may match more
     # of a mixture of experts, PEFT's `all-linear` means its experts and routers too
     is_plain = note is None and not is_pattern and not parameters
@@ -290,10 +203,6 @@ def _kind(name: str) -> str:
     return re.sub(r"\.\d+\.", ".*.", name)
 
 
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:_SHOWN_NAMES]) + (" …" if len(names) > _SHOWN_NAMES else "")
-
-
 def _refuse(
     model: Any, targets: Any, target: str, names: Sequence[str], why_not: dict[str, str], fit: Sequence[str]
 ) -> None:
@@ -311,4 +220,4 @@ def _refuse(
     else:
         reason = f"{target!r} is not a layer of {type(model).__name__}"
     raise UnfitModel(f"lora.target_modules: {targets!r} given, but {reason}{hint} Expected `all-linear`, or names "
-                     f"among {_some(short)}")  # fmt: skip
+                     f"among {some_names(short)}")  # fmt: skip

@@ -20,9 +20,9 @@ from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from ..config.schema import LoraConfig
 from ..distributed.sharding import full_shape
-from .checks import UnfitModel, matches
+from .checks import matches
+from .files import UnfitModel
 from .lora import adapted_linear, fuse_adapters
 
 PRODUCTS = (torch.matmul, Tensor.matmul, Tensor.__matmul__)
@@ -103,13 +103,6 @@ def expert_parameters(model: Any, names: Sequence[str]) -> list[str]:
                              f"expected {expected}")  # fmt: skip
         chosen += [name for name in meant if name in own]
     return chosen
-
-
-def require_unsharded_experts(lora: LoraConfig | None, shards_weights: bool) -> None:
-    """Raise UnfitModel where ZeRO-3 or FSDP2 would shard adapters that no module's call gathers."""
-    if lora is not None and lora.target_parameters and shards_weights:
-        raise UnfitModel(f"lora.target_parameters: {lora.target_parameters} given, expected [] with ZeRO-3 and FSDP2, "
-                         "or DDP, ZeRO-1 or ZeRO-2: start with accelerate_configs/zero2.yaml")  # fmt: skip
 
 
 def compute_adapters_apart(model: nn.Module, is_sharded: Callable[[Tensor], bool]) -> None:

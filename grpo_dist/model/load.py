@@ -25,20 +25,19 @@ from ..config.schema import LoraConfig, ModelConfig
 from ..distributed.deepspeed import unsharded_loading
 from ..distributed.sharding import is_sharded
 from . import attention
-from .adapter import load_adapter
+from .adapter_values import load_adapter
 from .checks import (
     CANNOT,
-    UnfitModel,
     adapter_targets,
     bitsandbytes_config,
     reads_text,
     require_complete_model,
     require_decoder,
     require_trainable,
-    require_weights,
 )
 from .dropout import drop_by_token
 from .expert_adapters import compute_adapters_apart, expert_parameters, of_experts
+from .files import UnfitModel, require_positions, require_weights
 from .policy import Policy, recompute_layers
 from .quantization import quantized_loading, use_own_layers
 from .toy import MODELS, toy_path
@@ -126,10 +125,7 @@ def check_model_config(model_config: Any, tokenizer: Any, longest: int) -> None:
     vocabulary of the tokenizer."""
     require_trainable(model_config, longest)
     text = model_config.get_text_config()
-    positions = getattr(text, "max_position_embeddings", None)
-    if positions is not None and longest > positions:
-        raise ValueError(f"data.max_prompt_length + rollout.max_completion_length: {longest} tokens given, the model "
-                         f"has {positions} positions (max_position_embeddings): lower one of the two")  # fmt: skip
+    require_positions(getattr(text, "max_position_embeddings", None), longest)
     if len(tokenizer) > text.vocab_size:
         raise ValueError(
             f"model.name: the tokenizer has {len(tokenizer)} tokens, the model only {text.vocab_size}: "

@@ -2,40 +2,18 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..config.checks import require
-from ..config.schema import Config, OptimConfig
-from ..distributed.launch_config import asks_for
+from ..config.schema import Config
 from .critic import HEAD, parameter_groups
 from .policy import Policy
 
 MOMENTUM = 0.95
 """Share of the mean of gradients that stays in each step of Muon."""
-SHARDED = {"ACCELERATE_USE_DEEPSPEED": "DeepSpeed", "ACCELERATE_USE_FSDP": "FSDP"}
-"""What Accelerate's launcher sets where ranks have parts of the optimizer's state."""
-
-
-def require_optimizer(optim: OptimConfig, environment: Mapping[str, str]) -> None:
-    """Raise ValueError for an optimizer that is not installed, or that cannot do its work in parts.
-
-    Muon makes a matrix orthogonal and 8-bit moments have a scale for each 256 numbers: on parts of a weight, the result
-    would depend on the number of ranks.
-    """
-    name = optim.optimizer
-    if name == "adamw":
-        return
-    sharding = [kind for variable, kind in SHARDED.items() if asks_for(environment, variable)]
-    require(not sharding, "optim.optimizer", name, f"adamw with {' and '.join(sharding)}, or DDP "
-            "(accelerate_configs/ddp.yaml): it needs each weight in one piece")  # fmt: skip
-    require(name != "adamw_8bit" or importlib.util.find_spec("bitsandbytes") is not None, "optim.optimizer", name,
-            "bitsandbytes to be installed: pip install 'grpo_dist[quantized]'")  # fmt: skip
 
 
 def make_optimizer(policy: Policy, config: Config, device: torch.device) -> torch.optim.Optimizer:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -13,55 +11,13 @@ from transformers import BitsAndBytesConfig
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import AutoHfQuantizer
 
-from ..config.schema import Config, ModelConfig
-from .checks import UnfitModel, bitsandbytes_config
+from ..config.schema import ModelConfig
+from .checks import bitsandbytes_config
+from .files import require_package
 from .quantized import EightBitLinear, FourBitLinear, QuantizedLinear, Scales, quantized_layers
 
-PACKAGE = "bitsandbytes"
 BLOCK, SCALES_BLOCK = 64, 256
 """Weights that share a scale, and scales that share one, where bitsandbytes quantises in 4 bits."""
-
-
-def kind_of(model: ModelConfig, model_config: Any) -> str | None:
-    """How the linear layers of the base are stored: `nf4`, `fp4` or `int8`; None for plain weights."""
-    given = bitsandbytes_config(model_config)
-    if given is None:
-        return model.quantization
-    return "int8" if _is_eight_bit(given) else str(given.get("bnb_4bit_quant_type", "fp4"))
-
-
-def _is_eight_bit(given: Mapping[str, Any]) -> bool:
-    return bool(given.get("load_in_8bit") or given.get("_load_in_8bit"))
-
-
-def require_quantizable(config: Config, model_config: Any) -> None:
-    """Raise UnfitModel where the base is quantised and this run cannot train on it."""
-    kind, asked = kind_of(config.model, model_config), config.model.quantization
-    if kind is None:
-        return
-    what = f"a base in {kind} (model.quantization)" if asked else f"a checkpoint in {kind} (bitsandbytes)"
-    if asked not in (None, kind):
-        raise UnfitModel(f"model.quantization: {asked!r} given, expected null: the checkpoint of {config.model.name!r} "
-                         f"is quantised already, in {kind}")  # fmt: skip
-    if config.lora is None:
-        raise UnfitModel(f"lora: null given with {what}, expected adapters: quantised weights cannot be trained")
-    if config.rollout.engine == "vllm":
-        raise UnfitModel(f"rollout.engine: 'vllm' given with {what}, expected `auto` or `native`: a server would "
-                         "compute with other values of the weights")  # fmt: skip
-    _require_package()
-
-
-def _require_package() -> None:
-    if importlib.util.find_spec(PACKAGE) is None:
-        raise UnfitModel(f"model.quantization: quantised weights need the package {PACKAGE}, which is not installed: "
-                         "pip install 'grpo_dist[quantized]'")  # fmt: skip
-
-
-def require_unsharded(is_quantized: bool, shards_weights: bool) -> None:
-    """Raise UnfitModel where ZeRO-3 or FSDP2 would shard a quantised base."""
-    if is_quantized and shards_weights:
-        raise UnfitModel("model.quantization: a quantised base given with ZeRO-3 or FSDP2, which would shard it, "
-                         "expected DDP, ZeRO-1 or ZeRO-2: start with accelerate_configs/zero2.yaml")  # fmt: skip
 
 
 def quantized_loading(model: ModelConfig, dtype: torch.dtype, device: torch.device | None) -> dict[str, Any]:
@@ -149,7 +105,7 @@ def _eight_bit(layer: Any, dtype: torch.dtype) -> EightBitLinear:
 
 def quantize_blank(model: Any, quantization: str, model_config: Any, dtype: torch.dtype) -> None:
     """Give a model on the meta device the quantised layers that the loaded one has. Raises UnfitModel."""
-    _require_package()
+    require_package()
     given = bitsandbytes_config(model_config)
     asked = _as_asked(quantization, dtype) if given is None else BitsAndBytesConfig.from_dict(dict(given))
     AutoHfQuantizer.from_config(asked, pre_quantized=given is not None).preprocess_model(model, device_map=None)

@@ -14,6 +14,7 @@ from ..config.schema import Config
 from ..distributed.row_group import RowGroup, to_heads, to_tokens
 from ..types import no_routes
 from .attention import PackLayout, RowLayout
+from .files import require_divisors
 from .packing import FILLER, Pack
 from .shared_prefix import Segments
 
@@ -61,10 +62,9 @@ def require_whole_groups(config: Config, model_config: Any, num_ranks: int, obst
     key, size = "train.sequence_parallel_size", config.train.sequence_parallel_size
     if size == 1:
         return
-    name, heads = config.model.name, getattr(model_config.get_text_config(), "num_attention_heads", None) or 0
-    require(num_ranks % size == 0, key, size, f"a divisor of the number of ranks, {num_ranks}")
-    require(obstacle is None, key, size, f"1 for {name}, whose tokens cannot be divided among ranks: {obstacle}")
-    require(heads % size == 0, key, size, f"a divisor of the {heads} attention heads of {name}")
+    require(obstacle is None, key, size, f"1 for {config.model.name}, whose tokens cannot be divided among ranks: "
+            f"{obstacle}")  # fmt: skip
+    require_divisors(config, num_ranks, getattr(model_config.get_text_config(), "num_attention_heads", None))
 
 
 def split_pack(pack: Pack, group: RowGroup) -> Pack:

@@ -13,9 +13,10 @@ from ..algorithm.targets import reference_in_loss
 from ..config.schema import Config, Dtype
 from ..distributed.ranks import DTYPES
 from ..model import attention
+from ..model.checks import bitsandbytes_config
+from ..model.files import kind_of
 from ..model.load import packing_obstacle, trainable
 from ..model.packing import Piece, plan
-from ..model.quantization import kind_of
 from ..model.reference import REFERENCE_PACK, needs_copy
 from ..rollout.native.cache import SLOT_CHUNK
 from ..rollout.native.engine import COPIED_PROMPT
@@ -143,7 +144,7 @@ class Predictor:
         self.implementation = attention.NAME if self.share_prompts else None if named == "auto" else named
         self.policy_dtype = dtype_on(device, config.model.dtype)
         self.copy_dtype = dtype_on(device, config.reference.dtype)
-        self.quantization = kind_of(config.model, model_config)
+        self.quantization = kind_of(config.model, bitsandbytes_config(model_config))
         self._reward_models = reward_model_bytes(config) if device == "gpu" else 0
         self._counts: dict[Precision, tuple[ModelCounts, int]] = {}
         self._passes: dict[tuple[Precision, Shape, Shape | None], Passes] = {}

@@ -20,11 +20,13 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..config.schema import Config
 from ..model import attention
+from ..model.checks import bitsandbytes_config
 from ..model.expert_adapters import adapted_weight
+from ..model.files import kind_of
 from ..model.load import blank_causal_lm, make_policy, trainable
 from ..model.packing import Pack, Piece, make_pack
 from ..model.policy import Policy
-from ..model.quantization import kind_of, quantize_blank
+from ..model.quantization import quantize_blank
 from ..model.quantized import quantized_layers
 from ..rollout.room import cache_width
 from ..rollout.sampling import Rules, draw, sampling_of
@@ -63,7 +65,7 @@ def build_policy(
         if vars(text).get("layer_types"):
             text.layer_types = text.layer_types[:num_layers]
     base = blank_causal_lm(config.model, shape, precision.policy if config.lora else torch.float32, implementation)
-    kind = kind_of(config.model, model_config)
+    kind = kind_of(config.model, bitsandbytes_config(model_config))
     if kind is not None and config.lora is not None:
         quantize_blank(base, kind, model_config, precision.policy)
     with torch.device("meta"):

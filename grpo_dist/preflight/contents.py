@@ -15,7 +15,8 @@ from ..config.schema import Config, ModelConfig, RewardConfig
 from ..data.mixture import load_training
 from ..data.prompts import NO_TOKENIZERS, load_prompts
 from ..environments.host import EnvironmentHost
-from ..model.checks import require_complete_model
+from ..model.checks import bitsandbytes_config, require_complete_model
+from ..model.files import require_quantizable
 from ..model.load import (
     attention_for,
     check_model_config,
@@ -26,7 +27,6 @@ from ..model.load import (
     model_path,
     try_blank,
 )
-from ..model.quantization import require_quantizable
 from ..model.split_rows import require_whole_groups
 from ..rewards.pool.pool import ScorerPool
 from ..rewards.registry import BUILT_IN, answer_checks, declared_placement, episode_columns
@@ -68,7 +68,7 @@ def read_contents(config: Config, num_ranks: int, findings: Findings) -> Content
         with findings.attempt():
             check_model_config(contents.model_config, contents.tokenizer, config.max_sequence_length)
             implementation, obstacle = attention_for(config.model, contents.model_config, config.max_sequence_length)
-            require_quantizable(config, contents.model_config)
+            require_quantizable(config, bitsandbytes_config(contents.model_config))
             require_experts(config.rollout, contents.model_config)
             require_whole_groups(config, contents.model_config, num_ranks, obstacle)
             if left_out := try_blank(config.model, config.lora, contents.model_config, implementation):

@@ -13,8 +13,9 @@ from rich.console import Console
 from rich.text import Text
 
 from ..config.values import flat, redacted
-from ..distributed.launch_config import require_known_launch
+from ..distributed.launch_config import require_known_launch, require_optimizer
 from ..text.plain import plain
+from .early import require_possible
 from .findings import Findings
 from .options import Options, read_options
 
@@ -35,6 +36,10 @@ def check(options: Options, num_ranks: int | None, heading: str = "") -> int:
     """Check the options of a training and print the result. With a `heading`, print only remarks and problems."""
     findings = Findings(options.problems)
     console = Console(highlight=False, soft_wrap=True)
+    with findings.attempt():
+        require_possible(options.config, os.environ, num_ranks)
+    if findings.problems:  # what needs torch is looked at for ten seconds more
+        _print_block(console, f"{heading} the check goes on after".strip(), findings.problems, "red")
     with console.status("checking model, data and rewards"):  # only on a terminal
         _look(options, num_ranks, findings)
     if not heading:
@@ -55,7 +60,6 @@ def _look(options: Options, num_ranks: int | None, findings: Findings) -> None:
     import torch  # an error in the verb's own options should not wait for this import
 
     from ..model.adapter import with_adapter
-    from ..model.optimizer import require_optimizer
     from ..monitoring.console import set_up_logging
     from . import contents, machine, servers, sizes, trackers
 

@@ -11,7 +11,8 @@ from ..config.schema import Config
 from ..distributed.device import slow_on_this_cpu
 from ..distributed.launch_config import asks_for
 from ..distributed.ranks import resolve_dtype
-from ..model.quantization import kind_of, require_unsharded
+from ..model.checks import bitsandbytes_config
+from ..model.files import kind_of, require_unsharded
 from ..planning.memory import SHARDS_WEIGHTS, MemoryInputs, ModelCounts, Strategy, memory_per_rank, peaks
 from ..planning.predict import Predictor, batch_arithmetic
 from ..rollout.room import RESERVE
@@ -50,7 +51,8 @@ def describe_memory(config: Config, contents: Contents, num_ranks: int, findings
     on_gpu = torch.cuda.is_available()
     strategy = strategy_of_launch(num_ranks)
     with findings.attempt():
-        require_unsharded(kind_of(config.model, contents.model_config) is not None, strategy in SHARDS_WEIGHTS)
+        kind = kind_of(config.model, bitsandbytes_config(contents.model_config))
+        require_unsharded(kind is not None, strategy in SHARDS_WEIGHTS)
     try:
         most_bytes = int(_gpu_bytes() * (1 - RESERVE)) if on_gpu else None
         predictor = Predictor(config, contents.model_config, "gpu" if on_gpu else "cpu", most_bytes)

@@ -12,7 +12,8 @@ from typing import Any
 from torch import nn
 
 from ..model import attention
-from ..model.checks import CANNOT, UnfitModel
+from ..model.checks import CANNOT
+from ..model.files import UnfitModel
 from ..model.load import soft_cap
 from ..model.policy import Policy
 from .probe import bounds_leak, is_noisy, packing_leak, probe_pack, row_fault

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..config.checks import require
 from ..config.rollout import NO_ROUTES, RolloutConfig
-from ..model.checks import UnfitModel
+from ..model.files import UnfitModel
 from ..model.routing import Routers, has_experts
 from .probe import routing_fault
 

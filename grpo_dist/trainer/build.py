@@ -21,14 +21,15 @@ from ..data.mixture import load_training
 from ..data.order import Curriculum, Mixture, Sampler
 from ..data.prompts import load_prompts
 from ..distributed.device import set_up_cuda
-from ..distributed.launch_config import require_known_launch
+from ..distributed.launch_config import require_known_launch, require_optimizer
 from ..distributed.optimizer_state import OptimizerState, WholeOptimizerState
 from ..distributed.ranks import Ranks, resolve_dtype
 from ..distributed.rendezvous import LaunchError, Rendezvous, place_in_launch
 from ..distributed.watch import Interrupted, Watch
 from ..environments.host import EnvironmentHost
 from ..model.adapter import with_adapter
-from ..model.checks import UnfitModel
+from ..model.checks import bitsandbytes_config
+from ..model.files import UnfitModel, require_quantizable
 from ..model.load import (
     attention_for,
     check_model_config,
@@ -38,8 +39,6 @@ from ..model.load import (
     load_tokenizer,
     try_blank,
 )
-from ..model.optimizer import require_optimizer
-from ..model.quantization import require_quantizable
 from ..model.split_rows import require_whole_groups
 from ..monitoring.console import Display
 from ..monitoring.machine import record_start, versions
@@ -180,7 +179,7 @@ def _load_data(config: Config, resume_from: Path | None, host: EnvironmentHost |
     model_config = load_model_config(config.model)
     check_model_config(model_config, tokenizer, config.max_sequence_length)
     implementation, obstacle = attention_for(config.model, model_config, config.max_sequence_length)
-    require_quantizable(config, model_config)
+    require_quantizable(config, bitsandbytes_config(model_config))
     require_experts(config.rollout, model_config)
     require_whole_groups(config, model_config, int(os.environ.get("WORLD_SIZE", "1")), obstacle)
     if left_out := try_blank(config.model, config.lora, model_config, implementation):

@@ -17,7 +17,7 @@ from ..config.schema import Config
 from ..distributed.ranks import PhaseError
 from ..distributed.rendezvous import LaunchError, is_of_one_rank
 from ..distributed.watch import Interrupted
-from ..model.checks import UnfitModel
+from ..model.files import UnfitModel
 from ..monitoring.console import set_up_logging
 from ..preflight.look import dry_run
 from ..report.page import write_report

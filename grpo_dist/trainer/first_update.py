@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from ..algorithm.targets import has_reference
 from ..config.schema import Config
 from ..distributed.ranks import dtype_name, resolve_dtype
-from ..model.checks import UnfitModel
+from ..model.files import UnfitModel
 
 MOST_GAP = 1e-3
 """Nats that float32 may change a token's log-probability by; small models are at 1e-6, in attention or recurrent."""

@@ -16,13 +16,13 @@ from ..config.schema import Config
 from ..distributed.deepspeed import unsharded_loading
 from ..distributed.optimizer_state import OptimizerState, WholeOptimizerState
 from ..distributed.ranks import Ranks, resolve_dtype
-from ..model.adapter import require_own_values
-from ..model.checks import UnfitModel
-from ..model.expert_adapters import require_unsharded_experts
+from ..model.adapter_values import require_own_values
+from ..model.checks import bitsandbytes_config
+from ..model.files import UnfitModel, kind_of, require_unsharded, require_unsharded_experts
 from ..model.load import attention_for, load_causal_lm, load_policy, short_window, trainable
 from ..model.optimizer import make_optimizer
 from ..model.policy import Policy
-from ..model.quantization import describe, kind_of, require_unsharded
+from ..model.quantization import describe
 from ..model.reference import AdaptersAtStart, AdaptersOff, FrozenCopy, Reference, needs_copy
 from ..model.rollout_weights import RolloutModel
 from ..model.routing import Routers
@@ -61,7 +61,7 @@ def load_models(
 ) -> Models:
     """Load and try them; a collective. Raises UnfitModel and UnfitEngine where they cannot be trained or decode."""
     dtype = resolve_dtype(config.model.dtype)
-    kind = kind_of(config.model, model_config)
+    kind = kind_of(config.model, bitsandbytes_config(model_config))
     require_unsharded(kind is not None, ranks.strategy.shards_weights)
     require_own_values(config, ranks.strategy.shards_weights)
     require_unsharded_experts(config.lora, ranks.strategy.shards_weights)

@@ -18,7 +18,8 @@ from transformers import AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from grpo_dist.config.schema import LoraConfig, ModelConfig, RolloutConfig
-from grpo_dist.model.checks import UnfitModel, adapter_targets, require_trainable
+from grpo_dist.model.checks import adapter_targets, require_trainable
+from grpo_dist.model.files import UnfitModel
 from grpo_dist.model.load import attention_for, blank_causal_lm, make_policy, trainable
 from grpo_dist.model.packing import Piece, make_pack
 from grpo_dist.model.policy import Policy

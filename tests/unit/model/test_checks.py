@@ -15,13 +15,12 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTr
 
 from grpo_dist.config.schema import LoraConfig, ModelConfig
 from grpo_dist.model.checks import (
-    UnfitModel,
     adapter_targets,
     convert_peft_config_for_transformers,
     require_decoder,
     require_trainable,
-    require_weights,
 )
+from grpo_dist.model.files import UnfitModel, require_weights
 from grpo_dist.model.load import (
     adapted_layers,
     end_token_ids,
@@ -127,7 +126,8 @@ def test_names_of_experts_in_one_tensor_are_refused() -> None:
         (lambda: config("llama", quantization_config={"quant_method": "gptq"}), r"quantised checkpoint \(gptq\)"),
         (lambda: AutoConfig.for_model("gemma3", text_config=SIZES | {"quantization_config": {"quant_method": "awq"}},
                                       vision_config=VISION), r"quantised checkpoint \(awq\)"),
-        (lambda: AutoConfig.for_model("t5"), "a model of the type t5 given"),
+        (lambda: AutoConfig.for_model("t5"), "an encoder-decoder of the type t5 given"),
+        (lambda: AutoConfig.for_model("vit"), "a model of the type vit given, expected a causal language model"),
         (lambda: AutoConfig.for_model("bart"), "an encoder-decoder of the type bart given"),
         (lambda: AutoConfig.for_model("rwkv"), "a model of the type rwkv given, which cannot be trained here"),
         pytest.param(lambda: AutoConfig.for_model("gemma4_unified_assistant"), "needs that model's states",

@@ -14,9 +14,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from grpo_dist.config.schema import LoraConfig, ModelConfig
-from grpo_dist.model.checks import UnfitModel
-from grpo_dist.model.expert_adapters import require_unsharded_experts
 from grpo_dist.model.export import adapter_state, kept_shares, merged_state, write_adapter, write_merged
+from grpo_dist.model.files import UnfitModel, require_unsharded_experts
 from grpo_dist.model.load import adapted_layers, load_causal_lm, make_policy, trainable
 from grpo_dist.model.policy import Policy
 from grpo_dist.model.rollout_weights import RolloutModel

@@ -10,10 +10,11 @@ import torch
 from transformers import AutoModelForCausalLM, Qwen2Config
 
 from grpo_dist.config.schema import Config, LoraConfig, ModelConfig, OptimConfig
+from grpo_dist.distributed.launch_config import require_optimizer
 from grpo_dist.distributed.optimizer_state import WholeOptimizerState
 from grpo_dist.distributed.ranks import Ranks
 from grpo_dist.model.load import make_policy, trainable
-from grpo_dist.model.optimizer import make_optimizer, orthogonal, require_optimizer
+from grpo_dist.model.optimizer import make_optimizer, orthogonal
 from grpo_dist.model.policy import Policy
 
 CPU = torch.device("cpu")

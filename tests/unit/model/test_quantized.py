@@ -17,8 +17,9 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GPT2Config
 
 from grpo_dist.config.schema import Config, LoraConfig, ModelConfig
 from grpo_dist.model import attention
-from grpo_dist.model.checks import UnfitModel
+from grpo_dist.model.checks import bitsandbytes_config
 from grpo_dist.model.export import save_final
+from grpo_dist.model.files import UnfitModel, require_quantizable, require_unsharded
 from grpo_dist.model.load import (
     check_model_config,
     load_causal_lm,
@@ -28,7 +29,7 @@ from grpo_dist.model.load import (
     try_blank,
 )
 from grpo_dist.model.policy import Policy
-from grpo_dist.model.quantization import quantize_blank, require_quantizable, require_unsharded
+from grpo_dist.model.quantization import quantize_blank
 from grpo_dist.model.quantized import EightBitLinear, dequantize_layers, quantized_layers
 from grpo_dist.model.rollout_weights import RolloutModel
 from grpo_dist.planning.predict import Predictor
@@ -227,7 +228,7 @@ def test_checkpoints_of_bitsandbytes_are_trained_on(checkpoint: ModelConfig) -> 
     config = Config(model=checkpoint, lora=LORA)
     model_config = load_model_config(checkpoint)
     check_model_config(model_config, make_tokenizer(), 16)
-    require_quantizable(config, model_config)
+    require_quantizable(config, bitsandbytes_config(model_config))
     assert try_blank(checkpoint, LORA, model_config, None) is None
     loaded = load_causal_lm(checkpoint, torch.float32, None)
     theirs = AutoModelForCausalLM.from_pretrained(checkpoint.name, dtype=torch.float32, device_map={"": "cpu"})
@@ -267,7 +268,7 @@ def test_what_cannot_go_with_a_quantised_checkpoint(
         is_int8 = model_config.quantization_config.get("load_in_8bit")
         config.model.quantization = "nf4" if is_int8 else "int8"
     with pytest.raises(UnfitModel, match=message):
-        require_quantizable(config, model_config)
+        require_quantizable(config, bitsandbytes_config(model_config))
 
 
 def test_a_config_that_says_quantised_of_plain_weights(base: ModelConfig, tmp_path: Path) -> None:
@@ -284,7 +285,7 @@ def test_a_config_that_says_quantised_of_plain_weights(base: ModelConfig, tmp_pa
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     with pytest.raises(UnfitModel, match=r"bitsandbytes, which is not installed: pip install 'grpo_dist\[quantized\]'"):
-        require_quantizable(Config(model=ModelConfig(quantization="nf4")), load_model_config(ModelConfig()))
+        require_quantizable(Config(model=ModelConfig(quantization="nf4")), None)
 
 
 def test_options_that_exclude_a_quantised_base() -> None:

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from grpo_dist.model import attention
-from grpo_dist.model.checks import UnfitModel
+from grpo_dist.model.files import UnfitModel
 from grpo_dist.model.policy import Policy, recompute_layers
 from grpo_dist.rollout.own_attention import require_no_noise, settle_attention
 from grpo_dist.rollout.probe import is_noisy, probe_pack, row_fault

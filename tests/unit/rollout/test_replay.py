@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from grpo_dist.config.rollout import RolloutConfig
 from grpo_dist.model import attention
 from grpo_dist.model.attention import RowLayout
-from grpo_dist.model.checks import UnfitModel
+from grpo_dist.model.files import UnfitModel
 from grpo_dist.model.packing import Pack, make_pack, plan
 from grpo_dist.model.policy import Policy, recompute_layers
 from grpo_dist.model.routing import Routers, routers_of

@@ -7,7 +7,7 @@ from typing import Literal
 import pytest
 
 from grpo_dist.config.schema import Config, LoraConfig, LossConfig, ModelConfig, ReferenceConfig
-from grpo_dist.model.checks import UnfitModel
+from grpo_dist.model.files import UnfitModel
 from grpo_dist.trainer.first_update import first_update
 
 pytestmark = pytest.mark.quick

@@ -1,0 +1,209 @@
+"""What a model's files alone say against its training.
+
+Imports neither torch nor transformers, so that the answer comes at once.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from ..config.checks import require
+from ..config.schema import Config, LoraConfig, ModelConfig
+
+_SHOWN_NAMES = 12
+
+OTHER_HEADS = ("Classification", "ForQuestionAnswering", "ForMaskedLM", "ForMultipleChoice",
+               "ForNextSentencePrediction", "RewardModel", "ForReward", "ForScore", "ForCTC", "Detection",
+               "Segmentation")  # fmt: skip
+"""Suffixes of `architectures` of checkpoints that are no language models. The weights of their head would be random, or
+those of the embeddings."""
+WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+"""Files from which transformers loads weights. With the suffix `.index.json` they list such files."""
+STORED_DTYPES = ("F64", "F32", "F16", "BF16")
+"""Dtypes of weights in a file, by their names there."""
+PACKAGE = "bitsandbytes"
+LOADED_IN = ("load_in_4bit", "_load_in_4bit", "load_in_8bit", "_load_in_8bit")
+"""Keys by which bitsandbytes' quantization_config says how weights are stored."""
+UNFIT_TYPES = {
+    **{kind: "a token sees later ones" for kind in ("cpmant", "xlnet")},
+    **{
+        kind: "nothing is kept from which a rollout can be decoded"
+        for kind in ("blt", "openai-gpt", "recurrent_gemma", "reformer", "rwkv", "xlm")
+    },
+    **{
+        kind: "it drafts tokens for another model, and needs that model's states"
+        for kind in ("gemma4_assistant", "gemma4_unified_assistant")
+    },
+    "prophetnet": "positions are made up and cannot be given",
+    "xmod": "the language has to be set in code",
+}
+"""Model types that transformers' code does not let train, with the reason. A loaded model would show it too late.
+`docs/models.py` examines all types."""
+
+
+class UnfitModel(ValueError):
+    """The model cannot be trained with this config."""
+
+
+def require_fit(
+    kind: str, text_kind: str, architectures: Sequence[str], quantization: Mapping[str, Any] | None,
+    is_encoder_decoder: bool, has_own_code: bool,
+) -> None:  # fmt: skip
+    """Raise UnfitModel for what entries of config.json say: the type of the model and of its language model, the class
+    that was saved, the quantization_config, and whether the code comes with the model."""
+    if quantization and not is_bitsandbytes(quantization):
+        raise UnfitModel(
+            f"model.name: a quantised checkpoint ({quantization.get('quant_method', 'quantization_config')}) given, "
+            "expected weights in float32, bfloat16 or float16, or quantised by bitsandbytes: name the checkpoint that "
+            "it comes from (and set model.quantization), or write a dequantised copy and remove quantization_config "
+            "from its config.json"
+        )
+    if (reason := UNFIT_TYPES.get(kind) or UNFIT_TYPES.get(text_kind)) and not has_own_code:
+        raise UnfitModel(f"model.name: a model of the type {kind} given, which cannot be trained here: in "
+                         f"transformers' code of it, {reason}")  # fmt: skip
+    if wrong := next((name for name in architectures if name.endswith(OTHER_HEADS)), None):
+        raise UnfitModel(f"model.name: a checkpoint of {wrong} given (architectures in its config.json), expected a "
+                         "causal language model: its weights have no head that predicts tokens")  # fmt: skip
+    if is_encoder_decoder:
+        raise UnfitModel(f"model.name: an encoder-decoder of the type {kind} given (is_encoder_decoder in its "
+                         "config.json), expected a causal language model; its encoder would be left out")  # fmt: skip
+
+
+def require_positions(positions: int | None, longest: int) -> None:
+    """Raise UnfitModel where a model with so many positions (None: any number) is too small for `longest` tokens."""
+    if positions is not None and longest > positions:
+        raise UnfitModel(f"data.max_prompt_length + rollout.max_completion_length: {longest} tokens given, the model "
+                         f"has {positions} positions (max_position_embeddings): lower one of the two")  # fmt: skip
+
+
+def require_fit_files(config: Config, path: Path, num_ranks: int | None, shards_weights: bool) -> None:
+    """Raise ValueError where config.json or the weight files in the directory of the model say that this run cannot be.
+
+    Directories whose config.json cannot be read are left to those who load the model.
+    """
+    try:
+        entries = json.loads((path / "config.json").read_text())
+        text = {**entries, **(entries.get("text_config") or {})}
+    except (OSError, ValueError, TypeError):
+        return
+    given = next((given for each in (entries, text) for key in ("quantization_config", "compression_config")
+                  if (given := each.get(key))), None)  # fmt: skip
+    kind = entries.get("model_type") or ""
+    require_fit(kind, text.get("model_type") or "", entries.get("architectures") or [], given,
+                bool(entries.get("is_encoder_decoder")), bool(entries.get("auto_map")))  # fmt: skip
+    require_positions(text.get("max_position_embeddings"), config.max_sequence_length)
+    require_quantizable(config, given)
+    require_unsharded(kind_of(config.model, given) is not None, shards_weights)
+    require_divisors(config, num_ranks, text.get("num_attention_heads"))
+    require_weights(config.model.name, path, bool(given))
+
+
+def require_weights(name: str, path: Path, is_quantized: bool = False) -> None:
+    """Raise UnfitModel if a directory lacks weights that its files list, has incomplete ones, or has quantised ones
+    where its config does not say so (`is_quantized`), or the other way round."""
+    if not path.is_dir():  # a hub id
+        return
+    parts = [each for each in WEIGHTS if (path / each).is_file()][:1]
+    listed = next((each for each in WEIGHTS if (path / f"{each}.index.json").is_file()), None)
+    if not parts and listed is None:
+        raise UnfitModel(f"model.name: {name!r} has no weights, expected {' or '.join(WEIGHTS)} beside config.json, "
+                         f"or several files with their list ({WEIGHTS[0]}.index.json)")  # fmt: skip
+    if not parts:
+        parts = sorted(set(json.loads((path / f"{listed}.index.json").read_text())["weight_map"].values()))
+    if missing := [part for part in parts if not (path / part).is_file()]:
+        raise UnfitModel(f"model.name: {name!r} lacks {len(missing)} of the {len(parts)} weight files that its "
+                         f"{listed}.index.json names ({some_names(missing)}): copy these files too")  # fmt: skip
+    is_marked = False
+    for part in (part for part in parts if part.endswith(".safetensors")):
+        try:
+            with safe_open(path / part, "np") as file:  # reads the header, and compares the length
+                every = list(file.keys())
+                names = [name for name in every if name.endswith("weight")]
+                dtypes = {name: file.get_slice(name).get_dtype() for name in names}
+        except SafetensorError as error:
+            raise UnfitModel(f"model.name: {path / part} is not a complete weight file ({error}): fetch it again, "
+                             "with `git lfs pull` if it is a pointer of a few lines") from error  # fmt: skip
+        quantised = [name for name, dtype in dtypes.items() if dtype not in STORED_DTYPES]
+        is_marked |= any(name.endswith(".SCB") or ".quant_state." in name for name in every)
+        if quantised and not is_quantized:
+            raise UnfitModel(f"model.name: {path / part} has quantised weights ({quantised[0]} in "
+                             f"{dtypes[quantised[0]]}), expected float32, bfloat16 or float16: name the checkpoint "
+                             "that it comes from")  # fmt: skip
+    if is_quantized and not is_marked:
+        raise UnfitModel(f"model.name: config.json of {name!r} has a quantization_config of bitsandbytes, but its "
+                         "weights are not quantised: remove it there, and set model.quantization to quantise them when "
+                         "they are loaded")  # fmt: skip
+
+
+def is_bitsandbytes(quantization: Mapping[str, Any]) -> bool:
+    """Whether a quantization_config is one by which bitsandbytes has stored weights in 4 or 8 bits."""
+    is_named = quantization.get("quant_method", "bitsandbytes") == "bitsandbytes"
+    return is_named and any(quantization.get(key) for key in LOADED_IN)
+
+
+def kind_of(model: ModelConfig, stored: Mapping[str, Any] | None) -> str | None:
+    """How the linear layers of the base are stored: `nf4`, `fp4` or `int8`; None for plain weights. `stored` is
+    bitsandbytes' quantization_config of a checkpoint that is quantised already."""
+    if stored is None:
+        return model.quantization
+    is_eight_bit = stored.get("load_in_8bit") or stored.get("_load_in_8bit")
+    return "int8" if is_eight_bit else str(stored.get("bnb_4bit_quant_type", "fp4"))
+
+
+def require_quantizable(config: Config, stored: Mapping[str, Any] | None) -> None:
+    """Raise UnfitModel where the base is quantised and this run cannot train on it; `stored` as for `kind_of`."""
+    kind, asked = kind_of(config.model, stored), config.model.quantization
+    if kind is None:
+        return
+    what = f"a base in {kind} (model.quantization)" if asked else f"a checkpoint in {kind} (bitsandbytes)"
+    if asked not in (None, kind):
+        raise UnfitModel(f"model.quantization: {asked!r} given, expected null: the checkpoint of {config.model.name!r} "
+                         f"is quantised already, in {kind}")  # fmt: skip
+    if config.lora is None:
+        raise UnfitModel(f"lora: null given with {what}, expected adapters: quantised weights cannot be trained")
+    if config.rollout.engine == "vllm":
+        raise UnfitModel(f"rollout.engine: 'vllm' given with {what}, expected `auto` or `native`: a server would "
+                         "compute with other values of the weights")  # fmt: skip
+    require_package()
+
+
+def require_package() -> None:
+    """Raise UnfitModel where bitsandbytes, which quantises, is not installed."""
+    if importlib.util.find_spec(PACKAGE) is None:
+        raise UnfitModel(f"model.quantization: quantised weights need the package {PACKAGE}, which is not installed: "
+                         "pip install 'grpo_dist[quantized]'")  # fmt: skip
+
+
+def require_unsharded(is_quantized: bool, shards_weights: bool) -> None:
+    """Raise UnfitModel where ZeRO-3 or FSDP2 would shard a quantised base."""
+    if is_quantized and shards_weights:
+        raise UnfitModel("model.quantization: a quantised base given with ZeRO-3 or FSDP2, which would shard it, "
+                         "expected DDP, ZeRO-1 or ZeRO-2: start with accelerate_configs/zero2.yaml")  # fmt: skip
+
+
+def require_unsharded_experts(lora: LoraConfig | None, shards_weights: bool) -> None:
+    """Raise UnfitModel where ZeRO-3 or FSDP2 would shard adapters that no module's call gathers."""
+    if lora is not None and lora.target_parameters and shards_weights:
+        raise UnfitModel(f"lora.target_parameters: {lora.target_parameters} given, expected [] with ZeRO-3 and FSDP2, "
+                         "or DDP, ZeRO-1 or ZeRO-2: start with accelerate_configs/zero2.yaml")  # fmt: skip
+
+
+def require_divisors(config: Config, num_ranks: int | None, heads: int | None) -> None:
+    """Raise ValueError where train.sequence_parallel_size divides the ranks or the attention heads with a remainder;
+    None where a number is not known."""
+    key, size = "train.sequence_parallel_size", config.train.sequence_parallel_size
+    if num_ranks is not None:
+        require(num_ranks % size == 0, key, size, f"a divisor of the number of ranks, {num_ranks}")
+    if heads is not None:
+        require(heads % size == 0, key, size, f"a divisor of the {heads} attention heads of {config.model.name}")
+
+
+def some_names(names: Sequence[str]) -> str:
+    """A list of names for a message, cut off where it is long."""
+    return ", ".join(names[:_SHOWN_NAMES]) + (" …" if len(names) > _SHOWN_NAMES else "")

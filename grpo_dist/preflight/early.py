@@ -1,0 +1,73 @@
+"""What can be said against a training before torch is imported, which takes longer than all of this.
+
+It is a part of what `trainer.build` checks, by the same functions.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+from ..config.parse import let_first_rank_answer
+from ..config.parse import refuse_mistakes as refuse_mistaken_options
+from ..config.places import is_path, model_place
+from ..config.schema import Config
+from ..distributed.launch_config import require_known_launch, require_optimizer, shards_weights
+from ..model.adapter import with_adapter
+from ..model.files import (
+    require_divisors,
+    require_fit_files,
+    require_quantizable,
+    require_unsharded,
+    require_unsharded_experts,
+)
+from ..model.toy import MODELS
+from ..text.plain import plain_lines, write_lines
+
+
+def refuse_mistakes(arguments: list[str] | None = None) -> None:
+    """End the program with status 2 on a mistake in a run's options, its launch, or the files of a local model.
+
+    A dry run reports all of them by itself. If nodes have disks of their own, the ranks have to hear of one another's
+    mistakes: a launch on several nodes is checked later.
+    """
+    config = refuse_mistaken_options(arguments)
+    if config is None or not _is_one_node(os.environ):
+        return
+    try:
+        require_possible(config, os.environ, int(os.environ.get("WORLD_SIZE", "1")))
+    except ValueError as error:
+        let_first_rank_answer()
+        write_lines(plain_lines(f"error: {error}"), sys.stderr)
+        sys.exit(2)
+
+
+def _is_one_node(environment: Mapping[str, str]) -> bool:
+    ranks = environment.get("WORLD_SIZE", "1")
+    return ranks.isdigit() and environment.get("LOCAL_WORLD_SIZE", "1") == ranks
+
+
+def require_possible(config: Config, environment: Mapping[str, str], num_ranks: int | None) -> None:
+    """Raise ValueError for what the launch's variables and local files say against a run; `num_ranks` is None where
+    it is not known yet."""
+    require_known_launch(environment)
+    require_optimizer(config.optim, environment)
+    shards = shards_weights(environment)
+    require_divisors(config, num_ranks, None)
+    require_unsharded_experts(config.lora, shards)
+    if config.model.quantization is not None:
+        require_quantizable(config, None)
+        require_unsharded(True, shards)
+    adapter = config.lora and config.lora.init_from
+    if not _is_here(config.model.name) or (adapter and not _is_here(adapter)):
+        return
+    config = with_adapter(config)
+    if _is_here(config.model.name):
+        require_fit_files(config, Path(model_place(config.model.name, "model.name")), num_ranks, shards)
+
+
+def _is_here(name: str) -> bool:
+    """Whether a model lies in a directory: it takes a library to look into a repository of the hub."""
+    return name not in MODELS and (is_path(name) or Path(name).is_dir())

@@ -1,0 +1,123 @@
+"""What is said against a run before torch is imported: by the launch, and by the files of a model."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from grpo_dist.config.schema import Config, LoraConfig, ModelConfig, RolloutConfig, TrainConfig
+from grpo_dist.model.toy import toy_path
+from grpo_dist.preflight.early import refuse_mistakes, require_possible
+
+ZERO3 = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}
+FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+NF4 = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+Change = Callable[[Path], None]
+
+
+def entries(**changes: Any) -> Change:
+    """Changes of a model's config.json."""
+
+    def change(path: Path) -> None:
+        file = path / "config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+    return change
+
+
+def adapter(**given: Any) -> Change:
+    """An adapter in the place of the model."""
+    return lambda path: (path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA"} | given)) and None
+
+
+def cut_off(path: Path) -> None:
+    (path / "model.safetensors").write_bytes((path / "model.safetensors").read_bytes()[:-1])
+
+
+REFUSED: dict[str, tuple[Change, dict[str, Any], Mapping[str, str], str]] = {
+    # name: (what is wrong with the model's directory, options, variables of the launch, message)
+    "no directory": (shutil.rmtree, {}, {}, "there is no directory"),
+    "gptq": (entries(quantization_config={"quant_method": "gptq"}), {}, {}, r"a quantised checkpoint \(gptq\)"),
+    "type": (entries(model_type="rwkv"), {}, {}, "of the type rwkv given, which cannot be trained here"),
+    "head": (entries(architectures=["LlamaForSequenceClassification"]), {}, {}, "no head that predicts tokens"),
+    "encoder": (entries(is_encoder_decoder=True), {}, {}, "an encoder-decoder"),
+    "positions": (entries(max_position_embeddings=64), {}, {}, r"768 tokens given, the model has 64 positions"),
+    "no weights": (lambda path: (path / "model.safetensors").unlink(), {}, {}, "has no weights"),
+    "cut off": (cut_off, {}, {}, "is not a complete weight file"),
+    "said quantised": (entries(quantization_config=NF4), {}, {}, "its weights are not quantised"),
+    "quantised twice": (entries(quantization_config=NF4), {"model": {"quantization": "int8"}}, {},
+                        "is quantised already, in nf4"),
+    "all weights": (entries(quantization_config=NF4), {"lora": None}, {}, "lora: null given with a checkpoint in nf4"),
+    "quantised under zero3": (entries(), {"model": {"quantization": "nf4"}}, ZERO3, "ZeRO-3 or FSDP2, which would"),
+    "quantised under fsdp2": (entries(quantization_config=NF4), {}, FSDP2, "ZeRO-3 or FSDP2, which would shard it"),
+    "experts under zero3": (entries(), {"lora": LoraConfig(target_parameters=["gate_up_proj"])}, ZERO3,
+                            "lora.target_parameters: "),
+    "dora": (adapter(use_dora=True), {}, {}, "is an adapter with use_dora: true"),
+    "ia3": (adapter(peft_type="IA3"), {}, {}, "a PEFT adapter of the type IA3"),
+    "lora null": (adapter(r=4), {"lora": None}, {}, "is a PEFT adapter. To train all weights"),
+    "no adapter": (entries(), {"lora": LoraConfig(init_from="MODEL")}, {}, "expected a PEFT adapter"),
+    "ranks": (entries(), {"train": TrainConfig(sequence_parallel_size=2)}, {"WORLD_SIZE": "3"}, "the number of ranks"),
+    "heads": (entries(num_attention_heads=3), {"train": TrainConfig(sequence_parallel_size=2)}, {"WORLD_SIZE": "2"},
+              "a divisor of the 3 attention heads"),
+    "fsdp1": (entries(), {}, {"ACCELERATE_USE_FSDP": "true"}, "fsdp_version 1 given"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_refused(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("grpo_dist.model.files.require_package", lambda: None)
+    change, options, environment, message = REFUSED[name]
+    shutil.copytree(toy_path(), tmp_path / "model")
+    entries(max_position_embeddings=1024)(tmp_path / "model")
+    change(tmp_path / "model")
+    given = {**options, "model": ModelConfig(name=str(tmp_path / "model"), **options.get("model", {}))}
+    if isinstance(lora := given.get("lora"), LoraConfig) and lora.init_from:
+        given["lora"] = LoraConfig(init_from=str(tmp_path / "model"))
+    with pytest.raises(ValueError, match=message):
+        require_possible(Config(**given), environment, int(environment.get("WORLD_SIZE", "1")))
+
+
+def test_what_is_not(tmp_path: Path) -> None:
+    """A model that fits, the toy, and repositories of the hub, which are left to those who load them."""
+    shutil.copytree(toy_path(), tmp_path / "model")
+    short = RolloutConfig(max_completion_length=16)
+    for name in (str(tmp_path / "model"), "toy", "some/model"):
+        config = Config(model=ModelConfig(name=name), rollout=short)
+        config.data.max_prompt_length = 64
+        require_possible(config, ZERO3, 2)
+
+
+def test_nodes_with_disks_of_their_own_are_left_to_the_meeting_of_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ["--model.name", "./nowhere"]
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    refuse_mistakes(words)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    with pytest.raises(SystemExit):
+        refuse_mistakes(words)
+
+
+def test_nothing_heavy_is_imported_for_it(tmp_path: Path) -> None:
+    script = """
+import sys
+from grpo_dist.preflight.early import refuse_mistakes
+try:
+    refuse_mistakes(sys.argv[1:])
+finally:
+    heavy = {"torch", "transformers", "peft", "accelerate", "deepspeed", "datasets"} & sys.modules.keys()
+    if heavy:
+        print("imported:", heavy)
+"""
+    shutil.copytree(toy_path(), tmp_path / "model")
+    adapter(use_dora=True, bias="none", megatron_core="megatron.core")(tmp_path / "model")
+    done = subprocess.run([sys.executable, "-c", script, "--model.name", str(tmp_path / "model")], text=True,
+                          capture_output=True)  # fmt: skip
+    assert done.returncode == 2 and done.stderr.startswith("error: model.name: ") and "use_dora" in done.stderr
+    assert done.stdout == ""
