@@ -106,8 +106,10 @@ def let_first_rank_answer() -> None:
         time.sleep(_FIRST_RANK_SECONDS)
 
 
+@functools.cache
 def make_parser(kind: type[ArgumentParser] = _Parser, **settings: Any) -> ArgumentParser:
-    """The parser of a training's command line; `settings` are jsonargparse's."""
+    """The parser of a training's command line; `settings` are jsonargparse's. Made once a process: it takes longer than
+    the parsing."""
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = kind(prog="grpo_dist.train", description="Train a causal language model with GRPO.",
                   allow_abbrev=False, **settings)  # fmt: skip

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
 from peft import LoraConfig
@@ -109,7 +109,8 @@ def adapter_targets(
     matches no such layer. The model may be on the meta device.
     """
     linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
-    why_not = {name: reason for name, module in linear.items() if (reason := _obstacle(model, name, module))}
+    own = {name for name, _ in model.named_parameters()}
+    why_not = {name: reason for name, module in linear.items() if (reason := _obstacle(model, name, module, own))}
     leaves = {name.rpartition(".")[2] for name in linear}
     renamed = {leaf for leaf in leaves if _means_experts(model, {leaf})} if _means_experts(model, leaves) else set()
     for name in linear:
@@ -153,8 +154,8 @@ def adapter_targets(
     return (targets if is_plain else chosen), note
 
 
-def _obstacle(model: Any, name: str, module: nn.Module) -> str | None:
-    """The reason why a linear layer cannot have an adapter, or None."""
+def _obstacle(model: Any, name: str, module: nn.Module, own: Container[str]) -> str | None:
+    """The reason why a linear layer cannot have an adapter, or None; `own` names the model's parameters, each once."""
     if type(module).forward not in (nn.Linear.forward, Conv1D.forward, QuantizedLinear.forward):
         return "a layer with code of its own"
     if not reads_text(model, name):
@@ -162,7 +163,7 @@ def _obstacle(model: Any, name: str, module: nn.Module) -> str | None:
     mixer, _, own_name = name.rpartition(".")
     if own_name != "in_proj" and all(hasattr(model.get_submodule(mixer), part) for part in ("A_log", "D", "conv1d")):
         return "Mamba's kernels take its weights without calling it"
-    if not isinstance(module, QuantizedLinear) and f"{name}.weight" not in {own for own, _ in model.named_parameters()}:
+    if not isinstance(module, QuantizedLinear) and f"{name}.weight" not in own:
         return "its weights are tied to another layer's"
     return None
 

@@ -48,6 +48,8 @@ class RolloutModel:
                 tree = get_peft_model(tree, replace(policy.model.peft_config["default"], lora_dropout=0.0))
                 compute_adapters_apart(tree, is_sharded)
         self.tree = tree.eval().requires_grad_(False)
+        self._empty = dict(self.tree.named_parameters(remove_duplicate=False))
+        self._owners = {name: self.tree.get_submodule(name.rpartition(".")[0]) for name in self._empty}
         for name, buffer in policy.model.named_buffers():
             owner, _, leaf = name.rpartition(".")
             self.tree.get_submodule(owner)._buffers[leaf] = buffer
@@ -88,8 +90,7 @@ class RolloutModel:
         needed = _different(p for name, p in self._policy_parameters().items() if name not in self._own)
         with torch.no_grad(), gathered(needed):
             theirs = self._policy_parameters()
-            mine = dict(self.tree.named_parameters(remove_duplicate=False))
-            for name in mine:
+            for name in self._empty:
                 if (value := self._own.get(name)) is None:
                     layer = self._quantized.get(name)
                     value = theirs[name].data if layer is None else layer.plain_weight
@@ -97,7 +98,7 @@ class RolloutModel:
             try:
                 yield self.causal_lm
             finally:
-                for name, empty in mine.items():
+                for name, empty in self._empty.items():
                     self._put(name, empty)
 
     def _policy_parameters(self) -> dict[str, nn.Parameter]:
@@ -105,8 +106,7 @@ class RolloutModel:
         return dict(self.policy.model.named_parameters(remove_duplicate=False))
 
     def _put(self, name: str, parameter: nn.Parameter) -> None:
-        owner, _, leaf = name.rpartition(".")
-        self.tree.get_submodule(owner)._parameters[leaf] = parameter
+        self._owners[name]._parameters[name.rpartition(".")[2]] = parameter
 
 
 def _different(tensors: Iterable[Tensor]) -> list[Tensor]:

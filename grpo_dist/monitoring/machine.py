@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import platform
@@ -53,6 +54,7 @@ def record_start(directory: Path, ranks: Ranks, first_step: int, dtype: torch.dt
         file.write(json.dumps(start) + "\n")
 
 
+@functools.cache
 def versions() -> dict[str, str]:
     """Versions of the packages that results depend on."""
     return {name: metadata.version(name) for name in ("torch", "transformers", "peft", "accelerate")}

@@ -95,7 +95,7 @@ FILES = (
 @pytest.fixture(scope="module")
 def parser() -> Any:
     """Made once, and so are its defaults, which no input changes: both take longer than the parsing itself."""
-    made = make_parser()
+    made = make_parser.__wrapped__()
     defaults = {skip: made.get_defaults(skip_validation=skip) for skip in (True, False)}
     made.get_defaults = lambda skip_validation=False, **_: defaults[skip_validation].clone()
     return made
