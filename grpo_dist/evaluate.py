@@ -2,7 +2,7 @@
 
     accelerate launch --config_file accelerate_configs/ddp.yaml --num_processes 2 -m grpo_dist.evaluate \
         --model runs/quickstart/final --data configs/data/math_tasks_eval.jsonl --n 16 --config configs/quickstart.yaml
-    python -m grpo_dist.evaluate --model toy --data … --n 16 --compare runs/other/evaluation
+    python -m grpo_dist evaluate --model toy --data … --n 16 --compare runs/other/evaluation         # one process
 
 Rewards, columns and sampling are those of a training config. Every sample is a function of the seed, its prompt and its
 number, so the ranks change nothing. Samples are saved in parts as they come, and the same command goes on after the
@@ -11,6 +11,7 @@ last part. Nothing is trained. Every rank loads the complete model.
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
 import logging
@@ -322,11 +323,17 @@ def report(rows: Rows, num_samples: int, other: Path | None, directory: Path) ->
             markup=False,
         )
     write_file(directory / "summary.json", json.dumps(summary, indent=1))
+    console.print(f"samples: {directory}/samples_*.jsonl, this table: {directory / 'summary.json'}", markup=False,
+                  soft_wrap=True)  # fmt: skip
 
 
 def main() -> int:
     """The command line."""
-    options, config = read_options()
+    return evaluate(*read_options())
+
+
+def evaluate(options: argparse.Namespace, config: Config) -> int:
+    """Evaluate, print the tables on the first rank, and return the exit status; a collective."""
     set_up_logging()
     try:
         set_up_cuda()

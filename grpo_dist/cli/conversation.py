@@ -79,7 +79,7 @@ class Conversation:
         if not self.console.is_terminal:
             for voice in self.voices:
                 answer = plain_lines(self._generate(voice, prompt, lambda _: None), _LINE_CHARACTERS)
-                print(f"--- {voice.name}\n{answer}", flush=True)
+                print(f"--- {voice.name}\n{answer or '(ended without a text)'}", flush=True)
             return
         with Live(_side_by_side(answers), console=self.console, vertical_overflow="visible") as live:
             for voice in self.voices:

@@ -25,6 +25,7 @@ from ..config.shipped import shipped
 from ..config.values import descriptions, flat
 from ..data.rows import load_rows
 from ..rewards.registry import BUILT_IN
+from ..text.files import near_paths
 
 SET = (
     "model.name", "lora.r", "lora.alpha", "data.train_file", "data.eval_file", "data.prompt_column",
@@ -81,7 +82,9 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
     except (EOFError, KeyboardInterrupt):
         raise ValueError(f"no answer; {options.file} was not written") from None
     options.file.write_text(render(starter))
-    print(f"wrote {options.file}. Now check it, and then run it:\n")
+    gold = f"gold answers of column {starter.answer_column!r}" if starter.answer_column else "no gold answers"
+    print(f"wrote {options.file}, with prompts of column {starter.prompt_column!r} and {gold}.")
+    print("Now check it, and then run it:\n")
     print(f"    python -m grpo_dist check --config {options.file}")
     print(f"    {start_command(options.file, options.gpus)}")
     return 0
@@ -106,7 +109,7 @@ def _ask(option: str, question: str, default: str | None, check: Check) -> str:
 
 def _refuse(option: str, question: str, default: str | None, check: Check) -> str:
     if default is None:
-        raise ValueError(f"--{option}: nothing given, and no terminal to ask on; expected: {question}")
+        raise ValueError(f"--{option} is missing, and there is no terminal to ask on. {question}?")
     return default
 
 
@@ -135,7 +138,7 @@ def complete(options: argparse.Namespace, ask: Asker) -> Starter:
 
 def _data_problem(data: str) -> str | None:
     looks_like_a_file = Path(data).suffix in (".jsonl", ".json", ".csv", ".parquet")
-    return f"no file {data!r} here" if looks_like_a_file and not Path(data).is_file() else None
+    return f"no file {data!r} here{near_paths(data)}" if looks_like_a_file and not Path(data).is_file() else None
 
 
 def _reward_problem(reward: str) -> str | None:

@@ -12,6 +12,7 @@ import importlib
 import sys
 from collections.abc import Container, Sequence
 
+from ..config.checks import did_you_mean
 from ..config.own_options import OwnOptions
 from ..text.plain import plain_lines
 
@@ -21,6 +22,10 @@ VERBS = {
     "chat": ("grpo_dist.cli.chat", "talk to a trained model and its base model"),
     "check": ("grpo_dist.cli.check", "check a config before a run, and report all problems at once"),
     "completion": ("grpo_dist.cli.shell_completion", "print the script for shell completion of `grpo-dist`"),
+    "evaluate": (
+        "grpo_dist.cli.evaluate",
+        "evaluate a model in one process (for more: accelerate launch --num_processes N -m grpo_dist.evaluate)",
+    ),
     "examples": ("grpo_dist.cli.examples", "copy the shipped configs and their data into a directory"),
     "export": ("grpo_dist.cli.export", "export a trained model: merged, as an adapter, or for GGUF"),
     "init": ("grpo_dist.cli.init", "write a commented config to start from"),
@@ -40,6 +45,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a verb and return its exit status, which is 2 for an error of the user."""
     words = sys.argv[1:] if arguments is None else arguments
     parser = make_parser(words[:1])
+    if not words:
+        parser.print_help(sys.stderr)
+        return 2
+    if not words[0].startswith("-") and words[0] not in VERBS:
+        parser.error(f"{words[0]!r} given, expected one of {', '.join(VERBS)}{did_you_mean(words[0], VERBS)}")
     options, rest = parser.parse_known_args(words)
     try:
         return options.run(options, rest)

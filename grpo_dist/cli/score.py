@@ -44,6 +44,9 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
     config = parse_config(list(rest))
     if options.n < 1:
         raise ValueError(f"-n: {options.n} given, expected at least 1")
+    if options.completions is None and config.data.answer_column is None:
+        raise ValueError("data.answer_column is null: there are no gold answers to score; give --completions FILE, or "
+                         "see what the model answers: python -m grpo_dist evaluate")  # fmt: skip
     items, groups = read_items(config, options.completions, options.n)
     with ScorerPool(config.rewards, config.scoring) as pool:
         scores = pool.score(items, groups=groups)
@@ -66,8 +69,6 @@ def read_items(config: Config, path: str | None, most: int) -> tuple[list[Item],
     checks = answer_checks(config.rewards) if config.data.answer_column else []
     prompts, _ = load_training(config, tokenizer, checks)
     if path is None:
-        if config.data.answer_column is None:
-            raise ValueError("data.answer_column is null: there are no gold answers to score; give --completions FILE")
         first = [prompts[place] for place in range(min(most, len(prompts)))]
         pairs = [(prompt, str(prompt.columns["answer"])) for prompt in first]
     else:

@@ -15,6 +15,7 @@ from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace, set_parsing_settings
 
+from ..text.files import near_paths
 from ..text.plain import write_lines
 from .schema import Config
 from .shipped import shipped
@@ -159,6 +160,9 @@ def parse_config(arguments: list[str] | None = None) -> Config:
         word.removeprefix("--config=") if "=" in word else following
         for word, following in itertools.pairwise([*words, ""]) if word.split("=")[0] == "--config"
     )  # fmt: skip
+    if (missing := next((file for file in parser.files if not os.path.exists(file)), None)) is not None:
+        parser.files = ()
+        parser.error(f"--config: no file {missing!r} in {os.getcwd()}{near_paths(missing)}")
     given = parser.parse_args(_preset_first(words))
     try:
         return to_config(parser, given)

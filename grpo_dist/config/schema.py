@@ -134,6 +134,9 @@ class DataConfig:
     keep: dict[str, Any] | None = None
     """Use only rows with these values: for each column a value, a list of values, or `{min: …, max: …}`. The log says
     how many rows each column leaves out."""
+    hold_out: bool = False
+    """Leave training prompts out that `eval_file` has, too: a generator of small tasks makes the same ones again. The
+    log says how many."""
     streaming: bool = False
     """Read rows when they are needed, for data that does not fit in memory; the order stays the same. Each row is
     checked when it is read, and a row that cannot be used stops the run."""
@@ -148,9 +151,11 @@ class DataConfig:
                 "null where data.chat_template is `never`")  # fmt: skip
         require(bool(self.train_file) and (isinstance(self.train_file, str) or min(self.train_file.values()) > 0),
                 "data.train_file", self.train_file, "a file, or files with weights above 0")  # fmt: skip
-        require(not self.streaming or (self.bad_rows, self.too_long, self.keep) in [
-            ("error", "bad_row", None), ("error", "truncate", None)], "data.streaming", self.streaming,
-            "false where bad_rows, too_long or keep leave rows out: a stream does not know which ones")  # fmt: skip
+        require(not self.streaming or (self.bad_rows, self.too_long, self.keep, self.hold_out) in [
+            ("error", "bad_row", None, False), ("error", "truncate", None, False)], "data.streaming", self.streaming,
+            "false where bad_rows, too_long, keep or hold_out leave rows out: a stream knows none")  # fmt: skip
+        require(not self.hold_out or self.eval_file is not None, "data.hold_out", self.hold_out,
+                "false where data.eval_file is null")  # fmt: skip
 
 
 @dataclass

@@ -43,6 +43,10 @@ def load_training(
     weights = {data.train_file: 1.0} if isinstance(data.train_file, str) else data.train_file
     parts: list[Sequence[Prompt]] = []
     first_index = 0
+    evaluated: frozenset[tuple[int, ...]] = frozenset()
+    if data.hold_out and data.eval_file is not None:
+        held_out, _ = load_prompts(data.eval_file, data.eval_split, data, tokenizer, checks, tokenizers=tokenizers)
+        evaluated = frozenset(tuple(prompt.ids) for prompt in held_out)
     for path in weights:
         if data.streaming:
             part = StreamedPrompts(path, data, tokenizer, checks, first_index, tokenizers)
@@ -51,7 +55,7 @@ def load_training(
         else:
             loaded, report = load_prompts(path, data.train_split, data, tokenizer, checks, first_index, tokenizers)
             first_index += report.num_rows
-            parts.append(loaded)
+            parts.append(_without(evaluated, loaded, path) if data.hold_out else loaded)
     prompts = parts[0] if len(parts) == 1 else Joined(parts)
     sampler: Sampler | Mixture = (
         Sampler(len(prompts), train.batch_size, train.seed)
@@ -62,6 +66,17 @@ def load_training(
         return prompts, sampler
     plan = data.curriculum
     return prompts, Curriculum(sampler, len(prompts), plan.low, plan.high, plan.rest_epochs)
+
+
+def _without(evaluated: frozenset[tuple[int, ...]], prompts: list[Prompt], path: str) -> list[Prompt]:
+    """The prompts whose tokens are not those of an evaluation prompt. Raises ValueError where there are none."""
+    rest = [prompt for prompt in prompts if tuple(prompt.ids) not in evaluated]
+    if not rest:
+        raise ValueError(f"data.hold_out: data.eval_file has all {len(prompts)} prompts of {path}, expected others; "
+                         "evaluate on fewer, or set it to false")  # fmt: skip
+    log.info("%s: data.hold_out leaves out %d of %d prompts, which are evaluated on", path, len(prompts) - len(rest),
+             len(prompts))  # fmt: skip
+    return rest
 
 
 def identifying(prompts: Sequence[Prompt]) -> Iterator[Prompt]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import codecs
 import csv
-import difflib
 import json
 import logging
 import re
@@ -20,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..text.files import near_paths
 from .reasoning_gym import Generated, is_generated
 
 logger = logging.getLogger(__name__)
@@ -149,7 +149,7 @@ def _check_file(path: str) -> None:
     suffix = Path(path).suffix.lower()
     if suffix in _FILES and not Path(path).is_file():
         folder = Path(path).parent
-        hint = _neighbours(path) if folder.is_dir() else f"; there is no directory {str(folder)!r} either"
+        hint = near_paths(path) if folder.is_dir() else f"; there is no directory {str(folder)!r} either"
         if Path(path).parts[0] == "configs":
             hint += " (`python -m grpo_dist examples` makes the one that ships with grpo_dist)"
         raise FileNotFoundError(f"no file {path!r} in {Path.cwd()}{hint}")
@@ -179,7 +179,7 @@ def _open_table(path: str, split: str, subset: str | None) -> Sequence[Row]:
     try:
         return _opened(path, split, subset)
     except Exception as error:  # `datasets` raises a dozen kinds; its messages name the splits and subsets
-        where = "" if Path(path).exists() else f"; it is no file or directory here{_neighbours(path)}"
+        where = "" if Path(path).exists() else f"; it is no file or directory here{near_paths(path)}"
         raise ValueError(
             f"{path!r} (subset {subset!r}, split {split!r}) cannot be loaded: {_reason(error)}{where}"
         ) from error
@@ -290,13 +290,3 @@ def _reason(error: BaseException) -> str:
         message += "; save the file as UTF-8"
     reason = message if type(error) is ValueError else f"{type(error).__name__}: {message}"
     return f"{reason} ({error.__cause__})" if error.__cause__ is not None else reason
-
-
-def _neighbours(path: str) -> str:
-    """Return a hint with the names nearest to a path that does not exist; empty where none are near."""
-    missing = Path(path)
-    if not missing.parent.is_dir():
-        return ""
-    names = sorted(entry.name for entry in missing.parent.iterdir() if not entry.name.startswith("."))
-    near = difflib.get_close_matches(missing.name, names, n=3)
-    return f"; near it: {', '.join(str(missing.parent / name) for name in near)}" if near else ""

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import shutil
-import tempfile
 from pathlib import Path
 
 import torch
 
-from ..checkpoint.guards import lock
+from ..checkpoint.guards import existing_part, lock, require_writable
 from ..checkpoint.resume import changes, identity, resume_path, with_template_date
 from ..config.schema import Config
 from ..distributed.ranks import resolve_dtype
@@ -21,13 +20,10 @@ from .sizes import gib
 def check_disk(config: Config, counts: ModelCounts | None, findings: Findings) -> None:
     """Note whether output_dir is writable and has space for the checkpoints and the final model."""
     directory = Path(config.train.output_dir)
-    existing = next(path for path in (directory.absolute(), *directory.absolute().parents) if path.exists())
-    try:
-        with tempfile.TemporaryFile(dir=existing) as probe:
-            probe.write(b"x")
-    except OSError as error:
-        findings.problems.append(f"train.output_dir: {directory} given, but {existing} cannot be written to "
-                                 f"({error.strerror}); choose a directory that can")  # fmt: skip
+    before = len(findings.problems)
+    with findings.attempt():
+        require_writable(directory)
+    if len(findings.problems) > before:
         return
     if (directory / ".lock").exists():
         with findings.attempt():
@@ -39,6 +35,7 @@ def check_disk(config: Config, counts: ModelCounts | None, findings: Findings) -
     num_kept = config.train.keep_checkpoints + 1  # the next is written before the oldest is removed
     dtype = torch.float32 if config.lora is None else resolve_dtype(config.model.dtype)
     needed = num_kept * checkpoint + counts.parameters * dtype.itemsize + 4 * counts.adapters
+    existing = existing_part(directory)
     free = shutil.disk_usage(existing).free
     space = (f"{gib(needed)} for {num_kept} checkpoints and the final model, {gib(free)} free in {existing}; "
              "completions need more")  # fmt: skip

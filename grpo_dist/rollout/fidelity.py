@@ -15,12 +15,13 @@ from .native.llama import linear_of
 @torch.no_grad()
 def update_share(model: nn.Module, *, merged: bool) -> float | None:
     """Share of the adapters' update that is in the weights which decode: the projection of these weights' update on
-    ΔW = scaling · B A, over that of ΔW itself. None without adapters, and as long as they add nothing.
+    ΔW = scaling · B A, over that of ΔW itself. None without adapters, and as long as they add nothing that float32 can
+    hold beside the weights: AdamW makes a small update also of a gradient that is only rounding.
 
     `merged` where adapters are added to the weights, as on a CPU in float32; else they are apart, rounded to the dtype
     of the weights.
     """
-    present = total = 0.0
+    present = total = weights = 0.0
     for module in model.modules():
         if not isinstance(module, LoraLayer) or "default" not in module.lora_A:
             continue
@@ -29,13 +30,14 @@ def update_share(model: nn.Module, *, merged: bool) -> float | None:
         dtype = adapted_weight(module).dtype if isinstance(module, ParamWrapper) else dtype_of(module.get_base_layer())
         exact_a, exact_b = a.double(), b.double()
         total += scaling**2 * _inner(exact_a, exact_b, exact_a, exact_b)
+        weights += float(torch.linalg.vector_norm(adapted_weight(module), dtype=torch.float32)) ** 2
         if merged:
             layer = linear_of(module)
             added = (layer.merged() - layer.weight).double()
             present += scaling * float(((exact_b.mT @ added) * exact_a).sum())
         else:
             present += scaling**2 * _inner(exact_a, exact_b, a.to(dtype).double(), b.to(dtype).double())
-    return present / total if total else None
+    return present / total if total > torch.finfo(torch.float32).eps ** 2 * weights else None
 
 
 def _inner(a: Tensor, b: Tensor, other_a: Tensor, other_b: Tensor) -> float:

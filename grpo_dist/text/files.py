@@ -1,7 +1,8 @@
-"""Files that are complete or as they were before."""
+"""Files that are complete or as they were before, and the names of files."""
 
 from __future__ import annotations
 
+import difflib
 import os
 import uuid
 from pathlib import Path
@@ -21,3 +22,13 @@ def write_file(path: Path, text: str) -> None:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def near_paths(path: str) -> str:
+    """The end of a message about a path that does not exist: the names nearest to it; empty where none are near."""
+    missing = Path(path)
+    if not missing.parent.is_dir():
+        return ""
+    names = sorted(entry.name for entry in missing.parent.iterdir() if not entry.name.startswith("."))
+    near = difflib.get_close_matches(missing.name, names, n=3)
+    return f"; near it: {', '.join(str(missing.parent / name) for name in near)}" if near else ""

@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from ..checkpoint import store as checkpoint
-from ..checkpoint.guards import BadUpdates, FailedSaves, lock
+from ..checkpoint.guards import BadUpdates, FailedSaves, lock, require_writable
 from ..checkpoint.resume import changes, identity, require_same_start, resume_path, with_template_date
 from ..checkpoint.state import TrainState
 from ..config.schema import Config
@@ -104,6 +104,7 @@ def build(config: Config) -> tuple[Parts, TrainState]:
         for prompt in (data.prompts[0], *data.eval_prompts[:1]):
             scorer.check_columns([*prompt.columns, *(EPISODE_COLUMNS if host else ())])
         episodes = episodes_of(data.config, host, data.tokenizer, data.end_ids)
+        require_writable(directory)
         directory.mkdir(parents=True, exist_ok=True)
         lock_file = lock(directory) if is_main else None
     except (ValueError, OSError, checkpoint.DamagedCheckpoint) as error:

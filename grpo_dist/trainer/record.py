@@ -6,6 +6,7 @@ import torch
 
 from ..algorithm.targets import penalty_metrics
 from ..checkpoint.state import TrainState
+from ..model import toy
 from ..monitoring.alarms import Metrics
 from ..monitoring.metrics import batch_metrics, read_history, update_metrics
 from ..monitoring.traces import trace_lines
@@ -64,6 +65,10 @@ def summary(parts: Parts) -> str:
     if "tensorboard" in parts.config.logging.trackers:
         lines.append(f"curves:         tensorboard --logdir {directory / 'tensorboard'}")
     lines += [f"talk to it:     python -m grpo_dist chat {directory}",
-              f"take it home:   python -m grpo_dist export {directory}",
-              "next:           python -m grpo_dist init own.yaml (a config for a task of your own)"]  # fmt: skip
+              f"take it home:   python -m grpo_dist export {directory}"]  # fmt: skip
+    if parts.config.data.eval_file is not None:
+        lines.append(f"measure it:     python -m grpo_dist evaluate --model {directory / 'final'} --config "
+                     f"{directory / 'config.yaml'}")  # fmt: skip
+    if parts.config.model.name in toy.MODELS:
+        lines.append("next:           python -m grpo_dist init own.yaml (a config for a task of your own)")
     return "\n".join(lines)

@@ -112,8 +112,16 @@ def answer(rewards: Sequence[RewardFunction | Placement], request: bytes) -> dic
     except BaseException as error:
         # a reward may exit, or interrupt itself as Math-Verify does: all of this is reported
         line = "".join(traceback.format_exception_only(error)).strip()
-        return {"kind": "raised", "message": line, "traceback": traceback.format_exc()[-_TRACEBACK_CHARACTERS:]}
+        return {"kind": "raised", "message": line, "traceback": _traceback(error)[-_TRACEBACK_CHARACTERS:]}
     return {"values": values, "bad": bad, "metrics": log.means(), "extras": log.extras}
+
+
+def _traceback(error: BaseException) -> str:
+    """The traceback of an error from where a reward's own code begins."""
+    frames = error.__traceback__
+    while frames is not None and frames.tb_frame.f_code.co_filename == __file__:
+        frames = frames.tb_next
+    return "".join(traceback.format_exception(type(error), error, frames or error.__traceback__))
 
 
 class Log:

@@ -19,8 +19,9 @@ ROOT = Path(__file__).parents[3]
 USES = {
     "help": (["--help"], 0, "score"),
     "help of a verb": (["score", "--help"], 0, "--completions"),
-    "no verb": ([], 2, "VERB"),
-    "an unknown verb": (["scroe"], 2, "scroe"),
+    "no verb": ([], 2, "print a table of scored completions"),
+    "an unknown verb": (["scroe"], 2, "did you mean 'score'?"),
+    "a mistake in an evaluation": (["evaluate", "--model", "toy", "--n", "0"], 2, "--n: 0 given, expected at least 1"),
     "a bad option": (["score", "-n", "many"], 2, "many"),
     "a bad option of a run": (["score", "--rollout.grup_size", "2"], 2, "rollout.group_size"),
     "a run's option, abbreviated": (["score", "--optim.learning_rat", "1"], 2, "did you mean 'optim.learning_rate'?"),
@@ -29,7 +30,7 @@ USES = {
     "no check, abbreviated": (["train", "--dry"], 2, "did you mean 'dry_run'?"),
     "a mistake in a training": (["train", "--rollout.grup_size", "2"], 2, "rollout.group_size"),
     "a bad option of a check": (["check", "--ranks", "few"], 2, "few"),
-    "no such config": (["score", "--config", "nowhere.yaml"], 2, "nowhere.yaml"),
+    "no such config": (["score", "--config", "configs/quickstrat.yaml"], 2, "near it: configs/quickstart.yaml"),
 }
 
 

@@ -97,11 +97,11 @@ def test_questions(
 def test_mistakes(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "own.yaml"
     for words, message in {
-        (): "--model: nothing given, and no terminal to ask on",
-        ("--model", "toy"): "--data: nothing given",
+        (): "--model is missing, and there is no terminal to ask on. Model, a hub id",
+        ("--model", "toy"): "--data is missing",
         ("--model", "toy", "--data", "nowhere.csv"): "--data: no file 'nowhere.csv' here",
         ("--model", "toy", "--data", str(data), "--reward", "mth"): "did you mean 'math'?",
-        ("--model", "toy", "--data", str(data), "--answer_column", "null"): "--reward: nothing given",
+        ("--model", "toy", "--data", str(data), "--answer_column", "null"): "--reward is missing",
         ("--model", "toy", "--data", str(data), "--rollout.top_k", "1"): "--rollout.top_k 1 given",
     }.items():
         assert main(["init", str(file), *words]) == 2

@@ -7,6 +7,7 @@ import json
 import logging
 import math
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ def tokenizer() -> Any:
     return load_tokenizer(Config().model)
 
 
-def write(path: Path, numbers: range, **columns: Any) -> str:
+def write(path: Path, numbers: Iterable[int], **columns: Any) -> str:
     rows = [
         {"prompt": f"What is {n}?", "answer": n} | {key: value(n) for key, value in columns.items()} for n in numbers
     ]
@@ -41,7 +42,7 @@ def write(path: Path, numbers: range, **columns: Any) -> str:
 
 
 def config(**data: Any) -> Config:
-    return Config(data=DataConfig(eval_file=None, **data), train=TrainConfig(batch_size=4))
+    return Config(data=DataConfig(**{"eval_file": None, **data}), train=TrainConfig(batch_size=4))
 
 
 def test_a_mixture_keeps_its_shares_and_goes_through_each_part() -> None:
@@ -159,6 +160,23 @@ def test_filters_are_counted(tmp_path: Path, tokenizer: Any, caplog: pytest.LogC
     ):  # fmt: skip
         with pytest.raises(ValueError, match=message):
             load_training(config(train_file=path, keep=keep), tokenizer, CHECKS)
+
+
+def test_what_is_evaluated_on_is_held_out(tmp_path: Path, tokenizer: Any, caplog: pytest.LogCaptureFixture) -> None:
+    path, others = write(tmp_path / "a.jsonl", range(10)), write(tmp_path / "b.jsonl", range(7, 12))
+    evaluated = write(tmp_path / "eval.jsonl", [2, 7, 50])
+    caplog.set_level(logging.INFO, "grpo_dist")
+    mixed = config(train_file={path: 1.0, others: 1.0}, eval_file=evaluated, hold_out=True)
+    prompts, sampler = load_training(mixed, tokenizer, CHECKS)
+    assert [prompt.index for prompt in prompts] == [0, 1, 3, 4, 5, 6, 8, 9, 11, 12, 13, 14]
+    assert max(index for step in range(20) for index in sampler.batch_indices(step)) == len(prompts) - 1
+    assert f"{path}: data.hold_out leaves out 2 of 10 prompts" in caplog.text
+    assert f"{others}: data.hold_out leaves out 1 of 5 prompts" in caplog.text
+    with pytest.raises(ValueError, match="has all 3 prompts"):
+        load_training(config(train_file=evaluated, eval_file=evaluated, hold_out=True), tokenizer, CHECKS)
+    for impossible in ({}, {"eval_file": evaluated, "streaming": True}):
+        with pytest.raises(ValueError, match=r"data\.(hold_out|streaming): True given"):
+            config(train_file=path, hold_out=True, **impossible)
 
 
 def test_long_prompts(tmp_path: Path, tokenizer: Any, caplog: pytest.LogCaptureFixture) -> None:

@@ -176,6 +176,9 @@ def test_the_share_of_a_first_step_that_decodes(learning_rate: float, dtype: tor
     rollout_model = RolloutModel(policy, dtype, attention.NAME)
     with rollout_model.open() as model:
         assert update_share(model, merged=merged) is None, "nothing has been learned yet"
+    step(policy, 1e-14)
+    with rollout_model.open() as model:
+        assert update_share(model, merged=merged) is None, "float32 has no digit for it"
     step(policy, learning_rate)
     with rollout_model.open() as model:
         assert update_share(model, merged=merged) == pytest.approx(1, abs=0.01)
