@@ -7,7 +7,6 @@ import logging
 import math
 import os
 import socket
-import tempfile
 from array import array
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -35,23 +34,6 @@ def warn_of_slow_save(seconds: float) -> None:
             "saving took %.0f s, and the launcher kills ranks %.0f s after a signal: export %s=%.0f before the launch",
             seconds, patience, LAUNCHERS_PATIENCE, 4 * seconds,
         )  # fmt: skip
-
-
-def existing_part(directory: Path) -> Path:
-    """The directory, or its nearest parent that exists."""
-    return next(path for path in (directory.absolute(), *directory.absolute().parents) if path.exists())
-
-
-def require_writable(directory: Path) -> None:
-    """Raise ValueError where nothing can be written to the output directory, or where it does not exist, to its nearest
-    parent that does."""
-    existing = existing_part(directory)
-    try:
-        with tempfile.TemporaryFile(dir=existing) as probe:
-            probe.write(b"x")
-    except OSError as error:
-        reason = f"{existing} cannot be written to ({error.strerror})"
-        raise ValueError(f"train.output_dir: {directory} given, but {reason}; choose a directory that can") from error
 
 
 def lock(directory: Path) -> IO[str]:

@@ -1,9 +1,10 @@
-"""Where a model is: a local directory, or a repository of the hub."""
+"""Where a model is, a local directory or a repository of the hub, and where a run writes."""
 
 from __future__ import annotations
 
 import difflib
 import os
+import tempfile
 from pathlib import Path
 
 
@@ -37,3 +38,20 @@ def is_path(name: str) -> bool:
     """Whether a name can only be a path: a hub id is one word, or two words with a slash between them."""
     words = name.split("/")
     return name.startswith((".", "/", "~")) or name.endswith("/") or len(words) > 2 or "\\" in name
+
+
+def existing_part(directory: Path) -> Path:
+    """The directory, or its nearest parent that exists."""
+    return next(path for path in (directory.absolute(), *directory.absolute().parents) if path.exists())
+
+
+def require_writable(directory: Path) -> None:
+    """Raise ValueError where nothing can be written to the output directory, or where it does not exist, to its nearest
+    parent that does."""
+    existing = existing_part(directory)
+    try:
+        with tempfile.TemporaryFile(dir=existing) as probe:
+            probe.write(b"x")
+    except OSError as error:
+        reason = f"{existing} cannot be written to ({error.strerror})"
+        raise ValueError(f"train.output_dir: {directory} given, but {reason}; choose a directory that can") from error

@@ -57,7 +57,7 @@ def load_rows(path: str, split: str, subset: str | None = None) -> list[Row]:
     become rows with a `problem`; lines of white space are no rows. The values of a CSV file are texts, None where
     a cell is empty.
     """
-    _check_file(path)
+    check_file(path)
     rows = list(_read_lines(path)) if is_lines(path) else list(_open_table(path, split, subset))
     if not rows:
         raise ValueError(f"{path} is empty, expected at least one row")
@@ -76,7 +76,7 @@ class RowReader:
         self._path = path
         self._table: Sequence[Row] | None = None
         if is_lines(path):
-            _check_file(path)
+            check_file(path)
             ends, lines = array("q", [0]), array("q")
             with Path(path).open("rb") as file:
                 for number, line in enumerate(file):
@@ -86,7 +86,7 @@ class RowReader:
             self._starts, self._lines = ends, lines
             self._count = len(lines)
         else:
-            _check_file(path)
+            check_file(path)
             self._table = _open_table(path, split, subset)
             self._count = len(self._table)
         if not self._count:
@@ -144,7 +144,7 @@ def _is_blank(number: int, line: bytes) -> bool:
     return not (line.removeprefix(codecs.BOM_UTF8) if number == 1 else line).strip()
 
 
-def _check_file(path: str) -> None:
+def check_file(path: str) -> None:
     """Raise FileNotFoundError where a path has the ending of a file and there is no such file."""
     suffix = Path(path).suffix.lower()
     if suffix in _FILES and not Path(path).is_file():

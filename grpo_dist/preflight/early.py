@@ -12,8 +12,9 @@ from pathlib import Path
 
 from ..config.parse import let_first_rank_answer
 from ..config.parse import refuse_mistakes as refuse_mistaken_options
-from ..config.places import is_path, model_place
+from ..config.places import is_path, model_place, require_writable
 from ..config.schema import Config
+from ..data.rows import check_file
 from ..distributed.launch_config import require_known_launch, require_optimizer, shards_weights
 from ..model.adapter import with_adapter
 from ..model.files import (
@@ -38,7 +39,7 @@ def refuse_mistakes(arguments: list[str] | None = None) -> None:
         return
     try:
         require_possible(config, os.environ, int(os.environ.get("WORLD_SIZE", "1")))
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         let_first_rank_answer()
         write_lines(plain_lines(f"error: {error}"), sys.stderr)
         sys.exit(2)
@@ -50,9 +51,15 @@ def _is_one_node(environment: Mapping[str, str]) -> bool:
 
 
 def require_possible(config: Config, environment: Mapping[str, str], num_ranks: int | None) -> None:
-    """Raise ValueError for what the launch's variables and local files say against a run; `num_ranks` is None where
-    it is not known yet."""
+    """Raise ValueError or FileNotFoundError for what the launch's variables and local files say against a run;
+    `num_ranks` is None where it is not known yet."""
     require_known_launch(environment)
+    trained = config.data.train_file
+    for path in [trained] if isinstance(trained, str) else trained:
+        check_file(path)
+    if config.data.eval_file is not None:
+        check_file(config.data.eval_file)
+    require_writable(Path(config.train.output_dir))
     require_optimizer(config.optim, environment)
     shards = shards_weights(environment)
     require_divisors(config, num_ranks, None)

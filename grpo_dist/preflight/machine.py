@@ -7,8 +7,9 @@ from pathlib import Path
 
 import torch
 
-from ..checkpoint.guards import existing_part, lock, require_writable
+from ..checkpoint.guards import lock
 from ..checkpoint.resume import changes, identity, resume_path, with_template_date
+from ..config.places import existing_part, require_writable
 from ..config.schema import Config
 from ..distributed.ranks import resolve_dtype
 from ..planning.memory import ModelCounts

@@ -12,9 +12,10 @@ from typing import Any
 import yaml
 
 from ..checkpoint import store as checkpoint
-from ..checkpoint.guards import BadUpdates, FailedSaves, lock, require_writable
+from ..checkpoint.guards import BadUpdates, FailedSaves, lock
 from ..checkpoint.resume import changes, identity, require_same_start, resume_path, with_template_date
 from ..checkpoint.state import TrainState
+from ..config.places import require_writable
 from ..config.schema import Config
 from ..config.values import redacted
 from ..data.mixture import load_training

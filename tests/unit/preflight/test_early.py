@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from grpo_dist.config.schema import Config, LoraConfig, ModelConfig, RolloutConfig, TrainConfig
+from grpo_dist.config.schema import Config, DataConfig, LoraConfig, ModelConfig, RolloutConfig, TrainConfig
 from grpo_dist.model.toy import toy_path
 from grpo_dist.preflight.early import refuse_mistakes, require_possible
 
@@ -66,6 +66,12 @@ REFUSED: dict[str, tuple[Change, dict[str, Any], Mapping[str, str], str]] = {
     "ranks": (entries(), {"train": TrainConfig(sequence_parallel_size=2)}, {"WORLD_SIZE": "3"}, "the number of ranks"),
     "heads": (entries(num_attention_heads=3), {"train": TrainConfig(sequence_parallel_size=2)}, {"WORLD_SIZE": "2"},
               "a divisor of the 3 attention heads"),
+    "no data": (entries(), {"data": DataConfig(train_file="trian.csv")}, {}, "no file 'trian.csv' in "),
+    "no data of a mixture": (entries(), {"data": DataConfig(train_file={"configs/data/math_task_train.jsonl": 1})}, {},
+                             r"near it: configs/data/math_tasks_train\.jsonl"),
+    "nothing to evaluate on": (entries(), {"data": DataConfig(eval_file="no/eval.jsonl")}, {}, "no directory 'no'"),
+    "no place to write": (entries(), {"train": TrainConfig(output_dir="/proc/run")}, {},
+                          r"train\.output_dir: /proc/run given, but /proc cannot be written to"),
     "fsdp1": (entries(), {}, {"ACCELERATE_USE_FSDP": "true"}, "fsdp_version 1 given"),
 }  # fmt: skip
 
@@ -80,7 +86,7 @@ def test_what_is_refused(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     given = {**options, "model": ModelConfig(name=str(tmp_path / "model"), **options.get("model", {}))}
     if isinstance(lora := given.get("lora"), LoraConfig) and lora.init_from:
         given["lora"] = LoraConfig(init_from=str(tmp_path / "model"))
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
         require_possible(Config(**given), environment, int(environment.get("WORLD_SIZE", "1")))
 
 
