@@ -57,8 +57,8 @@ of one completion a row with the model's own attention, within a thousandth. `ch
 page.
 
 The tiny models have the type's defaults for sliding windows and other choices of a config. Sequences longer than a
-window are computed in packs as well, and decoded through the model's own modules
-([architecture.md](architecture.md)). Vision and audio towers of a model are not trained.
+window are computed in packs as well ([architecture.md](architecture.md)). Vision and audio towers of a model are not
+trained.
 
 ### Trained: {packed} in packs, {rows} one completion a row
 

@@ -194,8 +194,7 @@ class Evaluation:
             self.engine = make_vllm_engine(self._served(), ranks, weights, None, self.end_ids, 0)
             self.engine.update_weights()  # the probe
         else:
-            self.engine = make_engine(weights, obstacle, self.end_ids, config.rollout, ranks.gather_objects,
-                                      window=window)  # fmt: skip
+            self.engine = make_engine(weights, obstacle, self.end_ids, config.rollout, ranks.gather_objects)
 
     def _served(self) -> Config:
         """The config for servers of the model as it is, whose files are the evaluation's."""

@@ -6,7 +6,6 @@ import logging
 import math
 import sys
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -15,7 +14,6 @@ from torch import nn
 from ..config.rollout import RolloutConfig
 from ..model.checks import CANNOT
 from ..model.gpu_kernels import triton_obstacle
-from ..model.load import soft_cap
 from ..model.quantized import quantized_layers
 from ..model.routing import routers_of
 from ..types import Trajectory
@@ -27,7 +25,7 @@ from .native.graphs import CannotCapture
 from .native.kernel import KernelStep
 from .native.llama import LlamaStep
 from .native.steps import Step, module_step, prefill
-from .probe import NEW_TOKENS, PROMPT, example_tokens, narrow_bounds, rounding
+from .probe import NEW_TOKENS, PROMPT, bounds_of, example_tokens, narrow_bounds, rounding
 from .room import ON_CPU, BoundedDecoder, WithinMemory
 
 log = logging.getLogger(__name__)
@@ -65,19 +63,16 @@ class UnfitEngine(ValueError):
 
 def make_engine(
     weights: Weights, obstacle: str | None, end_ids: list[int], rollout: RolloutConfig,
-    gather: Callable[[Any], list[Any]], step: str | None = None, window: int | None = None,
+    gather: Callable[[Any], list[Any]], step: str | None = None,
 ) -> LocalEngine:  # fmt: skip
     """The engine that `rollout.engine` asks for, or the faster one that is right; a line in the log names it.
 
     `obstacle` says why prompts cannot be shared, None where they can, the same on all ranks; `gather` returns what each
-    rank gave it, since all ranks have to make the same choice; `step` is how a run that goes on was decoding; `window`
-    is a sliding window that is shorter than the longest sequence. Raises UnfitEngine where the paged engine is asked
-    for and is wrong for the model. A collective.
+    rank gave it, since all ranks have to make the same choice; `step` is how a run that goes on was decoding. Raises
+    UnfitEngine where the paged engine is asked for and is wrong for the model. A collective.
     """
     with weights.open() as model:
-        # only the model's own modules say which layers have a window or a soft cap
-        has_bounds = window is not None or soft_cap(model.config) is not None
-        make, message, decoding = _own_decoder(model, obstacle, gather, step, rollout.drafts, has_bounds)
+        make, message, decoding = _own_decoder(model, obstacle, gather, step, rollout.drafts)
         on_gpu, name = model.get_input_embeddings().weight.is_cuda, "native"
         # one group at a time is what continuous batching beats on a GPU; the one that shares prompts is faster than it,
         # and it does not report the experts of a token
@@ -98,17 +93,16 @@ def make_engine(
 
 
 def _own_decoder(
-    model: nn.Module, obstacle: str | None, gather: Callable[[Any], list[Any]], step: str | None, drafts: bool,
-    has_bounds: bool,
+    model: nn.Module, obstacle: str | None, gather: Callable[[Any], list[Any]], step: str | None, drafts: bool
 ) -> tuple[Maker, str, str | None]:  # fmt: skip
     """This project's decoder for the model, the message about it, and the name of its step."""
     if obstacle is not None:
         message = f"one group at a time, and completions are computed one to a row ({obstacle})"
         return lambda ends, most, _: RowDecoder(ends, most), message, None
     on_gpu = model.get_input_embeddings().weight.is_cuda
-    fastest = ("pages" if on_gpu else "modules") if has_bounds else "fused" if on_gpu else "compiled"
+    fastest = "fused" if on_gpu else "compiled"
     most = step if step in list(STEPS) else fastest
-    choices = gather(own_step(model, most, has_bounds))
+    choices = gather(own_step(model, most))
     name = min((name for name, _ in choices), key=list(STEPS).index)
     reason = next((reason for _, reason in choices if reason is not None), None)
     if step is not None and name != most:
@@ -152,17 +146,13 @@ def _captures(model: nn.Module, gather: Callable[[Any], list[Any]], options: dic
     return reason is None
 
 
-def own_step(model: nn.Module, most: str = "compiled", has_bounds: bool = False) -> tuple[str, str | None]:
-    """The fastest of STEPS, up to `most`, that computes what the model does, and why a faster one could not be made.
-
-    With `has_bounds` some layers have a short window or a soft cap.
-    """
+def own_step(model: nn.Module, most: str = "compiled") -> tuple[str, str | None]:
+    """The fastest of STEPS, up to `most`, that computes what the model does, and why a faster one could not be made."""
     weight = model.get_input_embeddings().weight
     is_float32, reason = weight.dtype == torch.float32, None
     # rounded where the model rounds, so that what is built otherwise shows; faster steps round less in 16 bits
     # a quantised model was asked to decode without dense weights, which faster steps hold on to
-    as_llama = not (has_bounds or quantized_layers(model))
-    as_llama = as_llama and _decoding_off("operations", model) <= (1e-4 if is_float32 else 0.01)
+    as_llama = not quantized_layers(model) and _decoding_off("operations", model) <= (1e-4 if is_float32 else 0.01)
     if weight.is_cuda:
         names = ["fused", "pages", "operations"] if as_llama else ["pages"]
     else:
@@ -176,8 +166,7 @@ def own_step(model: nn.Module, most: str = "compiled", has_bounds: bool = False)
         try:
             if name == "operations":
                 return name, reason
-            with narrow_bounds(model) if has_bounds else nullcontext():
-                off = _decoding_off(name, model)
+            off = _decoding_off(name, model)
         except CannotCompile as error:
             reason = str(error)
             continue
@@ -188,13 +177,21 @@ def own_step(model: nn.Module, most: str = "compiled", has_bounds: bool = False)
     return "modules", reason if weight.is_cuda else None
 
 
-@torch.inference_mode()
 def _decoding_off(name: str, model: nn.Module) -> float:
-    """How far a step of decoding is from the logits of the model's own modules, near and far into a sequence: the norm
-    of the difference as a share of theirs, infinite where it does not work for the model.
-
-    Raises CannotCompile where it takes a compiler and there is none.
+    """How far a step of decoding is from the logits of the model's own modules, as it is and with sliding windows and
+    soft caps so narrow that they show. Raises CannotCompile where it takes a compiler and there is none.
     """
+    off = _step_off(name, model)
+    if bounds_of(model):
+        with narrow_bounds(model):
+            off = max(off, _step_off(name, model))
+    return off
+
+
+@torch.inference_mode()
+def _step_off(name: str, model: nn.Module) -> float:
+    """Near and far into a sequence: the norm of the difference of logits as a share of theirs, infinite where the step
+    does not work for the model."""
     try:
         far = min(FAR, _most_positions(model) - 1)
         tokens = example_tokens(model, PROMPT)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -85,19 +86,23 @@ def packing_leak(model: nn.Module) -> str | None:
     return f"log-probabilities are off by {worst:.2g}" if worst > most * max(effect, 1.0) else None
 
 
+def bounds_of(model: nn.Module) -> list[tuple[Any, str, float]]:
+    """The model's sliding windows and soft caps: who has them, their names and values."""
+    return [(each, name, value) for each in [*model.modules(), model.config.get_text_config()] for name in NARROW
+            if isinstance(value := getattr(each, name, None), int | float)]  # fmt: skip
+
+
 @contextmanager
 def narrow_bounds(model: nn.Module) -> Iterator[None]:
     """Inside, every sliding window and every soft cap of the model is so narrow that it shows in a few tokens, for the
     model's own attention and for this project's."""
-    owners = [*model.modules(), model.config.get_text_config()]
-    bounds = [(each, name, before, narrow) for each in owners for name, narrow in NARROW.items()
-              if isinstance(before := getattr(each, name, None), int | float)]  # fmt: skip
+    bounds = bounds_of(model)
     try:
-        for owner, name, _, narrow in bounds:
-            setattr(owner, name, narrow)
+        for owner, name, _ in bounds:
+            setattr(owner, name, NARROW[name])
         yield
     finally:
-        for owner, name, before, _ in bounds:
+        for owner, name, before in bounds:
             setattr(owner, name, before)
 
 

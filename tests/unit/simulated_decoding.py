@@ -68,7 +68,7 @@ triton.language, triton.jit = language, Kernel
 triton.cdiv, triton.next_power_of_2 = lambda a, b: -(-a // b), lambda n: 1 << (n - 1).bit_length()
 sys.modules |= {"triton": triton, "triton.language": language}
 
-from transformers import AutoModelForCausalLM, Qwen2Config  # noqa: E402
+from transformers import AutoModelForCausalLM, Gemma2Config, Qwen2Config  # noqa: E402
 
 from grpo_dist.config.schema import LoraConfig, ModelConfig  # noqa: E402
 from grpo_dist.model import attention  # noqa: E402
@@ -78,17 +78,18 @@ from grpo_dist.rollout.local import LoadedModel, LocalEngine  # noqa: E402
 from grpo_dist.rollout.native import gpu  # noqa: E402
 from grpo_dist.rollout.native.engine import NativeDecoder  # noqa: E402
 from grpo_dist.rollout.native.fused import FusedStep  # noqa: E402
+from grpo_dist.rollout.native.steps import module_step  # noqa: E402
 from grpo_dist.rollout.room import PAGE, fitting  # noqa: E402
 from grpo_dist.rollout.sampling import Sampling  # noqa: E402
 
 LAYERS = 28
 
 
-def make_model(num_layers: int, adapters: bool = True) -> Any:
+def make_model(num_layers: int, adapters: bool = True, config_of: Any = Qwen2Config) -> Any:
     """A policy with adapters on every linear layer of the blocks, as rollouts have it, on the device."""
-    config = Qwen2Config(
-        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=num_layers, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=4096,
+    config = config_of(
+        vocab_size=64, pad_token_id=0, hidden_size=32, intermediate_size=48, num_hidden_layers=num_layers,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=4096,
     )  # fmt: skip
     torch.manual_seed(0)
     base = AutoModelForCausalLM.from_config(config, attn_implementation=attention.NAME, dtype=torch.bfloat16)
@@ -104,11 +105,11 @@ def requests_of(groups: int, members: int, prompt: int, limits: list[int] | None
 
 
 @torch.inference_mode()
-def of_a_step(model: Any, rows: int, sampling: Sampling) -> dict[str, int]:
+def of_a_step(model: Any, rows: int, sampling: Sampling, step_of: Any = FusedStep) -> dict[str, int]:
     """Kernels of a step of so many rows, of two prompts."""
     decoding = gpu.PagedDecoding(
         model, requests_of(2, rows // 2, 70), sampling, end_ids=[2], max_new_tokens=200, max_tokens_in_flight=1 << 20,
-        step_of=FusedStep, captures=False,
+        step_of=step_of, captures=False,
     )  # fmt: skip
     work = decoding.run()
     next(work)
@@ -118,9 +119,12 @@ def of_a_step(model: Any, rows: int, sampling: Sampling) -> dict[str, int]:
     return {"all": SEEN.kernels, **LAUNCHED}
 
 
-def of_steps(rows: int, sampling: Sampling = Sampling(), adapters: bool = True) -> int:  # noqa: B008
+def of_steps(
+    rows: int, sampling: Sampling = Sampling(), adapters: bool = True, config_of: Any = Qwen2Config,  # noqa: B008
+    step_of: Any = FusedStep,
+) -> int:  # fmt: skip
     """Kernels of a step with LAYERS layers."""
-    some, more = (of_a_step(make_model(count, adapters), rows, sampling)["all"] for count in (1, 2))
+    some, more = (of_a_step(make_model(count, adapters, config_of), rows, sampling, step_of)["all"] for count in (1, 2))
     return some + (LAYERS - 1) * (more - some)
 
 
@@ -223,6 +227,8 @@ def main() -> None:
     print(json.dumps({
         "many rows": of_steps(512), "few rows": of_steps(8), "top-p": of_steps(512, Sampling(top_p=0.95)),
         "without adapters": of_steps(512, adapters=False), "page": PAGE,
+        "gemma": of_steps(512, config_of=Gemma2Config),
+        "gemma's modules": of_steps(512, config_of=Gemma2Config, step_of=module_step),
         # what is in flight has pages for 1,024 tokens, so that a few of them show whether rows wait for others
         "full": read_by(requests_of(32, 16, 256, [9] * 512), 1024, tokens),
         "normal": read_by(requests_of(2, 16, 256, lengths), 1024, tokens),

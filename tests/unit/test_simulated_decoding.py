@@ -25,7 +25,7 @@ def counts() -> Any:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize("name", ["many rows", "few rows", "top-p"])
+@pytest.mark.parametrize("name", ["many rows", "few rows", "top-p", "gemma"])
 def test_a_step_takes_few_kernels(counts: Any, name: str) -> None:
     """28 layers, shared prompts, adapters apart on every linear layer."""
     assert counts[name] <= 480

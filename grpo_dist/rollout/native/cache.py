@@ -19,6 +19,8 @@ from torch.nn.functional import pad
 
 from ...model.attention import RowLayout, cap_scores
 
+EVERYTHING = 1 << 30
+"""Positions of a window that no sequence leaves."""
 SLOT_CHUNK = 32
 """Slots for tokens are added this many at a time."""
 

@@ -1,4 +1,4 @@
-// A decoding step of a model built as Llama is, on a CPU: one pass over the weights, in float32 whatever they are
+// A decoding step of a model built as Llama is, Gemma's among them, on a CPU: one pass over the weights, in float32 whatever they are
 // held in.
 //
 // Every number of a row is a sum in an order that neither the other rows nor the threads have a part in; given the
@@ -25,8 +25,11 @@ struct Linear {
 };
 
 struct Layer {
-    const float *input_norm, *mlp_norm, *query_norm, *key_norm; // the last two: null for none
+    // of what comes in and what is added, by attention and by the feed-forward part, and of heads; null for none
+    const float *input_norm, *output_norm, *mlp_norm, *down_norm, *query_norm, *key_norm;
     Linear query, key, value, output, gate, up, down;
+    int64_t window; // the newest positions that a query sees, its own included
+    int64_t kind;   // which of the rotations it takes
     void *own_keys, *own_values;
     const void *prompt_keys, *prompt_values;
 };
@@ -34,7 +37,8 @@ struct Layer {
 struct Step {
     int64_t threads, layers, hidden, intermediate, vocabulary, query_heads, key_heads, head_size; // the model
     int64_t ranks; // of adapters that read the same input, the most
-    float eps, scale;
+    int64_t gelu;  // whether gates go through GELU, and not SiLU
+    float eps, scale, soft_cap, embedding_scale, logit_cap; // caps: 0 for none
     const void* embeddings;
     const float* norm;
     Linear head;
@@ -44,7 +48,7 @@ struct Step {
     const int64_t *tokens, *slots; // (R,) newest token, and where its key goes
     const int64_t *prompt, *prompt_lengths; // (R,), those of a prompt one after another, and (P,)
     const int64_t* cache_rows; // (R,) where in the cache each is; null: at its own number
-    const float *cos, *sin;    // (R, D)
+    const float *cos, *sin;    // (kinds, R, D)
     float *logits, *scratch;   // (R, V), or null where tokens are only to enter the cache; room for `scratch_floats`
 };
 
@@ -274,6 +278,17 @@ void score(const float* query, long queries, long size, const C* keys, long coun
         }
 }
 
+// cap · tanh(x / cap), in place (arXiv:2408.00118, section 2)
+template <int L> void cap_all(float* x, long count, float cap) {
+    for (long j = 0; j < count; j += L) {
+        const long size = std::min<long>(L, count - j) * sizeof(float);
+        Vec<L> v = {};
+        std::memcpy(&v, x + j, size);
+        v = cap * (1.f - 2.f / (exponential<L>(v * (2.f / cap)) + 1.f));
+        std::memcpy(x + j, &v, size);
+    }
+}
+
 // softmax of `count` scores, in place; L more can be written behind them
 template <int L> void softmax(float* scores, long count) {
     for (int i = 0; i < L; ++i) scores[count + i] = -INFINITY;
@@ -387,11 +402,17 @@ template <int L, class W> class Decoding {
     void enter(const Layer& layer, long row, long head) {
         float *k = key + row * keys + head * size, *v = value + row * keys + head * size;
         if (layer.key_norm) normalise<L>(k, size, layer.key_norm, s.eps, k);
-        turn(k, size, s.cos + row * size, s.sin + row * size);
+        const long angles = (layer.kind * rows + row) * size;
+        turn(k, size, s.cos + angles, s.sin + angles);
         for (long d = 0; d < size; ++d) {
             store(k[d], own(layer.own_keys, row, head) + s.slots[row] * size + d);
             store(v[d], own(layer.own_values, row, head) + s.slots[row] * size + d);
         }
+    }
+
+    // the first position that a row's newest token sees, behind `shared` of its prompt
+    long first_seen(const Layer& layer, long row, long shared) const {
+        return std::max(0L, shared + s.slots[row] + 1 - static_cast<long>(layer.window));
     }
 
     // A head of rows [from, to) of one prompt: new keys and values go to the cache, the queries attend to the prompt
@@ -401,34 +422,48 @@ template <int L, class W> class Decoding {
         const long shared = s.prompt_slots ? s.prompt_lengths[prompt] : 0;
         float* turned = s.scratch + room.attention + room.per_thread * omp_get_thread_num(); // (count, size)
         float *outputs = turned + count * size, *scores = outputs + count * size; // (count, size), (count, stride)
-        auto prompts = [&](const void* cache) {
-            return static_cast<const W*>(cache) + (prompt * s.key_heads + head) * s.prompt_slots * size;
+        auto prompts = [&](const void* cache, long slot) {
+            return static_cast<const W*>(cache) + ((prompt * s.key_heads + head) * s.prompt_slots + slot) * size;
         };
+        long skipped = shared; // of the prompt, as no row sees them; whole vectors, so that sums keep their order
         for (long row = from; row < to; ++row) {
-            const float *cos = s.cos + row * size, *sin = s.sin + row * size;
+            const long angles = (layer.kind * rows + row) * size;
             float* q = turned + (row - from) * group * size;
             std::copy_n(query + row * queries + head * group * size, group * size, q);
             for (float* each = q; each < q + group * size; each += size) {
                 if (layer.query_norm) normalise<L>(each, size, layer.query_norm, s.eps, each);
-                turn(each, size, cos, sin);
+                turn(each, size, s.cos + angles, s.sin + angles);
             }
             if (!s.several) enter(layer, row, head);
+            skipped = std::min(skipped, first_seen(layer, row, shared));
         }
-        score<L>(turned, count, size, prompts(layer.prompt_keys), shared, s.scale, scores, room.stride);
-        for (long row = from; row < to; ++row) {
-            const long first = (row - from) * group, seen = s.slots[row] + 1;
-            score<L>(turned + first * size, group, size, own(layer.own_keys, row, head), seen, s.scale,
-                     scores + first * room.stride + shared, room.stride);
-            for (long q = first; q < first + group; ++q) softmax<L>(scores + q * room.stride, shared + seen);
-        }
+        skipped = skipped / L * L;
+        const long before = shared - skipped;
+        score<L>(turned, count, size, prompts(layer.prompt_keys, skipped), before, s.scale, scores, room.stride);
+        auto own_part = [&](long row, auto&& each) { // of the keys or values that a row sees of its own
+            const long passed = std::max(0L, first_seen(layer, row, shared) - shared);
+            each((row - from) * group, passed, s.slots[row] + 1 - passed);
+        };
+        for (long row = from; row < to; ++row)
+            own_part(row, [&](long first, long passed, long seen) {
+                score<L>(turned + first * size, group, size, own(layer.own_keys, row, head) + passed * size, seen,
+                         s.scale, scores + first * room.stride + before, room.stride);
+                const long hidden = std::clamp(first_seen(layer, row, shared) - skipped, 0L, before);
+                for (float* q = scores + first * room.stride; q < scores + (first + group) * room.stride; q += room.stride) {
+                    if (s.soft_cap) cap_all<L>(q, before + seen, s.soft_cap);
+                    std::fill_n(q, hidden, -INFINITY);
+                    softmax<L>(q + hidden / L * L, before + seen - hidden / L * L);
+                    std::fill_n(q, hidden, 0.f);
+                }
+            });
         std::fill_n(outputs, count * size, 0.f);
-        weigh<L>(scores, room.stride, count, size, prompts(layer.prompt_values), shared, outputs);
-        for (long row = from; row < to; ++row) {
-            const long first = (row - from) * group;
-            weigh<L>(scores + first * room.stride + shared, room.stride, group, size, own(layer.own_values, row, head),
-                     s.slots[row] + 1, outputs + first * size);
-            std::copy_n(outputs + first * size, group * size, query + row * queries + head * group * size);
-        }
+        weigh<L>(scores, room.stride, count, size, prompts(layer.prompt_values, skipped), before, outputs);
+        for (long row = from; row < to; ++row)
+            own_part(row, [&](long first, long passed, long seen) {
+                weigh<L>(scores + first * room.stride + before, room.stride, group, size,
+                         own(layer.own_values, row, head) + passed * size, seen, outputs + first * size);
+                std::copy_n(outputs + first * size, group * size, query + row * queries + head * group * size);
+            });
     }
 
     // all threads; whoever is done early takes the next rows
@@ -448,18 +483,28 @@ template <int L, class W> class Decoding {
                 }
     }
 
-    void norm_rows(const float* weight) {
+    // Norms of x; first what lies in `normed` is added to x, where it has a norm of its own, `added`.
+    void norm_rows(const float* weight, const float* added) {
 #pragma omp for
-        for (long r = 0; r < rows; ++r) normalise<L>(x + r * hidden, hidden, weight, s.eps, normed + r * hidden);
+        for (long r = 0; r < rows; ++r) {
+            float *to = normed + r * hidden, *row = x + r * hidden;
+            if (added) {
+                normalise<L>(to, hidden, added, s.eps, to);
+                for (long k = 0; k < hidden; ++k) row[k] += to[k];
+            }
+            normalise<L>(row, hidden, weight, s.eps, to);
+        }
     }
 
-    // SwiGLU (arXiv:2002.05202, section 2) of the outputs that this thread has computed
+    // SwiGLU or GEGLU (arXiv:2002.05202, section 2) of the outputs that this thread has computed. GELU is its
+    // approximation by tanh (arXiv:1606.08415, section 2), in which (1 + tanh(y)) / 2 = 1 / (1 + exp(-2 y)).
     void activate() {
         Share mine(inner);
         for (long r = 0; r < rows; ++r)
             for (long k = r * inner + mine.from; k < r * inner + mine.to; k += OUTPUTS) {
                 Vec<OUTPUTS> v = load<OUTPUTS>(gate + k);
-                store<OUTPUTS>(v / (1.f + exponential<OUTPUTS>(-v)) * load<OUTPUTS>(up + k), gate + k);
+                Vec<OUTPUTS> y = s.gelu ? v * (1.5957691216f + 0.0713548163f * v * v) : v;
+                store<OUTPUTS>(v / (1.f + exponential<OUTPUTS>(-y)) * load<OUTPUTS>(up + k), gate + k);
             }
     }
 
@@ -487,6 +532,14 @@ template <int L, class W> class Decoding {
         return reduced + rows * layer.rank;
     }
 
+    // A part's last layer: its outputs are added to x or, where `norm` is for them first, put into `normed`.
+    void leave(const float* from, long inputs, const Linear& layer, const float* norm) {
+        reduce(from, inputs, {layer});
+        if (norm) apply<false>(from, inputs, hidden, layer, low, normed);
+        else apply<true>(from, inputs, hidden, layer, low, x);
+#pragma omp barrier
+    }
+
   public:
     explicit Decoding(const Step& step) : s(step) {}
 
@@ -496,32 +549,34 @@ template <int L, class W> class Decoding {
 #pragma omp for
         for (long r = 0; r < rows; ++r)
             for (long k = 0; k < hidden; k += L)
-                store<L>(load<L>(static_cast<const W*>(s.embeddings) + s.tokens[r] * hidden + k), x + r * hidden + k);
+                store<L>(load<L>(static_cast<const W*>(s.embeddings) + s.tokens[r] * hidden + k) * s.embedding_scale,
+                         x + r * hidden + k);
+        const float* added = nullptr; // the norm of what lies in `normed` and is not yet part of x
         for (const Layer* layer = s.layer; layer < s.layer + s.layers; ++layer) {
-            norm_rows(layer->input_norm);
+            norm_rows(layer->input_norm, added);
             reduce(normed, hidden, {layer->query, layer->key, layer->value});
             const float* reduced = apply<false>(normed, hidden, queries, layer->query, low, query);
             reduced = apply<false>(normed, hidden, keys, layer->key, reduced, key);
             apply<false>(normed, hidden, keys, layer->value, reduced, value);
 #pragma omp barrier
             attend_all(*layer);
-            reduce(query, queries, {layer->output});
-            apply<true>(query, queries, hidden, layer->output, low, x);
-#pragma omp barrier
-            norm_rows(layer->mlp_norm);
+            leave(query, queries, layer->output, layer->output_norm);
+            norm_rows(layer->mlp_norm, layer->output_norm);
             reduce(normed, hidden, {layer->gate, layer->up});
             reduced = apply<false>(normed, hidden, inner, layer->gate, low, gate);
             apply<false>(normed, hidden, inner, layer->up, reduced, up);
             activate();
 #pragma omp barrier
-            reduce(gate, inner, {layer->down});
-            apply<true>(gate, inner, hidden, layer->down, low, x);
-#pragma omp barrier
+            leave(gate, inner, layer->down, added = layer->down_norm);
         }
         if (!s.logits) return;
-        norm_rows(s.norm);
+        norm_rows(s.norm, added);
         reduce(normed, hidden, {s.head});
         apply<false>(normed, hidden, s.vocabulary, s.head, low, s.logits);
+        if (!s.logit_cap) return;
+        Share mine(s.vocabulary);
+        for (long r = 0; r < rows; ++r)
+            cap_all<L>(s.logits + r * s.vocabulary + mine.from, mine.to - mine.from, s.logit_cap);
     }
 };
 

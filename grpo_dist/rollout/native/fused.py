@@ -15,12 +15,13 @@ from dataclasses import dataclass
 import torch
 import triton
 from torch import Tensor, nn
-from torch.nn.functional import embedding, linear, pad, silu
+from torch.nn.functional import embedding, linear, pad
 
+from ...model.attention import cap_scores
 from ...model.products import float32_product
 from ..room import PAGE
 from . import triton_kernels as kernels
-from .llama import Layer, Linear, Norm, Weights
+from .llama import Layer, Linear, Norm, Weights, takes_gelu
 from .pages import PagePool
 
 RANKS = 8
@@ -82,6 +83,15 @@ def _high(layer: Linear, rank: int) -> Tensor:
 
 
 @dataclass(frozen=True)
+class Leaving:
+    """A layer whose output is not yet added, its input, and the norm of what is added, if there is one."""
+
+    product: Product
+    inputs: Tensor
+    norm: Norm | None
+
+
+@dataclass(frozen=True)
 class FusedLayer:
     """Attention and feed-forward; the weights of queries, keys and values are copied to be one."""
 
@@ -96,12 +106,9 @@ class FusedStep:
     """One more token of every row."""
 
     def __init__(self, model: nn.Module) -> None:
-        """Raises as `Weights`, and ValueError where a layer computes what the kernels do not."""
+        """Raises as `Weights`, and ValueError where gates go through what the kernels do not compute."""
         self.weights = weights = Weights(model)
-        gates = torch.linspace(-8, 8, 65)
-        for layer in weights.layers:
-            if not torch.equal(layer.activation(gates), silu(gates)):
-                raise ValueError("the activation is not SiLU")
+        self.is_gelu = takes_gelu(weights)
         self.layers = [FusedLayer(each, Stacked(each.query, each.key, each.value), Product(each.output),
                                   Product(each.gate, each.up), Product(each.down))
                        for each in weights.layers]  # fmt: skip
@@ -111,14 +118,15 @@ class FusedStep:
         """Logits (R, V) after `tokens` (R,) int64 at `positions` (R,) int64."""
         weights = self.weights
         x = embedding(tokens, weights.embeddings)
-        cos, sin = (each[0].contiguous() for each in weights.rotary(x, positions[None]))
-        before: tuple[Product, Tensor] | None = None  # a layer and its input, of which the output is not yet added
+        x = x if weights.embedding_scale == 1 else x * weights.embedding_scale
+        turns = weights.rotations(x, positions)
+        before: Leaving | None = None
         for each in self.layers:
             layer = each.layer
-            query = self._placed(each, _normalised(x, before, layer.input_norm), cos, sin, state)
-            attended = state.attend_rows(layer.number, query, layer.scale).flatten(1)
-            inner = _normalised(x, (each.output, attended), layer.mlp_norm)
-            before = each.down, _gated(each.gate_up, inner)
+            query = self._placed(each, _normalised(x, before, layer.input_norm), *turns[layer.kind], state)
+            attended = state.attend_rows(layer.number, query, layer.scale, layer.window, layer.soft_cap).flatten(1)
+            inner = _normalised(x, Leaving(each.output, attended, layer.output_norm), layer.mlp_norm)
+            before = Leaving(each.down, _gated(each.gate_up, inner, self.is_gelu), layer.down_norm)
         return self._logits(_normalised(x, before, weights.norm))
 
     def _logits(self, x: Tensor) -> Tensor:
@@ -127,7 +135,9 @@ class FusedStep:
         logits = float32_product(x, head.weights[0].T)
         if head.rank:
             logits += float32_product(linear(x, head.low), head.high[0])
-        return logits.add_(head.biases[0]) if head.has_bias else logits
+        logits = logits.add_(head.biases[0]) if head.has_bias else logits
+        cap = self.weights.logit_cap
+        return logits if cap is None else cap_scores(logits, 1.0, cap)
 
     def _placed(self, each: FusedLayer, x: Tensor, cos: Tensor, sin: Tensor, state: PagePool) -> Tensor:
         """The rotated queries (R, Hq, D); keys and values go to their pages."""
@@ -146,27 +156,29 @@ class FusedStep:
         return query
 
 
-def _normalised(x: Tensor, before: tuple[Product, Tensor] | None, norm: Norm) -> Tensor:
+def _normalised(x: Tensor, before: Leaving | None, norm: Norm) -> Tensor:
     """RMSNorm of x and the output of the layer `before`, the sum of which is left in x."""
     (rows, size), normed = x.shape, torch.empty_like(x)
-    rank, has_bias, y, low, high, bias = 0, False, x, x, x, x
+    rank, has_bias, y, low, high, bias, added = 0, False, x, x, x, x, None
     if before is not None:
-        product, inputs = before
+        product, added = before.product, before.norm
         rank, has_bias, high, bias = product.rank, product.has_bias, product.high[0], product.biases[0]
-        (y,), low = product(inputs)
-    kernels.add_and_normalise[(rows,)](x, y, low, high, bias, norm.weight, normed, size, norm.eps,
-                                       ADD=before is not None, RANK=rank, BIAS=has_bias,
-                                       BLOCK=triton.next_power_of_2(size))  # fmt: skip
+        (y,), low = product(before.inputs)
+    kernels.add_and_normalise[(rows,)](
+        x, y, low, high, bias, (added or norm).weight, norm.weight, normed, size, (added or norm).eps, norm.eps,
+        ADD=before is not None, RANK=rank, BIAS=has_bias, NORM=added is not None, BLOCK=triton.next_power_of_2(size),
+    )  # fmt: skip
     return normed
 
 
-def _gated(product: Product, x: Tensor) -> Tensor:
-    """SwiGLU of the layers gate and up."""
+def _gated(product: Product, x: Tensor, is_gelu: bool) -> Tensor:
+    """The layers gate and up, multiplied (arXiv:2002.05202, equation 6)."""
     (gate, up), low = product(x)
     rows, size = gate.shape
     output = x.new_empty((rows, size))
     kernels.multiply_by_gate[triton.cdiv(rows, GATE_ROWS), triton.cdiv(size, GATE_BLOCK)](
         gate, up, low, *product.high, *product.biases, output, rows, size, RANK=product.rank,
         RP=max(16, triton.next_power_of_2(product.rank)), BIAS=product.has_bias, ROWS=GATE_ROWS, BLOCK=GATE_BLOCK,
+        GELU=is_gelu,
     )  # fmt: skip
     return output

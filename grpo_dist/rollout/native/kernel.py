@@ -15,11 +15,10 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import silu
 
-from .cache import DecodeState
+from .cache import EVERYTHING, DecodeState
 from .compiled import library
-from .llama import Layer, Linear, Norm, Weights
+from .llama import Layer, Linear, Norm, Weights, takes_gelu
 
 SOURCE = Path(__file__).with_name("decode.cpp")
 FUNCTIONS = {torch.float32: "decode_float32", torch.bfloat16: "decode_bfloat16"}
@@ -38,17 +37,19 @@ class _Linear(ctypes.Structure):
 
 class _Layer(ctypes.Structure):
     _fields_ = [
-        *((name, c_void_p) for name in ("input_norm", "mlp_norm", "query_norm", "key_norm")),
+        *((name, c_void_p) for name in ("input_norm", "output_norm", "mlp_norm", "down_norm")),
+        *((name, c_void_p) for name in ("query_norm", "key_norm")),
         *((name, _Linear) for name in ("query", "key", "value", "output", "gate", "up", "down")),
+        ("window", c_int64), ("kind", c_int64),
         *((name, c_void_p) for name in ("own_keys", "own_values", "prompt_keys", "prompt_values")),
-    ]
+    ]  # fmt: skip
 
 
 class _Step(ctypes.Structure):
     _fields_ = [
         *((name, c_int64) for name in ("threads", "layers", "hidden", "intermediate", "vocabulary")),
-        *((name, c_int64) for name in ("query_heads", "key_heads", "head_size", "ranks")),
-        *((name, c_float) for name in ("eps", "scale")),
+        *((name, c_int64) for name in ("query_heads", "key_heads", "head_size", "ranks", "gelu")),
+        *((name, c_float) for name in ("eps", "scale", "soft_cap", "embedding_scale", "logit_cap")),
         *((name, c_void_p) for name in ("embeddings", "norm")), ("head", _Linear), ("layer", c_void_p),
         *((name, c_int64) for name in ("rows", "own_slots", "prompt_slots", "several")),
         *((name, c_void_p) for name in ("tokens", "slots", "prompt", "prompt_lengths", "cache_rows", "cos", "sin")),
@@ -76,7 +77,8 @@ class KernelStep:
         self.step = _Step(
             torch.get_num_threads(), len(self.layers), hidden, inner, vocabulary,
             len(first.query.weight) // size, len(first.key.weight) // size, size, self._most_ranks(),
-            weights.norm.eps, first.scale,
+            takes_gelu(weights), weights.norm.eps, first.scale, first.soft_cap or 0.0,
+            weights.embedding_scale, weights.logit_cap or 0.0,
             self._kept(weights.embeddings, (vocabulary, hidden), self.dtype), self._norm(weights.norm, hidden),
             self._linear(weights.head, vocabulary, hidden), ctypes.addressof(self.layers),
         )  # fmt: skip
@@ -112,9 +114,10 @@ class KernelStep:
             self._point_into(state)
         step, count = self.step, len(tokens)
         prompt = state.prompt if rows is None else state.prompt[rows]
-        turn = [x.contiguous() for x in self.weights.rotary(torch.empty(0), positions[None])]
+        turns = self.weights.rotations(torch.empty(0), positions).values()
+        turn = [torch.stack(each) if len(turns) > 1 else each[0][None] for each in zip(*turns, strict=True)]
         step.rows, step.several = count, several
-        step.cos, step.sin = (_address(x, (1, count, step.head_size), torch.float32) for x in turn)
+        step.cos, step.sin = (_address(x, (len(turns), count, step.head_size), torch.float32) for x in turn)
         step.tokens, step.slots, step.prompt = (_address(x, (count,), torch.int64) for x in (tokens, slots, prompt))
         step.cache_rows = None if rows is None else _address(rows, (count,), torch.int64)
         step.logits = None if logits is None else logits.data_ptr()
@@ -144,12 +147,13 @@ class KernelStep:
         hidden, size, first = weights.embeddings.shape[1], weights.head_size, weights.layers[0]
         queries, keys, inner = len(first.query.weight), len(first.key.weight), len(first.gate.weight)
         return _Layer(
-            self._norm(layer.input_norm, hidden), self._norm(layer.mlp_norm, hidden),
+            self._norm(layer.input_norm, hidden), self._norm(layer.output_norm, hidden),
+            self._norm(layer.mlp_norm, hidden), self._norm(layer.down_norm, hidden),
             self._norm(layer.query_norm, size), self._norm(layer.key_norm, size),
             self._linear(layer.query, queries, hidden), self._linear(layer.key, keys, hidden),
             self._linear(layer.value, keys, hidden), self._linear(layer.output, hidden, queries),
             self._linear(layer.gate, inner, hidden), self._linear(layer.up, inner, hidden),
-            self._linear(layer.down, hidden, inner),
+            self._linear(layer.down, hidden, inner), layer.window or EVERYTHING, weights.kinds.index(layer.kind),
         )  # fmt: skip
 
     def _norm(self, norm: Norm | None, size: int) -> int | None:
@@ -189,14 +193,13 @@ def _positions(rows: Tensor, slots: Tensor, state: DecodeState) -> Tensor:
 
 
 def _check_layers(weights: Weights) -> None:
-    """Raise ValueError where layers compute what the kernel does not."""
-    gates = torch.linspace(-8, 8, 65)
-    for layer in weights.layers:
-        norms = layer.input_norm, layer.mlp_norm, layer.query_norm, layer.key_norm
-        if {norm.eps for norm in norms if norm} != {weights.norm.eps} or layer.scale != weights.layers[0].scale:
-            raise ValueError("layers differ in the eps of their norms or the scale of their scores")
-        if not torch.equal(layer.activation(gates), silu(gates)):
-            raise ValueError("the activation is not SiLU")
+    """Raise ValueError where layers differ in what the kernel takes for all of them."""
+    norms = [norm for layer in weights.layers for norm in (layer.input_norm, layer.output_norm, layer.mlp_norm,
+             layer.down_norm, layer.query_norm, layer.key_norm) if norm is not None]  # fmt: skip
+    if {norm.eps for norm in norms} != {weights.norm.eps}:
+        raise ValueError("layers differ in the eps of their norms")
+    if len({(layer.scale, layer.soft_cap) for layer in weights.layers}) > 1:
+        raise ValueError("layers differ in the scale or the soft cap of their scores")
 
 
 def _address(x: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> int:

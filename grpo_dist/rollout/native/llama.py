@@ -1,4 +1,4 @@
-"""A decoding step of models built as Llama is (Qwen, Mistral and many others), in as few operations as it takes.
+"""A decoding step of models built as Llama is (Qwen, Mistral, Gemma, Phi and many others), in few operations.
 
 transformers' modules spend more operations, and more Python around them, than a step of a few tokens computes. This
 is the same function on the same weights, with numbers rounded at the same places. Whether it is the same for a given
@@ -9,25 +9,28 @@ Shapes: R sequences, H hidden, Hq query heads, Hk key heads, D head size, V voca
 
 from __future__ import annotations
 
-from collections.abc import Set
+import inspect
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
-from torch.nn.functional import embedding, linear, rms_norm
+from torch.nn.functional import embedding, gelu, linear, rms_norm, silu
 
+from ...model.attention import cap_scores
 from ...model.lora import add_low_rank
 from .cache import DecodeState
 
-PARTS = {
-    "model": {"embed_tokens", "layers", "norm", "rotary_emb"},
-    "layer": {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"},
-    "attention": {"q_proj", "k_proj", "v_proj", "o_proj"},
-    "mlp": {"gate_proj", "up_proj", "down_proj", "act_fn"},
-}
-"""The modules that such a model consists of; an attention may also have q_norm and k_norm, as Qwen3's."""
+MODEL = ["embed_tokens", "layers", "norm"]
+LAYER = ["self_attn", "mlp", "input_layernorm", "post_attention_layernorm"]
+FEED_FORWARD_NORMS = ["pre_feedforward_layernorm", "post_feedforward_layernorm"]
+"""With these, as in Gemma, both parts of a layer have a norm before and one behind, which is added to what came in."""
+PROJECTIONS = (["q_proj", "k_proj", "v_proj"], ["qkv_proj"])
+HEAD_NORMS = ["q_norm", "k_norm"]
+GATES = (["gate_proj", "up_proj"], ["gate_up_proj"])
+"""What such a model consists of; layers of one input may be apart, as in Llama, or one, as in Phi-3."""
 
 
 @dataclass(frozen=True)
@@ -35,11 +38,12 @@ class Norm:
     """RMSNorm (arXiv:1910.07467, equation 4)."""
 
     weight: Tensor
+    """In float32 the product is rounded, in another dtype it is made of what is rounded."""
     eps: float
 
     def __call__(self, x: Tensor) -> Tensor:
-        if x.dtype == self.weight.dtype == torch.float32:
-            return rms_norm(x, x.shape[-1:], self.weight, self.eps)
+        if self.weight.dtype == torch.float32:
+            return rms_norm(x.float(), x.shape[-1:], self.weight, self.eps).to(x.dtype)
         return self.weight * rms_norm(x.float(), x.shape[-1:], eps=self.eps).to(x.dtype)
 
 
@@ -69,6 +73,15 @@ class Linear:
         a, b = self.adapter.a.to(self.weight.dtype), self.adapter.b.to(self.weight.dtype)
         return torch.addmm(self.weight, b, a, alpha=self.adapter.scaling)
 
+    def split(self, sizes: Sequence[int]) -> list[Linear]:
+        """As layers of so many outputs each. Raises RuntimeError where they do not add up."""
+        weights, no_bias = self.weight.split(sizes), [None] * len(sizes)
+        biases = no_bias if self.bias is None else self.bias.split(sizes)
+        if self.adapter is None:
+            return [Linear(weight, bias) for weight, bias in zip(weights, biases, strict=True)]
+        adapters = [Adapter(self.adapter.a, b, self.adapter.scaling) for b in self.adapter.b.split(sizes)]
+        return [Linear(*parts) for parts in zip(weights, biases, adapters, strict=True)]
+
 
 class Joint:
     """Linear layers that read the same input; what their adapters make of it is computed at once."""
@@ -93,9 +106,19 @@ class Layer:
     """Attention and feed-forward."""
 
     number: int
+    kind: str | None
+    """Which of the model's rotations it takes; None where there is one."""
     scale: float
+    window: int | None
+    """The newest positions that a query sees, its own included; None for all."""
+    soft_cap: float | None
+    """Of its scores."""
     input_norm: Norm
+    output_norm: Norm | None
+    """Of what attention adds."""
     mlp_norm: Norm
+    down_norm: Norm | None
+    """Of what the feed-forward part adds."""
     query: Linear
     key: Linear
     value: Linear
@@ -112,13 +135,25 @@ class Weights:
     """The weights that a model has when this is made, by what they do."""
 
     def __init__(self, model: nn.Module) -> None:
-        """Raises ValueError, AttributeError or TypeError for a model that is built in another way."""
-        base, head = model.base_model, model.get_output_embeddings()
-        _expect(base, PARTS["model"])
-        self.embeddings, self.rotary, self.norm = base.embed_tokens.weight, base.rotary_emb, _norm(base.norm)
+        """Raises ValueError, AttributeError, TypeError or RuntimeError for a model that is built in another way."""
+        base, text = model.get_decoder(), model.config.get_text_config()
+        _expect(base, MODEL)
+        self.embeddings, self.norm, self._rotary = base.embed_tokens.weight, _norm(base.norm), base.rotary_emb
+        # older releases of transformers multiply Gemma's embeddings outside their module
+        implied = self.embeddings.shape[1] ** 0.5 if text.model_type in ("gemma", "gemma2") else 1.0
+        scale = torch.as_tensor(getattr(base.embed_tokens, "embed_scale", implied))
+        self.embedding_scale = float(scale.to(self.embeddings.dtype))
+        self.logit_cap: float | None = getattr(text, "final_logit_softcapping", None)
         self.head_size: int = base.layers[0].self_attn.head_dim
-        self.layers = [_layer(layer) for layer in base.layers]
-        self.head = linear_of(head)
+        has_kinds = "layer_type" in inspect.signature(base.rotary_emb.forward).parameters
+        self.layers = [_layer(layer, text, has_kinds) for layer in base.layers]
+        self.kinds = sorted({layer.kind for layer in self.layers}, key=str)
+        self.head = linear_of(model.get_output_embeddings())
+
+    def rotations(self, x: Tensor, positions: Tensor) -> dict[str | None, tuple[Tensor, Tensor]]:
+        """Cosines and sines (R, D) in the dtype of `x`, for each kind of layers."""
+        turns = {kind: self._rotary(x, positions[None], *([] if kind is None else [kind])) for kind in self.kinds}
+        return {kind: (cos[0].contiguous(), sin[0].contiguous()) for kind, (cos, sin) in turns.items()}
 
 
 class LlamaStep:
@@ -137,22 +172,28 @@ class LlamaStep:
         """Logits (R, V) after `tokens` (R,) int64 at `positions` (R,) int64."""
         weights, half = self.weights, self.weights.head_size // 2
         x = embedding(tokens, weights.embeddings)
-        cos, sin = weights.rotary(x, positions[None])
-        cos, sin = cos[0, :, None], sin[0, :, None]
-        turn = cos, torch.cat([-sin[..., :half], sin[..., half:]], -1)
+        x = x if weights.embedding_scale == 1 else x * weights.embedding_scale
+        turns = {
+            kind: (cos[:, None], torch.cat([-sin[:, None, :half], sin[:, None, half:]], -1))
+            for kind, (cos, sin) in weights.rotations(x, positions).items()
+        }
         for layer, inward, outward, gate_up, down in self.layers:
             query, key, value = (each.view(len(x), -1, weights.head_size) for each in inward(layer.input_norm(x)))
-            x = x + outward(self._attention(layer, query, key, value, turn, state))[0]
+            attended = outward(self._attention(layer, query, key, value, turns[layer.kind], state))[0]
+            x = x + (attended if layer.output_norm is None else layer.output_norm(attended))
             gate, up = gate_up(layer.mlp_norm(x))
-            x = x + down(layer.activation(gate) * up)[0]
-        return self.head(weights.norm(x))[0]
+            inner = down(layer.activation(gate) * up)[0]
+            x = x + (inner if layer.down_norm is None else layer.down_norm(inner))
+        logits = self.head(weights.norm(x))[0]
+        return logits if weights.logit_cap is None else cap_scores(logits, 1.0, weights.logit_cap)
 
     def _attention(
         self, layer: Layer, query: Tensor, key: Tensor, value: Tensor, turn: tuple[Tensor, Tensor], state: DecodeState
     ) -> Tensor:
         query = query if layer.query_norm is None else layer.query_norm(query)
         key = key if layer.key_norm is None else layer.key_norm(key)
-        output = state.attend_rows(layer.number, _turned(query, turn), _turned(key, turn), value, layer.scale)
+        output = state.attend_rows(layer.number, _turned(query, turn), _turned(key, turn), value, layer.scale,
+                                   layer.window, layer.soft_cap)  # fmt: skip
         return output.flatten(1)
 
 
@@ -162,29 +203,65 @@ def _turned(x: Tensor, turn: tuple[Tensor, Tensor]) -> Tensor:
     return x * cos + torch.roll(x, x.shape[-1] // 2, -1) * signed_sin
 
 
-def _layer(module: Any) -> Layer:
+def _layer(module: Any, text: Any, has_kinds: bool) -> Layer:
     attention, mlp = module.self_attn, module.mlp
-    _expect(module, PARTS["layer"])
-    _expect(attention, PARTS["attention"], {"q_norm", "k_norm"})
-    _expect(mlp, PARTS["mlp"])
-    q_norm, k_norm = getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)
+    has_more_norms, has_head_norms = hasattr(module, FEED_FORWARD_NORMS[0]), hasattr(attention, HEAD_NORMS[0])
+    projections = next((names for names in PROJECTIONS if hasattr(attention, names[0])), PROJECTIONS[0])
+    gates = next((names for names in GATES if hasattr(mlp, names[0])), GATES[0])
+    _expect(module, LAYER + FEED_FORWARD_NORMS * has_more_norms)
+    _expect(attention, [*projections, "o_proj"] + HEAD_NORMS * has_head_norms)
+    _expect(mlp, [*gates, "down_proj"])
+    output, inward = linear_of(attention.o_proj), [linear_of(getattr(attention, name)) for name in projections]
+    if len(inward) == 1:
+        queries = output.weight.shape[1]
+        inward = inward[0].split([queries, *[(len(inward[0].weight) - queries) // 2] * 2])
+    gate_up = [linear_of(getattr(mlp, name)) for name in gates]
+    if len(gate_up) == 1:
+        gate_up = gate_up[0].split([len(gate_up[0].weight) // 2] * 2)
+    behind = _norm(module.post_attention_layernorm)
+    query, key, value = inward
+    gate, up = gate_up
     return Layer(
-        attention.layer_idx, attention.scaling, _norm(module.input_layernorm), _norm(module.post_attention_layernorm),
-        linear_of(attention.q_proj), linear_of(attention.k_proj), linear_of(attention.v_proj),
-        linear_of(attention.o_proj),
-        None if q_norm is None else _norm(q_norm), None if k_norm is None else _norm(k_norm),
-        linear_of(mlp.gate_proj), linear_of(mlp.up_proj), linear_of(mlp.down_proj), mlp.act_fn,
+        number=attention.layer_idx,
+        kind=attention.layer_type if has_kinds else None,
+        scale=attention.scaling,
+        # where attention does not say, as in Mistral, the config holds for all layers
+        window=getattr(attention, "sliding_window", getattr(text, "sliding_window", None)),
+        soft_cap=getattr(attention, "attn_logit_softcapping", None),
+        input_norm=_norm(module.input_layernorm),
+        output_norm=behind if has_more_norms else None,
+        mlp_norm=_norm(module.pre_feedforward_layernorm) if has_more_norms else behind,
+        down_norm=_norm(module.post_feedforward_layernorm) if has_more_norms else None,
+        query=query, key=key, value=value, output=output,
+        query_norm=_norm(attention.q_norm) if has_head_norms else None,
+        key_norm=_norm(attention.k_norm) if has_head_norms else None,
+        gate=gate, up=up, down=linear_of(mlp.down_proj),
+        activation=mlp.act_fn if hasattr(mlp, "act_fn") else mlp.activation_fn,
     )  # fmt: skip
 
 
-def _expect(module: nn.Module, names: set[str], extra: Set[str] = frozenset()) -> None:
-    children = {name for name, _ in module.named_children()}
-    if not names <= children <= names | extra:
+def takes_gelu(weights: Weights) -> bool:
+    """Whether gates go through GELU's approximation by tanh (arXiv:1606.08415, section 2) or through SiLU. Raises
+    ValueError where they go through something else, or where layers differ."""
+    gates = torch.linspace(-8, 8, 65)
+    for is_gelu, expected in ((False, silu(gates)), (True, gelu(gates, approximate="tanh"))):
+        if all(torch.allclose(layer.activation(gates), expected, atol=1e-6) for layer in weights.layers):
+            return is_gelu
+    raise ValueError("the activation is neither SiLU nor GELU's approximation by tanh, the same in all layers")
+
+
+def _expect(module: nn.Module, names: list[str]) -> None:
+    """Modules that compute nothing of their own, as activations and dropout, may be there, too."""
+    children = {name for name, child in module.named_children() if any(True for _ in child.parameters())}
+    if children != set(names):
         raise ValueError(f"{type(module).__name__} consists of {sorted(children)}, expected {sorted(names)}")
 
 
 def _norm(module: Any) -> Norm:
-    return Norm(module.weight, module.variance_epsilon)
+    """Gemma's norms hold what their factor is above 1, and name their eps as it is."""
+    if hasattr(module, "variance_epsilon"):
+        return Norm(module.weight, module.variance_epsilon)
+    return Norm(1 + module.weight.float(), module.eps)
 
 
 def linear_of(module: Any) -> Linear:

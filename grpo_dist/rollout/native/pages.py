@@ -19,14 +19,12 @@ from torch import Tensor
 from ...distributed.transfer import to_device
 from ..room import PAGE, pages_of
 from . import triton_kernels as kernels
-from .cache import PrefillLayout
+from .cache import EVERYTHING, PrefillLayout
 
 TILE = 8
 """Rows of one prompt that attend to it in one tile."""
 PROGRAMS = 264
 """Thread blocks that fill a GPU: a step of few rows is split into as many parts."""
-EVERYTHING = 1 << 30
-"""Positions of a window that no sequence leaves."""
 
 
 class PagePool:

@@ -202,9 +202,10 @@ def rotate_and_store(qkv, high, bias, q_weight, k_weight, cos, sin, query, keys,
 
 
 @triton.jit
-def add_and_normalise(x, y, low, high, bias, weight, normed, size, eps, ADD: tl.constexpr, RANK: tl.constexpr,
-                      BIAS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
-    """x += y in place, with y's adapters and bias, and RMSNorm of the sum (arXiv:1910.07467, equation 4)."""
+def add_and_normalise(x, y, low, high, bias, added_weight, weight, normed, size, added_eps, eps, ADD: tl.constexpr,
+                      RANK: tl.constexpr, BIAS: tl.constexpr, NORM: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    """x += y in place, with y's adapters and bias, and RMSNorm of the sum (arXiv:1910.07467, equation 4). With NORM it
+    is the RMSNorm of y that is added."""
     row = tl.program_id(0).to(tl.int64)
     k = tl.arange(0, BLOCK)
     inside = k < size
@@ -216,6 +217,9 @@ def add_and_normalise(x, y, low, high, bias, weight, normed, size, eps, ADD: tl.
             more += share * tl.load(high + j * size + k, mask=inside, other=0.0).to(tl.float32)
         if BIAS:
             more += tl.load(bias + k, mask=inside, other=0.0).to(tl.float32)
+        if NORM:
+            share = tl.rsqrt(tl.sum(more * more) / size + added_eps)
+            more = more * share * tl.load(added_weight + k, mask=inside, other=0.0).to(tl.float32)
         stored = (v + more).to(x.dtype.element_ty)
         tl.store(x + row * size + k, stored, mask=inside)
         v = stored.to(tl.float32)
@@ -226,9 +230,11 @@ def add_and_normalise(x, y, low, high, bias, weight, normed, size, eps, ADD: tl.
 
 @triton.jit
 def multiply_by_gate(gate, up, low, gate_high, up_high, gate_bias, up_bias, output, num_rows, size, RANK: tl.constexpr,
-                     RP: tl.constexpr, BIAS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+                     RP: tl.constexpr, BIAS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+                     GELU: tl.constexpr):  # fmt: skip
     """SwiGLU (arXiv:2002.05202, equation 6) of a tile of rows and outputs, with the adapters of both layers: `low` has
-    the gate's and, beside it, those of `up`."""
+    the gate's and, beside it, those of `up`. With GELU the gate goes through its approximation by tanh
+    (arXiv:1606.08415, section 2), where (1 + tanh(y)) / 2 = 1 / (1 + exp(-2 y))."""
     m, k = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     j = tl.arange(0, RP)
     inside = (m < num_rows)[:, None] & (k < size)[None, :]
@@ -245,4 +251,5 @@ def multiply_by_gate(gate, up, low, gate_high, up_high, gate_bias, up_bias, outp
     if BIAS:
         g += tl.load(gate_bias + k, mask=k < size, other=0.0).to(tl.float32)[None, :]
         u += tl.load(up_bias + k, mask=k < size, other=0.0).to(tl.float32)[None, :]
-    tl.store(output + at, (g / (1 + tl.exp(-g)) * u).to(output.dtype.element_ty), mask=inside)
+    y = g * (1.5957691216 + 0.0713548163 * g * g) if GELU else g
+    tl.store(output + at, (g / (1 + tl.exp(-y)) * u).to(output.dtype.element_ty), mask=inside)

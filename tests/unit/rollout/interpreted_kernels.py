@@ -197,6 +197,8 @@ def main() -> None:
     gpu.LADDER[:], gpu.STEPS, drawing.BLOCK = [1, 2, 4, 8], 3, 32
     qwen2, qwen3 = model_of(Qwen2, Qwen2Config), model_of(Qwen3, Qwen3Config, head_dim=8)
     sizes = {"head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8}
+    gemma2 = model_of(Gemma2, Gemma2Config, head_dim=8, sliding_window=68, attn_logit_softcapping=0.5,
+                      final_logit_softcapping=3.0)  # fmt: skip
     experts = model_of(Qwen3Moe, Qwen3MoeConfig, **sizes)
     Routers(experts)
     pages_of = [(None, 6, 2, 32), (None, 2, 2, 16, 3), ((1, 1), 2, 1, 16, 130, 0.4)]
@@ -205,9 +207,8 @@ def main() -> None:
         (qwen2, FusedStep, 64 * 5, Sampling(0.8)),
         (adapted(model_of(Llama, LlamaConfig, attention_bias=True, mlp_bias=True)), FusedStep, 1 << 20,
          Sampling(0.9, top_k=9, min_p=0.02), 1, 4),
-        (model_of(Gemma2, Gemma2Config, head_dim=8, sliding_window=68, attn_logit_softcapping=0.5,
-                  final_logit_softcapping=3.0), module_step, 1 << 20, Sampling(), 1, 4),
-        (model_of(Gemma3, Gemma3TextConfig, head_dim=8, sliding_window=5), module_step, 1 << 20, Sampling(), 1, 4),
+        (adapted(gemma2), FusedStep, 1 << 20, Sampling(), 1, 4),
+        (model_of(Gemma3, Gemma3TextConfig, head_dim=8, sliding_window=5), FusedStep, 1 << 20, Sampling(), 1, 4),
     ]  # fmt: skip
     if sys.argv[1:] == ["all"]:
         pages_of += [((1, 2), 4, 4, 16), ((4, 1), 7, 1, 24), ((2, 2), 4, 2, 16, 90), ((2, 4), 2, 2, 16, None, 2.0)]
@@ -216,6 +217,7 @@ def main() -> None:
             (qwen2, module_step, 1 << 20, Sampling()),
             (qwen2, FusedStep, 1 << 20, RULES),
             (experts, module_step, 64 * 5, Sampling()),
+            (gemma2, module_step, 1 << 20, Sampling()),
         ]
     result: dict[str, Any] = {
         "attention": [attention_of_pages(*case) for case in pages_of],

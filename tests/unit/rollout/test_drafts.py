@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from test_kept_rows import ENDS, MOST, PROMPTS, last_first, peaked_model, played
-from test_kernel import decoded, make_model, tokens_of
+from test_kernel import GEMMA2, decoded, make_model, tokens_of
 from torch import nn
 
 from grpo_dist.rollout import NativeDecoder, Request, Sampling, decode_all, stream_key
@@ -118,14 +118,17 @@ def test_a_pass_has_the_drafts_that_make_it_fastest() -> None:
 
 @pytest.mark.usefixtures("kernel")
 @pytest.mark.parametrize("shares", [True, False], ids=["shared", "copied"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("dtype", "kind", "options"),
+    [(torch.float32, "qwen3", {}), (torch.bfloat16, "qwen3", {}), (torch.float32, "gemma2", GEMMA2)],
+)
 @torch.inference_mode()
 def test_several_tokens_of_a_row_are_computed_as_one_after_another(
-    dtype: torch.dtype, shares: bool, monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype, kind: str, options: dict[str, Any], shares: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """To the last bit: rows of different prompts, lengths and numbers of tokens in one pass, after wrong drafts, and by
     threads that compute different tokens of a row."""
-    model = make_model("qwen3", hidden_size=528).to(dtype)
+    model = make_model(kind, hidden_size=528, **options).to(dtype)
     expected, rows = decoded(KernelStep, model, [3, 2, 3], shares), [5, 0, 1, 7]
     layout, _ = prefill(model, PROMPTS_OF_KERNEL)
     state = DecodeState(torch.device("cpu"), 40, shares=shares, whole_chunks=False)

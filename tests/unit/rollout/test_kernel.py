@@ -13,7 +13,16 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3TextConfig,
+    LlamaConfig,
+    MistralConfig,
+    Phi3Config,
+    Qwen2Config,
+    Qwen3Config,
+)
 
 from grpo_dist.distributed.deepspeed import is_sharded
 from grpo_dist.model import attention
@@ -31,14 +40,21 @@ STEPS = 40
 """Enough for keys that fill several vectors, and for the cache to grow."""
 
 
-def make_model(kind: str = "qwen2", **sizes: int) -> nn.Module:
+KINDS: dict[str, Any] = {
+    "qwen2": Qwen2Config, "qwen3": Qwen3Config, "llama": LlamaConfig, "phi3": Phi3Config, "mistral": MistralConfig,
+    "gemma2": Gemma2Config, "gemma3": Gemma3TextConfig,
+}  # fmt: skip
+GEMMA2 = {"sliding_window": 20, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 5.0}
+
+
+def make_model(kind: str = "qwen2", **sizes: Any) -> nn.Module:
     """A random model whose biases and norms are not the ones it begins with."""
     options: dict[str, Any] = {
         "vocab_size": 61, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "head_dim": 16, **sizes,
+        "num_key_value_heads": 2, "head_dim": 16, "pad_token_id": 0, **sizes,
     }  # fmt: skip
     torch.manual_seed(1)
-    config = {"qwen2": Qwen2Config, "qwen3": Qwen3Config, "llama": LlamaConfig}[kind](**options)
+    config = KINDS[kind](**options)
     model = AutoModelForCausalLM.from_config(config, attn_implementation=attention.NAME).eval()
     with torch.no_grad():
         for parameter in model.parameters():
@@ -75,10 +91,12 @@ def decoded(step_of: Any, model: nn.Module, sizes: list[int], shares: bool, rows
     [("qwen2", {}), ("llama", {"attention_bias": True, "mlp_bias": True}), ("llama", {"num_key_value_heads": 4}),
      ("qwen3", {"head_dim": 24}), ("qwen3", {"head_dim": 128}),
      ("llama", {"hidden_size": 40, "intermediate_size": 56, "head_dim": 8}), ("qwen2", {"head_dim": 80}),
-     ("qwen2", {"hidden_size": 1040, "intermediate_size": 1200})],
-    ids=["qwen2", "biases", "heads-of-their-own", "head-24", "head-128", "multiples-of-8", "head-80", "large"],
+     ("qwen2", {"hidden_size": 1040, "intermediate_size": 1200}), ("phi3", {}), ("mistral", {"sliding_window": 4}),
+     ("gemma2", GEMMA2), ("gemma3", {"sliding_window": 9, "layer_types": ["sliding_attention", "full_attention"]})],
+    ids=["qwen2", "biases", "heads-of-their-own", "head-24", "head-128", "multiples-of-8", "head-80", "large",
+         "joint", "window", "gemma2", "gemma3"],
 )  # fmt: skip
-def test_it_computes_what_the_model_does(kind: str, sizes: dict[str, int], shares: bool) -> None:
+def test_it_computes_what_the_model_does(kind: str, sizes: dict[str, Any], shares: bool) -> None:
     """Against the model's own modules in twice the precision."""
     model = make_model(kind, **sizes)
     exact = decoded(module_step, copy.deepcopy(model).double(), [7, 1, 33], shares)
@@ -144,12 +162,13 @@ def in_double(model: nn.Module) -> nn.Module:
 
 @pytest.mark.parametrize(
     ("kind", "rank", "targets", "sizes"),
-    [("qwen2", 5, "all-linear", {}), ("qwen3", 16, ["q_proj", "v_proj", "up_proj"], {"head_dim": 24}),
+    [("qwen2", 5, "all-linear", {}), ("gemma2", 4, "all-linear", GEMMA2), ("phi3", 3, "all-linear", {}),
+     ("qwen3", 16, ["q_proj", "v_proj", "up_proj"], {"head_dim": 24}),
      ("llama", 1, ["o_proj", "down_proj"], {"hidden_size": 40, "intermediate_size": 56, "head_dim": 8}),
      ("llama", 33, ["k_proj", "gate_proj", "lm_head"], {"vocab_size": 72, "hidden_size": 1040})],
-    ids=["all", "three", "two", "head"],
+    ids=["all", "gemma2", "joint", "three", "two", "head"],
 )  # fmt: skip
-def test_adapters_stay_apart_in_bfloat16(kind: str, rank: int, targets: list[str] | str, sizes: dict[str, int]) -> None:
+def test_adapters_stay_apart_in_bfloat16(kind: str, rank: int, targets: list[str] | str, sizes: dict[str, Any]) -> None:
     model = adapted(make_model(kind, **sizes).bfloat16(), rank, targets, learned=0.05)
     exact = decoded(module_step, in_double(model), [3, 2, 3], True)
     off, rounded = (decoded(step_of, model, [3, 2, 3], True) - exact for step_of in (KernelStep, module_step))
@@ -179,9 +198,15 @@ def test_adapters_on_a_head_of_another_size_are_left_to_others() -> None:
 
 
 @pytest.mark.parametrize("shares", [True, False], ids=["shared", "copied"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_no_bit_depends_on_the_others_in_flight_or_on_threads(shares: bool, dtype: torch.dtype) -> None:
-    model = adapted(make_model(hidden_size=528).to(dtype), 6, "all-linear", learned=0.05)
+@pytest.mark.parametrize(
+    ("dtype", "kind", "options"),
+    [(torch.float32, "qwen2", {}), (torch.bfloat16, "qwen2", {}), (torch.float32, "gemma2", GEMMA2)],
+)
+def test_no_bit_depends_on_the_others_in_flight_or_on_threads(
+    shares: bool, dtype: torch.dtype, kind: str, options: dict[str, Any]
+) -> None:
+    """With windows that leave the prompts of some rows sooner than those of others, too."""
+    model = adapted(make_model(kind, hidden_size=528, **options).to(dtype), 6, "all-linear", learned=0.05)
     sizes = [9, 8, 26]
     together = decoded(KernelStep, model, sizes, shares)
     for rows in ([0], [42], [3, 4, 9], list(range(5, 43))):

@@ -96,9 +96,10 @@ def test_plain_decoders_are_packed(name: str) -> None:
 
 BUILT_AS_LLAMA: dict[str, dict[str, Any]] = {
     "Llama": {}, "Qwen2": {}, "Qwen3": {"head_dim": 8}, "Mistral": {}, "Granite": {},
+    "Phi3": {}, "Gemma2": {"head_dim": 8}, "Gemma3Text": {"head_dim": 8},
 }  # fmt: skip
 BUILT_OTHERWISE: dict[str, dict[str, Any]] = {
-    "Gemma": {"head_dim": 8}, "GPT2": GPT, "Phi3": {}, "Olmo2": {},
+    "GPT2": GPT, "Olmo2": {},
     "Granite": {"residual_multiplier": 0.5},
     "SmolLM3": {"no_rope_layers": [1, 0]},  # without positions in one layer, which its modules do not show
 }  # fmt: skip
@@ -130,7 +131,7 @@ def test_models_built_otherwise_decode_through_their_modules(name: str, dtype: t
 @pytest.mark.parametrize(
     ("change", "message"),
     [({"hidden_size": 36, "head_dim": 8}, "sizes 36, 48 and 8"), ({"intermediate_size": 20}, "sizes 32, 20 and 8"),
-     ({"head_dim": 12}, "and 12"), ({"hidden_act": "gelu"}, "not SiLU")],
+     ({"head_dim": 12}, "and 12"), ({"hidden_act": "gelu"}, "neither SiLU nor GELU")],
 )  # fmt: skip
 def test_what_the_kernel_does_not_compute_is_left_to_torch(change: dict[str, Any], message: str) -> None:
     model = make_model(make_config("Llama", change), attention.NAME)
@@ -294,9 +295,10 @@ def test_rollouts_in_short_windows_are_those_of_the_models_own_attention(name: s
                 for slot in range(2) for sample in range(3)]  # fmt: skip
     expected = decode_all(RowDecoder([2, 9], 14), make_model(config, "eager"), requests)
     engine = make_engine(LoadedModel(make_model(config, attention.NAME)), None, [2, 9],
-                         RolloutConfig(max_completion_length=14), alone, window=6)  # fmt: skip
-    assert engine.decoding["decoding"] == "modules"
-    for decoder in (engine.decoder, NativeDecoder([2, 9], 14, 1 << 20, copied_prompt=0)):
+                         RolloutConfig(max_completion_length=14), alone)  # fmt: skip
+    assert engine.decoding["decoding"] == "compiled"
+    for decoder in (engine.decoder, *(NativeDecoder([2, 9], 14, 1 << 20, step_of=step_of, copied_prompt=0)
+                                      for step_of in (LlamaStep, module_step))):  # fmt: skip
         drawn = decode_all(decoder, make_model(config, attention.NAME), requests)
         assert [each.ids for each in drawn] == [each.ids for each in expected]
         assert all(abs(p - q) < 1e-4 for a, b in zip(drawn, expected, strict=True)
