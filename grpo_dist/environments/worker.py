@@ -14,6 +14,7 @@ import json
 import os
 import pickle
 import random
+import sys
 import threading
 import traceback
 from collections.abc import Callable
@@ -284,10 +285,12 @@ def _observation(value: Any) -> str | list[dict[str, str]] | None:
 
 def _schema(name: str, tool: Callable[..., Any]) -> dict[str, Any]:
     """A tool's JSON schema. Raises ValueError where type hints or docstring are missing."""
-    from transformers.utils import get_json_schema
+    from transformers.utils import chat_template_utils
 
+    if "torch" not in sys.modules:  # then no type hint is a tensor, and to import it takes two seconds and 300 MB
+        chat_template_utils.is_torch_available = lambda: False
     try:
-        return get_json_schema(tool)
+        return chat_template_utils.get_json_schema(tool)
     except Exception as error:  # transformers raises several kinds
         raise ValueError(f"environment: the tool {name!r} needs type hints and a Google docstring that describes each "
                          f"argument under `Args:`: {error}") from error  # fmt: skip
