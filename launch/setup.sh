@@ -74,7 +74,11 @@ install() {
     extras=test # what checks the code needs newer releases than the code does
     logged "$venv/bin/python" tests/lowest/torch_without_cuda.py "$(sed -n 's/^torch==//p' "$pins")"
   fi
-  logged "$venv/bin/python" -m pip install --disable-pip-version-check -c "$pins" -e ".[$extras]"
+  (
+    # two environments of one checkout are made one after the other: both write the package's metadata into it
+    if command -v flock >/dev/null; then flock 8; fi
+    logged "$venv/bin/python" -m pip install --disable-pip-version-check -c "$pins" -e ".[$extras]"
+  ) 8<"$root"
   fingerprint >"$venv/stamp"
 }
 
