@@ -17,11 +17,13 @@ if TYPE_CHECKING:
     from .config.parse import parse_config
     from .config.schema import Config
 
-if "OMP_WAIT_POLICY" not in os.environ:
+SPIN_COUNT = "GOMP_SPINCOUNT"
+sets_spin_count = SPIN_COUNT not in os.environ and "OMP_WAIT_POLICY" not in os.environ
+if sets_spin_count:
     # A thread of libgomp that waits spins for milliseconds, 300 thousand turns. Beside another busy process it then
     # keeps the core from the thread that it waits for, and a step takes 16 times as long. libgomp reads this when torch
     # loads it.
-    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    os.environ[SPIN_COUNT] = "1000"
 
 _PLACES = {
     "Config": "grpo_dist.config.schema", "parse_config": "grpo_dist.config.parse", "run_training": "grpo_dist.cli.train"

@@ -36,9 +36,9 @@ from .algorithm.estimates import Comparison, Estimate, compare, estimate, majori
 from .config.schema import Config, ReferenceConfig
 from .data.prompts import load_prompts
 from .distributed.deepspeed import unsharded_loading
-from .distributed.device import set_up_cuda
+from .distributed.device import resolve_dtype, set_up_cuda
 from .distributed.launch_config import require_known_launch
-from .distributed.ranks import Ranks, resolve_dtype
+from .distributed.ranks import Ranks
 from .distributed.rendezvous import is_of_one_rank, place_in_launch
 from .distributed.watch import Interrupted
 from .model.files import UnfitModel

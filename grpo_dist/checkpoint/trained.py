@@ -12,7 +12,7 @@ from peft import PeftModel
 
 from ..config.places import is_path
 from ..config.schema import LoraConfig, ModelConfig
-from ..distributed.ranks import DTYPES, resolve_dtype
+from ..distributed.device import DTYPES, resolve_dtype
 from ..distributed.sharding import is_sharded
 from ..model.expert_adapters import compute_adapters_apart
 from ..model.load import base_identity, load_causal_lm, load_model_config, load_policy, load_tokenizer, trainable

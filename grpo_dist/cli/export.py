@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 from ..config.checks import require
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from ..checkpoint.trained import Trained
@@ -80,7 +81,7 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
 def write_merged(trained: Trained, out: Path, dtype: str | None, max_shard_size: str) -> tuple[float, float, float]:
     """Write the merged model. Returns the results of `compare` with the policy."""
     from ..checkpoint.trained import at, load
-    from ..distributed.ranks import DTYPES
+    from ..distributed.device import DTYPES, dtype_name
     from ..model import export as saving
     from ..model.fixed_row import fixed_logits
     from ..model.load import load_causal_lm
@@ -92,8 +93,8 @@ def write_merged(trained: Trained, out: Path, dtype: str | None, max_shard_size:
     state = saving.merged_state(policy, keep=True, dtype=written)
     saving.write_merged(policy, state, tokenizer, out, max_shard_size)
     del policy, state  # frees memory for the reopened model
-    rougher = max(written, computed, key=lambda dtype: TOLERANCE[str(dtype).removeprefix("torch.")])
-    return compare(expected, fixed_logits(load_causal_lm(at(trained, out), written, None)), str(rougher))
+    rougher = max(written, computed, key=lambda dtype: TOLERANCE[dtype_name(dtype)])
+    return compare(expected, fixed_logits(load_causal_lm(at(trained, out), written, None)), rougher)
 
 
 def write_adapter(trained: Trained, out: Path) -> tuple[float, float, float]:
@@ -111,18 +112,19 @@ def write_adapter(trained: Trained, out: Path) -> tuple[float, float, float]:
     tokenizer.save_pretrained(out)
     del policy
     reopened = PeftModel.from_pretrained(load_causal_lm(trained.model, dtype, None), str(out))
-    return compare(expected, fixed_logits(reopened), str(dtype))
+    return compare(expected, fixed_logits(reopened), dtype)
 
 
-def compare(expected: Tensor, exported: Tensor, dtype: str) -> tuple[float, float, float]:
+def compare(expected: Tensor, exported: Tensor, dtype: torch.dtype) -> tuple[float, float, float]:
     """Return the largest difference as a share of the largest logit, its allowed value, and the KL in nats a token.
 
     Raises RuntimeError above the allowed value.
     """
     from ..checkpoint.reopening import divergence
+    from ..distributed.device import dtype_name
 
     difference = float((expected - exported).abs().max() / expected.abs().max())
-    allowed = TOLERANCE[dtype.removeprefix("torch.")]
+    allowed = TOLERANCE[dtype_name(dtype)]
     if not difference <= allowed:
         raise RuntimeError(f"the exported model is not the trained one: its logits differ by {difference:.1e} of the "
                            f"largest, {allowed:.0e} would be rounding")  # fmt: skip

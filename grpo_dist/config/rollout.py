@@ -17,6 +17,11 @@ MOST_STOP_CHARACTERS = 1000
 """The table that finds stop texts has a row for each of their characters."""
 
 
+def truncates(top_p: float, top_k: int, min_p: float) -> bool:
+    """Whether these leave tokens out of a distribution."""
+    return top_p < 1 or top_k > 0 or min_p > 0
+
+
 @dataclass
 class RolloutConfig:
     """How completions are sampled."""
@@ -89,3 +94,8 @@ class RolloutConfig:
         require(self.max_resamples >= 0, "rollout.max_resamples", self.max_resamples, "0 (off) or more rounds")
         require(self.max_tokens_in_flight == "auto" or self.max_tokens_in_flight >= 1, "rollout.max_tokens_in_flight",
                 self.max_tokens_in_flight, "at least 1, or auto")  # fmt: skip
+
+    @property
+    def cuts_off(self) -> bool:
+        """Whether some tokens are never drawn."""
+        return truncates(self.top_p, self.top_k, self.min_p) or self.min_new_tokens > 0 or bool(self.banned_tokens)

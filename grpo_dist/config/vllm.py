@@ -70,17 +70,11 @@ def check_vllm(config: Config) -> None:
             "[] with rollout.engine `vllm`, which is not given adapters on experts")  # fmt: skip
     require(not is_vllm or config.model.quantization is None, "model.quantization", config.model.quantization,
             "null with rollout.engine `vllm`: a server would compute with other values of the weights")  # fmt: skip
-    require(not is_vllm or rollout.temperature == 1 or not cuts_off(rollout), "rollout.temperature",
+    require(not is_vllm or rollout.temperature == 1 or not rollout.cuts_off, "rollout.temperature",
             rollout.temperature, "1 with top_p, top_k, min_p, min_new_tokens or banned_tokens: vLLM returns "
             "log-probabilities either before the temperature or after these")  # fmt: skip
 
 
-def cuts_off(rollout: RolloutConfig) -> bool:
-    """Whether some tokens are never drawn."""
-    truncates = rollout.top_p < 1 or rollout.top_k > 0 or rollout.min_p > 0
-    return truncates or rollout.min_new_tokens > 0 or bool(rollout.banned_tokens)
-
-
 def logprobs_mode(rollout: RolloutConfig) -> str:
     """The --logprobs-mode of a server that returns log-probabilities at the temperature and of all tokens."""
-    return "raw_logprobs" if cuts_off(rollout) else "processed_logprobs"
+    return "raw_logprobs" if rollout.cuts_off else "processed_logprobs"

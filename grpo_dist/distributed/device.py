@@ -9,6 +9,9 @@ from contextlib import contextmanager
 
 import torch
 
+from ..config.schema import Dtype
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 """Variables that torch's allocator reads; the newer one is first."""
 
@@ -17,6 +20,18 @@ def computes_on_gpu() -> bool:
     """Whether ranks compute on GPUs: a GPU is there, and the launch does not ask for the CPU (`use_cpu`)."""
     asks_for_cpu = os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("true", "1", "yes")
     return torch.cuda.is_available() and not asks_for_cpu
+
+
+def resolve_dtype(name: Dtype) -> torch.dtype:
+    """The torch dtype of an option; `auto` is bfloat16 on ranks with a GPU that has it and float32 elsewhere."""
+    if name != "auto":
+        return DTYPES[name]
+    return torch.bfloat16 if computes_on_gpu() and torch.cuda.is_bf16_supported() else torch.float32
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """The option that names a torch dtype."""
+    return str(dtype).removeprefix("torch.")
 
 
 def set_up_cuda() -> None:
@@ -35,9 +50,8 @@ def slow_on_this_cpu(dtype: torch.dtype) -> str | None:
     no_products = torch.backends.mkldnn.is_available() and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
     if dtype == torch.float32 or computes_on_gpu() or not no_products:
         return None
-    name = str(dtype).removeprefix("torch.")
-    return (f"model.dtype: {name}: this CPU has no products of 16-bit numbers, and torch's take several times as "
-            "long as those of float32; model.dtype float32 is faster here")  # fmt: skip
+    return (f"model.dtype: {dtype_name(dtype)}: this CPU has no products of 16-bit numbers, and torch's take several "
+            "times as long as those of float32; model.dtype float32 is faster here")  # fmt: skip
 
 
 class MemoryPeaks:

@@ -20,7 +20,7 @@ from accelerate import Accelerator
 from accelerate.utils import DeepSpeedPlugin, GradientAccumulationPlugin, InitProcessGroupKwargs
 from torch import Tensor
 
-from ..config.schema import Dtype, OptimConfig
+from ..config.schema import OptimConfig
 from . import deepspeed, fsdp
 from .cores import num_cores
 from .device import computes_on_gpu, slow_on_this_cpu
@@ -36,20 +36,6 @@ START = timedelta(seconds=START_SECONDS)
 """Time limit of a collective until the run has started."""
 PATIENCE = timedelta(hours=12)
 """Time limit of a collective afterwards: a rollout or a slow disk takes time, and watch.py ends a run that hangs."""
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-def resolve_dtype(name: Dtype) -> torch.dtype:
-    """The torch dtype of an option; `auto` is bfloat16 on ranks with a GPU that has it and float32 elsewhere."""
-    if name != "auto":
-        return DTYPES[name]
-    return torch.bfloat16 if computes_on_gpu() and torch.cuda.is_bf16_supported() else torch.float32
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """The option that names a torch dtype."""
-    return str(dtype).removeprefix("torch.")
 
 
 def _bound_kernel_caches() -> None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers.utils import cached_file
 
 from ..distributed.deepspeed import name_device, unsharded_loading
-from ..distributed.ranks import dtype_name
+from ..distributed.device import dtype_name
 from ..distributed.sharding import gathered
 from .expert_adapters import adapted_weight, delta_weight
 from .load import adapted_layers, plain_name

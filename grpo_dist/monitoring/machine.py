@@ -15,7 +15,8 @@ import torch
 
 from .. import __version__
 from ..distributed.deepspeed import Zero
-from ..distributed.ranks import Ranks, dtype_name
+from ..distributed.device import dtype_name
+from ..distributed.ranks import Ranks
 
 FILE = "environment.jsonl"
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..config.schema import Config
 from ..config.values import flat, redacted
-from ..distributed.ranks import dtype_name, resolve_dtype
+from ..distributed.device import dtype_name, resolve_dtype
 from ..rewards.registry import answer_reader
 from ..rewards.text import answering_texts
 from ..text.files import write_file

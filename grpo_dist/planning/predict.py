@@ -11,7 +11,7 @@ import torch
 
 from ..algorithm.targets import reference_in_loss
 from ..config.schema import Config, Dtype
-from ..distributed.ranks import DTYPES
+from ..distributed.device import DTYPES
 from ..model import attention
 from ..model.checks import bitsandbytes_config
 from ..model.files import kind_of

@@ -11,7 +11,7 @@ from ..checkpoint.guards import lock
 from ..checkpoint.resume import changes, identity, resume_path, with_template_date
 from ..config.places import existing_part, require_writable
 from ..config.schema import Config
-from ..distributed.ranks import resolve_dtype
+from ..distributed.device import resolve_dtype
 from ..planning.memory import ModelCounts
 from .contents import Contents
 from .findings import Findings

@@ -8,7 +8,7 @@ import subprocess
 import urllib.request
 
 from ..config.schema import Config
-from ..distributed.ranks import dtype_name, resolve_dtype
+from ..distributed.device import dtype_name, resolve_dtype
 from ..model.load import model_path
 from ..rollout.vllm.client import AUTH_VARIABLE
 from ..rollout.vllm.server import command_line

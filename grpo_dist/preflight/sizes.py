@@ -8,9 +8,8 @@ import psutil
 import torch
 
 from ..config.schema import Config
-from ..distributed.device import slow_on_this_cpu
+from ..distributed.device import resolve_dtype, slow_on_this_cpu
 from ..distributed.launch_config import asks_for
-from ..distributed.ranks import resolve_dtype
 from ..model.checks import bitsandbytes_config
 from ..model.files import kind_of, require_unsharded
 from ..planning.memory import SHARDS_WEIGHTS, MemoryInputs, ModelCounts, Strategy, memory_per_rank, peaks

@@ -21,10 +21,10 @@ from ..config.values import redacted
 from ..data.mixture import load_training
 from ..data.order import Curriculum, Mixture, Sampler
 from ..data.prompts import load_prompts
-from ..distributed.device import set_up_cuda
+from ..distributed.device import resolve_dtype, set_up_cuda
 from ..distributed.launch_config import require_known_launch, require_optimizer
 from ..distributed.optimizer_state import OptimizerState, WholeOptimizerState
-from ..distributed.ranks import Ranks, resolve_dtype
+from ..distributed.ranks import Ranks
 from ..distributed.rendezvous import LaunchError, Rendezvous, place_in_launch
 from ..distributed.watch import Interrupted, Watch
 from ..environments.host import EnvironmentHost

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from ..algorithm.targets import has_reference
 from ..config.schema import Config
-from ..distributed.ranks import dtype_name, resolve_dtype
+from ..distributed.device import dtype_name, resolve_dtype
 from ..model.files import UnfitModel
 
 MOST_GAP = 1e-3

@@ -14,8 +14,9 @@ from ..checkpoint import store as checkpoint
 from ..config.rollout import RolloutConfig
 from ..config.schema import Config
 from ..distributed.deepspeed import unsharded_loading
+from ..distributed.device import resolve_dtype
 from ..distributed.optimizer_state import OptimizerState, WholeOptimizerState
-from ..distributed.ranks import Ranks, resolve_dtype
+from ..distributed.ranks import Ranks
 from ..model.adapter_values import require_own_values
 from ..model.checks import bitsandbytes_config
 from ..model.files import UnfitModel, kind_of, require_unsharded, require_unsharded_experts

@@ -11,7 +11,8 @@ from ..checkpoint.guards import warn_of_slow_save
 from ..checkpoint.reopening import check_final
 from ..checkpoint.state import TrainState
 from ..config.values import redacted
-from ..distributed.ranks import PhaseError, dtype_name
+from ..distributed.device import dtype_name
+from ..distributed.ranks import PhaseError
 from ..model.export import save_final
 from ..model.fixed_row import fixed_logits
 from ..monitoring.machine import versions

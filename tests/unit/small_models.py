@@ -18,6 +18,8 @@ from grpo_dist.model.load import (
     load_policy,
     trainable,
 )
+from grpo_dist.trainer.gathering import gather_trajectories
+from grpo_dist.types import Batch, Prompt, Trajectory
 
 IDS = torch.tensor([5, 9, 33, 60, 7, 12, 80, 41])
 LORA = LoraConfig(r=3, alpha=6.0)
@@ -81,3 +83,16 @@ def make_moved(base: ModelConfig, dtype: torch.dtype, moved: float) -> Policy:
         if "lora_B" in name:
             parameter.data.add_(torch.randn(parameter.shape).sign() * moved)
     return policy
+
+
+class OneRank:
+    """What `gather_trajectories` asks of ranks, where all completions are here."""
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        """See `Ranks`."""
+        return tensor
+
+
+def batch_of(prompts: list[Prompt], trajectories: list[Trajectory], nothing_routed: Tensor | None = None) -> Batch:
+    """The batch as one rank gathers it, without rewards."""
+    return gather_trajectories(OneRank(), prompts, trajectories, nothing_routed=nothing_routed)  # type: ignore

@@ -13,6 +13,7 @@ import torch
 import transformers
 from architectures import ARCHITECTURES, THROUGH, Architecture, reasons, table
 from packaging.version import Version
+from small_models import batch_of
 from tiny_configs import tiny_config
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -27,7 +28,7 @@ from grpo_dist.model.rollout_weights import RolloutModel
 from grpo_dist.rollout import Request, Sampling, awake, sample, stream_key
 from grpo_dist.rollout.choose import make_engine
 from grpo_dist.rollout.own_attention import settle_attention
-from grpo_dist.types import Batch, Prompt, Trajectory
+from grpo_dist.types import Prompt, Trajectory
 
 DOCUMENTED = "5.23"
 """The release of transformers that the page is about."""
@@ -48,22 +49,10 @@ def alone(thing: Any) -> list[Any]:
     return [thing]
 
 
-def batch_of(trajectories: list[Trajectory]) -> Batch:
-    """The answers to REQUESTS as a batch without rewards."""
-    zeros = torch.zeros(len(trajectories), dtype=torch.float64)
-    return Batch(
-        PROMPTS, torch.tensor([each.slot for each in trajectories]),
-        torch.tensor([len(each.ids) for each in trajectories]), zeros > 0,
-        torch.tensor([token for each in trajectories for token in each.ids]),
-        torch.tensor([sampled for each in trajectories for sampled in each.sampled]),
-        torch.tensor([value for each in trajectories for value in each.logprobs]), zeros[:, None], zeros,
-    )  # fmt: skip
-
-
 @torch.no_grad()
 def largest_gap(policy: Policy, trajectories: list[Trajectory], share_prompts: bool) -> float:
     """Between the log-probabilities of an update and those of the rollout (nats)."""
-    batch = batch_of(trajectories)
+    batch = batch_of(PROMPTS, trajectories)
     together = [[Piece(0, [0, 1]), Piece(1, [2, 3])]]
     packs = together if share_prompts else [[Piece(int(batch.group[n]), [n])] for n in range(len(trajectories))]
     computed = torch.full((len(batch.tokens),), torch.nan)

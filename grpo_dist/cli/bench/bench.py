@@ -14,6 +14,8 @@ from pathlib import Path
 
 import yaml
 
+from grpo_dist import SPIN_COUNT, sets_spin_count
+
 from .tables import Pair, pairs_table, summary_row, table
 from .turns import Worker
 from .workloads import WORKLOADS, Workload, model_of, write_prompts
@@ -89,7 +91,8 @@ def time_workload(workload: Workload, options: argparse.Namespace, rest: Sequenc
         if options.against:
             command = their_command(workload, options, model, scratch)
             # its threads wait as they do without this package
-            theirs = opened.enter_context(Worker(command, scratch / options.against, without=["GOMP_SPINCOUNT"]))
+            without = [SPIN_COUNT] if sets_spin_count else []
+            theirs = opened.enter_context(Worker(command, scratch / options.against, without=without))
         for _ in range(num_steps):
             their_step = theirs.step(None) if theirs else None
             lengths = their_step["lengths"] if their_step else None

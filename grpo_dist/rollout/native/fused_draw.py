@@ -11,6 +11,7 @@ import torch
 import triton
 from torch import Tensor
 
+from ...config.rollout import truncates
 from ..sampling import Rules, Sampling, draw
 from . import draw_kernels
 
@@ -32,10 +33,10 @@ def fused_draw(
     all_peaks, all_totals, floors = peaks, totals, peaks
     token, logprob = torch.empty_like(keys), peaks.new_empty(rows)
     sizes = {"BLOCK": BLOCK, "PEAKS": triton.next_power_of_2(blocks)}
-    truncates = sampling.top_p < 1 or sampling.top_k > 0 or sampling.min_p > 0
+    is_truncated = truncates(sampling.top_p, sampling.top_k, sampling.min_p)
     shape = size, blocks, sampling.temperature
     draw_kernels.sum_blocks[rows, blocks](logits, floors, peaks, totals, *shape, FLOOR=False, BLOCK=BLOCK)
-    if truncates:
+    if is_truncated:
         floors = peaks.new_empty(rows)
         draw_kernels.find_floors[(rows,)](
             logits, peaks, floors, *shape, sampling.top_p if sampling.top_p < 1 else 2.0, sampling.top_k or size,
@@ -45,5 +46,5 @@ def fused_draw(
         peaks, totals = torch.empty_like(peaks), torch.empty_like(totals)
         draw_kernels.sum_blocks[rows, blocks](logits, floors, peaks, totals, *shape, FLOOR=True, BLOCK=BLOCK)
     draw_kernels.draw_token[(rows,)](logits, floors, peaks, totals, all_peaks, all_totals, keys, positions, token,
-                                     logprob, *shape, FLOOR=truncates, **sizes)  # fmt: skip
+                                     logprob, *shape, FLOOR=is_truncated, **sizes)  # fmt: skip
     return token, logprob

@@ -16,7 +16,8 @@ from peft import PeftModel
 from torch import Tensor
 
 from ...config.schema import Config
-from ...distributed.ranks import Ranks, dtype_name, resolve_dtype
+from ...distributed.device import dtype_name, resolve_dtype
+from ...distributed.ranks import Ranks
 from ...distributed.watch import Interrupted
 from ...model.export import adapter_state, merged_state, write_adapter, write_merged
 from ...model.policy import Policy

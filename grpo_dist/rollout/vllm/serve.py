@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 
 from ...config.parse import parse_config
-from ...distributed.ranks import dtype_name, resolve_dtype
+from ...distributed.device import dtype_name, resolve_dtype
 from ...model.adapter import with_adapter
 from ...model.load import model_path
 from .server import server_command, server_environment, variables

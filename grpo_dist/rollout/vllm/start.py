@@ -8,7 +8,8 @@ from pathlib import Path
 
 from ...config.schema import Config
 from ...config.vllm import SHARED
-from ...distributed.ranks import Ranks, dtype_name, resolve_dtype
+from ...distributed.device import dtype_name, resolve_dtype
+from ...distributed.ranks import Ranks
 from ...distributed.watch import Interrupted
 from ...model.load import model_path
 from ...model.policy import Policy

@@ -11,7 +11,7 @@ from transformers import GenerationConfig
 from grpo_dist.checkpoint.trained import Trained
 from grpo_dist.cli.conversation import Conversation
 from grpo_dist.config.schema import Config, ModelConfig
-from grpo_dist.distributed.ranks import DTYPES
+from grpo_dist.distributed.device import DTYPES
 from grpo_dist.model.load import end_token_ids, load_causal_lm, load_policy, load_tokenizer
 from grpo_dist.rollout import Request, RowDecoder, decode_all
 from grpo_dist.rollout.sampling import sampling_with

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from grpo_dist.distributed import rendezvous
-from grpo_dist.distributed.ranks import resolve_dtype
+from grpo_dist.distributed.device import resolve_dtype
 from grpo_dist.distributed.rendezvous import (
     LaunchError,
     Rendezvous,

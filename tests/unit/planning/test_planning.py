@@ -25,7 +25,7 @@ from grpo_dist.config.schema import (
     TrainConfig,
 )
 from grpo_dist.config.vllm import VllmConfig
-from grpo_dist.distributed.ranks import DTYPES
+from grpo_dist.distributed.device import DTYPES
 from grpo_dist.model import attention
 from grpo_dist.model.load import load_model_config, load_policy, trainable
 from grpo_dist.model.reference import needs_copy

@@ -10,6 +10,7 @@ import torch
 import transformers
 from packaging.version import Version
 from peft import LoraConfig, get_peft_model
+from small_models import batch_of
 from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
@@ -35,7 +36,7 @@ from grpo_dist.rollout.native.kernel import KernelStep
 from grpo_dist.rollout.native.llama import LlamaStep
 from grpo_dist.rollout.native.steps import module_step
 from grpo_dist.rollout.probe import bounds_leak, packing_leak
-from grpo_dist.types import Batch, Prompt
+from grpo_dist.types import Prompt
 
 LONGEST = 64
 TINY: dict[str, Any] = {
@@ -389,14 +390,7 @@ def test_the_row_route_is_right(name: str) -> None:
                 for slot in range(2) for sample in range(3)]  # fmt: skip
     completions = decode_all(RowDecoder([2, 9], 14), model, requests, Sampling(temperature))
     assert any(len(c.ids) > 8 for c in completions)
-    zeros = torch.zeros(6, dtype=torch.float64)
-    batch = Batch(
-        prompts, torch.tensor([c.slot for c in completions]),
-        torch.tensor([len(c.ids) for c in completions]), zeros > 0,
-        torch.tensor([token for c in completions for token in c.ids]),
-        torch.tensor([sampled for c in completions for sampled in c.sampled]),
-        torch.tensor([value for c in completions for value in c.logprobs]), zeros[:, None], zeros,
-    )  # fmt: skip
+    batch = batch_of(prompts, completions)
     policy = Policy(copy.deepcopy(model), temperature)
     planned = plan(lengths, batch.group.tolist(), batch.lengths.tolist(), [True] * 6, max_tokens=100, num_ranks=1,
                    share_prompts=False)  # fmt: skip

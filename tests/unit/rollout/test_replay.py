@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from small_experts import build as build_experts
+from small_models import batch_of
 from torch import Tensor, nn
 
 from grpo_dist.config.rollout import RolloutConfig
@@ -22,7 +23,6 @@ from grpo_dist.rollout import NativeDecoder, Request, RowDecoder, decode_all
 from grpo_dist.rollout.episodes import routes_after
 from grpo_dist.rollout.probe import routing_fault
 from grpo_dist.rollout.replay import require_experts, settle_replay
-from grpo_dist.trainer.gathering import gather_trajectories
 from grpo_dist.types import Batch, Prompt, Trajectory, join
 
 DENSE = {"num_experts": None, "num_local_experts": None}
@@ -69,18 +69,9 @@ def drawn(model: Any, decoder: Any) -> list[Trajectory]:
     return decode_all(decoder, model, REQUESTS)
 
 
-class OneRank:
-    """What `gather_trajectories` asks of ranks, where all completions are here."""
-
-    def gather(self, tensor: Tensor) -> Tensor:
-        """See `Ranks`."""
-        return tensor
-
-
-def batch_of(trajectories: list[Trajectory], routers: Routers) -> Batch:
-    """The batch as one rank gathers it."""
-    prompts = [Prompt(n, ids, "") for n, ids in enumerate(PROMPTS)]
-    return gather_trajectories(OneRank(), prompts, trajectories, nothing_routed=routers.nothing)  # type: ignore
+def routed_batch(trajectories: list[Trajectory], routers: Routers) -> Batch:
+    """The batch as one rank gathers it, with routes."""
+    return batch_of([Prompt(n, ids, "") for n, ids in enumerate(PROMPTS)], trajectories, routers.nothing)
 
 
 def packs_of(batch: Batch, share_prompts: bool, max_tokens: int = 24) -> list[Pack]:
@@ -129,7 +120,7 @@ def test_update_and_reference_take_the_experts_of_the_rollout(kind: str) -> None
             if name.endswith(("gate.weight", "router.weight")):
                 parameter.add_(torch.randn(parameter.shape) * 0.2)
     routers = Routers(policy.causal_lm)
-    batch, taken = batch_of(trajectories, routers), experts_taken(policy)
+    batch, taken = routed_batch(trajectories, routers), experts_taken(policy)
     seen = 0
     for pack in packs_of(batch, kind in SHARING):
         assert pack.routes is not None
@@ -155,7 +146,7 @@ def test_with_the_same_weights_replay_changes_nothing(kind: str) -> None:
     model, policy = build(kind), Policy(build(kind), 1.0)
     Routers(model)
     routers = Routers(policy.causal_lm)
-    (pack, *_) = packs_of(batch_of(drawn(model, decoders(kind)[0]), routers), kind in SHARING)
+    (pack, *_) = packs_of(routed_batch(drawn(model, decoders(kind)[0]), routers), kind in SHARING)
     outcomes = []
     for routes in (pack.routes, None):
         policy.zero_grad()
@@ -191,7 +182,7 @@ def test_layers_that_are_recomputed_take_the_same_experts() -> None:
         policy = Policy(build("qwen3_moe", seed=1), 1.0)
         if recomputes:
             recompute_layers(policy.causal_lm)
-        (pack, *_) = packs_of(batch_of(trajectories, Routers(policy.causal_lm)), True)
+        (pack, *_) = packs_of(routed_batch(trajectories, Routers(policy.causal_lm)), True)
         policy(pack)[0].sum().backward()
         gradients.append([p.grad for p in policy.parameters() if p.grad is not None])
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
@@ -200,7 +191,7 @@ def test_layers_that_are_recomputed_take_the_same_experts() -> None:
 def test_groups_that_are_chosen_keep_their_routes() -> None:
     model = build("qwen3_moe")
     routers = Routers(model)
-    batch = batch_of(drawn(model, decoders("qwen3_moe")[0]), routers)
+    batch = routed_batch(drawn(model, decoders("qwen3_moe")[0]), routers)
     joined = join([batch, batch], [[1], [0]])
     assert joined.prompt_routes is not None and batch.prompt_routes is not None
     assert joined.routes is not None and batch.routes is not None
@@ -222,7 +213,7 @@ def test_the_load_balance_loss_is_in_no_loss() -> None:
     for options in ({}, {"output_router_logits": True, "router_aux_loss_coef": 100.0}):
         model, policy = build("mixtral"), Policy(build("mixtral", **options), 1.0)
         Routers(model)
-        (pack, *_) = packs_of(batch_of(drawn(model, decoders("mixtral")[0]), Routers(policy.causal_lm)), True)
+        (pack, *_) = packs_of(routed_batch(drawn(model, decoders("mixtral")[0]), Routers(policy.causal_lm)), True)
         for fused in (False, True):
             policy.fused_head = fused
             policy.zero_grad()
