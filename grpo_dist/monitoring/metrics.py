@@ -46,8 +46,9 @@ def batch_metrics(batch: Batch, advantages: Tensor, reward_names: list[str]) -> 
 
 
 NO_UPDATE: dict[str, float | None] = dict.fromkeys(
-    ("kl", "entropy", "ratio/mean", "ratio/max", "clip/low", "clip/high", "rollout/kl", "rollout/logprob_gap_max")
-) | dict.fromkeys(("loss", "loss/policy", "grad_norm", "learning_rate", "tokens/computed", "tokens/useful_share"), 0.0)
+    ("kl", "entropy", "ratio/mean", "ratio/max", "clip/low", "clip/high", "rollout/kl", "rollout/logprob_gap_max",
+     "tokens/useful_share")
+) | dict.fromkeys(("loss", "loss/policy", "grad_norm", "learning_rate", "tokens/computed"), 0.0)  # fmt: skip
 """Metrics of a step without an update: all advantages were 0, so no forward pass and no optimizer step was made."""
 
 

@@ -136,7 +136,8 @@ def answer_map(counts: Sequence[Counter[str]], steps: Sequence[int], most_rows: 
 
 
 def number_map(values: Sequence[Sequence[float]], steps: Sequence[int], most_rows: int, most_columns: int) -> HeatMap:
-    """The heat map of a number: by value if there are few values, else by ranges between round numbers.
+    """The heat map of a number: by value if there are few values, else by ranges between round numbers; the
+    only value in a range is named instead.
 
     `values` has the numbers of each step; NaN is `unscored`. Rows are in descending order.
     """
@@ -149,6 +150,9 @@ def number_map(values: Sequence[Sequence[float]], steps: Sequence[int], most_row
         numbers = {value: _range_of(value, width) for value in present}
         ranges = {n: f"{n * width:.4g} – {(n + 1) * width:.4g}"
                   for n in range(_range_of(present[0], width), _range_of(present[-1], width) - 1, -1)}  # fmt: skip
+        # a greatest reward of 1 is not in "1 – 1.1" to a reader
+        alone = Counter(numbers.values())
+        ranges |= {n: f"{value:.4g}" for value, n in numbers.items() if alone[n] == 1}
         rows, names = list(ranges.values()), {value: ranges[number] for value, number in numbers.items()}
     counts = [Counter(UNSCORED if math.isnan(value) else names[value] for value in step) for step in values]
     if any(UNSCORED in count for count in counts):

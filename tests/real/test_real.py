@@ -1,4 +1,4 @@
-"""A pretrained model learns a task of reasoning-gym: `launch/test.sh -m real`, some ten minutes on two idle cores.
+"""A pretrained model learns a task of reasoning-gym: `launch/test.sh -m real`, some five minutes on two idle cores.
 
 It needs PyPI for the model's package, and the extra `reasoning`.
 """
@@ -21,9 +21,10 @@ def test_a_pretrained_model_learns(tmp_path: Path) -> None:
     except subprocess.CalledProcessError as error:
         pytest.skip(f"the model's package cannot be downloaded: {error}")
     done = launch("zero2", 2, "--config", "configs/reasoning.yaml", "--model.name", str(tmp_path / "model"),
-                  "--train.num_train_steps", "20", "--train.eval_every", "0", "--train.num_eval_prompts", "50",
-                  "--train.output_dir", str(tmp_path / "run"), timeout_seconds=3600, fresh=True)  # fmt: skip
+                  "--model.dtype", "float32", "--train.num_train_steps", "8", "--train.eval_every", "0",
+                  "--train.num_eval_prompts", "50", "--train.output_dir", str(tmp_path / "run"),
+                  timeout_seconds=3600, fresh=True)  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
     before, after = metrics(tmp_path / "run")[0], metrics(tmp_path / "run")[-1]
     assert before["eval/accuracy"] <= 0.4 and before["eval/greedy_accuracy"] <= 0.75
-    assert after["eval/accuracy"] >= 0.6 and after["eval/greedy_accuracy"] >= before["eval/greedy_accuracy"]
+    assert after["eval/accuracy"] >= 0.5 and after["eval/greedy_accuracy"] >= 0.6
