@@ -51,6 +51,8 @@ class Contents:
     model_config: Any = None
     prompts: Sequence[Prompt] = ()
     eval_prompts: list[Prompt] = field(default_factory=list)
+    shown: list[Prompt] = field(default_factory=list)
+    """The first prompts, with what their environments say at a reset."""
     sampler: Any = None
 
 
@@ -96,7 +98,7 @@ def _read_data(config: Config, contents: Contents, findings: Findings, host: Env
     checks: list[Any] = []
     with findings.attempt():
         checks = answer_checks(config.rewards) if config.data.answer_column else []
-    tokenizer, data, tokenizers = contents.tokenizer, config.data, NO_TOKENIZERS
+    tokenizer, data, tokenizers, episodes = contents.tokenizer, config.data, NO_TOKENIZERS, None
     if tokenizer is None:  # rows, columns and answers can be checked anyway
         tokenizer = load_tokenizer(ModelConfig("toy"))
         tokenizer.chat_template = "{% for message in messages %}{{ message.role }} {{ message.content }}\n{% endfor %}"
@@ -104,7 +106,7 @@ def _read_data(config: Config, contents: Contents, findings: Findings, host: Env
     elif host is not None and tokenizer.chat_template:  # without one, the first prompt is refused
         with findings.attempt():
             tokenizer, tokenizers = for_prompts(contents.tokenizer, host), by_environment(contents.tokenizer, host)
-            episodes_of(config, host, contents.tokenizer, end_token_ids(config.model, tokenizer))
+            episodes = episodes_of(config, host, contents.tokenizer, end_token_ids(config.model, tokenizer))
         findings.results["tools"] = [f"{name}: {description}" for name, description in described(host)]
     files = [data.train_file] if isinstance(data.train_file, str) else list(data.train_file)
     before = len(findings.problems)
@@ -118,22 +120,33 @@ def _read_data(config: Config, contents: Contents, findings: Findings, host: Env
         with findings.attempt():
             contents.eval_prompts, _ = load_prompts(data.eval_file, data.eval_split, data, tokenizer, checks,
                                                     tokenizers=tokenizers)  # fmt: skip
+    contents.shown = [contents.prompts[place] for place in range(min(_SHOWN_PROMPTS, len(contents.prompts)))]
+    if episodes is not None and episodes.has_environment:
+        with findings.attempt():
+            contents.shown = episodes.first_prompts(contents.shown)
+        with findings.attempt(f"data.eval_file ({data.eval_file}): "):
+            episodes.first_prompts(contents.eval_prompts[:1])
 
 
 def describe_prompts(config: Config, contents: Contents, findings: Findings) -> None:
     """Note the number of prompts, their longest length, and the text of the first ones as the model sees it."""
     if not contents.prompts or contents.tokenizer is None:
         return
-    shown = [contents.prompts[place] for place in range(min(_SHOWN_PROMPTS, len(contents.prompts)))]
     lines = [f"{len(contents.prompts)} to train on, {len(contents.eval_prompts)} to evaluate on"]
     if not config.data.streaming:
-        longest = max(len(prompt.ids) for prompt in contents.prompts)
+        longest = max(len(prompt.ids) for prompt in (*contents.prompts, *contents.shown))
         lines.append(f"the longest has {longest} tokens (data.max_prompt_length: {config.data.max_prompt_length})")
-        trained = {tuple(prompt.ids) for prompt in contents.prompts}
-        if common := sum(tuple(prompt.ids) in trained for prompt in contents.eval_prompts):
+        plays = config.environment is not None and bool(config.environment.factories)
+        trained = {_asked(prompt, plays) for prompt in contents.prompts}
+        if common := sum(_asked(prompt, plays) in trained for prompt in contents.eval_prompts):
             findings.remarks.append(f"{common} of {len(contents.eval_prompts)} evaluation prompts are also trained on")
-    lines += [f"{len(prompt.ids)} tokens: {plain(prompt.text, _SHOWN_CHARACTERS)}" for prompt in shown]
+    lines += [f"{len(prompt.ids)} tokens: {plain(prompt.text, _SHOWN_CHARACTERS)}" for prompt in contents.shown]
     findings.results["prompts"] = lines
+
+
+def _asked(prompt: Prompt, plays: bool) -> tuple[Any, ...]:
+    """What a prompt asks: its tokens, and in a game, which its environment may begin differently, its row too."""
+    return (*prompt.ids, repr(sorted(prompt.columns.items()))) if plays else tuple(prompt.ids)
 
 
 def try_rewards(config: Config, contents: Contents, findings: Findings) -> None:

@@ -91,6 +91,35 @@ class Episodes:
         finally:
             self.host.end_all()
 
+    def first_prompts(self, prompts: Sequence[Prompt]) -> list[Prompt]:
+        """The prompts with what their environments say at a reset; no episode follows it.
+
+        Raises ValueError with the row whose reset fails, or says what does not fit.
+        """
+        begun: dict[int, Prompt] = {}
+        try:
+            for number, prompt in enumerate(prompts):
+                self.reset(number, prompt, seed=number)
+            while len(begun) < len(prompts):
+                for event in self.host.poll(_WAIT_SECONDS):
+                    prompt = prompts[event.episode]
+                    try:
+                        if failure := event.answer.get("failure"):
+                            raise ValueError(failure)
+                        begun[event.episode] = self._begun(prompt, event.answer["observation"])
+                    except ValueError as error:
+                        columns = ", ".join(prompt.columns) or "no columns"
+                        raise ValueError(
+                            f"environment.factory: reset fails on row {prompt.index}, which has {columns}: {error}"
+                        ) from error
+        finally:
+            self.host.end_all()
+        return [begun[number] for number in range(len(prompts))]
+
+    def reset(self, number: int, prompt: Prompt, seed: int) -> None:
+        """Begin an episode on a prompt; what its environment draws follows from `seed`."""
+        self.host.reset(number, {**prompt.columns, "prompt": prompt.messages}, seed)
+
     def begin(self, play: _Play, observation: Observation) -> None:
         """Take in what an environment said at its reset. Raises ValueError where there is no prompt."""
         play.prompt = self._begun(play.prompt, observation)
@@ -175,7 +204,7 @@ class _Table:
             prompt = prompts[request.slot]
             play = _Play(number, request, prompt, self.host.name_of(prompt.columns))
             self.by_number[number] = self.by_place[request.slot, request.sample] = play
-            self.host.reset(number, {**prompt.columns, "prompt": prompt.messages}, request.prompt_key)
+            self.rules.reset(number, prompt, request.prompt_key)
         waiting = len(requests)
         while waiting:  # the first turns of a group share their prompt only if they come at once
             for event in self.host.poll(_WAIT_SECONDS):

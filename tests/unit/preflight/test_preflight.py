@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
 import sys
 from pathlib import Path
@@ -93,6 +94,16 @@ def test_a_refusal_between_options_that_stays_is_reported_once(tmp_path: Path) -
     assert len(options.problems) == 1 and options.problems[0].startswith("train.max_tokens_per_pack: 4096 given")
 
 
+STONES = """
+class Stones:
+    def reset(self, stones):
+        return f"{stones} stones."
+
+    def get_reward(self):
+        return 0.0
+"""
+
+
 @pytest.fixture
 def data(tmp_path: Path) -> list[str]:
     rows = [{"prompt": f"What is {n} + {n}? \x1b[31m\u202e[bold]", "answer": str(2 * n)} for n in range(12)]
@@ -118,6 +129,24 @@ def test_a_good_run(data: list[str], tmp_path: Path, capsys: pytest.CaptureFixtu
 def test_a_reward_of_episodes_is_not_tried_on_gold_answers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["check", "--config", "configs/guess_number.yaml", "--train.output_dir", str(tmp_path / "run")]) == 0
     assert "environment: not tried, it needs an episode" in capsys.readouterr().out
+
+
+def test_environments_are_reset(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Prompts are shown as an episode begins; rows on which none can begin are named before a run meets them."""
+    (tmp_path / "stones.py").write_text(STONES)
+    for name, row in {"train": {"stones": 7}, "eval": {"prompt": "?"}}.items():
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(row))
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert main(["check", "--model.name", "toy-tools", "--environment.factory", "stones:Stones", "--data.prompt_column",
+                 "null", "--data.answer_column", "null", "--rewards", "[{name: environment}]", "--train.output_dir",
+                 str(tmp_path / "run"), "--data.train_file", str(tmp_path / "train.jsonl"), "--data.eval_file",
+                 str(tmp_path / "eval.jsonl")]) == 2  # fmt: skip
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "tokens: 7 stones. Answer:" in shown and "prompts are also trained on" not in shown
+    assert "eval.jsonl): environment.factory: reset fails on row 0, which has prompt: TypeError" in shown
 
 
 def test_problems_of_data_rewards_and_machine_together(
