@@ -6,7 +6,7 @@
 
 Rewards, columns and sampling are those of a training config. Every sample is a function of the seed, its prompt and its
 number, so the ranks change nothing. Samples are saved in parts as they come, and the same command goes on after the
-last part. Nothing is trained. Every rank loads the complete model.
+last part. Nothing is trained. Every rank loads the complete model. A PEFT adapter is evaluated on its base.
 """
 
 from __future__ import annotations
@@ -17,14 +17,9 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
-
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from .config.evaluation import read_options
 
@@ -32,7 +27,6 @@ if __name__ == "__main__":
     # before the imports of torch, so that the answer to a mistake in an option comes at once
     read_options()
 
-from .algorithm.estimates import Comparison, Estimate, compare, estimate, majority_at_k, pass_at_k
 from .config.schema import Config, ReferenceConfig
 from .data.prompts import load_prompts
 from .distributed.deepspeed import unsharded_loading
@@ -41,6 +35,8 @@ from .distributed.launch_config import require_known_launch
 from .distributed.ranks import Ranks
 from .distributed.rendezvous import is_of_one_rank, place_in_launch
 from .distributed.watch import Interrupted
+from .model.adapter import to_evaluate
+from .model.adapter_values import fingerprint
 from .model.files import UnfitModel
 from .model.load import (
     attention_for,
@@ -50,12 +46,14 @@ from .model.load import (
     ignored_generation_options,
     load_causal_lm,
     load_model_config,
+    load_policy,
     load_tokenizer,
     short_window,
 )
 from .model.quantized import dequantize_layers
 from .monitoring.console import set_up_logging
 from .monitoring.metrics import is_right
+from .report.evaluation import Rows, report, samples
 from .rewards.pool.pool import ScorerPool
 from .rewards.registry import EPISODE_COLUMNS, answer_checks, answer_reader
 from .rewards.text import answering_texts
@@ -78,8 +76,6 @@ log = logging.getLogger(__name__)
 _PROMPTS_A_PART = 64  # a part is the same whatever the number of ranks
 _SHOWN_CHARACTERS = 80
 
-Rows = list[dict[str, Any]]
-
 
 class Evaluation:
     """Data, model and rewards of one evaluation; `run` is a collective."""
@@ -91,6 +87,7 @@ class Evaluation:
         for what a user can have got wrong, before the model is loaded."""
         self.num_samples, self.directory, self.category = num_samples, directory, category
         self.engine: Engine | None = None
+        config = to_evaluate(config)
         self.tokenizer = load_tokenizer(config.model)
         self.config = config = templated(self._dated(config, compared))
         data = config.data
@@ -131,7 +128,7 @@ class Evaluation:
 
     def _require_common_prompts(self, compared: Path) -> None:
         """Raise ValueError where another evaluation has none of this one's prompts."""
-        theirs = {(row["prompt_index"], row["prompt"]) for row in _samples(compared)}
+        theirs = {(row["prompt_index"], row["prompt"]) for row in samples(compared)}
         if theirs.isdisjoint((prompt.index, prompt.text) for prompt in self.prompts):
             texts = [text[:_SHOWN_CHARACTERS] for text in (min(theirs)[1] if theirs else "", self.prompts[0].text)]
             raise ValueError(
@@ -151,6 +148,8 @@ class Evaluation:
             "template_date": config.data.template_date,
             "prompts": hashlib.sha256(repr([(p.index, p.ids) for p in self.prompts]).encode()).hexdigest(),
         }  # fmt: skip
+        if config.lora is not None and config.lora.init_from is not None:
+            identity["adapter"] = fingerprint(config.lora.init_from)
         path = self.directory / "evaluation.json"
         identity = json.loads(json.dumps(identity))  # as it is read back
         if path.exists() and (saved := json.loads(path.read_text())) != identity:
@@ -183,7 +182,11 @@ class Evaluation:
         config, dtype = self.config, resolve_dtype(self.config.model.dtype)
         implementation, obstacle = attention_for(config.model, self.model_config, config.max_sequence_length)
         with unsharded_loading():
-            model = load_causal_lm(config.model, dtype, implementation, ranks.device).eval()
+            policy = None
+            if config.lora is not None:
+                policy = load_policy(config.model, config.lora, dtype, implementation, 1.0, 0, device=ranks.device)
+            plain = policy.causal_lm if policy else load_causal_lm(config.model, dtype, implementation, ranks.device)
+        model = plain.eval()
         dequantize_layers(model)
         ranks.wait_at("loaded the model")  # a download may take longer than a collective of the start waits
         window = short_window(self.model_config, config.max_sequence_length)
@@ -191,7 +194,7 @@ class Evaluation:
                                     ranks.gather_objects, window)  # fmt: skip
         weights = LoadedModel(model)
         if config.rollout.engine == "vllm":
-            self.engine = make_vllm_engine(self._served(), ranks, weights, None, self.end_ids, 0)
+            self.engine = make_vllm_engine(self._served(), ranks, weights, policy, self.end_ids, 0)
             self.engine.update_weights()  # the probe
         else:
             self.engine = make_engine(weights, obstacle, self.end_ids, config.rollout, ranks.gather_objects)
@@ -199,7 +202,7 @@ class Evaluation:
     def _served(self) -> Config:
         """The config for servers of the model as it is, whose files are the evaluation's."""
         train = replace(self.config.train, output_dir=str(self.directory))
-        return replace(self.config, lora=None, reference=ReferenceConfig(), train=train)
+        return replace(self.config, reference=ReferenceConfig(), train=train)
 
     def close(self) -> None:
         """End the processes that it has started."""
@@ -248,82 +251,6 @@ class Evaluation:
                 **({"conversations": [json.loads(talk) for talk in talks]} if talks else {}),
             })  # fmt: skip
         return rows
-
-
-def _samples(directory: Path) -> Rows:
-    """The rows of an evaluation's output."""
-    return [json.loads(line) for path in sorted(directory.glob("samples_*.jsonl")) for line in path.open()]
-
-
-def summarise(rows: Rows, num_samples: int) -> dict[str, Estimate]:
-    """Return each measure over a table of rows; a sample that could not be scored counts in none but `unscored`."""
-    powers = [2**power for power in range(num_samples.bit_length()) if 2**power <= num_samples]
-    scored = [{**row, "kept": [n for n, reward in enumerate(row["rewards"]) if reward is not None]} for row in rows]
-    some = [row for row in scored if row["kept"]]
-    measures = {"mean reward": estimate([_mean([row["rewards"][n] for n in row["kept"]]) for row in some])}
-    measures[f"mean@{num_samples}"] = estimate([_mean([row["right"][n] for n in row["kept"]]) for row in some])
-    for k in powers:
-        enough = [row for row in scored if len(row["kept"]) >= k]
-        measures[f"pass@{k}"] = estimate([pass_at_k(len(row["kept"]), sum(row["right"]), k) for row in enough])
-    for k in powers[1:] if rows and rows[0]["answers"] is not None else []:
-        enough = [row for row in scored if len(row["kept"]) >= k]
-        measures[f"maj@{k}"] = estimate([
-            majority_at_k([row["answers"][n] for n in row["kept"]], [row["right"][n] for n in row["kept"]], k)
-            for row in enough
-        ])  # fmt: skip
-    measures["truncated"] = estimate([1 - _mean(row["finished"]) for row in rows])
-    measures["unscored"] = estimate([1 - len(row["kept"]) / len(row["rewards"]) for row in scored])
-    measures["tokens"] = estimate([_mean(row["tokens"]) for row in rows])
-    return measures
-
-
-def compare_rows(first: Rows, second: Rows) -> Comparison:
-    """Compare the mean shares of right samples of the prompts that both have; raises ValueError where that is none."""
-    shares = [
-        {(row["prompt_index"], row["prompt"]): _mean(row["right"]) for row in rows if None not in row["rewards"]}
-        for rows in (first, second)
-    ]
-    common = [key for key in shares[0] if key in shares[1]]
-    return compare([shares[0][key] for key in common], [shares[1][key] for key in common])
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
-
-
-def _table(title: str, tables: dict[str, dict[str, Estimate]], num_prompts: dict[str, int]) -> Table:
-    table = Table(title=title)
-    table.add_column("measure")
-    for name in tables:
-        table.add_column(Text(f"{name} ({num_prompts[name]})"), justify="right")
-    for measure in next(iter(tables.values())):
-        cells = [each[measure] for each in tables.values()]
-        table.add_row(measure, *(f"{cell.value:.4f}  [{cell.low:.4f}, {cell.high:.4f}]" for cell in cells), style=None)
-    return table
-
-
-def report(rows: Rows, num_samples: int, other: Path | None, directory: Path) -> None:
-    """Print the tables and write them to summary.json."""
-    groups = {"all": rows} | {
-        str(name): [row for row in rows if row["category"] == name]
-        for name in sorted({row["category"] for row in rows} - {None}, key=str)
-    }
-    tables = {name: summarise(part, num_samples) for name, part in groups.items()}
-    summary: dict[str, Any] = {name: {key: asdict(each) for key, each in part.items()} for name, part in tables.items()}
-    console = Console()
-    counts = {name: len(part) for name, part in groups.items()}
-    console.print(_table(f"{len(rows)} prompts, {num_samples} samples each", tables, counts), markup=False)
-    if other is not None:
-        result = compare_rows(_samples(other), rows)
-        summary["comparison"] = asdict(result)
-        console.print(
-            f"mean@n against {other}: {result.difference.value:+.4f} [{result.difference.low:+.4f}, "
-            f"{result.difference.high:+.4f}] over {result.num_prompts} common prompts, p = {result.p_value:.4g}",
-            markup=False,
-        )
-    write_file(directory / "summary.json", json.dumps(summary, indent=1))
-    console.print(f"samples: {directory}/samples_*.jsonl, this table: {directory / 'summary.json'}", markup=False,
-                  soft_wrap=True)  # fmt: skip
 
 
 def main() -> int:

@@ -28,7 +28,7 @@ def read_options(arguments: Sequence[str] | None = None) -> tuple[argparse.Names
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of an evaluation that are no options of a training config."""
-    parser.add_argument("--model", help="a model's directory or hub id, or a toy's name")
+    parser.add_argument("--model", help="directory or hub id of a model or a PEFT adapter, or a toy's name")
     parser.add_argument("--data", help="in place of the config's data.eval_file")
     parser.add_argument("--n", type=int, default=16, help="samples a prompt (16)")
     parser.add_argument("--category", help="a column of the data: a table for each of its values")

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 from pathlib import Path
 
+import torch
 from fake_vllm import FakeVllm
 from launching import ROOT, launch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
 
 from grpo_dist.model.toy import toy_path
 from grpo_dist.rewards.math import last_integer
 
 
-def evaluate(strategy: str | None, num_processes: int, *arguments: str) -> subprocess.CompletedProcess[str]:
-    options = ["--config", "configs/quickstart.yaml", "--model", "toy", "--n", "2", "--model.dtype", "float32"]
+def evaluate(
+    strategy: str | None, num_processes: int, *arguments: str, model: str = "toy"
+) -> subprocess.CompletedProcess[str]:
+    options = ["--config", "configs/quickstart.yaml", "--model", model, "--n", "2", "--model.dtype", "float32"]
     return launch(strategy, num_processes, *options, *arguments, program=["-m", "grpo_dist.evaluate"])
 
 
@@ -75,3 +81,27 @@ def test_episodes(tmp_path: Path) -> None:
     for talk, answer in zip(talks, answers, strict=True):
         said = [message["content"] for message in talk if message["role"] == "assistant"][-1]
         assert answer == last_integer(said)
+
+
+def test_an_adapter_is_evaluated_on_its_base(tmp_path: Path) -> None:
+    """Also by a config that trains no adapters; and a server gets the adapter."""
+    torch.manual_seed(0)
+    adapted = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(toy_path(), dtype=torch.float32),
+        LoraConfig(r=4, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False),
+    )
+    adapted.save_pretrained(tmp_path / "adapter")
+    shutil.copytree(toy_path(), tmp_path / "merged")
+    adapted.merge_and_unload().save_pretrained(tmp_path / "merged")
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join((ROOT / "configs/data/math_tasks_eval.jsonl").read_text().splitlines(keepends=True)[:5]))
+    for name, words in (("adapter", ("--lora", "null")), ("merged", ())):
+        done = evaluate(None, 1, "--data", str(data), "--output", str(tmp_path / f"by {name}"), *words,
+                        model=str(tmp_path / name))  # fmt: skip
+        assert done.returncode == 0, done.stderr[-4000:]
+    assert samples(tmp_path / "by adapter") == samples(tmp_path / "by merged")
+    with FakeVllm(str(toy_path())) as server:
+        words = ("--data", str(data), "--output", str(tmp_path / "served"), "--rollout.engine", "vllm")
+        done = evaluate(None, 1, *words, "--rollout.vllm.urls", f"[{server.url}]", model=str(tmp_path / "adapter"))
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert any((given or {}).get("model", "").startswith("policy-") for given in server.requests)

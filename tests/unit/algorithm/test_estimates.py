@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from grpo_dist.algorithm.estimates import compare, estimate, majority_at_k, pass_at_k
-from grpo_dist.evaluate import compare_rows, summarise
+from grpo_dist.report.evaluation import compare_rows, summarise
 
 
 @given(st.integers(1, 9), st.data())

@@ -1,0 +1,95 @@
+"""The tables of an evaluation: pass@k, maj@k, mean reward, with intervals, and a comparison with another one."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from ..algorithm.estimates import Comparison, Estimate, compare, estimate, majority_at_k, pass_at_k
+from ..text.files import write_file
+
+Rows = list[dict[str, Any]]
+"""A row for each prompt, with lists of its samples' texts and scores."""
+
+
+def samples(directory: Path) -> Rows:
+    """The rows of an evaluation's output."""
+    return [json.loads(line) for path in sorted(directory.glob("samples_*.jsonl")) for line in path.open()]
+
+
+def summarise(rows: Rows, num_samples: int) -> dict[str, Estimate]:
+    """Return each measure over a table of rows; a sample that could not be scored counts in none but `unscored`."""
+    powers = [2**power for power in range(num_samples.bit_length()) if 2**power <= num_samples]
+    scored = [{**row, "kept": [n for n, reward in enumerate(row["rewards"]) if reward is not None]} for row in rows]
+    some = [row for row in scored if row["kept"]]
+    measures = {"mean reward": estimate([_mean([row["rewards"][n] for n in row["kept"]]) for row in some])}
+    measures[f"mean@{num_samples}"] = estimate([_mean([row["right"][n] for n in row["kept"]]) for row in some])
+    for k in powers:
+        enough = [row for row in scored if len(row["kept"]) >= k]
+        measures[f"pass@{k}"] = estimate([pass_at_k(len(row["kept"]), sum(row["right"]), k) for row in enough])
+    for k in powers[1:] if rows and rows[0]["answers"] is not None else []:
+        enough = [row for row in scored if len(row["kept"]) >= k]
+        measures[f"maj@{k}"] = estimate([
+            majority_at_k([row["answers"][n] for n in row["kept"]], [row["right"][n] for n in row["kept"]], k)
+            for row in enough
+        ])  # fmt: skip
+    measures["truncated"] = estimate([1 - _mean(row["finished"]) for row in rows])
+    measures["unscored"] = estimate([1 - len(row["kept"]) / len(row["rewards"]) for row in scored])
+    measures["tokens"] = estimate([_mean(row["tokens"]) for row in rows])
+    return measures
+
+
+def compare_rows(first: Rows, second: Rows) -> Comparison:
+    """Compare the mean shares of right samples of the prompts that both have; raises ValueError where that is none."""
+    shares = [
+        {(row["prompt_index"], row["prompt"]): _mean(row["right"]) for row in rows if None not in row["rewards"]}
+        for rows in (first, second)
+    ]
+    common = [key for key in shares[0] if key in shares[1]]
+    return compare([shares[0][key] for key in common], [shares[1][key] for key in common])
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _table(title: str, tables: dict[str, dict[str, Estimate]], num_prompts: dict[str, int]) -> Table:
+    table = Table(title=title)
+    table.add_column("measure")
+    for name in tables:
+        table.add_column(Text(f"{name} ({num_prompts[name]})"), justify="right")
+    for measure in next(iter(tables.values())):
+        cells = [each[measure] for each in tables.values()]
+        table.add_row(measure, *(f"{cell.value:.4f}  [{cell.low:.4f}, {cell.high:.4f}]" for cell in cells), style=None)
+    return table
+
+
+def report(rows: Rows, num_samples: int, other: Path | None, directory: Path) -> None:
+    """Print the tables and write them to summary.json."""
+    groups = {"all": rows} | {
+        str(name): [row for row in rows if row["category"] == name]
+        for name in sorted({row["category"] for row in rows} - {None}, key=str)
+    }
+    tables = {name: summarise(part, num_samples) for name, part in groups.items()}
+    summary: dict[str, Any] = {name: {key: asdict(each) for key, each in part.items()} for name, part in tables.items()}
+    console = Console()
+    counts = {name: len(part) for name, part in groups.items()}
+    console.print(_table(f"{len(rows)} prompts, {num_samples} samples each", tables, counts), markup=False)
+    if other is not None:
+        result = compare_rows(samples(other), rows)
+        summary["comparison"] = asdict(result)
+        console.print(
+            f"mean@n against {other}: {result.difference.value:+.4f} [{result.difference.low:+.4f}, "
+            f"{result.difference.high:+.4f}] over {result.num_prompts} common prompts, p = {result.p_value:.4g}",
+            markup=False,
+        )
+    write_file(directory / "summary.json", json.dumps(summary, indent=1))
+    console.print(f"samples: {directory}/samples_*.jsonl, this table: {directory / 'summary.json'}", markup=False,
+                  soft_wrap=True)  # fmt: skip
