@@ -33,6 +33,13 @@ def test_the_first_update_has_a_ratio_of_1(one_process: Path) -> None:
     assert all(line["rollout/router_agreement"] > 0.99 for line in later)
 
 
+def test_the_old_policy_takes_the_same_experts(model: str, tmp_path: Path) -> None:
+    """Where a pass of its own computes the old policy, the first update's ratio is 1, without rounding."""
+    reward = ("--loss.kl_in", "reward", "--train.updates_per_batch", "1", "--train.num_train_steps", "1")
+    _, first = metrics(train(None, 1, tmp_path / "run", "--model.name", model, *OPTIONS, *reward))
+    assert first["ratio/mean"] == first["ratio/max"] == 1 and first["rollout/router_agreement"] == 1
+
+
 @pytest.mark.parametrize(
     ("strategy", "num_processes", "arguments"),
     [
