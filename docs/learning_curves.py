@@ -1,8 +1,9 @@
-"""Train toy models several times each, and draw held-out accuracy over the steps.
+"""Train small models several times each, and draw held-out accuracy over the steps.
 
     python docs/learning_curves.py arithmetic                               # all presets, three seeds
     python docs/learning_curves.py carry                                    # written-out addition
     python docs/learning_curves.py environments                             # a tool, the same without it, a game
+    python docs/learning_curves.py reasoning --model.name runs/smollm2      # a pretrained model, in float32
     python docs/learning_curves.py carry --only grpo dapo --seeds 0         # chosen curves and seeds
 
 Writes learning_curves_TASK.json and .svg into its folder and prints the table of its page: docs/algorithms.md, or
@@ -39,6 +40,8 @@ class Task:
     """Steps between two evaluations."""
     heading: str = "preset"
     """Of the table's first column."""
+    greedy: bool = False
+    """Whether greedy answers are drawn beside sampled ones."""
 
 
 def with_presets(presets: list[str], config: str, last_step: int, *options: str) -> dict[str, list[str]]:
@@ -47,6 +50,7 @@ def with_presets(presets: list[str], config: str, last_step: int, *options: str)
     return {preset: ["--preset", preset, *given] for preset in presets}
 
 
+PRETRAINED = ["--config", "configs/reasoning.yaml", "--model.dtype", "float32", "--train.num_train_steps", "20"]
 CALCULATOR = ["--config", "configs/calculator.yaml"]
 TASKS = {
     "arithmetic": Task(with_presets(PRESETS, "configs/quickstart.yaml", 40, "--lora.alpha", "64"), (0, 5, 10, 20, 40)),
@@ -55,21 +59,26 @@ TASKS = {
     "environments": Task({"calculator": CALCULATOR, "no calculator": [*CALCULATOR, "--environment", "null"],
                           "guess_number": ["--config", "configs/guess_number.yaml"]},
                          (0, 10, 20, 40, 60), every=10, heading="config"),
+    "reasoning": Task({"SmolLM2-135M": PRETRAINED}, (0, 5, 10, 15, 20), heading="model", greedy=True),
 }  # fmt: skip
 
 
-def train(task: Task, name: str, seed: int, runs: Path, options: list[str]) -> Curve:
-    """Held-out accuracy, sampled at temperature 1, by step."""
+def train(task: Task, name: str, seed: int, runs: Path, options: list[str]) -> Path:
+    """The directory of a finished training."""
     directory = runs / f"{name.replace(' ', '_')}-{seed}"
-    written = directory / "metrics.jsonl"
     if not (directory / "final").exists():
         subprocess.run([
             sys.executable, "-m", "grpo_dist.train", *task.curves[name], "--train.seed", str(seed),
             "--train.eval_every", str(task.every), "--train.save_every", "0", "--logging.trackers", "[]",
             "--logging.log_completions", "false", "--train.output_dir", str(directory), *options,
         ], cwd=ROOT, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
-    lines = [json.loads(line) for line in written.read_text().splitlines()]
-    return [(line["step"], line["eval/accuracy"]) for line in lines if "eval/accuracy" in line]
+    return directory
+
+
+def curve(run: Path, metric: str) -> Curve:
+    """A metric of the evaluations by step."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [(line["step"], line[metric]) for line in lines if metric in line]
 
 
 def drawing(curves: dict[str, list[Curve]]) -> str:
@@ -91,8 +100,8 @@ def drawing(curves: dict[str, list[Curve]]) -> str:
             parts.append(f'<text x="{left + wide * step / num_steps:.1f}" y="{top + high + 13}" fill="#666" '
                          f'text-anchor="middle">{step}</text>')  # fmt: skip
         median = [(points[0][0], statistics.median(a for _, a in points)) for points in zip(*seeds, strict=True)]
-        for curve, style in [*((seed, 'stroke="#9bc"') for seed in seeds), (median, 'stroke="#135" stroke-width="2"')]:
-            points = " ".join(f"{left + wide * step / num_steps:.1f},{top + high * (1 - a):.1f}" for step, a in curve)
+        for line, style in [*((seed, 'stroke="#9bc"') for seed in seeds), (median, 'stroke="#135" stroke-width="2"')]:
+            points = " ".join(f"{left + wide * step / num_steps:.1f},{top + high * (1 - a):.1f}" for step, a in line)
             parts.append(f'<polyline points="{points}" fill="none" {style}/>')
     return "\n".join([*parts, "</svg>\n"])
 
@@ -102,10 +111,10 @@ def table(curves: dict[str, list[Curve]], task: Task) -> str:
     lines = [f"| {task.heading} | " + " | ".join(f"step {step}" for step in task.shown) + " | worst seed at the end |",
              "|---" * (len(task.shown) + 2) + "|"]  # fmt: skip
     for name, seeds in curves.items():
-        by_step = [dict(curve) for curve in seeds]
-        cells = [f"{statistics.median(curve[step] for curve in by_step):.2f}" if step in by_step[0] else ""
+        by_step = [dict(seed) for seed in seeds]
+        cells = [f"{statistics.median(seed[step] for seed in by_step):.2f}" if step in by_step[0] else ""
                  for step in task.shown]  # fmt: skip
-        lines.append(f"| `{name}` | " + " | ".join([*cells, f"{min(curve[-1][1] for curve in seeds):.2f}"]) + " |")
+        lines.append(f"| `{name}` | " + " | ".join([*cells, f"{min(seed[-1][1] for seed in seeds):.2f}"]) + " |")
     return "\n".join(lines)
 
 
@@ -123,8 +132,12 @@ def main() -> None:
         parser.error(f"--only: {', '.join(sorted(unknown))} given, expected some of {', '.join(task.curves)}")
     curves: dict[str, list[Curve]] = {}
     for name in given.only or task.curves:
-        curves[name] = [train(task, name, seed, runs, options) for seed in given.seeds]
-        print(f"{name}: " + ", ".join(f"{curve[-1][1]:.3f}" for curve in curves[name]), file=sys.stderr, flush=True)
+        done = [train(task, name, seed, runs, options) for seed in given.seeds]
+        # at temperature 1
+        curves[name] = [curve(run, "eval/accuracy") for run in done]
+        if task.greedy:
+            curves[f"{name}, greedy"] = [curve(run, "eval/greedy_accuracy") for run in done]
+        print(f"{name}: " + ", ".join(f"{seed[-1][1]:.3f}" for seed in curves[name]), file=sys.stderr, flush=True)
     (given.out / f"learning_curves_{given.task}.json").write_text(json.dumps(curves) + "\n")
     (given.out / f"learning_curves_{given.task}.svg").write_text(drawing(curves))
     print(table(curves, task))

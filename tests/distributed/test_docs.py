@@ -120,8 +120,8 @@ def module(name: str, arguments: list[str]) -> None:
     if name == "grpo_dist.train" or (name == "grpo_dist" and arguments[0] == "train"):
         arguments = arguments[arguments[:1] == ["train"] :]
         parse(lambda: parse_config([word for word in arguments if word != "--dry_run"]))
-    elif name == "grpo_dist.evaluate":
-        parse(lambda: evaluation.read_options(arguments))
+    elif name == "grpo_dist.evaluate" or (name == "grpo_dist" and arguments[0] == "evaluate"):
+        parse(lambda: evaluation.read_options(arguments[arguments[:1] == ["evaluate"] :]))
     elif name == "grpo_dist" and arguments[0] not in ONLY_READ and not NEEDED & set(arguments):
         assert main(arguments) == 0
     elif name == "grpo_dist":

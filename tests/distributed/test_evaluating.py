@@ -21,7 +21,8 @@ def evaluate(
     strategy: str | None, num_processes: int, *arguments: str, model: str = "toy"
 ) -> subprocess.CompletedProcess[str]:
     options = ["--config", "configs/quickstart.yaml", "--model", model, "--n", "2", "--model.dtype", "float32"]
-    return launch(strategy, num_processes, *options, *arguments, program=["-m", "grpo_dist.evaluate"])
+    program = ["-m", "grpo_dist.evaluate"] if strategy else ["-m", "grpo_dist", "evaluate"]
+    return launch(strategy, num_processes, *options, *arguments, program=program)
 
 
 def samples(directory: Path) -> list[str]:
