@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..config.checks import require
+from ..config.places import require_run
 
 if TYPE_CHECKING:
     from ..checkpoint.trained import Trained
@@ -43,6 +44,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
     """Answer one prompt, or each typed one. Raises ValueError, OSError."""
     require(not rest, "arguments", list(rest), "a run or a checkpoint, and the options of --help")
+    require_run(options.run_or_checkpoint)
     require(options.temperature >= 0, "--temperature", options.temperature, "0 or more")
     require(options.max_new_tokens is None or options.max_new_tokens > 0, "--max_new_tokens", options.max_new_tokens,
             "at least 1")  # fmt: skip

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..config.checks import require
+from ..config.places import require_run
 
 if TYPE_CHECKING:
     import torch
@@ -47,6 +48,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
     """Export, check and print the usage. Raises ValueError, OSError, and RuntimeError if the check fails."""
     require(not rest, "arguments", list(rest), "a run or a checkpoint, and the options of --help")
+    require_run(options.run_or_checkpoint)
     from ..checkpoint.trained import find
     from ..monitoring.console import set_up_logging
     from ..monitoring.metrics import read_history

@@ -9,6 +9,7 @@ from pathlib import Path
 from .checks import require
 from .own_options import OwnOptions
 from .parse import parse_config
+from .places import model_place
 from .schema import Config
 
 _SUMMARY = ("Evaluate a model on a data set: unbiased pass@k, maj@k, mean reward, with intervals, on any number of "
@@ -40,6 +41,7 @@ def config_of(options: argparse.Namespace, rest: Sequence[str]) -> Config:
     """The config of an evaluation, from its own options and those of a training config. Raises ValueError."""
     if options.model is None:
         raise ValueError("--model is missing: a model's directory or hub id, or a toy's name")
+    model_place(options.model, "--model")
     require(options.n >= 1, "--n", options.n, "at least 1")
     if options.compare is not None and not list(options.compare.glob("samples_*.jsonl")):
         raise ValueError(f"--compare: {options.compare} holds no samples of an evaluation")

@@ -92,6 +92,9 @@ class _Parser(ArgumentParser):
         refused = {quoted or dashed: bool(dashed) for quoted, dashed in re.findall(r"'([\w.]+)'|--([\w.]+)", message)}
         hints = [f"{word!r}: {hint}" for word, is_option in sorted(refused.items())
                  if word not in command_line_options() and (hint := advice(word, is_option))]  # fmt: skip
+        if message.startswith("unrecognized"):
+            configs = [word for word in message.split() if word.endswith((".yaml", ".yml")) and os.path.isfile(word)]
+            hints += [f"{word!r}: did you mean --config {word}?" for word in configs]
         files = [f"(with {path})" for path in self.files]
         let_first_rank_answer()
         write_lines("\n".join([f"error: {message.strip()}", *hints, *files]), sys.stderr)

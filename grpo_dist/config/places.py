@@ -7,6 +7,8 @@ import os
 import tempfile
 from pathlib import Path
 
+from ..text.files import near_paths
+
 
 def model_place(name: str, option: str, *files: str) -> str:
     """Return the argument of `from_pretrained` for a name: a directory's absolute path, or the hub id itself.
@@ -38,6 +40,13 @@ def is_path(name: str) -> bool:
     """Whether a name can only be a path: a hub id is one word, or two words with a slash between them."""
     words = name.split("/")
     return name.startswith((".", "/", "~")) or name.endswith("/") or len(words) > 2 or "\\" in name
+
+
+def require_run(path: Path) -> None:
+    """Raise ValueError where there is no such directory of a run, or checkpoint, with the names near it."""
+    if not path.exists():
+        raise ValueError(f"no directory {str(path)!r} in {Path.cwd()}{near_paths(str(path))}: expected that of a run, "
+                         "its train.output_dir")  # fmt: skip
 
 
 def existing_part(directory: Path) -> Path:

@@ -13,6 +13,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import yaml
 
+from ..config.places import require_run
 from ..config.schema import RewardConfig
 from ..config.values import flat
 from ..monitoring.json_lines import read_json_lines
@@ -70,6 +71,7 @@ class Completions:
 
 def read_run(directory: Path) -> Written:
     """Read the files of a run. Raises ValueError if there is no run, OSError if a file is not readable."""
+    require_run(directory)
     path = directory / "metrics.jsonl"
     if not path.is_file():
         raise ValueError(f"{directory} is no run: expected metrics.jsonl in it, as in `train.output_dir`")

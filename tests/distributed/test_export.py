@@ -166,7 +166,7 @@ def test_mistakes(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()
     for arguments, message in (
-        ([tmp_path / "nowhere"], "expected the directory of a run"),
+        ([tmp_path / "nowhere"], "expected that of a run"),
         ([damaged], "damaged"),
         ([run, "--out", tmp_path / "full"], "not empty"),
         ([run, "--to", "adapter", "--dtype", "bfloat16"], "--dtype"),

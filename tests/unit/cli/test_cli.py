@@ -30,6 +30,10 @@ USES = {
     "no check, abbreviated": (["train", "--dry"], 2, "did you mean 'dry_run'?"),
     "a mistake in a training": (["train", "--rollout.grup_size", "2"], 2, "rollout.group_size"),
     "a bad option of a check": (["check", "--ranks", "few"], 2, "few"),
+    "a config without its option": (["train", "configs/quickstart.yaml"], 2, "did you mean --config configs/quickst"),
+    "no run to talk to": (["chat", "confgis"], 2, "near it: configs"),
+    "no run to export": (["export", "confgis"], 2, "no directory 'confgis' in "),
+    "no model to evaluate": (["evaluate", "--model", "./confgis"], 2, "did you mean 'configs'?"),
     "no such config": (["score", "--config", "configs/quickstrat.yaml"], 2, "near it: configs/quickstart.yaml"),
 }
 

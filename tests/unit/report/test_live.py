@@ -95,4 +95,4 @@ def test_the_verb_serves_until_it_is_interrupted(tmp_path: Path) -> None:
     process.send_signal(signal.SIGINT)
     assert process.wait(20) == 0
     nothing = subprocess.run([*words, str(tmp_path / "none")], capture_output=True, text=True, check=False)
-    assert nothing.returncode == 2 and "is no run" in nothing.stderr
+    assert nothing.returncode == 2 and "expected that of a run" in nothing.stderr
