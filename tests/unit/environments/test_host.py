@@ -246,12 +246,17 @@ def test_what_breaks_an_episode(host: EnvironmentHost, kind: str, reason: str) -
 
 
 def test_a_loop_that_never_ends_costs_its_process_and_no_more(host: EnvironmentHost) -> None:
-    begin(host, 0)
-    (process,) = host._processes
+    for episode in range(3):  # the third shares the process of the first
+        begin(host, episode)
+    process, _ = host._processes
     assert "call_seconds" in call(host, 0, ("fail", {"kind": "loop"})).answer["failure"]
     host.end(0)
+    assert call(host, 2, ("move", {"by": 1})).answer["answers"][0]["text"] == "0 to 1"
+    begin(host, 3)
+    assert 3 not in process.episodes
+    host.end(2)
     assert process.process.poll() is not None, "it would take a core for the rest of the run"
-    begin(host, 1)
+    assert call(host, 1, ("move", {"by": 1})).answer["answers"][0]["text"] == "0 to 1"
 
 
 def test_a_fork_bomb_ends_with_its_episode(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -149,6 +149,14 @@ def make_requests(prompts: list[Prompt]) -> list[Request]:
             for slot, prompt in enumerate(prompts) for sample in range(SIZE)]  # fmt: skip
 
 
+class Noting(LocalEngine):
+    """An engine that notes which rows it need not keep."""
+
+    def release(self, places: Iterable[tuple[int, int]]) -> None:
+        self.released = getattr(self, "released", set()) | set(places)
+        super().release(places)
+
+
 def played(
     config: Config, rows: list[tuple[str, dict[str, Any]]], model: Any, decoder: Decoder | None = None,
     sampling: Sampling | None = None,
@@ -161,12 +169,16 @@ def played(
         episodes = episodes_of(config, host, TOKENIZER, ENDS)
         assert isinstance(episodes, Episodes)
         longest = config.rollout.max_completion_length
-        engine = LocalEngine(decoder or NativeDecoder(ENDS, longest, 1 << 20), LoadedModel(model), {})
+        engine = Noting(decoder or NativeDecoder(ENDS, longest, 1 << 20), LoadedModel(model), {})
         finished: list[Trajectory] = []
+
+        def note(ended: list[Trajectory]) -> None:
+            assert not {each.slot * SIZE + each.sample for each in ended} & host._home.keys(), "its environment is free"
+            finished.extend(ended)
+
         with awake(engine):
-            trajectories = episodes.play(
-                engine, make_requests(prompts), prompts, sampling or Sampling(), finished.extend
-            )
+            trajectories = episodes.play(engine, make_requests(prompts), prompts, sampling or Sampling(), note)
+        assert engine.released == {(each.slot, each.sample) for each in trajectories}
         assert sorted((t.slot, t.sample) for t in finished) == [(t.slot, t.sample) for t in trajectories]
     return prompts, trajectories
 
@@ -367,6 +379,19 @@ def test_what_does_not_fit_is_cut(longest: int, models: dict[str, Any]) -> None:
     assert all(len(t.ids) <= longest for t in trajectories)
     cut = [t for t in trajectories if not t.finished]
     assert cut and all(t.sampled[-1] for t in cut), "an answer after which no token fits is not put into the row"
+
+
+def test_a_turn_begins_where_one_token_fits(
+    products: tuple[list[Prompt], list[Trajectory]], models: dict[str, Any]
+) -> None:
+    whole = next(each for each in products[1] if len(turns_of(each)) > 2)
+    first, answer = (len(ids) for _, ids in turns_of(whole)[:2])
+    for longest, kept in ((first - 1, first - 1), (first + answer, first), (first + answer + 1, first + answer + 1)):
+        _, trajectories = played(make_config(longest=longest), PRODUCTS[: whole.slot + 1], models["shared"])
+        cut = trajectories[whole.slot * SIZE + whole.sample]
+        assert cut.ids == whole.ids[:kept] and not cut.finished and cut.sampled[-1] and cut.episode is not None
+        if kept < first:
+            assert "tool_calls" not in cut.episode.messages[-1], "a turn that was cut made no call"
 
 
 def test_what_an_environment_says_first(models: dict[str, Any]) -> None:
