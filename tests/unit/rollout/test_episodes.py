@@ -51,7 +51,7 @@ from grpo_dist.rollout.sampling import sampling_with
 from grpo_dist.types import Prompt, Trajectory
 
 TOOLS = """
-import os, time
+import os, random, time
 
 def calculator(expression: str) -> str:
     '''
@@ -73,7 +73,8 @@ def calculator(expression: str) -> str:
 class Guess:
     def reset(self, secret: int, note: str | None = None):
         self.secret, self.done = secret, False
-        return note
+        drawn = {"#": str(random.randrange(10**6)), "$": os.urandom(4).hex()}  # with the episode's seed, and without
+        return note and "".join(drawn.get(letter, letter) for letter in note)
 
     def guess(self, number: int) -> str:
         '''
@@ -145,7 +146,7 @@ def make_prompts(config: Config, host: EnvironmentHost, rows: list[tuple[str, di
 
 def make_requests(prompts: list[Prompt]) -> list[Request]:
     """All requests of a step."""
-    return [Request(slot, sample, prompt.ids, stream_key(5, slot, sample))
+    return [Request(slot, sample, prompt.ids, stream_key(5, slot, sample), prompt_key=stream_key(5, slot))
             for slot, prompt in enumerate(prompts) for sample in range(SIZE)]  # fmt: skip
 
 
@@ -395,16 +396,22 @@ def test_a_turn_begins_where_one_token_fits(
 
 
 def test_what_an_environment_says_first(models: dict[str, Any]) -> None:
-    rows = [(question, {**columns, "note": f"Hint {n}."}) for n, (question, columns) in enumerate(GAMES)]
+    rows = [(question, {**columns, "note": f"Hint {n} #."}) for n, (question, columns) in enumerate(GAMES)]
     prompts, trajectories = played(make_config(game=True), rows, models["shared"])
-    for each in trajectories:
+    texts = [each.episode.prompt.text for each in trajectories if each.episode]
+    assert len({text.split()[-2] for text in texts}) == len(GAMES), (
+        "a number drawn for each prompt, for all its samples"
+    )
+    for each, text in zip(trajectories, texts, strict=True):
         assert each.episode is not None
-        assert each.episode.prompt.text == f"{GAMES[0][0]}\nHint {each.slot}.\nAnswer:"
+        assert text.startswith(f"{GAMES[0][0]}\nHint {each.slot} ") and text.endswith(".\nAnswer:")
         assert each.episode.prompt.ids == TOKENIZER(each.episode.prompt.text)["input_ids"] != prompts[each.slot].ids
     rows = [(GAMES[0][0], {"secret": 1, "note": "Hint. " * 40})]
     _, (first, *_) = played(make_config(game=True), rows, models["shared"])
     assert first.episode is not None and "data.max_prompt_length = 40" in str(first.episode.failure)
     assert len(first.ids) == 1 and not first.finished
+    with pytest.raises(ValueError, match="began two episodes of row 0 with different texts"):
+        played(make_config(game=True), [(GAMES[0][0], {"secret": 1, "note": "$"})], models["shared"])
 
 
 def test_a_broken_environment_has_no_reward(models: dict[str, Any]) -> None:

@@ -197,6 +197,20 @@ def test_episodes_of_a_batch(shares: list[range]) -> None:
         }  # fmt: skip
 
 
+@pytest.mark.parametrize("shares", SHARES[:2], ids=len)
+def test_episodes_of_a_prompt_begin_with_one_text(shares: list[range]) -> None:
+    """Whichever ranks play them."""
+    ranks, none = Threads(len(shares)), dict.fromkeys(("answered", "error", "malformed"), 0)
+
+    def work(rank: int) -> Batch:
+        mine = [replace(COMPLETIONS[n], episode=Episode([], 1, None, None, none, Prompt(10, [0, int(n == 3)], "said")))
+                for n in shares[rank]]  # fmt: skip
+        return gather_trajectories(ranks, PROMPTS, mine, has_episodes=True)  # type: ignore[arg-type]
+
+    for failure in ranks.run(work):
+        assert isinstance(failure, RewardFailure) and "row 10 with different texts" in str(failure)
+
+
 def test_no_table_without_rewards_by_token() -> None:
     assert all(batch.token_rewards is None for batch in gathered(SHARES[1], by_token=False))
 
