@@ -61,8 +61,8 @@ ARCHITECTURES = [
     Architecture("GPT-2", "gpt2", "modules"),
     Architecture("Pythia", "gpt_neox", "modules", vllm=THROUGH),
     Architecture("StarCoder2", "starcoder2", "modules", vllm=THROUGH),
-    Architecture("Mixtral", "mixtral", "modules", without=(EXPERTS,)),
-    Architecture("Qwen3-30B-A3B, Qwen3-235B-A22B", "qwen3_moe", "modules", without=(EXPERTS,)),
+    Architecture("Mixtral", "mixtral", "operations", without=(EXPERTS,)),
+    Architecture("Qwen3-30B-A3B, Qwen3-235B-A22B", "qwen3_moe", "operations", without=(EXPERTS,)),
     Architecture("gpt-oss", "gpt_oss", rows="attention sinks", without=(EXPERTS,)),
     Architecture("OLMoE", "olmoe", "modules", without=(EXPERTS,)),
     Architecture("GLM-4.5, GLM-4.6", "glm4_moe", "modules", without=(SHARED_EXPERT, EXPERTS)),
@@ -95,7 +95,11 @@ biases and `modules_to_save` are refused too; `lora: null` trains all weights.
 | models | type | a completion | a step of decoding | adapters | vLLM |
 |---|---|---|---|---|---|
 """
-STEPS = {"compiled": "in C++; in fused kernels", "modules": "its own modules; the same over pages"}
+STEPS = {
+    "compiled": "in C++; in fused kernels",
+    "operations": "in few operations; in fused kernels, around its experts",
+    "modules": "its own modules; the same over pages",
+}
 
 
 def table(architectures: list[Architecture] = ARCHITECTURES) -> str:

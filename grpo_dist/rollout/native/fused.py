@@ -21,7 +21,7 @@ from ...model.attention import cap_scores
 from ...model.products import float32_product
 from ..room import PAGE
 from . import triton_kernels as kernels
-from .llama import Layer, Linear, Norm, Weights, takes_gelu
+from .llama import Gated, Layer, Linear, Norm, Weights, of_rows, takes_gelu
 from .pages import PagePool
 
 RANKS = 8
@@ -84,9 +84,10 @@ def _high(layer: Linear, rank: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Leaving:
-    """A layer whose output is not yet added, its input, and the norm of what is added, if there is one."""
+    """A layer whose output is not yet added, its input, and the norm of what is added, if there is one. Without a
+    layer the input is its output."""
 
-    product: Product
+    product: Product | None
     inputs: Tensor
     norm: Norm | None
 
@@ -98,8 +99,12 @@ class FusedLayer:
     layer: Layer
     qkv: Stacked
     output: Product
-    gate_up: Product
-    down: Product
+    feed_forward: tuple[Product, Product] | nn.Module
+    """Gate and up, and down; experts are a module."""
+
+
+def _products(part: Gated | nn.Module) -> tuple[Product, Product] | nn.Module:
+    return part if isinstance(part, nn.Module) else (Product(part.gate, part.up), Product(part.down))
 
 
 class FusedStep:
@@ -108,10 +113,10 @@ class FusedStep:
     def __init__(self, model: nn.Module) -> None:
         """Raises as `Weights`, and ValueError where gates go through what the kernels do not compute."""
         self.weights = weights = Weights(model)
-        self.is_gelu = takes_gelu(weights)
+        gated = [layer.feed_forward for layer in weights.layers if isinstance(layer.feed_forward, Gated)]
+        self.is_gelu = takes_gelu(gated)
         self.layers = [FusedLayer(each, Stacked(each.query, each.key, each.value), Product(each.output),
-                                  Product(each.gate, each.up), Product(each.down))
-                       for each in weights.layers]  # fmt: skip
+                                  _products(each.feed_forward)) for each in weights.layers]  # fmt: skip
         self.head = Product(weights.head)
 
     def __call__(self, tokens: Tensor, positions: Tensor, state: PagePool) -> Tensor:
@@ -126,7 +131,11 @@ class FusedStep:
             query = self._placed(each, _normalised(x, before, layer.input_norm), *turns[layer.kind], state)
             attended = state.attend_rows(layer.number, query, layer.scale, layer.window, layer.soft_cap).flatten(1)
             inner = _normalised(x, Leaving(each.output, attended, layer.output_norm), layer.mlp_norm)
-            before = Leaving(each.down, _gated(each.gate_up, inner, self.is_gelu), layer.down_norm)
+            if isinstance(each.feed_forward, nn.Module):
+                before = Leaving(None, of_rows(each.feed_forward, inner), layer.down_norm)
+            else:
+                gate_up, down = each.feed_forward
+                before = Leaving(down, _gated(gate_up, inner, self.is_gelu), layer.down_norm)
         return self._logits(_normalised(x, before, weights.norm))
 
     def _logits(self, x: Tensor) -> Tensor:
@@ -161,9 +170,10 @@ def _normalised(x: Tensor, before: Leaving | None, norm: Norm) -> Tensor:
     (rows, size), normed = x.shape, torch.empty_like(x)
     rank, has_bias, y, low, high, bias, added = 0, False, x, x, x, x, None
     if before is not None:
-        product, added = before.product, before.norm
-        rank, has_bias, high, bias = product.rank, product.has_bias, product.high[0], product.biases[0]
-        (y,), low = product(before.inputs)
+        y, added, product = before.inputs, before.norm, before.product
+        if product is not None:
+            rank, has_bias, high, bias = product.rank, product.has_bias, product.high[0], product.biases[0]
+            (y,), low = product(before.inputs)
     kernels.add_and_normalise[(rows,)](
         x, y, low, high, bias, (added or norm).weight, norm.weight, normed, size, (added or norm).eps, norm.eps,
         ADD=before is not None, RANK=rank, BIAS=has_bias, NORM=added is not None, BLOCK=triton.next_power_of_2(size),

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from .cache import EVERYTHING, DecodeState
 from .compiled import library
-from .llama import Layer, Linear, Norm, Weights, takes_gelu
+from .llama import Gated, Layer, Linear, Norm, Weights, takes_gelu
 
 SOURCE = Path(__file__).with_name("decode.cpp")
 FUNCTIONS = {torch.float32: "decode_float32", torch.bfloat16: "decode_bfloat16"}
@@ -64,7 +64,8 @@ class KernelStep:
         """Raises as `Weights`, and ValueError for sizes this does not compute or where it cannot be compiled."""
         self.weights = weights = Weights(model)
         first, size, self.dtype = weights.layers[0], weights.head_size, weights.embeddings.dtype
-        (vocabulary, hidden), inner = weights.embeddings.shape, len(first.gate.weight)
+        self.gated = [_gated(layer) for layer in weights.layers]
+        (vocabulary, hidden), inner = weights.embeddings.shape, len(self.gated[0].gate.weight)
         if self.dtype not in FUNCTIONS or any(number % MULTIPLE for number in (hidden, inner, size)):
             raise ValueError(f"{self.dtype} with sizes {hidden}, {inner} and {size}, expected one of {list(FUNCTIONS)} "
                              f"with multiples of {MULTIPLE}")  # fmt: skip
@@ -73,11 +74,11 @@ class KernelStep:
         self.decode, self.scratch_floats = getattr(code, FUNCTIONS[self.dtype]), code.scratch_floats
         self.scratch_floats.restype = c_int64
         self.referenced: list[Tensor] = []  # what is pointed to
-        self.layers = (_Layer * len(weights.layers))(*(self._layer(layer) for layer in weights.layers))
+        self.layers = (_Layer * len(weights.layers))(*map(self._layer, weights.layers, self.gated))
         self.step = _Step(
             torch.get_num_threads(), len(self.layers), hidden, inner, vocabulary,
             len(first.query.weight) // size, len(first.key.weight) // size, size, self._most_ranks(),
-            takes_gelu(weights), weights.norm.eps, first.scale, first.soft_cap or 0.0,
+            takes_gelu(self.gated), weights.norm.eps, first.scale, first.soft_cap or 0.0,
             weights.embedding_scale, weights.logit_cap or 0.0,
             self._kept(weights.embeddings, (vocabulary, hidden), self.dtype), self._norm(weights.norm, hidden),
             self._linear(weights.head, vocabulary, hidden), ctypes.addressof(self.layers),
@@ -142,18 +143,18 @@ class KernelStep:
                 setattr(place, name, _address(store[layer.number], shape, self.dtype))
         self.points_into = state, state.version
 
-    def _layer(self, layer: Layer) -> _Layer:
+    def _layer(self, layer: Layer, gated: Gated) -> _Layer:
         weights = self.weights
         hidden, size, first = weights.embeddings.shape[1], weights.head_size, weights.layers[0]
-        queries, keys, inner = len(first.query.weight), len(first.key.weight), len(first.gate.weight)
+        queries, keys, inner = len(first.query.weight), len(first.key.weight), len(self.gated[0].gate.weight)
         return _Layer(
             self._norm(layer.input_norm, hidden), self._norm(layer.output_norm, hidden),
             self._norm(layer.mlp_norm, hidden), self._norm(layer.down_norm, hidden),
             self._norm(layer.query_norm, size), self._norm(layer.key_norm, size),
             self._linear(layer.query, queries, hidden), self._linear(layer.key, keys, hidden),
             self._linear(layer.value, keys, hidden), self._linear(layer.output, hidden, queries),
-            self._linear(layer.gate, inner, hidden), self._linear(layer.up, inner, hidden),
-            self._linear(layer.down, hidden, inner), layer.window or EVERYTHING, weights.kinds.index(layer.kind),
+            self._linear(gated.gate, inner, hidden), self._linear(gated.up, inner, hidden),
+            self._linear(gated.down, hidden, inner), layer.window or EVERYTHING, weights.kinds.index(layer.kind),
         )  # fmt: skip
 
     def _norm(self, norm: Norm | None, size: int) -> int | None:
@@ -178,8 +179,8 @@ class KernelStep:
         if self.dtype in MERGED:
             return 0
         groups: list[tuple[Linear, ...]] = [(self.weights.head,)]
-        for each in self.weights.layers:
-            groups += [(each.query, each.key, each.value), (each.output,), (each.gate, each.up), (each.down,)]
+        for each, gated in zip(self.weights.layers, self.gated, strict=True):
+            groups += [(each.query, each.key, each.value), (each.output,), (gated.gate, gated.up), (gated.down,)]
         return max(sum(len(linear.adapter.a) for linear in group if linear.adapter) for group in groups)
 
     def _kept(self, x: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> int:
@@ -190,6 +191,12 @@ class KernelStep:
 def _positions(rows: Tensor, slots: Tensor, state: DecodeState) -> Tensor:
     """Positions of tokens that get `slots` of the cache."""
     return state.prompt_lengths[state.prompt[rows]] + slots - state.starts[rows]
+
+
+def _gated(layer: Layer) -> Gated:
+    if isinstance(layer.feed_forward, Gated):
+        return layer.feed_forward
+    raise ValueError(f"{type(layer.feed_forward).__name__} is no feed-forward part with one gate")
 
 
 def _check_layers(weights: Weights) -> None:

@@ -10,8 +10,9 @@ Shapes: R sequences, H hidden, Hq query heads, Hk key heads, D head size, V voca
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -102,6 +103,16 @@ class Joint:
 
 
 @dataclass(frozen=True)
+class Gated:
+    """A feed-forward part with a gate (arXiv:2002.05202, equation 6)."""
+
+    gate: Linear
+    up: Linear
+    down: Linear
+    activation: nn.Module
+
+
+@dataclass(frozen=True)
 class Layer:
     """Attention and feed-forward."""
 
@@ -125,10 +136,8 @@ class Layer:
     output: Linear
     query_norm: Norm | None
     key_norm: Norm | None
-    gate: Linear
-    up: Linear
-    down: Linear
-    activation: nn.Module
+    feed_forward: Gated | nn.Module
+    """Experts are a module."""
 
 
 class Weights:
@@ -163,9 +172,9 @@ class LlamaStep:
         """Raises as `Weights`."""
         self.weights = Weights(model)
         self.layers = [
-            (layer, Joint(layer.query, layer.key, layer.value), Joint(layer.output), Joint(layer.gate, layer.up),
-             Joint(layer.down)) for layer in self.weights.layers
-        ]  # fmt: skip
+            (layer, Joint(layer.query, layer.key, layer.value), Joint(layer.output), _feed_forward(layer.feed_forward))
+            for layer in self.weights.layers
+        ]
         self.head = Joint(self.weights.head)
 
     def __call__(self, tokens: Tensor, positions: Tensor, state: DecodeState) -> Tensor:
@@ -177,12 +186,11 @@ class LlamaStep:
             kind: (cos[:, None], torch.cat([-sin[:, None, :half], sin[:, None, half:]], -1))
             for kind, (cos, sin) in weights.rotations(x, positions).items()
         }
-        for layer, inward, outward, gate_up, down in self.layers:
+        for layer, inward, outward, feed_forward in self.layers:
             query, key, value = (each.view(len(x), -1, weights.head_size) for each in inward(layer.input_norm(x)))
             attended = outward(self._attention(layer, query, key, value, turns[layer.kind], state))[0]
             x = x + (attended if layer.output_norm is None else layer.output_norm(attended))
-            gate, up = gate_up(layer.mlp_norm(x))
-            inner = down(layer.activation(gate) * up)[0]
+            inner = feed_forward(layer.mlp_norm(x))
             x = x + (inner if layer.down_norm is None else layer.down_norm(inner))
         logits = self.head(weights.norm(x))[0]
         return logits if weights.logit_cap is None else cap_scores(logits, 1.0, weights.logit_cap)
@@ -197,6 +205,24 @@ class LlamaStep:
         return output.flatten(1)
 
 
+def _feed_forward(part: Gated | nn.Module) -> Callable[[Tensor], Tensor]:
+    if isinstance(part, nn.Module):
+        return partial(of_rows, part)
+    gate_up, down = Joint(part.gate, part.up), Joint(part.down)
+
+    def gated(x: Tensor) -> Tensor:
+        gate, up = gate_up(x)
+        return down(part.activation(gate) * up)[0]
+
+    return gated
+
+
+def of_rows(module: nn.Module, x: Tensor) -> Tensor:
+    """What a module, which may say more than its output, makes of a sequence of the rows of x (R, H)."""
+    output = module(x[None])
+    return (output[0] if isinstance(output, tuple) else output)[0]
+
+
 def _turned(x: Tensor, turn: tuple[Tensor, Tensor]) -> Tensor:
     """Rotary position embedding (arXiv:2104.09864, equation 34, with halves in place of pairs) of (R, heads, D)."""
     cos, signed_sin = turn
@@ -207,20 +233,14 @@ def _layer(module: Any, text: Any, has_kinds: bool) -> Layer:
     attention, mlp = module.self_attn, module.mlp
     has_more_norms, has_head_norms = hasattr(module, FEED_FORWARD_NORMS[0]), hasattr(attention, HEAD_NORMS[0])
     projections = next((names for names in PROJECTIONS if hasattr(attention, names[0])), PROJECTIONS[0])
-    gates = next((names for names in GATES if hasattr(mlp, names[0])), GATES[0])
     _expect(module, LAYER + FEED_FORWARD_NORMS * has_more_norms)
     _expect(attention, [*projections, "o_proj"] + HEAD_NORMS * has_head_norms)
-    _expect(mlp, [*gates, "down_proj"])
     output, inward = linear_of(attention.o_proj), [linear_of(getattr(attention, name)) for name in projections]
     if len(inward) == 1:
         queries = output.weight.shape[1]
         inward = inward[0].split([queries, *[(len(inward[0].weight) - queries) // 2] * 2])
-    gate_up = [linear_of(getattr(mlp, name)) for name in gates]
-    if len(gate_up) == 1:
-        gate_up = gate_up[0].split([len(gate_up[0].weight) // 2] * 2)
     behind = _norm(module.post_attention_layernorm)
     query, key, value = inward
-    gate, up = gate_up
     return Layer(
         number=attention.layer_idx,
         kind=attention.layer_type if has_kinds else None,
@@ -235,17 +255,28 @@ def _layer(module: Any, text: Any, has_kinds: bool) -> Layer:
         query=query, key=key, value=value, output=output,
         query_norm=_norm(attention.q_norm) if has_head_norms else None,
         key_norm=_norm(attention.k_norm) if has_head_norms else None,
-        gate=gate, up=up, down=linear_of(mlp.down_proj),
-        activation=mlp.act_fn if hasattr(mlp, "act_fn") else mlp.activation_fn,
+        feed_forward=_gated(mlp),
     )  # fmt: skip
 
 
-def takes_gelu(weights: Weights) -> bool:
+def _gated(mlp: Any) -> Gated | nn.Module:
+    gates = next((names for names in GATES if hasattr(mlp, names[0])), None)
+    if gates is None:
+        return mlp
+    _expect(mlp, [*gates, "down_proj"])
+    gate_up = [linear_of(getattr(mlp, name)) for name in gates]
+    if len(gate_up) == 1:
+        gate_up = gate_up[0].split([len(gate_up[0].weight) // 2] * 2)
+    gate, up = gate_up
+    return Gated(gate, up, linear_of(mlp.down_proj), mlp.act_fn if hasattr(mlp, "act_fn") else mlp.activation_fn)
+
+
+def takes_gelu(parts: Sequence[Gated]) -> bool:
     """Whether gates go through GELU's approximation by tanh (arXiv:1606.08415, section 2) or through SiLU. Raises
     ValueError where they go through something else, or where layers differ."""
     gates = torch.linspace(-8, 8, 65)
     for is_gelu, expected in ((False, silu(gates)), (True, gelu(gates, approximate="tanh"))):
-        if all(torch.allclose(layer.activation(gates), expected, atol=1e-6) for layer in weights.layers):
+        if all(torch.allclose(part.activation(gates), expected, atol=1e-6) for part in parts):
             return is_gelu
     raise ValueError("the activation is neither SiLU nor GELU's approximation by tanh, the same in all layers")
 

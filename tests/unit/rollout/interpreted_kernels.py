@@ -217,6 +217,7 @@ def main() -> None:
             (qwen2, module_step, 1 << 20, Sampling()),
             (qwen2, FusedStep, 1 << 20, RULES),
             (experts, module_step, 64 * 5, Sampling()),
+            (experts, FusedStep, 64 * 5, Sampling()),
             (gemma2, module_step, 1 << 20, Sampling()),
         ]
     result: dict[str, Any] = {

@@ -41,7 +41,7 @@ def test_attention_over_pages_is_a_softmax_over_all_keys(interpreted: Any) -> No
 def test_the_engine_on_pages_draws_what_the_other_draws(interpreted: Any) -> None:
     """With every place for rows and pages taken and given back, too, with routes of experts, with adapters on some
     layers, and with windows and soft caps."""
-    assert interpreted["completions"] in (SOME, SOME + [[6, 0, 0]] * 5), "ended rows, other tokens, other numbers"
+    assert interpreted["completions"] in (SOME, SOME + [[6, 0, 0]] * 6), "ended rows, other tokens, other numbers"
 
 
 def test_the_fused_draw_is_the_plain_one(interpreted: Any) -> None:
