@@ -58,7 +58,7 @@ TASKS = {
                                "--optim.scheduler", "constant"), (0, 5, 10, 15)),
     "environments": Task({"calculator": CALCULATOR, "no calculator": [*CALCULATOR, "--environment", "null"],
                           "guess_number": ["--config", "configs/guess_number.yaml"]},
-                         (0, 10, 20, 40, 60), every=10, heading="config"),
+                         (0, 10, 20, 40, 50), every=10, heading="config", greedy=True),
     "reasoning": Task({"SmolLM2-135M": PRETRAINED}, (0, 5, 10, 15, 20), heading="model", greedy=True),
 }  # fmt: skip
 
