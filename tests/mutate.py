@@ -51,8 +51,13 @@ MODULES = {
     "monitoring/contrast": ["console"],
     "trainer/gathering": ["gathering"],
     "rollout/episodes": ["episodes"],
+    "model/routing": ["replay"],
+    "rollout/replay": ["replay"],
+    "rollout/native/routes": ["replay"],
+    "model/expert_adapters": ["expert_adapters"],
 }
 """Modules of the package, and the files `test_NAME.py` of tests/unit that say what they do."""
+ROUTES_ROOM = "self.drawn = nothing.new_zeros((0, most + 1, *self.routers.shape))  # (N, most + 1, R, K)"
 EQUIVALENT = {
     # what is a rounding, to the bit and to a factor of 2; the loop has the same result as what spares it
     "algorithm/advantages": [
@@ -96,6 +101,8 @@ EQUIVALENT = {
         "as_far += abs(",
         "winner = votes.most_common(",
     ],
+    # more room than is used
+    "rollout/native/routes": [f"{ROUTES_ROOM}: {change}" for change in ("0 -> 1", "1 -> 2")],
     "types": ["number = torch.full(", "numbers, order = "],  # any number below 0; sorting on a CPU is stable anyway
     "rollout/sampling": [
         "BLOCK = 128",

@@ -18,7 +18,7 @@ from grpo_dist.model.attention import RowLayout
 from grpo_dist.model.files import UnfitModel
 from grpo_dist.model.packing import Pack, make_pack, plan
 from grpo_dist.model.policy import Policy, recompute_layers
-from grpo_dist.model.routing import Routers, routers_of
+from grpo_dist.model.routing import Routers, has_experts, routers_of
 from grpo_dist.rollout import NativeDecoder, Request, RowDecoder, decode_all
 from grpo_dist.rollout.episodes import routes_after
 from grpo_dist.rollout.probe import routing_fault
@@ -251,6 +251,26 @@ def test_what_cannot_be_replayed_is_said_by_name(caplog: pytest.LogCaptureFixtur
     with pytest.raises(ValueError, match=refused):
         require_experts(RolloutConfig(routing_replay=True), build("qwen2", **DENSE).config)
     require_experts(RolloutConfig(routing_replay=True), build("qwen3_moe").config)
+
+
+def test_all_models_replay_what_every_rank_can(caplog: pytest.LogCaptureFixture) -> None:
+    """The first model's routers are returned, and one rank's obstacle is that of all."""
+    models = [build("qwen3_moe", seed) for seed in range(3)]
+    routers = settle_replay(models, RolloutConfig(), True, lambda thing: [thing])
+    assert routers is routers_of(models[0]) and len({id(routers_of(each)) for each in models} - {id(None)}) == 3
+    alone = build("qwen3_moe")
+    assert settle_replay([alone], RolloutConfig(), True, lambda thing: [thing, "another kernel there"]) is None
+    assert "another kernel there" in caplog.text and routers_of(alone) is None
+
+
+def test_routes_fit_their_type() -> None:
+    """The largest number of a type says that a token has no route: it may be no expert's."""
+    for number, dtype in ((255, torch.uint8), (256, torch.int16)):
+        with torch.device("meta"):
+            routers = Routers(build("qwen3_moe", num_local_experts=number, num_experts=number, num_hidden_layers=1))
+        assert routers.dtype == dtype and routers.nothing.dtype == dtype and routers.shape == (1, 2)
+    one = {"num_experts": 1, "num_local_experts": 1, "num_experts_per_tok": 1}
+    assert not has_experts(build("qwen3_moe", **one).config)
 
 
 class Stubborn(nn.Module):
