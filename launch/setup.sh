@@ -76,7 +76,7 @@ install() {
   fi
   (
     # two environments of one checkout are made one after the other: both write the package's metadata into it
-    if command -v flock >/dev/null; then flock 8; fi
+    if command -v flock >/dev/null; then flock 8 || true; fi # a folder on NFS cannot be locked
     logged "$venv/bin/python" -m pip install --disable-pip-version-check -c "$pins" -e ".[$extras]"
   ) 8<"$root"
   fingerprint >"$venv/stamp"
