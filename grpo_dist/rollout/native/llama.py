@@ -27,7 +27,7 @@ from .cache import DecodeState
 MODEL = ["embed_tokens", "layers", "norm"]
 LAYER = ["self_attn", "mlp", "input_layernorm", "post_attention_layernorm"]
 FEED_FORWARD_NORMS = ["pre_feedforward_layernorm", "post_feedforward_layernorm"]
-"""With these, as in Gemma, both parts of a layer have a norm before and one behind, which is added to what came in."""
+"""With these, as in Gemma, each part of a layer has a norm in front of it and one behind it."""
 PROJECTIONS = (["q_proj", "k_proj", "v_proj"], ["qkv_proj"])
 HEAD_NORMS = ["q_norm", "k_norm"]
 GATES = (["gate_proj", "up_proj"], ["gate_up_proj"])
