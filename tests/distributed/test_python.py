@@ -31,7 +31,7 @@ def test_the_scripts_of_the_page_train_to_the_same_result(tmp_path: Path) -> Non
     assert starts == [1, 1]
 
 
-@pytest.mark.parametrize("file", ["quickstart", "guess_number"])
+@pytest.mark.parametrize("file", ["quickstart", "calculator"])
 def test_a_checked_config_is_what_was_given(file: str) -> None:
     config = parse_config(["--config", str(ROOT / "configs" / f"{file}.yaml"), "--preset", "dapo"])
     assert checked(config) == config
