@@ -18,6 +18,7 @@ import psutil
 import pytest
 from fake_vllm import FakeVllm
 from launching import ROOT, TINY, begin, free_port, launch, metrics, python_of_fake_vllm, train
+from wide_heads import write_with_wide_heads
 
 from grpo_dist.model.toy import toy_path
 
@@ -146,6 +147,22 @@ def test_vllm_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert [line["step"] for line in lines] == [1, 2]
     assert all(line["rollout/probe_gap"] <= 1e-4 and line["rollout/logprob_gap_max"] <= 1e-4 for line in lines)
     assert note(run) is None, "it ends with the run"
+
+
+@pytest.mark.slow
+@vllm_itself
+def test_games_by_vllm_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+    write_with_wide_heads(tmp_path / "model")
+    run = tmp_path / "run"
+    done = launch(None, 1, "--config", "configs/guess_number.yaml", "--model.name", str(tmp_path / "model"),
+                  "--model.dtype", "float32", "--train.num_minibatches", "1", *SMALL, "--train.output_dir", str(run),
+                  "--rollout.vllm.python", os.environ["GRPO_DIST_VLLM"], timeout_seconds=900)  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+    _, *lines = metrics(run)
+    assert [line["step"] for line in lines] == [1, 2]
+    assert all(line["rollout/probe_gap"] <= 1e-4 and line["rollout/logprob_gap_max"] <= 1e-4 for line in lines)
+    assert all(line["environment/turns"] > 1 for line in lines), "a turn goes on from the results of the one before"
 
 
 @pytest.fixture

@@ -49,7 +49,7 @@ class FakeVllm(Server):
         self.base = load_model(model)
         self.adapters: dict[str, tuple[nn.Module, str]] = {}
         self.calls: list[str] = []
-        self.refuses_adapters = False
+        self.refuses_adapters = self.sleeps = False
         self.bend: Callable[[dict[str, Any]], None] = lambda choice: None
         """What it does to the choice of each answer."""
         self._one = threading.Lock()
@@ -60,6 +60,11 @@ class FakeVllm(Server):
     def reply(self, path: str, given: Any) -> tuple[int, Any]:
         with self._one:
             self.calls.append(path)
+            if path == "/wake_up" or path.startswith("/sleep"):
+                self.sleeps = path != "/wake_up"
+                return 200, {}
+            if self.sleeps:
+                return 400, {"error": "its memory is not there"}
             if path == "/v1/models":
                 loaded = self.adapters.items()
                 adapters = [{"id": name, "parent": self.path, "root": root} for name, (_, root) in loaded]

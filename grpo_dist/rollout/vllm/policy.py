@@ -116,7 +116,8 @@ class ServedPolicy:
 
     def _look(self) -> None:
         shutil.rmtree(self._directory, ignore_errors=True)
-        self._directory.mkdir(parents=True)
+        # a network file system keeps a removed file that a server still reads
+        self._directory.mkdir(parents=True, exist_ok=True)
 
         async def look(server: Server) -> None:
             listed = await self.servers.insist(server, "GET", "/v1/models", read=lambda content: content["data"])
