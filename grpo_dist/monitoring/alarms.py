@@ -2,7 +2,7 @@
 
 Pure: a function of the lines of metrics.jsonl, in their order. Each rule computes one number from the recent steps. It
 rings when that number has been above its limit for some steps in a row, and again only after the number has been below
-a lower limit. docs/metrics.md says what to do, under the alarm's name.
+a lower limit. alarms.md says what to do, under the alarm's name.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from dataclasses import dataclass, replace
 from statistics import fmean, median
 
 Metrics = Mapping[str, float | None]
-PAGE = "docs/metrics.md"
 FIRST_STEPS = 5
 RECENT_STEPS = 100
 _AVERAGED = 5
@@ -34,11 +33,6 @@ class Alarm:
     """The limit that it is above."""
     message: str
     """The problem, with the values of the metrics."""
-
-    @property
-    def page(self) -> str:
-        """The page that says what to do."""
-        return f"{PAGE}#{self.name}"
 
 
 def _values(steps: Iterable[Metrics], name: str) -> list[float]:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..text.plain import plain_lines
 from ..types import Batch
+from .advice import advice
 from .alarms import Alarm
 from .contrast import contrast, contrast_table
 from .live_view import LiveView, clock, shown_metrics, start_live
@@ -79,10 +80,10 @@ class Display:
             self.console.print(contrast_table(step, *chosen))
 
     def alarms(self, new: Sequence[Alarm], ringing: Collection[str]) -> None:
-        """Log new alarms, with the page that says what to do; `ringing` are all alarms that are on."""
+        """Log new alarms, with what to do about them; `ringing` are all alarms that are on."""
         self.view.ringing = sorted(ringing)
         for alarm in new:
-            log.warning("ALARM %s. What to do: %s", alarm.message, alarm.page)
+            log.warning("ALARM %s. What to do: %s", alarm.message, advice(alarm.name))
 
     def step(self, metrics: Mapping[str, float | None]) -> None:
         """Show that a step is done."""

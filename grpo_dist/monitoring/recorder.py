@@ -22,6 +22,7 @@ from ..rewards.text import answering_texts
 from ..text.files import write_file
 from ..text.plain import answer_of
 from ..types import CONVERSATION, Batch
+from .advice import advice
 from .alarms import Alarm, Alarms, Metrics, rules_for
 from .json_lines import read_json_lines
 from .trackers import Entry, Mirror, Source, Table, run_name
@@ -112,7 +113,7 @@ class Recorder:
         """Write a step's alarms to alarms.jsonl: a function of metrics.jsonl, which a resumed run computes again."""
         alarms = self.alarms.step(values)
         for alarm in alarms:
-            self.alarm_file.write(json.dumps(asdict(alarm) | {"page": alarm.page}) + "\n")
+            self.alarm_file.write(json.dumps(asdict(alarm) | {"advice": advice(alarm.name)}) + "\n")
         return alarms
 
     def completions(

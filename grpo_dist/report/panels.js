@@ -165,7 +165,7 @@ function alarms() {
   if (!number) return null;
   return make("details", { class: "alarms", open: true }, make("summary", {}, `${integer(number)} alarm${number > 1 ? "s" : ""}`),
     make("ul", {}, listed.map(({ run, alarm }) => make("li", {}, runs.length > 1 ? `${run.name}, ` : "", `step ${alarm.step}: `,
-      alarm.message ?? written(alarm), alarm.page ? make("span", { class: "note" }, ` What to do: ${alarm.page}`) : ""))),
+      alarm.message ?? written(alarm), alarm.advice ? make("span", { class: "note" }, ` ${alarm.advice}`) : ""))),
     number > listed.length ? make("p", { class: "note" }, `The first ${listed.length} are listed.`) : null);
 }
 

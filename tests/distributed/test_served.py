@@ -157,11 +157,14 @@ def test_games_by_vllm_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     run = tmp_path / "run"
     done = launch(None, 1, "--config", "configs/guess_number.yaml", "--model.name", str(tmp_path / "model"),
                   "--model.dtype", "float32", "--train.num_minibatches", "1", *SMALL, "--train.output_dir", str(run),
-                  "--rollout.vllm.python", os.environ["GRPO_DIST_VLLM"], timeout_seconds=900)  # fmt: skip
+                  "--rollout.vllm.python", os.environ["GRPO_DIST_VLLM"], "--rollout.vllm.devices", "shared",
+                  timeout_seconds=900)  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
     _, *lines = metrics(run)
     assert [line["step"] for line in lines] == [1, 2]
     assert all(line["rollout/probe_gap"] <= 1e-4 and line["rollout/logprob_gap_max"] <= 1e-4 for line in lines)
+    log = (run / "vllm.log").read_text()
+    assert "POST /wake_up" in log and "POST /sleep?level=1" in log, "on a CPU it does nothing"
     assert all(line["environment/turns"] > 1 for line in lines), "a turn goes on from the results of the one before"
 
 

@@ -48,7 +48,7 @@ def write_run(
         pq.write_table(pa.table(table), directory / "completions" / f"step_{step:06d}.parquet")
     lines[-1]["eval/accuracy"] = 0.75
     (directory / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    alarm = {"step": 2, "name": "entropy", "message": "entropy fell", "page": "docs/metrics.md#entropy"}
+    alarm = {"step": 2, "name": "entropy", "message": "entropy fell", "advice": "Lower the rate."}
     (directory / "alarms.jsonl").write_text(json.dumps(alarm) + "\n")
     (directory / "environment.jsonl").write_text(json.dumps({
         "started": "2026-01-01 00:00 UTC", "first_step": 0, "engine": "DDP", "ranks": ["a: cpu", "b: cpu"],

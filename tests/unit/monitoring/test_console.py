@@ -165,7 +165,7 @@ def test_a_log_has_a_line_a_step_and_no_control_characters(logged: io.StringIO) 
     assert not CONTROL.search(text)
     assert "good one" not in text, "nothing of a model's"
     assert len(re.findall(r"step \d/10  reward 0.500  kl 0.0123 .* left$", text, re.M)) == 2
-    assert "ALARM 60% of all. What to do: docs/metrics.md#truncated" in text
+    assert "ALARM 60% of all. What to do: More than half of the completions are truncated for 3 steps. Raise " in text
     assert max(map(len, text.splitlines())) < 5000
 
 

@@ -249,7 +249,7 @@ def test_runs_side_by_side(page: Page, several: Path) -> None:
     assert page.js(f"{reward}.querySelectorAll('.band').length") == 1  # two seeds are one line with their range
     assert page.texts(".legend label") == ["grpo (2 seeds)", "short"]
     assert page.texts(".numbers th[scope=col]")[-3:] == ["train.batch_size", "train.num_train_steps", "train.seed"]
-    assert page.texts(".alarms li")[1].startswith("grpo_seed1, step 2: entropy fell What to do: docs/metrics.md#")
+    assert page.texts(".alarms li")[1].startswith("grpo_seed1, step 2: entropy fell Lower the rate.")
     page.js("document.querySelector('.legend input').click()")
     assert page.js(f"{reward}.querySelectorAll('.line').length") == 1
     page.js("""(() => { const run = document.getElementById("run"); run.value = "2";
