@@ -9,6 +9,7 @@ On a terminal, `init` asks for what is not given. Elsewhere it uses defaults, an
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import textwrap
 from collections.abc import Callable, Sequence
@@ -24,13 +25,15 @@ from ..config.schema import Config, RewardConfig
 from ..config.shipped import shipped
 from ..config.values import descriptions, flat
 from ..data.rows import load_rows
+from ..model.toy import MODELS, toy_path
 from ..rewards.registry import BUILT_IN
 from ..text.files import near_paths
 
 SET = (
     "model.name", "lora.r", "lora.alpha", "data.train_file", "data.eval_file", "data.prompt_column",
-    "data.answer_column", "data.max_prompt_length", "rollout.group_size", "rollout.max_completion_length",
-    "optim.learning_rate", "train.batch_size", "train.num_train_steps", "train.max_tokens_per_pack", "train.output_dir",
+    "data.answer_column", "data.chat_template", "data.max_prompt_length", "rollout.group_size",
+    "rollout.max_completion_length", "optim.learning_rate", "train.batch_size", "train.num_train_steps",
+    "train.max_tokens_per_pack", "train.output_dir",
 )  # fmt: skip
 """Options that a starter config sets."""
 OFTEN_CHANGED = (
@@ -65,7 +68,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--eval_data", help="the same for evaluation (none)")
     parser.add_argument("--prompt_column", help="prompt column (guessed from a local file)")
     parser.add_argument("--answer_column", help="gold answer column, `null` for none (guessed from a local file)")
-    parser.add_argument("--reward", help="a built-in reward, or module:function (math)")
+    parser.add_argument("--reward", help="a built-in reward, or module:function (math, where there are gold answers)")
     parser.add_argument("--output_dir", help="output directory of the run (runs/ and the name of FILE)")
     parser.add_argument("--gpus", type=int, help="GPUs for the printed training command (1)")
 
@@ -161,7 +164,8 @@ def render(starter: Starter) -> str:
     config = Config(rewards=[RewardConfig(starter.reward)])
     config.model.name, config.train.output_dir = starter.model, starter.output_dir
     config.data = replace(config.data, train_file=starter.data, eval_file=starter.eval_data,
-                          prompt_column=starter.prompt_column, answer_column=starter.answer_column)  # fmt: skip
+                          prompt_column=starter.prompt_column, answer_column=starter.answer_column,
+                          chat_template="always" if _has_template(starter.model) else "auto")  # fmt: skip
     values, docs = flat(asdict(config)), option_docs()
     lines = ["# A starter config. All options, with their defaults and meanings:",
              "#     python -m grpo_dist.train --help"]  # fmt: skip
@@ -177,6 +181,15 @@ def render(starter: Starter) -> str:
             off = "" if key in SET else "# "
             lines += [*_comment(docs[key], "  "), f"  {off}{key.partition('.')[2]}: {_yaml(values[key])}"]
     return "\n".join(lines) + "\n"
+
+
+def _has_template(model: str) -> bool:
+    """Whether a local model has a chat template; the hub is not asked, and `check` looks again."""
+    directory = toy_path(model) if model in MODELS else Path(model)
+    if (directory / "chat_template.jinja").is_file():
+        return True
+    config = directory / "tokenizer_config.json"
+    return config.is_file() and "chat_template" in json.loads(config.read_text())
 
 
 def option_docs(cls: type = Config, prefix: str = "") -> dict[str, str]:

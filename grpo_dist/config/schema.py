@@ -102,8 +102,8 @@ class DataConfig:
     """A JSONL, JSON, CSV or parquet file, a directory, or a hub id: what `datasets.load_dataset` takes; or
     `reasoning_gym:chain_sum?size=1000` for tasks of reasoning-gym. Several with weights are a mixture:
     `{a.jsonl: 2, b.jsonl: 1}`."""
-    eval_file: str | None = "configs/data/math_tasks_eval.jsonl"
-    """The same for evaluation; null for none."""
+    eval_file: str | None = None
+    """The same for evaluation, held-out prompts of the same task; null for none."""
     subset: str | None = None
     """Configuration name of a hub data set, such as `main`."""
     train_split: str = "train"

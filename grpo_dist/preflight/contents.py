@@ -36,6 +36,7 @@ from ..rollout.replay import require_experts
 from ..rollout.sampling import sampling_with
 from ..text.plain import plain
 from ..types import Prompt
+from .doubts import doubts
 from .findings import Findings
 
 _SHOWN_PROMPTS = 2
@@ -133,6 +134,10 @@ def describe_prompts(config: Config, contents: Contents, findings: Findings) -> 
     if not contents.prompts or contents.tokenizer is None:
         return
     lines = [f"{len(contents.prompts)} to train on, {len(contents.eval_prompts)} to evaluate on"]
+    findings.remarks += doubts(templated(config), contents.tokenizer, contents.prompts)
+    if config.data.eval_file is None:
+        findings.remarks.append("data.eval_file is null: nothing will show how the model does on prompts that it is "
+                                "not trained on")  # fmt: skip
     if not config.data.streaming:
         longest = max(len(prompt.ids) for prompt in (*contents.prompts, *contents.shown))
         lines.append(f"the longest has {longest} tokens (data.max_prompt_length: {config.data.max_prompt_length})")

@@ -45,6 +45,7 @@ from ..monitoring.console import Display
 from ..monitoring.machine import record_start, versions
 from ..monitoring.recorder import Recorder
 from ..monitoring.trackers import require_known
+from ..preflight.doubts import doubts
 from ..rewards.pool.pool import ScorerPool
 from ..rewards.registry import EPISODE_COLUMNS, answer_checks, labels
 from ..rollout.choose import UnfitEngine
@@ -194,6 +195,8 @@ def _load_data(config: Config, resume_from: Path | None, host: EnvironmentHost |
         loaded, _ = load_prompts(config.data.eval_file, config.data.eval_split, config.data, renderer, checks,
                                  tokenizers=renderers)  # fmt: skip
         eval_prompts = loaded[: config.train.num_eval_prompts]
+    for doubt in doubts(config, tokenizer, prompts):
+        log.warning("%s", doubt)
     end_ids = end_token_ids(config.model, tokenizer)
     vocabulary = model_config.get_text_config().vocab_size
     sampling = sampling_with(config.rollout, tokenizer, end_ids, vocabulary)
