@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,3 +33,11 @@ def the_next_test_has_the_same_environment() -> Iterator[None]:
     yield
     os.environ.clear()
     os.environ.update(before)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def what_lasts_is_not_collected() -> Iterator[None]:
+    """Libraries ask for collections often, and each would read all that importing has left."""
+    gc.collect()
+    gc.freeze()
+    yield

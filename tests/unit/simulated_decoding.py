@@ -1,6 +1,6 @@
 """What a step of the paged engine costs on the simulated device, and what its rows read; as JSON.
 
-    python tests/unit/simulated_decoding.py > RESULT.json
+    python tests/unit/simulated_decoding.py [modules] > RESULT.json
 
 Triton is replaced: each of its kernels counts as one and computes nothing, but that every token drawn is 7. What they
 compute is tested in Triton's interpreter (`rollout/test_triton.py`). Kernels do not depend on sizes, so the model has
@@ -218,17 +218,19 @@ def of_memory() -> dict[str, Any]:
 
 
 def main() -> None:
-    """Count everything."""
+    """Count everything that the fused steps do, or with the word `modules` what the modules' own steps do."""
     normal = random.Random(0)
     lengths = [min(1024, max(1, round(normal.gauss(600, 200)))) for _ in range(32)]
     # 80 GB, Qwen2.5-1.5B: what is left beside weights in 16 bits, adapters, and a tenth
     free = int(0.9 * 80e9) - 2 * 1_600_000_000 - 16 * 20_000_000
     tokens = fitting(free, 28 * 2 * 2 * 128 * 2, 151_936 * 24, 1024)
+    if sys.argv[1:] == ["modules"]:
+        print(json.dumps({"gemma's modules": of_steps(512, config_of=Gemma2Config, step_of=module_step)}))
+        return
     print(json.dumps({
         "many rows": of_steps(512), "few rows": of_steps(8), "top-p": of_steps(512, Sampling(top_p=0.95)),
         "without adapters": of_steps(512, adapters=False), "page": PAGE,
         "gemma": of_steps(512, config_of=Gemma2Config),
-        "gemma's modules": of_steps(512, config_of=Gemma2Config, step_of=module_step),
         # what is in flight has pages for 1,024 tokens, so that a few of them show whether rows wait for others
         "full": read_by(requests_of(32, 16, 256, [9] * 512), 1024, tokens),
         "normal": read_by(requests_of(2, 16, 256, lengths), 1024, tokens),
