@@ -63,7 +63,7 @@ ARCHITECTURES = [
     Architecture("StarCoder2", "starcoder2", "modules", vllm=THROUGH),
     Architecture("Mixtral", "mixtral", "operations", without=(EXPERTS,)),
     Architecture("Qwen3-30B-A3B, Qwen3-235B-A22B", "qwen3_moe", "operations", without=(EXPERTS,)),
-    Architecture("gpt-oss", "gpt_oss", rows="attention sinks", without=(EXPERTS,)),
+    Architecture("gpt-oss", "gpt_oss", "operations", without=(EXPERTS,)),
     Architecture("OLMoE", "olmoe", "modules", without=(EXPERTS,)),
     Architecture("GLM-4.5, GLM-4.6", "glm4_moe", "modules", without=(SHARED_EXPERT, EXPERTS)),
     Architecture("DeepSeek-V3, R1", "deepseek_v3", "modules", without=(SHARED_EXPERT, EXPERTS)),

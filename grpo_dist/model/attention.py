@@ -43,11 +43,12 @@ class Layout(Protocol):
 
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None, window: int | None = None,
-        softcap: float | None = None,
+        softcap: float | None = None, sinks: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """Attention of one layer: `query` (1, Hq, T, D), `key` and `value` (1, Hk, T, D) to (1, T, Hq, D). With a
         `window` a query sees only so many of the newest positions of its sequence, its own included. A `softcap` c
-        makes c · tanh(score / c) of a score (arXiv:2408.00118, section 2)."""
+        makes c · tanh(score / c) of a score (arXiv:2408.00118, section 2). `sinks` (Hq,) are logits that join each
+        query's softmax and have no value (gpt-oss, arXiv:2508.10925, section 2.2)."""
 
 
 class PackLayout(Layout, Protocol):
@@ -64,14 +65,12 @@ class PackLayout(Layout, Protocol):
 def _attention(
     module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
     scaling: float | None = None, *, layout: Layout | None = None, sliding_window: int | None = None,
-    softcap: float | None = None, **unused: Any,
+    softcap: float | None = None, s_aux: Tensor | None = None, **unused: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
     """The function that transformers calls. It ignores dropout, because a rollout and its update must agree."""
     if layout is None:
         raise ValueError(f"a model with attn_implementation={NAME!r} was called without the keyword argument `layout`")
-    if unused.get("s_aux") is not None:
-        raise ValueError(f"attn_implementation={NAME!r} has no attention sinks")
-    return layout.attend(module.layer_idx, query, key, value, scaling, sliding_window, softcap), None
+    return layout.attend(module.layer_idx, query, key, value, scaling, sliding_window, softcap, s_aux), None
 
 
 AttentionInterface.register(NAME, _attention)
@@ -101,7 +100,7 @@ class RowLayout:
 
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None, window: int | None = None,
-        softcap: float | None = None,
+        softcap: float | None = None, sinks: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """See `Layout`."""
         if window is not None and window >= self.longest:
@@ -109,11 +108,11 @@ class RowLayout:
         if softcap is not None and query.is_cuda:
             say_blocks("they have no soft cap of scores")
         if softcap is not None or not can_use_flash(query, key, value):
-            return self._in_blocks(window).attend(layer, query, key, value, scale, softcap=softcap)
+            return self._in_blocks(window).attend(layer, query, key, value, scale, softcap=softcap, sinks=sinks)
         query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
         if window is None:
-            return shared_prefix_attention(query, key, value, self._in_segments(), scale)[None]
-        return window_attention(query, key, value, self._in_window(window), scale)[None]
+            return shared_prefix_attention(query, key, value, self._in_segments(), scale, sinks)[None]
+        return window_attention(query, key, value, self._in_window(window), scale, sinks)[None]
 
     def _in_segments(self) -> Segments:
         if self._segments is None:
@@ -156,10 +155,13 @@ class BlockLayout:
 
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None, window: int | None = None,
-        softcap: float | None = None,
+        softcap: float | None = None, sinks: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """See `Layout`; the masks contain the window."""
-        compute = scaled_dot_product_attention if softcap is None else partial(capped_attention, softcap=softcap)
+        is_plain = softcap is None and sinks is None
+        compute = (
+            scaled_dot_product_attention if is_plain else partial(explicit_attention, softcap=softcap, sinks=sinks)
+        )
         repeat = query.shape[1] // key.shape[1]
         if repeat > 1:
             key, value = key.repeat_interleave(repeat, 1), value.repeat_interleave(repeat, 1)
@@ -177,18 +179,23 @@ class BlockLayout:
         return _joined(outputs, range(len(outputs))).transpose(1, 2)
 
 
-def capped_attention(
+def explicit_attention(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, is_causal: bool, scale: float | None,
-    softcap: float,
+    softcap: float | None, sinks: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    """`scaled_dot_product_attention`, which has no soft cap, of scores with one; a mask is bool."""
+    """`scaled_dot_product_attention`, which has neither, with a soft cap and sinks; a mask is bool."""
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    scores = cap_scores((query @ key.transpose(-2, -1)).float(), scale, softcap)
+    products = query @ key.transpose(-2, -1)
+    dtype = torch.promote_types(products.dtype, torch.float32)
+    scores = cap_scores(products.to(dtype), scale, softcap)
     if is_causal:
         attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril_()
     if attn_mask is not None:
         scores = scores.masked_fill(~attn_mask, -torch.inf)
-    return scores.softmax(-1).to(value.dtype) @ value
+    if sinks is not None:
+        columns = sinks.to(dtype)[:, None, None].expand(*scores.shape[:-1], 1)
+        scores = torch.cat([scores, columns], -1)
+    return scores.softmax(-1)[..., : key.shape[-2]].to(value.dtype) @ value
 
 
 def cap_scores(products: Tensor, scale: float, softcap: float | None) -> Tensor:

@@ -8,6 +8,9 @@ are not expanded to the query heads, and only those of prompts are copied. Lengt
 In the backward pass both kernels get the joined output and the joined log-sum-exp. The probabilities and row sums that
 they recompute are then those of the joint softmax (arXiv:2307.08691, section 3.1.2), and their gradients add up.
 
+An attention sink is one more logit of a head in that softmax, without a value. It scales the output and joins the
+log-sum-exp, so the kernels' backward pass needs no other change.
+
 A layer with a sliding window sees only the end of a long prompt, and not the same part from every query. There each
 completion gets copies of the last keys and values of its prompt, and one call computes all.
 
@@ -159,28 +162,34 @@ def can_use_flash(query: Tensor, key: Tensor, value: Tensor) -> bool:
     return fits and flash_obstacle(query.dtype, size, query.shape[1] // key.shape[1]) is None
 
 
-def shared_prefix_attention(query: Tensor, key: Tensor, value: Tensor, where: Segments, scale: float | None) -> Tensor:
-    """Attention of a row: `query` (T, Hq, D), `key` and `value` (T, Hk, D) to (T, Hq, D); differentiable."""
-    return _SharedPrefix.apply(query, key, value, where, query.shape[-1] ** -0.5 if scale is None else scale)
+def shared_prefix_attention(
+    query: Tensor, key: Tensor, value: Tensor, where: Segments, scale: float | None, sinks: Tensor | None = None
+) -> Tensor:
+    """Attention of a row: `query` (T, Hq, D), `key` and `value` (T, Hk, D), `sinks` (Hq,) to (T, Hq, D);
+    differentiable."""
+    return _SharedPrefix.apply(query, key, value, sinks, where, query.shape[-1] ** -0.5 if scale is None else scale)
 
 
 class _SharedPrefix(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, where: Segments, scale: float) -> Tensor:
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, where: Segments, scale: float
+    ) -> Tensor:
         output, sums, state = _flash(query, key, value, where.within, scale)
         prefix_state = state
         if where.most_keys:
             prompts = _chosen(key, value, where.prompt_rows)
             other, other_sums, prefix_state = _flash(query, *prompts, where.before, scale)
             output, sums = _joined(output, sums, other, other_sums)
-        ctx.save_for_backward(query, key, value, output, sums, *state, *prefix_state)
+        output, sums = _scaled(output, sums, sinks)
+        ctx.save_for_backward(query, key, value, sinks, output, sums, *state, *prefix_state)
         ctx.where, ctx.scale = where, scale
         return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, output, sums, *states = ctx.saved_tensors
+        query, key, value, sinks, output, sums, *states = ctx.saved_tensors
         where, rows, result = ctx.where, (grad.contiguous(), query), (output, sums)
         grads = _flash_backward(rows, result, key, value, where.within, states[:2], ctx.scale)
         if where.most_keys:
@@ -189,38 +198,41 @@ class _SharedPrefix(torch.autograd.Function):
             grads[0].add_(more[0])
             for whole, part in zip(grads[1:], more[1:], strict=True):
                 whole.index_add_(0, where.prompt_rows, part)
-        return *grads, None, None
+        return *grads, _of_sinks(ctx, rows[0], output, sums, sinks), None, None
 
 
-def window_attention(query: Tensor, key: Tensor, value: Tensor, where: Window, scale: float | None) -> Tensor:
-    """Attention of a row in a layer with a sliding window: `query` (T, Hq, D), `key` and `value` (T, Hk, D) to
-    (T, Hq, D); differentiable."""
-    return _Window.apply(query, key, value, where, query.shape[-1] ** -0.5 if scale is None else scale)
+def window_attention(
+    query: Tensor, key: Tensor, value: Tensor, where: Window, scale: float | None, sinks: Tensor | None = None
+) -> Tensor:
+    """Attention of a row in a layer with a sliding window: `query` (T, Hq, D), `key` and `value` (T, Hk, D), `sinks`
+    (Hq,) to (T, Hq, D); differentiable."""
+    return _Window.apply(query, key, value, sinks, where, query.shape[-1] ** -0.5 if scale is None else scale)
 
 
 class _Window(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, where: Window, scale: float) -> Tensor:
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, where: Window, scale: float
+    ) -> Tensor:
         seen = _chosen(key, value, where.rows)
         output, sums, state = _flash(query, *seen, where.call, scale)
-        ctx.save_for_backward(query, key, value, output, sums, *state)
+        output, sums = _scaled(output, sums, sinks)
+        ctx.save_for_backward(query, key, value, sinks, output, sums, *state)
         ctx.where, ctx.scale = where, scale
         return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, output, sums, *state = ctx.saved_tensors
-        rows = ctx.where.rows
+        query, key, value, sinks, output, sums, *state = ctx.saved_tensors
+        rows, grad = ctx.where.rows, grad.contiguous()
         seen = _chosen(key, value, rows)
-        grad_query, *grads = _flash_backward(
-            (grad.contiguous(), query), (output, sums), *seen, ctx.where.call, state, ctx.scale
-        )
+        grad_query, *grads = _flash_backward((grad, query), (output, sums), *seen, ctx.where.call, state, ctx.scale)
         # in float32: a prompt's keys have a part of their gradient from each completion
         dtype = torch.promote_types(key.dtype, torch.float32)
         grad_key, grad_value = (torch.zeros_like(key, dtype=dtype).index_add_(0, rows, part.to(dtype)).to(key.dtype)
                                 for part in grads)  # fmt: skip
-        return grad_query, grad_key, grad_value, None, None
+        return grad_query, grad_key, grad_value, _of_sinks(ctx, grad, output, sums, sinks), None, None
 
 
 def _chosen(key: Tensor, value: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -238,6 +250,30 @@ def _joined(one: Tensor, one_sums: Tensor, other: Tensor, other_sums: Tensor) ->
     share = torch.sigmoid(other_sums - one_sums).T[..., None]
     joined = torch.lerp(one.to(share.dtype), other.to(share.dtype), share).to(one.dtype)
     return joined, torch.logaddexp(one_sums, other_sums)
+
+
+def with_sinks(sums: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:
+    """What is left of outputs when sinks have joined their softmax, and the log-sums of both; all of the shape of
+    `sums`, the log-sums without sinks."""
+    sinks = sinks.to(sums.dtype)
+    return torch.sigmoid(sums - sinks), torch.logaddexp(sums, sinks)
+
+
+def _scaled(output: Tensor, sums: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
+    """An output (T, H, D) and its log-sums (H, T) with the sinks (H,)."""
+    if sinks is None:
+        return output, sums
+    share, sums = with_sinks(sums, sinks[:, None])
+    return (output * share.T[..., None]).to(output.dtype), sums
+
+
+def _of_sinks(ctx: Any, grad: Tensor, output: Tensor, sums: Tensor, sinks: Tensor | None) -> Tensor | None:
+    """The gradient of the sinks (H,): as of any logit, with a value of 0."""
+    if sinks is None or not ctx.needs_input_grad[3]:
+        return None
+    probs = torch.exp(sinks.to(sums.dtype)[:, None] - sums)
+    products = (grad.to(sums.dtype) * output).sum(-1)
+    return -torch.einsum("ht,th->h", probs, products).to(sinks.dtype)
 
 
 def _flash(

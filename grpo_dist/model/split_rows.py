@@ -40,7 +40,7 @@ class SplitLayout:
 
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None, window: int | None = None,
-        softcap: float | None = None,
+        softcap: float | None = None, sinks: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """See `attention.Layout`; T is the number of own tokens."""
         size, heads = self.group.size, query.shape[1]
@@ -51,7 +51,8 @@ class SplitLayout:
         whole = to_heads(torch.cat(parts, -1), self.group, self.lengths).split([x.shape[-1] for x in parts], -1)
         sizes = (query.shape[-1], key.shape[-1], value.shape[-1])
         query, key, value = (x.unflatten(-1, (-1, head)).transpose(1, 2) for x, head in zip(whole, sizes, strict=True))
-        attended = self.row.attend(layer, query, key, value, scale, window, softcap)
+        sinks = None if sinks is None else sinks.chunk(size)[self.group.place]
+        attended = self.row.attend(layer, query, key, value, scale, window, softcap, sinks)
         own = to_tokens(attended.flatten(2), self.group, self.lengths)
         return own.transpose(0, 1).reshape(1, -1, heads, attended.shape[-1])
 

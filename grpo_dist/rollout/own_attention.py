@@ -16,7 +16,7 @@ from ..model.checks import CANNOT
 from ..model.files import UnfitModel
 from ..model.load import soft_cap
 from ..model.policy import Policy
-from .probe import bounds_leak, is_noisy, packing_leak, probe_pack, row_fault
+from .probe import bounds_leak, has_sinks, is_noisy, packing_leak, probe_pack, row_fault
 
 log = logging.getLogger(__name__)
 
@@ -42,8 +42,8 @@ def settle_attention(
         return next(filter(None, gather(probe(model))), None)
 
     if obstacle is None:
-        has_bounds = window is not None or soft_cap(model.config) is not None
-        obstacle = fault_of(bounds_leak if has_bounds else packing_leak)
+        is_plain = window is None and soft_cap(model.config) is None and not has_sinks(model)
+        obstacle = fault_of(packing_leak if is_plain else bounds_leak)
         if obstacle is None:
             return None
     first = None if given == attention.NAME else given

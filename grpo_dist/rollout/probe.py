@@ -92,6 +92,11 @@ def bounds_of(model: nn.Module) -> list[tuple[Any, str, float]]:
             if isinstance(value := getattr(each, name, None), int | float)]  # fmt: skip
 
 
+def has_sinks(model: nn.Module) -> bool:
+    """Whether attention of the model has sinks."""
+    return any(getattr(each, "sinks", None) is not None for each in model.modules())
+
+
 @contextmanager
 def narrow_bounds(model: nn.Module) -> Iterator[None]:
     """Inside, every sliding window and every soft cap of the model is so narrow that it shows in a few tokens, for the
@@ -108,27 +113,28 @@ def narrow_bounds(model: nn.Module) -> Iterator[None]:
 
 @torch.no_grad()
 def bounds_leak(model: nn.Module) -> str | None:
-    """`packing_leak` of a model with sliding windows or soft caps, which are narrow enough to show in a few tokens.
-    With these the model has to compute what its own attention computes."""
+    """`packing_leak` of a model with sinks, or with sliding windows or soft caps that are narrow enough to show in a
+    few tokens. With these the model has to compute what its own attention computes."""
     ids = example_tokens(model, PROMPT + max(COMPLETIONS))
     try:
         wide = _outputs_by_own_positions(model, ids)
         with narrow_bounds(model):
             narrow = _outputs_by_own_positions(model, ids)
             leak = packing_leak(model)
-            model.set_attn_implementation("sdpa" if soft_cap(model.config) is None else "eager")
+            takes_sdpa = soft_cap(model.config) is None and not has_sinks(model)
+            model.set_attn_implementation("sdpa" if takes_sdpa else "eager")
             try:
                 own = _row(model, ids)
             finally:
                 model.set_attn_implementation(attention.NAME)
     except CANNOT as error:
-        return f"its sliding windows or soft caps cannot be tried: {type(error).__name__}: {error}"
+        return f"its sliding windows, soft caps or sinks cannot be tried: {type(error).__name__}: {error}"
     effect, off = (float((narrow - other).abs().max()) for other in (wide, own))
-    if effect == 0:
+    if effect == 0 and not has_sinks(model):
         return "its layers do not say that they have a sliding window or a soft cap"
     if leak is not None:
         return leak
-    return f"log-probabilities in narrow windows or caps are off by {off:.2g}" if off > rounding(model) else None
+    return f"log-probabilities with windows, caps or sinks are off by {off:.2g}" if off > rounding(model) else None
 
 
 @torch.no_grad()

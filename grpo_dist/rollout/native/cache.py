@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ...model.attention import RowLayout, cap_scores
+from ...model.shared_prefix import with_sinks
 
 EVERYTHING = 1 << 30
 """Positions of a window that no sequence leaves."""
@@ -36,13 +37,13 @@ class PrefillLayout:
 
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None, window: int | None = None,
-        softcap: float | None = None,
+        softcap: float | None = None, sinks: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """See `attention.Layout`."""
         if layer in self.keys:
             raise ValueError(f"layer {layer} attends more than once")
         self.keys[layer], self.values[layer] = key[0], value[0]
-        return self.rows.attend(layer, query, key, value, scale, window, softcap)
+        return self.rows.attend(layer, query, key, value, scale, window, softcap, sinks)
 
 
 class DecodeState:
@@ -192,15 +193,15 @@ class DecodeState:
 
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None, window: int | None = None,
-        softcap: float | None = None,
+        softcap: float | None = None, sinks: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """See `attention.Layout`; the row's T tokens are the R sequences' newest ones, in order."""
         query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
-        return self.attend_rows(layer, query, key, value, scale, window, softcap)[None]
+        return self.attend_rows(layer, query, key, value, scale, window, softcap, sinks)[None]
 
     def attend_rows(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None, window: int | None = None,
-        softcap: float | None = None,
+        softcap: float | None = None, sinks: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """Attention of the sequences' newest tokens: `query` (R, Hq, D), `key` and `value` (R, Hk, D) to (R, Hq, D)."""
         window = None if window is None or window >= self.longest else window
@@ -211,6 +212,9 @@ class DecodeState:
         query = query.reshape(num_rows, key.shape[1], -1, query.shape[2])  # (R, Hk, G, D)
         own, own_sum = _partial(query, own_keys[:, :, : self.seen], own_values[:, :, : self.seen],
                                 self.own_mask(window), scale, softcap)  # fmt: skip
+        if sinks is not None:
+            weight, own_sum = with_sinks(own_sum, sinks.view(own_sum.shape[1:]))
+            own = own * weight[..., None].to(own.dtype)
         if not self.shares:
             return own.reshape(num_rows, num_queries, -1)
         mask, is_past = (self.prompt_mask, None) if window is None else self._window_mask(window, query.shape[2])

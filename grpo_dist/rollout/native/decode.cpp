@@ -27,6 +27,7 @@ struct Linear {
 struct Layer {
     // of what comes in and what is added, by attention and by the feed-forward part, and of heads; null for none
     const float *input_norm, *output_norm, *mlp_norm, *down_norm, *query_norm, *key_norm;
+    const float* sinks; // (query_heads,) a logit that joins a head's softmax without a value; null for none
     Linear query, key, value, output, gate, up, down;
     int64_t window; // the newest positions that a query sees, its own included
     int64_t kind;   // which of the rotations it takes
@@ -289,19 +290,19 @@ template <int L> void cap_all(float* x, long count, float cap) {
     }
 }
 
-// softmax of `count` scores, in place; L more can be written behind them
-template <int L> void softmax(float* scores, long count) {
+// softmax of `count` scores and a sink (-INFINITY: none), in place; L more can be written behind them
+template <int L> void softmax(float* scores, long count, float sink) {
     for (int i = 0; i < L; ++i) scores[count + i] = -INFINITY;
     Vec<L> most = load<L>(scores), total = {};
     for (long j = L; j < count; j += L) most = load<L>(scores + j) > most ? load<L>(scores + j) : most;
-    float peak = most[0];
+    float peak = std::max(sink, most[0]);
     for (int i = 1; i < L; ++i) peak = std::max(peak, most[i]);
     for (long j = 0; j < count; j += L) {
         Vec<L> weights = exponential<L>(load<L>(scores + j) - peak);
         store<L>(weights, scores + j);
         total += weights;
     }
-    float factor = 1 / sum<L>(total); // what is behind adds e^-87 at most
+    float factor = 1 / (sum<L>(total) + std::exp(sink - peak)); // what is behind adds e^-87 at most
     for (long j = 0; j < count; ++j) scores[j] *= factor;
 }
 
@@ -449,10 +450,12 @@ template <int L, class W> class Decoding {
                 score<L>(turned + first * size, group, size, own(layer.own_keys, row, head) + passed * size, seen,
                          s.scale, scores + first * room.stride + before, room.stride);
                 const long hidden = std::clamp(first_seen(layer, row, shared) - skipped, 0L, before);
-                for (float* q = scores + first * room.stride; q < scores + (first + group) * room.stride; q += room.stride) {
+                for (long n = 0; n < group; ++n) {
+                    float* q = scores + (first + n) * room.stride;
                     if (s.soft_cap) cap_all<L>(q, before + seen, s.soft_cap);
                     std::fill_n(q, hidden, -INFINITY);
-                    softmax<L>(q + hidden / L * L, before + seen - hidden / L * L);
+                    const float sink = layer.sinks ? layer.sinks[head * group + n] : -INFINITY;
+                    softmax<L>(q + hidden / L * L, before + seen - hidden / L * L, sink);
                     std::fill_n(q, hidden, 0.f);
                 }
             });

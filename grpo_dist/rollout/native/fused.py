@@ -129,8 +129,8 @@ class FusedStep:
         for each in self.layers:
             layer = each.layer
             query = self._placed(each, _normalised(x, before, layer.input_norm), *turns[layer.kind], state)
-            attended = state.attend_rows(layer.number, query, layer.scale, layer.window, layer.soft_cap).flatten(1)
-            inner = _normalised(x, Leaving(each.output, attended, layer.output_norm), layer.mlp_norm)
+            attended = state.attend_rows(layer.number, query, layer.scale, layer.window, layer.soft_cap, layer.sinks)
+            inner = _normalised(x, Leaving(each.output, attended.flatten(1), layer.output_norm), layer.mlp_norm)
             if isinstance(each.feed_forward, nn.Module):
                 before = Leaving(None, of_rows(each.feed_forward, inner), layer.down_norm)
             else:

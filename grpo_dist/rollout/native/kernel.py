@@ -38,7 +38,7 @@ class _Linear(ctypes.Structure):
 class _Layer(ctypes.Structure):
     _fields_ = [
         *((name, c_void_p) for name in ("input_norm", "output_norm", "mlp_norm", "down_norm")),
-        *((name, c_void_p) for name in ("query_norm", "key_norm")),
+        *((name, c_void_p) for name in ("query_norm", "key_norm", "sinks")),
         *((name, _Linear) for name in ("query", "key", "value", "output", "gate", "up", "down")),
         ("window", c_int64), ("kind", c_int64),
         *((name, c_void_p) for name in ("own_keys", "own_values", "prompt_keys", "prompt_values")),
@@ -151,6 +151,7 @@ class KernelStep:
             self._norm(layer.input_norm, hidden), self._norm(layer.output_norm, hidden),
             self._norm(layer.mlp_norm, hidden), self._norm(layer.down_norm, hidden),
             self._norm(layer.query_norm, size), self._norm(layer.key_norm, size),
+            None if layer.sinks is None else self._kept(layer.sinks.float(), (queries // size,), torch.float32),
             self._linear(layer.query, queries, hidden), self._linear(layer.key, keys, hidden),
             self._linear(layer.value, keys, hidden), self._linear(layer.output, hidden, queries),
             self._linear(gated.gate, inner, hidden), self._linear(gated.up, inner, hidden),

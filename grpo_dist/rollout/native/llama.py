@@ -124,6 +124,8 @@ class Layer:
     """The newest positions that a query sees, its own included; None for all."""
     soft_cap: float | None
     """Of its scores."""
+    sinks: Tensor | None
+    """A logit for each query head that joins its softmax."""
     input_norm: Norm
     output_norm: Norm | None
     """Of what attention adds."""
@@ -162,7 +164,9 @@ class Weights:
     def rotations(self, x: Tensor, positions: Tensor) -> dict[str | None, tuple[Tensor, Tensor]]:
         """Cosines and sines (R, D) in the dtype of `x`, for each kind of layers."""
         turns = {kind: self._rotary(x, positions[None], *([] if kind is None else [kind])) for kind in self.kinds}
-        return {kind: (cos[0].contiguous(), sin[0].contiguous()) for kind, (cos, sin) in turns.items()}
+        # gpt-oss has those of one half of a head, which are the other's too
+        times = self.head_size // turns[self.kinds[0]][0].shape[-1]
+        return {kind: (cos[0].repeat(1, times), sin[0].repeat(1, times)) for kind, (cos, sin) in turns.items()}
 
 
 class LlamaStep:
@@ -201,7 +205,7 @@ class LlamaStep:
         query = query if layer.query_norm is None else layer.query_norm(query)
         key = key if layer.key_norm is None else layer.key_norm(key)
         output = state.attend_rows(layer.number, _turned(query, turn), _turned(key, turn), value, layer.scale,
-                                   layer.window, layer.soft_cap)  # fmt: skip
+                                   layer.window, layer.soft_cap, layer.sinks)  # fmt: skip
         return output.flatten(1)
 
 
@@ -248,6 +252,7 @@ def _layer(module: Any, text: Any, has_kinds: bool) -> Layer:
         # where attention does not say, as in Mistral, the config holds for all layers
         window=getattr(attention, "sliding_window", getattr(text, "sliding_window", None)),
         soft_cap=getattr(attention, "attn_logit_softcapping", None),
+        sinks=getattr(attention, "sinks", None),
         input_norm=_norm(module.input_layernorm),
         output_norm=behind if has_more_norms else None,
         mlp_norm=_norm(module.pre_feedforward_layernorm) if has_more_norms else behind,

@@ -78,7 +78,7 @@ class PagePool:
 
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None, window: int | None = None,
-        softcap: float | None = None,
+        softcap: float | None = None, sinks: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """See `attention.Layout`; the row's T tokens are the newest ones of the R rows, in order."""
         query, key, value = (x[0].transpose(0, 1).contiguous() for x in (query, key, value))
@@ -86,11 +86,12 @@ class PagePool:
         page = self.table[: self.num_rows].gather(1, (lengths // PAGE)[:, None])[:, 0].long()
         self.keys[layer][page, :, lengths % PAGE] = key
         self.values[layer][page, :, lengths % PAGE] = value
-        return self.attend_rows(layer, query, scale, window, softcap)[None]
+        return self.attend_rows(layer, query, scale, window, softcap, sinks)[None]
 
     def attend_rows(
-        self, layer: int, query: Tensor, scale: float | None, window: int | None = None, softcap: float | None = None
-    ) -> Tensor:
+        self, layer: int, query: Tensor, scale: float | None, window: int | None = None, softcap: float | None = None,
+        sinks: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         """Attention of `query` (R, Hq, D), contiguous, to what is in the pages; (R, Hq, D). Pages before a `window` are
         not read."""
         keys, values = self.keys[layer], self.values[layer]
@@ -111,9 +112,10 @@ class PagePool:
         )  # fmt: skip
         output = torch.empty_like(query)
         kernels.attend_own[rows, heads, self.splits](
-            query, keys, values, self.table, self.lengths, shared, shared_sums, output if self.splits == 1 else own,
-            own_sums, rows, scale, seen, cap, self.table.shape[1], GP=max(16, triton.next_power_of_2(group)),
-            SPLITS=self.splits, SHARED=self.prompt_splits, **sizes,
+            query, keys, values, self.table, self.lengths, query if sinks is None else sinks, shared, shared_sums,
+            output if self.splits == 1 else own, own_sums, rows, scale, seen, cap, self.table.shape[1],
+            GP=max(16, triton.next_power_of_2(group)), SPLITS=self.splits, SHARED=self.prompt_splits,
+            SINKS=sinks is not None, **sizes,
         )  # fmt: skip
         if self.splits > 1:
             kernels.join[(rows * num_queries,)](own, own_sums, shared, shared_sums, output, rows * num_queries, D=size,

@@ -84,10 +84,11 @@ def attend_prompts(query, keys, values, table, lengths, own_lengths, tile_prompt
 
 
 @triton.jit
-def attend_own(query, keys, values, table, lengths, shared, shared_sums, output, sums, num_rows, scale, window, cap,
-               width, HK: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
-               PAGE: tl.constexpr, SPLITS: tl.constexpr, SHARED: tl.constexpr, CAPPED: tl.constexpr):  # fmt: skip
-    """A row over a split of its own pages, its newest token's among them.
+def attend_own(query, keys, values, table, lengths, sinks, shared, shared_sums, output, sums, num_rows, scale, window,
+               cap, width, HK: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
+               PAGE: tl.constexpr, SPLITS: tl.constexpr, SHARED: tl.constexpr, CAPPED: tl.constexpr,
+               SINKS: tl.constexpr):  # fmt: skip
+    """A row over a split of its own pages, its newest token's among them. Sinks (Hq,) join the first split.
 
     With one split the SHARED parts of its prompt are joined in and the result (R, Hq, D) is written; with several, a
     part like those of `attend_prompts`, which `join` takes.
@@ -107,6 +108,13 @@ def attend_own(query, keys, values, table, lengths, shared, shared_sums, output,
     peak, total, out = _attend(q, keys, values, table + row.to(tl.int64) * width, first,
                                tl.minimum(first + each, pages), low, low, length, scale, cap, head, HK, PAGE, D, DP, GP,
                                CAPPED)  # fmt: skip
+    if SINKS:
+        sink = tl.load(sinks + head * G + g, mask=real, other=-float("inf")).to(tl.float32) * LOG2E
+        sink = tl.where(split == 0, sink, -float("inf"))
+        now = tl.maximum(peak, sink)
+        shift = tl.where(now == -float("inf"), 0.0, now)
+        old = tl.exp2(peak - shift)
+        out, total, peak = out * old[:, None], total * old + tl.exp2(sink - shift), now
     if SPLITS == 1:
         for part in range(SHARED):
             to = part * num_rows * HK * G + at

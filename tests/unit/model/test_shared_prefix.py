@@ -35,8 +35,8 @@ def test_formulas_are_softmax_attention() -> None:
 
 
 def dense(
-    query: Tensor, key: Tensor, value: Tensor, pieces: list[tuple[int, list[int]]], scale: float | None,
-    window: int | None,
+    query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, pieces: list[tuple[int, list[int]]],
+    scale: float | None, window: int | None,
 ) -> Tensor:  # fmt: skip
     """The slow twin: each completion after its prompt as a sequence of its own, one query at a time."""
     repeat, size = query.shape[1] // key.shape[1], query.shape[2]
@@ -50,28 +50,32 @@ def dense(
             for position, place in enumerate(sequence):
                 seen = sequence[max(0, position + 1 - (window or len(sequence))) : position + 1]
                 scores = torch.einsum("hd,khd->hk", query[place], key[seen]) * (scale or size**-0.5)
-                rows[place] = torch.einsum("hk,khd->hd", scores.softmax(-1), value[seen])
+                if sinks is not None:
+                    scores = torch.cat([scores, sinks[:, None]], 1)
+                rows[place] = torch.einsum("hk,khd->hd", scores.softmax(-1)[:, : len(seen)], value[seen])
         start = end + sum(completions)
     return torch.stack([rows[place] for place in range(start)])
 
 
 @given(PIECES, st.sampled_from([(2, 2), (4, 2), (3, 1)]), st.sampled_from([None, 0.3]),
-       st.sampled_from([None, 1, 2, 3, 7, 12]))  # fmt: skip
+       st.sampled_from([None, 1, 2, 3, 7, 12]), st.booleans())  # fmt: skip
 @settings(max_examples=25, deadline=None)
 def test_equals_every_sequence_alone_and_the_blocks(
-    pieces: list[tuple[int, list[int]]], heads: tuple[int, int], scale: float | None, window: int | None
-) -> None:
+    pieces: list[tuple[int, list[int]]], heads: tuple[int, int], scale: float | None, window: int | None,
+    has_sinks: bool,
+) -> None:  # fmt: skip
     tokens = sum(prompt + sum(completions) for prompt, completions in pieces)
     generator = torch.Generator().manual_seed(tokens)
-    shapes = [(tokens, count, 4) for count in (heads[0], heads[1], heads[1])]
+    shapes = [*((tokens, count, 4) for count in (heads[0], heads[1], heads[1])), *[(heads[0],)] * has_sinks]
     tensors = [torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_() for shape in shapes]
+    query, key, value, sinks = tensors if has_sinks else (*tensors, None)
     if window is None:
-        output = shared_prefix_attention(*tensors, segments(pieces), scale)
+        output = shared_prefix_attention(query, key, value, segments(pieces), scale, sinks)
     else:
-        output = window_attention(*tensors, window_of(pieces, window), scale)
-    rows = [x.transpose(0, 1)[None] for x in tensors]
-    in_blocks = block_layout(pieces, block=8, window=window).attend(0, *rows, scale)[0]
-    expected = dense(*tensors, pieces, scale, window)
+        output = window_attention(query, key, value, window_of(pieces, window), scale, sinks)
+    rows = [x.transpose(0, 1)[None] for x in (query, key, value)]
+    in_blocks = block_layout(pieces, block=8, window=window).attend(0, *rows, scale, sinks=sinks)[0]
+    expected = dense(query, key, value, sinks, pieces, scale, window)
     incoming = torch.randn(output.shape, generator=generator, dtype=torch.float64)
     truth = torch.autograd.grad(expected, tensors, incoming)
     for got in (output, in_blocks):

@@ -26,9 +26,18 @@ def _patch(tensor: Any, *others: Any) -> None:
 interpreter._patch_lang_tensor = _patch
 
 from peft import LoraConfig, get_peft_model  # noqa: E402
-from transformers import Gemma2Config, Gemma3TextConfig, LlamaConfig, Qwen2Config, Qwen3Config, Qwen3MoeConfig  # noqa: E402
+from transformers import (  # noqa: E402
+    Gemma2Config,
+    Gemma3TextConfig,
+    GptOssConfig,
+    LlamaConfig,
+    Qwen2Config,
+    Qwen3Config,
+    Qwen3MoeConfig,
+)
 from transformers import Gemma2ForCausalLM as Gemma2  # noqa: E402
 from transformers import Gemma3ForCausalLM as Gemma3  # noqa: E402
+from transformers import GptOssForCausalLM as GptOss  # noqa: E402
 from transformers import LlamaForCausalLM as Llama  # noqa: E402
 from transformers import Qwen2ForCausalLM as Qwen2  # noqa: E402
 from transformers import Qwen3ForCausalLM as Qwen3  # noqa: E402
@@ -56,7 +65,7 @@ RULES = Sampling(
 
 def attention_of_pages(
     splits: tuple[int, int] | None, heads: int, key_heads: int, size: int, window: int | None = None,
-    softcap: float | None = None,
+    softcap: float | None = None, has_sinks: bool = False,
 ) -> float:  # fmt: skip
     """Rows of several prompts, over all of their pages, against a softmax over all of their keys."""
     torch.manual_seed(heads + size)
@@ -82,7 +91,8 @@ def attention_of_pages(
     pool.begin_step(len(rows), len(tiles) + 1)
     pool.splits, pool.prompt_splits = splits or (pool.splits, pool.prompt_splits)
     new = [torch.randn(1, count, len(rows), size) for count in (heads, key_heads, key_heads)]
-    output = pool.attend(0, *new, None, window, softcap)[0]
+    sinks = torch.randn(heads) + 1 if has_sinks else None
+    output = pool.attend(0, *new, None, window, softcap, sinks)[0]
     worst = 0.0
     for n, prompt in enumerate(rows):
         seen = [
@@ -93,7 +103,9 @@ def attention_of_pages(
         scores = torch.einsum("hd,hkd->hk", new[0][0, :, n].double(), keys) * size**-0.5
         scores = scores if softcap is None else softcap * (scores / softcap).tanh()
         scores[:, : 0 if window is None else max(0, scores.shape[1] - window)] = -torch.inf
-        weights = scores.softmax(-1)
+        if sinks is not None:
+            scores = torch.cat([scores, sinks.double()[:, None]], 1)
+        weights = scores.softmax(-1)[:, : keys.shape[1]]
         worst = max(worst, float((output[n] - torch.einsum("hk,hkd->hd", weights, values)).abs().max()))
     return worst
 
@@ -201,7 +213,11 @@ def main() -> None:
                       final_logit_softcapping=3.0)  # fmt: skip
     experts = model_of(Qwen3Moe, Qwen3MoeConfig, **sizes)
     Routers(experts)
-    pages_of = [(None, 6, 2, 32), (None, 2, 2, 16, 3), ((1, 1), 2, 1, 16, 130, 0.4)]
+    with_sinks = model_of(
+        GptOss, GptOssConfig, head_dim=8, sliding_window=5, num_local_experts=4, num_experts_per_tok=2
+    )
+    Routers(with_sinks)
+    pages_of = [(None, 6, 2, 32), (None, 2, 2, 16, 3, None, True), ((1, 1), 2, 1, 16, 130, 0.4, True)]
     # few rows and tokens: a program takes the interpreter 10 to 40 ms
     rollouts: list[tuple[Any, ...]] = [
         (qwen2, FusedStep, 64 * 5, Sampling(0.8)),
@@ -209,9 +225,11 @@ def main() -> None:
          Sampling(0.9, top_k=9, min_p=0.02), 1, 4),
         (adapted(gemma2), FusedStep, 1 << 20, Sampling(), 1, 4),
         (model_of(Gemma3, Gemma3TextConfig, head_dim=8, sliding_window=5), FusedStep, 1 << 20, Sampling(), 1, 4),
+        (with_sinks, FusedStep, 1 << 20, Sampling(), 1, 4),
     ]  # fmt: skip
     if sys.argv[1:] == ["all"]:
-        pages_of += [((1, 2), 4, 4, 16), ((4, 1), 7, 1, 24), ((2, 2), 4, 2, 16, 90), ((2, 4), 2, 2, 16, None, 2.0)]
+        pages_of += [((1, 2), 4, 4, 16), ((4, 1), 7, 1, 24), ((2, 2), 4, 2, 16, 90), ((2, 4), 2, 2, 16, None, 2.0),
+                     ((4, 1), 4, 2, 16, 90, None, True)]  # fmt: skip
         rollouts += [
             (qwen3, FusedStep, 1 << 20, Sampling(top_p=0.9)),
             (qwen2, module_step, 1 << 20, Sampling()),

@@ -26,7 +26,6 @@ SIZES = {"vocab_size": 99, "hidden_size": 32, "intermediate_size": 64, "num_hidd
 TYPES: dict[str, dict[str, Any]] = {
     "bloom": {"n_layer": 2, "n_head": 4},
     "codegen": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "rotary_dim": 8},
-    "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8, "sliding_window": 32},
     "roformer": {"is_decoder": True},
 }
 """Models whose code has no attention but eager."""
@@ -84,7 +83,7 @@ def test_a_model_that_sees_later_tokens_is_refused_by_name() -> None:
 
 
 def test_a_named_attention_is_the_only_one_tried() -> None:
-    model = build("gpt_oss", attention.NAME, **TYPES["gpt_oss"])
+    model = build("bloom", attention.NAME, **TYPES["bloom"])
     with pytest.raises(UnfitModel, match=r"model\.attn_implementation: .*grpo_dist: "):
         settle(model, "grpo_dist", obstacle="as model.attn_implementation asks", named=True)
     assert settle(build("qwen2", "eager"), "eager", obstacle="named", named=True) == "named"

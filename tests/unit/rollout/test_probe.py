@@ -35,6 +35,7 @@ from grpo_dist.rollout.native.compiled import library
 from grpo_dist.rollout.native.kernel import KernelStep
 from grpo_dist.rollout.native.llama import LlamaStep
 from grpo_dist.rollout.native.steps import module_step
+from grpo_dist.rollout.own_attention import settle_attention
 from grpo_dist.rollout.probe import bounds_leak, packing_leak
 from grpo_dist.types import Prompt
 
@@ -63,7 +64,6 @@ UNPACKABLE: dict[str, dict[str, Any]] = {
     "Lfm2": {"layer_types": ["conv", "full_attention"], "block_multiple_of": 8},
     "RecurrentGemma": {"lru_width": 32, "attention_window_size": 200},
     "Llama4Text": {"head_dim": 8, "intermediate_size_mlp": 32, **EXPERTS},
-    "GptOss": {"head_dim": 8, "sliding_window": 200, **EXPERTS},
     "Bloom": {"n_layer": 2, "n_head": 4},
     "GPTJ": GPT,
     "Falcon": {"alibi": True},
@@ -275,7 +275,11 @@ WINDOWED: dict[str, dict[str, Any]] = {
     },
     "Gemma3Text": {"head_dim": 8, "sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"]},
     "Gemma2": {"head_dim": 8, "sliding_window": 6, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0},
+    "GptOss": {"head_dim": 8, "sliding_window": 6, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "GraniteSWA": {"sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"]},
 }  # fmt: skip
+if not hasattr(transformers, "GraniteSWAConfig"):  # an older release
+    del WINDOWED["GraniteSWA"]
 
 
 @pytest.mark.parametrize("name", WINDOWED)
@@ -297,7 +301,7 @@ def test_rollouts_in_short_windows_are_those_of_the_models_own_attention(name: s
     expected = decode_all(RowDecoder([2, 9], 14), make_model(config, "eager"), requests)
     engine = make_engine(LoadedModel(make_model(config, attention.NAME)), None, [2, 9],
                          RolloutConfig(max_completion_length=14), alone)  # fmt: skip
-    assert engine.decoding["decoding"] == "compiled"
+    assert engine.decoding["decoding"] == ("operations" if name == "GptOss" else "compiled")
     for decoder in (engine.decoder, *(NativeDecoder([2, 9], 14, 1 << 20, step_of=step_of, copied_prompt=0)
                                       for step_of in (LlamaStep, module_step))):  # fmt: skip
         drawn = decode_all(decoder, make_model(config, attention.NAME), requests)
@@ -319,6 +323,15 @@ def test_soft_caps_that_are_left_out_are_caught() -> None:
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(attention.RowLayout, "attend", lambda self, *given: plain(self, *given[:6]))
         assert "are off by" in str(bounds_leak(model))
+
+
+def test_sinks_that_are_left_out_are_caught() -> None:
+    model = make_model(make_config("GptOss", WINDOWED["GptOss"]), attention.NAME)
+    plain = attention.RowLayout.attend
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(attention.RowLayout, "attend", lambda self, *given: plain(self, *given[:7]))
+        assert "are off by" in str(bounds_leak(model))
+        assert "are off by" in str(settle_attention([model], attention.NAME, None, False, alone))
 
 
 def test_a_model_that_does_not_say_where_its_windows_are_is_caught() -> None:

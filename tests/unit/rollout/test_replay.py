@@ -27,17 +27,14 @@ from grpo_dist.types import Batch, Prompt, Trajectory, join
 
 DENSE = {"num_experts": None, "num_local_experts": None}
 KINDS = ["qwen3_moe", "mixtral", "gpt_oss"]
-SHARING = ["qwen3_moe", "mixtral"]
 PROMPTS = [[5, 9, 33, 60, 7], [12, 80, 41]]
 REQUESTS = [Request(slot, sample, prompt, key=7 * slot + sample) for slot, prompt in enumerate(PROMPTS)
             for sample in range(3)]  # fmt: skip
 LONGEST = 6
 
 
-def build(kind: str, seed: int = 0, implementation: str | None = None, **options: Any) -> Any:
-    """A random model; gpt-oss has no other attention than its own."""
-    if implementation is None:
-        implementation = "eager" if kind == "gpt_oss" else attention.NAME
+def build(kind: str, seed: int = 0, implementation: str = attention.NAME, **options: Any) -> Any:
+    """A random model."""
     return build_experts(kind, implementation, seed, **options)
 
 
@@ -56,16 +53,16 @@ def plain_routes(kind: str, ids: list[int], seed: int = 0) -> Tensor:
     return torch.stack([layer.view(len(ids), -1).topk(2, -1).indices for layer in logits], 1).sort(-1).values
 
 
-def decoders(kind: str) -> list[Any]:
+def decoders() -> list[Any]:
     """All that decode such a model on a CPU: prompts shared, copied to each row, and one group at a time."""
     sharing = [NativeDecoder([256], LONGEST, 40, copied_prompt=copied) for copied in (0, 64)]
-    return [*(sharing if kind in SHARING else []), RowDecoder([256], LONGEST)]
+    return [*sharing, RowDecoder([256], LONGEST)]
 
 
 def drawn(model: Any, decoder: Any) -> list[Trajectory]:
     """Trajectories with the routes of every token but the last."""
     if isinstance(decoder, RowDecoder) and model.config._attn_implementation == attention.NAME:
-        model.set_attn_implementation("sdpa")
+        model.set_attn_implementation("eager")
     return decode_all(decoder, model, REQUESTS)
 
 
@@ -97,7 +94,7 @@ def experts_taken(policy: Policy) -> list[Tensor]:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_rollout_records_what_a_plain_forward_pass_takes(kind: str) -> None:
-    for decoder in decoders(kind):
+    for decoder in decoders():
         model = build(kind)
         routers = Routers(model)
         for request, answer in zip(REQUESTS, drawn(model, decoder), strict=True):
@@ -114,7 +111,7 @@ def test_a_rollout_records_what_a_plain_forward_pass_takes(kind: str) -> None:
 def test_update_and_reference_take_the_experts_of_the_rollout(kind: str) -> None:
     """The policy has another router than the rollout, so that it would choose otherwise."""
     model, policy = build(kind), Policy(build(kind), 1.0)
-    trajectories = drawn(model, decoders(kind)[0]) if Routers(model) else []
+    trajectories = drawn(model, decoders()[0]) if Routers(model) else []
     with torch.no_grad():
         for name, parameter in policy.named_parameters():
             if name.endswith(("gate.weight", "router.weight")):
@@ -122,7 +119,7 @@ def test_update_and_reference_take_the_experts_of_the_rollout(kind: str) -> None
     routers = Routers(policy.causal_lm)
     batch, taken = routed_batch(trajectories, routers), experts_taken(policy)
     seen = 0
-    for pack in packs_of(batch, kind in SHARING):
+    for pack in packs_of(batch, True):
         assert pack.routes is not None
         taken.clear()
         policy(pack)
@@ -146,7 +143,7 @@ def test_with_the_same_weights_replay_changes_nothing(kind: str) -> None:
     model, policy = build(kind), Policy(build(kind), 1.0)
     Routers(model)
     routers = Routers(policy.causal_lm)
-    (pack, *_) = packs_of(routed_batch(drawn(model, decoders(kind)[0]), routers), kind in SHARING)
+    (pack, *_) = packs_of(routed_batch(drawn(model, decoders()[0]), routers), True)
     outcomes = []
     for routes in (pack.routes, None):
         policy.zero_grad()
@@ -176,7 +173,7 @@ def test_weights_are_those_of_the_own_router() -> None:
 def test_layers_that_are_recomputed_take_the_same_experts() -> None:
     model = build("qwen3_moe")
     Routers(model)
-    trajectories = drawn(model, decoders("qwen3_moe")[0])
+    trajectories = drawn(model, decoders()[0])
     gradients = []
     for recomputes in (False, True):
         policy = Policy(build("qwen3_moe", seed=1), 1.0)
@@ -191,7 +188,7 @@ def test_layers_that_are_recomputed_take_the_same_experts() -> None:
 def test_groups_that_are_chosen_keep_their_routes() -> None:
     model = build("qwen3_moe")
     routers = Routers(model)
-    batch = routed_batch(drawn(model, decoders("qwen3_moe")[0]), routers)
+    batch = routed_batch(drawn(model, decoders()[0]), routers)
     joined = join([batch, batch], [[1], [0]])
     assert joined.prompt_routes is not None and batch.prompt_routes is not None
     assert joined.routes is not None and batch.routes is not None
@@ -213,7 +210,7 @@ def test_the_load_balance_loss_is_in_no_loss() -> None:
     for options in ({}, {"output_router_logits": True, "router_aux_loss_coef": 100.0}):
         model, policy = build("mixtral"), Policy(build("mixtral", **options), 1.0)
         Routers(model)
-        (pack, *_) = packs_of(routed_batch(drawn(model, decoders("mixtral")[0]), Routers(policy.causal_lm)), True)
+        (pack, *_) = packs_of(routed_batch(drawn(model, decoders()[0]), Routers(policy.causal_lm)), True)
         for fused in (False, True):
             policy.fused_head = fused
             policy.zero_grad()

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).parents[3]
-SOME = [[6, 0, 0], [2, 0, 0], [2, 0, 0], [2, 0, 0]]
+SOME = [[6, 0, 0], *[[2, 0, 0]] * 4]
 """What the rollouts of every run return."""
 
 
@@ -40,7 +40,7 @@ def test_attention_over_pages_is_a_softmax_over_all_keys(interpreted: Any) -> No
 
 def test_the_engine_on_pages_draws_what_the_other_draws(interpreted: Any) -> None:
     """With every place for rows and pages taken and given back, too, with routes of experts, with adapters on some
-    layers, and with windows and soft caps."""
+    layers, and with windows, soft caps and sinks."""
     assert interpreted["completions"] in (SOME, SOME + [[6, 0, 0]] * 6), "ended rows, other tokens, other numbers"
 
 
