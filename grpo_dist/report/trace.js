@@ -45,7 +45,7 @@ function traced(trace, colour) {
 }
 
 function legendOfWriters() {
-  const shades = [0, 1, 2, 3, 4].map((shade) => make("span", { class: `by-m shade${shade}` }, " "));
+  const shades = [0, 1, 2, 3, 4].map((shade) => make("span", { class: `by-m shade${shade}` }, "\u00a0"));
   return make("p", { class: "note", id: "writers" }, "Of one prompt a step, tokens are told apart: ",
     make("span", { class: "by-m" }, "the model"), ", ", make("span", { class: "by-t" }, "a tool or an environment"), ", ",
     make("span", { class: "by-x" }, "the chat template"), ". Shades from a small to a large number: ", shades,

@@ -138,6 +138,9 @@ def traced(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_tokens_show_who_wrote_them(page: Page, traced: Path, width: int) -> None:
     page.open(traced, width)
     assert page.js("document.documentElement.scrollWidth") <= width
+    assert page.js("""(() => { const edge = document.getElementById("writers").getBoundingClientRect().right;
+        return [...document.querySelectorAll("#writers span")].every((span) =>
+            [...span.getClientRects()].every((part) => part.right <= edge)); })()"""), "the legend stays in its column"
     tokens = "[...document.querySelector('.rows tbody tr').querySelectorAll('td.text + td.text span')]"
     assert page.js(f"{tokens}.map((token) => token.className)") == [
         "by-m shade0", "by-m shade3", "by-m shade4", "by-x", "by-t", "by-m shade1"
