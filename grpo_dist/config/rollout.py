@@ -11,7 +11,7 @@ from .vllm import VllmConfig
 TokensInFlight = int | Literal["auto"]
 RoutingReplay = bool | Literal["auto"]
 
-NO_ROUTES = {"paged": "does not report the experts of a token", "vllm": "is not asked for the experts of a token"}
+NO_ROUTES = {"paged": "does not report the experts of a token"}
 """Engines that cannot serve routing replay, and why."""
 MOST_STOP_CHARACTERS = 1000
 """The table that finds stop texts has a row for each of their characters."""

@@ -14,6 +14,7 @@ Shapes: T tokens of a row, R routers, E experts, K experts of a token, M sampled
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -40,6 +41,8 @@ class Routers:
         names = router_names(model)
         if not names or not self.experts_of_a_token:
             raise ValueError(f"{type(model).__name__} has experts, but no router that chooses by torch.topk")
+        self.layers = [int(re.findall(r"\d+", name)[0]) if re.search(r"\d", name) else 0 for name in names]
+        """The number of each router's layer in the model."""
         self.dtype = torch.uint8 if self.num_experts <= torch.iinfo(torch.uint8).max else torch.int16
         self.given: Tensor | None = None
         """(T, R, K): the experts to take, from the next call of the model on; None lets the routers choose."""

@@ -79,7 +79,7 @@ def _look(options: Options, num_ranks: int | None, findings: Findings) -> None:
     machine.check_disk(config, counts, findings)
     machine.check_resuming(config, read, findings)
     with findings.attempt():
-        servers.check_servers(config, findings)
+        servers.check_servers(config, read.model_config, findings)
     trackers.check_trackers(config.logging.trackers, findings)
 
 

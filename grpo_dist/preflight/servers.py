@@ -6,11 +6,14 @@ import json
 import os
 import subprocess
 import urllib.request
+from typing import Any
 
 from ..config.schema import Config
 from ..distributed.device import dtype_name, resolve_dtype
 from ..model.load import model_path
+from ..rollout.replay import needs_routes
 from ..rollout.vllm.client import AUTH_VARIABLE
+from ..rollout.vllm.messages import COMPLETIONS, one_token, reports_routes, without_routes
 from ..rollout.vllm.server import command_line
 from .findings import Findings
 
@@ -18,17 +21,20 @@ _ANSWER_SECONDS = 5.0
 _IMPORT_SECONDS = 300.0
 
 
-def check_servers(config: Config, findings: Findings) -> None:
-    """Note what draws the completions, and whether it is there; nothing where the run's own processes draw."""
+def check_servers(config: Config, model_config: Any, findings: Findings) -> None:
+    """Note what draws the completions, and whether it is there; nothing where the run's own processes draw.
+    `model_config` is None where the model cannot be read."""
     options = config.rollout.vllm
     if options is None:
         return
-    command = command_line(config, model_path(config.model), dtype_name(resolve_dtype(config.model.dtype)))
+    with_routes = model_config is not None and needs_routes(config.rollout, model_config)
+    dtype = dtype_name(resolve_dtype(config.model.dtype))
+    command = command_line(config, model_path(config.model), dtype, with_routes)
     lines = [f"a server is started with: {command}"]
     if options.python is not None:
         lines += _version(os.path.expanduser(options.python), findings)
     for url in options.urls or ():
-        lines += _answer(url, config, findings)
+        lines += _answer(url, config, with_routes, findings)
     findings.results["servers"] = lines
 
 
@@ -48,13 +54,11 @@ def _version(python: str, findings: Findings) -> list[str]:
     return [f"vLLM {done.stdout.split()[-1]} in {python}"]
 
 
-def _answer(url: str, config: Config, findings: Findings) -> list[str]:
-    key = os.environ.get(AUTH_VARIABLE)
-    request = urllib.request.Request(f"{url.rstrip('/')}/v1/models",
-                                     headers={"Authorization": f"Bearer {key}"} if key else {})  # fmt: skip
+def _answer(url: str, config: Config, with_routes: bool, findings: Findings) -> list[str]:
     try:
-        with urllib.request.urlopen(request, timeout=_ANSWER_SECONDS) as answer:
-            base = next(each for each in json.load(answer)["data"] if not each.get("parent"))
+        base = next(each for each in _ask(url, "/v1/models")["data"] if not each.get("parent"))
+        if with_routes and not reports_routes(_ask(url, COMPLETIONS, one_token(base["id"]))):
+            findings.problems.append(without_routes(url))
     except (OSError, ValueError, LookupError, StopIteration) as error:
         findings.problems.append(f"rollout.vllm.urls: {url} does not answer ({error}): start it first")
         return []
@@ -63,3 +67,12 @@ def _answer(url: str, config: Config, findings: Findings) -> list[str]:
         findings.problems.append(f"rollout.vllm.urls: {url} serves sequences of {longest} tokens, expected "
                                  f"{config.max_sequence_length} (--max-model-len)")  # fmt: skip
     return [f"{url} serves {base['id']}, up to {longest} tokens"]
+
+
+def _ask(url: str, path: str, message: dict[str, Any] | None = None) -> Any:
+    key = os.environ.get(AUTH_VARIABLE)
+    headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
+    content = None if message is None else json.dumps(message).encode()
+    request = urllib.request.Request(url.rstrip("/") + path, content, headers)
+    with urllib.request.urlopen(request, timeout=_ANSWER_SECONDS) as answer:
+        return json.load(answer)

@@ -8,6 +8,7 @@ from typing import Any
 
 from ..config.checks import require
 from ..config.rollout import NO_ROUTES, RolloutConfig
+from ..distributed.device import computes_on_gpu
 from ..model.files import UnfitModel
 from ..model.routing import Routers, has_experts
 from .probe import routing_fault
@@ -19,6 +20,20 @@ def require_experts(rollout: RolloutConfig, model_config: Any) -> None:
     """Raise ValueError where replay is asked for and a model with this config has no experts."""
     require(rollout.routing_replay is not True or has_experts(model_config), "rollout.routing_replay", True,
             f"auto or false for a model without experts ({model_config.model_type})")  # fmt: skip
+
+
+def engine_obstacle(rollout: RolloutConfig) -> str | None:
+    """Why the engine does not report the experts that tokens take; None where it does."""
+    if rollout.engine in NO_ROUTES:
+        return f"rollout.engine {rollout.engine} {NO_ROUTES[rollout.engine]}"
+    if rollout.engine == "vllm" and rollout.routing_replay == "auto" and not computes_on_gpu():
+        return "vLLM does not report the experts of a token on a CPU"
+    return None
+
+
+def needs_routes(rollout: RolloutConfig, model_config: Any) -> bool:
+    """Whether servers that draw for a model with this config have to report the experts that tokens take."""
+    return bool(rollout.routing_replay) and has_experts(model_config) and engine_obstacle(rollout) is None
 
 
 def settle_replay(
@@ -36,8 +51,7 @@ def settle_replay(
     if not rollout.routing_replay:
         log.info("experts: rollout, reference and update each choose their own (rollout.routing_replay: false)")
         return None
-    obstacle = f"rollout.engine {rollout.engine} {NO_ROUTES[rollout.engine]}" if rollout.engine in NO_ROUTES else None
-    obstacle = obstacle or next(filter(None, gather(routing_fault(model, shared_prompts))), None)
+    obstacle = engine_obstacle(rollout) or next(filter(None, gather(routing_fault(model, shared_prompts))), None)
     if obstacle is not None and rollout.routing_replay is True:
         raise UnfitModel(f"rollout.routing_replay: True given, expected auto or false: {obstacle}")
     if obstacle is not None:

@@ -101,7 +101,7 @@ def load_models(
         routers = settle_replay(models, rollout, share_prompts, ranks.gather_objects)
     engine: Engine
     if config.rollout.engine == "vllm":
-        engine = make_vllm_engine(config, ranks, rollout_model, policy, end_ids, saved.get("step", 0))
+        engine = make_vllm_engine(config, ranks, rollout_model, policy, end_ids, saved.get("step", 0), routers)
     else:
         engine = make_engine(rollout_model, obstacle, end_ids, rollout, ranks.gather_objects, saved.get("decoding"))
     for each in (policy, *([reference.policy] if reference else [])):  # may be one

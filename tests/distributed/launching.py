@@ -91,7 +91,7 @@ def launch(
 def python_of_fake_vllm(directory: Path) -> str:
     """The Python of an environment in which vLLM is the small server of fake_vllm.py."""
     python, server = directory / "python", ROOT / "tests" / "unit" / "fake_vllm.py"
-    python.write_text(f'#!/bin/sh\nPYTHONPATH={server.parent} exec {sys.executable} {server} "$@"\n')
+    python.write_text(f'#!/bin/sh\nPYTHONPATH={server.parent}:{ROOT} exec {sys.executable} {server} "$@"\n')
     python.chmod(0o755)
     return str(python)
 

@@ -18,6 +18,8 @@ import psutil
 import pytest
 from fake_vllm import FakeVllm
 from launching import ROOT, TINY, begin, free_port, launch, metrics, python_of_fake_vllm, train
+from small_experts import make_experts
+from vllm_on_cpu import python_that_reports_routes
 from wide_heads import write_with_wide_heads
 
 from grpo_dist.model.toy import toy_path
@@ -25,6 +27,9 @@ from grpo_dist.model.toy import toy_path
 SMALL = ("--train.num_train_steps", "2", "--train.batch_size", "4", "--rollout.group_size", "4",
          "--optim.learning_rate", "1e-2", "--data.eval_file", "null", "--rollout.engine", "vllm",
          "--rollout.vllm.retries", "2")  # fmt: skip
+
+ROUTED = ("--rollout.routing_replay", "true", "--data.max_prompt_length", "64", "--rollout.max_completion_length", "8",
+          "--rewards", "[{name: 'tests.distributed.comparing:different_characters'}]")  # fmt: skip
 
 
 @pytest.fixture
@@ -147,6 +152,34 @@ def test_vllm_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert [line["step"] for line in lines] == [1, 2]
     assert all(line["rollout/probe_gap"] <= 1e-4 and line["rollout/logprob_gap_max"] <= 1e-4 for line in lines)
     assert note(run) is None, "it ends with the run"
+
+
+def require_the_same_experts(run: Path) -> None:
+    """The policy scores what the server drew, with the server's experts, and would have chosen nearly all of them."""
+    _, *lines = metrics(run)
+    assert [line["step"] for line in lines] == [1, 2]
+    assert all(line["rollout/router_agreement"] > 0.99 for line in lines)
+    assert all(line["rollout/probe_gap"] <= 1e-4 and line["rollout/logprob_gap_max"] <= 1e-4 for line in lines)
+    assert lines[0]["ratio/mean"] == pytest.approx(1, abs=1e-5)
+
+
+def test_experts_of_a_server(python: str, tmp_path: Path) -> None:
+    """The run starts a server that reports them."""
+    model = make_experts(tmp_path / "model", "qwen3_moe")
+    run = train("zero2", 2, tmp_path / "run", *SMALL, *ROUTED, "--model.name", model, "--rollout.vllm.python", python)
+    require_the_same_experts(run)
+
+
+@pytest.mark.slow
+@vllm_itself
+def test_experts_of_vllm_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+    python = python_that_reports_routes(tmp_path / "vllm", os.environ["GRPO_DIST_VLLM"])
+    model = make_experts(tmp_path / "model", "qwen3_moe", head_dim=32, intermediate_size=64, moe_intermediate_size=32)
+    run = train(None, 1, tmp_path / "run", *SMALL, *ROUTED, "--model.name", model, "--lora", "null",
+                "--rollout.vllm.python", python, "--rollout.vllm.args", "[--enforce-eager]",
+                timeout_seconds=900)  # fmt: skip
+    require_the_same_experts(run)
 
 
 @pytest.mark.slow

@@ -8,6 +8,8 @@ It takes vLLM's command line too, so that a run can start it. `plant` makes it w
 from __future__ import annotations
 
 import argparse
+import base64
+import io
 import json
 import sys
 import threading
@@ -17,15 +19,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from peft import PeftModel
 from serving import Server
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from grpo_dist.model.routing import Routers
 from grpo_dist.rollout import Request, RowDecoder, Sampling, decode_all
 
 COMPLETIONS = "/v1/completions"
+DEFAULTS: dict[str, Any] = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "stop": [], "min_tokens": 0,
+                            "stop_token_ids": [], "seed": 0}  # fmt: skip
 
 
 LOADING = threading.Lock()
@@ -41,11 +47,12 @@ class FakeVllm(Server):
     """Serves a directory's model; faults are for completions."""
 
     def __init__(self, model: str, *, max_rank: int = 16, longest: int = 4096, plant: str = "",
-                 host: str = "127.0.0.1", port: int = 0) -> None:  # fmt: skip
+                 host: str = "127.0.0.1", port: int = 0, reports_routes: bool = False) -> None:  # fmt: skip
         """`plant`: `stale` (each adapter is the first one), `scaling` (adapters count twice), `raw` (log-probabilities
-        at temperature 1), or nothing."""
+        at temperature 1), or nothing. `reports_routes` as vLLM does with --enable-return-routed-experts."""
         super().__init__(lambda _: {}, host, port)
         self.path, self.max_rank, self.longest, self.plant = model, max_rank, longest, plant
+        self.reports_routes = reports_routes
         self.base = load_model(model)
         self.adapters: dict[str, tuple[nn.Module, str]] = {}
         self.calls: list[str] = []
@@ -108,6 +115,7 @@ class FakeVllm(Server):
         if len(prompt) + given["max_tokens"] > self.longest:
             return 400, {"error": f"maximum context length is {self.longest} tokens"}
         model = self.base if name == self.path else self.adapters[name][0]
+        given = DEFAULTS | given
         greedy = given["temperature"] == 0
         sampling = Sampling(1.0 if greedy else given["temperature"], given["top_p"], given["top_k"], given["min_p"],
                             greedy, tuple(map(int, given.get("logit_bias", {}))), given["min_tokens"])  # fmt: skip
@@ -122,6 +130,8 @@ class FakeVllm(Server):
         choice = {"index": 0, "text": "", "finish_reason": "stop" if sampled.finished else "length",
                   "prompt_token_ids": prompt, "token_ids": sampled.ids,
                   "logprobs": {"token_logprobs": logprobs}}  # fmt: skip
+        if self.reports_routes:
+            choice["routed_experts"] = self._routes(model, [*prompt, *sampled.ids])
         if "prompt_logprobs" in given:
             scores = self._scores(model, prompt)
             choice["prompt_logprobs"] = [None, *({str(token): {"logprob": score, "rank": 1}}
@@ -143,6 +153,22 @@ class FakeVllm(Server):
 
     @staticmethod
     @torch.no_grad()
+    def _routes(model: Any, ids: list[int]) -> str:
+        """The experts of all tokens but the last, of all layers: those without experts have zeros."""
+        routers = Routers(model)
+        try:
+            model(input_ids=torch.tensor([ids[:-1]]))
+            taken = routers.recorded()
+        finally:
+            routers.remove()
+        table = taken.new_zeros(len(ids) - 1, model.config.num_hidden_layers, taken.shape[-1])
+        table[:, routers.layers] = taken
+        with io.BytesIO() as file:
+            np.save(file, table.numpy())
+            return base64.b64encode(file.getvalue()).decode()
+
+    @staticmethod
+    @torch.no_grad()
     def _scores(model: nn.Module, ids: list[int]) -> list[float]:
         rows = torch.log_softmax(model(input_ids=torch.tensor([ids])).logits[0].float(), -1)
         return rows[:-1].gather(-1, torch.tensor(ids[1:])[:, None])[:, 0].tolist()
@@ -158,12 +184,14 @@ def main() -> None:
     parser.add_argument("--max-model-len", type=int, default=4096)
     parser.add_argument("--max-lora-rank", type=int, default=16)
     parser.add_argument("--plant", default="")
+    parser.add_argument("--enable-return-routed-experts", action="store_true")
     options, _ = parser.parse_known_args()
     if options.plant == "ends":
         sys.exit("fake_vllm: no device")
     torch.set_num_threads(1)
     with FakeVllm(options.model, max_rank=options.max_lora_rank, longest=options.max_model_len, plant=options.plant,
-                  host=options.host, port=options.port) as server:  # fmt: skip
+                  host=options.host, port=options.port,
+                  reports_routes=options.enable_return_routed_experts) as server:  # fmt: skip
         print(f"serving {options.model} at {server.url}", flush=True)
         while True:
             time.sleep(1)

@@ -9,11 +9,12 @@ from functools import partial
 from typing import Any
 
 from ...distributed.watch import Interrupted
+from ...model.routing import Routers
 from ...types import Trajectory
 from ..engine import Request, limit_of, trajectory
 from ..sampling import Sampling
 from .client import ServerError
-from .messages import Answer, completion_message, read_answer
+from .messages import COMPLETIONS, Answer, completion_message, read_answer
 from .policy import ServedPolicy
 from .server import OwnServer
 
@@ -30,11 +31,11 @@ class VllmEngine:
 
     def __init__(
         self, served: ServedPolicy, own: OwnServer | None, end_ids: list[int], max_new_tokens: int,
-        shares_memory: Callable[[str], None] | None,
+        shares_memory: Callable[[str], None] | None, routers: Routers | None = None,
     ) -> None:  # fmt: skip
         """`own` is the server that this rank has started; `shares_memory` lets it `wake_up` or `sleep` where it lives
-        on the trainer's devices, a collective."""
-        self._served, self._servers, self._own = served, served.servers, own
+        on the trainer's devices, a collective; `routers` are those that take the experts which the servers took."""
+        self._served, self._servers, self._own, self._routers = served, served.servers, own, routers
         self._end_ids, self._most, self._shares_memory = end_ids, max_new_tokens, shares_memory
         # a server that shares the trainer's devices cannot draw while these update
         self.is_elsewhere = shares_memory is None
@@ -88,7 +89,8 @@ class VllmEngine:
                 answer = future.result()
             except ServerError as error:
                 raise Interrupted(f"rollout.vllm: {error}", failed=True) from error
-            done.append(trajectory(request, answer.ids, answer.logprobs, self._end_ids, self._sampling))
+            done.append(trajectory(request, answer.ids, answer.logprobs, self._end_ids, self._sampling,
+                                   answer.routes))  # fmt: skip
         return done
 
     def update_share(self) -> float | None:
@@ -117,7 +119,8 @@ class VllmEngine:
 
     async def _ask(self, request: Request, message: dict[str, Any], sampling: Sampling) -> Answer:
         return await self._servers.post(
-            "/v1/completions", message, lambda content: read_answer(content, message, sampling, request.offset),
+            COMPLETIONS, message,
+            lambda content: read_answer(content, message, sampling, request.offset, self._routers),
             tokens=len(request.prompt) + limit_of(request, self._most), home=request.slot,
         )  # fmt: skip
 

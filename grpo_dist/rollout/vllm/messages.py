@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import math
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import torch
+from torch import Tensor
+
 from ...algorithm.hashing import stream_key
+from ...model.routing import Routers
+from ...types import no_routes
 from ..engine import PLAIN, Request, limit_of
 from ..sampling import Sampling
 
+COMPLETIONS = "/v1/completions"
+ROUTES = "--enable-return-routed-experts"
+"""The argument of a server that reports the experts of each token."""
 _NO_PROBABILITY = -9999.0
 """What vLLM writes for a log-probability of minus infinity."""
 _BAN = -100.0
@@ -25,6 +36,8 @@ class Answer:
     """Of each of `ids` (nats)."""
     prompt_logprobs: list[float]
     """Of each token of the prompt but the first, where they were asked for."""
+    routes: Tensor | None = None
+    """(tokens of the prompt and of `ids`, R, K): the experts that each took, where they are to be replayed."""
 
 
 def completion_message(
@@ -59,8 +72,11 @@ def seed_of(request: Request) -> int:
     return (stream_key(request.key, request.offset) if request.offset else request.key) & (2**63 - 1)
 
 
-def read_answer(content: Any, message: dict[str, Any], sampling: Sampling = PLAIN, offset: int = 0) -> Answer:
-    """The answer to a message, which asked for `sampling` after `offset` tokens of the trajectory.
+def read_answer(
+    content: Any, message: dict[str, Any], sampling: Sampling = PLAIN, offset: int = 0, routers: Routers | None = None
+) -> Answer:
+    """The answer to a message, which asked for `sampling` after `offset` tokens of the trajectory; `routers` are
+    those that take the experts which the server took.
 
     Raises LookupError, TypeError or ValueError for anything but a complete right one.
     """
@@ -82,7 +98,39 @@ def read_answer(content: Any, message: dict[str, Any], sampling: Sampling = PLAI
                          "tokens")  # fmt: skip
     # a server may look at the text after several tokens
     ids, logprobs = ids[:stopped_at], logprobs[:stopped_at]
-    return Answer(ids, logprobs, _prompt_logprobs(choice, message) if "prompt_logprobs" in message else [])
+    routes = None if routers is None else _routes(choice, message, len(ids), routers)
+    return Answer(ids, logprobs, _prompt_logprobs(choice, message) if "prompt_logprobs" in message else [], routes)
+
+
+def one_token(model: str) -> dict[str, Any]:
+    """The message that asks for any token, to see what else an answer has."""
+    return {"model": model, "prompt": [0], "max_tokens": 1}
+
+
+def reports_routes(content: Any) -> bool:
+    """Whether a server's answer has the experts that tokens took."""
+    return content["choices"][0].get("routed_experts") is not None
+
+
+def without_routes(url: str) -> str:
+    """The message about a server that does not report experts."""
+    return (f"rollout.routing_replay: {url} does not report the experts that tokens took. Expected a server that is "
+            f"started with {ROUTES}, or rollout.routing_replay: false")  # fmt: skip
+
+
+def _routes(choice: Any, message: dict[str, Any], kept: int, routers: Routers) -> Tensor:
+    """(tokens of the prompt and `kept` new ones, R, K). vLLM reports every token that it has computed, those of cached
+    prefixes too, in every layer; of layers without experts, zeros. The last token was drawn and not computed."""
+    file = io.BytesIO(base64.b64decode(choice["routed_experts"], validate=True))
+    table = torch.from_numpy(np.load(file, allow_pickle=False).astype(np.int64))
+    prompt, layers, width = len(message["prompt"]), max(routers.layers) + 1, routers.experts_of_a_token
+    computed = prompt + len(choice["token_ids"]) - 1
+    if table.ndim != 3 or len(table) != computed or table.shape[1] < layers or table.shape[2] != width:
+        raise ValueError(f"experts of the shape {tuple(table.shape)}, expected ({computed}, {layers}, {width})")
+    taken = table[: prompt + kept - 1, routers.layers]
+    if not 0 <= int(taken.min()) <= int(taken.max()) < routers.num_experts:
+        raise ValueError(f"the experts {int(taken.min())} to {int(taken.max())} of {routers.num_experts}")
+    return torch.cat([taken.to(routers.dtype), no_routes(1, like=taken.to(routers.dtype))])
 
 
 def _prompt_logprobs(choice: Any, message: dict[str, Any]) -> list[float]:

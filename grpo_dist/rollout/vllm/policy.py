@@ -21,10 +21,11 @@ from ...distributed.ranks import Ranks
 from ...distributed.watch import Interrupted
 from ...model.export import adapter_state, merged_state, write_adapter, write_merged
 from ...model.policy import Policy
+from ...model.routing import Routers
 from ..local import Weights
 from ..sampling import sampling_of
 from .client import Failed, Server, ServerError, Servers
-from .messages import Answer, read_answer
+from .messages import COMPLETIONS, Answer, one_token, read_answer, reports_routes, without_routes
 from .probe import STOPS, Expected, expected_scores, is_stale, largest_gap, question
 
 log = logging.getLogger(__name__)
@@ -57,12 +58,14 @@ class ServedPolicy:
 
     def __init__(
         self, config: Config, servers: Servers, ranks: Ranks, weights: Weights, policy: Policy | None,
-        end_ids: list[int], step: int, needed: str,
+        end_ids: list[int], step: int, needed: str, routers: Routers | None = None,
     ) -> None:  # fmt: skip
         """`policy` is what is trained, None for a fixed model, and `weights` what the trainer computes with; `step` is
-        that of the first update, and `needed` how a server is started that serves this run."""
+        that of the first update, `needed` how a server is started that serves this run, and `routers` are those that
+        take the experts which the servers took."""
         self.servers, self._ranks, self._weights, self._policy = servers, ranks, weights, policy
         self._config, self._end_ids, self._step, self._needed = config, end_ids, step, needed
+        self._routers = routers
         self._sampling = sampling_of(config.rollout)
         self._dtype = resolve_dtype(config.model.dtype)
         self._directory = (Path(config.train.output_dir) / "rollout").absolute()
@@ -129,6 +132,8 @@ class ServedPolicy:
                 raise ServerError(f"{server.url} serves sequences of {longest} tokens, expected {needed} "
                                   f"(data.max_prompt_length + rollout.max_completion_length)")  # fmt: skip
             self._bases[server.url] = base["id"]
+            if self._routers is not None:
+                await self._require_routes(server, base["id"])
             for each in listed:
                 if each.get("parent") and Path(each.get("root") or "/").is_relative_to(self._directory):
                     log.warning("rollouts: %s still had %s of an earlier run", server.url, each["id"])
@@ -202,6 +207,10 @@ class ServedPolicy:
             log.warning("rollouts: %s does not have the policy and is not used (%s)", url, reason)
         return failed
 
+    async def _require_routes(self, server: Server, model: str) -> None:
+        if not await self.servers.insist(server, "POST", COMPLETIONS, one_token(model), reports_routes):
+            raise ServerError(without_routes(server.url))
+
     async def _reload(self, server: Server, path: Path) -> None:
         call = {"method": "reload_weights", "kwargs": {"weights_path": str(path)}}
         await self.servers.insist(server, "POST", "/collective_rpc", call)
@@ -211,7 +220,9 @@ class ServedPolicy:
     async def _answer(self, ask: Ask, server: Server, model: str, expected: Expected) -> Answer:
         """What a server answers to the probe."""
         message = question(model, expected, self._sampling, self._end_ids)
-        return await ask(server, "POST", "/v1/completions", message, lambda content: read_answer(content, message))
+        return await ask(
+            server, "POST", COMPLETIONS, message, lambda content: read_answer(content, message, routers=self._routers)
+        )
 
     async def _unload(self, server: Server, name: str) -> None:
         await self.servers.attempt(server, "POST", "/v1/unload_lora_adapter", {"lora_name": name})

@@ -14,7 +14,8 @@ from collections.abc import Sequence
 from ...config.parse import parse_config
 from ...distributed.device import dtype_name, resolve_dtype
 from ...model.adapter import with_adapter
-from ...model.load import model_path
+from ...model.load import load_model_config, model_path
+from ..replay import needs_routes
 from .server import server_command, server_environment, variables
 
 
@@ -24,7 +25,8 @@ def command_of(words: Sequence[str]) -> tuple[list[str], dict[str, str]]:
     place = rest.index("--") if "--" in rest else len(rest)
     config = with_adapter(parse_config(rest[:place]))
     dtype = dtype_name(resolve_dtype(config.model.dtype))
-    command = server_command(config, python, model_path(config.model), dtype, "0.0.0.0", int(port))
+    with_routes = needs_routes(config.rollout, load_model_config(config.model))
+    command = server_command(config, python, model_path(config.model), dtype, "0.0.0.0", int(port), with_routes)
     return [*command, *rest[place + 1 :]], server_environment(os.environ) | variables(config)
 
 

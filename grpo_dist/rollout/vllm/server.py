@@ -20,6 +20,7 @@ from ...config.schema import Config
 from ...config.vllm import MOST_ADAPTER_RANK, SHARED, logprobs_mode
 from ...distributed.device import computes_on_gpu
 from . import keeper
+from .messages import ROUTES
 
 log = logging.getLogger(__name__)
 
@@ -39,8 +40,9 @@ class StartError(ValueError):
     """The server cannot be started."""
 
 
-def arguments(config: Config, model: str, dtype: str) -> list[str]:
-    """The arguments that a server of this run needs, wherever it is started; `model` is a path or hub id."""
+def arguments(config: Config, model: str, dtype: str, with_routes: bool) -> list[str]:
+    """The arguments that a server of this run needs, wherever it is started; `model` is a path or hub id, and
+    `with_routes` says whether the run replays the experts that tokens took."""
     words = ["--model", model, "--dtype", dtype, "--max-model-len", str(config.max_sequence_length),
              "--logprobs-mode", logprobs_mode(config.rollout), "--generation-config", "vllm"]  # fmt: skip
     if config.model.revision is not None:
@@ -50,6 +52,8 @@ def arguments(config: Config, model: str, dtype: str) -> list[str]:
     if config.lora is not None:
         rank = next(rank for rank in ADAPTER_RANKS if rank >= config.lora.r)
         words += ["--enable-lora", "--max-lora-rank", str(rank), "--max-loras", "1", "--max-cpu-loras", "2"]
+    if with_routes:
+        words += [ROUTES]
     if not computes_on_gpu():
         # a seeded prompt that is computed in parts ends vLLM 0.32 on a CPU: "CPU Generator does not use offset"
         words += ["--no-enable-chunked-prefill"]
@@ -63,15 +67,17 @@ def variables(config: Config) -> dict[str, str]:
     return needed | ({"VLLM_SERVER_DEV_MODE": "1"} if shared or config.lora is None else {})
 
 
-def command_line(config: Config, model: str, dtype: str) -> str:
+def command_line(config: Config, model: str, dtype: str, with_routes: bool) -> str:
     """How a user starts a server for this run."""
     given = " ".join(f"{name}={value}" for name, value in variables(config).items())
-    return f"{given} python -m {MODULE} {' '.join(arguments(config, model, dtype))}".strip()
+    return f"{given} python -m {MODULE} {' '.join(arguments(config, model, dtype, with_routes))}".strip()
 
 
-def server_command(config: Config, python: str, model: str, dtype: str, host: str, port: int) -> list[str]:
+def server_command(
+    config: Config, python: str, model: str, dtype: str, host: str, port: int, with_routes: bool
+) -> list[str]:
     """The command of a server; other machines reach it where `host` is not loopback."""
-    words = [os.path.expanduser(python), "-m", MODULE, *arguments(config, model, dtype),
+    words = [os.path.expanduser(python), "-m", MODULE, *arguments(config, model, dtype, with_routes),
              "--host", "127.0.0.1" if host == "127.0.0.1" else "0.0.0.0", "--port", str(port)]  # fmt: skip
     shared = config.rollout.vllm is not None and config.rollout.vllm.devices == SHARED
     # vLLM refuses it on a CPU, where sleeping frees nothing
@@ -81,7 +87,7 @@ def server_command(config: Config, python: str, model: str, dtype: str, host: st
 class OwnServer:
     """A server in a process of its own."""
 
-    def __init__(self, config: Config, model: str, dtype: str, directory: Path, host: str) -> None:
+    def __init__(self, config: Config, model: str, dtype: str, directory: Path, host: str, with_routes: bool) -> None:
         """Start it, to be reached at `host`. `directory` gets its log, and a note about it as long as it runs."""
         options = config.rollout.vllm
         assert options is not None and options.python is not None, "the config names what starts it"
@@ -91,7 +97,8 @@ class OwnServer:
             free.bind(("", 0))
             port = free.getsockname()[1]
         self.url = f"http://{host}:{port}"
-        command = [*server_command(config, options.python, model, dtype, host, port), *options.args]
+        words = server_command(config, options.python, model, dtype, host, port, with_routes)
+        command = [*words, *options.args]
         environment = server_environment(os.environ) | variables(config)
         if options.devices not in (None, SHARED):
             environment["CUDA_VISIBLE_DEVICES"] = str(options.devices)

@@ -13,6 +13,7 @@ from ...distributed.ranks import Ranks
 from ...distributed.watch import Interrupted
 from ...model.load import model_path
 from ...model.policy import Policy
+from ...model.routing import Routers
 from ..choose import UnfitEngine
 from ..local import Weights
 from .client import Servers
@@ -22,12 +23,14 @@ from .server import OwnServer, StartError, command_line
 
 
 def make_vllm_engine(
-    config: Config, ranks: Ranks, weights: Weights, policy: Policy | None, end_ids: list[int], step: int
-) -> VllmEngine:
+    config: Config, ranks: Ranks, weights: Weights, policy: Policy | None, end_ids: list[int], step: int,
+    routers: Routers | None = None,
+) -> VllmEngine:  # fmt: skip
     """The engine, after its servers have answered; a collective.
 
     `policy` is what is trained, None for a model that never changes, and `weights` what the trainer computes with;
-    `step` is that of the next update. Raises UnfitEngine where there is no server, or none that serves the run.
+    `step` is that of the next update; `routers` are those that take the experts which the servers took. Raises
+    UnfitEngine where there is no server, or none that serves the run.
     """
     options = config.rollout.vllm
     assert options is not None, "check_vllm sees to it"
@@ -35,7 +38,7 @@ def make_vllm_engine(
     own, problem = None, None
     if options.urls is None and ranks.is_main:
         try:
-            own = _start(config, model, dtype, ranks)
+            own = _start(config, model, dtype, ranks, routers is not None)
         except (StartError, OSError) as error:
             problem = str(error)
     ranks.wait_at("started the vLLM server")  # which loads a model
@@ -44,14 +47,15 @@ def make_vllm_engine(
         raise UnfitEngine(problem)
     servers = Servers(urls, options.timeout_seconds, options.retries, ranks.rank,
                       own.obituary if own else lambda: None)  # fmt: skip
-    served = ServedPolicy(config, servers, ranks, weights, policy, end_ids, step, command_line(config, model, dtype))
+    served = ServedPolicy(config, servers, ranks, weights, policy, end_ids, step,
+                          command_line(config, model, dtype, routers is not None), routers)  # fmt: skip
 
     def share_memory(what: str) -> None:
         path = {"sleep": "/sleep?level=1", "wake_up": "/wake_up"}[what]
         served.on_main(lambda: servers.run(servers.insist(servers.servers[0], "POST", path)))
 
     engine = VllmEngine(served, own, end_ids, config.rollout.max_completion_length,
-                        share_memory if options.devices == SHARED else None)  # fmt: skip
+                        share_memory if options.devices == SHARED else None, routers)  # fmt: skip
     try:
         served.start()
     except Interrupted as error:
@@ -60,10 +64,10 @@ def make_vllm_engine(
     return engine
 
 
-def _start(config: Config, model: str, dtype: str, ranks: Ranks) -> OwnServer:
+def _start(config: Config, model: str, dtype: str, ranks: Ranks, with_routes: bool) -> OwnServer:
     """A server that answers."""
     is_one_machine = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) == ranks.num_ranks
     server = OwnServer(config, model, dtype, Path(config.train.output_dir),
-                       "127.0.0.1" if is_one_machine else socket.gethostname())  # fmt: skip
+                       "127.0.0.1" if is_one_machine else socket.gethostname(), with_routes)  # fmt: skip
     server.wait_until_ready()
     return server

@@ -249,7 +249,7 @@ def test_what_would_be_resumed(data: list[str], tmp_path: Path, capsys: pytest.C
 def test_servers_are_asked_and_environments_tried(tmp_path: Path) -> None:
     def look(**options: Any) -> Findings:
         findings, rollout = Findings(), RolloutConfig(engine="vllm", vllm=VllmConfig(**options))
-        check_servers(Config(rollout=rollout), findings)
+        check_servers(Config(rollout=rollout), None, findings)
         return findings
 
     def models(longest: int) -> Server:

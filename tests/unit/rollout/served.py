@@ -17,6 +17,7 @@ from grpo_dist.distributed.ranks import Ranks
 from grpo_dist.model.attention import NAME
 from grpo_dist.model.load import trainable
 from grpo_dist.model.rollout_weights import RolloutModel
+from grpo_dist.model.routing import Routers
 from grpo_dist.rollout import Request, Sampling, sample
 from grpo_dist.rollout.vllm.start import make_vllm_engine
 
@@ -41,7 +42,7 @@ class Training:
 
     def __init__(self, base: ModelConfig, directory: Path, *servers: FakeVllm, lora: LoraConfig | None = LORA,
                  timeout_seconds: float = 60.0, python: str | None = None, devices: str | None = None,
-                 **rollout: Any) -> None:  # fmt: skip
+                 replays: bool = False, **rollout: Any) -> None:  # fmt: skip
         self.config = Config(
             model=base, lora=lora, data=DataConfig(max_prompt_length=64), train=TrainConfig(output_dir=str(directory)),
             rollout=RolloutConfig(
@@ -52,7 +53,9 @@ class Training:
         )  # fmt: skip
         self.policy = make_policy(base, lora)
         weights = RolloutModel(self.policy, torch.float32, NAME)
-        self.engine = make_vllm_engine(self.config, Ranks(torch.float32, OptimConfig()), weights, self.policy, ENDS, 0)
+        self.routers = Routers(self.policy.causal_lm) if replays else None
+        self.engine = make_vllm_engine(self.config, Ranks(torch.float32, OptimConfig()), weights, self.policy, ENDS, 0,
+                                       self.routers)  # fmt: skip
 
     def learn(self, scale: float = 0.05) -> None:
         """An update of the policy."""
