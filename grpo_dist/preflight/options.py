@@ -61,13 +61,9 @@ def read_options(words: Sequence[str]) -> Options:
     """Return the config of a training's command line, the given options, and all problems."""
     parser = make_parser(ArgumentParser, exit_on_error=False)
     problems: list[str] = []
-    usable = []
-    for given in _all_given(words, problems):
-        problem = _alone(parser, given)
-        if problem is None:
-            usable.append(given)
-        else:
-            problems.append(problem)
+    usable = [given for given in _all_given(words, problems) if _exists(given, problems)]
+    if not _parses(parser, usable):
+        usable = [given for given in usable if _parses_alone(parser, given, problems)]
     config, refusals = _combined(parser, usable)
     if refusals:  # the other checks should not fail because of values that are known to be wrong
         keys = {refusal.partition(":")[0] for refusal in refusals}
@@ -136,20 +132,40 @@ def _leaves(values: dict[str, Any], prefix: str, source: str) -> Iterator[Given]
             yield Given(key, value, source)
 
 
-def _alone(parser: ArgumentParser, given: Given) -> str | None:
-    """Return the problem of one option alone: its name or its type."""
-    hint = option_types().get(given.key.removesuffix("+"))
-    (value,) = redacted({given.key: given.value}).values()
-    problem = f"{given.key}: {value!r} given" + (f" in {given.source}" if given.source != COMMAND_LINE else "")
-    if hint is None:
-        return f"{problem}, but no such option exists; {advice(given.key) or '--help lists them'}"
+def _exists(given: Given, problems: list[str]) -> bool:
+    if given.key.removesuffix("+") in option_types():
+        return True
+    problems.append(f"{_told(given)}, but no such option exists; {advice(given.key) or '--help lists them'}")
+    return False
+
+
+def _parses(parser: ArgumentParser, given: Sequence[Given]) -> bool:
+    """Whether each value has its option's type: one parse where all have, which is most of the time."""
+    try:
+        with collected_refusals():
+            parser.parse_args([word for each in given for word in each.arguments])
+    except (ArgumentError, ValueError):
+        return False
+    return True
+
+
+def _parses_alone(parser: ArgumentParser, given: Given, problems: list[str]) -> bool:
     try:
         with collected_refusals():
             parser.parse_args(given.arguments)
     except (ArgumentError, ValueError) as error:
+        hint = option_types()[given.key.removesuffix("+")]
         detail = str(error).strip().splitlines()[-1].strip()
-        return f"{problem}, expected {_expected(hint)}" + (f" ({detail})" if get_origin(hint) is list else "")
-    return None
+        problems.append(
+            f"{_told(given)}, expected {_expected(hint)}" + (f" ({detail})" if get_origin(hint) is list else "")
+        )
+        return False
+    return True
+
+
+def _told(given: Given) -> str:
+    (value,) = redacted({given.key: given.value}).values()
+    return f"{given.key}: {value!r} given" + (f" in {given.source}" if given.source != COMMAND_LINE else "")
 
 
 def _expected(hint: Any) -> str:
