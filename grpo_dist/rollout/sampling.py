@@ -103,7 +103,8 @@ class Rules:
     def __init__(self, sampling: Sampling, end_ids: Sequence[int], device: torch.device) -> None:
         ids = [torch.tensor(list(each), dtype=torch.int64) for each in (end_ids, sampling.banned)]
         self._ends, self._banned = to_device(ids, device)
-        self._least = sampling.min_new_tokens
+        self.least = sampling.min_new_tokens
+        self._bans_of: Tensor | None = None
         self._matching = None if sampling.stop is None else Matching(sampling.stop, device)
 
     def grow(self, count: int) -> None:
@@ -116,22 +117,30 @@ class Rules:
         over = torch.isin(tokens, self._ends)
         if self._matching is None:
             return over
-        return over | (self._matching.step(tokens, request) & (places >= self._least))
+        return over | (self._matching.step(tokens, request) & (places >= self.least))
 
     @property
     def bans(self) -> bool:
         """Whether some token may not be drawn somewhere."""
-        return bool(len(self._banned)) or self._least > 0
+        return bool(len(self._banned)) or self.least > 0
 
-    def possible(self, logprobs: Tensor, places: Tensor) -> Tensor:
-        """Log-probabilities (B, V) among the tokens that may be drawn at `places` (B,): -inf for the others."""
+    def bans_of(self, size: int) -> Tensor:
+        """Of each of `size` tokens where it may not be drawn, (V,) int8: 0 nowhere, 1 before `least` tokens, 2
+        anywhere."""
+        if self._bans_of is None:
+            bans = torch.zeros(size, dtype=torch.int8, device=self._ends.device)
+            self._bans_of = bans.index_fill_(0, self._ends, 1).index_fill_(0, self._banned, 2)
+        return self._bans_of
+
+    def possible(self, logits: Tensor, places: Tensor) -> Tensor:
+        """`logits` (B, V) of the tokens that may be drawn at `places` (B,): -inf for the others."""
         if not self.bans:
-            return logprobs
-        kept = logprobs.index_fill(1, self._banned, -torch.inf)
-        if self._least:
-            early = (places < self._least)[:, None]
+            return logits
+        kept = logits.index_fill(1, self._banned, -torch.inf)
+        if self.least:
+            early = (places < self.least)[:, None]
             kept[:, self._ends] = kept[:, self._ends].masked_fill(early, -torch.inf)
-        return torch.log_softmax(kept, dim=-1)
+        return kept
 
 
 def allowed(logits: Tensor, sampling: Sampling) -> Tensor | None:
@@ -170,13 +179,13 @@ def draw(
     """
     logits = logits.float() / sampling.temperature
     logprobs = torch.log_softmax(logits, dim=-1)
-    possible = logprobs if rules is None else rules.possible(logprobs, positions)
+    possible = logits if rules is None else rules.possible(logits, positions)
     if sampling.greedy:
         tokens = possible.argmax(-1)
     else:
         # a log-probability has fewer digits than its logit: tokens that differ may become equal
-        keep = allowed(logits if possible is logprobs else possible, sampling)
-        probs = possible.exp()
+        keep = allowed(possible, sampling)
+        probs = (logprobs if possible is logits else torch.log_softmax(possible, dim=-1)).exp()
         if keep is not None:
             probs *= keep
         tokens = _inverse_cdf(probs, uniforms(keys, positions))

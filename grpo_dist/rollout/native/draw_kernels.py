@@ -1,5 +1,7 @@
 """The kernels that draw a token on a GPU, each in few passes over the logits; `fused_draw.py` launches them.
 
+With BANS `bans` says of each token where it may not be drawn (`Rules.bans_of`), and `places` of each row where it is.
+
 Shapes: R rows, V vocabulary, B blocks of it.
 """
 
@@ -16,18 +18,22 @@ _GAMMA, _MIX1, _MIX2, _UNITS = (tl.constexpr(each) for each in (GAMMA, MIX1, MIX
 
 
 @triton.jit
-def _scaled(logits, row, k, size, temperature):
-    """Logits at the sampling temperature, -inf behind the last one."""
+def _scaled(logits, row, k, size, temperature, bans, places, least, BANS: tl.constexpr):
+    """Logits at the sampling temperature, -inf behind the last one and for those that may not be drawn."""
     x = tl.load(logits + row * size + k, mask=k < size, other=-float("inf")).to(tl.float32)
+    if BANS:
+        early = (tl.load(places + row) < least).to(tl.int32)
+        x = tl.where(tl.load(bans + k, mask=k < size, other=0).to(tl.int32) + early > 1, -float("inf"), x)
     return tl.div_rn(x, temperature)
 
 
 @triton.jit
-def sum_blocks(logits, floors, peaks, totals, size, blocks, temperature, FLOOR: tl.constexpr, BLOCK: tl.constexpr):
+def sum_blocks(logits, floors, peaks, totals, size, blocks, temperature, bans, places, least, BANS: tl.constexpr,
+               FLOOR: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     """Peak and sum of exponentials of each block of a row's scaled logits, of those not below the row's floor: (R, B)
     float32 each."""
     row, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    x = _scaled(logits, row, block * BLOCK + tl.arange(0, BLOCK), size, temperature)
+    x = _scaled(logits, row, block * BLOCK + tl.arange(0, BLOCK), size, temperature, bans, places, least, BANS)
     if FLOOR:
         x = tl.where(x >= tl.load(floors + row), x, -float("inf"))
     peak = tl.max(x)
@@ -48,8 +54,9 @@ def _as_key(number):
 
 
 @triton.jit
-def find_floors(logits, peaks, floors, size, blocks, temperature, top_p, top_k, log_min_p, PEAKS: tl.constexpr,
-                BLOCK: tl.constexpr, WAYS: tl.constexpr, PASSES: tl.constexpr):  # fmt: skip
+def find_floors(logits, peaks, floors, size, blocks, temperature, bans, places, least, top_p, top_k, log_min_p,
+                BANS: tl.constexpr, PEAKS: tl.constexpr, BLOCK: tl.constexpr, WAYS: tl.constexpr,
+                PASSES: tl.constexpr):  # fmt: skip
     """The least scaled logit of a row that may be drawn, without sorting: `sampling.allowed` says which those are.
 
     Of the tokens above a number, the mass and the count grow as the number falls. So the lowest number at which both
@@ -61,11 +68,12 @@ def find_floors(logits, peaks, floors, size, blocks, temperature, top_p, top_k, 
     peak = tl.max(tl.load(peaks + row * blocks + b, mask=b < blocks, other=-float("inf")))
     total = tl.zeros((BLOCK,), tl.int64)
     for block in range(blocks):
-        total += (tl.exp(_scaled(logits, row, block * BLOCK + k, size, temperature) - peak) * _UNITS).to(tl.int64)
+        x = _scaled(logits, row, block * BLOCK + k, size, temperature, bans, places, least, BANS)
+        total += (tl.exp(x - peak) * _UNITS).to(tl.int64)
     most = tl.ceil(tl.sum(total).to(tl.float64) * top_p).to(tl.int64)
     # the bounds of the range: too much lies above the lower one, and not too much above the upper one
-    least = _as_key(tl.full((1,), -float("inf"), tl.float32)).to(tl.int64)
-    lower, upper = tl.sum(least), tl.sum(_as_key(tl.full((1,), 0.0, tl.float32) + peak).to(tl.int64))
+    bottom = _as_key(tl.full((1,), -float("inf"), tl.float32)).to(tl.int64)
+    lower, upper = tl.sum(bottom), tl.sum(_as_key(tl.full((1,), 0.0, tl.float32) + peak).to(tl.int64))
     for _ in range(PASSES):
         keys = lower + (upper - lower) * (way + 1) // (WAYS + 1)
         bounds = _as_number(keys.to(tl.int32))
@@ -73,7 +81,7 @@ def find_floors(logits, peaks, floors, size, blocks, temperature, top_p, top_k, 
         mass, count = tl.zeros((WAYS,), tl.int64), tl.zeros((WAYS,), tl.int32)
         for block in range(blocks):
             if tl.load(peaks + row * blocks + block) > lowest:
-                x = _scaled(logits, row, block * BLOCK + k, size, temperature)
+                x = _scaled(logits, row, block * BLOCK + k, size, temperature, bans, places, least, BANS)
                 above = x[None, :] > bounds[:, None]
                 units = (tl.exp(x - peak) * _UNITS).to(tl.int64)
                 mass += tl.sum(tl.where(above, units[None, :], 0), 1)
@@ -94,8 +102,9 @@ def _hashed(x):
 
 
 @triton.jit
-def draw_token(logits, floors, peaks, totals, all_peaks, all_totals, keys, places, token, logprob, size, blocks,
-               temperature, FLOOR: tl.constexpr, BLOCK: tl.constexpr, PEAKS: tl.constexpr):  # fmt: skip
+def draw_token(logits, floors, peaks, totals, all_peaks, all_totals, keys, token, logprob, size, blocks, temperature,
+               bans, places, least, BANS: tl.constexpr, FLOOR: tl.constexpr, BLOCK: tl.constexpr,
+               PEAKS: tl.constexpr):  # fmt: skip
     """The token at which a row's running sum of probabilities passes the uniform number of its key and place, and its
     log-probability among all tokens."""
     row = tl.program_id(0).to(tl.int64)
@@ -113,7 +122,7 @@ def draw_token(logits, floors, peaks, totals, all_peaks, all_totals, keys, place
     before = tl.sum(tl.where(b < block, sums, 0.0).to(tl.float64))
     share = (target - before) / tl.sum(tl.where(b == block, sums, 0.0).to(tl.float64))
     k = tl.arange(0, BLOCK)
-    x = _scaled(logits, row, block * BLOCK + k, size, temperature)
+    x = _scaled(logits, row, block * BLOCK + k, size, temperature, bans, places, least, BANS)
     weights = tl.exp(x - peak)
     if FLOOR:
         weights = tl.where(x >= tl.load(floors + row), weights, 0.0)
@@ -123,5 +132,7 @@ def draw_token(logits, floors, peaks, totals, all_peaks, all_totals, keys, place
     tl.store(token + row, (block * BLOCK + chosen).to(tl.int64))
     value = tl.sum(tl.where(k == chosen, x, 0.0))
     of_all = tl.load(all_totals + row * blocks + b, mask=b < blocks, other=0.0)
-    of_all *= tl.exp(tl.load(all_peaks + row * blocks + b, mask=b < blocks, other=-float("inf")) - peak)
-    tl.store(logprob + row, value - peak - tl.log(tl.sum(of_all.to(tl.float64)).to(tl.float32)))
+    tops = tl.load(all_peaks + row * blocks + b, mask=b < blocks, other=-float("inf"))
+    top = tl.max(tops)
+    of_all *= tl.exp(tops - top)
+    tl.store(logprob + row, value - top - tl.log(tl.sum(of_all.to(tl.float64)).to(tl.float32)))

@@ -24,8 +24,9 @@ WAYS, PASSES = 8, 12
 def fused_draw(
     logits: Tensor, keys: Tensor, positions: Tensor, sampling: Sampling, rules: Rules | None = None
 ) -> tuple[Tensor, Tensor]:
-    """`sampling.draw` in two kernels, or four where the distribution is truncated; with bans, and greedy, as there."""
-    if sampling.greedy or (rules is not None and rules.bans):
+    """`sampling.draw` in two kernels, one more with bans, and two more where the distribution is truncated; greedy as
+    there."""
+    if sampling.greedy:
         return draw(logits, keys, positions, sampling, rules)
     rows, size = logits.shape
     logits, blocks = logits.contiguous(), triton.cdiv(size, BLOCK)
@@ -34,17 +35,25 @@ def fused_draw(
     token, logprob = torch.empty_like(keys), peaks.new_empty(rows)
     sizes = {"BLOCK": BLOCK, "PEAKS": triton.next_power_of_2(blocks)}
     is_truncated = truncates(sampling.top_p, sampling.top_k, sampling.min_p)
-    shape = size, blocks, sampling.temperature
-    draw_kernels.sum_blocks[rows, blocks](logits, floors, peaks, totals, *shape, FLOOR=False, BLOCK=BLOCK)
+    has_bans, bans, least = False, keys, 0
+    if rules is not None and rules.bans:
+        has_bans, bans, least = True, rules.bans_of(size), rules.least
+    shape = size, blocks, sampling.temperature, bans, positions, least
+    draw_kernels.sum_blocks[rows, blocks](logits, floors, peaks, totals, *shape, BANS=False, FLOOR=False, BLOCK=BLOCK)
+    if has_bans:
+        peaks, totals = torch.empty_like(peaks), torch.empty_like(totals)
+        draw_kernels.sum_blocks[rows, blocks](logits, floors, peaks, totals, *shape, BANS=True, FLOOR=False,
+                                              BLOCK=BLOCK)  # fmt: skip
     if is_truncated:
         floors = peaks.new_empty(rows)
         draw_kernels.find_floors[(rows,)](
             logits, peaks, floors, *shape, sampling.top_p if sampling.top_p < 1 else 2.0, sampling.top_k or size,
             math.log(sampling.min_p) if sampling.min_p > 0 else -math.inf, WAYS=WAYS, PASSES=PASSES, num_warps=8,
-            **sizes,
+            BANS=has_bans, **sizes,
         )  # fmt: skip
         peaks, totals = torch.empty_like(peaks), torch.empty_like(totals)
-        draw_kernels.sum_blocks[rows, blocks](logits, floors, peaks, totals, *shape, FLOOR=True, BLOCK=BLOCK)
-    draw_kernels.draw_token[(rows,)](logits, floors, peaks, totals, all_peaks, all_totals, keys, positions, token,
-                                     logprob, *shape, FLOOR=is_truncated, **sizes)  # fmt: skip
+        draw_kernels.sum_blocks[rows, blocks](logits, floors, peaks, totals, *shape, BANS=has_bans, FLOOR=True,
+                                              BLOCK=BLOCK)  # fmt: skip
+    draw_kernels.draw_token[(rows,)](logits, floors, peaks, totals, all_peaks, all_totals, keys, token, logprob, *shape,
+                                     BANS=has_bans, FLOOR=is_truncated, **sizes)  # fmt: skip
     return token, logprob

@@ -54,7 +54,7 @@ from grpo_dist.rollout.native.fused import FusedStep  # noqa: E402
 from grpo_dist.rollout.native.fused_draw import fused_draw  # noqa: E402
 from grpo_dist.rollout.native.pages import PAGE, TILE, PagePool  # noqa: E402
 from grpo_dist.rollout.native.steps import module_step  # noqa: E402
-from grpo_dist.rollout.sampling import Sampling, allowed, draw  # noqa: E402
+from grpo_dist.rollout.sampling import Rules, Sampling, allowed, draw  # noqa: E402
 from grpo_dist.rollout.stop import stop_strings  # noqa: E402
 
 CPU = torch.device("cpu")
@@ -191,11 +191,14 @@ def floors() -> int:
         sampling = Sampling(0.8, [0.9, 0.3, 1.0, 0.999][case // 2 % 4], [0, 0, 1, 20, 90][case % 5],
                             [0.0, 0.0, 0.05, 1.0][case // 3 % 4])  # fmt: skip
         peaks, totals, got = torch.zeros(2, 2), torch.zeros(2, 2), torch.zeros(2)
-        draw_kernels.sum_blocks[2, 2](logits, got, peaks, totals, 90, 2, 0.8, FLOOR=False, BLOCK=64)
+        unused = logits, logits, 0
+        draw_kernels.sum_blocks[2, 2](logits, got, peaks, totals, 90, 2, 0.8, *unused, BANS=False, FLOOR=False,
+                                      BLOCK=64)  # fmt: skip
         draw_kernels.find_floors[(2,)](
-            logits, peaks, got, 90, 2, 0.8, sampling.top_p if sampling.top_p < 1 else 2.0, sampling.top_k or 90,
+            logits, peaks, got, 90, 2, 0.8, *unused, sampling.top_p if sampling.top_p < 1 else 2.0,
+            sampling.top_k or 90,
             math.log(sampling.min_p) if sampling.min_p else -math.inf, PEAKS=2, BLOCK=64, WAYS=drawing.WAYS,
-            PASSES=drawing.PASSES,
+            PASSES=drawing.PASSES, BANS=False,
         )  # fmt: skip
         kept = allowed(logits / 0.8, sampling)
         expected = torch.ones_like(logits, dtype=torch.bool) if kept is None else kept
@@ -245,10 +248,16 @@ def main() -> None:
     }
     drawing.BLOCK = 256
     logits, keys = torch.randn(5, 1003) * 3, torch.randint(-(2**62), 2**62, (5,))
-    drawn = [
-        [each(logits, keys, torch.full_like(keys, n), sampling) for n, sampling in enumerate(
-            (Sampling(0.8), Sampling(), Sampling(), Sampling(0.8, 0.7, 50, 0.001)))] for each in (fused_draw, draw)
-    ]  # fmt: skip
+    logits[:, 3] += 20  # tokens that are drawn wherever they are not banned
+    logits[0, 700] += 150
+    places = torch.tensor([0, 1, 2, 3, 1])
+    bans = {"banned": (700,), "min_new_tokens": 2}
+    cases = [Sampling(0.8), Sampling(), Sampling(), Sampling(0.8, 0.7, 50, 0.001), Sampling(0.8, **bans),
+             Sampling(0.8, 0.7, **bans), Sampling(1.0, 0.9, 20, 0.01, banned=(3, 700))]  # fmt: skip
+    drawn = [[each(logits, keys, places + n, sampling, Rules(sampling, [3, 11], CPU)) for n, sampling in
+              zip((0, 1, 2, 3, 0, 0, 4), cases, strict=True)] for each in (fused_draw, draw)]  # fmt: skip
+    result["banned"] = sum(int(((tokens == 700) | ((tokens == 3) & (places < 2))).sum()) for tokens, _ in drawn[0][4:6])
+    result["early"] = sum(int((tokens == 3).sum()) for tokens, _ in drawn[0][4:6])
     result["draws"] = [
         sum(int((a[0] != b[0]).sum()) for a, b in zip(*drawn, strict=True)),
         max(float((a[1] - b[1]).abs().max()) for a, b in zip(*drawn, strict=True)),

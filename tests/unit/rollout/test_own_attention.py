@@ -83,7 +83,7 @@ def test_a_model_that_sees_later_tokens_is_refused_by_name() -> None:
 
 
 def test_a_named_attention_is_the_only_one_tried() -> None:
-    model = build("bloom", attention.NAME, **TYPES["bloom"])
+    model = build("camembert", attention.NAME, is_decoder=True)
     with pytest.raises(UnfitModel, match=r"model\.attn_implementation: .*grpo_dist: "):
         settle(model, "grpo_dist", obstacle="as model.attn_implementation asks", named=True)
     assert settle(build("qwen2", "eager"), "eager", obstacle="named", named=True) == "named"

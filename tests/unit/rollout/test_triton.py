@@ -49,6 +49,10 @@ def test_the_fused_draw_is_the_plain_one(interpreted: Any) -> None:
     assert differ == 0 and gap < 1e-5
 
 
+def test_the_fused_draw_bans_tokens_where_they_are_banned(interpreted: Any) -> None:
+    assert interpreted["banned"] == 0 and interpreted["early"] == 4, "after two tokens nothing else is likely"
+
+
 def test_a_threshold_without_sorting_leaves_the_tokens_that_sorting_leaves(interpreted: Any) -> None:
     """With equal logits, and with tokens that cannot be drawn."""
     assert interpreted["floors"] == 0
