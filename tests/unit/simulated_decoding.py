@@ -1,6 +1,6 @@
 """What a step of the paged engine costs on the simulated device, and what its rows read; as JSON.
 
-    python tests/unit/simulated_decoding.py [modules] > RESULT.json
+    python tests/unit/simulated_decoding.py [modules | experts] > RESULT.json
 
 Triton is replaced: each of its kernels counts as one and computes nothing, but that every token drawn is 7. What they
 compute is tested in Triton's interpreter (`rollout/test_triton.py`). Kernels do not depend on sizes, so the model has
@@ -16,6 +16,7 @@ import sys
 import types
 import weakref
 from collections import Counter
+from functools import partial
 from typing import Any
 from unittest.mock import patch
 
@@ -23,7 +24,7 @@ import peft  # noqa: F401 (bitsandbytes, which it imports, asks a real torch for
 import torch
 from simulated_cuda import install
 from simulated_device import CUDA, SEEN
-from simulated_kernels import put_triton_in
+from simulated_kernels import histc, put_triton_in
 
 install()
 put_triton_in()
@@ -68,7 +69,7 @@ triton.language, triton.jit = language, Kernel
 triton.cdiv, triton.next_power_of_2 = lambda a, b: -(-a // b), lambda n: 1 << (n - 1).bit_length()
 sys.modules |= {"triton": triton, "triton.language": language}
 
-from transformers import AutoModelForCausalLM, Gemma2Config, Qwen2Config  # noqa: E402
+from transformers import AutoModelForCausalLM, Gemma2Config, GptOssConfig, Qwen2Config, Qwen3MoeConfig  # noqa: E402
 
 from grpo_dist.config.schema import LoraConfig, ModelConfig  # noqa: E402
 from grpo_dist.model import attention  # noqa: E402
@@ -104,7 +105,6 @@ def requests_of(groups: int, members: int, prompt: int, limits: list[int] | None
             for slot in range(groups) for n in range(members)]  # fmt: skip
 
 
-@torch.inference_mode()
 def of_a_step(model: Any, rows: int, sampling: Sampling, step_of: Any = FusedStep) -> dict[str, int]:
     """Kernels of a step of so many rows, of two prompts."""
     decoding = gpu.PagedDecoding(
@@ -121,10 +121,12 @@ def of_a_step(model: Any, rows: int, sampling: Sampling, step_of: Any = FusedSte
 
 def of_steps(
     rows: int, sampling: Sampling = Sampling(), adapters: bool = True, config_of: Any = Qwen2Config,  # noqa: B008
-    step_of: Any = FusedStep,
+    step_of: Any = FusedStep, mode: Any = torch.inference_mode,
 ) -> int:  # fmt: skip
     """Kernels of a step with LAYERS layers."""
-    some, more = (of_a_step(make_model(count, adapters, config_of), rows, sampling, step_of)["all"] for count in (1, 2))
+    models = [make_model(count, adapters, config_of) for count in (1, 2)]
+    with mode():
+        some, more = (of_a_step(model, rows, sampling, step_of)["all"] for model in models)
     return some + (LAYERS - 1) * (more - some)
 
 
@@ -217,8 +219,21 @@ def of_memory() -> dict[str, Any]:
     return {"pools": len(pools), "left": left, "replays": SEEN.replays - replays}
 
 
+def of_experts() -> dict[str, int]:
+    """Kernels of steps whose feed-forward parts are experts, 2 of 4 for a token, by transformers' grouped products."""
+    torch.histc = lambda x, bins, min, max: histc(x, bins)  # type: ignore[assignment]
+    options = {"head_dim": 16, "num_experts_per_tok": 2}
+    configs = {
+        "qwen3_moe": partial(Qwen3MoeConfig, num_experts=4, moe_intermediate_size=16, **options),
+        "gpt_oss": partial(GptOssConfig, num_local_experts=4, **options),
+    }
+    # in inference mode the simulated device has no view of a parameter
+    return {name: of_steps(512, config_of=config_of, mode=torch.no_grad) for name, config_of in configs.items()}
+
+
 def main() -> None:
-    """Count everything that the fused steps do, or with the word `modules` what the modules' own steps do."""
+    """Count everything that the fused steps do; with the word `modules` what the modules' own steps do, and with
+    `experts` what the steps of mixtures of experts do."""
     normal = random.Random(0)
     lengths = [min(1024, max(1, round(normal.gauss(600, 200)))) for _ in range(32)]
     # 80 GB, Qwen2.5-1.5B: what is left beside weights in 16 bits, adapters, and a tenth
@@ -226,6 +241,9 @@ def main() -> None:
     tokens = fitting(free, 28 * 2 * 2 * 128 * 2, 151_936 * 24, 1024)
     if sys.argv[1:] == ["modules"]:
         print(json.dumps({"gemma's modules": of_steps(512, config_of=Gemma2Config, step_of=module_step)}))
+        return
+    if sys.argv[1:] == ["experts"]:
+        print(json.dumps(of_experts()))
         return
     print(json.dumps({
         "many rows": of_steps(512), "few rows": of_steps(8), "top-p": of_steps(512, Sampling(top_p=0.95)),

@@ -82,6 +82,12 @@ def gated_backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tens
     return (grad * y * share * (1 + x * (1 - share))).to(gate.dtype), (grad * x * share).to(up.dtype)
 
 
+@torch.library.custom_op("simulated::histc", mutates_args=())
+def histc(x: Tensor, bins: int) -> Tensor:
+    """How often each of the first `bins` integers occurs, of integers, which the CPU's has not."""
+    return torch.bincount(x.long(), minlength=bins).to(x.dtype)
+
+
 def put_triton_in() -> None:
     """Let the package find its Triton kernels for updates."""
 

@@ -165,8 +165,9 @@ class Weights:
         """Cosines and sines (R, D) in the dtype of `x`, for each kind of layers."""
         turns = {kind: self._rotary(x, positions[None], *([] if kind is None else [kind])) for kind in self.kinds}
         # gpt-oss has those of one half of a head, which are the other's too
-        times = self.head_size // turns[self.kinds[0]][0].shape[-1]
-        return {kind: (cos[0].repeat(1, times), sin[0].repeat(1, times)) for kind, (cos, sin) in turns.items()}
+        if 2 * turns[self.kinds[0]][0].shape[-1] == self.head_size:
+            return {kind: (cos[0].repeat(1, 2), sin[0].repeat(1, 2)) for kind, (cos, sin) in turns.items()}
+        return {kind: (cos[0].contiguous(), sin[0].contiguous()) for kind, (cos, sin) in turns.items()}
 
 
 class LlamaStep:
