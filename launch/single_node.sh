@@ -27,7 +27,7 @@ fi
 
 # A mistake in an option ends here, and so does --help: the launcher would add a traceback, and each rank would answer.
 status=0
-python -c 'import sys; from grpo_dist.config.parse import refuse_mistakes; refuse_mistakes(); sys.exit(99)' "$@" || status=$?
+python -c 'import sys; from grpo_dist.preflight.early import refuse_mistakes; refuse_mistakes(before_launch=True); sys.exit(99)' "$@" || status=$?
 ((status == 99)) || exit "$status"
 
 # GPUs, cores of this process, and a free port: two runs on one machine must not both use the default port.

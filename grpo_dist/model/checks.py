@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Container, Mapping, Sequence
 from typing import Any
@@ -20,6 +19,7 @@ except ImportError:  # older releases of PEFT put adapters on exactly the named 
 
 from ..distributed.sharding import full_shape
 from .files import UnfitModel, is_bitsandbytes, require_fit, some_names
+from .names import no_causal_lm, no_layer, no_pattern, refused_layer
 from .quantized import QuantizedLinear
 
 CANNOT = (TypeError, ValueError, RuntimeError, AttributeError, KeyError, IndexError, AssertionError)
@@ -71,8 +71,7 @@ def require_trainable(model_config: Any, longest: int) -> None:
     require_fit(kind, text.model_type, named, _quantization_config(model_config),
                 bool(getattr(model_config, "is_encoder_decoder", False)), own_code)  # fmt: skip
     if type(model_config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not own_code:
-        raise UnfitModel(f"model.name: a model of the type {kind} given, expected a causal language model, one that "
-                         "transformers' AutoModelForCausalLM loads")  # fmt: skip
+        raise no_causal_lm(kind)
     is_bare = [name.endswith("Model") and not name.endswith("HeadModel") for name in named]
     if named and all(is_bare) and not getattr(text, "tie_word_embeddings", False):
         raise UnfitModel(f"model.name: a checkpoint of {named[0]} given (architectures in its config.json), expected a "
@@ -207,18 +206,14 @@ def _kind(name: str) -> str:
 def _refuse(
     model: Any, targets: Any, target: str, names: Sequence[str], why_not: dict[str, str], fit: Sequence[str]
 ) -> None:
-    short = sorted({name.rpartition(".")[2] for name in fit})
-    near = difflib.get_close_matches(target, short, 1, 0.5)
-    hint = f"; did you mean {near[0]!r}?" if near else "."
+    short = {name.rpartition(".")[2] for name in fit}
     if names:
-        reason, hint = f"{target!r} cannot have adapters: {why_not[names[0]]}", "."
-    elif isinstance(targets, str) and any(matches(name, target, False) for name in fit):
-        reason, hint = f"a string is a pattern for full names, and matches none; write [{target}].", ""
-    elif any(matches(name, target, False) for name, _ in model.named_modules()):
-        reason, hint = f"{target!r} is not a linear layer", "."
-    elif any(len(full_shape(p)) == 3 and target.split("_")[0] in name for name, p in model.named_parameters()):
-        reason, hint = f"{target!r} is part of experts in one tensor (lora.target_parameters is for these)", "."
-    else:
-        reason = f"{target!r} is not a layer of {type(model).__name__}"
-    raise UnfitModel(f"lora.target_modules: {targets!r} given, but {reason}{hint} Expected `all-linear`, or names "
-                     f"among {some_names(short)}")  # fmt: skip
+        raise refused_layer(targets, f"{target!r} cannot have adapters: {why_not[names[0]]}.", short)
+    if isinstance(targets, str) and any(matches(name, target, False) for name in fit):
+        raise no_pattern(target, short)
+    if any(matches(name, target, False) for name, _ in model.named_modules()):
+        raise refused_layer(targets, f"{target!r} is not a linear layer.", short)
+    if any(len(full_shape(p)) == 3 and target.split("_")[0] in name for name, p in model.named_parameters()):
+        raise refused_layer(targets, f"{target!r} is part of experts in one tensor (lora.target_parameters is for "
+                            "these).", short)  # fmt: skip
+    raise no_layer(targets, target, type(model).__name__, short)

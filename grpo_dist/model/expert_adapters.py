@@ -22,8 +22,8 @@ from torch.nn.functional import linear
 
 from ..distributed.sharding import full_shape
 from .checks import matches
-from .files import UnfitModel
 from .lora import adapted_linear, fuse_adapters
+from .names import no_experts
 
 PRODUCTS = (torch.matmul, Tensor.matmul, Tensor.__matmul__)
 """`x @ W`, in models whose weights are (E, I, O)."""
@@ -97,10 +97,9 @@ def expert_parameters(model: Any, names: Sequence[str]) -> list[str]:
     for each in names:
         meant = [name for name, _ in model.named_parameters() if matches(name, each, False)]
         if not set(meant) & own:
-            expected = ", ".join(sorted({".".join(name.split(".")[-3:]) for name in own})) or "none for this model"
+            expected = {".".join(name.split(".")[-3:]) for name in own}
             reason = "is no tensor of several experts" if meant else "is no parameter of it"
-            raise UnfitModel(f"lora.target_parameters: {each!r} given, which {reason} ({type(model).__name__}), "
-                             f"expected {expected}")  # fmt: skip
+            raise no_experts(each, reason, type(model).__name__, expected)
         chosen += [name for name in meant if name in own]
     return chosen
 

@@ -82,16 +82,21 @@ def require_positions(positions: int | None, longest: int) -> None:
                          f"has {positions} positions (max_position_embeddings): lower one of the two")  # fmt: skip
 
 
-def require_fit_files(config: Config, path: Path, num_ranks: int | None, shards_weights: bool) -> None:
-    """Raise ValueError where config.json or the weight files in the directory of the model say that this run cannot be.
-
-    Directories whose config.json cannot be read are left to those who load the model.
-    """
+def read_entries(path: Path) -> dict[str, Any] | None:
+    """The config.json in a model's directory; None where it cannot be read, which those who load the model report."""
     try:
         entries = json.loads((path / "config.json").read_text())
-        text = {**entries, **(entries.get("text_config") or {})}
-    except (OSError, ValueError, TypeError):
-        return
+    except (OSError, ValueError):
+        return None
+    return entries if isinstance(entries, dict) else None
+
+
+def require_fit_files(
+    config: Config, path: Path, entries: dict[str, Any], num_ranks: int | None, shards_weights: bool
+) -> None:
+    """Raise ValueError where the entries of config.json or the weight files in the directory of the model say that this
+    run cannot be."""
+    text = {**entries, **(entries.get("text_config") or {})}
     given = next((given for each in (entries, text) for key in ("quantization_config", "compression_config")
                   if (given := each.get(key))), None)  # fmt: skip
     kind = entries.get("model_type") or ""
@@ -109,13 +114,10 @@ def require_weights(name: str, path: Path, is_quantized: bool = False) -> None:
     where its config does not say so (`is_quantized`), or the other way round."""
     if not path.is_dir():  # a hub id
         return
-    parts = [each for each in WEIGHTS if (path / each).is_file()][:1]
-    listed = next((each for each in WEIGHTS if (path / f"{each}.index.json").is_file()), None)
-    if not parts and listed is None:
+    listed, parts = _listed_weights(path)
+    if not parts:
         raise UnfitModel(f"model.name: {name!r} has no weights, expected {' or '.join(WEIGHTS)} beside config.json, "
                          f"or several files with their list ({WEIGHTS[0]}.index.json)")  # fmt: skip
-    if not parts:
-        parts = sorted(set(json.loads((path / f"{listed}.index.json").read_text())["weight_map"].values()))
     if missing := [part for part in parts if not (path / part).is_file()]:
         raise UnfitModel(f"model.name: {name!r} lacks {len(missing)} of the {len(parts)} weight files that its "
                          f"{listed}.index.json names ({some_names(missing)}): copy these files too")  # fmt: skip
@@ -139,6 +141,26 @@ def require_weights(name: str, path: Path, is_quantized: bool = False) -> None:
         raise UnfitModel(f"model.name: config.json of {name!r} has a quantization_config of bitsandbytes, but its "
                          "weights are not quantised: remove it there, and set model.quantization to quantise them when "
                          "they are loaded")  # fmt: skip
+
+
+def _listed_weights(path: Path) -> tuple[str | None, list[str]]:
+    """The weight files of a model's directory, and whose list names them; None where it is one file."""
+    if parts := [each for each in WEIGHTS if (path / each).is_file()][:1]:
+        return None, parts
+    listed = next((each for each in WEIGHTS if (path / f"{each}.index.json").is_file()), None)
+    if listed is None:
+        return None, []
+    return listed, sorted(set(json.loads((path / f"{listed}.index.json").read_text())["weight_map"].values()))
+
+
+def weight_names(path: Path) -> list[str]:
+    """Names of all weights in the safetensors files of a model's directory; none for files of another format."""
+    _, parts = _listed_weights(path)
+    names: list[str] = []
+    for part in (part for part in parts if part.endswith(".safetensors")):
+        with safe_open(path / part, "np") as file:
+            names += file.keys()
+    return names
 
 
 def is_bitsandbytes(quantization: Mapping[str, Any]) -> bool:

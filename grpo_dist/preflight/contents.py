@@ -57,9 +57,24 @@ class Contents:
     sampler: Any = None
 
 
-def read_contents(config: Config, num_ranks: int, findings: Findings) -> Contents:
-    """Read tokenizer, model config and data, and note every problem with them."""
+def read_contents(config: Config, num_ranks: int, findings: Findings, has_model: bool = True) -> Contents:
+    """Read tokenizer, model config and data, and note every problem with them; without `has_model`, only the data."""
     contents = Contents()
+    if has_model:
+        config = _read_model(config, contents, num_ranks, findings)
+    host = None
+    with findings.attempt():
+        host = open_host(config)
+    try:
+        _read_data(templated(config), contents, findings, host)
+    finally:
+        if host is not None:
+            host.close()
+    return contents
+
+
+def _read_model(config: Config, contents: Contents, num_ranks: int, findings: Findings) -> Config:
+    """Read tokenizer and model config. Returns the config with the date of its template."""
     unreadable = f"model.name: {config.model.name!r} given, expected a hub id or a directory that can be read: "
     with findings.attempt():
         require_complete_model(config.model.name, model_path(config.model), config.model.revision)
@@ -84,15 +99,7 @@ def read_contents(config: Config, num_ranks: int, findings: Findings) -> Content
             findings.remarks.append(ignored)
         with suppress(ValueError, OSError, DamagedCheckpoint):  # `check_resuming` reports it
             config = with_template_date(config, contents.tokenizer, resume_path(config))
-    host = None
-    with findings.attempt():
-        host = open_host(config)
-    try:
-        _read_data(templated(config), contents, findings, host)
-    finally:
-        if host is not None:
-            host.close()
-    return contents
+    return config
 
 
 def _read_data(config: Config, contents: Contents, findings: Findings, host: EnvironmentHost | None) -> None:

@@ -18,27 +18,29 @@ from ..data.rows import check_file
 from ..distributed.launch_config import require_known_launch, require_optimizer, shards_weights
 from ..model.adapter import with_adapter
 from ..model.files import (
+    read_entries,
     require_divisors,
     require_fit_files,
     require_quantizable,
     require_unsharded,
     require_unsharded_experts,
 )
+from ..model.names import require_known_names
 from ..model.toy import MODELS
 from ..text.plain import plain_lines, write_lines
 
 
-def refuse_mistakes(arguments: list[str] | None = None) -> None:
+def refuse_mistakes(arguments: list[str] | None = None, before_launch: bool = False) -> None:
     """End the program with status 2 on a mistake in a run's options, its launch, or the files of a local model.
 
-    A dry run reports all of them by itself. If nodes have disks of their own, the ranks have to hear of one another's
-    mistakes: a launch on several nodes is checked later.
+    The number of ranks is not known `before_launch`. A dry run reports all of them by itself. If nodes have disks of
+    their own, the ranks have to hear of one another's mistakes: a launch on several nodes is checked later.
     """
     config = refuse_mistaken_options(arguments)
     if config is None or not _is_one_node(os.environ):
         return
     try:
-        require_possible(config, os.environ, int(os.environ.get("WORLD_SIZE", "1")))
+        require_possible(config, os.environ, None if before_launch else int(os.environ.get("WORLD_SIZE", "1")))
     except (ValueError, OSError) as error:
         let_first_rank_answer()
         write_lines(plain_lines(f"error: {error}"), sys.stderr)
@@ -71,8 +73,12 @@ def require_possible(config: Config, environment: Mapping[str, str], num_ranks: 
     if not _is_here(config.model.name) or (adapter and not _is_here(adapter)):
         return
     config = with_adapter(config)
-    if _is_here(config.model.name):
-        require_fit_files(config, Path(model_place(config.model.name, "model.name")), num_ranks, shards)
+    if not _is_here(config.model.name):
+        return
+    place = Path(model_place(config.model.name, "model.name"))
+    if (entries := read_entries(place)) is not None:
+        require_fit_files(config, place, entries, num_ranks, shards)
+        require_known_names(config.model, config.lora, config.rollout, place, entries)
 
 
 def _is_here(name: str) -> bool:

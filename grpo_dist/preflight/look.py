@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.text import Text
 
+from ..config.schema import LoraConfig
 from ..config.values import flat, redacted
 from ..distributed.launch_config import require_known_launch, require_optimizer
 from ..text.plain import plain
@@ -36,12 +37,14 @@ def check(options: Options, num_ranks: int | None, heading: str = "") -> int:
     """Check the options of a training and print the result. With a `heading`, print only remarks and problems."""
     findings = Findings(options.problems)
     console = Console(highlight=False, soft_wrap=True)
+    of_options = len(findings.problems)
     with findings.attempt():
         require_possible(options.config, os.environ, num_ranks)
+    early = findings.problems[of_options:]
     if findings.problems:  # what needs torch is looked at for ten seconds more
         _print_block(console, f"{heading} the check goes on after".strip(), findings.problems, "red")
     with console.status("checking model, data and rewards"):  # only on a terminal
-        _look(options, num_ranks, findings)
+        _look(options, num_ranks, findings, early)
     if not heading:
         _print_config(console, options)
         for name, lines in findings.results.items():
@@ -56,7 +59,8 @@ def check(options: Options, num_ranks: int | None, heading: str = "") -> int:
     return 2 if findings.problems else 0
 
 
-def _look(options: Options, num_ranks: int | None, findings: Findings) -> None:
+def _look(options: Options, num_ranks: int | None, findings: Findings, early: Sequence[str]) -> None:
+    """Note what the libraries and the model are needed for. What the problems noted `early` are about is left out."""
     import torch  # an error in the verb's own options should not wait for this import
 
     from ..model.adapter import with_adapter
@@ -65,13 +69,19 @@ def _look(options: Options, num_ranks: int | None, findings: Findings) -> None:
 
     set_up_logging()
     config, ranks = options.config, num_ranks or max(1, torch.cuda.device_count())
+    if any(problem.startswith("lora.target_") for problem in early):
+        config = replace(config, lora=LoraConfig())
     with findings.attempt():
         require_known_launch(os.environ)
-    with findings.attempt():
-        config = with_adapter(config)
+    has_model = not any(problem.startswith(("model.name:", "lora.init_from:")) for problem in early)
+    if has_model:
+        with findings.attempt():
+            has_model = False
+            config = with_adapter(config)
+            has_model = True
     with findings.attempt():
         require_optimizer(config.optim, os.environ)
-    read = contents.read_contents(config, ranks, findings)
+    read = contents.read_contents(config, ranks, findings, has_model)
     contents.describe_prompts(config, read, findings)
     contents.try_rewards(config, read, findings)
     sizes.describe_steps(config, read, ranks, findings)

@@ -20,6 +20,7 @@ from ..algorithm.hashing import uniforms
 from ..config.checks import require
 from ..config.rollout import RolloutConfig
 from ..distributed.transfer import to_device
+from ..model.names import token_id
 from ..text.tokens import CompletionTexts
 from .stop import Matching, StopStrings, stop_strings
 
@@ -82,16 +83,12 @@ def sampling_with(rollout: RolloutConfig, tokenizer: Any, end_ids: Sequence[int]
 
 
 def _token_id(token: int | str, tokenizer: Any) -> int:
-    """The id of a banned token. Raises ValueError where it is no single token."""
-    if isinstance(token, int):
-        require(0 <= token < len(tokenizer), "rollout.banned_tokens", token, f"an id from 0 to {len(tokenizer) - 1}")
-        return token
-    if (known := tokenizer.get_vocab().get(token)) is not None:
-        return known
-    ids = tokenizer(token, add_special_tokens=False)["input_ids"]
-    require(len(ids) == 1, "rollout.banned_tokens", token, "a text of one token: the tokenizer makes "
-            f"{tokenizer.convert_ids_to_tokens(ids)} of it")  # fmt: skip
-    return ids[0]
+    def split(text: str) -> list[tuple[str, int]]:
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        return list(zip(tokenizer.convert_ids_to_tokens(ids), ids, strict=True))
+
+    known = tokenizer.get_vocab().get(token) if isinstance(token, str) else None
+    return token_id(token, len(tokenizer), known, split)
 
 
 class Rules:

@@ -1,0 +1,170 @@
+"""Names in a run's options that the files of its model do not know: its type, layers, tensors of experts, tokens.
+
+Imports neither torch nor transformers, so that the answer comes at once: it reads the names of the weights, the
+tokenizer's file, and transformers' code of the model as text. What is refused here would be refused with the loaded
+model too, by the same words. The reverse does not hold: a name that occurs anywhere in that code is left to `checks.py`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib.metadata
+import importlib.util
+import json
+import re
+from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..config.checks import require
+from ..config.schema import LoraConfig, ModelConfig, RolloutConfig
+from .files import UnfitModel, some_names, weight_names
+
+_LINEAR = re.compile(r"self\.(\w+)\s*=\s*(?:nn\.Linear|Conv1D)\(")
+_EXPERTS = re.compile(r"self\.(\w+)\s*=\s*nn\.Parameter\(\s*torch\.\w+\(\s*self\.num_experts,")
+
+
+def require_known_names(
+    model: ModelConfig, lora: LoraConfig | None, rollout: RolloutConfig, path: Path, entries: Mapping[str, Any]
+) -> None:
+    """Raise ValueError for a name that nothing in the model's directory or in transformers can mean; `entries` are its
+    config.json."""
+    if not entries.get("auto_map"):
+        require_known_type(entries.get("model_type"))
+        if lora is not None and (code := _code(entries)) and (weights := weight_names(path)):
+            owner = (entries.get("architectures") or ["the model"])[0]
+            _require_layers(lora, owner, code, weights)
+    place = Path(model.tokenizer or path)
+    if rollout.banned_tokens and (place / "tokenizer.json").is_file():
+        _require_tokens(rollout.banned_tokens, place)
+
+
+def require_known_type(kind: str | None) -> None:
+    """Raise UnfitModel for a model type that transformers does not know, or that is no causal language model."""
+    texts = _auto("auto_mappings"), _auto("configuration_auto")
+    classes = {name: each for text in texts for name, each in re.findall(r'"([\w.-]+)"[,:]\s*"(\w+Config)"', text)}
+    causal = _auto("modeling_auto").partition("MODEL_FOR_CAUSAL_LM_MAPPING_NAMES")[2].partition("\n)\n")[0]
+    if not kind or not classes or not causal:
+        return
+    if kind not in classes:
+        version, near = importlib.metadata.version("transformers"), difflib.get_close_matches(kind, classes, 1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise UnfitModel(f"model.name: a model of the type {kind} given (model_type in its config.json), which "
+                         f"transformers {version} does not know: name another model, or install a release of "
+                         f"transformers that has it{hint}")  # fmt: skip
+    if classes[kind] not in {classes.get(name) for name in re.findall(r'\("([\w.-]+)",', causal)}:
+        raise no_causal_lm(kind)
+
+
+def no_causal_lm(kind: str) -> UnfitModel:
+    """The error for a type without a class that predicts tokens."""
+    return UnfitModel(f"model.name: a model of the type {kind} given, expected a causal language model, one that "
+                      "transformers' AutoModelForCausalLM loads")  # fmt: skip
+
+
+def no_layer(targets: str | Sequence[str], target: str, owner: str, short: Collection[str]) -> UnfitModel:
+    """The error for a name in lora.target_modules that no layer of the model `owner` has; `short` are names to take."""
+    near = difflib.get_close_matches(target, short, 1, 0.5)
+    return refused_layer(targets, f"{target!r} is not a layer of {owner}"
+                         + (f"; did you mean {near[0]!r}?" if near else "."), short)  # fmt: skip
+
+
+def no_pattern(target: str, short: Collection[str]) -> UnfitModel:
+    """The error for the end of a name where a pattern of full names is meant."""
+    return refused_layer(target, f"a string is a pattern for full names, and matches none; write [{target}].", short)
+
+
+def refused_layer(targets: str | Sequence[str], reason: str, short: Collection[str]) -> UnfitModel:
+    """The error for lora.target_modules, with the reason as a sentence."""
+    return UnfitModel(f"lora.target_modules: {targets!r} given, but {reason} Expected `all-linear`, or names among "
+                      f"{some_names(sorted(short))}")  # fmt: skip
+
+
+def no_experts(name: str, reason: str, owner: str, expected: Collection[str]) -> UnfitModel:
+    """The error for a name in lora.target_parameters that means no tensor of several experts."""
+    return UnfitModel(f"lora.target_parameters: {name!r} given, which {reason} ({owner}), "
+                      f"expected {', '.join(sorted(expected)) or 'none for this model'}")  # fmt: skip
+
+
+def token_id(token: int | str, size: int, known: int | None, split: Callable[[str], Sequence[tuple[str, int]]]) -> int:
+    """The id of a banned token, of a tokenizer with `size` of them, in which it has the id `known`, or else `split`
+    makes (token, id) of it. Raises ValueError where it is no single token."""
+    if isinstance(token, int):
+        require(0 <= token < size, "rollout.banned_tokens", token, f"an id from 0 to {size - 1}")
+        return token
+    if known is not None:
+        return known
+    parts = split(token)
+    require(len(parts) == 1, "rollout.banned_tokens", token, "a text of one token: the tokenizer makes "
+            f"{[each for each, _ in parts]} of it")  # fmt: skip
+    return parts[0][1]
+
+
+def _require_layers(lora: LoraConfig, owner: str, code: str, weights: Sequence[str]) -> None:
+    parts = {part for name in weights for part in name.split(".")}
+    words = parts | set(re.findall(r"\w+", code))
+    short = {leaf for leaf in _LINEAR.findall(code) if leaf in parts}
+    targets = lora.target_modules
+    if isinstance(targets, str):
+        is_leaf = targets in short and not any(name.startswith(f"{targets}.") for name in weights)
+        if is_leaf and targets != "lm_head":
+            raise no_pattern(targets, short)
+    else:
+        for each in targets:
+            if not set(each.split(".")) <= words:
+                raise no_layer(targets, each, owner, short)
+    for each in lora.target_parameters:
+        if not set(each.split(".")) <= words:
+            raise no_experts(each, "is no parameter of it", owner, _EXPERTS.findall(code))
+
+
+def _require_tokens(tokens: Sequence[int | str], place: Path) -> None:
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(place / "tokenizer.json"))
+    added = _added(place)
+    size = max(tokenizer.get_vocab_size(), *(number + 1 for number in added.values()), 0)
+
+    def split(text: str) -> list[tuple[str, int]]:
+        """The fewest tokens that a tokenizer with these makes: some put a space before a text."""
+        encoded = min((tokenizer.encode(each, add_special_tokens=False) for each in (text, f" {text}")),
+                      key=lambda each: abs(len(each.ids) - 1))  # fmt: skip
+        return list(zip(encoded.tokens, encoded.ids, strict=True))
+
+    for token in tokens:
+        known = None if isinstance(token, int) else added.get(token, tokenizer.token_to_id(token))
+        token_id(token, size, known, split)
+
+
+def _added(place: Path) -> dict[str, int]:
+    """Tokens that tokenizer_config.json adds to those of tokenizer.json."""
+    try:
+        entries = json.loads((place / "tokenizer_config.json").read_text()).get("added_tokens_decoder") or {}
+        return {each["content"]: int(number) for number, each in entries.items()}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return {}
+
+
+def _code(entries: Mapping[str, Any]) -> str:
+    """Transformers' code of a model and its parts; empty where some of it is not found."""
+    text = ""
+    main = str(entries.get("model_type")).replace("-", "_")
+    for kind in (main, *(part["model_type"].replace("-", "_") for part in entries.values()
+                         if isinstance(part, dict) and isinstance(part.get("model_type"), str))):  # fmt: skip
+        files = sorted((_models() / kind).glob("modeling_*.py"))
+        if not files and not (kind != main and kind.startswith(main)):  # such as gemma3_text, in the folder gemma3
+            return ""
+        text += "".join(file.read_text() for file in files)
+    return text
+
+
+def _auto(name: str) -> str:
+    file = _models() / "auto" / f"{name}.py"
+    return file.read_text() if file.is_file() else ""
+
+
+def _models() -> Path:
+    """Transformers' folder of models, found without importing it."""
+    spec = importlib.util.find_spec("transformers")
+    assert spec is not None and spec.origin is not None, "a requirement of this package"
+    return Path(spec.origin).parent / "models"
