@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import DeepSpeedPlugin
-from torch import Tensor
+from torch import Tensor, nn
 
 from .device import computes_on_gpu
 from .launch_config import settle_deepspeed
@@ -137,6 +137,15 @@ class Zero:
 def is_sharded(parameter: Tensor) -> bool:
     """Whether each rank has only a part of this parameter, under ZeRO-3."""
     return hasattr(parameter, "ds_id")
+
+
+def gather_with(module: nn.Module, parameters: list[nn.Parameter]) -> None:
+    """Let each call of the module gather these sharded parameters too, and its backward pass again."""
+    if parameters:
+        import deepspeed
+
+        for parameter in parameters:
+            deepspeed.zero.register_external_parameter(module, parameter)
 
 
 @contextmanager

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import deepspeed, fsdp
 
@@ -20,6 +20,14 @@ def is_sharded(parameter: Tensor) -> bool:
 def full_shape(parameter: Any) -> torch.Size:
     """The shape of a parameter in full, with the parts of all ranks."""
     return parameter.ds_shape if deepspeed.is_sharded(parameter) else parameter.shape
+
+
+def gather_with(module: nn.Module, parameters: Iterable[nn.Parameter]) -> None:
+    """Let each call of the module, and its backward pass, have these parameters in full, which are other modules'.
+
+    FSDP2 gathers whole layers anyway.
+    """
+    deepspeed.gather_with(module, [p for p in parameters if deepspeed.is_sharded(p)])
 
 
 @contextmanager

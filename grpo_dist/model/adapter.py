@@ -18,7 +18,8 @@ from .toy import MODELS
 
 log = logging.getLogger(__name__)
 
-SHAPE = {"r": "r", "lora_alpha": "alpha", "target_modules": "target_modules", "use_rslora": "use_rslora"}
+SHAPE = {"r": "r", "lora_alpha": "alpha", "target_modules": "target_modules", "target_parameters": "target_parameters",
+         "use_rslora": "use_rslora"}  # fmt: skip
 """Entries of adapter_config.json that are taken over, and the options of `lora` that they become."""
 WITHOUT_EFFECT = {
     "auto_mapping", "base_model_name_or_path", "fan_in_fan_out", "inference_mode", "lora_dropout", "peft_type",
@@ -27,7 +28,7 @@ WITHOUT_EFFECT = {
 """Entries that do not change what an adapter adds to its base."""
 DEFAULTS = {"bias": "none", "megatron_core": "megatron.core"}
 """Other entries with the value that changes nothing."""
-MORE = {"alpha_pattern", "bias", "lora_bias", "modules_to_save", "rank_pattern", "target_parameters", "use_dora"}
+MORE = {"alpha_pattern", "bias", "lora_bias", "modules_to_save", "rank_pattern", "use_dora"}
 """Entries by which an adapter is more than what is trained here. A newer PEFT may have further ones."""
 PLAIN_STARTS = (True, False, "gaussian", "orthogonal", "eva")
 """Values of init_lora_weights that leave the base's weights as they are."""
@@ -108,7 +109,7 @@ def _base(place: str, entries: dict[str, Any]) -> str:
 
 
 def _require_plain(option: str, name: str, entries: dict[str, Any]) -> None:
-    """Raise UnfitModel for an adapter that is more than low-rank matrices on linear layers."""
+    """Raise UnfitModel for an adapter that is more than low-rank matrices on linear layers and experts."""
     if (kind := entries.get("peft_type")) != "LORA":
         raise UnfitModel(f"{option}: {name!r} is a PEFT adapter of the type {kind}, expected LORA")
     if (start := entries.get("init_lora_weights", True)) not in PLAIN_STARTS:
@@ -125,8 +126,8 @@ def _require_plain(option: str, name: str, entries: dict[str, Any]) -> None:
     if others:
         given = ", ".join(f"{key}: {json.dumps(value)}" for key, value in others.items())
         raise UnfitModel(f"{option}: {name!r} is an adapter with {given}, which cannot be trained here, expected plain "
-                         "LoRA or rsLoRA on linear layers: merge it into its base (`merge_and_unload`), and train new "
-                         "adapters on that")  # fmt: skip
+                         "LoRA or rsLoRA on linear layers and experts: merge it into its base "
+                         "(`merge_and_unload`), and train new adapters on that")  # fmt: skip
 
 
 def _require_agreement(lora: LoraConfig, taken: dict[str, Any], name: str) -> None:

@@ -18,9 +18,10 @@ import torch
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
-from torch.nn.functional import linear
+from torch._C._nn import linear  # torch.nn.functional.linear itself, which ZeRO-3 replaces
+from torch.nn import functional
 
-from ..distributed.sharding import full_shape
+from ..distributed.sharding import full_shape, gather_with
 from .checks import matches
 from .lora import adapted_linear, fuse_adapters
 from .names import no_experts
@@ -118,21 +119,47 @@ def _fuse_expert_adapters(model: nn.Module) -> None:
     for layer in layers:
         if id(layer) not in inner:  # one for each tensor, each within the next
             layer.forward = _apart(layer)
+            layer.register_forward_pre_hook(_with_adapters)
             layer.get_base_layer().config._experts_implementation = "eager"
 
 
-def _apart(outer: ParamWrapper) -> Callable[..., Any]:
-    experts, layers = outer.get_base_layer(), [outer]
+def _nested(outer: ParamWrapper) -> list[ParamWrapper]:
+    layers = [outer]
     while isinstance(layers[-1].base_layer, ParamWrapper):
         layers.append(layers[-1].base_layer)
+    return layers
+
+
+def _with_adapters(outer: ParamWrapper, _: Any) -> None:
+    """ZeRO-3 gathers a weight in the call of its own module, and those of the adapters are never called."""
+    own = [each["default"].weight for layer in _nested(outer) for each in (layer.lora_A, layer.lora_B)]
+    gather_with(outer, own)
+
+
+def _apart(outer: ParamWrapper) -> Callable[..., Any]:
+    experts, layers = outer.get_base_layer(), _nested(outer)
 
     def forward(*inputs: Any, **options: Any) -> Any:
         if outer.disable_adapters:
             return experts(*inputs, **options)
+        _let_linear_dispatch()
         with _in_place_of(experts, {layer.parameter_name: _Weights(layer) for layer in layers}):
             return experts(*inputs, **options)
 
     return forward
+
+
+def _let_linear_dispatch() -> None:
+    """ZeRO-3 has put a function in place of torch's `linear` that computes with tensors alone: let it know matrices."""
+    plain = functional.linear
+    if plain is linear or hasattr(plain, "knows_matrices"):
+        return
+
+    def dispatching(x: Tensor, weight: Any, bias: Tensor | None = None) -> Tensor:
+        return (linear if isinstance(weight, _Matrix) else plain)(x, weight, bias)
+
+    dispatching.knows_matrices = True  # type: ignore[attr-defined]
+    functional.linear = dispatching
 
 
 @contextmanager

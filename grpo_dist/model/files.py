@@ -14,7 +14,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from ..config.checks import require
-from ..config.schema import Config, LoraConfig, ModelConfig
+from ..config.schema import Config, ModelConfig
 
 _SHOWN_NAMES = 12
 
@@ -207,13 +207,6 @@ def require_unsharded(is_quantized: bool, shards_weights: bool) -> None:
     if is_quantized and shards_weights:
         raise UnfitModel("model.quantization: a quantised base given with ZeRO-3 or FSDP2, which would shard it, "
                          "expected DDP, ZeRO-1 or ZeRO-2: start with accelerate_configs/zero2.yaml")  # fmt: skip
-
-
-def require_unsharded_experts(lora: LoraConfig | None, shards_weights: bool) -> None:
-    """Raise UnfitModel where ZeRO-3 or FSDP2 would shard adapters that no module's call gathers."""
-    if lora is not None and lora.target_parameters and shards_weights:
-        raise UnfitModel(f"lora.target_parameters: {lora.target_parameters} given, expected [] with ZeRO-3 and FSDP2, "
-                         "or DDP, ZeRO-1 or ZeRO-2: start with accelerate_configs/zero2.yaml")  # fmt: skip
 
 
 def require_divisors(config: Config, num_ranks: int | None, heads: int | None) -> None:

@@ -2,7 +2,8 @@
 
 Imports neither torch nor transformers, so that the answer comes at once: it reads the names of the weights, the
 tokenizer's file, and transformers' code of the model as text. What is refused here would be refused with the loaded
-model too, by the same words. The reverse does not hold: a name that occurs anywhere in that code is left to `checks.py`.
+model too, by the same words. The reverse does not hold: a name that occurs anywhere in that code is left to
+`checks.py`.
 """
 
 from __future__ import annotations

@@ -23,7 +23,6 @@ from ..model.files import (
     require_fit_files,
     require_quantizable,
     require_unsharded,
-    require_unsharded_experts,
 )
 from ..model.names import require_known_names
 from ..model.toy import MODELS
@@ -65,7 +64,6 @@ def require_possible(config: Config, environment: Mapping[str, str], num_ranks: 
     require_optimizer(config.optim, environment)
     shards = shards_weights(environment)
     require_divisors(config, num_ranks, None)
-    require_unsharded_experts(config.lora, shards)
     if config.model.quantization is not None:
         require_quantizable(config, None)
         require_unsharded(True, shards)

@@ -19,7 +19,7 @@ from ..distributed.optimizer_state import OptimizerState, WholeOptimizerState
 from ..distributed.ranks import Ranks
 from ..model.adapter_values import require_own_values
 from ..model.checks import bitsandbytes_config
-from ..model.files import UnfitModel, kind_of, require_unsharded, require_unsharded_experts
+from ..model.files import UnfitModel, kind_of, require_unsharded
 from ..model.load import attention_for, load_causal_lm, load_policy, short_window, trainable
 from ..model.optimizer import make_optimizer
 from ..model.policy import Policy
@@ -65,7 +65,6 @@ def load_models(
     kind = kind_of(config.model, bitsandbytes_config(model_config))
     require_unsharded(kind is not None, ranks.strategy.shards_weights)
     require_own_values(config, ranks.strategy.shards_weights)
-    require_unsharded_experts(config.lora, ranks.strategy.shards_weights)
     implementation, obstacle = attention_for(config.model, model_config, config.max_sequence_length)
     window = short_window(model_config, config.max_sequence_length)
     policy = load_policy(config.model, config.lora, dtype, implementation, config.rollout.temperature,

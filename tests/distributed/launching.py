@@ -45,11 +45,13 @@ TRAINER = ["-m", "grpo_dist.train"]
 
 
 def command(strategy: str | None, num_processes: int, program: list[str] = TRAINER) -> list[str]:
-    """The command that starts the trainer under accelerate_configs/STRATEGY.yaml, or plainly for None."""
+    """The command that starts the trainer under accelerate_configs/STRATEGY.yaml, or a path without its ending, or
+    plainly for None."""
     if strategy is None:
         return [sys.executable, *program]
+    file = Path("accelerate_configs", f"{strategy}.yaml")
     return [
-        sys.executable, "-m", "accelerate.commands.launch", "--config_file", f"accelerate_configs/{strategy}.yaml",
+        sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(file),
         "--num_processes", str(num_processes), "--main_process_port", str(free_port()), *program,
     ]  # fmt: skip
 

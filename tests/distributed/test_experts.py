@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from launching import ROOT, TINY, adapters, completions, launch, metrics, relative_difference, train
 from small_experts import make_experts
 
@@ -13,6 +15,8 @@ REWARDS = "[{name: 'tests.distributed.comparing:different_characters'}]"
 OPTIONS = ("--data.max_prompt_length", "64", "--loss.kl_coeff", "0.04", "--train.updates_per_batch", "2",
            "--train.num_train_steps", "3", "--rewards", REWARDS, "--train.max_tokens_per_pack", "300",
            "--rollout.max_completion_length", "8", "--optim.learning_rate", "1e-3")  # fmt: skip
+
+ON_EXPERTS = ("--lora.target_parameters", "[experts.gate_up_proj, experts.down_proj]")
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +67,48 @@ def test_ranks_change_nothing(
     assert relative_difference(adapters(one_process), adapters(other)) <= 1e-4
     assert [line["rollout/router_agreement"] for line in metrics(other)[1:]] == pytest.approx(
         [line["rollout/router_agreement"] for line in metrics(one_process)[1:]], abs=1e-3)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def on_experts(model: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A run of one process with adapters on experts, and one that goes on from its adapter."""
+    one = train(None, 1, tmp_path_factory.mktemp("one") / "run", "--model.name", model, *OPTIONS, *ON_EXPERTS)
+    adapter = str(one / "final" / "adapter")
+    return one, train(None, 1, tmp_path_factory.mktemp("next") / "run", "--model.name", adapter, *OPTIONS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("names", ["lora.target_parameters", "model.name", "lora.init_from"])
+@pytest.mark.parametrize("strategy", ["zero2", "zero3", "fsdp2_cpu"])
+def test_adapters_on_experts(
+    strategy: str, names: str, model: str, on_experts: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """New ones, and those that a run goes on from; ZeRO-3 here shards every weight, however small."""
+    one, going_on = on_experts
+    adapter = str(one / "final" / "adapter")
+    given = {
+        "lora.target_parameters": ("--model.name", model, *ON_EXPERTS), "model.name": ("--model.name", adapter),
+        "lora.init_from": ("--model.name", model, "--lora.init_from", adapter),
+    }[names]  # fmt: skip
+    launch_config = strategy if strategy != "zero3" else sharding_all(tmp_path)
+    expected = one if names == "lora.target_parameters" else going_on
+    two = train(launch_config, 2, tmp_path / "two", *given, *OPTIONS)
+    assert [row["completion"] for row in completions(two)] == [row["completion"] for row in completions(expected)]
+    assert relative_difference(adapters(expected), adapters(two)) <= 1e-4
+
+
+def sharding_all(folder: Path) -> str:
+    """A launch config of ZeRO-3 that has no weights on every rank; by default, small ones stay in full."""
+    zero = {"stage": 3, "stage3_param_persistence_threshold": 0, "stage3_gather_16bit_weights_on_model_save": True}
+    (folder / "zero.json").write_text(json.dumps({"zero_optimization": zero}))
+    entries = yaml.safe_load((ROOT / "accelerate_configs" / "zero3.yaml").read_text())
+    del entries["mixed_precision"]
+    entries["deepspeed_config"] = {
+        "deepspeed_multinode_launcher": "standard", "deepspeed_config_file": str(folder / "zero.json"),
+        "zero3_init_flag": True,
+    }  # fmt: skip
+    (folder / "zero3.yaml").write_text(yaml.safe_dump(entries))
+    return str(folder / "zero3")
 
 
 @pytest.mark.slow
