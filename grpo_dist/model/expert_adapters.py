@@ -159,7 +159,7 @@ def _let_linear_dispatch() -> None:
         return (linear if isinstance(weight, _Matrix) else plain)(x, weight, bias)
 
     dispatching.knows_matrices = True  # type: ignore[attr-defined]
-    functional.linear = dispatching
+    functional.linear = dispatching  # type: ignore[assignment]
 
 
 @contextmanager
