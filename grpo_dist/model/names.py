@@ -13,6 +13,7 @@ import importlib.metadata
 import importlib.util
 import json
 import re
+import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,9 @@ def require_known_type(kind: str | None) -> None:
     texts = _auto("auto_mappings"), _auto("configuration_auto")
     classes = {name: each for text in texts for name, each in re.findall(r'"([\w.-]+)"[,:]\s*"(\w+Config)"', text)}
     causal = _auto("modeling_auto").partition("MODEL_FOR_CAUSAL_LM_MAPPING_NAMES")[2].partition("\n)\n")[0]
-    if not kind or not classes or not causal:
+    loaded = sys.modules.get("transformers.models.auto.configuration_auto")
+    is_registered = loaded is not None and kind not in classes and kind in loaded.CONFIG_MAPPING
+    if not kind or not classes or not causal or is_registered:
         return
     if kind not in classes:
         version, near = importlib.metadata.version("transformers"), difflib.get_close_matches(kind, classes, 1)

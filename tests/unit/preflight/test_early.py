@@ -11,8 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
+from tiny_configs import tiny_config
+from transformers import AutoModelForCausalLM
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.pytorch_utils import Conv1D
 
 from grpo_dist.config.schema import Config, DataConfig, LoraConfig, ModelConfig, RolloutConfig, TrainConfig
+from grpo_dist.model.names import require_known_names
 from grpo_dist.model.toy import toy_path
 from grpo_dist.preflight.early import refuse_mistakes, require_possible
 
@@ -135,3 +142,24 @@ finally:
                           capture_output=True)  # fmt: skip
     assert done.returncode == 2 and done.stderr.startswith("error: model.name: ") and "use_dora" in done.stderr
     assert done.stdout == ""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+def test_no_name_of_a_real_layer_is_refused(kind: str, tmp_path: Path) -> None:
+    """The layers and tensors of every type of transformers that a tiny config can be made of."""
+    try:
+        config = tiny_config(kind, {"eos_token_id": 2, "bos_token_id": 1, "pad_token_id": 0})
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+    except (ImportError, ValueError, AttributeError) as error:
+        pytest.skip(f"no tiny model: {error}")
+    config.architectures = [type(model).__name__]
+    config.save_pretrained(tmp_path)
+    save_file({name: torch.zeros(1) for name in model.state_dict()}, tmp_path / "model.safetensors")
+    layers = [name for name, layer in model.named_modules() if isinstance(layer, torch.nn.Linear | Conv1D)]
+    tensors = [".".join(name.split(".")[-2:]) for name, each in model.named_parameters() if each.ndim == 3]
+    for targets in (layers, [name.rpartition(".")[2] for name in layers]):
+        lora = LoraConfig(target_modules=targets, target_parameters=tensors)
+        entries = json.loads((tmp_path / "config.json").read_text())
+        require_known_names(ModelConfig(name=str(tmp_path)), lora, RolloutConfig(), tmp_path, entries)
