@@ -152,7 +152,7 @@ def test_no_name_of_a_real_layer_is_refused(kind: str, tmp_path: Path) -> None:
         config = tiny_config(kind, {"eos_token_id": 2, "bos_token_id": 1, "pad_token_id": 0})
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
-    except (ImportError, ValueError, AttributeError) as error:
+    except (ImportError, ValueError, AttributeError, TypeError, NotImplementedError, StopIteration) as error:
         pytest.skip(f"no tiny model: {error}")
     config.architectures = [type(model).__name__]
     config.save_pretrained(tmp_path)
