@@ -45,11 +45,11 @@ def require_complete_model(name: str, path: str, revision: str | None) -> None:
 
 def bitsandbytes_config(model_config: Any) -> Mapping[str, Any] | None:
     """The quantization_config of a checkpoint that bitsandbytes has quantised; None for others."""
-    given = _quantization_config(model_config)
+    given = stored_quantization(model_config)
     return given if given and is_bitsandbytes(given) else None
 
 
-def _quantization_config(model_config: Any) -> Mapping[str, Any] | None:
+def stored_quantization(model_config: Any) -> Mapping[str, Any] | None:
     """The quantization_config of a quantised checkpoint."""
     for each in (model_config, model_config.get_text_config(decoder=True)):
         given = getattr(each, "quantization_config", None) or getattr(each, "compression_config", None)
@@ -68,7 +68,7 @@ def require_trainable(model_config: Any, longest: int) -> None:
         raise UnfitModel(f"model.name: the type {kind} has several language models, expected one") from error
     own_code = "AutoModelForCausalLM" in (getattr(model_config, "auto_map", None) or {})
     named = getattr(model_config, "architectures", None) or []
-    require_fit(kind, text.model_type, named, _quantization_config(model_config),
+    require_fit(kind, text.model_type, named, stored_quantization(model_config),
                 bool(getattr(model_config, "is_encoder_decoder", False)), own_code)  # fmt: skip
     if type(model_config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not own_code:
         raise no_causal_lm(kind)

@@ -19,6 +19,7 @@ from transformers.utils import cached_file
 from ..distributed.deepspeed import name_device, unsharded_loading
 from ..distributed.device import dtype_name
 from ..distributed.sharding import gathered
+from .dequantization import form_of
 from .expert_adapters import adapted_weight, delta_weight
 from .load import adapted_layers, plain_name
 from .policy import Policy
@@ -64,10 +65,17 @@ def choose_dtype(policy: Policy, keep: bool, asked: torch.dtype | None = None) -
         return own, f"weights in {dtype_name(own)}"
     shares = {torch.float32: share_in_float32, own: share}
     chosen = own if asked or share >= ENOUGH else torch.float32
-    merged = f"weights in {dtype_name(chosen)}" + " (the base dequantised)" * bool(quantized_layers(policy.causal_lm))
+    merged = f"weights in {dtype_name(chosen)}" + _base(policy.causal_lm)
     line = f"{merged}, which keep {shares.pop(chosen):.1%} of what the adapters have learned"
     others = "".join(f" ({dtype_name(other)}: {kept:.1%})" for other, kept in shares.items())
     return chosen, line + others if share < ENOUGH else line
+
+
+def _base(model: nn.Module) -> str:
+    """What a line says about the base that adapters are merged into, where it was quantised."""
+    if (form := form_of(model)) is not None:
+        return f" (the base dequantised from {form})"
+    return " (the base dequantised)" if quantized_layers(model) else ""
 
 
 def _merged(weight: Tensor, update: Tensor) -> Tensor:

@@ -28,6 +28,9 @@ WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 STORED_DTYPES = ("F64", "F32", "F16", "BF16")
 """Dtypes of weights in a file, by their names there."""
 PACKAGE = "bitsandbytes"
+DEQUANTIZED = {"fp8": ".weight_scale_inv", "mxfp4": "_blocks"}
+"""Forms of quantised checkpoints that transformers dequantises while it loads them, with the end of a name that tensors
+of such a checkpoint have."""
 LOADED_IN = ("load_in_4bit", "_load_in_4bit", "load_in_8bit", "_load_in_8bit")
 """Keys by which bitsandbytes' quantization_config says how weights are stored."""
 UNFIT_TYPES = {
@@ -57,12 +60,12 @@ def require_fit(
 ) -> None:  # fmt: skip
     """Raise UnfitModel for what entries of config.json say: the type of the model and of its language model, the class
     that was saved, the quantization_config, and whether the code comes with the model."""
-    if quantization and not is_bitsandbytes(quantization):
+    if quantization and not is_bitsandbytes(quantization) and dequantized_form(quantization) is None:
         raise UnfitModel(
             f"model.name: a quantised checkpoint ({quantization.get('quant_method', 'quantization_config')}) given, "
-            "expected weights in float32, bfloat16 or float16, or quantised by bitsandbytes: name the checkpoint that "
-            "it comes from (and set model.quantization), or write a dequantised copy and remove quantization_config "
-            "from its config.json"
+            "expected weights in float32, bfloat16 or float16, or quantised by bitsandbytes, or in FP8 by blocks or "
+            "MXFP4, which are dequantised when they are loaded: name the checkpoint that it comes from (and set "
+            "model.quantization), or write a dequantised copy and remove quantization_config from its config.json"
         )
     if (reason := UNFIT_TYPES.get(kind) or UNFIT_TYPES.get(text_kind)) and not has_own_code:
         raise UnfitModel(f"model.name: a model of the type {kind} given, which cannot be trained here: in "
@@ -104,14 +107,15 @@ def require_fit_files(
                 bool(entries.get("is_encoder_decoder")), bool(entries.get("auto_map")))  # fmt: skip
     require_positions(text.get("max_position_embeddings"), config.max_sequence_length)
     require_quantizable(config, given)
-    require_unsharded(kind_of(config.model, given) is not None, shards_weights)
+    packed = given if given and is_bitsandbytes(given) else None
+    require_unsharded(kind_of(config.model, packed) is not None, shards_weights)
     require_divisors(config, num_ranks, text.get("num_attention_heads"))
-    require_weights(config.model.name, path, bool(given))
+    require_weights(config.model.name, path, given)
 
 
-def require_weights(name: str, path: Path, is_quantized: bool = False) -> None:
+def require_weights(name: str, path: Path, quantization: Mapping[str, Any] | None = None) -> None:
     """Raise UnfitModel if a directory lacks weights that its files list, has incomplete ones, or has quantised ones
-    where its config does not say so (`is_quantized`), or the other way round."""
+    where its config does not say so (its quantization_config), or the other way round."""
     if not path.is_dir():  # a hub id
         return
     listed, parts = _listed_weights(path)
@@ -121,7 +125,8 @@ def require_weights(name: str, path: Path, is_quantized: bool = False) -> None:
     if missing := [part for part in parts if not (path / part).is_file()]:
         raise UnfitModel(f"model.name: {name!r} lacks {len(missing)} of the {len(parts)} weight files that its "
                          f"{listed}.index.json names ({some_names(missing)}): copy these files too")  # fmt: skip
-    is_marked = False
+    is_marked, form = False, dequantized_form(quantization)
+    marks = (".SCB", ".quant_state.") if form is None else (DEQUANTIZED[form],)
     for part in (part for part in parts if part.endswith(".safetensors")):
         try:
             with safe_open(path / part, "np") as file:  # reads the header, and compares the length
@@ -132,12 +137,16 @@ def require_weights(name: str, path: Path, is_quantized: bool = False) -> None:
             raise UnfitModel(f"model.name: {path / part} is not a complete weight file ({error}): fetch it again, "
                              "with `git lfs pull` if it is a pointer of a few lines") from error  # fmt: skip
         quantised = [name for name, dtype in dtypes.items() if dtype not in STORED_DTYPES]
-        is_marked |= any(name.endswith(".SCB") or ".quant_state." in name for name in every)
-        if quantised and not is_quantized:
+        is_marked |= any(name.endswith(marks[0]) or marks[-1] in name for name in every)
+        if quantised and not quantization:
             raise UnfitModel(f"model.name: {path / part} has quantised weights ({quantised[0]} in "
                              f"{dtypes[quantised[0]]}), expected float32, bfloat16 or float16: name the checkpoint "
                              "that it comes from")  # fmt: skip
-    if is_quantized and not is_marked:
+    if form is not None and not is_marked:
+        raise UnfitModel(f"model.name: config.json of {name!r} has a quantization_config of {form}, but no tensor "
+                         f"*{DEQUANTIZED[form]}, as checkpoints of that form have: name the checkpoint that it comes "
+                         "from, or remove quantization_config if its weights are not quantised")  # fmt: skip
+    if quantization and not is_marked:
         raise UnfitModel(f"model.name: config.json of {name!r} has a quantization_config of bitsandbytes, but its "
                          "weights are not quantised: remove it there, and set model.quantization to quantise them when "
                          "they are loaded")  # fmt: skip
@@ -169,6 +178,13 @@ def is_bitsandbytes(quantization: Mapping[str, Any]) -> bool:
     return is_named and any(quantization.get(key) for key in LOADED_IN)
 
 
+def dequantized_form(quantization: Mapping[str, Any] | None) -> str | None:
+    """The form, `fp8` or `mxfp4`, of a checkpoint with this quantization_config that is dequantised when it is loaded;
+    None for others."""
+    method = (quantization or {}).get("quant_method")
+    return next((form for form in DEQUANTIZED if form == method), None)
+
+
 def kind_of(model: ModelConfig, stored: Mapping[str, Any] | None) -> str | None:
     """How the linear layers of the base are stored: `nf4`, `fp4` or `int8`; None for plain weights. `stored` is
     bitsandbytes' quantization_config of a checkpoint that is quantised already."""
@@ -179,20 +195,24 @@ def kind_of(model: ModelConfig, stored: Mapping[str, Any] | None) -> str | None:
 
 
 def require_quantizable(config: Config, stored: Mapping[str, Any] | None) -> None:
-    """Raise UnfitModel where the base is quantised and this run cannot train on it; `stored` as for `kind_of`."""
-    kind, asked = kind_of(config.model, stored), config.model.quantization
+    """Raise UnfitModel where the base is quantised and this run cannot train on it; `stored` is the quantization_config
+    of its checkpoint."""
+    form, asked = dequantized_form(stored), config.model.quantization
+    kind = form or kind_of(config.model, stored)
     if kind is None:
         return
-    what = f"a base in {kind} (model.quantization)" if asked else f"a checkpoint in {kind} (bitsandbytes)"
+    origin = "dequantised when it is loaded" if form else "bitsandbytes"
+    what = f"a base in {kind} (model.quantization)" if asked else f"a checkpoint in {kind} ({origin})"
     if asked not in (None, kind):
         raise UnfitModel(f"model.quantization: {asked!r} given, expected null: the checkpoint of {config.model.name!r} "
                          f"is quantised already, in {kind}")  # fmt: skip
-    if config.lora is None:
+    if config.lora is None and form is None:
         raise UnfitModel(f"lora: null given with {what}, expected adapters: quantised weights cannot be trained")
     if config.rollout.engine == "vllm":
         raise UnfitModel(f"rollout.engine: 'vllm' given with {what}, expected `auto` or `native`: a server would "
                          "compute with other values of the weights")  # fmt: skip
-    require_package()
+    if form is None:
+        require_package()
 
 
 def require_package() -> None:

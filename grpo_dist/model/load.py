@@ -29,15 +29,16 @@ from .adapter_values import load_adapter
 from .checks import (
     CANNOT,
     adapter_targets,
-    bitsandbytes_config,
     reads_text,
     require_complete_model,
     require_decoder,
     require_trainable,
+    stored_quantization,
 )
+from .dequantization import become_plain, dequantized_loading
 from .dropout import drop_by_token
 from .expert_adapters import compute_adapters_apart, expert_parameters, of_experts
-from .files import UnfitModel, require_positions, require_weights
+from .files import UnfitModel, dequantized_form, require_positions, require_weights
 from .policy import Policy, recompute_layers
 from .quantization import quantized_loading, use_own_layers
 from .toy import MODELS, toy_path
@@ -187,7 +188,8 @@ def load_causal_lm(
     base has the layers of `quantized.py`, which compute in `dtype`.
     """
     placed = {} if device is None or device.type == "cpu" else {"device_map": {"": device}}
-    placed |= quantized_loading(model, dtype, device)
+    form = dequantized_form(stored_quantization(load_model_config(model)))
+    placed |= quantized_loading(model, dtype, device) if form is None else dequantized_loading(form)
     try:
         loaded, report = AutoModelForCausalLM.from_pretrained(
             model_path(model), dtype=dtype, attn_implementation=attn_implementation, output_loading_info=True,
@@ -205,7 +207,9 @@ def load_causal_lm(
     if missing := sorted(report["missing_keys"]):
         raise UnfitModel(f"model.name: {model.name!r} lacks {len(missing)} weights of {type(loaded).__name__}, which "
                          f"would be random ({', '.join(missing[:3])} …): name a complete checkpoint")  # fmt: skip
-    if getattr(loaded, "hf_quantizer", None) is not None:
+    if form is not None:
+        become_plain(loaded, form, dtype, report["unexpected_keys"])
+    elif getattr(loaded, "hf_quantizer", None) is not None:
         use_own_layers(loaded, dtype)
     return loaded
 
@@ -217,8 +221,7 @@ def try_blank(
 
     Raises ValueError, also if weight files are missing.
     """
-    is_quantized = bitsandbytes_config(model_config) is not None
-    require_weights(model.name, Path(model_path(model)), is_quantized)
+    require_weights(model.name, Path(model_path(model)), stored_quantization(model_config))
     with unsharded_loading(), torch.device("meta"):
         try:
             base = blank_causal_lm(model, model_config, torch.float32, attn_implementation)

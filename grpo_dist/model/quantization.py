@@ -52,11 +52,8 @@ def use_own_layers(model: nn.Module, dtype: torch.dtype) -> None:
         else:
             continue
         model.set_submodule(name, own)
-    _forget_quantizer(model)
-    kept = getattr(model, "_keep_in_fp32_modules", None) or ()
-    for name, parameter in model.named_parameters():  # of a quantised checkpoint the others have the dtype of the file
-        if parameter.is_floating_point() and not any(each in name for each in kept):
-            parameter.data = parameter.data.to(dtype)
+    forget_quantizer(model)
+    take_dtype(model, dtype)
 
 
 def describe(model: nn.Module, kind: str) -> str:
@@ -68,7 +65,16 @@ def describe(model: nn.Module, kind: str) -> str:
             f"{dense / 2**20:,.1f} MiB")  # fmt: skip
 
 
-def _forget_quantizer(model: Any) -> None:
+def take_dtype(model: nn.Module, dtype: torch.dtype) -> None:
+    """Give the model's parameters the dtype of a plain model; of a quantised checkpoint some have that of the file."""
+    kept = getattr(model, "_keep_in_fp32_modules", None) or ()
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and not any(each in name for each in kept):
+            parameter.data = parameter.data.to(dtype)
+
+
+def forget_quantizer(model: Any) -> None:
+    """Let nothing take the model for one that transformers has quantised."""
     for name in ("is_loaded_in_4bit", "is_loaded_in_8bit", "quantization_method", "hf_quantizer", "is_quantized"):
         vars(model).pop(name, None)
     for config in {id(each): each for each in (model.config, model.config.get_text_config(decoder=True))}.values():
@@ -113,7 +119,7 @@ def quantize_blank(model: Any, quantization: str, model_config: Any, dtype: torc
         for name, layer in list(model.named_modules()):
             if hasattr(layer, "source_cls"):
                 model.set_submodule(name, _blank(layer, dtype, asked))
-    _forget_quantizer(model)
+    forget_quantizer(model)
 
 
 def _blank(layer: Any, dtype: torch.dtype, asked: BitsAndBytesConfig) -> QuantizedLinear:

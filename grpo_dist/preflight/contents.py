@@ -15,7 +15,7 @@ from ..config.schema import Config, ModelConfig, RewardConfig
 from ..data.mixture import load_training
 from ..data.prompts import NO_TOKENIZERS, load_prompts
 from ..environments.host import EnvironmentHost
-from ..model.checks import bitsandbytes_config, require_complete_model
+from ..model.checks import require_complete_model, stored_quantization
 from ..model.files import require_quantizable
 from ..model.load import (
     attention_for,
@@ -86,7 +86,7 @@ def _read_model(config: Config, contents: Contents, num_ranks: int, findings: Fi
         with findings.attempt():
             check_model_config(contents.model_config, contents.tokenizer, config.max_sequence_length)
             implementation, obstacle = attention_for(config.model, contents.model_config, config.max_sequence_length)
-            require_quantizable(config, bitsandbytes_config(contents.model_config))
+            require_quantizable(config, stored_quantization(contents.model_config))
             require_experts(config.rollout, contents.model_config)
             require_whole_groups(config, contents.model_config, num_ranks, obstacle)
             if left_out := try_blank(config.model, config.lora, contents.model_config, implementation):

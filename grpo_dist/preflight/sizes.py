@@ -10,8 +10,8 @@ import torch
 from ..config.schema import Config
 from ..distributed.device import resolve_dtype, slow_on_this_cpu
 from ..distributed.launch_config import asks_for
-from ..model.checks import bitsandbytes_config
-from ..model.files import kind_of, require_unsharded
+from ..model.checks import bitsandbytes_config, stored_quantization
+from ..model.files import dequantized_form, kind_of, require_unsharded
 from ..planning.memory import SHARDS_WEIGHTS, MemoryInputs, ModelCounts, Strategy, memory_per_rank, peaks
 from ..planning.predict import Predictor, batch_arithmetic
 from ..rollout.room import RESERVE
@@ -63,6 +63,8 @@ def describe_memory(config: Config, contents: Contents, num_ranks: int, findings
     counts = inputs.counts
     trained = counts.adapters or counts.parameters
     stored = f", {counts.quantized / 1e6:,.1f} M of them in {predictor.quantization}" if counts.quantized else ""
+    if form := dequantized_form(stored_quantization(contents.model_config)):
+        stored += f", dequantised from {form} when loaded"
     findings.results["model"] = [f"{config.model.name}: {counts.parameters / 1e6:,.1f} M parameters{stored}, "
                                  f"{trained / 1e6:,.1f} M trained"]  # fmt: skip
     _compare(config, inputs, on_gpu, findings)

@@ -29,17 +29,20 @@ _SHOWN_CHARACTERS = 120
 
 
 def write_card(
-    directory: Path, config: Mapping[str, Any], history: Sequence[Mapping[str, Any]], step: int, kind: Kind
-) -> None:
-    """Write README.md into the directory of an exported model."""
-    (directory / "README.md").write_text(model_card(config, history, step, kind), encoding="utf-8")
+    directory: Path, config: Mapping[str, Any], history: Sequence[Mapping[str, Any]], step: int, kind: Kind,
+    form: str | None = None,
+) -> None:  # fmt: skip
+    """Write README.md into the directory of an exported model; see `model_card`."""
+    (directory / "README.md").write_text(model_card(config, history, step, kind, form), encoding="utf-8")
 
 
-def model_card(config: Mapping[str, Any], history: Sequence[Mapping[str, Any]], step: int, kind: Kind) -> str:
+def model_card(
+    config: Mapping[str, Any], history: Sequence[Mapping[str, Any]], step: int, kind: Kind, form: str | None = None
+) -> str:
     """Markdown with the front matter for the hub.
 
     `config` is the resolved config without secrets, `history` the lines of metrics.jsonl. Lines after `step` describe
-    later states of the run and are left out.
+    later states of the run and are left out. `form` is that of the checkpoint which the base was dequantised from.
     """
     history = [entry for entry in history if entry["step"] <= step]
     train, rollout = config["train"], config["rollout"]
@@ -50,7 +53,7 @@ def model_card(config: Mapping[str, Any], history: Sequence[Mapping[str, Any]], 
         f"{train['batch_size']} prompts a step, {rollout['group_size']} completions of at most "
         f"{rollout['max_completion_length']} tokens each"
         + (". This is only the PEFT adapter." if kind == "adapter" else ".")
-        + _quantization(config, kind),
+        + _quantization(config, kind, form),
         "## Evaluation\n\n" + _evaluation(history),
         "## Course of the training\n\n" + _course(history),
         "## Data and rewards\n\n" + _data(config),
@@ -62,12 +65,19 @@ def model_card(config: Mapping[str, Any], history: Sequence[Mapping[str, Any]], 
     return "\n\n".join(sections) + "\n"
 
 
-def _quantization(config: Mapping[str, Any], kind: Kind) -> str:
+def _quantization(config: Mapping[str, Any], kind: Kind, form: str | None) -> str:
     """What the adapter belongs on, where its base was quantised."""
     quantization = config["model"].get("quantization")
-    if quantization is None:
+    if quantization is None and form is None:
         return ""
-    base = f"The adapter was trained on the base quantised to {quantization} by bitsandbytes"
+    how = f"quantised to {quantization} by bitsandbytes" if form is None else f"dequantised from {form}"
+    base = (
+        f"The model was trained from the base {how}"
+        if config.get("lora") is None
+        else f"The adapter was trained on the base {how}"
+    )
+    if config.get("lora") is None:
+        return f" {base}."
     return f" {base}, and belongs on that." if kind == "adapter" else f" {base}, and is merged into its values."
 
 

@@ -29,7 +29,7 @@ from ..distributed.rendezvous import LaunchError, Rendezvous, place_in_launch
 from ..distributed.watch import Interrupted, Watch
 from ..environments.host import EnvironmentHost
 from ..model.adapter import with_adapter
-from ..model.checks import bitsandbytes_config
+from ..model.checks import stored_quantization
 from ..model.files import UnfitModel, require_quantizable
 from ..model.load import (
     attention_for,
@@ -182,7 +182,7 @@ def _load_data(config: Config, resume_from: Path | None, host: EnvironmentHost |
     model_config = load_model_config(config.model)
     check_model_config(model_config, tokenizer, config.max_sequence_length)
     implementation, obstacle = attention_for(config.model, model_config, config.max_sequence_length)
-    require_quantizable(config, bitsandbytes_config(model_config))
+    require_quantizable(config, stored_quantization(model_config))
     require_experts(config.rollout, model_config)
     require_whole_groups(config, model_config, int(os.environ.get("WORLD_SIZE", "1")), obstacle)
     if left_out := try_blank(config.model, config.lora, model_config, implementation):

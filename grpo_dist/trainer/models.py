@@ -19,6 +19,7 @@ from ..distributed.optimizer_state import OptimizerState, WholeOptimizerState
 from ..distributed.ranks import Ranks
 from ..model.adapter_values import require_own_values
 from ..model.checks import bitsandbytes_config
+from ..model.dequantization import describe_dequantized, form_of
 from ..model.files import UnfitModel, kind_of, require_unsharded
 from ..model.load import attention_for, load_causal_lm, load_policy, short_window, trainable
 from ..model.optimizer import make_optimizer
@@ -73,6 +74,8 @@ def load_models(
                          entropy_gradient=config.loss.entropy_coeff > 0)  # fmt: skip
     if kind is not None:
         log.info("%s", describe(policy, kind))
+    if (form := form_of(policy.causal_lm)) is not None:
+        log.info("%s", describe_dequantized(policy.causal_lm, form))
     optimizer = make_optimizer(policy, config, ranks.device)
     ranks.wait_at("loaded the model")  # a download may take longer than a collective of the start waits
     wrapped, prepared = ranks.prepare(policy, optimizer)

@@ -13,6 +13,7 @@ from ..checkpoint.state import TrainState
 from ..config.values import redacted
 from ..distributed.device import dtype_name
 from ..distributed.ranks import PhaseError
+from ..model.dequantization import form_of
 from ..model.export import save_final
 from ..model.fixed_row import fixed_logits
 from ..monitoring.machine import versions
@@ -62,8 +63,9 @@ def save_model(parts: Parts, state: TrainState) -> None:
         save_final(parts.policy, parts.tokenizer, directory, parts.ranks.is_main)
         if expected is not None:
             history, options = read_history(parts.directory), redacted(asdict(config))
-            write_card(directory, options, history, state.step, "merged")
+            form = form_of(parts.policy.causal_lm)
+            write_card(directory, options, history, state.step, "merged", form)
             if config.lora:
-                write_card(directory / "adapter", options, history, state.step, "adapter")
+                write_card(directory / "adapter", options, history, state.step, "adapter", form)
             check_final(directory, expected, parts.rollout_model.dtype, config.model.trust_remote_code)
         parts.ranks.barrier()

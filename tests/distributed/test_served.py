@@ -19,7 +19,6 @@ import pytest
 from fake_vllm import FakeVllm
 from launching import ROOT, TINY, begin, free_port, launch, metrics, python_of_fake_vllm, train
 from small_experts import make_experts
-from vllm_on_cpu import python_that_reports_routes
 from wide_heads import write_with_wide_heads
 
 from grpo_dist.model.toy import toy_path
@@ -167,18 +166,6 @@ def test_experts_of_a_server(python: str, tmp_path: Path) -> None:
     """The run starts a server that reports them."""
     model = make_experts(tmp_path / "model", "qwen3_moe")
     run = train("zero2", 2, tmp_path / "run", *SMALL, *ROUTED, "--model.name", model, "--rollout.vllm.python", python)
-    require_the_same_experts(run)
-
-
-@pytest.mark.slow
-@vllm_itself
-def test_experts_of_vllm_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
-    python = python_that_reports_routes(tmp_path / "vllm", os.environ["GRPO_DIST_VLLM"])
-    model = make_experts(tmp_path / "model", "qwen3_moe", head_dim=32, intermediate_size=64, moe_intermediate_size=32)
-    run = train(None, 1, tmp_path / "run", *SMALL, *ROUTED, "--model.name", model, "--lora", "null",
-                "--rollout.vllm.python", python, "--rollout.vllm.args", "[--enforce-eager]",
-                timeout_seconds=900)  # fmt: skip
     require_the_same_experts(run)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,13 @@ import torch
 from fake_vllm import FakeVllm
 from served import LORA, REQUESTS, Training
 from small_experts import make_experts
+from transformers import AutoModelForCausalLM
+from vllm_on_cpu import python_that_reports_routes
 
 from grpo_dist.config.rollout import RolloutConfig
-from grpo_dist.config.schema import Config, ModelConfig
+from grpo_dist.config.schema import Config, DataConfig, ModelConfig, OptimConfig, TrainConfig
 from grpo_dist.config.vllm import VllmConfig
+from grpo_dist.distributed.ranks import Ranks
 from grpo_dist.model import attention
 from grpo_dist.model.load import load_model_config
 from grpo_dist.model.routing import Routers
@@ -25,10 +29,12 @@ from grpo_dist.preflight.findings import Findings
 from grpo_dist.preflight.servers import check_servers
 from grpo_dist.rollout import Sampling, sample
 from grpo_dist.rollout.choose import UnfitEngine
+from grpo_dist.rollout.local import LoadedModel
 from grpo_dist.rollout.replay import needs_routes, settle_replay
 from grpo_dist.rollout.vllm.messages import Answer, completion_message, read_answer
 from grpo_dist.rollout.vllm.serve import command_of
 from grpo_dist.rollout.vllm.server import ROUTES
+from grpo_dist.rollout.vllm.start import make_vllm_engine
 
 DENSE_FIRST = {"mlp_only_layers": [0], "num_hidden_layers": 3}
 """The first of three layers has no experts."""
@@ -87,8 +93,6 @@ def answer(table: np.ndarray, model: Any) -> Answer:
 
 
 def test_only_right_routes_are_taken(base: ModelConfig) -> None:
-    from transformers import AutoModelForCausalLM
-
     def blank() -> Any:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(load_model_config(base))
@@ -122,8 +126,6 @@ def test_the_argument_of_a_server(base: ModelConfig, caplog: pytest.LogCaptureFi
         assert needs_routes(rollout, model_config) == expected
         assert not needs_routes(rollout, load_model_config(ModelConfig("toy")))
     with torch.device("meta"):
-        from transformers import AutoModelForCausalLM
-
         model = AutoModelForCausalLM.from_config(model_config)
     rollout = RolloutConfig(engine="vllm", vllm=VllmConfig(urls=["http://a"]))
     assert settle_replay([model], rollout, True, lambda thing: [thing]) is None
@@ -138,3 +140,29 @@ def test_check_asks_servers_for_routes(base: ModelConfig, server: FakeVllm) -> N
         assert ROUTES in findings.results["servers"][0], "how to start one"
         assert [each for each in findings.problems if "does not report" in each] == findings.problems
         assert len(findings.problems) == (0 if reports else 1)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("GRPO_DIST_VLLM" not in os.environ, reason="GRPO_DIST_VLLM does not name the Python of vLLM")
+def test_vllm_itself_reports_the_experts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fixed model: on a CPU, vLLM takes no adapters of a mixture of experts, and its new weights are wrong."""
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+    path = make_experts(tmp_path / "model", "qwen3_moe", head_dim=32, **DENSE_FIRST)
+    python = python_that_reports_routes(tmp_path / "vllm", os.environ["GRPO_DIST_VLLM"])
+    vllm = VllmConfig(python=python, args=["--enforce-eager"])
+    rollout = RolloutConfig(max_completion_length=6, engine="vllm", vllm=vllm, routing_replay=True)
+    config = Config(model=ModelConfig(name=path, dtype="float32"), lora=None, data=DataConfig(max_prompt_length=64),
+                    train=TrainConfig(output_dir=str(tmp_path)), rollout=rollout)  # fmt: skip
+    model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    routers = Routers(model)
+    engine = make_vllm_engine(config, Ranks(torch.float32, OptimConfig()), LoadedModel(model), None, [256], 0, routers)
+    try:
+        engine.update_weights()
+        assert engine.metrics()["rollout/probe_gap"] <= 1e-4
+        for request, each in zip(REQUESTS, sample(engine, REQUESTS, Sampling()), strict=True):
+            with torch.no_grad():
+                model(input_ids=torch.tensor([[*request.prompt, *each.ids]]))
+            assert each.routes is not None
+            assert torch.equal(each.routes[:-1].sort(-1).values, routers.recorded()[:-1].sort(-1).values)
+    finally:
+        engine.close()
