@@ -50,9 +50,12 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
     require(not rest, "arguments", list(rest), "a run or a checkpoint, and the options of --help")
     require_run(options.run_or_checkpoint)
     from ..checkpoint.trained import find
+    from ..model.checks import stored_quantization
+    from ..model.files import dequantized_form
+    from ..model.load import load_model_config
     from ..monitoring.console import set_up_logging
     from ..monitoring.metrics import read_history
-    from ..report.card import write_card  # imports torch: an error in the options should not wait for it
+    from ..report.card import Kind, write_card  # imports torch: an error in the options should not wait for it
 
     set_up_logging()
     trained = find(options.run_or_checkpoint)
@@ -70,7 +73,10 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
         difference, allowed, distance = write_merged(trained, out, options.dtype, options.max_shard_size)
     print(f"reopened: logits differ from the policy's by {difference:.1e} of the largest ({allowed:.0e} is rounding), "
           f"KL from the policy is {distance:.1e} nats a token")  # fmt: skip
-    write_card(out, trained.config, read_history(trained.run), trained.step, "adapter" if is_adapter else "merged")
+    form = dequantized_form(stored_quantization(load_model_config(trained.model)))
+    write_card(
+        out, trained.config, read_history(trained.run), trained.step, "adapter" if is_adapter else "merged", form
+    )
     if options.to == "gguf-recipe":
         (out / "to_gguf.sh").write_text(gguf_recipe(out))
         (out / "to_gguf.sh").chmod(0o755)

@@ -10,6 +10,8 @@ from launching import adapters, completions, metrics, relative_difference, train
 from packed_models import write_fp8, write_mxfp4
 from transformers import AutoModelForCausalLM
 
+from grpo_dist.cli.main import main
+
 OPTIONS = ("--data.max_prompt_length", "64", "--rollout.max_completion_length", "8", "--train.num_train_steps", "2",
            "--loss.kl_coeff", "0.04", "--optim.learning_rate", "1e-3", "--rewards",
            "[{name: 'tests.distributed.comparing:different_characters'}]")  # fmt: skip
@@ -29,12 +31,14 @@ def one_process(gpt_oss: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return train(None, 1, tmp_path_factory.mktemp("one") / "run", "--model.name", gpt_oss, *OPTIONS)
 
 
-def test_gpt_oss_as_published(one_process: Path) -> None:
+def test_gpt_oss_as_published(one_process: Path, tmp_path: Path) -> None:
     _, first, second = metrics(one_process)
     assert first["rollout/router_agreement"] == 1 and abs(first["rollout/kl"]) < 1e-9
     assert second["grad_norm"] > 0
     assert "dequantised from mxfp4, and is merged into its values" in (one_process / "final" / "README.md").read_text()
     assert "quantization_config" not in json.loads((one_process / "final" / "config.json").read_text())
+    assert main(["export", str(one_process), "--to", "adapter", "--out", str(tmp_path / "out")]) == 0
+    assert "dequantised from mxfp4" in (tmp_path / "out" / "README.md").read_text()
     AutoModelForCausalLM.from_pretrained(one_process / "final")
 
 
