@@ -55,7 +55,7 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
     from ..model.load import load_model_config
     from ..monitoring.console import set_up_logging
     from ..monitoring.metrics import read_history
-    from ..report.card import Kind, write_card  # imports torch: an error in the options should not wait for it
+    from ..report.card import write_card  # imports torch: an error in the options should not wait for it
 
     set_up_logging()
     trained = find(options.run_or_checkpoint)
