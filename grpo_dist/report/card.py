@@ -71,14 +71,10 @@ def _quantization(config: Mapping[str, Any], kind: Kind, form: str | None) -> st
     if quantization is None and form is None:
         return ""
     how = f"quantised to {quantization} by bitsandbytes" if form is None else f"dequantised from {form}"
-    base = (
-        f"The model was trained from the base {how}"
-        if config.get("lora") is None
-        else f"The adapter was trained on the base {how}"
-    )
     if config.get("lora") is None:
-        return f" {base}."
-    return f" {base}, and belongs on that." if kind == "adapter" else f" {base}, and is merged into its values."
+        return f" The model was trained from the base {how}."
+    use = "belongs on that" if kind == "adapter" else "is merged into its values"
+    return f" The adapter was trained on the base {how}, and {use}."
 
 
 def _front_matter(config: Mapping[str, Any], kind: str) -> str:
