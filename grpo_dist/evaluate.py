@@ -27,6 +27,7 @@ if __name__ == "__main__":
     # before the imports of torch, so that the answer to a mistake in an option comes at once
     read_options()
 
+from .config.parse import let_first_rank_answer
 from .config.schema import Config, ReferenceConfig
 from .data.prompts import load_prompts
 from .distributed.deepspeed import unsharded_loading
@@ -270,20 +271,25 @@ def evaluate(options: argparse.Namespace, config: Config) -> int:
     except (ValueError, OSError) as error:
         if os.environ.get("RANK", "0") == "0" or is_of_one_rank(error):
             write_lines(plain_lines(f"error: {error}"), sys.stderr)
+        else:
+            let_first_rank_answer("RANK")
         return 2
+    status = 0
     try:
         rows = evaluation.run(ranks)
     except (UnfitModel, UnfitEngine, Interrupted) as error:  # raised on all ranks alike
         if ranks.is_main:
             write_lines(plain_lines(f"error: {error}"), sys.stderr)
-        return 1 if isinstance(error, Interrupted) else 2
+        status = 1 if isinstance(error, Interrupted) else 2
     finally:
         evaluation.close()
         is_main = ranks.is_main
         ranks.end()
-    if is_main:
+    if status:
+        let_first_rank_answer("RANK")
+    elif is_main:
         report(rows, options.n, options.compare, options.output)
-    return 0
+    return status
 
 
 if __name__ == "__main__":

@@ -101,13 +101,14 @@ class _Parser(ArgumentParser):
         sys.exit(2)
 
 
-def let_first_rank_answer() -> None:
-    """Wait on every other rank of a node: the first one ends with the same message, and the launcher ends the others.
+def let_first_rank_answer(variable: str = "LOCAL_RANK", seconds: float = _FIRST_RANK_SECONDS) -> None:
+    """Wait on every other rank of a node, or of the run (`RANK`): the first one ends with the same message, and the
+    launcher then ends the others, as it would end the first one where another ends earlier.
 
-    A rank that is still there after the wait has a mistake of its own.
+    A rank that is still there after the wait has a mistake of its own, or no launcher that ends it.
     """
-    if os.environ.get("LOCAL_RANK", "0") != "0":
-        time.sleep(_FIRST_RANK_SECONDS)
+    if os.environ.get(variable, "0") != "0":
+        time.sleep(seconds)
 
 
 @functools.cache

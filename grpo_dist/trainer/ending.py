@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from ..checkpoint.state import TrainState
-from ..config.parse import DRY_RUN, parse_config
+from ..config.parse import DRY_RUN, let_first_rank_answer, parse_config
 from ..config.schema import Config
 from ..distributed.ranks import PhaseError
 from ..distributed.rendezvous import LaunchError, is_of_one_rank
@@ -29,6 +29,9 @@ from .record import summary
 from .saving import save_checkpoint
 
 log = logging.getLogger(__name__)
+
+PAGE_SECONDS = 60.0
+"""How long the first rank may take to write the page of a run that has failed, and to say why."""
 
 
 def main(train: Callable[[Parts, TrainState], None], arguments: list[str] | None = None) -> int:
@@ -52,6 +55,8 @@ def run(train: Callable[[Parts, TrainState], None], config: Config) -> int:
     except (UserError, LaunchError) as error:  # most are raised on all ranks
         if os.environ.get("RANK", "0") == "0" or is_of_one_rank(error):
             write_lines(plain_lines(f"error: {error}"), sys.stderr)
+        else:
+            let_first_rank_answer("RANK")
         return 2
     status, all_ranks, message, dies = 1, True, "", False
     try:
@@ -83,6 +88,8 @@ def run(train: Callable[[Parts, TrainState], None], config: Config) -> int:
             _report(parts.directory)
             message = summary(parts) if message == "done" else plain_lines(message)  # it may quote what a model wrote
             write_lines(message, sys.stderr if status else sys.stdout)
+    if status:
+        let_first_rank_answer("RANK", PAGE_SECONDS)
     return status
 
 

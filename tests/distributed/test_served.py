@@ -109,8 +109,10 @@ def test_a_server_lives_as_long_as_its_run(python: str, tmp_path: Path) -> None:
 
 
 def test_a_server_that_does_not_start(python: str, tmp_path: Path) -> None:
+    """The first rank says so, also where it is the last to end."""
     done = launch("ddp", 2, *TINY, *SMALL, "--train.output_dir", str(tmp_path / "run"), "--rollout.vllm.python", python,
-                  "--rollout.vllm.args", "[--plant, ends]")  # fmt: skip
+                  "--rollout.vllm.args", "[--plant, ends]", program=["tests/fault/faulty.py"],
+                  environment={"FAULT": "late@word:1", "PYTHONPATH": str(ROOT)})  # fmt: skip
     assert done.returncode != 0 and "fake_vllm: no device" in done.stderr, done.stderr[-4000:]
     assert "Traceback" not in done.stderr.partition("error: ")[0]
 

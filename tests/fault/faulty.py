@@ -24,7 +24,7 @@ from grpo_dist.checkpoint import store as checkpoint
 from grpo_dist.distributed import watch
 from grpo_dist.rewards.pool.pool import Pending
 from grpo_dist.rollout import NativeDecoder
-from grpo_dist.trainer import evaluation
+from grpo_dist.trainer import ending, evaluation
 from grpo_dist.trainer.ending import main
 
 KIND, _, WHERE = os.environ["FAULT"].partition("@")
@@ -51,6 +51,9 @@ def happen() -> None:
         return
     if KIND == "tardy":
         time.sleep(40)
+        return
+    if KIND == "late":
+        time.sleep(3)
         return
     if KIND == "block":  # in C, for ever
         ctypes.CDLL(None).pause()
@@ -93,6 +96,7 @@ checkpoint.save_file = at("shards", checkpoint.save_file)
 checkpoint._checksum = at("manifest", checkpoint._checksum)
 checkpoint._sync = at("rename", checkpoint._sync)
 checkpoint._prune = at("prune", checkpoint._prune)
+ending.write_lines = at("word", ending.write_lines)
 if KIND == "impatient":
     watch.SLOW_SECONDS = 1.0
 if KIND == "nan":

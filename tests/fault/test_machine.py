@@ -158,6 +158,15 @@ def test_all_completions_truncated_and_left_out(tmp_path: Path) -> None:
         assert line["completion/truncated"] == 1.0 and line["loss"] == 0.0
 
 
+def test_the_first_rank_says_why_although_it_is_the_last_to_end(tmp_path: Path) -> None:
+    (tmp_path / "fools.py").write_text(REWARDS.replace('if "14" in answer', "if True"))
+    done = launch("ddp", 2, *TINY, "--train.output_dir", str(tmp_path / "run"), "--data.eval_file", "null",
+                  "--rewards", "[{name: fools:sometimes_raises}]", program=["tests/fault/faulty.py"],
+                  environment={"FAULT": "late@word:1", "PYTHONPATH": f"{ROOT}:{tmp_path}"})  # fmt: skip
+    assert done.returncode != 0
+    assert done.stderr.count("error: ") == 1, done.stderr[-4000:]
+
+
 @pytest.mark.slow
 def test_a_reward_that_raises_too_often(tmp_path: Path) -> None:
     """Every rank ends with the message, the prompt and the traceback, whichever of them scored the completion."""
