@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import yaml
 
@@ -49,6 +49,7 @@ from ..preflight.doubts import doubts
 from ..rewards.pool.pool import ScorerPool
 from ..rewards.registry import EPISODE_COLUMNS, answer_checks, labels
 from ..rollout.choose import UnfitEngine
+from ..rollout.episodes import Episodes
 from ..rollout.playing import by_environment, episodes_of, for_prompts, open_host, templated
 from ..rollout.replay import require_experts
 from ..rollout.sampling import Sampling, sampling_with
@@ -56,7 +57,7 @@ from ..text.files import write_file
 from ..text.tokens import CompletionTexts
 from ..types import Prompt
 from .first_update import first_update
-from .models import load_models
+from .models import Models, load_models
 from .parts import Parts
 from .phases import Phases
 
@@ -82,6 +83,18 @@ class _Data:
     identity: dict[str, Any]
 
 
+@dataclass(frozen=True)
+class _Start:
+    """What a rank has made by itself before ranks meet."""
+
+    data: _Data
+    resume_from: Path | None
+    host: EnvironmentHost | None
+    scorer: ScorerPool
+    episodes: Episodes | None
+    lock: IO[str] | None
+
+
 def build(config: Config) -> tuple[Parts, TrainState]:
     """Everything a training needs, and where it stands: at its start, or where its newest checkpoint was; a collective.
 
@@ -92,45 +105,19 @@ def build(config: Config) -> tuple[Parts, TrainState]:
     directory = Path(config.train.output_dir)
     is_main = os.environ.get("RANK", "0") == "0"
     _log_on_main(is_main, others=logging.ERROR)  # as long as all ranks come to the same
-    try:  # all that a user can have got wrong, before ranks meet and models are loaded
-        require_known_launch(os.environ)
-        require_optimizer(config.optim, os.environ)
-        resume_from = resume_path(config)
-        config = with_adapter(config)
-        host = open_host(config)
-        data = _load_data(templated(config), resume_from, host)
-        for change in changes(resume_from, data.config, data.identity) if resume_from else ():
-            log.warning("%s", change)
-        require_known(config.logging.trackers)
-        scorer = ScorerPool(config.rewards, config.scoring)
-        for prompt in (data.prompts[0], *data.eval_prompts[:1]):
-            scorer.check_columns([*prompt.columns, *(EPISODE_COLUMNS if host else ())])
-        episodes = episodes_of(data.config, host, data.tokenizer, data.end_ids)
-        require_writable(directory)
-        directory.mkdir(parents=True, exist_ok=True)
-        lock_file = lock(directory) if is_main else None
+    try:
+        start = _prepare(config, directory, is_main)
     except (ValueError, OSError, checkpoint.DamagedCheckpoint) as error:
         Rendezvous.fail_before(error)
         raise UserError(str(error)) from error
+    resume_from = start.resume_from
     ranks = Ranks(resolve_dtype(config.model.dtype), config.optim, config.train.sequence_parallel_size)
     _log_on_main(is_main, others=logging.WARNING)
-    data = _agree_on_data(ranks, data, resume_from, host)
+    data = _agree_on_data(ranks, start)
     config = data.config
     if ranks.is_main:
         write_file(directory / "config.yaml", yaml.safe_dump(redacted(asdict(config)), sort_keys=False))
-    places = ranks.gather_objects(resume_from and resume_from.name)
-    if len(set(places)) > 1:
-        raise UserError(f"train.output_dir: ranks see different checkpoints in {directory}, {places} in order "
-                        "of rank; it must lie on a file system that all nodes share")  # fmt: skip
-    try:
-        models = load_models(config, data.model_config, data.end_ids, ranks, resume_from)
-    except LaunchError:
-        raise
-    except Exception as error:
-        all_know = ranks.fail(error)
-        if not isinstance(error, (UnfitModel, UnfitEngine)):
-            raise
-        raise (UserError(str(error)) if all_know else LaunchError(f"rank {ranks.rank}: {error}")) from error
+    models = _load_models(data, ranks, resume_from)
     state = TrainState(0, config.loss.kl_coeff, data.sampler)
     if resume_from is not None:
         _resume(state, config, resume_from, ranks, models.optimizer_state, data.prompts)
@@ -145,10 +132,10 @@ def build(config: Config) -> tuple[Parts, TrainState]:
     display = Display(config.train.num_train_steps, state.step, ranks.is_main, config.logging.show_completions_every)
     last_step = -1 if state.is_start else state.step
     parts = Parts(
-        config=config, directory=directory, lock=lock_file, identity=data.identity, ranks=ranks, watch=watch,
+        config=config, directory=directory, lock=start.lock, identity=data.identity, ranks=ranks, watch=watch,
         tokenizer=data.tokenizer, texts_of=CompletionTexts(data.tokenizer, data.end_ids), prompts=data.prompts,
-        eval_prompts=data.eval_prompts, sampling=data.sampling, reward_names=labels(config.rewards), scorer=scorer,
-        episodes=episodes,
+        eval_prompts=data.eval_prompts, sampling=data.sampling, reward_names=labels(config.rewards),
+        scorer=start.scorer, episodes=start.episodes,
         **vars(models),
         phase=Phases(display, watch, ranks.device), display=display,
         recorder=Recorder(config, directory, last_step) if ranks.is_main else None,
@@ -174,6 +161,47 @@ def close(parts: Parts, all_ranks: bool) -> None:
         parts.recorder.close()
     if all_ranks:
         parts.ranks.end()
+
+
+def _prepare(config: Config, directory: Path, is_main: bool) -> _Start:
+    """All that a user can have got wrong, before ranks meet and models are loaded.
+
+    Raises ValueError, OSError or DamagedCheckpoint.
+    """
+    require_known_launch(os.environ)
+    require_optimizer(config.optim, os.environ)
+    resume_from = resume_path(config)
+    config = with_adapter(config)
+    host = open_host(config)
+    data = _load_data(templated(config), resume_from, host)
+    for change in changes(resume_from, data.config, data.identity) if resume_from else ():
+        log.warning("%s", change)
+    require_known(config.logging.trackers)
+    scorer = ScorerPool(config.rewards, config.scoring)
+    for prompt in (data.prompts[0], *data.eval_prompts[:1]):
+        scorer.check_columns([*prompt.columns, *(EPISODE_COLUMNS if host else ())])
+    episodes = episodes_of(data.config, host, data.tokenizer, data.end_ids)
+    require_writable(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    return _Start(data, resume_from, host, scorer, episodes, lock(directory) if is_main else None)
+
+
+def _load_models(data: _Data, ranks: Ranks, resume_from: Path | None) -> Models:
+    """The models; a collective. Raises UserError, or LaunchError where other ranks do not know of the error."""
+    places = ranks.gather_objects(resume_from and resume_from.name)
+    if len(set(places)) > 1:
+        directory = data.config.train.output_dir
+        raise UserError(f"train.output_dir: ranks see different checkpoints in {directory}, {places} in order "
+                        "of rank; it must lie on a file system that all nodes share")  # fmt: skip
+    try:
+        return load_models(data.config, data.model_config, data.end_ids, ranks, resume_from)
+    except LaunchError:
+        raise
+    except Exception as error:
+        all_know = ranks.fail(error)
+        if not isinstance(error, (UnfitModel, UnfitEngine)):
+            raise
+        raise (UserError(str(error)) if all_know else LaunchError(f"rank {ranks.rank}: {error}")) from error
 
 
 def _load_data(config: Config, resume_from: Path | None, host: EnvironmentHost | None) -> _Data:
@@ -206,14 +234,16 @@ def _load_data(config: Config, resume_from: Path | None, host: EnvironmentHost |
                  identity(config, model_config, prompts))  # fmt: skip
 
 
-def _agree_on_data(ranks: Ranks, data: _Data, resume_from: Path | None, host: EnvironmentHost | None) -> _Data:
+def _agree_on_data(ranks: Ranks, own: _Start) -> _Data:
     """The data with rank 0's template_date, where a run is started about midnight; a collective.
 
     Raises UserError where ranks were started otherwise all the same.
     """
+    data = own.data
     date = ranks.gather_objects(data.config.data.template_date)[0]
     if date != data.config.data.template_date:
-        data = _load_data(replace(data.config, data=replace(data.config.data, template_date=date)), resume_from, host)
+        dated = replace(data.config, data=replace(data.config.data, template_date=date))
+        data = _load_data(dated, own.resume_from, own.host)
     start = {"config": redacted(asdict(data.config)), "versions": versions(), "identity": data.identity}
     try:
         require_same_start(ranks.gather_objects(start))
