@@ -51,7 +51,7 @@ MODULES = {
     "monitoring/contrast": ["console"],
     "trainer/gathering": ["gathering"],
     "rollout/episodes": ["episodes"],
-    "model/routing": ["replay"],
+    "model/routing": ["routing", "replay"],
     "rollout/replay": ["replay"],
     "rollout/native/routes": ["replay"],
     "model/expert_adapters": ["expert_adapters"],
@@ -102,7 +102,19 @@ EQUIVALENT = {
         "winner = votes.most_common(",
     ],
     # more room than is used
-    "rollout/native/routes": [f"{ROUTES_ROOM}: {change}" for change in ("0 -> 1", "1 -> 2")],
+    "rollout/native/routes": [f"{ROUTES_ROOM}: {change}" for change in ("0 -> 1", "1 -> 2", "most + 1 -> most - 1")],
+    # what no call has filled yet; tensors of 2 dimensions, or of 2 after the first reduction
+    "model/routing": [
+        "self.chosen: list[Tensor] = [torch.zeros(0)]",
+        "return (own == given).all(-1).float().mean(-1): -1 -> 1",
+        "if scores.shape[1:] != (self.num_experts,) or top.indices.shape[-1] != self.experts_of_a_token:: -1 -> 1",
+        "return torch.return_types.topk((scores.gather(-1, indices), indices)): -1 -> 1",
+    ],
+    # a function that dispatches inside one that does; older releases of PEFT
+    "model/expert_adapters": [
+        "if plain is linear or hasattr(",
+        'return (b, a) if getattr(layer, "_did_swap_in_out_features", False) else (a.mT, b.mT): False -> True',
+    ],
     "types": ["number = torch.full(", "numbers, order = "],  # any number below 0; sorting on a CPU is stable anyway
     "rollout/sampling": [
         "BLOCK = 128",

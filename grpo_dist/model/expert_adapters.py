@@ -39,9 +39,9 @@ class _Matrix:
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Tensor:
-        x, matrix, *bias = args
-        if not isinstance(matrix, _Matrix) or func not in (linear, *PRODUCTS) or kwargs:
+        if kwargs or func not in (linear, *PRODUCTS) or not isinstance(args[1], _Matrix):
             raise TypeError(f"{func} of an expert's weight with adapters, expected a product from its left")
+        x, matrix, *bias = args
         weight, a, b = matrix.weight, matrix.right, matrix.left
         if func is not linear:
             weight, a, b = weight.T, b.T, a.T

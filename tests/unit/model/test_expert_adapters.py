@@ -11,9 +11,11 @@ from peft import PeftModel
 from peft.tuners.lora.layer import ParamWrapper
 from small_experts import build, make_experts
 from torch import Tensor
+from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
 from grpo_dist.config.schema import LoraConfig, ModelConfig
+from grpo_dist.model.expert_adapters import _let_linear_dispatch, _Matrix
 from grpo_dist.model.export import adapter_state, kept_shares, merged_state, write_adapter, write_merged
 from grpo_dist.model.files import UnfitModel
 from grpo_dist.model.load import adapted_layers, load_causal_lm, make_policy, trainable
@@ -57,11 +59,34 @@ def test_the_same_as_peft_computes(kind: str) -> None:
         output = logits(policy.causal_lm)
         output.square().sum().backward()
         outcomes.append([output, *(p.grad for p in trainable(policy).values())])
+        with policy.model.disable_adapter():
+            torch.testing.assert_close(logits(policy.causal_lm), logits(build(kind, "eager")))
     assert all(float(each.norm()) > 0 for each in outcomes[0])
     for ours, theirs in zip(*outcomes, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
-    with policy.model.disable_adapter():
-        torch.testing.assert_close(logits(policy.causal_lm), logits(build(kind, "eager")))
+
+
+def test_experts_are_only_multiplied_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Code that computes anything else with them would compute it without their adapters."""
+    matrix: Any = _Matrix(torch.eye(3), torch.ones(3, 1), torch.ones(1, 3), 2.0)
+    x = torch.tensor([[1.0, 2.0, 4.0]])
+    assert torch.equal(functional.linear(x, matrix, x), x + 14 + x) and torch.equal(x @ matrix, x + 14)
+    for other in (torch.add, lambda x, y: torch.matmul(y, x.T), lambda x, y: functional.linear(x, weight=y)):
+        with pytest.raises(TypeError, match="expected a product from its left"):
+            other(x, matrix)
+
+    def doubles(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        return 2 * linear(x, weight, bias)
+
+    linear = functional.linear
+    monkeypatch.setattr(functional, "linear", doubles)  # as ZeRO-3 sets one of its own
+    for _ in range(2):
+        _let_linear_dispatch()
+        assert torch.equal(functional.linear(x, matrix), x + 14)
+        assert torch.equal(functional.linear(x, torch.eye(3)), 2 * x)
+    once = functional.linear
+    _let_linear_dispatch()
+    assert functional.linear is once
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -118,7 +143,7 @@ def test_attention_alone(kind: str) -> None:
     ],
 )
 def test_a_name_that_means_no_experts_is_refused(target: str, reason: str) -> None:
-    message = rf"lora.target_parameters: '{target}' given, which {reason}.*experts\.down_proj"
+    message = rf"lora.target_parameters: '{target}' given, which {reason}.*expected mlp\.experts\.down_proj, mlp"
     with pytest.raises(UnfitModel, match=message):
         moved("qwen3_moe", lora=LoraConfig(target_parameters=[target]))
 

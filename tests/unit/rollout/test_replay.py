@@ -19,10 +19,11 @@ from grpo_dist.model.files import UnfitModel
 from grpo_dist.model.packing import Pack, make_pack, plan
 from grpo_dist.model.policy import Policy, recompute_layers
 from grpo_dist.model.routing import Routers, has_experts, routers_of
-from grpo_dist.rollout import NativeDecoder, Request, RowDecoder, decode_all
+from grpo_dist.rollout import NativeDecoder, Request, RowDecoder, decode_all, replay
 from grpo_dist.rollout.episodes import routes_after
+from grpo_dist.rollout.native.routes import RouteTable
 from grpo_dist.rollout.probe import routing_fault
-from grpo_dist.rollout.replay import require_experts, settle_replay
+from grpo_dist.rollout.replay import engine_obstacle, needs_routes, require_experts, settle_replay
 from grpo_dist.types import Batch, Prompt, Trajectory, join
 
 DENSE = {"num_experts": None, "num_local_experts": None}
@@ -248,6 +249,23 @@ def test_what_cannot_be_replayed_is_said_by_name(caplog: pytest.LogCaptureFixtur
     with pytest.raises(ValueError, match=refused):
         require_experts(RolloutConfig(routing_replay=True), build("qwen2", **DENSE).config)
     require_experts(RolloutConfig(routing_replay=True), build("qwen3_moe").config)
+
+
+def test_servers_report_routes_where_they_are_replayed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM's engine for CPUs reports none."""
+    experts, dense = build("qwen3_moe").config, build("qwen2", **DENSE).config
+    for on_gpu, choice, expected in (
+        (True, "auto", True), (False, "auto", False), (False, True, True), (True, False, False)
+    ):  # fmt: skip
+        monkeypatch.setattr(replay, "computes_on_gpu", lambda on_gpu=on_gpu: on_gpu)
+        rollout = RolloutConfig(engine="vllm", routing_replay=choice)
+        assert needs_routes(rollout, experts) is expected
+        assert not needs_routes(rollout, dense)
+        assert (engine_obstacle(rollout) is None) is (on_gpu or choice != "auto")
+
+
+def test_requests_of_a_model_without_routers_have_no_routes() -> None:
+    assert RouteTable(build("qwen2", **DENSE), 4, torch.device("cpu")).of([3, 4], [1, 2], []) == [None, None]
 
 
 def test_all_models_replay_what_every_rank_can(caplog: pytest.LogCaptureFixture) -> None:
