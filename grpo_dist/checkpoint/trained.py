@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 import yaml
-from peft import PeftModel
 
 from ..config.places import is_path
 from ..config.schema import LoraConfig, ModelConfig
@@ -16,6 +15,7 @@ from ..distributed.device import DTYPES, resolve_dtype
 from ..distributed.sharding import is_sharded
 from ..model.expert_adapters import compute_adapters_apart
 from ..model.load import base_identity, load_causal_lm, load_model_config, load_policy, load_tokenizer, trainable
+from ..model.peft import with_saved_adapters
 from ..model.policy import Policy
 from ..model.toy import MODELS
 from ..monitoring.machine import last_recorded, started_in
@@ -98,7 +98,7 @@ def load(trained: Trained) -> tuple[Policy, Any]:
     # merged weights may be in a larger dtype than the base that the adapters were trained on
     trained_in = last_recorded(trained.run, "dtype")
     base = load_causal_lm(model, stored if trained_in is None else DTYPES[trained_in], None)
-    adapted = PeftModel.from_pretrained(base, str(trained.path / "adapter"))
+    adapted = with_saved_adapters(base, str(trained.path / "adapter"))
     # as in training
     compute_adapters_apart(adapted, is_sharded)
     return Policy(adapted, 1.0).eval(), tokenizer

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from peft import PeftModel
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
@@ -22,6 +21,7 @@ from ..config.rollout import RolloutConfig
 from ..config.schema import DataConfig
 from ..data.prompts import render
 from ..model.load import end_token_ids, load_causal_lm
+from ..model.peft import PeftModel
 from ..model.policy import Policy
 from ..rollout.sampling import sampling_with
 from ..text.plain import plain_lines

@@ -107,19 +107,18 @@ def write_merged(trained: Trained, out: Path, dtype: str | None, max_shard_size:
 
 def write_adapter(trained: Trained, out: Path) -> tuple[float, float, float]:
     """Write the adapter. Returns the results of `compare` with the policy."""
-    from peft import PeftModel
-
     from ..checkpoint.trained import load
     from ..model import export as saving
     from ..model.fixed_row import fixed_logits
     from ..model.load import load_causal_lm
+    from ..model.peft import with_saved_adapters
 
     policy, tokenizer = load(trained)
     expected, dtype = fixed_logits(policy.causal_lm), policy.causal_lm.dtype
     saving.write_adapter(policy.model, saving.adapter_state(policy, keep=True), out)
     tokenizer.save_pretrained(out)
     del policy
-    reopened = PeftModel.from_pretrained(load_causal_lm(trained.model, dtype, None), str(out))
+    reopened = with_saved_adapters(load_causal_lm(trained.model, dtype, None), str(out))
     return compare(expected, fixed_logits(reopened), dtype)
 
 

@@ -119,7 +119,7 @@ def _require_plain(option: str, name: str, entries: dict[str, Any]) -> None:
     others = {key: value for key, value in entries.items()
               if key not in known and value and value != DEFAULTS.get(key)}  # fmt: skip
     if not others.keys() <= MORE:
-        from peft import LoraConfig as PeftLoraConfig
+        from .peft import PeftLoraConfig
 
         defaults = {field.name: getattr(PeftLoraConfig(), field.name) for field in fields(PeftLoraConfig)}
         others = {key: value for key, value in others.items() if value != defaults.get(key)}

@@ -5,13 +5,12 @@ from __future__ import annotations
 import hashlib
 
 import torch
-from peft import PeftModel
-from peft.utils import load_peft_weights
 from torch import Tensor
 
 from ..algorithm.targets import has_reference
 from ..config.schema import Config
 from .files import UnfitModel
+from .peft import PeftModel, load_peft_weights
 
 
 def require_own_values(config: Config, shards_weights: bool) -> None:

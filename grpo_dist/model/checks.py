@@ -6,20 +6,15 @@ import re
 from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
-from peft import LoraConfig
 from torch import nn
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.pytorch_utils import Conv1D
 from transformers.utils.peft_utils import find_adapter_config_file
 
-try:
-    from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
-except ImportError:  # older releases of PEFT put adapters on exactly the named layers
-    convert_peft_config_for_transformers = None
-
 from ..distributed.sharding import full_shape
 from .files import UnfitModel, is_bitsandbytes, require_fit, some_names
 from .names import no_causal_lm, no_layer, no_pattern, refused_layer
+from .peft import PeftLoraConfig, convert_peft_config_for_transformers
 from .quantized import QuantizedLinear
 
 CANNOT = (TypeError, ValueError, RuntimeError, AttributeError, KeyError, IndexError, AssertionError)
@@ -171,7 +166,7 @@ def _means_experts(model: Any, names: set[str]) -> bool:
     """Whether PEFT maps one of the names to experts, which had layers of that name in older releases."""
     if convert_peft_config_for_transformers is None:
         return False
-    probe = LoraConfig(target_modules=sorted(names))
+    probe = PeftLoraConfig(target_modules=sorted(names))
     try:
         convert_peft_config_for_transformers(probe, model, None)
     except ValueError:  # the mapping needs other names of experts

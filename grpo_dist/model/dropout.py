@@ -10,10 +10,10 @@ Shapes: T tokens of the row, I inputs of a layer.
 from __future__ import annotations
 
 import torch
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from ..algorithm.hashing import hashed, short_numbers, stream_key
+from .peft import LoraLayer
 
 LEVELS = 1 << 16
 """Shares are rounded to multiples of 1 / LEVELS."""

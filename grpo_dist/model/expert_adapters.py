@@ -15,8 +15,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from peft.tuners.lora import LoraLayer
-from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
 from torch._C._nn import linear  # torch.nn.functional.linear itself, which ZeRO-3 replaces
 from torch.nn import functional
@@ -25,6 +23,7 @@ from ..distributed.sharding import full_shape, gather_with
 from .checks import matches
 from .lora import adapted_linear, fuse_adapters
 from .names import no_experts
+from .peft import LoraLayer, ParamWrapper
 
 PRODUCTS = (torch.matmul, Tensor.matmul, Tensor.__matmul__)
 """`x @ W`, in models whose weights are (E, I, O)."""

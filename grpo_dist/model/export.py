@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -22,6 +21,7 @@ from ..distributed.sharding import gathered
 from .dequantization import form_of
 from .expert_adapters import adapted_weight, delta_weight
 from .load import adapted_layers, plain_name
+from .peft import PeftModel
 from .policy import Policy
 from .quantized import quantized_layers
 

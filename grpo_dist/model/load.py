@@ -11,9 +11,6 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from peft import LoraConfig as PeftLoraConfig
-from peft import get_peft_model
-from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
@@ -39,6 +36,7 @@ from .dequantization import become_plain, dequantized_loading
 from .dropout import drop_by_token
 from .expert_adapters import compute_adapters_apart, expert_parameters, of_experts
 from .files import UnfitModel, dequantized_form, require_positions, require_weights
+from .peft import LoraLayer, PeftLoraConfig, with_new_adapters
 from .policy import Policy, recompute_layers
 from .quantization import quantized_loading, use_own_layers
 from .toy import MODELS, toy_path
@@ -280,7 +278,7 @@ def make_policy(
     torch.manual_seed(seed)  # all ranks draw the same adapters
     base.requires_grad_(False)
     targets, _ = adapter_targets(base, lora.target_modules, lora.target_parameters)
-    adapted = get_peft_model(base, PeftLoraConfig(
+    adapted = with_new_adapters(base, PeftLoraConfig(
         task_type="CAUSAL_LM", r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets,
         use_rslora=lora.use_rslora, target_parameters=expert_parameters(base, lora.target_parameters) or None,
     ))  # fmt: skip

@@ -14,12 +14,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
 from .dropout import TokenDropout
+from .peft import LoraLinear
 from .products import float32_product
 from .quantized import QuantizedLinear, dtype_of
 

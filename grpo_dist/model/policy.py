@@ -6,8 +6,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from peft import PeftModel
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -18,6 +16,7 @@ from .dropout import TokenKeys
 from .fused_modules import fuse_gates, fuse_norms
 from .logprobs import head_logprobs, logits_logprobs
 from .packing import Pack
+from .peft import LoraLayer, PeftModel
 from .routing import routers_of
 
 

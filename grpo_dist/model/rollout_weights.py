@@ -17,13 +17,13 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
-from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 
 from ..distributed.deepspeed import unsharded_loading
 from ..distributed.sharding import gathered, is_sharded
 from .expert_adapters import compute_adapters_apart
 from .load import plain_name
+from .peft import PeftModel, with_new_adapters
 from .policy import Policy
 from .quantized import quantized_layers
 
@@ -45,7 +45,7 @@ class RolloutModel:
             for name, layer in ({} if dequantizes else quantized_layers(policy.causal_lm)).items():
                 tree.set_submodule(plain_name(f"{name}.weight").removesuffix(".weight"), layer.blank())
             if isinstance(policy.model, PeftModel):
-                tree = get_peft_model(tree, replace(policy.model.peft_config["default"], lora_dropout=0.0))
+                tree = with_new_adapters(tree, replace(policy.model.peft_config["default"], lora_dropout=0.0))
                 compute_adapters_apart(tree, is_sharded)
         self.tree = tree.eval().requires_grad_(False)
         self._empty = dict(self.tree.named_parameters(remove_duplicate=False))

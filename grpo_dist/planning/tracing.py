@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, AutoModelForSequenceClassification
@@ -25,6 +24,7 @@ from ..model.expert_adapters import adapted_weight
 from ..model.files import kind_of
 from ..model.load import blank_causal_lm, make_policy, trainable
 from ..model.packing import Pack, Piece, make_pack
+from ..model.peft import LoraLayer
 from ..model.policy import Policy
 from ..model.quantization import quantize_blank
 from ..model.quantized import quantized_layers

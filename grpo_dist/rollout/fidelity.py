@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import torch
-from peft.tuners.lora import LoraLayer
-from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
 
 from ..model.expert_adapters import adapted_weight, factors
+from ..model.peft import LoraLayer, ParamWrapper
 from ..model.quantized import dtype_of
 from .native.llama import linear_of
 

@@ -104,8 +104,9 @@ def pretend(directory: Path, modules: tuple[str, ...], signals: bool) -> str:
     return f"{directory}{os.pathsep}{ROOT}"
 
 
-def test_it_trains_without_deepspeed(tmp_path: Path) -> None:
-    """As on macOS."""
+def test_it_trains_without_deepspeed_and_without_bitsandbytes(tmp_path: Path) -> None:
+    """As on macOS. bitsandbytes is there, and imported for quantised bases alone: it takes a third of a start."""
+    (tmp_path / "bitsandbytes.py").write_text("raise SystemExit('imported')")
     path = pretend(tmp_path, (), signals=False)
     run(sys.executable, "-m", "grpo_dist.train", "--config", "configs/quickstart.yaml", *SHORT,
         "--train.output_dir", tmp_path / "run", cwd=ROOT, PYTHONPATH=path)  # fmt: skip

@@ -16,12 +16,12 @@ from functools import partial
 from typing import Any
 
 import torch
-from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 from torch.nn.functional import embedding, gelu, linear, rms_norm, silu
 
 from ...model.attention import cap_scores
 from ...model.lora import add_low_rank
+from ...model.peft import LoraLinear
 from .cache import DecodeState
 
 MODEL = ["embed_tokens", "layers", "norm"]

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from peft import PeftModel
 from torch import Tensor
 
 from ...config.schema import Config
@@ -20,6 +19,7 @@ from ...distributed.device import dtype_name, resolve_dtype
 from ...distributed.ranks import Ranks
 from ...distributed.watch import Interrupted
 from ...model.export import adapter_state, merged_state, write_adapter, write_merged
+from ...model.peft import PeftModel
 from ...model.policy import Policy
 from ...model.routing import Routers
 from ..local import Weights

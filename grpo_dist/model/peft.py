@@ -1,0 +1,73 @@
+"""What this package uses of PEFT, imported and called so that bitsandbytes is loaded for quantised models alone.
+
+PEFT imports bitsandbytes wherever that is installed, which imports torch's compiler: a third of the time of a start.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+from .files import PACKAGE
+
+
+@contextmanager
+def _unless_loaded() -> Iterator[None]:
+    """A context in which PEFT takes bitsandbytes for not installed, unless something has imported it before.
+
+    A process that has not imported bitsandbytes has no layers of it, and PEFT asks for nothing else.
+    """
+    if PACKAGE in sys.modules:
+        yield
+        return
+    _forget_answers()
+    sys.modules[PACKAGE] = None  # type: ignore[assignment]  # Python's way to say that a module cannot be imported
+    try:
+        yield
+    finally:
+        sys.modules.pop(PACKAGE, None)
+        _forget_answers()
+
+
+def _forget_answers() -> None:
+    """Let PEFT ask again whether bitsandbytes is installed: it keeps the answers."""
+    if (module := sys.modules.get("peft.import_utils")) is not None:
+        for question in (module.is_bnb_available, module.is_bnb_4bit_available):
+            question.cache_clear()
+
+
+with _unless_loaded():
+    from peft import LoraConfig as PeftLoraConfig
+    from peft import PeftModel, get_peft_model
+    from peft.tuners.lora import Linear as LoraLinear
+    from peft.tuners.lora import LoraLayer
+    from peft.tuners.lora.layer import ParamWrapper
+    from peft.utils import load_peft_weights
+
+    try:
+        from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+    except ImportError:  # older releases of PEFT put adapters on exactly the named layers
+        convert_peft_config_for_transformers = None
+
+__all__ = [
+    "LoraLayer", "LoraLinear", "ParamWrapper", "PeftLoraConfig", "PeftModel", "convert_peft_config_for_transformers",
+    "load_peft_weights", "with_new_adapters", "with_saved_adapters",
+]  # fmt: skip
+
+
+def with_new_adapters(base: Any, config: PeftLoraConfig) -> PeftModel:
+    """The model with adapters of random values, as PEFT's config says."""
+    with _unless_loaded():
+        adapted: PeftModel = get_peft_model(base, config)
+    return adapted
+
+
+def with_saved_adapters(base: nn.Module, place: str) -> PeftModel:
+    """The model with the adapters that a directory holds."""
+    with _unless_loaded():
+        adapted: PeftModel = PeftModel.from_pretrained(base, place)
+    return adapted
