@@ -43,7 +43,7 @@ MODULES = {
     "types": ["batch", "gathering"],
     "model/attention": ["packing"],
     "model/logprobs": ["logprobs"],
-    "rollout/sampling": ["sampling"],
+    "rollout/sampling": ["sampling", "stop_strings"],
     "algorithm/hashing": ["sampling", "dropout"],
     "model/dropout": ["dropout"],
     "model/lora": ["lora", "dropout"],

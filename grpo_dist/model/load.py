@@ -6,6 +6,8 @@ import copy
 import json
 import logging
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -58,11 +60,24 @@ def _hub_options(model: ModelConfig) -> dict[str, Any]:
     return {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
 
 
+@contextmanager
+def _names_option(model: ModelConfig) -> Iterator[None]:
+    """Inside, an error about a repository says which option named it."""
+    try:
+        yield
+    except OSError as error:
+        if Path(model_path(model)).is_dir():
+            raise
+        raise OSError(f"model.name: {model.name!r} is no directory in {Path.cwd()}, and the hub gives no such model "
+                      f"here: {error}") from error  # fmt: skip
+
+
 def load_tokenizer(model: ModelConfig) -> Any:
     """The tokenizer, with a padding token. Without one of its own, it is the first end-of-sequence token."""
     require_complete_model(model.name, model_path(model), model.revision)
     if model.tokenizer is None:
-        tokenizer = AutoTokenizer.from_pretrained(model_path(model), **_hub_options(model))
+        with _names_option(model):
+            tokenizer = AutoTokenizer.from_pretrained(model_path(model), **_hub_options(model))
     else:
         place = model_place(model.tokenizer, "model.tokenizer", "tokenizer_config.json")
         tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=model.trust_remote_code)
@@ -110,7 +125,8 @@ def load_model_config(model: ModelConfig) -> Any:
     """The model's transformers config. Raises UnfitModel if it is not readable."""
     require_complete_model(model.name, model_path(model), model.revision)
     try:
-        return AutoConfig.from_pretrained(model_path(model), **_hub_options(model))
+        with _names_option(model):
+            return AutoConfig.from_pretrained(model_path(model), **_hub_options(model))
     except (*CANNOT, StrictDataclassError) as error:
         if isinstance(error, ValueError):
             raise

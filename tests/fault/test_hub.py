@@ -47,4 +47,5 @@ def test_a_hub_that_cannot_be_used(status: int, environment: dict[str, str], tol
         hub.status, hub.failures = status, 10**6
         done = start(None, hub, tmp_path, **environment)
     assert done.returncode == 2
+    assert "error: model.name: 'tiny/toy' is no directory in " in done.stderr
     assert told in done.stderr and "Traceback" not in done.stderr and "hf_revoked" not in done.stderr
