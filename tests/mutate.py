@@ -117,6 +117,7 @@ EQUIVALENT = {
     ],
     "types": ["number = torch.full(", "numbers, order = "],  # any number below 0; sorting on a CPU is stable anyway
     "rollout/sampling": [
+        "UNITS =",
         "BLOCK = 128",
         "-1 -> 1",
         "size % BLOCK -> size * BLOCK",

@@ -159,6 +159,26 @@ def test_a_request_for_so_many_tokens_goes_on(model: dict[str, nn.Module]) -> No
         assert [(len(each.ids), each.finished) for each in drawn] == [(12, False)] * 3
 
 
+def test_bans_of_the_kernel_that_draws() -> None:
+    rules = Rules(Sampling(banned=(4, 7), min_new_tokens=2), [1, 4], torch.device("cpu"))
+    for _ in range(2):
+        assert rules.bans and rules.bans_of(9).tolist() == [0, 1, 0, 0, 2, 0, 0, 2, 0]
+    assert Rules(Sampling(min_new_tokens=1), [1], torch.device("cpu")).bans
+    assert not Rules(Sampling(), [1], torch.device("cpu")).bans
+
+
+def test_a_trajectory_ends_by_an_id_or_by_a_text() -> None:
+    stop = stop_strings(["b"], [b"a", b"b", b"c", b""])
+    for ids, by_text, end in (
+        ([0, 3], False, True),
+        ([0, 2], False, False),
+        ([0, 1], True, True),
+        ([1, 0], True, False),
+    ):
+        assert Sampling(stop=stop).ends(ids, 0, [3]) is end
+        assert Sampling().ends(ids, 0, [3]) is (end and not by_text)
+
+
 def test_draws_with_bans_against_python_numbers() -> None:
     generator = torch.Generator().manual_seed(1)
     logits = torch.randn(40, 11, generator=generator) * 2
@@ -243,6 +263,9 @@ def test_banned_tokens_by_text_and_id() -> None:
     assert sampling_with(rollout, tokenizer, [256], 257).banned == tuple(
         sorted([*tokenizer.convert_tokens_to_ids(["a", "Ġ"]), 3, 256])
     )
+    rollout = RolloutConfig(banned_tokens=["Ġ"], temperature=0.5, top_p=0.9, top_k=7, min_p=0.1, min_new_tokens=3)
+    expected = Sampling(0.5, 0.9, 7, 0.1, banned=tuple(tokenizer.convert_tokens_to_ids(["Ġ"])), min_new_tokens=3)
+    assert sampling_with(rollout, tokenizer, [256], 257) == expected, "a token is meant by its own spelling, too"
 
 
 @pytest.mark.parametrize(
