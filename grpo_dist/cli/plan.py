@@ -21,6 +21,7 @@ from ..config.parse import parse_config
 from ..config.schema import Config
 from ..planning.memory import SHARDS_WEIGHTS, STRATEGIES, Phase, Strategy, peaks
 from ..planning.tables import readable, table_of
+from ..text.plain import write_stage
 
 if TYPE_CHECKING:
     from ..planning.predict import Predictor
@@ -43,6 +44,7 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
     ranks = parse_ranks(options.ranks)
     limit = None if options.gpu_memory is None else parse_size(options.gpu_memory)
     config = parse_config(list(rest))
+    write_stage("importing torch and transformers")
     from ..model.adapter import with_adapter
     from ..model.load import load_model_config
     from ..monitoring.console import set_up_logging  # imports torch: an error in the options should not wait for it
@@ -83,6 +85,9 @@ def _print_steps(console: Console, predictor: Predictor, ranks: list[int]) -> No
     from ..planning.predict import batch_arithmetic
 
     config = predictor.config
+    write_stage(
+        f"counting the parameters of {config.model.name}, and tracing the passes of an update without its weights"
+    )
     counts = predictor.inputs(1, "DDP").counts
     trained = f"{counts.adapters / 1e6:.2f} M in adapters" if counts.adapters else "all of them trained"
     console.print(f"{config.model.name}: {counts.parameters / 1e6:.2f} M parameters, {trained}")
@@ -100,7 +105,10 @@ def _print_steps(console: Console, predictor: Predictor, ranks: list[int]) -> No
 
 def _print_parts(console: Console, predictor: Predictor, num_ranks: int) -> None:
     """Print every part for each strategy, and the peak of each phase."""
-    by_strategy = {strategy: predictor.parts(num_ranks, strategy) for strategy in _strategies(predictor)}
+    by_strategy = {}
+    for strategy in _strategies(predictor):
+        write_stage(f"predicting the memory of {num_ranks} rank(s) with {strategy}")
+        by_strategy[strategy] = predictor.parts(num_ranks, strategy)
     table = table_of(f"Memory of each of {num_ranks} rank(s)", ["part", "phase", *by_strategy])
     rows: dict[tuple[str, str], dict[str, int]] = {}
     for name, parts in by_strategy.items():
@@ -132,6 +140,7 @@ def _print_peaks(console: Console, predictor: Predictor, ranks: list[int], limit
     table = table_of(title, ["ranks", *strategies])
     unfit = []
     for num_ranks in ranks:
+        write_stage(f"comparing the strategies for {num_ranks} rank(s)")
         tops: list[tuple[Phase, int]] = [largest_peak(predictor, num_ranks, strategy) for strategy in strategies]
         fits = [most is None or needed <= most for _, needed in tops]
         table.add_row(str(num_ranks), *(f"{readable(needed)} {phase}{'' if fit else ' ✗'}"
@@ -147,6 +156,7 @@ def _print_advice(
 ) -> None:
     from ..planning.advice import make_fit
 
+    write_stage(f"looking for options with which {num_ranks} rank(s) fit")
     strategy: Strategy = "ZeRO-2" if num_ranks > 1 else "DDP"
     changes, needed = make_fit(config, model_config, device, num_ranks, strategy, most_bytes)
     start = f"{num_ranks} rank(s){' from ZeRO-2' if num_ranks > 1 else ''}"

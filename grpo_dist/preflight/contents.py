@@ -167,7 +167,7 @@ def try_rewards(config: Config, contents: Contents, findings: Findings) -> None:
     Each reward runs in a worker of its own, as in the run. Built-in rewards that would load a model are not tried.
     """
     prompts = [contents.prompts[place] for place in range(min(_SCORED_PROMPTS, len(contents.prompts)))]
-    totals = np.zeros(2)
+    totals, before = np.zeros(2), len(findings.problems)
     for reward in config.rewards:
         with findings.attempt():
             if reward.name in BUILT_IN and declared_placement(reward) == "gpu":
@@ -176,7 +176,8 @@ def try_rewards(config: Config, contents: Contents, findings: Findings) -> None:
                 findings.results.setdefault("rewards", []).append(f"{reward.name}: not tried, it needs an episode")
             else:
                 totals += reward.weight_at(0) * _try(reward, config, prompts, contents, findings)
-    if config.data.answer_column and prompts and totals[0] <= totals[1]:
+    all_scored = len(findings.problems) == before
+    if config.data.answer_column and prompts and all_scored and totals[0] <= totals[1]:
         findings.remarks.append("no reward scores gold answers higher than answers of other prompts. That is normal "
                                 "if answers are not completions; else run `python -m grpo_dist score`")  # fmt: skip
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from rich.text import Text
 from ..config.schema import LoraConfig
 from ..config.values import flat, redacted
 from ..distributed.launch_config import require_known_launch, require_optimizer
-from ..text.plain import plain
+from ..text.plain import plain, write_stage
 from .early import require_possible
 from .findings import Findings
 from .options import Options, read_options
@@ -43,8 +43,7 @@ def check(options: Options, num_ranks: int | None, heading: str = "") -> int:
     early = findings.problems[of_options:]
     if findings.problems:  # what needs torch is looked at for ten seconds more
         _print_block(console, f"{heading} the check goes on after".strip(), findings.problems, "red")
-    with console.status("checking model, data and rewards"):  # only on a terminal
-        _look(options, num_ranks, findings, early)
+    _look(options, num_ranks, findings, early, _say_nothing if heading else write_stage)
     if not heading:
         _print_config(console, options)
         for name, lines in findings.results.items():
@@ -59,8 +58,15 @@ def check(options: Options, num_ranks: int | None, heading: str = "") -> int:
     return 2 if findings.problems else 0
 
 
-def _look(options: Options, num_ranks: int | None, findings: Findings, early: Sequence[str]) -> None:
+def _say_nothing(stage: str) -> None:
+    """For nodes of a launch other than the first."""
+
+
+def _look(
+    options: Options, num_ranks: int | None, findings: Findings, early: Sequence[str], say: Callable[[str], None]
+) -> None:
     """Note what the libraries and the model are needed for. What the problems noted `early` are about is left out."""
+    say("importing torch and transformers")
     import torch  # an error in the verb's own options should not wait for this import
 
     from ..model.adapter import with_adapter
@@ -81,11 +87,15 @@ def _look(options: Options, num_ranks: int | None, findings: Findings, early: Se
             has_model = True
     with findings.attempt():
         require_optimizer(config.optim, os.environ)
+    say("reading tokenizer, config of the model and data")
     read = contents.read_contents(config, ranks, findings, has_model)
     contents.describe_prompts(config, read, findings)
+    say("trying the rewards on gold answers")
     contents.try_rewards(config, read, findings)
     sizes.describe_steps(config, read, ranks, findings)
+    say("predicting the memory of a rank, by a trace of the model without its weights")
     counts = sizes.describe_memory(config, read, ranks, findings)
+    say("looking at disk, checkpoints, servers and trackers")
     machine.check_disk(config, counts, findings)
     machine.check_resuming(config, read, findings)
     with findings.attempt():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable
 from typing import TextIO
 
@@ -49,6 +50,11 @@ def write_lines(text: str, stream: TextIO) -> None:
     """Write a text and its end of line in one call: `print` makes two, and other ranks may write in between."""
     stream.write(f"{text}\n")
     stream.flush()
+
+
+def write_stage(text: str) -> None:
+    """Say on standard error what a command does next, so that nobody waits before an empty screen."""
+    write_lines(f"{plain_lines(text)} …", sys.stderr)
 
 
 def answer_of(text: str, read: Callable[[str], str | None] | None) -> str:

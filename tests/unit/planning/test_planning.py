@@ -331,7 +331,8 @@ def test_advice_makes_it_fit_or_says_that_nothing_does() -> None:
 def test_the_verb_says_what_does_not_fit(capsys: pytest.CaptureFixture[str]) -> None:
     words = ["plan", "--config", "configs/quickstart.yaml", "--device", "cpu", "--ranks"]
     assert main([*words, "1,4"]) == 0
-    output = capsys.readouterr().out
+    output, stages = capsys.readouterr()
+    assert "importing torch" in stages and "tracing the passes" in stages and "memory of 4 rank(s) with FSDP2" in stages
     assert "0.49 M parameters" in output and "frozen copy" in output and "✗" not in output
     assert main([*words, "1", "--gpu-memory", "30MiB"]) == 1
     output = capsys.readouterr().out

@@ -115,7 +115,8 @@ def data(tmp_path: Path) -> list[str]:
 
 def test_a_good_run(data: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*data, "--ranks", "3"]) == 0
-    shown = capsys.readouterr().out
+    shown, stages = capsys.readouterr()
+    assert stages.splitlines()[0] == "importing torch and transformers …" and "trying the rewards" in stages
     for message in ("no problems found", "12 to train on", "math: 1 for gold answers, 0 for answers of other prompts",
                  "up to 86 on each of 3 rank(s)", "M parameters", "of tensors on each rank at the peak", "free in",
                  "starts from the beginning", "tensorboard: installed",
@@ -179,6 +180,7 @@ def test_rewards_that_fail_on_samples(
     assert "'failing:reward' failed on 16 of 16 completions" in shown and "no such thing" in shown
     assert "'failing:hanging' failed on 1 of 1 completions" in shown and "(timeout)" in shown, "one time limit, not 16"
     assert "2 problem(s)" in shown and "\x1b" not in shown
+    assert "no reward scores" not in shown, "they gave no scores to compare"
 
 
 def test_what_does_not_fit_is_a_problem(
@@ -199,7 +201,8 @@ def test_each_node_of_a_launch_is_looked_at_once(
     for name, value in {"WORLD_SIZE": "4", "RANK": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(name, value)
     assert dry_run([*data[1:], "--logging.trackers", "[tensorbord]"]) == 2
-    shown = capsys.readouterr().out
+    shown, stages = capsys.readouterr()
+    assert "importing" not in stages, "which the main rank says"
     assert f"{socket.gethostname()} 1 problem(s)" in shown and "'tensorbord' given" in shown
     assert "options given" not in shown, "which the main rank says"
     monkeypatch.setenv("LOCAL_RANK", "1")
