@@ -6,7 +6,8 @@
 
 Rewards, columns and sampling are those of a training config. Every sample is a function of the seed, its prompt and its
 number, so the ranks change nothing. Samples are saved in parts as they come, and the same command goes on after the
-last part. Nothing is trained. Every rank loads the complete model. A PEFT adapter is evaluated on its base.
+last part; it is refused if the file of a reward has changed. Nothing is trained. Every rank loads the complete model. A
+PEFT adapter is evaluated on its base.
 """
 
 from __future__ import annotations
@@ -54,9 +55,10 @@ from .model.load import (
 from .model.quantized import dequantize_layers
 from .monitoring.console import set_up_logging
 from .monitoring.metrics import is_right
+from .monitoring.progress import Progress
 from .report.evaluation import Rows, report, samples
 from .rewards.pool.pool import ScorerPool
-from .rewards.registry import EPISODE_COLUMNS, answer_checks, answer_reader
+from .rewards.registry import EPISODE_COLUMNS, answer_checks, answer_reader, file_digests
 from .rewards.text import answering_texts
 from .rollout import Engine, LoadedModel, awake
 from .rollout.choose import UnfitEngine, make_engine
@@ -70,7 +72,7 @@ from .text.templates import today, uses_date
 from .text.tokens import CompletionTexts
 from .trainer.gathering import gather_scores, gather_trajectories
 from .trainer.scoring import Scoring, requests_of
-from .types import CONVERSATION, Batch, Prompt
+from .types import CONVERSATION, Batch, Prompt, Trajectory
 
 log = logging.getLogger(__name__)
 
@@ -145,6 +147,7 @@ class Evaluation:
             # another server may draw the rest
             "rollout": {name: value for name, value in asdict(config.rollout).items() if name != "vllm"},
             "rewards": [asdict(reward) for reward in config.rewards],
+            "files of rewards": file_digests(config.rewards),
             "seed": config.train.seed, "num_prompts": len(self.prompts),
             "template_date": config.data.template_date,
             "prompts": hashlib.sha256(repr([(p.index, p.ids) for p in self.prompts]).encode()).hexdigest(),
@@ -221,8 +224,14 @@ class Evaluation:
         with awake(self.engine), ranks.shared_errors("sampling"):
             scoring = Scoring(self.scorer, prompts, self.num_samples, drawn, self.texts_of,
                               has_episodes=self.episodes is not None)  # fmt: skip
-            trajectories = sample_or_play(self.engine, self.episodes, requests, prompts, self.sampling,
-                                          scoring.on_finish)  # fmt: skip
+            name = f"prompts {start + 1} to {start + len(prompts)} of {len(self.prompts)}"
+            progress = Progress(name, len(requests), log.info if ranks.is_main else log.debug)
+
+            def on_finish(ended: list[Trajectory]) -> None:
+                scoring.on_finish(ended)
+                progress.add(len(ended))
+
+            trajectories = sample_or_play(self.engine, self.episodes, requests, prompts, self.sampling, on_finish)
         batch = gather_trajectories(ranks, prompts, trajectories, has_episodes=self.episodes is not None)
         scoring.complete(batch)
         with ranks.shared_errors("scoring"):

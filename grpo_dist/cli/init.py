@@ -86,7 +86,10 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
         raise ValueError(f"no answer; {options.file} was not written") from None
     options.file.write_text(render(starter))
     gold = f"gold answers of column {starter.answer_column!r}" if starter.answer_column else "no gold answers"
-    print(f"wrote {options.file}, with prompts of column {starter.prompt_column!r} and {gold}.")
+    print(
+        f"wrote {options.file}, with prompts of column {starter.prompt_column!r} and {gold}; "
+        f"the reward is {starter.reward}."
+    )
     print("Now check it, and then run it:\n")
     print(f"    python -m grpo_dist check --config {options.file}")
     print(f"    {start_command(options.file, options.gpus)}")

@@ -82,6 +82,8 @@ def report(rows: Rows, num_samples: int, other: Path | None, directory: Path) ->
     console = Console()
     counts = {name: len(part) for name, part in groups.items()}
     console.print(_table(f"{len(rows)} prompts, {num_samples} samples each", tables, counts), markup=False)
+    console.print("mean@, pass@ and maj@ count a sample as right if its reward is above half of the sum of positive "
+                  "weights", soft_wrap=True)  # fmt: skip
     if other is not None:
         result = compare_rows(samples(other), rows)
         summary["comparison"] = asdict(result)

@@ -7,6 +7,7 @@ the pool resolve rewards, so that a user's module is never imported into the tra
 from __future__ import annotations
 
 import functools
+import hashlib
 import importlib
 import inspect
 import os
@@ -14,11 +15,13 @@ import sys
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from grpo_dist.config.checks import did_you_mean
 from grpo_dist.config.schema import RewardConfig
 from grpo_dist.rewards.placement import Placement, most_items_of, placement_of
+from grpo_dist.text.files import near_paths
 
 BUILT_IN = {
     "math": "grpo_dist.rewards.math:MathRewardModel",
@@ -205,6 +208,19 @@ def _import_path(name: str) -> str:
     return name
 
 
+def file_digests(rewards: Iterable[RewardConfig]) -> dict[str, str]:
+    """The SHA-256 of the file of each `module:function`, which is looked for as an import would, but not imported."""
+    digests = {}
+    for reward in rewards:
+        module, _, function = reward.name.partition(":")
+        places = [Path(folder or ".", *module.split(".")) for folder in (*sys.path, "")] if function else []
+        files = (file for place in places for file in (place / "__init__.py", place.with_suffix(".py")))
+        for file in filter(Path.is_file, files):
+            digests[reward.name] = hashlib.sha256(file.read_bytes()).hexdigest()
+            break
+    return digests
+
+
 def import_object(path: str, name: str, key: str = "rewards") -> Any:
     """Import `module:attribute`, also from the current directory; option `key` and `name` are for messages.
 
@@ -218,9 +234,11 @@ def import_object(path: str, name: str, key: str = "rewards") -> Any:
     except (Exception, SystemExit) as error:  # a user's module may raise anything, and a script may exit
         frame = traceback.extract_tb(error.__traceback__)[-1]
         at = "" if "importlib" in frame.filename else f" ({frame.filename}, line {frame.lineno})"
+        is_missing = isinstance(error, ModuleNotFoundError) and error.name == module_name
+        near = near_paths(f"{module_name}.py") if is_missing else ""
         raise ValueError(
             f"{key}: {name!r}: importing {module_name!r} failed with {type(error).__name__}: {error}{at}; "
-            f"modules are imported from {os.getcwd()} and from the Python path"
+            f"modules are imported from {os.getcwd()} and from the Python path{near}"
         ) from error
     for attribute in attributes.split("."):
         if not hasattr(imported, attribute):

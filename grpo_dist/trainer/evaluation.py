@@ -25,8 +25,9 @@ def evaluate(parts: Parts, state: TrainState, step: int) -> dict[str, float]:
             return metrics
         metrics |= _evaluated(parts, state, parts.sampling, "eval/", step)
         metrics |= _evaluated(parts, state, replace(parts.sampling, greedy=True), "eval/greedy_", step)
-    parts.display.say(f"step {step}: held-out accuracy {metrics['eval/accuracy']:.3f} sampled, "
-                      f"{metrics['eval/greedy_accuracy']:.3f} greedy")  # fmt: skip
+    sampled, greedy = (f"{metrics[f'eval/{kind}accuracy']:.3f} (mean reward {metrics[f'eval/{kind}reward']:.3f})"
+                       for kind in ("", "greedy_"))  # fmt: skip
+    parts.display.say(f"step {step}: held-out accuracy {sampled} sampled, {greedy} greedy")
     return metrics
 
 

@@ -37,6 +37,7 @@ def test_ranks_resuming_and_comparing(tmp_path: Path) -> None:
     one = evaluate(None, 1, *common, "--output", str(tmp_path / "one"))
     assert one.returncode == 0, one.stderr[-4000:]
     assert "pass@2" in one.stdout and "+ (" in one.stdout and "- (" in one.stdout
+    assert "count a sample as right if its reward is above half of the sum of positive weights" in one.stdout
     two = evaluate("zero3", 2, *common, "--output", str(tmp_path / "two"))
     assert two.returncode == 0, two.stderr[-4000:]
     assert samples(tmp_path / "one") == samples(tmp_path / "two") and len(samples(tmp_path / "one")) == 2

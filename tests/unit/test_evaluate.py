@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,13 +16,15 @@ from grpo_dist.model.load import load_tokenizer
 from grpo_dist.model.toy import toy_path
 
 
-def begun(folder: Path, *, compared: str | None = None, output: str, prompt: str = "What is 2 + 3?") -> Evaluation:
+def begun(
+    folder: Path, *, compared: str | None = None, output: str, prompt: str = "What is 2 + 3?", reward: str = "math"
+) -> Evaluation:
     """An evaluation of a model whose chat template writes the date, as far as its start."""
     (folder / "data.jsonl").write_text(
         json.dumps({"prompt": [{"role": "user", "content": prompt}], "answer": "5"}) + "\n"
     )
     config = parse_config(["--model.name", str(folder / "model"), "--data.eval_file", str(folder / "data.jsonl"),
-                           "--rewards", "[{name: math}]"])  # fmt: skip
+                           "--rewards", f"[{{name: '{reward}'}}]"])  # fmt: skip
     evaluation = Evaluation(config, 2, folder / output, None, folder / compared if compared else None)
     evaluation.scorer.close()
     return evaluation
@@ -45,3 +48,21 @@ def test_an_evaluation_is_compared_with_another_day_s(tmp_path: Path, monkeypatc
     ):
         begun(tmp_path, output="fourth", compared="first", prompt="What is 5 + 3?")
     assert not (tmp_path / "fourth").exists()
+
+
+def test_samples_with_scores_of_another_version_of_a_reward_are_not_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(toy_path(), tmp_path / "model")
+    tokenizer = load_tokenizer(parse_config([]).model)
+    tokenizer.chat_template = "{{ messages[0]['content'] }}"
+    tokenizer.save_pretrained(tmp_path / "model")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    module = tmp_path / "my_reward_of_today.py"
+    module.write_text("def score(completions, **columns): return [1.0] * len(completions)\n")
+    begun(tmp_path, output="first", reward="my_reward_of_today:score")
+    begun(tmp_path, output="first", reward="my_reward_of_today:score")
+    module.write_text("def score(completions, **columns): return [0.5] * len(completions)\n")
+    with pytest.raises(ValueError, match=r"first holds another evaluation \(files of rewards differ\)"):
+        begun(tmp_path, output="first", reward="my_reward_of_today:score")
+    assert "my_reward_of_today" not in sys.modules, "it is imported in workers alone"

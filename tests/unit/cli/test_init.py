@@ -50,6 +50,7 @@ def test_what_options_give_passes_check(
     file = tmp_path / "own.yaml"
     assert main(["init", str(file), "--model", "toy", "--data", str(data), "--gpus", "4"]) == 0
     output = capsys.readouterr().out
+    assert "the reward is math." in output, "a default is named"
     assert f"check --config {file}" in output and "--num_processes 4 -m grpo_dist.train" in output
     config = parse_config(["--config", str(file)])
     assert (config.data.prompt_column, config.data.answer_column) == ("question", "solution")

@@ -476,6 +476,12 @@ def test_a_mistake_in_a_reward_is_said_at_once(directory: Path, config: RewardCo
             resolve(config)
 
 
+def test_a_file_with_nearly_the_name_of_a_module_is_named(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(directory)
+    with pytest.raises(ValueError, match=r"and from the Python path; near it: user_rewards\.py"):
+        resolve(RewardConfig("user_reward:seen"))
+
+
 def test_the_pool_says_so_too(directory: Path) -> None:
     with pytest.raises(ValueError, match="did you mean 'length'"):
         ScorerPool([RewardConfig("user_rewards:lenght")], ScoringConfig())
