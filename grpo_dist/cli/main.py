@@ -14,6 +14,7 @@ from collections.abc import Container, Sequence
 
 from ..config.checks import did_you_mean
 from ..config.own_options import OwnOptions
+from ..config.shipped import shipped
 from ..text.plain import plain_lines
 
 VERBS = {
@@ -60,7 +61,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def make_parser(verbs: Container[str]) -> argparse.ArgumentParser:
     """Return the parser of all verbs, with the options of `verbs`. It imports only their modules."""
-    description = "Commands that need no launcher. For training see `python -m grpo_dist.train --help`."
+    description = ("Commands that need no launcher. For training see `python -m grpo_dist.train --help`. "
+                   f"The documentation is in {shipped('docs')}; begin with first_task.md.")  # fmt: skip
     parser = OwnOptions(prog="python -m grpo_dist", description=description)
     subparsers = parser.add_subparsers(metavar="VERB", required=True)
     for name, (module, summary) in VERBS.items():

@@ -167,7 +167,8 @@ class OptimConfig:
     memory; `muon` for matrices, with AdamW for embeddings, the head and everything that is no matrix. The last two
     need one process or DDP."""
     learning_rate: float = 1e-5
-    """Peak learning rate."""
+    """Peak learning rate. For adapters 1e-5 to 5e-5 suits a billion parameters, and 1e-4 to 2e-4 a hundred million. To
+    train all weights takes less."""
     weight_decay: float = 0.0
     """Decoupled weight decay."""
     betas: tuple[float, float] = (0.9, 0.999)

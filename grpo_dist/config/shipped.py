@@ -1,6 +1,7 @@
-"""The files that ship beside the code: configs with their data, and the files of the launchers.
+"""The files that ship beside the code: configs with their data, the files of the launchers, and the documentation.
 
-A checkout has them at its top level, an installation inside the package. `python -m grpo_dist examples` copies them.
+A checkout has them at its top level, an installation inside the package. `python -m grpo_dist examples` copies all but
+the documentation, of which `--help` says where it is.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from typing import Literal
 PACKAGE = Path(__file__).parents[1]
 
 
-Folder = Literal["configs", "accelerate_configs", "launch"]
+Folder = Literal["configs", "accelerate_configs", "launch", "docs"]
 
 
 def shipped(folder: Folder) -> Path:

@@ -38,7 +38,7 @@ def run(*command: str | Path, cwd: Path, **environment: str) -> str:
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The wheel that a source distribution makes which a copy of the checkout made."""
     directory = tmp_path_factory.mktemp("build")
-    for folder in ("grpo_dist", "configs", "accelerate_configs", "launch"):
+    for folder in ("grpo_dist", "configs", "accelerate_configs", "launch", "docs"):
         shutil.copytree(ROOT / folder, directory / "checkout" / folder, ignore=shutil.ignore_patterns("__pycache__"))
     for file in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / file, directory / "checkout")
@@ -52,7 +52,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_nothing_is_missing(wheel: Path) -> None:
     expected = {"launch/slurm.sbatch"}
-    for folder in ("grpo_dist", "configs", "accelerate_configs"):
+    for folder in ("grpo_dist", "configs", "accelerate_configs", "docs"):
         files = [path for path in (ROOT / folder).rglob("*") if path.is_file() and "__pycache__" not in path.parts]
         expected |= {str(path.relative_to(ROOT)) for path in files}
     expected = {name if name.startswith("grpo_dist/") else f"grpo_dist/{name}" for name in expected}
@@ -70,6 +70,9 @@ def test_installed_elsewhere(wheel: Path, tmp_path: Path) -> None:
     run(sys.executable, "-m", "pip", "--python", python, "install", "--no-deps", "--no-index", wheel, cwd=tmp_path)
     place = run(python, "-c", "import grpo_dist; print(grpo_dist.__file__)", cwd=tmp_path)
     assert Path(place.strip()).is_relative_to(purelib)
+
+    told = " ".join(run(python, "-m", "grpo_dist.train", "--help", cwd=tmp_path, COLUMNS="999").split())
+    assert (Path(told.partition("docs/… are in ")[2].partition(". ")[0]) / "vllm.md").is_file()
 
     project = tmp_path / "project"
     told = run(tmp_path / "venv" / "bin" / "grpo-dist", "examples", project, cwd=tmp_path)
