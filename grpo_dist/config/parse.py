@@ -116,9 +116,10 @@ def make_parser(kind: type[ArgumentParser] = _Parser, **settings: Any) -> Argume
     """The parser of a training's command line; `settings` are jsonargparse's. Made once a process: it takes longer than
     the parsing."""
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = kind(prog="grpo_dist.train", usage="grpo_dist.train [--config FILE] [--preset NAME] [--GROUP.OPTION VALUE …]",
+    parser = kind(prog="grpo_dist.train", allow_abbrev=False,
+                  usage="grpo_dist.train [--config FILE] [--preset NAME] [--GROUP.OPTION VALUE …]",
                   description=f"Train a causal language model with GRPO. Pages named docs/… are in {shipped('docs')}.",
-                  allow_abbrev=False, **settings)  # fmt: skip
+                  **settings)  # fmt: skip
     parser.add_argument("--config", action=ActionConfigFile, help="A YAML file of options.")
     parser.add_argument(
         "--preset", choices=presets(), help="Options of a published algorithm; all others override them."
