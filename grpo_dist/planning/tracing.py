@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, AutoModelForSequenceClassification
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from ..config.schema import Config
+from ..config.schema import Config, ReferenceConfig, TrainConfig
 from ..model import attention
 from ..model.checks import bitsandbytes_config
 from ..model.expert_adapters import adapted_weight
@@ -141,21 +142,19 @@ def trace_passes(
     None leaves out the reference, which is the policy's base in the dtype of the copy. Raises ValueError for models
     whose code or operations need the values of tensors.
     """
-    depth = model_config.get_text_config().num_hidden_layers
+    text = model_config.get_text_config()
     logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)  # it prints errors as well
-    depths = (depth,) if depth <= TRACED_LAYERS[-1] else TRACED_LAYERS
+    positions = getattr(text, "max_position_embeddings", None) or PREFILL_TOKENS
+    num_prefilled = min(PREFILL_TOKENS, positions)
+    traced = _Traced(config, model_config, implementation)
     try:
-        rows = [_trace(config, model_config, implementation, precision, shape, of_reference, num_layers)
-                for num_layers in depths]  # fmt: skip
+        update = traced.update(precision, shape)
+        reference = traced.frozen(precision.copy, of_reference) if of_reference else 0
+        prefill = traced.frozen(precision.policy, ((num_prefilled - 1, (1,)),)) // num_prefilled
     except RuntimeError as error:
         raise ValueError(f"model.name: memory of the model type {model_config.model_type} cannot be predicted, since "
                          f"its passes do not run on tensors without values: {error}") from error  # fmt: skip
-    if len(rows) == 2:
-        rows = [[low + (high - low) * (depth - depths[0]) // (depths[-1] - depths[0])
-                 for low, high in zip(*rows, strict=True)]]  # fmt: skip
-    update, reference, prefill = rows[0]
-    sampling = _trace_sampling(config, model_config.get_text_config().vocab_size, precision.policy)
-    return Passes(update, reference if of_reference else 0, prefill, sampling)
+    return Passes(update, reference, prefill, _trace_sampling(config, text.vocab_size, precision.policy))
 
 
 def _trace_sampling(config: Config, vocabulary: int, dtype: torch.dtype) -> float:
@@ -171,38 +170,67 @@ def _trace_sampling(config: Config, vocabulary: int, dtype: torch.dtype) -> floa
     return live.peak / logits.numel()
 
 
-def _trace(
-    config: Config, model_config: Any, implementation: str | None, precision: Precision,
-    shape: Shape, of_reference: Shape | None, num_layers: int,
-) -> list[int]:  # fmt: skip
-    policy = build_policy(config, model_config, implementation, precision, num_layers)
-    plain = replace(config, lora=None, model=replace(config.model, gradient_checkpointing=False, quantization=None),
-                    reference=replace(config.reference, placement="copy"))  # fmt: skip
-    frozen, decoding = (
-        build_policy(plain, model_config, implementation, Precision(dtype, dtype, casts_all=True), num_layers)
-        .requires_grad_(False).eval() for dtype in (precision.copy, precision.policy)
-    )  # fmt: skip
-    fake = FakeTensorMode(allow_non_fake_inputs=True)
-    share_prompts = implementation == attention.NAME
-    positions = getattr(model_config.get_text_config(), "max_position_embeddings", None) or PREFILL_TOKENS
-    num_prefilled = min(PREFILL_TOKENS, positions)
-    one = ((num_prefilled - 1, (1,)),)
-    pack, larger, prompt = (example_pack(each, share_prompts) for each in (shape, of_reference or one, one))
+_peaks: dict[tuple[object, ...], int] = {}
+"""Peaks by everything that a pass depends on. Each is traced once in a process: plans of one model differ little."""
+
+
+class _Traced:
+    """Peaks of a model's passes, in bytes and without its weights."""
+
+    def __init__(self, config: Config, model_config: Any, implementation: str | None) -> None:
+        # what says how large a pack is, or which copy there is, does not change a pass of given shape and dtype
+        self.config = replace(
+            config, reference=ReferenceConfig(),
+            rollout=replace(config.rollout, max_tokens_in_flight="auto"),
+            train=replace(config.train, max_tokens_per_pack=TrainConfig().max_tokens_per_pack),
+        )  # fmt: skip
+        self.model_config, self.implementation = model_config, implementation
+
+    def update(self, precision: Precision, shape: Shape) -> int:
+        """The peak of a pass over a pack of the update, and back."""
+        return self._by_depth(_trace_update, self.config, replace(precision, copy=precision.policy), shape)
+
+    def frozen(self, dtype: torch.dtype, shape: Shape) -> int:
+        """The peak of a pass of the base alone, in a dtype."""
+        plain = replace(self.config, lora=None, model=replace(self.config.model, gradient_checkpointing=False,
+                                                              quantization=None))  # fmt: skip
+        return self._by_depth(_trace_frozen, plain, Precision(dtype, dtype, casts_all=True), shape)
+
+    def _by_depth(self, trace: Callable[..., int], config: Config, precision: Precision, shape: Shape) -> int:
+        depth = self.model_config.get_text_config().num_hidden_layers
+        if depth <= TRACED_LAYERS[-1]:
+            return self._peak(trace, config, precision, shape, depth)
+        low, high = (self._peak(trace, config, precision, shape, num_layers) for num_layers in TRACED_LAYERS)
+        return low + (high - low) * (depth - TRACED_LAYERS[0]) // (TRACED_LAYERS[1] - TRACED_LAYERS[0])
+
+    def _peak(self, trace: Callable[..., int], config: Config, precision: Precision, shape: Shape, depth: int) -> int:
+        given = trace, repr(config), repr(self.model_config), self.implementation, precision, shape, depth
+        if given not in _peaks:
+            policy = build_policy(config, self.model_config, self.implementation, precision, depth)
+            pack = example_pack(shape, self.implementation == attention.NAME)
+            _peaks[given] = trace(policy, pack, precision)
+        return _peaks[given]
+
+
+def _trace_update(policy: Policy, pack: Pack, precision: Precision) -> int:
     mixed = precision.policy != torch.float32 and not precision.casts_all
-    with fake:
-        for each in (policy, frozen, decoding):
-            _materialise(each)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        _materialise(policy)
         for parameter in trainable(policy).values():  # as after the first pack of an update
             parameter.grad = torch.zeros_like(parameter)
-        with LiveBytes() as update:
+        with LiveBytes() as live:
             with torch.autocast("cpu", precision.policy, enabled=mixed):
                 answers = policy(pack)
             sum(answer.sum() for answer in answers if answer is not None and answer.requires_grad).backward()
-        with torch.no_grad(), LiveBytes() as reference:
-            frozen(larger)
-        with torch.no_grad(), LiveBytes() as prefill:
-            decoding(prompt)
-    return [update.peak, reference.peak, prefill.peak // num_prefilled]
+    return live.peak
+
+
+def _trace_frozen(policy: Policy, pack: Pack, precision: Precision) -> int:
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        _materialise(policy.requires_grad_(False).eval())
+        with torch.no_grad(), LiveBytes() as live:
+            policy(pack)
+    return live.peak
 
 
 def example_pack(shape: Shape, share_prompts: bool) -> Pack:
