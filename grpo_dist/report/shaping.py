@@ -119,8 +119,9 @@ def answer_map(counts: Sequence[Counter[str]], steps: Sequence[int], most_rows: 
     merged = _merge(counts, steps, across)
     peaks: dict[str, float] = {}
     for part in _merge(counts, steps, columns(steps, TIMES)):
+        total = part.total()
         for answer, count in part.items():
-            peaks[answer] = max(peaks.get(answer, 0.0), count / part.total())
+            peaks[answer] = max(peaks.get(answer, 0.0), count / total)
     frequent = sorted(peaks, key=lambda answer: (-peaks[answer], answer))[:most_rows]
     shares = _shares(merged, frequent)
 
@@ -176,8 +177,12 @@ def _range_of(value: float, width: float) -> int:
 def _merge(
     counts: Sequence[Counter[str]], steps: Sequence[int], across: Sequence[tuple[int, int]]
 ) -> list[Counter[str]]:
-    return [sum((count for count, step in zip(counts, steps, strict=True) if first <= step <= last), Counter())
-            for first, last in across]  # fmt: skip
+    merged = [Counter[str]() for _ in across]
+    for (first, last), whole in zip(across, merged, strict=True):
+        for count, step in zip(counts, steps, strict=True):
+            if first <= step <= last:
+                whole.update(count)  # not a sum of counters, which copies what is there already
+    return merged
 
 
 def _shares(counts: Sequence[Counter[str]], rows: Sequence[str]) -> list[list[float]]:

@@ -138,6 +138,27 @@ def test_answer_map(answers: list[list[str]], most_rows: int, most_columns: int)
             assert math.isclose(shares[place], expected, abs_tol=1e-9)
 
 
+def test_the_work_for_an_answer_map_grows_as_the_answers_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where all completions differ, an answer is summed a few times, and not again for each other answer."""
+    counts = [Counter(f"{step} {place}" for place in range(50)) for step in range(40)]
+    visited, total, add = 0, Counter.total, Counter.__add__
+
+    def counted_total(self: Counter[str]) -> int:
+        nonlocal visited
+        visited += len(self)
+        return total(self)
+
+    def counted_add(self: Counter[str], other: Counter[str]) -> Counter[str]:
+        nonlocal visited
+        visited += len(self)
+        return add(self, other)
+
+    monkeypatch.setattr(Counter, "total", counted_total)
+    monkeypatch.setattr(Counter, "__add__", counted_add)
+    answer_map(counts, range(40), 12, 20)
+    assert visited <= 3 * 50 * 40
+
+
 def test_answers_come_in_the_order_of_their_time() -> None:
     result = answer_map([Counter(["new"] * step + ["old"] * (9 - step)) for step in range(10)], list(range(10)), 5, 10)
     assert result.rows == ["old", "new"]
