@@ -62,8 +62,9 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for name, content in files(page).items():
             (directory / name).write_text(content)
     (directory / "completions.jsonl").write_text('{"completion": " 5"}\n')
-    (directory / "other").mkdir()
-    (directory / "other" / "samples_0.jsonl").touch()
+    for evaluated in ("other", "runs/before"):
+        (directory / evaluated).mkdir(parents=True)
+        (directory / evaluated / "samples_0.jsonl").touch()
     subprocess.run([sys.executable, "make_data.py"], cwd=directory, check=True)
     for config in ("configs/quickstart.yaml", "my_task.yaml", "configs/calculator.yaml"):
         done = launch(None, 1, "--config", config, *SHORT, directory=directory)
