@@ -52,7 +52,6 @@ from .model.load import (
     load_tokenizer,
     short_window,
 )
-from .model.quantized import dequantize_layers
 from .monitoring.console import set_up_logging
 from .monitoring.metrics import is_right
 from .monitoring.progress import Progress
@@ -191,7 +190,6 @@ class Evaluation:
                 policy = load_policy(config.model, config.lora, dtype, implementation, 1.0, 0, device=ranks.device)
             plain = policy.causal_lm if policy else load_causal_lm(config.model, dtype, implementation, ranks.device)
         model = plain.eval()
-        dequantize_layers(model)
         ranks.wait_at("loaded the model")  # a download may take longer than a collective of the start waits
         window = short_window(self.model_config, config.max_sequence_length)
         obstacle = settle_attention([model], implementation, obstacle, config.model.attn_implementation != "auto",

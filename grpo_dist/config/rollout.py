@@ -59,8 +59,9 @@ class RolloutConfig:
     project's sampling; `auto`, the faster one of a trial at the start on a GPU, else `native`. All three draw the same
     completions. `vllm`: vLLM servers, whose sampling is their own (docs/vllm.md)."""
     dequantize: bool = True
-    """Decode with a dequantised copy of a quantised base, which exists during rollouts only. false decodes with the
-    quantised base itself: several times slower, without the memory of the copy."""
+    """Where decoding does not compute with the codes of a quantised base, as it does in C++ on a CPU: decode with a
+    dequantised copy, which exists during rollouts only. false decodes without a copy there, too: several times slower,
+    without its memory."""
     drafts: bool = True
     """Draw several tokens of a completion in one pass where other completions of its prompt, of the same step or of
     earlier epochs, show what probably comes next, and where that is faster. The completions are the same, to the last

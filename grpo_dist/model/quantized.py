@@ -13,12 +13,53 @@ Shapes: O outputs, I inputs, B blocks of weights.
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import embedding, linear
+
+
+@dataclass(frozen=True)
+class QuantizedWeight:
+    """A weight (O, I) as it is computed with: whole numbers, and a scale for each `block` of them."""
+
+    codes: Tensor
+    """(O · I,) int8; or, where they name `values`, uint8 with two codes each, the first in the high half."""
+    scales: Tensor
+    """(B,) float32."""
+    values: Tensor | None
+    """(16,) float32."""
+    block: int
+    shape: tuple[int, int]
+    dtype: torch.dtype
+    """Of the numbers that it stands for."""
+
+    def dequantized(self) -> Tensor:
+        """(O, I) in `dtype`."""
+        if self.values is None:
+            numbers = self.codes.float()
+        else:
+            pairs = torch.stack([self.values.repeat_interleave(16), self.values.repeat(16)], 1)
+            numbers = embedding(self.codes.int(), pairs)
+        dense = numbers.view(-1, self.block).mul_(self.scales[:, None]).view(-1)
+        return dense[: self.shape[0] * self.shape[1]].to(self.dtype).view(self.shape)
+
+    def split(self, sizes: Sequence[int]) -> list[QuantizedWeight]:
+        """As weights of so many outputs each. Raises ValueError where one begins within a block."""
+        parts, begin, inputs = [], 0, self.shape[1]
+        for size in sizes:
+            first, past = begin * inputs, (begin + size) * inputs
+            if first % self.block or past % self.block:
+                raise ValueError(f"outputs {begin} to {begin + size} of {inputs} inputs in blocks of {self.block}")
+            a_code = 1 if self.values is None else 2
+            parts.append(replace(self, codes=self.codes[first // a_code : past // a_code], shape=(size, inputs),
+                                 scales=self.scales[first // self.block : past // self.block]))  # fmt: skip
+            begin += size
+        return parts
 
 
 class QuantizedLinear(nn.Linear):
@@ -33,19 +74,18 @@ class QuantizedLinear(nn.Linear):
         self.dtype, self.is_transposed = dtype, is_transposed
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
 
+    def stored(self) -> QuantizedWeight:
+        """The weight, with scales of one number each."""
+        raise NotImplementedError
+
     def dequantized(self) -> Tensor:
         """The weight (O, I) in `dtype`."""
-        raise NotImplementedError
+        return self.stored().dequantized()
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
         """The weight, dequantised at each access."""
         return self.dequantized()
-
-    @property
-    def plain_weight(self) -> Tensor:
-        """The weight as the plain layer stores it."""
-        return self.weight.T.contiguous() if self.is_transposed else self.weight
 
     @property
     def num_bytes(self) -> int:
@@ -88,13 +128,10 @@ class FourBitLinear(QuantizedLinear):
         self.codes, self.values = _frozen(codes), _frozen(_bits(values))
         self.scales = scales
 
-    def dequantized(self) -> Tensor:
+    def stored(self) -> QuantizedWeight:
         """See `QuantizedLinear`."""
-        values = _floats(self.values)
-        pairs = torch.stack([values.repeat_interleave(16), values.repeat(16)], 1)
-        blocks = embedding(self.codes.int(), pairs).view(-1, self.block)
-        dense = blocks.mul_(self.scales.all()[:, None]).view(-1)[: self.out_features * self.in_features]
-        return dense.to(self.dtype).view(self.out_features, self.in_features)
+        shape = self.out_features, self.in_features
+        return QuantizedWeight(self.codes, self.scales.all(), _floats(self.values), self.block, shape, self.dtype)
 
 
 class Scales(nn.Module):
@@ -131,9 +168,10 @@ class EightBitLinear(QuantizedLinear):
         super().__init__(in_features, out_features, bias, dtype, is_transposed)
         self.codes, self.scales = _frozen(codes), _frozen(_bits(scales))
 
-    def dequantized(self) -> Tensor:
+    def stored(self) -> QuantizedWeight:
         """See `QuantizedLinear`."""
-        return self.codes.float().mul_(_floats(self.scales)[:, None]).to(self.dtype)
+        outputs, inputs = self.codes.shape
+        return QuantizedWeight(self.codes.view(-1), _floats(self.scales), None, inputs, (outputs, inputs), self.dtype)
 
 
 def quantized_layers(model: nn.Module) -> dict[str, QuantizedLinear]:

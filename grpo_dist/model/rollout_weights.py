@@ -4,8 +4,8 @@ The trained policy itself must draw the rollouts. Adapters merged into 16-bit we
 most of a small update is less than half a unit of a weight's last digit. The tree therefore has adapters too, and its
 tensors are the policy's. It copies weights only in three cases: if all weights train in float32 and compute in 16 bits,
 if ZeRO-3 or FSDP2 has sharded them, and if they are quantised. A quantised base is dequantised while the model is open,
-which is during rollouts, because a step of decoding computes with few tokens and would dequantise as many weights as an
-update. `rollout.dequantize: false` saves this copy.
+if the decoder does not compute with the codes: a step of decoding computes with few tokens, and the model's own modules
+would dequantise as many weights for them as for an update.
 
 The tree is in evaluation mode and has no hooks of DDP, ZeRO and FSDP2.
 """
@@ -33,7 +33,7 @@ class RolloutModel:
 
     def __init__(
         self, policy: Policy, dtype: torch.dtype, attn_implementation: str | None,
-        base: nn.Module | None = None, dequantizes: bool = True,
+        base: nn.Module | None = None,
     ) -> None:  # fmt: skip
         """`dtype` is that of the policy's computation. If frozen weights are sharded, those of `base` replace them if
         they have that dtype; else each rollout gathers them. A collective if weights are sharded."""
@@ -42,14 +42,13 @@ class RolloutModel:
             tree = policy.causal_lm._from_config(
                 policy.causal_lm.config, attn_implementation=attn_implementation, dtype=dtype
             )
-            for name, layer in ({} if dequantizes else quantized_layers(policy.causal_lm)).items():
+            for name, layer in quantized_layers(policy.causal_lm).items():
                 tree.set_submodule(plain_name(f"{name}.weight").removesuffix(".weight"), layer.blank())
             if isinstance(policy.model, PeftModel):
                 tree = with_new_adapters(tree, replace(policy.model.peft_config["default"], lora_dropout=0.0))
                 compute_adapters_apart(tree, is_sharded)
         self.tree = tree.eval().requires_grad_(False)
-        self._empty = dict(self.tree.named_parameters(remove_duplicate=False))
-        self._owners = {name: self.tree.get_submodule(name.rpartition(".")[0]) for name in self._empty}
+        self._list_places()
         for name, buffer in policy.model.named_buffers():
             owner, _, leaf = name.rpartition(".")
             self.tree.get_submodule(owner)._buffers[leaf] = buffer
@@ -62,6 +61,18 @@ class RolloutModel:
                 self._own[name] = same.data
         self._quantized = {f"{name}.weight": layer for name, layer in quantized_layers(policy.model).items()}
         self.sync()
+
+    def _list_places(self) -> None:
+        """Note where the parameters of the tree belong."""
+        self._empty = dict(self.tree.named_parameters(remove_duplicate=False))
+        self._owners = {name: self.tree.get_submodule(name.rpartition(".")[0]) for name in self._empty}
+
+    def dequantize(self) -> None:
+        """Dequantise a quantised base whenever the model is opened; to be called while it is not."""
+        for name, layer in quantized_layers(self.tree).items():
+            plain = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, "meta", layer.dtype)
+            self.tree.set_submodule(name, plain.requires_grad_(False))
+        self._list_places()
 
     @property
     def causal_lm(self) -> nn.Module:
@@ -93,7 +104,7 @@ class RolloutModel:
             for name in self._empty:
                 if (value := self._own.get(name)) is None:
                     layer = self._quantized.get(name)
-                    value = theirs[name].data if layer is None else layer.plain_weight
+                    value = theirs[name].data if layer is None else layer.weight
                 self._put(name, nn.Parameter(value, requires_grad=False))
             try:
                 yield self.causal_lm

@@ -55,6 +55,8 @@ class ModelCounts:
     """Of the base parameters that are stored in 4 or 8 bits."""
     quantized_bytes: int = 0
     """Bytes of these, with their scales."""
+    scale_bytes: int = 0
+    """Bytes of their scales without double quantisation."""
 
 
 @dataclass(frozen=True)

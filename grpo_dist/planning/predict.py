@@ -18,6 +18,7 @@ from ..model.files import kind_of
 from ..model.load import packing_obstacle, trainable
 from ..model.packing import Piece, plan
 from ..model.reference import REFERENCE_PACK, needs_copy
+from ..model.routing import has_experts
 from ..rollout.native.cache import SLOT_CHUNK
 from ..rollout.native.engine import COPIED_PROMPT
 from ..rollout.native.kernel import MERGED
@@ -170,7 +171,7 @@ class Predictor:
             copy_decodes=has_copy and self.copy_dtype == self.policy_dtype, step_bytes=self._step_bytes(counts),
             moment_bytes=MOMENT_BYTES[self.config.optim.optimizer],
             reward_models=self._reward_models, decodes=self.config.rollout.engine != "vllm",
-            dequantizes=self.config.rollout.dequantize,
+            dequantizes=self.config.rollout.dequantize and not self._decodes_codes(counts),
         )  # fmt: skip
         if self.most_bytes is None or tokens_in_flight(self.config, self.device) != sys.maxsize:
             return inputs
@@ -179,9 +180,17 @@ class Predictor:
     def _flight(self, num_ranks: int, most: int | None = None) -> Flight:
         return flight(self.config, num_ranks, self.share_prompts, self.device, most, self.pages)
 
+    def _decodes_codes(self, counts: ModelCounts) -> bool:
+        """Whether rollouts compute with the codes of a quantised base: in C++, which does not compute experts."""
+        return (
+            counts.quantized > 0 and self.device == "cpu" and self.share_prompts and not has_experts(self.model_config)
+        )
+
     def _step_bytes(self, counts: ModelCounts) -> int:
-        """Bytes of weights that decoding stores again: merged with adapters on a CPU; on a GPU concatenated, and the
-        adapters in the policy's dtype."""
+        """Bytes of weights that decoding stores again: merged with adapters on a CPU, or the scales of codes; on a GPU
+        concatenated, and the adapters in the policy's dtype."""
+        if self._decodes_codes(counts):
+            return counts.scale_bytes
         if not self.share_prompts or (counts.quantized and not self.config.rollout.dequantize):
             return 0
         if self.device == "gpu":

@@ -101,6 +101,7 @@ def count(policy: Policy) -> ModelCounts:
         + sum(size for name, size in sizes.items() if name.removesuffix(".base_layer").endswith(JOINED)),
         quantized=sum(sizes.values()),
         quantized_bytes=sum(layer.num_bytes for layer in quantized.values()),
+        scale_bytes=sum(layer.stored().scales.nbytes for layer in quantized.values()),
         persistent=sum(p.numel() for p in base if p.numel() < PERSISTENCE_THRESHOLD),
         num_layers=text.num_hidden_layers,
         layer=max(

@@ -71,6 +71,9 @@ def make_engine(
     rank gave it, since all ranks have to make the same choice; `step` is how a run that goes on was decoding. Raises
     UnfitEngine where the paged engine is asked for and is wrong for the model. A collective.
     """
+    if rollout.dequantize and not _decodes_codes(weights, obstacle, rollout, gather, step):
+        weights.dequantize()
+        log.info("rollouts: with a dequantised copy of the base, because decoding does not compute with its codes")
     with weights.open() as model:
         make, message, decoding = _own_decoder(model, obstacle, gather, step, rollout.drafts)
         on_gpu, name = model.get_input_embeddings().weight.is_cuda, "native"
@@ -90,6 +93,21 @@ def make_engine(
     made = make(end_ids, rollout.max_completion_length, ON_CPU)
     decoder = made if isinstance(made, RowDecoder) else WithinMemory(made, rollout.max_tokens_in_flight)
     return LocalEngine(decoder, weights, {"engine": name, "decoding": decoding})
+
+
+def _decodes_codes(
+    weights: Weights, obstacle: str | None, rollout: RolloutConfig, gather: Callable[[Any], list[Any]],
+    step: str | None,
+) -> bool:  # fmt: skip
+    """Whether all ranks decode with the codes of a quantised base and without a dense copy: in C++."""
+    with weights.open() as model:
+        if not quantized_layers(model):
+            return True
+        on_gpu = model.get_input_embeddings().weight.is_cuda
+        if on_gpu or obstacle is not None or rollout.engine == "paged":
+            return False
+        choices = gather(own_step(model, step if step in list(STEPS) else "compiled"))
+    return all(name == "compiled" for name, _ in choices)
 
 
 def _own_decoder(
@@ -151,10 +169,9 @@ def own_step(model: nn.Module, most: str = "compiled") -> tuple[str, str | None]
     weight = model.get_input_embeddings().weight
     is_float32, reason = weight.dtype == torch.float32, None
     # rounded where the model rounds, so that what is built otherwise shows; faster steps round less in 16 bits
-    # a quantised model was asked to decode without dense weights, which faster steps hold on to
-    as_llama = not quantized_layers(model) and _decoding_off("operations", model) <= (1e-4 if is_float32 else 0.01)
-    if weight.is_cuda:
-        names = ["fused", "pages", "operations"] if as_llama else ["pages"]
+    as_llama = _decoding_off("operations", model) <= (1e-4 if is_float32 else 0.01)
+    if weight.is_cuda:  # fused kernels hold on to dense weights
+        names = ["fused"] * (not quantized_layers(model)) + ["pages", "operations"] if as_llama else ["pages"]
     else:
         names = ["compiled", "operations"] if as_llama else []
     for name in names:

@@ -10,6 +10,7 @@ from typing import Protocol
 import torch
 from torch import nn
 
+from ..model.quantized import dequantize_layers
 from ..types import Trajectory
 from .engine import Decoder, Request
 from .fidelity import update_share
@@ -26,6 +27,9 @@ class Weights(Protocol):
     def open(self) -> AbstractContextManager[nn.Module]:
         """A context in which the model has its weights; a collective."""
 
+    def dequantize(self) -> None:
+        """From now on, have dense weights in place of quantised ones while the model is open."""
+
 
 class LoadedModel:
     """A model that never changes."""
@@ -39,6 +43,10 @@ class LoadedModel:
     def open(self) -> AbstractContextManager[nn.Module]:
         """See `Weights`."""
         return nullcontext(self.model)
+
+    def dequantize(self) -> None:
+        """See `Weights`."""
+        dequantize_layers(self.model)
 
 
 class LocalEngine:

@@ -85,7 +85,7 @@ def load_models(
     reference = _load_reference(config, ranks, wrapped, policy, dtype, implementation, kind is not None)
     ranks.wait_at("loaded the reference")
     base = reference.policy.causal_lm if isinstance(reference, FrozenCopy) else None
-    rollout_model = RolloutModel(policy, dtype, implementation, base, config.rollout.dequantize)
+    rollout_model = RolloutModel(policy, dtype, implementation, base)
     with rollout_model.open() as model:
         models = [policy.causal_lm, *([reference.policy.causal_lm] if reference else []), model]
         obstacle = settle_attention(models, implementation, obstacle, config.model.attn_implementation != "auto",

@@ -29,8 +29,7 @@ def test_the_rollout_is_drawn_by_the_quantised_policy(one_process: Path) -> None
 
 @pytest.mark.parametrize(("strategy", "num_processes"), [pytest.param("ddp", 2, marks=pytest.mark.slow), ("zero2", 2)])
 def test_same_tokens_and_weights(strategy: str, num_processes: int, one_process: Path, tmp_path: Path) -> None:
-    """The other run decodes with the quantised base itself."""
-    other = train(strategy, num_processes, tmp_path, *NF4, "--rollout.dequantize", "false")
+    other = train(strategy, num_processes, tmp_path, *NF4)
     assert [row["completion"] for row in completions(other)] == [row["completion"] for row in completions(one_process)]
     assert relative_difference(adapters(one_process), adapters(other)) <= 1e-4
 

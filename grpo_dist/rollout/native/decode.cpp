@@ -17,8 +17,12 @@
 #include <utility>
 
 struct Linear {
-    const void* weight;
-    const float* bias; // null for none
+    const void* weight; // its numbers or, of a quantised layer, their codes, line behind line
+    const float* bias;  // null for none
+    const float* scales; // of a quantised layer: one for `block` weights that follow one another; null for others
+    const float* values; // of codes of 4 bits, two a byte, the first in its high half: the 16 that they name;
+                         // null for codes that are whole numbers of 8 bits
+    int64_t block;
     const void* low;   // (rank, inputs), the adapters' first matrix in the weights' dtype
     const float* high; // (rank, outputs), their second one, transposed and scaled
     int64_t rank;      // 0 for no adapters
@@ -73,6 +77,7 @@ template <int L> struct Types {
     typedef float Float __attribute__((vector_size(4 * L)));
     typedef int32_t Int __attribute__((vector_size(4 * L)));
     typedef uint16_t Half __attribute__((vector_size(2 * L)));
+    typedef int8_t Byte __attribute__((vector_size(L)));
 };
 template <int L> using Vec = typename Types<L>::Float;
 template <int L> using Ints = typename Types<L>::Int;
@@ -87,6 +92,12 @@ template <int L> inline Vec<L> load(const bfloat16* from) {
     typename Types<L>::Half h;
     std::memcpy(&h, from, sizeof h);
     return (Vec<L>)(__builtin_convertvector(h, Ints<L>) << 16);
+}
+
+template <int L> inline Vec<L> load(const int8_t* from) {
+    typename Types<L>::Byte b;
+    std::memcpy(&b, from, sizeof b);
+    return __builtin_convertvector(b, Vec<L>);
 }
 
 template <int L> inline void store(Vec<L> v, float* to) { std::memcpy(to, &v, sizeof v); }
@@ -143,6 +154,57 @@ template <int L> inline Vec<L> exponential(Vec<L> x) {
 }
 
 // --- products with weights -----------------------------------------------------------------------------------------
+
+// numbers as W holds them: to the nearest, ties to even
+template <int L, class W> inline Vec<L> rounded(Vec<L> v) {
+    if constexpr (std::is_same_v<W, float>) return v;
+    Ints<L> bits = (Ints<L>)v;
+    return (Vec<L>)((bits + 0x7fff + (bits >> 16 & 1)) & ~0xffff);
+}
+
+// L codes of 4 bits; where a processor has its bytes in another order, the trial at the start of a run shows it
+template <int L> inline Ints<L> codes_at(const uint8_t* from) {
+    if constexpr (L == 8) {
+        int32_t codes;
+        std::memcpy(&codes, from, sizeof codes);
+        return codes >> Ints<8>{4, 0, 12, 8, 20, 16, 28, 24} & 15;
+    } else {
+        typedef int64_t Pairs __attribute__((vector_size(64)));
+        int64_t codes;
+        std::memcpy(&codes, from, sizeof codes);
+        const Pairs pairs = codes >> Pairs{0, 8, 16, 24, 32, 40, 48, 56};
+        return (Ints<L>)((pairs >> 4 & 15) | (pairs & 15) << 32);
+    }
+}
+
+// those of 16 numbers that the codes name
+template <int L> inline Vec<L> named(const Vec<L>* table, Ints<L> codes) {
+#ifdef __clang__
+    Vec<L> v;
+    for (int i = 0; i < L; ++i) v[i] = table[codes[i] / L][codes[i] % L];
+    return v;
+#else
+    if constexpr (L == 16) return __builtin_shuffle(table[0], codes);
+    else return __builtin_shuffle(table[0], table[1], codes);
+#endif
+}
+
+// `count` weights of a quantised layer, from the one at `first` on, to the bit as W would hold them
+template <int L, class W> void dequantise(const Linear& layer, long first, long count, float* to) {
+    const uint8_t* pairs = static_cast<const uint8_t*>(layer.weight);
+    const int8_t* numbers = static_cast<const int8_t*>(layer.weight);
+    for (long at = first, end = first + count, next; at < end; at = next) {
+        const float scale = layer.scales[at / layer.block];
+        next = std::min<long>(end, (at / layer.block + 1) * layer.block);
+        if (layer.values) {
+            Vec<L> table[16 / L]; // scaled once a block
+            for (int n = 0; n < 16 / L; ++n) table[n] = rounded<L, W>(load<L>(layer.values + n * L) * scale);
+            for (long k = at; k < next; k += L) store<L>(named<L>(table, codes_at<L>(pairs + (k >> 1))), to + k - first);
+        } else {
+            for (long k = at; k < next; k += L) store<L>(rounded<L, W>(load<L>(numbers + k) * scale), to + k - first);
+        }
+    }
+}
 
 // Inputs are summed in equal parts of at most CHUNK. A tile's lines of weights (OUTPUTS × CHUNK) and rows (ROWS × CHUNK)
 // fit in the nearest cache, a block's rows (ROW_BLOCK × CHUNK) and weights (OUTPUT_BLOCK × CHUNK), and the next ones on
@@ -210,42 +272,61 @@ template <int L, class W> inline void widen(const W* const* w, long count, float
     }
 }
 
+// to (rows, outputs) = or, `adds`, += the product of `count` inputs and a block of outputs [from, end), + b where it is
+// given; `weight` is the block's first line
+template <int L, class W>
+void block_product(const float* x, long rows, long inputs, const W* weight, long stride, long count, long from, long end,
+                   long outputs, bool adds, const float* bias, Ahead<W> ahead, float* to) {
+    alignas(CACHE_LINE) float room[OUTPUTS * CHUNK];
+    for (long row_block = 0; row_block < rows; row_block += ROW_BLOCK)
+        for (long o = from; o < end; o += OUTPUTS) {
+            const W* w[OUTPUTS];
+            for (int i = 0; i < OUTPUTS; ++i) w[i] = weight + (std::min(o + i, end - 1) - from) * stride;
+            const long row_end = std::min(row_block + ROW_BLOCK, rows);
+            const bool widens = !std::is_same_v<W, float> && row_end - row_block > ROWS;
+            const float* wide[OUTPUTS];
+            if (widens) widen<L>(w, count, room, wide);
+            for (long r = row_block; r < row_end; r += ROWS) {
+                float values[ROWS * OUTPUTS];
+                ahead.next();
+                if (widens) any_tile<L>(rows - r, x + r * inputs, inputs, wide, count, values);
+                else any_tile<L>(rows - r, x + r * inputs, inputs, w, count, values);
+                for (int i = 0; i < std::min<long>(ROWS, rows - r); ++i)
+                    for (int j = 0; j < std::min<long>(OUTPUTS, end - o); ++j) {
+                        float& y = to[(r + i) * outputs + o + j];
+                        y = (adds ? y : 0.f) + (values[i * OUTPUTS + j] + (bias ? bias[o + j] : 0.f));
+                    }
+            }
+        }
+}
+
 // to (rows, outputs) = or, `adds`, += W x + b; this thread's share of the outputs
 template <int L, class W, bool adds>
-void product(const float* x, long rows, long inputs, long outputs, Linear layer, float* to) {
+void product(const float* x, long rows, long inputs, long outputs, const Linear& layer, float* to) {
     Share mine(outputs);
     const W* weight = static_cast<const W*>(layer.weight);
     const long parts = (inputs + CHUNK - 1) / CHUNK, chunk = (inputs / L + parts - 1) / parts * L;
-    alignas(CACHE_LINE) float room[OUTPUTS * CHUNK];
-    for (long block = mine.from; block < mine.to; block += OUTPUT_BLOCK) {
-        long end = std::min(block + OUTPUT_BLOCK, mine.to), tiles = (end - block + OUTPUTS - 1) / OUTPUTS;
+    // what is dequantised is used at once, in the nearest cache where all rows are one block
+    const long lines_at_once = layer.scales && rows <= ROW_BLOCK ? OUTPUTS : OUTPUT_BLOCK;
+    for (long block = mine.from; block < mine.to; block += lines_at_once) {
+        long end = std::min(block + lines_at_once, mine.to), tiles = (end - block + OUTPUTS - 1) / OUTPUTS;
         for (long k = 0; k < inputs; k += chunk) {
-            long count = std::min(chunk, inputs - k);
+            const long count = std::min(chunk, inputs - k);
+            const float* bias = k ? nullptr : layer.bias;
+            if (layer.scales) {
+                alignas(CACHE_LINE) float dense[OUTPUT_BLOCK * CHUNK];
+                for (long o = block; o < end; ++o)
+                    dequantise<L, W>(layer, o * inputs + k, count, dense + (o - block) * count);
+                block_product<L, float>(x + k, rows, inputs, dense, count, count, block, end, outputs, adds || k, bias,
+                                        Ahead<float>(dense, 0, 0, 0, 1), to);
+                continue;
+            }
             bool last = k + chunk >= inputs; // then the next block's first inputs follow
             long lines = rows <= ROWS ? 0 : last ? std::min(OUTPUT_BLOCK, mine.to - end) : end - block;
             Ahead<W> ahead(weight + (last ? end * inputs : block * inputs + k + chunk), lines, inputs,
                            std::min(chunk, last ? inputs : inputs - k - chunk), tiles * ((rows + ROWS - 1) / ROWS));
-            for (long row_block = 0; row_block < rows; row_block += ROW_BLOCK)
-                for (long o = block; o < end; o += OUTPUTS) {
-                    const W* w[OUTPUTS];
-                    for (int i = 0; i < OUTPUTS; ++i) w[i] = weight + std::min(o + i, outputs - 1) * inputs + k;
-                    const long row_end = std::min(row_block + ROW_BLOCK, rows);
-                    const bool widens = !std::is_same_v<W, float> && row_end - row_block > ROWS;
-                    const float* wide[OUTPUTS];
-                    if (widens) widen<L>(w, count, room, wide);
-                    for (long r = row_block; r < row_end; r += ROWS) {
-                        float values[ROWS * OUTPUTS];
-                        ahead.next();
-                        if (widens) any_tile<L>(rows - r, x + r * inputs + k, inputs, wide, count, values);
-                        else any_tile<L>(rows - r, x + r * inputs + k, inputs, w, count, values);
-                        for (int i = 0; i < std::min<long>(ROWS, rows - r); ++i)
-                            for (int j = 0; j < std::min<long>(OUTPUTS, outputs - o); ++j) {
-                                float& y = to[(r + i) * outputs + o + j];
-                                float bias = layer.bias && k == 0 ? layer.bias[o + j] : 0.f;
-                                y = (adds || k ? y : 0.f) + (values[i * OUTPUTS + j] + bias);
-                            }
-                    }
-                }
+            block_product<L, W>(x + k, rows, inputs, weight + block * inputs + k, inputs, count, block, end, outputs,
+                                adds || k, bias, ahead, to);
         }
     }
 }
@@ -516,8 +597,9 @@ template <int L, class W> class Decoding {
     void reduce(const float* from, long inputs, std::initializer_list<Linear> layers) {
         float* to = low;
         for (const Linear& layer : layers) {
-            if (layer.rank)
-                product<L, W, false>(from, rows, inputs, layer.rank, Linear{layer.low, nullptr, nullptr, nullptr, 0}, to);
+            Linear first{};
+            first.weight = layer.low;
+            if (layer.rank) product<L, W, false>(from, rows, inputs, layer.rank, first, to);
             to += rows * layer.rank;
         }
         if (to != low) {

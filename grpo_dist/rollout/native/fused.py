@@ -151,7 +151,7 @@ class FusedStep:
     def _placed(self, each: FusedLayer, x: Tensor, cos: Tensor, sin: Tensor, state: PagePool) -> Tensor:
         """The rotated queries (R, Hq, D); keys and values go to their pages."""
         layer, size, rows = each.layer, self.weights.head_size, len(x)
-        queries, heads = len(layer.query.weight) // size, len(layer.key.weight) // size
+        queries, heads = layer.query.outputs // size, layer.key.outputs // size
         qkv, keys = each.qkv(x), state.keys[layer.number]
         query = x.new_empty((rows, queries, size))
         norms = layer.query_norm, layer.key_norm

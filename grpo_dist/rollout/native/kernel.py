@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from ...model.quantized import QuantizedWeight
 from .cache import EVERYTHING, DecodeState
 from .compiled import library
 from .llama import Gated, Layer, Linear, Norm, Weights, takes_gelu
@@ -24,15 +25,19 @@ SOURCE = Path(__file__).with_name("decode.cpp")
 FUNCTIONS = {torch.float32: "decode_float32", torch.bfloat16: "decode_bfloat16"}
 """The function for weights of each dtype; it computes in float32."""
 MERGED = {torch.float32}
-"""The dtypes of weights to which adapters are added beforehand. In others that would round most of a small update away:
-there the adapters stay apart, and what they make of the inputs is added to the sums in float32."""
+"""The dtypes of weights to which adapters are added beforehand. In others that would round most of a small update away,
+and to a quantised weight nothing can be added: there the adapters stay apart, and what they make of the inputs is added
+to the sums in float32."""
 MULTIPLE = 8
 """Sizes have to be multiples of this: so many numbers, or twice as many, are computed at once."""
 
 
 # The structures of decode.cpp, field by field.
 class _Linear(ctypes.Structure):
-    _fields_ = [*((name, c_void_p) for name in ("weight", "bias", "low", "high")), ("rank", c_int64)]
+    _fields_ = [
+        *((name, c_void_p) for name in ("weight", "bias", "scales", "values")), ("block", c_int64),
+        *((name, c_void_p) for name in ("low", "high")), ("rank", c_int64),
+    ]  # fmt: skip
 
 
 class _Layer(ctypes.Structure):
@@ -65,7 +70,7 @@ class KernelStep:
         self.weights = weights = Weights(model)
         first, size, self.dtype = weights.layers[0], weights.head_size, weights.embeddings.dtype
         self.gated = [_gated(layer) for layer in weights.layers]
-        (vocabulary, hidden), inner = weights.embeddings.shape, len(self.gated[0].gate.weight)
+        (vocabulary, hidden), inner = weights.embeddings.shape, self.gated[0].gate.outputs
         if self.dtype not in FUNCTIONS or any(number % MULTIPLE for number in (hidden, inner, size)):
             raise ValueError(f"{self.dtype} with sizes {hidden}, {inner} and {size}, expected one of {list(FUNCTIONS)} "
                              f"with multiples of {MULTIPLE}")  # fmt: skip
@@ -77,7 +82,7 @@ class KernelStep:
         self.layers = (_Layer * len(weights.layers))(*map(self._layer, weights.layers, self.gated))
         self.step = _Step(
             torch.get_num_threads(), len(self.layers), hidden, inner, vocabulary,
-            len(first.query.weight) // size, len(first.key.weight) // size, size, self._most_ranks(),
+            first.query.outputs // size, first.key.outputs // size, size, self._most_ranks(),
             takes_gelu(self.gated), weights.norm.eps, first.scale, first.soft_cap or 0.0,
             weights.embedding_scale, weights.logit_cap or 0.0,
             self._kept(weights.embeddings, (vocabulary, hidden), self.dtype), self._norm(weights.norm, hidden),
@@ -146,7 +151,7 @@ class KernelStep:
     def _layer(self, layer: Layer, gated: Gated) -> _Layer:
         weights = self.weights
         hidden, size, first = weights.embeddings.shape[1], weights.head_size, weights.layers[0]
-        queries, keys, inner = len(first.query.weight), len(first.key.weight), len(self.gated[0].gate.weight)
+        queries, keys, inner = first.query.outputs, first.key.outputs, self.gated[0].gate.outputs
         return _Layer(
             self._norm(layer.input_norm, hidden), self._norm(layer.output_norm, hidden),
             self._norm(layer.mlp_norm, hidden), self._norm(layer.down_norm, hidden),
@@ -163,26 +168,47 @@ class KernelStep:
 
     def _linear(self, linear: Linear, outputs: int, inputs: int) -> _Linear:
         bias = None if linear.bias is None else self._kept(linear.bias.float(), (outputs,), torch.float32)
-        adapter = linear.adapter
-        if adapter is None or self.dtype in MERGED:
-            return _Linear(self._kept(linear.merged(), (outputs, inputs), self.dtype), bias)
+        adapter, stored = linear.adapter, linear.stored
+        if isinstance(stored, QuantizedWeight):
+            place = self._quantized(stored, outputs, inputs)
+        else:
+            weight = linear.merged() if self._is_merged(linear) else stored
+            place = _Linear(self._kept(weight, (outputs, inputs), self.dtype))
+        place.bias = bias
+        if adapter is None or self._is_merged(linear):
+            return place
         if outputs % MULTIPLE:
             raise ValueError(f"adapters on {outputs} outputs, expected a multiple of {MULTIPLE}")
         rank = len(adapter.a)
         low, high = (each.to(self.dtype) for each in (adapter.a, adapter.b))  # as the trainer rounds them
+        place.low, place.rank = self._kept(low, (rank, inputs), self.dtype), rank
+        place.high = self._kept((high.float() * adapter.scaling).T.contiguous(), (rank, outputs), torch.float32)
+        return place
+
+    def _quantized(self, stored: QuantizedWeight, outputs: int, inputs: int) -> _Linear:
+        # weights that are computed at once have one scale
+        is_divided = stored.block % (2 * MULTIPLE) and stored.block != inputs
+        if stored.shape != (outputs, inputs) or stored.dtype != self.dtype or is_divided:
+            raise ValueError(f"{stored.dtype} {stored.shape} in blocks of {stored.block}, expected {self.dtype} "
+                             f"{(outputs, inputs)} in lines or multiples of {2 * MULTIPLE}")  # fmt: skip
+        codes, scales, values = stored.codes, stored.scales, stored.values
         return _Linear(
-            self._kept(linear.weight, (outputs, inputs), self.dtype), bias, self._kept(low, (rank, inputs), self.dtype),
-            self._kept((high.float() * adapter.scaling).T.contiguous(), (rank, outputs), torch.float32), rank,
+            self._kept(codes, codes.shape, torch.int8 if values is None else torch.uint8),
+            scales=self._kept(scales, scales.shape, torch.float32), block=stored.block,
+            values=None if values is None else self._kept(values, (16,), torch.float32),
         )  # fmt: skip
 
+    def _is_merged(self, linear: Linear) -> bool:
+        """Whether the adapters are added to the layer's weight beforehand."""
+        return self.dtype in MERGED and linear.adapter is not None and isinstance(linear.stored, Tensor)
+
     def _most_ranks(self) -> int:
-        """Of adapters that read the same input, added up."""
-        if self.dtype in MERGED:
-            return 0
+        """Of adapters that stay apart and read the same input, added up."""
         groups: list[tuple[Linear, ...]] = [(self.weights.head,)]
         for each, gated in zip(self.weights.layers, self.gated, strict=True):
             groups += [(each.query, each.key, each.value), (each.output,), (gated.gate, gated.up), (gated.down,)]
-        return max(sum(len(linear.adapter.a) for linear in group if linear.adapter) for group in groups)
+        return max(sum(len(linear.adapter.a) for linear in group if linear.adapter and not self._is_merged(linear))
+                   for group in groups)  # fmt: skip
 
     def _kept(self, x: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> int:
         self.referenced.append(x)

@@ -22,6 +22,7 @@ from torch.nn.functional import embedding, gelu, linear, rms_norm, silu
 from ...model.attention import cap_scores
 from ...model.lora import add_low_rank
 from ...model.peft import LoraLinear
+from ...model.quantized import QuantizedLinear, QuantizedWeight
 from .cache import DecodeState
 
 MODEL = ["embed_tokens", "layers", "norm"]
@@ -63,9 +64,19 @@ class Adapter:
 class Linear:
     """A linear layer, perhaps with a bias, perhaps with adapters."""
 
-    weight: Tensor
+    stored: Tensor | QuantizedWeight
     bias: Tensor | None
     adapter: Adapter | None = None
+
+    @property
+    def weight(self) -> Tensor:
+        """(outputs, inputs); of a quantised layer it is dequantised at each access."""
+        return self.stored if isinstance(self.stored, Tensor) else self.stored.dequantized()
+
+    @property
+    def outputs(self) -> int:
+        """Numbers that it makes of a token."""
+        return self.stored.shape[0]
 
     def merged(self) -> Tensor:
         """The weight with the adapters added; in float32 nothing that counts is lost to rounding."""
@@ -75,8 +86,9 @@ class Linear:
         return torch.addmm(self.weight, b, a, alpha=self.adapter.scaling)
 
     def split(self, sizes: Sequence[int]) -> list[Linear]:
-        """As layers of so many outputs each. Raises RuntimeError where they do not add up."""
-        weights, no_bias = self.weight.split(sizes), [None] * len(sizes)
+        """As layers of so many outputs each. Raises RuntimeError where they do not add up, and ValueError where blocks
+        of a quantised weight would be divided."""
+        weights, no_bias = self.stored.split(sizes), [None] * len(sizes)
         biases = no_bias if self.bias is None else self.bias.split(sizes)
         if self.adapter is None:
             return [Linear(weight, bias) for weight, bias in zip(weights, biases, strict=True)]
@@ -88,7 +100,7 @@ class Joint:
     """Linear layers that read the same input; what their adapters make of it is computed at once."""
 
     def __init__(self, *layers: Linear) -> None:
-        self.layers, dtype = layers, layers[0].weight.dtype
+        self.layers, dtype = layers, layers[0].stored.dtype
         adapters = [layer.adapter for layer in layers if layer.adapter is not None]
         self.inward = torch.cat([adapter.a.to(dtype) for adapter in adapters]).T if adapters else None
         self.outward = [(adapter.b * adapter.scaling).to(dtype) for adapter in adapters]
@@ -242,8 +254,8 @@ def _layer(module: Any, text: Any, has_kinds: bool) -> Layer:
     _expect(attention, [*projections, "o_proj"] + HEAD_NORMS * has_head_norms)
     output, inward = linear_of(attention.o_proj), [linear_of(getattr(attention, name)) for name in projections]
     if len(inward) == 1:
-        queries = output.weight.shape[1]
-        inward = inward[0].split([queries, *[(len(inward[0].weight) - queries) // 2] * 2])
+        queries = output.stored.shape[1]
+        inward = inward[0].split([queries, *[(inward[0].outputs - queries) // 2] * 2])
     behind = _norm(module.post_attention_layernorm)
     query, key, value = inward
     return Layer(
@@ -272,7 +284,7 @@ def _gated(mlp: Any) -> Gated | nn.Module:
     _expect(mlp, [*gates, "down_proj"])
     gate_up = [linear_of(getattr(mlp, name)) for name in gates]
     if len(gate_up) == 1:
-        gate_up = gate_up[0].split([len(gate_up[0].weight) // 2] * 2)
+        gate_up = gate_up[0].split([gate_up[0].outputs // 2] * 2)
     gate, up = gate_up
     return Gated(gate, up, linear_of(mlp.down_proj), mlp.act_fn if hasattr(mlp, "act_fn") else mlp.activation_fn)
 
@@ -309,4 +321,4 @@ def linear_of(module: Any) -> Linear:
         adapter = Adapter(module.lora_A["default"].weight, module.lora_B["default"].weight, module.scaling["default"])
     if not isinstance(base, nn.Linear):
         raise ValueError(f"{type(base).__name__} is not a plain linear layer")
-    return Linear(base.weight, base.bias, adapter)
+    return Linear(base.stored() if isinstance(base, QuantizedLinear) else base.weight, base.bias, adapter)

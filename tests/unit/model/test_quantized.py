@@ -13,9 +13,9 @@ import torch
 from peft import PeftModel
 from small_models import IDS, logits, make_base, make_tokenizer
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GPT2Config
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GPT2Config, Phi3Config
 
-from grpo_dist.config.schema import Config, LoraConfig, ModelConfig
+from grpo_dist.config.schema import Config, LoraConfig, ModelConfig, RolloutConfig
 from grpo_dist.model import attention
 from grpo_dist.model.checks import bitsandbytes_config
 from grpo_dist.model.export import save_final
@@ -33,8 +33,10 @@ from grpo_dist.model.quantization import quantize_blank
 from grpo_dist.model.quantized import EightBitLinear, dequantize_layers, quantized_layers
 from grpo_dist.model.rollout_weights import RolloutModel
 from grpo_dist.planning.predict import Predictor
-from grpo_dist.rollout.choose import own_step
+from grpo_dist.rollout import NativeDecoder, Request, decode_all
+from grpo_dist.rollout.choose import make_engine, own_step
 from grpo_dist.rollout.fidelity import update_share
+from grpo_dist.rollout.native.compiled import library
 from grpo_dist.rollout.native.kernel import KernelStep
 
 bnb = pytest.importorskip("bitsandbytes")
@@ -154,32 +156,92 @@ def test_casting_a_model_leaves_the_stored_weights(kind: str, base: ModelConfig)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_rollouts_have_the_values_of_the_quantised_base(dtype: torch.dtype, base: ModelConfig) -> None:
-    policy = moved(load_causal_lm(quantised(base, "nf4"), dtype, attention.NAME))
-    rollout = RolloutModel(policy, dtype, attention.NAME)
-    with rollout.open() as model:
-        assert torch.equal(logits(model), logits(policy.causal_lm))
-        assert update_share(model, merged=False) == pytest.approx(1, abs=2e-2 if dtype == torch.bfloat16 else 1e-6)
-        KernelStep(model)
-    assert all(p.is_meta for name, p in rollout.tree.named_parameters() if name.endswith("base_layer.weight"))
-
-
-def test_rollouts_without_a_copy_share_the_quantised_base(base: ModelConfig) -> None:
-    policy = moved(load_causal_lm(quantised(base, "nf4"), torch.float32, attention.NAME))
-    rollout = RolloutModel(policy, torch.float32, attention.NAME, dequantizes=False)
+@pytest.mark.parametrize("kind", KINDS)
+def test_rollouts_have_the_values_of_the_quantised_base(kind: str, dtype: torch.dtype, base: ModelConfig) -> None:
+    """With the policy's own codes, and with a dense copy, for decoding that does not take codes."""
+    policy = moved(load_causal_lm(quantised(base, kind), dtype, attention.NAME))
+    rollout, is_float32 = RolloutModel(policy, dtype, attention.NAME), dtype == torch.float32
     policys = {p.data_ptr() for p in policy.model.parameters()}
+    share = pytest.approx(1, abs=1e-6 if is_float32 else 2e-2)
     with rollout.open() as model:
         assert torch.equal(logits(model), logits(policy.causal_lm))
         assert {p.data_ptr() for p in rollout.tree.parameters()} == policys
-        assert own_step(model) == ("modules", None), "faster steps hold on to dense weights"
-        assert update_share(model, merged=False) == pytest.approx(1, abs=1e-6)
+        assert update_share(model, merged=is_float32) == share
+    rollout.dequantize()
+    with rollout.open() as model:
+        assert torch.equal(logits(model), logits(policy.causal_lm))
+        assert not quantized_layers(rollout.tree)
+        assert update_share(model, merged=is_float32) == share
+    assert all(p.is_meta for name, p in rollout.tree.named_parameters() if name.endswith("base_layer.weight"))
+
+
+@pytest.fixture(scope="module")
+def joint(tmp_path_factory: pytest.TempPathFactory) -> ModelConfig:
+    """A model with joint projections, and lines of 48 weights, which begin within a block of 64."""
+    config = Phi3Config(vocab_size=257, hidden_size=48, intermediate_size=64, num_hidden_layers=2,
+                        num_attention_heads=3, num_key_value_heads=3, pad_token_id=0)  # fmt: skip
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("joint")
+    AutoModelForCausalLM.from_config(config).save_pretrained(path)
+    return ModelConfig(name=str(path))
+
+
+@pytest.mark.usefixtures("kernel")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", ["base", "joint"])
+def test_compiled_decoding_computes_with_codes(
+    kind: str, dtype: torch.dtype, shape: str, request: pytest.FixtureRequest
+) -> None:
+    """As with the dense weights to the last bit, whatever else is in flight; with adapters, those stay apart."""
+    loaded = load_causal_lm(quantised(request.getfixturevalue(shape), kind), dtype, attention.NAME)
+    requests = [Request(slot, n, IDS[slot:].tolist(), key=10 * slot + n) for slot in range(3) for n in range(7)]
+
+    def drawn(model: nn.Module, which: slice) -> list[list[float]]:
+        decoder = NativeDecoder([-1], 9, 1 << 20, step_of=KernelStep, copied_prompt=0)
+        return [each.logprobs for each in decode_all(decoder, model, requests[which])]
+
+    expected = drawn(dense(loaded), slice(None))
+    for which in (slice(None), slice(None, None, 7), slice(1, None, 3)):  # always some of each prompt
+        assert drawn(loaded, which) == expected[which]
+    rollout = RolloutModel(moved(loaded), dtype, attention.NAME)
+    with rollout.open() as model:
+        assert own_step(model) == ("compiled", None)
+        got = drawn(model, slice(None))
+    rollout.dequantize()
+    with rollout.open() as model:
+        expected = drawn(model, slice(None))
+    if dtype == torch.bfloat16:  # adapters are apart from dense weights, too
+        assert got == expected
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.usefixtures("kernel")
+@pytest.mark.parametrize(("dequantize", "compiler"), [(True, "g++"), (True, "false"), (False, "false")])
+def test_the_base_is_dequantised_where_decoding_does_not_take_codes(
+    dequantize: bool, compiler: str, base: ModelConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    policy = moved(load_causal_lm(quantised(base, "nf4"), torch.float32, attention.NAME))
+    rollout = RolloutModel(policy, torch.float32, attention.NAME)
+    if compiler == "false":
+        monkeypatch.setenv("CXX", compiler)
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+        library.cache_clear()
+    engine = make_engine(rollout, None, [250], RolloutConfig(dequantize=dequantize), lambda mine: [mine])
+    library.cache_clear()
+    has_compiler = compiler == "g++"
+    assert engine.decoding["decoding"] == ("compiled" if has_compiler else "operations")
+    assert bool(quantized_layers(rollout.tree)) == (has_compiler or not dequantize)
+    assert engine.update_share() == pytest.approx(1, abs=1e-6)
 
 
 def test_layers_that_store_their_weight_transposed(tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_config(GPT2Config(vocab_size=257, n_embd=32, n_layer=1, n_head=2, n_positions=64))
     model.save_pretrained(tmp_path / "base")
     policy = moved(load_causal_lm(ModelConfig(str(tmp_path / "base"), quantization="nf4"), torch.float32, None))
-    with RolloutModel(policy, torch.float32, None).open() as rollout:
+    weights = RolloutModel(policy, torch.float32, None)
+    weights.dequantize()
+    with weights.open() as rollout:
         torch.testing.assert_close(logits(rollout, shared=False), logits(policy.causal_lm, shared=False))
     save_final(policy, make_tokenizer(), tmp_path / "final", is_main=True)
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "final")
@@ -243,7 +305,9 @@ def test_checkpoints_of_bitsandbytes_are_trained_on(checkpoint: ModelConfig) -> 
             assert expected.dtype == torch.bfloat16 and torch.equal(layer.weight.bfloat16(), expected)
     assert {p.dtype for p in loaded.parameters() if p.is_floating_point()} == {torch.float32}
     policy = moved(loaded)
-    with RolloutModel(policy, torch.float32, None).open() as rollout:
+    weights = RolloutModel(policy, torch.float32, None)
+    weights.dequantize()
+    with weights.open() as rollout:
         assert torch.equal(logits(rollout, shared=False), logits(policy.causal_lm, shared=False))
 
 
@@ -313,9 +377,14 @@ def test_plan_knows_the_bytes() -> None:
     config = Config(model=model, lora=LORA)
     config.data.max_prompt_length, config.rollout.max_completion_length, config.rollout.group_size = 16, 8, 2
     config.train.batch_size, config.train.max_tokens_per_pack = 2, 64
-    predicted = Predictor(config, load_model_config(model), "cpu").parts(2, "ZeRO-2")
-    parts = {part.name: part.num_bytes for part in predicted}
+    on_cpu, on_gpu = (
+        {part.name: part.num_bytes for part in Predictor(config, load_model_config(model), device).parts(2, "ZeRO-2")}
+        for device in ("cpu", "gpu")
+    )
     loaded = load_causal_lm(model, torch.bfloat16, None)
-    assert parts["frozen weights"] == sum(p.nbytes for p in loaded.parameters())
-    assert parts["dequantised base"] == sum(layer.weight.nbytes for layer in quantized_layers(loaded).values())
-    assert "frozen copy" not in parts, "the reference is the base, whatever reference.dtype is"
+    layers = quantized_layers(loaded).values()
+    assert on_cpu["frozen weights"] == on_gpu["frozen weights"] == sum(p.nbytes for p in loaded.parameters())
+    assert on_gpu["dequantised base"] == sum(layer.weight.nbytes for layer in layers)
+    assert "dequantised base" not in on_cpu
+    assert on_cpu["weights of the step"] == sum(4 * len(layer.scales.stored) for layer in layers)
+    assert "frozen copy" not in on_cpu, "the reference is the base, whatever reference.dtype is"
