@@ -134,7 +134,8 @@ class RowLayout:
 class Block:
     """Queries `queries`, the keys of the ranges `keys`, and the mask between them (None: causal).
 
-    The queries of the blocks are consecutive. Each range of keys is the range of queries of a block.
+    The queries of the blocks are consecutive. Each range of keys is the range of queries of a block. In a causal block
+    the keys end with the queries' own; what is before them is computed, too, and dropped.
     """
 
     queries: slice
@@ -172,10 +173,12 @@ class BlockLayout:
         outputs = []
         for n, block in enumerate(self.blocks):
             seen = [place[part.start] for part in block.keys]
-            outputs.append(compute(
-                queries[n], _joined(keys, seen), _joined(values, seen),
-                attn_mask=block.mask, is_causal=block.mask is None, scale=scale,
-            ))  # fmt: skip
+            is_causal = block.mask is None
+            output = compute(
+                _joined(queries, seen) if is_causal else queries[n], _joined(keys, seen), _joined(values, seen),
+                attn_mask=block.mask, is_causal=is_causal, scale=scale,
+            )  # fmt: skip
+            outputs.append(output[:, :, -sizes[n] :])
         return _joined(outputs, range(len(outputs))).transpose(1, 2)
 
 
@@ -229,7 +232,8 @@ def block_layout(pieces: Sequence[tuple[int, list[int]]], block: int = BLOCK, wi
     a `window` of it.
 
     Consecutive short pieces share a masked block of at most `block` tokens. A longer piece becomes one causal block for
-    its prompt, and blocks of completions, which see the prompt and themselves.
+    its prompt, and blocks of completions, which see the prompt and themselves. A long completion is a causal block
+    behind its prompt: a mask of 32,000 tokens would have a gigabyte.
     """
     piece_of: list[int] = []
     segment_of: list[int] = []
@@ -254,6 +258,14 @@ def block_layout(pieces: Sequence[tuple[int, list[int]]], block: int = BLOCK, wi
             mask &= positions[queries, None] - torch.cat([positions[part] for part in keys]) < window
         blocks.append(Block(queries, keys, mask))
 
+    def behind(prompt: slice, queries: slice) -> None:
+        size, before = queries.stop - queries.start, prompt.stop - prompt.start
+        is_long = size > max(block, before) and segment[queries.start] == segment[queries.stop - 1]
+        if is_long and (window is None or before + size <= window):
+            blocks.append(Block(queries, (prompt, queries), None))
+        else:
+            masked(queries, prompt)
+
     pending: int | None = None  # start of the current run of short pieces
     for (start, end), (prompt, completions) in zip(spans, pieces, strict=True):
         if pending is not None and end - pending > block:
@@ -270,11 +282,11 @@ def block_layout(pieces: Sequence[tuple[int, list[int]]], block: int = BLOCK, wi
         chunk_start = chunk_end = start + prompt
         for length in completions:
             if chunk_end > chunk_start and chunk_end + length - chunk_start > block:
-                masked(slice(chunk_start, chunk_end), prompt_range)
+                behind(prompt_range, slice(chunk_start, chunk_end))
                 chunk_start = chunk_end
             chunk_end += length
         if chunk_end > chunk_start:
-            masked(slice(chunk_start, chunk_end), prompt_range)
+            behind(prompt_range, slice(chunk_start, chunk_end))
     if pending is not None:
         masked(slice(pending, len(piece_of)))
     return BlockLayout(blocks)

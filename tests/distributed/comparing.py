@@ -19,3 +19,8 @@ def nothing_at_the_second_step(completions: list[str], trainer_state: Any, **_: 
 def different_characters(completions: list[str], **_: Any) -> list[float]:
     """How many characters a text has, each counted once."""
     return [float(len(set(text))) for text in completions]
+
+
+def share_of_digits(completions: list[str], **_: Any) -> list[float]:
+    """How much of a text is digits."""
+    return [sum(map(str.isdigit, text)) / len(text) for text in completions]

@@ -275,12 +275,22 @@ def test_blocks_hold_every_query_once_and_every_pair(pieces: list[tuple[int, lis
     for one in layout.blocks:
         keys = torch.cat([torch.arange(part.start, part.stop) for part in one.keys])
         queries = torch.arange(one.queries.start, one.queries.stop)
-        seen = torch.ones(len(queries), len(keys), dtype=torch.bool).tril() if one.mask is None else one.mask
+        causal = torch.ones(len(queries), len(keys), dtype=torch.bool).tril(len(keys) - len(queries))
+        seen = causal if one.mask is None else one.mask
         built[queries[:, None], keys[None]] = seen
     assert torch.equal(built, mask)
     ends = [0, *(one.queries.stop for one in layout.blocks)]
     assert [one.queries.start for one in layout.blocks] == ends[:-1] and ends[-1] == len(mask)
     assert all(a < b for a, b in pairwise(ends))
+
+
+def test_a_long_completion_has_no_mask() -> None:
+    """Of 32,768 tokens it would have a gigabyte."""
+    blocks = block_layout([(64, [2000, 30, 40, 1000]), (3000, [2000])]).blocks
+    masked = [one.queries.stop - one.queries.start for one in blocks if one.mask is not None]
+    assert masked == [70, 2000], "short completions, and one that is shorter than its prompt"
+    windowed = block_layout([(64, [2000])], window=1000).blocks
+    assert [one.mask is None for one in windowed] == [True, False]
 
 
 # --- promise 2 ---------------------------------------------------------------------------------------------------
