@@ -69,6 +69,17 @@ def test_ranks_change_nothing(
         [line["rollout/router_agreement"] for line in metrics(one_process)[1:]], abs=1e-3)  # fmt: skip
 
 
+@pytest.mark.slow
+def test_ranks_that_share_a_pack_have_the_sinks_of_their_heads(tmp_path: Path) -> None:
+    """And windows that are shorter than the rows: gpt-oss."""
+    model = make_experts(tmp_path / "model", "gpt_oss", sliding_window=8)
+    options = ("--model.name", model, *OPTIONS, "--train.num_train_steps", "2")
+    one = train(None, 1, tmp_path / "one", *options)
+    two = train("ddp", 2, tmp_path / "two", *options, "--train.sequence_parallel_size", "2")
+    assert [row["completion"] for row in completions(two)] == [row["completion"] for row in completions(one)]
+    assert relative_difference(adapters(one), adapters(two)) <= 1e-4
+
+
 @pytest.fixture(scope="module")
 def on_experts(model: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A run of one process with adapters on experts, and one that goes on from its adapter."""
