@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING
 
 from ..config.checks import require
 from ..config.places import require_run
+from ..text.plain import write_stage
 
 if TYPE_CHECKING:
     from ..checkpoint.trained import Trained
@@ -48,6 +49,7 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
     require(options.temperature >= 0, "--temperature", options.temperature, "0 or more")
     require(options.max_new_tokens is None or options.max_new_tokens > 0, "--max_new_tokens", options.max_new_tokens,
             "at least 1")  # fmt: skip
+    write_stage("importing torch and transformers")
     from ..checkpoint.trained import find, load
     from ..monitoring.console import set_up_logging
     from .conversation import Conversation  # imports torch: an error in the options should not wait for it

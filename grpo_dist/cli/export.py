@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from ..config.checks import require
 from ..config.places import require_run
+from ..text.plain import write_stage
 
 if TYPE_CHECKING:
     import torch
@@ -49,6 +50,7 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
     """Export, check and print the usage. Raises ValueError, OSError, and RuntimeError if the check fails."""
     require(not rest, "arguments", list(rest), "a run or a checkpoint, and the options of --help")
     require_run(options.run_or_checkpoint)
+    write_stage("importing torch and transformers")
     from ..checkpoint.trained import find
     from ..model.checks import stored_quantization
     from ..model.files import dequantized_form

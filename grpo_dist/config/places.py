@@ -21,7 +21,7 @@ def model_place(name: str, option: str, *files: str) -> str:
         files = files or ("config.json", "adapter_config.json")
         if not any((path / file).is_file() for file in files):
             inside = sorted(str(each.parent) for each in path.glob(f"*/{files[0]}"))
-            hint = f"; there is one in {', '.join(inside[:3])}" if inside else ""
+            hint = f"; there is one in {', '.join(inside[:3])}" if inside else _export_hint(full)
             raise ValueError(f"{option}: {name!r} given, but there is no {files[0]} in {full}: expected a directory "
                              f"that a model was saved to{hint}")  # fmt: skip
         return str(full)
@@ -31,9 +31,15 @@ def model_place(name: str, option: str, *files: str) -> str:
         return name
     near = [each.name for each in full.parent.iterdir() if each.is_dir()] if full.parent.is_dir() else []
     close = difflib.get_close_matches(full.name, near, n=1)
-    hint = f"; did you mean {str(path.parent / close[0])!r}?" if close else ""
+    hint = f"; did you mean {str(path.parent / close[0])!r}?" if close else _export_hint(full)
     raise ValueError(f"{option}: {name!r} given, but there is no directory {full}: expected one that a model was "
                      f"saved to, or a hub id{hint}")  # fmt: skip
+
+
+def _export_hint(path: Path) -> str:
+    """The end of a message about a run that has not ended, or about what is in it."""
+    run = next((each for each in (path, *path.parents[:2]) if (each / "metrics.jsonl").is_file()), None)
+    return f"; `python -m grpo_dist export {run}` writes the model of this run's newest checkpoint" if run else ""
 
 
 def is_path(name: str) -> bool:

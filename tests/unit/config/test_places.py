@@ -39,14 +39,21 @@ def test_a_directory_is_named_by_its_absolute_path(tmp_path: Path, monkeypatch: 
         ("~/nowhere", r"there is no directory .*/nowhere"),
         ("./empty", r"there is no config\.json in .*/empty: expected a directory that a model was saved to$"),
         ("runs", r"no config\.json in .*/runs.*; there is one in runs/final"),
+        (
+            "began/",
+            r"there is no config\.json in .*; `python -m grpo_dist export .*/began` writes the model of this run's",
+        ),
+        ("./began/final", r"no directory .*; `python -m grpo_dist export .*/began` writes"),
+        ("began/checkpoints/step_2", r"no config\.json .*; `python -m grpo_dist export .*/began` writes"),
         ("model/config.json", r"which is a file .*: expected the directory that it is in"),
     ],
 )
 def test_a_path_that_leads_nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, message: str) -> None:
-    for directory in ("model", "empty", "runs/final"):
+    for directory in ("model", "empty", "runs/final", "began/checkpoints/step_2"):
         (tmp_path / directory).mkdir(parents=True)
-        if directory != "empty":
+        if directory in ("model", "runs/final"):
             (tmp_path / directory / "config.json").write_text("{}")
+    (tmp_path / "began" / "metrics.jsonl").touch()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
     for load in (load_tokenizer, load_model_config):
