@@ -35,6 +35,8 @@ PRELOADED = (
     "deepspeed.runtime.zero.muon.original_muon", "jsonargparse", "docstring_parser", "rich.live", "safetensors.torch",
     "grpo_dist.train", "grpo_dist.evaluate",
 )  # fmt: skip
+HUB = {"HF_ENDPOINT", "HF_HOME", "HF_HUB_OFFLINE"}
+"""Variables of the hub's library, which reads them while it is imported: forks let it read them again."""
 LAUNCHER = ["-m", "accelerate.commands.launch"]
 MAX_BYTES = 2**17
 """Of a request: arguments and environment."""
@@ -125,6 +127,9 @@ def become(words: Sequence[str], environment: Mapping[str, str], library_path: l
     os.environ.update(environment)
     sys.modules["numpy"].random.seed()  # all forks have the server's generators; Python sees to its own
     sys.modules["torch"].seed()
+    if not HUB.isdisjoint(environment):
+        constants = importlib.reload(sys.modules["huggingface_hub.constants"])
+        importlib.import_module("huggingface_hub.hf_api").api.endpoint = constants.ENDPOINT
     if words[0] == "-u":
         words = words[1:]
         for name, number in (("stdout", 1), ("stderr", 2)):

@@ -76,4 +76,11 @@ def test_a_variable_that_libraries_read_needs_a_process_of_its_own() -> None:
     changed = set(fixed(variables).items()) ^ set(prepared_with().items())
     assert not changed, "an earlier test has changed a variable"
     assert server_for(variables | {"PYTHONPATH": "/tmp"}) is not None
-    assert server_for(variables | {"HF_HUB_OFFLINE": "1"}) is None
+    assert server_for(variables | {"HF_HUB_DISABLE_TELEMETRY": "1"}) is None
+
+
+def test_the_hubs_variables_are_read_again(program: list[str], tmp_path: Path) -> None:
+    code = "from huggingface_hub import constants as c, hf_api as h; print(c.HF_HUB_OFFLINE, c.HF_HOME, h.api.endpoint)"
+    given = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "HF_ENDPOINT": "http://hub"}
+    outputs = [launch(None, 1, code, program=program, environment=each).stdout for each in (given, {})]
+    assert outputs[0].endswith(f"True {tmp_path} http://hub\n") and outputs[1].endswith("huggingface.co\n")

@@ -27,6 +27,7 @@ def test_a_busy_hub_is_asked_again_and_each_file_downloaded_once(tmp_path: Path)
         done = start("ddp", hub, tmp_path)
         assert done.returncode == 0, done.stderr[-4000:]
         downloads = {name: count for name, count in hub.requests.items() if name.startswith("GET ") and "/" not in name}
+        assert (tmp_path / "cache" / "hub" / "models--tiny--toy").is_dir()
         assert downloads["GET model.safetensors"] == 1 and set(downloads.values()) == {1}
         hub.requests.clear()
         again = start(None, hub, tmp_path, HF_HUB_OFFLINE="1")

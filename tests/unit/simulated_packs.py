@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 from typing import Any
 
-import peft  # noqa: F401 (bitsandbytes, which it imports, asks a real torch for CUDA's streams)
 import torch
 from simulated_cuda import install
 from simulated_device import CUDA, KERNELS, SEEN

@@ -25,7 +25,6 @@ def _patch(tensor: Any, *others: Any) -> None:
 
 interpreter._patch_lang_tensor = _patch
 
-from peft import LoraConfig, get_peft_model  # noqa: E402
 from transformers import (  # noqa: E402
     Gemma2Config,
     Gemma3TextConfig,
@@ -44,6 +43,7 @@ from transformers import Qwen3ForCausalLM as Qwen3  # noqa: E402
 from transformers import Qwen3MoeForCausalLM as Qwen3Moe  # noqa: E402
 
 from grpo_dist.model import attention, gate_kernel, head_kernel, join_kernel, logprobs, shared_prefix  # noqa: E402
+from grpo_dist.model.peft import PeftLoraConfig, with_new_adapters  # noqa: E402
 from grpo_dist.model.routing import Routers  # noqa: E402
 from grpo_dist.rollout.engine import Request, decode_all, in_order  # noqa: E402
 from grpo_dist.rollout.native import draw_kernels, gpu, pages  # noqa: E402
@@ -173,7 +173,7 @@ def adapted(model: Any) -> Any:
     """The model with adapters of several ranks, not on every layer, that change its outputs."""
     targets = ["q_proj", "v_proj", "o_proj", "up_proj", "down_proj", "lm_head"]
     options = {"r": 3, "lora_alpha": 6, "rank_pattern": {"q_proj": 5}, "target_modules": targets}
-    adapters = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **options))
+    adapters = with_new_adapters(model, PeftLoraConfig(task_type="CAUSAL_LM", **options))
     for name, parameter in adapters.named_parameters():
         if "lora_B" in name:
             parameter.data.normal_(0, 0.2)
