@@ -9,6 +9,12 @@ import sys
 import time
 from dataclasses import replace
 
+from ...preflight.early import refuse_mistakes
+
+if __name__ == "__main__":
+    # before the imports of torch, so that the answer to a mistake comes at once
+    refuse_mistakes()
+
 import psutil
 import torch
 
