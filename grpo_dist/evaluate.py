@@ -106,7 +106,7 @@ class Evaluation:
             raise ValueError(f"--category: {category!r} given, expected one of {', '.join(self.prompts[0].columns)}")
         if compared is not None:
             self._require_common_prompts(compared)
-        self._claim()
+        self._claim(compared)
         self.end_ids = end_token_ids(config.model, self.tokenizer)
         self.texts_of = CompletionTexts(self.tokenizer, self.end_ids)
         vocabulary = self.model_config.get_text_config().vocab_size
@@ -138,8 +138,9 @@ class Evaluation:
                 f"{texts[1]!r}: both need the same data, prompt column and chat template"
             )
 
-    def _claim(self) -> None:
-        """Refuse a directory that holds another evaluation: its samples would be taken for this one's."""
+    def _claim(self, compared: Path | None) -> None:
+        """Refuse a directory that holds another evaluation, whose samples would be taken for this one's. Say where the
+        one that this one is compared with was scored by other rewards."""
         config = self.config
         identity = {
             "model": base_identity(config.model, self.model_config), "num_samples": self.num_samples,
@@ -160,6 +161,13 @@ class Evaluation:
             raise ValueError(f"{self.directory} holds another evaluation ({', '.join(changed)} differ): choose another "
                              "--output, or remove it")  # fmt: skip
         if os.environ.get("RANK", "0") == "0":
+            if compared is not None and (compared / "evaluation.json").exists():
+                theirs, scored_by = (
+                    json.loads((compared / "evaluation.json").read_text()),
+                    ("rewards", "files of rewards"),
+                )
+                if [theirs.get(key) for key in scored_by] != [identity[key] for key in scored_by]:
+                    log.warning("--compare: %s was scored by other rewards, or by other versions of them", compared)
             self.directory.mkdir(parents=True, exist_ok=True)
             write_file(path, json.dumps(identity, indent=1))
 
@@ -223,7 +231,9 @@ class Evaluation:
             scoring = Scoring(self.scorer, prompts, self.num_samples, drawn, self.texts_of,
                               has_episodes=self.episodes is not None)  # fmt: skip
             name = f"prompts {start + 1} to {start + len(prompts)} of {len(self.prompts)}"
-            progress = Progress(name, len(requests), log.info if ranks.is_main else log.debug)
+            say = log.info if ranks.is_main else log.debug
+            say("%s: drawing %d completions", name, len(requests))
+            progress = Progress(name, len(requests), say)
 
             def on_finish(ended: list[Trajectory]) -> None:
                 scoring.on_finish(ended)

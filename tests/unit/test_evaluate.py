@@ -51,7 +51,7 @@ def test_an_evaluation_is_compared_with_another_day_s(tmp_path: Path, monkeypatc
 
 
 def test_samples_with_scores_of_another_version_of_a_reward_are_not_taken(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     shutil.copytree(toy_path(), tmp_path / "model")
     tokenizer = load_tokenizer(parse_config([]).model)
@@ -61,8 +61,12 @@ def test_samples_with_scores_of_another_version_of_a_reward_are_not_taken(
     module = tmp_path / "my_reward_of_today.py"
     module.write_text("def score(completions, **columns): return [1.0] * len(completions)\n")
     begun(tmp_path, output="first", reward="my_reward_of_today:score")
-    begun(tmp_path, output="first", reward="my_reward_of_today:score")
+    (first,) = begun(tmp_path, output="first", reward="my_reward_of_today:score").prompts
+    row = {"prompt_index": first.index, "prompt": first.text}
+    (tmp_path / "first" / "samples_0000000.jsonl").write_text(json.dumps(row) + "\n")
     module.write_text("def score(completions, **columns): return [0.5] * len(completions)\n")
     with pytest.raises(ValueError, match=r"first holds another evaluation \(files of rewards differ\)"):
         begun(tmp_path, output="first", reward="my_reward_of_today:score")
+    begun(tmp_path, output="second", compared="first", reward="my_reward_of_today:score")
+    assert "first was scored by other rewards" in caplog.text
     assert "my_reward_of_today" not in sys.modules, "it is imported in workers alone"
