@@ -20,7 +20,6 @@ from functools import partial
 from typing import Any
 from unittest.mock import patch
 
-import peft  # noqa: F401 (bitsandbytes, which it imports, asks a real torch for CUDA's streams)
 import torch
 from simulated_cuda import install
 from simulated_device import CUDA, SEEN
