@@ -101,7 +101,7 @@ def write_merged(trained: Trained, out: Path, dtype: str | None, max_shard_size:
     written, line = saving.choose_dtype(policy, keep=True, asked=None if dtype is None else DTYPES[dtype])
     print(line)
     state = saving.merged_state(policy, keep=True, dtype=written)
-    saving.write_merged(policy, state, tokenizer, out, max_shard_size)
+    saving.write_merged(policy.causal_lm, state, tokenizer, out, max_shard_size)
     del policy, state  # frees memory for the reopened model
     rougher = max(written, computed, key=lambda dtype: TOLERANCE[dtype_name(dtype)])
     return compare(expected, fixed_logits(load_causal_lm(at(trained, out), written, None)), rougher)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +51,7 @@ def kept_shares(policy: Policy, dtypes: Sequence[torch.dtype], keep: bool) -> li
                 exact = weight.double() + update
                 total += float(update.double().square().sum())
                 for place, dtype in enumerate(dtypes):
-                    written = _merged(weight, update).to(_dtype_in_file(policy, weight, dtype))
+                    written = _merged(weight, update).to(_dtype_in_file(policy.causal_lm, weight, dtype))
                     rounding[place] += float((written - exact).square().sum())
     return [max(0.0, 1 - each / total) if total else None for each in rounding]
 
@@ -83,12 +83,11 @@ def _merged(weight: Tensor, update: Tensor) -> Tensor:
     return weight.float() + update
 
 
-def _dtype_in_file(policy: Policy, parameter: Tensor, dtype: torch.dtype) -> torch.dtype:
+def _dtype_in_file(model: nn.Module, parameter: Tensor, dtype: torch.dtype) -> torch.dtype:
     """`dtype`, or the parameter's own dtype if it differs from that of the model."""
-    return dtype if parameter.dtype == policy.causal_lm.dtype else parameter.dtype
+    return dtype if parameter.dtype == model.dtype else parameter.dtype
 
 
-@torch.no_grad()
 def merged_state(policy: Policy, keep: bool, dtype: torch.dtype) -> dict[str, Tensor]:
     """All weights of the trained model by the plain model's names, on the CPU. One layer is gathered at a time.
 
@@ -97,27 +96,36 @@ def merged_state(policy: Policy, keep: bool, dtype: torch.dtype) -> dict[str, Te
     sharded. Ranks that do not `keep` the result get an empty dict.
     """
     layers = adapted_layers(policy) if isinstance(policy.model, PeftModel) else {}
-    quantized = quantized_layers(policy.causal_lm)
-    stored = set(policy.causal_lm.state_dict())
+    return _state(policy.causal_lm, layers, keep, dtype)
+
+
+def base_state(model: nn.Module, keep: bool, dtype: torch.dtype) -> dict[str, Tensor]:
+    """All weights of a transformers model without the adapters in it, dequantised, as `merged_state` has them."""
+    return _state(model, {}, keep, dtype)
+
+
+@torch.no_grad()
+def _state(model: Any, layers: Mapping[str, Any], keep: bool, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The weights of a model with the adapters of `layers` merged into them."""
+    quantized, stored = quantized_layers(model), set(model.state_dict())
     state: dict[str, Tensor] = {}
-    for name, parameter in list(policy.causal_lm.named_parameters()):
+    for name, parameter in list(model.named_parameters()):
         if ".lora_" in name or not parameter.is_floating_point():
             continue
         key = plain_name(name)
         layer = layers.get(key.removesuffix(".weight"))
         with gathered([parameter, *(layer.parameters() if layer else ())]):
             if keep:
-                parameter = policy.causal_lm.get_parameter(name)
+                parameter = model.get_parameter(name)
                 value = _merged(parameter, delta_weight(layer)) if layer else parameter
-                state[key] = value.to(_dtype_in_file(policy, parameter, dtype)).cpu().clone()
+                state[key] = value.to(_dtype_in_file(model, parameter, dtype)).cpu().clone()
     for name, base in quantized.items() if keep else ():
         key = plain_name(f"{name}.weight")
         layer, value = layers.get(key.removesuffix(".weight")), base.weight
         value = (_merged(value, delta_weight(layer)) if layer else value).to(dtype).cpu()
         state[key] = value.T.contiguous() if base.is_transposed else value
     if keep:
-        state |= {plain_name(name): buffer.cpu().clone() for name, buffer in policy.causal_lm.named_buffers()
-                  if name in stored}  # fmt: skip
+        state |= {plain_name(name): buffer.cpu().clone() for name, buffer in model.named_buffers() if name in stored}
     return state
 
 
@@ -138,30 +146,31 @@ def save_final(policy: Policy, tokenizer: Any, directory: Path, is_main: bool) -
     log.info("%s: %s", directory, line)
     state, adapters = merged_state(policy, is_main, dtype), adapter_state(policy, is_main)
     if is_main:
-        write_merged(policy, state, tokenizer, directory)
+        write_merged(policy.causal_lm, state, tokenizer, directory)
         if isinstance(policy.model, PeftModel):
             write_adapter(policy.model, adapters, directory / "adapter")
 
 
 def write_merged(
-    policy: Policy, state: dict[str, Tensor], tokenizer: Any | None, directory: Path,
+    model: Any, state: dict[str, Tensor], tokenizer: Any | None, directory: Path,
     max_shard_size: str = MAX_SHARD_SIZE,
 ) -> None:  # fmt: skip
-    """Write a plain model of these weights, with its tokenizer if given, and check the files. Raises RuntimeError."""
+    """Write a plain model like `model` of these weights, with its tokenizer if given, and check the files. Raises
+    RuntimeError."""
     with unsharded_loading(), torch.device("meta"):
-        plain = policy.causal_lm._from_config(policy.causal_lm.config, dtype=next(iter(state.values())).dtype)
+        plain = model._from_config(model.config, dtype=next(iter(state.values())).dtype)
     plain.load_state_dict(_by_all_names(state, plain), strict=False, assign=True)
     plain.tie_weights()
     missing = [name for name, tensor in plain.state_dict().items() if tensor.is_meta]
     if missing:
         raise RuntimeError(f"the merged model lacks {len(missing)} weights, among them {missing[:3]}")
-    plain.generation_config = policy.causal_lm.generation_config
+    plain.generation_config = model.generation_config
     name_device()
     plain.save_pretrained(directory, max_shard_size=max_shard_size)
     if tokenizer is not None:
         tokenizer.save_pretrained(directory)
     for name in PROCESSORS:
-        given = cached_file(policy.causal_lm.name_or_path, name, _raise_exceptions_for_missing_entries=False,
+        given = cached_file(model.name_or_path, name, _raise_exceptions_for_missing_entries=False,
                             _raise_exceptions_for_connection_errors=False)  # fmt: skip
         if given is not None:
             shutil.copyfile(given, directory / name)

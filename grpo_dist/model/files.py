@@ -208,9 +208,6 @@ def require_quantizable(config: Config, stored: Mapping[str, Any] | None) -> Non
                          f"is quantised already, in {kind}")  # fmt: skip
     if config.lora is None and form is None:
         raise UnfitModel(f"lora: null given with {what}, expected adapters: quantised weights cannot be trained")
-    if config.rollout.engine == "vllm":
-        raise UnfitModel(f"rollout.engine: 'vllm' given with {what}, expected `auto` or `native`: a server would "
-                         "compute with other values of the weights")  # fmt: skip
     if form is None:
         require_package()
 

@@ -96,7 +96,7 @@ def _look(
     say("predicting the memory of a rank, by a trace of the model without its weights")
     counts = sizes.describe_memory(config, read, ranks, findings)
     say("looking at disk, checkpoints, servers and trackers")
-    machine.check_disk(config, counts, findings)
+    machine.check_disk(config, read, counts, findings)
     machine.check_resuming(config, read, findings)
     with findings.attempt():
         servers.check_servers(config, read.model_config, findings)

@@ -13,13 +13,15 @@ from ..config.places import existing_part, require_writable
 from ..config.schema import Config
 from ..distributed.device import resolve_dtype
 from ..planning.memory import ModelCounts
+from ..rollout.vllm.base import is_dequantized
 from .contents import Contents
 from .findings import Findings
 from .sizes import gib
 
 
-def check_disk(config: Config, counts: ModelCounts | None, findings: Findings) -> None:
-    """Note whether output_dir is writable and has space for the checkpoints and the final model."""
+def check_disk(config: Config, contents: Contents, counts: ModelCounts | None, findings: Findings) -> None:
+    """Note whether output_dir is writable and has space for the checkpoints, the final model, and the dequantised base
+    where servers need one."""
     directory = Path(config.train.output_dir)
     before = len(findings.problems)
     with findings.attempt():
@@ -36,9 +38,14 @@ def check_disk(config: Config, counts: ModelCounts | None, findings: Findings) -
     num_kept = config.train.keep_checkpoints + 1  # the next is written before the oldest is removed
     dtype = torch.float32 if config.lora is None else resolve_dtype(config.model.dtype)
     needed = num_kept * checkpoint + counts.parameters * dtype.itemsize + 4 * counts.adapters
+    what = f"{num_kept} checkpoints and the final model"
+    if config.rollout.engine == "vllm" and contents.model_config is not None:
+        base = counts.parameters * resolve_dtype(config.model.dtype).itemsize
+        if is_dequantized(config, contents.model_config):
+            needed, what = needed + base, f"{num_kept} checkpoints, the final model and the servers' base"
     existing = existing_part(directory)
     free = shutil.disk_usage(existing).free
-    space = (f"{gib(needed)} for {num_kept} checkpoints and the final model, {gib(free)} free in {existing}; "
+    space = (f"{gib(needed)} for {what}, {gib(free)} free in {existing}; "
              "completions need more")  # fmt: skip
     if needed > free:
         findings.problems.append(f"train.output_dir: {directory} needs {space}; free some, choose another disk, or "

@@ -12,6 +12,7 @@ from ..config.schema import Config
 from ..distributed.device import dtype_name, resolve_dtype
 from ..model.load import model_path
 from ..rollout.replay import needs_routes
+from ..rollout.vllm.base import is_dequantized, served_model
 from ..rollout.vllm.client import AUTH_VARIABLE
 from ..rollout.vllm.messages import COMPLETIONS, one_token, reports_routes, without_routes
 from ..rollout.vllm.server import command_line
@@ -29,8 +30,11 @@ def check_servers(config: Config, model_config: Any, findings: Findings) -> None
         return
     with_routes = model_config is not None and needs_routes(config.rollout, model_config)
     dtype = dtype_name(resolve_dtype(config.model.dtype))
-    command = command_line(config, model_path(config.model), dtype, with_routes)
-    lines = [f"a server is started with: {command}"]
+    model = model_path(config.model) if model_config is None else served_model(config, model_config)
+    lines = [f"a server is started with: {command_line(config, model, dtype, with_routes)}"]
+    if model_config is not None and is_dequantized(config, model_config):
+        lines.append(f"the run writes its dequantised base to {model}, for servers; so does, before the run, "
+                     "`python -m grpo_dist.rollout.vllm.serve`, which starts one")  # fmt: skip
     if options.python is not None:
         lines += _version(os.path.expanduser(options.python), findings)
     for url in options.urls or ():

@@ -18,6 +18,7 @@ import psutil
 import pytest
 from fake_vllm import FakeVllm
 from launching import ROOT, TINY, begin, free_port, launch, metrics, python_of_fake_vllm, train
+from packed_models import write_fp8
 from small_experts import make_experts
 from wide_heads import write_with_wide_heads
 
@@ -138,6 +139,41 @@ def test_a_step_ahead(server: FakeVllm, tmp_path: Path) -> None:
     assert first["rollout/probe_gap"] <= 1e-4 and second["rollout/probe_gap"] <= 1e-4
 
 
+NF4 = ("--model.quantization", "nf4")
+
+
+def test_servers_have_the_quantised_base(python: str, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    words = [*NF4, "--rollout.vllm.python", python]
+    run = train("zero2", 2, tmp_path / "run", *SMALL, *words, "--optim.scheduler", "constant")
+    note = run / "served_base" / "written_from.json"
+    assert f"serving {note.parent}" in (run / "vllm.log").read_text()
+    written = note.stat().st_mtime_ns
+    train(None, 1, run, *SMALL, *words, "--optim.scheduler", "constant", "--train.num_train_steps", "3")
+    _, *lines = metrics(run)
+    assert [line["step"] for line in lines] == [1, 2, 3]
+    assert all(line["rollout/probe_gap"] <= 1e-4 and line["rollout/logprob_gap_max"] <= 1e-4 for line in lines)
+    assert note.stat().st_mtime_ns == written, "a run that goes on takes the same files"
+    assert [each.name for each in run.glob("served_base*")] == ["served_base"]
+
+
+def test_a_server_with_the_base_that_is_not_quantised(server: FakeVllm, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    done = launch(None, 1, *TINY, *SMALL, *NF4, *urls(server), "--train.output_dir", str(tmp_path / "run"))
+    assert done.returncode == 2 and "does not sample from the policy" in done.stderr, done.stderr[-4000:]
+    assert f"--model {tmp_path / 'run' / 'served_base'}" in done.stderr
+
+
+def test_all_weights_of_a_base_in_fp8(python: str, tmp_path: Path) -> None:
+    pytest.importorskip("transformers.integrations.finegrained_fp8")
+    write_fp8(tmp_path / "model")
+    run = train(None, 1, tmp_path / "run", *SMALL, *ROUTED, "--rollout.routing_replay", "auto", "--model.name",
+                str(tmp_path / "model"), "--lora", "null", "--rollout.vllm.python", python)  # fmt: skip
+    _, *lines = metrics(run)
+    assert [line["step"] for line in lines] == [1, 2]
+    assert all(line["rollout/probe_gap"] <= 1e-4 and line["rollout/logprob_gap_max"] <= 1e-4 for line in lines)
+
+
 vllm_itself = pytest.mark.skipif(
     "GRPO_DIST_VLLM" not in os.environ, reason="GRPO_DIST_VLLM does not name the Python of vLLM"
 )
@@ -153,6 +189,18 @@ def test_vllm_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert [line["step"] for line in lines] == [1, 2]
     assert all(line["rollout/probe_gap"] <= 1e-4 and line["rollout/logprob_gap_max"] <= 1e-4 for line in lines)
     assert note(run) is None, "it ends with the run"
+
+
+@pytest.mark.slow
+@vllm_itself
+@pytest.mark.parametrize("quantization", ["nf4", "int8"])
+def test_a_quantised_base_in_vllm_itself(quantization: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+    run = train(None, 1, tmp_path / "run", *SMALL, "--model.quantization", quantization,
+                "--rollout.vllm.python", os.environ["GRPO_DIST_VLLM"], timeout_seconds=900)  # fmt: skip
+    _, *lines = metrics(run)
+    assert [line["step"] for line in lines] == [1, 2]
+    assert all(line["rollout/probe_gap"] <= 1e-4 and line["rollout/logprob_gap_max"] <= 1e-4 for line in lines)
 
 
 def require_the_same_experts(run: Path) -> None:

@@ -155,7 +155,7 @@ class ServedPolicy:
                     write_adapter(self._policy.model, state, path)
                     model = name
                 else:
-                    write_merged(self._policy, state, None, path)
+                    write_merged(self._policy.causal_lm, state, None, path)
             except Exception as error:
                 raise ServerError(f"the policy cannot be written to {path} for the servers "
                                   f"({type(error).__name__}: {error})") from error  # fmt: skip

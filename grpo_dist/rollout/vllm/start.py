@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+from contextlib import nullcontext
 from pathlib import Path
 
 from ...config.schema import Config
@@ -11,11 +12,12 @@ from ...config.vllm import SHARED
 from ...distributed.device import dtype_name, resolve_dtype
 from ...distributed.ranks import Ranks
 from ...distributed.watch import Interrupted
-from ...model.load import model_path
+from ...model.load import load_model_config
 from ...model.policy import Policy
 from ...model.routing import Routers
 from ..choose import UnfitEngine
 from ..local import Weights
+from .base import provide_base, served_model
 from .client import Servers
 from .engine import VllmEngine
 from .policy import ServedPolicy
@@ -34,8 +36,14 @@ def make_vllm_engine(
     """
     options = config.rollout.vllm
     assert options is not None, "check_vllm sees to it"
-    model, dtype = model_path(config.model), dtype_name(resolve_dtype(config.model.dtype))
-    own, problem = None, None
+    dtype = dtype_name(resolve_dtype(config.model.dtype))
+    model_config = load_model_config(config.model)
+    model = served_model(config, model_config)
+    with weights.open() if policy is None else nullcontext(policy.causal_lm) as trained:
+        problem = provide_base(config, model_config, trained, ranks)
+    if problem is not None:
+        raise UnfitEngine(problem)
+    own = None
     if options.urls is None and ranks.is_main:
         try:
             own = _start(config, model, dtype, ranks, routers is not None)

@@ -110,6 +110,6 @@ def test_files_that_differ_are_noticed(base: ModelConfig, tmp_path: Path, monkey
     state = {name: p.detach().clone() for name, p in policy.causal_lm.named_parameters()}
     monkeypatch.setattr("grpo_dist.model.export._tensors", lambda directory: [torch.zeros(3)])
     with pytest.raises(RuntimeError, match="files have 3 numbers"):
-        write(policy, state, load_tokenizer(base), tmp_path)
+        write(policy.causal_lm, state, load_tokenizer(base), tmp_path)
     with pytest.raises(RuntimeError, match="not the trained one"):
         compare(torch.ones(3), torch.tensor([1.0, 1.0, 1.001]), "torch.float32")

@@ -17,7 +17,6 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from grpo_dist.config.schema import Config, LoraConfig, ModelConfig, RolloutConfig
-from grpo_dist.config.vllm import VllmConfig
 from grpo_dist.model.dequantization import describe_dequantized, form_of
 from grpo_dist.model.export import choose_dtype, save_final
 from grpo_dist.model.files import UnfitModel, require_fit_files
@@ -107,9 +106,6 @@ def test_what_does_not_go_with_it_is_refused_by_name(packed: Any) -> None:
     check(path, data=data, **small)
     with pytest.raises(UnfitModel, match=f"model.quantization: 'nf4' given.*is quantised already, in {form}"):
         check(path, data=data, model={"quantization": "nf4"}, **small)
-    vllm = RolloutConfig(max_completion_length=8, engine="vllm", vllm=VllmConfig(urls=["http://a"]))
-    with pytest.raises(UnfitModel, match=rf"rollout.engine: 'vllm' given with a checkpoint in {form}"):
-        check(path, data=data, rollout=vllm)
 
 
 def test_scales_that_are_not_used_are_noticed(tmp_path: Path) -> None:

@@ -106,7 +106,7 @@ def test_what_is_exported_computes_what_was_trained(kind: str, tmp_path: Path) -
     base = make_experts(tmp_path / "base", kind)
     policy = moved(kind, base=load_causal_lm(ModelConfig(base), torch.float32, "eager"))
     expected = logits(policy.causal_lm)
-    write_merged(policy, merged_state(policy, True, torch.float32), None, tmp_path / "merged")
+    write_merged(policy.causal_lm, merged_state(policy, True, torch.float32), None, tmp_path / "merged")
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", attn_implementation="eager")
     torch.testing.assert_close(logits(merged), expected, rtol=1e-3, atol=1e-4)
     assert isinstance(policy.model, PeftModel)

@@ -316,7 +316,6 @@ def test_checkpoints_of_bitsandbytes_are_trained_on(checkpoint: ModelConfig) -> 
     [
         ({"lora": None}, r"lora: null given with a checkpoint in \S+ \(bitsandbytes\), expected adapters"),
         ({"quantization": "other"}, r"model\.quantization: '\S+' given, expected null: the checkpoint .* in \S+"),
-        ({"engine": "vllm"}, r"rollout\.engine: 'vllm' given with a checkpoint in \S+ \(bitsandbytes\)"),
     ],
 )
 def test_what_cannot_go_with_a_quantised_checkpoint(
@@ -326,8 +325,6 @@ def test_what_cannot_go_with_a_quantised_checkpoint(
     config = Config(model=checkpoint, lora=LORA)
     if "lora" in change:
         config = replace(config, lora=None)
-    elif "engine" in change:
-        config.rollout.engine = "vllm"
     else:
         is_int8 = model_config.quantization_config.get("load_in_8bit")
         config.model.quantization = "nf4" if is_int8 else "int8"
