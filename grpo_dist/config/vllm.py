@@ -68,8 +68,6 @@ def check_vllm(config: Config) -> None:
     experts = config.lora.target_parameters if config.lora else []
     require(not is_vllm or not experts, "lora.target_parameters", experts,
             "[] with rollout.engine `vllm`, which is not given adapters on experts")  # fmt: skip
-    require(not is_vllm or config.model.quantization is None, "model.quantization", config.model.quantization,
-            "null with rollout.engine `vllm`: a server would compute with other values of the weights")  # fmt: skip
     require(not is_vllm or rollout.temperature == 1 or not rollout.cuts_off, "rollout.temperature",
             rollout.temperature, "1 with top_p, top_k, min_p, min_new_tokens or banned_tokens: vLLM returns "
             "log-probabilities either before the temperature or after these")  # fmt: skip

@@ -164,6 +164,7 @@ def test_a_server_with_the_base_that_is_not_quantised(server: FakeVllm, tmp_path
     assert f"--model {tmp_path / 'run' / 'served_base'}" in done.stderr
 
 
+@pytest.mark.slow
 def test_all_weights_of_a_base_in_fp8(python: str, tmp_path: Path) -> None:
     pytest.importorskip("transformers.integrations.finegrained_fp8")
     write_fp8(tmp_path / "model")
