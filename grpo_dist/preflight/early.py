@@ -25,7 +25,7 @@ from ..model.files import (
     require_unsharded,
 )
 from ..model.names import require_known_names
-from ..model.toy import MODELS
+from ..model.toy import MODELS, toy_path
 from ..text.plain import plain_lines, write_lines
 
 
@@ -73,12 +73,14 @@ def require_possible(config: Config, environment: Mapping[str, str], num_ranks: 
     config = with_adapter(config)
     if not _is_here(config.model.name):
         return
-    place = Path(model_place(config.model.name, "model.name"))
+    is_toy = config.model.name in MODELS
+    place = toy_path(config.model.name) if is_toy else Path(model_place(config.model.name, "model.name"))
     if (entries := read_entries(place)) is not None:
         require_fit_files(config, place, entries, num_ranks, shards)
         require_known_names(config.model, config.lora, config.rollout, place, entries)
 
 
 def _is_here(name: str) -> bool:
-    """Whether a model lies in a directory: it takes a library to look into a repository of the hub."""
-    return name not in MODELS and (is_path(name) or Path(name).is_dir())
+    """Whether a model lies in a directory, as those of the package do: it takes a library to look into a repository of
+    the hub."""
+    return name in MODELS or is_path(name) or Path(name).is_dir()

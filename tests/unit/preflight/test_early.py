@@ -115,6 +115,14 @@ def test_what_is_not(tmp_path: Path) -> None:
         require_possible(config, ZERO3, 2)
 
 
+def test_the_toy_models_are_looked_into_too(tmp_path: Path) -> None:
+    config = Config(lora=LoraConfig(target_modules=["q_prj"]), rollout=RolloutConfig(max_completion_length=16),
+                    train=TrainConfig(output_dir=str(tmp_path / "run")))  # fmt: skip
+    config.data.max_prompt_length = 64
+    with pytest.raises(ValueError, match="'q_prj' is not a layer of Qwen2ForCausalLM; did you mean 'q_proj'"):
+        require_possible(config, {}, None)
+
+
 def test_nodes_with_disks_of_their_own_are_left_to_the_meeting_of_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     words = ["--model.name", "./nowhere"]
     monkeypatch.setenv("WORLD_SIZE", "4")
