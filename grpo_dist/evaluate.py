@@ -162,11 +162,8 @@ class Evaluation:
                              "--output, or remove it")  # fmt: skip
         if os.environ.get("RANK", "0") == "0":
             if compared is not None and (compared / "evaluation.json").exists():
-                theirs, scored_by = (
-                    json.loads((compared / "evaluation.json").read_text()),
-                    ("rewards", "files of rewards"),
-                )
-                if [theirs.get(key) for key in scored_by] != [identity[key] for key in scored_by]:
+                theirs = json.loads((compared / "evaluation.json").read_text())
+                if any(theirs.get(key) != identity[key] for key in ("rewards", "files of rewards")):
                     log.warning("--compare: %s was scored by other rewards, or by other versions of them", compared)
             self.directory.mkdir(parents=True, exist_ok=True)
             write_file(path, json.dumps(identity, indent=1))
