@@ -25,10 +25,16 @@ def evaluate(parts: Parts, state: TrainState, step: int) -> dict[str, float]:
             return metrics
         metrics |= _evaluated(parts, state, parts.sampling, "eval/", step)
         metrics |= _evaluated(parts, state, replace(parts.sampling, greedy=True), "eval/greedy_", step)
-    sampled, greedy = (f"{metrics[f'eval/{kind}accuracy']:.3f} (mean reward {metrics[f'eval/{kind}reward']:.3f})"
+    sampled, greedy = (shown(metrics[f"eval/{kind}accuracy"], metrics[f"eval/{kind}reward"])
                        for kind in ("", "greedy_"))  # fmt: skip
     parts.display.say(f"step {step}: held-out accuracy {sampled} sampled, {greedy} greedy")
     return metrics
+
+
+def shown(accuracy: float, reward: float) -> str:
+    """An accuracy, with the mean reward unless that is the same number: of rewards other than 0 and 1 it is not."""
+    texts = [f"{number:.3f}" for number in (accuracy, reward)]
+    return texts[0] if texts[0] == texts[1] else f"{texts[0]} (mean reward {texts[1]})"
 
 
 def _evaluated(parts: Parts, state: TrainState, sampling: Sampling, prefix: str, step: int) -> dict[str, float]:
