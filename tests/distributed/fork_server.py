@@ -76,7 +76,8 @@ def serve(requests: socket.socket) -> dict[str, Any]:
     """Fork for each request, one at a time, and report its process id and exit status; returns in the forks alone."""
     while True:
         message, files, _, _ = socket.recv_fds(requests, MAX_BYTES, 2)
-        if not message:  # the session has ended
+        if not message:  # the session has ended; Triton would report what is frozen as leaks
+            gc.unfreeze()
             sys.exit()
         pid = os.fork()
         if pid == 0:

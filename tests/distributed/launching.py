@@ -12,12 +12,12 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import torch
-from peft import PeftModel
 from resident import ForkedRun, server_for
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from grpo_dist.model.peft import with_saved_adapters
 from grpo_dist.model.toy import toy_path
 
 ROOT = Path(__file__).parents[2]
@@ -140,7 +140,7 @@ def merged_equals_adapter(directory: Path) -> bool:
     ids = torch.arange(5, 40)[None]
     with torch.no_grad():
         plain = base(ids).logits
-        adapted = PeftModel.from_pretrained(base, directory / "final" / "adapter")(ids).logits
+        adapted = with_saved_adapters(base, str(directory / "final" / "adapter"))(ids).logits
         equal = torch.allclose(merged(ids).logits, adapted, atol=1e-4)
     return equal and not torch.allclose(plain, adapted, atol=1e-2)
 
