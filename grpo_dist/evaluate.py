@@ -35,7 +35,7 @@ from .distributed.deepspeed import unsharded_loading
 from .distributed.device import resolve_dtype, set_up_cuda
 from .distributed.launch_config import require_known_launch
 from .distributed.ranks import Ranks
-from .distributed.rendezvous import is_of_one_rank, place_in_launch
+from .distributed.rendezvous import place_in_launch, tell_error_of_start
 from .distributed.watch import Interrupted
 from .model.adapter import to_evaluate
 from .model.adapter_values import fingerprint
@@ -283,10 +283,7 @@ def evaluate(options: argparse.Namespace, config: Config) -> int:
         evaluation = Evaluation(config, options.n, options.output, options.category, options.compare)
         ranks = Ranks(resolve_dtype(config.model.dtype), config.optim)
     except (ValueError, OSError) as error:
-        if os.environ.get("RANK", "0") == "0" or is_of_one_rank(error):
-            write_lines(plain_lines(f"error: {error}"), sys.stderr)
-        else:
-            let_first_rank_answer("RANK")
+        tell_error_of_start(error)
         return 2
     status = 0
     try:

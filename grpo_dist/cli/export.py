@@ -171,7 +171,7 @@ echo "talk to it: $llama_cpp/build/bin/llama-cli -m {model}-q4_k_m.gguf"
 
 def usage(trained: Trained, out: Path, kind: str) -> list[str]:
     """Lines with commands to use an export with transformers, vLLM and llama.cpp."""
-    from ..model.load import model_path
+    from ..model.files import model_path
 
     place = shlex.quote(str(out))
     example = f"from transformers import pipeline; print(pipeline('text-generation', {str(out)!r})('Hello'))"

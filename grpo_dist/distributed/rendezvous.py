@@ -24,7 +24,8 @@ import psutil
 import torch
 import torch.distributed as dist
 
-from ..text.plain import write_lines
+from ..config.parse import let_first_rank_answer
+from ..text.plain import plain_lines, write_lines
 from .device import computes_on_gpu
 
 log = logging.getLogger(__name__)
@@ -54,6 +55,14 @@ class LaunchError(ValueError):
 def is_of_one_rank(error: Exception) -> bool:
     """Whether other ranks may not know of an error in the start, so that this rank has to print it."""
     return isinstance(error, LaunchError) and not error.by_all
+
+
+def tell_error_of_start(error: Exception) -> None:
+    """Print an error that ends the start, on the rank that has to. The others wait, so that it comes to that."""
+    if os.environ.get("RANK", "0") == "0" or is_of_one_rank(error):
+        write_lines(plain_lines(f"error: {error}"), sys.stderr)
+    else:
+        let_first_rank_answer("RANK")
 
 
 def place_in_launch() -> tuple[int, int]:

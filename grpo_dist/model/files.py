@@ -14,7 +14,9 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from ..config.checks import require
+from ..config.places import model_place
 from ..config.schema import Config, ModelConfig
+from .toy import MODELS, toy_path
 
 _SHOWN_NAMES = 12
 
@@ -107,8 +109,7 @@ def require_fit_files(
                 bool(entries.get("is_encoder_decoder")), bool(entries.get("auto_map")))  # fmt: skip
     require_positions(text.get("max_position_embeddings"), config.max_sequence_length)
     require_quantizable(config, given)
-    packed = given if given and is_bitsandbytes(given) else None
-    require_unsharded(kind_of(config.model, packed) is not None, shards_weights)
+    require_unsharded(kind_of(config.model, given) is not None, shards_weights)
     require_divisors(config, num_ranks, text.get("num_attention_heads"))
     require_weights(config.model.name, path, given)
 
@@ -186,19 +187,25 @@ def dequantized_form(quantization: Mapping[str, Any] | None) -> str | None:
 
 
 def kind_of(model: ModelConfig, stored: Mapping[str, Any] | None) -> str | None:
-    """How the linear layers of the base are stored: `nf4`, `fp4` or `int8`; None for plain weights. `stored` is
-    bitsandbytes' quantization_config of a checkpoint that is quantised already."""
-    if stored is None:
+    """How the linear layers of the base are stored: `nf4`, `fp4` or `int8`; None for plain weights. `stored` is the
+    quantization_config of its checkpoint, which counts where bitsandbytes has quantised that."""
+    if not stored or not is_bitsandbytes(stored):
         return model.quantization
     is_eight_bit = stored.get("load_in_8bit") or stored.get("_load_in_8bit")
     return "int8" if is_eight_bit else str(stored.get("bnb_4bit_quant_type", "fp4"))
+
+
+def stored_kind(model: ModelConfig, stored: Mapping[str, Any] | None) -> str | None:
+    """The form in which the base has its linear layers, or its checkpoint where that is dequantised when it is loaded;
+    None where both are plain. `stored` is the checkpoint's quantization_config."""
+    return dequantized_form(stored) or kind_of(model, stored)
 
 
 def require_quantizable(config: Config, stored: Mapping[str, Any] | None) -> None:
     """Raise UnfitModel where the base is quantised and this run cannot train on it; `stored` is the quantization_config
     of its checkpoint."""
     form, asked = dequantized_form(stored), config.model.quantization
-    kind = form or kind_of(config.model, stored)
+    kind = stored_kind(config.model, stored)
     if kind is None:
         return
     origin = "dequantised when it is loaded" if form else "bitsandbytes"
@@ -210,6 +217,11 @@ def require_quantizable(config: Config, stored: Mapping[str, Any] | None) -> Non
         raise UnfitModel(f"lora: null given with {what}, expected adapters: quantised weights cannot be trained")
     if form is None:
         require_package()
+
+
+def model_path(model: ModelConfig) -> str:
+    """The argument of `from_pretrained`. Raises ValueError for a path without a model."""
+    return str(toy_path(model.name)) if model.name in MODELS else model_place(model.name, "model.name")
 
 
 def require_package() -> None:

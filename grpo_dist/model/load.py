@@ -37,11 +37,10 @@ from .checks import (
 from .dequantization import become_plain, dequantized_loading
 from .dropout import drop_by_token
 from .expert_adapters import compute_adapters_apart, expert_parameters, of_experts
-from .files import UnfitModel, dequantized_form, require_positions, require_weights
+from .files import UnfitModel, dequantized_form, model_path, require_positions, require_weights
 from .peft import LoraLayer, PeftLoraConfig, with_new_adapters
 from .policy import Policy, recompute_layers
 from .quantization import quantized_loading, use_own_layers
-from .toy import MODELS, toy_path
 
 log = logging.getLogger(__name__)
 
@@ -49,11 +48,6 @@ _NO_SAMPLING = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_t
                 "cache_implementation", "output_attentions", "output_hidden_states", "output_scores", "output_logits",
                 "return_dict_in_generate", "transformers_version", "_from_model_config")  # fmt: skip
 """Entries of generation_config.json that do not change what is drawn, or that the engines do take over."""
-
-
-def model_path(model: ModelConfig) -> str:
-    """The argument of `from_pretrained`. Raises ValueError for a path without a model."""
-    return str(toy_path(model.name)) if model.name in MODELS else model_place(model.name, "model.name")
 
 
 def _hub_options(model: ModelConfig) -> dict[str, Any]:

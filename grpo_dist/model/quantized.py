@@ -87,6 +87,11 @@ class QuantizedLinear(nn.Linear):
         """The weight, dequantised at each access."""
         return self.dequantized()
 
+    def plain(self) -> nn.Linear:
+        """A plain layer of this shape, on the meta device."""
+        sizes = self.in_features, self.out_features
+        return nn.Linear(*sizes, self.bias is not None, "meta", self.dtype).requires_grad_(False)
+
     @property
     def num_bytes(self) -> int:
         """Bytes of the stored weight."""
@@ -187,7 +192,7 @@ def dtype_of(layer: Any) -> torch.dtype:
 def dequantize_layers(model: nn.Module) -> None:
     """Replace a model's quantised layers by plain ones with the same values, for a model that only decodes."""
     for name, layer in quantized_layers(model).items():
-        plain = nn.Linear(layer.in_features, layer.out_features, device="meta")
+        plain = layer.plain()
         plain.weight, plain.bias = _frozen(layer.weight), layer.bias
         model.set_submodule(name, plain)
 

@@ -70,8 +70,7 @@ class RolloutModel:
     def dequantize(self) -> None:
         """Dequantise a quantised base whenever the model is opened; to be called while it is not."""
         for name, layer in quantized_layers(self.tree).items():
-            plain = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, "meta", layer.dtype)
-            self.tree.set_submodule(name, plain.requires_grad_(False))
+            self.tree.set_submodule(name, layer.plain())
         self._list_places()
 
     @property

@@ -16,7 +16,7 @@ from ..data.mixture import load_training
 from ..data.prompts import NO_TOKENIZERS, load_prompts
 from ..environments.host import EnvironmentHost
 from ..model.checks import require_complete_model, stored_quantization
-from ..model.files import require_quantizable
+from ..model.files import model_path, require_quantizable
 from ..model.load import (
     attention_for,
     check_model_config,
@@ -24,7 +24,6 @@ from ..model.load import (
     ignored_generation_options,
     load_model_config,
     load_tokenizer,
-    model_path,
     try_blank,
 )
 from ..model.split_rows import require_whole_groups

@@ -12,12 +12,13 @@ from pathlib import Path
 
 from ..config.parse import let_first_rank_answer
 from ..config.parse import refuse_mistakes as refuse_mistaken_options
-from ..config.places import is_path, model_place, require_writable
+from ..config.places import is_path, require_writable
 from ..config.schema import Config
 from ..data.rows import check_file
 from ..distributed.launch_config import require_known_launch, require_optimizer, shards_weights
 from ..model.adapter import with_adapter
 from ..model.files import (
+    model_path,
     read_entries,
     require_divisors,
     require_fit_files,
@@ -25,7 +26,7 @@ from ..model.files import (
     require_unsharded,
 )
 from ..model.names import require_known_names
-from ..model.toy import MODELS, toy_path
+from ..model.toy import MODELS
 from ..text.plain import plain_lines, write_lines
 
 
@@ -73,8 +74,7 @@ def require_possible(config: Config, environment: Mapping[str, str], num_ranks: 
     config = with_adapter(config)
     if not _is_here(config.model.name):
         return
-    is_toy = config.model.name in MODELS
-    place = toy_path(config.model.name) if is_toy else Path(model_place(config.model.name, "model.name"))
+    place = Path(model_path(config.model))
     if (entries := read_entries(place)) is not None:
         require_fit_files(config, place, entries, num_ranks, shards)
         require_known_names(config.model, config.lora, config.rollout, place, entries)

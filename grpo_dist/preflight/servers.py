@@ -10,7 +10,7 @@ from typing import Any
 
 from ..config.schema import Config
 from ..distributed.device import dtype_name, resolve_dtype
-from ..model.load import model_path
+from ..model.files import model_path
 from ..rollout.replay import needs_routes
 from ..rollout.vllm.base import is_dequantized, served_model
 from ..rollout.vllm.client import AUTH_VARIABLE

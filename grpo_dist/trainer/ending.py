@@ -15,7 +15,7 @@ from ..checkpoint.state import TrainState
 from ..config.parse import DRY_RUN, let_first_rank_answer, parse_config
 from ..config.schema import Config
 from ..distributed.ranks import PhaseError
-from ..distributed.rendezvous import LaunchError, is_of_one_rank
+from ..distributed.rendezvous import LaunchError, tell_error_of_start
 from ..distributed.watch import Interrupted
 from ..model.files import UnfitModel
 from ..monitoring.console import set_up_logging
@@ -53,10 +53,7 @@ def run(train: Callable[[Parts, TrainState], None], config: Config) -> int:
     try:
         parts, state = build(config)
     except (UserError, LaunchError) as error:  # most are raised on all ranks
-        if os.environ.get("RANK", "0") == "0" or is_of_one_rank(error):
-            write_lines(plain_lines(f"error: {error}"), sys.stderr)
-        else:
-            let_first_rank_answer("RANK")
+        tell_error_of_start(error)
         return 2
     status, all_ranks, message, dies = 1, True, "", False
     try:

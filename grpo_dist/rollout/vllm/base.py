@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from ...config.schema import Config
 from ...distributed.device import computes_on_gpu, resolve_dtype
 from ...distributed.ranks import Ranks
-from ...model.checks import bitsandbytes_config, stored_quantization
+from ...model.checks import stored_quantization
 from ...model.export import base_state, write_merged
-from ...model.files import PACKAGE, dequantized_form, kind_of
-from ...model.load import base_identity, load_causal_lm, load_tokenizer, model_path
+from ...model.files import PACKAGE, model_path, stored_kind
+from ...model.load import base_identity, load_causal_lm, load_tokenizer
 from ...monitoring.machine import versions
 
 DIRECTORY = "served_base"
@@ -33,8 +33,7 @@ _NOTE = "written_from.json"
 
 def is_dequantized(config: Config, model_config: Any) -> bool:
     """Whether servers load a dequantised copy of the base, since it is quantised."""
-    is_packed = kind_of(config.model, bitsandbytes_config(model_config)) is not None
-    return is_packed or dequantized_form(stored_quantization(model_config)) is not None
+    return stored_kind(config.model, stored_quantization(model_config)) is not None
 
 
 def served_model(config: Config, model_config: Any) -> str:
@@ -54,7 +53,7 @@ def provide_base(config: Config, model_config: Any, model: nn.Module, ranks: Ran
     if ranks.is_main:
         try:
             _write(config, model_config, model, state)
-        except Exception as error:
+        except OSError as error:
             problem = str(error)
     ranks.wait_at("written the base for servers")
     return next(filter(None, ranks.gather_objects(problem)), None)
