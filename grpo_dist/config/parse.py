@@ -34,6 +34,7 @@ LEFT_OUT = {
 }  # fmt: skip
 """Options that people look for, with what to do in their place."""
 _FIRST_RANK_SECONDS = 10.0
+_ROW = re.compile(r"^\| (`\w+`(?:, `\w+`)*) \| (.*) \|$", re.MULTILINE)
 
 
 @functools.cache
@@ -78,8 +79,19 @@ def advice(word: str, is_option: bool = False) -> str | None:
     """What to do in place of an unknown option; None where nothing is near."""
     answer = next((f"{key} is no option: {reason}" for key, reason in LEFT_OUT.items()
                    if f"{word}.".startswith((f"{key}.", f"{key.rpartition('.')[2]}."))), None)  # fmt: skip
-    near = nearest_option(word, is_option)
+    near, leaf = nearest_option(word, is_option), word.rpartition(".")[2]
+    if answer is None and (near or "").rpartition(".")[2] != leaf and (here := other_names().get(leaf)):
+        answer = f"a name of another library; here: {here} (docs/from_trl.md)"
     return answer or (f"did you mean {near!r}?" if near else None)
+
+
+@functools.cache
+def other_names() -> dict[str, str]:
+    """What stands here for TRL's fields and for other libraries' names, from the tables of docs/from_trl.md."""
+    page = shipped("docs") / "from_trl.md"
+    rows = _ROW.findall(page.read_text(encoding="utf-8")) if page.is_file() else []
+    plain = [(names, re.sub(r"\[(.*?)\]\(.*?\)|`", r"\1", here)) for names, here in rows]
+    return {name: here for names, here in plain for name in re.findall(r"\w+", names)}
 
 
 class _Parser(ArgumentParser):
