@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from grpo_dist.config.environment import ENVIRONMENT_COLUMN
 from grpo_dist.config.schema import DataConfig
-from grpo_dist.data.rows import Row, is_lines, load_rows
+from grpo_dist.data.keep import rows_to_keep
+from grpo_dist.data.rows import Row, is_lines, list_columns, load_rows
 from grpo_dist.rewards.registry import KEYWORDS
 from grpo_dist.text.templates import Messages, TemplateRefusal, render_messages
 from grpo_dist.types import Prompt
@@ -34,7 +35,6 @@ NO_TOKENIZERS: Tokenizers = {}
 _MESSAGES_AS_TEXT = re.compile(r"\s*\[\s*\{\s*[\"'](role|content)[\"']\s*:")
 _SHOWN_ROWS = 5
 _SHOWN_START = 40
-_SHOWN_NAMES = 20
 _SHOWN_CHARACTERS = 200
 _ROWS_AT_ONCE = 1024  # texts in one call of the tokenizer: fast tokenizers work on them in parallel
 
@@ -95,7 +95,7 @@ def load_prompts(
         check_columns(path, names, config)
     problems: dict[int, str] = {}
     usable: list[tuple[int, str, Messages | None]] = []
-    kept = _kept(path, rows, names, config.keep)
+    kept = rows_to_keep(path, rows, names, config.keep)
     for place, row in enumerate(rows):
         if not kept[place]:
             continue
@@ -172,8 +172,9 @@ def check_columns(path: str, names: list[str], config: DataConfig) -> None:
         if column is not None and column not in names:
             near = difflib.get_close_matches(column, names, n=1)
             hint, null = f" to {near[0]!r}" if near else "", null_of[key]
-            shown = ", ".join(names[:_SHOWN_NAMES]) + (", …" if len(names) > _SHOWN_NAMES else "")
-            raise ValueError(f"{path} has no column {column!r}; it has {shown}. Set data.{key}{hint}{null}")
+            raise ValueError(
+                f"{path} has no column {column!r}; it has {list_columns(names)}. Set data.{key}{hint}{null}"
+            )
     taken = [name for name in names if name in KEYWORDS and name != config.prompt_column]
     if taken:
         raise ValueError(
@@ -202,47 +203,6 @@ def check_distinct(path: str, prompts: Sequence[Prompt], config: DataConfig) -> 
 def _wrong_length(rendered: Rendered, config: DataConfig) -> str:
     most = config.max_prompt_length
     return f"the prompt has {len(rendered.ids)} tokens, expected 1 to data.max_prompt_length = {most}"
-
-
-def _kept(path: str, rows: Sequence[Row], names: Sequence[str], keep: Mapping[str, Any] | None) -> list[bool]:
-    """Return which rows pass data.keep, and log how many each column leaves out; raises ValueError for a wrong one."""
-    kept = [True] * len(rows)
-    left_out = []
-    for column, condition in (keep or {}).items():
-        if column not in names:
-            raise ValueError(f"data.keep: {path} has no column {column!r}; it has {', '.join(names[:_SHOWN_NAMES])}")
-        if isinstance(condition, dict) and (not condition or not set(condition) <= {"min", "max"}):
-            raise ValueError(f"data.keep.{column}: {condition!r} given, expected a value, a list, or min and max")
-        try:
-            passes = [not row.columns or _passes(_comparable(row, column, condition), condition) for row in rows]
-        except TypeError as error:
-            raise ValueError(f"data.keep.{column}: {condition!r} cannot be compared: {error}") from error
-        left_out.append(f"{column}: {passes.count(False)}")
-        kept = [a and b for a, b in zip(kept, passes, strict=True)]
-    if left_out:
-        reasons = ", ".join(left_out)
-        logger.info("%s: data.keep keeps %d of %d rows (left out by %s)", path, sum(kept), len(rows), reasons)
-    return kept
-
-
-def _comparable(row: Row, column: str, condition: Any) -> Any:
-    """A row's value, as a number where the file has only texts and the condition has numbers."""
-    value = row.columns.get(column)
-    examples = (
-        condition.values() if isinstance(condition, dict) else condition if isinstance(condition, list) else [condition]
-    )
-    if row.is_text and value is not None and all(isinstance(each, (int, float)) for each in examples):
-        try:
-            return float(value)
-        except ValueError:
-            return None
-    return value
-
-
-def _passes(value: Any, condition: Any) -> bool:
-    if isinstance(condition, dict):
-        return value is not None and condition.get("min", value) <= value <= condition.get("max", value)
-    return value in condition if isinstance(condition, list) else value == condition
 
 
 def _read_row(

@@ -31,6 +31,7 @@ _FILES = (*_LINES, ".json", *_SEPARATORS, ".parquet")
 _AS_TEXT = {"keep_default_na": False, "na_values": [""]}
 """Options with which the CSV reader of `datasets` keeps NA and null as texts; an empty cell has no value."""
 _CALLS = re.compile(r"\s*(Example of usage:\s*`[^`]*`|Please use `[^`]*`[^.]*\.)", re.DOTALL)
+_SHOWN_NAMES = 20
 _MOST_CELL_CHARACTERS = 2**31 - 1
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
@@ -105,6 +106,11 @@ class RowReader:
             row = _read_line(line + 1, file.read(self._starts[line + 1] - self._starts[line]))
         assert row is not None, "blank lines are left out above"
         return row
+
+
+def list_columns(names: Sequence[str]) -> str:
+    """The names of columns, for a message."""
+    return ", ".join(names[:_SHOWN_NAMES]) + (", …" if len(names) > _SHOWN_NAMES else "")
 
 
 def is_lines(path: str) -> bool:
