@@ -116,13 +116,13 @@ def make_model(name: str, folder: Path) -> None:
 
 def resident(field: str = "VmRSS") -> int:
     """Resident bytes of this process now (VmRSS), or their peak since `forget_peak` (VmHWM)."""
-    lines = Path("/proc/self/status").read_text().splitlines()
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 
 
 def forget_peak() -> None:
     """Reset VmHWM."""
-    Path("/proc/self/clear_refs").write_text("5")
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
 
 
 def tensor_bytes() -> int:
@@ -179,7 +179,7 @@ def measured_process(arguments: list[str], report: Path) -> None:
         parts.engine.update_weights()
         state.after_step(state.kl_coeff, pass_rates(batch, weights))
     if parts.ranks.is_main:
-        report.write_text(json.dumps(peak_bytes))
+        report.write_text(json.dumps(peak_bytes), encoding="utf-8")
     build.close(parts, all_ranks=True)
 
 

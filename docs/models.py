@@ -149,8 +149,8 @@ def _make(kind: str) -> str | None:
         config.save_pretrained("model")
     tokenizer.save_pretrained("model")
     rows = [{"prompt": f"What is {a} + {a + 5}?"} for a in range(8)]
-    Path("data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    Path("shortness.py").write_text(REWARD)
+    Path("data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    Path("shortness.py").write_text(REWARD, encoding="utf-8")
     return obstacle
 
 
@@ -209,7 +209,7 @@ def _trained(config: Config) -> list[str]:
 
 
 def _metrics(directory: str) -> list[dict[str, float]]:
-    lines = [json.loads(line) for line in Path(directory, "metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in Path(directory, "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     return [line for line in lines if line["step"] > 0]
 
 

@@ -125,7 +125,7 @@ class Evaluation:
         if config.data.template_date is not None or not uses_date(self.tokenizer):
             return config
         paths = [folder / "evaluation.json" for folder in (self.directory, compared) if folder is not None]
-        saved = [json.loads(path.read_text()).get("template_date") for path in paths if path.exists()]
+        saved = [json.loads(path.read_text(encoding="utf-8")).get("template_date") for path in paths if path.exists()]
         return replace(config, data=replace(config.data, template_date=next(filter(None, saved), None) or today()))
 
     def _require_common_prompts(self, compared: Path) -> None:
@@ -156,13 +156,13 @@ class Evaluation:
             identity["adapter"] = fingerprint(config.lora.init_from)
         path = self.directory / "evaluation.json"
         identity = json.loads(json.dumps(identity))  # as it is read back
-        if path.exists() and (saved := json.loads(path.read_text())) != identity:
+        if path.exists() and (saved := json.loads(path.read_text(encoding="utf-8"))) != identity:
             changed = [key for key in identity if saved.get(key) != identity[key]]
             raise ValueError(f"{self.directory} holds another evaluation ({', '.join(changed)} differ): choose another "
                              "--output, or remove it")  # fmt: skip
         if os.environ.get("RANK", "0") == "0":
             if compared is not None and (compared / "evaluation.json").exists():
-                theirs = json.loads((compared / "evaluation.json").read_text())
+                theirs = json.loads((compared / "evaluation.json").read_text(encoding="utf-8"))
                 if any(theirs.get(key) != identity[key] for key in ("rewards", "files of rewards")):
                     log.warning("--compare: %s was scored by other rewards, or by other versions of them", compared)
             self.directory.mkdir(parents=True, exist_ok=True)
@@ -181,7 +181,9 @@ class Evaluation:
             if ranks.is_main:
                 write_file(self._path(start), "".join(f"{json.dumps(row)}\n" for row in rows))
         ranks.barrier()
-        return [json.loads(line) for start in parts for line in self._path(start).read_text().splitlines()]
+        return [
+            json.loads(line) for start in parts for line in self._path(start).read_text(encoding="utf-8").splitlines()
+        ]
 
     def _path(self, start: int) -> Path:
         return self.directory / f"samples_{start:07d}.jsonl"

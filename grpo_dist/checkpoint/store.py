@@ -71,12 +71,12 @@ def _write(directory: Path, meta: dict[str, Any], tensors: dict[str, Tensor]) ->
     """Write a checkpoint's files and flush them to the disk, the manifest last."""
     directory.mkdir()
     save_file(tensors, directory / TENSORS)
-    (directory / META).write_text(json.dumps(meta, indent=1))
+    (directory / META).write_text(json.dumps(meta, indent=1), encoding="utf-8")
     files = {}
     for path in (directory / TENSORS, directory / META):
         _sync(path)
         files[path.name] = {"bytes": path.stat().st_size, "sha256": _checksum(path)}
-    (directory / MANIFEST).write_text(json.dumps({"files": files}, indent=1))
+    (directory / MANIFEST).write_text(json.dumps({"files": files}, indent=1), encoding="utf-8")
     _sync(directory / MANIFEST)
     _sync(directory)
 
@@ -99,7 +99,7 @@ def _step(path: Path) -> int:
 def _manifest(path: Path) -> dict[str, Any]:
     """Files by name, each with `bytes` and `sha256`. Raises DamagedCheckpoint."""
     try:
-        files = json.loads((path / MANIFEST).read_text())["files"]
+        files = json.loads((path / MANIFEST).read_text(encoding="utf-8"))["files"]
         if set(files) != {TENSORS, META}:  # no other file is read, whatever a manifest says
             raise ValueError(f"its manifest names {sorted(files)}")
         return {name: {"bytes": int(entry["bytes"]), "sha256": str(entry["sha256"])} for name, entry in files.items()}
@@ -151,7 +151,7 @@ def newest(root: Path) -> Path | None:
 def load_meta(path: Path, needed: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Metadata of a verified checkpoint. Raises DamagedCheckpoint where it lacks a `needed` name of that type."""
     try:
-        meta = json.loads((path / META).read_text())
+        meta = json.loads((path / META).read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise DamagedCheckpoint(f"{path / META} cannot be read ({error})") from error
     missing = [name for name, kind in (needed or {}).items()

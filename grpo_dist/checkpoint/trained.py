@@ -72,7 +72,7 @@ def find(path: Path) -> Trained:
     if not (run / "config.yaml").is_file():
         raise ValueError(f"{path}: expected the directory of a run (train.output_dir, with its config.yaml), its "
                          "`final`, or one of its checkpoints/step_N")  # fmt: skip
-    config = yaml.safe_load((run / "config.yaml").read_text())
+    config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
     done = max((entry["step"] for entry in read_history(run)), default=0)
     final = run / "final"
     if (final / "config.json").is_file() and (run != path or done >= config["train"]["num_train_steps"]):

@@ -80,7 +80,7 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
         out, trained.config, read_history(trained.run), trained.step, "adapter" if is_adapter else "merged", form
     )
     if options.to == "gguf-recipe":
-        (out / "to_gguf.sh").write_text(gguf_recipe(out))
+        (out / "to_gguf.sh").write_text(gguf_recipe(out), encoding="utf-8")
         (out / "to_gguf.sh").chmod(0o755)
     if options.push_to_hub:
         print(f"uploaded to {upload(out, options.push_to_hub)}")

@@ -84,7 +84,7 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
         starter = complete(options, _ask if on_terminal else _refuse)
     except (EOFError, KeyboardInterrupt):
         raise ValueError(f"no answer; {options.file} was not written") from None
-    options.file.write_text(render(starter))
+    options.file.write_text(render(starter), encoding="utf-8")
     gold = f"gold answers of column {starter.answer_column!r}" if starter.answer_column else "no gold answers"
     print(
         f"wrote {options.file}, with prompts of column {starter.prompt_column!r} and {gold}; "
@@ -192,7 +192,7 @@ def _has_template(model: str) -> bool:
     if (directory / "chat_template.jinja").is_file():
         return True
     config = directory / "tokenizer_config.json"
-    return config.is_file() and "chat_template" in json.loads(config.read_text())
+    return config.is_file() and "chat_template" in json.loads(config.read_text(encoding="utf-8"))
 
 
 def option_docs(cls: type = Config, prefix: str = "") -> dict[str, str]:

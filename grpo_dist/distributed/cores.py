@@ -32,7 +32,7 @@ def quota_cores(groups: Path = GROUPS, membership: Path = MEMBERSHIP) -> float:
 
 def _quotas(groups: Path, membership: Path) -> Iterator[float]:
     with suppress(OSError, ValueError):
-        for line in membership.read_text().splitlines():
+        for line in membership.read_text(encoding="utf-8").splitlines():
             _, controllers, name = line.split(":", 2)
             if controllers and "cpu" not in controllers.split(","):
                 continue
@@ -45,10 +45,10 @@ def _quotas(groups: Path, membership: Path) -> Iterator[float]:
 
 
 def _version_1(folder: Path) -> float:
-    quota = int((folder / "cpu.cfs_quota_us").read_text())
-    return quota / int((folder / "cpu.cfs_period_us").read_text()) if quota > 0 else math.inf
+    quota = int((folder / "cpu.cfs_quota_us").read_text(encoding="utf-8"))
+    return quota / int((folder / "cpu.cfs_period_us").read_text(encoding="utf-8")) if quota > 0 else math.inf
 
 
 def _version_2(folder: Path) -> float:
-    quota, period = (folder / "cpu.max").read_text().split()
+    quota, period = (folder / "cpu.max").read_text(encoding="utf-8").split()
     return int(quota) / int(period) if quota != "max" else math.inf

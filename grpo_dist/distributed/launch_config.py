@@ -134,7 +134,7 @@ def set_aside_fsdp(environment: Mapping[str, str]) -> list[str]:
 
 def _read(file: str) -> dict[str, Any]:
     try:
-        entries = json.loads(Path(file).read_text())
+        entries = json.loads(Path(file).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ValueError(f"launch config: deepspeed_config_file {file} cannot be read ({error}); name a JSON file, as "
                          "a path from where the launch starts") from error  # fmt: skip

@@ -83,14 +83,14 @@ def to_evaluate(config: Config) -> Config:
 def _entries(place: str, revision: str | None) -> dict[str, Any] | None:
     """The adapter_config.json of a directory or repository; None where there is none."""
     if (path := Path(place)).is_dir():
-        return json.loads(own.read_text()) if (own := path / "adapter_config.json").is_file() else None
+        return json.loads(own.read_text(encoding="utf-8")) if (own := path / "adapter_config.json").is_file() else None
     from transformers.utils.peft_utils import find_adapter_config_file
 
     try:
         file = find_adapter_config_file(place, revision=revision)
     except (OSError, ValueError):  # no such model: the loading function reports it
         return None
-    return None if file is None else json.loads(Path(file).read_text())
+    return None if file is None else json.loads(Path(file).read_text(encoding="utf-8"))
 
 
 def _has_tokenizer(place: str) -> bool:

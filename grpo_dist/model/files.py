@@ -90,7 +90,7 @@ def require_positions(positions: int | None, longest: int) -> None:
 def read_entries(path: Path) -> dict[str, Any] | None:
     """The config.json in a model's directory; None where it cannot be read, which those who load the model report."""
     try:
-        entries = json.loads((path / "config.json").read_text())
+        entries = json.loads((path / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
     return entries if isinstance(entries, dict) else None
@@ -160,7 +160,9 @@ def _listed_weights(path: Path) -> tuple[str | None, list[str]]:
     listed = next((each for each in WEIGHTS if (path / f"{each}.index.json").is_file()), None)
     if listed is None:
         return None, []
-    return listed, sorted(set(json.loads((path / f"{listed}.index.json").read_text())["weight_map"].values()))
+    return listed, sorted(
+        set(json.loads((path / f"{listed}.index.json").read_text(encoding="utf-8"))["weight_map"].values())
+    )
 
 
 def weight_names(path: Path) -> list[str]:

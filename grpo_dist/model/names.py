@@ -143,7 +143,9 @@ def _require_tokens(tokens: Sequence[int | str], place: Path) -> None:
 def _added(place: Path) -> dict[str, int]:
     """Tokens that tokenizer_config.json adds to those of tokenizer.json."""
     try:
-        entries = json.loads((place / "tokenizer_config.json").read_text()).get("added_tokens_decoder") or {}
+        entries = (
+            json.loads((place / "tokenizer_config.json").read_text(encoding="utf-8")).get("added_tokens_decoder") or {}
+        )
         return {each["content"]: int(number) for number, each in entries.items()}
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return {}
@@ -158,13 +160,13 @@ def _code(entries: Mapping[str, Any]) -> str:
         files = sorted((_models() / kind).glob("modeling_*.py"))
         if not files and not (kind != main and kind.startswith(main)):  # such as gemma3_text, in the folder gemma3
             return ""
-        text += "".join(file.read_text() for file in files)
+        text += "".join(file.read_text(encoding="utf-8") for file in files)
     return text
 
 
 def _auto(name: str) -> str:
     file = _models() / "auto" / f"{name}.py"
-    return file.read_text() if file.is_file() else ""
+    return file.read_text(encoding="utf-8") if file.is_file() else ""
 
 
 def _models() -> Path:

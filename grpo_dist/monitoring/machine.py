@@ -25,7 +25,7 @@ def last_recorded(directory: Path, name: str) -> str | None:
     """The entry of a name that `record_start` wrote at the last start of a run; None where there is none."""
     if not (directory / FILE).is_file():
         return None
-    starts = [json.loads(line) for line in (directory / FILE).read_text().splitlines()]
+    starts = [json.loads(line) for line in (directory / FILE).read_text(encoding="utf-8").splitlines()]
     return next((start[name] for start in reversed(starts) if name in start), None)
 
 
@@ -51,7 +51,7 @@ def record_start(directory: Path, ranks: Ranks, first_step: int, dtype: torch.dt
     start = {"started": f"{datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC", "directory": os.getcwd(),
              "first_step": first_step, "engine": ranks.strategy.name, "ranks": devices, "platform": platform.platform(),
              "dtype": dtype_name(dtype), "versions": used}  # fmt: skip
-    with (directory / FILE).open("a") as file:
+    with (directory / FILE).open("a", encoding="utf-8") as file:
         file.write(json.dumps(start) + "\n")
 
 

@@ -83,7 +83,7 @@ def run_name(directory: Path, first_step: int) -> str:
     path = directory / "tracker_id"
     if first_step < 0 or not path.exists():
         write_file(path, uuid.uuid4().hex[:8])
-    return f"{directory.resolve().name}-{path.read_text()}"
+    return f"{directory.resolve().name}-{path.read_text(encoding='utf-8')}"
 
 
 def require_known(kinds: Sequence[str]) -> None:

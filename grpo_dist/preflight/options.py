@@ -109,7 +109,7 @@ def _pairs(words: Sequence[str], problems: list[str]) -> Iterator[tuple[str, str
 
 def _of_file(path: Path, problems: list[str]) -> Iterator[Given]:
     try:
-        loaded = get_loader("yaml")(path.read_text())
+        loaded = get_loader("yaml")(path.read_text(encoding="utf-8"))
     except OSError as error:
         problems.append(f"--config: {path} cannot be read ({error.strerror}); name an existing YAML file")
         return

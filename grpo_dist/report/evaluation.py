@@ -21,7 +21,9 @@ Rows = list[dict[str, Any]]
 
 def samples(directory: Path) -> Rows:
     """The rows of an evaluation's output."""
-    return [json.loads(line) for path in sorted(directory.glob("samples_*.jsonl")) for line in path.open()]
+    return [
+        json.loads(line) for path in sorted(directory.glob("samples_*.jsonl")) for line in path.open(encoding="utf-8")
+    ]
 
 
 def summarise(rows: Rows, num_samples: int) -> dict[str, Estimate]:

@@ -125,10 +125,10 @@ def _enter_namespaces() -> None:
             os.read(ready[0], 1)
             root = os.geteuid() == 0
             users, groups = os.geteuid(), os.getegid()
-            with open(f"/proc/{target}/setgroups", "w") as file:
+            with open(f"/proc/{target}/setgroups", "w", encoding="ascii") as file:
                 file.write("allow" if root else "deny")
             for kind, own in (("uid", users), ("gid", groups)):
-                with open(f"/proc/{target}/{kind}_map", "w") as file:
+                with open(f"/proc/{target}/{kind}_map", "w", encoding="ascii") as file:
                     file.write(f"0 0 1\n{_NOBODY} {_NOBODY} 1\n" if root else f"{_NOBODY} {own} 1\n")
             os.write(done[1], b"1")
         finally:
@@ -176,7 +176,7 @@ def _bind(path: str, root: str, read_only: bool = True) -> None:
         os.makedirs(target)
     else:
         os.makedirs(os.path.dirname(target), exist_ok=True)
-        open(target, "w").close()
+        open(target, "wb").close()
     _mount(path, target, None, _MS_BIND | _MS_REC)
     if read_only:
         attributes = (ctypes.c_uint64 * 4)(_READ_ONLY_NOSUID_NODEV, 0, 0, 0)

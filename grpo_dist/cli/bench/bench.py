@@ -125,7 +125,7 @@ def ours_in_turn(
         "logging": {"trackers": [], "log_completions": False},
     }  # fmt: skip
     path = scratch / "ours.yaml"
-    path.write_text(yaml.safe_dump(config))
+    path.write_text(yaml.safe_dump(config), encoding="utf-8")
     return Worker([sys.executable, "-m", "grpo_dist.cli.bench.ours", "--config", str(path), *rest], scratch / "ours")
 
 

@@ -23,7 +23,7 @@ def trainer_of(options: argparse.Namespace, reward: object, clock: TrainerCallba
     """The trainer for the workload: one process, LoRA on all linear layers, no logging, no saving."""
     torch.manual_seed(0)
     has_gpu = torch.cuda.is_available()
-    prompts = [json.loads(line)["prompt"] for line in Path(options.prompts).read_text().splitlines()]
+    prompts = [json.loads(line)["prompt"] for line in Path(options.prompts).read_text(encoding="utf-8").splitlines()]
     total = options.num_prompts * options.group_size
     config = GRPOConfig(
         output_dir=options.out, per_device_train_batch_size=options.micro_batch,

@@ -34,7 +34,8 @@ def main() -> None:
     )  # fmt: skip
     tokenizer = engine.get_tokenizer()
     prompts = [
-        tokenizer(json.loads(line)["prompt"]).input_ids for line in Path(options.prompts).read_text().splitlines()
+        tokenizer(json.loads(line)["prompt"]).input_ids
+        for line in Path(options.prompts).read_text(encoding="utf-8").splitlines()
     ]
     line = connect()
     step = 0

@@ -58,7 +58,7 @@ class Worker:
         self.directory.mkdir()
         with ExitStack() as opened:
             listener = opened.enter_context(Listener(str(self.directory / "socket"), authkey=KEY))
-            self.log = (self.directory / "log").open("w")
+            self.log = (self.directory / "log").open("w", encoding="utf-8")
             self.process = subprocess.Popen(
                 self.command, stdout=self.log, stderr=subprocess.STDOUT, start_new_session=True,
                 env={**self.environment, "TOKENIZERS_PARALLELISM": "false", ADDRESS: str(listener.address)},
@@ -90,7 +90,7 @@ class Worker:
 
     def _failure(self) -> ValueError:
         self.log.flush()
-        tail = "\n".join((self.directory / "log").read_text().splitlines()[-15:])
+        tail = "\n".join((self.directory / "log").read_text(encoding="utf-8").splitlines()[-15:])
         status = self.process.poll()
         how = "did not answer" if status is None else f"ended with status {status}"
         return ValueError(f"{' '.join(self.command[:3])} … {how}; the end of its log:\n{tail}")

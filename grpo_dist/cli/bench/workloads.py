@@ -119,7 +119,7 @@ def model_of(workload: Workload, directory: Path) -> str:
 def write_prompts(workload: Workload, num_steps: int, path: Path) -> None:
     """Write the prompts of `num_steps` steps as JSONL: random letters, or sums for the toy model."""
     drawn = random.Random(0)
-    with path.open("w") as file:
+    with path.open("w", encoding="utf-8") as file:
         for _ in range(num_steps * workload.num_prompts):
             if workload.model == "toy":
                 prompt = f"What is {drawn.randint(0, 30)} + {drawn.randint(0, 30)}? Answer with an integer."

@@ -75,7 +75,7 @@ def _compiler(openmp: str) -> list[str]:
 def _openmp() -> str:
     """The OpenMP library that torch has loaded."""
     try:
-        lines = Path("/proc/self/maps").read_text().splitlines()
+        lines = Path("/proc/self/maps").read_text(encoding="utf-8").splitlines()
     except OSError:
         raise CannotCompile(f"OpenMP is looked for as Linux does, not on {platform.system()}") from None
     mapped = dict.fromkeys(fields[5] for line in lines if len(fields := line.split(maxsplit=5)) == 6)

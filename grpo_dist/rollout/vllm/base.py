@@ -75,7 +75,9 @@ def _directory(config: Config) -> Path:
 
 def _is_written(config: Config, model_config: Any) -> bool:
     try:
-        return bool(json.loads((_directory(config) / _NOTE).read_text()) == _origin(config, model_config))
+        return bool(
+            json.loads((_directory(config) / _NOTE).read_text(encoding="utf-8")) == _origin(config, model_config)
+        )
     except (OSError, ValueError):
         return False
 
@@ -103,7 +105,7 @@ def _write(config: Config, model_config: Any, model: nn.Module, state: dict[str,
         if (free := shutil.disk_usage(draft).free) < needed:
             raise OSError(f"{free / 2**30:,.2f} GiB are free")
         write_merged(model, state, load_tokenizer(config.model), draft)
-        (draft / _NOTE).write_text(json.dumps(_origin(config, model_config)))
+        (draft / _NOTE).write_text(json.dumps(_origin(config, model_config)), encoding="utf-8")
         if not _is_written(config, model_config):
             shutil.rmtree(target, ignore_errors=True)
             draft.rename(target)

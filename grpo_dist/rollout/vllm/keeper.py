@@ -28,7 +28,9 @@ _GRACE_SECONDS = 10.0
 def keep(note: Path, command: list[str]) -> int:
     """Run the command until it ends or the standard input is closed; returns its exit status."""
     server = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
-    note.write_text(json.dumps({"pid": server.pid, "created": psutil.Process(server.pid).create_time()}))
+    note.write_text(
+        json.dumps({"pid": server.pid, "created": psutil.Process(server.pid).create_time()}), encoding="utf-8"
+    )
     while server.poll() is None:
         readable, _, _ = select.select([sys.stdin], [], [], _LOOK_SECONDS)
         if readable and not os.read(sys.stdin.fileno(), 1):

@@ -154,7 +154,7 @@ def server_environment(given: Mapping[str, str]) -> dict[str, str]:
 def end_leftover(note: Path) -> None:
     """Kill the server of an earlier run, where its keeper was killed too."""
     with contextlib.suppress(OSError, ValueError, LookupError, psutil.NoSuchProcess):
-        written = json.loads(note.read_text())
+        written = json.loads(note.read_text(encoding="utf-8"))
         if psutil.Process(written["pid"]).create_time() == written["created"]:
             log.warning(
                 "rollouts: a vLLM server of an earlier run still ran and is killed (process %d)", written["pid"]
