@@ -15,6 +15,9 @@
 #include <omp.h>
 #include <type_traits>
 #include <utility>
+#ifdef __FMA__
+#include <immintrin.h>
+#endif
 
 struct Linear {
     const void* weight; // its numbers or, of a quantised layer, their codes, line behind line
@@ -66,9 +69,9 @@ struct bfloat16 {
 // --- L numbers at once ---------------------------------------------------------------------------------------------
 
 #ifdef __AVX512F__
-constexpr int LANES = 16, ROWS = 4; // rows of a tile: as many sums as fit in registers beside what they add
+constexpr int LANES = 16, ROWS = 6; // rows of a tile: as many sums as fit in registers beside what they add
 #else
-constexpr int LANES = 8, ROWS = 2;
+constexpr int LANES = 8, ROWS = 3;
 #endif
 constexpr int OUTPUTS = 4; // outputs of a tile
 constexpr long CACHE_LINE = 64;
@@ -88,16 +91,41 @@ template <int L> inline Vec<L> load(const float* from) {
     return v;
 }
 
+// number by number, which compilers make one instruction of; of __builtin_convertvector GCC 12 makes five
+template <int L, class Small, size_t... I> inline Ints<L> widened(Small of, std::index_sequence<I...>) {
+    return Ints<L>{of[I]...};
+}
+
 template <int L> inline Vec<L> load(const bfloat16* from) {
     typename Types<L>::Half h;
     std::memcpy(&h, from, sizeof h);
-    return (Vec<L>)(__builtin_convertvector(h, Ints<L>) << 16);
+    return (Vec<L>)(widened<L>(h, std::make_index_sequence<L>{}) << 16);
 }
 
 template <int L> inline Vec<L> load(const int8_t* from) {
     typename Types<L>::Byte b;
     std::memcpy(&b, from, sizeof b);
-    return __builtin_convertvector(b, Vec<L>);
+    return __builtin_convertvector(widened<L>(b, std::make_index_sequence<L>{}), Vec<L>);
+}
+
+// a · b + c, rounded once where the processor can. Left to the compiler, that would depend on the shape of the loop.
+template <int L> inline Vec<L> multiply_add(Vec<L> a, Vec<L> b, Vec<L> c) {
+#ifdef __AVX512F__
+    if constexpr (L == 16) return _mm512_fmadd_ps(a, b, c);
+#endif
+#ifdef __FMA__
+    if constexpr (L == 8) return _mm256_fmadd_ps(a, b, c);
+#endif
+    return a * b + c;
+}
+
+// Keeps a vector in a register. GCC would read it from memory anew for each product, and reads are what a tile waits for.
+template <class V> inline void hold(V& v) {
+#ifdef __AVX__
+    asm("" : "+v"(v));
+#else
+    (void)v;
+#endif
 }
 
 template <int L> inline void store(Vec<L> v, float* to) { std::memcpy(to, &v, sizeof v); }
@@ -116,22 +144,26 @@ inline void store(float x, bfloat16* to) { // to the nearest, ties to even; NaN 
 #define SHUFFLE(a, b, L, ...) __builtin_shuffle(a, b, Ints<L>{__VA_ARGS__})
 #endif
 
-// sums of neighbours, first those of a, then those of b
+// Sums of neighbours, of a and of b in turn: two of each in every quarter of 16 numbers or half of 8, as instructions
+// shuffle them.
 inline Vec<8> neighbours(Vec<8> a, Vec<8> b) {
-    return SHUFFLE(a, b, 8, 0, 2, 4, 6, 8, 10, 12, 14) + SHUFFLE(a, b, 8, 1, 3, 5, 7, 9, 11, 13, 15);
+    return SHUFFLE(a, b, 8, 0, 2, 8, 10, 4, 6, 12, 14) + SHUFFLE(a, b, 8, 1, 3, 9, 11, 5, 7, 13, 15);
 }
 
 #ifdef __AVX512F__
 inline Vec<16> neighbours(Vec<16> a, Vec<16> b) {
-    return SHUFFLE(a, b, 16, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30) +
-           SHUFFLE(a, b, 16, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+    return SHUFFLE(a, b, 16, 0, 2, 16, 18, 4, 6, 20, 22, 8, 10, 24, 26, 12, 14, 28, 30) +
+           SHUFFLE(a, b, 16, 1, 3, 17, 19, 5, 7, 21, 23, 9, 11, 25, 27, 13, 15, 29, 31);
 }
 #endif
 
-// the sum of each of N vectors; with N = L, a number for each lane
-template <int L, int N = L> inline Vec<L> sums(const Vec<L>* of) {
-    if constexpr (N == 1) return *of;
-    else return neighbours(sums<L, N / 2>(of), sums<L, N / 2>(of + N / 2));
+// the sum of each of four vectors
+template <int L> inline Vec<4> sums(const Vec<L>* of) {
+    const Vec<L> quarters = neighbours(neighbours(of[0], of[1]), neighbours(of[2], of[3]));
+    Vec<4> parts[L / 4];
+    std::memcpy(parts, &quarters, sizeof quarters);
+    if constexpr (L == 8) return parts[0] + parts[1];
+    else return (parts[0] + parts[1]) + (parts[2] + parts[3]);
 }
 
 template <int L> inline float sum(Vec<L> of) {
@@ -209,27 +241,49 @@ template <int L, class W> void dequantise(const Linear& layer, long first, long 
 // Inputs are summed in equal parts of at most CHUNK. A tile's lines of weights (OUTPUTS × CHUNK) and rows (ROWS × CHUNK)
 // fit in the nearest cache, a block's rows (ROW_BLOCK × CHUNK) and weights (OUTPUT_BLOCK × CHUNK), and the next ones on
 // their way, in the second.
-constexpr long CHUNK = 1024, ROW_BLOCK = 16, OUTPUT_BLOCK = 32;
+constexpr long CHUNK = 1024, ROW_BLOCK = 24, OUTPUT_BLOCK = 32;
+constexpr long CONVERTED_AT_USE = ROWS; // most rows for which weights in 16 bits are not converted beforehand
 
-// values (ROWS, OUTPUTS) = N rows of x (N, stride) times OUTPUTS lines of weights, over `count` inputs
-template <int L, int N, class W>
-inline void tile(const float* x, long stride, const W* const* w, long count, float* values) {
-    Vec<L> parts[ROWS * OUTPUTS] = {};
+// What a product does with its sums: to (rows, outputs) = or, `adds`, += them + b where it is given.
+struct Target {
+    float* to;
+    long outputs;
+    const float* bias;
+    bool adds;
+
+    void put(const float* sums, long count, long row, long output) const {
+        float* y = to + row * outputs + output;
+        for (long o = 0; o < count; ++o)
+            y[o] = (adds ? y[o] : 0.f) + (sums[o] + (bias ? bias[output + o] : 0.f));
+    }
+};
+
+// N rows of x, `stride` apart, times M lines of weights, `line` apart, over `count` inputs
+template <int L, int N, int M, class W>
+inline void tile(const float* x, long stride, const W* w, long line, long count, const Target& target, long row,
+                 long output) {
+    Vec<L> parts[N][OUTPUTS] = {};
     for (long k = 0; k < count; k += L) {
-        Vec<L> weights[OUTPUTS];
-        for (int o = 0; o < OUTPUTS; ++o) weights[o] = load<L>(w[o] + k);
-        for (int r = 0; r < N; ++r) {
-            Vec<L> xs = load<L>(x + r * stride + k);
-            for (int o = 0; o < OUTPUTS; ++o) parts[r * OUTPUTS + o] += xs * weights[o];
+        Vec<L> xs[N];
+        for (int r = 0; r < N; ++r) hold(xs[r] = load<L>(x + r * stride + k));
+        for (int o = 0; o < M; ++o) {
+            Vec<L> weights = load<L>(w + o * line + k);
+            hold(weights);
+            for (int r = 0; r < N; ++r) parts[r][o] = multiply_add<L>(xs[r], weights, parts[r][o]);
         }
     }
-    for (int n = 0; n < ROWS * OUTPUTS; n += L) store<L>(sums<L>(parts + n), values + n);
+    for (int r = 0; r < N; ++r) {
+        Vec<4> four = sums<L>(parts[r]);
+        float values[OUTPUTS];
+        store<4>(four, values);
+        target.put(values, M, row + r, output);
+    }
 }
 
-template <int L, int N = ROWS, class W>
-inline void any_tile(long rows, const float* x, long stride, const W* const* w, long count, float* values) {
-    if (N == 1 || rows >= N) tile<L, N>(x, stride, w, count, values);
-    else any_tile<L, std::max(N - 1, 1)>(rows, x, stride, w, count, values);
+template <int L, int M, int N = ROWS, class W, class... Rest>
+inline void tile_of(long rows, const float* x, long stride, const W* w, Rest... rest) {
+    if (N == 1 || rows == N) tile<L, N, M>(x, stride, w, rest...);
+    else tile_of<L, M, std::max(N - 1, 1)>(rows, x, stride, w, rest...);
 }
 
 struct Share { // this thread's part of outputs numbered from 0, in whole tiles
@@ -263,41 +317,23 @@ template <class W> class Ahead {
     }
 };
 
-// A tile's lines of weights in float32: where several tiles of rows read them, each line is converted once. `room` has
-// OUTPUTS × CHUNK floats.
-template <int L, class W> inline void widen(const W* const* w, long count, float* room, const float** wide) {
-    for (int o = 0; o < OUTPUTS; ++o) {
-        wide[o] = room + o * CHUNK;
-        for (long k = 0; k < count; k += L) store<L>(load<L>(w[o] + k), room + o * CHUNK + k);
-    }
-}
-
-// to (rows, outputs) = or, `adds`, += the product of `count` inputs and a block of outputs [from, end), + b where it is
-// given; `weight` is the block's first line
+// rows of x, `stride` apart, times outputs [from, end), whose lines of weights begin at `weight`, over `count` inputs
 template <int L, class W>
-void block_product(const float* x, long rows, long inputs, const W* weight, long stride, long count, long from, long end,
-                   long outputs, bool adds, const float* bias, Ahead<W> ahead, float* to) {
-    alignas(CACHE_LINE) float room[OUTPUTS * CHUNK];
+void block_product(const float* x, long rows, long stride, const W* weight, long line, long count, long from, long end,
+                   Ahead<W> ahead, const Target& target) {
     for (long row_block = 0; row_block < rows; row_block += ROW_BLOCK)
-        for (long o = from; o < end; o += OUTPUTS) {
-            const W* w[OUTPUTS];
-            for (int i = 0; i < OUTPUTS; ++i) w[i] = weight + (std::min(o + i, end - 1) - from) * stride;
-            const long row_end = std::min(row_block + ROW_BLOCK, rows);
-            const bool widens = !std::is_same_v<W, float> && row_end - row_block > ROWS;
-            const float* wide[OUTPUTS];
-            if (widens) widen<L>(w, count, room, wide);
-            for (long r = row_block; r < row_end; r += ROWS) {
-                float values[ROWS * OUTPUTS];
+        for (long o = from; o < end; o += OUTPUTS)
+            for (long r = row_block, row_end = std::min(row_block + ROW_BLOCK, rows), size; r < row_end; r += size) {
+                const long tiles = (row_end - r + ROWS - 1) / ROWS;
+                size = (row_end - r + tiles - 1) / tiles; // no tile of a single row beside a full one
                 ahead.next();
-                if (widens) any_tile<L>(rows - r, x + r * inputs, inputs, wide, count, values);
-                else any_tile<L>(rows - r, x + r * inputs, inputs, w, count, values);
-                for (int i = 0; i < std::min<long>(ROWS, rows - r); ++i)
-                    for (int j = 0; j < std::min<long>(OUTPUTS, end - o); ++j) {
-                        float& y = to[(r + i) * outputs + o + j];
-                        y = (adds ? y : 0.f) + (values[i * OUTPUTS + j] + (bias ? bias[o + j] : 0.f));
-                    }
+                const float* xs = x + r * stride;
+                const W* w = weight + (o - from) * line;
+                if (end - o >= OUTPUTS) tile_of<L, OUTPUTS>(size, xs, stride, w, line, count, target, r, o);
+                else
+                    for (long i = o; i < end; ++i)
+                        tile_of<L, 1>(size, xs, stride, w + (i - o) * line, line, count, target, r, i);
             }
-        }
 }
 
 // to (rows, outputs) = or, `adds`, += W x + b; this thread's share of the outputs
@@ -306,27 +342,31 @@ void product(const float* x, long rows, long inputs, long outputs, const Linear&
     Share mine(outputs);
     const W* weight = static_cast<const W*>(layer.weight);
     const long parts = (inputs + CHUNK - 1) / CHUNK, chunk = (inputs / L + parts - 1) / parts * L;
-    // what is dequantised is used at once, in the nearest cache where all rows are one block
-    const long lines_at_once = layer.scales && rows <= ROW_BLOCK ? OUTPUTS : OUTPUT_BLOCK;
+    // what is converted is used at once, in the nearest cache where all rows are one block
+    const bool converts = layer.scales || (!std::is_same_v<W, float> && rows > CONVERTED_AT_USE);
+    const long lines_at_once = converts && rows <= ROW_BLOCK ? OUTPUTS : OUTPUT_BLOCK;
+    alignas(CACHE_LINE) float dense[OUTPUT_BLOCK * CHUNK];
     for (long block = mine.from; block < mine.to; block += lines_at_once) {
         long end = std::min(block + lines_at_once, mine.to), tiles = (end - block + OUTPUTS - 1) / OUTPUTS;
         for (long k = 0; k < inputs; k += chunk) {
             const long count = std::min(chunk, inputs - k);
-            const float* bias = k ? nullptr : layer.bias;
-            if (layer.scales) {
-                alignas(CACHE_LINE) float dense[OUTPUT_BLOCK * CHUNK];
-                for (long o = block; o < end; ++o)
-                    dequantise<L, W>(layer, o * inputs + k, count, dense + (o - block) * count);
-                block_product<L, float>(x + k, rows, inputs, dense, count, count, block, end, outputs, adds || k, bias,
-                                        Ahead<float>(dense, 0, 0, 0, 1), to);
+            const Target target{to, outputs, k ? nullptr : layer.bias, adds || k};
+            if (converts) {
+                for (long o = block; o < end; ++o) {
+                    float* line = dense + (o - block) * count;
+                    if (layer.scales) dequantise<L, W>(layer, o * inputs + k, count, line);
+                    else
+                        for (long i = 0; i < count; i += L) store<L>(load<L>(weight + o * inputs + k + i), line + i);
+                }
+                block_product<L>(x + k, rows, inputs, dense, count, count, block, end, Ahead<float>(dense, 0, 0, 0, 1),
+                                 target);
                 continue;
             }
             bool last = k + chunk >= inputs; // then the next block's first inputs follow
             long lines = rows <= ROWS ? 0 : last ? std::min(OUTPUT_BLOCK, mine.to - end) : end - block;
             Ahead<W> ahead(weight + (last ? end * inputs : block * inputs + k + chunk), lines, inputs,
                            std::min(chunk, last ? inputs : inputs - k - chunk), tiles * ((rows + ROWS - 1) / ROWS));
-            block_product<L, W>(x + k, rows, inputs, weight + block * inputs + k, inputs, count, block, end, outputs,
-                                adds || k, bias, ahead, to);
+            block_product<L>(x + k, rows, inputs, weight + block * inputs + k, inputs, count, block, end, ahead, target);
         }
     }
 }
@@ -356,7 +396,7 @@ void score(const float* query, long queries, long size, const C* keys, long coun
                 Vec<L> part = load<L>(query + q * size + d);
                 for (int i = 0; i < L; ++i) products[i] += part * load<L>(keys + std::min(j + i, count - 1) * size + d);
             }
-            store<L>(sums<L>(products) * scale, scores + q * stride + j);
+            for (int i = 0; i < L; i += 4) store<4>(sums<L>(products + i) * scale, scores + q * stride + j + i);
         }
 }
 
