@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import threading
 from collections import Counter, deque
 from collections.abc import Callable
@@ -99,10 +100,13 @@ def pairs() -> dict[str, Pair]:
     return {name: make_pair(config) for name, config in CONFIGS.items()}
 
 
-@pytest.fixture(autouse=True, params=[0, 64], ids=["shared", "copied"])
+@pytest.fixture(params=[0, 64], ids=["shared", "copied"])
 def longest_copied_prompt(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every test runs with prompts that sequences share and with copies of their own."""
+    """Prompts that sequences share, and copies of their own, for engines that the test makes."""
     monkeypatch.setattr(native, "COPIED_PROMPT", request.param)
+
+
+either_prompt = pytest.mark.usefixtures("longest_copied_prompt")
 
 
 def make_requests(sizes: list[int], lengths: list[int]) -> list[Request]:
@@ -119,6 +123,12 @@ REQUESTS = make_requests([4, 4, 1, 3, 4], [3, 20, 7, 1, 12])
 def exactly(request: Request, length: int) -> Request:
     """The request for so many tokens, whatever they are."""
     return replace(request, max_new_tokens=length, ignore_end=True)
+
+
+@functools.cache
+def drawn_by_rows(pair: Pair, sampling: Sampling | None = None) -> list[Trajectory]:
+    """What the plain engine draws for REQUESTS: it knows nothing of other requests, and is what tests compare with."""
+    return decode_all(RowDecoder(ENDS, MOST), pair.plain, REQUESTS, sampling or Sampling())
 
 
 def assert_equal(got: list[Trajectory], expected: list[Trajectory]) -> None:
@@ -139,10 +149,11 @@ def check_form(completions: list[Trajectory], requests: list[Request], most: int
         assert completion.finished or len(completion.ids) == most
 
 
+@either_prompt
 @pytest.mark.parametrize("name", CONFIGS)
 def test_both_engines_draw_the_same(name: str, pairs: dict[str, Pair]) -> None:
     pair = pairs[name]
-    expected = decode_all(RowDecoder(ENDS, MOST), pair.plain, REQUESTS)
+    expected = drawn_by_rows(pair)
     check_form(expected, REQUESTS, MOST)
     assert len({len(c.ids) for c in expected}) > 4, "the test needs completions of many lengths"
     assert any(not c.finished for c in expected) or max(len(c.ids) for c in expected) > 20
@@ -150,17 +161,17 @@ def test_both_engines_draw_the_same(name: str, pairs: dict[str, Pair]) -> None:
         assert_equal(decode_all(NativeDecoder(ENDS, MOST, in_flight), pair.shared, REQUESTS), expected)
 
 
+@either_prompt
 @pytest.mark.usefixtures("kernel")
 @pytest.mark.parametrize("step_of", [LlamaStep, KernelStep])
 @pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "mistral"])
 def test_a_faster_step_draws_the_same(name: str, step_of: Callable[[nn.Module], Step], pairs: dict[str, Pair]) -> None:
-    model = pairs[name].shared
-    expected = decode_all(NativeDecoder(ENDS, MOST, 200), model, REQUESTS)
     for in_flight in (200, 100000):
         engine = NativeDecoder(ENDS, MOST, in_flight, step_of=step_of)
-        assert_equal(decode_all(engine, model, REQUESTS), expected)
+        assert_equal(decode_all(engine, pairs[name].shared, REQUESTS), drawn_by_rows(pairs[name]))
 
 
+@either_prompt
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_step_in_few_operations_rounds_as_the_model_does(dtype: torch.dtype, pairs: dict[str, Pair]) -> None:
     model = copy.deepcopy(pairs["qwen3"].shared).to(dtype)
@@ -179,12 +190,14 @@ def test_a_step_in_few_operations_rounds_as_the_model_does(dtype: torch.dtype, p
 
 
 @with_paged
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", [
+    "qwen2", "mistral", *(pytest.param(name, marks=pytest.mark.slow) for name in ("llama", "qwen3", "gemma")),
+])  # fmt: skip
 def test_continuous_batching_draws_the_same(name: str, pairs: dict[str, Pair]) -> None:
     pair, sampling = pairs[name], Sampling(temperature=0.9, top_p=0.95, top_k=30)
-    expected = decode_all(RowDecoder(ENDS, MOST), pair.plain, REQUESTS, sampling)
     for in_flight in (40, 100000):
-        assert_equal(decode_all(PagedDecoder(ENDS, MOST, in_flight), pair.shared, REQUESTS, sampling), expected)
+        drawn = decode_all(PagedDecoder(ENDS, MOST, in_flight), pair.shared, REQUESTS, sampling)
+        assert_equal(drawn, drawn_by_rows(pair, sampling))
     assert pair.shared.config._attn_implementation == attention.NAME, "as it was"
 
 
@@ -200,17 +213,19 @@ def test_continuous_batching_with_prompts_that_come_in_parts(
     assert_equal(decode_all(PagedDecoder(ENDS, MOST, 10000), pairs["llama"].shared, requests), expected)
 
 
+@either_prompt
 @pytest.mark.parametrize("in_flight", [1, 100])
 def test_room_in_flight_changes_nothing(in_flight: int, pairs: dict[str, Pair]) -> None:
     sampling = Sampling(temperature=0.9, top_p=0.95, top_k=30, min_p=0.001)
-    expected = decode_all(RowDecoder(ENDS, MOST), pairs["qwen2"].plain, REQUESTS, sampling)
-    assert_equal(decode_all(NativeDecoder(ENDS, MOST, in_flight), pairs["qwen2"].shared, REQUESTS, sampling), expected)
+    drawn = decode_all(NativeDecoder(ENDS, MOST, in_flight), pairs["qwen2"].shared, REQUESTS, sampling)
+    assert_equal(drawn, drawn_by_rows(pairs["qwen2"], sampling))
 
 
+@either_prompt
 def test_a_request_alone_gives_what_it_gives_in_a_batch(pairs: dict[str, Pair]) -> None:
     pair = pairs["llama"]
     for engine, model in ((NativeDecoder(ENDS, MOST, 10000), pair.shared), (RowDecoder(ENDS, MOST), pair.plain)):
-        together = decode_all(engine, model, REQUESTS)
+        together = drawn_by_rows(pair)
         for n in (0, 6, 15):
             assert_equal(decode_all(engine, model, [REQUESTS[n]]), [together[n]])
         order = [12, 13, 14, 15, 0, 1, 2, 3, 9, 10]
@@ -222,14 +237,13 @@ def test_each_completion_is_reported_once(engine: Decoder, pairs: dict[str, Pair
     pair = pairs["qwen2"]
     model = pair.plain if isinstance(engine, RowDecoder) else pair.shared
     calls = [call for call in engine.decode(model, deque(REQUESTS), Sampling()) if call]
-    completions = decode_all(engine, model, REQUESTS)
     reported = [completion for call in calls for completion in call]
     assert len(calls) > 1
     assert Counter((c.slot, c.sample) for c in reported) == Counter((r.slot, r.sample) for r in REQUESTS)
-    by_place = {(c.slot, c.sample): c for c in reported}
-    assert all(by_place[c.slot, c.sample] == c for c in completions)
+    assert_equal(in_order(REQUESTS, reported), drawn_by_rows(pair))
 
 
+@either_prompt
 @pytest.mark.parametrize("in_flight", [5, 100000])
 def test_a_single_new_token(in_flight: int, pairs: dict[str, Pair]) -> None:
     pair = pairs["llama"]
@@ -238,6 +252,7 @@ def test_a_single_new_token(in_flight: int, pairs: dict[str, Pair]) -> None:
     assert_equal(decode_all(NativeDecoder(ENDS, 1, in_flight), pair.shared, REQUESTS), expected)
 
 
+@either_prompt
 def test_no_requests(pairs: dict[str, Pair]) -> None:
     assert decode_all(NativeDecoder(ENDS, 4, 100), pairs["llama"].shared, []) == []
     assert decode_all(RowDecoder(ENDS, 4), pairs["llama"].plain, []) == []
@@ -251,6 +266,7 @@ def test_paged_refuses_a_transformers_it_cannot_draw_for(
         decode_all(PagedDecoder(ENDS, MOST, 200), pairs["llama"].shared, REQUESTS)
 
 
+@either_prompt
 def test_every_completion_may_end_at_once(pairs: dict[str, Pair]) -> None:
     """Every token ends: nothing is left to decode after a prefill, and the next prompts must still come in."""
     everything = list(range(61))
@@ -283,6 +299,7 @@ def test_reported_logprobs_are_the_models(temperature: float, pairs: dict[str, P
         assert completion.logprobs == pytest.approx(expected.tolist(), abs=1e-4)
 
 
+@either_prompt
 def test_values_narrower_than_keys() -> None:
     """DeepSeek's value heads have a size of their own: the probe accepts them, so the engine has to take them."""
     config = DeepseekV3Config(
@@ -307,15 +324,15 @@ def test_a_layer_that_attends_twice() -> None:
     assert_equal(decode_all(NativeDecoder(ENDS, 8, 10000), pair.shared, requests), expected)
 
 
+@either_prompt
 @pytest.mark.parametrize("in_flight", [100, 100000])
-def test_asking_seldom_who_has_ended_changes_nothing(in_flight: int, pairs: dict[str, Pair]) -> None:
+@pytest.mark.parametrize("steps", [2, pytest.param(8, marks=pytest.mark.slow), 50])
+def test_asking_seldom_who_has_ended_changes_nothing(steps: int, in_flight: int, pairs: dict[str, Pair]) -> None:
     """Rows that have ended draw on until they are dropped, and none of that may be seen."""
-    model = pairs["qwen2"].shared
-    expected = decode_all(NativeDecoder(ENDS, MOST, in_flight), model, REQUESTS)
+    expected = drawn_by_rows(pairs["qwen2"])
     assert any(len(c.ids) == MOST for c in expected), "rows that go on past the last place are part of the test"
-    for steps in (2, 8, 50):
-        engine = NativeDecoder(ENDS, MOST, in_flight, steps_between_checks=steps)
-        assert_equal(decode_all(engine, model, REQUESTS), expected)
+    engine = NativeDecoder(ENDS, MOST, in_flight, steps_between_checks=steps)
+    assert_equal(decode_all(engine, pairs["qwen2"].shared, REQUESTS), expected)
 
 
 @pytest.mark.parametrize("engine", [*ENGINES, RowDecoder(ENDS, MOST)])
@@ -327,7 +344,7 @@ def test_completions_of_given_lengths(engine: Decoder, pairs: dict[str, Pair]) -
     assert [len(c.ids) for c in completions] == lengths
     assert not any(c.finished for c in completions)
     bounded = [replace(request, max_new_tokens=length) for request, length in zip(REQUESTS, lengths, strict=True)]
-    free = decode_all(NativeDecoder(ENDS, MOST, 200), pair.shared, REQUESTS)
+    free = drawn_by_rows(pair)
     for one, other in zip(completions, free, strict=True):
         shared = min(len(one.ids), len(other.ids))
         assert one.ids[:shared] == other.ids[:shared]
@@ -338,9 +355,10 @@ def test_completions_of_given_lengths(engine: Decoder, pairs: dict[str, Pair]) -
 @pytest.mark.parametrize("engine", [*ENGINES, RowDecoder(ENDS, MOST)])
 def test_requests_that_come_while_others_are_decoded(engine: Decoder, pairs: dict[str, Pair]) -> None:
     """A longer prompt, another sample of a prompt that was asked for before, and one after everything has ended."""
-    model = pairs["qwen2"].plain if isinstance(engine, RowDecoder) else pairs["qwen2"].shared
+    pair = pairs["qwen2"]
+    model = pair.plain if isinstance(engine, RowDecoder) else pair.shared
     longer = replace(REQUESTS[0], slot=90, prompt=[*REQUESTS[0].prompt, *range(20, 60)], key=7)
-    expected = decode_all(engine, model, [*REQUESTS, longer])
+    expected = [*drawn_by_rows(pair), *decode_all(RowDecoder(ENDS, MOST), pair.plain, [longer])]
     queue = deque(REQUESTS[:3])
     later = deque([[longer, *REQUESTS[5:]], REQUESTS[3:5]])
     drawn: list[Trajectory] = []
@@ -354,7 +372,7 @@ def test_requests_that_come_while_others_are_decoded(engine: Decoder, pairs: dic
 
 def test_an_engine_is_a_service(pairs: dict[str, Pair]) -> None:
     engine = LocalEngine(NativeDecoder(ENDS, MOST, 200), LoadedModel(pairs["qwen2"].shared), {})
-    expected = decode_all(engine.decoder, pairs["qwen2"].shared, REQUESTS)
+    expected = drawn_by_rows(pairs["qwen2"])
     with awake(engine):
         assert engine.poll() == []
         engine.submit(REQUESTS[:6], Sampling())
@@ -400,6 +418,7 @@ def test_lengths_that_cannot_be_had(engine: Decoder, length: int, pairs: dict[st
         decode_all(engine, pairs["llama"].plain, requests)
 
 
+@either_prompt
 def test_rows_that_linger_do_not_make_the_cache_grow(pairs: dict[str, Pair], monkeypatch: pytest.MonkeyPatch) -> None:
     """Few rows end late and wait to be dropped while new prompts decode: no sequence gets more room than it can use."""
     monkeypatch.setitem(native.COMPACT_BELOW, "cpu", 0.1)
