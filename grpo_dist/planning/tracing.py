@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, AutoModelForSequenceClassification
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from ..config.schema import Config, ReferenceConfig, TrainConfig
+from ..config.schema import Config, ReferenceConfig
 from ..model import attention
 from ..model.checks import bitsandbytes_config
 from ..model.expert_adapters import adapted_weight
@@ -71,12 +71,18 @@ def build_policy(
         quantize_blank(base, kind, model_config, precision.policy)
     with torch.device("meta"):
         policy = make_policy(base, config.model, config.lora, config.rollout.temperature, config.train.seed,
-                             has_critic=config.advantage.baseline == "critic",
-                             entropy_gradient=config.loss.entropy_coeff > 0)  # fmt: skip
+                             **_built_in(config))  # fmt: skip
     if precision.casts_all:
         policy.to(precision.policy)
     policy.fused_head = isinstance(policy.causal_lm.get_output_embeddings(), nn.Linear)
     return policy.train()
+
+
+def _built_in(config: Config) -> dict[str, bool]:
+    """What else a policy has or computes, as `make_policy` is asked for it."""
+    return {
+        "has_critic": config.advantage.baseline == "critic", "entropy_gradient": config.loss.entropy_coeff > 0
+    }  # fmt: skip
 
 
 def count(policy: Policy) -> ModelCounts:
@@ -179,13 +185,7 @@ class _Traced:
     """Peaks of a model's passes, in bytes and without its weights."""
 
     def __init__(self, config: Config, model_config: Any, implementation: str | None) -> None:
-        # what says how large a pack is, or which copy there is, does not change a pass of given shape and dtype
-        self.config = replace(
-            config, reference=ReferenceConfig(),
-            rollout=replace(config.rollout, max_tokens_in_flight="auto"),
-            train=replace(config.train, max_tokens_per_pack=TrainConfig().max_tokens_per_pack),
-        )  # fmt: skip
-        self.model_config, self.implementation = model_config, implementation
+        self.config, self.model_config, self.implementation = config, model_config, implementation
 
     def update(self, precision: Precision, shape: Shape) -> int:
         """The peak of a pass over a pack of the update, and back."""
@@ -193,8 +193,8 @@ class _Traced:
 
     def frozen(self, dtype: torch.dtype, shape: Shape) -> int:
         """The peak of a pass of the base alone, in a dtype."""
-        plain = replace(self.config, lora=None, model=replace(self.config.model, gradient_checkpointing=False,
-                                                              quantization=None))  # fmt: skip
+        model = replace(self.config.model, gradient_checkpointing=False, quantization=None)
+        plain = replace(self.config, lora=None, model=model, reference=ReferenceConfig())
         return self._by_depth(_trace_frozen, plain, Precision(dtype, dtype, casts_all=True), shape)
 
     def _by_depth(self, trace: Callable[..., int], config: Config, precision: Precision, shape: Shape) -> int:
@@ -205,7 +205,8 @@ class _Traced:
         return low + (high - low) * (depth - TRACED_LAYERS[0]) // (TRACED_LAYERS[1] - TRACED_LAYERS[0])
 
     def _peak(self, trace: Callable[..., int], config: Config, precision: Precision, shape: Shape, depth: int) -> int:
-        given = trace, repr(config), repr(self.model_config), self.implementation, precision, shape, depth
+        options = config.model, config.lora, config.rollout.temperature, *_built_in(config).values()
+        given = trace, repr((options, self.model_config)), self.implementation, precision, shape, depth
         if given not in _peaks:
             policy = build_policy(config, self.model_config, self.implementation, precision, depth)
             pack = example_pack(shape, self.implementation == attention.NAME)

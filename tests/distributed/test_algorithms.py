@@ -40,19 +40,21 @@ CASES = {
 }  # fmt: skip
 
 
-QUICK = {"ppo"}
-"""What is tried each time, beside the default preset, which the quickstart of CI trains."""
+SLOW = pytest.mark.slow
+FIRST_STEPS = ("--train.num_train_steps", "12")
+"""The first part of the runs that docs/learning_curves.py draws."""
+FEW_PROMPTS = ("--train.num_train_steps", "8", "--train.batch_size", "16")
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in presets()]
+    ("name", "steps"),
+    [("ppo", FEW_PROMPTS), *(pytest.param(name, FIRST_STEPS, marks=SLOW) for name in presets())],
 )
-def test_each_preset_learns(name: str, tmp_path: Path) -> None:
-    """The first part of the runs that docs/learning_curves.py draws."""
+def test_each_preset_learns(name: str, steps: tuple[str, ...], tmp_path: Path) -> None:
+    """PPO is tried each time, beside the default preset, which the quickstart of CI trains."""
     done = launch(
-        None, 1, "--preset", name, "--config", "configs/quickstart.yaml", "--train.num_train_steps", "12",
-        "--optim.scheduler", "constant", "--train.eval_every", "0", "--train.save_every", "0",
-        "--train.output_dir", str(tmp_path / "run"),
+        None, 1, "--preset", name, "--config", "configs/quickstart.yaml", *steps, "--optim.scheduler", "constant",
+        "--train.eval_every", "0", "--train.save_every", "0", "--train.output_dir", str(tmp_path / "run"),
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
     lines = metrics(tmp_path / "run")
@@ -77,26 +79,28 @@ def test_groups_without_signal_come_to_have_some(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "strategy"),
-    [*(pytest.param(name, "zero3", marks=[] if name in ("critic", "dynamic") else pytest.mark.slow) for name in CASES),
-     pytest.param("critic", "fsdp2", marks=pytest.mark.slow)],
+    ("name", "strategy", "ranks"),
+    [("critic", "zero3", 2), ("dynamic", "ddp", 3), *(pytest.param(name, "zero3", 3, marks=SLOW) for name in CASES),
+     pytest.param("critic", "fsdp2", 3, marks=SLOW)],
 )  # fmt: skip
-def test_ranks_do_not_matter(name: str, strategy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ranks_do_not_matter(
+    name: str, strategy: str, ranks: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "own.py").write_text(TOKEN_REWARD)
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{ROOT}")
     one = train(None, 1, tmp_path / "one", *CASES[name])
-    three = train(strategy, 3, tmp_path / "three", *CASES[name])
-    assert [row["completion"] for row in completions(three)] == [row["completion"] for row in completions(one)]
-    assert [row["reward"] for row in completions(three)] == [row["reward"] for row in completions(one)]
-    assert relative_difference(adapters(one), adapters(three)) <= 1e-5
-    for a, b in zip(metrics(one)[1:], metrics(three)[1:], strict=True):
+    several = train(strategy, ranks, tmp_path / "several", *CASES[name])
+    assert [row["completion"] for row in completions(several)] == [row["completion"] for row in completions(one)]
+    assert [row["reward"] for row in completions(several)] == [row["reward"] for row in completions(one)]
+    assert relative_difference(adapters(one), adapters(several)) <= 1e-5
+    for a, b in zip(metrics(one)[1:], metrics(several)[1:], strict=True):
         for key in COMPARED & a.keys():
             assert b[key] == pytest.approx(a[key], rel=1e-3, abs=1e-6), key
     if name == "dynamic":
         assert sum(line["rollout/groups_replaced"] for line in metrics(one)[1:]) > 0
     if name == "critic":
         heads = [load_file(directory / "checkpoints" / "step_5" / "state.safetensors")["weight/value_head.weight"]
-                 for directory in (one, three)]  # fmt: skip
+                 for directory in (one, several)]  # fmt: skip
         assert float(heads[0].norm()) > 0 and torch.allclose(*heads, rtol=1e-3, atol=1e-6)
 
 
