@@ -11,7 +11,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ..config.algorithm import AUTO_IS_RESOLVED, LossConfig
+from ..config.algorithm import AUTO_IS_RESOLVED, LossConfig, reference_in_loss
 from ..config.schema import Config
 from ..types import Batch, all_token_rewards, at_last_tokens
 from .advantages import (
@@ -41,16 +41,6 @@ def needs_old_policy(config: Config) -> bool:
     return (
         config.advantage.baseline == "critic" or config.loss.kl_in == "reward" or config.loss.top_entropy_quantile < 1
     )
-
-
-def reference_in_loss(config: Config) -> bool:
-    """Whether the loss has a KL term."""
-    return config.loss.kl_coeff > 0 and config.loss.kl_in == "loss"
-
-
-def has_reference(config: Config) -> bool:
-    """Whether the algorithm needs the reference's log-probabilities."""
-    return config.loss.kl_in == "reward" or reference_in_loss(config)
 
 
 def included(config: Config, batch: Batch) -> Tensor:

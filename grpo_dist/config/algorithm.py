@@ -167,6 +167,16 @@ def default_correction(rollout: RolloutConfig) -> ImportanceCorrection:
     return "truncate" if rollout.lag or rollout.engine == "vllm" else "none"
 
 
+def reference_in_loss(config: Config) -> bool:
+    """Whether the loss has a KL term."""
+    return config.loss.kl_coeff > 0 and config.loss.kl_in == "loss"
+
+
+def has_reference(config: Config) -> bool:
+    """Whether the algorithm needs the reference's log-probabilities."""
+    return config.loss.kl_in == "reward" or reference_in_loss(config)
+
+
 def check_algorithm(config: Config) -> None:
     """Resolve `auto`, and raise ValueError for options that have no meaning in combination."""
     advantage, loss, train = config.advantage, config.loss, config.train

@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
+from ..config.algorithm import has_reference
 from ..config.places import model_place
 from ..config.schema import Config, LoraConfig
-from .files import UnfitModel
+from .files import UnfitModel, shapes_of, stored_file, weight_files
 from .toy import MODELS
 
 log = logging.getLogger(__name__)
@@ -34,14 +36,17 @@ PLAIN_STARTS = (True, False, "gaussian", "orthogonal", "eva")
 """Values of init_lora_weights that leave the base's weights as they are."""
 
 
-def with_adapter(config: Config) -> Config:
+def with_adapter(config: Config, asks_hub: bool = True) -> Config:
     """The config of a run that goes on from an adapter, which model.name or lora.init_from names: model.name is its
     base, and `lora` has its shape. Other configs stay as they are.
 
-    Raises UnfitModel for an adapter that cannot be trained on, and where options of `lora` contradict it.
+    Where the hub is not to be asked, only its cache counts. Raises UnfitModel for an adapter that cannot be trained on,
+    and where options of `lora` contradict it.
     """
     model, lora = config.model, config.lora
-    own = None if model.name in MODELS else _entries(model_place(model.name, "model.name"), model.revision)
+    own = None
+    if model.name not in MODELS:
+        own = _entries(model_place(model.name, "model.name"), model.revision, asks_hub)
     if own is None and (lora is None or lora.init_from is None):
         return config
     option, name = ("lora.init_from", lora.init_from) if own is None and lora else ("model.name", model.name)
@@ -55,7 +60,9 @@ def with_adapter(config: Config) -> Config:
         raise UnfitModel(f"model.revision: {model.revision!r} given, expected null for an adapter: download that "
                          "revision of it and name the directory")  # fmt: skip
     place = model_place(name, option)
-    entries = own or _entries(place, None)
+    entries = own or _entries(place, None, asks_hub)
+    if entries is None and not asks_hub and not Path(place).is_dir():
+        return config
     if entries is None:
         raise UnfitModel(f"{option}: {name!r} given, expected a PEFT adapter, with adapter_config.json")
     _require_plain(option, name, entries)
@@ -71,6 +78,36 @@ def with_adapter(config: Config) -> Config:
     return replace(config, lora=lora, model=model)
 
 
+def require_own_values(config: Config, shards_weights: bool) -> None:
+    """Raise UnfitModel where the reference would need the adapter's first values in sharded weights."""
+    shares = config.reference.placement == "shared" and config.reference.model == "adapter" and has_reference(config)
+    if shards_weights and shares and config.lora is not None and config.lora.init_from is not None:
+        raise UnfitModel("reference.placement: 'shared' given, expected `copy` under ZeRO-3 and FSDP2, where the "
+                         "reference is the adapter that the run goes on from, or reference.model: base")  # fmt: skip
+
+
+def require_fitting(place: str, base: Path) -> None:
+    """Raise UnfitModel where matrices of the adapter at `place` have no width of the layers in the weight files of its
+    base, a directory of plain weights. `load_adapter` compares the rest."""
+    stored = stored_file(place, "adapter_model.safetensors")
+    if stored is None:
+        return
+    layers, of_adapter = shapes_of(weight_files(base)), shapes_of([stored])
+    width = 0 if (_entries(place, None, False) or {}).get("fan_in_fan_out") else 1
+    for name, shape in of_adapter.items():
+        layer, is_first, _ = name.removeprefix("base_model.model.").partition(".lora_A.")
+        weight = layers.get(f"{layer}.weight", [])
+        if is_first and len(weight) == 2:
+            require_shape(place, name, shape, [shape[0], weight[width]])
+
+
+def require_shape(place: str, name: str, given: Sequence[int], expected: Sequence[int]) -> None:
+    """Raise UnfitModel where a matrix of the adapter at `place` has another shape than its layer needs."""
+    if list(given) != list(expected):
+        raise UnfitModel(f"lora.init_from: {place!r} has {name} of the shape {list(given)}, expected {list(expected)}: "
+                         "it belongs to another base model")  # fmt: skip
+
+
 def to_evaluate(config: Config) -> Config:
     """The config of an evaluation, in which `lora` is the adapter's where model.name is one, and null elsewhere.
 
@@ -80,16 +117,17 @@ def to_evaluate(config: Config) -> Config:
     return config if config.lora is not None and config.lora.init_from else replace(config, lora=None)
 
 
-def _entries(place: str, revision: str | None) -> dict[str, Any] | None:
+def _entries(place: str, revision: str | None, asks_hub: bool) -> dict[str, Any] | None:
     """The adapter_config.json of a directory or repository; None where there is none."""
-    if (path := Path(place)).is_dir():
-        return json.loads(own.read_text(encoding="utf-8")) if (own := path / "adapter_config.json").is_file() else None
-    from transformers.utils.peft_utils import find_adapter_config_file
+    if Path(place).is_dir() or not asks_hub:
+        file: Path | str | None = stored_file(place, "adapter_config.json", revision)
+    else:
+        from transformers.utils.peft_utils import find_adapter_config_file
 
-    try:
-        file = find_adapter_config_file(place, revision=revision)
-    except (OSError, ValueError):  # no such model: the loading function reports it
-        return None
+        try:
+            file = find_adapter_config_file(place, revision=revision)
+        except (OSError, ValueError):  # no such model: the loading function reports it
+            return None
     return None if file is None else json.loads(Path(file).read_text(encoding="utf-8"))
 
 

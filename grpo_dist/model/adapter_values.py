@@ -7,18 +7,9 @@ import hashlib
 import torch
 from torch import Tensor
 
-from ..algorithm.targets import has_reference
-from ..config.schema import Config
+from .adapter import require_shape
 from .files import UnfitModel
 from .peft import PeftModel, load_peft_weights
-
-
-def require_own_values(config: Config, shards_weights: bool) -> None:
-    """Raise UnfitModel where the reference would need the adapter's first values in sharded weights."""
-    shares = config.reference.placement == "shared" and config.reference.model == "adapter" and has_reference(config)
-    if shards_weights and shares and config.lora is not None and config.lora.init_from is not None:
-        raise UnfitModel("reference.placement: 'shared' given, expected `copy` under ZeRO-3 and FSDP2, where the "
-                         "reference is the adapter that the run goes on from, or reference.model: base")  # fmt: skip
 
 
 @torch.no_grad()
@@ -34,9 +25,7 @@ def load_adapter(model: PeftModel, place: str) -> None:
             raise UnfitModel(f"lora.init_from: {place!r} does not fit {type(model.get_base_model()).__name__}: {lacks} "
                              f"{len(missing)} weights ({', '.join(missing[:3])} …)")  # fmt: skip
     for name, parameter in own.items():
-        if values[name].shape != parameter.shape:
-            raise UnfitModel(f"lora.init_from: {place!r} has {name} of the shape {list(values[name].shape)}, expected "
-                             f"{list(parameter.shape)}: it belongs to another base model")  # fmt: skip
+        require_shape(place, name, values[name].shape, parameter.shape)
         parameter.copy_(values[name])
 
 

@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from ..distributed.sharding import full_shape
-from .files import UnfitModel, is_bitsandbytes, require_fit, some_names
+from .files import UnfitModel, is_bitsandbytes, require_fit, require_fixed_positions, some_names
 from .names import no_causal_lm, no_layer, no_pattern, refused_layer
 from .peft import PeftLoraConfig, convert_peft_config_for_transformers
 from .quantized import QuantizedLinear
@@ -71,16 +71,7 @@ def require_trainable(model_config: Any, longest: int) -> None:
     if named and all(is_bare) and not getattr(text, "tie_word_embeddings", False):
         raise UnfitModel(f"model.name: a checkpoint of {named[0]} given (architectures in its config.json), expected a "
                          "causal language model: it has no head that predicts tokens")  # fmt: skip
-    rope = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
-    original = rope.get("original_max_position_embeddings") or getattr(text, "original_max_position_embeddings", None)
-    if rope.get("rope_type") in ("dynamic", "longrope"):
-        bound: Any = original or getattr(text, "max_position_embeddings", longest)
-        if longest > bound:
-            raise UnfitModel(
-                f"data.max_prompt_length + rollout.max_completion_length: {longest} tokens given, expected at most "
-                f"{bound} for this model: beyond, its position encoding ({rope['rope_type']}) depends on the length "
-                "of the sequence, so that a token's probability would change after it was drawn"
-            )
+    require_fixed_positions(lambda name: getattr(text, name, None), longest)
 
 
 def require_decoder(model: Any) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 
 from ..config.checks import require
 from ..config.places import model_place
+from ..config.rollout import RolloutConfig
 from ..config.schema import Config, ModelConfig
 from .toy import MODELS, toy_path
 
@@ -35,6 +36,8 @@ DEQUANTIZED = {"fp8": ".weight_scale_inv", "mxfp4": "_blocks"}
 of such a checkpoint have."""
 LOADED_IN = ("load_in_4bit", "_load_in_4bit", "load_in_8bit", "_load_in_8bit")
 """Keys by which bitsandbytes' quantization_config says how weights are stored."""
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+"""The names that configs give to the number of experts."""
 UNFIT_TYPES = {
     **{kind: "a token sees later ones" for kind in ("cpmant", "xlnet")},
     **{
@@ -87,6 +90,46 @@ def require_positions(positions: int | None, longest: int) -> None:
                          f"has {positions} positions (max_position_embeddings): lower one of the two")  # fmt: skip
 
 
+def require_fixed_positions(entry: Callable[[str], Any], longest: int) -> None:
+    """Raise UnfitModel where the position of a token depends on the length of its row, up to `longest` tokens; `entry`
+    gives those of the language model's config."""
+    rope = entry("rope_parameters") or entry("rope_scaling") or {}
+    if (kind := rope.get("rope_type") or rope.get("type")) not in ("dynamic", "longrope"):
+        return
+    bound = (rope.get("original_max_position_embeddings") or entry("original_max_position_embeddings")
+             or entry("max_position_embeddings") or longest)  # fmt: skip
+    if longest > bound:
+        raise UnfitModel(f"data.max_prompt_length + rollout.max_completion_length: {longest} tokens given, expected at "
+                         f"most {bound} for this model: beyond, its position encoding ({kind}) depends on "
+                         "the length of the sequence, so that a token's probability would change after it was drawn"
+                         )  # fmt: skip
+
+
+def layers_obstacle(entry: Callable[[str], Any], longest: int) -> str | None:
+    """The reason in the language model's config why packs with shared prompts of `longest` tokens do not fit its
+    layers, or None."""
+    kinds = set(entry("layer_types") or []) - {"full_attention", "sliding_attention"}
+    if (window := entry("attention_window")) and window < longest:
+        return f"attention in a window of {window} tokens, shorter than the longest sequence of {longest}"
+    if kinds:
+        return f"layers of the kinds {', '.join(sorted(kinds))}"
+    return next((f"its option {option}" for option in ("attention_chunk_size", "use_mrope") if entry(option)), None)
+
+
+def stored_file(place: str, name: str, revision: str | None = None) -> Path | None:
+    """A file of a model, in its directory or, for a hub id, in the hub's cache on this machine; None where it is not
+    there. The hub is not asked."""
+    if (path := Path(place)).is_dir():
+        return path / name if (path / name).is_file() else None
+    from huggingface_hub import try_to_load_from_cache
+
+    try:
+        cached = try_to_load_from_cache(place, name, revision=revision)
+    except ValueError:  # no hub id: the loading function reports it
+        return None
+    return Path(cached) if isinstance(cached, str) else None
+
+
 def read_entries(path: Path) -> dict[str, Any] | None:
     """The config.json in a model's directory; None where it cannot be read, which those who load the model report."""
     try:
@@ -107,11 +150,13 @@ def require_fit_files(
     kind = entries.get("model_type") or ""
     require_fit(kind, text.get("model_type") or "", entries.get("architectures") or [], given,
                 bool(entries.get("is_encoder_decoder")), bool(entries.get("auto_map")))  # fmt: skip
-    require_positions(text.get("max_position_embeddings"), config.max_sequence_length)
+    longest = config.max_sequence_length
+    require_positions(text.get("max_position_embeddings"), longest)
+    require_fixed_positions(text.get, longest)
     require_quantizable(config, given)
     require_unsharded(kind_of(config.model, given) is not None, shards_weights)
-    require_divisors(config, num_ranks, text.get("num_attention_heads"))
-    require_weights(config.model.name, path, given)
+    require_divisors(config, num_ranks, text.get("num_attention_heads"), layers_obstacle(text.get, longest))
+    require_weights(config.model.name, Path(model_path(config.model)), given)
 
 
 def require_weights(name: str, path: Path, quantization: Mapping[str, Any] | None = None) -> None:
@@ -165,14 +210,20 @@ def _listed_weights(path: Path) -> tuple[str | None, list[str]]:
     )
 
 
-def weight_names(path: Path) -> list[str]:
-    """Names of all weights in the safetensors files of a model's directory; none for files of another format."""
+def weight_files(path: Path) -> list[Path]:
+    """The safetensors files with a model's weights; none where one is missing, or for files of another format."""
     _, parts = _listed_weights(path)
-    names: list[str] = []
-    for part in (part for part in parts if part.endswith(".safetensors")):
-        with safe_open(path / part, "np") as file:
-            names += file.keys()
-    return names
+    files = [path / part for part in parts if part.endswith(".safetensors")]
+    return files if all(file.is_file() for file in files) else []
+
+
+def shapes_of(files: Sequence[Path]) -> dict[str, list[int]]:
+    """The name and the shape of each tensor in safetensors files."""
+    shapes: dict[str, list[int]] = {}
+    for each in files:
+        with safe_open(each, "np") as file:
+            shapes |= {name: file.get_slice(name).get_shape() for name in [*file.keys()]}
+    return shapes
 
 
 def is_bitsandbytes(quantization: Mapping[str, Any]) -> bool:
@@ -184,7 +235,10 @@ def is_bitsandbytes(quantization: Mapping[str, Any]) -> bool:
 def dequantized_form(quantization: Mapping[str, Any] | None) -> str | None:
     """The form, `fp8` or `mxfp4`, of a checkpoint with this quantization_config that is dequantised when it is loaded;
     None for others."""
-    method = (quantization or {}).get("quant_method")
+    given = quantization or {}
+    method, is_whole = given.get("quant_method"), given.get("activation_scheme") == "static"
+    if method == "fp8" and (is_whole or given.get("weight_block_size", "default") is None):  # one scale for a layer
+        return None
     return next((form for form in DEQUANTIZED if form == method), None)
 
 
@@ -240,10 +294,18 @@ def require_unsharded(is_quantized: bool, shards_weights: bool) -> None:
                          "expected DDP, ZeRO-1 or ZeRO-2: start with accelerate_configs/zero2.yaml")  # fmt: skip
 
 
-def require_divisors(config: Config, num_ranks: int | None, heads: int | None) -> None:
-    """Raise ValueError where train.sequence_parallel_size divides the ranks or the attention heads with a remainder;
-    None where a number is not known."""
+def require_replay(rollout: RolloutConfig, has_experts: bool, kind: str) -> None:
+    """Raise ValueError where replay is asked for and a model of this type has no experts."""
+    require(rollout.routing_replay is not True or has_experts, "rollout.routing_replay", True,
+            f"auto or false for a model without experts ({kind})")  # fmt: skip
+
+
+def require_divisors(config: Config, num_ranks: int | None, heads: int | None, obstacle: str | None = None) -> None:
+    """Raise ValueError where train.sequence_parallel_size divides the ranks or the attention heads with a remainder
+    (None where a number is not known), or where `obstacle` keeps the model's prompts from being shared."""
     key, size = "train.sequence_parallel_size", config.train.sequence_parallel_size
+    require(size == 1 or obstacle is None, key, size, f"1 for {config.model.name}, whose tokens cannot be divided "
+            f"among ranks: {obstacle}")  # fmt: skip
     if num_ranks is not None:
         require(num_ranks % size == 0, key, size, f"a divisor of the number of ranks, {num_ranks}")
     if heads is not None:

@@ -37,7 +37,7 @@ from .checks import (
 from .dequantization import become_plain, dequantized_loading
 from .dropout import drop_by_token
 from .expert_adapters import compute_adapters_apart, expert_parameters, of_experts
-from .files import UnfitModel, dequantized_form, model_path, require_positions, require_weights
+from .files import UnfitModel, dequantized_form, layers_obstacle, model_path, require_positions, require_weights
 from .peft import LoraLayer, PeftLoraConfig, with_new_adapters
 from .policy import Policy, recompute_layers
 from .quantization import quantized_loading, use_own_layers
@@ -159,14 +159,8 @@ def soft_cap(model_config: Any) -> float | None:
 def packing_obstacle(model_config: Any, longest: int, trust_remote_code: bool = False) -> str | None:
     """The reason why packs with shared prompts do not fit this architecture and `longest` tokens, or None."""
     text = model_config.get_text_config()
-    kinds = set(getattr(text, "layer_types", None) or [])
-    if (window := getattr(text, "attention_window", None)) and window < longest:
-        return f"attention in a window of {window} tokens, shorter than the longest sequence of {longest}"
-    if kinds - {"full_attention", "sliding_attention"}:
-        return f"layers of the kinds {', '.join(sorted(kinds - {'full_attention', 'sliding_attention'}))}"
-    for option in ("attention_chunk_size", "use_mrope"):
-        if getattr(text, option, None):
-            return f"its option {option}"
+    if obstacle := layers_obstacle(lambda name: getattr(text, name, None), longest):
+        return obstacle
     if not getattr(text, "num_attention_heads", None):
         return "no attention layers"
     try:  # some architectures have their own tables of attention functions

@@ -11,16 +11,15 @@ from __future__ import annotations
 import difflib
 import importlib.metadata
 import importlib.util
-import json
 import re
 import sys
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..config.checks import require
 from ..config.schema import LoraConfig, ModelConfig, RolloutConfig
-from .files import UnfitModel, some_names, weight_names
+from .files import EXPERTS, UnfitModel, require_replay, shapes_of, some_names, weight_files
+from .token_names import require_known_tokens
 
 _LINEAR = re.compile(r"self\.(\w+)\s*=\s*(?:nn\.Linear|Conv1D)\(")
 _EXPERTS = re.compile(r"self\.(\w+)\s*=\s*nn\.Parameter\(\s*torch\.\w+\(\s*self\.num_experts,")
@@ -33,12 +32,13 @@ def require_known_names(
     config.json."""
     if not entries.get("auto_map"):
         require_known_type(entries.get("model_type"))
-        if lora is not None and (code := _code(entries)) and (weights := weight_names(path)):
+        code = _code(entries)
+        if lora is not None and code and (weights := [*shapes_of(weight_files(path))]):
             owner = (entries.get("architectures") or ["the model"])[0]
             _require_layers(lora, owner, code, weights)
-    place = Path(model.tokenizer or path)
-    if rollout.banned_tokens and (place / "tokenizer.json").is_file():
-        _require_tokens(rollout.banned_tokens, place)
+        if code and not any(re.search(rf"\b{name}\b", code) for name in EXPERTS):
+            require_replay(rollout, False, str(entries.get("model_type")))
+    require_known_tokens(rollout, Path(model.tokenizer or path), path)
 
 
 def require_known_type(kind: str | None) -> None:
@@ -90,20 +90,6 @@ def no_experts(name: str, reason: str, owner: str, expected: Collection[str]) ->
                       f"expected {', '.join(sorted(expected)) or 'none for this model'}")  # fmt: skip
 
 
-def token_id(token: int | str, size: int, known: int | None, split: Callable[[str], Sequence[tuple[str, int]]]) -> int:
-    """The id of a banned token, of a tokenizer with `size` of them, in which it has the id `known`, or else `split`
-    makes (token, id) of it. Raises ValueError where it is no single token."""
-    if isinstance(token, int):
-        require(0 <= token < size, "rollout.banned_tokens", token, f"an id from 0 to {size - 1}")
-        return token
-    if known is not None:
-        return known
-    parts = split(token)
-    require(len(parts) == 1, "rollout.banned_tokens", token, "a text of one token: the tokenizer makes "
-            f"{[each for each, _ in parts]} of it")  # fmt: skip
-    return parts[0][1]
-
-
 def _require_layers(lora: LoraConfig, owner: str, code: str, weights: Sequence[str]) -> None:
     parts = {part for name in weights for part in name.split(".")}
     words = parts | set(re.findall(r"\w+", code))
@@ -120,35 +106,6 @@ def _require_layers(lora: LoraConfig, owner: str, code: str, weights: Sequence[s
     for each in lora.target_parameters:
         if not set(each.split(".")) <= words:
             raise no_experts(each, "is no parameter of it", owner, _EXPERTS.findall(code))
-
-
-def _require_tokens(tokens: Sequence[int | str], place: Path) -> None:
-    from tokenizers import Tokenizer
-
-    tokenizer = Tokenizer.from_file(str(place / "tokenizer.json"))
-    added = _added(place)
-    size = max(tokenizer.get_vocab_size(), *(number + 1 for number in added.values()), 0)
-
-    def split(text: str) -> list[tuple[str, int]]:
-        """The fewest tokens that a tokenizer with these makes: some put a space before a text."""
-        encoded = min((tokenizer.encode(each, add_special_tokens=False) for each in (text, f" {text}")),
-                      key=lambda each: abs(len(each.ids) - 1))  # fmt: skip
-        return list(zip(encoded.tokens, encoded.ids, strict=True))
-
-    for token in tokens:
-        known = None if isinstance(token, int) else added.get(token, tokenizer.token_to_id(token))
-        token_id(token, size, known, split)
-
-
-def _added(place: Path) -> dict[str, int]:
-    """Tokens that tokenizer_config.json adds to those of tokenizer.json."""
-    try:
-        entries = (
-            json.loads((place / "tokenizer_config.json").read_text(encoding="utf-8")).get("added_tokens_decoder") or {}
-        )
-        return {each["content"]: int(number) for number, each in entries.items()}
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
-        return {}
 
 
 def _code(entries: Mapping[str, Any]) -> str:

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from ..algorithm.targets import has_reference
+from ..config.algorithm import has_reference
 from ..config.schema import Config
 from .packing import Pack
 from .policy import Policy

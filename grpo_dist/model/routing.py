@@ -23,9 +23,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from .checks import reads_text
+from .files import EXPERTS
 
-EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-"""The names that configs give to the number of experts."""
 EXPERTS_OF_A_TOKEN = ("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk", "moe_top_k", "top_k_experts")
 """The names that configs give to the number of experts that a token takes."""
 TOPK = (torch.topk, Tensor.topk)

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..config.checks import require
 from ..config.schema import Config
 from ..distributed.row_group import RowGroup, to_heads, to_tokens
 from ..types import no_routes
@@ -60,12 +59,8 @@ class SplitLayout:
 def require_whole_groups(config: Config, model_config: Any, num_ranks: int, obstacle: str | None) -> None:
     """Raise ValueError where train.sequence_parallel_size fits neither the ranks nor the model; `obstacle` is why the
     model's prompts cannot be shared, or None."""
-    key, size = "train.sequence_parallel_size", config.train.sequence_parallel_size
-    if size == 1:
-        return
-    require(obstacle is None, key, size, f"1 for {config.model.name}, whose tokens cannot be divided among ranks: "
-            f"{obstacle}")  # fmt: skip
-    require_divisors(config, num_ranks, getattr(model_config.get_text_config(), "num_attention_heads", None))
+    heads = getattr(model_config.get_text_config(), "num_attention_heads", None)
+    require_divisors(config, num_ranks, heads, obstacle)
 
 
 def split_pack(pack: Pack, group: RowGroup) -> Pack:

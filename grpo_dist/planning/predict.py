@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import torch
 
-from ..algorithm.targets import reference_in_loss
+from ..config.algorithm import reference_in_loss
 from ..config.schema import Config, Dtype
 from ..distributed.device import DTYPES
 from ..model import attention

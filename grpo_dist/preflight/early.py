@@ -12,21 +12,22 @@ from pathlib import Path
 
 from ..config.parse import let_first_rank_answer
 from ..config.parse import refuse_mistakes as refuse_mistaken_options
-from ..config.places import is_path, require_writable
+from ..config.places import require_writable
 from ..config.schema import Config
 from ..data.rows import check_file
 from ..distributed.launch_config import require_known_launch, require_optimizer, shards_weights
-from ..model.adapter import with_adapter
+from ..model.adapter import require_fitting, require_own_values, with_adapter
 from ..model.files import (
+    UnfitModel,
     model_path,
     read_entries,
     require_divisors,
     require_fit_files,
     require_quantizable,
     require_unsharded,
+    stored_file,
 )
 from ..model.names import require_known_names
-from ..model.toy import MODELS
 from ..text.plain import plain_lines, write_lines
 
 
@@ -68,19 +69,19 @@ def require_possible(config: Config, environment: Mapping[str, str], num_ranks: 
     if config.model.quantization is not None:
         require_quantizable(config, None)
         require_unsharded(True, shards)
-    adapter = config.lora and config.lora.init_from
-    if not _is_here(config.model.name) or (adapter and not _is_here(adapter)):
+    config = with_adapter(config, asks_hub=False)
+    place = model_path(config.model)
+    file = stored_file(place, "config.json", config.model.revision)
+    if file is None or (entries := read_entries(file.parent)) is None:
         return
-    config = with_adapter(config)
-    if not _is_here(config.model.name):
-        return
-    place = Path(model_path(config.model))
-    if (entries := read_entries(place)) is not None:
-        require_fit_files(config, place, entries, num_ranks, shards)
-        require_known_names(config.model, config.lora, config.rollout, place, entries)
-
-
-def _is_here(name: str) -> bool:
-    """Whether a model lies in a directory, as those of the package do: it takes a library to look into a repository of
-    the hub."""
-    return name in MODELS or is_path(name) or Path(name).is_dir()
+    try:
+        require_fit_files(config, file.parent, entries, num_ranks, shards)
+        require_known_names(config.model, config.lora, config.rollout, file.parent, entries)
+        require_own_values(config, shards)
+        if config.lora is not None and config.lora.init_from is not None and not entries.get("quantization_config"):
+            require_fitting(config.lora.init_from, file.parent)
+    except ValueError as error:
+        if Path(place).is_dir():
+            raise
+        raise UnfitModel(f"{error} (by what the hub's cache has of it, {file.parent}; `hf download {place}` brings it "
+                         "up to date)") from error  # fmt: skip

@@ -6,10 +6,9 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from ..config.checks import require
 from ..config.rollout import NO_ROUTES, RolloutConfig
 from ..distributed.device import computes_on_gpu
-from ..model.files import UnfitModel
+from ..model.files import UnfitModel, require_replay
 from ..model.routing import Routers, has_experts
 from .probe import routing_fault
 
@@ -18,8 +17,7 @@ log = logging.getLogger(__name__)
 
 def require_experts(rollout: RolloutConfig, model_config: Any) -> None:
     """Raise ValueError where replay is asked for and a model with this config has no experts."""
-    require(rollout.routing_replay is not True or has_experts(model_config), "rollout.routing_replay", True,
-            f"auto or false for a model without experts ({model_config.model_type})")  # fmt: skip
+    require_replay(rollout, has_experts(model_config), model_config.model_type)
 
 
 def engine_obstacle(rollout: RolloutConfig) -> str | None:

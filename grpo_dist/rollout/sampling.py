@@ -17,10 +17,9 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ..algorithm.hashing import uniforms
-from ..config.checks import require
 from ..config.rollout import RolloutConfig
 from ..distributed.transfer import to_device
-from ..model.names import token_id
+from ..model.token_names import require_an_end, require_occurring, token_id
 from ..text.tokens import CompletionTexts
 from .stop import Matching, StopStrings, stop_strings
 
@@ -67,8 +66,7 @@ def sampling_with(rollout: RolloutConfig, tokenizer: Any, end_ids: Sequence[int]
     Raises ValueError for banned tokens that are none, and for stop strings that cannot occur.
     """
     banned = tuple(sorted({_token_id(token, tokenizer) for token in rollout.banned_tokens}))
-    require(not set(end_ids) <= {*banned} or bool(rollout.stop), "rollout.banned_tokens", rollout.banned_tokens,
-            f"a token that may end a completion ({sorted(end_ids)}), or rollout.stop")  # fmt: skip
+    require_an_end(rollout, set(end_ids), set(banned))
     sampling = replace(sampling_of(rollout), banned=banned, min_new_tokens=rollout.min_new_tokens)
     if not rollout.stop:
         return sampling
@@ -76,9 +74,7 @@ def sampling_with(rollout: RolloutConfig, tokenizer: Any, end_ids: Sequence[int]
     stop = stop_strings(rollout.stop, [*spelled, *[b""] * (vocabulary - len(spelled))])
     for text in rollout.stop:
         ids = tokenizer(f"a{text}", add_special_tokens=False)["input_ids"]
-        require(stop.first(ids) is not None, "rollout.stop", text, "a text that occurs in completions: the tokenizer "
-                f"makes {tokenizer.convert_ids_to_tokens(ids)} of `a{text}`, and the texts that rewards get leave out "
-                "the tokens that only end a completion, which end it anyway")  # fmt: skip
+        require_occurring(stop.first(ids) is not None, text, tokenizer.convert_ids_to_tokens(ids))
     return replace(sampling, stop=stop)
 
 

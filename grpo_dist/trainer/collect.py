@@ -10,8 +10,8 @@ import torch
 
 from ..algorithm.advantages import has_spread
 from ..algorithm.hashing import stream_key
-from ..algorithm.targets import has_reference
 from ..checkpoint.state import TrainState
+from ..config.algorithm import has_reference
 from ..data.order import Curriculum, Mixture, Sampler
 from ..rewards.registry import TrainerState
 from ..rollout import Sampling, awake

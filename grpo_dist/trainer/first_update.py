@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ..algorithm.targets import has_reference
+from ..config.algorithm import has_reference
 from ..config.schema import Config
 from ..distributed.device import dtype_name, resolve_dtype
 from ..model.files import UnfitModel

@@ -9,15 +9,15 @@ from typing import Any
 
 import torch
 
-from ..algorithm.targets import has_reference
 from ..checkpoint import store as checkpoint
+from ..config.algorithm import has_reference
 from ..config.rollout import RolloutConfig
 from ..config.schema import Config
 from ..distributed.deepspeed import unsharded_loading
 from ..distributed.device import resolve_dtype
 from ..distributed.optimizer_state import OptimizerState, WholeOptimizerState
 from ..distributed.ranks import Ranks
-from ..model.adapter_values import require_own_values
+from ..model.adapter import require_own_values
 from ..model.checks import bitsandbytes_config
 from ..model.dequantization import describe_dequantized, form_of
 from ..model.files import UnfitModel, kind_of, require_unsharded

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from ..algorithm.losses import token_weights
-from ..algorithm.targets import computed, included, minibatch_of, needs_old_policy, reference_in_loss
+from ..algorithm.targets import computed, included, minibatch_of, needs_old_policy
 from ..checkpoint.state import TrainState
+from ..config.algorithm import reference_in_loss
 from ..config.schema import Config
 from ..model.packing import Pack, make_pack, plan
 from ..model.reference import REFERENCE_PACK

@@ -16,7 +16,6 @@ from grpo_dist.algorithm.ratios import rollout_weights
 from grpo_dist.algorithm.targets import (
     ENTROPY_SLACK,
     computed,
-    has_reference,
     highest,
     included,
     minibatch_of,
@@ -26,7 +25,7 @@ from grpo_dist.algorithm.targets import (
     with_advantages,
 )
 from grpo_dist.checkpoint.state import TrainState
-from grpo_dist.config.algorithm import AdvantageConfig, CriticConfig, LossConfig
+from grpo_dist.config.algorithm import AdvantageConfig, CriticConfig, LossConfig, has_reference
 from grpo_dist.config.parse import PRESETS, parse_config, presets
 from grpo_dist.config.schema import Config, RewardConfig, RolloutConfig, TrainConfig
 from grpo_dist.data.order import Curriculum, Sampler

@@ -15,8 +15,8 @@ from small_models import make_tokenizer
 from transformers import AutoModelForCausalLM, Qwen2Config
 
 from grpo_dist.config.schema import Config, LoraConfig, ModelConfig, ReferenceConfig
-from grpo_dist.model.adapter import with_adapter
-from grpo_dist.model.adapter_values import fingerprint, load_adapter, require_own_values
+from grpo_dist.model.adapter import require_own_values, with_adapter
+from grpo_dist.model.adapter_values import fingerprint, load_adapter
 from grpo_dist.model.files import UnfitModel
 from grpo_dist.model.load import load_policy, load_tokenizer
 from grpo_dist.model.reference import AdaptersAtStart, AdaptersOff

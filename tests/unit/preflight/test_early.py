@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -18,7 +19,16 @@ from transformers import AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.pytorch_utils import Conv1D
 
-from grpo_dist.config.schema import Config, DataConfig, LoraConfig, ModelConfig, RolloutConfig, TrainConfig
+from grpo_dist.config.algorithm import LossConfig
+from grpo_dist.config.schema import (
+    Config,
+    DataConfig,
+    LoraConfig,
+    ModelConfig,
+    ReferenceConfig,
+    RolloutConfig,
+    TrainConfig,
+)
 from grpo_dist.model.names import require_known_names
 from grpo_dist.model.toy import toy_path
 from grpo_dist.preflight.early import refuse_mistakes, require_possible
@@ -48,6 +58,14 @@ def cut_off(path: Path) -> None:
     (path / "model.safetensors").write_bytes((path / "model.safetensors").read_bytes()[:-1])
 
 
+def other_base(path: Path) -> None:
+    """An adapter of the toy model with a matrix of another width in the place of the model."""
+    adapter(r=4, base_model_name_or_path=str(toy_path()))(path)
+    name = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+    save_file({name: torch.zeros(4, 100)}, path / "adapter_model.safetensors")
+
+
+SHORT = {"rollout": RolloutConfig(max_completion_length=16), "data": DataConfig(max_prompt_length=64)}
 REFUSED: dict[str, tuple[Change, dict[str, Any], Mapping[str, str], str]] = {
     # name: (what is wrong with the model's directory, options, variables of the launch, message)
     "no directory": (shutil.rmtree, {}, {}, "there is no directory"),
@@ -74,11 +92,28 @@ REFUSED: dict[str, tuple[Change, dict[str, Any], Mapping[str, str], str]] = {
     "two tokens": (entries(), {"rollout": RolloutConfig(banned_tokens=["hello"])}, {},
                    r"a text of one token: the tokenizer makes \['h', 'e"),
     "no token": (entries(), {"rollout": RolloutConfig(banned_tokens=[324])}, {}, "324 given, expected an id .* to 323"),
+    "the end of all": (entries(), {"rollout": RolloutConfig(banned_tokens=["<|endoftext|>"])}, {},
+                       r"rollout\.banned_tokens: \['<\|endoftext\|>'\] given, expected a token that may end"),
+    "stop at the end": (entries(), {"rollout": RolloutConfig(stop=["<|endoftext|>"])}, {},
+                        r"rollout\.stop: '<\|endoftext\|>' given, expected a text that occurs .* makes \['a', '<\|end"),
+    "no experts": (entries(), {"rollout": RolloutConfig(routing_replay=True)}, {},
+                   r"routing_replay: True given, expected auto or false for a model without experts \(qwen2\)"),
+    "long rows": (entries(rope_parameters={"rope_type": "longrope", "original_max_position_embeddings": 512}), {}, {},
+                  r"768 tokens given, expected at most 512 for this model: .* \(longrope\)"),
+    "fp8": (entries(quantization_config={"quant_method": "fp8", "weight_block_size": None}), {}, {},
+            r"a quantised checkpoint \(fp8\)"),
+    "adapter of another": (other_base, SHORT, {}, r"lora\.init_from: .*lora_A\.weight of the shape \[4, 100\], "
+                                                  r"expected \[4, 128\]: it belongs to another"),
+    "adapter under zero3": (other_base, {**SHORT, "reference": ReferenceConfig(placement="shared"),
+                                         "loss": LossConfig(kl_coeff=0.1)}, ZERO3,
+                            "reference.placement: 'shared' given, expected `copy` under ZeRO-3"),
     "dora": (adapter(use_dora=True), {}, {}, "is an adapter with use_dora: true"),
     "ia3": (adapter(peft_type="IA3"), {}, {}, "a PEFT adapter of the type IA3"),
     "lora null": (adapter(r=4), {"lora": None}, {}, "is a PEFT adapter. To train all weights"),
     "no adapter": (entries(), {"lora": LoraConfig(init_from="MODEL")}, {}, "expected a PEFT adapter"),
     "ranks": (entries(), {"train": TrainConfig(sequence_parallel_size=2)}, {"WORLD_SIZE": "3"}, "the number of ranks"),
+    "layers": (entries(layer_types=["linear_attention"]), {"train": TrainConfig(sequence_parallel_size=2)},
+               {"WORLD_SIZE": "2"}, "cannot be divided among ranks: layers of the kinds linear_attention"),
     "heads": (entries(num_attention_heads=3), {"train": TrainConfig(sequence_parallel_size=2)}, {"WORLD_SIZE": "2"},
               "a divisor of the 3 attention heads"),
     "no data": (entries(), {"data": DataConfig(train_file="trian.csv")}, {}, "no file 'trian.csv' in "),
@@ -133,23 +168,48 @@ def test_nodes_with_disks_of_their_own_are_left_to_the_meeting_of_ranks(monkeypa
         refuse_mistakes(words)
 
 
+def in_cache(hub: Path, name: str, change: Change) -> None:
+    """The toy's files but for its weights as a repository in the hub's cache, as a download leaves it."""
+    repository = hub / f"models--{name.replace('/', '--')}"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("c0ffee")
+    shutil.copytree(toy_path(), repository / "snapshots" / "c0ffee", ignore=shutil.ignore_patterns("*.safetensors"))
+    change(repository / "snapshots" / "c0ffee")
+
+
 def test_nothing_heavy_is_imported_for_it(tmp_path: Path) -> None:
+    """For files in a directory and in the hub's cache: one process refuses all, and has imported nothing at the end."""
     script = """
-import sys
+import json, sys
 from grpo_dist.preflight.early import refuse_mistakes
-try:
-    refuse_mistakes(sys.argv[1:])
-finally:
-    heavy = {"torch", "transformers", "peft", "accelerate", "deepspeed", "datasets"} & sys.modules.keys()
-    if heavy:
-        print("imported:", heavy)
+for words in json.loads(sys.argv[1]):
+    try:
+        refuse_mistakes(words)
+    except SystemExit as end:
+        assert end.code == 2
+print(*{"torch", "transformers", "peft", "accelerate", "deepspeed", "datasets"} & sys.modules.keys())
 """
     shutil.copytree(toy_path(), tmp_path / "model")
     adapter(use_dora=True, bias="none", megatron_core="megatron.core")(tmp_path / "model")
-    done = subprocess.run([sys.executable, "-c", script, "--model.name", str(tmp_path / "model")], text=True,
-                          capture_output=True)  # fmt: skip
-    assert done.returncode == 2 and done.stderr.startswith("error: model.name: ") and "use_dora" in done.stderr
-    assert done.stdout == ""
+    expected = {f"--model.name={tmp_path / 'model'}": ["error: model.name: ", "use_dora"]}
+    for method in ("gptq", "awq", "compressed-tensors", "fp8", "fbgemm_fp8", "hqq", "torchao", "quanto", "aqlm", "new"):
+        stored = {"quant_method": method, "activation_scheme": "static"}
+        in_cache(tmp_path / "hub", f"me/{method}", entries(quantization_config=stored))
+        expected[f"--model.name=me/{method}"] = [f"error: model.name: a quantised checkpoint ({method}) given",
+                                                 f"`hf download me/{method}` brings it up to date"]  # fmt: skip
+    in_cache(tmp_path / "hub", "me/ia3", adapter(peft_type="IA3"))
+    expected["--model.name=me/ia3"] = ["error: model.name: 'me/ia3' is a PEFT adapter of the type IA3"]
+    expected["--lora.init_from=me/ia3"] = ["error: lora.init_from: 'me/ia3' is a PEFT adapter of the type IA3"]
+    in_cache(tmp_path / "hub", "me/plain", entries(max_position_embeddings=1024))
+    expected["--model.name=me/plain --rollout.stop=[<|endoftext|>]"] = ["error: rollout.stop: '<|endoftext|>' given"]
+    expected["--model.name=me/plain --lora.target_modules=[q_prj]"] = []  # without weights, nothing is known of layers
+    expected["--model.name=me/nowhere"] = []
+    done = subprocess.run([sys.executable, "-c", script, json.dumps([words.split() for words in expected])], text=True,
+                          capture_output=True, env=os.environ | {"HF_HUB_CACHE": str(tmp_path / "hub")})  # fmt: skip
+    assert done.returncode == 0 and done.stdout == "\n", done.stderr
+    refused = [parts for parts in expected.values() if parts]
+    for line, parts in zip(done.stderr.splitlines(), refused, strict=True):
+        assert all(part in line for part in parts), line
 
 
 @pytest.mark.slow
