@@ -35,6 +35,8 @@ LEFT_OUT = {
 """Options that people look for, with what to do in their place."""
 _FIRST_RANK_SECONDS = 10.0
 _ROW = re.compile(r"^\| (`\w+`(?:, `\w+`)*) \| (.*) \|$", re.MULTILINE)
+_OF_GROUP = re.compile(r"^ +- ([\w.]+: .* given, expected .*)$", re.MULTILINE)
+"""A refusal of a group that may be null, in jsonargparse's message."""
 
 
 @functools.cache
@@ -104,6 +106,8 @@ class _Parser(ArgumentParser):
         refused = {quoted or dashed: bool(dashed) for quoted, dashed in re.findall(r"'([\w.]+)'|--([\w.]+)", message)}
         hints = [f"{word!r}: {hint}" for word, is_option in sorted(refused.items())
                  if word not in command_line_options() and (hint := advice(word, is_option))]  # fmt: skip
+        if of_group := _OF_GROUP.findall(message):  # among all that an option's type could have been
+            message = "; ".join(of_group)
         if message.startswith("unrecognized"):
             configs = [word for word in message.split() if word.endswith((".yaml", ".yml")) and os.path.isfile(word)]
             hints += [f"{word!r}: did you mean --config {word}?" for word in configs]

@@ -64,7 +64,8 @@ def with_adapter(config: Config, asks_hub: bool = True) -> Config:
     if entries is None and not asks_hub and not Path(place).is_dir():
         return config
     if entries is None:
-        raise UnfitModel(f"{option}: {name!r} given, expected a PEFT adapter, with adapter_config.json")
+        raise UnfitModel(f"{option}: {name!r} given, expected a PEFT adapter, with adapter_config.json: a "
+                         "full model is a model.name")  # fmt: skip
     _require_plain(option, name, entries)
     taken = {ours: entries[theirs] for theirs, ours in SHAPE.items() if entries.get(theirs) is not None}
     _require_agreement(lora, taken, name)
@@ -105,7 +106,7 @@ def require_shape(place: str, name: str, given: Sequence[int], expected: Sequenc
     """Raise UnfitModel where a matrix of the adapter at `place` has another shape than its layer needs."""
     if list(given) != list(expected):
         raise UnfitModel(f"lora.init_from: {place!r} has {name} of the shape {list(given)}, expected {list(expected)}: "
-                         "it belongs to another base model")  # fmt: skip
+                         "it belongs to another base model, which model.name should be")  # fmt: skip
 
 
 def to_evaluate(config: Config) -> Config:
@@ -149,7 +150,8 @@ def _base(place: str, entries: dict[str, Any]) -> str:
 def _require_plain(option: str, name: str, entries: dict[str, Any]) -> None:
     """Raise UnfitModel for an adapter that is more than low-rank matrices on linear layers and experts."""
     if (kind := entries.get("peft_type")) != "LORA":
-        raise UnfitModel(f"{option}: {name!r} is a PEFT adapter of the type {kind}, expected LORA")
+        raise UnfitModel(f"{option}: {name!r} is a PEFT adapter of the type {kind}, expected LORA: name its "
+                         "base as model.name, and train new adapters on that")  # fmt: skip
     if (start := entries.get("init_lora_weights", True)) not in PLAIN_STARTS:
         raise UnfitModel(f"{option}: {name!r} has init_lora_weights {start!r}, which changes the weights of the base "
                          "too: merge it into its base (`merge_and_unload`), and train on that")  # fmt: skip

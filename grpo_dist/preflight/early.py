@@ -6,6 +6,7 @@ It is a part of what `trainer.build` checks, by the same functions.
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -53,6 +54,12 @@ def _is_one_node(environment: Mapping[str, str]) -> bool:
     return ranks.isdigit() and environment.get("LOCAL_WORLD_SIZE", "1") == ranks
 
 
+def _require_program(python: str) -> None:
+    if shutil.which(os.path.expanduser(python)) is None:
+        raise ValueError(f"rollout.vllm.python: {python!r} given, which is no program here: launch/setup_vllm.sh makes "
+                         "an environment and prints the path")  # fmt: skip
+
+
 def require_possible(config: Config, environment: Mapping[str, str], num_ranks: int | None) -> None:
     """Raise ValueError or FileNotFoundError for what the launch's variables and local files say against a run;
     `num_ranks` is None where it is not known yet."""
@@ -64,6 +71,8 @@ def require_possible(config: Config, environment: Mapping[str, str], num_ranks: 
         check_file(config.data.eval_file)
     require_writable(Path(config.train.output_dir))
     require_optimizer(config.optim, environment)
+    if (servers := config.rollout.vllm) is not None and servers.python is not None:
+        _require_program(servers.python)
     shards = shards_weights(environment)
     require_divisors(config, num_ranks, None)
     if config.model.quantization is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import urllib.request
 from typing import Any
@@ -35,8 +36,8 @@ def check_servers(config: Config, model_config: Any, findings: Findings) -> None
     if model_config is not None and is_dequantized(config, model_config):
         lines.append(f"the run writes its dequantised base to {model}, for servers; so does, before the run, "
                      "`python -m grpo_dist.rollout.vllm.serve`, which starts one")  # fmt: skip
-    if options.python is not None:
-        lines += _version(os.path.expanduser(options.python), findings)
+    if options.python is not None and shutil.which(python := os.path.expanduser(options.python)):  # else refused early
+        lines += _version(python, findings)
     for url in options.urls or ():
         lines += _answer(url, config, with_routes, findings)
     findings.results["servers"] = lines

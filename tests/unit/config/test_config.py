@@ -77,6 +77,8 @@ def test_lora_null_is_full_fine_tuning(tmp_path: Path) -> None:
 
 
 BAD: dict[str, tuple[str, list[str], list[str]]] = {
+    "of a group": ("lora: {dropout: 0.1, target_parameters: [a.b]}", [],
+                   ["error: lora.dropout: 0.1 given, expected 0 with lora.target_parameters\n"]),
     # name: (YAML, overrides, what the message has to name: key, value, expectation)
     "unknown key in yaml": ("rollout: {grup_size: 4}", [], ["grup_size", "rollout.group_size"]),
     "unknown group in yaml": ("rolout: {group_size: 4}", [], ["rolout", "did you mean 'rollout.group_size'"]),

@@ -29,6 +29,7 @@ from grpo_dist.config.schema import (
     RolloutConfig,
     TrainConfig,
 )
+from grpo_dist.config.vllm import VllmConfig
 from grpo_dist.model.names import require_known_names
 from grpo_dist.model.toy import toy_path
 from grpo_dist.preflight.early import refuse_mistakes, require_possible
@@ -120,6 +121,8 @@ REFUSED: dict[str, tuple[Change, dict[str, Any], Mapping[str, str], str]] = {
     "no data of a mixture": (entries(), {"data": DataConfig(train_file={"configs/data/math_task_train.jsonl": 1})}, {},
                              r"near it: configs/data/math_tasks_train\.jsonl"),
     "nothing to evaluate on": (entries(), {"data": DataConfig(eval_file="no/eval.jsonl")}, {}, "no directory 'no'"),
+    "no python": (entries(), {"rollout": RolloutConfig(engine="vllm", vllm=VllmConfig(python="/no/python"))}, {},
+                  "rollout.vllm.python: '/no/python' given, which is no program here: launch/setup_vllm.sh"),
     "no place to write": (entries(), {"train": TrainConfig(output_dir="/proc/run")}, {},
                           r"train\.output_dir: /proc/run given, but /proc cannot be written to"),
     "fsdp1": (entries(), {}, {"ACCELERATE_USE_FSDP": "true"}, "fsdp_version 1 given"),

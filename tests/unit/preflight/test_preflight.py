@@ -264,6 +264,8 @@ def test_servers_are_asked_and_environments_tried(tmp_path: Path) -> None:
     assert "--logprobs-mode processed_logprobs" in findings.results["servers"][0], "how to start one"
     assert len(findings.problems) == 1 and f"{short.url} serves sequences of 100 tokens" in findings.problems[0]
     assert "does not answer" in look(urls=[long.url]).problems[0]
+    (tmp_path / "no").write_bytes(b"\x7fELF")
+    (tmp_path / "no").chmod(0o755)
     for python, message in {sys.executable: "cannot import vllm", str(tmp_path / "no"): "does not start"}.items():
         (problem,) = look(python=python).problems
         assert message in problem and "launch/setup_vllm.sh" in problem
