@@ -48,6 +48,8 @@ _NO_SAMPLING = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_t
                 "cache_implementation", "output_attentions", "output_hidden_states", "output_scores", "output_logits",
                 "return_dict_in_generate", "transformers_version", "_from_model_config")  # fmt: skip
 """Entries of generation_config.json that do not change what is drawn, or that the engines do take over."""
+_OUTPUT = {"output_attentions": False, "output_hidden_states": False, "return_dict": True}
+"""What a model returns beside its logits, whatever its config.json asks for: nothing else is read."""
 
 
 def _hub_options(model: ModelConfig) -> dict[str, Any]:
@@ -120,7 +122,7 @@ def load_model_config(model: ModelConfig) -> Any:
     require_complete_model(model.name, model_path(model), model.revision)
     try:
         with _names_option(model):
-            return AutoConfig.from_pretrained(model_path(model), **_hub_options(model))
+            return AutoConfig.from_pretrained(model_path(model), **_OUTPUT, **_hub_options(model))
     except (*CANNOT, StrictDataclassError) as error:
         if isinstance(error, ValueError):
             raise
@@ -195,7 +197,7 @@ def load_causal_lm(
     try:
         loaded, report = AutoModelForCausalLM.from_pretrained(
             model_path(model), dtype=dtype, attn_implementation=attn_implementation, output_loading_info=True,
-            ignore_mismatched_sizes=True, **placed, **_hub_options(model),
+            ignore_mismatched_sizes=True, **placed, **_OUTPUT, **_hub_options(model),
         )  # fmt: skip
     except torch.OutOfMemoryError:
         raise
@@ -213,7 +215,18 @@ def load_causal_lm(
         become_plain(loaded, form, dtype, report["unexpected_keys"])
     elif getattr(loaded, "hf_quantizer", None) is not None:
         use_own_layers(loaded, dtype)
+    if (broken := _not_finite(loaded)) is not None:
+        raise UnfitModel(f"model.name: {model.name!r} has values that are not finite in its weight {broken}, expected "
+                         "numbers: name a sound checkpoint")  # fmt: skip
     return loaded
+
+
+def _not_finite(loaded: nn.Module) -> str | None:
+    """The first weight with a value that is no finite number, or None; codes of quantised weights are not looked at."""
+    for name, weight in loaded.named_parameters():
+        if weight.is_floating_point() and weight.numel() and not all(each.isfinite() for each in weight.aminmax()):
+            return name
+    return None
 
 
 def try_blank(

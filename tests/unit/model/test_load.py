@@ -23,6 +23,7 @@ from grpo_dist.model.load import (
     adapted_layers,
     end_token_ids,
     load_causal_lm,
+    load_model_config,
     load_policy,
     load_tokenizer,
     trainable,
@@ -204,6 +205,27 @@ def test_the_model_that_is_written_is_compared_with_the_policy(
         ("INFO", "reopened"), ("WARNING", "reopened"),
     ]  # fmt: skip
     assert said[2].levelname == "WARNING" and "cannot be opened" in said[2].message
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_weights_that_are_not_finite_are_named(value: float, base: ModelConfig, tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(base.name)
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[3, 2] = value
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"model\.name: .*not finite.*model\.layers\.1\.mlp\.up_proj\.weight"):
+        load_causal_lm(ModelConfig(name=str(tmp_path)), torch.float32, attention.NAME)
+
+
+def test_a_config_that_asks_for_more_output_changes_nothing(base: ModelConfig, tmp_path: Path) -> None:
+    AutoModelForCausalLM.from_pretrained(base.name).save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    more = {"output_attentions": True, "output_hidden_states": True, "return_dict": False}
+    file.write_text(json.dumps(json.loads(file.read_text()) | more))
+    asked = ModelConfig(name=str(tmp_path))
+    loaded, plain = (load_causal_lm(each, torch.float32, attention.NAME) for each in (asked, base))
+    assert torch.equal(fixed_logits(loaded), fixed_logits(plain))
+    assert not load_model_config(asked).output_attentions
 
 
 def test_log_probabilities_are_at_the_temperature(base: ModelConfig) -> None:
