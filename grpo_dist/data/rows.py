@@ -136,13 +136,20 @@ def _read_line(number: int, line: bytes) -> Row | None:
     # ValueError covers broken UTF-8 and JSON, and integers beyond Python's limit on digits.
     except (ValueError, RecursionError) as error:
         return Row(number, {}, f"not JSON: {error}")
-    return _row_of_json(number, value)
+    return _row_of_json(number, value, b"\\u" in line)
 
 
-def _row_of_json(number: int, value: Any) -> Row:
-    if isinstance(value, dict):
-        return Row(number, value)
-    return Row(number, {}, f'a JSON {type(value).__name__}, expected an object such as {{"prompt": …}}')
+def _row_of_json(number: int, value: Any, is_escaped: bool) -> Row:
+    """The row of an object; one with half a character, which only an escape can write, has a `problem`."""
+    if not isinstance(value, dict):
+        return Row(number, {}, f'a JSON {type(value).__name__}, expected an object such as {{"prompt": …}}')
+    if is_escaped:
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            half = error.object[error.start : error.end]
+            return Row(number, {}, f"half a character ({half!a}: a lone surrogate), expected text")
+    return Row(number, value)
 
 
 def _is_blank(number: int, line: bytes) -> bool:
@@ -193,6 +200,7 @@ def _open_table(path: str, split: str, subset: str | None) -> Sequence[Row]:
 
 def _opened(path: str, split: str, subset: str | None) -> Sequence[Row]:
     import datasets
+    from pyarrow import parquet
 
     place, suffix = Path(path), Path(path).suffix.lower()
     if place.is_file():
@@ -201,6 +209,8 @@ def _opened(path: str, split: str, subset: str | None) -> Sequence[Row]:
         if suffix in _SEPARATORS:
             return _read_cells(place, _SEPARATORS[suffix])
         if suffix == ".parquet":
+            if not parquet.read_metadata(path).num_rows:  # `datasets` asks for batches of no rows
+                return []
             return _Table(datasets.load_dataset("parquet", data_files=path, split="train"), is_text=False)
         raise ValueError(f"expected a file that ends in one of {', '.join(_FILES)}")
     if (place / "dataset_dict.json").is_file() or (place / "state.json").is_file():
@@ -262,7 +272,7 @@ def _read_json(path: Path) -> list[Row]:
             raise ValueError(f"not JSON: {error}") from error
         return list(_read_lines(str(path)))
     values = value if isinstance(value, list) else [value]
-    return [_row_of_json(number, value) for number, value in enumerate(values, 1)]
+    return [_row_of_json(number, value, "\\u" in text) for number, value in enumerate(values, 1)]
 
 
 def _saved(path: Path, split: str, subset: str | None) -> Any:

@@ -49,9 +49,9 @@ def main(descriptor: int, parent: int) -> None:
         worker = Worker(config, rewards, channel)
         description = worker.description() if describes else {}
     except ValueError as error:
-        channel.send(json.dumps({"error": str(error)}).encode())
+        channel.answer({"error": str(error)})
         return
-    channel.send(json.dumps(description).encode())
+    channel.answer(description)
     while True:
         try:
             worker.begin(pickle.loads(channel.receive()))
@@ -127,7 +127,7 @@ class Worker:
             answer = {"failure": line, "traceback": traceback.format_exc()[-_TRACEBACK_CHARACTERS:]}
             self._live.pop(request["episode"], None)  # nobody plays in it again
         with self._send_lock:
-            self._channel.send(json.dumps({"id": request["id"], **answer}).encode())
+            self._channel.answer({"id": request["id"], **answer})
 
     def _reset(self, request: dict[str, Any]) -> dict[str, Any]:
         name, seed, observation = request["name"], request["seed"], None

@@ -5,9 +5,11 @@ A message is its length (8 bytes) and its content. EOFError or OSError is raised
 
 from __future__ import annotations
 
+import json
 import socket
 import struct
 import time
+from typing import Any
 
 _LENGTH = struct.Struct("!Q")
 _MOST_BYTES = 1 << 34  # far above any batch: a greater length is not a message, but bytes of another writer
@@ -32,6 +34,10 @@ class Channel:
         if length > _MOST_BYTES:
             raise ValueError(f"a message of {length} bytes was announced: something else has written to the channel")
         return self._read(length, deadline)
+
+    def answer(self, value: dict[str, Any]) -> None:
+        """Send a worker's answer as JSON; a lone surrogate becomes "?", since no tokenizer and no file takes one."""
+        self.send(json.dumps(value, ensure_ascii=False).encode(errors="replace"))
 
     def close(self) -> None:
         """Close this end."""

@@ -10,7 +10,6 @@ from __future__ import annotations
 import ctypes
 import functools
 import inspect
-import json
 import math
 import numbers
 import os
@@ -52,15 +51,15 @@ def main(descriptor: int, parent: int) -> None:
     try:
         rewards = [resolve_for(config, placement) for config in configs]
     except ValueError as error:
-        channel.send(json.dumps({"error": str(error)}).encode())
+        channel.answer({"error": str(error)})
         return
-    channel.send(json.dumps({"rewards": [_describe(reward) for reward in rewards]}).encode())
+    channel.answer({"rewards": [_describe(reward) for reward in rewards]})
     while True:
         try:
             request = channel.receive()
         except EOFError:
             return
-        channel.send(json.dumps(answer(rewards, request) | {"resident_bytes": _resident_bytes()}).encode())
+        channel.answer(answer(rewards, request) | {"resident_bytes": _resident_bytes()})
 
 
 def connect(descriptor: int, parent: int) -> Channel:

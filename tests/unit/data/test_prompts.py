@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
@@ -70,6 +71,8 @@ def test_the_recipe_s_rows_arrive(tmp_path: Path, tokenizer: PreTrainedTokenizer
         ('{"prompt": "a"', "line 2: not JSON: Expecting"),
         ("[1, 2]", "line 2: a JSON list, expected an object"),
         ("[" * 100_000, "line 2: not JSON"),
+        (r'{"prompt": "a", "answer": "\ud800"}', r"line 2: half a character \('\\ud800': a lone surrogate\)"),
+        (r'{"prompt": [{"role": "user", "content": "a \udc00"}], "answer": "1"}', "line 2: half a character"),
         ('{"prompt": "a", "answer": ' + "9" * 5000 + "}", "line 2: not JSON: Exceeds the limit"),
         ({"answer": "1"}, "line 2: no 'prompt'"),
         ({"prompt": "a"}, "line 2: no 'answer'"),
@@ -140,6 +143,9 @@ def test_files_that_are_not_there_or_empty(tmp_path: Path) -> None:
     write(tmp_path, "", " ")
     with pytest.raises(ValueError, match=r"train\.jsonl is empty"):
         load_rows(str(tmp_path / "train.jsonl"), "train")
+    Dataset.from_dict({"prompt": [], "answer": []}).to_parquet(tmp_path / "train.parquet")
+    with pytest.raises(ValueError, match=r"train\.parquet is empty"):
+        load_rows(str(tmp_path / "train.parquet"), "train")
     with pytest.raises(FileNotFoundError, match=r"no file .*trian\.jsonl.*near it: .*train\.jsonl"):
         load_rows(str(tmp_path / "trian.jsonl"), "train")
     with pytest.raises(FileNotFoundError, match="there is no directory"):

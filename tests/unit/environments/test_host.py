@@ -63,6 +63,8 @@ def fail(kind: str) -> object:
     print("a tool prints", kind)
     if kind == "raise":
         raise KeyError("no such row")
+    if kind == "half":
+        return "a \\udcff"  # so Python reads a file's name that is not UTF-8
     if kind == "exit":
         sys.exit(3)
     if kind == "die":
@@ -220,12 +222,12 @@ def test_calls_of_episodes_do_not_wait_for_each_other() -> None:
 
 def test_what_the_model_gets_to_read(host: EnvironmentHost) -> None:
     begin(host, 0)
-    kinds = [("fail", {"kind": kind}) for kind in ("raise", "none", "large", "object")]
+    kinds = [("fail", {"kind": kind}) for kind in ("raise", "none", "large", "object", "half")]
     event = call(host, 0, ("add", {"c": 1}), ("add", {"a": "x"}), *kinds)
     texts = [each["text"] for each in event.answer["answers"]]
-    assert [each["outcome"] for each in event.answer["answers"]] == ["malformed", "error", "error", *["answered"] * 3]
+    assert [each["outcome"] for each in event.answer["answers"]] == ["malformed", "error", "error", *["answered"] * 4]
     assert "missing a required argument" in texts[0] and texts[2] == "Error: KeyError: 'no such row'"
-    assert texts[3] == "null" and "<object object" in texts[5]
+    assert texts[3] == "null" and "<object object" in texts[5] and texts[6] == "a ?"
     assert "99999700 characters left out" in texts[4] and len(texts[4]) < 400
 
 

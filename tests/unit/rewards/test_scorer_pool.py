@@ -107,7 +107,7 @@ def process(completions):
 
 def logs(completions, trainer_state, log_metric, log_extra):
     log_metric("share_long", sum(len(text) > 1 for text in completions) / len(completions))
-    log_extra("first", [text[0] for text in completions])
+    log_extra("first", [text[0] if text != "d" else "half \\ud83d" for text in completions])
     return [float(trainer_state.global_step)] * len(completions)
 
 
@@ -523,7 +523,7 @@ def test_what_rewards_log_reaches_metrics_and_table(directory: Path) -> None:
     assert scores.values[:, 0].tolist() == [7.0] * 5 and scores.names == ["logs"]
     total, count = scores.metrics["logs/share_long"]
     assert count == 5 and total == pytest.approx(3), "weighted by completions, whatever the chunks"
-    assert scores.extras == {"logs/first": ["a", "b", "c", "d", "e"]}
+    assert scores.extras == {"logs/first": ["a", "b", "c", "half ?", "e"]}
 
 
 @pytest.mark.parametrize("faulty", ["raise", "hang"])
