@@ -23,10 +23,11 @@ from ..preflight.options import read_options
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of the verb. The parser of a run reads the others, such as `--config`."""
     parser.add_argument("--ranks", type=int, metavar="N", help="processes of the run (the number of GPUs, or 1)")
+    parser.add_argument("--defaults", action="store_true", help="also list the options that are not given")
 
 
 def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
     """Check, print, and return 2 if there is a problem. Raises ValueError."""
     if options.ranks is not None and options.ranks < 1:
         raise ValueError(f"--ranks: {options.ranks} given, expected at least 1")
-    return check(read_options(rest), options.ranks)
+    return check(read_options(rest), options.ranks, with_defaults=options.defaults)

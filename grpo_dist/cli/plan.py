@@ -91,8 +91,8 @@ def _print_steps(console: Console, predictor: Predictor, ranks: list[int]) -> No
     counts = predictor.inputs(1, "DDP").counts
     trained = f"{counts.adapters / 1e6:.2f} M in adapters" if counts.adapters else "all of them trained"
     console.print(f"{config.model.name}: {counts.parameters / 1e6:.2f} M parameters, {trained}")
-    if config.rollout.engine == "vllm":
-        console.print("completions are drawn by vLLM servers, whose memory is not counted")
+    if (line := predictor.describe_servers()) is not None:
+        console.print(line, soft_wrap=True)
     table = table_of(f"A step: {config.train.batch_size} prompts × {config.rollout.group_size} completions, all of "
                      "full length", ["ranks", "completions a rank", "packs a rank", "largest pack", "optimizer steps"]
                      )  # fmt: skip

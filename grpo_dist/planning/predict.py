@@ -5,16 +5,17 @@ from __future__ import annotations
 import math
 import sys
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
 from ..config.algorithm import reference_in_loss
 from ..config.schema import Config, Dtype
-from ..distributed.device import DTYPES
+from ..distributed.device import DTYPES, dtype_name
 from ..model import attention
-from ..model.checks import bitsandbytes_config
-from ..model.files import kind_of
+from ..model.checks import bitsandbytes_config, stored_quantization
+from ..model.files import kind_of, stored_kind
 from ..model.load import packing_obstacle, trainable
 from ..model.packing import Piece, plan
 from ..model.reference import REFERENCE_PACK, needs_copy
@@ -23,6 +24,7 @@ from ..rollout.native.cache import SLOT_CHUNK
 from ..rollout.native.engine import COPIED_PROMPT
 from ..rollout.native.kernel import MERGED
 from ..rollout.room import LOGIT_BYTES, ON_CPU, PAGE, PREFILL_TOKENS, fitting, pages_of
+from ..rollout.vllm.base import DIRECTORY
 from .memory import (
     SHARDS_WEIGHTS,
     Flight,
@@ -34,6 +36,7 @@ from .memory import (
     memory_per_rank,
     slots_held,
 )
+from .tables import readable
 from .tracing import Precision, Shape, build_policy, count, reward_model_bytes, trace_passes
 
 Device = Literal["gpu", "cpu"]
@@ -153,6 +156,25 @@ class Predictor:
     def parts(self, num_ranks: int, strategy: Strategy) -> list[Part]:
         """The parts of a rank's memory."""
         return memory_per_rank(self.inputs(num_ranks, strategy))
+
+    def describe_servers(self) -> str | None:
+        """What vLLM servers and ranks have of the base; None where no server draws."""
+        if self.config.rollout.engine != "vllm":
+            return None
+        counts, _ = self._count(Precision(self.policy_dtype, self.policy_dtype, False))
+        width = self.policy_dtype.itemsize
+        stored = stored_kind(self.config.model, stored_quantization(self.model_config))
+        origin = "" if stored is None else f" (dequantised from {stored})"
+        line = (
+            f"completions are drawn by vLLM servers: each holds the base, {readable(counts.parameters * width)} in "
+            f"{dtype_name(self.policy_dtype)}{origin}, beside keys and values, which are not counted here"
+        )
+        if stored is None:
+            return line
+        held = readable((counts.parameters - counts.quantized) * width + counts.quantized_bytes)
+        return (f"{line}. The run writes that base to {Path(self.config.train.output_dir) / DIRECTORY} once. A rank "
+                f"holds its base {f'in {self.quantization}' if self.quantization else 'dequantised too'}, {held}, and "
+                "no copy for rollouts")  # fmt: skip
 
     def inputs(self, num_ranks: int, strategy: Strategy) -> MemoryInputs:
         """Everything that determines the memory of a rank."""

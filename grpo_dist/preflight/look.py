@@ -33,8 +33,9 @@ def dry_run(words: Sequence[str]) -> int:
     )
 
 
-def check(options: Options, num_ranks: int | None, heading: str = "") -> int:
-    """Check the options of a training and print the result. With a `heading`, print only remarks and problems."""
+def check(options: Options, num_ranks: int | None, heading: str = "", with_defaults: bool = False) -> int:
+    """Check the options of a training and print the result, the problems at the end. With a `heading`, print only
+    remarks and problems."""
     findings = Findings(options.problems)
     console = Console(highlight=False, soft_wrap=True)
     of_options = len(findings.problems)
@@ -45,7 +46,7 @@ def check(options: Options, num_ranks: int | None, heading: str = "") -> int:
         _print_block(console, f"{heading} the check goes on after".strip(), findings.problems, "red")
     _look(options, num_ranks, findings, early, _say_nothing if heading else write_stage)
     if not heading:
-        _print_config(console, options)
+        _print_config(console, options, with_defaults)
         for name, lines in findings.results.items():
             _print_block(console, name, lines)
     if findings.remarks:
@@ -103,15 +104,19 @@ def _look(
     trackers.check_trackers(config.logging.trackers, findings)
 
 
-def _print_config(console: Console, options: Options) -> None:
-    """Print every option with its value: first the given ones with their source, then the defaults."""
+def _print_config(console: Console, options: Options, with_defaults: bool) -> None:
+    """Print the options that are given, with their values and sources, and `with_defaults` all others too."""
     values = flat(redacted(asdict(options.config)))
     sources = {key: given.source for key, given in options.given.items()}
     given = {key: source for key in values if (source := _source(key, sources))}
     lines = [f"{key}: {_yaml(values[key])}   # {_short(source)}" for key, source in given.items()]
     _print_block(console, f"{len(given)} options given", lines)
     defaults = [f"{key}: {_yaml(value)}" for key, value in values.items() if key not in given]
-    _print_block(console, f"{len(defaults)} options at their defaults", defaults, "dim")
+    if with_defaults:
+        _print_block(console, f"{len(defaults)} options at their defaults", defaults, "dim")
+    else:
+        lines = ["`python -m grpo_dist check --defaults` lists them"]
+        _print_block(console, f"{len(defaults)} options at their defaults", lines, "dim")
 
 
 def _source(key: str, sources: dict[str, str]) -> str | None:

@@ -68,6 +68,8 @@ def describe_memory(config: Config, contents: Contents, num_ranks: int, findings
     findings.results["model"] = [f"{config.model.name}: {counts.parameters / 1e6:,.1f} M parameters{stored}, "
                                  f"{trained / 1e6:,.1f} M trained"]  # fmt: skip
     _compare(config, inputs, on_gpu, findings)
+    if (line := predictor.describe_servers()) is not None:
+        findings.results["memory"].append(line)
     return counts
 
 

@@ -7,6 +7,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import yaml
 
 from grpo_dist.cli import init as starter
 from grpo_dist.cli.main import VERBS, main
@@ -58,6 +59,19 @@ def test_what_options_give_passes_check(
     assert config.train.output_dir == "runs/own" and [reward.name for reward in config.rewards] == ["math"]
     monkeypatch.chdir(tmp_path)
     assert main(["check", "--config", str(file)]) == 0, capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("model", "size", "rate"),
+    [("toy", 0.49e6, 1e-3), ("HuggingFaceTB/SmolLM2-135M-Instruct", 135e6, 1e-4), ("Qwen/Qwen2.5-0.5B", 500e6, 2e-5),
+     ("meta-llama/Llama-3.2-1B", 1e9, 2e-5), ("openai/gpt-oss-20b", 20e9, 1e-5), ("Qwen/Qwen3-30B-A3B", 30e9, 1e-5),
+     ("microsoft/phi-4", None, 1e-5)],
+)  # fmt: skip
+def test_the_learning_rate_is_that_of_the_size(model: str, size: float | None, rate: float) -> None:
+    assert starter.parameters_of(model) == (None if size is None else pytest.approx(size, rel=0.01))
+    text = starter.render(starter.Starter(model, "data.jsonl", None, "prompt", None, "mine:reward", "runs/x"))
+    assert yaml.safe_load(text)["optim"]["learning_rate"] == rate
+    assert f"{rate:g} to begin with, for adapters on " in text
 
 
 def test_what_is_commented_out_can_be_taken_in(data: Path, tmp_path: Path) -> None:

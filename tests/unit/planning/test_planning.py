@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from packed_models import write_mxfp4
 from transformers import AutoModelForSequenceClassification, LlamaConfig, MistralConfig, Qwen2Config
 
 from grpo_dist.cli.main import main
@@ -96,6 +97,25 @@ def test_peaks_are_sums_of_parts() -> None:
     for phase, peak in peaks(parts).items():
         mine = [part.num_bytes for part in parts if part.phase == phase]
         assert mine and peak == always + sum(mine)
+
+
+def test_what_servers_hold_of_the_base_is_said(tmp_path: Path) -> None:
+    servers = RolloutConfig(engine="vllm", vllm=VllmConfig(urls=["http://localhost:8000"]))
+
+    def said(config: Config) -> str | None:
+        return Predictor(config, load_model_config(config.model), "cpu").describe_servers()
+
+    assert said(config_of()) is None
+    of_plain = said(config_of(rollout=servers))
+    assert of_plain is not None and "each holds the base, 1.9 MiB in float32, beside keys and values" in of_plain
+    write_mxfp4(tmp_path)
+    lora = LoraConfig(target_modules=["q_proj"])
+    of_mxfp4 = said(config_of(rollout=servers, model=ModelConfig(name=str(tmp_path)), lora=lora))
+    assert of_mxfp4 is not None and "(dequantised from mxfp4)" in of_mxfp4 and "its base dequantised too" in of_mxfp4
+    pytest.importorskip("bitsandbytes")
+    of_nf4 = said(config_of(rollout=servers, model=ModelConfig(quantization="nf4")))
+    assert of_nf4 is not None and "1.9 MiB in float32 (dequantised from nf4)" in of_nf4
+    assert "to checkpoints/served_base once. A rank holds its base in nf4, 0.4 MiB, and no copy" in of_nf4
 
 
 def test_where_servers_draw_a_rank_has_no_cache() -> None:

@@ -113,6 +113,12 @@ def data(tmp_path: Path) -> list[str]:
             str(tmp_path / "runs" / "new"), "--data.max_prompt_length=64"]  # fmt: skip
 
 
+def test_all_options_are_listed_where_asked(capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
+    monkeypatch.setattr("grpo_dist.preflight.look._look", lambda *_: None)
+    assert main(["check", "--defaults"]) == 0
+    assert "  optim.betas: " in capsys.readouterr().out
+
+
 def test_a_good_run(data: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*data, "--ranks", "3"]) == 0
     shown, stages = capsys.readouterr()
@@ -125,6 +131,7 @@ def test_a_good_run(data: list[str], tmp_path: Path, capsys: pytest.CaptureFixtu
         assert message in shown, message
     assert "\x1b" not in shown and "\u202e" not in shown
     assert not (tmp_path / "runs").exists(), "a check leaves nothing behind"
+    assert "`python -m grpo_dist check --defaults` lists them" in shown and "optim.betas" not in shown
 
 
 def test_a_reward_of_episodes_is_not_tried_on_gold_answers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -204,7 +211,7 @@ def test_each_node_of_a_launch_is_looked_at_once(
     shown, stages = capsys.readouterr()
     assert "importing" not in stages, "which the main rank says"
     assert f"{socket.gethostname()} 1 problem(s)" in shown and "'tensorbord' given" in shown
-    assert "options given" not in shown, "which the main rank says"
+    assert "options given" not in shown and "defaults" not in shown, "which the main rank says"
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert dry_run([*data[1:], "--logging.trackers", "[tensorbord]"]) == 0
     assert capsys.readouterr().out == ""
