@@ -41,6 +41,20 @@ def require_known_names(
     require_known_tokens(rollout, Path(model.tokenizer or path), path)
 
 
+def require_loaded_in_parts(entries: Mapping[str, Any]) -> None:
+    """Raise UnfitModel for a mixture of experts that transformers loads incompletely under ZeRO-3.
+
+    Releases from 5.0 on join the experts' weights while they load. The first ones drop all other weights then.
+    """
+    kind = str(entries.get("model_type"))
+    drops = "setdefault(renamed_key, WeightRenaming(" in _source("integrations/deepspeed.py")
+    if drops and f'"{kind}"' in _source("conversion_mapping.py") and _EXPERTS.search(_code(entries)):
+        version = importlib.metadata.version("transformers")
+        raise UnfitModel(f"model.name: a mixture of experts of the type {kind} given with ZeRO-3, under which "
+                         f"transformers {version} loads nothing but its experts: install a newer release of "
+                         "transformers, or start with accelerate_configs/zero2.yaml")  # fmt: skip
+
+
 def require_known_type(kind: str | None) -> None:
     """Raise UnfitModel for a model type that transformers does not know, or that is no causal language model."""
     texts = _auto("auto_mappings"), _auto("configuration_auto")
@@ -114,7 +128,7 @@ def _code(entries: Mapping[str, Any]) -> str:
     main = str(entries.get("model_type")).replace("-", "_")
     for kind in (main, *(part["model_type"].replace("-", "_") for part in entries.values()
                          if isinstance(part, dict) and isinstance(part.get("model_type"), str))):  # fmt: skip
-        files = sorted((_models() / kind).glob("modeling_*.py"))
+        files = sorted((_package() / "models" / kind).glob("modeling_*.py"))
         if not files and not (kind != main and kind.startswith(main)):  # such as gemma3_text, in the folder gemma3
             return ""
         text += "".join(file.read_text(encoding="utf-8") for file in files)
@@ -122,12 +136,17 @@ def _code(entries: Mapping[str, Any]) -> str:
 
 
 def _auto(name: str) -> str:
-    file = _models() / "auto" / f"{name}.py"
+    return _source(f"models/auto/{name}.py")
+
+
+def _source(name: str) -> str:
+    """A file of transformers; empty where it has none of this name."""
+    file = _package() / name
     return file.read_text(encoding="utf-8") if file.is_file() else ""
 
 
-def _models() -> Path:
-    """Transformers' folder of models, found without importing it."""
+def _package() -> Path:
+    """Transformers' folder, found without importing it."""
     spec = importlib.util.find_spec("transformers")
     assert spec is not None and spec.origin is not None, "a requirement of this package"
-    return Path(spec.origin).parent / "models"
+    return Path(spec.origin).parent

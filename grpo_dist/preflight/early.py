@@ -16,7 +16,7 @@ from ..config.parse import refuse_mistakes as refuse_mistaken_options
 from ..config.places import require_writable
 from ..config.schema import Config
 from ..data.rows import check_file
-from ..distributed.launch_config import require_known_launch, require_optimizer, shards_weights
+from ..distributed.launch_config import asks_for, require_known_launch, require_optimizer, shards_weights
 from ..model.adapter import require_fitting, require_own_values, with_adapter
 from ..model.files import (
     UnfitModel,
@@ -28,7 +28,7 @@ from ..model.files import (
     require_unsharded,
     stored_file,
 )
-from ..model.names import require_known_names
+from ..model.names import require_known_names, require_loaded_in_parts
 from ..text.plain import plain_lines, write_lines
 
 
@@ -87,6 +87,8 @@ def require_possible(config: Config, environment: Mapping[str, str], num_ranks: 
         require_fit_files(config, file.parent, entries, num_ranks, shards)
         require_known_names(config.model, config.lora, config.rollout, file.parent, entries)
         require_own_values(config, shards)
+        if shards and asks_for(environment, "ACCELERATE_USE_DEEPSPEED"):
+            require_loaded_in_parts(entries)
         if config.lora is not None and config.lora.init_from is not None and not entries.get("quantization_config"):
             require_fitting(config.lora.init_from, file.parent)
     except ValueError as error:

@@ -30,6 +30,7 @@ from grpo_dist.config.schema import (
     TrainConfig,
 )
 from grpo_dist.config.vllm import VllmConfig
+from grpo_dist.model import names
 from grpo_dist.model.names import require_known_names
 from grpo_dist.model.toy import toy_path
 from grpo_dist.preflight.early import refuse_mistakes, require_possible
@@ -159,6 +160,23 @@ def test_the_toy_models_are_looked_into_too(tmp_path: Path) -> None:
     config.data.max_prompt_length = 64
     with pytest.raises(ValueError, match="'q_prj' is not a layer of Qwen2ForCausalLM; did you mean 'q_proj'"):
         require_possible(config, {}, None)
+
+
+def test_a_release_that_drops_weights_under_zero3(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers 5.0 does; the two lines are of that release."""
+    shutil.copytree(toy_path(), tmp_path / "model")
+    entries(model_type="qwen3_moe", num_experts=4)(tmp_path / "model")
+    config = Config(model=ModelConfig(name=str(tmp_path / "model")), lora=None)
+    require_possible(config, {}, 1)
+    old = {"integrations/deepspeed.py": "mapping = seen.setdefault(renamed_key, WeightRenaming(original, renamed_key))",
+           "conversion_mapping.py": '"qwen3_moe": "qwen2_moe"'}  # fmt: skip
+    read = names._source
+    monkeypatch.setattr(names, "_source", lambda name: old.get(name) or read(name))
+    require_possible(config, FSDP2, 1)
+    with pytest.raises(ValueError, match=r"of the type qwen3_moe given with ZeRO-3, .* install a newer release"):
+        require_possible(config, ZERO3, 1)
+    entries(model_type="qwen3")(tmp_path / "model")
+    require_possible(config, ZERO3, 1)
 
 
 def test_nodes_with_disks_of_their_own_are_left_to_the_meeting_of_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
