@@ -17,7 +17,7 @@ SELDOM = [("cpu", 1), ("zero1", 2), ("zero3", 2), ("zero3_offload", 2)]
 VARIANTS = [("ddp", 2), ("zero2", 2), ("zero3", 3), ("fsdp2_cpu", 2),
             *(pytest.param(*each, marks=pytest.mark.slow) for each in SELDOM)]  # fmt: skip
 COMPARING = '[{name: math}, {name: "tests.distributed.comparing:shortest", weight: 0.5}]'
-KL = ("--loss.kl_coeff", "0.04", "--rewards", COMPARING)
+KL = ("--loss.kl_coeff", "0.04", "--rewards", COMPARING, "--train.num_train_steps", "3")
 
 
 @pytest.fixture(scope="module")
@@ -111,12 +111,9 @@ def test_what_changes_only_speed_and_memory(
 
 
 @pytest.mark.parametrize(
-    "arguments",
-    [
-        pytest.param(("--loss.objective", "reinforce", "--loss.kl_coeff", "0.01"), marks=pytest.mark.slow),
-        ("--train.updates_per_batch", "3"),
-    ],
+    "arguments", [("--loss.objective", "reinforce", "--loss.kl_coeff", "0.01"), ("--train.updates_per_batch", "3")]
 )
+@pytest.mark.slow
 def test_other_objectives(arguments: tuple[str, ...], tmp_path: Path) -> None:
     one = train(None, 1, tmp_path / "one", *arguments)
     three = train("zero3", 3, tmp_path / "three", *arguments)
@@ -128,7 +125,7 @@ def test_other_objectives(arguments: tuple[str, ...], tmp_path: Path) -> None:
     ("strategy", "num_processes"), [("fsdp2", 3), pytest.param("zero3", 3, marks=pytest.mark.slow)]
 )
 def test_all_weights(strategy: str, num_processes: int, tmp_path: Path) -> None:
-    arguments = ("--lora", "null", "--train.num_train_steps", "2", "--optim.learning_rate", "1e-4", *KL)
+    arguments = (*KL, "--lora", "null", "--train.num_train_steps", "2", "--optim.learning_rate", "1e-4")
     one = train(None, 1, tmp_path / "one", *arguments)
     other = train(strategy, num_processes, tmp_path / "other", *arguments)
     assert [row["completion"] for row in completions(other)] == [row["completion"] for row in completions(one)]
@@ -184,8 +181,8 @@ def test_dropout(
     assert relative_difference(adapters(with_dropout), adapters(one_process)) > 1e-3
 
 
-BFLOAT16 = ("--model.dtype", "bfloat16", "--reference.dtype", "bfloat16", "--train.num_train_steps", "1",
-            "--train.save_every", "1", "--train.max_tokens_per_pack", "80", *KL)  # fmt: skip
+BFLOAT16 = (*KL, "--model.dtype", "bfloat16", "--reference.dtype", "bfloat16", "--train.num_train_steps", "1",
+            "--train.save_every", "1", "--train.max_tokens_per_pack", "80")  # fmt: skip
 
 
 @pytest.fixture(scope="module")

@@ -59,7 +59,7 @@ def learned(directory: Path) -> dict[str, torch.Tensor]:
     return {name: tensor for name, tensor in adapters(directory).items() if "lora_B" in name}
 
 
-@pytest.mark.parametrize(("strategy", "num_processes"), [("ddp", 2), ("zero3", 2)])
+@pytest.mark.parametrize(("strategy", "num_processes"), [("ddp", 2), pytest.param("zero3", 2, marks=pytest.mark.slow)])
 def test_ranks_play_the_same_episodes(strategy: str, num_processes: int, one_process: Path, tmp_path: Path) -> None:
     other = train(strategy, num_processes, tmp_path / "run", *OPTIONS)
     expected, got = completions(one_process), completions(other)

@@ -102,8 +102,11 @@ def calls(run: Path, step: int) -> int:
     return sum(message["role"] == "tool" for talk in talks for message in json.loads(talk))
 
 
-@pytest.mark.parametrize(("point", "later_seconds"), [("reset", 0.0), ("call", 0.0), ("call", 0.02)],
-                         ids=["in reset", "in a tool", "in a turn"])  # fmt: skip
+@pytest.mark.parametrize(
+    ("point", "later_seconds"),
+    [pytest.param("reset", 0.0, id="in reset", marks=pytest.mark.slow),
+     pytest.param("call", 0.0, id="in a tool", marks=pytest.mark.slow), pytest.param("call", 0.02, id="in a turn")],
+)  # fmt: skip
 def test_killed_amid_episodes(
     point: str, later_seconds: float, folder: Path, undisturbed: Path, tmp_path: Path
 ) -> None:

@@ -62,6 +62,8 @@ def test_nothing_is_missing(wheel: Path) -> None:
 
 
 def test_installed_elsewhere(wheel: Path, tmp_path: Path) -> None:
+    """It trains there, without DeepSpeed as on macOS, and without bitsandbytes, which is imported for quantised bases
+    alone: it takes a third of a start."""
     run(sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv", cwd=tmp_path)
     python = tmp_path / "venv" / "bin" / "python"
     purelib = Path(run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=tmp_path).strip())
@@ -77,7 +79,11 @@ def test_installed_elsewhere(wheel: Path, tmp_path: Path) -> None:
     project = tmp_path / "project"
     told = run(tmp_path / "venv" / "bin" / "grpo-dist", "examples", project, cwd=tmp_path)
     assert "quickstart.yaml" in told
-    run(python, "-m", "grpo_dist.train", "--preset", "dapo", "--config", "configs/quickstart.yaml", *SHORT, cwd=project)
+    (tmp_path / "bitsandbytes.py").write_text("raise SystemExit('imported')")
+    path = pretend(tmp_path, (), signals=False)
+    run(python, "-m", "grpo_dist.train", "--preset", "dapo", "--config", "configs/quickstart.yaml", *SHORT, cwd=project,
+        PYTHONPATH=path)  # fmt: skip
+    assert (project / "runs" / "quickstart" / "final" / "model.safetensors").is_file()
     history = [json.loads(line) for line in (project / "runs/quickstart/metrics.jsonl").read_text().splitlines()]
     assert [entry["step"] for entry in history] == [0, 1, 2]
     assert "clip_high: 0.28" in (project / "runs/quickstart/config.yaml").read_text()
@@ -104,16 +110,7 @@ del os.sched_getaffinity
 def pretend(directory: Path, modules: tuple[str, ...], signals: bool) -> str:
     """A directory for PYTHONPATH that takes from Python what other systems lack, DeepSpeed among it."""
     (directory / "sitecustomize.py").write_text(OTHER_SYSTEM.format(modules=modules, signals=signals))
-    return f"{directory}{os.pathsep}{ROOT}"
-
-
-def test_it_trains_without_deepspeed_and_without_bitsandbytes(tmp_path: Path) -> None:
-    """As on macOS. bitsandbytes is there, and imported for quantised bases alone: it takes a third of a start."""
-    (tmp_path / "bitsandbytes.py").write_text("raise SystemExit('imported')")
-    path = pretend(tmp_path, (), signals=False)
-    run(sys.executable, "-m", "grpo_dist.train", "--config", "configs/quickstart.yaml", *SHORT,
-        "--train.output_dir", tmp_path / "run", cwd=ROOT, PYTHONPATH=path)  # fmt: skip
-    assert (tmp_path / "run" / "final" / "model.safetensors").is_file()
+    return str(directory)
 
 
 def test_every_module_imports_on_windows(tmp_path: Path) -> None:
@@ -128,7 +125,7 @@ def test_every_module_imports_on_windows(tmp_path: Path) -> None:
     names = sorted({name.removesuffix(".__init__") for name in modules} - programs - on_gpu)
     code = f"import importlib\nfor name in {names}: importlib.import_module(name)"
     path = pretend(tmp_path, ("resource", "fcntl", "termios", "pty"), signals=True)
-    run(sys.executable, "-c", code, cwd=ROOT, PYTHONPATH=path)
+    run(sys.executable, "-c", code, cwd=ROOT, PYTHONPATH=f"{path}{os.pathsep}{ROOT}")
 
 
 def test_every_extra_is_bounded() -> None:

@@ -228,10 +228,10 @@ def test_it_follows_the_cache() -> None:
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="names a processor of another kind")
-@pytest.mark.parametrize("processor", ["x86-64", "x86-64-v3"])
+@pytest.mark.parametrize("processor", ["x86-64", pytest.param("x86-64-v3", marks=pytest.mark.slow)])
 def test_older_processors(processor: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     flags = [f"-march={processor}" if "march" in flag else flag for flag in compiled.FLAGS]
-    monkeypatch.setattr(compiled, "FLAGS", flags)
+    monkeypatch.setattr(compiled, "FLAGS", [*flags, "-O1"])
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     library.cache_clear()
     try:
@@ -313,5 +313,5 @@ def test_what_does_not_compile_is_shown(fresh: Path) -> None:
 
 
 def test_the_kernel_compiles_without_a_warning(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compiled, "FLAGS", [*compiled.FLAGS, "-Wall", "-Wextra", "-Werror"])
+    monkeypatch.setattr(compiled, "FLAGS", [*compiled.FLAGS, "-O1", "-Wall", "-Wextra", "-Werror"])
     assert library(SOURCE)
