@@ -154,9 +154,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture(autouse=True)
-def path(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(folder)
+@pytest.fixture(autouse=True, scope="module")
+def path(folder: Path) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(folder)
+        yield
 
 
 def make_config(**options: Any) -> EnvironmentConfig:
@@ -166,10 +168,18 @@ def make_config(**options: Any) -> EnvironmentConfig:
     return EnvironmentConfig(**defaults | options)  # type: ignore[arg-type]
 
 
-@pytest.fixture
-def host() -> Iterator[EnvironmentHost]:
+@pytest.fixture(scope="module")
+def one_host() -> Iterator[EnvironmentHost]:
     with EnvironmentHost(make_config()) as opened:
         yield opened
+
+
+@pytest.fixture
+def host(one_host: EnvironmentHost) -> Iterator[EnvironmentHost]:
+    """A host for all tests, as a run has one: whatever a test has broken in it, the next one's episodes begin."""
+    yield one_host
+    for episode in list(one_host._home):
+        one_host.end(episode)
 
 
 def events(host: EnvironmentHost, count: int) -> dict[int, Event]:
