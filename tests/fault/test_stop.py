@@ -70,12 +70,13 @@ def test_a_penalty_switched_on_in_the_middle_of_a_batch(tmp_path: Path) -> None:
     assert metrics(run)[2]["kl"] > 0 and "time/reference" in metrics(run)[2]
 
 
-def test_one_rank_killed(undisturbed: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("fresh", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["forks", "fresh"])
+def test_one_rank_killed(fresh: bool, undisturbed: Path, tmp_path: Path) -> None:
     """The launcher ends the other one at once, and the same command goes on."""
     run = str(tmp_path / "run")
     began = time.monotonic()
     killed = launch("zero2", 2, *TINY, *ARGUMENTS, "--train.output_dir", run, program=["tests/fault/faulty.py"],
-                    fresh=True,
+                    fresh=fresh,
                     environment={"FAULT": "kill@update:6", "FAULT_RANK": "1", "PYTHONPATH": str(ROOT)})  # fmt: skip
     assert killed.returncode == 1 and time.monotonic() - began < 240  # far less than any time-out of collectives
     again = train("zero2", 2, tmp_path / "run", *ARGUMENTS)

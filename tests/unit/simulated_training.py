@@ -1,6 +1,6 @@
 """Trainings of the toy model on the CPU, then the same on the simulated device, and what became of both as JSON.
 
-    python tests/unit/simulated_training.py FOLDER < CASES.json > RESULTS.json
+    python tests/unit/simulated_training.py FOLDER CASES > RESULTS.json
 
 CASES is {name: [arguments]}, RESULTS {name: {"cpu": [metrics of each step], "cuda": […], "seen": the device's counts}}.
 """
@@ -51,4 +51,4 @@ def run(folder: Path, cases: dict[str, list[str]]) -> dict[str, dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(run(Path(sys.argv[1]), json.load(sys.stdin))))
+    print(json.dumps(run(Path(sys.argv[1]), json.loads(sys.argv[2]))))

@@ -4,18 +4,14 @@ those that are listed here."""
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Set
 from pathlib import Path
 from typing import Any
 
 import pytest
+from launching import ROOT, launch
 
 from grpo_dist.config.parse import presets
-
-ROOT = Path(__file__).parents[2]
 
 WAITS_OF_A_ROLLOUT = {
     # whenever prompts come in
@@ -56,14 +52,12 @@ PHASES = ("pack_minibatches", "with_old_policy", "update", "sync")
 COMPARED = {"loss": 1e-6, "grad_norm": 1e-6, "reward/mean": 1e-6, "kl": 1e-6, "entropy": 1e-6}
 
 
-def result(program: str, *arguments: str, given: str = "") -> Any:
+def result(program: str, *arguments: str) -> Any:
     """What a program beside this file prints as JSON: the simulated device changes torch for a process."""
-    done = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name(program)), *arguments], input=given, cwd=ROOT, text=True,
-        capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}, check=False,
-    )  # fmt: skip
+    done = launch(None, 1, *arguments, program=[str(Path(__file__).with_name(program))],
+                  environment={"PYTHONPATH": str(ROOT)})  # fmt: skip
     assert done.returncode == 0, done.stderr[-6000:]
-    return json.loads(done.stdout)
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def waits(seen: dict[str, Any], phases: tuple[str, ...]) -> dict[tuple[str, str], str]:
@@ -89,7 +83,7 @@ def check_rollouts(first: int, count: int) -> None:
 
 
 def check_trainings(cases: dict[str, list[str]], tmp_path: Path, others: Set[tuple[str, str]] = frozenset()) -> None:
-    found = result("simulated_training.py", str(tmp_path), given=json.dumps(cases))
+    found = result("simulated_training.py", str(tmp_path), json.dumps(cases))
     for name, runs in found.items():
         assert runs["seen"]["replays"] > 0, name
         for cpu, cuda in zip(runs["cpu"], runs["cuda"], strict=True):

@@ -3,24 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
-
-ROOT = Path(__file__).parents[2]
+from launching import ROOT, launch
 
 
 @pytest.fixture(scope="module")
 def counts() -> Any:
     """What `simulated_decoding.py` prints: the simulated device changes torch for a process."""
-    done = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("simulated_decoding.py"))], cwd=ROOT, text=True,
-        capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}, check=False,
-    )  # fmt: skip
+    done = launch(None, 1, program=["tests/unit/simulated_decoding.py"], environment={"PYTHONPATH": str(ROOT)})
     assert done.returncode == 0, done.stderr[-6000:]
     return json.loads(done.stdout.splitlines()[-1])
 

@@ -3,27 +3,19 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
+from launching import ROOT, launch
 
 from grpo_dist.model import gpu_kernels
 from grpo_dist.model.shared_prefix import segments
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
 def counts() -> Any:
     """What `simulated_packs.py` prints: the simulated device changes torch for a process."""
-    done = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("simulated_packs.py"))], cwd=ROOT, text=True, capture_output=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}, check=False,
-    )  # fmt: skip
+    done = launch(None, 1, program=["tests/unit/simulated_packs.py"], environment={"PYTHONPATH": str(ROOT)})
     assert done.returncode == 0, done.stderr[-6000:]
     return json.loads(done.stdout.splitlines()[-1])
 
