@@ -69,6 +69,25 @@ class DecodeState:
         self.version = 0  # counts the exchanges of tensors
         self.computed: Tensor | None = None  # the rows of the step under way; None for all
 
+    @classmethod
+    def of_rows(cls, shape: tuple[int, int, int, int], layers: list[int], dtype: torch.dtype) -> DecodeState:
+        """The cache, on a CPU, of rows without prompts: (R, Hk, S, D) zeros for each layer."""
+        state = cls(torch.device("cpu"), shape[2], shares=False, whole_chunks=False)
+        state.own_keys, state.own_values = ({n: torch.zeros(shape, dtype=dtype) for n in layers} for _ in range(2))
+        state.prompt_lengths, state.prompt = torch.zeros(shape[0], dtype=torch.int64), torch.arange(shape[0])
+        state.lengths = torch.zeros_like(state.prompt)
+        state._seat_rows()
+        return state
+
+    def as_prompts(self, lengths: list[int]) -> PrefillLayout:
+        """The first `lengths` tokens of each row, as prompts that other rows begin with."""
+        layout = PrefillLayout(lengths, self.device)
+        layout.keys, layout.values = (
+            {n: torch.cat([row[:, :length] for row, length in zip(store, lengths, strict=True)], 1)
+             for n, store in stores.items()} for stores in (self.own_keys, self.own_values)
+        )  # fmt: skip
+        return layout
+
     @property
     def num_rows(self) -> int:
         """Sequences in flight."""

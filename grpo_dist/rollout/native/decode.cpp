@@ -158,8 +158,8 @@ inline Vec<16> neighbours(Vec<16> a, Vec<16> b) {
 #endif
 
 // the sum of each of four vectors
-template <int L> inline Vec<4> sums(const Vec<L>* of) {
-    const Vec<L> quarters = neighbours(neighbours(of[0], of[1]), neighbours(of[2], of[3]));
+template <int L> inline Vec<4> sums(Vec<L> a, Vec<L> b, Vec<L> c, Vec<L> d) {
+    const Vec<L> quarters = neighbours(neighbours(a, b), neighbours(c, d));
     Vec<4> parts[L / 4];
     std::memcpy(parts, &quarters, sizeof quarters);
     if constexpr (L == 8) return parts[0] + parts[1];
@@ -251,10 +251,13 @@ struct Target {
     const float* bias;
     bool adds;
 
-    void put(const float* sums, long count, long row, long output) const {
+    template <int M> void put(Vec<4> sums, long row, long output) const { // the first M of them
         float* y = to + row * outputs + output;
-        for (long o = 0; o < count; ++o)
-            y[o] = (adds ? y[o] : 0.f) + (sums[o] + (bias ? bias[output + o] : 0.f));
+        Vec<4> before = {}, behind = {};
+        if (adds) std::memcpy(&before, y, M * sizeof(float));
+        if (bias) std::memcpy(&behind, bias + output, M * sizeof(float));
+        const Vec<4> total = before + (sums + behind);
+        std::memcpy(y, &total, M * sizeof(float));
     }
 };
 
@@ -262,7 +265,9 @@ struct Target {
 template <int L, int N, int M, class W>
 inline void tile(const float* x, long stride, const W* w, long line, long count, const Target& target, long row,
                  long output) {
-    Vec<L> parts[N][OUTPUTS] = {};
+    Vec<L> parts[N][OUTPUTS]; // those beyond M stay 0
+    for (int r = 0; r < N; ++r)
+        for (int o = 0; o < OUTPUTS; ++o) parts[r][o] = Vec<L>{};
     for (long k = 0; k < count; k += L) {
         Vec<L> xs[N];
         for (int r = 0; r < N; ++r) hold(xs[r] = load<L>(x + r * stride + k));
@@ -272,12 +277,8 @@ inline void tile(const float* x, long stride, const W* w, long line, long count,
             for (int r = 0; r < N; ++r) parts[r][o] = multiply_add<L>(xs[r], weights, parts[r][o]);
         }
     }
-    for (int r = 0; r < N; ++r) {
-        Vec<4> four = sums<L>(parts[r]);
-        float values[OUTPUTS];
-        store<4>(four, values);
-        target.put(values, M, row + r, output);
-    }
+    for (int r = 0; r < N; ++r)
+        target.put<M>(sums<L>(parts[r][0], parts[r][1], parts[r][2], parts[r][3]), row + r, output);
 }
 
 template <int L, int M, int N = ROWS, class W, class... Rest>
@@ -396,7 +397,10 @@ void score(const float* query, long queries, long size, const C* keys, long coun
                 Vec<L> part = load<L>(query + q * size + d);
                 for (int i = 0; i < L; ++i) products[i] += part * load<L>(keys + std::min(j + i, count - 1) * size + d);
             }
-            for (int i = 0; i < L; i += 4) store<4>(sums<L>(products + i) * scale, scores + q * stride + j + i);
+            for (int i = 0; i < L; i += 4) {
+                const Vec<L>* four = products + i;
+                store<4>(sums<L>(four[0], four[1], four[2], four[3]) * scale, scores + q * stride + j + i);
+            }
         }
 }
 

@@ -34,8 +34,6 @@ COPIED_PROMPT = 64
 """Where no prompt is longer than this many tokens, each sequence has its own copy of the prompt's keys and values."""
 STEPS_BETWEEN_CHECKS = {"cpu": 1, "cuda": 8}
 """Steps until the device is asked who has ended: asking waits for it."""
-ENTERED_AT_ONCE = 512
-"""Most tokens that enter the cache in one call."""
 
 
 class NativeDecoder(Decoder):
@@ -119,7 +117,7 @@ class Decoding:
         self.routes = RouteTable(model, engine.max_new_tokens, self.device)
         self.rules = Rules(sampling, engine.end_ids, self.device)
         several = self.decode if isinstance(self.decode, SeveralTokensStep) else None
-        self.entering = several if self.shares else None
+        self.several, self.entering = several, several if self.shares else None
         self.drafted = DraftedSteps(self, several, engine.drafts) if several and engine.drafts else None
         self.row_request = torch.zeros(0, dtype=torch.int64, device=self.device)  # (R,) place in `requests`
         self.last = torch.zeros(0, dtype=torch.int64, device=self.device)  # (R,) newest token
@@ -252,8 +250,8 @@ class Decoding:
         self.alive[rows], self.reported[rows], self.kept[rows] = True, False, False
         lengths = self.start[self.row_request[rows]] - 1
         self.state.make_room(int((lengths - self.state.lengths[rows]).max()))
-        for at in range(0, len(entered), ENTERED_AT_ONCE):
-            columns = torch.tensor(entered[at : at + ENTERED_AT_ONCE]).T.contiguous()
+        if entered:
+            columns = torch.tensor(entered).T
             self.entering.enter(columns[2], columns[0], columns[1], self.state)
         self.state.set_lengths(rows, lengths)
 
@@ -279,13 +277,18 @@ class Decoding:
                 break
             room -= need
             groups.append(self.waiting.popleft())
-        if groups:
-            self._prefill(groups)
+        for by_step in (True, False):
+            if part := [group for group in groups if self._enters(group) == by_step]:
+                self._prefill(part, by_step)
 
-    def _prefill(self, groups: list[list[int]]) -> None:
-        """Compute the groups' prompts in a row, and draw the first token of each sequence."""
+    def _enters(self, group: list[int]) -> bool:
+        """Whether the step computes the group's prompt, and not the model's own modules."""
+        return self.several is not None and self.several.enters(len(self.requests[group[0]].prompt))
+
+    def _prefill(self, groups: list[list[int]], by_step: bool) -> None:
+        """Compute the groups' prompts, and draw the first token of each sequence."""
         prompts, sizes = [self.requests[group[0]].prompt for group in groups], [len(group) for group in groups]
-        layout, logits = prefill(self.model, prompts)
+        layout, logits = self.several.prefill(prompts) if by_step and self.several else prefill(self.model, prompts)
         self.routes.keep_prompts(groups, layout.lengths)
         self.state.admit(layout, sizes)
         new = torch.tensor([n for group in groups for n in group], device=self.device)

@@ -10,6 +10,8 @@ Shapes: R sequences, V vocabulary, H hidden, F intermediate, D head size.
 from __future__ import annotations
 
 import ctypes
+import functools
+import re
 from ctypes import c_float, c_int64, c_void_p
 from pathlib import Path
 
@@ -17,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ...model.quantized import QuantizedWeight
-from .cache import EVERYTHING, DecodeState
+from .cache import EVERYTHING, DecodeState, PrefillLayout
 from .compiled import library
 from .llama import Gated, Layer, Linear, Norm, Weights, takes_gelu
 
@@ -28,6 +30,10 @@ MERGED = {torch.float32}
 """The dtypes of weights to which adapters are added beforehand. In others that would round most of a small update away,
 and to a quantised weight nothing can be added: there the adapters stay apart, and what they make of the inputs is added
 to the sums in float32."""
+ENTERED_AT_ONCE = 256
+"""Most tokens that enter the cache in one pass: what is computed of more leaves the processor's caches."""
+LONGEST_ENTERED = 1024
+"""Tokens of the longest prompt in float32 that is computed here: over more of them torch's attention is faster."""
 MULTIPLE = 8
 """Sizes have to be multiples of this: so many numbers, or twice as many, are computed at once."""
 
@@ -102,9 +108,27 @@ class KernelStep:
         self._run(tokens, positions, state.slots if rows is None else state.slots[rows], rows, state, logits)
         return logits
 
+    def enters(self, tokens: int) -> bool:
+        """See `SeveralTokensStep`."""
+        return tokens <= LONGEST_ENTERED if self.dtype == torch.float32 else not _multiplies_bfloat16()
+
+    def prefill(self, prompts: list[list[int]]) -> tuple[PrefillLayout, Tensor]:
+        """See `SeveralTokensStep`; logits are float32."""
+        lengths, step = [len(prompt) for prompt in prompts], self.step
+        shape = len(prompts), step.key_heads, max(lengths), step.head_size
+        state = DecodeState.of_rows(shape, [layer.number for layer in self.weights.layers], self.dtype)
+        entered = [(token, row, slot) for row, prompt in enumerate(prompts) for slot, token in enumerate(prompt[:-1])]
+        tokens, rows, slots = torch.tensor(entered, dtype=torch.int64).view(-1, 3).T
+        self.enter(tokens, rows, slots, state)
+        last = [(prompt[-1], row, len(prompt) - 1) for row, prompt in enumerate(prompts)]
+        tokens, rows, slots = torch.tensor(last).T.contiguous()
+        return state.as_prompts(lengths), self.several(tokens, rows, slots, state)
+
     def enter(self, tokens: Tensor, rows: Tensor, slots: Tensor, state: DecodeState) -> None:
         """See `SeveralTokensStep`."""
-        self._run(tokens, _positions(rows, slots, state), slots, rows, state, None, several=True)
+        for at in range(0, len(tokens), ENTERED_AT_ONCE):
+            token, row, slot = (each[at : at + ENTERED_AT_ONCE].contiguous() for each in (tokens, rows, slots))
+            self._run(token, _positions(row, slot, state), slot, row, state, None, several=True)
 
     def several(self, tokens: Tensor, rows: Tensor, slots: Tensor, state: DecodeState) -> Tensor:
         """See `SeveralTokensStep`; logits are float32."""
@@ -213,6 +237,12 @@ class KernelStep:
     def _kept(self, x: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> int:
         self.referenced.append(x)
         return _address(x, shape, dtype)
+
+
+@functools.cache
+def _multiplies_bfloat16() -> bool:
+    """Whether the processor has products of bfloat16: those of torch are fast there, and slow elsewhere."""
+    return re.search(r"\b(avx512_bf16|amx_bf16|bf16)\b", Path("/proc/cpuinfo").read_text(encoding="utf-8")) is not None
 
 
 def _positions(rows: Tensor, slots: Tensor, state: DecodeState) -> Tensor:

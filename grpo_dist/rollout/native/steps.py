@@ -31,6 +31,12 @@ class SeveralTokensStep(Step, Protocol):
 
     vocabulary: int
 
+    def enters(self, tokens: int) -> bool:
+        """Whether a prompt of so many tokens is computed by `prefill` of this step sooner than by the model."""
+
+    def prefill(self, prompts: list[list[int]]) -> tuple[PrefillLayout, Tensor]:
+        """As the function below; the numbers of a prompt do not depend on the others."""
+
     def enter(self, tokens: Tensor, rows: Tensor, slots: Tensor, state: DecodeState) -> None:
         """Put the keys and values of tokens that nobody samples into the cache."""
 

@@ -60,16 +60,18 @@ def answer_to(turn: Trajectory) -> list[int]:
 
 
 @contextmanager
-def computed_tokens(model: nn.Module) -> Iterator[list[int]]:
-    """How many tokens each pass of the model's own modules computes."""
+def computed_prompts() -> Iterator[list[int]]:
+    """How many tokens of prompts are computed each time."""
     counts: list[int] = []
-    handle = model.register_forward_pre_hook(
-        lambda *given: counts.append(given[2]["input_ids"].numel()), with_kwargs=True
-    )
-    try:
+    prefill = KernelStep.prefill
+
+    def counted(step: KernelStep, prompts: list[list[int]]) -> Any:
+        counts.append(sum(map(len, prompts)))
+        return prefill(step, prompts)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(KernelStep, "prefill", counted)
         yield counts
-    finally:
-        handle.remove()
 
 
 def in_turn(waiting: list[Place]) -> list[Place]:
@@ -118,7 +120,7 @@ def played(
 
 
 def test_kept_rows_are_drawn_as_rows_computed_again(model: nn.Module) -> None:
-    with computed_tokens(model) as counts:
+    with computed_prompts() as counts:
         kept = played(native(), model)
     assert counts == [sum(map(len, PROMPTS))], "the prompts, and nothing again"
     assert sum(len(turns) == TURNS for turns in kept.values()) > 3
@@ -151,7 +153,7 @@ def test_a_request_that_does_not_go_on_with_its_row_is_computed(model: nn.Module
     def edit(request: Request) -> Request:
         return replace(request, prompt=[6, *request.prompt[1:]]) if request.sample < 2 else request
 
-    with computed_tokens(model) as counts:
+    with computed_prompts() as counts:
         turns = played(native(), model, edit=edit)
     assert len(counts) > 1
     expected = played(native(), model)

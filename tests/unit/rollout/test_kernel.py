@@ -26,7 +26,7 @@ from transformers import (
 from grpo_dist.distributed.deepspeed import is_sharded
 from grpo_dist.model import attention
 from grpo_dist.model.lora import fuse_adapters
-from grpo_dist.rollout.native import compiled
+from grpo_dist.rollout.native import compiled, kernel
 from grpo_dist.rollout.native.cache import DecodeState
 from grpo_dist.rollout.native.compiled import CannotCompile, library
 from grpo_dist.rollout.native.kernel import SOURCE, KernelStep
@@ -134,6 +134,28 @@ def test_tokens_enter_as_by_single_steps(dtype: torch.dtype) -> None:
     assert torch.equal(logits.double(), expected[lengths, rows])
     state.end_step()
     assert torch.equal(state.lengths[rows], lengths + 1) and int(state.lengths.sum()) == int(lengths.sum()) + 3
+
+
+@pytest.mark.parametrize(("kind", "options"), [("qwen3", {}), ("gemma2", GEMMA2), ("mistral", {"sliding_window": 4})])
+@torch.inference_mode()
+def test_prompts_are_computed_as_by_the_model(
+    kind: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And to the last bit each as by itself, in however many passes."""
+    model = make_model(kind, **options)
+    (exact, exact_logits), (got, logits) = (
+        prefill(copy.deepcopy(model).double(), PROMPTS),
+        KernelStep(model).prefill(PROMPTS),
+    )
+    for ours, theirs in [(logits, exact_logits), *((store[n], other[n]) for n in (0, 1) for store, other in
+                         ((got.keys, exact.keys), (got.values, exact.values)))]:  # fmt: skip
+        assert float((ours - theirs).abs().max()) < 1e-4 * float(theirs.abs().max())
+    monkeypatch.setattr(kernel, "ENTERED_AT_ONCE", 7)
+    for n, prompt in enumerate(PROMPTS):
+        alone, own_logits = KernelStep(model).prefill([prompt])
+        begin = sum(map(len, PROMPTS[:n]))
+        assert torch.equal(own_logits[0], logits[n])
+        assert torch.equal(alone.keys[1], got.keys[1][:, begin : begin + len(prompt)])
 
 
 def adapted(model: nn.Module, rank: int, targets: list[str] | str, learned: float) -> nn.Module:
