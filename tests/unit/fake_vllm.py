@@ -21,11 +21,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from peft import PeftModel
 from serving import Server
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from grpo_dist.model.peft import PeftModel
 from grpo_dist.model.routing import Routers
 from grpo_dist.rollout import Request, RowDecoder, Sampling, decode_all
 
