@@ -122,7 +122,8 @@ class KernelStep:
         self.enter(tokens, rows, slots, state)
         last = [(prompt[-1], row, len(prompt) - 1) for row, prompt in enumerate(prompts)]
         tokens, rows, slots = torch.tensor(last).T.contiguous()
-        return state.as_prompts(lengths), self.several(tokens, rows, slots, state)
+        logits = self.several(tokens, rows, slots, state)  # whose keys belong to the prompts, too
+        return state.as_prompts(lengths), logits
 
     def enter(self, tokens: Tensor, rows: Tensor, slots: Tensor, state: DecodeState) -> None:
         """See `SeveralTokensStep`."""
