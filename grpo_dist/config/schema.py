@@ -322,8 +322,6 @@ class Config:
         require(self.lora is not None or self.reference.placement == "copy", "reference.placement",
                 self.reference.placement, "`copy` where lora is null: without adapters to switch off, the policy "
                 "cannot be its own reference")  # fmt: skip
-        require(self.lora is not None or self.model.quantization is None, "model.quantization",
-                self.model.quantization, "null where lora is null: quantised weights cannot be trained")  # fmt: skip
         require(self.optim.warmup_steps <= self.train.num_train_steps, "optim.warmup_steps", self.optim.warmup_steps,
                 f"at most train.num_train_steps = {self.train.num_train_steps}")  # fmt: skip
         require(self.train.num_minibatches <= self.train.batch_size, "train.num_minibatches",

@@ -350,8 +350,8 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_options_that_exclude_a_quantised_base() -> None:
-    with pytest.raises(ValueError, match=r"model\.quantization: 'nf4' given, expected null where lora is null"):
-        Config(model=ModelConfig(quantization="nf4"), lora=None)
+    with pytest.raises(UnfitModel, match=r"lora: null given with a base in nf4 \(model\.quantization\), expected adap"):
+        require_quantizable(Config(model=ModelConfig(quantization="nf4"), lora=None), None)
     with pytest.raises(UnfitModel, match="given with ZeRO-3 or FSDP2, which would shard it, expected DDP"):
         require_unsharded(True, True)
     require_unsharded(True, False)
