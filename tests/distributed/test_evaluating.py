@@ -7,9 +7,10 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import pytest
 import torch
 from fake_vllm import FakeVllm
-from launching import ROOT, launch
+from launching import ROOT, launch, python_of_fake_vllm
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
@@ -55,6 +56,20 @@ def test_ranks_resuming_and_comparing(tmp_path: Path) -> None:
     assert other.returncode == 2 and "holds another evaluation (rollout differ)" in other.stderr
     missing = evaluate(None, 1, *common, "--output", str(tmp_path / "x"), "--category", "colour")
     assert missing.returncode == 2 and "--category: 'colour' given" in missing.stderr
+
+
+def test_a_quantised_base(tmp_path: Path) -> None:
+    """A server gets the values that the process computes with."""
+    pytest.importorskip("bitsandbytes")
+    rows = (ROOT / "configs/data/math_tasks_eval.jsonl").read_text().splitlines()[:4]
+    (tmp_path / "data.jsonl").write_text("\n".join(rows))
+    common = ("--data", str(tmp_path / "data.jsonl"), "--model.quantization", "nf4", "--output")
+    own = evaluate(None, 1, *common, str(tmp_path / "own"))
+    assert own.returncode == 0 and "pass@2" in own.stdout, own.stderr[-4000:]
+    served = evaluate(None, 1, *common, str(tmp_path / "served"), "--rollout.engine", "vllm", "--rollout.vllm.python",
+                      python_of_fake_vllm(tmp_path))  # fmt: skip
+    assert served.returncode == 0 and "pass@2" in served.stdout, served.stderr[-4000:]
+    assert (tmp_path / "served" / "served_base" / "model.safetensors").is_file()
 
 
 def test_a_server_samples(tmp_path: Path) -> None:
