@@ -135,7 +135,7 @@ def test_math_verify_tells_five_outcomes_apart() -> None:
         ("1" * 1_000_000, "3", 0.0, "wrong"),
         ("\x00\x1b[31m\u0664 [/red]", "4", 0.0, "unparsable_answer"),
     ]
-    reward = RewardConfig("math_verify", args={"seconds": 1}, timeout_seconds=8)
+    reward = RewardConfig("math_verify", args={"seconds": 3}, timeout_seconds=24)
     with ScorerPool([reward], ScoringConfig(num_workers=1, memory_limit_gib=2)) as pool:
         scores = pool.score([Item("?", text, [], {"answer": gold}) for text, gold, *_ in cases])
     values = [None if failed else value for value, failed in zip(scores.values[:, 0], scores.failed[:, 0], strict=True)]
