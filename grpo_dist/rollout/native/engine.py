@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +23,7 @@ from ..sampling import Rules, Sampling, draw
 from .cache import DecodeState, longer
 from .drafted import DraftedSteps, Drafts
 from .graphs import Replayed
+from .kept import KeptRows
 from .routes import RouteTable
 from .steps import SeveralTokensStep, Step, module_step, prefill
 
@@ -84,18 +84,6 @@ class NativeDecoder(Decoder):
                 yield from decoding.run()
 
 
-@dataclass(frozen=True)
-class _Kept:
-    """A row that has ended and stays for a request that goes on with it."""
-
-    request: int
-    """Place of the request that it answered."""
-    prompt_tokens: int
-    """Tokens of its prompt; what comes after them is its own."""
-    ids: list[int]
-    """All its tokens; the newest one is not in the cache."""
-
-
 class Decoding:
     """One call of `decode`."""
 
@@ -116,16 +104,14 @@ class Decoding:
         self.decode = engine.step_of(model)
         self.routes = RouteTable(model, engine.max_new_tokens, self.device)
         self.rules = Rules(sampling, engine.end_ids, self.device)
-        several = self.decode if isinstance(self.decode, SeveralTokensStep) else None
-        self.several, self.entering = several, several if self.shares else None
+        self.several = several = self.decode if isinstance(self.decode, SeveralTokensStep) else None
         self.drafted = DraftedSteps(self, several, engine.drafts) if several and engine.drafts else None
         self.row_request = torch.zeros(0, dtype=torch.int64, device=self.device)  # (R,) place in `requests`
         self.last = torch.zeros(0, dtype=torch.int64, device=self.device)  # (R,) newest token
         self.alive = torch.zeros(0, dtype=torch.bool, device=self.device)  # (R,)
         self.reported = torch.zeros(0, dtype=torch.bool)  # (R,) ended, and its trajectory collected
         self.kept = torch.zeros(0, dtype=torch.bool)  # (R,) ended, and waits for a request that goes on with it
-        self.kept_at: dict[tuple[int, int], _Kept] = {}  # such rows by slot and sample
-        self.going_on: list[tuple[int, _Kept]] = []  # requests that go on with a row
+        self.keeping = KeptRows(self, several) if self.shares and several else None
         self.keys = torch.zeros(0, dtype=torch.int64, device=self.device)  # (N,)
         self.limit = torch.zeros(0, dtype=torch.int64, device=self.device)  # (N,) most tokens to sample
         self.offset = torch.zeros(0, dtype=torch.int64, device=self.device)  # (N,) tokens before the first one
@@ -151,7 +137,7 @@ class Decoding:
             group = take_group(self.queue)
             places = list(range(len(self.requests), len(self.requests) + len(group)))
             self.requests += group
-            if not (places := [n for n in places if not self._goes_on(n)]):
+            if self.keeping and not (places := [n for n in places if not self.keeping.goes_on(n)]):
                 continue
             most = max(1, (self.engine.max_tokens_in_flight - self._shared(places)) // self.row_tokens)
             self.waiting.extend(places[start : start + most] for start in range(0, len(places), most))
@@ -174,11 +160,14 @@ class Decoding:
     def run(self) -> Iterator[list[Trajectory]]:
         """Decode until every request is answered."""
         while True:
-            self._release()
+            if self.keeping:
+                self.keeping.release(self.engine.released)
+            self.engine.released.clear()
             self._take()
             if not self.waiting and not self.state.num_rows:
                 return
-            self._enter()
+            if self.keeping:
+                self.keeping.enter()
             self._admit()
             for _ in range(self.steps_between_checks):
                 if not self.state.num_rows or (self.kept.any() and not self.alive.any()):  # all have ended
@@ -190,7 +179,7 @@ class Decoding:
 
     def close(self) -> None:
         """Let go now of what refers back to this object, and would hold its memory until it is collected."""
-        self.replayed = self.drafted = None
+        self.replayed = self.drafted = self.keeping = None
 
     def advance(self) -> None:
         """One more token of every row that is not kept."""
@@ -210,50 +199,6 @@ class Decoding:
             self.routes.keep_step(self.row_request[rows], self.state.lengths[rows])
         self.state.end_step()
         self._draw(logits, rows)
-
-    def _goes_on(self, n: int) -> bool:
-        """Whether a request goes on with a row that was kept; one that does not drops it."""
-        request = self.requests[n]
-        kept = self.kept_at.pop((request.slot, request.sample), None)
-        if kept is None:
-            return False
-        tokens = len(request.prompt) + limit_of(request, self.engine.max_new_tokens) - kept.prompt_tokens
-        is_longer = len(request.prompt) > len(kept.ids) and request.prompt[: len(kept.ids)] == kept.ids
-        if is_longer and tokens <= self.engine.max_new_tokens:
-            self.going_on.append((n, kept))
-            return True
-        self.kept[self._row_of(kept)] = False
-        return False
-
-    def _row_of(self, kept: _Kept) -> int:
-        return int((self.row_request == kept.request).nonzero())
-
-    def _release(self) -> None:
-        for place in self.engine.released & self.kept_at.keys():
-            self.kept[self._row_of(self.kept_at.pop(place))] = False
-        self.engine.released.clear()
-
-    def _enter(self) -> None:
-        """Put what came after kept rows into their cache, up to the token that the next one is drawn after."""
-        going_on = sorted((self._row_of(kept), n, kept) for n, kept in self.going_on)
-        self.going_on = []
-        entered: list[tuple[int, int, int]] = []  # row, slot and token
-        for row, n, kept in going_on:
-            own, cached = self.requests[n].prompt[kept.prompt_tokens :], len(kept.ids) - kept.prompt_tokens - 1
-            entered += [(row, slot, own[slot]) for slot in range(cached, len(own) - 1)]
-            self.row_request[row], self.last[row], self.start[n] = n, own[-1], len(own)
-            self.offset[n] -= len(own)
-            self.limit[n] += len(own)
-        if self.entering is None or not going_on:
-            return
-        rows = torch.tensor([row for row, _, _ in going_on])
-        self.alive[rows], self.reported[rows], self.kept[rows] = True, False, False
-        lengths = self.start[self.row_request[rows]] - 1
-        self.state.make_room(int((lengths - self.state.lengths[rows]).max()))
-        if entered:
-            columns = torch.tensor(entered).T
-            self.entering.enter(columns[2], columns[0], columns[1], self.state)
-        self.state.set_lengths(rows, lengths)
 
     def _shared(self, group: list[int]) -> int:
         """Tokens that requests with one prompt share."""
@@ -348,7 +293,5 @@ class Decoding:
             self.finished.append(answer)
             if self.engine.drafts:
                 self.engine.drafts.add(request, start, answer.ids)
-            if self.entering and request.keeps and answer.finished:
-                prompt_tokens = int(self.state.prompt_lengths[self.state.prompt[row]])
-                self.kept_at[request.slot, request.sample] = _Kept(n, prompt_tokens, request.prompt + answer.ids)
-                self.kept[row] = True
+            if self.keeping and request.keeps and answer.finished:
+                self.keeping.keep(row, n, answer.ids)
