@@ -46,13 +46,16 @@ def test_some_gpus_serve_and_the_others_train(tmp_path: Path) -> None:
     launcher = tmp_path / "bin" / "accelerate"
     launcher.write_text('#!/bin/sh\necho "train on $CUDA_VISIBLE_DEVICES: $*"\n')
     launcher.chmod(0o755)
-    served = {"CUDA_VISIBLE_DEVICES": "0,1,2,10", "VLLM_PYTHON": "/vllm/bin/python"}
+    served = {"CUDA_VISIBLE_DEVICES": "0,1,2,10", "VLLM_PYTHON": sys.executable}
     done = single_node(tmp_path, "--config", "configs/quickstart.yaml", **served, SERVER_GPUS="1,10")
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("train on 0,2: launch")
     assert done.stdout.strip().endswith(
-        "--rollout.engine vllm --rollout.vllm.devices 1,10 --rollout.vllm.python /vllm/bin/python"
+        f"--rollout.engine vllm --rollout.vllm.devices 1,10 --rollout.vllm.python {sys.executable}"
     )
+    nowhere = single_node(tmp_path, "--config", "configs/quickstart.yaml", **served | {"VLLM_PYTHON": "/no/python"},
+                          SERVER_GPUS="1,10")  # fmt: skip
+    assert nowhere.returncode == 2 and "'/no/python' given, which is no program here" in nowhere.stderr
     for wrong, message in {"3": "expected some of the GPUs 0,1,2,10", "0,1,2,10": "no GPU for the training"}.items():
         refused = single_node(tmp_path, "--config", "configs/quickstart.yaml", **served, SERVER_GPUS=wrong)
         assert refused.returncode == 1 and message in refused.stderr, refused.stderr
