@@ -208,16 +208,21 @@ def suggested_rate(model: str) -> tuple[float, str]:
 
 def parameters_of(model: str) -> float | None:
     """The parameters of a local model, by its files, or of another, by its name; None where the name does not say."""
-    directory = toy_path(model) if model in MODELS else Path(model)
+    directory = _directory(model)
     if directory.is_dir() and (shapes := shapes_of(weight_files(directory))):
         return sum(map(math.prod, shapes.values()))
     named = re.search(r"(?<![\w.])(\d+(?:\.\d+)?)([BM])(?![a-z])", model, re.IGNORECASE)
     return float(named[1]) * {"B": 1e9, "M": 1e6}[named[2].upper()] if named else None
 
 
+def _directory(model: str) -> Path:
+    """Where a local model lies; for one of the hub, most often no directory."""
+    return toy_path(model) if model in MODELS else Path(model)
+
+
 def _has_template(model: str) -> bool:
     """Whether a local model has a chat template; the hub is not asked, and `check` looks again."""
-    directory = toy_path(model) if model in MODELS else Path(model)
+    directory = _directory(model)
     if (directory / "chat_template.jinja").is_file():
         return True
     config = directory / "tokenizer_config.json"

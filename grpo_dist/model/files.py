@@ -130,10 +130,10 @@ def stored_file(place: str, name: str, revision: str | None = None) -> Path | No
     return Path(cached) if isinstance(cached, str) else None
 
 
-def read_entries(path: Path) -> dict[str, Any] | None:
-    """The config.json in a model's directory; None where it cannot be read, which those who load the model report."""
+def read_entries(path: Path, name: str = "config.json") -> dict[str, Any] | None:
+    """A JSON file in a model's directory; None where it cannot be read, which those who load the model report."""
     try:
-        entries = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        entries = json.loads((path / name).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
     return entries if isinstance(entries, dict) else None

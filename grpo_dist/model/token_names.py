@@ -6,13 +6,13 @@ loaded tokenizer too, by the same words; `rollout/sampling.py` refuses the rest.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..config.checks import require
 from ..config.rollout import RolloutConfig
+from .files import read_entries
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -29,7 +29,7 @@ def require_known_tokens(rollout: RolloutConfig, place: Path, model: Path) -> No
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_file(str(place / "tokenizer.json"))
-    entries = _read(place / "tokenizer_config.json")
+    entries = read_entries(place, "tokenizer_config.json") or {}
     added = {each["content"]: int(number) for number, each in (entries.get("added_tokens_decoder") or {}).items()}
     banned = _banned(rollout.banned_tokens, tokenizer, added)
     frame = {name: each["content"] if isinstance(each := entries.get(name), dict) else each for name in FRAME}
@@ -91,17 +91,9 @@ def _require_stops(stops: Sequence[str], tokenizer: Tokenizer, left_out: set[int
 
 def _ends(model: Path) -> set[int]:
     """The ends of a completion that a model's files name."""
-    entries = _read(model / "config.json")
+    entries = read_entries(model) or {}
     ends: set[int] = set()
-    for part in (_read(model / "generation_config.json"), entries, entries.get("text_config") or {}):
+    for part in (read_entries(model, "generation_config.json") or {}, entries, entries.get("text_config") or {}):
         given = part.get("eos_token_id")
         ends |= set(given if isinstance(given, list) else [given]) - {None}
     return ends
-
-
-def _read(file: Path) -> dict[str, Any]:
-    try:
-        entries = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return entries if isinstance(entries, dict) else {}
