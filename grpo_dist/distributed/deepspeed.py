@@ -59,7 +59,8 @@ def _keep_from_compiling() -> None:
     """
     from deepspeed import ops
 
-    ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # set, not asked for: some releases then try all operations, and nothing but these collectives reads the result
+    ops.__compatible_ops__ = {**vars(ops).get("__compatible_ops__", {}), "deepspeed_shm_comm": False}
 
 
 def _sum_in_float32(options: dict[str, Any]) -> None:

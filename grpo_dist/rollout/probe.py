@@ -182,6 +182,16 @@ def probe_pack(model: nn.Module, shared_prompts: bool) -> Pack:
 
 
 @torch.no_grad()
+def draws(compute: Callable[[], object]) -> bool:
+    """Whether `compute` takes random numbers from torch's generators, which are left as they were."""
+    states = [torch.get_rng_state, *([torch.cuda.get_rng_state] if torch.cuda.is_available() else [])]
+    with torch.random.fork_rng():
+        before = [state() for state in states]
+        compute()
+        return not all(torch.equal(then, state()) for then, state in zip(before, states, strict=True))
+
+
+@torch.no_grad()
 def is_noisy(compute: Callable[[], Tensor]) -> bool:
     """Whether what `compute` returns depends on the state of the random number generators, beyond what the same state
     makes of it twice."""

@@ -32,8 +32,9 @@ PRELOADED = (
     "numpy", "torch", "torch.distributed.run", "torch.utils.tensorboard", "pandas", "pyarrow.parquet", "datasets",
     "transformers.models.auto.modeling_auto", "transformers.models.qwen2.modeling_qwen2",
     "transformers.tokenization_utils_tokenizers", "accelerate.commands.launch", "peft", "deepspeed",
-    "deepspeed.runtime.zero.muon.original_muon", "jsonargparse", "docstring_parser", "rich.live", "safetensors.torch",
-    "grpo_dist.train", "grpo_dist.evaluate",
+    "deepspeed.runtime.zero.muon.original_muon", "deepspeed.module_inject.auto_ep_layer", "jsonargparse",
+    "docstring_parser", "rich.live", "safetensors.torch",
+    "grpo_dist.train", "grpo_dist.evaluate", "grpo_dist.rewards.math",
 )  # fmt: skip
 HUB = {"HF_ENDPOINT", "HF_HOME", "HF_HUB_OFFLINE"}
 """Variables of the hub's library, which reads them while it is imported: forks let it read them again."""

@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[2]
 TINY = [
     "--config", "configs/quickstart.yaml", "--model.dtype", "float32", "--reference.dtype", "float32",
     "--train.num_train_steps", "5", "--train.batch_size", "7", "--rollout.group_size", "5",
-    "--train.eval_every", "0", "--train.num_eval_prompts", "16",
+    "--train.eval_every", "0", "--train.num_eval_prompts", "16", "--scoring.num_workers", "1",
 ]  # fmt: skip
 """Five steps of the toy model; 7 prompts and 5 completions divide by no number of ranks used here."""
 

@@ -18,7 +18,7 @@ from grpo_dist.model import attention
 from grpo_dist.model.files import UnfitModel
 from grpo_dist.model.policy import Policy, recompute_layers
 from grpo_dist.rollout.own_attention import require_no_noise, settle_attention
-from grpo_dist.rollout.probe import is_noisy, probe_pack, row_fault
+from grpo_dist.rollout.probe import draws, is_noisy, probe_pack, row_fault
 
 SIZES = {"vocab_size": 99, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
          "num_key_value_heads": 2, "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1,
@@ -146,10 +146,34 @@ def test_noise_that_no_mode_turns_off_is_found() -> None:
     norm = model.model.norm
     plain = norm.forward
     policy = Policy(model, 1.0).train()
+    passes: Counter[str] = Counter()
+    policy.register_forward_hook(lambda *_: passes.update(["pass"]))
     require_no_noise(policy, policy, False, lambda thing: [thing])
+    assert passes["pass"] == 1, "where nothing is drawn, nothing is compared"
     norm.forward = lambda hidden: nn.functional.dropout(plain(hidden), 0.1)
     with pytest.raises(UnfitModel, match=r"model\.name: Qwen2ForCausalLM draws random numbers"):
         require_no_noise(policy, policy, False, lambda thing: [thing])
+
+
+def test_numbers_that_are_drawn_and_not_used_are_no_noise() -> None:
+    model = build("qwen2", "eager")
+    norm = model.model.norm
+    plain = norm.forward
+    norm.forward = lambda hidden: plain(hidden + 0 * torch.rand_like(hidden))
+    policy = Policy(model, 1.0).train()
+    state = torch.get_rng_state()
+    assert draws(lambda: in_training(policy))
+    assert torch.equal(torch.get_rng_state(), state)
+    require_no_noise(policy, policy, False, lambda thing: [thing])
+
+
+def test_ranks_compare_passes_if_any_rank_draws() -> None:
+    """A pass is a collective under ZeRO-3."""
+    policy = Policy(build("qwen2", "eager"), 1.0).train()
+    passes: Counter[str] = Counter()
+    policy.register_forward_hook(lambda *_: passes.update(["pass"]))
+    require_no_noise(policy, policy, False, lambda _: [False, True] if passes["pass"] == 1 else [False, False])
+    assert passes["pass"] == 7
 
 
 def test_recomputing_gives_the_same_gradients() -> None:
