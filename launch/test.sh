@@ -6,19 +6,25 @@ source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 cd "$root"
 (($#)) && exec python -m pytest "$@"
 
-# Tests of functions use one core, and ranks often wait: both run at the same time. Output is from quick to slow.
-functions=(tests/unit tests/fuzz) runs=()
+# Tests of functions use one core. Ranks often wait, for each other and, where one has a fault, for time-outs: the three
+# kinds run at the same time. Output is from quick to slow.
+functions=(tests/unit tests/fuzz) faults=(tests/fault) runs=()
 for folder in tests/[a-z]*/; do
-  [[ " ${functions[*]} " == *" ${folder%/} "* ]] || runs+=("$folder")
+  [[ " ${functions[*]} ${faults[*]} " == *" ${folder%/} "* ]] || runs+=("$folder")
 done
-log=$(mktemp)
+logs=$(mktemp -d)
 set -m # otherwise the tests in the background and their processes would ignore SIGINT
-python -m pytest "${runs[@]}" >"$log" 2>&1 &
-background=$!
+python -m pytest "${faults[@]}" >"$logs/faults" 2>&1 &
+background=($!)
+python -m pytest "${runs[@]}" >"$logs/runs" 2>&1 &
+background+=($!)
 set +m
-trap 'kill -INT "$background" 2>/dev/null || true; rm -f "$log"' EXIT
+trap 'kill -INT "${background[@]}" 2>/dev/null || true; rm -rf "$logs"' EXIT
+trap 'exit 130' INT # Ctrl-C ends the foreground's pytest first, with a status of its own
 status=0
 python -m pytest "${functions[@]}" || status=$?
-wait "$background" || status=$?
-cat "$log"
+for number in "${background[@]}"; do
+  wait "$number" || status=$?
+done
+cat "$logs/faults" "$logs/runs"
 exit "$status"
