@@ -12,24 +12,20 @@ exit status is 1 where others survive. Files are changed in a copy, so that this
 from __future__ import annotations
 
 import argparse
-import ast
 import compileall
-import copy
 import gc
 import os
 import shutil
-import signal
 import sys
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 os.environ |= {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
 import hypothesis.strategies  # noqa: F401 imported once, for all the processes that are forked
 import jsonargparse  # noqa: F401
 import peft  # noqa: F401
-import pytest
 import transformers  # noqa: F401
+from mutation import mutants, survivors
 
 ROOT = Path(__file__).parents[1]
 MODULES = {
@@ -134,84 +130,12 @@ EQUIVALENT = {
 }
 """Changes that no test can see, by module: as `before -> after`, as `line: before -> after`, or all those of lines that
 begin so."""
-PYTEST = ["-qx", "--assert=plain", "--hypothesis-seed=0",
-          *(f"-pno:{name}" for name in ("anyio", "cacheprovider", "unraisableexception", "warnings"))]  # fmt: skip
-"""Only whether a test fails is asked."""
-SWAPS: dict[type, type] = {
-    ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult, ast.FloorDiv: ast.Mult, ast.Mod: ast.Mult,
-    ast.Pow: ast.Mult, ast.BitAnd: ast.BitOr, ast.BitOr: ast.BitAnd, ast.BitXor: ast.BitAnd, ast.RShift: ast.LShift,
-    ast.LShift: ast.RShift, ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq,
-    ast.NotEq: ast.Eq, ast.Is: ast.IsNot, ast.IsNot: ast.Is, ast.In: ast.NotIn, ast.NotIn: ast.In, ast.And: ast.Or,
-    ast.Or: ast.And,
-}  # fmt: skip
 
 
-def changes(tree: ast.AST) -> Iterator[tuple[ast.AST, ast.AST]]:
-    """Every node that can be changed, with what it becomes."""
-    annotations = {id(part) for node in ast.walk(tree) for name in ("annotation", "returns")
-                   if (note := getattr(node, name, None)) for part in ast.walk(note)}  # fmt: skip
-    messages = {id(part) for node in ast.walk(tree) if isinstance(node, (ast.Raise, ast.Assert))
-                for part in ast.walk(node)}  # fmt: skip
-    asserted = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.keyword) and node.arg == "strict"}
-    asserted |= {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.keyword) and node.arg == "frozen"}
-    for node in ast.walk(tree):
-        if id(node) in annotations | messages | asserted:
-            continue
-        new = copy.deepcopy(node)
-        if isinstance(node, (ast.BinOp, ast.AugAssign, ast.BoolOp)) and type(node.op) in SWAPS:
-            new.op = SWAPS[type(node.op)]()  # type: ignore[attr-defined]
-        elif isinstance(node, ast.Compare) and type(node.ops[0]) in SWAPS:
-            new.ops[0] = SWAPS[type(node.ops[0])]()  # type: ignore[attr-defined]
-        elif isinstance(node, ast.UnaryOp) and isinstance(node.op, (ast.USub, ast.Not, ast.Invert)):
-            new = node.operand
-        elif isinstance(node, ast.IfExp):
-            new.body, new.orelse = new.orelse, new.body  # type: ignore[attr-defined]
-        elif isinstance(node, ast.Constant) and isinstance(node.value, bool):
-            new.value = not node.value  # type: ignore[attr-defined]
-        elif isinstance(node, ast.Constant) and isinstance(node.value, (int, float)):
-            new.value = node.value + 1  # type: ignore[attr-defined]
-        elif isinstance(node, ast.Return) and node.value is not None and not isinstance(node.value, ast.Constant):
-            new = ast.Return(ast.Constant(None))
-        else:
-            continue
-        yield node, new
-
-
-def mutants(source: str) -> Iterator[tuple[int, str, str]]:
-    """(line, `before -> after`, the changed source) for each change."""
-    tree = ast.parse(source)
-    for node, new in changes(tree):
-        kept = dict(vars(node)), node.__class__
-        before = ast.unparse(node)
-        node.__class__ = new.__class__  # type: ignore[assignment]
-        vars(node).update(vars(new))
-        text, after = ast.unparse(ast.fix_missing_locations(tree)), ast.unparse(node)
-        node.__class__ = kept[1]  # type: ignore[assignment]
-        vars(node).clear()
-        vars(node).update(kept[0])
-        yield kept[0]["lineno"], f"{before} -> {after}", text
-
-
-def survives(copy_of: Path, module: Path, text: str, seconds: float) -> bool:
-    """Whether the module's tests pass with this text in its place, in a process that has imported the libraries."""
-    original = module.read_text()
-    module.write_text(text)
-    name = str(module.relative_to(copy_of / "grpo_dist")).removesuffix(".py")
-    tests = [
-        str(path.relative_to(copy_of))
-        for each in MODULES[name]
-        for path in copy_of.glob(f"tests/unit/**/test_{each}.py")
-    ]
-    child = os.fork()
-    if child == 0:
-        os.chdir(copy_of)
-        sys.path.insert(0, str(copy_of))
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        signal.alarm(int(seconds))  # a loop without an end is seen by whoever waits
-        os._exit(pytest.main([*PYTEST, *tests]))
-    _, status = os.waitpid(child, 0)
-    module.write_text(original)
-    return status == 0
+def is_equivalent(name: str, code: str, change: str) -> bool:
+    """Whether the table names this change of a line."""
+    listed = tuple(EQUIVALENT.get(name, ()))
+    return code.startswith(listed) or not {change, f"{code}: {change}"}.isdisjoint(listed)
 
 
 def main() -> int:
@@ -231,22 +155,21 @@ def main() -> int:
         compileall.compile_dir(copy_of / "grpo_dist", quiet=1)  # what is not changed is compiled once
         for name in options.modules:
             module = copy_of / "grpo_dist" / f"{name}.py"
-            if not survives(copy_of, module, module.read_text(), options.seconds):
-                raise SystemExit(f"{name}: its tests fail without any change")
-            tried = survived = 0
-            lines, equivalent = module.read_text().splitlines(), tuple(EQUIVALENT.get(name, ()))
-            for line, change, text in mutants(module.read_text()):
-                code = lines[line - 1].strip()
-                if options.line not in (None, line) or code.startswith(equivalent):
-                    continue
-                if not {change, f"{code}: {change}"}.isdisjoint(equivalent):
-                    continue
-                tried += 1
-                if survives(copy_of, module, text, options.seconds):
-                    survived += 1
-                    print(f"{name}:{line}: {change}", flush=True)
-            print(f"{name}: {tried - survived} of {tried} changes were seen by a test", flush=True)
-            num_changes, num_survivors = num_changes + tried, num_survivors + survived
+            source = module.read_text()
+            lines = source.splitlines()
+            tried = [each for each in mutants(source)
+                     if options.line in (None, each.line)
+                     and not is_equivalent(name, lines[each.line - 1].strip(), each.change)]  # fmt: skip
+            tests = [str(path.relative_to(copy_of)) for test in MODULES[name]
+                     for path in copy_of.glob(f"tests/unit/**/test_{test}.py")]  # fmt: skip
+            try:
+                survived = survivors(copy_of, module, tried, tests, options.seconds)
+            except RuntimeError as error:
+                raise SystemExit(f"{name}: {error}") from error
+            for each in survived:
+                print(f"{name}:{each.line}: {each.change}")
+            print(f"{name}: {len(tried) - len(survived)} of {len(tried)} changes were seen by a test", flush=True)
+            num_changes, num_survivors = num_changes + len(tried), num_survivors + len(survived)
     gc.unfreeze()  # Triton would report what is frozen as leaks
     print(f"{num_changes - num_survivors} of {num_changes} changes were seen by a test")
     return int(num_survivors > 0)
