@@ -106,8 +106,9 @@ EQUIVALENT = {
         "if scores.shape[1:] != (self.num_experts,) or top.indices.shape[-1] != self.experts_of_a_token:: -1 -> 1",
         "return torch.return_types.topk((scores.gather(-1, indices), indices)): -1 -> 1",
     ],
-    # a function that dispatches inside one that does; older releases of PEFT
+    # a function that dispatches inside one that does, and is asked only whether it has the name; older releases of PEFT
     "model/expert_adapters": [
+        "dispatching.knows_matrices = True",
         "if plain is linear or hasattr(",
         'return (b, a) if getattr(layer, "_did_swap_in_out_features", False) else (a.mT, b.mT): False -> True',
     ],
@@ -117,7 +118,8 @@ EQUIVALENT = {
         "BLOCK = 128",
         "-1 -> 1",
         "size % BLOCK -> size * BLOCK",
-    ],  # sums of so many; 2 dimensions; pads by 0
+        "running.shape[-1] - 1 -> running.shape[-1] + 1",
+    ],  # sums of so many; 2 dimensions; pads by 0; a bound that only logits which are NaN go beyond
     # how much is shown, and how wide; any number below 0; of equal rewards two completions already come in order
     "monitoring/contrast": [
         "_PROMPT_CHARACTERS =",

@@ -15,7 +15,7 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
 from grpo_dist.config.schema import LoraConfig, ModelConfig
-from grpo_dist.model.expert_adapters import _let_linear_dispatch, _Matrix
+from grpo_dist.model.expert_adapters import _let_linear_dispatch, _Matrix, expert_parameters
 from grpo_dist.model.export import adapter_state, kept_shares, merged_state, write_adapter, write_merged
 from grpo_dist.model.files import UnfitModel
 from grpo_dist.model.load import adapted_layers, load_causal_lm, make_policy, trainable
@@ -146,6 +146,12 @@ def test_a_name_that_means_no_experts_is_refused(target: str, reason: str) -> No
     message = rf"lora.target_parameters: '{target}' given, which {reason}.*expected mlp\.experts\.down_proj, mlp"
     with pytest.raises(UnfitModel, match=message):
         moved("qwen3_moe", lora=LoraConfig(target_parameters=[target]))
+
+
+def test_names_of_experts_are_short_in_a_larger_model() -> None:
+    larger = torch.nn.ModuleDict({"language_model": build("mixtral", "eager")})
+    with pytest.raises(UnfitModel, match=r"expected mlp\.experts\.down_proj, mlp"):
+        expert_parameters(larger, ["experts.up_proj"])
 
 
 def test_what_experts_cannot_have_is_refused() -> None:

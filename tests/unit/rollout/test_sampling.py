@@ -174,6 +174,14 @@ def test_thresholds_that_are_met_exactly() -> None:
         assert keep is not None and keep[0].nonzero()[:, 0].tolist() == kept, sampling
 
 
+@pytest.mark.parametrize("sampling", [Sampling(top_p=0.75), Sampling(min_p=0.5), Sampling(top_k=2)])
+def test_a_constant_may_be_added_to_the_logits(sampling: Sampling) -> None:
+    logits = torch.tensor([[0.25, 0.5, 0.125, 0.125]]).log()
+    for constant in (-100.0, 100.0):
+        keep = allowed(logits + constant, sampling)
+        assert keep is not None and keep.tolist() == [[True, True, False, False]]
+
+
 def test_sampling_is_what_the_config_says() -> None:
     assert Sampling() == Sampling(temperature=1.0, top_p=1.0, top_k=0, min_p=0.0, greedy=False)
     assert sampling_of(RolloutConfig(temperature=0.7, top_p=0.9, top_k=5, min_p=0.1)) == Sampling(0.7, 0.9, 5, 0.1)

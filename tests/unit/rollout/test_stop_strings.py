@@ -15,6 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_models import make_tokenizer
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers.normalizers import Lowercase
+from tokenizers.processors import TemplateProcessing
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Config
 
@@ -241,6 +243,7 @@ def test_tokens_spell_the_texts_that_rewards_get(make: Any) -> None:
 
 def test_a_special_token_is_a_stop_string_like_any_other() -> None:
     sampling = sampling_with(RolloutConfig(stop=["</answer>"]), tokenizer := with_tags(), [256], 300)
+    assert sampling.stop is not None and len(sampling.stop.classes) == 300, "logits without a token never stop anything"
     (tag,) = tokenizer.convert_tokens_to_ids(["</answer>"])
     letters = tokenizer("x </answer", add_special_tokens=False)["input_ids"]
     assert sampling.stopped_at([70, tag, 71], 0) == 2
@@ -266,6 +269,17 @@ def test_banned_tokens_by_text_and_id() -> None:
     rollout = RolloutConfig(banned_tokens=["Ġ"], temperature=0.5, top_p=0.9, top_k=7, min_p=0.1, min_new_tokens=3)
     expected = Sampling(0.5, 0.9, 7, 0.1, banned=tuple(tokenizer.convert_tokens_to_ids(["Ġ"])), min_new_tokens=3)
     assert sampling_with(rollout, tokenizer, [256], 257) == expected, "a token is meant by its own spelling, too"
+
+
+def test_tokens_that_a_tokenizer_puts_around_texts_belong_to_no_string() -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<end> $A", special_tokens=[("<end>", 256)])
+    tokenizer.backend_tokenizer.normalizer = Lowercase()
+    assert len(tokenizer("a")["input_ids"]) == 2
+    (space,) = tokenizer.convert_tokens_to_ids(["Ġ"])
+    assert sampling_with(RolloutConfig(banned_tokens=[" "]), tokenizer, [256], 257).banned == (space,)
+    with pytest.raises(ValueError, match=r"\['a', 'x'\]"):
+        sampling_with(RolloutConfig(stop=["X"]), tokenizer, [256], 257)
 
 
 @pytest.mark.parametrize(
