@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import fake_vllm
 import pyarrow.parquet as pq
 import torch
 from resident import ForkedRun, server_for
@@ -90,10 +91,18 @@ def launch(
     return subprocess.CompletedProcess(run.args, run.wait(), out, err)
 
 
-def python_of_fake_vllm(directory: Path) -> str:
-    """The Python of an environment in which vLLM is the small server of fake_vllm.py."""
+def python_of_fake_vllm(directory: Path, fresh: bool = False) -> str:
+    """The Python of an environment in which vLLM is the small server of fake_vllm.py.
+
+    What it starts can be waited for and killed. The model is in this process, which has imported torch, or `fresh` in
+    the one that is started.
+    """
     python, server = directory / "python", ROOT / "tests" / "unit" / "fake_vllm.py"
-    python.write_text(f'#!/bin/sh\nPYTHONPATH={server.parent}:{ROOT} exec {sys.executable} {server} "$@"\n')
+    environment = f"PYTHONPATH={server.parent}:{ROOT}"
+    python.write_text(
+        f'#!/bin/sh\n{environment} exec {sys.executable} {server} "$@"\n' if fresh
+        else fake_vllm.PROGRAM.format(python=sys.executable, port=fake_vllm.door())
+    )  # fmt: skip
     python.chmod(0o755)
     return str(python)
 

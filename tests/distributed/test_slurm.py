@@ -140,7 +140,7 @@ def submit(
 def test_one_node_serves_and_the_other_trains(tmp_path: Path, submitted: list[str], is_vllm: bool) -> None:
     if is_vllm and "GRPO_DIST_VLLM" not in os.environ:
         pytest.skip("GRPO_DIST_VLLM does not name the Python of vLLM")
-    python = os.environ["GRPO_DIST_VLLM"] if is_vllm else python_of_fake_vllm(tmp_path)
+    python = os.environ["GRPO_DIST_VLLM"] if is_vllm else python_of_fake_vllm(tmp_path, fresh=True)
     log, run = tmp_path / "job.log", tmp_path / "run"
     words = {"train.output_dir": str(run), "train.num_train_steps": "2", "train.batch_size": "4",
              "rollout.group_size": "4", "data.eval_file": "null"}  # fmt: skip

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import argparse
 import base64
+import functools
 import io
 import json
+import socket
 import sys
 import threading
 import time
@@ -174,8 +176,8 @@ class FakeVllm(Server):
         return rows[:-1].gather(-1, torch.tensor(ids[1:])[:, None])[:, 0].tolist()
 
 
-def main() -> None:
-    """The command line of vLLM, as far as a run gives it."""
+def started(words: list[str]) -> FakeVllm:
+    """The server that vLLM's command line asks for, as far as a run gives it. Raises SystemExit."""
     parser = argparse.ArgumentParser()
     parser.add_argument("-m")
     parser.add_argument("--model")
@@ -185,14 +187,57 @@ def main() -> None:
     parser.add_argument("--max-lora-rank", type=int, default=16)
     parser.add_argument("--plant", default="")
     parser.add_argument("--enable-return-routed-experts", action="store_true")
-    options, _ = parser.parse_known_args()
+    options, _ = parser.parse_known_args(words)
     if options.plant == "ends":
-        sys.exit("fake_vllm: no device")
+        raise SystemExit("fake_vllm: no device")
+    with LOADING:
+        return FakeVllm(options.model, max_rank=options.max_lora_rank, longest=options.max_model_len,
+                        plant=options.plant, host=options.host, port=options.port,
+                        reports_routes=options.enable_return_routed_experts)  # fmt: skip
+
+
+PROGRAM = """#!{python} -IS
+import json, socket, sys
+with socket.create_connection(("127.0.0.1", {port})) as link, link.makefile("rw") as lines:
+    print(json.dumps(sys.argv[1:]), file=lines, flush=True)
+    if words := lines.readline():
+        print(words, end="", flush=True)
+        lines.readline()
+sys.exit(words or 1)
+"""
+
+
+@functools.cache
+def door() -> int:
+    """The port at which this process serves for programs of `PROGRAM`, which need not import torch."""
+    listener = socket.create_server(("127.0.0.1", 0))
+
+    def listen() -> None:
+        while True:
+            threading.Thread(target=_serve_for, args=listener.accept()[:1], daemon=True).start()
+
+    threading.Thread(target=listen, daemon=True).start()
+    return int(listener.getsockname()[1])
+
+
+def _serve_for(link: socket.socket) -> None:
+    """Be the server of a program until it ends."""
+    with link, link.makefile("rw") as lines:
+        try:
+            server = started(json.loads(lines.readline()))
+            with server:
+                print(f"serving {server.path} at {server.url}", file=lines, flush=True)
+                lines.read()
+        except SystemExit as end:
+            print(end, file=lines, flush=True)
+
+
+def main() -> None:
+    """A server in a process of its own."""
     torch.set_num_threads(1)
-    with FakeVllm(options.model, max_rank=options.max_lora_rank, longest=options.max_model_len, plant=options.plant,
-                  host=options.host, port=options.port,
-                  reports_routes=options.enable_return_routed_experts) as server:  # fmt: skip
-        print(f"serving {options.model} at {server.url}", flush=True)
+    server = started(sys.argv[1:])
+    with server:
+        print(f"serving {server.path} at {server.url}", flush=True)
         while True:
             time.sleep(1)
 
