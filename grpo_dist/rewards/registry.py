@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from grpo_dist.config.checks import did_you_mean
-from grpo_dist.config.schema import RewardConfig
+from grpo_dist.config.rewards import RewardConfig
 from grpo_dist.rewards.placement import Placement, most_items_of, placement_of
 from grpo_dist.text.files import near_paths
 

@@ -88,8 +88,9 @@ def test_ranks_do_not_matter(
 ) -> None:
     (tmp_path / "own.py").write_text(TOKEN_REWARD)
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{ROOT}")
-    one = train(None, 1, tmp_path / "one", *CASES[name])
-    several = train(strategy, ranks, tmp_path / "several", *CASES[name])
+    options = (*CASES[name], "--train.num_train_steps", "3")
+    one = train(None, 1, tmp_path / "one", *options)
+    several = train(strategy, ranks, tmp_path / "several", *options)
     assert [row["completion"] for row in completions(several)] == [row["completion"] for row in completions(one)]
     assert [row["reward"] for row in completions(several)] == [row["reward"] for row in completions(one)]
     assert relative_difference(adapters(one), adapters(several)) <= 1e-5
@@ -99,18 +100,19 @@ def test_ranks_do_not_matter(
     if name == "dynamic":
         assert sum(line["rollout/groups_replaced"] for line in metrics(one)[1:]) > 0
     if name == "critic":
-        heads = [load_file(directory / "checkpoints" / "step_5" / "state.safetensors")["weight/value_head.weight"]
+        heads = [load_file(directory / "checkpoints" / "step_3" / "state.safetensors")["weight/value_head.weight"]
                  for directory in (one, several)]  # fmt: skip
         assert float(heads[0].norm()) > 0 and torch.allclose(*heads, rtol=1e-3, atol=1e-6)
 
 
 def test_a_critic_and_an_adapted_coefficient_resume(tmp_path: Path) -> None:
-    """Stopped after two steps of five and started again: bit for bit what it would have been."""
-    options = ("--preset", "ppo", "--loss.kl_target", "0.01", "--optim.scheduler", "constant")
+    """Stopped after two steps of three and started again: bit for bit what it would have been."""
+    options = ("--preset", "ppo", "--loss.kl_target", "0.01", "--optim.scheduler", "constant",
+               "--train.num_train_steps", "3")  # fmt: skip
     whole = train(None, 1, tmp_path / "whole", *options)
     short = ("--train.output_dir", str(tmp_path / "parts"), *options)
     assert launch(None, 1, *TINY, *short, "--train.num_train_steps", "2").returncode == 0
     assert launch(None, 1, *TINY, *short).returncode == 0
-    expected, got = (load_file(d / "checkpoints" / "step_5" / "state.safetensors") for d in (whole, tmp_path / "parts"))
+    expected, got = (load_file(d / "checkpoints" / "step_3" / "state.safetensors") for d in (whole, tmp_path / "parts"))
     assert expected.keys() == got.keys() and all(torch.equal(expected[name], got[name]) for name in expected)
     assert metrics(whole)[-1]["kl_coeff"] == metrics(tmp_path / "parts")[-1]["kl_coeff"] != 0.01

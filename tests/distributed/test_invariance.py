@@ -17,7 +17,7 @@ SELDOM = [("cpu", 1), ("zero1", 2), ("zero3", 2), ("zero3_offload", 2)]
 VARIANTS = [("ddp", 2), ("zero2", 2), ("zero3", 3), ("fsdp2_cpu", 2),
             *(pytest.param(*each, marks=pytest.mark.slow) for each in SELDOM)]  # fmt: skip
 COMPARING = '[{name: math}, {name: "tests.distributed.comparing:shortest", weight: 0.5}]'
-KL = ("--loss.kl_coeff", "0.04", "--rewards", COMPARING, "--train.num_train_steps", "3")
+KL = ("--loss.kl_coeff", "0.04", "--rewards", COMPARING, "--train.num_train_steps", "2")
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +125,7 @@ def test_other_objectives(arguments: tuple[str, ...], tmp_path: Path) -> None:
     ("strategy", "num_processes"), [("fsdp2", 3), pytest.param("zero3", 3, marks=pytest.mark.slow)]
 )
 def test_all_weights(strategy: str, num_processes: int, tmp_path: Path) -> None:
-    arguments = (*KL, "--lora", "null", "--train.num_train_steps", "2", "--optim.learning_rate", "1e-4")
+    arguments = (*KL, "--lora", "null", "--optim.learning_rate", "1e-4")
     one = train(None, 1, tmp_path / "one", *arguments)
     other = train(strategy, num_processes, tmp_path / "other", *arguments)
     assert [row["completion"] for row in completions(other)] == [row["completion"] for row in completions(one)]
@@ -159,7 +159,7 @@ def with_dropout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return train(None, 1, tmp_path_factory.mktemp("dropout"), *DROPOUT)
 
 
-DROPOUT = (*KL, "--lora.dropout", "0.1", "--train.updates_per_batch", "2", "--train.num_train_steps", "3")
+DROPOUT = (*KL, "--lora.dropout", "0.1", "--train.updates_per_batch", "2")
 
 
 @pytest.mark.parametrize(

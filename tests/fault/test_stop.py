@@ -137,6 +137,11 @@ def test_the_launcher_signalled(number: signal.Signals, tmp_path: Path) -> None:
     assert list((tmp_path / "run" / "checkpoints").glob("step_*/manifest.json"))
     _, alive = psutil.wait_procs(processes, timeout=60)
     assert not alive
+    done = str(checkpoint.newest(tmp_path / "run" / "checkpoints")).rpartition("_")[2]
+    # forks all hash strings alike, and the processes that a user starts do not: nothing that is resumed depends on that
+    again = train("zero2", 2, tmp_path / "run", "--train.num_train_steps", str(int(done) + 1), "--train.allow_changes",
+                  "true")  # fmt: skip
+    assert [line["step"] for line in metrics(again)] == list(range(int(done) + 2))
 
 
 def test_ranks_whose_launcher_is_killed_end(tmp_path: Path) -> None:
