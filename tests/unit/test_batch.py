@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from grpo_dist.types import Batch, Prompt, join
+from grpo_dist.types import Batch, Episode, Prompt, join, no_routes
 
 pytestmark = pytest.mark.quick
 
@@ -22,9 +22,12 @@ def make_batch(first: int, sizes: list[int], has_token_rewards: bool, extras: di
     sampled[torch.cumsum(row_lengths, 0)[::2] - 1 - first % 2] = False  # one of every other row
     tokens = ids[sampled]
     reward = torch.arange(count, dtype=torch.float64) + first
+    prompts = [Prompt(first + g, [g] * (1 + g % 2), "") for g in range(len(sizes))]
+    numbers = torch.arange(sum(len(prompt.ids) for prompt in prompts)) + first
     return Batch(
-        [Prompt(first + g, [g], "") for g in range(len(sizes))], group, row_lengths, reward % 2 == 0, ids,
+        prompts, group, row_lengths, reward % 2 == 0, ids,
         sampled, -tokens.float(), reward[:, None] * 2, reward, reference_logprobs=tokens.float() / 2,
+        prompt_routes=torch.stack([numbers, -numbers], -1)[:, None], routes=torch.stack([ids, -ids], -1)[:, None],
         token_rewards=tokens[:, None].double() * 3 if has_token_rewards else None, extras=extras,
         scoring={"reward/a/failed": float(first), "reward/a/seconds": 0.5, "reward/a/size": float(first)}
         | ({"reward/a/once": 4.0} if has_token_rewards else {}),
@@ -44,6 +47,10 @@ def test_joined_batches_equal_the_loop() -> None:
         assert torch.equal(getattr(joined, name), torch.stack([getattr(batch, name)[n] for batch, n in rows]))
     for name in ("tokens", "sampled_logprobs", "reference_logprobs"):
         assert torch.equal(getattr(joined, name), torch.cat([getattr(batch, name)[a:b] for batch, a, b in spans]))
+    assert joined.routes[:, 0].tolist() == [[number, -number] for number in joined.ids.tolist()]  # type: ignore[index]
+    numbers = [10 + 3, 10 + 0, 30 + 1, 30 + 2]  # of prompts with 1, 2, 1 tokens, and with 1 and 2
+    assert joined.prompt_routes[:, 0].tolist() == [[n, -n] for n in numbers]  # type: ignore[index]
+    assert (one.prompt_starts.tolist(), one.prompt_lengths.tolist()) == ([0, 1, 3], [1, 2, 1])
     table = [3.0 * t if batch is two else (float(batch.rewards[n, 0]) if place == b - 1 else math.nan)
              for (batch, n), (_, a, b) in zip(rows, spans, strict=True)
              for place, t in zip(range(a, b), batch.tokens[a:b].tolist(), strict=True)]  # fmt: skip
@@ -64,3 +71,10 @@ def test_joined_outcomes_have_no_table() -> None:
     joined = join([batch], [[0, 1]])
     assert joined.token_rewards is None and joined.reference_logprobs is not None
     assert torch.equal(joined.tokens, batch.tokens) and joined.prompts == batch.prompts
+
+
+def test_what_was_not_recorded() -> None:
+    """No expert has the number that stands for none; a tool that was never called took no time."""
+    nothing = no_routes(2, torch.zeros(4, 5, 3, dtype=torch.uint8))
+    assert nothing.dtype == torch.uint8 and nothing.tolist() == [[[255] * 3] * 5] * 2
+    assert Episode([], 1, None, None, {}, Prompt(0, [1], "")).tool_seconds == 0
