@@ -7,6 +7,7 @@ the config says so, and counts them. order.py decides which prompts a step takes
 from __future__ import annotations
 
 import difflib
+import functools
 import logging
 import math
 import re
@@ -20,6 +21,7 @@ from grpo_dist.data.keep import rows_to_keep
 from grpo_dist.data.rows import Row, is_lines, list_columns, load_rows
 from grpo_dist.rewards.registry import KEYWORDS
 from grpo_dist.text.templates import Messages, TemplateRefusal, render_messages
+from grpo_dist.text.tokens import tokens_behind
 from grpo_dist.types import Prompt
 
 if TYPE_CHECKING:
@@ -151,7 +153,7 @@ def prompt_of_row(
 def render(prompt: str | Messages, config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Rendered:
     """Turn one prompt into tokens as `load_prompts` does.
 
-    Plain text gets the special tokens that the tokenizer adds by itself, such as a BOS; a rendered conversation gets
+    Plain text gets the special tokens that the tokenizer puts before it, such as a BOS; a rendered conversation gets
     those of its template only, and ends where the assistant begins. Raises ValueError where the prompt is empty or the
     config's template rules and the tokenizer do not allow it.
     """
@@ -298,6 +300,7 @@ def _tokenise(
         for templated in (False, True):
             chosen = [(place, text) for place, text, messages in part if (messages is not None) == templated]
             if chosen:
+                behind = 0 if templated else _num_behind(tokenizer)
                 # A template writes its own BOS: a tokenizer that added one as well would train on two.
                 encoded = tokenizer(
                     [text for _, text in chosen],
@@ -305,9 +308,21 @@ def _tokenise(
                     return_attention_mask=False,
                     verbose=False,
                 )
-                ids.update(zip((place for place, _ in chosen), encoded["input_ids"], strict=True))
+                rows = (row[: len(row) - behind] for row in encoded["input_ids"])
+                ids.update(zip((place for place, _ in chosen), rows, strict=True))
         for place, text, messages in part:
             yield place, Rendered(text, messages, ids[place])
+
+
+@functools.cache
+def _num_behind(tokenizer: PreTrainedTokenizerBase) -> int:
+    """How many tokens are to be taken from the end of a text prompt; the log says so once."""
+    if behind := tokens_behind(tokenizer):
+        names = tokenizer.convert_ids_to_tokens(behind)
+        logger.warning(
+            "the tokenizer ends texts with %s; prompts are without, because completions continue them", names
+        )
+    return len(behind)
 
 
 def _reward_columns(row: Row, names: Sequence[str], config: DataConfig) -> dict[str, Any]:

@@ -29,6 +29,8 @@ def require_known_tokens(rollout: RolloutConfig, place: Path, model: Path) -> No
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_file(str(place / "tokenizer.json"))
+    tokenizer.no_truncation()  # transformers sets both for each call; a file may have those of its training
+    tokenizer.no_padding()
     entries = read_entries(place, "tokenizer_config.json") or {}
     added = {each["content"]: int(number) for number, each in (entries.get("added_tokens_decoder") or {}).items()}
     banned = _banned(rollout.banned_tokens, tokenizer, added)

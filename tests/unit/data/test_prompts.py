@@ -302,6 +302,18 @@ def test_templates(tokenizer: PreTrainedTokenizerFast) -> None:
         render(messages, DataConfig(), make_tokenizer(None))
 
 
+def test_a_prompt_does_not_end_as_texts_of_the_tokenizer_do(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A completion behind an end token would begin a new text."""
+    closing = make_tokenizer(None)
+    frame = [("<s>", 0), ("</s>", 1)]
+    closing.backend_tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=frame)
+    prompts, _ = load_prompts(write(tmp_path, row(1), row(2)), "train", DataConfig(), closing)
+    assert [closing.decode(prompt.ids) for prompt in prompts] == ["<s>What is 1?", "<s>What is 2?"]
+    assert closing.decode(render("Hi</s>", DataConfig(), closing).ids) == "<s>Hi</s>", "a text may have one"
+    (warning,) = caplog.records
+    assert "ends texts with ['</s>']; prompts are without" in warning.getMessage()
+
+
 def test_a_tokenizer_without_template_is_no_bad_row(tmp_path: Path) -> None:
     path = write(tmp_path, row(1))
     with pytest.raises(ValueError, match="no chat template"):

@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from tiny_configs import tiny_config
+from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.pytorch_utils import Conv1D
@@ -32,6 +33,7 @@ from grpo_dist.config.schema import (
 from grpo_dist.config.vllm import VllmConfig
 from grpo_dist.model import names
 from grpo_dist.model.names import require_known_names
+from grpo_dist.model.token_names import require_known_tokens
 from grpo_dist.model.toy import toy_path
 from grpo_dist.preflight.early import refuse_mistakes, require_possible
 
@@ -152,6 +154,17 @@ def test_what_is_not(tmp_path: Path) -> None:
         config = Config(model=ModelConfig(name=name), rollout=short)
         config.data.max_prompt_length = 64
         require_possible(config, ZERO3, 2)
+
+
+def test_what_a_tokenizer_s_file_says_of_its_training(tmp_path: Path) -> None:
+    """Its truncation and padding are not of texts that are looked up."""
+    shutil.copytree(toy_path(), tmp_path / "model")
+    tokenizer = Tokenizer.from_file(str(tmp_path / "model" / "tokenizer.json"))
+    tokenizer.enable_truncation(3)
+    tokenizer.enable_padding(length=16)
+    tokenizer.save(str(tmp_path / "model" / "tokenizer.json"))
+    rollout = RolloutConfig(max_completion_length=16, stop=["1234567"], banned_tokens=[" "])
+    require_known_tokens(rollout, tmp_path / "model", tmp_path / "model")
 
 
 def test_the_toy_models_are_looked_into_too(tmp_path: Path) -> None:
