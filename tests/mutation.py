@@ -222,20 +222,17 @@ class _Loop:
 
 def _replace(functions: list[FunctionType], changed: CodeType, name: str | None) -> bool:
     """Give functions the changed code; False where that cannot be done while the module stays imported."""
-    codes: dict[tuple[str, int], CodeType] = {}
+    codes: dict[tuple[str, int], list[CodeType]] = {}
     found = [changed]
     while found:
         code = found.pop()
-        key = code.co_name, code.co_firstlineno
-        if key in codes:
-            return False
-        codes[key] = code
+        codes.setdefault((code.co_name, code.co_firstlineno), []).append(code)
         found += [const for const in code.co_consts if isinstance(const, CodeType)]
     if name is None:
         return False
     for function in functions:
-        new = codes[function.__code__.co_name, function.__code__.co_firstlineno]
-        if len(new.co_freevars) != len(function.__code__.co_freevars):
+        same = codes[function.__code__.co_name, function.__code__.co_firstlineno]
+        if len(same) > 1 or len(same[0].co_freevars) != len(function.__code__.co_freevars):
             return False
-        function.__code__ = new
+        function.__code__ = same[0]
     return True
