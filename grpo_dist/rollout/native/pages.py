@@ -105,17 +105,19 @@ class PagePool:
         shared, own = parts
         shared_sums, own_sums = (part.new_empty(part.shape[:3]) for part in parts)
         width = max(triton.next_power_of_2(group), 16 // TILE)
-        kernels.attend_prompts[self.num_tiles, heads, self.prompt_splits](
+        parts_of_tile, tokens, warps = _held(width, padded, query.dtype)
+        kernels.attend_prompts[self.num_tiles * parts_of_tile, heads, self.prompt_splits](
             query, keys, values, self.prompt_table, self.prompt_lengths, self.lengths, self.tile_prompt, self.tile_rows,
-            shared, shared_sums, rows, scale, seen, cap, self.prompt_table.shape[1], GP=width, ROWS=TILE,
-            SPLITS=self.prompt_splits, **sizes,
+            shared, shared_sums, rows, scale, seen, cap, self.prompt_table.shape[1], GP=width,
+            ROWS=TILE // parts_of_tile, PARTS=parts_of_tile, SPLITS=self.prompt_splits, TOKENS=tokens, num_warps=warps,
+            **sizes,
         )  # fmt: skip
         output = torch.empty_like(query)
         kernels.attend_own[rows, heads, self.splits](
             query, keys, values, self.table, self.lengths, query if sinks is None else sinks, shared, shared_sums,
             output if self.splits == 1 else own, own_sums, rows, scale, seen, cap, self.table.shape[1],
             GP=max(16, triton.next_power_of_2(group)), SPLITS=self.splits, SHARED=self.prompt_splits,
-            SINKS=sinks is not None, **sizes,
+            SINKS=sinks is not None, TOKENS=tokens, num_warps=warps, **sizes,
         )  # fmt: skip
         if self.splits > 1:
             kernels.join[(rows * num_queries,)](own, own_sums, shared, shared_sums, output, rows * num_queries, D=size,
@@ -135,6 +137,17 @@ def two_rows(layout: PrefillLayout) -> PagePool:
     pool.tile_rows[0] = torch.tensor([0, 1] + [-1] * (TILE - 2), device=pool.device)
     pool.begin_step(2, 1)
     return pool
+
+
+def _held(width: int, size: int, dtype: torch.dtype) -> tuple[int, int, int]:
+    """Parts of a tile, tokens of a page and warps of a program, so that what it holds fits into registers.
+
+    Each row has `width` queries of `size` numbers. A program of 16 bits holds the outputs of its queries. Products in
+    float32 are one instruction after another, a thousand for 16 queries of 128 numbers and 64 tokens.
+    """
+    if dtype.itemsize == 2:
+        return min(TILE, max(1, TILE * width * size // 8192)), PAGE, 8 if size > 128 else 4
+    return min(TILE, max(1, TILE * width // 16)), min(PAGE, PAGE * 128 // size), 4
 
 
 def _splits(programs: int, pages: int) -> int:

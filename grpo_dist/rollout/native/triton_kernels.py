@@ -20,26 +20,28 @@ LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 
 @triton.jit
 def _attend(query, keys, values, table, first, last, low, start, length, scale, cap, head, HK: tl.constexpr,
-            PAGE: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, M: tl.constexpr, CAPPED: tl.constexpr):  # fmt: skip
-    """Pages [first, last) of a table: peak (M,) in base 2, sum (M,), output (M, DP).
+            PAGE: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, M: tl.constexpr, CAPPED: tl.constexpr,
+            TOKENS: tl.constexpr):  # fmt: skip
+    """Pages [first, last) of a table, TOKENS at a time: peak (M,) in base 2, sum (M,), output (M, DP).
 
     The tokens [low, length) are read, of which a query sees those from its `start` (M, 1) on.
     """
-    place, d = tl.arange(0, PAGE), tl.arange(0, DP)
+    token, d = tl.arange(0, TOKENS), tl.arange(0, DP)
+    pieces: tl.constexpr = PAGE // TOKENS
     inside = (d < D)[None, :]
     peak = tl.full((M,), -float("inf"), tl.float32)
     total = tl.zeros((M,), tl.float32)
     output = tl.zeros((M, DP), tl.float32)
-    for number in range(first, last):
-        page = tl.load(table + number).to(tl.int64)
-        at = (page * HK + head) * PAGE * D + place[:, None] * D + d[None, :]
-        token = number * PAGE + place
-        used = (token >= low) & (token < length)
+    for number in range(first * pieces, last * pieces):
+        page = tl.load(table + number // pieces).to(tl.int64)
+        at = ((page * HK + head) * PAGE + number % pieces * TOKENS) * D + token[:, None] * D + d[None, :]
+        place = number * TOKENS + token
+        used = (place >= low) & (place < length)
         key = tl.load(keys + at, mask=inside & used[:, None], other=0.0)
         scores = tl.dot(query, tl.trans(key), input_precision="ieee") * scale
         if CAPPED:
             scores = cap * (1 - 2 / (tl.exp(2 * scores / cap) + 1))
-        scores = tl.where(used[None, :] & (token[None, :] >= start), scores * LOG2E, -float("inf"))
+        scores = tl.where(used[None, :] & (place[None, :] >= start), scores * LOG2E, -float("inf"))
         now = tl.maximum(peak, tl.max(scores, 1))
         # a query whose window begins after this page has seen nothing yet
         shift = tl.where(now == -float("inf"), 0.0, now)
@@ -54,16 +56,17 @@ def _attend(query, keys, values, table, first, last, low, start, length, scale, 
 @triton.jit
 def attend_prompts(query, keys, values, table, lengths, own_lengths, tile_prompt, tile_rows, output, sums, num_rows,
                    scale, window, cap, width, HK: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr,
-                   DP: tl.constexpr, PAGE: tl.constexpr, ROWS: tl.constexpr, SPLITS: tl.constexpr,
-                   CAPPED: tl.constexpr):  # fmt: skip
-    """Rows of one prompt, a tile at a time, over a split of its pages; output (SPLITS, R, Hq, D), log-sums likewise."""
-    tile, head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    prompt = tl.load(tile_prompt + tile)
+                   DP: tl.constexpr, PAGE: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr,
+                   SPLITS: tl.constexpr, CAPPED: tl.constexpr, TOKENS: tl.constexpr):  # fmt: skip
+    """Rows of one prompt, one of the PARTS of a tile at a time, over a split of its pages; output (SPLITS, R, Hq, D),
+    log-sums likewise."""
+    part, head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    prompt = tl.load(tile_prompt + part // PARTS)
     if prompt < 0:
         return
     M: tl.constexpr = ROWS * GP
     m, d = tl.arange(0, M), tl.arange(0, DP)
-    row, group = tl.load(tile_rows + tile * ROWS + m // GP), m % GP
+    row, group = tl.load(tile_rows + part * ROWS + m // GP), m % GP
     real = (row >= 0) & (group < G)
     at = (row * HK * G + head * G + group).to(tl.int64)
     q = tl.load(query + at[:, None] * D + d[None, :], mask=real[:, None] & (d < D)[None, :], other=0.0)
@@ -75,7 +78,8 @@ def attend_prompts(query, keys, values, table, lengths, own_lengths, tile_prompt
     each = tl.cdiv(pages - begin, SPLITS)
     first = begin + split * each
     peak, total, out = _attend(q, keys, values, table + prompt * width, first, tl.minimum(first + each, pages), low,
-                               start[:, None], length, scale, cap, head, HK, PAGE, D, DP, M, CAPPED)  # fmt: skip
+                               start[:, None], length, scale, cap, head, HK, PAGE, D, DP, M, CAPPED,
+                               TOKENS)  # fmt: skip
     to = split * num_rows * HK * G + at
     empty = total == 0.0
     out = out / tl.where(empty, 1.0, total)[:, None]
@@ -87,7 +91,7 @@ def attend_prompts(query, keys, values, table, lengths, own_lengths, tile_prompt
 def attend_own(query, keys, values, table, lengths, sinks, shared, shared_sums, output, sums, num_rows, scale, window,
                cap, width, HK: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
                PAGE: tl.constexpr, SPLITS: tl.constexpr, SHARED: tl.constexpr, CAPPED: tl.constexpr,
-               SINKS: tl.constexpr):  # fmt: skip
+               SINKS: tl.constexpr, TOKENS: tl.constexpr):  # fmt: skip
     """A row over a split of its own pages, its newest token's among them. Sinks (Hq,) join the first split.
 
     With one split the SHARED parts of its prompt are joined in and the result (R, Hq, D) is written; with several, a
@@ -107,7 +111,7 @@ def attend_own(query, keys, values, table, lengths, sinks, shared, shared_sums, 
     first = begin + split * each
     peak, total, out = _attend(q, keys, values, table + row.to(tl.int64) * width, first,
                                tl.minimum(first + each, pages), low, low, length, scale, cap, head, HK, PAGE, D, DP, GP,
-                               CAPPED)  # fmt: skip
+                               CAPPED, TOKENS)  # fmt: skip
     if SINKS:
         sink = tl.load(sinks + head * G + g, mask=real, other=-float("inf")).to(tl.float32) * LOG2E
         sink = tl.where(split == 0, sink, -float("inf"))

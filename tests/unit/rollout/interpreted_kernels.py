@@ -232,7 +232,7 @@ def main() -> None:
     ]  # fmt: skip
     if sys.argv[1:] == ["all"]:
         pages_of += [((1, 2), 4, 4, 16), ((4, 1), 7, 1, 24), ((2, 2), 4, 2, 16, 90), ((2, 4), 2, 2, 16, None, 2.0),
-                     ((4, 1), 4, 2, 16, 90, None, True)]  # fmt: skip
+                     ((4, 1), 4, 2, 16, 90, None, True), ((2, 1), 16, 1, 256, 90)]  # fmt: skip
         rollouts += [
             (qwen3, FusedStep, 1 << 20, Sampling(top_p=0.9)),
             (qwen2, module_step, 1 << 20, Sampling()),
