@@ -18,6 +18,7 @@ CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 SMALL = (
     "--train.num_train_steps", "2", "--train.batch_size", "2", "--rollout.group_size", "2", "--train.eval_every", "0",
     "--rollout.max_completion_length", "16", "--train.num_eval_prompts", "2", "--optim.warmup_steps", "0",
+    "--scoring.num_workers", "1",
 )  # fmt: skip
 
 

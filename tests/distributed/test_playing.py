@@ -20,7 +20,7 @@ OPTIONS = (
     "--config", "configs/calculator.yaml", "--model.dtype", "float32", "--reference.dtype", "float32",
     "--train.num_train_steps", "2", "--train.batch_size", "3", "--rollout.group_size", "4", "--train.num_eval_prompts",
     "4", "--train.eval_every", "0", "--train.save_every", "1", "--optim.max_grad_norm", "1e6",
-    "--train.max_tokens_per_pack", "300", "--loss.kl_coeff", str(KL),
+    "--train.max_tokens_per_pack", "300", "--loss.kl_coeff", str(KL), "--scoring.num_workers", "1",
     "--rewards", '[{name: math}, {name: "noting:note", weight: 0.3}]',
 )  # fmt: skip
 REWARD = '''

@@ -54,7 +54,7 @@ def arguments(directory: Path, updates: int, lag: int = 0) -> list[str]:
         "--train.batch_size", "7", "--rollout.group_size", "5", "--train.updates_per_batch", str(updates),
         "--train.save_every", "1", "--data.train_file", str(directory.parent / "ten.jsonl"), "--data.eval_file", "null",
         "--loss.kl_coeff", "0.02", "--model.dtype", "float32",
-        "--rollout.lag", str(lag),
+        "--rollout.lag", str(lag), "--scoring.num_workers", "1",
     ]  # fmt: skip
 
 

@@ -214,7 +214,7 @@ def test_continuous_batching_with_prompts_that_come_in_parts(
 
 
 @either_prompt
-@pytest.mark.parametrize("in_flight", [1, 100])
+@pytest.mark.parametrize("in_flight", [1, pytest.param(100, marks=pytest.mark.slow)])
 def test_room_in_flight_changes_nothing(in_flight: int, pairs: dict[str, Pair]) -> None:
     sampling = Sampling(temperature=0.9, top_p=0.95, top_k=30, min_p=0.001)
     drawn = decode_all(NativeDecoder(ENDS, MOST, in_flight), pairs["qwen2"].shared, REQUESTS, sampling)
@@ -325,8 +325,10 @@ def test_a_layer_that_attends_twice() -> None:
 
 
 @either_prompt
-@pytest.mark.parametrize("in_flight", [100, 100000])
-@pytest.mark.parametrize("steps", [2, pytest.param(8, marks=pytest.mark.slow), 50])
+@pytest.mark.parametrize(("steps", "in_flight"), [
+    (2, 100), (50, 100000), *(pytest.param(*each, marks=pytest.mark.slow)
+                              for each in ((2, 100000), (8, 100), (8, 100000), (50, 100))),
+])  # fmt: skip
 def test_asking_seldom_who_has_ended_changes_nothing(steps: int, in_flight: int, pairs: dict[str, Pair]) -> None:
     """Rows that have ended draw on until they are dropped, and none of that may be seen."""
     expected = drawn_by_rows(pairs["qwen2"])

@@ -86,8 +86,17 @@ def played(server: FakeVllm, directory: Path) -> tuple[list[Request], list[Traje
     return requests, trajectories, model
 
 
-def test_a_server_draws_each_turn_from_the_row_before_it(server: FakeVllm, tmp_path: Path) -> None:
-    requests, trajectories, model = played(server, tmp_path)
+@pytest.fixture(scope="module")
+def first(
+    server: FakeVllm, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[list[Request], list[Trajectory], nn.Module]:
+    return played(server, tmp_path_factory.mktemp("first"))
+
+
+def test_a_server_draws_each_turn_from_the_row_before_it(
+    server: FakeVllm, first: tuple[list[Request], list[Trajectory], nn.Module]
+) -> None:
+    requests, trajectories, model = first
     assert {t.episode.reward for t in trajectories if t.episode} == {0.0, 1.0}
     turns = 0
     for request, each in zip(requests, trajectories, strict=True):
@@ -112,6 +121,8 @@ def test_a_server_draws_each_turn_from_the_row_before_it(server: FakeVllm, tmp_p
     assert len(asked_for) >= turns and server.calls.count(COMPLETIONS) >= turns
 
 
-def test_the_same_episodes_in_any_order(server: FakeVllm, tmp_path: Path) -> None:
-    first, again = (played(server, tmp_path / name)[1] for name in ("first", "again"))
-    assert [(t.ids, t.sampled, t.logprobs) for t in first] == [(t.ids, t.sampled, t.logprobs) for t in again]
+def test_the_same_episodes_in_any_order(
+    server: FakeVllm, first: tuple[list[Request], list[Trajectory], nn.Module], tmp_path: Path
+) -> None:
+    one, again = first[1], played(server, tmp_path)[1]
+    assert [(t.ids, t.sampled, t.logprobs) for t in one] == [(t.ids, t.sampled, t.logprobs) for t in again]
