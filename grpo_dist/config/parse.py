@@ -17,6 +17,7 @@ from jsonargparse import ActionConfigFile, ArgumentParser, Namespace, set_parsin
 
 from ..text.files import near_paths
 from ..text.plain import write_lines
+from .files import mistake_of_file
 from .schema import Config
 from .shipped import shipped
 
@@ -185,6 +186,9 @@ def parse_config(arguments: list[str] | None = None) -> Config:
     if (missing := next((file for file in parser.files if not os.path.exists(file)), None)) is not None:
         parser.files = ()
         parser.error(f"--config: no file {missing!r} in {os.getcwd()}{near_paths(missing)}")
+    if mistakes := [mistake for file in parser.files if (mistake := mistake_of_file(file))]:
+        parser.files = ()
+        parser.error("; ".join(mistakes))
     given = parser.parse_args(_preset_first(words))
     try:
         return to_config(parser, given)

@@ -126,6 +126,9 @@ BAD: dict[str, tuple[str, list[str], list[str]]] = {
     "a list for a group": ("advantage: []", [], ["advantage", "[]"]),
     "null for a number": ("loss: {sapo_temperature_negative: null}", [], ["loss.sapo_temperature_negative", "None"]),
     "null in a reward": ("rewards: [{name: math, weight: null}]", [], ["rewards.weight", "None"]),
+    "a group twice": ("train: {seed: 1}\nlora: {r: 2}\ntrain: {batch_size: 4}", [],
+                      ["train is given in lines 1 and 3 of", "config.yaml", "expected once"]),
+    "an option twice": ("rewards:\n- name: math\n  weight: 1\n  weight: 2", [], ["rewards.weight", "lines 3 and 4"]),
     "broken yaml": ("rollout: {group_size: 4", [], ["config.yaml"]),
     "a list": ("- 1\n- 2", [], ["config.yaml"]),
 }  # fmt: skip
@@ -141,6 +144,17 @@ def test_mistakes_are_named(name: str, tmp_path: Path, capsys: pytest.CaptureFix
     assert "Traceback" not in message
     missing = [part for part in expected if part not in message]
     assert not missing, f"{missing} not in:\n{message}"
+
+
+def test_files_of_other_editors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A mark of the byte order is no text, and what is not UTF-8 is named."""
+    file = tmp_path / "config.yaml"
+    file.write_text("train: {seed: 3}", encoding="utf-8-sig")
+    assert parse_config(["--config", str(file)]).train.seed == 3
+    file.write_text("train: {seed: 3}", encoding="utf-16")
+    with pytest.raises(SystemExit):
+        parse_config(["--config", str(file)])
+    assert f"{file} is no UTF-8 text (invalid start byte in byte 0); save it" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["nowhere.yaml", "."])
