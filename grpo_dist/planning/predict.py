@@ -22,7 +22,7 @@ from ..model.reference import REFERENCE_PACK, needs_copy
 from ..model.routing import has_experts
 from ..rollout.native.cache import SLOT_CHUNK
 from ..rollout.native.engine import COPIED_PROMPT
-from ..rollout.native.kernel import MERGED
+from ..rollout.native.kernel import MERGED, has_few_sequences
 from ..rollout.room import LOGIT_BYTES, ON_CPU, PAGE, PREFILL_TOKENS, fitting, pages_of
 from ..rollout.vllm.base import DIRECTORY
 from .memory import (
@@ -209,15 +209,19 @@ class Predictor:
         )
 
     def _step_bytes(self, counts: ModelCounts) -> int:
-        """Bytes of weights that decoding stores again: merged with adapters on a CPU, or the scales of codes; on a GPU
-        concatenated, and the adapters in the policy's dtype."""
+        """Bytes of weights that decoding stores again: merged with adapters on a CPU or in bfloat16, or the scales of
+        codes; on a GPU concatenated, and the adapters in the policy's dtype."""
         if self._decodes_codes(counts):
             return counts.scale_bytes
         if not self.share_prompts or (counts.quantized and not self.config.rollout.dequantize):
             return 0
         if self.device == "gpu":
             return (counts.joined + counts.adapters) * self.policy_dtype.itemsize
-        return counts.adapted * self.policy_dtype.itemsize if self.policy_dtype in MERGED else 0
+        if self.policy_dtype not in MERGED:
+            return 0
+        if has_few_sequences(self.config) and self.model_config.get_text_config().dtype == torch.bfloat16:
+            return counts.parameters * torch.bfloat16.itemsize
+        return counts.adapted * self.policy_dtype.itemsize
 
     def _fitting(self, inputs: MemoryInputs, most_bytes: int) -> int:
         """Tokens in flight that `auto` fits beside the memory that is always used; at least those of one sequence."""

@@ -8,17 +8,18 @@ from torch import Tensor, nn
 from ..model.expert_adapters import adapted_weight, factors
 from ..model.peft import LoraLayer, ParamWrapper
 from ..model.quantized import QuantizedLinear, dtype_of
+from .native.kernel import in_bfloat16
 from .native.llama import linear_of
 
 
 @torch.no_grad()
-def update_share(model: nn.Module, *, merged: bool) -> float | None:
+def update_share(model: nn.Module, *, merged: bool, few: bool = False) -> float | None:
     """Share of the adapters' update that is in the weights which decode: the projection of these weights' update on
     ΔW = scaling · B A, over that of ΔW itself. None without adapters, and as long as they add nothing that float32 can
     hold beside the weights: AdamW makes a small update also of a gradient that is only rounding.
 
-    `merged` where adapters are added to weights that are not quantised, as on a CPU in float32; else they are apart,
-    rounded to the dtype of the weights.
+    `merged` where adapters are added to weights that are not quantised, as on a CPU in float32, and with `few` (see
+    `KernelStep`) only to those that bfloat16 does not hold; else they are apart, rounded to the dtype of the weights.
     """
     present = total = weights = 0.0
     for module in model.modules():
@@ -30,8 +31,8 @@ def update_share(model: nn.Module, *, merged: bool) -> float | None:
         exact_a, exact_b = a.double(), b.double()
         total += scaling**2 * _inner(exact_a, exact_b, exact_a, exact_b)
         weights += float(torch.linalg.vector_norm(adapted_weight(module), dtype=torch.float32)) ** 2
-        if merged and not isinstance(module.get_base_layer(), QuantizedLinear):
-            layer = linear_of(module)
+        layer = linear_of(module) if merged and not isinstance(module.get_base_layer(), QuantizedLinear) else None
+        if layer is not None and not (few and in_bfloat16(layer.weight) is not None):
             added = (layer.merged() - layer.weight).double()
             present += scaling * float(((exact_b.mT @ added) * exact_a).sum())
         else:

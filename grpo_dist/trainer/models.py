@@ -31,6 +31,7 @@ from ..model.routing import Routers
 from ..model.split_rows import require_whole_groups
 from ..rollout import Engine
 from ..rollout.choose import make_engine
+from ..rollout.native.kernel import has_few_sequences
 from ..rollout.own_attention import require_no_noise, settle_attention
 from ..rollout.probe import head_is_plain
 from ..rollout.replay import settle_replay
@@ -105,7 +106,8 @@ def load_models(
     if config.rollout.engine == "vllm":
         engine = make_vllm_engine(config, ranks, rollout_model, policy, end_ids, saved.get("step", 0), routers)
     else:
-        engine = make_engine(rollout_model, obstacle, end_ids, rollout, ranks.gather_objects, saved.get("decoding"))
+        engine = make_engine(rollout_model, obstacle, end_ids, rollout, ranks.gather_objects, saved.get("decoding"),
+                             few=has_few_sequences(config))  # fmt: skip
     for each in (policy, *([reference.policy] if reference else [])):  # may be one
         each.fused_head = plain and isinstance(each.causal_lm.get_output_embeddings(), torch.nn.Linear)
     return Models(policy, wrapped, prepared, optimizer_state, reference, rollout_model, engine, share_prompts,

@@ -21,6 +21,7 @@
 
 struct Linear {
     const void* weight; // its numbers or, of a quantised layer, their codes, line behind line
+    const void* halves; // the same numbers in bfloat16, which few rows wait for half as long; null for none
     const float* bias;  // null for none
     const float* scales; // of a quantised layer: one for `block` weights that follow one another; null for others
     const float* values; // of codes of 4 bits, two a byte, the first in its high half: the 16 that they name;
@@ -242,7 +243,7 @@ template <int L, class W> void dequantise(const Linear& layer, long first, long 
 // fit in the nearest cache, a block's rows (ROW_BLOCK × CHUNK) and weights (OUTPUT_BLOCK × CHUNK), and the next ones on
 // their way, in the second.
 constexpr long CHUNK = 1024, ROW_BLOCK = 24, OUTPUT_BLOCK = 32;
-constexpr long CONVERTED_AT_USE = ROWS; // most rows for which weights in 16 bits are not converted beforehand
+constexpr long FEW = 2 * ROWS - 1; // most rows that one tile takes: each weight is read once, and converted where it is used
 
 // What a product does with its sums: to (rows, outputs) = or, `adds`, += them + b where it is given.
 struct Target {
@@ -261,8 +262,9 @@ struct Target {
     }
 };
 
-// N rows of x, `stride` apart, times M lines of weights, `line` apart, over `count` inputs
-template <int L, int N, int M, class W>
+// N rows of x, `stride` apart, times M lines of weights, `line` apart, over `count` inputs. FETCH: on the way it fetches
+// the lines behind them.
+template <int L, int N, int M, bool FETCH = false, class W>
 inline void tile(const float* x, long stride, const W* w, long line, long count, const Target& target, long row,
                  long output) {
     Vec<L> parts[N][OUTPUTS]; // those beyond M stay 0
@@ -272,6 +274,7 @@ inline void tile(const float* x, long stride, const W* w, long line, long count,
         Vec<L> xs[N];
         for (int r = 0; r < N; ++r) hold(xs[r] = load<L>(x + r * stride + k));
         for (int o = 0; o < M; ++o) {
+            if (FETCH && k % (CACHE_LINE / sizeof(W)) == 0) __builtin_prefetch(w + (o + M) * line + k);
             Vec<L> weights = load<L>(w + o * line + k);
             hold(weights);
             for (int r = 0; r < N; ++r) parts[r][o] = multiply_add<L>(xs[r], weights, parts[r][o]);
@@ -337,6 +340,19 @@ void block_product(const float* x, long rows, long stride, const W* weight, long
             }
 }
 
+// as above, of at most FEW rows: they wait for the weights, so that each tile takes all of them and fetches the next one's
+template <int L, int N = FEW, class W>
+void product_of_few(const float* x, long rows, long stride, const W* weight, long line, long count, long from, long end,
+                    const Target& target) {
+    if constexpr (N > 1)
+        if (rows < N) return product_of_few<L, N - 1>(x, rows, stride, weight, line, count, from, end, target);
+    constexpr int M = N <= ROWS ? OUTPUTS : OUTPUTS / 2; // their sums fit in registers
+    long o = from;
+    for (; o + M <= end; o += M)
+        tile<L, N, M, true>(x, stride, weight + (o - from) * line, line, count, target, 0, o);
+    for (; o < end; ++o) tile<L, N, 1, true>(x, stride, weight + (o - from) * line, line, count, target, 0, o);
+}
+
 // to (rows, outputs) = or, `adds`, += W x + b; this thread's share of the outputs
 template <int L, class W, bool adds>
 void product(const float* x, long rows, long inputs, long outputs, const Linear& layer, float* to) {
@@ -344,7 +360,7 @@ void product(const float* x, long rows, long inputs, long outputs, const Linear&
     const W* weight = static_cast<const W*>(layer.weight);
     const long parts = (inputs + CHUNK - 1) / CHUNK, chunk = (inputs / L + parts - 1) / parts * L;
     // what is converted is used at once, in the nearest cache where all rows are one block
-    const bool converts = layer.scales || (!std::is_same_v<W, float> && rows > CONVERTED_AT_USE);
+    const bool converts = layer.scales || (!std::is_same_v<W, float> && rows > FEW);
     const long lines_at_once = converts && rows <= ROW_BLOCK ? OUTPUTS : OUTPUT_BLOCK;
     alignas(CACHE_LINE) float dense[OUTPUT_BLOCK * CHUNK];
     for (long block = mine.from; block < mine.to; block += lines_at_once) {
@@ -363,8 +379,12 @@ void product(const float* x, long rows, long inputs, long outputs, const Linear&
                                  target);
                 continue;
             }
+            if (rows <= FEW) {
+                product_of_few<L>(x + k, rows, inputs, weight + block * inputs + k, inputs, count, block, end, target);
+                continue;
+            }
             bool last = k + chunk >= inputs; // then the next block's first inputs follow
-            long lines = rows <= ROWS ? 0 : last ? std::min(OUTPUT_BLOCK, mine.to - end) : end - block;
+            long lines = last ? std::min(OUTPUT_BLOCK, mine.to - end) : end - block;
             Ahead<W> ahead(weight + (last ? end * inputs : block * inputs + k + chunk), lines, inputs,
                            std::min(chunk, last ? inputs : inputs - k - chunk), tiles * ((rows + ROWS - 1) / ROWS));
             block_product<L>(x + k, rows, inputs, weight + block * inputs + k, inputs, count, block, end, ahead, target);
@@ -656,7 +676,11 @@ template <int L, class W> class Decoding {
     template <bool adds>
     const float* apply(const float* from, long inputs, long outputs, const Linear& layer, const float* reduced,
                        float* to) {
-        product<L, W, adds>(from, rows, inputs, outputs, layer, to);
+        if (layer.halves && rows <= FEW) {
+            Linear smaller = layer;
+            smaller.weight = layer.halves;
+            product<L, bfloat16, adds>(from, rows, inputs, outputs, smaller, to);
+        } else product<L, W, adds>(from, rows, inputs, outputs, layer, to);
         if (layer.rank) add_low_rank<L>(reduced, rows, outputs, layer, to);
         return reduced + rows * layer.rank;
     }

@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from ...config.schema import Config
 from ...model.quantized import QuantizedWeight
 from .cache import EVERYTHING, DecodeState, PrefillLayout
 from .compiled import library
@@ -30,6 +31,12 @@ MERGED = {torch.float32}
 """The dtypes of weights to which adapters are added beforehand. In others that would round most of a small update away,
 and to a quantised weight nothing can be added: there the adapters stay apart, and what they make of the inputs is added
 to the sums in float32."""
+FEW_SEQUENCES = 16
+"""Most sequences of a step, over all ranks, with which weights that bfloat16 holds exactly are read from it while few
+rows are computed: those wait for memory, and read half as much. With more sequences, adapters that are apart cost more
+than that saves."""
+COMPARED_AT_ONCE = 1 << 16
+"""Numbers that stay in the processor's caches while they are compared."""
 ENTERED_AT_ONCE = 256
 """Most tokens that enter the cache in one pass: what is computed of more leaves the processor's caches."""
 LONGEST_ENTERED = 1024
@@ -41,7 +48,7 @@ MULTIPLE = 8
 # The structures of decode.cpp, field by field.
 class _Linear(ctypes.Structure):
     _fields_ = [
-        *((name, c_void_p) for name in ("weight", "bias", "scales", "values")), ("block", c_int64),
+        *((name, c_void_p) for name in ("weight", "halves", "bias", "scales", "values")), ("block", c_int64),
         *((name, c_void_p) for name in ("low", "high")), ("rank", c_int64),
     ]  # fmt: skip
 
@@ -71,8 +78,12 @@ class _Step(ctypes.Structure):
 class KernelStep:
     """One more token of every sequence; it holds on to the weights that the model has when this is made."""
 
-    def __init__(self, model: nn.Module) -> None:
-        """Raises as `Weights`, and ValueError for sizes this does not compute or where it cannot be compiled."""
+    def __init__(self, model: nn.Module, *, few: bool = False) -> None:
+        """`few`: whether float32 weights that bfloat16 holds exactly are kept in it too, and adapters apart from them.
+
+        Raises as `Weights`, and ValueError for sizes this does not compute or where it cannot be compiled.
+        """
+        self.few = few
         self.weights = weights = Weights(model)
         first, size, self.dtype = weights.layers[0], weights.head_size, weights.embeddings.dtype
         self.gated = [_gated(layer) for layer in weights.layers]
@@ -86,13 +97,14 @@ class KernelStep:
         self.scratch_floats.restype = c_int64
         self.referenced: list[Tensor] = []  # what is pointed to
         self.layers = (_Layer * len(weights.layers))(*map(self._layer, weights.layers, self.gated))
+        head = self._linear(weights.head, vocabulary, hidden)
         self.step = _Step(
             torch.get_num_threads(), len(self.layers), hidden, inner, vocabulary,
-            first.query.outputs // size, first.key.outputs // size, size, self._most_ranks(),
+            first.query.outputs // size, first.key.outputs // size, size, self._most_ranks(head),
             takes_gelu(self.gated), weights.norm.eps, first.scale, first.soft_cap or 0.0,
             weights.embedding_scale, weights.logit_cap or 0.0,
             self._kept(weights.embeddings, (vocabulary, hidden), self.dtype), self._norm(weights.norm, hidden),
-            self._linear(weights.head, vocabulary, hidden), ctypes.addressof(self.layers),
+            head, ctypes.addressof(self.layers),
         )  # fmt: skip
         self.points_into: tuple[DecodeState | None, int] = None, 0
         self.scratch = torch.empty(0)
@@ -193,14 +205,18 @@ class KernelStep:
 
     def _linear(self, linear: Linear, outputs: int, inputs: int) -> _Linear:
         bias = None if linear.bias is None else self._kept(linear.bias.float(), (outputs,), torch.float32)
-        adapter, stored = linear.adapter, linear.stored
+        adapter, stored, is_merged = linear.adapter, linear.stored, False
         if isinstance(stored, QuantizedWeight):
             place = self._quantized(stored, outputs, inputs)
         else:
-            weight = linear.merged() if self._is_merged(linear) else stored
+            halves = in_bfloat16(stored) if self.few and (adapter is None or outputs % MULTIPLE == 0) else None
+            is_merged = adapter is not None and self.dtype in MERGED and halves is None
+            weight = linear.merged() if is_merged else stored
             place = _Linear(self._kept(weight, (outputs, inputs), self.dtype))
+            if halves is not None:
+                place.halves = self._kept(halves, (outputs, inputs), torch.bfloat16)
         place.bias = bias
-        if adapter is None or self._is_merged(linear):
+        if adapter is None or is_merged:
             return place
         if outputs % MULTIPLE:
             raise ValueError(f"adapters on {outputs} outputs, expected a multiple of {MULTIPLE}")
@@ -223,21 +239,33 @@ class KernelStep:
             values=None if values is None else self._kept(values, (16,), torch.float32),
         )  # fmt: skip
 
-    def _is_merged(self, linear: Linear) -> bool:
-        """Whether the adapters are added to the layer's weight beforehand."""
-        return self.dtype in MERGED and linear.adapter is not None and isinstance(linear.stored, Tensor)
-
-    def _most_ranks(self) -> int:
+    def _most_ranks(self, head: _Linear) -> int:
         """Of adapters that stay apart and read the same input, added up."""
-        groups: list[tuple[Linear, ...]] = [(self.weights.head,)]
-        for each, gated in zip(self.weights.layers, self.gated, strict=True):
-            groups += [(each.query, each.key, each.value), (each.output,), (gated.gate, gated.up), (gated.down,)]
-        return max(sum(len(linear.adapter.a) for linear in group if linear.adapter and not self._is_merged(linear))
-                   for group in groups)  # fmt: skip
+        groups = [[head]]
+        for layer in self.layers:
+            groups += [[layer.query, layer.key, layer.value], [layer.output], [layer.gate, layer.up], [layer.down]]
+        return max(sum(linear.rank for linear in group) for group in groups)
 
     def _kept(self, x: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> int:
         self.referenced.append(x)
         return _address(x, shape, dtype)
+
+
+@torch.no_grad()
+def in_bfloat16(weight: Tensor) -> Tensor | None:
+    """A float32 tensor in bfloat16, where that holds each number exactly, as of models that were published in it."""
+    if weight.dtype != torch.float32:
+        return None
+    halves = torch.empty_like(weight, dtype=torch.bfloat16)
+    for to, given in zip(*(each.reshape(-1).split(COMPARED_AT_ONCE) for each in (halves, weight)), strict=True):
+        if not torch.equal(to.copy_(given).float(), given):
+            return None
+    return halves
+
+
+def has_few_sequences(config: Config) -> bool:
+    """Whether a step has at most FEW_SEQUENCES, whatever the number of ranks."""
+    return config.train.batch_size * config.rollout.group_size <= FEW_SEQUENCES
 
 
 @functools.cache

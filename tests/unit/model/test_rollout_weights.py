@@ -184,6 +184,16 @@ def test_the_share_of_a_first_step_that_decodes(learning_rate: float, dtype: tor
         assert update_share(model, merged=merged) == pytest.approx(1, abs=0.01)
 
 
+def test_the_share_of_adapters_beside_weights_that_bfloat16_holds() -> None:
+    """Whole where they stay apart, and what merging leaves of them where they do not."""
+    policy = make(LORAS["three"])
+    for parameter in policy.parameters():
+        parameter.data = parameter.data.bfloat16().float()
+    step(policy, 1e-7)
+    with RolloutModel(policy, torch.float32, attention.NAME).open() as model:
+        assert update_share(model, merged=True, few=True) == 1 != update_share(model, merged=True)
+
+
 def test_the_share_is_what_rounded_weights_have_of_an_update() -> None:
     policy = make(LORAS["all-linear"], torch.bfloat16)
     step(policy, 1e-5)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -157,6 +158,16 @@ def test_a_copy_is_counted_where_a_run_has_one(
     dtypes = torch.bfloat16, DTYPES[config.reference.dtype]
     assert tuple(needs_copy(config, *dtypes, shards, False) for shards in (False, True)) == copies
     assert not needs_copy(replace(config, loss=LossConfig(kl_coeff=0.0)), *dtypes, True, False)
+
+
+@pytest.mark.parametrize(("batch", "dtype"), [(4, "bfloat16"), (4, "float32"), (5, "bfloat16"), (5, "float32")])
+def test_few_sequences_read_a_base_that_bfloat16_holds_from_it(batch: int, dtype: str) -> None:
+    config = config_of(train=TrainConfig(batch_size=batch), rollout=RolloutConfig(group_size=4))
+    model_config = copy.deepcopy(load_model_config(config.model))
+    model_config.dtype = getattr(torch, dtype)
+    few = (batch, dtype) == (4, "bfloat16")
+    expected = 2 * COUNTS.parameters if few else 4 * COUNTS.adapted
+    assert Predictor(config, model_config, "cpu")._step_bytes(COUNTS) == expected
 
 
 def test_seven_billion_weights_lie_on_a_gpu_once() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import multiprocessing
 import platform
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -158,6 +159,51 @@ def test_prompts_are_computed_as_by_the_model(
         assert torch.equal(alone.keys[1], got.keys[1][:, begin : begin + len(prompt)])
 
 
+FEW = partial(KernelStep, few=True)
+
+
+@pytest.mark.parametrize("sizes", [{}, {"hidden_size": 40, "intermediate_size": 1032, "vocab_size": 62}])
+def test_weights_that_bfloat16_holds_are_read_from_it_to_the_same_bits(sizes: dict[str, int]) -> None:
+    """Of 1 to 5 rows; more are computed from float32."""
+    model = make_model(**sizes).bfloat16().float()
+    step = FEW(model)
+    assert all(linear.halves for layer in step.layers for linear in (layer.query, layer.up, layer.down))
+    for count in (1, 2, 3, 4, 5, 6, 8):
+        rows = torch.arange(count)
+        assert torch.equal(
+            decoded(FEW, model, [3, 2, 3], True, rows), decoded(KernelStep, model, [3, 2, 3], True, rows)
+        )
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight[7, -1] += 1e-6
+    first, second = FEW(model).layers
+    assert first.down.halves and not second.down.halves and second.up.halves
+
+
+def test_only_float32_is_held_in_bfloat16() -> None:
+    weight = torch.randn(3, 1 << 16).bfloat16()
+    assert torch.equal(kernel.in_bfloat16(weight.float()), weight)
+    assert kernel.in_bfloat16(weight) is None and kernel.in_bfloat16(weight.half()) is None
+    for place in (0, -1):
+        other = weight.float()
+        other.view(-1)[place] += 1e-5
+        assert kernel.in_bfloat16(other) is None
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ["lm_head", "q_proj"]])
+def test_adapters_stay_apart_from_weights_that_bfloat16_holds(targets: list[str] | str) -> None:
+    model = adapted(make_model(vocab_size=72).bfloat16().float(), 5, targets, learned=0.05)
+    exact = copy.deepcopy(model).double()
+    for module in exact.modules():  # PEFT's own way, and not the fused one of the layer it was copied from
+        module.__dict__.pop("forward", None)
+    step = FEW(model)
+    assert step.layers[0].query.rank == 5 and KernelStep(model).layers[0].query.rank == 0
+    for rows in (torch.arange(3), None):
+        expected = decoded(module_step, exact, [3, 2, 3], True, rows)
+        assert float((decoded(FEW, model, [3, 2, 3], True, rows) - expected).abs().max()) < 1e-4 * float(
+            expected.abs().max()
+        )
+
+
 def adapted(model: nn.Module, rank: int, targets: list[str] | str, learned: float) -> nn.Module:
     """The model with adapters, in float32 as they are trained, that have learned something."""
     wrapped = get_peft_model(model, LoraConfig(r=rank, lora_alpha=1.5 * rank, target_modules=targets))
@@ -220,22 +266,24 @@ def test_adapters_on_a_head_of_another_size_are_left_to_others() -> None:
 
 @pytest.mark.parametrize("shares", [True, False], ids=["shared", "copied"])
 @pytest.mark.parametrize(
-    ("dtype", "kind", "options"),
-    [(torch.float32, "qwen2", {}), (torch.bfloat16, "qwen2", {}), (torch.float32, "gemma2", GEMMA2)],
-)
+    ("dtype", "step_of", "kind", "options"),
+    [(torch.float32, KernelStep, "qwen2", {}), (torch.bfloat16, KernelStep, "qwen2", {}),
+     (torch.float32, FEW, "qwen2", {}), (torch.float32, KernelStep, "gemma2", GEMMA2)],
+    ids=["float32", "bfloat16", "few", "gemma2"],
+)  # fmt: skip
 def test_no_bit_depends_on_the_others_in_flight_or_on_threads(
-    shares: bool, dtype: torch.dtype, kind: str, options: dict[str, Any]
+    shares: bool, dtype: torch.dtype, step_of: Any, kind: str, options: dict[str, Any]
 ) -> None:
     """With windows that leave the prompts of some rows sooner than those of others, too."""
-    model = adapted(make_model(kind, hidden_size=528, **options).to(dtype), 6, "all-linear", learned=0.05)
+    model = adapted(make_model(kind, hidden_size=528, **options).bfloat16().to(dtype), 6, "all-linear", learned=0.05)
     sizes = [9, 8, 26]
-    together = decoded(KernelStep, model, sizes, shares)
-    for rows in ([0], [42], [3, 4, 9], list(range(5, 43))):
-        assert torch.equal(decoded(KernelStep, model, sizes, shares, torch.tensor(rows)), together[:, rows])
+    together = decoded(step_of, model, sizes, shares)
+    for rows in ([0], [42], [3, 4, 9, 10], [1, 2, 3, 4, 5], list(range(5, 43))):
+        assert torch.equal(decoded(step_of, model, sizes, shares, torch.tensor(rows)), together[:, rows])
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(threads + 2)
-        assert torch.equal(decoded(KernelStep, model, sizes, shares), together)
+        assert torch.equal(decoded(step_of, model, sizes, shares), together)
     finally:
         torch.set_num_threads(threads)
 
