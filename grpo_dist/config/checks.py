@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import difflib
 import math
+import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from datetime import date
+from typing import Any
 
 _collected: ContextVar[list[str] | None] = ContextVar("collected", default=None)
 
@@ -47,3 +49,10 @@ def collected_refusals() -> Iterator[list[str]]:
         yield refusals
     finally:
         _collected.reset(token)
+
+
+def with_home(paths: Any) -> Any:
+    """A path, or a mapping by paths, with the home directory in place of a `~` at its beginning: YAML has no shell."""
+    if isinstance(paths, dict):
+        return {os.path.expanduser(path): value for path, value in paths.items()}
+    return os.path.expanduser(paths) if isinstance(paths, str) else paths

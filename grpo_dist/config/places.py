@@ -62,7 +62,11 @@ def existing_part(directory: Path) -> Path:
 
 def require_writable(directory: Path) -> None:
     """Raise ValueError where nothing can be written to the output directory, or where it does not exist, to its nearest
-    parent that does."""
+    parent that does, and where a link leads nowhere."""
+    link = next((each for each in (directory, *directory.parents) if each.is_symlink() and not each.exists()), None)
+    if link is not None:
+        raise ValueError(f"train.output_dir: {directory} given, but {link} is a link to {os.readlink(link)}, which "
+                         "does not exist: make that directory, or choose another")  # fmt: skip
     existing = existing_part(directory)
     try:
         with tempfile.TemporaryFile(dir=existing) as probe:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from .algorithm import AdvantageConfig, CriticConfig, LossConfig, check_algorithm, check_split_rows
-from .checks import is_date, require
+from .checks import is_date, require, with_home
 from .curriculum import CurriculumConfig
 from .environment import EnvironmentConfig
 from .rewards import RewardConfig, ScoringConfig
@@ -144,6 +144,7 @@ class DataConfig:
     """Pass over prompts whose last group was too easy or too hard; null takes all prompts in turn."""
 
     def __post_init__(self) -> None:
+        self.train_file, self.eval_file = with_home(self.train_file), with_home(self.eval_file)
         require(self.max_prompt_length >= 1, "data.max_prompt_length", self.max_prompt_length, "at least 1 token")
         require(self.template_date is None or is_date(self.template_date), "data.template_date", self.template_date,
                 "a date as YYYY-MM-DD, or null")  # fmt: skip
@@ -254,6 +255,7 @@ class TrainConfig:
         return 3600 * hours + 60 * minutes + seconds
 
     def __post_init__(self) -> None:
+        self.output_dir = with_home(self.output_dir)
         require(self.max_time is None or re.fullmatch(r"\d+:[0-5]\d:[0-5]\d", self.max_time) is not None,
                 "train.max_time", self.max_time, "HH:MM:SS, such as 03:45:00")  # fmt: skip
         require(self.hang_timeout_seconds >= 5, "train.hang_timeout_seconds", self.hang_timeout_seconds,

@@ -146,6 +146,15 @@ def test_mistakes_are_named(name: str, tmp_path: Path, capsys: pytest.CaptureFix
     assert not missing, f"{missing} not in:\n{message}"
 
 
+def test_the_home_directory_in_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No shell puts it into a file's paths, and a run must not make a directory `~`."""
+    monkeypatch.setenv("HOME", "/home/me")
+    text = "data: {train_file: {~/a.jsonl: 1, b~.jsonl: 2}, eval_file: ~/e.jsonl}\ntrain: {output_dir: ~/runs/one}"
+    config = parse(tmp_path, text)
+    assert config.data.train_file == {"/home/me/a.jsonl": 1.0, "b~.jsonl": 2.0}
+    assert (config.data.eval_file, config.train.output_dir) == ("/home/me/e.jsonl", "/home/me/runs/one")
+
+
 def test_files_of_other_editors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A mark of the byte order is no text, and what is not UTF-8 is named."""
     file = tmp_path / "config.yaml"

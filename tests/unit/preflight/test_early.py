@@ -21,6 +21,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.pytorch_utils import Conv1D
 
 from grpo_dist.config.algorithm import LossConfig
+from grpo_dist.config.places import require_writable
 from grpo_dist.config.schema import (
     Config,
     DataConfig,
@@ -154,6 +155,14 @@ def test_what_is_not(tmp_path: Path) -> None:
         config = Config(model=ModelConfig(name=name), rollout=short)
         config.data.max_prompt_length = 64
         require_possible(config, ZERO3, 2)
+
+
+def test_a_link_that_leads_nowhere_is_no_place_to_write(tmp_path: Path) -> None:
+    (tmp_path / "runs").symlink_to(tmp_path / "disk")
+    with pytest.raises(ValueError, match=r"/runs/one given, but .*/runs is a link to .*/disk, which does not"):
+        require_writable(tmp_path / "runs" / "one")
+    (tmp_path / "disk").mkdir()
+    require_writable(tmp_path / "runs" / "one")
 
 
 def test_what_a_tokenizer_s_file_says_of_its_training(tmp_path: Path) -> None:
