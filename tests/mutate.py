@@ -1,6 +1,6 @@
 """Does a test fail for every small change of the pure modules? Changes them one at a time, and runs their tests.
 
-    python tests/mutate.py                        # all of MODULES: an hour or two on two cores
+    python tests/mutate.py                        # all of MODULES: an hour on one core
     python tests/mutate.py algorithm/losses             # some of them
     python tests/mutate.py model/packing --line 152    # one line
 
@@ -85,6 +85,8 @@ EQUIVALENT = {
     ],
     # at 0 nothing is pushed; a group more, which is empty, counts for nothing
     "algorithm/losses": ["temperature = torch.where(advantages > 0, ", "num_groups = int(group.max()) + 1 if len("],
+    # with one step left to go down in, none of it has passed
+    "algorithm/schedule": ["progress = max(0.0, step - decay_from) / max(1, num_steps - decay_from): 1 -> 2"],
     # torch takes numbers modulo 2^64; more words than are needed are cut off
     "algorithm/hashing": ["1 << 64 -> 1 >> 64", "-count // 4 -> -count * 4"],
     # of a row that was not drawn; int16 takes the bound modulo 2^16

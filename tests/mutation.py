@@ -12,6 +12,7 @@ import copy
 import gc
 import json
 import os
+import resource
 import signal
 import sys
 import threading
@@ -147,6 +148,7 @@ class _Loop:
         self.module, self.tried, self.left, self.seconds = str(module), tried, left, seconds
         self.notes = left.with_name("notes.json")
         self.tracing = False
+        self.cpu_seconds: int | None = None
         self.called: dict[str, list[str]] = {}
         self.took: dict[str, float] = {}
         self.failed: str | None = None
@@ -216,8 +218,13 @@ class _Loop:
         child = os.fork()
         if child == 0:
             signal.alarm(int(self.seconds))
+            if self.cpu_seconds is not None:
+                resource.setrlimit(resource.RLIMIT_CPU, (self.cpu_seconds, self.cpu_seconds))
             return None
-        return os.waitpid(child, 0)[1]
+        _, status, used = os.wait4(child, 0)
+        if self.cpu_seconds is None:  # of all tests, without a change: a loop without an end takes more
+            self.cpu_seconds = int(10 + 3 * used.ru_utime)
+        return status
 
 
 def _replace(functions: list[FunctionType], changed: CodeType, name: str | None) -> bool:
