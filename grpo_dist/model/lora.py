@@ -60,11 +60,11 @@ class _AdaptedLinear(torch.autograd.Function):
         grad_low = _scaled_product(grad, b, ctx.scaling)
         grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_x = grad @ (ctx.dequantized() if stored is None else stored)
-        if grad_x is not None and kept is None:
-            grad_x.addmm_(grad_low, a)
-        elif grad_x is not None:
-            grad_x.addcmul_(grad_low @ a, kept.to(grad_x.dtype))
+            weight = ctx.dequantized() if stored is None else stored
+            if kept is None:
+                grad_x = add_low_rank(grad, weight.T, None, grad_low, a.T)
+            else:
+                grad_x = (grad @ weight).addcmul_(grad_low @ a, kept.to(grad.dtype))
         grads = (grad_low.T, x if kept is None else x * kept), (grad.T, low)
         grad_a, grad_b = (float32_product(*each) if dtype == torch.float32 else (each[0] @ each[1]).to(dtype)
                           for each, dtype in zip(grads, ctx.dtypes, strict=True))  # fmt: skip

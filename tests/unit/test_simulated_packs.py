@@ -47,3 +47,14 @@ def test_flash_kernels_that_are_wrong_or_other_are_not_used(counts: Any, monkeyp
     for other in ((arguments.replace("max_q max_k", "max_k max_q"), results), (arguments, results + 1)):
         monkeypatch.setitem(gpu_kernels.FLASH_ARGUMENTS, name, other)
         assert f"{name} of torch" in str(gpu_kernels._other_arguments())
+
+
+@pytest.mark.slow
+def test_the_bound_of_a_packs_time_counts_every_kernel_and_product(counts: Any) -> None:
+    done = launch(None, 1, program=["tests/unit/roofline.py"], environment={"PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0, done.stderr[-6000:]
+    bound = json.loads(done.stdout.splitlines()[-1])
+    assert bound["kernels"] == pytest.approx(counts["update"]["kernels"], rel=0.01)
+    # with frozen weights: one product forward and one back, 2 operations a parameter and token each
+    products = sum(bound["groups"][name]["tflop"] for name in ("products", "head's products"))
+    assert products == pytest.approx(4 * 1.5437 * 16.384, rel=0.02)
