@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -18,7 +19,7 @@ from grpo_dist.model import attention
 from grpo_dist.model.attention import BLOCK, block_layout
 from grpo_dist.model.critic import ValueHead
 from grpo_dist.model.load import Policy
-from grpo_dist.model.packing import PAIRS_PER_TOKEN, Piece, make_pack, piece_cost, plan
+from grpo_dist.model.packing import FILLER, PAIRS_PER_TOKEN, Piece, make_pack, piece_cost, plan
 from grpo_dist.types import Batch, Prompt
 
 pytestmark = pytest.mark.quick
@@ -201,6 +202,18 @@ def test_a_pack_on_a_device_is_the_same_pack(share: bool) -> None:
     moved = pack.to(torch.device("cpu"))
     assert moved.ids.tolist() == pack.ids.tolist() and moved.owner.tolist() == pack.owner.tolist() == [-1, -1, -1, 0, 0]
     assert (moved.layout is None) == (pack.layout is None) == (not share)
+
+
+def test_routes_are_those_of_a_pack_s_tokens() -> None:
+    batch = make_batch([(3, [2, 4]), (2, [3])])
+    of_prompts = torch.tensor([n for prompt in batch.prompts for n in prompt.ids])
+    routed = replace(batch, routes=batch.ids[:, None, None].expand(-1, 2, 3),
+                     prompt_routes=of_prompts[:, None, None].expand(-1, 2, 3))  # fmt: skip
+    pack = make_pack(routed, [Piece(1, [2]), Piece(0, [1])])
+    assert pack.routes is not None and torch.equal(pack.routes, pack.ids[:, None, None].expand(-1, 2, 3))
+    assert make_pack(batch, [Piece(1, [2])]).routes is None
+    empty = make_pack(routed, [])
+    assert empty.routes is not None and empty.routes.shape == (1, 2, 3) and empty.owner.tolist() == [FILLER]
 
 
 @pytest.mark.parametrize("share", [True, False])
