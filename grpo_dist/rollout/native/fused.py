@@ -174,9 +174,11 @@ def _normalised(x: Tensor, before: Leaving | None, norm: Norm) -> Tensor:
         if product is not None:
             rank, has_bias, high, bias = product.rank, product.has_bias, product.high[0], product.biases[0]
             (y,), low = product(before.inputs)
+    block = triton.next_power_of_2(size)
     kernels.add_and_normalise[(rows,)](
         x, y, low, high, bias, (added or norm).weight, norm.weight, normed, size, (added or norm).eps, norm.eps,
-        ADD=before is not None, RANK=rank, BIAS=has_bias, NORM=added is not None, BLOCK=triton.next_power_of_2(size),
+        ADD=before is not None, RANK=rank, BIAS=has_bias, NORM=added is not None, BLOCK=block,
+        num_warps=min(16, max(4, block // 1024)),  # a row fits into registers
     )  # fmt: skip
     return normed
 
