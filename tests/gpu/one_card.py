@@ -6,7 +6,8 @@
 Without a GPU Triton's interpreter runs the kernels. Its products of bfloat16 are wrong (those of float16 are right), so
 errors of attention over pages in bfloat16 mean nothing there.
 
-A section that fails or overruns says so in its place; the next one runs all the same. Models have random weights and
+A section that fails or overruns says so in its place; the next one runs all the same. After 8 minutes the rest is left
+out. Models have random weights and
 are made on the device, so nothing is downloaded. Times are medians of device events unless a name says `wall`.
 """
 
@@ -40,10 +41,12 @@ if not torch.cuda.is_available():  # before Triton is imported
 from torch import nn
 from transformers import AutoModelForCausalLM, Qwen2Config
 
-from grpo_dist.config.schema import LoraConfig, ModelConfig
+from grpo_dist.config.rollout import RolloutConfig
+from grpo_dist.config.schema import Config, DataConfig, LoraConfig, ModelConfig, TrainConfig
 from grpo_dist.model import attention, logprobs, packing, shared_prefix
 from grpo_dist.model.attention import RowLayout, block_layout
 from grpo_dist.model.load import make_policy
+from grpo_dist.planning.predict import Predictor
 from grpo_dist.rollout.engine import Request, decode_all, in_order
 from grpo_dist.rollout.sampling import Sampling, draw
 from grpo_dist.types import Batch, Prompt
@@ -56,6 +59,8 @@ SHAPES = {
 }
 """Hidden, layers, heads, key heads, intermediate and vocabulary of Qwen2 models."""
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+WHOLE = 480
+"""Seconds of all sections together."""
 
 
 class Overrun(Exception):
@@ -77,8 +82,10 @@ class Report:
 
         begun = time.monotonic()
         signal.signal(signal.SIGALRM, overrun)
-        signal.alarm(seconds)
+        signal.alarm(max(seconds, 1))
         try:
+            if seconds < 1:
+                raise Overrun("the sections before it took all of the time")
             figures = section()
         except BaseException as error:  # the next section runs whatever happened to this one
             figures = {"failed": f"{type(error).__name__}: {error}", "where": traceback.format_exc()[-1500:]}
@@ -553,6 +560,33 @@ def update(shape: str, packs: list[str], checkpointing: bool, blocks_too: bool) 
     return figures
 
 
+def memory(shape: str, name: str, checkpointing: bool) -> dict[str, Any]:
+    """The peak of a pack's forward and backward, and what `python -m grpo_dist plan` predicts for it."""
+    policy, pieces = adapted(shape, checkpointing).train(), packs_of(name)
+    pack = pack_of(pieces, SHAPES[shape][5]).to(DEVICE)
+    prompt, completions = pieces[0]
+    config = Config(
+        model=ModelConfig(name="none", gradient_checkpointing=checkpointing), lora=LoraConfig(),
+        data=DataConfig(max_prompt_length=prompt),
+        rollout=RolloutConfig(group_size=len(completions), max_completion_length=max(completions)),
+        train=TrainConfig(batch_size=len(pieces), max_tokens_per_pack=len(pack.ids)),
+    )  # fmt: skip
+    parts = Predictor(config, policy.causal_lm.config, "gpu").parts(1, "DDP")
+    predicted = sum(part.num_bytes for part in parts if part.phase in ("always", "update") and part.name != "optimizer")
+    figures: dict[str, Any] = {"predicted_gib": round(predicted / 2**30, 4)}
+    for _ in range(2):  # the first compiles kernels
+        if DEVICE.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        policy.zero_grad(set_to_none=True)
+        with torch.autocast(DEVICE.type, torch.bfloat16):
+            logprobs_, _, _ = policy(pack)
+        logprobs_.mean().backward()
+    if DEVICE.type == "cuda":
+        peak = torch.cuda.max_memory_allocated()
+        figures |= {"peak_gib": round(peak / 2**30, 2), "predicted_of_peak": round(predicted / peak, 3)}
+    return figures
+
+
 def head(tiny: bool) -> dict[str, Any]:
     """The log-probability head, at several sizes of its chunks."""
     tokens, hidden, vocabulary = (64, 64, 512) if tiny else (15360, 1536, 151936)
@@ -657,6 +691,7 @@ def main() -> None:
         "fused step": (60, lambda: fused_step(tiny)),
         "decode 1.5b": (70, lambda: decode(small, rows, prompt, new, tiny)),
         "update 1.5b": (70, lambda: update(small, packs, False, True)),
+        "memory 1.5b": (45, lambda: memory(small, packs[0] if tiny else packs[1], False)),
         "head": (25, lambda: head(tiny)),
         "end to end": (110, lambda: end_to_end(tiny)),
         "decode without pages": (40, lambda: old_decode(small, rows[:1] + rows[2:], prompt, new // 2)),
@@ -667,11 +702,17 @@ def main() -> None:
             60,
             lambda: update("tiny" if tiny else "7b", packs[:1] if tiny else ["8k: 2 x (256 + 16 x 240)"], True, False),
         ),
+        "memory 7b": (
+            45,
+            lambda: memory("tiny" if tiny else "7b", packs[0] if tiny else "8k: 2 x (256 + 16 x 240)", True),
+        ),
     }
     report = Report(options.out, {})
+    patience = 10 if tiny else 1
+    end = time.monotonic() + WHOLE * patience
     for name, (seconds, section) in sections.items():
         if not options.sections or name in options.sections:
-            report.run(name, seconds * (10 if tiny else 1), section)
+            report.run(name, min(seconds * patience, int(end - time.monotonic())), section)
 
 
 if __name__ == "__main__":
