@@ -136,8 +136,8 @@ def _own_decoder(
                                "copied_prompt": 0 if name == "compiled" else None}  # fmt: skip
     captures = _captures(model, gather, options)
     message = f"native engine, prompts are shared by their groups{', CUDA graphs' * captures}, {DESCRIPTIONS[name]}"
-    if name == "compiled":
-        options["step_of"] = partial(KernelStep, few=few)
+    if few and name == "compiled":
+        options["step_of"] = partial(KernelStep, few=True)
     options["drafts"] = drafts and name == "compiled"  # others round by the number of tokens in a pass
     if reason is not None:
         message += f", which is slower than {DESCRIPTIONS[fastest]} ({reason})"

@@ -214,6 +214,13 @@ def test_ranks_decode_alike_and_as_before(
     assert engine.decoding == {"engine": "native", "decoding": next(n for n, s in STEPS.items() if s is step_of)}
 
 
+def test_few_sequences_read_weights_in_bfloat16_where_decoding_is_in_cpp() -> None:
+    model = make_model(make_config("Llama", {}), attention.NAME)
+    for kept, options in (None, {"few": True}), ("operations", {}):
+        engine = make_engine(LoadedModel(model), None, [2], RolloutConfig(), alone, kept, few=True)
+        assert getattr(engine.decoder.decoder.step_of, "keywords", {}) == options and engine.few
+
+
 @with_paged
 def test_soft_capped_scores_are_not_left_to_the_paged_engine() -> None:
     model = make_model(make_config("Gemma2", {"head_dim": 8}), None)
