@@ -248,18 +248,19 @@ def multiply_by_gate(gate, up, low, gate_high, up_high, gate_bias, up_bias, outp
     the gate's and, beside it, those of `up`. With GELU the gate goes through its approximation by tanh
     (arXiv:1606.08415, section 2), where (1 + tanh(y)) / 2 = 1 / (1 + exp(-2 y))."""
     m, k = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    j = tl.arange(0, RP)
     inside = (m < num_rows)[:, None] & (k < size)[None, :]
     at = m.to(tl.int64)[:, None] * size + k[None, :]
     g = tl.load(gate + at, mask=inside, other=0.0).to(tl.float32)
     u = tl.load(up + at, mask=inside, other=0.0).to(tl.float32)
     if RANK > 0:
-        narrow, wide = (m < num_rows)[:, None] & (j < RANK)[None, :], (j < RANK)[:, None] & (k < size)[None, :]
-        to, of = low + m[:, None] * 2 * RANK + j[None, :], j[:, None] * size + k[None, :]
-        g += tl.dot(tl.load(to, mask=narrow, other=0.0), tl.load(gate_high + of, mask=wide, other=0.0),
-                    input_precision="ieee")  # fmt: skip
-        u += tl.dot(tl.load(to + RANK, mask=narrow, other=0.0), tl.load(up_high + of, mask=wide, other=0.0),
-                    input_precision="ieee")  # fmt: skip
+        for first in range(0, RP, 16):  # more ranks at once do not fit into registers in float32
+            j = first + tl.arange(0, 16)
+            narrow, wide = (m < num_rows)[:, None] & (j < RANK)[None, :], (j < RANK)[:, None] & (k < size)[None, :]
+            to, of = low + m[:, None] * 2 * RANK + j[None, :], j[:, None] * size + k[None, :]
+            g += tl.dot(tl.load(to, mask=narrow, other=0.0), tl.load(gate_high + of, mask=wide, other=0.0),
+                        input_precision="ieee")  # fmt: skip
+            u += tl.dot(tl.load(to + RANK, mask=narrow, other=0.0), tl.load(up_high + of, mask=wide, other=0.0),
+                        input_precision="ieee")  # fmt: skip
     if BIAS:
         g += tl.load(gate_bias + k, mask=k < size, other=0.0).to(tl.float32)[None, :]
         u += tl.load(up_bias + k, mask=k < size, other=0.0).to(tl.float32)[None, :]
