@@ -524,6 +524,13 @@ def pack_of(pieces: list[tuple[int, list[int]]], vocabulary: int) -> packing.Pac
     return packing.make_pack(batch, [packing.Piece(n, [next(place) for _ in c]) for n, (_, c) in enumerate(pieces)])
 
 
+def forward_and_backward(policy: Any, pack: packing.Pack) -> None:
+    """A pack's part of an update."""
+    with torch.autocast(DEVICE.type, torch.bfloat16):
+        values, _, _ = policy(pack)
+    values.mean().backward()
+
+
 def update(shape: str, packs: list[str], checkpointing: bool, blocks_too: bool) -> dict[str, Any]:
     """Forward and backward of packs under adapters: time, memory, kernels, share of the matrix units' peak."""
     policy, figures = adapted(shape, checkpointing).train(), {}
@@ -542,9 +549,7 @@ def update(shape: str, packs: list[str], checkpointing: bool, blocks_too: bool) 
             pack = host.to(DEVICE)
 
             def both() -> None:
-                with torch.autocast(DEVICE.type, torch.bfloat16):
-                    logprobs_, _, _ = policy(pack)  # noqa: B023
-                logprobs_.mean().backward()
+                forward_and_backward(policy, pack)  # noqa: B023
 
             entry: dict[str, Any] = {"ms": milliseconds(both, 3, 1)}
             if DEVICE.type == "cuda":
@@ -578,9 +583,7 @@ def memory(shape: str, name: str, checkpointing: bool) -> dict[str, Any]:
         if DEVICE.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         policy.zero_grad(set_to_none=True)
-        with torch.autocast(DEVICE.type, torch.bfloat16):
-            logprobs_, _, _ = policy(pack)
-        logprobs_.mean().backward()
+        forward_and_backward(policy, pack)
     if DEVICE.type == "cuda":
         peak = torch.cuda.max_memory_allocated()
         figures |= {"peak_gib": round(peak / 2**30, 2), "predicted_of_peak": round(predicted / peak, 3)}

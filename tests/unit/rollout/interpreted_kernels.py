@@ -172,7 +172,7 @@ def model_of(kind: Any, config: Any, **options: Any) -> Any:
 def adapted(model: Any) -> Any:
     """The model with adapters of several ranks, not on every layer, that change its outputs."""
     targets = ["q_proj", "v_proj", "o_proj", "up_proj", "down_proj", "lm_head"]
-    options = {"r": 3, "lora_alpha": 6, "rank_pattern": {"q_proj": 5}, "target_modules": targets}
+    options = {"r": 3, "lora_alpha": 6, "rank_pattern": {"q_proj": 5, "up_proj": 19}, "target_modules": targets}
     adapters = with_new_adapters(model, PeftLoraConfig(task_type="CAUSAL_LM", **options))
     for name, parameter in adapters.named_parameters():
         if "lora_B" in name:
