@@ -70,6 +70,9 @@ struct bfloat16 {
 // --- L numbers at once ---------------------------------------------------------------------------------------------
 
 #ifdef __AVX512F__
+#define WIDE // a test defines it too, so that the tiles for these processors run on all others
+#endif
+#ifdef WIDE
 constexpr int LANES = 16, ROWS = 6; // rows of a tile: as many sums as fit in registers beside what they add
 #else
 constexpr int LANES = 8, ROWS = 3;
@@ -122,7 +125,7 @@ template <int L> inline Vec<L> multiply_add(Vec<L> a, Vec<L> b, Vec<L> c) {
 
 // Keeps a vector in a register. GCC would read it from memory anew for each product, and reads are what a tile waits for.
 template <class V> inline void hold(V& v) {
-#ifdef __AVX__
+#if defined(__AVX512F__) || defined(__AVX__) && !defined(WIDE)
     asm("" : "+v"(v));
 #else
     (void)v;
@@ -151,7 +154,7 @@ inline Vec<8> neighbours(Vec<8> a, Vec<8> b) {
     return SHUFFLE(a, b, 8, 0, 2, 8, 10, 4, 6, 12, 14) + SHUFFLE(a, b, 8, 1, 3, 9, 11, 5, 7, 13, 15);
 }
 
-#ifdef __AVX512F__
+#ifdef WIDE
 inline Vec<16> neighbours(Vec<16> a, Vec<16> b) {
     return SHUFFLE(a, b, 16, 0, 2, 16, 18, 4, 6, 20, 22, 8, 10, 24, 26, 12, 14, 28, 30) +
            SHUFFLE(a, b, 16, 1, 3, 17, 19, 5, 7, 21, 23, 9, 11, 25, 27, 13, 15, 29, 31);
