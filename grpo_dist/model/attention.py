@@ -109,7 +109,8 @@ class RowLayout:
             say_blocks("they have no soft cap of scores")
         if softcap is not None or not can_use_flash(query, key, value):
             return self._in_blocks(window).attend(layer, query, key, value, scale, softcap=softcap, sinks=sinks)
-        query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
+        # not indexed: the gradient of an index is a tensor of zeros to copy to
+        query, key, value = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
         if window is None:
             return shared_prefix_attention(query, key, value, self._in_segments(), scale, sinks)[None]
         return window_attention(query, key, value, self._in_window(window), scale, sinks)[None]

@@ -6,7 +6,9 @@ A module is recognised by what it computes, in a trial on a few numbers.
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Callable, Hashable
+from functools import wraps
 from typing import Any
 
 import torch
@@ -49,6 +51,19 @@ def fuse_gates(model: nn.Module) -> None:
             module.forward = _fused_gate(module, module.forward)
 
 
+def fuse_rotations(model: nn.Module) -> None:
+    """Let the functions of transformers' files that rotate 16-bit queries and keys (arXiv:2104.09864, equation 34) be
+    one kernel on a GPU. It rounds its results once. The functions are those of the process, not of the model alone."""
+    known: dict[Hashable, bool] = {}
+    for module in model.modules():
+        namespace = sys.modules[type(module).__module__]
+        rotation = vars(namespace).get("apply_rotary_pos_emb")
+        if rotation is None or hasattr(rotation, "plain"):
+            continue
+        if _once(known, namespace.__name__, _is_plain_rotation, rotation):
+            namespace.apply_rotary_pos_emb = _fused_rotation(rotation)  # type: ignore[attr-defined]
+
+
 def _once(known: dict[Hashable, bool], kind: Hashable, trial: Callable[..., bool], *arguments: Any) -> bool:
     """The result of a trial for each kind of module."""
     if kind not in known:
@@ -83,6 +98,17 @@ def _is_plain_gate(module: Any) -> bool:
     return torch.allclose(type(module).forward(small, x), (silu(x @ gate.T) * (x @ up.T)) @ down.T, atol=1e-4)
 
 
+@torch.no_grad()
+def _is_plain_rotation(rotation: Callable[..., tuple[Tensor, Tensor]]) -> bool:
+    """Whether a function turns each half of a head against the other, with a cosine and a sine for each number."""
+    generator = torch.Generator().manual_seed(0)
+    query, key, cos, sin = (torch.randn(shape, generator=generator, device="cpu")
+                            for shape in ((1, 4, 3, 6), (1, 2, 3, 6), (1, 3, 6), (1, 3, 6)))  # fmt: skip
+    turned = (x * cos + torch.cat([-x[..., 3:], x[..., :3]], -1) * sin for x in (query, key))
+    return all(torch.allclose(got, truth, atol=1e-5)
+               for got, truth in zip(rotation(query, key, cos, sin), turned, strict=True))  # fmt: skip
+
+
 class _Product(nn.Module):
     def __init__(self, weight: Tensor) -> None:
         super().__init__()
@@ -112,6 +138,47 @@ def _fused_gate(module: Any, plain: Callable[[Tensor], Tensor]) -> Callable[[Ten
         return module.down_proj(_Gate.apply(gate, up) if is_half else module.act_fn(gate) * up)
 
     return forward
+
+
+def _fused_rotation(plain: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[Tensor, Tensor]]:
+    @wraps(plain)
+    def rotation(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, *more: Any, **options: Any) -> Any:
+        given, (_, _, tokens, size) = (query, key, cos, sin), query.shape
+        is_half = query.dtype in HALVES and len({each.dtype for each in given}) == 1
+        is_row = len(query) == len(key) == 1 and cos.shape == sin.shape == (1, tokens, size)
+        if more or options or not (query.is_cuda and is_half and is_row) or triton_obstacle() is not None:
+            return plain(*given, *more, **options)
+        return _Rotation.apply(*given)
+
+    rotation.plain = plain  # type: ignore[attr-defined]
+    return rotation
+
+
+class _Rotation(torch.autograd.Function):
+    """Heads (1, H, T, D), which lie in memory as a projection has made them: token by token."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
+        from .rotation_kernel import rotate
+
+        ctx.save_for_backward(cos, sin)
+        return _heads(*rotate(_rows(query), _rows(key), cos[0].contiguous(), sin[0].contiguous()))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, of_query: Tensor, of_key: Tensor) -> tuple[Tensor | None, ...]:
+        from .rotation_kernel import rotate
+
+        cos, sin = (each[0].contiguous() for each in ctx.saved_tensors)
+        return *_heads(*rotate(_rows(of_query), _rows(of_key), cos, sin, back=True)), None, None
+
+
+def _rows(heads: Tensor) -> Tensor:
+    return heads[0].transpose(0, 1).contiguous()
+
+
+def _heads(*rows: Tensor) -> tuple[Tensor, ...]:
+    return tuple(each.transpose(0, 1)[None] for each in rows)
 
 
 class _Gate(torch.autograd.Function):

@@ -16,9 +16,10 @@ from torch import Tensor
 
 log = logging.getLogger(__name__)
 
-TRIAL_RESULTS = [-1.0, 1.0, 1.0, 0.5, -0.5, 3.0, 1.5, 0.0, *[2.0] * 8]
+TRIAL_RESULTS = [-1.0, 1.0, 1.0, 0.5, -0.5, 3.0, 1.5, 0.0, *[2.0] * 8,
+                 -7.0, 14.0, -7.0, 14.0, 15.0, 3.0, 15.0, 3.0]  # fmt: skip
 """Of two equal logits: log-probability, entropy, log of the sum, all in bits, and slopes. A gate of 40 for 3, as its
-share, and the gradients at a gate of 0. The mean of 1 and 3."""
+share, and the gradients at a gate of 0. The mean of 1 and 3. Heads (1, 2) with cosines 3 and 4, sines 5 and 6."""
 TRIAL_ERROR = 1e-5
 FLASH_ARGUMENTS = {
     "_flash_attention_forward": (
@@ -43,6 +44,7 @@ def triton_obstacle() -> str | None:
         from .gate_kernel import gated, gated_backward
         from .head_kernel import score_rows
         from .join_kernel import join
+        from .rotation_kernel import rotate
 
         logits, targets = torch.zeros((1, 2), device="cuda"), torch.zeros(1, dtype=torch.long, device="cuda")
         logprobs, entropies, slopes = score_rows(logits, targets, 1.0, torch.float32)
@@ -52,6 +54,9 @@ def triton_obstacle() -> str | None:
         gate = torch.zeros(1, device="cuda")
         gates = [gated(gate + 40, gate + 3) / 40, *gated_backward(gate + 1, gate, gate + 3)]
         numbers = [torch.cat([logprobs, entropies, *sums]) * math.log2(math.e), *slopes, *gates, output[0, 0].float()]
+        row = torch.tensor([[[1.0, 2.0]]], device="cuda")
+        for back in (False, True):
+            numbers += [each.flatten() for each in rotate(row, row, row[0] + 2, row[0] + 4, back)]
         results = torch.cat(numbers).tolist()
     # a missing library is an AssertionError, a missing compiler a RuntimeError, and neither is documented
     except Exception as error:

@@ -1,7 +1,10 @@
-"""A linear layer with low-rank adapters as one operation: fewer passes over the activations, the same numbers. Pure.
+"""Linear layers with low-rank adapters as one operation: fewer passes over the activations, the same numbers. Pure.
 
 With one layer each, `W x + s B (A x)` makes three intermediate results of the output's size, and three more in the
 backward pass. Here the low-rank products are added in place to the large one.
+
+On a GPU the layers that get one input (queries, keys and values; a gate and what it multiplies) are one operation. The
+products of the input with all A are one, as are those for their gradients, and the input's gradient is summed in place.
 
 Dropout is part of the operation: `dropout.py` decides what is dropped, and its scale becomes part of the adapters'.
 
@@ -10,7 +13,7 @@ Shapes: T tokens, I inputs, O outputs, r the adapters' rank.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -39,36 +42,53 @@ def add_low_rank(x: Tensor, weight: Tensor, bias: Tensor | None, low: Tensor, b:
     return y if bias is None else y.add_(bias)
 
 
-class _AdaptedLinear(torch.autograd.Function):
+class _AdaptedLinears(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Weight, bias: Tensor | None, a: Tensor, b: Tensor, scaling: float,
-        kept: Tensor | None,
-    ) -> Tensor:  # fmt: skip
-        ctx.dtypes = a.dtype, b.dtype
-        a, b = a.to(x.dtype), b.to(x.dtype)
+        ctx: Any, x: Tensor, weights: Sequence[Weight], biases: Sequence[Tensor | None], scaling: float,
+        kept: Tensor | None, *adapters: Tensor,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        """`adapters` are all A, then all B."""
+        count = len(weights)
+        ctx.dtypes, ctx.scaling = (adapters[0].dtype, adapters[count].dtype), scaling
+        ranks = [len(a) for a in adapters[:count]]
+        a, *b = (each.to(x.dtype) for each in (_stacked(adapters[:count], 0), *adapters[count:]))
         low = _scaled_product(x if kept is None else x * kept, a.T, scaling)
-        stored, ctx.dequantized = (weight, None) if isinstance(weight, Tensor) else (None, weight)
-        ctx.save_for_backward(x, stored, a, b, low, kept)
-        ctx.scaling = scaling
-        return add_low_rank(x, weight if isinstance(weight, Tensor) else weight(), bias, low, b)
+        ctx.weights = [None if isinstance(each, Tensor) else each for each in weights]
+        stored = (each if isinstance(each, Tensor) else None for each in weights)
+        ctx.save_for_backward(x, a, low, kept, *stored, *b)
+        return tuple(add_low_rank(x, each if isinstance(each, Tensor) else each(), bias, part, up)
+                     for each, bias, part, up in zip(weights, biases, low.split(ranks, 1), b, strict=True))  # fmt: skip
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, stored, a, b, low, kept = ctx.saved_tensors
-        grad_low = _scaled_product(grad, b, ctx.scaling)
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, a, low, kept, *rest = ctx.saved_tensors
+        stored, b = rest[: len(grads)], rest[len(grads) :]
+        ranks = [each.shape[1] for each in b]
+        grad_low = _stacked([_scaled_product(*each, ctx.scaling) for each in zip(grads, b, strict=True)], 1)
         grad_x = None
         if ctx.needs_input_grad[0]:
-            weight = ctx.dequantized() if stored is None else stored
-            if kept is None:
-                grad_x = add_low_rank(grad, weight.T, None, grad_low, a.T)
-            else:
-                grad_x = (grad @ weight).addcmul_(grad_low @ a, kept.to(grad.dtype))
-        grads = (grad_low.T, x if kept is None else x * kept), (grad.T, low)
-        grad_a, grad_b = (float32_product(*each) if dtype == torch.float32 else (each[0] @ each[1]).to(dtype)
-                          for each, dtype in zip(grads, ctx.dtypes, strict=True))  # fmt: skip
-        return grad_x, None, None, grad_a, grad_b, None, None
+            for grad, weight, dequantized in zip(grads, stored, ctx.weights, strict=True):
+                weight = dequantized() if weight is None else weight
+                if grad_x is not None:
+                    grad_x.addmm_(grad, weight)
+                elif kept is None:
+                    grad_x = add_low_rank(grad, weight.T, None, grad_low, a.T)
+                else:
+                    grad_x = (grad @ weight).addcmul_(grad_low @ a, kept.to(grad.dtype))
+        grad_a = _of_adapter(grad_low.T, x if kept is None else x * kept, ctx.dtypes[0]).split(ranks)
+        parts = zip(grads, low.split(ranks, 1), strict=True)
+        grad_b = (_of_adapter(grad.T, part, ctx.dtypes[1]) for grad, part in parts)
+        return grad_x, None, None, None, None, *grad_a, *grad_b
+
+
+def _stacked(parts: Sequence[Tensor], dim: int) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim)
+
+
+def _of_adapter(x: Tensor, y: Tensor, dtype: torch.dtype) -> Tensor:
+    return float32_product(x, y) if dtype == torch.float32 else (x @ y).to(dtype)
 
 
 def _scaled_product(x: Tensor, y: Tensor, scaling: float) -> Tensor:
@@ -81,7 +101,15 @@ def _scaled_product(x: Tensor, y: Tensor, scaling: float) -> Tensor:
 def adapted_linear(
     x: Tensor, weight: Weight, bias: Tensor | None, a: Tensor, b: Tensor, scaling: float, kept: Tensor | None = None
 ) -> Tensor:
-    """`x Wᵀ + bias + scaling · (x Aᵀ) Bᵀ`; x (…, I), W (O, I), A (r, I), B (O, r), to (…, O).
+    """`adapted_linears` of one layer."""
+    return adapted_linears(x, [weight], [bias], [a], [b], scaling, kept)[0]
+
+
+def adapted_linears(
+    x: Tensor, weights: Sequence[Weight], biases: Sequence[Tensor | None], a: Sequence[Tensor], b: Sequence[Tensor],
+    scaling: float, kept: Tensor | None = None,
+) -> list[Tensor]:  # fmt: skip
+    """`x Wᵀ + bias + scaling · (x Aᵀ) Bᵀ` of some layers; x (…, I), each W (O, I), A (r, I), B (O, r), to (…, O).
 
     W has x's dtype, and A and B have that or float32, as their gradients do. `kept` (…, I) bool marks the inputs that
     the adapters see; None means all. Differentiable with respect to x, A and B; the weight and the bias are frozen.
@@ -89,8 +117,8 @@ def adapted_linear(
     """
     with torch.autocast(x.device.type, enabled=False):
         kept = None if kept is None else kept.flatten(0, -2)
-        y = _AdaptedLinear.apply(x.flatten(0, -2), weight, bias, a, b, scaling, kept)
-        return y.view(*x.shape[:-1], len(b))
+        rows = _AdaptedLinears.apply(x.flatten(0, -2), weights, biases, scaling, kept, *a, *b)
+        return [y.view(*x.shape[:-1], y.shape[1]) for y in rows]
 
 
 def fuse_adapters(model: nn.Module, is_sharded: Callable[[Tensor], bool], name: str = "default") -> None:
@@ -99,25 +127,87 @@ def fuse_adapters(model: nn.Module, is_sharded: Callable[[Tensor], bool], name: 
     Layers with torch's dropout or a transposed weight (GPT-2's) keep PEFT's code. So does a call of a layer with a
     weight that `is_sharded`: ZeRO-3 gathers a weight inside the call of the module that owns it.
     """
-    for layer in model.modules():
-        is_lora = isinstance(layer, LoraLinear) and isinstance(layer.base_layer, nn.Linear) and name in layer.lora_A
-        if is_lora and isinstance(layer.lora_dropout[name], (nn.Identity, TokenDropout)):
-            layer.forward = _fused(layer, layer.forward, is_sharded, name)
+    for module in model.modules():
+        families = {child: family for names in SIBLINGS if (family := _family(module, names, name))
+                    for child in family.layers}  # fmt: skip
+        for layer in module.children():
+            if _is_adapted(layer, name):
+                layer.forward = _fused(layer, layer.forward, is_sharded, name, families.get(layer))
+
+
+def _is_adapted(layer: nn.Module, name: str) -> bool:
+    is_lora = isinstance(layer, LoraLinear) and isinstance(layer.base_layer, nn.Linear) and name in layer.lora_A
+    return is_lora and isinstance(layer.lora_dropout[name], (nn.Identity, TokenDropout))
 
 
 def _fused(
-    layer: LoraLinear, plain: Callable[[Tensor], Tensor], is_sharded: Callable[[Tensor], bool], name: str
-) -> Callable[[Tensor], Tensor]:
+    layer: LoraLinear, plain: Callable[[Tensor], Tensor], is_sharded: Callable[[Tensor], bool], name: str,
+    family: _Family | None,
+) -> Callable[[Tensor], Tensor]:  # fmt: skip
+    def fits(layer: LoraLinear, x: Tensor) -> bool:
+        base, adapters = layer.base_layer, (layer.lora_A[name].weight, layer.lora_B[name].weight)
+        if layer.disable_adapters or layer.merged or x.dtype != dtype_of(base):
+            return False
+        return not any(map(is_sharded, adapters if isinstance(base, QuantizedLinear) else (base.weight, *adapters)))
+
     def forward(x: Tensor) -> Tensor:
-        base, a, b = layer.base_layer, layer.lora_A[name].weight, layer.lora_B[name].weight
-        is_quantized = isinstance(base, QuantizedLinear)
-        weight = base.dequantized if is_quantized else base.weight
-        is_plain = layer.disable_adapters or layer.merged or x.dtype != dtype_of(base)
-        if is_plain or any(map(is_sharded, (a, b) if is_quantized else (base.weight, a, b))):
+        if not fits(layer, x):
             return plain(x)
         scaling, dropout = layer.scaling[name], layer.lora_dropout[name]
-        if not (dropout.training and isinstance(dropout, TokenDropout)):
-            return adapted_linear(x, weight, base.bias, a, b, scaling)
-        return adapted_linear(x, weight, base.bias, a, b, scaling * dropout.scale, dropout.kept(x))
+        if dropout.training and isinstance(dropout, TokenDropout):
+            return _computed([layer], x, name, scaling * dropout.scale, dropout.kept(x))[0]
+        if family is not None and _shares_products(x) and all(fits(each, x) for each in family.layers):
+            return family.output(layer, x)
+        return _computed([layer], x, name, scaling)[0]
 
     return forward
+
+
+def _shares_products(x: Tensor) -> bool:
+    """Whether layers of one input are computed together: where reading the input costs more than its small products."""
+    return x.is_cuda
+
+
+def _computed(
+    layers: Sequence[LoraLinear], x: Tensor, name: str, scaling: float, kept: Tensor | None = None
+) -> list[Tensor]:
+    bases = [layer.base_layer for layer in layers]
+    weights = [base.dequantized if isinstance(base, QuantizedLinear) else base.weight for base in bases]
+    a, b = ([each[name].weight for each in adapters] for adapters in
+            ([layer.lora_A for layer in layers], [layer.lora_B for layer in layers]))  # fmt: skip
+    return adapted_linears(x, weights, [base.bias for base in bases], a, b, scaling, kept)
+
+
+SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+"""Layers of a module that get one input."""
+
+
+class _Family:
+    """Layers that get one input, one after another. The first call computes all, and leaves the others' outputs."""
+
+    def __init__(self, layers: Sequence[LoraLinear], name: str) -> None:
+        self.layers, self.name = layers, name
+        self.x: Tensor | None = None
+        self.waiting: dict[LoraLinear, Tensor] = {}
+        self.is_whole = True  # until an output was not asked for
+
+    def output(self, layer: LoraLinear, x: Tensor) -> Tensor:
+        """What `layer` computes of `x`."""
+        if x is self.x and layer in self.waiting:
+            y = self.waiting.pop(layer)
+        else:
+            self.is_whole = self.is_whole and not self.waiting
+            layers = self.layers if self.is_whole else [layer]
+            outputs = _computed(layers, x, self.name, layer.scaling[self.name])
+            self.waiting = dict(zip(layers, outputs, strict=True))
+            y = self.waiting.pop(layer)
+        self.x = x if self.waiting else None
+        return y
+
+
+def _family(module: nn.Module, names: Sequence[str], name: str) -> _Family | None:
+    """The children of these names, if all have plain adapters of one scale."""
+    layers: list[Any] = [getattr(module, each, None) for each in names]
+    if not all(_is_adapted(each, name) for each in layers) or len({each.scaling[name] for each in layers}) > 1:
+        return None
+    return _Family(layers, name)

@@ -13,7 +13,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from ..config.checks import require
 from .critic import ValueHead
 from .dropout import TokenKeys
-from .fused_modules import fuse_gates, fuse_norms
+from .fused_modules import fuse_gates, fuse_norms, fuse_rotations
 from .logprobs import head_logprobs, logits_logprobs
 from .packing import Pack
 from .peft import LoraLayer, PeftModel
@@ -35,6 +35,7 @@ class Policy(nn.Module):
         self.value_head = ValueHead(self.causal_lm.config.get_text_config().hidden_size) if has_critic else None
         fuse_norms(self.causal_lm)
         fuse_gates(self.causal_lm)
+        fuse_rotations(self.causal_lm)
         head = self.causal_lm.get_output_embeddings()
         self.fused_head = False  # until probe.head_is_plain shows that the model changes no logits after the head
         if isinstance(head, nn.Linear):

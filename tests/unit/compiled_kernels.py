@@ -80,7 +80,7 @@ from transformers import LlamaForCausalLM as Llama  # noqa: E402
 from transformers import Qwen2ForCausalLM as Qwen2  # noqa: E402
 from transformers import Qwen3ForCausalLM as Qwen3  # noqa: E402
 
-from grpo_dist.model import attention, gate_kernel, head_kernel, join_kernel  # noqa: E402
+from grpo_dist.model import attention, gate_kernel, head_kernel, join_kernel, rotation_kernel  # noqa: E402
 from grpo_dist.model.peft import PeftLoraConfig, with_new_adapters  # noqa: E402
 from grpo_dist.rollout.native.cache import PrefillLayout  # noqa: E402
 from grpo_dist.rollout.native.fused import FusedStep  # noqa: E402
@@ -101,7 +101,7 @@ def of_draws(dtype: torch.dtype, vocabulary: int, samplings: list[Sampling]) -> 
 
 
 def of_updates(dtype: torch.dtype, size: int, vocabulary: int) -> None:
-    """The head, the join of two parts of attention, the gate."""
+    """The head, the join of two parts of attention, the gate, the rotation."""
     CASE[0] = f"{dtype}, heads of {size}, {vocabulary} tokens"
     for slope_dtype in (None, dtype):
         logits = torch.empty((2, vocabulary))
@@ -111,6 +111,9 @@ def of_updates(dtype: torch.dtype, size: int, vocabulary: int) -> None:
     gate = torch.empty((5, size * 10), dtype=dtype)
     gate_kernel.gated(gate, gate)
     gate_kernel.gated_backward(gate, gate, gate)
+    rows = torch.empty((40, 3, size), dtype=dtype)
+    for back in (False, True):
+        rotation_kernel.rotate(rows, rows, rows[:, 0].contiguous(), rows[:, 0].contiguous(), back)
 
 
 def pool_of(layers: int, key_heads: int, size: int, dtype: torch.dtype) -> PagePool:

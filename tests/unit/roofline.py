@@ -30,9 +30,9 @@ from grpo_dist.planning.tracing import example_pack
 BYTES_PER_S, FLOPS_PER_S, START_S, PEAK = 2.97e12, 700e12, 2e-6, 989e12
 """An H100's speed of copying and of large products, as measured, a small kernel, and the data sheet's peak."""
 REAL = {48: 1536, 16: 256, 56: 8960, 6: 12, 8: 128, 4: 64, 64: 151936, 140: 16384, 128: 15360, 12: 1024, 17: 1920,
-        9: 1920, 5: 16, 1: 1, 2: 2}  # fmt: skip
+        9: 1920, 5: 16, 10: 32, 15: 48, 1: 1, 2: 2}  # fmt: skip
 """Hidden, keys of a token, inner, heads, head size, half of it, vocabulary, tokens of the pack, of completions, of
-prompts, of a chunk of the head and of its last one, rank, key heads."""
+prompts, of a chunk of the head and of its last one, ranks of one adapter, of two and of three, key heads."""
 PIECES = [(256, [240] * 16)] * 4
 PAIRS = sum(p * p / 2 + sum(c * p + c * c / 2 for c in cs) for p, cs in PIECES)
 PARAMETERS = 1_543_714_304
@@ -59,8 +59,8 @@ def group_of(func: Any, tensors: list[Tensor]) -> tuple[str, float]:
     if func in PRODUCTS:
         x, y = tensors[-2:] if "out" not in name else tensors[:2]
         m, k, n = (REAL.get(size, size) for size in (x.shape[0], x.shape[1], y.shape[1]))
-        kind = "adapters' products" if 16 in (m, k, n) else "head's products" if 151936 in (m, k, n) else "products"
-        return kind, 2.0 * m * k * n
+        kind = "head's products" if 151936 in (m, k, n) else "products"
+        return "adapters' products" if {16, 32, 48} & {m, k, n} else kind, 2.0 * m * k * n
     return name, 0.0
 
 

@@ -197,11 +197,11 @@ def _flash_backward(
     window_size_left: int | None = None, window_size_right: int | None = None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     assert dropout == 0 and query.dtype in HALVES
-    dtype = query.dtype
+    likes = query, key, value
     grad, query, key, value, output = (each.float() for each in (grad, query, key, value, output))
     call = _call(queries, keys, most_queries, most_keys, causal, window_size_left, window_size_right)
     grads = flash_formulas.backward((grad, query), (output, sums), key, value, call, list(states), scale)
-    return tuple(each.to(dtype) for each in grads)
+    return tuple(torch.empty_like(like).copy_(each) for like, each in zip(likes, grads, strict=True))
 
 
 def _call(

@@ -82,6 +82,19 @@ def gated_backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tens
     return (grad * y * share * (1 + x * (1 - share))).to(gate.dtype), (grad * x * share).to(up.dtype)
 
 
+@torch.library.custom_op("simulated::rotate", mutates_args=())
+def rotate(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, back: bool = False) -> tuple[Tensor, Tensor]:
+    """`rotation_kernel.rotate`."""
+    assert all(each.is_contiguous() for each in (query, key, cos, sin))
+    half, cos, sin = cos.shape[-1] // 2, cos.float()[:, None], sin.float()[:, None]
+    outputs = []
+    for x in (query.float(), key.float()):
+        y = x * sin if back else x
+        turned = torch.cat([-y[..., half:], y[..., :half]], -1)
+        outputs.append((x * cos + (-turned if back else turned * sin)).to(query.dtype))
+    return outputs[0], outputs[1]
+
+
 @torch.library.custom_op("simulated::histc", mutates_args=())
 def histc(x: Tensor, bins: int) -> Tensor:
     """How often each of the first `bins` integers occurs, of integers, which the CPU's has not."""
@@ -97,7 +110,7 @@ def put_triton_in() -> None:
 
     for name, kernels in {
         "head_kernel": {"score_rows": scored}, "join_kernel": {"join": join},
-        "gate_kernel": {"gated": gated, "gated_backward": gated_backward},
+        "gate_kernel": {"gated": gated, "gated_backward": gated_backward}, "rotation_kernel": {"rotate": rotate},
     }.items():  # fmt: skip
         module = types.ModuleType(f"grpo_dist.model.{name}")
         vars(module).update(kernels)

@@ -9,6 +9,7 @@ as another, so that 28 layers follow from 1 and 2.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from typing import Any
 
@@ -36,7 +37,7 @@ SHAPE = ((3, (2,) * 16),) * 4
 
 
 def make_model(num_layers: int) -> Any:
-    """A policy under adapters, as a training has it, on the device."""
+    """A policy under adapters, as a training has it, with adapters that do something, on the CPU."""
     config = Qwen2Config(
         vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=num_layers,
         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512,
@@ -45,7 +46,9 @@ def make_model(num_layers: int) -> Any:
     base = AutoModelForCausalLM.from_config(config, attn_implementation=attention.NAME, dtype=torch.bfloat16)
     policy = make_policy(base, ModelConfig(name="none"), LoraConfig(), 1.0, 0)
     policy.fused_head = True
-    return policy.to(CUDA).train()
+    for parameter in policy.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    return policy.train()
 
 
 def counted(function: Any) -> dict[str, Any]:
@@ -80,12 +83,24 @@ def main() -> None:
     KERNELS[FLASH] = lambda *given, **options: plain(*given[:8], False, *given[9:], **options)
     flash_obstacle.cache_clear()
     result["wrong kernels"] = of_attention(None) | {"reason": flash_obstacle(torch.bfloat16, 8, 2)}
-    print(json.dumps(result))
+    print(json.dumps(result | {"error": error()}))
+
+
+def error() -> float:
+    """How far the adapters' gradients on the device in bfloat16 are from those of the CPU in float32, as a share."""
+    pack, grads = example_pack(SHAPE, share_prompts=True), []
+    ids = torch.randint(VOCABULARY, pack.ids.shape, generator=torch.Generator().manual_seed(0))
+    pack = dataclasses.replace(pack, ids=ids, targets=ids[pack.predictor])
+    for each, device in ((make_model(2).float(), torch.device("cpu")), (make_model(2).to(CUDA), CUDA)):
+        scores, _, _ = each(pack.to(device))
+        (scores * torch.linspace(-1, 1, len(scores)).to(device)).sum().backward()
+        grads.append(torch.cat([x.grad.cpu().float().flatten() for x in each.parameters() if x.grad is not None]))
+    return float((grads[1] - grads[0]).norm() / grads[0].norm())
 
 
 def of_passes(num_layers: int) -> dict[str, Any]:
     """The forward and backward pass of an update, and the forward pass of the reference."""
-    policy, pack = make_model(num_layers), example_pack(SHAPE, share_prompts=True)
+    policy, pack = make_model(num_layers).to(CUDA), example_pack(SHAPE, share_prompts=True)
     logprobs.CHUNK_ELEMENTS = {"cpu": 1 << 24, "cuda": -(-len(pack.targets) // CHUNKS) * VOCABULARY}
 
     def update() -> None:

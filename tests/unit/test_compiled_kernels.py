@@ -16,8 +16,9 @@ SHARED = 99 << 10
 """Bytes of shared memory that a program has on the smallest of the cards (8.9)."""
 STACK = 64
 """Bytes of a thread's numbers that may lie outside its registers; what a loop spills is more."""
-KERNELS = {"sum_blocks", "find_floors", "draw_token", "_score", "_join", "_gated", "_gated_backward", "attend_prompts",
-           "attend_own", "join", "rotate_and_store", "add_and_normalise", "multiply_by_gate"}  # fmt: skip
+KERNELS = {"sum_blocks", "find_floors", "draw_token", "_score", "_join", "_gated", "_gated_backward", "_rotate",
+           "attend_prompts", "attend_own", "join", "rotate_and_store", "add_and_normalise",
+           "multiply_by_gate"}  # fmt: skip
 CASES = [
     pytest.param(["90"], id="H100"),
     *[pytest.param([capability, "all"], marks=pytest.mark.slow, id=f"{capability} all")

@@ -26,6 +26,11 @@ def test_a_pack_takes_few_kernels(counts: Any) -> None:
     assert counts["attention"]["kernels"] <= 25 and counts["window"]["kernels"] <= 25
 
 
+def test_the_fused_operations_of_an_update_are_the_plain_ones(counts: Any) -> None:
+    """Norms, gates, rotations, adapters of one input, attention and the head, against the CPU's in float32."""
+    assert counts["error"] < 0.04
+
+
 @pytest.mark.parametrize("name", ["update", "reference", "attention", "window"])
 def test_the_host_never_waits_for_a_pack(counts: Any, name: str) -> None:
     assert counts[name]["waits"] == []

@@ -10,6 +10,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, Qwen2Config, Qwen2ForCausalLM
 
+from grpo_dist.model import lora
 from grpo_dist.model.lora import adapted_linear, fuse_adapters
 
 
@@ -62,6 +63,49 @@ def test_a_model_computes_what_it_computed(make: object) -> None:
     with fused.disable_adapter(), plain.disable_adapter():
         ids = torch.arange(10)[None]
         assert torch.equal(fused(ids).logits, plain(ids).logits)
+
+
+class Projections(nn.Module):
+    """Layers of one input, of which the values may be left out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q_proj, self.k_proj, self.v_proj = nn.Linear(8, 8), nn.Linear(8, 4, bias=False), nn.Linear(8, 4)
+        self.has_values = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.q_proj(x) + self.k_proj(x).repeat(1, 2)
+        return y * self.v_proj(x).repeat(1, 2) if self.has_values else y
+
+
+@pytest.mark.parametrize("has_values", [True, False])
+def test_layers_of_one_input_are_one_operation(has_values: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU. A module that does not call them all has each by itself from its second call on."""
+    torch.manual_seed(0)
+    calls: list[int] = []
+    computed = lora._computed
+    monkeypatch.setattr(lora, "_shares_products", lambda _: True)
+    monkeypatch.setattr(lora, "_computed", lambda layers, *given: calls.append(len(layers)) or computed(layers, *given))
+    config = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", rank_pattern={"k_proj": 2},
+                        alpha_pattern={"k_proj": 4})  # fmt: skip
+    plain = get_peft_model(Projections(), config)
+    plain.base_model.model.has_values = has_values
+    for parameter in plain.parameters():
+        parameter.data = torch.randn(parameter.shape)
+    fused = copy.deepcopy(plain)
+    fuse_adapters(fused, never)
+    for n in range(3):
+        x, own = (torch.full((5, 8), n + 0.5).requires_grad_() for _ in range(2))
+        expected, got = plain(x), fused(own)
+        torch.testing.assert_close(got, expected)
+        for y in (expected, got):
+            y.square().sum().backward()
+        torch.testing.assert_close(own.grad, x.grad)
+    for (name, parameter), other in zip(plain.named_parameters(), fused.parameters(), strict=True):
+        if parameter.requires_grad:
+            expected, got = (torch.zeros_like(x) if x.grad is None else x.grad for x in (parameter, other))
+            torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4, msg=name)
+    assert calls == ([3, 3, 3] if has_values else [3, 1, 1, 1, 1])
 
 
 def test_finite_differences() -> None:

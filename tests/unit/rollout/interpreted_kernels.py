@@ -42,7 +42,15 @@ from transformers import Qwen2ForCausalLM as Qwen2  # noqa: E402
 from transformers import Qwen3ForCausalLM as Qwen3  # noqa: E402
 from transformers import Qwen3MoeForCausalLM as Qwen3Moe  # noqa: E402
 
-from grpo_dist.model import attention, gate_kernel, head_kernel, join_kernel, logprobs, shared_prefix  # noqa: E402
+from grpo_dist.model import (  # noqa: E402
+    attention,
+    gate_kernel,
+    head_kernel,
+    join_kernel,
+    logprobs,
+    rotation_kernel,
+    shared_prefix,
+)
 from grpo_dist.model.peft import PeftLoraConfig, with_new_adapters  # noqa: E402
 from grpo_dist.model.routing import Routers  # noqa: E402
 from grpo_dist.rollout.engine import Request, decode_all, in_order  # noqa: E402
@@ -277,7 +285,7 @@ def main() -> None:
         )
     ]
     result["head"] = max(float((a - b).abs().max()) for a, b in pairs)
-    result["update"] = [joined(), gates()]
+    result["update"] = [joined(), gates(), rotations()]
     result["two rows"] = pages.two_rows(_prefilled()).num_rows
     print(json.dumps(result))
 
@@ -300,6 +308,17 @@ def gates() -> float:
     expected = [output, *torch.autograd.grad(output, (gate, up), grad)]
     gate, up = gate.detach(), up.detach()
     got = [gate_kernel.gated(gate, up), *gate_kernel.gated_backward(grad, gate, up)]
+    return max(float((a - b).abs().max()) for a, b in zip(got, expected, strict=True))
+
+
+def rotations() -> float:
+    """Heads in their positions, and the gradients by the heads before."""
+    query, key = ((torch.randn(19, heads, 12)).requires_grad_() for heads in (6, 2))
+    cos, sin, *grads = (torch.randn(19, *shape) for shape in ((12,), (12,), (6, 12), (2, 12)))
+    outputs = [x * cos[:, None] + torch.cat([-x[..., 6:], x[..., :6]], -1) * sin[:, None] for x in (query, key)]
+    expected = [*outputs, *torch.autograd.grad(outputs, (query, key), grads)]
+    got = [*rotation_kernel.rotate(query.detach(), key.detach(), cos, sin),
+           *rotation_kernel.rotate(*grads, cos, sin, back=True)]  # fmt: skip
     return max(float((a - b).abs().max()) for a, b in zip(got, expected, strict=True))
 
 
