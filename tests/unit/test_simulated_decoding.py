@@ -24,6 +24,17 @@ def test_a_step_takes_few_kernels(counts: Any, name: str) -> None:
     assert counts["without adapters"] <= 380
 
 
+@pytest.mark.slow
+def test_the_bound_of_a_steps_time_counts_every_kernel_and_product(counts: Any) -> None:
+    done = launch(None, 1, program=["tests/unit/decoding_roofline.py"], environment={"PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0, done.stderr[-6000:]
+    step = json.loads(done.stdout.splitlines()[-1])["H100: 512 rows, 512 own tokens"]
+    assert step["kernels"] == counts["many rows"]
+    # two operations a parameter and row
+    products = sum(step["groups"][name]["tflop"] for name in ("products", "head's products"))
+    assert products == pytest.approx(2 * 1.5437e9 * 512 / 1e12, rel=0.02)
+
+
 def test_all_completions_are_decoded_at_once(counts: Any) -> None:
     """512 completions of up to 1,024 tokens, with as many tokens in flight as 80 GB have room for: no row waits for
     another, and none takes a step after its last token."""

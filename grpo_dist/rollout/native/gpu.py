@@ -312,14 +312,14 @@ def _rung(rows: int) -> int:
 
 
 def _table(pages: list[list[int]] | dict[int, list[int]], rows: int, width: int) -> Tensor:
-    table = torch.zeros((rows, width), dtype=torch.int32)
+    table = [[0] * width for _ in range(rows)]  # one tensor of lists: a tensor for each row takes ten times as long
     for n, each in pages.items() if isinstance(pages, dict) else enumerate(pages):
-        table[n, : len(each)] = torch.tensor(each, dtype=torch.int32)
-    return table
+        table[n][: len(each)] = each
+    return torch.tensor(table, dtype=torch.int32)
 
 
 def _column(values: list[int] | dict[int, int], rows: int) -> Tensor:
-    column = torch.zeros(rows, dtype=torch.int32)
+    column = [0] * rows
     for n, each in values.items() if isinstance(values, dict) else enumerate(values):
         column[n] = each
-    return column
+    return torch.tensor(column, dtype=torch.int32)
