@@ -18,8 +18,8 @@ from torch.func import functional_call
 from torch.nn.functional import silu
 
 from .gpu_kernels import triton_obstacle
+from .lora import HALVES
 
-HALVES = (torch.bfloat16, torch.float16)
 GATED = {"gate_proj", "up_proj", "down_proj", "act_fn"}
 """The modules of a gated feed-forward layer."""
 
@@ -133,6 +133,9 @@ def _fused_gate(module: Any, plain: Callable[[Tensor], Tensor]) -> Callable[[Ten
     def forward(x: Tensor) -> Tensor:
         if not x.is_cuda or triton_obstacle() is not None:
             return plain(x)
+        family = getattr(module.gate_proj, "family", None)
+        if family is not None and (y := family.gated(x)) is not None:
+            return module.down_proj(y)
         gate, up = module.gate_proj(x), module.up_proj(x)
         is_half = gate.dtype == up.dtype and gate.dtype in HALVES
         return module.down_proj(_Gate.apply(gate, up) if is_half else module.act_fn(gate) * up)
@@ -186,13 +189,14 @@ class _Gate(torch.autograd.Function):
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
         from .gate_kernel import gated
 
-        gate, up = gate.contiguous(), up.contiguous()
+        shape, gate, up = gate.shape, *(x.flatten(0, -2).contiguous() for x in (gate, up))
         ctx.save_for_backward(gate, up)
-        return gated(gate, up)
+        return gated(gate, up).view(shape)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         from .gate_kernel import gated_backward
 
-        return gated_backward(grad.contiguous(), *ctx.saved_tensors)
+        grads = gated_backward(grad.flatten(0, -2).contiguous(), *ctx.saved_tensors)
+        return grads[0].view(grad.shape), grads[1].view(grad.shape)

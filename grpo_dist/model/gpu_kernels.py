@@ -41,7 +41,7 @@ FLASH_ERROR = 0.03
 def triton_obstacle() -> str | None:
     """The reason why Triton's kernels cannot run on the current CUDA device, in one line, or None."""
     try:
-        from .gate_kernel import gated, gated_backward
+        from .gate_kernel import Adapters, gated, gated_backward
         from .head_kernel import score_rows
         from .join_kernel import join
         from .rotation_kernel import rotate
@@ -51,8 +51,9 @@ def triton_obstacle() -> str | None:
         assert slopes is not None
         one, other = (torch.full((1, 1, 8), value, dtype=torch.bfloat16, device="cuda") for value in (1.0, 3.0))
         output, sums = join(one, logits[:, :1].clone(), other, logits[:, :1])
-        gate = torch.zeros(1, device="cuda")
-        gates = [gated(gate + 40, gate + 3) / 40, *gated_backward(gate + 1, gate, gate + 3)]
+        gate = torch.zeros((1, 1), device="cuda")
+        adapters = Adapters(torch.ones((1, 2), device="cuda"), gate + 40, gate + 1)
+        gates = [gated(gate, gate + 2, adapters)[0] / 40, *(x[0] for x in gated_backward(gate + 1, gate, gate + 3))]
         numbers = [torch.cat([logprobs, entropies, *sums]) * math.log2(math.e), *slopes, *gates, output[0, 0].float()]
         row = torch.tensor([[[1.0, 2.0]]], device="cuda")
         for back in (False, True):

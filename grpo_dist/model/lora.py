@@ -5,6 +5,7 @@ backward pass. Here the low-rank products are added in place to the large one.
 
 On a GPU the layers that get one input (queries, keys and values; a gate and what it multiplies) are one operation. The
 products of the input with all A are one, as are those for their gradients, and the input's gradient is summed in place.
+SwiGLU's gate is part of such an operation, which then writes no output of the two layers with what the adapters add.
 
 Dropout is part of the operation: `dropout.py` decides what is dropped, and its scale becomes part of the adapters'.
 
@@ -26,6 +27,8 @@ from .peft import LoraLinear
 from .products import float32_product
 from .quantized import QuantizedLinear, dtype_of
 
+HALVES = (torch.bfloat16, torch.float16)
+
 Weight = Tensor | Callable[[], Tensor]
 """A frozen weight, or what dequantises it: in the forward pass, and again in the backward pass."""
 
@@ -46,9 +49,9 @@ class _AdaptedLinears(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, weights: Sequence[Weight], biases: Sequence[Tensor | None], scaling: float,
-        kept: Tensor | None, *adapters: Tensor,
+        kept: Tensor | None, has_gate: bool, *adapters: Tensor,
     ) -> tuple[Tensor, ...]:  # fmt: skip
-        """`adapters` are all A, then all B."""
+        """`adapters` are all A, then all B. With `has_gate` there are two layers, without biases, and one output."""
         count = len(weights)
         ctx.dtypes, ctx.scaling = (adapters[0].dtype, adapters[count].dtype), scaling
         ranks = [len(a) for a in adapters[:count]]
@@ -56,15 +59,28 @@ class _AdaptedLinears(torch.autograd.Function):
         low = _scaled_product(x if kept is None else x * kept, a.T, scaling)
         ctx.weights = [None if isinstance(each, Tensor) else each for each in weights]
         stored = (each if isinstance(each, Tensor) else None for each in weights)
+        whole = (each if isinstance(each, Tensor) else each() for each in weights)
+        if has_gate:
+            from .gate_kernel import Adapters, gated
+
+            gate, up = (x @ each.T for each in whole)
+            ctx.save_for_backward(x, a, low, kept, *stored, *b, gate, up)
+            return (gated(gate, up, Adapters(low, *b)),)
         ctx.save_for_backward(x, a, low, kept, *stored, *b)
-        return tuple(add_low_rank(x, each if isinstance(each, Tensor) else each(), bias, part, up)
-                     for each, bias, part, up in zip(weights, biases, low.split(ranks, 1), b, strict=True))  # fmt: skip
+        return tuple(add_low_rank(x, each, bias, part, up)
+                     for each, bias, part, up in zip(whole, biases, low.split(ranks, 1), b, strict=True))  # fmt: skip
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, a, low, kept, *rest = ctx.saved_tensors
-        stored, b = rest[: len(grads)], rest[len(grads) :]
+        count = len(ctx.weights)
+        stored, b, inputs = rest[:count], rest[count : 2 * count], rest[2 * count :]
+        if inputs:
+            from .gate_kernel import Adapters, gated_backward
+
+            gate, up = inputs
+            grads = gated_backward(grads[0].contiguous(), gate, up, Adapters(low, *b))
         ranks = [each.shape[1] for each in b]
         grad_low = _stacked([_scaled_product(*each, ctx.scaling) for each in zip(grads, b, strict=True)], 1)
         grad_x = None
@@ -80,7 +96,7 @@ class _AdaptedLinears(torch.autograd.Function):
         grad_a = _of_adapter(grad_low.T, x if kept is None else x * kept, ctx.dtypes[0]).split(ranks)
         parts = zip(grads, low.split(ranks, 1), strict=True)
         grad_b = (_of_adapter(grad.T, part, ctx.dtypes[1]) for grad, part in parts)
-        return grad_x, None, None, None, None, *grad_a, *grad_b
+        return grad_x, None, None, None, None, None, *grad_a, *grad_b
 
 
 def _stacked(parts: Sequence[Tensor], dim: int) -> Tensor:
@@ -107,9 +123,10 @@ def adapted_linear(
 
 def adapted_linears(
     x: Tensor, weights: Sequence[Weight], biases: Sequence[Tensor | None], a: Sequence[Tensor], b: Sequence[Tensor],
-    scaling: float, kept: Tensor | None = None,
+    scaling: float, kept: Tensor | None = None, has_gate: bool = False,
 ) -> list[Tensor]:  # fmt: skip
-    """`x Wᵀ + bias + scaling · (x Aᵀ) Bᵀ` of some layers; x (…, I), each W (O, I), A (r, I), B (O, r), to (…, O).
+    """`x Wᵀ + bias + scaling · (x Aᵀ) Bᵀ` of some layers; x (…, I), each W (O, I), A (r, I), B (O, r), to (…, O). With
+    `has_gate`, of two layers of one size without biases, silu of the first times the second, by Triton's kernels.
 
     W has x's dtype, and A and B have that or float32, as their gradients do. `kept` (…, I) bool marks the inputs that
     the adapters see; None means all. Differentiable with respect to x, A and B; the weight and the bias are frozen.
@@ -117,7 +134,7 @@ def adapted_linears(
     """
     with torch.autocast(x.device.type, enabled=False):
         kept = None if kept is None else kept.flatten(0, -2)
-        rows = _AdaptedLinears.apply(x.flatten(0, -2), weights, biases, scaling, kept, *a, *b)
+        rows = _AdaptedLinears.apply(x.flatten(0, -2), weights, biases, scaling, kept, has_gate, *a, *b)
         return [y.view(*x.shape[:-1], y.shape[1]) for y in rows]
 
 
@@ -128,8 +145,10 @@ def fuse_adapters(model: nn.Module, is_sharded: Callable[[Tensor], bool], name: 
     weight that `is_sharded`: ZeRO-3 gathers a weight inside the call of the module that owns it.
     """
     for module in model.modules():
-        families = {child: family for names in SIBLINGS if (family := _family(module, names, name))
+        families = {child: family for names in SIBLINGS if (family := _family(module, names, name, is_sharded))
                     for child in family.layers}  # fmt: skip
+        for layer, family in families.items():
+            layer.family = family
         for layer in module.children():
             if _is_adapted(layer, name):
                 layer.forward = _fused(layer, layer.forward, is_sharded, name, families.get(layer))
@@ -144,23 +163,25 @@ def _fused(
     layer: LoraLinear, plain: Callable[[Tensor], Tensor], is_sharded: Callable[[Tensor], bool], name: str,
     family: _Family | None,
 ) -> Callable[[Tensor], Tensor]:  # fmt: skip
-    def fits(layer: LoraLinear, x: Tensor) -> bool:
-        base, adapters = layer.base_layer, (layer.lora_A[name].weight, layer.lora_B[name].weight)
-        if layer.disable_adapters or layer.merged or x.dtype != dtype_of(base):
-            return False
-        return not any(map(is_sharded, adapters if isinstance(base, QuantizedLinear) else (base.weight, *adapters)))
-
     def forward(x: Tensor) -> Tensor:
-        if not fits(layer, x):
+        if not _fits(layer, x, is_sharded, name):
             return plain(x)
         scaling, dropout = layer.scaling[name], layer.lora_dropout[name]
         if dropout.training and isinstance(dropout, TokenDropout):
             return _computed([layer], x, name, scaling * dropout.scale, dropout.kept(x))[0]
-        if family is not None and _shares_products(x) and all(fits(each, x) for each in family.layers):
+        if family is not None and family.fits(x):
             return family.output(layer, x)
         return _computed([layer], x, name, scaling)[0]
 
     return forward
+
+
+def _fits(layer: LoraLinear, x: Tensor, is_sharded: Callable[[Tensor], bool], name: str) -> bool:
+    """Whether a layer adds its adapters to `x` now, and has all of its weights."""
+    base, adapters = layer.base_layer, (layer.lora_A[name].weight, layer.lora_B[name].weight)
+    if layer.disable_adapters or layer.merged or x.dtype != dtype_of(base):
+        return False
+    return not any(map(is_sharded, adapters if isinstance(base, QuantizedLinear) else (base.weight, *adapters)))
 
 
 def _shares_products(x: Tensor) -> bool:
@@ -169,13 +190,14 @@ def _shares_products(x: Tensor) -> bool:
 
 
 def _computed(
-    layers: Sequence[LoraLinear], x: Tensor, name: str, scaling: float, kept: Tensor | None = None
-) -> list[Tensor]:
+    layers: Sequence[LoraLinear], x: Tensor, name: str, scaling: float, kept: Tensor | None = None,
+    has_gate: bool = False,
+) -> list[Tensor]:  # fmt: skip
     bases = [layer.base_layer for layer in layers]
     weights = [base.dequantized if isinstance(base, QuantizedLinear) else base.weight for base in bases]
     a, b = ([each[name].weight for each in adapters] for adapters in
             ([layer.lora_A for layer in layers], [layer.lora_B for layer in layers]))  # fmt: skip
-    return adapted_linears(x, weights, [base.bias for base in bases], a, b, scaling, kept)
+    return adapted_linears(x, weights, [base.bias for base in bases], a, b, scaling, kept, has_gate)
 
 
 SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -185,11 +207,26 @@ SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 class _Family:
     """Layers that get one input, one after another. The first call computes all, and leaves the others' outputs."""
 
-    def __init__(self, layers: Sequence[LoraLinear], name: str) -> None:
-        self.layers, self.name = layers, name
+    def __init__(self, layers: Sequence[LoraLinear], name: str, is_sharded: Callable[[Tensor], bool]) -> None:
+        self.layers, self.name, self.is_sharded = layers, name, is_sharded
         self.x: Tensor | None = None
         self.waiting: dict[LoraLinear, Tensor] = {}
         self.is_whole = True  # until an output was not asked for
+
+    def fits(self, x: Tensor) -> bool:
+        """Whether all layers compute their adapters of `x` now, and none drops any of it."""
+        drops = any(layer.lora_dropout[self.name].training and isinstance(layer.lora_dropout[self.name], TokenDropout)
+                    for layer in self.layers)  # fmt: skip
+        return not drops and _shares_products(x) and all(_fits(each, x, self.is_sharded, self.name)
+                                                         for each in self.layers)  # fmt: skip
+
+    def gated(self, x: Tensor) -> Tensor | None:
+        """SwiGLU's product of a gate and its sibling, or None where the kernel cannot compute it."""
+        b = [layer.lora_B[self.name].weight for layer in self.layers]
+        has_bias = any(layer.base_layer.bias is not None for layer in self.layers)
+        if has_bias or b[0].shape != b[1].shape or x.dtype not in HALVES or not self.fits(x):
+            return None
+        return _computed(self.layers, x, self.name, self.layers[0].scaling[self.name], has_gate=True)[0]
 
     def output(self, layer: LoraLinear, x: Tensor) -> Tensor:
         """What `layer` computes of `x`."""
@@ -205,9 +242,9 @@ class _Family:
         return y
 
 
-def _family(module: nn.Module, names: Sequence[str], name: str) -> _Family | None:
+def _family(module: nn.Module, names: Sequence[str], name: str, is_sharded: Callable[[Tensor], bool]) -> _Family | None:
     """The children of these names, if all have plain adapters of one scale."""
     layers: list[Any] = [getattr(module, each, None) for each in names]
     if not all(_is_adapted(each, name) for each in layers) or len({each.scaling[name] for each in layers}) > 1:
         return None
-    return _Family(layers, name)
+    return _Family(layers, name, is_sharded)

@@ -109,8 +109,11 @@ def of_updates(dtype: torch.dtype, size: int, vocabulary: int) -> None:
     parts, sums = (torch.empty((40, 3, size), dtype=dtype) for _ in range(2)), torch.empty((3, 40))
     join_kernel.join(next(parts), sums, next(parts), sums)
     gate = torch.empty((5, size * 10), dtype=dtype)
-    gate_kernel.gated(gate, gate)
-    gate_kernel.gated_backward(gate, gate, gate)
+    for rank in (None, 16, 64):
+        b = torch.empty((size * 10, rank or 0), dtype=dtype)
+        adapters = None if rank is None else gate_kernel.Adapters(torch.empty((5, 2 * rank), dtype=dtype), b, b)
+        gate_kernel.gated(gate, gate, adapters)
+        gate_kernel.gated_backward(gate, gate, gate, adapters)
     rows = torch.empty((40, 3, size), dtype=dtype)
     for back in (False, True):
         rotation_kernel.rotate(rows, rows, rows[:, 0].contiguous(), rows[:, 0].contiguous(), back)

@@ -69,16 +69,27 @@ def join(output: Tensor, sums: Tensor, other: Tensor, other_sums: Tensor) -> tup
     return torch.lerp(output.float(), other.float(), share).to(output.dtype), torch.logaddexp(sums, other_sums)
 
 
+def inputs_of_gate(gate: Tensor, up: Tensor, adapters: list[Tensor]) -> list[Tensor]:
+    """`gate_kernel._inputs`."""
+    inputs = [gate.float(), up.float()]
+    if adapters:
+        low, *b = (each.float() for each in adapters)
+        inputs = [x + part @ each.T for x, part, each in zip(inputs, low.chunk(2, 1), b, strict=True)]
+    return inputs
+
+
 @torch.library.custom_op("simulated::gated", mutates_args=())
-def gated(gate: Tensor, up: Tensor) -> Tensor:
+def gated(gate: Tensor, up: Tensor, adapters: list[Tensor]) -> Tensor:
     """`gate_kernel.gated`."""
-    return (torch.nn.functional.silu(gate.float()) * up.float()).to(gate.dtype)
+    x, y = inputs_of_gate(gate, up, adapters)
+    return (torch.nn.functional.silu(x) * y).to(gate.dtype)
 
 
 @torch.library.custom_op("simulated::gated_backward", mutates_args=())
-def gated_backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+def gated_backward(grad: Tensor, gate: Tensor, up: Tensor, adapters: list[Tensor]) -> tuple[Tensor, Tensor]:
     """`gate_kernel.gated_backward`."""
-    grad, x, y, share = grad.float(), gate.float(), up.float(), gate.float().sigmoid()
+    x, y = inputs_of_gate(gate, up, adapters)
+    grad, share = grad.float(), x.sigmoid()
     return (grad * y * share * (1 + x * (1 - share))).to(gate.dtype), (grad * x * share).to(up.dtype)
 
 
@@ -110,7 +121,12 @@ def put_triton_in() -> None:
 
     for name, kernels in {
         "head_kernel": {"score_rows": scored}, "join_kernel": {"join": join},
-        "gate_kernel": {"gated": gated, "gated_backward": gated_backward}, "rotation_kernel": {"rotate": rotate},
+        "gate_kernel": {
+            "gated": lambda gate, up, adapters=(): gated(gate, up, list(adapters)),
+            "gated_backward": lambda grad, gate, up, adapters=(): gated_backward(grad, gate, up, list(adapters)),
+            "Adapters": lambda *each: each,
+        },
+        "rotation_kernel": {"rotate": rotate},
     }.items():  # fmt: skip
         module = types.ModuleType(f"grpo_dist.model.{name}")
         vars(module).update(kernels)

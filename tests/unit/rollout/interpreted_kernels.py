@@ -302,13 +302,21 @@ def joined() -> float:
 
 
 def gates() -> float:
-    """SwiGLU's gate and its gradients."""
-    gate, up = ((torch.randn(5, 333) * 4).requires_grad_() for _ in range(2))
-    grad, output = torch.randn(5, 333), torch.nn.functional.silu(gate) * up
-    expected = [output, *torch.autograd.grad(output, (gate, up), grad)]
-    gate, up = gate.detach(), up.detach()
-    got = [gate_kernel.gated(gate, up), *gate_kernel.gated_backward(grad, gate, up)]
-    return max(float((a - b).abs().max()) for a, b in zip(got, expected, strict=True))
+    """SwiGLU's gate and its gradients, without adapters and with some of more ranks than are added at once."""
+    worst = 0.0
+    for rank in (None, 19):
+        gate, up, grad = torch.randn(5, 333) * 4, torch.randn(5, 333) * 4, torch.randn(5, 333)
+        adapters, inputs = None, [gate.clone(), up.clone()]
+        if rank is not None:
+            adapters = gate_kernel.Adapters(torch.randn(5, 2 * rank), *(torch.randn(333, rank) * 0.1 for _ in range(2)))
+            for x, low, b in zip(inputs, adapters.low.chunk(2, 1), adapters[1:], strict=True):
+                x += low @ b.T
+        inputs = [x.requires_grad_() for x in inputs]
+        output = torch.nn.functional.silu(inputs[0]) * inputs[1]
+        expected = [output, *torch.autograd.grad(output, inputs, grad)]
+        got = [gate_kernel.gated(gate, up, adapters), *gate_kernel.gated_backward(grad, gate, up, adapters)]
+        worst = max(worst, *(float((a - b).detach().abs().max()) for a, b in zip(got, expected, strict=True)))
+    return worst
 
 
 def rotations() -> float:
