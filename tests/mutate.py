@@ -54,6 +54,7 @@ MODULES = {
 }
 """Modules of the package, and the files `test_NAME.py` of tests/unit that say what they do."""
 ROUTES_ROOM = "self.drawn = nothing.new_zeros((0, most + 1, *self.routers.shape))  # (N, most + 1, R, K)"
+ROUTES_GIVEN = "batch.routes is not None and batch.prompt_routes is not None"
 EQUIVALENT = {
     # what is a rounding, to the bit and to a factor of 2; the loop has the same result as what spares it
     "algorithm/advantages": [
@@ -75,8 +76,12 @@ EQUIVALENT = {
         "-1 -> 1",
         "3 -> 4",
     ],
-    # the balance alone; any number above `most`; how many numbers of packs are tried; loads are only compared
+    # the balance alone; any number above `most`; how many numbers of packs are tried; loads are only compared; what is
+    # copied to a GPU, which tests/gpu does; the smallest int64 is its own opposite; the two are None together
     "model/packing": [
+        "bounds = segments(self.layout.pieces) if self.layout and device.type ==",
+        "one + FILLER -> one - FILLER",
+        f"{ROUTES_GIVEN} -> {ROUTES_GIVEN.replace('and', 'or')}",
         "PAIRS_PER_TOKEN =",
         "size = most + 1: 1 -> 2",
         "more *= 2  # a few packs too many cost less than trying every number: 2 -> 3",

@@ -216,6 +216,19 @@ def test_routes_are_those_of_a_pack_s_tokens() -> None:
     assert empty.routes is not None and empty.routes.shape == (1, 2, 3) and empty.owner.tolist() == [FILLER]
 
 
+def test_packs_are_added_until_every_piece_fits() -> None:
+    """No pack has room for two of these pieces: five packs would hold all tokens, but not the pieces, nor do six."""
+    (packs,) = whole_plan(make_batch([(2, [4])] * 8), max_tokens=10)
+    assert [len(pack) for pack in packs] == [1] * 8
+
+
+def test_a_pack_in_which_nothing_was_sampled_is_of_no_use() -> None:
+    batch = make_batch([(3, [2])])
+    answered = replace(batch, sampled=torch.zeros(2, dtype=torch.bool), sampled_logprobs=torch.zeros(0))
+    pack = make_pack(answered, [Piece(0, [0])])
+    assert len(pack.ids) == 5 and len(pack.targets) == 0 and pack.useful == 0
+
+
 @pytest.mark.parametrize("share", [True, False])
 def test_an_empty_pack(share: bool) -> None:
     pack = make_pack(make_batch([(3, [2])]), [], share_prompts=share)
