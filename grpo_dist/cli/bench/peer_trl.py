@@ -9,6 +9,7 @@ import argparse
 import json
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -60,6 +61,18 @@ def main() -> None:
         return parity(completion_ids)
 
     class Turns(TrainerCallback):
+        rollout_seconds = 0.0
+
+        def timed(self, generate: Callable[..., object]) -> Callable[..., object]:
+            def forward(*arguments: object, **more: object) -> object:
+                start = time.perf_counter()
+                try:
+                    return generate(*arguments, **more)
+                finally:
+                    self.rollout_seconds += time.perf_counter() - start
+
+            return forward
+
         def on_train_begin(self, *_: object, **__: object) -> None:
             self.line = connect()
             self.wait()
@@ -71,8 +84,10 @@ def main() -> None:
                 peak = torch.cuda.max_memory_allocated() / 2**30
             seconds = time.perf_counter() - self.start
             let_go()
-            self.line.send({"seconds": seconds, "lengths": list(lengths), "peak_gib": peak})
+            self.line.send({"seconds": seconds, "rollout_seconds": self.rollout_seconds, "lengths": list(lengths),
+                            "peak_gib": peak})  # fmt: skip
             lengths.clear()
+            self.rollout_seconds = 0.0
             self.wait()
 
         def wait(self) -> None:
@@ -80,7 +95,11 @@ def main() -> None:
                 os._exit(0)
             self.start = time.perf_counter()
 
-    trainer_of(options, reward, Turns()).train()
+    turns = Turns()
+    trainer = trainer_of(options, reward, turns)
+    for name in ("generate", "generate_batch"):  # what it calls of the model, with and without continuous batching
+        setattr(trainer.model, name, turns.timed(getattr(trainer.model, name)))
+    trainer.train()
 
 
 if __name__ == "__main__":

@@ -29,7 +29,17 @@ class Pair:
     @property
     def ratio(self) -> float:
         """The peer's seconds per completion token divided by ours."""
-        return (self.theirs["seconds"] / self.their_tokens) / (self.ours["seconds"] / self.tokens) if self.theirs else 0
+        return self._ratio(self.ours["seconds"], self.theirs["seconds"]) if self.theirs else 0
+
+    @property
+    def rollout_ratio(self) -> float | None:
+        """The same of the rollout alone; None where the peer does not say how long its rollout took."""
+        if self.theirs is None or "rollout_seconds" not in self.theirs:
+            return None
+        return self._ratio(self.ours["metrics"]["time/rollout"], self.theirs["rollout_seconds"])
+
+    def _ratio(self, seconds: float, their_seconds: float) -> float:
+        return (their_seconds / self.their_tokens) / (seconds / self.tokens)
 
 
 def table(rows: list[list[str]]) -> str:
@@ -61,11 +71,10 @@ def summary_row(name: str, pairs: list[Pair], peer: str | None) -> dict[str, str
 
     row = {"workload": name}
     if peer:
-        ratios = [pair.ratio for pair in pairs]
-        row |= {
-            f"{peer} ÷ ours, per token": f"{statistics.median(ratios):.1f} ({min(ratios):.1f} to {max(ratios):.1f})",
-            f"{peer}: s a step": f"{median(lambda pair: pair.theirs['seconds']):.2f}",
-        }
+        row[f"{peer} ÷ ours, per token"] = _spread([pair.ratio for pair in pairs])
+        if of_rollouts := [pair.rollout_ratio for pair in pairs if pair.rollout_ratio is not None]:
+            row["of the rollout alone"] = _spread(of_rollouts)
+        row[f"{peer}: s a step"] = f"{median(lambda pair: pair.theirs['seconds']):.2f}"
     row |= {"s a step": f"{median(lambda pair: pair.ours['seconds']):.2f}",
             "tokens a step": f"{median(lambda pair: pair.tokens):.0f}",
             "tokens/s": f"{median(lambda pair: pair.tokens / pair.ours['seconds']):.0f}"}  # fmt: skip
@@ -76,3 +85,7 @@ def summary_row(name: str, pairs: list[Pair], peer: str | None) -> dict[str, str
     if peer:
         row[f"{peer}: peak GiB"] = f"{max(pair.theirs['peak_gib'] for pair in pairs if pair.theirs):.2f}"
     return row
+
+
+def _spread(ratios: list[float]) -> str:
+    return f"{statistics.median(ratios):.1f} ({min(ratios):.1f} to {max(ratios):.1f})"

@@ -29,6 +29,10 @@ def test_a_ratio_is_per_completion_token() -> None:
     pair = Pair(step(2.0, 100), {"seconds": 12.0, "lengths": [30, 20, 50], "peak_gib": 2.0})
     assert pair.their_tokens == 100 and pair.ratio == pytest.approx(6)
     assert Pair(step(2.0, 200), {"seconds": 12.0, "lengths": [100], "peak_gib": 2.0}).ratio == pytest.approx(12)
+    assert pair.rollout_ratio is None, "the peer did not say how long its rollout took"
+    told = Pair(step(2.0, 200), {"seconds": 12.0, "rollout_seconds": 9.0, "lengths": [100], "peak_gib": 2.0})
+    assert told.rollout_ratio == pytest.approx(18)
+    assert summary_row("w", [told, told, told], "TRL")["of the rollout alone"] == "18.0 (18.0 to 18.0)"
 
 
 def test_the_summary_has_medians_and_spread() -> None:
