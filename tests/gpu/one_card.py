@@ -618,7 +618,7 @@ def end_to_end(tiny: bool) -> dict[str, Any]:
     figures: dict[str, Any] = {}
     steps = "1" if tiny else "12"
     launches = {"one process": [sys.executable, "-m", "grpo_dist.train"]}
-    for name in [] if tiny else ["ddp", "zero2"]:
+    for name in ("ddp", "zero2"):
         launches[name] = [
             sys.executable,
             "-m",
@@ -649,7 +649,7 @@ def end_to_end(tiny: bool) -> dict[str, Any]:
             ],
             capture_output=True,
             text=True,
-            timeout=100,
+            timeout=600 if tiny else 100,
             check=False,
         )
         lines = (
@@ -686,7 +686,11 @@ def main() -> None:
         if tiny
         else ("1.5b", ["4k: 1 x (256 + 16 x 240)", "16k: 4 x (256 + 16 x 240)", "16k: 1 x (256 + 16 x 1000)"])
     )
-    rows, prompt, new = ([4], 5, 12) if tiny else ([512, 64, 8], 256, 256)
+    rows, prompt, new = ([2], 5, 6) if tiny else ([512, 64, 8], 256, 256)
+    if tiny:  # a program takes the interpreter 10 to 40 ms
+        from grpo_dist.rollout.native import gpu
+
+        gpu.LADDER[:] = [2, 4, 8]
     sections: dict[str, tuple[int, Callable[[], dict[str, Any]]]] = {
         "machine": (30, machine),
         "pack attention": (45, lambda: pack_attention(tiny)),
@@ -699,7 +703,7 @@ def main() -> None:
         "end to end": (110, lambda: end_to_end(tiny)),
         "decode without pages": (40, lambda: old_decode(small, rows[:1] + rows[2:], prompt, new // 2)),
         "rollout 1.5b of 1024": (45, lambda: decode(small, rows[:1], prompt, new if tiny else 1024, tiny)),
-        "engines": (60, lambda: engines(small, 4 if tiny else 128, prompt, new if tiny else 128)),
+        "engines": (60, lambda: engines(small, 2 if tiny else 128, prompt, new if tiny else 128)),
         "decode 7b": (60, lambda: decode("tiny" if tiny else "7b", rows[:1] + rows[2:], prompt, new // 2, tiny)),
         "update 7b": (
             60,

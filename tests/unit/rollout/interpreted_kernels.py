@@ -305,7 +305,7 @@ def gates() -> float:
     """SwiGLU's gate and its gradients, without adapters and with some of more ranks than are added at once."""
     worst = 0.0
     for rank in (None, 19):
-        gate, up, grad = torch.randn(5, 333) * 4, torch.randn(5, 333) * 4, torch.randn(5, 333)
+        gate, up, grad = torch.randn(5, 333) * 4, torch.randn(5, 333), torch.randn(5, 333)
         adapters, inputs = None, [gate.clone(), up.clone()]
         if rank is not None:
             adapters = gate_kernel.Adapters(torch.randn(5, 2 * rank), *(torch.randn(333, rank) * 0.1 for _ in range(2)))

@@ -1,0 +1,72 @@
+"""How much faster rollouts are with drafts, in three epochs over the same prompts; and that they draw the same.
+
+    python -m grpo_dist.train --config configs/carry.yaml
+    python docs/draft_speed.py runs/carry/final                  # 4 x 4 completions of at most 60 tokens; a minute
+    python docs/draft_speed.py runs/carry/final --prompts 16 --group 8
+
+Each pair of rollouts has the same prompts and noise, with and without drafts in turn, in processor time of one thread.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from grpo_dist.model import attention
+from grpo_dist.rollout import NativeDecoder, Request, decode_all, stream_key
+from grpo_dist.rollout.native.kernel import KernelStep
+
+EPOCHS, TOKENS = 3, 60
+ROWS = Path(__file__).parents[1] / "configs/data/carry_train.jsonl"
+
+
+def main() -> None:
+    """Print the median ratio of each epoch."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--prompts", type=int, default=4)
+    parser.add_argument("--group", type=int, default=4)
+    parser.add_argument("--pairs", type=int, default=5)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    model = AutoModelForCausalLM.from_pretrained(
+        options.model, attn_implementation=attention.NAME, dtype=torch.float32
+    ).eval()  # fmt: skip
+    prompts = prompts_of(tokenizer)
+    ratios: list[list[float]] = []
+    for pair in range(options.pairs):
+        chosen = list(islice(prompts, options.prompts))
+        decoders = [NativeDecoder([tokenizer.eos_token_id], TOKENS, 1 << 16, step_of=KernelStep, drafts=drafts)
+                    for drafts in (True, False)]  # fmt: skip
+        ratios.append([])
+        for epoch in range(EPOCHS):
+            requests = [Request(slot, sample, ids, stream_key(pair * EPOCHS + epoch, slot, sample))
+                        for slot, ids in enumerate(chosen) for sample in range(options.group)]  # fmt: skip
+            seconds, drawn = [0.0, 0.0], [[], []]
+            for which in (0, 1) if pair % 2 else (1, 0):
+                begun = time.process_time()
+                drawn[which] = decode_all(decoders[which], model, requests)
+                seconds[which] = time.process_time() - begun
+            assert drawn[0] == drawn[1], "drafts have changed a completion"
+            ratios[-1].append(seconds[1] / seconds[0])
+    for epoch, each in enumerate(zip(*ratios, strict=True)):
+        print(f"epoch {epoch + 1}: {statistics.median(each):.2f} times as fast ({min(each):.2f} to {max(each):.2f})")
+
+
+def prompts_of(tokenizer: AutoTokenizer) -> Iterator[list[int]]:
+    """The ids of the data's prompts."""
+    for line in ROWS.read_text().splitlines():
+        yield tokenizer(json.loads(line)["prompt"])["input_ids"]
+
+
+if __name__ == "__main__":
+    main()
