@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from grpo_dist.model import attention
 from grpo_dist.rollout import NativeDecoder, Request, decode_all, stream_key
 from grpo_dist.rollout.native.kernel import KernelStep
+from grpo_dist.types import Trajectory
 
 EPOCHS, TOKENS = 3, 60
 ROWS = Path(__file__).parents[1] / "configs/data/carry_train.jsonl"
@@ -51,7 +52,7 @@ def main() -> None:
         for epoch in range(EPOCHS):
             requests = [Request(slot, sample, ids, stream_key(pair * EPOCHS + epoch, slot, sample))
                         for slot, ids in enumerate(chosen) for sample in range(options.group)]  # fmt: skip
-            seconds, drawn = [0.0, 0.0], [[], []]
+            seconds, drawn = [0.0, 0.0], dict[int, list[Trajectory]]()
             for which in (0, 1) if pair % 2 else (1, 0):
                 begun = time.process_time()
                 drawn[which] = decode_all(decoders[which], model, requests)
