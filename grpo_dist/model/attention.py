@@ -34,8 +34,9 @@ from .shared_prefix import (
 NAME = "grpo_dist"
 """The name of this attention in transformers."""
 
-BLOCK = 256
-"""Most tokens of a masked block of short sequences. Larger blocks mask more pairs, smaller ones need more calls."""
+BLOCK, GPU_BLOCK = 128, 256
+"""Most tokens of a masked block of short sequences. Larger blocks mask more pairs, smaller ones need more calls, which
+cost a GPU more than the pairs."""
 
 
 class Layout(Protocol):
@@ -127,7 +128,8 @@ class RowLayout:
 
     def _in_blocks(self, window: int | None) -> BlockLayout:
         if window not in self._blocks:
-            self._blocks[window] = block_layout(self.pieces, window=window).to(self.device)
+            block = GPU_BLOCK if self.device.type == "cuda" else BLOCK
+            self._blocks[window] = block_layout(self.pieces, block, window).to(self.device)
         return self._blocks[window]
 
 
