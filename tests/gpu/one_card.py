@@ -17,6 +17,7 @@ import argparse
 import json
 import os
 import platform
+import shutil
 import signal
 import statistics
 import subprocess
@@ -632,6 +633,7 @@ def end_to_end(tiny: bool) -> dict[str, Any]:
         ]
     for name, launch in launches.items():
         out = Path(f"/tmp/one_card/{name.replace(' ', '_')}")
+        shutil.rmtree(out, ignore_errors=True)  # of a run before
         begun = time.perf_counter()
         done = subprocess.run(
             [
