@@ -25,9 +25,12 @@ ROOT = Path(__file__).parents[2]
 TINY = [
     "--config", "configs/quickstart.yaml", "--model.dtype", "float32", "--reference.dtype", "float32",
     "--train.num_train_steps", "5", "--train.batch_size", "7", "--rollout.group_size", "5",
-    "--train.eval_every", "0", "--train.num_eval_prompts", "16", "--scoring.num_workers", "1",
+    "--data.eval_file", "null", "--scoring.num_workers", "1",
 ]  # fmt: skip
 """Five steps of the toy model; 7 prompts and 5 completions divide by no number of ranks used here."""
+EVALUATED = ("--data.eval_file", "configs/data/math_tasks_eval.jsonl", "--train.num_eval_prompts", "16",
+             "--train.eval_every", "0")  # fmt: skip
+"""The same with an evaluation before the first step and after the last one."""
 
 
 _reserved: list[socket.socket] = []

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from launching import adapters, completions, merged_equals_adapter, metrics, relative_difference, train
+from launching import EVALUATED, adapters, completions, merged_equals_adapter, metrics, relative_difference, train
 from safetensors.torch import load_file
 
 from grpo_dist.model.toy import toy_path
@@ -23,14 +23,14 @@ KL = ("--loss.kl_coeff", "0.04", "--rewards", COMPARING, "--train.num_train_step
 @pytest.fixture(scope="module")
 def one_process(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run all others are compared with: plain Python, one process."""
-    return train(None, 1, tmp_path_factory.mktemp("one"), *KL)
+    return train(None, 1, tmp_path_factory.mktemp("one"), *KL, *EVALUATED)
 
 
 @pytest.fixture(scope="module")
 def fresh(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """DDP in processes that are started as users start them, as the quickstart of CI is under ZeRO-2. Other tests start
     forks, which hash strings alike."""
-    return train("ddp", 2, tmp_path_factory.mktemp("fresh"), *KL, fresh=True)
+    return train("ddp", 2, tmp_path_factory.mktemp("fresh"), *KL, *EVALUATED, fresh=True)
 
 
 def learned(directory: Path) -> dict[str, float]:
@@ -43,7 +43,8 @@ def test_same_tokens_and_weights(
     strategy: str, num_processes: int, one_process: Path, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     is_fresh = strategy == "ddp"
-    other = request.getfixturevalue("fresh") if is_fresh else train(strategy, num_processes, tmp_path / "run", *KL)
+    words = *KL, *EVALUATED
+    other = request.getfixturevalue("fresh") if is_fresh else train(strategy, num_processes, tmp_path / "run", *words)
     expected, got = completions(one_process), completions(other)
     assert [row["completion"] for row in got] == [row["completion"] for row in expected]
     for name in ("advantage", "reward/math", "reward/shortest"):
@@ -56,11 +57,14 @@ def test_same_tokens_and_weights(
     for a, b in zip(metrics(one_process)[1:], metrics(other)[1:], strict=True):
         for name in ("loss", "kl", "grad_norm", "reward/mean", "entropy"):
             assert b[name] == pytest.approx(a[name], rel=1e-3, abs=1e-6), name
+    for a, b in zip(metrics(one_process), metrics(other), strict=True):
+        assert b.get("eval/accuracy") == a.get("eval/accuracy")
+    assert {"eval/accuracy", "eval/greedy_accuracy"} <= metrics(other)[-1].keys()
 
 
 def test_forks_make_the_run_of_fresh_processes(fresh: Path, tmp_path: Path) -> None:
     """Bit for bit."""
-    forked = train("ddp", 2, tmp_path / "run", *KL)
+    forked = train("ddp", 2, tmp_path / "run", *KL, *EVALUATED)
     expected, got = adapters(fresh), adapters(forked)
     assert expected.keys() == got.keys() and all(torch.equal(expected[name], got[name]) for name in expected)
     assert completions(fresh) == completions(forked)

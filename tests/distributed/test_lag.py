@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from launching import ROOT, TINY, adapters, completions, launch, metrics, relative_difference, train
+from launching import EVALUATED, ROOT, TINY, adapters, completions, launch, metrics, relative_difference, train
 
 LAG = ("--rollout.lag", "1", "--loss.kl_coeff", "0.04", "--train.updates_per_batch", "2")
 
@@ -66,11 +66,11 @@ def test_an_engine_elsewhere_draws_while_updates_go_on(one_process: Path, tmp_pa
 @pytest.mark.parametrize("at", ["rollout:4", "update:4"])
 def test_stopped_with_a_batch_in_flight(at: str, one_process: Path, tmp_path: Path) -> None:
     """Stopped while the next batch is drawn, and between the two updates of a step."""
-    run = tmp_path / "run"
-    stopped = launch(None, 1, *TINY, *LAG, "--train.output_dir", str(run), program=["tests/fault/faulty.py"],
+    run, words = tmp_path / "run", (*LAG, *EVALUATED)
+    stopped = launch(None, 1, *TINY, *words, "--train.output_dir", str(run), program=["tests/fault/faulty.py"],
                      environment={"PYTHONPATH": str(ROOT), "FAULT": f"usr1@{at}"})  # fmt: skip
     assert stopped.returncode == 0 and "stopped" in stopped.stdout, stopped.stderr[-4000:]
-    again = train(None, 1, run, *LAG)
+    again = train(None, 1, run, *words)
     assert [row["completion"] for row in completions(again)] == [row["completion"] for row in completions(one_process)]
     ours, theirs = adapters(one_process), adapters(again)
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from launching import ROOT, TINY, adapters, completions, launch, merged_equals_adapter, metrics, train
+from launching import EVALUATED, ROOT, TINY, adapters, completions, launch, merged_equals_adapter, metrics, train
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -31,7 +31,7 @@ def shortness(prompts, completions, completion_ids, hint, **columns):
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run under ZeRO-2 on two ranks, with evaluation."""
-    return train("zero2", 2, tmp_path_factory.mktemp("recipe") / "checkpoints", "--train.eval_every", "2",
+    return train("zero2", 2, tmp_path_factory.mktemp("recipe") / "checkpoints", *EVALUATED, "--train.eval_every", "2",
                  "--logging.show_completions_every", "2")  # fmt: skip
 
 

@@ -15,7 +15,7 @@ from grpo_dist.model.toy import toy_path
 def start(strategy: str | None, hub: Hub, folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     """One step of training of the hub's model."""
     return launch(
-        strategy, 2, *TINY, "--model.name", "tiny/toy", "--train.num_train_steps", "1", "--data.eval_file", "null",
+        strategy, 2, *TINY, "--model.name", "tiny/toy", "--train.num_train_steps", "1",
         "--train.output_dir", str(folder / "run"),
         environment={"HF_ENDPOINT": hub.url, "HF_HOME": str(folder / "cache"), **environment},
     )  # fmt: skip

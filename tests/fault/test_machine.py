@@ -88,8 +88,7 @@ def test_a_disk_that_is_really_full(tmp_path: Path) -> None:
     """On a file system that has room for two checkpoints of 2.3 MiB; and again on a larger one."""
     run = tmp_path / "disk" / "run"
     run.parent.mkdir()
-    train = [*command(None, 1), *TINY, "--train.output_dir", str(run), "--train.save_every", "1",
-             "--data.eval_file", "null"]  # fmt: skip
+    train = [*command(None, 1), *TINY, "--train.output_dir", str(run), "--train.save_every", "1"]  # fmt: skip
     script = ('mount -t tmpfs -o size=6m none "$1" || exit 77; shift; "$@"; echo "first: $?"; '
               'mount -o remount,size=99m "$0"; "$@"; echo "second: $?"; ls "$0/run/checkpoints"')  # fmt: skip
     done = subprocess.run(
@@ -138,7 +137,7 @@ def sometimes_raises(completions, answer, **_):
 
 def test_nothing_to_learn(tmp_path: Path) -> None:
     (tmp_path / "fools.py").write_text(REWARDS)
-    done = launch("ddp", 2, *TINY, "--train.output_dir", str(tmp_path / "run"), "--data.eval_file", "null",
+    done = launch("ddp", 2, *TINY, "--train.output_dir", str(tmp_path / "run"),
                   "--rewards", '[{name: "fools:nothing_to_learn"}]', "--rollout.max_completion_length", "2",
                   "--train.num_train_steps", "3",
                   environment={"PYTHONPATH": f"{ROOT}:{tmp_path}"})  # fmt: skip
@@ -153,7 +152,7 @@ def test_nothing_to_learn(tmp_path: Path) -> None:
 
 def test_all_completions_truncated_and_left_out(tmp_path: Path) -> None:
     """No rank has a token to learn from."""
-    done = launch("zero2", 2, *TINY, "--train.output_dir", str(tmp_path / "run"), "--data.eval_file", "null",
+    done = launch("zero2", 2, *TINY, "--train.output_dir", str(tmp_path / "run"),
                   "--rollout.max_completion_length", "1", "--loss.mask_truncated", "true",
                   "--train.num_train_steps", "2", "--loss.kl_coeff", "0.1")  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
@@ -163,7 +162,7 @@ def test_all_completions_truncated_and_left_out(tmp_path: Path) -> None:
 
 def test_the_first_rank_says_why_although_it_is_the_last_to_end(tmp_path: Path) -> None:
     (tmp_path / "fools.py").write_text(REWARDS.replace('if "14" in answer', "if True"))
-    done = launch("ddp", 2, *TINY, "--train.output_dir", str(tmp_path / "run"), "--data.eval_file", "null",
+    done = launch("ddp", 2, *TINY, "--train.output_dir", str(tmp_path / "run"),
                   "--rewards", "[{name: fools:sometimes_raises}]", program=["tests/fault/faulty.py"],
                   environment={"FAULT": "late@word:1", "PYTHONPATH": f"{ROOT}:{tmp_path}"})  # fmt: skip
     assert done.returncode != 0
@@ -176,7 +175,7 @@ def test_a_reward_that_raises_too_often(tmp_path: Path) -> None:
     (tmp_path / "fools.py").write_text(REWARDS)
     rows = [{"prompt": f"What is {a} + 4? Answer with an integer.", "answer": str(a + 4)} for a in range(14)]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    done = launch("ddp", 2, *TINY, "--train.output_dir", str(tmp_path / "run"), "--data.eval_file", "null",
+    done = launch("ddp", 2, *TINY, "--train.output_dir", str(tmp_path / "run"),
                   "--data.train_file", str(tmp_path / "rows.jsonl"), "--rewards", '[{name: "fools:sometimes_raises"}]',
                   "--scoring.error_budget", "0.05", environment={"PYTHONPATH": f"{ROOT}:{tmp_path}"})  # fmt: skip
     assert done.returncode == 1
@@ -208,12 +207,12 @@ def test_two_runs_in_one_directory(tmp_path: Path) -> None:
 
 def test_what_may_change_on_resume(tmp_path: Path) -> None:
     run = tmp_path / "run"
-    train(None, 1, run, "--train.num_train_steps", "1", "--data.eval_file", "null")
+    train(None, 1, run, "--train.num_train_steps", "1")
     refused = launch(None, 1, *TINY, "--train.output_dir", str(run), "--train.seed", "3", "--lora.r", "8")
     assert refused.returncode == 2
     assert "seed: 0 -> 3" in refused.stderr and "lora.r: 32 -> 8" in refused.stderr
     applied = launch(None, 1, *TINY, "--train.output_dir", str(run), "--train.num_train_steps", "2",
-                     "--optim.learning_rate", "2e-4", "--data.eval_file", "null")  # fmt: skip
+                     "--optim.learning_rate", "2e-4")  # fmt: skip
     assert applied.returncode == 0, applied.stderr[-3000:]
     assert "optim.learning_rate: 0.001 -> 0.0002" in applied.stderr
 
@@ -221,7 +220,7 @@ def test_what_may_change_on_resume(tmp_path: Path) -> None:
 def test_a_tracker_that_fails(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "tensorboard").write_text("in the way")
-    done = launch(None, 1, *TINY, "--train.output_dir", str(tmp_path / "run"), "--data.eval_file", "null",
+    done = launch(None, 1, *TINY, "--train.output_dir", str(tmp_path / "run"),
                   "--train.num_train_steps", "2")  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     assert "tracker tensorboard failed" in done.stderr

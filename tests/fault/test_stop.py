@@ -12,13 +12,13 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from launching import ROOT, TINY, TRAINER, begin, launch, metrics, reported_steps, train
+from launching import EVALUATED, ROOT, TINY, TRAINER, begin, launch, metrics, reported_steps, train
 from safetensors.torch import load_file
 
 from grpo_dist.checkpoint import store as checkpoint
 from grpo_dist.distributed.watch import SAME_SIGNAL_SECONDS
 
-ARGUMENTS = ("--train.updates_per_batch", "2", "--train.eval_every", "2", "--train.save_every", "2")
+ARGUMENTS = (*EVALUATED, "--train.updates_per_batch", "2", "--train.eval_every", "2", "--train.save_every", "2")
 POINTS = {"rollout": "rollout:5", "scoring": "scoring:5", "update": "update:6", "eval": "eval:5"}
 
 
@@ -88,8 +88,8 @@ def test_one_rank_killed(fresh: bool, undisturbed: Path, tmp_path: Path) -> None
 def test_a_second_signal_ends_it_at_once(tmp_path: Path) -> None:
     """In a loop that never comes to a safe point; what is saved is whole."""
     run, mark = tmp_path / "run", tmp_path / "in_the_loop"
-    process = begin(None, 1, *TINY, "--train.output_dir", str(run), "--train.save_every", "1", "--data.eval_file",
-                    "null", program=["tests/fault/faulty.py"], environment={
+    process = begin(None, 1, *TINY, "--train.output_dir", str(run), "--train.save_every", "1",
+                    program=["tests/fault/faulty.py"], environment={
                         "FAULT": "loop@update:3", "FAULT_MARK": str(mark), "PYTHONPATH": str(ROOT)
                     })  # fmt: skip
     deadline = time.monotonic() + 240
@@ -129,7 +129,7 @@ def started_by(process: Any) -> list[psutil.Process]:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_the_launcher_signalled(number: signal.Signals, tmp_path: Path) -> None:
-    process = start("zero2", tmp_path / "run", fresh=True)
+    process = start("ddp", tmp_path / "run", fresh=True)
     processes = started_by(process)
     process.send_signal(number)
     # ranks that the launcher had to kill would not have said so
@@ -139,7 +139,7 @@ def test_the_launcher_signalled(number: signal.Signals, tmp_path: Path) -> None:
     assert not alive
     done = str(checkpoint.newest(tmp_path / "run" / "checkpoints")).rpartition("_")[2]
     # forks all hash strings alike, and the processes that a user starts do not: nothing that is resumed depends on that
-    again = train("zero2", 2, tmp_path / "run", "--train.num_train_steps", str(int(done) + 1), "--train.allow_changes",
+    again = train("ddp", 2, tmp_path / "run", "--train.num_train_steps", str(int(done) + 1), "--train.allow_changes",
                   "true")  # fmt: skip
     assert [line["step"] for line in metrics(again)] == list(range(int(done) + 2))
 
@@ -209,7 +209,7 @@ def test_a_slow_reward_is_named_and_waited_for(tmp_path: Path) -> None:
     (tmp_path / "slowness.py").write_text(SLOW_ONCE)
     rewards = json.dumps([{"name": "slowness:slow_once", "args": {"marker": str(tmp_path / "marker")}}])
     done = launch("ddp", 2, *TINY, "--train.output_dir", str(tmp_path / "run"), "--train.hang_timeout_seconds", "5",
-                  "--rewards", rewards, "--data.eval_file", "null", program=["tests/fault/faulty.py"],
+                  "--rewards", rewards, program=["tests/fault/faulty.py"],
                   environment={"FAULT": "impatient@", "PYTHONPATH": f"{ROOT}:{tmp_path}"})  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
     assert re.search(r"rank [01] is in the phase 'reward', and the others have waited for it for [124] s", done.stderr)

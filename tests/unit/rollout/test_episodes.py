@@ -110,10 +110,26 @@ ENDS = end_token_ids(MODEL, TOKENIZER)
 SIZE = 6
 
 
+_hosts: dict[str, EnvironmentHost] = {}
+
+
 @pytest.fixture(scope="module", autouse=True)
 def module(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with importable(tmp_path_factory, "played", TOOLS):
         yield
+        while _hosts:
+            _hosts.popitem()[1].close()
+
+
+def host_of(config: Config) -> EnvironmentHost:
+    """The host of a config. Those of equal environments share one: a process takes over a second to learn its tools."""
+    assert config.environment is not None
+    key = repr((replace(config.environment, max_turns=1), config.rewards))
+    if key not in _hosts:
+        host = open_host(config)
+        assert host is not None
+        _hosts[key] = host
+    return _hosts[key]
 
 
 @pytest.fixture(scope="module")
@@ -163,24 +179,22 @@ def played(
     sampling: Sampling | None = None,
 ) -> tuple[list[Prompt], list[Trajectory]]:  # fmt: skip
     """The prompts, and the episodes of their groups."""
-    host = open_host(config)
-    assert host is not None
-    with host:
-        prompts = make_prompts(config, host, rows)
-        episodes = episodes_of(config, host, TOKENIZER, ENDS)
-        assert isinstance(episodes, Episodes)
-        longest = config.rollout.max_completion_length
-        engine = Noting(decoder or NativeDecoder(ENDS, longest, 1 << 20), LoadedModel(model), {})
-        finished: list[Trajectory] = []
+    host = host_of(config)
+    prompts = make_prompts(config, host, rows)
+    episodes = episodes_of(config, host, TOKENIZER, ENDS)
+    assert isinstance(episodes, Episodes)
+    longest = config.rollout.max_completion_length
+    engine = Noting(decoder or NativeDecoder(ENDS, longest, 1 << 20), LoadedModel(model), {})
+    finished: list[Trajectory] = []
 
-        def note(ended: list[Trajectory]) -> None:
-            assert not {each.slot * SIZE + each.sample for each in ended} & host._home.keys(), "its environment is free"
-            finished.extend(ended)
+    def note(ended: list[Trajectory]) -> None:
+        assert not {each.slot * SIZE + each.sample for each in ended} & host._home.keys(), "its environment is free"
+        finished.extend(ended)
 
-        with awake(engine):
-            trajectories = episodes.play(engine, make_requests(prompts), prompts, sampling or Sampling(), note)
-        assert engine.released == {(each.slot, each.sample) for each in trajectories}
-        assert sorted((t.slot, t.sample) for t in finished) == [(t.slot, t.sample) for t in trajectories]
+    with awake(engine):
+        trajectories = episodes.play(engine, make_requests(prompts), prompts, sampling or Sampling(), note)
+    assert engine.released == {(each.slot, each.sample) for each in trajectories}
+    assert sorted((t.slot, t.sample) for t in finished) == [(t.slot, t.sample) for t in trajectories]
     return prompts, trajectories
 
 

@@ -74,7 +74,7 @@ def played(server: FakeVllm, directory: Path) -> tuple[list[Request], list[Traje
     assert host is not None
     tokenizer = load_tokenizer(MODEL)
     with host:
-        prompts = load_training(config, for_prompts(tokenizer, host), [])[0][:4]
+        prompts = load_training(config, for_prompts(tokenizer, host), [])[0][:3]
         episodes = episodes_of(config, host, tokenizer, ENDS)
         assert episodes is not None
         requests = requests_of(list(prompts), SIZE, slice(0, SIZE * len(prompts)), 0, "train/0")
