@@ -50,7 +50,7 @@ def with_presets(presets: list[str], config: str, last_step: int, *options: str)
     return {preset: ["--preset", preset, *given] for preset in presets}
 
 
-PRETRAINED = ["--config", "configs/reasoning.yaml", "--model.dtype", "float32", "--train.num_train_steps", "20"]
+PRETRAINED = ["--config", "configs/reasoning.yaml", "--model.dtype", "float32"]
 CALCULATOR = ["--config", "configs/calculator.yaml"]
 TASKS = {
     "arithmetic": Task(with_presets(PRESETS, "configs/quickstart.yaml", 40, "--lora.alpha", "64"), (0, 5, 10, 20, 40)),
@@ -59,7 +59,7 @@ TASKS = {
     "environments": Task({"calculator": CALCULATOR, "no calculator": [*CALCULATOR, "--environment", "null"],
                           "guess_number": ["--config", "configs/guess_number.yaml"]},
                          (0, 10, 20, 40, 50), every=10, heading="config", greedy=True),
-    "reasoning": Task({"SmolLM2-135M": PRETRAINED}, (0, 5, 10, 15, 20), heading="model", greedy=True),
+    "reasoning": Task({"SmolLM2-135M": PRETRAINED}, (0, 10, 20, 30, 40), every=10, heading="model", greedy=True),
 }  # fmt: skip
 
 
@@ -133,7 +133,7 @@ def main() -> None:
     curves: dict[str, list[Curve]] = {}
     for name in given.only or task.curves:
         done = [train(task, name, seed, runs, options) for seed in given.seeds]
-        # at temperature 1
+        # drawn as the rollouts are
         curves[name] = [curve(run, "eval/accuracy") for run in done]
         if task.greedy:
             curves[f"{name}, greedy"] = [curve(run, "eval/greedy_accuracy") for run in done]
