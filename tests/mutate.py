@@ -55,6 +55,7 @@ MODULES = {
 """Modules of the package, and the files `test_NAME.py` of tests/unit that say what they do."""
 ROUTES_ROOM = "self.drawn = nothing.new_zeros((0, most + 1, *self.routers.shape))  # (N, most + 1, R, K)"
 ROUTES_GIVEN = "batch.routes is not None and batch.prompt_routes is not None"
+FLOAT32_PRODUCT, ROUNDED_PRODUCT = "float32_product(x, y)", "(x @ y).to(dtype)"
 EQUIVALENT = {
     # what is a rounding, to the bit and to a factor of 2; the loop has the same result as what spares it
     "algorithm/advantages": [
@@ -87,6 +88,13 @@ EQUIVALENT = {
         "more *= 2  # a few packs too many cost less than trying every number: 2 -> 3",
         "load = [0.0] * num_ranks: 0.0 -> 1.0",
         "load[rank] += 0.0 if number is None else costs[number]: 0.0 -> 1.0",
+    ],
+    # what is rounded otherwise on a GPU alone, and its lines
+    "model/lora": [
+        "return torch.addmm(x.new_empty(()), x, y, beta=0, alpha=scaling)",
+        f"{FLOAT32_PRODUCT} if dtype == torch.float32 else {ROUNDED_PRODUCT} -> "
+        f"{ROUNDED_PRODUCT} if dtype == torch.float32 else {FLOAT32_PRODUCT}",
+        "dtype == torch.float32 -> dtype != torch.float32",
     ],
     # at 0 nothing is pushed; a group more, which is empty, counts for nothing
     "algorithm/losses": ["temperature = torch.where(advantages > 0, ", "num_groups = int(group.max()) + 1 if len("],

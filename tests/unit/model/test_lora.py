@@ -152,3 +152,12 @@ def test_layers_left_as_they_were(kind: str) -> None:
     ids = torch.arange(10)[None]
     assert torch.equal(model.eval()(ids).logits, plain(ids).logits)
     assert bool(calls) == (kind == "sharded")
+
+
+@pytest.mark.parametrize("sharded", ["base_layer.weight", "lora_A", "lora_B"])
+def test_one_sharded_weight_of_a_layer_is_enough(sharded: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = adapted(qwen())
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    fuse_adapters(model, lambda weight: sharded in names[weight])  # type: ignore[index]
+    monkeypatch.setattr(lora, "_computed", lambda *_: pytest.fail("PEFT's own forward gathers the weight"))
+    model(torch.arange(10)[None])
