@@ -145,7 +145,7 @@ def _held(width: int, size: int, dtype: torch.dtype) -> tuple[int, int, int]:
     Each row has `width` queries of `size` numbers. A program of 16 bits holds the outputs of its queries. Products in
     float32 are one instruction after another, a thousand for 16 queries of 128 numbers and 64 tokens.
     """
-    warps = 8 if size > 128 else 4
+    warps = 8 if size > 256 // dtype.itemsize else 4
     if dtype.itemsize == 2:
         return min(TILE, max(1, TILE * width * size // 8192)), PAGE, warps
     return min(TILE, max(1, TILE * width // 16)), min(PAGE, PAGE * 128 // size), warps
