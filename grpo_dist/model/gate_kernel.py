@@ -27,15 +27,15 @@ class Adapters(NamedTuple):
 
 
 @triton.jit
-def _inputs(gate, up, low, gate_b, up_b, at, m, k, rows, columns, size, RANK: tl.constexpr):  # fmt: skip
-    """A tile of the gate and of `up`, with their adapters, in float32."""
+def inputs(gate, up, low, gate_b, up_b, at, m, k, rows, columns, feature_stride, rank_stride, RANK: tl.constexpr):
+    """A tile of the gate and of `up`, with their adapters, in float32; the strides are those of both B."""
     inside = rows[:, None] & columns[None, :]
     g = tl.load(gate + at, mask=inside, other=0.0).to(tl.float32)
     u = tl.load(up + at, mask=inside, other=0.0).to(tl.float32)
-    for first in range(0, RANK, 16):
+    for first in range(0, RANK, 16):  # more ranks at once do not fit into registers in float32
         j = first + tl.arange(0, 16)
         narrow, wide = rows[:, None] & (j < RANK)[None, :], (j < RANK)[:, None] & columns[None, :]
-        to, of = low + m[:, None] * 2 * RANK + j[None, :], k[None, :] * RANK + j[:, None]
+        to, of = low + m[:, None] * 2 * RANK + j[None, :], k[None, :] * feature_stride + j[:, None] * rank_stride
         g += tl.dot(tl.load(to, mask=narrow, other=0.0), tl.load(gate_b + of, mask=wide, other=0.0),
                     input_precision="ieee")  # fmt: skip
         u += tl.dot(tl.load(to + RANK, mask=narrow, other=0.0), tl.load(up_b + of, mask=wide, other=0.0),
@@ -49,7 +49,7 @@ def _gated(gate, up, low, gate_b, up_b, output, tokens, size, RANK: tl.constexpr
     m, k = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     rows, columns = m < tokens, k < size
     at = m.to(tl.int64)[:, None] * size + k[None, :]
-    g, u = _inputs(gate, up, low, gate_b, up_b, at, m, k, rows, columns, size, RANK)
+    g, u = inputs(gate, up, low, gate_b, up_b, at, m, k, rows, columns, RANK, 1, RANK)
     y = g / (1 + tl.exp(-g)) * u
     tl.store(output + at, y.to(output.dtype.element_ty), mask=rows[:, None] & columns[None, :])
 
@@ -61,7 +61,7 @@ def _gated_backward(grad, gate, up, low, gate_b, up_b, grad_gate, grad_up, token
     rows, columns = m < tokens, k < size
     inside = rows[:, None] & columns[None, :]
     at = m.to(tl.int64)[:, None] * size + k[None, :]
-    g, u = _inputs(gate, up, low, gate_b, up_b, at, m, k, rows, columns, size, RANK)
+    g, u = inputs(gate, up, low, gate_b, up_b, at, m, k, rows, columns, RANK, 1, RANK)
     d = tl.load(grad + at, mask=inside, other=0.0).to(tl.float32)
     share = 1 / (1 + tl.exp(-g))
     tl.store(grad_gate + at, (d * u * share * (1 + g * (1 - share))).to(grad_gate.dtype.element_ty), mask=inside)

@@ -167,7 +167,7 @@ def _fused(
         if not _fits(layer, x, is_sharded, name):
             return plain(x)
         scaling, dropout = layer.scaling[name], layer.lora_dropout[name]
-        if dropout.training and isinstance(dropout, TokenDropout):
+        if _drops(layer, name):
             return _computed([layer], x, name, scaling * dropout.scale, dropout.kept(x))[0]
         if family is not None and family.fits(x):
             return family.output(layer, x)
@@ -182,6 +182,11 @@ def _fits(layer: LoraLinear, x: Tensor, is_sharded: Callable[[Tensor], bool], na
     if layer.disable_adapters or layer.merged or x.dtype != dtype_of(base):
         return False
     return not any(map(is_sharded, adapters if isinstance(base, QuantizedLinear) else (base.weight, *adapters)))
+
+
+def _drops(layer: LoraLinear, name: str) -> bool:
+    """Whether a layer's adapters see a part of their input now."""
+    return layer.lora_dropout[name].training and isinstance(layer.lora_dropout[name], TokenDropout)
 
 
 def _shares_products(x: Tensor) -> bool:
@@ -215,10 +220,9 @@ class _Family:
 
     def fits(self, x: Tensor) -> bool:
         """Whether all layers compute their adapters of `x` now, and none drops any of it."""
-        drops = any(layer.lora_dropout[self.name].training and isinstance(layer.lora_dropout[self.name], TokenDropout)
-                    for layer in self.layers)  # fmt: skip
-        return not drops and _shares_products(x) and all(_fits(each, x, self.is_sharded, self.name)
-                                                         for each in self.layers)  # fmt: skip
+        return _shares_products(x) and all(
+            _fits(each, x, self.is_sharded, self.name) and not _drops(each, self.name) for each in self.layers
+        )
 
     def gated(self, x: Tensor) -> Tensor | None:
         """SwiGLU's product of a gate and its sibling, or None where the kernel cannot compute it."""

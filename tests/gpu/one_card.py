@@ -246,7 +246,7 @@ def pack_attention(tiny: bool) -> dict[str, Any]:
             torch.randn(1, h, tokens, 128, device=DEVICE, dtype=torch.bfloat16).requires_grad_() for h in (12, 2, 2)
         ]
         incoming = torch.randn(1, tokens, 12, 128, device=DEVICE, dtype=torch.bfloat16)
-        layouts = {"flash": RowLayout(pieces, DEVICE), "blocks": block_layout(pieces).to(DEVICE)}
+        layouts = {"flash": RowLayout(pieces, DEVICE), "blocks": block_layout(pieces, attention.GPU_BLOCK).to(DEVICE)}
         for kind, layout in layouts.items():
 
             def forward(layout: Any = layout, given: list[torch.Tensor] = given) -> torch.Tensor:

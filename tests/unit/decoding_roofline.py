@@ -14,7 +14,7 @@ from typing import Any
 
 import simulated_decoding as decoding
 import torch
-from bounds import Bound, Card, Totals, name_of, of_all_layers, sum_of
+from bounds import H100, Bound, Card, Totals, name_of, of_all_layers, sum_of
 from simulated_device import CUDA
 from torch import Tensor
 from transformers import AutoModelForCausalLM, Qwen2Config
@@ -26,9 +26,8 @@ from grpo_dist.rollout.native import gpu
 from grpo_dist.rollout.native.fused import FusedStep
 from grpo_dist.rollout.sampling import Sampling
 
-CARDS = {"H100": Card(2.97e12, 700e12, 2e-6), "H200": Card(4.26e12, 700e12, 2e-6)}
-"""An H100's speed of copying and of large products, as measured, and a small kernel of a graph. An H200's speed of
-copying is the H100's times the ratio of the data sheets."""
+CARDS = {"H100": H100, "H200": Card(4.26e12, H100.flops_per_s, H100.start_s)}
+"""An H200's speed of copying is the H100's times the ratio of the data sheets."""
 REAL = {60: 1536, 20: 256, 56: 8960, 6: 12, 10: 128, 72: 151936, 124: 2096, 16: 32, 8: 16, 5: 64}
 """Hidden, keys of a token, inner, heads, head size, vocabulary, queries, keys and values with their adapters' first
 products, ranks of two adapters and of one, half a head."""
@@ -89,7 +88,7 @@ def of_step(launches: Launches, work: Any, length: int) -> Totals:
 def main() -> None:
     """Print milliseconds of a step and its groups, and its speed beside that of copying: for what it has to read, which
     is weights once, and keys and values of each prompt and each row once."""
-    bound = Bound(CARDS["H100"], REAL, lambda func, _: (name_of(func), 0.0), {16, 32}, 151936)
+    bound = Bound(H100, REAL, lambda func, _: (name_of(func), 0.0), {16, 32}, 151936)
     bound.install()
     launches, result = Launches(bound), {}
     with torch.inference_mode():

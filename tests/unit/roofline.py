@@ -13,7 +13,7 @@ from typing import Any
 
 import simulated_packs as packs
 import torch
-from bounds import Bound, Card, Totals, name_of, of_all_layers, sum_of
+from bounds import H100, Bound, Totals, name_of, of_all_layers, sum_of
 from simulated_device import CUDA
 from torch import Tensor
 from transformers import AutoModelForCausalLM, Qwen2Config
@@ -23,8 +23,8 @@ from grpo_dist.model import attention, logprobs
 from grpo_dist.model.load import make_policy
 from grpo_dist.planning.tracing import example_pack
 
-CARD, PEAK = Card(2.97e12, 700e12, 2e-6), 989e12
-"""An H100's speed of copying and of large products, as measured, a small kernel; and the data sheet's peak."""
+PEAK = 989e12
+"""An H100's, of the data sheet."""
 REAL = {48: 1536, 16: 256, 56: 8960, 6: 12, 8: 128, 4: 64, 64: 151936, 140: 16384, 128: 15360, 12: 1024, 17: 1920,
         9: 1920, 5: 16, 10: 32, 15: 48, 1: 1, 2: 2}  # fmt: skip
 """Hidden, keys of a token, inner, heads, head size, half of it, vocabulary, tokens of the pack, of completions, of
@@ -45,7 +45,7 @@ def group_of(func: Any, _: list[Tensor]) -> tuple[str, float]:
     return name, 0.0
 
 
-BOUND = Bound(CARD, REAL, group_of, {16, 32, 48}, 151936)
+BOUND = Bound(H100, REAL, group_of, {16, 32, 48}, 151936)
 
 
 def of_layers(num_layers: int) -> Totals:

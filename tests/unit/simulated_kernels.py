@@ -70,7 +70,7 @@ def join(output: Tensor, sums: Tensor, other: Tensor, other_sums: Tensor) -> tup
 
 
 def inputs_of_gate(gate: Tensor, up: Tensor, adapters: list[Tensor]) -> list[Tensor]:
-    """`gate_kernel._inputs`."""
+    """`gate_kernel.inputs`."""
     inputs = [gate.float(), up.float()]
     if adapters:
         low, *b = (each.float() for each in adapters)
@@ -125,6 +125,7 @@ def put_triton_in() -> None:
             "gated": lambda gate, up, adapters=(): gated(gate, up, list(adapters)),
             "gated_backward": lambda grad, gate, up, adapters=(): gated_backward(grad, gate, up, list(adapters)),
             "Adapters": lambda *each: each,
+            "inputs": inputs_of_gate,
         },
         "rotation_kernel": {"rotate": rotate},
     }.items():  # fmt: skip

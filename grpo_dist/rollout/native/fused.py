@@ -190,7 +190,6 @@ def _gated(product: Product, x: Tensor, is_gelu: bool) -> Tensor:
     output = x.new_empty((rows, size))
     kernels.multiply_by_gate[triton.cdiv(rows, GATE_ROWS), triton.cdiv(size, GATE_BLOCK)](
         gate, up, low, *product.high, *product.biases, output, rows, size, RANK=product.rank,
-        RP=triton.cdiv(product.rank, 16) * 16, BIAS=product.has_bias, ROWS=GATE_ROWS, BLOCK=GATE_BLOCK,
-        GELU=is_gelu,
+        BIAS=product.has_bias, ROWS=GATE_ROWS, BLOCK=GATE_BLOCK, GELU=is_gelu,
     )  # fmt: skip
     return output

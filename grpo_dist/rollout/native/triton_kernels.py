@@ -15,6 +15,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ...model.gate_kernel import inputs
+
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 
 
@@ -242,27 +244,16 @@ def add_and_normalise(x, y, low, high, bias, added_weight, weight, normed, size,
 
 @triton.jit
 def multiply_by_gate(gate, up, low, gate_high, up_high, gate_bias, up_bias, output, num_rows, size, RANK: tl.constexpr,
-                     RP: tl.constexpr, BIAS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-                     GELU: tl.constexpr):  # fmt: skip
+                     BIAS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, GELU: tl.constexpr):  # fmt: skip
     """SwiGLU (arXiv:2002.05202, equation 6) of a tile of rows and outputs, with the adapters of both layers: `low` has
     the gate's and, beside it, those of `up`. With GELU the gate goes through its approximation by tanh
     (arXiv:1606.08415, section 2), where (1 + tanh(y)) / 2 = 1 / (1 + exp(-2 y))."""
     m, k = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = (m < num_rows)[:, None] & (k < size)[None, :]
+    rows, columns = m < num_rows, k < size
     at = m.to(tl.int64)[:, None] * size + k[None, :]
-    g = tl.load(gate + at, mask=inside, other=0.0).to(tl.float32)
-    u = tl.load(up + at, mask=inside, other=0.0).to(tl.float32)
-    if RANK > 0:
-        for first in range(0, RP, 16):  # more ranks at once do not fit into registers in float32
-            j = first + tl.arange(0, 16)
-            narrow, wide = (m < num_rows)[:, None] & (j < RANK)[None, :], (j < RANK)[:, None] & (k < size)[None, :]
-            to, of = low + m[:, None] * 2 * RANK + j[None, :], j[:, None] * size + k[None, :]
-            g += tl.dot(tl.load(to, mask=narrow, other=0.0), tl.load(gate_high + of, mask=wide, other=0.0),
-                        input_precision="ieee")  # fmt: skip
-            u += tl.dot(tl.load(to + RANK, mask=narrow, other=0.0), tl.load(up_high + of, mask=wide, other=0.0),
-                        input_precision="ieee")  # fmt: skip
+    g, u = inputs(gate, up, low, gate_high, up_high, at, m, k, rows, columns, 1, size, RANK)
     if BIAS:
-        g += tl.load(gate_bias + k, mask=k < size, other=0.0).to(tl.float32)[None, :]
-        u += tl.load(up_bias + k, mask=k < size, other=0.0).to(tl.float32)[None, :]
+        g += tl.load(gate_bias + k, mask=columns, other=0.0).to(tl.float32)[None, :]
+        u += tl.load(up_bias + k, mask=columns, other=0.0).to(tl.float32)[None, :]
     y = g * (1.5957691216 + 0.0713548163 * g * g) if GELU else g
-    tl.store(output + at, (g / (1 + tl.exp(-y)) * u).to(output.dtype.element_ty), mask=inside)
+    tl.store(output + at, (g / (1 + tl.exp(-y)) * u).to(output.dtype.element_ty), mask=rows[:, None] & columns[None, :])
