@@ -13,7 +13,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import yaml
 from docstring_parser import parse_from_object
 
-from grpo_dist.config.parse import group_type
+from grpo_dist.config.names import group_type
 from grpo_dist.config.schema import Config
 from grpo_dist.config.values import default_of, descriptions
 

@@ -16,8 +16,8 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
+from ..config.mistakes import read_options
 from ..preflight.look import check
-from ..preflight.options import read_options
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

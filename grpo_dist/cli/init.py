@@ -22,7 +22,7 @@ from typing import Any
 import yaml
 
 from ..config.checks import did_you_mean
-from ..config.parse import group_type, option_types
+from ..config.names import group_type, option_types
 from ..config.schema import Config, RewardConfig
 from ..config.shipped import shipped
 from ..config.values import descriptions, flat

@@ -17,7 +17,7 @@ from typing import Any, Literal, get_args, get_origin
 import shtab
 
 from ..config.checks import require
-from ..config.parse import group_type, option_types, presets
+from ..config.names import group_type, option_types, presets
 from .main import VERBS, make_parser
 
 PROGRAM = "grpo-dist"

@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import fields, is_dataclass
 from datetime import date
 from typing import Any
 
@@ -15,15 +16,28 @@ _collected: ContextVar[list[str] | None] = ContextVar("collected", default=None)
 
 
 def require(condition: bool, key: str, given: object, expected: str) -> None:
-    """Raise a ValueError that names the option, what was given and what was expected, unless `condition` is true.
-
-    An infinite number is always refused.
-    """
-    if not condition or given in (math.inf, -math.inf):
+    """Raise a ValueError that names the option, what was given and what was expected, unless `condition` is true."""
+    if not condition:
         refusal = f"{key}: {given!r} given, expected {expected}"
         if (collected := _collected.get()) is None:
             raise ValueError(refusal)
-        collected.append(refusal)
+        if not any(before.startswith(f"{key}:") for before in collected):
+            collected.append(refusal)
+
+
+def require_finite(group: Any, prefix: str = "") -> None:
+    """Raise a ValueError for a number that is none, or is infinite, in a group of options; a reward's own arguments may
+    be what they like."""
+    for option in fields(group):
+        key, value = f"{prefix}{option.name}", getattr(group, option.name)
+        parts = (
+            list(value.values()) if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else [value]
+        )
+        for part in parts:
+            if is_dataclass(part):
+                require_finite(part, f"{key}.")
+            elif isinstance(part, float) and "Any" not in str(option.type):
+                require(math.isfinite(part), key, value, "a finite number")
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
@@ -42,7 +56,7 @@ def is_date(text: str) -> bool:
 
 @contextmanager
 def collected_refusals() -> Iterator[list[str]]:
-    """Inside, `require` appends its messages to the list that is yielded, and raises nothing."""
+    """Inside, `require` appends its messages to the list that is yielded, one for each option, and raises nothing."""
     refusals: list[str] = []
     token = _collected.set(refusals)
     try:

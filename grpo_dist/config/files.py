@@ -7,23 +7,24 @@ from pathlib import Path
 
 import yaml
 
+from ..text.files import near_paths
 
-def mistake_of_file(path: str) -> str | None:
-    """What to correct in a YAML file: bytes that are no UTF-8, and keys that are given twice, of which YAML would take
-    the last alone. None where there is nothing, and for what the parser says better."""
+
+def mistakes_of_file(path: str) -> list[str]:
+    """What to correct in a YAML file: a path that is none, bytes that are no UTF-8, and keys that are given twice, of
+    which YAML would take the last alone. Empty where there is nothing, and for what a loader says better."""
+    if not Path(path).exists():
+        return [f"--config: no file {path!r} in {Path.cwd()}{near_paths(path)}"]
     if not Path(path).is_file():
-        return None
+        return [f"--config: {path} given, expected a YAML file"]
     try:
-        text = Path(path).read_text(encoding="utf-8-sig")
+        root = yaml.compose(Path(path).read_text(encoding="utf-8-sig"), yaml.SafeLoader)
     except UnicodeDecodeError as error:
-        return f"--config: {path} is no UTF-8 text ({error.reason} in byte {error.start}); save it as UTF-8"
-    try:
-        root = yaml.compose(text, yaml.SafeLoader)
+        return [f"--config: {path} is no UTF-8 text ({error.reason} in byte {error.start}); save it as UTF-8"]
     except yaml.YAMLError:
-        return None
-    twice = [f"{key} is given in lines {first} and {second} of {path}, expected once: the second would replace all of "
-             "the first" for key, first, second in _repeated(root, "")]  # fmt: skip
-    return "; ".join(twice) or None
+        return []
+    return [f"{key} is given in lines {first} and {second} of {path}, expected once: the second would replace all of "
+            "the first" for key, first, second in _repeated(root, "")]  # fmt: skip
 
 
 def _repeated(node: yaml.Node | None, prefix: str) -> Iterator[tuple[str, int, int]]:

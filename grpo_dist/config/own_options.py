@@ -7,7 +7,8 @@ import difflib
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from .parse import command_line_options, let_first_rank_answer
+from .names import command_line_options
+from .parse import let_first_rank_answer
 
 
 class OwnOptions(argparse.ArgumentParser):

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from .algorithm import AdvantageConfig, CriticConfig, LossConfig, check_algorithm, check_split_rows
-from .checks import is_date, require, with_home
+from .checks import is_date, require, require_finite, with_home
 from .curriculum import CurriculumConfig
 from .environment import EnvironmentConfig
 from .rewards import RewardConfig, ScoringConfig
@@ -309,6 +309,7 @@ class Config:
     logging: LoggingConfig = field(default_factory=LoggingConfig)
 
     def __post_init__(self) -> None:
+        require_finite(self)
         longest = self.max_sequence_length
         require(self.train.max_tokens_per_pack >= longest, "train.max_tokens_per_pack", self.train.max_tokens_per_pack,
                 f"at least data.max_prompt_length + rollout.max_completion_length = {longest}")  # fmt: skip

@@ -12,13 +12,13 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
+from ..config.mistakes import Options, read_options
 from ..config.schema import LoraConfig
 from ..config.values import flat, redacted
 from ..distributed.launch_config import require_known_launch, require_optimizer
 from ..text.plain import plain, write_stage
 from .early import require_possible
 from .findings import Findings
-from .options import Options, read_options
 
 _SHOWN_CHARACTERS = 1000
 

@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 
 from ..checkpoint.state import TrainState
-from ..config.parse import DRY_RUN, let_first_rank_answer, parse_config
+from ..config.names import DRY_RUN
+from ..config.parse import let_first_rank_answer, parse_config
 from ..config.schema import Config
 from ..distributed.ranks import PhaseError
 from ..distributed.rendezvous import LaunchError, tell_error_of_start

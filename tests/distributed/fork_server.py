@@ -68,7 +68,7 @@ def main() -> None:
 
 def fill_caches() -> None:
     """Compute what every run needs and libraries compute once a process."""
-    importlib.import_module("grpo_dist.config.parse").make_parser()
+    importlib.import_module("grpo_dist.config.parser").make_parser()
     with contextlib.suppress(ModuleNotFoundError):  # older releases have none
         importlib.import_module("transformers.conversion_mapping").get_checkpoint_conversion_mapping("qwen2")
 

@@ -9,7 +9,7 @@ import torch
 from launching import ROOT, TINY, adapters, completions, launch, metrics, relative_difference, train
 from safetensors.torch import load_file
 
-from grpo_dist.config.parse import presets
+from grpo_dist.config.names import presets
 
 TOKEN_REWARD = '''
 def digits(completion_ids, completions, answer, **columns):

@@ -22,7 +22,8 @@ from launching import ROOT, launch
 from grpo_dist.cli.examples import copy_examples
 from grpo_dist.cli.main import main, make_parser
 from grpo_dist.config import evaluation
-from grpo_dist.config.parse import option_types, parse_config
+from grpo_dist.config.names import option_types
+from grpo_dist.config.parse import parse_config
 
 SHORT = ("--train.num_train_steps", "2", "--train.num_eval_prompts", "4")
 NOT_HERE = {

@@ -45,7 +45,8 @@ def test_ranks_do_not_call_print() -> None:
 
 @pytest.mark.skipif(not hasattr(os, "O_DIRECT"), reason="pipes keep no writes apart here")
 def test_a_mistake_is_one_write() -> None:
-    code = "from grpo_dist.config.parse import parse_config; parse_config(['--optim.learning_rte', '1'])"
+    words = ["--optim.learning_rte", "1", "--train.sed", "1"]
+    code = f"from grpo_dist.config.parse import parse_config; parse_config({words})"
     read, write = os.pipe2(os.O_DIRECT)  # each read gives what was written in one call
     process = subprocess.Popen([sys.executable, "-u", "-c", code], cwd=PACKAGE.parent, stderr=write)
     os.close(write)

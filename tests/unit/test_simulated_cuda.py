@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from launching import ROOT, launch
 
-from grpo_dist.config.parse import presets
+from grpo_dist.config.names import presets
 
 WAITS_OF_A_ROLLOUT = {
     # whenever prompts come in

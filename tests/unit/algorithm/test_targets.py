@@ -26,7 +26,8 @@ from grpo_dist.algorithm.targets import (
 )
 from grpo_dist.checkpoint.state import TrainState
 from grpo_dist.config.algorithm import AdvantageConfig, CriticConfig, LossConfig, has_reference
-from grpo_dist.config.parse import PRESETS, parse_config, presets
+from grpo_dist.config.names import PRESETS, presets
+from grpo_dist.config.parse import parse_config
 from grpo_dist.config.schema import Config, RewardConfig, RolloutConfig, TrainConfig
 from grpo_dist.data.order import Curriculum, Sampler
 from grpo_dist.types import Batch, OldPolicy, Prompt, all_token_rewards, join
@@ -356,7 +357,7 @@ def test_an_unknown_preset_is_refused(capsys: pytest.CaptureFixture[str]) -> Non
     with pytest.raises(SystemExit):
         parse_config(["--preset", "grop"])
     output = capsys.readouterr().err
-    assert "grop" in output and "'grpo'" in output
+    assert "'grop' given" in output and " grpo," in output
 
 
 @pytest.mark.parametrize(

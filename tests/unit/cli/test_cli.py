@@ -73,7 +73,7 @@ def test_the_first_rank_of_a_node_answers_before_the_others(
         read([*words, "--train.bath_size", "3"])
     assert end.value.code == 2
     assert already_printed == ([] if local_rank == "0" else [""])
-    assert "--train.bath_size" in capsys.readouterr().err
+    assert "train.bath_size" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("verb", VERBS)

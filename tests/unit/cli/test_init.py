@@ -12,8 +12,9 @@ import yaml
 from grpo_dist.cli import init as starter
 from grpo_dist.cli.main import VERBS, main
 from grpo_dist.cli.shell_completion import script
-from grpo_dist.config.parse import option_types, parse_config
-from grpo_dist.preflight.options import read_options
+from grpo_dist.config.mistakes import read_options
+from grpo_dist.config.names import option_types
+from grpo_dist.config.parse import parse_config
 
 COMPLETE = """
 complete_words() {

@@ -12,7 +12,8 @@ import yaml
 
 from grpo_dist.cli.main import main
 from grpo_dist.cli.schema import render
-from grpo_dist.config.parse import option_types, parse_config
+from grpo_dist.config.names import option_types
+from grpo_dist.config.parse import parse_config
 
 CONFIGS = Path(__file__).parents[3] / "configs"
 SCHEMA = json.loads(render())

@@ -18,13 +18,13 @@ from grpo_dist.checkpoint import store as checkpoint
 from grpo_dist.checkpoint.resume import identity
 from grpo_dist.checkpoint.state import TrainState
 from grpo_dist.cli.main import main
+from grpo_dist.config.mistakes import COMMAND_LINE, read_options
 from grpo_dist.config.parse import parse_config
 from grpo_dist.config.schema import Config, RolloutConfig
 from grpo_dist.config.vllm import VllmConfig
 from grpo_dist.preflight.contents import read_contents
 from grpo_dist.preflight.findings import Findings
 from grpo_dist.preflight.look import dry_run
-from grpo_dist.preflight.options import COMMAND_LINE, read_options
 from grpo_dist.preflight.servers import check_servers
 from grpo_dist.preflight.sizes import strategy_of_launch
 from grpo_dist.preflight.trackers import Service, unreachable
@@ -72,9 +72,9 @@ def test_all_mistakes_of_a_command_line_at_once(tmp_path: Path) -> None:
         "rollout.group_size": f"2.5 given in {file}, expected a whole number",
         "train.learning_rate": "did you mean 'optim.learning_rate'?",
         "lora.use_dora": f"True given in {file}, but no such option exists; lora.use_dora is no option: DoRA is",
-        "rewards": "expected a list (Expected a <class 'float'>. Got value: x)",
+        "rewards.weight": f"'x' given in {file}, expected a number",
         "loss.objective": "'ppo' given in",
-        "--config": "nowhere.yaml cannot be read",
+        "--config": "no file 'nowhere.yaml' in ",
         "optim.learning_rat": "did you mean 'optim.learning_rate'?",
         "train.batch_size": f"0 given, expected 1 or more (in {file})",
         "rollout.temperature": "-1.0 given, expected above 0",
