@@ -18,11 +18,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..config.checks import require
+from ..config.checks import require, require_seed
 from ..config.places import require_run
 from ..text.plain import write_stage
 
@@ -46,7 +47,8 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
     """Answer one prompt, or each typed one. Raises ValueError, OSError."""
     require(not rest, "arguments", list(rest), "a run or a checkpoint, and the options of --help")
     require_run(options.run_or_checkpoint)
-    require(options.temperature >= 0, "--temperature", options.temperature, "0 or more")
+    require(0 <= options.temperature < math.inf, "--temperature", options.temperature, "0 or more")
+    require_seed("--seed", options.seed)
     require(options.max_new_tokens is None or options.max_new_tokens > 0, "--max_new_tokens", options.max_new_tokens,
             "at least 1")  # fmt: skip
     write_stage("importing torch and transformers")

@@ -40,6 +40,11 @@ def require_finite(group: Any, prefix: str = "") -> None:
                 require(math.isfinite(part), key, value, "a finite number")
 
 
+def require_seed(key: str, seed: int) -> None:
+    """Raise a ValueError for a seed that torch does not take."""
+    require(0 <= seed < 2**63, key, seed, "a whole number from 0 to 2**63 - 1")
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """The end of a message about an unknown word: the nearest of the known ones; empty where none is near."""
     near = difflib.get_close_matches(word, list(known), n=1)

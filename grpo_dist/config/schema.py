@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from .algorithm import AdvantageConfig, CriticConfig, LossConfig, check_algorithm, check_split_rows
-from .checks import is_date, require, require_finite, with_home
+from .checks import is_date, require, require_finite, require_seed, with_home
 from .curriculum import CurriculumConfig
 from .environment import EnvironmentConfig
 from .rewards import RewardConfig, ScoringConfig
@@ -263,10 +263,10 @@ class TrainConfig:
         for key, least in {
             "batch_size": 1, "num_train_steps": 1, "updates_per_batch": 1, "num_minibatches": 1,
             "max_tokens_per_pack": 2, "sequence_parallel_size": 1, "eval_every": 0, "num_eval_prompts": 1,
-            "save_every": 0, "keep_checkpoints": 2,
-            "seed": 0, "max_bad_updates": 1, "max_failed_saves": 0,
+            "save_every": 0, "keep_checkpoints": 2, "max_bad_updates": 1, "max_failed_saves": 0,
         }.items():  # fmt: skip
             require(getattr(self, key) >= least, f"train.{key}", getattr(self, key), f"{least} or more")
+        require_seed("train.seed", self.seed)
 
 
 @dataclass

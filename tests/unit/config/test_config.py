@@ -119,6 +119,8 @@ BAD: dict[str, tuple[str, list[str], list[str]]] = {
     "three for two": ("optim: {betas: [0, 0, 0]}", [], ["optim.betas: [0, 0, 0]", "a list of 2, each a number"]),
     "a name or a number": ("rollout: {max_tokens_in_flight: x}", [],
                            ["rollout.max_tokens_in_flight: 'x'", "expected a whole number or auto"]),
+    "a seed of 65 bits": ("train: {seed: 18446744073709551616}", [],
+                          ["train.seed: 18446744073709551616 given, expected a whole number from 0 to 2**63 - 1"]),
     "a word": ("train: {seed: 1}", ["stray"], ["'stray' given on the command line, expected options such as"]),
     "nothing for a group": ("train: {seed: 1}", ["--environment.factory", "null"],
                             ["error: environment: None given, expected tools, a factory, or both\n"]),
