@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from ..distributed.sharding import full_shape
-from .files import UnfitModel, is_bitsandbytes, require_fit, require_fixed_positions, some_names
+from .files import UnfitModel, is_bitsandbytes, require_causal, require_fit, require_fixed_positions, some_names
 from .names import no_causal_lm, no_layer, no_pattern, refused_layer
 from .peft import PeftLoraConfig, convert_peft_config_for_transformers
 from .quantized import QuantizedLinear
@@ -72,6 +72,7 @@ def require_trainable(model_config: Any, longest: int) -> None:
         raise UnfitModel(f"model.name: a checkpoint of {named[0]} given (architectures in its config.json), expected a "
                          "causal language model: it has no head that predicts tokens")  # fmt: skip
     require_fixed_positions(lambda name: getattr(text, name, None), longest)
+    require_causal(lambda name: getattr(text, name, None))
 
 
 def require_decoder(model: Any) -> None:

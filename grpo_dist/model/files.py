@@ -38,6 +38,8 @@ LOADED_IN = ("load_in_4bit", "_load_in_4bit", "load_in_8bit", "_load_in_8bit")
 """Keys by which bitsandbytes' quantization_config says how weights are stored."""
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 """The names that configs give to the number of experts."""
+POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len")
+"""The names that configs give to the number of positions."""
 UNFIT_TYPES = {
     **{kind: "a token sees later ones" for kind in ("cpmant", "xlnet")},
     **{
@@ -83,11 +85,13 @@ def require_fit(
                          "config.json), expected a causal language model; its encoder would be left out")  # fmt: skip
 
 
-def require_positions(positions: int | None, longest: int) -> None:
-    """Raise UnfitModel where a model with so many positions (None: any number) is too small for `longest` tokens."""
-    if positions is not None and longest > positions:
+def require_positions(entry: Callable[[str], Any], longest: int) -> None:
+    """Raise UnfitModel where the model has too few positions for `longest` tokens; `entry` gives those of the language
+    model's config."""
+    name, positions = next(((name, given) for name in POSITIONS if (given := entry(name)) is not None), ("", longest))
+    if longest > positions:
         raise UnfitModel(f"data.max_prompt_length + rollout.max_completion_length: {longest} tokens given, the model "
-                         f"has {positions} positions (max_position_embeddings): lower one of the two")  # fmt: skip
+                         f"has {positions} positions ({name}): lower one of the two")  # fmt: skip
 
 
 def require_fixed_positions(entry: Callable[[str], Any], longest: int) -> None:
@@ -103,6 +107,15 @@ def require_fixed_positions(entry: Callable[[str], Any], longest: int) -> None:
                          f"most {bound} for this model: beyond, its position encoding ({kind}) depends on "
                          "the length of the sequence, so that a token's probability would change after it was drawn"
                          )  # fmt: skip
+
+
+def require_causal(entry: Callable[[str], Any]) -> None:
+    """Raise UnfitModel where the language model's config, whose entries `entry` gives, lets a token see later ones."""
+    for name, seeing in (("use_bidirectional_attention", (True, "all")), ("is_causal", (False,))):
+        if (given := entry(name)) in seeing:
+            raise UnfitModel(f"model.name: a model given whose tokens see later ones ({name}: {given} in its "
+                             "config.json), expected a causal language model: it was made for embeddings, and cannot "
+                             "continue a text")  # fmt: skip
 
 
 def layers_obstacle(entry: Callable[[str], Any], longest: int) -> str | None:
@@ -151,8 +164,9 @@ def require_fit_files(
     require_fit(kind, text.get("model_type") or "", entries.get("architectures") or [], given,
                 bool(entries.get("is_encoder_decoder")), bool(entries.get("auto_map")))  # fmt: skip
     longest = config.max_sequence_length
-    require_positions(text.get("max_position_embeddings"), longest)
+    require_positions(text.get, longest)
     require_fixed_positions(text.get, longest)
+    require_causal(text.get)
     require_quantizable(config, given)
     require_unsharded(kind_of(config.model, given) is not None, shards_weights)
     require_divisors(config, num_ranks, text.get("num_attention_heads"), layers_obstacle(text.get, longest))

@@ -37,7 +37,16 @@ from .checks import (
 from .dequantization import become_plain, dequantized_loading
 from .dropout import drop_by_token
 from .expert_adapters import compute_adapters_apart, expert_parameters, of_experts
-from .files import UnfitModel, dequantized_form, layers_obstacle, model_path, require_positions, require_weights
+from .files import (
+    UnfitModel,
+    dequantized_form,
+    layers_obstacle,
+    model_path,
+    require_positions,
+    require_weights,
+    stored_file,
+)
+from .loaded import note_own_head, require_finite, require_stored
 from .peft import LoraLayer, PeftLoraConfig, with_new_adapters
 from .policy import Policy, recompute_layers
 from .quantization import quantized_loading, use_own_layers
@@ -57,26 +66,31 @@ def _hub_options(model: ModelConfig) -> dict[str, Any]:
 
 
 @contextmanager
-def _names_option(model: ModelConfig) -> Iterator[None]:
+def _names_option(option: str, name: str, place: str) -> Iterator[None]:
     """Inside, an error about a repository says which option named it."""
     try:
         yield
     except OSError as error:
-        if Path(model_path(model)).is_dir():
+        if Path(place).is_dir():
             raise
-        raise OSError(f"model.name: {model.name!r} is no directory in {Path.cwd()}, and the hub gives no such model "
-                      f"here: {error}") from error  # fmt: skip
+        what = "tokenizer" if option == "model.tokenizer" else "model"
+        raise OSError(f"{option}: {name!r} is no directory in {Path.cwd()}, and the hub gives no such {what} here: "
+                      f"{error}") from error  # fmt: skip
 
 
 def load_tokenizer(model: ModelConfig) -> Any:
     """The tokenizer, with a padding token. Without one of its own, it is the first end-of-sequence token."""
     require_complete_model(model.name, model_path(model), model.revision)
     if model.tokenizer is None:
-        with _names_option(model):
-            tokenizer = AutoTokenizer.from_pretrained(model_path(model), **_hub_options(model))
+        try:  # the tokenizer's class depends on config.json
+            with _names_option("model.name", model.name, model_path(model)):
+                tokenizer = AutoTokenizer.from_pretrained(model_path(model), **_hub_options(model))
+        except StrictDataclassError as error:
+            raise _unreadable(model, error) from error
     else:
         place = model_place(model.tokenizer, "model.tokenizer", "tokenizer_config.json")
-        tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=model.trust_remote_code)
+        with _names_option("model.tokenizer", model.tokenizer, place):
+            tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=model.trust_remote_code)
     if tokenizer.eos_token_id is None:
         raise ValueError(f"model.name: the tokenizer of {model.name!r} has no end-of-sequence token; all completions "
                          "would end by their length. Set `eos_token` in its tokenizer_config.json")  # fmt: skip
@@ -89,26 +103,36 @@ def load_tokenizer(model: ModelConfig) -> Any:
 
 
 def end_token_ids(model: ModelConfig, tokenizer: Any) -> list[int]:
-    """All tokens that end a completion, of the tokenizer and the generation config, sorted."""
+    """All tokens that end a completion, of the tokenizer and the model's configs, sorted; the log names ids among these
+    that are no tokens. Raises UnfitModel for a config that cannot be read."""
+    config = load_model_config(model)
+    text = config.get_text_config(decoder=True)
     ends = {tokenizer.eos_token_id}
-    for source in (GenerationConfig, AutoConfig):
-        try:
-            options = _hub_options(model) if source is AutoConfig else {"revision": model.revision}
-            config = source.from_pretrained(model_path(model), **options)
-        except OSError:  # many repositories have no generation_config.json
-            continue
-        parts = [config] if source is GenerationConfig else [config, config.get_text_config(decoder=True)]
-        for given in (getattr(part, "eos_token_id", None) for part in parts):
-            ends |= set(given if isinstance(given, list) else [given]) - {None}
-    return sorted(ends)
+    for part in (config, text, _generation_config(model)):
+        given = getattr(part, "eos_token_id", None)
+        ends |= set(given if isinstance(given, list) else [given]) - {None}
+    if unknown := sorted(end for end in ends if not 0 <= end < text.vocab_size):
+        log.warning("eos_token_id of %r has %s, expected tokens of the model (0 to %d): they end nothing",
+                    model.name, ", ".join(map(str, unknown)), text.vocab_size - 1)  # fmt: skip
+    return sorted(ends - {*unknown})
+
+
+def _generation_config(model: ModelConfig) -> GenerationConfig | None:
+    """The model's generation_config.json; None where it has none. Raises UnfitModel if it is not readable."""
+    path = model_path(model)
+    try:
+        return GenerationConfig.from_pretrained(path, revision=model.revision)
+    except (OSError, *CANNOT) as error:
+        if isinstance(error, OSError) and stored_file(path, "generation_config.json", model.revision) is None:
+            return None  # as many repositories
+        raise UnfitModel(f"model.name: generation_config.json of {model.name!r} cannot be read ({error}): correct it, "
+                         "or take it out of the model's directory") from error  # fmt: skip
 
 
 def ignored_generation_options(model: ModelConfig, rollout: RolloutConfig) -> str | None:
     """What the model's generation_config.json asks for and rollouts do not do; None where there is nothing."""
-    try:
-        given = GenerationConfig.from_pretrained(model_path(model), revision=model.revision).to_diff_dict()
-    except OSError:
-        return None
+    own = _generation_config(model)
+    given = {} if own is None else own.to_diff_dict()
     ignored = {name: value for name, value in given.items()
                if name not in _NO_SAMPLING and value not in (None, False, getattr(rollout, name, None))}  # fmt: skip
     if not ignored:
@@ -121,14 +145,18 @@ def load_model_config(model: ModelConfig) -> Any:
     """The model's transformers config. Raises UnfitModel if it is not readable."""
     require_complete_model(model.name, model_path(model), model.revision)
     try:
-        with _names_option(model):
+        with _names_option("model.name", model.name, model_path(model)):
             return AutoConfig.from_pretrained(model_path(model), **_OUTPUT, **_hub_options(model))
     except (*CANNOT, StrictDataclassError) as error:
         if isinstance(error, ValueError):
             raise
-        message = " ".join(str(error).split())
-        raise UnfitModel(f"model.name: transformers {transformers_version} cannot read config.json of {model.name!r} "
-                         f"({type(error).__name__}: {message})") from error  # fmt: skip
+        raise _unreadable(model, error) from error
+
+
+def _unreadable(model: ModelConfig, error: Exception) -> UnfitModel:
+    message = " ".join(str(error).split())
+    return UnfitModel(f"model.name: transformers {transformers_version} cannot read config.json of {model.name!r} "
+                      f"({type(error).__name__}: {message})")  # fmt: skip
 
 
 def check_model_config(model_config: Any, tokenizer: Any, longest: int) -> None:
@@ -136,7 +164,11 @@ def check_model_config(model_config: Any, tokenizer: Any, longest: int) -> None:
     vocabulary of the tokenizer."""
     require_trainable(model_config, longest)
     text = model_config.get_text_config()
-    require_positions(getattr(text, "max_position_embeddings", None), longest)
+    require_positions(lambda name: getattr(text, name, None), longest)
+    padding = getattr(text, "pad_token_id", None)
+    if padding is not None and padding >= text.vocab_size:
+        raise UnfitModel(f"model.name: pad_token_id {padding} given in config.json, expected a token of the model (0 "
+                         f"to {text.vocab_size - 1}), or null: correct it there")  # fmt: skip
     if len(tokenizer) > text.vocab_size:
         raise ValueError(
             f"model.name: the tokenizer has {len(tokenizer)} tokens, the model only {text.vocab_size}: "
@@ -203,30 +235,14 @@ def load_causal_lm(
         raise
     except (*CANNOT, OSError, ImportError, SafetensorError) as error:
         raise UnfitModel(f"model.name: {model.name!r} cannot be loaded ({type(error).__name__}: {error})") from error
-    if mismatched := sorted(report["mismatched_keys"], key=str):
-        name, stored, expected = mismatched[0]
-        raise UnfitModel(f"model.name: {model.name!r} has {len(mismatched)} weights of other shapes than its "
-                         f"config.json says ({name}: {tuple(stored)}, expected {tuple(expected)}): name a checkpoint "
-                         "with its own config.json")  # fmt: skip
-    if missing := sorted(report["missing_keys"]):
-        raise UnfitModel(f"model.name: {model.name!r} lacks {len(missing)} weights of {type(loaded).__name__}, which "
-                         f"would be random ({', '.join(missing[:3])} …): name a complete checkpoint")  # fmt: skip
+    require_stored(model.name, loaded, report)
+    note_own_head(loaded)
     if form is not None:
         become_plain(loaded, form, dtype, report["unexpected_keys"])
     elif getattr(loaded, "hf_quantizer", None) is not None:
         use_own_layers(loaded, dtype)
-    if (broken := _not_finite(loaded)) is not None:
-        raise UnfitModel(f"model.name: {model.name!r} has values that are not finite in its weight {broken}, expected "
-                         "numbers: name a sound checkpoint")  # fmt: skip
+    require_finite(model.name, loaded)
     return loaded
-
-
-def _not_finite(loaded: nn.Module) -> str | None:
-    """The first weight with a value that is no finite number, or None; codes of quantised weights are not looked at."""
-    for name, weight in loaded.named_parameters():
-        if weight.is_floating_point() and weight.numel() and not all(each.isfinite() for each in weight.aminmax()):
-            return name
-    return None
 
 
 def try_blank(

@@ -94,8 +94,8 @@ def _read_model(config: Config, contents: Contents, num_ranks: int, findings: Fi
             ends = end_token_ids(config.model, contents.tokenizer)
             vocabulary = contents.model_config.get_text_config().vocab_size
             sampling_with(config.rollout, contents.tokenizer, ends, vocabulary)
-        if ignored := ignored_generation_options(config.model, config.rollout):
-            findings.remarks.append(ignored)
+            if ignored := ignored_generation_options(config.model, config.rollout):
+                findings.remarks.append(ignored)
         with suppress(ValueError, OSError, DamagedCheckpoint):  # `check_resuming` reports it
             config = with_template_date(config, contents.tokenizer, resume_path(config))
     return config

@@ -23,6 +23,7 @@ from grpo_dist.model.checks import (
 from grpo_dist.model.files import UnfitModel, require_weights
 from grpo_dist.model.load import (
     adapted_layers,
+    check_model_config,
     end_token_ids,
     load_causal_lm,
     load_model_config,
@@ -137,12 +138,19 @@ def test_names_of_experts_in_one_tensor_are_refused() -> None:
         (lambda: AutoConfig.for_model("musicgen", **MUSICGEN), "has several language models"),
         (lambda: config("llama", rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}),
          r"expected at most 64 .*dynamic"),
+        (lambda: config("gemma2", use_bidirectional_attention=True), "tokens see later ones .*bidirectional_attention"),
+        (lambda: config("llama", is_causal=False), r"tokens see later ones \(is_causal: False"),
     ],
 )  # fmt: skip
 def test_models_that_cannot_be_trained_are_refused(made: Any, message: str) -> None:
     with pytest.raises(UnfitModel, match=message):
         require_trainable(made(), 65)
     require_trainable(config("llama", rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}), 64)
+
+
+def test_padding_beyond_the_embeddings_is_named() -> None:
+    with pytest.raises(UnfitModel, match=r"pad_token_id 300 given in config\.json, expected .* \(0 to 259\)"):
+        check_model_config(config("llama", pad_token_id=300), make_tokenizer(), 16)
 
 
 def test_an_adapter_is_no_model(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from small_models import IDS, LORA, logits, make_moved, make_policy, make_tokenizer
+from small_models import IDS, LORA, logits, make_base, make_moved, make_policy, make_tokenizer
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, CamembertConfig
 
@@ -30,6 +30,7 @@ from grpo_dist.model.load import (
 )
 from grpo_dist.model.packing import Pack, Piece, make_pack
 from grpo_dist.model.reference import AdaptersOff, FrozenCopy
+from grpo_dist.model.rollout_weights import RolloutModel
 from grpo_dist.types import Batch, Prompt
 
 
@@ -120,6 +121,22 @@ def test_a_tied_head_that_comes_before_the_embeddings_is_written(lora: LoraConfi
     save_final(policy, make_tokenizer(), tmp_path / "final", is_main=True)
     final = AutoModelForCausalLM.from_pretrained(tmp_path / "final").eval()
     assert torch.allclose(final(IDS[None]).logits, policy.causal_lm(IDS[None]).logits, atol=1e-5)
+
+
+@pytest.mark.parametrize("lora", [LORA, None], ids=["lora", "full"])
+def test_a_head_of_its_own_is_kept_although_its_config_says_tied(lora: LoraConfig | None, tmp_path: Path) -> None:
+    """transformers ties no head whose weights in the file are not the embeddings'."""
+    base = make_base(tmp_path, tied=False)
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"tie_word_embeddings": True}))
+    target = logits(AutoModelForCausalLM.from_pretrained(tmp_path).eval(), shared=False)
+    policy = load_policy(base, lora, torch.float32, attention.NAME, 1.0, 0).eval()
+    assert torch.allclose(logits(policy.causal_lm), target, atol=1e-5)
+    with RolloutModel(policy, torch.float32, attention.NAME).open() as model:
+        assert torch.allclose(logits(model), target, atol=1e-5)
+    save_final(policy, make_tokenizer(), tmp_path / "final", is_main=True)
+    final = AutoModelForCausalLM.from_pretrained(tmp_path / "final").eval()
+    assert torch.allclose(logits(final, shared=False), target, atol=1e-5)
 
 
 def test_other_ranks_export_nothing(base: ModelConfig, tmp_path: Path) -> None:
@@ -247,6 +264,27 @@ def test_end_tokens_come_from_everywhere(base: ModelConfig, tmp_path: Path) -> N
         if file.name != "generation_config.json":
             (tmp_path / file.name).write_bytes(file.read_bytes())
     assert end_token_ids(ModelConfig(name=str(tmp_path)), tokenizer) == [250, 256]
+
+
+def test_end_tokens_that_are_none_are_named(
+    base: ModelConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for file in Path(base.name).iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [-1, 7, 257]}))
+    model = ModelConfig(name=str(tmp_path))
+    assert end_token_ids(model, load_tokenizer(model)) == [7, 250, 256]
+    assert "has -1, 257, expected tokens of the model (0 to 256)" in caplog.text
+
+
+@pytest.mark.parametrize("text", ['{"eos_token_id": 7', '{"num_beams": 2, "num_return_sequences": 5}'])
+def test_a_generation_config_that_cannot_be_read_is_named(text: str, base: ModelConfig, tmp_path: Path) -> None:
+    """It would not be missing: its end tokens would."""
+    for file in Path(base.name).iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "generation_config.json").write_text(text)
+    with pytest.raises(ValueError, match=r"model\.name: generation_config\.json of '.*' cannot be read"):
+        end_token_ids(ModelConfig(name=str(tmp_path)), load_tokenizer(base))
 
 
 def test_a_tokenizer_without_padding_pads_with_its_end_token(tmp_path: Path) -> None:

@@ -79,6 +79,8 @@ REFUSED: dict[str, tuple[Change, dict[str, Any], Mapping[str, str], str]] = {
     "head": (entries(architectures=["LlamaForSequenceClassification"]), {}, {}, "no head that predicts tokens"),
     "encoder": (entries(is_encoder_decoder=True), {}, {}, "an encoder-decoder"),
     "positions": (entries(max_position_embeddings=64), {}, {}, r"768 tokens given, the model has 64 positions"),
+    "of MPT": (entries(max_position_embeddings=None, max_seq_len=64), {}, {}, r"64 positions \(max_seq_len\)"),
+    "embeddings": (entries(use_bidirectional_attention=True), {}, {}, "a model given whose tokens see later ones"),
     "no weights": (lambda path: (path / "model.safetensors").unlink(), {}, {}, "has no weights"),
     "cut off": (cut_off, {}, {}, "is not a complete weight file"),
     "said quantised": (entries(quantization_config=NF4), {}, {}, "its weights are not quantised"),

@@ -1,0 +1,47 @@
+"""What is looked at in a model after transformers has loaded it: its weights, and whether its config describes them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from .files import UnfitModel
+
+
+def require_stored(name: str, loaded: nn.Module, report: dict[str, Any]) -> None:
+    """Raise UnfitModel where weights of the model `name` have other shapes than its config says, or would be random.
+
+    `report` is that of `from_pretrained`.
+    """
+    if mismatched := sorted(report["mismatched_keys"], key=str):
+        weight, stored, expected = mismatched[0]
+        raise UnfitModel(f"model.name: {name!r} has {len(mismatched)} weights of other shapes than its "
+                         f"config.json says ({weight}: {tuple(stored)}, expected {tuple(expected)}): name a checkpoint "
+                         "with its own config.json")  # fmt: skip
+    if missing := sorted(report["missing_keys"]):
+        raise UnfitModel(f"model.name: {name!r} lacks {len(missing)} weights of {type(loaded).__name__}, which "
+                         f"would be random ({', '.join(missing[:3])} …): name a complete checkpoint")  # fmt: skip
+
+
+def require_finite(name: str, loaded: nn.Module) -> None:
+    """Raise UnfitModel for weights of the model `name` that are no finite numbers; codes of quantised weights are not
+    looked at."""
+    for weight, value in loaded.named_parameters():
+        if value.is_floating_point() and value.numel() and not all(each.isfinite() for each in value.aminmax()):
+            raise UnfitModel(f"model.name: {name!r} has values that are not finite in its weight {weight}, expected "
+                             "numbers: name a sound checkpoint")  # fmt: skip
+
+
+def note_own_head(loaded: Any) -> None:
+    """Let the config of a loaded model say that its head has weights of its own, where it says the opposite.
+
+    transformers ties no head whose weights in the checkpoint differ from those of the embeddings. What is built by the
+    config later, for rollouts and for the files of the trained model, would be tied.
+    """
+    head, embeddings = loaded.get_output_embeddings(), loaded.get_input_embeddings()
+    if head is None or getattr(head, "weight", None) is embeddings.weight:
+        return
+    for part in (loaded.config, loaded.config.get_text_config(decoder=True)):
+        if getattr(part, "tie_word_embeddings", False):
+            part.tie_word_embeddings = False
