@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from ..model.expert_adapters import adapted_weight, factors
 from ..model.peft import LoraLayer, ParamWrapper
 from ..model.quantized import QuantizedLinear, dtype_of
-from .native.kernel import in_bfloat16
+from .native.halves import fits_bfloat16
 from .native.llama import linear_of
 
 
@@ -32,7 +32,7 @@ def update_share(model: nn.Module, *, merged: bool, few: bool = False) -> float 
         total += scaling**2 * _inner(exact_a, exact_b, exact_a, exact_b)
         weights += float(torch.linalg.vector_norm(adapted_weight(module), dtype=torch.float32)) ** 2
         layer = linear_of(module) if merged and not isinstance(module.get_base_layer(), QuantizedLinear) else None
-        if layer is not None and not (few and in_bfloat16(layer.weight) is not None):
+        if layer is not None and not (few and fits_bfloat16(layer.weight)):
             added = (layer.merged() - layer.weight).double()
             present += scaling * float(((exact_b.mT @ added) * exact_a).sum())
         else:

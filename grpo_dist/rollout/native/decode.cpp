@@ -21,7 +21,8 @@
 
 struct Linear {
     const void* weight; // its numbers or, of a quantised layer, their codes, line behind line
-    const void* halves; // the same numbers in bfloat16, which few rows wait for half as long; null for none
+    const uint32_t* halves; // the same numbers in bfloat16, which few rows wait for half as long: of two lines, that of
+                            // the first one in the low half of a word; null for none
     const float* bias;  // null for none
     const float* scales; // of a quantised layer: one for `block` weights that follow one another; null for others
     const float* values; // of codes of 4 bits, two a byte, the first in its high half: the 16 that they name;
@@ -247,6 +248,9 @@ template <int L, class W> void dequantise(const Linear& layer, long first, long 
 // their way, in the second.
 constexpr long CHUNK = 1024, ROW_BLOCK = 24, OUTPUT_BLOCK = 32;
 constexpr long FEW = 2 * ROWS - 1; // most rows that one tile takes: each weight is read once, and converted where it is used
+constexpr long HALVES_ROWS = 2 * ROWS; // most rows of a tile of two lines of `halves`
+constexpr long MOST_FROM_HALVES = 16; // most rows for which to read `halves`
+constexpr long HALVES_AHEAD = 8192; // bytes
 
 // What a product does with its sums: to (rows, outputs) = or, `adds`, += them + b where it is given.
 struct Target {
@@ -356,12 +360,63 @@ void product_of_few(const float* x, long rows, long stride, const W* weight, lon
     for (; o < end; ++o) tile<L, N, 1, true>(x, stride, weight + (o - from) * line, line, count, target, 0, o);
 }
 
+// N rows of x, `stride` apart, times two lines of weights in one, over `count` inputs; the sums of the first `lines` of
+// them are put. One stream of whole vectors, as long as memory is: what processors fetch ahead best, with some help.
+template <int L, int N = HALVES_ROWS>
+inline void tile_of_halves(long rows, const float* x, long stride, const uint32_t* words, long count, long lines,
+                           const Target& target, long row, long output) {
+    if constexpr (N > 1)
+        if (rows < N) return tile_of_halves<L, N - 1>(rows, x, stride, words, count, lines, target, row, output);
+    Vec<L> parts[N][2];
+    for (int r = 0; r < N; ++r) parts[r][0] = parts[r][1] = Vec<L>{};
+    for (long k = 0; k < count; k += L) {
+        if (k % (CACHE_LINE / sizeof *words) == 0) __builtin_prefetch(words + k + HALVES_AHEAD / sizeof *words);
+        Ints<L> both;
+        std::memcpy(&both, words + k, sizeof both);
+        Vec<L> first = (Vec<L>)(both << 16), second = (Vec<L>)(both & ~0xffff);
+        hold(first), hold(second);
+        for (int r = 0; r < N; ++r) {
+            Vec<L> xs = load<L>(x + r * stride + k);
+            hold(xs);
+            parts[r][0] = multiply_add<L>(xs, first, parts[r][0]);
+            parts[r][1] = multiply_add<L>(xs, second, parts[r][1]);
+        }
+    }
+    for (int r = 0; r < N; ++r) {
+        const Vec<4> two = sums<L>(parts[r][0], parts[r][1], Vec<L>{}, Vec<L>{});
+        if (lines == 2) target.put<2>(two, row + r, output);
+        else target.put<1>(two, row + r, output);
+    }
+}
+
+// inputs are summed in equal parts of so many
+template <int L> long chunk_of(long inputs) {
+    const long parts = (inputs + CHUNK - 1) / CHUNK;
+    return (inputs / L + parts - 1) / parts * L;
+}
+
+// As `product`, of few rows and from `halves`: they wait for the weights, which this reads from one end to the other.
+template <int L, bool adds>
+void product_of_halves(const float* x, long rows, long inputs, long outputs, const Linear& layer, float* to) {
+    Share mine(outputs);
+    const long chunk = chunk_of<L>(inputs), tiles = (rows + HALVES_ROWS - 1) / HALVES_ROWS;
+    for (long o = mine.from; o < mine.to; o += 2)
+        for (long k = 0; k < inputs; k += chunk) {
+            const Target target{to, outputs, k ? nullptr : layer.bias, adds || k};
+            for (long tile = 0, r = 0, end; tile < tiles; ++tile, r = end) {
+                end = rows * (tile + 1) / tiles;
+                tile_of_halves<L>(end - r, x + r * inputs + k, inputs, layer.halves + o / 2 * inputs + k,
+                                  std::min(chunk, inputs - k), std::min(2L, mine.to - o), target, r, o);
+            }
+        }
+}
+
 // to (rows, outputs) = or, `adds`, += W x + b; this thread's share of the outputs
 template <int L, class W, bool adds>
 void product(const float* x, long rows, long inputs, long outputs, const Linear& layer, float* to) {
     Share mine(outputs);
     const W* weight = static_cast<const W*>(layer.weight);
-    const long parts = (inputs + CHUNK - 1) / CHUNK, chunk = (inputs / L + parts - 1) / parts * L;
+    const long chunk = chunk_of<L>(inputs);
     // what is converted is used at once, in the nearest cache where all rows are one block
     const bool converts = layer.scales || (!std::is_same_v<W, float> && rows > FEW);
     const long lines_at_once = converts && rows <= ROW_BLOCK ? OUTPUTS : OUTPUT_BLOCK;
@@ -679,11 +734,8 @@ template <int L, class W> class Decoding {
     template <bool adds>
     const float* apply(const float* from, long inputs, long outputs, const Linear& layer, const float* reduced,
                        float* to) {
-        if (layer.halves && rows <= FEW) {
-            Linear smaller = layer;
-            smaller.weight = layer.halves;
-            product<L, bfloat16, adds>(from, rows, inputs, outputs, smaller, to);
-        } else product<L, W, adds>(from, rows, inputs, outputs, layer, to);
+        if (layer.halves && rows <= MOST_FROM_HALVES) product_of_halves<L, adds>(from, rows, inputs, outputs, layer, to);
+        else product<L, W, adds>(from, rows, inputs, outputs, layer, to);
         if (layer.rank) add_low_rank<L>(reduced, rows, outputs, layer, to);
         return reduced + rows * layer.rank;
     }
@@ -752,5 +804,22 @@ template <class W> void decode(const Step& step) {
 } // namespace
 
 extern "C" int64_t scratch_floats(const Step* step) { return Room(*step).total; }
+// Weights (outputs, inputs) as `Linear` has its `halves`, a last line without a second one beside zeros. Returns whether
+// bfloat16 holds every number; where it does not, what is written is of no use.
+extern "C" int64_t put_halves(const uint32_t* weight, int64_t outputs, int64_t inputs, uint32_t* to, int64_t threads) {
+    uint32_t lost = 0;
+#pragma omp parallel for num_threads(threads) reduction(| : lost)
+    for (int64_t o = 0; o < outputs; o += 2) {
+        const uint32_t *first = weight + o * inputs, *second = first + inputs;
+        uint32_t* words = to + o / 2 * inputs;
+        if (lost & 0xffff) continue;
+        if (o + 1 == outputs)
+            for (int64_t k = 0; k < inputs; ++k) lost |= first[k], words[k] = first[k] >> 16;
+        else
+            for (int64_t k = 0; k < inputs; ++k)
+                lost |= first[k] | second[k], words[k] = first[k] >> 16 | (second[k] & ~0xffffu);
+    }
+    return (lost & 0xffff) == 0;
+}
 extern "C" void decode_float32(const Step* step) { decode<float>(*step); }
 extern "C" void decode_bfloat16(const Step* step) { decode<bfloat16>(*step); }

@@ -22,6 +22,7 @@ from ...config.schema import Config
 from ...model.quantized import QuantizedWeight
 from .cache import EVERYTHING, DecodeState, PrefillLayout
 from .compiled import library
+from .halves import HalvesMemory
 from .llama import Gated, Layer, Linear, Norm, Weights, takes_gelu
 
 SOURCE = Path(__file__).with_name("decode.cpp")
@@ -35,8 +36,6 @@ FEW_SEQUENCES = 16
 """Most sequences of a step, over all ranks, with which weights that bfloat16 holds exactly are read from it while few
 rows are computed: those wait for memory, and read half as much. With more sequences, adapters that are apart cost more
 than that saves."""
-COMPARED_AT_ONCE = 1 << 16
-"""Numbers that stay in the processor's caches while they are compared."""
 ENTERED_AT_ONCE = 256
 """Most tokens that enter the cache in one pass: what is computed of more leaves the processor's caches."""
 LONGEST_ENTERED = 1024
@@ -83,7 +82,6 @@ class KernelStep:
 
         Raises as `Weights`, and ValueError for sizes this does not compute or where it cannot be compiled.
         """
-        self.few = few
         self.weights = weights = Weights(model)
         first, size, self.dtype = weights.layers[0], weights.head_size, weights.embeddings.dtype
         self.gated = [_gated(layer) for layer in weights.layers]
@@ -95,6 +93,7 @@ class KernelStep:
         code = library(SOURCE)
         self.decode, self.scratch_floats = getattr(code, FUNCTIONS[self.dtype]), code.scratch_floats
         self.scratch_floats.restype = c_int64
+        self.halves = HalvesMemory(code) if few else None
         self.referenced: list[Tensor] = []  # what is pointed to
         self.layers = (_Layer * len(weights.layers))(*map(self._layer, weights.layers, self.gated))
         head = self._linear(weights.head, vocabulary, hidden)
@@ -209,12 +208,13 @@ class KernelStep:
         if isinstance(stored, QuantizedWeight):
             place = self._quantized(stored, outputs, inputs)
         else:
-            halves = in_bfloat16(stored) if self.few and (adapter is None or outputs % MULTIPLE == 0) else None
+            stays_apart = adapter is None or outputs % MULTIPLE == 0
+            halves = self.halves.put(stored) if self.halves is not None and stays_apart else None
             is_merged = adapter is not None and self.dtype in MERGED and halves is None
             weight = linear.merged() if is_merged else stored
             place = _Linear(self._kept(weight, (outputs, inputs), self.dtype))
             if halves is not None:
-                place.halves = self._kept(halves, (outputs, inputs), torch.bfloat16)
+                place.halves = self._kept(halves, ((outputs + 1) // 2, inputs), torch.int32)
         place.bias = bias
         if adapter is None or is_merged:
             return place
@@ -249,18 +249,6 @@ class KernelStep:
     def _kept(self, x: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> int:
         self.referenced.append(x)
         return _address(x, shape, dtype)
-
-
-@torch.no_grad()
-def in_bfloat16(weight: Tensor) -> Tensor | None:
-    """A float32 tensor in bfloat16, where that holds each number exactly, as of models that were published in it."""
-    if weight.dtype != torch.float32:
-        return None
-    halves = torch.empty_like(weight, dtype=torch.bfloat16)
-    for to, given in zip(*(each.reshape(-1).split(COMPARED_AT_ONCE) for each in (halves, weight)), strict=True):
-        if not torch.equal(to.copy_(given).float(), given):
-            return None
-    return halves
 
 
 def has_few_sequences(config: Config) -> bool:

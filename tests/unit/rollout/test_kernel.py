@@ -27,9 +27,10 @@ from transformers import (
 from grpo_dist.distributed.deepspeed import is_sharded
 from grpo_dist.model import attention
 from grpo_dist.model.lora import fuse_adapters
-from grpo_dist.rollout.native import compiled, kernel
+from grpo_dist.rollout.native import compiled, halves, kernel
 from grpo_dist.rollout.native.cache import DecodeState
 from grpo_dist.rollout.native.compiled import CannotCompile, library
+from grpo_dist.rollout.native.halves import HalvesMemory, fits_bfloat16
 from grpo_dist.rollout.native.kernel import SOURCE, KernelStep
 from grpo_dist.rollout.native.steps import module_step, prefill
 
@@ -164,14 +165,14 @@ FEW = partial(KernelStep, few=True)
 
 @pytest.mark.parametrize("sizes", [{}, {"hidden_size": 40, "intermediate_size": 1032, "vocab_size": 62}])
 def test_weights_that_bfloat16_holds_are_read_from_it_to_the_same_bits(sizes: dict[str, int]) -> None:
-    """Of 1 to 5 rows; more are computed from float32."""
+    """Of 1 to 16 rows, in one tile and in two; more are computed from float32."""
     model = make_model(**sizes).bfloat16().float()
     step = FEW(model)
     assert all(linear.halves for layer in step.layers for linear in (layer.query, layer.up, layer.down))
-    for count in (1, 2, 3, 4, 5, 6, 8):
+    for count in (1, 2, 3, 4, 5, 6, 7, 16, 17):
         rows = torch.arange(count)
         assert torch.equal(
-            decoded(FEW, model, [3, 2, 3], True, rows), decoded(KernelStep, model, [3, 2, 3], True, rows)
+            decoded(FEW, model, [3, 2, 12], True, rows), decoded(KernelStep, model, [3, 2, 12], True, rows)
         )
     with torch.no_grad():
         model.model.layers[1].mlp.down_proj.weight[7, -1] += 1e-6
@@ -180,13 +181,31 @@ def test_weights_that_bfloat16_holds_are_read_from_it_to_the_same_bits(sizes: di
 
 
 def test_only_float32_is_held_in_bfloat16() -> None:
-    weight = torch.randn(3, 1 << 16).bfloat16()
-    assert torch.equal(kernel.in_bfloat16(weight.float()), weight)
-    assert kernel.in_bfloat16(weight) is None and kernel.in_bfloat16(weight.half()) is None
-    for place in (0, -1):
-        other = weight.float()
-        other.view(-1)[place] += 1e-5
-        assert kernel.in_bfloat16(other) is None
+    memory = HalvesMemory(library(SOURCE))
+    for outputs in (4, 3, 1):
+        weight = torch.randn(outputs, 72).bfloat16()
+        words = memory.put(weight.float())
+        assert words is not None and fits_bfloat16(weight.float())
+        lines = words.view(torch.bfloat16).view(-1, 72, 2).mT.reshape(-1, 72)
+        assert torch.equal(lines[:outputs], weight) and not lines[outputs:].any()
+        assert memory.put(weight) is None and memory.put(weight.half()) is None and not fits_bfloat16(weight)
+        for place in (0, -1):
+            other = weight.float()
+            other.view(-1)[place] += 1e-5
+            assert memory.put(other) is None and not fits_bfloat16(other)
+
+
+def test_weights_in_bfloat16_lie_behind_one_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where what was reserved is not enough, and behind one that bfloat16 does not hold."""
+    monkeypatch.setattr(halves, "BLOCK_BYTES", 4096)
+    memory = HalvesMemory(library(SOURCE))
+    weights = [torch.randn(outputs, 16).bfloat16().float() for outputs in (16, 40, 8, 300)]
+    words = [memory.put(weight) for weight in weights[:2]]
+    assert memory.put(torch.full((8, 16), 0.1)) is None
+    words += [memory.put(weight) for weight in weights[2:]]
+    assert words[1].data_ptr() == words[0].data_ptr() + words[0].nbytes
+    for weight, put in zip(weights, words, strict=True):
+        assert torch.equal(put.view(torch.bfloat16).view(-1, 16, 2).mT.reshape(-1, 16).float(), weight)
 
 
 @pytest.mark.parametrize("targets", ["all-linear", ["lm_head", "q_proj"]])
@@ -308,10 +327,11 @@ def test_other_processors(flag: str, monkeypatch: pytest.MonkeyPatch, tmp_path: 
     library.cache_clear()
     try:
         for head_dim in (16, 24):
-            model = make_model("qwen3", head_dim=head_dim)
+            model = make_model("qwen3", head_dim=head_dim).bfloat16().float()
             exact = decoded(module_step, copy.deepcopy(model).double(), [3, 1, 5], True)
             got = decoded(KernelStep, model, [3, 1, 5], True)
             assert float((got - exact).abs().max()) < 1e-4 * float(exact.abs().max())
+            assert torch.equal(decoded(FEW, model, [3, 1, 5], True), got)
     finally:
         library.cache_clear()
 
