@@ -12,6 +12,7 @@ With several GPUs each one has a process:
 from __future__ import annotations
 
 import argparse
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -39,11 +40,16 @@ def run_training(config: Config) -> Path:
     """Train in this process, which is one rank where a launcher has set that up, and return train.output_dir.
 
     The training goes on from a checkpoint as the command does, and a signal or train.max_time stops it with one. Raises
-    ValueError for an option out of range, and RuntimeError where the training fails, after the message that says why.
+    ValueError for an option out of range and in another thread than the main one, and RuntimeError where the training
+    fails, after the message that says why.
     """
     from ..train import train
     from ..trainer.ending import run as run_ranks
 
+    if threading.current_thread() is not threading.main_thread():
+        raise ValueError(f"run_training: called in the thread {threading.current_thread().name!r}, expected the main "
+                         "thread, because only that receives the signals that stop a run: start a process for it, as "
+                         "with multiprocessing's method 'spawn'")  # fmt: skip
     status = run_ranks(train, checked(config))
     if status:
         raise RuntimeError(f"the training ended with status {status}; the message before this says why")

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 import tempfile
 from pathlib import Path
 
 from ..text.files import near_paths
+
+_VARIABLE = re.compile(r"\$(\w+|\{\w+\})")
+"""A variable of a shell."""
 
 
 def model_place(name: str, option: str, *files: str) -> str:
@@ -62,7 +66,11 @@ def existing_part(directory: Path) -> Path:
 
 def require_writable(directory: Path) -> None:
     """Raise ValueError where nothing can be written to the output directory, or where it does not exist, to its nearest
-    parent that does, and where a link leads nowhere."""
+    parent that does, and where a link leads nowhere or the path has a shell's variable."""
+    if variable := _VARIABLE.search(str(directory)):
+        raise ValueError(f"train.output_dir: {directory} given, but {variable[0]} stands for itself in a config: write "
+                         "the path out, or give the option on the command line, where the shell replaces it"
+                         )  # fmt: skip
     link = next((each for each in (directory, *directory.parents) if each.is_symlink() and not each.exists()), None)
     if link is not None:
         raise ValueError(f"train.output_dir: {directory} given, but {link} is a link to {os.readlink(link)}, which "

@@ -33,6 +33,11 @@ class RewardConfig:
         require(self.schedule is None or (bool(self.schedule) and min(self.schedule) >= 0), "rewards.schedule",
                 self.schedule, "at least one step from 0 up with its factor, or null")  # fmt: skip
 
+    @property
+    def counts(self) -> bool:
+        """Whether the weight is not 0 at some step."""
+        return bool(self.weight) and (self.schedule is None or any(self.schedule.values()))
+
     def weight_at(self, step: int) -> float:
         """The weight at a step (from 0)."""
         if self.schedule is None:

@@ -322,6 +322,8 @@ class Config:
                 "data.prompt_column", None, "a column, or an environment.factory whose reset gives the prompts"
                 )  # fmt: skip
         require(bool(self.rewards), "rewards", self.rewards, "at least one reward")
+        require(not self.rewards or any(reward.counts for reward in self.rewards), "rewards.weight",
+                [reward.weight for reward in self.rewards], "one that counts: weight 0 is for metrics")  # fmt: skip
         require(self.lora is not None or self.reference.placement == "copy", "reference.placement",
                 self.reference.placement, "`copy` where lora is null: without adapters to switch off, the policy "
                 "cannot be its own reference")  # fmt: skip

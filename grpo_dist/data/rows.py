@@ -15,6 +15,7 @@ import re
 from array import array
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -178,11 +179,24 @@ class _Table(Sequence[Row]):
         return len(self._table)
 
     def __getitem__(self, place: Any) -> Any:
-        return Row(place + 1, self._table[place], is_text=self._is_text)
+        with _decoding(place + 1):
+            return Row(place + 1, self._table[place], is_text=self._is_text)
 
     def __iter__(self) -> Iterator[Row]:
-        for number, columns in enumerate(self._table, 1):
-            yield Row(number, columns, is_text=self._is_text)
+        with _decoding(None):
+            for number, columns in enumerate(self._table, 1):
+                yield Row(number, columns, is_text=self._is_text)
+
+
+@contextmanager
+def _decoding(row: int | None) -> Iterator[None]:
+    """Inside, an error of `datasets` about sound or images is the user's: their columns need further packages."""
+    try:
+        yield
+    except (ImportError, OSError, RuntimeError) as error:
+        where = "a row" if row is None else f"row {row}"
+        raise ValueError(f"{where} of the data cannot be decoded ({type(error).__name__}: {error}): write the data "
+                         "without its columns of sound or images, which are not trained on") from error  # fmt: skip
 
 
 def _open_table(path: str, split: str, subset: str | None) -> Sequence[Row]:

@@ -26,6 +26,9 @@ def load_adapter(model: PeftModel, place: str) -> None:
                              f"{len(missing)} weights ({', '.join(missing[:3])} …)")  # fmt: skip
     for name, parameter in own.items():
         require_shape(place, name, values[name].shape, parameter.shape)
+        if not values[name].isfinite().all():
+            raise UnfitModel(f"lora.init_from: {place!r} has values that are not finite in {name}, expected numbers: "
+                             "name a sound adapter")  # fmt: skip
         parameter.copy_(values[name])
 
 

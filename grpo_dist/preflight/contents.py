@@ -49,6 +49,7 @@ class Contents:
 
     tokenizer: Any = None
     model_config: Any = None
+    end_ids: list[int] = field(default_factory=list)
     prompts: Sequence[Prompt] = ()
     eval_prompts: list[Prompt] = field(default_factory=list)
     shown: list[Prompt] = field(default_factory=list)
@@ -91,9 +92,9 @@ def _read_model(config: Config, contents: Contents, num_ranks: int, findings: Fi
             if left_out := try_blank(config.model, config.lora, contents.model_config, implementation):
                 findings.remarks.append(f"adapters: none on {left_out}")
         with findings.attempt():
-            ends = end_token_ids(config.model, contents.tokenizer)
+            contents.end_ids = end_token_ids(config.model, contents.tokenizer)
             vocabulary = contents.model_config.get_text_config().vocab_size
-            sampling_with(config.rollout, contents.tokenizer, ends, vocabulary)
+            sampling_with(config.rollout, contents.tokenizer, contents.end_ids, vocabulary)
             if ignored := ignored_generation_options(config.model, config.rollout):
                 findings.remarks.append(ignored)
         with suppress(ValueError, OSError, DamagedCheckpoint):  # `check_resuming` reports it
@@ -140,7 +141,7 @@ def describe_prompts(config: Config, contents: Contents, findings: Findings) -> 
     if not contents.prompts or contents.tokenizer is None:
         return
     lines = [f"{len(contents.prompts)} to train on, {len(contents.eval_prompts)} to evaluate on"]
-    findings.remarks += doubts(templated(config), contents.tokenizer, contents.prompts)
+    findings.remarks += doubts(templated(config), contents.tokenizer, contents.prompts, contents.end_ids)
     if config.data.eval_file is None:
         findings.remarks.append("data.eval_file is null: nothing will show how the model does on prompts that it is "
                                 "not trained on")  # fmt: skip

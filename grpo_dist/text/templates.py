@@ -26,6 +26,7 @@ _OPENING_TAG = re.compile(r"<((?!assistant|model|bot)\w+)>\s*$")  # but not the 
 _READ_ROLES = ("system", "developer", "user")  # templates shorten an assistant's messages, such as its thoughts
 _SHORT_CHARACTERS = 8
 _SENTINEL = "qzxsentinelqzx"
+_SAID = "qzxanswerqzx"
 _SHOWN_CHARACTERS = 60
 _warned: set[tuple[str, str]] = set()
 _comes_back_at: dict[tuple[Any, ...], bool] = {}
@@ -67,6 +68,7 @@ def render_messages(
             text, left, _ = attempt(range(len(plain)))
         if left or text is None:
             raise TemplateRefusal(reason or _left_out(plain[missing[0]]))
+    _require_calls(plain, text)
     if not answered:
         _warn_of_openings(tokenizer, template, text)
     return text
@@ -158,6 +160,26 @@ def _apply(messages: Sequence[Mapping[str, Any]], tokenizer: Any, template: str,
     ))  # fmt: skip
 
 
+def _require_calls(messages: Sequence[Mapping[str, Any]], text: str) -> None:
+    """Raise TemplateRefusal where a call of a tool that a message has is not in the rendered text."""
+    calls = [call for message in messages for call in message.get("tool_calls") or ()]
+    for name in [str((call.get("function") or call).get("name")) for call in calls]:
+        if name not in text:
+            raise TemplateRefusal(f"the model's chat template leaves out the call of {name!r} in tool_calls of a "
+                                  "message: take such messages out, or correct the template")  # fmt: skip
+
+
+def closing_of(tokenizer: Any, template_date: str | None) -> str:
+    """What the chat template writes after an answer, without white space around it; empty where it writes nothing, or
+    takes no question and answer."""
+    messages = [{"role": "user", "content": _SENTINEL}, {"role": "assistant", "content": _SAID}]
+    try:
+        text = render_conversation(messages, tokenizer, template_date, is_prompt=False)
+    except Exception:  # the template takes no such conversation; only the data's conversations matter
+        return ""
+    return text.rpartition(_SAID)[2].strip()
+
+
 def _is_read(message: Mapping[str, str]) -> bool:
     return message["role"] in _READ_ROLES
 
@@ -197,7 +219,7 @@ def _warn_of_openings(tokenizer: Any, template: str, text: str) -> None:
     if key in _warned:
         return
     _warned.add(key)
-    question, answer = [{"role": "user", "content": _SENTINEL}], "qzxanswerqzx"
+    question, answer = [{"role": "user", "content": _SENTINEL}], _SAID
     try:
         asked, bare = (_apply(question, tokenizer, template, is_prompt) for is_prompt in (True, False))
         full = _apply([*question, {"role": "assistant", "content": answer}], tokenizer, template, is_prompt=False)

@@ -223,9 +223,9 @@ def _load_data(config: Config, resume_from: Path | None, host: EnvironmentHost |
         loaded, _ = load_prompts(config.data.eval_file, config.data.eval_split, config.data, renderer, checks,
                                  tokenizers=renderers)  # fmt: skip
         eval_prompts = loaded[: config.train.num_eval_prompts]
-    for doubt in doubts(config, tokenizer, prompts):
-        log.warning("%s", doubt)
     end_ids = end_token_ids(config.model, tokenizer)
+    for doubt in doubts(config, tokenizer, prompts, end_ids):
+        log.warning("%s", doubt)
     vocabulary = model_config.get_text_config().vocab_size
     sampling = sampling_with(config.rollout, tokenizer, end_ids, vocabulary)
     if ignored := ignored_generation_options(config.model, config.rollout):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -51,6 +52,11 @@ def test_a_mistake_is_raised_before_anything_begins(group: str, name: str, value
     setattr(getattr(config, group), name, value)
     with pytest.raises(ValueError, match=f"(?s){message}"):
         run_training(config)
+
+
+def test_another_thread_is_refused_before_anything_begins() -> None:
+    with ThreadPoolExecutor(1) as threads, pytest.raises(ValueError, match=r"called in the thread .*expected the main"):
+        threads.submit(run_training, Config()).result()
 
 
 def test_a_failure_is_raised(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

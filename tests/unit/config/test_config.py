@@ -138,6 +138,8 @@ BAD: dict[str, tuple[str, list[str], list[str]]] = {
     "budget too small": ("train: {max_tokens_per_pack: 100}", [],
                          ["train.max_tokens_per_pack", "100", "data.max_prompt_length", "768"]),
     "room too small": ("rollout: {max_tokens_in_flight: 100}", [], ["rollout.max_tokens_in_flight", "100", "768"]),
+    "no reward that counts": ("rewards: [{weight: 0}, {name: length, schedule: {0: 0}}]", [],
+                              ["rewards.weight: [0.0, 1.0] given, expected one that counts"]),
     "no reward": ("rewards: []", [], ["rewards", "[]", "at least one"]),
     "shared reference without lora": ("lora: null\nreference: {placement: shared}", [],
                                       ["reference.placement", "shared", "lora is null"]),

@@ -157,6 +157,19 @@ def test_files_that_are_not_there_or_empty(tmp_path: Path) -> None:
         load_rows("some/where/else", "train")
 
 
+def test_columns_that_cannot_be_decoded_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sound needs a package, and may be broken: `datasets` raises where it decodes the first row."""
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    table = datasets.Dataset.from_list([{**row(1), "sound": {"bytes": b"RIFF", "path": None}}])
+    table.cast_column("sound", datasets.Audio()).to_parquet(tmp_path / "train.parquet")
+    with pytest.raises(ValueError, match=r"cannot be decoded .*write the data without its columns of sound"):
+        load_rows(str(tmp_path / "train.parquet"), "train")
+    with pytest.raises(ValueError, match="row 1 of the data cannot be decoded"):
+        RowReader(str(tmp_path / "train.parquet"), "train")[0]
+
+
 def test_other_formats_and_directories(
     tmp_path: Path, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 import torch
 from peft import LoraConfig as PeftLoraConfig
 from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from small_models import make_tokenizer
 from transformers import AutoModelForCausalLM, Qwen2Config
 
@@ -165,3 +167,9 @@ def test_an_adapter_of_another_base(base: ModelConfig, tmp_path: Path) -> None:
     with pytest.raises(UnfitModel, match="another base model"):
         load_adapter(policy.model, str(places[2]))
     assert len({fingerprint(str(place)) for place in places}) == 3
+    values = load_file(places[0] / "adapter_model.safetensors")
+    name = min(values)
+    values[name][0, 1] = torch.nan
+    save_file(values, places[0] / "adapter_model.safetensors")
+    with pytest.raises(UnfitModel, match=f"has values that are not finite in {re.escape(name)}"):
+        load_adapter(policy.model, str(places[0]))

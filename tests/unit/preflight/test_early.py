@@ -163,6 +163,8 @@ def test_a_link_that_leads_nowhere_is_no_place_to_write(tmp_path: Path) -> None:
     (tmp_path / "runs").symlink_to(tmp_path / "disk")
     with pytest.raises(ValueError, match=r"/runs/one given, but .*/runs is a link to .*/disk, which does not"):
         require_writable(tmp_path / "runs" / "one")
+    with pytest.raises(ValueError, match=r"\$\{HOME\} stands for itself in a config: write the path out"):
+        require_writable(tmp_path / "${HOME}" / "one")
     (tmp_path / "disk").mkdir()
     require_writable(tmp_path / "runs" / "one")
 

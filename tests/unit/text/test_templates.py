@@ -81,6 +81,17 @@ def test_messages_that_do_not_come_back_are_refused(
         render_messages(messages, tokenizer_with(template))
 
 
+def test_calls_that_a_template_leaves_out_are_refused() -> None:
+    called: list[Any] = [*QUESTION, {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "add"}}]},
+                         {"role": "tool", "content": "nought"}]  # fmt: skip
+    with pytest.raises(TemplateRefusal, match="leaves out the call of 'add' in tool_calls"):
+        render_messages(called, tokenizer_with(TURNS))
+    shows = TURNS.replace("{{ m['content'] }}", "{{ m['content'] }}{% if m.tool_calls %}{{ m.tool_calls }}{% endif %}")
+    assert "add" in render_messages(called, tokenizer_with(shows))
+    without: list[Any] = [{**QUESTION[0], "tool_calls": None}]
+    assert render_messages(without, tokenizer_with(TURNS)) == upright(QUESTION)
+
+
 def test_templates_that_cannot_be_used_at_all() -> None:
     with pytest.raises(ValueError, match=r"'some/model' draws at random.*take `random`"):
         render_messages(QUESTION, tokenizer_with("{{ ['Hi', 'Hello'] | random }}" + TURNS))
