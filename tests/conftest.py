@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
@@ -38,6 +39,12 @@ def the_next_test_has_the_same_environment() -> Iterator[None]:
     yield
     os.environ.clear()
     os.environ.update(before)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    """Tiny tensors are slower on two threads than on one, and much slower where cores are shared."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True, scope="module")

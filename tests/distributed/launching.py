@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -18,16 +19,17 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from grpo_dist.checkpoint import store as checkpoint
 from grpo_dist.model.peft import with_saved_adapters
 from grpo_dist.model.toy import toy_path
 
 ROOT = Path(__file__).parents[2]
 TINY = [
     "--config", "configs/quickstart.yaml", "--model.dtype", "float32", "--reference.dtype", "float32",
-    "--train.num_train_steps", "5", "--train.batch_size", "7", "--rollout.group_size", "5",
+    "--train.num_train_steps", "3", "--train.batch_size", "7", "--rollout.group_size", "5",
     "--data.eval_file", "null", "--scoring.num_workers", "1",
 ]  # fmt: skip
-"""Five steps of the toy model; 7 prompts and 5 completions divide by no number of ranks used here."""
+"""Three steps of the toy model; 7 prompts and 5 completions divide by no number of ranks used here."""
 EVALUATED = ("--data.eval_file", "configs/data/math_tasks_eval.jsonl", "--train.num_eval_prompts", "16",
              "--train.eval_every", "0")  # fmt: skip
 """The same with an evaluation before the first step and after the last one."""
@@ -119,6 +121,16 @@ def train(
                   timeout_seconds=timeout_seconds)  # fmt: skip
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
     return directory
+
+
+def without_its_last_step(run: Path, copy: Path) -> Path:
+    """A copy of a run that ended, as it was before the last step: the same command goes on from the checkpoint then."""
+    shutil.copytree(run, copy)
+    shutil.rmtree(copy / "final")
+    newest = checkpoint.newest(copy / "checkpoints")
+    assert newest is not None
+    shutil.rmtree(newest)
+    return copy
 
 
 def metrics(directory: Path) -> list[dict[str, Any]]:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
-from launching import adapters, completions, relative_difference, train
+from launching import adapters, completions, relative_difference, train, without_its_last_step
 
 OPTIONS = (
     "--data.curriculum.low", "0.3", "--data.curriculum.high", "0.7", "--train.save_every", "2",
@@ -15,9 +14,7 @@ OPTIONS = (
 
 def test_a_resumed_curriculum_goes_on_as_it_would_have(tmp_path: Path) -> None:
     whole = train(None, 1, tmp_path / "whole", *OPTIONS)
-    resumed = shutil.copytree(whole, tmp_path / "resumed")
-    shutil.rmtree(resumed / "checkpoints" / "step_5")
-    shutil.rmtree(resumed / "final")
+    resumed = without_its_last_step(whole, tmp_path / "resumed")
     train(None, 1, resumed, *OPTIONS)
     assert relative_difference(adapters(whole), adapters(resumed)) == 0
     two = train("ddp", 2, tmp_path / "two", *OPTIONS)

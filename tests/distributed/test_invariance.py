@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from grpo_dist.model.toy import toy_path
 
 SELDOM = [("cpu", 1), ("zero1", 2), ("zero3", 2), ("zero3_offload", 2)]
-VARIANTS = [("ddp", 2), ("zero2", 2), ("zero3", 3), ("fsdp2_cpu", 2),
+VARIANTS = [pytest.param("ddp", 2, marks=pytest.mark.quick), ("zero2", 2), ("zero3", 3), ("fsdp2_cpu", 2),
             *(pytest.param(*each, marks=pytest.mark.slow) for each in SELDOM)]  # fmt: skip
 COMPARING = '[{name: math}, {name: "tests.distributed.comparing:shortest", weight: 0.5}]'
 KL = ("--loss.kl_coeff", "0.04", "--rewards", COMPARING, "--train.num_train_steps", "2")
@@ -26,25 +26,14 @@ def one_process(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return train(None, 1, tmp_path_factory.mktemp("one"), *KL, *EVALUATED)
 
 
-@pytest.fixture(scope="module")
-def fresh(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """DDP in processes that are started as users start them, as the quickstart of CI is under ZeRO-2. Other tests start
-    forks, which hash strings alike."""
-    return train("ddp", 2, tmp_path_factory.mktemp("fresh"), *KL, *EVALUATED, fresh=True)
-
-
 def learned(directory: Path) -> dict[str, float]:
     """Norm of the learned part: B starts at zero, so it holds nothing but updates."""
     return {name: float(tensor.norm()) for name, tensor in adapters(directory).items() if "lora_B" in name}
 
 
 @pytest.mark.parametrize(("strategy", "num_processes"), VARIANTS)
-def test_same_tokens_and_weights(
-    strategy: str, num_processes: int, one_process: Path, tmp_path: Path, request: pytest.FixtureRequest
-) -> None:
-    is_fresh = strategy == "ddp"
-    words = *KL, *EVALUATED
-    other = request.getfixturevalue("fresh") if is_fresh else train(strategy, num_processes, tmp_path / "run", *words)
+def test_same_tokens_and_weights(strategy: str, num_processes: int, one_process: Path, tmp_path: Path) -> None:
+    other = train(strategy, num_processes, tmp_path / "run", *KL, *EVALUATED)
     expected, got = completions(one_process), completions(other)
     assert [row["completion"] for row in got] == [row["completion"] for row in expected]
     for name in ("advantage", "reward/math", "reward/shortest"):
@@ -62,9 +51,17 @@ def test_same_tokens_and_weights(
     assert {"eval/accuracy", "eval/greedy_accuracy"} <= metrics(other)[-1].keys()
 
 
-def test_forks_make_the_run_of_fresh_processes(fresh: Path, tmp_path: Path) -> None:
-    """Bit for bit."""
-    forked = train("ddp", 2, tmp_path / "run", *KL, *EVALUATED)
+@pytest.mark.parametrize(
+    ("strategy", "num_processes"), [(None, 1), pytest.param("ddp", 2, marks=pytest.mark.slow)]
+)
+def test_forks_make_the_run_of_fresh_processes(
+    strategy: str | None, num_processes: int, one_process: Path, tmp_path: Path
+) -> None:
+    """Bit for bit. All forks hash strings alike, fresh processes do not: each time, fresh ranks are those of the
+    quickstart and of a signalled launcher."""
+    words = *KL, *EVALUATED
+    fresh = train(strategy, num_processes, tmp_path / "fresh", *words, fresh=True)
+    forked = train(strategy, num_processes, tmp_path / "forked", *words) if strategy else one_process
     expected, got = adapters(fresh), adapters(forked)
     assert expected.keys() == got.keys() and all(torch.equal(expected[name], got[name]) for name in expected)
     assert completions(fresh) == completions(forked)
@@ -103,7 +100,7 @@ def test_first_step(one_process: Path) -> None:
             ("--train.sequence_parallel_size", "2", "--model.gradient_checkpointing", "true"),
             marks=pytest.mark.slow,
         ),
-        pytest.param("ddp", 2, ("--model.attn_implementation", "sdpa"), marks=pytest.mark.quick),
+        pytest.param("ddp", 2, ("--model.attn_implementation", "sdpa"), marks=pytest.mark.slow),
         ("zero1", 2, ("--rollout.engine", "paged")),
     ],
 )
@@ -127,7 +124,7 @@ def test_other_objectives(arguments: tuple[str, ...], tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("strategy", "num_processes"), [("fsdp2", 3), pytest.param("zero3", 3, marks=pytest.mark.slow)]
+    ("strategy", "num_processes"), [("fsdp2", 2), *(pytest.param(each, 3, marks=pytest.mark.slow) for each in ("fsdp2", "zero3"))]
 )
 def test_all_weights(strategy: str, num_processes: int, tmp_path: Path) -> None:
     arguments = (*KL, "--lora", "null", "--optim.learning_rate", "1e-4")

@@ -63,7 +63,7 @@ def test_an_engine_elsewhere_draws_while_updates_go_on(one_process: Path, tmp_pa
     assert not any("time/overlapped" in line for line in metrics(one_process))
 
 
-@pytest.mark.parametrize("at", ["rollout:4", "update:4"])
+@pytest.mark.parametrize("at", [pytest.param("rollout:4", marks=pytest.mark.slow), "update:4"])
 def test_stopped_with_a_batch_in_flight(at: str, one_process: Path, tmp_path: Path) -> None:
     """Stopped while the next batch is drawn, and between the two updates of a step."""
     run, words = tmp_path / "run", (*LAG, *EVALUATED)

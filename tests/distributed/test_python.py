@@ -15,14 +15,23 @@ from grpo_dist.config.parse import checked, parse_config
 
 SCRIPTS = dict(re.findall(r"```python (\w+)\.py\n(.*?)```", (ROOT / "docs" / "python.md").read_text(), re.DOTALL))
 
+AS_FRESH = """
+import runpy, sys
+for name in [each for each in sys.modules if each.partition(".")[0] == "bitsandbytes"]:
+    del sys.modules[name]
+runpy.run_path(sys.argv[1], run_name="__main__")
+"""
+"""Forks have imported PEFT and so bitsandbytes, before which the notebook launcher wants to start its processes."""
+
 
 def test_the_scripts_of_the_page_train_to_the_same_result(tmp_path: Path) -> None:
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     for name, text in SCRIPTS.items():
         (tmp_path / f"{name}.py").write_text(text)
-        # forks have imported PEFT and so bitsandbytes, before which the notebook launcher wants to start its processes
-        done = launch(None, 1, program=[f"{name}.py"], directory=tmp_path, environment={"PYTHONPATH": str(ROOT)},
-                      fresh=name == "several_processes")  # fmt: skip
+    (tmp_path / "as_fresh.py").write_text(AS_FRESH)
+    for name in SCRIPTS:
+        done = launch(None, 1, f"{name}.py", program=["as_fresh.py"], directory=tmp_path,
+                      environment={"PYTHONPATH": str(ROOT)})  # fmt: skip
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     one, several = (tmp_path / "runs" / name for name in ("one_process", "several_processes"))
     assert [line["step"] for line in metrics(several)] == [0, 1, 2, 3]

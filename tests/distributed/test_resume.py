@@ -21,7 +21,7 @@ Shape = tuple[str | None, int]
 
 def state(directory: Path) -> dict[str, torch.Tensor]:
     """Weights and moments after the last step."""
-    return load_file(directory / "checkpoints" / "step_5" / "state.safetensors")
+    return load_file(directory / "checkpoints" / "step_3" / "state.safetensors")
 
 
 def kill_after(steps: int, strategy: str | None, num_processes: int, directory: Path) -> None:
@@ -45,12 +45,12 @@ def kill_after(steps: int, strategy: str | None, num_processes: int, directory: 
 
 @pytest.fixture(scope="module")
 def killed(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Shape], Path]:
-    """Runs that were killed after two steps. Each is started once, and handed out as a copy."""
+    """Runs that were killed after one step. Each is started once, and handed out as a copy."""
 
     @functools.cache
     def run(strategy: str | None, num_processes: int) -> Path:
         directory = tmp_path_factory.mktemp("killed") / "run"
-        kill_after(2, strategy, num_processes, directory)
+        kill_after(1, strategy, num_processes, directory)
         return directory
 
     def copy(shape: Shape) -> Path:
@@ -72,7 +72,7 @@ def test_killed_and_started_again(
     assert expected.keys() == got.keys()
     assert all(torch.equal(expected[name], got[name]) for name in expected)
     assert [row["completion"] for row in completions(again)] == [row["completion"] for row in completions(undisturbed)]
-    assert [line["step"] for line in metrics(again)] == list(range(6))
+    assert [line["step"] for line in metrics(again)] == list(range(4))
     assert [line["loss"] for line in metrics(again)[1:]] == [line["loss"] for line in metrics(undisturbed)[1:]]
 
 

@@ -3,17 +3,10 @@
 from __future__ import annotations
 
 import pytest
-import torch
 from small_models import base  # noqa: F401  (a fixture for all)
 
 from grpo_dist.rollout.native.compiled import CannotCompile, library
 from grpo_dist.rollout.native.kernel import SOURCE
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> None:
-    """Tiny tensors are slower on two threads than on one, and much slower where cores are shared."""
-    torch.set_num_threads(1)
 
 
 @pytest.fixture
