@@ -12,19 +12,4 @@ faults=(tests/fault tests/unit/rollout) functions=(tests/unit tests/fuzz --ignor
 for folder in tests/[a-z]*/; do
   [[ " ${functions[*]} ${faults[*]} " == *" ${folder%/} "* ]] || runs+=("$folder")
 done
-logs=$(mktemp -d)
-set -m # otherwise the tests in the background and their processes would ignore SIGINT
-python -m pytest "${faults[@]}" >"$logs/faults" 2>&1 &
-background=($!)
-python -m pytest "${runs[@]}" >"$logs/runs" 2>&1 &
-background+=($!)
-set +m
-trap 'kill -INT "${background[@]}" 2>/dev/null || true; rm -rf "$logs"' EXIT
-trap 'exit 130' INT # Ctrl-C ends the foreground's pytest first, with a status of its own
-status=0
-python -m pytest "${functions[@]}" || status=$?
-for number in "${background[@]}"; do
-  wait "$number" || status=$?
-done
-cat "$logs/faults" "$logs/runs"
-exit "$status"
+exec python tests/side_by_side.py "${faults[@]}" -- "${runs[@]}" -- "${functions[@]}"

@@ -45,8 +45,11 @@ MAX_BYTES = 2**17
 
 def main() -> None:
     """Import, serve, and in each fork become the program that was asked for."""
-    inherited = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
-    library_path = [path for path in sys.path[1:] if path not in inherited]
+    serve_to_the_end(socket.socket(fileno=int(sys.argv[1])), import_all())
+
+
+def import_all() -> dict[str, str]:
+    """Import the libraries; returns the variables that this has set."""
     given = set(os.environ)
     os.environ["DS_ACCELERATOR"] = "cpu"  # as grpo_dist has it set when it imports DeepSpeed
     os.environ["JE_ARROW_MALLOC_CONF"] = "background_thread:false"  # pyarrow's allocator would start one
@@ -54,14 +57,20 @@ def main() -> None:
         with contextlib.suppress(ModuleNotFoundError):  # another version has it elsewhere: runs import it themselves
             importlib.import_module(name)
     fill_caches()
-    of_imports = {name: value for name, value in os.environ.items() if name not in given}
     threads = os.listdir("/proc/self/task")
     if len(threads) != 1:
         raise RuntimeError(f"importing has started {len(threads) - 1} thread(s): forks would lack them")
     gc.collect()
     gc.freeze()  # a collection in a fork then leaves the shared pages alone
+    return {name: value for name, value in os.environ.items() if name not in given}
+
+
+def serve_to_the_end(requests: socket.socket, of_imports: Mapping[str, str]) -> NoReturn:
+    """Be the server until the session ends, and in each fork the program that was asked for."""
+    inherited = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
+    library_path = [path for path in sys.path[1:] if path not in inherited]
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C is for pytest, which then closes the socket
-    job = serve(socket.socket(fileno=int(sys.argv[1])))
+    job = serve(requests)
     os.chdir(job["directory"])
     run_to_its_end(lambda: become(job["words"], {**of_imports, **job["environment"]}, library_path))
 

@@ -12,15 +12,16 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
-from fork_server import HUB
+from fork_server import HUB, serve_to_the_end
 
 FREE = {
     "PYTHONPATH", "FAULT", "FAULT_RANK", "FAULT_MARK", "DISKS", "CXX", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "HF_TOKEN",
-    "WANDB_API_KEY", "MY_PASSWORD", "JUDGE_KEY", "PYTEST_CURRENT_TEST", "PYTORCH_NVML_BASED_CUDA_CHECK", *HUB,
+    "WANDB_API_KEY", "MY_PASSWORD", "JUDGE_KEY", "PYTEST_CURRENT_TEST", "PYTEST_VERSION",
+    "PYTORCH_NVML_BASED_CUDA_CHECK", *HUB,
 }  # fmt: skip
 """Variables in which a run may differ from the server: no library reads them while it is imported, or forks let it read
 them again. Accelerate sets PYTORCH_NVML_BASED_CUDA_CHECK where it looks for a GPU, also in fixtures that several tests
@@ -30,15 +31,25 @@ share."""
 class ForkServer:
     """A process that has imported the libraries, and what it was given as environment."""
 
-    def __init__(self, environment: Mapping[str, str]) -> None:
+    def __init__(self, environment: Mapping[str, str], of_imports: Mapping[str, str] | None = None) -> None:
+        """Start the process; where this one has imported the libraries, which set `of_imports`, as a fork of it."""
         self.fixed = fixed(environment)
         self._run: ForkedRun | None = None
+        self._wait: Callable[[], object]
         self._requests, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
-            self._process = subprocess.Popen(
-                [sys.executable, str(Path(__file__).with_name("fork_server.py")), str(theirs.fileno())],
-                env=dict(environment), pass_fds=[theirs.fileno()],
-            )  # fmt: skip
+            if of_imports is None:
+                process = subprocess.Popen(
+                    [sys.executable, str(Path(__file__).with_name("fork_server.py")), str(theirs.fileno())],
+                    env=dict(environment), pass_fds=[theirs.fileno()],
+                )  # fmt: skip
+                self.pid, self._wait = process.pid, process.wait
+            else:
+                self.pid = os.fork()
+                self._wait = functools.partial(os.waitpid, self.pid, 0)
+                if self.pid == 0:
+                    self._requests.close()
+                    serve_to_the_end(theirs, of_imports)
 
     def suits(self, environment: Mapping[str, str]) -> bool:
         """Whether the libraries would have been imported alike in this environment."""
@@ -54,7 +65,7 @@ class ForkServer:
         """Let the server end."""
         self._end_run()
         self._requests.close()
-        self._process.wait()
+        self._wait()
 
     def _end_run(self) -> None:
         if self._run is not None and self._run.poll() is None:
@@ -123,29 +134,29 @@ def fixed(environment: Mapping[str, str]) -> dict[str, str]:
     return {name: value for name, value in environment.items() if name not in FREE}
 
 
-@functools.cache
-def _server() -> ForkServer:
-    server = ForkServer({**os.environ, "OMP_NUM_THREADS": "1"})
-    atexit.register(server.close)
-    return server
+_session: list[ForkServer] = []
+"""The session's server, once it is started."""
 
 
-def prepare() -> None:
-    """Start the session's server, if it is to have one, without waiting for it."""
-    server_for({**os.environ, "OMP_NUM_THREADS": "1"})
+def can_fork() -> bool:
+    """Whether runs are forks here: where a GPU is, they cannot use it once the server has looked for one."""
+    return sys.platform == "linux" and not torch.cuda.is_available()
+
+
+def prepare(of_imports: Mapping[str, str] | None = None) -> None:
+    """Start the session's server, if it is to have one, without waiting for it; `of_imports` is that of ForkServer."""
+    if not _session and can_fork():
+        _session.append(ForkServer({**os.environ, "OMP_NUM_THREADS": "1"}, of_imports))
+        atexit.register(_session[0].close)
 
 
 def prepared_with() -> dict[str, str]:
     """What runs have to have in common with the server."""
-    return _server().fixed
+    prepare()
+    return _session[0].fixed
 
 
 def server_for(environment: Mapping[str, str]) -> ForkServer | None:
-    """The session's server, None where a run in this environment needs a process of its own.
-
-    So it does where a GPU is: a fork cannot use CUDA once the server has looked for one.
-    """
-    if sys.platform != "linux" or torch.cuda.is_available():
-        return None
-    server = _server()
-    return server if server.suits(environment) else None
+    """The session's server, None where a run in this environment needs a process of its own."""
+    prepare()
+    return _session[0] if _session and _session[0].suits(environment) else None

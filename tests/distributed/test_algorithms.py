@@ -80,7 +80,7 @@ def test_groups_without_signal_come_to_have_some(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "strategy", "ranks"),
-    [("critic", "zero3", 2), ("dynamic", "ddp", 3), *(pytest.param(name, "zero3", 3, marks=SLOW) for name in CASES),
+    [("critic", "zero3", 2), ("dynamic", "ddp", 2), *(pytest.param(name, "zero3", 3, marks=SLOW) for name in CASES),
      pytest.param("critic", "fsdp2", 3, marks=SLOW)],
 )  # fmt: skip
 def test_ranks_do_not_matter(
@@ -88,7 +88,7 @@ def test_ranks_do_not_matter(
 ) -> None:
     (tmp_path / "own.py").write_text(TOKEN_REWARD)
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{ROOT}")
-    options = (*CASES[name], "--train.num_train_steps", "3")
+    options = (*CASES[name], "--train.num_train_steps", "2")
     one = train(None, 1, tmp_path / "one", *options)
     several = train(strategy, ranks, tmp_path / "several", *options)
     assert [row["completion"] for row in completions(several)] == [row["completion"] for row in completions(one)]
@@ -100,7 +100,7 @@ def test_ranks_do_not_matter(
     if name == "dynamic":
         assert sum(line["rollout/groups_replaced"] for line in metrics(one)[1:]) > 0
     if name == "critic":
-        heads = [load_file(directory / "checkpoints" / "step_3" / "state.safetensors")["weight/value_head.weight"]
+        heads = [load_file(directory / "checkpoints" / "step_2" / "state.safetensors")["weight/value_head.weight"]
                  for directory in (one, several)]  # fmt: skip
         assert float(heads[0].norm()) > 0 and torch.allclose(*heads, rtol=1e-3, atol=1e-6)
 

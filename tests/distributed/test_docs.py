@@ -42,7 +42,9 @@ NEEDED = {"--push_to_hub"}
 STAND_INS = {"FILE": "configs/quickstart.yaml", "RUN": "runs/quickstart", "COMPLETIONS": "completions.jsonl",
              "OTHER_OUTPUT": "other"}  # fmt: skip
 """What the test puts in the place of what a page leaves to its reader."""
-SELDOM = {"python -m grpo_dist plan --config configs/gsm8k_lora.yaml"}
+SELDOM = {"python -m grpo_dist plan --config configs/gsm8k_lora.yaml", "python -m grpo_dist plan --config FILE",
+          "python -m grpo_dist check --config own.yaml",
+          "python -m grpo_dist check --config configs/gsm8k_lora.yaml"}  # fmt: skip
 """How commands begin that take long, and of which a test of their own runs the like."""
 ALL = [command for page in PAGES for command in commands(page)]
 

@@ -51,9 +51,7 @@ def test_same_tokens_and_weights(strategy: str, num_processes: int, one_process:
     assert {"eval/accuracy", "eval/greedy_accuracy"} <= metrics(other)[-1].keys()
 
 
-@pytest.mark.parametrize(
-    ("strategy", "num_processes"), [(None, 1), pytest.param("ddp", 2, marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize(("strategy", "num_processes"), [(None, 1), pytest.param("ddp", 2, marks=pytest.mark.slow)])
 def test_forks_make_the_run_of_fresh_processes(
     strategy: str | None, num_processes: int, one_process: Path, tmp_path: Path
 ) -> None:
@@ -124,7 +122,8 @@ def test_other_objectives(arguments: tuple[str, ...], tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("strategy", "num_processes"), [("fsdp2", 2), *(pytest.param(each, 3, marks=pytest.mark.slow) for each in ("fsdp2", "zero3"))]
+    ("strategy", "num_processes"),
+    [("fsdp2", 2), *(pytest.param(each, 3, marks=pytest.mark.slow) for each in ("fsdp2", "zero3"))],
 )
 def test_all_weights(strategy: str, num_processes: int, tmp_path: Path) -> None:
     arguments = (*KL, "--lora", "null", "--optim.learning_rate", "1e-4")

@@ -38,7 +38,8 @@ def predicted(strategy: str | None, ranks: int, arguments: list[str]) -> int:
     ("strategy", "ranks", "dtype"),
     [("zero2", 2, "bfloat16"),
      *(pytest.param(*each, marks=pytest.mark.slow)
-       for each in ((None, 1, "bfloat16"), (None, 1, "float32"), ("ddp", 2, "bfloat16"), ("zero2", 2, "float32"), ("zero1", 2, "bfloat16"),
+       for each in ((None, 1, "bfloat16"), (None, 1, "float32"),
+                    ("ddp", 2, "bfloat16"), ("zero2", 2, "float32"), ("zero1", 2, "bfloat16"),
                     ("zero1", 2, "float32")))],
 )  # fmt: skip
 def test_frozen_weights_lie_in_one_place(strategy: str | None, ranks: int, dtype: str, tmp_path: Path) -> None:

@@ -135,7 +135,8 @@ def test_a_good_run(data: list[str], tmp_path: Path, capsys: pytest.CaptureFixtu
 
 
 def test_a_reward_of_episodes_is_not_tried_on_gold_answers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["check", "--config", "configs/guess_number.yaml", "--train.output_dir", str(tmp_path / "run")]) == 0
+    assert main(["check", "--config", "configs/guess_number.yaml", "--train.max_tokens_per_pack", "512",
+                 "--train.output_dir", str(tmp_path / "run")]) == 0  # fmt: skip
     assert "environment: not tried, it needs an episode" in capsys.readouterr().out
 
 
@@ -148,7 +149,9 @@ def test_environments_are_reset(
         (tmp_path / f"{name}.jsonl").write_text(json.dumps(row))
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}")
     monkeypatch.syspath_prepend(tmp_path)
-    assert main(["check", "--model.name", "toy-tools", "--environment.factory", "stones:Stones", "--data.prompt_column",
+    assert main(["check", "--train.max_tokens_per_pack", "128", "--data.max_prompt_length", "64",
+                 "--rollout.max_completion_length", "64", "--model.name", "toy-tools", "--environment.factory",
+                 "stones:Stones", "--data.prompt_column",
                  "null", "--data.answer_column", "null", "--rewards", "[{name: environment}]", "--train.output_dir",
                  str(tmp_path / "run"), "--data.train_file", str(tmp_path / "train.jsonl"), "--data.eval_file",
                  str(tmp_path / "eval.jsonl")]) == 2  # fmt: skip

@@ -16,6 +16,7 @@ import pytest
 from browser import Page, find_chromium
 from runs_on_disk import write_run
 
+from grpo_dist.cli.main import main
 from grpo_dist.report.live import serve
 
 
@@ -85,14 +86,16 @@ def test_the_page_follows_and_keeps_what_the_reader_chose(watched: tuple[Path, s
 
 
 @pytest.mark.skipif(signal.getsignal(signal.SIGINT) == signal.SIG_IGN, reason="a job in the background ignores SIGINT")
-def test_the_verb_serves_until_it_is_interrupted(tmp_path: Path) -> None:
-    words = [sys.executable, "-m", "grpo_dist", "watch", "--port", "0"]
-    process = subprocess.Popen([*words, str(write_run(tmp_path / "run"))], stdout=subprocess.PIPE, text=True)
+def test_the_verb_serves_until_it_is_interrupted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["watch", "--port", "0"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "grpo_dist", *words, str(write_run(tmp_path / "run"))], stdout=subprocess.PIPE, text=True
+    )
     assert process.stdout is not None
     address = process.stdout.readline().split()[2]
     with urllib.request.urlopen(address, timeout=20) as answer:
         assert b"<title>run" in answer.read()
     process.send_signal(signal.SIGINT)
     assert process.wait(20) == 0
-    nothing = subprocess.run([*words, str(tmp_path / "none")], capture_output=True, text=True, check=False)
-    assert nothing.returncode == 2 and "expected that of a run" in nothing.stderr
+    assert main([*words, str(tmp_path / "none")]) == 2
+    assert "expected that of a run" in capsys.readouterr().err
