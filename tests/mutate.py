@@ -5,8 +5,9 @@
     python tests/mutate.py model/packing --line 152    # one line
 
 A change swaps an operator, a comparison, a constant, the arguments of a choice or the truth of a condition. Survivors
-are printed as `module:line: before -> after`; those that change nothing that can be seen are listed in EQUIVALENT. The
-exit status is 1 where others survive. Files are changed in a copy, so that this runs beside other work.
+are printed as they are found, as `module:line: before -> after`; those that change nothing that can be seen are listed
+in EQUIVALENT. The exit status is 1 where others survive. Files are changed in a copy, so that this runs beside other
+work.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import os
 import shutil
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 
 os.environ |= {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
@@ -89,8 +91,13 @@ EQUIVALENT = {
         "load = [0.0] * num_ranks: 0.0 -> 1.0",
         "load[rank] += 0.0 if number is None else costs[number]: 0.0 -> 1.0",
     ],
-    # what is rounded otherwise on a GPU alone, and its lines
+    # what is rounded otherwise on a GPU alone, and its lines; all adapters of a layer have one dtype, and the layers of
+    # a family one scale
     "model/lora": [
+        "return x.is_cuda -> return None",
+        "ctx.dtypes, ctx.scaling = (adapters[0].dtype, adapters[count].dtype), scaling: 0 -> 1",
+        "grad_a = _of_adapter(grad_low.T, x if kept is None else x * kept, ctx.dtypes[0]).split(ranks): 0 -> 1",
+        "(y,) = _computed(self.layers, x, self.name, self.layers[0].scaling[self.name], has_gate=True): 0 -> 1",
         "return torch.addmm(x.new_empty(()), x, y, beta=0, alpha=scaling)",
         f"{FLOAT32_PRODUCT} if dtype == torch.float32 else {ROUNDED_PRODUCT} -> "
         f"{ROUNDED_PRODUCT} if dtype == torch.float32 else {FLOAT32_PRODUCT}",
@@ -155,6 +162,11 @@ def is_equivalent(name: str, code: str, change: str) -> bool:
     return code.startswith(listed) or not {change, f"{code}: {change}"}.isdisjoint(listed)
 
 
+def tell(output: int, name: str, text: str) -> None:
+    """Print a line at once, from whichever fork."""
+    os.write(output, f"{name}:{text}\n".encode())
+
+
 def main() -> int:
     """Print survivors and the share that died."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -163,6 +175,7 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=300, help="after which a run counts as failed")
     options = parser.parse_args()
     num_changes = num_survivors = 0
+    output = os.dup(1)  # forks print nothing else
     gc.freeze()
     with tempfile.TemporaryDirectory() as directory:
         copy_of = Path(directory)
@@ -180,11 +193,9 @@ def main() -> int:
             tests = [str(path.relative_to(copy_of)) for test in MODULES[name]
                      for path in copy_of.glob(f"tests/unit/**/test_{test}.py")]  # fmt: skip
             try:
-                survived = survivors(copy_of, module, tried, tests, options.seconds)
+                survived = survivors(copy_of, module, tried, tests, options.seconds, partial(tell, output, name))
             except RuntimeError as error:
                 raise SystemExit(f"{name}: {error}") from error
-            for each in survived:
-                print(f"{name}:{each.line}: {each.change}")
             print(f"{name}: {len(tried) - len(survived)} of {len(tried)} changes were seen by a test", flush=True)
             num_changes, num_survivors = num_changes + len(tried), num_survivors + len(survived)
     gc.unfreeze()  # Triton would report what is frozen as leaks

@@ -17,7 +17,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import CodeType, FrameType, FunctionType
@@ -117,21 +117,30 @@ def survives(copy_of: Path, module: Path, text: str, tests: list[str], seconds: 
     return status == 0
 
 
-def survivors(copy_of: Path, module: Path, tried: list[Mutant], tests: list[str], seconds: float) -> list[Mutant]:
-    """The changes that no test sees. Raises RuntimeError where the tests fail without any."""
+def survivors(
+    copy_of: Path, module: Path, tried: list[Mutant], tests: list[str], seconds: float, tell: Callable[[str], None]
+) -> list[Mutant]:
+    """The changes that no test sees, each of which is told as it is found. Raises RuntimeError where the tests fail
+    without any."""
     left = copy_of / "survivors.json"
     left.unlink(missing_ok=True)
     module.write_text(plain(module.read_text()))
     child = os.fork()
     if child == 0:
         _enter(copy_of)
-        loop = _Loop(module, tried, left, seconds)
+        loop = _Loop(module, tried, left, seconds, tell)
         os._exit(pytest.main([*PYTEST, *tests], plugins=[loop]))
     os.waitpid(child, 0)
     if not left.exists():
         raise RuntimeError("its tests fail without any change")
     again = [tried[number] for number in json.loads(left.read_text())]
-    return [mutant for mutant in again if survives(copy_of, module, mutant.source, tests, seconds)]
+    survived = []
+    for mutant in again:
+        if survives(copy_of, module, mutant.source, tests, seconds):
+            survived.append(mutant)
+        else:
+            tell(f"{mutant.line}: {mutant.change}: a test sees it where the module is imported with it")
+    return survived
 
 
 def _enter(copy_of: Path) -> None:
@@ -144,8 +153,10 @@ def _enter(copy_of: Path) -> None:
 class _Loop:
     """A plugin of pytest that runs the collected tests once for each change, and writes the numbers of survivors."""
 
-    def __init__(self, module: Path, tried: list[Mutant], left: Path, seconds: float) -> None:
-        self.module, self.tried, self.left, self.seconds = str(module), tried, left, seconds
+    def __init__(
+        self, module: Path, tried: list[Mutant], left: Path, seconds: float, tell: Callable[[str], None]
+    ) -> None:
+        self.module, self.tried, self.left, self.seconds, self.tell = str(module), tried, left, seconds, tell
         self.notes = left.with_name("notes.json")
         self.tracing = False
         self.cpu_seconds: int | None = None
@@ -177,6 +188,7 @@ class _Loop:
                 return None
             if status == 0:
                 left.append(number)
+                self.tell(f"{mutant.line}: {mutant.change}")
             elif killers := [item for item in order if item.nodeid == json.loads(self.notes.read_text())["failed"]]:
                 order.remove(killers[0])
                 order.insert(0, killers[0])

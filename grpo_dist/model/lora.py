@@ -230,7 +230,8 @@ class _Family:
         has_bias = any(layer.base_layer.bias is not None for layer in self.layers)
         if has_bias or b[0].shape != b[1].shape or x.dtype not in HALVES or not self.fits(x):
             return None
-        return _computed(self.layers, x, self.name, self.layers[0].scaling[self.name], has_gate=True)[0]
+        (y,) = _computed(self.layers, x, self.name, self.layers[0].scaling[self.name], has_gate=True)
+        return y
 
     def output(self, layer: LoraLinear, x: Tensor) -> Tensor:
         """What `layer` computes of `x`."""

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import sys
+from types import SimpleNamespace
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -26,10 +29,10 @@ def gpt2() -> nn.Module:
                                       embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=1, eos_token_id=2))  # fmt: skip
 
 
-def adapted(model: nn.Module, dropout: float = 0.0) -> nn.Module:
+def adapted(model: nn.Module, dropout: float = 0.0, task_type: str | None = "CAUSAL_LM") -> nn.Module:
     """The model with adapters that do something."""
     made = get_peft_model(model, LoraConfig(r=4, lora_alpha=10, lora_dropout=dropout, target_modules="all-linear",
-                                            task_type="CAUSAL_LM"))  # fmt: skip
+                                            task_type=task_type))  # fmt: skip
     generator = torch.Generator().manual_seed(0)
     for name, parameter in made.named_parameters():
         if "lora_" in name:
@@ -106,6 +109,115 @@ def test_layers_of_one_input_are_one_operation(has_values: bool, monkeypatch: py
             expected, got = (torch.zeros_like(x) if x.grad is None else x.grad for x in (parameter, other))
             torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4, msg=name)
     assert calls == ([3, 3, 3] if has_values else [3, 1, 1, 1, 1])
+
+
+@pytest.mark.parametrize(("shares", "alpha"), [(False, 4), (True, 5)], ids=["on a CPU", "of two scales"])
+def test_layers_that_are_computed_one_by_one(shares: bool, alpha: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+    computed = lora._computed
+    monkeypatch.setattr(lora, "_shares_products", lambda _: shares)
+    monkeypatch.setattr(lora, "_computed", lambda layers, *given: calls.append(len(layers)) or computed(layers, *given))
+    config = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", rank_pattern={"k_proj": 2},
+                        alpha_pattern={"k_proj": alpha})  # fmt: skip
+    plain = get_peft_model(Projections(), config)
+    for parameter in plain.parameters():
+        parameter.data = torch.randn(parameter.shape)
+    fused, x = copy.deepcopy(plain), torch.randn(5, 8)
+    fuse_adapters(fused, never)
+    torch.testing.assert_close(fused(x), plain(x))
+    assert calls == [1, 1, 1]
+
+
+def test_an_output_that_waits_is_that_of_its_own_input(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lora, "_shares_products", lambda _: True)
+    plain = adapted(Projections(), task_type=None)
+    fused, (first, second) = copy.deepcopy(plain), torch.randn(2, 5, 8)
+    fuse_adapters(fused, never)
+    one, other = (model.base_model.model for model in (plain, fused))
+    for layer, x in (("q_proj", first), ("q_proj", first), ("k_proj", second), ("k_proj", first)):
+        torch.testing.assert_close(getattr(other, layer)(x), getattr(one, layer)(x))
+
+
+class Gate(nn.Module):
+    """The first layers of SwiGLU."""
+
+    def __init__(self, bias: bool = False) -> None:
+        super().__init__()
+        self.gate_proj, self.up_proj = nn.Linear(8, 6, bias=bias), nn.Linear(8, 6, bias=False)
+
+
+class Adapters(NamedTuple):
+    """As the kernels take them."""
+
+    low: Tensor
+    gate_b: Tensor
+    up_b: Tensor
+
+
+def gate_in_torch(gate: Tensor, up: Tensor, adapters: Adapters) -> Tensor:
+    """What the kernel computes."""
+    low = adapters.low.chunk(2, 1)
+    return nn.functional.silu(gate + low[0] @ adapters.gate_b.T) * (up + low[1] @ adapters.up_b.T)
+
+
+def gate_backward_in_torch(grad: Tensor, gate: Tensor, up: Tensor, adapters: Adapters) -> tuple[Tensor, ...]:
+    """What its backward kernel computes."""
+    inputs = gate.detach().requires_grad_(), up.detach().requires_grad_()
+    with torch.enable_grad():
+        return torch.autograd.grad(gate_in_torch(*inputs, adapters), inputs, grad)
+
+
+@pytest.fixture
+def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernels of a gate by torch's operations, in float64: test_triton.py compares the two."""
+    names = {"Adapters": Adapters, "gated": gate_in_torch, "gated_backward": gate_backward_in_torch}
+    monkeypatch.setitem(sys.modules, "grpo_dist.model.gate_kernel", SimpleNamespace(**names))
+    monkeypatch.setattr(lora, "_shares_products", lambda _: True)
+    monkeypatch.setattr(lora, "HALVES", (torch.float64,))
+
+
+def test_a_gate_is_computed_with_the_products_of_its_inputs(kernels: None) -> None:
+    torch.manual_seed(0)
+    plain = adapted(Gate(), task_type=None).double()
+    fused, x = copy.deepcopy(plain), torch.randn(2, 5, 8, dtype=torch.float64, requires_grad=True)
+    fuse_adapters(fused, never)
+    one, own = plain.base_model.model, x.detach().clone().requires_grad_()
+    expected, got = (
+        nn.functional.silu(one.gate_proj(x)) * one.up_proj(x),
+        fused.base_model.model.gate_proj.family.gated(own),
+    )
+    torch.testing.assert_close(got, expected)
+    for y in (expected, got):
+        (y.square() * torch.arange(6)).sum().backward()
+    torch.testing.assert_close(own.grad, x.grad)
+    for (name, parameter), other in zip(plain.named_parameters(), fused.parameters(), strict=True):
+        if parameter.requires_grad:
+            torch.testing.assert_close(other.grad, parameter.grad, msg=name)
+
+
+@pytest.mark.parametrize("why", ["bias", "ranks", "float32", "disabled"])
+def test_a_gate_that_the_kernel_does_not_compute(why: str, kernels: None) -> None:
+    ranks = {"rank_pattern": {"up_proj": 2}, "alpha_pattern": {"up_proj": 4}} if why == "ranks" else {}
+    model = get_peft_model(
+        Gate(bias=why == "bias"), LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", **ranks)
+    )
+    dtype = torch.float32 if why == "float32" else torch.float64
+    fuse_adapters(model.to(dtype), never)
+    family, x = model.base_model.model.gate_proj.family, torch.randn(5, 8, dtype=dtype)
+    if why == "disabled":
+        assert family.gated(x) is not None
+        with model.disable_adapter():
+            assert family.gated(x) is None
+    else:
+        assert family.gated(x) is None
+
+
+def test_a_weight_that_is_dequantised_has_the_same_gradients() -> None:
+    x, weight, a, b = (torch.randn(shape).requires_grad_() for shape in ((3, 5), (4, 5), (2, 5), (4, 2)))
+    frozen = weight.detach()
+    expected, got = (torch.autograd.grad(adapted_linear(x, each, None, a, b, 1.7).square().sum(), (x, a, b))
+                     for each in (frozen, lambda: frozen))  # fmt: skip
+    assert all(torch.equal(one, other) for one, other in zip(expected, got, strict=True))
 
 
 def test_finite_differences() -> None:
