@@ -55,6 +55,7 @@ from .model.load import (
 from .monitoring.console import set_up_logging
 from .monitoring.metrics import is_right
 from .monitoring.progress import Progress
+from .report.categories import categories
 from .report.evaluation import Rows, report, samples
 from .rewards.pool.pool import ScorerPool
 from .rewards.registry import EPISODE_COLUMNS, answer_checks, answer_reader, file_digests
@@ -87,7 +88,7 @@ class Evaluation:
     ) -> None:
         """`compared` is the output of an evaluation with which this one is to be compared. Raises ValueError or OSError
         for what a user can have got wrong, before the model is loaded."""
-        self.num_samples, self.directory, self.category = num_samples, directory, category
+        self.num_samples, self.directory = num_samples, directory
         self.engine: Engine | None = None
         config = to_evaluate(config)
         self.tokenizer = load_tokenizer(config.model)
@@ -102,8 +103,10 @@ class Evaluation:
         split = "train" if Path(data.eval_file).is_file() else data.eval_split
         self.prompts, _ = load_prompts(data.eval_file, split, data, prompt_tokenizer, checks,
                                        tokenizers=by_environment(self.tokenizer, self.host))  # fmt: skip
-        if category is not None and category not in self.prompts[0].columns:
-            raise ValueError(f"--category: {category!r} given, expected one of {', '.join(self.prompts[0].columns)}")
+        self.categories: dict[int, str] = {}
+        if category is not None:
+            names = categories([prompt.columns for prompt in self.prompts], category)
+            self.categories = {prompt.index: name for prompt, name in zip(self.prompts, names, strict=True)}
         if compared is not None:
             self._require_common_prompts(compared)
         self._claim(compared)
@@ -181,9 +184,10 @@ class Evaluation:
             if ranks.is_main:
                 write_file(self._path(start), "".join(f"{json.dumps(row)}\n" for row in rows))
         ranks.barrier()
-        return [
+        rows = [
             json.loads(line) for start in parts for line in self._path(start).read_text(encoding="utf-8").splitlines()
         ]
+        return [row | {"category": self.categories.get(row["prompt_index"])} for row in rows]  # perhaps another column
 
     def _path(self, start: int) -> Path:
         return self.directory / f"samples_{start:07d}.jsonl"
@@ -259,7 +263,7 @@ class Evaluation:
             talks = [conversations[n] for n in places] if conversations else None
             rows.append({
                 "prompt_index": prompt.index, "prompt": prompt.text,
-                "category": prompt.columns[self.category] if self.category else None,
+                "category": self.categories.get(prompt.index),
                 "completions": texts, "tokens": batch.lengths[places].tolist(),
                 "finished": batch.finished[places].tolist(), "right": [right[n] for n in places],
                 "rewards": [None if reward != reward else reward for reward in batch.reward[places].tolist()],
@@ -301,7 +305,7 @@ def evaluate(options: argparse.Namespace, config: Config) -> int:
     if status:
         let_first_rank_answer("RANK")
     elif is_main:
-        report(rows, options.n, options.compare, options.output)
+        report(rows, options.n, options.compare, options.output, options.category)
     return status
 
 

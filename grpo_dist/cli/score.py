@@ -5,6 +5,8 @@
 
 Completions come from a file with a column `completion`. If its rows are not in the order of the data, it also needs a
 column `prompt_index`. Without a file, the gold answers are scored, which should get a high reward. No model is loaded.
+`--category COLUMN` adds a table by the column's values: mean reward, prompts of which all, some or no completions are
+right.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from rich.text import Text
 from ..config.parse import parse_config
 from ..config.schema import Config
 from ..data.rows import load_rows
+from ..report.categories import by_category, categories, category_table
 from ..rewards.pool.pool import ScorerPool
 from ..rewards.registry import answer_checks
 from ..rewards.scores import Item, Scores, combine, to_items
@@ -36,6 +39,7 @@ _SHOWN_FAILURES = 5
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of the verb. The parser of a run reads the others, such as `--config`."""
     parser.add_argument("--completions", metavar="FILE", help="JSONL, CSV or parquet with a column `completion`")
+    parser.add_argument("--category", metavar="COLUMN", help="results for each value of a column, or COLUMN.KEY")
     parser.add_argument("-n", type=int, default=20, metavar="N", help="most completions to score (20)")
 
 
@@ -47,17 +51,20 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
     if options.completions is None and config.data.answer_column is None:
         raise ValueError("data.answer_column is null: there are no gold answers to score; give --completions FILE, or "
                          "see what the model answers: python -m grpo_dist evaluate")  # fmt: skip
-    items, groups = read_items(config, options.completions, options.n)
+    items, prompts = read_items(config, options.completions, options.n)
+    names = categories([item.columns for item in items], options.category) if options.category else []
     with ScorerPool(config.rewards, config.scoring) as pool:
-        scores = pool.score(items, groups=groups)
+        scores = pool.score(items, groups=prompts if options.completions else [0] * len(items))
     print_scores(config, items, scores)
+    if options.category:
+        print_categories(config, options.category, names, prompts, scores)
     return int(scores.failed.any(1).mean() > config.scoring.error_budget)
 
 
 def read_items(config: Config, path: str | None, most: int) -> tuple[list[Item], list[int]]:
     """Return up to `most` completions of a file with the columns of the data, or the gold answers without a file.
 
-    Also returns the group of each: completions of one prompt in a file, or all gold answers. Raises ValueError if the
+    Also returns the index of each one's prompt. Raises ValueError if the
     file has no `completion`, or names a prompt that the data does not have.
     """
     from ..data.mixture import load_training
@@ -73,7 +80,7 @@ def read_items(config: Config, path: str | None, most: int) -> tuple[list[Item],
         pairs = [(prompt, str(prompt.columns["answer"])) for prompt in first]
     else:
         pairs = _read_pairs(path, prompts, most)
-    return to_items(pairs, tokenizer), [0 if path is None else prompt.index for prompt, _ in pairs]
+    return to_items(pairs, tokenizer), [prompt.index for prompt, _ in pairs]
 
 
 def _read_pairs(path: str, prompts: Sequence[Prompt], most: int) -> list[tuple[Prompt, str]]:
@@ -117,6 +124,20 @@ def print_scores(config: Config, items: Sequence[Item], scores: Scores) -> None:
     if len(scores.failures) > _SHOWN_FAILURES:
         lines.append(f"and {len(scores.failures) - _SHOWN_FAILURES} more failures")
     console.print(Text("\n".join(lines)))
+
+
+def print_categories(config: Config, column: str, names: Sequence[str], prompts: Sequence[int], scores: Scores) -> None:
+    """Print the table by category, for each completion given its category and its prompt."""
+    weights = [reward.weight_at(0) for reward in config.rewards]
+    totals = combine(scores.values, scores.failed, weights).tolist()
+    most = sum(weight for weight in weights if weight > 0)
+    of_prompt: dict[int, list[int]] = {}
+    for place, prompt in enumerate(prompts):
+        of_prompt.setdefault(prompt, []).append(place)
+    places = list(of_prompt.values())
+    rewards = [[None if totals[n] != totals[n] else totals[n] for n in each] for each in places]
+    right = [[totals[n] > most / 2 for n in each] for each in places]
+    Console().print(category_table(column, by_category([names[each[0]] for each in places], rewards, right)))
 
 
 def _number(value: float, absent: str) -> str:

@@ -32,7 +32,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", help="directory or hub id of a model or a PEFT adapter, or a toy's name")
     parser.add_argument("--data", help="in place of the config's data.eval_file")
     parser.add_argument("--n", type=int, default=16, help="samples a prompt (16)")
-    parser.add_argument("--category", help="a column of the data: a table for each of its values")
+    parser.add_argument("--category", metavar="COLUMN", help="results for each value of a column, or COLUMN.KEY")
     parser.add_argument("--output", type=Path, default=Path("evaluation"), help="where samples and summary go")
     parser.add_argument("--compare", type=Path, metavar="OUTPUT", help="another evaluation's output, for a paired test")
 

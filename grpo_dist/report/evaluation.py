@@ -10,10 +10,10 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 
 from ..algorithm.estimates import Comparison, Estimate, compare, estimate, majority_at_k, pass_at_k
 from ..text.files import write_file
+from .categories import by_category, category_table, in_order
 
 Rows = list[dict[str, Any]]
 """A row for each prompt, with lists of its samples' texts and scores."""
@@ -62,28 +62,25 @@ def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
 
-def _table(title: str, tables: dict[str, dict[str, Estimate]], num_prompts: dict[str, int]) -> Table:
-    table = Table(title=title)
-    table.add_column("measure")
-    for name in tables:
-        table.add_column(Text(f"{name} ({num_prompts[name]})"), justify="right")
-    for measure in next(iter(tables.values())):
-        cells = [each[measure] for each in tables.values()]
-        table.add_row(measure, *(f"{cell.value:.4f}  [{cell.low:.4f}, {cell.high:.4f}]" for cell in cells), style=None)
+def _table(title: str, measures: dict[str, Estimate]) -> Table:
+    table = Table("measure", title=title)
+    table.add_column("all prompts", justify="right")
+    for name, each in measures.items():
+        table.add_row(name, f"{each.value:.4f}  [{each.low:.4f}, {each.high:.4f}]")
     return table
 
 
-def report(rows: Rows, num_samples: int, other: Path | None, directory: Path) -> None:
-    """Print the tables and write them to summary.json."""
-    groups = {"all": rows} | {
-        str(name): [row for row in rows if row["category"] == name]
-        for name in sorted({row["category"] for row in rows} - {None}, key=str)
-    }
+def report(rows: Rows, num_samples: int, other: Path | None, directory: Path, category: str | None = None) -> None:
+    """Print the tables and write them to summary.json. `category` is the column from which rows have their category."""
+    names = [row["category"] for row in rows] if category else []
+    groups = {"all": rows} | {name: [row for row in rows if row["category"] == name] for name in in_order(names)}
     tables = {name: summarise(part, num_samples) for name, part in groups.items()}
     summary: dict[str, Any] = {name: {key: asdict(each) for key, each in part.items()} for name, part in tables.items()}
     console = Console()
-    counts = {name: len(part) for name, part in groups.items()}
-    console.print(_table(f"{len(rows)} prompts, {num_samples} samples each", tables, counts), markup=False)
+    console.print(_table(f"{len(rows)} prompts, {num_samples} samples each", tables["all"]), markup=False)
+    if category:
+        results = by_category(names, [row["rewards"] for row in rows], [row["right"] for row in rows])
+        console.print(category_table(category, results))
     console.print("mean@, pass@ and maj@ count a sample as right if its reward is above half of the sum of positive "
                   "weights", soft_wrap=True)  # fmt: skip
     if other is not None:

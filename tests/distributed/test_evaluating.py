@@ -37,7 +37,7 @@ def test_ranks_resuming_and_comparing(tmp_path: Path) -> None:
     common = ("--data", str(data), "--category", "sign")
     one = evaluate(None, 1, *common, "--output", str(tmp_path / "one"))
     assert one.returncode == 0, one.stderr[-4000:]
-    assert "pass@2" in one.stdout and "+ (" in one.stdout and "- (" in one.stdout
+    assert "pass@2" in one.stdout and "all right" in one.stdout
     assert "count a sample as right if its reward is above half of the sum of positive weights" in one.stdout
     two = evaluate("zero3", 2, *common, "--output", str(tmp_path / "two"))
     assert two.returncode == 0, two.stderr[-4000:]
@@ -51,6 +51,11 @@ def test_ranks_resuming_and_comparing(tmp_path: Path) -> None:
     assert (tmp_path / "one" / "samples_0000000.jsonl").stat().st_mtime_ns == stamp, "what is there is not done again"
     summary = json.loads((tmp_path / "one" / "summary.json").read_text())
     assert summary["comparison"]["p_value"] == 1 and set(summary) == {"all", "+", "-", "comparison"}
+
+    by_answer = evaluate(None, 1, *common, "--output", str(tmp_path / "one"), "--category", "answer")
+    assert by_answer.returncode == 0, by_answer.stderr[-4000:]
+    summary = json.loads((tmp_path / "one" / "summary.json").read_text())
+    assert "+" not in summary and any(" to " in name for name in summary), "another column, without new samples"
 
     other = evaluate(None, 1, *common, "--output", str(tmp_path / "one"), "--rollout.temperature", "0.5")
     assert other.returncode == 2 and "holds another evaluation (rollout differ)" in other.stderr

@@ -46,6 +46,25 @@ def test_completions_of_a_file(options: list[str], tmp_path: Path, capsys: pytes
     assert "no text in the column `completion`" in capsys.readouterr().err
 
 
+def test_completions_by_kind_of_prompt(options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Samples of one prompt count together, in whatever order they come."""
+    (tmp_path / "data.jsonl").write_text("".join(
+        json.dumps({"prompt": f"What is {n} - 2?", "answer": str(n - 2), "sign": "-" if n < 2 else "+"}) + "\n"
+        for n in range(4)
+    ))  # fmt: skip
+    drawn = [(0, "2"), (2, "0"), (3, "1"), (1, "1"), (0, "2"), (2, "0"), (3, "2"), (1, "1")]
+    file = tmp_path / "completions.jsonl"
+    file.write_text("".join(json.dumps({"prompt_index": n, "completion": text}) + "\n" for n, text in drawn))
+    common = [*options, "--rewards", "[{name: math}]"]
+    assert main([*common, "--completions", str(file), "--category", "sign"]) == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["+", "2", "0.750", "0.750", "[0.50,", "1.00]", "1", "1", "0"] in rows
+    assert ["-", "2", "0.000", "0.000", "[0.00,", "0.00]", "0", "0", "2"] in rows
+    assert any(row[:4] == ["all", "prompts", "4", "0.375"] and row[-3:] == ["1", "1", "2"] for row in rows)
+    assert main([*common, "--category", "colour"]) == 2
+    assert "--category: 'colour' given, which no row has" in capsys.readouterr().err
+
+
 def test_failures_are_shown_and_judged(
     options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
