@@ -39,7 +39,7 @@ MODULES = {
     "algorithm/estimates": ["estimates"],
     "model/packing": ["packing"],
     "types": ["batch", "gathering"],
-    "model/attention": ["packing"],
+    "model/attention": ["packing", "sinks", "shared_prefix"],
     "model/logprobs": ["logprobs"],
     "rollout/sampling": ["sampling", "stop_strings"],
     "algorithm/hashing": ["sampling", "dropout"],

@@ -21,7 +21,7 @@ from fork_server import HUB, serve_to_the_end
 FREE = {
     "PYTHONPATH", "FAULT", "FAULT_RANK", "FAULT_MARK", "DISKS", "CXX", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "HF_TOKEN",
     "WANDB_API_KEY", "MY_PASSWORD", "JUDGE_KEY", "PYTEST_CURRENT_TEST", "PYTEST_VERSION",
-    "PYTORCH_NVML_BASED_CUDA_CHECK", *HUB,
+    "TRITON_CACHE_DIR", "PYTORCH_NVML_BASED_CUDA_CHECK", *HUB,
 }  # fmt: skip
 """Variables in which a run may differ from the server: no library reads them while it is imported, or forks let it read
 them again. Accelerate sets PYTORCH_NVML_BASED_CUDA_CHECK where it looks for a GPU, also in fixtures that several tests

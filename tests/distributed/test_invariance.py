@@ -55,8 +55,8 @@ def test_same_tokens_and_weights(strategy: str, num_processes: int, one_process:
 def test_forks_make_the_run_of_fresh_processes(
     strategy: str | None, num_processes: int, one_process: Path, tmp_path: Path
 ) -> None:
-    """Bit for bit. All forks hash strings alike, fresh processes do not: each time, fresh ranks are those of the
-    quickstart and of a signalled launcher."""
+    """Bit for bit. All forks hash strings alike and fresh processes do not: nothing that is computed depends on that.
+    CI's fresh ranks are those of the quickstart."""
     words = *KL, *EVALUATED
     fresh = train(strategy, num_processes, tmp_path / "fresh", *words, fresh=True)
     forked = train(strategy, num_processes, tmp_path / "forked", *words) if strategy else one_process

@@ -127,9 +127,13 @@ def started_by(process: Any) -> list[psutil.Process]:
     return started
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
-def test_the_launcher_signalled(number: signal.Signals, tmp_path: Path) -> None:
-    process = start("ddp", tmp_path / "run", fresh=True)
+@pytest.mark.parametrize(
+    ("number", "fresh"),
+    [(signal.SIGTERM, False), *(pytest.param(number, True, marks=pytest.mark.slow)
+                                for number in (signal.SIGTERM, signal.SIGINT))],
+)  # fmt: skip
+def test_the_launcher_signalled(number: signal.Signals, fresh: bool, tmp_path: Path) -> None:
+    process = start("ddp", tmp_path / "run", fresh=fresh)
     processes = started_by(process)
     process.send_signal(number)
     # ranks that the launcher had to kill would not have said so

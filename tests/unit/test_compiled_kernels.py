@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from launching import ROOT, launch
 
 SHARED = 99 << 10
 """Bytes of shared memory that a program has on the smallest of the cards (8.9)."""
@@ -31,11 +29,9 @@ def compiled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     """What `compiled_kernels.py` prints: Triton's driver is replaced for its process."""
     if importlib.util.find_spec("triton") is None:
         pytest.skip("Triton is not installed: pip install --no-deps triton")
-    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton")),
-                   "PYTHONPATH": f"{Path(__file__).parents[2]}:{os.environ.get('PYTHONPATH', '')}"}  # fmt: skip
-    done = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("compiled_kernels.py")), *request.param],
-        text=True, capture_output=True, env=environment, check=False,
+    done = launch(
+        None, 1, *request.param, program=[str(Path(__file__).with_name("compiled_kernels.py"))], timeout_seconds=3600,
+        environment={"TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton")), "PYTHONPATH": str(ROOT)},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-6000:]
     return json.loads(done.stdout.splitlines()[-1])
