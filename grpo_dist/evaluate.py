@@ -39,7 +39,7 @@ from .distributed.rendezvous import place_in_launch, tell_error_of_start
 from .distributed.watch import Interrupted
 from .model.adapter import to_evaluate
 from .model.adapter_values import fingerprint
-from .model.files import UnfitModel
+from .model.files import UnfitModel, model_path
 from .model.load import (
     attention_for,
     base_identity,
@@ -52,6 +52,7 @@ from .model.load import (
     load_tokenizer,
     short_window,
 )
+from .model.stored_weights import weights_fingerprint
 from .monitoring.console import set_up_logging
 from .monitoring.metrics import is_right
 from .monitoring.progress import Progress
@@ -147,6 +148,7 @@ class Evaluation:
         config = self.config
         identity = {
             "model": base_identity(config.model, self.model_config), "num_samples": self.num_samples,
+            "weights": weights_fingerprint(Path(model_path(config.model))),
             # another server may draw the rest
             "rollout": {name: value for name, value in asdict(config.rollout).items() if name != "vllm"},
             "rewards": [asdict(reward) for reward in config.rewards],

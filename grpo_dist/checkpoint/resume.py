@@ -11,7 +11,9 @@ from ..config.schema import Config, LoraConfig
 from ..config.values import differences, redacted
 from ..data.mixture import identifying, order_of
 from ..model.adapter_values import fingerprint
+from ..model.files import model_path
 from ..model.load import base_identity
+from ..model.stored_weights import weights_fingerprint
 from ..monitoring.machine import versions
 from ..text.templates import today, uses_date
 from ..types import Prompt
@@ -53,7 +55,8 @@ def with_template_date(config: Config, tokenizer: Any, path: Path | None) -> Con
 
 def identity(config: Config, model_config: Any, prompts: Sequence[Prompt]) -> dict[str, Any]:
     """What must stay the same throughout a run."""
-    return {"base": base_identity(config.model, model_config), "lora": _shape_of(config.lora),
+    return {"base": base_identity(config.model, model_config),
+            "base_weights": weights_fingerprint(Path(model_path(config.model))), "lora": _shape_of(config.lora),
             "adapter": _adapter_of(config.lora),
             "critic": config.advantage.baseline == "critic", "optimizer": config.optim.optimizer,
             "num_prompts": len(prompts),
@@ -73,7 +76,8 @@ def _adapter_of(lora: LoraConfig | None) -> str | None:
 def changes(path: Path, config: Config, now: dict[str, Any]) -> list[str]:
     """A line for each change since a checkpoint; raises ValueError where the run's identity `now` is another."""
     meta = checkpoint.load_meta(path, NEEDED)
-    before = {"optimizer": "adamw"} | meta["identity"]  # older checkpoints lack what was the only choice
+    # older checkpoints lack what was the only choice, and what nobody asked for
+    before = {"optimizer": "adamw", "base_weights": now["base_weights"]} | meta["identity"]
     if before["lora"] is not None:
         before["lora"] = _shape_of(LoraConfig()) | before["lora"]
     harmful = differences(before, now)

@@ -14,9 +14,11 @@ from ..config.schema import LoraConfig, ModelConfig
 from ..distributed.device import DTYPES, resolve_dtype
 from ..distributed.sharding import is_sharded
 from ..model.expert_adapters import compute_adapters_apart
+from ..model.files import model_path
 from ..model.load import base_identity, load_causal_lm, load_model_config, load_policy, load_tokenizer, trainable
 from ..model.peft import with_saved_adapters
 from ..model.policy import Policy
+from ..model.stored_weights import weights_fingerprint
 from ..model.toy import MODELS
 from ..monitoring.machine import last_recorded, started_in
 from ..monitoring.metrics import read_history
@@ -112,7 +114,9 @@ def at(trained: Trained, path: Path) -> ModelConfig:
 def _from_checkpoint(trained: Trained) -> Policy:
     tensors, meta = checkpoint.load(trained.path)
     model = trained.model
-    if base_identity(trained.given_model, load_model_config(model)) != meta["identity"]["base"]:
+    weights, identity = weights_fingerprint(Path(model_path(model))), meta["identity"]
+    same = base_identity(trained.given_model, load_model_config(model)) == identity["base"]
+    if not same or identity.get("base_weights", weights) != weights:
         raise ValueError(f"{trained.path}: {model.name!r} is not the base model of this training any more")
     dtype = DTYPES[meta["dtype"]] if "dtype" in meta else resolve_dtype(model.dtype)
     lora = None if trained.lora is None else replace(trained.lora, init_from=None)  # the checkpoint has the values

@@ -197,6 +197,9 @@ def test_another_data_set_or_base_model_is_another_run(tmp_path: Path) -> None:
     path = saved(config, 1)
     with pytest.raises(ValueError, match=r"data: .* -> .*\n *num_prompts: 0 -> 1"):
         changes(path, config, identity(config, model_config, [Prompt(0, [1, 2], "", None, {})]))
+    other = identity(config, model_config, []) | {"base_weights": "another model saved in its place"}
+    with pytest.raises(ValueError, match=r"base_weights: .* -> 'another model"):
+        changes(path, config, other)
     model_config.hidden_size *= 2
     with pytest.raises(ValueError, match="base: "):
         changes(path, config, identity(config, model_config, []))

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from small_models import LORA, logits, make_moved, make_policy
+from small_models import LORA, logits, make_base, make_moved, make_policy
 from transformers import AutoModelForCausalLM
 
 from grpo_dist.checkpoint import store as checkpoint
@@ -29,6 +29,7 @@ from grpo_dist.model.load import (
     trainable,
 )
 from grpo_dist.model.policy import Policy
+from grpo_dist.model.stored_weights import weights_fingerprint
 
 
 def leave_behind(
@@ -42,7 +43,8 @@ def leave_behind(
     (directory / "metrics.jsonl").write_text('{"step": 0}\n{"step": 1}\n')
     meta: dict[str, Any] = {"config": config, "dtype": str(policy.causal_lm.dtype).removeprefix("torch."),
                             "identity": {"base": base_identity(model, load_model_config(model)),
-                                          "critic": critic}}  # fmt: skip
+                                         "base_weights": weights_fingerprint(Path(model.name)),
+                                         "critic": critic}}  # fmt: skip
     tensors = {f"weight/{name}": p.detach().float().clone() for name, p in trainable(policy).items()}
     checkpoint.save(directory / "checkpoints", 1, tensors, meta, keep=2)
     save_final(policy, load_tokenizer(model), directory / "final", is_main=True)
@@ -85,6 +87,18 @@ def test_a_critic_stays_behind(base: ModelConfig, tmp_path: Path) -> None:
     loaded, _ = load(find(tmp_path / "run" / "checkpoints" / "step_1"))
     assert loaded.causal_lm.dtype == torch.bfloat16
     assert write_merged(find(tmp_path / "run" / "checkpoints" / "step_1"), tmp_path / "out", None, "5GB")[1] == 5e-2
+
+
+def test_another_model_in_the_base_s_place_is_refused(tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base", tied=False)
+    leave_behind(tmp_path / "run", base, make_policy(base, LORA), LORA)
+    trained = find(tmp_path / "run" / "checkpoints" / "step_1")
+    load(trained)
+    other = AutoModelForCausalLM.from_pretrained(base.name)
+    other.lm_head.weight.data += 1.0
+    other.save_pretrained(base.name)
+    with pytest.raises(ValueError, match="is not the base model of this training any more"):
+        load(trained)
 
 
 def test_another_base_is_refused(base: ModelConfig, tmp_path: Path) -> None:
