@@ -39,7 +39,7 @@ MODULES = {
     "algorithm/estimates": ["estimates"],
     "model/packing": ["packing"],
     "types": ["batch", "gathering"],
-    "model/attention": ["packing", "sinks", "shared_prefix"],
+    "model/attention": ["attention", "shared_prefix"],
     "model/logprobs": ["logprobs"],
     "rollout/sampling": ["sampling", "stop_strings"],
     "algorithm/hashing": ["sampling", "dropout"],
@@ -59,6 +59,21 @@ ROUTES_ROOM = "self.drawn = nothing.new_zeros((0, most + 1, *self.routers.shape)
 ROUTES_GIVEN = "batch.routes is not None and batch.prompt_routes is not None"
 FLOAT32_PRODUCT, ROUNDED_PRODUCT = "float32_product(x, y)", "(x @ y).to(dtype)"
 EQUIVALENT = {
+    # how much is computed at once; the lines of a GPU; a repetition by 1; the two are None together; a window as long as
+    # the row
+    "model/attention": [
+        "BLOCK, GPU_BLOCK =",
+        "if softcap is not None and query.is_cuda:",
+        "if softcap is not None or not can_use_flash(",
+        "query, key, value = (x.squeeze(0)",
+        "return shared_prefix_attention(",
+        "return window_attention(",
+        "block = GPU_BLOCK if",
+        "repeat > 1 -> repeat >= 1",
+        "window is not None and positions is not None -> window is not None or positions is not None",
+        "window >= self.longest -> window > self.longest",
+        "self.longest = max(prompt + max(completions, default=0) for prompt, completions in pieces): 0 -> 1",
+    ],
     # what is a rounding, to the bit and to a factor of 2; the loop has the same result as what spares it
     "algorithm/advantages": [
         "stds > 1e-12 * means.abs().clamp(min=1) -> stds >= 1e-12 * means.abs().clamp(min=1)",

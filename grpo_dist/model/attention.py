@@ -263,8 +263,7 @@ def block_layout(pieces: Sequence[tuple[int, list[int]]], block: int = BLOCK, wi
 
     def behind(prompt: slice, queries: slice) -> None:
         size, before = queries.stop - queries.start, prompt.stop - prompt.start
-        is_long = size > max(block, before) and segment_of[queries.start] == segment_of[queries.stop - 1]
-        if is_long and (window is None or before + size <= window):
+        if size > max(block, before) and (window is None or before + size <= window):  # one completion
             blocks.append(Block(queries, (prompt, queries), None))
         else:
             masked(queries, prompt)
