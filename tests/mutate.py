@@ -59,7 +59,7 @@ ROUTES_ROOM = "self.drawn = nothing.new_zeros((0, most + 1, *self.routers.shape)
 ROUTES_GIVEN = "batch.routes is not None and batch.prompt_routes is not None"
 FLOAT32_PRODUCT, ROUNDED_PRODUCT = "float32_product(x, y)", "(x @ y).to(dtype)"
 EQUIVALENT = {
-    # how much is computed at once; the lines of a GPU; a repetition by 1; the two are None together; a window as long as
+    # how much is computed at once; lines of a GPU; a repetition by 1; the two are None together; a window as long as
     # the row
     "model/attention": [
         "BLOCK, GPU_BLOCK =",
