@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
+from flash_formulas import forward
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface
 
-from grpo_dist.model.attention import RowLayout, block_layout, explicit_attention
+from grpo_dist.model import attention, shared_prefix
+from grpo_dist.model.attention import NAME, RowLayout, block_layout, explicit_attention
 
 PIECES = [(3, [2, 4]), (1, [6]), (2, []), (9, [1, 12, 3, 3]), (11, [10, 2])]
 HEADS, KEY_HEADS, SIZE = 4, 2, 8
@@ -98,3 +104,29 @@ def test_few_blocks_have_a_mask(
     """Short pieces share a block of at most 8 tokens, and what is longer than that and its prompt is causal."""
     blocks = block_layout(pieces, 8, window).blocks
     assert [(each.queries.stop - each.queries.start, each.mask is not None) for each in blocks] == expected
+
+
+@pytest.mark.parametrize("window", [None, 9, 21, 22])
+@pytest.mark.parametrize("sinks", [None, torch.tensor([0.5, -1.0, 2.0, 0.0])], ids=["plain", "sinks"])
+def test_a_gpu_divides_rows_otherwise(
+    window: int | None, sinks: Tensor | None, row: tuple[Tensor, Tensor, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the flash kernels' formulas in their place; with a soft cap it computes blocks, too."""
+    monkeypatch.setattr(attention, "can_use_flash", lambda *_: True)
+    monkeypatch.setattr(shared_prefix, "_flash", forward)
+    layout = RowLayout(PIECES).to(torch.device("cpu"))
+    expected = one_by_one(*row, window, 0.3, None, sinks)
+    for _ in range(2):  # what is made at the first use is used again
+        torch.testing.assert_close(layout.attend(0, *row, 0.3, window, None, sinks), expected)
+    capped = one_by_one(*row, window, 0.3, 0.7, sinks)
+    torch.testing.assert_close(layout.attend(0, *row, 0.3, window, 0.7, sinks), capped)
+
+
+def test_transformers_calls_it_with_a_layout(row: tuple[Tensor, Tensor, Tensor]) -> None:
+    function, layout = AttentionInterface()[NAME], RowLayout(PIECES)
+    given: dict[str, Any] = {"scaling": 0.3, "sliding_window": 9, "softcap": 0.7, "s_aux": torch.ones(HEADS)}
+    output, weights = function(SimpleNamespace(layer_idx=0), *row, None, layout=layout, dropout=0.5, **given)
+    torch.testing.assert_close(output, one_by_one(*row, 9, 0.3, 0.7, given["s_aux"]))
+    assert weights is None
+    with pytest.raises(ValueError, match="without the keyword argument `layout`"):
+        function(SimpleNamespace(layer_idx=0), *row, None)
