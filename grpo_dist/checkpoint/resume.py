@@ -15,6 +15,7 @@ from ..model.files import model_path
 from ..model.load import base_identity
 from ..model.stored_weights import weights_fingerprint
 from ..monitoring.machine import versions
+from ..rewards.registry import file_digests
 from ..text.templates import today, uses_date
 from ..types import Prompt
 from . import store as checkpoint
@@ -86,6 +87,9 @@ def changes(path: Path, config: Config, now: dict[str, Any]) -> list[str]:
         raise ValueError(f"{path} belongs to another run:\n  {lines}\nChoose another train.output_dir, "
                          "or set train.allow_changes")  # fmt: skip
     changed = harmful + differences(meta["config"], redacted(asdict(config)))
+    files = file_digests(config.rewards)
+    changed += [f"the file of {name}" for name, digest in meta.get("reward_files", {}).items()
+                if files.get(name, digest) != digest]  # fmt: skip
     return [f"changed since the checkpoint: {change}" for change in changed] + [
         f"the version differs from the checkpoint's, so results may differ: {change}"
         for change in differences(meta["versions"], versions())

@@ -65,8 +65,16 @@ def tell_error_of_start(error: Exception) -> None:
         let_first_rank_answer("RANK")
 
 
+MPI_SIZES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+"""Variables with the number of processes that MPI has started."""
+
+
 def place_in_launch() -> tuple[int, int]:
     """This process's rank and the number of ranks, as the launcher's variables say. Raises LaunchError."""
+    for name in MPI_SIZES if "WORLD_SIZE" not in os.environ else ():  # Accelerate would take it for WORLD_SIZE
+        if (given := os.environ.get(name, "1")) != "1":
+            raise LaunchError(f"{name}={given} in the environment, but WORLD_SIZE not, as mpirun and srun start it: "
+                              f"start ranks with `accelerate launch`, or unset {name} for one process")  # fmt: skip
     rank, num_ranks = (os.environ.get(name, default) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
     if not rank.isdecimal() or not num_ranks.isdecimal() or int(rank) >= int(num_ranks):
         given = num_ranks if "WORLD_SIZE" in os.environ else "(not set)"

@@ -19,6 +19,7 @@ from ..model.fixed_row import fixed_logits
 from ..monitoring.machine import versions
 from ..monitoring.metrics import read_history
 from ..report.card import write_card
+from ..rewards.registry import file_digests
 from .parts import Parts
 
 log = logging.getLogger(__name__)
@@ -35,6 +36,7 @@ def save_checkpoint(parts: Parts, state: TrainState, *, may_fail: bool = False) 
     tensors = parts.optimizer_state.collect() | state.tensors()
     meta = state.meta() | parts.engine.decoding | {
         "identity": parts.identity, "config": redacted(asdict(parts.config)), "versions": versions(),
+        "reward_files": file_digests(parts.config.rewards),
         "dtype": dtype_name(parts.policy.causal_lm.dtype),
     }  # fmt: skip
     try:

@@ -19,6 +19,7 @@ from grpo_dist.config.parse import parse_config
 from grpo_dist.config.schema import Config
 from grpo_dist.data.rows import RowReader, load_rows
 from grpo_dist.model.toy import toy_path
+from grpo_dist.rewards.registry import file_digests
 from grpo_dist.trainer.build import UserError, build
 from grpo_dist.trainer.models import engine_to_keep
 
@@ -214,3 +215,18 @@ def test_other_changes_are_listed(tmp_path: Path) -> None:
     told = "\n".join(changes(path, after, identity(after, load_model_config(after.model), [])))
     assert "optim.learning_rate: 0.001 -> 0.0002" in told and "train.num_train_steps: 60 -> 99" in told
     assert "the version differs from the checkpoint's" in told  # the checkpoint above names none
+
+
+def test_another_version_of_a_reward_is_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from grpo_dist.model.load import load_model_config
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own_task.py").write_text("def right(completions, **columns): ...")
+    config = config_of(tmp_path, "--rewards", "[{name: 'own_task:right'}]")
+    now = identity(config, load_model_config(config.model), [])
+    meta = blank_meta() | {"identity": now, "config": asdict(config), "reward_files": file_digests(config.rewards)}
+    del meta["step"]
+    path = checkpoint.save(tmp_path / "run" / "checkpoints", 1, {"x": torch.zeros(4)}, meta, keep=9)
+    assert not any("own_task" in line for line in changes(path, config, now))
+    (tmp_path / "own_task.py").write_text("def right(completions, **columns): return 1")
+    assert "changed since the checkpoint: the file of own_task:right" in changes(path, config, now)

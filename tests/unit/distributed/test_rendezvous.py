@@ -160,7 +160,9 @@ def test_a_first_collective_that_fails_names_the_interface(monkeypatch: pytest.M
     ("given", "message"),
     [({"RANK": "3"}, r"RANK=3, WORLD_SIZE=\(not set\)"), ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK=2, WORLD_SIZE=2"),
      ({"RANK": "one", "WORLD_SIZE": "2"}, "RANK=one"), ({"RANK": "-1", "WORLD_SIZE": "2"}, "RANK=-1"),
-     ({"WORLD_SIZE": "2", "MASTER_ADDR": ""}, "WORLD_SIZE=2 in the environment, but MASTER_ADDR not")],
+     ({"WORLD_SIZE": "2", "MASTER_ADDR": ""}, "WORLD_SIZE=2 in the environment, but MASTER_ADDR not"),
+     ({"OMPI_COMM_WORLD_SIZE": "2"}, "OMPI_COMM_WORLD_SIZE=2 in the environment, but WORLD_SIZE not, as mpirun"),
+     ({"PMI_SIZE": "4"}, "PMI_SIZE=4 in the environment")],
 )  # fmt: skip
 def test_launches_that_are_none(given: dict[str, str], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in given.items():
@@ -170,7 +172,14 @@ def test_launches_that_are_none(given: dict[str, str], message: str, monkeypatch
 
 
 @pytest.mark.parametrize(
-    ("given", "place"), [({}, (0, 1)), ({"RANK": "0"}, (0, 1)), ({"RANK": "1", "WORLD_SIZE": "2"}, (1, 2))]
+    ("given", "place"),
+    [
+        ({}, (0, 1)),
+        ({"RANK": "0"}, (0, 1)),
+        ({"RANK": "1", "WORLD_SIZE": "2"}, (1, 2)),
+        ({"PMI_SIZE": "1"}, (0, 1)),
+        ({"PMI_SIZE": "2", "RANK": "1", "WORLD_SIZE": "4"}, (1, 4)),
+    ],
 )
 def test_launches(given: dict[str, str], place: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in given.items():
