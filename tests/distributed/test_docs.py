@@ -25,7 +25,7 @@ from grpo_dist.config import evaluation
 from grpo_dist.config.names import option_types
 from grpo_dist.config.parse import parse_config
 
-SHORT = ("--train.num_train_steps", "2", "--train.num_eval_prompts", "4")
+SHORT = ("--train.num_train_steps", "1", "--train.num_eval_prompts", "4")
 NOT_HERE = {
     # by how a command begins: why it is not even parsed
     "tensorboard": "a server that somebody looks at", "scancel": "needs a cluster", "vllm": "needs a GPU",

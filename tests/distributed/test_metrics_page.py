@@ -47,7 +47,8 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
             words += ["--model.name", make_experts(tmp_path_factory.mktemp("model"), "qwen3_moe")]
         with server:
             done = launch(None, 1, "--config", "configs/quickstart.yaml", *words, "--train.num_train_steps", "2",
-                          "--train.batch_size", "4", "--train.num_eval_prompts", "4", "--train.save_every", "0",
+                          "--train.batch_size", "4", "--rollout.group_size", "4", "--train.num_eval_prompts", "4",
+                          "--train.save_every", "0",
                           "--train.output_dir", str(directory))  # fmt: skip
         assert done.returncode == 0, done.stderr[-4000:]
         assert (directory / "alarms.jsonl").exists()
