@@ -84,9 +84,7 @@ def by_category(
     """
     prompts = list(zip(names, rewards, right, strict=True))
     parts = {name: [prompt for prompt in prompts if prompt[0] == name] for name in in_order(names)}
-    return [
-        (name, _result([prompt[1:] for prompt in part])) for name, part in [*parts.items(), ("all prompts", prompts)]
-    ]
+    return [(name, _result([prompt[1:] for prompt in part])) for name, part in [*parts.items(), ("all", prompts)]]
 
 
 def category_table(title: str, results: Sequence[tuple[str, Category]]) -> Table:

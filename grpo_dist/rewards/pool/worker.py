@@ -98,6 +98,7 @@ def answer(rewards: Sequence[RewardFunction | Placement], request: bytes) -> dic
     trainer's state. Values are floats, lists of floats and Nones (one per token), or None where the reward does not
     apply or its value is bad.
     """
+    keywords: dict[str, Any] = {}
     try:
         place, count, keywords, state = pickle.loads(request)
         reward = rewards[place]
@@ -111,8 +112,22 @@ def answer(rewards: Sequence[RewardFunction | Placement], request: bytes) -> dic
     except BaseException as error:
         # a reward may exit, or interrupt itself as Math-Verify does: all of this is reported
         line = "".join(traceback.format_exception_only(error)).strip()
-        return {"kind": "raised", "message": line, "traceback": _traceback(error)[-_TRACEBACK_CHARACTERS:]}
+        return {
+            "kind": "raised",
+            "message": line + _hint(error, keywords),
+            "traceback": _traceback(error)[-_TRACEBACK_CHARACTERS:],
+        }
     return {"values": values, "bad": bad, "metrics": log.means(), "extras": log.extras}
+
+
+def _hint(error: BaseException, keywords: Mapping[str, Any]) -> str:
+    """What to do where a function takes a conversation's completion, a list of messages, for a text."""
+    if not isinstance(error, AttributeError | TypeError) or "list" not in str(error):
+        return ""
+    if all(isinstance(completion, str) for completion in keywords.get("completions", ())):
+        return ""
+    return (". The prompts are conversations, so each completion is a list of messages: its text is "
+            "completion[-1]['content']")  # fmt: skip
 
 
 def _traceback(error: BaseException) -> str:

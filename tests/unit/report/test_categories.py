@@ -67,15 +67,15 @@ def test_results_are_those_of_loops() -> None:
     right.append([False] * 3)
     rewards.append([None] * 3)
     results = by_category(names, rewards, right)
-    assert [name for name, _ in results] == ["a", "b", "c", "all prompts"]
+    assert [name for name, _ in results] == ["a", "b", "c", "all"]
     for name, got in results:
         shares, means = [], []
         for own, oks, values in zip(names, right, rewards, strict=True):
             kept = [n for n in range(3) if values[n] is not None]
-            if name in (own, "all prompts") and kept:
+            if name in (own, "all") and kept:
                 shares.append(sum(oks[n] for n in kept) / len(kept))
                 means.append(sum(values[n] or 0.0 for n in kept) / len(kept))
-        assert got.num_prompts == sum(name in (own, "all prompts") for own in names)
+        assert got.num_prompts == sum(name in (own, "all") for own in names)
         assert got.reward == pytest.approx(sum(means) / len(means))
         assert got.right.value == pytest.approx(sum(shares) / len(shares))
         assert got.all_right == shares.count(1.0) and got.none_right == shares.count(0.0)

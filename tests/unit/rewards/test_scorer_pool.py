@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -162,6 +163,9 @@ def flaky(completions):
 def in_threes(completions):
     return [float(len(completions))] * len(completions)
 
+
+def takes_text(completions):
+    return [float(completion.strip() == "a") for completion in completions]
 
 def some_fail(completions):
     return [RuntimeError("no answer") if text == "bad" else 1.0 for text in completions]
@@ -587,6 +591,16 @@ def test_bad_logs_and_single_failures(pools: Callable[[str], ScorerPool]) -> Non
     scores = pools("some_fail").score(items("a", "bad", "c"))
     assert kinds(scores) == [(1, "raised")] and scores.failures[0].message == "RuntimeError: no answer"
     assert scores.values[[0, 2], 0].tolist() == [1.0, 1.0]
+
+
+def test_a_completion_of_a_conversation_is_no_text(pools: Callable[[str], ScorerPool]) -> None:
+    (item,) = items("a")
+    assert pools("takes_text").score([item]).values.tolist() == [[1.0]]
+    (failure,) = pools("takes_text").score([replace(item, prompt=[{"role": "user", "content": "?"}])]).failures
+    assert failure.message == (
+        "AttributeError: 'list' object has no attribute 'strip'. The prompts are conversations, so each completion is "
+        "a list of messages: its text is completion[-1]['content']"
+    )
 
 
 def test_rewards_run_where_they_declare_to(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
