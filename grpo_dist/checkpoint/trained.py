@@ -97,6 +97,8 @@ def load(trained: Trained) -> tuple[Policy, Any]:
     stored = load_model_config(here).dtype
     if lora is None:
         return Policy(load_causal_lm(here, stored, None), 1.0).eval(), tokenizer
+    for newest in checkpoint.complete(trained.run / "checkpoints")[:1]:
+        _require_base(trained, checkpoint.load_meta(newest, {"identity": dict})["identity"])
     # merged weights may be in a larger dtype than the base that the adapters were trained on
     trained_in = last_recorded(trained.run, "dtype")
     base = load_causal_lm(model, stored if trained_in is None else DTYPES[trained_in], None)
@@ -111,13 +113,19 @@ def at(trained: Trained, path: Path) -> ModelConfig:
     return ModelConfig(name=str(path), trust_remote_code=trained.model.trust_remote_code)
 
 
+def _require_base(trained: Trained, identity: dict[str, Any], is_same: bool = True) -> None:
+    """Raise ValueError where the base model's weights are others than those of a checkpoint's identity, or its config
+    is not the same."""
+    kept = identity.get("base_weights")  # which older checkpoints lack
+    if not is_same or (kept is not None and weights_fingerprint(Path(model_path(trained.model))) != kept):
+        raise ValueError(f"{trained.path}: {trained.model.name!r} is not the base model of this training any more")
+
+
 def _from_checkpoint(trained: Trained) -> Policy:
     tensors, meta = checkpoint.load(trained.path)
     model = trained.model
-    weights, identity = weights_fingerprint(Path(model_path(model))), meta["identity"]
-    same = base_identity(trained.given_model, load_model_config(model)) == identity["base"]
-    if not same or identity.get("base_weights", weights) != weights:
-        raise ValueError(f"{trained.path}: {model.name!r} is not the base model of this training any more")
+    same = base_identity(trained.given_model, load_model_config(model)) == meta["identity"]["base"]
+    _require_base(trained, meta["identity"], same)
     dtype = DTYPES[meta["dtype"]] if "dtype" in meta else resolve_dtype(model.dtype)
     lora = None if trained.lora is None else replace(trained.lora, init_from=None)  # the checkpoint has the values
     policy = load_policy(model, lora, dtype, None, 1.0, 0, has_critic=meta["identity"]["critic"])

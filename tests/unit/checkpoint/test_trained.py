@@ -89,10 +89,11 @@ def test_a_critic_stays_behind(base: ModelConfig, tmp_path: Path) -> None:
     assert write_merged(find(tmp_path / "run" / "checkpoints" / "step_1"), tmp_path / "out", None, "5GB")[1] == 5e-2
 
 
-def test_another_model_in_the_base_s_place_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("place", ["final", "checkpoints/step_1"])
+def test_another_model_in_the_base_s_place_is_refused(place: str, tmp_path: Path) -> None:
     base = make_base(tmp_path / "base", tied=False)
     leave_behind(tmp_path / "run", base, make_policy(base, LORA), LORA)
-    trained = find(tmp_path / "run" / "checkpoints" / "step_1")
+    trained = find(tmp_path / "run" / place)
     load(trained)
     other = AutoModelForCausalLM.from_pretrained(base.name)
     other.lm_head.weight.data += 1.0
