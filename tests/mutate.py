@@ -59,13 +59,16 @@ ROUTES_ROOM = "self.drawn = nothing.new_zeros((0, most + 1, *self.routers.shape)
 ROUTES_GIVEN = "batch.routes is not None and batch.prompt_routes is not None"
 FLOAT32_PRODUCT, ROUNDED_PRODUCT = "float32_product(x, y)", "(x @ y).to(dtype)"
 EQUIVALENT = {
-    # how much is computed at once; lines of a GPU; a repetition by 1; the two are None together; a window as long as
-    # the row
+    # how much is computed at once; lines of a GPU; a repetition by 1; the two are None together; tensors of 4
+    # dimensions; a window as long as the row
     "model/attention": [
         "BLOCK, GPU_BLOCK =",
         "if softcap is not None and query.is_cuda:",
         "block = GPU_BLOCK if",
         "repeat > 1 -> repeat >= 1",
+        "products = query @ key.transpose(-2, -1): -2 -> 2",
+        "attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril_(): -2 -> 2",
+        "return scores.softmax(-1)[..., : key.shape[-2]].to(value.dtype) @ value: -2 -> 2",
         "window is not None and positions is not None -> window is not None or positions is not None",
         "window >= self.longest -> window > self.longest",
         "self.longest = max(prompt + max(completions, default=0) for prompt, completions in pieces): 0 -> 1",
