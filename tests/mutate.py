@@ -68,6 +68,7 @@ EQUIVALENT = {
         "repeat > 1 -> repeat >= 1",
         "products = query @ key.transpose(-2, -1): -2 -> 2",
         "attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril_(): -2 -> 2",
+        "attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril_(): 2 -> 3",
         "return scores.softmax(-1)[..., : key.shape[-2]].to(value.dtype) @ value: -2 -> 2",
         "window is not None and positions is not None -> window is not None or positions is not None",
         "window >= self.longest -> window > self.longest",

@@ -90,6 +90,7 @@ def test_explicit_attention_is_torchs(is_causal: bool, scale: float | None) -> N
         ([(4, [5])], None, [(4, False), (5, True)]),
         ([(2, [2]), (2, [2])], None, [(8, True)]),
         ([(9, [1]), (2, [2]), (2, [2])], None, [(9, False), (1, True), (8, True)]),
+        ([(9, [])], None, [(9, False)]),
         ([(2, [2]), (2, [3])], None, [(4, True), (5, True)]),
         ([(1, []), (9, [4, 4, 1])], None, [(1, True), (9, False), (8, True), (1, True)]),
         ([(4, [4]), (9, [9, 10])], None, [(8, True), (9, False), (9, True), (10, False)]),
