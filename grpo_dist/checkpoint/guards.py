@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import math
 import os
@@ -10,8 +11,10 @@ import socket
 from array import array
 from collections.abc import Iterable
 from dataclasses import dataclass
+from datetime import date
+from decimal import Decimal
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from safetensors.torch import save_file
 
@@ -62,6 +65,19 @@ def data_fingerprint(prompts: Iterable[Prompt]) -> str:
     for prompt in prompts:
         digest.update(array("q", [len(prompt.ids), *prompt.ids]).tobytes())
     return digest.hexdigest()[:16]
+
+
+def columns_fingerprint(prompts: Iterable[Prompt]) -> str:
+    """A hash of what rewards read beside the prompts."""
+    digest = hashlib.sha256()
+    for prompt in prompts:
+        digest.update(json.dumps(sorted(prompt.columns.items()), default=_told).encode())
+    return digest.hexdigest()[:16]
+
+
+def _told(value: Any) -> str:
+    """A value that JSON does not have; of most, a text would name an address in memory."""
+    return str(value) if isinstance(value, (bytes, date, Decimal)) else type(value).__name__
 
 
 @dataclass

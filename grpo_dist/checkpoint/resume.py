@@ -19,7 +19,7 @@ from ..rewards.registry import file_digests
 from ..text.templates import today, uses_date
 from ..types import Prompt
 from . import store as checkpoint
-from .guards import data_fingerprint
+from .guards import columns_fingerprint, data_fingerprint
 from .state import NEEDED as STATE_NEEDS
 
 NEEDED = STATE_NEEDS | {"identity": dict, "config": dict, "versions": dict}
@@ -54,14 +54,23 @@ def with_template_date(config: Config, tokenizer: Any, path: Path | None) -> Con
     return replace(config, data=replace(config.data, template_date=kept or today()))
 
 
-def identity(config: Config, model_config: Any, prompts: Sequence[Prompt]) -> dict[str, Any]:
-    """What must stay the same throughout a run."""
+TOLD = {"columns": "other columns of data.train_file than its prompts, such as answers",
+        "evaluation": "the prompts or other columns of data.eval_file"}  # fmt: skip
+"""Entries of a run's identity that may change, and what has changed then."""
+
+
+def identity(
+    config: Config, model_config: Any, prompts: Sequence[Prompt], eval_prompts: Sequence[Prompt] = ()
+) -> dict[str, Any]:
+    """What must stay the same throughout a run, and what a run that goes on has to tell of."""
     return {"base": base_identity(config.model, model_config),
             "base_weights": weights_fingerprint(Path(model_path(config.model))), "lora": _shape_of(config.lora),
             "adapter": _adapter_of(config.lora),
             "critic": config.advantage.baseline == "critic", "optimizer": config.optim.optimizer,
             "num_prompts": len(prompts),
-            "data": data_fingerprint(identifying(prompts)), "order": order_of(config.data),
+            "data": data_fingerprint(identifying(prompts)), "columns": columns_fingerprint(identifying(prompts)),
+            "evaluation": data_fingerprint(eval_prompts) + columns_fingerprint(eval_prompts),
+            "order": order_of(config.data),
             "seed": config.train.seed, "batch_size": config.train.batch_size}  # fmt: skip
 
 
@@ -78,15 +87,16 @@ def changes(path: Path, config: Config, now: dict[str, Any]) -> list[str]:
     """A line for each change since a checkpoint; raises ValueError where the run's identity `now` is another."""
     meta = checkpoint.load_meta(path, NEEDED)
     # older checkpoints lack what was the only choice, and what nobody asked for
-    before = {"optimizer": "adamw", "base_weights": now["base_weights"]} | meta["identity"]
+    before = {"optimizer": "adamw"} | {key: now[key] for key in ("base_weights", *TOLD)} | meta["identity"]
     if before["lora"] is not None:
         before["lora"] = _shape_of(LoraConfig()) | before["lora"]
-    harmful = differences(before, now)
+    told = [what for key, what in TOLD.items() if before.pop(key) != now[key]]
+    harmful = differences(before, {key: value for key, value in now.items() if key not in TOLD})
     if harmful and not config.train.allow_changes:
         lines = "\n  ".join(harmful)
         raise ValueError(f"{path} belongs to another run:\n  {lines}\nChoose another train.output_dir, "
                          "or set train.allow_changes")  # fmt: skip
-    changed = harmful + differences(meta["config"], redacted(asdict(config)))
+    changed = harmful + differences(meta["config"], redacted(asdict(config))) + told
     files = file_digests(config.rewards)
     changed += [f"the file of {name}" for name, digest in meta.get("reward_files", {}).items()
                 if files.get(name, digest) != digest]  # fmt: skip

@@ -41,6 +41,8 @@ FAILURE_SECONDS = 5.0
 """How long a rank that has failed waits until the others know. Once it has ended, its launcher ends the others."""
 LATE_SECONDS = 60.0
 """The same where the others may not have reported yet."""
+MPI_SIZES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+"""Variables with the number of processes that MPI has started."""
 
 
 class LaunchError(ValueError):
@@ -63,10 +65,6 @@ def tell_error_of_start(error: Exception) -> None:
         write_lines(plain_lines(f"error: {error}"), sys.stderr)
     else:
         let_first_rank_answer("RANK")
-
-
-MPI_SIZES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
-"""Variables with the number of processes that MPI has started."""
 
 
 def place_in_launch() -> tuple[int, int]:

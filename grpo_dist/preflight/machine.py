@@ -62,5 +62,6 @@ def check_resuming(config: Config, contents: Contents, findings: Findings) -> No
             lines = [f"resumes from {path}"]
             if contents.model_config is not None and contents.prompts:
                 dated = with_template_date(config, contents.tokenizer, path)
-                lines += changes(path, dated, identity(dated, contents.model_config, contents.prompts))
+                now = identity(dated, contents.model_config, contents.prompts, contents.eval_prompts)
+                lines += changes(path, dated, now)
         findings.results["resuming"] = lines

@@ -231,7 +231,7 @@ def _load_data(config: Config, resume_from: Path | None, host: EnvironmentHost |
     if ignored := ignored_generation_options(config.model, config.rollout):
         log.info("%s", ignored)
     return _Data(config, tokenizer, model_config, prompts, sampler, eval_prompts, end_ids, sampling,
-                 identity(config, model_config, prompts))  # fmt: skip
+                 identity(config, model_config, prompts, eval_prompts))  # fmt: skip
 
 
 def _agree_on_data(ranks: Ranks, own: _Start) -> _Data:

@@ -7,6 +7,7 @@ import json
 import pickle
 import re
 from dataclasses import asdict, replace
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -215,6 +216,31 @@ def test_other_changes_are_listed(tmp_path: Path) -> None:
     told = "\n".join(changes(path, after, identity(after, load_model_config(after.model), [])))
     assert "optim.learning_rate: 0.001 -> 0.0002" in told and "train.num_train_steps: 60 -> 99" in told
     assert "the version differs from the checkpoint's" in told  # the checkpoint above names none
+
+
+def test_other_answers_and_other_evaluations_are_listed(tmp_path: Path) -> None:
+    from grpo_dist.model.load import load_model_config
+    from grpo_dist.types import Prompt
+
+    config = config_of(tmp_path)
+    model_config = load_model_config(config.model)
+
+    def now(answer: Any, *held_out: int) -> dict[str, Any]:
+        prompts = [Prompt(0, [1, 2], "", columns={"answer": answer, "seen": object()})]
+        return identity(config, model_config, prompts, [Prompt(0, list(held_out), "")])
+
+    meta = blank_meta() | {"identity": now("3", 4), "config": asdict(config)}
+    del meta["step"]
+    path = checkpoint.save(tmp_path / "run" / "checkpoints", 1, {"x": torch.zeros(4)}, meta, keep=9)
+    expected = {
+        ("3", 4): (),
+        ("4", 4): ("answers",),
+        ("3", 5): ("data.eval_file",),
+        (date(2026, 1, 2), 4): ("answers",),
+    }
+    for given, parts in expected.items():
+        told = [line for line in changes(path, config, now(*given)) if "version" not in line]
+        assert len(told) == len(parts) and all(part in line for part, line in zip(parts, told, strict=True))
 
 
 def test_another_version_of_a_reward_is_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
