@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from launching import ROOT, TINY, launch
 from safetensors.torch import load_file, save_file
 
@@ -29,10 +30,19 @@ def with_other_options(disk: Path) -> None:
     config.write_text(config.read_text().replace("0.001", "0.002"))
 
 
-def without_a_weight(disk: Path) -> None:
+def with_other_weights(disk: Path) -> None:
     weights = load_file(disk / "model" / "model.safetensors")
-    weights.pop("model.norm.weight")
+    weights["model.norm.weight"] += 1
     save_file(weights, disk / "model" / "model.safetensors", {"format": "pt"})
+
+
+def without_a_weight(disk: Path) -> None:
+    for each in (disk.parent / "disk_0", disk):  # ranks compare safetensors files before they load a model
+        weights = load_file(each / "model" / "model.safetensors")
+        (each / "model" / "model.safetensors").unlink()
+        if each == disk:
+            weights.pop("model.norm.weight")
+        torch.save(weights, each / "model" / "pytorch_model.bin")
 
 
 @pytest.mark.parametrize(
@@ -40,6 +50,7 @@ def without_a_weight(disk: Path) -> None:
     [
         pytest.param(without_data, "has failed: FileNotFoundError: ", marks=pytest.mark.slow),
         (with_other_options, "rank 1 was started differently from rank 0, "),
+        pytest.param(with_other_weights, "and data on all nodes: identity.base_weights: ", marks=pytest.mark.slow),
         (without_a_weight, "has failed: UnfitModel: model.name: './model' lacks 1 weights of "),
     ],
 )
