@@ -12,7 +12,6 @@ import yaml
 from ..config.places import is_path
 from ..config.schema import LoraConfig, ModelConfig
 from ..distributed.device import DTYPES, resolve_dtype
-from ..distributed.sharding import is_sharded
 from ..model.expert_adapters import compute_adapters_apart
 from ..model.files import model_path
 from ..model.load import base_identity, load_causal_lm, load_model_config, load_policy, load_tokenizer, trainable
@@ -103,8 +102,7 @@ def load(trained: Trained) -> tuple[Policy, Any]:
     trained_in = last_recorded(trained.run, "dtype")
     base = load_causal_lm(model, stored if trained_in is None else DTYPES[trained_in], None)
     adapted = with_saved_adapters(base, str(trained.path / "adapter"))
-    # as in training
-    compute_adapters_apart(adapted, is_sharded)
+    compute_adapters_apart(adapted)
     return Policy(adapted, 1.0).eval(), tokenizer
 
 

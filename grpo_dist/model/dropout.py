@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..algorithm.hashing import hashed, short_numbers, stream_key
-from .peft import LoraLayer
+from .peft import ADAPTER, LoraLayer
 
 LEVELS = 1 << 16
 """Shares are rounded to multiples of 1 / LEVELS."""
@@ -60,10 +60,10 @@ class TokenDropout(nn.Module):
         return x * self.kept(x) * self.scale if self.training else x
 
 
-def drop_by_token(model: nn.Module, share: float, name: str = "default") -> TokenKeys:
-    """Let the adapters `name` of a PEFT model drop a `share` of their inputs. Returns the keys that decide which."""
+def drop_by_token(model: nn.Module, share: float) -> TokenKeys:
+    """Let the adapters of a PEFT model drop a `share` of their inputs. Returns the keys that decide which."""
     tokens = TokenKeys()
     for layer_name, layer in model.named_modules():
-        if isinstance(layer, LoraLayer) and name in layer.lora_dropout:
-            layer.lora_dropout[name] = TokenDropout(share, layer_name, tokens)
+        if isinstance(layer, LoraLayer) and ADAPTER in layer.lora_dropout:
+            layer.lora_dropout[ADAPTER] = TokenDropout(share, layer_name, tokens)
     return tokens

@@ -23,7 +23,7 @@ from ..distributed.sharding import full_shape, gather_with
 from .checks import matches
 from .lora import adapted_linear, fuse_adapters
 from .names import no_experts
-from .peft import LoraLayer, ParamWrapper
+from .peft import ADAPTER, LoraLayer, ParamWrapper
 
 PRODUCTS = (torch.matmul, Tensor.matmul, Tensor.__matmul__)
 """`x @ W`, in models whose weights are (E, I, O)."""
@@ -52,7 +52,7 @@ class _Weights:
 
     def __init__(self, layer: ParamWrapper) -> None:
         self.weights, (self.left, self.right) = layer.get_param(), factors(layer)
-        self.scaling = layer.scaling["default"]
+        self.scaling = layer.scaling[ADAPTER]
 
     def __getitem__(self, expert: int | Tensor) -> _Matrix:
         return _Matrix(self.weights[expert], self.left[expert], self.right[expert], self.scaling)
@@ -61,7 +61,7 @@ class _Weights:
 def factors(layer: LoraLayer) -> tuple[Tensor, Tensor]:
     """What a layer's adapters add to its weight is `scaling` times the product of these, (E, rows, r) and
     (E, r, columns); E is 1 for a linear layer."""
-    a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    a, b = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
     if not isinstance(layer, ParamWrapper):
         return b[None], a[None]
     a, b = a.unflatten(0, (layer.num_experts, -1)), b.unflatten(1, (-1, layer.num_experts)).permute(2, 0, 1)
@@ -82,9 +82,9 @@ def of_experts(layer: LoraLayer) -> str:
 def delta_weight(layer: LoraLayer) -> Tensor:
     """What a layer's adapters add to its weight, of the weight's shape, in float32."""
     if not isinstance(layer, ParamWrapper):
-        return layer.get_delta_weight("default").float()
+        return layer.get_delta_weight(ADAPTER).float()
     left, right = (factor.float() for factor in factors(layer))
-    return (left @ right) * layer.scaling["default"]
+    return (left @ right) * layer.scaling[ADAPTER]
 
 
 def expert_parameters(model: Any, names: Sequence[str]) -> list[str]:
@@ -104,10 +104,10 @@ def expert_parameters(model: Any, names: Sequence[str]) -> list[str]:
     return chosen
 
 
-def compute_adapters_apart(model: nn.Module, is_sharded: Callable[[Tensor], bool]) -> None:
+def compute_adapters_apart(model: nn.Module) -> None:
     """Let linear layers and experts compute their adapters apart from their weights: in 16 bits PEFT's own addition
-    loses small updates. Policy, rollout and a reopened model do so alike; `is_sharded` is that of `fuse_adapters`."""
-    fuse_adapters(model, is_sharded)
+    loses small updates. Policy, rollout and a reopened model do so alike."""
+    fuse_adapters(model)
     _fuse_expert_adapters(model)
 
 
@@ -131,7 +131,7 @@ def _nested(outer: ParamWrapper) -> list[ParamWrapper]:
 
 def _with_adapters(outer: ParamWrapper, _: Any) -> None:
     """ZeRO-3 gathers a weight in the call of its own module, and those of the adapters are never called."""
-    own = [each["default"].weight for layer in _nested(outer) for each in (layer.lora_A, layer.lora_B)]
+    own = [each[ADAPTER].weight for layer in _nested(outer) for each in (layer.lora_A, layer.lora_B)]
     gather_with(outer, own)
 
 

@@ -22,7 +22,6 @@ from ..config.places import model_place
 from ..config.rollout import RolloutConfig
 from ..config.schema import LoraConfig, ModelConfig
 from ..distributed.deepspeed import unsharded_loading
-from ..distributed.sharding import is_sharded
 from . import attention
 from .adapter_values import load_adapter
 from .checks import (
@@ -316,7 +315,7 @@ def make_policy(
         use_rslora=lora.use_rslora, target_parameters=expert_parameters(base, lora.target_parameters) or None,
     ))  # fmt: skip
     token_keys = drop_by_token(adapted, lora.dropout) if lora.dropout else None
-    compute_adapters_apart(adapted, is_sharded)
+    compute_adapters_apart(adapted)
     return Policy(adapted, temperature, **extras, token_keys=token_keys)
 
 

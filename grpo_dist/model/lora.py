@@ -1,4 +1,4 @@
-"""Linear layers with low-rank adapters as one operation: fewer passes over the activations, the same numbers. Pure.
+"""Linear layers with low-rank adapters as one operation: fewer passes over the activations, the same numbers.
 
 With one layer each, `W x + s B (A x)` makes three intermediate results of the output's size, and three more in the
 backward pass. Here the low-rank products are added in place to the large one.
@@ -22,8 +22,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
+from ..distributed.sharding import is_sharded
 from .dropout import TokenDropout
-from .peft import LoraLinear
+from .peft import ADAPTER, LoraLinear
 from .products import float32_product
 from .quantized import QuantizedLinear, dtype_of
 
@@ -138,55 +139,52 @@ def adapted_linears(
         return [y.view(*x.shape[:-1], y.shape[1]) for y in rows]
 
 
-def fuse_adapters(model: nn.Module, is_sharded: Callable[[Tensor], bool], name: str = "default") -> None:
-    """Let every linear layer with plain adapters `name` compute them in one operation.
+def fuse_adapters(model: nn.Module) -> None:
+    """Let every linear layer with plain adapters compute them in one operation.
 
     Layers with torch's dropout or a transposed weight (GPT-2's) keep PEFT's code. So does a call of a layer with a
-    weight that `is_sharded`: ZeRO-3 gathers a weight inside the call of the module that owns it.
+    sharded weight: ZeRO-3 gathers a weight inside the call of the module that owns it.
     """
     for module in model.modules():
-        families = {child: family for names in SIBLINGS if (family := _family(module, names, name, is_sharded))
+        families = {child: family for names in SIBLINGS if (family := _family(module, names))
                     for child in family.layers}  # fmt: skip
         for layer, family in families.items():
             layer.family = family
         for layer in module.children():
-            if _is_adapted(layer, name):
-                layer.forward = _fused(layer, layer.forward, is_sharded, name, families.get(layer))
+            if _is_adapted(layer):
+                layer.forward = _fused(layer, layer.forward, families.get(layer))
 
 
-def _is_adapted(layer: nn.Module, name: str) -> bool:
-    is_lora = isinstance(layer, LoraLinear) and isinstance(layer.base_layer, nn.Linear) and name in layer.lora_A
-    return is_lora and isinstance(layer.lora_dropout[name], (nn.Identity, TokenDropout))
+def _is_adapted(layer: nn.Module) -> bool:
+    is_lora = isinstance(layer, LoraLinear) and isinstance(layer.base_layer, nn.Linear) and ADAPTER in layer.lora_A
+    return is_lora and isinstance(layer.lora_dropout[ADAPTER], (nn.Identity, TokenDropout))
 
 
-def _fused(
-    layer: LoraLinear, plain: Callable[[Tensor], Tensor], is_sharded: Callable[[Tensor], bool], name: str,
-    family: _Family | None,
-) -> Callable[[Tensor], Tensor]:  # fmt: skip
+def _fused(layer: LoraLinear, plain: Callable[[Tensor], Tensor], family: _Family | None) -> Callable[[Tensor], Tensor]:
     def forward(x: Tensor) -> Tensor:
-        if not _fits(layer, x, is_sharded, name):
+        if not _fits(layer, x):
             return plain(x)
-        scaling, dropout = layer.scaling[name], layer.lora_dropout[name]
-        if _drops(layer, name):
-            return _computed([layer], x, name, scaling * dropout.scale, dropout.kept(x))[0]
+        scaling, dropout = layer.scaling[ADAPTER], layer.lora_dropout[ADAPTER]
+        if _drops(layer):
+            return _computed([layer], x, scaling * dropout.scale, dropout.kept(x))[0]
         if family is not None and family.fits(x):
             return family.output(layer, x)
-        return _computed([layer], x, name, scaling)[0]
+        return _computed([layer], x, scaling)[0]
 
     return forward
 
 
-def _fits(layer: LoraLinear, x: Tensor, is_sharded: Callable[[Tensor], bool], name: str) -> bool:
+def _fits(layer: LoraLinear, x: Tensor) -> bool:
     """Whether a layer adds its adapters to `x` now, and has all of its weights."""
-    base, adapters = layer.base_layer, (layer.lora_A[name].weight, layer.lora_B[name].weight)
+    base, adapters = layer.base_layer, (layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight)
     if layer.disable_adapters or layer.merged or x.dtype != dtype_of(base):
         return False
     return not any(map(is_sharded, adapters if isinstance(base, QuantizedLinear) else (base.weight, *adapters)))
 
 
-def _drops(layer: LoraLinear, name: str) -> bool:
+def _drops(layer: LoraLinear) -> bool:
     """Whether a layer's adapters see a part of their input now."""
-    return layer.lora_dropout[name].training and isinstance(layer.lora_dropout[name], TokenDropout)
+    return layer.lora_dropout[ADAPTER].training and isinstance(layer.lora_dropout[ADAPTER], TokenDropout)
 
 
 def _shares_products(x: Tensor) -> bool:
@@ -195,12 +193,11 @@ def _shares_products(x: Tensor) -> bool:
 
 
 def _computed(
-    layers: Sequence[LoraLinear], x: Tensor, name: str, scaling: float, kept: Tensor | None = None,
-    has_gate: bool = False,
-) -> list[Tensor]:  # fmt: skip
+    layers: Sequence[LoraLinear], x: Tensor, scaling: float, kept: Tensor | None = None, has_gate: bool = False
+) -> list[Tensor]:
     bases = [layer.base_layer for layer in layers]
     weights = [base.dequantized if isinstance(base, QuantizedLinear) else base.weight for base in bases]
-    a, b = ([each[name].weight for each in adapters] for adapters in
+    a, b = ([each[ADAPTER].weight for each in adapters] for adapters in
             ([layer.lora_A for layer in layers], [layer.lora_B for layer in layers]))  # fmt: skip
     return adapted_linears(x, weights, [base.bias for base in bases], a, b, scaling, kept, has_gate)
 
@@ -212,25 +209,23 @@ SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 class _Family:
     """Layers that get one input, one after another. The first call computes all, and leaves the others' outputs."""
 
-    def __init__(self, layers: Sequence[LoraLinear], name: str, is_sharded: Callable[[Tensor], bool]) -> None:
-        self.layers, self.name, self.is_sharded = layers, name, is_sharded
+    def __init__(self, layers: Sequence[LoraLinear]) -> None:
+        self.layers = layers
         self.x: Tensor | None = None
         self.waiting: dict[LoraLinear, Tensor] = {}
         self.is_whole = True  # until an output was not asked for
 
     def fits(self, x: Tensor) -> bool:
         """Whether all layers compute their adapters of `x` now, and none drops any of it."""
-        return _shares_products(x) and all(
-            _fits(each, x, self.is_sharded, self.name) and not _drops(each, self.name) for each in self.layers
-        )
+        return _shares_products(x) and all(_fits(each, x) and not _drops(each) for each in self.layers)
 
     def gated(self, x: Tensor) -> Tensor | None:
         """SwiGLU's product of a gate and its sibling, or None where the kernel cannot compute it."""
-        b = [layer.lora_B[self.name].weight for layer in self.layers]
+        b = [layer.lora_B[ADAPTER].weight for layer in self.layers]
         has_bias = any(layer.base_layer.bias is not None for layer in self.layers)
         if has_bias or b[0].shape != b[1].shape or x.dtype not in HALVES or not self.fits(x):
             return None
-        (y,) = _computed(self.layers, x, self.name, self.layers[0].scaling[self.name], has_gate=True)
+        (y,) = _computed(self.layers, x, self.layers[0].scaling[ADAPTER], has_gate=True)
         return y
 
     def output(self, layer: LoraLinear, x: Tensor) -> Tensor:
@@ -240,16 +235,16 @@ class _Family:
         else:
             self.is_whole = self.is_whole and not self.waiting
             layers = self.layers if self.is_whole else [layer]
-            outputs = _computed(layers, x, self.name, layer.scaling[self.name])
+            outputs = _computed(layers, x, layer.scaling[ADAPTER])
             self.waiting = dict(zip(layers, outputs, strict=True))
             y = self.waiting.pop(layer)
         self.x = x if self.waiting else None
         return y
 
 
-def _family(module: nn.Module, names: Sequence[str], name: str, is_sharded: Callable[[Tensor], bool]) -> _Family | None:
+def _family(module: nn.Module, names: Sequence[str]) -> _Family | None:
     """The children of these names, if all have plain adapters of one scale."""
     layers: list[Any] = [getattr(module, each, None) for each in names]
-    if not all(_is_adapted(each, name) for each in layers) or len({each.scaling[name] for each in layers}) > 1:
+    if not all(map(_is_adapted, layers)) or len({each.scaling[ADAPTER] for each in layers}) > 1:
         return None
-    return _Family(layers, name, is_sharded)
+    return _Family(layers)

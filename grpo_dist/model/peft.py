@@ -53,9 +53,12 @@ with _unless_loaded():
     except ImportError:  # older releases of PEFT put adapters on exactly the named layers
         convert_peft_config_for_transformers = None
 
+ADAPTER = "default"
+"""PEFT's name for the adapter of a model that has one."""
+
 __all__ = [
-    "LoraLayer", "LoraLinear", "ParamWrapper", "PeftLoraConfig", "PeftModel", "convert_peft_config_for_transformers",
-    "load_peft_weights", "with_new_adapters", "with_saved_adapters",
+    "ADAPTER", "LoraLayer", "LoraLinear", "ParamWrapper", "PeftLoraConfig", "PeftModel",
+    "convert_peft_config_for_transformers", "load_peft_weights", "with_new_adapters", "with_saved_adapters",
 ]  # fmt: skip
 
 

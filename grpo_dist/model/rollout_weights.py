@@ -23,7 +23,7 @@ from ..distributed.deepspeed import unsharded_loading
 from ..distributed.sharding import gathered, is_sharded
 from .expert_adapters import compute_adapters_apart
 from .load import plain_name
-from .peft import PeftModel, with_new_adapters
+from .peft import ADAPTER, PeftModel, with_new_adapters
 from .policy import Policy
 from .quantized import quantized_layers
 
@@ -45,8 +45,8 @@ class RolloutModel:
             for name, layer in quantized_layers(policy.causal_lm).items():
                 tree.set_submodule(plain_name(f"{name}.weight").removesuffix(".weight"), layer.blank())
             if isinstance(policy.model, PeftModel):
-                tree = with_new_adapters(tree, replace(policy.model.peft_config["default"], lora_dropout=0.0))
-                compute_adapters_apart(tree, is_sharded)
+                tree = with_new_adapters(tree, replace(policy.model.peft_config[ADAPTER], lora_dropout=0.0))
+                compute_adapters_apart(tree)
         self.tree = tree.eval().requires_grad_(False)
         self._list_places()
         for name, buffer in policy.model.named_buffers():

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..model.expert_adapters import adapted_weight, factors
-from ..model.peft import LoraLayer, ParamWrapper
+from ..model.peft import ADAPTER, LoraLayer, ParamWrapper
 from ..model.quantized import QuantizedLinear, dtype_of
 from .native.halves import fits_bfloat16
 from .native.llama import linear_of
@@ -23,10 +23,10 @@ def update_share(model: nn.Module, *, merged: bool, few: bool = False) -> float 
     """
     present = total = weights = 0.0
     for module in model.modules():
-        if not isinstance(module, LoraLayer) or "default" not in module.lora_A:
+        if not isinstance(module, LoraLayer) or ADAPTER not in module.lora_A:
             continue
         b, a = factors(module)
-        scaling = module.scaling["default"]
+        scaling = module.scaling[ADAPTER]
         dtype = adapted_weight(module).dtype if isinstance(module, ParamWrapper) else dtype_of(module.get_base_layer())
         exact_a, exact_b = a.double(), b.double()
         total += scaling**2 * _inner(exact_a, exact_b, exact_a, exact_b)

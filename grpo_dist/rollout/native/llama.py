@@ -21,7 +21,7 @@ from torch.nn.functional import embedding, gelu, linear, rms_norm, silu
 
 from ...model.attention import cap_scores
 from ...model.lora import add_low_rank
-from ...model.peft import LoraLinear
+from ...model.peft import ADAPTER, LoraLinear
 from ...model.quantized import QuantizedLinear, QuantizedWeight
 from .cache import DecodeState
 
@@ -318,7 +318,7 @@ def linear_of(module: Any) -> Linear:
     base, adapter = module, None
     if isinstance(module, LoraLinear):
         base = module.base_layer
-        adapter = Adapter(module.lora_A["default"].weight, module.lora_B["default"].weight, module.scaling["default"])
+        adapter = Adapter(module.lora_A[ADAPTER].weight, module.lora_B[ADAPTER].weight, module.scaling[ADAPTER])
     if not isinstance(base, nn.Linear):
         raise ValueError(f"{type(base).__name__} is not a plain linear layer")
     return Linear(base.stored() if isinstance(base, QuantizedLinear) else base.weight, base.bias, adapter)

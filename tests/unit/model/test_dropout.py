@@ -131,7 +131,7 @@ def test_one_gradient_however_a_batch_is_packed(way: str, monkeypatch: pytest.Mo
     batch = make_batch(SHAPES)
     reference = gradient(tiny_policy(0.3), ONE, batch)
     if way == "peft":  # what ZeRO-3 runs
-        monkeypatch.setattr("grpo_dist.model.load.is_sharded", lambda _: True)
+        monkeypatch.setattr("grpo_dist.model.lora.is_sharded", lambda _: True)
     policy = tiny_policy(0.3, way == "checkpointing")
     for packs in (ONE, CUT):
         assert difference(reference, gradient(policy, packs, batch)) < 1e-5

@@ -47,17 +47,12 @@ def run(model: nn.Module) -> tuple[Tensor, dict[str, Tensor]]:
     return logits.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
-def never(_: Tensor) -> bool:
-    """No weight is sharded."""
-    return False
-
-
 @pytest.mark.parametrize("make", [qwen, gpt2])
 def test_a_model_computes_what_it_computed(make: object) -> None:
     torch.manual_seed(0)
     plain = adapted(make())  # type: ignore[operator]
     fused = copy.deepcopy(plain)
-    fuse_adapters(fused, never)
+    fuse_adapters(fused)
     (expected, gradients), (got, own) = run(plain), run(fused)
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
     assert own.keys() == gradients.keys() and len(own) > 10
@@ -96,7 +91,7 @@ def test_layers_of_one_input_are_one_operation(has_values: bool, monkeypatch: py
     for parameter in plain.parameters():
         parameter.data = torch.randn(parameter.shape)
     fused = copy.deepcopy(plain)
-    fuse_adapters(fused, never)
+    fuse_adapters(fused)
     for n in range(3):
         x, own = (torch.full((5, 8), n + 0.5).requires_grad_() for _ in range(2))
         expected, got = plain(x), fused(own)
@@ -123,7 +118,7 @@ def test_layers_that_are_computed_one_by_one(shares: bool, alpha: int, monkeypat
     for parameter in plain.parameters():
         parameter.data = torch.randn(parameter.shape)
     fused, x = copy.deepcopy(plain), torch.randn(5, 8)
-    fuse_adapters(fused, never)
+    fuse_adapters(fused)
     torch.testing.assert_close(fused(x), plain(x))
     assert calls == [1, 1, 1]
 
@@ -132,7 +127,7 @@ def test_an_output_that_waits_is_that_of_its_own_input(monkeypatch: pytest.Monke
     monkeypatch.setattr(lora, "_shares_products", lambda _: True)
     plain = adapted(Projections(), task_type=None)
     fused, (first, second) = copy.deepcopy(plain), torch.randn(2, 5, 8)
-    fuse_adapters(fused, never)
+    fuse_adapters(fused)
     one, other = (model.base_model.model for model in (plain, fused))
     for layer, x in (("q_proj", first), ("q_proj", first), ("k_proj", second), ("k_proj", first)):
         torch.testing.assert_close(getattr(other, layer)(x), getattr(one, layer)(x))
@@ -180,7 +175,7 @@ def test_a_gate_is_computed_with_the_products_of_its_inputs(kernels: None) -> No
     torch.manual_seed(0)
     plain = adapted(Gate(), task_type=None).double()
     fused, x = copy.deepcopy(plain), torch.randn(2, 5, 8, dtype=torch.float64, requires_grad=True)
-    fuse_adapters(fused, never)
+    fuse_adapters(fused)
     one, own = plain.base_model.model, x.detach().clone().requires_grad_()
     expected, got = (
         nn.functional.silu(one.gate_proj(x)) * one.up_proj(x),
@@ -202,7 +197,7 @@ def test_a_gate_that_the_kernel_does_not_compute(why: str, kernels: None) -> Non
         Gate(bias=why == "bias"), LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", **ranks)
     )
     dtype = torch.float32 if why == "float32" else torch.float64
-    fuse_adapters(model.to(dtype), never)
+    fuse_adapters(model.to(dtype))
     family, x = model.base_model.model.gate_proj.family, torch.randn(5, 8, dtype=dtype)
     if why == "disabled":
         assert family.gated(x) is not None
@@ -250,7 +245,7 @@ def test_no_tokens() -> None:
 
 
 @pytest.mark.parametrize("kind", ["dropout", "sharded", "transposed"])
-def test_layers_left_as_they_were(kind: str) -> None:
+def test_layers_left_as_they_were(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """PEFT's own forward answers: dropout draws in it, and sharded weights are made whole in it."""
     model = adapted(gpt2() if kind == "transposed" else qwen(), dropout=0.3 if kind == "dropout" else 0.0)
     calls: list[Tensor] = []
@@ -260,7 +255,8 @@ def test_layers_left_as_they_were(kind: str) -> None:
         return kind == "sharded"
 
     plain = copy.deepcopy(model).eval()
-    fuse_adapters(model, sharded)
+    monkeypatch.setattr(lora, "is_sharded", sharded)
+    fuse_adapters(model)
     ids = torch.arange(10)[None]
     assert torch.equal(model.eval()(ids).logits, plain(ids).logits)
     assert bool(calls) == (kind == "sharded")
@@ -270,6 +266,7 @@ def test_layers_left_as_they_were(kind: str) -> None:
 def test_one_sharded_weight_of_a_layer_is_enough(sharded: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = adapted(qwen())
     names = {parameter: name for name, parameter in model.named_parameters()}
-    fuse_adapters(model, lambda weight: sharded in names[weight])  # type: ignore[index]
+    monkeypatch.setattr(lora, "is_sharded", lambda weight: sharded in names[weight])
+    fuse_adapters(model)
     monkeypatch.setattr(lora, "_computed", lambda *_: pytest.fail("PEFT's own forward gathers the weight"))
     model(torch.arange(10)[None])

@@ -24,7 +24,6 @@ from transformers import (
     Qwen3Config,
 )
 
-from grpo_dist.distributed.deepspeed import is_sharded
 from grpo_dist.model import attention
 from grpo_dist.model.lora import fuse_adapters
 from grpo_dist.rollout.native import compiled, halves, kernel
@@ -226,7 +225,7 @@ def test_adapters_stay_apart_from_weights_that_bfloat16_holds(targets: list[str]
 def adapted(model: nn.Module, rank: int, targets: list[str] | str, learned: float) -> nn.Module:
     """The model with adapters, in float32 as they are trained, that have learned something."""
     wrapped = get_peft_model(model, LoraConfig(r=rank, lora_alpha=1.5 * rank, target_modules=targets))
-    fuse_adapters(wrapped, is_sharded)
+    fuse_adapters(wrapped)
     torch.manual_seed(2)
     for name, parameter in wrapped.named_parameters():
         if ".lora_" in name:
