@@ -13,12 +13,11 @@ import argparse
 import re
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
 from ..config.parse import parse_config
-from ..config.schema import Config
 from ..planning.memory import SHARDS_WEIGHTS, STRATEGIES, Phase, Strategy, peaks
 from ..planning.tables import readable, table_of
 from ..text.plain import write_stage
@@ -52,16 +51,15 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
 
     set_up_logging()
     config = with_adapter(config)
-    model_config = load_model_config(config.model)
     most_bytes = None if limit is None else int(limit * (1 - RESERVE))
-    predictor = Predictor(config, model_config, options.device, most_bytes)
+    predictor = Predictor(config, load_model_config(config.model), options.device, most_bytes)
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
     _print_steps(console, predictor, ranks)
     _print_parts(console, predictor, ranks[-1])
     unfit = _print_peaks(console, predictor, ranks, limit)
     if most_bytes is not None:
         for num_ranks in unfit:
-            _print_advice(console, config, model_config, options.device, num_ranks, most_bytes)
+            _print_advice(console, predictor, num_ranks, most_bytes)
     return int(bool(unfit))
 
 
@@ -151,14 +149,12 @@ def _print_peaks(console: Console, predictor: Predictor, ranks: list[int], limit
     return unfit
 
 
-def _print_advice(
-    console: Console, config: Config, model_config: Any, device: Any, num_ranks: int, most_bytes: int
-) -> None:
+def _print_advice(console: Console, predictor: Predictor, num_ranks: int, most_bytes: int) -> None:
     from ..planning.advice import make_fit
 
     write_stage(f"looking for options with which {num_ranks} rank(s) fit")
     strategy: Strategy = "ZeRO-2" if num_ranks > 1 else "DDP"
-    changes, needed = make_fit(config, model_config, device, num_ranks, strategy, most_bytes)
+    changes, needed = make_fit(predictor, num_ranks, strategy)
     start = f"{num_ranks} rank(s){' from ZeRO-2' if num_ranks > 1 else ''}"
     advice = f"set {'  '.join(changes)}; the peak is then" if changes else "no change helps; the peak is"
     fits = needed <= most_bytes

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
 
 from ..config.schema import Config
 from .memory import SHARDS_WEIGHTS, Phase, Strategy, peaks
-from .predict import Device, Predictor, tokens_in_flight
+from .predict import Predictor, tokens_in_flight
 
 Change = tuple[str, Config, Strategy]
 
@@ -20,40 +19,37 @@ def largest_peak(predictor: Predictor, num_ranks: int, strategy: Strategy) -> tu
     return phase, by_phase[phase]
 
 
-def make_fit(
-    config: Config, model_config: Any, device: Device, num_ranks: int, strategy: Strategy, most_bytes: int
-) -> tuple[list[str], int]:
-    """The changes that bring a rank's memory below `most_bytes`, and the bytes that it then needs.
+def make_fit(predictor: Predictor, num_ranks: int, strategy: Strategy) -> tuple[list[str], int]:
+    """The changes that bring a rank's memory below the predictor's `most_bytes`, and the bytes that it then needs.
 
     Changes that cost least time come first. A change that does not lower the largest peak is left out. If all changes
     are not enough, the returned bytes are above the limit.
     """
-    predictor = Predictor(config, model_config, device, most_bytes)
-    is_quantized = predictor.quantization is not None
+    most_bytes = predictor.most_bytes
+    assert most_bytes is not None, "asked only where a limit is exceeded"
     phase, needed = largest_peak(predictor, num_ranks, strategy)
     changes: list[str] = []
     for _ in range(16):
         if needed <= most_bytes:
             break
-        for change, changed, changed_strategy in _candidates(config, device, phase, strategy, num_ranks, is_quantized):
-            predictor = Predictor(changed, model_config, device, most_bytes)
-            new_phase, new = largest_peak(predictor, num_ranks, changed_strategy)
+        for change, config, changed_strategy in _candidates(predictor, phase, strategy, num_ranks):
+            changed = Predictor(config, predictor.model_config, predictor.device, most_bytes)
+            new_phase, new = largest_peak(changed, num_ranks, changed_strategy)
             if new < needed:
                 changes = [each for each in changes if each.split()[0] != change.split()[0]] + [change]
-                config, strategy, phase, needed = changed, changed_strategy, new_phase, new
+                predictor, strategy, phase, needed = changed, changed_strategy, new_phase, new
                 break
         else:
             break
     return changes, needed
 
 
-def _candidates(
-    config: Config, device: Device, phase: Phase, strategy: Strategy, num_ranks: int, is_quantized: bool
-) -> Iterator[Change]:
+def _candidates(predictor: Predictor, phase: Phase, strategy: Strategy, num_ranks: int) -> Iterator[Change]:
     """Changes that could lower the peak of a phase, the cheapest first."""
+    config, is_quantized = predictor.config, predictor.quantization is not None
     longest = config.max_sequence_length
     rollout, train, reference = config.rollout, config.train, config.reference
-    in_flight = tokens_in_flight(config, device)
+    in_flight = tokens_in_flight(config, predictor.device)
     if phase == "rollout" and in_flight > longest:
         share = train.batch_size * (config.data.max_prompt_length + rollout.group_size * rollout.max_completion_length)
         tokens = max(longest, min(in_flight, share // num_ranks) // 2)

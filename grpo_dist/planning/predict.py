@@ -13,10 +13,9 @@ import torch
 from ..config.algorithm import reference_in_loss
 from ..config.schema import Config, Dtype
 from ..distributed.device import DTYPES, dtype_name
-from ..model import attention
 from ..model.checks import bitsandbytes_config, stored_quantization
 from ..model.files import kind_of, stored_kind
-from ..model.load import packing_obstacle, trainable
+from ..model.load import attention_for, trainable
 from ..model.packing import Piece, plan
 from ..model.reference import REFERENCE_PACK, needs_copy
 from ..model.routing import has_experts
@@ -140,12 +139,9 @@ class Predictor:
     def __init__(self, config: Config, model_config: Any, device: Device, most_bytes: int | None = None) -> None:
         """`most_bytes` is the memory of a rank for tensors, if known."""
         self.config, self.model_config, self.device, self.most_bytes = config, model_config, device, most_bytes
-        longest = config.max_sequence_length
-        named = config.model.attn_implementation
-        obstacle = packing_obstacle(model_config, longest, config.model.trust_remote_code) if named == "auto" else named
+        self.implementation, obstacle = attention_for(config.model, model_config, config.max_sequence_length)
         self.share_prompts = obstacle is None
         self.pages = device == "gpu" and self.share_prompts
-        self.implementation = attention.NAME if self.share_prompts else None if named == "auto" else named
         self.policy_dtype = dtype_on(device, config.model.dtype)
         self.copy_dtype = dtype_on(device, config.reference.dtype)
         self.quantization = kind_of(config.model, bitsandbytes_config(model_config))

@@ -351,10 +351,10 @@ def test_advice_makes_it_fit_or_says_that_nothing_does() -> None:
     model_config = load_model_config(ModelConfig())
     config = config_of(train=TrainConfig(batch_size=12, max_tokens_per_pack=1000))
     _, needed = largest_peak(Predictor(config, model_config, "cpu"), 2, "ZeRO-2")
-    changes, left = make_fit(config, model_config, "cpu", 2, "ZeRO-2", needed // 2)
+    changes, left = make_fit(Predictor(config, model_config, "cpu", needed // 2), 2, "ZeRO-2")
     assert left <= needed // 2 and changes == ["--train.max_tokens_per_pack 250"]
     least = config_of(train=TrainConfig(batch_size=2, max_tokens_per_pack=64))
-    changes, left = make_fit(least, model_config, "cpu", 2, "ZeRO-2", 1000)
+    changes, left = make_fit(Predictor(least, model_config, "cpu", 1000), 2, "ZeRO-2")
     assert left > 1000 and "--model.gradient_checkpointing true" in changes
     assert len({change.split()[0] for change in changes}) == len(changes)
 
