@@ -23,11 +23,6 @@ from .launch_config import settle_deepspeed
 from .strategy import Fragment
 
 
-def is_asked_for() -> bool:
-    """Whether the launch asks for DeepSpeed."""
-    return os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
-
-
 def make_plugin(dtype: torch.dtype, max_grad_norm: float) -> tuple[DeepSpeedPlugin, list[str]]:
     """Accelerate's plugin for the launch's ZeRO options, and a line for each option that the run overrides.
 

@@ -75,7 +75,7 @@ def require_known_launch(environment: Mapping[str, str]) -> None:
     if asks_for(environment, "ACCELERATE_USE_FSDP"):
         _require_fsdp2(environment)
     file = environment.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
-    if environment.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true" and file != "none":
+    if zero_stage(environment) is not None and file != "none":
         _require_known_entries(file, _read(file))
         beside = sorted(IN_FILE & set(environment.get("ACCELERATE_CONFIG_DS_FIELDS", "").split(",")))
         if beside:
@@ -84,14 +84,25 @@ def require_known_launch(environment: Mapping[str, str]) -> None:
 
 
 def shards_weights(environment: Mapping[str, str]) -> bool:
-    """Whether the launch asks for ZeRO-3 or FSDP2. Raises ValueError for a DeepSpeed file that cannot be read."""
-    if asks_for(environment, "ACCELERATE_USE_FSDP"):
-        return True
+    """Whether the launch asks for ZeRO-3 or FSDP2. Raises ValueError as `zero_stage` does."""
+    return asks_for(environment, "ACCELERATE_USE_FSDP") or zero_stage(environment) == "3"
+
+
+def zero_stage(environment: Mapping[str, str]) -> str | None:
+    """The ZeRO stage that the launch asks for, from 1 to 3; None without DeepSpeed.
+
+    Raises ValueError for another stage, and for a DeepSpeed file that cannot be read.
+    """
     if not asks_for(environment, "ACCELERATE_USE_DEEPSPEED"):
-        return False
+        return None
     file = environment.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
-    stage = environment.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")
-    return str(stage if file == "none" else _read(file)["zero_optimization"].get("stage", stage)) == "3"
+    # a file without a stage means none, to DeepSpeed
+    stage = "auto" if file == "none" else str(_read(file)["zero_optimization"].get("stage", 0))
+    stage = environment.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2") if stage == "auto" else stage
+    if stage not in ("1", "2", "3"):
+        raise ValueError(f"launch config: zero_stage {stage} given, expected 1, 2 or 3: see accelerate_configs/, where "
+                         "ddp.yaml divides nothing")  # fmt: skip
+    return stage
 
 
 def asks_for(environment: Mapping[str, str], variable: str) -> bool:

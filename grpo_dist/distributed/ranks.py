@@ -24,7 +24,7 @@ from ..config.schema import OptimConfig
 from . import deepspeed, fsdp
 from .cores import num_cores
 from .device import computes_on_gpu, slow_on_this_cpu
-from .launch_config import set_aside_fsdp, set_aside_precision
+from .launch_config import asks_for, set_aside_fsdp, set_aside_precision
 from .rendezvous import START_SECONDS, Rendezvous, place_in_launch, warn_of_idle_gpus
 from .row_group import row_group
 from .strategy import Replicated, Strategy
@@ -83,7 +83,7 @@ class Ranks:
         plugin, shards = None, fsdp.take_over() and num_ranks > 1
         if shards:
             set_aside += set_aside_fsdp(os.environ)
-        if deepspeed.is_asked_for():
+        if asks_for(os.environ, "ACCELERATE_USE_DEEPSPEED"):
             plugin, further = deepspeed.make_plugin(dtype, optim.max_grad_norm)
             set_aside += further
         for line in set_aside:

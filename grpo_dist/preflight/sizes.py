@@ -9,7 +9,7 @@ import torch
 
 from ..config.schema import Config
 from ..distributed.device import resolve_dtype, slow_on_this_cpu
-from ..distributed.launch_config import asks_for
+from ..distributed.launch_config import asks_for, zero_stage
 from ..model.checks import bitsandbytes_config, stored_quantization
 from ..model.files import dequantized_form, kind_of, require_unsharded
 from ..planning.memory import SHARDS_WEIGHTS, MemoryInputs, ModelCounts, Strategy, memory_per_rank, peaks
@@ -48,10 +48,13 @@ def describe_memory(config: Config, contents: Contents, num_ranks: int, findings
     if slow := slow_on_this_cpu(resolve_dtype(config.model.dtype)):
         findings.remarks.append(slow)
     on_gpu = torch.cuda.is_available()
-    strategy = strategy_of_launch(num_ranks)
+    strategy: Strategy | None = None
     with findings.attempt():
+        strategy = strategy_of_launch(num_ranks)
         kind = kind_of(config.model, bitsandbytes_config(contents.model_config))
         require_unsharded(kind is not None, strategy in SHARDS_WEIGHTS)
+    if strategy is None:
+        return None
     try:
         most_bytes = int(_gpu_bytes() * (1 - RESERVE)) if on_gpu else None
         predictor = Predictor(config, contents.model_config, "gpu" if on_gpu else "cpu", most_bytes)
@@ -98,9 +101,10 @@ def _gpu_bytes() -> int:
 
 
 def strategy_of_launch(num_ranks: int) -> Strategy:
-    """The strategy of the launcher. Without a launcher: that of launch/single_node.sh."""
-    if asks_for(os.environ, "ACCELERATE_USE_DEEPSPEED"):
-        return f"ZeRO-{os.environ.get('ACCELERATE_DEEPSPEED_ZERO_STAGE', '2')}"  # type: ignore[return-value]
+    """The strategy of the launcher. Without a launcher: that of launch/single_node.sh. Raises ValueError for a launch
+    that cannot be."""
+    if (stage := zero_stage(os.environ)) is not None:
+        return f"ZeRO-{stage}"  # type: ignore[return-value]
     if num_ranks == 1:
         return "DDP"
     if "WORLD_SIZE" not in os.environ:

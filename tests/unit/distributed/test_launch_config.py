@@ -13,6 +13,7 @@ from grpo_dist.distributed.launch_config import (
     set_aside_fsdp,
     set_aside_precision,
     settle_deepspeed,
+    zero_stage,
 )
 
 pytestmark = pytest.mark.quick
@@ -59,6 +60,7 @@ def test_entries_that_change_nothing_are_taken(entries: dict[str, Any], tmp_path
         ({"zero_optimization": {"stage": 3, "zero_quantized_gradients": True}},
          r"zero_optimization\.zero_quantized_gradients"),
         ({"bf16": {"enabled": True}}, "has no entry zero_optimization"),
+        ({"zero_optimization": {}}, "zero_stage 0 given, expected 1, 2 or 3"),
         ("{", "cannot be read"),
     ],
 )  # fmt: skip
@@ -72,6 +74,16 @@ def test_a_file_that_is_missing_or_contradicted_is_refused(tmp_path: Path) -> No
         require_known_launch({"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": "none.json"})
     with pytest.raises(ValueError, match="zero_stage given beside deepspeed_config_file"):
         require_known_launch(launched(tmp_path, STAGE, ACCELERATE_CONFIG_DS_FIELDS="deepspeed_config_file,zero_stage"))
+
+
+def test_the_stage_is_the_files_or_else_the_variables(tmp_path: Path) -> None:
+    variables = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "1"}
+    assert zero_stage({"ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}) is None
+    assert zero_stage(variables) == "1"
+    assert zero_stage(launched(tmp_path, TYPICAL, **variables)) == "3"
+    assert zero_stage(launched(tmp_path, {"zero_optimization": {"stage": "auto"}}, **variables)) == "1"
+    with pytest.raises(ValueError, match=r"zero_stage 0 given, expected 1, 2 or 3"):
+        require_known_launch(variables | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "0"})
 
 
 FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_OFFLOAD_PARAMS": "false"}

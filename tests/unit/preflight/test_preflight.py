@@ -20,13 +20,14 @@ from grpo_dist.checkpoint.state import TrainState
 from grpo_dist.cli.main import main
 from grpo_dist.config.mistakes import COMMAND_LINE, read_options
 from grpo_dist.config.parse import parse_config
-from grpo_dist.config.schema import Config, RolloutConfig
+from grpo_dist.config.schema import Config, ModelConfig, RolloutConfig
 from grpo_dist.config.vllm import VllmConfig
-from grpo_dist.preflight.contents import read_contents
+from grpo_dist.model.load import load_model_config
+from grpo_dist.preflight.contents import Contents, read_contents
 from grpo_dist.preflight.findings import Findings
 from grpo_dist.preflight.look import dry_run
 from grpo_dist.preflight.servers import check_servers
-from grpo_dist.preflight.sizes import strategy_of_launch
+from grpo_dist.preflight.sizes import describe_memory, strategy_of_launch
 from grpo_dist.preflight.trackers import Service, unreachable
 from grpo_dist.text.plain import plain, plain_lines
 
@@ -296,3 +297,12 @@ def test_the_strategy_is_the_launchs(
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     assert strategy_of_launch(num_ranks) == expected
+
+
+def test_a_launch_that_cannot_be_is_a_problem_and_no_prediction(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", "0")
+    findings = Findings()
+    contents = Contents(model_config=load_model_config(ModelConfig()))
+    assert describe_memory(Config(), contents, 2, findings) is None
+    assert findings.problems and "zero_stage 0 given, expected 1, 2 or 3" in findings.problems[0]
