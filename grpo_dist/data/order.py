@@ -13,11 +13,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+
+from ..algorithm.hashing import hashed
 
 Some = TypeVar("Some", bound="Stateless")
 
-_GOLDEN = 0x9E3779B97F4A7C15
 _CYCLE = 1000  # consecutive prompts in which a mixture keeps its shares: the smallest share is one in a thousand
 
 
@@ -185,16 +187,11 @@ class Curriculum:
 def permutation(num_prompts: int, seed: int, epoch: int) -> NDArray[np.int64]:
     """Return the order of an epoch, (num_prompts,), a read-only permutation of range(num_prompts).
 
-    Prompts are sorted by the SplitMix64 (Steele et al. 2014) of their place under a key made from seed and epoch. The
-    mixing is a bijection, so there are no ties. It uses no library's generator, so the order is the same with any
-    version of any package.
+    Prompts are sorted by the hash of their place under a key made from seed and epoch. It is a bijection, so there are
+    no ties. It uses no library's generator, so the order is the same with any version of any package.
     """
     digest = hashlib.blake2b(f"{seed}:{epoch}".encode(), digest_size=8).digest()
-    places = np.arange(1, num_prompts + 1, dtype=np.uint64)
-    # wraps at 2^64, as SplitMix64 does
-    keys = np.uint64(int.from_bytes(digest, "little")) + places * np.uint64(_GOLDEN)
-    keys = (keys ^ (keys >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    keys = (keys ^ (keys >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    order = np.argsort(keys ^ (keys >> np.uint64(31)))
+    key = torch.tensor(int.from_bytes(digest, "little", signed=True))
+    order = np.argsort(hashed(key, torch.arange(num_prompts)).numpy().view(np.uint64))
     order.flags.writeable = False
     return order
