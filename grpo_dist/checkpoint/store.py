@@ -25,6 +25,7 @@ log = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
 TENSORS = "state.safetensors"
 META = "state.json"
+_READ_BYTES = 1 << 20
 CHANGED = "it was changed, or another version wrote it; choose another train.output_dir, or remove it"
 """The end of the message about a complete checkpoint with the wrong contents."""
 
@@ -43,9 +44,11 @@ def _sync(path: Path) -> None:
 
 
 def _checksum(path: Path) -> str:
+    digest = hashlib.sha256()
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else hashlib.sha256(
-            file.read()).hexdigest()  # fmt: skip
+        while block := file.read(_READ_BYTES):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def save(root: Path, step: int, tensors: dict[str, Tensor], meta: dict[str, Any], keep: int) -> Path:
