@@ -26,12 +26,14 @@ _INTEGER = re.compile(r"([+-]?[0-9]+)\.0+")
 
 @runs_in("worker", most_items=32)
 class ExtractedAnswer:
-    """Reward a completion whose extracted answer equals the gold answer's."""
+    """Reward a completion whose extracted answer equals the gold answer's; `missing_reward` where it has none."""
 
-    def __init__(
-        self, extract: Callable[[str], str | None], correct_reward: float, wrong_reward: float, missing_reward: float
-    ) -> None:
-        self._extract = extract
+    @staticmethod
+    def extract(text: str) -> str | None:
+        """Return the answer in a text, or None where there is none in the agreed place."""
+        raise NotImplementedError
+
+    def __init__(self, correct_reward: float = 1.0, wrong_reward: float = 0.0, missing_reward: float = 0.0) -> None:
         self.correct_reward, self.wrong_reward = float(correct_reward), float(wrong_reward)
         self.missing_reward = float(missing_reward)
 
@@ -42,50 +44,26 @@ class ExtractedAnswer:
         log_metric: Callable[[str, float], None] | None = None,
     ) -> list[float]:
         """Score completions against one gold answer each, and log the share that has an answer in the right place."""
-        answers = [self._extract(completion_text(completion)) for completion in completions]
+        answers = [self.read_completion(completion_text(completion)) for completion in completions]
         if log_metric:
             log_metric("found", sum(text is not None for text in answers) / len(answers))
         return [self._reward(text, gold) for text, gold in zip(answers, answer, strict=True)]
 
-    def _reward(self, text: str | None, gold: object) -> float:
-        if text is None:
+    def _reward(self, answer: str | None, gold: object) -> float:
+        if answer is None:
             return self.missing_reward
-        return self.correct_reward if clean(text) == read_gold(gold, self._extract) else self.wrong_reward
+        return self.correct_reward if answer == read_gold(gold, self.extract) else self.wrong_reward
 
-
-class Gsm8kReward(ExtractedAnswer):
-    """Reward the answer after `####`; `missing_reward` where there is none."""
-
-    def __init__(self, correct_reward: float = 1.0, wrong_reward: float = 0.0, missing_reward: float = 0.0) -> None:
-        super().__init__(after_hashes, correct_reward, wrong_reward, missing_reward)
-
-    @staticmethod
-    def check_answer(answer: object) -> None:
+    @classmethod
+    def check_answer(cls, answer: object) -> None:
         """Raise ValueError for a gold answer that is empty or no text or number."""
-        read_gold(answer, after_hashes)
+        read_gold(answer, cls.extract)
 
-    @staticmethod
-    def read_completion(text: str) -> str | None:
-        """Return the answer that a completion gives, for a majority vote; None where it gives none."""
-        answer = after_hashes(text)
-        return None if answer is None else clean(answer)
-
-
-class BoxedReward(ExtractedAnswer):
-    r"""Reward the answer in the last `\boxed{…}`; `missing_reward` where there is none."""
-
-    def __init__(self, correct_reward: float = 1.0, wrong_reward: float = 0.0, missing_reward: float = 0.0) -> None:
-        super().__init__(last_boxed, correct_reward, wrong_reward, missing_reward)
-
-    @staticmethod
-    def check_answer(answer: object) -> None:
-        """Raise ValueError for a gold answer that is empty or no text or number."""
-        read_gold(answer, last_boxed)
-
-    @staticmethod
-    def read_completion(text: str) -> str | None:
-        """Return the answer that a completion gives, for a majority vote; None where it gives none."""
-        answer = last_boxed(text)
+    @classmethod
+    def read_completion(cls, text: str) -> str | None:
+        """Return the answer that a completion gives, in the form in which answers are compared; None where it gives
+        none."""
+        answer = cls.extract(text)
         return None if answer is None else clean(answer)
 
 
@@ -108,6 +86,18 @@ def last_boxed(text: str) -> str | None:
                     return text[start.end() : place].strip() or None
         # An open box contains no closed one: the text after it was read to the end.
     return None
+
+
+class Gsm8kReward(ExtractedAnswer):
+    """Reward the answer after `####`."""
+
+    extract = staticmethod(after_hashes)
+
+
+class BoxedReward(ExtractedAnswer):
+    r"""Reward the answer in the last `\boxed{…}`."""
+
+    extract = staticmethod(last_boxed)
 
 
 def clean(text: str) -> str:
