@@ -13,6 +13,7 @@ import logging
 import os
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -137,6 +138,14 @@ def complete(root: Path) -> list[Path]:
     return sorted(checkpoints, key=_step, reverse=True)
 
 
+def newest_id(root: Path) -> str | None:
+    """What identifies the newest checkpoint under `root` that has a readable manifest; None where there is none."""
+    for path in complete(root):
+        with suppress(DamagedCheckpoint):
+            return str(_manifest(path)[META]["sha256"])
+    return None
+
+
 def newest(root: Path) -> Path | None:
     """The newest undamaged checkpoint under `root`; the log names those that it passes over."""
     checkpoints = complete(root)
@@ -145,6 +154,9 @@ def newest(root: Path) -> Path | None:
     for path in checkpoints:
         try:
             verify(path)
+            step = load_meta(path, {"step": int})["step"]
+            if step != _step(path):
+                raise DamagedCheckpoint(f"{path} has the state after {step} steps: it is a copy under another name")
             return path
         except DamagedCheckpoint as error:
             log.warning("%s; trying the checkpoint before it", error)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-import yaml
 
+from ..config.files import written_config
 from ..config.places import is_path
 from ..config.schema import LoraConfig, ModelConfig
 from ..distributed.device import DTYPES, resolve_dtype
@@ -22,6 +22,9 @@ from ..model.toy import MODELS
 from ..monitoring.machine import last_recorded, started_in
 from ..monitoring.metrics import read_history
 from . import store as checkpoint
+from .final import is_newest, read_record
+
+Group = TypeVar("Group", ModelConfig, LoraConfig)
 
 
 @dataclass(frozen=True)
@@ -49,36 +52,47 @@ class Trained:
     @property
     def given_model(self) -> ModelConfig:
         """The base model as the run's config names it."""
-        return ModelConfig(**self.config["model"])
+        return _options(self, ModelConfig, "model")
 
     @property
     def lora(self) -> LoraConfig | None:
         """The adapters; None after full fine-tuning."""
-        return LoraConfig(**self.config["lora"]) if self.config["lora"] else None
+        return _options(self, LoraConfig, "lora") if self.config["lora"] else None
+
+
+def _options(trained: Trained, kind: type[Group], name: str) -> Group:
+    """A group of the run's options. Raises ValueError where this version does not know one of them."""
+    given: dict[str, Any] = trained.config[name]
+    if unknown := sorted({*given} - {field.name for field in fields(kind)}):
+        names = ", ".join(f"{name}.{option}" for option in unknown)
+        raise ValueError(f"{trained.path}: the run has the options {names}, which this version of grpo_dist does not "
+                         "know: use the one that wrote it")  # fmt: skip
+    return kind(**given)
 
 
 def find(path: Path) -> Trained:
-    """The final model of a run, or its newest checkpoint where it has not ended; `path` may also name either itself.
+    """The final model of a run, or its newest checkpoint where that is newer; `path` may also name either itself.
 
     Raises ValueError where there is neither, and where the checkpoint is damaged.
     """
     if (path / checkpoint.MANIFEST).is_file():
         try:
             checkpoint.verify(path)
+            meta = checkpoint.load_meta(path, {"step": int, "config": dict, "identity": dict})
         except checkpoint.DamagedCheckpoint as error:
             raise ValueError(str(error)) from error
-        meta = checkpoint.load_meta(path)
         return Trained(path, path.resolve().parents[1], meta["step"], meta["config"], True)
     run = path.resolve().parent if path.name == "final" else path
     if not (run / "config.yaml").is_file():
         raise ValueError(f"{path}: expected the directory of a run (train.output_dir, with its config.yaml), its "
                          "`final`, or one of its checkpoints/step_N")  # fmt: skip
-    config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
-    done = max((entry["step"] for entry in read_history(run)), default=0)
-    final = run / "final"
-    if (final / "config.json").is_file() and (run != path or done >= config["train"]["num_train_steps"]):
-        return Trained(final, run, done, config, False)
-    newest = checkpoint.newest(run / "checkpoints")
+    config = written_config(run / "config.yaml", "model", "lora")
+    final, checkpoints = run / "final", run / "checkpoints"
+    record = read_record(final)
+    if (final / "config.json").is_file() and (run != path or is_newest(record, checkpoints)):
+        step = max((entry["step"] for entry in read_history(run)), default=0) if record is None else record.step
+        return Trained(final, run, step, config, False)
+    newest = checkpoint.newest(checkpoints)
     if newest is None:
         raise ValueError(f"{run}: there is no complete checkpoint, and no `final` of a run that has ended")
     return find(newest)

@@ -1,9 +1,10 @@
-"""What is wrong with a config file before its options are read, by its text alone."""
+"""Config files: what is wrong with one before its options are read, by its text alone; and the one that a run wrote."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -40,3 +41,16 @@ def _repeated(node: yaml.Node | None, prefix: str) -> Iterator[tuple[str, int, i
                 yield name, lines[name], line
             lines[name] = line
             yield from _repeated(value, f"{name}.")
+
+
+def written_config(path: Path, *needed: str) -> dict[str, Any]:
+    """The options in the config.yaml that a run wrote. Raises ValueError where it lacks the `needed` groups or has no
+    options, OSError where it is missing."""
+    try:
+        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError):
+        config = None
+    if not isinstance(config, dict) or not {*needed} <= {*config}:
+        raise ValueError(f"{path} lacks options, expected what the run wrote there: its newest checkpoint has them too "
+                         "(`config` in state.json)")  # fmt: skip
+    return config

@@ -17,16 +17,15 @@ from .. import __version__
 from ..distributed.deepspeed import Zero
 from ..distributed.device import dtype_name
 from ..distributed.ranks import Ranks
+from ..text.files import write_file
+from .json_lines import read_json_lines
 
 FILE = "environment.jsonl"
 
 
 def last_recorded(directory: Path, name: str) -> str | None:
     """The entry of a name that `record_start` wrote at the last start of a run; None where there is none."""
-    if not (directory / FILE).is_file():
-        return None
-    starts = [json.loads(line) for line in (directory / FILE).read_text(encoding="utf-8").splitlines()]
-    return next((start[name] for start in reversed(starts) if name in start), None)
+    return next((start[name] for start in reversed(read_json_lines(directory / FILE)) if name in start), None)
 
 
 def started_in(directory: Path) -> Path | None:
@@ -51,8 +50,9 @@ def record_start(directory: Path, ranks: Ranks, first_step: int, dtype: torch.dt
     start = {"started": f"{datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC", "directory": os.getcwd(),
              "first_step": first_step, "engine": ranks.strategy.name, "ranks": devices, "platform": platform.platform(),
              "dtype": dtype_name(dtype), "versions": used}  # fmt: skip
-    with (directory / FILE).open("a", encoding="utf-8") as file:
-        file.write(json.dumps(start) + "\n")
+    # written anew, because a line that the end of a machine has cut would end in the middle of this one
+    starts = [*read_json_lines(directory / FILE), start]
+    write_file(directory / FILE, "".join(json.dumps(each) + "\n" for each in starts))
 
 
 @functools.cache

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
+import os
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
@@ -26,6 +28,8 @@ from .advice import advice
 from .alarms import Alarm, Alarms, Metrics, rules_for
 from .json_lines import read_json_lines
 from .trackers import Entry, Mirror, Source, Table, run_name
+
+log = logging.getLogger(__name__)
 
 TABLE_ROWS = 16
 TABLE_CHARACTERS = 2_000
@@ -83,6 +87,9 @@ class Recorder:
         self.logging = config.logging
         path = directory / "metrics.jsonl"
         kept = [line for line in read_json_lines(path) if line["step"] <= first_step]
+        if lost := sorted({*range(first_step + 1)} - {line["step"] for line in kept}):
+            log.warning("%s lacks %d of the steps 0 to %d, which were done before (the first is step %d): so will the "
+                        "report", path, len(lost), first_step, lost[0])  # fmt: skip
         write_file(path, "".join(json.dumps(line) + "\n" for line in kept))
         self.file = path.open("a", buffering=1)
         dtype = dtype_name(resolve_dtype(config.model.dtype))
@@ -143,6 +150,10 @@ class Recorder:
         shares = [[answer, count / answers.total()] for answer, count in answers.most_common(TABLE_ROWS)]
         return {"completions/sample": Table(columns, cut),
                 "completions/answers": Table(["answer", "share"], shares)}  # fmt: skip
+
+    def flush(self) -> None:
+        """Put the metrics on the disk, so that no checkpoint is of a step that they lack."""
+        os.fsync(self.file.fileno())
 
     def close(self) -> None:
         """Flush and close everything."""

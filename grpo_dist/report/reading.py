@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
-import yaml
 
+from ..config.files import written_config
 from ..config.places import require_run
 from ..config.schema import RewardConfig
 from ..config.values import flat
@@ -77,7 +77,7 @@ def read_run(directory: Path) -> Written:
         raise ValueError(f"{directory} is no run: expected metrics.jsonl in it, as in `train.output_dir`")
     lines = sorted({line["step"]: line for line in read_json_lines(path)}.values(), key=lambda line: line["step"])
     options = directory / "config.yaml"
-    config = (yaml.safe_load(options.read_text(encoding="utf-8")) if options.exists() else None) or {}
+    config = written_config(options) if options.exists() else {}
     done = lines[-1]["step"] if lines else 0
     files = {int(file.stem.removeprefix("step_")): file for file in (directory / "completions").glob("step_*.parquet")}
     return Written(

@@ -42,6 +42,8 @@ from ..model.load import (
 )
 from ..model.split_rows import require_whole_groups
 from ..monitoring.console import Display
+from ..monitoring.json_lines import read_json_lines
+from ..monitoring.machine import FILE as RECORD_OF_STARTS
 from ..monitoring.machine import record_start, versions
 from ..monitoring.recorder import Recorder
 from ..monitoring.trackers import require_known
@@ -182,6 +184,8 @@ def _prepare(config: Config, directory: Path, is_main: bool) -> _Start:
         scorer.check_columns([*prompt.columns, *(EPISODE_COLUMNS if host else ())])
     episodes = episodes_of(data.config, host, data.tokenizer, data.end_ids)
     require_writable(directory)
+    for name in ("metrics.jsonl", RECORD_OF_STARTS):
+        read_json_lines(directory / name)  # raises for what the records of this run could not be added to
     directory.mkdir(parents=True, exist_ok=True)
     return _Start(data, resume_from, host, scorer, episodes, lock(directory) if is_main else None)
 

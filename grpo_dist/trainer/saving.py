@@ -7,6 +7,7 @@ import time
 from dataclasses import asdict
 
 from ..checkpoint import store
+from ..checkpoint.final import remove_record, write_record
 from ..checkpoint.guards import warn_of_slow_save
 from ..checkpoint.reopening import check_final
 from ..checkpoint.state import TrainState
@@ -41,7 +42,8 @@ def save_checkpoint(parts: Parts, state: TrainState, *, may_fail: bool = False) 
     }  # fmt: skip
     try:
         with parts.ranks.shared_errors("saving a checkpoint"), parts.watch.patience():
-            if parts.ranks.is_main:
+            if parts.recorder is not None:
+                parts.recorder.flush()
                 store.save(parts.directory / "checkpoints", state.step, tensors, meta, config.keep_checkpoints)
     except PhaseError as error:
         parts.failed_saves.in_a_row += 1
@@ -62,6 +64,8 @@ def save_model(parts: Parts, state: TrainState) -> None:
     with parts.watch.patience():
         with parts.rollout_model.open() as model:
             expected = fixed_logits(model) if parts.ranks.is_main else None
+        if parts.ranks.is_main:
+            remove_record(directory)
         save_final(parts.policy, parts.tokenizer, directory, parts.ranks.is_main)
         if expected is not None:
             history, options = read_history(parts.directory), redacted(asdict(config))
@@ -69,5 +73,6 @@ def save_model(parts: Parts, state: TrainState) -> None:
             write_card(directory, options, history, state.step, "merged", form)
             if config.lora:
                 write_card(directory / "adapter", options, history, state.step, "adapter", form)
+            write_record(directory, state.step, parts.directory / "checkpoints")
             check_final(directory, expected, parts.rollout_model.dtype, config.model.trust_remote_code)
         parts.ranks.barrier()

@@ -162,7 +162,7 @@ def test_a_checkpoint_that_lacks_something_is_damaged(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="lacks"):
         build(config)
     checkpoint.save(tmp_path / "run" / "checkpoints", 2, {"x": torch.zeros(4)},
-                    blank_meta() | {"identity": [], "metrics": 1}, keep=9)  # fmt: skip
+                    blank_meta() | {"step": 2, "identity": [], "metrics": 1}, keep=9)  # fmt: skip
     with pytest.raises(UserError, match="lacks metrics, identity"):
         build(config)
 

@@ -219,3 +219,11 @@ def test_nothing_is_executed(name: str, tmp_path: Path) -> None:
     except Exception as error:  # what cannot be read must say so in the one way that callers know
         assert isinstance(error, DamagedCheckpoint), f"{type(error).__name__} instead of DamagedCheckpoint"
     assert not (tmp_path / "executed").exists()
+
+
+def test_a_copy_under_another_name_is_passed_over(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    save(tmp_path, 3)
+    newest = save(tmp_path, 4)
+    shutil.copytree(tmp_path / "step_3", tmp_path / "step_9")
+    assert checkpoint.newest(tmp_path) == newest
+    assert "step_9 has the state after 3 steps" in caplog.text

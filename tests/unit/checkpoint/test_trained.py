@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from small_models import LORA, logits, make_base, make_moved, make_policy
 from transformers import AutoModelForCausalLM
 
 from grpo_dist.checkpoint import store as checkpoint
+from grpo_dist.checkpoint.final import write_record
 from grpo_dist.checkpoint.trained import find, load
 from grpo_dist.cli.export import compare, write_merged
 from grpo_dist.config.schema import Config, LoraConfig, ModelConfig
@@ -128,3 +130,35 @@ def test_files_that_differ_are_noticed(base: ModelConfig, tmp_path: Path, monkey
         write(policy.causal_lm, state, load_tokenizer(base), tmp_path)
     with pytest.raises(RuntimeError, match="not the trained one"):
         compare(torch.ones(3), torch.tensor([1.0, 1.0, 1.001]), "torch.float32")
+
+
+def test_the_final_model_of_a_shorter_run_is_not_taken_for_the_longer_one_s(base: ModelConfig, tmp_path: Path) -> None:
+    run, policy = tmp_path / "run", make_policy(base, LORA)
+    leave_behind(run, base, policy, LORA)
+    final, checkpoints = run / "final", run / "checkpoints"
+    assert find(run).path == checkpoints / "step_1"  # half written, for all that is known
+    assert (find(final).path, find(final).step) == (final, 1)
+    write_record(final, 1, checkpoints)
+    assert (find(run).path, find(run).step) == (final, 1)
+    # the run goes on, and is killed when its last step is done, but nothing of it saved
+    (run / "metrics.jsonl").write_text('{"step": 1}\n{"step": 3}\n')
+    assert (find(run).path, find(run).step, find(final).step) == (final, 1, 1)
+    meta = checkpoint.load_meta(checkpoints / "step_1")
+    checkpoint.save(checkpoints, 2, {}, meta | {"step": 2}, keep=2)
+    assert find(run).path == checkpoints / "step_2"
+    assert (find(final).path, find(final).step) == (final, 1)
+    shutil.rmtree(checkpoints)
+    assert (find(run).path, find(run).step) == (final, 1)
+
+
+def test_a_run_that_another_version_wrote(base: ModelConfig, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    leave_behind(run, base, make_policy(base, LORA), LORA)
+    trained = find(run / "final")
+    trained.config["model"]["brand_new"] = 1
+    with pytest.raises(ValueError, match=r"the options model\.brand_new, which this version"):
+        load(trained)
+    for text in ("", "a: [", "train: {}"):
+        (run / "config.yaml").write_text(text)
+        with pytest.raises(ValueError, match=r"config\.yaml lacks options"):
+            find(run / "final")

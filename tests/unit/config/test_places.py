@@ -68,7 +68,7 @@ def test_a_run_s_relative_model_is_that_of_its_start(tmp_path: Path, monkeypatch
     (start / "model").mkdir(parents=True)
     for file in (start / "model" / "config.json", run / "final" / "config.json"):
         file.write_text(json.dumps({"model_type": "qwen2"}))
-    (run / "config.yaml").write_text(yaml.safe_dump({"model": {"name": "./model"}, "train": {"num_train_steps": 0}}))
+    (run / "config.yaml").write_text(yaml.safe_dump({"model": {"name": "./model"}, "lora": None}))
     assert started_in(run) is None and find(run).model.name == "./model"
     lines = [{"directory": "/elsewhere"}, {"directory": str(start)}, {"started": "before this was kept"}]
     (run / "environment.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -81,6 +81,6 @@ def test_a_run_s_relative_model_is_that_of_its_start(tmp_path: Path, monkeypatch
         ModelConfig("./model"), load_model_config(ModelConfig("./model"))
     ), "a checkpoint fits wherever it is opened from"
     for name in ("toy", "org/name", str(start / "model")):
-        (run / "config.yaml").write_text(yaml.safe_dump({"model": {"name": name}, "train": {"num_train_steps": 0}}))
+        (run / "config.yaml").write_text(yaml.safe_dump({"model": {"name": name}, "lora": None}))
         assert find(run).model.name == name
     assert Config().model.name

@@ -1,0 +1,44 @@
+"""Lines that a run wrote: cut by the end of a machine, and changed by hand."""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from grpo_dist.config.schema import Config
+from grpo_dist.monitoring.json_lines import read_json_lines
+from grpo_dist.monitoring.recorder import Recorder
+
+pytestmark = pytest.mark.quick
+
+
+@pytest.mark.parametrize(
+    "text", ['{"a": 1}\n{"a": 2}\n', '{"a": 1}\r\n\r\n{"a": 2}\r\n{"a": 3', '\n{"a": 1}\n\n{"a": 2}\n\0\0\0']
+)
+def test_complete_lines(text: str, tmp_path: Path) -> None:
+    (tmp_path / "lines").write_bytes(text.encode())
+    assert read_json_lines(tmp_path / "lines") == [{"a": 1}, {"a": 2}]
+    assert read_json_lines(tmp_path / "none") == []
+
+
+@pytest.mark.parametrize("line", [b"5", b'{"a": ', b"\xff", b"\0\0", b'{"a": 1} {"a": 2}'])
+def test_a_broken_line_is_named(line: bytes, tmp_path: Path) -> None:
+    (tmp_path / "lines").write_bytes(b'{"a": 1}\n' + line + b'\n{"a": 2}\n')
+    with pytest.raises(ValueError, match=r"lines, line 2: .* expected a JSON object"):
+        read_json_lines(tmp_path / "lines")
+
+
+def test_a_record_that_lacks_steps_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    lines = "".join(json.dumps({"step": step}) + "\n" for step in range(5))
+    (tmp_path / "metrics.jsonl").write_text(lines[:-3])
+    config = Config()
+    config = replace(config, logging=replace(config.logging, trackers=[]))
+    with caplog.at_level(logging.WARNING):
+        Recorder(config, tmp_path, 3).close()
+        assert not caplog.text
+        Recorder(config, tmp_path, 6).close()
+    assert "lacks 3 of the steps 0 to 6, which were done before (the first is step 4)" in caplog.text
