@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 PERIOD_SECONDS = 0.5
 SAME_SIGNAL_SECONDS = 3.0
 """A terminal's Ctrl-C reaches the ranks and their launcher, which passes it on: that is one request, not two."""
-_NAMES = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2")
+_NAMES = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2")
 SIGNALS = tuple(getattr(signal, name) for name in _NAMES if hasattr(signal, name))
 SLOW_SECONDS = 60.0
 """The log names a rank that the others have waited for as long as this, again after twice the time, and so on."""
@@ -66,7 +66,9 @@ class Watch:
         self._statuses: dict[int, RankStatus] = {}
         self._slow_seconds = SLOW_SECONDS
         self._ended = threading.Event()
-        self._previous = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
+        # what is ignored stays so: `nohup` ignores SIGHUP, so that a run survives its terminal
+        heard = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+        self._previous = {number: signal.signal(number, self._on_signal) for number in heard}
         self._first_signal: float | None = None
         self._thread = threading.Thread(target=self._watch, name="watch", daemon=True)
         self._thread.start()

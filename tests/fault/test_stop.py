@@ -130,7 +130,7 @@ def started_by(process: Any) -> list[psutil.Process]:
 @pytest.mark.parametrize(
     ("number", "fresh"),
     [(signal.SIGTERM, False), *(pytest.param(number, True, marks=pytest.mark.slow)
-                                for number in (signal.SIGTERM, signal.SIGINT))],
+                                for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP))],
 )  # fmt: skip
 def test_the_launcher_signalled(number: signal.Signals, fresh: bool, tmp_path: Path) -> None:
     process = start("ddp", tmp_path / "run", fresh=fresh)

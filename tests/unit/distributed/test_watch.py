@@ -1,0 +1,42 @@
+"""Signals that ask a run to stop, and those that it was started to ignore."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+
+from grpo_dist.distributed.watch import SIGNALS, Interrupted, Watch
+
+pytestmark = pytest.mark.quick
+
+
+@contextmanager
+def watching() -> Iterator[Watch]:
+    watch = Watch(0, 1, None, None, 60.0, lambda: 0)
+    try:
+        yield watch
+    finally:
+        watch.close()
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_asks_it_to_stop(number: signal.Signals) -> None:
+    with watching() as watch:
+        watch.check()
+        os.kill(os.getpid(), number)
+        with pytest.raises(Interrupted, match=f"rank 0 received {number.name}"):
+            watch.check()
+
+
+def test_a_run_under_nohup_survives_its_terminal() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with watching() as watch:
+            os.kill(os.getpid(), signal.SIGHUP)
+            watch.check()
+    finally:
+        signal.signal(signal.SIGHUP, before)
