@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from launching import ROOT, adapters, completions, launch, metrics, relative_difference
+from launching import ROOT, adapters, completions, free_port, launch, metrics, relative_difference
 
 import grpo_dist
 from grpo_dist import Config, run_training
@@ -27,7 +27,7 @@ runpy.run_path(sys.argv[1], run_name="__main__")
 def test_the_scripts_of_the_page_train_to_the_same_result(tmp_path: Path) -> None:
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     for name, text in SCRIPTS.items():
-        (tmp_path / f"{name}.py").write_text(text)
+        (tmp_path / f"{name}.py").write_text(text.replace("processes=2", f'processes=2, use_port="{free_port()}"'))
     (tmp_path / "as_fresh.py").write_text(AS_FRESH)
     for name in SCRIPTS:
         done = launch(None, 1, f"{name}.py", program=["as_fresh.py"], directory=tmp_path,
