@@ -16,6 +16,7 @@ import argparse
 import hashlib
 import json
 import logging
+import math
 import os
 import sys
 from collections.abc import Callable
@@ -268,7 +269,7 @@ class Evaluation:
                 "category": self.categories.get(prompt.index),
                 "completions": texts, "tokens": batch.lengths[places].tolist(),
                 "finished": batch.finished[places].tolist(), "right": [right[n] for n in places],
-                "rewards": [None if reward != reward else reward for reward in batch.reward[places].tolist()],
+                "rewards": [None if math.isnan(reward) else reward for reward in batch.reward[places].tolist()],
                 "answers": [self.read_answer(text) for text in answering_texts(texts, talks)] if self.read_answer
                 else None,
                 **({"conversations": [json.loads(talk) for talk in talks]} if talks else {}),

@@ -63,9 +63,8 @@ def majority_at_k(answers: Sequence[str | None], right: Sequence[bool], k: int) 
     for start in range(0, num_blocks * k, k):
         votes = Counter(answer for answer in answers[start : start + k] if answer is not None)
         if votes:
-            winner = votes.most_common(1)[0][
-                0
-            ]  # a Counter keeps the order of insertion, so this is the first of equally frequent ones
+            # a Counter keeps the order of insertion, so this is the first of equally frequent ones
+            winner = votes.most_common(1)[0][0]
             won += right[start + list(answers[start : start + k]).index(winner)]
     return won / num_blocks
 

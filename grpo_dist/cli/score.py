@@ -12,6 +12,7 @@ right.
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -62,10 +63,10 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
 
 
 def read_items(config: Config, path: str | None, most: int) -> tuple[list[Item], list[int]]:
-    """Return up to `most` completions of a file with the columns of the data, or the gold answers without a file.
+    """Return up to `most` completions of a file with the columns of the data, or the gold answers without a file; and
+    the index of each one's prompt.
 
-    Also returns the index of each one's prompt. Raises ValueError if the
-    file has no `completion`, or names a prompt that the data does not have.
+    Raises ValueError if the file has no `completion`, or names a prompt that the data does not have.
     """
     from ..data.mixture import load_training
     from ..model.adapter import with_adapter  # imports torch: an error in the options should not wait for it
@@ -100,7 +101,7 @@ def _read_pairs(path: str, prompts: Sequence[Prompt], most: int) -> list[tuple[P
 
 def print_scores(config: Config, items: Sequence[Item], scores: Scores) -> None:
     """Print a table of completions, the failures, and the seconds of each reward."""
-    weights = [reward.weight_at(0) for reward in config.rewards]
+    weights = config.weights_at(0)
     totals = combine(scores.values, scores.failed, weights)
     table = Table(box=box.SIMPLE)
     for name in ("prompt", "completion"):
@@ -128,17 +129,17 @@ def print_scores(config: Config, items: Sequence[Item], scores: Scores) -> None:
 
 def print_categories(config: Config, column: str, names: Sequence[str], prompts: Sequence[int], scores: Scores) -> None:
     """Print the table by category, for each completion given its category and its prompt."""
-    weights = [reward.weight_at(0) for reward in config.rewards]
+    weights = config.weights_at(0)
     totals = combine(scores.values, scores.failed, weights).tolist()
     most = sum(weight for weight in weights if weight > 0)
     of_prompt: dict[int, list[int]] = {}
     for place, prompt in enumerate(prompts):
         of_prompt.setdefault(prompt, []).append(place)
     places = list(of_prompt.values())
-    rewards = [[None if totals[n] != totals[n] else totals[n] for n in each] for each in places]
+    rewards = [[None if math.isnan(totals[n]) else totals[n] for n in each] for each in places]
     right = [[totals[n] > most / 2 for n in each] for each in places]
     Console().print(category_table(column, by_category([names[each[0]] for each in places], rewards, right)))
 
 
 def _number(value: float, absent: str) -> str:
-    return absent if value != value else f"{value:.4g}"
+    return absent if math.isnan(value) else f"{value:.4g}"

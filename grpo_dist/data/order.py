@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import functools
 import hashlib
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -151,7 +152,7 @@ class Curriculum:
         """Record the batch's pass rates, (batch_size,), NaN where a group is unscored, and go on to the next batch."""
         walked = list(self._walk())
         for (cursor, index), rate in zip(walked, pass_rates, strict=True):
-            if rate == rate:
+            if not math.isnan(rate):
                 self._last_rates[index] = (float(rate), cursor // self._num_prompts)
         self._cursor = walked[-1][0] + 1
 

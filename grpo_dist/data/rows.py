@@ -77,8 +77,8 @@ class RowReader:
         """Find the rows; raises what `load_rows` raises."""
         self._path = path
         self._table: Sequence[Row] | None = None
+        check_file(path)
         if is_lines(path):
-            check_file(path)
             ends, lines = array("q", [0]), array("q")
             with Path(path).open("rb") as file:
                 for number, line in enumerate(file):
@@ -88,7 +88,6 @@ class RowReader:
             self._starts, self._lines = ends, lines
             self._count = len(lines)
         else:
-            check_file(path)
             self._table = _open_table(path, split, subset)
             self._count = len(self._table)
         if not self._count:

@@ -52,9 +52,8 @@ def completions_table(
         "tokens": batch.lengths.tolist(),
         "finished": batch.finished.tolist(),
         "reward": batch.reward.tolist(),
-        "advantage": advantages[
-            batch.starts
-        ].tolist(),  # the first token's, which is the completion's for outcome rewards
+        # the first token's, which is the completion's for outcome rewards
+        "advantage": advantages[batch.starts].tolist(),
         **{f"reward/{name}": column.tolist() for name, column in zip(reward_names, batch.rewards.T, strict=True)},
         **{f"reward/{column}": values for column, values in batch.extras.items()},
         "trace": traces,

@@ -6,6 +6,7 @@ Shapes: W traced tokens, which are a range of the batch's T sampled tokens.
 from __future__ import annotations
 
 import json
+import math
 import zlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
@@ -100,4 +101,4 @@ def writers(texts: Sequence[str], sampled: Sequence[bool], answers: Sequence[str
 
 
 def _rounded(values: Sequence[float]) -> list[float | None]:
-    return [float(f"{value:.3g}") if value == value else None for value in values]
+    return [float(f"{value:.3g}") if not math.isnan(value) else None for value in values]

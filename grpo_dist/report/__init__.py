@@ -10,7 +10,6 @@ whose configs differ only in the seed are one curve with a range.
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
 
@@ -27,5 +26,5 @@ def run(options: argparse.Namespace, rest: list[str]) -> int:
     if rest:
         raise ValueError(f"report: {' '.join(rest)!r} given, expected runs and --out FILE")
     path = write_report(options.runs, options.out)
-    print(f"report: {path} ({path.stat().st_size / 1e6:.1f} MB)", file=sys.stdout)
+    print(f"report: {path} ({path.stat().st_size / 1e6:.1f} MB)")
     return 0

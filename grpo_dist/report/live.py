@@ -9,7 +9,6 @@ with `ssh -L 8321:localhost:8321 MACHINE`. Ctrl-C ends it.
 from __future__ import annotations
 
 import argparse
-import sys
 import threading
 import time
 from collections.abc import Sequence
@@ -35,7 +34,7 @@ def run(options: argparse.Namespace, rest: list[str]) -> int:
     if rest:
         raise ValueError(f"watch: {' '.join(rest)!r} given, expected runs and --port N")
     server = serve(options.runs, options.port)
-    print(f"watching at http://localhost:{server.server_port} (Ctrl-C ends it)", file=sys.stdout, flush=True)
+    print(f"watching at http://localhost:{server.server_port} (Ctrl-C ends it)", flush=True)
     try:
         server.serve_forever()
     except KeyboardInterrupt:

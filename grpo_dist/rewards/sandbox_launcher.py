@@ -117,9 +117,8 @@ def _enter_namespaces() -> None:
     """Enter new namespaces of every kind; raises OSError where the kernel does not allow it."""
     target, ready, done = os.getpid(), os.pipe(), os.pipe()
     helper = os.fork()
-    if (
-        helper == 0
-    ):  # root needs a second user, because root has no limit on processes, and only a process outside may map it
+    if helper == 0:
+        # root needs a second user, because root has no limit on processes, and only a process outside may map it
         try:
             os.close(ready[1])
             os.read(ready[0], 1)

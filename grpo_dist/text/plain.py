@@ -22,9 +22,7 @@ def plain(text: str, most_characters: int) -> str:
     result may still hold rich's markup: print it as a `rich.text.Text`.
     """
     half = most_characters // 2
-    if (
-        len(text) > most_characters
-    ):  # first, because the next line looks at every character, and a text may have a million
+    if len(text) > most_characters:  # first: the next line looks at every character, of which there may be a million
         text = f"{text[:half]} … {text[-half:]}"
     return "".join(c if c.isprintable() else " " if c.isspace() else "\N{REPLACEMENT CHARACTER}" for c in text)
 

@@ -34,9 +34,12 @@ class CompletionTexts:
 
     def __call__(self, rows: Sequence[Sequence[int]]) -> list[str]:
         """Return the text of each row of token ids."""
-        kept = [[number for number in row if number not in self._left_out] for row in rows]
+        return self._decoded([[number for number in row if number not in self._left_out] for row in rows])
+
+    def _decoded(self, rows: Sequence[Sequence[int]]) -> list[str]:
+        """The text of each row as its tokens spell it."""
         return self._tokenizer.batch_decode(
-            kept, skip_special_tokens=False, clean_up_tokenization_spaces=False, spaces_between_special_tokens=False
+            rows, skip_special_tokens=False, clean_up_tokenization_spaces=False, spaces_between_special_tokens=False
         )
 
     def spelled(self) -> list[bytes]:
@@ -44,10 +47,7 @@ class CompletionTexts:
         texts leave out."""
         size = len(self._tokenizer)
         begin = self._tokenizer("a", add_special_tokens=False)["input_ids"][-1:]
-        rows = [begin, *([*begin, number] for number in range(size))]
-        before, *texts = self._tokenizer.batch_decode(
-            rows, skip_special_tokens=False, clean_up_tokenization_spaces=False, spaces_between_special_tokens=False
-        )
+        before, *texts = self._decoded([begin, *([*begin, number] for number in range(size))])
         added = [text.removeprefix(before) for text in texts]
         spelled = [_bytes_of(self._tokenizer.convert_ids_to_tokens(number)) if _BROKEN in text else text.encode()
                    for number, text in enumerate(added)]  # fmt: skip

@@ -39,8 +39,8 @@ def main(train: Callable[[Parts, TrainState], None], arguments: list[str] | None
     """The command line around a training; returns the exit status.
 
     0: done, or stopped by a signal or the time limit with a checkpoint to go on from. 1: failed, after a checkpoint
-    where servers that the run needs are gone. 2: a mistake in the
-    config, the data or the model, before anything was learned. With --dry_run nothing is trained: see check.py.
+    where servers that the run needs are gone. 2: a mistake in the config, the data or the model, before anything was
+    learned. With --dry_run nothing is trained: see preflight/look.py.
     """
     words = sys.argv[1:] if arguments is None else arguments
     if DRY_RUN in words:

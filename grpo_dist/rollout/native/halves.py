@@ -24,13 +24,8 @@ class HalvesMemory:
     def __init__(self, code: ctypes.CDLL) -> None:
         """`code` is the library of `decode.cpp`."""
         self.code = code
-        self.code.put_halves.argtypes = [
-            ctypes.c_void_p,
-            ctypes.c_int64,
-            ctypes.c_int64,
-            ctypes.c_void_p,
-            ctypes.c_int64,
-        ]
+        number, pointer = ctypes.c_int64, ctypes.c_void_p
+        self.code.put_halves.argtypes = [pointer, number, number, pointer, number]
         self.code.put_halves.restype = ctypes.c_int64
         self.block = torch.empty(0, dtype=torch.int32)
 
