@@ -11,7 +11,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ..config.algorithm import AUTO_IS_RESOLVED, LossConfig, reference_in_loss
+from ..config.algorithm import AUTO_IS_RESOLVED, LossConfig, has_groups, reference_in_loss
 from ..config.schema import Config
 from ..types import Batch, all_token_rewards, at_last_tokens
 from .advantages import (
@@ -29,11 +29,6 @@ from .kl import adapted_coefficient, kl_estimate
 _NEEDS_OLD = "the batch has no old policy yet, on which this depends"
 ENTROPY_SLACK = 1e-5
 """Entropies (nats) that differ by less count as equal: far above float32's rounding, far below real differences."""
-
-
-def has_groups(config: Config) -> bool:
-    """Whether a completion's advantage is relative to its group."""
-    return config.advantage.baseline in ("mean", "leave_one_out")
 
 
 def needs_old_policy(config: Config) -> bool:

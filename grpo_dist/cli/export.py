@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from ..config.checks import require
 from ..config.places import require_run
+from ..config.vllm import ADAPTER_RANKS
 from ..text.plain import write_stage
 
 if TYPE_CHECKING:
@@ -30,8 +31,6 @@ KINDS = ("merged", "adapter", "gguf-recipe")
 TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2}
 """Largest allowed difference of the logits of export and policy, as a share of the largest logit. Weights are merged in
 float32 and then rounded to the dtype."""
-VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
-"""Values that vLLM allows for --max-lora-rank."""
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -180,7 +179,7 @@ def usage(trained: Trained, out: Path, kind: str) -> list[str]:
         return [f"  It belongs on the base quantised to {trained.model.quantization}: docs/quantized.md loads both"]
     if kind == "adapter":
         assert trained.lora is not None
-        rank = next((size for size in VLLM_RANKS if size >= trained.lora.r), trained.lora.r)
+        rank = next((size for size in ADAPTER_RANKS if size >= trained.lora.r), trained.lora.r)
         return [*lines, f"  vLLM:                vllm serve {shlex.quote(model_path(trained.model))} --enable-lora "
                 f"--max-lora-rank {rank} --lora-modules trained={place}"]  # fmt: skip
     lines += [f"  transformers serve:  transformers serve {place}", f"  vLLM:                vllm serve {place}"]

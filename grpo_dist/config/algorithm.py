@@ -150,9 +150,8 @@ def resolve_auto(config: Config) -> None:
     """Replace each `auto` by what it stands for."""
     advantage, loss = config.advantage, config.loss
     recipe = loss.objective == "reinforce"
-    in_groups = advantage.baseline in ("mean", "leave_one_out")
     if advantage.scale == "auto":
-        advantage.scale = "group" if in_groups and not recipe else "batch"
+        advantage.scale = "group" if has_groups(config) and not recipe else "batch"
     if loss.aggregation == "auto":
         loss.aggregation = "sequence_sum" if recipe else "sequence_mean"
     if loss.kl_estimator == "auto":
@@ -167,6 +166,16 @@ def default_correction(rollout: RolloutConfig) -> ImportanceCorrection:
     return "truncate" if rollout.lag or rollout.engine == "vllm" else "none"
 
 
+def has_groups(config: Config) -> bool:
+    """Whether a completion's advantage is relative to its group."""
+    return config.advantage.baseline in ("mean", "leave_one_out")
+
+
+def serves_several_updates(config: Config) -> bool:
+    """Whether a batch serves several updates. With one the old policy is the current one, and the ratio 1."""
+    return config.train.updates_per_batch * config.train.num_minibatches > 1
+
+
 def reference_in_loss(config: Config) -> bool:
     """Whether the loss has a KL term."""
     return config.loss.kl_coeff > 0 and config.loss.kl_in == "loss"
@@ -179,9 +188,9 @@ def has_reference(config: Config) -> bool:
 
 def check_algorithm(config: Config) -> None:
     """Resolve `auto`, and raise ValueError for options that have no meaning in combination."""
-    advantage, loss, train = config.advantage, config.loss, config.train
+    advantage, loss = config.advantage, config.loss
     resolve_auto(config)
-    in_groups = advantage.baseline in ("mean", "leave_one_out")
+    in_groups = has_groups(config)
     group_size = config.rollout.group_size
     require(group_size >= (2 if in_groups else 1), "rollout.group_size", group_size,
             f"at least 2 for advantage.baseline `{advantage.baseline}`: it is relative to a group")  # fmt: skip
@@ -197,8 +206,7 @@ def check_algorithm(config: Config) -> None:
     require(advantage.overlong_buffer < config.rollout.max_completion_length, "advantage.overlong_buffer",
             advantage.overlong_buffer, "less than rollout.max_completion_length")  # fmt: skip
     _check_kl(advantage, loss)
-    several = train.updates_per_batch > 1 or train.num_minibatches > 1
-    require(loss.objective != "reinforce" or not several, "loss.objective", loss.objective,
+    require(loss.objective != "reinforce" or not serves_several_updates(config), "loss.objective", loss.objective,
             "one with a ratio (grpo, cispo, sapo) where a batch serves several updates")  # fmt: skip
     require(loss.objective != "reinforce" or loss.ratio_level == "token", "loss.ratio_level", loss.ratio_level,
             "`token` where loss.objective is `reinforce`, which has no ratio")  # fmt: skip

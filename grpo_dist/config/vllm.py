@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 
 SHARED = "shared"
 """The word for devices that are the trainer's own."""
-MOST_ADAPTER_RANK = 512
-"""The highest --max-lora-rank that vLLM takes."""
+ADAPTER_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""What vLLM's --max-lora-rank may be."""
 
 
 @dataclass
@@ -63,8 +63,8 @@ def check_vllm(config: Config) -> None:
     require(is_vllm or rollout.vllm is None, "rollout.vllm", rollout.vllm, "null where rollout.engine is not `vllm`")
     require(not is_vllm or rollout.vllm is not None, "rollout.vllm", None,
             "the urls of servers or the python to start one with, where rollout.engine is `vllm`")  # fmt: skip
-    require(not is_vllm or config.lora is None or config.lora.r <= MOST_ADAPTER_RANK, "lora.r",
-            config.lora and config.lora.r, f"at most {MOST_ADAPTER_RANK}, as vLLM serves no higher rank")  # fmt: skip
+    require(not is_vllm or config.lora is None or config.lora.r <= ADAPTER_RANKS[-1], "lora.r",
+            config.lora and config.lora.r, f"at most {ADAPTER_RANKS[-1]}, as vLLM serves no higher rank")  # fmt: skip
     experts = config.lora.target_parameters if config.lora else []
     require(not is_vllm or not experts, "lora.target_parameters", experts,
             "[] with rollout.engine `vllm`, which is not given adapters on experts")  # fmt: skip

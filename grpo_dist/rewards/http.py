@@ -20,6 +20,16 @@ _FIRST_WAIT_SECONDS, _LONGEST_WAIT_SECONDS = 0.5, 30.0
 _SHOWN_CHARACTERS = 300
 
 
+def may_pass(status: int) -> bool:
+    """Whether a request that was answered with this status may succeed later."""
+    return status in _RETRIED or status >= 500
+
+
+def backoff_seconds(failures: int) -> float:
+    """How long to wait after so many failures in a row."""
+    return min(_FIRST_WAIT_SECONDS * 2 ** (failures - 1), _LONGEST_WAIT_SECONDS)
+
+
 class ServiceError(RuntimeError):
     """A service did not return the required content; the message says what it returned."""
 
@@ -80,7 +90,7 @@ class Client:
                     if attempt == self._retries:
                         raise ServiceError(f"{self.url}: {error} ({attempt + 1} attempts)") from error
                     wait_seconds = error.wait_seconds
-                await asyncio.sleep(min(max(wait_seconds, _FIRST_WAIT_SECONDS * 2**attempt), _LONGEST_WAIT_SECONDS))
+                await asyncio.sleep(min(max(wait_seconds, backoff_seconds(attempt + 1)), _LONGEST_WAIT_SECONDS))
         raise AssertionError("the last attempt returns or raises")
 
     async def _attempt(self, payload: dict[str, Any], read: Callable[[Any], Read]) -> Read:
@@ -93,7 +103,7 @@ class Client:
         except httpx2.TransportError as error:
             raise _TryAgainError(f"{type(error).__name__} {error}".strip()) from error
         shown = repr(response.text[:_SHOWN_CHARACTERS])
-        if response.status_code in _RETRIED or response.status_code >= 500:
+        if may_pass(response.status_code):
             wait_seconds = _seconds(response.headers.get("retry-after"))
             raise _TryAgainError(f"status {response.status_code}: {shown}", wait_seconds)
         if not response.is_success:

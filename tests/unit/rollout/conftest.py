@@ -11,12 +11,12 @@ from fake_vllm import FakeVllm
 from served import Training, small_model
 
 from grpo_dist.config.schema import ModelConfig
-from grpo_dist.rollout.vllm import client
+from grpo_dist.rewards import http
 
 
 @pytest.fixture(autouse=True)
 def no_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(client, "_FIRST_WAIT_SECONDS", 0.05)
+    monkeypatch.setattr(http, "_FIRST_WAIT_SECONDS", 0.05)
 
 
 @pytest.fixture
