@@ -84,12 +84,7 @@ def _read_model(config: Config, contents: Contents, num_ranks: int, findings: Fi
             contents.model_config = load_model_config(config.model)
     if contents.tokenizer is not None and contents.model_config is not None:
         with findings.attempt():
-            check_model_config(contents.model_config, contents.tokenizer, config.max_sequence_length)
-            implementation, obstacle = attention_for(config.model, contents.model_config, config.max_sequence_length)
-            require_quantizable(config, stored_quantization(contents.model_config))
-            require_experts(config.rollout, contents.model_config)
-            require_whole_groups(config, contents.model_config, num_ranks, obstacle)
-            if left_out := try_blank(config.model, config.lora, contents.model_config, implementation):
+            if left_out := try_model(config, contents.tokenizer, contents.model_config, num_ranks):
                 findings.remarks.append(f"adapters: none on {left_out}")
         with findings.attempt():
             contents.end_ids = end_token_ids(config.model, contents.tokenizer)
@@ -100,6 +95,19 @@ def _read_model(config: Config, contents: Contents, num_ranks: int, findings: Fi
         with suppress(ValueError, OSError, DamagedCheckpoint):  # `check_resuming` reports it
             config = with_template_date(config, contents.tokenizer, resume_path(config))
     return config
+
+
+def try_model(config: Config, tokenizer: Any, model_config: Any, num_ranks: int) -> str | None:
+    """Check the model of a run by its config and without its weights. Returns which layers get no adapter and why.
+
+    Raises ValueError where it cannot be trained so.
+    """
+    check_model_config(model_config, tokenizer, config.max_sequence_length)
+    implementation, obstacle = attention_for(config.model, model_config, config.max_sequence_length)
+    require_quantizable(config, stored_quantization(model_config))
+    require_experts(config.rollout, model_config)
+    require_whole_groups(config, model_config, num_ranks, obstacle)
+    return try_blank(config.model, config.lora, model_config, implementation)
 
 
 def _read_data(config: Config, contents: Contents, findings: Findings, host: EnvironmentHost | None) -> None:

@@ -29,31 +29,21 @@ from ..distributed.rendezvous import LaunchError, Rendezvous, place_in_launch
 from ..distributed.watch import Interrupted, Watch
 from ..environments.host import EnvironmentHost
 from ..model.adapter import with_adapter
-from ..model.checks import stored_quantization
-from ..model.files import UnfitModel, require_quantizable
-from ..model.load import (
-    attention_for,
-    check_model_config,
-    end_token_ids,
-    ignored_generation_options,
-    load_model_config,
-    load_tokenizer,
-    try_blank,
-)
-from ..model.split_rows import require_whole_groups
+from ..model.files import UnfitModel
+from ..model.load import end_token_ids, ignored_generation_options, load_model_config, load_tokenizer
 from ..monitoring.console import Display
 from ..monitoring.json_lines import read_json_lines
 from ..monitoring.machine import FILE as RECORD_OF_STARTS
 from ..monitoring.machine import record_start, versions
 from ..monitoring.recorder import Recorder
 from ..monitoring.trackers import require_known
+from ..preflight.contents import try_model
 from ..preflight.doubts import doubts
 from ..rewards.pool.pool import ScorerPool
 from ..rewards.registry import EPISODE_COLUMNS, answer_checks, labels
 from ..rollout.choose import UnfitEngine
 from ..rollout.episodes import Episodes
 from ..rollout.playing import by_environment, episodes_of, for_prompts, open_host, templated
-from ..rollout.replay import require_experts
 from ..rollout.sampling import Sampling, sampling_with
 from ..text.files import write_file
 from ..text.tokens import CompletionTexts
@@ -212,12 +202,7 @@ def _load_data(config: Config, resume_from: Path | None, host: EnvironmentHost |
     tokenizer = load_tokenizer(config.model)
     config = with_template_date(config, tokenizer, resume_from)
     model_config = load_model_config(config.model)
-    check_model_config(model_config, tokenizer, config.max_sequence_length)
-    implementation, obstacle = attention_for(config.model, model_config, config.max_sequence_length)
-    require_quantizable(config, stored_quantization(model_config))
-    require_experts(config.rollout, model_config)
-    require_whole_groups(config, model_config, int(os.environ.get("WORLD_SIZE", "1")), obstacle)
-    if left_out := try_blank(config.model, config.lora, model_config, implementation):
+    if left_out := try_model(config, tokenizer, model_config, int(os.environ.get("WORLD_SIZE", "1"))):
         log.info("adapters: none on %s", left_out)
     checks = answer_checks(config.rewards) if config.data.answer_column else []
     renderer, renderers = for_prompts(tokenizer, host), by_environment(tokenizer, host)
