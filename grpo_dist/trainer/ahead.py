@@ -52,9 +52,7 @@ class _Drawing:
         self._seconds = 0.0
         parts.engine.wake()
         with parts.ranks.shared_errors("rollout"):
-            size = parts.config.rollout.group_size
-            prompts, stream = first_round(parts, state, step)
-            draw, self._scoring = share(parts, state, prompts, size, parts.sampling, stream, step)
+            draw, self._scoring = share(parts, state, first_round(parts, state, step))
         # a daemon: the end of a run that failed does not wait for it
         threading.Thread(target=partial(self._draw, draw), name="rollout", daemon=True).start()
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
-from functools import partial
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -26,6 +25,20 @@ Drawn = tuple[list[Trajectory], Scoring]
 """This rank's share of a round's trajectories, and their scores on their way."""
 
 
+@dataclass(frozen=True)
+class Round:
+    """Completions that are drawn at once, over all ranks."""
+
+    prompts: list[Prompt]
+    group_size: int
+    """Completions of each prompt."""
+    sampling: Sampling
+    stream: str
+    """The name of the noise, such as `train/12`."""
+    step: int
+    """The step for which they are drawn, as rewards get it."""
+
+
 def collect(parts: Parts, state: TrainState, step: int, first: Callable[[], Drawn] | None = None) -> Batch:
     """A new batch for a step, which is the one under way or the next; a collective.
 
@@ -36,8 +49,7 @@ def collect(parts: Parts, state: TrainState, step: int, first: Callable[[], Draw
     saved for a resume; what a round replaces follows from the global batch, so ranks need not talk about it.
     """
     config = parts.config
-    prompts, stream = first_round(parts, state, step)
-    batches = [_round(parts, state, prompts, stream, step, first)]
+    batches = [_scored(parts, state, first_round(parts, state, step), first)]
     if not config.rollout.max_resamples:
         return batches[0]
     with_signal, without = _sorted_groups(batches[0])
@@ -47,7 +59,7 @@ def collect(parts: Parts, state: TrainState, step: int, first: Callable[[], Draw
         missing = config.train.batch_size - sum(map(len, chosen))
         assert not isinstance(state.sampler, Curriculum), "refused with rollout.max_resamples"
         places = further_places(state.sampler, step, rounds)[:missing]
-        batches.append(_round(parts, state, [parts.prompts[i] for i in places], f"train/{step}/{rounds}", step))
+        batches.append(_scored(parts, state, _round(parts, places, f"train/{step}/{rounds}", step)))
         chosen.append(_sorted_groups(batches[-1])[0])
         all_rewards.append(batches[-1].reward)
     replaced = sum(map(len, chosen)) - len(with_signal)
@@ -62,9 +74,15 @@ def collect(parts: Parts, state: TrainState, step: int, first: Callable[[], Draw
     return replace(batch, scoring=batch.scoring | counts)
 
 
-def first_round(parts: Parts, state: TrainState, step: int) -> tuple[list[Prompt], str]:
-    """The prompts of a step's first round, and the name of its noise."""
-    return [parts.prompts[place] for place in state.sampler.batch_indices(step)], f"train/{step}"
+def first_round(parts: Parts, state: TrainState, step: int) -> Round:
+    """The first round of a step."""
+    return _round(parts, state.sampler.batch_indices(step), f"train/{step}", step)
+
+
+def _round(parts: Parts, places: Iterable[int], stream: str, step: int) -> Round:
+    """A round of the training prompts at these places."""
+    prompts = [parts.prompts[place] for place in places]
+    return Round(prompts, parts.config.rollout.group_size, parts.sampling, stream, step)
 
 
 def with_reference(parts: Parts, batch: Batch) -> Batch:
@@ -75,31 +93,27 @@ def with_reference(parts: Parts, batch: Batch) -> Batch:
         return replace(batch, reference_logprobs=reference_logprobs(parts, batch))
 
 
-def generate(
-    parts: Parts, state: TrainState, prompts: list[Prompt], group_size: int, sampling: Sampling, stream: str, step: int
-) -> Drawn:
-    """This rank's share of the trajectories, and their scores, which are computed while others are sampled.
-
-    `stream` names the noise, such as `train/12`; rewards are given `step`.
-    """
+def generate(parts: Parts, state: TrainState, round: Round) -> Drawn:
+    """This rank's share of a round's trajectories, and their scores, which are computed while others are sampled."""
     with awake(parts.engine), parts.ranks.shared_errors("rollout"):
-        draw, scoring = share(parts, state, prompts, group_size, sampling, stream, step)
+        draw, scoring = share(parts, state, round)
         return draw(parts.watch.check), scoring
 
 
 def share(
-    parts: Parts, state: TrainState, prompts: list[Prompt], group_size: int, sampling: Sampling, stream: str, step: int
+    parts: Parts, state: TrainState, round: Round
 ) -> tuple[Callable[[Callable[[], None]], list[Trajectory]], Scoring]:
     """What draws this rank's share of the trajectories, to be called with a check that may raise to give up; and their
-    scores. Arguments are those of `generate`."""
-    drawn = parts.ranks.share(len(prompts) * group_size)
-    requests = requests_of(prompts, group_size, drawn, parts.config.train.seed, stream)
-    progress = TrainerState(step, parts.config.train.num_train_steps, state.sampler.epoch(step))
-    scoring = Scoring(parts.scorer, prompts, group_size, drawn, parts.texts_of, progress,
+    scores."""
+    prompts, train = round.prompts, parts.config.train
+    drawn = parts.ranks.share(len(prompts) * round.group_size)
+    requests = requests_of(prompts, round.group_size, drawn, train.seed, round.stream)
+    progress = TrainerState(round.step, train.num_train_steps, state.sampler.epoch(round.step))
+    scoring = Scoring(parts.scorer, prompts, round.group_size, drawn, parts.texts_of, progress,
                       has_episodes=parts.episodes is not None)  # fmt: skip
 
     def draw(check: Callable[[], None]) -> list[Trajectory]:
-        return sample_or_play(parts.engine, parts.episodes, requests, prompts, sampling, scoring.on_finish, check)
+        return sample_or_play(parts.engine, parts.episodes, requests, prompts, round.sampling, scoring.on_finish, check)
 
     return draw, scoring
 
@@ -112,21 +126,16 @@ def further_places(sampler: Sampler | Mixture, step: int, round: int) -> list[in
     return sampler.reseeded(stream_key(sampler.seed, "resample", round) & (2**63 - 1)).batch_indices(step)
 
 
-def _round(
-    parts: Parts, state: TrainState, prompts: list[Prompt], stream: str, step: int,
-    drawn: Callable[[], Drawn] | None = None,
-) -> Batch:  # fmt: skip
-    """Completions of `prompts`, scored and gathered; the reference is asked while rewards are still on their way.
+def _scored(parts: Parts, state: TrainState, round: Round, drawn: Callable[[], Drawn] | None = None) -> Batch:
+    """A round's completions, scored and gathered; the reference is asked while rewards are still on their way.
 
     `drawn` returns the completions where they were drawn before.
     """
     config = parts.config
     with parts.phase("rollout"):
-        if drawn is None:
-            drawn = partial(generate, parts, state, prompts, config.rollout.group_size, parts.sampling, stream, step)
-        trajectories, scoring = drawn()
+        trajectories, scoring = drawn() if drawn else generate(parts, state, round)
         nothing = None if parts.routers is None else parts.routers.nothing
-        batch = gather_trajectories(parts.ranks, prompts, trajectories, has_episodes=parts.episodes is not None,
+        batch = gather_trajectories(parts.ranks, round.prompts, trajectories, has_episodes=parts.episodes is not None,
                                     nothing_routed=nothing)  # fmt: skip
         scoring.complete(batch)
     parts.phase.sampled_tokens += len(batch.tokens)
@@ -136,7 +145,7 @@ def _round(
     with parts.phase("reward"):
         with parts.ranks.shared_errors("scoring"):
             scores = scoring.result(parts.watch.check)
-        return gather_scores(parts.ranks, batch, scoring.rows, scores, config.weights_at(step),
+        return gather_scores(parts.ranks, batch, scoring.rows, scores, config.weights_at(round.step),
                              config.scoring.error_budget)  # fmt: skip
 
 

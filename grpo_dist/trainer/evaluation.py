@@ -7,7 +7,7 @@ from dataclasses import replace
 from ..checkpoint.state import TrainState
 from ..monitoring.metrics import is_right
 from ..rollout import Sampling
-from .collect import generate
+from .collect import Round, generate
 from .gathering import gather_scores, gather_trajectories
 from .parts import Parts
 
@@ -39,7 +39,7 @@ def shown(accuracy: float, reward: float) -> str:
 
 def _evaluated(parts: Parts, state: TrainState, sampling: Sampling, prefix: str, step: int) -> dict[str, float]:
     """One completion a prompt. Accurate is a completion with more than half of the positive weights' sum as reward."""
-    trajectories, scoring = generate(parts, state, parts.eval_prompts, 1, sampling, "eval", step)
+    trajectories, scoring = generate(parts, state, Round(parts.eval_prompts, 1, sampling, "eval", step))
     with parts.ranks.shared_errors("scoring an evaluation"):
         scores = scoring.result(parts.watch.check)
     weights = parts.config.weights_at(step)

@@ -54,9 +54,7 @@ class PeersOrder(Sampler):
 
 def rollout(parts: Parts, state: TrainState) -> Metrics:
     """Draw the completions of a step's prompts and go on to the next step; returns what tables show of it."""
-    prompts, stream = first_round(parts, state, state.step)
-    size = parts.config.rollout.group_size
-    trajectories, _ = generate(parts, state, prompts, size, parts.sampling, stream, state.step)
+    trajectories, _ = generate(parts, state, first_round(parts, state, state.step))
     state.step += 1
     return {"tokens/completion": float(sum(len(each.ids) for each in trajectories))}
 
