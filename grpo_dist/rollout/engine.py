@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from typing import Protocol
 
+import torch
 from torch import Tensor, nn
 
+from ..distributed.transfer import to_device
 from ..types import Trajectory
 from .sampling import Sampling
 
@@ -42,6 +44,10 @@ class Request:
     sample goes on with it or the row is released. Engines that cannot keep it compute it again."""
     ignore_end: bool = False
     """Sample on after a token that ends a completion, as a benchmark does that repeats another trainer's work."""
+
+
+NOBODY = Request(slot=0, sample=0, prompt=[], key=0)
+"""The request of rows without one."""
 
 
 class Engine(Protocol):
@@ -156,6 +162,14 @@ def limit_of(request: Request, most: int) -> int:
     if not 1 <= limit <= most:
         raise ValueError(f"max_new_tokens: {limit} given, expected 1 to {most}")
     return limit
+
+
+def columns_of(requests: Sequence[Request], most: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What a step needs of N requests of an engine whose limit is `most`, each (N,) on the device: the keys of their
+    noise, the most tokens to sample, the tokens before these (int64), and whether an end token ends them (bool)."""
+    rows = [(each.key, limit_of(each, most), each.offset, not each.ignore_end) for each in requests]
+    keys, limits, offsets, may_end = to_device([torch.tensor(column) for column in zip(*rows, strict=True)], device)
+    return keys, limits, offsets, may_end
 
 
 def trajectory(

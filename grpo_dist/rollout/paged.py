@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, LogitsProcessorList
 
 from ..types import Trajectory
-from .engine import Decoder, Request, limit_of, trajectory
+from .engine import NOBODY, Decoder, Request, columns_of, limit_of, trajectory
 from .sampling import Rules, Sampling, draw
 
 try:
@@ -144,12 +144,10 @@ class _Drawing(ContinuousBatchingLogitsProcessor):
         self.sampling, self.nobody = sampling, len(requests)  # rows that get no token draw for nobody
         self.rules, self.end_id = Rules(sampling, end_ids, device), end_ids[0]
         self.rules.grow(len(requests) + 1)
-        self.may_end = torch.tensor([*(not request.ignore_end for request in requests), False], device=device)
         # transformers knows no other ends than ids: what a stop string ends gets one more token, which does
         self.stopped_at = torch.zeros(len(requests) + 1, dtype=torch.int64, device=device)
         self.batches = self.widest = 0
-        self.keys = torch.tensor([*(request.key for request in requests), 0], device=device)
-        self.offsets = torch.tensor([*(request.offset for request in requests), 0], device=device)
+        self.keys, _, self.offsets, self.may_end = columns_of([*requests, NOBODY], most, device)
         self.lengths = torch.zeros(len(requests) + 1, dtype=torch.int64, device=device)
         self.tokens = torch.zeros((len(requests) + 1, most + 1), dtype=torch.int64, device=device)
         self.logprobs = torch.zeros((len(requests) + 1, most + 1), device=device)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..model.routing import routers_of
 from ..types import Trajectory, no_routes
-from .engine import Decoder, Request, limit_of, take_group, trajectory
+from .engine import Decoder, Request, columns_of, limit_of, take_group, trajectory
 from .sampling import Rules, Sampling, draw
 
 COUNTS_ANEW = ("bamba",)
@@ -37,19 +37,15 @@ class RowDecoder(Decoder):
     def _group(self, model: nn.Module, group: list[Request], sampling: Sampling) -> Iterator[list[Trajectory]]:
         device = next(model.parameters()).device
         inputs = torch.tensor([group[0].prompt] * len(group), device=device)
-        keys = torch.tensor([request.key for request in group], device=device)
-        offsets = torch.tensor([request.offset for request in group], device=device)
-        limits = [limit_of(request, self.max_new_tokens) for request in group]
-        limit = torch.tensor(limits, device=device)
+        keys, limits, offsets, may_end = columns_of(group, self.max_new_tokens, device)
         rules, rows = Rules(sampling, self.end_ids, device), torch.arange(len(group), device=device)
         rules.grow(len(group))
-        may_end = torch.tensor([not request.ignore_end for request in group], device=device)
         length = torch.zeros(len(group), dtype=torch.int64, device=device)  # once it has ended
         tokens: list[Tensor] = []
         logprobs: list[Tensor] = []
         state: dict[str, Any] = {}
         routers, routes = routers_of(model), []
-        for position in range(max(limits)):
+        for position in range(max(limit_of(request, self.max_new_tokens) for request in group)):
             if position:
                 yield []
             output = model(input_ids=inputs, use_cache=True, logits_to_keep=1, **state)
@@ -59,7 +55,7 @@ class RowDecoder(Decoder):
             token, logprob = draw(output.logits[:, -1], keys, offsets + position, sampling, rules)
             tokens.append(token)
             logprobs.append(logprob)
-            over = (rules.ended(token, rows, offsets + position) & may_end) | (position + 1 >= limit)
+            over = (rules.ended(token, rows, offsets + position) & may_end) | (position + 1 >= limits)
             length = torch.where(over & (length == 0), position + 1, length)
             if bool((length > 0).all()):
                 break

@@ -16,9 +16,8 @@ from contextlib import closing
 import torch
 from torch import Tensor, nn
 
-from ...distributed.transfer import to_device
 from ...types import Trajectory
-from ..engine import Decoder, Request, limit_of, take_group, trajectory
+from ..engine import Decoder, Request, columns_of, take_group, trajectory
 from ..sampling import Rules, Sampling, draw
 from .cache import DecodeState, longer
 from .drafted import DraftedSteps, Drafts
@@ -142,17 +141,11 @@ class Decoding:
             most = max(1, (self.engine.max_tokens_in_flight - self._shared(places)) // self.row_tokens)
             self.waiting.extend(places[start : start + most] for start in range(0, len(places), most))
         new = self.requests[first:]
-        columns = [
-            torch.tensor([request.key for request in new]),
-            torch.tensor([limit_of(request, self.engine.max_new_tokens) for request in new]),
-            torch.tensor([request.offset for request in new]),
-            torch.tensor([0 if request.ignore_end else 1 for request in new]),
-        ]
-        keys, limit, offset, may_end = to_device(columns, self.device)
+        keys, limit, offset, may_end = columns_of(new, self.engine.max_new_tokens, self.device)
         self.rules.grow(len(new))
         self.routes.grow(len(new))
         self.keys, self.limit = torch.cat([self.keys, keys]), torch.cat([self.limit, limit])
-        self.offset, self.may_end = torch.cat([self.offset, offset]), torch.cat([self.may_end, may_end > 0])
+        self.offset, self.may_end = torch.cat([self.offset, offset]), torch.cat([self.may_end, may_end])
         self.start, self.ended_at = longer(self.start, len(new)), longer(self.ended_at, len(new))
         self.tokens, self.logprobs = longer(self.tokens, len(new)), longer(self.logprobs, len(new))
         self.state.version += 1  # a captured step knows the tables of before

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from ...distributed.transfer import to_device
 from ...types import Trajectory
-from ..engine import Request, limit_of, trajectory
+from ..engine import NOBODY, Request, columns_of, limit_of, trajectory
 from ..room import PAGE, PREFILL_TOKENS, pages_of
 from ..sampling import Rules, Sampling
 from .fused_draw import fused_draw
@@ -103,16 +103,11 @@ class PagedDecoding:
         self.decode = step_of(model)
         self.rows: list[_Row] = []
         self.advance = Sizes(self._step) if captures and device.type == "cuda" else self._step
-        nobody = len(requests)  # the request of rows without one
+        nobody = len(requests)
         self.row_request = torch.full((capacity,), nobody, device=device)
         self.last = torch.zeros(capacity, dtype=torch.int64, device=device)
         self.alive = torch.zeros(capacity, dtype=torch.bool, device=device)
-        keys = torch.tensor([request.key for request in requests] + [0])
-        limit = torch.tensor([limit_of(request, self.most) for request in requests] + [self.most])
-        offset = torch.tensor([request.offset for request in requests] + [0])
-        may_end = torch.tensor([0 if request.ignore_end else 1 for request in requests] + [1])
-        self.keys, self.limit, self.offset, may_end = to_device([keys, limit, offset, may_end], device)
-        self.may_end = may_end > 0
+        self.keys, self.limit, self.offset, self.may_end = columns_of([*requests, NOBODY], self.most, device)
         self.rules = Rules(sampling, end_ids, device)
         self.rules.grow(nobody + 1)
         self.tokens = torch.zeros((nobody + 1, max_new_tokens), dtype=torch.int64, device=device)
