@@ -9,7 +9,7 @@ to them, and they have no entry in (T,) tensors, of which losses, advantages, KL
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -192,40 +192,42 @@ class Batch:
         return self.ids[start : start + int(self.row_lengths[n])].tolist()
 
 
+JOINED = {
+    "completion": ("row_lengths", "finished", "rewards", "reward"),
+    "token": ("sampled_logprobs", "reference_logprobs", "token_rewards"),
+    "row token": ("ids", "sampled", "routes"),
+    "prompt token": ("prompt_routes",),
+}
+"""The tensors that a batch may have before `with_advantages`, by what their first axis counts: N, T, L or Lp."""
+
+
 def join(batches: list[Batch], groups: list[list[int]]) -> Batch:
     """One batch of the chosen `groups` of each of several batches, in that order, before `with_advantages`; groups are
     numbered anew."""
-    kept, renumbered, count = [], [], 0
+    if any(batch.token_rewards is not None for batch in batches):
+        batches = [replace(batch, token_rewards=all_token_rewards(batch)) for batch in batches]
+    parts: dict[str, list[Tensor]] = {}
+    kept, count = [], 0
     for batch, members in zip(batches, groups, strict=True):
         number = torch.full((len(batch.prompts),), -1)
         number[members] = torch.arange(count, count + len(members))
-        numbers, order = number[batch.group].sort(stable=True)
-        kept.append(order[numbers >= 0])
-        renumbered.append(numbers[numbers >= 0])
         count += len(members)
-    places = [token_places(batch.starts[rows], batch.lengths[rows]) for batch, rows in zip(batches, kept, strict=True)]
-    row_places = [token_places(batch.row_starts[rows], batch.row_lengths[rows])
-                  for batch, rows in zip(batches, kept, strict=True)]  # fmt: skip
-
-    def chosen(name: str, places: list[Tensor]) -> Tensor:
-        return torch.cat([getattr(batch, name)[mine] for batch, mine in zip(batches, places, strict=True)])
-
-    reference = None if batches[0].reference_logprobs is None else chosen("reference_logprobs", places)
-    routes = prompt_routes = None
-    if batches[0].routes is not None:
-        prompt_places = [token_places(batch.prompt_starts[members], batch.prompt_lengths[members])
-                         for batch, members in zip(batches, groups, strict=True)]  # fmt: skip
-        prompt_routes, routes = chosen("prompt_routes", prompt_places), chosen("routes", row_places)
-    token_rewards = None
-    if any(batch.token_rewards is not None for batch in batches):
-        token_rewards = torch.cat([all_token_rewards(batch)[mine] for batch, mine in zip(batches, places, strict=True)])
+        numbers, order = number[batch.group].sort(stable=True)
+        rows = order[numbers >= 0]
+        kept.append(rows)
+        parts.setdefault("group", []).append(numbers[numbers >= 0])
+        places = {
+            "completion": rows, "token": token_places(batch.starts[rows], batch.lengths[rows]),
+            "row token": token_places(batch.row_starts[rows], batch.row_lengths[rows]),
+            "prompt token": token_places(batch.prompt_starts[members], batch.prompt_lengths[members]),
+        }  # fmt: skip
+        for axis, names in JOINED.items():
+            for name in names:
+                if (values := getattr(batch, name)) is not None:
+                    parts.setdefault(name, []).append(values[places[axis]])
+    tensors: dict[str, Any] = {name: torch.cat(each) for name, each in parts.items()}
     return Batch(
-        prompts=[batch.prompts[g] for batch, members in zip(batches, groups, strict=True) for g in members],
-        group=torch.cat(renumbered), row_lengths=chosen("row_lengths", kept), finished=chosen("finished", kept),
-        ids=chosen("ids", row_places), sampled=chosen("sampled", row_places),
-        sampled_logprobs=chosen("sampled_logprobs", places), rewards=chosen("rewards", kept),
-        reward=chosen("reward", kept),
-        reference_logprobs=reference, prompt_routes=prompt_routes, routes=routes, token_rewards=token_rewards,
+        prompts=[batch.prompts[g] for batch, members in zip(batches, groups, strict=True) for g in members], **tensors,
         scoring=_joined_scoring([batch.scoring for batch in batches]),
         extras={column: [value for batch, mine in zip(batches, kept, strict=True)
                          for value in _column(batch, column, mine)]
