@@ -69,7 +69,7 @@ class Ranks:
         _bound_kernel_caches()
         _bound_threads()
         rank, num_ranks = place_in_launch()
-        self._rendezvous = Rendezvous(rank, num_ranks) if num_ranks > 1 else None
+        self._rendezvous = Rendezvous.meet(rank, num_ranks) if num_ranks > 1 else None
         if self._rendezvous is not None:
             self._rendezvous.check_gpus()
             self._rendezvous.choose_interface()

@@ -101,16 +101,29 @@ class Report:
 
 
 class Rendezvous:
-    """The ranks of a launch, seen from one of them; `reports` are in order of rank."""
+    """The ranks of a launch, seen from one of them."""
+
+    reports: list[Report]
+    """Of all ranks in order, once they have met."""
 
     def __init__(self, rank: int, num_ranks: int, timeout_seconds: float = START_SECONDS) -> None:
-        """Report, and wait for the others. Raises LaunchError where they do not report in time."""
+        """Reach the store of the launch. Raises LaunchError where it does not answer in time."""
         self.rank, self.num_ranks, self.timeout_seconds = rank, num_ranks, timeout_seconds
-        self._reach()
-        arrival = f"reported to {self.place}"
-        self.wait_at(arrival, timeout_seconds, json.dumps(asdict(own_report())))
-        reports = self.store.multi_get([self._key(arrival, each) for each in range(num_ranks)])
-        self.reports = [Report(**json.loads(each)) for each in reports]
+        self.place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        self.store = self._store()
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        start = self.store.add(f"grpo_dist/{attempt}/{rank}", 1)  # a store may outlive a run
+        self._prefix = f"grpo_dist/{attempt}/{start}"
+
+    @classmethod
+    def meet(cls, rank: int, num_ranks: int, timeout_seconds: float = START_SECONDS) -> Rendezvous:
+        """Report, and wait for the others. Raises LaunchError where they do not report in time."""
+        met = cls(rank, num_ranks, timeout_seconds)
+        arrival = f"reported to {met.place}"
+        met.wait_at(arrival, timeout_seconds, json.dumps(asdict(own_report())))
+        reports = met.store.multi_get([met._key(arrival, each) for each in range(num_ranks)])
+        met.reports = [Report(**json.loads(each)) for each in reports]
+        return met
 
     @classmethod
     def fail_before(cls, error: Exception) -> None:
@@ -121,20 +134,10 @@ class Rendezvous:
         rank, num_ranks = place_in_launch()
         if rank == 0:
             return
-        absent = cls.__new__(cls)
-        absent.rank, absent.num_ranks, absent.timeout_seconds = rank, num_ranks, LATE_SECONDS
         with suppress(LaunchError, RuntimeError):  # torch raises RuntimeError where the store ends meanwhile
-            absent._reach()
-            if absent.fail(error, LATE_SECONDS):
+            if cls(rank, num_ranks, LATE_SECONDS).fail(error, LATE_SECONDS):
                 return
         raise LaunchError(f"rank {rank} on {socket.gethostname()}: {error}") from error
-
-    def _reach(self) -> None:
-        self.place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-        self.store = self._store()
-        # the number of this start: a store may outlive a run
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        self.start_number = self.store.add(f"grpo_dist/{attempt}/{self.rank}", 1)
 
     def _store(self) -> dist.Store:
         """The launcher's store, or else one that rank 0 serves."""
@@ -157,8 +160,7 @@ class Rendezvous:
                              wait_for_workers=False, multi_tenant=True)  # fmt: skip
 
     def _key(self, *parts: str | int) -> str:
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        return "/".join(map(str, ("grpo_dist", attempt, self.start_number, *parts)))
+        return "/".join(map(str, (self._prefix, *parts)))
 
     def _set(self, point: str, value: str = "") -> None:
         self.store.set(self._key(point, self.rank), value)

@@ -48,7 +48,7 @@ def come(ranks: range | list[int], num_ranks: int, timeout_seconds: float = 20.0
 
     def of(rank: int) -> None:
         try:
-            ends[rank] = Rendezvous(rank, num_ranks, timeout_seconds)
+            ends[rank] = Rendezvous.meet(rank, num_ranks, timeout_seconds)
         except LaunchError as error:
             ends[rank] = error
 
