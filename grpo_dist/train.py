@@ -29,7 +29,6 @@ from .algorithm.ratios import rollout_weights
 from .algorithm.schedule import learning_rate
 from .algorithm.targets import needs_old_policy, next_kl_coeff, with_advantages
 from .checkpoint.state import TrainState
-from .monitoring.alarms import Metrics
 from .monitoring.metrics import UpdateMetrics, pass_rates
 from .monitoring.traces import with_trace
 from .trainer.ahead import drawn_ahead
@@ -40,7 +39,7 @@ from .trainer.packs import Minibatch, on_device, pack_minibatches, remaining_min
 from .trainer.parts import Parts
 from .trainer.record import is_due, record, write
 from .trainer.saving import save_checkpoint, save_model
-from .types import Batch
+from .types import Batch, Metrics
 
 
 def train(parts: Parts, state: TrainState) -> None:

@@ -9,6 +9,7 @@ to them, and they have no entry in (T,) tensors, of which losses, advantages, KL
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -16,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+Metrics = Mapping[str, float | None]
+"""Numbers of a step by name; None where the step has no such number."""
 CONVERSATION = "environment/conversation"
 """The column of `Batch.extras` with the messages of each episode, as JSON."""
 

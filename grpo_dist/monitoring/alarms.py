@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean, median
 
-Metrics = Mapping[str, float | None]
+from ..types import Metrics
+
 FIRST_STEPS = 5
 RECENT_STEPS = 100
 _AVERAGED = 5

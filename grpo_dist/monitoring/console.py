@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import sys
 import warnings
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from typing import TextIO
 
 import transformers
@@ -16,7 +16,7 @@ from rich.console import Console
 from torch import Tensor
 
 from ..text.plain import plain_lines
-from ..types import Batch
+from ..types import Batch, Metrics
 from .advice import advice
 from .alarms import Alarm
 from .contrast import contrast, contrast_table
@@ -85,7 +85,7 @@ class Display:
         for alarm in new:
             log.warning("ALARM %s. What to do: %s", alarm.message, advice(alarm.name))
 
-    def step(self, metrics: Mapping[str, float | None]) -> None:
+    def step(self, metrics: Metrics) -> None:
         """Show that a step is done."""
         self.view.add(metrics)
         if self.active and not self.live:

@@ -8,11 +8,13 @@ from __future__ import annotations
 import itertools
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.live import Live
 from rich.text import Text
+
+from ..types import Metrics
 
 BLOCKS = "▁▂▃▄▅▆▇█"
 SHADES = "█▓▒░▚·"
@@ -47,7 +49,7 @@ def sparkline(values: Sequence[float], width: int) -> str:
     return "".join(BLOCKS[round((value - low) / (high - low) * (len(BLOCKS) - 1))] for value in shown)
 
 
-def shares_of_time(metrics: Mapping[str, float | None]) -> dict[str, float]:
+def shares_of_time(metrics: Metrics) -> dict[str, float]:
     """Return each phase's share of a step's seconds, with `other`; empty without the metric `time/step`."""
     total = metrics.get("time/step") or 0.0
     if total <= 0:
@@ -66,7 +68,7 @@ def split_bar(shares: Sequence[float], width: int) -> list[int]:
     return cells
 
 
-def shown_metrics(metrics: Mapping[str, float | None]) -> list[str]:
+def shown_metrics(metrics: Metrics) -> list[str]:
     """Return the metrics that are shown, as far as they have a value."""
     return [form.format(value) for name, form in SHOWN.items() if (value := metrics.get(name)) is not None]
 
@@ -89,7 +91,7 @@ class LiveView:
         self._rewards: list[float] = []
         self._ends = deque([time.monotonic()], maxlen=_TIMED_STEPS + 1)
 
-    def add(self, metrics: Mapping[str, float | None]) -> None:
+    def add(self, metrics: Metrics) -> None:
         """Add a step's metrics; a metric without a value keeps its last one."""
         self.step = int(metrics["step"] or 0)
         self._metrics |= {name: value for name, value in metrics.items() if value is not None}

@@ -23,9 +23,9 @@ from ..rewards.registry import answer_reader
 from ..rewards.text import answering_texts
 from ..text.files import write_file
 from ..text.plain import answer_of
-from ..types import CONVERSATION, Batch
+from ..types import CONVERSATION, Batch, Metrics
 from .advice import advice
-from .alarms import Alarm, Alarms, Metrics, rules_for
+from .alarms import Alarm, Alarms, rules_for
 from .json_lines import read_json_lines
 from .trackers import Entry, Mirror, Source, Table, run_name
 

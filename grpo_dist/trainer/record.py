@@ -7,10 +7,9 @@ import torch
 from ..algorithm.targets import penalty_metrics
 from ..checkpoint.state import TrainState
 from ..model import toy
-from ..monitoring.alarms import Metrics
 from ..monitoring.metrics import batch_metrics, read_history, update_metrics
 from ..monitoring.traces import trace_lines
-from ..types import CONVERSATION, Batch
+from ..types import CONVERSATION, Batch, Metrics
 from .evaluation import evaluate
 from .parts import Parts
 

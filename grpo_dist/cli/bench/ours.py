@@ -21,13 +21,13 @@ import torch
 from ...checkpoint.state import TrainState
 from ...config.parse import parse_config
 from ...data.order import Sampler
-from ...monitoring.alarms import Metrics
 from ...monitoring.console import set_up_logging
 from ...rollout import LocalEngine, Request, Sampling
 from ...train import train_step
 from ...trainer.build import build, close
 from ...trainer.collect import first_round, generate
 from ...trainer.parts import Parts
+from ...types import Metrics
 from .turns import connect, let_go, own_peak_gib
 
 
