@@ -33,9 +33,7 @@ ENTROPY_SLACK = 1e-5
 
 def needs_old_policy(config: Config) -> bool:
     """Whether advantages depend on the old policy's log-probabilities, entropies or values of the full batch."""
-    return (
-        config.advantage.baseline == "critic" or config.loss.kl_in == "reward" or config.loss.top_entropy_quantile < 1
-    )
+    return config.has_critic or config.loss.kl_in == "reward" or config.loss.top_entropy_quantile < 1
 
 
 def included(config: Config, batch: Batch) -> Tensor:
@@ -95,7 +93,7 @@ def with_advantages(config: Config, batch: Batch, reward_weights: list[float], k
         given = weighted_rewards(rewards, weights).nan_to_num(0.0)
         if penalty is not None:
             given = given - kl_coeff * penalty
-        if advantage.baseline == "critic":
+        if config.has_critic:
             assert batch.old is not None and batch.old.values is not None, _NEEDS_OLD
             advantages, returns = generalised_advantages(given, batch.old.values.double(), batch.lengths, loss.gamma,
                                                          config.critic.gae_lambda)  # fmt: skip

@@ -66,7 +66,7 @@ def identity(
     return {"base": base_identity(config.model, model_config),
             "base_weights": weights_fingerprint(Path(model_path(config.model))), "lora": _shape_of(config.lora),
             "adapter": _adapter_of(config.lora),
-            "critic": config.advantage.baseline == "critic", "optimizer": config.optim.optimizer,
+            "critic": config.has_critic, "optimizer": config.optim.optimizer,
             "num_prompts": len(prompts),
             "data": data_fingerprint(identifying(prompts)), "columns": columns_fingerprint(identifying(prompts)),
             "evaluation": data_fingerprint(eval_prompts) + columns_fingerprint(eval_prompts),

@@ -345,6 +345,11 @@ class Config:
         """Most tokens of a prompt and its completion."""
         return self.data.max_prompt_length + self.rollout.max_completion_length
 
+    @property
+    def has_critic(self) -> bool:
+        """Whether the policy has a head for values, against which advantages are measured."""
+        return self.advantage.baseline == "critic"
+
     def weights_at(self, step: int) -> list[float]:
         """The rewards' weights at a step (from 0)."""
         return [reward.weight_at(step) for reward in self.rewards]

@@ -6,9 +6,8 @@ data set has no single answer) and `entry`, which the reward `reasoning_gym` rec
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import fields
-from typing import Any, overload
+from typing import Any
 
 import yaml
 
@@ -24,7 +23,7 @@ def is_generated(path: str) -> bool:
     return path.startswith(PREFIX)
 
 
-class Generated(Sequence[dict[str, Any]]):
+class Generated:
     """The columns of each row, made when they are asked for: the same for the same path, on every rank."""
 
     def __init__(self, path: str) -> None:
@@ -40,16 +39,8 @@ class Generated(Sequence[dict[str, Any]]):
     def __len__(self) -> int:
         return len(self._entries)
 
-    @overload
-    def __getitem__(self, place: int) -> dict[str, Any]: ...
-
-    @overload
-    def __getitem__(self, place: slice) -> list[dict[str, Any]]: ...
-
-    def __getitem__(self, place: int | slice) -> dict[str, Any] | list[dict[str, Any]]:
-        """Return a row's columns, or those of a slice."""
-        if isinstance(place, slice):
-            return [self[each] for each in range(*place.indices(len(self)))]
+    def __getitem__(self, place: int) -> dict[str, Any]:
+        """Return a row's columns."""
         entry = self._entries[range(len(self))[place]]
         answer = "" if entry["answer"] is None else entry["answer"]
         return {"prompt": entry["question"], "answer": answer, "entry": entry}

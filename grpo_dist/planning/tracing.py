@@ -71,18 +71,11 @@ def build_policy(
         quantize_blank(base, kind, model_config, precision.policy)
     with torch.device("meta"):
         policy = make_policy(base, config.model, config.lora, config.rollout.temperature, config.train.seed,
-                             **_built_in(config))  # fmt: skip
+                             has_critic=config.has_critic, entropy_gradient=config.loss.entropy_coeff > 0)  # fmt: skip
     if precision.casts_all:
         policy.to(precision.policy)
     policy.fused_head = isinstance(policy.causal_lm.get_output_embeddings(), nn.Linear)
     return policy.train()
-
-
-def _built_in(config: Config) -> dict[str, bool]:
-    """What else a policy has or computes, as `make_policy` is asked for it."""
-    return {
-        "has_critic": config.advantage.baseline == "critic", "entropy_gradient": config.loss.entropy_coeff > 0
-    }  # fmt: skip
 
 
 def count(policy: Policy) -> ModelCounts:
@@ -205,8 +198,9 @@ class _Traced:
         return low + (high - low) * (depth - TRACED_LAYERS[0]) // (TRACED_LAYERS[1] - TRACED_LAYERS[0])
 
     def _peak(self, trace: Callable[..., int], config: Config, precision: Precision, shape: Shape, depth: int) -> int:
-        options = config.model, config.lora, config.rollout.temperature, *_built_in(config).values()
-        given = trace, repr((options, self.model_config)), self.implementation, precision, shape, depth
+        options = config.model, config.lora, config.rollout.temperature
+        built_in = config.has_critic, config.loss.entropy_coeff > 0
+        given = trace, repr((*options, *built_in, self.model_config)), self.implementation, precision, shape, depth
         if given not in _peaks:
             policy = build_policy(config, self.model_config, self.implementation, precision, depth)
             pack = example_pack(shape, self.implementation == attention.NAME)

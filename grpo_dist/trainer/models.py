@@ -71,8 +71,7 @@ def load_models(
     window = short_window(model_config, config.max_sequence_length)
     policy = load_policy(config.model, config.lora, dtype, implementation, config.rollout.temperature,
                          config.train.seed, device=None if ranks.strategy.shards_weights else ranks.device,
-                         has_critic=config.advantage.baseline == "critic",
-                         entropy_gradient=config.loss.entropy_coeff > 0)  # fmt: skip
+                         has_critic=config.has_critic, entropy_gradient=config.loss.entropy_coeff > 0)  # fmt: skip
     if kind is not None:
         log.info("%s", describe(policy, kind))
     if (form := form_of(policy.causal_lm)) is not None:

@@ -115,7 +115,7 @@ def with_old_policy(parts: Parts, batch: Batch, minibatches: list[Minibatch]) ->
     config = parts.config
     if batch.old is not None or not (serves_several_updates(config) or needs_old_policy(config)):
         return batch
-    names = ["logprobs", "entropies"] + ["values"] * (config.advantage.baseline == "critic")
+    names = ["logprobs", "entropies"] + ["values"] * config.has_critic
     with parts.phase("reference"):
         flat = {name: torch.zeros(len(batch.tokens), device=parts.ranks.device) for name in names}
         parts.policy.eval()  # the rollout had no dropout either
