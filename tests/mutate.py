@@ -48,7 +48,7 @@ MODULES = {
     "algorithm/targets": ["targets"],
     "monitoring/contrast": ["console"],
     "trainer/gathering": ["gathering"],
-    "rollout/episodes": ["episodes"],
+    "rollout/episodes": ["scripted_episodes", "episodes", "replay"],
     "model/routing": ["routing", "replay"],
     "rollout/replay": ["replay"],
     "rollout/native/routes": ["replay"],

@@ -173,7 +173,7 @@ class Episodes:
         """Whether the newest turn has called a tool that ends the episode."""
         return any(name in self._config.stop_tools for name, _ in self.possible(play))
 
-    def room(self, play: _Play, added: int = 0) -> int:
+    def room(self, play: _Play, added: int) -> int:
         """Tokens that the trajectory may still get after so many more."""
         return self._longest - len(play.ids) - added
 

@@ -27,7 +27,12 @@ def interpreted(request: pytest.FixtureRequest) -> Any:
         cwd=ROOT,
         text=True,
         capture_output=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1", "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"},
+        env={
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "TRITON_INTERPRET": "1",
+            "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}",
+        },
         check=False,
     )
     assert done.returncode == 0, done.stderr[-6000:]
