@@ -46,7 +46,7 @@ def of_steps(model: nn.Module, rows: int) -> float:
     requests = [Request(0, sample, [5, 6, 7, 8], key=sample) for sample in range(rows)]
     TimedStep.seconds = []
     decode_all(
-        NativeDecoder([-1], NEW, 1 << 20, step_of=partial(TimedStep, few=True), copied_prompt=0), model, requests
+        NativeDecoder([-1], NEW, 1 << 20, step_of=partial(TimedStep, halves=True), copied_prompt=0), model, requests
     )
     return 2e-9 * weights * rows / statistics.median(TimedStep.seconds)
 

@@ -71,12 +71,12 @@ def columns_fingerprint(prompts: Iterable[Prompt]) -> str:
     """A hash of what rewards read beside the prompts."""
     digest = hashlib.sha256()
     for prompt in prompts:
-        digest.update(json.dumps(sorted(prompt.columns.items()), default=_told).encode())
+        digest.update(json.dumps(sorted(prompt.columns.items()), default=_as_text).encode())
     return digest.hexdigest()[:16]
 
 
-def _told(value: Any) -> str:
-    """A value that JSON does not have; of most, a text would name an address in memory."""
+def _as_text(value: Any) -> str:
+    """A value that JSON does not have, or the name of its type where a text would name an address in memory."""
     return str(value) if isinstance(value, (bytes, date, Decimal)) else type(value).__name__
 
 

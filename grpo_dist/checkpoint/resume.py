@@ -54,8 +54,8 @@ def with_template_date(config: Config, tokenizer: Any, path: Path | None) -> Con
     return replace(config, data=replace(config.data, template_date=kept or today()))
 
 
-TOLD = {"columns": "other columns of data.train_file than its prompts, such as answers",
-        "evaluation": "the prompts or other columns of data.eval_file"}  # fmt: skip
+MAY_CHANGE = {"columns": "other columns of data.train_file than its prompts, such as answers",
+              "evaluation": "the prompts or other columns of data.eval_file"}  # fmt: skip
 """Entries of a run's identity that may change, and what has changed then."""
 
 
@@ -87,16 +87,16 @@ def changes(path: Path, config: Config, now: dict[str, Any]) -> list[str]:
     """A line for each change since a checkpoint; raises ValueError where the run's identity `now` is another."""
     meta = checkpoint.load_meta(path, NEEDED)
     # older checkpoints lack what was the only choice, and what nobody asked for
-    before = {"optimizer": "adamw"} | {key: now[key] for key in ("base_weights", *TOLD)} | meta["identity"]
+    before = {"optimizer": "adamw"} | {key: now[key] for key in ("base_weights", *MAY_CHANGE)} | meta["identity"]
     if before["lora"] is not None:
         before["lora"] = _shape_of(LoraConfig()) | before["lora"]
-    told = [what for key, what in TOLD.items() if before.pop(key) != now[key]]
-    harmful = differences(before, {key: value for key, value in now.items() if key not in TOLD})
+    noted = [what for key, what in MAY_CHANGE.items() if before.pop(key) != now[key]]
+    harmful = differences(before, {key: value for key, value in now.items() if key not in MAY_CHANGE})
     if harmful and not config.train.allow_changes:
         lines = "\n  ".join(harmful)
         raise ValueError(f"{path} belongs to another run:\n  {lines}\nChoose another train.output_dir, "
                          "or set train.allow_changes")  # fmt: skip
-    changed = harmful + differences(meta["config"], redacted(asdict(config))) + told
+    changed = harmful + differences(meta["config"], redacted(asdict(config))) + noted
     files = file_digests(config.rewards)
     changed += [f"the file of {name}" for name, digest in meta.get("reward_files", {}).items()
                 if files.get(name, digest) != digest]  # fmt: skip

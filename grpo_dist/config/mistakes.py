@@ -38,6 +38,10 @@ class Given:
     source: str
     """The file, or COMMAND_LINE."""
 
+    def __str__(self) -> str:
+        value = redacted(self.value, self.key.rpartition(".")[2])
+        return f"{self.key}: {value!r} given" + (f" in {self.source}" if self.source != COMMAND_LINE else "")
+
     @property
     def arguments(self) -> list[str]:
         """The option as words of a command line."""
@@ -158,7 +162,7 @@ def _exists(given: Given, problems: list[str]) -> bool:
     if given.key.removesuffix("+") in option_types():
         return True
     hint = advice(given.key, is_option=True) or "--help lists them"
-    problems.append(f"{_told(given)}, but no such option exists; {hint}")
+    problems.append(f"{given}, but no such option exists; {hint}")
     return False
 
 
@@ -183,7 +187,7 @@ def _unparsed(parser: ArgumentParser, given: Sequence[Given]) -> Iterator[Given]
 
 def _problems_of(parser: ArgumentParser, given: Given) -> list[str]:
     hint = option_types()[given.key.removesuffix("+")]
-    return list(_problems_of_parts(parser, given, hint)) or [f"{_told(given)}, expected {_expected(hint)}"]
+    return list(_problems_of_parts(parser, given, hint)) or [f"{given}, expected {_expected(hint)}"]
 
 
 def _problems_of_parts(parser: ArgumentParser, given: Given, hint: Any) -> Iterator[str]:
@@ -197,16 +201,11 @@ def _problems_of_parts(parser: ArgumentParser, given: Given, hint: Any) -> Itera
         return
     types = option_types(kind)
     for name, part in ((name, part) for group in value if isinstance(group, dict) for name, part in group.items()):
-        told = _told(replace(given, key=f"{given.key}.{name}", value=part))
+        option = replace(given, key=f"{given.key}.{name}", value=part)
         if name not in types:
-            yield f"{told}, but no such option exists{did_you_mean(str(name), types)}"
+            yield f"{option}, but no such option exists{did_you_mean(str(name), types)}"
         elif not _parses(parser, [Given(given.key, [{name: part}], source="alone")]):
-            yield f"{told}, expected {_expected(types[name])}"
-
-
-def _told(given: Given) -> str:
-    value = redacted(given.value, given.key.rpartition(".")[2])
-    return f"{given.key}: {value!r} given" + (f" in {given.source}" if given.source != COMMAND_LINE else "")
+            yield f"{option}, expected {_expected(types[name])}"
 
 
 def _expected(hint: Any) -> str:

@@ -64,19 +64,20 @@ class UnfitEngine(ValueError):
 
 def make_engine(
     weights: Weights, obstacle: str | None, end_ids: list[int], rollout: RolloutConfig,
-    gather: Callable[[Any], list[Any]], step: str | None = None, *, few: bool = False,
+    gather: Callable[[Any], list[Any]], step: str | None = None, *, halves: bool = False,
 ) -> LocalEngine:  # fmt: skip
     """The engine that `rollout.engine` asks for, or the faster one that is right; a line in the log names it.
 
     `obstacle` says why prompts cannot be shared, None where they can, the same on all ranks; `gather` returns what each
-    rank gave it, since all ranks have to make the same choice; `step` is how a run that goes on was decoding; `few` is
-    as of `KernelStep`. Raises UnfitEngine where the paged engine is asked for and is wrong for the model. A collective.
+    rank gave it, since all ranks have to make the same choice; `step` is how a run that goes on was decoding; see
+    `KernelStep` for `halves`. Raises UnfitEngine where the paged engine is asked for and is wrong for the model. A
+    collective.
     """
     if rollout.dequantize and not _decodes_codes(weights, obstacle, rollout, gather, step):
         weights.dequantize()
         log.info("rollouts: with a dequantised copy of the base, because decoding does not compute with its codes")
     with weights.open() as model:
-        make, message, decoding = _own_decoder(model, obstacle, gather, step, rollout.drafts, few)
+        make, message, decoding = _own_decoder(model, obstacle, gather, step, rollout.drafts, halves)
         on_gpu, name = model.get_input_embeddings().weight.is_cuda, "native"
         # one group at a time is what continuous batching beats on a GPU; the one that shares prompts is faster than it,
         # and it does not report the experts of a token
@@ -93,7 +94,7 @@ def make_engine(
     log.info("rollouts: %s", message)
     made = make(end_ids, rollout.max_completion_length, ON_CPU)
     decoder = made if isinstance(made, RowDecoder) else WithinMemory(made, rollout.max_tokens_in_flight)
-    return LocalEngine(decoder, weights, {"engine": name, "decoding": decoding}, few=few)
+    return LocalEngine(decoder, weights, {"engine": name, "decoding": decoding}, halves=halves)
 
 
 def _decodes_codes(
@@ -113,7 +114,7 @@ def _decodes_codes(
 
 def _own_decoder(
     model: nn.Module, obstacle: str | None, gather: Callable[[Any], list[Any]], step: str | None, drafts: bool,
-    few: bool,
+    halves: bool,
 ) -> tuple[Maker, str, str | None]:  # fmt: skip
     """This project's decoder for the model, the message about it, and the name of its step."""
     if obstacle is not None:
@@ -136,8 +137,8 @@ def _own_decoder(
                                "copied_prompt": 0 if name == "compiled" else None}  # fmt: skip
     captures = _captures(model, gather, options)
     message = f"native engine, prompts are shared by their groups{', CUDA graphs' * captures}, {DESCRIPTIONS[name]}"
-    if few and name == "compiled":
-        options["step_of"] = partial(KernelStep, few=True)
+    if halves and name == "compiled":
+        options["step_of"] = partial(KernelStep, halves=True)
     options["drafts"] = drafts and name == "compiled"  # others round by the number of tokens in a pass
     if reason is not None:
         message += f", which is slower than {DESCRIPTIONS[fastest]} ({reason})"

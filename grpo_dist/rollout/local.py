@@ -55,9 +55,9 @@ class LocalEngine:
     is_elsewhere = False
 
     def __init__(
-        self, decoder: Decoder, weights: Weights, decoding: dict[str, str | None], *, few: bool = False
+        self, decoder: Decoder, weights: Weights, decoding: dict[str, str | None], *, halves: bool = False
     ) -> None:
-        self.decoder, self.weights, self.decoding, self.few = decoder, weights, decoding, few
+        self.decoder, self.weights, self.decoding, self.halves = decoder, weights, decoding, halves
         self._opened = ExitStack()
         self._model: nn.Module | None = None
         self._queue: deque[Request] = deque()
@@ -114,7 +114,7 @@ class LocalEngine:
         """See `Engine`."""
         with self.weights.open() as model:
             merged = self.decoding["decoding"] == "compiled" and next(model.parameters()).dtype in MERGED
-            return update_share(model, merged=merged, few=self.few)
+            return update_share(model, merged=merged, halves=self.halves)
 
     def metrics(self) -> dict[str, float]:
         """See `Engine`."""

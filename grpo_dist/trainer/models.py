@@ -106,7 +106,7 @@ def load_models(
         engine = make_vllm_engine(config, ranks, rollout_model, policy, end_ids, saved.get("step", 0), routers)
     else:
         engine = make_engine(rollout_model, obstacle, end_ids, rollout, ranks.gather_objects, saved.get("decoding"),
-                             few=has_few_sequences(config))  # fmt: skip
+                             halves=has_few_sequences(config))  # fmt: skip
     for each in (policy, *([reference.policy] if reference else [])):  # may be one
         each.fused_head = plain and isinstance(each.causal_lm.get_output_embeddings(), torch.nn.Linear)
     return Models(policy, wrapped, prepared, optimizer_state, reference, rollout_model, engine, share_prompts,

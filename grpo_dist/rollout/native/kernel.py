@@ -77,8 +77,8 @@ class _Step(ctypes.Structure):
 class KernelStep:
     """One more token of every sequence; it holds on to the weights that the model has when this is made."""
 
-    def __init__(self, model: nn.Module, *, few: bool = False) -> None:
-        """`few`: whether float32 weights that bfloat16 holds exactly are kept in it too, and adapters apart from them.
+    def __init__(self, model: nn.Module, *, halves: bool = False) -> None:
+        """`halves`: keep float32 weights that bfloat16 holds exactly in it too, and adapters apart from them.
 
         Raises as `Weights`, and ValueError for sizes this does not compute or where it cannot be compiled.
         """
@@ -93,7 +93,7 @@ class KernelStep:
         code = library(SOURCE)
         self.decode, self.scratch_floats = getattr(code, FUNCTIONS[self.dtype]), code.scratch_floats
         self.scratch_floats.restype = c_int64
-        self.halves = HalvesMemory(code) if few else None
+        self.halves = HalvesMemory(code) if halves else None
         self.referenced: list[Tensor] = []  # what is pointed to
         self.layers = (_Layer * len(weights.layers))(*map(self._layer, weights.layers, self.gated))
         head = self._linear(weights.head, vocabulary, hidden)

@@ -159,7 +159,7 @@ def test_prompts_are_computed_as_by_the_model(
         assert torch.equal(alone.keys[1], got.keys[1][:, begin : begin + len(prompt)])
 
 
-FEW = partial(KernelStep, few=True)
+FEW = partial(KernelStep, halves=True)
 
 
 @pytest.mark.parametrize("sizes", [{}, {"hidden_size": 40, "intermediate_size": 1032, "vocab_size": 62}])
