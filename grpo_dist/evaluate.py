@@ -31,7 +31,6 @@ if __name__ == "__main__":
 
 from .config.parse import let_first_rank_answer
 from .config.schema import Config, ReferenceConfig
-from .data.prompts import load_prompts
 from .distributed.deepspeed import unsharded_loading
 from .distributed.device import resolve_dtype, set_up_cuda
 from .distributed.launch_config import require_known_launch
@@ -60,12 +59,12 @@ from .monitoring.progress import Progress
 from .report.categories import categories
 from .report.evaluation import Rows, report, samples
 from .rewards.pool.pool import ScorerPool
-from .rewards.registry import EPISODE_COLUMNS, answer_checks, answer_reader, file_digests
+from .rewards.registry import EPISODE_COLUMNS, answer_reader, file_digests
 from .rewards.text import answering_texts
 from .rollout import Engine, LoadedModel, awake
 from .rollout.choose import UnfitEngine, make_engine
 from .rollout.own_attention import settle_attention
-from .rollout.playing import by_environment, episodes_of, for_prompts, open_host, sample_or_play, templated
+from .rollout.playing import episodes_of, open_host, prompt_reader, sample_or_play, templated
 from .rollout.sampling import sampling_with
 from .rollout.vllm.start import make_vllm_engine
 from .text.files import write_file
@@ -99,12 +98,9 @@ class Evaluation:
         self.model_config = load_model_config(config.model)
         check_model_config(self.model_config, self.tokenizer, config.max_sequence_length)
         self.host = open_host(config)
-        prompt_tokenizer = for_prompts(self.tokenizer, self.host)
-        checks = answer_checks(config.rewards) if data.answer_column else []
         assert data.eval_file is not None
         split = "train" if Path(data.eval_file).is_file() else data.eval_split
-        self.prompts, _ = load_prompts(data.eval_file, split, data, prompt_tokenizer, checks,
-                                       tokenizers=by_environment(self.tokenizer, self.host))  # fmt: skip
+        self.prompts, _ = prompt_reader(config, self.tokenizer, self.host).load(data.eval_file, split)
         self.categories: dict[int, str] = {}
         if category is not None:
             names = categories([prompt.columns for prompt in self.prompts], category)

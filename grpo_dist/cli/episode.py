@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..checkpoint.trained import Trained
 from ..config.schema import Config
-from ..data.prompts import load_prompts, render
+from ..data.prompts import PromptReader, render
 from ..model.load import end_token_ids
 from ..model.policy import Policy
 from ..monitoring.traces import MODEL, TEMPLATE, TOOL, writers
@@ -76,8 +76,9 @@ class EpisodeChat:
         data = self.config.data
         path = data.eval_file or (data.train_file if isinstance(data.train_file, str) else next(iter(data.train_file)))
         split = data.eval_split if data.eval_file else data.train_split
-        prompts, _ = load_prompts(path, split, data, for_prompts(self.tokenizer, self.host),
-                                  tokenizers=by_environment(self.tokenizer, self.host))  # fmt: skip
+        reader = PromptReader(data, for_prompts(self.tokenizer, self.host),
+                              tokenizers=by_environment(self.tokenizer, self.host))  # fmt: skip
+        prompts, _ = reader.load(path, split)
         if not 0 <= number < len(prompts):
             raise ValueError(f"--row: {number} given, expected 0 to {len(prompts) - 1}, a row of {path}")
         self.play(prompts[number])

@@ -26,7 +26,6 @@ from ..config.schema import Config
 from ..data.rows import load_rows
 from ..report.categories import by_category, categories, category_table
 from ..rewards.pool.pool import ScorerPool
-from ..rewards.registry import answer_checks
 from ..rewards.scores import Item, Scores, combine, to_items
 from ..text.plain import plain
 
@@ -71,11 +70,11 @@ def read_items(config: Config, path: str | None, most: int) -> tuple[list[Item],
     from ..data.mixture import load_training
     from ..model.adapter import with_adapter  # imports torch: an error in the options should not wait for it
     from ..model.load import load_tokenizer
+    from ..rollout.playing import prompt_reader
 
     config = with_adapter(config)
     tokenizer = load_tokenizer(config.model)
-    checks = answer_checks(config.rewards) if config.data.answer_column else []
-    prompts, _ = load_training(config, tokenizer, checks)
+    prompts, _ = load_training(prompt_reader(config, tokenizer, None), config.train)
     if path is None:
         first = [prompts[place] for place in range(min(most, len(prompts)))]
         pairs = [(prompt, str(prompt.columns["answer"])) for prompt in first]

@@ -6,24 +6,13 @@ import functools
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any, overload
+from typing import Any, overload
 
-from ..config.schema import Config, DataConfig
+from ..config.schema import DataConfig, TrainConfig
 from ..types import Prompt
 from .order import Curriculum, Mixture, Sampler
-from .prompts import (
-    NO_TOKENIZERS,
-    AnswerCheck,
-    Tokenizers,
-    check_columns,
-    check_distinct,
-    load_prompts,
-    prompt_of_row,
-)
+from .prompts import PromptReader, check_columns, check_distinct
 from .rows import RowReader
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
 
@@ -31,29 +20,26 @@ _CHECKED_ROWS = 100
 _KEPT_PROMPTS = 4096  # a step asks for its prompts several times
 
 
-def load_training(
-    config: Config, tokenizer: PreTrainedTokenizerBase, checks: Sequence[AnswerCheck],
-    tokenizers: Tokenizers = NO_TOKENIZERS,
-) -> tuple[Sequence[Prompt], Sampler | Mixture | Curriculum]:  # fmt: skip
+def load_training(reader: PromptReader, train: TrainConfig) -> tuple[Sequence[Prompt], Sampler | Mixture | Curriculum]:
     """Return all training prompts (those of a mixture one data set after another) and the sampler over them.
 
-    Takes `tokenizers` and raises ValueError or FileNotFoundError as `load_prompts` does.
+    Raises ValueError or FileNotFoundError as `PromptReader.load` does.
     """
-    data, train = config.data, config.train
+    data = reader.config
     weights = {data.train_file: 1.0} if isinstance(data.train_file, str) else data.train_file
     parts: list[Sequence[Prompt]] = []
     first_index = 0
     evaluated: frozenset[tuple[int, ...]] = frozenset()
     if data.hold_out and data.eval_file is not None:
-        held_out, _ = load_prompts(data.eval_file, data.eval_split, data, tokenizer, checks, tokenizers=tokenizers)
+        held_out, _ = reader.load(data.eval_file, data.eval_split)
         evaluated = frozenset(tuple(prompt.ids) for prompt in held_out)
     for path in weights:
         if data.streaming:
-            part = StreamedPrompts(path, data, tokenizer, checks, first_index, tokenizers)
+            part = StreamedPrompts(path, reader, first_index)
             first_index += len(part)
             parts.append(part)
         else:
-            loaded, report = load_prompts(path, data.train_split, data, tokenizer, checks, first_index, tokenizers)
+            loaded, report = reader.load(path, data.train_split, first_index)
             first_index += report.num_rows
             parts.append(_without(evaluated, loaded, path) if data.hold_out else loaded)
     prompts = parts[0] if len(parts) == 1 else Joined(parts)
@@ -97,20 +83,16 @@ def order_of(config: DataConfig) -> dict[str, Any]:
 class StreamedPrompts(Sequence[Prompt]):
     """Prompts that are read, checked and rendered when they are needed."""
 
-    def __init__(
-        self, path: str, config: DataConfig, tokenizer: PreTrainedTokenizerBase, checks: Sequence[AnswerCheck],
-        first_index: int, tokenizers: Tokenizers = NO_TOKENIZERS,
-    ) -> None:  # fmt: skip
-        """Find the rows and check the first hundred; raises what `load_prompts` raises."""
-        self._path, self._config, self._tokenizer, self._checks = path, config, tokenizer, checks
-        self._first_index, self._tokenizers = first_index, tokenizers
-        self._rows = RowReader(path, config.train_split, config.subset)
+    def __init__(self, path: str, reader: PromptReader, first_index: int) -> None:
+        """Find the rows and check the first hundred; raises what `PromptReader.load` raises."""
+        self._path, self._reader, self._first_index = path, reader, first_index
+        self._rows = RowReader(path, reader.config.train_split, reader.config.subset)
         first = range(min(_CHECKED_ROWS, len(self._rows)))
         self._names = list(dict.fromkeys(name for place in first for name in self._rows[place].columns))
         if self._names:
-            check_columns(path, self._names, config)
+            check_columns(path, self._names, reader.config)
         self._prompt = functools.lru_cache(_KEPT_PROMPTS)(self._read)
-        check_distinct(path, [self._prompt(place) for place in first], config)
+        check_distinct(path, [self._prompt(place) for place in first], reader.config)
         log.info("%s: %d rows; the first %d are checked, the others when they are needed", path, len(self), len(first))
 
     def __len__(self) -> int:
@@ -131,9 +113,7 @@ class StreamedPrompts(Sequence[Prompt]):
         return self._prompt(place % len(self))
 
     def _read(self, place: int) -> Prompt:
-        row = self._rows[place]
-        return prompt_of_row(self._path, place, row, self._names, self._config, self._tokenizer, self._checks,
-                             self._first_index, self._tokenizers)  # fmt: skip
+        return self._reader.prompt_of(self._path, self._rows[place], self._first_index + place, self._names)
 
 
 class Joined(Sequence[Prompt]):

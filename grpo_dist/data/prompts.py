@@ -12,7 +12,7 @@ import logging
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from grpo_dist.config.environment import ENVIRONMENT_COLUMN
@@ -32,7 +32,6 @@ logger = logging.getLogger(__name__)
 AnswerCheck = Callable[[object], None]
 Tokenizers = Mapping[str, Any]
 """Tokenizers by the name of an environment: the template of each knows the tools of its own."""
-NO_TOKENIZERS: Tokenizers = {}
 
 _MESSAGES_AS_TEXT = re.compile(r"\s*\[\s*\{\s*[\"'](role|content)[\"']\s*:")
 _SHOWN_ROWS = 5
@@ -74,84 +73,121 @@ class DropReport:
         return f"{self.source}: {len(self.dropped)} of {self.num_rows} rows cannot be used: {shown}{rest}"
 
 
-def load_prompts(
-    path: str,
-    split: str,
-    config: DataConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    check_answers: Sequence[AnswerCheck] = (),
-    first_index: int = 0,
-    tokenizers: Tokenizers = NO_TOKENIZERS,
-) -> tuple[list[Prompt], DropReport]:
-    """Read, check and render all prompts of a file or data set.
+@dataclass(frozen=True)
+class PromptReader:
+    """Makes prompts of the rows of files and data sets."""
 
-    `check_answers` are called with each row's gold answer, and raise ValueError for one that they cannot read. A
-    prompt's `index` is `first_index` plus its row's place; dropped rows count. `tokenizers` render the rows of several
-    environments, by the column `environment`. Raises ValueError or FileNotFoundError where there is nothing to read,
-    where a configured column is missing, where no row is left, and where a row cannot be used unless `config.bad_rows`
-    is `drop`.
-    """
-    rows = load_rows(path, split, config.subset)
-    names = list(dict.fromkeys(name for row in rows for name in row.columns))
-    if names:
-        check_columns(path, names, config)
-    problems: dict[int, str] = {}
-    usable: list[tuple[int, str, Messages | None]] = []
-    kept = rows_to_keep(path, rows, names, config.keep)
-    for place, row in enumerate(rows):
-        if not kept[place]:
-            continue
+    config: DataConfig
+    tokenizer: PreTrainedTokenizerBase
+    """Renders and encodes the prompts."""
+    check_answers: Sequence[AnswerCheck] = ()
+    """Called with each row's gold answer; each raises ValueError for one that it cannot read."""
+    tokenizers: Tokenizers = field(default_factory=dict)
+    """Render the rows of several environments, by the column `environment`."""
+
+    def load(self, path: str, split: str, first_index: int = 0) -> tuple[list[Prompt], DropReport]:
+        """Read, check and render all prompts of a file or data set.
+
+        A prompt's `index` is `first_index` plus its row's place; dropped rows count. Raises ValueError or
+        FileNotFoundError where there is nothing to read, where a configured column is missing, where no row is left,
+        and where a row cannot be used unless `config.bad_rows` is `drop`.
+        """
+        config = self.config
+        rows = load_rows(path, split, config.subset)
+        names = list(dict.fromkeys(name for row in rows for name in row.columns))
+        if names:
+            check_columns(path, names, config)
+        problems: dict[int, str] = {}
+        usable: list[tuple[int, str, Messages | None]] = []
+        kept = rows_to_keep(path, rows, names, config.keep)
+        for place, row in enumerate(rows):
+            if not kept[place]:
+                continue
+            try:
+                usable.append((place, *self._read(row)))
+            except _UnusableRowError as error:
+                problems[place] = str(error)
+        prompts = []
+        num_too_long = 0
+        for place, rendered in _tokenise(usable, self.tokenizer):
+            too_long = len(rendered.ids) > config.max_prompt_length
+            num_too_long += too_long
+            if not rendered.ids or (too_long and config.too_long == "bad_row"):
+                problems[place] = _wrong_length(rendered, config)
+            elif not too_long or config.too_long == "truncate":
+                prompts.append(self._prompt(first_index + place, rows[place], names, rendered))
+        if num_too_long and config.too_long != "bad_row":
+            logger.warning(
+                "%s: %d of %d prompts have more than data.max_prompt_length = %d tokens (data.too_long: %s)",
+                path, num_too_long, len(rows), config.max_prompt_length, config.too_long,
+            )  # fmt: skip
+        dropped = [(rows[place].number, problems[place]) for place in sorted(problems)]
+        report = DropReport(path, "line" if is_lines(path) else "row", len(rows), dropped)
+        if dropped and (config.bad_rows == "error" or not prompts):
+            advice = "No row is left" if config.bad_rows == "drop" else "Correct them, or set data.bad_rows: drop"
+            raise ValueError(f"{report}. {advice}")
+        if dropped:
+            logger.warning("%s. Left out (data.bad_rows: drop)", report)
+        if not prompts:
+            raise ValueError(f"{path}: data.keep and data.too_long leave none of {len(rows)} rows; loosen them")
+        check_distinct(path, prompts, config)
+        return prompts, report
+
+    def prompt_of(self, path: str, row: Row, index: int, names: Sequence[str]) -> Prompt:
+        """Check and render one row of a data set as `load` does; raises ValueError where it cannot be used."""
+        config = self.config
         try:
-            usable.append((place, *_read_row(row, config, tokenizer, check_answers, tokenizers)))
+            text, messages = self._read(row)
+            ((_, rendered),) = _tokenise([(0, text, messages)], self.tokenizer)
+            if not rendered.ids or (len(rendered.ids) > config.max_prompt_length and config.too_long != "truncate"):
+                raise _UnusableRowError(_wrong_length(rendered, config))
         except _UnusableRowError as error:
-            problems[place] = str(error)
-    prompts = []
-    num_too_long = 0
-    for place, rendered in _tokenise(usable, tokenizer):
-        too_long = len(rendered.ids) > config.max_prompt_length
-        num_too_long += too_long
-        if not rendered.ids or (too_long and config.too_long == "bad_row"):
-            problems[place] = _wrong_length(rendered, config)
-        elif not too_long or config.too_long == "truncate":
-            columns = _reward_columns(rows[place], names, config)
-            ids = rendered.ids[-config.max_prompt_length :]
-            prompts.append(Prompt(first_index + place, ids, rendered.text, rendered.messages, columns))
-    if num_too_long and config.too_long != "bad_row":
-        logger.warning(
-            "%s: %d of %d prompts have more than data.max_prompt_length = %d tokens (data.too_long: %s)",
-            path, num_too_long, len(rows), config.max_prompt_length, config.too_long,
-        )  # fmt: skip
-    dropped = [(rows[place].number, problems[place]) for place in sorted(problems)]
-    report = DropReport(path, "line" if is_lines(path) else "row", len(rows), dropped)
-    if dropped and (config.bad_rows == "error" or not prompts):
-        advice = "No row is left" if config.bad_rows == "drop" else "Correct them, or set data.bad_rows: drop"
-        raise ValueError(f"{report}. {advice}")
-    if dropped:
-        logger.warning("%s. Left out (data.bad_rows: drop)", report)
-    if not prompts:
-        raise ValueError(f"{path}: data.keep and data.too_long leave none of {len(rows)} rows; loosen them")
-    check_distinct(path, prompts, config)
-    return prompts, report
+            raise ValueError(f"{path}: row {row.number} cannot be used: {error}") from error
+        return self._prompt(index, row, names, rendered)
 
+    def _prompt(self, index: int, row: Row, names: Sequence[str], rendered: Rendered) -> Prompt:
+        """Its columns are all but the prompt, None where the row lacks one; its tokens the last ones that fit."""
+        columns = {name: row.columns.get(name) for name in names if name != self.config.prompt_column}
+        if self.config.answer_column is not None:
+            columns["answer"] = row.columns[self.config.answer_column]
+        return Prompt(index, rendered.ids[-self.config.max_prompt_length :], rendered.text, rendered.messages, columns)
 
-def prompt_of_row(
-    path: str, place: int, row: Row, names: Sequence[str], config: DataConfig, tokenizer: PreTrainedTokenizerBase,
-    check_answers: Sequence[AnswerCheck], first_index: int, tokenizers: Tokenizers = NO_TOKENIZERS,
-) -> Prompt:  # fmt: skip
-    """Check and render one row as `load_prompts` does; raises ValueError where it cannot be used."""
-    try:
-        text, messages = _read_row(row, config, tokenizer, check_answers, tokenizers)
-        ((_, rendered),) = _tokenise([(place, text, messages)], tokenizer)
-        if not rendered.ids or (len(rendered.ids) > config.max_prompt_length and config.too_long != "truncate"):
-            raise _UnusableRowError(_wrong_length(rendered, config))
-    except _UnusableRowError as error:
-        raise ValueError(f"{path}: row {row.number} cannot be used: {error}") from error
-    ids, columns = rendered.ids[-config.max_prompt_length :], _reward_columns(row, names, config)
-    return Prompt(first_index + place, ids, rendered.text, rendered.messages, columns)
+    def _read(self, row: Row) -> tuple[str, Messages | None]:
+        """Return a row's prompt as text, and as messages where it is a conversation; raises _UnusableRowError."""
+        config = self.config
+        if row.problem:
+            raise _UnusableRowError(row.problem)
+        prompt = row.columns.get(config.prompt_column) if config.prompt_column else None
+        if prompt is None and config.prompt_column and not self.tokenizers:
+            raise _UnusableRowError(f"no {config.prompt_column!r}")
+        if prompt is None:  # the row's environment says it at its reset
+            prompt = [{"role": "user", "content": ""}]
+        text, messages = _as_text(prompt, config, self._tokenizer_of(row))
+        if config.answer_column is not None:
+            answer = row.columns.get(config.answer_column)
+            if answer is None or (isinstance(answer, float) and math.isnan(answer)):  # tables write a missing number so
+                raise _UnusableRowError(f"no {config.answer_column!r}")
+            for check in self.check_answers:
+                try:
+                    check(answer)
+                except ValueError as error:
+                    raise _UnusableRowError(str(error)) from error
+        return text, messages
+
+    def _tokenizer_of(self, row: Row) -> PreTrainedTokenizerBase:
+        """The tokenizer whose template knows the tools of a row's environment; raises _UnusableRowError."""
+        if not self.tokenizers:
+            return self.tokenizer
+        name = row.columns.get(ENVIRONMENT_COLUMN)
+        if not isinstance(name, str) or name not in self.tokenizers:
+            known = ", ".join(self.tokenizers)
+            raise _UnusableRowError(f"{ENVIRONMENT_COLUMN!r} is {name!r}, expected a name of environment.factory: "
+                                    f"{known}")  # fmt: skip
+        return self.tokenizers[name]
 
 
 def render(prompt: str | Messages, config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Rendered:
-    """Turn one prompt into tokens as `load_prompts` does.
+    """Turn one prompt into tokens as `PromptReader` does.
 
     Plain text gets the special tokens that the tokenizer puts before it, such as a BOS; a rendered conversation gets
     those of its template only, and ends where the assistant begins. Raises ValueError where the prompt is empty or the
@@ -205,42 +241,6 @@ def check_distinct(path: str, prompts: Sequence[Prompt], config: DataConfig) -> 
 def _wrong_length(rendered: Rendered, config: DataConfig) -> str:
     most = config.max_prompt_length
     return f"the prompt has {len(rendered.ids)} tokens, expected 1 to data.max_prompt_length = {most}"
-
-
-def _read_row(
-    row: Row, config: DataConfig, tokenizer: PreTrainedTokenizerBase, check_answers: Sequence[AnswerCheck],
-    tokenizers: Tokenizers,
-) -> tuple[str, Messages | None]:  # fmt: skip
-    """Return a row's prompt as text, and as messages where it is a conversation; raises _UnusableRowError."""
-    if row.problem:
-        raise _UnusableRowError(row.problem)
-    prompt = row.columns.get(config.prompt_column) if config.prompt_column else None
-    if prompt is None and config.prompt_column and not tokenizers:
-        raise _UnusableRowError(f"no {config.prompt_column!r}")
-    if prompt is None:  # the row's environment says it at its reset
-        prompt = [{"role": "user", "content": ""}]
-    text, messages = _as_text(prompt, config, _tokenizer_of(row, tokenizer, tokenizers))
-    if config.answer_column is not None:
-        answer = row.columns.get(config.answer_column)
-        if answer is None or (isinstance(answer, float) and math.isnan(answer)):  # tables write a missing number so
-            raise _UnusableRowError(f"no {config.answer_column!r}")
-        for check in check_answers:
-            try:
-                check(answer)
-            except ValueError as error:
-                raise _UnusableRowError(str(error)) from error
-    return text, messages
-
-
-def _tokenizer_of(row: Row, tokenizer: PreTrainedTokenizerBase, tokenizers: Tokenizers) -> PreTrainedTokenizerBase:
-    """The tokenizer whose template knows the tools of a row's environment; raises _UnusableRowError."""
-    if not tokenizers:
-        return tokenizer
-    name = row.columns.get(ENVIRONMENT_COLUMN)
-    if not isinstance(name, str) or name not in tokenizers:
-        known = ", ".join(tokenizers)
-        raise _UnusableRowError(f"{ENVIRONMENT_COLUMN!r} is {name!r}, expected a name of environment.factory: {known}")
-    return tokenizers[name]
 
 
 def _as_text(prompt: object, config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[str, Messages | None]:
@@ -323,11 +323,3 @@ def _num_behind(tokenizer: PreTrainedTokenizerBase) -> int:
             "the tokenizer ends texts with %s; prompts are without, because completions continue them", names
         )
     return len(behind)
-
-
-def _reward_columns(row: Row, names: Sequence[str], config: DataConfig) -> dict[str, Any]:
-    """Return a row's columns for the rewards: every column except the prompt, None where the row lacks it."""
-    columns = {name: row.columns.get(name) for name in names if name != config.prompt_column}
-    if config.answer_column is not None:
-        columns["answer"] = row.columns[config.answer_column]
-    return columns

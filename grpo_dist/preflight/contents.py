@@ -13,7 +13,7 @@ from ..checkpoint.resume import resume_path, with_template_date
 from ..checkpoint.store import DamagedCheckpoint
 from ..config.schema import Config, ModelConfig, RewardConfig
 from ..data.mixture import load_training
-from ..data.prompts import NO_TOKENIZERS, load_prompts
+from ..data.prompts import PromptReader
 from ..environments.host import EnvironmentHost
 from ..model.checks import require_complete_model, stored_quantization
 from ..model.files import model_path, require_quantizable
@@ -114,28 +114,30 @@ def _read_data(config: Config, contents: Contents, findings: Findings, host: Env
     checks: list[Any] = []
     with findings.attempt():
         checks = answer_checks(config.rewards) if config.data.answer_column else []
-    tokenizer, data, tokenizers, episodes = contents.tokenizer, config.data, NO_TOKENIZERS, None
-    if tokenizer is None:  # rows, columns and answers can be checked anyway
-        tokenizer = load_tokenizer(ModelConfig("toy"))
-        tokenizer.chat_template = "{% for message in messages %}{{ message.role }} {{ message.content }}\n{% endfor %}"
-        data = replace(data, too_long="drop")
-    elif host is not None and tokenizer.chat_template:  # without one, the first prompt is refused
-        with findings.attempt():
-            tokenizer, tokenizers = for_prompts(contents.tokenizer, host), by_environment(contents.tokenizer, host)
-            episodes = episodes_of(config, host, contents.tokenizer, end_token_ids(config.model, tokenizer))
-        findings.results["tools"] = [f"{name}: {description}" for name, description in described(host)]
+    data, episodes = config.data, None
+    if contents.tokenizer is None:  # rows, columns and answers can be checked anyway
+        toy = load_tokenizer(ModelConfig("toy"))
+        toy.chat_template = "{% for message in messages %}{{ message.role }} {{ message.content }}\n{% endfor %}"
+        reader = PromptReader(replace(data, too_long="drop"), toy, checks)
+    else:
+        reader = PromptReader(data, contents.tokenizer, checks)
+        if host is not None and contents.tokenizer.chat_template:  # without one, the first prompt is refused
+            with findings.attempt():
+                reader = replace(reader, tokenizer=for_prompts(contents.tokenizer, host),
+                                 tokenizers=by_environment(contents.tokenizer, host))  # fmt: skip
+                episodes = episodes_of(config, host, contents.tokenizer, end_token_ids(config.model, reader.tokenizer))
+            findings.results["tools"] = [f"{name}: {description}" for name, description in described(host)]
     files = [data.train_file] if isinstance(data.train_file, str) else list(data.train_file)
     before = len(findings.problems)
     for file in files:
         with findings.attempt():
-            one = replace(config, data=replace(data, train_file=file))
-            contents.prompts, contents.sampler = load_training(one, tokenizer, checks, tokenizers)
+            one = replace(reader, config=replace(reader.config, train_file=file))
+            contents.prompts, contents.sampler = load_training(one, config.train)
     if len(files) > 1 and len(findings.problems) == before:
-        contents.prompts, contents.sampler = load_training(config, tokenizer, checks, tokenizers)
+        contents.prompts, contents.sampler = load_training(reader, config.train)
     if data.eval_file:
         with findings.attempt():
-            contents.eval_prompts, _ = load_prompts(data.eval_file, data.eval_split, data, tokenizer, checks,
-                                                    tokenizers=tokenizers)  # fmt: skip
+            contents.eval_prompts, _ = reader.load(data.eval_file, data.eval_split)
     contents.shown = [contents.prompts[place] for place in range(min(_SHOWN_PROMPTS, len(contents.prompts)))]
     if episodes is not None and episodes.has_environment:
         with findings.attempt():

@@ -7,8 +7,9 @@ from dataclasses import replace
 from typing import Any
 
 from ..config.schema import Config
-from ..data.prompts import NO_TOKENIZERS, Tokenizers, render
+from ..data.prompts import PromptReader, Tokenizers, render
 from ..environments.host import EnvironmentHost
+from ..rewards.registry import answer_checks
 from ..text.templates import Messages
 from ..text.tokens import CompletionTexts
 from ..text.tool_turns import ToolTurns, with_tools
@@ -51,8 +52,14 @@ def for_prompts(tokenizer: Any, host: EnvironmentHost | None) -> Any:
 def by_environment(tokenizer: Any, host: EnvironmentHost | None) -> Tokenizers:
     """The tokenizers that render prompts where the data's column `environment` chooses the tools; else none."""
     if host is None or "" in host.schemas:
-        return NO_TOKENIZERS
+        return {}
     return {name: with_tools(tokenizer, schemas) for name, schemas in host.schemas.items()}
+
+
+def prompt_reader(config: Config, tokenizer: Any, host: EnvironmentHost | None) -> PromptReader:
+    """What makes the config's prompts: its templates know the tools, and its rewards check the gold answers."""
+    checks = answer_checks(config.rewards) if config.data.answer_column else []
+    return PromptReader(config.data, for_prompts(tokenizer, host), checks, by_environment(tokenizer, host))
 
 
 def templated(config: Config) -> Config:

@@ -20,7 +20,6 @@ from ..config.schema import Config
 from ..config.values import redacted
 from ..data.mixture import load_training
 from ..data.order import Curriculum, Mixture, Sampler
-from ..data.prompts import load_prompts
 from ..distributed.device import resolve_dtype, set_up_cuda
 from ..distributed.launch_config import require_known_launch, require_optimizer
 from ..distributed.optimizer_state import OptimizerState, WholeOptimizerState
@@ -40,10 +39,10 @@ from ..monitoring.trackers import require_known
 from ..preflight.contents import try_model
 from ..preflight.doubts import doubts
 from ..rewards.pool.pool import ScorerPool
-from ..rewards.registry import EPISODE_COLUMNS, answer_checks, labels
+from ..rewards.registry import EPISODE_COLUMNS, labels
 from ..rollout.choose import UnfitEngine
 from ..rollout.episodes import Episodes
-from ..rollout.playing import by_environment, episodes_of, for_prompts, open_host, templated
+from ..rollout.playing import episodes_of, open_host, prompt_reader, templated
 from ..rollout.sampling import Sampling, sampling_with
 from ..text.files import write_file
 from ..text.tokens import CompletionTexts
@@ -204,13 +203,11 @@ def _load_data(config: Config, resume_from: Path | None, host: EnvironmentHost |
     model_config = load_model_config(config.model)
     if left_out := try_model(config, tokenizer, model_config, int(os.environ.get("WORLD_SIZE", "1"))):
         log.info("adapters: none on %s", left_out)
-    checks = answer_checks(config.rewards) if config.data.answer_column else []
-    renderer, renderers = for_prompts(tokenizer, host), by_environment(tokenizer, host)
-    prompts, sampler = load_training(config, renderer, checks, renderers)
+    reader = prompt_reader(config, tokenizer, host)
+    prompts, sampler = load_training(reader, config.train)
     eval_prompts: list[Prompt] = []
     if config.data.eval_file:
-        loaded, _ = load_prompts(config.data.eval_file, config.data.eval_split, config.data, renderer, checks,
-                                 tokenizers=renderers)  # fmt: skip
+        loaded, _ = reader.load(config.data.eval_file, config.data.eval_split)
         eval_prompts = loaded[: config.train.num_eval_prompts]
     end_ids = end_token_ids(config.model, tokenizer)
     for doubt in doubts(config, tokenizer, prompts, end_ids):

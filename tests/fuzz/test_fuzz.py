@@ -29,7 +29,7 @@ from grpo_dist.config.parser import make_parser
 from grpo_dist.config.schema import Config, DataConfig
 from grpo_dist.config.values import flat
 from grpo_dist.data.order import Sampler
-from grpo_dist.data.prompts import load_prompts
+from grpo_dist.data.prompts import PromptReader
 from grpo_dist.data.rows import RowReader
 from grpo_dist.model.load import load_tokenizer
 from grpo_dist.rewards.math import MathRewardModel, last_integer, read_answer
@@ -172,7 +172,7 @@ def test_data(
     path = folder / "rows.jsonl"
     path.write_bytes(end.join(lines))
     try:
-        prompts, report = load_prompts(str(path), "train", config, tokenizer, [MathRewardModel.check_answer])
+        prompts, report = PromptReader(config, tokenizer, [MathRewardModel.check_answer]).load(str(path), "train")
     except ValueError as error:
         assert str(path) in str(error) or "data." in str(error)
         outcomes["refused"] += 1

@@ -17,6 +17,7 @@ import torch
 from grpo_dist.config.schema import Config, CurriculumConfig, DataConfig, RewardConfig, TrainConfig
 from grpo_dist.data.mixture import load_training
 from grpo_dist.data.order import Curriculum, Mixture, Sampler
+from grpo_dist.data.prompts import PromptReader
 from grpo_dist.model.load import load_tokenizer
 from grpo_dist.monitoring.metrics import pass_rates
 from grpo_dist.rewards.registry import answer_checks
@@ -29,8 +30,9 @@ CHECKS = answer_checks([RewardConfig("math")])
 
 
 @pytest.fixture(scope="module")
-def tokenizer() -> Any:
-    return load_tokenizer(Config().model)
+def load() -> Any:
+    tokenizer = load_tokenizer(Config().model)
+    return lambda config: load_training(PromptReader(config.data, tokenizer, CHECKS), config.train)
 
 
 def write(path: Path, numbers: Iterable[int], **columns: Any) -> str:
@@ -118,40 +120,40 @@ def test_pass_rates() -> None:
     assert pass_rates(batch, [1.0, -1.0])[:2] == [0.5, 1.0] and math.isnan(pass_rates(batch, [1.0])[2])
 
 
-def test_mixtures_and_curricula_of_a_config(tmp_path: Path, tokenizer: Any) -> None:
+def test_mixtures_and_curricula_of_a_config(tmp_path: Path, load: Any) -> None:
     files = {write(tmp_path / "a.jsonl", range(6)): 1.0, write(tmp_path / "b.jsonl", range(6, 9)): 3.0}
-    prompts, sampler = load_training(config(train_file=files), tokenizer, CHECKS)
+    prompts, sampler = load(config(train_file=files))
     assert isinstance(sampler, Mixture) and [prompt.index for prompt in prompts] == list(range(9))
     assert prompts[7].text == "What is 7?" == prompts[-2].text and len(prompts[5:8]) == 3
-    _, sampler = load_training(config(train_file=files, curriculum=CurriculumConfig()), tokenizer, CHECKS)
+    _, sampler = load(config(train_file=files, curriculum=CurriculumConfig()))
     assert isinstance(sampler, Curriculum)
 
 
-def test_streaming_gives_the_same_prompts_in_the_same_order(tmp_path: Path, tokenizer: Any) -> None:
+def test_streaming_gives_the_same_prompts_in_the_same_order(tmp_path: Path, load: Any) -> None:
     path = write(tmp_path / "a.jsonl", range(300))
     with open(path, "a") as file:
         file.write("\n  \n" + json.dumps({"prompt": "é?", "answer": 1}) + "\n")
-    loaded, sampler = load_training(config(train_file=path), tokenizer, CHECKS)
-    streamed, same = load_training(config(train_file=path, streaming=True), tokenizer, CHECKS)
+    loaded, sampler = load(config(train_file=path))
+    streamed, same = load(config(train_file=path, streaming=True))
     assert list(streamed) == loaded and streamed[298:] == loaded[298:]
     assert sampler.batch_indices(50) == same.batch_indices(50)
     csv = tmp_path / "a.csv"
     csv.write_text("prompt,answer\na?,1\nb?,2\n")
-    prompts, _ = load_training(config(train_file=str(csv), streaming=True), tokenizer, CHECKS)
+    prompts, _ = load(config(train_file=str(csv), streaming=True))
     assert [prompt.text for prompt in prompts] == ["a?", "b?"]
     with open(path, "a") as file:
         file.write('{"prompt": "x"}\n')
-    prompts, _ = load_training(config(train_file=path, streaming=True), tokenizer, CHECKS)
+    prompts, _ = load(config(train_file=path, streaming=True))
     with pytest.raises(ValueError, match=r"row 304 cannot be used: no 'answer'"):
         prompts[301]
     with pytest.raises(ValueError, match=r"data\.streaming"):
         config(train_file=path, streaming=True, bad_rows="drop")
 
 
-def test_filters_are_counted(tmp_path: Path, tokenizer: Any, caplog: pytest.LogCaptureFixture) -> None:
+def test_filters_are_counted(tmp_path: Path, load: Any, caplog: pytest.LogCaptureFixture) -> None:
     path = write(tmp_path / "a.jsonl", range(10), level=lambda n: n % 3, kind=lambda n: "xy"[n % 2])
     caplog.set_level(logging.INFO, "grpo_dist")
-    prompts, _ = load_training(config(train_file=path, keep={"level": {"max": 1}, "kind": ["x"]}), tokenizer, CHECKS)
+    prompts, _ = load(config(train_file=path, keep={"level": {"max": 1}, "kind": ["x"]}))
     assert [prompt.index for prompt in prompts] == [0, 4, 6]
     assert "keeps 3 of 10 rows (left out by level: 3, kind: 5)" in caplog.text
     for keep, message in (
@@ -159,34 +161,35 @@ def test_filters_are_counted(tmp_path: Path, tokenizer: Any, caplog: pytest.LogC
         ({"level": 7}, "leave none of 10"), ({"kind": {"min": 1}}, "cannot be compared"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=message):
-            load_training(config(train_file=path, keep=keep), tokenizer, CHECKS)
+            load(config(train_file=path, keep=keep))
 
 
-def test_what_is_evaluated_on_is_held_out(tmp_path: Path, tokenizer: Any, caplog: pytest.LogCaptureFixture) -> None:
+def test_what_is_evaluated_on_is_held_out(tmp_path: Path, load: Any, caplog: pytest.LogCaptureFixture) -> None:
     path, others = write(tmp_path / "a.jsonl", range(10)), write(tmp_path / "b.jsonl", range(7, 12))
     evaluated = write(tmp_path / "eval.jsonl", [2, 7, 50])
     caplog.set_level(logging.INFO, "grpo_dist")
     mixed = config(train_file={path: 1.0, others: 1.0}, eval_file=evaluated, hold_out=True)
-    prompts, sampler = load_training(mixed, tokenizer, CHECKS)
+    prompts, sampler = load(mixed)
     assert [prompt.index for prompt in prompts] == [0, 1, 3, 4, 5, 6, 8, 9, 11, 12, 13, 14]
     assert max(index for step in range(20) for index in sampler.batch_indices(step)) == len(prompts) - 1
     assert f"{path}: data.hold_out leaves out 2 of 10 prompts" in caplog.text
     assert f"{others}: data.hold_out leaves out 1 of 5 prompts" in caplog.text
     with pytest.raises(ValueError, match="has all 3 prompts"):
-        load_training(config(train_file=evaluated, eval_file=evaluated, hold_out=True), tokenizer, CHECKS)
+        load(config(train_file=evaluated, eval_file=evaluated, hold_out=True))
     for impossible in ({}, {"eval_file": evaluated, "streaming": True}):
         with pytest.raises(ValueError, match=r"data\.(hold_out|streaming): True given"):
             config(train_file=path, hold_out=True, **impossible)
 
 
-def test_long_prompts(tmp_path: Path, tokenizer: Any, caplog: pytest.LogCaptureFixture) -> None:
+def test_long_prompts(tmp_path: Path, load: Any, caplog: pytest.LogCaptureFixture) -> None:
     path = write(tmp_path / "a.jsonl", range(8, 12))
+    tokenizer = load_tokenizer(Config().model)
     short = len(tokenizer("What is 8?").input_ids)
-    load = {"train_file": path, "max_prompt_length": short}
+    given = {"train_file": path, "max_prompt_length": short}
     with pytest.raises(ValueError, match="2 of 4 rows cannot be used"):
-        load_training(config(**load), tokenizer, CHECKS)
-    prompts, _ = load_training(config(**load, too_long="drop"), tokenizer, CHECKS)
+        load(config(**given))
+    prompts, _ = load(config(**given, too_long="drop"))
     assert [prompt.index for prompt in prompts] == [0, 1]
-    prompts, _ = load_training(config(**load, too_long="truncate"), tokenizer, CHECKS)
+    prompts, _ = load(config(**given, too_long="truncate"))
     assert len(prompts) == 4 and prompts[2].ids == tokenizer("What is 10?").input_ids[-short:]
     assert caplog.text.count("2 of 4 prompts have more than data.max_prompt_length") == 2

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 
 from grpo_dist.config.schema import DataConfig, RewardConfig
 from grpo_dist.data.order import Sampler, permutation
-from grpo_dist.data.prompts import load_prompts, load_rows, render
+from grpo_dist.data.prompts import PromptReader, load_rows, render
 from grpo_dist.data.rows import RowReader
 from grpo_dist.rewards.registry import answer_checks
 
@@ -56,7 +56,7 @@ def row(n: int, **columns: object) -> dict[str, Any]:
 
 def test_the_recipe_s_rows_arrive(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     path = write(tmp_path, row(1), "", row(22, level="hard"))
-    prompts, report = load_prompts(path, "train", DataConfig(), tokenizer, MATH)
+    prompts, report = PromptReader(DataConfig(), tokenizer, MATH).load(path, "train")
     assert [prompt.index for prompt in prompts] == [0, 1]
     assert [prompt.text for prompt in prompts] == ["What is 1?", "What is 22?"]
     assert [prompt.columns for prompt in prompts] == [{"answer": "1", "level": None}, {"answer": "22", "level": "hard"}]
@@ -95,10 +95,10 @@ def test_a_bad_row_is_named_or_counted(
     path = write(tmp_path, row(1), line, row(3))
     config = DataConfig(max_prompt_length=40)
     with pytest.raises(ValueError, match=rf"train\.jsonl: 1 of 3 rows cannot be used: .*{reason}.*bad_rows: drop"):
-        load_prompts(path, "train", config, tokenizer, MATH)
+        PromptReader(config, tokenizer, MATH).load(path, "train")
     config.bad_rows = "drop"
     with caplog.at_level(logging.WARNING):
-        prompts, report = load_prompts(path, "train", config, tokenizer, MATH)
+        prompts, report = PromptReader(config, tokenizer, MATH).load(path, "train")
     assert [prompt.index for prompt in prompts] == [0, 2]
     assert [number for number, _ in report.dropped] == [2]
     assert "1 of 3 rows cannot be used: line 2" in caplog.text
@@ -107,9 +107,9 @@ def test_a_bad_row_is_named_or_counted(
 def test_many_bad_rows_are_summed_up(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     path = write(tmp_path, *["no"] * 9)
     with pytest.raises(ValueError, match=r"9 of 9 rows.*line 1: .*line 5: [^;]*; and 4 more. Correct them"):
-        load_prompts(path, "train", DataConfig(), tokenizer)
+        PromptReader(DataConfig(), tokenizer).load(path, "train")
     with pytest.raises(ValueError, match=r"9 of 9 rows.*No row is left"):
-        load_prompts(path, "train", DataConfig(bad_rows="drop"), tokenizer)
+        PromptReader(DataConfig(bad_rows="drop"), tokenizer).load(path, "train")
 
 
 def test_broken_text_names_its_line(tmp_path: Path) -> None:
@@ -125,18 +125,18 @@ def test_columns_are_checked_as_a_whole(tmp_path: Path, tokenizer: PreTrainedTok
     with pytest.raises(
         ValueError, match=r"no column 'prompt'; it has prompts_, gold. Set data.prompt_column to 'prompts_'"
     ):
-        load_prompts(path, "train", DataConfig(), tokenizer)
+        PromptReader(DataConfig(), tokenizer).load(path, "train")
     config = DataConfig(prompt_column="prompts_")
     with pytest.raises(ValueError, match=r"no column 'answer'.*data\.answer_column, or to null"):
-        load_prompts(path, "train", config, tokenizer)
+        PromptReader(config, tokenizer).load(path, "train")
     config.answer_column = "gold"
-    ((prompt,), _) = load_prompts(path, "train", config, tokenizer, MATH)
+    ((prompt,), _) = PromptReader(config, tokenizer, MATH).load(path, "train")
     assert prompt.columns == {"gold": "1", "answer": "1"}
     config.answer_column = None
-    ((prompt,), _) = load_prompts(path, "train", config, tokenizer, MATH)
+    ((prompt,), _) = PromptReader(config, tokenizer, MATH).load(path, "train")
     assert prompt.columns == {"gold": "1"}
     with pytest.raises(ValueError, match=r"column.* completions, which are names of other arguments of rewards"):
-        load_prompts(write(tmp_path, row(1, completions="a")), "train", DataConfig(), tokenizer)
+        PromptReader(DataConfig(), tokenizer).load(write(tmp_path, row(1, completions="a")), "train")
 
 
 def test_files_that_are_not_there_or_empty(tmp_path: Path) -> None:
@@ -183,7 +183,7 @@ def test_other_formats_and_directories(
     (tmp_path / "set").mkdir()
     datasets.Dataset.from_list(rows).to_parquet(tmp_path / "set" / "train.parquet")
     for name in ("train.json", "train.csv", "train.tsv", "set/train.parquet", "set"):
-        prompts, report = load_prompts(str(tmp_path / name), "train", DataConfig(), tokenizer, MATH)
+        prompts, report = PromptReader(DataConfig(), tokenizer, MATH).load(str(tmp_path / name), "train")
         assert [prompt.text for prompt in prompts] == [r["prompt"] for r in rows], name
         assert [int(prompt.columns["answer"]) for prompt in prompts] == [1, -22], name
         assert report.unit == "row"
@@ -231,14 +231,14 @@ def test_cells_of_a_csv_file(tmp_path: Path, tokenizer: PreTrainedTokenizerFast)
     assert rows[1].columns["answer"] is None and rows[3].columns["level"] is None
     assert "4 cells, expected 3: put cells that contain a separator" in rows[2].problem
     with pytest.raises(ValueError, match=r"row 2: no 'answer'; row 3: 4 cells, expected 3"):
-        load_prompts(path, "train", DataConfig(), tokenizer)
+        PromptReader(DataConfig(), tokenizer).load(path, "train")
     dropped = DataConfig(bad_rows="drop", keep={"level": [4, 5]})
-    prompts, _ = load_prompts(path, "train", dropped, tokenizer)
+    prompts, _ = PromptReader(dropped, tokenizer).load(path, "train")
     assert [prompt.columns["answer"] for prompt in prompts] == ["01"], (
         "the condition has numbers, and texts are compared as numbers"
     )
     kept = DataConfig(bad_rows="drop", keep={"level": {"min": 4}, "answer": "01"})
-    assert len(load_prompts(path, "train", kept, tokenizer)[0]) == 1
+    assert len(PromptReader(kept, tokenizer).load(path, "train")[0]) == 1
     with pytest.raises(ValueError, match=r"the column\(s\) 'a' occur more than once"):
         load_rows(write(tmp_path, "a,b,a", "1,2,3", name="twice.csv"), "train")
     with pytest.raises(ValueError, match=r"cells separated by ';', expected ',': save it so"):
@@ -259,7 +259,7 @@ def test_messages_as_text_are_no_prompt(
     cell = '"' + text.replace('"', '""') + '",1'
     lines = ["prompt,answer", cell] if name == "train.csv" else [{"prompt": text, "answer": "1"}]
     with pytest.raises(ValueError, match=r"the prompt is a text that contains a list of messages .* write the data as"):
-        load_prompts(write(tmp_path, *lines, name=name), "train", DataConfig(), tokenizer)
+        PromptReader(DataConfig(), tokenizer).load(write(tmp_path, *lines, name=name), "train")
 
 
 def test_data_sets_saved_to_disk(tmp_path: Path) -> None:
@@ -320,7 +320,7 @@ def test_a_prompt_does_not_end_as_texts_of_the_tokenizer_do(tmp_path: Path, capl
     closing = make_tokenizer(None)
     frame = [("<s>", 0), ("</s>", 1)]
     closing.backend_tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=frame)
-    prompts, _ = load_prompts(write(tmp_path, row(1), row(2)), "train", DataConfig(), closing)
+    prompts, _ = PromptReader(DataConfig(), closing).load(write(tmp_path, row(1), row(2)), "train")
     assert [closing.decode(prompt.ids) for prompt in prompts] == ["<s>What is 1?", "<s>What is 2?"]
     assert closing.decode(render("Hi</s>", DataConfig(), closing).ids) == "<s>Hi</s>", "a text may have one"
     (warning,) = caplog.records
@@ -330,7 +330,7 @@ def test_a_prompt_does_not_end_as_texts_of_the_tokenizer_do(tmp_path: Path, capl
 def test_a_tokenizer_without_template_is_no_bad_row(tmp_path: Path) -> None:
     path = write(tmp_path, row(1))
     with pytest.raises(ValueError, match="no chat template"):
-        load_prompts(path, "train", DataConfig(system_prompt="Be brief.", bad_rows="drop"), make_tokenizer(None))
+        PromptReader(DataConfig(system_prompt="Be brief.", bad_rows="drop"), make_tokenizer(None)).load(path, "train")
 
 
 def slow_order(num_prompts: int, seed: int, epoch: int) -> list[int]:

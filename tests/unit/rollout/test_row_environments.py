@@ -17,11 +17,19 @@ from transformers import AutoModelForCausalLM
 from grpo_dist.config.environment import EnvironmentConfig
 from grpo_dist.config.schema import Config, DataConfig, ModelConfig, RewardConfig, RolloutConfig, TrainConfig
 from grpo_dist.data.mixture import load_training
+from grpo_dist.data.prompts import PromptReader
 from grpo_dist.environments.host import EnvironmentHost
 from grpo_dist.model.load import end_token_ids, load_tokenizer
 from grpo_dist.model.toy import toy_path
 from grpo_dist.rollout import LoadedModel, LocalEngine, RowDecoder, Sampling, awake
-from grpo_dist.rollout.playing import by_environment, described, episodes_of, for_prompts, open_host, with_observation
+from grpo_dist.rollout.playing import (
+    described,
+    episodes_of,
+    for_prompts,
+    open_host,
+    prompt_reader,
+    with_observation,
+)
 from grpo_dist.trainer.scoring import requests_of
 from grpo_dist.types import Episode, Trajectory
 
@@ -129,7 +137,7 @@ def played(config: Config, stream: str = "train/0") -> list[Trajectory]:
     host = open_host(config)
     assert host is not None
     with host:
-        prompts, _ = load_training(config, TOKENIZER, [], by_environment(TOKENIZER, host))
+        prompts, _ = load_training(prompt_reader(config, TOKENIZER, host), config.train)
         ends = end_token_ids(MODEL, TOKENIZER)
         episodes = episodes_of(config, host, TOKENIZER, ends)
         assert episodes is not None
@@ -187,7 +195,7 @@ def test_a_prompt_shows_the_tools_of_its_environment_alone(tmp_path: Path) -> No
         config.data.prompt_column = "prompt"
         for streaming in (False, True):
             config.data.streaming = streaming
-            prompts, _ = load_training(config, tokenizer, [], by_environment(tokenizer, host))
+            prompts, _ = load_training(prompt_reader(config, tokenizer, host), config.train)
             assert [prompt.text for prompt in prompts] == ["calculator ", "guess ", "calculator ", "guess Play."]
 
 
@@ -196,7 +204,7 @@ def test_a_row_names_an_environment(row: dict[str, Any], tmp_path: Path) -> None
     config = make_config(tmp_path / "rows.jsonl", [*ROWS, row])
     tokenizers = {"products": TOKENIZER, "game": TOKENIZER}
     with pytest.raises(ValueError, match=r"line 4: 'environment' is .*expected a name of .*products, game"):
-        load_training(config, TOKENIZER, [], tokenizers)
+        load_training(PromptReader(config.data, TOKENIZER, [], tokenizers), config.train)
 
 
 def test_a_prompt_comes_from_the_row_or_from_its_environment(tmp_path: Path) -> None:

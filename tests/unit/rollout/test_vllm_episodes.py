@@ -30,7 +30,7 @@ from grpo_dist.model.load import end_token_ids, load_policy, load_tokenizer, tra
 from grpo_dist.model.rollout_weights import RolloutModel
 from grpo_dist.model.toy import toy_path
 from grpo_dist.rollout import Request, RowDecoder, Sampling, awake, decode_all
-from grpo_dist.rollout.playing import episodes_of, for_prompts, open_host
+from grpo_dist.rollout.playing import episodes_of, open_host, prompt_reader
 from grpo_dist.rollout.vllm.messages import seed_of
 from grpo_dist.rollout.vllm.start import make_vllm_engine
 from grpo_dist.trainer.scoring import requests_of
@@ -74,7 +74,7 @@ def played(server: FakeVllm, directory: Path) -> tuple[list[Request], list[Traje
     assert host is not None
     tokenizer = load_tokenizer(MODEL)
     with host:
-        prompts = load_training(config, for_prompts(tokenizer, host), [])[0][:3]
+        prompts = load_training(prompt_reader(config, tokenizer, host), config.train)[0][:3]
         episodes = episodes_of(config, host, tokenizer, ENDS)
         assert episodes is not None
         requests = requests_of(list(prompts), SIZE, slice(0, SIZE * len(prompts)), 0, "train/0")

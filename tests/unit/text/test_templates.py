@@ -12,7 +12,7 @@ import pytest
 
 from grpo_dist.checkpoint.resume import with_template_date
 from grpo_dist.config.schema import Config, DataConfig
-from grpo_dist.data.prompts import load_prompts, render
+from grpo_dist.data.prompts import PromptReader, render
 from grpo_dist.model.load import load_tokenizer
 from grpo_dist.text import templates
 from grpo_dist.text.templates import TemplateRefusal, render_messages, uses_date
@@ -162,6 +162,6 @@ def test_prompts_that_are_all_the_same_are_refused(tmp_path: Path) -> None:
     file.write_text("".join(json.dumps({"prompt": f"{n} and the same end", "answer": "1"}) + "\n" for n in range(3)))
     tokenizer = tokenizer_with(TURNS)
     with pytest.raises(ValueError, match=r"all 3 prompts have the same 4 tokens.*too_long: truncate keeps the last 4"):
-        load_prompts(str(file), "train", DataConfig(max_prompt_length=4, too_long="truncate"), tokenizer)
+        PromptReader(DataConfig(max_prompt_length=4, too_long="truncate"), tokenizer).load(str(file), "train")
     file.write_text((json.dumps({"prompt": "one and the same", "answer": "1"}) + "\n") * 3)
-    assert len(load_prompts(str(file), "train", DataConfig(), tokenizer)[0]) == 3, "given so, it is no mistake"
+    assert len(PromptReader(DataConfig(), tokenizer).load(str(file), "train")[0]) == 3, "given so, it is no mistake"
