@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,9 +14,14 @@ from .attention import RowLayout
 TOKENS = 64
 
 
+def most_positions(config: Any) -> int:
+    """Tokens of the longest sequence a model can take, as far as its config tells."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
+
+
 def fixed_ids(model: nn.Module, most: int = TOKENS) -> list[int]:
     """Ids of at most `most` random tokens, the same for every model of a vocabulary."""
-    length = min(most, getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize)
+    length = min(most, most_positions(model.config))
     count = model.get_input_embeddings().num_embeddings
     return torch.randint(count, (length,), generator=torch.Generator().manual_seed(0)).tolist()
 

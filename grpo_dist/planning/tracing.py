@@ -23,6 +23,7 @@ from ..model import attention
 from ..model.checks import bitsandbytes_config
 from ..model.expert_adapters import adapted_weight
 from ..model.files import kind_of
+from ..model.fixed_row import most_positions
 from ..model.load import blank_causal_lm, make_policy, trainable
 from ..model.packing import Pack, Piece, make_pack
 from ..model.peft import LoraLayer
@@ -37,7 +38,8 @@ from .memory import PERSISTENCE_THRESHOLD, ModelCounts, Passes
 
 TRACED_LAYERS = (2, 4)
 """Depths at which a deeper model is traced. The memory of its passes grows by the same amount with each layer."""
-PREFILL_TOKENS = 1024
+TRACED_TOKENS = 1024
+"""Tokens of the prefill that is traced."""
 JOINED = ("q_proj", "k_proj", "v_proj")
 
 Shape = tuple[tuple[int, tuple[int, ...]], ...]
@@ -144,8 +146,7 @@ def trace_passes(
     """
     text = model_config.get_text_config()
     logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)  # it prints errors as well
-    positions = getattr(text, "max_position_embeddings", None) or PREFILL_TOKENS
-    num_prefilled = min(PREFILL_TOKENS, positions)
+    num_prefilled = min(TRACED_TOKENS, most_positions(model_config))
     traced = _Traced(config, model_config, implementation)
     try:
         update = traced.update(precision, shape)

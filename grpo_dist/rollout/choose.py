@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import sys
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -14,6 +13,7 @@ from torch import nn
 
 from ..config.rollout import RolloutConfig
 from ..model.checks import CANNOT
+from ..model.fixed_row import most_positions
 from ..model.gpu_kernels import triton_obstacle
 from ..model.quantized import quantized_layers
 from ..model.routing import routers_of
@@ -215,7 +215,7 @@ def _step_off(name: str, model: nn.Module) -> float:
     """Near and far into a sequence: the norm of the difference of logits as a share of theirs, infinite where the step
     does not work for the model."""
     try:
-        far = min(FAR, _most_positions(model) - 1)
+        far = min(FAR, most_positions(model.config) - 1)
         tokens = example_tokens(model, PROMPT)
         positions = torch.tensor([PROMPT, far], device=tokens.device)
         logits = []
@@ -244,11 +244,6 @@ def _pages(layout: PrefillLayout) -> Any:
     from .native.pages import two_rows
 
     return two_rows(layout)
-
-
-def _most_positions(model: nn.Module) -> int:
-    """Tokens of the longest sequence the model can take, as far as its config tells."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
 
 
 def _paged_fault(model: nn.Module, own: Maker) -> str | None:
