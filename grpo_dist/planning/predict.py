@@ -16,7 +16,7 @@ from ..distributed.device import DTYPES, dtype_name
 from ..model.checks import bitsandbytes_config, stored_quantization
 from ..model.files import kind_of, stored_kind
 from ..model.load import attention_for, trainable
-from ..model.packing import Piece, plan
+from ..model.packing import plan
 from ..model.reference import REFERENCE_PACK, needs_copy
 from ..model.routing import has_experts
 from ..rollout.native.cache import SLOT_CHUNK
@@ -58,36 +58,33 @@ class StepCounts:
     optimizer_steps: int
 
 
-def full_plan(
-    config: Config, num_ranks: int, share_prompts: bool, larger: int = 1
-) -> tuple[list[int], list[int], list[list[list[Piece]]]]:
-    """Prompt lengths (P,), completion lengths (N,) and the plan of a batch of full-length sequences, in packs `larger`
-    times as large as those of the update."""
-    group_size = config.rollout.group_size
-    prompts = [config.data.max_prompt_length] * math.ceil(config.train.batch_size / config.train.num_minibatches)
-    lengths = [config.rollout.max_completion_length] * (len(prompts) * group_size)
-    group = [n // group_size for n in range(len(lengths))]
-    num_groups = max(1, num_ranks // config.train.sequence_parallel_size)
-    return prompts, lengths, plan(prompts, group, lengths, [True] * len(lengths), num_ranks=num_groups,
-                                  share_prompts=share_prompts,
-                                  max_tokens=larger * config.train.max_tokens_per_pack)  # fmt: skip
+def packs_of_ranks(config: Config, num_ranks: int, share_prompts: bool, larger: int = 1) -> list[list[Shape]]:
+    """Each rank's packs of a minibatch of full-length sequences, `larger` times as large as those of the update."""
+    prompt, completion = config.data.max_prompt_length, config.rollout.max_completion_length
+    num_prompts = math.ceil(config.train.batch_size / config.train.num_minibatches)
+    group = [n // config.rollout.group_size for n in range(num_prompts * config.rollout.group_size)]
+    ranks = plan([prompt] * num_prompts, group, [completion] * len(group), [True] * len(group),
+                 num_ranks=max(1, num_ranks // config.train.sequence_parallel_size), share_prompts=share_prompts,
+                 max_tokens=larger * config.train.max_tokens_per_pack)  # fmt: skip
+    return [[tuple((prompt, (completion,) * len(piece.completions)) for piece in pack) for pack in packs]
+            for packs in ranks]  # fmt: skip
 
 
 def batch_arithmetic(config: Config, num_ranks: int, share_prompts: bool = True) -> StepCounts:
     """The counts of a step on `num_ranks`."""
-    prompts, lengths, ranks = full_plan(config, num_ranks, share_prompts)
+    ranks = packs_of_ranks(config, num_ranks, share_prompts)
     total = config.train.batch_size * config.rollout.group_size
     return StepCounts(
         completions=total,
         completions_per_rank=math.ceil(total / num_ranks),
         packs_per_rank=len(ranks[0]) * config.train.num_minibatches,
-        largest_pack_tokens=max(_size(pack, prompts, lengths) for packs in ranks for pack in packs),
+        largest_pack_tokens=max(_num_tokens(pack) for packs in ranks for pack in packs),
         optimizer_steps=config.train.updates_per_batch * config.train.num_minibatches,
     )
 
 
-def _size(pack: list[Piece], prompts: list[int], lengths: list[int]) -> int:
-    return sum(prompts[p.prompt] + sum(lengths[n] for n in p.completions) for p in pack)
+def _num_tokens(pack: Shape) -> int:
+    return sum(prompt + sum(completions) for prompt, completions in pack)
 
 
 def flight(
@@ -246,6 +243,5 @@ class Predictor:
         return replace(passes, update=passes.update // size, reference=passes.reference // size)
 
     def _largest_pack(self, num_ranks: int, larger: int) -> Shape:
-        prompts, lengths, ranks = full_plan(self.config, num_ranks, self.share_prompts, larger)
-        largest = max((pack for packs in ranks for pack in packs), key=lambda pack: _size(pack, prompts, lengths))
-        return tuple((prompts[p.prompt], tuple(lengths[n] for n in p.completions)) for p in largest)
+        ranks = packs_of_ranks(self.config, num_ranks, self.share_prompts, larger)
+        return max((pack for packs in ranks for pack in packs), key=_num_tokens)
