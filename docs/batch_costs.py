@@ -85,10 +85,11 @@ def main() -> None:
     advantages = timed(ranks, "advantages", lambda: relative_advantages(
         all_token_rewards(batch), [1.0], batch.lengths, batch.group, baseline="mean", scale="group",
         normalise_each=False, gamma=1.0))  # fmt: skip
+    batch = replace(batch, advantages=advantages)
     everything = torch.ones_like(batch.finished)
     timed(ranks, "weights of tokens", lambda: token_weights(
         batch.lengths, "sequence_mean", group=batch.group, included=everything, longest=LONGEST))  # fmt: skip
-    timed(ranks, "metrics of the batch", lambda: batch_metrics(batch, advantages, ["made up"]))
+    timed(ranks, "metrics of the batch", lambda: batch_metrics(batch, ["made up"]))
     half = len(prompts) // 2
     timed(ranks, "joining two rounds of dynamic sampling",
           lambda: join([batch, batch], [list(range(half)), list(range(half, len(prompts)))]))  # fmt: skip
@@ -100,7 +101,7 @@ def main() -> None:
         timed(ranks, f"tensors of one rank's {len(mine)} packs, of {num_ranks} ranks",
               partial(tensors_of, batch, mine))  # fmt: skip
     if ranks.is_main:
-        record(ranks, batch, advantages)
+        record(ranks, batch)
     ranks.barrier()
     ranks.end()
 
@@ -111,7 +112,7 @@ def tensors_of(batch: Batch, packs: list[list[Piece]]) -> None:
         make_pack(batch, pieces)
 
 
-def record(ranks: Ranks, batch: Batch, advantages: torch.Tensor) -> None:
+def record(ranks: Ranks, batch: Batch) -> None:
     """The work of only the main rank: the table of completions."""
     tokenizer = load_tokenizer(ModelConfig())
     batch = replace(batch, ids=batch.ids % len(tokenizer))
@@ -121,7 +122,7 @@ def record(ranks: Ranks, batch: Batch, advantages: torch.Tensor) -> None:
         config = replace(Config(), logging=replace(Config().logging, trackers=[]))
         recorder = Recorder(config, Path(folder), -1)
         timed(ranks, "main rank: table of completions",
-              lambda: recorder.completions(1, batch, texts, [""] * len(texts), advantages, ["made up"]))  # fmt: skip
+              lambda: recorder.completions(1, batch, texts, [""] * len(texts), ["made up"]))  # fmt: skip
         recorder.close()
 
 

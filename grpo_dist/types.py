@@ -170,6 +170,12 @@ class Batch:
         return torch.cumsum(self.lengths, 0) - self.lengths
 
     @cached_property
+    def first_advantages(self) -> Tensor:
+        """(N,) float64: advantage of each completion's first token, which is the completion's for outcome rewards."""
+        assert self.advantages is not None
+        return self.advantages[self.starts]
+
+    @cached_property
     def row_starts(self) -> Tensor:
         """(N,) int64: where each completion begins in the (L,) tensors."""
         return torch.cumsum(self.row_lengths, 0) - self.row_lengths

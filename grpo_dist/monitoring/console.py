@@ -13,7 +13,6 @@ from typing import TextIO
 
 import transformers
 from rich.console import Console
-from torch import Tensor
 
 from ..text.plain import plain_lines
 from ..types import Batch, Metrics
@@ -73,9 +72,9 @@ class Display:
         """Whether completions of this step are shown."""
         return bool(self.live and self.show_completions_every and step % self.show_completions_every == 0)
 
-    def completions(self, step: int, batch: Batch, texts: Sequence[str], advantages: Tensor) -> None:
+    def completions(self, step: int, batch: Batch, texts: Sequence[str]) -> None:
         """Show the best and the worst completion of a group on a terminal, where this step shows completions."""
-        chosen = contrast(batch, texts, advantages) if self.shows_completions(step) else None
+        chosen = contrast(batch, texts) if self.shows_completions(step) else None
         if chosen is not None:
             self.console.print(contrast_table(step, *chosen))
 

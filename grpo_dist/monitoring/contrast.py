@@ -9,7 +9,6 @@ import torch
 from rich import box
 from rich.table import Table
 from rich.text import Text
-from torch import Tensor
 
 from ..text.plain import plain
 from ..types import Batch
@@ -29,10 +28,10 @@ class Shown:
     finished: bool
 
 
-def contrast(batch: Batch, texts: Sequence[str], advantages: Tensor) -> tuple[str, Shown, Shown] | None:
+def contrast(batch: Batch, texts: Sequence[str]) -> tuple[str, Shown, Shown] | None:
     """Return a prompt with the best and worst completion of its group, the first of those whose rewards differ most.
 
-    `texts` are the N completions, `advantages` (T,). None where no two completions of a group are scored.
+    `texts` are the N completions. None where no two completions of a group are scored.
     """
     low = torch.full((len(batch.prompts),), float("inf"), dtype=torch.float64)
     high = -low
@@ -46,7 +45,7 @@ def contrast(batch: Batch, texts: Sequence[str], advantages: Tensor) -> tuple[st
         return None
     members = torch.nonzero(scored & (batch.group == chosen))[:, 0]
     order = batch.reward[members].argsort(stable=True)
-    firsts = advantages[batch.starts]
+    firsts = batch.first_advantages
     worst, best = (
         Shown(texts[n], float(batch.reward[n]), float(firsts[n]), int(batch.lengths[n]), bool(batch.finished[n]))
         for n in (int(members[order[0]]), int(members[order[-1]]))

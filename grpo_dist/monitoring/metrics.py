@@ -23,8 +23,8 @@ from .traces import traced_tokens
 log = logging.getLogger(__name__)
 
 
-def batch_metrics(batch: Batch, advantages: Tensor, reward_names: list[str]) -> dict[str, float]:
-    """Metrics of the global batch: rewards, advantages (T,) and lengths."""
+def batch_metrics(batch: Batch, reward_names: list[str]) -> dict[str, float]:
+    """Metrics of the global batch: rewards, advantages and lengths."""
     scored = batch.reward[~batch.reward.isnan()]
     _, stds, counts = group_statistics(batch.reward, batch.group)
     lengths = batch.lengths.double()
@@ -33,7 +33,7 @@ def batch_metrics(batch: Batch, advantages: Tensor, reward_names: list[str]) -> 
         "reward/std": float(scored.std()) if len(scored) > 1 else 0.0,
         "reward/groups_zero_std": float(((stds <= 1e-12) | (counts < 2)).double().mean()),
         "reward/unscored": float(batch.reward.isnan().double().mean()),
-        "advantage/abs_mean": float(advantages[batch.starts].abs().mean()),
+        "advantage/abs_mean": float(batch.first_advantages.abs().mean()),
         "completion/length_mean": float(lengths.mean()),
         "completion/length_max": float(lengths.max()),
         "completion/truncated": float((~batch.finished).double().mean()),

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from torch import Tensor
 
 from ..config.schema import Config
 from ..config.values import flat, redacted
@@ -38,7 +37,7 @@ HISTOGRAMS = {"reward": "reward/distribution", "advantage": "advantage/distribut
 
 
 def completions_table(
-    step: int, batch: Batch, texts: list[str], traces: list[str], advantages: Tensor, reward_names: list[str]
+    step: int, batch: Batch, texts: list[str], traces: list[str], reward_names: list[str]
 ) -> dict[str, list[Any]]:
     """Return the columns of a step's completions for their file; `texts` are the N completions, `traces` are from
     `trace_lines`."""
@@ -52,8 +51,7 @@ def completions_table(
         "tokens": batch.lengths.tolist(),
         "finished": batch.finished.tolist(),
         "reward": batch.reward.tolist(),
-        # the first token's, which is the completion's for outcome rewards
-        "advantage": advantages[batch.starts].tolist(),
+        "advantage": batch.first_advantages.tolist(),
         **{f"reward/{name}": column.tolist() for name, column in zip(reward_names, batch.rewards.T, strict=True)},
         **{f"reward/{column}": values for column, values in batch.extras.items()},
         "trace": traces,
@@ -122,11 +120,9 @@ class Recorder:
             self.alarm_file.write(json.dumps(asdict(alarm) | {"advice": advice(alarm.name)}) + "\n")
         return alarms
 
-    def completions(
-        self, step: int, batch: Batch, texts: list[str], traces: list[str], advantages: Tensor, names: list[str]
-    ) -> None:
+    def completions(self, step: int, batch: Batch, texts: list[str], traces: list[str], names: list[str]) -> None:
         """Write one step's completions to completions/step_N.parquet; see `completions_table`."""
-        table = completions_table(step, batch, texts, traces, advantages, names)
+        table = completions_table(step, batch, texts, traces, names)
         values = {name: np.array(table[column], dtype=np.float32) for column, name in HISTOGRAMS.items()}
         self.pictures["histograms"] = {name: each[np.isfinite(each)] for name, each in values.items()}
         if not self.logging.log_completions:

@@ -221,7 +221,8 @@ class _Table:
             for event in self.host.poll(0.0 if self.sampling_now or self.next_turns else _WAIT_SECONDS):
                 self.calls -= 1
                 self._event(self.by_number[event.episode], event)
-            if self.next_turns and len(self.next_turns) >= _SHARE_AT_ONCE * len(self.sampling_now) * bool(self.calls):
+            enough = not self.calls or len(self.next_turns) >= _SHARE_AT_ONCE * len(self.sampling_now)
+            if self.next_turns and enough:
                 self._submit(self.next_turns)
                 self.next_turns = []
             if check:

@@ -17,9 +17,8 @@ from .parts import Parts
 def record(parts: Parts, state: TrainState, batch: Batch, seconds: float) -> dict[str, float | None]:
     """Write down the step that is about to be done, after `seconds`, and return its metrics; a collective."""
     config, done = parts.config, state.step + 1
-    assert batch.advantages is not None
     metrics: dict[str, float | None] = {"step": done, "epoch": state.sampler.epoch(done)}
-    metrics |= batch_metrics(batch, batch.advantages, parts.reward_names) | update_metrics(state.metrics)
+    metrics |= batch_metrics(batch, parts.reward_names) | update_metrics(state.metrics)
     metrics |= penalty_metrics(config, batch) | parts.engine.metrics() | parts.phase.metrics() | {"time/step": seconds}
     if config.loss.kl_target is not None:
         metrics["kl_coeff"] = state.kl_coeff
@@ -41,11 +40,11 @@ def write(parts: Parts, metrics: Metrics, batch: Batch | None = None) -> None:
         return
     step = int(metrics["step"] or 0)
     due = parts.config.logging.log_completions or parts.display.shows_completions(step)
-    if due and batch is not None and batch.advantages is not None:
+    if due and batch is not None:
         texts = parts.texts_of([ids.tolist() for ids in torch.split(batch.ids, batch.row_lengths.tolist())])
         traces = trace_lines(batch, parts.texts_of.pieces, batch.extras.get(CONVERSATION))
-        parts.recorder.completions(step, batch, texts, traces, batch.advantages, parts.reward_names)
-        parts.display.completions(step, batch, texts, batch.advantages)
+        parts.recorder.completions(step, batch, texts, traces, parts.reward_names)
+        parts.display.completions(step, batch, texts)
     new = parts.recorder.metrics(metrics)
     parts.display.alarms(new, parts.recorder.alarms.ringing)
 

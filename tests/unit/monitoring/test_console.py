@@ -8,6 +8,7 @@ import os
 import pty
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -80,27 +81,27 @@ def batch(rewards: list[float], groups: list[int], lengths: list[int]) -> Batch:
     reward = torch.tensor(rewards, dtype=torch.float64)
     return Batch(prompts, torch.tensor(groups), torch.tensor(lengths), torch.tensor([n % 2 == 0 for n in lengths]),
                  torch.zeros(count, dtype=torch.int64), torch.ones(count, dtype=torch.bool), torch.zeros(count),
-                 reward[:, None], reward)  # fmt: skip
+                 reward[:, None], reward, advantages=torch.zeros(count))  # fmt: skip
 
 
 def test_the_contrast_is_of_the_group_that_differs_most() -> None:
     nan = float("nan")
     given = batch([0.5, 0.5, 0.2, 0.9, nan, 0.1, nan, 5.0], [0, 0, 1, 1, 1, 2, 2, 3], [1, 2, 3, 4, 5, 6, 7, 8])
-    advantages = torch.repeat_interleave(torch.arange(8.0), given.lengths)
-    prompt, best, worst = contrast(given, [f"text {n}" for n in range(8)], advantages) or pytest.fail("none")
+    given = replace(given, advantages=torch.repeat_interleave(torch.arange(8.0), given.lengths))
+    prompt, best, worst = contrast(given, [f"text {n}" for n in range(8)]) or pytest.fail("none")
     assert prompt == "prompt 1"
     assert (best.text, best.reward, best.advantage, best.num_tokens, best.finished) == ("text 3", 0.9, 3.0, 4, True)
     assert (worst.text, worst.reward, worst.advantage, worst.finished) == ("text 2", 0.2, 2.0, False)
-    assert contrast(batch([nan, nan, 1.0], [0, 0, 1], [1, 1, 1]), ["a", "b", "c"], torch.zeros(3)) is None
-    high = contrast(batch([5.0, 5.1, 0.0, 1.0, 0.5], [0, 0, 1, 1, 1], [1] * 5), list("abcde"), torch.zeros(5))
-    equal = contrast(batch([0.5, 0.5], [0, 0], [1, 1]), ["a", "b"], torch.zeros(2))
+    assert contrast(batch([nan, nan, 1.0], [0, 0, 1], [1, 1, 1]), ["a", "b", "c"]) is None
+    high = contrast(batch([5.0, 5.1, 0.0, 1.0, 0.5], [0, 0, 1, 1, 1], [1] * 5), list("abcde"))
+    equal = contrast(batch([0.5, 0.5], [0, 0], [1, 1]), ["a", "b"])
     assert high is not None and high[1].text == "d", "a difference counts, not how high the rewards are"
     assert equal is not None and (equal[2].text, equal[1].text) == ("a", "b")
 
 
 def test_the_contrast_says_which_completion_is_cut_off() -> None:
     given = batch([0.0, 1.0], [0, 0], [1, 2])
-    _, best, worst = contrast(given, ["one", "other"], torch.zeros(3)) or pytest.fail("none")
+    _, best, worst = contrast(given, ["one", "other"]) or pytest.fail("none")
     assert best.finished and not worst.finished
     table = contrast_table(7, "prompt", best, worst)
     headers = [str(column.header) for column in table.columns]
@@ -110,7 +111,7 @@ def test_the_contrast_says_which_completion_is_cut_off() -> None:
 @pytest.mark.parametrize("width", [30, 100])
 def test_what_a_model_writes_is_shown_as_text(width: int) -> None:
     given = batch([0.0, 1.0], [0, 0], [1, 2])
-    _, best, worst = contrast(given, [HOSTILE, "[link=x]fine[/link] 数学"], torch.zeros(3)) or pytest.fail("none")
+    _, best, worst = contrast(given, [HOSTILE, "[link=x]fine[/link] 数学"]) or pytest.fail("none")
     out = io.StringIO()
     console = Console(file=out, width=width, force_terminal=True, color_system=None)
     console.print(contrast_table(7, HOSTILE, best, worst))
@@ -152,7 +153,7 @@ def run_display() -> None:
     given = batch([0.0, 1.0], [0, 0], [1, 2])
     for step in range(1, 3):
         display.phase("rollout")
-        display.completions(step, given, [f"bad {HOSTILE}", "good one"], torch.zeros(3))
+        display.completions(step, given, [f"bad {HOSTILE}", "good one"])
         display.step(METRICS | {"step": step})
     display.alarms([Alarm(2, "truncated", "completion/truncated", 0.6, 0.5, "60% of all")], {"truncated"})
     logging.getLogger("grpo_dist").warning("a reward said %s", HOSTILE)
