@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import Any, overload
@@ -80,7 +81,26 @@ def order_of(config: DataConfig) -> dict[str, Any]:
     return {"weights": weights, "curriculum": config.curriculum and asdict(config.curriculum)}
 
 
-class StreamedPrompts(Sequence[Prompt]):
+class _Prompts(Sequence[Prompt]):
+    """Prompts by their place; a slice of them is a list."""
+
+    @abstractmethod
+    def _at(self, place: int) -> Prompt:
+        """The prompt at a place from 0."""
+
+    @overload
+    def __getitem__(self, place: int) -> Prompt: ...
+
+    @overload
+    def __getitem__(self, place: slice) -> list[Prompt]: ...
+
+    def __getitem__(self, place: int | slice) -> Prompt | list[Prompt]:
+        """Return a prompt, or those of a slice; raises ValueError where a row that is read now cannot be used."""
+        places = range(len(self))[place]
+        return self._at(places) if isinstance(places, int) else [self._at(each) for each in places]
+
+
+class StreamedPrompts(_Prompts):
     """Prompts that are read, checked and rendered when they are needed."""
 
     def __init__(self, path: str, reader: PromptReader, first_index: int) -> None:
@@ -98,25 +118,14 @@ class StreamedPrompts(Sequence[Prompt]):
     def __len__(self) -> int:
         return len(self._rows)
 
-    @overload
-    def __getitem__(self, place: int) -> Prompt: ...
-
-    @overload
-    def __getitem__(self, place: slice) -> list[Prompt]: ...
-
-    def __getitem__(self, place: int | slice) -> Prompt | list[Prompt]:
-        """Return a prompt; raises ValueError where its row cannot be used."""
-        if isinstance(place, slice):
-            return [self._prompt(each) for each in range(*place.indices(len(self)))]
-        if not -len(self) <= place < len(self):
-            raise IndexError(place)
-        return self._prompt(place % len(self))
+    def _at(self, place: int) -> Prompt:
+        return self._prompt(place)
 
     def _read(self, place: int) -> Prompt:
         return self._reader.prompt_of(self._path, self._rows[place], self._first_index + place, self._names)
 
 
-class Joined(Sequence[Prompt]):
+class Joined(_Prompts):
     """Several lists of prompts as one."""
 
     def __init__(self, parts: Sequence[Sequence[Prompt]]) -> None:
@@ -125,21 +134,11 @@ class Joined(Sequence[Prompt]):
     def __len__(self) -> int:
         return sum(map(len, self.parts))
 
-    @overload
-    def __getitem__(self, place: int) -> Prompt: ...
-
-    @overload
-    def __getitem__(self, place: slice) -> list[Prompt]: ...
-
-    def __getitem__(self, place: int | slice) -> Prompt | list[Prompt]:
-        """Return a prompt, or those of a slice."""
-        if isinstance(place, slice):
-            return [self[each] for each in range(*place.indices(len(self)))]
-        rest = place if place >= 0 else place + len(self)
+    def _at(self, place: int) -> Prompt:
         for part in self.parts:
-            if 0 <= rest < len(part):
-                return part[rest]
-            rest -= len(part)
+            if place < len(part):
+                return part[place]
+            place -= len(part)
         raise IndexError(place)
 
     def __iter__(self) -> Iterator[Prompt]:
