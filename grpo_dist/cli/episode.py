@@ -49,7 +49,7 @@ class EpisodeChat:
     def __init__(
         self, trained: Trained, policy: Policy, tokenizer: Any, config: Config, temperature: float, seed: int
     ) -> None:
-        """A temperature of 0 is greedy. Raises ValueError and RuntimeError where the environment cannot be started."""
+        """A temperature of 0 is greedy. Raises ValueError where the environment cannot be started."""
         self.trained, self.policy, self.tokenizer, self.seed = trained, policy, tokenizer, seed
         self.config = templated(config)
         self.ends = end_token_ids(trained.model, tokenizer)

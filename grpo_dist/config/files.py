@@ -12,8 +12,9 @@ from ..text.files import near_paths
 
 
 def mistakes_of_file(path: str) -> list[str]:
-    """What to correct in a YAML file: a path that is none, bytes that are no UTF-8, and keys that are given twice, of
-    which YAML would take the last alone. Empty where there is nothing, and for what a loader says better."""
+    """What to correct in a YAML file: a path that is none, bytes that are no UTF-8, keys that are given twice, of
+    which YAML would take the last alone, and times, which YAML reads as numbers. Empty where there is nothing, and for
+    what a loader says better."""
     if not Path(path).exists():
         return [f"--config: no file {path!r} in {Path.cwd()}{near_paths(path)}"]
     if not Path(path).is_file():
@@ -25,7 +26,9 @@ def mistakes_of_file(path: str) -> list[str]:
     except yaml.YAMLError:
         return []
     return [f"{key} is given in lines {first} and {second} of {path}, expected once: the second would replace all of "
-            "the first" for key, first, second in _repeated(root, "")]  # fmt: skip
+            "the first" for key, first, second in _repeated(root, "")
+            ] + [f"{text} in line {line} of {path} is a number to base 60 for YAML: put it in quotes, '{text}'"
+                 for text, line in _base_60(root)]  # fmt: skip
 
 
 def _repeated(node: yaml.Node | None, prefix: str) -> Iterator[tuple[str, int, int]]:
@@ -41,6 +44,19 @@ def _repeated(node: yaml.Node | None, prefix: str) -> Iterator[tuple[str, int, i
                 yield name, lines[name], line
             lines[name] = line
             yield from _repeated(value, f"{name}.")
+
+
+def _base_60(node: yaml.Node | None) -> Iterator[tuple[str, int]]:
+    """Each plain text such as 1:30:00, which YAML reads as 5400, with its line."""
+    if isinstance(node, yaml.SequenceNode):
+        for value in node.value:
+            yield from _base_60(value)
+    elif isinstance(node, yaml.MappingNode):
+        for pair in node.value:
+            for value in pair:
+                yield from _base_60(value)
+    elif isinstance(node, yaml.ScalarNode) and node.tag.endswith((":int", ":float")) and ":" in node.value:
+        yield node.value, node.start_mark.line + 1
 
 
 def written_config(path: Path, *needed: str) -> dict[str, Any]:

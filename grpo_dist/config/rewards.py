@@ -28,6 +28,7 @@ class RewardConfig:
 
     def __post_init__(self) -> None:
         require(bool(self.name), "rewards.name", self.name, "a built-in reward or module:function")
+        require(abs(self.weight) <= 1e30, "rewards.weight", self.weight, "a finite number of at most 1e30")
         require(self.timeout_seconds is None or self.timeout_seconds > 0, "rewards.timeout_seconds",
                 self.timeout_seconds, "seconds above 0, or null")  # fmt: skip
         require(self.schedule is None or (bool(self.schedule) and min(self.schedule) >= 0), "rewards.schedule",

@@ -132,11 +132,25 @@ def _read_line(number: int, line: bytes) -> Row | None:
     if _is_blank(number, line):
         return None
     try:
-        value = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8").strip())
+        value = _loads(line.decode("utf-8-sig" if number == 1 else "utf-8").strip())
     # ValueError covers broken UTF-8 and JSON, and integers beyond Python's limit on digits.
     except (ValueError, RecursionError) as error:
         return Row(number, {}, f"not JSON: {error}")
     return _row_of_json(number, value, b"\\u" in line)
+
+
+def _loads(text: str) -> Any:
+    """The value of a JSON text. Raises ValueError, also where an object has a name twice: JSON's parsers keep one of
+    the values without a word."""
+    return json.loads(text, object_pairs_hook=_unique)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        name, _ = Counter(name for name, _ in pairs).most_common(1)[0]
+        raise ValueError(f"the name {name!r} occurs twice in an object")
+    return values
 
 
 def _row_of_json(number: int, value: Any, is_escaped: bool) -> Row:
@@ -181,6 +195,13 @@ class _Table(Sequence[Row]):
         with _decoding(place + 1):
             return Row(place + 1, self._table[place], is_text=self._is_text)
 
+    def tell_classes(self, path: str) -> None:
+        """Log which columns have the numbers of classes, as for TRL's rewards, and the names that they stand for."""
+        for column, feature in self._table.features.items():
+            if names := getattr(feature, "names", None):
+                classes = list_columns([f"{number} {name!r}" for number, name in enumerate(names)])
+                logger.info("%s: column %s has numbers of classes, and rewards get these: %s", path, column, classes)
+
     def __iter__(self) -> Iterator[Row]:
         with _decoding(None):
             for number, columns in enumerate(self._table, 1):
@@ -203,12 +224,15 @@ def _open_table(path: str, split: str, subset: str | None) -> Sequence[Row]:
     if is_generated(path):
         return _Table(Generated(path), is_text=False)
     try:
-        return _opened(path, split, subset)
+        rows = _opened(path, split, subset)
     except Exception as error:  # `datasets` raises a dozen kinds; its messages name the splits and subsets
         where = "" if Path(path).exists() else f"; it is no file or directory here{near_paths(path)}"
         raise ValueError(
             f"{path!r} (subset {subset!r}, split {split!r}) cannot be loaded: {_reason(error)}{where}"
         ) from error
+    if isinstance(rows, _Table):
+        rows.tell_classes(path)
+    return rows
 
 
 def _opened(path: str, split: str, subset: str | None) -> Sequence[Row]:
@@ -279,7 +303,7 @@ def _read_json(path: Path) -> list[Row]:
     """Rows of a file with a list of objects, or with one object on each line; raises ValueError where it is no JSON."""
     text = path.read_text(encoding="utf-8-sig")
     try:
-        value = json.loads(text)
+        value = _loads(text)
     except json.JSONDecodeError as error:
         if not text.lstrip().startswith("{") or "\n" not in text.strip():
             raise ValueError(f"not JSON: {error}") from error

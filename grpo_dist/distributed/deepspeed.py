@@ -7,6 +7,7 @@ where a parameter's size is not a multiple of the ranks. A checkpoint is restore
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 
 from .device import computes_on_gpu
 from .launch_config import settle_deepspeed
+from .rendezvous import LaunchError
 from .strategy import Fragment
 
 
@@ -34,7 +36,18 @@ def make_plugin(dtype: torch.dtype, max_grad_norm: float) -> tuple[DeepSpeedPlug
     set_aside = settle_deepspeed(plugin.deepspeed_config, max_grad_norm)
     if dtype == torch.bfloat16:
         _sum_in_float32(plugin.deepspeed_config)
+    _require_known_options(plugin.deepspeed_config)
     return plugin, set_aside
+
+
+def _require_known_options(options: dict[str, Any]) -> None:
+    """Raise LaunchError for what DeepSpeed itself would refuse, which would be after models are loaded."""
+    from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError
+
+    try:
+        DeepSpeedConfig(copy.deepcopy(options))
+    except (ValueError, AssertionError, DeepSpeedConfigError) as error:
+        raise LaunchError(f"launch config: DeepSpeed refuses its options: {error}") from error
 
 
 def name_device() -> None:

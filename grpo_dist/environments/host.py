@@ -58,7 +58,7 @@ class EnvironmentHost:
 
     def __init__(self, config: EnvironmentConfig, rewards: Sequence[RewardConfig] = ()) -> None:
         """Start a process and learn its tools, and which of `rewards` take the environments. Raises ValueError with the
-        user's mistake, RuntimeError where a process cannot be started."""
+        user's mistake, and where a process ends while it imports them."""
         self._config, self._rewards = config, list(rewards)
         self._numbers = itertools.count()
         self._home: dict[int, _Process] = {}
@@ -217,8 +217,8 @@ class EnvironmentHost:
             description = json.loads(process.channel.receive(START_SECONDS))
         except (OSError, EOFError) as error:
             code = self._kill(process)
-            raise RuntimeError(
-                f"a process of environments ended (exit code {code}) or hung while it imported environment.tools and "
+            raise ValueError(
+                f"environment: its process ended (exit code {code}) or hung while it imported environment.tools and "
                 "environment.factory; what it printed is above"
             ) from error
         if "error" in description:

@@ -110,6 +110,11 @@ def adapter_targets(
     if targets == "all-linear":
         head = _head_name(model)
         chosen = [name for name in fit if name != head]
+        if not chosen and not parameters:
+            obstacles = ", ".join(sorted(set(why_not.values())))
+            raise UnfitModel("lora.target_modules: 'all-linear' given, which leaves out the head, and the other layers "
+                             f"cannot have adapters ({obstacles}): name the head, [{head}], or train all weights with "
+                             "`lora: null`")  # fmt: skip
         left_out.pop(head, None)
         owners = dict(model.named_modules())
         tensors = [name for name, p in model.named_parameters()

@@ -16,6 +16,8 @@ from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+from ..config.checks import require
+
 ADDRESS = "127.0.0.1"
 LOOK_SECONDS = 1.0
 """Time between two looks at the runs' files."""
@@ -33,6 +35,7 @@ def run(options: argparse.Namespace, rest: list[str]) -> int:
     """Serve until Ctrl-C."""
     if rest:
         raise ValueError(f"watch: {' '.join(rest)!r} given, expected runs and --port N")
+    require(0 <= options.port < 2**16, "--port", options.port, "0 to 65535")
     server = serve(options.runs, options.port)
     print(f"watching at http://localhost:{server.server_port} (Ctrl-C ends it)", flush=True)
     try:

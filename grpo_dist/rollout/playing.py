@@ -20,7 +20,7 @@ from .episodes import Episodes, Observation
 
 def open_host(config: Config) -> EnvironmentHost | None:
     """The processes of the config's environment; None where there is none. Raises ValueError with the user's mistake,
-    RuntimeError where a process cannot be started."""
+    and where a process ends while it imports its tools."""
     if config.environment is None:
         return None
     host = EnvironmentHost(config.environment, config.rewards)

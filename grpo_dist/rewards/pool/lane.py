@@ -78,7 +78,7 @@ class Lane:
     ) -> None:
         """Start the workers and wait until they have resolved the rewards.
 
-        Raises ValueError where a reward cannot be resolved, RuntimeError where a worker cannot be started.
+        Raises ValueError where a reward cannot be resolved or a worker ends while it imports them.
         """
         self.rewards = dict(rewards)
         self._names = names

@@ -30,8 +30,8 @@ class ScorerPool:
     def __init__(self, rewards: Sequence[RewardConfig], scoring: ScoringConfig) -> None:
         """Start the workers and wait until they have resolved the rewards.
 
-        Raises ValueError where a reward cannot be resolved or an environment variable it needs is not set, RuntimeError
-        where a worker cannot be started.
+        Raises ValueError where a reward cannot be resolved, an environment variable it needs is not set, or a worker
+        ends while it imports them.
         """
         self.names = labels(rewards)
         """A short, unique label for each reward."""

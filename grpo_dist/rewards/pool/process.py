@@ -78,7 +78,7 @@ class WorkerProcess:
         """Start the process and wait until it has resolved the rewards with this placement.
 
         `allowed` are environment variables that it gets although their names look like secrets. Raises ValueError
-        where a reward cannot be resolved, RuntimeError where the process ends or hangs before that.
+        where a reward cannot be resolved, and where the process ends or hangs before that.
         """
         self._process, connection = start_worker(
             "grpo_dist.rewards.pool.worker", allowed, "rewards.environment", gpu=placement == "gpu"
@@ -91,9 +91,9 @@ class WorkerProcess:
             code = self.kill()
             late = isinstance(error, TimeoutError)
             reason = f"took more than {START_SECONDS:g} s" if late else f"exited with code {code}"
-            raise RuntimeError(
-                f"a scoring worker {reason} while it imported the rewards {[reward.name for reward in rewards]}; "
-                "its output is above"
+            raise ValueError(
+                f"rewards: a scoring worker {reason} while it imported the rewards "
+                f"{[reward.name for reward in rewards]}; its output is above"
             ) from error
         if "error" in answer:
             self.kill()

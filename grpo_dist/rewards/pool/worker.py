@@ -36,6 +36,10 @@ _NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")
 _LEFT_TO_THE_PARENT = tuple(getattr(signal, name) for name in _NAMES if hasattr(signal, name))
 _TRACEBACK_CHARACTERS = 20_000
 _SHOWN_CHARACTERS = 200
+_OWN_METRICS = ("mean", "seconds", "repeated_calls", "failed")
+"""Metrics that the trainer has for every reward."""
+MOST_REWARD = 1e30
+"""Largest magnitude of a reward: the squares of much larger ones are infinite, and advantages would be 0."""
 
 
 class BadValueError(ValueError):
@@ -147,10 +151,13 @@ class Log:
         self.extras: dict[str, list[Any]] = {}
 
     def metric(self, name: str, value: float) -> None:
-        """TRL's `log_metric`: a number; several of a name are averaged. Raises BadValueError for anything else."""
+        """TRL's `log_metric`: a number; several of a name are averaged. Raises BadValueError for anything else, and for
+        a name that the trainer gives a metric of this reward."""
         number = _as_float(value)
         if not math.isfinite(number):
             raise BadValueError(f"logged {_shown(value)} as the metric {name!r}, expected a finite number")
+        if name in _OWN_METRICS:
+            raise BadValueError(f"logged a metric {name!r}, which the trainer logs by itself: give it another name")
         self._metrics.setdefault(str(name), []).append(number)
 
     def extra(self, column: str, values: Iterable[Any]) -> None:
@@ -188,8 +195,8 @@ def read_values(result: object, count: int) -> tuple[list[Value], dict[int, tupl
         read = None if isinstance(value, Exception) else _read_value(value)
         if isinstance(value, Exception):
             bad[place] = ("raised", "".join(traceback.format_exception_only(value)).strip())
-        elif not all(each is None or math.isfinite(each) for each in (read if isinstance(read, list) else [read])):
-            expected = "a finite number, None, or a list of these (one per token)"
+        elif not all(each is None or abs(each) <= MOST_REWARD for each in (read if isinstance(read, list) else [read])):
+            expected = f"a finite number of at most {MOST_REWARD:g}, None, or a list of these (one per token)"
             bad[place], read = ("bad_value", f"returned {_shown(value)}, expected {expected}"), None
         values.append(read)
     return values, bad

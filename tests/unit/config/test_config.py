@@ -153,6 +153,10 @@ BAD: dict[str, tuple[str, list[str], list[str]]] = {
     "a group twice": ("train: {seed: 1}\nlora: {r: 2}\ntrain: {batch_size: 4}", [],
                       ["train is given in lines 1 and 3 of", "config.yaml", "expected once"]),
     "an option twice": ("rewards:\n- name: math\n  weight: 1\n  weight: 2", [], ["rewards.weight", "lines 3 and 4"]),
+    "a time without quotes": ("train:\n  max_time: 1:30:00", [],
+                              ["1:30:00 in line 2 of", "put it in quotes, '1:30:00'"]),
+    "an endless weight": ("rewards: [{weight: -1e300}]", [],
+                          ["rewards.weight", "-1e+300", "a finite number of at most 1e30"]),
     "broken yaml": ("rollout: {group_size: 4", [], ["config.yaml"]),
     "a list": ("- 1\n- 2", [], ["config.yaml"]),
 }  # fmt: skip

@@ -74,6 +74,8 @@ def test_the_recipe_s_rows_arrive(tmp_path: Path, tokenizer: PreTrainedTokenizer
         (r'{"prompt": "a", "answer": "\ud800"}', r"line 2: half a character \('\\ud800': a lone surrogate\)"),
         (r'{"prompt": [{"role": "user", "content": "a \udc00"}], "answer": "1"}', "line 2: half a character"),
         ('{"prompt": "a", "answer": ' + "9" * 5000 + "}", "line 2: not JSON: Exceeds the limit"),
+        ('{"prompt": "a", "answer": "1", "answer": "2"}', "line 2: not JSON: the name 'answer' occurs twice"),
+        ('{"prompt": "a", "answer": "1", "x": [{"y": 1, "y": 1}]}', "line 2: not JSON: the name 'y' occurs twice"),
         ({"answer": "1"}, "line 2: no 'prompt'"),
         ({"prompt": "a"}, "line 2: no 'answer'"),
         ({"prompt": "a", "answer": None}, "line 2: no 'answer'"),
@@ -374,3 +376,21 @@ def test_orders_are_fixed_and_differ() -> None:
 def test_sampler_refuses_nothing_to_sample() -> None:
     with pytest.raises(ValueError, match="0 prompts and a batch size of 4"):
         Sampler(0, 4, 0)
+
+
+def test_numbers_of_classes_are_said_to_be_that(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, caplog: pytest.LogCaptureFixture
+) -> None:
+    import datasets
+
+    label = datasets.ClassLabel(names=["bad", "good"])
+    table = datasets.Dataset.from_dict({"prompt": ["a", "b"], "answer": ["1", "2"], "label": [0, 1]})
+    table = table.cast_column("label", label)
+    table.save_to_disk(tmp_path / "saved")
+    table.to_parquet(tmp_path / "rows.parquet")
+    for name in ("saved", "rows.parquet"):
+        caplog.clear()
+        with caplog.at_level(logging.INFO):
+            prompts, _ = PromptReader(DataConfig(), tokenizer).load(str(tmp_path / name), "train")
+        assert [prompt.columns["label"] for prompt in prompts] == [0, 1]
+        assert "column label has numbers of classes, and rewards get these: 0 'bad', 1 'good'" in caplog.text

@@ -251,3 +251,12 @@ def test_end_tokens_of_a_model_with_several_configs(tmp_path: Path) -> None:
     make_tokenizer().save_pretrained(tmp_path)
     model = ModelConfig(name=str(tmp_path))
     assert end_token_ids(model, load_tokenizer(model)) == [2, 256]
+
+
+def test_a_model_of_which_the_head_alone_can_have_an_adapter() -> None:
+    sizes = {name: size for name, size in SIZES.items() if name != "head_dim"}
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model("falcon", **sizes, tie_word_embeddings=False))
+    with pytest.raises(UnfitModel, match=r"\(a layer with code of its own\): name the head, \[lm_head\], or"):
+        adapter_targets(model, "all-linear")
+    assert adapter_targets(model, ["lm_head"])[0] == ["lm_head"]

@@ -99,3 +99,5 @@ def test_the_verb_serves_until_it_is_interrupted(tmp_path: Path, capsys: pytest.
     assert process.wait(20) == 0
     assert main([*words, str(tmp_path / "none")]) == 2
     assert "expected that of a run" in capsys.readouterr().err
+    assert main(["watch", str(tmp_path / "run"), "--port", "65536"]) == 2
+    assert "--port: 65536 given, expected 0 to 65535" in capsys.readouterr().err

@@ -172,6 +172,11 @@ def some_fail(completions):
 
 
 @runs_in("single")
+def takes_a_name(completions, log_metric):
+    log_metric("mean", 7.0)
+    return [1.0] * len(completions)
+
+
 def alone(completions, log_metric):
     log_metric("count", len(completions))
     return [float(os.getpid())] * len(completions)
@@ -218,7 +223,8 @@ import numpy as np
 
 VALUES = {
     "none": None, "true": True, "int": 3, "zero_dim": np.array(2.5), "float32": np.float32(0.5),
-    "nan": float("nan"), "inf": float("inf"), "text": "1.0", "huge": 10**400, "complex": 1j, "list": [1.0, 2.0],
+    "nan": float("nan"), "inf": float("inf"), "text": "1.0", "huge": 10**400, "large": -1e31, "complex": 1j,
+    "list": [1.0, 2.0],
     "per_token": [0.5, None, 1.0],
 }
 RESULTS = {
@@ -346,7 +352,7 @@ def test_values_that_are_rewards(pools: Callable[[str], ScorerPool], text: str, 
     assert math.isnan(scores.values[0, 0]) if expected is None else scores.values[0, 0] == expected
 
 
-@pytest.mark.parametrize("text", ["nan", "inf", "text", "huge", "complex", "list"])
+@pytest.mark.parametrize("text", ["nan", "inf", "text", "huge", "large", "complex", "list"])
 def test_values_that_are_none(pools: Callable[[str], ScorerPool], text: str) -> None:
     scores = pools("value").score(items("int", text, "none"))
     assert kinds(scores) == [(1, "bad_value")]
@@ -489,7 +495,7 @@ def test_a_file_with_nearly_the_name_of_a_module_is_named(directory: Path, monke
 def test_the_pool_says_so_too(directory: Path) -> None:
     with pytest.raises(ValueError, match="did you mean 'length'"):
         ScorerPool([RewardConfig("user_rewards:lenght")], ScoringConfig())
-    with pytest.raises(RuntimeError, match=r"exited with code 5 while it imported the rewards \['dying_rewards:f'\]"):
+    with pytest.raises(ValueError, match=r"exited with code 5 while it imported the rewards \['dying_rewards:f'\]"):
         ScorerPool([RewardConfig("dying_rewards:f")], ScoringConfig(num_workers=1))
 
 
@@ -588,6 +594,8 @@ def test_bad_logs_and_single_failures(pools: Callable[[str], ScorerPool]) -> Non
     scores = pools("logs_badly").score(items("a", "b"))
     assert [failure.message for failure in scores.failures] == ["logged 1 values as 'first' for 2 completions"] * 2
     assert scores.extras == {} and scores.repeated_calls == [0]
+    scores = pools("takes_a_name").score(items("a"))
+    assert scores.failures[0].message.startswith("logged a metric 'mean', which the trainer logs by itself")
     scores = pools("some_fail").score(items("a", "bad", "c"))
     assert kinds(scores) == [(1, "raised")] and scores.failures[0].message == "RuntimeError: no answer"
     assert scores.values[[0, 2], 0].tolist() == [1.0, 1.0]
