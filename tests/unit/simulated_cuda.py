@@ -136,6 +136,10 @@ class Stream:
         """A wait of the host."""
         wait("stream")
 
+    def is_capturing(self) -> bool:
+        """What torch's optimizers ask."""
+        return False
+
 
 def _replace_cuda() -> None:
     gib = 1 << 30
@@ -155,7 +159,7 @@ def _replace_cuda() -> None:
     )
     cuda.synchronize = lambda *_: wait("synchronize")
     cuda.get_rng_state = lambda *_: torch.get_rng_state()
-    cuda.current_stream = cuda.default_stream = Stream
+    cuda.current_stream = cuda.default_stream = torch.accelerator.current_stream = Stream
     cuda.stream = lambda *_: nullcontext()
     cuda.Event, cuda.Stream, cuda.CUDAGraph = Event, Stream, CUDAGraph
     modes = ["default", "warn", "error"]
