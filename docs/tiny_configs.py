@@ -77,6 +77,7 @@ MORE: dict[str, dict[str, Any]] = {
         "layer_types": ["full_attention", "full_attention"],
         "rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}},
     },
+    "dory": {"num_hidden_layers": 4, "n_input_layers": 1, "n_recurrent_layers": 2, "n_output_layers": 1},
     "dots3_note": {
         "text_config": {"num_key_value_heads": HEADS, "per_layer_config": {}},
         "vision_config": {"per_layer_config": {}, "adapter_in_dim": WIDTH, "adapter_out_dim": WIDTH},
@@ -135,7 +136,8 @@ NEEDED: dict[str, dict[str, Any]] = {
 
 def tiny_config(kind: str, tokens: dict[str, int | None]) -> PreTrainedConfig:
     """A small config of a type; `tokens` has `vocab_size` and the ids of special tokens."""
-    return _shrunk(AutoConfig.for_model(kind, **NEEDED.get(kind, {})), {**tokens, **MORE.get(kind, {})})
+    sizes = {**tokens, "unpadded_vocab_size": tokens["vocab_size"]}
+    return _shrunk(AutoConfig.for_model(kind, **NEEDED.get(kind, {})), {**sizes, **MORE.get(kind, {})})
 
 
 def _shrunk(config: PreTrainedConfig, more: dict[str, Any]) -> PreTrainedConfig:
@@ -153,4 +155,4 @@ def _shrunk(config: PreTrainedConfig, more: dict[str, Any]) -> PreTrainedConfig:
     return type(config)(**given)
 
 
-TOKENS = ("vocab_size", "eos_token_id", "pad_token_id", "bos_token_id")
+TOKENS = ("vocab_size", "unpadded_vocab_size", "eos_token_id", "pad_token_id", "bos_token_id")

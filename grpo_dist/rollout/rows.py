@@ -15,6 +15,8 @@ from ..types import Trajectory, no_routes
 from .engine import Decoder, Request, columns_of, limit_of, take_group, trajectory
 from .sampling import Rules, Sampling, draw
 
+CACHES = ("cache", "past_key_values", "cache_params")
+"""What transformers and models' own code call a cache, in what a call takes and gives."""
 COUNTS_ANEW = ("bamba",)
 """Types whose code gives the first token of each call the position 0, unless it is given another."""
 
@@ -77,7 +79,7 @@ def _of_rows(routes: list[Tensor], lengths: list[int]) -> list[Tensor | None]:
 
 def _state_after(model: nn.Module, output: Any, length: int) -> dict[str, Any]:
     """What the model's next call takes over from its last one, for rows of `length` tokens; ValueError for nothing."""
-    state = {name: output[name] for name in ("past_key_values", "cache_params") if output.get(name) is not None}
+    state = {name: output[name] for name in output if name in CACHES}
     if not state:
         raise ValueError(f"{type(model).__name__} keeps its state in a way this engine does not know")
     # before transformers 5.4, Mamba asks for it, and takes a place within its convolution's width for a prompt's

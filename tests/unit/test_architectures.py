@@ -30,7 +30,7 @@ from grpo_dist.rollout.choose import make_engine
 from grpo_dist.rollout.own_attention import settle_attention
 from grpo_dist.types import Prompt, Trajectory
 
-DOCUMENTED = "5.23"
+DOCUMENTED = "5.24"
 """The release of transformers that the page is about."""
 LONGEST = 64
 TOKENS = {"vocab_size": 512, "eos_token_id": 1, "pad_token_id": 0, "bos_token_id": 2}

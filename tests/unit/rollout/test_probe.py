@@ -394,6 +394,9 @@ ROW_ROUTE: dict[str, PretrainedConfig] = {
     "mamba": make_config("Mamba", {"state_size": 4}),
     "bamba": make_config("Bamba", {"attn_layer_indices": [1], **MAMBA}),
 }  # fmt: skip
+if hasattr(transformers, "DoryConfig"):  # since 5.24; its layers run several times, and it ignores `past_key_values`
+    dory = {"num_hidden_layers": 4, "n_input_layers": 1, "n_recurrent_layers": 2, "n_output_layers": 1}
+    ROW_ROUTE["dory"] = make_config("Dory", dory)
 
 
 @pytest.mark.parametrize("name", ROW_ROUTE)
