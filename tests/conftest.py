@@ -32,13 +32,17 @@ def pytest_collection_finish(session: pytest.Session) -> None:
         resident.prepare()
 
 
-@pytest.fixture(autouse=True)
-def the_next_test_has_the_same_environment() -> Iterator[None]:
-    """Whatever a test, or a library that it imports, sets in it."""
+def same_environment() -> Iterator[None]:
+    """Undo whatever a test, a fixture, or a library that it imports sets in it."""
     before = dict(os.environ)
     yield
     os.environ.clear()
     os.environ.update(before)
+
+
+the_next_test_has_the_same_environment = pytest.fixture(autouse=True)(same_environment)
+the_next_module_has_the_same_environment = pytest.fixture(autouse=True, scope="module")(same_environment)
+"""Runs are forks only where no variable is in their way (see resident.py): wandb leaves one behind."""
 
 
 @pytest.fixture(autouse=True)

@@ -149,6 +149,8 @@ EQUIVALENT = {
         "if plain is linear or hasattr(",
         'return (b, a) if getattr(layer, "_did_swap_in_out_features", False) else (a.mT, b.mT): False -> True',
     ],
+    # set before they are read
+    "rollout/episodes": ["is_open: bool =", "asked_at: float ="],
     "types": ["number = torch.full(", "numbers, order = "],  # any number below 0; sorting on a CPU is stable anyway
     "rollout/sampling": [
         "UNITS =",

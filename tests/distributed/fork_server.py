@@ -36,6 +36,7 @@ PRELOADED = (
     "docstring_parser", "rich.live", "safetensors.torch",
     "grpo_dist.train", "grpo_dist.evaluate", "grpo_dist.rewards.math",
 )  # fmt: skip
+ROOT = os.path.realpath(os.path.join(os.path.dirname(__file__), "..", ".."))
 HUB = {"HF_ENDPOINT", "HF_HOME", "HF_HUB_OFFLINE"}
 """Variables of the hub's library, which reads them while it is imported: forks let it read them again."""
 LAUNCHER = ["-m", "accelerate.commands.launch"]
@@ -53,9 +54,11 @@ def import_all() -> dict[str, str]:
     given = set(os.environ)
     os.environ["DS_ACCELERATOR"] = "cpu"  # as grpo_dist has it set when it imports DeepSpeed
     os.environ["JE_ARROW_MALLOC_CONF"] = "background_thread:false"  # pyarrow's allocator would start one
+    sys.path.insert(0, ROOT)  # as a run from the checkout has it, whichever checkout is installed
     for name in PRELOADED:
         with contextlib.suppress(ModuleNotFoundError):  # another version has it elsewhere: runs import it themselves
             importlib.import_module(name)
+    sys.path.remove(ROOT)
     fill_caches()
     threads = os.listdir("/proc/self/task")
     if len(threads) != 1:

@@ -234,7 +234,7 @@ def main() -> None:
     """Count everything that the fused steps do; with the word `modules` what the modules' own steps do, and with
     `experts` what the steps of mixtures of experts do."""
     normal = random.Random(0)
-    lengths = [min(1024, max(1, round(normal.gauss(600, 200)))) for _ in range(32)]
+    lengths = [min(512, max(1, round(normal.gauss(300, 100)))) for _ in range(32)]
     # 80 GB, Qwen2.5-1.5B: what is left beside weights in 16 bits, adapters, and a tenth
     free = int(0.9 * 80e9) - 2 * 1_600_000_000 - 16 * 20_000_000
     tokens = fitting(free, 28 * 2 * 2 * 128 * 2, 151_936 * 24, 1024)
@@ -250,7 +250,7 @@ def main() -> None:
         "gemma": of_steps(512, config_of=Gemma2Config),
         # what is in flight has pages for 1,024 tokens, so that a few of them show whether rows wait for others
         "full": read_by(requests_of(32, 16, 256, [9] * 512), 1024, tokens),
-        "normal": read_by(requests_of(2, 16, 256, lengths), 1024, tokens),
+        "normal": read_by(requests_of(2, 16, 256, lengths), 512, tokens),
         "memory": of_memory(),
     }))  # fmt: skip
 

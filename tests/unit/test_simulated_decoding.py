@@ -42,7 +42,7 @@ def test_all_completions_are_decoded_at_once(counts: Any) -> None:
 
 
 def test_little_is_read_but_for_rows_that_live(counts: Any) -> None:
-    """Lengths around 600 tokens, 200 off."""
+    """Lengths around 300 tokens, 100 off."""
     assert counts["normal"]["ratio"] <= 1.1
     assert counts["normal"]["right"] and counts["normal"]["leaked"] == 0
 
