@@ -25,13 +25,14 @@ def _patch(tensor: Any, *others: Any) -> None:
 
 interpreter._patch_lang_tensor = _patch
 plain_patch_lang = interpreter._patch_lang
-patched: set[bool] = set()
+patched: set[str] = set()
 
 
 def _patch_once(function: Any) -> Any:
-    """Triton patches its language for each launch and each call of a function in a kernel: a quarter of the time."""
-    if not patched:
-        patched.add(True)
+    """Triton patches what a function's module has of its language for each launch, and each call in a kernel: a quarter
+    of the time."""
+    if function.__module__ not in patched:
+        patched.add(function.__module__)
         plain_patch_lang(function)
     return interpreter._LangPatchScope()  # restores nothing
 
