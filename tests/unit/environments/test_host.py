@@ -293,8 +293,7 @@ def test_children_end_with_the_host() -> None:
         children = call(host, 0, ("fail", {"kind": "fork"})).answer["answers"][0]["text"]
         numbers = [int(number) for number in children.strip("[]").split(", ")]
         assert len(numbers) == 50 and all(Path(f"/proc/{number}").exists() for number in numbers)
-    time.sleep(0.5)
-    assert not [number for number in numbers if _runs(number)]
+    _wait_for_the_end_of(numbers)
 
 
 def test_children_of_a_process_that_ended_end_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -302,10 +301,14 @@ def test_children_of_a_process_that_ended_end_too(tmp_path: Path, monkeypatch: p
     with EnvironmentHost(make_config()) as host:
         begin(host, 0)
         assert "exit code 7" in call(host, 0, ("fail", {"kind": "orphan"})).answer["failure"]
-        until = time.monotonic() + 30
-        while _runs(int((tmp_path / "orphan").read_text())):
-            assert time.monotonic() < until
-            time.sleep(0.05)
+        _wait_for_the_end_of([int((tmp_path / "orphan").read_text())])
+
+
+def _wait_for_the_end_of(numbers: list[int]) -> None:
+    until = time.monotonic() + 30
+    while any(map(_runs, numbers)):
+        assert time.monotonic() < until
+        time.sleep(0.05)
 
 
 def _runs(number: int) -> bool:
