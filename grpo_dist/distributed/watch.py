@@ -66,8 +66,8 @@ class Watch:
         self._statuses: dict[int, RankStatus] = {}
         self._slow_seconds = SLOW_SECONDS
         self._ended = threading.Event()
-        # what is ignored stays so: `nohup` ignores SIGHUP, so that a run survives its terminal
-        heard = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+        # `nohup` ignores SIGHUP, so that a run survives its terminal; a script's `&` ignores SIGINT, which is heard
+        heard = [each for each in SIGNALS if each.name != "SIGHUP" or signal.getsignal(each) is not signal.SIG_IGN]
         self._previous = {number: signal.signal(number, self._on_signal) for number in heard}
         self._first_signal: float | None = None
         self._thread = threading.Thread(target=self._watch, name="watch", daemon=True)

@@ -23,6 +23,16 @@ def watching() -> Iterator[Watch]:
         watch.close()
 
 
+@contextmanager
+def ignoring(number: signal.Signals) -> Iterator[None]:
+    """As the process that started this one may."""
+    before = signal.signal(number, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(number, before)
+
+
 @pytest.mark.parametrize("number", SIGNALS)
 def test_a_signal_asks_it_to_stop(number: signal.Signals) -> None:
     with watching() as watch:
@@ -32,11 +42,14 @@ def test_a_signal_asks_it_to_stop(number: signal.Signals) -> None:
             watch.check()
 
 
-def test_a_run_under_nohup_survives_its_terminal() -> None:
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    try:
-        with watching() as watch:
-            os.kill(os.getpid(), signal.SIGHUP)
+def test_a_run_that_a_script_started_in_the_background_is_interrupted() -> None:
+    with ignoring(signal.SIGINT), watching() as watch:
+        os.kill(os.getpid(), signal.SIGINT)
+        with pytest.raises(Interrupted, match="rank 0 received SIGINT"):
             watch.check()
-    finally:
-        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_run_under_nohup_survives_its_terminal() -> None:
+    with ignoring(signal.SIGHUP), watching() as watch:
+        os.kill(os.getpid(), signal.SIGHUP)
+        watch.check()
