@@ -20,43 +20,56 @@ def mistakes_of_file(path: str) -> list[str]:
     if not Path(path).is_file():
         return [f"--config: {path} given, expected a YAML file"]
     try:
-        root = yaml.compose(Path(path).read_text(encoding="utf-8-sig"), yaml.SafeLoader)
+        nodes = _nodes(yaml.compose(Path(path).read_text(encoding="utf-8-sig"), yaml.SafeLoader))
     except UnicodeDecodeError as error:
         return [f"--config: {path} is no UTF-8 text ({error.reason} in byte {error.start}); save it as UTF-8"]
     except yaml.YAMLError:
         return []
-    return [f"{key} is given in lines {first} and {second} of {path}, expected once: the second would replace all of "
-            "the first" for key, first, second in _repeated(root, "")
-            ] + [f"{text} in line {line} of {path} is a number to base 60 for YAML: put it in quotes, '{text}'"
-                 for text, line in _base_60(root)]  # fmt: skip
+    except RecursionError:
+        return [f"--config: {path} is nested too deeply, or has an anchor (&name) whose own value refers to it (*name)"]
+    repeated = [f"{key} is given in lines {first} and {second} of {path}, expected once: the second would replace all "
+                "of the first" for node, prefix in nodes for key, first, second in _repeated(node, prefix)]  # fmt: skip
+    return repeated + [f"{node.value} in line {node.start_mark.line + 1} of {path} is a number to base 60 for YAML: "
+                       f"put it in quotes, '{node.value}'" for node, _ in nodes if _is_base_60(node)]  # fmt: skip
 
 
-def _repeated(node: yaml.Node | None, prefix: str) -> Iterator[tuple[str, int, int]]:
+def _nodes(root: yaml.Node | None) -> list[tuple[yaml.Node, str]]:
+    """A document's nodes, each once however often it is referred to, with the names above it. Raises RecursionError
+    where a node is part of itself."""
+    found: dict[int, tuple[yaml.Node, str]] = {}
+
+    def enter(node: yaml.Node, prefix: str, above: frozenset[int]) -> None:
+        if id(node) in above:
+            raise RecursionError
+        if id(node) in found:
+            return
+        found[id(node)], above = (node, prefix), above | {id(node)}
+        if isinstance(node, yaml.SequenceNode):
+            for value in node.value:
+                enter(value, prefix, above)
+        elif isinstance(node, yaml.MappingNode):
+            for key, value in node.value:
+                enter(key, prefix, above)
+                enter(value, f"{prefix}{key.value}.", above)
+
+    if root is not None:
+        enter(root, "", frozenset())
+    return list(found.values())
+
+
+def _repeated(node: yaml.Node, prefix: str) -> Iterator[tuple[str, int, int]]:
     """Each key that a mapping has twice, with the lines of both."""
-    if isinstance(node, yaml.SequenceNode):
-        for value in node.value:
-            yield from _repeated(value, prefix)
-    if isinstance(node, yaml.MappingNode):
-        lines: dict[str, int] = {}
-        for key, value in node.value:
-            name, line = f"{prefix}{key.value}", key.start_mark.line + 1
-            if name in lines:
-                yield name, lines[name], line
-            lines[name] = line
-            yield from _repeated(value, f"{name}.")
+    lines: dict[str, int] = {}
+    for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
+        name, line = f"{prefix}{key.value}", key.start_mark.line + 1
+        if name in lines:
+            yield name, lines[name], line
+        lines[name] = line
 
 
-def _base_60(node: yaml.Node | None) -> Iterator[tuple[str, int]]:
-    """Each plain text such as 1:30:00, which YAML reads as 5400, with its line."""
-    if isinstance(node, yaml.SequenceNode):
-        for value in node.value:
-            yield from _base_60(value)
-    elif isinstance(node, yaml.MappingNode):
-        for pair in node.value:
-            for value in pair:
-                yield from _base_60(value)
-    elif isinstance(node, yaml.ScalarNode) and node.tag.endswith((":int", ":float")) and ":" in node.value:
-        yield node.value, node.start_mark.line + 1
+def _is_base_60(node: yaml.Node) -> bool:
+    """Whether a node is a plain text such as 1:30:00, which YAML reads as 5400."""
+    return isinstance(node, yaml.ScalarNode) and node.tag.endswith((":int", ":float")) and ":" in node.value
 
 
 def written_config(path: Path, *needed: str) -> dict[str, Any]:

@@ -118,21 +118,35 @@ class _Product(nn.Module):
         return x @ self.matrix.T
 
 
-def _fused_norm(module: Any, plain: Callable[[Tensor], Tensor], eps: float) -> Callable[[Tensor], Tensor]:
-    def forward(x: Tensor) -> Tensor:
-        weight = module.weight
-        if not (x.is_cuda and x.dtype in HALVES and x.dtype == weight.dtype):
-            return plain(x)
+def _instead(
+    plain: Callable[..., Any], num_given: int, fits: Callable[..., bool], fused: Callable[..., Any]
+) -> Callable[..., Any]:
+    """A function that is called as `plain` is: `fused` for so many arguments without names that fit, else `plain`."""
+
+    @wraps(plain)
+    def call(*given: Any, **options: Any) -> Any:
+        is_fused = not options and len(given) == num_given and fits(*given)
+        return fused(*given) if is_fused else plain(*given, **options)
+
+    return call
+
+
+def _fused_norm(module: Any, plain: Callable[..., Tensor], eps: float) -> Callable[..., Tensor]:
+    def fits(x: Tensor) -> bool:
+        return x.is_cuda and x.dtype in HALVES and x.dtype == module.weight.dtype
+
+    def norm(x: Tensor) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
-            return nn.functional.rms_norm(x, weight.shape, weight, eps)
+            return nn.functional.rms_norm(x, module.weight.shape, module.weight, eps)
 
-    return forward
+    return _instead(plain, 1, fits, norm)
 
 
-def _fused_gate(module: Any, plain: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    def forward(x: Tensor) -> Tensor:
-        if not x.is_cuda or triton_obstacle() is not None:
-            return plain(x)
+def _fused_gate(module: Any, plain: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def fits(x: Tensor) -> bool:
+        return x.is_cuda and triton_obstacle() is None
+
+    def feed_forward(x: Tensor) -> Tensor:
         family = getattr(module.gate_proj, "family", None)
         if family is not None and (y := family.gated(x)) is not None:
             return module.down_proj(y)
@@ -140,19 +154,17 @@ def _fused_gate(module: Any, plain: Callable[[Tensor], Tensor]) -> Callable[[Ten
         is_half = gate.dtype == up.dtype and gate.dtype in HALVES
         return module.down_proj(_Gate.apply(gate, up) if is_half else module.act_fn(gate) * up)
 
-    return forward
+    return _instead(plain, 1, fits, feed_forward)
 
 
-def _fused_rotation(plain: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[Tensor, Tensor]]:
-    @wraps(plain)
-    def rotation(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, *more: Any, **options: Any) -> Any:
-        given, (_, _, tokens, size) = (query, key, cos, sin), query.shape
-        is_half = query.dtype in HALVES and len({each.dtype for each in given}) == 1
-        is_row = len(query) == len(key) == 1 and cos.shape == sin.shape == (1, tokens, size)
-        if more or options or not (query.is_cuda and is_half and is_row) or triton_obstacle() is not None:
-            return plain(*given, *more, **options)
-        return _Rotation.apply(*given)
+def _fused_rotation(plain: Callable[..., Any]) -> Callable[..., Any]:
+    def fits(query: Tensor, key: Tensor | None, cos: Tensor, sin: Tensor) -> bool:
+        if key is None or not query.is_cuda or triton_obstacle() is not None:
+            return False
+        is_half = query.dtype in HALVES and len({each.dtype for each in (query, key, cos, sin)}) == 1
+        return is_half and len(query) == len(key) == 1 and cos.shape == sin.shape == (1, *query.shape[-2:])
 
+    rotation = _instead(plain, 4, fits, _Rotation.apply)
     rotation.plain = plain  # type: ignore[attr-defined]
     return rotation
 

@@ -153,6 +153,7 @@ BAD: dict[str, tuple[str, list[str], list[str]]] = {
     "a group twice": ("train: {seed: 1}\nlora: {r: 2}\ntrain: {batch_size: 4}", [],
                       ["train is given in lines 1 and 3 of", "config.yaml", "expected once"]),
     "an option twice": ("rewards:\n- name: math\n  weight: 1\n  weight: 2", [], ["rewards.weight", "lines 3 and 4"]),
+    "an anchor within its value": ("train: &all\n  seed: *all", [], ["config.yaml", "whose own value refers to it"]),
     "a time without quotes": ("train:\n  max_time: 1:30:00", [],
                               ["1:30:00 in line 2 of", "put it in quotes, '1:30:00'"]),
     "an endless weight": ("rewards: [{weight: -1e300}]", [],

@@ -171,12 +171,12 @@ def some_fail(completions):
     return [RuntimeError("no answer") if text == "bad" else 1.0 for text in completions]
 
 
-@runs_in("single")
 def takes_a_name(completions, log_metric):
     log_metric("mean", 7.0)
     return [1.0] * len(completions)
 
 
+@runs_in("single")
 def alone(completions, log_metric):
     log_metric("count", len(completions))
     return [float(os.getpid())] * len(completions)
