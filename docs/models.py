@@ -1,6 +1,6 @@
 """Train a tiny model of every causal type of transformers, and write the results into docs/models.md. This is no test.
 
-    python docs/models.py             # all of them, an hour or more on two cores
+    python docs/models.py             # all of them, twenty minutes of one core
     python docs/models.py bloom opt   # some; the others stay as docs/models.json has them
 
 A tiny model of each type is checked with `check` and trained for two steps, in a process of its own. Either both refuse
@@ -50,7 +50,7 @@ HEAD = """# Which models train
 
 Types that transformers {version} loads with `AutoModelForCausalLM`, each as a tiny model of random weights, in
 float32 on a CPU. The end of the page lists types that were not examined. `python docs/models.py` makes this page;
-with names of types it examines only those. It is not one of the tests, because all types take an hour or more. A
+with names of types it examines only those. It is not one of the tests, because all types take twenty minutes. A
 trained type made two steps in which policy and rollout gave each sampled token the same log-probability within 0.001
 nats, and the KL from the reference was 0 before the first update. If completions share packs, the gradient was that
 of one completion a row with the model's own attention, within a thousandth. `check` refuses the same types as this
