@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from .algorithm import AdvantageConfig, CriticConfig, LossConfig, check_algorithm, check_split_rows
 from .checks import is_date, require, require_finite, require_seed, with_home
-from .curriculum import CurriculumConfig
+from .curriculum import CurriculumConfig, check_curriculum
 from .environment import EnvironmentConfig
 from .rewards import RewardConfig, ScoringConfig
 from .rollout import RolloutConfig
@@ -258,8 +258,7 @@ class TrainConfig:
         self.output_dir = with_home(self.output_dir)
         require(self.max_time is None or re.fullmatch(r"\d+:[0-5]\d:[0-5]\d", self.max_time) is not None,
                 "train.max_time", self.max_time, "HH:MM:SS, such as 03:45:00")  # fmt: skip
-        require(self.hang_timeout_seconds >= 5, "train.hang_timeout_seconds", self.hang_timeout_seconds,
-                "at least 5 seconds")  # fmt: skip
+        require(self.hang_timeout_seconds >= 5, "train.hang_timeout_seconds", self.hang_timeout_seconds, "5 or more")
         for key, least in {
             "batch_size": 1, "num_train_steps": 1, "updates_per_batch": 1, "num_minibatches": 1,
             "max_tokens_per_pack": 2, "sequence_parallel_size": 1, "eval_every": 0, "num_eval_prompts": 1,
@@ -319,8 +318,7 @@ class Config:
         require(self.environment is None or self.data.chat_template != "never", "data.chat_template",
                 self.data.chat_template, "auto or always with an environment: tools need a template")  # fmt: skip
         require(self.data.prompt_column is not None or bool(self.environment and self.environment.factory),
-                "data.prompt_column", None, "a column, or an environment.factory whose reset gives the prompts"
-                )  # fmt: skip
+                "data.prompt_column", None, "a column, or environment.factory whose reset gives prompts")  # fmt: skip
         require(bool(self.rewards), "rewards", self.rewards, "at least one reward")
         require(not self.rewards or any(reward.counts for reward in self.rewards), "rewards.weight",
                 [reward.weight for reward in self.rewards], "one that counts: weight 0 is for metrics")  # fmt: skip
@@ -334,11 +332,7 @@ class Config:
         check_algorithm(self)
         check_split_rows(self)
         check_vllm(self)
-        require(self.data.curriculum is None or not self.rollout.max_resamples, "data.curriculum", self.data.curriculum,
-                "null where rollout.max_resamples replaces prompts")  # fmt: skip
-        require(self.data.curriculum is None or not self.rollout.lag, "data.curriculum", self.data.curriculum,
-                "null where rollout.lag is 1: the next prompts are chosen before this step's pass rates are known"
-                )  # fmt: skip
+        check_curriculum(self)
 
     @property
     def max_sequence_length(self) -> int:
