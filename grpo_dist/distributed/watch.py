@@ -70,6 +70,8 @@ class Watch:
         heard = [each for each in SIGNALS if each.name != "SIGHUP" or signal.getsignal(each) is not signal.SIG_IGN]
         self._previous = {number: signal.signal(number, self._on_signal) for number in heard}
         self._first_signal: float | None = None
+        with suppress(RuntimeError, OSError):  # without rank 0, which the thread finds out too
+            self._tell(self._heartbeat())  # now: a rank that stops before its first one would not be missed
         self._thread = threading.Thread(target=self._watch, name="watch", daemon=True)
         self._thread.start()
 
@@ -134,7 +136,7 @@ class Watch:
                 self.store.set("stop", self.requested)
             elif self.store.check(["stop"]):
                 self.requested = self.store.get("stop").decode()
-            self.store.set(f"heartbeat/{self.rank}", json.dumps(astuple(own)))
+            self._tell(own)
             for other in range(1, self.num_ranks) if self.rank == 0 else (0,):
                 if self.store.check([f"heartbeat/{other}"]):
                     heartbeats[other] = Heartbeat(*json.loads(self.store.get(f"heartbeat/{other}")))
@@ -144,6 +146,10 @@ class Watch:
         self._statuses = {rank: observed(self._statuses.get(rank), each, now) for rank, each in heartbeats.items()}
         self._end_if_stalled(now)
         self._name_slow_ranks(now)
+
+    def _tell(self, heartbeat: Heartbeat) -> None:
+        if self.store is not None:
+            self.store.set(f"heartbeat/{self.rank}", json.dumps(astuple(heartbeat)))
 
     def _heartbeat(self) -> Heartbeat:
         stack = stack_of(sys._current_frames().get(self._main_thread or 0))

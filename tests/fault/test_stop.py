@@ -167,7 +167,7 @@ def test_the_time_limit(tmp_path: Path) -> None:
 
 
 def test_a_hung_rank_is_named(tmp_path: Path) -> None:
-    """Its process is suspended. Not in the second step: see docs/faults.md on what is not covered."""
+    """Its process is suspended."""
     done = launch("ddp", 2, *TINY, "--train.output_dir", str(tmp_path / "run"), "--train.hang_timeout_seconds", "5",
                   program=["tests/fault/faulty.py"],
                   environment={"FAULT": "stop@update:3", "FAULT_RANK": "1", "PYTHONPATH": str(ROOT),

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
+import torch.distributed as dist
 
 from grpo_dist.distributed.watch import SIGNALS, Interrupted, Watch
 
@@ -53,3 +54,13 @@ def test_a_run_under_nohup_survives_its_terminal() -> None:
     with ignoring(signal.SIGHUP), watching() as watch:
         os.kill(os.getpid(), signal.SIGHUP)
         watch.check()
+
+
+def test_a_rank_that_stops_at_once_is_missed() -> None:
+    """It has told of itself before its main thread goes on, whatever becomes of the thread that watches."""
+    store = dist.HashStore()
+    watch = Watch(1, 2, store, None, 60.0, lambda: 0)
+    try:
+        assert store.check(["heartbeat/1"])
+    finally:
+        watch.close()
