@@ -7,6 +7,10 @@ from typing import Any
 
 from .checks import require
 
+MOST_REWARD = 1e30
+"""Largest magnitude of a reward and of a weight: the squares of much larger ones are infinite, and advantages would be
+0."""
+
 
 @dataclass
 class RewardConfig:
@@ -28,7 +32,7 @@ class RewardConfig:
 
     def __post_init__(self) -> None:
         require(bool(self.name), "rewards.name", self.name, "a built-in reward or module:function")
-        require(abs(self.weight) <= 1e30, "rewards.weight", self.weight, "a finite number of at most 1e30")
+        require(abs(self.weight) <= MOST_REWARD, "rewards.weight", self.weight, "a finite number of at most 1e30")
         require(self.timeout_seconds is None or self.timeout_seconds > 0, "rewards.timeout_seconds",
                 self.timeout_seconds, "seconds above 0, or null")  # fmt: skip
         require(self.schedule is None or (bool(self.schedule) and min(self.schedule) >= 0), "rewards.schedule",

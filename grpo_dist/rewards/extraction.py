@@ -12,6 +12,7 @@ The gold answer is read from the same place where it has one; otherwise all of i
 from __future__ import annotations
 
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 
 from grpo_dist.rewards.placement import runs_in
@@ -25,13 +26,13 @@ _INTEGER = re.compile(r"([+-]?[0-9]+)\.0+")
 
 
 @runs_in("worker", most_items=32)
-class ExtractedAnswer:
+class ExtractedAnswer(ABC):
     """Reward a completion whose extracted answer equals the gold answer's; `missing_reward` where it has none."""
 
     @staticmethod
+    @abstractmethod
     def extract(text: str) -> str | None:
         """Return the answer in a text, or None where there is none in the agreed place."""
-        raise NotImplementedError
 
     def __init__(self, correct_reward: float = 1.0, wrong_reward: float = 0.0, missing_reward: float = 0.0) -> None:
         self.correct_reward, self.wrong_reward = float(correct_reward), float(wrong_reward)

@@ -21,6 +21,7 @@ import traceback
 from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import TYPE_CHECKING, Any
 
+from grpo_dist.config.rewards import MOST_REWARD
 from grpo_dist.rewards.pool.channel import Channel
 from grpo_dist.rewards.registry import RewardFunction, declared_placement, resolve
 
@@ -38,8 +39,6 @@ _TRACEBACK_CHARACTERS = 20_000
 _SHOWN_CHARACTERS = 200
 _OWN_METRICS = ("mean", "seconds", "repeated_calls", "failed")
 """Metrics that the trainer has for every reward."""
-MOST_REWARD = 1e30
-"""Largest magnitude of a reward: the squares of much larger ones are infinite, and advantages would be 0."""
 
 
 class BadValueError(ValueError):
