@@ -25,11 +25,10 @@ if __name__ == "__main__":
 
 from .algorithm.hashing import stream_key
 from .algorithm.losses import policy_loss, value_loss
-from .algorithm.ratios import rollout_weights
 from .algorithm.schedule import learning_rate
 from .algorithm.targets import needs_old_policy, next_kl_coeff, with_advantages
 from .checkpoint.state import TrainState
-from .monitoring.metrics import UpdateMetrics, pass_rates
+from .monitoring.metrics import pass_rates
 from .monitoring.traces import with_trace
 from .trainer.ahead import drawn_ahead
 from .trainer.collect import collect, with_reference
@@ -39,6 +38,7 @@ from .trainer.packs import Minibatch, on_device, pack_minibatches, remaining_min
 from .trainer.parts import Parts
 from .trainer.record import is_due, record, write
 from .trainer.saving import save_checkpoint, save_model
+from .trainer.update_metrics import UpdateMetrics
 from .types import Batch, Metrics
 
 
@@ -81,7 +81,7 @@ def train_step(parts: Parts, state: TrainState) -> Metrics:
 
 def update(parts: Parts, state: TrainState, batch: Batch, minibatch: Minibatch) -> dict[str, float]:
     """One optimizer step on a minibatch; returns its metrics."""
-    config, loss_config = parts.config, parts.config.loss
+    config = parts.config
     dropout_key = stream_key(config.train.seed, "dropout", state.step, state.updates)
     metrics = UpdateMetrics(batch, parts.ranks.device)
     for number, cpu_pack in enumerate(minibatch.packs, 1):
@@ -90,20 +90,14 @@ def update(parts: Parts, state: TrainState, batch: Batch, minibatch: Minibatch) 
         pack, tokens = on_device(config, batch, minibatch, cpu_pack, parts.ranks.device)
         with parts.ranks.no_sync(parts.wrapped, unless=is_last):
             logprobs, entropies, values = parts.wrapped(pack, dropout_key)
-            old = logprobs.detach() if tokens.old is None else tokens.old
-            importance = rollout_weights(loss_config, old, tokens.rollout, pack.sequence)
-            loss = policy_loss(loss_config, state.kl_coeff, logprobs, entropies, old, tokens.reference,
-                               tokens.advantages * importance, tokens.weights, pack.sequence)  # fmt: skip
+            loss = policy_loss(config.loss, state.kl_coeff, logprobs, entropies, tokens)
             total, averaged = loss.total, {"entropy": entropies, **parts.policy.router_agreement(pack)}
             if values is not None:
-                assert tokens.values is not None and tokens.returns is not None, "with_old_policy fills them"
-                errors = value_loss(values, tokens.values, tokens.returns, tokens.weights, config.critic.clip)
-                total = total + config.critic.loss_coeff * errors
-                averaged |= {"value/mean": values, "value/error": (values - tokens.returns) ** 2}
-            if loss_config.importance_correction != "none":
-                averaged |= {"importance/mean": importance, "importance/masked": importance == 0}
+                of_values, errors = value_loss(values, tokens, config.critic.clip)
+                total = total + config.critic.loss_coeff * of_values
+                averaged |= {"value/mean": values, "value/error": errors}
             parts.ranks.backward(parts.wrapped, total, is_last)
-        metrics.add(total, loss, old - tokens.rollout, cpu_pack.token, pack.useful, len(pack.ids), averaged)
+        metrics.add(total, loss, cpu_pack, averaged)
     rate = learning_rate(state.step, config.train.num_train_steps, config.optim)
     norm = parts.ranks.optimizer_step(parts.wrapped, parts.optimizer, rate)
     reduced = metrics.reduced(parts.ranks) | {"grad_norm": norm, "learning_rate": rate}

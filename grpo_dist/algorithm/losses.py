@@ -13,7 +13,27 @@ from torch import Tensor
 
 from ..config.algorithm import AUTO_IS_RESOLVED, Aggregation, LossConfig
 from .kl import kl_estimate
-from .ratios import policy_ratio
+from .ratios import policy_ratio, rollout_weights
+
+
+@dataclass(frozen=True)
+class PackTokens:
+    """What the loss needs of a pack's M tokens beside what the policy computes; tensors (M,) on its device."""
+
+    sequence: Tensor
+    """int64: the pack's completions, numbered from 0."""
+    weights: Tensor
+    """From `token_weights`."""
+    rollout: Tensor
+    """Log-probabilities under the rollout engine (nats)."""
+    advantages: Tensor
+    old: Tensor | None
+    """Log-probabilities under the policy that opened the batch; None where they are the current ones, detached."""
+    reference: Tensor | None
+    """Log-probabilities under the reference; None where the loss has no KL term."""
+    values: Tensor | None = None
+    """The critic's values under the policy that opened the batch."""
+    returns: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -32,6 +52,10 @@ class Loss:
     """(M,) bool: the lower clip decided."""
     clipped_high: Tensor
     """(M,) bool: the upper clip, or the dual clip, decided."""
+    gap: Tensor
+    """(M,) log-probability under the old policy minus that of the rollout (nats)."""
+    importance: Tensor | None
+    """(M,) weight of each advantage, from `rollout_weights`; None without a correction."""
 
 
 def token_weights(
@@ -99,42 +123,42 @@ def _surrogate(
     return -gate * advantages, never, never
 
 
-def policy_loss(
-    options: LossConfig, kl_coeff: float, logprobs: Tensor, entropies: Tensor, old: Tensor, reference: Tensor | None,
-    advantages: Tensor, weights: Tensor, sequence: Tensor,
-) -> Loss:  # fmt: skip
+def policy_loss(options: LossConfig, kl_coeff: float, logprobs: Tensor, entropies: Tensor, tokens: PackTokens) -> Loss:
     """Loss of one pack: the surrogate, plus `kl_coeff` times the KL penalty, minus `entropy_coeff` times the entropy.
 
     `kl_coeff` is the coefficient of this step: the controller of `kl_target` moves it away from `options.kl_coeff`.
-    All tensors (M,): log-probabilities (nats) under the policy (with gradient), under the old policy, which began the
-    updates on the batch (`old`), under the reference (None: no penalty); entropies (nats); advantages; weights from
-    `token_weights`; and `sequence`, the pack's completions numbered from 0. With `kl_unbiased` the penalty is
-    multiplied by the token's ratio, which makes its gradient that of the KL under the policy as it now is
+    Log-probabilities and entropies (nats), both (M,), are the policy's, with gradient. With `kl_unbiased` the penalty
+    is multiplied by the token's ratio, which makes its gradient that of the KL under the policy as it now is
     (DeepSeek-V3.2, arXiv:2512.02556).
     """
+    sequence, weights = tokens.sequence, tokens.weights
+    old = logprobs.detach() if tokens.old is None else tokens.old
+    importance = rollout_weights(options, old, tokens.rollout, sequence)
     ratio = policy_ratio(logprobs, old, sequence, options.ratio_level)
-    per_token, low, high = _surrogate(logprobs, ratio, advantages, options)
+    per_token, low, high = _surrogate(logprobs, ratio, tokens.advantages * importance, options)
     policy = total = (per_token * weights).sum()
     kl = torch.zeros_like(logprobs)
-    if reference is not None:
+    if tokens.reference is not None:
         assert options.kl_estimator != "auto", AUTO_IS_RESOLVED
-        kl = kl_estimate(logprobs, reference, sequence, options.kl_estimator)
+        kl = kl_estimate(logprobs, tokens.reference, sequence, options.kl_estimator)
         penalty = kl * policy_ratio(logprobs, old, sequence, "token") if options.kl_unbiased else kl
         total = total + kl_coeff * (penalty * weights).sum()
     if options.entropy_coeff:
         total = total - options.entropy_coeff * (entropies * weights).sum()
-    return Loss(total, policy.detach(), kl.detach(), ratio.detach(), low, high)
+    return Loss(total, policy.detach(), kl.detach(), ratio.detach(), low, high, gap=old - tokens.rollout,
+                importance=None if options.importance_correction == "none" else importance)  # fmt: skip
 
 
-def value_loss(values: Tensor, old: Tensor, returns: Tensor, weights: Tensor, clip: float | None) -> Tensor:
-    """Half the weighted squared error of the critic's values; a scalar.
+def value_loss(values: Tensor, tokens: PackTokens, clip: float | None) -> tuple[Tensor, Tensor]:
+    """Half the weighted squared error of the critic's values (M,), which have gradients; and the squared errors (M,).
 
-    All tensors (M,): values (with gradient), the values of the old policy (`old`), the returns, weights from
-    `token_weights`. With `clip`, a value gains nothing by moving further than that from its old one. Implementations of
-    PPO clip so; Schulman et al., arXiv:1707.06347, eq. 9, do not.
+    With `clip`, a value gains nothing by moving further than that from its old one. Implementations of PPO clip so;
+    Schulman et al., arXiv:1707.06347, eq. 9, do not.
     """
-    errors = (values - returns) ** 2
+    old, returns = tokens.values, tokens.returns
+    assert old is not None and returns is not None, "with_old_policy and with_advantages fill them"
+    counted = errors = (values - returns) ** 2
     if clip is not None:
         clipped = old + (values - old).clamp(-clip, clip)
-        errors = torch.maximum(errors, (clipped - returns) ** 2)
-    return (errors * weights).sum() / 2
+        counted = torch.maximum(errors, (clipped - returns) ** 2)
+    return (counted * tokens.weights).sum() / 2, errors

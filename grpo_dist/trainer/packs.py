@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..algorithm.losses import token_weights
+from ..algorithm.losses import PackTokens, token_weights
 from ..algorithm.targets import computed, included, minibatch_of, needs_old_policy
 from ..checkpoint.state import TrainState
 from ..config.algorithm import reference_in_loss, serves_several_updates
@@ -28,23 +28,6 @@ class Minibatch:
     """On the CPU."""
     weights: Tensor
     """(T,) float32: weight of each of the batch's tokens in the loss."""
-
-
-@dataclass(frozen=True)
-class PackTokens:
-    """What the loss needs of a pack's M tokens; tensors (M,) float32 on the device."""
-
-    weights: Tensor
-    rollout: Tensor
-    """Log-probabilities under the rollout engine (nats)."""
-    advantages: Tensor
-    old: Tensor | None
-    """Log-probabilities under the policy that opened the batch; None where they are the current ones, detached."""
-    reference: Tensor | None
-    """Log-probabilities under the reference; None where the loss has no KL term."""
-    values: Tensor | None
-    """The critic's values under the policy that opened the batch."""
-    returns: Tensor | None
 
 
 def pack_minibatches(parts: Parts, batch: Batch) -> list[Minibatch]:
@@ -89,7 +72,7 @@ def on_device(
     present = {name: value[pack.token].float() for name, value in values.items() if value is not None}
     pack, moved = pack.to_with(list(present.values()), device)
     there = dict(zip(present, moved, strict=True))
-    return pack, PackTokens(**{name: there.get(name) for name in values})  # type: ignore[arg-type]
+    return pack, PackTokens(pack.sequence, **{name: there.get(name) for name in values})  # type: ignore[arg-type]
 
 
 def reference_logprobs(parts: Parts, batch: Batch) -> Tensor:

@@ -7,11 +7,12 @@ import torch
 from ..algorithm.targets import penalty_metrics
 from ..checkpoint.state import TrainState
 from ..model import toy
-from ..monitoring.metrics import batch_metrics, read_history, update_metrics
+from ..monitoring.metrics import batch_metrics, read_history
 from ..monitoring.traces import trace_lines
 from ..types import CONVERSATION, Batch, Metrics
 from .evaluation import evaluate
 from .parts import Parts
+from .update_metrics import update_metrics
 
 
 def record(parts: Parts, state: TrainState, batch: Batch, seconds: float) -> dict[str, float | None]:

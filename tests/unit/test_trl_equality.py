@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from grpo_dist.algorithm.losses import policy_loss, token_weights
+from grpo_dist.algorithm.losses import PackTokens, policy_loss, token_weights
 from grpo_dist.algorithm.targets import ENTROPY_SLACK, highest
 from grpo_dist.config.algorithm import Aggregation, LossConfig
 
@@ -24,7 +24,7 @@ FIXTURES = Path(__file__).parents[1] / "fixtures"
 STORED = json.loads((FIXTURES / "trl_losses.json").read_text())
 LENGTHS = torch.tensor(STORED["lengths"])
 INSIDE = torch.arange(STORED["longest"]) < LENGTHS[:, None]
-BASE = LossConfig(kl_coeff=0.0, kl_estimator="k3")
+BASE = LossConfig(kl_coeff=0.0, kl_estimator="k3", importance_correction="none")
 OURS: dict[str, tuple[LossConfig, Aggregation]] = {
     "grpo": (BASE, "sequence_mean"),
     "bnpo": (BASE, "token_mean"),  # the same on one rank
@@ -63,8 +63,9 @@ def test_loss_and_gradient_equal_trl(name: str) -> None:
                             longest=STORED["longest"]).double()  # fmt: skip
     logprobs = flat(given["logprobs"]).requires_grad_()
     reference = flat(given["reference"]) if objective.kl_coeff else None
-    loss = policy_loss(objective, objective.kl_coeff, logprobs, entropies, flat(given["old"]), reference, advantages,
-                       weights, sequence)  # fmt: skip
+    old = flat(given["old"])
+    tokens = PackTokens(sequence, weights, rollout=old, advantages=advantages, old=old, reference=reference)
+    loss = policy_loss(objective, objective.kl_coeff, logprobs, entropies, tokens)
     assert loss.total.item() == pytest.approx(case["loss"], rel=1e-5)
     (gradient,) = torch.autograd.grad(loss.total, logprobs)
     expected = flat(case["gradient"])

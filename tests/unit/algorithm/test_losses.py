@@ -13,14 +13,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from grpo_dist.algorithm.kl import kl_estimate, sequence_sums
-from grpo_dist.algorithm.losses import Loss, policy_loss, token_weights, value_loss
+from grpo_dist.algorithm.losses import Loss, PackTokens, policy_loss, token_weights, value_loss
 from grpo_dist.config.algorithm import LossConfig
 
 pytestmark = pytest.mark.quick
 
 LENGTHS = [3, 1, 4]
 SEQUENCE = [0, 0, 0, 1, 2, 2, 2, 2]
-OBJECTIVE = LossConfig(kl_coeff=0.0, kl_estimator="k3")
+OBJECTIVE = LossConfig(kl_coeff=0.0, kl_estimator="k3", importance_correction="none")
 CASES: list[LossConfig] = [
     OBJECTIVE,
     replace(OBJECTIVE, kl_coeff=0.3),
@@ -43,9 +43,13 @@ DETACHED: list[LossConfig] = [
 """Objectives with parts that are not differentiated, which finite differences of the value therefore do not show."""
 
 
-def loss_of(options: LossConfig, *tensors: Tensor | None, **named: Tensor) -> Loss:
-    """The loss at the coefficient of the options."""
-    return policy_loss(options, options.kl_coeff, *tensors, **named)  # type: ignore[arg-type]
+def loss_of(
+    options: LossConfig, logprobs: Tensor, entropies: Tensor, old: Tensor, reference: Tensor | None,
+    advantages: Tensor, weights: Tensor, sequence: Tensor, kl_coeff: float | None = None,
+) -> Loss:  # fmt: skip
+    """The loss at a coefficient, by default that of the options, of tokens that the old policy drew."""
+    tokens = PackTokens(sequence, weights, rollout=old, advantages=advantages, old=old, reference=reference)
+    return policy_loss(options, options.kl_coeff if kl_coeff is None else kl_coeff, logprobs, entropies, tokens)
 
 
 def naive_kl(d: list[float], sequence: list[int], m: int, estimator: str) -> float:
@@ -140,7 +144,7 @@ def test_a_sequence_ratio_has_the_gradient_of_gspo() -> None:
 
 def test_the_kl_coefficient_is_the_argument() -> None:
     """The option is where the coefficient begins; the controller of `kl_target` moves it."""
-    adapted = policy_loss(replace(OBJECTIVE, kl_coeff=9.0), 0.3, **inputs())
+    adapted = loss_of(replace(OBJECTIVE, kl_coeff=9.0), **inputs(), kl_coeff=0.3)
     assert adapted.total.item() == loss_of(replace(OBJECTIVE, kl_coeff=0.3), **inputs()).total.item()
 
 
@@ -206,6 +210,22 @@ def test_first_step_has_ratio_one_and_the_plain_policy_gradient(surrogate: Any, 
     assert torch.allclose(gradient, -advantages * weights, rtol=0.02 if dtype == torch.bfloat16 else 1e-5)
 
 
+def test_advantages_are_weighted_by_importance() -> None:
+    """Of the old policy to the rollout; the old policy of a single update is the current one, detached."""
+    tensors, options = inputs(), replace(OBJECTIVE, importance_correction="truncate", importance_high=1.2)
+    rollout = tensors["old"] - torch.linspace(-0.5, 0.5, 8).double()
+    logprobs = tensors["logprobs"].requires_grad_()
+    tokens = PackTokens(tensors["sequence"], tensors["weights"], rollout, tensors["advantages"], tensors["old"], None)
+    importance = (tensors["old"] - rollout).exp().clamp(max=1.2)
+    expected = loss_of(OBJECTIVE, **tensors | {"advantages": tensors["advantages"] * importance})
+    loss = policy_loss(options, 0.0, logprobs, tensors["entropies"], tokens)
+    assert torch.allclose(loss.total, expected.total) and torch.allclose(loss.importance, importance)
+    assert torch.equal(loss.gap, tensors["old"] - rollout) and expected.importance is None
+    first = policy_loss(options, 0.0, logprobs, tensors["entropies"], replace(tokens, old=None))
+    assert bool((first.ratio == 1).all()) and torch.equal(first.gap, logprobs.detach() - rollout)
+    assert not first.gap.requires_grad and not first.importance.requires_grad
+
+
 def test_only_the_total_is_differentiable() -> None:
     tensors = inputs()
     tensors["logprobs"].requires_grad_()
@@ -244,9 +264,11 @@ def test_value_loss_equals_the_loop(clip: float | None) -> None:
     for v, o, r, w in zip(values.tolist(), old.tolist(), returns.tolist(), weights.tolist(), strict=True):
         clipped = v if clip is None else min(max(v, o - clip), o + clip)
         expected += w * max((v - r) ** 2, (clipped - r) ** 2) / 2
-    loss = value_loss(values, old, returns, weights, clip)
+    tokens = PackTokens(torch.zeros(9).long(), weights, old, returns, old, None, values=old, returns=returns)
+    loss, errors = value_loss(values, tokens, clip)
     assert loss.item() == pytest.approx(expected)
-    assert torch.autograd.gradcheck(lambda v: value_loss(v, old, returns, weights, clip), values)
+    assert torch.equal(errors, (values - returns) ** 2)
+    assert torch.autograd.gradcheck(lambda v: value_loss(v, tokens, clip)[0], values)
 
 
 @given(st.lists(st.tuples(st.floats(-30, 0, width=32), st.floats(-30, 0, width=32)), min_size=1, max_size=20))

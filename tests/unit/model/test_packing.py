@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import AutoModelForCausalLM, Qwen2Config
 
-from grpo_dist.algorithm.losses import policy_loss, token_weights
+from grpo_dist.algorithm.losses import PackTokens, policy_loss, token_weights
 from grpo_dist.config.algorithm import LossConfig
 from grpo_dist.model import attention
 from grpo_dist.model.attention import BLOCK, block_layout
@@ -364,8 +364,10 @@ def share_of_loss(
 ) -> Tensor:  # fmt: skip
     """The loss of some tokens."""
     mine = {name: tensor[token] for name, tensor in inputs.items()}
-    options = LossConfig(ratio_level=level, kl_estimator=estimator, entropy_coeff=0.3)  # type: ignore[arg-type]
-    return policy_loss(options, 0.1, logprobs, entropies, sequence=sequence, **mine).total
+    options = LossConfig(ratio_level=level, kl_estimator=estimator, entropy_coeff=0.3,  # type: ignore[arg-type]
+                         importance_correction="none")  # fmt: skip
+    tokens = PackTokens(sequence, rollout=mine["old"], **mine)
+    return policy_loss(options, 0.1, logprobs, entropies, tokens).total
 
 
 def flat_gradient(model: torch.nn.Module) -> Tensor:
