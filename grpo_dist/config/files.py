@@ -10,6 +10,9 @@ import yaml
 
 from ..text.files import near_paths
 
+MOST_VALUES = 100_000
+"""Most values of a config file with its aliases written out: what reads it would copy each of them."""
+
 
 def mistakes_of_file(path: str) -> list[str]:
     """What to correct in a YAML file: a path that is none, bytes that are no UTF-8, keys that are given twice, of
@@ -20,41 +23,45 @@ def mistakes_of_file(path: str) -> list[str]:
     if not Path(path).is_file():
         return [f"--config: {path} given, expected a YAML file"]
     try:
-        nodes = _nodes(yaml.compose(Path(path).read_text(encoding="utf-8-sig"), yaml.SafeLoader))
+        nodes, size = _nodes(yaml.compose(Path(path).read_text(encoding="utf-8-sig"), yaml.SafeLoader))
     except UnicodeDecodeError as error:
         return [f"--config: {path} is no UTF-8 text ({error.reason} in byte {error.start}); save it as UTF-8"]
     except yaml.YAMLError:
         return []
     except RecursionError:
         return [f"--config: {path} is nested too deeply, or has an anchor (&name) whose own value refers to it (*name)"]
+    if size > MOST_VALUES:
+        return [f"--config: {path} has more than {MOST_VALUES:,} values when each alias (*name) is replaced by what it "
+                "refers to: write out what is meant"]  # fmt: skip
     repeated = [f"{key} is given in lines {first} and {second} of {path}, expected once: the second would replace all "
                 "of the first" for node, prefix in nodes for key, first, second in _repeated(node, prefix)]  # fmt: skip
     return repeated + [f"{node.value} in line {node.start_mark.line + 1} of {path} is a number to base 60 for YAML: "
                        f"put it in quotes, '{node.value}'" for node, _ in nodes if _is_base_60(node)]  # fmt: skip
 
 
-def _nodes(root: yaml.Node | None) -> list[tuple[yaml.Node, str]]:
-    """A document's nodes, each once however often it is referred to, with the names above it. Raises RecursionError
-    where a node is part of itself."""
+def _nodes(root: yaml.Node | None) -> tuple[list[tuple[yaml.Node, str]], int]:
+    """A document's nodes, each once however often it is referred to, with the names above it; and their number if each
+    counts as often as it is referred to. Raises RecursionError where a node is part of itself."""
     found: dict[int, tuple[yaml.Node, str]] = {}
+    sizes: dict[int, int] = {}
 
-    def enter(node: yaml.Node, prefix: str, above: frozenset[int]) -> None:
+    def enter(node: yaml.Node, prefix: str, above: frozenset[int]) -> int:
         if id(node) in above:
             raise RecursionError
         if id(node) in found:
-            return
-        found[id(node)], above = (node, prefix), above | {id(node)}
+            return sizes[id(node)]
+        found[id(node)], above, size = (node, prefix), above | {id(node)}, 1
         if isinstance(node, yaml.SequenceNode):
             for value in node.value:
-                enter(value, prefix, above)
+                size += enter(value, prefix, above)
         elif isinstance(node, yaml.MappingNode):
             for key, value in node.value:
-                enter(key, prefix, above)
-                enter(value, f"{prefix}{key.value}.", above)
+                size += enter(key, prefix, above) + enter(value, f"{prefix}{key.value}.", above)
+        sizes[id(node)] = size
+        return size
 
-    if root is not None:
-        enter(root, "", frozenset())
-    return list(found.values())
+    size = 0 if root is None else enter(root, "", frozenset())
+    return list(found.values()), size
 
 
 def _repeated(node: yaml.Node, prefix: str) -> Iterator[tuple[str, int, int]]:

@@ -9,7 +9,7 @@ from argparse import ArgumentError
 from dataclasses import asdict, fields, is_dataclass
 from typing import Any
 
-from ..text.plain import write_lines
+from ..text.plain import plain_lines, write_lines
 from .mistakes import mistakes_of_files, read_options, with_preset_first
 from .names import DRY_RUN, advice
 from .parser import make_parser, to_config
@@ -36,7 +36,7 @@ def parse_config(arguments: list[str] | None = None) -> Config:
             problems = [str(error)]
     problems = read_options(words).problems or problems
     let_first_rank_answer()
-    write_lines("\n".join(f"error: {problem}" for problem in problems), sys.stderr)
+    write_lines(plain_lines("\n".join(f"error: {problem}" for problem in problems)), sys.stderr)
     sys.exit(2)
 
 
