@@ -18,6 +18,7 @@ from typing import IO, Any
 
 from safetensors.torch import save_file
 
+from ..config.places import writing_to
 from ..types import Batch, Prompt
 
 log = logging.getLogger(__name__)
@@ -102,10 +103,11 @@ class BadUpdates:
         self.in_a_row += 1
         dump = self.directory / f"step_{step}.safetensors"
         if self.is_main:
-            self.directory.mkdir(exist_ok=True)
             names = ("ids", "row_lengths", "sampled", "group", "reward", "sampled_logprobs", "advantages")
             tensors = {name: getattr(batch, name) for name in names}
-            save_file({name: tensor.clone() for name, tensor in tensors.items() if tensor is not None}, dump)
+            with writing_to(self.directory):
+                self.directory.mkdir(exist_ok=True)
+                save_file({name: tensor.clone() for name, tensor in tensors.items() if tensor is not None}, dump)
             log.warning("step %d: the gradient's norm is %s; no rank took the step, and its batch is in %s", step, norm,
                         dump)  # fmt: skip
         if self.in_a_row >= self.most_in_a_row:

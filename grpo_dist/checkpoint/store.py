@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import shutil
 from collections.abc import Mapping
 from contextlib import suppress
@@ -20,6 +19,8 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from ..text.files import sync
 
 log = logging.getLogger(__name__)
 
@@ -33,15 +34,6 @@ CHANGED = "it was changed, or another version wrote it; choose another train.out
 
 class DamagedCheckpoint(RuntimeError):
     """A checkpoint's directory is incomplete or was changed."""
-
-
-def _sync(path: Path) -> None:
-    """Flush a file's contents, or a directory's entries, to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _checksum(path: Path) -> str:
@@ -66,7 +58,7 @@ def save(root: Path, step: int, tensors: dict[str, Tensor], meta: dict[str, Any]
     if target.exists():  # of a run that was later resumed from an earlier step
         shutil.rmtree(target)
     temporary.rename(target)
-    _sync(root)
+    sync(root)
     _prune(root, step, keep)
     return target
 
@@ -78,11 +70,11 @@ def _write(directory: Path, meta: dict[str, Any], tensors: dict[str, Tensor]) ->
     (directory / META).write_text(json.dumps(meta, indent=1), encoding="utf-8")
     files = {}
     for path in (directory / TENSORS, directory / META):
-        _sync(path)
+        sync(path)
         files[path.name] = {"bytes": path.stat().st_size, "sha256": _checksum(path)}
     (directory / MANIFEST).write_text(json.dumps({"files": files}, indent=1), encoding="utf-8")
-    _sync(directory / MANIFEST)
-    _sync(directory)
+    sync(directory / MANIFEST)
+    sync(directory)
 
 
 def _prune(root: Path, step: int, keep: int) -> None:

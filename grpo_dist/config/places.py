@@ -6,6 +6,8 @@ import difflib
 import os
 import re
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from ..text.files import near_paths
@@ -62,6 +64,26 @@ def require_run(path: Path) -> None:
 def existing_part(directory: Path) -> Path:
     """The directory, or its nearest parent that exists."""
     return next(path for path in (directory.absolute(), *directory.absolute().parents) if path.exists())
+
+
+class UnwritableOutput(OSError):
+    """A file of the run cannot be written; the message says where, why and what to do."""
+
+
+@contextmanager
+def writing_to(directory: Path) -> Iterator[None]:
+    """Inside, files of the output directory are written; raises UnwritableOutput where that fails, as on a full disk.
+
+    Libraries in Rust (safetensors, tokenizers) have no class for such errors but a common end of their messages.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not isinstance(error, OSError) and "(os error " not in str(error):
+            raise
+        raise UnwritableOutput(f"train.output_dir: a file in {directory} cannot be written ({error}): make room there, "
+                               "or mend what is wrong with it; the same command then goes on from the newest "
+                               "checkpoint") from error  # fmt: skip
 
 
 def require_writable(directory: Path) -> None:

@@ -20,6 +20,7 @@ from accelerate import Accelerator
 from accelerate.utils import DeepSpeedPlugin, GradientAccumulationPlugin, InitProcessGroupKwargs
 from torch import Tensor
 
+from ..config.places import UnwritableOutput
 from ..config.schema import OptimConfig
 from . import deepspeed, fsdp
 from .cores import num_cores
@@ -203,7 +204,8 @@ class Ranks:
         """Run a phase without collectives in it; an error on one rank ends it on every rank.
 
         All ranks raise PhaseError for a failure and Interrupted for a stop. Otherwise the other ranks would wait in
-        their next collective until its time-out.
+        their next collective until its time-out. The error names where each failure comes from, except for a file that
+        cannot be written, whose own message says everything.
         """
         failure = stop = cause = None
         try:
@@ -211,12 +213,13 @@ class Ranks:
         except Interrupted as interrupted:
             stop = interrupted
         except Exception as error:
-            failure, cause = traceback.format_exc(), error
+            says_all = isinstance(error, UnwritableOutput)
+            failure, cause = str(error) if says_all else f"\n{traceback.format_exc()}", error
         ends = self.gather_objects((failure, stop))
         failures = [(rank, text) for rank, (text, _) in enumerate(ends) if text]
         if failures:
-            tracebacks = "\n".join(f"rank {rank}:\n{text}" for rank, text in failures)
-            raise PhaseError(f"{phase} failed on {len(failures)} of {self.num_ranks} ranks.\n{tracebacks}") from cause
+            texts = "\n".join(f"rank {rank}: {text}" for rank, text in failures)
+            raise PhaseError(f"{phase} failed on {len(failures)} of {self.num_ranks} ranks. {texts}") from cause
         for _, ending in ends:
             if ending:
                 raise Interrupted(str(ending), failed=ending.failed)

@@ -17,6 +17,7 @@ from .. import __version__
 from ..distributed.deepspeed import Zero
 from ..distributed.device import dtype_name
 from ..distributed.ranks import Ranks
+from ..distributed.strategy import Strategy
 from ..text.files import write_file
 from .json_lines import read_json_lines
 
@@ -34,21 +35,22 @@ def started_in(directory: Path) -> Path | None:
     return None if start is None else Path(start)
 
 
-def record_start(directory: Path, ranks: Ranks, first_step: int, dtype: torch.dtype) -> None:
-    """Record the machine and packages of a start after `first_step` steps, on the main rank. `dtype` is that of the
-    policy's weights. A collective."""
+def devices_of(ranks: Ranks) -> list[str]:
+    """Host and device of each rank. A collective."""
     on_gpu = ranks.device.type == "cuda"
     device = torch.cuda.get_device_name(ranks.device) if on_gpu else f"{platform.machine()}, {os.cpu_count()} cores"
-    devices = ranks.gather_objects(f"{socket.gethostname()}: {device}")
-    if not ranks.is_main:
-        return
+    return ranks.gather_objects(f"{socket.gethostname()}: {device}")
+
+
+def record_start(directory: Path, strategy: Strategy, devices: list[str], first_step: int, dtype: torch.dtype) -> None:
+    """Record the machine and packages of a start after `first_step` steps. `dtype` is that of the policy's weights."""
     used = {"grpo_dist": __version__, "python": platform.python_version(), **versions()}
-    if isinstance(ranks.strategy, Zero):
+    if isinstance(strategy, Zero):
         used["deepspeed"] = metadata.version("deepspeed")
     if torch.version.cuda:
         used["cuda"] = torch.version.cuda
     start = {"started": f"{datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC", "directory": os.getcwd(),
-             "first_step": first_step, "engine": ranks.strategy.name, "ranks": devices, "platform": platform.platform(),
+             "first_step": first_step, "engine": strategy.name, "ranks": devices, "platform": platform.platform(),
              "dtype": dtype_name(dtype), "versions": used}  # fmt: skip
     # written anew, because a line that the end of a machine has cut would end in the middle of this one
     starts = [*read_json_lines(directory / FILE), start]

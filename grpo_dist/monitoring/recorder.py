@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
@@ -20,12 +19,12 @@ from ..config.values import flat, redacted
 from ..distributed.device import dtype_name, resolve_dtype
 from ..rewards.registry import answer_reader
 from ..rewards.text import answering_texts
-from ..text.files import write_file
+from ..text.files import sync, write_file
 from ..text.plain import answer_of
 from ..types import CONVERSATION, Batch, Metrics
 from .advice import advice
 from .alarms import Alarm, Alarms, rules_for
-from .json_lines import read_json_lines
+from .json_lines import append_json_line, read_json_lines
 from .trackers import Entry, Mirror, Source, Table, run_name
 
 log = logging.getLogger(__name__)
@@ -79,19 +78,19 @@ class Recorder:
     """Writes the records of a run, on the main rank."""
 
     def __init__(self, config: Config, directory: Path, first_step: int) -> None:
-        """Open the files, and drop an interrupted run's lines of steps after `first_step`, which are done again."""
+        """Drop an interrupted run's lines of steps after `first_step`, which are done again."""
         self.directory = directory
         self.logging = config.logging
-        path = directory / "metrics.jsonl"
+        self.path = path = directory / "metrics.jsonl"
         kept = [line for line in read_json_lines(path) if line["step"] <= first_step]
         if lost := sorted({*range(first_step + 1)} - {line["step"] for line in kept}):
             log.warning("%s lacks %d of the steps 0 to %d, which were done before (the first is step %d): so will the "
                         "report", path, len(lost), first_step, lost[0])  # fmt: skip
         write_file(path, "".join(json.dumps(line) + "\n" for line in kept))
-        self.file = path.open("a", buffering=1)
         dtype = dtype_name(resolve_dtype(config.model.dtype))
         self.alarms = Alarms(rules_for(config.loss.kl_estimator, dtype, config.rollout.lag))
-        self.alarm_file = (directory / "alarms.jsonl").open("w", buffering=1)
+        self.alarm_path = directory / "alarms.jsonl"
+        write_file(self.alarm_path, "")
         for line in kept:
             self._ring(line)
         options = flat(redacted(asdict(config)), numbered=True)
@@ -106,7 +105,7 @@ class Recorder:
         The trackers get them with the histograms and tables of the completions that were recorded before.
         """
         finite = {k: (v if not isinstance(v, float) or math.isfinite(v) else None) for k, v in values.items()}
-        self.file.write(json.dumps(finite) + "\n")
+        append_json_line(self.path, finite)
         known = {k: v for k, v in finite.items() if v is not None and k != "step"}
         for mirror in self.mirrors:
             mirror.log(Entry(int(values["step"] or 0), known, **self.pictures))
@@ -117,7 +116,7 @@ class Recorder:
         """Write a step's alarms to alarms.jsonl: a function of metrics.jsonl, which a resumed run computes again."""
         alarms = self.alarms.step(values)
         for alarm in alarms:
-            self.alarm_file.write(json.dumps(asdict(alarm) | {"advice": advice(alarm.name)}) + "\n")
+            append_json_line(self.alarm_path, asdict(alarm) | {"advice": advice(alarm.name)})
         return alarms
 
     def completions(self, step: int, batch: Batch, texts: list[str], traces: list[str], names: list[str]) -> None:
@@ -148,11 +147,9 @@ class Recorder:
 
     def flush(self) -> None:
         """Put the metrics on the disk, so that no checkpoint is of a step that they lack."""
-        os.fsync(self.file.fileno())
+        sync(self.path)
 
     def close(self) -> None:
-        """Flush and close everything."""
+        """Close the trackers."""
         for mirror in self.mirrors:
             mirror.close()
-        self.file.close()
-        self.alarm_file.close()

@@ -24,6 +24,15 @@ def write_file(path: Path, text: str) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def sync(path: Path) -> None:
+    """Flush a file's contents, or a directory's entries, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def near_paths(path: str) -> str:
     """The end of a message about a path that does not exist: the names nearest to it; empty where none are near."""
     missing = Path(path)

@@ -9,13 +9,14 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
+import torch
 import yaml
 
 from ..checkpoint import store as checkpoint
 from ..checkpoint.guards import BadUpdates, FailedSaves, lock
 from ..checkpoint.resume import changes, identity, require_same_start, resume_path, with_template_date
 from ..checkpoint.state import TrainState
-from ..config.places import require_writable
+from ..config.places import require_writable, writing_to
 from ..config.schema import Config
 from ..config.values import redacted
 from ..data.mixture import load_training
@@ -23,7 +24,7 @@ from ..data.order import Curriculum, Mixture, Sampler
 from ..distributed.device import resolve_dtype, set_up_cuda
 from ..distributed.launch_config import require_known_launch, require_optimizer
 from ..distributed.optimizer_state import OptimizerState, WholeOptimizerState
-from ..distributed.ranks import Ranks
+from ..distributed.ranks import PhaseError, Ranks
 from ..distributed.rendezvous import LaunchError, Rendezvous, place_in_launch
 from ..distributed.watch import Interrupted, Watch
 from ..environments.host import EnvironmentHost
@@ -33,7 +34,7 @@ from ..model.load import end_token_ids, ignored_generation_options, load_model_c
 from ..monitoring.console import Display
 from ..monitoring.json_lines import read_json_lines
 from ..monitoring.machine import FILE as RECORD_OF_STARTS
-from ..monitoring.machine import record_start, versions
+from ..monitoring.machine import devices_of, record_start, versions
 from ..monitoring.recorder import Recorder
 from ..monitoring.trackers import require_known
 from ..preflight.contents import try_model
@@ -106,22 +107,20 @@ def build(config: Config) -> tuple[Parts, TrainState]:
     _log_on_main(is_main, others=logging.WARNING)
     data = _agree_on_data(ranks, start)
     config = data.config
-    if ranks.is_main:
-        write_file(directory / "config.yaml", yaml.safe_dump(redacted(asdict(config)), sort_keys=False))
     models = _load_models(data, ranks, resume_from)
     state = TrainState(0, config.loss.kl_coeff, data.sampler)
     if resume_from is not None:
         _resume(state, config, resume_from, ranks, models.optimizer_state, data.prompts)
     try:
         models.engine.update_weights()
-    except Interrupted as error:  # raised on all ranks alike
+        recorder = _open_records(config, directory, ranks, state, models.policy.causal_lm.dtype)
+    except (Interrupted, PhaseError) as error:  # raised on all ranks alike
         models.engine.close()
         raise UserError(str(error)) from error
     watch = Watch(ranks.rank, ranks.num_ranks, ranks.store(config.train.hang_timeout_seconds),
                   config.train.max_seconds, config.train.hang_timeout_seconds,
                   lambda: ranks.collectives_entered)  # fmt: skip
     display = Display(config.train.num_train_steps, state.step, ranks.is_main, config.logging.show_completions_every)
-    last_step = -1 if state.is_start else state.step
     parts = Parts(
         config=config, directory=directory, lock=start.lock, identity=data.identity, ranks=ranks, watch=watch,
         tokenizer=data.tokenizer, texts_of=CompletionTexts(data.tokenizer, data.end_ids), prompts=data.prompts,
@@ -129,11 +128,10 @@ def build(config: Config) -> tuple[Parts, TrainState]:
         scorer=start.scorer, episodes=start.episodes,
         **vars(models),
         phase=Phases(display, watch, ranks.device), display=display,
-        recorder=Recorder(config, directory, last_step) if ranks.is_main else None,
+        recorder=recorder,
         first_update=first_update(config, resume_from is not None, state.updates),
         bad_updates=BadUpdates(directory, config.train.max_bad_updates, ranks.is_main), failed_saves=FailedSaves(),
     )  # fmt: skip
-    record_start(directory, ranks, state.step, parts.policy.causal_lm.dtype)
     ranks.end_start()
     return parts, state
 
@@ -259,6 +257,22 @@ def _resume(
     log.info("resumed from %s", path)
     if config.loss.kl_target is None:  # the coefficient is the config's, which may have been changed
         state.kl_coeff = config.loss.kl_coeff
+
+
+def _open_records(
+    config: Config, directory: Path, ranks: Ranks, state: TrainState, dtype: torch.dtype
+) -> Recorder | None:
+    """Write down on the main rank with what the run starts, and open its records there; None elsewhere.
+
+    A collective. Raises PhaseError on all ranks where nothing can be written.
+    """
+    devices = devices_of(ranks)
+    with ranks.shared_errors("opening the records"), writing_to(directory):
+        if not ranks.is_main:
+            return None
+        write_file(directory / "config.yaml", yaml.safe_dump(redacted(asdict(config)), sort_keys=False))
+        record_start(directory, ranks.strategy, devices, state.step, dtype)
+        return Recorder(config, directory, -1 if state.is_start else state.step)
 
 
 def _log_on_main(is_main: bool, others: int) -> None:

@@ -14,6 +14,7 @@ import torch
 from ..checkpoint.state import TrainState
 from ..config.names import DRY_RUN
 from ..config.parse import let_first_rank_answer, parse_config
+from ..config.places import UnwritableOutput
 from ..config.schema import Config
 from ..distributed.ranks import PhaseError
 from ..distributed.rendezvous import LaunchError, tell_error_of_start
@@ -58,24 +59,23 @@ def run(train: Callable[[Parts, TrainState], None], config: Config) -> int:
         return 2
     status, all_ranks, message, dies = 1, True, "", False
     try:
-        train(parts, state)
-        status, message = 0, "done"
-    except Interrupted as stop:
-        save_checkpoint(parts, state)
-        status = int(stop.failed)
-        message = f"{'error' if stop.failed else 'stopped'}: {stop}. The same command goes on from step {state.step}"
+        status, message = _train_or_stop(train, parts, state)
     except UnfitModel as error:  # raised on all ranks alike
         status, message = 2, f"error: {error}"
     except (PhaseError, RewardFailure, FloatingPointError) as error:  # these are raised on all ranks alike
         message = f"error: {_with_advice(str(error), config)}"
     except BaseException as error:  # the other ranks may be in a collective that this one will never join
         all_ranks, dies = False, parts.ranks.num_ranks > 1
-        reason = _with_advice(f"rank {parts.ranks.rank} died: {type(error).__name__}: {error}", config)
-        if dies or isinstance(error, torch.OutOfMemoryError):
-            write_lines(f"{traceback.format_exc()}error: {reason}", sys.stderr)
+        is_plain = isinstance(error, UnwritableOutput)
+        reason = f"rank {parts.ranks.rank} died: {type(error).__name__}: {error}"
+        reason = str(error) if is_plain else _with_advice(reason, config)
+        if dies or is_plain or isinstance(error, torch.OutOfMemoryError):
+            where = "" if is_plain else traceback.format_exc()
+            write_lines(f"{where}error: {plain_lines(reason)}", sys.stderr)
         if dies:
             parts.watch.end_all(reason)
-        raise
+        if not is_plain:
+            raise
     finally:
         close(parts, all_ranks)
         if dies:  # without the interpreter's own end, which may wait for collectives under way
@@ -89,6 +89,17 @@ def run(train: Callable[[Parts, TrainState], None], config: Config) -> int:
     if status:
         let_first_rank_answer("RANK", PAGE_SECONDS)
     return status
+
+
+def _train_or_stop(train: Callable[[Parts, TrainState], None], parts: Parts, state: TrainState) -> tuple[int, str]:
+    """Train, or save where the training is interrupted; returns the exit status and what to say."""
+    try:
+        train(parts, state)
+    except Interrupted as stop:
+        save_checkpoint(parts, state)
+        reason = f"{'error' if stop.failed else 'stopped'}: {stop}"
+        return int(stop.failed), f"{reason}. The same command goes on from step {state.step}"
+    return 0, "done"
 
 
 def _report(directory: Path) -> None:

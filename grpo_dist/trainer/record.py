@@ -6,6 +6,7 @@ import torch
 
 from ..algorithm.targets import penalty_metrics
 from ..checkpoint.state import TrainState
+from ..config.places import writing_to
 from ..model import toy
 from ..monitoring.metrics import batch_metrics, read_history
 from ..monitoring.traces import trace_lines
@@ -41,12 +42,13 @@ def write(parts: Parts, metrics: Metrics, batch: Batch | None = None) -> None:
         return
     step = int(metrics["step"] or 0)
     due = parts.config.logging.log_completions or parts.display.shows_completions(step)
-    if due and batch is not None:
-        texts = parts.texts_of([ids.tolist() for ids in torch.split(batch.ids, batch.row_lengths.tolist())])
-        traces = trace_lines(batch, parts.texts_of.pieces, batch.extras.get(CONVERSATION))
-        parts.recorder.completions(step, batch, texts, traces, parts.reward_names)
-        parts.display.completions(step, batch, texts)
-    new = parts.recorder.metrics(metrics)
+    with writing_to(parts.directory):
+        if due and batch is not None:
+            texts = parts.texts_of([ids.tolist() for ids in torch.split(batch.ids, batch.row_lengths.tolist())])
+            traces = trace_lines(batch, parts.texts_of.pieces, batch.extras.get(CONVERSATION))
+            parts.recorder.completions(step, batch, texts, traces, parts.reward_names)
+            parts.display.completions(step, batch, texts)
+        new = parts.recorder.metrics(metrics)
     parts.display.alarms(new, parts.recorder.alarms.ringing)
 
 

@@ -11,6 +11,7 @@ from ..checkpoint.final import remove_record, write_record
 from ..checkpoint.guards import warn_of_slow_save
 from ..checkpoint.reopening import check_final
 from ..checkpoint.state import TrainState
+from ..config.places import writing_to
 from ..config.values import redacted
 from ..distributed.device import dtype_name
 from ..distributed.ranks import PhaseError
@@ -43,8 +44,9 @@ def save_checkpoint(parts: Parts, state: TrainState, *, may_fail: bool = False) 
     try:
         with parts.ranks.shared_errors("saving a checkpoint"), parts.watch.patience():
             if parts.recorder is not None:
-                parts.recorder.flush()
-                store.save(parts.directory / "checkpoints", state.step, tensors, meta, config.keep_checkpoints)
+                with writing_to(parts.directory):
+                    parts.recorder.flush()
+                    store.save(parts.directory / "checkpoints", state.step, tensors, meta, config.keep_checkpoints)
     except PhaseError as error:
         parts.failed_saves.in_a_row += 1
         if not may_fail or parts.failed_saves.in_a_row > config.max_failed_saves:
@@ -61,7 +63,7 @@ def save_model(parts: Parts, state: TrainState) -> None:
     """Write the merged model, the tokenizer and the adapter to output_dir/final; a collective."""
     config, directory = parts.config, parts.directory / "final"
     parts.watch.phase = "export"
-    with parts.watch.patience():
+    with parts.watch.patience(), writing_to(parts.directory):
         with parts.rollout_model.open() as model:
             expected = fixed_logits(model) if parts.ranks.is_main else None
         if parts.ranks.is_main:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+import shutil
 import signal
 import sys
 import time
@@ -22,9 +23,10 @@ import torch.distributed as dist
 from grpo_dist import train
 from grpo_dist.checkpoint import store as checkpoint
 from grpo_dist.distributed import watch
+from grpo_dist.monitoring import recorder
 from grpo_dist.rewards.pool.pool import Pending
 from grpo_dist.rollout import NativeDecoder
-from grpo_dist.trainer import ending, evaluation
+from grpo_dist.trainer import ending, evaluation, saving
 from grpo_dist.trainer.ending import main
 
 KIND, _, WHERE = os.environ["FAULT"].partition("@")
@@ -39,6 +41,9 @@ def happen() -> None:
         Path(mark).touch()
     if KIND == "enospc":
         raise OSError(errno.ENOSPC, "No space left on device")
+    if KIND == "vanish":
+        shutil.rmtree(sys.argv[sys.argv.index("--train.output_dir") + 1])
+        return
     if KIND == "oom":
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
     if KIND == "loop":  # in Python, for ever
@@ -94,8 +99,10 @@ train.update = at("update", train.update)
 evaluation._evaluated = at("eval", evaluation._evaluated)
 checkpoint.save_file = at("shards", checkpoint.save_file)
 checkpoint._checksum = at("manifest", checkpoint._checksum)
-checkpoint._sync = at("rename", checkpoint._sync)
+checkpoint.sync = at("rename", checkpoint.sync)
 checkpoint._prune = at("prune", checkpoint._prune)
+recorder.append_json_line = at("metrics", recorder.append_json_line)
+saving.save_final = at("export", saving.save_final)
 ending.write_lines = at("word", ending.write_lines)
 if KIND == "impatient":
     watch.SLOW_SECONDS = 1.0

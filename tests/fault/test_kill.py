@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 # four steps over ten prompts, seven a step: the first lies in the first epoch, the third in the second and third
 FIRST, LATER = 1, 3
 SYNCS, CHECKSUMS = 5, 2
-"""Calls of `_sync` and `_checksum` in one save."""
+"""Calls of `sync` and `_checksum` in one save."""
 
 
 def point(name: str, step: int, updates: int) -> str:

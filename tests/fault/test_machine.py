@@ -56,6 +56,22 @@ def test_a_full_disk(tmp_path: Path) -> None:
     train("ddp", 2, tmp_path / "run", "--train.save_every", "1")
 
 
+@pytest.mark.parametrize("fault", [
+    "vanish@update:2", "enospc@metrics:2", *(pytest.param(f"enospc@{point}:1", marks=pytest.mark.slow)
+                                             for point in ("metrics", "manifest", "export"))])  # fmt: skip
+def test_a_file_that_cannot_be_written_is_one_line(fault: str, tmp_path: Path) -> None:
+    """Also where the directory is gone, and only files that the run has begun are to be written."""
+    run = tmp_path / "run"
+    status, told = faulty(None, 1, run, fault, "--train.save_every", "1", "--logging.log_completions", "false",
+                          "--logging.trackers", "[]")  # fmt: skip
+    assert status == 1 and "Traceback" not in told and told.count("error: ") == 1, told[-4000:]
+    assert f"train.output_dir: a file in {run} cannot be written" in told
+    assert "the same command then goes on from the newest checkpoint" in told
+    if "vanish" not in fault:
+        train(None, 1, run, "--train.save_every", "1", "--logging.log_completions", "false")
+        assert [line["step"] for line in metrics(run)] == list(range(4))
+
+
 def test_a_save_that_fails_may_be_passed_over(tmp_path: Path) -> None:
     run, often = tmp_path / "run", ("--train.save_every", "1", "--train.max_failed_saves", "1")
     status, told = faulty("ddp", 2, run, "enospc@manifest:3", *often)
