@@ -85,8 +85,8 @@ class ReferenceConfig:
     """The model as it was before training: reference of the KL term."""
 
     dtype: Dtype = "bfloat16"
-    """Dtype of the reference. With LoRA, the policy's dtype saves a copy of the base model, except under ZeRO-3
-    and FSDP2."""
+    """Dtype of the reference's weights. With LoRA, the policy's dtype saves a copy of the base model, except under
+    ZeRO-3 and FSDP2; on a CPU so does bfloat16 for a policy in float32 whose model was published in bfloat16."""
     placement: Literal["copy", "shared"] = "copy"
     """`copy` keeps a full frozen copy on every rank where the policy's base is not the same; `shared` uses the policy
     itself with its adapters off, where a copy does not fit (needs LoRA)."""

@@ -45,13 +45,14 @@ def set_up_cuda() -> None:
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
 
 
-def slow_on_this_cpu(dtype: torch.dtype) -> str | None:
-    """What to know about 16-bit weights on a CPU without products of bfloat16; None where nothing is amiss."""
+def slow_on_this_cpu(option: str, dtype: torch.dtype) -> str | None:
+    """What to know about 16-bit weights, which `option` asks for, on a CPU without products of bfloat16; None where
+    nothing is amiss."""
     no_products = torch.backends.mkldnn.is_available() and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
     if dtype == torch.float32 or computes_on_gpu() or not no_products:
         return None
-    return (f"model.dtype: {dtype_name(dtype)}: this CPU has no products of 16-bit numbers, and torch's take several "
-            "times as long as those of float32; model.dtype float32 is faster here")  # fmt: skip
+    return (f"{option}: {dtype_name(dtype)}: this CPU has no products of 16-bit numbers, and torch's take several "
+            f"times as long as those of float32; {option} float32 is faster here")  # fmt: skip
 
 
 class MemoryPeaks:

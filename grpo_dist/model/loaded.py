@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from .files import UnfitModel
+
+COMPARED_AT_ONCE = 1 << 16
+"""Numbers that stay in the processor's caches while they are compared."""
 
 
 def require_stored(name: str, loaded: nn.Module, report: dict[str, Any]) -> None:
@@ -31,6 +35,18 @@ def require_finite(name: str, loaded: nn.Module) -> None:
         if value.is_floating_point() and value.numel() and not all(each.isfinite() for each in value.aminmax()):
             raise UnfitModel(f"model.name: {name!r} has values that are not finite in its weight {weight}, expected "
                              "numbers: name a sound checkpoint")  # fmt: skip
+
+
+def fits_bfloat16(weight: Tensor) -> bool:
+    """Whether bfloat16 holds each number of a float32 tensor, as of models that were published in it."""
+    if weight.dtype != torch.float32:
+        return False
+    return not any((bits & 0xFFFF).any() for bits in weight.reshape(-1).view(torch.int32).split(COMPARED_AT_ONCE))
+
+
+def base_fits_bfloat16(model: nn.Module) -> bool:
+    """Whether bfloat16 holds each number of the weights that are not trained, all in float32."""
+    return all(fits_bfloat16(each) for each in model.parameters() if not each.requires_grad)
 
 
 def note_own_head(loaded: Any) -> None:

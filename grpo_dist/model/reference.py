@@ -26,15 +26,17 @@ class Reference(Protocol):
         """Log-probabilities (M,) of a pack. A collective under ZeRO-3 and FSDP2 if the weights are the policy's."""
 
 
-def needs_copy(
-    config: Config, dtype: torch.dtype, copy_dtype: torch.dtype, shards_weights: bool, is_quantized: bool
-) -> bool:
-    """Whether the reference needs its own weights beside a policy of `dtype`. It does not if nothing uses it, if
-    `reference.placement` shares the policy, or if every rank has the base in the same dtype already, or a quantised
-    one, whose values nothing else has."""
-    is_same = (copy_dtype == dtype and not shards_weights) or is_quantized
-    shares = config.lora is not None and (is_same or config.reference.placement == "shared")
-    return has_reference(config) and not shares
+def needs_copy(config: Config, has_same_base: bool, shards_weights: bool) -> bool:
+    """Whether the reference needs its own weights. It does not if nothing uses it, if `reference.placement` shares the
+    policy, or if the policy of every rank has the whole of the same base."""
+    shares = (has_same_base and not shards_weights) or config.reference.placement == "shared"
+    return has_reference(config) and not (config.lora is not None and shares)
+
+
+def is_same_base(dtype: torch.dtype, copy_dtype: torch.dtype, *, on_cpu: bool, in_bfloat16: bool) -> bool:
+    """Whether a base in `dtype` is that of a reference in `copy_dtype`. `in_bfloat16`: bfloat16 holds each of its
+    numbers. Where it is in float32 nevertheless, it is left so on a CPU: many have no products of bfloat16."""
+    return copy_dtype == dtype or (on_cpu and in_bfloat16 and (dtype, copy_dtype) == (torch.float32, torch.bfloat16))
 
 
 class FrozenCopy:

@@ -17,7 +17,7 @@ from ..model.checks import bitsandbytes_config, stored_quantization
 from ..model.files import kind_of, stored_kind
 from ..model.load import attention_for, trainable
 from ..model.packing import plan
-from ..model.reference import REFERENCE_PACK, needs_copy
+from ..model.reference import REFERENCE_PACK, is_same_base, needs_copy
 from ..model.routing import has_experts
 from ..rollout.native.cache import SLOT_CHUNK
 from ..rollout.native.engine import COPIED_PROMPT
@@ -142,6 +142,7 @@ class Predictor:
         self.policy_dtype = dtype_on(device, config.model.dtype)
         self.copy_dtype = dtype_on(device, config.reference.dtype)
         self.quantization = kind_of(config.model, bitsandbytes_config(model_config))
+        self._in_bfloat16 = model_config.get_text_config().dtype == torch.bfloat16
         self._reward_models = reward_model_bytes(config) if device == "gpu" else 0
         self._counts: dict[Precision, tuple[ModelCounts, int]] = {}
         self._passes: dict[tuple[Precision, Shape, Shape | None], Passes] = {}
@@ -174,8 +175,10 @@ class Predictor:
         # adapters stay in float32 but for DeepSpeed, which like FSDP2 casts weights that are all trained
         stays = strategy == "DDP" or (strategy == "FSDP2" and self.config.lora is not None)
         casts = not stays and self.policy_dtype != torch.float32
-        is_quantized = self.quantization is not None
-        has_copy = needs_copy(self.config, self.policy_dtype, self.copy_dtype, strategy in SHARDS_WEIGHTS, is_quantized)
+        has_same_base = self.quantization is not None or is_same_base(
+            self.policy_dtype, self.copy_dtype, on_cpu=self.device == "cpu", in_bfloat16=self._in_bfloat16
+        )
+        has_copy = needs_copy(self.config, has_same_base, strategy in SHARDS_WEIGHTS)
         precision = Precision(self.policy_dtype, self.copy_dtype if has_copy else self.policy_dtype, casts)
         counts, trained_bytes = self._count(precision)
         inputs = MemoryInputs(
@@ -212,7 +215,7 @@ class Predictor:
             return (counts.joined + counts.adapters) * self.policy_dtype.itemsize
         if self.policy_dtype not in MERGED:
             return 0
-        if has_few_sequences(self.config) and self.model_config.get_text_config().dtype == torch.bfloat16:
+        if has_few_sequences(self.config) and self._in_bfloat16:
             return counts.parameters * torch.bfloat16.itemsize
         return counts.adapted * self.policy_dtype.itemsize
 

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from ..model.expert_adapters import adapted_weight, factors
+from ..model.loaded import fits_bfloat16
 from ..model.peft import ADAPTER, LoraLayer, ParamWrapper
 from ..model.quantized import QuantizedLinear, dtype_of
-from .native.halves import fits_bfloat16
 from .native.llama import linear_of
 
 

@@ -129,7 +129,9 @@ def build(config: Config) -> tuple[Parts, TrainState]:
         **vars(models),
         phase=Phases(display, watch, ranks.device), display=display,
         recorder=recorder,
-        first_update=first_update(config, resume_from is not None, state.updates),
+        first_update=first_update(
+            config, models.reference.policy.causal_lm.dtype if models.reference else None, resume_from is not None,
+            state.updates),
         bad_updates=BadUpdates(directory, config.train.max_bad_updates, ranks.is_main), failed_saves=FailedSaves(),
     )  # fmt: skip
     ranks.end_start()

@@ -10,14 +10,15 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ..config.algorithm import has_reference
+import torch
+
 from ..config.schema import Config
-from ..distributed.device import dtype_name, resolve_dtype
+from ..distributed.device import resolve_dtype
 from ..model.files import UnfitModel
 
 MOST_GAP = 1e-3
 """Nats that float32 may change a token's log-probability by; small models are at 1e-6, in attention or recurrent."""
-MOST_KL = {"float32": 1e-6, "float16": 0.02, "bfloat16": 0.1}
+MOST_KL = {torch.float32: 1e-6, torch.float16: 0.02, torch.bfloat16: 0.1}
 """Nats a token that rounding may make of the distance between equal policies: several times what tests saw."""
 
 
@@ -25,9 +26,9 @@ MOST_KL = {"float32": 1e-6, "float16": 0.02, "bfloat16": 0.1}
 class FirstUpdate:
     """Which of a run's first numbers are known beforehand; checks them once."""
 
-    dtype: str
+    dtype: torch.dtype
     """What the policy computes in, and so do rollouts."""
-    reference_dtype: str
+    reference_dtype: torch.dtype
     has_known_gap: bool
     """False where the policy has moved since the rollout, or drops some of the adapters' inputs."""
     has_known_kl: bool
@@ -35,9 +36,9 @@ class FirstUpdate:
 
     def check(self, metrics: Mapping[str, float]) -> None:
         """Raise UnfitModel where the first update's metrics are not those of one and the same model."""
-        rounded = self.dtype if self.reference_dtype == "float32" else self.reference_dtype
+        rounded = self.dtype if self.reference_dtype == torch.float32 else self.reference_dtype
         limits = {
-            ("rollout/logprob_gap_max", self.has_known_gap and self.dtype == "float32"): MOST_GAP,
+            ("rollout/logprob_gap_max", self.has_known_gap and self.dtype == torch.float32): MOST_GAP,
             ("rollout/kl", self.has_known_gap): MOST_KL[self.dtype],
             ("kl", self.has_known_kl): MOST_KL[rounded],
         }
@@ -54,15 +55,21 @@ class FirstUpdate:
                 )
 
 
-def first_update(config: Config, is_resumed: bool, updates_done: int) -> FirstUpdate:
-    """What is known of a process's first update, before which `updates_done` were made of the batch."""
-    dtype, reference_dtype = (dtype_name(resolve_dtype(each.dtype)) for each in (config.model, config.reference))
+def first_update(
+    config: Config, reference_dtype: torch.dtype | None, is_resumed: bool, updates_done: int
+) -> FirstUpdate:
+    """What is known of a process's first update, before which `updates_done` were made of the batch.
+
+    `reference_dtype` is what the reference computes in, None where there is none.
+    """
+    dtype = resolve_dtype(config.model.dtype)
     drops = config.lora is not None and config.lora.dropout > 0
     goes_on = config.lora is not None and config.lora.init_from is not None
     is_new = not is_resumed and not (drops and goes_on)  # dropout changes nothing while adapters are untrained
     is_reference = not (goes_on and config.reference.model == "base")
     return FirstUpdate(
-        dtype, reference_dtype, has_known_gap=is_new or not (drops or updates_done or config.rollout.lag),
-        has_known_kl=is_new and is_reference and has_reference(config)
+        dtype, reference_dtype or dtype,
+        has_known_gap=is_new or not (drops or updates_done or config.rollout.lag),
+        has_known_kl=is_new and is_reference and reference_dtype is not None
         and config.loss.kl_estimator != "squared_sequence",
     )  # fmt: skip

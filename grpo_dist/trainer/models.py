@@ -14,7 +14,7 @@ from ..config.algorithm import has_reference
 from ..config.rollout import RolloutConfig
 from ..config.schema import Config
 from ..distributed.deepspeed import unsharded_loading
-from ..distributed.device import resolve_dtype
+from ..distributed.device import computes_on_gpu, resolve_dtype, slow_on_this_cpu
 from ..distributed.optimizer_state import OptimizerState, WholeOptimizerState
 from ..distributed.ranks import Ranks
 from ..model.adapter import require_own_values
@@ -22,10 +22,11 @@ from ..model.checks import bitsandbytes_config
 from ..model.dequantization import describe_dequantized, form_of
 from ..model.files import UnfitModel, kind_of, require_unsharded
 from ..model.load import attention_for, load_causal_lm, load_policy, short_window, trainable
+from ..model.loaded import base_fits_bfloat16
 from ..model.optimizer import make_optimizer
 from ..model.policy import Policy
 from ..model.quantization import describe
-from ..model.reference import AdaptersAtStart, AdaptersOff, FrozenCopy, Reference, needs_copy
+from ..model.reference import AdaptersAtStart, AdaptersOff, FrozenCopy, Reference, is_same_base, needs_copy
 from ..model.rollout_weights import RolloutModel
 from ..model.routing import Routers
 from ..model.split_rows import require_whole_groups
@@ -132,8 +133,12 @@ def _load_reference(
         return None
     lora, temperature = config.lora, config.rollout.temperature
     has_adapter = lora is not None and lora.init_from is not None and config.reference.model == "adapter"
-    if not needs_copy(config, dtype, copy_dtype, ranks.strategy.shards_weights, is_quantized):
+    has_same_base = is_quantized or is_same_base(dtype, copy_dtype, on_cpu=not computes_on_gpu(),
+                                                 in_bfloat16=base_fits_bfloat16(policy.model))  # fmt: skip
+    if not needs_copy(config, has_same_base, ranks.strategy.shards_weights):
         return (AdaptersAtStart if has_adapter else AdaptersOff)(wrapped, policy)
+    if slow := slow_on_this_cpu("reference.dtype", copy_dtype):
+        log.warning("%s", slow)
     with unsharded_loading():
         if has_adapter and lora is not None:
             copy = load_policy(config.model, replace(lora, dropout=0.0), copy_dtype, implementation, temperature,

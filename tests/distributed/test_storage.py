@@ -35,15 +35,17 @@ def predicted(strategy: str | None, ranks: int, arguments: list[str]) -> int:
 
 
 @pytest.mark.parametrize(
-    ("strategy", "ranks", "dtype"),
-    [("zero2", 2, "bfloat16"),
-     *(pytest.param(*each, marks=pytest.mark.slow)
+    ("strategy", "ranks", "dtype", "of_reference"),
+    [("zero2", 2, "bfloat16", "bfloat16"), (None, 1, "float32", "bfloat16"),  # in which the model was published
+     *(pytest.param(*each, each[-1], marks=pytest.mark.slow)
        for each in ((None, 1, "bfloat16"), (None, 1, "float32"),
                     ("ddp", 2, "bfloat16"), ("zero2", 2, "float32"), ("zero1", 2, "bfloat16"),
                     ("zero1", 2, "float32")))],
 )  # fmt: skip
-def test_frozen_weights_lie_in_one_place(strategy: str | None, ranks: int, dtype: str, tmp_path: Path) -> None:
-    arguments = run(strategy, ranks, tmp_path, "--model.dtype", dtype, "--reference.dtype", dtype)
+def test_frozen_weights_lie_in_one_place(
+    strategy: str | None, ranks: int, dtype: str, of_reference: str, tmp_path: Path
+) -> None:
+    arguments = run(strategy, ranks, tmp_path, "--model.dtype", dtype, "--reference.dtype", of_reference)
     for rank in range(ranks):
         before, after = map(json.loads, (tmp_path / f"storage-{rank}.jsonl").read_text().splitlines())
         assert before["policy"] == before["rollout"] == before["reference"] > 50

@@ -12,8 +12,6 @@ from contextlib import suppress
 import torch
 from torch import Tensor
 
-COMPARED_AT_ONCE = 1 << 16
-"""Numbers that stay in the processor's caches while they are compared."""
 BLOCK_BYTES = 64 << 20
 """What is reserved at once: many weights lie behind one another, and few pages are not full."""
 
@@ -45,13 +43,6 @@ class HalvesMemory:
             return None
         self.block = self.block[rows * inputs :]
         return words.view(rows, inputs)
-
-
-def fits_bfloat16(weight: Tensor) -> bool:
-    """Whether bfloat16 holds each number of a float32 tensor, as of models that were published in it."""
-    if weight.dtype != torch.float32:
-        return False
-    return not any((bits & 0xFFFF).any() for bits in weight.reshape(-1).view(torch.int32).split(COMPARED_AT_ONCE))
 
 
 def _reserved(num_bytes: int) -> Tensor:

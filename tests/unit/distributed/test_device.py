@@ -86,11 +86,11 @@ def test_a_cpu_knows_its_process_alone() -> None:
 
 @pytest.mark.parametrize(
     ("dtype", "has_products", "expected"),
-    [(torch.bfloat16, False, "model.dtype: bfloat16"), (torch.bfloat16, True, None), (torch.float32, False, None)],
+    [(torch.bfloat16, False, "reference.dtype: bfloat16"), (torch.bfloat16, True, None), (torch.float32, False, None)],
 )
 def test_a_cpu_without_products_of_16_bit_numbers_is_named(
     dtype: torch.dtype, has_products: bool, expected: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: has_products, raising=False)
-    said = slow_on_this_cpu(dtype)
+    said = slow_on_this_cpu("reference.dtype", dtype)
     assert said is None if expected is None else said is not None and said.startswith(expected)

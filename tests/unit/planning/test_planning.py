@@ -30,7 +30,7 @@ from grpo_dist.config.vllm import VllmConfig
 from grpo_dist.distributed.device import DTYPES
 from grpo_dist.model import attention
 from grpo_dist.model.load import load_model_config, load_policy, trainable
-from grpo_dist.model.reference import needs_copy
+from grpo_dist.model.reference import is_same_base, needs_copy
 from grpo_dist.planning.advice import largest_peak, make_fit
 from grpo_dist.planning.live import LiveBytes
 from grpo_dist.planning.memory import (
@@ -155,9 +155,29 @@ def test_a_copy_is_counted_where_a_run_has_one(
 ) -> None:
     """Policy and copy in bfloat16 as on a GPU, whole and sharded; never where nothing needs a reference."""
     config = config_of(lora=lora, reference=ReferenceConfig(**options), loss=LossConfig(kl_coeff=0.04))
-    dtypes = torch.bfloat16, DTYPES[config.reference.dtype]
-    assert tuple(needs_copy(config, *dtypes, shards, False) for shards in (False, True)) == copies
-    assert not needs_copy(replace(config, loss=LossConfig(kl_coeff=0.0)), *dtypes, True, False)
+    is_same = is_same_base(torch.bfloat16, DTYPES[config.reference.dtype], on_cpu=False, in_bfloat16=True)
+    assert tuple(needs_copy(config, is_same, shards) for shards in (False, True)) == copies
+    assert not needs_copy(replace(config, loss=LossConfig(kl_coeff=0.0)), is_same, True)
+
+
+@pytest.mark.parametrize(
+    ("on_cpu", "in_bfloat16", "copy_dtype", "expected"),
+    [(True, True, torch.bfloat16, True), (True, False, torch.bfloat16, False), (False, True, torch.bfloat16, False),
+     (True, True, torch.float16, False), (True, False, torch.float32, True)],
+)  # fmt: skip
+def test_a_float32_base_on_a_cpu_is_that_of_a_reference_which_holds_it_exactly(
+    on_cpu: bool, in_bfloat16: bool, copy_dtype: torch.dtype, expected: bool
+) -> None:
+    assert is_same_base(torch.float32, copy_dtype, on_cpu=on_cpu, in_bfloat16=in_bfloat16) == expected
+
+
+@pytest.mark.parametrize("published", ["bfloat16", "float32"])
+def test_the_prediction_counts_no_copy_of_a_base_that_was_published_in_its_dtype(published: str) -> None:
+    config = config_of(loss=LossConfig(kl_coeff=0.04))
+    model_config = copy.deepcopy(load_model_config(config.model))
+    model_config.dtype = getattr(torch, published)
+    names = {part.name for part in Predictor(config, model_config, "cpu").parts(1, "DDP")}
+    assert ("frozen copy" in names) == (published == "float32")
 
 
 @pytest.mark.parametrize(("batch", "dtype"), [(4, "bfloat16"), (4, "float32"), (5, "bfloat16"), (5, "float32")])
@@ -368,4 +388,4 @@ def test_the_verb_says_what_does_not_fit(capsys: pytest.CaptureFixture[str]) -> 
     assert "0.49 M parameters" in output and "frozen copy" in output and "✗" not in output
     assert main([*words, "1", "--gpu-memory", "10MiB"]) == 1
     output = capsys.readouterr().out
-    assert "✗" in output and "1 rank(s): set --" in output and "--train.max_tokens_per_pack 80" in output
+    assert "✗" in output and "1 rank(s): set --" in output and "--train.max_tokens_per_pack 128" in output

@@ -25,11 +25,12 @@ from transformers import (
 )
 
 from grpo_dist.model import attention
+from grpo_dist.model.loaded import fits_bfloat16
 from grpo_dist.model.lora import fuse_adapters
 from grpo_dist.rollout.native import compiled, halves, kernel
 from grpo_dist.rollout.native.cache import DecodeState
 from grpo_dist.rollout.native.compiled import CannotCompile, library
-from grpo_dist.rollout.native.halves import HalvesMemory, fits_bfloat16
+from grpo_dist.rollout.native.halves import HalvesMemory
 from grpo_dist.rollout.native.kernel import SOURCE, KernelStep
 from grpo_dist.rollout.native.steps import module_step, prefill
 

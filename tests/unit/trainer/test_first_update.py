@@ -7,8 +7,9 @@ from typing import Literal
 import pytest
 
 from grpo_dist.config.schema import Config, LoraConfig, LossConfig, ModelConfig, ReferenceConfig
+from grpo_dist.distributed.device import DTYPES
 from grpo_dist.model.files import UnfitModel
-from grpo_dist.trainer.first_update import first_update
+from grpo_dist.trainer.first_update import FirstUpdate, first_update
 
 pytestmark = pytest.mark.quick
 
@@ -28,6 +29,11 @@ def config(dtype: str = "float32", reference: str = "float32", dropout: float = 
                   lora=LoraConfig(dropout=dropout), loss=LossConfig(kl_coeff=0.1, kl_estimator=estimator))  # fmt: skip
 
 
+def begin(given: Config, is_resumed: bool, updates_done: int) -> FirstUpdate:
+    """The first update of a run whose reference computes in its own dtype."""
+    return first_update(given, DTYPES[given.reference.dtype], is_resumed, updates_done)
+
+
 @pytest.mark.parametrize(
     ("name", "value", "dtypes"),
     [
@@ -41,29 +47,29 @@ def config(dtype: str = "float32", reference: str = "float32", dropout: float = 
 )
 def test_a_difference_beyond_rounding_stops_the_run(name: str, value: float, dtypes: tuple[str, str]) -> None:
     with pytest.raises(UnfitModel, match=f"{name} is {value:.2g} nats before anything was learned.*Suspects"):
-        first_update(config(*dtypes), False, 0).check(RIGHT | {name: value})
+        begin(config(*dtypes), False, 0).check(RIGHT | {name: value})
 
 
 def test_rounding_is_let_through() -> None:
-    first_update(config(), False, 0).check(RIGHT)
+    begin(config(), False, 0).check(RIGHT)
     rounded = {"rollout/logprob_gap_max": 0.7, "rollout/kl": 0.014, "kl": 0.01}
-    first_update(config("bfloat16", "bfloat16"), False, 0).check(rounded)
-    first_update(config("float32", "bfloat16"), False, 0).check(RIGHT | {"kl": 0.01})
-    first_update(config(), False, 0).check({"kl": float("nan")})  # counted as a bad update
+    begin(config("bfloat16", "bfloat16"), False, 0).check(rounded)
+    begin(config("float32", "bfloat16"), False, 0).check(RIGHT | {"kl": 0.01})
+    begin(config(), False, 0).check({"kl": float("nan")})  # counted as a bad update
 
 
 def test_only_what_is_known_beforehand_is_checked() -> None:
     moved = {"rollout/logprob_gap_max": 0.4, "rollout/kl": 0.1, "kl": 3.0}
-    first_update(config(), True, 1).check(moved)  # resumed within a batch
-    first_update(config(dropout=0.1), True, 0).check(moved)
-    first_update(config(estimator="squared_sequence"), False, 0).check(RIGHT | {"kl": 3.0})
-    first_update(going_on("base"), False, 0).check(RIGHT | {"kl": 3.0})
-    first_update(going_on("adapter", dropout=0.1), False, 0).check(moved)
+    begin(config(), True, 1).check(moved)  # resumed within a batch
+    begin(config(dropout=0.1), True, 0).check(moved)
+    begin(config(estimator="squared_sequence"), False, 0).check(RIGHT | {"kl": 3.0})
+    begin(going_on("base"), False, 0).check(RIGHT | {"kl": 3.0})
+    begin(going_on("adapter", dropout=0.1), False, 0).check(moved)
     for one in (going_on("adapter"), config(dropout=0.1)):
         with pytest.raises(UnfitModel, match="kl is 3"):
-            first_update(one, False, 0).check(RIGHT | {"kl": 3.0})
+            begin(one, False, 0).check(RIGHT | {"kl": 3.0})
     with pytest.raises(UnfitModel, match="rollout/logprob_gap_max"):
-        first_update(config(), True, 0).check(moved)
-    second = first_update(config(), False, 0)
+        begin(config(), True, 0).check(moved)
+    second = begin(config(), False, 0)
     second.check(RIGHT)
     second.check(moved)
