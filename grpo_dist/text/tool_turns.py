@@ -120,7 +120,12 @@ class ToolTurns:
 
     def _ids(self, between: tuple[str, str], is_open: bool) -> list[int]:
         end, text = between
-        return self._tokenizer(end * is_open + text, add_special_tokens=False)["input_ids"]
+        # after a token, as in the row: some tokenizers put a space before a text that begins, some tokens take white
+        # space after them
+        before = end or self._tokenizer.eos_token
+        ids: list[int] = self._tokenizer(before + text, add_special_tokens=False)["input_ids"]
+        place = ids.index(self._tokenizer.convert_tokens_to_ids(before))
+        return ids[place:] if end and is_open else ids[place + 1 :]
 
     def _after_calls(self, answers: Sequence[Answer]) -> tuple[str, str]:
         turn = _calling([Call(each.name, {}) for each in answers])

@@ -11,6 +11,8 @@ import pytest
 from family_templates import make_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerFast
 
 from grpo_dist.text.templates import render_conversation, render_messages
 from grpo_dist.text.tool_turns import Answer, Call, ToolTurns, with_tools
@@ -144,6 +146,39 @@ def test_a_turn_that_the_template_does_not_close() -> None:
     tokenizer = with_tools(make_tokenizer(template, ["<|im_end|>"]), [])
     turns = ToolTurns(tokenizer, [tokenizer.eos_token_id])
     assert tokenizer.decode(turns.answer_ids([Answer("add", "7")])) == "(7)"
+
+
+def space_before_a_text(state: dict[str, Any]) -> None:
+    """As Mistral's and Zephyr's tokenizers."""
+    space = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first", "split": False}
+    state["pre_tokenizer"] = state["decoder"] = space
+    state["model"]["vocab"] |= {"▁": 1000, "\n": 1001}
+
+
+def end_takes_line_breaks(state: dict[str, Any]) -> None:
+    """As Phi-3's tokenizer."""
+    state["added_tokens"][1]["rstrip"] = True
+
+
+@pytest.mark.parametrize("peculiarity", [space_before_a_text, end_takes_line_breaks])
+@pytest.mark.parametrize("is_open", [False, True])
+def test_an_answer_is_encoded_as_in_the_row(peculiarity: Callable[[dict[str, Any]], None], is_open: bool) -> None:
+    plain = make_tokenizer(FAMILIES["hermes"][1], ["<|im_end|>"])
+    state = json.loads(plain.backend_tokenizer.to_str())
+    peculiarity(state)
+    backend = Tokenizer.from_str(json.dumps(state))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>")
+    tokenizer.chat_template = plain.chat_template
+    tokenizer = with_tools(tokenizer, [SCHEMA])
+    turns = ToolTurns(tokenizer, [tokenizer.eos_token_id], has_users=True)
+    more = [{"role": "user", "content": "More."}]
+    text = render_conversation(
+        [*QUESTION, {"role": "assistant", "content": "3"}, *more], tokenizer, None, is_prompt=True
+    )
+    row = tokenizer(text, add_special_tokens=False)["input_ids"]
+    added = turns.user_ids(more, is_open=is_open)
+    ends = [place for place, number in enumerate(row) if number == tokenizer.eos_token_id]
+    assert added == row[ends[-2] + (not is_open) :]
 
 
 def test_templates_that_cannot_go_on_are_refused() -> None:
