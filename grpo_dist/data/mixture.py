@@ -12,8 +12,9 @@ from typing import Any, overload
 from ..config.schema import DataConfig, TrainConfig
 from ..types import Prompt
 from .order import Curriculum, Mixture, Sampler
-from .prompts import PromptReader, check_columns, check_distinct
+from .prompts import PromptReader, check_columns
 from .rows import RowReader
+from .seen import check_seen
 
 log = logging.getLogger(__name__)
 
@@ -112,7 +113,7 @@ class StreamedPrompts(_Prompts):
         if self._names:
             check_columns(path, self._names, reader.config)
         self._prompt = functools.lru_cache(_KEPT_PROMPTS)(self._read)
-        check_distinct(path, [self._prompt(place) for place in first], reader.config)
+        check_seen(path, [self._prompt(place) for place in first], reader.config, reader.tokenizer)
         log.info("%s: %d rows; the first %d are checked, the others when they are needed", path, len(self), len(first))
 
     def __len__(self) -> int:

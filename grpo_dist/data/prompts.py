@@ -19,9 +19,11 @@ from grpo_dist.config.environment import ENVIRONMENT_COLUMN
 from grpo_dist.config.schema import DataConfig
 from grpo_dist.data.keep import rows_to_keep
 from grpo_dist.data.rows import Row, is_lines, list_columns, load_rows
+from grpo_dist.data.seen import check_seen
 from grpo_dist.rewards.registry import KEYWORDS
+from grpo_dist.text.messages import as_templates_expect
 from grpo_dist.text.templates import Messages, TemplateRefusal, render_messages
-from grpo_dist.text.tokens import tokens_behind
+from grpo_dist.text.tokens import tokens_around
 from grpo_dist.types import Prompt
 
 if TYPE_CHECKING:
@@ -36,7 +38,6 @@ Tokenizers = Mapping[str, Any]
 _MESSAGES_AS_TEXT = re.compile(r"\s*\[\s*\{\s*[\"'](role|content)[\"']\s*:")
 _SHOWN_ROWS = 5
 _SHOWN_START = 40
-_SHOWN_CHARACTERS = 200
 _ROWS_AT_ONCE = 1024  # texts in one call of the tokenizer: fast tokenizers work on them in parallel
 
 
@@ -130,7 +131,7 @@ class PromptReader:
             logger.warning("%s. Left out (data.bad_rows: drop)", report)
         if not prompts:
             raise ValueError(f"{path}: data.keep and data.too_long leave none of {len(rows)} rows; loosen them")
-        check_distinct(path, prompts, config)
+        check_seen(path, prompts, config, self.tokenizer)
         return prompts, report
 
     def prompt_of(self, path: str, row: Row, index: int, names: Sequence[str]) -> Prompt:
@@ -162,7 +163,7 @@ class PromptReader:
             raise _UnusableRowError(f"no {config.prompt_column!r}")
         if prompt is None:  # the row's environment says it at its reset
             prompt = [{"role": "user", "content": ""}]
-        text, messages = _as_text(prompt, config, self._tokenizer_of(row))
+        text, messages = _as_text(prompt, config, self._tokenizer_of(row), is_filled=row.is_filled)
         if config.answer_column is not None:
             answer = row.columns.get(config.answer_column)
             if answer is None or (isinstance(answer, float) and math.isnan(answer)):  # tables write a missing number so
@@ -224,28 +225,16 @@ def check_columns(path: str, names: list[str], config: DataConfig) -> None:
         )
 
 
-def check_distinct(path: str, prompts: Sequence[Prompt], config: DataConfig) -> None:
-    """Raise ValueError where prompts of different texts all have the same tokens."""
-    first = prompts[0]
-    if any(prompt.ids != first.ids for prompt in prompts):
-        return
-    if any((prompt.text, prompt.messages) != (first.text, first.messages) for prompt in prompts):
-        cut = f" (data.too_long: truncate keeps the last {config.max_prompt_length})"
-        raise ValueError(
-            f"{path}: all {len(prompts)} prompts have the same {len(first.ids)} tokens, although their "
-            f"texts differ{cut if config.too_long == 'truncate' else ''}: {first.text[-_SHOWN_CHARACTERS:]!r}; look at "
-            "the chat template and the tokenizer"
-        )
-
-
 def _wrong_length(rendered: Rendered, config: DataConfig) -> str:
     most = config.max_prompt_length
     return f"the prompt has {len(rendered.ids)} tokens, expected 1 to data.max_prompt_length = {most}"
 
 
-def _as_text(prompt: object, config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[str, Messages | None]:
+def _as_text(
+    prompt: object, config: DataConfig, tokenizer: PreTrainedTokenizerBase, *, is_filled: bool = False
+) -> tuple[str, Messages | None]:
     """Apply the template rules; raises _UnusableRowError for a wrong prompt, ValueError for a wrong tokenizer."""
-    messages = _as_messages(prompt, config)
+    messages = _as_messages(prompt, config, is_filled)
     if messages is None:
         return str(prompt), None
     if not tokenizer.chat_template:
@@ -260,7 +249,7 @@ def _as_text(prompt: object, config: DataConfig, tokenizer: PreTrainedTokenizerB
         raise _UnusableRowError(str(error)) from error
 
 
-def _as_messages(prompt: object, config: DataConfig) -> Messages | None:
+def _as_messages(prompt: object, config: DataConfig, is_filled: bool) -> Messages | None:
     """Return the conversation to render for a prompt, or None where it stays plain text."""
     system: Messages = [{"role": "system", "content": config.system_prompt}] if config.system_prompt else []
     if isinstance(prompt, str):
@@ -278,16 +267,17 @@ def _as_messages(prompt: object, config: DataConfig) -> Messages | None:
         raise _UnusableRowError(f"the prompt is a {type(prompt).__name__}, expected text or a list of messages")
     if config.chat_template == "never":
         raise _UnusableRowError("the prompt is a list of messages, which data.chat_template: never cannot render")
-    for message in prompt:
+    messages = [as_templates_expect(each, is_filled) if isinstance(each, dict) else each for each in prompt]
+    for message in messages:
         if not isinstance(message, dict) or not all(isinstance(message.get(key), str) for key in ("role", "content")):
             raise _UnusableRowError(
                 f"{message!r:.80} in the prompt is not a message with the texts `role` and `content`"
             )
-    if not prompt or prompt[-1]["role"] == "assistant":
+    if not messages or messages[-1]["role"] == "assistant":
         raise _UnusableRowError("the prompt has no message at its end that the assistant can answer")
-    if system and prompt[0]["role"] == "system":
+    if system and messages[0]["role"] == "system":
         raise _UnusableRowError("the prompt has a system message, and data.system_prompt adds another; set it to null")
-    return [*system, *prompt]
+    return [*system, *messages]
 
 
 def _tokenise(
@@ -300,7 +290,7 @@ def _tokenise(
         for templated in (False, True):
             chosen = [(place, text) for place, text, messages in part if (messages is not None) == templated]
             if chosen:
-                behind = 0 if templated else _num_behind(tokenizer)
+                before, behind = ([], 0) if templated else _frame(tokenizer)
                 # A template writes its own BOS: a tokenizer that added one as well would train on two.
                 encoded = tokenizer(
                     [text for _, text in chosen],
@@ -308,18 +298,34 @@ def _tokenise(
                     return_attention_mask=False,
                     verbose=False,
                 )
-                rows = (row[: len(row) - behind] for row in encoded["input_ids"])
+                rows = (_once(before, row[: len(row) - behind], tokenizer) for row in encoded["input_ids"])
                 ids.update(zip((place for place, _ in chosen), rows, strict=True))
         for place, text, messages in part:
             yield place, Rendered(text, messages, ids[place])
 
 
+def _once(before: list[int], row: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """A row without the tokens that the tokenizer puts before a text, where the text begins with them itself."""
+    if not before or row[len(before) : 2 * len(before)] != before:
+        return row
+    _warn_of_two(tokenizer, *before)
+    return row[len(before) :]
+
+
 @functools.cache
-def _num_behind(tokenizer: PreTrainedTokenizerBase) -> int:
-    """How many tokens are to be taken from the end of a text prompt; the log says so once."""
-    if behind := tokens_behind(tokenizer):
+def _warn_of_two(tokenizer: PreTrainedTokenizerBase, *before: int) -> None:
+    names = tokenizer.convert_ids_to_tokens(list(before))
+    logger.warning("prompts begin with %s, as the tokenizer begins texts: they have it once", names)
+
+
+@functools.cache
+def _frame(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], int]:
+    """The tokens that the tokenizer puts before a text, and how many are to be taken from the end of a text prompt; the
+    log says so once."""
+    before, behind = tokens_around(tokenizer)
+    if behind:
         names = tokenizer.convert_ids_to_tokens(behind)
         logger.warning(
             "the tokenizer ends texts with %s; prompts are without, because completions continue them", names
         )
-    return len(behind)
+    return before, len(behind)

@@ -49,6 +49,8 @@ class Row:
     """Why it could not be read."""
     is_text: bool = False
     """Whether its values are texts because the file has only texts, as in CSV."""
+    is_filled: bool = False
+    """Whether objects in it have all keys of those in their column, None where they lack one, as in parquet."""
 
 
 def load_rows(path: str, split: str, subset: str | None = None) -> list[Row]:
@@ -193,7 +195,7 @@ class _Table(Sequence[Row]):
 
     def __getitem__(self, place: Any) -> Any:
         with _decoding(place + 1):
-            return Row(place + 1, self._table[place], is_text=self._is_text)
+            return Row(place + 1, self._table[place], is_text=self._is_text, is_filled=True)
 
     def tell_classes(self, path: str) -> None:
         """Log which columns have the numbers of classes, as for TRL's rewards, and the names that they stand for."""
@@ -205,7 +207,7 @@ class _Table(Sequence[Row]):
     def __iter__(self) -> Iterator[Row]:
         with _decoding(None):
             for number, columns in enumerate(self._table, 1):
-                yield Row(number, columns, is_text=self._is_text)
+                yield Row(number, columns, is_text=self._is_text, is_filled=True)
 
 
 @contextmanager

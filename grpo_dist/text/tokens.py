@@ -83,10 +83,10 @@ def _bytes_of(token: str) -> bytes:
     return bytes(map(_BYTE_OF.__getitem__, token)) if {*token} <= _BYTE_OF.keys() else token.encode()
 
 
-def tokens_behind(tokenizer: Any) -> list[int]:
-    """The special tokens that a tokenizer puts behind a text, such as an end token."""
+def tokens_around(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """The special tokens that a tokenizer puts before a text, such as a BOS, and those that it puts behind it."""
     bare, framed = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (False, True))
     for begin in range(len(framed) - len(bare) + 1):
         if framed[begin : begin + len(bare)] == bare:
-            return framed[begin + len(bare) :]
-    return []
+            return framed[:begin], framed[begin + len(bare) :]
+    return [], []

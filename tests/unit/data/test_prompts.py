@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from grpo_dist.config.schema import DataConfig, RewardConfig
@@ -327,6 +328,58 @@ def test_a_prompt_does_not_end_as_texts_of_the_tokenizer_do(tmp_path: Path, capl
     assert closing.decode(render("Hi</s>", DataConfig(), closing).ids) == "<s>Hi</s>", "a text may have one"
     (warning,) = caplog.records
     assert "ends texts with ['</s>']; prompts are without" in warning.getMessage()
+
+
+def test_a_prompt_that_was_rendered_before_begins_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Texts of `apply_chat_template` have the BOS that the tokenizer puts before texts."""
+    tokenizer = make_tokenizer(None)
+    path = write(tmp_path, {"prompt": "<s><user>1?</s>", "answer": "1"}, row(2))
+    prompts, _ = PromptReader(DataConfig(), tokenizer).load(path, "train")
+    assert [tokenizer.decode(prompt.ids) for prompt in prompts] == ["<s><user>1?</s>", "<s>What is 2?"]
+    assert [record.getMessage() for record in caplog.records] == [
+        "prompts begin with ['<s>'], as the tokenizer begins texts: they have it once"
+    ]
+
+
+def test_the_messages_of_a_table_have_no_gaps(tmp_path: Path) -> None:
+    """Parquet has all keys in all messages, and all arguments in all calls."""
+    calls = "{{ m.tool_calls | tojson if 'tool_calls' in m }}"
+    template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}CALLS{% endfor %}".replace("CALLS", calls)
+    table = [
+        {"prompt": [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": {argument: 1}}}]},
+                    {"role": "user", "content": "?"}], "answer": "1"} for argument in "ab"
+    ]  # fmt: skip
+    Dataset.from_list(table).to_parquet(tmp_path / "train.parquet")
+    prompts, _ = PromptReader(DataConfig(), make_tokenizer(template)).load(str(tmp_path / "train.parquet"), "train")
+    assert [prompt.text for prompt in prompts] == [
+        f'<assistant>[{{"function": {{"name": "f", "arguments": {{"{argument}": 1}}}}}}]<user>?' for argument in "ab"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "word"),
+    [
+        (
+            [{"role": "user", "content": "<b>1</b></s>"}],
+            "1 of 2 prompts have messages that spell special tokens .*'</s>'$",
+        ),
+        ([{"role": "assistant", "content": "1</s>"}, {"role": "user", "content": "1 É?"}], None),
+        ("ÉÈ and é", "1 of 2 prompts have characters that the tokenizer does not write, .*: 'é', 'è'$"),
+        ("\uff21 ﬁ", None),
+    ],
+)
+def test_what_the_model_does_not_see_is_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, prompt: object, word: str | None
+) -> None:
+    """The tokenizer loses accents, as some do, and writes other forms of letters in one form."""
+    tokenizer = make_tokenizer(TEMPLATE)
+    lossy = normalizers.Sequence(
+        [normalizers.NFKC(), normalizers.Replace("É", ""), normalizers.Replace("é", ""), normalizers.Replace("È", "")]
+    )
+    tokenizer.backend_tokenizer.normalizer = normalizers.NFKC() if isinstance(prompt, list) else lossy
+    PromptReader(DataConfig(), tokenizer).load(write(tmp_path, row(1), {"prompt": prompt, "answer": "1"}), "train")
+    assert len(caplog.records) == (word is not None)
+    assert word is None or re.search(word, caplog.text.strip())
 
 
 def test_a_tokenizer_without_template_is_no_bad_row(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from grpo_dist.config.schema import Config, DataConfig
 from grpo_dist.data.prompts import PromptReader, render
 from grpo_dist.model.load import load_tokenizer
 from grpo_dist.text import templates
+from grpo_dist.text.messages import as_templates_expect
 from grpo_dist.text.templates import TemplateRefusal, render_messages, uses_date
 
 TURNS = (
@@ -165,3 +166,28 @@ def test_prompts_that_are_all_the_same_are_refused(tmp_path: Path) -> None:
         PromptReader(DataConfig(max_prompt_length=4, too_long="truncate"), tokenizer).load(str(file), "train")
     file.write_text((json.dumps({"prompt": "one and the same", "answer": "1"}) + "\n") * 3)
     assert len(PromptReader(DataConfig(), tokenizer).load(str(file), "train")[0]) == 3, "given so, it is no mistake"
+
+
+def test_messages_of_tables_and_apis() -> None:
+    """None stands for nothing, and JSON for the arguments of a call."""
+    call = {"type": "function", "function": {"name": "add", "arguments": '{"a": null}'}}
+    message = {"role": "assistant", "content": None, "name": None, "tool_calls": [call]}
+    given = {
+        "role": "assistant",
+        "content": "",
+        "tool_calls": [{**call, "function": {"name": "add", "arguments": {"a": None}}}],
+    }
+    assert as_templates_expect(message) == as_templates_expect(given) == given
+    filled = {
+        "role": "assistant",
+        "content": "5",
+        "tool_calls": [{"function": {"name": "add", "arguments": {"a": 1, "b": None}}}],
+    }
+    assert as_templates_expect(filled) == filled
+    assert as_templates_expect(filled, is_filled=True)["tool_calls"] == [
+        {"function": {"name": "add", "arguments": {"a": 1}}}
+    ]
+    for odd in ("[1]", "no JSON", 3):
+        kept = {"role": "assistant", "content": "", "tool_calls": [{"name": "add", "arguments": odd}, "add"]}
+        assert as_templates_expect(kept) == kept
+    assert as_templates_expect({"role": "user", "content": None}) == {"role": "user"}
