@@ -73,10 +73,15 @@ def group_relative_advantages(
 
 def weighted_rewards(rewards: Tensor, weights: list[float]) -> Tensor:
     """Weighted sum of several rewards at each token: `rewards` (T, R) to (T,); NaN where a token has none."""
+    rewards, weights = _counted(rewards, weights)
+    summed = (rewards.nan_to_num(0.0) * torch.tensor(weights, dtype=rewards.dtype)).sum(1)
+    return torch.where(rewards.isnan().all(1), torch.nan, summed)
+
+
+def _counted(rewards: Tensor, weights: list[float]) -> tuple[Tensor, list[float]]:
+    """The columns of `rewards` (T, R) with a weight other than 0, and these weights: the others are only metrics."""
     counted = [r for r, weight in enumerate(weights) if weight != 0]
-    chosen = rewards[:, counted]
-    summed = (chosen.nan_to_num(0.0) * torch.tensor(weights, dtype=rewards.dtype)[counted]).sum(1)
-    return torch.where(chosen.isnan().all(1), torch.nan, summed)
+    return rewards[:, counted], [weights[r] for r in counted]
 
 
 def relative_advantages(
@@ -93,6 +98,7 @@ def relative_advantages(
     """
     owner = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
     columns = [(1.0, weighted_rewards(rewards, weights))]
+    rewards, weights = _counted(rewards, weights)
     if normalise_each:
         columns = list(zip(weights, rewards.T, strict=True))
     normalised = torch.zeros(len(owner), dtype=torch.float64)

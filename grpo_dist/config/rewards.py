@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -53,6 +54,17 @@ class RewardConfig:
             return self.weight * points[min(after, len(points) - 1)][1]
         (left, low), (right, high) = points[after - 1], points[after]
         return self.weight * (low + (high - low) * (step - left) / (right - left))
+
+
+def require_rewards(rewards: Sequence[RewardConfig], num_steps: int) -> None:
+    """Raise ValueError where there is no reward, or none that counts in one of the steps."""
+    require(bool(rewards), "rewards", rewards, "at least one reward")
+    require(any(reward.counts for reward in rewards), "rewards.weight", [reward.weight for reward in rewards],
+            "one that counts: weight 0 is for metrics")  # fmt: skip
+    begins = {0, *(step for reward in rewards for step in reward.schedule or ())}
+    idle = [step for step in sorted(begins) if step < num_steps and not any(each.weight_at(step) for each in rewards)]
+    require(not idle, "rewards.schedule", [reward.schedule for reward in rewards],
+            f"a reward that counts in every step, but all weights are 0 in step {idle[0] if idle else 0}")  # fmt: skip
 
 
 @dataclass

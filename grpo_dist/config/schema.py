@@ -14,7 +14,7 @@ from .algorithm import AdvantageConfig, CriticConfig, LossConfig, check_algorith
 from .checks import is_date, require, require_finite, require_seed, with_home
 from .curriculum import CurriculumConfig, check_curriculum
 from .environment import EnvironmentConfig
-from .rewards import RewardConfig, ScoringConfig
+from .rewards import RewardConfig, ScoringConfig, require_rewards
 from .rollout import RolloutConfig
 from .vllm import check_vllm
 
@@ -319,9 +319,7 @@ class Config:
                 self.data.chat_template, "auto or always with an environment: tools need a template")  # fmt: skip
         require(self.data.prompt_column is not None or bool(self.environment and self.environment.factory),
                 "data.prompt_column", None, "a column, or environment.factory whose reset gives prompts")  # fmt: skip
-        require(bool(self.rewards), "rewards", self.rewards, "at least one reward")
-        require(not self.rewards or any(reward.counts for reward in self.rewards), "rewards.weight",
-                [reward.weight for reward in self.rewards], "one that counts: weight 0 is for metrics")  # fmt: skip
+        require_rewards(self.rewards, self.train.num_train_steps)
         require(self.lora is not None or self.reference.placement == "copy", "reference.placement",
                 self.reference.placement, "`copy` where lora is null: without adapters to switch off, the policy "
                 "cannot be its own reference")  # fmt: skip

@@ -97,9 +97,13 @@ def require_positions(entry: Callable[[str], Any], longest: int) -> None:
 def require_fixed_positions(entry: Callable[[str], Any], longest: int) -> None:
     """Raise UnfitModel where the position of a token depends on the length of its row, up to `longest` tokens; `entry`
     gives those of the language model's config."""
-    rope = entry("rope_parameters") or entry("rope_scaling") or {}
-    if (kind := rope.get("rope_type") or rope.get("type")) not in ("dynamic", "longrope"):
+    given = entry("rope_parameters") or entry("rope_scaling") or {}
+    # some types of models have parameters for each kind of layer
+    ropes = [given, *(each for each in given.values() if isinstance(each, dict))]
+    kinds = {rope.get("rope_type") or rope.get("type"): rope for rope in ropes}
+    if (kind := next((each for each in ("dynamic", "longrope") if each in kinds), None)) is None:
         return
+    rope = kinds[kind]
     bound = (rope.get("original_max_position_embeddings") or entry("original_max_position_embeddings")
              or entry("max_position_embeddings") or longest)  # fmt: skip
     if longest > bound:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -14,7 +16,8 @@ COMPARED_AT_ONCE = 1 << 16
 
 
 def require_stored(name: str, loaded: nn.Module, report: dict[str, Any]) -> None:
-    """Raise UnfitModel where weights of the model `name` have other shapes than its config says, or would be random.
+    """Raise UnfitModel where weights of the model `name` have other shapes than its config says, or would be random, or
+    are left out of layers that would be computed without them.
 
     `report` is that of `from_pretrained`.
     """
@@ -26,6 +29,21 @@ def require_stored(name: str, loaded: nn.Module, report: dict[str, Any]) -> None
     if missing := sorted(report["missing_keys"]):
         raise UnfitModel(f"model.name: {name!r} lacks {len(missing)} weights of {type(loaded).__name__}, which "
                          f"would be random ({', '.join(missing[:3])} …): name a complete checkpoint")  # fmt: skip
+    modules = dict(loaded.named_modules())
+    if left_out := sorted(weight for weight in report["unexpected_keys"] if _is_of_a_layer(weight, modules)):
+        raise UnfitModel(f"model.name: {name!r} has {len(left_out)} weights for which {type(loaded).__name__} has no "
+                         f"place by its config.json, in layers that it computes ({', '.join(left_out[:3])} …): correct "
+                         "model_type, or options such as attention_bias, there")  # fmt: skip
+
+
+def _is_of_a_layer(weight: str, modules: Mapping[str, nn.Module]) -> bool:
+    """Whether a weight that a model has no place for is a bias of one of its `modules`, or a further part of one of its
+    blocks. Buffers of old checkpoints are neither, nor are heads and towers beside the language model."""
+    owner, _, kind = weight.rpartition(".")
+    if kind == "bias":
+        return owner in modules and hasattr(modules[owner], "weight")
+    block = re.match(r".*?\.\d+(?=\.)", weight)
+    return kind == "weight" and block is not None and block[0] in modules
 
 
 def require_finite(name: str, loaded: nn.Module) -> None:

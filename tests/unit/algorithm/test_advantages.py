@@ -284,3 +284,16 @@ def test_one_scored_completion_has_no_scale() -> None:
         normalise_each=True, gamma=1.0,
     )  # fmt: skip
     assert advantages.tolist() == [0.0, 0.0]
+
+
+def test_a_reward_of_weight_0_is_no_part_of_a_scale() -> None:
+    """Neither its values nor the tokens at which it alone was given."""
+    outcomes = torch.tensor([[NAN], [1.0], [NAN], [0.0]], dtype=torch.float64)
+    metric = torch.tensor([[5.0], [NAN], [7.0], [1.0]], dtype=torch.float64)
+    lengths, group = torch.tensor([2, 2]), torch.tensor([0, 0])
+    alone, beside = (
+        relative_advantages(rewards, weights, lengths, group, baseline="mean", scale="group", normalise_each=True,
+                            gamma=1.0).tolist()
+        for rewards, weights in ((outcomes, [1.0]), (torch.cat([outcomes, metric], 1), [1.0, 0.0]))
+    )  # fmt: skip
+    assert alone == beside

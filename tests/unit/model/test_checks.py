@@ -138,6 +138,9 @@ def test_names_of_experts_in_one_tensor_are_refused() -> None:
         (lambda: AutoConfig.for_model("musicgen", **MUSICGEN), "has several language models"),
         (lambda: config("llama", rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}),
          r"expected at most 64 .*dynamic"),
+        (lambda: config("gemma3_text", rope_parameters={
+            "full_attention": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4}}), r"expected at most 64 .*dynamic"),
         (lambda: config("gemma2", use_bidirectional_attention=True), "tokens see later ones .*bidirectional_attention"),
         (lambda: config("llama", is_causal=False), r"tokens see later ones \(is_causal: False"),
     ],
@@ -200,6 +203,33 @@ def test_weights_of_another_shape_are_named(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(settings | {"intermediate_size": 24}))
     with pytest.raises(UnfitModel, match=r"has 6 weights of other shapes .*: \(32, 64\), expected \(32, 24\)"):
         load_causal_lm(ModelConfig(name=str(tmp_path)), torch.float32, None)
+
+
+@pytest.mark.parametrize(
+    ("weight", "is_of_a_layer"),
+    [
+        ("model.layers.0.self_attn.o_proj.bias", True),
+        ("model.layers.1.self_attn.q_norm.weight", True),
+        ("lm_head.bias", True),
+        ("model.layers.0.self_attn.masked_bias", False),
+        ("model.layers.2.self_attn.o_proj.weight", False),
+        ("mtp.layers.0.self_attn.o_proj.weight", False),
+        ("v_head.weight", False),
+    ],
+)
+def test_weights_that_the_config_leaves_out_of_layers_are_named(
+    weight: str, is_of_a_layer: bool, tmp_path: Path
+) -> None:
+    model = AutoModelForCausalLM.from_config(config("qwen2"))
+    model.save_pretrained(tmp_path, state_dict=model.state_dict() | {weight: torch.ones(32)})
+    base = ModelConfig(name=str(tmp_path))
+    if not is_of_a_layer:
+        load_causal_lm(base, torch.float32, None)
+        return
+    with pytest.raises(
+        UnfitModel, match=f"has 1 weights for which Qwen2.* has no place .*{weight}.*correct model_type"
+    ):
+        load_causal_lm(base, torch.float32, None)
 
 
 def test_files_of_weights_that_are_not_there_are_named(tmp_path: Path) -> None:
