@@ -34,8 +34,8 @@ class ModelConfig:
     revision: str | None = None
     """Branch, tag or commit on the hub."""
     dtype: PolicyDtype = "auto"
-    """Compute dtype of the policy; `auto` is bfloat16 on a GPU that has it and float32 elsewhere. float16 is not
-    allowed: small gradients would be 0 without a scaled loss."""
+    """Compute dtype of the policy; `auto` is bfloat16 on a GPU that has it (Ampere or newer), else float32. float16 is
+    not allowed: small gradients would be 0 without a scaled loss."""
     quantization: Quantization | None = None
     """Quantise the linear layers of the base when it is loaded, to 4 bits a weight (`nf4`, with double quantisation) or
     8 (`int8`), and train adapters on it. Needs LoRA and the extra `quantized`. null: as in the checkpoint."""
@@ -86,7 +86,8 @@ class ReferenceConfig:
 
     dtype: Dtype = "bfloat16"
     """Dtype of the reference's weights. With LoRA, the policy's dtype saves a copy of the base model, except under
-    ZeRO-3 and FSDP2; on a CPU so does bfloat16 for a policy in float32 whose model was published in bfloat16."""
+    ZeRO-3 and FSDP2; on a CPU or an older GPU so does bfloat16 for a policy in float32 whose model was published
+    in bfloat16."""
     placement: Literal["copy", "shared"] = "copy"
     """`copy` keeps a full frozen copy on every rank where the policy's base is not the same; `shared` uses the policy
     itself with its adapters off, where a copy does not fit (needs LoRA)."""

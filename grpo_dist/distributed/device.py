@@ -22,11 +22,16 @@ def computes_on_gpu() -> bool:
     return torch.cuda.is_available() and not asks_for_cpu
 
 
+def multiplies_bfloat16() -> bool:
+    """Whether ranks compute on GPUs with products of bfloat16; torch emulates them on older ones, which is slow."""
+    return computes_on_gpu() and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
 def resolve_dtype(name: Dtype) -> torch.dtype:
     """The torch dtype of an option; `auto` is bfloat16 on ranks with a GPU that has it and float32 elsewhere."""
     if name != "auto":
         return DTYPES[name]
-    return torch.bfloat16 if computes_on_gpu() and torch.cuda.is_bf16_supported() else torch.float32
+    return torch.bfloat16 if multiplies_bfloat16() else torch.float32
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -45,14 +50,18 @@ def set_up_cuda() -> None:
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
 
 
-def slow_on_this_cpu(option: str, dtype: torch.dtype) -> str | None:
-    """What to know about 16-bit weights, which `option` asks for, on a CPU without products of bfloat16; None where
-    nothing is amiss."""
-    no_products = torch.backends.mkldnn.is_available() and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    if dtype == torch.float32 or computes_on_gpu() or not no_products:
+def slow_here(option: str, dtype: torch.dtype) -> str | None:
+    """What to know about 16-bit weights, which `option` asks for, on a device without such products; None where nothing
+    is amiss."""
+    if computes_on_gpu():
+        lacks, device = dtype == torch.bfloat16 and not multiplies_bfloat16(), "GPU"
+    else:
+        on_cpu = torch.backends.mkldnn.is_available() and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        lacks, device = dtype != torch.float32 and on_cpu, "CPU"
+    if not lacks:
         return None
-    return (f"{option}: {dtype_name(dtype)}: this CPU has no products of 16-bit numbers, and torch's take several "
-            f"times as long as those of float32; {option} float32 is faster here")  # fmt: skip
+    return (f"{option}: {dtype_name(dtype)}: this {device} has no such products, and torch's take several times as "
+            f"long as those of float32; {option} float32 is faster here")  # fmt: skip
 
 
 class MemoryPeaks:

@@ -24,7 +24,7 @@ from ..config.places import UnwritableOutput
 from ..config.schema import OptimConfig
 from . import deepspeed, fsdp
 from .cores import num_cores
-from .device import computes_on_gpu, slow_on_this_cpu
+from .device import computes_on_gpu, slow_here
 from .launch_config import asks_for, set_aside_fsdp, set_aside_precision
 from .rendezvous import START_SECONDS, Rendezvous, place_in_launch, warn_of_idle_gpus
 from .row_group import row_group
@@ -76,7 +76,7 @@ class Ranks:
             self._rendezvous.choose_interface()
         else:
             warn_of_idle_gpus()
-        if slow := slow_on_this_cpu("model.dtype", dtype):
+        if slow := slow_here("model.dtype", dtype):
             log.warning("%s", slow)
         deepspeed.name_device()
         precision = "bf16" if dtype == torch.bfloat16 else "no"

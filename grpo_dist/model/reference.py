@@ -33,10 +33,11 @@ def needs_copy(config: Config, has_same_base: bool, shards_weights: bool) -> boo
     return has_reference(config) and not (config.lora is not None and shares)
 
 
-def is_same_base(dtype: torch.dtype, copy_dtype: torch.dtype, *, on_cpu: bool, in_bfloat16: bool) -> bool:
-    """Whether a base in `dtype` is that of a reference in `copy_dtype`. `in_bfloat16`: bfloat16 holds each of its
-    numbers. Where it is in float32 nevertheless, it is left so on a CPU: many have no products of bfloat16."""
-    return copy_dtype == dtype or (on_cpu and in_bfloat16 and (dtype, copy_dtype) == (torch.float32, torch.bfloat16))
+def is_same_base(dtype: torch.dtype, copy_dtype: torch.dtype, *, fast_bfloat16: bool, in_bfloat16: bool) -> bool:
+    """Whether a base in `dtype` is that of a reference in `copy_dtype`. One in float32 also is where bfloat16 holds
+    each of its numbers (`in_bfloat16`), unless a GPU computes the reference much faster in that (`fast_bfloat16`)."""
+    holds = in_bfloat16 and (dtype, copy_dtype) == (torch.float32, torch.bfloat16)
+    return copy_dtype == dtype or (holds and not fast_bfloat16)
 
 
 class FrozenCopy:

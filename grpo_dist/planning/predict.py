@@ -12,7 +12,7 @@ import torch
 
 from ..config.algorithm import reference_in_loss
 from ..config.schema import Config, Dtype
-from ..distributed.device import DTYPES, dtype_name
+from ..distributed.device import DTYPES, computes_on_gpu, dtype_name, multiplies_bfloat16
 from ..model.checks import bitsandbytes_config, stored_quantization
 from ..model.files import kind_of, stored_kind
 from ..model.load import attention_for, trainable
@@ -127,7 +127,13 @@ def dtype_on(device: Device, name: Dtype) -> torch.dtype:
     """The torch dtype of an option on a device, which need not be the device of this machine."""
     if name != "auto":
         return DTYPES[name]
-    return torch.bfloat16 if device == "gpu" else torch.float32
+    return torch.bfloat16 if has_fast_bfloat16(device) else torch.float32
+
+
+def has_fast_bfloat16(device: Device) -> bool:
+    """Whether a device has products of bfloat16 much faster than those of float32: a GPU, unless that of this machine
+    is too old."""
+    return device == "gpu" and (multiplies_bfloat16() or not computes_on_gpu())
 
 
 class Predictor:
@@ -176,7 +182,10 @@ class Predictor:
         stays = strategy == "DDP" or (strategy == "FSDP2" and self.config.lora is not None)
         casts = not stays and self.policy_dtype != torch.float32
         has_same_base = self.quantization is not None or is_same_base(
-            self.policy_dtype, self.copy_dtype, on_cpu=self.device == "cpu", in_bfloat16=self._in_bfloat16
+            self.policy_dtype,
+            self.copy_dtype,
+            fast_bfloat16=has_fast_bfloat16(self.device),
+            in_bfloat16=self._in_bfloat16,
         )
         has_copy = needs_copy(self.config, has_same_base, strategy in SHARDS_WEIGHTS)
         precision = Precision(self.policy_dtype, self.copy_dtype if has_copy else self.policy_dtype, casts)

@@ -8,7 +8,7 @@ import psutil
 import torch
 
 from ..config.schema import Config
-from ..distributed.device import resolve_dtype, slow_on_this_cpu
+from ..distributed.device import resolve_dtype, slow_here
 from ..distributed.launch_config import asks_for, zero_stage
 from ..model.checks import bitsandbytes_config, stored_quantization
 from ..model.files import dequantized_form, kind_of, require_unsharded
@@ -45,7 +45,7 @@ def describe_memory(config: Config, contents: Contents, num_ranks: int, findings
     """Note the size of the model and the peak memory of a rank, and whether it fits. Returns the sizes."""
     if contents.model_config is None:
         return None
-    if slow := slow_on_this_cpu("model.dtype", resolve_dtype(config.model.dtype)):
+    if slow := slow_here("model.dtype", resolve_dtype(config.model.dtype)):
         findings.remarks.append(slow)
     on_gpu = torch.cuda.is_available()
     strategy: Strategy | None = None
@@ -63,7 +63,7 @@ def describe_memory(config: Config, contents: Contents, num_ranks: int, findings
         if str(error) not in findings.problems:
             findings.remarks.append(f"memory and disk space cannot be predicted for {config.model.name}: {error}")
         return None
-    if inputs.copy_bytes and (slow := slow_on_this_cpu("reference.dtype", predictor.copy_dtype)):
+    if inputs.copy_bytes and (slow := slow_here("reference.dtype", predictor.copy_dtype)):
         findings.remarks.append(slow)
     counts = inputs.counts
     trained = counts.adapters or counts.parameters

@@ -21,7 +21,7 @@ from ..config.schema import Config
 from ..config.values import redacted
 from ..data.mixture import load_training
 from ..data.order import Curriculum, Mixture, Sampler
-from ..distributed.device import resolve_dtype, set_up_cuda
+from ..distributed.device import dtype_name, resolve_dtype, set_up_cuda
 from ..distributed.launch_config import require_known_launch, require_optimizer
 from ..distributed.optimizer_state import OptimizerState, WholeOptimizerState
 from ..distributed.ranks import PhaseError, Ranks
@@ -230,7 +230,12 @@ def _agree_on_data(ranks: Ranks, own: _Start) -> _Data:
     if date != data.config.data.template_date:
         dated = replace(data.config, data=replace(data.config.data, template_date=date))
         data = _load_data(dated, own.resume_from, own.host)
-    start = {"config": redacted(asdict(data.config)), "versions": versions(), "identity": data.identity}
+    dtypes = {
+        option: dtype_name(resolve_dtype(given.dtype))
+        for option, given in (("model.dtype", data.config.model), ("reference.dtype", data.config.reference))
+    }
+    start = {"config": redacted(asdict(data.config)), "versions": versions(), "identity": data.identity,
+             "dtypes": dtypes}  # fmt: skip
     try:
         require_same_start(ranks.gather_objects(start))
     except ValueError as error:

@@ -7,7 +7,8 @@ import os
 import pytest
 import torch
 
-from grpo_dist.distributed.device import ALLOCATOR, MemoryPeaks, set_up_cuda, slow_on_this_cpu
+from grpo_dist.distributed.device import ALLOCATOR, MemoryPeaks, resolve_dtype, set_up_cuda, slow_here
+from grpo_dist.planning.predict import dtype_on
 
 GIB = 2**30
 
@@ -92,5 +93,19 @@ def test_a_cpu_without_products_of_16_bit_numbers_is_named(
     dtype: torch.dtype, has_products: bool, expected: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: has_products, raising=False)
-    said = slow_on_this_cpu("reference.dtype", dtype)
+    said = slow_here("reference.dtype", dtype)
     assert said is None if expected is None else said is not None and said.startswith(expected)
+
+
+@pytest.mark.parametrize("is_old", [True, False])
+def test_a_gpu_that_emulates_bfloat16_computes_in_float32(is_old: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Volta and Turing: torch says that they support it."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(
+        torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation or not is_old
+    )
+    expected = torch.float32 if is_old else torch.bfloat16
+    assert resolve_dtype("auto") == dtype_on("gpu", "auto") == expected and dtype_on("cpu", "auto") == torch.float32
+    said = slow_here("model.dtype", torch.bfloat16)
+    assert is_old == (said is not None and said.startswith("model.dtype: bfloat16: this GPU"))
+    assert slow_here("model.dtype", torch.float16) is None

@@ -155,20 +155,20 @@ def test_a_copy_is_counted_where_a_run_has_one(
 ) -> None:
     """Policy and copy in bfloat16 as on a GPU, whole and sharded; never where nothing needs a reference."""
     config = config_of(lora=lora, reference=ReferenceConfig(**options), loss=LossConfig(kl_coeff=0.04))
-    is_same = is_same_base(torch.bfloat16, DTYPES[config.reference.dtype], on_cpu=False, in_bfloat16=True)
+    is_same = is_same_base(torch.bfloat16, DTYPES[config.reference.dtype], fast_bfloat16=True, in_bfloat16=True)
     assert tuple(needs_copy(config, is_same, shards) for shards in (False, True)) == copies
     assert not needs_copy(replace(config, loss=LossConfig(kl_coeff=0.0)), is_same, True)
 
 
 @pytest.mark.parametrize(
-    ("on_cpu", "in_bfloat16", "copy_dtype", "expected"),
-    [(True, True, torch.bfloat16, True), (True, False, torch.bfloat16, False), (False, True, torch.bfloat16, False),
-     (True, True, torch.float16, False), (True, False, torch.float32, True)],
+    ("fast_bfloat16", "in_bfloat16", "copy_dtype", "expected"),
+    [(False, True, torch.bfloat16, True), (False, False, torch.bfloat16, False), (True, True, torch.bfloat16, False),
+     (False, True, torch.float16, False), (False, False, torch.float32, True)],
 )  # fmt: skip
-def test_a_float32_base_on_a_cpu_is_that_of_a_reference_which_holds_it_exactly(
-    on_cpu: bool, in_bfloat16: bool, copy_dtype: torch.dtype, expected: bool
+def test_a_float32_base_is_that_of_a_reference_which_holds_it_exactly(
+    fast_bfloat16: bool, in_bfloat16: bool, copy_dtype: torch.dtype, expected: bool
 ) -> None:
-    assert is_same_base(torch.float32, copy_dtype, on_cpu=on_cpu, in_bfloat16=in_bfloat16) == expected
+    assert is_same_base(torch.float32, copy_dtype, fast_bfloat16=fast_bfloat16, in_bfloat16=in_bfloat16) == expected
 
 
 @pytest.mark.parametrize("published", ["bfloat16", "float32"])
