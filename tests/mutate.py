@@ -40,6 +40,8 @@ MODULES = {
     "model/packing": ["packing"],
     "types": ["batch", "gathering"],
     "model/attention": ["attention"],
+    "model/block_attention": ["attention"],
+    "model/layout": ["attention"],
     "model/logprobs": ["logprobs"],
     "rollout/sampling": ["sampling", "stop_strings"],
     "algorithm/hashing": ["sampling", "dropout"],
@@ -59,21 +61,24 @@ ROUTES_ROOM = "self.drawn = nothing.new_zeros((0, most + 1, *self.routers.shape)
 ROUTES_GIVEN = "batch.routes is not None and batch.prompt_routes is not None"
 FLOAT32_PRODUCT, ROUNDED_PRODUCT = "float32_product(x, y)", "(x @ y).to(dtype)"
 EQUIVALENT = {
-    # how much is computed at once; lines of a GPU; a repetition by 1; the two are None together; tensors of 4
-    # dimensions; a window as long as the row
+    # lines of a GPU
     "model/attention": [
-        "BLOCK, GPU_BLOCK =",
-        "if softcap is not None and query.is_cuda:",
+        "if options.softcap is not None and query.is_cuda:",
         "block = GPU_BLOCK if",
+        "self.longest = max(prompt + max(completions, default=0) for prompt, completions in pieces): 0 -> 1",
+    ],
+    # how much is computed at once; a repetition by 1; the two are None together; tensors of 4 dimensions
+    "model/block_attention": [
+        "BLOCK, GPU_BLOCK =",
         "repeat > 1 -> repeat >= 1",
         "products = query @ key.transpose(-2, -1): -2 -> 2",
         "attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril_(): -2 -> 2",
         "attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril_(): 2 -> 3",
         "return scores.softmax(-1)[..., : key.shape[-2]].to(value.dtype) @ value: -2 -> 2",
         "window is not None and positions is not None -> window is not None or positions is not None",
-        "window >= self.longest -> window > self.longest",
-        "self.longest = max(prompt + max(completions, default=0) for prompt, completions in pieces): 0 -> 1",
     ],
+    # a window as long as the row
+    "model/layout": ["self.window >= longest -> self.window > longest"],
     # what is a rounding, to the bit and to a factor of 2; the loop has the same result as what spares it
     "algorithm/advantages": [
         "stds > 1e-12 * means.abs().clamp(min=1) -> stds >= 1e-12 * means.abs().clamp(min=1)",

@@ -17,8 +17,8 @@ from torch.autograd.function import once_differentiable
 from torch.func import functional_call
 from torch.nn.functional import silu
 
-from .gpu_kernels import triton_obstacle
 from .lora import HALVES
+from .triton_trial import triton_obstacle
 
 GATED = {"gate_proj", "up_proj", "down_proj", "act_fn"}
 """The modules of a gated feed-forward layer."""

@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
-from .gpu_kernels import triton_obstacle
 from .products import float32_product
+from .triton_trial import triton_obstacle
 
 CHUNK_ELEMENTS = {"cpu": 1 << 24, "cuda": 1 << 28}
 """Most logits at once. 64 MiB in float32 on a CPU, half of which fit into its caches. 1 GiB on a GPU, because a chunk

@@ -29,10 +29,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..distributed.transfer import to_device
-from .gpu_kernels import flash_obstacle, triton_obstacle
-
-LARGEST_HEAD = 256
-"""The largest head size of the flash kernels. A size must be a multiple of 8."""
+from .layout import AttentionOptions, Pieces
+from .triton_trial import triton_obstacle
 
 
 @dataclass(frozen=True)
@@ -110,7 +108,7 @@ class Window:
         return Window(replace(self.call, queries=queries, keys=keys), rows)
 
 
-def window_of(pieces: Sequence[tuple[int, list[int]]], size: int) -> Window:
+def window_of(pieces: Pieces, size: int) -> Window:
     """The segments of a row of pieces, each (prompt length, completion lengths), for a window of `size` positions, on
     the CPU."""
     lengths: list[tuple[int, int]] = []  # of queries and keys
@@ -132,7 +130,7 @@ def window_of(pieces: Sequence[tuple[int, list[int]]], size: int) -> Window:
     return Window(call, torch.cat(rows))
 
 
-def segments(pieces: Sequence[tuple[int, list[int]]]) -> Segments:
+def segments(pieces: Pieces) -> Segments:
     """The segments of a row of pieces, each (prompt length, completion lengths), on the CPU."""
     lengths = [length for prompt, completions in pieces for length in (prompt, *completions)]
     queries = [length for prompt, completions in pieces for length in (prompt, sum(completions))]
@@ -153,21 +151,11 @@ def _bounds(lengths: list[int]) -> Tensor:
     return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
 
 
-def can_use_flash(query: Tensor, key: Tensor, value: Tensor) -> bool:
-    """Whether the flash kernels compute these heads (1, H, T, D): half precision on a GPU, equal sizes, multiples of 8
-    up to 256, and kernels that passed a trial."""
-    size = query.shape[-1]
-    fits = (query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and size % 8 == 0
-            and size <= LARGEST_HEAD and key.shape[-1] == value.shape[-1] == size)  # fmt: skip
-    return fits and flash_obstacle(query.dtype, size, query.shape[1] // key.shape[1]) is None
-
-
 def shared_prefix_attention(
-    query: Tensor, key: Tensor, value: Tensor, where: Segments, scale: float | None, sinks: Tensor | None = None
+    query: Tensor, key: Tensor, value: Tensor, where: Segments, options: AttentionOptions
 ) -> Tensor:
-    """Attention of a row: `query` (T, Hq, D), `key` and `value` (T, Hk, D), `sinks` (Hq,) to (T, Hq, D);
-    differentiable."""
-    return _SharedPrefix.apply(query, key, value, sinks, where, query.shape[-1] ** -0.5 if scale is None else scale)
+    """Attention of a row: `query` (T, Hq, D), `key` and `value` (T, Hk, D) to (T, Hq, D); differentiable."""
+    return _SharedPrefix.apply(query, key, value, options.sinks, where, options.scale_of(query))
 
 
 class _SharedPrefix(torch.autograd.Function):
@@ -201,12 +189,9 @@ class _SharedPrefix(torch.autograd.Function):
         return *grads, _of_sinks(ctx, rows[0], output, sums, sinks), None, None
 
 
-def window_attention(
-    query: Tensor, key: Tensor, value: Tensor, where: Window, scale: float | None, sinks: Tensor | None = None
-) -> Tensor:
-    """Attention of a row in a layer with a sliding window: `query` (T, Hq, D), `key` and `value` (T, Hk, D), `sinks`
-    (Hq,) to (T, Hq, D); differentiable."""
-    return _Window.apply(query, key, value, sinks, where, query.shape[-1] ** -0.5 if scale is None else scale)
+def window_attention(query: Tensor, key: Tensor, value: Tensor, where: Window, options: AttentionOptions) -> Tensor:
+    """The same in a layer with a sliding window, that of `where`."""
+    return _Window.apply(query, key, value, options.sinks, where, options.scale_of(query))
 
 
 class _Window(torch.autograd.Function):

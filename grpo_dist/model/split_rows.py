@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,6 +13,7 @@ from ..distributed.row_group import RowGroup, to_heads, to_tokens
 from ..types import no_routes
 from .attention import PackLayout, RowLayout
 from .files import require_divisors
+from .layout import AttentionOptions, Pieces
 from .packing import FILLER, Pack
 from .shared_prefix import Segments
 
@@ -29,7 +29,7 @@ class SplitLayout:
     """Tokens of each rank of the group."""
 
     @property
-    def pieces(self) -> Sequence[tuple[int, list[int]]]:
+    def pieces(self) -> Pieces:
         """See `attention.PackLayout`."""
         return self.row.pieces
 
@@ -37,11 +37,8 @@ class SplitLayout:
         """See `attention.PackLayout`."""
         return replace(self, row=self.row.to(device, segments))
 
-    def attend(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None, window: int | None = None,
-        softcap: float | None = None, sinks: Tensor | None = None,
-    ) -> Tensor:  # fmt: skip
-        """See `attention.Layout`; T is the number of own tokens."""
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions) -> Tensor:
+        """See `layout.Layout`; T is the number of own tokens."""
         size, heads = self.group.size, query.shape[1]
         if key.shape[1] % size:  # ranks need keys of their own query heads alone
             key, value = (x.repeat_interleave(heads // key.shape[1], 1) for x in (key, value))
@@ -50,8 +47,9 @@ class SplitLayout:
         whole = to_heads(torch.cat(parts, -1), self.group, self.lengths).split([x.shape[-1] for x in parts], -1)
         sizes = (query.shape[-1], key.shape[-1], value.shape[-1])
         query, key, value = (x.unflatten(-1, (-1, head)).transpose(1, 2) for x, head in zip(whole, sizes, strict=True))
-        sinks = None if sinks is None else sinks.chunk(size)[self.group.place]
-        attended = self.row.attend(layer, query, key, value, scale, window, softcap, sinks)
+        if options.sinks is not None:
+            options = replace(options, sinks=options.sinks.chunk(size)[self.group.place])
+        attended = self.row.attend(layer, query, key, value, options)
         own = to_tokens(attended.flatten(2), self.group, self.lengths)
         return own.transpose(0, 1).reshape(1, -1, heads, attended.shape[-1])
 

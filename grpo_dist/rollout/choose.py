@@ -14,9 +14,9 @@ from torch import nn
 from ..config.rollout import RolloutConfig
 from ..model.checks import CANNOT
 from ..model.fixed_row import most_positions
-from ..model.gpu_kernels import triton_obstacle
 from ..model.quantized import quantized_layers
 from ..model.routing import routers_of
+from ..model.triton_trial import triton_obstacle
 from ..types import Trajectory
 from . import LocalEngine, NativeDecoder, PagedDecoder, Request, RowDecoder, decode_all, paged_obstacle
 from .local import Weights

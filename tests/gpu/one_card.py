@@ -44,8 +44,10 @@ from transformers import AutoModelForCausalLM, Qwen2Config
 
 from grpo_dist.config.rollout import RolloutConfig
 from grpo_dist.config.schema import Config, DataConfig, LoraConfig, ModelConfig, TrainConfig
-from grpo_dist.model import attention, logprobs, packing, shared_prefix
-from grpo_dist.model.attention import RowLayout, block_layout
+from grpo_dist.model import attention, logprobs, packing
+from grpo_dist.model.attention import RowLayout
+from grpo_dist.model.block_attention import GPU_BLOCK, block_layout
+from grpo_dist.model.layout import AttentionOptions
 from grpo_dist.model.load import make_policy
 from grpo_dist.planning.predict import Predictor
 from grpo_dist.rollout.engine import Request, decode_all, in_order
@@ -223,11 +225,11 @@ def pack_attention(tiny: bool) -> dict[str, Any]:
         tokens = sum(p + sum(c) for p, c in pieces)
         truth = [torch.randn(1, h, tokens, 64, device=DEVICE, dtype=torch.float64).requires_grad_() for h in (6, 2, 2)]
         incoming = torch.randn(1, tokens, 6, 64, device=DEVICE, dtype=torch.float64)
-        expected = block_layout(pieces).to(DEVICE).attend(0, *truth, None)
+        expected = block_layout(pieces).to(DEVICE).attend(0, *truth, AttentionOptions())
         expected_grads = torch.autograd.grad(expected, truth, incoming)
         for dtype in (torch.bfloat16, torch.float16):
             given = [x.detach().to(dtype).requires_grad_() for x in truth]
-            output = RowLayout(pieces, DEVICE).attend(0, *given, None)
+            output = RowLayout(pieces, DEVICE).attend(0, *given, AttentionOptions())
             grads = torch.autograd.grad(output, given, incoming.to(dtype))
             errors = [
                 float((a.double() - b).norm() / b.norm())
@@ -246,11 +248,11 @@ def pack_attention(tiny: bool) -> dict[str, Any]:
             torch.randn(1, h, tokens, 128, device=DEVICE, dtype=torch.bfloat16).requires_grad_() for h in (12, 2, 2)
         ]
         incoming = torch.randn(1, tokens, 12, 128, device=DEVICE, dtype=torch.bfloat16)
-        layouts = {"flash": RowLayout(pieces, DEVICE), "blocks": block_layout(pieces, attention.GPU_BLOCK).to(DEVICE)}
+        layouts = {"flash": RowLayout(pieces, DEVICE), "blocks": block_layout(pieces, GPU_BLOCK).to(DEVICE)}
         for kind, layout in layouts.items():
 
             def forward(layout: Any = layout, given: list[torch.Tensor] = given) -> torch.Tensor:
-                return layout.attend(0, *given, None)
+                return layout.attend(0, *given, AttentionOptions())
 
             def both(given: list[torch.Tensor] = given, incoming: torch.Tensor = incoming) -> Any:
                 return torch.autograd.grad(forward(), given, incoming)
@@ -314,14 +316,14 @@ def decode_attention(tiny: bool) -> dict[str, Any]:
         query = torch.randn(rows, heads, size, device=DEVICE).bfloat16()
         if is_timed:
             nbytes = 2 * key_heads * size * 2 * (sum(own) + sum(lengths))
-            time_ms = milliseconds(lambda: pool.attend_rows(0, query, None), 20)  # noqa: B023
+            time_ms = milliseconds(lambda: pool.attend_rows(0, query, AttentionOptions()), 20)  # noqa: B023
             figures[f"{rows} rows x {most}, {heads} heads"] = {
                 "ms": time_ms,
                 "tb_per_s": round(nbytes / time_ms / 1e9, 2),
                 "splits": [pool.splits, pool.prompt_splits],
             }
             continue
-        output = pool.attend_rows(0, query, None).double()
+        output = pool.attend_rows(0, query, AttentionOptions()).double()
         worst = 0.0
         for n in range(rows):
             parts = []
@@ -537,7 +539,7 @@ def update(shape: str, packs: list[str], checkpointing: bool, blocks_too: bool) 
     policy, figures = adapted(shape, checkpointing).train(), {}
     hidden, layers, _, _, _, vocabulary = SHAPES[shape]
     parameters = sum(p.numel() for p in policy.parameters())
-    original = shared_prefix.can_use_flash
+    original = attention.can_use_flash
     for name in packs:
         pieces = packs_of(name)
         host = pack_of(pieces, vocabulary)

@@ -12,7 +12,9 @@ from simulated_rollouts import VOCABULARY, make_model
 from torch import Tensor
 
 from grpo_dist.model import attention
-from grpo_dist.model.attention import RowLayout, block_layout
+from grpo_dist.model.attention import RowLayout
+from grpo_dist.model.block_attention import block_layout
+from grpo_dist.model.layout import AttentionOptions
 from grpo_dist.model.logprobs import head_logprobs
 
 CUDA = torch.device("cuda")
@@ -46,7 +48,7 @@ def test_attention_and_its_gradients(name: str, dtype: torch.dtype, heads: tuple
 
     def computed(layout: Any, device: torch.device, kind: torch.dtype) -> list[Tensor]:
         rows = [x.to(device, kind).requires_grad_() for x in given]
-        output = layout.attend(0, *rows, None)
+        output = layout.attend(0, *rows, AttentionOptions())
         return [output.detach(), *torch.autograd.grad(output, rows, incoming.to(device, kind))]
 
     truth = computed(block_layout(pieces), torch.device("cpu"), torch.float64)

@@ -81,6 +81,7 @@ from transformers import Qwen2ForCausalLM as Qwen2  # noqa: E402
 from transformers import Qwen3ForCausalLM as Qwen3  # noqa: E402
 
 from grpo_dist.model import attention, gate_kernel, head_kernel, join_kernel, rotation_kernel  # noqa: E402
+from grpo_dist.model.layout import AttentionOptions  # noqa: E402
 from grpo_dist.model.peft import PeftLoraConfig, with_new_adapters  # noqa: E402
 from grpo_dist.rollout.native.cache import PrefillLayout  # noqa: E402
 from grpo_dist.rollout.native.fused import FusedStep  # noqa: E402
@@ -136,7 +137,7 @@ def of_attention(
     CASE[0] = f"{dtype}, {group} heads of {size}, splits {splits}, cap {cap}, sinks {sinks is not None}"
     pool = pool_of(1, 1, size, dtype)
     pool.splits, pool.prompt_splits = splits
-    pool.attend_rows(0, torch.empty((2, group, size), dtype=dtype), None, window, cap, sinks)
+    pool.attend_rows(0, torch.empty((2, group, size), dtype=dtype), AttentionOptions(None, window, cap, sinks))
 
 
 def of_steps(model_of: Any, config_of: Any, dtype: torch.dtype, rank: int, **shape: Any) -> None:

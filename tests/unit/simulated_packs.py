@@ -26,7 +26,8 @@ from transformers import AutoModelForCausalLM, Qwen2Config  # noqa: E402
 from grpo_dist.config.schema import LoraConfig, ModelConfig  # noqa: E402
 from grpo_dist.model import attention, logprobs  # noqa: E402
 from grpo_dist.model.attention import RowLayout  # noqa: E402
-from grpo_dist.model.gpu_kernels import flash_obstacle  # noqa: E402
+from grpo_dist.model.flash_trial import flash_obstacle  # noqa: E402
+from grpo_dist.model.layout import AttentionOptions  # noqa: E402
 from grpo_dist.model.load import make_policy  # noqa: E402
 from grpo_dist.planning.tracing import example_pack  # noqa: E402
 
@@ -68,7 +69,7 @@ def of_attention(window: int | None) -> dict[str, Any]:
     layout = RowLayout([(prompt, list(completions)) for prompt, completions in SHAPE], CUDA)
 
     def both() -> None:
-        torch.autograd.grad(layout.attend(0, *rows, None, window), rows, incoming)
+        torch.autograd.grad(layout.attend(0, *rows, AttentionOptions(window=window)), rows, incoming)
 
     both()  # its tables travel, and the kernels are tried
     return counted(both) | {"blocks": len(layout._blocks)}

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from launching import ROOT, launch
 
-from grpo_dist.model import gpu_kernels
+from grpo_dist.model import flash_trial
 from grpo_dist.model.shared_prefix import segments
 
 
@@ -46,12 +46,12 @@ def test_there_are_no_masks(counts: Any) -> None:
 def test_flash_kernels_that_are_wrong_or_other_are_not_used(counts: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     assert counts["wrong kernels"]["blocks"] == 1
     assert counts["wrong kernels"]["reason"].startswith("they are off by ")
-    assert gpu_kernels._other_arguments() is None
+    assert flash_trial._other_arguments() is None
     name = "_flash_attention_backward"
-    arguments, results = gpu_kernels.FLASH_ARGUMENTS[name]
+    arguments, results = flash_trial.FLASH_ARGUMENTS[name]
     for other in ((arguments.replace("max_q max_k", "max_k max_q"), results), (arguments, results + 1)):
-        monkeypatch.setitem(gpu_kernels.FLASH_ARGUMENTS, name, other)
-        assert f"{name} of torch" in str(gpu_kernels._other_arguments())
+        monkeypatch.setitem(flash_trial.FLASH_ARGUMENTS, name, other)
+        assert f"{name} of torch" in str(flash_trial._other_arguments())
 
 
 @pytest.mark.slow

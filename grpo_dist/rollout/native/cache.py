@@ -17,7 +17,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ...model.attention import RowLayout, cap_scores
+from ...model.attention import RowLayout
+from ...model.block_attention import cap_scores
+from ...model.layout import AttentionOptions
 from ...model.shared_prefix import with_sinks
 
 EVERYTHING = 1 << 30
@@ -35,15 +37,12 @@ class PrefillLayout:
         self.keys: dict[int, Tensor] = {}
         self.values: dict[int, Tensor] = {}
 
-    def attend(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None, window: int | None = None,
-        softcap: float | None = None, sinks: Tensor | None = None,
-    ) -> Tensor:  # fmt: skip
-        """See `attention.Layout`."""
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions) -> Tensor:
+        """See `layout.Layout`."""
         if layer in self.keys:
             raise ValueError(f"layer {layer} attends more than once")
         self.keys[layer], self.values[layer] = key[0], value[0]
-        return self.rows.attend(layer, query, key, value, scale, window, softcap, sinks)
+        return self.rows.attend(layer, query, key, value, options)
 
 
 class DecodeState:
@@ -210,35 +209,29 @@ class DecodeState:
         """What the host has to know of a step."""
         self.used = min(self.used + 1, self.most_used)
 
-    def attend(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None, window: int | None = None,
-        softcap: float | None = None, sinks: Tensor | None = None,
-    ) -> Tensor:  # fmt: skip
-        """See `attention.Layout`; the row's T tokens are the R sequences' newest ones, in order."""
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions) -> Tensor:
+        """See `layout.Layout`; the row's T tokens are the R sequences' newest ones, in order."""
         query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
-        return self.attend_rows(layer, query, key, value, scale, window, softcap, sinks)[None]
+        return self.attend_rows(layer, query, key, value, options)[None]
 
-    def attend_rows(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None, window: int | None = None,
-        softcap: float | None = None, sinks: Tensor | None = None,
-    ) -> Tensor:  # fmt: skip
+    def attend_rows(self, layer: int, query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions) -> Tensor:
         """Attention of the sequences' newest tokens: `query` (R, Hq, D), `key` and `value` (R, Hk, D) to (R, Hq, D)."""
-        window = None if window is None or window >= self.longest else window
+        window = options.window_in(self.longest)
         own_keys, own_values = self.own_keys[layer], self.own_values[layer]
         own_keys[self.rows, :, self.slots] = key
         own_values[self.rows, :, self.slots] = value
         num_rows, num_queries, _ = query.shape
         query = query.reshape(num_rows, key.shape[1], -1, query.shape[2])  # (R, Hk, G, D)
         own, own_sum = _partial(query, own_keys[:, :, : self.seen], own_values[:, :, : self.seen],
-                                self.own_mask(window), scale, softcap)  # fmt: skip
-        if sinks is not None:
-            weight, own_sum = with_sinks(own_sum, sinks.view(own_sum.shape[1:]))
+                                self.own_mask(window), options)  # fmt: skip
+        if options.sinks is not None:
+            weight, own_sum = with_sinks(own_sum, options.sinks.view(own_sum.shape[1:]))
             own = own * weight[..., None].to(own.dtype)
         if not self.shares:
             return own.reshape(num_rows, num_queries, -1)
         mask, is_past = (self.prompt_mask, None) if window is None else self._window_mask(window, query.shape[2])
         shared, shared_sum = _partial(self._to_seats(query), self.prompt_keys[layer], self.prompt_values[layer], mask,
-                                      scale, softcap)  # fmt: skip
+                                      options)  # fmt: skip
         shared_sum = self._from_seats(shared_sum[..., None])
         if is_past is not None:
             shared_sum = shared_sum.masked_fill(is_past[:, None, None, None], -torch.inf)
@@ -291,18 +284,18 @@ def _mask(hidden: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _partial(
-    query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: float | None, softcap: float | None
+    query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, options: AttentionOptions
 ) -> tuple[Tensor, Tensor]:
     """Attention over a part of the keys: the output (N, H, Q, Dv) and the log of its sum of exponentials (N, H, Q).
 
     `query` (N, H, Q, D), `keys` (N, H, K, D), `values` (N, H, K, Dv), `mask` (N, 1, 1, K) additive, with a key to be
     seen in each row.
     """
-    if query.device.type == "cpu" and keys.shape[-1] == values.shape[-1] and softcap is None:
+    if query.device.type == "cpu" and keys.shape[-1] == values.shape[-1] and options.softcap is None:
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            query, keys, values, 0.0, False, attn_mask=mask, scale=scale
+            query, keys, values, 0.0, False, attn_mask=mask, scale=options.scale
         )
-    scores = cap_scores(_products(query, keys), query.shape[-1] ** -0.5 if scale is None else scale, softcap) + mask
+    scores = cap_scores(_products(query, keys), options.scale_of(query), options.softcap) + mask
     sums = scores.logsumexp(-1)
     return (scores - sums[..., None]).exp().to(values.dtype) @ values, sums
 

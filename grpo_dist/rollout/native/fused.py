@@ -17,7 +17,7 @@ import triton
 from torch import Tensor, nn
 from torch.nn.functional import embedding, linear, pad
 
-from ...model.attention import cap_scores
+from ...model.block_attention import cap_scores
 from ...model.products import float32_product
 from ..room import PAGE
 from . import triton_kernels as kernels
@@ -129,7 +129,7 @@ class FusedStep:
         for each in self.layers:
             layer = each.layer
             query = self._placed(each, _normalised(x, before, layer.input_norm), *turns[layer.kind], state)
-            attended = state.attend_rows(layer.number, query, layer.scale, layer.window, layer.soft_cap, layer.sinks)
+            attended = state.attend_rows(layer.number, query, layer.attention)
             inner = _normalised(x, Leaving(each.output, attended.flatten(1), layer.output_norm), layer.mlp_norm)
             if isinstance(each.feed_forward, nn.Module):
                 before = Leaving(None, of_rows(each.feed_forward, inner), layer.down_norm)

@@ -100,7 +100,7 @@ class KernelStep:
         self.step = _Step(
             torch.get_num_threads(), len(self.layers), hidden, inner, vocabulary,
             first.query.outputs // size, first.key.outputs // size, size, self._most_ranks(head),
-            takes_gelu(self.gated), weights.norm.eps, first.scale, first.soft_cap or 0.0,
+            takes_gelu(self.gated), weights.norm.eps, first.attention.scale, first.attention.softcap or 0.0,
             weights.embedding_scale, weights.logit_cap or 0.0,
             self._kept(weights.embeddings, (vocabulary, hidden), self.dtype), self._norm(weights.norm, hidden),
             head, ctypes.addressof(self.layers),
@@ -188,15 +188,16 @@ class KernelStep:
         weights = self.weights
         hidden, size, first = weights.embeddings.shape[1], weights.head_size, weights.layers[0]
         queries, keys, inner = first.query.outputs, first.key.outputs, self.gated[0].gate.outputs
+        sinks, window = layer.attention.sinks, layer.attention.window
         return _Layer(
             self._norm(layer.input_norm, hidden), self._norm(layer.output_norm, hidden),
             self._norm(layer.mlp_norm, hidden), self._norm(layer.down_norm, hidden),
             self._norm(layer.query_norm, size), self._norm(layer.key_norm, size),
-            None if layer.sinks is None else self._kept(layer.sinks.float(), (queries // size,), torch.float32),
+            None if sinks is None else self._kept(sinks.float(), (queries // size,), torch.float32),
             self._linear(layer.query, queries, hidden), self._linear(layer.key, keys, hidden),
             self._linear(layer.value, keys, hidden), self._linear(layer.output, hidden, queries),
             self._linear(gated.gate, inner, hidden), self._linear(gated.up, inner, hidden),
-            self._linear(gated.down, hidden, inner), layer.window or EVERYTHING, weights.kinds.index(layer.kind),
+            self._linear(gated.down, hidden, inner), window or EVERYTHING, weights.kinds.index(layer.kind),
         )  # fmt: skip
 
     def _norm(self, norm: Norm | None, size: int) -> int | None:
@@ -279,7 +280,7 @@ def _check_layers(weights: Weights) -> None:
              layer.down_norm, layer.query_norm, layer.key_norm) if norm is not None]  # fmt: skip
     if {norm.eps for norm in norms} != {weights.norm.eps}:
         raise ValueError("layers differ in the eps of their norms")
-    if len({(layer.scale, layer.soft_cap) for layer in weights.layers}) > 1:
+    if len({(layer.attention.scale, layer.attention.softcap) for layer in weights.layers}) > 1:
         raise ValueError("layers differ in the scale or the soft cap of their scores")
 
 

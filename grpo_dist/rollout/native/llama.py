@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import embedding, gelu, linear, rms_norm, silu
 
-from ...model.attention import cap_scores
+from ...model.block_attention import cap_scores
+from ...model.layout import AttentionOptions
 from ...model.lora import add_low_rank
 from ...model.peft import ADAPTER, LoraLinear
 from ...model.quantized import QuantizedLinear, QuantizedWeight
@@ -131,13 +132,7 @@ class Layer:
     number: int
     kind: str | None
     """Which of the model's rotations it takes; None where there is one."""
-    scale: float
-    window: int | None
-    """The newest positions that a query sees, its own included; None for all."""
-    soft_cap: float | None
-    """Of its scores."""
-    sinks: Tensor | None
-    """A logit for each query head that joins its softmax."""
+    attention: AttentionOptions
     input_norm: Norm
     output_norm: Norm | None
     """Of what attention adds."""
@@ -217,8 +212,7 @@ class LlamaStep:
     ) -> Tensor:
         query = query if layer.query_norm is None else layer.query_norm(query)
         key = key if layer.key_norm is None else layer.key_norm(key)
-        output = state.attend_rows(layer.number, _turned(query, turn), _turned(key, turn), value, layer.scale,
-                                   layer.window, layer.soft_cap, layer.sinks)  # fmt: skip
+        output = state.attend_rows(layer.number, _turned(query, turn), _turned(key, turn), value, layer.attention)
         return output.flatten(1)
 
 
@@ -261,11 +255,13 @@ def _layer(module: Any, text: Any, has_kinds: bool) -> Layer:
     return Layer(
         number=attention.layer_idx,
         kind=attention.layer_type if has_kinds else None,
-        scale=attention.scaling,
-        # where attention does not say, as in Mistral, the config holds for all layers
-        window=getattr(attention, "sliding_window", getattr(text, "sliding_window", None)),
-        soft_cap=getattr(attention, "attn_logit_softcapping", None),
-        sinks=getattr(attention, "sinks", None),
+        attention=AttentionOptions(
+            attention.scaling,
+            # where attention does not say, as in Mistral, the config holds for all layers
+            getattr(attention, "sliding_window", getattr(text, "sliding_window", None)),
+            getattr(attention, "attn_logit_softcapping", None),
+            getattr(attention, "sinks", None),
+        ),
         input_norm=_norm(module.input_layernorm),
         output_norm=behind if has_more_norms else None,
         mlp_norm=_norm(module.pre_feedforward_layernorm) if has_more_norms else behind,

@@ -17,6 +17,7 @@ import triton
 from torch import Tensor
 
 from ...distributed.transfer import to_device
+from ...model.layout import AttentionOptions
 from ..room import PAGE, pages_of
 from . import triton_kernels as kernels
 from .cache import EVERYTHING, PrefillLayout
@@ -76,30 +77,24 @@ class PagePool:
         self.splits = _splits(num_rows * heads, self.table.shape[1])
         self.prompt_splits = _splits(num_tiles * heads, self.prompt_table.shape[1])
 
-    def attend(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None, window: int | None = None,
-        softcap: float | None = None, sinks: Tensor | None = None,
-    ) -> Tensor:  # fmt: skip
-        """See `attention.Layout`; the row's T tokens are the newest ones of the R rows, in order."""
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions) -> Tensor:
+        """See `layout.Layout`; the row's T tokens are the newest ones of the R rows, in order."""
         query, key, value = (x[0].transpose(0, 1).contiguous() for x in (query, key, value))
         lengths = self.lengths[: self.num_rows].long()
         page = self.table[: self.num_rows].gather(1, (lengths // PAGE)[:, None])[:, 0].long()
         self.keys[layer][page, :, lengths % PAGE] = key
         self.values[layer][page, :, lengths % PAGE] = value
-        return self.attend_rows(layer, query, scale, window, softcap, sinks)[None]
+        return self.attend_rows(layer, query, options)[None]
 
-    def attend_rows(
-        self, layer: int, query: Tensor, scale: float | None, window: int | None = None, softcap: float | None = None,
-        sinks: Tensor | None = None,
-    ) -> Tensor:  # fmt: skip
+    def attend_rows(self, layer: int, query: Tensor, options: AttentionOptions) -> Tensor:
         """Attention of `query` (R, Hq, D), contiguous, to what is in the pages; (R, Hq, D). Pages before a `window` are
         not read."""
         keys, values = self.keys[layer], self.values[layer]
         (rows, num_queries, size), heads = query.shape, keys.shape[1]
         group, padded = num_queries // heads, max(16, triton.next_power_of_2(size))
-        sizes = {"HK": heads, "G": group, "D": size, "DP": padded, "PAGE": PAGE, "CAPPED": softcap is not None}
-        seen, cap = window or EVERYTHING, softcap or 0.0
-        scale = size**-0.5 if scale is None else scale
+        sizes = {"HK": heads, "G": group, "D": size, "DP": padded, "PAGE": PAGE, "CAPPED": options.softcap is not None}
+        scale, seen, cap = options.scale_of(query), options.window or EVERYTHING, options.softcap or 0.0
+        sinks = query if options.sinks is None else options.sinks
         parts = [query.new_empty((splits, rows, num_queries, size), dtype=torch.float32)
                  for splits in (self.prompt_splits, self.splits)]  # fmt: skip
         shared, own = parts
@@ -114,10 +109,10 @@ class PagePool:
         )  # fmt: skip
         output = torch.empty_like(query)
         kernels.attend_own[rows, heads, self.splits](
-            query, keys, values, self.table, self.lengths, query if sinks is None else sinks, shared, shared_sums,
+            query, keys, values, self.table, self.lengths, sinks, shared, shared_sums,
             output if self.splits == 1 else own, own_sums, rows, scale, seen, cap, self.table.shape[1],
             GP=max(16, triton.next_power_of_2(group)), SPLITS=self.splits, SHARED=self.prompt_splits,
-            SINKS=sinks is not None, TOKENS=tokens, num_warps=warps, **sizes,
+            SINKS=options.sinks is not None, TOKENS=tokens, num_warps=warps, **sizes,
         )  # fmt: skip
         if self.splits > 1:
             kernels.join[(rows * num_queries,)](own, own_sums, shared, shared_sums, output, rows * num_queries, D=size,

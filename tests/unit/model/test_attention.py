@@ -13,7 +13,9 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
 from grpo_dist.model import attention, shared_prefix
-from grpo_dist.model.attention import NAME, RowLayout, block_layout, explicit_attention
+from grpo_dist.model.attention import NAME, RowLayout
+from grpo_dist.model.block_attention import block_layout, explicit_attention
+from grpo_dist.model.layout import AttentionOptions
 
 PIECES = [(3, [2, 4]), (1, [6]), (2, []), (9, [1, 12, 3, 3]), (11, [10, 2])]
 HEADS, KEY_HEADS, SIZE = 4, 2, 8
@@ -64,13 +66,13 @@ def test_every_token_sees_its_own_sequence(
 ) -> None:
     for scale in (None, 0.3):
         expected = one_by_one(*row, window, scale, softcap, sinks)
-        given = 0, *row, scale
+        given, options = (0, *row), AttentionOptions(scale, window, softcap, sinks)
         for block in (4, 8, 16, 128):
-            got = block_layout(PIECES, block, window).attend(*given, softcap=softcap, sinks=sinks)
+            got = block_layout(PIECES, block, window).attend(*given, options)
             torch.testing.assert_close(got, expected)
         layout = RowLayout(PIECES)
         for _ in range(2):  # what is made at the first use is used again
-            torch.testing.assert_close(layout.attend(*given, window, softcap, sinks), expected)
+            torch.testing.assert_close(layout.attend(*given, options), expected)
 
 
 @pytest.mark.parametrize("is_causal", [False, True])
@@ -80,7 +82,9 @@ def test_explicit_attention_is_torchs(is_causal: bool, scale: float | None) -> N
     mask = None if is_causal else torch.rand(5, 5) > 0.4
     mask = mask if mask is None else mask | torch.eye(5, dtype=torch.bool)
     expected = scaled_dot_product_attention(query, key, value, mask, is_causal=is_causal, scale=scale)
-    torch.testing.assert_close(explicit_attention(query, key, value, mask, is_causal, scale, None, None), expected)
+    torch.testing.assert_close(
+        explicit_attention(query, key, value, mask, is_causal, AttentionOptions(scale)), expected
+    )
 
 
 @pytest.mark.parametrize(
@@ -119,9 +123,9 @@ def test_a_gpu_divides_rows_otherwise(
     layout = RowLayout(PIECES).to(torch.device("cpu"))
     expected = one_by_one(*row, window, 0.3, None, sinks)
     for _ in range(2):  # what is made at the first use is used again
-        torch.testing.assert_close(layout.attend(0, *row, 0.3, window, None, sinks), expected)
+        torch.testing.assert_close(layout.attend(0, *row, AttentionOptions(0.3, window, None, sinks)), expected)
     capped = one_by_one(*row, window, 0.3, 0.7, sinks)
-    torch.testing.assert_close(layout.attend(0, *row, 0.3, window, 0.7, sinks), capped)
+    torch.testing.assert_close(layout.attend(0, *row, AttentionOptions(0.3, window, 0.7, sinks)), capped)
 
 
 def test_transformers_calls_it_with_a_layout(row: tuple[Tensor, Tensor, Tensor]) -> None:

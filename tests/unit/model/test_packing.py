@@ -16,8 +16,9 @@ from transformers import AutoModelForCausalLM, Qwen2Config
 from grpo_dist.algorithm.losses import PackTokens, policy_loss, token_weights
 from grpo_dist.config.algorithm import LossConfig
 from grpo_dist.model import attention
-from grpo_dist.model.attention import BLOCK, block_layout
+from grpo_dist.model.block_attention import BLOCK, block_layout
 from grpo_dist.model.critic import ValueHead
+from grpo_dist.model.layout import AttentionOptions
 from grpo_dist.model.load import Policy
 from grpo_dist.model.packing import FILLER, PAIRS_PER_TOKEN, Piece, make_pack, piece_cost, plan
 from grpo_dist.types import Batch, Prompt
@@ -278,7 +279,7 @@ def test_block_attention_equals_a_full_masked_softmax(
     tensors = [torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_() for shape in shapes]
     query, key, value = tensors
     layout = block_layout(pieces)
-    output = layout.attend(0, query, key, value, scale)
+    output = layout.attend(0, query, key, value, AttentionOptions(scale))
     repeat = heads // key_heads
     scores = query @ key.repeat_interleave(repeat, 1).transpose(2, 3) * (0.5 if scale is None else scale)
     weights = torch.softmax(scores.masked_fill(~mask, -torch.inf), -1)

@@ -12,7 +12,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from grpo_dist.config.schema import LoraConfig, ModelConfig
 from grpo_dist.model import attention
-from grpo_dist.model.attention import block_layout
+from grpo_dist.model.block_attention import block_layout
 from grpo_dist.model.load import make_policy, trainable
 from grpo_dist.model.policy import Policy
 from grpo_dist.model.rollout_weights import RolloutModel

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from grpo_dist.model import shared_prefix
-from grpo_dist.model.attention import block_layout
+from grpo_dist.model.block_attention import block_layout
+from grpo_dist.model.layout import AttentionOptions
 from grpo_dist.model.shared_prefix import Call, segments, shared_prefix_attention, window_attention, window_of
 
 PIECES = st.lists(st.tuples(st.integers(1, 9), st.lists(st.integers(1, 9), max_size=4)), min_size=1, max_size=4)
@@ -69,12 +70,13 @@ def test_equals_every_sequence_alone_and_the_blocks(
     shapes = [*((tokens, count, 4) for count in (heads[0], heads[1], heads[1])), *[(heads[0],)] * has_sinks]
     tensors = [torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_() for shape in shapes]
     query, key, value, sinks = tensors if has_sinks else (*tensors, None)
+    options = AttentionOptions(scale, window, sinks=sinks)
     if window is None:
-        output = shared_prefix_attention(query, key, value, segments(pieces), scale, sinks)
+        output = shared_prefix_attention(query, key, value, segments(pieces), options)
     else:
-        output = window_attention(query, key, value, window_of(pieces, window), scale, sinks)
+        output = window_attention(query, key, value, window_of(pieces, window), options)
     rows = [x.transpose(0, 1)[None] for x in (query, key, value)]
-    in_blocks = block_layout(pieces, block=8, window=window).attend(0, *rows, scale, sinks=sinks)[0]
+    in_blocks = block_layout(pieces, block=8, window=window).attend(0, *rows, options)[0]
     expected = dense(query, key, value, sinks, pieces, scale, window)
     incoming = torch.randn(output.shape, generator=generator, dtype=torch.float64)
     truth = torch.autograd.grad(expected, tensors, incoming)

@@ -65,6 +65,7 @@ from grpo_dist.model import (  # noqa: E402
     rotation_kernel,
     shared_prefix,
 )
+from grpo_dist.model.layout import AttentionOptions  # noqa: E402
 from grpo_dist.model.peft import PeftLoraConfig, with_new_adapters  # noqa: E402
 from grpo_dist.model.routing import Routers  # noqa: E402
 from grpo_dist.rollout.engine import Request, decode_all, in_order  # noqa: E402
@@ -114,7 +115,7 @@ def attention_of_pages(
     pool.splits, pool.prompt_splits = splits or (pool.splits, pool.prompt_splits)
     new = [torch.randn(1, count, len(rows), size) for count in (heads, key_heads, key_heads)]
     sinks = torch.randn(heads) + 1 if has_sinks else None
-    output = pool.attend(0, *new, None, window, softcap, sinks)[0]
+    output = pool.attend(0, *new, AttentionOptions(None, window, softcap, sinks))[0]
     worst = 0.0
     for n, prompt in enumerate(rows):
         seen = [

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -324,28 +327,32 @@ def test_a_fixed_row_is_computed_in_windows_and_soft_caps(name: str) -> None:
     assert torch.allclose(packed, own, atol=1e-4)
 
 
-def test_soft_caps_that_are_left_out_are_caught() -> None:
-    model = make_model(make_config("Gemma2", WINDOWED["Gemma2"]), attention.NAME)
+@contextmanager
+def without(option: str) -> Iterator[None]:
+    """A layout that leaves out an option of attention."""
     plain = attention.RowLayout.attend
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(attention.RowLayout, "attend", lambda self, *given: plain(self, *given[:6]))
+        patched.setattr(attention.RowLayout, "attend", lambda self, *rows_and_options: plain(
+            self, *rows_and_options[:-1], replace(rows_and_options[-1], **{option: None})))  # fmt: skip
+        yield
+
+
+def test_soft_caps_that_are_left_out_are_caught() -> None:
+    model = make_model(make_config("Gemma2", WINDOWED["Gemma2"]), attention.NAME)
+    with without("softcap"):
         assert "are off by" in str(bounds_leak(model))
 
 
 def test_sinks_that_are_left_out_are_caught() -> None:
     model = make_model(make_config("GptOss", WINDOWED["GptOss"]), attention.NAME)
-    plain = attention.RowLayout.attend
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(attention.RowLayout, "attend", lambda self, *given: plain(self, *given[:7]))
+    with without("sinks"):
         assert "are off by" in str(bounds_leak(model))
         assert "are off by" in str(settle_attention([model], attention.NAME, None, False, alone))
 
 
 def test_a_model_that_does_not_say_where_its_windows_are_is_caught() -> None:
     model = make_model(make_config("Mistral", {"sliding_window": 6}), attention.NAME)
-    plain = attention.RowLayout.attend
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(attention.RowLayout, "attend", lambda self, *given: plain(self, *given[:5]))
+    with without("window"):
         assert "do not say" in str(bounds_leak(model))
 
 

@@ -26,6 +26,7 @@ from transformers import (
 )
 
 from grpo_dist.model import attention
+from grpo_dist.model.block_attention import block_layout
 from grpo_dist.model.load import packing_obstacle
 from grpo_dist.rollout import (
     Decoder,
@@ -85,7 +86,7 @@ def make_pair(config: PretrainedConfig) -> Pair:
         for name, parameter in shared.named_parameters():
             if parameter.dim() > 1:
                 parameter.normal_(0, 1.0 if "embed" in name or "head" in name else 0.2)
-        row, layout = torch.arange(9)[None], attention.block_layout([(9, [])])
+        row, layout = torch.arange(9)[None], block_layout([(9, [])])
         hidden = shared.base_model(input_ids=row, position_ids=row, use_cache=False, layout=layout).last_hidden_state
         head = shared.get_output_embeddings().weight
         head.mul_(2.0 / (hidden @ head.T).std())
