@@ -67,23 +67,13 @@ def with_advantages(config: Config, batch: Batch, reward_weights: list[float], k
     The batch needs its old policy where `needs_old_policy` says so. `kl_coeff` weights a KL penalty in the reward.
     """
     advantage, loss = config.advantage, config.loss
-    scored = ~batch.reward.isnan()
-    rewards = torch.where(scored[batch.sequence, None], all_token_rewards(batch), torch.nan)
-    weights = reward_weights
-    if advantage.overlong_buffer:
-        punishment = overlong_punishment(
-            batch.row_lengths, config.rollout.max_completion_length, advantage.overlong_buffer
-        )
-        punishment = torch.where(scored, punishment, torch.nan)
-        rewards = torch.cat([rewards, at_last_tokens(punishment[:, None], batch.lengths)], 1)
-        weights = [*weights, advantage.overlong_penalty]
+    rewards, weights = _rewards(config, batch, reward_weights)
     penalty = kl_penalty(config, batch)
     returns = None
     if has_groups(config):
         if penalty is not None:
-            sums = group_sums(penalty, batch.sequence, len(scored))
-            penalties = at_last_tokens(torch.where(scored, sums, torch.nan)[:, None], batch.lengths)
-            rewards, weights = torch.cat([rewards, penalties], 1), [*weights, -kl_coeff]
+            sums = group_sums(penalty, batch.sequence, len(batch.lengths))
+            rewards, weights = torch.cat([rewards, _last_tokens_of_scored(batch, sums)], 1), [*weights, -kl_coeff]
         assert advantage.scale != "auto" and advantage.baseline in ("mean", "leave_one_out"), AUTO_IS_RESOLVED
         advantages = relative_advantages(
             rewards, weights, batch.lengths, batch.group, baseline=advantage.baseline, scale=advantage.scale,
@@ -93,21 +83,43 @@ def with_advantages(config: Config, batch: Batch, reward_weights: list[float], k
         given = weighted_rewards(rewards, weights).nan_to_num(0.0)
         if penalty is not None:
             given = given - kl_coeff * penalty
-        if config.has_critic:
-            assert batch.old is not None and batch.old.values is not None, _NEEDS_OLD
-            advantages, returns = generalised_advantages(given, batch.old.values.double(), batch.lengths, loss.gamma,
-                                                         config.critic.gae_lambda)  # fmt: skip
-        else:
-            advantages = discounted_sums(given, batch.lengths, loss.gamma)
-        counted = scored[batch.sequence]
-        advantages = torch.where(counted, advantages, 0.0)
-        if advantage.scale == "batch":
-            advantages = whiten(advantages, counted)
+        advantages, returns = _without_groups(config, batch, given)
     if loss.top_entropy_quantile < 1:
         assert batch.old is not None, _NEEDS_OLD
         counted = included(config, batch)[batch.sequence]
         advantages = torch.where(highest(batch.old.entropies, counted, loss.top_entropy_quantile), advantages, 0.0)
     return replace(batch, advantages=advantages, returns=returns)
+
+
+def _rewards(config: Config, batch: Batch, weights: list[float]) -> tuple[Tensor, list[float]]:
+    """The rewards of each token, NaN for unscored completions, and their weights; with the punishment of overlong
+    completions where there is one: (T, R) or (T, R + 1)."""
+    scored, buffer = ~batch.reward.isnan(), config.advantage.overlong_buffer
+    rewards = torch.where(scored[batch.sequence, None], all_token_rewards(batch), torch.nan)
+    if not buffer:
+        return rewards, weights
+    punishment = overlong_punishment(batch.row_lengths, config.rollout.max_completion_length, buffer)
+    rewards = torch.cat([rewards, _last_tokens_of_scored(batch, punishment)], 1)
+    return rewards, [*weights, config.advantage.overlong_penalty]
+
+
+def _last_tokens_of_scored(batch: Batch, values: Tensor) -> Tensor:
+    """Values (N,) of completions at their last tokens, NaN for unscored completions: (T, 1)."""
+    return at_last_tokens(torch.where(batch.reward.isnan(), torch.nan, values)[:, None], batch.lengths)
+
+
+def _without_groups(config: Config, batch: Batch, rewards: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Advantages from one reward of each token (T,), and the critic's returns where there is one."""
+    gamma, returns = config.loss.gamma, None
+    if config.has_critic:
+        assert batch.old is not None and batch.old.values is not None, _NEEDS_OLD
+        advantages, returns = generalised_advantages(rewards, batch.old.values.double(), batch.lengths, gamma,
+                                                     config.critic.gae_lambda)  # fmt: skip
+    else:
+        advantages = discounted_sums(rewards, batch.lengths, gamma)
+    counted = ~batch.reward.isnan()[batch.sequence]
+    advantages = torch.where(counted, advantages, 0.0)
+    return whiten(advantages, counted) if config.advantage.scale == "batch" else advantages, returns
 
 
 def kl_penalty(config: Config, batch: Batch) -> Tensor | None:

@@ -87,8 +87,9 @@ def load_models(
     ranks.wait_at("loaded the reference")
     base = reference.policy.causal_lm if isinstance(reference, FrozenCopy) else None
     rollout_model = RolloutModel(policy, dtype, implementation, base)
+    policies = [policy, *([reference.policy] if reference else [])]  # may be one
     with rollout_model.open() as model:
-        models = [policy.causal_lm, *([reference.policy.causal_lm] if reference else []), model]
+        models = [*(each.causal_lm for each in policies), model]
         obstacle = settle_attention(models, implementation, obstacle, config.model.attn_implementation != "auto",
                                     ranks.gather_objects, window)  # fmt: skip
     try:
@@ -108,7 +109,7 @@ def load_models(
     else:
         engine = make_engine(rollout_model, obstacle, end_ids, rollout, ranks.gather_objects, saved.get("decoding"),
                              halves=has_few_sequences(config))  # fmt: skip
-    for each in (policy, *([reference.policy] if reference else [])):  # may be one
+    for each in policies:
         each.fused_head = plain and isinstance(each.causal_lm.get_output_embeddings(), torch.nn.Linear)
     return Models(policy, wrapped, prepared, optimizer_state, reference, rollout_model, engine, share_prompts,
                   routers)  # fmt: skip
