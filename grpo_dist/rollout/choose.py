@@ -48,7 +48,7 @@ STEPS: dict[str, Callable[[nn.Module], Step]] = {
     "modules": module_step, "operations": LlamaStep, "compiled": KernelStep, "pages": module_step, "fused": fused_step,
 }  # fmt: skip
 """How a step of decoding may be computed, by the name a checkpoint keeps; from slow to fast."""
-PAGED = ("pages", "fused")
+OVER_PAGES = ("pages", "fused")
 """Those of STEPS whose keys and values lie in pages; for a GPU with Triton."""
 DESCRIPTIONS = {"modules": "decoding through the model's own modules", "operations": "decoding in few operations",
                 "compiled": "decoding in C++", "pages": "decoding through the model's own modules over pages",
@@ -133,7 +133,7 @@ def _own_decoder(
             DESCRIPTIONS[most],
         )
     # the kernel attends to a shared prompt and to a row's own tokens at once
-    options: dict[str, Any] = {"step_of": STEPS[name], "pages": name in PAGED,
+    options: dict[str, Any] = {"step_of": STEPS[name], "pages": name in OVER_PAGES,
                                "copied_prompt": 0 if name == "compiled" else None}  # fmt: skip
     captures = _captures(model, gather, options)
     message = f"native engine, prompts are shared by their groups{', CUDA graphs' * captures}, {DESCRIPTIONS[name]}"
@@ -182,7 +182,7 @@ def own_step(model: nn.Module, most: str = "compiled") -> tuple[str, str | None]
     for name in names:
         if list(STEPS).index(name) > list(STEPS).index(most):
             continue
-        if name in PAGED and (obstacle := triton_obstacle()):
+        if name in OVER_PAGES and (obstacle := triton_obstacle()):
             reason = obstacle
             continue
         try:
@@ -194,7 +194,7 @@ def own_step(model: nn.Module, most: str = "compiled") -> tuple[str, str | None]
             continue
         if off <= (1e-4 if is_float32 else 0.1):
             return name, reason
-        if name in PAGED:
+        if name in OVER_PAGES:
             reason = f"{DESCRIPTIONS[name]} computes other numbers for this model, or does not work here"
     return "modules", reason if weight.is_cuda else None
 
@@ -220,7 +220,7 @@ def _step_off(name: str, model: nn.Module) -> float:
         positions = torch.tensor([PROMPT, far], device=tokens.device)
         logits = []
         layout, _ = prefill(model, [tokens.tolist()])
-        for step_of, state_of in ((module_step, _rows), (STEPS[name], _pages if name in PAGED else _rows)):
+        for step_of, state_of in ((module_step, _rows), (STEPS[name], _pages if name in OVER_PAGES else _rows)):
             logits.append(step_of(model)(tokens[:2], positions, state_of(layout)).float())
     except CannotCompile:
         raise

@@ -343,7 +343,7 @@ def fused_step(tiny: bool) -> dict[str, Any]:
     from grpo_dist.rollout.native.engine import NativeDecoder
     from grpo_dist.rollout.native.fused import FusedStep
     from grpo_dist.rollout.native.fused_draw import fused_draw
-    from grpo_dist.rollout.native.gpu import PagedDecoding
+    from grpo_dist.rollout.native.gpu import DecodingOverPages
     from grpo_dist.rollout.native.steps import module_step
 
     figures: dict[str, Any] = {}
@@ -380,10 +380,8 @@ def fused_step(tiny: bool) -> dict[str, Any]:
         for step_of in (FusedStep, module_step):
             for captures in (False, True):
                 with torch.inference_mode():
-                    decoding = PagedDecoding(
-                        model, requests, Sampling(), end_ids=[2, 5], max_new_tokens=most,
-                        max_tokens_in_flight=1 << 12, step_of=step_of, captures=captures,
-                    )  # fmt: skip
+                    engine = NativeDecoder([2, 5], most, 1 << 12, step_of=step_of, captures=captures)
+                    decoding = DecodingOverPages(engine, model, requests, Sampling())
                     got = in_order(requests, chain.from_iterable(decoding.run()))
                 same = sum(a.ids == b.ids for a, b in zip(got, expected, strict=True))
                 gap = max(_gap_until_they_part(a, b) for a, b in zip(got, expected, strict=True))
@@ -435,16 +433,15 @@ def requests_for(count: int, prompt: int) -> list[Request]:
 
 def decode(shape: str, rows: list[int], prompt: int, new: int, tiny: bool) -> dict[str, Any]:
     """Milliseconds and kernels of a step with adapters apart, on pages; and what a capture takes."""
+    from grpo_dist.rollout.native.engine import NativeDecoder
     from grpo_dist.rollout.native.fused import FusedStep
-    from grpo_dist.rollout.native.gpu import PagedDecoding
+    from grpo_dist.rollout.native.gpu import DecodingOverPages
 
     model, figures = adapted(shape).causal_lm, {}
+    engine = NativeDecoder([-1], new, 1 << 21, step_of=FusedStep)
 
-    def made(requests: list[Request]) -> PagedDecoding:
-        return PagedDecoding(
-            model, requests, Sampling(), end_ids=[-1], max_new_tokens=new, max_tokens_in_flight=1 << 21,
-            step_of=FusedStep, captures=True,
-        )  # fmt: skip
+    def made(requests: list[Request]) -> DecodingOverPages:
+        return DecodingOverPages(engine, model, requests, Sampling())
 
     for count in rows:
         requests = requests_for(count, prompt)

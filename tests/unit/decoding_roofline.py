@@ -23,6 +23,7 @@ from grpo_dist.config.schema import LoraConfig, ModelConfig
 from grpo_dist.model import attention
 from grpo_dist.model.load import make_policy
 from grpo_dist.rollout.native import gpu
+from grpo_dist.rollout.native.engine import NativeDecoder
 from grpo_dist.rollout.native.fused import FusedStep
 from grpo_dist.rollout.sampling import Sampling
 
@@ -67,10 +68,9 @@ def made(num_layers: int, rows: int) -> Any:
     )  # fmt: skip
     base = AutoModelForCausalLM.from_config(config, attn_implementation=attention.NAME, dtype=torch.bfloat16)
     policy = make_policy(base, ModelConfig(name="none"), LoraConfig(r=8), 1.0, 0)
-    work = gpu.PagedDecoding(
-        policy.causal_lm.to(CUDA).eval(), decoding.requests_of(PROMPTS, rows // PROMPTS, PROMPT), Sampling(),
-        end_ids=[2], max_new_tokens=1024, max_tokens_in_flight=1 << 20, step_of=FusedStep, captures=False,
-    )  # fmt: skip
+    engine = NativeDecoder([2], 1024, 1 << 20, step_of=FusedStep, captures=False)
+    requests = decoding.requests_of(PROMPTS, rows // PROMPTS, PROMPT)
+    work = gpu.DecodingOverPages(engine, policy.causal_lm.to(CUDA).eval(), requests, Sampling())
     work._admit()
     work._lay_tables()
     return work

@@ -106,10 +106,8 @@ def requests_of(groups: int, members: int, prompt: int, limits: list[int] | None
 
 def of_a_step(model: Any, rows: int, sampling: Sampling, step_of: Any = FusedStep) -> dict[str, int]:
     """Kernels of a step of so many rows, of two prompts."""
-    decoding = gpu.PagedDecoding(
-        model, requests_of(2, rows // 2, 70), sampling, end_ids=[2], max_new_tokens=200, max_tokens_in_flight=1 << 20,
-        step_of=step_of, captures=False,
-    )  # fmt: skip
+    engine = NativeDecoder([2], 200, 1 << 20, step_of=step_of, captures=False)
+    decoding = gpu.DecodingOverPages(engine, model, requests_of(2, rows // 2, 70), sampling)
     work = decoding.run()
     next(work)
     SEEN.kernels = 0
@@ -178,10 +176,8 @@ def read_by(requests: list[Request], most: int, tokens: int) -> dict[str, Any]:
         patch.object(gpu.PagePool, "begin_step", begin_step),
         torch.inference_mode(),
     ):
-        decoding = gpu.PagedDecoding(
-            Parameter(), requests, Sampling(), end_ids=[2], max_new_tokens=most, max_tokens_in_flight=tokens,
-            step_of=Reading, captures=False,
-        )  # fmt: skip
+        engine = NativeDecoder([2], most, tokens, step_of=Reading, captures=False)
+        decoding = gpu.DecodingOverPages(engine, Parameter(), requests, Sampling())
         DECODING.append(decoding)
         lengths = {(each.slot, each.sample): len(each.ids) for ended in decoding.run() for each in ended}
     seen = READINGS[-1]

@@ -71,15 +71,12 @@ class NativeDecoder(Decoder):
         return self.drafts.metrics() if self.drafts else {}
 
     def _over_pages(self, model: nn.Module, queue: deque[Request], sampling: Sampling) -> Iterator[list[Trajectory]]:
-        from .gpu import PagedDecoding  # needs Triton
+        from .gpu import DecodingOverPages  # needs Triton
 
         while queue:
             requests = list(queue)
             queue.clear()
-            with closing(PagedDecoding(
-                model, requests, sampling, end_ids=self.end_ids, max_new_tokens=self.max_new_tokens,
-                max_tokens_in_flight=self.max_tokens_in_flight, step_of=self.step_of, captures=self.captures,
-            )) as decoding:  # fmt: skip
+            with closing(DecodingOverPages(self, model, requests, sampling)) as decoding:
                 yield from decoding.run()
 
 

@@ -21,7 +21,7 @@ from ...model.block_attention import cap_scores
 from ...model.products import float32_product
 from ..room import PAGE
 from . import triton_kernels as kernels
-from .llama import Gated, Layer, Linear, Norm, Weights, of_rows, takes_gelu
+from .llama import Gated, Layer, Linear, LlamaWeights, Norm, of_rows, takes_gelu
 from .pages import PagePool
 
 RANKS = 8
@@ -111,8 +111,8 @@ class FusedStep:
     """One more token of every row."""
 
     def __init__(self, model: nn.Module) -> None:
-        """Raises as `Weights`, and ValueError where gates go through what the kernels do not compute."""
-        self.weights = weights = Weights(model)
+        """Raises as `LlamaWeights`, and ValueError where gates go through what the kernels do not compute."""
+        self.weights = weights = LlamaWeights(model)
         gated = [layer.feed_forward for layer in weights.layers if isinstance(layer.feed_forward, Gated)]
         self.is_gelu = takes_gelu(gated)
         self.layers = [FusedLayer(each, Stacked(each.query, each.key, each.value), Product(each.output),

@@ -12,9 +12,10 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import groupby
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +29,10 @@ from .fused_draw import fused_draw
 from .graphs import Sizes
 from .pages import TILE, PagePool
 from .routes import RouteTable
-from .steps import Step, prefill
+from .steps import prefill
+
+if TYPE_CHECKING:
+    from .engine import NativeDecoder
 
 LADDER = [8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512]
 """Numbers of rows for which a step is captured; above the last one, its multiples."""
@@ -81,39 +85,36 @@ class HostCopy:
         return [copy.tolist() for copy in self.tensors()]
 
 
-class PagedDecoding:
+class DecodingOverPages:
     """Some requests decoded on a GPU."""
 
-    def __init__(
-        self, model: nn.Module, requests: list[Request], sampling: Sampling, *, end_ids: list[int],
-        max_new_tokens: int, max_tokens_in_flight: int, step_of: Callable[[nn.Module], Step], captures: bool,
-    ) -> None:  # fmt: skip
+    def __init__(self, engine: NativeDecoder, model: nn.Module, requests: list[Request], sampling: Sampling) -> None:
         self.model, self.requests, self.sampling = model, requests, sampling
-        self.end_ids, self.most = end_ids, max_new_tokens
+        self.end_ids, self.most = engine.end_ids, engine.max_new_tokens
         self.device = device = next(model.parameters()).device
         longest = max((len(request.prompt) for request in requests), default=1)
         groups = [list(members) for _, members in groupby(range(len(requests)), key=lambda n: requests[n].slot)]
-        needed = sum(pages_of(len(requests[g[0]].prompt)) + len(g) * pages_of(max_new_tokens) for g in groups)
-        least = pages_of(longest) + pages_of(max_new_tokens)
-        num_pages = max(least, min(needed, max_tokens_in_flight // PAGE))
+        needed = sum(pages_of(len(requests[g[0]].prompt)) + len(g) * pages_of(self.most) for g in groups)
+        least = pages_of(longest) + pages_of(self.most)
+        num_pages = max(least, min(needed, engine.max_tokens_in_flight // PAGE))
         self.waiting = deque(piece for group in groups for piece in self._that_fit(group, num_pages))
-        capacity = _rung(min(len(requests), max(1, num_pages // pages_of(max_new_tokens))))
-        self.pool = PagePool(device, num_pages, capacity, max_new_tokens, longest)
+        capacity = _rung(min(len(requests), max(1, num_pages // pages_of(self.most))))
+        self.pool = PagePool(device, num_pages, capacity, self.most, longest)
         self.places = list(range(capacity - 1, -1, -1))  # of prompts
-        self.decode = step_of(model)
+        self.decode = engine.step_of(model)
         self.rows: list[_Row] = []
-        self.advance = Sizes(self._step) if captures and device.type == "cuda" else self._step
+        self.advance = Sizes(self._step) if engine.captures and device.type == "cuda" else self._step
         nobody = len(requests)
         self.row_request = torch.full((capacity,), nobody, device=device)
         self.last = torch.zeros(capacity, dtype=torch.int64, device=device)
         self.alive = torch.zeros(capacity, dtype=torch.bool, device=device)
         self.keys, self.limit, self.offset, self.may_end = columns_of([*requests, NOBODY], self.most, device)
-        self.rules = Rules(sampling, end_ids, device)
+        self.rules = Rules(sampling, engine.end_ids, device)
         self.rules.grow(nobody + 1)
-        self.tokens = torch.zeros((nobody + 1, max_new_tokens), dtype=torch.int64, device=device)
-        self.logprobs = torch.zeros((nobody + 1, max_new_tokens), dtype=torch.float32, device=device)
+        self.tokens = torch.zeros((nobody + 1, self.most), dtype=torch.int64, device=device)
+        self.logprobs = torch.zeros((nobody + 1, self.most), dtype=torch.float32, device=device)
         self.ended_at = torch.zeros(nobody + 1, dtype=torch.int64, device=device)
-        self.routes = RouteTable(model, max_new_tokens, device)
+        self.routes = RouteTable(model, self.most, device)
         self.routes.grow(nobody + 1)
         self.looked: tuple[list[_Row], HostCopy] | None = None
         self.results: deque[tuple[list[int], HostCopy]] = deque()

@@ -23,7 +23,7 @@ from ...model.quantized import QuantizedWeight
 from .cache import EVERYTHING, DecodeState, PrefillLayout
 from .compiled import library
 from .halves import HalvesMemory
-from .llama import Gated, Layer, Linear, Norm, Weights, takes_gelu
+from .llama import Gated, Layer, Linear, LlamaWeights, Norm, takes_gelu
 
 SOURCE = Path(__file__).with_name("decode.cpp")
 FUNCTIONS = {torch.float32: "decode_float32", torch.bfloat16: "decode_bfloat16"}
@@ -80,9 +80,9 @@ class KernelStep:
     def __init__(self, model: nn.Module, *, halves: bool = False) -> None:
         """`halves`: keep float32 weights that bfloat16 holds exactly in it too, and adapters apart from them.
 
-        Raises as `Weights`, and ValueError for sizes this does not compute or where it cannot be compiled.
+        Raises as `LlamaWeights`, and ValueError for sizes this does not compute or where it cannot be compiled.
         """
-        self.weights = weights = Weights(model)
+        self.weights = weights = LlamaWeights(model)
         first, size, self.dtype = weights.layers[0], weights.head_size, weights.embeddings.dtype
         self.gated = [_gated(layer) for layer in weights.layers]
         (vocabulary, hidden), inner = weights.embeddings.shape, self.gated[0].gate.outputs
@@ -274,7 +274,7 @@ def _gated(layer: Layer) -> Gated:
     raise ValueError(f"{type(layer.feed_forward).__name__} is no feed-forward part with one gate")
 
 
-def _check_layers(weights: Weights) -> None:
+def _check_layers(weights: LlamaWeights) -> None:
     """Raise ValueError where layers differ in what the kernel takes for all of them."""
     norms = [norm for layer in weights.layers for norm in (layer.input_norm, layer.output_norm, layer.mlp_norm,
              layer.down_norm, layer.query_norm, layer.key_norm) if norm is not None]  # fmt: skip

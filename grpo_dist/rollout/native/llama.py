@@ -149,7 +149,7 @@ class Layer:
     """Experts are a module."""
 
 
-class Weights:
+class LlamaWeights:
     """The weights that a model has when this is made, by what they do."""
 
     def __init__(self, model: nn.Module) -> None:
@@ -181,8 +181,8 @@ class LlamaStep:
     """One more token of every sequence, in torch's operations."""
 
     def __init__(self, model: nn.Module) -> None:
-        """Raises as `Weights`."""
-        self.weights = Weights(model)
+        """Raises as `LlamaWeights`."""
+        self.weights = LlamaWeights(model)
         self.layers = [
             (layer, Joint(layer.query, layer.key, layer.value), Joint(layer.output), _feed_forward(layer.feed_forward))
             for layer in self.weights.layers

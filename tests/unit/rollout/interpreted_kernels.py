@@ -152,16 +152,8 @@ def completions(
         for n in range(members)
     ]
     with torch.inference_mode():
-        decoding = gpu.PagedDecoding(
-            model,
-            requests,
-            sampling,
-            end_ids=[2, 5],
-            max_new_tokens=most,
-            max_tokens_in_flight=tokens,
-            step_of=step_of,
-            captures=False,
-        )
+        engine = NativeDecoder([2, 5], most, tokens, step_of=step_of, captures=False)
+        decoding = gpu.DecodingOverPages(engine, model, requests, sampling)
         got = in_order(requests, [each for ended in decoding.run() for each in ended])
     expected = decode_all(NativeDecoder([2, 5], most, 1 << 20), model, requests, sampling)
     same = [
