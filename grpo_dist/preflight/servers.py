@@ -10,7 +10,6 @@ import urllib.request
 from typing import Any
 
 from ..config.schema import Config
-from ..distributed.device import dtype_name, resolve_dtype
 from ..model.files import model_path
 from ..rollout.replay import needs_routes
 from ..rollout.vllm.base import is_dequantized, served_model
@@ -30,9 +29,8 @@ def check_servers(config: Config, model_config: Any, findings: Findings) -> None
     if options is None:
         return
     with_routes = model_config is not None and needs_routes(config.rollout, model_config)
-    dtype = dtype_name(resolve_dtype(config.model.dtype))
     model = model_path(config.model) if model_config is None else served_model(config, model_config)
-    lines = [f"a server is started with: {command_line(config, model, dtype, with_routes)}"]
+    lines = [f"a server is started with: {command_line(config, model, with_routes)}"]
     if model_config is not None and is_dequantized(config, model_config):
         lines.append(f"the run writes its dequantised base to {model}, for servers; so does, before the run, "
                      "`python -m grpo_dist.rollout.vllm.serve`, which starts one")  # fmt: skip

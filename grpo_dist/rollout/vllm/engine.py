@@ -9,7 +9,6 @@ from functools import partial
 from typing import Any
 
 from ...distributed.watch import Interrupted
-from ...model.routing import Routers
 from ...types import Trajectory
 from ..engine import Request, limit_of, trajectory
 from ..sampling import Sampling
@@ -31,11 +30,11 @@ class VllmEngine:
 
     def __init__(
         self, served: ServedPolicy, own: OwnServer | None, end_ids: list[int], max_new_tokens: int,
-        shares_memory: Callable[[str], None] | None, routers: Routers | None = None,
+        shares_memory: Callable[[str], None] | None,
     ) -> None:  # fmt: skip
         """`own` is the server that this rank has started; `shares_memory` lets it `wake_up` or `sleep` where it lives
-        on the trainer's devices, a collective; `routers` are those that take the experts which the servers took."""
-        self._served, self._servers, self._own, self._routers = served, served.servers, own, routers
+        on the trainer's devices, a collective."""
+        self._served, self._servers, self._own = served, served.servers, own
         self._end_ids, self._most, self._shares_memory = end_ids, max_new_tokens, shares_memory
         # a server that shares the trainer's devices cannot draw while these update
         self.is_elsewhere = shares_memory is None
@@ -120,7 +119,7 @@ class VllmEngine:
     async def _ask(self, request: Request, message: dict[str, Any], sampling: Sampling) -> Answer:
         return await self._servers.post(
             COMPLETIONS, message,
-            lambda content: read_answer(content, message, sampling, request.offset, self._routers),
+            lambda content: read_answer(content, message, sampling, request.offset, self._served.routers),
             tokens=len(request.prompt) + limit_of(request, self._most), home=request.slot,
         )  # fmt: skip
 

@@ -65,12 +65,13 @@ class ServedPolicy:
         take the experts which the servers took."""
         self.servers, self._ranks, self._weights, self._policy = servers, ranks, weights, policy
         self._config, self._end_ids, self._step, self._needed = config, end_ids, step, needed
-        self._routers = routers
+        self.routers = routers
         self._sampling = sampling_of(config.rollout)
         self._dtype = resolve_dtype(config.model.dtype)
         self._directory = (Path(config.train.output_dir) / "rollout").absolute()
         self._tag = uuid.uuid4().hex[:8]  # of the main rank: two runs on a server never have the same name
         self._names: list[str] = []
+        self._bases: dict[str, str] = {}  # what each server serves
         self._before: dict[str, tuple[Expected, Answer]] = {}
         self.loaded: Loaded | None = None
         servers.restore = self.restore
@@ -132,14 +133,14 @@ class ServedPolicy:
                 raise ServerError(f"{server.url} serves sequences of {longest} tokens, expected {needed} "
                                   f"(data.max_prompt_length + rollout.max_completion_length)")  # fmt: skip
             self._bases[server.url] = base["id"]
-            if self._routers is not None:
+            if self.routers is not None:
                 await self._require_routes(server, base["id"])
             for each in listed:
                 if each.get("parent") and Path(each.get("root") or "/").is_relative_to(self._directory):
                     log.warning("rollouts: %s still had %s of an earlier run", server.url, each["id"])
                     await self._unload(server, each["id"])
 
-        self._bases: dict[str, str] = {}
+        self._bases.clear()
         self._each(look, all_must=True)
         if len(set(self._bases.values())) > 1 and not self._has_adapters:
             raise ServerError(f"the servers serve different models, {self._bases}: expected the same one")
@@ -221,7 +222,7 @@ class ServedPolicy:
         """What a server answers to the probe."""
         message = question(model, expected, self._sampling, self._end_ids)
         return await ask(
-            server, "POST", COMPLETIONS, message, lambda content: read_answer(content, message, routers=self._routers)
+            server, "POST", COMPLETIONS, message, lambda content: read_answer(content, message, routers=self.routers)
         )
 
     async def _unload(self, server: Server, name: str) -> None:

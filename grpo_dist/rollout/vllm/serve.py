@@ -12,7 +12,6 @@ import sys
 from collections.abc import Sequence
 
 from ...config.parse import parse_config
-from ...distributed.device import dtype_name, resolve_dtype
 from ...model.adapter import with_adapter
 from ...model.load import load_model_config
 from ..replay import needs_routes
@@ -25,11 +24,10 @@ def command_of(words: Sequence[str]) -> tuple[list[str], dict[str, str]]:
     python, port, *rest = words
     place = rest.index("--") if "--" in rest else len(rest)
     config = with_adapter(parse_config(rest[:place]))
-    dtype = dtype_name(resolve_dtype(config.model.dtype))
     model_config = load_model_config(config.model)
     write_base_of(config, model_config)
     model, with_routes = served_model(config, model_config), needs_routes(config.rollout, model_config)
-    command = server_command(config, python, model, dtype, "0.0.0.0", int(port), with_routes)
+    command = server_command(config, python, model, "0.0.0.0", int(port), with_routes)
     return [*command, *rest[place + 1 :]], server_environment(os.environ) | variables(config)
 
 

@@ -18,7 +18,7 @@ import psutil
 
 from ...config.schema import Config
 from ...config.vllm import ADAPTER_RANKS, SHARED, logprobs_mode
-from ...distributed.device import computes_on_gpu
+from ...distributed.device import computes_on_gpu, dtype_name, resolve_dtype
 from . import keeper
 from .messages import ROUTES
 
@@ -38,11 +38,12 @@ class StartError(ValueError):
     """The server cannot be started."""
 
 
-def arguments(config: Config, model: str, dtype: str, with_routes: bool) -> list[str]:
+def arguments(config: Config, model: str, with_routes: bool) -> list[str]:
     """The arguments that a server of this run needs, wherever it is started; `model` is a path or hub id, and
     `with_routes` says whether the run replays the experts that tokens took."""
-    words = ["--model", model, "--dtype", dtype, "--max-model-len", str(config.max_sequence_length),
-             "--logprobs-mode", logprobs_mode(config.rollout), "--generation-config", "vllm"]  # fmt: skip
+    words = ["--model", model, "--dtype", dtype_name(resolve_dtype(config.model.dtype)), "--max-model-len",
+             str(config.max_sequence_length), "--logprobs-mode", logprobs_mode(config.rollout), "--generation-config",
+             "vllm"]  # fmt: skip
     if config.model.revision is not None:
         words += ["--revision", config.model.revision]
     if config.model.trust_remote_code:
@@ -65,17 +66,15 @@ def variables(config: Config) -> dict[str, str]:
     return needed | ({"VLLM_SERVER_DEV_MODE": "1"} if shared or config.lora is None else {})
 
 
-def command_line(config: Config, model: str, dtype: str, with_routes: bool) -> str:
+def command_line(config: Config, model: str, with_routes: bool) -> str:
     """How a user starts a server for this run."""
     given = " ".join(f"{name}={value}" for name, value in variables(config).items())
-    return f"{given} python -m {MODULE} {' '.join(arguments(config, model, dtype, with_routes))}".strip()
+    return f"{given} python -m {MODULE} {' '.join(arguments(config, model, with_routes))}".strip()
 
 
-def server_command(
-    config: Config, python: str, model: str, dtype: str, host: str, port: int, with_routes: bool
-) -> list[str]:
+def server_command(config: Config, python: str, model: str, host: str, port: int, with_routes: bool) -> list[str]:
     """The command of a server; other machines reach it where `host` is not loopback."""
-    words = [os.path.expanduser(python), "-m", MODULE, *arguments(config, model, dtype, with_routes),
+    words = [os.path.expanduser(python), "-m", MODULE, *arguments(config, model, with_routes),
              "--host", "127.0.0.1" if host == "127.0.0.1" else "0.0.0.0", "--port", str(port)]  # fmt: skip
     shared = config.rollout.vllm is not None and config.rollout.vllm.devices == SHARED
     # vLLM refuses it on a CPU, where sleeping frees nothing
@@ -85,7 +84,7 @@ def server_command(
 class OwnServer:
     """A server in a process of its own."""
 
-    def __init__(self, config: Config, model: str, dtype: str, directory: Path, host: str, with_routes: bool) -> None:
+    def __init__(self, config: Config, model: str, directory: Path, host: str, with_routes: bool) -> None:
         """Start it, to be reached at `host`. `directory` gets its log, and a note about it as long as it runs."""
         options = config.rollout.vllm
         assert options is not None and options.python is not None, "the config names what starts it"
@@ -95,7 +94,7 @@ class OwnServer:
             free.bind(("", 0))
             port = free.getsockname()[1]
         self.url = f"http://{host}:{port}"
-        words = server_command(config, options.python, model, dtype, host, port, with_routes)
+        words = server_command(config, options.python, model, host, port, with_routes)
         command = [*words, *options.args]
         environment = server_environment(os.environ) | variables(config)
         if options.devices not in (None, SHARED):

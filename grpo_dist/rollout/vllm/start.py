@@ -9,7 +9,6 @@ from pathlib import Path
 
 from ...config.schema import Config
 from ...config.vllm import SHARED
-from ...distributed.device import dtype_name, resolve_dtype
 from ...distributed.ranks import Ranks
 from ...distributed.watch import Interrupted
 from ...model.load import load_model_config
@@ -36,7 +35,6 @@ def make_vllm_engine(
     """
     options = config.rollout.vllm
     assert options is not None, "check_vllm sees to it"
-    dtype = dtype_name(resolve_dtype(config.model.dtype))
     model_config = load_model_config(config.model)
     model = served_model(config, model_config)
     with weights.open() if policy is None else nullcontext(policy.causal_lm) as trained:
@@ -46,7 +44,7 @@ def make_vllm_engine(
     own = None
     if options.urls is None and ranks.is_main:
         try:
-            own = _start(config, model, dtype, ranks, routers is not None)
+            own = _start(config, model, ranks, routers is not None)
         except (StartError, OSError) as error:
             problem = str(error)
     ranks.wait_at("started the vLLM server")  # which loads a model
@@ -56,14 +54,14 @@ def make_vllm_engine(
     servers = Servers(urls, options.timeout_seconds, options.retries, ranks.rank,
                       own.obituary if own else lambda: None)  # fmt: skip
     served = ServedPolicy(config, servers, ranks, weights, policy, end_ids, step,
-                          command_line(config, model, dtype, routers is not None), routers)  # fmt: skip
+                          command_line(config, model, routers is not None), routers)  # fmt: skip
 
     def share_memory(what: str) -> None:
         path = {"sleep": "/sleep?level=1", "wake_up": "/wake_up"}[what]
         served.on_main(lambda: servers.run(servers.insist(servers.servers[0], "POST", path)))
 
     engine = VllmEngine(served, own, end_ids, config.rollout.max_completion_length,
-                        share_memory if options.devices == SHARED else None, routers)  # fmt: skip
+                        share_memory if options.devices == SHARED else None)  # fmt: skip
     try:
         served.start()
     except Interrupted as error:
@@ -72,10 +70,10 @@ def make_vllm_engine(
     return engine
 
 
-def _start(config: Config, model: str, dtype: str, ranks: Ranks, with_routes: bool) -> OwnServer:
+def _start(config: Config, model: str, ranks: Ranks, with_routes: bool) -> OwnServer:
     """A server that answers."""
     is_one_machine = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) == ranks.num_ranks
-    server = OwnServer(config, model, dtype, Path(config.train.output_dir),
+    server = OwnServer(config, model, Path(config.train.output_dir),
                        "127.0.0.1" if is_one_machine else socket.gethostname(), with_routes)  # fmt: skip
     server.wait_until_ready()
     return server
