@@ -1,163 +1,24 @@
 """Every option of a run: a dataclass for each group, a documented field for each option, and the checks of the fields.
 
-Defaults are written here and nowhere else. All counts are global: `train.batch_size: 32` means 32 prompts a step on one
-rank and on sixty-four. This module imports nothing heavy, so that the answer to a mistake in a config comes at once.
+Groups of many options have files of their own. Defaults are written there and here and nowhere else. All counts are
+global: `train.batch_size: 32` means 32 prompts a step on one rank and on sixty-four. No module of these options imports
+anything heavy, so that the answer to a mistake in a config comes at once.
 """
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 from .algorithm import AdvantageConfig, CriticConfig, LossConfig, check_algorithm, check_split_rows
-from .checks import is_date, require, require_finite, require_seed, with_home
-from .curriculum import CurriculumConfig, check_curriculum
+from .checks import require, require_finite, require_seed, with_home
+from .data import DataConfig, check_curriculum
 from .environment import EnvironmentConfig
+from .model import LoraConfig, ModelConfig, ReferenceConfig
 from .rewards import RewardConfig, ScoringConfig, require_rewards
 from .rollout import RolloutConfig
 from .vllm import check_vllm
-
-ComputeDtype = Literal["float32", "bfloat16"]
-PolicyDtype = Literal["auto", ComputeDtype]
-Dtype = Literal[PolicyDtype, "float16"]
-Quantization = Literal["nf4", "int8"]
-
-
-@dataclass
-class ModelConfig:
-    """The policy's base model."""
-
-    name: str = "toy"
-    """Hub id or local path of a causal language model, or of a PEFT adapter, from which the run goes on (see
-    lora.init_from); or `toy` or `toy-carry`, which ship with the package."""
-    revision: str | None = None
-    """Branch, tag or commit on the hub."""
-    dtype: PolicyDtype = "auto"
-    """Compute dtype of the policy; `auto` is bfloat16 on a GPU that has it (Ampere or newer), else float32. float16 is
-    not allowed: small gradients would be 0 without a scaled loss."""
-    quantization: Quantization | None = None
-    """Quantise the linear layers of the base when it is loaded, to 4 bits a weight (`nf4`, with double quantisation) or
-    8 (`int8`), and train adapters on it. Needs LoRA and the extra `quantized`. null: as in the checkpoint."""
-    attn_implementation: str = "auto"
-    """`auto` computes a prompt once for all completions of its group where the architecture allows it. Any other name
-    goes to transformers (`sdpa`, `eager`, `flash_attention_2`), and each completion is then a row of its own."""
-    trust_remote_code: bool = False
-    """Run code that comes with the model. Leave it off unless you have read that code."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, about a third more time in the update."""
-    tokenizer: str | None = None
-    """Hub id or local path of the tokenizer; null takes the model's, or that of an adapter that has one."""
-
-
-@dataclass
-class LoraConfig:
-    """Low-rank adapters; `lora: null` trains every weight instead."""
-
-    r: int = 16
-    """Rank of the adapters."""
-    alpha: float = 32.0
-    """Adapters are scaled by alpha / r."""
-    dropout: float = 0.0
-    """Dropout in the adapters while training; rollouts never use it. The dropped units depend on token and layer, not
-    on rank or pack."""
-    target_modules: str | list[str] = "all-linear"
-    """Modules that get adapters: `all-linear`, or a list of names."""
-    target_parameters: list[str] = field(default_factory=list)
-    """Tensors with the weights of several experts that get adapters as well, by the ends of their names, such as
-    `[experts.gate_up_proj, experts.down_proj]`: r for each expert (docs/experts.md)."""
-    use_rslora: bool = False
-    """Scale adapters by alpha / √r instead (rsLoRA)."""
-    init_from: str | None = None
-    """A PEFT adapter (LoRA or rsLoRA on linear layers) to go on from; a model.name that is an adapter means the same.
-    r, alpha, use_rslora and target_modules are the adapter's. null starts with adapters that add nothing."""
-
-    def __post_init__(self) -> None:
-        require(self.r >= 1, "lora.r", self.r, "a rank of at least 1")
-        require(self.alpha > 0, "lora.alpha", self.alpha, "a number above 0")
-        require(0 <= self.dropout < 1, "lora.dropout", self.dropout, "a share in [0, 1)")
-        require(not self.target_parameters or self.dropout == 0, "lora.dropout", self.dropout,
-                "0 with lora.target_parameters")  # fmt: skip
-
-
-@dataclass
-class ReferenceConfig:
-    """The model as it was before training: reference of the KL term."""
-
-    dtype: Dtype = "bfloat16"
-    """Dtype of the reference's weights. With LoRA, the policy's dtype saves a copy of the base model, except under
-    ZeRO-3 and FSDP2; on a CPU or an older GPU so does bfloat16 for a policy in float32 whose model was published
-    in bfloat16."""
-    placement: Literal["copy", "shared"] = "copy"
-    """`copy` keeps a full frozen copy on every rank where the policy's base is not the same; `shared` uses the policy
-    itself with its adapters off, where a copy does not fit (needs LoRA)."""
-    model: Literal["adapter", "base"] = "adapter"
-    """What the reference is of a run that goes on from an adapter: the base with that adapter, or the base alone."""
-
-
-@dataclass
-class DataConfig:
-    """Where prompts come from and how they are read."""
-
-    train_file: str | dict[str, float] = "configs/data/math_tasks_train.jsonl"
-    """A JSONL, JSON, CSV or parquet file, a directory, or a hub id: what `datasets.load_dataset` takes; or
-    `reasoning_gym:chain_sum?size=1000` for tasks of reasoning-gym. Several with weights are a mixture:
-    `{a.jsonl: 2, b.jsonl: 1}`."""
-    eval_file: str | None = None
-    """The same for evaluation, held-out prompts of the same task; null for none."""
-    subset: str | None = None
-    """Configuration name of a hub data set, such as `main`."""
-    train_split: str = "train"
-    """Split of `train_file` where it is a data set with splits."""
-    eval_split: str = "test"
-    """Split of `eval_file` where it is a data set with splits."""
-    prompt_column: str | None = "prompt"
-    """Column with the prompt: text, or a list of messages with `role` and `content`; null where environments give the
-    prompts."""
-    answer_column: str | None = "answer"
-    """Column with the gold answer, which rewards receive as `answer`; null where there is none."""
-    system_prompt: str | None = None
-    """A system message that goes before every prompt (needs a chat template)."""
-    chat_template: Literal["auto", "always", "never"] = "auto"
-    """Render prompts with the tokenizer's chat template: `auto` does so for messages, and for text too where a system
-    prompt is set."""
-    template_date: str | None = None
-    """The date (YYYY-MM-DD) for chat templates that write today's; null is the day on which the run begins. A resumed
-    run keeps it."""
-    max_prompt_length: int = 512
-    """Longest prompt in tokens, template included."""
-    bad_rows: Literal["error", "drop"] = "error"
-    """What to do with rows that cannot be used (no prompt, too long, an answer no reward can read): `error` names the
-    first of them and stops; `drop` leaves them out and says how many."""
-    too_long: Literal["bad_row", "drop", "truncate"] = "bad_row"
-    """What to do with prompts above max_prompt_length: treat them as bad rows, leave them out, or keep their last
-    max_prompt_length tokens. The log says how many there are."""
-    keep: dict[str, Any] | None = None
-    """Use only rows with these values: for each column a value, a list of values, or `{min: …, max: …}`. The log says
-    how many rows each column leaves out."""
-    hold_out: bool = False
-    """Leave training prompts out that `eval_file` has, too: a generator of small tasks makes the same ones again. The
-    log says how many."""
-    streaming: bool = False
-    """Read rows when they are needed, for data that does not fit in memory; the order stays the same. Each row is
-    checked when it is read, and a row that cannot be used stops the run."""
-    curriculum: CurriculumConfig | None = None
-    """Pass over prompts whose last group was too easy or too hard; null takes all prompts in turn."""
-
-    def __post_init__(self) -> None:
-        self.train_file, self.eval_file = with_home(self.train_file), with_home(self.eval_file)
-        require(self.max_prompt_length >= 1, "data.max_prompt_length", self.max_prompt_length, "at least 1 token")
-        require(self.template_date is None or is_date(self.template_date), "data.template_date", self.template_date,
-                "a date as YYYY-MM-DD, or null")  # fmt: skip
-        require(not (self.system_prompt and self.chat_template == "never"), "data.system_prompt", self.system_prompt,
-                "null where data.chat_template is `never`")  # fmt: skip
-        require(bool(self.train_file) and (isinstance(self.train_file, str) or min(self.train_file.values()) > 0),
-                "data.train_file", self.train_file, "a file, or files with weights above 0")  # fmt: skip
-        require(not self.streaming or (self.bad_rows, self.too_long, self.keep, self.hold_out) in [
-            ("error", "bad_row", None, False), ("error", "truncate", None, False)], "data.streaming", self.streaming,
-            "false where bad_rows, too_long, keep or hold_out leave rows out: a stream knows none")  # fmt: skip
-        require(not self.hold_out or self.eval_file is not None, "data.hold_out", self.hold_out,
-                "false where data.eval_file is null")  # fmt: skip
 
 
 @dataclass

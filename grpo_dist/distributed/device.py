@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 import torch
 
-from ..config.schema import Dtype
+from ..config.model import Dtype
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")

@@ -11,7 +11,8 @@ from typing import Any, Literal
 import torch
 
 from ..config.algorithm import reference_in_loss
-from ..config.schema import Config, Dtype
+from ..config.model import Dtype
+from ..config.schema import Config
 from ..distributed.device import DTYPES, computes_on_gpu, dtype_name, multiplies_bfloat16
 from ..model.checks import bitsandbytes_config, stored_quantization
 from ..model.files import kind_of, stored_kind

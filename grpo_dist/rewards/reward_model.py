@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from grpo_dist.config.model import ComputeDtype
 from grpo_dist.config.places import model_place
-from grpo_dist.config.schema import ComputeDtype
 from grpo_dist.rewards.placement import runs_in
 from grpo_dist.rewards.text import completion_text
 from grpo_dist.text.templates import render_messages

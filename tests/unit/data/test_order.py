@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 import torch
 
-from grpo_dist.config.schema import Config, CurriculumConfig, DataConfig, RewardConfig, TrainConfig
+from grpo_dist.config.data import CurriculumConfig
+from grpo_dist.config.schema import Config, DataConfig, RewardConfig, TrainConfig
 from grpo_dist.data.mixture import load_training
 from grpo_dist.data.order import Curriculum, Mixture, Sampler
 from grpo_dist.data.prompts import PromptReader
