@@ -33,9 +33,9 @@ from .config.parse import let_first_rank_answer
 from .config.schema import Config, ReferenceConfig
 from .distributed.deepspeed import unsharded_loading
 from .distributed.device import resolve_dtype, set_up_cuda
+from .distributed.launch import place_in_launch, tell_error_of_start
 from .distributed.launch_config import require_known_launch
 from .distributed.ranks import Ranks
-from .distributed.rendezvous import place_in_launch, tell_error_of_start
 from .distributed.watch import Interrupted
 from .model.adapter import to_evaluate
 from .model.adapter_values import fingerprint

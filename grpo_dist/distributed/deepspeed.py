@@ -20,8 +20,8 @@ from accelerate.utils import DeepSpeedPlugin
 from torch import Tensor, nn
 
 from .device import computes_on_gpu
+from .launch import LaunchError
 from .launch_config import settle_deepspeed
-from .rendezvous import LaunchError
 from .strategy import Fragment
 
 

@@ -25,8 +25,9 @@ from ..config.schema import OptimConfig
 from . import deepspeed, fsdp
 from .cores import num_cores
 from .device import computes_on_gpu, slow_here
+from .launch import place_in_launch
 from .launch_config import asks_for, set_aside_fsdp, set_aside_precision
-from .rendezvous import START_SECONDS, Rendezvous, place_in_launch, warn_of_idle_gpus
+from .rendezvous import START_SECONDS, Rendezvous, warn_of_idle_gpus
 from .row_group import row_group
 from .strategy import Replicated, Strategy
 from .watch import Interrupted, serve_store

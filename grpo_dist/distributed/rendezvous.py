@@ -24,9 +24,9 @@ import psutil
 import torch
 import torch.distributed as dist
 
-from ..config.parse import let_first_rank_answer
-from ..text.plain import plain_lines, write_lines
+from ..text.plain import write_lines
 from .device import computes_on_gpu
+from .launch import LaunchError, place_in_launch
 
 log = logging.getLogger(__name__)
 
@@ -41,50 +41,6 @@ FAILURE_SECONDS = 5.0
 """How long a rank that has failed waits until the others know. Once it has ended, its launcher ends the others."""
 LATE_SECONDS = 60.0
 """The same where the others may not have reported yet."""
-MPI_SIZES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
-"""Variables with the number of processes that MPI has started."""
-
-
-class LaunchError(ValueError):
-    """The ranks cannot start a run; the message says which, and what to do."""
-
-    def __init__(self, message: str, by_all: bool = False) -> None:
-        """`by_all`: all ranks raise it, so one of them can print it."""
-        super().__init__(message)
-        self.by_all = by_all
-
-
-def is_of_one_rank(error: Exception) -> bool:
-    """Whether other ranks may not know of an error in the start, so that this rank has to print it."""
-    return isinstance(error, LaunchError) and not error.by_all
-
-
-def tell_error_of_start(error: Exception) -> None:
-    """Print an error that ends the start, on the rank that has to. The others wait, so that it comes to that."""
-    if os.environ.get("RANK", "0") == "0" or is_of_one_rank(error):
-        write_lines(plain_lines(f"error: {error}"), sys.stderr)
-    else:
-        let_first_rank_answer("RANK")
-
-
-def place_in_launch() -> tuple[int, int]:
-    """This process's rank and the number of ranks, as the launcher's variables say. Raises LaunchError."""
-    for name in MPI_SIZES if "WORLD_SIZE" not in os.environ else ():  # Accelerate would take it for WORLD_SIZE
-        if (given := os.environ.get(name, "1")) != "1":
-            raise LaunchError(f"{name}={given} in the environment, but WORLD_SIZE not, as mpirun and srun start it: "
-                              f"start ranks with `accelerate launch`, or unset {name} for one process")  # fmt: skip
-    rank, num_ranks = (os.environ.get(name, default) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
-    if not rank.isdecimal() or not num_ranks.isdecimal() or int(rank) >= int(num_ranks):
-        given = num_ranks if "WORLD_SIZE" in os.environ else "(not set)"
-        raise LaunchError(
-            f"RANK={rank}, WORLD_SIZE={given} in the environment, expected a rank below WORLD_SIZE: start ranks "
-            "with `accelerate launch`, or unset both for one process"
-        )
-    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
-    if int(num_ranks) > 1 and missing:
-        raise LaunchError(f"WORLD_SIZE={num_ranks} in the environment, but {' and '.join(missing)} not: start ranks "
-                          "with `accelerate launch`, or unset RANK and WORLD_SIZE for one process")  # fmt: skip
-    return int(rank), int(num_ranks)
 
 
 @dataclass(frozen=True)
@@ -292,7 +248,7 @@ class Rendezvous:
             address = socket.gethostbyname(own.host)
         except OSError as error:
             address = f"nothing ({error})"
-        if address.startswith("127.") or address.startswith("nothing"):
+        if address.startswith(("127.", "nothing")):
             interface = own.address.partition(" ")[0]
             log.error("rank %d: the name %s resolves to %s, where no other host reaches it; gloo takes %s instead, by "
                       "which this host reaches %s (set GLOO_SOCKET_IFNAME for another)", self.rank, own.host, address,

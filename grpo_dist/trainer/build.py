@@ -22,10 +22,11 @@ from ..config.values import redacted
 from ..data.mixture import load_training
 from ..data.order import Curriculum, Mixture, Sampler
 from ..distributed.device import dtype_name, resolve_dtype, set_up_cuda
+from ..distributed.launch import LaunchError, place_in_launch
 from ..distributed.launch_config import require_known_launch, require_optimizer
 from ..distributed.optimizer_state import OptimizerState, WholeOptimizerState
 from ..distributed.ranks import PhaseError, Ranks
-from ..distributed.rendezvous import LaunchError, Rendezvous, place_in_launch
+from ..distributed.rendezvous import Rendezvous
 from ..distributed.watch import Interrupted, Watch
 from ..environments.host import EnvironmentHost
 from ..model.adapter import with_adapter

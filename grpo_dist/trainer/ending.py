@@ -16,8 +16,8 @@ from ..config.names import DRY_RUN
 from ..config.parse import let_first_rank_answer, parse_config
 from ..config.places import UnwritableOutput
 from ..config.schema import Config
+from ..distributed.launch import LaunchError, tell_error_of_start
 from ..distributed.ranks import PhaseError
-from ..distributed.rendezvous import LaunchError, tell_error_of_start
 from ..distributed.watch import Interrupted
 from ..model.files import UnfitModel
 from ..monitoring.console import set_up_logging

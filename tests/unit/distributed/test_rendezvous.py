@@ -16,14 +16,8 @@ import torch
 
 from grpo_dist.distributed import rendezvous
 from grpo_dist.distributed.device import resolve_dtype
-from grpo_dist.distributed.rendezvous import (
-    LaunchError,
-    Rendezvous,
-    Report,
-    is_of_one_rank,
-    place_in_launch,
-    warn_of_idle_gpus,
-)
+from grpo_dist.distributed.launch import LaunchError, is_of_one_rank, place_in_launch
+from grpo_dist.distributed.rendezvous import Rendezvous, Report, warn_of_idle_gpus
 
 
 def free_port() -> int:

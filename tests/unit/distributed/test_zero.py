@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from grpo_dist.distributed.deepspeed import _require_known_options
-from grpo_dist.distributed.rendezvous import LaunchError
+from grpo_dist.distributed.launch import LaunchError
 
 
 def test_what_deepspeed_refuses_is_said_before_models_are_loaded() -> None:
