@@ -20,13 +20,13 @@ import json
 import math
 import re
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from grpo_dist.rewards.placement import runs_in
 from grpo_dist.rewards.sandbox import Limits, Sandbox
-from grpo_dist.rewards.text import completion_text
+from grpo_dist.rewards.text import LogMetric, TextOrMessages, completion_text
 
 _FENCE = re.compile(r"^[ \t]*```[^\n`]*\n(.*?)(?:^[ \t]*```|\Z)", re.DOTALL | re.MULTILINE)
 _RELATIVE, _ABSOLUTE = 1e-6, 1e-9
@@ -87,9 +87,9 @@ class CodeReward:
 
     def __call__(
         self,
-        completions: Sequence[str | list[dict[str, str]]],
+        completions: Sequence[TextOrMessages],
         answer: Sequence[object],
-        log_metric: Callable[[str, float], None] | None = None,
+        log_metric: LogMetric | None = None,
     ) -> list[float]:
         """Score completions (texts, or conversations whose last message counts) against one list of tests each."""
         rewards = []

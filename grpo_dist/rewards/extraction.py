@@ -16,7 +16,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 
 from grpo_dist.rewards.placement import runs_in
-from grpo_dist.rewards.text import completion_text
+from grpo_dist.rewards.text import LogMetric, TextOrMessages, completion_text
 
 _BOXED = re.compile(r"\\(?:boxed|fbox)\s*\{")
 _GROUPED = re.compile(r"(?<![0-9.,])[0-9]{1,3}(?:,[0-9]{3})+(?![0-9,])")
@@ -40,9 +40,9 @@ class ExtractedAnswer(ABC):
 
     def __call__(
         self,
-        completions: Sequence[str | list[dict[str, str]]],
+        completions: Sequence[TextOrMessages],
         answer: Sequence[object],
-        log_metric: Callable[[str, float], None] | None = None,
+        log_metric: LogMetric | None = None,
     ) -> list[float]:
         """Score completions against one gold answer each, and log the share that has an answer in the right place."""
         answers = [self.read_completion(completion_text(completion)) for completion in completions]

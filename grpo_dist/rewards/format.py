@@ -15,7 +15,7 @@ import re
 from collections.abc import Sequence
 
 from grpo_dist.rewards.placement import runs_in
-from grpo_dist.rewards.text import completion_text
+from grpo_dist.rewards.text import TextOrMessages, completion_text
 
 
 @runs_in("worker", most_items=32)
@@ -48,7 +48,7 @@ class FormatReward:
         except re.error as error:
             raise ValueError(f"pattern {pattern!r} is no regular expression: {error}") from error
 
-    def __call__(self, completions: Sequence[str | list[dict[str, str]]]) -> list[float]:
+    def __call__(self, completions: Sequence[TextOrMessages]) -> list[float]:
         """Score completions (texts, or conversations whose last message counts)."""
         return [self._score(completion_text(completion).strip()) for completion in completions]
 

@@ -24,7 +24,7 @@ from typing import Any
 
 from grpo_dist.rewards.http import Client, ServiceError
 from grpo_dist.rewards.placement import runs_in
-from grpo_dist.rewards.text import completion_text
+from grpo_dist.rewards.text import LogMetric, TextOrMessages, completion_text
 from grpo_dist.text.files import write_file
 
 TEMPLATE = """\
@@ -108,7 +108,7 @@ class JudgeReward:
         self,
         prompts: list[Any],
         completions: list[Any],
-        log_metric: Callable[[str, float], None] | None = None,
+        log_metric: LogMetric | None = None,
         log_extra: Callable[[str, list[Any]], None] | None = None,
         **columns: list[Any],
     ) -> list[float | Exception]:
@@ -176,7 +176,7 @@ class JudgeReward:
         return self._cache / name[:2] / f"{name}.json"
 
 
-def prompt_text(prompt: str | list[dict[str, str]]) -> str:
+def prompt_text(prompt: TextOrMessages) -> str:
     """Return a prompt as text. A conversation becomes its messages with their roles, a single message its content."""
     if isinstance(prompt, str):
         return prompt

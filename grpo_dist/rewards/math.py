@@ -19,7 +19,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from grpo_dist.rewards.placement import runs_in
-from grpo_dist.rewards.text import completion_text
+from grpo_dist.rewards.text import TextOrMessages, completion_text
 
 # Digits with separators between them. It ends in a digit, so a sentence's full stop stays outside; one greedy class
 # keeps the scan linear in the length of the text, whatever a model writes.
@@ -53,7 +53,7 @@ class MathRewardModel:
         gold = read_answer(sample["answer"])
         return self.correct_reward if last_integer(completion) == gold else self.wrong_reward
 
-    def __call__(self, completions: Sequence[str | list[dict[str, str]]], answer: Sequence[object]) -> list[float]:
+    def __call__(self, completions: Sequence[TextOrMessages], answer: Sequence[object]) -> list[float]:
         """Score completions (texts, or conversations whose last answer counts) against one gold answer each."""
         texts = map(completion_text, completions)
         return [self.compute_reward({"answer": gold}, text) for text, gold in zip(texts, answer, strict=True)]

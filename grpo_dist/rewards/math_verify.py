@@ -16,12 +16,12 @@ completion, in a process that can be killed: the library's own time limit is a s
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from grpo_dist.rewards.extraction import clean, last_boxed
 from grpo_dist.rewards.placement import runs_in
-from grpo_dist.rewards.text import completion_text
+from grpo_dist.rewards.text import LogMetric, TextOrMessages, completion_text
 
 OUTCOMES = ("right", "wrong", "unparsable_answer", "unparsable_gold", "scorer_failure")
 _MARKED = re.compile(r"\\|\$")
@@ -45,9 +45,9 @@ class MathVerifyReward:
 
     def __call__(
         self,
-        completions: Sequence[str | list[dict[str, str]]],
+        completions: Sequence[TextOrMessages],
         answer: Sequence[object],
-        log_metric: Callable[[str, float], None] | None = None,
+        log_metric: LogMetric | None = None,
     ) -> list[float | Exception]:
         """Score completions against one gold answer each; an exception stands for one that stays unscored."""
         rewards: list[float | Exception] = []

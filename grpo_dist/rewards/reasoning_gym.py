@@ -9,11 +9,11 @@ from __future__ import annotations
 import difflib
 import functools
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from grpo_dist.rewards.placement import runs_in
-from grpo_dist.rewards.text import completion_text
+from grpo_dist.rewards.text import LogMetric, TextOrMessages, completion_text
 
 _TAGGED = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 _MOST_NAMES = 3
@@ -55,11 +55,11 @@ class ReasoningGymReward:
 
     def __call__(
         self,
-        prompts: Sequence[str | list[dict[str, str]]],
-        completions: Sequence[str | list[dict[str, str]]],
+        prompts: Sequence[TextOrMessages],
+        completions: Sequence[TextOrMessages],
         answer: Sequence[object] | None = None,
         entry: Sequence[dict[str, Any] | None] | None = None,
-        log_metric: Callable[[str, float], None] | None = None,
+        log_metric: LogMetric | None = None,
     ) -> list[float]:
         """Return one score a completion; one whose answer the library cannot read scores 0 and is counted."""
         rewards, num_unreadable = [], 0

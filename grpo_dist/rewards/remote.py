@@ -15,6 +15,7 @@ from typing import Any
 
 from grpo_dist.rewards.http import Client, ServiceError
 from grpo_dist.rewards.placement import runs_in
+from grpo_dist.rewards.text import LogMetric
 
 _NOT_SENT = ("completion_ids", "trainer_state")
 
@@ -37,7 +38,7 @@ class RemoteReward:
         self,
         prompts: list[Any],
         completions: list[Any],
-        log_metric: Callable[[str, float], None] | None = None,
+        log_metric: LogMetric | None = None,
         log_extra: Callable[[str, list[Any]], None] | None = None,
         **columns: Any,
     ) -> list[Any]:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 from grpo_dist.rewards.placement import runs_in
-from grpo_dist.rewards.text import completion_text
+from grpo_dist.rewards.text import TextOrMessages, completion_text
 
 
 @runs_in("worker", most_items=32)
@@ -27,9 +27,7 @@ class RepetitionReward:
             raise ValueError(f"over: {over!r} given, expected words or tokens")
         self.ngram, self.max_penalty, self.over = ngram, float(max_penalty), over
 
-    def __call__(
-        self, completions: Sequence[str | list[dict[str, str]]], completion_ids: Sequence[Sequence[int]]
-    ) -> list[float]:
+    def __call__(self, completions: Sequence[TextOrMessages], completion_ids: Sequence[Sequence[int]]) -> list[float]:
         """Score completions; never above 0."""
         if self.over == "tokens":
             return [self._penalty(ids) for ids in completion_ids]

@@ -17,6 +17,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from grpo_dist.rewards.text import TextOrMessages
+
 FailureKind = Literal["raised", "timeout", "bad_value", "died", "environment"]
 
 
@@ -24,7 +26,7 @@ FailureKind = Literal["raised", "timeout", "bad_value", "died", "environment"]
 class Item:
     """One completion for the rewards."""
 
-    prompt: str | list[dict[str, str]]
+    prompt: TextOrMessages
     """The prompt as text, or as the messages of a conversation; a conversation's completion reaches the rewards as one
     assistant message, as in TRL."""
     completion: str

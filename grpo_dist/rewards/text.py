@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+
+TextOrMessages = str | list[dict[str, str]]
+"""A prompt or a completion, as rewards get it."""
+LogMetric = Callable[[str, float], None]
+"""Records a number of a call by its name; the run logs the mean."""
 
 
-def completion_text(completion: str | list[dict[str, str]]) -> str:
+def completion_text(completion: TextOrMessages) -> str:
     """Return a completion's text; of a conversation, what the assistant said last."""
     if isinstance(completion, str):
         return completion

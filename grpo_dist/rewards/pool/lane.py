@@ -36,7 +36,7 @@ _NOT_TRIED = {
     "message": "not tried: too many calls of this reward have hung or ended their worker in this batch",
 }  # fmt: skip
 
-Place = WorkerProcess | ThisProcess
+Worker = WorkerProcess | ThisProcess
 
 
 @dataclass(frozen=True)
@@ -84,12 +84,12 @@ class Lane:
         self._names = names
         self._placement: Placement = placement
         self._scoring = scoring
-        self._place_of = {reward: place for place, reward in enumerate(self.rewards)}
+        self._number_in_worker = {reward: place for place, reward in enumerate(self.rewards)}
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._closed = False
-        self._workers: dict[int, Place] = {}
-        started: queue.SimpleQueue[Place | Exception] = queue.SimpleQueue()
+        self._workers: dict[int, Worker] = {}
+        started: queue.SimpleQueue[Worker | Exception] = queue.SimpleQueue()
         # The kernel kills a worker when the *thread* that started it ends: the thread that serves a worker starts it.
         self._threads = [
             threading.Thread(
@@ -140,7 +140,7 @@ class Lane:
         for thread in self._threads:
             thread.join(_CLOSE_SECONDS)
 
-    def _serve(self, number: int, started: queue.SimpleQueue[Place | Exception]) -> None:
+    def _serve(self, number: int, started: queue.SimpleQueue[Worker | Exception]) -> None:
         """Serve one worker; the target of a thread."""
         try:
             worker = self._start(number)
@@ -159,9 +159,9 @@ class Lane:
         if number in self._workers:
             self._stop(number)
 
-    def _start(self, number: int) -> Place:
+    def _start(self, number: int) -> Worker:
         rewards = list(self.rewards.values())
-        worker: Place
+        worker: Worker
         if self._placement == "main":
             worker = ThisProcess(rewards)
         else:
@@ -181,7 +181,7 @@ class Lane:
             worker = self._workers.pop(number)
         return worker.kill()
 
-    def _run(self, number: int, worker: Place, job: _Job) -> None:
+    def _run(self, number: int, worker: Worker, job: _Job) -> None:
         """Make one call, and record its values or its failure."""
         pending, reward = job.pending, job.reward
         if self._closed:
@@ -247,7 +247,7 @@ class Lane:
             for job in jobs:
                 self._jobs.put(job)
 
-    def _call(self, number: int, worker: Place, job: _Job) -> dict[str, Any]:
+    def _call(self, number: int, worker: Worker, job: _Job) -> dict[str, Any]:
         """Return the worker's answer to one call, or a failure in the same form where the call ended the worker."""
         keywords = _keywords(job, self.parameters[job.reward])
         # with a class of this package the worker would import numpy
@@ -255,7 +255,7 @@ class Lane:
         own = self.rewards[job.reward].timeout_seconds
         limit = self._scoring.timeout_seconds if own is None else own
         try:
-            request = pickle.dumps((self._place_of[job.reward], len(job.places), keywords, state))
+            request = pickle.dumps((self._number_in_worker[job.reward], len(job.places), keywords, state))
             return worker.call(request, limit)
         except TimeoutError:
             self._stop(number)
