@@ -17,7 +17,7 @@ from .schema import Config
 
 _FIRST_RANK_SECONDS = 10.0
 _without_mistakes: dict[tuple[str, ...], Config] = {}
-"""What `refuse_mistakes` has read, until the program asks for it: reading takes half a second."""
+"""What `refuse_mistaken_options` has read, until the program asks for it: reading takes half a second."""
 
 
 def parse_config(arguments: list[str] | None = None) -> Config:
@@ -40,7 +40,7 @@ def parse_config(arguments: list[str] | None = None) -> Config:
     sys.exit(2)
 
 
-def refuse_mistakes(arguments: list[str] | None = None) -> Config | None:
+def refuse_mistaken_options(arguments: list[str] | None = None) -> Config | None:
     """End the program with status 2 on a mistake in a run's options, else return the config. A dry run, for which this
     is None, reports all of them by itself."""
     words = sys.argv[1:] if arguments is None else arguments

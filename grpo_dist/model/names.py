@@ -17,6 +17,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..config.checks import did_you_mean
 from ..config.schema import LoraConfig, ModelConfig, RolloutConfig
 from .files import EXPERTS, UnfitModel, require_replay, shapes_of, some_names, weight_files
 from .token_names import require_known_tokens
@@ -65,11 +66,10 @@ def require_known_type(kind: str | None) -> None:
     if not kind or not classes or not causal or is_registered:
         return
     if kind not in classes:
-        version, near = importlib.metadata.version("transformers"), difflib.get_close_matches(kind, classes, 1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
+        version = importlib.metadata.version("transformers")
         raise UnfitModel(f"model.name: a model of the type {kind} given (model_type in its config.json), which "
                          f"transformers {version} does not know: name another model, or install a release of "
-                         f"transformers that has it{hint}")  # fmt: skip
+                         f"transformers that has it{did_you_mean(kind, classes)}")  # fmt: skip
     if classes[kind] not in {classes.get(name) for name in re.findall(r'\("([\w.-]+)",', causal)}:
         raise no_causal_lm(kind)
 

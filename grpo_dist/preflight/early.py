@@ -11,8 +11,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from ..config.parse import let_first_rank_answer
-from ..config.parse import refuse_mistakes as refuse_mistaken_options
+from ..config.parse import let_first_rank_answer, refuse_mistaken_options
 from ..config.places import require_writable
 from ..config.schema import Config
 from ..data.rows import check_file

@@ -186,8 +186,8 @@ class Episodes:
 class _Table:
     """The episodes of one call of `play`."""
 
-    def __init__(self, rules: Episodes, engine: Engine, sampling: Sampling, on_finish: Finish | None) -> None:
-        self.rules, self.host, self.engine, self.sampling = rules, rules.host, engine, sampling
+    def __init__(self, episodes: Episodes, engine: Engine, sampling: Sampling, on_finish: Finish | None) -> None:
+        self.episodes, self.host, self.engine, self.sampling = episodes, episodes.host, engine, sampling
         self.on_finish = on_finish
         self.by_number: dict[int, _Play] = {}
         self.by_place: dict[tuple[int, int], _Play] = {}
@@ -200,11 +200,11 @@ class _Table:
         self, requests: list[Request], prompts: Sequence[Prompt], check: Callable[[], None] | None
     ) -> list[Trajectory]:
         for number, request in enumerate(requests):
-            request = replace(request, keeps=self.rules.turns_left(0) > 1)
+            request = replace(request, keeps=self.episodes.turns_left(0) > 1)
             prompt = prompts[request.slot]
             play = _Play(number, request, prompt, self.host.name_of(prompt.columns))
             self.by_number[number] = self.by_place[request.slot, request.sample] = play
-            self.rules.reset(number, prompt, request.prompt_key)
+            self.episodes.reset(number, prompt, request.prompt_key)
         waiting = len(requests)
         while waiting:  # the first turns of a group share their prompt only if they come at once
             for event in self.host.poll(_WAIT_SECONDS):
@@ -233,7 +233,7 @@ class _Table:
         play.failure = event.answer.get("failure")
         if play.failure is None:
             try:
-                self.rules.begin(play, event.answer["observation"])
+                self.episodes.begin(play, event.answer["observation"])
             except ValueError as error:
                 play.failure = str(error)
         if play.failure is not None:  # a row has at least one token
@@ -250,7 +250,7 @@ class _Table:
         self.engine.submit(requests, self.sampling)
 
     def _turn(self, play: _Play, turn: Trajectory) -> None:
-        self.rules.read(play, turn)
+        self.episodes.read(play, turn)
         if play.failure is not None or not turn.finished:
             self._conclude(play, finished=False)
         elif not play.calls and play.environment in self.host.with_users:
@@ -258,13 +258,13 @@ class _Table:
             self.host.after_turn(play.number, play.messages[-1]["content"])
         elif not play.calls:
             self._conclude(play, finished=True)
-        elif not self.rules.turns_left(play.turns) and not self.rules.has_environment:
+        elif not self.episodes.turns_left(play.turns) and not self.episodes.has_environment:
             self._conclude(play, finished=False)
-        elif calls := self.rules.possible(play):  # of the last turn too: a move may end the game
+        elif calls := self.episodes.possible(play):  # of the last turn too: a move may end the game
             self._wait(play)
             self.host.call(play.number, calls)
         else:
-            self._go_on(play, partial(self.rules.answered, play, []))
+            self._go_on(play, partial(self.episodes.answered, play, []))
 
     def _wait(self, play: _Play) -> None:
         self.calls += 1
@@ -277,10 +277,12 @@ class _Table:
         if play.failure is not None:
             self._finish(play)
         elif event.kind == "call":
-            ended = event.answer["done"] or self.rules.stops(play)
-            self._go_on(play, partial(self.rules.answered, play, event.answer["answers"]), ended)
+            ended = event.answer["done"] or self.episodes.stops(play)
+            self._go_on(play, partial(self.episodes.answered, play, event.answer["answers"]), ended)
         elif event.kind == "turn":
-            self._go_on(play, partial(self.rules.replied, play, event.answer["messages"] or []), event.answer["done"])
+            self._go_on(
+                play, partial(self.episodes.replied, play, event.answer["messages"] or []), event.answer["done"]
+            )
         else:
             play.reward, play.rewards = event.answer["reward"], event.answer["rewards"]
             self._finish(play)
@@ -295,14 +297,14 @@ class _Table:
             return
         if ended:
             self._conclude(play, finished=True)
-        elif not self.rules.turns_left(play.turns) or (room := self.rules.room(play, len(ids))) < 1:
+        elif not self.episodes.turns_left(play.turns) or (room := self.episodes.room(play, len(ids))) < 1:
             self._conclude(play, finished=False)
         else:
             play.ids += ids
             play.sampled += [False] * len(ids)
             row = [*play.prompt.ids, *play.ids]
             self.next_turns.append(replace(play.request, prompt=row, max_new_tokens=room, offset=len(play.ids),
-                                           keeps=self.rules.turns_left(play.turns) > 1))  # fmt: skip
+                                           keeps=self.episodes.turns_left(play.turns) > 1))  # fmt: skip
 
     def _conclude(self, play: _Play, finished: bool) -> None:
         play.finished = finished
