@@ -67,7 +67,7 @@ EQUIVALENT = {
         "block = GPU_BLOCK if",
         "self.longest = max(prompt + max(completions, default=0) for prompt, completions in pieces): 0 -> 1",
     ],
-    # how much is computed at once; a repetition by 1; the two are None together; tensors of 4 dimensions
+    # how much is computed at once; a repetition by 1; tensors of 4 dimensions
     "model/block_attention": [
         "BLOCK, GPU_BLOCK =",
         "repeat > 1 -> repeat >= 1",
@@ -75,7 +75,6 @@ EQUIVALENT = {
         "attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril_(): -2 -> 2",
         "attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril_(): 2 -> 3",
         "return scores.softmax(-1)[..., : key.shape[-2]].to(value.dtype) @ value: -2 -> 2",
-        "window is not None and positions is not None -> window is not None or positions is not None",
     ],
     # a window as long as the row
     "model/layout": ["self.window >= longest -> self.window > longest"],

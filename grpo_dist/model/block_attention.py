@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
@@ -107,13 +107,6 @@ def _visible(piece: Tensor, segment: Tensor) -> Tensor:
     return own.tril_()
 
 
-def _positions(pieces: Pieces) -> Tensor:
-    """The position of each token of a row in its own sequence, (T,)."""
-    ranges = [each for (prompt, completions) in pieces
-              for each in ((0, prompt), *((prompt, prompt + length) for length in completions))]  # fmt: skip
-    return torch.cat([torch.arange(*each) for each in ranges])
-
-
 def block_layout(pieces: Pieces, block: int = BLOCK, window: int | None = None) -> BlockLayout:
     """Layout of a row of pieces, each (prompt length, completion lengths), of queries that see all of their sequence or
     a `window` of it.
@@ -122,57 +115,71 @@ def block_layout(pieces: Pieces, block: int = BLOCK, window: int | None = None) 
     its prompt, and blocks of completions, which see the prompt and themselves. A long completion is a causal block
     behind its prompt: a mask of 32,000 tokens would have a gigabyte.
     """
-    piece_of: list[int] = []
-    segment_of: list[int] = []
-    spans: list[tuple[int, int]] = []
-    for number, (prompt, completions) in enumerate(pieces):
-        start = len(piece_of)
-        for place, length in enumerate([prompt, *completions]):
-            piece_of += [number] * length
-            segment_of += [place] * length
-        spans.append((start, len(piece_of)))
-    piece, segment = torch.tensor(piece_of, dtype=torch.int32), torch.tensor(segment_of, dtype=torch.int32)
-    positions = None if window is None else _positions(pieces)
-    blocks: list[Block] = []
+    blocks = _Blocks(pieces, block, window)
+    start, pending = 0, None  # pending: start of the current run of short pieces
+    for prompt, completions in pieces:
+        end = start + prompt + sum(completions)
+        if pending is not None and end - pending > block:
+            blocks.masked(slice(pending, start))
+            pending = None
+        if end - start > block:
+            blocks.of_long_piece(slice(start, start + prompt), completions)
+        elif pending is None:
+            pending = start
+        start = end
+    if pending is not None:
+        blocks.masked(slice(pending, start))
+    return BlockLayout(blocks.found)
 
-    def masked(queries: slice, prompt: slice | None = None) -> None:
-        mask = _visible(piece[queries], segment[queries])
+
+class _Blocks:
+    """The blocks of a row that have been `found`."""
+
+    def __init__(self, pieces: Pieces, block: int, window: int | None) -> None:
+        self.pieces, self.block, self.window = pieces, block, window
+        piece_of = [n for n, (prompt, completions) in enumerate(pieces) for _ in range(prompt + sum(completions))]
+        segment_of = [place for prompt, completions in pieces for place, length in enumerate([prompt, *completions])
+                      for _ in range(length)]  # fmt: skip
+        self.piece, self.segment = (torch.tensor(each, dtype=torch.int32) for each in (piece_of, segment_of))
+        self.found: list[Block] = []
+
+    @cached_property
+    def positions(self) -> Tensor:
+        """The position of each token of the row in its own sequence, (T,)."""
+        ranges = [each for (prompt, completions) in self.pieces
+                  for each in ((0, prompt), *((prompt, prompt + length) for length in completions))]  # fmt: skip
+        return torch.cat([torch.arange(*each) for each in ranges])
+
+    def masked(self, queries: slice, prompt: slice | None = None) -> None:
+        """A block with a mask, of queries among themselves and behind all of their `prompt`."""
+        mask = _visible(self.piece[queries], self.segment[queries])
         keys: tuple[slice, ...] = (queries,)
-        if prompt is not None:  # all of these queries see all of their prompt
+        if prompt is not None:
             seen = mask.new_ones((len(mask), prompt.stop - prompt.start))
             mask, keys = torch.cat([seen, mask], 1), (prompt, queries)
-        if window is not None and positions is not None:
-            mask &= positions[queries, None] - torch.cat([positions[part] for part in keys]) < window
-        blocks.append(Block(queries, keys, mask))
+        if self.window is not None:
+            mask &= self.positions[queries, None] - torch.cat([self.positions[part] for part in keys]) < self.window
+        self.found.append(Block(queries, keys, mask))
 
-    def behind(prompt: slice, queries: slice) -> None:
-        size, before = queries.stop - queries.start, prompt.stop - prompt.start
-        if size > max(block, before) and (window is None or before + size <= window):  # one completion
-            blocks.append(Block(queries, (prompt, queries), None))
+    def of_long_piece(self, prompt: slice, completions: list[int]) -> None:
+        """The blocks of a prompt and of its completions."""
+        if self.window is None or prompt.stop - prompt.start <= self.window:
+            self.found.append(Block(prompt, (prompt,), None))
         else:
-            masked(queries, prompt)
-
-    pending: int | None = None  # start of the current run of short pieces
-    for (start, end), (prompt, completions) in zip(spans, pieces, strict=True):
-        if pending is not None and end - pending > block:
-            masked(slice(pending, start))
-            pending = None
-        if end - start <= block:
-            pending = start if pending is None else pending
-            continue
-        prompt_range = slice(start, start + prompt)
-        if window is None or prompt <= window:
-            blocks.append(Block(prompt_range, (prompt_range,), None))
-        else:
-            masked(prompt_range)
-        chunk_start = chunk_end = start + prompt
+            self.masked(prompt)
+        start = end = prompt.stop
         for length in completions:
-            if chunk_end > chunk_start and chunk_end + length - chunk_start > block:
-                behind(prompt_range, slice(chunk_start, chunk_end))
-                chunk_start = chunk_end
-            chunk_end += length
-        if chunk_end > chunk_start:
-            behind(prompt_range, slice(chunk_start, chunk_end))
-    if pending is not None:
-        masked(slice(pending, len(piece_of)))
-    return BlockLayout(blocks)
+            if end > start and end + length - start > self.block:
+                self._behind(prompt, slice(start, end))
+                start = end
+            end += length
+        if end > start:
+            self._behind(prompt, slice(start, end))
+
+    def _behind(self, prompt: slice, queries: slice) -> None:
+        size, before = queries.stop - queries.start, prompt.stop - prompt.start
+        is_one = size > max(self.block, before)  # completion
+        if is_one and (self.window is None or before + size <= self.window):
+            self.found.append(Block(queries, (prompt, queries), None))
+        else:
+            self.masked(queries, prompt)
