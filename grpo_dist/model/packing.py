@@ -172,14 +172,17 @@ def _deal(packs: list[list[int]], costs: list[float], num_ranks: int) -> list[li
     return ranks
 
 
+def _empty_pack(batch: Batch, share_prompts: bool) -> Pack:
+    empty, one = (torch.zeros(length, dtype=torch.int64) for length in (0, 1))
+    layout = RowLayout([(1, [])]) if share_prompts else None
+    routes = None if batch.routes is None else no_routes(1, like=batch.routes)
+    return Pack(one, one, empty, empty, empty, empty, one + FILLER, layout, useful=0, routes=routes)
+
+
 def make_pack(batch: Batch, pieces: list[Piece], *, share_prompts: bool = True) -> Pack:
     """The tensors of one pack; for no pieces, an empty pack of one token."""
     if not pieces:
-        empty = torch.zeros(0, dtype=torch.int64)
-        layout = RowLayout([(1, [])]) if share_prompts else None
-        one = torch.zeros(1, dtype=torch.int64)
-        routes = None if batch.routes is None else no_routes(1, like=batch.routes)
-        return Pack(one, one, empty, empty, empty, empty, one + FILLER, layout, useful=0, routes=routes)
+        return _empty_pack(batch, share_prompts)
     chosen = torch.tensor([n for piece in pieces for n in piece.completions])
     lengths = batch.row_lengths[chosen]
     left = iter(lengths.tolist())
@@ -201,7 +204,8 @@ def make_pack(batch: Batch, pieces: list[Piece], *, share_prompts: bool = True) 
     ids[row] = batch.ids[source]
     positions[row] = prompt_lengths[piece] + own
     owner[row] = chosen[sequence]
-    owner[prompt_row] = torch.repeat_interleave(-1 - torch.tensor([p.prompt for p in pieces]), prompt_lengths)
+    prompts = torch.tensor([p.prompt for p in pieces])
+    owner[prompt_row] = torch.repeat_interleave(-1 - prompts, prompt_lengths)
     predictor = torch.where(own == 0, (prompt_starts + prompt_lengths)[piece], row) - 1
     layout = RowLayout(shapes) if share_prompts else None
     sampled = batch.sampled[source]
@@ -210,7 +214,6 @@ def make_pack(batch: Batch, pieces: list[Piece], *, share_prompts: bool = True) 
     if batch.routes is not None and batch.prompt_routes is not None:
         routes = batch.routes.new_empty((len(ids), *batch.routes.shape[1:]))
         routes[row] = batch.routes[source]
-        prompts = torch.tensor([p.prompt for p in pieces])
         routes[prompt_row] = batch.prompt_routes[token_places(batch.prompt_starts[prompts], prompt_lengths)]
     return Pack(ids, positions, predictor[sampled], batch.tokens[token], token, sequence[sampled], owner, layout,
                 useful=len(ids) if len(token) else 0, routes=routes)  # fmt: skip

@@ -102,19 +102,20 @@ class Episodes:
                 self.reset(number, prompt, seed=number)
             while len(begun) < len(prompts):
                 for event in self.host.poll(_WAIT_SECONDS):
-                    prompt = prompts[event.episode]
-                    try:
-                        if failure := event.answer.get("failure"):
-                            raise ValueError(failure)
-                        begun[event.episode] = self._begun(prompt, event.answer["observation"])
-                    except ValueError as error:
-                        columns = ", ".join(prompt.columns) or "no columns"
-                        raise ValueError(
-                            f"environment.factory: reset fails on row {prompt.index}, which has {columns}: {error}"
-                        ) from error
+                    begun[event.episode] = self._first_prompt(prompts[event.episode], event.answer)
         finally:
             self.host.end_all()
         return [begun[number] for number in range(len(prompts))]
+
+    def _first_prompt(self, prompt: Prompt, answer: dict[str, Any]) -> Prompt:
+        try:
+            if failure := answer.get("failure"):
+                raise ValueError(failure)
+            return self._begun(prompt, answer["observation"])
+        except ValueError as error:
+            columns = ", ".join(prompt.columns) or "no columns"
+            raise ValueError(f"environment.factory: reset fails on row {prompt.index}, which has {columns}: {error}"
+                             ) from error  # fmt: skip
 
     def reset(self, number: int, prompt: Prompt, seed: int) -> None:
         """Begin an episode on a prompt; what its environment draws follows from `seed`."""

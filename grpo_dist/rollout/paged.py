@@ -100,11 +100,7 @@ class PagedDecoder(Decoder):
                     yield []
                 answer = manager.get_result(timeout=SECONDS_BETWEEN_CHECKS)
                 if answer is None:
-                    if not manager.is_running():
-                        fatal = manager.background_thread_status.fatal_error
-                        if isinstance(fatal, torch.OutOfMemoryError):
-                            raise fatal
-                        raise RuntimeError("transformers' continuous batching ended before its requests") from fatal
+                    _require_running(manager)
                     continue
                 if answer.error is not None:
                     raise RuntimeError(f"transformers' continuous batching: {answer.error}")
@@ -130,6 +126,15 @@ class PagedDecoder(Decoder):
             raise RuntimeError("transformers' continuous batching returned other tokens than were drawn")
         ids = ids[: int(drawing.stopped_at[n]) or None]
         return trajectory(request, ids, drawing.logprobs[n, : len(ids)].tolist(), self.end_ids, drawing.sampling)
+
+
+def _require_running(manager: Any) -> None:
+    if manager.is_running():
+        return
+    fatal = manager.background_thread_status.fatal_error
+    if isinstance(fatal, torch.OutOfMemoryError):
+        raise fatal
+    raise RuntimeError("transformers' continuous batching ended before its requests") from fatal
 
 
 class _Drawing(ContinuousBatchingLogitsProcessor):
