@@ -53,12 +53,7 @@ class RewardModelReward:
                 "with a trained head"
             )
         self.label = _class_of(model, self.model.config, label)
-        if self.tokenizer.pad_token is None:
-            self.tokenizer.pad_token = self.tokenizer.eos_token
-        self.model.config.get_text_config().pad_token_id = self.tokenizer.pad_token_id
-        self.model.config.pad_token_id = self.tokenizer.pad_token_id
-        # A decoder finds the last token by the padding after it.
-        self.tokenizer.padding_side = "right"
+        self.padding: int | None = self.model.config.get_text_config().pad_token_id
         self.device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
         self.model.to(self.device).eval()
         self.batch_size = batch_size
@@ -91,10 +86,19 @@ class RewardModelReward:
 
     def _scores(self, rows: list[list[int]]) -> list[float]:
         import torch
+        from torch.nn.utils.rnn import pad_sequence
 
-        padded = self.tokenizer.pad({"input_ids": rows}, return_tensors="pt").to(self.device)
+        # A decoder's score is that of the last token which is no padding. By a config without padding it is that of the
+        # last one, whatever it is: padding is then a token with which no text ends.
+        padding = self.padding
+        if padding is None:
+            padding = next(number for number in range(len(rows) + 1) if number not in {row[-1] for row in rows})
+        self.model.config.pad_token_id = self.model.config.get_text_config().pad_token_id = padding
+        ids = pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=padding)
+        lengths = torch.tensor([len(row) for row in rows])
+        mask = torch.arange(ids.shape[1]) < lengths[:, None]
         with torch.inference_mode():
-            logits = self.model(**padded).logits.float()
+            logits = self.model(ids.to(self.device), attention_mask=mask.long().to(self.device)).logits.float()
         return (logits[:, 0] if self.label is None else logits.softmax(-1)[:, self.label]).tolist()
 
 

@@ -70,6 +70,20 @@ def test_a_trained_model_scores_in_batches(directory: Path) -> None:
     assert [value > 0.5 for value in alone] == ["good" in text for text in TEXTS]
 
 
+def test_a_text_may_end_with_what_a_tokenizer_pads_with(directory: Path, tmp_path: Path) -> None:
+    """By a config without padding the score is that of the last token, also where that is the end of a turn."""
+    model = AutoModelForSequenceClassification.from_pretrained(directory / "scalar")
+    model.config.pad_token_id = None
+    model.save_pretrained(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(directory / "scalar")
+    tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.save_pretrained(tmp_path)
+    texts = [text + tokenizer.eos_token * (n % 2) for n, text in enumerate(TEXTS)]
+    reward = resolve(RewardConfig("reward_model", args={"model": str(tmp_path)})).function
+    alone = [float(model(**tokenizer(text, return_tensors="pt")).logits.detach()) for text in texts]
+    assert reward([""] * len(texts), texts) == pytest.approx(alone, abs=1e-5)
+
+
 def test_classes_and_bfloat16(directory: Path) -> None:
     good = ["good" in text for text in TEXTS]
     for args in ({"model": "scalar", "dtype": "bfloat16"}, {"model": "classes", "label": "LABEL_1"}):
