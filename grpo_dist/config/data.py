@@ -63,7 +63,7 @@ class DataConfig:
     first of them and stops; `drop` leaves them out and says how many."""
     too_long: Literal["bad_row", "drop", "truncate"] = "bad_row"
     """What to do with prompts above max_prompt_length: treat them as bad rows, leave them out, or keep their last
-    max_prompt_length tokens. The log says how many there are."""
+    max_prompt_length tokens, a BOS among them. The log says how many there are."""
     keep: dict[str, Any] | None = None
     """Use only rows with these values: for each column a value, a list of values, or `{min: …, max: …}`. The log says
     how many rows each column leaves out."""

@@ -123,7 +123,11 @@ class StreamedPrompts(_Prompts):
         return self._prompt(place)
 
     def _read(self, place: int) -> Prompt:
-        return self._reader.prompt_of(self._path, self._rows[place], self._first_index + place, self._names)
+        row = self._rows[place]
+        names = list(dict.fromkeys((*self._names, *row.columns)))
+        if len(names) > len(self._names):  # columns that none of the first rows has
+            check_columns(self._path, names, self._reader.config)
+        return self._reader.prompt_of(self._path, row, self._first_index + place, names)
 
 
 class Joined(_Prompts):

@@ -147,11 +147,13 @@ class PromptReader:
         return self._prompt(index, row, names, rendered)
 
     def _prompt(self, index: int, row: Row, names: Sequence[str], rendered: Rendered) -> Prompt:
-        """Its columns are all but the prompt, None where the row lacks one; its tokens the last ones that fit."""
+        """Its columns are all but the prompt, None where the row lacks one; its tokens the last ones that fit, after a
+        BOS."""
         columns = {name: row.columns.get(name) for name in names if name != self.config.prompt_column}
         if self.config.answer_column is not None:
             columns["answer"] = row.columns[self.config.answer_column]
-        return Prompt(index, rendered.ids[-self.config.max_prompt_length :], rendered.text, rendered.messages, columns)
+        ids = _last(rendered.ids, self.config.max_prompt_length, self.tokenizer.bos_token_id)
+        return Prompt(index, ids, rendered.text, rendered.messages, columns)
 
     def _read(self, row: Row) -> tuple[str, Messages | None]:
         """Return a row's prompt as text, and as messages where it is a conversation; raises _UnusableRowError."""
@@ -223,6 +225,14 @@ def check_columns(path: str, names: list[str], config: DataConfig) -> None:
         logger.warning(
             "%s: rewards receive column %r as `answer`, in place of column 'answer'", path, config.answer_column
         )
+
+
+def _last(ids: list[int], most: int, bos: int | None) -> list[int]:
+    """The last `most` tokens, with the BOS before them where there is one: models do not know texts without it."""
+    if len(ids) <= most:
+        return ids
+    begin = ids[:1] if ids[0] == bos and most > 1 else []
+    return begin + ids[len(ids) - most + len(begin) :]
 
 
 def _wrong_length(rendered: Rendered, config: DataConfig) -> str:

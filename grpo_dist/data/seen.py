@@ -72,6 +72,6 @@ def _frame(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str] | None:
 def _warn(path: str, num_prompts: int, examples: Sequence[Sequence[str]], what: str) -> None:
     """Warn of prompts for which there are examples of a problem."""
     if count := sum(map(bool, examples)):
-        common = Counter(each for row in examples for each in {*row}).most_common(_SHOWN_EXAMPLES)
+        common = Counter(each for row in examples for each in sorted({*row})).most_common(_SHOWN_EXAMPLES)
         shown = ", ".join(repr(visible(each)) for each, _ in common)
         logger.warning("%s: %d of %d prompts %s: %s", path, count, num_prompts, what, shown)

@@ -31,10 +31,11 @@ class CompletionTexts:
         special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
         frame = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id}
         self._left_out = frame | (special & set(end_ids))
+        self._shown = {*tokenizer.get_vocab().values()} - self._left_out  # a model may have more tokens than these
 
     def __call__(self, rows: Sequence[Sequence[int]]) -> list[str]:
         """Return the text of each row of token ids."""
-        return self._decoded([[number for number in row if number not in self._left_out] for row in rows])
+        return self._decoded([[number for number in row if number in self._shown] for row in rows])
 
     def _decoded(self, rows: Sequence[Sequence[int]]) -> list[str]:
         """The text of each row as its tokens spell it."""

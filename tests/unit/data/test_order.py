@@ -151,6 +151,16 @@ def test_streaming_gives_the_same_prompts_in_the_same_order(tmp_path: Path, load
         config(train_file=path, streaming=True, bad_rows="drop")
 
 
+def test_columns_that_only_later_rows_have_are_streamed_too(tmp_path: Path, load: Any) -> None:
+    path = write(tmp_path / "a.jsonl", range(101))
+    with open(path, "a") as file:
+        file.write('{"prompt": "x", "answer": "1", "tests": 2}\n{"prompt": "x", "answer": "1", "completions": 2}\n')
+    prompts, _ = load(config(train_file=path, streaming=True))
+    assert prompts[100].columns == {"answer": 100} and prompts[101].columns == {"answer": "1", "tests": 2}
+    with pytest.raises(ValueError, match=r"has the column\(s\) completions, which are names of other arguments"):
+        prompts[102]
+
+
 def test_filters_are_counted(tmp_path: Path, load: Any, caplog: pytest.LogCaptureFixture) -> None:
     path = write(tmp_path / "a.jsonl", range(10), level=lambda n: n % 3, kind=lambda n: "xy"[n % 2])
     caplog.set_level(logging.INFO, "grpo_dist")

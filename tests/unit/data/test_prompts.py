@@ -341,6 +341,14 @@ def test_a_prompt_that_was_rendered_before_begins_once(tmp_path: Path, caplog: p
     ]
 
 
+@pytest.mark.parametrize(("most", "text"), [(11, "<s>What is 1?"), (4, "<s> 1?"), (1, "?")])
+def test_a_prompt_that_is_cut_keeps_its_bos(most: int, text: str, tmp_path: Path) -> None:
+    tokenizer = make_tokenizer(None)
+    config = DataConfig(max_prompt_length=most, too_long="truncate")
+    (prompt,), _ = PromptReader(config, tokenizer).load(write(tmp_path, row(1)), "train")
+    assert tokenizer.decode(prompt.ids) == text and len(prompt.ids) <= most
+
+
 def test_the_messages_of_a_table_have_no_gaps(tmp_path: Path) -> None:
     """Parquet has all keys in all messages, and all arguments in all calls."""
     calls = "{{ m.tool_calls | tojson if 'tool_calls' in m }}"
@@ -364,7 +372,7 @@ def test_the_messages_of_a_table_have_no_gaps(tmp_path: Path) -> None:
             "1 of 2 prompts have messages that spell special tokens .*'</s>'$",
         ),
         ([{"role": "assistant", "content": "1</s>"}, {"role": "user", "content": "1 É?"}], None),
-        ("ÉÈ and é", "1 of 2 prompts have characters that the tokenizer does not write, .*: 'é', 'è'$"),
+        ("ÉÈ and é", "1 of 2 prompts have characters that the tokenizer does not write, .*: 'è', 'é'$"),
         ("\uff21 ﬁ", None),
     ],
 )

@@ -6,7 +6,7 @@ import re
 
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from grpo_dist.text.tokens import CompletionTexts
 
@@ -46,6 +46,12 @@ def test_what_a_reward_sees(tokenizer: PreTrainedTokenizerFast, sampled: str, te
     ends = [tokenizer.convert_tokens_to_ids(token) for token in ("<|endoftext|>", "<|im_end|>", "</answer>")]
     ids = tokenizer(sampled, add_special_tokens=False)["input_ids"]
     assert CompletionTexts(tokenizer, ends)([ids, []]) == [text, ""]
+
+
+def test_tokens_that_only_the_model_has_have_no_text() -> None:
+    """Vocabularies of models are padded, and slow tokenizers know no text for the rest."""
+    slow = ByT5Tokenizer(extra_ids=0)
+    assert CompletionTexts(slow, [slow.eos_token_id])([[*slow("it")["input_ids"], 290]]) == ["it"]
 
 
 def test_a_think_reward_can_be_won(tokenizer: PreTrainedTokenizerFast) -> None:
