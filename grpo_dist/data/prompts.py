@@ -23,7 +23,7 @@ from grpo_dist.data.seen import check_seen
 from grpo_dist.rewards.registry import KEYWORDS
 from grpo_dist.text.messages import as_templates_expect
 from grpo_dist.text.templates import Messages, TemplateRefusal, render_messages
-from grpo_dist.text.tokens import tokens_around
+from grpo_dist.text.tokens import begun_once, tokens_around
 from grpo_dist.types import Prompt
 
 if TYPE_CHECKING:
@@ -315,11 +315,10 @@ def _tokenise(
 
 
 def _once(before: list[int], row: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """A row without the tokens that the tokenizer puts before a text, where the text begins with them itself."""
-    if not before or row[len(before) : 2 * len(before)] != before:
-        return row
-    _warn_of_two(tokenizer, *before)
-    return row[len(before) :]
+    once = begun_once(row, before)
+    if len(once) < len(row):
+        _warn_of_two(tokenizer, *before)
+    return once
 
 
 @functools.cache

@@ -15,6 +15,7 @@ from grpo_dist.config.places import model_place
 from grpo_dist.rewards.placement import runs_in
 from grpo_dist.rewards.text import completion_text
 from grpo_dist.text.templates import render_messages
+from grpo_dist.text.tokens import begun_once, tokens_around
 
 
 @runs_in("gpu", most_items=256)
@@ -43,6 +44,7 @@ class RewardModelReward:
         model = model_place(model, "model")
         given = {"revision": revision, "trust_remote_code": trust_remote_code}
         self.tokenizer: Any = AutoTokenizer.from_pretrained(model, **given)
+        self.before, _ = tokens_around(self.tokenizer)
         self.model, loading = AutoModelForSequenceClassification.from_pretrained(
             model, dtype=getattr(torch, dtype), output_loading_info=True, **given
         )
@@ -78,7 +80,8 @@ class RewardModelReward:
 
     def _encode(self, prompt: Any, completion: Any) -> list[int]:
         if isinstance(prompt, str):
-            return self.tokenizer(prompt + completion_text(completion))["input_ids"]
+            ids = self.tokenizer(prompt + completion_text(completion))["input_ids"]
+            return begun_once(ids, self.before)  # a prompt that was rendered before has a BOS
         if not self.tokenizer.chat_template:
             raise ValueError(f"{self.tokenizer.name_or_path} has no chat template, which conversations need")
         text = render_messages([*prompt, *completion], self.tokenizer, answered=True)

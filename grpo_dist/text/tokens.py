@@ -91,3 +91,8 @@ def tokens_around(tokenizer: Any) -> tuple[list[int], list[int]]:
         if framed[begin : begin + len(bare)] == bare:
             return framed[:begin], framed[begin + len(bare) :]
     return [], []
+
+
+def begun_once(row: list[int], before: list[int]) -> list[int]:
+    """The tokens of a text without those that a tokenizer has put `before` it, where it began with them itself."""
+    return row[len(before) :] if before and row[len(before) : 2 * len(before)] == before else row

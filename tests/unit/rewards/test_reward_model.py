@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 from toy import task
 from toy_training import make_tokenizer
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
@@ -82,6 +83,18 @@ def test_a_text_may_end_with_what_a_tokenizer_pads_with(directory: Path, tmp_pat
     reward = resolve(RewardConfig("reward_model", args={"model": str(tmp_path)})).function
     alone = [float(model(**tokenizer(text, return_tensors="pt")).logits.detach()) for text in texts]
     assert reward([""] * len(texts), texts) == pytest.approx(alone, abs=1e-5)
+
+
+def test_a_prompt_that_was_rendered_before_begins_once(directory: Path, tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(directory / "scalar")
+    begin = tokenizer.bos_token = tokenizer.eos_token
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{begin} $A", special_tokens=[(begin, tokenizer.bos_token_id)]
+    )
+    tokenizer.save_pretrained(tmp_path)
+    AutoModelForSequenceClassification.from_pretrained(directory / "scalar").save_pretrained(tmp_path)
+    reward = resolve(RewardConfig("reward_model", args={"model": str(tmp_path)})).function
+    assert reward([f"{begin}good "], ["day"]) == reward(["good "], ["day"])
 
 
 def test_classes_and_bfloat16(directory: Path) -> None:
