@@ -9,6 +9,7 @@ that is not 0. Where there is a GPU, each process imports the libraries itself.
 from __future__ import annotations
 
 import contextlib
+import gc
 import itertools
 import os
 import shutil
@@ -43,6 +44,7 @@ def main() -> int:
         with output:
             output.seek(0)
             shutil.copyfileobj(output, sys.stdout)
+    gc.unfreeze()  # Triton would report what is frozen as leaks
     return 128 + interrupts[0] if interrupts else next((status for status in statuses if status), 0)
 
 
