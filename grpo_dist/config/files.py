@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,8 @@ MOST_VALUES = 100_000
 
 def mistakes_of_file(path: str) -> list[str]:
     """What to correct in a YAML file: a path that is none, bytes that are no UTF-8, keys that are given twice, of
-    which YAML would take the last alone, and times, which YAML reads as numbers. Empty where there is nothing, and for
-    what a loader says better."""
+    which YAML would take the last alone, and times and numbers with a zero before them, which YAML reads as others.
+    Empty where there is nothing, and for what a loader says better."""
     if not Path(path).exists():
         return [f"--config: no file {path!r} in {Path.cwd()}{near_paths(path)}"]
     if not Path(path).is_file():
@@ -35,8 +36,9 @@ def mistakes_of_file(path: str) -> list[str]:
                 "refers to: write out what is meant"]  # fmt: skip
     repeated = [f"{key} is given in lines {first} and {second} of {path}, expected once: the second would replace all "
                 "of the first" for node, prefix in nodes for key, first, second in _repeated(node, prefix)]  # fmt: skip
-    return repeated + [f"{node.value} in line {node.start_mark.line + 1} of {path} is a number to base 60 for YAML: "
-                       f"put it in quotes, '{node.value}'" for node, _ in nodes if _is_base_60(node)]  # fmt: skip
+    return repeated + [f"{node.value} in line {node.start_mark.line + 1} of {path} is a number to base {base} for "
+                       f"YAML: put it in quotes, '{node.value}'" + ", or leave out the zero before it" * (base == 8)
+                       for node, _ in nodes if (base := _other_base(node))]  # fmt: skip
 
 
 def _nodes(root: yaml.Node | None) -> tuple[list[tuple[yaml.Node, str]], int]:
@@ -74,9 +76,11 @@ def _repeated(node: yaml.Node, prefix: str) -> Iterator[tuple[str, int, int]]:
         lines[name] = line
 
 
-def _is_base_60(node: yaml.Node) -> bool:
-    """Whether a node is a plain text such as 1:30:00, which YAML reads as 5400."""
-    return isinstance(node, yaml.ScalarNode) and node.tag.endswith((":int", ":float")) and ":" in node.value
+def _other_base(node: yaml.Node) -> int | None:
+    """The base of a number such as 1:30:00 or 010, which YAML reads as 5400 and 8; None for other nodes."""
+    if not (isinstance(node, yaml.ScalarNode) and node.tag.endswith((":int", ":float"))):
+        return None
+    return 60 if ":" in node.value else 8 if re.fullmatch(r"[-+]?0[0-7_]+", node.value) else None
 
 
 def written_config(path: Path, *needed: str) -> dict[str, Any]:

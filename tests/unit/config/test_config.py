@@ -161,6 +161,8 @@ BAD: dict[str, tuple[str, list[str], list[str]]] = {
     "anchors that multiply": ("\n".join(f"a{n}: &a{n} [{f'*a{n - 1},' * 9 if n else 'lol'}]" for n in range(99)), [],
                               ["config.yaml has more than 100,000 values when each alias"]),
     "a value without end": (f"train: {{seed: {'x' * 9999}}}", [], ["train.seed: 'xxx", "xxx … xxx"]),
+    "a number that begins with 0": ("train:\n  num_train_steps: 0100", [],
+                                    ["0100 in line 2 of", "to base 8", "'0100', or leave out the zero before it"]),
     "a time without quotes": ("train:\n  max_time: 1:30:00", [],
                               ["1:30:00 in line 2 of", "put it in quotes, '1:30:00'"]),
     "an endless weight": ("rewards: [{weight: -1e300}]", [],
