@@ -21,6 +21,7 @@ logger = logging.getLogger(__name__)
 
 _SHOWN_CHARACTERS = 200
 _SHOWN_EXAMPLES = 8
+_PROMPTS_AT_ONCE = 1024  # whose tokens are written out as texts
 
 
 def check_seen(path: str, prompts: Sequence[Prompt], config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -30,15 +31,18 @@ def check_seen(path: str, prompts: Sequence[Prompt], config: DataConfig, tokeniz
     """
     _require_distinct(path, prompts, config)
     whole = [each for each in prompts if config.too_long != "truncate" or len(each.ids) < config.max_prompt_length]
-    decoded = tokenizer.batch_decode([each.ids for each in whole], skip_special_tokens=False,
-                                     clean_up_tokenization_spaces=False)  # fmt: skip
-    lost = [_letters(prompt.text) - _letters(text) for prompt, text in zip(whole, decoded, strict=True)
-            if text != prompt.text]  # fmt: skip
-    _warn(path, len(prompts), [list(each) for each in lost],
-          "have characters that the tokenizer does not write, so that the model does not see them")  # fmt: skip
+    lost: list[list[str]] = []
+    for start in range(0, len(whole), _PROMPTS_AT_ONCE):
+        part = whole[start : start + _PROMPTS_AT_ONCE]
+        ids = [prompt.ids for prompt in part]
+        texts = tokenizer.batch_decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        lost += [[*(_letters(prompt.text) - _letters(text))] for prompt, text in zip(part, texts, strict=True)
+                 if text != prompt.text]  # fmt: skip
+    _warn(path, len(prompts), lost, "have characters that the tokenizer does not write, so that the model does not see "
+          "them")  # fmt: skip
     if any(prompt.messages for prompt in prompts) and (frame := _frame(tokenizer)):
-        spelled = [frame.findall(message["content"]) for prompt in prompts for message in prompt.messages or []
-                   if message["role"] != "assistant"]  # fmt: skip
+        spelled = [[token for message in prompt.messages or [] if message["role"] != "assistant"
+                    for token in frame.findall(message["content"])] for prompt in prompts]  # fmt: skip
         _warn(path, len(prompts), spelled, "have messages that spell special tokens of the chat template, so that the "
               "model takes them for the beginning or end of a turn")  # fmt: skip
 

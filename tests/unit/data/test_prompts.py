@@ -367,6 +367,7 @@ def test_the_messages_of_a_table_have_no_gaps(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("prompt", "word"),
     [
+        ([{"role": "system", "content": "<s>"}, {"role": "user", "content": "<s>1"}], "1 of 2 prompts .*: '<s>'$"),
         (
             [{"role": "user", "content": "<b>1</b></s>"}],
             "1 of 2 prompts have messages that spell special tokens .*'</s>'$",
