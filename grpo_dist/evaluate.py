@@ -258,7 +258,7 @@ class Evaluation:
         rows: Rows = []
         for slot, prompt in enumerate(prompts):
             places = (batch.group == slot).nonzero()[:, 0].tolist()
-            texts = self.texts_of([batch.completion_ids(n) for n in places])
+            texts = self.texts_of([batch.completion_ids(n) for n in places], goes_on=prompt.messages is None)
             talks = [conversations[n] for n in places] if conversations else None
             rows.append({
                 "prompt_index": prompt.index, "prompt": prompt.text,

@@ -22,7 +22,7 @@ class CompletionTexts:
 
     The tokenizer's tokens for beginning, end and padding are left out, and so are further special tokens that end a
     completion. Other special tokens stay: `<think>` or `<tool_call>` may be one, and rewards may look for it. White
-    space stays as the tokens spell it.
+    space stays as the tokens spell it; but the messages of SentencePiece's tokenizers begin without their space.
     """
 
     def __init__(self, tokenizer: Any, end_ids: Sequence[int]) -> None:
@@ -32,10 +32,15 @@ class CompletionTexts:
         frame = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id}
         self._left_out = frame | (special & set(end_ids))
         self._shown = {*tokenizer.get_vocab().values()} - self._left_out  # a model may have more tokens than these
+        self._begin: list[int] = tokenizer("a", add_special_tokens=False)["input_ids"][-1:]
 
-    def __call__(self, rows: Sequence[Sequence[int]]) -> list[str]:
-        """Return the text of each row of token ids."""
-        return self._decoded([[number for number in row if number in self._shown] for row in rows])
+    def __call__(self, rows: Sequence[Sequence[int]], *, goes_on: bool = False) -> list[str]:
+        """Return the text of each row of token ids: as a message, or as what `goes_on` after a text."""
+        shown = [[number for number in row if number in self._shown] for row in rows]
+        if not goes_on:
+            return self._decoded(shown)
+        before, *texts = self._decoded([self._begin, *([*self._begin, *row] for row in shown)])
+        return [text.removeprefix(before) for text in texts]
 
     def _decoded(self, rows: Sequence[Sequence[int]]) -> list[str]:
         """The text of each row as its tokens spell it."""
@@ -47,8 +52,7 @@ class CompletionTexts:
         """The bytes that each token of the vocabulary adds to a text which has begun, by its id; none for tokens that
         texts leave out."""
         size = len(self._tokenizer)
-        begin = self._tokenizer("a", add_special_tokens=False)["input_ids"][-1:]
-        before, *texts = self._decoded([begin, *([*begin, number] for number in range(size))])
+        before, *texts = self._decoded([self._begin, *([*self._begin, number] for number in range(size))])
         added = [text.removeprefix(before) for text in texts]
         spelled = [_bytes_of(self._tokenizer.convert_ids_to_tokens(number)) if _BROKEN in text else text.encode()
                    for number, text in enumerate(added)]  # fmt: skip

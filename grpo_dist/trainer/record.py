@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import torch
-
 from ..algorithm.targets import penalty_metrics
 from ..checkpoint.state import TrainState
 from ..config.places import writing_to
@@ -44,7 +42,9 @@ def write(parts: Parts, metrics: Metrics, batch: Batch | None = None) -> None:
     due = parts.config.logging.log_completions or parts.display.shows_completions(step)
     with writing_to(parts.directory):
         if due and batch is not None:
-            texts = parts.texts_of([ids.tolist() for ids in torch.split(batch.ids, batch.row_lengths.tolist())])
+            plain = [batch.prompts[slot].messages is None for slot in batch.group.tolist()]
+            texts = [text for n, goes_on in enumerate(plain)
+                     for text in parts.texts_of([batch.completion_ids(n)], goes_on=goes_on)]  # fmt: skip
             traces = trace_lines(batch, parts.texts_of.pieces, batch.extras.get(CONVERSATION))
             parts.recorder.completions(step, batch, texts, traces, parts.reward_names)
             parts.display.completions(step, batch, texts)

@@ -9,17 +9,15 @@ reaches it with the global batch.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 from ..algorithm.hashing import stream_key
 from ..rewards.pool.pool import ScorerPool
 from ..rewards.registry import EPISODE_COLUMNS, TrainerState
 from ..rewards.scores import Failure, Item, Scores
 from ..rollout import Request
+from ..text.tokens import CompletionTexts
 from ..types import Batch, Episode, Prompt, Trajectory
-
-TextsOf = Callable[[Sequence[Sequence[int]]], list[str]]
-"""Completions' token ids as the texts that rewards get."""
 
 
 def requests_of(prompts: list[Prompt], group_size: int, drawn: slice, *stream: int | str,
@@ -37,7 +35,7 @@ class Scoring:
     """The scores of one rank's groups, on their way."""
 
     def __init__(
-        self, scorer: ScorerPool, prompts: list[Prompt], group_size: int, drawn: slice, texts_of: TextsOf,
+        self, scorer: ScorerPool, prompts: list[Prompt], group_size: int, drawn: slice, texts_of: CompletionTexts,
         state: TrainerState | None = None, *, has_episodes: bool = False,
     ) -> None:  # fmt: skip
         """Announce the groups whose first completion is in `drawn`. Raises ValueError and RuntimeError as the pool."""
@@ -82,7 +80,8 @@ class Scoring:
         del self._missing[slot]
         first = slot * self._size - self.rows.start
         items = {}
-        for n, ((ids, episode), text) in enumerate(zip(group, self._texts_of([ids for ids, _ in group]), strict=True)):
+        texts = self._texts_of([ids for ids, _ in group], goes_on=self._prompts[slot].messages is None)
+        for n, ((ids, episode), text) in enumerate(zip(group, texts, strict=True)):
             prompt, columns, messages = self._prompts[slot], {}, None
             if episode is not None:
                 prompt, messages = episode.prompt, episode.messages

@@ -28,7 +28,7 @@ def note(completion_ids, group, path, **_):
 GROUPS, SIZE = 6, 4
 
 
-def letters(rows: Sequence[Sequence[int]]) -> list[str]:
+def letters(rows: Sequence[Sequence[int]], *, goes_on: bool) -> list[str]:
     """Texts of one letter a token."""
     return ["".join(map(chr, row)) for row in rows]
 
