@@ -50,9 +50,8 @@ def set_up_cuda() -> None:
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
 
 
-def slow_here(option: str, dtype: torch.dtype) -> str | None:
-    """What to know about 16-bit weights, which `option` asks for, on a device without such products; None where nothing
-    is amiss."""
+def slow_here(dtype: torch.dtype) -> str | None:
+    """What to know about 16-bit weights on a device without such products; None where nothing is amiss."""
     if computes_on_gpu():
         lacks, device = dtype == torch.bfloat16 and not multiplies_bfloat16(), "GPU"
     else:
@@ -60,8 +59,8 @@ def slow_here(option: str, dtype: torch.dtype) -> str | None:
         lacks, device = dtype != torch.float32 and on_cpu, "CPU"
     if not lacks:
         return None
-    return (f"{option}: {dtype_name(dtype)}: this {device} has no such products, and torch's take several times as "
-            f"long as those of float32; {option} float32 is faster here")  # fmt: skip
+    return (f"model.dtype: {dtype_name(dtype)}: this {device} has no such products, and torch's take several times as "
+            "long as those of float32; model.dtype float32 is faster here")  # fmt: skip
 
 
 class MemoryPeaks:

@@ -77,7 +77,7 @@ class Ranks:
             self._rendezvous.choose_interface()
         else:
             warn_of_idle_gpus()
-        if slow := slow_here("model.dtype", dtype):
+        if slow := slow_here(dtype):
             log.warning("%s", slow)
         deepspeed.name_device()
         precision = "bf16" if dtype == torch.bfloat16 else "no"

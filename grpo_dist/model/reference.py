@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..config.algorithm import has_reference
 from ..config.schema import Config
+from ..distributed.device import dtype_name
 from .packing import Pack
 from .peft import LoraLayer
 from .policy import Policy
@@ -38,6 +39,15 @@ def is_same_base(dtype: torch.dtype, copy_dtype: torch.dtype, *, fast_bfloat16: 
     each of its numbers (`in_bfloat16`), unless a GPU computes the reference much faster in that (`fast_bfloat16`)."""
     holds = in_bfloat16 and (dtype, copy_dtype) == (torch.float32, torch.bfloat16)
     return copy_dtype == dtype or (holds and not fast_bfloat16)
+
+
+def doubt_of_copy(dtype: torch.dtype, copy_dtype: torch.dtype) -> str | None:
+    """What to know about a copy in `copy_dtype` beside a policy in `dtype`; None where both compute the same."""
+    if dtype != torch.float32 or copy_dtype == dtype:
+        return None
+    return (f"reference.dtype: {dtype_name(copy_dtype)} beside a policy in float32: the KL term is not 0 before "
+            "anything is learned, and an update without rewards follows what was rounded; reference.dtype float32 is "
+            "exact, and faster on devices without products of 16 bits")  # fmt: skip
 
 
 class FrozenCopy:

@@ -12,6 +12,7 @@ from ..distributed.device import resolve_dtype, slow_here
 from ..distributed.launch_config import asks_for, zero_stage
 from ..model.checks import bitsandbytes_config, stored_quantization
 from ..model.files import dequantized_form, kind_of, require_unsharded
+from ..model.reference import doubt_of_copy
 from ..planning.memory import SHARDS_WEIGHTS, MemoryInputs, ModelCounts, Strategy, memory_per_rank, peaks
 from ..planning.predict import Predictor, batch_arithmetic
 from ..rollout.room import RESERVE
@@ -45,7 +46,7 @@ def describe_memory(config: Config, contents: Contents, num_ranks: int, findings
     """Note the size of the model and the peak memory of a rank, and whether it fits. Returns the sizes."""
     if contents.model_config is None:
         return None
-    if slow := slow_here("model.dtype", resolve_dtype(config.model.dtype)):
+    if slow := slow_here(resolve_dtype(config.model.dtype)):
         findings.remarks.append(slow)
     on_gpu = torch.cuda.is_available()
     strategy: Strategy | None = None
@@ -63,8 +64,8 @@ def describe_memory(config: Config, contents: Contents, num_ranks: int, findings
         if str(error) not in findings.problems:
             findings.remarks.append(f"memory and disk space cannot be predicted for {config.model.name}: {error}")
         return None
-    if inputs.copy_bytes and (slow := slow_here("reference.dtype", predictor.copy_dtype)):
-        findings.remarks.append(slow)
+    if inputs.copy_bytes and (rounded := doubt_of_copy(predictor.policy_dtype, predictor.copy_dtype)):
+        findings.remarks.append(rounded)
     counts = inputs.counts
     trained = counts.adapters or counts.parameters
     stored = f", {counts.quantized / 1e6:,.1f} M of them in {predictor.quantization}" if counts.quantized else ""

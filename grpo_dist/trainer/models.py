@@ -14,7 +14,7 @@ from ..config.algorithm import has_reference
 from ..config.rollout import RolloutConfig
 from ..config.schema import Config
 from ..distributed.deepspeed import unsharded_loading
-from ..distributed.device import multiplies_bfloat16, resolve_dtype, slow_here
+from ..distributed.device import multiplies_bfloat16, resolve_dtype
 from ..distributed.optimizer_state import OptimizerState, WholeOptimizerState
 from ..distributed.ranks import Ranks
 from ..model.adapter import require_own_values
@@ -26,7 +26,15 @@ from ..model.loaded import base_fits_bfloat16
 from ..model.optimizer import make_optimizer
 from ..model.policy import Policy
 from ..model.quantization import describe
-from ..model.reference import AdaptersAtStart, AdaptersOff, FrozenCopy, Reference, is_same_base, needs_copy
+from ..model.reference import (
+    AdaptersAtStart,
+    AdaptersOff,
+    FrozenCopy,
+    Reference,
+    doubt_of_copy,
+    is_same_base,
+    needs_copy,
+)
 from ..model.rollout_weights import RolloutModel
 from ..model.routing import Routers
 from ..model.split_rows import require_whole_groups
@@ -138,8 +146,8 @@ def _load_reference(
                                                  in_bfloat16=base_fits_bfloat16(policy.model))  # fmt: skip
     if not needs_copy(config, has_same_base, ranks.strategy.shards_weights):
         return (AdaptersAtStart if has_adapter else AdaptersOff)(wrapped, policy)
-    if slow := slow_here("reference.dtype", copy_dtype):
-        log.warning("%s", slow)
+    if rounded := doubt_of_copy(dtype, copy_dtype):
+        log.warning("%s", rounded)
     with unsharded_loading():
         if has_adapter and lora is not None:
             copy = load_policy(config.model, replace(lora, dropout=0.0), copy_dtype, implementation, temperature,

@@ -87,13 +87,13 @@ def test_a_cpu_knows_its_process_alone() -> None:
 
 @pytest.mark.parametrize(
     ("dtype", "has_products", "expected"),
-    [(torch.bfloat16, False, "reference.dtype: bfloat16"), (torch.bfloat16, True, None), (torch.float32, False, None)],
+    [(torch.bfloat16, False, "model.dtype: bfloat16"), (torch.bfloat16, True, None), (torch.float32, False, None)],
 )
 def test_a_cpu_without_products_of_16_bit_numbers_is_named(
     dtype: torch.dtype, has_products: bool, expected: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: has_products, raising=False)
-    said = slow_here("reference.dtype", dtype)
+    said = slow_here(dtype)
     assert said is None if expected is None else said is not None and said.startswith(expected)
 
 
@@ -106,6 +106,6 @@ def test_a_gpu_that_emulates_bfloat16_computes_in_float32(is_old: bool, monkeypa
     )
     expected = torch.float32 if is_old else torch.bfloat16
     assert resolve_dtype("auto") == dtype_on("gpu", "auto") == expected and dtype_on("cpu", "auto") == torch.float32
-    said = slow_here("model.dtype", torch.bfloat16)
+    said = slow_here(torch.bfloat16)
     assert is_old == (said is not None and said.startswith("model.dtype: bfloat16: this GPU"))
-    assert slow_here("model.dtype", torch.float16) is None
+    assert slow_here(torch.float16) is None

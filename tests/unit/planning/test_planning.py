@@ -30,7 +30,7 @@ from grpo_dist.config.vllm import VllmConfig
 from grpo_dist.distributed.device import DTYPES
 from grpo_dist.model import attention
 from grpo_dist.model.load import load_model_config, load_policy, trainable
-from grpo_dist.model.reference import is_same_base, needs_copy
+from grpo_dist.model.reference import doubt_of_copy, is_same_base, needs_copy
 from grpo_dist.planning.advice import largest_peak, make_fit
 from grpo_dist.planning.live import LiveBytes
 from grpo_dist.planning.memory import (
@@ -169,6 +169,12 @@ def test_a_float32_base_is_that_of_a_reference_which_holds_it_exactly(
     fast_bfloat16: bool, in_bfloat16: bool, copy_dtype: torch.dtype, expected: bool
 ) -> None:
     assert is_same_base(torch.float32, copy_dtype, fast_bfloat16=fast_bfloat16, in_bfloat16=in_bfloat16) == expected
+
+
+def test_a_copy_of_fewer_bits_than_the_policy_is_doubted() -> None:
+    said = doubt_of_copy(torch.float32, torch.bfloat16)
+    assert said is not None and said.startswith("reference.dtype: bfloat16") and "reference.dtype float32" in said
+    assert doubt_of_copy(torch.float32, torch.float32) is doubt_of_copy(torch.bfloat16, torch.bfloat16) is None
 
 
 @pytest.mark.parametrize("published", ["bfloat16", "float32"])
