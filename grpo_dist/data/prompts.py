@@ -21,8 +21,8 @@ from grpo_dist.data.keep import rows_to_keep
 from grpo_dist.data.rows import Row, is_lines, list_columns, load_rows
 from grpo_dist.data.seen import check_seen
 from grpo_dist.rewards.registry import KEYWORDS
-from grpo_dist.text.messages import as_templates_expect
-from grpo_dist.text.templates import Messages, TemplateRefusal, render_messages
+from grpo_dist.text.messages import as_templates_expect, meant_role
+from grpo_dist.text.templates import Messages, TemplateRefusal, render_messages, template_of
 from grpo_dist.text.tokens import begun_once, tokens_around
 from grpo_dist.types import Prompt
 
@@ -252,6 +252,10 @@ def _as_text(
             f"{tokenizer.name_or_path!r} has no chat template. Prompts that are messages, data.system_prompt and "
             "data.chat_template: always need one; use the model's instruct variant, or plain text prompts"
         )
+    template = template_of(tokenizer)
+    for role in dict.fromkeys(message["role"] for message in messages):
+        if meant := meant_role(role, template):
+            raise _UnusableRowError(f"the prompt has a message of the role {role!r}, expected {meant!r}")
     try:
         return render_messages(messages, tokenizer, config.template_date), messages
     except TemplateRefusal as error:

@@ -6,6 +6,22 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+_ROLES = {
+    **{role: role for role in ("system", "developer", "user", "assistant", "tool")},
+    **dict.fromkeys(("human", "question"), "user"),
+    **dict.fromkeys(("gpt", "chatgpt", "bot", "ai", "model", "answer"), "assistant"),
+}
+"""Roles by the names that data sets give to them, in small letters."""
+
+
+def meant_role(role: str, template: str) -> str | None:
+    """The role that a name such as `human` or `User` stands for, which a chat template does not know; None for others.
+
+    Many templates write any name, as if the model had been trained with it.
+    """
+    meant = _ROLES.get(role.strip().lower())
+    return None if meant in (None, role) or f"'{role}'" in template or f'"{role}"' in template else meant
+
 
 def as_templates_expect(message: Mapping[str, Any], is_filled: bool = False) -> dict[str, Any]:
     """A message without keys that are None, with an empty text beside calls that have none, and with the arguments of

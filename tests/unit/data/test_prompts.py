@@ -88,6 +88,18 @@ def test_the_recipe_s_rows_arrive(tmp_path: Path, tokenizer: PreTrainedTokenizer
         ({"prompt": [{"role": "assistant", "content": "a"}], "answer": "1"}, "no message at its end that the"),
         ({"prompt": ["a"], "answer": "1"}, "line 2: 'a' in the prompt is not a message"),
         ({"prompt": [{"role": "user"}], "answer": "1"}, r"line 2: \{'role': 'user'\} in the prompt is not a message"),
+        (
+            {"prompt": [{"role": "human", "content": "a"}], "answer": "1"},
+            "a message of the role 'human', expected 'user'",
+        ),
+        (
+            {"prompt": [{"role": "User", "content": "a"}], "answer": "1"},
+            "a message of the role 'User', expected 'user'",
+        ),
+        (
+            {"prompt": [{"role": "user", "content": "a"}, {"role": "gpt", "content": "1"}], "answer": "1"},
+            "a message of the role 'gpt', expected 'assistant'",
+        ),
         ({"prompt": [{"role": "tool", "content": "a"}], "answer": "1"}, "line 2: the model's chat template refuses"),
         ({"prompt": "a" * 40, "answer": "1"}, "line 2: the prompt has 41 tokens, expected 1 to .* = 40"),
     ],

@@ -15,7 +15,7 @@ from grpo_dist.config.schema import Config, DataConfig
 from grpo_dist.data.prompts import PromptReader, render
 from grpo_dist.model.load import load_tokenizer
 from grpo_dist.text import templates
-from grpo_dist.text.messages import as_templates_expect
+from grpo_dist.text.messages import as_templates_expect, meant_role
 from grpo_dist.text.templates import TemplateRefusal, render_messages, uses_date
 
 TURNS = (
@@ -191,3 +191,10 @@ def test_messages_of_tables_and_apis() -> None:
         kept = {"role": "assistant", "content": "", "tool_calls": [{"name": "add", "arguments": odd}, "add"]}
         assert as_templates_expect(kept) == kept
     assert as_templates_expect({"role": "user", "content": None}) == {"role": "user"}
+
+
+def test_roles_that_a_template_knows_are_its_own() -> None:
+    assert meant_role("human", "{% if m.role == 'human' %}") is None
+    assert meant_role("model", '{% set role = "model" %}') is None
+    assert meant_role("model", TURNS) == meant_role("GPT", TURNS) == "assistant"
+    assert meant_role("tool", TURNS) is meant_role("documents", TURNS) is None
