@@ -63,11 +63,10 @@ class CompletionTexts:
         none."""
         pieces: list[str] = []
         begins = 0  # of a character that is not complete
+        (before,) = self._decoded([self._begin])
 
         def text(first: int, last: int) -> str:
-            return self._tokenizer.decode(
-                ids[first:last], skip_special_tokens=False, clean_up_tokenization_spaces=False
-            )
+            return self._decoded([[*self._begin, *ids[first:last]]])[0].removeprefix(before)
 
         for place in range(len(ids)):
             alone, joined = text(place, place + 1), text(begins, place + 1)

@@ -240,6 +240,7 @@ def test_tokens_spell_the_texts_that_rewards_get(make: Any) -> None:
         assert b"".join(spelled[number] for number in ids).decode() == text
         assert texts_of([[*ids, *ends]]) == [text.removeprefix(" ") if make is sentencepiece else text]
         assert texts_of([[*ids, *ends], []], goes_on=True) == [text, ""]
+        assert "".join(texts_of.pieces(ids)) == text
 
 
 def test_a_special_token_is_a_stop_string_like_any_other() -> None:
