@@ -25,7 +25,7 @@ from grpo_dist.algorithm.advantages import relative_advantages
 from grpo_dist.algorithm.losses import token_weights
 from grpo_dist.config.schema import Config, ModelConfig, OptimConfig
 from grpo_dist.distributed.ranks import Ranks
-from grpo_dist.model.load import load_tokenizer
+from grpo_dist.model.config_files import load_tokenizer
 from grpo_dist.model.packing import Piece, make_pack, plan
 from grpo_dist.monitoring.metrics import batch_metrics
 from grpo_dist.monitoring.recorder import Recorder

@@ -31,7 +31,7 @@ from grpo_dist.config.parse import parse_config
 from grpo_dist.config.schema import Config
 from grpo_dist.distributed.deepspeed import Zero
 from grpo_dist.distributed.ranks import Ranks
-from grpo_dist.model.load import load_model_config, load_tokenizer
+from grpo_dist.model.config_files import load_model_config, load_tokenizer
 from grpo_dist.monitoring.metrics import pass_rates
 from grpo_dist.planning.live import LiveBytes
 from grpo_dist.planning.memory import STRATEGIES, Strategy, peaks

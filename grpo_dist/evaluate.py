@@ -39,19 +39,16 @@ from .distributed.ranks import Ranks
 from .distributed.watch import Interrupted
 from .model.adapter import to_evaluate
 from .model.adapter_values import fingerprint
-from .model.files import UnfitModel, model_path
-from .model.load import (
-    attention_for,
-    base_identity,
+from .model.config_files import (
     check_model_config,
     end_token_ids,
     ignored_generation_options,
-    load_causal_lm,
     load_model_config,
-    load_policy,
     load_tokenizer,
     short_window,
 )
+from .model.files import UnfitModel, model_path
+from .model.load import attention_for, base_identity, load_causal_lm, load_policy
 from .model.stored_weights import weights_fingerprint
 from .monitoring.console import set_up_logging
 from .monitoring.metrics import is_right

@@ -11,8 +11,9 @@ from torch.nn.functional import kl_div
 
 from ..config.schema import ModelConfig
 from ..distributed.deepspeed import unsharded_loading
+from ..model.config_files import load_model_config
 from ..model.fixed_row import fixed_logits
-from ..model.load import load_causal_lm, load_model_config
+from ..model.load import load_causal_lm
 
 log = logging.getLogger(__name__)
 

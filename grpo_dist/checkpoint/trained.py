@@ -12,9 +12,10 @@ from ..config.files import written_config
 from ..config.places import is_path
 from ..config.schema import LoraConfig, ModelConfig
 from ..distributed.device import DTYPES, resolve_dtype
+from ..model.config_files import load_model_config, load_tokenizer
 from ..model.expert_adapters import compute_adapters_apart
 from ..model.files import model_path
-from ..model.load import base_identity, load_causal_lm, load_model_config, load_policy, load_tokenizer, trainable
+from ..model.load import base_identity, load_causal_lm, load_policy, trainable
 from ..model.peft import with_saved_adapters
 from ..model.policy import Policy
 from ..model.stored_weights import weights_fingerprint

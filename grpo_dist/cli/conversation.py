@@ -20,7 +20,8 @@ from ..checkpoint.trained import Trained
 from ..config.rollout import RolloutConfig
 from ..config.schema import DataConfig
 from ..data.prompts import render
-from ..model.load import end_token_ids, load_causal_lm
+from ..model.config_files import end_token_ids
+from ..model.load import load_causal_lm
 from ..model.peft import PeftModel
 from ..model.policy import Policy
 from ..rollout.sampling import sampling_with

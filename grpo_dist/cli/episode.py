@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..checkpoint.trained import Trained
 from ..config.schema import Config
 from ..data.prompts import PromptReader, render
-from ..model.load import end_token_ids
+from ..model.config_files import end_token_ids
 from ..model.policy import Policy
 from ..monitoring.traces import MODEL, TEMPLATE, TOOL, writers
 from ..rollout import LoadedModel, LocalEngine, Request, RowDecoder, awake, stream_key

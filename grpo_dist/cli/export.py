@@ -52,8 +52,8 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
     write_stage("importing torch and transformers")
     from ..checkpoint.trained import find
     from ..model.checks import stored_quantization
+    from ..model.config_files import load_model_config
     from ..model.files import dequantized_form
-    from ..model.load import load_model_config
     from ..monitoring.console import set_up_logging
     from ..monitoring.metrics import read_history
     from ..report.card import write_card  # imports torch: an error in the options should not wait for it

@@ -45,7 +45,7 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
     config = parse_config(list(rest))
     write_stage("importing torch and transformers")
     from ..model.adapter import with_adapter
-    from ..model.load import load_model_config
+    from ..model.config_files import load_model_config
     from ..monitoring.console import set_up_logging  # imports torch: an error in the options should not wait for it
     from ..planning.predict import Predictor
 

@@ -69,7 +69,7 @@ def read_items(config: Config, path: str | None, most: int) -> tuple[list[Item],
     """
     from ..data.mixture import load_training
     from ..model.adapter import with_adapter  # imports torch: an error in the options should not wait for it
-    from ..model.load import load_tokenizer
+    from ..model.config_files import load_tokenizer
     from ..rollout.playing import prompt_reader
 
     config = with_adapter(config)

@@ -18,14 +18,7 @@ from transformers import AttentionInterface
 from .block_attention import BLOCK, GPU_BLOCK, BlockLayout, block_layout
 from .flash_trial import can_use_flash, say_blocks
 from .layout import AttentionOptions, Layout, Pieces
-from .shared_prefix import (
-    Segments,
-    Window,
-    segments,
-    shared_prefix_attention,
-    window_attention,
-    window_of,
-)
+from .shared_prefix import Segments, Window, segments, shared_prefix_attention, window_attention, window_of
 
 NAME = "grpo_dist"
 """The name of this attention in transformers."""

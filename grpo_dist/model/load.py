@@ -1,192 +1,32 @@
-"""Load the models of a run: tokenizer, config, base, and the policy with its adapters."""
+"""Load the models of a run: the base, and the policy with its adapters."""
 
 from __future__ import annotations
 
 import copy
 import json
-import logging
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
-from transformers import __version__ as transformers_version
+from transformers import AutoModelForCausalLM
 
-from ..config.places import model_place
-from ..config.rollout import RolloutConfig
 from ..config.schema import LoraConfig, ModelConfig
 from ..distributed.deepspeed import unsharded_loading
 from . import attention
 from .adapter_values import load_adapter
-from .checks import (
-    CANNOT,
-    adapter_targets,
-    reads_text,
-    require_complete_model,
-    require_decoder,
-    require_trainable,
-    stored_quantization,
-)
+from .checks import CANNOT, adapter_targets, reads_text, require_decoder, stored_quantization
+from .config_files import OUTPUT, hub_options, load_model_config
 from .dequantization import become_plain, dequantized_loading
 from .dropout import drop_by_token
 from .expert_adapters import compute_adapters_apart, expert_parameters, of_experts
-from .files import (
-    UnfitModel,
-    dequantized_form,
-    layers_obstacle,
-    model_path,
-    require_positions,
-    require_weights,
-    stored_file,
-)
+from .files import UnfitModel, dequantized_form, layers_obstacle, model_path, require_weights
 from .loaded import note_own_head, require_finite, require_stored
 from .peft import LoraLayer, PeftLoraConfig, with_new_adapters
 from .policy import Policy, recompute_layers
 from .quantization import quantized_loading, use_own_layers
-
-log = logging.getLogger(__name__)
-
-_NO_SAMPLING = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "do_sample", "use_cache",
-                "cache_implementation", "output_attentions", "output_hidden_states", "output_scores", "output_logits",
-                "return_dict_in_generate", "transformers_version", "_from_model_config")  # fmt: skip
-"""Entries of generation_config.json that do not change what is drawn, or that the engines do take over."""
-_OUTPUT = {"output_attentions": False, "output_hidden_states": False, "return_dict": True}
-"""What a model returns beside its logits, whatever its config.json asks for: nothing else is read."""
-
-
-def _hub_options(model: ModelConfig) -> dict[str, Any]:
-    return {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
-
-
-@contextmanager
-def _names_option(option: str, name: str, place: str) -> Iterator[None]:
-    """Inside, an error about a repository says which option named it."""
-    try:
-        yield
-    except OSError as error:
-        if Path(place).is_dir():
-            raise
-        what = "tokenizer" if option == "model.tokenizer" else "model"
-        raise OSError(f"{option}: {name!r} is no directory in {Path.cwd()}, and the hub gives no such {what} here: "
-                      f"{error}") from error  # fmt: skip
-
-
-def load_tokenizer(model: ModelConfig) -> Any:
-    """The tokenizer, with a padding token. Without one of its own, it is the first end-of-sequence token."""
-    require_complete_model(model.name, model_path(model), model.revision)
-    if model.tokenizer is None:
-        try:  # the tokenizer's class depends on config.json
-            with _names_option("model.name", model.name, model_path(model)):
-                tokenizer = AutoTokenizer.from_pretrained(model_path(model), **_hub_options(model))
-        except StrictDataclassError as error:
-            raise _unreadable(model, error) from error
-    else:
-        place = model_place(model.tokenizer, "model.tokenizer", "tokenizer_config.json")
-        with _names_option("model.tokenizer", model.tokenizer, place):
-            tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=model.trust_remote_code)
-    if tokenizer.eos_token_id is None:
-        raise ValueError(f"model.name: the tokenizer of {model.name!r} has no end-of-sequence token; all completions "
-                         "would end by their length. Set `eos_token` in its tokenizer_config.json")  # fmt: skip
-    if not tokenizer("a")["input_ids"]:  # transformers gives this for a directory without tokenizer files
-        raise ValueError(f"model.name: the tokenizer of {model.name!r} makes no tokens of a text; are its files "
-                         "(tokenizer.json, tokenizer_config.json) beside config.json?")  # fmt: skip
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
-
-
-def end_token_ids(model: ModelConfig, tokenizer: Any) -> list[int]:
-    """All tokens that end a completion, of the tokenizer and the model's configs, sorted; the log names ids among these
-    that are no tokens. Raises UnfitModel for a config that cannot be read."""
-    config = load_model_config(model)
-    text = config.get_text_config(decoder=True)
-    ends = {tokenizer.eos_token_id}
-    for part in (config, text, _generation_config(model)):
-        given = getattr(part, "eos_token_id", None)
-        ends |= set(given if isinstance(given, list) else [given]) - {None}
-    if unknown := sorted(end for end in ends if not 0 <= end < text.vocab_size):
-        log.warning("eos_token_id of %r has %s, expected tokens of the model (0 to %d): they end nothing",
-                    model.name, ", ".join(map(str, unknown)), text.vocab_size - 1)  # fmt: skip
-    return sorted(ends - {*unknown})
-
-
-def _generation_config(model: ModelConfig) -> GenerationConfig | None:
-    """The model's generation_config.json; None where it has none. Raises UnfitModel if it is not readable."""
-    path = model_path(model)
-    try:
-        return GenerationConfig.from_pretrained(path, revision=model.revision)
-    except (OSError, *CANNOT) as error:
-        if isinstance(error, OSError) and stored_file(path, "generation_config.json", model.revision) is None:
-            return None  # as many repositories
-        raise UnfitModel(f"model.name: generation_config.json of {model.name!r} cannot be read ({error}): correct it, "
-                         "or take it out of the model's directory") from error  # fmt: skip
-
-
-def ignored_generation_options(model: ModelConfig, rollout: RolloutConfig) -> str | None:
-    """What the model's generation_config.json asks for and rollouts do not do; None where there is nothing."""
-    own = _generation_config(model)
-    given = {} if own is None else own.to_diff_dict()
-    ignored = {name: value for name, value in given.items()
-               if name not in _NO_SAMPLING and value not in (None, False, getattr(rollout, name, None))}  # fmt: skip
-    if not ignored:
-        return None
-    return (f"generation_config.json of {model.name!r} says {', '.join(f'{k}: {v}' for k, v in ignored.items())}: "
-            "nothing of it is applied, completions are drawn as `rollout` says")  # fmt: skip
-
-
-def load_model_config(model: ModelConfig) -> Any:
-    """The model's transformers config. Raises UnfitModel if it is not readable."""
-    require_complete_model(model.name, model_path(model), model.revision)
-    try:
-        with _names_option("model.name", model.name, model_path(model)):
-            return AutoConfig.from_pretrained(model_path(model), **_OUTPUT, **_hub_options(model))
-    except (*CANNOT, StrictDataclassError) as error:
-        if isinstance(error, ValueError):
-            raise
-        raise _unreadable(model, error) from error
-
-
-def _unreadable(model: ModelConfig, error: Exception) -> UnfitModel:
-    message = " ".join(str(error).split())
-    return UnfitModel(f"model.name: transformers {transformers_version} cannot read config.json of {model.name!r} "
-                      f"({type(error).__name__}: {message})")  # fmt: skip
-
-
-def check_model_config(model_config: Any, tokenizer: Any, longest: int) -> None:
-    """Raise ValueError if the model cannot be trained, or is too small for sequences of `longest` tokens or for the
-    vocabulary of the tokenizer."""
-    require_trainable(model_config, longest)
-    text = model_config.get_text_config()
-    require_positions(lambda name: getattr(text, name, None), longest)
-    padding = getattr(text, "pad_token_id", None)
-    if padding is not None and padding >= text.vocab_size:
-        raise UnfitModel(f"model.name: pad_token_id {padding} given in config.json, expected a token of the model (0 "
-                         f"to {text.vocab_size - 1}), or null: correct it there")  # fmt: skip
-    if len(tokenizer) > text.vocab_size:
-        raise ValueError(
-            f"model.name: the tokenizer has {len(tokenizer)} tokens, the model only {text.vocab_size}: "
-            "name a model with the tokenizer that it was trained with"
-        )
-
-
-def short_window(model_config: Any, longest: int) -> int | None:
-    """The sliding window of some layers, if it is shorter than a sequence of `longest` tokens, or None."""
-    text = model_config.get_text_config()
-    window: int | None = getattr(text, "sliding_window", None)
-    kinds = getattr(text, "layer_types", None) or []
-    slides = bool(window) and (not kinds or "sliding_attention" in kinds)
-    return window if slides and window is not None and window < longest else None
-
-
-def soft_cap(model_config: Any) -> float | None:
-    """The soft cap of attention scores, or None."""
-    return getattr(model_config.get_text_config(), "attn_logit_softcapping", None)
 
 
 def packing_obstacle(model_config: Any, longest: int, trust_remote_code: bool = False) -> str | None:
@@ -228,7 +68,7 @@ def load_causal_lm(
     try:
         loaded, report = AutoModelForCausalLM.from_pretrained(
             model_path(model), dtype=dtype, attn_implementation=attn_implementation, output_loading_info=True,
-            ignore_mismatched_sizes=True, **placed, **_OUTPUT, **_hub_options(model),
+            ignore_mismatched_sizes=True, **placed, **OUTPUT, **hub_options(model),
         )  # fmt: skip
     except torch.OutOfMemoryError:
         raise

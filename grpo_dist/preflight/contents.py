@@ -16,16 +16,15 @@ from ..data.mixture import load_training
 from ..data.prompts import PromptReader
 from ..environments.host import EnvironmentHost
 from ..model.checks import require_complete_model, stored_quantization
-from ..model.files import model_path, require_quantizable
-from ..model.load import (
-    attention_for,
+from ..model.config_files import (
     check_model_config,
     end_token_ids,
     ignored_generation_options,
     load_model_config,
     load_tokenizer,
-    try_blank,
 )
+from ..model.files import model_path, require_quantizable
+from ..model.load import attention_for, try_blank
 from ..model.split_rows import require_whole_groups
 from ..rewards.pool.pool import ScorerPool
 from ..rewards.registry import BUILT_IN, answer_checks, declared_placement, episode_columns

@@ -13,8 +13,8 @@ from torch import nn
 
 from ..model import attention
 from ..model.checks import CANNOT
+from ..model.config_files import soft_cap
 from ..model.files import UnfitModel
-from ..model.load import soft_cap
 from ..model.policy import Policy
 from .probe import bounds_leak, draws, has_sinks, is_noisy, packing_leak, probe_pack, row_fault
 

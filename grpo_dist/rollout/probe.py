@@ -19,7 +19,7 @@ from ..distributed.sharding import full_shape
 from ..model import attention
 from ..model.attention import RowLayout
 from ..model.checks import CANNOT
-from ..model.load import soft_cap
+from ..model.config_files import soft_cap
 from ..model.packing import Pack
 from ..model.policy import kept_logits
 from ..model.routing import Routers

@@ -30,8 +30,8 @@ from ..distributed.rendezvous import Rendezvous
 from ..distributed.watch import Interrupted, Watch
 from ..environments.host import EnvironmentHost
 from ..model.adapter import with_adapter
+from ..model.config_files import end_token_ids, ignored_generation_options, load_model_config, load_tokenizer
 from ..model.files import UnfitModel
-from ..model.load import end_token_ids, ignored_generation_options, load_model_config, load_tokenizer
 from ..monitoring.console import Display
 from ..monitoring.json_lines import read_json_lines
 from ..monitoring.machine import FILE as RECORD_OF_STARTS

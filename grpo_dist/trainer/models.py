@@ -19,9 +19,10 @@ from ..distributed.optimizer_state import OptimizerState, WholeOptimizerState
 from ..distributed.ranks import Ranks
 from ..model.adapter import require_own_values
 from ..model.checks import bitsandbytes_config
+from ..model.config_files import short_window
 from ..model.dequantization import describe_dequantized, form_of
 from ..model.files import UnfitModel, kind_of, require_unsharded
-from ..model.load import attention_for, load_causal_lm, load_policy, short_window, trainable
+from ..model.load import attention_for, load_causal_lm, load_policy, trainable
 from ..model.loaded import base_fits_bfloat16
 from ..model.optimizer import make_optimizer
 from ..model.policy import Policy

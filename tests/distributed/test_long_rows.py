@@ -10,7 +10,7 @@ from launching import adapters, completions, relative_difference, train
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from grpo_dist.config.schema import ModelConfig
-from grpo_dist.model.load import load_tokenizer
+from grpo_dist.model.config_files import load_tokenizer
 
 TOKENS = 32_768
 

@@ -9,7 +9,7 @@ import pytest
 from launching import TINY, launch
 
 from grpo_dist.config.parse import parse_config
-from grpo_dist.model.load import load_model_config
+from grpo_dist.model.config_files import load_model_config
 from grpo_dist.planning.memory import Strategy
 from grpo_dist.planning.predict import Predictor
 

@@ -31,7 +31,7 @@ from grpo_dist.config.values import flat
 from grpo_dist.data.order import Sampler
 from grpo_dist.data.prompts import PromptReader
 from grpo_dist.data.rows import RowReader
-from grpo_dist.model.load import load_tokenizer
+from grpo_dist.model.config_files import load_tokenizer
 from grpo_dist.rewards.math import MathRewardModel, last_integer, read_answer
 
 

@@ -110,7 +110,7 @@ def blank_meta() -> dict[str, Any]:
 
 def saved(config: Config, step: int) -> Path:
     """A checkpoint that the config's run might have left."""
-    from grpo_dist.model.load import load_model_config
+    from grpo_dist.model.config_files import load_model_config
 
     now = identity(config, load_model_config(config.model), [])
     meta = blank_meta() | {"identity": now, "config": asdict(config)}
@@ -179,7 +179,7 @@ def test_a_checkpoint_that_lacks_something_is_damaged(tmp_path: Path) -> None:
     ],
 )
 def test_changes_that_make_another_run_are_refused(arguments: tuple[str, ...], told: str, tmp_path: Path) -> None:
-    from grpo_dist.model.load import load_model_config
+    from grpo_dist.model.config_files import load_model_config
 
     before = config_of(tmp_path)
     path, model_config = saved(before, 1), load_model_config(before.model)
@@ -191,7 +191,7 @@ def test_changes_that_make_another_run_are_refused(arguments: tuple[str, ...], t
 
 
 def test_another_data_set_or_base_model_is_another_run(tmp_path: Path) -> None:
-    from grpo_dist.model.load import load_model_config
+    from grpo_dist.model.config_files import load_model_config
     from grpo_dist.types import Prompt
 
     config = config_of(tmp_path)
@@ -208,7 +208,7 @@ def test_another_data_set_or_base_model_is_another_run(tmp_path: Path) -> None:
 
 
 def test_other_changes_are_listed(tmp_path: Path) -> None:
-    from grpo_dist.model.load import load_model_config
+    from grpo_dist.model.config_files import load_model_config
 
     config = config_of(tmp_path)
     path = saved(config, 1)
@@ -219,7 +219,7 @@ def test_other_changes_are_listed(tmp_path: Path) -> None:
 
 
 def test_other_answers_and_other_evaluations_are_listed(tmp_path: Path) -> None:
-    from grpo_dist.model.load import load_model_config
+    from grpo_dist.model.config_files import load_model_config
     from grpo_dist.types import Prompt
 
     config = config_of(tmp_path)
@@ -244,7 +244,7 @@ def test_other_answers_and_other_evaluations_are_listed(tmp_path: Path) -> None:
 
 
 def test_another_version_of_a_reward_is_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from grpo_dist.model.load import load_model_config
+    from grpo_dist.model.config_files import load_model_config
 
     monkeypatch.chdir(tmp_path)
     (tmp_path / "own_task.py").write_text("def right(completions, **columns): ...")

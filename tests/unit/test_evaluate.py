@@ -12,7 +12,7 @@ import pytest
 from grpo_dist import evaluate
 from grpo_dist.config.parse import parse_config
 from grpo_dist.evaluate import Evaluation
-from grpo_dist.model.load import load_tokenizer
+from grpo_dist.model.config_files import load_tokenizer
 from grpo_dist.model.toy import toy_path
 
 

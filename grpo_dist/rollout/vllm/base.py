@@ -21,9 +21,10 @@ from ...config.schema import Config
 from ...distributed.device import computes_on_gpu, resolve_dtype
 from ...distributed.ranks import Ranks
 from ...model.checks import stored_quantization
+from ...model.config_files import load_tokenizer
 from ...model.export import base_state, write_merged
 from ...model.files import PACKAGE, model_path, stored_kind
-from ...model.load import base_identity, load_causal_lm, load_tokenizer
+from ...model.load import base_identity, load_causal_lm
 from ...monitoring.machine import versions
 
 DIRECTORY = "served_base"

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from ...config.parse import parse_config
 from ...model.adapter import with_adapter
-from ...model.load import load_model_config
+from ...model.config_files import load_model_config
 from ..replay import needs_routes
 from .base import served_model, write_base_of
 from .server import server_command, server_environment, variables

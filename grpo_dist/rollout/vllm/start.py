@@ -11,7 +11,7 @@ from ...config.schema import Config
 from ...config.vllm import SHARED
 from ...distributed.ranks import Ranks
 from ...distributed.watch import Interrupted
-from ...model.load import load_model_config
+from ...model.config_files import load_model_config
 from ...model.policy import Policy
 from ...model.routing import Routers
 from ..choose import UnfitEngine

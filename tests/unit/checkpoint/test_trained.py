@@ -20,16 +20,10 @@ from grpo_dist.checkpoint.trained import find, load
 from grpo_dist.cli.export import compare, write_merged
 from grpo_dist.config.schema import Config, LoraConfig, ModelConfig
 from grpo_dist.model import attention
+from grpo_dist.model.config_files import load_model_config, load_tokenizer
 from grpo_dist.model.export import save_final
 from grpo_dist.model.export import write_merged as write
-from grpo_dist.model.load import (
-    adapted_layers,
-    base_identity,
-    load_model_config,
-    load_policy,
-    load_tokenizer,
-    trainable,
-)
+from grpo_dist.model.load import adapted_layers, base_identity, load_policy, trainable
 from grpo_dist.model.policy import Policy
 from grpo_dist.model.stored_weights import weights_fingerprint
 

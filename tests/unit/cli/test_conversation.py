@@ -12,7 +12,8 @@ from grpo_dist.checkpoint.trained import Trained
 from grpo_dist.cli.conversation import Conversation
 from grpo_dist.config.schema import Config, ModelConfig
 from grpo_dist.distributed.device import DTYPES
-from grpo_dist.model.load import end_token_ids, load_causal_lm, load_policy, load_tokenizer
+from grpo_dist.model.config_files import end_token_ids, load_tokenizer
+from grpo_dist.model.load import load_causal_lm, load_policy
 from grpo_dist.rollout import Request, RowDecoder, decode_all
 from grpo_dist.rollout.sampling import sampling_with
 from grpo_dist.text.tokens import CompletionTexts

@@ -11,8 +11,9 @@ import yaml
 from grpo_dist.checkpoint.trained import find
 from grpo_dist.config.places import model_place
 from grpo_dist.config.schema import Config, ModelConfig
+from grpo_dist.model.config_files import load_model_config, load_tokenizer
 from grpo_dist.model.files import model_path
-from grpo_dist.model.load import base_identity, load_model_config, load_tokenizer
+from grpo_dist.model.load import base_identity
 from grpo_dist.model.toy import toy_path
 from grpo_dist.monitoring.machine import started_in
 

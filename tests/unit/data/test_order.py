@@ -19,7 +19,7 @@ from grpo_dist.config.schema import Config, DataConfig, RewardConfig, TrainConfi
 from grpo_dist.data.mixture import load_training
 from grpo_dist.data.order import Curriculum, Mixture, Sampler
 from grpo_dist.data.prompts import PromptReader
-from grpo_dist.model.load import load_tokenizer
+from grpo_dist.model.config_files import load_tokenizer
 from grpo_dist.monitoring.metrics import pass_rates
 from grpo_dist.rewards.registry import answer_checks
 from grpo_dist.trainer.collect import further_places

@@ -19,8 +19,9 @@ from transformers import AutoModelForCausalLM, Qwen2Config
 from grpo_dist.config.schema import Config, LoraConfig, ModelConfig, ReferenceConfig
 from grpo_dist.model.adapter import require_own_values, with_adapter
 from grpo_dist.model.adapter_values import fingerprint, load_adapter
+from grpo_dist.model.config_files import load_tokenizer
 from grpo_dist.model.files import UnfitModel
-from grpo_dist.model.load import load_policy, load_tokenizer
+from grpo_dist.model.load import load_policy
 from grpo_dist.model.reference import AdaptersAtStart, AdaptersOff
 
 ROW = torch.tensor([[5, 9, 33, 60, 7, 12]])

@@ -20,18 +20,9 @@ from grpo_dist.model.checks import (
     require_decoder,
     require_trainable,
 )
+from grpo_dist.model.config_files import check_model_config, end_token_ids, load_model_config, load_tokenizer
 from grpo_dist.model.files import UnfitModel, require_weights
-from grpo_dist.model.load import (
-    adapted_layers,
-    check_model_config,
-    end_token_ids,
-    load_causal_lm,
-    load_model_config,
-    load_tokenizer,
-    make_policy,
-    trainable,
-    try_blank,
-)
+from grpo_dist.model.load import adapted_layers, load_causal_lm, make_policy, trainable, try_blank
 from grpo_dist.model.toy import toy_path
 
 SIZES = {"vocab_size": 260, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 8,

@@ -17,10 +17,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from grpo_dist.config.schema import Config, LoraConfig, ModelConfig, RolloutConfig
+from grpo_dist.model.config_files import load_model_config, load_tokenizer
 from grpo_dist.model.dequantization import describe_dequantized, form_of
 from grpo_dist.model.export import choose_dtype, save_final
 from grpo_dist.model.files import UnfitModel, require_fit_files
-from grpo_dist.model.load import load_causal_lm, load_model_config, load_policy, load_tokenizer
+from grpo_dist.model.load import load_causal_lm, load_policy
 
 WRITERS: dict[str, Callable[[Path], dict[str, Tensor]]] = {"fp8": write_fp8, "mxfp4": write_mxfp4}
 LORA = LoraConfig(r=4, target_modules=["q_proj", "v_proj"])

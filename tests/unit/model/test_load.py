@@ -16,18 +16,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, CamembertConfig
 from grpo_dist.checkpoint.reopening import check_final, divergence, rounding_kl
 from grpo_dist.config.schema import LoraConfig, ModelConfig
 from grpo_dist.model import attention
+from grpo_dist.model.config_files import end_token_ids, load_model_config, load_tokenizer
 from grpo_dist.model.export import choose_dtype, kept_shares, merged_state, save_final
 from grpo_dist.model.fixed_row import fixed_logits
-from grpo_dist.model.load import (
-    Policy,
-    adapted_layers,
-    end_token_ids,
-    load_causal_lm,
-    load_model_config,
-    load_policy,
-    load_tokenizer,
-    trainable,
-)
+from grpo_dist.model.load import Policy, adapted_layers, load_causal_lm, load_policy, trainable
 from grpo_dist.model.packing import Pack, Piece, make_pack
 from grpo_dist.model.reference import AdaptersOff, FrozenCopy
 from grpo_dist.model.rollout_weights import RolloutModel

@@ -18,16 +18,10 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GPT2Config, P
 from grpo_dist.config.schema import Config, LoraConfig, ModelConfig, RolloutConfig
 from grpo_dist.model import attention
 from grpo_dist.model.checks import bitsandbytes_config
+from grpo_dist.model.config_files import check_model_config, load_model_config
 from grpo_dist.model.export import save_final
 from grpo_dist.model.files import UnfitModel, require_quantizable, require_unsharded
-from grpo_dist.model.load import (
-    check_model_config,
-    load_causal_lm,
-    load_model_config,
-    make_policy,
-    trainable,
-    try_blank,
-)
+from grpo_dist.model.load import load_causal_lm, make_policy, trainable, try_blank
 from grpo_dist.model.policy import Policy
 from grpo_dist.model.quantization import quantize_blank
 from grpo_dist.model.quantized import EightBitLinear, dequantize_layers, quantized_layers

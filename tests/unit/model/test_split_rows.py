@@ -8,7 +8,7 @@ from test_packing import make_batch
 
 from grpo_dist.config.schema import Config, ModelConfig, TrainConfig
 from grpo_dist.distributed.row_group import RowGroup
-from grpo_dist.model.load import load_model_config
+from grpo_dist.model.config_files import load_model_config
 from grpo_dist.model.packing import FILLER, Piece, make_pack
 from grpo_dist.model.split_rows import SplitLayout, require_whole_groups, split_pack
 

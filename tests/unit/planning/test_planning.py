@@ -29,7 +29,8 @@ from grpo_dist.config.schema import (
 from grpo_dist.config.vllm import VllmConfig
 from grpo_dist.distributed.device import DTYPES
 from grpo_dist.model import attention
-from grpo_dist.model.load import load_model_config, load_policy, trainable
+from grpo_dist.model.config_files import load_model_config
+from grpo_dist.model.load import load_policy, trainable
 from grpo_dist.model.reference import doubt_of_copy, is_same_base, needs_copy
 from grpo_dist.planning.advice import largest_peak, make_fit
 from grpo_dist.planning.live import LiveBytes

@@ -22,7 +22,7 @@ from grpo_dist.config.mistakes import COMMAND_LINE, read_options
 from grpo_dist.config.parse import parse_config
 from grpo_dist.config.schema import Config, ModelConfig, RolloutConfig
 from grpo_dist.config.vllm import VllmConfig
-from grpo_dist.model.load import load_model_config
+from grpo_dist.model.config_files import load_model_config
 from grpo_dist.preflight.contents import Contents, read_contents
 from grpo_dist.preflight.findings import Findings
 from grpo_dist.preflight.look import dry_run

@@ -26,7 +26,7 @@ from grpo_dist.config.schema import (
 from grpo_dist.data.prompts import render
 from grpo_dist.environments.host import EnvironmentHost
 from grpo_dist.model import attention
-from grpo_dist.model.load import end_token_ids, load_tokenizer
+from grpo_dist.model.config_files import end_token_ids, load_tokenizer
 from grpo_dist.model.toy import toy_path
 from grpo_dist.rewards.pool.pool import ScorerPool
 from grpo_dist.rewards.scores import Item

@@ -19,8 +19,9 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from grpo_dist.config.schema import RolloutConfig
 from grpo_dist.model import attention
+from grpo_dist.model.config_files import short_window
 from grpo_dist.model.fixed_row import fixed_logits
-from grpo_dist.model.load import Policy, packing_obstacle, short_window
+from grpo_dist.model.load import Policy, packing_obstacle
 from grpo_dist.model.packing import make_pack, plan
 from grpo_dist.rollout import (
     LoadedModel,

@@ -19,17 +19,10 @@ from grpo_dist.config.schema import Config, DataConfig, ModelConfig, RewardConfi
 from grpo_dist.data.mixture import load_training
 from grpo_dist.data.prompts import PromptReader
 from grpo_dist.environments.host import EnvironmentHost
-from grpo_dist.model.load import end_token_ids, load_tokenizer
+from grpo_dist.model.config_files import end_token_ids, load_tokenizer
 from grpo_dist.model.toy import toy_path
 from grpo_dist.rollout import LoadedModel, LocalEngine, RowDecoder, Sampling, awake
-from grpo_dist.rollout.playing import (
-    described,
-    episodes_of,
-    for_prompts,
-    open_host,
-    prompt_reader,
-    with_observation,
-)
+from grpo_dist.rollout.playing import described, episodes_of, for_prompts, open_host, prompt_reader, with_observation
 from grpo_dist.trainer.scoring import requests_of
 from grpo_dist.types import Episode, Trajectory
 

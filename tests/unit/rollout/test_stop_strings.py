@@ -298,7 +298,7 @@ def test_generation_config_is_named(tmp_path: Path) -> None:
     from transformers import GenerationConfig
 
     from grpo_dist.config.schema import ModelConfig
-    from grpo_dist.model.load import ignored_generation_options
+    from grpo_dist.model.config_files import ignored_generation_options
 
     Qwen2Config(vocab_size=61).save_pretrained(tmp_path)
     base = ModelConfig(name=str(tmp_path))

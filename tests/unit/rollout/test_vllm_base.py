@@ -10,7 +10,7 @@ import pytest
 
 from grpo_dist.config.schema import Config, ModelConfig, RolloutConfig, TrainConfig
 from grpo_dist.config.vllm import VllmConfig
-from grpo_dist.model.load import load_model_config
+from grpo_dist.model.config_files import load_model_config
 from grpo_dist.rollout.vllm.base import served_model, write_base_of
 
 

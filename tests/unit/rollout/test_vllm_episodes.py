@@ -26,7 +26,8 @@ from grpo_dist.config.vllm import VllmConfig
 from grpo_dist.data.mixture import load_training
 from grpo_dist.distributed.ranks import Ranks
 from grpo_dist.model.attention import NAME
-from grpo_dist.model.load import end_token_ids, load_policy, load_tokenizer, trainable
+from grpo_dist.model.config_files import end_token_ids, load_tokenizer
+from grpo_dist.model.load import load_policy, trainable
 from grpo_dist.model.rollout_weights import RolloutModel
 from grpo_dist.model.toy import toy_path
 from grpo_dist.rollout import Request, RowDecoder, Sampling, awake, decode_all

@@ -23,7 +23,7 @@ from grpo_dist.config.schema import Config, DataConfig, ModelConfig, OptimConfig
 from grpo_dist.config.vllm import VllmConfig
 from grpo_dist.distributed.ranks import Ranks
 from grpo_dist.model import attention
-from grpo_dist.model.load import load_model_config
+from grpo_dist.model.config_files import load_model_config
 from grpo_dist.model.routing import Routers
 from grpo_dist.preflight.findings import Findings
 from grpo_dist.preflight.servers import check_servers

@@ -13,7 +13,7 @@ import pytest
 from grpo_dist.checkpoint.resume import with_template_date
 from grpo_dist.config.schema import Config, DataConfig
 from grpo_dist.data.prompts import PromptReader, render
-from grpo_dist.model.load import load_tokenizer
+from grpo_dist.model.config_files import load_tokenizer
 from grpo_dist.text import templates
 from grpo_dist.text.messages import as_templates_expect, meant_role
 from grpo_dist.text.templates import TemplateRefusal, render_messages, uses_date
