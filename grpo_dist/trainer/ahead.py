@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import CancelledError, Future, wait
 from contextlib import contextmanager
 from functools import partial
 
 from ..checkpoint.state import TrainState
 from ..types import Trajectory
-from .collect import Drawn, collect, first_round, share
+from .collect import Draw, Drawn, collect, first_round, share
 from .parts import Parts
 
 LOOK_SECONDS = 0.1
@@ -56,7 +56,7 @@ class _Drawing:
         # a daemon: the end of a run that failed does not wait for it
         threading.Thread(target=partial(self._draw, draw), name="rollout", daemon=True).start()
 
-    def _draw(self, draw: Callable[[Callable[[], None]], list[Trajectory]]) -> None:
+    def _draw(self, draw: Draw) -> None:
         try:
             trajectories = draw(self._check)
         except BaseException as error:

@@ -21,6 +21,8 @@ from .packs import reference_logprobs
 from .parts import Parts
 from .scoring import Scoring, requests_of
 
+Draw = Callable[[Callable[[], None]], list[Trajectory]]
+"""Draws this rank's share of a round's trajectories; it is called with a check that may raise to give up."""
 Drawn = tuple[list[Trajectory], Scoring]
 """This rank's share of a round's trajectories, and their scores on their way."""
 
@@ -100,11 +102,8 @@ def generate(parts: Parts, state: TrainState, round: Round) -> Drawn:
         return draw(parts.watch.check), scoring
 
 
-def share(
-    parts: Parts, state: TrainState, round: Round
-) -> tuple[Callable[[Callable[[], None]], list[Trajectory]], Scoring]:
-    """What draws this rank's share of the trajectories, to be called with a check that may raise to give up; and their
-    scores."""
+def share(parts: Parts, state: TrainState, round: Round) -> tuple[Draw, Scoring]:
+    """What draws this rank's share of the trajectories, and their scores."""
     prompts, train = round.prompts, parts.config.train
     drawn = parts.ranks.share(len(prompts) * round.group_size)
     requests = requests_of(prompts, round.group_size, drawn, train.seed, round.stream)
