@@ -13,7 +13,6 @@ from torch import Tensor
 
 from .ranks import Ranks
 from .sharding import full_shape
-from .strategy import Fragment
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -29,16 +28,13 @@ class OptimizerState:
         self.parameters = parameters
         self.adam = self.strategy.adam(optimizer)
 
-    def _part(self, tensor: Tensor, fragment: Fragment) -> Tensor:
-        return tensor.detach().view(-1)[fragment.flat_start : fragment.flat_start + fragment.size]
-
     def _full(self, parameter: Any, key: str | None) -> Tensor:
         shape = full_shape(parameter)
         flat = torch.zeros(shape.numel(), dtype=torch.float32)
         fragment = self.strategy.fragment(self.optimizer, parameter)
         if fragment is not None and (key is None or key in self.adam.state[fragment.flat]):
             tensor = fragment.flat if key is None else self.adam.state[fragment.flat][key]
-            flat[fragment.start : fragment.start + fragment.size] = self._part(tensor, fragment).float().cpu()
+            flat[fragment.place] = fragment.of(tensor).float().cpu()
         return (self.ranks.reduce(flat, "sum") if self.strategy.sums_fragments else flat).view(shape)
 
     @torch.no_grad()
@@ -66,14 +62,13 @@ class OptimizerState:
             fragment = self.strategy.fragment(self.optimizer, parameter)
             if fragment is not None:
                 flat = fragment.flat
-                part = slice(fragment.start, fragment.start + fragment.size)
-                self._part(flat, fragment).copy_(state[f"weight/{name}"].view(-1)[part])
+                fragment.of(flat).copy_(state[f"weight/{name}"].view(-1)[fragment.place])
                 adam = self.adam.state[flat]
                 where = flat.device if self.adam.param_groups[0].get("fused") else "cpu"
                 adam.setdefault("step", torch.zeros((), device=where)).fill_(float(state["adam_steps"]))
                 for moment in MOMENTS:
                     adam.setdefault(moment, torch.zeros_like(flat, memory_format=torch.preserve_format))
-                    self._part(adam[moment], fragment).copy_(state[f"{moment}/{name}"].view(-1)[part])
+                    fragment.of(adam[moment]).copy_(state[f"{moment}/{name}"].view(-1)[fragment.place])
             self.strategy.after_restore(parameter, state[f"weight/{name}"])
 
 

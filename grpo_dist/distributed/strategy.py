@@ -28,6 +28,15 @@ class Fragment:
     size: int
     """Elements of the part."""
 
+    @property
+    def place(self) -> slice:
+        """Of the part in the flattened parameter."""
+        return slice(self.start, self.start + self.size)
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """The part of a tensor that is laid out as `flat`."""
+        return tensor.detach().view(-1)[self.flat_start : self.flat_start + self.size]
+
 
 class Strategy(Protocol):
     """What a run needs of the way in which its policy is spread over ranks."""
