@@ -13,7 +13,7 @@ from ..config.schema import DataConfig, TrainConfig
 from ..types import Prompt
 from .order import Curriculum, Mixture, Sampler
 from .prompts import PromptReader, check_columns
-from .rows import RowReader
+from .rows import open_rows
 from .seen import check_seen
 
 log = logging.getLogger(__name__)
@@ -107,7 +107,7 @@ class StreamedPrompts(_Prompts):
     def __init__(self, path: str, reader: PromptReader, first_index: int) -> None:
         """Find the rows and check the first hundred; raises what `PromptReader.load` raises."""
         self._path, self._reader, self._first_index = path, reader, first_index
-        self._rows = RowReader(path, reader.config.train_split, reader.config.subset)
+        self._rows = open_rows(path, reader.config.train_split, reader.config.subset)
         first = range(min(_CHECKED_ROWS, len(self._rows)))
         self._names = list(dict.fromkeys(name for place in first for name in self._rows[place].columns))
         if self._names:

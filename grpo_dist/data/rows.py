@@ -54,60 +54,54 @@ class Row:
 
 
 def load_rows(path: str, split: str, subset: str | None = None) -> list[Row]:
-    """Read all rows of a JSONL file, of what `datasets.load_dataset` or `save_to_disk` know, or of `reasoning_gym:…`.
+    """All rows of `open_rows`, read now."""
+    return list(open_rows(path, split, subset))
+
+
+def open_rows(path: str, split: str, subset: str | None = None) -> Sequence[Row]:
+    """The rows of a JSONL file, of what `datasets.load_dataset` or `save_to_disk` know, or of `reasoning_gym:…`.
 
     `split` and `subset` choose from a directory or a hub data set; a single file has neither. Raises FileNotFoundError
     where there is no such file, ValueError where it cannot be read or is empty. JSONL lines that are not JSON objects
     become rows with a `problem`; lines of white space are no rows. The values of a CSV file are texts, None where
-    a cell is empty.
+    a cell is empty. JSON and CSV files are read at once, and rows of others when they are needed.
     """
     check_file(path)
-    rows = list(_read_lines(path)) if is_lines(path) else list(_open_table(path, split, subset))
+    rows = _Lines(path) if is_lines(path) else _open_table(path, split, subset)
     if not rows:
         raise ValueError(f"{path} is empty, expected at least one row")
     return rows
 
 
-class RowReader:
-    """Rows of a data set by their place, read when they are needed.
+class _Lines(Sequence[Row]):
+    """Rows of a JSONL file. Memory has only the place of each line, 16 bytes."""
 
-    For a JSONL file, memory has only the place of each line, 16 bytes; for a JSON or CSV file it has all rows. Parquet
-    files and data sets are mapped into memory.
-    """
-
-    def __init__(self, path: str, split: str, subset: str | None = None) -> None:
-        """Find the rows; raises what `load_rows` raises."""
-        self._path = path
-        self._table: Sequence[Row] | None = None
-        check_file(path)
-        if is_lines(path):
-            ends, lines = array("q", [0]), array("q")
-            with Path(path).open("rb") as file:
-                for number, line in enumerate(file):
-                    ends.append(ends[-1] + len(line))
-                    if not _is_blank(number + 1, line):
-                        lines.append(number)
-            self._starts, self._lines = ends, lines
-            self._count = len(lines)
-        else:
-            self._table = _open_table(path, split, subset)
-            self._count = len(self._table)
-        if not self._count:
-            raise ValueError(f"{path} is empty, expected at least one row")
+    def __init__(self, path: str) -> None:
+        self._path = Path(path)
+        self._starts, self._lines = array("q", [0]), array("q")
+        with self._path.open("rb") as file:
+            for number, line in enumerate(file):
+                self._starts.append(self._starts[-1] + len(line))
+                if not _is_blank(number + 1, line):
+                    self._lines.append(number)
 
     def __len__(self) -> int:
-        return self._count
+        return len(self._lines)
 
-    def __getitem__(self, place: int) -> Row:
-        """Return a row; one that cannot be read has a `problem`."""
-        if self._table is not None:
-            return self._table[place]
+    def __getitem__(self, place: Any) -> Any:
         line = self._lines[place]
-        with Path(self._path).open("rb") as file:
+        with self._path.open("rb") as file:
             file.seek(self._starts[line])
             row = _read_line(line + 1, file.read(self._starts[line + 1] - self._starts[line]))
         assert row is not None, "blank lines are left out above"
         return row
+
+    def __iter__(self) -> Iterator[Row]:
+        with self._path.open("rb") as file:
+            for number, line in enumerate(file, 1):
+                row = _read_line(number, line)
+                if row is not None:
+                    yield row
 
 
 def list_columns(names: Sequence[str]) -> str:
@@ -118,15 +112,6 @@ def list_columns(names: Sequence[str]) -> str:
 def is_lines(path: str) -> bool:
     """Whether a file is read line by line, so that its rows are numbered by line."""
     return Path(path).suffix.lower() in _LINES
-
-
-def _read_lines(path: str) -> Iterator[Row]:
-    """Read a JSONL file; a line that is wrong becomes a row with a `problem`."""
-    with Path(path).open("rb") as file:
-        for number, line in enumerate(file, 1):
-            row = _read_line(number, line)
-            if row is not None:
-                yield row
 
 
 def _read_line(number: int, line: bytes) -> Row | None:
@@ -309,7 +294,7 @@ def _read_json(path: Path) -> list[Row]:
     except json.JSONDecodeError as error:
         if not text.lstrip().startswith("{") or "\n" not in text.strip():
             raise ValueError(f"not JSON: {error}") from error
-        return list(_read_lines(str(path)))
+        return list(_Lines(str(path)))
     values = value if isinstance(value, list) else [value]
     return [_row_of_json(number, value, "\\u" in text) for number, value in enumerate(values, 1)]
 

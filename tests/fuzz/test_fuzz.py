@@ -30,7 +30,7 @@ from grpo_dist.config.schema import Config, DataConfig
 from grpo_dist.config.values import flat
 from grpo_dist.data.order import Sampler
 from grpo_dist.data.prompts import PromptReader
-from grpo_dist.data.rows import RowReader
+from grpo_dist.data.rows import open_rows
 from grpo_dist.model.config_files import load_tokenizer
 from grpo_dist.rewards.math import MathRewardModel, last_integer, read_answer
 
@@ -178,7 +178,7 @@ def test_data(
         outcomes["refused"] += 1
         return
     assert all(1 <= len(prompt.ids) <= config.max_prompt_length for prompt in prompts)
-    assert len(RowReader(str(path), "train")) == report.num_rows
+    assert len(open_rows(str(path), "train")) == report.num_rows
     outcomes["taken"] += 1
 
 

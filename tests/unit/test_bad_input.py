@@ -18,7 +18,7 @@ from grpo_dist.checkpoint import store as checkpoint
 from grpo_dist.checkpoint.resume import NEEDED, changes, identity, resume_path
 from grpo_dist.config.parse import parse_config
 from grpo_dist.config.schema import Config
-from grpo_dist.data.rows import RowReader, load_rows
+from grpo_dist.data.rows import load_rows, open_rows
 from grpo_dist.model.toy import toy_path
 from grpo_dist.rewards.registry import file_digests
 from grpo_dist.trainer.build import UserError, build
@@ -95,7 +95,7 @@ def test_both_readers_see_the_same_lines(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_bytes("\n".join(["\ufeff", " \t\r", "\u00a0", "\u2003{}", "{}", "\x0c", ""]).encode())
     rows = load_rows(str(path), "train")
-    reader = RowReader(str(path), "train")
+    reader = open_rows(str(path), "train")
     assert [reader[place] for place in range(len(reader))] == rows
     assert [(row.number, bool(row.problem)) for row in rows] == [(3, True), (4, False), (5, False)]
 

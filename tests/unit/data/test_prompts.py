@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerFast
 from grpo_dist.config.schema import DataConfig, RewardConfig
 from grpo_dist.data.order import Sampler, permutation
 from grpo_dist.data.prompts import PromptReader, load_rows, render
-from grpo_dist.data.rows import RowReader
+from grpo_dist.data.rows import open_rows
 from grpo_dist.rewards.registry import answer_checks
 
 TEMPLATE = (
@@ -182,7 +182,7 @@ def test_columns_that_cannot_be_decoded_are_named(tmp_path: Path, monkeypatch: p
     with pytest.raises(ValueError, match=r"cannot be decoded .*write the data without its columns of sound"):
         load_rows(str(tmp_path / "train.parquet"), "train")
     with pytest.raises(ValueError, match="row 1 of the data cannot be decoded"):
-        RowReader(str(tmp_path / "train.parquet"), "train")[0]
+        open_rows(str(tmp_path / "train.parquet"), "train")[0]
 
 
 def test_other_formats_and_directories(
@@ -231,7 +231,7 @@ def test_values_are_what_a_file_says(tmp_path: Path) -> None:
     (tmp_path / "set").mkdir()
     (tmp_path / "set" / "train.csv").write_text((tmp_path / "train.csv").read_text())
     for name in ("train.csv", "train.tsv", "train.json", "lines.json", "set"):
-        for rows in (load_rows(str(tmp_path / name), "train"), RowReader(str(tmp_path / name), "train")):
+        for rows in (load_rows(str(tmp_path / name), "train"), open_rows(str(tmp_path / name), "train")):
             assert [rows[n].columns["answer"] for n in range(len(rows))] == texts, name
     numbers = [1, -2.5, True, None, 10**30, ["a", 1]]
     write(tmp_path, json.dumps([{"answer": number} for number in numbers]), name="numbers.json")
@@ -288,7 +288,7 @@ def test_data_sets_saved_to_disk(tmp_path: Path) -> None:
     for place, split, count in (("one", "train", 1), ("one", "test", 1), ("two", "dev", 2), ("two/train", "test", 1)):
         rows = load_rows(str(tmp_path / place), split)
         assert [row.columns for row in rows] == [{"prompt": "What?", "answer": "007"}] * count
-        assert len(RowReader(str(tmp_path / place), split)) == count
+        assert len(open_rows(str(tmp_path / place), split)) == count
     with pytest.raises(ValueError, match=r"no split 'test', expected one of 'train', 'dev': set data\.train_split or"):
         load_rows(str(tmp_path / "two"), "test")
     with pytest.raises(ValueError, match=r"saved to disk has no subsets: set data\.subset to null"):

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from grpo_dist.config.schema import RewardConfig, ScoringConfig
-from grpo_dist.data.rows import RowReader, load_rows
+from grpo_dist.data.rows import load_rows, open_rows
 from grpo_dist.rewards.pool.pool import ScorerPool
 from grpo_dist.rewards.reasoning_gym import ReasoningGymReward
 from grpo_dist.rewards.scores import Item
@@ -37,7 +37,7 @@ class TestWithTheLibrary:
 
     def test_rows_are_the_same_each_time_and_follow_the_options(self) -> None:
         rows = load_rows(SUMS, "train")
-        assert rows == load_rows(SUMS, "train") == [RowReader(SUMS, "train")[place] for place in range(5)]
+        assert rows == load_rows(SUMS, "train") == [open_rows(SUMS, "train")[place] for place in range(5)]
         assert [row.number for row in rows] == [1, 2, 3, 4, 5]
         assert load_rows(f"{SUMS}&seed=3", "train")[0].columns["prompt"] == rows[3].columns["prompt"], "seeds count on"
         columns = rows[0].columns
