@@ -122,17 +122,23 @@ class PromptReader:
                 "%s: %d of %d prompts have more than data.max_prompt_length = %d tokens (data.too_long: %s)",
                 path, num_too_long, len(rows), config.max_prompt_length, config.too_long,
             )  # fmt: skip
-        dropped = [(rows[place].number, problems[place]) for place in sorted(problems)]
-        report = DropReport(path, "line" if is_lines(path) else "row", len(rows), dropped)
-        if dropped and (config.bad_rows == "error" or not prompts):
-            advice = "No row is left" if config.bad_rows == "drop" else "Correct them, or set data.bad_rows: drop"
-            raise ValueError(f"{report}. {advice}")
-        if dropped:
-            logger.warning("%s. Left out (data.bad_rows: drop)", report)
+        report = self._report(path, rows, problems, is_empty=not prompts)
         if not prompts:
             raise ValueError(f"{path}: data.keep and data.too_long leave none of {len(rows)} rows; loosen them")
         check_seen(path, prompts, config, self.tokenizer)
         return prompts, report
+
+    def _report(self, path: str, rows: Sequence[Row], problems: Mapping[int, str], is_empty: bool) -> DropReport:
+        """Tell of the rows at the places of `problems`. Raises ValueError where they may not be left out, or where that
+        `is_empty`."""
+        dropped = [(rows[place].number, problems[place]) for place in sorted(problems)]
+        report = DropReport(path, "line" if is_lines(path) else "row", len(rows), dropped)
+        if dropped and (self.config.bad_rows == "error" or is_empty):
+            advice = "No row is left" if self.config.bad_rows == "drop" else "Correct them, or set data.bad_rows: drop"
+            raise ValueError(f"{report}. {advice}")
+        if dropped:
+            logger.warning("%s. Left out (data.bad_rows: drop)", report)
+        return report
 
     def prompt_of(self, path: str, row: Row, index: int, names: Sequence[str]) -> Prompt:
         """Check and render one row of a data set as `load` does; raises ValueError where it cannot be used."""
