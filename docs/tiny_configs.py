@@ -69,10 +69,7 @@ MORE: dict[str, dict[str, Any]] = {
     },
     "bailing_hybrid": {"layer_group_size": 2},
     "bamba": {"attn_layer_indices": [1], **MAMBA},
-    "blt": {
-        "encoder_hash_byte_group_vocab": 100,
-        "global_config": {"encoder_cross_output_size": 2 * WIDTH},
-    },
+    "blt": {"encoder_hash_byte_group_vocab": 100, "global_config": {"encoder_cross_output_size": 2 * WIDTH}},
     "cohere_compass_text": {
         "layer_types": ["full_attention", "full_attention"],
         "rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}},

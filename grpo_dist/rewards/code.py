@@ -86,10 +86,7 @@ class CodeReward:
         self.sandbox = Sandbox(Limits(**limits), allow_unisolated)
 
     def __call__(
-        self,
-        completions: Sequence[TextOrMessages],
-        answer: Sequence[object],
-        log_metric: LogMetric | None = None,
+        self, completions: Sequence[TextOrMessages], answer: Sequence[object], log_metric: LogMetric | None = None
     ) -> list[float]:
         """Score completions (texts, or conversations whose last message counts) against one list of tests each."""
         rewards = []

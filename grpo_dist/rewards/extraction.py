@@ -39,10 +39,7 @@ class ExtractedAnswer(ABC):
         self.missing_reward = float(missing_reward)
 
     def __call__(
-        self,
-        completions: Sequence[TextOrMessages],
-        answer: Sequence[object],
-        log_metric: LogMetric | None = None,
+        self, completions: Sequence[TextOrMessages], answer: Sequence[object], log_metric: LogMetric | None = None
     ) -> list[float]:
         """Score completions against one gold answer each, and log the share that has an answer in the right place."""
         answers = [self.read_completion(completion_text(completion)) for completion in completions]

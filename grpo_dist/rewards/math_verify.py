@@ -44,10 +44,7 @@ class MathVerifyReward:
         self.correct_reward, self.wrong_reward, self.seconds = float(correct_reward), float(wrong_reward), seconds
 
     def __call__(
-        self,
-        completions: Sequence[TextOrMessages],
-        answer: Sequence[object],
-        log_metric: LogMetric | None = None,
+        self, completions: Sequence[TextOrMessages], answer: Sequence[object], log_metric: LogMetric | None = None
     ) -> list[float | Exception]:
         """Score completions against one gold answer each; an exception stands for one that stays unscored."""
         rewards: list[float | Exception] = []

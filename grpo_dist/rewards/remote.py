@@ -25,11 +25,7 @@ class RemoteReward:
     """Reward completions by the answers of a service."""
 
     def __init__(
-        self,
-        url: str,
-        auth_variable: str | None = None,
-        retries: int = 4,
-        request_seconds: float = 30.0,
+        self, url: str, auth_variable: str | None = None, retries: int = 4, request_seconds: float = 30.0
     ) -> None:
         """See `http.Client` for the arguments and the errors."""
         self._client = Client(url, auth_variable, concurrency=1, retries=retries, request_seconds=request_seconds)

@@ -46,10 +46,7 @@ FIRST_STEPS = ("--train.num_train_steps", "12")
 FEW_PROMPTS = ("--train.num_train_steps", "8", "--train.batch_size", "16")
 
 
-@pytest.mark.parametrize(
-    ("name", "steps"),
-    [("ppo", FEW_PROMPTS), *((name, FIRST_STEPS) for name in presets())],
-)
+@pytest.mark.parametrize(("name", "steps"), [("ppo", FEW_PROMPTS), *((name, FIRST_STEPS) for name in presets())])
 @pytest.mark.slow
 def test_each_preset_learns(name: str, steps: tuple[str, ...], tmp_path: Path) -> None:
     """The quickstart of CI trains the default preset each time."""

@@ -44,7 +44,7 @@ WAITS_OF_AN_UPDATE = {
 
 WAITS_OF_SOME_UPDATES = {
     # each batch
-    ("H2D copy", "distributed/ranks.py:reduce"),
+    ("H2D copy", "distributed/ranks.py:reduce")
 }
 """What options bring with them."""
 

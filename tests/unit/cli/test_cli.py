@@ -31,11 +31,7 @@ USES = {
     "a mistake in a training": (["train", "--rollout.grup_size", "2"], 2, "rollout.group_size"),
     "a bad option of a check": (["check", "--ranks", "few"], 2, "few"),
     "a config without its option": (["train", "configs/quickstart.yaml"], 2, "did you mean --config configs/quickst"),
-    "an infinite temperature": (
-        ["chat", "docs", "--temperature", "inf"],
-        2,
-        "--temperature: inf given, expected",
-    ),
+    "an infinite temperature": (["chat", "docs", "--temperature", "inf"], 2, "--temperature: inf given, expected"),
     "no run to talk to": (["chat", "confgis"], 2, "near it: configs"),
     "no run to export": (["export", "confgis"], 2, "no directory 'confgis' in "),
     "no model to evaluate": (["evaluate", "--model", "./confgis"], 2, "did you mean 'configs'?"),

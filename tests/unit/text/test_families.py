@@ -130,11 +130,7 @@ REFUSED = {
     "gemma": (GEMMA3, "auto", "environment.call_format: nothing in the chat template of .* give one of"),
     "gemma with a format": (GEMMA3, "hermes", "takes no answers of tools .roles must alternate.*use a model whose"),
     "smollm": (SMOLLM2, "auto", "environment.call_format: nothing in the chat template of .* give one of"),
-    "calls in xml": (
-        QWEN_XML,
-        "auto",
-        "environment.call_format: .*<function=.* would not be read as one: give",
-    ),
+    "calls in xml": (QWEN_XML, "auto", "environment.call_format: .*<function=.* would not be read as one: give"),
     "the wrong format": (QWEN25, "llama3", "environment.call_format: .*would not be read as one: give another"),
 }
 
