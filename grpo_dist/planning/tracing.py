@@ -249,9 +249,10 @@ def _materialise(module: nn.Module) -> None:
         tables: tuple[dict[str, Any], ...] = (each._parameters, each._buffers)
         for table in tables:
             for name, old in table.items():
-                if old is not None and old not in made:
+                if old is None:
+                    continue
+                if old not in made:
                     new = torch.empty_like(old, device="cpu")
                     trained = isinstance(old, nn.Parameter)
                     made[old] = nn.Parameter(new, requires_grad=old.requires_grad) if trained else new
-                if old is not None:
-                    table[name] = made[old]
+                table[name] = made[old]

@@ -128,21 +128,25 @@ def _attempt(
         given = [{**message, "content": content} for message, content in zip(messages, contents, strict=True)]
         return _apply(given, tokenizer, template, is_prompt)
 
+    def comes_back(n: int) -> bool:
+        return _comes_back(rendered([*texts[:n], _SENTINEL, *texts[n + 1 :]]))
+
     texts = [message["content"] for message in messages]
     try:
         text = rendered(texts)
         missing = set(_missing(messages, text, tokenizer))
         for n, message in enumerate(messages):
-            # a few characters may be in the template itself, and parts may be rendered as Python writes them
-            if _is_read(message) and texts[n].strip() and (n in in_parts or len(texts[n]) < _SHORT_CHARACTERS):
-                if not _comes_back(rendered([*texts[:n], _SENTINEL, *texts[n + 1 :]])):
-                    missing.add(n)
-            elif not _is_read(message):
+            is_there = True
+            if not _is_read(message):
                 key = (template, n, n in in_parts, *(each["role"] for each in messages))
                 if key not in _comes_back_at:
-                    _comes_back_at[key] = _comes_back(rendered([*texts[:n], _SENTINEL, *texts[n + 1 :]]))
-                if not _comes_back_at[key]:
-                    missing.add(n)
+                    _comes_back_at[key] = comes_back(n)
+                is_there = _comes_back_at[key]
+            # a few characters may be in the template itself, and parts may be rendered as Python writes them
+            elif texts[n].strip() and (n in in_parts or len(texts[n]) < _SHORT_CHARACTERS):
+                is_there = comes_back(n)
+            if not is_there:
+                missing.add(n)
     except Exception as error:  # a template is a program, and may raise anything
         return None, [], f"the model's chat template refuses the prompt: {error}"
     return text, sorted(missing), ""
