@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.functional import pad
 from transformers import BitsAndBytesConfig
 from transformers.pytorch_utils import Conv1D
@@ -14,7 +14,7 @@ from transformers.quantizers import AutoHfQuantizer
 from ..config.schema import ModelConfig
 from .checks import bitsandbytes_config
 from .files import require_package
-from .quantized import EightBitLinear, FourBitLinear, QuantizedLinear, Scales, quantized_layers
+from .quantized import EightBitLinear, FourBitLinear, LayerShape, QuantizedLinear, Scales, quantized_layers
 
 BLOCK, SCALES_BLOCK = 64, 256
 """Weights that share a scale, and scales that share one, where bitsandbytes quantises in 4 bits."""
@@ -82,11 +82,10 @@ def forget_quantizer(model: Any) -> None:
             vars(config).pop(name, None)
 
 
-def _shape(layer: Any, dtype: torch.dtype) -> tuple[int, int, Tensor | None, torch.dtype, bool]:
-    """The first arguments of a `QuantizedLinear`."""
+def _shape(layer: Any, dtype: torch.dtype) -> LayerShape:
     bias = None if layer.bias is None else layer.bias.data.to(dtype)
     is_transposed = issubclass(getattr(layer, "source_cls", nn.Linear), Conv1D)
-    return layer.in_features, layer.out_features, bias, dtype, is_transposed
+    return LayerShape(layer.in_features, layer.out_features, bias, dtype, is_transposed)
 
 
 def _four_bit(layer: Any, dtype: torch.dtype) -> FourBitLinear:
@@ -99,14 +98,14 @@ def _four_bit(layer: Any, dtype: torch.dtype) -> FourBitLinear:
                         block=inner.blocksize)  # fmt: skip
     else:
         scales = Scales(state.absmax)
-    return FourBitLinear(*_shape(layer, dtype), codes=codes, values=state.code, scales=scales, block=state.blocksize)
+    return FourBitLinear(_shape(layer, dtype), codes=codes, values=state.code, scales=scales, block=state.blocksize)
 
 
 def _eight_bit(layer: Any, dtype: torch.dtype) -> EightBitLinear:
     weight = layer.weight
     codes = weight.data if weight.CB is None else weight.CB
     scales = layer.state.SCB if weight.SCB is None else weight.SCB
-    return EightBitLinear(*_shape(layer, dtype), codes=codes, scales=scales.float() / 127)
+    return EightBitLinear(_shape(layer, dtype), codes=codes, scales=scales.float() / 127)
 
 
 def quantize_blank(model: Any, quantization: str, model_config: Any, dtype: torch.dtype) -> None:
@@ -124,9 +123,9 @@ def quantize_blank(model: Any, quantization: str, model_config: Any, dtype: torc
 
 def _blank(layer: Any, dtype: torch.dtype, asked: BitsAndBytesConfig) -> QuantizedLinear:
     shape = _shape(layer, dtype)
-    inputs, outputs, *_ = shape
+    inputs, outputs = shape.in_features, shape.out_features
     if asked.load_in_8bit:
-        return EightBitLinear(*shape, codes=torch.empty(outputs, inputs, dtype=torch.int8), scales=torch.empty(outputs))
+        return EightBitLinear(shape, codes=torch.empty(outputs, inputs, dtype=torch.int8), scales=torch.empty(outputs))
     blocks = -(-inputs * outputs // BLOCK)
     if asked.bnb_4bit_use_double_quant:
         scales = Scales(torch.empty(blocks, dtype=torch.uint8), values=torch.empty(256), offset=torch.empty(()),
@@ -134,4 +133,4 @@ def _blank(layer: Any, dtype: torch.dtype, asked: BitsAndBytesConfig) -> Quantiz
     else:
         scales = Scales(torch.empty(blocks))
     codes = torch.empty(blocks * BLOCK // 2, dtype=torch.uint8)
-    return FourBitLinear(*shape, codes=codes, values=torch.empty(16), scales=scales, block=BLOCK)
+    return FourBitLinear(shape, codes=codes, values=torch.empty(16), scales=scales, block=BLOCK)

@@ -15,7 +15,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -62,16 +62,24 @@ class QuantizedWeight:
         return parts
 
 
+class LayerShape(NamedTuple):
+    """What a quantised layer has of the plain one."""
+
+    in_features: int
+    out_features: int
+    bias: Tensor | None
+    dtype: torch.dtype
+    """That of the computation."""
+    is_transposed: bool
+    """Whether the plain layer stores (I, O), as GPT-2's do."""
+
+
 class QuantizedLinear(nn.Linear):
     """`x Wᵀ + bias` with a stored W that is not a parameter. Subclasses store it."""
 
-    def __init__(
-        self, in_features: int, out_features: int, bias: Tensor | None, dtype: torch.dtype, is_transposed: bool
-    ) -> None:
-        """`dtype` is that of the computation; `is_transposed` where the plain layer stores (I, O), as GPT-2's do."""
+    def __init__(self, shape: LayerShape) -> None:
         nn.Module.__init__(self)  # without nn.Linear's parameter `weight`
-        self.in_features, self.out_features = in_features, out_features
-        self.dtype, self.is_transposed = dtype, is_transposed
+        self.in_features, self.out_features, bias, self.dtype, self.is_transposed = shape
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
 
     def stored(self) -> QuantizedWeight:
@@ -122,13 +130,10 @@ class _FrozenProduct(torch.autograd.Function):
 class FourBitLinear(QuantizedLinear):
     """Two weights a byte; each names one of 16 values, which is scaled by the largest magnitude of its block."""
 
-    def __init__(
-        self, in_features: int, out_features: int, bias: Tensor | None, dtype: torch.dtype, is_transposed: bool, *,
-        codes: Tensor, values: Tensor, scales: Scales, block: int,
-    ) -> None:  # fmt: skip
+    def __init__(self, shape: LayerShape, *, codes: Tensor, values: Tensor, scales: Scales, block: int) -> None:
         """`codes` (B · block / 2,) uint8, the first weight of a pair in the high half, rows of W one after another;
         `values` (16,) float32; `block` is the number of weights that share a scale."""
-        super().__init__(in_features, out_features, bias, dtype, is_transposed)
+        super().__init__(shape)
         self.block = block
         self.codes, self.values = _frozen(codes), _frozen(_bits(values))
         self.scales = scales
@@ -165,12 +170,9 @@ class Scales(nn.Module):
 class EightBitLinear(QuantizedLinear):
     """A byte a weight, with a scale for each output."""
 
-    def __init__(
-        self, in_features: int, out_features: int, bias: Tensor | None, dtype: torch.dtype, is_transposed: bool, *,
-        codes: Tensor, scales: Tensor,
-    ) -> None:  # fmt: skip
+    def __init__(self, shape: LayerShape, *, codes: Tensor, scales: Tensor) -> None:
         """`codes` (O, I) int8; `scales` (O,) float32, what a code of 1 stands for."""
-        super().__init__(in_features, out_features, bias, dtype, is_transposed)
+        super().__init__(shape)
         self.codes, self.scales = _frozen(codes), _frozen(_bits(scales))
 
     def stored(self) -> QuantizedWeight:
