@@ -107,11 +107,10 @@ class Evaluation:
         self._claim(compared)
         self.end_ids = end_token_ids(config.model, self.tokenizer)
         self.texts_of = CompletionTexts(self.tokenizer, self.end_ids)
-        vocabulary = self.model_config.get_text_config().vocab_size
         ignored = ignored_generation_options(config.model, config.rollout)
         if ignored and os.environ.get("RANK", "0") == "0":
             log.info("%s", ignored)
-        self.sampling = sampling_with(config.rollout, self.tokenizer, self.end_ids, vocabulary)
+        self.sampling = sampling_with(config.rollout, self.tokenizer, self.end_ids, self.model_config)
         self.scorer = ScorerPool(config.rewards, config.scoring)
         self.scorer.check_columns([*self.prompts[0].columns, *(EPISODE_COLUMNS if self.host else ())])
         self.episodes = episodes_of(config, self.host, self.tokenizer, self.end_ids)

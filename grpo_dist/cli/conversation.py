@@ -63,8 +63,7 @@ class Conversation:
         # a run of an older version lacks some
         rollout = RolloutConfig(**{name: given[name] for name in _SAMPLING if name in given})
         self.texts_of = CompletionTexts(tokenizer, end_ids)
-        vocabulary = policy.causal_lm.config.get_text_config().vocab_size
-        self.sampling = sampling_with(rollout, tokenizer, end_ids, vocabulary)
+        self.sampling = sampling_with(rollout, tokenizer, end_ids, policy.causal_lm.config)
         most = longest or rollout.max_completion_length
         self.generation = {"max_new_tokens": most, "min_new_tokens": min(rollout.min_new_tokens, most),
                            "suppress_tokens": [*self.sampling.banned] or None, "do_sample": temperature > 0,

@@ -53,8 +53,7 @@ class EpisodeChat:
         self.trained, self.policy, self.tokenizer, self.seed = trained, policy, tokenizer, seed
         self.config = templated(config)
         self.ends = end_token_ids(trained.model, tokenizer)
-        vocabulary = policy.causal_lm.config.get_text_config().vocab_size
-        self.sampling = replace(sampling_with(config.rollout, tokenizer, self.ends, vocabulary),
+        self.sampling = replace(sampling_with(config.rollout, tokenizer, self.ends, policy.causal_lm.config),
                                 temperature=temperature or 1.0, greedy=not temperature)  # fmt: skip
         self.host = open_host(config)
         episodes = episodes_of(self.config, self.host, tokenizer, self.ends)

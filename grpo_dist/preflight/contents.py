@@ -87,8 +87,7 @@ def _read_model(config: Config, contents: Contents, num_ranks: int, findings: Fi
                 findings.remarks.append(f"adapters: none on {left_out}")
         with findings.attempt():
             contents.end_ids = end_token_ids(config.model, contents.tokenizer)
-            vocabulary = contents.model_config.get_text_config().vocab_size
-            sampling_with(config.rollout, contents.tokenizer, contents.end_ids, vocabulary)
+            sampling_with(config.rollout, contents.tokenizer, contents.end_ids, contents.model_config)
             if ignored := ignored_generation_options(config.model, config.rollout):
                 findings.remarks.append(ignored)
         with suppress(ValueError, OSError, DamagedCheckpoint):  # `check_resuming` reports it

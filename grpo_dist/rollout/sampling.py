@@ -60,8 +60,8 @@ def sampling_of(rollout: RolloutConfig) -> Sampling:
     return Sampling(rollout.temperature, rollout.top_p, rollout.top_k, rollout.min_p)
 
 
-def sampling_with(rollout: RolloutConfig, tokenizer: Any, end_ids: Sequence[int], vocabulary: int) -> Sampling:
-    """How a config has completions drawn by a model with `vocabulary` logits and this tokenizer.
+def sampling_with(rollout: RolloutConfig, tokenizer: Any, end_ids: Sequence[int], model_config: Any) -> Sampling:
+    """How a config has completions drawn by a model with this config and tokenizer.
 
     Raises ValueError for banned tokens that are none, and for stop strings that cannot occur.
     """
@@ -71,7 +71,7 @@ def sampling_with(rollout: RolloutConfig, tokenizer: Any, end_ids: Sequence[int]
     if not rollout.stop:
         return sampling
     spelled = CompletionTexts(tokenizer, end_ids).spelled()
-    stop = stop_strings(rollout.stop, [*spelled, *[b""] * (vocabulary - len(spelled))])
+    stop = stop_strings(rollout.stop, [*spelled, *[b""] * (model_config.get_text_config().vocab_size - len(spelled))])
     for text in rollout.stop:
         ids = tokenizer(f"a{text}", add_special_tokens=False)["input_ids"]
         require_occurring(stop.first(ids) is not None, text, tokenizer.convert_ids_to_tokens(ids))

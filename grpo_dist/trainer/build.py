@@ -213,8 +213,7 @@ def _load_data(config: Config, resume_from: Path | None, host: EnvironmentHost |
     end_ids = end_token_ids(config.model, tokenizer)
     for doubt in doubts(config, tokenizer, prompts, end_ids):
         log.warning("%s", doubt)
-    vocabulary = model_config.get_text_config().vocab_size
-    sampling = sampling_with(config.rollout, tokenizer, end_ids, vocabulary)
+    sampling = sampling_with(config.rollout, tokenizer, end_ids, model_config)
     if ignored := ignored_generation_options(config.model, config.rollout):
         log.info("%s", ignored)
     return _Data(config, tokenizer, model_config, prompts, sampler, eval_prompts, end_ids, sampling,

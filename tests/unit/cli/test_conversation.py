@@ -61,7 +61,7 @@ def test_the_run_s_ends_and_bans_hold_in_a_chat(tmp_path: Path, capsys: pytest.C
     trained = Trained(tmp_path, tmp_path, 1, asdict(config), True)
     Conversation(trained, policy, tokenizer, 0.0, 24, seed=0).answer(PROMPT)
     ends = end_token_ids(ModelConfig("toy"), tokenizer)
-    sampling = replace(sampling_with(config.rollout, tokenizer, ends, policy.causal_lm.config.vocab_size), greedy=True)
+    sampling = replace(sampling_with(config.rollout, tokenizer, ends, policy.causal_lm.config), greedy=True)
     request = Request(0, 0, tokenizer(PROMPT)["input_ids"], key=0)
     (expected,) = decode_all(RowDecoder(ends, 24), policy.causal_lm, [request], sampling)
     (text,) = CompletionTexts(tokenizer, ends)([expected.ids])

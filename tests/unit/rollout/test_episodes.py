@@ -273,7 +273,7 @@ def test_every_decoder_plays_the_same(products: tuple[list[Prompt], list[Traject
 def test_a_stop_string_ends_a_turn(models: dict[str, Any]) -> None:
     config = make_config()
     config.rollout.stop = ["</tool_call>"]
-    sampling = sampling_with(config.rollout, TOKENIZER, ENDS, models["plain"].config.vocab_size)
+    sampling = sampling_with(config.rollout, TOKENIZER, ENDS, models["plain"].config)
     others = None
     for decoder, model in (
         (RowDecoder(ENDS, LONGEST), models["plain"]),

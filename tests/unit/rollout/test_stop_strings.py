@@ -18,7 +18,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from tokenizers.normalizers import Lowercase
 from tokenizers.processors import TemplateProcessing
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Config
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerFast, Qwen2Config
 
 from grpo_dist.config.schema import RolloutConfig
 from grpo_dist.model import attention
@@ -41,6 +41,7 @@ from grpo_dist.text.tokens import CompletionTexts
 from grpo_dist.types import Trajectory
 
 ENDS, MOST = [2, 3], 30
+BYTES = PretrainedConfig(vocab_size=257)
 PIECES = [
     b"",
     b"a",
@@ -244,7 +245,8 @@ def test_tokens_spell_the_texts_that_rewards_get(make: Any) -> None:
 
 
 def test_a_special_token_is_a_stop_string_like_any_other() -> None:
-    sampling = sampling_with(RolloutConfig(stop=["</answer>"]), tokenizer := with_tags(), [256], 300)
+    tokenizer, rollout = with_tags(), RolloutConfig(stop=["</answer>"])
+    sampling = sampling_with(rollout, tokenizer, [256], PretrainedConfig(vocab_size=300))
     assert sampling.stop is not None and len(sampling.stop.classes) == 300, "logits without a token never stop anything"
     (tag,) = tokenizer.convert_tokens_to_ids(["</answer>"])
     letters = tokenizer("x </answer", add_special_tokens=False)["input_ids"]
@@ -259,18 +261,18 @@ def test_a_special_token_is_a_stop_string_like_any_other() -> None:
 )  # fmt: skip
 def test_what_the_tokenizer_cannot_do_is_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        sampling_with(RolloutConfig(**options), make_tokenizer(), [256], 257)
+        sampling_with(RolloutConfig(**options), make_tokenizer(), [256], BYTES)
 
 
 def test_banned_tokens_by_text_and_id() -> None:
     rollout = RolloutConfig(banned_tokens=["a", " ", 3, "<end>"], stop=["b"])
     tokenizer = make_tokenizer()
-    assert sampling_with(rollout, tokenizer, [256], 257).banned == tuple(
+    assert sampling_with(rollout, tokenizer, [256], BYTES).banned == tuple(
         sorted([*tokenizer.convert_tokens_to_ids(["a", "Ġ"]), 3, 256])
     )
     rollout = RolloutConfig(banned_tokens=["Ġ"], temperature=0.5, top_p=0.9, top_k=7, min_p=0.1, min_new_tokens=3)
     expected = Sampling(0.5, 0.9, 7, 0.1, banned=tuple(tokenizer.convert_tokens_to_ids(["Ġ"])), min_new_tokens=3)
-    assert sampling_with(rollout, tokenizer, [256], 257) == expected, "a token is meant by its own spelling, too"
+    assert sampling_with(rollout, tokenizer, [256], BYTES) == expected, "a token is meant by its own spelling, too"
 
 
 def test_tokens_that_a_tokenizer_puts_around_texts_belong_to_no_string() -> None:
@@ -279,9 +281,9 @@ def test_tokens_that_a_tokenizer_puts_around_texts_belong_to_no_string() -> None
     tokenizer.backend_tokenizer.normalizer = Lowercase()
     assert len(tokenizer("a")["input_ids"]) == 2
     (space,) = tokenizer.convert_tokens_to_ids(["Ġ"])
-    assert sampling_with(RolloutConfig(banned_tokens=[" "]), tokenizer, [256], 257).banned == (space,)
+    assert sampling_with(RolloutConfig(banned_tokens=[" "]), tokenizer, [256], BYTES).banned == (space,)
     with pytest.raises(ValueError, match=r"\['a', 'x'\]"):
-        sampling_with(RolloutConfig(stop=["X"]), tokenizer, [256], 257)
+        sampling_with(RolloutConfig(stop=["X"]), tokenizer, [256], BYTES)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import pytest
 import torch
 from fake_vllm import FakeVllm
 from served import ENDS, LORA, PROMPTS, REQUESTS, Start, small_model
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PretrainedConfig
 
 from grpo_dist.config.schema import LoraConfig, ModelConfig
 from grpo_dist.config.vllm import logprobs_mode
@@ -40,7 +40,7 @@ def test_stop_strings_and_bans_are_the_trainers(start: Start, server: FakeVllm) 
     rollout = {"stop": [*"acegikmoqsuwy02468"], "min_new_tokens": 2, "banned_tokens": [free[1].ids[0]]}
     training = start(server, **rollout)
     training.engine.update_weights()
-    sampling = sampling_with(training.config.rollout, tokenizer, ENDS, 257)
+    sampling = sampling_with(training.config.rollout, tokenizer, ENDS, PretrainedConfig(vocab_size=257))
     requests = [replace(request, offset=request.sample) for request in REQUESTS]
     drawn = sample(training.engine, requests, sampling)
     keyed = [replace(request, key=seed_of(request), offset=0) for request in requests]
