@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from ..config.rollout import RolloutConfig
+from ..distributed.agreement import Gather, first_fault
 from ..model.checks import CANNOT
 from ..model.fixed_row import most_positions
 from ..model.quantized import quantized_layers
@@ -63,15 +64,14 @@ class UnfitEngine(ValueError):
 
 
 def make_engine(
-    weights: Weights, obstacle: str | None, end_ids: list[int], rollout: RolloutConfig,
-    gather: Callable[[Any], list[Any]], step: str | None = None, *, halves: bool = False,
+    weights: Weights, obstacle: str | None, end_ids: list[int], rollout: RolloutConfig, gather: Gather,
+    step: str | None = None, *, halves: bool = False,
 ) -> LocalEngine:  # fmt: skip
     """The engine that `rollout.engine` asks for, or the faster one that is right; a line in the log names it.
 
-    `obstacle` says why prompts cannot be shared, None where they can, the same on all ranks; `gather` returns what each
-    rank gave it, since all ranks have to make the same choice; `step` is how a run that goes on was decoding; see
-    `KernelStep` for `halves`. Raises UnfitEngine where the paged engine is asked for and is wrong for the model. A
-    collective.
+    `obstacle` says why prompts cannot be shared, None where they can, the same on all ranks, which make the same
+    choice; `step` is how a run that goes on was decoding; see `KernelStep` for `halves`. Raises UnfitEngine where the
+    paged engine is asked for and is wrong for the model. A collective.
     """
     if rollout.dequantize and not _decodes_codes(weights, obstacle, rollout, gather, step):
         weights.dequantize()
@@ -83,7 +83,7 @@ def make_engine(
         # and it does not report the experts of a token
         prefers_paged = on_gpu and obstacle is not None and routers_of(model) is None
         if rollout.engine == "paged" or (rollout.engine == "auto" and prefers_paged):
-            fault = next(filter(None, gather(_paged_fault(model, make))), None)
+            fault = first_fault(gather, _paged_fault(model, make))
             if fault is not None and rollout.engine == "paged":
                 raise UnfitEngine(f"rollout.engine: 'paged' given, expected 'auto' or 'native' for this model: {fault}")
             if fault is not None:
@@ -98,9 +98,8 @@ def make_engine(
 
 
 def _decodes_codes(
-    weights: Weights, obstacle: str | None, rollout: RolloutConfig, gather: Callable[[Any], list[Any]],
-    step: str | None,
-) -> bool:  # fmt: skip
+    weights: Weights, obstacle: str | None, rollout: RolloutConfig, gather: Gather, step: str | None
+) -> bool:
     """Whether all ranks decode with the codes of a quantised base and without a dense copy: in C++."""
     with weights.open() as model:
         if not quantized_layers(model):
@@ -113,9 +112,8 @@ def _decodes_codes(
 
 
 def _own_decoder(
-    model: nn.Module, obstacle: str | None, gather: Callable[[Any], list[Any]], step: str | None, drafts: bool,
-    halves: bool,
-) -> tuple[Maker, str, str | None]:  # fmt: skip
+    model: nn.Module, obstacle: str | None, gather: Gather, step: str | None, drafts: bool, halves: bool
+) -> tuple[Maker, str, str | None]:
     """This project's decoder for the model, the message about it, and the name of its step."""
     if obstacle is not None:
         message = f"one group at a time, and completions are computed one to a row ({obstacle})"
@@ -127,11 +125,8 @@ def _own_decoder(
     name = min((name for name, _ in choices), key=list(STEPS).index)
     reason = next((reason for _, reason in choices if reason is not None), None)
     if step is not None and name != most:
-        log.warning(
-            "rollouts: %s, and not %s as before: from here on they round otherwise",
-            DESCRIPTIONS[name],
-            DESCRIPTIONS[most],
-        )
+        log.warning("rollouts: %s, and not %s as before: from here on they round otherwise", DESCRIPTIONS[name],
+                    DESCRIPTIONS[most])  # fmt: skip
     # the kernel attends to a shared prompt and to a row's own tokens at once
     options: dict[str, Any] = {"step_of": STEPS[name], "pages": name in OVER_PAGES,
                                "copied_prompt": 0 if name == "compiled" else None}  # fmt: skip
@@ -145,7 +140,7 @@ def _own_decoder(
     return lambda *sizes: NativeDecoder(*sizes, captures=captures, **options), message, name
 
 
-def _captures(model: nn.Module, gather: Callable[[Any], list[Any]], options: dict[str, Any]) -> bool:
+def _captures(model: nn.Module, gather: Gather, options: dict[str, Any]) -> bool:
     """Whether steps are captured in CUDA graphs: on a GPU, unless what is replayed is not what was captured."""
     if not model.get_input_embeddings().weight.is_cuda:
         return False
@@ -163,7 +158,7 @@ def _captures(model: nn.Module, gather: Callable[[Any], list[Any]], options: dic
             reason = f"replayed steps are off by {gap:.2g} nats from the same steps not captured"
     except CannotCapture as error:
         reason = f"a step makes the host wait: {error}"
-    if reason := next(filter(None, gather(reason)), None):
+    if reason := first_fault(gather, reason):
         log.warning("rollouts: decoding runs kernel by kernel and not as CUDA graphs, several times slower where few "
                     "sequences are in flight (%s)", reason)  # fmt: skip
     return reason is None

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import nn
 
+from ..distributed.agreement import Gather, first_fault
 from ..model import attention
 from ..model.checks import CANNOT
 from ..model.config_files import soft_cap
@@ -25,7 +26,7 @@ OWN = ("sdpa", "eager")
 
 
 def settle_attention(
-    models: Sequence[Any], given: str | None, obstacle: str | None, named: bool, gather: Callable[[Any], list[Any]],
+    models: Sequence[Any], given: str | None, obstacle: str | None, named: bool, gather: Gather,
     window: int | None = None,
 ) -> str | None:  # fmt: skip
     """Set the attention of all `models`, which share an architecture, to the first that is right for the last of them,
@@ -33,13 +34,12 @@ def settle_attention(
 
     They were loaded with the attention `given` (None: transformers' choice); `obstacle` is what the config alone says
     against sharing; `window` is a sliding window that is shorter than the longest sequence. Only `given` is tried where
-    it was `named` by the user. `gather` returns what each rank gave it: what one rank finds holds for all. Raises
-    UnfitModel.
+    it was `named` by the user. What one rank finds holds for all. Raises UnfitModel. A collective.
     """
     model = models[-1]
 
     def fault_of(probe: Callable[[nn.Module], str | None]) -> str | None:
-        return next(filter(None, gather(probe(model))), None)
+        return first_fault(gather, probe(model))
 
     if obstacle is None:
         is_plain = window is None and soft_cap(model.config) is None and not has_sinks(model)
@@ -62,7 +62,7 @@ def settle_attention(
     )
 
 
-def require_no_noise(wrapped: Any, policy: Policy, shares_prompts: bool, gather: Callable[[Any], list[Any]]) -> None:
+def require_no_noise(wrapped: Any, policy: Policy, shares_prompts: bool, gather: Gather) -> None:
     """Compute a few tokens as an update does. Raises UnfitModel where that depends on more than weights and tokens.
 
     A collective; `wrapped` is the policy in training mode, as it is prepared for the ranks.

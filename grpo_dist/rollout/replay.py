@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from ..config.rollout import NO_ROUTES, RolloutConfig
+from ..distributed.agreement import Gather, first_fault
 from ..distributed.device import computes_on_gpu
 from ..model.files import UnfitModel, require_replay
 from ..model.routing import Routers, has_experts
@@ -35,13 +36,12 @@ def needs_routes(rollout: RolloutConfig, model_config: Any) -> bool:
 
 
 def settle_replay(
-    models: Sequence[Any], rollout: RolloutConfig, shared_prompts: bool, gather: Callable[[Any], list[Any]]
+    models: Sequence[Any], rollout: RolloutConfig, shared_prompts: bool, gather: Gather
 ) -> Routers | None:
     """Have all `models`, which share an architecture, replay routes as `rollout.routing_replay` asks: the routers of
     the first one, None where nothing is replayed. A line in the log says so.
 
-    The last model has its weights; `gather` returns what each rank gave it. Raises UnfitModel where replay is asked for
-    and cannot be had. A collective.
+    The last model has its weights. Raises UnfitModel where replay is asked for and cannot be had. A collective.
     """
     model = models[-1]
     if not has_experts(model.config):
@@ -49,7 +49,7 @@ def settle_replay(
     if not rollout.routing_replay:
         log.info("experts: rollout, reference and update each choose their own (rollout.routing_replay: false)")
         return None
-    obstacle = engine_obstacle(rollout) or next(filter(None, gather(routing_fault(model, shared_prompts))), None)
+    obstacle = engine_obstacle(rollout) or first_fault(gather, routing_fault(model, shared_prompts))
     if obstacle is not None and rollout.routing_replay is True:
         raise UnfitModel(f"rollout.routing_replay: True given, expected auto or false: {obstacle}")
     if obstacle is not None:

@@ -21,6 +21,7 @@ from ..config.schema import Config
 from ..config.values import redacted
 from ..data.mixture import load_training
 from ..data.order import Curriculum, Mixture, Sampler
+from ..distributed.agreement import first_fault
 from ..distributed.device import dtype_name, resolve_dtype, set_up_cuda
 from ..distributed.launch import LaunchError, place_in_launch
 from ..distributed.launch_config import require_known_launch, require_optimizer
@@ -259,7 +260,7 @@ def _resume(
         state.restore(tensors, meta, prompts)
     except (checkpoint.DamagedCheckpoint, TypeError, ValueError, LookupError, AttributeError) as error:
         problem = f"{type(error).__name__}: {error}"  # although its checksums are right
-    if problem := next(filter(None, ranks.gather_objects(problem)), None):
+    if problem := first_fault(ranks.gather_objects, problem):
         raise UserError(f"{path} does not fit this run ({problem}): {checkpoint.CHANGED}")
     log.info("resumed from %s", path)
     if config.loss.kl_target is None:  # the coefficient is the config's, which may have been changed

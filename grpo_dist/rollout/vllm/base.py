@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ...config.schema import Config
+from ...distributed.agreement import first_fault
 from ...distributed.device import computes_on_gpu, resolve_dtype
 from ...distributed.ranks import Ranks
 from ...model.checks import stored_quantization
@@ -57,7 +58,7 @@ def provide_base(config: Config, model_config: Any, model: nn.Module, ranks: Ran
         except OSError as error:
             problem = str(error)
     ranks.wait_at("written the base for servers")
-    return next(filter(None, ranks.gather_objects(problem)), None)
+    return first_fault(ranks.gather_objects, problem)
 
 
 def write_base_of(config: Config, model_config: Any) -> None:
