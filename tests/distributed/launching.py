@@ -145,6 +145,13 @@ def reported_steps(directory: Path) -> list[int]:
     return json.loads(data)["runs"][0]["curves"]["step"]
 
 
+def printed(program: str, *arguments: str) -> Any:
+    """What a program of tests/unit prints as JSON: the simulated device changes torch for a process."""
+    done = launch(None, 1, *arguments, program=[f"tests/unit/{program}"], environment={"PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0, done.stderr[-6000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
 def completions(directory: Path) -> list[dict[str, Any]]:
     """Every completion of the run, in order."""
     return [
@@ -167,6 +174,12 @@ def merged_equals_adapter(directory: Path) -> bool:
         adapted = with_saved_adapters(base, str(directory / "final" / "adapter"))(ids).logits
         equal = torch.allclose(merged(ids).logits, adapted, atol=1e-4)
     return equal and not torch.allclose(plain, adapted, atol=1e-2)
+
+
+def check_same(one: Path, other: Path, most: float = 1e-4) -> None:
+    """Fail unless two runs drew the same, and their adapters differ by no more than rounding."""
+    assert [row["completion"] for row in completions(other)] == [row["completion"] for row in completions(one)]
+    assert relative_difference(adapters(one), adapters(other)) <= most
 
 
 def relative_difference(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:

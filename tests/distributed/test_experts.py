@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from launching import ROOT, TINY, adapters, completions, launch, metrics, relative_difference, train
+from launching import ROOT, TINY, adapters, check_same, completions, launch, metrics, train
 from small_experts import make_experts
 
 REWARDS = "[{name: 'tests.distributed.comparing:different_characters'}]"
@@ -63,8 +63,7 @@ def test_ranks_change_nothing(
     strategy: str, num_processes: int, arguments: tuple[str, ...], model: str, one_process: Path, tmp_path: Path
 ) -> None:
     other = train(strategy, num_processes, tmp_path / "run", "--model.name", model, *OPTIONS, *arguments)
-    assert [row["completion"] for row in completions(other)] == [row["completion"] for row in completions(one_process)]
-    assert relative_difference(adapters(one_process), adapters(other)) <= 1e-4
+    check_same(one_process, other)
     assert [line["rollout/router_agreement"] for line in metrics(other)[1:]] == pytest.approx(
         [line["rollout/router_agreement"] for line in metrics(one_process)[1:]], abs=1e-3)  # fmt: skip
 
@@ -76,8 +75,7 @@ def test_ranks_that_share_a_pack_have_the_sinks_of_their_heads(tmp_path: Path) -
     options = ("--model.name", model, *OPTIONS, "--train.num_train_steps", "2")
     one = train(None, 1, tmp_path / "one", *options)
     two = train("ddp", 2, tmp_path / "two", *options, "--train.sequence_parallel_size", "2")
-    assert [row["completion"] for row in completions(two)] == [row["completion"] for row in completions(one)]
-    assert relative_difference(adapters(one), adapters(two)) <= 1e-4
+    check_same(one, two)
 
 
 @pytest.fixture(scope="module")
@@ -104,8 +102,7 @@ def test_adapters_on_experts(
     launch_config = strategy if strategy != "zero3" else sharding_all(tmp_path)
     expected = one if names == "lora.target_parameters" else going_on
     two = train(launch_config, 2, tmp_path / "two", *given, *OPTIONS)
-    assert [row["completion"] for row in completions(two)] == [row["completion"] for row in completions(expected)]
-    assert relative_difference(adapters(expected), adapters(two)) <= 1e-4
+    check_same(expected, two)
 
 
 def sharding_all(folder: Path) -> str:

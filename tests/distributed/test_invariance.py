@@ -8,7 +8,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from launching import EVALUATED, adapters, completions, merged_equals_adapter, metrics, relative_difference, train
+from launching import (
+    EVALUATED,
+    adapters,
+    check_same,
+    completions,
+    merged_equals_adapter,
+    metrics,
+    relative_difference,
+    train,
+)
 from safetensors.torch import load_file
 
 from grpo_dist.model.toy import toy_path
@@ -108,8 +117,7 @@ def test_what_changes_only_speed_and_memory(
     strategy: str, num_processes: int, arguments: tuple[str, ...], one_process: Path, tmp_path: Path
 ) -> None:
     other = train(strategy, num_processes, tmp_path / "run", *KL, *arguments)
-    assert [row["completion"] for row in completions(other)] == [row["completion"] for row in completions(one_process)]
-    assert relative_difference(adapters(one_process), adapters(other)) <= 1e-4
+    check_same(one_process, other)
 
 
 @pytest.mark.parametrize(
@@ -119,8 +127,7 @@ def test_what_changes_only_speed_and_memory(
 def test_other_objectives(arguments: tuple[str, ...], tmp_path: Path) -> None:
     one = train(None, 1, tmp_path / "one", *arguments)
     three = train("zero3", 3, tmp_path / "three", *arguments)
-    assert [row["completion"] for row in completions(three)] == [row["completion"] for row in completions(one)]
-    assert relative_difference(adapters(one), adapters(three)) <= 1e-5
+    check_same(one, three, 1e-5)
 
 
 @pytest.mark.parametrize(
@@ -152,8 +159,7 @@ def test_other_optimizers(optimizer: str, tmp_path: Path) -> None:
     one, two = (
         train(*shape, tmp_path / str(shape[1]), "--optim.optimizer", optimizer) for shape in ((None, 1), ("ddp", 2))
     )
-    assert [row["completion"] for row in completions(two)] == [row["completion"] for row in completions(one)]
-    assert relative_difference(adapters(one), adapters(two)) <= 1e-4
+    check_same(one, two)
 
 
 @pytest.fixture(scope="module")
@@ -179,8 +185,7 @@ def test_dropout(
 ) -> None:
     """What adapters drop depends on token and layer, wherever they are computed and beside whatever else."""
     other = train(strategy, num_processes, tmp_path / "run", *DROPOUT, *arguments)
-    assert [row["completion"] for row in completions(other)] == [row["completion"] for row in completions(with_dropout)]
-    assert relative_difference(adapters(with_dropout), adapters(other)) <= 1e-5
+    check_same(with_dropout, other, 1e-5)
     assert relative_difference(adapters(with_dropout), adapters(one_process)) > 1e-3
 
 

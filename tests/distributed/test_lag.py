@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from launching import EVALUATED, ROOT, TINY, adapters, completions, launch, metrics, relative_difference, train
+from launching import EVALUATED, ROOT, TINY, adapters, check_same, completions, launch, metrics, train
 
 LAG = ("--rollout.lag", "1", "--loss.kl_coeff", "0.04", "--train.updates_per_batch", "2")
 
@@ -25,8 +25,7 @@ def one_process(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(("strategy", "num_processes"), [("ddp", 2), pytest.param("zero3", 2, marks=pytest.mark.slow)])
 def test_ranks_change_nothing(strategy: str, num_processes: int, one_process: Path, tmp_path: Path) -> None:
     other = train(strategy, num_processes, tmp_path / "run", *LAG)
-    assert [row["completion"] for row in completions(other)] == [row["completion"] for row in completions(one_process)]
-    assert relative_difference(adapters(one_process), adapters(other)) <= 1e-4
+    check_same(one_process, other)
 
 
 def test_which_policy_draws(tmp_path: Path) -> None:
@@ -56,8 +55,7 @@ def test_an_engine_elsewhere_draws_while_updates_go_on(one_process: Path, tmp_pa
     done = launch("ddp", 2, *TINY, *LAG, "--train.output_dir", str(run), program=["tests/distributed/lagging.py"],
                   environment={"PYTHONPATH": str(ROOT)})  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
-    assert [row["completion"] for row in completions(run)] == [row["completion"] for row in completions(one_process)]
-    assert relative_difference(adapters(one_process), adapters(run)) <= 1e-4
+    check_same(one_process, run)
     lines: list[dict[str, Any]] = metrics(run)[1:]
     assert all("time/overlapped" in line for line in lines[:-1]) and "time/overlapped" not in lines[-1]
     assert not any("time/overlapped" in line for line in metrics(one_process))

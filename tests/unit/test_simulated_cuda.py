@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from launching import ROOT, launch
+from launching import printed
 
 from grpo_dist.config.names import presets
 
@@ -52,14 +52,6 @@ PHASES = ("pack_minibatches", "with_old_policy", "update", "sync")
 COMPARED = {"loss": 1e-6, "grad_norm": 1e-6, "reward/mean": 1e-6, "kl": 1e-6, "entropy": 1e-6}
 
 
-def result(program: str, *arguments: str) -> Any:
-    """What a program beside this file prints as JSON: the simulated device changes torch for a process."""
-    done = launch(None, 1, *arguments, program=[str(Path(__file__).with_name(program))],
-                  environment={"PYTHONPATH": str(ROOT)})  # fmt: skip
-    assert done.returncode == 0, done.stderr[-6000:]
-    return json.loads(done.stdout.splitlines()[-1])
-
-
 def waits(seen: dict[str, Any], phases: tuple[str, ...]) -> dict[tuple[str, str], str]:
     """Waits of the project's own lines by kind and function, with the line."""
     return {(kind, place.rpartition(":")[0]): place for phase, kind, place, _ in seen["syncs"]
@@ -76,14 +68,14 @@ def check_waits(
 
 
 def check_rollouts(first: int, count: int) -> None:
-    found = result("simulated_rollouts.py", str(first), str(count))
+    found = printed("simulated_rollouts.py", str(first), str(count))
     assert found["faults"] == {}
     assert found["completions"] > 2 * count and found["seen"]["replays"] > 4 * count
     check_waits(waits(found["seen"], ("",)), WAITS_OF_A_ROLLOUT)
 
 
 def check_trainings(cases: dict[str, list[str]], tmp_path: Path, others: Set[tuple[str, str]] = frozenset()) -> None:
-    found = result("simulated_training.py", str(tmp_path), json.dumps(cases))
+    found = printed("simulated_training.py", str(tmp_path), json.dumps(cases))
     for name, runs in found.items():
         assert runs["seen"]["replays"] > 0, name
         for cpu, cuda in zip(runs["cpu"], runs["cuda"], strict=True):

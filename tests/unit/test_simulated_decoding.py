@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import pytest
-from launching import ROOT, launch
+from launching import printed
 
 
 @pytest.fixture(scope="module")
 def counts() -> Any:
-    """What `simulated_decoding.py` prints: the simulated device changes torch for a process."""
-    done = launch(None, 1, program=["tests/unit/simulated_decoding.py"], environment={"PYTHONPATH": str(ROOT)})
-    assert done.returncode == 0, done.stderr[-6000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    return printed("simulated_decoding.py")
 
 
 @pytest.mark.parametrize("name", ["many rows", "few rows", "top-p", "gemma"])
@@ -26,9 +22,7 @@ def test_a_step_takes_few_kernels(counts: Any, name: str) -> None:
 
 @pytest.mark.slow
 def test_the_bound_of_a_steps_time_counts_every_kernel_and_product(counts: Any) -> None:
-    done = launch(None, 1, program=["tests/unit/decoding_roofline.py"], environment={"PYTHONPATH": str(ROOT)})
-    assert done.returncode == 0, done.stderr[-6000:]
-    step = json.loads(done.stdout.splitlines()[-1])["H100: 512 rows, 512 own tokens"]
+    step = printed("decoding_roofline.py")["H100: 512 rows, 512 own tokens"]
     assert step["kernels"] == counts["many rows"]
     # two operations a parameter and row
     products = sum(step["groups"][name]["tflop"] for name in ("products", "head's products"))

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import pytest
-from launching import ROOT, launch
+from launching import printed
 
 from grpo_dist.model import flash_trial
 from grpo_dist.model.shared_prefix import segments
@@ -14,10 +13,7 @@ from grpo_dist.model.shared_prefix import segments
 
 @pytest.fixture(scope="module")
 def counts() -> Any:
-    """What `simulated_packs.py` prints: the simulated device changes torch for a process."""
-    done = launch(None, 1, program=["tests/unit/simulated_packs.py"], environment={"PYTHONPATH": str(ROOT)})
-    assert done.returncode == 0, done.stderr[-6000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    return printed("simulated_packs.py")
 
 
 def test_a_pack_takes_few_kernels(counts: Any) -> None:
@@ -56,9 +52,7 @@ def test_flash_kernels_that_are_wrong_or_other_are_not_used(counts: Any, monkeyp
 
 @pytest.mark.slow
 def test_the_bound_of_a_packs_time_counts_every_kernel_and_product(counts: Any) -> None:
-    done = launch(None, 1, program=["tests/unit/roofline.py"], environment={"PYTHONPATH": str(ROOT)})
-    assert done.returncode == 0, done.stderr[-6000:]
-    bound = json.loads(done.stdout.splitlines()[-1])
+    bound = printed("roofline.py")
     assert bound["kernels"] == pytest.approx(counts["update"]["kernels"], rel=0.01)
     # with frozen weights: one product forward and one back, 2 operations a parameter and token each
     products = sum(bound["groups"][name]["tflop"] for name in ("products", "head's products"))
