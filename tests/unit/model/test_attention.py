@@ -98,6 +98,7 @@ def test_explicit_attention_is_torchs(is_causal: bool, scale: float | None) -> N
         ([(2, [2]), (2, [3])], None, [(4, True), (5, True)]),
         ([(1, []), (9, [4, 4, 1])], None, [(1, True), (9, False), (8, True), (1, True)]),
         ([(4, [4]), (9, [9, 10])], None, [(8, True), (9, False), (9, True), (10, False)]),
+        ([(4, [1]), (9, [1])], 10, [(5, True), (9, False), (1, True)]),
         ([(9, [12])], 21, [(9, False), (12, False)]),
         ([(9, [12])], 20, [(9, False), (12, True)]),
         ([(9, [12])], 9, [(9, False), (12, True)]),
