@@ -20,7 +20,6 @@ from accelerate.utils import DeepSpeedPlugin
 from torch import Tensor, nn
 
 from .device import computes_on_gpu
-from .launch import LaunchError
 from .launch_config import settle_deepspeed
 from .strategy import Fragment
 
@@ -28,7 +27,7 @@ from .strategy import Fragment
 def make_plugin(dtype: torch.dtype, max_grad_norm: float) -> tuple[DeepSpeedPlugin, list[str]]:
     """Accelerate's plugin for the launch's ZeRO options, and a line for each option that the run overrides.
 
-    `dtype` is the policy's compute dtype.
+    `dtype` is the policy's compute dtype. Raises ValueError.
     """
     if not computes_on_gpu():
         _keep_from_compiling()
@@ -41,13 +40,13 @@ def make_plugin(dtype: torch.dtype, max_grad_norm: float) -> tuple[DeepSpeedPlug
 
 
 def _require_known_options(options: dict[str, Any]) -> None:
-    """Raise LaunchError for what DeepSpeed itself would refuse, which would be after models are loaded."""
+    """Raise ValueError for what DeepSpeed itself would refuse, which would be after models are loaded."""
     from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError
 
     try:
         DeepSpeedConfig(copy.deepcopy(options))
     except (ValueError, AssertionError, DeepSpeedConfigError) as error:
-        raise LaunchError(f"launch config: DeepSpeed refuses its options: {error}") from error
+        raise ValueError(f"launch config: DeepSpeed refuses its options: {error}") from error
 
 
 def name_device() -> None:

@@ -74,13 +74,28 @@ def require_known_launch(environment: Mapping[str, str]) -> None:
                              "see accelerate_configs/")  # fmt: skip
     if asks_for(environment, "ACCELERATE_USE_FSDP"):
         _require_fsdp2(environment)
+    if zero_stage(environment) is None:
+        return
+    _require_memory(environment)
     file = environment.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
-    if zero_stage(environment) is not None and file != "none":
+    if file != "none":
         _require_known_entries(file, _read(file))
         beside = sorted(IN_FILE & set(environment.get("ACCELERATE_CONFIG_DS_FIELDS", "").split(",")))
         if beside:
             raise ValueError(f"launch config: {', '.join(beside)} given beside deepspeed_config_file, expected in "
                              f"{file} alone; take it out of the launch config")  # fmt: skip
+
+
+def _require_memory(environment: Mapping[str, str]) -> None:
+    """Raise ValueError where weights or the optimizer's state would lie on NVMe. Checkpoints have whole tensors, and
+    what DeepSpeed has swapped out is an empty one."""
+    file = environment.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
+    zero = {} if file == "none" else _read(file)["zero_optimization"]
+    for name in ("offload_optimizer", "offload_param"):
+        given = zero.get(name, {"device": environment.get(f"ACCELERATE_DEEPSPEED_{name.upper()}_DEVICE")})
+        if isinstance(given, dict) and given.get("device") == "nvme":
+            raise ValueError(f"launch config: {name} to nvme given, expected none or cpu: checkpoints could not be "
+                             "written; accelerate_configs/zero3_offload.yaml uses the memory of the host")  # fmt: skip
 
 
 def shards_weights(environment: Mapping[str, str]) -> bool:

@@ -25,7 +25,7 @@ from ..config.schema import OptimConfig
 from . import deepspeed, fsdp
 from .cores import num_cores
 from .device import computes_on_gpu, slow_here
-from .launch import place_in_launch
+from .launch import LaunchError, place_in_launch
 from .launch_config import asks_for, set_aside_fsdp, set_aside_precision
 from .rendezvous import START_SECONDS, Rendezvous, warn_of_idle_gpus
 from .row_group import row_group
@@ -86,7 +86,10 @@ class Ranks:
         if shards:
             set_aside += set_aside_fsdp(os.environ)
         if asks_for(os.environ, "ACCELERATE_USE_DEEPSPEED"):
-            plugin, further = deepspeed.make_plugin(dtype, optim.max_grad_norm)
+            try:
+                plugin, further = deepspeed.make_plugin(dtype, optim.max_grad_norm)
+            except ValueError as error:
+                raise LaunchError(str(error), by_all=self.fail(error)) from error
             set_aside += further
         for line in set_aside:
             log.warning("%s", line)
@@ -129,7 +132,7 @@ class Ranks:
             self._rendezvous.wait_at(point, PATIENCE.total_seconds())
 
     def fail(self, error: Exception) -> bool:
-        """End the ranks that wait for this one in `wait_at`; returns whether all know."""
+        """End the ranks that wait for this one in `wait_at`; returns whether all know, or have failed too."""
         return self._rendezvous is None or self._rendezvous.fail(error)
 
     def end_start(self) -> None:

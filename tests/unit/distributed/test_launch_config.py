@@ -69,6 +69,17 @@ def test_entries_that_change_what_is_computed_are_refused(entries: Any, message:
         require_known_launch(launched(tmp_path, entries))
 
 
+@pytest.mark.parametrize("name", ["offload_optimizer", "offload_param"])
+def test_nvme_is_refused(name: str, tmp_path: Path) -> None:
+    zero = {"zero_optimization": {"stage": 3, name: {"device": "nvme", "nvme_path": "/nvme"}}}
+    variable = {f"ACCELERATE_DEEPSPEED_{name.upper()}_DEVICE": "nvme"}
+    for environment in (launched(tmp_path, zero), {"ACCELERATE_USE_DEEPSPEED": "true", **variable}):
+        with pytest.raises(ValueError, match=f"launch config: {name} to nvme given, expected none or cpu"):
+            require_known_launch(environment)
+    zero["zero_optimization"][name] = {"device": "cpu"}
+    require_known_launch(launched(tmp_path, zero))
+
+
 def test_a_file_that_is_missing_or_contradicted_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"none\.json cannot be read"):
         require_known_launch({"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": "none.json"})
