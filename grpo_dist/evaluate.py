@@ -30,12 +30,13 @@ if __name__ == "__main__":
     read_options()
 
 from .config.parse import let_first_rank_answer
+from .config.places import writing_to
 from .config.schema import Config, ReferenceConfig
 from .distributed.deepspeed import unsharded_loading
 from .distributed.device import resolve_dtype, set_up_cuda
 from .distributed.launch import place_in_launch, tell_error_of_start
 from .distributed.launch_config import require_known_launch
-from .distributed.ranks import Ranks
+from .distributed.ranks import PhaseError, Ranks
 from .distributed.watch import Interrupted
 from .model.adapter import to_evaluate
 from .model.adapter_values import fingerprint
@@ -68,7 +69,7 @@ from .text.files import write_file
 from .text.plain import plain_lines, write_lines
 from .text.templates import today, uses_date
 from .text.tokens import CompletionTexts
-from .trainer.gathering import gather_scores, gather_trajectories
+from .trainer.gathering import RewardFailure, gather_scores, gather_trajectories
 from .trainer.scoring import Scoring, requests_of
 from .types import CONVERSATION, Batch, Prompt, Trajectory
 
@@ -176,8 +177,9 @@ class Evaluation:
         for start in missing:
             prompts = self.prompts[start : start + _PROMPTS_A_PART]
             rows = self._rows(prompts, self._sample(ranks, prompts, start))
-            if ranks.is_main:
-                write_file(self._path(start), "".join(f"{json.dumps(row)}\n" for row in rows))
+            with ranks.shared_errors("writing samples"), writing_to(self.directory, "--output"):
+                if ranks.is_main:
+                    write_file(self._path(start), "".join(f"{json.dumps(row)}\n" for row in rows))
         ranks.barrier()
         rows = [
             json.loads(line) for start in parts for line in self._path(start).read_text(encoding="utf-8").splitlines()
@@ -289,10 +291,10 @@ def evaluate(options: argparse.Namespace, config: Config) -> int:
     status = 0
     try:
         rows = evaluation.run(ranks)
-    except (UnfitModel, UnfitEngine, Interrupted) as error:  # raised on all ranks alike
+    except (UnfitModel, UnfitEngine, Interrupted, PhaseError, RewardFailure) as error:  # raised on all ranks alike
         if ranks.is_main:
             write_lines(plain_lines(f"error: {error}"), sys.stderr)
-        status = 1 if isinstance(error, Interrupted) else 2
+        status = 2 if isinstance(error, UnfitModel | UnfitEngine) else 1
     finally:
         evaluation.close()
         is_main = ranks.is_main

@@ -71,8 +71,8 @@ class UnwritableOutput(OSError):
 
 
 @contextmanager
-def writing_to(directory: Path) -> Iterator[None]:
-    """Inside, files of the output directory are written; raises UnwritableOutput where that fails, as on a full disk.
+def writing_to(directory: Path, option: str = "train.output_dir") -> Iterator[None]:
+    """Inside, files of an option's directory are written; raises UnwritableOutput where that fails, as on a full disk.
 
     Libraries in Rust (safetensors, tokenizers) have no class for such errors but a common end of their messages.
     """
@@ -81,9 +81,9 @@ def writing_to(directory: Path) -> Iterator[None]:
     except Exception as error:
         if not isinstance(error, OSError) and "(os error " not in str(error):
             raise
-        raise UnwritableOutput(f"train.output_dir: a file in {directory} cannot be written ({error}): make room there, "
-                               "or mend what is wrong with it; the same command then goes on from the newest "
-                               "checkpoint") from error  # fmt: skip
+        raise UnwritableOutput(f"{option}: a file in {directory} cannot be written ({error}): make room there, or mend "
+                               "what is wrong with it; the same command then goes on from what is complete"
+                               ) from error  # fmt: skip
 
 
 def require_writable(directory: Path) -> None:

@@ -7,6 +7,7 @@ import sys
 
 from ..config.parse import let_first_rank_answer
 from ..text.plain import plain_lines, write_lines
+from .device import computes_on_gpu
 
 MPI_SIZES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 """Variables with the number of processes that MPI has started."""
@@ -47,8 +48,18 @@ def place_in_launch() -> tuple[int, int]:
             f"RANK={rank}, WORLD_SIZE={given} in the environment, expected a rank below WORLD_SIZE: start ranks "
             "with `accelerate launch`, or unset both for one process"
         )
-    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
-    if int(num_ranks) > 1 and missing:
-        raise LaunchError(f"WORLD_SIZE={num_ranks} in the environment, but {' and '.join(missing)} not: start ranks "
-                          "with `accelerate launch`, or unset RANK and WORLD_SIZE for one process")  # fmt: skip
+    if int(num_ranks) > 1 or os.environ.get("LOCAL_RANK", "-1") != "-1":  # Accelerate joins a process group for either
+        # without LOCAL_RANK, Accelerate would take each process on a GPU for a run of its own
+        needed = ["RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", *(["LOCAL_RANK"] if computes_on_gpu() else [])]
+        missing = [name for name in needed if not os.environ.get(name)]
+        given = f"WORLD_SIZE={num_ranks}" if int(num_ranks) > 1 else f"LOCAL_RANK={os.environ['LOCAL_RANK']}"
+        if missing:
+            raise LaunchError(f"{given} in the environment, but {' and '.join(missing)} not: start ranks with "
+                              "`accelerate launch`, or unset RANK, WORLD_SIZE and LOCAL_RANK for one process"
+                              )  # fmt: skip
+        for name in ("LOCAL_RANK", "MASTER_PORT"):
+            number = os.environ.get(name, "0")
+            if not number.isdecimal() or int(number) > 65_535:
+                raise LaunchError(f"{name}={number} in the environment, expected a number from 0 to 65535: start ranks "
+                                  "with `accelerate launch`, which sets it")  # fmt: skip
     return int(rank), int(num_ranks)

@@ -63,6 +63,19 @@ def test_ranks_resuming_and_comparing(tmp_path: Path) -> None:
     assert missing.returncode == 2 and "--category: 'colour' given" in missing.stderr
 
 
+def test_a_directory_that_vanishes_is_one_line(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    (tmp_path / "vanishing.py").write_text(
+        f"import shutil\n\ndef reward(completions, **_):\n    shutil.rmtree({str(out)!r}, ignore_errors=True)\n"
+        "    return [1.0] * len(completions)\n"
+    )
+    done = launch("ddp", 2, "--config", "configs/quickstart.yaml", "--model", "toy", "--n", "1", "--output", str(out),
+                  "--data", "configs/data/math_tasks_eval.jsonl", "--rewards", "[{name: vanishing:reward}]",
+                  program=["-m", "grpo_dist.evaluate"], environment={"PYTHONPATH": f"{ROOT}:{tmp_path}"})  # fmt: skip
+    assert done.returncode == 1 and done.stderr.count("error: ") == 1, done.stderr[-4000:]
+    assert f"writing samples failed on 1 of 2 ranks. rank 0: --output: a file in {out} cannot be written" in done.stderr
+
+
 def test_a_quantised_base(tmp_path: Path) -> None:
     """A server gets the values that the process computes with."""
     pytest.importorskip("bitsandbytes")

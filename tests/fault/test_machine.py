@@ -66,7 +66,7 @@ def test_a_file_that_cannot_be_written_is_one_line(fault: str, tmp_path: Path) -
                           "--logging.trackers", "[]")  # fmt: skip
     assert status == 1 and "Traceback" not in told and told.count("error: ") == 1, told[-4000:]
     assert f"train.output_dir: a file in {run} cannot be written" in told
-    assert "the same command then goes on from the newest checkpoint" in told
+    assert "the same command then goes on from what is complete" in told
     if "vanish" not in fault:
         train(None, 1, run, "--train.save_every", "1", "--logging.log_completions", "false")
         assert [line["step"] for line in metrics(run)] == list(range(4))

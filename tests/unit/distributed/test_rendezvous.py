@@ -154,7 +154,10 @@ def test_a_first_collective_that_fails_names_the_interface(monkeypatch: pytest.M
     ("given", "message"),
     [({"RANK": "3"}, r"RANK=3, WORLD_SIZE=\(not set\)"), ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK=2, WORLD_SIZE=2"),
      ({"RANK": "one", "WORLD_SIZE": "2"}, "RANK=one"), ({"RANK": "-1", "WORLD_SIZE": "2"}, "RANK=-1"),
-     ({"WORLD_SIZE": "2", "MASTER_ADDR": ""}, "WORLD_SIZE=2 in the environment, but MASTER_ADDR not"),
+     ({"WORLD_SIZE": "2", "MASTER_ADDR": ""}, "WORLD_SIZE=2 in the environment, but RANK and MASTER_ADDR not"),
+     ({"LOCAL_RANK": "0"}, "LOCAL_RANK=0 in the environment, but RANK and WORLD_SIZE not"),
+     ({"LOCAL_RANK": "x", "RANK": "0", "WORLD_SIZE": "1"}, "LOCAL_RANK=x in the environment, expected a number"),
+     ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_PORT": "99999"}, "MASTER_PORT=99999 in the environment, expected a num"),
      ({"OMPI_COMM_WORLD_SIZE": "2"}, "OMPI_COMM_WORLD_SIZE=2 in the environment, but WORLD_SIZE not, as mpirun"),
      ({"PMI_SIZE": "4"}, "PMI_SIZE=4 in the environment")],
 )  # fmt: skip
@@ -171,6 +174,8 @@ def test_launches_that_are_none(given: dict[str, str], message: str, monkeypatch
         ({}, (0, 1)),
         ({"RANK": "0"}, (0, 1)),
         ({"RANK": "1", "WORLD_SIZE": "2"}, (1, 2)),
+        ({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}, (0, 1)),
+        ({"LOCAL_RANK": "-1"}, (0, 1)),
         ({"PMI_SIZE": "1"}, (0, 1)),
         ({"PMI_SIZE": "2", "RANK": "1", "WORLD_SIZE": "4"}, (1, 4)),
     ],
@@ -179,6 +184,15 @@ def test_launches(given: dict[str, str], place: tuple[int, int], monkeypatch: py
     for name, value in given.items():
         monkeypatch.setenv(name, value)
     assert place_in_launch() == place
+
+
+def test_a_launch_on_gpus_says_which_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without LOCAL_RANK, Accelerate would take each process for a run of its own."""
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr("grpo_dist.distributed.launch.computes_on_gpu", lambda: True)
+    with pytest.raises(LaunchError, match="WORLD_SIZE=2 in the environment, but LOCAL_RANK not"):
+        place_in_launch()
 
 
 # --- GPUs -----------------------------------------------------------------------------------------------------------
