@@ -24,12 +24,13 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from .config.evaluation import read_options
+from .config.parse import end_on_ctrl_c, let_first_rank_answer
 
 if __name__ == "__main__":
+    end_on_ctrl_c()
     # before the imports of torch, so that the answer to a mistake in an option comes at once
     read_options()
 
-from .config.parse import let_first_rank_answer
 from .config.places import writing_to
 from .config.schema import Config, ReferenceConfig
 from .distributed.deepspeed import unsharded_loading

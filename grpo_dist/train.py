@@ -17,9 +17,11 @@ from __future__ import annotations
 import sys
 import time
 
+from .config.parse import end_on_ctrl_c
 from .preflight.early import refuse_mistakes
 
 if __name__ == "__main__":
+    end_on_ctrl_c()
     # before the imports of torch, so that the answer to a mistake comes at once
     refuse_mistakes()
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import signal
 import sys
 from collections.abc import Container, Sequence
 
@@ -43,7 +44,7 @@ VERBS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a verb and return its exit status, which is 2 for an error of the user."""
+    """Run a verb and return its exit status, which is 2 for an error of the user, and that of a shell for Ctrl-C."""
     words = sys.argv[1:] if arguments is None else arguments
     parser = make_parser(words[:1])
     if not words:
@@ -54,6 +55,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options, rest = parser.parse_known_args(words)
     try:
         return options.run(options, rest)
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
     except (ValueError, OSError) as error:
         print(plain_lines(f"error: {error}"), file=sys.stderr)
         return 2

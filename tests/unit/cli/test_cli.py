@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -59,6 +61,17 @@ def test_a_launched_module_reads_its_options_before_it_imports_torch(words: list
     assert done.returncode == 2, done.stderr
     assert "rollout.grup_size" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(("words", "status"), [
+    (["grpo_dist.train"], -signal.SIGINT), (["grpo_dist.evaluate", "--model", "toy"], -signal.SIGINT),
+    (["grpo_dist", "train"], 128 + signal.SIGINT)])  # fmt: skip
+def test_ctrl_c_in_an_import_prints_no_traceback(words: list[str], status: int, tmp_path: Path) -> None:
+    (tmp_path / "torch.py").write_text("import os, signal\n\nos.kill(os.getpid(), signal.SIGINT)\n")
+    done = subprocess.run([sys.executable, "-m", *words, "--config", "configs/quickstart.yaml"], capture_output=True,
+                          text=True, cwd=ROOT, timeout=60, check=False,
+                          env={**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}"})  # fmt: skip
+    assert (done.returncode, done.stderr) == (status, "")
 
 
 @pytest.mark.parametrize("local_rank", ["0", "3"])
