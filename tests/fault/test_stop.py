@@ -12,14 +12,26 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from launching import EVALUATED, ROOT, TINY, TRAINER, begin, completions, launch, metrics, reported_steps, train
+from launching import (
+    EVALUATED,
+    ROOT,
+    TINY,
+    TRAINER,
+    adapters,
+    begin,
+    completions,
+    launch,
+    metrics,
+    reported_steps,
+    train,
+)
 from safetensors.torch import load_file
 
 from grpo_dist.checkpoint import store as checkpoint
 from grpo_dist.distributed.watch import SAME_SIGNAL_SECONDS
 
 ARGUMENTS = (*EVALUATED, "--train.updates_per_batch", "2", "--train.eval_every", "2", "--train.save_every", "2")
-POINTS = {"rollout": "rollout:4", "scoring": "scoring:5", "update": "update:4", "eval": "eval:3"}
+POINTS = {"rollout": "rollout:4", "scoring": "scoring:5", "update": "update:4", "eval": "eval:3", "save": "shards:1"}
 
 
 def state(directory: Path) -> dict[str, torch.Tensor]:
@@ -41,11 +53,11 @@ QUICK = {"rollout"}
     "point", [pytest.param(at, id=name, marks=[] if name in QUICK else pytest.mark.slow) for name, at in POINTS.items()]
 )
 def test_one_rank_signalled(point: str, undisturbed: Path, tmp_path: Path) -> None:
-    run = str(tmp_path / "run")
+    run, rank = str(tmp_path / "run"), "0" if point == POINTS["save"] else "1"  # the first rank writes files
     stopped = launch("zero2", 2, *TINY, *ARGUMENTS, "--train.output_dir", run, program=["tests/fault/faulty.py"],
-                     environment={"FAULT": f"usr1@{point}", "FAULT_RANK": "1", "PYTHONPATH": str(ROOT)})  # fmt: skip
+                     environment={"FAULT": f"usr1@{point}", "FAULT_RANK": rank, "PYTHONPATH": str(ROOT)})  # fmt: skip
     assert stopped.returncode == 0, stopped.stderr[-4000:]
-    assert "stopped: rank 1 received SIGUSR1" in stopped.stdout
+    assert f"stopped: rank {rank} received SIGUSR1" in stopped.stdout
     assert len(metrics(tmp_path / "run")) < 4
     assert reported_steps(tmp_path / "run") == [line["step"] for line in metrics(tmp_path / "run")]
     again = train("zero2", 2, tmp_path / "run", *ARGUMENTS)
@@ -53,6 +65,16 @@ def test_one_rank_signalled(point: str, undisturbed: Path, tmp_path: Path) -> No
     assert all(torch.equal(expected[name], got[name]) for name in expected)
     assert [line["step"] for line in metrics(again)] == reported_steps(again) == list(range(4))
     assert [line.get("loss") for line in metrics(again)] == [line.get("loss") for line in metrics(undisturbed)]
+
+
+@pytest.mark.slow
+def test_a_signal_in_the_export_changes_nothing(undisturbed: Path, tmp_path: Path) -> None:
+    done = launch("zero2", 2, *TINY, *ARGUMENTS, "--train.output_dir", str(tmp_path / "run"),
+                  program=["tests/fault/faulty.py"],
+                  environment={"FAULT": "term@export:1", "FAULT_RANK": "0", "PYTHONPATH": str(ROOT)})  # fmt: skip
+    assert done.returncode == 0 and "trained model:" in done.stdout, done.stderr[-4000:]
+    expected, got = adapters(undisturbed), adapters(tmp_path / "run")
+    assert all(torch.equal(expected[name], got[name]) for name in expected)
 
 
 def test_a_penalty_switched_on_in_the_middle_of_a_batch(tmp_path: Path) -> None:
