@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -83,6 +84,11 @@ def _adapter_of(lora: LoraConfig | None) -> str | None:
     return None if lora is None or lora.init_from is None else fingerprint(lora.init_from)
 
 
+def _by_entry(identity: dict[str, Any]) -> dict[str, Any]:
+    """An identity whose base model is not one long text: a line for what differs in it can then be read."""
+    return identity | {"base": json.loads(identity["base"])}
+
+
 def changes(path: Path, config: Config, now: dict[str, Any]) -> list[str]:
     """A line for each change since a checkpoint; raises ValueError where the run's identity `now` is another."""
     meta = checkpoint.load_meta(path, NEEDED)
@@ -91,7 +97,8 @@ def changes(path: Path, config: Config, now: dict[str, Any]) -> list[str]:
     if before["lora"] is not None:
         before["lora"] = _shape_of(LoraConfig()) | before["lora"]
     noted = [what for key, what in MAY_CHANGE.items() if before.pop(key) != now[key]]
-    harmful = differences(before, {key: value for key, value in now.items() if key not in MAY_CHANGE})
+    same = {key: value for key, value in now.items() if key not in MAY_CHANGE}
+    harmful = differences(_by_entry(before), _by_entry(same))
     if harmful and not config.train.allow_changes:
         lines = "\n  ".join(harmful)
         raise ValueError(f"{path} belongs to another run:\n  {lines}\nChoose another train.output_dir, "
@@ -108,7 +115,8 @@ def changes(path: Path, config: Config, now: dict[str, Any]) -> list[str]:
 
 def require_same_start(starts: Sequence[dict[str, Any]]) -> None:
     """Raise ValueError where a rank's options, versions or data differ from rank 0's; `starts` is in order of rank."""
-    for rank, start in enumerate(starts):
-        if other := differences(starts[0], start):
+    named = [start | {"identity": _by_entry(start["identity"])} for start in starts]
+    for rank, start in enumerate(named):
+        if other := differences(named[0], start):
             raise ValueError(f"rank {rank} was started differently from rank 0, expected the same config, packages, "
                              f"model and data on all nodes: {'; '.join(other)}")  # fmt: skip

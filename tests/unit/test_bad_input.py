@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from grpo_dist.checkpoint import store as checkpoint
-from grpo_dist.checkpoint.resume import NEEDED, changes, identity, resume_path
+from grpo_dist.checkpoint.resume import NEEDED, changes, identity, require_same_start, resume_path
 from grpo_dist.config.parse import parse_config
 from grpo_dist.config.schema import Config
 from grpo_dist.data.rows import load_rows, open_rows
@@ -202,9 +202,13 @@ def test_another_data_set_or_base_model_is_another_run(tmp_path: Path) -> None:
     other = identity(config, model_config, []) | {"base_weights": "another model saved in its place"}
     with pytest.raises(ValueError, match=r"base_weights: .* -> 'another model"):
         changes(path, config, other)
+    size = model_config.hidden_size
     model_config.hidden_size *= 2
-    with pytest.raises(ValueError, match="base: "):
+    with pytest.raises(ValueError, match=rf"run:\n  base\.config\.hidden_size: {size} -> {2 * size}\nChoose"):
         changes(path, config, identity(config, model_config, []))
+    starts = [{"identity": identity(config, rank, [])} for rank in (load_model_config(config.model), model_config)]
+    with pytest.raises(ValueError, match=rf"nodes: identity\.base\.config\.hidden_size: {size} -> {2 * size}$"):
+        require_same_start(starts)
 
 
 def test_other_changes_are_listed(tmp_path: Path) -> None:
