@@ -26,7 +26,7 @@ _OPENING_TAG = re.compile(r"<((?!assistant|model|bot)\w+)>\s*$")  # but not the 
 _READ_ROLES = ("system", "developer", "user")  # templates shorten an assistant's messages, such as its thoughts
 _SHORT_CHARACTERS = 8
 _SENTINEL = "qzxsentinelqzx"
-_SAID = "qzxanswerqzx"
+_ASKED, _SAID = "qzxquestionqzx", "qzxanswerqzx"
 _SHOWN_CHARACTERS = 60
 _warned: set[tuple[str, str]] = set()
 _comes_back_at: dict[tuple[Any, ...], bool] = {}
@@ -176,12 +176,13 @@ def _require_calls(messages: Sequence[Mapping[str, Any]], text: str) -> None:
 def closing_of(tokenizer: Any, template_date: str | None) -> str:
     """What the chat template writes after an answer, without white space around it; empty where it writes nothing, or
     takes no question and answer."""
-    messages = [{"role": "user", "content": _SENTINEL}, {"role": "assistant", "content": _SAID}]
+    messages = [{"role": "user", "content": _ASKED}, {"role": "assistant", "content": _SAID}]
     try:
-        text = render_conversation(messages, tokenizer, template_date, is_prompt=False)
-    except Exception:  # the template takes no such conversation; only the data's conversations matter
+        text = render_messages(messages, tokenizer, template_date, answered=True)
+    except ValueError:  # the template takes no such conversation; only the data's conversations matter
         return ""
-    return text.rpartition(_SAID)[2].strip()
+    _, found, closing = text.rpartition(_SAID)
+    return closing.strip() if found else ""
 
 
 def _is_read(message: Mapping[str, str]) -> bool:

@@ -85,8 +85,11 @@ class ToolTurns:
                                  "one that shows it")  # fmt: skip
             self._require_readable_calls()
             self._takes_several = self._shows_names_of_several()
-        if has_users:
-            self.user_ids([_QUESTION])
+        if has_users and _SENTINEL not in self._after_words([{"role": "user", "content": _SENTINEL}])[1]:
+            raise ValueError(
+                f"the chat template of {tokenizer.name_or_path!r} leaves out what a user says after the model, as "
+                "those do that take a text as a list of parts alone: use one that shows it"
+            )
 
     def calls(self, text: str) -> list[Call]:
         """The calls in the text of a turn, in order; what begins as a call and is none has a `problem`, and so have
@@ -110,9 +113,8 @@ class ToolTurns:
 
         What holds for answers of tools holds for the messages.
         """
-        turn = {"role": "assistant", "content": _SAID}
         texts = [{**each, "content": self._without_specials(each["content"])} for each in messages]
-        return self._ids(self._between(turn, _SAID, texts, "messages of a user after the model's"), is_open)
+        return self._ids(self._after_words(texts), is_open)
 
     def _rendered_answers(self, answers: tuple[Answer, ...], is_open: bool) -> list[int]:
         texts = [Answer(each.name, self._without_specials(each.text)) for each in answers]
@@ -126,6 +128,10 @@ class ToolTurns:
         ids: list[int] = self._tokenizer(before + text, add_special_tokens=False)["input_ids"]
         place = ids.index(self._tokenizer.convert_tokens_to_ids(before))
         return ids[place:] if end and is_open else ids[place + 1 :]
+
+    def _after_words(self, messages: Sequence[dict[str, str]]) -> tuple[str, str]:
+        turn = {"role": "assistant", "content": _SAID}
+        return self._between(turn, _SAID, messages, "messages of a user after the model's")
 
     def _after_calls(self, answers: Sequence[Answer]) -> tuple[str, str]:
         turn = _calling([Call(each.name, {}) for each in answers])

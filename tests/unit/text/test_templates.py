@@ -16,7 +16,7 @@ from grpo_dist.data.prompts import PromptReader, render
 from grpo_dist.model.config_files import load_tokenizer
 from grpo_dist.text import templates
 from grpo_dist.text.messages import as_templates_expect, meant_role
-from grpo_dist.text.templates import TemplateRefusal, render_messages, uses_date
+from grpo_dist.text.templates import TemplateRefusal, closing_of, render_messages, uses_date
 
 TURNS = (
     "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}</s>{% endfor %}"
@@ -59,6 +59,21 @@ def test_messages_come_back(template: Any, messages: list[dict[str, str]]) -> No
 def test_an_answered_conversation_keeps_its_answer_in_parts() -> None:
     text = render_messages(TURN_BY_TURN[:2], tokenizer_with(PARTS), answered=True)
     assert text == upright(TURN_BY_TURN[:2]).removesuffix("<assistant>")
+
+
+@pytest.mark.parametrize(
+    ("template", "closing"),
+    [
+        (TURNS, "</s>"),
+        (PARTS, "</s>"),
+        (TURNS.replace("</s>", ""), ""),
+        (TURNS.replace("m['content'] }}", "m['content'] if m.role == 'user' else '' }}"), ""),
+        (TURNS.replace("m['content'] }}", "m['content'] | upper }}"), ""),
+        ("{{ raise_exception('no') }}", ""),
+    ],
+)
+def test_what_ends_an_answer(template: str, closing: str) -> None:
+    assert closing_of(tokenizer_with(template), None) == closing
 
 
 @pytest.mark.parametrize(

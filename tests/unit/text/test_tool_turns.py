@@ -191,6 +191,10 @@ def test_templates_that_cannot_go_on_are_refused() -> None:
         tokenizer = with_tools(make_tokenizer(template, ["<|im_end|>"]), [])
         with pytest.raises(ValueError, match=reason):
             ToolTurns(tokenizer, [tokenizer.eos_token_id])
+    parts = CHATML.replace("{{ m.content }}", "{%- for part in m.content -%}{{ part.text }}{%- endfor -%}")
+    tokenizer = make_tokenizer(turns("", parts, "<|im_start|>assistant\n"), ["<|im_end|>"])
+    with pytest.raises(ValueError, match=r"leaves out what a user says after the model, .* list of parts alone"):
+        ToolTurns(tokenizer, [tokenizer.eos_token_id], has_tools=False, has_users=True)
     tokenizer = make_tokenizer(unknown, ["<|im_end|>"])
     assert ToolTurns(tokenizer, [tokenizer.eos_token_id], call_format="llama3").calls("{}")[0].problem
 
