@@ -5,8 +5,9 @@ if (runs.some((run) => run.agreement.step.length)) measured.push("agreement");
 
 /** The curves of a run: its metrics, and the agreement of its completions. */
 function withAgreement(run) {
-  const at = new Map(run.agreement.step.map((step, place) => [step, run.agreement.share[place]]));
-  return { ...run.curves, agreement: run.curves.step.map((step) => at.get(step) ?? null) };
+  const point = (step) => Math.floor(step / data.steps_a_point);
+  const at = new Map(run.agreement.step.map((step, place) => [point(step), run.agreement.share[place]]));
+  return { ...run.curves, agreement: run.curves.step.map((step) => at.get(point(step)) ?? null) };
 }
 
 header();

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import html
+import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import datetime, timezone
@@ -16,10 +17,11 @@ from ..config.values import flat
 from ..text.files import write_file
 from .embedding import encoded, harmless
 from .reading import FIELDS, Completions, Written, read_completions, read_run
-from .shaping import OTHER, HeatMap, answer_map, change, curves, is_number, number_map, run_names, variants
+from .shaping import OTHER, HeatMap, answer_map, change, curves, is_number, number_map, run_names, totals, variants
 
 MOST_COMPLETION_BYTES = 12_000_000
 MOST_CURVE_NUMBERS = 300_000
+LEAST_POINTS = 100
 """Limits over all runs, which keep the page under 20 MB."""
 MOST_COLUMNS, MOST_ROWS = 60, 12
 """Limits of a heat map."""
@@ -43,11 +45,13 @@ def render(runs: Sequence[Written], live: str | None = None) -> str:
     """Return the page; `live` is the version of one that is served (see live.py) and follows its runs."""
     names = run_names([str(run.directory) for run in runs])
     numbers = variants([run.config for run in runs])
-    most_points = max(100, MOST_CURVE_NUMBERS // sum(len(_measured(run)) + 1 for run in runs))
+    most_points = max(LEAST_POINTS, MOST_CURVE_NUMBERS // sum(len(_measured(run)) + 1 for run in runs))
+    last = max((line["step"] for run in runs for line in run.lines[-1:]), default=0)
+    steps_a_point = math.ceil((last + 1) / most_points)  # one for all runs, so that curves have the same steps
     data = {
         "live": live, "made": f"{datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC", "fields": FIELDS, "other": OTHER,
-        "defaults": harmless(flat(asdict(Config()), numbered=True), 2_000),
-        "runs": [_run_data(run, name, number, most_points, MOST_COMPLETION_BYTES // len(runs))
+        "defaults": harmless(flat(asdict(Config()), numbered=True), 2_000), "steps_a_point": steps_a_point,
+        "runs": [_run_data(run, name, number, steps_a_point, MOST_COMPLETION_BYTES // len(runs))
                  for run, name, number in zip(runs, names, numbers, strict=True)],
     }  # fmt: skip
     scripts = (*SCRIPTS, "live.js") if live else SCRIPTS
@@ -77,13 +81,13 @@ def _measured(run: Written) -> set[str]:
     return {name for line in run.lines for name, value in line.items() if is_number(value)}
 
 
-def _run_data(run: Written, name: str, variant: int, most_points: int, most_bytes: int) -> dict[str, Any]:
+def _run_data(run: Written, name: str, variant: int, steps_a_point: int, most_bytes: int) -> dict[str, Any]:
     completions = read_completions(run, most_bytes)
-    drawn = curves(run.lines, most_points)
+    drawn = curves(run.lines, steps_a_point)
     data = {
         "name": name, "directory": str(run.directory.absolute()), "variant": variant, "config": run.config,
         "starts": run.starts, "alarms": run.alarms[:200], "num_alarms": len(run.alarms),
-        "curves": drawn, "num_lines": len(run.lines), "changes": _changes(run),
+        "curves": drawn, "totals": totals(run.lines), "changes": _changes(run),
         "completions": {"total": completions.total, "num_steps": len(run.files), "steps_read": len(completions.steps)},
         "maps": {key: asdict(each) for key, each in _maps(completions).items()},
         "agreement": {"step": completions.steps, "share": completions.agreement},

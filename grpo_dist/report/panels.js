@@ -110,7 +110,6 @@ function legend() {
 /** Names and values that describe a run. */
 function overview(run) {
   const steps = run.curves.step;
-  const sum = (name) => (run.curves[name] ?? []).reduce((a, b) => a + (b ?? 0), 0) * (run.num_lines / steps.length);
   const done = steps[steps.length - 1];
   const asked = run.config["train.num_train_steps"];
   const start = run.starts[run.starts.length - 1] ?? {};
@@ -118,9 +117,9 @@ function overview(run) {
     ["Steps", done >= asked ? `${integer(done)}, complete` : `${integer(done)} of ${integer(asked)}`],
     ["Model", run.config["model.name"]],
     ["Ranks", start.ranks ? `${start.ranks.length}, ${start.engine}` : NONE],
-    ["Time in steps", duration(sum("time/step") + sum("time/eval"))],
-    ["Completion tokens", short(sum("tokens/completion"))],
-    ["Peak memory", has("memory/peak_gib") ? `${short(Math.max(...run.curves["memory/peak_gib"]))} GiB` : NONE],
+    ["Time in steps", duration((run.totals["time/step"] ?? 0) + (run.totals["time/eval"] ?? 0))],
+    ["Completion tokens", short(run.totals["tokens/completion"] ?? 0)],
+    ["Peak memory", run.totals["memory/peak_gib"] == null ? NONE : `${short(run.totals["memory/peak_gib"])} GiB`],
   ];
 }
 
@@ -194,17 +193,15 @@ function curvePanels() {
   const details = make("details", { toggle: () => {
     if (details.open && !more.children.length) more.append(...chartsOf(rest).filter(Boolean));
   } }, make("summary", {}, `All other metrics (${rest.length})`), more);
-  const thinned = runs.filter((run) => run.num_lines > run.curves.step.length).map((run) =>
-    `${run.name}: a point is the mean of ${Math.ceil(run.num_lines / run.curves.step.length)} steps.`);
   return section("curves", "Curves", ...chartsOf(CURVES),
-    thinned.length ? make("p", { class: "note" }, thinned.join(" ")) : null, details);
+    data.steps_a_point > 1 ? make("p", { class: "note" }, `A point is the mean of ${data.steps_a_point} steps.`) : null, details);
 }
 
 function time() {
   const bars = make("div", { class: "bars" });
   watch(["run"], () => {
-    const { curves } = runs[state.run];
-    const total = (name) => (curves[name] ?? []).reduce((a, b) => a + (b ?? 0), 0) / Math.max(1, curves["time/step"]?.filter((v) => v != null).length ?? 1);
+    const { totals } = runs[state.run];
+    const total = (name) => (totals[name] ?? 0) / Math.max(1, totals.steps);
     const phases = Object.entries(PHASES).map(([name, text]) => [text, total(`time/${name}`)]);
     const inStep = phases.slice(0, 5).reduce((sum, [, seconds]) => sum + seconds, 0);
     phases.splice(5, 0, ["everything else", Math.max(0, total("time/step") - inStep)]);

@@ -81,17 +81,30 @@ def spread(count: int, most: int) -> list[int]:
     return sorted({round(place * (count - 1) / (most - 1)) for place in range(most)})
 
 
-def curves(lines: Sequence[dict[str, Any]], most_points: int) -> dict[str, list[float | None]]:
-    """Return the metrics by name, also `step`. If there are too many steps, neighbouring ones are averaged.
+def curves(lines: Sequence[dict[str, Any]], steps_a_point: int) -> dict[str, list[float | None]]:
+    """Return the metrics by name, also `step`, averaged over as many steps: the same ones in every run.
 
     A value is None where a metric was not measured. The step of an averaged point is its last one.
     """
-    each = max(1, math.ceil(len(lines) / most_points))
-    parts = [lines[start : start + each] for start in range(0, len(lines), each)]
+    parts = [list(part) for _, part in itertools.groupby(lines, lambda line: line["step"] // steps_a_point)]
     names = dict.fromkeys(name for line in lines for name, value in line.items() if is_number(value))
     metrics = {name: [_mean([line[name] for line in part if is_number(line.get(name))]) for part in parts]
              for name in names}  # fmt: skip
     return metrics | {"step": [part[-1]["step"] for part in parts]}
+
+
+def totals(lines: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Return what the steps of a run come to: the sum of each metric of time and of `tokens/completion`, the largest
+    `memory/peak_gib`, and the number of training `steps`, each where it was measured."""
+    values: dict[str, list[float]] = {}
+    for line in lines:
+        for name, value in line.items():
+            if is_number(value):
+                values.setdefault(name, []).append(value)
+    summed = {name: math.fsum(each) for name, each in values.items()
+              if name.startswith("time/") or name == "tokens/completion"}  # fmt: skip
+    largest = {name: max(values[name]) for name in ("memory/peak_gib",) if name in values}
+    return summed | largest | {"steps": len(values.get("time/step", []))}
 
 
 def is_number(value: Any) -> bool:

@@ -105,21 +105,43 @@ def test_columns(steps: list[int], most: int) -> None:
 
 
 @given(st.lists(st.dictionaries(st.sampled_from("abc"), NUMBERS | st.none() | st.just(math.nan))), st.integers(1, 9))
-def test_curves(lines: list[dict[str, float | None]], most: int) -> None:
+def test_curves(lines: list[dict[str, float | None]], each: int) -> None:
     lines = [line | {"step": step} for step, line in enumerate(lines)]
-    result = curves(lines, most)
-    assert len(result["step"]) <= most
-    each = math.ceil(len(lines) / most)
+    result = curves(lines, each)
+    assert result["step"] == [min(start + each, len(lines)) - 1 for start in range(0, len(lines), each)]
     for name in "abc":
         values = [line.get(name) for line in lines]
         values = [math.nan if value is None else value for value in values]
-        parts = [[v for v in values[start : start + each] if v == v] for start in range(0, len(values), each or 1)]
+        parts = [[v for v in values[start : start + each] if v == v] for start in range(0, len(values), each)]
         expected = [np.mean(part) if part else None for part in parts]
         if name in result:
             assert [v is None for v in result[name]] == [v is None for v in expected]
             assert np.allclose([v for v in result[name] if v is not None], [v for v in expected if v is not None])
         else:
             assert expected == [None] * len(expected)
+
+
+def test_totals_are_of_every_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever was measured in few steps, and however few points are drawn; runs side by side have the same steps."""
+    runs = []
+    for count in (10, 7):
+        run = write_run(tmp_path / str(count), num_steps=count)
+        lines: list[dict[str, float | None]] = [{"step": 0, "time/eval": 8.0, "memory/peak_gib": 1.0}]
+        lines += [{"step": step, "time/step": 1.0 + step, "tokens/completion": 10.0 * step, "time/rollout": None,
+                   "memory/peak_gib": 5.0 if step == 3 else 2.0} for step in range(1, count + 1)]  # fmt: skip
+        lines[5]["time/eval"] = 4.0
+        (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        runs.append(read_run(run))
+    monkeypatch.setattr("grpo_dist.report.page.MOST_CURVE_NUMBERS", 0)
+    monkeypatch.setattr("grpo_dist.report.page.LEAST_POINTS", 4)
+    data = json.loads(re.search(r'id="data"[^>]*>(.*?)</script>', render(runs), re.S)[1])  # type: ignore[index]
+    assert data["steps_a_point"] == 3
+    assert [run["totals"] for run in data["runs"]] == [
+        {"time/eval": 12.0, "memory/peak_gib": 5.0, "time/step": 65.0, "tokens/completion": 550.0, "steps": 10},
+        {"time/eval": 12.0, "memory/peak_gib": 5.0, "time/step": 35.0, "tokens/completion": 280.0, "steps": 7},
+    ]
+    assert [run["curves"]["step"] for run in data["runs"]] == [[2, 5, 8, 10], [2, 5, 7]]
+    assert data["runs"][0]["curves"]["time/eval"] == [8.0, 4.0, None, None]
 
 
 ANSWERS = st.lists(st.lists(st.sampled_from("abcdef"), min_size=1, max_size=9), min_size=1, max_size=20)
