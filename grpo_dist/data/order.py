@@ -28,6 +28,16 @@ class Stateless:
     """The part that samplers without a history share."""
 
     seed: int
+    num_prompts: int
+    batch_size: int
+
+    def epoch(self, step: int) -> float:
+        """Return the prompts before a step, in multiples of all prompts: passes through the data."""
+        return step * self.batch_size / self.num_prompts
+
+    def epoch_after(self, step: int) -> float:
+        """Return the passes through the data once a step has taken its prompts."""
+        return self.epoch(step + 1)
 
     def reseeded(self: Some, seed: int) -> Some:
         """Return a sampler of the same data in the same shares, with the order of another seed."""
@@ -78,10 +88,6 @@ class Sampler(Stateless):
         epoch, place = divmod(cursor, self.num_prompts)
         return int(permutation(self.num_prompts, self.seed, epoch)[place])
 
-    def epoch(self, step: int) -> float:
-        """Return the passes through the data before a step."""
-        return step * self.batch_size / self.num_prompts
-
 
 class Mixture(Stateless):
     """Prompts of several data sets in given shares, each in its own permutations.
@@ -95,7 +101,7 @@ class Mixture(Stateless):
         if not sizes or len(sizes) != len(weights) or min(sizes) < 1 or min(weights) <= 0 or batch_size < 1:
             raise ValueError(f"data sets of {sizes} prompts with the weights {weights} given, expected numbers above 0")
         self.batch_size, self.seed = batch_size, seed
-        self._sizes = list(sizes)
+        self._sizes, self.num_prompts = list(sizes), sum(sizes)
         self._starts = np.concatenate([[0], np.cumsum(sizes)[:-1]]).tolist()
         exact = np.array(weights) / sum(weights) * _CYCLE
         counts = np.floor(exact).astype(int)
@@ -119,10 +125,6 @@ class Mixture(Stateless):
         epoch, place = divmod(before, self._sizes[source])
         return self._starts[source] + int(permutation(self._sizes[source], self.seed + source, epoch)[place])
 
-    def epoch(self, step: int) -> float:
-        """Return the number of prompts before a step, in multiples of all prompts."""
-        return step * self.batch_size / sum(self._sizes)
-
 
 class Curriculum:
     """Prompts that are neither too easy nor too hard, by the pass rate of their last group.
@@ -145,8 +147,12 @@ class Curriculum:
         return [index for _, index in self._walk()]
 
     def epoch(self, step: int) -> float:
-        """Return the passes through the data, which include prompts that were passed over."""
+        """Return the passes through the data before the next batch, which include prompts that were passed over."""
         return self._cursor / self._num_prompts
+
+    def epoch_after(self, step: int) -> float:
+        """Return the same after the next batch, which its pass rates do not change."""
+        return (list(self._walk())[-1][0] + 1) / self._num_prompts
 
     def record(self, pass_rates: Sequence[float]) -> None:
         """Record the batch's pass rates, (batch_size,), NaN where a group is unscored, and go on to the next batch."""

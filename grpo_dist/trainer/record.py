@@ -17,7 +17,7 @@ from .update_metrics import update_metrics
 def record(parts: Parts, state: TrainState, batch: Batch, seconds: float) -> dict[str, float | None]:
     """Write down the step that is about to be done, after `seconds`, and return its metrics; a collective."""
     config, done = parts.config, state.step + 1
-    metrics: dict[str, float | None] = {"step": done, "epoch": state.sampler.epoch(done)}
+    metrics: dict[str, float | None] = {"step": done, "epoch": state.sampler.epoch_after(state.step)}
     metrics |= batch_metrics(batch, parts.reward_names) | update_metrics(state.metrics)
     metrics |= penalty_metrics(config, batch) | parts.engine.metrics() | parts.phase.metrics() | {"time/step": seconds}
     if config.loss.kl_target is not None:
@@ -55,7 +55,7 @@ def write(parts: Parts, metrics: Metrics, batch: Batch | None = None) -> None:
 def summary(parts: Parts) -> str:
     """What the run achieved and where it lies."""
     lines, directory = [], parts.directory
-    evaluations = [entry for entry in read_history(directory) if "eval/accuracy" in entry]
+    evaluations = [entry for entry in read_history(directory) if entry.get("eval/accuracy") is not None]
     if len(evaluations) > 1:
         first, last = evaluations[0], evaluations[-1]
         lines.append(f"held-out accuracy, sampled: {first['eval/accuracy']:.3f} before (step {first['step']}), "

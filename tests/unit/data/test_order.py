@@ -81,7 +81,9 @@ def run_curriculum(curriculum: Curriculum, rates: dict[int, float], steps: int) 
     for step in range(steps):
         batch = curriculum.batch_indices(step)
         assert batch == curriculum.batch_indices(step)
+        after = curriculum.epoch_after(step)
         curriculum.record([rates.get(index, 0.5) for index in batch])
+        assert after == curriculum.epoch(step + 1)
         taken += batch
     return taken
 
@@ -108,6 +110,7 @@ def test_the_curriculum_passes_over_what_is_too_easy_or_too_hard() -> None:
 def test_without_history_the_curriculum_is_the_sampler() -> None:
     sampler = Sampler(10, 3, seed=4)
     curriculum = Curriculum(sampler, 10, 0.0, 1.0, 1)
+    assert [each.epoch_after(0) for each in (sampler, curriculum)] == [0.3, 0.3]
     assert run_curriculum(curriculum, {}, 9) == [index for step in range(9) for index in sampler.batch_indices(step)]
     sampler.record([1.0])
     sampler.restore(sampler.state())
