@@ -171,9 +171,13 @@ class Batch:
 
     @cached_property
     def first_advantages(self) -> Tensor:
-        """(N,) float64: advantage of each completion's first token, which is the completion's for outcome rewards."""
+        """(N,) float64: the first advantage of each completion's tokens that is not 0, which is the completion's for
+        outcome rewards, also where only some tokens are trained; 0 for a completion that teaches nothing."""
         assert self.advantages is not None
-        return self.advantages[self.starts]
+        end = len(self.advantages)
+        places = torch.where(self.advantages != 0, torch.arange(end), end)
+        first = torch.full_like(self.lengths, end).scatter_reduce(0, self.sequence, places, "amin")
+        return torch.cat([self.advantages, self.advantages.new_zeros(1)])[first]
 
     @cached_property
     def row_starts(self) -> Tensor:
@@ -237,7 +241,7 @@ def join(batches: list[Batch], groups: list[list[int]]) -> Batch:
     tensors: dict[str, Any] = {name: torch.cat(each) for name, each in parts.items()}
     return Batch(
         prompts=[batch.prompts[g] for batch, members in zip(batches, groups, strict=True) for g in members], **tensors,
-        scoring=_joined_scoring([batch.scoring for batch in batches]),
+        scoring=_joined_scoring(batches),
         extras={column: [value for batch, mine in zip(batches, kept, strict=True)
                          for value in _column(batch, column, mine)]
                 for column in dict.fromkeys(name for batch in batches for name in batch.extras)},
@@ -249,12 +253,15 @@ def _column(batch: Batch, column: str, rows: Tensor) -> list[Any]:
     return [values[n] for n in rows.tolist()]
 
 
-def _joined_scoring(scoring: list[dict[str, float]]) -> dict[str, float]:
-    """Counts and seconds of all batches added up, and the mean of what rewards logged."""
+def _joined_scoring(batches: list[Batch]) -> dict[str, float]:
+    """Counts and seconds of all batches added up, and of what rewards logged and episodes were the mean over all of the
+    batches' completions."""
     joined = {}
-    for name in dict.fromkeys(name for each in scoring for name in each):
-        values = [each[name] for each in scoring if name in each]
-        joined[name] = sum(values) / (1 if name.endswith(("/failed", "/seconds", "/repeated_calls")) else len(values))
+    for name in dict.fromkeys(name for batch in batches for name in batch.scoring):
+        some = [(batch.scoring[name], len(batch.lengths)) for batch in batches if name in batch.scoring]
+        is_sum = name.endswith(("/failed", "/seconds", "/repeated_calls"))
+        joined[name] = sum(value * (1 if is_sum else count) for value, count in some)
+        joined[name] /= 1 if is_sum else sum(count for _, count in some)
     return joined
 
 

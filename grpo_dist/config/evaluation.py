@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from .checks import require
@@ -38,7 +39,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def config_of(options: argparse.Namespace, rest: Sequence[str]) -> Config:
-    """The config of an evaluation, from its own options and those of a training config. Raises ValueError."""
+    """The config of an evaluation, from its own options and those of a training config, whose rewards have the weights
+    of the last step. Raises ValueError."""
     if options.model is None:
         raise ValueError("--model is missing: a model's directory or hub id, or a toy's name")
     model_place(options.model, "--model")
@@ -49,4 +51,7 @@ def config_of(options: argparse.Namespace, rest: Sequence[str]) -> Config:
     config.data.eval_file = options.data or config.data.eval_file
     if config.data.eval_file is None:
         raise ValueError("no data: give --data, or a config with data.eval_file")
+    weights = config.weights_after(config.train.num_train_steps)
+    config.rewards = [replace(reward, weight=weight, schedule=None)
+                      for reward, weight in zip(config.rewards, weights, strict=True)]  # fmt: skip
     return config

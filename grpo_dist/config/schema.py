@@ -207,3 +207,7 @@ class Config:
     def weights_at(self, step: int) -> list[float]:
         """The rewards' weights at a step (from 0)."""
         return [reward.weight_at(step) for reward in self.rewards]
+
+    def weights_after(self, steps: int) -> list[float]:
+        """Those by which the model after some steps is evaluated: the ones of its last step, as `reward/mean` has."""
+        return self.weights_at(max(0, steps - 1))

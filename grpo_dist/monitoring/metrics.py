@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..algorithm.advantages import group_statistics
+from ..algorithm.advantages import has_spread
 from ..types import Batch
 from .json_lines import read_json_lines
 
@@ -21,12 +21,11 @@ log = logging.getLogger(__name__)
 def batch_metrics(batch: Batch, reward_names: list[str]) -> dict[str, float]:
     """Metrics of the global batch: rewards, advantages and lengths."""
     scored = batch.reward[~batch.reward.isnan()]
-    _, stds, counts = group_statistics(batch.reward, batch.group)
     lengths = batch.lengths.double()
     metrics = {
         "reward/mean": float(scored.mean()) if len(scored) else math.nan,
         "reward/std": float(scored.std()) if len(scored) > 1 else 0.0,
-        "reward/groups_zero_std": float(((stds <= 1e-12) | (counts < 2)).double().mean()),
+        "reward/groups_zero_std": float((~has_spread(batch.reward, batch.group)).double().mean()),
         "reward/unscored": float(batch.reward.isnan().double().mean()),
         "advantage/abs_mean": float(batch.first_advantages.abs().mean()),
         "completion/length_mean": float(lengths.mean()),

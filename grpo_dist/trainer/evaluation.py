@@ -42,7 +42,7 @@ def _evaluated(parts: Parts, state: TrainState, sampling: Sampling, prefix: str,
     trajectories, scoring = generate(parts, state, Round(parts.eval_prompts, 1, sampling, "eval", step))
     with parts.ranks.shared_errors("scoring an evaluation"):
         scores = scoring.result(parts.watch.check)
-    weights = parts.config.weights_at(step)
+    weights = parts.config.weights_after(step)
     batch = gather_trajectories(parts.ranks, parts.eval_prompts, trajectories, has_episodes=parts.episodes is not None)
     batch = gather_scores(parts.ranks, batch, scoring.rows, scores, weights, parts.config.scoring.error_budget)
     scored = batch.reward[~batch.reward.isnan()]

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
+from grpo_dist.algorithm.advantages import group_relative_advantages
+from grpo_dist.monitoring.metrics import batch_metrics
 from grpo_dist.types import Batch, Episode, Prompt, join, no_routes
 
 pytestmark = pytest.mark.quick
@@ -62,8 +65,26 @@ def test_joined_batches_equal_the_loop() -> None:
     assert [one.completion_ids(n) for n in range(6)] == [ids.tolist() for ids in rows_of_one]
     assert [joined.completion_ids(n) for n in range(5)] == [batch.completion_ids(n) for batch, n in rows]
     assert joined.tokens.tolist() == joined.ids[joined.sampled].tolist() != joined.ids.tolist()
-    assert joined.scoring == {"reward/a/failed": 40.0, "reward/a/seconds": 1.0, "reward/a/size": 20.0,
+    size = (6 * 10.0 + 3 * 30.0) / 9  # a round counts by its completions
+    assert joined.scoring == {"reward/a/failed": 40.0, "reward/a/seconds": 1.0, "reward/a/size": size,
                               "reward/a/once": 4.0}  # fmt: skip
+
+
+def test_a_completion_s_advantage_is_its_first_one() -> None:
+    """Also where its first tokens are not trained."""
+    batch = replace(make_batch(0, [2, 2], has_token_rewards=False, extras={}), sampled=torch.ones(11).bool())
+    advantages = torch.tensor([0.0, 0.5, 0, 0, -1, -1, -1, 0, 0, 2, 0], dtype=torch.float64)
+    assert batch.lengths.tolist() == [2, 3, 4, 2]
+    assert replace(batch, advantages=advantages).first_advantages.tolist() == [0.5, -1, -1, 2]
+
+
+def test_groups_without_signal_are_those_without_advantages() -> None:
+    """The mean of large equal numbers is off by a rounding, which is far above that of small ones."""
+    rewards = torch.tensor([1e5 + 0.1] * 3 + [1.0, 1.0, 1.5] + [0.1, math.nan, math.nan], dtype=torch.float64)
+    batch = make_batch(0, [3, 3, 3], has_token_rewards=False, extras={})
+    batch = replace(batch, reward=rewards, rewards=rewards[:, None], advantages=torch.zeros(len(batch.tokens)))
+    assert batch_metrics(batch, ["a"])["reward/groups_zero_std"] == pytest.approx(2 / 3)
+    assert group_relative_advantages(rewards, batch.group, "mean", "none")[[0, 6]].tolist() == [0, 0]
 
 
 def test_joined_outcomes_have_no_table() -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from grpo_dist.config import schema as config_module
+from grpo_dist.config.evaluation import read_options
 from grpo_dist.config.names import option_types
 from grpo_dist.config.parse import parse_config
 from grpo_dist.config.schema import Config, LoraConfig
@@ -245,3 +246,12 @@ def test_option_types_are_the_fields() -> None:
     keys = list(option_types())
     assert {"rollout", "rollout.group_size", "lora.r", "train.seed", "rewards"} <= set(keys)
     assert len(keys) == len(set(keys))
+
+
+def test_models_are_evaluated_by_the_weights_of_their_last_step(tmp_path: Path) -> None:
+    text = "rewards: [{name: math, weight: 2}, {name: boxed, schedule: {0: 1.0, 4: 0.0}}]\ntrain: {num_train_steps: 4}"
+    config = parse(tmp_path, text)
+    assert [config.weights_after(steps) for steps in range(5)] == [[2, 1], [2, 1], [2, 0.75], [2, 0.5], [2, 0.25]]
+    words = ["--config", str(tmp_path / "config.yaml"), "--model", "toy", "--data", "data.jsonl"]
+    evaluated = read_options(words)[1].rewards
+    assert [(reward.weight, reward.schedule) for reward in evaluated] == [(2, None), (0.25, None)]
