@@ -47,7 +47,7 @@ from .types import Batch, Metrics
 def train(parts: Parts, state: TrainState) -> None:
     """Train the policy and leave everything in train.output_dir. Raises Interrupted at safe points."""
     if state.is_start:
-        write(parts, {"step": 0, **evaluate(parts, state, 0)})
+        write(parts, {"step": 0, **evaluate(parts, state, 0), **parts.phase.metrics()})
     while state.step < parts.config.train.num_train_steps:
         train_step(parts, state)
     save_model(parts, state)

@@ -59,10 +59,14 @@ class StepCounts:
     optimizer_steps: int
 
 
-def packs_of_ranks(config: Config, num_ranks: int, share_prompts: bool, larger: int = 1) -> list[list[Shape]]:
-    """Each rank's packs of a minibatch of full-length sequences, `larger` times as large as those of the update."""
+def packs_of_ranks(
+    config: Config, num_ranks: int, share_prompts: bool, larger: int = 1, minibatch: int = 0
+) -> list[list[Shape]]:
+    """Each rank's packs of a minibatch, of which the first is a largest one, of full-length sequences; `larger` times
+    as large as those of the update."""
     prompt, completion = config.data.max_prompt_length, config.rollout.max_completion_length
-    num_prompts = math.ceil(config.train.batch_size / config.train.num_minibatches)
+    size, number = config.train.batch_size, config.train.num_minibatches
+    num_prompts = sum(place * number // size == minibatch for place in range(size))  # as `minibatch_of` has them
     group = [n // config.rollout.group_size for n in range(num_prompts * config.rollout.group_size)]
     ranks = plan([prompt] * num_prompts, group, [completion] * len(group), [True] * len(group),
                  num_ranks=max(1, num_ranks // config.train.sequence_parallel_size), share_prompts=share_prompts,
@@ -71,15 +75,16 @@ def packs_of_ranks(config: Config, num_ranks: int, share_prompts: bool, larger: 
             for packs in ranks]  # fmt: skip
 
 
-def batch_arithmetic(config: Config, num_ranks: int, share_prompts: bool = True) -> StepCounts:
+def batch_arithmetic(config: Config, num_ranks: int, share_prompts: bool) -> StepCounts:
     """The counts of a step on `num_ranks`."""
-    ranks = packs_of_ranks(config, num_ranks, share_prompts)
+    minibatches = [packs_of_ranks(config, num_ranks, share_prompts, minibatch=m)
+                   for m in range(config.train.num_minibatches)]  # fmt: skip
     total = config.train.batch_size * config.rollout.group_size
     return StepCounts(
         completions=total,
         completions_per_rank=math.ceil(total / num_ranks),
-        packs_per_rank=len(ranks[0]) * config.train.num_minibatches,
-        largest_pack_tokens=max(_num_tokens(pack) for packs in ranks for pack in packs),
+        packs_per_rank=sum(len(ranks[0]) for ranks in minibatches),
+        largest_pack_tokens=max(_num_tokens(pack) for packs in minibatches[0] for pack in packs),
         optimizer_steps=config.train.updates_per_batch * config.train.num_minibatches,
     )
 

@@ -12,6 +12,7 @@ from ..distributed.device import resolve_dtype, slow_here
 from ..distributed.launch_config import asks_for, zero_stage
 from ..model.checks import bitsandbytes_config, stored_quantization
 from ..model.files import dequantized_form, kind_of, require_unsharded
+from ..model.load import attention_for
 from ..model.reference import doubt_of_copy
 from ..planning.memory import SHARDS_WEIGHTS, MemoryInputs, ModelCounts, Strategy, memory_per_rank, peaks
 from ..planning.predict import Predictor, batch_arithmetic
@@ -19,11 +20,14 @@ from ..rollout.room import RESERVE
 from .contents import Contents
 from .findings import Findings
 
+OF_MODELS = (ValueError, RuntimeError, LookupError, TypeError, AttributeError)
+"""Errors of models' own code."""
+
 
 def describe_steps(config: Config, contents: Contents, num_ranks: int, findings: Findings) -> None:
     """Note the work of a step and the number of epochs."""
     train = config.train
-    counts = batch_arithmetic(config, num_ranks)
+    counts = batch_arithmetic(config, num_ranks, _shares_prompts(config, contents))
     findings.results["steps"] = lines = [
         f"{train.batch_size} prompts × {config.rollout.group_size} = {counts.completions} completions, up to "
         f"{counts.completions_per_rank} on each of {num_ranks} rank(s)",
@@ -40,6 +44,17 @@ def describe_steps(config: Config, contents: Contents, num_ranks: int, findings:
         if train.batch_size > len(contents.prompts):
             findings.remarks.append(f"train.batch_size: {train.batch_size} prompts a step, but the data has only "
                                     f"{len(contents.prompts)}: some prompts come more than once in a step")  # fmt: skip
+
+
+def _shares_prompts(config: Config, contents: Contents) -> bool:
+    """Whether a pack has each prompt once; taken for granted of a model whose config or code is of no use, about which
+    others speak."""
+    if contents.model_config is None:
+        return True
+    try:
+        return attention_for(config.model, contents.model_config, config.max_sequence_length)[1] is None
+    except OF_MODELS:
+        return True
 
 
 def describe_memory(config: Config, contents: Contents, num_ranks: int, findings: Findings) -> ModelCounts | None:
@@ -60,7 +75,7 @@ def describe_memory(config: Config, contents: Contents, num_ranks: int, findings
         most_bytes = int(_gpu_bytes() * (1 - RESERVE)) if on_gpu else None
         predictor = Predictor(config, contents.model_config, "gpu" if on_gpu else "cpu", most_bytes)
         inputs = predictor.inputs(num_ranks, strategy)
-    except (ValueError, RuntimeError, LookupError, TypeError, AttributeError) as error:  # of the model's code
+    except OF_MODELS as error:
         if str(error) not in findings.problems:
             findings.remarks.append(f"memory and disk space cannot be predicted for {config.model.name}: {error}")
         return None

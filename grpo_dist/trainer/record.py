@@ -19,11 +19,12 @@ def record(parts: Parts, state: TrainState, batch: Batch, seconds: float) -> dic
     config, done = parts.config, state.step + 1
     metrics: dict[str, float | None] = {"step": done, "epoch": state.sampler.epoch_after(state.step)}
     metrics |= batch_metrics(batch, parts.reward_names) | update_metrics(state.metrics)
-    metrics |= penalty_metrics(config, batch) | parts.engine.metrics() | parts.phase.metrics() | {"time/step": seconds}
+    metrics |= penalty_metrics(config, batch) | parts.engine.metrics() | {"time/step": seconds}
     if config.loss.kl_target is not None:
         metrics["kl_coeff"] = state.kl_coeff
     if is_due(config.train.eval_every, done, config.train.num_train_steps):
         metrics |= evaluate(parts, state, done)
+    metrics |= parts.phase.metrics()  # after the evaluation, which is of this step
     write(parts, metrics, batch)
     parts.display.step(metrics)
     return metrics

@@ -53,6 +53,9 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
         assert done.returncode == 0, done.stderr[-4000:]
         assert (directory / "alarms.jsonl").exists()
         names |= {name for line in metrics(directory) for name in line}
+        assert [("eval/accuracy" in line, "time/eval" in line) for line in metrics(directory)] == [
+            (True, True), (False, False), (True, True)
+        ]  # fmt: skip
     return names
 
 

@@ -20,14 +20,14 @@ from grpo_dist.checkpoint.state import TrainState
 from grpo_dist.cli.main import main
 from grpo_dist.config.mistakes import COMMAND_LINE, read_options
 from grpo_dist.config.parse import parse_config
-from grpo_dist.config.schema import Config, ModelConfig, RolloutConfig
+from grpo_dist.config.schema import Config, DataConfig, ModelConfig, RolloutConfig, TrainConfig
 from grpo_dist.config.vllm import VllmConfig
 from grpo_dist.model.config_files import load_model_config
 from grpo_dist.preflight.contents import Contents, read_contents
 from grpo_dist.preflight.findings import Findings
 from grpo_dist.preflight.look import dry_run
 from grpo_dist.preflight.servers import check_servers
-from grpo_dist.preflight.sizes import describe_memory, strategy_of_launch
+from grpo_dist.preflight.sizes import describe_memory, describe_steps, strategy_of_launch
 from grpo_dist.preflight.trackers import Service, unreachable
 from grpo_dist.text.plain import plain, plain_lines
 
@@ -297,6 +297,16 @@ def test_the_strategy_is_the_launchs(
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     assert strategy_of_launch(num_ranks) == expected
+
+
+@pytest.mark.parametrize(("attention", "packs"), [("auto", 2), ("eager", 8)])
+def test_packs_are_counted_as_the_model_takes_them(attention: str, packs: int) -> None:
+    """Two prompts with four completions each: a pack for each prompt, or one for each sequence."""
+    model, findings = ModelConfig(attn_implementation=attention), Findings()
+    config = Config(model, data=DataConfig(max_prompt_length=64), rollout=RolloutConfig(4, 16),
+                    train=TrainConfig(batch_size=2, max_tokens_per_pack=128))  # fmt: skip
+    describe_steps(config, Contents(model_config=load_model_config(model)), 1, findings)
+    assert f"{packs} pack(s) on each rank" in findings.results["steps"][1]
 
 
 def test_a_launch_that_cannot_be_is_a_problem_and_no_prediction(monkeypatch: pytest.MonkeyPatch) -> None:
