@@ -50,6 +50,7 @@ MODULES = {
     "algorithm/targets": ["targets"],
     "monitoring/contrast": ["console"],
     "trainer/gathering": ["gathering"],
+    "trainer/update_metrics": ["update_metrics"],
     "rollout/episodes": ["scripted_episodes", "episodes", "replay"],
     "model/routing": ["routing", "replay"],
     "rollout/replay": ["replay"],
@@ -163,6 +164,14 @@ EQUIVALENT = {
         "size % BLOCK -> size * BLOCK",
         "running.shape[-1] - 1 -> running.shape[-1] + 1",
     ],  # sums of so many; 2 dimensions; pads by 0; a bound that only logits which are NaN go beyond
+    # without a trace nobody reads what was seen; ones of any shape; a trace's two numbers become known together, and an
+    # update has the names of the others
+    "trainer/update_metrics": [
+        "if self.trace is not None and len(inside)",
+        "self.seen[rows] = torch.stack(",
+        "new = (seen[:, 2] > 0) & self.trace[:, 0].isnan(): 0 -> 1",
+        "return step | ({agreement",
+    ],
     # how much is shown, and how wide; any number below 0; of equal rewards two completions already come in order
     "monitoring/contrast": [
         "_PROMPT_CHARACTERS =",
