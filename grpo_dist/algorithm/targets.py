@@ -142,9 +142,9 @@ def penalty_metrics(config: Config, batch: Batch) -> dict[str, float]:
 def next_kl_coeff(loss: LossConfig, kl_coeff: float, kl: float | None) -> float:
     """The KL coefficient of the next step, from that of this step and its KL.
 
-    `kl` is None where nothing was computed, and not finite where the update was skipped.
+    `kl` is None where nothing was computed, and where the update was skipped because it was not finite.
     """
-    if loss.kl_target is None or kl is None or not math.isfinite(kl):
+    if loss.kl_target is None or kl is None:
         return kl_coeff
     return adapted_coefficient(kl_coeff, kl, loss.kl_target)
 

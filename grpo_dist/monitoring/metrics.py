@@ -24,7 +24,7 @@ def batch_metrics(batch: Batch, reward_names: list[str]) -> dict[str, float]:
     lengths = batch.lengths.double()
     metrics = {
         "reward/mean": float(scored.mean()) if len(scored) else math.nan,
-        "reward/std": float(scored.std()) if len(scored) > 1 else 0.0,
+        "reward/std": float(scored.std()) if len(scored) > 1 else 0.0 if len(scored) else math.nan,
         "reward/groups_zero_std": float((~has_spread(batch.reward, batch.group)).double().mean()),
         "reward/unscored": float(batch.reward.isnan().double().mean()),
         "advantage/abs_mean": float(batch.first_advantages.abs().mean()),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
@@ -100,19 +99,18 @@ class Recorder:
         self.pictures: dict[str, dict[str, Any]] = {}
 
     def metrics(self, values: Metrics) -> list[Alarm]:
-        """Append one step's metrics, with null for numbers that are not finite; returns the alarms that begin to ring.
+        """Append one step's metrics, which are finite numbers and None; returns the alarms that begin to ring.
 
         The trackers get them with the histograms and tables of the completions that were recorded before.
         """
-        finite = {k: (v if not isinstance(v, float) or math.isfinite(v) else None) for k, v in values.items()}
-        append_json_line(self.path, finite)
-        known = {k: v for k, v in finite.items() if v is not None and k != "step"}
+        append_json_line(self.path, values)
+        known = {k: v for k, v in values.items() if v is not None and k != "step"}
         for mirror in self.mirrors:
             mirror.log(Entry(int(values["step"] or 0), known, **self.pictures))
         self.pictures = {}
-        return self._ring(finite)
+        return self._ring(values)
 
-    def _ring(self, values: dict[str, float | None]) -> list[Alarm]:
+    def _ring(self, values: Metrics) -> list[Alarm]:
         """Write a step's alarms to alarms.jsonl: a function of metrics.jsonl, which a resumed run computes again."""
         alarms = self.alarms.step(values)
         for alarm in alarms:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from ..algorithm.targets import penalty_metrics
 from ..checkpoint.state import TrainState
 from ..config.places import writing_to
@@ -14,7 +16,7 @@ from .parts import Parts
 from .update_metrics import update_metrics
 
 
-def record(parts: Parts, state: TrainState, batch: Batch, seconds: float) -> dict[str, float | None]:
+def record(parts: Parts, state: TrainState, batch: Batch, seconds: float) -> Metrics:
     """Write down the step that is about to be done, after `seconds`, and return its metrics; a collective."""
     config, done = parts.config, state.step + 1
     metrics: dict[str, float | None] = {"step": done, "epoch": state.sampler.epoch_after(state.step)}
@@ -25,9 +27,9 @@ def record(parts: Parts, state: TrainState, batch: Batch, seconds: float) -> dic
     if is_due(config.train.eval_every, done, config.train.num_train_steps):
         metrics |= evaluate(parts, state, done)
     metrics |= parts.phase.metrics()  # after the evaluation, which is of this step
-    write(parts, metrics, batch)
-    parts.display.step(metrics)
-    return metrics
+    written = write(parts, metrics, batch)
+    parts.display.step(written)
+    return written
 
 
 def is_due(every: int, done: int, last: int) -> bool:
@@ -35,10 +37,13 @@ def is_due(every: int, done: int, last: int) -> bool:
     return done == last or (every > 0 and done % every == 0)
 
 
-def write(parts: Parts, metrics: Metrics, batch: Batch | None = None) -> None:
-    """Write down metrics and, where they are logged, completions; on the main rank."""
+def write(parts: Parts, metrics: Metrics, batch: Batch | None = None) -> Metrics:
+    """Write down metrics and, where they are logged, completions, on the main rank; returns the metrics as they are
+    written, None in place of numbers that are not finite."""
+    metrics = {name: None if isinstance(value, float) and not math.isfinite(value) else value
+               for name, value in metrics.items()}  # fmt: skip
     if parts.recorder is None:
-        return
+        return metrics
     step = int(metrics["step"] or 0)
     due = parts.config.logging.log_completions or parts.display.shows_completions(step)
     with writing_to(parts.directory):
@@ -51,6 +56,7 @@ def write(parts: Parts, metrics: Metrics, batch: Batch | None = None) -> None:
             parts.display.completions(step, batch, texts)
         new = parts.recorder.metrics(metrics)
     parts.display.alarms(new, parts.recorder.alarms.ringing)
+    return metrics
 
 
 def summary(parts: Parts) -> str:

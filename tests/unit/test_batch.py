@@ -87,6 +87,15 @@ def test_groups_without_signal_are_those_without_advantages() -> None:
     assert group_relative_advantages(rewards, batch.group, "mean", "none")[[0, 6]].tolist() == [0, 0]
 
 
+def test_of_nothing_scored_nothing_is_known() -> None:
+    batch = make_batch(0, [2, 2], has_token_rewards=False, extras={})
+    nothing = torch.full((4,), math.nan, dtype=torch.float64)
+    batch = replace(batch, reward=nothing, rewards=nothing[:, None], advantages=torch.zeros(len(batch.tokens)))
+    values = batch_metrics(batch, ["a"])
+    assert all(math.isnan(values[f"reward/{name}"]) for name in ("mean", "std", "a/mean"))
+    assert (values["reward/unscored"], values["reward/groups_zero_std"], values["advantage/abs_mean"]) == (1, 1, 0)
+
+
 def test_joined_outcomes_have_no_table() -> None:
     batch = make_batch(0, [2, 2], has_token_rewards=False, extras={})
     joined = join([batch], [[0, 1]])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,12 +11,25 @@ import pytest
 
 from grpo_dist.config.schema import Config
 from grpo_dist.trainer.evaluation import shown
-from grpo_dist.trainer.record import summary
+from grpo_dist.trainer.record import summary, write
+from grpo_dist.types import Metrics
 
 
 def test_the_mean_reward_is_said_where_it_is_another_number() -> None:
     assert shown(0.5, 0.5) == shown(0.5, 0.50004) == "0.500"
     assert shown(0.25, 0.6) == "0.250 (mean reward 0.600)"
+
+
+def test_what_is_no_number_is_null_for_everyone() -> None:
+    seen: list[Metrics] = []
+    recorder = SimpleNamespace(metrics=lambda values: seen.append(values) or [], alarms=SimpleNamespace(ringing=[]))
+    display = SimpleNamespace(alarms=lambda new, ringing: None, shows_completions=lambda step: False)
+    parts = SimpleNamespace(recorder=recorder, display=display, config=Config(), directory=Path("."))
+    given = {"step": 3, "reward/mean": math.nan, "kl": -math.inf, "entropy": None, "loss": 0.5}
+    expected = {"step": 3, "reward/mean": None, "kl": None, "entropy": None, "loss": 0.5}
+    assert write(parts, given) == expected  # type: ignore[arg-type]
+    assert seen == [expected]
+    assert write(SimpleNamespace(recorder=None), given) == expected  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(("values", "said"), [([0.25, None, 0.5], "0.250 before (step 0), 0.500 after (step 2)"),
