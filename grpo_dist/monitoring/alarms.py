@@ -11,6 +11,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from statistics import fmean, median
 
 from ..types import Metrics
@@ -87,12 +88,17 @@ def _whether(name: str, test: Callable[[float], bool]) -> Callable[[History], fl
     return lambda history: None if (now := history.now(name)) is None else float(test(now))
 
 
-def _failed_share(history: History) -> float | None:
-    """Completions whose rewards failed, as a share; a completion counts once for each reward."""
+def _failed_share(history: History, group_size: int | None = None) -> float | None:
+    """Completions whose rewards failed, as a share of all that were sampled; a completion counts once for each reward.
+
+    Without `group_size` these are the batch's, although resampling samples more."""
     tokens, length = history.now("tokens/completion"), history.now("completion/length_mean")
+    groups = history.now("rollout/groups")
     failed = [value for name, value in history.recent[-1].items() if name.startswith("reward/") and
               name.endswith("/failed") and value is not None]  # fmt: skip
-    return sum(failed) * length / tokens if failed and tokens and length else None
+    if not failed or not tokens or not length:
+        return None
+    return sum(failed) / (groups * group_size if groups and group_size else tokens / length)
 
 
 def _times_median(name: str) -> Callable[[History], float | None]:
@@ -184,14 +190,17 @@ ROUNDING = {"logprob_gap": {"float32": 0.01, "float16": 0.3}, "rollout_off": {"f
 """Limits of alarms in other dtypes of the policy."""
 
 
-def rules_for(kl_estimator: str, dtype: str = "bfloat16", lag: int = 0) -> tuple[Rule, ...]:
-    """All rules for an estimator of `kl`, the policy's compute dtype and rollout.lag.
+def rules_for(
+    kl_estimator: str, dtype: str = "bfloat16", lag: int = 0, group_size: int | None = None
+) -> tuple[Rule, ...]:
+    """All rules for an estimator of `kl`, the policy's compute dtype, rollout.lag and rollout.group_size.
 
     `kl` of sequences has no known scale, nor has the distance to the rollout where an older policy drew it.
     """
     without = {"kl"} if kl_estimator == "squared_sequence" else set()
     without |= {"rollout/logprob_gap_max", "rollout/kl", "rollout/router_agreement"} if lag else set()
-    rules = [rule for rule in RULES if rule.metric not in without]
+    rules = [replace(rule, value=partial(_failed_share, group_size=group_size)) if rule.name == "rewards_failing"
+             else rule for rule in RULES if rule.metric not in without]  # fmt: skip
     limits = {name: by_dtype[dtype] for name, by_dtype in ROUNDING.items() if dtype in by_dtype}
     return tuple(replace(rule, limit=limit, clears=limit / 2) if (limit := limits.get(rule.name)) else rule
                  for rule in rules)  # fmt: skip
