@@ -13,9 +13,11 @@ import torch
 
 
 def pytest_configure() -> None:
-    """Under `nohup`, hear SIGHUP and do nothing: runs that tests start would inherit that it is ignored."""
-    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
-        signal.signal(signal.SIGHUP, lambda number, frame: None)
+    """Hear the signals that `nohup` and a script's `&` ignore, and do nothing: what tests start would inherit that."""
+    for name in ("SIGHUP", "SIGINT"):
+        number = getattr(signal, name, None)
+        if number is not None and signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, lambda *_: None)
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:

@@ -366,13 +366,13 @@ def test_the_messages_of_a_table_have_no_gaps(tmp_path: Path) -> None:
     calls = "{{ m.tool_calls | tojson if 'tool_calls' in m }}"
     template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}CALLS{% endfor %}".replace("CALLS", calls)
     table = [
-        {"prompt": [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": {argument: 1}}}]},
+        {"prompt": [{"role": "assistant", "tool_calls": [{"function": {"arguments": {argument: 1}, "name": "f"}}]},
                     {"role": "user", "content": "?"}], "answer": "1"} for argument in "ab"
     ]  # fmt: skip
     Dataset.from_list(table).to_parquet(tmp_path / "train.parquet")
     prompts, _ = PromptReader(DataConfig(), make_tokenizer(template)).load(str(tmp_path / "train.parquet"), "train")
     assert [prompt.text for prompt in prompts] == [
-        f'<assistant>[{{"function": {{"name": "f", "arguments": {{"{argument}": 1}}}}}}]<user>?' for argument in "ab"
+        f'<assistant>[{{"function": {{"arguments": {{"{argument}": 1}}, "name": "f"}}}}]<user>?' for argument in "ab"
     ]
 
 
