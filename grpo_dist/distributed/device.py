@@ -22,7 +22,7 @@ def computes_on_gpu() -> bool:
     return torch.cuda.is_available() and not asks_for_cpu
 
 
-def multiplies_bfloat16() -> bool:
+def gpu_multiplies_bfloat16() -> bool:
     """Whether ranks compute on GPUs with products of bfloat16; torch emulates them on older ones, which is slow."""
     return computes_on_gpu() and torch.cuda.is_bf16_supported(including_emulation=False)
 
@@ -31,7 +31,7 @@ def resolve_dtype(name: Dtype) -> torch.dtype:
     """The torch dtype of an option; `auto` is bfloat16 on ranks with a GPU that has it and float32 elsewhere."""
     if name != "auto":
         return DTYPES[name]
-    return torch.bfloat16 if multiplies_bfloat16() else torch.float32
+    return torch.bfloat16 if gpu_multiplies_bfloat16() else torch.float32
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -53,11 +53,11 @@ def set_up_cuda() -> None:
 def slow_here(dtype: torch.dtype) -> str | None:
     """What to know about 16-bit weights on a device without such products; None where nothing is amiss."""
     if computes_on_gpu():
-        lacks, device = dtype == torch.bfloat16 and not multiplies_bfloat16(), "GPU"
+        device, is_slow = "GPU", dtype == torch.bfloat16 and not gpu_multiplies_bfloat16()
     else:
-        on_cpu = torch.backends.mkldnn.is_available() and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
-        lacks, device = dtype != torch.float32 and on_cpu, "CPU"
-    if not lacks:
+        lacks = torch.backends.mkldnn.is_available() and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        device, is_slow = "CPU", dtype != torch.float32 and lacks
+    if not is_slow:
         return None
     return (f"model.dtype: {dtype_name(dtype)}: this {device} has no such products, and torch's take several times as "
             "long as those of float32; model.dtype float32 is faster here")  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -27,18 +28,21 @@ class Reference(Protocol):
         """Log-probabilities (M,) of a pack. A collective under ZeRO-3 and FSDP2 if the weights are the policy's."""
 
 
-def needs_copy(config: Config, has_same_base: bool, shards_weights: bool) -> bool:
+def needs_copy(config: Config, has_base: bool) -> bool:
     """Whether the reference needs its own weights. It does not if nothing uses it, if `reference.placement` shares the
-    policy, or if the policy of every rank has the whole of the same base."""
-    shares = (has_same_base and not shards_weights) or config.reference.placement == "shared"
+    policy, or if the policy of every rank has the whole of its base (`has_base`)."""
+    shares = has_base or config.reference.placement == "shared"
     return has_reference(config) and not (config.lora is not None and shares)
 
 
-def is_same_base(dtype: torch.dtype, copy_dtype: torch.dtype, *, fast_bfloat16: bool, in_bfloat16: bool) -> bool:
+def is_same_base(
+    dtype: torch.dtype, copy_dtype: torch.dtype, *, fast_bfloat16: bool, in_bfloat16: Callable[[], bool]
+) -> bool:
     """Whether a base in `dtype` is that of a reference in `copy_dtype`. One in float32 also is where bfloat16 holds
-    each of its numbers (`in_bfloat16`), unless a GPU computes the reference much faster in that (`fast_bfloat16`)."""
-    holds = in_bfloat16 and (dtype, copy_dtype) == (torch.float32, torch.bfloat16)
-    return copy_dtype == dtype or (holds and not fast_bfloat16)
+    each of its numbers (`in_bfloat16`, asked where it matters: it may read all weights), unless a GPU computes the
+    reference much faster in that (`fast_bfloat16`)."""
+    rounds = (dtype, copy_dtype) == (torch.float32, torch.bfloat16)
+    return copy_dtype == dtype or (rounds and not fast_bfloat16 and in_bfloat16())
 
 
 def doubt_of_copy(dtype: torch.dtype, copy_dtype: torch.dtype) -> str | None:

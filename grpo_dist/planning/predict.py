@@ -13,7 +13,7 @@ import torch
 from ..config.algorithm import reference_in_loss
 from ..config.model import Dtype
 from ..config.schema import Config
-from ..distributed.device import DTYPES, computes_on_gpu, dtype_name, multiplies_bfloat16
+from ..distributed.device import DTYPES, computes_on_gpu, dtype_name, gpu_multiplies_bfloat16
 from ..model.checks import bitsandbytes_config, stored_quantization
 from ..model.files import kind_of, stored_kind
 from ..model.load import attention_for, trainable
@@ -139,7 +139,7 @@ def dtype_on(device: Device, name: Dtype) -> torch.dtype:
 def has_fast_bfloat16(device: Device) -> bool:
     """Whether a device has products of bfloat16 much faster than those of float32: a GPU, unless that of this machine
     is too old."""
-    return device == "gpu" and (multiplies_bfloat16() or not computes_on_gpu())
+    return device == "gpu" and (gpu_multiplies_bfloat16() or not computes_on_gpu())
 
 
 class Predictor:
@@ -187,13 +187,10 @@ class Predictor:
         # adapters stay in float32 but for DeepSpeed, which like FSDP2 casts weights that are all trained
         stays = strategy == "DDP" or (strategy == "FSDP2" and self.config.lora is not None)
         casts = not stays and self.policy_dtype != torch.float32
-        has_same_base = self.quantization is not None or is_same_base(
-            self.policy_dtype,
-            self.copy_dtype,
-            fast_bfloat16=has_fast_bfloat16(self.device),
-            in_bfloat16=self._in_bfloat16,
-        )
-        has_copy = needs_copy(self.config, has_same_base, strategy in SHARDS_WEIGHTS)
+        is_same = self.quantization is not None or is_same_base(
+            self.policy_dtype, self.copy_dtype, fast_bfloat16=has_fast_bfloat16(self.device),
+            in_bfloat16=lambda: self._in_bfloat16)  # fmt: skip
+        has_copy = needs_copy(self.config, is_same and strategy not in SHARDS_WEIGHTS)
         precision = Precision(self.policy_dtype, self.copy_dtype if has_copy else self.policy_dtype, casts)
         counts, trained_bytes = self._count(precision)
         inputs = MemoryInputs(

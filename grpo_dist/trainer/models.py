@@ -14,7 +14,7 @@ from ..config.algorithm import has_reference
 from ..config.rollout import RolloutConfig
 from ..config.schema import Config
 from ..distributed.deepspeed import unsharded_loading
-from ..distributed.device import multiplies_bfloat16, resolve_dtype
+from ..distributed.device import gpu_multiplies_bfloat16, resolve_dtype
 from ..distributed.optimizer_state import OptimizerState, WholeOptimizerState
 from ..distributed.ranks import Ranks
 from ..model.adapter import require_own_values
@@ -143,9 +143,10 @@ def _load_reference(
         return None
     lora, temperature = config.lora, config.rollout.temperature
     has_adapter = lora is not None and lora.init_from is not None and config.reference.model == "adapter"
-    has_same_base = is_quantized or is_same_base(dtype, copy_dtype, fast_bfloat16=multiplies_bfloat16(),
-                                                 in_bfloat16=base_fits_bfloat16(policy.model))  # fmt: skip
-    if not needs_copy(config, has_same_base, ranks.strategy.shards_weights):
+    has_base = not ranks.strategy.shards_weights and (is_quantized or is_same_base(
+        dtype, copy_dtype, fast_bfloat16=gpu_multiplies_bfloat16(),
+        in_bfloat16=lambda: base_fits_bfloat16(policy.model)))  # fmt: skip
+    if not needs_copy(config, has_base):
         return (AdaptersAtStart if has_adapter else AdaptersOff)(wrapped, policy)
     if rounded := doubt_of_copy(dtype, copy_dtype):
         log.warning("%s", rounded)

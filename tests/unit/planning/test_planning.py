@@ -156,9 +156,9 @@ def test_a_copy_is_counted_where_a_run_has_one(
 ) -> None:
     """Policy and copy in bfloat16 as on a GPU, whole and sharded; never where nothing needs a reference."""
     config = config_of(lora=lora, reference=ReferenceConfig(**options), loss=LossConfig(kl_coeff=0.04))
-    is_same = is_same_base(torch.bfloat16, DTYPES[config.reference.dtype], fast_bfloat16=True, in_bfloat16=True)
-    assert tuple(needs_copy(config, is_same, shards) for shards in (False, True)) == copies
-    assert not needs_copy(replace(config, loss=LossConfig(kl_coeff=0.0)), is_same, True)
+    is_same = is_same_base(torch.bfloat16, DTYPES[config.reference.dtype], fast_bfloat16=True, in_bfloat16=lambda: True)
+    assert tuple(needs_copy(config, is_same and not shards) for shards in (False, True)) == copies
+    assert not needs_copy(replace(config, loss=LossConfig(kl_coeff=0.0)), False)
 
 
 @pytest.mark.parametrize(
@@ -169,7 +169,10 @@ def test_a_copy_is_counted_where_a_run_has_one(
 def test_a_float32_base_is_that_of_a_reference_which_holds_it_exactly(
     fast_bfloat16: bool, in_bfloat16: bool, copy_dtype: torch.dtype, expected: bool
 ) -> None:
-    assert is_same_base(torch.float32, copy_dtype, fast_bfloat16=fast_bfloat16, in_bfloat16=in_bfloat16) == expected
+    assert (
+        is_same_base(torch.float32, copy_dtype, fast_bfloat16=fast_bfloat16, in_bfloat16=lambda: in_bfloat16)
+        == expected
+    )
 
 
 def test_a_copy_of_fewer_bits_than_the_policy_is_doubted() -> None:
