@@ -13,6 +13,7 @@ Shapes: O outputs, I inputs, B blocks of weights.
 from __future__ import annotations
 
 import copy
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -74,7 +75,7 @@ class LayerShape(NamedTuple):
     """Whether the plain layer stores (I, O), as GPT-2's do."""
 
 
-class QuantizedLinear(nn.Linear):
+class QuantizedLinear(nn.Linear, ABC):
     """`x Wᵀ + bias` with a stored W that is not a parameter. Subclasses store it."""
 
     def __init__(self, shape: LayerShape) -> None:
@@ -82,9 +83,9 @@ class QuantizedLinear(nn.Linear):
         self.in_features, self.out_features, bias, self.dtype, self.is_transposed = shape
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
 
+    @abstractmethod
     def stored(self) -> QuantizedWeight:
         """The weight, with scales of one number each."""
-        raise NotImplementedError
 
     def dequantized(self) -> Tensor:
         """The weight (O, I) in `dtype`."""

@@ -95,7 +95,7 @@ class RewardModelReward:
         # last one, whatever it is: padding is then a token with which no text ends.
         padding = self.padding
         if padding is None:
-            padding = next(number for number in range(len(rows) + 1) if number not in {row[-1] for row in rows})
+            padding = min({*range(len(rows) + 1)} - {row[-1] for row in rows})
         self.model.config.pad_token_id = self.model.config.get_text_config().pad_token_id = padding
         ids = pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=padding)
         lengths = torch.tensor([len(row) for row in rows])

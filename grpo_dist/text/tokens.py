@@ -33,14 +33,12 @@ class CompletionTexts:
         self._left_out = frame | (special & set(end_ids))
         self._shown = {*tokenizer.get_vocab().values()} - self._left_out  # a model may have more tokens than these
         self._begin: list[int] = tokenizer("a", add_special_tokens=False)["input_ids"][-1:]
+        (self._begun,) = self._decoded([self._begin])
 
     def __call__(self, rows: Sequence[Sequence[int]], *, goes_on: bool = False) -> list[str]:
         """Return the text of each row of token ids: as a message, or as what `goes_on` after a text."""
         shown = [[number for number in row if number in self._shown] for row in rows]
-        if not goes_on:
-            return self._decoded(shown)
-        before, *texts = self._decoded([self._begin, *([*self._begin, *row] for row in shown)])
-        return [text.removeprefix(before) for text in texts]
+        return self._continued(shown) if goes_on else self._decoded(shown)
 
     def _decoded(self, rows: Sequence[Sequence[int]]) -> list[str]:
         """The text of each row as its tokens spell it."""
@@ -48,12 +46,16 @@ class CompletionTexts:
             rows, skip_special_tokens=False, clean_up_tokenization_spaces=False, spaces_between_special_tokens=False
         )
 
+    def _continued(self, rows: Sequence[Sequence[int]]) -> list[str]:
+        """The text of each row as its tokens spell it after a text."""
+        texts = self._decoded([[*self._begin, *row] for row in rows])
+        return [text.removeprefix(self._begun) for text in texts]
+
     def spelled(self) -> list[bytes]:
         """The bytes that each token of the vocabulary adds to a text which has begun, by its id; none for tokens that
         texts leave out."""
         size = len(self._tokenizer)
-        before, *texts = self._decoded([self._begin, *([*self._begin, number] for number in range(size))])
-        added = [text.removeprefix(before) for text in texts]
+        added = self._continued([[number] for number in range(size)])
         spelled = [_bytes_of(self._tokenizer.convert_ids_to_tokens(number)) if _BROKEN in text else text.encode()
                    for number, text in enumerate(added)]  # fmt: skip
         return [b"" if number in self._left_out else each for number, each in enumerate(spelled)]
@@ -63,10 +65,9 @@ class CompletionTexts:
         none."""
         pieces: list[str] = []
         begins = 0  # of a character that is not complete
-        (before,) = self._decoded([self._begin])
 
         def text(first: int, last: int) -> str:
-            return self._decoded([[*self._begin, *ids[first:last]]])[0].removeprefix(before)
+            return self._continued([ids[first:last]])[0]
 
         for place in range(len(ids)):
             alone, joined = text(place, place + 1), text(begins, place + 1)
