@@ -132,7 +132,7 @@ def test_every_module_imports_on_windows(tmp_path: Path) -> None:
     programs = {"grpo_dist.__main__", "grpo_dist.rewards.sandbox_launcher",
                 "grpo_dist.cli.bench.peer_trl", "grpo_dist.cli.bench.peer_vllm"}  # fmt: skip
     native = ("draw_kernels", "fused", "fused_draw", "gpu", "pages", "triton_kernels")
-    of_update = (f"model.{name}_kernel" for name in ("gate", "head", "join"))
+    of_update = (f"model.{name}_kernel" for name in ("gate", "head", "join", "rotation"))
     with_triton = [*of_update, *(f"rollout.native.{name}" for name in native)]
     on_gpu = {f"grpo_dist.{name}" for name in with_triton}
     names = sorted({name.removesuffix(".__init__") for name in modules} - programs - on_gpu)
