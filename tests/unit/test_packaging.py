@@ -136,7 +136,7 @@ def test_every_module_imports_on_windows(tmp_path: Path) -> None:
     with_triton = [*of_update, *(f"rollout.native.{name}" for name in native)]
     on_gpu = {f"grpo_dist.{name}" for name in with_triton}
     names = sorted({name.removesuffix(".__init__") for name in modules} - programs - on_gpu)
-    pretend(tmp_path, ("resource", "fcntl", "termios", "pty"), signals=True)
+    pretend(tmp_path, ("resource", "fcntl", "termios", "pty", "triton"), signals=True)
     (tmp_path / "program.py").write_text(OTHER_IMPORTS.format(names=names))
     done = launch(None, 1, program=[str(tmp_path / "program.py")], environment={"PYTHONPATH": str(ROOT)})
     assert done.returncode == 0, done.stderr[-4000:]
