@@ -89,26 +89,33 @@ def mistakes_of_files(words: Sequence[str]) -> list[str]:
     return [mistake for key, path in _pairs(words, []) if key == "config" for mistake in mistakes_of_file(path)]
 
 
-def with_preset_first(words: Sequence[str]) -> list[str]:
-    """The words with the preset's file as the first config, which every later one overrides."""
-    files = [str(PRESETS / f"{name}.yaml") for key, name in _pairs(words, []) if key == "preset" and name in presets()]
-    return [*(word for file in files for word in ("--config", file)), *words]
+def with_files_first(words: Sequence[str]) -> list[str]:
+    """The words with the files of presets and configs before all options, which override them wherever they stand."""
+    rest, left = [], list(words)
+    while left:
+        word = left.pop(0)
+        if word == "--config" and left and not left[0].startswith("--"):
+            left.pop(0)
+        elif not word.startswith("--config="):
+            rest.append(word)
+    return [*(word for file in _files(words) for word in ("--config", file)), *rest]
+
+
+def _files(words: Sequence[str]) -> list[str]:
+    """The files of options in their order: presets, then configs."""
+    pairs = list(_pairs(words, []))
+    return [*(str(PRESETS / f"{name}.yaml") for key, name in pairs if key == "preset" and name in presets()),
+            *(path for key, path in pairs if key == "config")]  # fmt: skip
 
 
 def _all_given(words: Sequence[str], problems: list[str]) -> Iterator[Given]:
-    """Yield every option of the command line and its files; options of a preset come first."""
+    """Yield every option of the command line and its files, in the order in which later ones override earlier ones."""
     pairs = list(_pairs(words, problems))
-    for key, value in pairs:
-        if key == "preset":
-            if value in presets():
-                yield from _of_file(str(PRESETS / f"{value}.yaml"), problems)
-            else:
-                problems.append(f"--preset: {value!r} given, expected one of {', '.join(presets())}")
-    for key, value in pairs:
-        if key == "config":
-            yield from _of_file(value, problems)
-        elif key != "preset":
-            yield Given(key, value, COMMAND_LINE)
+    problems += [f"--preset: {value!r} given, expected one of {', '.join(presets())}" for key, value in pairs
+                 if key == "preset" and value not in presets()]  # fmt: skip
+    for path in _files(words):
+        yield from _of_file(path, problems)
+    yield from (Given(key, value, COMMAND_LINE) for key, value in pairs if key not in ("preset", "config"))
 
 
 def _pairs(words: Sequence[str], problems: list[str]) -> Iterator[tuple[str, str]]:

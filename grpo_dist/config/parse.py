@@ -11,7 +11,7 @@ from dataclasses import asdict, fields, is_dataclass
 from typing import Any
 
 from ..text.plain import plain_lines, write_lines
-from .mistakes import mistakes_of_files, read_options, with_preset_first
+from .mistakes import mistakes_of_files, read_options, with_files_first
 from .names import DRY_RUN, advice
 from .parser import make_parser, to_config
 from .schema import Config
@@ -22,7 +22,8 @@ _without_mistakes: dict[tuple[str, ...], Config] = {}
 
 
 def parse_config(arguments: list[str] | None = None) -> Config:
-    """The config of `--preset NAME`, `--config FILE` and dotted options; later ones override earlier ones.
+    """The config of `--preset NAME`, `--config FILE` and dotted options; dotted options override files, and these the
+    preset, wherever they stand, and of a kind the later ones the earlier ones.
 
     Ends the program with status 2 on mistakes, of which it prints a line each.
     """
@@ -32,7 +33,7 @@ def parse_config(arguments: list[str] | None = None) -> Config:
     if not (problems := mistakes_of_files(words)):
         try:
             parser = make_parser()
-            return to_config(parser, parser.parse_args(with_preset_first(words)))
+            return to_config(parser, parser.parse_args(with_files_first(words)))
         except (ArgumentError, ValueError) as error:
             problems = [str(error)]
     problems = read_options(words).problems or problems

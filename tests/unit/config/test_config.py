@@ -14,6 +14,7 @@ import pytest
 
 from grpo_dist.config import schema as config_module
 from grpo_dist.config.evaluation import read_options
+from grpo_dist.config.mistakes import read_options as read_run_options
 from grpo_dist.config.names import option_types
 from grpo_dist.config.parse import parse_config
 from grpo_dist.config.schema import Config, LoraConfig
@@ -58,6 +59,17 @@ def test_yaml_and_overrides(tmp_path: Path) -> None:
     assert config.data.eval_file is None
     assert config.loss.kl_coeff == 1e-3
     assert config.scoring == Config().scoring
+
+
+@pytest.mark.quick
+def test_options_override_files_wherever_they_stand(tmp_path: Path) -> None:
+    first, second = tmp_path / "first.yaml", tmp_path / "second.yaml"
+    first.write_text("train: {seed: 1, batch_size: 4}\nloss: {clip_high: 0.5}")
+    second.write_text("train: {seed: 2, batch_size: 8}")
+    words = ["--train.seed", "3", "--config", str(first), f"--config={second}", "--preset", "dapo"]
+    for config in (parse_config(words), read_run_options(words).config):
+        assert (config.train.seed, config.train.batch_size, config.loss.clip_high) == (3, 8, 0.5)
+        assert config.loss.aggregation == "token_mean", "the preset's"
 
 
 @pytest.mark.parametrize("text", ["1e-5", "1.0e-5", "0.00001"])
