@@ -6,9 +6,9 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from grpo_dist.data.rows import Row, list_columns
+from .rows import Row, list_columns
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 
 def rows_to_keep(path: str, rows: Sequence[Row], names: Sequence[str], keep: Mapping[str, Any] | None) -> list[bool]:
@@ -28,7 +28,7 @@ def rows_to_keep(path: str, rows: Sequence[Row], names: Sequence[str], keep: Map
         kept = [a and b for a, b in zip(kept, passes, strict=True)]
     if left_out:
         reasons = ", ".join(left_out)
-        logger.info("%s: data.keep keeps %d of %d rows (left out by %s)", path, sum(kept), len(rows), reasons)
+        log.info("%s: data.keep keeps %d of %d rows (left out by %s)", path, sum(kept), len(rows), reasons)
     return kept
 
 

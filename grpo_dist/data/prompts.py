@@ -15,21 +15,21 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from grpo_dist.config.environment import ENVIRONMENT_COLUMN
-from grpo_dist.config.schema import DataConfig
-from grpo_dist.data.keep import rows_to_keep
-from grpo_dist.data.rows import Row, is_lines, list_columns, load_rows
-from grpo_dist.data.seen import check_seen
-from grpo_dist.rewards.registry import KEYWORDS
-from grpo_dist.text.messages import as_templates_expect, meant_role
-from grpo_dist.text.templates import Messages, TemplateRefusal, render_messages, template_of
-from grpo_dist.text.tokens import begun_once, tokens_around
-from grpo_dist.types import Prompt
+from ..config.environment import ENVIRONMENT_COLUMN
+from ..config.schema import DataConfig
+from ..rewards.registry import KEYWORDS
+from ..text.messages import as_templates_expect, meant_role
+from ..text.templates import Messages, TemplateRefusal, render_messages, template_of
+from ..text.tokens import begun_once, tokens_around
+from ..types import Prompt
+from .keep import rows_to_keep
+from .rows import Row, is_lines, list_columns, load_rows
+from .seen import check_seen
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 AnswerCheck = Callable[[object], None]
 Tokenizers = Mapping[str, Any]
@@ -118,7 +118,7 @@ class PromptReader:
             elif not too_long or config.too_long == "truncate":
                 prompts.append(self._prompt(first_index + place, rows[place], names, rendered))
         if num_too_long and config.too_long != "bad_row":
-            logger.warning(
+            log.warning(
                 "%s: %d of %d prompts have more than data.max_prompt_length = %d tokens (data.too_long: %s)",
                 path, num_too_long, len(rows), config.max_prompt_length, config.too_long,
             )  # fmt: skip
@@ -137,7 +137,7 @@ class PromptReader:
             advice = "No row is left" if self.config.bad_rows == "drop" else "Correct them, or set data.bad_rows: drop"
             raise ValueError(f"{report}. {advice}")
         if dropped:
-            logger.warning("%s. Left out (data.bad_rows: drop)", report)
+            log.warning("%s. Left out (data.bad_rows: drop)", report)
         return report
 
     def prompt_of(self, path: str, row: Row, index: int, names: Sequence[str]) -> Prompt:
@@ -228,7 +228,7 @@ def check_columns(path: str, names: list[str], config: DataConfig) -> None:
             f"{path} has the column(s) {', '.join(taken)}, which are names of other arguments of rewards: rename them"
         )
     if config.answer_column not in (None, "answer") and "answer" in names:
-        logger.warning(
+        log.warning(
             "%s: rewards receive column %r as `answer`, in place of column 'answer'", path, config.answer_column
         )
 
@@ -334,7 +334,7 @@ def _once(before: list[int], row: list[int], tokenizer: PreTrainedTokenizerBase)
 @functools.cache
 def _warn_of_two(tokenizer: PreTrainedTokenizerBase, *before: int) -> None:
     names = tokenizer.convert_ids_to_tokens(list(before))
-    logger.warning("prompts begin with %s, as the tokenizer begins texts: they have it once", names)
+    log.warning("prompts begin with %s, as the tokenizer begins texts: they have it once", names)
 
 
 @functools.cache
@@ -344,7 +344,5 @@ def _frame(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], int]:
     before, behind = tokens_around(tokenizer)
     if behind:
         names = tokenizer.convert_ids_to_tokens(behind)
-        logger.warning(
-            "the tokenizer ends texts with %s; prompts are without, because completions continue them", names
-        )
+        log.warning("the tokenizer ends texts with %s; prompts are without, because completions continue them", names)
     return before, len(behind)

@@ -23,7 +23,7 @@ from typing import Any
 from ..text.files import near_paths
 from .reasoning_gym import Generated, is_generated
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 _LINES = (".jsonl", ".ndjson")
 _SEPARATORS = {".csv": ",", ".tsv": "\t"}
@@ -187,7 +187,7 @@ class _Table(Sequence[Row]):
         for column, feature in self._table.features.items():
             if names := getattr(feature, "names", None):
                 classes = list_columns([f"{number} {name!r}" for number, name in enumerate(names)])
-                logger.info("%s: column %s has numbers of classes, and rewards get these: %s", path, column, classes)
+                log.info("%s: column %s has numbers of classes, and rewards get these: %s", path, column, classes)
 
     def __iter__(self) -> Iterator[Row]:
         with _decoding(None):
@@ -247,7 +247,7 @@ def _opened(path: str, split: str, subset: str | None) -> Sequence[Row]:
         table = datasets.load_dataset(path, subset, split=split, features=_texts(table.column_names), **_AS_TEXT)
     times = [name for name, feature in table.features.items() if str(getattr(feature, "dtype", "")).startswith("time")]
     if times and table.info.builder_name == "json":
-        logger.warning(
+        log.warning(
             "%s: `datasets` reads the column(s) %s as points in time, not as the text in the files; name the JSON file "
             "itself to get the text", path, ", ".join(times),
         )  # fmt: skip

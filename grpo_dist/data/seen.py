@@ -9,15 +9,15 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from grpo_dist.config.schema import DataConfig
-from grpo_dist.text.plain import visible
-from grpo_dist.text.templates import template_of
-from grpo_dist.types import Prompt
+from ..config.schema import DataConfig
+from ..text.plain import visible
+from ..text.templates import template_of
+from ..types import Prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 _SHOWN_CHARACTERS = 200
 _SHOWN_EXAMPLES = 8
@@ -78,4 +78,4 @@ def _warn(path: str, num_prompts: int, examples: Sequence[Sequence[str]], what: 
     if count := sum(map(bool, examples)):
         common = Counter(each for row in examples for each in sorted({*row})).most_common(_SHOWN_EXAMPLES)
         shown = ", ".join(repr(visible(each)) for each, _ in common)
-        logger.warning("%s: %d of %d prompts %s: %s", path, count, num_prompts, what, shown)
+        log.warning("%s: %d of %d prompts %s: %s", path, count, num_prompts, what, shown)

@@ -21,10 +21,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from grpo_dist.config.environment import ENVIRONMENT_COLUMN, EnvironmentConfig
-from grpo_dist.config.rewards import RewardConfig
-from grpo_dist.rewards.pool.channel import Channel
-from grpo_dist.rewards.pool.process import START_SECONDS, signal_kill, start_worker
+from ..config.environment import ENVIRONMENT_COLUMN, EnvironmentConfig
+from ..config.rewards import RewardConfig
+from ..rewards.pool.channel import Channel
+from ..rewards.pool.process import START_SECONDS, signal_kill, start_worker
 
 log = logging.getLogger(__name__)
 

@@ -22,14 +22,14 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from grpo_dist.environments import randomness
-from grpo_dist.rewards.pool.channel import Channel
-from grpo_dist.rewards.pool.worker import connect, limit_memory
-from grpo_dist.rewards.registry import BUILT_IN, RewardFunction, episode_columns, import_object, resolve
+from ..rewards.pool.channel import Channel
+from ..rewards.pool.worker import connect, limit_memory
+from ..rewards.registry import BUILT_IN, RewardFunction, episode_columns, import_object, resolve
+from . import randomness
 
 if TYPE_CHECKING:
-    from grpo_dist.config.environment import EnvironmentConfig
-    from grpo_dist.config.rewards import RewardConfig
+    from ..config.environment import EnvironmentConfig
+    from ..config.rewards import RewardConfig
 
 _RESERVED = ("reset", "get_reward", "done", "after_turn")
 _THREADS = 256

@@ -24,9 +24,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from grpo_dist.rewards.placement import runs_in
-from grpo_dist.rewards.sandbox import Limits, Sandbox
-from grpo_dist.rewards.text import LogMetric, TextOrMessages, completion_text
+from .placement import runs_in
+from .sandbox import Limits, Sandbox
+from .text import LogMetric, TextOrMessages, completion_text
 
 _FENCE = re.compile(r"^[ \t]*```[^\n`]*\n(.*?)(?:^[ \t]*```|\Z)", re.DOTALL | re.MULTILINE)
 _RELATIVE, _ABSOLUTE = 1e-6, 1e-9

@@ -15,8 +15,8 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 
-from grpo_dist.rewards.placement import runs_in
-from grpo_dist.rewards.text import LogMetric, TextOrMessages, completion_text
+from .placement import runs_in
+from .text import LogMetric, TextOrMessages, completion_text
 
 _BOXED = re.compile(r"\\(?:boxed|fbox)\s*\{")
 _GROUPED = re.compile(r"(?<![0-9.,])[0-9]{1,3}(?:,[0-9]{3})+(?![0-9,])")

@@ -22,10 +22,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from grpo_dist.rewards.http import Client, ServiceError
-from grpo_dist.rewards.placement import runs_in
-from grpo_dist.rewards.text import LogMetric, TextOrMessages, completion_text
-from grpo_dist.text.files import write_file
+from ..text.files import write_file
+from .http import Client, ServiceError
+from .placement import runs_in
+from .text import LogMetric, TextOrMessages, completion_text
 
 TEMPLATE = """\
 Judge how well the response answers the request, from 0 (useless) to 10 (could not be better).

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from grpo_dist.rewards.placement import runs_in
+from .placement import runs_in
 
 
 @runs_in("worker", most_items=32)

@@ -18,8 +18,8 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from grpo_dist.rewards.placement import runs_in
-from grpo_dist.rewards.text import TextOrMessages, completion_text
+from .placement import runs_in
+from .text import TextOrMessages, completion_text
 
 # Digits with separators between them. It ends in a digit, so a sentence's full stop stays outside; one greedy class
 # keeps the scan linear in the length of the text, whatever a model writes.

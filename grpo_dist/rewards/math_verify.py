@@ -19,9 +19,9 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from grpo_dist.rewards.extraction import clean, last_boxed
-from grpo_dist.rewards.placement import runs_in
-from grpo_dist.rewards.text import LogMetric, TextOrMessages, completion_text
+from .extraction import clean, last_boxed
+from .placement import runs_in
+from .text import LogMetric, TextOrMessages, completion_text
 
 OUTCOMES = ("right", "wrong", "unparsable_answer", "unparsable_gold", "scorer_failure")
 _MARKED = re.compile(r"\\|\$")

@@ -12,8 +12,8 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from grpo_dist.rewards.placement import runs_in
-from grpo_dist.rewards.text import LogMetric, TextOrMessages, completion_text
+from .placement import runs_in
+from .text import LogMetric, TextOrMessages, completion_text
 
 _TAGGED = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 _MOST_NAMES = 3

@@ -18,10 +18,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from grpo_dist.config.checks import did_you_mean
-from grpo_dist.config.rewards import RewardConfig
-from grpo_dist.rewards.placement import Placement, most_items_of, placement_of
-from grpo_dist.text.files import near_paths
+from ..config.checks import did_you_mean
+from ..config.rewards import RewardConfig
+from ..text.files import near_paths
+from .placement import Placement, most_items_of, placement_of
 
 BUILT_IN = {
     "math": "grpo_dist.rewards.math:MathRewardModel",

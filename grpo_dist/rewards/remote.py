@@ -13,9 +13,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from grpo_dist.rewards.http import Client, ServiceError
-from grpo_dist.rewards.placement import runs_in
-from grpo_dist.rewards.text import LogMetric
+from .http import Client, ServiceError
+from .placement import runs_in
+from .text import LogMetric
 
 _NOT_SENT = ("completion_ids", "trainer_state")
 

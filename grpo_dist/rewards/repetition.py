@@ -11,8 +11,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-from grpo_dist.rewards.placement import runs_in
-from grpo_dist.rewards.text import TextOrMessages, completion_text
+from .placement import runs_in
+from .text import TextOrMessages, completion_text
 
 
 @runs_in("worker", most_items=32)

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from grpo_dist.config.model import ComputeDtype
-from grpo_dist.config.places import model_place
-from grpo_dist.rewards.placement import runs_in
-from grpo_dist.rewards.text import completion_text
-from grpo_dist.text.templates import render_messages
-from grpo_dist.text.tokens import begun_once, tokens_around
+from ..config.model import ComputeDtype
+from ..config.places import model_place
+from ..text.templates import render_messages
+from ..text.tokens import begun_once, tokens_around
+from .placement import runs_in
+from .text import completion_text
 
 
 @runs_in("gpu", most_items=256)

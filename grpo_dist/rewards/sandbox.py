@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 _LAUNCHER = Path(__file__).with_name("sandbox_launcher.py")
 _END_SECONDS = 10.0  # until all processes of a killed program have ended
@@ -93,7 +93,7 @@ class Sandbox:
                 ) from error
             self.isolated = False
             self._probe()
-            logger.warning("code runs WITHOUT isolation, with this user's files and network (%s)", error)
+            log.warning("code runs WITHOUT isolation, with this user's files and network (%s)", error)
 
     def run(self, source: str, stdin: str = "") -> Outcome:
         """Run a program to its end or to a limit. Raises SandboxError where the sandbox could not be set up."""

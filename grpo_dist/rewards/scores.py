@@ -5,19 +5,17 @@ Data classes and pure functions; n completions and R rewards throughout.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from ..types import Prompt
-
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from grpo_dist.rewards.text import TextOrMessages
+from .text import TextOrMessages
+
+if TYPE_CHECKING:
+    from ..types import Prompt
 
 FailureKind = Literal["raised", "timeout", "bad_value", "died", "environment"]
 

@@ -15,7 +15,7 @@ from collections.abc import Collection, Mapping, Sequence
 from datetime import date, datetime
 from typing import Any
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 Messages = list[dict[str, str]]
 
@@ -244,4 +244,4 @@ def warn_once(tokenizer: Any, what: str, example: str = "") -> None:
     key = (str(tokenizer.name_or_path), what)
     if key not in _warned:
         _warned.add(key)
-        logger.warning("the chat template of %r %s%s", tokenizer.name_or_path, what, example)
+        log.warning("the chat template of %r %s%s", tokenizer.name_or_path, what, example)

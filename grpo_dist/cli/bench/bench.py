@@ -14,8 +14,7 @@ from pathlib import Path
 
 import yaml
 
-from grpo_dist import SPIN_COUNT, sets_spin_count
-
+from ... import SPIN_COUNT, sets_spin_count
 from .tables import Pair, pairs_table, summary_row, table
 from .turns import Worker
 from .workloads import WORKLOADS, Workload, model_of, write_prompts

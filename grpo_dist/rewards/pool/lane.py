@@ -19,14 +19,14 @@ from dataclasses import asdict, dataclass
 from types import SimpleNamespace
 from typing import Any
 
-from grpo_dist.config.schema import RewardConfig, ScoringConfig
-from grpo_dist.rewards.placement import Placement
-from grpo_dist.rewards.pool.pending import Pending
-from grpo_dist.rewards.pool.process import ThisProcess, WorkerProcess
-from grpo_dist.rewards.registry import KEYWORDS, Parameters
-from grpo_dist.rewards.scores import Item
+from ...config.schema import RewardConfig, ScoringConfig
+from ..placement import Placement
+from ..registry import KEYWORDS, Parameters
+from ..scores import Item
+from .pending import Pending
+from .process import ThisProcess, WorkerProcess
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 _MOST_CHUNK_ITEMS = 32
 _CHUNKS_PER_WORKER = 2  # so that a worker that is done early can take some of the rest
@@ -222,7 +222,7 @@ class Lane:
             return
         job, failure = search.job, search.failure
         if job.pending.first_repeat(job.reward):
-            logger.warning(
+            log.warning(
                 "reward %s failed when it was called with %d completions (%s: %s), %d of which it cannot score alone; "
                 "the others are called again. Further such calls of this batch are only counted",
                 self._names[job.reward], len(job.places), failure["kind"], failure["message"],
@@ -234,7 +234,7 @@ class Lane:
         """End a worker that has too much memory; the next call starts a new one."""
         if self._placement != "gpu" and resident_bytes > self._scoring.recycle_above_gib * 2**30:
             self._stop(number)
-            logger.warning(
+            log.warning(
                 "a scoring worker has %.2f GiB, more than scoring.recycle_above_gib = %g; it is replaced",
                 resident_bytes / 2**30,
                 self._scoring.recycle_above_gib,
@@ -267,7 +267,7 @@ class Lane:
         job.pending.lost_call(job.reward)
         if not self._closed:
             name, count = self._names[job.reward], len(job.places)
-            logger.warning("reward %s, called with %d completions, %s; its worker is replaced", name, count, message)
+            log.warning("reward %s, called with %d completions, %s; its worker is replaced", name, count, message)
         return {"kind": kind, "message": message, "traceback": ""}
 
 

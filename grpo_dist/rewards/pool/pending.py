@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from grpo_dist.rewards.registry import TrainerState
-from grpo_dist.rewards.scores import Failure, FailureKind, Item, Scores
+from ..registry import TrainerState
+from ..scores import Failure, FailureKind, Item, Scores
 
 _CHECK_SECONDS = 0.2
 

@@ -14,12 +14,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 
-from grpo_dist.config.schema import RewardConfig, ScoringConfig
-from grpo_dist.rewards.placement import Placement
-from grpo_dist.rewards.pool.lane import Lane
-from grpo_dist.rewards.pool.pending import Pending
-from grpo_dist.rewards.registry import TrainerState, labels
-from grpo_dist.rewards.scores import Item, Scores
+from ...config.schema import RewardConfig, ScoringConfig
+from ..placement import Placement
+from ..registry import TrainerState, labels
+from ..scores import Item, Scores
+from .lane import Lane
+from .pending import Pending
 
 _LEAST_LOST_CALLS = 8
 

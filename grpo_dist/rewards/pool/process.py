@@ -13,12 +13,12 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from grpo_dist.config.schema import RewardConfig
-from grpo_dist.config.values import SECRET
-from grpo_dist.rewards.placement import Placement
-from grpo_dist.rewards.pool.channel import Channel
-from grpo_dist.rewards.pool.worker import answer, resolve_for
-from grpo_dist.rewards.registry import Parameters, RewardFunction
+from ...config.schema import RewardConfig
+from ...config.values import SECRET
+from ..placement import Placement
+from ..registry import Parameters, RewardFunction
+from .channel import Channel
+from .worker import answer, resolve_for
 
 START_SECONDS = 300.0  # the import of a user's module may load a model; one that hangs must still end
 _STDERR = 2

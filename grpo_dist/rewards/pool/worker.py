@@ -21,16 +21,16 @@ import traceback
 from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import TYPE_CHECKING, Any
 
-from grpo_dist.config.rewards import MOST_REWARD
-from grpo_dist.rewards.pool.channel import Channel
-from grpo_dist.rewards.registry import RewardFunction, declared_placement, resolve
+from ...config.rewards import MOST_REWARD
+from ..registry import RewardFunction, declared_placement, resolve
+from .channel import Channel
 
 if TYPE_CHECKING:
     import asyncio
 
-    from grpo_dist.config.schema import RewardConfig
-    from grpo_dist.rewards.placement import Placement
-    from grpo_dist.rewards.scores import FailureKind
+    from ...config.schema import RewardConfig
+    from ..placement import Placement
+    from ..scores import FailureKind
 
 _PR_SET_PDEATHSIG = 1
 _NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")
