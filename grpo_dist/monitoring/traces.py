@@ -58,12 +58,13 @@ def trace_lines(
     """For each of the N completions its trace as JSON, empty where it has none.
 
     A trace has lists: `text` of all tokens, `by` (who wrote each, a letter), and of the sampled ones `logprob` (the
-    rollout's), `gap` (the trainer's minus the rollout's) and `entropy`, in nats; null where the trainer has computed no
-    token. `pieces_of` gives the texts of token ids, `conversations` the completions' messages as JSON.
+    rollout's), `gap` (the trainer's minus the rollout's) and `entropy`, in nats, null where the trainer has computed no
+    token, and `advantage`. `pieces_of` gives the texts of token ids, `conversations` the completions' messages as JSON.
     """
     lines = [""] * len(batch.lengths)
     if batch.trace is None:
         return lines
+    assert batch.advantages is not None
     first = traced_tokens(batch).start
     for n in traced_completions(batch):
         start, row = int(batch.starts[n]), int(batch.row_starts[n])
@@ -75,7 +76,7 @@ def trace_lines(
         lines[n] = json.dumps({
             "text": texts, "by": writers(texts, batch.sampled[places].tolist(), answers),
             "logprob": _rounded(batch.sampled_logprobs[tokens].tolist()), "gap": _rounded(gap),
-            "entropy": _rounded(entropy),
+            "entropy": _rounded(entropy), "advantage": _rounded(batch.advantages[tokens].tolist()),
         }, ensure_ascii=False)  # fmt: skip
     return lines
 

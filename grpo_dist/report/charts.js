@@ -1,5 +1,7 @@
 // Line charts and heat maps over steps, as SVG. All of them print the values of the same step.
 
+const LABEL_PIXELS = 11.5; // as in style.css
+
 /** Mean of each value's neighbours. Weights fall by a factor with each place, equally on both sides, so that the curve
  * does not lag. Gaps stay gaps. */
 function smoothed(values, factor) {
@@ -60,10 +62,14 @@ function seriesOf(metrics) {
 function ticks(low, high, most) {
   const rough = (high - low) / most;
   const power = 10 ** Math.floor(Math.log10(rough));
-  const step = [1, 2, 5, 10].map((n) => n * power).find((n) => n >= rough * 0.999);
-  const values = [];
-  for (let n = Math.ceil(low / step - 1e-9); n * step <= high + step * 1e-9; n += 1) values.push(n * step + 0);
-  return values;
+  const steps = [0.5, 1, 2, 5, 10].map((n) => n * power);
+  const multiples = (step) => {
+    const first = Math.ceil(low / step - 1e-9);
+    return Array.from({ length: Math.max(0, Math.floor(high / step + 1e-9) - first + 1) }, (_, n) => (first + n) * step + 0);
+  };
+  const place = steps.findIndex((step, n) => n && step >= rough * 0.999);
+  const values = multiples(steps[place]);
+  return values.length > 1 ? values : multiples(steps[place - 1]); // one mark alone tells no scale
 }
 
 /** Ticks of a logarithmic axis: powers of ten, and 2 and 5 times them below two decades. */
@@ -245,6 +251,24 @@ function whenPlaced(node, draw) {
   requestAnimationFrame(() => (node.isConnected ? draw() : whenPlaced(node, draw)));
 }
 
+const ruler = document.createElement("canvas").getContext("2d");
+
+/** The width of a label in pixels. */
+function widthOf(text) {
+  ruler.font = `${LABEL_PIXELS}px ${getComputedStyle(document.body).fontFamily}`;
+  return ruler.measureText(text).width;
+}
+
+/** A label of at most a width: a longer text loses its middle, because answers often begin alike. */
+function fitting(text, width) {
+  const letters = [...text];
+  let kept = letters.length;
+  const shown = () => (kept === letters.length ? text
+    : `${letters.slice(0, Math.ceil(kept / 2)).join("")}…${letters.slice(letters.length - Math.floor(kept / 2)).join("")}`);
+  while (kept > 0 && widthOf(shown()) > width) kept -= 1;
+  return shown();
+}
+
 /** Shares of a step's completions by row. The number at the right is the share at the printed step. */
 function heatMap({ title, note, mapOf }) {
   const holder = make("div", { class: "plot" });
@@ -255,9 +279,11 @@ function heatMap({ title, note, mapOf }) {
   let shown = null;
   const draw = () => {
     const map = mapOf(runs[state.run]);
+    figure.hidden = !map;
     if (!map) return;
     const width = holder.clientWidth || 320;
-    const left = Math.min(width * 0.4, 14 + 6.7 * Math.max(...map.rows.map((row) => row.length)));
+    const names = map.rows.map((row) => fitting(row || "(empty)", width * 0.4 - 8));
+    const left = 14 + Math.max(...names.map(widthOf));
     const right = width - 44;
     const height = map.rows.length * rowHeight + 20;
     const cell = (right - left) / map.columns.length;
@@ -265,9 +291,7 @@ function heatMap({ title, note, mapOf }) {
     const svg = make("svg", { width, height, role: "img", "aria-label": title });
     const figures = map.rows.map((row, r) => {
       const y = r * rowHeight;
-      const letters = Math.floor((left - 8) / 6.7);
-      svg.append(make("text", { class: "label", x: left - 6, y: y + 13, "text-anchor": "end" }, make("title", {}, row),
-        row.length > letters ? `${row.slice(0, letters - 1)}…` : row || "(empty)"),
+      svg.append(make("text", { class: "label", x: left - 6, y: y + 13, "text-anchor": "end" }, make("title", {}, row), names[r]),
       make("rect", { class: "ground", x: left, y: y + 1, width: right - left, height: rowHeight - 2 }));
       map.shares[r].forEach((share, c) => share > 0 && svg.append(make("rect", { class: row === data.other ? "cell other" : "cell", x: left + c * cell, y: y + 1,
         width: cell + 0.3, height: rowHeight - 2, "fill-opacity": Math.min(1, Math.max(0.07, share / (row === data.other ? 1 : most))).toFixed(3) })));

@@ -58,7 +58,7 @@ function completionsPanel() {
     alone.hidden = !linked;
     const { total, steps_read: read, num_steps: steps } = run.completions;
     const kept = rows.length < total ? `a sample of ${integer(rows.length)} from the ${integer(total)} completions` : `all ${integer(total)} completions`;
-    count.textContent = `${integer(matches.length)} match, of ${kept} of ${read < steps ? `${read} evenly spaced steps of ${integer(steps)}` : `${integer(steps)} steps`}. completions/ has all of them.`;
+    count.textContent = !read ? without(run) : `${integer(matches.length)} match, of ${kept} of ${read < steps ? `${read} evenly spaced steps of ${integer(steps)}` : counted(steps, "step")}. completions/ has all of them.`;
     list.replaceChildren();
     show(PAGE);
   };

@@ -93,6 +93,14 @@ function integer(value) {
   return new Intl.NumberFormat("en").format(value);
 }
 
+/** A number of things, such as `1 step`. */
+const counted = (number, thing) => `${integer(number)} ${thing}${number === 1 ? "" : "s"}`;
+
+/** Why a run shows no completions. */
+const without = (run) => (run.config["logging.log_completions"] === false
+  ? "This run kept no completions: logging.log_completions is off."
+  : `This run has no completions${run.totals.steps ? ": completions/ has none of its steps" : " yet"}.`);
+
 function percent(share) {
   if (share == null) return NONE;
   return `${share > 0 && share < 0.01 ? "<1" : Math.round(100 * share)} %`;

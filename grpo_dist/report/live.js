@@ -4,8 +4,9 @@
 const REST_MILLISECONDS = 2000;
 const SAVED = "grpo_dist live";
 
-const inputs = () => [...document.querySelectorAll("input[id], select[id]")];
-const valueOf = (input) => (input.type === "checkbox" ? input.checked : input.value);
+const inputs = () => [...document.querySelectorAll("input[id], select[id], details[id]")];
+const propertyOf = (input) => (input.type === "checkbox" ? "checked" : input.matches("details") ? "open" : "value");
+const valueOf = (input) => input[propertyOf(input)];
 const usual = new Map(inputs().map((input) => [input.id, valueOf(input)]));
 const status = make("p", { class: "note", role: "status", id: "live" }, "Follows the run.");
 const now = make("button", { type: "button", id: "now", hidden: true, click: () => renew() }, "Show new steps");
@@ -23,9 +24,14 @@ events.addEventListener("error", () => { status.textContent = "The server has en
 events.addEventListener("message", ({ data: version }) => {
   if (version === data.live) return;
   now.hidden = false;
-  const reads = document.querySelector("dialog[open]") || !getSelection().isCollapsed;
-  if (!reads && performance.now() - touched > REST_MILLISECONDS) renew();
+  if (!reads() && performance.now() - touched > REST_MILLISECONDS) renew();
 });
+
+/** Whether the reader is at something that a new page would take away: a text, or a list that changes its order. */
+function reads() {
+  const list = document.querySelector(".rows").getBoundingClientRect();
+  return document.querySelector("dialog[open]") || !getSelection().isCollapsed || (list.top < innerHeight && list.bottom > 0);
+}
 
 function renew() {
   const chosen = inputs().filter((input) => valueOf(input) !== usual.get(input.id)).map((input) => [input.id, valueOf(input)]);
@@ -41,9 +47,8 @@ function restore() {
   for (const [id, value] of saved.chosen) {
     const input = document.getElementById(id);
     if (!input) continue;
-    if (input.type === "checkbox") input.checked = value;
-    else input.value = value;
-    for (const kind of ["input", "change"]) input.dispatchEvent(new Event(kind, { bubbles: true }));
+    input[propertyOf(input)] = value;
+    for (const kind of ["input", "change", "toggle"]) input.dispatchEvent(new Event(kind, { bubbles: true }));
   }
   while ((document.documentElement.dataset.theme ?? "") !== saved.theme) document.getElementById("theme").click();
   requestAnimationFrame(() => scrollTo({ top: saved.top, behavior: "instant" }));

@@ -3,11 +3,12 @@
 for (const run of runs) run.curves = withAgreement(run);
 if (runs.some((run) => run.agreement.step.length)) measured.push("agreement");
 
-/** The curves of a run: its metrics, and the agreement of its completions. */
+/** The curves of a run: its metrics, and the agreement of its completions, averaged over the steps of a point too. */
 function withAgreement(run) {
   const point = (step) => Math.floor(step / data.steps_a_point);
-  const at = new Map(run.agreement.step.map((step, place) => [point(step), run.agreement.share[place]]));
-  return { ...run.curves, agreement: run.curves.step.map((step) => at.get(point(step)) ?? null) };
+  const at = Map.groupBy(run.agreement.step.keys(), (place) => point(run.agreement.step[place]));
+  const mean = (places) => (places ? places.reduce((sum, place) => sum + run.agreement.share[place], 0) / places.length : null);
+  return { ...run.curves, agreement: run.curves.step.map((step) => mean(at.get(point(step)))) };
 }
 
 header();

@@ -17,7 +17,19 @@ from ..config.values import flat
 from ..text.files import write_file
 from .embedding import encoded, harmless
 from .reading import FIELDS, Completions, Written, read_completions, read_run
-from .shaping import OTHER, HeatMap, answer_map, change, curves, is_number, number_map, run_names, totals, variants
+from .shaping import (
+    OTHER,
+    HeatMap,
+    answer_map,
+    change,
+    curves,
+    is_clear_share,
+    is_number,
+    number_map,
+    run_names,
+    totals,
+    variants,
+)
 
 MOST_COMPLETION_BYTES = 12_000_000
 MOST_CURVE_NUMBERS = 300_000
@@ -26,7 +38,7 @@ LEAST_POINTS = 100
 MOST_COLUMNS, MOST_ROWS = 60, 12
 """Limits of a heat map."""
 SCRIPTS = ("dom.js", "charts.js", "panels.js", "trace.js", "completions.js", "page.js")
-HEADLINES = ("reward/mean", "eval/accuracy")
+REWARD, ACCURACY = "reward/mean", "eval/accuracy"
 """Metrics that show whether a run has learned."""
 
 
@@ -98,15 +110,16 @@ def _run_data(run: Written, name: str, variant: int, steps_a_point: int, most_by
 
 
 def _changes(run: Written) -> dict[str, dict[str, Any]]:
-    """The first and last value of each headline metric, and whether they clearly differ."""
-    changes = {}
-    for name in HEADLINES:
-        values = [line[name] for line in run.lines if is_number(line.get(name))]
-        moved = change(values)
-        if name.startswith("eval/") and len(values) > 1:  # each value is a mean over many prompts already
-            changes[name] = {"before": values[0], "after": values[-1]}
-        elif moved is not None:
-            changes[name] = asdict(moved)
+    """The first and last value of each headline metric, and whether they clearly differ, None where that is unknown."""
+    changes: dict[str, dict[str, Any]] = {}
+    values = [line[REWARD] for line in run.lines if is_number(line.get(REWARD))]
+    if (moved := change(values)) is not None:
+        changes[REWARD] = asdict(moved)
+    measured = [line for line in run.lines if is_number(line.get(ACCURACY))]
+    if len(measured) > 1:  # each value is a mean over many prompts already
+        before, after, prompts = measured[0][ACCURACY], measured[-1][ACCURACY], measured[-1].get("eval/prompts")
+        is_clear = None if prompts is None else is_clear_share(before, after, prompts)
+        changes[ACCURACY] = {"before": before, "after": after, "prompts": prompts, "is_clear": is_clear}
     return changes
 
 

@@ -84,6 +84,7 @@ function toolbar() {
     const choice = make("select", { id: "run", change: () => set({ run: Number(choice.value) }) },
       runs.map((run, place) => make("option", { value: place }, run.name)));
     bar.append(make("label", {}, "Answers, times and completions of ", choice));
+    watch(["run"], () => { choice.value = state.run; });
   }
   watch(["cursor"], () => {
     step.value = state.cursor ?? LAST_STEP;
@@ -98,7 +99,7 @@ function toolbar() {
 
 function legend() {
   return make("fieldset", { class: "legend" }, make("legend", {}, "Runs"), variants.map((variant) => {
-    const box = make("input", { type: "checkbox", checked: true, change: () => {
+    const box = make("input", { type: "checkbox", id: `run-${variant.number}`, checked: true, change: () => {
       const hidden = new Set(state.hidden);
       if (box.checked) hidden.delete(variant.number); else hidden.add(variant.number);
       set({ hidden });
@@ -110,7 +111,7 @@ function legend() {
 /** Names and values that describe a run. */
 function overview(run) {
   const steps = run.curves.step;
-  const done = steps[steps.length - 1];
+  const done = steps[steps.length - 1] ?? 0;
   const asked = run.config["train.num_train_steps"];
   const start = run.starts[run.starts.length - 1] ?? {};
   return [
@@ -124,8 +125,10 @@ function overview(run) {
 }
 
 function verdict(change) {
-  const word = change.is_clear === false ? "no clear change" : change.after > change.before ? "rose" : change.after < change.before ? "fell" : "unchanged";
-  const basis = change.window ? `mean of the first and the last ${change.window} steps` : "before and after training";
+  const moved = change.after > change.before ? "rose" : change.after < change.before ? "fell" : "unchanged";
+  const word = change.is_clear == null ? "" : change.is_clear || moved === "unchanged" ? moved : "no clear change";
+  const basis = change.window ? `mean of the first and the last ${change.window} steps`
+    : `before and after training${change.prompts ? `, ${counted(change.prompts, "prompt")}` : ""}`;
   return make("div", { class: "verdict" },
     make("p", { class: `figures ${word.split(" ")[0]}` }, short(change.before), make("span", { class: "arrow" }, " → "), short(change.after),
       make("span", { class: "word" }, word)),
@@ -162,21 +165,20 @@ function alarms() {
   const listed = runs.flatMap((run) => run.alarms.map((alarm) => ({ run, alarm })));
   const number = runs.reduce((sum, run) => sum + run.num_alarms, 0);
   if (!number) return null;
-  return make("details", { class: "alarms", open: true }, make("summary", {}, `${integer(number)} alarm${number > 1 ? "s" : ""}`),
+  return make("details", { class: "alarms", id: "alarms", open: true }, make("summary", {}, counted(number, "alarm")),
     make("ul", {}, listed.map(({ run, alarm }) => make("li", {}, runs.length > 1 ? `${run.name}, ` : "", `step ${alarm.step}: `,
-      alarm.message ?? written(alarm), alarm.advice ? make("span", { class: "note" }, ` ${alarm.advice}`) : ""))),
+      alarm.message ?? written(alarm), alarm.advice ? make("span", { class: "note" }, `. ${alarm.advice}`) : ""))),
     number > listed.length ? make("p", { class: "note" }, `The first ${listed.length} are listed.`) : null);
 }
 
 function answers() {
-  if (!runs.some((run) => run.maps.answers)) {
-    return section("answers", "Answers", make("p", { class: "note" }, "This run has no completions (logging.log_completions was off)."));
-  }
   const note = make("p", { class: "note" });
   watch(["run"], () => {
-    const { steps_read: read, num_steps: steps } = runs[state.run].completions;
-    note.textContent = read < steps ? `From ${read} evenly spaced steps of ${integer(steps)}.` : `From every completion of ${read} steps.`;
+    const run = runs[state.run];
+    const { steps_read: read, num_steps: steps } = run.completions;
+    note.textContent = !read ? without(run) : read < steps ? `From ${read} evenly spaced steps of ${integer(steps)}.` : `From every completion of ${counted(read, "step")}.`;
   });
+  if (!runs.some((run) => run.maps.answers)) return section("answers", "What it answered", note);
   const map = (name) => (run) => run.maps[name];
   return section("answers", "What it answered", note, make("div", { class: "grid wide" },
     make("div", { class: "stack" }, heatMap({ title: "Answers over training", mapOf: map("answers"),
@@ -190,7 +192,7 @@ function curvePanels() {
   const elsewhere = new Set([...CURVES, ...SPEED, "reward/mean", "eval/accuracy", "eval/greedy_accuracy", "epoch", "agreement"]);
   const rest = measured.filter((name) => !elsewhere.has(name)).sort();
   const more = make("div", {});
-  const details = make("details", { toggle: () => {
+  const details = make("details", { id: "others", toggle: () => {
     if (details.open && !more.children.length) more.append(...chartsOf(rest).filter(Boolean));
   } }, make("summary", {}, `All other metrics (${rest.length})`), more);
   return section("curves", "Curves", ...chartsOf(CURVES),

@@ -34,7 +34,7 @@ TRACE_SHARE = 0.25
 FIELDS = ("prompt", "completion", "cut_from", "step", "group", "tokens", "finished", "reward", "advantage", "rewards",
           "place", "trace")  # fmt: skip
 """Fields of a sampled row. `prompt` is a place in the list of prompts, `cut_from` the length of a cut text, or 0,
-`place` that in its step's file, and `trace` as in monitoring.traces, with numbers in millionths of a nat, or null."""
+`place` that in its step's file, and `trace` as in monitoring.traces, with numbers in millionths, or null."""
 
 
 @dataclass(frozen=True)
@@ -155,6 +155,6 @@ def _trace(table: dict[str, list[Any]], place: int, most_bytes: int) -> dict[str
         return None
     trace = json.loads(line)
     small = {name: [None if value is None else round(1e6 * float(f"{value:.2g}")) for value in trace[name]]
-             for name in ("logprob", "gap", "entropy")}  # fmt: skip
+             for name in ("logprob", "gap", "entropy", "advantage") if name in trace}  # fmt: skip
     shown = {"text": [visible(text) for text in trace["text"]], "by": trace["by"]} | small
     return shown if len(encoded(shown).encode()) <= most_bytes else None

@@ -53,6 +53,13 @@ def change(values: Sequence[float]) -> Change | None:
     return Change(means[0], means[1], window, abs(means[1] - means[0]) > 2 * error)
 
 
+def is_clear_share(before: float, after: float, num_prompts: float) -> bool:
+    """Whether two shares of as many prompts differ by more than twice the standard error that they would have if they
+    were of different prompts. Of the same prompts, with the same noise, chance makes less."""
+    error = math.sqrt((before * (1 - before) + after * (1 - after)) / num_prompts)
+    return abs(after - before) > 2 * error
+
+
 def variants(configs: Sequence[dict[str, Any]]) -> list[int]:
     """Return a number for each flat config. Configs that differ only in the seed have the same number."""
     seen: list[dict[str, Any]] = []
@@ -153,22 +160,26 @@ def number_map(values: Sequence[Sequence[float]], steps: Sequence[int], most_row
     """The heat map of a number: by value if there are few values, else by ranges between round numbers; the
     only value in a range is named instead.
 
-    `values` has the numbers of each step; NaN is `unscored`. Rows are in descending order.
+    `values` has the numbers of each step; NaN is `unscored`. Rows are in descending order. Numbers that are equal but
+    for rounding, in the sixth digit, are one value.
     """
-    present = sorted({value for step in values for value in step if not math.isnan(value)}, reverse=True)
+    rounded = [[float(f"{value:.6g}") + 0.0 for value in step] for step in values]  # and no -0.0
+    present = sorted({value for step in rounded for value in step if not math.isnan(value)}, reverse=True)
     if len(present) <= most_rows:
-        rows = list(dict.fromkeys(f"{value:.4g}" for value in present))
-        names = {value: f"{value:.4g}" for value in present}
+        names = {value: _text_of(value, 4) for value in present}
+        if len({*names.values()}) < len(present):
+            names = {value: _text_of(value, 6) for value in present}
+        rows = [names[value] for value in present]
     else:
         width = round_width(present[-1], present[0], most_rows)
         numbers = {value: _range_of(value, width) for value in present}
-        ranges = {n: f"{n * width:.4g} – {(n + 1) * width:.4g}"
+        ranges = {n: f"{_text_of(n * width, 10)} – {_text_of((n + 1) * width, 10)}"
                   for n in range(_range_of(present[0], width), _range_of(present[-1], width) - 1, -1)}  # fmt: skip
         # a greatest reward of 1 is not in "1 – 1.1" to a reader
         alone = Counter(numbers.values())
-        ranges |= {n: f"{value:.4g}" for value, n in numbers.items() if alone[n] == 1}
+        ranges |= {n: _text_of(value, 6) for value, n in numbers.items() if alone[n] == 1}
         rows, names = list(ranges.values()), {value: ranges[number] for value, number in numbers.items()}
-    counts = [Counter(UNSCORED if math.isnan(value) else names[value] for value in step) for step in values]
+    counts = [Counter(UNSCORED if math.isnan(value) else names[value] for value in step) for step in rounded]
     if any(UNSCORED in count for count in counts):
         rows.append(UNSCORED)
     across = columns(steps, most_columns)
@@ -185,6 +196,12 @@ def round_width(low: float, high: float, most: int) -> float:
 def _range_of(value: float, width: float) -> int:
     """The range of a value. A value that equals the lower end of a range except for rounding is in that range."""
     return math.floor(value / width + 1e-9)
+
+
+def _text_of(value: float, digits: int) -> str:
+    """A number with so many digits, and all those before its point up to a billion."""
+    text = f"{value:.{digits}g}"
+    return f"{value:.0f}" if "e+" in text and abs(value) < 1e9 else text
 
 
 def _merge(

@@ -23,6 +23,7 @@ def evaluate(parts: Parts, state: TrainState, step: int) -> dict[str, float]:
         metrics = {} if share is None else {"rollout/update_share": share}
         if not parts.eval_prompts:
             return metrics
+        metrics["eval/prompts"] = len(parts.eval_prompts)
         metrics |= _evaluated(parts, state, parts.sampling, "eval/", step)
         metrics |= _evaluated(parts, state, replace(parts.sampling, greedy=True), "eval/greedy_", step)
     sampled, greedy = (shown(metrics[f"eval/{kind}accuracy"], metrics[f"eval/{kind}reward"])

@@ -25,7 +25,7 @@ def write_run(
     config = asdict(Config())
     config["train"] |= {"num_train_steps": num_steps, "output_dir": str(directory), **train}
     (directory / "config.yaml").write_text(yaml.safe_dump(config))
-    lines: list[dict[str, Any]] = [{"step": 0, "eval/accuracy": 0.25}]
+    lines: list[dict[str, Any]] = [{"step": 0, "eval/accuracy": 0.25, "eval/prompts": 50}]
     for step in range(1, num_steps + 1):
         lines.append({"step": step, "reward/mean": step / num_steps, "kl": step * 1e-3, "grad_norm": None, "loss": 0.0,
                       "time/step": 1.0, "time/rollout": 0.5, "time/update": 0.25})  # fmt: skip
@@ -46,7 +46,7 @@ def write_run(
             ]
         table["trace"] = [json.dumps(trace) if trace else "" for _ in rows]
         pq.write_table(pa.table(table), directory / "completions" / f"step_{step:06d}.parquet")
-    lines[-1]["eval/accuracy"] = 0.75
+    lines[-1] |= {"eval/accuracy": 0.75, "eval/prompts": 50}
     (directory / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     alarm = {"step": 2, "name": "entropy", "message": "entropy fell", "advice": "Lower the rate."}
     (directory / "alarms.jsonl").write_text(json.dumps(alarm) + "\n")

@@ -22,6 +22,7 @@ def make_batch() -> Batch:
     return Batch(
         [Prompt(index, [1], "") for index in (40, 41, 42)], torch.arange(rows) // 2, torch.full((rows,), 3),
         zeros == 0, torch.arange(18), torch.tensor(sampled), -torch.arange(12.0) / 10, zeros[:, None], zeros,
+        advantages=torch.arange(12, dtype=torch.float64) - 5.5,
     )  # fmt: skip
 
 
@@ -54,7 +55,7 @@ def test_a_trace_has_text_writer_and_numbers() -> None:
     logprobs = [-2 * first / 10, -(2 * first + 1) / 10]
     assert json.loads(lines[first]) == {
         "text": [f"{3 * first + n}" for n in range(3)], "by": "mtm", "logprob": logprobs, "gap": [0.25, -1e-6],
-        "entropy": [1.23, 2.0],
+        "entropy": [1.23, 2.0], "advantage": [2 * first - 5.5, 2 * first - 4.5],
     }  # fmt: skip
     assert json.loads(lines[first + 1])["gap"] == [None, None]
     assert not any(trace_lines(replace(batch, trace=None), lambda ids: [], None))

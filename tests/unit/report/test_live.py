@@ -71,6 +71,7 @@ def test_the_page_follows_and_keeps_what_the_reader_chose(watched: tuple[Path, s
     page = Page(chromium)
     try:
         page.open(address, width)
+        page.js("document.getElementById('others').open = true; document.getElementById('alarms').open = false")
         page.js("""document.getElementById("text").value = "prompt 1";
             document.getElementById("text").dispatchEvent(new Event("input", { bubbles: true }));
             document.getElementById("theme").click(); window.before = true""")
@@ -80,6 +81,14 @@ def test_the_page_follows_and_keeps_what_the_reader_chose(watched: tuple[Path, s
         assert page.js("""document.getElementById("text").value""") == "prompt 1"
         assert page.js("document.documentElement.dataset.theme") == "dark"
         assert page.js("""document.getElementById("live").textContent""") == "Follows the run."
+        assert page.js("document.getElementById('others').open && !document.getElementById('alarms').open")
+        page.js("document.querySelector('.rows').scrollIntoView({ behavior: 'instant' }); window.before = true")
+        go_on(run, 5)
+        page.wait_for("!document.getElementById('now').hidden")
+        page.js("new Promise((done) => setTimeout(done, 2500))")
+        assert page.js("window.before"), "completions that are read stay in their place"
+        page.js("scrollTo({ top: 0, behavior: 'instant' })")
+        page.wait_for_reload("""!window.before && document.getElementById("step")?.max === "5" """)
         assert page.complaints == []
     finally:
         page.close()

@@ -33,6 +33,7 @@ from grpo_dist.report.shaping import (
     change,
     columns,
     curves,
+    is_clear_share,
     number_map,
     round_width,
     run_names,
@@ -204,6 +205,23 @@ def test_number_map(values: list[list[float]], most_rows: int) -> None:
                 expected = [low <= v < high for v in then]
                 assert len({v for v in numbers if low <= v < high}) != 1
             assert math.isclose(shares[place], np.mean(expected), abs_tol=1e-9)
+
+
+def test_numbers_that_are_near_have_rows_of_their_own() -> None:
+    near = number_map([[12340.0 + n for n in range(40)], [12345.0] * 40], [1, 2], 5, 5)
+    assert near.rows == ["12370 – 12380", "12360 – 12370", "12350 – 12360", "12340 – 12350"]
+    assert near.shares == [[0.25, 0], [0.25, 0], [0.25, 0], [0.25, 1]]
+    few = number_map([[100.001, 100.002, 12345.0, 12346.0, -0.0, 0.1 + 0.2, 0.3]], [1], 9, 5)
+    assert few.rows == ["12346", "12345", "100.002", "100.001", "0.3", "0"]
+    assert math.isclose(sum(row[0] for row in few.shares), 1)
+    assert number_map([[1 + n * 1e-12 for n in range(30)]], [1], 5, 5).rows == ["1"]
+
+
+def test_a_share_that_moved_is_told_from_noise() -> None:
+    rng = np.random.default_rng(0)
+    clear = [is_clear_share(*(rng.random((2, 100)) < 0.4).mean(1), 100) for _ in range(400)]
+    assert np.mean(clear) < 0.08, "two samples of one share"
+    assert is_clear_share(0.4, 0.6, 100) and not is_clear_share(0.4, 0.6, 20)
 
 
 @given(st.floats(-1e6, 1e6), st.floats(1e-3, 1e6), st.integers(2, 20))

@@ -125,7 +125,7 @@ def test_two_steps_of_one_prompt_are_compared(page: Page, single: Path) -> None:
 
 TRACE = {
     "text": ["6 ", "x 7", HOSTILE, "\nResult: ", "42", "42"], "by": "mmmxtm", "logprob": [-0.01, -2.0, -5.0, -0.5],
-    "gap": [0.0, 1e-6, None, -0.3], "entropy": [3.0, 0.2, None, 0.0],
+    "gap": [0.0, 1e-6, None, -0.3], "entropy": [3.0, 0.2, None, 0.0], "advantage": [0.75, -2.5, 0.0, 0.75],
 }  # fmt: skip
 
 
@@ -143,17 +143,25 @@ def test_tokens_show_who_wrote_them(page: Page, traced: Path, width: int) -> Non
             [...span.getClientRects()].every((part) => part.right <= edge)); })()"""), "the legend stays in its column"
     tokens = "[...document.querySelector('.rows tbody tr').querySelectorAll('td.text + td.text span')]"
     assert page.js(f"{tokens}.map((token) => token.className)") == [
-        "by-m shade0", "by-m shade3", "by-m shade4", "by-x", "by-t", "by-m shade1"
+        "by-m shade0", "by-m shade3", "by-m shade4 untrained", "by-x", "by-t", "by-m shade1"
     ]  # fmt: skip
     assert "conversation" not in page.texts("#completions")[0], "the tokens show it"
     assert page.texts(".rows tr td.text + td.text")[0].startswith("6 x 7<script>alert(1)</script>")
     titles = page.js(f"{tokens}.map((token) => token.title)")
-    assert titles[1] == "by the model: log-probability −2 (14 %), entropy 0.2, gap to the trainer 1e−6"
-    assert titles[2] == "by the model: log-probability −5 (<1 %), no gradient, so not computed by the trainer"
+    assert titles[1] == "by the model: log-probability −2 (14 %), advantage −2.5, entropy 0.2, gap to the trainer 1e−6"
+    assert (
+        titles[2] == "by the model: log-probability −5 (<1 %), advantage 0, no gradient, so not computed by the trainer"
+    )
     assert titles[3:5] == ["by the chat template", "by a tool or an environment"]
     fill(page, colour="gap to the trainer")
-    shades = [name[-1] for name in page.js(f"{tokens}.map((token) => token.className)") if name.startswith("by-m")]
+    shades = [
+        name[len("by-m shade")] for name in page.js(f"{tokens}.map((token) => token.className)") if "by-m" in name
+    ]
     assert shades == ["0", "0", "0", "4"]
+    fill(page, colour="advantage")
+    shades = [name.removeprefix("by-m shade") for name in page.js(f"{tokens}.map((token) => token.className)")]
+    assert [name for name in shades if not name.startswith("by-")] == ["2", "4 minus", "0 untrained", "2"]
+    assert page.style(".rows .minus", "backgroundColor") != page.style("#writers .shade4", "backgroundColor")
     fill(page, colour="log-probability")
 
 
@@ -235,6 +243,60 @@ def test_a_logarithmic_scale(page: Page, tmp_path: Path) -> None:
     assert page.js(heights)[1] - page.js(heights)[0] > 5 * gaps[0]
 
 
+@pytest.mark.parametrize("width", [390, 1440])
+def test_answers_that_begin_alike_are_told_apart(page: Page, tmp_path: Path, width: int) -> None:
+    """Names of rows keep to their place whatever their letters, and lose their middle."""
+    kinds = [
+        "W" * 59,
+        "答案是" * 19,
+        "".join(["🙂"] * 59),
+        f"{'the same beginning of all ' * 2}red",
+        f"{'the same ' * 6}blue",
+    ]
+    page.open(write_report([write_run(tmp_path / "run", text=lambda step, group, n: kinds[(step + n) % 5])]), width)
+    names = "[...document.querySelectorAll('[data-map] .label')]"
+    assert min(page.js(f"{names}.map((name) => name.getBBox().x)")) >= 0
+    shown = page.js(f"{names}.map((name) => name.lastChild.textContent)")
+    assert sum(name.endswith(("red", "blue")) and "…" in name for name in shown) == 2
+    assert not any("\ud800" <= letter <= "\udfff" for name in shown for letter in name)
+
+
+def test_runs_that_have_just_begun(page: Page, tmp_path: Path) -> None:
+    """Without a step, without a line, without completions."""
+    runs = [write_run(tmp_path / name) for name in ("nothing", "evaluated", "all")]
+    (runs[0] / "metrics.jsonl").write_text("")
+    (runs[1] / "metrics.jsonl").write_text(json.dumps({"step": 0, "eval/accuracy": 0.5}) + "\n")
+    for run in runs[:2]:
+        page.open(write_report([run]), 1440)
+        assert page.texts(".overview dd")[0] == "0 of 12"
+        assert page.texts("#answers .note") == page.texts("#count") == ["This run has no completions yet."]
+    page.open(write_report([runs[2], runs[1]], tmp_path / "both.html"), 1440)
+    heats = "[...document.querySelectorAll('.heat')].map((map) => map.checkVisibility())"
+    assert page.js(heats) == [True] * 3
+    page.js("location.hash = '#completion=1.2.3'")
+    page.wait_for("document.getElementById('run').value === '1'")
+    assert page.js(heats) == [False] * 3, "those of the run before"
+    page.js("location.hash = '#completion=0.2.3'")
+    page.wait_for("document.getElementById('run').value === '0'")
+    assert page.js(heats) == [True] * 3
+
+
+def test_every_curve_has_a_scale(page: Page, tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    spans = {f"own/{n}": (low, low + span) for n, (low, span) in enumerate(
+        itertools.product((0.77, 3.0, 1234.5, -0.6), (0.08, 0.011, 1.7, 26.0)))}  # fmt: skip
+    for line in lines:
+        line |= {name: high if line["step"] % 2 else low for name, (low, high) in spans.items()}
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    page.open(write_report([run]), 1440)
+    page.js("document.getElementById('others').open = true")
+    page.wait_for("document.querySelectorAll('[data-metric^=\"own/\"] .line').length === 16")
+    counts = page.js("""[...document.querySelectorAll("[data-metric^='own/']")].map((chart) =>
+        chart.querySelectorAll(".rule").length)""")
+    assert 2 <= min(counts) <= max(counts) <= 7
+
+
 def test_theme_motion_and_paper(page: Page, single: Path) -> None:
     page.open(single, 1440, dark=False, prefers_reduced_motion="reduce")
     assert page.style("html", "scrollBehavior") == "auto"
@@ -252,7 +314,7 @@ def test_runs_side_by_side(page: Page, several: Path) -> None:
     assert page.js(f"{reward}.querySelectorAll('.band').length") == 1  # two seeds are one line with their range
     assert page.texts(".legend label") == ["grpo (2 seeds)", "short"]
     assert page.texts(".numbers th[scope=col]")[-3:] == ["train.batch_size", "train.num_train_steps", "train.seed"]
-    assert page.texts(".alarms li")[1].startswith("grpo_seed1, step 2: entropy fell Lower the rate.")
+    assert page.texts(".alarms li")[1].startswith("grpo_seed1, step 2: entropy fell. Lower the rate.")
     page.js("document.querySelector('.legend input').click()")
     assert page.js(f"{reward}.querySelectorAll('.line').length") == 1
     page.js("""(() => { const run = document.getElementById("run"); run.value = "2";
