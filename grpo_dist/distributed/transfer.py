@@ -1,4 +1,4 @@
-"""Small tensors on their way to the device. Pure."""
+"""Small tensors on their way between the host and the device. Pure."""
 
 from __future__ import annotations
 
@@ -22,3 +22,28 @@ def to_device(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
     parts = joined.pin_memory().to(device, non_blocking=True).split(sizes)
     return [part[: tensor.nbytes].view(tensor.dtype).view(tensor.shape)
             for part, tensor in zip(parts, tensors, strict=True)]  # fmt: skip
+
+
+class HostCopy:
+    """Tensors on their way to the host; `values` waits for what was queued before them, and for nothing later."""
+
+    def __init__(self, *tensors: Tensor) -> None:
+        self.event = None
+        if not tensors[0].is_cuda:
+            self.copies = [tensor.clone() for tensor in tensors]
+            return
+        self.copies = [
+            torch.empty(t.shape, dtype=t.dtype, pin_memory=True).copy_(t, non_blocking=True) for t in tensors
+        ]
+        self.event = torch.cuda.Event()
+        self.event.record()
+
+    def tensors(self) -> list[Tensor]:
+        """The tensors on the host."""
+        if self.event is not None:
+            self.event.synchronize()
+        return self.copies
+
+    def values(self) -> list[list]:
+        """The tensors as lists."""
+        return [copy.tolist() for copy in self.tensors()]

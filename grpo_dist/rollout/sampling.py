@@ -105,6 +105,11 @@ class Rules:
         if self._matching is not None:
             self._matching.grow(count)
 
+    def restart(self, request: Tensor) -> None:
+        """Forget the tokens of each `request` (R,) that came so far."""
+        if self._matching is not None:
+            self._matching.restart(request)
+
     def ended(self, tokens: Tensor, request: Tensor, places: Tensor) -> Tensor:
         """Whether the newest `tokens` (R,) of each `request` (R,), at `places` (R,), end it: (R,) bool."""
         over = torch.isin(tokens, self._ends)

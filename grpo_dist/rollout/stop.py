@@ -54,6 +54,10 @@ class Matching:
         """Take in `count` requests more."""
         self._state = torch.cat([self._state, self._state.new_zeros(count)])
 
+    def restart(self, request: Tensor) -> None:
+        """Begin again with each `request` (R,)."""
+        self._state[request] = 0
+
     def step(self, tokens: Tensor, request: Tensor) -> Tensor:
         """Whether the newest `tokens` (R,) of each `request` (R,) complete a string: (R,) bool."""
         after = self._moves[self._state[request], self._classes[tokens]]

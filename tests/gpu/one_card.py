@@ -24,6 +24,7 @@ import subprocess
 import sys
 import time
 import traceback
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -381,7 +382,7 @@ def fused_step(tiny: bool) -> dict[str, Any]:
             for captures in (False, True):
                 with torch.inference_mode():
                     engine = NativeDecoder([2, 5], most, 1 << 12, step_of=step_of, captures=captures)
-                    decoding = DecodingOverPages(engine, model, requests, Sampling())
+                    decoding = DecodingOverPages(engine, model, deque(requests), Sampling())
                     got = in_order(requests, chain.from_iterable(decoding.run()))
                 same = sum(a.ids == b.ids for a, b in zip(got, expected, strict=True))
                 gap = max(_gap_until_they_part(a, b) for a, b in zip(got, expected, strict=True))
@@ -441,7 +442,7 @@ def decode(shape: str, rows: list[int], prompt: int, new: int, tiny: bool) -> di
     engine = NativeDecoder([-1], new, 1 << 21, step_of=FusedStep)
 
     def made(requests: list[Request]) -> DecodingOverPages:
-        return DecodingOverPages(engine, model, requests, Sampling())
+        return DecodingOverPages(engine, model, deque(requests), Sampling())
 
     for count in rows:
         requests = requests_for(count, prompt)
@@ -456,6 +457,7 @@ def decode(shape: str, rows: list[int], prompt: int, new: int, tiny: bool) -> di
             }
             if count == rows[0] or count == rows[-1]:
                 decoding = made(requests)
+                decoding._take()
                 decoding._admit()
                 decoding.pool.lengths[: len(decoding.rows)] = new // 2
                 for row in decoding.rows:
@@ -689,9 +691,9 @@ def main() -> None:
     )
     rows, prompt, new = ([2], 5, 6) if tiny else ([512, 64, 8], 256, 256)
     if tiny:  # a program takes the interpreter 10 to 40 ms
-        from grpo_dist.rollout.native import gpu
+        from grpo_dist.rollout.native import tables
 
-        gpu.LADDER[:] = [2, 4, 8]
+        tables.LADDER[:] = [2, 4, 8]
     sections: dict[str, tuple[int, Callable[[], dict[str, Any]]]] = {
         "machine": (30, machine),
         "pack attention": (45, lambda: pack_attention(tiny)),

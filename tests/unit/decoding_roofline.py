@@ -10,6 +10,7 @@ not. Attention reads the keys and values of own tokens, and those of a prompt on
 from __future__ import annotations
 
 import json
+from collections import deque
 from typing import Any
 
 import simulated_decoding as decoding
@@ -70,7 +71,8 @@ def made(num_layers: int, rows: int) -> Any:
     policy = make_policy(base, ModelConfig(name="none"), LoraConfig(r=8), 1.0, 0)
     engine = NativeDecoder([2], 1024, 1 << 20, step_of=FusedStep, captures=False)
     requests = decoding.requests_of(PROMPTS, rows // PROMPTS, PROMPT)
-    work = gpu.DecodingOverPages(engine, policy.causal_lm.to(CUDA).eval(), requests, Sampling())
+    work = gpu.DecodingOverPages(engine, policy.causal_lm.to(CUDA).eval(), deque(requests), Sampling())
+    work._take()
     work._admit()
     work._lay_tables()
     return work

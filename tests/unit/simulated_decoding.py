@@ -15,7 +15,8 @@ import random
 import sys
 import types
 import weakref
-from collections import Counter
+from collections import Counter, deque
+from dataclasses import replace
 from functools import partial
 from typing import Any
 from unittest.mock import patch
@@ -107,7 +108,7 @@ def requests_of(groups: int, members: int, prompt: int, limits: list[int] | None
 def of_a_step(model: Any, rows: int, sampling: Sampling, step_of: Any = FusedStep) -> dict[str, int]:
     """Kernels of a step of so many rows, of two prompts."""
     engine = NativeDecoder([2], 200, 1 << 20, step_of=step_of, captures=False)
-    decoding = gpu.DecodingOverPages(engine, model, requests_of(2, rows // 2, 70), sampling)
+    decoding = gpu.DecodingOverPages(engine, model, deque(requests_of(2, rows // 2, 70)), sampling)
     work = decoding.run()
     next(work)
     SEEN.kernels = 0
@@ -177,12 +178,16 @@ def read_by(requests: list[Request], most: int, tokens: int) -> dict[str, Any]:
         torch.inference_mode(),
     ):
         engine = NativeDecoder([2], most, tokens, step_of=Reading, captures=False)
-        decoding = gpu.DecodingOverPages(engine, Parameter(), requests, Sampling())
+        unlimited = deque(replace(request, max_new_tokens=None) for request in requests)
+        first = gpu.DecodingOverPages(engine, Parameter(), unlimited, Sampling())
+        first._take()
+        first._admit()
+        decoding = gpu.DecodingOverPages(engine, Parameter(), deque(requests), Sampling())
         DECODING.append(decoding)
         lengths = {(each.slot, each.sample): len(each.ids) for ended in decoding.run() for each in ended}
     seen = READINGS[-1]
     limits = {(each.slot, each.sample): each.max_new_tokens or most for each in requests}
-    return {"steps": seen.steps, "ratio": seen.read / seen.held, "right": lengths == limits,
+    return {"at once": len(first.rows), "steps": seen.steps, "ratio": seen.read / seen.held, "right": lengths == limits,
             "leaked": decoding.pool.num_pages - len(set(decoding.pool.free))}  # fmt: skip
 
 
@@ -244,7 +249,6 @@ def main() -> None:
         "many rows": of_steps(512), "few rows": of_steps(8), "top-p": of_steps(512, Sampling(top_p=0.95)),
         "without adapters": of_steps(512, adapters=False), "page": PAGE,
         "gemma": of_steps(512, config_of=Gemma2Config),
-        # what is in flight has pages for 1,024 tokens, so that a few of them show whether rows wait for others
         "full": read_by(requests_of(32, 16, 256, [9] * 512), 1024, tokens),
         "normal": read_by(requests_of(2, 16, 256, lengths), 512, tokens),
         "memory": of_memory(),

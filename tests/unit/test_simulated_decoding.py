@@ -32,6 +32,7 @@ def test_the_bound_of_a_steps_time_counts_every_kernel_and_product(counts: Any) 
 def test_all_completions_are_decoded_at_once(counts: Any) -> None:
     """512 completions of up to 1,024 tokens, with as many tokens in flight as 80 GB have room for: no row waits for
     another, and none takes a step after its last token."""
+    assert counts["full"]["at once"] == 512
     assert counts["full"]["steps"] == 8 and counts["full"]["right"]
 
 

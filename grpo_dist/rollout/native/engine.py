@@ -55,7 +55,7 @@ class NativeDecoder(Decoder):
 
     @torch.inference_mode()
     def decode(self, model: nn.Module, queue: deque[Request], sampling: Sampling) -> Iterator[list[Trajectory]]:
-        """See `Decoder`. Over pages, requests that are appended wait until those before them are answered."""
+        """See `Decoder`."""
         if self.pages:
             yield from self._over_pages(model, queue, sampling)
             return
@@ -73,10 +73,8 @@ class NativeDecoder(Decoder):
     def _over_pages(self, model: nn.Module, queue: deque[Request], sampling: Sampling) -> Iterator[list[Trajectory]]:
         from .gpu import DecodingOverPages  # needs Triton
 
-        while queue:
-            requests = list(queue)
-            queue.clear()
-            with closing(DecodingOverPages(self, model, requests, sampling)) as decoding:
+        while queue:  # again for requests that are longer than the tables
+            with closing(DecodingOverPages(self, model, queue, sampling)) as decoding:
                 yield from decoding.run()
 
 
@@ -275,7 +273,7 @@ class Decoding:
         starts, lengths = self.start[ended], self.ended_at[ended]
         longest = int(lengths.max())
         ids, logprobs = self.tokens[ended, :longest].tolist(), self.logprobs[ended, :longest].tolist()
-        routes = self.routes.of(ended.tolist(), lengths.tolist(), self.routes.of_drawn(ended))
+        routes = self.routes.of(self.routes.of_prompts(ended.tolist()), lengths.tolist(), self.routes.of_drawn(ended))
         columns = [column.tolist() for column in (rows, ended, starts, lengths)]
         for row, n, start, length, drawn, values, taken in zip(*columns, ids, logprobs, routes, strict=True):
             request, own = self.requests[n], slice(start, length)

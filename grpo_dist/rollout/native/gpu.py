@@ -5,135 +5,101 @@ R climbs a short ladder, and places above the last request are rows of nobody. W
 host looks at who had ended before them, hands out completions and prepares tables; it waits for copies that were queued
 before those steps, never for the steps.
 
-Shapes: N requests, C most rows, R rows computed.
+Shapes: C most rows, R rows computed.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from itertools import groupby
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from ...distributed.transfer import to_device
+from ...distributed.transfer import HostCopy, to_device
 from ...types import Trajectory
-from ..engine import NOBODY, Request, columns_of, limit_of, trajectory
+from ..engine import Request, limit_of, take_group, trajectory
 from ..room import PAGE, PREFILL_TOKENS, pages_of
 from ..sampling import Rules, Sampling
 from .fused_draw import fused_draw
 from .graphs import Sizes
-from .pages import TILE, PagePool
+from .kept import begins_with
+from .pages import PagePool
 from .routes import RouteTable
+from .seats import Seats
 from .steps import prefill
+from .tables import PromptInFlight, RowInFlight, lay_tables, rung
 
 if TYPE_CHECKING:
     from .engine import NativeDecoder
 
-LADDER = [8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512]
-"""Numbers of rows for which a step is captured; above the last one, its multiples."""
 STEPS = 8
 """Steps between two looks at who has ended."""
-
-
-@dataclass
-class _Prompt:
-    """A prompt in flight."""
-
-    ids: list[int]
-    place: int
-    pages: list[int]
-    rows: int
-
-
-@dataclass
-class _Row:
-    """A sequence in flight; `length` is the number of steps that it has been in, at most the longest completion."""
-
-    request: int
-    prompt: _Prompt
-    pages: list[int] = field(default_factory=list)
-    length: int = 0
-
-
-class HostCopy:
-    """Tensors on their way to the host; `values` waits for what was queued before them, and for nothing later."""
-
-    def __init__(self, *tensors: Tensor) -> None:
-        self.event = None
-        if not tensors[0].is_cuda:
-            self.copies = [tensor.clone() for tensor in tensors]
-            return
-        self.copies = [
-            torch.empty(t.shape, dtype=t.dtype, pin_memory=True).copy_(t, non_blocking=True) for t in tensors
-        ]
-        self.event = torch.cuda.Event()
-        self.event.record()
-
-    def tensors(self) -> list[Tensor]:
-        """The tensors on the host."""
-        if self.event is not None:
-            self.event.synchronize()
-        return self.copies
-
-    def values(self) -> list[list]:
-        """The tensors as lists."""
-        return [copy.tolist() for copy in self.tensors()]
+ANSWER_TOKENS = 128
+"""Longest answer after which a kept row goes on. It takes a step for each token of the answer, beside rows that draw
+theirs: the row is computed again sooner than it takes many."""
 
 
 class DecodingOverPages:
-    """Some requests decoded on a GPU."""
+    """One call of `decode` on a GPU.
 
-    def __init__(self, engine: NativeDecoder, model: nn.Module, requests: list[Request], sampling: Sampling) -> None:
-        self.model, self.requests, self.sampling = model, requests, sampling
+    A row that has ended and may go on keeps its pages. The request that goes on with it brings what was answered: the
+    row takes these tokens one a step, as the other rows draw theirs.
+    """
+
+    def __init__(self, engine: NativeDecoder, model: nn.Module, queue: deque[Request], sampling: Sampling) -> None:
+        self.engine, self.model, self.queue, self.sampling = engine, model, queue, sampling
         self.end_ids, self.most = engine.end_ids, engine.max_new_tokens
         self.device = device = next(model.parameters()).device
-        longest = max((len(request.prompt) for request in requests), default=1)
-        groups = [list(members) for _, members in groupby(range(len(requests)), key=lambda n: requests[n].slot)]
-        needed = sum(pages_of(len(requests[g[0]].prompt)) + len(g) * pages_of(self.most) for g in groups)
-        least = pages_of(longest) + pages_of(self.most)
-        num_pages = max(least, min(needed, engine.max_tokens_in_flight // PAGE))
-        self.waiting = deque(piece for group in groups for piece in self._that_fit(group, num_pages))
-        capacity = _rung(min(len(requests), max(1, num_pages // pages_of(self.most))))
-        self.pool = PagePool(device, num_pages, capacity, self.most, longest)
+        self.goes_on = any(request.keeps for request in queue)
+        # what is computed again begins with tokens of its own
+        self.longest = max(len(request.prompt) for request in queue) + (self.most if self.goes_on else 0)
+        least = pages_of(self.longest) + pages_of(self.most)
+        num_pages = max(least, min(self._needed(), engine.max_tokens_in_flight // PAGE))
+        least_room = min(self._room(request) for request in queue)
+        capacity = rung(min(len(queue), max(1, num_pages // pages_of(least_room))))
+        self.pool = PagePool(device, num_pages, capacity, self.most, self.longest)
         self.places = list(range(capacity - 1, -1, -1))  # of prompts
         self.decode = engine.step_of(model)
-        self.rows: list[_Row] = []
+        self.waiting: deque[list[Request]] = deque()  # in groups with one prompt
+        self.rows: list[RowInFlight] = []  # that are computed
+        self.kept: dict[tuple[int, int], RowInFlight] = {}  # by slot and sample
+        self.held: set[RowInFlight] = set()  # both, and those that have ended and are on their way to the host
         self.advance = Sizes(self._step) if engine.captures and device.type == "cuda" else self._step
-        nobody = len(requests)
-        self.row_request = torch.full((capacity,), nobody, device=device)
+        rules, routes = Rules(sampling, engine.end_ids, device), RouteTable(model, self.most, device)
+        self.seats = Seats(capacity, self.most, rules, routes, device)
+        self.seat = torch.full((capacity,), self.seats.nobody, device=device)
         self.last = torch.zeros(capacity, dtype=torch.int64, device=device)
         self.alive = torch.zeros(capacity, dtype=torch.bool, device=device)
-        self.keys, self.limit, self.offset, self.may_end = columns_of([*requests, NOBODY], self.most, device)
-        self.rules = Rules(sampling, engine.end_ids, device)
-        self.rules.grow(nobody + 1)
-        self.tokens = torch.zeros((nobody + 1, self.most), dtype=torch.int64, device=device)
-        self.logprobs = torch.zeros((nobody + 1, self.most), dtype=torch.float32, device=device)
-        self.ended_at = torch.zeros(nobody + 1, dtype=torch.int64, device=device)
-        self.routes = RouteTable(model, self.most, device)
-        self.routes.grow(nobody + 1)
-        self.looked: tuple[list[_Row], HostCopy] | None = None
-        self.results: deque[tuple[list[int], HostCopy]] = deque()
+        self.looked: tuple[list[RowInFlight], HostCopy] | None = None
+        self.results: deque[tuple[list[RowInFlight], list[Tensor], HostCopy]] = deque()  # with routes of prompts
 
-    def _that_fit(self, group: list[int], num_pages: int) -> list[list[int]]:
-        """Requests of one prompt in parts that fit by themselves."""
-        each = pages_of(self.most)
-        most = max(1, (num_pages - pages_of(len(self.requests[group[0]].prompt))) // each)
-        return [group[start : start + most] for start in range(0, len(group), most)]
+    def _needed(self) -> int:
+        """Pages for all requests of the queue at once."""
+        queue, needed = deque(self.queue), 0
+        while queue:
+            group = take_group(queue)
+            needed += self._pages_for(group)
+            if self.goes_on:  # what is computed again shares its prompt with nobody
+                needed += len(group) * (pages_of(len(group[0].prompt)) + 1)
+        return needed
 
     def run(self) -> Iterator[list[Trajectory]]:
-        """Decode until every request is answered."""
-        while self.waiting or self.rows:
+        """Decode until every request is answered, and no row is kept."""
+        while True:
+            self._take()
             self._admit()
-            self._lay_tables()
-            for _ in range(self.steps):
-                self.advance(self.computed, self.tiles)
-            yield self._look()
-        yield self._ended()
+            if self.rows:
+                self._lay_tables()
+                for _ in range(self.steps):
+                    self.advance(self.computed, self.tiles)
+                yield self._look()
+            elif self.waiting or self.results or self.kept:
+                yield self._ended()
+            else:
+                return
 
     def close(self) -> None:
         """Let go now of what refers back to this object, and would hold pages and graphs until it is collected."""
@@ -143,104 +109,156 @@ class DecodingOverPages:
 
     def _step(self, rows: int, tiles: int) -> None:
         """One more token of every row; nothing is allocated that outlives it, and nothing is read back."""
-        pool = self.pool
+        pool, routes = self.pool, self.seats.routes
         pool.begin_step(rows, tiles)
         positions = pool.prompt_lengths[pool.prompt[:rows]] + pool.lengths[:rows]
         logits = self.decode(self.last[:rows], positions.long(), pool)
-        if self.routes.keeps:
-            self.routes.keep_step(self._request(slice(0, rows)), pool.lengths[:rows].long())
+        if routes.keeps:
+            routes.keep_step(self._seats_of(slice(0, rows)), pool.lengths[:rows].long())
         pool.lengths[:rows].add_(self.alive[:rows])
         self._draw(logits, slice(0, rows))
 
-    def _request(self, rows: slice) -> Tensor:
-        """The requests of rows; what has ended goes on for nobody."""
-        return torch.where(self.alive[rows], self.row_request[rows], len(self.requests))
+    def _seats_of(self, rows: slice) -> Tensor:
+        """The seats of rows; what has ended goes on for nobody."""
+        return torch.where(self.alive[rows], self.seat[rows], self.seats.nobody)
 
     def _draw(self, logits: Tensor, rows: slice) -> None:
-        alive, position, request = self.alive[rows], self.pool.lengths[rows].long(), self._request(rows)
-        place = self.offset[request] + position
-        token, logprob = fused_draw(logits, self.keys[request], place, self.sampling, self.rules)
-        ends = self.rules.ended(token, request, place) & self.may_end[request]
-        self.tokens[request, position] = token
-        self.logprobs[request, position] = logprob
+        seats, alive, position = self.seats, self.alive[rows], self.pool.lengths[rows].long()
+        seat = self._seats_of(rows)
+        place = seats.offset[seat] + position
+        token, logprob = fused_draw(logits, seats.keys[seat], place, self.sampling, seats.rules)
+        judged = seat
+        if self.goes_on:
+            is_given = position < seats.start[seat]
+            token = torch.where(is_given, seats.tokens[seat, position], token)
+            judged = torch.where(is_given, seats.nobody, seat)
+        ends = seats.rules.ended(token, judged, place) & seats.may_end[judged]
+        seats.tokens[seat, position] = token
+        seats.logprobs[seat, position] = logprob
         self.last[rows] = token
         drawn = position + 1
-        over = ends | (drawn >= self.limit[request])
-        self.ended_at[request] = torch.where(over, drawn, 0)
+        over = ends | (drawn >= seats.limit[seat])
+        seats.ended_at[seat] = torch.where(over, drawn, 0)
         self.alive[rows] = alive & ~over
-        self.pool.lengths[rows].mul_(self.alive[rows])  # a row that has ended reads no more than the token it writes
+        if not self.goes_on:  # a row that has ended reads no more than the token it writes, which is over its first one
+            self.pool.lengths[rows].mul_(self.alive[rows])
 
     # --- on the host --------------------------------------------------------------------------------------------------
+
+    def _take(self) -> None:
+        """Let rows go that were released, and take the queue's requests: some go on with kept rows, others wait."""
+        for place in self.engine.released & self.kept.keys():
+            self._let_go(self.kept.pop(place))
+        self.engine.released.clear()
+        going_on: list[RowInFlight] = []
+        while self.queue and len(self.queue[0].prompt) <= self.longest:  # the tables are too short for a longer one
+            group = []
+            for request in take_group(self.queue):
+                if row := self._going_on(request):
+                    going_on.append(row)
+                else:
+                    group.append(request)
+            self.waiting.extend(self._that_fit(group))
+        if going_on:
+            self._compute(going_on)
+
+    def _going_on(self, request: Request) -> RowInFlight | None:
+        """The row that the request goes on with; None where it has to be computed."""
+        row = self.kept.pop((request.slot, request.sample), None)
+        if row is None:
+            return None
+        own = request.prompt[len(row.prompt.ids) :]
+        limit = len(own) + limit_of(request, self.most)
+        is_short = limit <= row.room and len(own) - len(row.own) <= ANSWER_TOKENS
+        if not (is_short and begins_with(request, row.prompt.ids + row.own)):
+            self._let_go(row)
+            return None
+        self.held.remove(row)
+        return replace(row, request=request, limit=limit, length=len(row.own) - 1, own=own)
+
+    def _that_fit(self, group: list[Request]) -> Iterator[list[Request]]:
+        """Requests of one prompt in parts that fit by themselves."""
+        part: list[Request] = []
+        for request in group:
+            if part and (len(part) == len(self.seat) or self._pages_for([*part, request]) > self.pool.num_pages):
+                yield part
+                part = []
+            part.append(request)
+        if part:
+            yield part
+
+    def _pages_for(self, group: list[Request]) -> int:
+        """Most pages of requests with one prompt."""
+        return pages_of(len(group[0].prompt)) + sum(pages_of(self._room(each)) for each in group)
+
+    def _room(self, request: Request) -> int:
+        """Most tokens of its own that a row comes to have which is computed for a request."""
+        return self.most - request.offset if self._keeps(request) else limit_of(request, self.most)
+
+    def _keeps(self, request: Request) -> bool:
+        """Whether the row stays once it has ended by itself."""
+        return self.goes_on and request.keeps
 
     def _admit(self) -> None:
         """Prefill as many waiting prompts as there are pages for, once a quarter of all pages is free."""
         pool = self.pool
-        each = pages_of(self.most)
         while self.waiting:
-            spare = len(pool.free) - sum(each - len(row.pages) for row in self.rows)
+            spare = len(pool.free) - sum(pages_of(row.room) - len(row.pages) for row in self.held)
             if self.rows and spare < pool.num_pages // 4:
                 return
-            chosen: list[list[int]] = []
+            chosen: list[list[Request]] = []
             tokens = rows = 0
             while self.waiting:
-                ids, count = self.requests[self.waiting[0][0]].prompt, len(self.waiting[0])
-                need = pages_of(len(ids)) + count * each
-                full = need > spare or len(self.rows) + rows + count > len(self.row_request)
-                if full or (chosen and tokens + len(ids) > PREFILL_TOKENS):
+                group, length = self.waiting[0], len(self.waiting[0][0].prompt)
+                need = self._pages_for(group)
+                full = need > spare or len(self.held) + rows + len(group) > len(self.seat)
+                if full or (chosen and tokens + length > PREFILL_TOKENS):
                     break
-                spare, tokens, rows = spare - need, tokens + len(ids), rows + count
+                spare, tokens, rows = spare - need, tokens + length, rows + len(group)
                 chosen.append(self.waiting.popleft())
             if not chosen:
                 return
             self._prefill(chosen)
 
-    def _prefill(self, groups: list[list[int]]) -> None:
+    def _prefill(self, groups: list[list[Request]]) -> None:
         """Compute the prompts of groups in a row, and draw the first token of each sequence."""
-        pool, first = self.pool, len(self.rows)
-        prompts = []
+        layout, logits = prefill(self.model, [group[0].prompt for group in groups])
+        new: list[list[RowInFlight]] = []
         for group in groups:
-            ids = self.requests[group[0]].prompt
-            prompts.append(_Prompt(ids, self.places.pop(), pool.take(len(ids)), len(group)))
-            self.rows += [_Row(n, prompts[-1]) for n in group]
-        layout, logits = prefill(self.model, [prompt.ids for prompt in prompts])
-        self.routes.keep_prompts(groups, layout.lengths)
-        pool.store(layout, [prompt.pages for prompt in prompts])
-        new = slice(first, len(self.rows))
-        which = torch.tensor([n for n, group in enumerate(groups) for _ in group])
-        which, request = to_device([which, torch.tensor([n for group in groups for n in group])], self.device)
-        self.row_request[new] = request
-        self.alive[new] = True
-        pool.lengths[new] = 0
-        self._draw(logits[which], new)
+            ids = group[0].prompt
+            prompt = PromptInFlight(ids, self.places.pop(), self.pool.take(len(ids)), len(group))
+            new.append([RowInFlight(each, self.seats.free.pop(), prompt, self._room(each), limit_of(each, self.most))
+                        for each in group])  # fmt: skip
+        self.pool.store(layout, [rows[0].prompt.pages for rows in new])
+        self.seats.routes.keep_prompts([[row.seat for row in rows] for rows in new], layout.lengths)
+        which = torch.tensor([n for n, rows in enumerate(new) for _ in rows])
+        places = self._compute([row for rows in new for row in rows])
+        (which,) = to_device([which], self.device)
+        self._draw(logits[which], places)
+
+    def _compute(self, rows: list[RowInFlight]) -> slice:
+        """Take rows among those that are computed, and return their places."""
+        first = len(self.rows)
+        self.rows += rows
+        self.held |= set(rows)
+        seats, lengths = [row.seat for row in rows], [row.length for row in rows]
+        answers = [row.own[row.length + 1 :] for row in rows]
+        self.seats.place([row.request for row in rows], seats, [len(row.own) for row in rows], answers)
+        newest = [row.own[row.length] if row.own else 0 for row in rows]
+        columns = [torch.tensor(column) for column in (seats, newest, lengths)]
+        places = slice(first, len(self.rows))
+        self.seat[places], self.last[places], self.pool.lengths[places] = to_device(columns, self.device)
+        self.alive[places] = True
+        return places
 
     def _lay_tables(self) -> None:
         """Give every row pages for the next steps, and tell the device whose pages are which."""
         pool, rows = self.pool, self.rows
         self.steps = min(STEPS, max(self._steps_left(row) for row in rows))
         for row in rows:
-            row.length = min(row.length + self.steps, self.most)
+            row.length = min(row.length + self.steps, row.limit)
             row.pages += pool.take(row.length, len(row.pages))
-        members: dict[int, tuple[_Prompt, list[int]]] = {}
-        for n, row in enumerate(rows):
-            members.setdefault(row.prompt.place, (row.prompt, []))[1].append(n)
-        tiles = [(prompt.place, of[start : start + TILE])
-                 for prompt, of in members.values() for start in range(0, len(of), TILE)]  # fmt: skip
-        self.computed, self.tiles = _rung(len(rows)), 1 << (len(tiles) - 1).bit_length() if tiles else 1
-        spare = self.tiles - len(tiles)
-        self._send([
-            (pool.table[: self.computed], _table([row.pages for row in rows], self.computed, pool.table.shape[1])),
-            (pool.prompt_table, _table({p.place: p.pages for p, _ in members.values()}, *pool.prompt_table.shape)),
-            (pool.prompt_lengths,
-             _column({p.place: len(p.ids) for p, _ in members.values()}, len(pool.prompt_lengths))),
-            (pool.prompt[: self.computed], _column([row.prompt.place for row in rows], self.computed)),
-            (pool.tile_prompt[: self.tiles], torch.tensor([place for place, _ in tiles] + [-1] * spare)),
-            (pool.tile_rows[: self.tiles],
-             torch.tensor([of + [-1] * (TILE - len(of)) for _, of in tiles] + [[-1] * TILE] * spare)),
-        ])  # fmt: skip
-
-    def _send(self, pairs: list[tuple[Tensor, Tensor]]) -> None:
-        for (to, _), sent in zip(pairs, to_device([values.int() for _, values in pairs], self.device), strict=True):
-            to.copy_(sent)
+        self.computed, self.tiles = lay_tables(pool, rows)
 
     def _look(self) -> list[Trajectory]:
         """Queue a look at who is alive, and act upon the one before: drop the rows that had ended, and those that have
@@ -248,38 +266,40 @@ class DecodingOverPages:
         that."""
         before, self.looked = self.looked, (list(self.rows), HostCopy(self.alive[: len(self.rows)]))
         trajectories = self._ended()
-        ended = {id(row) for row in self.rows if self._steps_left(row) <= 0}
+        ended = {row for row in self.rows if self._steps_left(row) <= 0}
         if before is not None:
             rows, flags = before
-            ended |= {id(row) for row, alive in zip(rows, flags.values()[0], strict=True) if not alive}
-        if ended := ended & {id(row) for row in self.rows}:
+            ended |= {row for row, alive in zip(rows, flags.values()[0], strict=True) if not alive}
+        if ended := ended & set(self.rows):
             self._drop(ended)
         return trajectories
 
-    def _steps_left(self, row: _Row) -> int:
+    def _steps_left(self, row: RowInFlight) -> int:
         """Steps until a row has as many tokens as it may have; its first one was drawn before any."""
-        return limit_of(self.requests[row.request], self.most) - 1 - row.length
+        return row.limit - 1 - row.length
 
-    def _drop(self, ended: set[int]) -> None:
-        """Drop the rows with these identities."""
-        requests = [row.request for row in self.rows if id(row) in ended]
-        (places,) = to_device([torch.tensor(requests)], self.device)
-        copy = HostCopy(self.ended_at[places], self.tokens[places], self.logprobs[places],
-                        *self.routes.of_drawn(places))  # fmt: skip
-        self.results.append((requests, copy))
-        alive_rows = [n for n, row in enumerate(self.rows) if id(row) not in ended]
-        for row in self.rows:
-            if id(row) in ended:
+    def _drop(self, ended: set[RowInFlight]) -> None:
+        """Drop rows from those that are computed."""
+        dropped = [row for row in self.rows if row in ended]
+        staying = [n for n, row in enumerate(self.rows) if row not in ended]
+        seats, order = to_device([torch.tensor([row.seat for row in dropped]),
+                                  torch.tensor(staying, dtype=torch.int64)], self.device)  # fmt: skip
+        routes = self.seats.routes.of_prompts([row.seat for row in dropped])
+        self.results.append((dropped, routes, HostCopy(*self.seats.drawn(seats))))
+        for row in dropped:
+            if not self._keeps(row.request):
                 self._let_go(row)
-        (order,) = to_device([torch.tensor(alive_rows, dtype=torch.int64)], self.device)
-        was, now = len(self.rows), len(alive_rows)
-        self.rows = [self.rows[n] for n in alive_rows]
-        for buffer, nothing in ((self.row_request, len(self.requests)), (self.last, 0), (self.alive, False),
+        was, now = len(self.rows), len(staying)
+        self.rows = [self.rows[n] for n in staying]
+        for buffer, nothing in ((self.seat, self.seats.nobody), (self.last, 0), (self.alive, False),
                                 (self.pool.lengths, 0)):  # fmt: skip
             buffer[:now] = buffer[order]
             buffer[now:was] = nothing
 
-    def _let_go(self, row: _Row) -> None:
+    def _let_go(self, row: RowInFlight) -> None:
+        """Give back what a row has."""
+        self.held.remove(row)
+        self.seats.free.append(row.seat)
         self.pool.give_back(row.pages)
         row.prompt.rows -= 1
         if not row.prompt.rows:
@@ -287,35 +307,23 @@ class DecodingOverPages:
             self.places.append(row.prompt.place)
 
     def _ended(self) -> list[Trajectory]:
-        """The trajectories whose copies were queued, waiting for these."""
+        """The trajectories whose copies were queued, waiting for these; the rows of some are kept from now on."""
         results, self.results = self.results, deque()
         trajectories = []
-        for requests, copy in results:
+        for rows, of_prompts, copy in results:
             tensors = copy.tensors()
             lengths, tokens, logprobs = (tensor.tolist() for tensor in tensors[:3])
-            routes = self.routes.of(requests, lengths, tensors[3:])
-            trajectories += [
-                trajectory(self.requests[n], ids[:length], values[:length], self.end_ids, self.sampling, taken)
-                for n, length, ids, values, taken in zip(requests, lengths, tokens, logprobs, routes, strict=True)
-            ]
+            routes = self.seats.routes.of(of_prompts, lengths, tensors[3:])
+            for row, length, ids, values, taken in zip(rows, lengths, tokens, logprobs, routes, strict=True):
+                drawn = slice(len(row.own), length)
+                trajectories.append(
+                    trajectory(row.request, ids[drawn], values[drawn], self.end_ids, self.sampling, taken)
+                )
+                if not self._keeps(row.request):
+                    continue
+                if trajectories[-1].finished:
+                    row.own = ids[:length]
+                    self.kept[row.request.slot, row.request.sample] = row
+                else:
+                    self._let_go(row)
         return trajectories
-
-
-def _rung(rows: int) -> int:
-    """How many rows are computed for `rows` of them."""
-    top = LADDER[-1]
-    return LADDER[bisect_left(LADDER, rows)] if rows <= top else -(-rows // top) * top
-
-
-def _table(pages: list[list[int]] | dict[int, list[int]], rows: int, width: int) -> Tensor:
-    table = [[0] * width for _ in range(rows)]  # one tensor of lists: a tensor for each row takes ten times as long
-    for n, each in pages.items() if isinstance(pages, dict) else enumerate(pages):
-        table[n][: len(each)] = each
-    return torch.tensor(table, dtype=torch.int32)
-
-
-def _column(values: list[int] | dict[int, int], rows: int) -> Tensor:
-    column = [0] * rows
-    for n, each in values.items() if isinstance(values, dict) else enumerate(values):
-        column[n] = each
-    return torch.tensor(column, dtype=torch.int32)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..engine import limit_of
+from ..engine import Request, limit_of
 from .steps import SeveralTokensStep
 
 if TYPE_CHECKING:
@@ -53,8 +53,7 @@ class KeptRows:
         if kept is None:
             return False
         tokens = len(request.prompt) + limit_of(request, decoding.engine.max_new_tokens) - kept.prompt_tokens
-        is_longer = len(request.prompt) > len(kept.ids) and request.prompt[: len(kept.ids)] == kept.ids
-        if is_longer and tokens <= decoding.engine.max_new_tokens:
+        if begins_with(request, kept.ids) and tokens <= decoding.engine.max_new_tokens:
             self.going_on.append((n, kept))
             return True
         decoding.kept[self._row_of(kept)] = False
@@ -90,3 +89,8 @@ class KeptRows:
 
     def _row_of(self, kept: _Kept) -> int:
         return int((self.decoding.row_request == kept.request).nonzero())
+
+
+def begins_with(request: Request, ids: list[int]) -> bool:
+    """Whether a request's prompt is these tokens and at least one more."""
+    return len(request.prompt) > len(ids) and request.prompt[: len(ids)] == ids

@@ -50,11 +50,14 @@ class RouteTable:
         """One tensor of the routes of what was drawn for `requests`, or nothing."""
         return [] if self.routers is None else [self.drawn[requests]]
 
-    def of(self, requests: list[int], lengths: list[int], of_drawn: list[Tensor]) -> list[Tensor | None]:
+    def of_prompts(self, requests: list[int]) -> list[Tensor]:
+        """The routes of the requests' prompts, or nothing."""
+        return [] if self.routers is None else [self.prompts[n] for n in requests]
+
+    def of(self, of_prompts: list[Tensor], lengths: list[int], of_drawn: list[Tensor]) -> list[Tensor | None]:
         """The routes of each request's prompt and of the tokens that were drawn for it, of which the last one has none:
         nothing came after it."""
         if not of_drawn:
-            return [None] * len(requests)
-        table = of_drawn[0].cpu()
-        return [torch.cat([self.prompts.pop(n), routes[: length - 1], no_routes(1, like=routes)])
-                for n, routes, length in zip(requests, table, lengths, strict=True)]  # fmt: skip
+            return [None] * len(lengths)
+        return [torch.cat([prompt, routes[: length - 1], no_routes(1, like=routes)])
+                for prompt, routes, length in zip(of_prompts, of_drawn[0].cpu(), lengths, strict=True)]  # fmt: skip

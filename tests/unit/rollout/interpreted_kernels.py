@@ -9,6 +9,8 @@ from __future__ import annotations
 import json
 import math
 import sys
+from collections import deque
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -69,7 +71,7 @@ from grpo_dist.model.layout import AttentionOptions  # noqa: E402
 from grpo_dist.model.peft import PeftLoraConfig, with_new_adapters  # noqa: E402
 from grpo_dist.model.routing import Routers  # noqa: E402
 from grpo_dist.rollout.engine import Request, decode_all, in_order  # noqa: E402
-from grpo_dist.rollout.native import draw_kernels, gpu, pages  # noqa: E402
+from grpo_dist.rollout.native import draw_kernels, gpu, pages, tables  # noqa: E402
 from grpo_dist.rollout.native import fused_draw as drawing  # noqa: E402
 from grpo_dist.rollout.native.cache import PrefillLayout  # noqa: E402
 from grpo_dist.rollout.native.engine import NativeDecoder  # noqa: E402
@@ -153,7 +155,7 @@ def completions(
     ]
     with torch.inference_mode():
         engine = NativeDecoder([2, 5], most, tokens, step_of=step_of, captures=False)
-        decoding = gpu.DecodingOverPages(engine, model, requests, sampling)
+        decoding = gpu.DecodingOverPages(engine, model, deque(requests), sampling)
         got = in_order(requests, [each for ended in decoding.run() for each in ended])
     expected = decode_all(NativeDecoder([2, 5], most, 1 << 20), model, requests, sampling)
     same = [
@@ -164,6 +166,60 @@ def completions(
         for a, b in zip(got, expected, strict=True)
     ]
     return [sum(same), len(same) - sum(same), decoding.pool.num_pages - len(set(decoding.pool.free))]
+
+
+def turns(
+    model: Any, tokens: int, answer: int, sampling: Sampling, members: tuple[int, ...] = (2, 1), most: int = 10
+) -> list[int]:
+    """How many rows of several turns are those of the engine without pages, how many are not, the turns, the prompts
+    that were computed, and pages leaked. A row goes on as soon as it has ended, beside others that are drawn."""
+    ends, computed, played = list(range(2, 12)), [], []
+    plain = gpu.prefill
+    for over_pages in (True, False):
+        rows = {
+            (slot, n): Request(slot, n, [6 + k % 17 for k in range(3 + 70 * slot)], key=100 * slot + n,
+                               max_new_tokens=4, keeps=True)
+            for slot, count in enumerate(members) for n in range(count)
+        }  # fmt: skip
+        queue, drawn = deque(rows.values()), {place: [] for place in rows}
+        step_of, room = (FusedStep, tokens) if over_pages else (module_step, 1 << 20)
+        engine = NativeDecoder(ends, most, room, step_of=step_of, captures=False)
+        with torch.inference_mode():
+            if over_pages:
+                gpu.prefill = lambda model, prompts: (computed.extend(prompts), plain(model, prompts))[1]
+                decoding = gpu.DecodingOverPages(engine, model, queue, sampling)
+                work = decoding.run()
+            else:
+                work = engine.decode(model, queue, sampling)
+            for turn in (turn for ended in work for turn in ended):
+                place = turn.slot, turn.sample
+                drawn[place].append(turn)
+                asked, added = rows[place], [*turn.ids, *[7 + (sum(place) + n) % 16 for n in range(answer)]]
+                offset = asked.offset + len(added)
+                if not turn.finished or offset > most - 2:
+                    engine.release([place])
+                    continue
+                rows[place] = replace(asked, prompt=asked.prompt + added, offset=offset, max_new_tokens=most - offset)
+                queue.append(rows[place])
+        gpu.prefill = plain
+        played.append(drawn)
+    same = [_same_turns(drawn, played[1][place]) for place, drawn in played[0].items()]
+    leaked = decoding.pool.num_pages - len(set(decoding.pool.free)) + len(decoding.held)
+    return [sum(same), len(same) - sum(same), sum(map(len, played[0].values())), len(computed), leaked]
+
+
+def _same_turns(some: list[Any], others: list[Any]) -> bool:
+    return (
+        [each.ids for each in some] == [each.ids for each in others]
+        and all(
+            abs(p - q) < 1e-5
+            for a, b in zip(some, others, strict=True)
+            for p, q in zip(a.logprobs, b.logprobs, strict=True)
+        )
+        and all(
+            a.routes is b.routes is None or torch.equal(a.routes, b.routes) for a, b in zip(some, others, strict=True)
+        )
+    )
 
 
 def model_of(kind: Any, config: Any, **options: Any) -> Any:
@@ -224,7 +280,7 @@ def floors() -> int:
 
 def main() -> None:
     """Run every kernel."""
-    gpu.LADDER[:], gpu.STEPS, drawing.BLOCK = [1, 2, 4, 8], 3, 32
+    tables.LADDER[:], gpu.STEPS, drawing.BLOCK = [1, 2, 4, 8], 3, 32
     qwen2, qwen3 = model_of(Qwen2, Qwen2Config), model_of(Qwen3, Qwen3Config, head_dim=8)
     sizes = {"head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8}
     gemma2 = model_of(Gemma2, Gemma2Config, head_dim=8, sliding_window=68, attn_logit_softcapping=0.5,
@@ -245,7 +301,10 @@ def main() -> None:
         (model_of(Gemma3, Gemma3TextConfig, head_dim=8, sliding_window=5), FusedStep, 1 << 20, Sampling(), 1, 4),
         (with_sinks, FusedStep, 1 << 20, Sampling(), 1, 4),
     ]  # fmt: skip
+    episodes: list[tuple[Any, ...]] = [(qwen2, 64 * 4, 2, Sampling(0.8))]
     if sys.argv[1:] == ["all"]:
+        episodes += [(qwen2, 1 << 20, 1, RULES), (qwen2, 1 << 20, gpu.ANSWER_TOKENS + 1, Sampling(0.8), (2,), 150),
+                     (experts, 1 << 20, 2, Sampling(0.8))]  # fmt: skip
         pages_of += [((1, 2), 4, 4, 16), ((4, 1), 7, 1, 24), ((2, 2), 4, 2, 16, 90), ((2, 4), 2, 2, 16, None, 2.0),
                      ((4, 1), 4, 2, 16, 90, None, True), ((2, 1), 16, 1, 256, 90)]  # fmt: skip
         rollouts += [
@@ -259,6 +318,7 @@ def main() -> None:
     result: dict[str, Any] = {
         "attention": [attention_of_pages(*case) for case in pages_of],
         "completions": [completions(*case) for case in rollouts],
+        "turns": [turns(*case) for case in episodes],
         "floors": floors(),
     }
     drawing.BLOCK = 256

@@ -49,6 +49,12 @@ def test_the_engine_on_pages_draws_what_the_other_draws(interpreted: Any) -> Non
     assert interpreted["completions"] in (SOME, SOME + [[6, 0, 0]] * 6), "ended rows, other tokens, other numbers"
 
 
+def test_rows_of_several_turns_go_on_in_their_pages(interpreted: Any) -> None:
+    """Beside rows that are drawn, with stop texts and routes too; only after a long answer a row is computed again."""
+    some = [[3, 0, 8, 2, 0]]
+    assert interpreted["turns"] in (some, some + [[3, 0, 5, 2, 0], [2, 0, 4, 3, 0], [3, 0, 6, 2, 0]])
+
+
 def test_the_fused_draw_is_the_plain_one(interpreted: Any) -> None:
     differ, gap = interpreted["draws"]
     assert differ == 0 and gap < 1e-5
