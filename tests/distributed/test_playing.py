@@ -83,6 +83,19 @@ def test_a_run_goes_on_from_its_checkpoint(one_process: Path, tmp_path: Path) ->
     assert completions(one_process) == completions(again)
 
 
+def test_rows_over_pages_as_on_a_gpu_play_the_same_episodes(one_process: Path, tmp_path: Path) -> None:
+    """With room for a few rows at once: some go on while first turns wait."""
+    pytest.importorskip("triton")
+    program = [str(Path(__file__).with_name("over_pages.py"))]
+    done = launch(None, 1, *OPTIONS, "--train.output_dir", str(tmp_path / "run"), "--rollout.max_tokens_in_flight",
+                  "1000", program=program)  # fmt: skip
+    assert done.returncode == 0 and "over pages" in done.stderr, done.stdout[-2000:] + done.stderr[-6000:]
+    expected, got = completions(one_process), completions(tmp_path / "run")
+    for name in ("completion", "reward/environment/conversation", "advantage", "reward/math"):
+        assert [row[name] for row in got] == [row[name] for row in expected], name
+    assert metrics(one_process)[1]["environment/turns"] > 1
+
+
 def sampled_by_text(ids: list[int], tokenizer: Any) -> list[bool]:
     """Which tokens of a row were sampled, read off the row alone: all up to an end, and all after the next head."""
     head, sampled, mine = tokenizer("Answer:")["input_ids"], [], True
