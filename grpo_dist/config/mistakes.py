@@ -194,16 +194,33 @@ def _unparsed(parser: ArgumentParser, given: Sequence[Given]) -> Iterator[Given]
 
 def _problems_of(parser: ArgumentParser, given: Given) -> list[str]:
     hint = option_types()[given.key.removesuffix("+")]
-    return list(_problems_of_parts(parser, given, hint)) or [f"{given}, expected {_expected(hint)}"]
+    problem = f"{given}, expected {_expected(hint)}{_as_list(_value_of(given), hint)}"
+    return list(_problems_of_parts(parser, given, hint)) or [problem]
+
+
+def _value_of(given: Given) -> Any:
+    """The value of an option, from YAML on the command line too."""
+    if given.source == COMMAND_LINE:
+        with suppress(yaml.YAMLError, ValueError):
+            return get_loader("yaml")(given.value)
+    return given.value
+
+
+def _as_list(value: Any, hint: Any) -> str:
+    """The end of a message about names where a list is expected: the list that they may stand for."""
+    if get_origin(hint) is not list:
+        return ""
+    names = value if isinstance(value, list) else [value]
+    if not names or not all(isinstance(name, str) for name in names):
+        return ""
+    if is_dataclass(get_args(hint)[0]):
+        names = [f"{{name: {name}}}" for name in names]
+    return f"; did you mean [{', '.join(names)}]?" if names != ["none"] else "; did you mean []?"
 
 
 def _problems_of_parts(parser: ArgumentParser, given: Given, hint: Any) -> Iterator[str]:
     """What is wrong with the options of groups in a list, where it is one."""
-    value = given.value
-    if given.source == COMMAND_LINE:
-        with suppress(yaml.YAMLError, ValueError):
-            value = get_loader("yaml")(value)
-    kind = next(iter(get_args(hint)), None)
+    value, kind = _value_of(given), next(iter(get_args(hint)), None)
     if not isinstance(value, list) or not (isinstance(kind, type) and is_dataclass(kind)):
         return
     types = option_types(kind)

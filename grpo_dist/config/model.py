@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from .checks import require
 
@@ -37,6 +37,9 @@ class ModelConfig:
     """Recompute activations in the backward pass: less memory, about a third more time in the update."""
     tokenizer: str | None = None
     """Hub id or local path of the tokenizer; null takes the model's, or that of an adapter that has one."""
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    """Variables of the chat template, such as `{enable_thinking: false}`. The template of the trained model has these
+    values too, for whoever gives no others."""
 
 
 @dataclass

@@ -55,7 +55,8 @@ def nearest_option(word: str, is_option: bool = False) -> str | None:
     A word that `is_option`, by its dashes or its group, may also be the beginning of an option.
     """
     known = command_line_options()
-    leaves = {key.rpartition(".")[2]: key for key in known}
+    # of several, the shortest: model.dtype and optim.learning_rate, not those of the reference and the critic
+    leaves = {key.rpartition(".")[2]: key for key in sorted(known, key=len, reverse=True)}
     leaf = word.rpartition(".")[2]
     if leaf in leaves:
         return leaves[leaf]

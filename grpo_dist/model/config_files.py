@@ -15,6 +15,7 @@ from transformers import __version__ as transformers_version
 from ..config.places import model_place
 from ..config.rollout import RolloutConfig
 from ..config.schema import ModelConfig
+from ..text.templates import with_variables
 from .checks import CANNOT, require_complete_model, require_trainable
 from .files import UnfitModel, model_path, require_positions, stored_file
 
@@ -47,7 +48,8 @@ def _names_option(option: str, name: str, place: str) -> Iterator[None]:
 
 
 def load_tokenizer(model: ModelConfig) -> Any:
-    """The tokenizer, with a padding token. Without one of its own, it is the first end-of-sequence token."""
+    """The tokenizer, with model.chat_template_kwargs in its template, and with a padding token. Without one of its own,
+    it is the first end-of-sequence token."""
     require_complete_model(model.name, model_path(model), model.revision)
     if model.tokenizer is None:
         try:  # the tokenizer's class depends on config.json
@@ -67,6 +69,8 @@ def load_tokenizer(model: ModelConfig) -> Any:
                          "(tokenizer.json, tokenizer_config.json) beside config.json?")  # fmt: skip
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
+    if model.chat_template_kwargs:
+        tokenizer.chat_template = with_variables(tokenizer, model.chat_template_kwargs)
     return tokenizer
 
 

@@ -15,7 +15,7 @@ from ..types import Prompt
 _ESCAPE = re.compile(r"\\[nrt]")
 _NOT_SHOWN = {
     "tools": "environment.tools names functions that the model may call",
-    "chat_template_kwargs": "name a tokenizer whose template has them set",
+    "chat_template_kwargs": "model.chat_template_kwargs sets them for all rows",
     "image": "only text is trained on",
     "images": "only text is trained on",
 }

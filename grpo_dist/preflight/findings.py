@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -21,12 +22,12 @@ class Findings:
     def attempt(self, prefix: str = "") -> Iterator[None]:
         """Record an error as a problem and continue after the block.
 
-        `prefix` names the option for errors of other libraries, which do not name it.
+        `prefix` names the option for errors of other libraries, which name none of its group.
         """
         try:
             yield
         except (ValueError, OSError, RuntimeError, ImportError) as error:
-            is_named = str(error).startswith(f"{prefix.partition(':')[0]}:")
+            is_named = re.match(rf"{prefix.partition('.')[0]}\.\w+: ", str(error))
             problem = str(error) if is_named else f"{prefix}{error}"
             if problem not in self.problems:
                 self.problems.append(problem)

@@ -192,10 +192,12 @@ def _import_path(name: str) -> str:
         return BUILT_IN[name]
     known = f"built in: {', '.join(BUILT_IN)}"
     if ":" not in name:
-        raise ValueError(
-            f"rewards: {name!r} is not a built-in reward{did_you_mean(name, BUILT_IN)} ({known}); "
-            "a function of your own is written module:function"
-        )
+        own = "a function of your own is written module:function"
+        if "/" in name:
+            own = f"a reward model is written {{name: reward_model, args: {{model: {name}}}}}"
+        elif "." in name:
+            own += f", such as {':'.join(name.rsplit('.', 1))}"
+        raise ValueError(f"rewards: {name!r} is not a built-in reward{did_you_mean(name, BUILT_IN)} ({known}); {own}")
     module, _, attribute = name.partition(":")
     if module.endswith(".py") or "/" in module:
         dotted = module.removesuffix(".py").strip("./").replace("/", ".")

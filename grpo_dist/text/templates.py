@@ -24,6 +24,8 @@ _RANDOM = re.compile(r"\|\s*random\b|\blipsum\b")
 _FORMATS = re.compile(r"'([^'{}\n]*%[^'{}\n]*)'|\"([^\"{}\n]*%[^\"{}\n]*)\"")
 _OPENING_TAG = re.compile(r"<((?!assistant|model|bot)\w+)>\s*$")  # but not the head of a turn
 _READ_ROLES = ("system", "developer", "user")  # templates shorten an assistant's messages, such as its thoughts
+_GIVEN = {"messages", "tools", "documents", "add_generation_prompt"}
+"""What a template always gets from whoever renders it."""
 _SHORT_CHARACTERS = 8
 _SENTINEL = "qzxsentinelqzx"
 _ASKED, _SAID = "qzxquestionqzx", "qzxanswerqzx"
@@ -92,6 +94,34 @@ def template_of(tokenizer: Any, preferred: str = "default") -> str:
                              "expected one named 'default': rename the one to use")  # fmt: skip
         template = template["default"]
     return str(template)
+
+
+def with_variables(tokenizer: Any, variables: Mapping[str, Any]) -> Any:
+    """The tokenizer's chat template, or its several by name, with values for variables that whoever renders it leaves
+    out; raises ValueError where it has no such variable."""
+    given = tokenizer.chat_template or ""
+    templates = dict(given) if isinstance(given, Mapping) else {"default": str(given)}
+    fixed = {*_GIVEN, *tokenizer.special_tokens_map}
+    for name in variables:
+        known = name.isidentifier() and any(re.search(rf"\b{name}\b", template) for template in templates.values())
+        if name in fixed or not known:
+            raise ValueError(
+                f"model.chat_template_kwargs: {name!r} given, expected a variable that the chat template of "
+                f"{tokenizer.name_or_path!r} reads and that may be set, such as enable_thinking in Qwen3's"
+            )
+    lines = "".join(f"{{%- if {name} is not defined -%}}{{%- set {name} = {literal(value)} -%}}{{%- endif -%}}\n"
+                    for name, value in variables.items())  # fmt: skip
+    templates = {name: lines + template for name, template in templates.items()}
+    return templates if isinstance(given, Mapping) else templates["default"]
+
+
+def literal(value: Any) -> str:
+    """A JSON value as a Jinja expression."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{literal(key)}: {literal(each)}" for key, each in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(literal, value)) + "]"
+    return "none" if value is None else json.dumps(value)
 
 
 def _steady_template(tokenizer: Any, template_date: str | None) -> str:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from .templates import render_conversation, template_of, warn_once
+from .templates import literal, render_conversation, template_of, warn_once
 
 CALL_ID = "call00000"
 """Mistral's templates ask for nine letters and digits."""
@@ -54,7 +54,7 @@ def with_tools(tokenizer: Any, schemas: Sequence[dict[str, Any]]) -> Any:
     if not schemas:
         return tokenizer
     changed, names = copy.copy(tokenizer), [schema["function"]["name"] for schema in schemas]
-    changed.chat_template = f"{_TOOLS}{_literal(list(schemas))} -%}}\n{template_of(tokenizer, 'tool_use')}"
+    changed.chat_template = f"{_TOOLS}{literal(list(schemas))} -%}}\n{template_of(tokenizer, 'tool_use')}"
     shown = render_conversation([{"role": "user", "content": "Go on."}], changed, None, is_prompt=True)
     if missing := [name for name in names if name not in shown]:
         warn_once(tokenizer, f"does not show {', '.join(missing)} to the model: it has to know its tools by itself")
@@ -208,15 +208,6 @@ def _calling(calls: Sequence[Call]) -> dict[str, Any]:
         {"type": "function", "id": CALL_ID, "function": {"name": call.name, "arguments": call.arguments}}
         for call in calls
     ]}  # fmt: skip
-
-
-def _literal(value: Any) -> str:
-    """A JSON value as a Jinja expression."""
-    if isinstance(value, dict):
-        return "{" + ", ".join(f"{_literal(key)}: {_literal(each)}" for key, each in value.items()) + "}"
-    if isinstance(value, list):
-        return "[" + ", ".join(map(_literal, value)) + "]"
-    return "none" if value is None else json.dumps(value)
 
 
 def _reader(tokenizer: Any, call_format: str) -> Callable[[str], list[Call]]:

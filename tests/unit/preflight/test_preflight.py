@@ -316,3 +316,12 @@ def test_a_launch_that_cannot_be_is_a_problem_and_no_prediction(monkeypatch: pyt
     contents = Contents(model_config=load_model_config(ModelConfig()))
     assert describe_memory(Config(), contents, 2, findings) is None
     assert findings.problems and "zero_stage 0 given, expected 1, 2 or 3" in findings.problems[0]
+
+
+@pytest.mark.parametrize(("said", "problem"), [("no JSON", "model.name: 'a' given: no JSON"),
+                                               ("model.tokenizer: no", "model.tokenizer: no")])  # fmt: skip
+def test_a_problem_names_the_option_that_it_is_about(said: str, problem: str) -> None:
+    findings = Findings()
+    with findings.attempt("model.name: 'a' given: "):
+        raise ValueError(said)
+    assert findings.problems == [problem]

@@ -467,6 +467,8 @@ def test_workers_die_with_their_parent(directory: Path) -> None:
         (RewardConfig("math", args={"correct_reward": "much"}), "could not convert string to float"),
         (RewardConfig("no_such_module:f"), "'no_such_module' failed with ModuleNotFoundError"),
         (RewardConfig("user_rewards.py:act"), "write user_rewards:act"),
+        (RewardConfig("trl.rewards.own"), "module:function, such as trl.rewards:own"),
+        (RewardConfig("some/reward-model"), "{name: reward_model, args: {model: some/reward-model}}"),
         (RewardConfig("user_rewards:"), "expected module:function"),
         (RewardConfig("user_rewards:lenght"), "did you mean 'length'"),
         (RewardConfig("user_rewards:not_callable"), "of type int, which cannot be called"),

@@ -213,3 +213,42 @@ def test_roles_that_a_template_knows_are_its_own() -> None:
     assert meant_role("model", '{% set role = "model" %}') is None
     assert meant_role("model", TURNS) == meant_role("GPT", TURNS) == "assistant"
     assert meant_role("tool", TURNS) is meant_role("documents", TURNS) is None
+
+
+THINKS = (  # as Qwen3's: a variable that nobody gives is not false
+    "{% macro thought() %}"
+    "{% if enable_thinking is defined and not enable_thinking %}<no thought>{% endif %}{% endmacro %}"
+    + TURNS + "{{ thought() }}{{ note | default('') }}"
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("variables", "end"),
+    [
+        ({}, ""), ({"enable_thinking": False}, "<no thought>"), ({"enable_thinking": True}, ""),
+        ({"note": "é\"\n'"}, "é\"\n'"), ({"enable_thinking": False, "note": None}, "<no thought>None"),
+    ],
+)  # fmt: skip
+def test_variables_of_a_template(tmp_path: Path, variables: dict[str, Any], end: str) -> None:
+    tokenizer_with(THINKS).save_pretrained(tmp_path)
+    shown = upright(QUESTION)
+    model = replace(Config().model, tokenizer=str(tmp_path), chat_template_kwargs=variables)
+    tokenizer = load_tokenizer(model)
+    assert render_messages(QUESTION, tokenizer) == shown + end
+    # the trained model's template has them too, and gives way to what its user or the next training says
+    tokenizer.save_pretrained(tmp_path)
+    assert render_messages(QUESTION, load_tokenizer(model)) == shown + end
+    other = load_tokenizer(replace(model, chat_template_kwargs={"enable_thinking": "enable_thinking" not in variables}))
+    assert ("<no thought>" in render_messages(QUESTION, other)) == ("enable_thinking" in variables)
+    asked = tokenizer.apply_chat_template(QUESTION, tokenize=False, add_generation_prompt=True, enable_thinking=False)
+    assert asked.startswith(shown + "<no thought>")
+
+
+@pytest.mark.parametrize("name", ["enable_thinkin", "messages", "tools", "eos_token", "thought()"])
+def test_variables_that_a_template_does_not_read(tmp_path: Path, name: str) -> None:
+    tokenizer_with({"default": THINKS, "tool_use": THINKS + "{{ tools }}{{ eos_token }}"}).save_pretrained(tmp_path)
+    model = replace(Config().model, tokenizer=str(tmp_path), chat_template_kwargs={name: 1, "note": "b"})
+    with pytest.raises(ValueError, match=r"^model.chat_template_kwargs: '.*' given, expected a variable that the chat"):
+        load_tokenizer(model)
+    several = load_tokenizer(replace(model, chat_template_kwargs={"note": "b"}))
+    assert render_messages(QUESTION, several) == upright(QUESTION) + "b"
