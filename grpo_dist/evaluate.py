@@ -56,7 +56,7 @@ from .monitoring.console import set_up_logging
 from .monitoring.metrics import is_right
 from .monitoring.progress import Progress
 from .report.categories import categories
-from .report.evaluation import Rows, report, samples
+from .report.evaluation import IDENTITY, Rows, read_identity, report, rows_of, samples
 from .rewards.pool.pool import ScorerPool
 from .rewards.registry import EPISODE_COLUMNS, answer_reader, file_digests
 from .rewards.text import answering_texts
@@ -107,6 +107,7 @@ class Evaluation:
         if compared is not None:
             self._require_common_prompts(compared)
         self._claim(compared)
+        samples(self.directory)  # raises for a damaged part, before the model is loaded
         self.end_ids = end_token_ids(config.model, self.tokenizer)
         self.texts_of = CompletionTexts(self.tokenizer, self.end_ids)
         ignored = ignored_generation_options(config.model, config.rollout)
@@ -123,8 +124,8 @@ class Evaluation:
         with which it is compared: another day's prompts are others."""
         if config.data.template_date is not None or not uses_date(self.tokenizer):
             return config
-        paths = [folder / "evaluation.json" for folder in (self.directory, compared) if folder is not None]
-        saved = [json.loads(path.read_text(encoding="utf-8")).get("template_date") for path in paths if path.exists()]
+        folders = [folder for folder in (self.directory, compared) if folder is not None]
+        saved = [(read_identity(folder) or {}).get("template_date") for folder in folders]
         return replace(config, data=replace(config.data, template_date=next(filter(None, saved), None) or today()))
 
     def _require_common_prompts(self, compared: Path) -> None:
@@ -154,19 +155,17 @@ class Evaluation:
         }  # fmt: skip
         if config.lora is not None and config.lora.init_from is not None:
             identity["adapter"] = fingerprint(config.lora.init_from)
-        path = self.directory / "evaluation.json"
         identity = json.loads(json.dumps(identity))  # as it is read back
-        if path.exists() and (saved := json.loads(path.read_text(encoding="utf-8"))) != identity:
+        if (saved := read_identity(self.directory)) not in (None, identity):
             changed = [key for key in identity if saved.get(key) != identity[key]]
             raise ValueError(f"{self.directory} holds another evaluation ({', '.join(changed)} differ): choose another "
                              "--output, or remove it")  # fmt: skip
         if os.environ.get("RANK", "0") == "0":
-            if compared is not None and (compared / "evaluation.json").exists():
-                theirs = json.loads((compared / "evaluation.json").read_text(encoding="utf-8"))
-                if any(theirs.get(key) != identity[key] for key in ("rewards", "files of rewards")):
-                    log.warning("--compare: %s was scored by other rewards, or by other versions of them", compared)
+            theirs = None if compared is None else read_identity(compared)
+            if theirs and any(theirs.get(key) != identity[key] for key in ("rewards", "files of rewards")):
+                log.warning("--compare: %s was scored by other rewards, or by other versions of them", compared)
             self.directory.mkdir(parents=True, exist_ok=True)
-            write_file(path, json.dumps(identity, indent=1))
+            write_file(self.directory / IDENTITY, json.dumps(identity, indent=1))
 
     def run(self, ranks: Ranks) -> Rows:
         """Sample and score what is not there yet, and return a row for each prompt."""
@@ -182,9 +181,7 @@ class Evaluation:
                 if ranks.is_main:
                     write_file(self._path(start), "".join(f"{json.dumps(row)}\n" for row in rows))
         ranks.barrier()
-        rows = [
-            json.loads(line) for start in parts for line in self._path(start).read_text(encoding="utf-8").splitlines()
-        ]
+        rows = [row for start in parts for row in rows_of(self._path(start))]
         return [row | {"category": self.categories.get(row["prompt_index"])} for row in rows]  # perhaps another column
 
     def _path(self, start: int) -> Path:
@@ -303,7 +300,11 @@ def evaluate(options: argparse.Namespace, config: Config) -> int:
     if status:
         let_first_rank_answer("RANK")
     elif is_main:
-        report(rows, options.n, options.compare, options.output, options.category)
+        try:
+            report(rows, options.n, options.compare, options.output, options.category)
+        except (ValueError, OSError) as error:
+            write_lines(plain_lines(f"error: {error}"), sys.stderr)
+            return 1
     return status
 
 

@@ -38,8 +38,11 @@ def copy_examples(directory: Path) -> list[Path]:
     there = [str(target) for target in targets if target.exists()]
     if there:
         raise FileExistsError(f"{', '.join(there)} already exist; choose another directory, or move them")
-    for folder, target in zip(folders[:2], targets[:2], strict=True):
-        shutil.copytree(shipped(folder), target, ignore=shutil.ignore_patterns("__pycache__"))
+    try:
+        for folder, target in zip(folders[:2], targets[:2], strict=True):
+            shutil.copytree(shipped(folder), target, ignore=shutil.ignore_patterns("__pycache__"))
+    except shutil.Error as error:  # it has a list of the files and why each could not be copied, often the same reason
+        raise OSError(f"{target} is not complete: {error.args[0][0][2]}") from error
     targets[2].mkdir()
     shutil.copy(shipped("launch") / "slurm.sbatch", targets[2])
     return targets

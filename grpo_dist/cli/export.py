@@ -11,13 +11,16 @@ checkpoint. It runs in one process on the CPU.
 from __future__ import annotations
 
 import argparse
+import re
 import shlex
-from collections.abc import Sequence
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..config.checks import require
-from ..config.places import require_run
+from ..config.places import require_run, writing_to
 from ..config.vllm import ADAPTER_RANKS
 from ..text.plain import write_stage
 
@@ -50,6 +53,8 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
     require(not rest, "arguments", list(rest), "a run or a checkpoint, and the options of --help")
     require_run(options.run_or_checkpoint)
     write_stage("importing torch and transformers")
+    from huggingface_hub.utils import validate_repo_id
+
     from ..checkpoint.trained import find
     from ..model.checks import stored_quantization
     from ..model.config_files import load_model_config
@@ -63,28 +68,43 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
     is_adapter = options.to == "adapter"
     require(not is_adapter or trained.lora is not None, "--to", options.to, "merged after full fine-tuning")
     require(not is_adapter or options.dtype is None, "--dtype", options.dtype, "none: adapters stay in float32")
+    require(re.fullmatch(r"[1-9]\d*[KMGT]B", options.max_shard_size) is not None, "--max_shard_size",
+            options.max_shard_size, "a size such as 500MB")  # fmt: skip
+    if options.push_to_hub:
+        validate_repo_id(options.push_to_hub)
     out = options.out or trained.run / "exports" / f"step_{trained.step}-{options.to}"
     if out.exists() and any(out.iterdir()):
         raise FileExistsError(f"{out} is not empty: choose another --out, or remove it")
     out.mkdir(parents=True, exist_ok=True)
     print(f"exporting step {trained.step} of {trained.run}, from {trained.path}")
-    if is_adapter:
-        difference, allowed, distance = write_adapter(trained, out)
-    else:
-        difference, allowed, distance = write_merged(trained, out, options.dtype, options.max_shard_size)
+    with _emptied_on_failure(out):
+        if is_adapter:
+            difference, allowed, distance = write_adapter(trained, out)
+        else:
+            difference, allowed, distance = write_merged(trained, out, options.dtype, options.max_shard_size)
+        form = dequantized_form(stored_quantization(load_model_config(trained.model)))
+        with writing_to(out, "--out"):
+            write_card(out, trained.config, read_history(trained.run), trained.step,
+                       "adapter" if is_adapter else "merged", form)  # fmt: skip
+            if options.to == "gguf-recipe":
+                (out / "to_gguf.sh").write_text(gguf_recipe(out), encoding="utf-8")
+                (out / "to_gguf.sh").chmod(0o755)
     print(f"reopened: logits differ from the policy's by {difference:.1e} of the largest ({allowed:.0e} is rounding), "
           f"KL from the policy is {distance:.1e} nats a token")  # fmt: skip
-    form = dequantized_form(stored_quantization(load_model_config(trained.model)))
-    write_card(
-        out, trained.config, read_history(trained.run), trained.step, "adapter" if is_adapter else "merged", form
-    )
-    if options.to == "gguf-recipe":
-        (out / "to_gguf.sh").write_text(gguf_recipe(out), encoding="utf-8")
-        (out / "to_gguf.sh").chmod(0o755)
     if options.push_to_hub:
         print(f"uploaded to {upload(out, options.push_to_hub)}")
     print("\n".join([f"\n{options.to}: {out}", *usage(trained, out, options.to)]))
     return 0
+
+
+@contextmanager
+def _emptied_on_failure(out: Path) -> Iterator[None]:
+    """Inside, a model is written into an empty directory; what is written of one that fails is no model."""
+    try:
+        yield
+    except BaseException:
+        shutil.rmtree(out)
+        raise
 
 
 def write_merged(trained: Trained, out: Path, dtype: str | None, max_shard_size: str) -> tuple[float, float, float]:
@@ -100,7 +120,8 @@ def write_merged(trained: Trained, out: Path, dtype: str | None, max_shard_size:
     written, line = saving.choose_dtype(policy, keep=True, asked=None if dtype is None else DTYPES[dtype])
     print(line)
     state = saving.merged_state(policy, keep=True, dtype=written)
-    saving.write_merged(policy.causal_lm, state, tokenizer, out, max_shard_size)
+    with writing_to(out, "--out"):
+        saving.write_merged(policy.causal_lm, state, tokenizer, out, max_shard_size)
     del policy, state  # frees memory for the reopened model
     rougher = max(written, computed, key=lambda dtype: TOLERANCE[dtype_name(dtype)])
     return compare(expected, fixed_logits(load_causal_lm(at(trained, out), written, None)), rougher)
@@ -116,8 +137,9 @@ def write_adapter(trained: Trained, out: Path) -> tuple[float, float, float]:
 
     policy, tokenizer = load(trained)
     expected, dtype = fixed_logits(policy.causal_lm), policy.causal_lm.dtype
-    saving.write_adapter(policy.model, saving.adapter_state(policy, keep=True), out)
-    tokenizer.save_pretrained(out)
+    with writing_to(out, "--out"):
+        saving.write_adapter(policy.model, saving.adapter_state(policy, keep=True), out)
+        tokenizer.save_pretrained(out)
     del policy
     reopened = with_saved_adapters(load_causal_lm(trained.model, dtype, None), str(out))
     return compare(expected, fixed_logits(reopened), dtype)

@@ -66,8 +66,8 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
 def parse_ranks(text: str) -> list[int]:
     """Numbers of ranks in ascending order. Raises ValueError."""
     words = text.split(",")
-    if not all(re.fullmatch(r"[1-9]\d*", word.strip()) for word in words):
-        raise ValueError(f"--ranks: {text!r} given, expected whole numbers from 1 up, such as 1,8,64")
+    if not all(re.fullmatch(r"[1-9]\d{0,5}", word.strip()) for word in words):
+        raise ValueError(f"--ranks: {text!r} given, expected whole numbers from 1 to 999999, such as 1,8,64")
     return sorted({int(word) for word in words})
 
 

@@ -92,9 +92,9 @@ def _read_pairs(path: str, prompts: Sequence[Prompt], most: int) -> list[tuple[P
             raise ValueError(f"{path}, row {row.number}: {row.problem or 'no text in the column `completion`'}")
         if row.is_text and isinstance(index, str) and index.isdecimal():
             index = int(index)
-        if index not in by_index:
+        if not isinstance(index, int | float) or index not in by_index:
             raise ValueError(f"{path}, row {row.number}: the data has no usable row with prompt_index {index!r}")
-        pairs.append((by_index[index], text))
+        pairs.append((by_index[int(index)], text))
     return pairs
 
 

@@ -61,6 +61,13 @@ def require_run(path: Path) -> None:
                          "its train.output_dir")  # fmt: skip
 
 
+def require_metrics(directory: Path) -> None:
+    """Raise ValueError where there is no directory of a run, or none that has written metrics."""
+    require_run(directory)
+    if not (directory / "metrics.jsonl").is_file():
+        raise ValueError(f"{directory} is no run: expected metrics.jsonl in it, as in `train.output_dir`")
+
+
 def existing_part(directory: Path) -> Path:
     """The directory, or its nearest parent that exists."""
     return next(path for path in (directory.absolute(), *directory.absolute().parents) if path.exists())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from .adapter import require_shape
@@ -15,10 +16,7 @@ from .peft import PeftModel, load_peft_weights
 @torch.no_grad()
 def load_adapter(model: PeftModel, place: str) -> None:
     """Give a new adapter the values of the one at `place`. Raises UnfitModel where they have other names or shapes."""
-    try:
-        values: dict[str, Tensor] = load_peft_weights(place, device="cpu")
-    except (OSError, ValueError) as error:
-        raise UnfitModel(f"lora.init_from: the weights of {place!r} cannot be read ({error})") from error
+    values = _values(place)
     own = {name.replace(".default.", "."): p for name, p in model.named_parameters() if ".lora_" in name}
     for given, expected, lacks in ((values, own, "it lacks"), (own, values, "this model has no place for")):
         if missing := sorted(expected.keys() - given.keys()):
@@ -33,8 +31,16 @@ def load_adapter(model: PeftModel, place: str) -> None:
 
 
 def fingerprint(place: str) -> str:
-    """A hash of the values of the adapter at `place`."""
-    values, digest = load_peft_weights(place, device="cpu"), hashlib.sha256()
+    """A hash of the values of the adapter at `place`. Raises UnfitModel where they cannot be read."""
+    values, digest = _values(place), hashlib.sha256()
     for name in sorted(values):
         digest.update(name.encode() + values[name].float().numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def _values(place: str) -> dict[str, Tensor]:
+    try:
+        values: dict[str, Tensor] = load_peft_weights(place, device="cpu")
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UnfitModel(f"lora.init_from: the weights of {place!r} cannot be read ({error})") from error
+    return values

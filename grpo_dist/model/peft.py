@@ -10,9 +10,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from safetensors import SafetensorError
 from torch import nn
 
-from .files import PACKAGE
+from .files import PACKAGE, UnfitModel
 
 
 @contextmanager
@@ -70,7 +71,10 @@ def with_new_adapters(base: Any, config: PeftLoraConfig) -> PeftModel:
 
 
 def with_saved_adapters(base: nn.Module, place: str) -> PeftModel:
-    """The model with the adapters that a directory holds."""
-    with _unless_loaded():
-        adapted: PeftModel = PeftModel.from_pretrained(base, place)
+    """The model with the adapters that a directory holds. Raises UnfitModel where they cannot be read."""
+    try:
+        with _unless_loaded():
+            adapted: PeftModel = PeftModel.from_pretrained(base, place)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UnfitModel(f"the adapter in {place} cannot be read ({error})") from error
     return adapted

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 
-def read_json_lines(path: Path) -> list[dict[str, Any]]:
+def read_json_lines(path: Path, key: str | None = None) -> list[dict[str, Any]]:
     """Return the objects of all complete lines; none where there is no file. Raises ValueError, which names the line,
-    for one that is no object."""
+    for one that is no object, or has no whole number under a `key`."""
     lines = path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1] if path.is_file() else []
-    return [_object(path, number, line) for number, line in enumerate(lines, 1) if line.strip()]
+    return [_object(path, number, line, key) for number, line in enumerate(lines, 1) if line.strip()]
 
 
 def append_json_line(path: Path, value: Mapping[str, Any]) -> None:
@@ -25,12 +25,13 @@ def append_json_line(path: Path, value: Mapping[str, Any]) -> None:
         file.write(json.dumps(value) + "\n")
 
 
-def _object(path: Path, number: int, line: str) -> dict[str, Any]:
+def _object(path: Path, number: int, line: str, key: str | None) -> dict[str, Any]:
     try:
         value = json.loads(line)
     except ValueError:
         value = None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}, line {number}: {line[:60]!r} given, expected a JSON object as the run wrote it: "
-                         "mend or remove the line")  # fmt: skip
+    if not isinstance(value, dict) or (key is not None and type(value.get(key)) is not int):
+        having = f" with a whole number as {key!r}" if key else ""
+        raise ValueError(f"{path}, line {number}: {line[:60]!r} given, expected a JSON object{having} as the run wrote "
+                         "it: mend or remove the line")  # fmt: skip
     return value

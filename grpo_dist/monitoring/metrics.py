@@ -52,5 +52,5 @@ def pass_rates(batch: Batch, weights: Sequence[float]) -> list[float]:
 
 
 def read_history(directory: Path) -> list[dict[str, Any]]:
-    """The complete lines of a run's metrics.jsonl."""
-    return read_json_lines(directory / "metrics.jsonl")
+    """The complete lines of a run's metrics.jsonl. Raises ValueError, which names a line that is none."""
+    return read_json_lines(directory / "metrics.jsonl", "step")

@@ -23,7 +23,8 @@ from ..text.plain import answer_of
 from ..types import CONVERSATION, Batch, Metrics
 from .advice import advice
 from .alarms import Alarm, Alarms, rules_for
-from .json_lines import append_json_line, read_json_lines
+from .json_lines import append_json_line
+from .metrics import read_history
 from .trackers import Entry, Mirror, Source, Table, run_name
 
 log = logging.getLogger(__name__)
@@ -81,7 +82,7 @@ class Recorder:
         self.directory = directory
         self.logging = config.logging
         self.path = path = directory / "metrics.jsonl"
-        kept = [line for line in read_json_lines(path) if line["step"] <= first_step]
+        kept = [line for line in read_history(directory) if line["step"] <= first_step]
         if lost := sorted({*range(first_step + 1)} - {line["step"] for line in kept}):
             log.warning("%s lacks %d of the steps 0 to %d, which were done before (the first is step %d): so will the "
                         "report", path, len(lost), first_step, lost[0])  # fmt: skip

@@ -12,18 +12,44 @@ from rich.console import Console
 from rich.table import Table
 
 from ..algorithm.estimates import Comparison, Estimate, compare, estimate, majority_at_k, pass_at_k
+from ..config.places import writing_to
 from ..text.files import write_file
 from .categories import by_category, category_table, in_order
 
 Rows = list[dict[str, Any]]
 """A row for each prompt, with lists of its samples' texts and scores."""
+COLUMNS = {"prompt_index", "prompt", "completions", "tokens", "finished", "right", "rewards", "answers"}
+"""What every row has."""
+IDENTITY = "evaluation.json"
 
 
 def samples(directory: Path) -> Rows:
-    """The rows of an evaluation's output."""
-    return [
-        json.loads(line) for path in sorted(directory.glob("samples_*.jsonl")) for line in path.open(encoding="utf-8")
-    ]
+    """The rows of an evaluation's output. Raises ValueError, which names the file, for what is no row."""
+    return [row for path in sorted(directory.glob("samples_*.jsonl")) for row in rows_of(path)]
+
+
+def rows_of(path: Path) -> Rows:
+    """The rows of one part of an evaluation's output. Raises ValueError for what is no row."""
+    try:
+        rows: Rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    except ValueError:
+        rows = []
+    if not rows or not all(isinstance(row, dict) and {*row} >= COLUMNS for row in rows):
+        raise ValueError(f"{path} is damaged, or not as this version of grpo_dist writes it: remove it, and the "
+                         "command that wrote it samples it again")  # fmt: skip
+    return rows
+
+
+def read_identity(directory: Path) -> dict[str, Any] | None:
+    """What an evaluation's output is of; None where there is none. Raises ValueError where it is damaged."""
+    path = directory / IDENTITY
+    try:
+        identity = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    except ValueError:
+        identity = ()
+    if not isinstance(identity, dict | None):
+        raise ValueError(f"{path} is damaged: nothing says any more what {directory} is an evaluation of; remove it")
+    return identity
 
 
 def summarise(rows: Rows, num_samples: int) -> dict[str, Estimate]:
@@ -91,6 +117,7 @@ def report(rows: Rows, num_samples: int, other: Path | None, directory: Path, ca
             f"{result.difference.high:+.4f}] over {result.num_prompts} common prompts, p = {result.p_value:.4g}",
             markup=False,
         )
-    write_file(directory / "summary.json", json.dumps(summary, indent=1))
+    with writing_to(directory, "--output"):
+        write_file(directory / "summary.json", json.dumps(summary, indent=1))
     console.print(f"samples: {directory}/samples_*.jsonl, this table: {directory / 'summary.json'}", markup=False,
                   soft_wrap=True)  # fmt: skip

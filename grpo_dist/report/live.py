@@ -17,6 +17,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 from ..config.checks import require
+from ..config.places import require_metrics
 
 ADDRESS = "127.0.0.1"
 LOOK_SECONDS = 1.0
@@ -70,6 +71,8 @@ class _Pages:
         self._lock = threading.Lock()
         self._made: tuple[str, bytes] = "", b""
         self._not_before = 0.0
+        for directory in directories:
+            require_metrics(directory)
         self.page()
 
     def version(self) -> str:

@@ -115,8 +115,8 @@ function overview(run) {
   const asked = run.config["train.num_train_steps"];
   const start = run.starts[run.starts.length - 1] ?? {};
   return [
-    ["Steps", done >= asked ? `${integer(done)}, complete` : `${integer(done)} of ${integer(asked)}`],
-    ["Model", run.config["model.name"]],
+    ["Steps", asked == null ? integer(done) : done >= asked ? `${integer(done)}, complete` : `${integer(done)} of ${integer(asked)}`],
+    ["Model", written(run.config["model.name"])],
     ["Ranks", start.ranks ? `${start.ranks.length}, ${start.engine}` : NONE],
     ["Time in steps", duration((run.totals["time/step"] ?? 0) + (run.totals["time/eval"] ?? 0))],
     ["Completion tokens", short(run.totals["tokens/completion"] ?? 0)],
@@ -235,8 +235,8 @@ function config() {
 
 function environment(run) {
   if (!run.starts.length) return make("p", { class: "note" }, `${run.name}: no environment.jsonl was written.`);
-  const rows = run.starts.map((start) => [start.started, `step ${start.first_step}`, start.engine, start.ranks.join("; "),
-    Object.entries(start.versions).map(([name, version]) => `${name} ${version}`).join(", ")]);
+  const rows = run.starts.map((start) => [start.started, `step ${start.first_step}`, start.engine, (start.ranks ?? []).join("; "),
+    Object.entries(start.versions ?? {}).map(([name, version]) => `${name} ${version}`).join(", ")]);
   return make("div", {}, runs.length > 1 ? make("h4", {}, run.name) : null,
     table(["Started", "From", "Engine", "Ranks", "Versions"], rows, { class: "wrapped", label: `Environment of ${run.name}` }));
 }

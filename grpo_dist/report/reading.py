@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -13,10 +14,11 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from ..config.files import written_config
-from ..config.places import require_run
+from ..config.places import require_metrics
 from ..config.schema import RewardConfig
 from ..config.values import flat
 from ..monitoring.json_lines import read_json_lines
+from ..monitoring.metrics import read_history
 from ..monitoring.traces import by_lot
 from ..rewards.registry import BUILT_IN, answer_reader
 from ..rewards.text import answering_texts
@@ -31,6 +33,7 @@ MOST_CHARACTERS = 20_000
 """Most characters of one text on the page."""
 TRACE_SHARE = 0.25
 """Share of the bytes for completions that traces may take."""
+_STEP = re.compile(r"step_(\d+)\.parquet")
 FIELDS = ("prompt", "completion", "cut_from", "step", "group", "tokens", "finished", "reward", "advantage", "rewards",
           "place", "trace")  # fmt: skip
 """Fields of a sampled row. `prompt` is a place in the list of prompts, `cut_from` the length of a cut text, or 0,
@@ -71,18 +74,16 @@ class Completions:
 
 def read_run(directory: Path) -> Written:
     """Read the files of a run. Raises ValueError if there is no run, OSError if a file is not readable."""
-    require_run(directory)
-    path = directory / "metrics.jsonl"
-    if not path.is_file():
-        raise ValueError(f"{directory} is no run: expected metrics.jsonl in it, as in `train.output_dir`")
-    lines = sorted({line["step"]: line for line in read_json_lines(path)}.values(), key=lambda line: line["step"])
+    require_metrics(directory)
+    lines = sorted({line["step"]: line for line in read_history(directory)}.values(), key=lambda line: line["step"])
     options = directory / "config.yaml"
     config = written_config(options) if options.exists() else {}
     done = lines[-1]["step"] if lines else 0
-    files = {int(file.stem.removeprefix("step_")): file for file in (directory / "completions").glob("step_*.parquet")}
+    files = {int(match[1]): file for file in (directory / "completions").glob("step_*.parquet")
+             if (match := _STEP.fullmatch(file.name))}  # fmt: skip
     return Written(
         directory, lines, flat(config, numbered=True), read_json_lines(directory / "environment.jsonl"),
-        [alarm for alarm in read_json_lines(directory / "alarms.jsonl") if alarm.get("step", 0) <= done],
+        [alarm for alarm in read_json_lines(directory / "alarms.jsonl", "step") if alarm["step"] <= done],
         {step: files[step] for step in sorted(files) if step <= done},
     )  # fmt: skip
 
@@ -94,24 +95,38 @@ def reader_of(config: dict[str, Any]) -> Callable[[str], str | None] | None:
 
 
 def read_completions(run: Written, most_bytes: int) -> Completions:
-    """Read the completions of some steps, and keep a sample of rows with at most `most_bytes` of JSON."""
+    """Read the completions of some steps, and keep a sample of rows with at most `most_bytes` of JSON.
+
+    Raises ValueError, which names the file, for one that is damaged or of another version.
+    """
     completions, read = Completions(), reader_of(run.config)
     steps = list(run.files)
     chosen = [steps[place] for place in spread(len(steps), MOST_STEPS_READ)]
     places: dict[str, int] = {}
     for step in chosen:
-        table = pq.ParquetFile(run.files[step]).read().to_pydict()  # pq.read_table would import pandas
-        texts = answering_texts(table["completion"], table.get(f"reward/{CONVERSATION}"))
-        answers = [answer_of(text, read) for text in texts]
-        completions.steps.append(step)
-        completions.total += len(answers)
-        completions.answers.append(Counter(answers))
-        completions.agreement.append(agreement(answers, table["group"]))
-        completions.rewards.append([math.nan if reward is None else reward for reward in table["reward"]])
-        completions.lengths.append(table["tokens"])
-        _sample(table, completions, places, most_bytes // len(chosen))
+        try:
+            table = pq.ParquetFile(run.files[step]).read().to_pydict()  # pq.read_table would import pandas
+            _add(completions, step, table, read, places, most_bytes // len(chosen))
+        except (ValueError, OSError, KeyError) as error:
+            raise ValueError(f"{run.files[step]} is damaged, or not as this version of grpo_dist writes it "
+                             f"({type(error).__name__}: {error}): remove it, and the page is of the other steps"
+                             ) from error  # fmt: skip
     completions.prompts = list(places)
     return completions
+
+
+def _add(completions: Completions, step: int, table: dict[str, list[Any]], read: Callable[[str], str | None] | None,
+         places: dict[str, int], most_bytes: int) -> None:  # fmt: skip
+    """Add the completions of a step."""
+    texts = answering_texts(table["completion"], table.get(f"reward/{CONVERSATION}"))
+    answers = [answer_of(text, read) for text in texts]
+    completions.steps.append(step)
+    completions.total += len(answers)
+    completions.answers.append(Counter(answers))
+    completions.agreement.append(agreement(answers, table["group"]))
+    completions.rewards.append([math.nan if reward is None else reward for reward in table["reward"]])
+    completions.lengths.append(table["tokens"])
+    _sample(table, completions, places, most_bytes)
 
 
 def _sample(table: dict[str, list[Any]], completions: Completions, places: dict[str, int], most_bytes: int) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 def write_file(path: Path, text: str) -> None:
     """Put a text in a file that readers see complete or as it was before, whoever else writes it.
 
-    Raises OSError, as on a full disk, and then leaves nothing behind.
+    Raises OSError, as on a full disk, which names the file, and then leaves nothing behind.
     """
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
@@ -20,6 +20,8 @@ def write_file(path: Path, text: str) -> None:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
+    except OSError as error:  # that of a write names no file, and others the temporary one
+        raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -37,6 +37,7 @@ from ..monitoring.console import Display
 from ..monitoring.json_lines import read_json_lines
 from ..monitoring.machine import FILE as RECORD_OF_STARTS
 from ..monitoring.machine import devices_of, record_start, versions
+from ..monitoring.metrics import read_history
 from ..monitoring.recorder import Recorder
 from ..monitoring.trackers import require_known
 from ..preflight.contents import try_model
@@ -175,8 +176,8 @@ def _prepare(config: Config, directory: Path, is_main: bool) -> _Start:
         scorer.check_columns([*prompt.columns, *(EPISODE_COLUMNS if host else ())])
     episodes = episodes_of(data.config, host, data.tokenizer, data.end_ids)
     require_writable(directory)
-    for name in ("metrics.jsonl", RECORD_OF_STARTS):
-        read_json_lines(directory / name)  # raises for what the records of this run could not be added to
+    read_history(directory)  # raises, as the next line, for what the records of this run could not be added to
+    read_json_lines(directory / RECORD_OF_STARTS)
     directory.mkdir(parents=True, exist_ok=True)
     return _Start(data, resume_from, host, scorer, episodes, lock(directory) if is_main else None)
 

@@ -61,6 +61,10 @@ def test_ranks_resuming_and_comparing(tmp_path: Path) -> None:
     assert other.returncode == 2 and "holds another evaluation (rollout differ)" in other.stderr
     missing = evaluate(None, 1, *common, "--output", str(tmp_path / "x"), "--category", "colour")
     assert missing.returncode == 2 and "--category: 'colour' given" in missing.stderr
+    (tmp_path / "one" / "summary.json").unlink()
+    (tmp_path / "one" / "summary.json").mkdir()
+    done = evaluate(None, 1, *common, "--output", str(tmp_path / "one"))
+    assert done.returncode == 1 and done.stderr.count("error: ") == 1 and "Traceback" not in done.stderr
 
 
 def test_a_directory_that_vanishes_is_one_line(tmp_path: Path) -> None:

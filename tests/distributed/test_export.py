@@ -171,9 +171,19 @@ def test_mistakes(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
         ([damaged], "damaged"),
         ([run, "--out", tmp_path / "full"], "not empty"),
         ([run, "--to", "adapter", "--dtype", "bfloat16"], "--dtype"),
+        ([run, "--max_shard_size", "5GiB"], "expected a size such as 500MB"),
+        ([run, "--push_to_hub", "my model"], "my model"),
     ):
         assert main(["export", *map(str, arguments)]) == 2
         assert message in capsys.readouterr().err
+    assert not (run / "exports").exists()
+    cut = shutil.copytree(run, tmp_path / "cut", ignore=shutil.ignore_patterns("checkpoints"))
+    weights = cut / "final" / "adapter" / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    for verb, *options in (("export", "--out", str(tmp_path / "new")), ("chat", "--prompt", QUESTION)):
+        assert main([verb, str(cut), *options]) == 2
+        assert f"the adapter in {weights.parent} cannot be read" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists(), "what is written in part is no model"
     with pytest.raises(SystemExit, match="2"):
         main(["export", str(run), "--too", "adapter"])
     assert "--too; did you mean --to?" in capsys.readouterr().err

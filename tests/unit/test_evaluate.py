@@ -11,9 +11,13 @@ import pytest
 
 from grpo_dist import evaluate
 from grpo_dist.config.parse import parse_config
+from grpo_dist.config.places import UnwritableOutput
 from grpo_dist.evaluate import Evaluation
 from grpo_dist.model.config_files import load_tokenizer
 from grpo_dist.model.toy import toy_path
+from grpo_dist.report.evaluation import COLUMNS, report
+
+REST: dict[str, list[object]] = {name: [] for name in COLUMNS}
 
 
 def begun(
@@ -37,7 +41,7 @@ def test_an_evaluation_is_compared_with_another_day_s(tmp_path: Path, monkeypatc
     tokenizer.save_pretrained(tmp_path / "model")
     monkeypatch.setattr(evaluate, "today", lambda: "2024-02-03")
     (first,) = begun(tmp_path, output="first").prompts
-    rows = [{"prompt_index": first.index, "prompt": first.text}]
+    rows = [{**REST, "prompt_index": first.index, "prompt": first.text}]
     (tmp_path / "first" / "samples_0000000.jsonl").write_text(json.dumps(rows[0]) + "\n")
     monkeypatch.setattr(evaluate, "today", lambda: "2024-02-04")
     assert begun(tmp_path, output="first").prompts == [first], "it goes on as it began"
@@ -62,7 +66,7 @@ def test_samples_with_scores_of_another_version_of_a_reward_are_not_taken(
     module.write_text("def score(completions, **columns): return [1.0] * len(completions)\n")
     begun(tmp_path, output="first", reward="my_reward_of_today:score")
     (first,) = begun(tmp_path, output="first", reward="my_reward_of_today:score").prompts
-    row = {"prompt_index": first.index, "prompt": first.text}
+    row = {**REST, "prompt_index": first.index, "prompt": first.text}
     (tmp_path / "first" / "samples_0000000.jsonl").write_text(json.dumps(row) + "\n")
     module.write_text("def score(completions, **columns): return [0.5] * len(completions)\n")
     with pytest.raises(ValueError, match=r"first holds another evaluation \(files of rewards differ\)"):
@@ -70,3 +74,30 @@ def test_samples_with_scores_of_another_version_of_a_reward_are_not_taken(
     begun(tmp_path, output="second", compared="first", reward="my_reward_of_today:score")
     assert "first was scored by other rewards" in caplog.text
     assert "my_reward_of_today" not in sys.modules, "it is imported in workers alone"
+
+
+@pytest.mark.parametrize("text", ["", '{"prompt_index": 0}\n', "[1]\n", '{"prompt_in', "\0"])
+@pytest.mark.parametrize("name", ["samples_0000000.jsonl", "evaluation.json"])
+def test_damaged_files_of_an_evaluation_are_named(name: str, text: str, tmp_path: Path) -> None:
+    shutil.copytree(toy_path(), tmp_path / "model")
+    tokenizer = load_tokenizer(parse_config([]).model)
+    tokenizer.chat_template = "{{ messages[0]['content'] }}"
+    tokenizer.save_pretrained(tmp_path / "model")
+    (first,) = begun(tmp_path, output="first").prompts
+    row = {**REST, "prompt_index": first.index, "prompt": first.text}
+    (tmp_path / "first" / "samples_0000000.jsonl").write_text(json.dumps(row) + "\n")
+    (tmp_path / "first" / name).write_text(text)
+    expected = f"first/{name} is damaged" if text != '{"prompt_index": 0}\n' or name[0] == "s" else "another evaluation"
+    with pytest.raises(ValueError, match=expected):
+        begun(tmp_path, output="first")
+    if expected.endswith("damaged"):
+        with pytest.raises(ValueError, match=expected):
+            begun(tmp_path, output="second", compared="first")
+
+
+def test_a_table_that_cannot_be_written_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "summary.json").mkdir()
+    row = {**REST, "rewards": [1.0], "right": [True], "finished": [True], "tokens": [3], "answers": None}
+    with pytest.raises(UnwritableOutput, match=r"--output: a file in .* cannot be written .*summary.json'"):
+        report([row], 1, None, tmp_path)
+    assert "pass@1" in capsys.readouterr().out, "what was measured is seen all the same"

@@ -11,7 +11,9 @@ import pytest
 
 from grpo_dist.config.schema import Config
 from grpo_dist.monitoring.json_lines import read_json_lines
+from grpo_dist.monitoring.metrics import read_history
 from grpo_dist.monitoring.recorder import Recorder
+from grpo_dist.report.reading import read_run
 
 pytestmark = pytest.mark.quick
 
@@ -30,6 +32,14 @@ def test_a_broken_line_is_named(line: bytes, tmp_path: Path) -> None:
     (tmp_path / "lines").write_bytes(b'{"a": 1}\n' + line + b'\n{"a": 2}\n')
     with pytest.raises(ValueError, match=r"lines, line 2: .* expected a JSON object"):
         read_json_lines(tmp_path / "lines")
+
+
+@pytest.mark.parametrize("line", ['{"a": 1}', '{"step": "2"}', '{"step": null}', '{"step": true}', '{"step": 1.5}'])
+def test_a_line_without_its_step_is_named(line: str, tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text(f'{{"step": 1}}\n{line}\n')
+    for read in (read_history, read_run):
+        with pytest.raises(ValueError, match=r"metrics.jsonl, line 2: .* with a whole number as 'step'"):
+            read(tmp_path)
 
 
 def test_a_record_that_lacks_steps_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

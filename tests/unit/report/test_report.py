@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -15,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -323,6 +326,23 @@ def test_no_run_waits_for_pandas(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-m", "grpo_dist", "report", str(run)], capture_output=True, text=True,
                           env={**os.environ, "PYTHONPATH": str(tmp_path)}, check=False)  # fmt: skip
     assert done.returncode == 0 and done.stderr == ""
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = write_run(tmp_path / "run")
+    shutil.copy(run / "completions/step_000002.parquet", run / "completions/step_000002 (copy).parquet")
+    assert main(["report", str(run)]) == 0, "a copy is no step"
+    for table in (pa.table({"step": [2]}), None):
+        path = run / "completions/step_000002.parquet"
+        path.write_bytes(b"PAR1") if table is None else pq.write_table(table, path)
+        assert main(["report", str(run)]) == 2
+        assert f"{path} is damaged, or not as this version" in capsys.readouterr().err
+    (run / "alarms.jsonl").write_text('{"message": "?"}\n')
+    assert main(["report", str(run)]) == 2
+    assert "alarms.jsonl, line 1" in capsys.readouterr().err
+    target = tmp_path / "none" / "page.html"
+    assert main(["report", str(write_run(tmp_path / "other")), "--out", str(target)]) == 2
+    assert f"'{target}'" in capsys.readouterr().err, "not a temporary file"
 
 
 def test_the_verb(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
