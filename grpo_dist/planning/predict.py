@@ -116,7 +116,9 @@ def flight(
     of_a_group = min(rollout.group_size, max(1, (most - once) // each))
     groups = max(1, most // (once + of_a_group * each))
     rows = min(share, groups * of_a_group)
-    slots = longest if pages else slots_held(0 if shares else prompt, longest, SLOT_CHUNK)
+    plays = config.environment is not None and config.environment.max_turns > 1
+    again = prompt + PAGE if pages and plays else 0  # a row that is computed again shares its prompt with nobody
+    slots = longest + again if pages else slots_held(0 if shares else prompt, longest, SLOT_CHUNK)
     scored = 0 if pages or device == "cpu" else max(once, slots)  # there attention is one kernel
     prompts = math.ceil(rows / of_a_group)
     prefilled = min(prompts * prompt, max(prompt, PREFILL_TOKENS)) if pages else 0

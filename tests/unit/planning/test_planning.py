@@ -16,6 +16,7 @@ from transformers import AutoModelForSequenceClassification, LlamaConfig, Mistra
 from grpo_dist.cli.main import main
 from grpo_dist.cli.plan import parse_ranks, parse_size
 from grpo_dist.config.algorithm import LossConfig
+from grpo_dist.config.environment import EnvironmentConfig
 from grpo_dist.config.rewards import RewardConfig
 from grpo_dist.config.schema import (
     Config,
@@ -327,6 +328,8 @@ def test_a_gpu_holds_pages_and_its_captured_steps() -> None:
     decoded = flight(config_of(), 1, device="gpu", pages=True)
     assert (decoded.rows, decoded.prompts, decoded.prompt_length, decoded.slots) == (24, 6, 64, 64)
     assert decoded.shares and decoded.scored == 0 and decoded.is_captured
+    several_turns = config_of(environment=EnvironmentConfig(tools=["own:tool"]))
+    assert flight(several_turns, 1, device="gpu", pages=True).slots == 64 + 64 + 64, "a prompt of its own, and rounding"
     parts = named(replace(INPUTS, flight=decoded))
     assert parts["keys and values"] == (6 + 24) * 64 * COUNTS.num_layers * COUNTS.cache_width * 2
     assert parts["captured steps"] == 24 * COUNTS.vocabulary * (2 + 8) and parts["prefill"] == 6 * 64 * 1_000
