@@ -175,7 +175,9 @@ class Ranks:
         self.collectives_entered += 1
         if self.num_ranks == 1:
             return tensor.cpu()
-        tensor = tensor.to(self.device)
+        tensor, dtype = tensor.to(self.device), tensor.dtype
+        if dtype == torch.int16:  # neither NCCL nor gloo sends such numbers
+            tensor = tensor[..., None].contiguous().view(torch.uint8)
         sizes = torch.zeros(self.num_ranks, dtype=torch.int64, device=self.device)
         sizes[self.rank] = tensor.shape[0]
         dist.all_reduce(sizes)
@@ -184,7 +186,8 @@ class Ranks:
         padded[: tensor.shape[0]] = tensor
         parts = [torch.empty_like(padded) for _ in range(self.num_ranks)]
         dist.all_gather(parts, padded)
-        return torch.cat([part[:size] for part, size in zip(parts, sizes.tolist(), strict=True)]).cpu()
+        whole = torch.cat([part[:size] for part, size in zip(parts, sizes.tolist(), strict=True)]).cpu()
+        return whole if whole.dtype == dtype else whole.view(dtype)[..., 0]
 
     def gather_objects(self, thing: Any) -> list[Any]:
         """One small picklable object from each rank, in order of rank."""
