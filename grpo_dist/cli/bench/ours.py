@@ -59,6 +59,14 @@ def rollout(parts: Parts, state: TrainState) -> Metrics:
     return {"tokens/completion": float(sum(len(each.ids) for each in trajectories))}
 
 
+def peak_gib(metrics: Metrics) -> float:
+    """The most memory of a step with these metrics: tensors on a GPU, else this process and those of its rewards."""
+    if not torch.cuda.is_available():
+        return own_peak_gib() + sum(child.memory_info().rss for child in psutil.Process().children(True)) / 2**30
+    # the phases of a step note torch's peak and reset it
+    return max(torch.cuda.max_memory_allocated() / 2**30, metrics.get("memory/peak_gib") or 0.0)
+
+
 def take_turns(parts: Parts, state: TrainState) -> None:
     """Take a step for each request, and answer with its time, metrics and peak memory."""
     assert isinstance(parts.engine, LocalEngine)
@@ -70,11 +78,10 @@ def take_turns(parts: Parts, state: TrainState) -> None:
         engine.lengths = request["lengths"]
         start = time.perf_counter()
         metrics = rollout(parts, state) if request["is_rollout"] else train_step(parts, state)
-        peak = own_peak_gib() + sum(child.memory_info().rss for child in psutil.Process().children(True)) / 2**30
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-            peak = torch.cuda.max_memory_allocated() / 2**30
         seconds = time.perf_counter() - start
+        peak = peak_gib(metrics)
         let_go()
         line.send({"seconds": seconds, "metrics": metrics, "peak_gib": peak})
 

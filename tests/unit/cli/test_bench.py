@@ -13,6 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from grpo_dist.cli.bench.bench import ours_in_turn, peer_micro_batch
+from grpo_dist.cli.bench.ours import peak_gib
 from grpo_dist.cli.bench.tables import Pair, pairs_table, summary_row, table
 from grpo_dist.cli.bench.workloads import WORKLOADS, Shape, Workload, make_model, write_prompts
 
@@ -42,6 +43,16 @@ def test_the_summary_has_medians_and_spread() -> None:
     assert (row["s a step"], row["tokens/s"], row["rollout"], row["peak GiB"]) == ("2.00", "50", "1.00", "1.00")
     assert "TRL: s a step" not in summary_row("w", [Pair(step(1, 1))], None)
     assert pairs_table("w", pairs, "TRL").count("\n") == 4
+
+
+@pytest.mark.parametrize(
+    ("noted", "peak"), [({"memory/peak_gib": 5.0}, 5.0), ({"memory/peak_gib": 0.5}, 2.0), ({}, 2.0)]
+)
+def test_a_peak_is_that_of_all_phases(noted: dict[str, float], peak: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Phases reset torch's own."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 2 * 2**30)
+    assert peak_gib(noted) == peak
 
 
 def test_a_table_is_markdown() -> None:
