@@ -72,6 +72,8 @@ class LocalEngine:
     def wake(self) -> None:
         """See `Engine`."""
         self._model = self._opened.enter_context(self.weights.open())
+        if next(self._model.parameters()).is_cuda:  # a captured step cannot take what the allocator keeps of an update
+            torch.cuda.empty_cache()
 
     def sleep(self) -> None:
         """See `Engine`."""

@@ -192,8 +192,9 @@ def read_by(requests: list[Request], most: int, tokens: int) -> dict[str, Any]:
 
 
 def of_memory() -> dict[str, Any]:
-    """What is left of a rollout's pool and graphs when the engine sleeps, without the help of a collection."""
-    pools, left = [], []
+    """What is left of a rollout's pool and graphs when the allocator gives back what it keeps, without the help of a
+    collection; and on how many streams steps were captured."""
+    pools, left, streams = [], [], []
     plain = gpu.PagePool.__init__
 
     def watched(pool: Any, *args: Any) -> None:
@@ -201,6 +202,8 @@ def of_memory() -> dict[str, Any]:
         pools.append(weakref.ref(pool))
 
     gpu.PagePool.__init__ = watched
+    plain_stream = torch.cuda.Stream
+    torch.cuda.Stream = lambda: streams.append(plain_stream()) or streams[-1]  # type: ignore
     torch.cuda.empty_cache = lambda: left.append(sum(pool() is not None for pool in pools))
     engine = LocalEngine(NativeDecoder([2], 40, 1 << 20, step_of=FusedStep, pages=True), LoadedModel(make_model(1)), {})
     gc.collect()
@@ -216,7 +219,7 @@ def of_memory() -> dict[str, Any]:
                 break
         engine.sleep()
     gc.enable()
-    return {"pools": len(pools), "left": left, "replays": SEEN.replays - replays}
+    return {"pools": len(pools), "left": left, "streams": len(streams), "replays": SEEN.replays - replays}
 
 
 def of_experts() -> dict[str, int]:
