@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import wraps
 from typing import Any
 
@@ -20,6 +22,7 @@ from torch.nn.functional import silu
 from .lora import HALVES
 from .triton_trial import triton_obstacle
 
+_IS_PLAIN = ContextVar("plain", default=False)
 GATED = {"gate_proj", "up_proj", "down_proj", "act_fn"}
 """The modules of a gated feed-forward layer."""
 
@@ -62,6 +65,16 @@ def fuse_rotations(model: nn.Module) -> None:
             continue
         if _once(known, namespace.__name__, _is_plain_rotation, rotation):
             namespace.apply_rotary_pos_emb = _fused_rotation(rotation)  # type: ignore[attr-defined]
+
+
+@contextmanager
+def plain_modules() -> Iterator[None]:
+    """Inside, models compute as their own code does, and round where it rounds."""
+    token = _IS_PLAIN.set(True)
+    try:
+        yield
+    finally:
+        _IS_PLAIN.reset(token)
 
 
 def _once(known: dict[Hashable, bool], kind: Hashable, trial: Callable[..., bool], *arguments: Any) -> bool:
@@ -125,7 +138,7 @@ def _instead(
 
     @wraps(plain)
     def call(*given: Any, **options: Any) -> Any:
-        is_fused = not options and len(given) == num_given and fits(*given)
+        is_fused = not _IS_PLAIN.get() and not options and len(given) == num_given and fits(*given)
         return fused(*given) if is_fused else plain(*given, **options)
 
     return call

@@ -60,6 +60,7 @@ ADAPTER = "default"
 __all__ = [
     "ADAPTER", "LoraLayer", "LoraLinear", "ParamWrapper", "PeftLoraConfig", "PeftModel",
     "convert_peft_config_for_transformers", "load_peft_weights", "with_new_adapters", "with_saved_adapters",
+    "without_adapters",
 ]  # fmt: skip
 
 
@@ -78,3 +79,17 @@ def with_saved_adapters(base: nn.Module, place: str) -> PeftModel:
     except (OSError, ValueError, SafetensorError) as error:
         raise UnfitModel(f"the adapter in {place} cannot be read ({error})") from error
     return adapted
+
+
+@contextmanager
+def without_adapters(model: nn.Module) -> Iterator[None]:
+    """Inside, the model computes without its adapters. PEFT's own way to say so also says which weights are trained."""
+    layers: list[Any] = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    before = [layer._disable_adapters for layer in layers]
+    try:
+        for layer in layers:
+            layer._disable_adapters = True
+        yield
+    finally:
+        for layer, disabled in zip(layers, before, strict=True):
+            layer._disable_adapters = disabled

@@ -15,6 +15,8 @@ from ..config.rollout import RolloutConfig
 from ..distributed.agreement import Gather, first_fault
 from ..model.checks import CANNOT
 from ..model.fixed_row import most_positions
+from ..model.fused_modules import plain_modules
+from ..model.peft import without_adapters
 from ..model.quantized import quantized_layers
 from ..model.routing import routers_of
 from ..model.triton_trial import triton_obstacle
@@ -168,8 +170,10 @@ def own_step(model: nn.Module, most: str = "compiled") -> tuple[str, str | None]
     """The fastest of STEPS, up to `most`, that computes what the model does, and why a faster one could not be made."""
     weight = model.get_input_embeddings().weight
     is_float32, reason = weight.dtype == torch.float32, None
-    # rounded where the model rounds, so that what is built otherwise shows; faster steps round less in 16 bits
-    as_llama = _decoding_off("operations", model) <= (1e-4 if is_float32 else 0.01)
+    # rounded where the model's own code rounds, so that what is built otherwise shows; in 16 bits adapters and faster
+    # steps are rounded elsewhere
+    with plain_modules(), without_adapters(model):
+        as_llama = _decoding_off("operations", model) <= (1e-4 if is_float32 else 0.01)
     if weight.is_cuda:  # fused kernels hold on to dense weights
         names = ["fused"] * (not quantized_layers(model)) + ["pages", "operations"] if as_llama else ["pages"]
     else:
@@ -181,8 +185,6 @@ def own_step(model: nn.Module, most: str = "compiled") -> tuple[str, str | None]
             reason = obstacle
             continue
         try:
-            if name == "operations":
-                return name, reason
             off = _decoding_off(name, model)
         except CannotCompile as error:
             reason = str(error)

@@ -314,7 +314,8 @@ def linear_of(module: Any) -> Linear:
     base, adapter = module, None
     if isinstance(module, LoraLinear):
         base = module.base_layer
-        adapter = Adapter(module.lora_A[ADAPTER].weight, module.lora_B[ADAPTER].weight, module.scaling[ADAPTER])
+        if not module.disable_adapters:
+            adapter = Adapter(module.lora_A[ADAPTER].weight, module.lora_B[ADAPTER].weight, module.scaling[ADAPTER])
     if not isinstance(base, nn.Linear):
         raise ValueError(f"{type(base).__name__} is not a plain linear layer")
     return Linear(base.stored() if isinstance(base, QuantizedLinear) else base.weight, base.bias, adapter)

@@ -14,13 +14,15 @@ import transformers
 from packaging.version import Version
 from peft import LoraConfig, get_peft_model
 from small_models import batch_of
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers.models.llama import modeling_llama
 
 from grpo_dist.config.schema import RolloutConfig
 from grpo_dist.model import attention
 from grpo_dist.model.config_files import short_window
 from grpo_dist.model.fixed_row import fixed_logits
+from grpo_dist.model.fused_modules import _instead
 from grpo_dist.model.load import Policy, packing_obstacle
 from grpo_dist.model.packing import make_pack, plan
 from grpo_dist.rollout import (
@@ -34,7 +36,7 @@ from grpo_dist.rollout import (
     paged_obstacle,
     stream_key,
 )
-from grpo_dist.rollout.choose import STEPS, UnfitEngine, make_engine, own_step
+from grpo_dist.rollout.choose import STEPS, UnfitEngine, _step_off, make_engine, own_step
 from grpo_dist.rollout.native.compiled import library
 from grpo_dist.rollout.native.kernel import KernelStep
 from grpo_dist.rollout.native.llama import LlamaStep
@@ -167,6 +169,35 @@ def test_adapters_apart_are_no_reason_to_decode_through_the_modules() -> None:
     model = make_model(make_config("Llama", {}), attention.NAME)
     adapted = get_peft_model(model, LoraConfig(target_modules=["q_proj"], init_lora_weights=False)).get_base_model()
     assert own_step(adapted)[0] == "compiled"
+
+
+@pytest.mark.usefixtures("kernel")
+def test_what_is_rounded_elsewhere_is_built_as_llama_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In 16 bits: trained adapters, which this project adds before it rounds, and a GPU's kernel for rotations, which
+    rounds once. In many layers both come to more than what is built otherwise."""
+    model = make_model(make_config("Llama", {"num_hidden_layers": 24, "hidden_size": 64, "num_attention_heads": 4}),
+                       attention.NAME).to(torch.bfloat16)  # fmt: skip
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(4 if parameter.ndim == 2 else 1)
+    plain = modeling_llama.apply_rotary_pos_emb
+
+    def rotate(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
+        turned = plain(*(x.float() for x in (query, key, cos, sin)))
+        return tuple(x.to(query.dtype) for x in turned)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(modeling_llama, "apply_rotary_pos_emb", _instead(plain, 4, lambda *_: True, rotate))
+        assert 0.01 < _step_off("operations", model) < 0.1
+        assert own_step(model) == ("compiled", None)
+    adapters = LoraConfig(target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
+    adapted = get_peft_model(model, adapters).get_base_model()
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            parameter.mul_(0.01 if "lora_B" in name else 1)
+    assert 0.01 < _step_off("operations", adapted) < 0.1
+    assert own_step(adapted) == ("compiled", None)
+    assert own_step(adapted, "operations") == ("operations", None)
 
 
 with_paged = pytest.mark.skipif(paged_obstacle() is not None, reason=str(paged_obstacle()))
