@@ -4,7 +4,7 @@
     grpo-dist completion zsh > ~/.zfunc/_grpo-dist                        with ~/.zfunc in fpath before compinit
     grpo-dist completion fish > ~/.config/fish/completions/grpo-dist.fish
 
-It completes verbs, their options, and the dotted options of a run with their values.
+It completes verbs, their options, paths, and the dotted options of a run with their values.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import importlib
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 import shtab
@@ -24,7 +25,9 @@ PROGRAM = "grpo-dist"
 READERS = ("parse_config", "read_options", "refuse_mistakes")
 """Functions that a verb imports if it takes the options of a run."""
 FILES = ("data.train_file", "data.eval_file", "model.name")
-"""Options that may be a path."""
+"""Options of a run that may be a path."""
+PATHS = ("model", "data", "completions")
+"""Options of a verb that may be a path, besides those whose type is one."""
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -47,6 +50,9 @@ def script(shell: str) -> str:
     for name, verb in verbs.choices.items():
         verb.prog = f"{PROGRAM} {name}"
         verb.description = VERBS[name][1]
+        for action in verb._actions:
+            if action.type is Path or action.dest in PATHS:
+                action.complete = shtab.FILE
         module = importlib.import_module(VERBS[name][0])
         if any(hasattr(module, reader) for reader in READERS):
             _add_run_options(verb)

@@ -153,7 +153,7 @@ RULES = (
          "entropy has collapsed to {now[entropy]:.3g} nats, {value:.0f} times less than at the start, and most groups "
          "have equal rewards"),
     Rule("truncated", "completion/truncated", _now("completion/truncated"), 0.5, 0.3, 3,
-         "{value:.0%} of the completions are cut off by rollout.max_completion_length"),
+         "{value:.0%} of the completions are truncated"),
     Rule("empty_completions", "completion/length_mean", _whether("completion/length_mean", lambda tokens: tokens < 1.5),
          0.5, 0.5, 3, "completions are nearly empty: {now[completion/length_mean]:.3g} tokens on average"),
     Rule("logprob_gap", "rollout/logprob_gap_max", _now("rollout/logprob_gap_max"), 2.0, 1.0, 3,

@@ -35,6 +35,10 @@ CASES = {
     ("train", "--preset", "dr"): {"dr_grpo"},
     ("plan", "--train.b"): {"--train.batch_size"},
     ("examples", "--train.b"): set(),
+    ("chat", "accelerate_con"): {"accelerate_configs"},
+    ("report", "docs", "accelerate_con"): {"accelerate_configs"},
+    ("evaluate", "--model", "accelerate_con"): {"accelerate_configs"},
+    ("export", "docs", "--out", "accelerate_con"): {"accelerate_configs"},
 }
 
 
