@@ -26,7 +26,7 @@ from ..config.names import group_type, option_types
 from ..config.schema import Config, RewardConfig
 from ..config.shipped import shipped
 from ..config.values import descriptions, flat
-from ..data.rows import load_rows
+from ..data.rows import open_rows
 from ..model.files import shapes_of, weight_files
 from ..model.toy import MODELS, toy_path
 from ..rewards.registry import BUILT_IN
@@ -72,8 +72,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", help="hub id or directory of a causal language model, or `toy`")
     parser.add_argument("--data", help="prompts: a JSONL, JSON, CSV or parquet file, a directory, or a hub id")
     parser.add_argument("--eval_data", help="the same for evaluation (none)")
-    parser.add_argument("--prompt_column", help="prompt column (guessed from a local file)")
-    parser.add_argument("--answer_column", help="gold answer column, `null` for none (guessed from a local file)")
+    parser.add_argument("--prompt_column", help="prompt column (guessed from local data)")
+    parser.add_argument("--answer_column", help="gold answer column, `null` for none (guessed from local data)")
     parser.add_argument("--reward", help="a built-in reward, or module:function (math, where there are gold answers)")
     parser.add_argument("--output_dir", help="output directory of the run (runs/ and the name of FILE)")
     parser.add_argument("--gpus", type=int, help="GPUs for the printed training command (1)")
@@ -90,6 +90,7 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
         starter = complete(options, _ask if on_terminal else _refuse)
     except (EOFError, KeyboardInterrupt):
         raise ValueError(f"no answer; {options.file} was not written") from None
+    options.file.parent.mkdir(parents=True, exist_ok=True)
     options.file.write_text(render(starter), encoding="utf-8")
     gold = f"gold answers of column {starter.answer_column!r}" if starter.answer_column else "no gold answers"
     print(
@@ -137,15 +138,35 @@ def complete(options: argparse.Namespace, ask: Asker) -> Starter:
 
     model = answer("model", "Model, a hub id or a directory", None)
     data = answer("data", "Prompts, a JSONL, CSV or parquet file, a directory or a hub id", None, _data_problem)
-    columns = list(load_rows(data, "train")[0].columns) if Path(data).is_file() else []
+    held_out = answer("eval_data", "Held-out prompts for evaluation, null for none", "null", _data_problem)
+    columns = _columns(data)
+
+    def column_problem(name: str) -> str | None:
+        if not columns or name in (*columns, "null"):
+            return None
+        return f"{name!r} given, expected a column of {data}: {', '.join(columns)}{did_you_mean(name, columns)}"
+
     prompt = answer("prompt_column", f"Column with the prompt{_of(columns)}",
-                    _first(PROMPT_COLUMNS, columns, "prompt"))  # fmt: skip
+                    _first(PROMPT_COLUMNS, columns, "prompt"), column_problem)  # fmt: skip
     gold = answer("answer_column", f"Column with the gold answer, null for none{_of(columns)}",
-                  _first(ANSWER_COLUMNS, columns, "null" if columns else "answer"))  # fmt: skip
+                  _first(ANSWER_COLUMNS, columns, "null" if columns else "answer"), column_problem)  # fmt: skip
     reward = answer("reward", f"Reward, module:function or one of {', '.join(BUILT_IN)}",
                     "math" if gold != "null" else None, _reward_problem)  # fmt: skip
     output_dir = options.output_dir or f"runs/{options.file.stem}"
-    return Starter(model, data, options.eval_data, prompt, None if gold == "null" else gold, reward, output_dir)
+    return Starter(model, data, None if held_out == "null" else held_out, prompt, None if gold == "null" else gold,
+                   reward, output_dir)  # fmt: skip
+
+
+def _columns(data: str) -> list[str]:
+    """The columns of local data; none for what is on the hub. Raises ValueError for a file that cannot be read."""
+    if not Path(data).exists():
+        return []
+    try:
+        return list(open_rows(data, "train")[0].columns)
+    except ValueError:
+        if Path(data).is_dir():  # it may have no split of this name: `check` says which it has
+            return []
+        raise
 
 
 def _data_problem(data: str) -> str | None:

@@ -6,8 +6,10 @@ import json
 import subprocess
 from pathlib import Path
 
+import pyarrow
 import pytest
 import yaml
+from pyarrow import parquet
 
 from grpo_dist.cli import init as starter
 from grpo_dist.cli.main import VERBS, main
@@ -96,7 +98,9 @@ def test_questions(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     asked = []
-    answers = {"Model": ["", "some/model"], "Prompts": ["nowhere.jsonl", str(data)], "Reward": ["mth", " mine:reward "]}
+    answers = {"Model": ["", "some/model"], "Prompts": ["nowhere.jsonl", str(data)],
+               "Held-out prompts for evaluation": ["nowhere.csv", str(data)],
+               "Reward": ["mth", " mine:reward "]}  # fmt: skip
 
     def answer(question: str) -> str:
         asked.append(question)
@@ -108,10 +112,24 @@ def test_questions(
     assert main(["init", str(tmp_path / "own.yaml")]) == 0
     config = parse_config(["--config", str(tmp_path / "own.yaml")])
     assert (config.model.name, config.rewards[0].name) == ("some/model", "mine:reward")
+    assert config.data.eval_file == str(data)
     assert config.data.prompt_column == "question", "the default, taken from the file"
     shown = capsys.readouterr().out
     assert "no file 'nowhere.jsonl' here" in shown and "did you mean 'math'?" in shown
     assert any("(columns: question, solution) [question]" in question for question in asked)
+
+
+def test_a_directory_of_parquet_files(data: Path, tmp_path: Path) -> None:
+    directory, file = tmp_path / "hub" / "data", tmp_path / "configs" / "own.yaml"
+    directory.mkdir(parents=True)
+    rows = [json.loads(line) for line in data.read_text().splitlines()]
+    for split in ("train", "test"):
+        parquet.write_table(pyarrow.Table.from_pylist(rows), directory / f"{split}-00000-of-00001.parquet")
+    given = ["--data", str(directory.parent), "--eval_data", str(directory.parent)]
+    assert main(["init", str(file), "--model", "toy", *given]) == 0
+    config = parse_config(["--config", str(file)])
+    assert (config.data.prompt_column, config.data.answer_column) == ("question", "solution")
+    assert config.data.eval_file == str(directory.parent)
 
 
 def test_mistakes(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -120,6 +138,9 @@ def test_mistakes(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
         (): "--model is missing, and there is no terminal to ask on. Model, a hub id",
         ("--model", "toy"): "--data is missing",
         ("--model", "toy", "--data", "nowhere.csv"): "--data: no file 'nowhere.csv' here",
+        ("--model", "toy", "--data", str(data), "--eval_data", "nowhere.csv"): "--eval_data: no file 'nowhere.csv'",
+        ("--model", "toy", "--data", str(data), "--prompt_column", "qestion"): "did you mean 'question'?",
+        ("--model", "toy", "--data", str(data), "--answer_column", "answer"): "a column of " + str(data),
         ("--model", "toy", "--data", str(data), "--reward", "mth"): "did you mean 'math'?",
         ("--model", "toy", "--data", str(data), "--answer_column", "null"): "--reward is missing",
         ("--model", "toy", "--data", str(data), "--rollout.top_k", "1"): "--rollout.top_k 1 given",
