@@ -26,7 +26,7 @@ VERBS = {
     "completion": ("grpo_dist.cli.shell_completion", "print the script for shell completion of `grpo-dist`"),
     "evaluate": (
         "grpo_dist.cli.evaluate",
-        "evaluate a model in one process (for more: accelerate launch --num_processes N -m grpo_dist.evaluate)",
+        "evaluate a model in one process (`evaluate --help` shows how to launch several)",
     ),
     "examples": ("grpo_dist.cli.examples", "copy the shipped configs and their data into a directory"),
     "export": ("grpo_dist.cli.export", "export a trained model: merged, as an adapter, or for GGUF"),
@@ -37,7 +37,7 @@ VERBS = {
     "score": ("grpo_dist.cli.score", "print a table of scored completions"),
     "train": (
         "grpo_dist.cli.train",
-        "train in one process (for more: accelerate launch --num_processes N -m grpo_dist.train)",
+        "train in one process (`train --help` shows how to launch several)",
     ),
     "watch": ("grpo_dist.report.live", "show the report of runs while they go on"),
 }

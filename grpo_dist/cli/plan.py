@@ -5,6 +5,8 @@
 Only the config of the model is loaded. Parameters are counted and the passes of an update are traced on tensors without
 memory. All prompts and completions have full length. The exit status is 1 if --gpu-memory is given and no strategy fits
 for one of the numbers of ranks. docs/memory.md compares predictions with measurements.
+
+Options that are not listed here are those of a training config.
 """
 
 from __future__ import annotations
@@ -87,8 +89,8 @@ def _print_steps(console: Console, predictor: Predictor, ranks: list[int]) -> No
         f"counting the parameters of {config.model.name}, and tracing the passes of an update without its weights"
     )
     counts = predictor.inputs(1, "DDP").counts
-    trained = f"{counts.adapters / 1e6:.2f} M in adapters" if counts.adapters else "all of them trained"
-    console.print(f"{config.model.name}: {counts.parameters / 1e6:.2f} M parameters, {trained}")
+    trained = f"{counts.adapters / 1e6:,.2f} M in adapters" if counts.adapters else "all of them trained"
+    console.print(f"{config.model.name}: {counts.parameters / 1e6:,.2f} M parameters, {trained}")
     if (line := predictor.describe_servers()) is not None:
         console.print(line, soft_wrap=True)
     table = table_of(f"A step: {config.train.batch_size} prompts × {config.rollout.group_size} completions, all of "

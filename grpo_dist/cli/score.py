@@ -7,6 +7,8 @@ Completions come from a file with a column `completion`. If its rows are not in 
 column `prompt_index`. Without a file, the gold answers are scored, which should get a high reward. No model is loaded.
 `--category COLUMN` adds a table by the column's values: mean reward, prompts of which all, some or no completions are
 right.
+
+Options that are not listed here are those of a training config.
 """
 
 from __future__ import annotations

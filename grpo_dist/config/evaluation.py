@@ -34,7 +34,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", help="in place of the config's data.eval_file")
     parser.add_argument("--n", type=int, default=16, help="samples a prompt (16)")
     parser.add_argument("--category", metavar="COLUMN", help="results for each value of a column, or COLUMN.KEY")
-    parser.add_argument("--output", type=Path, default=Path("evaluation"), help="where samples and summary go")
+    parser.add_argument(
+        "--output", type=Path, default=Path("evaluation"), help="where samples and summary go (evaluation)"
+    )
     parser.add_argument("--compare", type=Path, metavar="OUTPUT", help="another evaluation's output, for a paired test")
 
 

@@ -19,7 +19,7 @@ class ModelConfig:
 
     name: str = "toy"
     """Hub id or local path of a causal language model, or of a PEFT adapter, from which the run goes on (see
-    lora.init_from); or `toy` or `toy-carry`, which ship with the package."""
+    lora.init_from); or `toy`, `toy-carry` or `toy-tools`, which ship with the package."""
     revision: str | None = None
     """Branch, tag or commit on the hub."""
     dtype: PolicyDtype = "auto"

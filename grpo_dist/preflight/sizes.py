@@ -83,11 +83,11 @@ def describe_memory(config: Config, contents: Contents, num_ranks: int, findings
         findings.remarks.append(rounded)
     counts = inputs.counts
     trained = counts.adapters or counts.parameters
-    stored = f", {counts.quantized / 1e6:,.1f} M of them in {predictor.quantization}" if counts.quantized else ""
+    stored = f", {counts.quantized / 1e6:,.2f} M of them in {predictor.quantization}" if counts.quantized else ""
     if form := dequantized_form(stored_quantization(contents.model_config)):
         stored += f", dequantised from {form} when loaded"
-    findings.results["model"] = [f"{config.model.name}: {counts.parameters / 1e6:,.1f} M parameters{stored}, "
-                                 f"{trained / 1e6:,.1f} M trained"]  # fmt: skip
+    findings.results["model"] = [f"{config.model.name}: {counts.parameters / 1e6:,.2f} M parameters{stored}, "
+                                 f"{trained / 1e6:,.2f} M trained"]  # fmt: skip
     _compare(config, inputs, on_gpu, findings)
     if (line := predictor.describe_servers()) is not None:
         findings.results["memory"].append(line)

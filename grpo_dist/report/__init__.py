@@ -16,7 +16,7 @@ from pathlib import Path
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of the verb."""
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run's train.output_dir")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="the page to write [RUN/report.html of the first run]")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="the page to write (RUN/report.html of the first run)")
 
 
 def run(options: argparse.Namespace, rest: list[str]) -> int:

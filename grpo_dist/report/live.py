@@ -29,7 +29,7 @@ REST = 4.0
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of the verb."""
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run's train.output_dir")
-    parser.add_argument("--port", type=int, default=8321, help="the port to listen on, 0 for any that is free [8321]")
+    parser.add_argument("--port", type=int, default=8321, help="the port to listen on, 0 for any that is free (8321)")
 
 
 def run(options: argparse.Namespace, rest: list[str]) -> int:

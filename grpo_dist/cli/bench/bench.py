@@ -1,4 +1,15 @@
-"""The verb `bench`: start the workers, let them alternate, print the tables."""
+"""`python -m grpo_dist bench`: time a step, and in turn the same step of TRL or the same rollouts of vLLM.
+
+    python -m grpo_dist bench
+    python -m grpo_dist bench --workload medium --against trl
+    python -m grpo_dist bench --workload medium --model MODEL --against vllm --peer_python ~/vllm-env/bin/python
+
+The peer takes its step first. Ours has the same prompts, and completions of exactly the lengths of the peer's. A
+workload is a model and the sizes of a step; the models of all but quickstart have random weights. TRL comes with the
+extra `bench`, or is in the environment of --peer_python.
+
+Options that are not listed here are those of a training config.
+"""
 
 from __future__ import annotations
 
