@@ -46,7 +46,7 @@ def with_adapter(config: Config, asks_hub: bool = True) -> Config:
     model, lora = config.model, config.lora
     own = None
     if model.name not in MODELS:
-        own = _entries(model_place(model.name, "model.name"), model.revision, asks_hub)
+        own = _entries("model.name", model_place(model.name, "model.name"), model.revision, asks_hub)
     if own is None and (lora is None or lora.init_from is None):
         return config
     option, name = ("lora.init_from", lora.init_from) if own is None and lora else ("model.name", model.name)
@@ -60,7 +60,7 @@ def with_adapter(config: Config, asks_hub: bool = True) -> Config:
         raise UnfitModel(f"model.revision: {model.revision!r} given, expected null for an adapter: download that "
                          "revision of it and name the directory")  # fmt: skip
     place = model_place(name, option)
-    entries = own or _entries(place, None, asks_hub)
+    entries = own or _entries(option, place, None, asks_hub)
     if entries is None and not asks_hub and not Path(place).is_dir():
         return config
     if entries is None:
@@ -94,7 +94,7 @@ def require_fitting(place: str, base: Path) -> None:
     if stored is None:
         return
     layers, of_adapter = shapes_of(weight_files(base)), shapes_of([stored])
-    width = 0 if (_entries(place, None, False) or {}).get("fan_in_fan_out") else 1
+    width = 0 if (_entries("lora.init_from", place, None, False) or {}).get("fan_in_fan_out") else 1
     for name, shape in of_adapter.items():
         layer, is_first, _ = name.removeprefix("base_model.model.").partition(".lora_A.")
         weight = layers.get(f"{layer}.weight", [])
@@ -118,18 +118,15 @@ def to_evaluate(config: Config) -> Config:
     return config if config.lora is not None and config.lora.init_from else replace(config, lora=None)
 
 
-def _entries(place: str, revision: str | None, asks_hub: bool) -> dict[str, Any] | None:
+def _entries(option: str, place: str, revision: str | None, asks_hub: bool) -> dict[str, Any] | None:
     """The adapter_config.json of a directory or repository; None where there is none."""
-    if Path(place).is_dir() or not asks_hub:
-        file: Path | str | None = stored_file(place, "adapter_config.json", revision)
-    else:
-        from transformers.utils.peft_utils import find_adapter_config_file
+    if asks_hub:
+        from .hub import adapter_config  # takes a second, which an error in the options should not wait for
 
-        try:
-            file = find_adapter_config_file(place, revision=revision)
-        except (OSError, ValueError):  # no such model: the loading function reports it
-            return None
-    return None if file is None else json.loads(Path(file).read_text(encoding="utf-8"))
+        file = adapter_config(option, place, revision)
+    else:
+        file = stored_file(place, "adapter_config.json", revision)
+    return None if file is None else json.loads(file.read_text(encoding="utf-8"))
 
 
 def _has_tokenizer(place: str) -> bool:

@@ -9,10 +9,10 @@ from typing import Any
 from torch import nn
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.pytorch_utils import Conv1D
-from transformers.utils.peft_utils import find_adapter_config_file
 
 from ..distributed.sharding import full_shape
 from .files import UnfitModel, is_bitsandbytes, require_causal, require_fit, require_fixed_positions, some_names
+from .hub import adapter_config
 from .names import no_causal_lm, no_layer, no_pattern, refused_layer
 from .peft import PeftLoraConfig, convert_peft_config_for_transformers
 from .quantized import QuantizedLinear
@@ -26,11 +26,7 @@ IGNORE_IS_DECODER = ("gpt_neox", "gpt_neox_japanese")
 
 def require_complete_model(name: str, path: str, revision: str | None) -> None:
     """Raise UnfitModel if the path has a PEFT adapter: transformers would load its base model instead."""
-    try:
-        adapter = find_adapter_config_file(path, revision=revision)
-    except (OSError, ValueError):  # no such model: the loading function reports it
-        return
-    if adapter is not None:
+    if adapter_config("model.name", path, revision) is not None:
         raise UnfitModel(
             f"model.name: {name!r} is a PEFT adapter (it has adapter_config.json), expected a full model. Merge it "
             "into its base: AutoPeftModelForCausalLM.from_pretrained(ADAPTER).merge_and_unload().save_pretrained(NEW), "

@@ -15,6 +15,7 @@ from transformers import __version__ as transformers_version
 from ..config.places import model_place
 from ..config.rollout import RolloutConfig
 from ..config.schema import ModelConfig
+from ..text.files import near_paths
 from ..text.templates import with_variables
 from .checks import CANNOT, require_complete_model, require_trainable
 from .files import UnfitModel, model_path, require_positions, stored_file
@@ -43,8 +44,8 @@ def _names_option(option: str, name: str, place: str) -> Iterator[None]:
         if Path(place).is_dir():
             raise
         what = "tokenizer" if option == "model.tokenizer" else "model"
-        raise OSError(f"{option}: {name!r} is no directory in {Path.cwd()}, and the hub gives no such {what} here: "
-                      f"{error}") from error  # fmt: skip
+        raise OSError(f"{option}: {name!r} is no directory in {Path.cwd()}{near_paths(name)}, and the hub gives no "
+                      f"such {what} here: {error}") from error  # fmt: skip
 
 
 def load_tokenizer(model: ModelConfig) -> Any:

@@ -39,6 +39,8 @@ def set_up_logging() -> None:
     logging.getLogger("grpo_dist").setLevel(logging.INFO)
     # a filter, because its import sets its level
     logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.WARNING)
+    for library in ("huggingface_hub", "datasets"):  # they print their own lines, and each would be there twice
+        logging.getLogger(library).propagate = False
     transformers.utils.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning)
 

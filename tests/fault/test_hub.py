@@ -38,7 +38,7 @@ def test_a_busy_hub_is_asked_again_and_each_file_downloaded_once(tmp_path: Path)
 @pytest.mark.parametrize(
     ("status", "environment", "told"),
     [
-        (503, {}, "couldn't connect"),
+        (503, {}, "the hub does not answer: "),
         (401, {"HF_TOKEN": "hf_revoked"}, "401"),
         (200, {"HF_HUB_OFFLINE": "1"}, "couldn't find them in the cached files"),
     ],

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from peft import LoraConfig as PeftLoraConfig
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
@@ -174,3 +175,25 @@ def test_an_adapter_of_another_base(base: ModelConfig, tmp_path: Path) -> None:
     save_file(values, places[0] / "adapter_model.safetensors")
     with pytest.raises(UnfitModel, match=f"has values that are not finite in {re.escape(name)}"):
         load_adapter(policy.model, str(places[0]))
+
+
+def test_a_hub_that_does_not_answer_ends_the_program_at_the_first_question(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my_model").mkdir()
+    failures: list[Exception] = [HFValidationError("no such id")]
+
+    def download(*_: Any, **__: Any) -> str:
+        raise failures[0]
+
+    monkeypatch.setattr("grpo_dist.model.hub.hf_hub_download", download)
+    monkeypatch.setattr("grpo_dist.model.hub.is_offline_mode", lambda: False)
+    assert with_adapter(config_of("no_such_model")).model.name == "no_such_model", "who loads the model reports it"
+    failures[0] = LocalEntryNotFoundError("not in the cache")
+    failures[0].__cause__ = ConnectionError("name or service not known")
+    with pytest.raises(OSError, match=r"model\.name: 'my_mdoel' is no directory in .*; near it: my_model, and the hub "
+                       "does not answer: name or service not known"):  # fmt: skip
+        with_adapter(config_of("my_mdoel"))
+    monkeypatch.setattr("grpo_dist.model.hub.is_offline_mode", lambda: True)
+    assert with_adapter(config_of("my_mdoel")).model.name == "my_mdoel", "nobody was asked"

@@ -125,6 +125,8 @@ def test_what_a_model_writes_is_shown_as_text(width: int) -> None:
 def logged(monkeypatch: pytest.MonkeyPatch) -> Iterator[io.StringIO]:
     """Standard error as a file, and logging set up as in a run."""
     root, own, deepspeed = logging.getLogger(), logging.getLogger("grpo_dist"), logging.getLogger("DeepSpeed")
+    for library in ("huggingface_hub", "datasets"):
+        monkeypatch.setattr(logging.getLogger(library), "propagate", True)
     kept, level, own_level, filters = root.handlers[:], root.level, own.level, deepspeed.filters[:]
     root.handlers.clear()
     stream = io.StringIO()
@@ -145,6 +147,13 @@ def test_deepspeed_says_only_what_it_warns_of(logged: io.StringIO, monkeypatch: 
     logger.info("a summary")
     logger.warning("a warning")
     assert "a summary" not in logged.getvalue() and "a warning" in logged.getvalue()
+
+
+@pytest.mark.parametrize("library", ["huggingface_hub", "datasets"])
+def test_a_line_of_a_library_is_there_once(logged: io.StringIO, monkeypatch: pytest.MonkeyPatch, library: str) -> None:
+    monkeypatch.setattr(logging.getLogger(library), "handlers", [logging.StreamHandler(logged)])  # as its import adds
+    logging.getLogger(f"{library}.utils").warning("retrying")
+    assert logged.getvalue().count("retrying") == 1
 
 
 def run_display() -> None:
