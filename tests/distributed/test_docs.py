@@ -161,10 +161,20 @@ def test_the_readmes_python(
     assert "12 - 7" in capsys.readouterr().out
 
 
+def anchors(page: Path) -> set[str]:
+    """The anchors that GitHub gives the headings of a page."""
+    headings = re.findall(r"^#+ (.*)$", re.sub(r"^```.*?^```", "", page.read_text(), flags=re.M | re.S), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
 def test_every_link_leads_somewhere() -> None:
     for page in PAGES:
-        for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text()):
-            assert target.startswith("http") or (page.parent / target).exists(), f"{page.name}: {target}"
+        for target, _, anchor in (link.partition("#") for link in re.findall(r"\]\(([^)]+)\)", page.read_text())):
+            place = page.parent / target if target else page
+            assert target.startswith("http") or place.exists(), f"{page.name}: {target}"
+            assert not anchor or target.startswith("http") or anchor in anchors(place), (
+                f"{page.name}: {target}#{anchor}"
+            )
 
 
 def test_extras_named_are_there() -> None:
