@@ -81,9 +81,10 @@ class EnvironmentHost:
         """The name of the environment of a row of the data."""
         return "" if "" in self.schemas else row[ENVIRONMENT_COLUMN]
 
-    def tools(self, name: str) -> set[str]:
-        """Names of the tools of an environment."""
-        return {schema["function"]["name"] for schema in self.schemas[name]}
+    def tools(self, name: str) -> dict[str, dict[str, Any]]:
+        """The tools of an environment, with the part `parameters` of their schemas."""
+        functions = [schema["function"] for schema in self.schemas[name]]
+        return {function["name"]: function["parameters"] for function in functions}
 
     def reset(self, episode: int, row: Mapping[str, Any], seed: int = 0) -> None:
         """Begin an episode on a row of the data; an event of kind `reset` comes of it, with an `observation`.

@@ -79,7 +79,7 @@ class Worker:
     def __init__(self, config: EnvironmentConfig, rewards: list[RewardConfig], channel: Channel) -> None:
         """Import tools, factory, and the rewards that take environments. Raises ValueError with the user's mistake."""
         self._config, self._channel = config, channel
-        self._functions = {function.__name__: function for function in map(imported, config.tools)}
+        self._functions = _by_name(config.tools)
         self._factories = {name: imported(path) for name, path in config.factories.items()} or {"": None}
         self._rewards = _taking_environments(rewards)
         self._live: dict[int, _Episode] = {}
@@ -87,7 +87,8 @@ class Worker:
         self._requests, self._calls = (ThreadPoolExecutor(_THREADS) for _ in range(2))  # those wait for these
         self._loop = asyncio.new_event_loop()
         threading.Thread(target=self._loop.run_forever, daemon=True).start()
-        self._free = {name: [factory()] if factory else [] for name, factory in self._factories.items()}
+        self._free = {name: [_first(config.factories[name], factory)] if factory else []
+                      for name, factory in self._factories.items()}  # fmt: skip
         self._methods = {name: _methods(each[0]) if each else {} for name, each in self._free.items()}
 
     def description(self) -> dict[str, Any]:
@@ -172,10 +173,6 @@ class Worker:
     def _called(self, tool: Callable[..., Any], arguments: dict[str, Any]) -> dict[str, Any]:
         """What a call gives, or the error that the model gets to read."""
         try:
-            inspect.signature(tool).bind(**arguments)
-        except TypeError as error:
-            return {"text": f"Error: {error}", "outcome": "malformed"}
-        try:
             return {"text": _text(self._result(tool(**arguments))), "outcome": "answered"}
         except MemoryError:
             raise
@@ -237,6 +234,27 @@ def imported(path: str) -> Any:
     return thing
 
 
+def _by_name(paths: list[str]) -> dict[str, Callable[..., Any]]:
+    """Functions by the names that the model calls them by. Raises ValueError where two have the same."""
+    named: dict[str, Callable[..., Any]] = {}
+    for path in paths:
+        name = path.rpartition(":")[2].rpartition(".")[2]
+        if name in named:
+            raise ValueError(f"environment.tools: two are called {name!r}, and the model calls tools by their names: "
+                             "give one another name")  # fmt: skip
+        named[name] = imported(path)
+    return named
+
+
+def _first(path: str, factory: Callable[[], Any]) -> Any:
+    """What a factory makes. Raises ValueError where it fails."""
+    try:
+        return factory()
+    except Exception as error:  # its constructor is the user's code
+        traceback.print_exc()
+        raise ValueError(f"environment.factory: {path!r} cannot be made: {type(error).__name__}: {error}") from error
+
+
 def shortened(text: str, most: int) -> str:
     """The text, its middle left out where it is longer than `most` characters."""
     if len(text) <= most:
@@ -248,8 +266,10 @@ def shortened(text: str, most: int) -> str:
 
 def _methods(environment: Any) -> dict[str, Callable[..., Any]]:
     """The methods of an environment that are tools."""
-    return {name: method for name, method in inspect.getmembers(environment, inspect.ismethod)
-            if not name.startswith("_") and name not in _RESERVED}  # fmt: skip
+    names = [name for name in dir(environment) if not name.startswith("_") and name not in _RESERVED
+             # a property may need an episode
+             and not isinstance(inspect.getattr_static(environment, name), property)]  # fmt: skip
+    return {name: method for name in names if inspect.ismethod(method := getattr(environment, name))}
 
 
 def _taken(reset: Callable[..., Any], row: dict[str, Any], seed: int) -> dict[str, Any]:
@@ -284,16 +304,23 @@ def _observation(value: Any) -> str | list[dict[str, str]] | None:
 
 
 def _schema(name: str, tool: Callable[..., Any]) -> dict[str, Any]:
-    """A tool's JSON schema. Raises ValueError where type hints or docstring are missing."""
+    """A tool's JSON schema, which has its name. Raises ValueError where type hints or docstring are missing, or an
+    argument has no name."""
     from transformers.utils import chat_template_utils
 
     if "torch" not in sys.modules:  # then no type hint is a tensor, and to import it takes two seconds and 300 MB
         chat_template_utils.is_torch_available = lambda: False
     try:
-        return chat_template_utils.get_json_schema(tool)
+        schema = chat_template_utils.get_json_schema(tool)
     except Exception as error:  # transformers raises several kinds
         raise ValueError(f"environment: the tool {name!r} needs type hints and a Google docstring that describes each "
                          f"argument under `Args:`: {error}") from error  # fmt: skip
+    schema["function"]["name"] = name  # a decorator's function may have another
+    by_name = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    if nameless := [str(each) for each in inspect.signature(tool).parameters.values() if each.kind not in by_name]:
+        raise ValueError(f"environment: the tool {name!r} takes {', '.join(nameless)}, and a model gives arguments by "
+                         "name: write each as one that has a name")  # fmt: skip
+    return dict(schema)
 
 
 def _text(value: Any) -> str:

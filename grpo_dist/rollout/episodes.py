@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..config.environment import EnvironmentConfig
+from ..environments.arguments import misfit
 from ..environments.host import EnvironmentHost, Event
 from ..text.tool_turns import Answer, Call, ToolTurns
 from ..types import Episode, Prompt, Trajectory
@@ -179,9 +180,11 @@ class Episodes:
         return self._longest - len(play.ids) - added
 
     def _problem(self, play: _Play, call: Call) -> str | None:
-        if call.problem is None and call.name not in (tools := self.host.tools(play.environment)):
+        if call.problem is not None:
+            return call.problem
+        if call.name not in (tools := self.host.tools(play.environment)):
             return f"there is no tool {call.name!r}; there are {', '.join(sorted(tools))}"
-        return call.problem
+        return misfit(call.arguments, tools[call.name])
 
 
 class _Table:

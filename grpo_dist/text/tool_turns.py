@@ -24,6 +24,8 @@ _QUESTION: dict[str, Any] = {"role": "user", "content": "Go on."}
 _SAID = "qzxsaidqzx"
 _TOOLS = "{%- set tools = "
 """Begins the first line of a template that knows its tools."""
+_DEEPEST = 50
+"""Levels of a call's arguments: what is written to files and sent to processes is nested a little deeper."""
 _KEPT = 256
 """Answers whose tokens are kept: games answer the same again and again, and two renderings take half a millisecond."""
 _THOUGHTS: tuple[dict[str, str], ...] = ({}, {"reasoning_content": "qzxthoughtqzx"})
@@ -232,9 +234,9 @@ def _parsed(tokenizer: Any, text: str) -> list[Call]:
     """By the tokenizer's own schema of responses."""
     try:
         message = tokenizer.parse_response(text)
-    except Exception as error:  # what it raises depends on the schema
+        return [_call(each.get("function", each)) for each in message.get("tool_calls") or []]
+    except Exception as error:  # what it raises, and what it returns, depends on the schema
         return [Call("", {}, f"{type(error).__name__}: {error}")]
-    return [_call(each.get("function", each)) for each in message.get("tool_calls") or []]
 
 
 def _hermes(text: str) -> list[Call]:
@@ -266,7 +268,7 @@ def _harmony(text: str) -> list[Call]:
 def _from_json(text: str) -> list[Call]:
     try:
         value = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         return [Call("", {}, f"not JSON: {error}")]
     return [_call(each) for each in (value if isinstance(value, list) else [value])]
 
@@ -278,11 +280,23 @@ def _call(value: Any) -> Call:
     if isinstance(arguments, str):
         try:
             arguments = json.loads(arguments)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             return Call(value["name"], {}, f"its arguments are not JSON: {error}")
     if not isinstance(arguments, dict):
         return Call(value["name"], {}, "its arguments are not an object")
+    if _is_deep(arguments, _DEEPEST):
+        return Call(value["name"], {}, "its arguments are nested too deeply")
+    try:
+        json.dumps([value["name"], arguments], ensure_ascii=False).encode()
+    except UnicodeEncodeError:  # no file takes it
+        return Call("", {}, "half a character (a lone surrogate) in it")
     return Call(value["name"], arguments)
+
+
+def _is_deep(value: Any, levels: int) -> bool:
+    """Whether a JSON value has more levels than these."""
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return not levels or any(_is_deep(each, levels - 1) for each in inner)
 
 
 READERS: dict[str, Callable[[str], list[Call]]] = {

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -110,6 +113,8 @@ def fail(kind: str) -> object:
         return "x" * 100_000_000
     if kind == "object":
         return object()
+    if kind == "set":
+        return " ".join({"pear", "fig", "plum", "lime", "kiwi", "date"})
     if kind == "secret":
         return [os.environ.get("MY_TOKEN"), os.environ.get("OTHER_TOKEN")]
     return None
@@ -145,6 +150,61 @@ class Game:
     def _secret(self):
         pass
 '''
+OTHER = '''
+def plain(function):
+    """A decorator that forgets its function's name."""
+
+    def wrapper(by: int) -> int:
+        """Add.
+
+        Args:
+            by: How much.
+        """
+        return function(by)
+
+    return wrapper
+
+
+def unnamed(a: int, /, *more: int) -> int:
+    """Add.
+
+    Args:
+        a: One number.
+        more: Others.
+    """
+    return a + sum(more)
+
+
+class Tools:
+    @staticmethod
+    @plain
+    def add(by):
+        return 1 + by
+
+    @staticmethod
+    @plain
+    def take(by):
+        return 1 - by
+
+
+class Level:
+    @property
+    def lives(self):
+        raise ValueError("before the first episode there are none")
+
+    def up(self, by: int) -> int:
+        """Climb.
+
+        Args:
+            by: How far.
+        """
+        return by
+
+
+class Broken:
+    def __init__(self):
+        raise KeyError("no level")
+'''
 CALL_SECONDS = 8.0
 
 
@@ -152,6 +212,7 @@ CALL_SECONDS = 8.0
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("tools")
     (path / "playthings.py").write_text(MODULE)
+    (path / "other.py").write_text(OTHER)
     return path
 
 
@@ -207,7 +268,7 @@ def call(host: EnvironmentHost, episode: int, *calls: tuple[str, dict[str, Any]]
 
 
 def test_tools_and_methods(host: EnvironmentHost) -> None:
-    assert host.tools("") == {"add", "sleep", "meet", "fail", "move"} and host.has_reward
+    assert set(host.tools("")) == {"add", "sleep", "meet", "fail", "move"} and host.has_reward
     schema = next(each["function"] for each in host.schemas[""] if each["function"]["name"] == "add")
     assert schema["description"] == "Add." and schema["parameters"]["required"] == ["a"]
     host.reset(0, {"start": 3, "answer": "x"})
@@ -234,12 +295,20 @@ def test_calls_of_episodes_do_not_wait_for_each_other() -> None:
 def test_what_the_model_gets_to_read(host: EnvironmentHost) -> None:
     begin(host, 0)
     kinds = [("fail", {"kind": kind}) for kind in ("raise", "none", "large", "object", "half")]
-    event = call(host, 0, ("add", {"c": 1}), ("add", {"a": "x"}), *kinds)
+    event = call(host, 0, ("add", {"a": "x"}), *kinds)
     texts = [each["text"] for each in event.answer["answers"]]
-    assert [each["outcome"] for each in event.answer["answers"]] == ["malformed", "error", "error", *["answered"] * 4]
-    assert "missing a required argument" in texts[0] and texts[2] == "Error: KeyError: 'no such row'"
-    assert texts[3] == "null" and "<object object" in texts[5] and texts[6] == "a ?"
-    assert "99999700 characters left out" in texts[4] and len(texts[4]) < 400
+    assert [each["outcome"] for each in event.answer["answers"]] == ["error", "error", *["answered"] * 4]
+    assert texts[1] == "Error: KeyError: 'no such row'"
+    assert texts[2] == "null" and "<object object" in texts[4] and texts[5] == "a ?"
+    assert "99999700 characters left out" in texts[3] and len(texts[3]) < 400
+
+
+def test_a_set_of_texts_has_the_same_order_in_every_process(host: EnvironmentHost) -> None:
+    begin(host, 0)
+    begin(host, 1)
+    assert len({process.process.pid for process in host._home.values()}) == 2
+    first, second = (call(host, episode, ("fail", {"kind": "set"})).answer for episode in (0, 1))
+    assert first == second
 
 
 BREAKING = {"exit": "SystemExit", "die": "exit code 7", "crash": "exit code -11", "memory": "MemoryError",
@@ -304,6 +373,32 @@ def test_children_of_a_process_that_ended_end_too(tmp_path: Path, monkeypatch: p
         _wait_for_the_end_of([int((tmp_path / "orphan").read_text())])
 
 
+PLAYING = """
+import os, signal
+from grpo_dist.config.environment import EnvironmentConfig
+from grpo_dist.environments.host import EnvironmentHost
+
+with EnvironmentHost(EnvironmentConfig(tools=["playthings:fail"])) as host:
+    host.reset(0, {})
+    while not host.poll(1.0):
+        pass
+    host.call(0, [("fail", {"kind": "fork"})])
+    while not (events := host.poll(1.0)):
+        pass
+    print(events[0].answer["answers"][0]["text"], flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_children_end_with_a_trainer_that_is_killed(folder: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": f"{folder}{os.pathsep}{Path.cwd()}"}
+    killed = subprocess.run([sys.executable, "-c", PLAYING], stdout=subprocess.PIPE, text=True, env=environment)
+    assert killed.returncode == -signal.SIGKILL
+    numbers = [int(number) for number in killed.stdout.strip().strip("[]").split(", ")]
+    assert len(numbers) == 50
+    _wait_for_the_end_of(numbers)
+
+
 def _wait_for_the_end_of(numbers: list[int]) -> None:
     until = time.monotonic() + 30
     while any(map(_runs, numbers)):
@@ -355,6 +450,9 @@ def test_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"tools": ["nowhere:add"]}, "ModuleNotFoundError"),
         ({"tools": ["playthings:arrived"]}, "is a list, expected a function or a class"),
         ({"stop_tools": ["none"]}, "none is no tool"),
+        ({"tools": ["playthings:add", "other:Tools.add"]}, "two are called 'add'"),
+        ({"tools": ["other:unnamed"]}, r"takes a: int, \*more: int, and a model gives arguments by name"),
+        ({"factory": "other:Broken"}, "'other:Broken' cannot be made: KeyError: 'no level'"),
         ({"tools": ["os.path:basename"], "factory": None}, "type hints and a Google docstring"),
         ({"secrets": ["NOT_SET_TOKEN"]}, "environment.secrets names NOT_SET_TOKEN"),
     ],
@@ -363,6 +461,16 @@ def test_mistakes_are_named(options: dict[str, Any], reason: str) -> None:
     assert "NOT_SET_TOKEN" not in os.environ
     with pytest.raises(ValueError, match=reason):
         EnvironmentHost(make_config(**options))
+
+
+def test_a_tool_has_the_name_that_it_is_given_by() -> None:
+    """Whatever its decorator calls it."""
+    config = make_config(tools=["other:Tools.add", "other:Tools.take"], factory="other:Level")
+    with EnvironmentHost(config) as host:
+        assert set(host.tools("")) == {"add", "take", "up"}
+        begin(host, 0)
+        made = call(host, 0, ("add", {"by": 2}), ("take", {"by": 2}), ("up", {"by": 7})).answer["answers"]
+        assert [each["text"] for each in made] == ["3", "-1", "7"]
 
 
 def test_the_middle_of_a_long_answer_is_left_out() -> None:

@@ -21,7 +21,7 @@ LONGEST = 200
 CALLS = {
     10: [Call("add", {"by": 1})],
     11: [Call("add", {"by": 2}), Call("", {}, "it is no JSON")],
-    12: [Call("fly", {})],
+    12: [Call("fly", {}), Call("add", {"by": "one"})],
     13: [],
 }
 """The calls of a turn, by its first token."""
@@ -61,9 +61,10 @@ class Host:
         """The only environment."""
         return ""
 
-    def tools(self, name: str) -> set[str]:
+    def tools(self, name: str) -> dict[str, dict[str, Any]]:
         """Two tools."""
-        return {"multiply", "add"}
+        parameters = {"type": "object", "properties": {"by": {"type": "integer"}}, "required": ["by"]}
+        return dict.fromkeys(["multiply", "add"], parameters)
 
     def reset(self, episode: int, row: Mapping[str, Any], seed: int) -> None:
         """Note a reset."""
@@ -174,7 +175,8 @@ def test_a_conversation(monkeypatch: pytest.MonkeyPatch) -> None:
     (row,) = made(host).play(engine, [request(0)], [PROMPT], Sampling())  # type: ignore[arg-type]
 
     fly, no_json = "Error: there is no tool 'fly'; there are add, multiply", "Error: it is no JSON"
-    runs = [[10, END], [20], [13, STOP], [END, *[30] * 4], [12, END], [20] * len(fly), [11, STOP],
+    one = 'Error: by is "one", expected an integer'
+    runs = [[10, END], [20], [13, STOP], [END, *[30] * 4], [12, END], [20] * len(fly + one), [11, STOP],
             [END, *[20] * (2 + len(no_json))], [13, END]]  # fmt: skip
     assert row.ids == [token for run in runs for token in run]
     assert row.sampled == [number % 2 == 0 for number, run in enumerate(runs) for _ in run]
@@ -194,12 +196,13 @@ def test_a_conversation(monkeypatch: pytest.MonkeyPatch) -> None:
     messages = [
         said("10 1", **called("add", by=1)), {"role": "tool", "name": "add", "content": "4"},
         said("13 2"), {"role": "user", "content": "and?"},
-        said("12 1", **called("fly")), {"role": "tool", "name": "fly", "content": fly},
+        said("12 1", tool_calls=[*called("fly")["tool_calls"], *called("add", by="one")["tool_calls"]]),
+        {"role": "tool", "name": "fly", "content": fly}, {"role": "tool", "name": "add", "content": one},
         said("11 2", **called("add", by=2)), {"role": "tool", "name": "add", "content": "33"},
         {"role": "tool", "name": "unknown", "content": no_json}, said("13 1"),
     ]  # fmt: skip
     assert row.episode == Episode(
-        messages, 5, 0.5, None, {"answered": 2, "error": 0, "malformed": 2},
+        messages, 5, 0.5, None, {"answered": 2, "error": 0, "malformed": 3},
         Prompt(5, [7, 8, 9], "?", columns={"answer": "4"}), {"own": 1.5}, tool_seconds=2 + 3 + 4 + 8,
     )  # fmt: skip
     assert host.asked == [

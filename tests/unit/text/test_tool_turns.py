@@ -120,6 +120,18 @@ def test_several_calls_and_broken_ones() -> None:
     assert "not an object" in str(turns.calls('<tool_call>{"name": "add", "arguments": [2]}</tool_call>')[0].problem)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_a_model_may_write_for_arguments(family: str) -> None:
+    """Whatever it is, it ends in an error that the model reads, and in nothing that a file does not take."""
+    turns, _ = make_turns(family)
+    deep, half = json.loads("[" * 60 + "]" * 60), json.loads('"\\ud83d"')
+    (nested,), (split,) = (turns.calls(WRITTEN[family]("add", {"a": each})) for each in (deep, half))
+    assert nested == Call("add", {}, "its arguments are nested too deeply")
+    assert split.name == "" and "half a character" in str(split.problem)
+    (endless,) = turns.calls(WRITTEN[family]("add", {"a": "?"}).replace('"?"', "[" * 100_000))
+    assert "not JSON" in str(endless.problem)
+
+
 def test_an_answer_cannot_end_a_turn() -> None:
     turns, tokenizer = make_turns("hermes")
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
