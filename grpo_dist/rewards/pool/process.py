@@ -170,6 +170,8 @@ def worker_environment(
     }
     # Unbuffered output: otherwise the output of a reward that is killed would be lost.
     kept |= {"PYTHONUNBUFFERED": "1", "CUDA_VISIBLE_DEVICES": _own_gpu(environment) if gpu else ""}
+    # A set of texts has the same order in every process, and after a restart.
+    kept.setdefault("PYTHONHASHSEED", "0")
     return kept if gpu else kept | {"OMP_NUM_THREADS": "1"}
 
 

@@ -7,6 +7,7 @@ reward function.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import inspect
@@ -14,6 +15,7 @@ import math
 import numbers
 import os
 import pickle
+import select
 import signal
 import socket
 import sys
@@ -66,7 +68,9 @@ def main(descriptor: int, parent: int) -> None:
 
 
 def connect(descriptor: int, parent: int) -> Channel:
-    """The channel at a file descriptor, in a process that ends with its parent and leaves signals to it."""
+    """The channel at a file descriptor, in a process that ends with its parent, ends with its children, and leaves
+    signals to its parent."""
+    _end_children_too()
     _end_with(parent)
     for number in _LEFT_TO_THE_PARENT:
         # A handler that does nothing, not SIG_IGN: programs that users' code starts would inherit SIG_IGN, and nobody
@@ -265,6 +269,31 @@ def _end_with(parent: int) -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:  # the parent died before the call of prctl
         sys.exit(f"scoring worker: the process {parent} that started it has ended")
+
+
+def _end_children_too() -> None:
+    """Let what users' code has started in this process's group end with this process, however that ends (Linux).
+
+    Whoever kills the trainer with SIGKILL leaves nobody else who could do it.
+    """
+    if sys.platform != "linux":
+        return
+    own, between = os.getpid(), os.fork()
+    if between:
+        os.waitpid(between, 0)
+        return
+    if not os.fork():  # a grandchild: users' code may wait for all of its children
+        for descriptor in os.listdir("/proc/self/fd"):  # the trainer waits until nobody has the channel
+            with contextlib.suppress(OSError):
+                os.close(int(descriptor))
+        try:
+            select.select([os.pidfd_open(own)], [], [])
+        except ProcessLookupError:
+            pass  # it has ended already
+        except OSError:  # the kernel is older than 5.3, or a sandbox forbids it
+            os._exit(0)
+        os.killpg(0, signal.SIGKILL)
+    os._exit(0)
 
 
 def _leave(channel: Channel) -> None:

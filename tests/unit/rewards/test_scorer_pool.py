@@ -402,6 +402,7 @@ def test_workers_are_light_and_know_no_secrets(pools: Callable[[str], ScorerPool
     kept = worker_environment(
         {"HOME": "/h", "HF_TOKEN": "t", "LOCAL_RANK": "0", "TORCHELASTIC_RUN_ID": "1", "LANG": "C"}
     )
+    assert kept["PYTHONHASHSEED"] == "0" and worker_environment({"PYTHONHASHSEED": "7"})["PYTHONHASHSEED"] == "7"
     assert {"HOME", "LANG"} < set(kept) and not {"HF_TOKEN", "LOCAL_RANK", "TORCHELASTIC_RUN_ID"} & set(kept)
 
 
