@@ -72,7 +72,7 @@ def train_step(parts: Parts, state: TrainState) -> Metrics:
                 metrics = update(parts, state, batch, minibatch)
                 state.after_update(batch, metrics)  # a stop after this saves, and the next run goes on from here
     with parts.phase("sync"):
-        parts.engine.update_weights()
+        parts.engine.update_weights(parts.watch.check)
     step_metrics = record(parts, state, batch, time.perf_counter() - start)
     kl_coeff = next_kl_coeff(config.loss, state.kl_coeff, step_metrics["kl"])
     state.after_step(kl_coeff, pass_rates(batch, reward_weights))

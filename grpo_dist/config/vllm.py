@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
 from .checks import require
 
@@ -43,8 +44,9 @@ class VllmConfig:
         require(self.urls is None or bool(self.urls), "rollout.vllm.urls", self.urls,
                 "addresses of servers, or null to start one")  # fmt: skip
         for url in self.urls or ():
-            require(re.fullmatch(r"https?://[^/\s]+(/[^\s?#]*)?", url) is not None, "rollout.vllm.urls", url,
-                    "an address such as http://node7:8000")  # fmt: skip
+            require("@" not in url, "rollout.vllm.urls", f"…@{url.rpartition('@')[2]}",
+                    "an address without a user and a password: export a server's key as VLLM_API_KEY")  # fmt: skip
+            require(_is_address(url), "rollout.vllm.urls", url, "an address such as http://node7:8000")
         require(len(set(self.urls or ())) == len(self.urls or ()), "rollout.vllm.urls", self.urls, "each server once")
         given = {"urls": self.urls, "python": self.python}
         require((self.urls is None) != (self.python is None), "rollout.vllm", given,
@@ -52,8 +54,19 @@ class VllmConfig:
         for key in ("devices", "args"):
             require(self.urls is None or not getattr(self, key), f"rollout.vllm.{key}", getattr(self, key),
                     "nothing with urls: it is for a server that the run starts")  # fmt: skip
+        require(not any(each.startswith("--api-key") for each in self.args), "rollout.vllm.args", "--api-key",
+                "none here: export the key as VLLM_API_KEY, which the server and the run take")  # fmt: skip
         require(self.timeout_seconds > 0, "rollout.vllm.timeout_seconds", self.timeout_seconds, "a number above 0")
         require(self.retries >= 0, "rollout.vllm.retries", self.retries, "0 or more")
+
+
+def _is_address(url: str) -> bool:
+    """Whether it is the address of a server, with a port that can be one."""
+    try:
+        urlsplit(url).port  # noqa: B018
+    except ValueError:
+        return False
+    return re.fullmatch(r"https?://[^/\s]+(/[^\s?#]*)?", url) is not None
 
 
 def check_vllm(config: Config) -> None:

@@ -6,15 +6,14 @@ import json
 import os
 import shutil
 import subprocess
-import urllib.request
 from typing import Any
 
 from ..config.schema import Config
 from ..model.files import model_path
 from ..rollout.replay import needs_routes
 from ..rollout.vllm.base import is_dequantized, served_model
-from ..rollout.vllm.client import AUTH_VARIABLE
-from ..rollout.vllm.messages import COMPLETIONS, one_token, reports_routes, without_routes
+from ..rollout.vllm.client import UNREADABLE, ask
+from ..rollout.vllm.messages import COMPLETIONS, one_token, read_models, reports_routes, without_routes
 from ..rollout.vllm.server import command_line
 from .findings import Findings
 
@@ -59,10 +58,12 @@ def _version(python: str, findings: Findings) -> list[str]:
 
 def _answer(url: str, config: Config, with_routes: bool, findings: Findings) -> list[str]:
     try:
-        base = next(each for each in _ask(url, "/v1/models")["data"] if not each.get("parent"))
-        if with_routes and not reports_routes(_ask(url, COMPLETIONS, one_token(base["id"]))):
-            findings.problems.append(without_routes(url))
-    except (OSError, ValueError, LookupError, StopIteration) as error:
+        base, _ = read_models(json.loads(ask(url, "/v1/models", timeout_seconds=_ANSWER_SECONDS)))
+        if with_routes:
+            answer = ask(url, COMPLETIONS, one_token(base["id"]), timeout_seconds=_ANSWER_SECONDS)
+            if not reports_routes(json.loads(answer)):
+                findings.problems.append(without_routes(url))
+    except (OSError, *UNREADABLE) as error:
         findings.problems.append(f"rollout.vllm.urls: {url} does not answer ({error}): start it first")
         return []
     longest = base.get("max_model_len")
@@ -70,12 +71,3 @@ def _answer(url: str, config: Config, with_routes: bool, findings: Findings) -> 
         findings.problems.append(f"rollout.vllm.urls: {url} serves sequences of {longest} tokens, expected "
                                  f"{config.max_sequence_length} (--max-model-len)")  # fmt: skip
     return [f"{url} serves {base['id']}, up to {longest} tokens"]
-
-
-def _ask(url: str, path: str, message: dict[str, Any] | None = None) -> Any:
-    key = os.environ.get(AUTH_VARIABLE)
-    headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
-    content = None if message is None else json.dumps(message).encode()
-    request = urllib.request.Request(url.rstrip("/") + path, content, headers)
-    with urllib.request.urlopen(request, timeout=_ANSWER_SECONDS) as answer:
-        return json.load(answer)

@@ -30,6 +30,17 @@ def backoff_seconds(failures: int) -> float:
     return min(_FIRST_WAIT_SECONDS * 2 ** (failures - 1), _LONGEST_WAIT_SECONDS)
 
 
+def authorization(variable: str) -> dict[str, str]:
+    """The header with the bearer token that an environment variable has.
+
+    Raises ValueError where no header takes it: a client's own message would have the token in it.
+    """
+    token = os.environ[variable]
+    if not (token.isascii() and token.isprintable()):
+        raise ValueError(f"{variable} has a line break or another character that no header takes: export it without")
+    return {"Authorization": f"Bearer {token}"}
+
+
 class ServiceError(RuntimeError):
     """A service did not return the required content; the message says what it returned."""
 
@@ -54,7 +65,8 @@ class Client:
     ) -> None:
         """`auth_variable` names the environment variable with the bearer token.
 
-        Raises ValueError where the variable is not in this process's environment, or a number is out of range.
+        Raises ValueError where the variable is not in this process's environment or is no token, or a number is out of
+        range.
         """
         if not url.startswith(("http://", "https://")):
             raise ValueError(f"url: {url!r} given, expected one that starts with http:// or https://")
@@ -69,7 +81,7 @@ class Client:
                 f"`environment: [{auth_variable}]`, and export it before the launch"
             )
         self.url = url
-        self._headers = {"Authorization": f"Bearer {os.environ[auth_variable]}"} if auth_variable else {}
+        self._headers = authorization(auth_variable) if auth_variable else {}
         self._retries, self._request_seconds = retries, request_seconds
         self._semaphore = asyncio.Semaphore(concurrency)
         self._client: Any = None
@@ -100,7 +112,7 @@ class Client:
             self._client = httpx2.AsyncClient(timeout=self._request_seconds, headers=self._headers)
         try:
             response = await self._client.post(self.url, json=payload)
-        except httpx2.TransportError as error:
+        except httpx2.RequestError as error:
             raise _TryAgainError(f"{type(error).__name__} {error}".strip()) from error
         shown = repr(response.text[:_SHOWN_CHARACTERS])
         if may_pass(response.status_code):

@@ -58,8 +58,9 @@ class Engine(Protocol):
     is_elsewhere: bool
     """Whether it samples in other processes. Then this one may update the policy while another thread polls it."""
 
-    def update_weights(self) -> None:
-        """Take over the policy's weights as they are now; a collective."""
+    def update_weights(self, check: Callable[[], None] = lambda: None) -> None:
+        """Take over the policy's weights as they are now; a collective. `check` may be called meanwhile; it raises
+        Interrupted where the run is to stop, and then all ranks do."""
 
     def wake(self) -> None:
         """Get ready to sample; a collective."""

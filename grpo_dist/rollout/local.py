@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Protocol
 
@@ -65,7 +65,7 @@ class LocalEngine:
         self._work: Iterator[list[Trajectory]] | None = None
         self._unanswered = 0
 
-    def update_weights(self) -> None:
+    def update_weights(self, check: Callable[[], None] = lambda: None) -> None:
         """See `Engine`."""
         self.weights.sync()
 

@@ -58,7 +58,7 @@ class FakeVllm(Server):
         self.base = load_model(model)
         self.adapters: dict[str, tuple[nn.Module, str]] = {}
         self.calls: list[str] = []
-        self.refuses_adapters = self.sleeps = False
+        self.refuses_adapters = self.refuses_removal = self.keeps_its_cache = self.sleeps = False
         self.bend: Callable[[dict[str, Any]], None] = lambda choice: None
         """What it does to the choice of each answer."""
         self._one = threading.Lock()
@@ -82,6 +82,8 @@ class FakeVllm(Server):
                 return self._complete(given)
             if path == "/v1/load_lora_adapter":
                 return self._load(given["lora_name"], given["lora_path"])
+            if path == "/v1/unload_lora_adapter" and self.refuses_removal:
+                return 503, {"error": "busy"}
             if path == "/v1/unload_lora_adapter":
                 return (200, {}) if self.adapters.pop(given["lora_name"], None) else (404, {"error": "not loaded"})
             if path == "/collective_rpc":
@@ -89,6 +91,9 @@ class FakeVllm(Server):
                     model = load_model(given["kwargs"]["weights_path"])
                 if self.plant != "stale":
                     self.base = model
+            if path.startswith("/reset_prefix_cache"):  # vLLM says no while a request runs, such as one given up
+                resets = path.endswith("?reset_running_requests=true") and not self.keeps_its_cache
+                return 200, {"success": resets}
             return 200, {}
 
     def _load(self, name: str, root: str) -> tuple[int, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import threading
 import time
 from collections.abc import Callable
@@ -15,6 +16,11 @@ Fault = str
 
 class _Http(ThreadingHTTPServer):
     daemon_threads = True
+
+    def __init__(self, address: tuple[str, int], handler: type[BaseHTTPRequestHandler]) -> None:
+        self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
+        super().__init__(address, handler)
+
     request_queue_size = 512
 
 
@@ -43,7 +49,7 @@ class Server:
             def log_message(self, *_: object) -> None: ...
 
         self._http = _Http((host, port), Handler)
-        self.url = f"http://127.0.0.1:{self._http.server_port}"
+        self.url = f"http://{'[::1]' if ':' in host else '127.0.0.1'}:{self._http.server_port}"
         threading.Thread(target=self._http.serve_forever, daemon=True).start()
 
     def __enter__(self) -> Server:

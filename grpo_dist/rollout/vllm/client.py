@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import json
 import logging
 import os
 import threading
 import time
 from collections.abc import Awaitable, Callable, Collection, Coroutine, Hashable
 from dataclasses import dataclass, field
+from http.client import HTTPException
 from typing import Any, TypeVar
+from urllib.request import ProxyHandler, Request, build_opener
 
-from ...rewards.http import backoff_seconds, may_pass
+from ...rewards.http import authorization, backoff_seconds, may_pass
 
 log = logging.getLogger(__name__)
 
@@ -26,10 +29,31 @@ CONNECT_SECONDS = 10.0
 _IDLE_SECONDS = 2.0
 """Connections that were idle for longer are not used again: servers close theirs after 5 seconds."""
 _SHOWN_CHARACTERS = 500
+_LOOK_SECONDS = 0.1
+"""Time between two looks at whether somebody still waits."""
+UNREADABLE = (AttributeError, LookupError, TypeError, ValueError)
+"""What is raised where an answer is not of the form that is read."""
 
 
 class ServerError(RuntimeError):
     """A server refused what it was asked, or no server is left."""
+
+
+def key() -> dict[str, str]:
+    """The header with the key of servers that ask for one. Raises ValueError where it cannot be one."""
+    return authorization(AUTH_VARIABLE) if os.environ.get(AUTH_VARIABLE) else {}
+
+
+def ask(url: str, path: str, message: Any = None, *, timeout_seconds: float) -> bytes:
+    """What a server answers to one request outside of a run, which like those of a run goes past the proxies that the
+    environment names. Raises OSError, and ValueError for a key that cannot be one."""
+    content = None if message is None else json.dumps(message).encode()
+    request = Request(url.rstrip("/") + path, content, {"Content-Type": "application/json"} | key())
+    try:
+        with build_opener(ProxyHandler({})).open(request, timeout=timeout_seconds) as answer:
+            return bytes(answer.read())
+    except HTTPException as error:  # something else listens there
+        raise OSError(f"{type(error).__name__} {error}") from error
 
 
 class Failed(Exception):
@@ -78,14 +102,22 @@ class Servers:
         self._loop = asyncio.new_event_loop()
         threading.Thread(target=self._loop.run_forever, name="vllm", daemon=True).start()
         self._room = asyncio.Semaphore(AT_ONCE * len(self.servers))
+        self._headers = key()
 
     def start(self, work: Coroutine[Any, Any, Read]) -> concurrent.futures.Future[Read]:
         """Let the loop work on something."""
         return asyncio.run_coroutine_threadsafe(work, self._loop)
 
-    def run(self, work: Coroutine[Any, Any, Read]) -> Read:
-        """Wait for a piece of work."""
-        return self.start(work).result()
+    def run(self, work: Coroutine[Any, Any, Read], check: Callable[[], None] = lambda: None) -> Read:
+        """Wait for a piece of work; it is given up where `check`, which is called meanwhile, raises."""
+        future = self.start(work)
+        try:
+            while not future.done():
+                check()
+                concurrent.futures.wait([future], _LOOK_SECONDS)
+        finally:
+            future.cancel()
+        return future.result()
 
     def close(self) -> None:
         """Close the connections and end the thread."""
@@ -140,16 +172,15 @@ class Servers:
         import httpx2
 
         if self._client is None:
-            key = os.environ.get(AUTH_VARIABLE)
             self._client = httpx2.AsyncClient(
                 timeout=httpx2.Timeout(self.timeout_seconds, connect=CONNECT_SECONDS, pool=None),
                 limits=httpx2.Limits(max_connections=None, max_keepalive_connections=AT_ONCE,
                                       keepalive_expiry=_IDLE_SECONDS),
-                headers={"Authorization": f"Bearer {key}"} if key else {}, trust_env=False,
+                headers=self._headers, trust_env=False,
             )  # fmt: skip
         try:
             response = await self._client.request(method, server.url.rstrip("/") + path, json=payload)
-        except httpx2.TransportError as error:
+        except httpx2.RequestError as error:
             server.restore = True
             raise Failed(f"{type(error).__name__} {error}".strip()) from error
         shown = repr(response.text[:_SHOWN_CHARACTERS])
@@ -158,13 +189,16 @@ class Servers:
             raise Failed(f"status 404: {shown}")
         if may_pass(response.status_code):
             raise Failed(f"status {response.status_code}: {shown}")
+        if response.status_code == 401:
+            raise ServerError(f"{server.url} asks for {'another' if self._headers else 'a'} key (status 401): export "
+                              f"it as {AUTH_VARIABLE} before the launch")  # fmt: skip
         if not response.is_success:
             raise ServerError(f"{server.url}{path} refuses: status {response.status_code}: {shown}")
         if read is None:
             return response
         try:
             return read(response.json())
-        except (LookupError, TypeError, ValueError) as error:
+        except UNREADABLE as error:
             raise Failed(f"an answer that is none ({type(error).__name__}: {error}): {shown}") from error
 
     async def insist(

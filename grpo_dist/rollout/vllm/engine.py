@@ -43,10 +43,10 @@ class VllmEngine:
         self._sampling = Sampling()
         self._retried = 0
 
-    def update_weights(self) -> None:
+    def update_weights(self, check: Callable[[], None] = lambda: None) -> None:
         """See `Engine`. Raises Interrupted on all ranks where no server has the policy."""
         self.wake()
-        self._served.update()
+        self._served.update(check)
         self.sleep()
 
     def wake(self) -> None:

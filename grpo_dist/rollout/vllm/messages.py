@@ -102,6 +102,16 @@ def read_answer(
     return Answer(ids, logprobs, _prompt_logprobs(choice, message) if "prompt_logprobs" in message else [], routes)
 
 
+def read_models(content: Any) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """What a server lists: its model, and the adapters that are loaded. Raises as `read_answer`, and AttributeError."""
+    listed = list(content["data"])
+    adapters = [each for each in listed if each.get("parent")]
+    base = next((each for each in listed if each not in adapters), None)
+    if base is None or not isinstance(base["id"], str):
+        raise ValueError("it serves no model")
+    return base, adapters
+
+
 def one_token(model: str) -> dict[str, Any]:
     """The message that asks for any token, to see what else an answer has."""
     return {"model": model, "prompt": [0], "max_tokens": 1}

@@ -25,7 +25,7 @@ from ...model.routing import Routers
 from ..local import Weights
 from ..sampling import sampling_of
 from .client import Failed, Server, ServerError, Servers
-from .messages import COMPLETIONS, Answer, one_token, read_answer, reports_routes, without_routes
+from .messages import COMPLETIONS, Answer, one_token, read_answer, read_models, reports_routes, without_routes
 from .probe import STOPS, Expected, expected_scores, is_stale, largest_gap, question
 
 log = logging.getLogger(__name__)
@@ -34,6 +34,8 @@ Result = TypeVar("Result")
 Ask = Callable[..., Awaitable[Any]]
 """`Servers.attempt`, or `Servers.insist` with its retries."""
 
+UNLOAD_SECONDS = 10.0
+"""Longest time for the removal of an adapter: the end of a run does not wait for a server that hangs."""
 KEPT = 2
 """Policies on the servers: the newest one, and the one before it, which requests under way may sample from."""
 
@@ -80,8 +82,9 @@ class ServedPolicy:
     def _has_adapters(self) -> bool:
         return self._policy is not None and isinstance(self._policy.model, PeftModel)
 
-    def update(self) -> None:
-        """Bring the policy of now to the servers and compare. Raises Interrupted on all ranks where that fails."""
+    def update(self, check: Callable[[], None]) -> None:
+        """Bring the policy of now to the servers and compare; `check` is called meanwhile. Raises Interrupted on all
+        ranks where that fails, or where `check` raises it."""
         state: dict[str, Tensor] = {}
         if self._policy is not None and self._has_adapters:
             state = adapter_state(self._policy, self._ranks.is_main)
@@ -91,7 +94,7 @@ class ServedPolicy:
         with self._weights.open() as model:
             expected = expected_scores(model, self._sampling, self._config.max_sequence_length,
                                        dtype_name(self._dtype))  # fmt: skip
-        self.loaded = self.on_main(lambda: self._serve(state, expected))
+        self.loaded = self.on_main(lambda: self._serve(state, expected, check))
         self._step += 1
         self.servers.begin(self.loaded.failed)
 
@@ -106,16 +109,20 @@ class ServedPolicy:
                 self._remove(name)
 
     def on_main(self, work: Callable[[], Result]) -> Result:
-        """What `work` returns on the main rank. Raises Interrupted on all ranks where it fails."""
-        result, error = None, None
+        """What `work` returns on the main rank. Raises Interrupted on all ranks where it fails or is interrupted."""
+        result: Result | None = None
+        stop: Interrupted | None = None
         if self._ranks.is_main:
             try:
                 result = work()
+            except Interrupted as asked:
+                stop = asked
             except (ServerError, OSError, RuntimeError) as failure:
-                error = str(failure) if isinstance(failure, ServerError) else f"{type(failure).__name__}: {failure}"
-        result, error = self._ranks.gather_objects((result, error))[0]
-        if error is not None:
-            raise Interrupted(f"rollout.vllm: {error}", failed=True)
+                reason = str(failure) if isinstance(failure, ServerError) else f"{type(failure).__name__}: {failure}"
+                stop = Interrupted(f"rollout.vllm: {reason}", failed=True)
+        result, ending = self._ranks.gather_objects((result, stop and (str(stop), stop.failed)))[0]
+        if ending is not None:
+            raise Interrupted(ending[0], failed=ending[1])
         return result
 
     def _look(self) -> None:
@@ -124,10 +131,7 @@ class ServedPolicy:
         self._directory.mkdir(parents=True, exist_ok=True)
 
         async def look(server: Server) -> None:
-            listed = await self.servers.insist(server, "GET", "/v1/models", read=lambda content: content["data"])
-            base = next((each for each in listed if not each.get("parent")), None)
-            if base is None:
-                raise ServerError(f"{server.url} serves no model")
+            base, adapters = await self.servers.insist(server, "GET", "/v1/models", read=read_models)
             longest, needed = base.get("max_model_len") or math.inf, self._config.max_sequence_length
             if longest < needed:
                 raise ServerError(f"{server.url} serves sequences of {longest} tokens, expected {needed} "
@@ -135,8 +139,8 @@ class ServedPolicy:
             self._bases[server.url] = base["id"]
             if self.routers is not None:
                 await self._require_routes(server, base["id"])
-            for each in listed:
-                if each.get("parent") and Path(each.get("root") or "/").is_relative_to(self._directory):
+            for each in adapters:
+                if Path(each.get("root") or "/").is_relative_to(self._directory):
                     log.warning("rollouts: %s still had %s of an earlier run", server.url, each["id"])
                     await self._unload(server, each["id"])
 
@@ -145,7 +149,7 @@ class ServedPolicy:
         if len(set(self._bases.values())) > 1 and not self._has_adapters:
             raise ServerError(f"the servers serve different models, {self._bases}: expected the same one")
 
-    def _serve(self, state: dict[str, Tensor], expected: Expected) -> Loaded:
+    def _serve(self, state: dict[str, Tensor], expected: Expected, check: Callable[[], None]) -> Loaded:
         name = f"policy-{self._tag}-{self._step}"
         path = self._directory / name
         model = next(iter(self._bases.values()))
@@ -169,7 +173,7 @@ class ServedPolicy:
                 await self._reload(server, path)
             answers[server.url] = await self._answer(self.servers.insist, server, model, expected)
 
-        failed = self._each(load)
+        failed = self._each(load, check)
         gaps = {url: largest_gap(expected, answer) for url, answer in answers.items()}
         for url, gap in gaps.items():
             self._require_same(url, gap, expected, answers[url])
@@ -188,7 +192,9 @@ class ServedPolicy:
                 f"dtype or revision? This run needs: {self._needed}"
             )  # fmt: skip
 
-    def _each(self, work: Callable[[Server], Any], *, all_must: bool = False) -> dict[str, str]:
+    def _each(
+        self, work: Callable[[Server], Any], check: Callable[[], None] = lambda: None, *, all_must: bool = False
+    ) -> dict[str, str]:
         """Do something on every server; returns those on which it failed, with the reason. Raises ServerError where
         that is all of them, or one and `all_must`."""
 
@@ -196,7 +202,7 @@ class ServedPolicy:
             return await asyncio.gather(*map(work, self.servers.servers), return_exceptions=True)
 
         failed: dict[str, str] = {}
-        for server, error in zip(self.servers.servers, self.servers.run(on_all()), strict=True):
+        for server, error in zip(self.servers.servers, self.servers.run(on_all(), check), strict=True):
             if isinstance(error, ServerError):
                 failed[server.url] = str(error)
             elif error is not None:
@@ -215,8 +221,11 @@ class ServedPolicy:
     async def _reload(self, server: Server, path: Path) -> None:
         call = {"method": "reload_weights", "kwargs": {"weights_path": str(path)}}
         await self.servers.insist(server, "POST", "/collective_rpc", call)
-        # blocks of the prefix cache have the old weights' keys and values
-        await self.servers.insist(server, "POST", "/reset_prefix_cache")
+        # Blocks of the prefix cache have the old weights' keys and values. While any request runs, such as one that was
+        # given up, they would stay: it begins again.
+        reset = "/reset_prefix_cache?reset_running_requests=true"
+        if not await self.servers.insist(server, "POST", reset, read=lambda content: content["success"]):
+            raise ServerError(f"{server.url} keeps what its prefix cache has of the policy before")
 
     async def _answer(self, ask: Ask, server: Server, model: str, expected: Expected) -> Answer:
         """What a server answers to the probe."""
@@ -226,19 +235,18 @@ class ServedPolicy:
         )
 
     async def _unload(self, server: Server, name: str) -> None:
-        await self.servers.attempt(server, "POST", "/v1/unload_lora_adapter", {"lora_name": name})
+        """Remove an adapter from a server, without trust that it is there, or that the server still answers."""
+        try:
+            message = {"lora_name": name}
+            removal: Awaitable[Any] = self.servers.attempt(server, "POST", "/v1/unload_lora_adapter", message)
+            await asyncio.wait_for(removal, UNLOAD_SECONDS)
+        except (Failed, ServerError, asyncio.TimeoutError) as error:
+            log.debug("%s: %s", server.url, error)
 
     def _remove(self, name: str) -> None:
-        """Remove a policy from servers and disk; a server that lost it itself does not matter."""
-
-        async def unload(server: Server) -> None:
-            try:
-                await self._unload(server, name)
-            except (Failed, ServerError) as error:
-                log.debug("%s: %s", server.url, error)
-
+        """Remove a policy from servers and disk."""
         if self._has_adapters:
-            self._each(unload)
+            self._each(lambda server: self._unload(server, name))
         shutil.rmtree(self._directory / name, ignore_errors=True)
         self._names.remove(name)
 
@@ -247,8 +255,8 @@ class ServedPolicy:
         assert self.loaded is not None, "requests follow an update"
         loaded = self.loaded
         if loaded.path is not None:
-            listed = await self.servers.attempt(server, "GET", "/v1/models", read=lambda content: content["data"])
-            if loaded.model not in [each["id"] for each in listed]:
+            _, adapters = await self.servers.attempt(server, "GET", "/v1/models", read=read_models)
+            if loaded.model not in [each["id"] for each in adapters]:
                 await _load_adapter(self.servers.attempt, server, loaded.model, loaded.path)
         answer = await self._answer(self.servers.attempt, server, loaded.model, loaded.expected)
         self._require_same(server.url, largest_gap(loaded.expected, answer), loaded.expected, answer)

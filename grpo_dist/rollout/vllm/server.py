@@ -12,7 +12,6 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from urllib.request import urlopen
 
 import psutil
 
@@ -20,6 +19,7 @@ from ...config.schema import Config
 from ...config.vllm import ADAPTER_RANKS, SHARED, logprobs_mode
 from ...distributed.device import computes_on_gpu, dtype_name, resolve_dtype
 from . import keeper
+from .client import ask
 from .messages import ROUTES
 
 log = logging.getLogger(__name__)
@@ -113,9 +113,9 @@ class OwnServer:
         while time.monotonic() < deadline:
             if reason := self.obituary():
                 raise StartError(f"rollout.vllm: {reason}")
-            with contextlib.suppress(OSError), urlopen(f"{self.url}/health", timeout=5) as answer:
-                if answer.status == 200:
-                    return
+            with contextlib.suppress(OSError):
+                ask(self.url, "/health", timeout_seconds=5)
+                return
             time.sleep(_LOOK_SECONDS)
         self.close()
         raise StartError(f"rollout.vllm: the server does not answer after {START_SECONDS:.0f} s; the last lines of "

@@ -17,7 +17,7 @@ from ...model.routing import Routers
 from ..choose import UnfitEngine
 from ..local import Weights
 from .base import provide_base, served_model
-from .client import Servers
+from .client import Servers, key
 from .engine import VllmEngine
 from .policy import ServedPolicy
 from .server import OwnServer, StartError, command_line
@@ -35,6 +35,10 @@ def make_vllm_engine(
     """
     options = config.rollout.vllm
     assert options is not None, "check_vllm sees to it"
+    try:
+        key()
+    except ValueError as error:  # on all ranks: a launch gives all the same environment
+        raise UnfitEngine(f"rollout.vllm: {error}") from error
     model_config = load_model_config(config.model)
     model = served_model(config, model_config)
     with weights.open() if policy is None else nullcontext(policy.causal_lm) as trained:

@@ -105,6 +105,10 @@ def test_the_key_is_sent_and_never_shown(server: Server, monkeypatch: pytest.Mon
         scores = pool.score([Item("?", "5", [1], {"level": 1})])
     assert server.headers[0]["Authorization"] == "Bearer sk-secret"
     assert "sk-secret" not in str(scores)
+    monkeypatch.setenv("JUDGE_KEY", "sk-secret\n")  # the client's own message would have it
+    with pytest.raises(ValueError, match="JUDGE_KEY has a line break") as caught:
+        ScorerPool([RewardConfig("judge", args=args, environment=["JUDGE_KEY"])], ONE)
+    assert "sk-secret" not in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -89,7 +89,8 @@ def test_each_update_reaches_the_servers(start: Start, server: FakeVllm, lora: L
     assert len(server.adapters) == (0 if lora is None else 2), "the newest policy, and the one before it"
     files = list((Path(training.config.train.output_dir) / "rollout").iterdir())
     assert len(files) == len(server.adapters)
-    assert lora is not None or server.calls.count("/reset_prefix_cache") == 4, "its blocks are of older weights"
+    reset = "/reset_prefix_cache?reset_running_requests=true"
+    assert lora is not None or server.calls.count(reset) == 4, "its blocks are of older weights"
     training.engine.close()
     assert not server.adapters and not list((Path(training.config.train.output_dir) / "rollout").iterdir())
 
