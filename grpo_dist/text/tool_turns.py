@@ -178,10 +178,12 @@ class ToolTurns:
         call = Call("qzxtoolqzx", {"a": 1})
         prompt = self._rendered([_QUESTION], is_prompt=True)
         text = self._rendered([_QUESTION, _calling([call])], is_prompt=False)
-        if not text.startswith(prompt) or call.name not in text:  # the template does not write calls
+        if call.name not in text:  # the template does not write calls
             return
         turn_end, end = self._end_of(text, call.name)
-        turn = text[len(prompt) : turn_end].removesuffix(end)
+        # the prompt may begin a thought that the template writes otherwise, or not at all, where there is none
+        begin = next((n for n, (a, b) in enumerate(zip(prompt, text, strict=False)) if a != b), len(prompt))
+        turn = text[begin:turn_end].removesuffix(end)
         if self._read(turn) != [call]:
             raise ValueError(
                 f"environment.call_format: the chat template of {self._tokenizer.name_or_path!r} writes a call as "
@@ -303,5 +305,10 @@ READERS: dict[str, Callable[[str], list[Call]]] = {
     "hermes": _hermes, "llama3": _llama3, "mistral": _mistral, "harmony": _harmony,
 }  # fmt: skip
 """How families of models write calls; `hermes` is Qwen's, SmolLM's and many others'."""
-MARKS = {"hermes": "<tool_call>", "harmony": "to=functions.", "mistral": "[TOOL_CALLS]", "llama3": '"parameters"'}
+MARKS = {
+    "hermes": "<tool_call>",
+    "harmony": "<|channel|>commentary",
+    "mistral": "[TOOL_CALLS]",
+    "llama3": '"parameters"',
+}
 """What a template of such a family has in it."""

@@ -85,6 +85,11 @@ QWEN_XML = QWEN25.replace(
     """{"name": "' + call.name + '", "arguments": ' + (call.arguments | tojson) + '}'""",
     """<function=' + call.name + '>' + (call.arguments | tojson) + '</function>'""",
 )
+OPENED = QWEN_XML.replace("{{- '<tool_call>", "{{- '<think></think>\\n<tool_call>").replace(
+    "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}",
+    "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n<think>\\n' }}",
+)
+"""Its prompts begin a thought, as Nemotron's; an empty one has no line break."""
 LLAMA3 = r"""
 {{- bos_token }}
 {%- set date = strftime_now("%d %b %Y") if strftime_now is defined else "26 Jul 2024" %}
@@ -148,7 +153,8 @@ GPT_OSS = r"""
         {%- if message.content and not later.final %}
             {{- '<|start|>assistant<|channel|>analysis<|message|>' + message.content + '<|end|>' }}
         {%- endif %}
-        {{- '<|start|>assistant to=functions.' + call.name + '<|channel|>commentary json<|message|>' }}
+        {{- '<|start|>assistant to=' }}
+        {{- 'functions.' + call.name + '<|channel|>commentary json<|message|>' }}
         {{- (call.arguments | tojson) + '<|call|>' }}
         {%- set last.name = call.name %}
     {%- elif message.role == 'assistant' %}

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from family_templates import GEMMA3, GPT_OSS, LLAMA3, QWEN3, QWEN25, QWEN_XML, SMOLLM2, make_tokenizer
+from family_templates import GEMMA3, GPT_OSS, LLAMA3, OPENED, QWEN3, QWEN25, QWEN_XML, SMOLLM2, make_tokenizer
 
 from grpo_dist.config.environment import EnvironmentConfig
 from grpo_dist.config.schema import Config, DataConfig, ModelConfig
@@ -131,6 +131,11 @@ REFUSED = {
     "gemma with a format": (GEMMA3, "hermes", "takes no answers of tools .roles must alternate.*use a model whose"),
     "smollm": (SMOLLM2, "auto", "environment.call_format: nothing in the chat template of .* give one of"),
     "calls in xml": (QWEN_XML, "auto", "environment.call_format: .*<function=.* would not be read as one: give"),
+    "calls in xml after a thought": (
+        OPENED,
+        "auto",
+        "environment.call_format: .*<function=.* would not be read as one",
+    ),
     "the wrong format": (QWEN25, "llama3", "environment.call_format: .*would not be read as one: give another"),
 }
 

@@ -48,7 +48,8 @@ FAMILIES: dict[str, tuple[str, str]] = {
         "<|start|>functions.{{ m.name }} to=assistant<|message|>{{ m.content }}<|end|>",
         "<|start|>{{ m.role }}{%- if m.tool_calls -%}CALLS{%- else -%}<|message|>{{ m.content }}<|end|>{%- endif -%}",
         "<|start|>assistant",
-        " to=functions.{{ c.function.name }}<|message|>{{ c.function.arguments | tojson }}<|call|>")),
+        " to=functions.{{ c.function.name }}<|channel|>commentary<|message|>{{ c.function.arguments | tojson }}"
+        "<|call|>")),
 }  # fmt: skip
 WRITTEN: dict[str, Callable[[str, dict[str, Any]], str]] = {
     "hermes": lambda name, given: f"<tool_call>\n{json.dumps({'name': name, 'arguments': given})}\n</tool_call>",
