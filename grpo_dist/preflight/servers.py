@@ -59,9 +59,10 @@ def _version(python: str, findings: Findings) -> list[str]:
 def _answer(url: str, config: Config, with_routes: bool, findings: Findings) -> list[str]:
     try:
         base, _ = read_models(json.loads(ask(url, "/v1/models", timeout_seconds=_ANSWER_SECONDS)))
-        if with_routes:
-            answer = ask(url, COMPLETIONS, one_token(base["id"]), timeout_seconds=_ANSWER_SECONDS)
-            if not reports_routes(json.loads(answer)):
+        if with_routes or config.rollout.stop:
+            message = one_token(base["id"], config.rollout.stop)
+            answer = json.loads(ask(url, COMPLETIONS, message, timeout_seconds=_ANSWER_SECONDS))
+            if with_routes and not reports_routes(answer):
                 findings.problems.append(without_routes(url))
     except (OSError, *UNREADABLE) as error:
         findings.problems.append(f"rollout.vllm.urls: {url} does not answer ({error}): start it first")

@@ -58,6 +58,7 @@ class FakeVllm(Server):
         self.base = load_model(model)
         self.adapters: dict[str, tuple[nn.Module, str]] = {}
         self.calls: list[str] = []
+        self.most_stops = 4
         self.refuses_adapters = self.refuses_removal = self.keeps_its_cache = self.sleeps = False
         self.bend: Callable[[dict[str, Any]], None] = lambda choice: None
         """What it does to the choice of each answer."""
@@ -119,6 +120,8 @@ class FakeVllm(Server):
         name, prompt = given["model"], given["prompt"]
         if name != self.path and name not in self.adapters:
             return 404, {"error": f"The model `{name}` does not exist."}
+        if len(given.get("stop", [])) > self.most_stops:
+            return 400, {"error": f"List should have at most {self.most_stops} items after validation"}
         if len(prompt) + given["max_tokens"] > self.longest:
             return 400, {"error": f"maximum context length is {self.longest} tokens"}
         model = self.base if name == self.path else self.adapters[name][0]
@@ -150,7 +153,7 @@ class FakeVllm(Server):
         """Where a stop string ends a completion, by its text after each token."""
         if not given["stop"]:
             return None
-        assert not given["skip_special_tokens"] and given["ignore_eos"]
+        assert not given.get("skip_special_tokens") and given.get("ignore_eos", True)
         tokenizer = AutoTokenizer.from_pretrained(self.path)
         for length in range(given["min_tokens"] + 1, len(ids) + 1):
             before, text = (tokenizer.decode(ids[:most]) for most in (length - 1, length))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -112,9 +113,9 @@ def read_models(content: Any) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     return base, adapters
 
 
-def one_token(model: str) -> dict[str, Any]:
-    """The message that asks for any token, to see what else an answer has."""
-    return {"model": model, "prompt": [0], "max_tokens": 1}
+def one_token(model: str, stop: Sequence[str]) -> dict[str, Any]:
+    """The message that asks for any token, to see what else an answer has, and whether so many stop texts are taken."""
+    return {"model": model, "prompt": [0], "max_tokens": 1, "stop": [*stop]}
 
 
 def reports_routes(content: Any) -> bool:

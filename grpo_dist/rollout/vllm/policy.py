@@ -137,8 +137,8 @@ class ServedPolicy:
                 raise ServerError(f"{server.url} serves sequences of {longest} tokens, expected {needed} "
                                   f"(data.max_prompt_length + rollout.max_completion_length)")  # fmt: skip
             self._bases[server.url] = base["id"]
-            if self.routers is not None:
-                await self._require_routes(server, base["id"])
+            if self.routers is not None or self._config.rollout.stop:
+                await self._require_fit(server, base["id"])
             for each in adapters:
                 if Path(each.get("root") or "/").is_relative_to(self._directory):
                     log.warning("rollouts: %s still had %s of an earlier run", server.url, each["id"])
@@ -214,8 +214,10 @@ class ServedPolicy:
             log.warning("rollouts: %s does not have the policy and is not used (%s)", url, reason)
         return failed
 
-    async def _require_routes(self, server: Server, model: str) -> None:
-        if not await self.servers.insist(server, "POST", COMPLETIONS, one_token(model), reports_routes):
+    async def _require_fit(self, server: Server, model: str) -> None:
+        message = one_token(model, self._config.rollout.stop)
+        reports = await self.servers.insist(server, "POST", COMPLETIONS, message, reports_routes)
+        if self.routers is not None and not reports:
             raise ServerError(without_routes(server.url))
 
     async def _reload(self, server: Server, path: Path) -> None:

