@@ -28,7 +28,7 @@ class EnvironmentConfig:
     """Longest answer of a tool; the middle of a longer one is left out, and the answer says so."""
     stop_tools: list[str] = field(default_factory=list)
     """Tools that end the episode when they are called."""
-    call_format: Literal["auto", "hermes", "llama3", "mistral", "harmony"] = "auto"
+    call_format: Literal["auto", "hermes", "llama3", "mistral", "harmony", "qwen_xml", "glm"] = "auto"
     """How the model writes calls; `auto` reads it off the chat template."""
     workers: int = 2
     """Processes on each rank that environments and tools run in."""

@@ -18,7 +18,8 @@ from torch import Tensor
 from ..config.environment import EnvironmentConfig
 from ..environments.arguments import misfit
 from ..environments.host import EnvironmentHost, Event
-from ..text.tool_turns import Answer, Call, ToolTurns
+from ..text.call_formats import Call
+from ..text.tool_turns import Answer, ToolTurns
 from ..types import Episode, Prompt, Trajectory
 from .engine import Engine, Request, in_order
 from .sampling import Sampling

@@ -85,7 +85,7 @@ def episodes_of(
         return None
     data, call_format = config.data, config.environment.call_format
     tokenizers = by_environment(tokenizer, host) or {"": for_prompts(tokenizer, host)}
-    turns = {name: ToolTurns(each, end_ids, data.template_date, call_format, has_tools=bool(host.schemas[name]),
+    turns = {name: ToolTurns(each, end_ids, host.tools(name), data.template_date, call_format,
                              has_users=name in host.with_users) for name, each in tokenizers.items()}  # fmt: skip
 
     def begun(prompt: Prompt, observation: Observation) -> Prompt:

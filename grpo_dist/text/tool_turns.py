@@ -8,13 +8,12 @@ next one.
 from __future__ import annotations
 
 import copy
-import json
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+from .call_formats import MARKS, READERS, Call, Tools, call_of
 from .templates import literal, render_conversation, template_of, warn_once
 
 CALL_ID = "call00000"
@@ -24,23 +23,11 @@ _QUESTION: dict[str, Any] = {"role": "user", "content": "Go on."}
 _SAID = "qzxsaidqzx"
 _TOOLS = "{%- set tools = "
 """Begins the first line of a template that knows its tools."""
-_DEEPEST = 50
-"""Levels of a call's arguments: what is written to files and sent to processes is nested a little deeper."""
 _KEPT = 256
 """Answers whose tokens are kept: games answer the same again and again, and two renderings take half a millisecond."""
 _THOUGHTS: tuple[dict[str, str], ...] = ({}, {"reasoning_content": "qzxthoughtqzx"})
 """What a made-up turn of the model has besides its calls. Qwen3's templates put an empty thought into a turn without
 one as long as it is the last; they keep the thoughts of others until the user speaks again."""
-
-
-@dataclass(frozen=True)
-class Call:
-    """A call that the model wrote."""
-
-    name: str
-    arguments: dict[str, Any]
-    problem: str | None = None
-    """Why it cannot be made: what the model wrote is no call."""
 
 
 @dataclass(frozen=True)
@@ -67,12 +54,12 @@ class ToolTurns:
     """Reads calls off a turn, and gives the tokens that tools' answers add after it, or a user's."""
 
     def __init__(
-        self, tokenizer: Any, end_ids: Sequence[int], template_date: str | None = None, call_format: str = "auto", *,
-        has_tools: bool = True, has_users: bool = False,
+        self, tokenizer: Any, end_ids: Sequence[int], tools: Tools, template_date: str | None = None,
+        call_format: str = "auto", *, has_users: bool = False,
     ) -> None:  # fmt: skip
-        """`tokenizer` knows the tools, if there are any; `end_ids` end a turn; `has_users` says that messages of a user
-        follow turns without calls. Raises ValueError where the template cannot be continued with the answers, or nobody
-        knows how the model writes calls."""
+        """`tokenizer` knows the `tools`, if there are any; `end_ids` end a turn; `has_users` says that messages of a
+        user follow turns without calls. Raises ValueError where the template cannot be continued with the answers, or
+        nobody knows how the model writes calls."""
         self._tokenizer, self._date = tokenizer, template_date
         self._ends = [tokenizer.convert_ids_to_tokens(number) for number in end_ids]
         added = tokenizer.added_tokens_decoder.values()
@@ -80,8 +67,8 @@ class ToolTurns:
         self._read: Callable[[str], list[Call]] = lambda _: []
         self._takes_several = True
         self._ids_of_answers = lru_cache(_KEPT)(self._rendered_answers)
-        if has_tools:
-            self._read = _reader(tokenizer, call_format)
+        if tools:
+            self._read = _reader(tokenizer, call_format, tools)
             if _SENTINEL not in self._after_calls([Answer("tool", _SENTINEL)])[1]:
                 raise ValueError(f"the chat template of {tokenizer.name_or_path!r} leaves out what a tool answers: use "
                                  "one that shows it")  # fmt: skip
@@ -157,7 +144,10 @@ class ToolTurns:
                                  "does") from error  # fmt: skip
             turn_end, end = self._end_of(before, last)
             if after.startswith(before[:turn_end]):
-                return end, after[turn_end:]
+                text = after[turn_end:]
+                # a turn of GLM ends with the token that begins the next message
+                begin = next((each for each in self._ends if not end and text.startswith(each)), "")
+                return end or begin, text.removeprefix(begin)
         raise ValueError(
             f"the chat template of {name!r} writes earlier turns anew before {what}, so that the tokens that were "
             "sampled are no part of the conversation any more: use a template that only appends"
@@ -214,18 +204,17 @@ def _calling(calls: Sequence[Call]) -> dict[str, Any]:
     ]}  # fmt: skip
 
 
-def _reader(tokenizer: Any, call_format: str) -> Callable[[str], list[Call]]:
+def _reader(tokenizer: Any, call_format: str, tools: Tools) -> Callable[[str], list[Call]]:
     """How calls are read; raises ValueError where that is not known."""
     if call_format != "auto":
-        return READERS[call_format]
+        return lambda text: READERS[call_format](text, tools)
     if getattr(tokenizer, "response_schema", None):
         return lambda text: _parsed(tokenizer, text)
     template = template_of(tokenizer, "tool_use")
     if template.startswith(_TOOLS):  # the tools' schemas say nothing of the model
         template = template.partition("\n")[2]
-    for name, mark in MARKS.items():
-        if mark in template:
-            return READERS[name]
+    if found := [name for name, mark in MARKS.items() if mark in template]:
+        return lambda text: READERS[found[0]](text, tools)
     raise ValueError(
         f"environment.call_format: nothing in the chat template of {tokenizer.name_or_path!r} says how its model calls "
         f"tools; give one of {', '.join(READERS)}, or a model whose template knows tools"
@@ -236,79 +225,6 @@ def _parsed(tokenizer: Any, text: str) -> list[Call]:
     """By the tokenizer's own schema of responses."""
     try:
         message = tokenizer.parse_response(text)
-        return [_call(each.get("function", each)) for each in message.get("tool_calls") or []]
+        return [call_of(each.get("function", each)) for each in message.get("tool_calls") or []]
     except Exception as error:  # what it raises, and what it returns, depends on the schema
         return [Call("", {}, f"{type(error).__name__}: {error}")]
-
-
-def _hermes(text: str) -> list[Call]:
-    calls = []
-    for piece in text.split("<tool_call>")[1:]:
-        body, end, _ = piece.partition("</tool_call>")
-        calls += _from_json(body) if end else [Call("", {}, "<tool_call> is not closed")]
-    return calls
-
-
-def _llama3(text: str) -> list[Call]:
-    body = text.strip().removeprefix("<|python_tag|>").strip()
-    return _from_json(body) if body.startswith("{") or text.strip().startswith("<|python_tag|>") else []
-
-
-def _mistral(text: str) -> list[Call]:
-    calls = []
-    for piece in text.split("[TOOL_CALLS]")[1:]:
-        name, mark, arguments = piece.partition("[ARGS]")
-        calls += _from_json(f'{{"name": {json.dumps(name.strip())}, "arguments": {arguments}}}' if mark else piece)
-    return calls
-
-
-def _harmony(text: str) -> list[Call]:
-    found = re.findall(r"to=functions\.([\w.-]+).*?<\|message\|>(.*?)(?:<\|call\|>|<\|start\|>|$)", text, re.DOTALL)
-    return [call for name, body in found for call in _from_json(f'{{"name": {json.dumps(name)}, "arguments": {body}}}')]
-
-
-def _from_json(text: str) -> list[Call]:
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        return [Call("", {}, f"not JSON: {error}")]
-    return [_call(each) for each in (value if isinstance(value, list) else [value])]
-
-
-def _call(value: Any) -> Call:
-    if not isinstance(value, dict) or not isinstance(value.get("name"), str):
-        return Call("", {}, "a call is an object with `name` and `arguments`")
-    arguments = value.get("arguments", value.get("parameters", {}))
-    if isinstance(arguments, str):
-        try:
-            arguments = json.loads(arguments)
-        except (ValueError, RecursionError) as error:
-            return Call(value["name"], {}, f"its arguments are not JSON: {error}")
-    if not isinstance(arguments, dict):
-        return Call(value["name"], {}, "its arguments are not an object")
-    if _is_deep(arguments, _DEEPEST):
-        return Call(value["name"], {}, "its arguments are nested too deeply")
-    try:
-        json.dumps([value["name"], arguments], ensure_ascii=False).encode()
-    except UnicodeEncodeError:  # no file takes it
-        return Call("", {}, "half a character (a lone surrogate) in it")
-    return Call(value["name"], arguments)
-
-
-def _is_deep(value: Any, levels: int) -> bool:
-    """Whether a JSON value has more levels than these."""
-    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return not levels or any(_is_deep(each, levels - 1) for each in inner)
-
-
-READERS: dict[str, Callable[[str], list[Call]]] = {
-    "hermes": _hermes, "llama3": _llama3, "mistral": _mistral, "harmony": _harmony,
-}  # fmt: skip
-"""How families of models write calls; `hermes` is Qwen's, SmolLM's and many others'."""
-MARKS = {
-    "hermes": "<tool_call>",
-    "harmony": "<|channel|>commentary",
-    "mistral": "[TOOL_CALLS]",
-    "llama3": '"parameters"',
-}
-"""What a template of such a family has in it."""

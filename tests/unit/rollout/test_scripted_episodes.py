@@ -12,7 +12,8 @@ from grpo_dist.config.environment import EnvironmentConfig
 from grpo_dist.environments.host import Event
 from grpo_dist.rollout import Request, Sampling, episodes
 from grpo_dist.rollout.episodes import Episodes, Observation
-from grpo_dist.text.tool_turns import Answer, Call
+from grpo_dist.text.call_formats import Call
+from grpo_dist.text.tool_turns import Answer
 from grpo_dist.types import Episode, Prompt, Trajectory
 
 END, STOP = 1, 2

@@ -85,6 +85,38 @@ QWEN_XML = QWEN25.replace(
     """{"name": "' + call.name + '", "arguments": ' + (call.arguments | tojson) + '}'""",
     """<function=' + call.name + '>' + (call.arguments | tojson) + '</function>'""",
 )
+QWEN_TAGS = QWEN25.replace(
+    """{"name": "' + call.name + '", "arguments": ' + (call.arguments | tojson) + '}' }}""",
+    """<function=' + call.name + '>\\n' }}{%- for key, value in call.arguments | items %}"""
+    """{{- '<parameter=' + key + '>\\n' }}{{- value if value is string else value | tojson }}"""
+    """{{- '\\n</parameter>\\n' }}"""
+    """{%- endfor %}{{- '</function>' }}""",
+)
+GLM = r"""
+{{- '[gMASK]<sop>' }}
+{%- if tools %}
+    {{- '<|system|>\n<tool_call>NAME\n<arg_key>KEY</arg_key>\n<arg_value>VALUE</arg_value>\n</tool_call>' }}
+    {%- for tool in tools %}{{- '\n' ~ (tool | tojson) }}{%- endfor %}
+{%- endif %}
+{%- for message in messages %}
+    {%- if message.role == 'assistant' %}
+        {{- '<|assistant|>\n<think></think>' }}
+        {%- if message.content %}{{- '\n' + message.content }}{%- endif %}
+        {%- for call in message.tool_calls or [] %}
+            {{- '\n<tool_call>' + call.function.name + '\n' }}
+            {%- for key, value in call.function.arguments | items %}
+                {{- '<arg_key>' + key + '</arg_key>\n<arg_value>' }}
+                {{- value if value is string else value | tojson }}{{- '</arg_value>\n' }}
+            {%- endfor %}
+            {{- '</tool_call>' }}
+        {%- endfor %}
+    {%- elif message.role == 'tool' %}
+        {%- if loop.first or messages[loop.index0 - 1].role != 'tool' %}{{- '<|observation|>' }}{%- endif %}
+        {{- '\n<tool_response>\n' + message.content + '\n</tool_response>' }}
+    {%- else %}{{- '<|' + message.role + '|>\n' + message.content }}{%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|assistant|>' }}{%- endif %}
+"""
 OPENED = QWEN_XML.replace("{{- '<tool_call>", "{{- '<think></think>\\n<tool_call>").replace(
     "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}",
     "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n<think>\\n' }}",

@@ -1,5 +1,5 @@
-"""Chat templates of the form of Qwen 2.5, Qwen 3, Llama 3, SmolLM, Gemma and gpt-oss: a row that a model's turns and
-tools' answers make is the template's own rendering of the conversation, token by token, or the template is refused."""
+"""Chat templates of the form of Qwen 2.5 to 3.5, GLM, Llama 3, SmolLM, Gemma and gpt-oss: a row that a model's turns
+and tools' answers make is the template's own rendering of the conversation, token by token, or it is refused."""
 
 from __future__ import annotations
 
@@ -9,20 +9,34 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from family_templates import GEMMA3, GPT_OSS, LLAMA3, OPENED, QWEN3, QWEN25, QWEN_XML, SMOLLM2, make_tokenizer
+from family_templates import (
+    GEMMA3,
+    GLM,
+    GPT_OSS,
+    LLAMA3,
+    OPENED,
+    QWEN3,
+    QWEN25,
+    QWEN_TAGS,
+    QWEN_XML,
+    SMOLLM2,
+    make_tokenizer,
+)
 
 from grpo_dist.config.environment import EnvironmentConfig
 from grpo_dist.config.schema import Config, DataConfig, ModelConfig
 from grpo_dist.model.toy import toy_path
 from grpo_dist.preflight.contents import read_contents
 from grpo_dist.preflight.findings import Findings
+from grpo_dist.text.call_formats import Call
 from grpo_dist.text.templates import render_conversation
 from grpo_dist.text.tokens import CompletionTexts
-from grpo_dist.text.tool_turns import Answer, Call, ToolTurns, with_tools
+from grpo_dist.text.tool_turns import Answer, ToolTurns, with_tools
 
 DATE = "2026-11-05"
 SCHEMA = {"type": "function", "function": {"name": "add", "description": "Adds.", "parameters": {
     "type": "object", "properties": {"a": {"type": "integer"}}}}}  # fmt: skip
+TOOLS_BY_NAME = {"add": SCHEMA["function"]["parameters"]}  # type: ignore[index]
 QUESTION = {"role": "user", "content": "What is 1 + 2? Do not write <tool_call> in the answer."}
 CHATML = (["<|im_end|>", "<|im_start|>", "<|endoftext|>"], ("<tool_call>", "</tool_call>", "<think>", "</think>"))
 
@@ -35,7 +49,7 @@ class Family:
     specials: list[str]
     words: tuple[str, ...]
     call: str
-    """A turn with a call of `add`; A stands for the argument."""
+    """A turn with a call of `add`; NUMBER stands for the argument."""
     ends: tuple[str, ...]
     end: str
     """What ends that turn."""
@@ -45,18 +59,25 @@ class Family:
 
 
 FAMILIES = {
-    "qwen2.5": Family(QWEN25, *CHATML, '<tool_call>\n{"name": "add", "arguments": {"a": A}}\n</tool_call>',
+    "qwen2.5": Family(QWEN25, *CHATML, '<tool_call>\n{"name": "add", "arguments": {"a": NUMBER}}\n</tool_call>',
                       ("<|im_end|>", "<|endoftext|>"), "<|im_end|>", {"content": ""}, True),
     "qwen3": Family(QWEN3, *CHATML, "<think>\nA <tool_call>?\n</think>\n\n<tool_call>\n"
-                    '{"name": "add", "arguments": {"a": A}}\n</tool_call>', ("<|im_end|>", "<|endoftext|>"),
+                    '{"name": "add", "arguments": {"a": NUMBER}}\n</tool_call>', ("<|im_end|>", "<|endoftext|>"),
                     "<|im_end|>", {"content": "", "reasoning_content": "A <tool_call>?"}, True),
+    "qwen3.5": Family(QWEN_TAGS, *CHATML, "<tool_call>\n<function=add>\n<parameter=a>\nNUMBER\n</parameter>\n"
+                      "</function>\n</tool_call>", ("<|im_end|>", "<|endoftext|>"), "<|im_end|>", {"content": ""},
+                      True),
+    "glm": Family(GLM, ["<|observation|>", "<|user|>", "<|assistant|>", "<|system|>"], CHATML[1],
+                  "\n<think></think>\n<tool_call>add\n<arg_key>a</arg_key>\n<arg_value>NUMBER</arg_value>\n</tool_call>",
+                  ("<|observation|>", "<|user|>"), "<|observation|>", {"content": ""}, True),
     "llama3": Family(LLAMA3, ["<|eot_id|>", "<|eom_id|>", "<|start_header_id|>", "<|end_header_id|>", "<|python_tag|>"],
-                     (), '{"name": "add", "parameters": {"a": A}}', ("<|eot_id|>", "<|eom_id|>"), "<|eot_id|>",
+                     (), '{"name": "add", "parameters": {"a": NUMBER}}', ("<|eot_id|>", "<|eom_id|>"), "<|eot_id|>",
                      {"content": ""}, False),
     "gpt-oss": Family(GPT_OSS, ["<|return|>", "<|call|>", "<|end|>", "<|start|>", "<|message|>", "<|channel|>",
                                 "<|constrain|>"], (),
                       "<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant to=functions.add<|channel|>commentary"
-                      ' json<|message|>{"a": A}', ("<|return|>", "<|call|>"), "<|call|>", {"content": "Hm."}, False),
+                      ' json<|message|>{"a": NUMBER}', ("<|return|>", "<|call|>"), "<|call|>", {"content": "Hm."},
+                      False),
 }  # fmt: skip
 
 
@@ -72,7 +93,7 @@ def test_a_row_only_grows(name: str) -> None:
     family = FAMILIES[name]
     tokenizer = with_tools(make_tokenizer(family.template, family.specials, family.words), [SCHEMA])
     ends = [tokenizer.convert_tokens_to_ids(end) for end in family.ends]
-    turns, texts_of = ToolTurns(tokenizer, ends, DATE), CompletionTexts(tokenizer, ends)
+    turns, texts_of = ToolTurns(tokenizer, ends, TOOLS_BY_NAME, DATE), CompletionTexts(tokenizer, ends)
 
     def ids(messages: list[dict[str, Any]]) -> list[int]:
         text = render_conversation(messages, tokenizer, DATE, is_prompt=True)
@@ -82,7 +103,7 @@ def test_a_row_only_grows(name: str) -> None:
     row = ids(talk)
     assert "add" in tokenizer.decode(row), "the model sees its tools"
     for number, answer in enumerate(['a "7"', " \n", "ä<|im_end|>"]):
-        turn = tokenizer(family.call.replace("A}", f"{number}}}") + family.end, add_special_tokens=False)["input_ids"]
+        turn = tokenizer(family.call.replace("NUMBER", str(number)) + family.end, add_special_tokens=False)["input_ids"]
         (text,) = texts_of([turn])
         assert turns.calls(text) == [Call("add", {"a": number})]
         row += turn + turns.answer_ids([Answer("add", answer)])
@@ -97,8 +118,8 @@ def test_several_calls_in_a_turn(name: str) -> None:
     """Templates that write one call a turn would lose the others, or give their answers to the first."""
     family = FAMILIES[name]
     tokenizer = with_tools(make_tokenizer(family.template, family.specials, family.words), [SCHEMA])
-    turns = ToolTurns(tokenizer, [tokenizer.convert_tokens_to_ids(end) for end in family.ends], DATE)
-    one, two = (family.call.replace("A}", f"{n}}}").rpartition("</think>")[2].strip() for n in (1, 2))
+    turns = ToolTurns(tokenizer, [tokenizer.convert_tokens_to_ids(end) for end in family.ends], TOOLS_BY_NAME, DATE)
+    one, two = (family.call.replace("NUMBER", str(n)).rpartition("</think>")[2].strip() for n in (1, 2))
     joined = f"[{one}, {two}]" if name == "llama3" else f"{one}<|call|>{two}"
     calls = turns.calls("<|python_tag|>" + joined if name == "llama3" else joined)
     if family.takes_several:
@@ -119,9 +140,9 @@ def test_users_answer_turns_without_calls(template: str, specials: list[str], be
     tokenizer = make_tokenizer(template, specials)
     if between is None:
         with pytest.raises(ValueError, match="writes earlier turns anew before messages of a user"):
-            ToolTurns(tokenizer, [tokenizer.eos_token_id], has_tools=False, has_users=True)
+            ToolTurns(tokenizer, [tokenizer.eos_token_id], {}, has_users=True)
         return
-    turns = ToolTurns(tokenizer, [tokenizer.eos_token_id], has_tools=False, has_users=True)
+    turns = ToolTurns(tokenizer, [tokenizer.eos_token_id], {}, has_users=True)
     assert tokenizer.decode(turns.user_ids([{"role": "user", "content": "More."}])) == between
     assert turns.calls("<tool_call>") == []
 
@@ -146,7 +167,7 @@ def test_refused_by_name(name: str) -> None:
     tokenizer = make_tokenizer(template, ["<|im_end|>"])
     tokenizer.name_or_path = "some/model"
     with pytest.raises(ValueError, match=reason) as caught:
-        ToolTurns(with_tools(tokenizer, [SCHEMA]), [tokenizer.eos_token_id], call_format=call_format)
+        ToolTurns(with_tools(tokenizer, [SCHEMA]), [tokenizer.eos_token_id], TOOLS_BY_NAME, call_format=call_format)
     assert "'some/model'" in str(caught.value)
 
 
@@ -167,7 +188,7 @@ def test_a_template_without_tools_goes_on_where_the_format_is_given() -> None:
     """As SmolLM2's, which shows neither tools nor calls, and takes a message of any role."""
     schema = {**SCHEMA, "function": {**SCHEMA["function"], "name": "plus"}}
     tokenizer = with_tools(make_tokenizer(SMOLLM2, *CHATML), [schema])
-    turns = ToolTurns(tokenizer, [tokenizer.eos_token_id], call_format="hermes")
+    turns = ToolTurns(tokenizer, [tokenizer.eos_token_id], TOOLS_BY_NAME, call_format="hermes")
     assert tokenizer.decode(turns.answer_ids([Answer("add", "3")])) == (
         "\n<|im_start|>tool\n3<|im_end|>\n<|im_start|>assistant\n"
     )

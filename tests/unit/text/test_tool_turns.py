@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
+from grpo_dist.text.call_formats import Call
 from grpo_dist.text.templates import render_conversation, render_messages
-from grpo_dist.text.tool_turns import Answer, Call, ToolTurns, with_tools
+from grpo_dist.text.tool_turns import Answer, ToolTurns, with_tools
 
 TOOLS = "{%- for tool in tools or [] -%}{{ tool | tojson }}\n{%- endfor -%}"
 CALLS = "{%- for c in m.tool_calls or [] -%}{}{%- endfor -%}"
@@ -59,6 +60,7 @@ WRITTEN: dict[str, Callable[[str, dict[str, Any]], str]] = {
 }
 SCHEMA = {"type": "function", "function": {"name": "add", "description": 'Adds "two"\nnumbers.', "parameters": {
     "type": "object", "properties": {"a": {"type": "integer", "default": None, "nullable": True}}}}}  # fmt: skip
+TOOLS_BY_NAME = {"add": SCHEMA["function"]["parameters"]}  # type: ignore[index]
 QUESTION = [{"role": "user", "content": "What is 1 + 2, all in all?"}]
 
 
@@ -66,7 +68,7 @@ def make_turns(family: str) -> tuple[ToolTurns, Any]:
     """What is tried, and its tokenizer."""
     end, template = FAMILIES[family]
     tokenizer = with_tools(make_tokenizer(template, [end, "<|im_start|>", "<|start|>"]), [SCHEMA])
-    return ToolTurns(tokenizer, [tokenizer.convert_tokens_to_ids(end)]), tokenizer
+    return ToolTurns(tokenizer, [tokenizer.convert_tokens_to_ids(end)], TOOLS_BY_NAME), tokenizer
 
 
 def test_prompts_show_the_tools() -> None:
@@ -145,7 +147,9 @@ def test_templates_may_trim_and_quote_answers() -> None:
     """What a template makes of an answer is its affair, as long as the answer is there."""
     template = FAMILIES["hermes"][1].replace("{{ m.content }}\n</tool_response>", "{{ m.content | trim | tojson }}</r>")
     tokenizer = with_tools(make_tokenizer(template, ["<|im_end|>"]), [SCHEMA])
-    added = ToolTurns(tokenizer, [tokenizer.eos_token_id]).answer_ids([Answer("add", ' a "b"\nc '), Answer("add", "")])
+    added = ToolTurns(tokenizer, [tokenizer.eos_token_id], TOOLS_BY_NAME).answer_ids(
+        [Answer("add", ' a "b"\nc '), Answer("add", "")]
+    )
     assert r'"a \"b\"\nc"</r>' in tokenizer.decode(added) and '""</r>' in tokenizer.decode(added)
 
 
@@ -157,7 +161,7 @@ def test_a_turn_that_the_template_does_not_close() -> None:
         "{%- endfor -%}"
     )
     tokenizer = with_tools(make_tokenizer(template, ["<|im_end|>"]), [])
-    turns = ToolTurns(tokenizer, [tokenizer.eos_token_id])
+    turns = ToolTurns(tokenizer, [tokenizer.eos_token_id], TOOLS_BY_NAME)
     assert tokenizer.decode(turns.answer_ids([Answer("add", "7")])) == "(7)"
 
 
@@ -183,7 +187,7 @@ def test_an_answer_is_encoded_as_in_the_row(peculiarity: Callable[[dict[str, Any
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>")
     tokenizer.chat_template = plain.chat_template
     tokenizer = with_tools(tokenizer, [SCHEMA])
-    turns = ToolTurns(tokenizer, [tokenizer.eos_token_id], has_users=True)
+    turns = ToolTurns(tokenizer, [tokenizer.eos_token_id], TOOLS_BY_NAME, has_users=True)
     more = [{"role": "user", "content": "More."}]
     text = render_conversation(
         [*QUESTION, {"role": "assistant", "content": "3"}, *more], tokenizer, None, is_prompt=True
@@ -203,20 +207,20 @@ def test_templates_that_cannot_go_on_are_refused() -> None:
                              (raising, "no tools here"), (unknown, "environment.call_format")):  # fmt: skip
         tokenizer = with_tools(make_tokenizer(template, ["<|im_end|>"]), [])
         with pytest.raises(ValueError, match=reason):
-            ToolTurns(tokenizer, [tokenizer.eos_token_id])
+            ToolTurns(tokenizer, [tokenizer.eos_token_id], TOOLS_BY_NAME)
     parts = CHATML.replace("{{ m.content }}", "{%- for part in m.content -%}{{ part.text }}{%- endfor -%}")
     tokenizer = make_tokenizer(turns("", parts, "<|im_start|>assistant\n"), ["<|im_end|>"])
     with pytest.raises(ValueError, match=r"leaves out what a user says after the model, .* list of parts alone"):
-        ToolTurns(tokenizer, [tokenizer.eos_token_id], has_tools=False, has_users=True)
+        ToolTurns(tokenizer, [tokenizer.eos_token_id], {}, has_users=True)
     tokenizer = make_tokenizer(unknown, ["<|im_end|>"])
-    assert ToolTurns(tokenizer, [tokenizer.eos_token_id], call_format="llama3").calls("{}")[0].problem
+    assert ToolTurns(tokenizer, [tokenizer.eos_token_id], TOOLS_BY_NAME, call_format="llama3").calls("{}")[0].problem
 
 
 def test_a_template_that_does_not_show_tools_is_named(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.WARNING)
     template = FAMILIES["hermes"][1].removeprefix(TOOLS)
     tokenizer = with_tools(make_tokenizer(template, ["<|im_end|>"]), [SCHEMA])
-    ToolTurns(tokenizer, [tokenizer.eos_token_id])
+    ToolTurns(tokenizer, [tokenizer.eos_token_id], TOOLS_BY_NAME)
     assert "does not show" in caplog.text
     caplog.clear()
     make_turns("hermes")
