@@ -59,7 +59,7 @@ from .report.categories import categories
 from .report.evaluation import IDENTITY, Rows, read_identity, report, rows_of, samples
 from .rewards.pool.pool import ScorerPool
 from .rewards.registry import EPISODE_COLUMNS, answer_reader, file_digests
-from .rewards.text import answering_texts
+from .rewards.text import CONVERSATION, answering_texts
 from .rollout import Engine, LoadedModel, awake
 from .rollout.choose import UnfitEngine, make_engine
 from .rollout.own_attention import settle_attention
@@ -72,7 +72,7 @@ from .text.templates import today, uses_date
 from .text.tokens import CompletionTexts
 from .trainer.gathering import RewardFailure, gather_scores, gather_trajectories
 from .trainer.scoring import Scoring, requests_of
-from .types import CONVERSATION, Batch, Prompt, Trajectory
+from .types import Batch, Prompt, Trajectory
 
 log = logging.getLogger(__name__)
 

@@ -19,8 +19,6 @@ from torch import Tensor
 
 Metrics = Mapping[str, float | None]
 """Numbers of a step by name; None where the step has no such number."""
-CONVERSATION = "environment/conversation"
-"""The column of `Batch.extras` with the messages of each episode, as JSON."""
 
 
 @dataclass(frozen=True)

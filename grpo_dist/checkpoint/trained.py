@@ -20,8 +20,8 @@ from ..model.peft import with_saved_adapters
 from ..model.policy import Policy
 from ..model.stored_weights import weights_fingerprint
 from ..model.toy import MODELS
+from ..monitoring.json_lines import read_history
 from ..monitoring.machine import last_recorded, started_in
-from ..monitoring.metrics import read_history
 from . import store as checkpoint
 from .final import is_newest, read_record
 

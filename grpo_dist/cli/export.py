@@ -60,7 +60,7 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
     from ..model.config_files import load_model_config
     from ..model.files import dequantized_form
     from ..monitoring.console import set_up_logging
-    from ..monitoring.metrics import read_history
+    from ..monitoring.json_lines import read_history
     from ..report.card import write_card  # imports torch: an error in the options should not wait for it
 
     set_up_logging()

@@ -16,6 +16,11 @@ def read_json_lines(path: Path, key: str | None = None) -> list[dict[str, Any]]:
     return [_object(path, number, line, key) for number, line in enumerate(lines, 1) if line.strip()]
 
 
+def read_history(directory: Path) -> list[dict[str, Any]]:
+    """The complete lines of a run's metrics.jsonl. Raises ValueError, which names a line that is none."""
+    return read_json_lines(directory / "metrics.jsonl", "step")
+
+
 def append_json_line(path: Path, value: Mapping[str, Any]) -> None:
     """Add a line to a file that exists; raises OSError.
 

@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..algorithm.advantages import has_spread
 from ..types import Batch
-from .json_lines import read_json_lines
-
-log = logging.getLogger(__name__)
 
 
 def batch_metrics(batch: Batch, reward_names: list[str]) -> dict[str, float]:
@@ -49,8 +43,3 @@ def pass_rates(batch: Batch, weights: Sequence[float]) -> list[float]:
     zeros = torch.zeros(len(batch.prompts), dtype=torch.float64)
     right = zeros.index_add(0, batch.group, is_right(batch.reward, weights).double())
     return (right / zeros.index_add(0, batch.group, (~batch.reward.isnan()).double())).tolist()
-
-
-def read_history(directory: Path) -> list[dict[str, Any]]:
-    """The complete lines of a run's metrics.jsonl. Raises ValueError, which names a line that is none."""
-    return read_json_lines(directory / "metrics.jsonl", "step")

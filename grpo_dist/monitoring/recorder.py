@@ -17,14 +17,13 @@ from ..config.schema import Config
 from ..config.values import flat, redacted
 from ..distributed.device import dtype_name, resolve_dtype
 from ..rewards.registry import answer_reader
-from ..rewards.text import answering_texts
+from ..rewards.text import CONVERSATION, answering_texts
 from ..text.files import sync, write_file
 from ..text.plain import answer_of
-from ..types import CONVERSATION, Batch, Metrics
+from ..types import Batch, Metrics
 from .advice import advice
 from .alarms import Alarm, Alarms, rules_for
-from .json_lines import append_json_line
-from .metrics import read_history
+from .json_lines import append_json_line, read_history
 from .trackers import Entry, Mirror, Source, Table, run_name
 
 log = logging.getLogger(__name__)

@@ -7,24 +7,19 @@ from __future__ import annotations
 
 import json
 import math
-import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import groupby
 
 import torch
 
 from ..types import Batch
+from .lot import by_lot
 
 MOST_TOKENS = 2048
 """Most tokens of a step that are traced, sampled or not."""
 MODEL, TOOL, TEMPLATE = "m", "t", "x"
 """Who wrote a token."""
-
-
-def by_lot(prompt_indices: Iterable[int]) -> list[int]:
-    """Return the different prompts in a random order that is the same at every step, so that samples repeat prompts."""
-    return sorted(set(prompt_indices), key=lambda index: (zlib.crc32(str(index).encode()), index))
 
 
 def traced_completions(batch: Batch) -> range:

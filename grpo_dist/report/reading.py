@@ -17,13 +17,11 @@ from ..config.files import written_config
 from ..config.places import require_metrics
 from ..config.schema import RewardConfig
 from ..config.values import flat
-from ..monitoring.json_lines import read_json_lines
-from ..monitoring.metrics import read_history
-from ..monitoring.traces import by_lot
+from ..monitoring.json_lines import read_history, read_json_lines
+from ..monitoring.lot import by_lot
 from ..rewards.registry import BUILT_IN, answer_reader
-from ..rewards.text import answering_texts
+from ..rewards.text import CONVERSATION, answering_texts
 from ..text.plain import answer_of, visible
-from ..types import CONVERSATION
 from .embedding import cut, encoded, harmless
 from .shaping import agreement, spread
 

@@ -9,6 +9,8 @@ TextOrMessages = str | list[dict[str, str]]
 """A prompt or a completion, as rewards get it."""
 LogMetric = Callable[[str, float], None]
 """Records a number of a call by its name; the run logs the mean."""
+CONVERSATION = "environment/conversation"
+"""The column of `Batch.extras` with the messages of each episode, as JSON."""
 
 
 def completion_text(completion: TextOrMessages) -> str:

@@ -34,10 +34,9 @@ from ..model.adapter import with_adapter
 from ..model.config_files import end_token_ids, ignored_generation_options, load_model_config, load_tokenizer
 from ..model.files import UnfitModel
 from ..monitoring.console import Display
-from ..monitoring.json_lines import read_json_lines
+from ..monitoring.json_lines import read_history, read_json_lines
 from ..monitoring.machine import FILE as RECORD_OF_STARTS
 from ..monitoring.machine import devices_of, record_start, versions
-from ..monitoring.metrics import read_history
 from ..monitoring.recorder import Recorder
 from ..monitoring.trackers import require_known
 from ..preflight.contents import try_model

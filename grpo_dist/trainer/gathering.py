@@ -15,8 +15,9 @@ from torch import Tensor
 
 from ..distributed.ranks import Ranks
 from ..rewards.scores import Failure, Scores, combine
+from ..rewards.text import CONVERSATION
 from ..rollout.episodes import require_same
-from ..types import CONVERSATION, Batch, Episode, Prompt, Trajectory, at_last_tokens, no_routes
+from ..types import Batch, Episode, Prompt, Trajectory, at_last_tokens, no_routes
 
 log = logging.getLogger(__name__)
 

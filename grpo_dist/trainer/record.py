@@ -8,9 +8,11 @@ from ..algorithm.targets import penalty_metrics
 from ..checkpoint.state import TrainState
 from ..config.places import writing_to
 from ..model import toy
-from ..monitoring.metrics import batch_metrics, read_history
+from ..monitoring.json_lines import read_history
+from ..monitoring.metrics import batch_metrics
 from ..monitoring.traces import trace_lines
-from ..types import CONVERSATION, Batch, Metrics
+from ..rewards.text import CONVERSATION
+from ..types import Batch, Metrics
 from .evaluation import evaluate
 from .parts import Parts
 from .update_metrics import update_metrics

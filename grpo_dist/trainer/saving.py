@@ -18,8 +18,8 @@ from ..distributed.ranks import PhaseError
 from ..model.dequantization import form_of
 from ..model.export import save_final
 from ..model.fixed_row import fixed_logits
+from ..monitoring.json_lines import read_history
 from ..monitoring.machine import versions
-from ..monitoring.metrics import read_history
 from ..report.card import write_card
 from ..rewards.registry import file_digests
 from .parts import Parts

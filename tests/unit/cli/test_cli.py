@@ -124,6 +124,12 @@ def test_no_verb_needs_torch_to_be_asked_for() -> None:
     assert [line for line in done.stdout.splitlines() if line.endswith("True")] == []
 
 
+def test_no_page_about_runs_needs_torch() -> None:
+    code = "import sys; sys.modules['torch'] = None; import grpo_dist.report.page"  # an import of torch would raise
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 def test_mistakes_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["score", "-n", "0"]) == 2
     assert capsys.readouterr().err == "error: -n: 0 given, expected at least 1\n"

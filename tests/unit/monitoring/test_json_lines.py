@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 
 from grpo_dist.config.schema import Config
-from grpo_dist.monitoring.json_lines import read_json_lines
-from grpo_dist.monitoring.metrics import read_history
+from grpo_dist.monitoring.json_lines import read_history, read_json_lines
 from grpo_dist.monitoring.recorder import Recorder
 from grpo_dist.report.reading import read_run
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from grpo_dist.monitoring import traces
-from grpo_dist.monitoring.traces import by_lot, trace_lines, traced_completions, traced_tokens, with_trace, writers
+from grpo_dist.monitoring.lot import by_lot
+from grpo_dist.monitoring.traces import trace_lines, traced_completions, traced_tokens, with_trace, writers
 from grpo_dist.types import Batch, Prompt
 
 pytestmark = pytest.mark.quick

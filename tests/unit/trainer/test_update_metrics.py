@@ -12,7 +12,8 @@ from torch import Tensor
 from grpo_dist.algorithm.losses import Loss
 from grpo_dist.distributed.ranks import Ranks
 from grpo_dist.model.packing import Pack
-from grpo_dist.monitoring.traces import by_lot, traced_tokens, with_trace
+from grpo_dist.monitoring.lot import by_lot
+from grpo_dist.monitoring.traces import traced_tokens, with_trace
 from grpo_dist.trainer.update_metrics import NO_UPDATE, UpdateMetrics, update_metrics
 from grpo_dist.types import Batch, Prompt
 
