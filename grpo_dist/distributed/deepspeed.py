@@ -8,6 +8,7 @@ where a parameter's size is not a multiple of the ranks. A checkpoint is restore
 from __future__ import annotations
 
 import copy
+import importlib
 import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -70,6 +71,24 @@ def _keep_from_compiling() -> None:
     ops.__compatible_ops__ = {**vars(ops).get("__compatible_ops__", {}), "deepspeed_shm_comm": False}
 
 
+def _import_muon() -> None:
+    """Import the Muon of DeepSpeed, which imports it to see that an optimizer is another, and do not let it compile.
+
+    Its decorators import torch's compiler, for which every rank would take a second.
+    """
+    from deepspeed.runtime import compiler
+
+    if (decorator := getattr(compiler, "compile", None)) is None:  # older releases have no Muon
+        return
+    compiler.compile = lambda: lambda function: function
+    try:
+        importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
+    except ModuleNotFoundError:  # another release has it elsewhere, which costs the second
+        pass
+    finally:
+        compiler.compile = decorator
+
+
 def _sum_in_float32(options: dict[str, Any]) -> None:
     """Let DeepSpeed add the gradients of packs and of ranks in float32 where it computes in bfloat16, as DDP does.
 
@@ -96,6 +115,7 @@ class Zero:
         also for adapters."""
         trained = sum(getattr(p, "ds_numel", p.numel()) for p in policy.parameters() if p.requires_grad)
         self._options["reduce_bucket_size"] = min(self._options.get("reduce_bucket_size", 500_000_000), trained)
+        _import_muon()
         return accelerator.prepare(policy, optimizer)
 
     def no_sync(self, wrapped: Any, *, unless: bool) -> AbstractContextManager[Any]:
