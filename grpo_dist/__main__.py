@@ -1,7 +1,5 @@
 """`python -m grpo_dist VERB`: see cli/main.py."""
 
-import sys
+from grpo_dist.cli.main import program
 
-from grpo_dist.cli.main import main
-
-sys.exit(main())
+program()

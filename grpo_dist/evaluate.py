@@ -23,11 +23,12 @@ from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 
+from . import process
 from .config.evaluation import read_options
-from .config.parse import end_on_ctrl_c, let_first_rank_answer
+from .config.parse import let_first_rank_answer
 
 if __name__ == "__main__":
-    end_on_ctrl_c()
+    process.begin()
     # before the imports of torch, so that the answer to a mistake in an option comes at once
     read_options()
 
@@ -309,4 +310,4 @@ def evaluate(options: argparse.Namespace, config: Config) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    process.run_to_the_end(main)

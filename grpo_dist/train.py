@@ -14,14 +14,13 @@
 
 from __future__ import annotations
 
-import sys
 import time
 
-from .config.parse import end_on_ctrl_c
+from . import process
 from .preflight.early import refuse_mistakes
 
 if __name__ == "__main__":
-    end_on_ctrl_c()
+    process.begin()
     # before the imports of torch, so that the answer to a mistake comes at once
     refuse_mistakes()
 
@@ -110,4 +109,4 @@ def update(parts: Parts, state: TrainState, batch: Batch, minibatch: Minibatch) 
 
 
 if __name__ == "__main__":
-    sys.exit(main(train))
+    process.run_to_the_end(lambda: main(train))

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 from ..config.checks import require
 from ..config.places import require_run, writing_to
 from ..config.vllm import ADAPTER_RANKS
+from ..process import imports
 from ..text.plain import write_stage
 
 if TYPE_CHECKING:
@@ -53,15 +54,16 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
     require(not rest, "arguments", list(rest), "a run or a checkpoint, and the options of --help")
     require_run(options.run_or_checkpoint)
     write_stage("importing torch and transformers")
-    from huggingface_hub.utils import validate_repo_id
+    with imports():  # only now, since an error in the options should not wait for torch
+        from huggingface_hub.utils import validate_repo_id
 
-    from ..checkpoint.trained import find
-    from ..model.checks import stored_quantization
-    from ..model.config_files import load_model_config
-    from ..model.files import dequantized_form
-    from ..monitoring.console import set_up_logging
-    from ..monitoring.json_lines import read_history
-    from ..report.card import write_card  # imports torch: an error in the options should not wait for it
+        from ..checkpoint.trained import find
+        from ..model.checks import stored_quantization
+        from ..model.config_files import load_model_config
+        from ..model.files import dequantized_form
+        from ..monitoring.console import set_up_logging
+        from ..monitoring.json_lines import read_history
+        from ..report.card import write_card
 
     set_up_logging()
     trained = find(options.run_or_checkpoint)

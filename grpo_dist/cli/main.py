@@ -12,10 +12,12 @@ import importlib
 import signal
 import sys
 from collections.abc import Container, Sequence
+from typing import NoReturn
 
 from ..config.checks import did_you_mean
 from ..config.own_options import OwnOptions
 from ..config.shipped import shipped
+from ..process import end
 from ..text.plain import plain_lines
 
 VERBS = {
@@ -41,6 +43,11 @@ VERBS = {
     ),
     "watch": ("grpo_dist.report.live", "show the report of runs while they go on"),
 }
+
+
+def program() -> NoReturn:
+    """The command `grpo-dist`."""
+    end(main())
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -22,6 +22,7 @@ from rich.console import Console
 from ..config.parse import parse_config
 from ..planning.memory import SHARDS_WEIGHTS, STRATEGIES, Phase, Strategy, peaks
 from ..planning.tables import readable, table_of
+from ..process import imports
 from ..text.plain import write_stage
 
 if TYPE_CHECKING:
@@ -46,10 +47,11 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
     limit = None if options.gpu_memory is None else parse_size(options.gpu_memory)
     config = parse_config(list(rest))
     write_stage("importing torch and transformers")
-    from ..model.adapter import with_adapter
-    from ..model.config_files import load_model_config
-    from ..monitoring.console import set_up_logging  # imports torch: an error in the options should not wait for it
-    from ..planning.predict import Predictor
+    with imports():  # only now, since an error in the options should not wait for torch
+        from ..model.adapter import with_adapter
+        from ..model.config_files import load_model_config
+        from ..monitoring.console import set_up_logging
+        from ..planning.predict import Predictor
 
     set_up_logging()
     config = with_adapter(config)

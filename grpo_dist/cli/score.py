@@ -26,6 +26,7 @@ from rich.text import Text
 from ..config.parse import parse_config
 from ..config.schema import Config
 from ..data.rows import load_rows
+from ..process import imports
 from ..report.categories import by_category, categories, category_table
 from ..rewards.pool.pool import ScorerPool
 from ..rewards.scores import Item, Scores, combine, to_items
@@ -69,10 +70,11 @@ def read_items(config: Config, path: str | None, most: int) -> tuple[list[Item],
 
     Raises ValueError if the file has no `completion`, or names a prompt that the data does not have.
     """
-    from ..data.mixture import load_training
-    from ..model.adapter import with_adapter  # imports torch: an error in the options should not wait for it
-    from ..model.config_files import load_tokenizer
-    from ..rollout.playing import prompt_reader
+    with imports():  # only now, since an error in the options should not wait for torch
+        from ..data.mixture import load_training
+        from ..model.adapter import with_adapter
+        from ..model.config_files import load_tokenizer
+        from ..rollout.playing import prompt_reader
 
     config = with_adapter(config)
     tokenizer = load_tokenizer(config.model)

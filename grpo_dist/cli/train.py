@@ -19,6 +19,7 @@ from pathlib import Path
 from ..config.parse import checked
 from ..config.schema import Config
 from ..preflight.early import refuse_mistakes
+from ..process import imports
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -29,9 +30,9 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
     """Train, and return the exit status."""
     refuse_mistakes(list(rest))
 
-    # only now, since this imports torch
-    from ..train import train
-    from ..trainer.ending import main
+    with imports():  # only now, since this imports torch
+        from ..train import train
+        from ..trainer.ending import main
 
     return main(train, list(rest))
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import sys
 import time
 from argparse import ArgumentError
@@ -50,13 +49,6 @@ def refuse_mistaken_options(arguments: list[str] | None = None) -> Config | None
         return None
     config = _without_mistakes[tuple(words)] = parse_config(words)
     return config
-
-
-def end_on_ctrl_c() -> None:
-    """Let SIGINT end the process as SIGTERM does, where a program that imports torch begins: Python's own handler would
-    print where in an import it is. A training sets handlers of its own (distributed/watch.py) once it can save."""
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # and not ignored, as for a script's `&`
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def let_first_rank_answer(variable: str = "LOCAL_RANK", seconds: float = _FIRST_RANK_SECONDS) -> None:

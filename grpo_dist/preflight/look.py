@@ -16,6 +16,7 @@ from ..config.mistakes import Options, read_options
 from ..config.schema import LoraConfig
 from ..config.values import flat, redacted
 from ..distributed.launch_config import require_known_launch, require_optimizer
+from ..process import imports
 from ..text.plain import plain, write_stage
 from .early import require_possible
 from .findings import Findings
@@ -68,11 +69,12 @@ def _look(
 ) -> None:
     """Note what the libraries and the model are needed for. What the problems noted `early` are about is left out."""
     say("importing torch and transformers")
-    import torch  # an error in the verb's own options should not wait for this import
+    with imports():  # only now, since an error in the verb's own options should not wait for torch
+        import torch
 
-    from ..model.adapter import with_adapter
-    from ..monitoring.console import set_up_logging
-    from . import contents, machine, servers, sizes, trackers
+        from ..model.adapter import with_adapter
+        from ..monitoring.console import set_up_logging
+        from . import contents, machine, servers, sizes, trackers
 
     set_up_logging()
     config, ranks = options.config, num_ranks or max(1, torch.cuda.device_count())

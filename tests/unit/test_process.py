@@ -1,0 +1,83 @@
+"""How processes begin and end, each shown by one of its own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+CYCLE = "lasting = []; lasting.append(lasting)"
+
+
+def run(code: str) -> subprocess.CompletedProcess[str]:
+    program = f"import atexit, gc, os, sys, threading, time\nfrom grpo_dist import process\n{code}"
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, env=buffered,
+                          timeout=60, check=False)  # fmt: skip
+
+
+def test_an_end_does_all_that_pythons_own_does_but_to_clear_modules() -> None:
+    done = run("""
+class Loud:
+    def __del__(self):
+        print("cleared")
+
+def late():
+    time.sleep(0.2)
+    print("thread")
+
+loud = Loud()
+atexit.register(lambda: print("first registered"))
+atexit.register(lambda: print("last registered"))
+threading.Thread(target=late).start()
+print("program")
+process.end(3)
+""")
+    assert done.stdout.split("\n") == ["program", "thread", "last registered", "first registered", ""], done.stderr
+    assert (done.returncode, done.stderr) == (3, "")
+
+
+@pytest.mark.parametrize("end", ["sys.exit", "process.end"])
+def test_an_output_that_nobody_reads_is_said_as_python_says_it(end: str) -> None:
+    done = run(f"""
+read, write = os.pipe()
+os.dup2(write, 1)
+os.close(read)
+print("lost")
+{end}(0)
+""")
+    assert done.returncode == 120 and "BrokenPipeError" in done.stderr
+
+
+def test_a_program_without_an_output_ends() -> None:
+    assert run("sys.stdout = None\nprocess.end(4)").returncode == 4
+
+
+def test_imports_are_not_searched_for_garbage_and_what_follows_is() -> None:
+    done = run(f"""
+atexit.register(lambda: print(gc.get_freeze_count()))
+with process.imports():
+    print(gc.isenabled())
+    {CYCLE}
+print(gc.isenabled(), any(each is lasting for each in gc.get_objects()))
+{CYCLE}
+print(any(each is lasting for each in gc.get_objects()))
+""")
+    assert done.stdout.split() == ["False", "True", "False", "True", "0"], done.stderr
+
+
+def test_a_program_whose_imports_are_at_the_top_is_the_same() -> None:
+    done = run(f"""
+process.begin()
+print(gc.isenabled())
+{CYCLE}
+def program():
+    print(gc.isenabled(), any(each is lasting for each in gc.get_objects()))
+    return 5
+process.run_to_the_end(program)
+""")
+    assert (done.returncode, done.stdout.split()) == (5, ["False", "True", "False"]), done.stderr
