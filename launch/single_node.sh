@@ -49,5 +49,6 @@ ranks=${NUM_PROCESSES:-$((num_gpus > 0 ? num_gpus : 2))}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((num_cores > ranks ? num_cores / ranks : 1))}
 # Tell DeepSpeed that there are no GPUs. Otherwise every process warns.
 if ((num_gpus == 0)); then export DS_ACCELERATOR=cpu; fi
-exec accelerate launch --config_file "$config" --num_processes "$ranks" --main_process_port "$port" \
+# As `accelerate launch`, which also imports transformers, for another of its commands.
+exec python -m accelerate.commands.launch --config_file "$config" --num_processes "$ranks" --main_process_port "$port" \
   -m grpo_dist.train "$@"

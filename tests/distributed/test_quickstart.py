@@ -35,21 +35,22 @@ def test_started_again_it_has_nothing_left_to_do(tmp_path: Path) -> None:
 def single_node(directory: Path, *words: str, **variables: str) -> subprocess.CompletedProcess[str]:
     """launch/single_node.sh in the tests' own environment, whatever its pins."""
     (directory / "single_node.sh").write_bytes((ROOT / "launch" / "single_node.sh").read_bytes())
-    setup = f"root={ROOT} PATH={directory}/bin:{Path(sys.executable).parent}:$PATH; cd $root\n"
+    setup = f"root={ROOT} PATH={Path(sys.executable).parent}:$PATH; cd $root\n"
     (directory / "setup.sh").write_text(setup + 'die() { echo "$*" >&2; exit 1; }\n')
     return subprocess.run(["bash", str(directory / "single_node.sh"), *words], capture_output=True, text=True,
                           timeout=120, check=False, env={**os.environ, **variables})  # fmt: skip
 
 
 def test_some_gpus_serve_and_the_others_train(tmp_path: Path) -> None:
-    (tmp_path / "bin").mkdir()
-    launcher = tmp_path / "bin" / "accelerate"
-    launcher.write_text('#!/bin/sh\necho "train on $CUDA_VISIBLE_DEVICES: $*"\n')
-    launcher.chmod(0o755)
-    served = {"CUDA_VISIBLE_DEVICES": "0,1,2,10", "VLLM_PYTHON": sys.executable}
+    launcher = tmp_path / "accelerate" / "commands" / "launch.py"
+    launcher.parent.mkdir(parents=True)
+    for package in launcher.parents[:2]:
+        (package / "__init__.py").touch()
+    launcher.write_text("import os, sys\nprint('train on', os.environ['CUDA_VISIBLE_DEVICES'], *sys.argv[1:])\n")
+    served = {"CUDA_VISIBLE_DEVICES": "0,1,2,10", "VLLM_PYTHON": sys.executable, "PYTHONPATH": str(tmp_path)}
     done = single_node(tmp_path, "--config", "configs/quickstart.yaml", **served, SERVER_GPUS="1,10")
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("train on 0,2: launch")
+    assert done.stdout.startswith("train on 0,2 --config_file ")
     assert done.stdout.strip().endswith(
         f"--rollout.engine vllm --rollout.vllm.devices 1,10 --rollout.vllm.python {sys.executable}"
     )
