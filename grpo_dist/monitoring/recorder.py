@@ -104,12 +104,13 @@ class Recorder:
 
         The trackers get them with the histograms and tables of the completions that were recorded before.
         """
+        alarms = self._ring(values)  # first: who follows metrics.jsonl finds all that belongs to its last step
         append_json_line(self.path, values)
         known = {k: v for k, v in values.items() if v is not None and k != "step"}
         for mirror in self.mirrors:
             mirror.log(Entry(int(values["step"] or 0), known, **self.pictures))
         self.pictures = {}
-        return self._ring(values)
+        return alarms
 
     def _ring(self, values: Metrics) -> list[Alarm]:
         """Write a step's alarms to alarms.jsonl: a function of metrics.jsonl, which a resumed run computes again."""

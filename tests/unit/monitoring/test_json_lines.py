@@ -41,6 +41,15 @@ def test_a_line_without_its_step_is_named(line: str, tmp_path: Path) -> None:
             read(tmp_path)
 
 
+def test_a_step_s_alarms_are_written_before_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = Config()
+    recorder = Recorder(replace(config, logging=replace(config.logging, trackers=[])), tmp_path, -1)
+    written: list[str] = []
+    monkeypatch.setattr("grpo_dist.monitoring.recorder.append_json_line", lambda path, _: written.append(path.name))
+    (alarm,) = recorder.metrics({"step": 1, "reward/mean": 0.0, "update/skipped": 1.0})
+    assert alarm.name == "bad_update" and written == ["alarms.jsonl", "metrics.jsonl"]
+
+
 def test_a_record_that_lacks_steps_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     lines = "".join(json.dumps({"step": step}) + "\n" for step in range(5))
     (tmp_path / "metrics.jsonl").write_text(lines[:-3])
