@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -24,6 +25,8 @@ from grpo_dist.cli.main import main, make_parser
 from grpo_dist.config import evaluation
 from grpo_dist.config.names import option_types
 from grpo_dist.config.parse import parse_config
+from grpo_dist.config.schema import Config
+from grpo_dist.config.values import flat
 
 SHORT = ("--train.num_train_steps", "1", "--train.num_eval_prompts", "4")
 NOT_HERE = {
@@ -211,3 +214,12 @@ def test_every_field_of_trl_has_an_answer() -> None:
     groups = {key.partition(".")[0] for key in option_types()}
     unknown = {name for name in ours if name.partition(".")[0] in groups} - set(option_types())
     assert len(ours) > 40 and not unknown
+
+
+def test_defaults_beside_trls_are_the_defaults() -> None:
+    page = (ROOT / "docs" / "from_trl.md").read_text()
+    table = page.partition("## Defaults that differ")[2].partition("##")[0]
+    named = dict(re.findall(r"`(\w+\.\w+): ([^`]+)`", table))
+    defaults = flat(asdict(Config()))
+    assert len(named) > 15
+    assert named == {key: str(defaults[key]).lower().replace("'", "") for key in named}
