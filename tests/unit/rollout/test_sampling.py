@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from transformers import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from grpo_dist.algorithm.hashing import stream_key, uniforms
 from grpo_dist.config.schema import RolloutConfig
@@ -154,6 +155,21 @@ def test_allowed_equals_sorting(seed: int, top_k: int, top_p: float, min_p: floa
         kept = set(range(12)) if keep is None else set(keep[row].nonzero()[:, 0].tolist())
         assert kept == naive_allowed(probs, sampling)
         assert kept, "something must be left to draw"
+
+
+@pytest.mark.parametrize(
+    ("top_k", "top_p", "min_p"),
+    [(5, 1.0, 0.0), (0, 0.8, 0.0), (0, 1.0, 0.1), (0, 0.8, 0.1), (5, 1.0, 0.1), (5, 0.8, 0.0)],
+)
+def test_allowed_is_what_transformers_keeps(top_k: int, top_p: float, min_p: float) -> None:
+    """But for top-k with top-p: transformers takes the share of what top-k left, which is fewer tokens."""
+    logits = 2 * torch.randn(32, 300, generator=torch.Generator().manual_seed(0))
+    theirs = TopKLogitsWarper(top_k)(None, logits) if top_k else logits
+    theirs = TopPLogitsWarper(top_p)(None, theirs) if top_p < 1 else theirs
+    theirs = MinPLogitsWarper(min_p)(None, theirs) if min_p else theirs
+    ours = allowed(logits, Sampling(1.0, top_p, top_k, min_p))
+    assert ours is not None and bool(ours[theirs.isfinite()].all())
+    assert bool((ours == theirs.isfinite()).all()) == (not top_k or top_p == 1)
 
 
 def test_allowed_is_none_where_nothing_is_cut() -> None:
