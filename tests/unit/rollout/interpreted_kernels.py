@@ -11,35 +11,16 @@ import math
 import sys
 from collections import deque
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
-import triton.runtime.interpreter as interpreter
 from torch import Tensor
 
-plain_patch = interpreter._patch_lang_tensor
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import triton_interpreter
 
-
-def _patch(tensor: Any, *others: Any) -> None:
-    plain_patch(tensor, *others)
-    tensor.__index__ = lambda self: int(self.handle.data.item())  # newer numpy makes no number of an array (1,)
-
-
-interpreter._patch_lang_tensor = _patch
-plain_patch_lang = interpreter._patch_lang
-patched: set[str] = set()
-
-
-def _patch_once(function: Any) -> Any:
-    """Triton patches what a function's module has of its language for each launch, and each call in a kernel: a quarter
-    of the time."""
-    if function.__module__ not in patched:
-        patched.add(function.__module__)
-        plain_patch_lang(function)
-    return interpreter._LangPatchScope()  # restores nothing
-
-
-interpreter._patch_lang = _patch_once
+triton_interpreter.mend()
 
 from transformers import (  # noqa: E402
     Gemma2Config,
