@@ -30,7 +30,7 @@ from ..process import imports
 from ..report.categories import by_category, categories, category_table
 from ..rewards.pool.pool import ScorerPool
 from ..rewards.scores import Item, Scores, combine, to_items
-from ..text.plain import plain
+from ..text.plain import plain, plain_lines
 
 if TYPE_CHECKING:
     from ..types import Prompt
@@ -127,7 +127,9 @@ def print_scores(config: Config, items: Sequence[Item], scores: Scores) -> None:
     ]
     if len(scores.failures) > _SHOWN_FAILURES:
         lines.append(f"and {len(scores.failures) - _SHOWN_FAILURES} more failures")
-    console.print(Text("\n".join(lines)))
+    if raised := next((failure.traceback for failure in scores.failures if failure.traceback), ""):
+        lines += ["", plain_lines(raised.rstrip())]
+    console.print(Text("\n".join(lines)), soft_wrap=True)
 
 
 def print_categories(config: Config, column: str, names: Sequence[str], prompts: Sequence[int], scores: Scores) -> None:

@@ -84,7 +84,7 @@ class Parameters:
             raise ValueError(
                 f"rewards: {reward!r} needs the argument(s) {', '.join(missing)}, which are neither columns of the "
                 f"data ({', '.join(sorted(columns)) or 'none'}) nor under its args: add the column, give the argument "
-                "under args, or give it a default"
+                f"under args, or give it a default{did_you_mean(missing[0], columns)}"
             )
 
 

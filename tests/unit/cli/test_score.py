@@ -73,6 +73,7 @@ def test_failures_are_shown_and_judged(
     assert main([*options, "--rewards", '[{name: "failing:fails"}]', "-n", "3"]) == 1
     shown = capsys.readouterr().out
     assert "unscored" in shown and "completion 0: fails failed (raised): RuntimeError: out of luck" in shown
+    assert shown.count('failing.py", line 2, in fails') == 1, "where it raised, of the first alone"
 
 
 def test_an_unknown_verb_and_option(options: list[str], capsys: pytest.CaptureFixture[str]) -> None:

@@ -393,8 +393,10 @@ def test_columns_prompts_and_arguments_arrive_as_in_trl(pools: Callable[[str], S
         Item([{"role": "user", "content": "text"}], "abcd", [4], {"answer": "abcd", "level": "hard"}),
     ]
     assert pools("seen").score(given).values.tolist() == [[6.0], [8.0]]
-    with pytest.raises(ValueError, match=r"'user_rewards:seen' needs the argument\(s\) answer.*columns of the data"):
-        pools("seen").submit([Item("?", "a", [1], {"other": 1})])
+    with pytest.raises(
+        ValueError, match=r"'user_rewards:seen' needs the argument\(s\) answer.*columns of the data.*mean 'answers'"
+    ):
+        pools("seen").submit([Item("?", "a", [1], {"answers": 1})])
 
 
 def test_workers_are_light_and_know_no_secrets(pools: Callable[[str], ScorerPool]) -> None:
