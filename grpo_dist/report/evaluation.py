@@ -112,11 +112,10 @@ def report(rows: Rows, num_samples: int, other: Path | None, directory: Path, ca
     if other is not None:
         result = compare_rows(samples(other), rows)
         summary["comparison"] = asdict(result)
-        console.print(
-            f"mean@n against {other}: {result.difference.value:+.4f} [{result.difference.low:+.4f}, "
-            f"{result.difference.high:+.4f}] over {result.num_prompts} common prompts, p = {result.p_value:.4g}",
-            markup=False,
-        )
+        at = result.difference
+        console.print(f"mean@n against {other}: {at.value:+.4f} [{at.low:+.4f}, {at.high:+.4f}] over "
+                      f"{result.num_prompts} common prompts of which all samples are scored, p = {result.p_value:.4g}",
+                      markup=False, soft_wrap=True)  # fmt: skip
     with writing_to(directory, "--output"):
         write_file(directory / "summary.json", json.dumps(summary, indent=1))
     console.print(f"samples: {directory}/samples_*.jsonl, this table: {directory / 'summary.json'}", markup=False,

@@ -41,9 +41,30 @@ function traced(trace, colour) {
   });
   let characters = 0;
   const end = all.findIndex((token) => (characters += token.text.length) > SHOWN_CHARACTERS);
-  if (end < 0) return nodes;
+  if (end < 0) return withNumbers(all, nodes, nodes);
   const button = make("button", { type: "button", click: () => button.replaceWith(...nodes.slice(end)) }, `… show all ${integer(all.length)} tokens`);
-  return [...nodes.slice(0, end), button];
+  return withNumbers(all, nodes, [...nodes.slice(0, end), button]);
+}
+
+/** Tokens whose numbers are read without a pointer over them: the arrow keys or a tap choose one. */
+function withNumbers(all, nodes, shown) {
+  const numbers = make("p", { class: "note", role: "status" });
+  let chosen = -1;
+  const choose = (place) => {
+    if (!nodes[place]?.isConnected) return;
+    nodes[chosen]?.classList.remove("chosen");
+    chosen = place;
+    nodes[chosen].classList.add("chosen");
+    numbers.textContent = describe(all[chosen]);
+  };
+  return [make("div", { class: "tokens", tabindex: "0", role: "group", "aria-label": "Tokens: the arrow keys show the numbers of each",
+    click: (event) => choose(nodes.indexOf(event.target)),
+    keydown: (event) => {
+      const move = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
+      if (!move || event.target !== event.currentTarget) return;
+      event.preventDefault();
+      choose(Math.max(0, chosen + move));
+    } }, shown), numbers];
 }
 
 function legendOfWriters() {
@@ -52,5 +73,5 @@ function legendOfWriters() {
     make("span", { class: "by-m" }, "the model"), ", ", make("span", { class: "by-t" }, "a tool or an environment"), ", ",
     make("span", { class: "by-x" }, "the chat template"), ". Shades from a small to a large number: ", shades,
     ", of a negative advantage ", make("span", { class: "by-m shade3 minus" }, "\u00a0"), "; dotted lines: ",
-    make("span", { class: "by-m untrained" }, "no gradient"), ". A pointer over a token shows its numbers, in nats.");
+    make("span", { class: "by-m untrained" }, "no gradient"), ". Point at a token, tap it or use the arrow keys to see its numbers, in nats.");
 }

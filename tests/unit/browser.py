@@ -133,9 +133,9 @@ class Page:
 
     def press(self, key: str) -> None:
         """Press and release a key, such as `Tab`."""
+        number = {"Tab": 9, "Enter": 13, "Escape": 27, "ArrowLeft": 37, "ArrowRight": 39}[key]
         for kind in ("rawKeyDown", "keyUp"):
-            self.send("Input.dispatchKeyEvent", type=kind, key=key, code=key,
-                      windowsVirtualKeyCode={"Tab": 9, "Enter": 13, "Escape": 27, "ArrowLeft": 37}[key])  # fmt: skip
+            self.send("Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=number)
 
     def drag(self, selector: str, start: float, end: float) -> None:
         """Drag the mouse over the first element that a CSS selector finds, between two shares of its width."""

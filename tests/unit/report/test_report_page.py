@@ -153,6 +153,12 @@ def test_tokens_show_who_wrote_them(page: Page, traced: Path, width: int) -> Non
         titles[2] == "by the model: log-probability −5 (<1 %), advantage 0, no gradient, so not computed by the trainer"
     )
     assert titles[3:5] == ["by the chat template", "by a tool or an environment"]
+    page.js("document.querySelector('.tokens').focus()")
+    for key in ("ArrowRight", "ArrowRight", "ArrowRight", "ArrowLeft"):
+        page.press(key)
+    assert page.texts(".tokens + .note")[0] == titles[1] and page.texts(".tokens .chosen") == ["x 7"]
+    page.js(f"{tokens}[4].click()")
+    assert page.texts(".tokens + .note")[0] == titles[4] and page.texts(".tokens .chosen") == ["42"]
     fill(page, colour="gap to the trainer")
     shades = [
         name[len("by-m shade")] for name in page.js(f"{tokens}.map((token) => token.className)") if "by-m" in name
