@@ -34,8 +34,9 @@ Result = TypeVar("Result")
 Ask = Callable[..., Awaitable[Any]]
 """`Servers.attempt`, or `Servers.insist` with its retries."""
 
-UNLOAD_SECONDS = 10.0
-"""Longest time for the removal of an adapter: the end of a run does not wait for a server that hangs."""
+UNLOAD_SECONDS = 5.0
+"""Longest time for the removal of adapters: a launcher kills a run that was asked to stop after half a minute, and a
+server may hang."""
 KEPT = 2
 """Policies on the servers: the newest one, and the one before it, which requests under way may sample from."""
 
@@ -105,8 +106,7 @@ class ServedPolicy:
     def close(self) -> None:
         """Remove the policy's files, and its adapters from servers that go on; on the main rank."""
         if self._ranks.is_main:
-            for name in list(self._names):
-                self._remove(name)
+            self._remove(list(self._names))
 
     def on_main(self, work: Callable[[], Result]) -> Result:
         """What `work` returns on the main rank. Raises Interrupted on all ranks where it fails or is interrupted."""
@@ -178,8 +178,7 @@ class ServedPolicy:
         for url, gap in gaps.items():
             self._require_same(url, gap, expected, answers[url])
         self._before = {url: (expected, answer) for url, answer in answers.items()}
-        while len(self._names) > KEPT or (self._names and not self._has_adapters):
-            self._remove(self._names[0])
+        self._remove(self._names[:-KEPT] if self._has_adapters else list(self._names))
         return Loaded(model, str(path) if self._has_adapters else None, expected, max(gaps.values()), failed)
 
     def _require_same(self, url: str, gap: float, expected: Expected, answer: Answer) -> None:
@@ -245,12 +244,17 @@ class ServedPolicy:
         except (Failed, ServerError, asyncio.TimeoutError) as error:
             log.debug("%s: %s", server.url, error)
 
-    def _remove(self, name: str) -> None:
-        """Remove a policy from servers and disk."""
-        if self._has_adapters:
-            self._each(lambda server: self._unload(server, name))
-        shutil.rmtree(self._directory / name, ignore_errors=True)
-        self._names.remove(name)
+    def _remove(self, names: list[str]) -> None:
+        """Remove policies from servers and disk."""
+
+        async def unload(server: Server) -> None:
+            await asyncio.gather(*(self._unload(server, name) for name in names))
+
+        if self._has_adapters and names:
+            self._each(unload)
+        for name in names:
+            shutil.rmtree(self._directory / name, ignore_errors=True)
+            self._names.remove(name)
 
     async def restore(self, server: Server) -> None:
         """Make sure that a server has the policy after a failure: it may have been started again."""

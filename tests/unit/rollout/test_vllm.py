@@ -38,6 +38,7 @@ def test_stop_strings_and_bans_are_the_trainers(start: Start, server: FakeVllm) 
     tokenizer = AutoTokenizer.from_pretrained(server.path)
     free = decode_all(RowDecoder(ENDS, 6), server.base, REQUESTS)
     rollout = {"stop": [*"acegikmoqsuwy02468"], "min_new_tokens": 2, "banned_tokens": [free[1].ids[0]]}
+    server.most_stops = 99  # as VLLM_MAX_STOP_STRINGS allows
     training = start(server, **rollout)
     training.engine.update_weights()
     sampling = sampling_with(training.config.rollout, tokenizer, ENDS, PretrainedConfig(vocab_size=257))
