@@ -294,7 +294,9 @@ def _as_messages(prompt: object, config: DataConfig, is_filled: bool) -> Message
                 f"{message!r:.80} in the prompt is not a message with the texts `role` and `content`"
             )
     if not messages or messages[-1]["role"] == "assistant":
-        raise _UnusableRowError("the prompt has no message at its end that the assistant can answer")
+        raise _UnusableRowError("the prompt has no message at its end that the assistant can answer; a prompt with the "
+                                "beginning of the answer is given as text, template included, with "
+                                "data.chat_template: never")  # fmt: skip
     if system and messages[0]["role"] == "system":
         raise _UnusableRowError("the prompt has a system message, and data.system_prompt adds another; set it to null")
     return [*system, *messages]

@@ -85,7 +85,7 @@ def test_the_recipe_s_rows_arrive(tmp_path: Path, tokenizer: PreTrainedTokenizer
         ({"prompt": "  ", "answer": "1"}, "line 2: the prompt is empty"),
         ({"prompt": 3, "answer": "1"}, "line 2: the prompt is a int, expected text or a list of messages"),
         ({"prompt": [], "answer": "1"}, "line 2: the prompt has no message at its end"),
-        ({"prompt": [{"role": "assistant", "content": "a"}], "answer": "1"}, "no message at its end that the"),
+        ({"prompt": [{"role": "assistant", "content": "a"}], "answer": "1"}, "beginning of the answer is given"),
         ({"prompt": ["a"], "answer": "1"}, "line 2: 'a' in the prompt is not a message"),
         ({"prompt": [{"role": "user"}], "answer": "1"}, r"line 2: \{'role': 'user'\} in the prompt is not a message"),
         (
