@@ -10,8 +10,8 @@ this does not cover.
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
+import marshal
 import os
 import selectors
 import signal
@@ -123,6 +123,8 @@ class Sandbox:
     def _start(self, directory: Path, stdin: int, status: int) -> subprocess.Popen[bytes]:
         limits = self.limits
         python = os.path.realpath(sys.executable)
+        # by a process of scoring, and not by programs
+        ignored = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGPIPE)
         order: dict[str, Any] = {
             "isolated": self.isolated,
             "status": status,
@@ -132,6 +134,7 @@ class Sandbox:
             "directory": str(directory / "root"),
             "readable": [os.path.realpath(sys.base_prefix)],
             "tmpfs_bytes": limits.file_mib << 20,
+            "signals": list(map(int, ignored)),
             "limits": {
                 "RLIMIT_CPU": int(limits.seconds) + 1,
                 "RLIMIT_AS": limits.memory_mib << 20,
@@ -144,7 +147,7 @@ class Sandbox:
         if not self.isolated:  # without its own user, the limit would count all processes of this user
             del order["limits"]["RLIMIT_NPROC"]
         return subprocess.Popen(
-            [python, "-I", "-S", "-B", str(_LAUNCHER), json.dumps(order)],
+            [python, "-I", "-S", "-B", str(_LAUNCHER), marshal.dumps(order).hex()],
             stdin=stdin,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

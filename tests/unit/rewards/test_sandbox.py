@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import time
 from pathlib import Path
 
@@ -53,6 +54,21 @@ def test_a_program_runs(sandbox: Sandbox) -> None:
     program = "import sys; print(sys.stdin.read()[::-1]); print('e', file=sys.stderr); sys.exit(3)"
     outcome = sandbox.run(program, "ab\u00fc")
     assert (outcome.ending, outcome.exit_code, outcome.stdout, outcome.stderr) == ("exited", 3, "\u00fcba\n", "e\n")
+
+
+def test_signals_that_the_scoring_process_ignores_are_not_ignored(sandbox: Sandbox) -> None:
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in numbers}
+    try:
+        outcome = sandbox.run(
+            "import signal\n"
+            "print([signal.getsignal(number).name for number in (signal.SIGTERM, signal.SIGUSR1)],"
+            " callable(signal.getsignal(signal.SIGINT)))"
+        )
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert outcome.stdout == "['SIG_DFL', 'SIG_DFL'] True\n", outcome
 
 
 def test_fork_bomb(sandbox: Sandbox) -> None:
