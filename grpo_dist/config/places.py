@@ -65,7 +65,10 @@ def require_metrics(directory: Path) -> None:
     """Raise ValueError where there is no directory of a run, or none that has written metrics."""
     require_run(directory)
     if not (directory / "metrics.jsonl").is_file():
-        raise ValueError(f"{directory} is no run: expected metrics.jsonl in it, as in `train.output_dir`")
+        inside = sorted(directory.iterdir()) if directory.is_dir() else []
+        near = [str(each) for each in (*inside, *directory.parents[:2]) if (each / "metrics.jsonl").is_file()]
+        hint = f"; there is one in {', '.join(near[:3])}" if near else ""
+        raise ValueError(f"{directory} is no run: expected metrics.jsonl in it, as in `train.output_dir`{hint}")
 
 
 def existing_part(directory: Path) -> Path:

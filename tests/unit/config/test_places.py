@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from grpo_dist.checkpoint.trained import find
-from grpo_dist.config.places import model_place
+from grpo_dist.config.places import model_place, require_metrics
 from grpo_dist.config.schema import Config, ModelConfig
 from grpo_dist.model.config_files import load_model_config, load_tokenizer
 from grpo_dist.model.files import model_path
@@ -28,6 +28,21 @@ def test_a_directory_is_named_by_its_absolute_path(tmp_path: Path, monkeypatch: 
     for name in ("gpt2", "Qwen/Qwen2.5-0.5B-Instruct"):
         assert model_place(name, "model.name") == name, "may be on the hub"
     assert model_path(ModelConfig("toy")) == str(toy_path("toy"))
+
+
+@pytest.mark.parametrize("name", ["runs", "runs/own/final", "runs/own/checkpoints/step_2", "runs/own/metrics.jsonl"])
+def test_a_run_that_is_near_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    for directory in ("runs/own/final", "runs/own/checkpoints/step_2", "runs/empty"):
+        (tmp_path / directory).mkdir(parents=True)
+    (tmp_path / "runs" / "own" / "metrics.jsonl").touch()
+    monkeypatch.chdir(tmp_path)
+    require_metrics(Path("runs/own"))
+    with pytest.raises(
+        ValueError, match=f"^{name} is no run: expected metrics.jsonl in it, .*; there is one in runs/own$"
+    ):
+        require_metrics(Path(name))
+    with pytest.raises(ValueError, match=r"as in `train\.output_dir`$"):
+        require_metrics(Path("runs/empty"))
 
 
 @pytest.mark.parametrize(
