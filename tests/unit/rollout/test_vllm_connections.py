@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import logging
+import os
 import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -57,6 +60,15 @@ def test_proxies_are_for_others(
     monkeypatch.setattr(own, "obituary", lambda: None)
     monkeypatch.setattr(own_server, "START_SECONDS", 30.0)
     own.wait_until_ready()
+
+
+@pytest.mark.usefixtures("nowhere")
+def test_a_job_waits_for_its_own_servers(server: FakeVllm) -> None:
+    script = Path("launch/slurm_vllm.sbatch").read_text(encoding="utf-8")
+    (waiting,) = [line for line in script.splitlines() if "/health" in line]
+    command = waiting.strip().removeprefix("until ").removesuffix("; do")
+    variables = {**os.environ, "venv": sys.prefix, "url": server.url}
+    assert subprocess.run(["bash", "-c", command], env=variables).returncode == 0
 
 
 def test_an_address_of_ipv6(start: Start, base: ModelConfig) -> None:
