@@ -122,10 +122,12 @@ def verify(path: Path) -> None:
 
 
 def complete(root: Path) -> list[Path]:
-    """Checkpoints under `root` that have a manifest, newest first."""
+    """Checkpoints under `root` that have a manifest, newest first. Raises OSError where it cannot be listed, which
+    `glob` would take for empty: a run would begin anew."""
     checkpoints = []
-    for path in root.glob("step_*") if root.is_dir() else ():
-        if path.name.removeprefix("step_").isdecimal() and (path / MANIFEST).is_file():
+    for path in root.iterdir() if root.is_dir() else ():
+        prefix, _, step = path.name.rpartition("_")
+        if prefix == "step" and step.isdecimal() and (path / MANIFEST).is_file():
             checkpoints.append(path)
     return sorted(checkpoints, key=_step, reverse=True)
 

@@ -77,7 +77,8 @@ def read_run(directory: Path) -> Written:
     options = directory / "config.yaml"
     config = written_config(options) if options.exists() else {}
     done = lines[-1]["step"] if lines else 0
-    files = {int(match[1]): file for file in (directory / "completions").glob("step_*.parquet")
+    folder = directory / "completions"
+    files = {int(match[1]): file for file in (folder.iterdir() if folder.exists() else ())
              if (match := _STEP.fullmatch(file.name))}  # fmt: skip
     return Written(
         directory, lines, flat(config, numbered=True), read_json_lines(directory / "environment.jsonl"),
@@ -105,6 +106,8 @@ def read_completions(run: Written, most_bytes: int) -> Completions:
         try:
             table = pq.ParquetFile(run.files[step]).read().to_pydict()  # pq.read_table would import pandas
             _add(completions, step, table, read, places, most_bytes // len(chosen))
+        except PermissionError:
+            raise
         except (ValueError, OSError, KeyError) as error:
             raise ValueError(f"{run.files[step]} is damaged, or not as this version of grpo_dist writes it "
                              f"({type(error).__name__}: {error}): remove it, and the page is of the other steps"

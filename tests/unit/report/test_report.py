@@ -23,6 +23,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from runs_on_disk import write_run
 
+from grpo_dist.checkpoint.store import complete
 from grpo_dist.cli.main import main
 from grpo_dist.config.values import flat
 from grpo_dist.report.embedding import cut, encoded, harmless
@@ -328,7 +329,9 @@ def test_no_run_waits_for_pandas(tmp_path: Path) -> None:
     assert done.returncode == 0 and done.stderr == ""
 
 
-def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_file_that_cannot_be_read_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     run = write_run(tmp_path / "run")
     shutil.copy(run / "completions/step_000002.parquet", run / "completions/step_000002 (copy).parquet")
     assert main(["report", str(run)]) == 0, "a copy is no step"
@@ -337,6 +340,16 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, capsys: pytest.Capt
         path.write_bytes(b"PAR1") if table is None else pq.write_table(table, path)
         assert main(["report", str(run)]) == 2
         assert f"{path} is damaged, or not as this version" in capsys.readouterr().err
+
+    def refuse(self: Path) -> None:
+        raise PermissionError(13, "Permission denied", str(self))
+
+    with monkeypatch.context() as patched:  # which `glob` takes for empty directories
+        patched.setattr(Path, "iterdir", refuse)
+        assert main(["report", str(run)]) == 2
+        assert f"Permission denied: '{run / 'completions'}'" in capsys.readouterr().err
+        with pytest.raises(PermissionError):
+            complete(run)
     (run / "alarms.jsonl").write_text('{"message": "?"}\n')
     assert main(["report", str(run)]) == 2
     assert "alarms.jsonl, line 1" in capsys.readouterr().err
