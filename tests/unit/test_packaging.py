@@ -131,7 +131,7 @@ def test_every_module_imports_on_windows(tmp_path: Path) -> None:
     modules = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in (ROOT / "grpo_dist").rglob("*.py")]
     programs = {"grpo_dist.__main__", "grpo_dist.rewards.sandbox_launcher",
                 "grpo_dist.cli.bench.peer_trl", "grpo_dist.cli.bench.peer_vllm"}  # fmt: skip
-    native = ("draw_kernels", "fused", "fused_draw", "gpu", "pages", "triton_kernels")
+    native = ("draw_kernels", "fused", "fused_draw", "gpu", "pages", "tables", "triton_kernels")
     of_update = (f"model.{name}_kernel" for name in ("gate", "head", "join", "rotation"))
     with_triton = [*of_update, *(f"rollout.native.{name}" for name in native)]
     on_gpu = {f"grpo_dist.{name}" for name in with_triton}
