@@ -25,6 +25,7 @@ from .expert_adapters import compute_adapters_apart
 from .load import plain_name
 from .peft import ADAPTER, PeftModel, with_new_adapters
 from .policy import Policy
+from .products import float32_product
 from .quantized import quantized_layers
 
 
@@ -48,6 +49,9 @@ class RolloutModel:
                 tree = with_new_adapters(tree, replace(policy.model.peft_config[ADAPTER], lora_dropout=0.0))
                 compute_adapters_apart(tree)
         self.tree = tree.eval().requires_grad_(False)
+        head = self.causal_lm.get_output_embeddings()
+        if isinstance(head, nn.Linear):
+            _keep_digits(head)
         self._list_places()
         for name, buffer in policy.model.named_buffers():
             owner, _, leaf = name.rpartition(".")
@@ -117,6 +121,20 @@ class RolloutModel:
 
     def _put(self, name: str, parameter: nn.Parameter) -> None:
         self._owners[name]._parameters[name.rpartition(".")[2]] = parameter
+
+
+def _keep_digits(head: nn.Linear) -> None:
+    """Let the head return float32 on a GPU, as the policy scores tokens: rounded to 16 bits, a logit of 20 is off by up
+    to 0.06."""
+    plain = head.forward
+
+    def forward(hidden: Tensor) -> Tensor:
+        if not hidden.is_cuda or hidden.dtype == torch.float32:
+            return plain(hidden)
+        logits = float32_product(hidden.flatten(0, -2), head.weight.T)
+        return (logits if head.bias is None else logits.add_(head.bias)).unflatten(0, hidden.shape[:-1])
+
+    head.forward = forward  # type: ignore[method-assign, assignment]
 
 
 def _different(tensors: Iterable[Tensor]) -> list[Tensor]:

@@ -74,9 +74,10 @@ from transformers import AutoModelForCausalLM, Gemma2Config, GptOssConfig, Qwen2
 from grpo_dist.config.schema import LoraConfig, ModelConfig  # noqa: E402
 from grpo_dist.model import attention  # noqa: E402
 from grpo_dist.model.load import make_policy  # noqa: E402
+from grpo_dist.model.rollout_weights import RolloutModel  # noqa: E402
 from grpo_dist.rollout.engine import Request  # noqa: E402
 from grpo_dist.rollout.local import LoadedModel, LocalEngine  # noqa: E402
-from grpo_dist.rollout.native import gpu  # noqa: E402
+from grpo_dist.rollout.native import gpu, steps  # noqa: E402
 from grpo_dist.rollout.native.engine import NativeDecoder  # noqa: E402
 from grpo_dist.rollout.native.fused import FusedStep  # noqa: E402
 from grpo_dist.rollout.native.steps import module_step  # noqa: E402
@@ -87,15 +88,19 @@ LAYERS = 28
 
 
 def make_model(num_layers: int, adapters: bool = True, config_of: Any = Qwen2Config) -> Any:
-    """A policy with adapters on every linear layer of the blocks, as rollouts have it, on the device."""
+    """The model of a policy, as rollouts have it."""
+    return policy_of(num_layers, adapters, config_of).causal_lm.eval()
+
+
+def policy_of(num_layers: int, adapters: bool = True, config_of: Any = Qwen2Config) -> Any:
+    """A policy with adapters on every linear layer of the blocks, on the device."""
     config = config_of(
         vocab_size=64, pad_token_id=0, hidden_size=32, intermediate_size=48, num_hidden_layers=num_layers,
         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=4096,
     )  # fmt: skip
     torch.manual_seed(0)
     base = AutoModelForCausalLM.from_config(config, attn_implementation=attention.NAME, dtype=torch.bfloat16)
-    policy = make_policy(base, ModelConfig(name="none"), LoraConfig() if adapters else None, 1.0, 0)
-    return policy.causal_lm.to(CUDA).eval()
+    return make_policy(base, ModelConfig(name="none"), LoraConfig() if adapters else None, 1.0, 0).to(CUDA)
 
 
 def requests_of(groups: int, members: int, prompt: int, limits: list[int] | None = None) -> list[Request]:
@@ -222,6 +227,12 @@ def of_memory() -> dict[str, Any]:
     return {"pools": len(pools), "left": left, "streams": len(streams), "replays": SEEN.replays - replays}
 
 
+def first_logits() -> str:
+    """The dtype of the logits that first tokens are drawn from, of a policy in bfloat16."""
+    with torch.inference_mode(), RolloutModel(policy_of(1), torch.bfloat16, attention.NAME).open() as model:
+        return str(steps.prefill(model, [[5, 6, 7]])[1].dtype)
+
+
 def of_experts() -> dict[str, int]:
     """Kernels of steps whose feed-forward parts are experts, 2 of 4 for a token, by transformers' grouped products."""
     torch.histc = lambda x, bins, min, max: histc(x, bins)  # type: ignore[assignment]
@@ -254,7 +265,7 @@ def main() -> None:
         "gemma": of_steps(512, config_of=Gemma2Config),
         "full": read_by(requests_of(32, 16, 256, [9] * 512), 1024, tokens),
         "normal": read_by(requests_of(2, 16, 256, lengths), 512, tokens),
-        "memory": of_memory(),
+        "memory": of_memory(), "first logits": first_logits(),
     }))  # fmt: skip
 
 

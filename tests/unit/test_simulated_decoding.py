@@ -20,6 +20,11 @@ def test_a_step_takes_few_kernels(counts: Any, name: str) -> None:
     assert counts["without adapters"] <= 380
 
 
+def test_first_tokens_are_drawn_from_logits_of_32_bits(counts: Any) -> None:
+    """As the others are, by the fused step, and as the update scores them."""
+    assert counts["first logits"] == "torch.float32"
+
+
 @pytest.mark.slow
 def test_the_bound_of_a_steps_time_counts_every_kernel_and_product(counts: Any) -> None:
     step = printed("decoding_roofline.py")["H100: 512 rows, 512 own tokens"]
