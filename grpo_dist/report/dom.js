@@ -5,15 +5,17 @@ const data = JSON.parse(document.getElementById("data").textContent);
 const runs = data.runs;
 const variants = [...new Set(runs.map((run) => run.variant))].map((number) => {
   const members = runs.filter((run) => run.variant === number);
-  return { number, members, label: variantLabel(members.map((run) => run.name)) };
+  return { number, members, label: variantLabel(members) };
 });
 
-function variantLabel(names) {
+function variantLabel(members) {
+  const names = members.map((run) => run.name);
   if (names.length === 1) return names[0];
   let common = names[0];
   while (common && !names.every((name) => name.startsWith(common))) common = common.slice(0, -1);
   const label = common.replace(/[\s_./-]*(seed)?[\s_./-]*$/i, "") || `${names[0]} … ${names[names.length - 1]}`;
-  return `${label} (${names.length} seeds)`;
+  const seeds = new Set(members.map((run) => run.config["train.seed"]));
+  return `${label} (${names.length} ${seeds.size === names.length ? "seeds" : "runs"})`;
 }
 
 const state = {

@@ -104,7 +104,8 @@ def read_completions(run: Written, most_bytes: int) -> Completions:
     places: dict[str, int] = {}
     for step in chosen:
         try:
-            table = pq.ParquetFile(run.files[step]).read().to_pydict()  # pq.read_table would import pandas
+            with run.files[step].open("rb") as file:  # pyarrow cannot open paths that are no UTF-8
+                table = pq.ParquetFile(file).read().to_pydict()  # pq.read_table would import pandas
             _add(completions, step, table, read, places, most_bytes // len(chosen))
         except PermissionError:
             raise

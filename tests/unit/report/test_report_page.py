@@ -249,6 +249,12 @@ def test_a_logarithmic_scale(page: Page, tmp_path: Path) -> None:
     assert page.js(heights)[1] - page.js(heights)[0] > 5 * gaps[0]
 
 
+def test_runs_of_one_seed_are_no_seeds(page: Page, tmp_path: Path) -> None:
+    runs = [write_run(tmp_path / name) for name in ("first", "again")]
+    page.open(write_report([*runs, write_run(tmp_path / "other", batch_size=8)], tmp_path / "page.html"), 1440)
+    assert page.texts(".legend label") == ["first … again (2 runs)", "other"]
+
+
 @pytest.mark.parametrize("width", [390, 1440])
 def test_answers_that_begin_alike_are_told_apart(page: Page, tmp_path: Path, width: int) -> None:
     """Names of rows keep to their place whatever their letters, and lose their middle."""
