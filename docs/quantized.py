@@ -47,7 +47,7 @@ def tokens_a_second(rollout: RolloutModel, prompts: int, group: int) -> float:
 def print_speed(name: str, dtype: str, kind: Literal["nf4", "int8"]) -> None:
     """The lines of a kind of quantisation."""
     model, computed = ModelConfig(name=name, quantization=kind), getattr(torch, dtype)
-    policy = make_policy(load_causal_lm(model, computed, attention.NAME), model, LoraConfig(r=16), 1.0, 0).eval()
+    policy = make_policy(load_causal_lm(model, computed, attention.NAME), model, LoraConfig(r=16)).eval()
     torch.manual_seed(0)
     for parameter in trainable(policy).values():
         parameter.data.add_(torch.randn(parameter.shape) * 0.01)

@@ -194,7 +194,7 @@ class Evaluation:
         with unsharded_loading():
             policy = None
             if config.lora is not None:
-                policy = load_policy(config.model, config.lora, dtype, implementation, 1.0, 0, device=ranks.device)
+                policy = load_policy(config.model, config.lora, dtype, implementation, device=ranks.device)
             plain = policy.causal_lm if policy else load_causal_lm(config.model, dtype, implementation, ranks.device)
         model = plain.eval()
         ranks.wait_at("loaded the model")  # a download may take longer than a collective of the start waits

@@ -17,7 +17,7 @@ from ..model.expert_adapters import compute_adapters_apart
 from ..model.files import model_path
 from ..model.load import base_identity, load_causal_lm, load_policy, trainable
 from ..model.peft import with_saved_adapters
-from ..model.policy import Policy
+from ..model.policy import Policy, PolicyOptions
 from ..model.stored_weights import weights_fingerprint
 from ..model.toy import MODELS
 from ..monitoring.json_lines import read_history
@@ -110,7 +110,7 @@ def load(trained: Trained) -> tuple[Policy, Any]:
     here = at(trained, trained.path)
     stored = load_model_config(here).dtype
     if lora is None:
-        return Policy(load_causal_lm(here, stored, None), 1.0).eval(), tokenizer
+        return Policy(load_causal_lm(here, stored, None)).eval(), tokenizer
     for newest in checkpoint.complete(trained.run / "checkpoints")[:1]:
         _require_base(trained, checkpoint.load_meta(newest, {"identity": dict})["identity"])
     # merged weights may be in a larger dtype than the base that the adapters were trained on
@@ -118,7 +118,7 @@ def load(trained: Trained) -> tuple[Policy, Any]:
     base = load_causal_lm(model, stored if trained_in is None else DTYPES[trained_in], None)
     adapted = with_saved_adapters(base, str(trained.path / "adapter"))
     compute_adapters_apart(adapted)
-    return Policy(adapted, 1.0).eval(), tokenizer
+    return Policy(adapted).eval(), tokenizer
 
 
 def at(trained: Trained, path: Path) -> ModelConfig:
@@ -141,7 +141,7 @@ def _from_checkpoint(trained: Trained) -> Policy:
     _require_base(trained, meta["identity"], same)
     dtype = DTYPES[meta["dtype"]] if "dtype" in meta else resolve_dtype(model.dtype)
     lora = None if trained.lora is None else replace(trained.lora, init_from=None)  # the checkpoint has the values
-    policy = load_policy(model, lora, dtype, None, 1.0, 0, has_critic=meta["identity"]["critic"])
+    policy = load_policy(model, lora, dtype, None, PolicyOptions(has_critic=meta["identity"]["critic"]))
     with torch.no_grad():
         for name, parameter in trainable(policy).items():
             parameter.copy_(tensors[f"weight/{name}"])

@@ -25,7 +25,7 @@ from .expert_adapters import compute_adapters_apart, expert_parameters, of_exper
 from .files import UnfitModel, dequantized_form, layers_obstacle, model_path, require_weights
 from .loaded import note_own_head, require_finite, require_stored
 from .peft import LoraLayer, PeftLoraConfig, with_new_adapters
-from .policy import Policy, recompute_layers
+from .policy import PLAIN, Policy, PolicyOptions, recompute_layers
 from .quantization import quantized_loading, use_own_layers
 
 
@@ -100,7 +100,7 @@ def try_blank(
                              f"{error})") from error  # fmt: skip
         require_decoder(base)
         left_out = None if lora is None else adapter_targets(base, lora.target_modules, lora.target_parameters)[1]
-        make_policy(base, model, lora, 1.0, 0)
+        make_policy(base, model, lora)
     return left_out
 
 
@@ -119,26 +119,24 @@ def blank_causal_lm(
 
 def load_policy(
     model: ModelConfig, lora: LoraConfig | None, dtype: torch.dtype, attn_implementation: str | None,
-    temperature: float, seed: int, *, device: torch.device | None = None, has_critic: bool = False,
-    entropy_gradient: bool = False,
+    options: PolicyOptions = PLAIN, *, seed: int = 0, device: torch.device | None = None,
 ) -> Policy:  # fmt: skip
     """The policy, with its base on `device` or the CPU: in `dtype` with adapters, else in float32.
 
     Adapters have the values of `lora.init_from` where there is one.
     """
     base = load_causal_lm(model, dtype if lora else torch.float32, attn_implementation, device)
-    policy = make_policy(base, model, lora, temperature, seed, has_critic=has_critic, entropy_gradient=entropy_gradient)
+    policy = make_policy(base, model, lora, options, seed)
     if lora is not None and lora.init_from is not None:
         load_adapter(policy.model, lora.init_from)
     return policy
 
 
 def make_policy(
-    base: nn.Module, model: ModelConfig, lora: LoraConfig | None, temperature: float, seed: int, *,
-    has_critic: bool = False, entropy_gradient: bool = False,
+    base: nn.Module, model: ModelConfig, lora: LoraConfig | None, options: PolicyOptions = PLAIN,
+    seed: int = 0,
 ) -> Policy:  # fmt: skip
-    """The policy: adapters on a frozen base, or all weights trained if `lora` is None."""
-    extras: dict[str, Any] = {"has_critic": has_critic, "entropy_gradient": entropy_gradient}
+    """The policy: adapters, drawn with `seed`, on a frozen base, or all weights trained if `lora` is None."""
     if model.gradient_checkpointing:
         recompute_layers(base)
         if lora:
@@ -146,7 +144,7 @@ def make_policy(
     if lora is None:
         for name, parameter in base.named_parameters():  # weights that text never uses get no gradient on any rank
             parameter.requires_grad_(reads_text(base, name))
-        return Policy(base, temperature, **extras)
+        return Policy(base, options)
     torch.manual_seed(seed)  # all ranks draw the same adapters
     base.requires_grad_(False)
     targets, _ = adapter_targets(base, lora.target_modules, lora.target_parameters)
@@ -156,7 +154,7 @@ def make_policy(
     ))  # fmt: skip
     token_keys = drop_by_token(adapted, lora.dropout) if lora.dropout else None
     compute_adapters_apart(adapted)
-    return Policy(adapted, temperature, **extras, token_keys=token_keys)
+    return Policy(adapted, options, token_keys)
 
 
 def plain_name(name: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..config.checks import require
+from ..config.schema import Config
 from .critic import ValueHead
 from .dropout import TokenKeys
 from .fused_modules import fuse_gates, fuse_norms, fuse_rotations
@@ -20,19 +22,35 @@ from .peft import LoraLayer, PeftModel
 from .routing import routers_of
 
 
+@dataclass(frozen=True)
+class PolicyOptions:
+    """What a policy computes with its model, and for what."""
+
+    temperature: float = 1.0
+    """Of the distribution that the log-probabilities and entropies are of."""
+    has_critic: bool = False
+    entropy_gradient: bool = False
+    """Whether the loss has a gradient through the entropies."""
+
+    @classmethod
+    def of(cls, config: Config) -> PolicyOptions:
+        """Those of the policy that a run trains."""
+        return cls(config.rollout.temperature, config.has_critic, config.loss.entropy_coeff > 0)
+
+
+PLAIN = PolicyOptions()
+"""Of a policy that is not trained."""
+
+
 class Policy(nn.Module):
     """A causal language model that returns the log-probabilities of packs."""
 
-    def __init__(
-        self, model: nn.Module, temperature: float, *, has_critic: bool = False, entropy_gradient: bool = False,
-        token_keys: TokenKeys | None = None,
-    ) -> None:  # fmt: skip
+    def __init__(self, model: nn.Module, options: PolicyOptions = PLAIN, token_keys: TokenKeys | None = None) -> None:
         super().__init__()
         self.model = model
-        self.temperature = temperature
-        self.entropy_gradient = entropy_gradient
+        self.options = options
         self.token_keys = token_keys  # for adapters with dropout
-        self.value_head = ValueHead(self.causal_lm.config.get_text_config().hidden_size) if has_critic else None
+        self.value_head = ValueHead(self.causal_lm.config.get_text_config().hidden_size) if options.has_critic else None
         fuse_norms(self.causal_lm)
         fuse_gates(self.causal_lm)
         fuse_rotations(self.causal_lm)
@@ -68,8 +86,8 @@ class Policy(nn.Module):
         inputs: dict[str, Any] = {"input_ids": pack.ids[None], "use_cache": False}
         if pack.layout is not None:
             inputs |= {"position_ids": pack.positions[None], "layout": pack.layout}
-        numbers: dict[str, Any] = {"targets": pack.targets, "temperature": self.temperature,
-                                   "entropy_gradient": self.entropy_gradient}  # fmt: skip
+        numbers: dict[str, Any] = {"targets": pack.targets, "temperature": self.options.temperature,
+                                   "entropy_gradient": self.options.entropy_gradient}  # fmt: skip
         if self.fused_head:
             hidden = self.causal_lm.base_model(**inputs).last_hidden_state[0, pack.predictor]
             logprobs, entropies = self.causal_lm.get_output_embeddings()(hidden, **numbers)

@@ -13,7 +13,7 @@ from ..config.schema import Config
 from ..distributed.device import dtype_name
 from .packing import Pack
 from .peft import LoraLayer
-from .policy import Policy
+from .policy import Policy, PolicyOptions
 
 REFERENCE_PACK = 4
 """Packs of the reference have this many times train.max_tokens_per_pack tokens."""
@@ -58,7 +58,7 @@ class FrozenCopy:
     """The base model with its own weights."""
 
     def __init__(self, model: nn.Module, temperature: float) -> None:
-        self.policy = Policy(model.eval().requires_grad_(False), temperature)
+        self.policy = Policy(model.eval().requires_grad_(False), PolicyOptions(temperature))
 
     @torch.no_grad()
     def logprobs(self, pack: Pack) -> Tensor:

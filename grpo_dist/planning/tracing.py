@@ -27,7 +27,7 @@ from ..model.fixed_row import most_positions
 from ..model.load import blank_causal_lm, make_policy, trainable
 from ..model.packing import Pack, Piece, make_pack
 from ..model.peft import LoraLayer
-from ..model.policy import Policy
+from ..model.policy import Policy, PolicyOptions
 from ..model.quantization import quantize_blank
 from ..model.quantized import quantized_layers
 from ..rollout.room import cache_width
@@ -72,8 +72,7 @@ def build_policy(
     if kind is not None and config.lora is not None:
         quantize_blank(base, kind, model_config, precision.policy)
     with torch.device("meta"):
-        policy = make_policy(base, config.model, config.lora, config.rollout.temperature, config.train.seed,
-                             has_critic=config.has_critic, entropy_gradient=config.loss.entropy_coeff > 0)  # fmt: skip
+        policy = make_policy(base, config.model, config.lora, PolicyOptions.of(config))
     if precision.casts_all:
         policy.to(precision.policy)
     policy.fused_head = isinstance(policy.causal_lm.get_output_embeddings(), nn.Linear)
@@ -199,9 +198,8 @@ class _Traced:
         return low + (high - low) * (depth - TRACED_LAYERS[0]) // (TRACED_LAYERS[1] - TRACED_LAYERS[0])
 
     def _peak(self, trace: Callable[..., int], config: Config, precision: Precision, shape: Shape, depth: int) -> int:
-        options = config.model, config.lora, config.rollout.temperature
-        built_in = config.has_critic, config.loss.entropy_coeff > 0
-        given = trace, repr((*options, *built_in, self.model_config)), self.implementation, precision, shape, depth
+        built = repr((config.model, config.lora, PolicyOptions.of(config), self.model_config))
+        given = trace, built, self.implementation, precision, shape, depth
         if given not in _peaks:
             policy = build_policy(config, self.model_config, self.implementation, precision, depth)
             pack = example_pack(shape, self.implementation == attention.NAME)

@@ -25,7 +25,7 @@ from ..model.files import UnfitModel, kind_of, require_unsharded
 from ..model.load import attention_for, load_causal_lm, load_policy, trainable
 from ..model.loaded import base_fits_bfloat16
 from ..model.optimizer import make_optimizer
-from ..model.policy import Policy
+from ..model.policy import Policy, PolicyOptions
 from ..model.quantization import describe
 from ..model.reference import (
     AdaptersAtStart,
@@ -79,9 +79,9 @@ def load_models(
     require_own_values(config, ranks.strategy.shards_weights)
     implementation, obstacle = attention_for(config.model, model_config, config.max_sequence_length)
     window = short_window(model_config, config.max_sequence_length)
-    policy = load_policy(config.model, config.lora, dtype, implementation, config.rollout.temperature,
-                         config.train.seed, device=None if ranks.strategy.shards_weights else ranks.device,
-                         has_critic=config.has_critic, entropy_gradient=config.loss.entropy_coeff > 0)  # fmt: skip
+    policy = load_policy(config.model, config.lora, dtype, implementation, PolicyOptions.of(config),
+                         seed=config.train.seed,
+                         device=None if ranks.strategy.shards_weights else ranks.device)  # fmt: skip
     if kind is not None:
         log.info("%s", describe(policy, kind))
     if (form := form_of(policy.causal_lm)) is not None:
@@ -141,7 +141,7 @@ def _load_reference(
     copy_dtype = resolve_dtype(config.reference.dtype)
     if not has_reference(config):
         return None
-    lora, temperature = config.lora, config.rollout.temperature
+    lora = config.lora
     has_adapter = lora is not None and lora.init_from is not None and config.reference.model == "adapter"
     has_base = not ranks.strategy.shards_weights and (is_quantized or is_same_base(
         dtype, copy_dtype, fast_bfloat16=gpu_multiplies_bfloat16(),
@@ -152,8 +152,8 @@ def _load_reference(
         log.warning("%s", rounded)
     with unsharded_loading():
         if has_adapter and lora is not None:
-            copy = load_policy(config.model, replace(lora, dropout=0.0), copy_dtype, implementation, temperature,
-                               config.train.seed, device=ranks.device).model  # fmt: skip
+            copy = load_policy(config.model, replace(lora, dropout=0.0), copy_dtype, implementation,
+                               seed=config.train.seed, device=ranks.device).model  # fmt: skip
         else:
             copy = load_causal_lm(config.model, copy_dtype, implementation, ranks.device)
-    return FrozenCopy(copy, temperature)
+    return FrozenCopy(copy, config.rollout.temperature)

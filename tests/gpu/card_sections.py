@@ -186,9 +186,7 @@ def model_of(shape: str, dtype: torch.dtype = torch.bfloat16, **options: Any) ->
 
 def adapted(shape: str, checkpointing: bool = False) -> Any:
     """A policy with adapters of rank 16 that add something, on the device."""
-    policy = make_policy(
-        model_of(shape), ModelConfig(name="none", gradient_checkpointing=checkpointing), LoraConfig(), 1.0, 0
-    )
+    policy = make_policy(model_of(shape), ModelConfig(name="none", gradient_checkpointing=checkpointing), LoraConfig())
     policy.fused_head = True
     with torch.no_grad():
         for name, parameter in policy.named_parameters():

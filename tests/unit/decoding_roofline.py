@@ -68,7 +68,7 @@ def made(num_layers: int, rows: int) -> Any:
         num_attention_heads=6, num_key_value_heads=2, max_position_embeddings=4096, tie_word_embeddings=True,
     )  # fmt: skip
     base = AutoModelForCausalLM.from_config(config, attn_implementation=attention.NAME, dtype=torch.bfloat16)
-    policy = make_policy(base, ModelConfig(name="none"), LoraConfig(r=8), 1.0, 0)
+    policy = make_policy(base, ModelConfig(name="none"), LoraConfig(r=8))
     engine = NativeDecoder([2], 1024, 1 << 20, step_of=FusedStep, captures=False)
     requests = decoding.requests_of(PROMPTS, rows // PROMPTS, PROMPT)
     work = gpu.DecodingOverPages(engine, policy.causal_lm.to(CUDA).eval(), deque(requests), Sampling())

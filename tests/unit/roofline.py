@@ -55,7 +55,7 @@ def of_layers(num_layers: int) -> Totals:
         num_key_value_heads=2, max_position_embeddings=512, tie_word_embeddings=True,
     )  # fmt: skip
     base = AutoModelForCausalLM.from_config(config, attn_implementation=attention.NAME, dtype=torch.bfloat16)
-    policy = make_policy(base, ModelConfig(name="none"), LoraConfig(r=5), 1.0, 0)
+    policy = make_policy(base, ModelConfig(name="none"), LoraConfig(r=5))
     policy.fused_head = True
     policy, pack = policy.to(CUDA).train(), example_pack(packs.SHAPE, share_prompts=True)
     logprobs.CHUNK_ELEMENTS = {"cpu": 1 << 24, "cuda": 17 * 64}

@@ -100,7 +100,7 @@ def policy_of(num_layers: int, adapters: bool = True, config_of: Any = Qwen2Conf
     )  # fmt: skip
     torch.manual_seed(0)
     base = AutoModelForCausalLM.from_config(config, attn_implementation=attention.NAME, dtype=torch.bfloat16)
-    return make_policy(base, ModelConfig(name="none"), LoraConfig() if adapters else None, 1.0, 0).to(CUDA)
+    return make_policy(base, ModelConfig(name="none"), LoraConfig() if adapters else None).to(CUDA)
 
 
 def requests_of(groups: int, members: int, prompt: int, limits: list[int] | None = None) -> list[Request]:

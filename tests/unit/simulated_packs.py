@@ -45,7 +45,7 @@ def make_model(num_layers: int) -> Any:
     )  # fmt: skip
     torch.manual_seed(0)
     base = AutoModelForCausalLM.from_config(config, attn_implementation=attention.NAME, dtype=torch.bfloat16)
-    policy = make_policy(base, ModelConfig(name="none"), LoraConfig(), 1.0, 0)
+    policy = make_policy(base, ModelConfig(name="none"), LoraConfig())
     policy.fused_head = True
     for parameter in policy.parameters():
         parameter.data += 0.1 * torch.randn_like(parameter)

@@ -56,7 +56,7 @@ def make_base(path: Path, tied: bool) -> ModelConfig:
 
 def make_policy(base: ModelConfig, lora: LoraConfig | None) -> Policy:
     """A policy that training has moved away from its base."""
-    policy = load_policy(base, lora, torch.float32, attention.NAME, 1.0, seed=0)
+    policy = load_policy(base, lora, torch.float32, attention.NAME)
     torch.manual_seed(1)
     with torch.no_grad():
         for parameter in trainable(policy).values():
@@ -73,7 +73,7 @@ def logits(model: nn.Module, shared: bool = True) -> Tensor:
 
 def make_moved(base: ModelConfig, dtype: torch.dtype, moved: float) -> Policy:
     """A policy whose adapters have learned: every entry of B has moved so far."""
-    policy = load_policy(base, LORA, dtype, attention.NAME, 1.0, 0).eval()
+    policy = load_policy(base, LORA, dtype, attention.NAME).eval()
     torch.manual_seed(1)
     for name, parameter in trainable(policy).items():
         if "lora_B" in name:

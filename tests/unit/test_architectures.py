@@ -80,7 +80,7 @@ def test_the_line_says_what_is_done(line: Architecture) -> None:
     blank = blank_causal_lm(model, config, torch.float32, implementation)
     assert reasons(adapter_targets(blank, "all-linear")[1]) == line.without
 
-    policy = make_policy(base, model, LoraConfig(r=2, alpha=2.0), 1.0, seed=0).eval()
+    policy = make_policy(base, model, LoraConfig(r=2, alpha=2.0)).eval()
     for parameter in trainable(policy).values():  # adapters that do something
         parameter.data.add_(torch.randn(parameter.shape) * 0.1)
     weights = RolloutModel(policy, torch.float32, implementation)

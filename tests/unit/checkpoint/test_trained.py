@@ -24,7 +24,7 @@ from grpo_dist.model.config_files import load_model_config, load_tokenizer
 from grpo_dist.model.export import save_final
 from grpo_dist.model.export import write_merged as write
 from grpo_dist.model.load import adapted_layers, base_identity, load_policy, trainable
-from grpo_dist.model.policy import Policy
+from grpo_dist.model.policy import Policy, PolicyOptions
 from grpo_dist.model.stored_weights import weights_fingerprint
 
 
@@ -78,7 +78,7 @@ def test_the_base_is_loaded_in_the_dtype_it_was_trained_in(base: ModelConfig, tm
 
 
 def test_a_critic_stays_behind(base: ModelConfig, tmp_path: Path) -> None:
-    policy = load_policy(base, LORA, torch.bfloat16, attention.NAME, 1.0, 0, has_critic=True).eval()
+    policy = load_policy(base, LORA, torch.bfloat16, attention.NAME, PolicyOptions(has_critic=True)).eval()
     leave_behind(tmp_path / "run", base, policy, LORA, critic=True)
     loaded, _ = load(find(tmp_path / "run" / "checkpoints" / "step_1"))
     assert loaded.causal_lm.dtype == torch.bfloat16
@@ -110,10 +110,10 @@ def test_another_base_is_refused(base: ModelConfig, tmp_path: Path) -> None:
 def test_adapters_that_could_not_be_merged(target: str, base: ModelConfig) -> None:
     lora = LoraConfig(r=2, target_modules=["q_proj", target])
     if target == "lm_head" and not load_model_config(base).tie_word_embeddings:
-        load_policy(base, lora, torch.float32, None, 1.0, 0)
+        load_policy(base, lora, torch.float32, None)
     else:
         with pytest.raises(ValueError, match=rf"lora\.target_modules: .*{target}"):
-            load_policy(base, lora, torch.float32, None, 1.0, 0)
+            load_policy(base, lora, torch.float32, None)
 
 
 def test_files_that_differ_are_noticed(base: ModelConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

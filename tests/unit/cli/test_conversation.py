@@ -29,7 +29,7 @@ def test_generation_config_of_the_model_has_no_part(
     trained = Trained(tmp_path, tmp_path, 1, asdict(config), True)
     answers = []
     for strange in (False, True):
-        policy = load_policy(ModelConfig("toy"), config.lora, DTYPES["float32"], None, 1.0, 0)
+        policy = load_policy(ModelConfig("toy"), config.lora, DTYPES["float32"], None)
         if strange:
             policy.causal_lm.generation_config = GenerationConfig(
                 repetition_penalty=9.0, no_repeat_ngram_size=1, min_new_tokens=7, top_k=1, max_length=3, do_sample=True,
@@ -44,7 +44,7 @@ def test_generation_config_of_the_model_has_no_part(
 
 def test_the_likeliest_answer_is_the_model_s_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config, tokenizer = Config(), load_tokenizer(ModelConfig("toy"))
-    policy = load_policy(ModelConfig("toy"), config.lora, DTYPES["float32"], None, 1.0, 0).eval()
+    policy = load_policy(ModelConfig("toy"), config.lora, DTYPES["float32"], None).eval()
     trained = Trained(tmp_path, tmp_path, 1, asdict(config), True)
     Conversation(trained, policy, tokenizer, 0.0, 12, seed=0).answer(PROMPT)
     inputs = tokenizer(PROMPT, return_tensors="pt")
@@ -56,7 +56,7 @@ def test_the_likeliest_answer_is_the_model_s_own(tmp_path: Path, capsys: pytest.
 
 def test_the_run_s_ends_and_bans_hold_in_a_chat(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config, tokenizer = Config(), load_tokenizer(ModelConfig("toy"))
-    policy = load_policy(ModelConfig("toy"), config.lora, DTYPES["float32"], None, 1.0, 0).eval()
+    policy = load_policy(ModelConfig("toy"), config.lora, DTYPES["float32"], None).eval()
     config.rollout.stop, config.rollout.min_new_tokens, config.rollout.banned_tokens = ["3"], 6, ["5"]
     trained = Trained(tmp_path, tmp_path, 1, asdict(config), True)
     Conversation(trained, policy, tokenizer, 0.0, 24, seed=0).answer(PROMPT)

@@ -64,7 +64,7 @@ def test_the_policy_begins_as_the_adapter(base: ModelConfig, tmp_path: Path, use
     assert with_adapter(replace(config_of(base.name), lora=LoraConfig(init_from=str(place)))).lora == replace(
         shape, dropout=0.0
     )
-    policy = load_policy(config.model, shape, torch.float32, None, 1.0, 0).eval()
+    policy = load_policy(config.model, shape, torch.float32, None).eval()
     plain = AutoModelForCausalLM.from_pretrained(base.name, dtype="float32")
     expected = PeftModel.from_pretrained(plain, str(place)).eval()
     with torch.no_grad():
@@ -95,7 +95,7 @@ def test_a_base_beside_the_adapter(base: ModelConfig, tmp_path: Path) -> None:
 
 def test_the_reference_is_the_adapter_or_the_base(base: ModelConfig, tmp_path: Path) -> None:
     config = with_adapter(config_of(make_adapter(tmp_path / "adapter", base), lora=LoraConfig(dropout=0.2)))
-    policy = load_policy(config.model, config.lora, torch.float32, None, 1.0, 0)
+    policy = load_policy(config.model, config.lora, torch.float32, None)
     policy.train()
 
     def scores(row: Any) -> tuple[torch.Tensor]:
@@ -163,7 +163,7 @@ def test_an_adapter_of_another_base(base: ModelConfig, tmp_path: Path) -> None:
     kinds: dict[str, dict[str, Any]] = {"adapter": {}, "other": {"target_modules": ["q_proj"]}, "wide": {"r": 5}}
     places = [make_adapter(tmp_path / name, base, **options) for name, options in kinds.items()]
     config = with_adapter(config_of(places[0]))
-    policy = load_policy(config.model, config.lora, torch.float32, None, 1.0, 0)
+    policy = load_policy(config.model, config.lora, torch.float32, None)
     with pytest.raises(UnfitModel, match="it lacks"):
         load_adapter(policy.model, str(places[1]))
     with pytest.raises(UnfitModel, match="another base model"):

@@ -52,14 +52,12 @@ def test_all_linear_layers_of_a_plain_model() -> None:
     assert adapter_targets(blank("qwen2", tie_word_embeddings=True), "all-linear") == ("all-linear", None)
     assert adapter_targets(blank("gpt2", n_embd=32, n_layer=2, n_head=4), ["c_attn"]) == (["c_attn"], None)
     assert adapter_targets(blank("qwen2"), r".*\.1\..*q_.*") == (["model.layers.1.self_attn.q_proj"], None)
-    assert (
-        len(adapted_layers(make_policy(blank("qwen2"), ModelConfig(), LoraConfig(target_modules=".*"), 1.0, 0))) == 15
-    )
+    assert len(adapted_layers(make_policy(blank("qwen2"), ModelConfig(), LoraConfig(target_modules=".*")))) == 15
     assert adapter_targets(blank("qwen2", tie_word_embeddings=False), ["lm_head"]) == (["lm_head"], None)
 
 
 def test_experts_in_one_tensor_are_left_out() -> None:
-    policy = make_policy(blank("qwen3_moe", **MOE), ModelConfig(), LoraConfig(), 1.0, 0)
+    policy = make_policy(blank("qwen3_moe", **MOE), ModelConfig(), LoraConfig())
     assert {name.rpartition(".")[2] for name in adapted_layers(policy)} == {"q_proj", "k_proj", "v_proj", "o_proj"}
     left_out = try_blank(ModelConfig(), LoraConfig(), config("qwen3_moe", **MOE), None)
     assert left_out == "down_proj, gate_up_proj (experts in one tensor)"
@@ -70,7 +68,7 @@ def test_layers_that_mambas_kernels_take_apart_are_left_out(kind: str) -> None:
     """PEFT refuses them for some types; on a GPU an adapter there would be in the rollout and not in the update."""
     sizes = {"num_heads": 8, "head_dim": 8} if kind == "mamba2" else {}
     model = blank(kind, **sizes)
-    names = adapted_layers(make_policy(model, ModelConfig(), LoraConfig(), 1.0, 0))
+    names = adapted_layers(make_policy(model, ModelConfig(), LoraConfig()))
     assert {name.rpartition(".")[2] for name in names if ".mixer." in name or ".mamba." in name} == {"in_proj"}
     with pytest.raises(UnfitModel, match="'out_proj' cannot have adapters: Mamba's kernels take its weights"):
         adapter_targets(model, ["out_proj"])
@@ -78,7 +76,7 @@ def test_layers_that_mambas_kernels_take_apart_are_left_out(kind: str) -> None:
 
 @pytest.mark.parametrize(("targets", "count"), [("all-linear", 14), (["q_proj", "k_proj"], 4)])
 def test_towers_beside_the_language_model_are_left_out(targets: str | list[str], count: int) -> None:
-    policy = make_policy(blank("gemma3"), ModelConfig(), LoraConfig(target_modules=targets), 1.0, 0)
+    policy = make_policy(blank("gemma3"), ModelConfig(), LoraConfig(target_modules=targets))
     names = list(adapted_layers(policy))
     assert len(names) == count and all("language_model" in name for name in names)
     with pytest.raises(UnfitModel, match="'out_proj' cannot have adapters: outside the language model"):
@@ -86,9 +84,9 @@ def test_towers_beside_the_language_model_are_left_out(targets: str | list[str],
 
 
 def test_towers_beside_the_language_model_are_not_trained_at_all() -> None:
-    trained = trainable(make_policy(blank("gemma3"), ModelConfig(), None, 1.0, 0))
+    trained = trainable(make_policy(blank("gemma3"), ModelConfig(), None))
     assert trained and not [name for name in trained if "vision" in name or "projector" in name]
-    assert len(trainable(make_policy(blank("qwen2"), ModelConfig(), None, 1.0, 0))) > 20
+    assert len(trainable(make_policy(blank("qwen2"), ModelConfig(), None))) > 20
 
 
 @pytest.mark.parametrize(
@@ -248,7 +246,7 @@ def test_names_that_peft_takes_for_experts_are_left_out() -> None:
     """It would put those adapters on the experts' tensors, for which nothing here is made."""
     sizes = {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "moe_intermediate_size": 16,
              "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1}  # fmt: skip
-    names = adapted_layers(make_policy(blank("dots1", **sizes), ModelConfig(), LoraConfig(), 1.0, 0))
+    names = adapted_layers(make_policy(blank("dots1", **sizes), ModelConfig(), LoraConfig()))
     assert {name.rpartition(".")[2] for name in names} == {"q_proj", "k_proj", "v_proj", "o_proj"}
     with pytest.raises(UnfitModel, match="'up_proj' cannot have adapters: PEFT takes its name for the experts'"):
         adapter_targets(blank("dots1", **sizes), ["q_proj", "up_proj"])

@@ -73,9 +73,9 @@ def test_the_base_has_the_values_of_the_checkpoint(packed: Any) -> None:
 
 def test_adapters_learn_as_on_the_plain_model(packed: Any, tmp_path: Path) -> None:
     form, path, values = packed
-    policy = load_policy(ModelConfig(str(path)), LORA, torch.float32, "eager", 1.0, 0)
+    policy = load_policy(ModelConfig(str(path)), LORA, torch.float32, "eager")
     plain_model(path, values).save_pretrained(tmp_path / "plain")
-    plain = load_policy(ModelConfig(str(tmp_path / "plain")), LORA, torch.float32, "eager", 1.0, 0)
+    plain = load_policy(ModelConfig(str(tmp_path / "plain")), LORA, torch.float32, "eager")
     ids, gradients = torch.randint(256, (2, 9)), []
     for each in (policy, plain):
         each.causal_lm(input_ids=ids).logits.logsumexp(-1).sum().backward()

@@ -98,7 +98,7 @@ def tiny_policy(dropout: float, checkpointing: bool = False) -> Policy:
                                         num_attention_heads=4, num_key_value_heads=2))  # fmt: skip
     base.set_attn_implementation(attention.NAME)
     model, lora = ModelConfig(gradient_checkpointing=checkpointing), LoraConfig(r=4, dropout=dropout)
-    policy = make_policy(base, model, lora, 1.0, seed=0)
+    policy = make_policy(base, model, lora)
     for name, parameter in policy.named_parameters():
         if "lora_B" in name:
             parameter.data.normal_(std=0.1)

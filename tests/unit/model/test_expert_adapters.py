@@ -33,7 +33,7 @@ def moved(
     kind: str, dtype: torch.dtype = torch.float32, by: float = 0.05, lora: LoraConfig = LORA, base: Any = None
 ) -> Policy:
     """A policy whose adapters have learned, on `base` or a model of the type."""
-    policy = make_policy(base or build(kind, "eager").to(dtype), ModelConfig(), lora, 1.0, 0).eval()
+    policy = make_policy(base or build(kind, "eager").to(dtype), ModelConfig(), lora).eval()
     torch.manual_seed(1)
     for name, parameter in trainable(policy).items():
         if "lora_B" in name:

@@ -21,6 +21,7 @@ from grpo_dist.model.export import choose_dtype, kept_shares, merged_state, save
 from grpo_dist.model.fixed_row import fixed_logits
 from grpo_dist.model.load import Policy, adapted_layers, load_causal_lm, load_policy, trainable
 from grpo_dist.model.packing import Pack, Piece, make_pack
+from grpo_dist.model.policy import PolicyOptions
 from grpo_dist.model.reference import AdaptersOff, FrozenCopy
 from grpo_dist.model.rollout_weights import RolloutModel
 from grpo_dist.types import Batch, Prompt
@@ -54,13 +55,13 @@ def assert_same_bits(model: nn.Module, expected: dict[str, Tensor]) -> None:
 @pytest.mark.parametrize("lora", [LORA, None], ids=["lora", "full"])
 def test_the_first_step_has_no_kl(lora: LoraConfig | None, base: ModelConfig) -> None:
     """Promise 4: before training, the policy's log-probabilities are the reference's."""
-    policy, pack = load_policy(base, lora, torch.float32, attention.NAME, 1.0, seed=0), make_pack_of_two()
+    policy, pack = load_policy(base, lora, torch.float32, attention.NAME), make_pack_of_two()
     assert torch.equal(make_copy(base).logprobs(pack), policy(pack)[0].detach())
     assert not torch.equal(make_copy(base).logprobs(pack), make_policy(base, lora)(pack)[0].detach())
 
 
 def test_the_same_seed_draws_the_same_adapters(base: ModelConfig) -> None:
-    one, same, other = (load_policy(base, LORA, torch.float32, attention.NAME, 1.0, seed) for seed in (3, 3, 4))
+    one, same, other = (load_policy(base, LORA, torch.float32, attention.NAME, seed=seed) for seed in (3, 3, 4))
     assert trainable(one).keys() == trainable(same).keys()
     assert all(".lora_" in name for name in trainable(one))
     assert all(torch.equal(p, trainable(same)[name]) for name, p in trainable(one).items())
@@ -68,7 +69,7 @@ def test_the_same_seed_draws_the_same_adapters(base: ModelConfig) -> None:
 
 
 def test_full_fine_tuning_trains_everything_in_float32(base: ModelConfig) -> None:
-    policy = load_policy(base, None, torch.bfloat16, attention.NAME, 1.0, 0)
+    policy = load_policy(base, None, torch.bfloat16, attention.NAME)
     assert len(trainable(policy)) == len(list(policy.parameters()))
     assert all(p.dtype == torch.float32 for p in policy.parameters())
 
@@ -108,7 +109,7 @@ def test_a_tied_head_that_comes_before_the_embeddings_is_written(lora: LoraConfi
                              num_attention_heads=4, max_position_embeddings=64, bos_token_id=None)  # fmt: skip
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
-    policy = load_policy(ModelConfig(name=str(tmp_path)), lora, torch.float32, "sdpa", 1.0, 0).eval()
+    policy = load_policy(ModelConfig(name=str(tmp_path)), lora, torch.float32, "sdpa").eval()
     trainable(policy)[list(trainable(policy))[-1]].data.add_(0.1)
     save_final(policy, make_tokenizer(), tmp_path / "final", is_main=True)
     final = AutoModelForCausalLM.from_pretrained(tmp_path / "final").eval()
@@ -122,7 +123,7 @@ def test_a_head_of_its_own_is_kept_although_its_config_says_tied(lora: LoraConfi
     file = tmp_path / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"tie_word_embeddings": True}))
     target = logits(AutoModelForCausalLM.from_pretrained(tmp_path).eval(), shared=False)
-    policy = load_policy(base, lora, torch.float32, attention.NAME, 1.0, 0).eval()
+    policy = load_policy(base, lora, torch.float32, attention.NAME).eval()
     assert torch.allclose(logits(policy.causal_lm), target, atol=1e-5)
     with RolloutModel(policy, torch.float32, attention.NAME).open() as model:
         assert torch.allclose(logits(model), target, atol=1e-5)
@@ -137,7 +138,7 @@ def test_other_ranks_export_nothing(base: ModelConfig, tmp_path: Path) -> None:
 
 
 def test_a_bfloat16_policy_is_merged_in_float32(base: ModelConfig, tmp_path: Path) -> None:
-    policy = load_policy(base, LORA, torch.bfloat16, attention.NAME, 1.0, 0).eval()
+    policy = load_policy(base, LORA, torch.bfloat16, attention.NAME).eval()
     torch.manual_seed(1)
     for parameter in trainable(policy).values():
         parameter.data.add_(torch.randn(parameter.shape) * 0.1)
@@ -239,7 +240,7 @@ def test_a_config_that_asks_for_more_output_changes_nothing(base: ModelConfig, t
 
 def test_log_probabilities_are_at_the_temperature(base: ModelConfig) -> None:
     pack = make_pack_of_two()
-    policy = Policy(load_causal_lm(base, torch.float32, attention.NAME), 0.5)
+    policy = Policy(load_causal_lm(base, torch.float32, attention.NAME), PolicyOptions(temperature=0.5))
     model = load_causal_lm(base, torch.float32, "sdpa")
     expected = []
     for completion in (IDS[:3], IDS[3:5]):

@@ -15,7 +15,7 @@ from grpo_dist.distributed.optimizer_state import WholeOptimizerState
 from grpo_dist.distributed.ranks import Ranks
 from grpo_dist.model.load import make_policy, trainable
 from grpo_dist.model.optimizer import make_optimizer, orthogonal
-from grpo_dist.model.policy import Policy
+from grpo_dist.model.policy import Policy, PolicyOptions
 
 CPU = torch.device("cpu")
 with_muon = pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch 2.9 has Muon")
@@ -30,7 +30,7 @@ def make(optimizer: Any, lora: LoraConfig | None, *, has_critic: bool = False) -
         vocab_size=61, hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=64, tie_word_embeddings=False,
     ))  # fmt: skip
-    policy = make_policy(base, ModelConfig(), lora, 1.0, 0, has_critic=has_critic)
+    policy = make_policy(base, ModelConfig(), lora, PolicyOptions(has_critic=has_critic))
     config = Config(lora=lora, optim=OptimConfig(learning_rate=1e-3, optimizer=optimizer, weight_decay=0.01))
     return policy, make_optimizer(policy, config, CPU)
 

@@ -19,8 +19,8 @@ from grpo_dist.model import attention
 from grpo_dist.model.block_attention import BLOCK, block_layout
 from grpo_dist.model.critic import ValueHead
 from grpo_dist.model.layout import AttentionOptions
-from grpo_dist.model.load import Policy
 from grpo_dist.model.packing import FILLER, PAIRS_PER_TOKEN, Piece, make_pack, piece_cost, plan
+from grpo_dist.model.policy import Policy, PolicyOptions
 from grpo_dist.types import Batch, Prompt
 
 pytestmark = pytest.mark.quick
@@ -399,7 +399,9 @@ def test_packing_changes_neither_loss_nor_gradient(name: str, estimator: str, le
         expected += float(loss.detach())
     gradient = flat_gradient(plain)
 
-    shared, rows_model = (Policy(build(config, name), 1.0, entropy_gradient=True) for name in (attention.NAME, "sdpa"))
+    shared, rows_model = (
+        Policy(build(config, name), PolicyOptions(entropy_gradient=True)) for name in (attention.NAME, "sdpa")
+    )
     runs = [(shared, budget, ranks, True) for budget, ranks in ((2, 1), (330, 2), (100000, 3))]
     for policy, budget, num_ranks, share in [*runs, (rows_model, 400, 2, False)]:
         total = 0.0
@@ -417,7 +419,7 @@ def test_packing_changes_neither_loss_nor_gradient(name: str, estimator: str, le
 def test_an_empty_pack_reaches_every_trained_weight(config: Qwen2Config) -> None:
     """ZeRO and DDP wait for a gradient of each parameter on each rank."""
     for implementation, share in ((attention.NAME, True), ("sdpa", False)):
-        policy = Policy(build(config, implementation), 1.0)
+        policy = Policy(build(config, implementation))
         policy.value_head = ValueHead(config.hidden_size)
         logprobs, entropies, values = policy(make_pack(make_batch([(3, [2])]), [], share_prompts=share))
         assert logprobs.shape == entropies.shape == values.shape == (0,)

@@ -60,7 +60,7 @@ def dense(model: nn.Module) -> nn.Module:
 
 def moved(base: nn.Module) -> Policy:
     """A policy on this base whose adapters have learned something."""
-    policy = make_policy(base, ModelConfig(), LORA, 1.0, 0).eval()
+    policy = make_policy(base, ModelConfig(), LORA).eval()
     torch.manual_seed(1)
     for parameter in trainable(policy).values():
         parameter.data.add_(torch.randn(parameter.shape) * 0.1)

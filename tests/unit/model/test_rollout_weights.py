@@ -43,7 +43,7 @@ def make(
     with torch.no_grad():
         for name, parameter in base.named_parameters():
             parameter.add_(torch.randn(parameter.shape) * (0.5 if name.endswith("bias") else 0.1))
-    policy = make_policy(base, ModelConfig(), lora, 1.0, 0)
+    policy = make_policy(base, ModelConfig(), lora)
     return policy.train()
 
 

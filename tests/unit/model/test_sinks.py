@@ -35,7 +35,7 @@ def model_with_sinks(implementation: str, window: int) -> Any:
 
 def computed(implementation: str, window: int, share_prompts: bool) -> list[Tensor]:
     """Log-probabilities of all completions, and the gradients of all weights."""
-    policy = Policy(model_with_sinks(implementation, window), 1.0).train()
+    policy = Policy(model_with_sinks(implementation, window)).train()
     batch = batch_of(PROMPTS, DRAWN)
     places = {slot: [n for n, group in enumerate(batch.group.tolist()) if group == slot] for slot in range(2)}
     shared = [[Piece(slot, members) for slot, members in places.items()]]

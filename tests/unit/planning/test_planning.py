@@ -236,7 +236,7 @@ def test_counts_are_those_of_the_loaded_model() -> None:
         precision = Precision(torch.float32, torch.float32, False)
         return count(build_policy(config, model_config, attention.NAME, precision))
 
-    real = load_policy(config.model, config.lora, torch.float32, attention.NAME, 1.0, 0)
+    real = load_policy(config.model, config.lora, torch.float32, attention.NAME)
     counts = counted(config)
     assert counts == count(real)
     assert counts.parameters + counts.adapters == sum(p.numel() for p in real.parameters())
@@ -259,7 +259,7 @@ def test_a_traced_pass_holds_what_the_real_one_does(checkpointing: bool, lora: L
     model = ModelConfig(gradient_checkpointing=checkpointing)
     config = config_of(model=model, lora=lora, reference=ReferenceConfig(dtype="float32"))
     predicted = Predictor(config, load_model_config(model), "cpu").inputs(2, "DDP").passes
-    policy = load_policy(model, lora, torch.float32, attention.NAME, 1.0, 0)
+    policy = load_policy(model, lora, torch.float32, attention.NAME)
     policy.train().fused_head = True
     pack = example_pack(((40, (24,) * 4),) * 2, True)
     assert len(pack.ids) <= 400

@@ -115,7 +115,7 @@ def test_a_base_in_training_computes_as_in_a_rollout(kind: str, recomputes: bool
     if recomputes:
         recompute_layers(model)
         model.enable_input_require_grads()
-    policy = Policy(get_peft_model(model, LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM")), 1.0)
+    policy = Policy(get_peft_model(model, LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM")))
     expected = policy.eval()(pack)[0]
     assert not is_noisy(lambda: in_training(policy))
     assert torch.equal(in_training(policy), expected)
@@ -135,7 +135,7 @@ def test_a_base_in_training_computes_as_in_a_rollout(kind: str, recomputes: bool
 def test_adapter_dropout_and_no_other_is_on_in_training() -> None:
     model = build("opt", "eager", **NOISY["opt"])
     lora = LoraConfig(target_modules=["q_proj"], lora_dropout=0.5, init_lora_weights=False, task_type="CAUSAL_LM")
-    policy = Policy(get_peft_model(model, lora), 1.0)
+    policy = Policy(get_peft_model(model, lora))
     assert is_noisy(lambda: in_training(policy))
     with policy.model.disable_adapter():
         assert not is_noisy(lambda: in_training(policy))
@@ -145,7 +145,7 @@ def test_noise_that_no_mode_turns_off_is_found() -> None:
     model = build("qwen2", "eager")
     norm = model.model.norm
     plain = norm.forward
-    policy = Policy(model, 1.0).train()
+    policy = Policy(model).train()
     passes: Counter[str] = Counter()
     policy.register_forward_hook(lambda *_: passes.update(["pass"]))
     require_no_noise(policy, policy, False, lambda thing: [thing])
@@ -160,7 +160,7 @@ def test_numbers_that_are_drawn_and_not_used_are_no_noise() -> None:
     norm = model.model.norm
     plain = norm.forward
     norm.forward = lambda hidden: plain(hidden + 0 * torch.rand_like(hidden))
-    policy = Policy(model, 1.0).train()
+    policy = Policy(model).train()
     state = torch.get_rng_state()
     assert draws(lambda: in_training(policy))
     assert torch.equal(torch.get_rng_state(), state)
@@ -169,7 +169,7 @@ def test_numbers_that_are_drawn_and_not_used_are_no_noise() -> None:
 
 def test_ranks_compare_passes_if_any_rank_draws() -> None:
     """A pass is a collective under ZeRO-3."""
-    policy = Policy(build("qwen2", "eager"), 1.0).train()
+    policy = Policy(build("qwen2", "eager")).train()
     passes: Counter[str] = Counter()
     policy.register_forward_hook(lambda *_: passes.update(["pass"]))
     require_no_noise(policy, policy, False, lambda _: [False, True] if passes["pass"] == 1 else [False, False])
@@ -182,7 +182,7 @@ def test_recomputing_gives_the_same_gradients() -> None:
         model = build("opt", "eager", **NOISY["opt"])
         if recomputes:
             recompute_layers(model)
-        in_training(Policy(model, 1.0)).sum().backward()
+        in_training(Policy(model)).sum().backward()
         gradients.append([p.grad for p in model.parameters() if p.grad is not None])
     assert len(gradients[0]) == len(gradients[1]) > 10
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*gradients, strict=True))

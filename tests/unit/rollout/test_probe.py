@@ -23,8 +23,9 @@ from grpo_dist.model import attention
 from grpo_dist.model.config_files import short_window
 from grpo_dist.model.fixed_row import fixed_logits
 from grpo_dist.model.fused_modules import _instead
-from grpo_dist.model.load import Policy, packing_obstacle
+from grpo_dist.model.load import packing_obstacle
 from grpo_dist.model.packing import make_pack, plan
+from grpo_dist.model.policy import Policy, PolicyOptions
 from grpo_dist.rollout import (
     LoadedModel,
     NativeDecoder,
@@ -470,7 +471,7 @@ def test_the_row_route_is_right(name: str) -> None:
     completions = decode_all(RowDecoder([2, 9], 14), model, requests, Sampling(temperature))
     assert any(len(c.ids) > 8 for c in completions)
     batch = batch_of(prompts, completions)
-    policy = Policy(copy.deepcopy(model), temperature)
+    policy = Policy(copy.deepcopy(model), PolicyOptions(temperature))
     planned = plan(lengths, batch.group.tolist(), batch.lengths.tolist(), [True] * 6, max_tokens=100, num_ranks=1,
                    share_prompts=False)  # fmt: skip
     scored = torch.full((len(batch.tokens),), torch.nan)

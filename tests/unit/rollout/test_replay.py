@@ -111,7 +111,7 @@ def test_a_rollout_records_what_a_plain_forward_pass_takes(kind: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_update_and_reference_take_the_experts_of_the_rollout(kind: str) -> None:
     """The policy has another router than the rollout, so that it would choose otherwise."""
-    model, policy = build(kind), Policy(build(kind), 1.0)
+    model, policy = build(kind), Policy(build(kind))
     trajectories = drawn(model, decoders()[0]) if Routers(model) else []
     with torch.no_grad():
         for name, parameter in policy.named_parameters():
@@ -141,7 +141,7 @@ def test_update_and_reference_take_the_experts_of_the_rollout(kind: str) -> None
 @pytest.mark.parametrize("kind", KINDS)
 def test_with_the_same_weights_replay_changes_nothing(kind: str) -> None:
     """To the last bit, and the gradient of the routers too."""
-    model, policy = build(kind), Policy(build(kind), 1.0)
+    model, policy = build(kind), Policy(build(kind))
     Routers(model)
     routers = Routers(policy.causal_lm)
     (pack, *_) = packs_of(routed_batch(drawn(model, decoders()[0]), routers), True)
@@ -177,7 +177,7 @@ def test_layers_that_are_recomputed_take_the_same_experts() -> None:
     trajectories = drawn(model, decoders()[0])
     gradients = []
     for recomputes in (False, True):
-        policy = Policy(build("qwen3_moe", seed=1), 1.0)
+        policy = Policy(build("qwen3_moe", seed=1))
         if recomputes:
             recompute_layers(policy.causal_lm)
         (pack, *_) = packs_of(routed_batch(trajectories, Routers(policy.causal_lm)), True)
@@ -209,7 +209,7 @@ def test_the_load_balance_loss_is_in_no_loss() -> None:
     """Whatever the model's config asks for."""
     gradients = []
     for options in ({}, {"output_router_logits": True, "router_aux_loss_coef": 100.0}):
-        model, policy = build("mixtral"), Policy(build("mixtral", **options), 1.0)
+        model, policy = build("mixtral"), Policy(build("mixtral", **options))
         Routers(model)
         (pack, *_) = packs_of(routed_batch(drawn(model, decoders()[0]), Routers(policy.causal_lm)), True)
         for fused in (False, True):

@@ -64,7 +64,7 @@ def server() -> Iterator[FakeVllm]:
 def played(server: FakeVllm, directory: Path) -> tuple[list[Request], list[Trajectory], nn.Module]:
     """The requests of the first turns, the episodes, and the model that the server has drawn them from."""
     config = make_config(directory, server)
-    policy = load_policy(MODEL, config.lora, torch.float32, NAME, 1.0, seed=0)
+    policy = load_policy(MODEL, config.lora, torch.float32, NAME)
     torch.manual_seed(1)
     with torch.no_grad():  # away from its base, but not so far that it forgets the game
         for parameter in trainable(policy).values():
