@@ -11,7 +11,6 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from statistics import fmean, median
 
 from ..types import Metrics
@@ -88,27 +87,21 @@ def _whether(name: str, test: Callable[[float], bool]) -> Callable[[History], fl
     return lambda history: None if (now := history.now(name)) is None else float(test(now))
 
 
-def _failed_share(history: History, group_size: int | None = None) -> float | None:
-    """Completions whose rewards failed, as a share of all that were sampled; a completion counts once for each reward.
-
-    Without `group_size` these are the batch's, although resampling samples more."""
+def _failed_share(history: History) -> float | None:
+    """Completions whose rewards failed, as a share of all that were sampled, which resampling makes more than the
+    batch's; a completion counts once for each reward."""
     tokens, length = history.now("tokens/completion"), history.now("completion/length_mean")
-    groups = history.now("rollout/groups")
     failed = [value for name, value in history.recent[-1].items() if name.startswith("reward/") and
               name.endswith("/failed") and value is not None]  # fmt: skip
     if not failed or not tokens or not length:
         return None
-    return sum(failed) / (groups * group_size if groups and group_size else tokens / length)
+    return sum(failed) / (history.now("rollout/completions") or tokens / length)
 
 
-def _times_median(name: str) -> Callable[[History], float | None]:
-    """The current value over the median of the 20 steps before, once there are 10."""
-
-    def value(history: History) -> float | None:
-        now, before = history.now(name), history.before(name, 20)
-        return now / median(before) if now is not None and len(before) >= 10 and median(before) > 0 else None
-
-    return value
+def _norm_over_median(history: History) -> float | None:
+    """The gradient's norm over the median of the 20 steps before, once there are 10."""
+    now, before = history.now("grad_norm"), history.before("grad_norm", 20)
+    return now / median(before) if now is not None and len(before) >= 10 and median(before) > 0 else None
 
 
 def _entropy_lost(history: History) -> float | None:
@@ -174,7 +167,7 @@ RULES = (
          "{value:.0%} of the completions have no reward"),
     Rule("slow_rewards", "time/reward", _waiting_share, 0.5, 0.3, 5,
          "{value:.0%} of the step is spent waiting for rewards"),
-    Rule("grad_spike", "grad_norm", _times_median("grad_norm"), 10.0, 3.0, 1,
+    Rule("grad_spike", "grad_norm", _norm_over_median, 10.0, 3.0, 1,
          "the gradient's norm is {now[grad_norm]:.3g}, {value:.0f} times its recent median"),
     Rule("bad_update", "update/skipped", _now("update/skipped"), 0.5, 0.5, 1,
          "an update was skipped: its gradient was not finite"),
@@ -190,20 +183,16 @@ ROUNDING = {"logprob_gap": {"float32": 0.01, "float16": 0.3}, "rollout_off": {"f
 """Limits of alarms in other dtypes of the policy."""
 
 
-def rules_for(
-    kl_estimator: str, dtype: str = "bfloat16", lag: int = 0, group_size: int | None = None
-) -> tuple[Rule, ...]:
-    """All rules for an estimator of `kl`, the policy's compute dtype, rollout.lag and rollout.group_size.
+def rules_for(kl_estimator: str, dtype: str = "bfloat16", lag: int = 0) -> tuple[Rule, ...]:
+    """All rules for an estimator of `kl`, the policy's compute dtype and rollout.lag.
 
     `kl` of sequences has no known scale, nor has the distance to the rollout where an older policy drew it.
     """
     without = {"kl"} if kl_estimator == "squared_sequence" else set()
     without |= {"rollout/logprob_gap_max", "rollout/kl", "rollout/router_agreement"} if lag else set()
-    rules = [replace(rule, value=partial(_failed_share, group_size=group_size)) if rule.name == "rewards_failing"
-             else rule for rule in RULES if rule.metric not in without]  # fmt: skip
     limits = {name: by_dtype[dtype] for name, by_dtype in ROUNDING.items() if dtype in by_dtype}
     return tuple(replace(rule, limit=limit, clears=limit / 2) if (limit := limits.get(rule.name)) else rule
-                 for rule in rules)  # fmt: skip
+                 for rule in RULES if rule.metric not in without)  # fmt: skip
 
 
 class Alarms:

@@ -87,8 +87,7 @@ class Recorder:
                         "report", path, len(lost), first_step, lost[0])  # fmt: skip
         write_file(path, "".join(json.dumps(line) + "\n" for line in kept))
         dtype = dtype_name(resolve_dtype(config.model.dtype))
-        rollout = config.rollout
-        self.alarms = Alarms(rules_for(config.loss.kl_estimator, dtype, rollout.lag, rollout.group_size))
+        self.alarms = Alarms(rules_for(config.loss.kl_estimator, dtype, config.rollout.lag))
         self.alarm_path = directory / "alarms.jsonl"
         write_file(self.alarm_path, "")
         for line in kept:

@@ -55,22 +55,19 @@ def collect(parts: Parts, state: TrainState, step: int, first: Callable[[], Draw
     if not config.rollout.max_resamples:
         return batches[0]
     with_signal, without = _sorted_groups(batches[0])
-    chosen, rounds, all_rewards = [with_signal], 0, [batches[0].reward]
-    while sum(map(len, chosen)) < config.train.batch_size and rounds < config.rollout.max_resamples:
-        rounds += 1
-        missing = config.train.batch_size - sum(map(len, chosen))
+    chosen, missing = [with_signal], len(without)
+    while missing and len(batches) <= config.rollout.max_resamples:
         assert not isinstance(state.sampler, Curriculum), "refused with rollout.max_resamples"
-        places = further_places(state.sampler, step, rounds)[:missing]
-        batches.append(_scored(parts, state, _round(parts, places, f"train/{step}/{rounds}", step)))
+        places = further_places(state.sampler, step, len(batches))[:missing]
+        batches.append(_scored(parts, state, _round(parts, places, f"train/{step}/{len(batches)}", step)))
         chosen.append(_sorted_groups(batches[-1])[0])
-        all_rewards.append(batches[-1].reward)
-    replaced = sum(map(len, chosen)) - len(with_signal)
-    filled = without[: config.train.batch_size - len(with_signal) - replaced]
-    chosen[0] = sorted(with_signal + filled)
+        missing -= len(chosen[-1])
+    chosen[0] = sorted(with_signal + without[:missing])
+    rewards = torch.cat([batch.reward for batch in batches])
     counts = {
-        "rollout/rounds": 1 + rounds, "rollout/groups": sum(len(batch.prompts) for batch in batches),
-        "rollout/groups_replaced": replaced, "rollout/groups_without_signal": len(filled),
-        "reward/sampled_mean": float(torch.cat(all_rewards).nanmean()),
+        "rollout/rounds": len(batches), "rollout/groups": sum(len(batch.prompts) for batch in batches),
+        "rollout/completions": len(rewards), "rollout/groups_replaced": len(without) - missing,
+        "rollout/groups_without_signal": missing, "reward/sampled_mean": float(rewards.nanmean()),
     }  # fmt: skip
     batch = join(batches, chosen)
     return replace(batch, scoring=batch.scoring | counts)

@@ -107,11 +107,11 @@ def test_the_kl_of_whole_sequences_has_no_limit() -> None:
 
 def test_failures_are_a_share_of_what_was_sampled() -> None:
     """With resampling of groups: here 3 of 400 completions, of which 100 are in the batch."""
-    step = HEALTHY | {"reward/math/failed": 3.0, "rollout/groups": 50.0}
-    assert rung(Alarms(rules_for("k3", group_size=8)), 1, [step]) == []
-    (alarm,) = Alarms(rules_for("k3", group_size=8)).step({"step": 1} | step | {"reward/math/failed": 8.0})
+    step = HEALTHY | {"reward/math/failed": 3.0, "rollout/completions": 400.0}
+    assert rung(Alarms(), 1, [step]) == []
+    (alarm,) = Alarms().step({"step": 1} | step | {"reward/math/failed": 8.0})
     assert alarm.value == 8 / 400 and alarm.message.startswith("rewards failed for 2.0% of the completions")
-    assert rung(Alarms(rules_for("k3", group_size=8)), 1, [step | {"rollout/groups": None}]) == [(1, "rewards_failing")]
+    assert rung(Alarms(), 1, [step | {"rollout/completions": None}]) == [(1, "rewards_failing")]
 
 
 def test_a_solved_task_has_little_entropy_and_no_alarm() -> None:
