@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import os
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 
@@ -25,6 +28,13 @@ def computes_on_gpu() -> bool:
 def gpu_multiplies_bfloat16() -> bool:
     """Whether ranks compute on GPUs with products of bfloat16; torch emulates them on older ones, which is slow."""
     return computes_on_gpu() and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+@functools.cache
+def cpu_multiplies_bfloat16() -> bool:
+    """Whether a processor with Linux has products of bfloat16; torch converts on others, which `slow_here` tells of
+    only where even that is slow."""
+    return re.search(r"\b(avx512_bf16|amx_bf16|bf16)\b", Path("/proc/cpuinfo").read_text(encoding="utf-8")) is not None
 
 
 def resolve_dtype(name: Dtype) -> torch.dtype:

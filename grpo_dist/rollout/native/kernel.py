@@ -10,8 +10,6 @@ Shapes: R sequences, V vocabulary, H hidden, F intermediate, D head size.
 from __future__ import annotations
 
 import ctypes
-import functools
-import re
 from ctypes import c_float, c_int64, c_void_p
 from pathlib import Path
 
@@ -19,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ...config.schema import Config
+from ...distributed.device import cpu_multiplies_bfloat16
 from ...model.quantized import QuantizedWeight
 from .cache import EVERYTHING, DecodeState, PrefillLayout
 from .compiled import library
@@ -121,7 +120,7 @@ class KernelStep:
 
     def enters(self, tokens: int) -> bool:
         """See `SeveralTokensStep`."""
-        return tokens <= LONGEST_ENTERED if self.dtype == torch.float32 else not _multiplies_bfloat16()
+        return tokens <= LONGEST_ENTERED if self.dtype == torch.float32 else not cpu_multiplies_bfloat16()
 
     def prefill(self, prompts: list[list[int]]) -> tuple[PrefillLayout, Tensor]:
         """See `SeveralTokensStep`; logits are float32."""
@@ -255,12 +254,6 @@ class KernelStep:
 def has_few_sequences(config: Config) -> bool:
     """Whether a step has at most FEW_SEQUENCES, whatever the number of ranks."""
     return config.train.batch_size * config.rollout.group_size <= FEW_SEQUENCES
-
-
-@functools.cache
-def _multiplies_bfloat16() -> bool:
-    """Whether the processor has products of bfloat16: those of torch are fast there, and slow elsewhere."""
-    return re.search(r"\b(avx512_bf16|amx_bf16|bf16)\b", Path("/proc/cpuinfo").read_text(encoding="utf-8")) is not None
 
 
 def _positions(rows: Tensor, slots: Tensor, state: DecodeState) -> Tensor:
