@@ -66,6 +66,7 @@ from .rollout.choose import UnfitEngine, make_engine
 from .rollout.own_attention import settle_attention
 from .rollout.playing import episodes_of, open_host, prompt_reader, sample_or_play, templated
 from .rollout.sampling import sampling_with
+from .rollout.vllm.policy import ServedRun
 from .rollout.vllm.start import make_vllm_engine
 from .text.files import write_file
 from .text.plain import plain_lines, write_lines
@@ -203,7 +204,7 @@ class Evaluation:
                                     ranks.gather_objects, window)  # fmt: skip
         weights = LoadedModel(model)
         if config.rollout.engine == "vllm":
-            self.engine = make_vllm_engine(self._served(), ranks, weights, policy, self.end_ids, 0)
+            self.engine = make_vllm_engine(ServedRun(self._served(), ranks, weights, policy, self.end_ids))
             self.engine.update_weights()  # the probe
         else:
             self.engine = make_engine(weights, obstacle, self.end_ids, config.rollout, ranks.gather_objects)

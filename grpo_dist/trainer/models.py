@@ -45,6 +45,7 @@ from ..rollout.native.kernel import has_few_sequences
 from ..rollout.own_attention import require_no_noise, settle_attention
 from ..rollout.probe import head_is_plain
 from ..rollout.replay import settle_replay
+from ..rollout.vllm.policy import ServedRun
 from ..rollout.vllm.start import make_vllm_engine
 
 log = logging.getLogger(__name__)
@@ -114,7 +115,8 @@ def load_models(
         routers = settle_replay(models, rollout, share_prompts, ranks.gather_objects)
     engine: Engine
     if config.rollout.engine == "vllm":
-        engine = make_vllm_engine(config, ranks, rollout_model, policy, end_ids, saved.get("step", 0), routers)
+        served = ServedRun(config, ranks, rollout_model, policy, end_ids, routers)
+        engine = make_vllm_engine(served, saved.get("step", 0))
     else:
         engine = make_engine(rollout_model, obstacle, end_ids, rollout, ranks.gather_objects, saved.get("decoding"),
                              halves=has_few_sequences(config))  # fmt: skip

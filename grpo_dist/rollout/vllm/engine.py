@@ -29,13 +29,13 @@ class VllmEngine:
     decoding: dict[str, str | None] = {"engine": "vllm", "decoding": None}
 
     def __init__(
-        self, served: ServedPolicy, own: OwnServer | None, end_ids: list[int], max_new_tokens: int,
-        shares_memory: Callable[[str], None] | None,
-    ) -> None:  # fmt: skip
+        self, served: ServedPolicy, own: OwnServer | None, shares_memory: Callable[[str], None] | None
+    ) -> None:
         """`own` is the server that this rank has started; `shares_memory` lets it `wake_up` or `sleep` where it lives
         on the trainer's devices, a collective."""
         self._served, self._servers, self._own = served, served.servers, own
-        self._end_ids, self._most, self._shares_memory = end_ids, max_new_tokens, shares_memory
+        self._run, self._end_ids, self._shares_memory = served.run, served.run.end_ids, shares_memory
+        self._most = served.run.config.rollout.max_completion_length
         # a server that shares the trainer's devices cannot draw while these update
         self.is_elsewhere = shares_memory is None
         self._ended: queue.SimpleQueue[tuple[Request, Future[Answer]]] = queue.SimpleQueue()
@@ -119,7 +119,7 @@ class VllmEngine:
     async def _ask(self, request: Request, message: dict[str, Any], sampling: Sampling) -> Answer:
         return await self._servers.post(
             COMPLETIONS, message,
-            lambda content: read_answer(content, message, sampling, request.offset, self._served.routers),
+            lambda content: read_answer(content, message, sampling, request.offset, self._run.routers),
             tokens=len(request.prompt) + limit_of(request, self._most), home=request.slot,
         )  # fmt: skip
 

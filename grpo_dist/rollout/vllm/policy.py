@@ -56,22 +56,31 @@ class Loaded:
     """The servers that do not have it, with the reason."""
 
 
+@dataclass(frozen=True)
+class ServedRun:
+    """A run that samples on servers."""
+
+    config: Config
+    ranks: Ranks
+    weights: Weights
+    """What the trainer computes with."""
+    policy: Policy | None
+    """What is trained; None for a model that never changes."""
+    end_ids: list[int]
+    routers: Routers | None = None
+    """Those that take the experts which the servers took."""
+
+
 class ServedPolicy:
     """Keeps the servers' policy that of the trainer. Its methods are collectives, but for `restore`."""
 
-    def __init__(
-        self, config: Config, servers: Servers, ranks: Ranks, weights: Weights, policy: Policy | None,
-        end_ids: list[int], step: int, needed: str, routers: Routers | None = None,
-    ) -> None:  # fmt: skip
-        """`policy` is what is trained, None for a fixed model, and `weights` what the trainer computes with; `step` is
-        that of the first update, `needed` how a server is started that serves this run, and `routers` are those that
-        take the experts which the servers took."""
-        self.servers, self._ranks, self._weights, self._policy = servers, ranks, weights, policy
-        self._config, self._end_ids, self._step, self._needed = config, end_ids, step, needed
-        self.routers = routers
-        self._sampling = sampling_of(config.rollout)
-        self._dtype = resolve_dtype(config.model.dtype)
-        self._directory = (Path(config.train.output_dir) / "rollout").absolute()
+    def __init__(self, run: ServedRun, servers: Servers, step: int, needed: str) -> None:
+        """`step` is that of the first update, `needed` how a server is started that serves this run."""
+        self.run, self.servers, self._step, self._needed = run, servers, step, needed
+        self._policy, self._ranks = run.policy, run.ranks
+        self._sampling = sampling_of(run.config.rollout)
+        self._dtype = resolve_dtype(run.config.model.dtype)
+        self._directory = (Path(run.config.train.output_dir) / "rollout").absolute()
         self._tag = uuid.uuid4().hex[:8]  # of the main rank: two runs on a server never have the same name
         self._names: list[str] = []
         self._bases: dict[str, str] = {}  # what each server serves
@@ -91,9 +100,9 @@ class ServedPolicy:
             state = adapter_state(self._policy, self._ranks.is_main)
         elif self._policy is not None:
             state = merged_state(self._policy, self._ranks.is_main, self._dtype)
-        self._weights.sync()
-        with self._weights.open() as model:
-            expected = expected_scores(model, self._sampling, self._config.max_sequence_length,
+        self.run.weights.sync()
+        with self.run.weights.open() as model:
+            expected = expected_scores(model, self._sampling, self.run.config.max_sequence_length,
                                        dtype_name(self._dtype))  # fmt: skip
         self.loaded = self.on_main(lambda: self._serve(state, expected, check))
         self._step += 1
@@ -132,12 +141,12 @@ class ServedPolicy:
 
         async def look(server: Server) -> None:
             base, adapters = await self.servers.insist(server, "GET", "/v1/models", read=read_models)
-            longest, needed = base.get("max_model_len") or math.inf, self._config.max_sequence_length
+            longest, needed = base.get("max_model_len") or math.inf, self.run.config.max_sequence_length
             if longest < needed:
                 raise ServerError(f"{server.url} serves sequences of {longest} tokens, expected {needed} "
                                   f"(data.max_prompt_length + rollout.max_completion_length)")  # fmt: skip
             self._bases[server.url] = base["id"]
-            if self.routers is not None or self._config.rollout.stop:
+            if self.run.routers is not None or self.run.config.rollout.stop:
                 await self._require_fit(server, base["id"])
             for each in adapters:
                 if Path(each.get("root") or "/").is_relative_to(self._directory):
@@ -214,9 +223,9 @@ class ServedPolicy:
         return failed
 
     async def _require_fit(self, server: Server, model: str) -> None:
-        message = one_token(model, self._config.rollout.stop)
+        message = one_token(model, self.run.config.rollout.stop)
         reports = await self.servers.insist(server, "POST", COMPLETIONS, message, reports_routes)
-        if self.routers is not None and not reports:
+        if self.run.routers is not None and not reports:
             raise ServerError(without_routes(server.url))
 
     async def _reload(self, server: Server, path: Path) -> None:
@@ -230,9 +239,9 @@ class ServedPolicy:
 
     async def _answer(self, ask: Ask, server: Server, model: str, expected: Expected) -> Answer:
         """What a server answers to the probe."""
-        message = question(model, expected, self._sampling, self._end_ids)
+        message, routers = question(model, expected, self._sampling, self.run.end_ids), self.run.routers
         return await ask(
-            server, "POST", COMPLETIONS, message, lambda content: read_answer(content, message, routers=self.routers)
+            server, "POST", COMPLETIONS, message, lambda content: read_answer(content, message, routers=routers)
         )
 
     async def _unload(self, server: Server, name: str) -> None:

@@ -12,27 +12,20 @@ from ...config.vllm import SHARED
 from ...distributed.ranks import Ranks
 from ...distributed.watch import Interrupted
 from ...model.config_files import load_model_config
-from ...model.policy import Policy
-from ...model.routing import Routers
 from ..choose import UnfitEngine
-from ..local import Weights
 from .base import provide_base, served_model
 from .client import Servers, key
 from .engine import VllmEngine
-from .policy import ServedPolicy
+from .policy import ServedPolicy, ServedRun
 from .server import OwnServer, StartError, command_line
 
 
-def make_vllm_engine(
-    config: Config, ranks: Ranks, weights: Weights, policy: Policy | None, end_ids: list[int], step: int,
-    routers: Routers | None = None,
-) -> VllmEngine:  # fmt: skip
+def make_vllm_engine(run: ServedRun, step: int = 0) -> VllmEngine:
     """The engine, after its servers have answered; a collective.
 
-    `policy` is what is trained, None for a model that never changes, and `weights` what the trainer computes with;
-    `step` is that of the next update; `routers` are those that take the experts which the servers took. Raises
-    UnfitEngine where there is no server, or none that serves the run.
+    `step` is that of the next update. Raises UnfitEngine where there is no server, or none that serves the run.
     """
+    config, ranks, with_routes = run.config, run.ranks, run.routers is not None
     options = config.rollout.vllm
     assert options is not None, "check_vllm sees to it"
     try:
@@ -41,14 +34,14 @@ def make_vllm_engine(
         raise UnfitEngine(f"rollout.vllm: {error}") from error
     model_config = load_model_config(config.model)
     model = served_model(config, model_config)
-    with weights.open() if policy is None else nullcontext(policy.causal_lm) as trained:
+    with run.weights.open() if run.policy is None else nullcontext(run.policy.causal_lm) as trained:
         problem = provide_base(config, model_config, trained, ranks)
     if problem is not None:
         raise UnfitEngine(problem)
     own = None
     if options.urls is None and ranks.is_main:
         try:
-            own = _start(config, model, ranks, routers is not None)
+            own = _start(config, model, ranks, with_routes)
         except (StartError, OSError) as error:
             problem = str(error)
     ranks.wait_at("started the vLLM server")  # which loads a model
@@ -57,15 +50,13 @@ def make_vllm_engine(
         raise UnfitEngine(problem)
     servers = Servers(urls, options.timeout_seconds, options.retries, ranks.rank,
                       own.obituary if own else lambda: None)  # fmt: skip
-    served = ServedPolicy(config, servers, ranks, weights, policy, end_ids, step,
-                          command_line(config, model, routers is not None), routers)  # fmt: skip
+    served = ServedPolicy(run, servers, step, command_line(config, model, with_routes))
 
     def share_memory(what: str) -> None:
         path = {"sleep": "/sleep?level=1", "wake_up": "/wake_up"}[what]
         served.on_main(lambda: servers.run(servers.insist(servers.servers[0], "POST", path)))
 
-    engine = VllmEngine(served, own, end_ids, config.rollout.max_completion_length,
-                        share_memory if options.devices == SHARED else None)  # fmt: skip
+    engine = VllmEngine(served, own, share_memory if options.devices == SHARED else None)
     try:
         served.start()
     except Interrupted as error:

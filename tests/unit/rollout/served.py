@@ -19,6 +19,7 @@ from grpo_dist.model.load import trainable
 from grpo_dist.model.rollout_weights import RolloutModel
 from grpo_dist.model.routing import Routers
 from grpo_dist.rollout import Request, Sampling, sample
+from grpo_dist.rollout.vllm.policy import ServedRun
 from grpo_dist.rollout.vllm.start import make_vllm_engine
 
 ENDS = [256, 7, 9]
@@ -54,8 +55,8 @@ class Training:
         self.policy = make_policy(base, lora)
         weights = RolloutModel(self.policy, torch.float32, NAME)
         self.routers = Routers(self.policy.causal_lm) if replays else None
-        self.engine = make_vllm_engine(self.config, Ranks(torch.float32, OptimConfig()), weights, self.policy, ENDS, 0,
-                                       self.routers)  # fmt: skip
+        ranks = Ranks(torch.float32, OptimConfig())
+        self.engine = make_vllm_engine(ServedRun(self.config, ranks, weights, self.policy, ENDS, self.routers))
 
     def learn(self, scale: float = 0.05) -> None:
         """An update of the policy."""

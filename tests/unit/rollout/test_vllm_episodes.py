@@ -33,6 +33,7 @@ from grpo_dist.model.toy import toy_path
 from grpo_dist.rollout import Request, RowDecoder, Sampling, awake, decode_all
 from grpo_dist.rollout.playing import episodes_of, open_host, prompt_reader
 from grpo_dist.rollout.vllm.messages import seed_of
+from grpo_dist.rollout.vllm.policy import ServedRun
 from grpo_dist.rollout.vllm.start import make_vllm_engine
 from grpo_dist.trainer.scoring import requests_of
 from grpo_dist.types import Trajectory
@@ -70,7 +71,7 @@ def played(server: FakeVllm, directory: Path) -> tuple[list[Request], list[Traje
         for parameter in trainable(policy).values():
             parameter.add_(torch.randn(parameter.shape) * 0.01)
     weights = RolloutModel(policy, torch.float32, NAME)
-    engine = make_vllm_engine(config, Ranks(torch.float32, OptimConfig()), weights, policy, ENDS, 0)
+    engine = make_vllm_engine(ServedRun(config, Ranks(torch.float32, OptimConfig()), weights, policy, ENDS))
     host = open_host(config)
     assert host is not None
     tokenizer = load_tokenizer(MODEL)

@@ -32,6 +32,7 @@ from grpo_dist.rollout.choose import UnfitEngine
 from grpo_dist.rollout.local import LoadedModel
 from grpo_dist.rollout.replay import needs_routes, settle_replay
 from grpo_dist.rollout.vllm.messages import Answer, completion_message, read_answer
+from grpo_dist.rollout.vllm.policy import ServedRun
 from grpo_dist.rollout.vllm.serve import command_of
 from grpo_dist.rollout.vllm.server import ROUTES
 from grpo_dist.rollout.vllm.start import make_vllm_engine
@@ -155,7 +156,8 @@ def test_vllm_itself_reports_the_experts(tmp_path: Path, monkeypatch: pytest.Mon
                     train=TrainConfig(output_dir=str(tmp_path)), rollout=rollout)  # fmt: skip
     model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
     routers = Routers(model)
-    engine = make_vllm_engine(config, Ranks(torch.float32, OptimConfig()), LoadedModel(model), None, [256], 0, routers)
+    ranks = Ranks(torch.float32, OptimConfig())
+    engine = make_vllm_engine(ServedRun(config, ranks, LoadedModel(model), None, [256], routers))
     try:
         engine.update_weights()
         assert engine.metrics()["rollout/probe_gap"] <= 1e-4
