@@ -20,8 +20,9 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from grpo_dist.algorithm.hashing import stream_key
 from grpo_dist.model import attention
-from grpo_dist.rollout import NativeDecoder, Request, decode_all, stream_key
+from grpo_dist.rollout import NativeDecoder, Request, decode_all
 from grpo_dist.rollout.native.kernel import KernelStep
 from grpo_dist.types import Trajectory
 

@@ -19,9 +19,10 @@ from pathlib import Path
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from grpo_dist.algorithm.hashing import stream_key
 from grpo_dist.cli.bench.workloads import MEDIUM, make_model
 from grpo_dist.model import attention
-from grpo_dist.rollout import LoadedModel, LocalEngine, NativeDecoder, Request, Sampling, awake, stream_key
+from grpo_dist.rollout import LoadedModel, LocalEngine, NativeDecoder, Request, Sampling, awake
 from grpo_dist.rollout.native.kernel import KernelStep
 
 PROMPTS, GROUP, TURNS, TURN, ANSWER, LONGEST_TURN = 2, 8, 4, 16, 16, 96

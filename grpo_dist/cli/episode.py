@@ -11,13 +11,14 @@ from rich.console import Console
 from rich.text import Text
 from torch import Tensor, nn
 
+from ..algorithm.hashing import stream_key
 from ..checkpoint.trained import Trained
 from ..config.schema import Config
 from ..data.prompts import PromptReader, render
 from ..model.config_files import end_token_ids
 from ..model.policy import Policy
 from ..monitoring.traces import MODEL, TEMPLATE, TOOL, writers
-from ..rollout import LoadedModel, LocalEngine, Request, RowDecoder, awake, stream_key
+from ..rollout import LoadedModel, LocalEngine, Request, RowDecoder, awake
 from ..rollout.playing import by_environment, episodes_of, for_prompts, open_host, templated
 from ..rollout.sampling import sampling_with
 from ..text.plain import plain_lines

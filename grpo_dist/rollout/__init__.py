@@ -4,7 +4,6 @@ An engine is a service: requests go in, trajectories come out. It knows nothing 
 process it is a decoder and a model whose weights are gathered.
 """
 
-from ..algorithm.hashing import stream_key
 from .engine import Decoder, Engine, Request, awake, decode_all, sample
 from .local import LoadedModel, LocalEngine
 from .native.engine import NativeDecoder
@@ -13,4 +12,4 @@ from .rows import RowDecoder
 from .sampling import Sampling
 
 __all__ = ["Decoder", "Engine", "LoadedModel", "LocalEngine", "NativeDecoder", "PagedDecoder", "Request", "RowDecoder",
-           "Sampling", "awake", "decode_all", "paged_obstacle", "sample", "stream_key"]  # fmt: skip
+           "Sampling", "awake", "decode_all", "paged_obstacle", "sample"]  # fmt: skip

@@ -38,7 +38,8 @@ def make_model(kind: str, seed: int, implementation: str) -> torch.nn.Module:
 
 def make_case(seed: int) -> dict[str, Any]:
     """What to draw, and how."""
-    from grpo_dist.rollout import Request, Sampling, stream_key
+    from grpo_dist.algorithm.hashing import stream_key
+    from grpo_dist.rollout import Request, Sampling
     from grpo_dist.rollout.native.llama import LlamaStep
     from grpo_dist.rollout.native.steps import module_step
     from grpo_dist.rollout.stop import stop_strings

@@ -18,6 +18,7 @@ from tiny_configs import tiny_config
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from grpo_dist.algorithm.hashing import stream_key
 from grpo_dist.config.schema import LoraConfig, ModelConfig, RolloutConfig
 from grpo_dist.model.checks import adapter_targets, require_trainable
 from grpo_dist.model.files import UnfitModel
@@ -25,7 +26,7 @@ from grpo_dist.model.load import attention_for, blank_causal_lm, make_policy, tr
 from grpo_dist.model.packing import Piece, make_pack
 from grpo_dist.model.policy import Policy
 from grpo_dist.model.rollout_weights import RolloutModel
-from grpo_dist.rollout import Request, Sampling, awake, sample, stream_key
+from grpo_dist.rollout import Request, Sampling, awake, sample
 from grpo_dist.rollout.choose import make_engine
 from grpo_dist.rollout.own_attention import settle_attention
 from grpo_dist.types import Prompt, Trajectory

@@ -13,7 +13,8 @@ from test_kept_rows import ENDS, MOST, PROMPTS, last_first, peaked_model, played
 from test_kernel import GEMMA2, decoded, make_model, tokens_of
 from torch import nn
 
-from grpo_dist.rollout import NativeDecoder, Request, Sampling, decode_all, stream_key
+from grpo_dist.algorithm.hashing import stream_key
+from grpo_dist.rollout import NativeDecoder, Request, Sampling, decode_all
 from grpo_dist.rollout.drafts import BEGIN, Acceptance, Completions, PassTime, numbers_of_drafts, text_of
 from grpo_dist.rollout.native import drafted
 from grpo_dist.rollout.native.cache import DecodeState

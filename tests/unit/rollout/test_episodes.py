@@ -13,6 +13,7 @@ import pytest
 from modules_on_disk import importable
 from transformers import AutoModelForCausalLM
 
+from grpo_dist.algorithm.hashing import stream_key
 from grpo_dist.config.environment import EnvironmentConfig
 from grpo_dist.config.schema import (
     Config,
@@ -42,7 +43,6 @@ from grpo_dist.rollout import (
     awake,
     decode_all,
     paged_obstacle,
-    stream_key,
 )
 from grpo_dist.rollout.episodes import Episodes
 from grpo_dist.rollout.native.kernel import KernelStep

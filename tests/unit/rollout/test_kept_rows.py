@@ -13,8 +13,9 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from grpo_dist.algorithm.hashing import stream_key
 from grpo_dist.model import attention
-from grpo_dist.rollout import LoadedModel, LocalEngine, NativeDecoder, Request, RowDecoder, Sampling, awake, stream_key
+from grpo_dist.rollout import LoadedModel, LocalEngine, NativeDecoder, Request, RowDecoder, Sampling, awake
 from grpo_dist.rollout.engine import Decoder
 from grpo_dist.rollout.native.kernel import KernelStep
 from grpo_dist.types import Trajectory

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 from transformers.models.llama import modeling_llama
 
+from grpo_dist.algorithm.hashing import stream_key
 from grpo_dist.config.schema import RolloutConfig
 from grpo_dist.model import attention
 from grpo_dist.model.config_files import short_window
@@ -36,7 +37,6 @@ from grpo_dist.rollout import (
     decode_all,
     paged_obstacle,
     probe,
-    stream_key,
 )
 from grpo_dist.rollout.choose import STEPS, UnfitEngine, _step_off, make_engine, own_step
 from grpo_dist.rollout.native.compiled import library

@@ -25,6 +25,7 @@ from transformers import (
     Qwen3Config,
 )
 
+from grpo_dist.algorithm.hashing import stream_key
 from grpo_dist.model import attention
 from grpo_dist.model.block_attention import block_layout
 from grpo_dist.model.load import packing_obstacle
@@ -42,7 +43,6 @@ from grpo_dist.rollout import (
     paged,
     paged_obstacle,
     sample,
-    stream_key,
 )
 from grpo_dist.rollout.engine import in_order
 from grpo_dist.rollout.native import cache

@@ -14,8 +14,9 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, DeepseekV3Config, LlamaConfig, Qwen3Config
 
+from grpo_dist.algorithm.hashing import stream_key
 from grpo_dist.model import attention
-from grpo_dist.rollout import NativeDecoder, Request, Sampling, decode_all, room, stream_key
+from grpo_dist.rollout import NativeDecoder, Request, Sampling, decode_all, room
 from grpo_dist.rollout.native import engine as native
 from grpo_dist.rollout.native.steps import prefill
 from grpo_dist.rollout.room import ON_CPU, RESERVE, WithinMemory, bytes_of, cache_width, fitting

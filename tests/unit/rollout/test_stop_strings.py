@@ -20,6 +20,7 @@ from tokenizers.processors import TemplateProcessing
 from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerFast, Qwen2Config
 
+from grpo_dist.algorithm.hashing import stream_key
 from grpo_dist.config.schema import RolloutConfig
 from grpo_dist.model import attention
 from grpo_dist.rollout import (
@@ -31,7 +32,6 @@ from grpo_dist.rollout import (
     Sampling,
     decode_all,
     paged_obstacle,
-    stream_key,
 )
 from grpo_dist.rollout.native.kernel import KernelStep
 from grpo_dist.rollout.native.llama import LlamaStep
