@@ -37,13 +37,13 @@ class FirstUpdate:
     def check(self, metrics: Mapping[str, float]) -> None:
         """Raise UnfitModel where the first update's metrics are not those of one and the same model."""
         rounded = self.dtype if self.reference_dtype == torch.float32 else self.reference_dtype
-        limits = {
-            ("rollout/logprob_gap_max", self.has_known_gap and self.dtype == torch.float32): MOST_GAP,
-            ("rollout/kl", self.has_known_gap): MOST_KL[self.dtype],
-            ("kl", self.has_known_kl): MOST_KL[rounded],
-        }
+        limits = [
+            ("rollout/logprob_gap_max", self.has_known_gap and self.dtype == torch.float32, MOST_GAP),
+            ("rollout/kl", self.has_known_gap, MOST_KL[self.dtype]),
+            ("kl", self.has_known_kl, MOST_KL[rounded]),
+        ]
         self.has_known_gap = self.has_known_kl = False
-        for (name, is_known), most in limits.items():
+        for name, is_known, most in limits:
             value = metrics.get(name, 0.0)
             if is_known and math.isfinite(value) and value > most:
                 other = "the reference" if name == "kl" else "the rollout"
