@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from ..config.parse import parse_config
-from ..planning.memory import SHARDS_WEIGHTS, STRATEGIES, Phase, Strategy, peaks
+from ..planning.memory import RESERVE, SHARDS_WEIGHTS, STRATEGIES, Phase, Strategy, peaks
 from ..planning.tables import readable, table_of
 from ..process import imports
 from ..text.plain import write_stage
@@ -28,8 +28,6 @@ from ..text.plain import write_stage
 if TYPE_CHECKING:
     from ..planning.predict import Predictor
 
-RESERVE = 0.1
-"""Share of --gpu-memory for what is not a tensor: the CUDA context, libraries, fragments of the allocator."""
 UNITS = {"MB": 10**6, "GB": 10**9, "TB": 10**12, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
 

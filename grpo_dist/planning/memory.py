@@ -19,6 +19,9 @@ PHASES: tuple[Phase, ...] = ("rollout", "reference", "update", "optimizer")
 
 FLOAT32 = 4
 
+RESERVE = 0.1
+"""Share of a GPU's memory for what is not a tensor: the CUDA context, libraries, fragments of the allocator."""
+
 SHARDS_WEIGHTS = ("ZeRO-3", "FSDP2")
 """Strategies in which a rank has a part of the weights."""
 

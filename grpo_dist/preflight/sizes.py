@@ -14,9 +14,8 @@ from ..model.checks import bitsandbytes_config, stored_quantization
 from ..model.files import dequantized_form, kind_of, require_unsharded
 from ..model.load import attention_for
 from ..model.reference import doubt_of_copy
-from ..planning.memory import SHARDS_WEIGHTS, MemoryInputs, ModelCounts, Strategy, memory_per_rank, peaks
+from ..planning.memory import RESERVE, SHARDS_WEIGHTS, MemoryInputs, ModelCounts, Strategy, memory_per_rank, peaks
 from ..planning.predict import Predictor, batch_arithmetic
-from ..rollout.room import RESERVE
 from .contents import Contents
 from .findings import Findings
 
