@@ -49,7 +49,7 @@ def command_line_options() -> list[str]:
     return [*option_types(), "config", "preset", DRY_RUN.removeprefix("--")]
 
 
-def nearest_option(word: str, is_option: bool = False) -> str | None:
+def nearest_option(word: str, is_option: bool) -> str | None:
     """The option nearest to an unknown one; None where nothing is near.
 
     A word that `is_option`, by its dashes or its group, may also be the beginning of an option.

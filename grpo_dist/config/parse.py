@@ -41,14 +41,18 @@ def parse_config(arguments: list[str] | None = None) -> Config:
     sys.exit(2)
 
 
-def refuse_mistaken_options(arguments: list[str] | None = None) -> Config | None:
+def refuse_mistaken_options(words: list[str]) -> Config | None:
     """End the program with status 2 on a mistake in a run's options, else return the config. A dry run, for which this
     is None, reports all of them by itself."""
-    words = sys.argv[1:] if arguments is None else arguments
     if DRY_RUN in words:
         return None
     config = _without_mistakes[tuple(words)] = parse_config(words)
     return config
+
+
+def is_first_rank(variable: str = "RANK") -> bool:
+    """Whether this process is the first of the run, or of its node (`LOCAL_RANK`), as its launcher says."""
+    return os.environ.get(variable, "0") == "0"
 
 
 def let_first_rank_answer(variable: str = "LOCAL_RANK", seconds: float = _FIRST_RANK_SECONDS) -> None:
@@ -57,7 +61,7 @@ def let_first_rank_answer(variable: str = "LOCAL_RANK", seconds: float = _FIRST_
 
     A rank that is still there after the wait has a mistake of its own, or no launcher that ends it.
     """
-    if os.environ.get(variable, "0") != "0":
+    if not is_first_rank(variable):
         time.sleep(seconds)
 
 

@@ -19,7 +19,7 @@ def most_positions(config: Any) -> int:
     return getattr(config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
 
 
-def fixed_ids(model: nn.Module, most: int = TOKENS) -> list[int]:
+def fixed_ids(model: nn.Module, most: int) -> list[int]:
     """Ids of at most `most` random tokens, the same for every model of a vocabulary."""
     length = min(most, most_positions(model.config))
     count = model.get_input_embeddings().num_embeddings

@@ -37,7 +37,7 @@ def refuse_mistakes(arguments: list[str] | None = None, before_launch: bool = Fa
     The number of ranks is not known `before_launch`. A dry run reports all of them by itself. If nodes have disks of
     their own, the ranks have to hear of one another's mistakes: a launch on several nodes is checked later.
     """
-    config = refuse_mistaken_options(arguments)
+    config = refuse_mistaken_options(sys.argv[1:] if arguments is None else arguments)
     if config is None or not _is_one_node(os.environ):
         return
     try:

@@ -71,9 +71,9 @@ class WorkerProcess:
     def __init__(
         self,
         rewards: Sequence[RewardConfig],
-        placement: Placement = "worker",
-        allowed: Sequence[str] = (),
-        memory_limit_bytes: int | None = None,
+        placement: Placement,
+        allowed: Sequence[str],
+        memory_limit_bytes: int | None,
     ) -> None:
         """Start the process and wait until it has resolved the rewards with this placement.
 

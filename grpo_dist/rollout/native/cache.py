@@ -169,7 +169,7 @@ class DecodeState:
         self._own_masks: dict[int | None, Tensor] = {}
         self._window_masks: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def own_mask(self, window: int | None = None) -> Tensor:
+    def own_mask(self, window: int | None) -> Tensor:
         """Additive mask (R, 1, 1, seen) of this step; made when it is first asked for."""
         if window not in self._own_masks:
             slots = torch.arange(self.seen, device=self.device)
