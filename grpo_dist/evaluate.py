@@ -25,7 +25,7 @@ from pathlib import Path
 
 from . import process
 from .config.evaluation import read_options
-from .config.parse import let_first_rank_answer
+from .config.parse import is_first_rank, let_first_rank_answer
 
 if __name__ == "__main__":
     process.begin()
@@ -54,12 +54,12 @@ from .model.files import UnfitModel, model_path
 from .model.load import attention_for, base_identity, load_causal_lm, load_policy
 from .model.stored_weights import weights_fingerprint
 from .monitoring.console import set_up_logging
-from .monitoring.metrics import is_right
 from .monitoring.progress import Progress
 from .report.categories import categories
 from .report.evaluation import IDENTITY, Rows, read_identity, report, rows_of, samples
 from .rewards.pool.pool import ScorerPool
 from .rewards.registry import EPISODE_COLUMNS, answer_reader, file_digests
+from .rewards.scores import right_above
 from .rewards.text import CONVERSATION, answering_texts
 from .rollout import Engine, LoadedModel, awake
 from .rollout.choose import UnfitEngine, make_engine
@@ -113,7 +113,7 @@ class Evaluation:
         self.end_ids = end_token_ids(config.model, self.tokenizer)
         self.texts_of = CompletionTexts(self.tokenizer, self.end_ids)
         ignored = ignored_generation_options(config.model, config.rollout)
-        if ignored and os.environ.get("RANK", "0") == "0":
+        if ignored and is_first_rank():
             log.info("%s", ignored)
         self.sampling = sampling_with(config.rollout, self.tokenizer, self.end_ids, self.model_config)
         self.scorer = ScorerPool(config.rewards, config.scoring)
@@ -162,7 +162,7 @@ class Evaluation:
             changed = [key for key in identity if saved.get(key) != identity[key]]
             raise ValueError(f"{self.directory} holds another evaluation ({', '.join(changed)} differ): choose another "
                              "--output, or remove it")  # fmt: skip
-        if os.environ.get("RANK", "0") == "0":
+        if is_first_rank():
             theirs = None if compared is None else read_identity(compared)
             if theirs and any(theirs.get(key) != identity[key] for key in ("rewards", "files of rewards")):
                 log.warning("--compare: %s was scored by other rewards, or by other versions of them", compared)
@@ -244,14 +244,11 @@ class Evaluation:
         scoring.complete(batch)
         with ranks.shared_errors("scoring"):
             scores = scoring.result()
-        return gather_scores(ranks, batch, scoring.rows, scores, self._weights, self.config.scoring.error_budget)
-
-    @property
-    def _weights(self) -> list[float]:
-        return [reward.weight for reward in self.config.rewards]
+        config = self.config
+        return gather_scores(ranks, batch, scoring.rows, scores, config.weights_at(0), config.scoring.error_budget)
 
     def _rows(self, prompts: list[Prompt], batch: Batch) -> Rows:
-        right = is_right(batch.reward, self._weights).tolist()
+        right = (batch.reward > right_above(self.config.weights_at(0))).tolist()
         conversations = batch.extras.get(CONVERSATION)
         rows: Rows = []
         for slot, prompt in enumerate(prompts):

@@ -29,7 +29,7 @@ from ..data.rows import load_rows
 from ..process import imports
 from ..report.categories import by_category, categories, category_table
 from ..rewards.pool.pool import ScorerPool
-from ..rewards.scores import Item, Scores, combine, to_items
+from ..rewards.scores import Item, Scores, combine, right_above, to_items
 from ..text.plain import plain, plain_lines
 
 if TYPE_CHECKING:
@@ -135,14 +135,13 @@ def print_scores(config: Config, items: Sequence[Item], scores: Scores) -> None:
 def print_categories(config: Config, column: str, names: Sequence[str], prompts: Sequence[int], scores: Scores) -> None:
     """Print the table by category, for each completion given its category and its prompt."""
     weights = config.weights_at(0)
-    totals = combine(scores.values, scores.failed, weights).tolist()
-    most = sum(weight for weight in weights if weight > 0)
+    totals, least = combine(scores.values, scores.failed, weights).tolist(), right_above(weights)
     of_prompt: dict[int, list[int]] = {}
     for place, prompt in enumerate(prompts):
         of_prompt.setdefault(prompt, []).append(place)
     places = list(of_prompt.values())
     rewards = [[None if math.isnan(totals[n]) else totals[n] for n in each] for each in places]
-    right = [[totals[n] > most / 2 for n in each] for each in places]
+    right = [[totals[n] > least for n in each] for each in places]
     Console().print(category_table(column, by_category([names[each[0]] for each in places], rewards, right)))
 
 

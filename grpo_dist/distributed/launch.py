@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 
-from ..config.parse import let_first_rank_answer
+from ..config.parse import is_first_rank, let_first_rank_answer
 from ..text.plain import plain_lines, write_lines
 from .device import computes_on_gpu
 
@@ -29,7 +29,7 @@ def is_of_one_rank(error: Exception) -> bool:
 
 def tell_error_of_start(error: Exception) -> None:
     """Print an error that ends the start, on the rank that has to. The others wait, so that it comes to that."""
-    if os.environ.get("RANK", "0") == "0" or is_of_one_rank(error):
+    if is_first_rank() or is_of_one_rank(error):
         write_lines(plain_lines(f"error: {error}"), sys.stderr)
     else:
         let_first_rank_answer("RANK")

@@ -30,7 +30,7 @@ from .launch_config import asks_for, set_aside_fsdp, set_aside_precision
 from .rendezvous import START_SECONDS, Rendezvous, warn_of_idle_gpus
 from .row_group import row_group
 from .strategy import Replicated, Strategy
-from .watch import Interrupted, serve_store
+from .watch import Interrupted
 
 log = logging.getLogger(__name__)
 
@@ -242,10 +242,6 @@ class Ranks:
         dist.all_reduce(flag, dist.ReduceOp.MAX, group=self._control)
         if flag.item():
             raise Interrupted(next(reason for reason in self.gather_objects(requested) if reason))
-
-    def store(self, timeout_seconds: float) -> dist.Store | None:
-        """A key-value store of all ranks; None for one rank. A collective."""
-        return serve_store(self.rank, self.num_ranks, timeout_seconds)
 
     def prepare(self, policy: torch.nn.Module, optimizer: torch.optim.Optimizer) -> tuple[Any, Any]:
         """The policy and its optimizer, wrapped for this run (DDP, a DeepSpeed engine, or as they are)."""

@@ -6,9 +6,9 @@ import math
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
 
 from ..algorithm.advantages import has_spread
+from ..rewards.scores import right_above
 from ..types import Batch
 
 
@@ -33,13 +33,8 @@ def batch_metrics(batch: Batch, reward_names: list[str]) -> dict[str, float]:
     return metrics | batch.scoring
 
 
-def is_right(reward: Tensor, weights: Sequence[float]) -> Tensor:
-    """Whether rewards (N,) are above half of the positive weights' sum, (N,) bool; False for an unscored one."""
-    return reward > sum(weight for weight in weights if weight > 0) / 2
-
-
 def pass_rates(batch: Batch, weights: Sequence[float]) -> list[float]:
     """Share of right completions among the scored ones of each of the P prompts; NaN where none is scored."""
     zeros = torch.zeros(len(batch.prompts), dtype=torch.float64)
-    right = zeros.index_add(0, batch.group, is_right(batch.reward, weights).double())
+    right = zeros.index_add(0, batch.group, (batch.reward > right_above(weights)).double())
     return (right / zeros.index_add(0, batch.group, (~batch.reward.isnan()).double())).tolist()

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.text import Text
 
 from ..config.mistakes import Options, read_options
+from ..config.parse import is_first_rank
 from ..config.schema import LoraConfig
 from ..config.values import flat, redacted
 from ..distributed.launch_config import require_known_launch, require_optimizer
@@ -26,9 +27,9 @@ _SHOWN_CHARACTERS = 1000
 
 def dry_run(words: Sequence[str]) -> int:
     """Check from inside a launch, once on each node. Only rank 0 prints everything. No rank waits for another."""
-    if os.environ.get("LOCAL_RANK", "0") != "0":
+    if not is_first_rank("LOCAL_RANK"):
         return 0
-    is_main = os.environ.get("RANK", "0") == "0"
+    is_main = is_first_rank()
     return check(
         read_options(words), int(os.environ.get("WORLD_SIZE", "1")), heading="" if is_main else socket.gethostname()
     )

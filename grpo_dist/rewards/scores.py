@@ -80,6 +80,11 @@ class Scores:
     """Columns of `log_extra`, by `REWARD/COLUMN`: one value for each completion, None where there is none."""
 
 
+def right_above(weights: Sequence[float]) -> float:
+    """Return the reward above which a completion counts as right: half of the positive weights' sum."""
+    return sum(weight for weight in weights if weight > 0) / 2
+
+
 def combine(values: NDArray[np.float64], failed: NDArray[np.bool_], weights: Sequence[float]) -> NDArray[np.float64]:
     """Return the weighted sum of each completion's rewards.
 

@@ -16,6 +16,7 @@ from ..checkpoint import store as checkpoint
 from ..checkpoint.guards import BadUpdates, FailedSaves, lock
 from ..checkpoint.resume import changes, identity, require_same_start, resume_path, with_template_date
 from ..checkpoint.state import TrainState
+from ..config.parse import is_first_rank
 from ..config.places import require_writable, writing_to
 from ..config.schema import Config
 from ..config.values import redacted
@@ -28,7 +29,7 @@ from ..distributed.launch_config import require_known_launch, require_optimizer
 from ..distributed.optimizer_state import OptimizerState, WholeOptimizerState
 from ..distributed.ranks import PhaseError, Ranks
 from ..distributed.rendezvous import Rendezvous
-from ..distributed.watch import Interrupted, Watch
+from ..distributed.watch import Interrupted, Watch, serve_store
 from ..environments.host import EnvironmentHost
 from ..model.adapter import with_adapter
 from ..model.config_files import end_token_ids, ignored_generation_options, load_model_config, load_tokenizer
@@ -97,7 +98,7 @@ def build(config: Config) -> tuple[Parts, TrainState]:
     set_up_cuda()
     place_in_launch()  # raises where the launch is none
     directory = Path(config.train.output_dir)
-    is_main = os.environ.get("RANK", "0") == "0"
+    is_main = is_first_rank()
     _log_on_main(is_main, others=logging.ERROR)  # as long as all ranks come to the same
     try:
         start = _prepare(config, directory, is_main)
@@ -119,9 +120,9 @@ def build(config: Config) -> tuple[Parts, TrainState]:
     except (Interrupted, PhaseError) as error:  # raised on all ranks alike
         models.engine.close()
         raise UserError(str(error)) from error
-    watch = Watch(ranks.rank, ranks.num_ranks, ranks.store(config.train.hang_timeout_seconds),
-                  config.train.max_seconds, config.train.hang_timeout_seconds,
-                  lambda: ranks.collectives_entered)  # fmt: skip
+    hang_seconds = config.train.hang_timeout_seconds
+    watch = Watch(ranks.rank, ranks.num_ranks, serve_store(ranks.rank, ranks.num_ranks, hang_seconds),
+                  config.train.max_seconds, hang_seconds, lambda: ranks.collectives_entered)  # fmt: skip
     display = Display(config.train.num_train_steps, state.step, ranks.is_main, config.logging.show_completions_every)
     parts = Parts(
         config=config, directory=directory, lock=start.lock, identity=data.identity, ranks=ranks, watch=watch,

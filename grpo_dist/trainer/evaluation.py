@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from ..checkpoint.state import TrainState
-from ..monitoring.metrics import is_right
+from ..rewards.scores import right_above
 from ..rollout import Sampling
 from .collect import Round, generate
 from .gathering import gather_scores, gather_trajectories
@@ -47,9 +47,8 @@ def _evaluated(parts: Parts, state: TrainState, sampling: Sampling, prefix: str,
     batch = gather_trajectories(parts.ranks, parts.eval_prompts, trajectories, has_episodes=parts.episodes is not None)
     batch = gather_scores(parts.ranks, batch, scoring.rows, scores, weights, parts.config.scoring.error_budget)
     scored = batch.reward[~batch.reward.isnan()]
-    right = is_right(scored, weights)
     return {
         f"{prefix}reward": float(scored.mean()),
-        f"{prefix}accuracy": float(right.double().mean()),
+        f"{prefix}accuracy": float((scored > right_above(weights)).double().mean()),
         f"{prefix}truncated": float((~batch.finished).double().mean()),
     }
