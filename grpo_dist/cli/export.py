@@ -16,6 +16,7 @@ import shlex
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -35,6 +36,17 @@ KINDS = ("merged", "adapter", "gguf-recipe")
 TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2}
 """Largest allowed difference of the logits of export and policy, as a share of the largest logit. Weights are merged in
 float32 and then rounded to the dtype."""
+
+
+@dataclass(frozen=True)
+class Gap:
+    """How far a reopened export is from the trained policy."""
+
+    difference: float
+    """The largest difference of a logit, as a share of the largest logit."""
+    allowed: float
+    kl: float
+    """Nats a token."""
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -81,9 +93,9 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
     print(f"exporting step {trained.step} of {trained.run}, from {trained.path}")
     with _emptied_on_failure(out):
         if is_adapter:
-            difference, allowed, distance = write_adapter(trained, out)
+            gap = write_adapter(trained, out)
         else:
-            difference, allowed, distance = write_merged(trained, out, options.dtype, options.max_shard_size)
+            gap = write_merged(trained, out, options.dtype, options.max_shard_size)
         form = dequantized_form(stored_quantization(load_model_config(trained.model)))
         with writing_to(out, "--out"):
             write_card(out, trained.config, read_history(trained.run), trained.step,
@@ -91,8 +103,8 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
             if options.to == "gguf-recipe":
                 (out / "to_gguf.sh").write_text(gguf_recipe(out), encoding="utf-8")
                 (out / "to_gguf.sh").chmod(0o755)
-    print(f"reopened: logits differ from the policy's by {difference:.1e} of the largest ({allowed:.0e} is rounding), "
-          f"KL from the policy is {distance:.1e} nats a token")  # fmt: skip
+    print(f"reopened: logits differ from the policy's by {gap.difference:.1e} of the largest ({gap.allowed:.0e} is "
+          f"rounding), KL from the policy is {gap.kl:.1e} nats a token")  # fmt: skip
     if options.push_to_hub:
         print(f"uploaded to {upload(out, options.push_to_hub)}")
     print("\n".join([f"\n{options.to}: {out}", *usage(trained, out, options.to)]))
@@ -109,8 +121,8 @@ def _emptied_on_failure(out: Path) -> Iterator[None]:
         raise
 
 
-def write_merged(trained: Trained, out: Path, dtype: str | None, max_shard_size: str) -> tuple[float, float, float]:
-    """Write the merged model. Returns the results of `compare` with the policy."""
+def write_merged(trained: Trained, out: Path, dtype: str | None, max_shard_size: str) -> Gap:
+    """Write the merged model, and compare it with the policy."""
     from ..checkpoint.trained import at, load
     from ..distributed.device import DTYPES, dtype_name
     from ..model import export as saving
@@ -129,8 +141,8 @@ def write_merged(trained: Trained, out: Path, dtype: str | None, max_shard_size:
     return compare(expected, fixed_logits(load_causal_lm(at(trained, out), written, None)), rougher)
 
 
-def write_adapter(trained: Trained, out: Path) -> tuple[float, float, float]:
-    """Write the adapter. Returns the results of `compare` with the policy."""
+def write_adapter(trained: Trained, out: Path) -> Gap:
+    """Write the adapter, and compare it with the policy."""
     from ..checkpoint.trained import load
     from ..model import export as saving
     from ..model.fixed_row import fixed_logits
@@ -147,11 +159,8 @@ def write_adapter(trained: Trained, out: Path) -> tuple[float, float, float]:
     return compare(expected, fixed_logits(reopened), dtype)
 
 
-def compare(expected: Tensor, exported: Tensor, dtype: torch.dtype) -> tuple[float, float, float]:
-    """Return the largest difference as a share of the largest logit, its allowed value, and the KL in nats a token.
-
-    Raises RuntimeError above the allowed value.
-    """
+def compare(expected: Tensor, exported: Tensor, dtype: torch.dtype) -> Gap:
+    """Compare the logits of policy and export. Raises RuntimeError above the allowed difference."""
     from ..checkpoint.reopening import divergence
     from ..distributed.device import dtype_name
 
@@ -160,7 +169,7 @@ def compare(expected: Tensor, exported: Tensor, dtype: torch.dtype) -> tuple[flo
     if not difference <= allowed:
         raise RuntimeError(f"the exported model is not the trained one: its logits differ by {difference:.1e} of the "
                            f"largest, {allowed:.0e} would be rounding")  # fmt: skip
-    return difference, allowed, divergence(expected, exported)
+    return Gap(difference, allowed, divergence(expected, exported))
 
 
 def upload(directory: Path, name: str) -> str:

@@ -55,8 +55,8 @@ def test_it_computes_what_was_trained(lora: LoraConfig | None, place: str, base:
     assert trained.step == 1 and trained.run == tmp_path / "run"
     loaded, _ = load(trained)
     assert torch.allclose(logits(loaded.causal_lm, shared=False), logits(policy.causal_lm), atol=1e-5)
-    difference, allowed, distance = write_merged(trained, tmp_path / "out", None, "5GB")
-    assert difference <= allowed == 1e-4 and distance < 1e-9
+    gap = write_merged(trained, tmp_path / "out", None, "5GB")
+    assert gap.difference <= gap.allowed == 1e-4 and gap.kl < 1e-9
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     tied = merged.get_input_embeddings().weight is merged.get_output_embeddings().weight
     assert tied == load_model_config(base).tie_word_embeddings
@@ -80,9 +80,9 @@ def test_the_base_is_loaded_in_the_dtype_it_was_trained_in(base: ModelConfig, tm
 def test_a_critic_stays_behind(base: ModelConfig, tmp_path: Path) -> None:
     policy = load_policy(base, LORA, torch.bfloat16, attention.NAME, PolicyOptions(has_critic=True)).eval()
     leave_behind(tmp_path / "run", base, policy, LORA, critic=True)
-    loaded, _ = load(find(tmp_path / "run" / "checkpoints" / "step_1"))
-    assert loaded.causal_lm.dtype == torch.bfloat16
-    assert write_merged(find(tmp_path / "run" / "checkpoints" / "step_1"), tmp_path / "out", None, "5GB")[1] == 5e-2
+    trained = find(tmp_path / "run" / "checkpoints" / "step_1")
+    assert load(trained)[0].causal_lm.dtype == torch.bfloat16
+    assert write_merged(trained, tmp_path / "out", None, "5GB").allowed == 5e-2
 
 
 @pytest.mark.parametrize("place", ["final", "checkpoints/step_1"])
