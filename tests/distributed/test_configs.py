@@ -23,7 +23,7 @@ SMALL = (
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=[path.stem for path in CONFIGS])
-def test_it_runs(path: Path, tmp_path: Path) -> None:
+def test_every_config_runs(path: Path, tmp_path: Path) -> None:
     rewards = yaml.safe_load(path.read_text())["rewards"]
     if any(reward["name"] == "code" for reward in rewards) or path.stem == "python_tool":
         try:

@@ -79,7 +79,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("command", [row(command) for command in ALL])
-def test_command(command: Command, workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_command_of_the_docs_works(command: Command, workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(workspace)
     monkeypatch.setattr("builtins.input", lambda prompt="": "")
     words = [STAND_INS.get(word, word) for word in command.words]

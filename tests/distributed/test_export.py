@@ -160,7 +160,7 @@ def test_the_hub_gets_what_was_written(
     assert f"uploaded to {hub.url}/me/model" in told
 
 
-def test_mistakes(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_mistakes_are_one_line_each(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     damaged = shutil.copytree(run / "checkpoints" / "step_2", tmp_path / "step_2")
     with (damaged / "state.safetensors").open("r+b") as file:
         file.write(b"x")

@@ -81,7 +81,7 @@ def test_forks_make_the_run_of_fresh_processes(
 
 
 @pytest.mark.quick
-def test_first_step(one_process: Path) -> None:
+def test_nothing_has_moved_before_the_first_update(one_process: Path) -> None:
     """Promise 4: the ratio is exactly 1 and the KL to the reference 0 before anything was learned."""
     first = metrics(one_process)[1]
     assert first["step"] == 1
@@ -134,7 +134,7 @@ def test_other_objectives(arguments: tuple[str, ...], tmp_path: Path) -> None:
     ("strategy", "num_processes"),
     [("fsdp2", 2), *(pytest.param(each, 3, marks=pytest.mark.slow) for each in ("fsdp2", "zero3"))],
 )
-def test_all_weights(strategy: str, num_processes: int, tmp_path: Path) -> None:
+def test_ranks_change_nothing_where_all_weights_are_trained(strategy: str, num_processes: int, tmp_path: Path) -> None:
     arguments = (*KL, "--lora", "null", "--optim.learning_rate", "1e-4")
     one = train(None, 1, tmp_path / "one", *arguments)
     other = train(strategy, num_processes, tmp_path / "other", *arguments)

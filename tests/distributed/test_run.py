@@ -35,7 +35,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
                  "--logging.show_completions_every", "2")  # fmt: skip
 
 
-def test_metrics(recipe: Path) -> None:
+def test_every_step_has_its_metrics(recipe: Path) -> None:
     lines = metrics(recipe)
     assert [line["step"] for line in lines] == list(range(4))
     for line in lines[1:]:
@@ -45,7 +45,7 @@ def test_metrics(recipe: Path) -> None:
         assert 0 <= line["eval/accuracy"] <= 1 and 0 <= line["eval/greedy_accuracy"] <= 1
 
 
-def test_files(recipe: Path) -> None:
+def test_a_run_leaves_its_config_records_and_report(recipe: Path) -> None:
     assert (recipe / "config.yaml").is_file() and (recipe / "report.html").is_file()
     (start,) = map(json.loads, (recipe / "environment.jsonl").read_text().splitlines())
     assert (start["engine"], len(start["ranks"]), start["first_step"]) == ("DeepSpeed ZeRO-2", 2, 0)

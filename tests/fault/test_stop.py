@@ -180,7 +180,7 @@ def test_ranks_whose_launcher_is_killed_end(tmp_path: Path) -> None:
     assert not alive
 
 
-def test_the_time_limit(tmp_path: Path) -> None:
+def test_a_run_saves_and_ends_at_its_time_limit(tmp_path: Path) -> None:
     done = launch("ddp", 2, *TINY, "--train.num_train_steps", "5000", "--train.max_time", "0:00:03",
                   "--train.output_dir", str(tmp_path / "run"))  # fmt: skip
     assert done.returncode == 0

@@ -64,7 +64,7 @@ def compute(rewards: list[float], group: list[int], scale: Scale, baseline: Base
 @given(st.lists(st.tuples(REWARD, st.integers(0, 4)), min_size=1, max_size=24),
        st.sampled_from(["group", "batch", "none"]), st.sampled_from(["mean", "leave_one_out"]))  # fmt: skip
 @settings(max_examples=150, deadline=None)
-def test_equals_the_loop(pairs: list[tuple[float, int]], scale: Scale, baseline: Baseline) -> None:
+def test_advantages_are_those_of_a_plain_loop(pairs: list[tuple[float, int]], scale: Scale, baseline: Baseline) -> None:
     rewards, group = [r for r, _ in pairs], [g for _, g in pairs]
     assert compute(rewards, group, scale, baseline) == pytest.approx(
         naive(rewards, group, scale, baseline), rel=1e-6, abs=1e-7

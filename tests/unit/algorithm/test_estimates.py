@@ -48,7 +48,7 @@ def test_intervals_cover_and_repeat() -> None:
     assert math.isnan(estimate([]).value)
 
 
-def test_comparisons() -> None:
+def test_a_comparison_tells_better_from_worse() -> None:
     worse, better = [0.0, 0.25, 0.5, 0.5, 0.25, 0.0, 0.25, 0.75], [0.5, 0.75, 1.0, 0.75, 0.75, 0.5, 0.5, 1.0]
     result = compare(worse, better)
     assert result.difference.value == pytest.approx(0.40625) and result.difference.low > 0

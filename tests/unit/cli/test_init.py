@@ -94,7 +94,7 @@ def test_what_is_commented_out_can_be_taken_in(data: Path, tmp_path: Path) -> No
     assert options.config.rewards[0].name == "mine:reward" and options.config.data.answer_column is None
 
 
-def test_questions(
+def test_questions_are_asked_again_until_an_answer_fits(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     asked = []
@@ -132,7 +132,9 @@ def test_a_directory_of_parquet_files(data: Path, tmp_path: Path) -> None:
     assert config.data.eval_file == str(directory.parent)
 
 
-def test_mistakes(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_mistakes_are_said_and_nothing_is_written(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     file = tmp_path / "own.yaml"
     for words, message in {
         (): "--model is missing, and there is no terminal to ask on. Model, a hub id",

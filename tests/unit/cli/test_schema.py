@@ -59,7 +59,7 @@ def test_every_shipped_config_fits_and_names_it(path: Path) -> None:
     assert marker == "# yaml-language-server: " and (path.parent / place).resolve() == CONFIGS / "schema.json"
 
 
-def test_defaults_fit() -> None:
+def test_the_defaults_fit_the_schema() -> None:
     config = json.loads(json.dumps(asdict(parse_config([]))))
     assert faults(config, SCHEMA) == []
 

@@ -309,7 +309,7 @@ def test_advice_of_datasets_names_the_option(tmp_path: Path) -> None:
         load_rows(str(tmp_path), "test", "first")
 
 
-def test_templates(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_prompts_are_rendered_as_texts_or_conversations(tokenizer: PreTrainedTokenizerFast) -> None:
     messages = [{"role": "user", "content": "Hi"}]
     plain = render("Hi", DataConfig(), tokenizer)
     assert plain.messages is None and tokenizer.decode(plain.ids) == "<s>Hi"

@@ -54,7 +54,7 @@ def come(ranks: range | list[int], num_ranks: int, timeout_seconds: float = 20.0
     return ends
 
 
-def test_all_come() -> None:
+def test_ranks_that_all_come_hear_of_each_other() -> None:
     ends = come(range(3), 3)
     assert [end.reports[0].host for end in ends.values()] == [socket.gethostname()] * 3
     assert all(end.reports == ends[0].reports and end.missing("entered") == [0, 1, 2] for end in ends.values())

@@ -243,7 +243,7 @@ def rewards(host: EnvironmentHost) -> dict[str, float | None]:
     return values
 
 
-def test_functions() -> None:
+def test_plain_functions_are_tools() -> None:
     with opened(tools=["shapes:multiply", "shapes:add_later", "shapes:select"]) as host:
         assert set(host.tools("")) == {"multiply", "add_later", "select"} and not host.has_reward
         begun(host)

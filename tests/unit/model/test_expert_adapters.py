@@ -129,7 +129,7 @@ def test_decoding_computes_what_a_forward_pass_does(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_attention_alone(kind: str) -> None:
+def test_adapters_on_attention_alone_leave_experts_plain(kind: str) -> None:
     names = adapted_layers(moved(kind, lora=LoraConfig(r=2, target_modules=["q_proj", "v_proj"])))
     assert {name.rpartition(".")[2] for name in names} == {"q_proj", "v_proj"} and len(names) == 4
 

@@ -136,7 +136,9 @@ REFUSED: dict[str, tuple[Change, dict[str, Any], Mapping[str, str], str]] = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_is_refused(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_that_cannot_be_is_refused_before_torch_is_imported(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("grpo_dist.model.files.require_package", lambda: None)
     change, options, environment, message = REFUSED[name]
     shutil.copytree(toy_path(), tmp_path / "model")
@@ -149,7 +151,7 @@ def test_what_is_refused(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPa
         require_possible(Config(**given), environment, int(environment.get("WORLD_SIZE", "1")))
 
 
-def test_what_is_not(tmp_path: Path) -> None:
+def test_what_fits_or_is_not_here_is_not_refused(tmp_path: Path) -> None:
     """A model that fits, the toy, and repositories of the hub, which are left to those who load them."""
     shutil.copytree(toy_path(), tmp_path / "model")
     short = RolloutConfig(max_completion_length=16)

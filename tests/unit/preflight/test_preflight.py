@@ -120,7 +120,9 @@ def test_all_options_are_listed_where_asked(capsys: pytest.CaptureFixture[str], 
     assert "  optim.betas: " in capsys.readouterr().out
 
 
-def test_a_good_run(data: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_check_of_a_good_run_says_what_it_will_be(
+    data: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main([*data, "--ranks", "3"]) == 0
     shown, stages = capsys.readouterr()
     assert stages.splitlines()[0] == "importing torch and transformers …" and "trying the rewards" in stages

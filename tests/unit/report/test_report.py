@@ -56,7 +56,7 @@ def joined(lists: Iterable[list[Any]]) -> list[Any]:
 
 
 @given(st.lists(NUMBERS, max_size=80))
-def test_change(values: list[float]) -> None:
+def test_a_change_is_clear_beyond_twice_its_error(values: list[float]) -> None:
     window = max(3, len(values) // 10)
     result = change(values)
     if len(values) < 2 * window:
@@ -76,7 +76,7 @@ def test_change_tells_learning_from_noise() -> None:
     assert change((noise + np.linspace(0, 0.5, 100)).tolist()).is_clear
 
 
-def test_configs() -> None:
+def test_only_options_besides_the_seed_make_a_variant() -> None:
     config = {"train": {"seed": 1, "steps": 5}, "rewards": [{"name": "a", "args": {}}], "betas": [0.9, 0.99]}
     options = flat(config, numbered=True)
     assert options == {"train.seed": 1, "train.steps": 5, "rewards.0.name": "a", "rewards.0.args": {},
@@ -91,7 +91,7 @@ def test_names_tell_runs_apart() -> None:
 
 
 @given(st.integers(0, 300), st.integers(2, 50))
-def test_spread(count: int, most: int) -> None:
+def test_the_steps_that_are_read_are_spread_evenly(count: int, most: int) -> None:
     places = spread(count, most)
     assert len(places) == min(count, most) and places == sorted(set(places))
     if count:
@@ -101,7 +101,7 @@ def test_spread(count: int, most: int) -> None:
 
 
 @given(st.lists(st.integers(0, 10**6), unique=True, max_size=150).map(sorted), st.integers(1, 40))
-def test_columns(steps: list[int], most: int) -> None:
+def test_columns_hold_all_steps_in_nearly_equal_parts(steps: list[int], most: int) -> None:
     result = columns(steps, most)
     members = [[step for step in steps if first <= step <= last] for first, last in result]
     assert joined(members) == steps
@@ -110,7 +110,7 @@ def test_columns(steps: list[int], most: int) -> None:
 
 
 @given(st.lists(st.dictionaries(st.sampled_from("abc"), NUMBERS | st.none() | st.just(math.nan))), st.integers(1, 9))
-def test_curves(lines: list[dict[str, float | None]], each: int) -> None:
+def test_a_point_of_a_curve_is_the_mean_of_its_steps(lines: list[dict[str, float | None]], each: int) -> None:
     lines = [line | {"step": step} for step, line in enumerate(lines)]
     result = curves(lines, each)
     assert result["step"] == [min(start + each, len(lines)) - 1 for start in range(0, len(lines), each)]
@@ -238,13 +238,13 @@ def test_round_width(low: float, span: float, most: int) -> None:
 
 
 @given(st.lists(st.tuples(st.sampled_from("abc"), st.integers(0, 3)), min_size=1))
-def test_agreement(pairs: list[tuple[str, int]]) -> None:
+def test_agreement_is_the_share_of_the_most_frequent_answer(pairs: list[tuple[str, int]]) -> None:
     groups = [[a for a, g in pairs if g == group] for group in {g for _, g in pairs}]
     expected = np.mean([max(group.count(a) for a in group) / len(group) for group in groups])
     assert math.isclose(agreement(*zip(*pairs, strict=True)), expected)
 
 
-def test_answers() -> None:
+def test_an_answer_is_short_and_on_one_line() -> None:
     assert answer_of("  so it\nis  4 ", None) == "so it is 4"
     assert answer_of("so it is 4", lambda text: text[-1]) == "4"
     assert answer_of("no idea", lambda text: None) == "no idea"
@@ -358,7 +358,7 @@ def test_a_file_that_cannot_be_read_is_named(
     assert f"'{target}'" in capsys.readouterr().err, "not a temporary file"
 
 
-def test_the_verb(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_verb_writes_one_page_of_several_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     runs = [str(write_run(tmp_path / name)) for name in ("one", "two")]
     assert main(["report", *runs, "--out", str(tmp_path / "both.html")]) == 0
     assert "both.html" in capsys.readouterr().out and (tmp_path / "both.html").stat().st_size > 10_000

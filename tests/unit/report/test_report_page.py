@@ -96,7 +96,7 @@ def fill(page: Page, **values: str) -> str:
     return page.texts("#count")[0]
 
 
-def test_the_filter(page: Page, single: Path) -> None:
+def test_the_filter_counts_and_sorts_what_matches(page: Page, single: Path) -> None:
     page.open(single, 1440)
     assert fill(page).startswith("192 match, of all 192 completions of 12 steps")
     assert fill(page, first="3", last="4").startswith("32 match")

@@ -47,11 +47,11 @@ def test_after_hashes(text: str, expected: str | None) -> None:
         (r"\text{no}", "no"), ("+3", "3"), ("3.00", "3"), (r"10\,000", "10000"), ("\u22127", "-7"),
     ],
 )  # fmt: skip
-def test_clean(one: str, other: str) -> None:
+def test_one_answer_has_many_spellings(one: str, other: str) -> None:
     assert clean(one) == clean(other)
 
 
-def test_not_the_same() -> None:
+def test_other_answers_stay_others() -> None:
     assert len({clean(text) for text in ("1,2", "12", "1/2", "0.5", "-1", "1.05", "(1,234)", "(1234,)")}) == 8
 
 
@@ -89,12 +89,12 @@ def test_answers_and_places() -> None:
         ("", 0.0, 0.0),
     ],
 )
-def test_tags(text: str, full: float, partial: float) -> None:
+def test_tags_are_asked_for_once_and_in_order(text: str, full: float, partial: float) -> None:
     assert FormatReward(tags=["think", "answer"])([text]) == [full]
     assert FormatReward(tags=["think", "answer"], partial=True)([text]) == [partial]
 
 
-def test_patterns() -> None:
+def test_a_pattern_has_to_fit_the_whole_text() -> None:
     reward = FormatReward(r"Answer: \d+", reward=2, otherwise=-1)
     assert reward(["Answer: 7\n", "The Answer: 7", "Answer: x"]) == [2, -1, -1]
     mistakes = {"pattern": "a", "tags": ["b"]}, {"pattern": "("}, {"tags": "think"}, {"pattern": "a", "partial": True}

@@ -217,7 +217,7 @@ def test_only_programs_that_compute_it_are_right(reward: CodeReward, completion:
     assert reward([completion], [ADD]) == [expected]
 
 
-def test_kinds_of_tests(sandbox: Sandbox) -> None:
+def test_tests_are_inputs_with_outputs_or_assertions(sandbox: Sandbox) -> None:
     reward = CodeReward(partial=True, seconds=2)
     doubles = "print(2 * int(input()))   \n"
     runs = [{"input": "2", "output": "4\n\n"}, {"input": "x", "output": "4"}, {"input": "3", "output": "7"}]

@@ -324,7 +324,7 @@ def expected_answer(turn: dict[str, Any]) -> tuple[str, str]:
     return ("error", "Error: ValueError: no threes") if left % 10 == 3 else ("answered", str(left * right))
 
 
-def test_games(models: dict[str, Any]) -> None:
+def test_a_game_gives_its_own_reward(models: dict[str, Any]) -> None:
     _, trajectories = played(make_config(game=True, max_turns=3), GAMES, models["shared"])
     episodes = [t.episode for t in trajectories]
     assert {e.reward for e in episodes if e} == {0.0, 1.0}

@@ -251,7 +251,9 @@ def test_next_turns_are_handed_over_together() -> None:
     ],
     ids=["one turn", "the last one", "no room later", "room for the answer alone"],
 )
-def test_limits(max_turns: int, keeps: list[bool], texts: list[str], finished: bool, ids: list[int]) -> None:
+def test_an_episode_ends_at_its_limits(
+    max_turns: int, keeps: list[bool], texts: list[str], finished: bool, ids: list[int]
+) -> None:
     """The calls of the last turn are made, since they may end a game; what answers them is no part of the row."""
     host = Host([resets(1), *([answers(0, text)] for text in texts)])
     engine = Engine([[turn(0, 10, END)] for _ in texts])
@@ -279,7 +281,7 @@ def test_the_calls_of_a_last_turn_that_can_end_nothing_are_not_made() -> None:
         ({"observation": None}, Event(0, "turn", {"failure": "it fails"}), "it fails"),
     ],
 )
-def test_failures(begins: dict[str, Any], event: Event | None, reason: str) -> None:
+def test_an_episode_that_fails_has_no_reward(begins: dict[str, Any], event: Event | None, reason: str) -> None:
     """An episode that fails has no reward; one that cannot begin has one token."""
     host = Host([[Event(0, "reset", begins)], [event] if event else []], reward=True)
     engine = Engine([[turn(0, 10, END)]])
