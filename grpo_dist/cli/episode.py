@@ -74,7 +74,7 @@ class EpisodeChat:
     def answer_row(self, number: int) -> None:
         """Play an episode on a row (from 0) of data.eval_file, or of the training data. Raises ValueError, OSError."""
         data = self.config.data
-        path = data.eval_file or (data.train_file if isinstance(data.train_file, str) else next(iter(data.train_file)))
+        path = data.eval_file or next(iter(data.train_files))
         split = data.eval_split if data.eval_file else data.train_split
         reader = PromptReader(data, for_prompts(self.tokenizer, self.host),
                               tokenizers=by_environment(self.tokenizer, self.host))  # fmt: skip
@@ -130,8 +130,6 @@ def token_figures(model: nn.Module, row: list[int], trajectory: Trajectory, text
     own = logprobs.gather(-1, torch.tensor(trajectory.ids)[:, None])[:, 0].tolist()
     entropies = -(logprobs.exp() * logprobs).sum(-1)
     texts = texts_of.pieces(trajectory.ids)
-    talk = trajectory.episode.messages if trajectory.episode else []
-    answers = [message["content"] for message in talk if message["role"] != "assistant"]
-    by = writers(texts, trajectory.sampled, answers)
+    by = writers(texts, trajectory.sampled, trajectory.episode.messages if trajectory.episode else [])
     return [Token(text, who, *((logprob, entropy) if who == MODEL else (None, None)))
             for text, who, logprob, entropy in zip(texts, by, own, entropies.tolist(), strict=True)]  # fmt: skip

@@ -76,6 +76,11 @@ class DataConfig:
     curriculum: CurriculumConfig | None = None
     """Pass over prompts whose last group was too easy or too hard; null takes all prompts in turn."""
 
+    @property
+    def train_files(self) -> dict[str, float]:
+        """The files of the training data, with their weights."""
+        return {self.train_file: 1.0} if isinstance(self.train_file, str) else self.train_file
+
     def __post_init__(self) -> None:
         self.train_file, self.eval_file = with_home(self.train_file), with_home(self.eval_file)
         require(self.max_prompt_length >= 1, "data.max_prompt_length", self.max_prompt_length, "at least 1 token")

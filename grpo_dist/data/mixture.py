@@ -28,14 +28,13 @@ def load_training(reader: PromptReader, train: TrainConfig) -> tuple[Sequence[Pr
     Raises ValueError or FileNotFoundError as `PromptReader.load` does.
     """
     data = reader.config
-    weights = {data.train_file: 1.0} if isinstance(data.train_file, str) else data.train_file
     parts: list[Sequence[Prompt]] = []
     first_index = 0
     evaluated: frozenset[tuple[int, ...]] = frozenset()
     if data.hold_out and data.eval_file is not None:
         held_out, _ = reader.load(data.eval_file, data.eval_split)
         evaluated = frozenset(tuple(prompt.ids) for prompt in held_out)
-    for path in weights:
+    for path in data.train_files:
         if data.streaming:
             part = StreamedPrompts(path, reader, first_index)
             first_index += len(part)
@@ -48,7 +47,7 @@ def load_training(reader: PromptReader, train: TrainConfig) -> tuple[Sequence[Pr
     sampler: Sampler | Mixture = (
         Sampler(len(prompts), train.batch_size, train.seed)
         if len(parts) == 1
-        else Mixture([len(part) for part in parts], list(weights.values()), train.batch_size, train.seed)
+        else Mixture([len(part) for part in parts], list(data.train_files.values()), train.batch_size, train.seed)
     )
     if data.curriculum is None:
         return prompts, sampler

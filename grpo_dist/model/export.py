@@ -44,7 +44,7 @@ def kept_shares(policy: Policy, dtypes: Sequence[torch.dtype], keep: bool) -> li
     `keep` the result. A collective if weights are sharded.
     """
     rounding, total = [0.0] * len(dtypes), 0.0
-    for layer in (adapted_layers(policy) if isinstance(policy.model, PeftModel) else {}).values():
+    for layer in adapted_layers(policy).values():
         with gathered(list(layer.parameters())):
             if keep:
                 weight, update = adapted_weight(layer), delta_weight(layer)
@@ -95,8 +95,7 @@ def merged_state(policy: Policy, keep: bool, dtype: torch.dtype) -> dict[str, Te
     A quantised base is dequantised: its values are those that the adapters were trained on. A collective if weights are
     sharded. Ranks that do not `keep` the result get an empty dict.
     """
-    layers = adapted_layers(policy) if isinstance(policy.model, PeftModel) else {}
-    return _state(policy.causal_lm, layers, keep, dtype)
+    return _state(policy.causal_lm, adapted_layers(policy), keep, dtype)
 
 
 def base_state(model: nn.Module, keep: bool, dtype: torch.dtype) -> dict[str, Tensor]:

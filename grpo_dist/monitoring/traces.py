@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import groupby
+from typing import Any
 
 import torch
 
@@ -67,19 +68,18 @@ def trace_lines(
         gap, entropy = batch.trace[tokens.start - first : tokens.stop - first].T.tolist()
         texts = pieces_of(batch.completion_ids(n))
         talk = json.loads(conversations[n]) if conversations else []
-        answers = [message["content"] for message in talk if message["role"] != "assistant"]
         lines[n] = json.dumps({
-            "text": texts, "by": writers(texts, batch.sampled[places].tolist(), answers),
+            "text": texts, "by": writers(texts, batch.sampled[places].tolist(), talk),
             "logprob": _rounded(batch.sampled_logprobs[tokens].tolist()), "gap": _rounded(gap),
             "entropy": _rounded(entropy), "advantage": _rounded(batch.advantages[tokens].tolist()),
         }, ensure_ascii=False)  # fmt: skip
     return lines
 
 
-def writers(texts: Sequence[str], sampled: Sequence[bool], answers: Sequence[str]) -> str:
+def writers(texts: Sequence[str], sampled: Sequence[bool], messages: Sequence[Mapping[str, Any]]) -> str:
     """Who wrote each token, a letter each: the model what was sampled; of the rest a tool what is in one of its
-    `answers`, which come in order, and the template what is around them."""
-    by, left = "", list(answers)
+    `messages`, which come in order, and the template what is around them."""
+    by, left = "", [message["content"] for message in messages if message["role"] != "assistant"]
     for is_sampled, tokens in groupby(zip(texts, sampled, strict=True), key=lambda each: each[1]):
         run = [text for text, _ in tokens]
         if is_sampled:

@@ -125,13 +125,12 @@ def _read_data(config: Config, contents: Contents, findings: Findings, host: Env
                                  tokenizers=by_environment(contents.tokenizer, host))  # fmt: skip
                 episodes = episodes_of(config, host, contents.tokenizer, end_token_ids(config.model, reader.tokenizer))
             findings.results["tools"] = [f"{name}: {description}" for name, description in described(host)]
-    files = [data.train_file] if isinstance(data.train_file, str) else list(data.train_file)
     before = len(findings.problems)
-    for file in files:
+    for file in data.train_files:
         with findings.attempt():
             one = replace(reader, config=replace(reader.config, train_file=file))
             contents.prompts, contents.sampler = load_training(one, config.train)
-    if len(files) > 1 and len(findings.problems) == before:
+    if len(data.train_files) > 1 and len(findings.problems) == before:
         contents.prompts, contents.sampler = load_training(reader, config.train)
     if data.eval_file:
         with findings.attempt():

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from ..config.schema import Config, DataConfig
+from ..config.schema import Config
 from ..text.templates import closing_of
 from ..types import Prompt
 
@@ -33,7 +33,7 @@ def doubts(
         found.append("prompts are plain text, and go to the model without its chat template, which a model for "
                      "conversations expects: set data.chat_template to `always`, or to `never` if they are meant so"
                      )  # fmt: skip
-    if data.eval_file is not None and _ships(data.eval_file) and not any(map(_ships, _trained(data))):
+    if data.eval_file is not None and _ships(data.eval_file) and not any(map(_ships, data.train_files)):
         found.append(f"data.eval_file: {data.eval_file} ships with the package, and data.train_file does not: give "
                      "held-out prompts of your own task, or null")  # fmt: skip
     if len(prompts):
@@ -56,10 +56,6 @@ def _of_ends(config: Config, tokenizer: PreTrainedTokenizerBase, end_ids: Collec
     ends = ", ".join(repr(tokenizer.decode([number])) for number in sorted(end_ids))
     return (f"the chat template ends an answer with {closing!r}, which ends no completion (only {ends} does): what the "
             "model writes after its answer is part of the completion; add it to rollout.stop")  # fmt: skip
-
-
-def _trained(data: DataConfig) -> list[str]:
-    return [data.train_file] if isinstance(data.train_file, str) else list(data.train_file)
 
 
 def _ships(file: str) -> bool:

@@ -63,8 +63,7 @@ def require_possible(config: Config, environment: Mapping[str, str], num_ranks: 
     """Raise ValueError or FileNotFoundError for what the launch's variables and local files say against a run;
     `num_ranks` is None where it is not known yet."""
     require_known_launch(environment)
-    trained = config.data.train_file
-    for path in [trained] if isinstance(trained, str) else trained:
+    for path in config.data.train_files:
         check_file(path)
     if config.data.eval_file is not None:
         check_file(config.data.eval_file)

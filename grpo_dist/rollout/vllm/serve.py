@@ -16,7 +16,7 @@ from ...model.adapter import with_adapter
 from ...model.config_files import load_model_config
 from ..replay import needs_routes
 from .base import served_model, write_base_of
-from .server import server_command, server_environment, variables
+from .server import server_command, server_environment
 
 
 def command_of(words: Sequence[str]) -> tuple[list[str], dict[str, str]]:
@@ -28,7 +28,7 @@ def command_of(words: Sequence[str]) -> tuple[list[str], dict[str, str]]:
     write_base_of(config, model_config)
     model, with_routes = served_model(config, model_config), needs_routes(config.rollout, model_config)
     command = server_command(config, python, model, "0.0.0.0", int(port), with_routes)
-    return [*command, *rest[place + 1 :]], server_environment(os.environ) | variables(config)
+    return [*command, *rest[place + 1 :]], server_environment(config)
 
 
 if __name__ == "__main__":

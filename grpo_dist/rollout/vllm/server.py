@@ -10,7 +10,6 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
 from pathlib import Path
 
 import psutil
@@ -63,11 +62,14 @@ def arguments(config: Config, model: str, with_routes: bool) -> list[str]:
 
 def variables(config: Config) -> dict[str, str]:
     """The environment variables that a server of this run needs."""
-    shared = config.rollout.vllm is not None and config.rollout.vllm.devices == SHARED
     needed = {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"} if config.lora is not None else {}
     if len(config.rollout.stop) > STOP_TEXTS:
         needed["VLLM_MAX_STOP_STRINGS"] = str(len(config.rollout.stop))
-    return needed | ({"VLLM_SERVER_DEV_MODE": "1"} if shared or config.lora is None else {})
+    return needed | ({"VLLM_SERVER_DEV_MODE": "1"} if _shares_devices(config) or config.lora is None else {})
+
+
+def _shares_devices(config: Config) -> bool:
+    return config.rollout.vllm is not None and config.rollout.vllm.devices == SHARED
 
 
 def command_line(config: Config, model: str, with_routes: bool) -> str:
@@ -80,9 +82,8 @@ def server_command(config: Config, python: str, model: str, host: str, port: int
     """The command of a server; other machines reach it where `host` is not loopback."""
     words = [os.path.expanduser(python), "-m", MODULE, *arguments(config, model, with_routes),
              "--host", "127.0.0.1" if host == "127.0.0.1" else "0.0.0.0", "--port", str(port)]  # fmt: skip
-    shared = config.rollout.vllm is not None and config.rollout.vllm.devices == SHARED
     # vLLM refuses it on a CPU, where sleeping frees nothing
-    return [*words, "--enable-sleep-mode"] if shared and computes_on_gpu() else words
+    return [*words, "--enable-sleep-mode"] if _shares_devices(config) and computes_on_gpu() else words
 
 
 class OwnServer:
@@ -100,7 +101,7 @@ class OwnServer:
         self.url = f"http://{host}:{port}"
         words = server_command(config, options.python, model, host, port, with_routes)
         command = [*words, *options.args]
-        environment = server_environment(os.environ) | variables(config)
+        environment = server_environment(config)
         if options.devices not in (None, SHARED):
             environment["CUDA_VISIBLE_DEVICES"] = str(options.devices)
         with self.log_path.open("ab") as output:
@@ -146,10 +147,10 @@ class OwnServer:
         return "\n".join(lines[-_LAST_LINES:])
 
 
-def server_environment(given: Mapping[str, str]) -> dict[str, str]:
-    """The environment without what launchers tell the trainer's ranks."""
-    return {name: value for name, value in given.items()
-            if not name.startswith(_LAUNCHERS) and name not in _OF_RANKS}  # fmt: skip
+def server_environment(config: Config) -> dict[str, str]:
+    """The environment of a server: this one with `variables`, and without what launchers tell the trainer's ranks."""
+    return {name: value for name, value in os.environ.items()
+            if not name.startswith(_LAUNCHERS) and name not in _OF_RANKS} | variables(config)  # fmt: skip
 
 
 def end_leftover(note: Path) -> None:

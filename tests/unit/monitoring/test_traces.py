@@ -62,9 +62,15 @@ def test_a_trace_has_text_writer_and_numbers() -> None:
     assert not any(trace_lines(replace(batch, trace=None), lambda ids: [], None))
 
 
+def said(*answers: str) -> list[dict[str, str]]:
+    """A conversation in which a tool gave these answers."""
+    return [message for text in answers for message in ({"role": "assistant", "content": "42"},
+                                                        {"role": "tool", "content": text})]  # fmt: skip
+
+
 def test_who_wrote_what() -> None:
     texts = ["call", "<end>", "\nRes", "ult: ", "4", "2", "\nResult: 7", "7\n", "Answer:", "42"]
     sampled = [True, True, *[False] * 7, True]
-    assert writers(texts, sampled, ["42", "77"]) == "mmxxttttxm"
-    assert writers(texts, sampled, ["nowhere", "42"]) == "mmxxxxxxxm", "answers come in order"
+    assert writers(texts, sampled, said("42", "77")) == "mmxxttttxm"
+    assert writers(texts, sampled, said("nowhere", "42")) == "mmxxxxxxxm", "answers come in order"
     assert writers(texts, sampled, []) == "mmxxxxxxxm"
