@@ -1,25 +1,19 @@
-"""Guards of a run: a lock on its directory, a hash of its data, and counters of failed saves and bad updates."""
+"""Guards of a run: a lock on its directory, and counters of failed saves and bad updates."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import math
 import os
 import socket
-from array import array
-from collections.abc import Iterable
 from dataclasses import dataclass
-from datetime import date
-from decimal import Decimal
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 from safetensors.torch import save_file
 
 from ..config.places import writing_to
-from ..types import Batch, Prompt
+from ..types import Batch
 
 log = logging.getLogger(__name__)
 
@@ -58,27 +52,6 @@ def lock(directory: Path) -> IO[str]:
     file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
     file.flush()
     return file
-
-
-def data_fingerprint(prompts: Iterable[Prompt]) -> str:
-    """A hash of the prompts as the model sees them, in their order."""
-    digest = hashlib.sha256()
-    for prompt in prompts:
-        digest.update(array("q", [len(prompt.ids), *prompt.ids]).tobytes())
-    return digest.hexdigest()[:16]
-
-
-def columns_fingerprint(prompts: Iterable[Prompt]) -> str:
-    """A hash of what rewards read beside the prompts."""
-    digest = hashlib.sha256()
-    for prompt in prompts:
-        digest.update(json.dumps(sorted(prompt.columns.items()), default=_as_text).encode())
-    return digest.hexdigest()[:16]
-
-
-def _as_text(value: Any) -> str:
-    """A value that JSON does not have, or the name of its type where a text would name an address in memory."""
-    return str(value) if isinstance(value, (bytes, date, Decimal)) else type(value).__name__
 
 
 @dataclass

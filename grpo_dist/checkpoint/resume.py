@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Sequence
+from array import array
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
+from datetime import date
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +24,6 @@ from ..rewards.registry import file_digests
 from ..text.templates import today, uses_date
 from ..types import Prompt
 from . import store as checkpoint
-from .guards import columns_fingerprint, data_fingerprint
 from .state import NEEDED as STATE_NEEDS
 
 NEEDED = STATE_NEEDS | {"identity": dict, "config": dict, "versions": dict}
@@ -69,10 +72,31 @@ def identity(
             "adapter": _adapter_of(config.lora),
             "critic": config.has_critic, "optimizer": config.optim.optimizer,
             "num_prompts": len(prompts),
-            "data": data_fingerprint(identifying(prompts)), "columns": columns_fingerprint(identifying(prompts)),
-            "evaluation": data_fingerprint(eval_prompts) + columns_fingerprint(eval_prompts),
+            "data": _data_fingerprint(identifying(prompts)), "columns": _columns_fingerprint(identifying(prompts)),
+            "evaluation": _data_fingerprint(eval_prompts) + _columns_fingerprint(eval_prompts),
             "order": order_of(config.data),
             "seed": config.train.seed, "batch_size": config.train.batch_size}  # fmt: skip
+
+
+def _data_fingerprint(prompts: Iterable[Prompt]) -> str:
+    """A hash of the prompts as the model sees them, in their order."""
+    digest = hashlib.sha256()
+    for prompt in prompts:
+        digest.update(array("q", [len(prompt.ids), *prompt.ids]).tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _columns_fingerprint(prompts: Iterable[Prompt]) -> str:
+    """A hash of what rewards read beside the prompts."""
+    digest = hashlib.sha256()
+    for prompt in prompts:
+        digest.update(json.dumps(sorted(prompt.columns.items()), default=_as_text).encode())
+    return digest.hexdigest()[:16]
+
+
+def _as_text(value: Any) -> str:
+    """A value that JSON does not have, or the name of its type where a text would name an address in memory."""
+    return str(value) if isinstance(value, (bytes, date, Decimal)) else type(value).__name__
 
 
 def _shape_of(lora: LoraConfig | None) -> dict[str, Any] | None:

@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedToken
 from grpo_dist.config.schema import LoraConfig, ModelConfig
 from grpo_dist.model import attention
 from grpo_dist.model.block_attention import block_layout
-from grpo_dist.model.load import Policy, load_policy, trainable
+from grpo_dist.model.load import load_policy, trainable
+from grpo_dist.model.policy import Policy
 from grpo_dist.trainer.gathering import gather_trajectories
 from grpo_dist.types import Batch, Prompt, Trajectory
 

@@ -19,9 +19,9 @@ from grpo_dist.model import attention
 from grpo_dist.model.config_files import end_token_ids, load_model_config, load_tokenizer
 from grpo_dist.model.export import choose_dtype, kept_shares, merged_state, save_final
 from grpo_dist.model.fixed_row import fixed_logits
-from grpo_dist.model.load import Policy, adapted_layers, load_causal_lm, load_policy, trainable
+from grpo_dist.model.load import adapted_layers, load_causal_lm, load_policy, trainable
 from grpo_dist.model.packing import Pack, Piece, make_pack
-from grpo_dist.model.policy import PolicyOptions
+from grpo_dist.model.policy import Policy, PolicyOptions
 from grpo_dist.model.reference import AdaptersOff, FrozenCopy
 from grpo_dist.model.rollout_weights import RolloutModel
 from grpo_dist.types import Batch, Prompt
