@@ -63,7 +63,7 @@ def compute(rewards: list[float], group: list[int], scale: Scale, baseline: Base
 
 @given(st.lists(st.tuples(REWARD, st.integers(0, 4)), min_size=1, max_size=24),
        st.sampled_from(["group", "batch", "none"]), st.sampled_from(["mean", "leave_one_out"]))  # fmt: skip
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_advantages_are_those_of_a_plain_loop(pairs: list[tuple[float, int]], scale: Scale, baseline: Baseline) -> None:
     rewards, group = [r for r, _ in pairs], [g for _, g in pairs]
     assert compute(rewards, group, scale, baseline) == pytest.approx(
@@ -160,7 +160,7 @@ def test_gamma_discounts_by_the_distance_to_the_reward() -> None:
 
 
 @given(st.data())
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 def test_process_rewards_equal_the_loop(data: st.DataObject) -> None:
     """DeepSeekMath, section 4.1.3: normalise every reward given in the group, then sum what is still to come."""
     rewards = [data.draw(st.sampled_from([NAN, 0.0, 0.5, 1.0, -2.0])) for _ in OWNER]
@@ -201,7 +201,7 @@ def test_weighted_rewards_leave_out_what_does_not_apply() -> None:
 
 
 @given(st.lists(st.lists(st.floats(-3, 3), min_size=1, max_size=6), min_size=1, max_size=4), st.floats(0, 1))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_discounted_sums_equal_the_loop(rows: list[list[float]], discount: float) -> None:
     got = discounted_sums(torch.tensor([v for row in rows for v in row], dtype=torch.float64),
                           torch.tensor([len(row) for row in rows]), discount)  # fmt: skip
@@ -210,7 +210,7 @@ def test_discounted_sums_equal_the_loop(rows: list[list[float]], discount: float
 
 
 @given(st.lists(st.tuples(st.integers(1, 6), st.floats(-3, 3)), min_size=1, max_size=5))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_an_outcome_is_that_of_each_of_its_tokens(outcomes: list[tuple[int, float]]) -> None:
     values = torch.tensor([v if t == length - 1 else 0.0 for length, v in outcomes for t in range(length)])
     got = discounted_sums(values.double(), torch.tensor([length for length, _ in outcomes]), 1)

@@ -235,7 +235,7 @@ def test_only_the_total_is_differentiable() -> None:
 
 
 @given(st.lists(st.tuples(st.integers(1, 9), st.integers(0, 3), st.booleans()), min_size=1, max_size=9))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_token_weights_equal_the_loop(rows: list[tuple[int, int, bool]]) -> None:
     inside = [(length, group) for length, group, counts in rows if counts]
     n, total = max(len(inside), 1), max(sum(length for length, _ in inside), 1)
@@ -272,7 +272,7 @@ def test_value_loss_equals_the_loop(clip: float | None) -> None:
 
 
 @given(st.lists(st.tuples(st.floats(-30, 0, width=32), st.floats(-30, 0, width=32)), min_size=1, max_size=20))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_k3_equals_its_formula(pairs: list[tuple[float, float]]) -> None:
     logprobs, reference = (torch.tensor(column, dtype=torch.float64) for column in zip(*pairs, strict=True))
     expected = [math.expm1(r - p) - (r - p) for p, r in pairs]

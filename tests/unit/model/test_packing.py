@@ -60,7 +60,7 @@ def whole_plan(
 
 
 @given(PIECES, st.integers(2, 300), st.integers(1, 4), st.booleans())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_plan(
     given_pieces: list[tuple[int, list[tuple[int, bool]]]], max_tokens: int, num_ranks: int, share: bool
 ) -> None:
@@ -160,7 +160,7 @@ SMALL = st.tuples(st.integers(1, 9), st.lists(st.integers(1, 7), min_size=1, max
 
 
 @given(st.lists(SMALL, min_size=1, max_size=5), st.integers(16, 60), st.booleans(), st.sampled_from([1.0, 0.6]))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_make_pack_equals_the_loop(
     pieces: list[tuple[int, list[int]]], max_tokens: int, share: bool, share_sampled: float
 ) -> None:
@@ -294,7 +294,7 @@ def test_block_attention_equals_a_full_masked_softmax(
 
 @given(st.lists(st.tuples(st.integers(1, 12), st.lists(st.integers(1, 12), max_size=4)), min_size=1, max_size=6),
        st.integers(1, 16))  # fmt: skip
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_blocks_hold_every_query_once_and_every_pair(pieces: list[tuple[int, list[int]]], block: int) -> None:
     mask = full_mask(pieces)
     built = torch.zeros_like(mask)

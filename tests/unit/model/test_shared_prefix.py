@@ -60,7 +60,7 @@ def dense(
 
 @given(PIECES, st.sampled_from([(2, 2), (4, 2), (3, 1)]), st.sampled_from([None, 0.3]),
        st.sampled_from([None, 1, 2, 3, 7, 12]), st.booleans())  # fmt: skip
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_equals_every_sequence_alone_and_the_blocks(
     pieces: list[tuple[int, list[int]]], heads: tuple[int, int], scale: float | None, window: int | None,
     has_sinks: bool,

@@ -53,7 +53,7 @@ def many_draws(logits: Tensor, sampling: Sampling, count: int, key: int = 7) -> 
 
 
 @given(st.lists(st.tuples(INT64, st.integers(0, 1 << 20)), min_size=1, max_size=20))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_uniforms_are_splitmix64(counters: list[tuple[int, int]]) -> None:
     keys, positions = (torch.tensor(column) for column in zip(*counters, strict=True))
     numbers = uniforms(keys, positions)
@@ -140,7 +140,7 @@ def test_draws_follow_the_distribution(temperature: float) -> None:
 @given(
     st.integers(0, 1 << 30), st.integers(0, 14), st.floats(0.05, 1.0), st.floats(0.0, 0.99), st.floats(0.3, 2.0)
 )  # fmt: skip
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_allowed_equals_sorting(seed: int, top_k: int, top_p: float, min_p: float, temperature: float) -> None:
     sampling = Sampling(temperature, top_p, top_k, min_p)
     logits = torch.randn(3, 12, generator=torch.Generator().manual_seed(seed)) * 2

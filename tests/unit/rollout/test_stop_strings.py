@@ -79,7 +79,7 @@ def _ends(text: str, before: bytes, string: str) -> bool:
     st.lists(st.sampled_from(["a", "b", "</a>", "ab", "aba", "aa", "é"]), min_size=1, max_size=3, unique=True),
     st.lists(st.integers(0, len(PIECES) - 1), min_size=1, max_size=14), st.integers(0, 6),
 )  # fmt: skip
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 def test_the_automaton_finds_what_decoding_finds(strings: list[str], ids: list[int], begin: int) -> None:
     whole = b"".join(PIECES[number] for number in ids)
     if b"\xc3" in whole.replace("é".encode(), b"") or b"\xa9" in whole.replace("é".encode(), b""):

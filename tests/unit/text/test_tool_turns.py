@@ -80,7 +80,7 @@ def test_prompts_show_the_tools() -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 @given(texts=st.lists(st.text(min_size=1, max_size=20), min_size=1, max_size=3))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_the_row_is_what_the_template_writes(family: str, texts: list[str]) -> None:
     """A prompt, a turn with calls, its end token and what the answers add: the template's own rendering of it all."""
     turns, tokenizer = make_turns(family)
@@ -100,7 +100,7 @@ def test_the_row_is_what_the_template_writes(family: str, texts: list[str]) -> N
 
 @pytest.mark.parametrize("family", FAMILIES)
 @given(st.dictionaries(st.text(max_size=5), st.integers() | st.text(max_size=8) | st.booleans(), max_size=3))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_calls_are_read(family: str, arguments: dict[str, Any]) -> None:
     turns, _ = make_turns(family)
     if any("<" in str(each) or "[" in str(each) for each in (*arguments, *arguments.values())):
