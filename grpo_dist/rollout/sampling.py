@@ -144,20 +144,22 @@ class Rules:
 def allowed(logits: Tensor, sampling: Sampling) -> Tensor | None:
     """Which tokens may be drawn: (B, V) bool, or None for all of them.
 
-    `logits` (B, V) float32, of the sampling temperature; a constant may be added to those of a row. Top-k, top-p and
-    min-p are each judged on the untruncated distribution and then intersected, so their order does not matter. With
-    top-p a token stays if the tokens that are likelier than it have less than that mass, and with top-k if they are
-    fewer than that: tokens of the same logit all stay, or none.
+    `logits` (B, V) float32, of the sampling temperature; a constant may be added to those of a row. Top-p is a share of
+    the mass that top-k leaves, and min-p is judged by the likeliest token, as in transformers. With top-p a token stays
+    if the tokens that are likelier than it have less than that mass, and with top-k if they are fewer than that: tokens
+    of the same logit all stay, or none.
     """
-    keep = None
+    keep = kth = None
     if 0 < sampling.top_k < logits.shape[-1]:
-        keep = logits >= logits.topk(sampling.top_k, dim=-1).values[..., -1:]
+        kth = logits.topk(sampling.top_k, dim=-1).values[..., -1:]
+        keep = logits >= kth
     if sampling.min_p > 0:
         likely = logits >= logits.amax(-1, keepdim=True) + math.log(sampling.min_p)
         keep = likely if keep is None else keep & likely
     if sampling.top_p < 1:
         ordered = logits.sort(dim=-1, descending=True).values
-        running = ((ordered - ordered[..., :1]).exp_() * UNITS).long().cumsum_(-1)
+        masses = ((ordered - ordered[..., :1]).exp_() * UNITS).long()
+        running = (masses if kth is None else masses * (ordered >= kth)).cumsum_(-1)
         # in float32, as a kernel of a GPU takes it
         most = (running[..., -1:].double() * torch.tensor(sampling.top_p, dtype=torch.float32)).ceil().long()
         last = torch.searchsorted(running, most).clamp(max=running.shape[-1] - 1)

@@ -54,23 +54,14 @@ def _as_key(number):
 
 
 @triton.jit
-def find_floors(logits, peaks, floors, size, blocks, temperature, bans, places, least, top_p, top_k, log_min_p,
-                BANS: tl.constexpr, PEAKS: tl.constexpr, BLOCK: tl.constexpr, WAYS: tl.constexpr,
-                PASSES: tl.constexpr):  # fmt: skip
-    """The least scaled logit of a row that may be drawn, without sorting: `sampling.allowed` says which those are.
+def _lowest(logits, peaks, row, peak, most, top_k, size, blocks, temperature, bans, places, least, BANS: tl.constexpr,
+            BLOCK: tl.constexpr, WAYS: tl.constexpr, PASSES: tl.constexpr):  # fmt: skip
+    """The lowest scaled logit of a row above which there are less than `most` units of mass and `top_k` tokens.
 
-    Of the tokens above a number, the mass and the count grow as the number falls. So the lowest number at which both
-    are within bounds is searched for: each pass cuts the range into WAYS + 1 parts, and leaves out the blocks with
-    nothing above the range.
+    Both grow as the number falls, so that it is searched for: each pass cuts the range into WAYS + 1 parts, and leaves
+    out the blocks with nothing above the range.
     """
-    row = tl.program_id(0).to(tl.int64)
-    b, k, way = tl.arange(0, PEAKS), tl.arange(0, BLOCK), tl.arange(0, WAYS)
-    peak = tl.max(tl.load(peaks + row * blocks + b, mask=b < blocks, other=-float("inf")))
-    total = tl.zeros((BLOCK,), tl.int64)
-    for block in range(blocks):
-        x = _scaled(logits, row, block * BLOCK + k, size, temperature, bans, places, least, BANS)
-        total += (tl.exp(x - peak) * _UNITS).to(tl.int64)
-    most = tl.ceil(tl.sum(total).to(tl.float64) * top_p).to(tl.int64)
+    k, way = tl.arange(0, BLOCK), tl.arange(0, WAYS)
     # the bounds of the range: too much lies above the lower one, and not too much above the upper one
     bottom = _as_key(tl.full((1,), -float("inf"), tl.float32)).to(tl.int64)
     lower, upper = tl.sum(bottom), tl.sum(_as_key(tl.full((1,), 0.0, tl.float32) + peak).to(tl.int64))
@@ -89,8 +80,32 @@ def find_floors(logits, peaks, floors, size, blocks, temperature, bans, places, 
         fits = (mass < most) & (count < top_k)
         lower = tl.max(tl.where(fits, lower, keys))
         upper = tl.min(tl.where(fits, keys, upper))
-    floor = tl.max(_as_number(tl.full((1,), 0, tl.int32) + upper.to(tl.int32)))
-    tl.store(floors + row, tl.maximum(floor, peak + log_min_p))
+    return tl.max(_as_number(tl.full((1,), 0, tl.int32) + upper.to(tl.int32)))
+
+
+@triton.jit
+def find_floors(logits, peaks, floors, size, blocks, temperature, bans, places, least, top_p, top_k, log_min_p,
+                BANS: tl.constexpr, PEAKS: tl.constexpr, BLOCK: tl.constexpr, WAYS: tl.constexpr,
+                PASSES: tl.constexpr, TOP_K: tl.constexpr, TOP_P: tl.constexpr):  # fmt: skip
+    """The least scaled logit of a row that may be drawn, without sorting: `sampling.allowed` says which those are."""
+    row = tl.program_id(0).to(tl.int64)
+    b, k = tl.arange(0, PEAKS), tl.arange(0, BLOCK)
+    peak = tl.max(tl.load(peaks + row * blocks + b, mask=b < blocks, other=-float("inf")))
+    floor = peak + log_min_p
+    kth = -float("inf")
+    if TOP_K:
+        kth = _lowest(logits, peaks, row, peak, 0x7FFFFFFFFFFFFFFF, top_k, size, blocks, temperature, bans, places,
+                      least, BANS, BLOCK, WAYS, PASSES)  # fmt: skip
+        floor = tl.maximum(floor, kth)
+    if TOP_P:
+        total = tl.zeros((BLOCK,), tl.int64)
+        for block in range(blocks):
+            x = _scaled(logits, row, block * BLOCK + k, size, temperature, bans, places, least, BANS)
+            total += tl.where(x >= kth, (tl.exp(x - peak) * _UNITS).to(tl.int64), 0)
+        most = tl.ceil(tl.sum(total).to(tl.float64) * top_p).to(tl.int64)
+        floor = tl.maximum(floor, _lowest(logits, peaks, row, peak, most, size, size, blocks, temperature, bans, places,
+                                          least, BANS, BLOCK, WAYS, PASSES))  # fmt: skip
+    tl.store(floors + row, floor)
 
 
 @triton.jit

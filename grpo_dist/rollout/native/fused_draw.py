@@ -47,9 +47,9 @@ def fused_draw(
     if is_truncated:
         floors = peaks.new_empty(rows)
         draw_kernels.find_floors[(rows,)](
-            logits, peaks, floors, *shape, sampling.top_p if sampling.top_p < 1 else 2.0, sampling.top_k or size,
+            logits, peaks, floors, *shape, sampling.top_p, sampling.top_k,
             math.log(sampling.min_p) if sampling.min_p > 0 else -math.inf, WAYS=WAYS, PASSES=PASSES, num_warps=8,
-            BANS=has_bans, **sizes,
+            BANS=has_bans, TOP_K=sampling.top_k > 0, TOP_P=sampling.top_p < 1, **sizes,
         )  # fmt: skip
         peaks, totals = torch.empty_like(peaks), torch.empty_like(totals)
         draw_kernels.sum_blocks[rows, blocks](logits, floors, peaks, totals, *shape, BANS=has_bans, FLOOR=True,

@@ -247,10 +247,9 @@ def floors() -> int:
         draw_kernels.sum_blocks[2, 2](logits, got, peaks, totals, 90, 2, 0.8, *unused, BANS=False, FLOOR=False,
                                       BLOCK=64)  # fmt: skip
         draw_kernels.find_floors[(2,)](
-            logits, peaks, got, 90, 2, 0.8, *unused, sampling.top_p if sampling.top_p < 1 else 2.0,
-            sampling.top_k or 90,
+            logits, peaks, got, 90, 2, 0.8, *unused, sampling.top_p, sampling.top_k,
             math.log(sampling.min_p) if sampling.min_p else -math.inf, PEAKS=2, BLOCK=64, WAYS=drawing.WAYS,
-            PASSES=drawing.PASSES, BANS=False,
+            PASSES=drawing.PASSES, BANS=False, TOP_K=sampling.top_k > 0, TOP_P=sampling.top_p < 1,
         )  # fmt: skip
         kept = allowed(logits / 0.8, sampling)
         expected = torch.ones_like(logits, dtype=torch.bool) if kept is None else kept
