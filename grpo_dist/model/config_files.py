@@ -119,11 +119,13 @@ def load_model_config(model: ModelConfig) -> Any:
     require_complete_model(model.name, model_path(model), model.revision)
     try:
         with _names_option("model.name", model.name, model_path(model)):
-            return AutoConfig.from_pretrained(model_path(model), **OUTPUT, **hub_options(model))
+            config = AutoConfig.from_pretrained(model_path(model), **OUTPUT, **hub_options(model))
     except (*CANNOT, StrictDataclassError) as error:
         if isinstance(error, ValueError):
             raise
         raise _unreadable(model, error) from error
+    config._attn_implementation = None  # a name in config.json would be used whatever the config of the run asks for
+    return config
 
 
 def _unreadable(model: ModelConfig, error: Exception) -> UnfitModel:

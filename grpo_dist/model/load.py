@@ -18,7 +18,7 @@ from ..distributed.deepspeed import unsharded_loading
 from . import attention
 from .adapter_values import load_adapter
 from .checks import CANNOT, adapter_targets, reads_text, require_decoder, stored_quantization
-from .config_files import OUTPUT, hub_options, load_model_config
+from .config_files import hub_options, load_model_config
 from .dequantization import become_plain, dequantized_loading
 from .dropout import drop_by_token
 from .expert_adapters import compute_adapters_apart, expert_parameters, of_experts
@@ -63,12 +63,13 @@ def load_causal_lm(
     base has the layers of `quantized.py`, which compute in `dtype`.
     """
     placed = {} if device is None or device.type == "cpu" else {"device_map": {"": device}}
-    form = dequantized_form(stored_quantization(load_model_config(model)))
+    config = load_model_config(model)
+    form = dequantized_form(stored_quantization(config))
     placed |= quantized_loading(model, dtype, device) if form is None else dequantized_loading(form)
     try:
         loaded, report = AutoModelForCausalLM.from_pretrained(
-            model_path(model), dtype=dtype, attn_implementation=attn_implementation, output_loading_info=True,
-            ignore_mismatched_sizes=True, **placed, **OUTPUT, **hub_options(model),
+            model_path(model), config=config, dtype=dtype, attn_implementation=attn_implementation,
+            output_loading_info=True, ignore_mismatched_sizes=True, **placed, **hub_options(model),
         )  # fmt: skip
     except torch.OutOfMemoryError:
         raise

@@ -238,6 +238,18 @@ def test_a_config_that_asks_for_more_output_changes_nothing(base: ModelConfig, t
     assert not load_model_config(asked).output_attentions
 
 
+@pytest.mark.parametrize("attn_implementation", [None, "eager", attention.NAME])
+def test_an_attention_in_config_json_is_not_that_of_the_run(
+    attn_implementation: str | None, base: ModelConfig, tmp_path: Path
+) -> None:
+    """Releases of transformers wrote it there, and it may need a package that is not installed."""
+    AutoModelForCausalLM.from_pretrained(base.name).save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"_attn_implementation": "flash_attention_2"}))
+    loaded: Any = load_causal_lm(ModelConfig(name=str(tmp_path)), torch.float32, attn_implementation)
+    assert loaded.config._attn_implementation == (attn_implementation or "sdpa")
+
+
 def test_log_probabilities_are_at_the_temperature(base: ModelConfig) -> None:
     pack = make_pack_of_two()
     policy = Policy(load_causal_lm(base, torch.float32, attention.NAME), PolicyOptions(temperature=0.5))
