@@ -17,7 +17,7 @@ from jsonargparse import ArgumentError, ArgumentParser, get_loader
 
 from .checks import collected_refusals, did_you_mean
 from .files import mistakes_of_file
-from .names import DRY_RUN, PRESETS, advice, group_type, option_types, presets
+from .names import DRY_RUN, PRESETS, PRINT_CONFIG, advice, group_type, option_types, presets
 from .parser import make_parser, to_config
 from .schema import Config
 from .values import redacted
@@ -120,7 +120,7 @@ def _all_given(words: Sequence[str], problems: list[str]) -> Iterator[Given]:
 
 def _pairs(words: Sequence[str], problems: list[str]) -> Iterator[tuple[str, str]]:
     """Yield (key, value) of `--key value` and `--key=value`."""
-    rest = [word for word in words if word != DRY_RUN]
+    rest = [word for word in words if word not in (DRY_RUN, PRINT_CONFIG)]
     while rest:
         word = rest.pop(0)
         key, equals, value = word.removeprefix("--").partition("=")

@@ -14,6 +14,8 @@ from .shipped import shipped
 PRESETS = shipped("configs") / "algorithms"
 DRY_RUN = "--dry_run"
 """Checks a run in place of the run. It is not an option of a run, and not in a config file."""
+PRINT_CONFIG = "--print_config"
+"""Prints the options of a run in place of the run, likewise."""
 LEFT_OUT = {
     "lora.use_dora": "DoRA is not supported, because a step of decoding would normalise all weights again; expected "
     "LoRA, or rsLoRA with lora.use_rslora",
@@ -46,7 +48,7 @@ def group_type(hint: Any) -> type | None:
 
 def command_line_options() -> list[str]:
     """Names of everything that the command line of a run takes, without their dashes."""
-    return [*option_types(), "config", "preset", DRY_RUN.removeprefix("--")]
+    return [*option_types(), "config", "preset", *(flag.removeprefix("--") for flag in (DRY_RUN, PRINT_CONFIG))]
 
 
 def nearest_option(word: str, is_option: bool) -> str | None:

@@ -9,10 +9,12 @@ from argparse import ArgumentError
 from dataclasses import asdict, fields, is_dataclass
 from typing import Any
 
+import yaml
+
 from ..text.plain import plain_lines, write_lines
 from .mistakes import mistakes_of_files, read_options, with_files_first
-from .names import DRY_RUN, advice
-from .parser import make_parser, to_config
+from .names import DRY_RUN, PRINT_CONFIG, advice
+from .parser import make_parser, to_config, with_texts
 from .schema import Config
 
 _FIRST_RANK_SECONDS = 10.0
@@ -24,7 +26,8 @@ def parse_config(arguments: list[str] | None = None) -> Config:
     """The config of `--preset NAME`, `--config FILE` and dotted options; dotted options override files, and these the
     preset, wherever they stand, and of a kind the later ones the earlier ones.
 
-    Ends the program with status 2 on mistakes, of which it prints a line each.
+    Ends the program with status 2 on mistakes, of which it prints a line each, and with 0 where only the config is to
+    be printed.
     """
     words = sys.argv[1:] if arguments is None else arguments
     if (config := _without_mistakes.pop(tuple(words), None)) is not None:
@@ -32,9 +35,14 @@ def parse_config(arguments: list[str] | None = None) -> Config:
     if not (problems := mistakes_of_files(words)):
         try:
             parser = make_parser()
-            return to_config(parser, parser.parse_args(with_files_first(words)))
+            config = to_config(parser, parser.parse_args(with_files_first(words)))
         except (ArgumentError, ValueError) as error:
             problems = [str(error)]
+        else:
+            if PRINT_CONFIG not in words:
+                return config
+            sys.stdout.write(yaml.safe_dump(asdict(config), sort_keys=False, allow_unicode=True))
+            sys.exit(0)
     problems = read_options(words).problems or problems
     let_first_rank_answer()
     write_lines(plain_lines("\n".join(f"error: {problem}" for problem in problems)), sys.stderr)
@@ -73,7 +81,7 @@ def checked(config: Config) -> Config:
     _refuse_unknown(config)
     parser = make_parser()
     try:
-        return to_config(parser, parser.parse_object(asdict(config)))
+        return to_config(parser, parser.parse_object(with_texts(asdict(config))))
     except ArgumentError as error:
         raise ValueError(str(error)) from error
 

@@ -6,11 +6,21 @@ import functools
 from dataclasses import fields, is_dataclass
 from typing import Any, get_args, get_type_hints
 
-from jsonargparse import ActionConfigFile, ArgumentParser, Namespace, set_parsing_settings
+import yaml
+from jsonargparse import ActionConfigFile, ArgumentParser, Namespace, get_loader, set_loader, set_parsing_settings
 
-from .names import DRY_RUN, group_type, presets
+from .names import DRY_RUN, PRINT_CONFIG, group_type, presets
 from .schema import Config
 from .shipped import shipped
+
+_READ_ONCE = "yaml_read_once"
+
+
+class _Text(str):
+    """A text of a config. jsonargparse reads each plain one as YAML once more where an option may be something else
+    than text, and a quoted 007 would become 7, and a quoted # a comment."""
+
+    __slots__ = ()
 
 
 @functools.cache
@@ -18,8 +28,9 @@ def make_parser() -> ArgumentParser:
     """The parser of a training's command line, which raises ArgumentError. Made once a process: it takes longer than
     the parsing."""
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    set_loader(_READ_ONCE, _read_once, (yaml.YAMLError,))
     parser = ArgumentParser(
-        prog="grpo_dist.train", allow_abbrev=False, exit_on_error=False,
+        prog="grpo_dist.train", allow_abbrev=False, exit_on_error=False, parser_mode=_READ_ONCE, print_config=None,
         usage="grpo_dist.train [--config FILE] [--preset NAME] [--GROUP.OPTION VALUE …]",
         description=f"Train a causal language model with GRPO. Pages named docs/… are in {shipped('docs')}.",
     )  # fmt: skip
@@ -30,15 +41,37 @@ def make_parser() -> ArgumentParser:
     parser.add_argument(
         DRY_RUN, action="store_true", help="Check everything that can be checked before a run, and end."
     )
+    parser.add_argument(PRINT_CONFIG, action="store_true", help="Print the config with all defaults, and end.")
     parser.add_class_arguments(Config, nested_key=None)
     return parser
+
+
+def _read_once(text: str) -> Any:
+    """What YAML reads in a file or a word. A word that is only a comment for it is a text."""
+    value = get_loader("yaml")(text)
+    return with_texts(text if value is None and text.lstrip().startswith(("#", "---")) else value)
+
+
+def with_texts(value: Any, kind: type[str] = _Text) -> Any:
+    """The value, in which texts are of a `kind`: that which the parser leaves as it is, or str."""
+    if isinstance(value, str):
+        return kind(value)
+    if isinstance(value, dict):
+        return {with_texts(name, kind): with_texts(part, kind) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(with_texts(part, kind) for part in value)
+    if is_dataclass(value):
+        for option in fields(value):
+            setattr(value, option.name, with_texts(getattr(value, option.name), kind))
+    return value
 
 
 def to_config(parser: ArgumentParser, parsed: Namespace) -> Config:
     """A checked Config from parsed values. Raises ValueError."""
     _refuse_nulls(parsed, Config)
     values = parser.instantiate(parsed)
-    return Config(**{field.name: values[field.name] for field in fields(Config)})
+    config: Config = with_texts(Config(**{field.name: values[field.name] for field in fields(Config)}), str)
+    return config
 
 
 def _refuse_nulls(values: Namespace, kind: type, prefix: str = "") -> None:

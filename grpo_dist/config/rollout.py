@@ -44,7 +44,7 @@ class RolloutConfig:
     an environment, a turn ends so."""
     min_new_tokens: int = 0
     """So many tokens of a completion do not end it: end tokens are not drawn, and stop texts do not count."""
-    banned_tokens: list[int | str] = field(default_factory=list)
+    banned_tokens: list[str | int] = field(default_factory=list)
     """Tokens that are never drawn: ids, or texts of one token each. As with top_p, log-probabilities are those of all
     tokens."""
     max_resamples: int = 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import json
 import subprocess
 import sys
 from dataclasses import fields, is_dataclass
@@ -16,7 +17,7 @@ from grpo_dist.config import schema as config_module
 from grpo_dist.config.evaluation import read_options
 from grpo_dist.config.mistakes import read_options as read_run_options
 from grpo_dist.config.names import option_types
-from grpo_dist.config.parse import parse_config
+from grpo_dist.config.parse import checked, parse_config
 from grpo_dist.config.schema import Config, LoraConfig
 
 
@@ -77,6 +78,48 @@ def test_numbers_with_exponents_are_floats(text: str, tmp_path: Path) -> None:
     from_yaml = parse(tmp_path, f"optim: {{learning_rate: {text}}}").optim.learning_rate
     from_cli = parse_config(["--optim.learning_rate", text]).optim.learning_rate
     assert isinstance(from_yaml, float) and from_yaml == from_cli == 1e-5
+
+
+TEXTS = ["007", "1e5", "yes", "null", "####", "# Task", "---", "[0-9]", "Rate: {completion}", "12:30", "- x"]
+"""In quotes, for YAML; without them each is something else."""
+
+
+def test_quoted_texts_stay_texts(tmp_path: Path) -> None:
+    texts = json.dumps(TEXTS)
+    config = parse(tmp_path, f"""
+        data: {{system_prompt: "# Task", prompt_column: "null", keep: {{level: "4", kind: {texts}}}}}
+        rollout: {{stop: {texts}, banned_tokens: [5, "5"]}}
+        rewards: [{{name: "mine:reward", args: {{marker: "####", deeper: {{list: {texts}}}}}}}]
+        """)  # fmt: skip
+    assert config.data.system_prompt == "# Task" and config.data.prompt_column == "null"
+    assert config.data.keep == {"level": "4", "kind": TEXTS}
+    assert config.rollout.stop == TEXTS and config.rollout.banned_tokens == [5, "5"]
+    assert config.rewards[0].args == {"marker": "####", "deeper": {"list": TEXTS}}
+    assert type(config.rewards[0].args["marker"]) is type(config.data.system_prompt) is str
+    assert checked(config) == config
+
+
+def test_words_that_yaml_takes_for_comments() -> None:
+    assert parse_config(["--data.system_prompt", "# Task"]).data.system_prompt == "# Task"
+    assert parse_config(["--data.system_prompt", "null"]).data.system_prompt is None
+    assert parse_config(["--rewards", '[{"name": "math", "args": {"marker": "#"}}]']).rewards[0].args == {"marker": "#"}
+
+
+def test_the_printed_config_is_a_config(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [
+        "--data.system_prompt",
+        "# 數",
+        "--lora",
+        "null",
+        "--rewards",
+        '[{"name": "math", "args": {"marker": "007"}}]',
+    ]
+    with pytest.raises(SystemExit) as ended:
+        parse_config([*words, "--print_config"])
+    assert not ended.value.code and parse(tmp_path, capsys.readouterr().out) == parse_config(words)
+    with pytest.raises(SystemExit):
+        parse_config(["--print_config", "--train.batch_size", "many", "--optim.optimizer", "adamw"])
+    assert capsys.readouterr().err == "error: train.batch_size: 'many' given, expected a whole number\n"
 
 
 def test_one_option_of_a_group_that_was_null(tmp_path: Path) -> None:
