@@ -37,6 +37,7 @@ from .trainer.ending import main
 from .trainer.evaluation import evaluate
 from .trainer.packs import Minibatch, on_device, pack_minibatches, remaining_minibatches, with_old_policy
 from .trainer.parts import Parts
+from .trainer.profile import profiled
 from .trainer.record import is_due, record, write
 from .trainer.saving import save_checkpoint, save_model
 from .trainer.update_metrics import UpdateMetrics
@@ -48,7 +49,8 @@ def train(parts: Parts, state: TrainState) -> None:
     if state.is_start:
         write(parts, {"step": 0, **evaluate(parts, state, 0), **parts.phase.metrics()})
     while state.step < parts.config.train.num_train_steps:
-        train_step(parts, state)
+        with profiled(parts, state.step + 1):
+            train_step(parts, state)
     save_model(parts, state)
 
 

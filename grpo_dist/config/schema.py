@@ -141,8 +141,12 @@ class LoggingConfig:
     show_completions_every: int = 10
     """Steps after which completions are shown: the best and the worst of a group on a terminal, and a table of some in
     the trackers; 0 shows none."""
+    profile_step: int = 0
+    """Step of which each rank writes operations, kernels and phases to output_dir/profile, for https://ui.perfetto.dev;
+    0 for none."""
 
     def __post_init__(self) -> None:
+        require(self.profile_step >= 0, "logging.profile_step", self.profile_step, "0 (none) or the number of a step")
         require(self.show_completions_every >= 0, "logging.show_completions_every", self.show_completions_every,
                 "0 (never) or more steps")  # fmt: skip
 

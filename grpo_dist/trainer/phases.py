@@ -30,7 +30,7 @@ class Phases:
         self._watch.phase = name
         start = time.perf_counter()
         try:
-            with self._memory.phase(name):
+            with self._memory.phase(name), torch.profiler.record_function(name):
                 yield
         finally:
             self.add(name, time.perf_counter() - start)

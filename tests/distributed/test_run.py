@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from pathlib import Path
 
@@ -32,7 +33,7 @@ def shortness(prompts, completions, completion_ids, hint, **columns):
 def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run under ZeRO-2 on two ranks, with evaluation."""
     return train("zero2", 2, tmp_path_factory.mktemp("recipe") / "checkpoints", *EVALUATED, "--train.eval_every", "2",
-                 "--logging.show_completions_every", "2")  # fmt: skip
+                 "--logging.show_completions_every", "2", "--logging.profile_step", "2")  # fmt: skip
 
 
 def test_every_step_has_its_metrics(recipe: Path) -> None:
@@ -62,6 +63,16 @@ def test_a_run_leaves_its_config_records_and_report(recipe: Path) -> None:
         for group in range(7):
             advantages = [row["advantage"] for row in rows if row["step"] == step and row["group"] == group]
             assert len(advantages) == 5 and abs(sum(advantages)) < 1e-6
+
+
+def test_each_rank_writes_a_profile_of_the_step(recipe: Path) -> None:
+    for rank in range(2):
+        (file,) = (recipe / "profile").glob(f"*_rank_{rank}.json.gz")
+        assert file.name.startswith("step_2_")
+        events = json.loads(gzip.decompress(file.read_bytes()))["traceEvents"]
+        spans = {event["name"]: event["ts"] for event in events if event.get("cat") == "user_annotation"}
+        assert {"rollout", "reward", "update", "sync"} <= spans.keys() and spans["rollout"] < spans["update"]
+        assert any(event["name"] == "aten::mm" and event["ts"] > spans["update"] for event in events)
 
 
 def test_the_recipes_snippet(recipe: Path) -> None:

@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import os
 import platform
+import shutil
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -60,6 +61,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--peer_micro_batch", type=int, metavar="N",
                         help=f"TRL's sequences a micro-batch (on a GPU {PEER_MICRO_BATCH}, on a CPU all of a step)"
                         )  # fmt: skip
+    parser.add_argument("--profile", type=Path, metavar="DIR",
+                        help="directory for a profile of one more step, for https://ui.perfetto.dev")  # fmt: skip
     parser.add_argument("--models_dir", type=Path, metavar="DIR", help="directory to keep generated models in")
 
 
@@ -93,9 +96,11 @@ def time_workload(workload: Workload, options: argparse.Namespace, rest: Sequenc
     scratch.mkdir()
     model = model_of(workload, options.models_dir or scratch)
     num_steps = options.pairs + 1
+    if options.profile:
+        rest = [*rest, "--logging.profile_step", str(num_steps + 1)]
     pairs = []
     with ExitStack() as opened:
-        ours = opened.enter_context(ours_in_turn(workload, model, scratch, num_steps=num_steps, rest=rest,
+        ours = opened.enter_context(ours_in_turn(workload, model, scratch, num_steps=num_steps + 1, rest=rest,
                                                  kl_coeff=options.kl_coeff, lora_r=options.lora_r))  # fmt: skip
         theirs = None
         if options.against:
@@ -107,6 +112,10 @@ def time_workload(workload: Workload, options: argparse.Namespace, rest: Sequenc
             their_step = theirs.step(None) if theirs else None
             lengths = their_step["lengths"] if their_step else None
             pairs.append(Pair(ours.step(lengths, is_rollout=options.against == "vllm"), their_step))
+        if options.profile:
+            answer = ours.step(lengths, is_rollout=options.against == "vllm")
+            options.profile.mkdir(parents=True, exist_ok=True)
+            shutil.copy(answer["profile"], options.profile / f"{workload.name}.json.gz")
     for pair in pairs[1:]:
         if pair.theirs and abs(pair.their_tokens / pair.tokens - 1) > SAME_WORK:
             raise ValueError(f"{workload.name}: {pair.tokens:.0f} completion tokens against the peer's "

@@ -27,6 +27,7 @@ from ...train import train_step
 from ...trainer.build import build, close
 from ...trainer.collect import first_round, generate
 from ...trainer.parts import Parts
+from ...trainer.profile import profile_path, profiled
 from ...types import Metrics
 from .turns import connect, let_go, own_peak_gib
 
@@ -68,7 +69,7 @@ def peak_gib(metrics: Metrics) -> float:
 
 
 def take_turns(parts: Parts, state: TrainState) -> None:
-    """Take a step for each request, and answer with its time, metrics and peak memory."""
+    """Take a step for each request, and answer with its time, metrics, peak memory and the place of its profile."""
     assert isinstance(parts.engine, LocalEngine)
     engine = ExactLengths(parts.engine.decoder, parts.engine.weights, parts.engine.decoding)
     parts = replace(parts, engine=engine)
@@ -77,13 +78,15 @@ def take_turns(parts: Parts, state: TrainState) -> None:
     while (request := line.recv()) is not None:
         engine.lengths = request["lengths"]
         start = time.perf_counter()
-        metrics = rollout(parts, state) if request["is_rollout"] else train_step(parts, state)
+        with profiled(parts, state.step + 1):
+            metrics = rollout(parts, state) if request["is_rollout"] else train_step(parts, state)
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         seconds = time.perf_counter() - start
         peak = peak_gib(metrics)
         let_go()
-        line.send({"seconds": seconds, "metrics": metrics, "peak_gib": peak})
+        profile = str(profile_path(parts.directory, state.step, parts.ranks.rank))
+        line.send({"seconds": seconds, "metrics": metrics, "peak_gib": peak, "profile": profile})
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Two trainers that alternate. Each is a process that waits for a request, takes one step and answers with its metrics.
 
 A request has the lengths of the step's completions, or None if they end by themselves, and whether only the rollout is
-wanted. The answer is a dict of numbers.
+wanted. The answer is a dict.
 This module imports only the standard library, because a worker may run in another environment.
 """
 

@@ -86,12 +86,14 @@ def test_prompts_have_the_lengths_they_should(tmp_path: Path) -> None:
 def test_our_step_repeats_given_lengths(tmp_path: Path) -> None:
     """The worker is the trainer: it takes a step for each request, with completions of the given lengths."""
     lengths = [1 + n % 16 for n in range(16 * 8)]
-    with ours_in_turn(WORKLOADS["quickstart"], "toy", tmp_path, num_steps=2, kl_coeff=0.04, lora_r=4, rest=[]) as ours:
+    with ours_in_turn(WORKLOADS["quickstart"], "toy", tmp_path, num_steps=2, kl_coeff=0.04, lora_r=4,
+                      rest=["--logging.profile_step", "2"]) as ours:  # fmt: skip
         first, second = ours.step(lengths), ours.step(None)
     assert first["metrics"]["tokens/completion"] == sum(lengths)
     assert first["metrics"]["completion/length_max"] == 16
     assert second["metrics"]["step"] == 2 and second["metrics"]["tokens/completion"] != sum(lengths)
     assert first["seconds"] > 0 and first["peak_gib"] > 0.1
+    assert Path(second["profile"]).is_file() and not Path(first["profile"]).is_file()
     assert {"time/rollout", "time/reference", "time/update", "time/sync"} <= first["metrics"].keys()
 
 
