@@ -19,9 +19,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from ..config.checks import did_you_mean
+from ..config.files import as_yaml
 from ..config.names import group_type, option_types
 from ..config.schema import Config, RewardConfig
 from ..config.shipped import shipped
@@ -266,7 +265,7 @@ def _comment(text: str, indent: str) -> list[str]:
 
 
 def _yaml(value: Any) -> str:
-    return yaml.safe_dump(value, default_flow_style=True, width=10**6).removesuffix("...\n").strip()
+    return as_yaml(value, default_flow_style=True, width=10**6).removesuffix("...\n").strip()
 
 
 def start_command(file: Path, gpus: int | None) -> str:

@@ -13,6 +13,14 @@ from ..text.files import near_paths
 
 MOST_VALUES = 100_000
 """Most values of a config file with its aliases written out: what reads it would copy each of them."""
+_EXPONENT = re.compile(r"[-+]?[0-9_.]+[eE][-+]?[0-9]+$")
+
+
+class _Writer(yaml.SafeDumper):
+    """Puts texts such as 1e5 in quotes as well: they are numbers in a config file, and not in YAML 1.1."""
+
+
+_Writer.add_implicit_resolver("tag:yaml.org,2002:float", _EXPONENT, [*"-+.0123456789"])
 
 
 def mistakes_of_file(path: str) -> list[str]:
@@ -81,6 +89,12 @@ def _other_base(node: yaml.Node) -> int | None:
     if not (isinstance(node, yaml.ScalarNode) and node.tag.endswith((":int", ":float"))):
         return None
     return 60 if ":" in node.value else 8 if re.fullmatch(r"[-+]?0[0-7_]+", node.value) else None
+
+
+def as_yaml(values: Any, **layout: Any) -> str:
+    """The text of a config file with these values; `layout` is as for `yaml.dump`."""
+    text: str = yaml.dump(values, Dumper=_Writer, sort_keys=False, **layout)
+    return text
 
 
 def written_config(path: Path, *needed: str) -> dict[str, Any]:

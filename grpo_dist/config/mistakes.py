@@ -16,7 +16,7 @@ import yaml
 from jsonargparse import ArgumentError, ArgumentParser, get_loader
 
 from .checks import collected_refusals, did_you_mean
-from .files import mistakes_of_file
+from .files import as_yaml, mistakes_of_file
 from .names import DRY_RUN, PRESETS, PRINT_CONFIG, advice, group_type, option_types, presets
 from .parser import make_parser, to_config
 from .schema import Config
@@ -50,7 +50,7 @@ class Given:
         nested = self.value
         for name in reversed(self.key.split(".")):
             nested = {name: nested}
-        return ["--config", yaml.safe_dump(nested)]
+        return ["--config", as_yaml(nested)]
 
 
 @dataclass

@@ -9,9 +9,8 @@ from argparse import ArgumentError
 from dataclasses import asdict, fields, is_dataclass
 from typing import Any
 
-import yaml
-
 from ..text.plain import plain_lines, write_lines
+from .files import as_yaml
 from .mistakes import mistakes_of_files, read_options, with_files_first
 from .names import DRY_RUN, PRINT_CONFIG, advice
 from .parser import make_parser, to_config, with_texts
@@ -41,7 +40,7 @@ def parse_config(arguments: list[str] | None = None) -> Config:
         else:
             if PRINT_CONFIG not in words:
                 return config
-            sys.stdout.write(yaml.safe_dump(asdict(config), sort_keys=False, allow_unicode=True))
+            sys.stdout.write(as_yaml(asdict(config)))
             sys.exit(0)
     problems = read_options(words).problems or problems
     let_first_rank_answer()

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import yaml
 
 from .. import __version__
+from ..config.files import as_yaml
 from ..config.schema import Config
 from ..config.values import flat
 from ..monitoring.machine import versions
@@ -141,7 +142,7 @@ def _options(config: Mapping[str, Any]) -> str:
     defaults = flat(asdict(Config()))
     given = {key: value for key, value in flat(config).items()
              if (key not in defaults or value != defaults[key]) and not key.startswith(_ABOUT_THE_MACHINE)}  # fmt: skip
-    return yaml.safe_dump(_place(given), sort_keys=False, width=110)
+    return as_yaml(_place(given), width=110)
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
-import yaml
 
 from ..checkpoint import store as checkpoint
 from ..checkpoint.guards import BadUpdates, FailedSaves, lock
 from ..checkpoint.resume import changes, identity, require_same_start, resume_path, with_template_date
 from ..checkpoint.state import TrainState
+from ..config.files import as_yaml
 from ..config.parse import is_first_rank
 from ..config.places import require_writable, writing_to
 from ..config.schema import Config
@@ -279,7 +279,7 @@ def _open_records(
     with ranks.shared_errors("opening the records"), writing_to(directory):
         if not ranks.is_main:
             return None
-        write_file(directory / "config.yaml", yaml.safe_dump(redacted(asdict(config)), sort_keys=False))
+        write_file(directory / "config.yaml", as_yaml(redacted(asdict(config))))
         record_start(directory, ranks.strategy, devices, state.step, dtype)
         return Recorder(config, directory, -1 if state.is_start else state.step)
 

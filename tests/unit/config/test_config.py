@@ -112,7 +112,7 @@ def test_the_printed_config_is_a_config(tmp_path: Path, capsys: pytest.CaptureFi
         "--lora",
         "null",
         "--rewards",
-        '[{"name": "math", "args": {"marker": "007"}}]',
+        '[{"name": "math", "args": {"markers": ["007", "1e5", "1.5e3", 1e5]}}]',
     ]
     with pytest.raises(SystemExit) as ended:
         parse_config([*words, "--print_config"])
@@ -120,6 +120,9 @@ def test_the_printed_config_is_a_config(tmp_path: Path, capsys: pytest.CaptureFi
     with pytest.raises(SystemExit):
         parse_config(["--print_config", "--train.batch_size", "many", "--optim.optimizer", "adamw"])
     assert capsys.readouterr().err == "error: train.batch_size: 'many' given, expected a whole number\n"
+    with pytest.raises(SystemExit):
+        parse(tmp_path, "model: {revision: '12e34'}\ntrain: {batch_size: many}")
+    assert capsys.readouterr().err.count("error") == 1
 
 
 def test_one_option_of_a_group_that_was_null(tmp_path: Path) -> None:
