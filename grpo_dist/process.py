@@ -7,11 +7,16 @@ import atexit
 import contextlib
 import gc
 import os
+import select
 import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from typing import NoReturn
+
+
+NO_READER = 141
+"""Exit status of a program whose output nobody reads any more: a shell's for SIGPIPE."""
 
 
 def begin() -> None:
@@ -51,6 +56,16 @@ def _keep_imports() -> None:
     gc.enable()
 
 
+def reader_is_gone() -> bool:
+    """Whether nobody reads what is printed any more, as in `… | head -1`."""
+    try:
+        output = select.poll()
+        output.register(sys.stdout, 0)
+        return any(events & (select.POLLERR | select.POLLHUP) for _, events in output.poll(0))
+    except (AttributeError, OSError, ValueError):  # Windows; there is no such output, or it is closed
+        return False
+
+
 def end(status: int) -> NoReturn:
     """End the process as Python does, but without taking all modules apart, which takes torch's 1.5 s."""
     streams = [stream for stream in (sys.stdout, sys.stderr) if stream is not None]
@@ -58,7 +73,9 @@ def end(status: int) -> NoReturn:
         for stream in streams:
             stream.flush()
     except OSError:
-        sys.exit(status)  # Python says what could not be written
+        if not reader_is_gone():
+            sys.exit(status)  # Python says what could not be written
+        status = NO_READER
     threading._shutdown()  # type: ignore[attr-defined]
     atexit._run_exitfuncs()
     for stream in streams:

@@ -17,7 +17,7 @@ from typing import NoReturn
 from ..config.checks import did_you_mean
 from ..config.own_options import OwnOptions
 from ..config.shipped import shipped
-from ..process import end
+from ..process import NO_READER, end, reader_is_gone
 from ..text.plain import plain_lines
 
 VERBS = {
@@ -65,6 +65,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     except (ValueError, OSError) as error:
+        if isinstance(error, BrokenPipeError) and reader_is_gone():
+            return NO_READER
         print(plain_lines(f"error: {error}"), file=sys.stderr)
         return 2
 

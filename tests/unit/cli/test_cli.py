@@ -133,3 +133,13 @@ def test_no_page_about_runs_needs_torch() -> None:
 def test_mistakes_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["score", "-n", "0"]) == 2
     assert capsys.readouterr().err == "error: -n: 0 given, expected at least 1\n"
+
+
+def test_a_reader_that_leaves_ends_a_verb_in_silence() -> None:
+    """As in `grpo-dist completion bash | head -1`: with the exit status of a shell for SIGPIPE."""
+    read, write = os.pipe()
+    os.close(read)
+    words = [sys.executable, "-m", "grpo_dist", "completion", "bash"]
+    done = subprocess.run(words, stdout=write, stderr=subprocess.PIPE, check=False)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (141, b"")
