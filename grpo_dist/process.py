@@ -14,7 +14,6 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import NoReturn
 
-
 NO_READER = 141
 """Exit status of a program whose output nobody reads any more: a shell's for SIGPIPE."""
 
