@@ -25,7 +25,7 @@ def to_device(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
 
 
 class HostCopy:
-    """Tensors on their way to the host; `values` waits for what was queued before them, and for nothing later."""
+    """Tensors on their way to the host."""
 
     def __init__(self, *tensors: Tensor) -> None:
         self.event = None
@@ -39,11 +39,7 @@ class HostCopy:
         self.event.record()
 
     def tensors(self) -> list[Tensor]:
-        """The tensors on the host."""
+        """The tensors on the host, once what was queued before them is done; nothing later is waited for."""
         if self.event is not None:
             self.event.synchronize()
         return self.copies
-
-    def values(self) -> list[list]:
-        """The tensors as lists."""
-        return [copy.tolist() for copy in self.tensors()]

@@ -269,7 +269,7 @@ class DecodingOverPages:
         ended = {row for row in self.rows if self._steps_left(row) <= 0}
         if before is not None:
             rows, flags = before
-            ended |= {row for row, alive in zip(rows, flags.values()[0], strict=True) if not alive}
+            ended |= {row for row, alive in zip(rows, flags.tensors()[0].tolist(), strict=True) if not alive}
         if ended := ended & set(self.rows):
             self._drop(ended)
         return trajectories
