@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import AutoConfig, AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..config.schema import Config, ReferenceConfig
@@ -30,6 +30,7 @@ from ..model.peft import LoraLayer
 from ..model.policy import Policy, PolicyOptions
 from ..model.quantization import quantize_blank
 from ..model.quantized import quantized_layers
+from ..rewards.reward_model import stored_config
 from ..rollout.room import cache_width
 from ..rollout.sampling import Rules, draw, sampling_of
 from ..types import Batch, Prompt
@@ -124,7 +125,7 @@ def reward_model_bytes(config: Config) -> int:
     total = 0
     for reward in (reward for reward in config.rewards if reward.name == "reward_model"):
         given = {name: reward.args[name] for name in ("revision", "trust_remote_code") if name in reward.args}
-        model_config = AutoConfig.from_pretrained(reward.args["model"], **given)
+        model_config = stored_config(reward.args["model"], **given)
         with torch.device("meta"):
             model = AutoModelForSequenceClassification.from_config(
                 model_config, trust_remote_code=given.get("trust_remote_code", False)

@@ -46,7 +46,7 @@ class RewardModelReward:
         self.tokenizer: Any = AutoTokenizer.from_pretrained(model, **given)
         self.before, _ = tokens_around(self.tokenizer)
         self.model, loading = AutoModelForSequenceClassification.from_pretrained(
-            model, dtype=getattr(torch, dtype), output_loading_info=True, **given
+            model, config=stored_config(model, **given), dtype=getattr(torch, dtype), output_loading_info=True, **given
         )
         missing = sorted(loading["missing_keys"])
         if missing:
@@ -103,6 +103,15 @@ class RewardModelReward:
         with torch.inference_mode():
             logits = self.model(ids.to(self.device), attention_mask=mask.long().to(self.device)).logits.float()
         return (logits[:, 0] if self.label is None else logits.softmax(-1)[:, self.label]).tolist()
+
+
+def stored_config(model: str, **given: Any) -> Any:
+    """The model's config, without the attention that it may name: a package for it may be missing here."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(model, **given)
+    config._attn_implementation = None
+    return config
 
 
 def _class_of(model: str, config: Any, label: int | str | None) -> int | None:

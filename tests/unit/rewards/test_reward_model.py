@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -69,6 +71,16 @@ def test_a_trained_model_scores_in_batches(directory: Path) -> None:
     alone = [float(model(**tokenizer(text, return_tensors="pt")).logits.detach()) for text in TEXTS]
     assert scores.values[:8, 0] == pytest.approx(alone, abs=1e-5), "padding and order change nothing"
     assert [value > 0.5 for value in alone] == ["good" in text for text in TEXTS]
+
+
+def test_an_attention_in_config_json_is_not_needed(directory: Path, tmp_path: Path) -> None:
+    shutil.copytree(directory / "scalar", tmp_path, dirs_exist_ok=True)
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"_attn_implementation": "flash_attention_2"}))
+    names = (tmp_path, directory / "scalar")
+    asked, plain = (resolve(RewardConfig("reward_model", args={"model": str(name)})) for name in names)
+    given = {"prompts": ["a "], "completions": ["good day"]}
+    assert asked.function(**given) == plain.function(**given)
 
 
 def test_a_text_may_end_with_what_a_tokenizer_pads_with(directory: Path, tmp_path: Path) -> None:
