@@ -38,12 +38,17 @@ def hub_options(model: ModelConfig) -> dict[str, Any]:
 @contextmanager
 def _names_option(option: str, name: str, place: str) -> Iterator[None]:
     """Inside, an error about a repository says which option named it."""
+    what = "tokenizer" if option == "model.tokenizer" else "model"
     try:
         yield
+    except ValueError as error:
+        if "trust_remote_code=True" not in str(error):
+            raise
+        raise UnfitModel(f"{option}: {name!r} given, a {what} with code of its own, which is not run unless you ask "
+                         "for it: read that code, and set model.trust_remote_code: true") from error  # fmt: skip
     except OSError as error:
         if Path(place).is_dir():
             raise
-        what = "tokenizer" if option == "model.tokenizer" else "model"
         raise OSError(f"{option}: {name!r} is no directory in {Path.cwd()}{near_paths(name)}, and the hub gives no "
                       f"such {what} here: {error}") from error  # fmt: skip
 

@@ -18,6 +18,7 @@ from grpo_dist.config.schema import LoraConfig, ModelConfig
 from grpo_dist.model import attention
 from grpo_dist.model.config_files import end_token_ids, load_model_config, load_tokenizer
 from grpo_dist.model.export import choose_dtype, kept_shares, merged_state, save_final
+from grpo_dist.model.files import UnfitModel
 from grpo_dist.model.fixed_row import fixed_logits
 from grpo_dist.model.load import adapted_layers, load_causal_lm, load_policy, trainable
 from grpo_dist.model.packing import Pack, Piece, make_pack
@@ -236,6 +237,17 @@ def test_a_config_that_asks_for_more_output_changes_nothing(base: ModelConfig, t
     loaded, plain = (load_causal_lm(each, torch.float32, attention.NAME) for each in (asked, base))
     assert torch.equal(fixed_logits(loaded), fixed_logits(plain))
     assert not load_model_config(asked).output_attentions
+
+
+@pytest.mark.parametrize("load", [load_model_config, load_tokenizer])
+def test_code_that_comes_with_a_model_is_asked_for_by_the_option(load: Any, tmp_path: Path) -> None:
+    code = {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "own", "auto_map": code}))
+    tokenizer = {"tokenizer_class": "OwnTokenizer", "auto_map": {"AutoTokenizer": ["own.OwnTokenizer", None]}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(tokenizer))
+    (tmp_path / "own.py").write_text("raise SystemExit('was run')")
+    with pytest.raises(UnfitModel, match=r"model\.name: .* set model\.trust_remote_code: true"):
+        load(ModelConfig(name=str(tmp_path)))
 
 
 @pytest.mark.parametrize("attn_implementation", [None, "eager", attention.NAME])
