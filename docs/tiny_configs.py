@@ -37,6 +37,13 @@ SIZES: dict[str, Any] = {
 """By the names that configs give to sizes."""
 HYBRID = ["linear_attention", "full_attention"]
 MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 16, "mamba_chunk_size": 16}
+GRANITE = {
+    "embedding_multiplier": 12.0,
+    "residual_multiplier": 0.22,
+    "attention_multiplier": 0.015625,
+    "logits_scaling": 8.0,
+}
+"""Of Granite 3.3 2B; the defaults of its config are 1."""
 INDEXER = {"indexer_n_heads": 4, "indexer_kv_heads": 1, "indexer_head_dim": 16, "indexer_budget": 64,
            "indexer_compress_ratio": 4}  # fmt: skip
 GEMMA3N = {
@@ -88,7 +95,8 @@ MORE: dict[str, dict[str, Any]] = {
     "gemma4": {"text_config": {"vocab_size_per_layer_input": 512, "hidden_size_per_layer_input": 16}},
     "gemma4_text": {"vocab_size_per_layer_input": 512, "hidden_size_per_layer_input": 16},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
-    "granitemoehybrid": {"layer_types": HYBRID, **MAMBA},
+    **dict.fromkeys(("granite", "granite_swa", "granitemoe", "granitemoe_swa", "granitemoeshared"), GRANITE),
+    "granitemoehybrid": {"layer_types": HYBRID, **MAMBA, **GRANITE},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "kimi_linear": {"layer_types": HYBRID},
     "lfm2": {"full_attn_idxs": [1]},
