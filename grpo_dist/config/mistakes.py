@@ -89,6 +89,15 @@ def mistakes_of_files(words: Sequence[str]) -> list[str]:
     return [mistake for key, path in _pairs(words, []) if key == "config" for mistake in mistakes_of_file(path)]
 
 
+def mistakes_of_values(values: dict[str, Any]) -> list[str]:
+    """What to correct in the options of a config that was made in Python, where a value has the wrong type."""
+    parser = make_parser()
+    with suppress(yaml.YAMLError):  # of a value that no file can hold the parser says more
+        wrong = list(_unparsed(parser, list(_leaves(values, "", "Python"))))
+        return [problem for given in wrong for problem in _problems_of(parser, given)]
+    return []
+
+
 def with_files_first(words: Sequence[str]) -> list[str]:
     """The words with the files of presets and configs before all options, which override them wherever they stand."""
     rest, left = [], list(words)

@@ -11,7 +11,7 @@ from typing import Any
 
 from ..text.plain import plain_lines, write_lines
 from .files import as_yaml
-from .mistakes import mistakes_of_files, read_options, with_files_first
+from .mistakes import mistakes_of_files, mistakes_of_values, read_options, with_files_first
 from .names import DRY_RUN, PRINT_CONFIG, advice
 from .parser import make_parser, to_config, with_texts
 from .schema import Config
@@ -82,7 +82,7 @@ def checked(config: Config) -> Config:
     try:
         return to_config(parser, parser.parse_object(with_texts(asdict(config))))
     except ArgumentError as error:
-        raise ValueError(str(error)) from error
+        raise ValueError("\n".join(mistakes_of_values(asdict(config))) or str(error)) from error
 
 
 def _refuse_unknown(group: Any, prefix: str = "") -> None:

@@ -51,7 +51,8 @@ def test_a_checked_config_is_what_was_given(file: str) -> None:
     ("group", "name", "value", "message"),
     [
         ("train", "bath_size", 3, "no such option exists; did you mean 'train.batch_size'"),
-        ("train", "batch_size", "many", "train.batch_size.*many"),
+        ("train", "batch_size", "many", "train.batch_size: 'many' given in Python, expected a whole number"),
+        ("train", "output_dir", Path("runs"), "train.output_dir"),
         ("train", "batch_size", 0, "train.batch_size: 0 given, expected 1 or more"),
         ("train", "warmup", None, "train.warmup"),
     ],
