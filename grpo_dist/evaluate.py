@@ -23,9 +23,9 @@ from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from . import process
 from .config.evaluation import read_options
 from .config.parse import is_first_rank, let_first_rank_answer
+from .distributed import process
 
 if __name__ == "__main__":
     process.begin()

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import time
 
-from . import process
+from .distributed import process
 from .preflight.early import refuse_mistakes
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING
 
 from ..config.checks import require, require_seed
 from ..config.places import require_run
-from ..process import imports
+from ..distributed.process import imports
 from ..text.plain import write_stage
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
     require(options.max_new_tokens is None or options.max_new_tokens > 0, "--max_new_tokens", options.max_new_tokens,
             "at least 1")  # fmt: skip
     write_stage("importing torch and transformers")
-    with imports():  # only now, since an error in the options should not wait for torch
+    with imports():
         from ..checkpoint.trained import find, load
         from ..monitoring.console import set_up_logging
         from .conversation import Conversation

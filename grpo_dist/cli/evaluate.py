@@ -16,7 +16,7 @@ from collections.abc import Sequence
 
 from ..config import evaluation
 from ..config.parse import parse_config as parse_config  # says that the verb takes a run's options
-from ..process import imports
+from ..distributed.process import imports
 from ..text.plain import write_stage
 
 add_options = evaluation.add_options
@@ -27,7 +27,7 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
     config = evaluation.config_of(options, rest)
 
     write_stage("importing torch and transformers")
-    with imports():  # only now, since this imports torch
+    with imports():
         from ..evaluate import evaluate
 
     return evaluate(options, config)

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 from ..config.checks import require
 from ..config.places import require_run, writing_to
 from ..config.vllm import ADAPTER_RANKS
-from ..process import imports
+from ..distributed.process import imports
 from ..text.plain import write_stage
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
     require(not rest, "arguments", list(rest), "a run or a checkpoint, and the options of --help")
     require_run(options.run_or_checkpoint)
     write_stage("importing torch and transformers")
-    with imports():  # only now, since an error in the options should not wait for torch
+    with imports():
         from huggingface_hub.utils import validate_repo_id
 
         from ..checkpoint.trained import find

@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from ..config.parse import parse_config
+from ..distributed.process import imports
 from ..planning.memory import RESERVE, SHARDS_WEIGHTS, STRATEGIES, Phase, Strategy, peaks
 from ..planning.tables import readable, table_of
-from ..process import imports
 from ..text.plain import write_stage
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
     limit = None if options.gpu_memory is None else parse_size(options.gpu_memory)
     config = parse_config(list(rest))
     write_stage("importing torch and transformers")
-    with imports():  # only now, since an error in the options should not wait for torch
+    with imports():
         from ..model.adapter import with_adapter
         from ..model.config_files import load_model_config
         from ..monitoring.console import set_up_logging

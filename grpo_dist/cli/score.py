@@ -26,7 +26,7 @@ from rich.text import Text
 from ..config.parse import parse_config
 from ..config.schema import Config
 from ..data.rows import load_rows
-from ..process import imports
+from ..distributed.process import imports
 from ..report.categories import by_category, categories, category_table
 from ..rewards.pool.pool import ScorerPool
 from ..rewards.scores import Item, Scores, combine, right_above, to_items
@@ -70,7 +70,7 @@ def read_items(config: Config, path: str | None, most: int) -> tuple[list[Item],
 
     Raises ValueError if the file has no `completion`, or names a prompt that the data does not have.
     """
-    with imports():  # only now, since an error in the options should not wait for torch
+    with imports():
         from ..data.mixture import load_training
         from ..model.adapter import with_adapter
         from ..model.config_files import load_tokenizer

@@ -18,8 +18,8 @@ from pathlib import Path
 
 from ..config.parse import checked
 from ..config.schema import Config
+from ..distributed.process import imports
 from ..preflight.early import refuse_mistakes
-from ..process import imports
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -30,7 +30,7 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
     """Train, and return the exit status."""
     refuse_mistakes(list(rest))
 
-    with imports():  # only now, since this imports torch
+    with imports():
         from ..train import train
         from ..trainer.ending import main
 

@@ -17,7 +17,7 @@ from ..config.parse import is_first_rank
 from ..config.schema import LoraConfig
 from ..config.values import flat, redacted
 from ..distributed.launch_config import require_known_launch, require_optimizer
-from ..process import imports
+from ..distributed.process import imports
 from ..text.plain import plain, write_stage
 from .early import require_possible
 from .findings import Findings
@@ -70,7 +70,7 @@ def _look(
 ) -> None:
     """Note what the libraries and the model are needed for. What the problems noted `early` are about is left out."""
     say("importing torch and transformers")
-    with imports():  # only now, since an error in the verb's own options should not wait for torch
+    with imports():
         import torch
 
         from ..model.adapter import with_adapter

@@ -98,10 +98,13 @@ def time_workload(workload: Workload, options: argparse.Namespace, rest: Sequenc
     num_steps = options.pairs + 1
     if options.profile:
         rest = [*rest, "--logging.profile_step", str(num_steps + 1)]
+    is_rollout = options.against == "vllm"
     pairs = []
     with ExitStack() as opened:
-        ours = opened.enter_context(ours_in_turn(workload, model, scratch, num_steps=num_steps + 1, rest=rest,
-                                                 kl_coeff=options.kl_coeff, lora_r=options.lora_r))  # fmt: skip
+        ours = opened.enter_context(ours_in_turn(
+            workload, model, scratch, num_steps=num_steps + bool(options.profile), rest=rest,
+            kl_coeff=options.kl_coeff, lora_r=options.lora_r,
+        ))  # fmt: skip
         theirs = None
         if options.against:
             command = their_command(workload, options, model, scratch)
@@ -111,9 +114,9 @@ def time_workload(workload: Workload, options: argparse.Namespace, rest: Sequenc
         for _ in range(num_steps):
             their_step = theirs.step(None) if theirs else None
             lengths = their_step["lengths"] if their_step else None
-            pairs.append(Pair(ours.step(lengths, is_rollout=options.against == "vllm"), their_step))
+            pairs.append(Pair(ours.step(lengths, is_rollout=is_rollout), their_step))
         if options.profile:
-            answer = ours.step(lengths, is_rollout=options.against == "vllm")
+            answer = ours.step(lengths, is_rollout=is_rollout)
             options.profile.mkdir(parents=True, exist_ok=True)
             shutil.copy(answer["profile"], options.profile / f"{workload.name}.json.gz")
     for pair in pairs[1:]:

@@ -37,7 +37,8 @@ def run_to_the_end(program: Callable[[], int]) -> NoReturn:
 
 @contextlib.contextmanager
 def imports() -> Iterator[None]:
-    """A context for the imports of torch and what needs it."""
+    """A context for the imports of torch and what needs it, inside a function: an error in options does not wait for
+    them."""
     gc.disable()
     try:
         yield

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 CYCLE = "lasting = []; lasting.append(lasting)"
 
 
 def run(code: str) -> subprocess.CompletedProcess[str]:
-    program = f"import atexit, gc, os, sys, threading, time\nfrom grpo_dist import process\n{code}"
+    program = f"import atexit, gc, os, sys, threading, time\nfrom grpo_dist.distributed import process\n{code}"
     buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
     return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, env=buffered,
                           timeout=60, check=False)  # fmt: skip
