@@ -218,14 +218,12 @@ def require_weights(name: str, path: Path, quantization: Mapping[str, Any] | Non
 
 def _listed_weights(path: Path) -> tuple[str | None, list[str]]:
     """The weight files of a model's directory, and whose list names them; None where it is one file."""
-    if parts := [each for each in WEIGHTS if (path / each).is_file()][:1]:
-        return None, parts
-    listed = next((each for each in WEIGHTS if (path / f"{each}.index.json").is_file()), None)
-    if listed is None:
-        return None, []
-    return listed, sorted(
-        set(json.loads((path / f"{listed}.index.json").read_text(encoding="utf-8"))["weight_map"].values())
-    )
+    for each in WEIGHTS:  # in the order in which transformers looks for them
+        if (path / each).is_file():
+            return None, [each]
+        if (listed := path / f"{each}.index.json").is_file():
+            return each, sorted(set(json.loads(listed.read_text(encoding="utf-8"))["weight_map"].values()))
+    return None, []
 
 
 def weight_files(path: Path) -> list[Path]:

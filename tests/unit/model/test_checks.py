@@ -234,8 +234,10 @@ def test_files_of_weights_that_are_not_there_are_named(tmp_path: Path) -> None:
         with pytest.raises(UnfitModel, match="cannot be loaded"):
             load_causal_lm(ModelConfig(name=str(tmp_path)), torch.float32, None)
     (tmp_path / parts[1]).unlink()
+    (tmp_path / "pytorch_model.bin").touch()  # of which transformers reads nothing beside these files
     with pytest.raises(UnfitModel, match=rf"'mine' lacks 1 of the {len(parts)} weight files .* \({parts[1]}\)"):
         require_weights("mine", tmp_path)
+    (tmp_path / "pytorch_model.bin").unlink()
     (tmp_path / "model.safetensors.index.json").unlink()
     with pytest.raises(UnfitModel, match=r"'mine' has no weights, expected model\.safetensors"):
         require_weights("mine", tmp_path)
