@@ -7,8 +7,8 @@ The same check on the machines of the run:
     accelerate launch --config_file accelerate_configs/zero2.yaml --num_processes 8 -m grpo_dist.train \\
         --config FILE --dry_run
 
-The options are those of a training. The check loads no weights and leaves no files. The exit status is 2 if there is a
-problem.
+The options are those of a training. The check reads the headers of weight files and no weights, and leaves no files.
+The exit status is 2 if there is a problem.
 """
 
 from __future__ import annotations

@@ -3,37 +3,80 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .files import UnfitModel
+from .files import UnfitModel, some_names
 
 COMPARED_AT_ONCE = 1 << 16
 """Numbers that stay in the processor's caches while they are compared."""
+_BLOCK = re.compile(r"(.*?)\.(\d+)\.(.+)")
+"""The name of a list of layers, a number in it, and a name inside that layer."""
 
 
-def require_stored(name: str, loaded: nn.Module, report: dict[str, Any]) -> None:
+def require_stored(name: str, loaded: Any, report: Mapping[str, Any]) -> None:
     """Raise UnfitModel where weights of the model `name` have other shapes than its config says, or would be random, or
-    are left out of layers that would be computed without them.
+    are left out: those of whole layers, or of layers that would be computed without them.
 
-    `report` is that of `from_pretrained`.
+    `report` is that of `from_pretrained`. The model may be on the meta device.
     """
+    owner = type(loaded).__name__
     if mismatched := sorted(report["mismatched_keys"], key=str):
         weight, stored, expected = mismatched[0]
         raise UnfitModel(f"model.name: {name!r} has {len(mismatched)} weights of other shapes than its "
                          f"config.json says ({weight}: {tuple(stored)}, expected {tuple(expected)}): name a checkpoint "
                          "with its own config.json")  # fmt: skip
     if missing := sorted(report["missing_keys"]):
-        raise UnfitModel(f"model.name: {name!r} lacks {len(missing)} weights of {type(loaded).__name__}, which "
-                         f"would be random ({', '.join(missing[:3])} …): name a complete checkpoint")  # fmt: skip
+        raise UnfitModel(lacks_weights(name, missing, owner))
     modules = dict(loaded.named_modules())
-    if left_out := sorted(weight for weight in report["unexpected_keys"] if _is_of_a_layer(weight, modules)):
-        raise UnfitModel(f"model.name: {name!r} has {len(left_out)} weights for which {type(loaded).__name__} has no "
+    unexpected = {weight: _place(weight, loaded, modules) for weight in unexpected_weights(loaded, report)}
+    if further := _further_layers(unexpected.values(), loaded.state_dict(), modules):
+        text = loaded.config.get_text_config(decoder=True)
+        number = (getattr(text, "attribute_map", None) or {}).get("num_hidden_layers", "num_hidden_layers")
+        raise UnfitModel(f"model.name: {name!r} has {len(further)} layers more than {owner} by its config.json "
+                         f"({some_names(further)}), which would be left out: correct {number} there, or name a "
+                         "checkpoint with its own config.json")  # fmt: skip
+    if left_out := [weight for weight, place in unexpected.items() if _is_of_a_layer(place, modules)]:
+        raise UnfitModel(f"model.name: {name!r} has {len(left_out)} weights for which {owner} has no "
                          f"place by its config.json, in layers that it computes ({', '.join(left_out[:3])} …): correct "
                          "model_type, or options such as attention_bias, there")  # fmt: skip
+
+
+def unexpected_weights(loaded: nn.Module, report: Mapping[str, Any]) -> list[str]:
+    """The names for which the model has no place, without those that transformers ignores for its type.
+
+    The first releases of transformers 5 do not apply the lists of a model's parts.
+    """
+    ignored = {pattern for part in loaded.modules()
+               for pattern in getattr(part, "_keys_to_ignore_on_load_unexpected", None) or ()}  # fmt: skip
+    return sorted(name for name in report["unexpected_keys"] if not any(re.search(each, name) for each in ignored))
+
+
+def lacks_weights(name: str, missing: Sequence[str], owner: str) -> str:
+    """The message about weights of `owner` that no file of the model `name` has."""
+    return (f"model.name: {name!r} lacks {len(missing)} weights of {owner}, which would be random "
+            f"({', '.join(missing[:3])} …): name a complete checkpoint")  # fmt: skip
+
+
+def _place(weight: str, loaded: Any, modules: Mapping[str, nn.Module]) -> str:
+    """The name in the model of a weight, which a checkpoint of the model without its head has without a prefix."""
+    return weight if weight.partition(".")[0] in modules else f"{loaded.base_model_prefix}.{weight}"
+
+
+def _further_layers(unexpected: Iterable[str], own: Iterable[str], modules: Mapping[str, nn.Module]) -> list[str]:
+    """Layers beyond the last one of a list of `modules`, of whose weights the model, with the names `own`, has no other
+    kind in that list. A layer that predicts further tokens, which some checkpoints keep there, has such weights."""
+    further: dict[tuple[str, int], set[str]] = {}
+    for layers, number, part in (match.groups() for match in map(_BLOCK.fullmatch, unexpected) if match):
+        is_beyond = isinstance(modules.get(layers), nn.ModuleList) and f"{layers}.{number}" not in modules
+        if is_beyond and part.endswith("weight"):
+            further.setdefault((layers, int(number)), set()).add(part)
+    parts = {(match[1], match[3]) for match in map(_BLOCK.fullmatch, own) if match}
+    return [f"{layers}.{number}" for (layers, number), names in sorted(further.items())
+            if all((layers, name) in parts for name in names)]  # fmt: skip
 
 
 def _is_of_a_layer(weight: str, modules: Mapping[str, nn.Module]) -> bool:
@@ -42,8 +85,8 @@ def _is_of_a_layer(weight: str, modules: Mapping[str, nn.Module]) -> bool:
     owner, _, kind = weight.rpartition(".")
     if kind == "bias":
         return owner in modules and hasattr(modules[owner], "weight")
-    block = re.match(r".*?\.\d+(?=\.)", weight)
-    return kind == "weight" and block is not None and block[0] in modules
+    block = _BLOCK.fullmatch(weight)
+    return kind == "weight" and block is not None and f"{block[1]}.{block[2]}" in modules
 
 
 def require_finite(name: str, loaded: nn.Module) -> None:

@@ -24,6 +24,7 @@ from ..model.config_files import (
     load_tokenizer,
 )
 from ..model.files import model_path, require_quantizable
+from ..model.headers import compare_headers
 from ..model.load import attention_for, try_blank
 from ..model.split_rows import require_whole_groups
 from ..rewards.pool.pool import ScorerPool
@@ -85,6 +86,10 @@ def _read_model(config: Config, contents: Contents, num_ranks: int, findings: Fi
         with findings.attempt():
             if left_out := try_model(config, contents.tokenizer, contents.model_config, num_ranks):
                 findings.remarks.append(f"adapters: none on {left_out}")
+        if not any(problem.startswith("model.name:") for problem in findings.problems):  # of which its files tell again
+            with findings.attempt():
+                if beside := compare_headers(config.model, contents.model_config):
+                    findings.remarks.append(f"model.name: {beside}")
         with findings.attempt():
             contents.end_ids = end_token_ids(config.model, contents.tokenizer)
             sampling_with(config.rollout, contents.tokenizer, contents.end_ids, contents.model_config)

@@ -34,6 +34,7 @@ from ..environments.host import EnvironmentHost
 from ..model.adapter import with_adapter
 from ..model.config_files import end_token_ids, ignored_generation_options, load_model_config, load_tokenizer
 from ..model.files import UnfitModel
+from ..model.headers import compare_headers
 from ..monitoring.console import Display
 from ..monitoring.json_lines import read_history, read_json_lines
 from ..monitoring.machine import FILE as RECORD_OF_STARTS
@@ -206,6 +207,7 @@ def _load_data(config: Config, resume_from: Path | None, host: EnvironmentHost |
     model_config = load_model_config(config.model)
     if left_out := try_model(config, tokenizer, model_config, int(os.environ.get("WORLD_SIZE", "1"))):
         log.info("adapters: none on %s", left_out)
+    compare_headers(config.model, model_config)  # of what is left out, transformers warns when it loads the rest
     reader = prompt_reader(config, tokenizer, host)
     prompts, sampler = load_training(reader, config.train)
     eval_prompts: list[Prompt] = []

@@ -201,7 +201,6 @@ def test_weights_of_another_shape_are_named(tmp_path: Path) -> None:
         ("model.layers.1.self_attn.q_norm.weight", True),
         ("lm_head.bias", True),
         ("model.layers.0.self_attn.masked_bias", False),
-        ("model.layers.2.self_attn.o_proj.weight", False),
         ("mtp.layers.0.self_attn.o_proj.weight", False),
         ("v_head.weight", False),
     ],
