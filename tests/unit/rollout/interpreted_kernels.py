@@ -22,25 +22,9 @@ import triton_interpreter
 
 triton_interpreter.mend()
 
-from transformers import (  # noqa: E402
-    Gemma2Config,
-    Gemma3TextConfig,
-    GptOssConfig,
-    LlamaConfig,
-    Qwen2Config,
-    Qwen3Config,
-    Qwen3MoeConfig,
-)
-from transformers import Gemma2ForCausalLM as Gemma2  # noqa: E402
-from transformers import Gemma3ForCausalLM as Gemma3  # noqa: E402
-from transformers import GptOssForCausalLM as GptOss  # noqa: E402
-from transformers import LlamaForCausalLM as Llama  # noqa: E402
-from transformers import Qwen2ForCausalLM as Qwen2  # noqa: E402
-from transformers import Qwen3ForCausalLM as Qwen3  # noqa: E402
-from transformers import Qwen3MoeForCausalLM as Qwen3Moe  # noqa: E402
+from interpreted_cases import cases  # noqa: E402
 
 from grpo_dist.model import (  # noqa: E402
-    attention,
     gate_kernel,
     head_kernel,
     join_kernel,
@@ -49,8 +33,6 @@ from grpo_dist.model import (  # noqa: E402
     shared_prefix,
 )
 from grpo_dist.model.layout import AttentionOptions  # noqa: E402
-from grpo_dist.model.peft import PeftLoraConfig, with_new_adapters  # noqa: E402
-from grpo_dist.model.routing import Routers  # noqa: E402
 from grpo_dist.rollout.engine import Request, decode_all, in_order  # noqa: E402
 from grpo_dist.rollout.native import draw_kernels, gpu, pages, tables  # noqa: E402
 from grpo_dist.rollout.native import fused_draw as drawing  # noqa: E402
@@ -61,12 +43,8 @@ from grpo_dist.rollout.native.fused_draw import fused_draw  # noqa: E402
 from grpo_dist.rollout.native.pages import PAGE, TILE, PagePool  # noqa: E402
 from grpo_dist.rollout.native.steps import module_step  # noqa: E402
 from grpo_dist.rollout.sampling import Rules, Sampling, allowed, draw  # noqa: E402
-from grpo_dist.rollout.stop import stop_strings  # noqa: E402
 
 CPU = torch.device("cpu")
-RULES = Sampling(
-    banned=(3, 9), min_new_tokens=2, stop=stop_strings(["ab", "fgh"], [bytes([97 + n]) for n in range(23)])
-)
 
 
 def attention_of_pages(
@@ -203,35 +181,6 @@ def _same_turns(some: list[Any], others: list[Any]) -> bool:
     )
 
 
-def model_of(kind: Any, config: Any, **options: Any) -> Any:
-    """A tiny model whose draws are neither uniform nor certain, norms and biases included."""
-    torch.manual_seed(3)
-    shape = {
-        "vocab_size": 23,
-        "hidden_size": 16,
-        "intermediate_size": 24,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 512,
-    }
-    model = kind._from_config(config(**shape, **options), attn_implementation=attention.NAME).eval()
-    for parameter in model.parameters():
-        parameter.data += 0.2 * torch.randn_like(parameter)
-    return model
-
-
-def adapted(model: Any) -> Any:
-    """The model with adapters of several ranks, not on every layer, that change its outputs."""
-    targets = ["q_proj", "v_proj", "o_proj", "up_proj", "down_proj", "lm_head"]
-    options = {"r": 3, "lora_alpha": 6, "rank_pattern": {"q_proj": 5, "up_proj": 19}, "target_modules": targets}
-    adapters = with_new_adapters(model, PeftLoraConfig(task_type="CAUSAL_LM", **options))
-    for name, parameter in adapters.named_parameters():
-        if "lora_B" in name:
-            parameter.data.normal_(0, 0.2)
-    return adapters.base_model.model
-
-
 def floors() -> int:
     """How many thresholds of truncated distributions leave other tokens than sorting does, with many equal logits."""
     wrong = 0
@@ -261,65 +210,56 @@ def floors() -> int:
 def main() -> None:
     """Run every kernel."""
     tables.LADDER[:], gpu.STEPS, drawing.BLOCK = [1, 2, 4, 8], 3, 32
-    qwen2, qwen3 = model_of(Qwen2, Qwen2Config), model_of(Qwen3, Qwen3Config, head_dim=8)
-    sizes = {"head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8}
-    gemma2 = model_of(Gemma2, Gemma2Config, head_dim=8, sliding_window=68, attn_logit_softcapping=0.5,
-                      final_logit_softcapping=3.0)  # fmt: skip
-    experts = model_of(Qwen3Moe, Qwen3MoeConfig, **sizes)
-    Routers(experts)
-    with_sinks = model_of(
-        GptOss, GptOssConfig, head_dim=8, sliding_window=5, num_local_experts=4, num_experts_per_tok=2
-    )
-    Routers(with_sinks)
-    pages_of = [(None, 6, 2, 32), (None, 2, 2, 16, 3, None, True), ((1, 1), 2, 1, 16, 130, 0.4, True)]
-    # few rows and tokens: a program takes the interpreter 10 to 40 ms
-    rollouts: list[tuple[Any, ...]] = [
-        (qwen2, FusedStep, 64 * 5, Sampling(0.8), 2),
-        (adapted(model_of(Llama, LlamaConfig, attention_bias=True, mlp_bias=True)), FusedStep, 1 << 20,
-         Sampling(0.9, top_k=9, min_p=0.02), 1, 4),
-        (adapted(gemma2), FusedStep, 1 << 20, Sampling(), 1, 4),
-        (model_of(Gemma3, Gemma3TextConfig, head_dim=8, sliding_window=5), FusedStep, 1 << 20, Sampling(), 1, 4),
-        (with_sinks, FusedStep, 1 << 20, Sampling(), 1, 4),
-    ]  # fmt: skip
-    episodes: list[tuple[Any, ...]] = [(qwen2, 64 * 4, 2, Sampling(0.8))]
-    if sys.argv[1:] == ["all"]:
-        episodes += [(qwen2, 1 << 20, 1, RULES), (qwen2, 1 << 20, gpu.ANSWER_TOKENS + 1, Sampling(0.8), (2,), 150),
-                     (experts, 1 << 20, 2, Sampling(0.8))]  # fmt: skip
-        pages_of += [((1, 2), 4, 4, 16), ((4, 1), 7, 1, 24), ((2, 2), 4, 2, 16, 90), ((2, 4), 2, 2, 16, None, 2.0),
-                     ((4, 1), 4, 2, 16, 90, None, True), ((2, 1), 16, 1, 256, 90)]  # fmt: skip
-        rollouts += [
-            (qwen3, FusedStep, 1 << 20, Sampling(top_p=0.9)),
-            (qwen2, module_step, 1 << 20, Sampling()),
-            (qwen2, FusedStep, 1 << 20, RULES),
-            (experts, module_step, 64 * 5, Sampling()),
-            (experts, FusedStep, 64 * 5, Sampling()),
-            (gemma2, module_step, 1 << 20, Sampling()),
-        ]
+    pages_of, rollouts, episodes = cases(sys.argv[1:] == ["all"])
     result: dict[str, Any] = {
         "attention": [attention_of_pages(*case) for case in pages_of],
         "completions": [completions(*case) for case in rollouts],
         "turns": [turns(*case) for case in episodes],
         "floors": floors(),
     }
-    drawing.BLOCK = 256
-    logits, keys = torch.randn(5, 1003) * 3, torch.randint(-(2**62), 2**62, (5,))
-    logits[:, 3] += 20  # tokens that are drawn wherever they are not banned
+    logits = peaked_logits()
+    result |= draws(logits)
+    result["head"] = scores(logits)
+    result["update"] = [joined(), gates(), rotations()]
+    result["two rows"] = pages.two_rows(_prefilled()).num_rows
+    print(json.dumps(result))
+
+
+def peaked_logits() -> Tensor:
+    """Logits (5, 1003), with tokens that are drawn wherever they are not banned: 700 in the first row, 3 in all."""
+    logits = torch.randn(5, 1003) * 3
+    logits[:, 3] += 20
     logits[0, 700] += 150
+    return logits
+
+
+def draws(logits: Tensor) -> dict[str, Any]:
+    """How many tokens the fused draw draws otherwise than the plain one, and the largest gap of log-probabilities; how
+    many tokens it draws that are banned, and how many that are banned only early."""
+    drawing.BLOCK = 256
+    keys = torch.randint(-(2**62), 2**62, (5,))
     places = torch.tensor([0, 1, 2, 3, 1])
     bans = {"banned": (700,), "min_new_tokens": 2}
-    cases = [Sampling(0.8), Sampling(), Sampling(), Sampling(0.8, 0.7, 50, 0.001), Sampling(0.8, **bans),
-             Sampling(0.8, 0.7, **bans), Sampling(1.0, 0.9, 20, 0.01, banned=(3, 700))]  # fmt: skip
+    samplings = [Sampling(0.8), Sampling(), Sampling(), Sampling(0.8, 0.7, 50, 0.001), Sampling(0.8, **bans),
+                 Sampling(0.8, 0.7, **bans), Sampling(1.0, 0.9, 20, 0.01, banned=(3, 700))]  # fmt: skip
     # truncated draws take long: of two rows only, one of which may not end yet
-    rows = [[0, 2] if sampling.top_p < 1 else list(range(5)) for sampling in cases]
+    rows = [[0, 2] if sampling.top_p < 1 else list(range(5)) for sampling in samplings]
     drawn = [[each(logits[of], keys[of], places[of] + n, sampling, Rules(sampling, [3, 11], CPU)) for n, sampling, of in
-              zip((0, 1, 2, 3, 0, 0, 4), cases, rows, strict=True)] for each in (fused_draw, draw)]  # fmt: skip
+              zip((0, 1, 2, 3, 0, 0, 4), samplings, rows, strict=True)] for each in (fused_draw, draw)]  # fmt: skip
     banning = [(drawn[0][n][0], places[rows[n]]) for n in (4, 5)]
-    result["banned"] = sum(int(((tokens == 700) | ((tokens == 3) & (at < 2))).sum()) for tokens, at in banning)
-    result["early"] = sum(int((tokens == 3).sum()) for tokens, _ in banning)
-    result["draws"] = [
-        sum(int((a[0] != b[0]).sum()) for a, b in zip(*drawn, strict=True)),
-        max(float((a[1] - b[1]).abs().max()) for a, b in zip(*drawn, strict=True)),
-    ]
+    pairs = list(zip(*drawn, strict=True))
+    return {
+        "banned": sum(int(((tokens == 700) | ((tokens == 3) & (at < 2))).sum()) for tokens, at in banning),
+        "early": sum(int((tokens == 3).sum()) for tokens, _ in banning),
+        "draws": [
+            sum(int((a[0] != b[0]).sum()) for a, b in pairs),
+            max(float((a[1] - b[1]).abs().max()) for a, b in pairs),
+        ],
+    }
+
+
+def scores(logits: Tensor) -> float:
+    """What the head returns for logits, at two temperatures."""
     head_kernel.BLOCK = 256
     targets = torch.randint(0, 1003, (5,))
     pairs = [
@@ -331,10 +271,7 @@ def main() -> None:
             strict=True,
         )
     ]
-    result["head"] = max(float((a - b).abs().max()) for a, b in pairs)
-    result["update"] = [joined(), gates(), rotations()]
-    result["two rows"] = pages.two_rows(_prefilled()).num_rows
-    print(json.dumps(result))
+    return max(float((a - b).abs().max()) for a, b in pairs)
 
 
 def joined() -> float:
