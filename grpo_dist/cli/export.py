@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from ..checkpoint.trained import Trained
 
 KINDS = ("merged", "adapter", "gguf-recipe")
+SIZE = re.compile(r"(?=.*[1-9])\d+(\.\d+)? ?[KMGT]B", re.ASCII | re.IGNORECASE)
+"""A size above 0 of which transformers can make bytes."""
 TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2}
 """Largest allowed difference of the logits of export and policy, as a share of the largest logit. Weights are merged in
 float32 and then rounded to the dtype."""
@@ -57,7 +59,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, metavar="DIR", help="output directory (RUN/exports/step_N-KIND)")
     parser.add_argument("--dtype", choices=TOLERANCE, help="dtype of a merged model (that of the training, or "
                         "float32 if it would keep less than 99 %% of the update)")  # fmt: skip
-    parser.add_argument("--max_shard_size", default="5GB", metavar="SIZE", help="size of each weight file (5GB)")
+    parser.add_argument("--max_shard_size", default="5GB", metavar="SIZE", help="largest size of a weight file, such "
+                        "as 500MB or 1.5GB (5GB)")  # fmt: skip
     parser.add_argument("--push_to_hub", metavar="OWNER/NAME", help="also upload it, as a private repository")
 
 
@@ -82,8 +85,8 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
     is_adapter = options.to == "adapter"
     require(not is_adapter or trained.lora is not None, "--to", options.to, "merged after full fine-tuning")
     require(not is_adapter or options.dtype is None, "--dtype", options.dtype, "none: adapters stay in float32")
-    require(re.fullmatch(r"[1-9]\d*[KMGT]B", options.max_shard_size) is not None, "--max_shard_size",
-            options.max_shard_size, "a size such as 500MB")  # fmt: skip
+    require(SIZE.fullmatch(options.max_shard_size) is not None, "--max_shard_size", options.max_shard_size,
+            "a size in KB, MB, GB or TB, such as 500MB or 1.5GB")  # fmt: skip
     if options.push_to_hub:
         validate_repo_id(options.push_to_hub)
     out = options.out or trained.run / "exports" / f"step_{trained.step}-{options.to}"

@@ -60,9 +60,11 @@ def logits(model: torch.nn.Module) -> Tensor:
     return model.eval()(input_ids=torch.arange(40)[None]).logits[0].float()
 
 
-@pytest.mark.parametrize("place", ["", "final", "checkpoints/step_3"])
-def test_the_end_from_wherever_it_is_taken(place: str, run: Path, export: Callable[..., tuple[Path, str]]) -> None:
-    out, told = export(run / place, "--max_shard_size", "300KB")
+@pytest.mark.parametrize(("place", "size"), [("", "300KB"), ("final", "300kb"), ("checkpoints/step_3", "0.3 Mb")])
+def test_the_end_from_wherever_it_is_taken(
+    place: str, size: str, run: Path, export: Callable[..., tuple[Path, str]]
+) -> None:
+    out, told = export(run / place, "--max_shard_size", size)
     assert len(list(out.glob("model-*.safetensors"))) > 1 and (out / "model.safetensors.index.json").is_file()
     assert same(weights(out), weights(run / "final"))
     assert (out / "README.md").read_text() == (run / "final" / "README.md").read_text()
@@ -171,7 +173,10 @@ def test_mistakes_are_one_line_each(run: Path, tmp_path: Path, capsys: pytest.Ca
         ([damaged], "damaged"),
         ([run, "--out", tmp_path / "full"], "not empty"),
         ([run, "--to", "adapter", "--dtype", "bfloat16"], "--dtype"),
-        ([run, "--max_shard_size", "5GiB"], "expected a size such as 500MB"),
+        *(
+            ([run, f"--max_shard_size={size}"], f"{size!r} given, expected a size in KB, MB, GB or TB, such as 500MB")
+            for size in ("5GiB", "0.0GB", "-1GB", "1e3MB", "500", "nanGB", "1.GB", "5\N{KELVIN SIGN}B")
+        ),
         ([run, "--push_to_hub", "my model"], "my model"),
     ):
         assert main(["export", *map(str, arguments)]) == 2
