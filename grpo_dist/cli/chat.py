@@ -52,8 +52,7 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
     require_seed("--seed", options.seed)
     require(options.max_new_tokens is None or options.max_new_tokens > 0, "--max_new_tokens", options.max_new_tokens,
             "at least 1")  # fmt: skip
-    write_stage("importing torch and transformers")
-    with imports():
+    with imports(write_stage):
         from ..checkpoint.trained import find, load
         from ..monitoring.console import set_up_logging
         from .conversation import Conversation

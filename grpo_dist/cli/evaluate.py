@@ -26,8 +26,7 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
     """Evaluate, and return the exit status. Raises ValueError."""
     config = evaluation.config_of(options, rest)
 
-    write_stage("importing torch and transformers")
-    with imports():
+    with imports(write_stage):
         from ..evaluate import evaluate
 
     return evaluate(options, config)

@@ -68,8 +68,7 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
     """Export, check and print the usage. Raises ValueError, OSError, and RuntimeError if the check fails."""
     require(not rest, "arguments", list(rest), "a run or a checkpoint, and the options of --help")
     require_run(options.run_or_checkpoint)
-    write_stage("importing torch and transformers")
-    with imports():
+    with imports(write_stage):
         from huggingface_hub.utils import validate_repo_id
 
         from ..checkpoint.trained import find

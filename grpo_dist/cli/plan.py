@@ -44,8 +44,7 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
     ranks = parse_ranks(options.ranks)
     limit = None if options.gpu_memory is None else parse_size(options.gpu_memory)
     config = parse_config(list(rest))
-    write_stage("importing torch and transformers")
-    with imports():
+    with imports(write_stage):
         from ..model.adapter import with_adapter
         from ..model.config_files import load_model_config
         from ..monitoring.console import set_up_logging

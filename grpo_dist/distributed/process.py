@@ -36,9 +36,11 @@ def run_to_the_end(program: Callable[[], int]) -> NoReturn:
 
 
 @contextlib.contextmanager
-def imports() -> Iterator[None]:
+def imports(say: Callable[[str], None] | None = None) -> Iterator[None]:
     """A context for the imports of torch and what needs it, inside a function: an error in options does not wait for
-    them."""
+    them. They take seconds: `say` gets a line about them before."""
+    if say is not None:
+        say("importing torch and transformers")
     gc.disable()
     try:
         yield

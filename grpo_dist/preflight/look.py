@@ -69,8 +69,7 @@ def _look(
     options: Options, num_ranks: int | None, findings: Findings, early: Sequence[str], say: Callable[[str], None]
 ) -> None:
     """Note what the libraries and the model are needed for. What the problems noted `early` are about is left out."""
-    say("importing torch and transformers")
-    with imports():
+    with imports(say):
         import torch
 
         from ..model.adapter import with_adapter
