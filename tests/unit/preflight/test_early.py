@@ -264,9 +264,10 @@ print(*{"torch", "transformers", "peft", "accelerate", "deepspeed", "datasets"} 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 def test_no_name_of_a_real_layer_is_refused(kind: str, tmp_path: Path) -> None:
-    """The layers and tensors of every type of transformers that a tiny config can be made of."""
+    """The layers and tensors of every type of transformers that a tiny config can be made of. The name of no layer is
+    refused, where all of the code is in the folder of the type."""
     try:
-        config = tiny_config(kind, {"eos_token_id": 2, "bos_token_id": 1, "pad_token_id": 0})
+        config = tiny_config(kind, {"vocab_size": 96, "eos_token_id": 2, "bos_token_id": 1, "pad_token_id": 0})
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
     except (ImportError, ValueError, AttributeError, TypeError, NotImplementedError, StopIteration) as error:
@@ -280,3 +281,8 @@ def test_no_name_of_a_real_layer_is_refused(kind: str, tmp_path: Path) -> None:
         lora = LoraConfig(target_modules=targets, target_parameters=tensors)
         entries = json.loads((tmp_path / "config.json").read_text())
         require_known_names(ModelConfig(name=str(tmp_path)), lora, RolloutConfig(), tmp_path, entries)
+    code = (names._package() / "models" / kind.replace("-", "_")).glob("modeling_*.py")
+    if any(code) and not config.sub_configs:
+        with pytest.raises(ValueError, match="'no_such_layer' is not a layer of"):
+            lora = LoraConfig(target_modules=["no_such_layer"])
+            require_known_names(ModelConfig(name=str(tmp_path)), lora, RolloutConfig(), tmp_path, entries)
