@@ -110,7 +110,8 @@ def test_another_base_is_refused(base: ModelConfig, tmp_path: Path) -> None:
 def test_adapters_that_could_not_be_merged(target: str, base: ModelConfig) -> None:
     lora = LoraConfig(r=2, target_modules=["q_proj", target])
     if target == "lm_head" and not load_model_config(base).tie_word_embeddings:
-        load_policy(base, lora, torch.float32, None)
+        policy = load_policy(base, lora, torch.float32, None)
+        assert any(name.endswith(target) for name in adapted_layers(policy))
     else:
         with pytest.raises(ValueError, match=rf"lora\.target_modules: .*{target}"):
             load_policy(base, lora, torch.float32, None)

@@ -218,9 +218,10 @@ def test_more_ranks_than_gpus_are_refused() -> None:
         assert not is_of_one_rank(refusal.value)
 
 
-def test_ranks_that_each_see_one_gpu_may_be_several() -> None:
-    """As srun --gpus-per-task gives them: all see a GPU 0, and they are different ones."""
+def test_ranks_that_each_see_one_gpu_may_be_several(caplog: pytest.LogCaptureFixture) -> None:
+    """As srun --gpus-per-task gives them: all see a GPU 0, and they are different ones. None of them is idle."""
     of_reports(ranks_on("a", ["u0", "u1", "u2"], 1)).check_gpus()
+    assert not caplog.records
 
 
 def test_idle_gpus_are_said(caplog: pytest.LogCaptureFixture) -> None:

@@ -54,6 +54,7 @@ def test_a_run_under_nohup_survives_its_terminal() -> None:
     with ignoring(signal.SIGHUP), watching() as watch:
         os.kill(os.getpid(), signal.SIGHUP)
         watch.check()
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN, "what it starts survives the terminal too"
 
 
 def test_a_rank_that_stops_at_once_is_missed() -> None:

@@ -221,7 +221,7 @@ def main() -> None:
     result |= draws(logits)
     result["head"] = scores(logits)
     result["update"] = [joined(), gates(), rotations()]
-    result["two rows"] = pages.two_rows(_prefilled()).num_rows
+    result["two rows"] = two_rows()
     print(json.dumps(result))
 
 
@@ -314,10 +314,22 @@ def rotations() -> float:
     return max(float((a - b).abs().max()) for a, b in zip(got, expected, strict=True))
 
 
-def _prefilled() -> PrefillLayout:
+def two_rows() -> float:
+    """The two rows of a prompt with which a model's decoding is tried, against a softmax over all of their keys."""
     layout = PrefillLayout([5], CPU)
-    layout.keys, layout.values = ({0: torch.randn(2, 5, 16)} for _ in range(2))
-    return layout
+    prompt = [torch.randn(2, 5, 16) for _ in range(2)]
+    layout.keys, layout.values = ({0: each.clone()} for each in prompt)
+    query, *new = (torch.randn(1, heads, 2, 16) for heads in (4, 2, 2))
+    output = pages.two_rows(layout).attend(0, query, *new, AttentionOptions())[0]
+    worst = 0.0
+    for n in range(2):
+        keys, values = (
+            torch.cat([shared, own[0, :, n, None]], 1).repeat_interleave(2, 0)
+            for shared, own in zip(prompt, new, strict=True)
+        )
+        weights = (torch.einsum("hd,hkd->hk", query[0, :, n], keys) * 16**-0.5).softmax(-1)
+        worst = max(worst, float((output[n] - torch.einsum("hk,hkd->hd", weights, values)).abs().max()))
+    return worst
 
 
 if __name__ == "__main__":

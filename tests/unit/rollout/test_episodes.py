@@ -252,6 +252,7 @@ def test_each_turn_is_drawn_from_the_row_before_it(
                 assert turn.logprobs == pytest.approx(logprobs[: len(ids)], abs=1e-4)
                 del logprobs[: len(ids)]
             at += len(ids)
+        assert not logprobs, "every sampled token is of a turn"
 
 
 @pytest.mark.usefixtures("kernel")

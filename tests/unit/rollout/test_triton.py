@@ -40,7 +40,7 @@ def interpreted(request: pytest.FixtureRequest) -> Any:
 
 
 def test_attention_over_pages_is_a_softmax_over_all_keys(interpreted: Any) -> None:
-    assert max(interpreted["attention"]) < 2e-6
+    assert max(interpreted["attention"]) < 2e-6 and interpreted["two rows"] < 2e-6
 
 
 def test_the_engine_on_pages_draws_what_the_other_draws(interpreted: Any) -> None:
