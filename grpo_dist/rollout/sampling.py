@@ -25,6 +25,8 @@ from .stop import Matching, StopStrings, stop_strings
 
 BLOCK = 128
 """Tokens of the vocabulary whose probabilities are summed at once."""
+AT_ONCE = 1 << 20
+"""Most logits on a CPU of the rows that are drawn from at once: what is made of them stays in the processor's caches."""
 UNITS = 2.0**40
 """Parts of the likeliest token's probability in which a nucleus is weighed. Sums of integers do not depend on the order
 in which they are made, so that every engine finds the same nucleus."""
@@ -177,38 +179,67 @@ def draw(
     Returns token ids (B,) int64 and their log-probabilities (B,) float32 under the untruncated distribution at the
     sampling temperature, which is what the trainer computes too. Tokens are banned before the others are truncated.
     """
-    logits = logits.float() / sampling.temperature
-    logprobs = torch.log_softmax(logits, dim=-1)
+    rows = max(1, AT_ONCE // logits.shape[-1]) if logits.device.type == "cpu" else len(logits)
+    parts = zip(*(each.split(rows) for each in (logits, positions, uniforms(keys, positions))), strict=True)
+    tokens, logprobs = zip(*(_draw(*part, sampling, rules) for part in parts), strict=True)
+    return torch.cat(tokens), torch.cat(logprobs)
+
+
+def _draw(
+    logits: Tensor, positions: Tensor, u: Tensor, sampling: Sampling, rules: Rules | None
+) -> tuple[Tensor, Tensor]:
+    logits = logits.float()
+    if sampling.temperature != 1:
+        logits = logits / sampling.temperature
+    weights, peak = _weights(logits)
+    total = sums = _sums_of_blocks(weights)
     possible = logits if rules is None else rules.possible(logits, positions)
     if sampling.greedy:
-        tokens = possible.argmax(-1)
+        tokens = possible.argmax(-1, keepdim=True)
     else:
-        # a log-probability has fewer digits than its logit: tokens that differ may become equal
         keep = allowed(possible, sampling)
-        probs = (logprobs if possible is logits else torch.log_softmax(possible, dim=-1)).exp()
+        if possible is not logits:
+            weights, _ = _weights(possible)
         if keep is not None:
-            probs *= keep
-        tokens = _inverse_cdf(probs, uniforms(keys, positions))
-    return tokens, logprobs.gather(-1, tokens[:, None])[:, 0]
+            weights *= keep
+        if keep is not None or possible is not logits:
+            sums = _sums_of_blocks(weights)
+        tokens = _inverse_cdf(weights, sums, u)
+    logprobs = logits.gather(-1, tokens) - peak - total.sum(-1, keepdim=True).log()
+    return tokens[:, 0], logprobs[:, 0].float()
 
 
-def _inverse_cdf(probs: Tensor, u: Tensor) -> Tensor:
-    """The token at which the running sum of unnormalised probabilities (B, V) passes `u` (B,) of its total: (B,) int64.
+def _weights(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Unnormalised probabilities of logits (B, V), and the largest logit of each row (B, 1)."""
+    peak = logits.amax(-1, keepdim=True)
+    return (logits - peak).exp_(), peak
+
+
+def _blocks(weights: Tensor) -> Tensor:
+    """Those of weights (B, V): (B, ceil(V / BLOCK), BLOCK), zeros behind the last one."""
+    size = weights.shape[-1]
+    return (pad(weights, (0, -size % BLOCK)) if size % BLOCK else weights).view(len(weights), -1, BLOCK)
+
+
+def _sums_of_blocks(weights: Tensor) -> Tensor:
+    return _blocks(weights).sum(-1).double()
+
+
+def _inverse_cdf(weights: Tensor, sums: Tensor, u: Tensor) -> Tensor:
+    """The token at which the running sum of unnormalised probabilities (B, V), whose blocks have these sums, passes `u`
+    (B,) of its total: (B, 1) int64.
 
     Running sums are float64, but only those of blocks and of the one block that is hit exist: one over a large
     vocabulary would be most of what sampling costs. A token of probability 0 is never returned.
     """
-    rows, size = probs.shape
-    blocks = (pad(probs, (0, -size % BLOCK)) if size % BLOCK else probs).view(rows, -1, BLOCK)
-    sums = blocks.sum(-1).double()
     cumulative = sums.cumsum(-1)
     target = u[:, None] * cumulative[:, -1:]
     chosen = _first_above(cumulative, sums, target)
-    inside = blocks.gather(1, chosen[..., None].expand(-1, -1, BLOCK))[:, 0].double()
+    inside = _blocks(weights).gather(1, chosen[..., None].expand(-1, -1, BLOCK))[:, 0].double()
     running = inside.cumsum(-1)
     # as a share of the block, because its sum was rounded in float32
     share = (target - (cumulative - sums).gather(1, chosen)) / sums.gather(1, chosen)
-    return (chosen * BLOCK + _first_above(running, inside, share * running[:, -1:]))[:, 0]
+    return chosen * BLOCK + _first_above(running, inside, share * running[:, -1:])
 
 
 def _first_above(cumulative: Tensor, parts: Tensor, target: Tensor) -> Tensor:
