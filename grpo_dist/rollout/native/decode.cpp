@@ -1,5 +1,6 @@
-// A decoding step of a model built as Llama is, Gemma's among them, on a CPU: one pass over the weights, in float32 whatever they are
-// held in.
+// A decoding step of a model built as Llama is, Gemma's among them, on a CPU: one pass over the weights, in float32
+// whatever they are held in. Where weights are in bfloat16 and the processor has products of it, what they are multiplied
+// with is rounded to it first, as torch does; all else stays in float32, sums too.
 //
 // Every number of a row is a sum in an order that neither the other rows nor the threads have a part in; given the
 // same rotations, a row comes out the same to the last bit in any batch.
@@ -73,6 +74,9 @@ struct bfloat16 {
 #ifdef __AVX512F__
 #define WIDE // a test defines it too, so that the tiles for these processors run on all others
 #endif
+#if defined(__AVX512F__) && defined(__AVX512BF16__)
+#define PAIRS // multiplies pairs of numbers in bfloat16; a test defines it, too
+#endif
 #ifdef WIDE
 constexpr int LANES = 16, ROWS = 6; // rows of a tile: as many sums as fit in registers beside what they add
 #else
@@ -89,6 +93,7 @@ template <int L> struct Types {
 };
 template <int L> using Vec = typename Types<L>::Float;
 template <int L> using Ints = typename Types<L>::Int;
+template <int L> using Pairs = typename Types<2 * L>::Half; // of numbers in bfloat16
 
 template <int L> inline Vec<L> load(const float* from) {
     Vec<L> v;
@@ -124,6 +129,16 @@ template <int L> inline Vec<L> multiply_add(Vec<L> a, Vec<L> b, Vec<L> c) {
     return a * b + c;
 }
 
+// a · b + c of each pair, the second product first
+template <int L> inline Vec<L> multiply_add(Pairs<L> a, Pairs<L> b, Vec<L> c) {
+#ifdef __AVX512BF16__
+    if constexpr (L == 16) return _mm512_dpbf16_ps(c, (__m512bh)a, (__m512bh)b);
+#endif
+    const Ints<L> x = (Ints<L>)a, y = (Ints<L>)b;
+    const Vec<L> second = multiply_add<L>((Vec<L>)(x & ~0xffff), (Vec<L>)(y & ~0xffff), c);
+    return multiply_add<L>((Vec<L>)(x << 16), (Vec<L>)(y << 16), second);
+}
+
 // Keeps a vector in a register. GCC would read it from memory anew for each product, and reads are what a tile waits for.
 template <class V> inline void hold(V& v) {
 #if defined(__AVX512F__) || defined(__AVX__) && !defined(WIDE)
@@ -135,12 +150,40 @@ template <class V> inline void hold(V& v) {
 
 template <int L> inline void store(Vec<L> v, float* to) { std::memcpy(to, &v, sizeof v); }
 
+// Loops over a tile are written out, so that its sums stay in registers. GCC by itself would keep those of a large one in
+// memory.
+#define UNROLL _Pragma("GCC unroll 16")
+
 inline void store(float x, float* to) { *to = x; }
 
 inline void store(float x, bfloat16* to) { // to the nearest, ties to even; NaN stays NaN
     uint32_t bits;
     std::memcpy(&bits, &x, sizeof bits);
     to->bits = x == x ? (bits + 0x7fff + (bits >> 16 & 1)) >> 16 : 0x7fc0;
+}
+
+// What is multiplied at once: L numbers in float32 or L pairs in bfloat16.
+template <int L, class X> constexpr long PIECE = std::is_same_v<X, float> ? L : 2 * L;
+
+template <int L, class X, class W> inline auto piece(const W* from) {
+    if constexpr (std::is_same_v<X, float>) return load<L>(from);
+    else {
+        Pairs<L> pairs;
+        std::memcpy(&pairs, from, sizeof pairs);
+        return pairs;
+    }
+}
+
+// numbers as W holds them: to the nearest, ties to even
+template <int L, class W> inline Vec<L> rounded(Vec<L> v) {
+    if constexpr (std::is_same_v<W, float>) return v;
+    Ints<L> bits = (Ints<L>)v;
+    return (Vec<L>)((bits + 0x7fff + (bits >> 16 & 1)) & ~0xffff);
+}
+
+template <int L> inline void store(Vec<L> v, bfloat16* to) {
+    const auto halves = __builtin_convertvector((Ints<L>)rounded<L, bfloat16>(v) >> 16, typename Types<L>::Half);
+    std::memcpy(to, &halves, sizeof halves);
 }
 
 #ifdef __clang__
@@ -192,13 +235,6 @@ template <int L> inline Vec<L> exponential(Vec<L> x) {
 
 // --- products with weights -----------------------------------------------------------------------------------------
 
-// numbers as W holds them: to the nearest, ties to even
-template <int L, class W> inline Vec<L> rounded(Vec<L> v) {
-    if constexpr (std::is_same_v<W, float>) return v;
-    Ints<L> bits = (Ints<L>)v;
-    return (Vec<L>)((bits + 0x7fff + (bits >> 16 & 1)) & ~0xffff);
-}
-
 // L codes of 4 bits; where a processor has its bytes in another order, the trial at the start of a run shows it
 template <int L> inline Ints<L> codes_at(const uint8_t* from) {
     if constexpr (L == 8) {
@@ -227,7 +263,7 @@ template <int L> inline Vec<L> named(const Vec<L>* table, Ints<L> codes) {
 }
 
 // `count` weights of a quantised layer, from the one at `first` on, to the bit as W would hold them
-template <int L, class W> void dequantise(const Linear& layer, long first, long count, float* to) {
+template <int L, class W, class X> void dequantise(const Linear& layer, long first, long count, X* to) {
     const uint8_t* pairs = static_cast<const uint8_t*>(layer.weight);
     const int8_t* numbers = static_cast<const int8_t*>(layer.weight);
     for (long at = first, end = first + count, next; at < end; at = next) {
@@ -243,11 +279,11 @@ template <int L, class W> void dequantise(const Linear& layer, long first, long 
     }
 }
 
-// Inputs are summed in equal parts of at most CHUNK. A tile's lines of weights (OUTPUTS × CHUNK) and rows (ROWS × CHUNK)
-// fit in the nearest cache, a block's rows (ROW_BLOCK × CHUNK) and weights (OUTPUT_BLOCK × CHUNK), and the next ones on
-// their way, in the second.
-constexpr long CHUNK = 1024, ROW_BLOCK = 24, OUTPUT_BLOCK = 32;
-constexpr long FEW = 2 * ROWS - 1; // most rows that one tile takes: each weight is read once, and converted where it is used
+// Inputs are summed in equal parts of at most CHUNK_BYTES. Of such a part, a tile's OUTPUTS lines of weights and ROWS rows
+// fit in the nearest cache, and a block's ROW_BLOCK rows and OUTPUT_BLOCK lines, and the next ones on their way, in the
+// second.
+constexpr long CHUNK_BYTES = 4096, ROW_BLOCK = 24, OUTPUT_BLOCK = 32;
+template <class X> constexpr long CHUNK = CHUNK_BYTES / sizeof(X);
 constexpr long HALVES_ROWS = 2 * ROWS; // most rows of a tile of two lines of `halves`
 constexpr long MOST_FROM_HALVES = 16; // most rows for which to read `halves`
 constexpr long HALVES_AHEAD = 8192; // bytes
@@ -269,30 +305,28 @@ struct Target {
     }
 };
 
-// N rows of x, `stride` apart, times M lines of weights, `line` apart, over `count` inputs. FETCH: on the way it fetches
-// the lines behind them.
-template <int L, int N, int M, bool FETCH = false, class W>
-inline void tile(const float* x, long stride, const W* w, long line, long count, const Target& target, long row,
+// N rows of x, `stride` apart, times M lines of weights, `line` apart, over `count` inputs.
+template <int L, int N, int M, class X, class W>
+inline void tile(const X* x, long stride, const W* w, long line, long count, const Target& target, long row,
                  long output) {
     Vec<L> parts[N][OUTPUTS]; // those beyond M stay 0
-    for (int r = 0; r < N; ++r)
-        for (int o = 0; o < OUTPUTS; ++o) parts[r][o] = Vec<L>{};
-    for (long k = 0; k < count; k += L) {
-        Vec<L> xs[N];
-        for (int r = 0; r < N; ++r) hold(xs[r] = load<L>(x + r * stride + k));
-        for (int o = 0; o < M; ++o) {
-            if (FETCH && k % (CACHE_LINE / sizeof(W)) == 0) __builtin_prefetch(w + (o + M) * line + k);
-            Vec<L> weights = load<L>(w + o * line + k);
+    UNROLL for (int r = 0; r < N; ++r)
+        UNROLL for (int o = 0; o < OUTPUTS; ++o) parts[r][o] = Vec<L>{};
+    for (long k = 0; k < count; k += PIECE<L, X>) {
+        decltype(piece<L, X>(x)) xs[N];
+        UNROLL for (int r = 0; r < N; ++r) hold(xs[r] = piece<L, X>(x + r * stride + k));
+        UNROLL for (int o = 0; o < M; ++o) {
+            auto weights = piece<L, X>(w + o * line + k);
             hold(weights);
-            for (int r = 0; r < N; ++r) parts[r][o] = multiply_add<L>(xs[r], weights, parts[r][o]);
+            UNROLL for (int r = 0; r < N; ++r) parts[r][o] = multiply_add<L>(xs[r], weights, parts[r][o]);
         }
     }
-    for (int r = 0; r < N; ++r)
+    UNROLL for (int r = 0; r < N; ++r)
         target.put<M>(sums<L>(parts[r][0], parts[r][1], parts[r][2], parts[r][3]), row + r, output);
 }
 
-template <int L, int M, int N = ROWS, class W, class... Rest>
-inline void tile_of(long rows, const float* x, long stride, const W* w, Rest... rest) {
+template <int L, int M, int N = ROWS, class X, class W, class... Rest>
+inline void tile_of(long rows, const X* x, long stride, const W* w, Rest... rest) {
     if (N == 1 || rows == N) tile<L, N, M>(x, stride, w, rest...);
     else tile_of<L, M, std::max(N - 1, 1)>(rows, x, stride, w, rest...);
 }
@@ -329,8 +363,8 @@ template <class W> class Ahead {
 };
 
 // rows of x, `stride` apart, times outputs [from, end), whose lines of weights begin at `weight`, over `count` inputs
-template <int L, class W>
-void block_product(const float* x, long rows, long stride, const W* weight, long line, long count, long from, long end,
+template <int L, class X, class W>
+void block_product(const X* x, long rows, long stride, const W* weight, long line, long count, long from, long end,
                    Ahead<W> ahead, const Target& target) {
     for (long row_block = 0; row_block < rows; row_block += ROW_BLOCK)
         for (long o = from; o < end; o += OUTPUTS)
@@ -338,26 +372,13 @@ void block_product(const float* x, long rows, long stride, const W* weight, long
                 const long tiles = (row_end - r + ROWS - 1) / ROWS;
                 size = (row_end - r + tiles - 1) / tiles; // no tile of a single row beside a full one
                 ahead.next();
-                const float* xs = x + r * stride;
+                const X* xs = x + r * stride;
                 const W* w = weight + (o - from) * line;
                 if (end - o >= OUTPUTS) tile_of<L, OUTPUTS>(size, xs, stride, w, line, count, target, r, o);
                 else
                     for (long i = o; i < end; ++i)
                         tile_of<L, 1>(size, xs, stride, w + (i - o) * line, line, count, target, r, i);
             }
-}
-
-// as above, of at most FEW rows: they wait for the weights, so that each tile takes all of them and fetches the next one's
-template <int L, int N = FEW, class W>
-void product_of_few(const float* x, long rows, long stride, const W* weight, long line, long count, long from, long end,
-                    const Target& target) {
-    if constexpr (N > 1)
-        if (rows < N) return product_of_few<L, N - 1>(x, rows, stride, weight, line, count, from, end, target);
-    constexpr int M = N <= ROWS ? OUTPUTS : OUTPUTS / 2; // their sums fit in registers
-    long o = from;
-    for (; o + M <= end; o += M)
-        tile<L, N, M, true>(x, stride, weight + (o - from) * line, line, count, target, 0, o);
-    for (; o < end; ++o) tile<L, N, 1, true>(x, stride, weight + (o - from) * line, line, count, target, 0, o);
 }
 
 // N rows of x, `stride` apart, times two lines of weights in one, over `count` inputs; the sums of the first `lines` of
@@ -368,38 +389,43 @@ inline void tile_of_halves(long rows, const float* x, long stride, const uint32_
     if constexpr (N > 1)
         if (rows < N) return tile_of_halves<L, N - 1>(rows, x, stride, words, count, lines, target, row, output);
     Vec<L> parts[N][2];
-    for (int r = 0; r < N; ++r) parts[r][0] = parts[r][1] = Vec<L>{};
+    UNROLL for (int r = 0; r < N; ++r) parts[r][0] = parts[r][1] = Vec<L>{};
     for (long k = 0; k < count; k += L) {
-        if (k % (CACHE_LINE / sizeof *words) == 0) __builtin_prefetch(words + k + HALVES_AHEAD / sizeof *words);
+        if (k % (CACHE_LINE / sizeof *words) == 0) __builtin_prefetch(words + k + HALVES_AHEAD / sizeof *words, 0, 2);
         Ints<L> both;
         std::memcpy(&both, words + k, sizeof both);
         Vec<L> first = (Vec<L>)(both << 16), second = (Vec<L>)(both & ~0xffff);
         hold(first), hold(second);
-        for (int r = 0; r < N; ++r) {
+        UNROLL for (int r = 0; r < N; ++r) {
             Vec<L> xs = load<L>(x + r * stride + k);
             hold(xs);
             parts[r][0] = multiply_add<L>(xs, first, parts[r][0]);
             parts[r][1] = multiply_add<L>(xs, second, parts[r][1]);
         }
     }
-    for (int r = 0; r < N; ++r) {
-        const Vec<4> two = sums<L>(parts[r][0], parts[r][1], Vec<L>{}, Vec<L>{});
-        if (lines == 2) target.put<2>(two, row + r, output);
-        else target.put<1>(two, row + r, output);
+    UNROLL for (int r = 0; r < N; r += 2) {
+        const int next = std::min(r + 1, N - 1); // r itself where no row follows
+        const Vec<4> four = sums<L>(parts[r][0], parts[r][1], parts[next][0], parts[next][1]);
+        const Vec<4> of_next = {four[2], four[3]};
+        if (lines == 2) target.put<2>(four, row + r, output);
+        else target.put<1>(four, row + r, output);
+        if (next == r) continue;
+        if (lines == 2) target.put<2>(of_next, row + next, output);
+        else target.put<1>(of_next, row + next, output);
     }
 }
 
 // inputs are summed in equal parts of so many
-template <int L> long chunk_of(long inputs) {
-    const long parts = (inputs + CHUNK - 1) / CHUNK;
-    return (inputs / L + parts - 1) / parts * L;
+template <int L, class X> long chunk_of(long inputs) {
+    const long parts = (inputs + CHUNK<X> - 1) / CHUNK<X>;
+    return (inputs / PIECE<L, X> + parts - 1) / parts * PIECE<L, X>;
 }
 
 // As `product`, of few rows and from `halves`: they wait for the weights, which this reads from one end to the other.
 template <int L, bool adds>
 void product_of_halves(const float* x, long rows, long inputs, long outputs, const Linear& layer, float* to) {
     Share mine(outputs);
-    const long chunk = chunk_of<L>(inputs), tiles = (rows + HALVES_ROWS - 1) / HALVES_ROWS;
+    const long chunk = chunk_of<L, float>(inputs), tiles = (rows + HALVES_ROWS - 1) / HALVES_ROWS;
     for (long o = mine.from; o < mine.to; o += 2)
         for (long k = 0; k < inputs; k += chunk) {
             const Target target{to, outputs, k ? nullptr : layer.bias, adds || k};
@@ -412,15 +438,16 @@ void product_of_halves(const float* x, long rows, long inputs, long outputs, con
 }
 
 // to (rows, outputs) = or, `adds`, += W x + b; this thread's share of the outputs
-template <int L, class W, bool adds>
-void product(const float* x, long rows, long inputs, long outputs, const Linear& layer, float* to) {
+template <int L, class W, bool adds, class X>
+void product(const X* x, long rows, long inputs, long outputs, const Linear& layer, float* to) {
     Share mine(outputs);
     const W* weight = static_cast<const W*>(layer.weight);
-    const long chunk = chunk_of<L>(inputs);
-    // what is converted is used at once, in the nearest cache where all rows are one block
-    const bool converts = layer.scales || (!std::is_same_v<W, float> && rows > FEW);
+    const long chunk = chunk_of<L, X>(inputs);
+    // beforehand, where tiles of few rows would convert the same weights too often; what is converted is used at once, in
+    // the nearest cache where all rows are one block
+    const bool converts = layer.scales || (!std::is_same_v<W, X> && LANES == 8 && rows > ROW_BLOCK);
     const long lines_at_once = converts && rows <= ROW_BLOCK ? OUTPUTS : OUTPUT_BLOCK;
-    alignas(CACHE_LINE) float dense[OUTPUT_BLOCK * CHUNK];
+    alignas(CACHE_LINE) X dense[OUTPUT_BLOCK * CHUNK<X>];
     for (long block = mine.from; block < mine.to; block += lines_at_once) {
         long end = std::min(block + lines_at_once, mine.to), tiles = (end - block + OUTPUTS - 1) / OUTPUTS;
         for (long k = 0; k < inputs; k += chunk) {
@@ -428,17 +455,13 @@ void product(const float* x, long rows, long inputs, long outputs, const Linear&
             const Target target{to, outputs, k ? nullptr : layer.bias, adds || k};
             if (converts) {
                 for (long o = block; o < end; ++o) {
-                    float* line = dense + (o - block) * count;
+                    X* line = dense + (o - block) * count;
                     if (layer.scales) dequantise<L, W>(layer, o * inputs + k, count, line);
                     else
                         for (long i = 0; i < count; i += L) store<L>(load<L>(weight + o * inputs + k + i), line + i);
                 }
-                block_product<L>(x + k, rows, inputs, dense, count, count, block, end, Ahead<float>(dense, 0, 0, 0, 1),
+                block_product<L>(x + k, rows, inputs, dense, count, count, block, end, Ahead<X>(dense, 0, 0, 0, 1),
                                  target);
-                continue;
-            }
-            if (rows <= FEW) {
-                product_of_few<L>(x + k, rows, inputs, weight + block * inputs + k, inputs, count, block, end, target);
                 continue;
             }
             bool last = k + chunk >= inputs; // then the next block's first inputs follow
@@ -451,11 +474,11 @@ void product(const float* x, long rows, long inputs, long outputs, const Linear&
 }
 
 // x · weight / sqrt(mean square + eps), RMSNorm (arXiv:1910.07467, equation 4)
-template <int L> void normalise(const float* x, long size, const float* weight, float eps, float* to) {
+template <int L, class X> void normalise(const float* x, long size, const float* weight, float eps, X* to) {
     Vec<L> squares = {};
     for (long k = 0; k < size; k += L) squares += load<L>(x + k) * load<L>(x + k);
     float factor = 1 / std::sqrt(sum<L>(squares) / size + eps);
-    for (long k = 0; k < size; ++k) to[k] = weight[k] * (x[k] * factor);
+    for (long k = 0; k < size; ++k) store(weight[k] * (x[k] * factor), to + k);
 }
 
 // --- attention -----------------------------------------------------------------------------------------------------
@@ -463,23 +486,11 @@ template <int L> void normalise(const float* x, long size, const float* weight, 
 constexpr long VALUES_AT_ONCE = 32;  // they stay in the nearest cache while several queries weigh them
 constexpr long MOST_SCORES = 1 << 17; // of the queries that attend to a prompt together: what the second cache holds
 
-// scores (queries, stride) = scale · q Kᵀ of query (queries, size) and keys (count, size); up to L - 1 more are
-// written behind each row's
+// scores (queries, stride) = q Kᵀ of query (queries, size) and keys (count, size)
 template <int L, class C>
-void score(const float* query, long queries, long size, const C* keys, long count, float scale, float* scores,
-           long stride) {
-    for (long j = 0; j < count; j += L)
-        for (long q = 0; q < queries; ++q) {
-            Vec<L> products[L] = {};
-            for (long d = 0; d < size; d += L) {
-                Vec<L> part = load<L>(query + q * size + d);
-                for (int i = 0; i < L; ++i) products[i] += part * load<L>(keys + std::min(j + i, count - 1) * size + d);
-            }
-            for (int i = 0; i < L; i += 4) {
-                const Vec<L>* four = products + i;
-                store<4>(sums<L>(four[0], four[1], four[2], four[3]) * scale, scores + q * stride + j + i);
-            }
-        }
+void score(const float* query, long queries, long size, const C* keys, long count, float* scores, long stride) {
+    block_product<L>(query, queries, size, keys, size, size, 0, count, Ahead<C>(keys, 0, 0, 0, 1),
+                     Target{scores, stride, nullptr, false});
 }
 
 // cap · tanh(x / cap), in place (arXiv:2408.00118, section 2)
@@ -509,28 +520,54 @@ template <int L> void softmax(float* scores, long count, float sink) {
     for (long j = 0; j < count; ++j) scores[j] *= factor;
 }
 
-// to (size,) += weights (count,) times values (count, stride); N vectors at once
-template <int L, int N = 4, class C>
-void add_values(const float* weights, long count, const C* values, long stride, long size, float* to) {
-    long d = 0;
-    for (; d + N * L <= size; d += N * L) {
-        Vec<L> outputs[N];
-        for (int n = 0; n < N; ++n) outputs[n] = load<L>(to + d + n * L);
-        for (long i = 0; i < count; ++i)
-            for (int n = 0; n < N; ++n) outputs[n] += weights[i] * load<L>(values + i * stride + d + n * L);
-        for (int n = 0; n < N; ++n) store<L>(outputs[n], to + d + n * L);
+// What several rows make of the same values: to (rows, size) += weights (rows, count) times values (count, size), each
+// with a stride from one line to the next.
+template <int L, class C> struct Weighing {
+    const float* weights;
+    long weights_stride;
+    const C* values;
+    long values_stride, count, size;
+    float* to;
+    long to_stride;
+
+    // Q rows from `row` on and N vectors of them from `d` on
+    template <int Q, int N> void add(long row, long d) const {
+        Vec<L> outputs[Q][N];
+        UNROLL for (int q = 0; q < Q; ++q)
+            UNROLL for (int n = 0; n < N; ++n) outputs[q][n] = load<L>(to + (row + q) * to_stride + d + n * L);
+        for (long i = 0; i < count; ++i) {
+            Vec<L> value[N];
+            UNROLL for (int n = 0; n < N; ++n) value[n] = load<L>(values + i * values_stride + d + n * L);
+            UNROLL for (int q = 0; q < Q; ++q) {
+                const Vec<L> weight = Vec<L>{} + weights[(row + q) * weights_stride + i];
+                UNROLL for (int n = 0; n < N; ++n) outputs[q][n] = multiply_add<L>(weight, value[n], outputs[q][n]);
+            }
+        }
+        UNROLL for (int q = 0; q < Q; ++q)
+            UNROLL for (int n = 0; n < N; ++n) store<L>(outputs[q][n], to + (row + q) * to_stride + d + n * L);
     }
-    if constexpr (N > 1)
-        if (d < size) add_values<L, 1>(weights, count, values + d, stride, size - d, to + d);
-}
+
+    template <int Q> void add(long row) const {
+        constexpr int N = L == 16 ? 4 : 2; // sums that fit in registers beside what they add
+        long d = 0;
+        for (; d + N * L <= size; d += N * L) add<Q, N>(row, d);
+        for (; d < size; d += L) add<Q, 1>(row, d);
+    }
+
+    void run(long rows) const {
+        long row = 0;
+        for (; row + 3 <= rows; row += 3) add<3>(row);
+        if (rows - row == 2) add<2>(row);
+        if (rows - row == 1) add<1>(row);
+    }
+};
 
 // to (queries, size) += weights (queries, stride) times values (count, size)
 template <int L, class C>
 void weigh(const float* weights, long stride, long queries, long size, const C* values, long count, float* to) {
     for (long j = 0; j < count; j += VALUES_AT_ONCE)
-        for (long q = 0; q < queries; ++q)
-            add_values<L>(weights + q * stride + j, std::min(VALUES_AT_ONCE, count - j), values + j * size, size, size,
-                          to + q * size);
+        Weighing<L, C>{weights + j, stride, values + j * size, size, std::min(VALUES_AT_ONCE, count - j), size, to, size}.run(
+            queries);
 }
 
 // rotary position embedding (arXiv:2104.09864, equation 34, with halves in place of pairs) of a head, in place
@@ -549,14 +586,17 @@ void turn(float* x, long size, const float* cos, const float* sin) {
 // added comes from blocks that begin at the same outputs for any number of threads.
 template <int L> void add_low_rank(const float* low, long rows, long outputs, const Linear& layer, float* to) {
     constexpr long BLOCK = 4 * L; // its lines of `high` stay in the nearest cache for all rows
+    constexpr long AT_ONCE = 6;   // rows
     Share mine(outputs);
     for (long block = mine.from / BLOCK * BLOCK; block < mine.to; block += BLOCK)
-        for (long r = 0; r < rows; ++r) {
-            float added[BLOCK] = {};
-            add_values<L>(low + r * layer.rank, layer.rank, layer.high + block, outputs,
-                          std::min(BLOCK, outputs - block), added);
-            for (long o = std::max(block, mine.from); o < std::min(block + BLOCK, mine.to); ++o)
-                to[r * outputs + o] += added[o - block];
+        for (long r = 0; r < rows; r += AT_ONCE) {
+            const long count = std::min(AT_ONCE, rows - r);
+            float added[AT_ONCE * BLOCK] = {};
+            Weighing<L, float>{low + r * layer.rank, layer.rank, layer.high + block, outputs, layer.rank,
+                               std::min(BLOCK, outputs - block), added, BLOCK}.run(count);
+            for (long n = 0; n < count; ++n)
+                for (long o = std::max(block, mine.from); o < std::min(block + BLOCK, mine.to); ++o)
+                    to[(r + n) * outputs + o] += added[n * BLOCK + o - block];
         }
 }
 
@@ -568,7 +608,8 @@ struct Room {
     long block;      // rows that attend to their prompt together
     long stride;     // from one query's scores to the next one's, in floats
     long per_thread; // floats that the attention of a block takes
-    long x, normed, query, key, value, gate, up, low, attention, total; // where each begins, in floats, and the end
+    // where each begins, in floats, and the end
+    long x, normed, output, query, key, value, attended, gate, up, gated, low, attention, total;
 
     explicit Room(const Step& s) {
         group = s.query_heads / s.key_heads;
@@ -578,24 +619,29 @@ struct Room {
         per_thread = block * group * (stride + 2 * s.head_size);
         long at = 0;
         auto take = [&at](long floats) { return std::exchange(at, at + floats); };
-        x = take(s.rows * s.hidden), normed = take(s.rows * s.hidden);
-        query = take(s.rows * s.query_heads * s.head_size);
+        x = take(s.rows * s.hidden), normed = take(s.rows * s.hidden), output = take(s.rows * s.hidden);
+        query = take(s.rows * s.query_heads * s.head_size), attended = take(s.rows * s.query_heads * s.head_size);
         key = take(s.rows * s.key_heads * s.head_size), value = take(s.rows * s.key_heads * s.head_size);
         gate = take(s.rows * s.intermediate), up = take(s.rows * s.intermediate);
+        gated = take(s.rows * s.intermediate);
         low = take(s.rows * s.ranks);
         attention = take(per_thread * s.threads);
         total = at;
     }
 };
 
-template <int L, class W> class Decoding {
+// X is what weights are multiplied with.
+template <int L, class W, class X> class Decoding {
     const Step& s;
     const Room room{s};
     const long rows = s.rows, hidden = s.hidden, inner = s.intermediate, size = s.head_size, group = room.group;
     const long queries = s.query_heads * size, keys = s.key_heads * size;
-    float *x = s.scratch + room.x, *normed = s.scratch + room.normed, *query = s.scratch + room.query;
+    float *x = s.scratch + room.x, *output = s.scratch + room.output, *query = s.scratch + room.query;
     float *key = s.scratch + room.key, *value = s.scratch + room.value;
     float *gate = s.scratch + room.gate, *up = s.scratch + room.up, *low = s.scratch + room.low;
+    X *normed = factors(room.normed), *attended = factors(room.attended), *gated = factors(room.gated);
+
+    X* factors(long at) const { return reinterpret_cast<X*>(s.scratch + at); }
 
     W* own(void* cache, long row, long head) const {
         const long place = s.cache_rows ? s.cache_rows[row] : row;
@@ -620,7 +666,7 @@ template <int L, class W> class Decoding {
     }
 
     // A head of rows [from, to) of one prompt: new keys and values go to the cache, the queries attend to the prompt
-    // together and to their rows' own tokens each, and their outputs take their place.
+    // together and to their rows' own tokens each, and their outputs go to `attended`.
     void attend(const Layer& layer, long from, long to, long head) {
         const long count = (to - from) * group, prompt = s.prompt_slots ? s.prompt[from] : 0;
         const long shared = s.prompt_slots ? s.prompt_lengths[prompt] : 0;
@@ -637,13 +683,14 @@ template <int L, class W> class Decoding {
             for (float* each = q; each < q + group * size; each += size) {
                 if (layer.query_norm) normalise<L>(each, size, layer.query_norm, s.eps, each);
                 turn(each, size, s.cos + angles, s.sin + angles);
+                for (long d = 0; d < size; ++d) each[d] *= s.scale;
             }
             if (!s.several) enter(layer, row, head);
             skipped = std::min(skipped, first_seen(layer, row, shared));
         }
         skipped = skipped / L * L;
         const long before = shared - skipped;
-        score<L>(turned, count, size, prompts(layer.prompt_keys, skipped), before, s.scale, scores, room.stride);
+        score<L>(turned, count, size, prompts(layer.prompt_keys, skipped), before, scores, room.stride);
         auto own_part = [&](long row, auto&& each) { // of the keys or values that a row sees of its own
             const long passed = std::max(0L, first_seen(layer, row, shared) - shared);
             each((row - from) * group, passed, s.slots[row] + 1 - passed);
@@ -651,7 +698,7 @@ template <int L, class W> class Decoding {
         for (long row = from; row < to; ++row)
             own_part(row, [&](long first, long passed, long seen) {
                 score<L>(turned + first * size, group, size, own(layer.own_keys, row, head) + passed * size, seen,
-                         s.scale, scores + first * room.stride + before, room.stride);
+                         scores + first * room.stride + before, room.stride);
                 const long hidden = std::clamp(first_seen(layer, row, shared) - skipped, 0L, before);
                 for (long n = 0; n < group; ++n) {
                     float* q = scores + (first + n) * room.stride;
@@ -668,7 +715,8 @@ template <int L, class W> class Decoding {
             own_part(row, [&](long first, long passed, long seen) {
                 weigh<L>(scores + first * room.stride + before, room.stride, group, size,
                          own(layer.own_values, row, head) + passed * size, seen, outputs + first * size);
-                std::copy_n(outputs + first * size, group * size, query + row * queries + head * group * size);
+                X* to = attended + row * queries + head * group * size;
+                for (long d = 0; d < group * size; d += L) store<L>(load<L>(outputs + first * size + d), to + d);
             });
     }
 
@@ -689,34 +737,45 @@ template <int L, class W> class Decoding {
                 }
     }
 
-    // Norms of x; first what lies in `normed` is added to x, where it has a norm of its own, `added`.
+    // Norms of x; first what lies in `output` is added to x, where it has a norm of its own, `added`.
     void norm_rows(const float* weight, const float* added) {
 #pragma omp for
         for (long r = 0; r < rows; ++r) {
-            float *to = normed + r * hidden, *row = x + r * hidden;
+            float *row = x + r * hidden, *before = output + r * hidden;
             if (added) {
-                normalise<L>(to, hidden, added, s.eps, to);
-                for (long k = 0; k < hidden; ++k) row[k] += to[k];
+                normalise<L>(before, hidden, added, s.eps, before);
+                for (long k = 0; k < hidden; ++k) row[k] += before[k];
             }
-            normalise<L>(row, hidden, weight, s.eps, to);
+            normalise<L>(row, hidden, weight, s.eps, normed + r * hidden);
         }
     }
 
-    // SwiGLU or GEGLU (arXiv:2002.05202, section 2) of the outputs that this thread has computed. GELU is its
-    // approximation by tanh (arXiv:1606.08415, section 2), in which (1 + tanh(y)) / 2 = 1 / (1 + exp(-2 y)).
+    // SwiGLU or GEGLU (arXiv:2002.05202, section 2). GELU is its approximation by tanh (arXiv:1606.08415, section 2), in
+    // which (1 + tanh(y)) / 2 = 1 / (1 + exp(-2 y)).
+    Vec<L> activated(Vec<L> v, Vec<L> other) const {
+        const Vec<L> y = s.gelu ? v * (1.5957691216f + 0.0713548163f * v * v) : v;
+        return v / (1.f + exponential<L>(-y)) * other;
+    }
+
+    // of the outputs that this thread has computed
     void activate() {
         Share mine(inner);
-        for (long r = 0; r < rows; ++r)
-            for (long k = r * inner + mine.from; k < r * inner + mine.to; k += OUTPUTS) {
-                Vec<OUTPUTS> v = load<OUTPUTS>(gate + k);
-                Vec<OUTPUTS> y = s.gelu ? v * (1.5957691216f + 0.0713548163f * v * v) : v;
-                store<OUTPUTS>(v / (1.f + exponential<OUTPUTS>(-y)) * load<OUTPUTS>(up + k), gate + k);
-            }
+        for (long r = 0; r < rows; ++r) {
+            long k = r * inner + mine.from, end = r * inner + mine.to;
+            for (; k + L <= end; k += L) store<L>(activated(load<L>(gate + k), load<L>(up + k)), gated + k);
+            if (k == end) continue;
+            Vec<L> v = {}, other = {};
+            X numbers[L];
+            std::memcpy(&v, gate + k, (end - k) * sizeof(float));
+            std::memcpy(&other, up + k, (end - k) * sizeof(float));
+            store<L>(activated(v, other), numbers);
+            std::memcpy(gated + k, numbers, (end - k) * sizeof(X));
+        }
     }
 
     // What the adapters of layers with the same input make of it with their first matrices, one behind another in `low`.
     // Threads wait for one another before any of it is read.
-    void reduce(const float* from, long inputs, std::initializer_list<Linear> layers) {
+    void reduce(const X* from, long inputs, std::initializer_list<Linear> layers) {
         float* to = low;
         for (const Linear& layer : layers) {
             Linear first{};
@@ -732,18 +791,20 @@ template <int L, class W> class Decoding {
     // to (rows, outputs) = or, `adds`, += the layer's outputs; `reduced` is its part of `low`, and where the next
     // layer's begins is returned
     template <bool adds>
-    const float* apply(const float* from, long inputs, long outputs, const Linear& layer, const float* reduced,
+    const float* apply(const X* from, long inputs, long outputs, const Linear& layer, const float* reduced,
                        float* to) {
-        if (layer.halves && rows <= MOST_FROM_HALVES) product_of_halves<L, adds>(from, rows, inputs, outputs, layer, to);
-        else product<L, W, adds>(from, rows, inputs, outputs, layer, to);
+        bool from_halves = layer.halves && rows <= MOST_FROM_HALVES;
+        if constexpr (std::is_same_v<W, float>)
+            if (from_halves) product_of_halves<L, adds>(from, rows, inputs, outputs, layer, to);
+        if (!from_halves) product<L, W, adds>(from, rows, inputs, outputs, layer, to);
         if (layer.rank) add_low_rank<L>(reduced, rows, outputs, layer, to);
         return reduced + rows * layer.rank;
     }
 
-    // A part's last layer: its outputs are added to x or, where `norm` is for them first, put into `normed`.
-    void leave(const float* from, long inputs, const Linear& layer, const float* norm) {
+    // A part's last layer: its outputs are added to x or, where `norm` is for them first, put into `output`.
+    void leave(const X* from, long inputs, const Linear& layer, const float* norm) {
         reduce(from, inputs, {layer});
-        if (norm) apply<false>(from, inputs, hidden, layer, low, normed);
+        if (norm) apply<false>(from, inputs, hidden, layer, low, output);
         else apply<true>(from, inputs, hidden, layer, low, x);
 #pragma omp barrier
     }
@@ -759,7 +820,7 @@ template <int L, class W> class Decoding {
             for (long k = 0; k < hidden; k += L)
                 store<L>(load<L>(static_cast<const W*>(s.embeddings) + s.tokens[r] * hidden + k) * s.embedding_scale,
                          x + r * hidden + k);
-        const float* added = nullptr; // the norm of what lies in `normed` and is not yet part of x
+        const float* added = nullptr; // the norm of what lies in `output` and is not yet part of x
         for (const Layer* layer = s.layer; layer < s.layer + s.layers; ++layer) {
             norm_rows(layer->input_norm, added);
             reduce(normed, hidden, {layer->query, layer->key, layer->value});
@@ -768,14 +829,14 @@ template <int L, class W> class Decoding {
             apply<false>(normed, hidden, keys, layer->value, reduced, value);
 #pragma omp barrier
             attend_all(*layer);
-            leave(query, queries, layer->output, layer->output_norm);
+            leave(attended, queries, layer->output, layer->output_norm);
             norm_rows(layer->mlp_norm, layer->output_norm);
             reduce(normed, hidden, {layer->gate, layer->up});
             reduced = apply<false>(normed, hidden, inner, layer->gate, low, gate);
             apply<false>(normed, hidden, inner, layer->up, reduced, up);
             activate();
 #pragma omp barrier
-            leave(gate, inner, layer->down, added = layer->down_norm);
+            leave(gated, inner, layer->down, added = layer->down_norm);
         }
         if (!s.logits) return;
         norm_rows(s.norm, added);
@@ -788,22 +849,42 @@ template <int L, class W> class Decoding {
     }
 };
 
-template <int L, class W> void decode(const Step& step) {
-    Decoding<L, W> decoding(step);
+template <int L, class W, class X> void decode(const Step& step) {
+    Decoding<L, W, X> decoding(step);
 #pragma omp parallel num_threads(step.threads)
     decoding.run();
 }
 
+bool fits_lanes(const Step& step) {
+    return step.hidden % LANES == 0 && step.intermediate % LANES == 0 && step.head_size % LANES == 0 &&
+           (!step.head.rank || step.vocabulary % LANES == 0);
+}
+
+// whether weights in bfloat16 are multiplied with numbers in it
+bool fits_pairs(const Step& step) {
+#ifdef PAIRS
+    constexpr long PAIR = PIECE<LANES, bfloat16>;
+    return fits_lanes(step) && step.hidden % PAIR == 0 && step.intermediate % PAIR == 0 &&
+           step.query_heads * step.head_size % PAIR == 0;
+#else
+    (void)step;
+    return false;
+#endif
+}
+
 template <class W> void decode(const Step& step) {
-    bool fits = step.hidden % LANES == 0 && step.intermediate % LANES == 0 && step.head_size % LANES == 0 &&
-                (!step.head.rank || step.vocabulary % LANES == 0);
-    if (fits) decode<LANES, W>(step);
-    else decode<8, W>(step); // half as wide, or the same
+#ifdef PAIRS
+    if constexpr (std::is_same_v<W, bfloat16>)
+        if (fits_pairs(step)) return decode<LANES, W, bfloat16>(step);
+#endif
+    if (fits_lanes(step)) decode<LANES, W, float>(step);
+    else decode<8, W, float>(step); // half as wide, or the same
 }
 
 } // namespace
 
 extern "C" int64_t scratch_floats(const Step* step) { return Room(*step).total; }
+extern "C" int64_t multiplies_pairs(const Step* step) { return fits_pairs(*step); }
 // Weights (outputs, inputs) as `Linear` has its `halves`, a last line without a second one beside zeros. Returns whether
 // bfloat16 holds every number; where it does not, what is written is of no use.
 extern "C" int64_t put_halves(const uint32_t* weight, int64_t outputs, int64_t inputs, uint32_t* to, int64_t threads) {

@@ -26,7 +26,7 @@ from .llama import Gated, Layer, Linear, LlamaWeights, Norm, takes_gelu
 
 SOURCE = Path(__file__).with_name("decode.cpp")
 FUNCTIONS = {torch.float32: "decode_float32", torch.bfloat16: "decode_bfloat16"}
-"""The function for weights of each dtype; it computes in float32."""
+"""The function for weights of each dtype; it computes in float32, but for the inputs of products of bfloat16."""
 MERGED = {torch.float32}
 """The dtypes of weights to which adapters are added beforehand. In others that would round most of a small update away,
 and to a quantised weight nothing can be added: there the adapters stay apart, and what they make of the inputs is added
@@ -38,7 +38,8 @@ than that saves."""
 ENTERED_AT_ONCE = 256
 """Most tokens that enter the cache in one pass: what is computed of more leaves the processor's caches."""
 LONGEST_ENTERED = 1024
-"""Tokens of the longest prompt in float32 that is computed here: over more of them torch's attention is faster."""
+"""Tokens of the longest prompt that is computed here: over more of them torch's attention is faster. Where neither torch
+nor this file has products of bfloat16, torch is never faster, and where torch alone has them it always is."""
 MULTIPLE = 8
 """Sizes have to be multiples of this: so many numbers, or twice as many, are computed at once."""
 
@@ -92,6 +93,7 @@ class KernelStep:
         code = library(SOURCE)
         self.decode, self.scratch_floats = getattr(code, FUNCTIONS[self.dtype]), code.scratch_floats
         self.scratch_floats.restype = c_int64
+        code.multiplies_pairs.restype = c_int64
         self.halves = HalvesMemory(code) if halves else None
         self.referenced: list[Tensor] = []  # what is pointed to
         self.layers = (_Layer * len(weights.layers))(*map(self._layer, weights.layers, self.gated))
@@ -106,6 +108,8 @@ class KernelStep:
         )  # fmt: skip
         self.points_into: tuple[DecodeState | None, int] = None, 0
         self.scratch = torch.empty(0)
+        multiplies = self.dtype == torch.float32 or bool(code.multiplies_pairs(ctypes.byref(self.step)))
+        self.longest_entered = LONGEST_ENTERED if multiplies else 0 if cpu_multiplies_bfloat16() else EVERYTHING
 
     @property
     def vocabulary(self) -> int:
@@ -120,7 +124,7 @@ class KernelStep:
 
     def enters(self, tokens: int) -> bool:
         """See `SeveralTokensStep`."""
-        return tokens <= LONGEST_ENTERED if self.dtype == torch.float32 else not cpu_multiplies_bfloat16()
+        return tokens <= self.longest_entered
 
     def prefill(self, prompts: list[list[int]]) -> tuple[PrefillLayout, Tensor]:
         """See `SeveralTokensStep`; logits are float32."""

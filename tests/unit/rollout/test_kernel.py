@@ -32,6 +32,7 @@ from grpo_dist.rollout.native.cache import DecodeState
 from grpo_dist.rollout.native.compiled import CannotCompile, library
 from grpo_dist.rollout.native.halves import HalvesMemory
 from grpo_dist.rollout.native.kernel import SOURCE, KernelStep
+from grpo_dist.rollout.native.llama import linear_of
 from grpo_dist.rollout.native.steps import module_step, prefill
 
 pytestmark = pytest.mark.usefixtures("kernel")
@@ -111,7 +112,7 @@ def test_weights_in_bfloat16_are_summed_in_float32(shares: bool) -> None:
     exact = decoded(module_step, copy.deepcopy(model).double(), [3, 2, 3], shares)
     off = {step_of: float((decoded(step_of, model, [3, 2, 3], shares) - exact).norm() / exact.norm())
            for step_of in (KernelStep, module_step)}  # fmt: skip
-    assert off[KernelStep] < 0.5 * off[module_step] < 0.05
+    assert off[KernelStep] < 0.7 * off[module_step] < 0.05, "half, where the processor multiplies bfloat16: it rounds inputs"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -258,23 +259,34 @@ def test_adapters_stay_apart_in_bfloat16(kind: str, rank: int, targets: list[str
     model = adapted(make_model(kind, **sizes).bfloat16(), rank, targets, learned=0.05)
     exact = decoded(module_step, in_double(model), [3, 2, 3], True)
     off, rounded = (decoded(step_of, model, [3, 2, 3], True) - exact for step_of in (KernelStep, module_step))
-    assert float(off.norm()) < 0.5 * float(rounded.norm()) < 0.05 * float(exact.norm())
+    assert float(off.norm()) < 0.7 * float(rounded.norm()) < 0.05 * float(exact.norm())
     for name, module in model.named_modules():  # without them it is another model
         if name.endswith("lora_B.default"):
             module.weight.data.zero_()
     assert float((decoded(KernelStep, model, [3, 2, 3], True) - exact).norm()) > 2 * float(rounded.norm())
 
 
+def merged_in_bfloat16(model: nn.Module) -> nn.Module:
+    """A model whose adapters are added to its weights, which loses most of what they add."""
+    twin = copy.deepcopy(model)
+    for name, module in [each for each in twin.named_modules() if hasattr(each[1], "lora_A")]:
+        plain = module.base_layer
+        plain.weight.data = linear_of(module).merged()
+        twin.set_submodule(name, plain)
+    return twin
+
+
 def test_an_update_too_small_for_bfloat16_changes_the_logits() -> None:
-    """In the last layer, behind everything that is rounded for the cache."""
-    targets, logits = r".*layers\.1\.(self_attn\.o_proj|mlp\.(gate|up|down)_proj)", []
-    for learned in (0.0, 1e-5):
+    """In the last layer, behind everything that is rounded for the cache. What is rounded behind it has no bias."""
+    targets, sizes = r".*layers\.1\.(self_attn\.o_proj|mlp\.(gate|up|down)_proj)", [24, 16, 24]
+    drawn: list[list[Tensor]] = []
+    for learned in (0.0, 1e-4):
         model = adapted(make_model().bfloat16(), 4, targets, learned)
-        ways = (KernelStep, model), (module_step, in_double(model))
-        logits.append([decoded(step_of, each, [3, 2, 3], True) for step_of, each in ways])
-    (before, exact_before), (now, exact_now) = logits
-    exact = exact_now - exact_before
-    assert float(((now - before) * exact).sum() / exact.square().sum()) == pytest.approx(1, abs=0.02)
+        ways = (module_step, in_double(model)), (KernelStep, model), (KernelStep, merged_in_bfloat16(model))
+        drawn.append([decoded(step_of, each, sizes, True) for step_of, each in ways])
+    exact, apart, merged = (now - before for before, now in zip(*drawn, strict=True))
+    share = [float((change * exact).sum() / exact.square().sum()) for change in (apart, merged)]
+    assert share[0] == pytest.approx(1, abs=0.1) and share[1] < 0.3, share
 
 
 def test_adapters_on_a_head_of_another_size_are_left_to_others() -> None:
@@ -294,7 +306,8 @@ def test_no_bit_depends_on_the_others_in_flight_or_on_threads(
     shares: bool, dtype: torch.dtype, step_of: Any, kind: str, options: dict[str, Any]
 ) -> None:
     """With windows that leave the prompts of some rows sooner than those of others, too."""
-    model = adapted(make_model(kind, hidden_size=528, **options).bfloat16().to(dtype), 6, "all-linear", learned=0.05)
+    hidden = 528 if dtype == torch.float32 else 544  # of which pairs of numbers fill whole vectors, too
+    model = adapted(make_model(kind, hidden_size=hidden, **options).bfloat16().to(dtype), 6, "all-linear", learned=0.05)
     sizes = [9, 8, 26]
     together = decoded(step_of, model, sizes, shares)
     for rows in ([0], [42], [3, 4, 9, 10], [1, 2, 3, 4, 5], list(range(5, 43))):
@@ -320,6 +333,7 @@ def test_it_follows_the_cache() -> None:
 @pytest.mark.parametrize("flag", [
     "-march=x86-64", pytest.param("-march=x86-64-v3", marks=pytest.mark.slow),
     "-DWIDE=",  # the tiles of AVX-512, in the instructions that there are
+    "-DPAIRS=",  # products of bfloat16, too
 ])  # fmt: skip
 def test_other_processors(flag: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(compiled, "FLAGS", [*compiled.FLAGS, flag, "-O0"])
@@ -332,6 +346,9 @@ def test_other_processors(flag: str, monkeypatch: pytest.MonkeyPatch, tmp_path: 
             got = decoded(KernelStep, model, [3, 1, 5], True)
             assert float((got - exact).abs().max()) < 1e-4 * float(exact.abs().max())
             assert torch.equal(decoded(FEW, model, [3, 1, 5], True), got)
+            half = model.bfloat16()
+            off, rounded = (decoded(step_of, half, [3, 1, 5], True) - exact for step_of in (KernelStep, module_step))
+            assert float(off.norm()) < 0.7 * float(rounded.norm()) < 0.05 * float(exact.norm())
     finally:
         library.cache_clear()
 
