@@ -26,7 +26,7 @@ from .stop import Matching, StopStrings, stop_strings
 BLOCK = 128
 """Tokens of the vocabulary whose probabilities are summed at once."""
 AT_ONCE = 1 << 20
-"""Most logits on a CPU of the rows that are drawn from at once: what is made of them stays in the processor's caches."""
+"""Most logits on a CPU of rows that are drawn from at once: what is made of them stays in the processor's caches."""
 UNITS = 2.0**40
 """Parts of the likeliest token's probability in which a nucleus is weighed. Sums of integers do not depend on the order
 in which they are made, so that every engine finds the same nucleus."""

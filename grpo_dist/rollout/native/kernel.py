@@ -38,8 +38,8 @@ than that saves."""
 ENTERED_AT_ONCE = 256
 """Most tokens that enter the cache in one pass: what is computed of more leaves the processor's caches."""
 LONGEST_ENTERED = 1024
-"""Tokens of the longest prompt that is computed here: over more of them torch's attention is faster. Where neither torch
-nor this file has products of bfloat16, torch is never faster, and where torch alone has them it always is."""
+"""Tokens of the longest prompt that is computed here: over more of them torch's attention is faster. Where neither
+torch nor this file has products of bfloat16, torch is never faster, and where torch alone has them it always is."""
 MULTIPLE = 8
 """Sizes have to be multiples of this: so many numbers, or twice as many, are computed at once."""
 
