@@ -180,9 +180,10 @@ def draw(
     sampling temperature, which is what the trainer computes too. Tokens are banned before the others are truncated.
     """
     rows = max(1, AT_ONCE // logits.shape[-1]) if logits.device.type == "cpu" else len(logits)
-    parts = zip(*(each.split(rows) for each in (logits, positions, uniforms(keys, positions))), strict=True)
-    tokens, logprobs = zip(*(_draw(*part, sampling, rules) for part in parts), strict=True)
-    return torch.cat(tokens), torch.cat(logprobs)
+    parts = zip(logits.split(rows), positions.split(rows), uniforms(keys, positions).split(rows), strict=True)
+    drawn = [_draw(part, places, u, sampling, rules) for part, places, u in parts]
+    tokens, logprobs = (torch.cat(each) for each in zip(*drawn, strict=True))
+    return tokens, logprobs
 
 
 def _draw(
