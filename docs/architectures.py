@@ -44,7 +44,7 @@ ARCHITECTURES = [
     Architecture("Qwen2, Qwen2.5, QwQ, R1-Distill-Qwen", "qwen2"),
     Architecture("Qwen3", "qwen3"),
     Architecture("SmolLM3", "smollm3", vllm=THROUGH),
-    Architecture("Granite 3", "granite", "modules"),
+    Architecture("Granite 3", "granite"),
     Architecture("Seed-OSS", "seed_oss", vllm=THROUGH),
     Architecture("Phi-1, Phi-2", "phi", "modules", vllm=THROUGH),
     Architecture("Phi-3, Phi-4", "phi3"),

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -156,15 +156,20 @@ class LlamaWeights:
         """Raises ValueError, AttributeError, TypeError or RuntimeError for a model that is built in another way."""
         base, text = model.get_decoder(), model.config.get_text_config()
         _expect(base, MODEL)
-        self.embeddings, self.norm, self._rotary = base.embed_tokens.weight, _norm(base.norm), base.rotary_emb
+        self.embeddings, self._rotary = base.embed_tokens.weight, base.rotary_emb
+        residual, logit_divisor = getattr(text, "residual_multiplier", 1.0), getattr(text, "logits_scaling", 1.0)
+        self.norm = _residual_norm(base.norm, residual)
+        if logit_divisor != 1:  # Granite's, which the head's input may be divided by as well
+            self.norm = replace(self.norm, weight=self.norm.weight.float() / logit_divisor)
         # older releases of transformers multiply Gemma's embeddings outside their module
         implied = self.embeddings.shape[1] ** 0.5 if text.model_type in ("gemma", "gemma2") else 1.0
         scale = torch.as_tensor(getattr(base.embed_tokens, "embed_scale", implied))
-        self.embedding_scale = float(scale.to(self.embeddings.dtype))
+        scale = scale.to(self.embeddings.dtype) * getattr(text, "embedding_multiplier", 1.0)
+        self.embedding_scale = float(scale) / residual
         self.logit_cap: float | None = getattr(text, "final_logit_softcapping", None)
         self.head_size: int = base.layers[0].self_attn.head_dim
         has_kinds = "layer_type" in inspect.signature(base.rotary_emb.forward).parameters
-        self.layers = [_layer(layer, text, has_kinds) for layer in base.layers]
+        self.layers = [_layer(layer, text, has_kinds, residual) for layer in base.layers]
         self.kinds = sorted({layer.kind for layer in self.layers}, key=str)
         self.head = linear_of(model.get_output_embeddings())
 
@@ -240,7 +245,7 @@ def _turned(x: Tensor, turn: tuple[Tensor, Tensor]) -> Tensor:
     return x * cos + torch.roll(x, x.shape[-1] // 2, -1) * signed_sin
 
 
-def _layer(module: Any, text: Any, has_kinds: bool) -> Layer:
+def _layer(module: Any, text: Any, has_kinds: bool, residual: float) -> Layer:
     attention, mlp = module.self_attn, module.mlp
     has_more_norms, has_head_norms = hasattr(module, FEED_FORWARD_NORMS[0]), hasattr(attention, HEAD_NORMS[0])
     projections = next((names for names in PROJECTIONS if hasattr(attention, names[0])), PROJECTIONS[0])
@@ -250,7 +255,7 @@ def _layer(module: Any, text: Any, has_kinds: bool) -> Layer:
     if len(inward) == 1:
         queries = output.stored.shape[1]
         inward = inward[0].split([queries, *[(inward[0].outputs - queries) // 2] * 2])
-    behind = _norm(module.post_attention_layernorm)
+    behind = module.post_attention_layernorm
     query, key, value = inward
     return Layer(
         number=attention.layer_idx,
@@ -262,9 +267,9 @@ def _layer(module: Any, text: Any, has_kinds: bool) -> Layer:
             getattr(attention, "attn_logit_softcapping", None),
             getattr(attention, "sinks", None),
         ),
-        input_norm=_norm(module.input_layernorm),
-        output_norm=behind if has_more_norms else None,
-        mlp_norm=_norm(module.pre_feedforward_layernorm) if has_more_norms else behind,
+        input_norm=_residual_norm(module.input_layernorm, residual),
+        output_norm=_norm(behind) if has_more_norms else None,
+        mlp_norm=_residual_norm(module.pre_feedforward_layernorm if has_more_norms else behind, residual),
         down_norm=_norm(module.post_feedforward_layernorm) if has_more_norms else None,
         query=query, key=key, value=value, output=output,
         query_norm=_norm(attention.q_norm) if has_head_norms else None,
@@ -307,6 +312,16 @@ def _norm(module: Any) -> Norm:
     if hasattr(module, "variance_epsilon"):
         return Norm(module.weight, module.variance_epsilon)
     return Norm(1 + module.weight.float(), module.eps)
+
+
+def _residual_norm(module: Any, multiplier: float) -> Norm:
+    """A norm of what layers add to, where the model multiplies what they add.
+
+    All of that is divided by the multiplier here, so that it need not be multiplied: a norm sees the same numbers but for
+    its eps.
+    """
+    norm = _norm(module)
+    return replace(norm, eps=norm.eps / multiplier**2)
 
 
 def linear_of(module: Any) -> Linear:

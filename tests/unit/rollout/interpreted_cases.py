@@ -9,6 +9,7 @@ from transformers import (
     Gemma2Config,
     Gemma3TextConfig,
     GptOssConfig,
+    GraniteConfig,
     LlamaConfig,
     Qwen2Config,
     Qwen3Config,
@@ -17,6 +18,7 @@ from transformers import (
 from transformers import Gemma2ForCausalLM as Gemma2
 from transformers import Gemma3ForCausalLM as Gemma3
 from transformers import GptOssForCausalLM as GptOss
+from transformers import GraniteForCausalLM as Granite
 from transformers import LlamaForCausalLM as Llama
 from transformers import Qwen2ForCausalLM as Qwen2
 from transformers import Qwen3ForCausalLM as Qwen3
@@ -44,6 +46,7 @@ def cases(is_all: bool) -> tuple[Cases, Cases, Cases]:
     sizes = {"head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8}
     gemma2 = model_of(Gemma2, Gemma2Config, head_dim=8, sliding_window=68, attn_logit_softcapping=0.5,
                       final_logit_softcapping=3.0)  # fmt: skip
+    granite = model_of(Granite, GraniteConfig, embedding_multiplier=3.0, residual_multiplier=0.22, logits_scaling=2.0)
     experts = model_of(Qwen3Moe, Qwen3MoeConfig, **sizes)
     Routers(experts)
     with_sinks = model_of(
@@ -72,6 +75,7 @@ def cases(is_all: bool) -> tuple[Cases, Cases, Cases]:
             (experts, module_step, 64 * 5, Sampling()),
             (experts, FusedStep, 64 * 5, Sampling()),
             (gemma2, module_step, 1 << 20, Sampling()),
+            (adapted(granite), FusedStep, 1 << 20, Sampling(), 1, 4),
         ]
     return pages_of, rollouts, episodes
 

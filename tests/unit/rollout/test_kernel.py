@@ -17,6 +17,7 @@ from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
     Gemma3TextConfig,
+    GraniteConfig,
     LlamaConfig,
     MistralConfig,
     Phi3Config,
@@ -44,8 +45,10 @@ STEPS = 40
 
 KINDS: dict[str, Any] = {
     "qwen2": Qwen2Config, "qwen3": Qwen3Config, "llama": LlamaConfig, "phi3": Phi3Config, "mistral": MistralConfig,
-    "gemma2": Gemma2Config, "gemma3": Gemma3TextConfig,
+    "gemma2": Gemma2Config, "gemma3": Gemma3TextConfig, "granite": GraniteConfig,
 }  # fmt: skip
+GRANITE = {"embedding_multiplier": 12.0, "residual_multiplier": 0.22, "logits_scaling": 8.0, "attention_multiplier": 0.1,
+           "rms_norm_eps": 1e-3}  # fmt: skip
 GEMMA2 = {"sliding_window": 20, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 5.0}
 
 
@@ -94,9 +97,10 @@ def decoded(step_of: Any, model: nn.Module, sizes: list[int], shares: bool, rows
      ("qwen3", {"head_dim": 24}), ("qwen3", {"head_dim": 128}),
      ("llama", {"hidden_size": 40, "intermediate_size": 56, "head_dim": 8}), ("qwen2", {"head_dim": 80}),
      ("qwen2", {"hidden_size": 1040, "intermediate_size": 1200}), ("phi3", {}), ("mistral", {"sliding_window": 4}),
-     ("gemma2", GEMMA2), ("gemma3", {"sliding_window": 9, "layer_types": ["sliding_attention", "full_attention"]})],
+     ("gemma2", GEMMA2), ("gemma3", {"sliding_window": 9, "layer_types": ["sliding_attention", "full_attention"]}),
+     ("granite", GRANITE)],
     ids=["qwen2", "biases", "heads-of-their-own", "head-24", "head-128", "multiples-of-8", "head-80", "large",
-         "joint", "window", "gemma2", "gemma3"],
+         "joint", "window", "gemma2", "gemma3", "granite"],
 )  # fmt: skip
 def test_it_computes_what_the_model_does(kind: str, sizes: dict[str, Any], shares: bool) -> None:
     """Against the model's own modules in twice the precision."""
@@ -251,10 +255,11 @@ def in_double(model: nn.Module) -> nn.Module:
 @pytest.mark.parametrize(
     ("kind", "rank", "targets", "sizes"),
     [("qwen2", 5, "all-linear", {}), ("gemma2", 4, "all-linear", GEMMA2), ("phi3", 3, "all-linear", {}),
+     ("granite", 3, "all-linear", GRANITE),
      ("qwen3", 16, ["q_proj", "v_proj", "up_proj"], {"head_dim": 24}),
      ("llama", 1, ["o_proj", "down_proj"], {"hidden_size": 40, "intermediate_size": 56, "head_dim": 8}),
      ("llama", 33, ["k_proj", "gate_proj", "lm_head"], {"vocab_size": 72, "hidden_size": 1040})],
-    ids=["all", "gemma2", "joint", "three", "two", "head"],
+    ids=["all", "gemma2", "joint", "granite", "three", "two", "head"],
 )  # fmt: skip
 def test_adapters_stay_apart_in_bfloat16(kind: str, rank: int, targets: list[str] | str, sizes: dict[str, Any]) -> None:
     model = adapted(make_model(kind, **sizes).bfloat16(), rank, targets, learned=0.05)

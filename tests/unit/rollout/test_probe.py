@@ -104,12 +104,13 @@ def test_plain_decoders_are_packed(name: str) -> None:
 
 
 BUILT_AS_LLAMA: dict[str, dict[str, Any]] = {
-    "Llama": {}, "Qwen2": {}, "Qwen3": {"head_dim": 8}, "Mistral": {}, "Granite": {},
+    "Llama": {}, "Qwen2": {}, "Qwen3": {"head_dim": 8}, "Mistral": {},
+    "Granite": {"embedding_multiplier": 12.0, "residual_multiplier": 0.22, "logits_scaling": 8.0,
+                "attention_multiplier": 0.3},
     "Phi3": {}, "Gemma2": {"head_dim": 8}, "Gemma3Text": {"head_dim": 8},
 }  # fmt: skip
 BUILT_OTHERWISE: dict[str, dict[str, Any]] = {
     "GPT2": GPT, "Olmo2": {},
-    "Granite": {"residual_multiplier": 0.5},
     "SmolLM3": {"no_rope_layers": [1, 0]},  # without positions in one layer, which its modules do not show
 }  # fmt: skip
 
