@@ -317,8 +317,8 @@ def _norm(module: Any) -> Norm:
 def _residual_norm(module: Any, multiplier: float) -> Norm:
     """A norm of what layers add to, where the model multiplies what they add.
 
-    All of that is divided by the multiplier here, so that it need not be multiplied: a norm sees the same numbers but for
-    its eps.
+    All of that is divided by the multiplier here, so that it need not be multiplied: a norm sees the same numbers but
+    for its eps.
     """
     norm = _norm(module)
     return replace(norm, eps=norm.eps / multiplier**2)

@@ -47,8 +47,8 @@ KINDS: dict[str, Any] = {
     "qwen2": Qwen2Config, "qwen3": Qwen3Config, "llama": LlamaConfig, "phi3": Phi3Config, "mistral": MistralConfig,
     "gemma2": Gemma2Config, "gemma3": Gemma3TextConfig, "granite": GraniteConfig,
 }  # fmt: skip
-GRANITE = {"embedding_multiplier": 12.0, "residual_multiplier": 0.22, "logits_scaling": 8.0, "attention_multiplier": 0.1,
-           "rms_norm_eps": 1e-3}  # fmt: skip
+GRANITE = {"embedding_multiplier": 12.0, "residual_multiplier": 0.22, "logits_scaling": 8.0,
+           "attention_multiplier": 0.1, "rms_norm_eps": 1e-3}  # fmt: skip
 GEMMA2 = {"sliding_window": 20, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 5.0}
 
 
