@@ -28,7 +28,7 @@ import yaml
 
 from ... import SPIN_COUNT, sets_spin_count
 from .tables import Pair, pairs_table, summary_row, table
-from .turns import Worker
+from .turns import Worker, signals_unwind
 from .workloads import WORKLOADS, Workload, model_of, write_prompts
 
 PROMPTS = "prompts.jsonl"
@@ -79,7 +79,7 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
     print(f"{machine()}\n", flush=True)
     peer = PEERS.get(options.against)
     rows: list[dict[str, str]] = []
-    with tempfile.TemporaryDirectory(prefix="grpo_dist-bench-") as scratch:
+    with signals_unwind(), tempfile.TemporaryDirectory(prefix="grpo_dist-bench-") as scratch:
         for name in options.workload:
             workload = replace(WORKLOADS[name], **changes)
             pairs = time_workload(workload, options, rest, Path(scratch) / name)

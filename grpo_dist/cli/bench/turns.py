@@ -8,10 +8,11 @@ This module imports only the standard library, because a worker may run in anoth
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import time
-from collections.abc import Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from multiprocessing.connection import Client, Connection, Listener, wait
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,28 @@ def let_go() -> None:
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
+
+
+@contextmanager
+def signals_unwind() -> Iterator[None]:
+    """A context in which a signal that ends this process leaves what is open, so that workers end with it.
+
+    In sessions of their own, they would otherwise go on with their step.
+    """
+
+    def leave(number: int, _: object) -> None:
+        raise SystemExit(128 + number)
+
+    names = [name for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]  # Windows has two
+    before = {number: signal.getsignal(number) for number in (getattr(signal, name) for name in names)}
+    for number, handler in before.items():
+        if handler is not signal.SIG_IGN:
+            signal.signal(number, leave)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 class Worker:
@@ -95,8 +118,8 @@ class Worker:
         how = "did not answer" if status is None else f"ended with status {status}"
         return ValueError(f"{' '.join(self.command[:3])} … {how}; the end of its log:\n{tail}")
 
-    def __exit__(self, *_: object) -> None:
-        if self.process.poll() is None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None and self.process.poll() is None:
             try:
                 self.line.send(None)
                 self.process.wait(30)
@@ -105,6 +128,10 @@ class Worker:
         self._end()
 
     def _end(self) -> None:
-        self.process.kill()
+        with suppress(ProcessLookupError):
+            if hasattr(os, "killpg"):
+                os.killpg(self.process.pid, signal.SIGKILL)  # with what it has started
+            else:  # Windows
+                self.process.kill()
         self.process.wait()
         self.log.close()

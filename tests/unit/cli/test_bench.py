@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -104,6 +107,35 @@ def test_a_worker_that_dies_says_why(tmp_path: Path) -> None:
         ours_in_turn(WORKLOADS["quickstart"], "toy", tmp_path, num_steps=1, kl_coeff=0.0, lora_r=4, rest=arguments),
     ):
         pass
+
+
+STOPPED = """
+import sys, tempfile
+from pathlib import Path
+from grpo_dist.cli.bench.turns import Worker, signals_unwind
+
+busy = "import os, subprocess; print(os.getpid(), subprocess.Popen(['sleep', '60']).pid, flush=True); os.wait()"
+with signals_unwind(), tempfile.TemporaryDirectory(dir=sys.argv[1]) as scratch:
+    with Worker([sys.executable, "-c", busy], Path(scratch) / "worker"):
+        pass
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_workers_end_with_a_benchmark_that_is_stopped(number: int, tmp_path: Path) -> None:
+    """Also what they have started, and nothing is left on the disk."""
+    stopped = subprocess.Popen([sys.executable, "-c", STOPPED, str(tmp_path)])
+    busy: list[int] = []
+    deadline = time.monotonic() + 60
+    while len(busy) < 2 and time.monotonic() < deadline:
+        time.sleep(0.05)
+        busy = [int(pid) for log in tmp_path.glob("*/worker/log") for pid in log.read_text().split()]
+    stopped.send_signal(number)
+    assert stopped.wait(30) == 128 + number
+    while left := [pid for pid in busy if psutil.pid_exists(pid) and psutil.Process(pid).status() != "zombie"]:
+        assert time.monotonic() < deadline, left
+        time.sleep(0.05)
+    assert len(busy) == 2 and not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("arguments", [["--pairs", "0"], ["--workload", "nothing"]])
