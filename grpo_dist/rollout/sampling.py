@@ -193,7 +193,8 @@ def _draw(
     if sampling.temperature != 1:
         logits = logits / sampling.temperature
     weights, peak = _weights(logits)
-    total = sums = _sums_of_blocks(weights)
+    blocks, sums = _blocks(weights)
+    total = sums.sum(-1, keepdim=True)
     possible = logits if rules is None else rules.possible(logits, positions)
     if sampling.greedy:
         tokens = possible.argmax(-1, keepdim=True)
@@ -204,9 +205,9 @@ def _draw(
         if keep is not None:
             weights *= keep
         if keep is not None or possible is not logits:
-            sums = _sums_of_blocks(weights)
-        tokens = _inverse_cdf(weights, sums, u)
-    logprobs = logits.gather(-1, tokens) - peak - total.sum(-1, keepdim=True).log()
+            blocks, sums = _blocks(weights)
+        tokens = _inverse_cdf(blocks, sums, u)
+    logprobs = logits.gather(-1, tokens) - peak - total.log()
     return tokens[:, 0], logprobs[:, 0].float()
 
 
@@ -216,19 +217,17 @@ def _weights(logits: Tensor) -> tuple[Tensor, Tensor]:
     return (logits - peak).exp_(), peak
 
 
-def _blocks(weights: Tensor) -> Tensor:
-    """Those of weights (B, V): (B, ceil(V / BLOCK), BLOCK), zeros behind the last one."""
+def _blocks(weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Weights (B, V) by blocks (B, K, BLOCK), zeros behind the last one, and the blocks' sums (B, K) float64."""
     size = weights.shape[-1]
-    return (pad(weights, (0, -size % BLOCK)) if size % BLOCK else weights).view(len(weights), -1, BLOCK)
+    padded = pad(weights, (0, -size % BLOCK)) if size % BLOCK else weights
+    blocks = padded.view(len(weights), -1, BLOCK)
+    return blocks, blocks.sum(-1).double()
 
 
-def _sums_of_blocks(weights: Tensor) -> Tensor:
-    return _blocks(weights).sum(-1).double()
-
-
-def _inverse_cdf(weights: Tensor, sums: Tensor, u: Tensor) -> Tensor:
-    """The token at which the running sum of unnormalised probabilities (B, V), whose blocks have these sums, passes `u`
-    (B,) of its total: (B, 1) int64.
+def _inverse_cdf(blocks: Tensor, sums: Tensor, u: Tensor) -> Tensor:
+    """The token at which the running sum of unnormalised probabilities passes `u` (B,) of its total: (B, 1) int64.
+    Probabilities and their sums are those of `_blocks`.
 
     Running sums are float64, but only those of blocks and of the one block that is hit exist: one over a large
     vocabulary would be most of what sampling costs. A token of probability 0 is never returned.
@@ -236,7 +235,7 @@ def _inverse_cdf(weights: Tensor, sums: Tensor, u: Tensor) -> Tensor:
     cumulative = sums.cumsum(-1)
     target = u[:, None] * cumulative[:, -1:]
     chosen = _first_above(cumulative, sums, target)
-    inside = _blocks(weights).gather(1, chosen[..., None].expand(-1, -1, BLOCK))[:, 0].double()
+    inside = blocks.gather(1, chosen[..., None].expand(-1, -1, BLOCK))[:, 0].double()
     running = inside.cumsum(-1)
     # as a share of the block, because its sum was rounded in float32
     share = (target - (cumulative - sums).gather(1, chosen)) / sums.gather(1, chosen)

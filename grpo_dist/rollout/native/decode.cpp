@@ -349,6 +349,7 @@ template <class W> class Ahead {
     long at = 0, done = 0, turn = 0;
 
   public:
+    Ahead() : Ahead(nullptr, 0, 0, 0, 1) {} // nothing
     Ahead(const W* block, long lines, long stride, long count, long turns)
         : line(block), stride(stride), count(count), total(lines * ((count + AT_ONCE - 1) / AT_ONCE)), turns(turns) {}
 
@@ -406,12 +407,12 @@ inline void tile_of_halves(long rows, const float* x, long stride, const uint32_
     UNROLL for (int r = 0; r < N; r += 2) {
         const int next = std::min(r + 1, N - 1); // r itself where no row follows
         const Vec<4> four = sums<L>(parts[r][0], parts[r][1], parts[next][0], parts[next][1]);
-        const Vec<4> of_next = {four[2], four[3]};
-        if (lines == 2) target.put<2>(four, row + r, output);
-        else target.put<1>(four, row + r, output);
-        if (next == r) continue;
-        if (lines == 2) target.put<2>(of_next, row + next, output);
-        else target.put<1>(of_next, row + next, output);
+        auto put = [&](Vec<4> two, int to) {
+            if (lines == 2) target.put<2>(two, row + to, output);
+            else target.put<1>(two, row + to, output);
+        };
+        put(four, r);
+        if (next != r) put(Vec<4>{four[2], four[3]}, next);
     }
 }
 
@@ -460,8 +461,7 @@ void product(const X* x, long rows, long inputs, long outputs, const Linear& lay
                     else
                         for (long i = 0; i < count; i += L) store<L>(load<L>(weight + o * inputs + k + i), line + i);
                 }
-                block_product<L>(x + k, rows, inputs, dense, count, count, block, end, Ahead<X>(dense, 0, 0, 0, 1),
-                                 target);
+                block_product<L>(x + k, rows, inputs, dense, count, count, block, end, Ahead<X>(), target);
                 continue;
             }
             bool last = k + chunk >= inputs; // then the next block's first inputs follow
@@ -489,8 +489,7 @@ constexpr long MOST_SCORES = 1 << 17; // of the queries that attend to a prompt 
 // scores (queries, stride) = q Kᵀ of query (queries, size) and keys (count, size)
 template <int L, class C>
 void score(const float* query, long queries, long size, const C* keys, long count, float* scores, long stride) {
-    block_product<L>(query, queries, size, keys, size, size, 0, count, Ahead<C>(keys, 0, 0, 0, 1),
-                     Target{scores, stride, nullptr, false});
+    block_product<L>(query, queries, size, keys, size, size, 0, count, Ahead<C>(), Target{scores, stride, nullptr, false});
 }
 
 // cap · tanh(x / cap), in place (arXiv:2408.00118, section 2)
