@@ -489,7 +489,8 @@ constexpr long MOST_SCORES = 1 << 17; // of the queries that attend to a prompt 
 // scores (queries, stride) = q Kᵀ of query (queries, size) and keys (count, size)
 template <int L, class C>
 void score(const float* query, long queries, long size, const C* keys, long count, float* scores, long stride) {
-    block_product<L>(query, queries, size, keys, size, size, 0, count, Ahead<C>(), Target{scores, stride, nullptr, false});
+    block_product<L>(query, queries, size, keys, size, size, 0, count, Ahead<C>(),
+                     Target{scores, stride, nullptr, false});
 }
 
 // cap · tanh(x / cap), in place (arXiv:2408.00118, section 2)
