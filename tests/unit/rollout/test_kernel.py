@@ -353,6 +353,8 @@ def test_other_processors(flag: str, monkeypatch: pytest.MonkeyPatch, tmp_path: 
             assert float((got - exact).abs().max()) < 1e-4 * float(exact.abs().max())
             assert torch.equal(decoded(FEW, model, [3, 1, 5], True), got)
             half = model.bfloat16()
+            if flag == "-DPAIRS=" and head_dim == 16:
+                assert KernelStep(half).longest_entered == kernel.LONGEST_ENTERED, "else no pair was multiplied"
             off, rounded = (decoded(step_of, half, [3, 1, 5], True) - exact for step_of in (KernelStep, module_step))
             assert float(off.norm()) < 0.7 * float(rounded.norm()) < 0.05 * float(exact.norm())
     finally:
