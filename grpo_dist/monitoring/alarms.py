@@ -99,8 +99,12 @@ def _failed_share(history: History) -> float | None:
 
 
 def _norm_over_median(history: History) -> float | None:
-    """The gradient's norm over the median of the 20 steps before, once there are 10."""
-    now, before = history.now("grad_norm"), history.before("grad_norm", 20)
+    """The gradient's norm over the median of the 20 steps before that had a signal, once there are 10.
+
+    Where all groups have equal rewards, the gradient is that of the KL penalty alone: next to it any other is large.
+    """
+    steps = [step for step in list(history.recent)[:-1] if (step.get("reward/groups_zero_std") or 0.0) < 1]
+    now, before = history.now("grad_norm"), _values(steps[-20:], "grad_norm")
     return now / median(before) if now is not None and len(before) >= 10 and median(before) > 0 else None
 
 

@@ -52,6 +52,7 @@ class Display:
         self.active = active
         self.show_completions_every = show_completions_every
         self.view = LiveView(num_steps, first_step)
+        self._advised: dict[str, int] = {}
         self.console = Console(stderr=True, highlight=False)
         # the stream itself knows: with variables that force colours, rich takes a log for a terminal
         on_terminal = active and sys.stderr.isatty() and not self.console.is_dumb_terminal
@@ -81,10 +82,12 @@ class Display:
             self.console.print(contrast_table(step, *chosen))
 
     def alarms(self, new: Sequence[Alarm], ringing: Collection[str]) -> None:
-        """Log new alarms, with what to do about them; `ringing` are all alarms that are on."""
+        """Log new alarms, the first of each kind with what to do about it; `ringing` are all alarms that are on."""
         self.view.ringing = sorted(ringing)
         for alarm in new:
-            log.warning("ALARM %s. What to do: %s", alarm.message, advice(alarm.name))
+            first = self._advised.setdefault(alarm.name, alarm.step)
+            what_to_do = advice(alarm.name) if first == alarm.step else f"see the alarm of step {first}"
+            log.warning("ALARM %s. What to do: %s", alarm.message, what_to_do)
 
     def step(self, metrics: Metrics) -> None:
         """Show that a step is done."""

@@ -6,7 +6,7 @@ import base64
 import hashlib
 import html
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
@@ -93,12 +93,21 @@ def _measured(run: Written) -> set[str]:
     return {name for line in run.lines for name, value in line.items() if is_number(value)}
 
 
+def _kinds(alarms: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The first alarm of each name, with the number of alarms of this name and the step of the last: some ring hundreds
+    of times in a long run."""
+    of_kind: dict[str, list[Mapping[str, Any]]] = {}
+    for alarm in alarms:
+        of_kind.setdefault(str(alarm.get("name")), []).append(alarm)
+    return [dict(each[0]) | {"times": len(each), "last_step": each[-1]["step"]} for each in of_kind.values()]
+
+
 def _run_data(run: Written, name: str, variant: int, steps_a_point: int, most_bytes: int) -> dict[str, Any]:
     completions = read_completions(run, most_bytes)
     drawn = curves(run.lines, steps_a_point)
     data = {
         "name": name, "directory": str(run.directory.absolute()), "variant": variant, "config": run.config,
-        "starts": run.starts, "alarms": run.alarms[:200], "num_alarms": len(run.alarms),
+        "starts": run.starts, "alarms": _kinds(run.alarms), "num_alarms": len(run.alarms),
         "curves": drawn, "totals": totals(run.lines), "changes": _changes(run),
         "completions": {"total": completions.total, "num_steps": len(run.files), "steps_read": len(completions.steps)},
         "maps": {key: asdict(each) for key, each in _maps(completions).items()},

@@ -167,8 +167,8 @@ function alarms() {
   if (!number) return null;
   return make("details", { class: "alarms", id: "alarms", open: true }, make("summary", {}, counted(number, "alarm")),
     make("ul", {}, listed.map(({ run, alarm }) => make("li", {}, runs.length > 1 ? `${run.name}, ` : "", `step ${alarm.step}: `,
-      alarm.message ?? written(alarm), alarm.advice ? make("span", { class: "note" }, `. ${alarm.advice}`) : ""))),
-    number > listed.length ? make("p", { class: "note" }, `The first ${listed.length} are listed.`) : null);
+      alarm.message ?? written(alarm), alarm.times > 1 ? ` (${integer(alarm.times)} such alarms, the last at step ${alarm.last_step})` : "",
+      alarm.advice ? make("span", { class: "note" }, `. ${alarm.advice}`) : ""))));
 }
 
 function answers() {

@@ -105,6 +105,14 @@ def test_the_kl_of_whole_sequences_has_no_limit() -> None:
     assert rung(Alarms(rules_for("k3")), 1, wrong) == [(3, "kl_runaway")]
 
 
+def test_steps_without_a_signal_make_no_spike_of_the_others() -> None:
+    """Small batches have many: the gradient of the KL penalty alone is a hundredth of that of rewards."""
+    equal = HEALTHY | {"reward/groups_zero_std": 1.0, "grad_norm": 0.004}
+    steps = [equal, equal, HEALTHY, equal] * 50
+    assert [name for _, name in rung(Alarms(), 1, steps) if name == "grad_spike"] == []
+    assert rung(Alarms(), 1, [*steps, HEALTHY | {"grad_norm": 9.0}]) == [(201, "grad_spike")]
+
+
 def test_failures_are_a_share_of_what_was_sampled() -> None:
     """With resampling of groups: here 3 of 400 completions, of which 100 are in the batch."""
     step = HEALTHY | {"reward/math/failed": 3.0, "rollout/completions": 400.0}

@@ -179,6 +179,15 @@ def test_a_log_has_a_line_a_step_and_no_control_characters(logged: io.StringIO) 
     assert max(map(len, text.splitlines())) < 5000
 
 
+def test_only_the_first_alarm_of_a_kind_says_what_to_do(logged: io.StringIO) -> None:
+    display = Display(10, 0, active=True, show_completions_every=1)
+    for step in (2, 7):
+        display.alarms([Alarm(step, "truncated", "completion/truncated", 0.6, 0.5, f"{step}0% of all")], {"truncated"})
+    first, again = logged.getvalue().splitlines()[-2:]
+    assert "ALARM 20% of all. What to do: More than half of the completions are truncated" in first
+    assert again.endswith("ALARM 70% of all. What to do: see the alarm of step 2")
+
+
 def test_a_terminal_is_left_as_it_was_even_without_an_end(logged: io.StringIO, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TERM", "xterm-256color")
     leader, follower = pty.openpty()

@@ -320,6 +320,17 @@ def test_theme_motion_and_paper(page: Page, single: Path) -> None:
     page.send("Emulation.setEmulatedMedia", media="")
 
 
+def test_each_kind_of_alarm_is_listed_once(page: Page, tmp_path: Path) -> None:
+    run = write_run(tmp_path / "rings")
+    spike = {"name": "grad_spike", "message": "the gradient's norm is 2", "advice": "Lower the rate."}
+    lines = [spike | {"step": step} for step in range(1, 7)] + [{"step": 3, "name": "kl", "message": "far away"}]
+    (run / "alarms.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    page.open(write_report([run]), 1440)
+    assert page.texts(".alarms summary") == ["7 alarms"]
+    assert page.texts(".alarms li") == [
+        "step 1: the gradient's norm is 2 (6 such alarms, the last at step 6). Lower the rate.", "step 3: far away"]
+
+
 def test_runs_side_by_side(page: Page, several: Path) -> None:
     page.open(several, 1440)
     reward = "document.querySelector('[data-metric=\"reward/mean\"]')"
