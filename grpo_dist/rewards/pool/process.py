@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import uuid
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,7 +19,7 @@ from ...config.values import SECRET
 from ..placement import Placement
 from ..registry import Parameters, RewardFunction
 from .channel import Channel
-from .worker import answer, resolve_for
+from .worker import MARKER, answer, resolve_for
 
 START_SECONDS = 300.0  # the import of a user's module may load a model; one that hangs must still end
 _STDERR = 2
@@ -44,7 +45,7 @@ def start_worker(
     """
     if sys.platform == "win32":
         raise ValueError("rewards and environments run in processes that need Linux or macOS; on Windows, use WSL 2")
-    environment = worker_environment(os.environ, allowed, gpu=gpu, key=key)
+    environment = worker_environment(os.environ, allowed, gpu=gpu, key=key) | {MARKER: uuid.uuid4().hex}
     ours, theirs = socket.socketpair()
     with theirs:
         process = subprocess.Popen(

@@ -19,6 +19,7 @@ import select
 import signal
 import socket
 import sys
+import time
 import traceback
 from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import TYPE_CHECKING, Any
@@ -37,6 +38,9 @@ if TYPE_CHECKING:
 _PR_SET_PDEATHSIG = 1
 _NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")
 _LEFT_TO_THE_PARENT = tuple(getattr(signal, name) for name in _NAMES if hasattr(signal, name))
+MARKER = "GRPO_DIST_WORKER"
+"""Variable of the environment with a name of this worker, which all that users' code starts inherits."""
+_END_SECONDS = 10.0
 _TRACEBACK_CHARACTERS = 20_000
 _SHOWN_CHARACTERS = 200
 _OWN_METRICS = ("mean", "seconds", "repeated_calls", "failed")
@@ -272,7 +276,8 @@ def _end_with(parent: int) -> None:
 
 
 def _end_children_too() -> None:
-    """Let what users' code has started in this process's group end with this process, however that ends (Linux).
+    """Let what users' code has started end with this process, however that ends (Linux): its process group, and
+    programs in groups of their own, as servers, browsers and whatever has a time limit are. These have the environment.
 
     Whoever kills the trainer with SIGKILL leaves nobody else who could do it.
     """
@@ -283,6 +288,7 @@ def _end_children_too() -> None:
         os.waitpid(between, 0)
         return
     if not os.fork():  # a grandchild: users' code may wait for all of its children
+        os.setsid()  # the kill of the worker's group would end it before its work
         for descriptor in os.listdir("/proc/self/fd"):  # the trainer waits until nobody has the channel
             with contextlib.suppress(OSError):
                 os.close(int(descriptor))
@@ -292,8 +298,28 @@ def _end_children_too() -> None:
             pass  # it has ended already
         except OSError:  # the kernel is older than 5.3, or a sandbox forbids it
             os._exit(0)
-        os.killpg(0, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(own, signal.SIGKILL)
+        _end_marked(f"{MARKER}={os.environ.get(MARKER, own)}".encode())
     os._exit(0)
+
+
+def _end_marked(variable: bytes) -> None:
+    """Kill all processes with this variable in their environment but this one, and those that they start meanwhile."""
+    found, until = True, time.monotonic() + _END_SECONDS
+    while found and time.monotonic() < until:  # the kernel ends a process that waits for a device later
+        found = False
+        for each in os.listdir("/proc"):
+            with contextlib.suppress(OSError):  # it has ended, or belongs to another user
+                if each.isdecimal() and int(each) != os.getpid() and variable in _environment(each):
+                    os.kill(int(each), signal.SIGKILL)
+                    found = True
+        time.sleep(0.01)
+
+
+def _environment(process: str) -> list[bytes]:
+    with open(f"/proc/{process}/environ", "rb") as file:
+        return file.read().split(b"\0")
 
 
 def _leave(channel: Channel) -> None:

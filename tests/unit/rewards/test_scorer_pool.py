@@ -53,10 +53,17 @@ def test_only_the_guilty_stay_unscored(pools: Callable[[str], ScorerPool]) -> No
     assert pools("act").score(items("5")).values.tolist() == [[5.0]]
 
 
-def test_children_of_a_hung_reward_end_with_it(pools: Callable[[str], ScorerPool]) -> None:
-    assert kinds(pools("act").score(items("hang in a child"))) == [(0, "timeout")]
+@pytest.mark.parametrize(
+    ("text", "kind", "seconds"),
+    [("hang in a child", "timeout", 98765), ("hang in a session", "timeout", 98764),
+     ("die and leave a session", "died", 98763)],
+)  # fmt: skip
+def test_children_of_a_reward_end_with_its_worker(
+    text: str, kind: str, seconds: int, pools: Callable[[str], ScorerPool]
+) -> None:
+    assert kinds(pools("act").score(items(text))) == [(0, kind)]
     deadline = time.monotonic() + 5  # whoever inherits the dead child may take a moment to bury it
-    while b"sleep\0" + b"98765\0" in command_lines():
+    while f"sleep\0{seconds}\0".encode() in command_lines():
         assert time.monotonic() < deadline, "the child of a killed worker lives on"
         time.sleep(0.01)
 

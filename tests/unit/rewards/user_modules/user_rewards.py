@@ -37,6 +37,11 @@ def one(text):
         re.fullmatch("(a*)*b", "a" * 64)
     if text == "hang in a child":
         subprocess.run(["sleep", "98765"])
+    if text == "hang in a session":
+        subprocess.run(["sleep", "98764"], start_new_session=True)
+    if text == "die and leave a session":
+        subprocess.Popen(["sleep", "98763"], start_new_session=True)
+        os._exit(7)
     if text == "print":
         print("printed by a reward", flush=True)
         os.write(1, b"written by a reward")
