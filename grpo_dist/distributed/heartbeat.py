@@ -9,7 +9,7 @@ fewest.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 
@@ -58,6 +58,12 @@ def observed(before: RankStatus | None, heartbeat: Heartbeat, now: float) -> Ran
         now if has_moved else before.moved,
         now if has_entered else before.entered,
     )
+
+
+def unobserved(status: RankStatus, seconds: float) -> RankStatus:
+    """The status of a rank after some seconds in which nobody looked, which count as no time."""
+    return replace(status, clock_changed=status.clock_changed + seconds, moved=status.moved + seconds,
+                   entered=status.entered + seconds)  # fmt: skip
 
 
 Stalled = dict[int, Literal["process", "main thread"]]

@@ -24,13 +24,15 @@ from types import FrameType
 
 import torch.distributed as dist
 
-from .heartbeat import Heartbeat, RankStatus, observed, slow, stalled
+from .heartbeat import Heartbeat, RankStatus, observed, slow, stalled, unobserved
 
 log = logging.getLogger(__name__)
 
 PERIOD_SECONDS = 0.5
 SAME_SIGNAL_SECONDS = 3.0
 """A terminal's Ctrl-C reaches the ranks and their launcher, which passes it on: that is one request, not two."""
+STOPPED_SECONDS = 10.0
+"""A rank that has not looked at the others for as long as this was itself stopped: by Ctrl-Z, or with its container."""
 _NAMES = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2")
 SIGNALS = tuple(getattr(signal, name) for name in _NAMES if hasattr(signal, name))
 SLOW_SECONDS = 60.0
@@ -65,6 +67,7 @@ class Watch:
         self._collectives_entered, self._checks, self._is_patient = collectives_entered, 0, False
         self._statuses: dict[int, RankStatus] = {}
         self._slow_seconds = SLOW_SECONDS
+        self._looked = time.monotonic()
         self._ended = threading.Event()
         # `nohup` ignores SIGHUP, so that a run survives its terminal; a script's `&` ignores SIGINT, which is heard
         heard = [each for each in SIGNALS if each.name != "SIGHUP" or signal.getsignal(each) is not signal.SIG_IGN]
@@ -143,6 +146,9 @@ class Watch:
             if self.store.check(["end"]):
                 self._abort(self.store.get("end").decode())
         now = time.monotonic()
+        if (missed := now - self._looked) > STOPPED_SECONDS:
+            self._statuses = {rank: unobserved(status, missed) for rank, status in self._statuses.items()}
+        self._looked = now
         self._statuses = {rank: observed(self._statuses.get(rank), each, now) for rank, each in heartbeats.items()}
         self._end_if_stalled(now)
         self._name_slow_ranks(now)

@@ -133,22 +133,28 @@ class EnvironmentHost:
 
     def poll(self, wait_seconds: float) -> list[Event]:
         """Events since the last call; waits at most so long for the first one."""
-        events: list[Event] = []
+        # first what has arrived: a caller that looks rarely, or was stopped, takes no answer for a late one
+        events = self._arrived()
         until = time.monotonic() + wait_seconds
-        while not events:
+        while True:
             now = time.monotonic()
             while self._deadlines and (self._deadlines[0][0] <= now or self._deadlines[0][1] not in self._open):
                 _, request = heapq.heappop(self._deadlines)
                 if request in self._open:
                     events += self._timed_out(request)
+            if events:
+                return events
             soonest = min(until, self._deadlines[0][0] if self._deadlines else until)
             try:
-                process, answer = self._answers.get(timeout=0 if events else max(0.0, soonest - now))
+                events += self._taken(*self._answers.get(timeout=max(0.0, soonest - now)))
             except queue.Empty:
-                if events or time.monotonic() >= until:
-                    break
-                continue
-            events += self._taken(process, answer)
+                if time.monotonic() >= until:
+                    return []
+            events += self._arrived()
+
+    def _arrived(self) -> list[Event]:
+        """The events of all answers that have arrived."""
+        events: list[Event] = []
         while not self._answers.empty():
             events += self._taken(*self._answers.get())
         return events

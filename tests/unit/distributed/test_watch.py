@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 import torch.distributed as dist
 
+from grpo_dist.distributed import watch as module
 from grpo_dist.distributed.watch import SIGNALS, Interrupted, Watch
 
 pytestmark = pytest.mark.quick
@@ -65,3 +68,20 @@ def test_a_rank_that_stops_at_once_is_missed() -> None:
         assert store.check(["heartbeat/1"])
     finally:
         watch.close()
+
+
+def test_time_in_which_the_run_was_stopped_is_no_hang(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-Z and fg, or a container that pauses: nothing moved, and nobody looked."""
+    clock, ends = [0.0], []
+    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: clock[0], sleep=time.sleep))
+    monkeypatch.setattr(module, "PERIOD_SECONDS", 1e6)
+    monkeypatch.setattr(Watch, "_abort", lambda self, reason: ends.append(reason))
+    with watching() as watch:
+        for seconds in [1.0, 1000.0] + [1.0] * 50:
+            clock[0] += seconds
+            watch._exchange()
+        assert ends == []
+        for _ in range(20):
+            clock[0] += 1.0
+            watch._exchange()
+        assert "rank 0 has not moved for 60 s" in ends[0]

@@ -292,6 +292,18 @@ def test_calls_of_episodes_do_not_wait_for_each_other() -> None:
         assert all(event.answer["answers"][0]["text"] == "20" for event in events(host, 20).values())
 
 
+def test_an_answer_that_waits_is_not_late(host: EnvironmentHost) -> None:
+    """A trainer that decodes for longer than a call may take looks at its answer after the limit."""
+    begin(host, 1)
+    host.call(1, [("add", {"a": 2})])
+    until = time.monotonic() + 60
+    while host._answers.empty():
+        assert time.monotonic() < until
+        time.sleep(0.01)
+    host._deadlines = [(0.0, request) for _, request in host._deadlines]
+    assert events(host, 1)[1].answer["answers"][0]["text"] == "3"
+
+
 def test_what_the_model_gets_to_read(host: EnvironmentHost) -> None:
     begin(host, 0)
     kinds = [("fail", {"kind": kind}) for kind in ("raise", "none", "large", "object", "half")]

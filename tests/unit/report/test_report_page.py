@@ -328,7 +328,9 @@ def test_each_kind_of_alarm_is_listed_once(page: Page, tmp_path: Path) -> None:
     page.open(write_report([run]), 1440)
     assert page.texts(".alarms summary") == ["7 alarms"]
     assert page.texts(".alarms li") == [
-        "step 1: the gradient's norm is 2 (6 such alarms, the last at step 6). Lower the rate.", "step 3: far away"]
+        "step 1: the gradient's norm is 2 (6 such alarms, the last at step 6). Lower the rate.",
+        "step 3: far away",
+    ]
 
 
 def test_runs_side_by_side(page: Page, several: Path) -> None:

@@ -10,11 +10,13 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from scoring import TIMEOUT_SECONDS, items, kinds
 
 from grpo_dist.config.schema import RewardConfig, ScoringConfig
+from grpo_dist.rewards.pool import channel
 from grpo_dist.rewards.pool.pool import ScorerPool
 from grpo_dist.rewards.pool.process import worker_environment
 
@@ -66,6 +68,30 @@ def test_children_of_a_reward_end_with_its_worker(
     while f"sleep\0{seconds}\0".encode() in command_lines():
         assert time.monotonic() < deadline, "the child of a killed worker lives on"
         time.sleep(0.01)
+
+
+def test_time_in_which_the_trainer_was_stopped_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-Z and fg, or a container that pauses, which stops the workers as well: their answers come late."""
+    clock = [0.0]
+    monkeypatch.setattr(channel, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+
+    def answering(*waits: float) -> channel.Channel:
+        """A channel whose answer comes after waits of so many seconds."""
+        parts: list[float | bytes] = [*waits, b"\0\0\0\0\0\0\0\2", b"ok"]
+
+        def receive(count: int) -> bytes:
+            part = parts.pop(0)
+            if isinstance(part, bytes):
+                return part
+            clock[0] += part
+            raise TimeoutError
+
+        return channel.Channel(SimpleNamespace(settimeout=lambda seconds: None, recv=receive))  # type: ignore[arg-type]
+
+    assert answering(1.0, 600.0, 1.0).receive(10.0) == b"ok"
+    assert answering(*[1.0] * 9).receive(10.0) == b"ok"
+    with pytest.raises(TimeoutError):
+        answering(*[1.0] * 10).receive(10.0)
 
 
 def test_a_reward_that_always_hangs_is_given_up(pools: Callable[[str], ScorerPool]) -> None:
