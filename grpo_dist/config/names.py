@@ -24,6 +24,8 @@ LEFT_OUT = {
     "lora.bias": "biases stay as they are in the base; `lora: null` trains them with all weights",
     "rollout.logit_bias": "a bias would draw from another policy than the one that is trained; rollout.banned_tokens "
     "names tokens that are never drawn",
+    "local_rank": "the launcher `deepspeed` adds it; expected accelerate launch --config_file accelerate_configs/"
+    "zero2.yaml, or --no_local_rank after `deepspeed`, with which the run is DDP (docs/distributed.md)",
 }  # fmt: skip
 """Options that people look for, with what to do in their place."""
 _ROW = re.compile(r"^\| (`\w+`(?:, `\w+`)*) \| (.*) \|$", re.MULTILINE)

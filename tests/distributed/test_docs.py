@@ -106,6 +106,9 @@ def look(words: list[str], workspace: Path) -> None:
             module(given.training_script, given.training_script_args)
         else:
             assert Path(given.training_script).is_file()
+    elif program in ("torchrun", "deepspeed"):
+        place = words.index("grpo_dist.train")
+        module(words[place], words[place + 1 :])
     elif program.startswith("launch/"):
         script(program, words[1:])
     elif program == "sbatch":

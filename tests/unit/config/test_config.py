@@ -151,6 +151,8 @@ BAD: dict[str, tuple[str, list[str], list[str]]] = {
     "biases in cli": ("train: {seed: 1}", ["--lora.bias", "all"], ["lora.bias", "biases stay", "`lora: null`"]),
     "modules beside adapters": ("lora: {modules_to_save: [lm_head]}", [], ["modules_to_save", "lora.target_modules"]),
     "logit bias": ("rollout: {logit_bias: {a: 2}}", [], ["logit_bias", "rollout.banned_tokens"]),
+    "what another launcher adds": ("train: {seed: 1}", ["--local_rank=0"],
+                                   ["local_rank: '0'", "zero2.yaml", "--no_local_rank"]),
     "name of TRL": ("num_generations: 8", [],
                     ["num_generations", "another library", "rollout.group_size", "from_trl.md"]),
     "name of PEFT in cli": ("train: {seed: 1}", ["--lora.lora_alpha", "8"], ["lora_alpha", "here: lora.alpha"]),
