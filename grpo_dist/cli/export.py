@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..config.checks import require
-from ..config.places import require_run, writing_to
+from ..config.places import require_run, require_writable, writing_to
 from ..config.vllm import ADAPTER_RANKS
 from ..distributed.process import imports
 from ..text.plain import write_stage
@@ -91,6 +91,7 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
     out = options.out or trained.run / "exports" / f"step_{trained.step}-{options.to}"
     if out.exists() and any(out.iterdir()):
         raise FileExistsError(f"{out} is not empty: choose another --out, or remove it")
+    require_writable(out, "--out")
     out.mkdir(parents=True, exist_ok=True)
     print(f"exporting step {trained.step} of {trained.run}, from {trained.path}")
     with _emptied_on_failure(out):
@@ -209,7 +210,8 @@ def usage(trained: Trained, out: Path, kind: str) -> list[str]:
 
     place = shlex.quote(str(out))
     example = f"from transformers import pipeline; print(pipeline('text-generation', {str(out)!r})('Hello'))"
-    lines = [f'  transformers:        python -c "{example}"']
+    example = shlex.quote(example) if re.search(r'["$`\\!]', example) else f'"{example}"'  # the shorter, if it works
+    lines = [f"  transformers:        python -c {example}"]
     if kind == "adapter" and trained.model.quantization is not None:
         return [f"  It belongs on the base quantised to {trained.model.quantization}: docs/quantized.md loads both"]
     if kind == "adapter":

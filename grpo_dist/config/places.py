@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
+import shlex
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,11 +29,13 @@ def model_place(name: str, option: str, *files: str) -> str:
         if not any((path / file).is_file() for file in files):
             inside = sorted(str(each.parent) for each in path.glob(f"*/{files[0]}"))
             hint = f"; there is one in {', '.join(inside[:3])}" if inside else _export_hint(full)
+            hint = f". {advice}" if (advice := gguf_advice(path)) else hint
             raise ValueError(f"{option}: {name!r} given, but there is no {files[0]} in {full}: expected a directory "
                              f"that a model was saved to{hint}")  # fmt: skip
         return str(full)
     if path.is_file():
-        raise ValueError(f"{option}: {name!r} given, which is a file ({full}): expected the directory that it is in")
+        raise ValueError(f"{option}: {name!r} given, which is a file ({full}): "
+                         f"{gguf_advice(path) or 'expected the directory that it is in'}")  # fmt: skip
     if not is_path(name):
         return name
     near = [each.name for each in full.parent.iterdir() if each.is_dir()] if full.parent.is_dir() else []
@@ -42,10 +45,20 @@ def model_place(name: str, option: str, *files: str) -> str:
                      f"saved to, or a hub id{hint}")  # fmt: skip
 
 
+def gguf_advice(path: Path) -> str:
+    """What to give in place of a GGUF file, or of a directory with some; empty for others."""
+    is_gguf = path.suffix == ".gguf" or any(path.glob("*.gguf"))
+    return "GGUF files are for inference alone: expected the safetensors that they were made of" if is_gguf else ""
+
+
 def _export_hint(path: Path) -> str:
     """The end of a message about a run that has not ended, or about what is in it."""
     run = next((each for each in (path, *path.parents[:2]) if (each / "metrics.jsonl").is_file()), None)
-    return f"; `python -m grpo_dist export {run}` writes the model of this run's newest checkpoint" if run else ""
+    return (
+        f"; `python -m grpo_dist export {shlex.quote(str(run))}` writes the model of this run's newest checkpoint"
+        if run
+        else ""
+    )
 
 
 def is_path(name: str) -> bool:
@@ -96,16 +109,16 @@ def writing_to(directory: Path, option: str = "train.output_dir") -> Iterator[No
                                ) from error  # fmt: skip
 
 
-def require_writable(directory: Path) -> None:
-    """Raise ValueError where nothing can be written to the output directory, or where it does not exist, to its nearest
-    parent that does, and where a link leads nowhere or the path has a shell's variable."""
+def require_writable(directory: Path, option: str = "train.output_dir") -> None:
+    """Raise ValueError where nothing can be written to an option's directory, or where it does not exist, to its
+    nearest parent that does, and where a link leads nowhere or the path has a shell's variable."""
     if variable := _VARIABLE.search(str(directory)):
-        raise ValueError(f"train.output_dir: {directory} given, but {variable[0]} stands for itself in a config: write "
+        raise ValueError(f"{option}: {directory} given, but {variable[0]} stands for itself in a config: write "
                          "the path out, or give the option on the command line, where the shell replaces it"
                          )  # fmt: skip
     link = next((each for each in (directory, *directory.parents) if each.is_symlink() and not each.exists()), None)
     if link is not None:
-        raise ValueError(f"train.output_dir: {directory} given, but {link} is a link to {os.readlink(link)}, which "
+        raise ValueError(f"{option}: {directory} given, but {link} is a link to {os.readlink(link)}, which "
                          "does not exist: make that directory, or choose another")  # fmt: skip
     existing = existing_part(directory)
     try:
@@ -113,4 +126,4 @@ def require_writable(directory: Path) -> None:
             probe.write(b"x")
     except OSError as error:
         reason = f"{existing} cannot be written to ({error.strerror})"
-        raise ValueError(f"train.output_dir: {directory} given, but {reason}; choose a directory that can") from error
+        raise ValueError(f"{option}: {directory} given, but {reason}; choose a directory that can") from error

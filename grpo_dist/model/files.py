@@ -14,7 +14,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from ..config.checks import require
-from ..config.places import model_place
+from ..config.places import gguf_advice, model_place
 from ..config.rollout import RolloutConfig
 from ..config.schema import Config, ModelConfig
 from .toy import MODELS, toy_path
@@ -185,7 +185,8 @@ def require_weights(name: str, path: Path, quantization: Mapping[str, Any] | Non
     listed, parts = _listed_weights(path)
     if not parts:
         raise UnfitModel(f"model.name: {name!r} has no weights, expected {' or '.join(WEIGHTS)} beside config.json, "
-                         f"or several files with their list ({WEIGHTS[0]}.index.json)")  # fmt: skip
+                         f"or several files with their list ({WEIGHTS[0]}.index.json)"
+                         f"{'. ' + advice if (advice := gguf_advice(path)) else ''}")  # fmt: skip
     if missing := [part for part in parts if not (path / part).is_file()]:
         raise UnfitModel(f"model.name: {name!r} lacks {len(missing)} of the {len(parts)} weight files that its "
                          f"{listed}.index.json names ({some_names(missing)}): copy these files too")  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import os
 import uuid
@@ -23,7 +24,10 @@ def write_file(path: Path, text: str) -> None:
     except OSError as error:  # that of a write names no file, and others the temporary one
         raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(
+            OSError
+        ):  # a file system that is read-only refuses this too, and names the temporary one
+            temporary.unlink()
 
 
 def sync(path: Path) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import shlex
+from pathlib import Path
 
 from ..algorithm.targets import penalty_metrics
 from ..checkpoint.state import TrainState
@@ -73,12 +75,17 @@ def summary(parts: Parts) -> str:
     if (directory / "report.html").exists():
         lines.append(f"report:         {directory / 'report.html'}")
     if "tensorboard" in parts.config.logging.trackers:
-        lines.append(f"curves:         tensorboard --logdir {directory / 'tensorboard'}")
-    lines += [f"talk to it:     python -m grpo_dist chat {directory}",
-              f"take it home:   python -m grpo_dist export {directory}"]  # fmt: skip
+        lines.append(f"curves:         tensorboard --logdir {_quoted(directory / 'tensorboard')}")
+    lines += [f"talk to it:     python -m grpo_dist chat {_quoted(directory)}",
+              f"take it home:   python -m grpo_dist export {_quoted(directory)}"]  # fmt: skip
     if parts.config.data.eval_file is not None:
-        lines.append(f"measure it:     python -m grpo_dist evaluate --model {directory / 'final'} --config "
-                     f"{directory / 'config.yaml'}")  # fmt: skip
+        lines.append(f"measure it:     python -m grpo_dist evaluate --model {_quoted(directory / 'final')} --config "
+                     f"{_quoted(directory / 'config.yaml')}")  # fmt: skip
     if parts.config.model.name in toy.MODELS:
         lines.append("next:           python -m grpo_dist init own.yaml (a config for a task of your own)")
     return "\n".join(lines)
+
+
+def _quoted(path: Path) -> str:
+    """A path as a shell reads it back."""
+    return shlex.quote(str(path))

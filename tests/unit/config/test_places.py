@@ -63,6 +63,11 @@ def test_a_run_that_is_near_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyP
         ("./began/final", r"no directory .*; `python -m grpo_dist export .*/began` writes"),
         ("began/checkpoints/step_2", r"no config\.json .*; `python -m grpo_dist export .*/began` writes"),
         ("model/config.json", r"which is a file .*: expected the directory that it is in"),
+        (
+            "llama/q4.gguf",
+            r"which is a file .*/q4\.gguf\): GGUF files are for inference alone: expected the safetensors",
+        ),
+        ("./llama", r"there is no config\.json in .*/llama: .*\. GGUF files are for inference alone"),
     ],
 )
 def test_a_path_that_leads_nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, message: str) -> None:
@@ -71,6 +76,8 @@ def test_a_path_that_leads_nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         if directory in ("model", "runs/final"):
             (tmp_path / directory / "config.json").write_text("{}")
     (tmp_path / "began" / "metrics.jsonl").touch()
+    (tmp_path / "llama").mkdir()
+    (tmp_path / "llama" / "q4.gguf").touch()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
     for load in (load_tokenizer, load_model_config):

@@ -240,6 +240,9 @@ def test_files_of_weights_that_are_not_there_are_named(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors.index.json").unlink()
     with pytest.raises(UnfitModel, match=r"'mine' has no weights, expected model\.safetensors"):
         require_weights("mine", tmp_path)
+    (tmp_path / "mine-q4.gguf").touch()
+    with pytest.raises(UnfitModel, match=r"'mine' has no weights.* GGUF files are for inference alone"):
+        require_weights("mine", tmp_path)
 
 
 @pytest.mark.skipif(convert_peft_config_for_transformers is None, reason="this PEFT takes names as they are")

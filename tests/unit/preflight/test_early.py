@@ -169,6 +169,9 @@ def test_a_link_that_leads_nowhere_is_no_place_to_write(tmp_path: Path) -> None:
         require_writable(tmp_path / "${HOME}" / "one")
     (tmp_path / "disk").mkdir()
     require_writable(tmp_path / "runs" / "one")
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=r"--out: .*/file/one given, but .*/file cannot be written to \(Not a dir"):
+        require_writable(tmp_path / "file" / "one", "--out")
 
 
 def test_what_a_tokenizer_s_file_says_of_its_training(tmp_path: Path) -> None:

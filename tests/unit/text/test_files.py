@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 
@@ -28,6 +29,18 @@ def test_a_failure_leaves_the_file_before_and_nothing_else(tmp_path: Path) -> No
     with pytest.raises(UnicodeEncodeError):
         write_file(path, "half of it, and then \ud800")
     assert path.read_text() == "first" and os.listdir(tmp_path) == ["config.yaml"]
+
+
+def test_a_failure_names_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not the temporary one, which a file system that is read-only refuses to remove as well."""
+
+    def refuse(path: Path, *_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system", str(path))
+
+    monkeypatch.setattr(Path, "open", refuse)
+    monkeypatch.setattr(Path, "unlink", refuse)
+    with pytest.raises(OSError, match=r"Read-only file system: '.*/report\.html'"):
+        write_file(tmp_path / "report.html", "text")
 
 
 def _umask() -> int:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-from grpo_dist.config.schema import Config
+from grpo_dist.config.schema import Config, DataConfig
 from grpo_dist.trainer.evaluation import shown
 from grpo_dist.trainer.record import summary, write
 from grpo_dist.types import Metrics
@@ -41,3 +42,15 @@ def test_an_evaluation_without_any_score_is_left_out_at_the_end(
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     text = summary(SimpleNamespace(directory=tmp_path, config=Config()))  # type: ignore[arg-type]
     assert ("held-out" in text) == (said is not None) and (said or "") in text
+
+
+def test_the_commands_at_the_end_can_be_copied(tmp_path: Path) -> None:
+    directory = tmp_path / "mine, second"
+    directory.mkdir()
+    (directory / "metrics.jsonl").touch()
+    config = Config(data=DataConfig(eval_file="mine.jsonl"))
+    text = summary(SimpleNamespace(directory=directory, config=config))  # type: ignore[arg-type]
+    commands = [line.partition(":")[2] for line in text.splitlines() if "python -m" in line or "--logdir" in line]
+    assert [[word for word in shlex.split(each) if word.startswith(str(tmp_path))] for each in commands] == [
+        [str(directory / "tensorboard")], [str(directory)], [str(directory)],
+        [str(directory / "final"), str(directory / "config.yaml")], []]  # fmt: skip
