@@ -17,7 +17,7 @@ from typing import NoReturn
 from ..config.checks import did_you_mean
 from ..config.own_options import OwnOptions
 from ..config.shipped import shipped
-from ..distributed.process import NO_READER, end, reader_is_gone
+from ..distributed.process import NO_READER, end, open_streams, reader_is_gone
 from ..text.plain import plain_lines
 
 VERBS = {
@@ -47,6 +47,7 @@ VERBS = {
 
 def program() -> NoReturn:
     """The command `grpo-dist`."""
+    open_streams()
     end(main())
 
 

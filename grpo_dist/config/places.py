@@ -6,6 +6,7 @@ import difflib
 import os
 import re
 import shlex
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -116,6 +117,12 @@ def require_writable(directory: Path, option: str = "train.output_dir") -> None:
         raise ValueError(f"{option}: {directory} given, but {variable[0]} stands for itself in a config: write "
                          "the path out, or give the option on the command line, where the shell replaces it"
                          )  # fmt: skip
+    try:
+        str(directory).encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{option}: {directory} given, a name that is not UTF-8 for Python, which takes names for "
+                         f"{sys.getfilesystemencoding()}: set LC_ALL=C.UTF-8 or PYTHONUTF8=1 in the environment, or "
+                         "choose another") from None  # fmt: skip
     link = next((each for each in (directory, *directory.parents) if each.is_symlink() and not each.exists()), None)
     if link is not None:
         raise ValueError(f"{option}: {directory} given, but {link} is a link to {os.readlink(link)}, which "

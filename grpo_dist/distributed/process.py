@@ -6,6 +6,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import gc
+import io
 import os
 import select
 import signal
@@ -24,9 +25,32 @@ def begin() -> None:
     SIGINT ends the process as SIGTERM does: Python's own handler would print where in an import it is. A training sets
     handlers of its own (distributed/watch.py) once it can save.
     """
+    open_streams()
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # and not ignored, as for a script's `&`
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     gc.disable()
+
+
+def open_streams() -> None:
+    """Open standard streams that are closed (`>&-`, some services), and let no character end the program.
+
+    The next file that is opened would have the number of one that is closed, and get all that libraries print. Python
+    has None for such a stream. A character that the locale's encoding lacks is printed as its escape.
+    """
+    for descriptor, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            null = os.open(os.devnull, os.O_RDWR)
+            if null == descriptor:
+                os.set_inheritable(null, True)
+            else:
+                os.dup2(null, descriptor)
+                os.close(null)
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(descriptor, "w" if descriptor else "r", closefd=False))
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def run_to_the_end(program: Callable[[], int]) -> NoReturn:

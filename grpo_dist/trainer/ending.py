@@ -8,6 +8,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from typing import TextIO
 
 import torch
 
@@ -85,7 +86,7 @@ def run(train: Callable[[Parts, TrainState], None], config: Config) -> int:
         if parts.ranks.is_main and message:
             _report(parts.directory)
             message = summary(parts) if message == "done" else plain_lines(message)  # it may quote what a model wrote
-            write_lines(message, sys.stderr if status else sys.stdout)
+            _say(message, sys.stderr if status else sys.stdout)
     if status:
         let_first_rank_answer("RANK", PAGE_SECONDS)
     return status
@@ -100,6 +101,13 @@ def _train_or_stop(train: Callable[[Parts, TrainState], None], parts: Parts, sta
         reason = f"{'error' if stop.failed else 'stopped'}: {stop}"
         return int(stop.failed), f"{reason}. The same command goes on from step {state.step}"
     return 0, "done"
+
+
+def _say(message: str, stream: TextIO) -> None:
+    try:
+        write_lines(message, stream)
+    except OSError as error:  # nobody reads it, or its disk is full: the run has ended all the same
+        log.warning("this cannot be printed (%s): %s", error.strerror, message)
 
 
 def _report(directory: Path) -> None:

@@ -63,6 +63,36 @@ process.end(0)
     assert done.returncode == 120 and "No space left" in done.stderr
 
 
+INSIDE = """
+import os, subprocess, sys
+from grpo_dist.distributed import process
+process.open_streams()
+with open(sys.argv[1], "w") as file:
+    print("printed")
+    print("printed", file=sys.stderr)
+    os.write(1, b"by a library")
+    subprocess.run(["true"], stdout=2, check=True)
+    file.write(str(file.fileno()))
+process.end(0)
+"""
+
+
+@pytest.mark.parametrize("closed", [(1,), (1, 2), (0, 1, 2)])
+def test_streams_that_are_closed_are_opened(closed: tuple[int, ...], tmp_path: Path) -> None:
+    """Else the next file is the standard output of every library, and processes that are started have none."""
+    words = [sys.executable, "-c", INSIDE, str(tmp_path / "file")]
+    outside = f"import os; [os.close(each) for each in {closed}]; os.execv({words[0]!r}, {words!r})"
+    done = subprocess.run([sys.executable, "-c", outside], cwd=ROOT, timeout=60, check=False)
+    assert done.returncode == 0 and int((tmp_path / "file").read_text()) > 2
+
+
+def test_a_character_that_the_locale_lacks_is_printed_as_its_escape() -> None:
+    program = "from grpo_dist.distributed import process; process.open_streams(); print('3 × 4 …')"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, cwd=ROOT, timeout=60, check=False,
+                          env=os.environ | {"PYTHONIOENCODING": "ascii"})  # fmt: skip
+    assert (done.returncode, done.stdout) == (0, b"3 \\xd7 4 \\u2026\n"), done.stderr
+
+
 def test_a_program_without_an_output_ends() -> None:
     assert run("sys.stdout = None\nprocess.end(4)").returncode == 4
 

@@ -169,6 +169,10 @@ def test_a_link_that_leads_nowhere_is_no_place_to_write(tmp_path: Path) -> None:
         require_writable(tmp_path / "${HOME}" / "one")
     (tmp_path / "disk").mkdir()
     require_writable(tmp_path / "runs" / "one")
+    with pytest.raises(
+        ValueError, match=r"train\.output_dir: .* a name that is not UTF-8 for Python.* LC_ALL=C\.UTF-8"
+    ):
+        require_writable(tmp_path / os.fsdecode(b"M\xfcller"))
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match=r"--out: .*/file/one given, but .*/file cannot be written to \(Not a dir"):
         require_writable(tmp_path / "file" / "one", "--out")

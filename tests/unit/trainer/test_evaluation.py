@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
+import os
 import shlex
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 
 from grpo_dist.config.schema import Config, DataConfig
+from grpo_dist.trainer.ending import _say
 from grpo_dist.trainer.evaluation import shown
 from grpo_dist.trainer.record import summary, write
 from grpo_dist.types import Metrics
@@ -54,3 +57,12 @@ def test_the_commands_at_the_end_can_be_copied(tmp_path: Path) -> None:
     assert [[word for word in shlex.split(each) if word.startswith(str(tmp_path))] for each in commands] == [
         [str(directory / "tensorboard")], [str(directory)], [str(directory)],
         [str(directory / "final"), str(directory / "config.yaml")], []]  # fmt: skip
+
+
+def test_a_run_whose_last_words_cannot_be_printed_has_ended_all_the_same(caplog: pytest.LogCaptureFixture) -> None:
+    """Nobody reads them (`| head`), or the disk of the log is full."""
+    read, write = os.pipe()
+    os.close(read)
+    stream = io.TextIOWrapper(io.FileIO(write, "w"), write_through=True)
+    _say("done, in runs/mine", stream)
+    assert "cannot be printed (Broken pipe): done, in runs/mine" in caplog.text
