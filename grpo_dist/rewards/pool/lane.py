@@ -24,7 +24,7 @@ from ..placement import Placement
 from ..registry import KEYWORDS, Parameters
 from ..scores import Item
 from .pending import Pending
-from .process import ThisProcess, WorkerProcess
+from .process import ThisProcess, WorkerProcess, no_further_worker
 
 log = logging.getLogger(__name__)
 
@@ -78,7 +78,8 @@ class Lane:
     ) -> None:
         """Start the workers and wait until they have resolved the rewards.
 
-        Raises ValueError where a reward cannot be resolved or a worker ends while it imports them.
+        Raises ValueError where a reward cannot be resolved, a worker cannot be started, or one ends while it imports
+        the rewards.
         """
         self.rewards = dict(rewards)
         self._names = names
@@ -97,8 +98,13 @@ class Lane:
             )
             for number in range(scoring.num_workers if placement == "worker" else 1)
         ]
-        for thread in self._threads:
-            thread.start()
+        for number, thread in enumerate(self._threads):
+            try:
+                thread.start()
+            except RuntimeError as error:
+                del self._threads[number:]
+                self.close()
+                raise no_further_worker(error) from error
         for _ in self._threads:
             answer = started.get()
             if isinstance(answer, Exception):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import os
 import pickle
@@ -11,7 +13,7 @@ import socket
 import subprocess
 import sys
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from ...config.schema import RewardConfig
@@ -41,22 +43,50 @@ def start_worker(
     """Start a process that runs `main(descriptor, parent)` of a module, and return it with our end of its socket.
 
     `allowed` are the environment variables it gets although they look like secrets, and `key` is the option that names
-    them. Raises ValueError where one is not set, or on Windows.
+    them. Raises ValueError where one is not set, on Windows, and where the system allows no further process.
     """
     if sys.platform == "win32":
         raise ValueError("rewards and environments run in processes that need Linux or macOS; on Windows, use WSL 2")
     environment = worker_environment(os.environ, allowed, gpu=gpu, key=key) | {MARKER: uuid.uuid4().hex}
-    ours, theirs = socket.socketpair()
-    with theirs:
-        process = subprocess.Popen(
-            [sys.executable, "-c", _BOOTSTRAP, json.dumps(sys.path), module, str(theirs.fileno()), str(os.getpid())],
-            stdin=subprocess.DEVNULL,
-            stdout=_STDERR,  # users see what their code prints, and it is never read as a result
-            env=environment,
-            pass_fds=[theirs.fileno()],
-            start_new_session=True,  # Ctrl-C goes to the parent alone, and a kill reaches all children
-        )
+    with _within_limits(), contextlib.ExitStack() as on_failure:
+        ours, theirs = socket.socketpair()
+        on_failure.callback(ours.close)
+        with theirs:
+            process = subprocess.Popen(
+                [
+                    sys.executable,
+                    "-c",
+                    _BOOTSTRAP,
+                    json.dumps(sys.path),
+                    module,
+                    str(theirs.fileno()),
+                    str(os.getpid()),
+                ],
+                stdin=subprocess.DEVNULL,
+                stdout=_STDERR,  # users see what their code prints, and it is never read as a result
+                env=environment,
+                pass_fds=[theirs.fileno()],
+                start_new_session=True,  # Ctrl-C goes to the parent alone, and a kill reaches all children
+            )
+        on_failure.pop_all()
     return process, ours
+
+
+@contextlib.contextmanager
+def _within_limits() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE):
+            raise
+        raise no_further_worker(error) from error
+
+
+def no_further_worker(error: Exception) -> ValueError:
+    """The error where the system allows no further process, thread or file."""
+    return ValueError(f"a worker process cannot be started ({error}): raise the limit of processes and threads "
+                      "(ulimit -u, pids.max of a container) or of open files (ulimit -n), or lower scoring.num_workers "
+                      "and environment.workers")  # fmt: skip
 
 
 def signal_kill(process: subprocess.Popen[bytes]) -> None:

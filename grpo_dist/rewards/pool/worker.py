@@ -74,7 +74,12 @@ def main(descriptor: int, parent: int) -> None:
 def connect(descriptor: int, parent: int) -> Channel:
     """The channel at a file descriptor, in a process that ends with its parent, ends with its children, and leaves
     signals to its parent."""
-    _end_children_too()
+    try:
+        _end_children_too()
+    except BlockingIOError as error:
+        sys.exit(
+            f"a worker process cannot start another ({error}): the limit of processes is reached (ulimit -u, pids.max)"
+        )
     _end_with(parent)
     for number in _LEFT_TO_THE_PARENT:
         # A handler that does nothing, not SIG_IGN: programs that users' code starts would inherit SIG_IGN, and nobody

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import itertools
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -92,6 +95,26 @@ def test_time_in_which_the_trainer_was_stopped_does_not_count(monkeypatch: pytes
     assert answering(*[1.0] * 9).receive(10.0) == b"ok"
     with pytest.raises(TimeoutError):
         answering(*[1.0] * 10).receive(10.0)
+
+
+@pytest.mark.parametrize("limited", ["processes", "files", "threads"])
+def test_a_limit_of_the_system_is_named(limited: str, user_directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    popen, start, started, calls = subprocess.Popen, threading.Thread.start, [], itertools.count()
+
+    def refuse(*arguments: object, **options: object) -> object:
+        if next(calls) == 2:
+            if limited == "threads":
+                raise RuntimeError("can't start new thread")
+            raise OSError({"processes": errno.EAGAIN, "files": errno.EMFILE}[limited], "no more")
+        made = start(*arguments) if limited == "threads" else popen(*arguments, **options)  # type: ignore[call-overload]
+        started.append(made)
+        return made
+
+    place = (threading.Thread, "start") if limited == "threads" else (subprocess, "Popen")
+    monkeypatch.setattr(*place, refuse)
+    with pytest.raises(ValueError, match=r"a worker process cannot be started.*ulimit -u.*lower scoring\.num_workers"):
+        ScorerPool([RewardConfig("user_rewards:act")], ScoringConfig(num_workers=3))
+    assert limited == "threads" or all(worker.returncode is not None for worker in started)
 
 
 def test_a_reward_that_always_hangs_is_given_up(pools: Callable[[str], ScorerPool]) -> None:
