@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
@@ -12,8 +13,9 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+from ..config.algorithm import LossConfig
 from ..config.schema import Config, LoraConfig
-from ..config.values import differences, redacted
+from ..config.values import differences, flat, redacted
 from ..data.mixture import identifying, order_of
 from ..model.adapter_values import fingerprint
 from ..model.files import model_path
@@ -26,6 +28,8 @@ from ..types import Prompt
 from . import store as checkpoint
 from .state import NEEDED as STATE_NEEDS
 
+log = logging.getLogger(__name__)
+
 NEEDED = STATE_NEEDS | {"identity": dict, "config": dict, "versions": dict}
 """What the metadata of a checkpoint needs so that a run can resume from it, with its types."""
 
@@ -33,7 +37,9 @@ NEEDED = STATE_NEEDS | {"identity": dict, "config": dict, "versions": dict}
 def resume_path(config: Config) -> Path | None:
     """The checkpoint that train.resume stands for, or None for a fresh start.
 
-    Raises ValueError where there is one and train.resume is `never`, DamagedCheckpoint where the one named is damaged.
+    A path stands for the newest checkpoint of train.output_dir where the same command has written that: started again,
+    it goes on. Raises ValueError where there is one and train.resume is `never`, and where it names none;
+    DamagedCheckpoint where the one named is damaged.
     """
     root, resume = Path(config.train.output_dir) / "checkpoints", config.train.resume
     if resume == "auto":
@@ -43,8 +49,28 @@ def resume_path(config: Config) -> Path | None:
             raise ValueError(f"train.resume is `never` but {root} holds checkpoints: choose another "
                              "train.output_dir, or remove it")  # fmt: skip
         return None
-    checkpoint.verify(Path(resume))
-    return Path(resume)
+    path = Path(resume)
+    if not any((path / name).is_file() for name in (checkpoint.MANIFEST, checkpoint.META)):
+        near = [each for place in (path, path / "checkpoints", root) for each in checkpoint.complete(place)]
+        example = f"such as {near[0]}" if near else "RUN/checkpoints/step_N"
+        raise ValueError(f"train.resume: {resume!r} given, expected auto, never, or the directory of a checkpoint, "
+                         f"{example}")  # fmt: skip
+    checkpoint.verify(path)
+    written = checkpoint.newest(root) if checkpoint.complete(root) else None
+    if written is None or written.samefile(path) or not _is_same_command(written, config):
+        return path
+    log.info("train.resume: this command has gone on from %s before, and now does from its newest checkpoint", path)
+    return written
+
+
+def _is_same_command(path: Path, config: Config) -> bool:
+    """Whether a run with this config wrote the checkpoint."""
+    settled = ("data.template_date", "data.chat_template")  # later than the question
+    before, now = (
+        {key: value for key, value in flat(each).items() if key not in settled}
+        for each in (checkpoint.load_meta(path, {"config": dict})["config"], redacted(asdict(config)))
+    )
+    return before == now
 
 
 def with_template_date(config: Config, tokenizer: Any, path: Path | None) -> Config:
@@ -113,21 +139,81 @@ def _by_entry(identity: dict[str, Any]) -> dict[str, Any]:
     return identity | {"base": json.loads(identity["base"])}
 
 
-def changes(path: Path, config: Config, now: dict[str, Any]) -> list[str]:
-    """A line for each change since a checkpoint; raises ValueError where the run's identity `now` is another."""
-    meta = checkpoint.load_meta(path, NEEDED)
-    # older checkpoints lack what was the only choice, and what nobody asked for
+GROUP_OF = {"base": "model", "order": "data"}
+"""Entries of an identity that have options of a group."""
+
+
+def _identity_before(meta: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
+    """The identity in a checkpoint's metadata, with what older checkpoints lack: the only choice of then, and what
+    nobody asked for."""
     before = {"optimizer": "adamw"} | {key: now[key] for key in ("base_weights", *MAY_CHANGE)} | meta["identity"]
     if before["lora"] is not None:
         before["lora"] = _shape_of(LoraConfig()) | before["lora"]
-    noted = [what for key, what in MAY_CHANGE.items() if before.pop(key) != now[key]]
-    same = {key: value for key, value in now.items() if key not in MAY_CHANGE}
-    harmful = differences(_by_entry(before), _by_entry(same))
-    if harmful and not config.train.allow_changes:
-        lines = "\n  ".join(harmful)
-        raise ValueError(f"{path} belongs to another run:\n  {lines}\nChoose another train.output_dir, "
-                         "or set train.allow_changes")  # fmt: skip
-    changed = harmful + differences(meta["config"], redacted(asdict(config))) + noted
+    return before
+
+
+def _harmful(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """A line for each difference of two identities that makes another run of it."""
+    return differences(*({key: value for key, value in _by_entry(each).items() if key not in MAY_CHANGE}
+                         for each in (before, now)))  # fmt: skip
+
+
+def _without_place(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Why the tensors of a checkpoint have no place in this run, whatever is allowed to change."""
+    lora_before, lora = before["lora"], now["lora"]
+    return [reason for reason, holds in {
+        "it has adapters, and lora is null": lora is None and lora_before is not None,
+        "it has all weights, and lora is not null": lora is not None and lora_before is None,
+        "its adapters have another lora.r": lora and lora_before and lora["r"] != lora_before["r"],
+        "it has no value head for advantage.baseline critic": now["critic"] and not before.get("critic"),
+        "it has the state of another optim.optimizer": now["optimizer"] != before["optimizer"],
+    }.items() if holds]  # fmt: skip
+
+
+def _require_same_run(
+    path: Path, config: Config, before: dict[str, Any], now: dict[str, Any], options: list[str]
+) -> None:
+    """Raise ValueError where identities differ and may not; `options` has a line for each option that differs."""
+    harmful, without_place = _harmful(before, now), _without_place(before, now)
+    if not harmful or (config.train.allow_changes and not without_place):
+        return
+    shown = list(dict.fromkeys(_by_option(line, options) for line in harmful))
+    others = [line for line in options if line not in shown and not line.startswith("train.allow_changes:")]
+    if not {*shown} <= {*options}:  # not an option's own line: what has changed it is one of the others, or a file
+        shown.append(f"options that differ: {'; '.join(others)}" if others else "no option differs: a file has changed")
+    advice = "or set train.allow_changes"
+    if without_place:
+        advice = (f"as this checkpoint cannot be continued so ({'; '.join(without_place)}). `python -m grpo_dist "
+                  "export` writes its model, from which a new run can begin")  # fmt: skip
+    lines = "\n  ".join(shown)
+    raise ValueError(f"{path} belongs to another run:\n  {lines}\nChoose another train.output_dir, {advice}")
+
+
+def _by_option(line: str, options: list[str]) -> str:
+    """The line of the option with these values that a line about the identity is of; else that line."""
+    first, _, rest = line.partition(".")
+    name = f"{GROUP_OF[first]}.{rest}" if first in GROUP_OF else line
+    return next((each for each in options if each == name or each.endswith(f".{name}")), line)
+
+
+def require_steps_to_come(path: Path, config: Config, meta: dict[str, Any]) -> None:
+    """Raise ValueError where a checkpoint has more steps than the run is to have."""
+    begun, num_steps = meta["step"] + (meta["updates"] > 0), config.train.num_train_steps
+    if begun > num_steps:
+        raise ValueError(f"train.num_train_steps: {num_steps} given, but the run has come to step {begun} in {path}: "
+                         f"expected {begun} or more, or a train.resume that names an earlier checkpoint")  # fmt: skip
+
+
+def changes(path: Path, config: Config, now: dict[str, Any]) -> list[str]:
+    """A line for each change since a checkpoint; raises ValueError where the run's identity `now` is another, or where
+    it has fewer steps."""
+    meta = checkpoint.load_meta(path, NEEDED)
+    before, options = _identity_before(meta, now), differences(meta["config"], redacted(asdict(config)))
+    _require_same_run(path, config, before, now, options)
+    require_steps_to_come(path, config, meta)
+    harmful = [line for line in _harmful(before, now) if _by_option(line, options) == line]
+    noted = [what for key, what in MAY_CHANGE.items() if before[key] != now[key]]
+    changed = list(dict.fromkeys(harmful + options + noted))
     files = file_digests(config.rewards)
     changed += [f"the file of {name}" for name, digest in meta.get("reward_files", {}).items()
                 if files.get(name, digest) != digest]  # fmt: skip
@@ -135,6 +221,39 @@ def changes(path: Path, config: Config, now: dict[str, Any]) -> list[str]:
         f"the version differs from the checkpoint's, so results may differ: {change}"
         for change in differences(meta["versions"], versions())
     ]
+
+
+DRAWN_BY = {
+    "rollout": ("group_size", "max_completion_length", "temperature", "top_p", "top_k", "min_p", "stop",
+                "min_new_tokens", "banned_tokens", "max_resamples", "lag"),
+    "environment": ("tools", "factory", "max_turns", "max_tool_characters", "stop_tools", "call_format"),
+    "rewards": ("name", "weight", "schedule", "args"),
+}  # fmt: skip
+"""Options on which completions and their rewards depend. Others change the speed, or rounding."""
+DIVIDED_BY = ("updates_per_batch", "num_minibatches")
+"""Options of `train` on which the updates of a step depend."""
+
+
+def changes_of_batches(meta: dict[str, Any], config: Config, now: dict[str, Any]) -> list[str]:
+    """A line for each change since a checkpoint because of which batches that it holds do not fit the run any more."""
+    groups = {**DRAWN_BY, **({"train": DIVIDED_BY} if meta["updates"] else {})}
+    before, after = ({group: _chosen(values.get(group), names) for group, names in groups.items()}
+                     for values in (meta["config"], redacted(asdict(config))))  # fmt: skip
+    return _harmful(_identity_before(meta, now), now) + differences(before, after)
+
+
+def _chosen(group: Any, names: Sequence[str]) -> Any:
+    """The options of these names, of a group or of each in a list of groups."""
+    if isinstance(group, list):
+        return [_chosen(each, names) for each in group]
+    return {name: (group or {}).get(name) for name in names}
+
+
+def resumed_kl_coeff(meta: dict[str, Any], loss: LossConfig) -> float:
+    """The KL coefficient of a resumed run: the config's, unless the run has adapted this one to loss.kl_target."""
+    before = meta["config"].get("loss", {})
+    is_adapted = None not in (loss.kl_target, before.get("kl_target")) and before["kl_coeff"] == loss.kl_coeff
+    return meta["kl_coeff"] if is_adapted else loss.kl_coeff
 
 
 def require_same_start(starts: Sequence[dict[str, Any]]) -> None:

@@ -42,11 +42,13 @@ class TrainState:
     ahead."""
     ahead: Batch | None = None
     """The batch of the next step, where rollout.lag is 1 and it is drawn."""
+    begun_anew: bool = False
+    """Whether the current step forgot the batch of which it had made updates."""
 
     @property
     def is_start(self) -> bool:
         """Whether no optimizer step was taken yet."""
-        return self.step == self.updates == 0
+        return self.step == self.updates == 0 and not self.begun_anew
 
     def after_update(self, batch: Batch, metrics: dict[str, float]) -> None:
         """Record one more optimizer step on the batch."""
@@ -58,6 +60,11 @@ class TrainState:
         self.sampler.record(pass_rates)
         self.step, self.kl_coeff, self.updates, self.metrics = self.step + 1, kl_coeff, 0, []
         self.batch, self.ahead = self.ahead, None
+
+    def begin_step_anew(self) -> None:
+        """Forget the batches: the current step draws its own, and makes all of its updates."""
+        self.begun_anew = self.updates > 0
+        self.updates, self.metrics, self.batch, self.ahead = 0, [], None, None
 
     def meta(self) -> dict[str, Any]:
         """The part that is saved as JSON; the step is in the checkpoint's name."""

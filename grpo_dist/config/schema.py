@@ -93,11 +93,13 @@ class TrainConfig:
     """Seed of sampling, shuffling and adapter initialisation."""
     resume: str = "auto"
     """`auto` continues from the newest complete checkpoint of output_dir, `never` refuses to touch an output_dir that
-    has one, and a path names the checkpoint to continue from."""
+    has one, and a path names the checkpoint to continue from. Where the same command has done so before, it continues
+    from the newest one that it has written."""
     max_time: str | None = None
     """Time after which the run saves and ends, as HH:MM:SS; the same command resumes it. null for no limit."""
     allow_changes: bool = False
-    """Resume although the base model, the adapters' shape, the data, the batch size or the seed has changed."""
+    """Resume although the base model, the adapters' scale or dropout, the data or their order, the batch size or the
+    seed has changed. What the checkpoint's weights and optimizer state do not fit is refused all the same."""
     max_bad_updates: int = 3
     """Updates in a row with an infinite or NaN gradient at which the run stops. Each such update is skipped."""
     max_failed_saves: int = 0

@@ -6,6 +6,7 @@ slice of a parameter; this module knows which slice is where.
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -15,6 +16,20 @@ from .ranks import Ranks
 from .sharding import full_shape
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+NOT_NEEDED = "value_head."
+"""The beginning of names of weights that a run without a critic does without."""
+
+
+def require_same_weights(state: Mapping[str, Tensor], parameters: Collection[str]) -> None:
+    """Raise ValueError where the weights of a state are not those of the parameters, by their names."""
+    saved = {key.removeprefix("weight/") for key in state if key.startswith("weight/")}
+    lost = sorted(name for name in saved.difference(parameters) if not name.startswith(NOT_NEEDED))
+    if missing := sorted({*parameters} - saved):
+        raise ValueError(f"it lacks {len(missing)} weights that this run trains, such as {missing[0]}")
+    if lost:
+        raise ValueError(f"it has {len(lost)} trained weights that this run does not train, such as {lost[0]}")
 
 
 class OptimizerState:
@@ -52,7 +67,9 @@ class OptimizerState:
 
     @torch.no_grad()
     def restore(self, state: dict[str, Tensor]) -> None:
-        """Restore what `collect` returned, the same on every rank. Raises ValueError for tensors of other shapes."""
+        """Restore what `collect` returned, the same on every rank. Raises ValueError for tensors of other shapes or
+        names."""
+        require_same_weights(state, self.parameters)
         for name, parameter in self.parameters.items():
             shape = full_shape(parameter)
             for kind in ("weight", *MOMENTS):
@@ -94,7 +111,9 @@ class WholeOptimizerState:
 
     @torch.no_grad()
     def restore(self, state: dict[str, Tensor]) -> None:
-        """Restore what `collect` returned, the same on every rank. Raises ValueError for tensors of other shapes."""
+        """Restore what `collect` returned, the same on every rank. Raises ValueError for tensors of other shapes or
+        names."""
+        require_same_weights(state, self.parameters)
         kept: dict[str, dict[str, Tensor]] = {name: {} for name in self.parameters}
         for key, value in state.items():
             if key.startswith("state/"):

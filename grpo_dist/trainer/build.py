@@ -13,7 +13,15 @@ import torch
 
 from ..checkpoint import store as checkpoint
 from ..checkpoint.guards import BadUpdates, FailedSaves, lock
-from ..checkpoint.resume import changes, identity, require_same_start, resume_path, with_template_date
+from ..checkpoint.resume import (
+    changes,
+    changes_of_batches,
+    identity,
+    require_same_start,
+    resume_path,
+    resumed_kl_coeff,
+    with_template_date,
+)
 from ..checkpoint.state import TrainState
 from ..config.files import as_yaml
 from ..config.parse import is_first_rank
@@ -114,7 +122,7 @@ def build(config: Config) -> tuple[Parts, TrainState]:
     models = _load_models(data, ranks, resume_from)
     state = TrainState(0, config.loss.kl_coeff, data.sampler)
     if resume_from is not None:
-        _resume(state, config, resume_from, ranks, models.optimizer_state, data.prompts)
+        _resume(state, data, resume_from, ranks, models.optimizer_state)
     try:
         models.engine.update_weights()
         recorder = _open_records(config, directory, ranks, state, models.policy.causal_lm.dtype)
@@ -165,8 +173,8 @@ def _prepare(config: Config, directory: Path, is_main: bool) -> _Start:
     """
     require_known_launch(os.environ)
     require_optimizer(config.optim, os.environ)
-    resume_from = resume_path(config)
     config = with_adapter(config)
+    resume_from = resume_path(config)
     host = open_host(config)
     data = _load_data(templated(config), resume_from, host)
     for change in changes(resume_from, data.config, data.identity) if resume_from else ():
@@ -248,26 +256,28 @@ def _agree_on_data(ranks: Ranks, own: _Start) -> _Data:
 
 
 def _resume(
-    state: TrainState,
-    config: Config,
-    path: Path,
-    ranks: Ranks,
-    optimizer_state: OptimizerState | WholeOptimizerState,
-    prompts: Sequence[Prompt],
+    state: TrainState, data: _Data, path: Path, ranks: Ranks, optimizer_state: OptimizerState | WholeOptimizerState
 ) -> None:
     """Take up the checkpoint at `path`; a collective. Raises UserError on all ranks where it does not fit the run."""
     problem = None
     try:
         tensors, meta = checkpoint.load(path)
         optimizer_state.restore(tensors)
-        state.restore(tensors, meta, prompts)
+        state.restore(tensors, meta, data.prompts)
+        changed = changes_of_batches(meta, data.config, data.identity)
+        state.kl_coeff = resumed_kl_coeff(meta, data.config.loss)
     except (checkpoint.DamagedCheckpoint, TypeError, ValueError, LookupError, AttributeError) as error:
         problem = f"{type(error).__name__}: {error}"  # although its checksums are right
     if problem := first_fault(ranks.gather_objects, problem):
-        raise UserError(f"{path} does not fit this run ({problem}): {checkpoint.CHANGED}")
+        reason = checkpoint.CHANGED
+        if data.config.train.allow_changes:
+            reason = "train.allow_changes does not help where its weights are others; choose another train.output_dir"
+        raise UserError(f"{path} does not fit this run ({problem}): {reason}")
     log.info("resumed from %s", path)
-    if config.loss.kl_target is None:  # the coefficient is the config's, which may have been changed
-        state.kl_coeff = config.loss.kl_coeff
+    if changed and (state.batch or state.ahead):
+        log.warning("step %d begins anew, without the completions that the checkpoint has: they do not fit what has "
+                    "changed (%s)", state.step + 1, "; ".join(changed))  # fmt: skip
+        state.begin_step_anew()
 
 
 def _open_records(

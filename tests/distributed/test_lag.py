@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from launching import EVALUATED, ROOT, TINY, adapters, check_same, completions, launch, metrics, train
+from launching import (
+    EVALUATED,
+    ROOT,
+    TINY,
+    adapters,
+    check_same,
+    completions,
+    launch,
+    metrics,
+    train,
+    without_its_last_step,
+)
 
 LAG = ("--rollout.lag", "1", "--loss.kl_coeff", "0.04", "--train.updates_per_batch", "2")
 
@@ -19,7 +31,7 @@ def texts(directory: Path, step: int) -> list[str]:
 
 @pytest.fixture(scope="module")
 def one_process(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return train(None, 1, tmp_path_factory.mktemp("one") / "run", *LAG)
+    return train(None, 1, tmp_path_factory.mktemp("one") / "run", *LAG, "--train.save_every", "1")
 
 
 @pytest.mark.parametrize(("strategy", "num_processes"), [("ddp", 2), pytest.param("zero3", 2, marks=pytest.mark.slow)])
@@ -72,3 +84,23 @@ def test_stopped_with_a_batch_in_flight(at: str, one_process: Path, tmp_path: Pa
     assert [row["completion"] for row in completions(again)] == [row["completion"] for row in completions(one_process)]
     ours, theirs = adapters(one_process), adapters(again)
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+@pytest.mark.parametrize(
+    ("changed", "columns"),
+    [
+        (("--rollout.lag", "0"), {"reward/math"}),
+        (("--rewards", "[{name: math}, {name: repetition}]"), {"reward/math", "reward/repetition"}),
+    ],
+)
+def test_completions_that_do_not_fit_changed_options(
+    changed: tuple[str, ...], columns: set[str], one_process: Path, tmp_path: Path
+) -> None:
+    """What was drawn ahead is drawn again: options that have changed count from the next step on."""
+    run = without_its_last_step(one_process, tmp_path / "run")
+    again = launch(None, 1, *TINY, *LAG, "--train.output_dir", str(run), *changed)
+    assert again.returncode == 0, again.stderr[-4000:]
+    assert re.search(rf"step 3 begins anew, .*: they do not fit what has changed \({changed[0][2:]}", again.stderr)
+    lines = metrics(run)
+    assert lines[3]["rollout/logprob_gap_max"] < 1e-3, "drawn by the policy that is trained"
+    assert {name.removesuffix("/mean") for name in lines[3] if re.fullmatch("reward/.*/mean", name)} == columns

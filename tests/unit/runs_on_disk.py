@@ -12,7 +12,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 
+from grpo_dist.config.parse import parse_config
 from grpo_dist.config.schema import Config
+
+ROOT = Path(__file__).parents[2]
+
+
+def config_of(tmp_path: Path, *arguments: str) -> Config:
+    """The quickstart's config with an output directory of its own."""
+    return parse_config(["--config", str(ROOT / "configs/quickstart.yaml"), "--data.train_file",
+                         str(ROOT / "configs/data/math_tasks_eval.jsonl"), "--data.eval_file", "null",
+                         "--train.output_dir", str(tmp_path / "run"), *arguments])  # fmt: skip
 
 
 def write_run(

@@ -88,3 +88,13 @@ def test_a_prompt_is_restored_with_what_its_environment_said() -> None:
     state.batch = replace(state.batch, prompts=[played, PROMPTS[1]])
     again = restored(state.tensors(), state)
     assert again.batch is not None and again.batch.prompts == [played, PROMPTS[1]]
+
+
+def test_a_step_that_begins_anew_is_no_start() -> None:
+    """Records and the evaluation of step 0 are of the model before the updates that it made."""
+    state = make_state(torch.ones(6, dtype=torch.bool))
+    state.step = 0
+    again = restored(state.tensors(), state)
+    again.begin_step_anew()
+    assert (again.step, again.updates, again.metrics, again.batch, again.ahead) == (0, 0, [], None, None)
+    assert not again.is_start and TrainState(0, 0.0, Sampler(1, 1, seed=0)).is_start

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, Qwen2Config
 
 from grpo_dist.config.schema import Config, LoraConfig, ModelConfig, OptimConfig
 from grpo_dist.distributed.launch_config import require_optimizer
-from grpo_dist.distributed.optimizer_state import WholeOptimizerState
+from grpo_dist.distributed.optimizer_state import OptimizerState, WholeOptimizerState
 from grpo_dist.distributed.ranks import Ranks
 from grpo_dist.model.load import make_policy, trainable
 from grpo_dist.model.optimizer import make_optimizer, orthogonal
@@ -124,6 +124,24 @@ def test_a_checkpoint_goes_on_bit_for_bit(name: Any, lora: LoraConfig | None) ->
         assert value.dtype == policies[1][key].dtype and torch.equal(value, policies[1][key]), key
     if name == "adamw_8bit":
         assert any(value.dtype == torch.uint8 for value in saved.values())
+
+
+@pytest.mark.parametrize("kind", [OptimizerState, WholeOptimizerState])
+def test_weights_that_are_lost_or_missing_are_refused(kind: Any) -> None:
+    """They would be as if they had not been trained."""
+    ranks = Ranks(torch.float32, OptimConfig())
+    policy, optimizer = make("adamw", LoraConfig(r=4))
+    _, prepared = ranks.prepare(policy, optimizer)
+    state = kind(ranks, prepared, trainable(policy))
+    saved = state.collect()
+    if kind is WholeOptimizerState:
+        state.restore(saved | {"weight/value_head.weight": torch.zeros(3)})  # of a critic that the run has no more
+    with pytest.raises(ValueError, match=r"1 trained weights that this run does not train, such as other\.weight"):
+        state.restore(saved | {"weight/other.weight": torch.zeros(3)})
+    name = min(trainable(policy))
+    del saved[f"weight/{name}"]
+    with pytest.raises(ValueError, match=f"lacks 1 weights that this run trains, such as {name}"):
+        state.restore(saved)
 
 
 @pytest.mark.parametrize("name", ["muon", "adamw_8bit"])

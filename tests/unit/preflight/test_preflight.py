@@ -257,7 +257,7 @@ def test_what_would_be_resumed(data: list[str], tmp_path: Path, capsys: pytest.C
     assert main(data) == 0
     assert f"resumes from {root / 'step_7'}" in capsys.readouterr().out
     assert main([*data, "--train.seed", "3", "--train.resume", "auto"]) == 2
-    assert "belongs to another run:   seed: 0 -> 3 Choose another train.output_dir" in capsys.readouterr().out
+    assert "belongs to another run:   seed: 0 -> 3   options that differ: " in capsys.readouterr().out
     assert main([*data, "--train.resume", "never"]) == 2
     assert "train.resume is `never` but" in capsys.readouterr().out
 
