@@ -196,7 +196,7 @@ def _by_option(line: str, options: list[str]) -> str:
     return next((each for each in options if each == name or each.endswith(f".{name}")), line)
 
 
-def require_steps_to_come(path: Path, config: Config, meta: dict[str, Any]) -> None:
+def _require_steps_to_come(path: Path, config: Config, meta: dict[str, Any]) -> None:
     """Raise ValueError where a checkpoint has more steps than the run is to have."""
     begun, num_steps = meta["step"] + (meta["updates"] > 0), config.train.num_train_steps
     if begun > num_steps:
@@ -210,13 +210,16 @@ def changes(path: Path, config: Config, now: dict[str, Any]) -> list[str]:
     meta = checkpoint.load_meta(path, NEEDED)
     before, options = _identity_before(meta, now), differences(meta["config"], redacted(asdict(config)))
     _require_same_run(path, config, before, now, options)
-    require_steps_to_come(path, config, meta)
+    _require_steps_to_come(path, config, meta)
     harmful = [line for line in _harmful(before, now) if _by_option(line, options) == line]
     noted = [what for key, what in MAY_CHANGE.items() if before[key] != now[key]]
     changed = list(dict.fromkeys(harmful + options + noted))
     files = file_digests(config.rewards)
     changed += [f"the file of {name}" for name, digest in meta.get("reward_files", {}).items()
                 if files.get(name, digest) != digest]  # fmt: skip
+    profiled = config.logging.profile_step
+    if 0 < profiled <= meta["step"] and any(line.startswith("logging.profile_step:") for line in options):
+        changed.append(f"logging.profile_step, to no effect: step {profiled} is done already")
     return [f"changed since the checkpoint: {change}" for change in changed] + [
         f"the version differs from the checkpoint's, so results may differ: {change}"
         for change in differences(meta["versions"], versions())

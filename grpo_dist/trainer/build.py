@@ -275,8 +275,9 @@ def _resume(
         raise UserError(f"{path} does not fit this run ({problem}): {reason}")
     log.info("resumed from %s", path)
     if changed and (state.batch or state.ahead):
-        log.warning("step %d begins anew, without the completions that the checkpoint has: they do not fit what has "
-                    "changed (%s)", state.step + 1, "; ".join(changed))  # fmt: skip
+        if ranks.is_main:
+            log.warning("step %d begins anew, without the completions that the checkpoint has: they do not fit what "
+                        "has changed (%s)", state.step + 1, "; ".join(changed))  # fmt: skip
         state.begin_step_anew()
 
 

@@ -232,6 +232,9 @@ def test_other_changes_are_listed(tmp_path: Path) -> None:
     told = "\n".join(changes(path, after, identity(after, load_model_config(after.model), [])))
     assert "optim.learning_rate: 0.001 -> 0.0002" in told and "train.num_train_steps: 60 -> 99" in told
     assert "the version differs from the checkpoint's" in told  # the checkpoint above names none
+    late = config_of(tmp_path, "--logging.profile_step", "1")
+    told = "\n".join(changes(path, late, identity(late, load_model_config(late.model), [])))
+    assert "logging.profile_step, to no effect: step 1 is done already" in told
 
 
 def test_other_answers_and_other_evaluations_are_listed(tmp_path: Path) -> None:
