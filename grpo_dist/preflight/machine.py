@@ -60,7 +60,7 @@ def check_resuming(config: Config, contents: Contents, findings: Findings) -> No
         lines = ["no checkpoint: the run starts from the beginning"]
         if path is not None:
             lines = [f"resumes from {path}"]
-            if contents.model_config is not None and contents.prompts:
+            if contents.tokenizer is not None and contents.model_config is not None and contents.prompts:
                 dated = with_template_date(config, contents.tokenizer, path)
                 now = identity(dated, contents.model_config, contents.prompts, contents.eval_prompts)
                 lines += changes(path, dated, now)

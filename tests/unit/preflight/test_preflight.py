@@ -260,6 +260,10 @@ def test_what_would_be_resumed(data: list[str], tmp_path: Path, capsys: pytest.C
     assert "belongs to another run:   seed: 0 -> 3   options that differ: " in capsys.readouterr().out
     assert main([*data, "--train.resume", "never"]) == 2
     assert "train.resume is `never` but" in capsys.readouterr().out
+    (tmp_path / "tokenizer_config.json").write_text("{")
+    assert main([*data, "--model.tokenizer", str(tmp_path), "--data.template_date", "null"]) == 2
+    out = capsys.readouterr().out
+    assert "model.name" in out and f"resumes from {root / 'step_7'}" in out, "prompts are compared once they are read"
 
 
 def test_servers_are_asked_and_environments_tried(tmp_path: Path) -> None:
