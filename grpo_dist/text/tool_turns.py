@@ -11,10 +11,13 @@ import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .call_formats import MARKS, READERS, Call, Tools, call_of
 from .templates import literal, render_conversation, template_of, warn_once
+
+if TYPE_CHECKING:
+    from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 CALL_ID = "call00000"
 """Mistral's templates ask for nine letters and digits."""
@@ -38,7 +41,7 @@ class Answer:
     text: str
 
 
-def with_tools(tokenizer: Any, schemas: Sequence[dict[str, Any]]) -> Any:
+def with_tools(tokenizer: PreTrainedTokenizerBase, schemas: Sequence[dict[str, Any]]) -> PreTrainedTokenizerBase:
     """The tokenizer with a chat template that knows the tools (JSON schemas), for rendering prompts."""
     if not schemas:
         return tokenizer
@@ -54,14 +57,15 @@ class ToolTurns:
     """Reads calls off a turn, and gives the tokens that tools' answers add after it, or a user's."""
 
     def __init__(
-        self, tokenizer: Any, end_ids: Sequence[int], tools: Tools, template_date: str | None = None,
-        call_format: str = "auto", *, has_users: bool = False,
+        self, tokenizer: PreTrainedTokenizerBase, end_ids: Sequence[int], tools: Tools,
+        template_date: str | None = None, call_format: str = "auto", *, has_users: bool = False,
     ) -> None:  # fmt: skip
         """`tokenizer` knows the `tools`, if there are any; `end_ids` end a turn; `has_users` says that messages of a
         user follow turns without calls. Raises ValueError where the template cannot be continued with the answers, or
         nobody knows how the model writes calls."""
         self._tokenizer, self._date = tokenizer, template_date
-        self._ends = [tokenizer.convert_ids_to_tokens(number) for number in end_ids]
+        ends = zip(tokenizer.convert_ids_to_tokens(list(end_ids)), end_ids, strict=True)
+        self._ends = {token: number for token, number in ends if token}  # a model may have more than its tokenizer
         added = tokenizer.added_tokens_decoder.values()
         self._specials = [str(token) for token in added if token.special and len(str(token)) > 1]
         self._read: Callable[[str], list[Call]] = lambda _: []
@@ -115,7 +119,7 @@ class ToolTurns:
         # space after them
         before = end or self._tokenizer.eos_token
         ids: list[int] = self._tokenizer(before + text, add_special_tokens=False)["input_ids"]
-        place = ids.index(self._tokenizer.convert_tokens_to_ids(before))
+        place = ids.index(self._ends[end] if end else self._tokenizer.eos_token_id)
         return ids[place:] if end and is_open else ids[place + 1 :]
 
     def _after_words(self, messages: Sequence[dict[str, str]]) -> tuple[str, str]:
@@ -204,7 +208,7 @@ def _calling(calls: Sequence[Call]) -> dict[str, Any]:
     ]}  # fmt: skip
 
 
-def _reader(tokenizer: Any, call_format: str, tools: Tools) -> Callable[[str], list[Call]]:
+def _reader(tokenizer: PreTrainedTokenizerBase, call_format: str, tools: Tools) -> Callable[[str], list[Call]]:
     """How calls are read; raises ValueError where that is not known."""
     if call_format != "auto":
         return lambda text: READERS[call_format](text, tools)
@@ -221,7 +225,7 @@ def _reader(tokenizer: Any, call_format: str, tools: Tools) -> Callable[[str], l
     )
 
 
-def _parsed(tokenizer: Any, text: str) -> list[Call]:
+def _parsed(tokenizer: PreTrainedTokenizerBase, text: str) -> list[Call]:
     """By the tokenizer's own schema of responses."""
     try:
         message = tokenizer.parse_response(text)

@@ -143,6 +143,13 @@ def test_an_answer_cannot_end_a_turn() -> None:
     assert "7< |im_end|>" in tokenizer.decode(hostile)
 
 
+def test_a_model_may_end_turns_with_tokens_that_its_tokenizer_lacks() -> None:
+    turns, tokenizer = make_turns("hermes")
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    more = ToolTurns(tokenizer, [end, len(tokenizer) + 5], TOOLS_BY_NAME)
+    assert more.answer_ids([Answer("add", "3")]) == turns.answer_ids([Answer("add", "3")])
+
+
 def test_templates_may_trim_and_quote_answers() -> None:
     """What a template makes of an answer is its affair, as long as the answer is there."""
     template = FAMILIES["hermes"][1].replace("{{ m.content }}\n</tool_response>", "{{ m.content | trim | tojson }}</r>")
