@@ -11,7 +11,7 @@ from dataclasses import asdict, replace
 from datetime import date
 from decimal import Decimal
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..config.algorithm import LossConfig
 from ..config.schema import Config, LoraConfig
@@ -27,6 +27,9 @@ from ..text.templates import today, uses_date
 from ..types import Prompt
 from . import store as checkpoint
 from .state import NEEDED as STATE_NEEDS
+
+if TYPE_CHECKING:
+    from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
 
@@ -73,7 +76,7 @@ def _is_same_command(path: Path, config: Config) -> bool:
     return before == now
 
 
-def with_template_date(config: Config, tokenizer: Any, path: Path | None) -> Config:
+def with_template_date(config: Config, tokenizer: PreTrainedTokenizerBase, path: Path | None) -> Config:
     """The config with the date for the chat template, where the template writes one.
 
     The date is the option's, or that of the checkpoint at `path`, or today's: a resumed run keeps its prompts.

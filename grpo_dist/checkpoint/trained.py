@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
@@ -24,6 +24,9 @@ from ..monitoring.json_lines import read_history
 from ..monitoring.machine import last_recorded, started_in
 from . import store as checkpoint
 from .final import is_newest, read_record
+
+if TYPE_CHECKING:
+    from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 Group = TypeVar("Group", ModelConfig, LoraConfig)
 
@@ -99,7 +102,7 @@ def find(path: Path) -> Trained:
     return find(newest)
 
 
-def load(trained: Trained) -> tuple[Policy, Any]:
+def load(trained: Trained) -> tuple[Policy, PreTrainedTokenizerBase]:
     """The trained policy on the CPU, in its dtype of training, and its tokenizer.
 
     Raises ValueError where the base model is another than the one of training, OSError where it is missing.

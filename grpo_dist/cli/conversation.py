@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Console
@@ -28,6 +28,9 @@ from ..rollout.sampling import sampling_with
 from ..text.plain import plain_lines
 from ..text.tokens import CompletionTexts
 
+if TYPE_CHECKING:
+    from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
 _LINE_CHARACTERS = 10_000
 _SAMPLING = ("max_completion_length", "top_p", "top_k", "min_p", "stop", "min_new_tokens", "banned_tokens")
 """The options of rollouts that hold in a chat."""
@@ -48,8 +51,10 @@ class Voice:
 class Conversation:
     """The two models and their generation settings."""
 
-    def __init__(self, trained: Trained, policy: Policy, tokenizer: Any, temperature: float, longest: int | None,
-                 seed: int) -> None:  # fmt: skip
+    def __init__(
+        self, trained: Trained, policy: Policy, tokenizer: PreTrainedTokenizerBase, temperature: float,
+        longest: int | None, seed: int,
+    ) -> None:  # fmt: skip
         """A temperature of 0 is greedy. Sampling uses the run's top_p, top_k and min_p. If `longest` is None,
         rollout.max_completion_length limits answers."""
         self.tokenizer = tokenizer

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from rich.console import Console
@@ -25,6 +25,9 @@ from ..text.plain import plain_lines
 from ..text.tokens import CompletionTexts
 from ..types import Prompt, Trajectory
 from .conversation import Voice, voices
+
+if TYPE_CHECKING:
+    from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 WRITERS = {MODEL: "model", TOOL: "environment", TEMPLATE: "template"}
 STYLES = {MODEL: "bold", TOOL: "cyan", TEMPLATE: "dim"}
@@ -48,8 +51,9 @@ class EpisodeChat:
     """Episodes of a run's environment; close it."""
 
     def __init__(
-        self, trained: Trained, policy: Policy, tokenizer: Any, config: Config, temperature: float, seed: int
-    ) -> None:
+        self, trained: Trained, policy: Policy, tokenizer: PreTrainedTokenizerBase, config: Config,
+        temperature: float, seed: int,
+    ) -> None:  # fmt: skip
         """A temperature of 0 is greedy. Raises ValueError where the environment cannot be started."""
         self.trained, self.policy, self.tokenizer, self.seed = trained, policy, tokenizer, seed
         self.config = templated(config)

@@ -13,7 +13,7 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypeAlias
 
 from ..config.environment import ENVIRONMENT_COLUMN
 from ..config.schema import DataConfig
@@ -27,12 +27,12 @@ from .rows import Row, is_lines, list_columns, load_rows
 from .seen import check_seen
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
 
 AnswerCheck = Callable[[object], None]
-Tokenizers = Mapping[str, Any]
+Tokenizers: TypeAlias = "Mapping[str, PreTrainedTokenizerBase]"
 """Tokenizers by the name of an environment: the template of each knows the tools of its own."""
 
 _MESSAGES_AS_TEXT = re.compile(r"\s*\[\s*\{\s*[\"'](role|content)[\"']\s*:")

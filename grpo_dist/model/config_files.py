@@ -6,7 +6,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
@@ -19,6 +19,9 @@ from ..text.files import near_paths
 from ..text.templates import with_variables
 from .checks import CANNOT, require_complete_model, require_trainable
 from .files import UnfitModel, model_path, require_positions, stored_file
+
+if TYPE_CHECKING:
+    from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +56,7 @@ def _names_option(option: str, name: str, place: str) -> Iterator[None]:
                       f"such {what} here: {error}") from error  # fmt: skip
 
 
-def load_tokenizer(model: ModelConfig) -> Any:
+def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
     """The tokenizer, with model.chat_template_kwargs in its template, and with a padding token. Without one of its own,
     it is the first end-of-sequence token."""
     require_complete_model(model.name, model_path(model), model.revision)
@@ -80,7 +83,7 @@ def load_tokenizer(model: ModelConfig) -> Any:
     return tokenizer
 
 
-def end_token_ids(model: ModelConfig, tokenizer: Any) -> list[int]:
+def end_token_ids(model: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """All tokens that end a completion, of the tokenizer and the model's configs, sorted; the log names ids among these
     that are no tokens. Raises UnfitModel for a config that cannot be read."""
     config = load_model_config(model)
@@ -139,7 +142,7 @@ def _unreadable(model: ModelConfig, error: Exception) -> UnfitModel:
                       f"({type(error).__name__}: {message})")  # fmt: skip
 
 
-def check_model_config(model_config: Any, tokenizer: Any, longest: int) -> None:
+def check_model_config(model_config: Any, tokenizer: PreTrainedTokenizerBase, longest: int) -> None:
     """Raise ValueError if the model cannot be trained, or is too small for sequences of `longest` tokens or for the
     vocabulary of the tokenizer."""
     require_trainable(model_config, longest)

@@ -7,7 +7,7 @@ import math
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import safe_open
@@ -24,6 +24,9 @@ from .load import adapted_layers, plain_name
 from .peft import PeftModel
 from .policy import Policy
 from .quantized import quantized_layers
+
+if TYPE_CHECKING:
+    from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
 
@@ -136,7 +139,7 @@ def adapter_state(policy: Policy, keep: bool) -> dict[str, Tensor]:
         return {name: p.detach().cpu().clone() for name, p in full.items()} if keep else {}
 
 
-def save_final(policy: Policy, tokenizer: Any, directory: Path, is_main: bool) -> None:
+def save_final(policy: Policy, tokenizer: PreTrainedTokenizerBase, directory: Path, is_main: bool) -> None:
     """Write the merged model, the tokenizer and the adapter, then reopen and check the files.
 
     A collective if weights are sharded.
@@ -151,7 +154,7 @@ def save_final(policy: Policy, tokenizer: Any, directory: Path, is_main: bool) -
 
 
 def write_merged(
-    model: Any, state: dict[str, Tensor], tokenizer: Any | None, directory: Path,
+    model: Any, state: dict[str, Tensor], tokenizer: PreTrainedTokenizerBase | None, directory: Path,
     max_shard_size: str = MAX_SHARD_SIZE,
 ) -> None:  # fmt: skip
     """Write a plain model like `model` of these weights, with its tokenizer if given, and check the files. Raises

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -38,6 +38,9 @@ from ..types import Prompt
 from .doubts import doubts
 from .findings import Findings
 
+if TYPE_CHECKING:
+    from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
 _SHOWN_PROMPTS = 2
 _SHOWN_CHARACTERS = 400
 _SCORED_PROMPTS = 8
@@ -47,7 +50,7 @@ _SCORED_PROMPTS = 8
 class Contents:
     """What the check could read. A field is None or empty where reading failed."""
 
-    tokenizer: Any = None
+    tokenizer: PreTrainedTokenizerBase | None = None
     model_config: Any = None
     end_ids: list[int] = field(default_factory=list)
     prompts: Sequence[Prompt] = ()
@@ -100,7 +103,7 @@ def _read_model(config: Config, contents: Contents, num_ranks: int, findings: Fi
     return config
 
 
-def try_model(config: Config, tokenizer: Any, model_config: Any, num_ranks: int) -> str | None:
+def try_model(config: Config, tokenizer: PreTrainedTokenizerBase, model_config: Any, num_ranks: int) -> str | None:
     """Check the model of a run by its config and without its weights. Returns which layers get no adapter and why.
 
     Raises ValueError where it cannot be trained so.

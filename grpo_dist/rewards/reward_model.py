@@ -8,7 +8,7 @@ unscored, as an empty one does. One copy of the model runs on each rank, on the 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..config.model import ComputeDtype
 from ..config.places import model_place
@@ -16,6 +16,9 @@ from ..text.templates import render_messages
 from ..text.tokens import begun_once, tokens_around
 from .placement import runs_in
 from .text import completion_text
+
+if TYPE_CHECKING:
+    from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 
 @runs_in("gpu", most_items=256)
@@ -43,7 +46,7 @@ class RewardModelReward:
 
         model = model_place(model, "model")
         given = {"revision": revision, "trust_remote_code": trust_remote_code}
-        self.tokenizer: Any = AutoTokenizer.from_pretrained(model, **given)
+        self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(model, **given)
         self.before, _ = tokens_around(self.tokenizer)
         self.model, loading = AutoModelForSequenceClassification.from_pretrained(
             model, config=stored_config(model, **given), dtype=getattr(torch, dtype), output_loading_info=True, **given

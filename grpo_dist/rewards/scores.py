@@ -15,6 +15,8 @@ from numpy.typing import NDArray
 from .text import TextOrMessages
 
 if TYPE_CHECKING:
+    from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
     from ..types import Prompt
 
 FailureKind = Literal["raised", "timeout", "bad_value", "died", "environment"]
@@ -108,7 +110,7 @@ def combine(values: NDArray[np.float64], failed: NDArray[np.bool_], weights: Seq
     return total
 
 
-def to_items(pairs: Sequence[tuple[Prompt, str]], tokenizer: Any) -> list[Item]:
+def to_items(pairs: Sequence[tuple[Prompt, str]], tokenizer: PreTrainedTokenizerBase) -> list[Item]:
     """Return prompts with completions as items for the rewards."""
     encoded = tokenizer([text for _, text in pairs], add_special_tokens=False)["input_ids"]
     return [

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING
 
 from ..config.schema import Config
 from ..data.prompts import PromptReader, Tokenizers, render
@@ -16,6 +16,9 @@ from ..text.tool_turns import ToolTurns, with_tools
 from ..types import Prompt, Trajectory
 from . import Engine, Request, Sampling, sample
 from .episodes import Episodes, Observation
+
+if TYPE_CHECKING:
+    from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 
 def open_host(config: Config) -> EnvironmentHost | None:
@@ -44,19 +47,19 @@ def described(host: EnvironmentHost) -> list[tuple[str, str]]:
     ]
 
 
-def for_prompts(tokenizer: Any, host: EnvironmentHost | None) -> Any:
+def for_prompts(tokenizer: PreTrainedTokenizerBase, host: EnvironmentHost | None) -> PreTrainedTokenizerBase:
     """The tokenizer that renders prompts: its template knows the tools, unless a row's environment chooses them."""
     return tokenizer if host is None or "" not in host.schemas else with_tools(tokenizer, host.schemas[""])
 
 
-def by_environment(tokenizer: Any, host: EnvironmentHost | None) -> Tokenizers:
+def by_environment(tokenizer: PreTrainedTokenizerBase, host: EnvironmentHost | None) -> Tokenizers:
     """The tokenizers that render prompts where the data's column `environment` chooses the tools; else none."""
     if host is None or "" in host.schemas:
         return {}
     return {name: with_tools(tokenizer, schemas) for name, schemas in host.schemas.items()}
 
 
-def prompt_reader(config: Config, tokenizer: Any, host: EnvironmentHost | None) -> PromptReader:
+def prompt_reader(config: Config, tokenizer: PreTrainedTokenizerBase, host: EnvironmentHost | None) -> PromptReader:
     """What makes the config's prompts: its templates know the tools, and its rewards check the gold answers."""
     checks = answer_checks(config.rewards) if config.data.answer_column else []
     return PromptReader(config.data, for_prompts(tokenizer, host), checks, by_environment(tokenizer, host))
@@ -78,7 +81,7 @@ def sample_or_play(
 
 
 def episodes_of(
-    config: Config, host: EnvironmentHost | None, tokenizer: Any, end_ids: Sequence[int]
+    config: Config, host: EnvironmentHost | None, tokenizer: PreTrainedTokenizerBase, end_ids: Sequence[int]
 ) -> Episodes | None:
     """What plays; `tokenizer` is the model's. Raises ValueError where its template cannot go on after tools."""
     if host is None or config.environment is None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -22,6 +22,9 @@ from ..distributed.transfer import to_device
 from ..model.token_names import require_an_end, require_occurring, token_id
 from ..text.tokens import CompletionTexts
 from .stop import Matching, StopStrings, stop_strings
+
+if TYPE_CHECKING:
+    from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 BLOCK = 128
 """Tokens of the vocabulary whose probabilities are summed at once."""
@@ -62,7 +65,9 @@ def sampling_of(rollout: RolloutConfig) -> Sampling:
     return Sampling(rollout.temperature, rollout.top_p, rollout.top_k, rollout.min_p)
 
 
-def sampling_with(rollout: RolloutConfig, tokenizer: Any, end_ids: Sequence[int], model_config: Any) -> Sampling:
+def sampling_with(
+    rollout: RolloutConfig, tokenizer: PreTrainedTokenizerBase, end_ids: Sequence[int], model_config: Any
+) -> Sampling:
     """How a config has completions drawn by a model with this config and tokenizer.
 
     Raises ValueError for banned tokens that are none, and for stop strings that cannot occur.
@@ -80,7 +85,7 @@ def sampling_with(rollout: RolloutConfig, tokenizer: Any, end_ids: Sequence[int]
     return replace(sampling, stop=stop)
 
 
-def _token_id(token: int | str, tokenizer: Any) -> int:
+def _token_id(token: int | str, tokenizer: PreTrainedTokenizerBase) -> int:
     def split(text: str) -> list[tuple[str, int]]:
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         return list(zip(tokenizer.convert_ids_to_tokens(ids), ids, strict=True))

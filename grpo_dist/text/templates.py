@@ -13,7 +13,10 @@ import re
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from datetime import date, datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +41,7 @@ class TemplateRefusal(ValueError):
     """A template cannot render a conversation, or leaves a part of it out; the message says why."""
 
 
-def uses_date(tokenizer: Any) -> bool:
+def uses_date(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether the tokenizer's chat template may write today's date."""
     return bool(tokenizer.chat_template) and _CLOCK in template_of(tokenizer)
 
@@ -49,8 +52,9 @@ def today() -> str:
 
 
 def render_messages(
-    messages: Sequence[Mapping[str, str]], tokenizer: Any, template_date: str | None = None, *, answered: bool = False
-) -> str:
+    messages: Sequence[Mapping[str, str]], tokenizer: PreTrainedTokenizerBase, template_date: str | None = None, *,
+    answered: bool = False,
+) -> str:  # fmt: skip
     """Return the text of a conversation, which ends where the assistant begins, or with its answer (`answered`).
 
     The template gets `template_date` (YYYY-MM-DD; None for today's) as the current date. Messages whose text is not in
@@ -77,13 +81,14 @@ def render_messages(
 
 
 def render_conversation(
-    messages: Sequence[Mapping[str, Any]], tokenizer: Any, template_date: str | None, *, is_prompt: bool
-) -> str:
+    messages: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase, template_date: str | None, *,
+    is_prompt: bool,
+) -> str:  # fmt: skip
     """Return the text of any conversation, tools' calls and answers included, unexamined; raises as templates do."""
     return _apply(messages, tokenizer, _steady_template(tokenizer, template_date), is_prompt)
 
 
-def template_of(tokenizer: Any, preferred: str = "default") -> str:
+def template_of(tokenizer: PreTrainedTokenizerBase, preferred: str = "default") -> str:
     """The chat template, of several the `preferred` one or the default; raises ValueError where there is neither."""
     template = tokenizer.chat_template
     if isinstance(template, Mapping):
@@ -96,7 +101,7 @@ def template_of(tokenizer: Any, preferred: str = "default") -> str:
     return str(template)
 
 
-def with_variables(tokenizer: Any, variables: Mapping[str, Any]) -> Any:
+def with_variables(tokenizer: PreTrainedTokenizerBase, variables: Mapping[str, Any]) -> str | dict[str, str]:
     """The tokenizer's chat template, or its several by name, with values for variables that whoever renders it leaves
     out; raises ValueError where it has no such variable."""
     given = tokenizer.chat_template or ""
@@ -124,7 +129,7 @@ def literal(value: Any) -> str:
     return "none" if value is None else json.dumps(value)
 
 
-def _steady_template(tokenizer: Any, template_date: str | None) -> str:
+def _steady_template(tokenizer: PreTrainedTokenizerBase, template_date: str | None) -> str:
     """The template, which writes the same at any time; raises ValueError for one that draws at random."""
     template = template_of(tokenizer)
     if _RANDOM.search(template):
@@ -146,7 +151,7 @@ def _with_date(template: str, day: date) -> str:
 
 
 def _attempt(
-    messages: Messages, in_parts: Collection[int], tokenizer: Any, template: str, *, is_prompt: bool
+    messages: Messages, in_parts: Collection[int], tokenizer: PreTrainedTokenizerBase, template: str, *, is_prompt: bool
 ) -> tuple[str | None, list[int], str]:
     """The rendered text (None where the template refuses), the places of messages that are not in it, and the refusal.
 
@@ -188,9 +193,12 @@ def _comes_back(text: str) -> bool:
     return _SENTINEL in text and f"'{_SENTINEL}'" not in text and f'"{_SENTINEL}"' not in text
 
 
-def _apply(messages: Sequence[Mapping[str, Any]], tokenizer: Any, template: str, is_prompt: bool) -> str:
+def _apply(
+    messages: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase, template: str, is_prompt: bool
+) -> str:
+    given = [dict(message) for message in messages]
     return str(tokenizer.apply_chat_template(
-        list(messages), chat_template=template, tokenize=False, add_generation_prompt=is_prompt
+        given, chat_template=template, tokenize=False, add_generation_prompt=is_prompt
     ))  # fmt: skip
 
 
@@ -203,7 +211,7 @@ def _require_calls(messages: Sequence[Mapping[str, Any]], text: str) -> None:
                                   "message: take such messages out, or correct the template")  # fmt: skip
 
 
-def closing_of(tokenizer: Any, template_date: str | None) -> str:
+def closing_of(tokenizer: PreTrainedTokenizerBase, template_date: str | None) -> str:
     """What the chat template writes after an answer, without white space around it; empty where it writes nothing, or
     takes no question and answer."""
     messages = [{"role": "user", "content": _ASKED}, {"role": "assistant", "content": _SAID}]
@@ -219,7 +227,7 @@ def _is_read(message: Mapping[str, str]) -> bool:
     return message["role"] in _READ_ROLES
 
 
-def _missing(messages: Messages, text: str, tokenizer: Any) -> list[int]:
+def _missing(messages: Messages, text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Places of messages whose text is not in the rendered one, apart from white space and case."""
     expected = Counter(message["content"].strip() for message in messages if _is_read(message))
     absent = {content for content, count in expected.items() if text.count(content) < count}
@@ -244,7 +252,7 @@ def _left_out(message: Mapping[str, str]) -> str:
     )
 
 
-def _warn_of_openings(tokenizer: Any, template: str, text: str) -> None:
+def _warn_of_openings(tokenizer: PreTrainedTokenizerBase, template: str, text: str) -> None:
     """Warn once of a template after which completions begin differently from what users expect."""
     if tag := _OPENING_TAG.search(text):
         warn_once(
@@ -269,7 +277,7 @@ def _warn_of_openings(tokenizer: Any, template: str, text: str) -> None:
         )
 
 
-def warn_once(tokenizer: Any, what: str, example: str = "") -> None:
+def warn_once(tokenizer: PreTrainedTokenizerBase, what: str, example: str = "") -> None:
     """Warn of a tokenizer's chat template, once in a process."""
     key = (str(tokenizer.name_or_path), what)
     if key not in _warned:

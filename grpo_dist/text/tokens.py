@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 _MOST_TOKENS_OF_A_CHARACTER = 4
 _BROKEN = "\ufffd"
@@ -12,6 +12,9 @@ _BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
 _PRINTED_BYTES = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
 """The bytes that a byte-level vocabulary (GPT-2) writes as the character of the same number; the others come, in order,
 from 256 on."""
+
+if TYPE_CHECKING:
+    from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 _BYTE_OF = {chr(byte): byte for byte in _PRINTED_BYTES} | {
     chr(256 + place): byte for place, byte in enumerate(sorted({*range(256)} - {*_PRINTED_BYTES}))
 }
@@ -25,7 +28,7 @@ class CompletionTexts:
     space stays as the tokens spell it; but the messages of SentencePiece's tokenizers begin without their space.
     """
 
-    def __init__(self, tokenizer: Any, end_ids: Sequence[int]) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, end_ids: Sequence[int]) -> None:
         """`end_ids` are the tokens that end a completion; texts keep those that are not special."""
         self._tokenizer = tokenizer
         special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
@@ -40,13 +43,13 @@ class CompletionTexts:
         shown = [[number for number in row if number in self._shown] for row in rows]
         return self._continued(shown) if goes_on else self._decoded(shown)
 
-    def _decoded(self, rows: Sequence[Sequence[int]]) -> list[str]:
+    def _decoded(self, rows: list[list[int]]) -> list[str]:
         """The text of each row as its tokens spell it."""
         return self._tokenizer.batch_decode(
             rows, skip_special_tokens=False, clean_up_tokenization_spaces=False, spaces_between_special_tokens=False
         )
 
-    def _continued(self, rows: Sequence[Sequence[int]]) -> list[str]:
+    def _continued(self, rows: list[list[int]]) -> list[str]:
         """The text of each row as its tokens spell it after a text."""
         texts = self._decoded([[*self._begin, *row] for row in rows])
         return [text.removeprefix(self._begun) for text in texts]
@@ -56,8 +59,9 @@ class CompletionTexts:
         texts leave out."""
         size = len(self._tokenizer)
         added = self._continued([[number] for number in range(size)])
-        spelled = [_bytes_of(self._tokenizer.convert_ids_to_tokens(number)) if _BROKEN in text else text.encode()
-                   for number, text in enumerate(added)]  # fmt: skip
+        tokens = self._tokenizer.convert_ids_to_tokens(list(range(size)))
+        spelled = [_bytes_of(token) if _BROKEN in text else text.encode()
+                   for token, text in zip(tokens, added, strict=True)]  # fmt: skip
         return [b"" if number in self._left_out else each for number, each in enumerate(spelled)]
 
     def pieces(self, ids: Sequence[int]) -> list[str]:
@@ -67,7 +71,7 @@ class CompletionTexts:
         begins = 0  # of a character that is not complete
 
         def text(first: int, last: int) -> str:
-            return self._continued([ids[first:last]])[0]
+            return self._continued([list(ids[first:last])])[0]
 
         for place in range(len(ids)):
             alone, joined = text(place, place + 1), text(begins, place + 1)
@@ -88,7 +92,7 @@ def _bytes_of(token: str) -> bytes:
     return bytes(map(_BYTE_OF.__getitem__, token)) if {*token} <= _BYTE_OF.keys() else token.encode()
 
 
-def tokens_around(tokenizer: Any) -> tuple[list[int], list[int]]:
+def tokens_around(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
     """The special tokens that a tokenizer puts before a text, such as a BOS, and those that it puts behind it."""
     bare, framed = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (False, True))
     for begin in range(len(framed) - len(bare) + 1):

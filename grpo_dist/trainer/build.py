@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import torch
 
@@ -65,6 +65,9 @@ from .models import Models, load_models
 from .parts import Parts
 from .phases import Phases
 
+if TYPE_CHECKING:
+    from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
 log = logging.getLogger(__name__)
 
 
@@ -77,7 +80,7 @@ class _Data:
     """What is known before ranks meet: the config as it is from here on, tokenizer, prompts."""
 
     config: Config
-    tokenizer: Any
+    tokenizer: PreTrainedTokenizerBase
     model_config: Any
     prompts: Sequence[Prompt]
     sampler: Sampler | Mixture | Curriculum

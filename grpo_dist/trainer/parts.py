@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from ..checkpoint.guards import BadUpdates, FailedSaves
 from ..config.schema import Config
@@ -22,6 +22,9 @@ from .first_update import FirstUpdate
 from .models import Models
 from .phases import Phases
 
+if TYPE_CHECKING:
+    from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
 
 @dataclass(frozen=True)
 class Parts(Models):
@@ -37,7 +40,7 @@ class Parts(Models):
     ranks: Ranks
     watch: Watch
 
-    tokenizer: Any
+    tokenizer: PreTrainedTokenizerBase
     texts_of: CompletionTexts
     prompts: Sequence[Prompt]
     eval_prompts: list[Prompt]
