@@ -11,7 +11,7 @@ from torch.nn.functional import kl_div
 
 from ..config.schema import ModelConfig
 from ..distributed.deepspeed import unsharded_loading
-from ..model.config_files import load_model_config
+from ..model.config_files import stored_dtype
 from ..model.fixed_row import fixed_logits
 from ..model.load import load_causal_lm
 
@@ -42,7 +42,7 @@ def check_final(directory: Path, expected: Tensor, dtype: torch.dtype, trust_rem
     here = ModelConfig(name=str(directory), trust_remote_code=trust_remote_code)
     try:
         with unsharded_loading():
-            reopened = load_causal_lm(here, load_model_config(here).dtype, None)
+            reopened = load_causal_lm(here, stored_dtype(here), None)
     except (OSError, ValueError) as error:
         log.warning("%s cannot be opened by transformers: %s: %s", directory, type(error).__name__, error)
         return

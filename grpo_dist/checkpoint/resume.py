@@ -29,6 +29,7 @@ from . import store as checkpoint
 from .state import NEEDED as STATE_NEEDS
 
 if TYPE_CHECKING:
+    from transformers.configuration_utils import PreTrainedConfig
     from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
@@ -93,7 +94,7 @@ MAY_CHANGE = {"columns": "other columns of data.train_file than its prompts, suc
 
 
 def identity(
-    config: Config, model_config: Any, prompts: Sequence[Prompt], eval_prompts: Sequence[Prompt] = ()
+    config: Config, model_config: PreTrainedConfig, prompts: Sequence[Prompt], eval_prompts: Sequence[Prompt] = ()
 ) -> dict[str, Any]:
     """What must stay the same throughout a run, and what a run that goes on has to tell of."""
     return {"base": base_identity(config.model, model_config),

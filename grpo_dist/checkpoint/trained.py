@@ -12,7 +12,7 @@ from ..config.files import written_config
 from ..config.places import is_path
 from ..config.schema import LoraConfig, ModelConfig
 from ..distributed.device import DTYPES, resolve_dtype
-from ..model.config_files import load_model_config, load_tokenizer
+from ..model.config_files import load_model_config, load_tokenizer, stored_dtype
 from ..model.expert_adapters import compute_adapters_apart
 from ..model.files import model_path
 from ..model.load import base_identity, load_causal_lm, load_policy, trainable
@@ -111,14 +111,13 @@ def load(trained: Trained) -> tuple[Policy, PreTrainedTokenizerBase]:
     if trained.is_checkpoint:
         return _from_checkpoint(trained).eval(), tokenizer
     here = at(trained, trained.path)
-    stored = load_model_config(here).dtype
     if lora is None:
-        return Policy(load_causal_lm(here, stored, None)).eval(), tokenizer
+        return Policy(load_causal_lm(here, stored_dtype(here), None)).eval(), tokenizer
     for newest in checkpoint.complete(trained.run / "checkpoints")[:1]:
         _require_base(trained, checkpoint.load_meta(newest, {"identity": dict})["identity"])
     # merged weights may be in a larger dtype than the base that the adapters were trained on
     trained_in = last_recorded(trained.run, "dtype")
-    base = load_causal_lm(model, stored if trained_in is None else DTYPES[trained_in], None)
+    base = load_causal_lm(model, stored_dtype(here) if trained_in is None else DTYPES[trained_in], None)
     adapted = with_saved_adapters(base, str(trained.path / "adapter"))
     compute_adapters_apart(adapted)
     return Policy(adapted).eval(), tokenizer

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Container, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
@@ -16,6 +16,9 @@ from .hub import adapter_config
 from .names import no_causal_lm, no_layer, no_pattern, refused_layer
 from .peft import PeftLoraConfig, convert_peft_config_for_transformers
 from .quantized import QuantizedLinear
+
+if TYPE_CHECKING:
+    from transformers.configuration_utils import PreTrainedConfig
 
 CANNOT = (TypeError, ValueError, RuntimeError, AttributeError, KeyError, IndexError, AssertionError)
 """Errors of model code that does not support the request."""
@@ -34,13 +37,13 @@ def require_complete_model(name: str, path: str, revision: str | None) -> None:
         )
 
 
-def bitsandbytes_config(model_config: Any) -> Mapping[str, Any] | None:
+def bitsandbytes_config(model_config: PreTrainedConfig) -> Mapping[str, Any] | None:
     """The quantization_config of a checkpoint that bitsandbytes has quantised; None for others."""
     given = stored_quantization(model_config)
     return given if given and is_bitsandbytes(given) else None
 
 
-def stored_quantization(model_config: Any) -> Mapping[str, Any] | None:
+def stored_quantization(model_config: PreTrainedConfig) -> Mapping[str, Any] | None:
     """The quantization_config of a quantised checkpoint."""
     for each in (model_config, model_config.get_text_config(decoder=True)):
         given = getattr(each, "quantization_config", None) or getattr(each, "compression_config", None)
@@ -49,7 +52,7 @@ def stored_quantization(model_config: Any) -> Mapping[str, Any] | None:
     return None
 
 
-def require_trainable(model_config: Any, longest: int) -> None:
+def require_trainable(model_config: PreTrainedConfig, longest: int) -> None:
     """Raise UnfitModel for configs of models that cannot be trained correctly on `longest` tokens."""
     kind = model_config.model_type
     try:

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 from transformers import __version__ as transformers_version
@@ -21,6 +22,7 @@ from .checks import CANNOT, require_complete_model, require_trainable
 from .files import UnfitModel, model_path, require_positions, stored_file
 
 if TYPE_CHECKING:
+    from transformers.configuration_utils import PreTrainedConfig
     from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
@@ -122,7 +124,7 @@ def ignored_generation_options(model: ModelConfig, rollout: RolloutConfig) -> st
             "nothing of it is applied, completions are drawn as `rollout` says")  # fmt: skip
 
 
-def load_model_config(model: ModelConfig) -> Any:
+def load_model_config(model: ModelConfig) -> PreTrainedConfig:
     """The model's transformers config. Raises UnfitModel if it is not readable."""
     require_complete_model(model.name, model_path(model), model.revision)
     try:
@@ -136,13 +138,22 @@ def load_model_config(model: ModelConfig) -> Any:
     return config
 
 
+def stored_dtype(model: ModelConfig) -> torch.dtype:
+    """The dtype of the model's weights, as its config.json names it. Raises UnfitModel where it names none."""
+    dtype = load_model_config(model).dtype
+    if not isinstance(dtype, torch.dtype):
+        raise UnfitModel(f"model.name: config.json of {model.name!r} has the dtype {dtype!r}, expected one such as "
+                         "'float32': give the one that its weights are stored in")  # fmt: skip
+    return dtype
+
+
 def _unreadable(model: ModelConfig, error: Exception) -> UnfitModel:
     message = " ".join(str(error).split())
     return UnfitModel(f"model.name: transformers {transformers_version} cannot read config.json of {model.name!r} "
                       f"({type(error).__name__}: {message})")  # fmt: skip
 
 
-def check_model_config(model_config: Any, tokenizer: PreTrainedTokenizerBase, longest: int) -> None:
+def check_model_config(model_config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, longest: int) -> None:
     """Raise ValueError if the model cannot be trained, or is too small for sequences of `longest` tokens or for the
     vocabulary of the tokenizer."""
     require_trainable(model_config, longest)
@@ -159,7 +170,7 @@ def check_model_config(model_config: Any, tokenizer: PreTrainedTokenizerBase, lo
         )
 
 
-def short_window(model_config: Any, longest: int) -> int | None:
+def short_window(model_config: PreTrainedConfig, longest: int) -> int | None:
     """The sliding window of some layers, if it is shorter than a sequence of `longest` tokens, or None."""
     text = model_config.get_text_config()
     window: int | None = getattr(text, "sliding_window", None)
@@ -168,6 +179,6 @@ def short_window(model_config: Any, longest: int) -> int | None:
     return window if slides and window is not None and window < longest else None
 
 
-def soft_cap(model_config: Any) -> float | None:
+def soft_cap(model_config: PreTrainedConfig) -> float | None:
     """The soft cap of attention scores, or None."""
     return getattr(model_config.get_text_config(), "attn_logit_softcapping", None)

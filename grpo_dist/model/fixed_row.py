@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -11,10 +11,13 @@ from torch import Tensor, nn
 from . import attention
 from .attention import RowLayout
 
+if TYPE_CHECKING:
+    from transformers.configuration_utils import PreTrainedConfig
+
 TOKENS = 64
 
 
-def most_positions(config: Any) -> int:
+def most_positions(config: PreTrainedConfig) -> int:
     """Tokens of the longest sequence a model can take, as far as its config tells."""
     return getattr(config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
@@ -24,10 +24,13 @@ from .files import UnfitModel, model_path, shapes_of, some_names, stored_file, w
 from .load import blank_causal_lm
 from .loaded import lacks_weights, require_stored, unexpected_weights
 
+if TYPE_CHECKING:
+    from transformers.configuration_utils import PreTrainedConfig
+
 _EXPERT = re.compile(r"(.*\bexperts)\.(\d+)\.(.+)")
 
 
-def compare_headers(model: ModelConfig, model_config: Any) -> str | None:
+def compare_headers(model: ModelConfig, model_config: PreTrainedConfig) -> str | None:
     """Compare the names and shapes in a model's files with those that it has by its config. Returns a note on weights
     that it has no use for, or None.
 
@@ -51,7 +54,7 @@ def compare_headers(model: ModelConfig, model_config: Any) -> str | None:
             f"({some_names(beside)}): they are not loaded, and the final model is without them")  # fmt: skip
 
 
-def _stored_shapes(model: ModelConfig, model_config: Any) -> dict[str, list[int]]:
+def _stored_shapes(model: ModelConfig, model_config: PreTrainedConfig) -> dict[str, list[int]]:
     """The shape of each tensor of the model's files on this machine; none where they are not all here, cannot be read,
     or are not what the model is loaded from as it is."""
     elsewhere = getattr(model_config, "transformers_weights", None) or getattr(type(model_config), "extra_files", None)
@@ -64,7 +67,9 @@ def _stored_shapes(model: ModelConfig, model_config: Any) -> dict[str, list[int]
         return {}
 
 
-def _load_blank(model: ModelConfig, model_config: Any, shapes: dict[str, list[int]]) -> tuple[nn.Module, Any]:
+def _load_blank(
+    model: ModelConfig, model_config: PreTrainedConfig, shapes: dict[str, list[int]]
+) -> tuple[nn.Module, Any]:
     """The model on the meta device, as transformers loads it from tensors of these shapes, and its report."""
     with unsharded_loading(), _without_report():
         made: Any = blank_causal_lm(model, model_config, torch.float32, None)

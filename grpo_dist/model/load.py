@@ -6,7 +6,7 @@ import copy
 import json
 import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError
@@ -28,8 +28,11 @@ from .peft import LoraLayer, PeftLoraConfig, with_new_adapters
 from .policy import PLAIN, Policy, PolicyOptions, recompute_layers
 from .quantization import quantized_loading, use_own_layers
 
+if TYPE_CHECKING:
+    from transformers.configuration_utils import PreTrainedConfig
 
-def packing_obstacle(model_config: Any, longest: int, trust_remote_code: bool = False) -> str | None:
+
+def packing_obstacle(model_config: PreTrainedConfig, longest: int, trust_remote_code: bool = False) -> str | None:
     """The reason why packs with shared prompts do not fit this architecture and `longest` tokens, or None."""
     text = model_config.get_text_config()
     if obstacle := layers_obstacle(lambda name: getattr(text, name, None), longest):
@@ -45,7 +48,7 @@ def packing_obstacle(model_config: Any, longest: int, trust_remote_code: bool = 
     return None
 
 
-def attention_for(model: ModelConfig, model_config: Any, longest: int) -> tuple[str | None, str | None]:
+def attention_for(model: ModelConfig, model_config: PreTrainedConfig, longest: int) -> tuple[str | None, str | None]:
     """The `attn_implementation` to load a model with, and the reason in its config why prompts cannot be shared, or
     None."""
     if model.attn_implementation != "auto":
@@ -86,7 +89,7 @@ def load_causal_lm(
 
 
 def try_blank(
-    model: ModelConfig, lora: LoraConfig | None, model_config: Any, attn_implementation: str | None
+    model: ModelConfig, lora: LoraConfig | None, model_config: PreTrainedConfig, attn_implementation: str | None
 ) -> str | None:
     """Build the policy without weights, to check it and its adapters. Returns which layers get no adapter and why.
 
@@ -106,7 +109,7 @@ def try_blank(
 
 
 def blank_causal_lm(
-    model: ModelConfig, model_config: Any, dtype: torch.dtype, attn_implementation: str | None
+    model: ModelConfig, model_config: PreTrainedConfig, dtype: torch.dtype, attn_implementation: str | None
 ) -> nn.Module:
     """The model on the meta device, without weights, with the ties of the loaded model."""
     with torch.device("meta"):
@@ -175,7 +178,7 @@ def trainable(policy: Policy) -> dict[str, nn.Parameter]:
     return {name: p for name, p in policy.named_parameters() if p.requires_grad}
 
 
-def base_identity(model: ModelConfig, model_config: Any) -> str:
+def base_identity(model: ModelConfig, model_config: PreTrainedConfig) -> str:
     """A text that identifies a base model: its name, revision and config, independent of its location."""
     config = {key: value for key, value in model_config.to_dict().items()
               if key not in ("_name_or_path", "transformers_version")}  # fmt: skip

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -15,6 +15,9 @@ from ..config.schema import ModelConfig
 from .checks import bitsandbytes_config
 from .files import require_package
 from .quantized import EightBitLinear, FourBitLinear, LayerShape, QuantizedLinear, Scales, quantized_layers
+
+if TYPE_CHECKING:
+    from transformers.configuration_utils import PreTrainedConfig
 
 BLOCK, SCALES_BLOCK = 64, 256
 """Weights that share a scale, and scales that share one, where bitsandbytes quantises in 4 bits."""
@@ -108,7 +111,7 @@ def _eight_bit(layer: Any, dtype: torch.dtype) -> EightBitLinear:
     return EightBitLinear(_shape(layer, dtype), codes=codes, scales=scales.float() / 127)
 
 
-def quantize_blank(model: Any, quantization: str, model_config: Any, dtype: torch.dtype) -> None:
+def quantize_blank(model: Any, quantization: str, model_config: PreTrainedConfig, dtype: torch.dtype) -> None:
     """Give a model on the meta device the quantised layers that the loaded one has. Raises UnfitModel."""
     require_package()
     given = bitsandbytes_config(model_config)

@@ -16,7 +16,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,9 @@ from torch.overrides import TorchFunctionMode
 
 from .checks import reads_text
 from .files import EXPERTS
+
+if TYPE_CHECKING:
+    from transformers.configuration_utils import PreTrainedConfig
 
 EXPERTS_OF_A_TOKEN = ("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk", "moe_top_k", "top_k_experts")
 """The names that configs give to the number of experts that a token takes."""
@@ -96,7 +99,7 @@ def routers_of(model: nn.Module) -> Routers | None:
     return model.__dict__.get("routers")
 
 
-def has_experts(model_config: Any) -> bool:
+def has_experts(model_config: PreTrainedConfig) -> bool:
     """Whether a transformers config is of a mixture of experts."""
     return _first(model_config.get_text_config(), EXPERTS) > 1
 
@@ -114,7 +117,7 @@ def _calls_topk(kind: type[nn.Module]) -> bool:
     return any("topk" in each.__code__.co_names for each in functions if inspect.isfunction(each))
 
 
-def _first(text: Any, names: tuple[str, ...]) -> int:
+def _first(text: PreTrainedConfig, names: tuple[str, ...]) -> int:
     return next((value for name in names if isinstance(value := getattr(text, name, None), int)), 0)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -16,6 +16,9 @@ from .files import require_divisors
 from .layout import AttentionOptions, Pieces
 from .packing import FILLER, Pack
 from .shared_prefix import Segments
+
+if TYPE_CHECKING:
+    from transformers.configuration_utils import PreTrainedConfig
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,7 @@ class SplitLayout:
         return own.transpose(0, 1).reshape(1, -1, heads, attended.shape[-1])
 
 
-def require_whole_groups(config: Config, model_config: Any, num_ranks: int, obstacle: str | None) -> None:
+def require_whole_groups(config: Config, model_config: PreTrainedConfig, num_ranks: int, obstacle: str | None) -> None:
     """Raise ValueError where train.sequence_parallel_size fits neither the ranks nor the model; `obstacle` is why the
     model's prompts cannot be shared, or None."""
     heads = getattr(model_config.get_text_config(), "num_attention_heads", None)

@@ -6,7 +6,7 @@ import math
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
@@ -38,6 +38,9 @@ from .memory import (
 )
 from .tables import readable
 from .tracing import Precision, Shape, build_policy, count, reward_model_bytes, trace_passes
+
+if TYPE_CHECKING:
+    from transformers.configuration_utils import PreTrainedConfig
 
 Device = Literal["gpu", "cpu"]
 
@@ -147,7 +150,9 @@ def has_fast_bfloat16(device: Device) -> bool:
 class Predictor:
     """Predicts the memory of a config's ranks. It traces a model once for each shape of pack, which takes seconds."""
 
-    def __init__(self, config: Config, model_config: Any, device: Device, most_bytes: int | None = None) -> None:
+    def __init__(
+        self, config: Config, model_config: PreTrainedConfig, device: Device, most_bytes: int | None = None
+    ) -> None:
         """`most_bytes` is the memory of a rank for tensors, if known."""
         self.config, self.model_config, self.device, self.most_bytes = config, model_config, device, most_bytes
         self.implementation, obstacle = attention_for(config.model, model_config, config.max_sequence_length)

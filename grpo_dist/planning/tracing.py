@@ -10,7 +10,7 @@ import copy
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +37,9 @@ from ..types import Batch, Prompt
 from .live import LiveBytes
 from .memory import PERSISTENCE_THRESHOLD, ModelCounts, Passes
 
+if TYPE_CHECKING:
+    from transformers.configuration_utils import PreTrainedConfig
+
 TRACED_LAYERS = (2, 4)
 """Depths at which a deeper model is traced. The memory of its passes grows by the same amount with each layer."""
 TRACED_TOKENS = 1024
@@ -59,8 +62,9 @@ class Precision:
 
 
 def build_policy(
-    config: Config, model_config: Any, implementation: str | None, precision: Precision, num_layers: int | None = None
-) -> Policy:
+    config: Config, model_config: PreTrainedConfig, implementation: str | None, precision: Precision,
+    num_layers: int | None = None,
+) -> Policy:  # fmt: skip
     """The policy on the meta device, with `num_layers` layers or all."""
     shape = copy.deepcopy(model_config)
     text = shape.get_text_config()
@@ -136,7 +140,7 @@ def reward_model_bytes(config: Config) -> int:
 
 
 def trace_passes(
-    config: Config, model_config: Any, implementation: str | None, precision: Precision,
+    config: Config, model_config: PreTrainedConfig, implementation: str | None, precision: Precision,
     shape: Shape, of_reference: Shape | None,
 ) -> Passes:  # fmt: skip
     """The memory, without weights, of the passes over a pack of that `shape`, and of the reference over `of_reference`.
@@ -178,7 +182,7 @@ _peaks: dict[tuple[object, ...], int] = {}
 class _Traced:
     """Peaks of a model's passes, in bytes and without its weights."""
 
-    def __init__(self, config: Config, model_config: Any, implementation: str | None) -> None:
+    def __init__(self, config: Config, model_config: PreTrainedConfig, implementation: str | None) -> None:
         self.config, self.model_config, self.implementation = config, model_config, implementation
 
     def update(self, precision: Precision, shape: Shape) -> int:

@@ -13,6 +13,7 @@ from ..checkpoint.resume import resume_path, with_template_date
 from ..checkpoint.store import DamagedCheckpoint
 from ..config.schema import Config, ModelConfig, RewardConfig
 from ..data.mixture import load_training
+from ..data.order import Curriculum, Mixture, Sampler
 from ..data.prompts import PromptReader
 from ..environments.host import EnvironmentHost
 from ..model.checks import require_complete_model, stored_quantization
@@ -39,6 +40,7 @@ from .doubts import doubts
 from .findings import Findings
 
 if TYPE_CHECKING:
+    from transformers.configuration_utils import PreTrainedConfig
     from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 _SHOWN_PROMPTS = 2
@@ -51,13 +53,13 @@ class Contents:
     """What the check could read. A field is None or empty where reading failed."""
 
     tokenizer: PreTrainedTokenizerBase | None = None
-    model_config: Any = None
+    model_config: PreTrainedConfig | None = None
     end_ids: list[int] = field(default_factory=list)
     prompts: Sequence[Prompt] = ()
     eval_prompts: list[Prompt] = field(default_factory=list)
     shown: list[Prompt] = field(default_factory=list)
     """The first prompts, with what their environments say at a reset."""
-    sampler: Any = None
+    sampler: Sampler | Mixture | Curriculum | None = None
 
 
 def read_contents(config: Config, num_ranks: int, findings: Findings, has_model: bool = True) -> Contents:
@@ -103,7 +105,9 @@ def _read_model(config: Config, contents: Contents, num_ranks: int, findings: Fi
     return config
 
 
-def try_model(config: Config, tokenizer: PreTrainedTokenizerBase, model_config: Any, num_ranks: int) -> str | None:
+def try_model(
+    config: Config, tokenizer: PreTrainedTokenizerBase, model_config: PreTrainedConfig, num_ranks: int
+) -> str | None:
     """Check the model of a run by its config and without its weights. Returns which layers get no adapter and why.
 
     Raises ValueError where it cannot be trained so.

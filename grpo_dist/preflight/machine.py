@@ -39,8 +39,8 @@ def check_disk(config: Config, contents: Contents, counts: ModelCounts | None, f
     dtype = torch.float32 if config.lora is None else resolve_dtype(config.model.dtype)
     needed = num_kept * checkpoint + counts.parameters * dtype.itemsize + 4 * counts.adapters
     what = f"{num_kept} checkpoints and the final model"
-    is_served = config.rollout.engine == "vllm" and contents.model_config is not None
-    if is_served and is_dequantized(config, contents.model_config):
+    model_config = contents.model_config if config.rollout.engine == "vllm" else None
+    if model_config is not None and is_dequantized(config, model_config):
         needed += counts.parameters * resolve_dtype(config.model.dtype).itemsize
         what = f"{num_kept} checkpoints, the final model and the servers' base"
     existing = existing_part(directory)

@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import subprocess
-from typing import Any
+from typing import TYPE_CHECKING
 
 from ..config.schema import Config
 from ..model.files import model_path
@@ -17,11 +17,14 @@ from ..rollout.vllm.messages import COMPLETIONS, one_token, read_models, reports
 from ..rollout.vllm.server import command_line
 from .findings import Findings
 
+if TYPE_CHECKING:
+    from transformers.configuration_utils import PreTrainedConfig
+
 _ANSWER_SECONDS = 5.0
 _IMPORT_SECONDS = 300.0
 
 
-def check_servers(config: Config, model_config: Any, findings: Findings) -> None:
+def check_servers(config: Config, model_config: PreTrainedConfig | None, findings: Findings) -> None:
     """Note what draws the completions, and whether it is there; nothing where the run's own processes draw.
     `model_config` is None where the model cannot be read."""
     options = config.rollout.vllm

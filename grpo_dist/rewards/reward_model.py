@@ -18,6 +18,7 @@ from .placement import runs_in
 from .text import completion_text
 
 if TYPE_CHECKING:
+    from transformers.configuration_utils import PreTrainedConfig
     from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 
@@ -108,7 +109,7 @@ class RewardModelReward:
         return (logits[:, 0] if self.label is None else logits.softmax(-1)[:, self.label]).tolist()
 
 
-def stored_config(model: str, **given: Any) -> Any:
+def stored_config(model: str, **given: Any) -> PreTrainedConfig:
     """The model's config, without the attention that it may name: a package for it may be missing here."""
     from transformers import AutoConfig
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..config.rollout import NO_ROUTES, RolloutConfig
 from ..distributed.agreement import Gather, first_fault
@@ -13,10 +13,13 @@ from ..model.files import UnfitModel, require_replay
 from ..model.routing import Routers, has_experts
 from .probe import routing_fault
 
+if TYPE_CHECKING:
+    from transformers.configuration_utils import PreTrainedConfig
+
 log = logging.getLogger(__name__)
 
 
-def require_experts(rollout: RolloutConfig, model_config: Any) -> None:
+def require_experts(rollout: RolloutConfig, model_config: PreTrainedConfig) -> None:
     """Raise ValueError where replay is asked for and a model with this config has no experts."""
     require_replay(rollout, has_experts(model_config), model_config.model_type)
 
@@ -30,7 +33,7 @@ def engine_obstacle(rollout: RolloutConfig) -> str | None:
     return None
 
 
-def needs_routes(rollout: RolloutConfig, model_config: Any) -> bool:
+def needs_routes(rollout: RolloutConfig, model_config: PreTrainedConfig) -> bool:
     """Whether servers that draw for a model with this config have to report the experts that tokens take."""
     return bool(rollout.routing_replay) and has_experts(model_config) and engine_obstacle(rollout) is None
 

@@ -10,7 +10,7 @@ import logging
 from collections import deque
 from collections.abc import Collection, Iterable, Iterator
 from itertools import groupby
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import nn
@@ -19,6 +19,9 @@ from ..config.rollout import TokensInFlight
 from ..types import Trajectory
 from .engine import Decoder, Request
 from .sampling import Sampling
+
+if TYPE_CHECKING:
+    from transformers.configuration_utils import PreTrainedConfig
 
 log = logging.getLogger(__name__)
 
@@ -145,7 +148,7 @@ def bytes_of(model: nn.Module) -> tuple[int, int]:
     return text.num_hidden_layers * cache_width(text) * itemsize, text.vocab_size * LOGIT_BYTES
 
 
-def cache_width(text: Any) -> int:
+def cache_width(text: PreTrainedConfig) -> int:
     """Elements that a layer keeps of one token, keys and values, by a text model's config; 0 where it has no heads."""
     heads = getattr(text, "num_attention_heads", None) or 0  # none: a state of fixed size in place of a cache
     if getattr(text, "kv_lora_rank", None):  # latent attention, whose keys and values are kept as they are attended to

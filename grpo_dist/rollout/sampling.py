@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ from ..text.tokens import CompletionTexts
 from .stop import Matching, StopStrings, stop_strings
 
 if TYPE_CHECKING:
+    from transformers.configuration_utils import PreTrainedConfig
     from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 BLOCK = 128
@@ -66,7 +67,7 @@ def sampling_of(rollout: RolloutConfig) -> Sampling:
 
 
 def sampling_with(
-    rollout: RolloutConfig, tokenizer: PreTrainedTokenizerBase, end_ids: Sequence[int], model_config: Any
+    rollout: RolloutConfig, tokenizer: PreTrainedTokenizerBase, end_ids: Sequence[int], model_config: PreTrainedConfig
 ) -> Sampling:
     """How a config has completions drawn by a model with this config and tokenizer.
 

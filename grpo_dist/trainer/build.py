@@ -66,6 +66,7 @@ from .parts import Parts
 from .phases import Phases
 
 if TYPE_CHECKING:
+    from transformers.configuration_utils import PreTrainedConfig
     from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
@@ -81,7 +82,7 @@ class _Data:
 
     config: Config
     tokenizer: PreTrainedTokenizerBase
-    model_config: Any
+    model_config: PreTrainedConfig
     prompts: Sequence[Prompt]
     sampler: Sampler | Mixture | Curriculum
     eval_prompts: list[Prompt]

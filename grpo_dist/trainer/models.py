@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -48,6 +48,9 @@ from ..rollout.replay import settle_replay
 from ..rollout.vllm.policy import ServedRun
 from ..rollout.vllm.start import make_vllm_engine
 
+if TYPE_CHECKING:
+    from transformers.configuration_utils import PreTrainedConfig
+
 log = logging.getLogger(__name__)
 
 
@@ -71,7 +74,7 @@ class Models:
 
 
 def load_models(
-    config: Config, model_config: Any, end_ids: list[int], ranks: Ranks, resume_from: Path | None
+    config: Config, model_config: PreTrainedConfig, end_ids: list[int], ranks: Ranks, resume_from: Path | None
 ) -> Models:
     """Load and try them; a collective. Raises UnfitModel and UnfitEngine where they cannot be trained or decode."""
     dtype = resolve_dtype(config.model.dtype)

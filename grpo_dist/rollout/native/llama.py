@@ -13,7 +13,7 @@ import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,9 @@ from ...model.lora import add_low_rank
 from ...model.peft import ADAPTER, LoraLinear
 from ...model.quantized import QuantizedLinear, QuantizedWeight
 from .cache import DecodeState
+
+if TYPE_CHECKING:
+    from transformers.configuration_utils import PreTrainedConfig
 
 MODEL = ["embed_tokens", "layers", "norm"]
 LAYER = ["self_attn", "mlp", "input_layernorm", "post_attention_layernorm"]
@@ -245,7 +248,7 @@ def _turned(x: Tensor, turn: tuple[Tensor, Tensor]) -> Tensor:
     return x * cos + torch.roll(x, x.shape[-1] // 2, -1) * signed_sin
 
 
-def _layer(module: Any, text: Any, has_kinds: bool, residual: float) -> Layer:
+def _layer(module: Any, text: PreTrainedConfig, has_kinds: bool, residual: float) -> Layer:
     attention, mlp = module.self_attn, module.mlp
     has_more_norms, has_head_norms = hasattr(module, FEED_FORWARD_NORMS[0]), hasattr(attention, HEAD_NORMS[0])
     projections = next((names for names in PROJECTIONS if hasattr(attention, names[0])), PROJECTIONS[0])

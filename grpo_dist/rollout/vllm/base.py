@@ -12,7 +12,7 @@ import shutil
 import uuid
 from importlib import metadata, util
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -28,22 +28,25 @@ from ...model.files import PACKAGE, model_path, stored_kind
 from ...model.load import base_identity, load_causal_lm
 from ...monitoring.machine import versions
 
+if TYPE_CHECKING:
+    from transformers.configuration_utils import PreTrainedConfig
+
 DIRECTORY = "served_base"
 """In train.output_dir. It stays there: a run that goes on, and servers that are started again, need the same values."""
 _NOTE = "written_from.json"
 
 
-def is_dequantized(config: Config, model_config: Any) -> bool:
+def is_dequantized(config: Config, model_config: PreTrainedConfig) -> bool:
     """Whether servers load a dequantised copy of the base, since it is quantised."""
     return stored_kind(config.model, stored_quantization(model_config)) is not None
 
 
-def served_model(config: Config, model_config: Any) -> str:
+def served_model(config: Config, model_config: PreTrainedConfig) -> str:
     """What a server of this run loads: the model as it is named, or the directory of the dequantised copy."""
     return str(_directory(config)) if is_dequantized(config, model_config) else model_path(config.model)
 
 
-def provide_base(config: Config, model_config: Any, model: nn.Module, ranks: Ranks) -> str | None:
+def provide_base(config: Config, model_config: PreTrainedConfig, model: nn.Module, ranks: Ranks) -> str | None:
     """Write the dequantised copy of `model`, the trainer's, where servers need one and it is not there; a collective.
     Returns what went wrong, the same on all ranks."""
     if not is_dequantized(config, model_config):
@@ -61,7 +64,7 @@ def provide_base(config: Config, model_config: Any, model: nn.Module, ranks: Ran
     return first_fault(ranks.gather_objects, problem)
 
 
-def write_base_of(config: Config, model_config: Any) -> None:
+def write_base_of(config: Config, model_config: PreTrainedConfig) -> None:
     """Load the base and write its dequantised copy, where servers need one and it is not there. Raises OSError."""
     if not is_dequantized(config, model_config) or _is_written(config, model_config):
         return
@@ -75,7 +78,7 @@ def _directory(config: Config) -> Path:
     return (Path(config.train.output_dir) / DIRECTORY).absolute()
 
 
-def _is_written(config: Config, model_config: Any) -> bool:
+def _is_written(config: Config, model_config: PreTrainedConfig) -> bool:
     try:
         return bool(
             json.loads((_directory(config) / _NOTE).read_text(encoding="utf-8")) == _origin(config, model_config)
@@ -84,7 +87,7 @@ def _is_written(config: Config, model_config: Any) -> bool:
         return False
 
 
-def _origin(config: Config, model_config: Any) -> dict[str, Any]:
+def _origin(config: Config, model_config: PreTrainedConfig) -> dict[str, Any]:
     """What the values of the copy depend on."""
     place = Path(model_path(config.model))
     files = sorted(each for pattern in ("*.safetensors", "*.bin") for each in place.glob(pattern) if place.is_dir())
@@ -97,7 +100,7 @@ def _origin(config: Config, model_config: Any) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _write(config: Config, model_config: Any, model: nn.Module, state: dict[str, Tensor]) -> None:
+def _write(config: Config, model_config: PreTrainedConfig, model: nn.Module, state: dict[str, Tensor]) -> None:
     """Whole or not at all. Raises OSError."""
     target = _directory(config)
     draft = target.with_name(f"{DIRECTORY}.{uuid.uuid4().hex[:8]}")  # nodes that serve may write at the same time

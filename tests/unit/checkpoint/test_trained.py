@@ -23,6 +23,7 @@ from grpo_dist.model import attention
 from grpo_dist.model.config_files import load_model_config, load_tokenizer
 from grpo_dist.model.export import save_final
 from grpo_dist.model.export import write_merged as write
+from grpo_dist.model.files import UnfitModel
 from grpo_dist.model.load import adapted_layers, base_identity, load_policy, trainable
 from grpo_dist.model.policy import Policy, PolicyOptions
 from grpo_dist.model.stored_weights import weights_fingerprint
@@ -60,6 +61,14 @@ def test_it_computes_what_was_trained(lora: LoraConfig | None, place: str, base:
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     tied = merged.get_input_embeddings().weight is merged.get_output_embeddings().weight
     assert tied == load_model_config(base).tie_word_embeddings
+
+
+def test_a_model_whose_config_names_no_dtype_is_refused(base: ModelConfig, tmp_path: Path) -> None:
+    leave_behind(tmp_path / "run", base, make_policy(base, None), None)
+    file = tmp_path / "run" / "final" / "config.json"
+    file.write_text(json.dumps({name: each for name, each in json.loads(file.read_text()).items() if name != "dtype"}))
+    with pytest.raises(UnfitModel, match="has the dtype None, expected one such as 'float32'"):
+        load(find(tmp_path / "run" / "final"))
 
 
 def test_the_base_is_loaded_in_the_dtype_it_was_trained_in(base: ModelConfig, tmp_path: Path) -> None:
