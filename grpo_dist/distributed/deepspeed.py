@@ -110,7 +110,9 @@ class Zero:
         self.name = f"DeepSpeed ZeRO-{self._options['stage']}"
         self.shards_weights: bool = self._options["stage"] == 3
 
-    def prepare(self, accelerator: Accelerator, policy: Any, optimizer: torch.optim.Optimizer) -> tuple[Any, Any]:
+    def prepare(
+        self, accelerator: Accelerator, policy: nn.Module, optimizer: torch.optim.Optimizer
+    ) -> tuple[nn.Module, Any]:
         """See `Strategy`. The buffer for gradients is bounded: its default of 500 million elements takes gigabytes,
         also for adapters."""
         trained = sum(getattr(p, "ds_numel", p.numel()) for p in policy.parameters() if p.requires_grad)
@@ -118,16 +120,16 @@ class Zero:
         _import_muon()
         return accelerator.prepare(policy, optimizer)
 
-    def no_sync(self, wrapped: Any, *, unless: bool) -> AbstractContextManager[Any]:
+    def no_sync(self, wrapped: nn.Module, *, unless: bool) -> AbstractContextManager[Any]:
         """See `Strategy`: `backward` says which pack is the last."""
         return nullcontext()
 
-    def backward(self, wrapped: Any, loss: Tensor, is_last: bool) -> None:
+    def backward(self, wrapped: nn.Module, loss: Tensor, is_last: bool) -> None:
         """See `Strategy`."""
         wrapped.set_gradient_accumulation_boundary(is_boundary=is_last)
         wrapped.backward(loss)
 
-    def step(self, wrapped: Any, optimizer: Any) -> float:
+    def step(self, wrapped: nn.Module, optimizer: Any) -> float:
         """See `Strategy`. DeepSpeed's engine clips, and skips a step whose norm is not finite."""
         wrapped.step()
         return float(wrapped.get_global_grad_norm())

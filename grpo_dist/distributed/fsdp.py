@@ -44,7 +44,9 @@ class Fsdp:
         self._dtype, self._max_grad_norm = dtype, max_grad_norm
         self._parts: dict[Tensor, nn.Parameter] = {}
 
-    def prepare(self, accelerator: Accelerator, policy: Any, optimizer: torch.optim.Optimizer) -> tuple[Any, Any]:
+    def prepare(
+        self, accelerator: Accelerator, policy: nn.Module, optimizer: torch.optim.Optimizer
+    ) -> tuple[nn.Module, Any]:
         """See `Strategy`. The policy is sharded in place."""
         names = {id(parameter): name for name, parameter in policy.named_parameters()}
         named = [[names[id(parameter)] for parameter in group["params"]] for group in optimizer.param_groups]
@@ -53,7 +55,7 @@ class Fsdp:
         mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
         for unit, computes_in in _units(policy, self._dtype):
             fully_shard(unit, mesh=mesh, reshard_after_forward=True, mp_policy=computes_in)
-        sharded = dict(policy.named_parameters())
+        sharded: dict[str, Any] = dict(policy.named_parameters())
         for group, own in zip(optimizer.param_groups, named, strict=True):
             parts = {sharded[name]: nn.Parameter(sharded[name].detach().to_local()) for name in own}
             group["params"] = list(parts.values())
@@ -66,16 +68,16 @@ class Fsdp:
                     vars(parameter).setdefault("places", []).append((module, name))
         return policy, optimizer
 
-    def no_sync(self, wrapped: Any, *, unless: bool) -> AbstractContextManager[Any]:
+    def no_sync(self, wrapped: nn.Module, *, unless: bool) -> AbstractContextManager[Any]:
         """See `Strategy`: each pack's gradient is scattered at once, so that no rank ever has a full one."""
         return nullcontext()
 
-    def backward(self, wrapped: Any, loss: Tensor, is_last: bool) -> None:
+    def backward(self, wrapped: nn.Module, loss: Tensor, is_last: bool) -> None:
         """See `Strategy`."""
         loss.backward()
 
     @torch.no_grad()
-    def step(self, wrapped: Any, optimizer: Any) -> float:
+    def step(self, wrapped: nn.Module, optimizer: Any) -> float:
         """See `Strategy`."""
         for parameter in self._parts:
             sharded: Any = parameter.grad
@@ -113,7 +115,7 @@ class Fsdp:
         """See `Strategy`."""
 
 
-def _units(policy: Any, dtype: torch.dtype) -> Iterator[tuple[nn.Module, MixedPrecisionPolicy]]:
+def _units(policy: nn.Module, dtype: torch.dtype) -> Iterator[tuple[nn.Module, MixedPrecisionPolicy]]:
     """The modules whose weights are gathered and freed together, inner ones first, and the dtype that each computes in.
 
     Gradients are added up in the dtype of the weights, which is float32.

@@ -12,13 +12,13 @@ import traceback
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import DeepSpeedPlugin, GradientAccumulationPlugin, InitProcessGroupKwargs
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..config.places import UnwritableOutput
 from ..config.schema import OptimConfig
@@ -33,6 +33,8 @@ from .strategy import Replicated, Strategy
 from .watch import Interrupted
 
 log = logging.getLogger(__name__)
+
+Thing = TypeVar("Thing")
 
 START = timedelta(seconds=START_SECONDS)
 """Time limit of a collective until the run has started."""
@@ -189,7 +191,7 @@ class Ranks:
         whole = torch.cat([part[:size] for part, size in zip(parts, sizes.tolist(), strict=True)]).cpu()
         return whole if whole.dtype == dtype else whole.view(dtype)[..., 0]
 
-    def gather_objects(self, thing: Any) -> list[Any]:
+    def gather_objects(self, thing: Thing) -> list[Thing]:
         """One small picklable object from each rank, in order of rank."""
         self.collectives_entered += 1
         if self.num_ranks == 1:
@@ -243,15 +245,15 @@ class Ranks:
         if flag.item():
             raise Interrupted(next(reason for reason in self.gather_objects(requested) if reason))
 
-    def prepare(self, policy: torch.nn.Module, optimizer: torch.optim.Optimizer) -> tuple[Any, Any]:
+    def prepare(self, policy: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, Any]:
         """The policy and its optimizer, wrapped for this run (DDP, a DeepSpeed engine, or as they are)."""
         return self.strategy.prepare(self.accelerator, policy, optimizer)
 
-    def no_sync(self, wrapped: Any, *, unless: bool) -> AbstractContextManager[Any]:
+    def no_sync(self, wrapped: nn.Module, *, unless: bool) -> AbstractContextManager[Any]:
         """Context of a pack's forward and backward pass: ranks exchange gradients only after the last pack."""
         return self.strategy.no_sync(wrapped, unless=unless)
 
-    def backward(self, wrapped: Any, loss: Tensor, is_last: bool) -> None:
+    def backward(self, wrapped: nn.Module, loss: Tensor, is_last: bool) -> None:
         """Add one pack's gradient. The last pack of an update synchronises the ranks.
 
         All strategies average over ranks while the loss is a share of the global one, hence the factor.
@@ -259,7 +261,7 @@ class Ranks:
         self.collectives_entered += is_last
         self.strategy.backward(wrapped, loss * self.num_ranks, is_last)
 
-    def optimizer_step(self, wrapped: Any, optimizer: Any, learning_rate: float) -> float:
+    def optimizer_step(self, wrapped: nn.Module, optimizer: Any, learning_rate: float) -> float:
         """Clip, step and clear; returns the gradient's norm before clipping.
 
         No rank steps where the norm is not finite: the norm is the same number on all ranks.

@@ -27,7 +27,7 @@ class RowGroup:
     """Of the group among all groups."""
     place: int
     """Of this rank in the group."""
-    process_group: Any
+    process_group: dist.ProcessGroup | None
     """torch's group of these ranks; None for a group of one rank."""
 
     def share(self, num_tokens: int) -> slice:

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
+from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
@@ -48,16 +48,18 @@ class Strategy(Protocol):
     sums_fragments: bool
     """Whether ranks have different fragments, whose sum is the full tensor."""
 
-    def prepare(self, accelerator: Accelerator, policy: Any, optimizer: torch.optim.Optimizer) -> tuple[Any, Any]:
+    def prepare(
+        self, accelerator: Accelerator, policy: nn.Module, optimizer: torch.optim.Optimizer
+    ) -> tuple[nn.Module, Any]:
         """The policy, spread over the ranks and wrapped for its calls, and its optimizer."""
 
-    def no_sync(self, wrapped: Any, *, unless: bool) -> AbstractContextManager[Any]:
+    def no_sync(self, wrapped: nn.Module, *, unless: bool) -> AbstractContextManager[Any]:
         """Context of a pack's forward and backward pass: ranks exchange gradients only after the last pack."""
 
-    def backward(self, wrapped: Any, loss: Tensor, is_last: bool) -> None:
+    def backward(self, wrapped: nn.Module, loss: Tensor, is_last: bool) -> None:
         """Add one pack's gradient, which the strategy averages over ranks."""
 
-    def step(self, wrapped: Any, optimizer: Any) -> float:
+    def step(self, wrapped: nn.Module, optimizer: Any) -> float:
         """Clip, step and clear; returns the gradient's norm before clipping. No rank steps where it is not finite."""
 
     def adam(self, optimizer: Any) -> torch.optim.Optimizer:
@@ -79,19 +81,21 @@ class Replicated:
         self.name = "DDP" if num_ranks > 1 else "one process"
         self._max_grad_norm = max_grad_norm
 
-    def prepare(self, accelerator: Accelerator, policy: Any, optimizer: torch.optim.Optimizer) -> tuple[Any, Any]:
+    def prepare(
+        self, accelerator: Accelerator, policy: nn.Module, optimizer: torch.optim.Optimizer
+    ) -> tuple[nn.Module, Any]:
         """See `Strategy`."""
         return accelerator.prepare(policy, optimizer)
 
-    def no_sync(self, wrapped: Any, *, unless: bool) -> AbstractContextManager[Any]:
+    def no_sync(self, wrapped: nn.Module, *, unless: bool) -> AbstractContextManager[Any]:
         """See `Strategy`."""
         return wrapped.no_sync() if hasattr(wrapped, "no_sync") and not unless else nullcontext()
 
-    def backward(self, wrapped: Any, loss: Tensor, is_last: bool) -> None:
+    def backward(self, wrapped: nn.Module, loss: Tensor, is_last: bool) -> None:
         """See `Strategy`."""
         loss.backward()
 
-    def step(self, wrapped: Any, optimizer: Any) -> float:
+    def step(self, wrapped: nn.Module, optimizer: Any) -> float:
         """See `Strategy`."""
         trainable = [p for p in wrapped.parameters() if p.requires_grad]
         norm = float(torch.nn.utils.clip_grad_norm_(trainable, self._max_grad_norm))

@@ -74,7 +74,7 @@ def require_trainable(model_config: PreTrainedConfig, longest: int) -> None:
     require_causal(lambda name: getattr(text, name, None))
 
 
-def require_decoder(model: Any) -> None:
+def require_decoder(model: nn.Module) -> None:
     """Raise UnfitModel if the config makes the model, with or without weights, an encoder."""
     kind = model.config.model_type
     if getattr(model.config, "is_decoder", True) or kind in IGNORE_IS_DECODER:
@@ -85,7 +85,7 @@ def require_decoder(model: Any) -> None:
 
 
 def adapter_targets(
-    model: Any, targets: str | Sequence[str], parameters: Sequence[str] = ()
+    model: nn.Module, targets: str | Sequence[str], parameters: Sequence[str] = ()
 ) -> tuple[str | Sequence[str], str | None]:
     """Return the target modules for PEFT, and a note on layers that get no adapter and why, or None; `parameters` are
     names of experts' tensors that get some.
@@ -144,7 +144,7 @@ def adapter_targets(
     return (targets if is_plain else chosen), note
 
 
-def _obstacle(model: Any, name: str, module: nn.Module, own: Container[str]) -> str | None:
+def _obstacle(model: nn.Module, name: str, module: nn.Module, own: Container[str]) -> str | None:
     """The reason why a linear layer cannot have an adapter, or None; `own` names the model's parameters, each once."""
     if type(module).forward not in (nn.Linear.forward, Conv1D.forward, QuantizedLinear.forward):
         return "a layer with code of its own"
@@ -158,7 +158,7 @@ def _obstacle(model: Any, name: str, module: nn.Module, own: Container[str]) -> 
     return None
 
 
-def _means_experts(model: Any, names: set[str]) -> bool:
+def _means_experts(model: nn.Module, names: set[str]) -> bool:
     """Whether PEFT maps one of the names to experts, which had layers of that name in older releases."""
     if convert_peft_config_for_transformers is None:
         return False
@@ -170,7 +170,7 @@ def _means_experts(model: Any, names: set[str]) -> bool:
     return not names <= set(probe.target_modules or ())
 
 
-def reads_text(model: Any, name: str) -> bool:
+def reads_text(model: nn.Module, name: str) -> bool:
     """Whether a layer or parameter is part of the language model, and not of a vision or audio tower."""
     if model.config.get_text_config(decoder=True) is model.config:
         return True
@@ -179,7 +179,7 @@ def reads_text(model: Any, name: str) -> bool:
     return not part or f"{name}.".startswith((f"{part}.", f"{head}."))
 
 
-def _head_name(model: Any) -> str | None:
+def _head_name(model: nn.Module) -> str | None:
     head = model.get_output_embeddings()
     return next((name for name, module in model.named_modules() if head is not None and module is head), None)
 
@@ -195,7 +195,7 @@ def _kind(name: str) -> str:
 
 
 def _refuse(
-    model: Any, targets: Any, target: str, names: Sequence[str], why_not: dict[str, str], fit: Sequence[str]
+    model: nn.Module, targets: Any, target: str, names: Sequence[str], why_not: dict[str, str], fit: Sequence[str]
 ) -> None:
     short = {name.rpartition(".")[2] for name in fit}
     if names:

@@ -87,7 +87,7 @@ def delta_weight(layer: LoraLayer) -> Tensor:
     return (left @ right) * layer.scaling[ADAPTER]
 
 
-def expert_parameters(model: Any, names: Sequence[str]) -> list[str]:
+def expert_parameters(model: nn.Module, names: Sequence[str]) -> list[str]:
     """The parameters of the model that `names` mean, each a name or the end of one, as PEFT takes them.
 
     Raises UnfitModel for a name that means no tensor of several experts.

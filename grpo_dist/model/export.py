@@ -107,7 +107,7 @@ def base_state(model: nn.Module, keep: bool, dtype: torch.dtype) -> dict[str, Te
 
 
 @torch.no_grad()
-def _state(model: Any, layers: Mapping[str, Any], keep: bool, dtype: torch.dtype) -> dict[str, Tensor]:
+def _state(model: nn.Module, layers: Mapping[str, Any], keep: bool, dtype: torch.dtype) -> dict[str, Tensor]:
     """The weights of a model with the adapters of `layers` merged into them."""
     quantized, stored = quantized_layers(model), set(model.state_dict())
     state: dict[str, Tensor] = {}
@@ -154,7 +154,7 @@ def save_final(policy: Policy, tokenizer: PreTrainedTokenizerBase, directory: Pa
 
 
 def write_merged(
-    model: Any, state: dict[str, Tensor], tokenizer: PreTrainedTokenizerBase | None, directory: Path,
+    model: nn.Module, state: dict[str, Tensor], tokenizer: PreTrainedTokenizerBase | None, directory: Path,
     max_shard_size: str = MAX_SHARD_SIZE,
 ) -> None:  # fmt: skip
     """Write a plain model like `model` of these weights, with its tokenizer if given, and check the files. Raises

@@ -99,7 +99,7 @@ def _is_plain_norm(module: nn.Module, eps: float) -> bool:
 
 
 @torch.no_grad()
-def _is_plain_gate(module: Any) -> bool:
+def _is_plain_gate(module: nn.Module) -> bool:
     """Whether a module computes SwiGLU with its three projections, whatever these are."""
     generator = torch.Generator().manual_seed(0)
     x, gate, up, down = (torch.randn(shape, generator=generator, device="cpu")
@@ -144,7 +144,7 @@ def _instead(
     return call
 
 
-def _fused_norm(module: Any, plain: Callable[..., Tensor], eps: float) -> Callable[..., Tensor]:
+def _fused_norm(module: nn.Module, plain: Callable[..., Tensor], eps: float) -> Callable[..., Tensor]:
     def fits(x: Tensor) -> bool:
         return x.is_cuda and x.dtype in HALVES and x.dtype == module.weight.dtype
 
@@ -155,7 +155,7 @@ def _fused_norm(module: Any, plain: Callable[..., Tensor], eps: float) -> Callab
     return _instead(plain, 1, fits, norm)
 
 
-def _fused_gate(module: Any, plain: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def _fused_gate(module: nn.Module, plain: Callable[..., Tensor]) -> Callable[..., Tensor]:
     def fits(x: Tensor) -> bool:
         return x.is_cuda and triton_obstacle() is None
 

@@ -17,7 +17,7 @@ _BLOCK = re.compile(r"(.*?)\.(\d+)\.(.+)")
 """The name of a list of layers, a number in it, and a name inside that layer."""
 
 
-def require_stored(name: str, loaded: Any, report: Mapping[str, Any]) -> None:
+def require_stored(name: str, loaded: nn.Module, report: Mapping[str, Any]) -> None:
     """Raise UnfitModel where weights of the model `name` have other shapes than its config says, or would be random, or
     are left out: those of whole layers, or of layers that would be computed without them.
 
@@ -61,7 +61,7 @@ def lacks_weights(name: str, missing: Sequence[str], owner: str) -> str:
             f"({', '.join(missing[:3])} …): name a complete checkpoint")  # fmt: skip
 
 
-def _place(weight: str, loaded: Any, modules: Mapping[str, nn.Module]) -> str:
+def _place(weight: str, loaded: nn.Module, modules: Mapping[str, nn.Module]) -> str:
     """The name in the model of a weight, which a checkpoint of the model without its head has without a prefix."""
     return weight if weight.partition(".")[0] in modules else f"{loaded.base_model_prefix}.{weight}"
 
@@ -110,7 +110,7 @@ def base_fits_bfloat16(model: nn.Module) -> bool:
     return all(fits_bfloat16(each) for each in model.parameters() if not each.requires_grad)
 
 
-def note_own_head(loaded: Any) -> None:
+def note_own_head(loaded: nn.Module) -> None:
     """Let the config of a loaded model say that its head has weights of its own, where it says the opposite.
 
     transformers ties no head whose weights in the checkpoint differ from those of the embeddings. What is built by the

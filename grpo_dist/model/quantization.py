@@ -76,7 +76,7 @@ def take_dtype(model: nn.Module, dtype: torch.dtype) -> None:
             parameter.data = parameter.data.to(dtype)
 
 
-def forget_quantizer(model: Any) -> None:
+def forget_quantizer(model: nn.Module) -> None:
     """Let nothing take the model for one that transformers has quantised."""
     for name in ("is_loaded_in_4bit", "is_loaded_in_8bit", "quantization_method", "hf_quantizer", "is_quantized"):
         vars(model).pop(name, None)
@@ -85,13 +85,13 @@ def forget_quantizer(model: Any) -> None:
             vars(config).pop(name, None)
 
 
-def _shape(layer: Any, dtype: torch.dtype) -> LayerShape:
+def _shape(layer: nn.Module, dtype: torch.dtype) -> LayerShape:
     bias = None if layer.bias is None else layer.bias.data.to(dtype)
     is_transposed = issubclass(getattr(layer, "source_cls", nn.Linear), Conv1D)
     return LayerShape(layer.in_features, layer.out_features, bias, dtype, is_transposed)
 
 
-def _four_bit(layer: Any, dtype: torch.dtype) -> FourBitLinear:
+def _four_bit(layer: nn.Module, dtype: torch.dtype) -> FourBitLinear:
     state = layer.weight.quant_state
     codes = layer.weight.data.view(torch.uint8).flatten()
     codes = pad(codes, (0, len(state.absmax) * state.blocksize // 2 - len(codes)))
@@ -104,14 +104,14 @@ def _four_bit(layer: Any, dtype: torch.dtype) -> FourBitLinear:
     return FourBitLinear(_shape(layer, dtype), codes=codes, values=state.code, scales=scales, block=state.blocksize)
 
 
-def _eight_bit(layer: Any, dtype: torch.dtype) -> EightBitLinear:
+def _eight_bit(layer: nn.Module, dtype: torch.dtype) -> EightBitLinear:
     weight = layer.weight
     codes = weight.data if weight.CB is None else weight.CB
     scales = layer.state.SCB if weight.SCB is None else weight.SCB
     return EightBitLinear(_shape(layer, dtype), codes=codes, scales=scales.float() / 127)
 
 
-def quantize_blank(model: Any, quantization: str, model_config: PreTrainedConfig, dtype: torch.dtype) -> None:
+def quantize_blank(model: nn.Module, quantization: str, model_config: PreTrainedConfig, dtype: torch.dtype) -> None:
     """Give a model on the meta device the quantised layers that the loaded one has. Raises UnfitModel."""
     require_package()
     given = bitsandbytes_config(model_config)
@@ -124,7 +124,7 @@ def quantize_blank(model: Any, quantization: str, model_config: PreTrainedConfig
     forget_quantizer(model)
 
 
-def _blank(layer: Any, dtype: torch.dtype, asked: BitsAndBytesConfig) -> QuantizedLinear:
+def _blank(layer: nn.Module, dtype: torch.dtype, asked: BitsAndBytesConfig) -> QuantizedLinear:
     shape = _shape(layer, dtype)
     inputs, outputs = shape.in_features, shape.out_features
     if asked.load_in_8bit:

@@ -187,7 +187,7 @@ def quantized_layers(model: nn.Module) -> dict[str, QuantizedLinear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, QuantizedLinear)}
 
 
-def dtype_of(layer: Any) -> torch.dtype:
+def dtype_of(layer: nn.Module) -> torch.dtype:
     """The dtype of a linear layer's weight, dequantised where it is stored otherwise."""
     return layer.dtype if isinstance(layer, QuantizedLinear) else layer.weight.dtype
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -69,7 +69,7 @@ class FrozenCopy:
 class AdaptersAtStart:
     """The policy with the values that its adapters had at the start, which are all that it keeps."""
 
-    def __init__(self, wrapped: Any, policy: Policy) -> None:
+    def __init__(self, wrapped: nn.Module, policy: Policy) -> None:
         self.wrapped, self.policy = wrapped, policy
         self._adapters = [p for name, p in policy.model.named_parameters() if ".lora_" in name]
         self._start = [parameter.detach().clone() for parameter in self._adapters]
@@ -95,7 +95,7 @@ class AdaptersAtStart:
 class AdaptersOff:
     """The policy with its adapters off. It has no own weights."""
 
-    def __init__(self, wrapped: Any, policy: Policy) -> None:
+    def __init__(self, wrapped: nn.Module, policy: Policy) -> None:
         self.wrapped, self.policy = wrapped, policy
         # PEFT's own context looks for them, and at all that they are, for each pack: 0.1 s for 196 layers
         self._layers = [module for module in policy.model.modules() if isinstance(module, LoraLayer)]

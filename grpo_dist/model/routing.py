@@ -104,7 +104,7 @@ def has_experts(model_config: PreTrainedConfig) -> bool:
     return _first(model_config.get_text_config(), EXPERTS) > 1
 
 
-def router_names(model: Any) -> list[str]:
+def router_names(model: nn.Module) -> list[str]:
     """The modules of the language model whose own code calls `topk`, and that have no such module inside."""
     names = [name for name, module in model.named_modules()
              if name and _calls_topk(type(module)) and reads_text(model, name)]  # fmt: skip

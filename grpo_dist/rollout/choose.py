@@ -6,7 +6,7 @@ import logging
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -31,6 +31,9 @@ from .native.llama import LlamaStep
 from .native.steps import Step, module_step, prefill
 from .probe import NEW_TOKENS, PROMPT, bounds_of, example_tokens, narrow_bounds, rounding
 from .room import ON_CPU, BoundedDecoder, WithinMemory
+
+if TYPE_CHECKING:
+    from .native.pages import PagePool
 
 log = logging.getLogger(__name__)
 
@@ -236,7 +239,7 @@ def _rows(layout: PrefillLayout) -> DecodeState:
     return state
 
 
-def _pages(layout: PrefillLayout) -> Any:
+def _pages(layout: PrefillLayout) -> PagePool:
     """The same, in pages."""
     from .native.pages import two_rows
 

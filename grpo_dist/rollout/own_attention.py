@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from torch import nn
 
@@ -26,7 +25,7 @@ OWN = ("sdpa", "eager")
 
 
 def settle_attention(
-    models: Sequence[Any], given: str | None, obstacle: str | None, named: bool, gather: Gather,
+    models: Sequence[nn.Module], given: str | None, obstacle: str | None, named: bool, gather: Gather,
     window: int | None = None,
 ) -> str | None:  # fmt: skip
     """Set the attention of all `models`, which share an architecture, to the first that is right for the last of them,
@@ -62,7 +61,7 @@ def settle_attention(
     )
 
 
-def require_no_noise(wrapped: Any, policy: Policy, shares_prompts: bool, gather: Gather) -> None:
+def require_no_noise(wrapped: nn.Module, policy: Policy, shares_prompts: bool, gather: Gather) -> None:
     """Compute a few tokens as an update does. Raises UnfitModel where that depends on more than weights and tokens.
 
     A collective; `wrapped` is the policy in training mode, as it is prepared for the ranks.
@@ -80,7 +79,7 @@ def require_no_noise(wrapped: Any, policy: Policy, shares_prompts: bool, gather:
         )
 
 
-def _set(models: Sequence[Any], name: str | None) -> str | None:
+def _set(models: Sequence[nn.Module], name: str | None) -> str | None:
     """Have the models use an attention, or keep it (None); returns why they cannot."""
     if (name or models[-1].config._attn_implementation) == "sdpa" and soft_cap(models[-1].config) is not None:
         return "it has no soft cap, which the model's config asks for"

@@ -78,7 +78,7 @@ class PagedDecoder(Decoder):
             finally:
                 model.set_attn_implementation(attention)
 
-    def _decode(self, model: Any, requests: list[Request], sampling: Sampling) -> Iterator[list[Trajectory]]:
+    def _decode(self, model: nn.Module, requests: list[Request], sampling: Sampling) -> Iterator[list[Trajectory]]:
         limits = [limit_of(request, self.max_new_tokens) for request in requests]
         drawing = _Drawing(requests, sampling, self.end_ids, self.max_new_tokens, model.device)
         manager = model.init_continuous_batching(
@@ -128,7 +128,7 @@ class PagedDecoder(Decoder):
         return trajectory(request, ids, drawing.logprobs[n, : len(ids)].tolist(), self.end_ids, drawing.sampling)
 
 
-def _require_running(manager: Any) -> None:
+def _require_running(manager: ContinuousBatchingManager) -> None:
     if manager.is_running():
         return
     fatal = manager.background_thread_status.fatal_error

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..config.rollout import NO_ROUTES, RolloutConfig
 from ..distributed.agreement import Gather, first_fault
@@ -14,6 +14,7 @@ from ..model.routing import Routers, has_experts
 from .probe import routing_fault
 
 if TYPE_CHECKING:
+    from torch import nn
     from transformers.configuration_utils import PreTrainedConfig
 
 log = logging.getLogger(__name__)
@@ -39,7 +40,7 @@ def needs_routes(rollout: RolloutConfig, model_config: PreTrainedConfig) -> bool
 
 
 def settle_replay(
-    models: Sequence[Any], rollout: RolloutConfig, shared_prompts: bool, gather: Gather
+    models: Sequence[nn.Module], rollout: RolloutConfig, shared_prompts: bool, gather: Gather
 ) -> Routers | None:
     """Have all `models`, which share an architecture, replay routes as `rollout.routing_replay` asks: the routers of
     the first one, None where nothing is replayed. A line in the log says so.

@@ -42,7 +42,9 @@ def gather_trajectories(
     logprobs = ranks.gather(_flat((each.logprobs for each in trajectories), np.float32))
     episodes = None
     if has_episodes:
-        episodes = [each for part in ranks.gather_objects([each.episode for each in trajectories]) for each in part]
+        own = [each.episode for each in trajectories if each.episode is not None]
+        assert len(own) == len(trajectories), "every trajectory of a run with an environment is an episode"
+        episodes = [each for part in ranks.gather_objects(own) for each in part]
         prompts = _played_prompts(prompts, numbers[:, 0].tolist(), episodes)
     prompt_routes = routes = None
     if nothing_routed is not None:

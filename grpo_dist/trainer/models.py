@@ -59,7 +59,7 @@ class Models:
     """What is trained, what it is compared with, and what draws completions."""
 
     policy: Policy
-    wrapped: Any
+    wrapped: torch.nn.Module
     """The policy as the strategy wraps it: the one to call."""
     optimizer: Any
     optimizer_state: OptimizerState | WholeOptimizerState
@@ -138,8 +138,8 @@ def engine_to_keep(rollout: RolloutConfig, saved: dict[str, Any]) -> RolloutConf
 
 
 def _load_reference(
-    config: Config, ranks: Ranks, wrapped: Any, policy: Policy, dtype: torch.dtype, implementation: str | None,
-    is_quantized: bool,
+    config: Config, ranks: Ranks, wrapped: torch.nn.Module, policy: Policy, dtype: torch.dtype,
+    implementation: str | None, is_quantized: bool,
 ) -> Reference | None:  # fmt: skip
     """The policy itself, with its adapters off or as they were at the start, or a copy; None where nothing depends on
     it. `dtype` is the policy's."""

@@ -13,7 +13,7 @@ import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -248,7 +248,7 @@ def _turned(x: Tensor, turn: tuple[Tensor, Tensor]) -> Tensor:
     return x * cos + torch.roll(x, x.shape[-1] // 2, -1) * signed_sin
 
 
-def _layer(module: Any, text: PreTrainedConfig, has_kinds: bool, residual: float) -> Layer:
+def _layer(module: nn.Module, text: PreTrainedConfig, has_kinds: bool, residual: float) -> Layer:
     attention, mlp = module.self_attn, module.mlp
     has_more_norms, has_head_norms = hasattr(module, FEED_FORWARD_NORMS[0]), hasattr(attention, HEAD_NORMS[0])
     projections = next((names for names in PROJECTIONS if hasattr(attention, names[0])), PROJECTIONS[0])
@@ -281,7 +281,7 @@ def _layer(module: Any, text: PreTrainedConfig, has_kinds: bool, residual: float
     )  # fmt: skip
 
 
-def _gated(mlp: Any) -> Gated | nn.Module:
+def _gated(mlp: nn.Module) -> Gated | nn.Module:
     gates = next((names for names in GATES if hasattr(mlp, names[0])), None)
     if gates is None:
         return mlp
@@ -310,14 +310,14 @@ def _expect(module: nn.Module, names: list[str]) -> None:
         raise ValueError(f"{type(module).__name__} consists of {sorted(children)}, expected {sorted(names)}")
 
 
-def _norm(module: Any) -> Norm:
+def _norm(module: nn.Module) -> Norm:
     """Gemma's norms hold what their factor is above 1, and name their eps as it is."""
     if hasattr(module, "variance_epsilon"):
         return Norm(module.weight, module.variance_epsilon)
     return Norm(1 + module.weight.float(), module.eps)
 
 
-def _residual_norm(module: Any, multiplier: float) -> Norm:
+def _residual_norm(module: nn.Module, multiplier: float) -> Norm:
     """A norm of what layers add to, where the model multiplies what they add.
 
     All of that is divided by the multiplier here, so that it need not be multiplied: a norm sees the same numbers but
@@ -327,7 +327,7 @@ def _residual_norm(module: Any, multiplier: float) -> Norm:
     return replace(norm, eps=norm.eps / multiplier**2)
 
 
-def linear_of(module: Any) -> Linear:
+def linear_of(module: nn.Module) -> Linear:
     """A module's weights. Raises ValueError where it is no linear layer, with adapters or without."""
     base, adapter = module, None
     if isinstance(module, LoraLinear):

@@ -119,20 +119,20 @@ class ServedPolicy:
 
     def on_main(self, work: Callable[[], Result]) -> Result:
         """What `work` returns on the main rank. Raises Interrupted on all ranks where it fails or is interrupted."""
-        result: Result | None = None
-        stop: Interrupted | None = None
+        done: list[Result] = []
+        ending: tuple[str, bool] | None = None
         if self._ranks.is_main:
             try:
-                result = work()
+                done = [work()]
             except Interrupted as asked:
-                stop = asked
+                ending = str(asked), asked.failed
             except (ServerError, OSError, RuntimeError) as failure:
                 reason = str(failure) if isinstance(failure, ServerError) else f"{type(failure).__name__}: {failure}"
-                stop = Interrupted(f"rollout.vllm: {reason}", failed=True)
-        result, ending = self._ranks.gather_objects((result, stop and (str(stop), stop.failed)))[0]
+                ending = f"rollout.vllm: {reason}", True
+        done, ending = self._ranks.gather_objects((done, ending))[0]
         if ending is not None:
             raise Interrupted(ending[0], failed=ending[1])
-        return result
+        return done[0]
 
     def _look(self) -> None:
         shutil.rmtree(self._directory, ignore_errors=True)

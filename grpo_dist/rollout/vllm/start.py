@@ -48,6 +48,7 @@ def make_vllm_engine(run: ServedRun, step: int = 0) -> VllmEngine:
     urls, problem = ranks.gather_objects((options.urls if own is None else [own.url], problem))[0]
     if problem is not None:
         raise UnfitEngine(problem)
+    assert urls is not None, "without urls the main rank has started a server"
     servers = Servers(urls, options.timeout_seconds, options.retries, ranks.rank,
                       own.obituary if own else lambda: None)  # fmt: skip
     served = ServedPolicy(run, servers, step, command_line(config, model, with_routes))
