@@ -47,7 +47,7 @@ MODULES = {
     "algorithm/hashing": ["sampling", "dropout"],
     "model/dropout": ["dropout"],
     "model/lora": ["lora", "dropout"],
-    "algorithm/targets": ["targets"],
+    "algorithm/targets": ["targets", "presets"],
     "monitoring/contrast": ["console"],
     "trainer/gathering": ["gathering"],
     "trainer/update_metrics": ["update_metrics"],

@@ -1,4 +1,4 @@
-"""Options to the numbers of a batch: who takes part, what each token is pushed towards, and what is refused."""
+"""From options to the numbers of a batch: who takes part, and what each token is pushed towards."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import yaml
+from option_groups import make_config
 
 from grpo_dist.algorithm.kl import adapted_coefficient, kl_estimate
 from grpo_dist.algorithm.ratios import rollout_weights
@@ -25,16 +25,12 @@ from grpo_dist.algorithm.targets import (
     with_advantages,
 )
 from grpo_dist.checkpoint.state import TrainState
-from grpo_dist.config.algorithm import AdvantageConfig, CriticConfig, LossConfig, has_reference
-from grpo_dist.config.names import PRESETS, presets
-from grpo_dist.config.parse import parse_config
-from grpo_dist.config.schema import Config, RewardConfig, RolloutConfig, TrainConfig
+from grpo_dist.config.algorithm import LossConfig, has_reference
+from grpo_dist.config.schema import Config, RewardConfig
 from grpo_dist.data.order import Curriculum, Sampler
 from grpo_dist.types import Batch, OldPolicy, Prompt, all_token_rewards, join
 
 NAN = math.nan
-CLASSES = {"loss": LossConfig, "advantage": AdvantageConfig, "critic": CriticConfig, "rollout": RolloutConfig,
-           "train": TrainConfig}  # fmt: skip
 LENGTHS = [3, 1, 2, 4, 2, 1]
 GROUP = [0, 0, 0, 1, 1, 1]
 OWNER = [n for n, length in enumerate(LENGTHS) for _ in range(length)]
@@ -50,15 +46,6 @@ def make_batch(rewards: list[float], *others: list[float], token_rewards: torch.
         sampled_logprobs=-torch.ones(13), rewards=columns, reward=columns.sum(1), token_rewards=token_rewards,
         reference_logprobs=-torch.rand(13, generator=torch.Generator().manual_seed(1)),
     )  # fmt: skip
-
-
-def make_config(**options: Any) -> Config:
-    """A config from `group__option=value`; without a KL term unless it is asked for."""
-    groups: dict[str, dict[str, Any]] = {"loss": {"kl_coeff": 0.0}}
-    for name, value in options.items():
-        group, _, leaf = name.partition("__")
-        groups.setdefault(group, {})[leaf] = value
-    return Config(**{group: CLASSES[group](**values) for group, values in groups.items()})
 
 
 def make_old(seed: int = 0) -> OldPolicy:
@@ -336,54 +323,3 @@ def test_a_state_of_before_is_taken_up() -> None:
     again.restore(tensors, state.meta() | {"step": 4, "facts": {"rollout/rounds": 2}}, batch.prompts)
     assert again.batch is not None and again.batch.prompts == batch.prompts
     assert again.batch is not None and again.batch.scoring == {"rollout/rounds": 2, "reward/math/failed": 0.0}
-
-
-# --- configs ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", presets())
-def test_a_preset_is_a_config_that_means_something(name: str) -> None:
-    config = parse_config([f"--preset={name}", "--config", "configs/quickstart.yaml", "--loss.clip_high", "0.5"])
-    written = yaml.safe_load((PRESETS / f"{name}.yaml").read_text())
-    for group, options in written.items():
-        for option, value in options.items():
-            if option != "clip_high":
-                assert getattr(getattr(config, group), option) == value, option
-    assert config.loss.clip_high == 0.5 and config.optim.learning_rate == 1e-3
-    assert needs_old_policy(config) == (name in ("rloo", "ppo", "reinforce_pp"))
-
-
-def test_an_unknown_preset_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        parse_config(["--preset", "grop"])
-    output = capsys.readouterr().err
-    assert "'grop' given" in output and " grpo," in output
-
-
-@pytest.mark.parametrize(
-    ("options", "named"),
-    [
-        ({"loss__kl_estimator": "k1", "loss__kl_coeff": 0.1}, ["loss.kl_estimator", "k1"]),
-        ({"loss__kl_unbiased": True, "loss__kl_estimator": "k2", "loss__kl_coeff": 0.1}, ["loss.kl_unbiased"]),
-        ({"loss__kl_target": 0.1}, ["loss.kl_coeff", "kl_target"]),
-        ({"advantage__baseline": "none", "advantage__scale": "group"}, ["advantage.scale", "`none`"]),
-        ({"advantage__baseline": "critic", "rollout__max_resamples": 2}, ["rollout.max_resamples", "critic"]),
-        ({"rollout__group_size": 1}, ["rollout.group_size", "at least 2"]),
-        ({"loss__dual_clip": 1.1}, ["loss.dual_clip", "1.2"]),
-        ({"loss__objective": "reinforce", "train__updates_per_batch": 2}, ["loss.objective", "ratio"]),
-        ({"loss__objective": "reinforce", "loss__ratio_level": "sequence"}, ["loss.ratio_level"]),
-        ({"train__num_minibatches": 33}, ["train.num_minibatches", "32"]),
-        ({"advantage__overlong_buffer": 256}, ["advantage.overlong_buffer"]),
-        ({"loss__importance_low": 3.0}, ["loss.importance_low"]),
-        ({"advantage__several_rewards": "normalise_then_sum", "loss__kl_in": "reward", "loss__kl_coeff": 0.1},
-         ["loss.kl_in"]),
-    ],
-)  # fmt: skip
-def test_what_means_nothing_is_refused(options: dict[str, Any], named: list[str]) -> None:
-    with pytest.raises(ValueError) as refused:
-        make_config(**options)
-    assert all(word in str(refused.value) for word in named)
-
-
-def test_a_critic_needs_no_group() -> None:
-    assert make_config(advantage__baseline="critic", rollout__group_size=1).rollout.group_size == 1

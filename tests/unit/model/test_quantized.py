@@ -7,22 +7,21 @@ import json
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from peft import PeftModel
-from small_models import IDS, logits, make_base, make_tokenizer
+from quantized_models import bnb, dequantised, moved
+from small_models import IDS, LORA, logits, make_base, make_tokenizer
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GPT2Config, Phi3Config
+from transformers import AutoModelForCausalLM, GPT2Config, Phi3Config
 
-from grpo_dist.config.schema import Config, LoraConfig, ModelConfig, RolloutConfig
+from grpo_dist.config.schema import Config, ModelConfig, RolloutConfig
 from grpo_dist.model import attention
-from grpo_dist.model.checks import bitsandbytes_config
-from grpo_dist.model.config_files import check_model_config, load_model_config
+from grpo_dist.model.config_files import load_model_config
 from grpo_dist.model.export import save_final
 from grpo_dist.model.files import UnfitModel, require_quantizable, require_unsharded
-from grpo_dist.model.load import load_causal_lm, make_policy, trainable, try_blank
+from grpo_dist.model.load import load_causal_lm, trainable
 from grpo_dist.model.policy import Policy
 from grpo_dist.model.quantization import quantize_blank
 from grpo_dist.model.quantized import EightBitLinear, dequantize_layers, quantized_layers
@@ -34,9 +33,6 @@ from grpo_dist.rollout.fidelity import update_share
 from grpo_dist.rollout.native.compiled import library
 from grpo_dist.rollout.native.kernel import KernelStep
 
-bnb = pytest.importorskip("bitsandbytes")
-
-LORA = LoraConfig(r=3, alpha=6.0)
 KINDS = ["nf4", "int8"]
 DTYPES = [torch.float32, torch.bfloat16]
 
@@ -59,15 +55,6 @@ def dense(model: nn.Module) -> nn.Module:
     return made
 
 
-def moved(base: nn.Module) -> Policy:
-    """A policy on this base whose adapters have learned something."""
-    policy = make_policy(base, ModelConfig(), LORA).eval()
-    torch.manual_seed(1)
-    for parameter in trainable(policy).values():
-        parameter.data.add_(torch.randn(parameter.shape) * 0.1)
-    return policy
-
-
 def gradients(policy: Policy) -> dict[str, Tensor]:
     """Of the adapters, for a fixed row."""
     for parameter in trainable(policy).values():
@@ -76,17 +63,6 @@ def gradients(policy: Policy) -> dict[str, Tensor]:
         computed = policy.model(input_ids=IDS[None], use_cache=False).logits
     computed.float().square().mean().backward()
     return {name: parameter.grad.clone() for name, parameter in trainable(policy).items()}
-
-
-def dequantised(stored: Any) -> Tensor:
-    """What bitsandbytes makes of its codes of 4 bits.
-
-    In lines of one block: on a CPU with AVX-512 it takes the scales of other blocks where lines are no whole blocks.
-    """
-    state = copy.copy(stored.quant_state)
-    if stored.quant_state.shape.numel() % state.blocksize == 0:
-        state.shape = torch.Size((stored.quant_state.shape.numel() // state.blocksize, state.blocksize))
-    return bnb.functional.dequantize_4bit(stored.data, state).view(stored.quant_state.shape)
 
 
 @pytest.mark.parametrize("shape", [(64, 96), (24, 40), (8, 6)])
@@ -271,82 +247,6 @@ def test_an_export_is_merged_into_the_dequantised_base(
     torch.testing.assert_close(logits(adapted, shared=False), expected, rtol=1e-5, atol=1e-6)
     plain = AutoModelForCausalLM.from_pretrained(base.name, dtype=torch.float32)
     assert not torch.allclose(logits(plain, shared=False), logits(again, shared=False), atol=1e-3)
-
-
-CHECKPOINTS = {
-    "nf4": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True),
-    "nf4 once": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4"),
-    "fp4": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_storage="bfloat16"),
-    "int8": BitsAndBytesConfig(load_in_8bit=True),
-}
-
-
-@pytest.fixture(params=CHECKPOINTS)
-def checkpoint(request: pytest.FixtureRequest, base: ModelConfig, tmp_path: Path) -> ModelConfig:
-    """The small model, as bitsandbytes quantises and transformers saves it."""
-    model = AutoModelForCausalLM.from_pretrained(
-        base.name, quantization_config=CHECKPOINTS[request.param], device_map={"": "cpu"}, dtype=torch.bfloat16
-    )
-    model.save_pretrained(tmp_path)
-    make_tokenizer().save_pretrained(tmp_path)
-    return ModelConfig(name=str(tmp_path), dtype="float32")
-
-
-def test_checkpoints_of_bitsandbytes_are_trained_on(checkpoint: ModelConfig) -> None:
-    config = Config(model=checkpoint, lora=LORA)
-    model_config = load_model_config(checkpoint)
-    check_model_config(model_config, make_tokenizer(), 16)
-    require_quantizable(config, bitsandbytes_config(model_config))
-    assert try_blank(checkpoint, LORA, model_config, None) is None
-    loaded = load_causal_lm(checkpoint, torch.float32, None)
-    theirs = AutoModelForCausalLM.from_pretrained(checkpoint.name, dtype=torch.float32, device_map={"": "cpu"})
-    assert len(quantized_layers(loaded)) == 14
-    for name, layer in quantized_layers(loaded).items():
-        weight = theirs.get_submodule(name).weight
-        if isinstance(layer, EightBitLinear):
-            expected = bnb.functional.int8_vectorwise_dequant(weight.data, weight.SCB)
-            torch.testing.assert_close(layer.weight, expected.float(), rtol=1e-6, atol=0)
-        else:
-            expected = dequantised(weight)
-            assert expected.dtype == torch.bfloat16 and torch.equal(layer.weight.bfloat16(), expected)
-    assert {p.dtype for p in loaded.parameters() if p.is_floating_point()} == {torch.float32}
-    policy = moved(loaded)
-    weights = RolloutModel(policy, torch.float32, None)
-    weights.dequantize()
-    with weights.open() as rollout:
-        assert torch.equal(logits(rollout, shared=False), logits(policy.causal_lm, shared=False))
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"lora": None}, r"lora: null given with a checkpoint in \S+ \(bitsandbytes\), expected adapters"),
-        ({"quantization": "other"}, r"model\.quantization: '\S+' given, expected null: the checkpoint .* in \S+"),
-    ],
-)
-def test_what_cannot_go_with_a_quantised_checkpoint(
-    change: dict[str, str | None], message: str, checkpoint: ModelConfig
-) -> None:
-    model_config = load_model_config(checkpoint)
-    config = Config(model=checkpoint, lora=LORA)
-    if "lora" in change:
-        config = replace(config, lora=None)
-    else:
-        is_int8 = model_config.quantization_config.get("load_in_8bit")
-        config.model.quantization = "nf4" if is_int8 else "int8"
-    with pytest.raises(UnfitModel, match=message):
-        require_quantizable(config, bitsandbytes_config(model_config))
-
-
-def test_a_config_that_says_quantised_of_plain_weights(base: ModelConfig, tmp_path: Path) -> None:
-    for file in Path(base.name).iterdir():
-        (tmp_path / file.name).write_bytes(file.read_bytes())
-    settings = json.loads((tmp_path / "config.json").read_text())
-    given = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
-    (tmp_path / "config.json").write_text(json.dumps(settings | {"quantization_config": given}))
-    model = ModelConfig(name=str(tmp_path))
-    with pytest.raises(UnfitModel, match=r"weights are not quantised: remove it there, and set model\.quantization"):
-        try_blank(model, LORA, load_model_config(model), None)
 
 
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_packing import make_batch
+from random_batches import make_batch
 
 from grpo_dist.config.schema import Config, ModelConfig, TrainConfig
 from grpo_dist.distributed.row_group import RowGroup

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from decoded_steps import GEMMA2, decoded, make_model, tokens_of
 from test_kept_rows import ENDS, MOST, PROMPTS, last_first, peaked_model, played
-from test_kernel import GEMMA2, decoded, make_model, tokens_of
 from torch import nn
 
 from grpo_dist.algorithm.hashing import stream_key

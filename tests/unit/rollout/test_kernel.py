@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import multiprocessing
 import platform
 from functools import partial
 from pathlib import Path
@@ -11,83 +10,21 @@ from typing import Any
 
 import pytest
 import torch
+from decoded_steps import GEMMA2, GRANITE, PROMPTS, STEPS, decoded, make_model, tokens_of
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
-from transformers import (
-    AutoModelForCausalLM,
-    Gemma2Config,
-    Gemma3TextConfig,
-    GraniteConfig,
-    LlamaConfig,
-    MistralConfig,
-    Phi3Config,
-    Qwen2Config,
-    Qwen3Config,
-)
 
-from grpo_dist.model import attention
 from grpo_dist.model.loaded import fits_bfloat16
 from grpo_dist.model.lora import fuse_adapters
 from grpo_dist.rollout.native import compiled, halves, kernel
 from grpo_dist.rollout.native.cache import DecodeState
-from grpo_dist.rollout.native.compiled import CannotCompile, library
+from grpo_dist.rollout.native.compiled import library
 from grpo_dist.rollout.native.halves import HalvesMemory
 from grpo_dist.rollout.native.kernel import SOURCE, KernelStep
 from grpo_dist.rollout.native.llama import linear_of
 from grpo_dist.rollout.native.steps import module_step, prefill
 
 pytestmark = pytest.mark.usefixtures("kernel")
-
-PROMPTS = [[5, 9, 40, 7, 7], [3], [11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21]]
-STEPS = 40
-"""Enough for keys that fill several vectors, and for the cache to grow."""
-
-
-KINDS: dict[str, Any] = {
-    "qwen2": Qwen2Config, "qwen3": Qwen3Config, "llama": LlamaConfig, "phi3": Phi3Config, "mistral": MistralConfig,
-    "gemma2": Gemma2Config, "gemma3": Gemma3TextConfig, "granite": GraniteConfig,
-}  # fmt: skip
-GRANITE = {"embedding_multiplier": 12.0, "residual_multiplier": 0.22, "logits_scaling": 8.0,
-           "attention_multiplier": 0.1, "rms_norm_eps": 1e-3}  # fmt: skip
-GEMMA2 = {"sliding_window": 20, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 5.0}
-
-
-def make_model(kind: str = "qwen2", **sizes: Any) -> nn.Module:
-    """A random model whose biases and norms are not the ones it begins with."""
-    options: dict[str, Any] = {
-        "vocab_size": 61, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "head_dim": 16, "pad_token_id": 0, **sizes,
-    }  # fmt: skip
-    torch.manual_seed(1)
-    config = KINDS[kind](**options)
-    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention.NAME).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    return model
-
-
-def tokens_of(rows: Tensor) -> Tensor:
-    """Tokens (STEPS, R) that rows, which have a number each, are given one after another."""
-    return (torch.arange(STEPS)[:, None] * 7 + rows * 13) % 61
-
-
-@torch.inference_mode()
-def decoded(step_of: Any, model: nn.Module, sizes: list[int], shares: bool, rows: Tensor | None = None) -> Tensor:
-    """Logits (STEPS, R, V) of completions, `sizes[n]` of them behind PROMPTS[n]; of `rows` alone, if they are given."""
-    layout, _ = prefill(model, PROMPTS)
-    state = DecodeState(torch.device("cpu"), STEPS, shares=shares, whole_chunks=False)
-    state.admit(layout, sizes)
-    kept = torch.arange(sum(sizes)) if rows is None else rows
-    state.keep(kept)
-    step, logits = step_of(model), []
-    for tokens in tokens_of(kept):
-        state.make_room()
-        state.begin_step()
-        logits.append(step(tokens, state.prompt_lengths[state.prompt] + state.lengths, state).double())
-        state.end_step()
-        state.count_step()
-    return torch.stack(logits)
 
 
 @pytest.mark.parametrize("shares", [True, False], ids=["shared", "copied"])
@@ -359,76 +296,3 @@ def test_other_processors(flag: str, monkeypatch: pytest.MonkeyPatch, tmp_path: 
             assert float(off.norm()) < 0.7 * float(rounded.norm()) < 0.05 * float(exact.norm())
     finally:
         library.cache_clear()
-
-
-@pytest.fixture
-def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
-    """An empty directory for compiled libraries, and a small source."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    library.cache_clear()
-    source = tmp_path / "small.cpp"
-    source.write_text('extern "C" int answer() { return 42; }')
-    yield source
-    library.cache_clear()
-
-
-def test_it_is_compiled_once(fresh: Path) -> None:
-    assert library(fresh).answer() == 42
-    (kept,) = (fresh.parent / "cache" / "grpo_dist").iterdir()
-    made = kept.stat().st_mtime_ns
-    library.cache_clear()
-    assert library(fresh).answer() == 42
-    assert kept.stat().st_mtime_ns == made
-    fresh.write_text('extern "C" int answer() { return 43; }')
-    library.cache_clear()
-    assert library(fresh).answer() == 43
-    assert len(list(kept.parent.iterdir())) == 2
-
-
-def test_without_a_place_to_keep_it(fresh: Path) -> None:
-    (fresh.parent / "cache").write_text("a file")
-    assert library(fresh).answer() == 42
-
-
-def test_a_damaged_library_is_made_anew(fresh: Path) -> None:
-    # by another process: this one would go on with the library that it has opened
-    other = multiprocessing.get_context("fork").Process(target=library, args=(fresh,))
-    other.start()
-    other.join()
-    assert other.exitcode == 0
-    (kept,) = (fresh.parent / "cache" / "grpo_dist").iterdir()
-    kept.write_bytes(b"")
-    assert library(fresh).answer() == 42
-    assert kept.stat().st_size > 0
-
-
-def test_nothing_is_loaded_from_where_others_can_write(fresh: Path) -> None:
-    directory = fresh.parent / "cache" / "grpo_dist"
-    directory.mkdir(parents=True)
-    directory.chmod(0o777)
-    assert library(fresh).answer() == 42
-    assert not list(directory.iterdir())
-
-
-@pytest.mark.parametrize(
-    ("compiler", "message"),
-    [("/no/compiler", "/no/compiler: No such"), ("false", "^false -O3 "), ("g++ 'x", "CXX: No closing quotation"),
-     ("", r"there is no C\+\+ compiler")],
-)  # fmt: skip
-def test_without_a_compiler(compiler: str, message: str, fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CXX", compiler)
-    if not compiler:
-        monkeypatch.setenv("PATH", str(fresh.parent))
-    with pytest.raises(CannotCompile, match=message):
-        library(fresh)
-
-
-def test_what_does_not_compile_is_shown(fresh: Path) -> None:
-    fresh.write_text("no C++")
-    with pytest.raises(CannotCompile, match=r"error: .*no"):
-        library(fresh)
-
-
-def test_the_kernel_compiles_without_a_warning(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compiled, "FLAGS", [*compiled.FLAGS, "-O1", "-Wall", "-Wextra", "-Werror"])
-    assert library(SOURCE)
