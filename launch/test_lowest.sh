@@ -14,7 +14,7 @@ if ! launch/setup.sh; then
 fi
 launch/compile.sh
 if (($#)); then exec launch/test.sh "$@"; fi
-launch/test.sh tests/unit/{model/test_{lora,checks,load,rollout_weights},data/test_prompts,rollout/test_{own_attention,probe}}.py \
+launch/test.sh tests/unit/{model/test_{lora,checks,load,rollout_weights},data/test_{prompts,rows},rollout/test_{own_attention,probe,choose}}.py \
   'tests/distributed/test_invariance.py::test_same_tokens_and_weights[zero2-2]'
 rm -rf runs/lowest
 exec launch/quickstart.sh --train.output_dir runs/lowest --train.num_train_steps 2

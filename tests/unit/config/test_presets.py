@@ -8,9 +8,7 @@ import pytest
 import yaml
 from option_groups import make_config
 
-from grpo_dist.algorithm.targets import (
-    needs_old_policy,
-)
+from grpo_dist.algorithm.targets import needs_old_policy
 from grpo_dist.config.names import PRESETS, presets
 from grpo_dist.config.parse import parse_config
 

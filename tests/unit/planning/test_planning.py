@@ -17,14 +17,7 @@ from transformers import AutoModelForSequenceClassification, LlamaConfig, Mistra
 from grpo_dist.config.algorithm import LossConfig
 from grpo_dist.config.environment import EnvironmentConfig
 from grpo_dist.config.rewards import RewardConfig
-from grpo_dist.config.schema import (
-    Config,
-    LoraConfig,
-    ModelConfig,
-    ReferenceConfig,
-    RolloutConfig,
-    TrainConfig,
-)
+from grpo_dist.config.schema import Config, LoraConfig, ModelConfig, ReferenceConfig, RolloutConfig, TrainConfig
 from grpo_dist.config.vllm import VllmConfig
 from grpo_dist.distributed.device import DTYPES
 from grpo_dist.model import attention

@@ -6,19 +6,12 @@ import pytest
 import torch
 from toy_config import config_of
 
-from grpo_dist.config.schema import (
-    Config,
-    LoraConfig,
-    ModelConfig,
-    ReferenceConfig,
-)
+from grpo_dist.config.schema import Config, LoraConfig, ModelConfig, ReferenceConfig
 from grpo_dist.model import attention
 from grpo_dist.model.config_files import load_model_config
 from grpo_dist.model.load import load_policy, trainable
 from grpo_dist.planning.live import LiveBytes
-from grpo_dist.planning.memory import (
-    ModelCounts,
-)
+from grpo_dist.planning.memory import ModelCounts
 from grpo_dist.planning.predict import Predictor
 from grpo_dist.planning.tracing import Precision, build_policy, count, example_pack
 

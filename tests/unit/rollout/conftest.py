@@ -1,4 +1,4 @@
-"""A small model, a server with vLLM's interface, and trainings that ask it."""
+"""Small models, a server with vLLM's interface, and trainings that ask it."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from engine_pairs import CONFIGS, Pair, make_pair
 from fake_vllm import FakeVllm
 from served import Training, small_model
 
@@ -41,3 +42,9 @@ def start(base: ModelConfig, tmp_path: Path) -> Iterator[Callable[..., Training]
 def server(base: ModelConfig) -> Iterator[FakeVllm]:
     with FakeVllm(base.name) as running:
         yield running
+
+
+@pytest.fixture(scope="module")
+def pairs() -> dict[str, Pair]:
+    """All models of CONFIGS."""
+    return {name: make_pair(config) for name, config in CONFIGS.items()}

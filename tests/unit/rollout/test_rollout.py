@@ -3,47 +3,32 @@
 from __future__ import annotations
 
 import copy
-import functools
-import threading
 from collections import Counter, deque
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Any
 
 import pytest
 import torch
+from engine_pairs import (
+    CONFIGS,
+    ENDS,
+    ENGINES,
+    MOST,
+    REQUESTS,
+    TINY,
+    Pair,
+    assert_equal,
+    drawn_by_rows,
+    exactly,
+    make_pair,
+    make_requests,
+    with_paged,
+)
 from torch import nn
-from transformers import (
-    AutoModelForCausalLM,
-    DeepseekV3Config,
-    DiffLlamaConfig,
-    GemmaConfig,
-    LlamaConfig,
-    MistralConfig,
-    PretrainedConfig,
-    Qwen2Config,
-    Qwen3Config,
-)
+from transformers import DeepseekV3Config, DiffLlamaConfig
 
-from grpo_dist.algorithm.hashing import stream_key
 from grpo_dist.model import attention
-from grpo_dist.model.block_attention import block_layout
 from grpo_dist.model.load import packing_obstacle
-from grpo_dist.rollout import (
-    Decoder,
-    LoadedModel,
-    LocalEngine,
-    NativeDecoder,
-    PagedDecoder,
-    Request,
-    RowDecoder,
-    Sampling,
-    awake,
-    decode_all,
-    paged,
-    paged_obstacle,
-    sample,
-)
+from grpo_dist.rollout import Decoder, NativeDecoder, PagedDecoder, Request, RowDecoder, Sampling, decode_all, paged
 from grpo_dist.rollout.engine import in_order
 from grpo_dist.rollout.native import cache
 from grpo_dist.rollout.native import engine as native
@@ -53,53 +38,6 @@ from grpo_dist.rollout.native.steps import Step, module_step, prefill
 from grpo_dist.rollout.probe import packing_leak
 from grpo_dist.types import Trajectory
 
-TINY: dict[str, Any] = {
-    "vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "max_position_embeddings": 1024, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
-    "tie_word_embeddings": False,
-}  # fmt: skip
-CONFIGS: dict[str, PretrainedConfig] = {
-    "llama": LlamaConfig(**TINY), "qwen2": Qwen2Config(**TINY), "qwen3": Qwen3Config(**TINY, head_dim=16),
-    "gemma": GemmaConfig(**{**TINY, "num_key_value_heads": 1}, head_dim=8),
-    "mistral": MistralConfig(**TINY, sliding_window=512),
-}  # fmt: skip
-ENDS = [2, 3, 17]
-MOST = 36
-"""More than one chunk of slots, so that the cache has to grow."""
-with_paged = pytest.mark.skipif(paged_obstacle() is not None, reason=str(paged_obstacle()))
-ENGINES = [NativeDecoder(ENDS, MOST, 200), pytest.param(PagedDecoder(ENDS, MOST, 200), marks=with_paged)]
-
-
-@dataclass(frozen=True)
-class Pair:
-    """One random model under both attentions."""
-
-    shared: nn.Module
-    plain: nn.Module
-
-
-def make_pair(config: PretrainedConfig) -> Pair:
-    """The same weights under both attentions; the head is scaled up, else all draws are uniform."""
-    torch.manual_seed(0)
-    shared = AutoModelForCausalLM.from_config(copy.deepcopy(config), attn_implementation=attention.NAME).eval()
-    with torch.no_grad():
-        for name, parameter in shared.named_parameters():
-            if parameter.dim() > 1:
-                parameter.normal_(0, 1.0 if "embed" in name or "head" in name else 0.2)
-        row, layout = torch.arange(9)[None], block_layout([(9, [])])
-        hidden = shared.base_model(input_ids=row, position_ids=row, use_cache=False, layout=layout).last_hidden_state
-        head = shared.get_output_embeddings().weight
-        head.mul_(2.0 / (hidden @ head.T).std())
-    plain = AutoModelForCausalLM.from_config(copy.deepcopy(config), attn_implementation="sdpa").eval()
-    plain.load_state_dict(shared.state_dict())
-    return Pair(shared, plain)
-
-
-@pytest.fixture(scope="module")
-def pairs() -> dict[str, Pair]:
-    """All models."""
-    return {name: make_pair(config) for name, config in CONFIGS.items()}
-
 
 @pytest.fixture(params=[0, 64], ids=["shared", "copied"])
 def longest_copied_prompt(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -108,36 +46,6 @@ def longest_copied_prompt(request: pytest.FixtureRequest, monkeypatch: pytest.Mo
 
 
 either_prompt = pytest.mark.usefixtures("longest_copied_prompt")
-
-
-def make_requests(sizes: list[int], lengths: list[int]) -> list[Request]:
-    """Groups of `sizes` completions of random prompts of `lengths` tokens."""
-    generator = torch.Generator().manual_seed(5)
-    prompts = [torch.randint(4, 61, (length,), generator=generator).tolist() for length in lengths]
-    return [Request(slot, sample, prompts[slot], stream_key(11, "train/0", slot, sample))
-            for slot, size in enumerate(sizes) for sample in range(size)]  # fmt: skip
-
-
-REQUESTS = make_requests([4, 4, 1, 3, 4], [3, 20, 7, 1, 12])
-
-
-def exactly(request: Request, length: int) -> Request:
-    """The request for so many tokens, whatever they are."""
-    return replace(request, max_new_tokens=length, ignore_end=True)
-
-
-@functools.cache
-def drawn_by_rows(pair: Pair, sampling: Sampling | None = None) -> list[Trajectory]:
-    """What the plain engine draws for REQUESTS: it knows nothing of other requests, and is what tests compare with."""
-    return decode_all(RowDecoder(ENDS, MOST), pair.plain, REQUESTS, sampling or Sampling())
-
-
-def assert_equal(got: list[Trajectory], expected: list[Trajectory]) -> None:
-    """The same tokens in the same order, and the same log-probabilities to 1e-4."""
-    assert len(got) == len(expected)
-    for one, other in zip(got, expected, strict=True):
-        assert (one.slot, one.sample, one.ids, one.finished) == (other.slot, other.sample, other.ids, other.finished)
-        assert one.logprobs == pytest.approx(other.logprobs, abs=1e-4)
 
 
 def check_form(completions: list[Trajectory], requests: list[Request], most: int) -> None:
@@ -336,89 +244,6 @@ def test_asking_seldom_who_has_ended_changes_nothing(steps: int, in_flight: int,
     assert any(len(c.ids) == MOST for c in expected), "rows that go on past the last place are part of the test"
     engine = NativeDecoder(ENDS, MOST, in_flight, steps_between_checks=steps)
     assert_equal(decode_all(engine, pairs["qwen2"].shared, REQUESTS), expected)
-
-
-@pytest.mark.parametrize("engine", [*ENGINES, RowDecoder(ENDS, MOST)])
-def test_completions_of_given_lengths(engine: Decoder, pairs: dict[str, Pair]) -> None:
-    pair, lengths = pairs["qwen2"], [1 + (7 * n) % MOST for n in range(len(REQUESTS))]
-    requests = [exactly(request, length) for request, length in zip(REQUESTS, lengths, strict=True)]
-    model = pair.plain if isinstance(engine, RowDecoder) else pair.shared
-    completions = decode_all(engine, model, requests)
-    assert [len(c.ids) for c in completions] == lengths
-    assert not any(c.finished for c in completions)
-    bounded = [replace(request, max_new_tokens=length) for request, length in zip(REQUESTS, lengths, strict=True)]
-    free = drawn_by_rows(pair)
-    for one, other in zip(completions, free, strict=True):
-        shared = min(len(one.ids), len(other.ids))
-        assert one.ids[:shared] == other.ids[:shared]
-    for one, other, length in zip(decode_all(engine, model, bounded), free, lengths, strict=True):
-        assert one.ids == other.ids[:length] and one.finished == (other.finished and len(other.ids) <= length)
-
-
-@pytest.mark.parametrize("engine", [*ENGINES, RowDecoder(ENDS, MOST)])
-def test_requests_that_come_while_others_are_decoded(engine: Decoder, pairs: dict[str, Pair]) -> None:
-    """A longer prompt, another sample of a prompt that was asked for before, and one after everything has ended."""
-    pair = pairs["qwen2"]
-    model = pair.plain if isinstance(engine, RowDecoder) else pair.shared
-    longer = replace(REQUESTS[0], slot=90, prompt=[*REQUESTS[0].prompt, *range(20, 60)], key=7)
-    expected = [*drawn_by_rows(pair), *decode_all(RowDecoder(ENDS, MOST), pair.plain, [longer])]
-    queue = deque(REQUESTS[:3])
-    later = deque([[longer, *REQUESTS[5:]], REQUESTS[3:5]])
-    drawn: list[Trajectory] = []
-    for ended in engine.decode(model, queue, Sampling()):
-        drawn += ended
-        if later:
-            queue.extend(later.popleft())
-    assert not later
-    assert_equal(in_order([*REQUESTS, longer], drawn), expected)
-
-
-def test_an_engine_is_a_service(pairs: dict[str, Pair]) -> None:
-    engine = LocalEngine(NativeDecoder(ENDS, MOST, 200), LoadedModel(pairs["qwen2"].shared), {})
-    expected = drawn_by_rows(pairs["qwen2"])
-    with awake(engine):
-        assert engine.poll() == []
-        engine.submit(REQUESTS[:6], Sampling())
-        drawn = engine.poll()
-        with pytest.raises(ValueError, match=r"top_k=3.* given while requests with .*top_k=0"):
-            engine.submit(REQUESTS[6:], Sampling(top_k=3))
-        engine.submit(REQUESTS[6:], Sampling())
-        while len(drawn) < len(REQUESTS):
-            drawn += engine.poll()
-        assert engine.poll() == []
-        assert_equal(in_order(REQUESTS, drawn), expected)
-        assert_equal(sample(engine, REQUESTS[:2], Sampling()), expected[:2])
-        engine.submit(REQUESTS, Sampling())
-        engine.poll()
-    with awake(engine):  # what was under way is dropped
-        assert engine.poll() == []
-        assert_equal(sample(engine, REQUESTS, Sampling()), expected)
-    with pytest.raises(AssertionError, match="sleeps"):
-        engine.submit(REQUESTS, Sampling())
-
-
-@with_paged
-def test_an_interrupted_rollout_leaves_no_thread(pairs: dict[str, Pair]) -> None:
-    class Stop(Exception):
-        pass
-
-    def check() -> None:
-        raise Stop
-
-    before, model = threading.active_count(), pairs["llama"].shared
-    engine = LocalEngine(PagedDecoder(ENDS, MOST, 200), LoadedModel(model), {})
-    with pytest.raises(Stop), awake(engine):
-        sample(engine, REQUESTS, Sampling(), check=check)
-    assert threading.active_count() == before
-    assert pairs["llama"].shared.config._attn_implementation == attention.NAME
-
-
-@pytest.mark.parametrize("length", [0, MOST + 1, MOST + 2])
-@pytest.mark.parametrize("engine", [*ENGINES, RowDecoder(ENDS, MOST)])
-def test_lengths_that_cannot_be_had(engine: Decoder, length: int, pairs: dict[str, Pair]) -> None:
-    requests = [replace(REQUESTS[0], max_new_tokens=length)]
-    with pytest.raises(ValueError, match="max_new_tokens"):
-        decode_all(engine, pairs["llama"].plain, requests)
 
 
 @either_prompt
