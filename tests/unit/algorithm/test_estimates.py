@@ -23,7 +23,7 @@ def test_pass_at_k_is_the_share_of_subsets_with_a_right_one(num_samples: int, da
 
 def test_pass_at_k_refuses_what_cannot_be() -> None:
     for arguments in ((3, 4, 1), (3, 1, 4), (3, 1, 0)):
-        with pytest.raises(ValueError):
+        with pytest.raises(ValueError, match=r"given, expected 1 <= k <= num_samples"):
             pass_at_k(*arguments)
 
 
@@ -54,8 +54,9 @@ def test_a_comparison_tells_better_from_worse() -> None:
     assert result.difference.value == pytest.approx(0.40625) and result.difference.low > 0
     assert result.p_value == pytest.approx(2 / 2**8, abs=0.003), "all eight signs are equal"
     assert compare(worse, worse).p_value == 1 and compare(better, worse).p_value == result.p_value
-    with pytest.raises(ValueError):
-        compare([], [])
+    for first, second in ([], []), (worse, better[1:]):
+        with pytest.raises(ValueError, match=f"{len(first)} and {len(second)} prompts given, expected the same"):
+            compare(first, second)
 
 
 def test_unscored_samples_count_in_nothing_else() -> None:

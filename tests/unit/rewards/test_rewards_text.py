@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -75,7 +77,7 @@ def test_answers_and_places() -> None:
         (check,) = answer_checks([RewardConfig(name)])
         check("7")
         for answer in ("", None, True, ["7"]):
-            with pytest.raises(ValueError):
+            with pytest.raises(ValueError, match=r"^the answer (is .*, expected a text or a number|'' is empty)$"):
                 check(answer)
 
 
@@ -100,9 +102,15 @@ def test_tags_are_asked_for_once_and_in_order(text: str, full: float, partial: f
 def test_a_pattern_has_to_fit_the_whole_text() -> None:
     reward = FormatReward(r"Answer: \d+", reward=2, otherwise=-1)
     assert reward(["Answer: 7\n", "The Answer: 7", "Answer: x"]) == [2, -1, -1]
-    mistakes = {"pattern": "a", "tags": ["b"]}, {"pattern": "("}, {"tags": "think"}, {"pattern": "a", "partial": True}
-    for arguments in ({}, *mistakes):
-        with pytest.raises(ValueError):
+    mistakes: list[tuple[dict[str, Any], str]] = [
+        ({}, "pattern None and tags None given, expected one of them"),
+        ({"pattern": "a", "tags": ["b"]}, r"pattern 'a' and tags \['b'\] given, expected one of them"),
+        ({"pattern": "("}, r"pattern '\(' is no regular expression: missing \)"),
+        ({"tags": "think"}, "tags: 'think' given, expected a list of names"),
+        ({"pattern": "a", "partial": True}, "partial: true needs tags"),
+    ]
+    for arguments, message in mistakes:
+        with pytest.raises(ValueError, match=message):
             FormatReward(**arguments)
 
 
@@ -113,9 +121,12 @@ def test_lengths_and_repetition() -> None:
     repeat = RepetitionReward(ngram=2)
     assert repeat(["a b c", "a", "A b a B a b"], [[]] * 3) == [0.0, 0.0, pytest.approx(-3 / 5)]
     assert RepetitionReward(1, 2.0, "tokens")([""], [[7, 7, 7, 7]]) == [-1.5]
-    for make in (lambda: LengthReward(1, 0), lambda: OverlongReward(5, 6), lambda: RepetitionReward(0)):
-        with pytest.raises(ValueError):
-            make()
+    with pytest.raises(ValueError, match="target 1 and tolerance 0 given, expected at least 0 and 1 tokens"):
+        LengthReward(1, 0)
+    with pytest.raises(ValueError, match="buffer 6 and max_length 5 given, expected 0 < buffer <= max_length"):
+        OverlongReward(5, 6)
+    with pytest.raises(ValueError, match=r"ngram 0 and max_penalty 1\.0 given, expected at least 1 and 0"):
+        RepetitionReward(0)
 
 
 def test_every_built_in_reward_says_what_counts() -> None:

@@ -228,10 +228,18 @@ def test_tests_are_inputs_with_outputs_or_assertions(sandbox: Sandbox) -> None:
 
 
 @pytest.mark.parametrize(
-    "tests", [[], "x", {}, [3], ["assert abs(f(1) - 2) < 1"], ["import os"], ["assert f(1) == g(1)"], [{"input": 1}]]
-)
-def test_tests_that_cannot_be_judged_are_refused(tests: object) -> None:
-    with pytest.raises(ValueError):
+    ("tests", "message"),
+    [([], r"the answer is \[\], expected a list of at least one test"),
+     ("x", "the answer is no JSON list of tests"),
+     ({}, r"the answer is \{\}, expected a list"),
+     ([3], "the test 3 is neither an assertion nor an object"),
+     ([{"input": 1}], r"the test \{'input': 1\} is neither"),
+     (["assert f("], r"the test 'assert f\(' is no Python"),
+     *(([test], "is not of the form assert EXPRESSION == LITERAL")
+       for test in ("assert abs(f(1) - 2) < 1", "import os", "assert f(1) == g(1)"))],
+)  # fmt: skip
+def test_tests_that_cannot_be_judged_are_refused(tests: object, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         read_tests(tests)
 
 
