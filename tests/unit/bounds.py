@@ -14,7 +14,8 @@ from math import prod
 from typing import Any
 
 import simulated_device
-from simulated_device import MORE_KERNELS, NO_KERNEL, aten
+from cuda_formulas import MORE_KERNELS
+from simulated_device import NO_KERNEL, aten
 from torch import Tensor
 
 PRODUCTS = {aten.mm.default, aten.mm.dtype, aten.addmm.default, aten.addmm_.default, aten.mm.out}

@@ -21,7 +21,8 @@ from typing import Any
 import simulated_kernels
 import torch
 import torch.utils._device
-from simulated_device import CUDA, MODE, SEEN, CUDAGraph, Mode, Simulated, attention, wait
+from cuda_formulas import attention
+from simulated_device import CUDA, MODE, SEEN, CUDAGraph, Mode, Simulated, wait
 from torch import Tensor
 from torch.nn.utils import clip_grad
 

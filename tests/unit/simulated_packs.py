@@ -14,8 +14,9 @@ import json
 from typing import Any
 
 import torch
+from cuda_formulas import KERNELS
 from simulated_cuda import install
-from simulated_device import CUDA, KERNELS, SEEN
+from simulated_device import CUDA, SEEN
 from simulated_kernels import put_triton_in
 
 install()
