@@ -5,12 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Sequence
 from pathlib import Path
-
-from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING
 
 from ..config.schema import Config
 from ..text.templates import closing_of
 from ..types import Prompt
+
+if TYPE_CHECKING:
+    from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 _ESCAPE = re.compile(r"\\[nrt]")
 _NOT_SHOWN = {
