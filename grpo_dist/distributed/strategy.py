@@ -97,8 +97,8 @@ class Replicated:
 
     def step(self, wrapped: nn.Module, optimizer: Any) -> float:
         """See `Strategy`."""
-        trainable = [p for p in wrapped.parameters() if p.requires_grad]
-        norm = float(torch.nn.utils.clip_grad_norm_(trainable, self._max_grad_norm))
+        trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        norm = float(torch.nn.utils.clip_grad_norm_(trained, self._max_grad_norm))
         if math.isfinite(norm):
             optimizer.step()
         optimizer.zero_grad()

@@ -13,11 +13,14 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from transformers import AttentionInterface
 
+from . import pack_kernels
 from .block_attention import BLOCK, GPU_BLOCK, BlockLayout, block_layout
 from .flash_trial import can_use_flash, say_blocks
 from .layout import AttentionOptions, Layout, Pieces
+from .pack_kernels import Sequences
 from .shared_prefix import Segments, Window, segments, shared_prefix_attention, window_attention, window_of
 
 NAME = "grpo_dist"
@@ -53,8 +56,8 @@ AttentionInterface.register(NAME, _attention)
 class RowLayout:
     """A row of pieces, each (prompt length, completion lengths), on any device.
 
-    In half precision on a GPU the flash kernels compute it (`shared_prefix.py`). Otherwise blocks of masked attention
-    do, which are made at their first use.
+    In half precision on a GPU the flash kernels compute it (`shared_prefix.py`), and in float32 on a CPU those of
+    `pack.cpp`. Otherwise blocks of masked attention do, which are made at their first use.
     """
 
     def __init__(self, pieces: Pieces, device: torch.device | None = None, segments: Segments | None = None) -> None:
@@ -64,6 +67,7 @@ class RowLayout:
         self._segments = segments
         self._windows: dict[int, Window] = {}
         self._blocks: dict[int | None, BlockLayout] = {}
+        self._sequences: Sequences | None = None
 
     def to(self, device: torch.device, segments: Segments | None = None) -> RowLayout:
         """See `PackLayout`."""
@@ -74,13 +78,22 @@ class RowLayout:
         window = options.window_in(self.longest)
         if options.softcap is not None and query.is_cuda:
             say_blocks("they have no soft cap of scores")
-        if options.softcap is not None or not can_use_flash(query, key, value):
+        on_cpu = window is None and _fits_kernels(query, key, value, options)
+        if not on_cpu and (options.softcap is not None or not can_use_flash(query, key, value)):
             return self._in_blocks(window).attend(layer, query, key, value, options)
+        scale = options.scale_of(query)
         # not indexed: the gradient of an index is a tensor of zeros to copy to
         query, key, value = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
+        if on_cpu:
+            return _OnCpu.apply(*(x.contiguous() for x in (query, key, value)), self._in_sequences(), scale)[None]
         if window is None:
             return shared_prefix_attention(query, key, value, self._in_segments(), options)[None]
         return window_attention(query, key, value, self._in_window(window), options)[None]
+
+    def _in_sequences(self) -> Sequences:
+        if self._sequences is None:
+            self._sequences = Sequences.of(self.pieces)
+        return self._sequences
 
     def _in_segments(self) -> Segments:
         if self._segments is None:
@@ -97,3 +110,29 @@ class RowLayout:
             block = GPU_BLOCK if self.device.type == "cuda" else BLOCK
             self._blocks[window] = block_layout(self.pieces, block, window).to(self.device)
         return self._blocks[window]
+
+
+def _fits_kernels(query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions) -> bool:
+    """Whether the kernels for CPUs compute these heads (1, H, T, D)."""
+    is_plain = options.softcap is None and options.sinks is None and key.shape == value.shape
+    return is_plain and pack_kernels.fits(query, key, value)
+
+
+class _OnCpu(torch.autograd.Function):
+    """Queries (T, Hq, D), keys and values (T, Hk, D) to (T, Hq, D)."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, sequences: Sequences, scale: float) -> Tensor:
+        output, lse = pack_kernels.attend(query, key, value, sequences, scale)
+        ctx.save_for_backward(query, key, value, output, lse)
+        ctx.sequences, ctx.scale = sequences, scale
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, output, lse = ctx.saved_tensors
+        grads = pack_kernels.attend_backward(
+            grad.contiguous(), query, key, value, output, lse, ctx.sequences, ctx.scale
+        )
+        return *grads, None, None

@@ -1,4 +1,4 @@
-"""Modules of transformers' models as one kernel each on a GPU. On a CPU nothing changes.
+"""Modules of transformers' models as one kernel each: in 16 bits on a GPU, and in float32 on a CPU (`pack.cpp`).
 
 A module is recognised by what it computes, in a trial on a few numbers.
 """
@@ -19,6 +19,7 @@ from torch.autograd.function import once_differentiable
 from torch.func import functional_call
 from torch.nn.functional import silu
 
+from . import pack_kernels
 from .lora import HALVES
 from .triton_trial import triton_obstacle
 
@@ -28,10 +29,11 @@ GATED = {"gate_proj", "up_proj", "down_proj", "act_fn"}
 
 
 def fuse_norms(model: nn.Module) -> None:
-    """Let every plain RMSNorm (arXiv:1910.07467, equation 4) of 16-bit rows on a GPU be torch's own.
+    """Let every plain RMSNorm (arXiv:1910.07467, equation 4) of 16-bit rows on a GPU be torch's own, and of float32
+    rows on a CPU, with a frozen weight, that of `pack.cpp`.
 
-    It rounds its result once. transformers' code rounds before the weight as well. Norms of other kinds (Gemma's adds 1
-    to the weight) and of float32 weights keep their code.
+    In 16 bits it rounds its result once. transformers' code rounds before the weight as well. Norms of other kinds
+    (Gemma's adds 1 to the weight) and of float32 weights on a GPU keep their code.
     """
     known: dict[Hashable, bool] = {}
     for module in model.modules():
@@ -43,9 +45,9 @@ def fuse_norms(model: nn.Module) -> None:
 
 
 def fuse_gates(model: nn.Module) -> None:
-    """Let every SwiGLU layer (arXiv:2002.05202, equation 6) of 16-bit rows on a GPU compute its gate in one kernel.
-
-    It rounds its result once, and keeps no output of the activation for the backward pass.
+    """Let every SwiGLU layer (arXiv:2002.05202, equation 6) of 16-bit rows on a GPU, or of float32 rows on a CPU,
+    compute its gate in one kernel. It rounds its result once, and keeps no output of the activation for the backward
+    pass.
     """
     known: dict[Hashable, bool] = {}
     for module in model.modules():
@@ -55,8 +57,9 @@ def fuse_gates(model: nn.Module) -> None:
 
 
 def fuse_rotations(model: nn.Module) -> None:
-    """Let the functions of transformers' files that rotate 16-bit queries and keys (arXiv:2104.09864, equation 34) be
-    one kernel on a GPU. It rounds its results once. The functions are those of the process, not of the model alone."""
+    """Let the functions of transformers' files that rotate queries and keys (arXiv:2104.09864, equation 34) be one
+    kernel for 16 bits on a GPU and for float32 on a CPU. It rounds its results once. The functions are those of the
+    process, not of the model alone."""
     known: dict[Hashable, bool] = {}
     for module in model.modules():
         namespace = sys.modules[type(module).__module__]
@@ -146,9 +149,13 @@ def _instead(
 
 def _fused_norm(module: nn.Module, plain: Callable[..., Tensor], eps: float) -> Callable[..., Tensor]:
     def fits(x: Tensor) -> bool:
-        return x.is_cuda and x.dtype in HALVES and x.dtype == module.weight.dtype
+        if x.is_cuda:
+            return x.dtype in HALVES and x.dtype == module.weight.dtype
+        return not module.weight.requires_grad and pack_kernels.fits(x, module.weight)
 
     def norm(x: Tensor) -> Tensor:
+        if not x.is_cuda:
+            return _Norm.apply(x, module.weight, eps)
         with torch.autocast(x.device.type, enabled=False):
             return nn.functional.rms_norm(x, module.weight.shape, module.weight, eps)
 
@@ -157,7 +164,7 @@ def _fused_norm(module: nn.Module, plain: Callable[..., Tensor], eps: float) -> 
 
 def _fused_gate(module: nn.Module, plain: Callable[..., Tensor]) -> Callable[..., Tensor]:
     def fits(x: Tensor) -> bool:
-        return x.is_cuda and triton_obstacle() is None
+        return triton_obstacle() is None if x.is_cuda else pack_kernels.fits(x)
 
     def feed_forward(x: Tensor) -> Tensor:
         family = getattr(module.gate_proj, "family", None)
@@ -165,21 +172,42 @@ def _fused_gate(module: nn.Module, plain: Callable[..., Tensor]) -> Callable[...
             return module.down_proj(y)
         gate, up = module.gate_proj(x), module.up_proj(x)
         is_half = gate.dtype == up.dtype and gate.dtype in HALVES
-        return module.down_proj(_Gate.apply(gate, up) if is_half else module.act_fn(gate) * up)
+        is_fused = is_half if x.is_cuda else pack_kernels.fits(gate, up)
+        return module.down_proj(_Gate.apply(gate, up) if is_fused else module.act_fn(gate) * up)
 
     return _instead(plain, 1, fits, feed_forward)
 
 
 def _fused_rotation(plain: Callable[..., Any]) -> Callable[..., Any]:
     def fits(query: Tensor, key: Tensor | None, cos: Tensor, sin: Tensor) -> bool:
-        if key is None or not query.is_cuda or triton_obstacle() is not None:
+        if key is None or len(query) != 1 or len(key) != 1:
             return False
-        is_half = query.dtype in HALVES and len({each.dtype for each in (query, key, cos, sin)}) == 1
-        return is_half and len(query) == len(key) == 1 and cos.shape == sin.shape == (1, *query.shape[-2:])
+        if not cos.shape == sin.shape == (1, *query.shape[-2:]):
+            return False
+        if not query.is_cuda:
+            return pack_kernels.fits(query, key, cos, sin)
+        return (
+            triton_obstacle() is None and query.dtype in HALVES and len({x.dtype for x in (query, key, cos, sin)}) == 1
+        )
 
     rotation = _instead(plain, 4, fits, _Rotation.apply)
     rotation.plain = plain  # type: ignore[attr-defined]
     return rotation
+
+
+class _Norm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        rows = x.flatten(0, -2).contiguous()
+        y, factors = pack_kernels.normed(rows, weight, eps)
+        ctx.save_for_backward(rows, weight, factors)
+        return y.view(x.shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        of_x = pack_kernels.normed_backward(grad.flatten(0, -2).contiguous(), *ctx.saved_tensors)
+        return of_x.view(grad.shape), None, None
 
 
 class _Rotation(torch.autograd.Function):
@@ -187,18 +215,22 @@ class _Rotation(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
-        from .rotation_kernel import rotate
-
         ctx.save_for_backward(cos, sin)
-        return _heads(*rotate(_rows(query), _rows(key), cos[0].contiguous(), sin[0].contiguous()))
+        return _heads(*_rotate(_rows(query), _rows(key), cos[0].contiguous(), sin[0].contiguous()))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, of_query: Tensor, of_key: Tensor) -> tuple[Tensor | None, ...]:
+        cos, sin = (each[0].contiguous() for each in ctx.saved_tensors)
+        return *_heads(*_rotate(_rows(of_query), _rows(of_key), cos, sin, back=True)), None, None
+
+
+def _rotate(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, back: bool = False) -> tuple[Tensor, Tensor]:
+    if query.is_cuda:
         from .rotation_kernel import rotate
 
-        cos, sin = (each[0].contiguous() for each in ctx.saved_tensors)
-        return *_heads(*rotate(_rows(of_query), _rows(of_key), cos, sin, back=True)), None, None
+        return rotate(query, key, cos, sin, back)
+    return pack_kernels.rotate(query, key, cos, sin, back)
 
 
 def _rows(heads: Tensor) -> Tensor:
@@ -212,16 +244,21 @@ def _heads(*rows: Tensor) -> tuple[Tensor, ...]:
 class _Gate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
-        from .gate_kernel import gated
-
         shape, gate, up = gate.shape, *(x.flatten(0, -2).contiguous() for x in (gate, up))
         ctx.save_for_backward(gate, up)
-        return gated(gate, up).view(shape)
+        return _gate_kernels(gate).gated(gate, up).view(shape)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-        from .gate_kernel import gated_backward
-
-        grads = gated_backward(grad.flatten(0, -2).contiguous(), *ctx.saved_tensors)
+        kernels = _gate_kernels(grad)
+        grads = kernels.gated_backward(grad.flatten(0, -2).contiguous(), *ctx.saved_tensors)
         return grads[0].view(grad.shape), grads[1].view(grad.shape)
+
+
+def _gate_kernels(x: Tensor) -> Any:
+    if x.is_cuda:
+        from . import gate_kernel
+
+        return gate_kernel
+    return pack_kernels

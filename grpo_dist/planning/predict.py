@@ -258,7 +258,13 @@ class Predictor:
         of_reference = self._largest_pack(num_ranks, REFERENCE_PACK) if reference_in_loss(self.config) else None
         if (precision, shape, of_reference) not in self._passes:
             self._passes[precision, shape, of_reference] = trace_passes(
-                self.config, self.model_config, self.implementation, precision, shape, of_reference
+                self.config,
+                self.model_config,
+                self.implementation,
+                precision,
+                shape,
+                of_reference,
+                self.device == "cpu",
             )
         passes, size = self._passes[precision, shape, of_reference], self.config.train.sequence_parallel_size
         # each rank of a group has a share of the tokens, and of the heads in attention

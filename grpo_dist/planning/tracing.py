@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,7 @@ from ..model.expert_adapters import adapted_weight
 from ..model.files import kind_of
 from ..model.fixed_row import most_positions
 from ..model.load import blank_causal_lm, make_policy, trainable
+from ..model.pack_kernels import traced_kernels
 from ..model.packing import Pack, Piece, make_pack
 from ..model.peft import LoraLayer
 from ..model.policy import Policy, PolicyOptions
@@ -141,9 +143,10 @@ def reward_model_bytes(config: Config) -> int:
 
 def trace_passes(
     config: Config, model_config: PreTrainedConfig, implementation: str | None, precision: Precision,
-    shape: Shape, of_reference: Shape | None,
+    shape: Shape, of_reference: Shape | None, on_cpu: bool,
 ) -> Passes:  # fmt: skip
-    """The memory, without weights, of the passes over a pack of that `shape`, and of the reference over `of_reference`.
+    """The memory, without weights, of the passes over a pack of that `shape`, and of the reference over `of_reference`,
+    on a GPU or on a CPU with this project's kernels for it.
 
     None leaves out the reference, which is the policy's base in the dtype of the copy. Raises ValueError for models
     whose code or operations need the values of tensors.
@@ -151,7 +154,7 @@ def trace_passes(
     text = model_config.get_text_config()
     logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)  # it prints errors as well
     num_prefilled = min(TRACED_TOKENS, most_positions(model_config))
-    traced = _Traced(config, model_config, implementation)
+    traced = _Traced(config, model_config, implementation, on_cpu)
     try:
         update = traced.update(precision, shape)
         reference = traced.frozen(precision.copy, of_reference) if of_reference else 0
@@ -182,8 +185,10 @@ _peaks: dict[tuple[object, ...], int] = {}
 class _Traced:
     """Peaks of a model's passes, in bytes and without its weights."""
 
-    def __init__(self, config: Config, model_config: PreTrainedConfig, implementation: str | None) -> None:
-        self.config, self.model_config, self.implementation = config, model_config, implementation
+    def __init__(
+        self, config: Config, model_config: PreTrainedConfig, implementation: str | None, on_cpu: bool
+    ) -> None:
+        self.config, self.model_config, self.implementation, self.on_cpu = config, model_config, implementation, on_cpu
 
     def update(self, precision: Precision, shape: Shape) -> int:
         """The peak of a pass over a pack of the update, and back."""
@@ -204,11 +209,12 @@ class _Traced:
 
     def _peak(self, trace: Callable[..., int], config: Config, precision: Precision, shape: Shape, depth: int) -> int:
         built = repr((config.model, config.lora, PolicyOptions.of(config), self.model_config))
-        given = trace, built, self.implementation, precision, shape, depth
+        given = trace, built, self.implementation, precision, shape, depth, self.on_cpu
         if given not in _peaks:
             policy = build_policy(config, self.model_config, self.implementation, precision, depth)
             pack = example_pack(shape, self.implementation == attention.NAME)
-            _peaks[given] = trace(policy, pack, precision)
+            with traced_kernels() if self.on_cpu else nullcontext():
+                _peaks[given] = trace(policy, pack, precision)
         return _peaks[given]
 
 

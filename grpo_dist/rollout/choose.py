@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from ..compiled.library import CannotCompile
 from ..config.rollout import RolloutConfig
 from ..distributed.agreement import Gather, first_fault
 from ..model.checks import CANNOT
@@ -24,7 +25,6 @@ from ..types import Trajectory
 from . import LocalEngine, NativeDecoder, PagedDecoder, Request, RowDecoder, decode_all, paged_obstacle
 from .local import Weights
 from .native.cache import DecodeState, PrefillLayout
-from .native.compiled import CannotCompile
 from .native.graphs import CannotCapture
 from .native.kernel import KernelStep
 from .native.llama import LlamaStep

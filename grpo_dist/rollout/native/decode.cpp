@@ -8,17 +8,7 @@
 // Shapes: R rows, H hidden, F intermediate, V vocabulary, Hq query heads, Hk key heads, D head size, P prompts,
 // Lp slots of a prompt, S slots of a row. Weights are (outputs, inputs), caches (R or P, Hk, slots, D).
 
-#include <algorithm>
-#include <cmath>
-#include <cstdint>
-#include <cstring>
-#include <initializer_list>
-#include <omp.h>
-#include <type_traits>
-#include <utility>
-#ifdef __FMA__
-#include <immintrin.h>
-#endif
+#include "products.h"
 
 struct Linear {
     const void* weight; // its numbers or, of a quantised layer, their codes, line behind line
@@ -64,174 +54,6 @@ struct Step {
 };
 
 namespace {
-
-struct bfloat16 {
-    uint16_t bits;
-};
-
-// --- L numbers at once ---------------------------------------------------------------------------------------------
-
-#ifdef __AVX512F__
-#define WIDE // a test defines it too, so that the tiles for these processors run on all others
-#endif
-#if defined(__AVX512F__) && defined(__AVX512BF16__)
-#define PAIRS // multiplies pairs of numbers in bfloat16; a test defines it, too
-#endif
-#ifdef WIDE
-constexpr int LANES = 16, ROWS = 6; // rows of a tile: as many sums as fit in registers beside what they add
-#else
-constexpr int LANES = 8, ROWS = 3;
-#endif
-constexpr int OUTPUTS = 4; // outputs of a tile
-constexpr long CACHE_LINE = 64;
-
-template <int L> struct Types {
-    typedef float Float __attribute__((vector_size(4 * L)));
-    typedef int32_t Int __attribute__((vector_size(4 * L)));
-    typedef uint16_t Half __attribute__((vector_size(2 * L)));
-    typedef int8_t Byte __attribute__((vector_size(L)));
-};
-template <int L> using Vec = typename Types<L>::Float;
-template <int L> using Ints = typename Types<L>::Int;
-template <int L> using Pairs = typename Types<2 * L>::Half; // of numbers in bfloat16
-
-template <int L> inline Vec<L> load(const float* from) {
-    Vec<L> v;
-    std::memcpy(&v, from, sizeof v);
-    return v;
-}
-
-// number by number, which compilers make one instruction of; of __builtin_convertvector GCC 12 makes five
-template <int L, class Small, size_t... I> inline Ints<L> widened(Small of, std::index_sequence<I...>) {
-    return Ints<L>{of[I]...};
-}
-
-template <int L> inline Vec<L> load(const bfloat16* from) {
-    typename Types<L>::Half h;
-    std::memcpy(&h, from, sizeof h);
-    return (Vec<L>)(widened<L>(h, std::make_index_sequence<L>{}) << 16);
-}
-
-template <int L> inline Vec<L> load(const int8_t* from) {
-    typename Types<L>::Byte b;
-    std::memcpy(&b, from, sizeof b);
-    return __builtin_convertvector(widened<L>(b, std::make_index_sequence<L>{}), Vec<L>);
-}
-
-// a · b + c, rounded once where the processor can. Left to the compiler, that would depend on the shape of the loop.
-template <int L> inline Vec<L> multiply_add(Vec<L> a, Vec<L> b, Vec<L> c) {
-#ifdef __AVX512F__
-    if constexpr (L == 16) return _mm512_fmadd_ps(a, b, c);
-#endif
-#ifdef __FMA__
-    if constexpr (L == 8) return _mm256_fmadd_ps(a, b, c);
-#endif
-    return a * b + c;
-}
-
-// a · b + c of each pair, the second product first
-template <int L> inline Vec<L> multiply_add(Pairs<L> a, Pairs<L> b, Vec<L> c) {
-#ifdef __AVX512BF16__
-    if constexpr (L == 16) return _mm512_dpbf16_ps(c, (__m512bh)a, (__m512bh)b);
-#endif
-    const Ints<L> x = (Ints<L>)a, y = (Ints<L>)b;
-    const Vec<L> second = multiply_add<L>((Vec<L>)(x & ~0xffff), (Vec<L>)(y & ~0xffff), c);
-    return multiply_add<L>((Vec<L>)(x << 16), (Vec<L>)(y << 16), second);
-}
-
-// Keeps a vector in a register. GCC would read it from memory anew for each product, and reads are what a tile waits for.
-template <class V> inline void hold(V& v) {
-#if defined(__AVX512F__) || defined(__AVX__) && !defined(WIDE)
-    asm("" : "+v"(v));
-#else
-    (void)v;
-#endif
-}
-
-template <int L> inline void store(Vec<L> v, float* to) { std::memcpy(to, &v, sizeof v); }
-
-// Loops over a tile are written out, so that its sums stay in registers. GCC by itself would keep those of a large one in
-// memory.
-#define UNROLL _Pragma("GCC unroll 16")
-
-inline void store(float x, float* to) { *to = x; }
-
-inline void store(float x, bfloat16* to) { // to the nearest, ties to even; NaN stays NaN
-    uint32_t bits;
-    std::memcpy(&bits, &x, sizeof bits);
-    to->bits = x == x ? (bits + 0x7fff + (bits >> 16 & 1)) >> 16 : 0x7fc0;
-}
-
-// What is multiplied at once: L numbers in float32 or L pairs in bfloat16.
-template <int L, class X> constexpr long PIECE = std::is_same_v<X, float> ? L : 2 * L;
-
-template <int L, class X, class W> inline auto piece(const W* from) {
-    if constexpr (std::is_same_v<X, float>) return load<L>(from);
-    else {
-        Pairs<L> pairs;
-        std::memcpy(&pairs, from, sizeof pairs);
-        return pairs;
-    }
-}
-
-// numbers as W holds them: to the nearest, ties to even
-template <int L, class W> inline Vec<L> rounded(Vec<L> v) {
-    if constexpr (std::is_same_v<W, float>) return v;
-    Ints<L> bits = (Ints<L>)v;
-    return (Vec<L>)((bits + 0x7fff + (bits >> 16 & 1)) & ~0xffff);
-}
-
-template <int L> inline void store(Vec<L> v, bfloat16* to) {
-    const auto halves = __builtin_convertvector((Ints<L>)rounded<L, bfloat16>(v) >> 16, typename Types<L>::Half);
-    std::memcpy(to, &halves, sizeof halves);
-}
-
-#ifdef __clang__
-#define SHUFFLE(a, b, L, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
-#else
-#define SHUFFLE(a, b, L, ...) __builtin_shuffle(a, b, Ints<L>{__VA_ARGS__})
-#endif
-
-// Sums of neighbours, of a and of b in turn: two of each in every quarter of 16 numbers or half of 8, as instructions
-// shuffle them.
-inline Vec<8> neighbours(Vec<8> a, Vec<8> b) {
-    return SHUFFLE(a, b, 8, 0, 2, 8, 10, 4, 6, 12, 14) + SHUFFLE(a, b, 8, 1, 3, 9, 11, 5, 7, 13, 15);
-}
-
-#ifdef WIDE
-inline Vec<16> neighbours(Vec<16> a, Vec<16> b) {
-    return SHUFFLE(a, b, 16, 0, 2, 16, 18, 4, 6, 20, 22, 8, 10, 24, 26, 12, 14, 28, 30) +
-           SHUFFLE(a, b, 16, 1, 3, 17, 19, 5, 7, 21, 23, 9, 11, 25, 27, 13, 15, 29, 31);
-}
-#endif
-
-// the sum of each of four vectors
-template <int L> inline Vec<4> sums(Vec<L> a, Vec<L> b, Vec<L> c, Vec<L> d) {
-    const Vec<L> quarters = neighbours(neighbours(a, b), neighbours(c, d));
-    Vec<4> parts[L / 4];
-    std::memcpy(parts, &quarters, sizeof quarters);
-    if constexpr (L == 8) return parts[0] + parts[1];
-    else return (parts[0] + parts[1]) + (parts[2] + parts[3]);
-}
-
-template <int L> inline float sum(Vec<L> of) {
-    float total = 0;
-    for (int i = 0; i < L; ++i) total += of[i];
-    return total;
-}
-
-// e^x by a polynomial on [-ln 2 / 2, ln 2 / 2], coefficients of Cephes' expf (S. L. Moshier); below -87 it is e^-87
-template <int L> inline Vec<L> exponential(Vec<L> x) {
-    const Vec<L> zero = {};
-    x = x > 88.f ? zero + 88.f : x;
-    x = x < -87.f ? zero - 87.f : x;
-    Ints<L> n = __builtin_convertvector(x * 1.44269504f + (x < zero ? zero - 0.5f : zero + 0.5f), Ints<L>);
-    Vec<L> whole = __builtin_convertvector(n, Vec<L>);
-    Vec<L> r = x - whole * 0.693359375f + whole * 2.12194440e-4f;
-    Vec<L> p = ((((1.9875691500e-4f * r + 1.3981999507e-3f) * r + 8.3334519073e-3f) * r + 4.1665795894e-2f) * r +
-                1.6666665459e-1f) * r + 5.0000001201e-1f;
-    return (p * r * r + r + 1.f) * (Vec<L>)((n + 127) << 23);
-}
 
 // --- products with weights -----------------------------------------------------------------------------------------
 
@@ -282,105 +104,11 @@ template <int L, class W, class X> void dequantise(const Linear& layer, long fir
 // Inputs are summed in equal parts of at most CHUNK_BYTES. Of such a part, a tile's OUTPUTS lines of weights and ROWS rows
 // fit in the nearest cache, and a block's ROW_BLOCK rows and OUTPUT_BLOCK lines, and the next ones on their way, in the
 // second.
-constexpr long CHUNK_BYTES = 4096, ROW_BLOCK = 24, OUTPUT_BLOCK = 32;
+constexpr long CHUNK_BYTES = 4096, OUTPUT_BLOCK = 32;
 template <class X> constexpr long CHUNK = CHUNK_BYTES / sizeof(X);
 constexpr long HALVES_ROWS = 2 * ROWS; // most rows of a tile of two lines of `halves`
 constexpr long MOST_FROM_HALVES = 16; // most rows for which to read `halves`
 constexpr long HALVES_AHEAD = 8192; // bytes
-
-// What a product does with its sums: to (rows, outputs) = or, `adds`, += them + b where it is given.
-struct Target {
-    float* to;
-    long outputs;
-    const float* bias;
-    bool adds;
-
-    template <int M> void put(Vec<4> sums, long row, long output) const { // the first M of them
-        float* y = to + row * outputs + output;
-        Vec<4> before = {}, behind = {};
-        if (adds) std::memcpy(&before, y, M * sizeof(float));
-        if (bias) std::memcpy(&behind, bias + output, M * sizeof(float));
-        const Vec<4> total = before + (sums + behind);
-        std::memcpy(y, &total, M * sizeof(float));
-    }
-};
-
-// N rows of x, `stride` apart, times M lines of weights, `line` apart, over `count` inputs.
-template <int L, int N, int M, class X, class W>
-inline void tile(const X* x, long stride, const W* w, long line, long count, const Target& target, long row,
-                 long output) {
-    Vec<L> parts[N][OUTPUTS]; // those beyond M stay 0
-    UNROLL for (int r = 0; r < N; ++r)
-        UNROLL for (int o = 0; o < OUTPUTS; ++o) parts[r][o] = Vec<L>{};
-    for (long k = 0; k < count; k += PIECE<L, X>) {
-        decltype(piece<L, X>(x)) xs[N];
-        UNROLL for (int r = 0; r < N; ++r) hold(xs[r] = piece<L, X>(x + r * stride + k));
-        UNROLL for (int o = 0; o < M; ++o) {
-            auto weights = piece<L, X>(w + o * line + k);
-            hold(weights);
-            UNROLL for (int r = 0; r < N; ++r) parts[r][o] = multiply_add<L>(xs[r], weights, parts[r][o]);
-        }
-    }
-    UNROLL for (int r = 0; r < N; ++r)
-        target.put<M>(sums<L>(parts[r][0], parts[r][1], parts[r][2], parts[r][3]), row + r, output);
-}
-
-template <int L, int M, int N = ROWS, class X, class W, class... Rest>
-inline void tile_of(long rows, const X* x, long stride, const W* w, Rest... rest) {
-    if (N == 1 || rows == N) tile<L, N, M>(x, stride, w, rest...);
-    else tile_of<L, M, std::max(N - 1, 1)>(rows, x, stride, w, rest...);
-}
-
-struct Share { // this thread's part of outputs numbered from 0, in whole tiles
-    long from, to;
-    explicit Share(long count) {
-        long tiles = (count + OUTPUTS - 1) / OUTPUTS, thread = omp_get_thread_num(), threads = omp_get_num_threads();
-        from = tiles * thread / threads * OUTPUTS;
-        to = std::min(count, tiles * (thread + 1) / threads * OUTPUTS);
-    }
-};
-
-// Fetches a block of weights (lines, count) little by little while another is at work: with more than one tile of rows,
-// memory would rest during the sums and the sums wait for memory.
-template <class W> class Ahead {
-    static constexpr long AT_ONCE = CACHE_LINE / sizeof(W);
-    const W* line;
-    const long stride, count, total, turns;
-    long at = 0, done = 0, turn = 0;
-
-  public:
-    Ahead() : Ahead(nullptr, 0, 0, 0, 1) {} // nothing
-    Ahead(const W* block, long lines, long stride, long count, long turns)
-        : line(block), stride(stride), count(count), total(lines * ((count + AT_ONCE - 1) / AT_ONCE)), turns(turns) {}
-
-    void next() {
-        if (total == 0) return;
-        for (long until = total * ++turn / turns; done < until; ++done) {
-            __builtin_prefetch(line + at, 0, 2);
-            at += AT_ONCE;
-            if (at >= count) at = 0, line += stride;
-        }
-    }
-};
-
-// rows of x, `stride` apart, times outputs [from, end), whose lines of weights begin at `weight`, over `count` inputs
-template <int L, class X, class W>
-void block_product(const X* x, long rows, long stride, const W* weight, long line, long count, long from, long end,
-                   Ahead<W> ahead, const Target& target) {
-    for (long row_block = 0; row_block < rows; row_block += ROW_BLOCK)
-        for (long o = from; o < end; o += OUTPUTS)
-            for (long r = row_block, row_end = std::min(row_block + ROW_BLOCK, rows), size; r < row_end; r += size) {
-                const long tiles = (row_end - r + ROWS - 1) / ROWS;
-                size = (row_end - r + tiles - 1) / tiles; // no tile of a single row beside a full one
-                ahead.next();
-                const X* xs = x + r * stride;
-                const W* w = weight + (o - from) * line;
-                if (end - o >= OUTPUTS) tile_of<L, OUTPUTS>(size, xs, stride, w, line, count, target, r, o);
-                else
-                    for (long i = o; i < end; ++i)
-                        tile_of<L, 1>(size, xs, stride, w + (i - o) * line, line, count, target, r, i);
-            }
-}
 
 // N rows of x, `stride` apart, times two lines of weights in one, over `count` inputs; the sums of the first `lines` of
 // them are put. One stream of whole vectors, as long as memory is: what processors fetch ahead best, with some help.
@@ -504,69 +232,11 @@ template <int L> void cap_all(float* x, long count, float cap) {
     }
 }
 
-// softmax of `count` scores and a sink (-INFINITY: none), in place; L more can be written behind them
-template <int L> void softmax(float* scores, long count, float sink) {
-    for (int i = 0; i < L; ++i) scores[count + i] = -INFINITY;
-    Vec<L> most = load<L>(scores), total = {};
-    for (long j = L; j < count; j += L) most = load<L>(scores + j) > most ? load<L>(scores + j) : most;
-    float peak = std::max(sink, most[0]);
-    for (int i = 1; i < L; ++i) peak = std::max(peak, most[i]);
-    for (long j = 0; j < count; j += L) {
-        Vec<L> weights = exponential<L>(load<L>(scores + j) - peak);
-        store<L>(weights, scores + j);
-        total += weights;
-    }
-    float factor = 1 / (sum<L>(total) + std::exp(sink - peak)); // what is behind adds e^-87 at most
-    for (long j = 0; j < count; ++j) scores[j] *= factor;
-}
-
-// What several rows make of the same values: to (rows, size) += weights (rows, count) times values (count, size), each
-// with a stride from one line to the next.
-template <int L, class C> struct Weighing {
-    const float* weights;
-    long weights_stride;
-    const C* values;
-    long values_stride, count, size;
-    float* to;
-    long to_stride;
-
-    // Q rows from `row` on and N vectors of them from `d` on
-    template <int Q, int N> void add(long row, long d) const {
-        Vec<L> outputs[Q][N];
-        UNROLL for (int q = 0; q < Q; ++q)
-            UNROLL for (int n = 0; n < N; ++n) outputs[q][n] = load<L>(to + (row + q) * to_stride + d + n * L);
-        for (long i = 0; i < count; ++i) {
-            Vec<L> value[N];
-            UNROLL for (int n = 0; n < N; ++n) value[n] = load<L>(values + i * values_stride + d + n * L);
-            UNROLL for (int q = 0; q < Q; ++q) {
-                const Vec<L> weight = Vec<L>{} + weights[(row + q) * weights_stride + i];
-                UNROLL for (int n = 0; n < N; ++n) outputs[q][n] = multiply_add<L>(weight, value[n], outputs[q][n]);
-            }
-        }
-        UNROLL for (int q = 0; q < Q; ++q)
-            UNROLL for (int n = 0; n < N; ++n) store<L>(outputs[q][n], to + (row + q) * to_stride + d + n * L);
-    }
-
-    template <int Q> void add(long row) const {
-        constexpr int N = L == 16 ? 4 : 2; // sums that fit in registers beside what they add
-        long d = 0;
-        for (; d + N * L <= size; d += N * L) add<Q, N>(row, d);
-        for (; d < size; d += L) add<Q, 1>(row, d);
-    }
-
-    void run(long rows) const {
-        long row = 0;
-        for (; row + 3 <= rows; row += 3) add<3>(row);
-        if (rows - row == 2) add<2>(row);
-        if (rows - row == 1) add<1>(row);
-    }
-};
-
 // to (queries, size) += weights (queries, stride) times values (count, size)
 template <int L, class C>
 void weigh(const float* weights, long stride, long queries, long size, const C* values, long count, float* to) {
     for (long j = 0; j < count; j += VALUES_AT_ONCE)
-        Weighing<L, C>{weights + j, stride, values + j * size, size, std::min(VALUES_AT_ONCE, count - j), size, to, size}.run(
+        Weighing<L, C>{weights + j, stride, 1, values + j * size, size, std::min(VALUES_AT_ONCE, count - j), size, to, size}.run(
             queries);
 }
 
@@ -592,7 +262,7 @@ template <int L> void add_low_rank(const float* low, long rows, long outputs, co
         for (long r = 0; r < rows; r += AT_ONCE) {
             const long count = std::min(AT_ONCE, rows - r);
             float added[AT_ONCE * BLOCK] = {};
-            Weighing<L, float>{low + r * layer.rank, layer.rank, layer.high + block, outputs, layer.rank,
+            Weighing<L, float>{low + r * layer.rank, layer.rank, 1, layer.high + block, outputs, layer.rank,
                                std::min(BLOCK, outputs - block), added, BLOCK}.run(count);
             for (long n = 0; n < count; ++n)
                 for (long o = std::max(block, mine.from); o < std::min(block + BLOCK, mine.to); ++o)

@@ -16,11 +16,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from ...compiled.library import library
 from ...config.schema import Config
 from ...distributed.device import cpu_multiplies_bfloat16
 from ...model.quantized import QuantizedWeight
 from .cache import EVERYTHING, DecodeState, PrefillLayout
-from .compiled import library
 from .halves import HalvesMemory
 from .llama import Gated, Layer, Linear, LlamaWeights, Norm, takes_gelu
 

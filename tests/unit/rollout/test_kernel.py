@@ -14,11 +14,12 @@ from decoded_steps import GEMMA2, GRANITE, PROMPTS, STEPS, decoded, make_model, 
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
+from grpo_dist.compiled import library as compiling
+from grpo_dist.compiled.library import library
 from grpo_dist.model.loaded import fits_bfloat16
 from grpo_dist.model.lora import fuse_adapters
-from grpo_dist.rollout.native import compiled, halves, kernel
+from grpo_dist.rollout.native import halves, kernel
 from grpo_dist.rollout.native.cache import DecodeState
-from grpo_dist.rollout.native.compiled import library
 from grpo_dist.rollout.native.halves import HalvesMemory
 from grpo_dist.rollout.native.kernel import SOURCE, KernelStep
 from grpo_dist.rollout.native.llama import linear_of
@@ -279,7 +280,7 @@ def test_it_follows_the_cache() -> None:
     "-DPAIRS=",  # products of bfloat16, too
 ])  # fmt: skip
 def test_other_processors(flag: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(compiled, "FLAGS", [*compiled.FLAGS, flag, "-O0"])
+    monkeypatch.setattr(compiling, "FLAGS", [*compiling.FLAGS, flag, "-O0"])
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     library.cache_clear()
     try:

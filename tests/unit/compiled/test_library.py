@@ -1,4 +1,4 @@
-"""How the step in C++ comes to be: compiled once, kept where nobody else writes, or done without."""
+"""How C++ is compiled and kept, and what is said where it cannot be."""
 
 from __future__ import annotations
 
@@ -8,11 +8,10 @@ from typing import Any
 
 import pytest
 
-from grpo_dist.rollout.native import compiled
-from grpo_dist.rollout.native.compiled import CannotCompile, library
-from grpo_dist.rollout.native.kernel import SOURCE
-
-pytestmark = pytest.mark.usefixtures("kernel")
+from grpo_dist.compiled import library as compiling
+from grpo_dist.compiled.library import CannotCompile, library
+from grpo_dist.model import pack_kernels
+from grpo_dist.rollout.native import kernel
 
 
 @pytest.fixture
@@ -37,6 +36,16 @@ def test_it_is_compiled_once(fresh: Path) -> None:
     library.cache_clear()
     assert library(fresh).answer() == 43
     assert len(list(kept.parent.iterdir())) == 2
+
+
+def test_it_is_compiled_anew_for_other_headers(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiling, "HEADERS", fresh.parent)
+    monkeypatch.setattr(compiling, "FLAGS", [*compiling.FLAGS, f"-I{fresh.parent}"])
+    fresh.write_text('#include "answer.h"\nextern "C" int answer() { return ANSWER; }')
+    for answer in (42, 43):
+        (fresh.parent / "answer.h").write_text(f"#define ANSWER {answer}\n")
+        library.cache_clear()
+        assert library(fresh).answer() == answer
 
 
 def test_without_a_place_to_keep_it(fresh: Path) -> None:
@@ -83,6 +92,8 @@ def test_what_does_not_compile_is_shown(fresh: Path) -> None:
         library(fresh)
 
 
-def test_the_kernel_compiles_without_a_warning(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compiled, "FLAGS", [*compiled.FLAGS, "-O1", "-Wall", "-Wextra", "-Werror"])
-    assert library(SOURCE)
+@pytest.mark.usefixtures("kernel")
+@pytest.mark.parametrize("source", [kernel.SOURCE, pack_kernels.SOURCE], ids=lambda source: source.name)
+def test_sources_compile_without_a_warning(source: Path, fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiling, "FLAGS", [*compiling.FLAGS, "-O1", "-Wall", "-Wextra", "-Werror"])
+    assert library(source)

@@ -18,7 +18,8 @@ from pathlib import Path
 
 import torch
 
-FLAGS = ["-O3", "-march=native", "-std=c++17", "-fPIC", "-Wno-psabi"]
+HEADERS = Path(__file__).parent
+FLAGS = ["-O3", "-march=native", "-std=c++17", "-fPIC", "-Wno-psabi", f"-I{HEADERS}"]
 
 
 class CannotCompile(ValueError):
@@ -38,7 +39,8 @@ def library(source: Path) -> ctypes.CDLL:
         compile_ = [*compiler, *FLAGS, "-fopenmp"]
         # with the instructions that -march=native has come to mean here: a home may be shared by unlike machines
         meaning = _output([*compile_, "-dM", "-E", "-x", "c++", os.devnull])
-        ingredients = repr((source.read_bytes(), compile_, openmp, meaning))
+        files = [each.read_bytes() for each in (source, *sorted(HEADERS.glob("*.h")))]
+        ingredients = repr((files, compile_, openmp, meaning))
         name = f"{source.stem}-{hashlib.sha256(ingredients.encode()).hexdigest()[:16]}.so"
         with _directory() as directory:
             place = directory / name

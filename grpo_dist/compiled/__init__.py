@@ -1,0 +1,1 @@
+"""C++ for CPUs: how it is compiled, and what its files share."""

@@ -1,0 +1,168 @@
+// Products of rows with lines of weights, and sums of rows that others weigh, one thread's part of them.
+//
+// Every number of a row is a sum in an order that neither the other rows nor the threads have a part in.
+
+#pragma once
+
+#include "vectors.h"
+
+namespace {
+
+constexpr long ROW_BLOCK = 24;
+
+// What a product does with its sums: to (rows, outputs) = or, `adds`, += them + b where it is given.
+struct Target {
+    float* to;
+    long outputs;
+    const float* bias;
+    bool adds;
+
+    template <int M> void put(Vec<4> sums, long row, long output) const { // the first M of them
+        float* y = to + row * outputs + output;
+        Vec<4> before = {}, behind = {};
+        if (adds) std::memcpy(&before, y, M * sizeof(float));
+        if (bias) std::memcpy(&behind, bias + output, M * sizeof(float));
+        const Vec<4> total = before + (sums + behind);
+        std::memcpy(y, &total, M * sizeof(float));
+    }
+};
+
+// N rows of x, `stride` apart, times M lines of weights, `line` apart, over `count` inputs.
+template <int L, int N, int M, class X, class W>
+inline void tile(const X* x, long stride, const W* w, long line, long count, const Target& target, long row,
+                 long output) {
+    Vec<L> parts[N][OUTPUTS]; // those beyond M stay 0
+    UNROLL for (int r = 0; r < N; ++r)
+        UNROLL for (int o = 0; o < OUTPUTS; ++o) parts[r][o] = Vec<L>{};
+    for (long k = 0; k < count; k += PIECE<L, X>) {
+        decltype(piece<L, X>(x)) xs[N];
+        UNROLL for (int r = 0; r < N; ++r) hold(xs[r] = piece<L, X>(x + r * stride + k));
+        UNROLL for (int o = 0; o < M; ++o) {
+            auto weights = piece<L, X>(w + o * line + k);
+            hold(weights);
+            UNROLL for (int r = 0; r < N; ++r) parts[r][o] = multiply_add<L>(xs[r], weights, parts[r][o]);
+        }
+    }
+    UNROLL for (int r = 0; r < N; ++r)
+        target.put<M>(sums<L>(parts[r][0], parts[r][1], parts[r][2], parts[r][3]), row + r, output);
+}
+
+template <int L, int M, int N = ROWS, class X, class W, class... Rest>
+inline void tile_of(long rows, const X* x, long stride, const W* w, Rest... rest) {
+    if (N == 1 || rows == N) tile<L, N, M>(x, stride, w, rest...);
+    else tile_of<L, M, std::max(N - 1, 1)>(rows, x, stride, w, rest...);
+}
+
+struct Share { // this thread's part of outputs numbered from 0, in whole tiles
+    long from, to;
+    explicit Share(long count) {
+        long tiles = (count + OUTPUTS - 1) / OUTPUTS, thread = omp_get_thread_num(), threads = omp_get_num_threads();
+        from = tiles * thread / threads * OUTPUTS;
+        to = std::min(count, tiles * (thread + 1) / threads * OUTPUTS);
+    }
+};
+
+// Fetches a block of weights (lines, count) little by little while another is at work: with more than one tile of rows,
+// memory would rest during the sums and the sums wait for memory.
+template <class W> class Ahead {
+    static constexpr long AT_ONCE = CACHE_LINE / sizeof(W);
+    const W* line;
+    const long stride, count, total, turns;
+    long at = 0, done = 0, turn = 0;
+
+  public:
+    Ahead() : Ahead(nullptr, 0, 0, 0, 1) {} // nothing
+    Ahead(const W* block, long lines, long stride, long count, long turns)
+        : line(block), stride(stride), count(count), total(lines * ((count + AT_ONCE - 1) / AT_ONCE)), turns(turns) {}
+
+    void next() {
+        if (total == 0) return;
+        for (long until = total * ++turn / turns; done < until; ++done) {
+            __builtin_prefetch(line + at, 0, 2);
+            at += AT_ONCE;
+            if (at >= count) at = 0, line += stride;
+        }
+    }
+};
+
+// rows of x, `stride` apart, times outputs [from, end), whose lines of weights begin at `weight`, over `count` inputs
+template <int L, class X, class W>
+void block_product(const X* x, long rows, long stride, const W* weight, long line, long count, long from, long end,
+                   Ahead<W> ahead, const Target& target) {
+    for (long row_block = 0; row_block < rows; row_block += ROW_BLOCK)
+        for (long o = from; o < end; o += OUTPUTS)
+            for (long r = row_block, row_end = std::min(row_block + ROW_BLOCK, rows), size; r < row_end; r += size) {
+                const long tiles = (row_end - r + ROWS - 1) / ROWS;
+                size = (row_end - r + tiles - 1) / tiles; // no tile of a single row beside a full one
+                ahead.next();
+                const X* xs = x + r * stride;
+                const W* w = weight + (o - from) * line;
+                if (end - o >= OUTPUTS) tile_of<L, OUTPUTS>(size, xs, stride, w, line, count, target, r, o);
+                else
+                    for (long i = o; i < end; ++i)
+                        tile_of<L, 1>(size, xs, stride, w + (i - o) * line, line, count, target, r, i);
+            }
+}
+
+// softmax of `count` scores and a sink (-INFINITY: none), in place; L more can be written behind them. Returns the
+// logarithm of what they were divided by.
+template <int L> float softmax(float* scores, long count, float sink) {
+    for (int i = 0; i < L; ++i) scores[count + i] = -INFINITY;
+    Vec<L> most = load<L>(scores), total = {};
+    for (long j = L; j < count; j += L) most = load<L>(scores + j) > most ? load<L>(scores + j) : most;
+    float peak = std::max(sink, most[0]);
+    for (int i = 1; i < L; ++i) peak = std::max(peak, most[i]);
+    for (long j = 0; j < count; j += L) {
+        Vec<L> weights = exponential<L>(load<L>(scores + j) - peak);
+        store<L>(weights, scores + j);
+        total += weights;
+    }
+    const float whole = sum<L>(total) + std::exp(sink - peak); // what is behind adds e^-87 at most
+    for (long j = 0; j < count; ++j) scores[j] *= 1 / whole;
+    return peak + std::log(whole);
+}
+
+// What several rows make of the same values: to (rows, size) += weights (rows, count) times values (count, size), each
+// with a stride from one line to the next.
+template <int L, class C> struct Weighing {
+    const float* weights;
+    long weights_stride, weights_step;
+    const C* values;
+    long values_stride, count, size;
+    float* to;
+    long to_stride;
+
+    // Q rows from `row` on and N vectors of them from `d` on
+    template <int Q, int N> void add(long row, long d) const {
+        Vec<L> outputs[Q][N];
+        UNROLL for (int q = 0; q < Q; ++q)
+            UNROLL for (int n = 0; n < N; ++n) outputs[q][n] = load<L>(to + (row + q) * to_stride + d + n * L);
+        for (long i = 0; i < count; ++i) {
+            Vec<L> value[N];
+            UNROLL for (int n = 0; n < N; ++n) value[n] = load<L>(values + i * values_stride + d + n * L);
+            UNROLL for (int q = 0; q < Q; ++q) {
+                const Vec<L> weight = Vec<L>{} + weights[(row + q) * weights_stride + i * weights_step];
+                UNROLL for (int n = 0; n < N; ++n) outputs[q][n] = multiply_add<L>(weight, value[n], outputs[q][n]);
+            }
+        }
+        UNROLL for (int q = 0; q < Q; ++q)
+            UNROLL for (int n = 0; n < N; ++n) store<L>(outputs[q][n], to + (row + q) * to_stride + d + n * L);
+    }
+
+    template <int Q> void add(long row) const {
+        constexpr int N = L == 16 ? 4 : 2; // sums that fit in registers beside what they add
+        long d = 0;
+        for (; d + N * L <= size; d += N * L) add<Q, N>(row, d);
+        for (; d < size; d += L) add<Q, 1>(row, d);
+    }
+
+    void run(long rows) const {
+        long row = 0;
+        for (; row + 6 <= rows; row += 6) add<6>(row);
+        for (; row + 3 <= rows; row += 3) add<3>(row);
+        if (rows - row == 2) add<2>(row);
+        if (rows - row == 1) add<1>(row);
+    }
+};
+
+} // namespace
