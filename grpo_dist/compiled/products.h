@@ -8,7 +8,8 @@
 
 namespace {
 
-constexpr long ROW_BLOCK = 24;
+constexpr long ROW_BLOCK = 24;     // rows of a block of tiles
+constexpr long FETCH_AHEAD = 8192; // bytes, of weights that are read from one end to the other
 
 // What a product does with its sums: to (rows, outputs) = or, `adds`, += them + b where it is given.
 struct Target {
@@ -27,8 +28,8 @@ struct Target {
     }
 };
 
-// N rows of x, `stride` apart, times M lines of weights, `line` apart, over `count` inputs.
-template <int L, int N, int M, class X, class W>
+// N rows of x, `stride` apart, times M lines of weights, `line` apart, over `count` inputs. `FETCHES` those ahead.
+template <int L, bool FETCHES, int N, int M, class X, class W>
 inline void tile(const X* x, long stride, const W* w, long line, long count, const Target& target, long row,
                  long output) {
     Vec<L> parts[N][OUTPUTS]; // those beyond M stay 0
@@ -38,6 +39,8 @@ inline void tile(const X* x, long stride, const W* w, long line, long count, con
         decltype(piece<L, X>(x)) xs[N];
         UNROLL for (int r = 0; r < N; ++r) hold(xs[r] = piece<L, X>(x + r * stride + k));
         UNROLL for (int o = 0; o < M; ++o) {
+            if (FETCHES && k * sizeof(W) % CACHE_LINE == 0)
+                __builtin_prefetch(w + o * line + k + FETCH_AHEAD / sizeof(W), 0, 2);
             auto weights = piece<L, X>(w + o * line + k);
             hold(weights);
             UNROLL for (int r = 0; r < N; ++r) parts[r][o] = multiply_add<L>(xs[r], weights, parts[r][o]);
@@ -47,10 +50,10 @@ inline void tile(const X* x, long stride, const W* w, long line, long count, con
         target.put<M>(sums<L>(parts[r][0], parts[r][1], parts[r][2], parts[r][3]), row + r, output);
 }
 
-template <int L, int M, int N = ROWS, class X, class W, class... Rest>
+template <int L, bool FETCHES, int M, int N = ROWS, class X, class W, class... Rest>
 inline void tile_of(long rows, const X* x, long stride, const W* w, Rest... rest) {
-    if (N == 1 || rows == N) tile<L, N, M>(x, stride, w, rest...);
-    else tile_of<L, M, std::max(N - 1, 1)>(rows, x, stride, w, rest...);
+    if (N == 1 || rows == N) tile<L, FETCHES, N, M>(x, stride, w, rest...);
+    else tile_of<L, FETCHES, M, std::max(N - 1, 1)>(rows, x, stride, w, rest...);
 }
 
 struct Share { // this thread's part of outputs numbered from 0, in whole tiles
@@ -86,7 +89,7 @@ template <class W> class Ahead {
 };
 
 // rows of x, `stride` apart, times outputs [from, end), whose lines of weights begin at `weight`, over `count` inputs
-template <int L, class X, class W>
+template <int L, bool FETCHES = false, class X, class W>
 void block_product(const X* x, long rows, long stride, const W* weight, long line, long count, long from, long end,
                    Ahead<W> ahead, const Target& target) {
     for (long row_block = 0; row_block < rows; row_block += ROW_BLOCK)
@@ -97,10 +100,10 @@ void block_product(const X* x, long rows, long stride, const W* weight, long lin
                 ahead.next();
                 const X* xs = x + r * stride;
                 const W* w = weight + (o - from) * line;
-                if (end - o >= OUTPUTS) tile_of<L, OUTPUTS>(size, xs, stride, w, line, count, target, r, o);
+                if (end - o >= OUTPUTS) tile_of<L, FETCHES, OUTPUTS>(size, xs, stride, w, line, count, target, r, o);
                 else
                     for (long i = o; i < end; ++i)
-                        tile_of<L, 1>(size, xs, stride, w + (i - o) * line, line, count, target, r, i);
+                        tile_of<L, FETCHES, 1>(size, xs, stride, w + (i - o) * line, line, count, target, r, i);
             }
 }
 

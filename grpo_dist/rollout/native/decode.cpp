@@ -108,7 +108,6 @@ constexpr long CHUNK_BYTES = 4096, OUTPUT_BLOCK = 32;
 template <class X> constexpr long CHUNK = CHUNK_BYTES / sizeof(X);
 constexpr long HALVES_ROWS = 2 * ROWS; // most rows of a tile of two lines of `halves`
 constexpr long MOST_FROM_HALVES = 16; // most rows for which to read `halves`
-constexpr long HALVES_AHEAD = 8192; // bytes
 
 // N rows of x, `stride` apart, times two lines of weights in one, over `count` inputs; the sums of the first `lines` of
 // them are put. One stream of whole vectors, as long as memory is: what processors fetch ahead best, with some help.
@@ -120,7 +119,7 @@ inline void tile_of_halves(long rows, const float* x, long stride, const uint32_
     Vec<L> parts[N][2];
     UNROLL for (int r = 0; r < N; ++r) parts[r][0] = parts[r][1] = Vec<L>{};
     for (long k = 0; k < count; k += L) {
-        if (k % (CACHE_LINE / sizeof *words) == 0) __builtin_prefetch(words + k + HALVES_AHEAD / sizeof *words, 0, 2);
+        if (k % (CACHE_LINE / sizeof *words) == 0) __builtin_prefetch(words + k + FETCH_AHEAD / sizeof *words, 0, 2);
         Ints<L> both;
         std::memcpy(&both, words + k, sizeof both);
         Vec<L> first = (Vec<L>)(both << 16), second = (Vec<L>)(both & ~0xffff);
@@ -166,9 +165,23 @@ void product_of_halves(const float* x, long rows, long inputs, long outputs, con
         }
 }
 
+// As `product`, of rows that fit in a tile: they wait for the weights, which this reads from one end to the other.
+template <int L, class W, bool adds, class X>
+void product_of_few(const X* x, long rows, long inputs, long outputs, const Linear& layer, float* to) {
+    Share mine(outputs);
+    const W* weight = static_cast<const W*>(layer.weight);
+    const long chunk = chunk_of<L, X>(inputs);
+    for (long o = mine.from; o < mine.to; o += OUTPUTS)
+        for (long k = 0; k < inputs; k += chunk)
+            block_product<L, true>(x + k, rows, inputs, weight + o * inputs + k, inputs, std::min(chunk, inputs - k), o,
+                                   std::min<long>(o + OUTPUTS, mine.to), Ahead<W>(),
+                                   Target{to, outputs, k ? nullptr : layer.bias, adds || k});
+}
+
 // to (rows, outputs) = or, `adds`, += W x + b; this thread's share of the outputs
 template <int L, class W, bool adds, class X>
 void product(const X* x, long rows, long inputs, long outputs, const Linear& layer, float* to) {
+    if (rows <= ROWS && !layer.scales) return product_of_few<L, W, adds>(x, rows, inputs, outputs, layer, to);
     Share mine(outputs);
     const W* weight = static_cast<const W*>(layer.weight);
     const long chunk = chunk_of<L, X>(inputs);
