@@ -78,14 +78,15 @@ class RowLayout:
         window = options.window_in(self.longest)
         if options.softcap is not None and query.is_cuda:
             say_blocks("they have no soft cap of scores")
-        on_cpu = window is None and _fits_kernels(query, key, value, options)
+        on_cpu = _fits_kernels(query, key, value, options)
         if not on_cpu and (options.softcap is not None or not can_use_flash(query, key, value)):
             return self._in_blocks(window).attend(layer, query, key, value, options)
         scale = options.scale_of(query)
         # not indexed: the gradient of an index is a tensor of zeros to copy to
         query, key, value = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
         if on_cpu:
-            return _OnCpu.apply(*(x.contiguous() for x in (query, key, value)), self._in_sequences(), scale)[None]
+            query, key, value = (x.contiguous() for x in (query, key, value))
+            return _OnCpu.apply(query, key, value, self._in_sequences(), scale, window)[None]
         if window is None:
             return shared_prefix_attention(query, key, value, self._in_segments(), options)[None]
         return window_attention(query, key, value, self._in_window(window), options)[None]
@@ -122,17 +123,15 @@ class _OnCpu(torch.autograd.Function):
     """Queries (T, Hq, D), keys and values (T, Hk, D) to (T, Hq, D)."""
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, sequences: Sequences, scale: float) -> Tensor:
-        output, lse = pack_kernels.attend(query, key, value, sequences, scale)
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, *how: Any) -> Tensor:
+        output, lse = pack_kernels.attend(query, key, value, *how)
         ctx.save_for_backward(query, key, value, output, lse)
-        ctx.sequences, ctx.scale = sequences, scale
+        ctx.how = how
         return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, output, lse = ctx.saved_tensors
-        grads = pack_kernels.attend_backward(
-            grad.contiguous(), query, key, value, output, lse, ctx.sequences, ctx.scale
-        )
-        return *grads, None, None
+        grads = pack_kernels.attend_backward(grad.contiguous(), query, key, value, output, lse, *ctx.how)
+        return *grads, None, None, None

@@ -9,7 +9,7 @@
 #include "products.h"
 #include <vector>
 
-// Tokens [from, to) of one sequence, which see the earlier ones of it and all of its prompt. A prompt's own is empty.
+// Tokens [from, to) of one sequence, which see the earlier ones of it and its prompt. A prompt's own is empty.
 struct Segment {
     int64_t from, to, prompt_from, prompt_to;
 };
@@ -24,6 +24,7 @@ struct Attention {
     int64_t threads, query_heads, key_heads, head_size;
     int64_t segments, runs, longest; // of a prompt with one of its completions, in tokens
     int64_t sums;                    // of all runs, in tokens
+    int64_t window;                  // the newest positions of its sequence that a query sees, its own included
     float scale;
     const Segment* segment;
     const Run* run;
@@ -46,15 +47,17 @@ template <int L> class Attending {
     const long stride = a.longest + 2 * LANES; // from a query's scores to the next one's: some can be written behind
     const long at_once = std::max(1L, QUERIES / group), most = at_once * group;
 
-    // Some tokens' queries of a head of keys, with all that they see, side by side.
+    // Some tokens' queries of a head of keys, and what any of them sees: `before` tokens of the prompt, then own ones.
     struct Block {
-        const Segment& s;
-        const long from, to, head, count, before, all; // tokens, queries, and keys that they see: of the prompt, and all
+        long from, to, head, count; // tokens, and how many queries
+        long prompt_from, before, own_from, all;
     };
 
     Block block(const Segment& s, long from, long head) const {
-        const long to = std::min<long>(from + at_once, s.to), before = s.prompt_to - s.prompt_from;
-        return {s, from, to, head, (to - from) * group, before, before + to - s.from};
+        const long to = std::min<long>(from + at_once, s.to), prompt = s.prompt_to - s.prompt_from;
+        const long passed = std::max<long>(0, prompt + from - s.from + 1 - a.window); // by the window of its first query
+        const long before = std::max(0L, prompt - passed), own_from = s.from + std::max(0L, passed - prompt);
+        return {from, to, head, (to - from) * group, s.prompt_to - before, before, own_from, before + to - own_from};
     }
 
     // rows (count, D) = the block's part of x (T, Hq, D), scaled
@@ -72,8 +75,8 @@ template <int L> class Attending {
 
     // `visit` the two ranges of tokens that a block sees: where one begins, how many, and how many are before it
     template <class Visit> static void ranges(const Block& b, Visit visit) {
-        visit(b.s.prompt_from, b.before, 0L);
-        visit(static_cast<long>(b.s.from), b.all - b.before, b.before);
+        visit(b.prompt_from, b.before, 0L);
+        visit(b.own_from, b.all - b.before, b.before);
     }
 
     // scores (count, stride) = rows times what the block sees of x (T, Hk, D)
@@ -100,53 +103,61 @@ template <int L> class Attending {
             Weighing<L, float>{weights + at, 1, stride, rows, size, b.count, size, to, key_line}.run(number);
         };
         add(0, b.before, of_prompt);
-        add(b.before, b.all - b.before, own + b.s.from * key_line + b.head * size);
+        add(b.before, b.all - b.before, own + b.own_from * key_line + b.head * size);
     }
 
-    // `visit` each query of a block: its number, its place in (T, Hq), and how many keys it sees
+    // `visit` each query of a block: its number, its place in (T, Hq), and the first key that it sees and the end of them
     template <class Visit> void queries(const Block& b, Visit visit) const {
         for (long r = 0; r < b.count; ++r) {
-            const long t = b.from + r / group;
-            visit(r, t * a.query_heads + b.head * group + r % group, b.before + t + 1 - b.s.from);
+            const long t = b.from + r / group, end = b.before + t + 1 - b.own_from;
+            visit(r, t * a.query_heads + b.head * group + r % group, std::max<long>(0, end - a.window), end);
         }
+    }
+
+    // nothing for keys that a query does not see
+    void clear_unseen(const Block& b, float* row, long first, long end) const {
+        std::fill(row, row + first, 0.f);
+        std::fill(row + end, row + b.all, 0.f);
     }
 
     void forward(const Block& b, float* scratch) const {
         float *rows = scratch, *scores = rows + most * size;
         take(b, a.query, a.scale, rows);
         score(b, rows, a.key, scores);
-        queries(b, [&](long r, long place, long seen) {
+        queries(b, [&](long r, long place, long first, long end) {
             float* row = scores + r * stride;
-            a.lse[place] = softmax<L>(row, seen, -INFINITY);
-            std::fill(row + seen, row + b.all, 0.f);
+            a.lse[place] = softmax<L>(row + first, end - first, -INFINITY);
+            clear_unseen(b, row, first, end);
         });
         weigh(b, scores, a.value, rows);
         put(b, rows, 1.f, a.output);
     }
 
-    // FlashAttention's gradients (arXiv:2205.14135, section B.4); those of the prompt are added to `keys` and `values`
-    void backward(const Block& b, float* keys, float* values, float* scratch) const {
+    // FlashAttention's gradients (arXiv:2205.14135, section B.4); those of the prompt's keys and values are added to
+    // `keys` and `values`, in which it begins at its token `prompt`
+    void backward(const Block& b, long prompt, float* keys, float* values, float* scratch) const {
         float *rows = scratch, *grads = rows + most * size, *shares = grads + most * size, *slopes = shares + most * stride;
         take(b, a.query, a.scale, rows);
         take(b, a.grad, 1.f, grads);
         score(b, rows, a.key, shares);
         score(b, grads, a.value, slopes);
-        queries(b, [&](long r, long place, long seen) {
+        queries(b, [&](long r, long place, long first, long end) {
             Vec<L> products = {};
             for (long d = 0; d < size; d += L)
                 products += load<L>(a.output + place * size + d) * load<L>(grads + r * size + d);
             const float mean = sum<L>(products), lse = a.lse[place];
             float *share = shares + r * stride, *slope = slopes + r * stride;
-            for (long j = 0; j < seen; j += L) {
+            for (long j = first; j < end; j += L) {
                 const Vec<L> p = exponential<L>(load<L>(share + j) - lse);
                 store<L>(p, share + j);
                 store<L>(p * (load<L>(slope + j) - mean), slope + j);
             }
-            std::fill(share + seen, share + b.all, 0.f);
-            std::fill(slope + seen, slope + b.all, 0.f);
+            clear_unseen(b, share, first, end);
+            clear_unseen(b, slope, first, end);
         });
-        spread(b, slopes, rows, keys, a.grad_key);
-        spread(b, shares, grads, values, a.grad_value);
+        const long at = (b.prompt_from - prompt) * key_line;
+        spread(b, slopes, rows, keys + at, a.grad_key);
+        spread(b, shares, grads, values + at, a.grad_value);
         weigh(b, slopes, a.key, rows);
         put(b, rows, a.scale, a.grad_query);
     }
@@ -163,7 +174,7 @@ template <int L> class Attending {
         for (const Segment* s = first; s < a.segment + run.last; ++s) {
             for (float* x : {a.grad_key, a.grad_value}) clear(x, s->from, s->to, head);
             for (long from = s->from; from < s->to; from += at_once)
-                backward(block(*s, from, head), a.key_sums + at, a.value_sums + at, scratch);
+                backward(block(*s, from, head), s->prompt_from, a.key_sums + at, a.value_sums + at, scratch);
         }
     }
 

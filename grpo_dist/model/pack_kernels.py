@@ -164,46 +164,45 @@ class _Attention(ctypes.Structure):
 
     _fields_ = [
         *((name, c_int64) for name in ("threads", "query_heads", "key_heads", "head_size")),
-        *((name, c_int64) for name in ("segments", "runs", "longest", "sums")), ("scale", c_float),
+        *((name, c_int64) for name in ("segments", "runs", "longest", "sums", "window")), ("scale", c_float),
         *((name, c_void_p) for name in ("segment", "run", "query", "key", "value", "output", "lse")),
         *((name, c_void_p) for name in ("grad", "grad_query", "grad_key", "grad_value", "key_sums", "value_sums")),
     ]  # fmt: skip
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, sequences: Sequences, scale: float) -> tuple[Tensor, Tensor]:
-    """Attention of queries (T, Hq, D) to keys and values (T, Hk, D), and each softmax's log-sum-exp (T, Hq)."""
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, sequences: Sequences, scale: float, window: int | None
+) -> tuple[Tensor, Tensor]:
+    """Attention of queries (T, Hq, D) to keys and values (T, Hk, D), and each softmax's log-sum-exp (T, Hq).
+
+    A query sees the newest `window` positions of its sequence, its own included, or all.
+    """
     output, lse = torch.empty_like(query), query.new_empty(query.shape[:2])
-    _attend("attend", sequences, scale, query=query, key=key, value=value, output=output, lse=lse)
+    _attend("attend", sequences, scale, window, query=query, key=key, value=value, output=output, lse=lse)
     return output, lse
 
 
 def attend_backward(
-    grad: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    output: Tensor,
-    lse: Tensor,
-    sequences: Sequences,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, output: Tensor, lse: Tensor,
+    sequences: Sequences, scale: float, window: int | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The gradients by queries, keys and values, for that by the output (T, Hq, D)."""
     of_query, of_key, of_value = (torch.empty_like(each) for each in (query, key, value))
     sums = key.new_empty(2, sequences.sums, *key.shape[1:])
-    _attend("attend_backward", sequences, scale, query=query, key=key, value=value, output=output, lse=lse,
+    _attend("attend_backward", sequences, scale, window, query=query, key=key, value=value, output=output, lse=lse,
             grad=grad, grad_query=of_query, grad_key=of_key, grad_value=of_value, key_sums=sums[0],
             value_sums=sums[1])  # fmt: skip
     return of_query, of_key, of_value
 
 
-def _attend(name: str, sequences: Sequences, scale: float, **tensors: Tensor) -> None:
+def _attend(name: str, sequences: Sequences, scale: float, window: int | None, **tensors: Tensor) -> None:
     if _IS_TRACED.get():
         return
     code = _code()
     assert code is not None, "`fits` was not asked"
     arguments = _Attention(
         torch.get_num_threads(), tensors["query"].shape[1], *tensors["key"].shape[1:], len(sequences.segments),
-        len(sequences.runs), sequences.longest, sequences.sums, scale,
+        len(sequences.runs), sequences.longest, sequences.sums, sequences.longest if window is None else window, scale,
         **{each: _address(x) for each, x in tensors.items()},
         segment=_address(sequences.segments), run=_address(sequences.runs),
     )  # fmt: skip

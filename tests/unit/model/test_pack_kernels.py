@@ -70,19 +70,21 @@ def with_gradients(function: Callable[..., Any], inputs: list[Tensor], grad: Ten
 
 
 def assert_exact(got: list[Tensor], exact: list[Tensor]) -> None:
-    """Assert that errors are those of float32, as a share of the largest number."""
+    """Assert that errors are those of float32, as a share of the largest number or of 1."""
     for number, truth in zip(got, exact, strict=True):
         assert number.shape == truth.shape
-        assert float((number - truth).abs().max()) < 3e-6 * float(truth.abs().max())
+        assert float((number - truth).abs().max()) < 3e-6 * max(1.0, float(truth.abs().max()))
 
 
-def check_attention(pieces: Pieces, num_heads: int, key_heads: int, size: int) -> None:
+def check_attention(pieces: Pieces, num_heads: int, key_heads: int, size: int, window: int | None = None) -> None:
     tokens = sum(prompt + sum(completions) for prompt, completions in pieces)
     *inputs, grad = heads(tokens, num_heads, key_heads, key_heads, num_heads, size=size)
     grad = grad.transpose(1, 2)
-    options = AttentionOptions(scale=0.3)
+    options = AttentionOptions(scale=0.3, window=window)
     got = with_gradients(lambda *x: RowLayout(pieces).attend(0, *x, options), inputs, grad)
-    exact = with_gradients(lambda *x: block_layout(pieces).attend(0, *x, options), [x.double() for x in inputs], grad)
+    exact = with_gradients(
+        lambda *x: block_layout(pieces, window=window).attend(0, *x, options), [x.double() for x in inputs], grad
+    )
     assert_exact(got, exact)
 
 
@@ -93,6 +95,13 @@ def test_attention(num_heads: int, key_heads: int, size: int, calls: list[str]) 
     for pieces in (LONG, [(5, [2, 4]), (1, [1]), (2, [])]):
         check_attention(pieces, num_heads, key_heads, size)
     assert calls == ["attend", "attend_backward"] * 2
+
+
+@pytest.mark.parametrize("window", [1, 7, 16, 70, 71, 100, 159, 160])
+def test_windows(window: int, calls: list[str]) -> None:
+    """Shorter than a prompt, than a block of queries and than a completion, as long, and longer."""
+    check_attention(LONG, 4, 2, 16, window)
+    assert calls == ["attend", "attend_backward"]
 
 
 def test_a_token_is_computed_alike_in_any_row(all_threads: None) -> None:
@@ -206,7 +215,7 @@ def test_what_does_not_fit(calls: list[str]) -> None:
         assert not pack_kernels.fits(torch.zeros(3, 8))
     query, key, value = heads(6, 4, 2, 2, size=8)
     sinks = torch.zeros(4)
-    for options in (AttentionOptions(softcap=3.0), AttentionOptions(window=2), AttentionOptions(sinks=sinks)):
+    for options in (AttentionOptions(softcap=3.0), AttentionOptions(sinks=sinks)):
         RowLayout([(2, [4])]).attend(0, query, key, value, options)
     assert not attention._fits_kernels(query, key, value[..., :0], AttentionOptions())
     assert not calls
