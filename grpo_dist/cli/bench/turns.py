@@ -1,4 +1,5 @@
 """Two trainers that alternate. Each is a process that waits for a request, takes one step and answers with its metrics.
+Until the next request it is stopped, because threads that wait for work may take the processor from the other one.
 
 A request has the lengths of the step's completions, or None if they end by themselves, and whether only the rollout is
 wanted. The answer is a dict.
@@ -10,6 +11,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -86,6 +88,7 @@ class Worker:
                 self.command, stdout=self.log, stderr=subprocess.STDOUT, start_new_session=True,
                 env={**self.environment, "TOKENIZERS_PARALLELISM": "false", ADDRESS: str(listener.address)},
             )  # fmt: skip
+            self.guard = self._guard()
             try:
                 self._wait(listener._listener._socket)  # type: ignore[attr-defined]
                 self.line = listener.accept()
@@ -96,14 +99,31 @@ class Worker:
 
     def step(self, lengths: list[int] | None, *, is_rollout: bool = False) -> dict[str, Any]:
         """Request one step, or its rollout alone, and return the answer."""
+        self._signal("SIGCONT")
         self.line.send({"lengths": lengths, "is_rollout": is_rollout})
         self._wait(self.line)
         try:
-            return self.line.recv()
+            answer = self.line.recv()
+            self._signal("SIGSTOP")
+            return answer
         except EOFError:  # a worker that dies closes its line before it is gone
             with suppress(subprocess.TimeoutExpired):
                 self.process.wait(5)
             raise self._failure() from None
+
+    def _guard(self) -> subprocess.Popen[bytes] | None:
+        """A process that ends the worker where this one is killed: what is stopped would never notice."""
+        if not hasattr(os, "killpg"):
+            return None
+        ends = f"import os, sys; sys.stdin.read(); os.killpg({self.process.pid}, {int(signal.SIGKILL)})"
+        command = [sys.executable, "-S", "-c", ends]
+        return subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True)
+
+    def _signal(self, name: str) -> None:
+        """Send a signal to the worker and what it has started, where there is such a signal."""
+        if hasattr(signal, name):
+            with suppress(ProcessLookupError):
+                os.killpg(self.process.pid, getattr(signal, name))
 
     def _wait(self, thing: Any) -> None:
         deadline = time.monotonic() + PATIENCE_SECONDS
@@ -120,6 +140,7 @@ class Worker:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is None and self.process.poll() is None:
+            self._signal("SIGCONT")
             try:
                 self.line.send(None)
                 self.process.wait(30)
@@ -128,6 +149,9 @@ class Worker:
         self._end()
 
     def _end(self) -> None:
+        if self.guard is not None:
+            self.guard.kill()
+            self.guard.communicate()
         with suppress(ProcessLookupError):
             if hasattr(os, "killpg"):
                 os.killpg(self.process.pid, signal.SIGKILL)  # with what it has started
