@@ -55,11 +55,9 @@ def gguf_advice(path: Path) -> str:
 def _export_hint(path: Path) -> str:
     """The end of a message about a run that has not ended, or about what is in it."""
     run = next((each for each in (path, *path.parents[:2]) if (each / "metrics.jsonl").is_file()), None)
-    return (
-        f"; `python -m grpo_dist export {shlex.quote(str(run))}` writes the model of this run's newest checkpoint"
-        if run
-        else ""
-    )
+    if run is None:
+        return ""
+    return f"; `python -m grpo_dist export {shlex.quote(str(run))}` writes the model of this run's newest checkpoint"
 
 
 def is_path(name: str) -> bool:

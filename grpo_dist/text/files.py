@@ -24,9 +24,7 @@ def write_file(path: Path, text: str) -> None:
     except OSError as error:  # that of a write names no file, and others the temporary one
         raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
-        with contextlib.suppress(
-            OSError
-        ):  # a file system that is read-only refuses this too, and names the temporary one
+        with contextlib.suppress(OSError):  # a read-only file system refuses this too, and would name this file
             temporary.unlink()
 
 

@@ -52,16 +52,9 @@ def start_worker(
         ours, theirs = socket.socketpair()
         on_failure.callback(ours.close)
         with theirs:
+            arguments = [json.dumps(sys.path), module, str(theirs.fileno()), str(os.getpid())]
             process = subprocess.Popen(
-                [
-                    sys.executable,
-                    "-c",
-                    _BOOTSTRAP,
-                    json.dumps(sys.path),
-                    module,
-                    str(theirs.fileno()),
-                    str(os.getpid()),
-                ],
+                [sys.executable, "-c", _BOOTSTRAP, *arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=_STDERR,  # users see what their code prints, and it is never read as a result
                 env=environment,

@@ -77,9 +77,8 @@ def connect(descriptor: int, parent: int) -> Channel:
     try:
         _end_children_too()
     except BlockingIOError as error:
-        sys.exit(
-            f"a worker process cannot start another ({error}): the limit of processes is reached (ulimit -u, pids.max)"
-        )
+        sys.exit(f"a worker process cannot start another ({error}): the limit of processes is reached (ulimit -u, "
+                 "pids.max)")  # fmt: skip
     _end_with(parent)
     for number in _LEFT_TO_THE_PARENT:
         # A handler that does nothing, not SIG_IGN: programs that users' code starts would inherit SIG_IGN, and nobody
