@@ -201,6 +201,22 @@ def test_rotations(tokens: int, size: int, calls: list[str]) -> None:
     assert set(calls) == {"rotate"}
 
 
+def test_what_is_not_a_number_is_seen() -> None:
+    """An update whose gradient is no number is skipped: no kernel may make a number of it."""
+    query, key, value = heads(6, 4, 2, 2, size=8)
+    query[0, 1, 2, 3] = torch.nan
+    output = RowLayout([(2, [4])]).attend(0, query, key, value, AttentionOptions())
+    assert output.isnan().any(-1).nonzero().tolist() == [[0, 2, 1]]
+    row = torch.ones(2, 16)
+    row[1, 5] = torch.nan
+    normed, _ = pack_kernels.normed(row, torch.ones(16), 1e-6)
+    assert normed.isnan().all(-1).tolist() == [False, True] and not normed[0].isnan().any()
+    for gate, up in ((row, row[:1].expand(2, 16).contiguous()), (row[:1].expand(2, 16).contiguous(), row)):
+        assert torch.equal(pack_kernels.gated(gate, up).isnan(), row.isnan())
+        for grad in pack_kernels.gated_backward(row, gate, up):
+            assert torch.equal(grad.isnan(), row.isnan())
+
+
 def test_what_does_not_fit(calls: list[str]) -> None:
     """Other numbers than float32, sizes that are no multiples of 8, and tensors without memory."""
     assert pack_kernels.fits(torch.zeros(3, 8), nn.Parameter(torch.zeros(8)))
