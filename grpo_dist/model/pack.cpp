@@ -6,7 +6,7 @@
 //
 // Shapes: T tokens, Hq query heads, Hk key heads, D head size.
 
-#include "products.h"
+#include "layers.h"
 #include <vector>
 
 // Tokens [from, to) of one sequence, which see the earlier ones of it and its prompt. A prompt's own is empty.
@@ -21,7 +21,7 @@ struct Run {
 };
 
 struct Attention {
-    int64_t threads, query_heads, key_heads, head_size;
+    int64_t query_heads, key_heads, head_size;
     int64_t segments, runs, longest; // of a prompt with one of its completions, in tokens
     int64_t sums;                    // of all runs, in tokens
     int64_t window;                  // the newest positions of its sequence that a query sees, its own included
@@ -36,12 +36,12 @@ struct Attention {
 
 namespace {
 
-constexpr long QUERIES = 64;      // that attend together: those of a few tokens and all heads that share a key
-constexpr long LINES_AT_ONCE = 32; // they stay in the nearest cache while all queries read them
-constexpr long FEW = 1 << 14;     // numbers for which threads are not worth waking
+constexpr long QUERIES = 64;  // that attend together: those of a few tokens and all heads that share a key
+constexpr long FEW = 1 << 14; // numbers for which threads are not worth waking
 
 template <int L> class Attending {
     const Attention& a;
+    const int64_t threads;
     const long size = a.head_size, group = a.query_heads / a.key_heads, heads = group * size;
     const long query_line = a.query_heads * size, key_line = a.key_heads * size;
     const long stride = a.longest + 2 * LANES; // from a query's scores to the next one's: some can be written behind
@@ -82,8 +82,7 @@ template <int L> class Attending {
     // scores (count, stride) = rows times what the block sees of x (T, Hk, D)
     void score(const Block& b, const float* rows, const float* x, float* scores) const {
         ranges(b, [&](long first, long number, long at) {
-            block_product<L>(rows, b.count, size, x + first * key_line + b.head * size, key_line, size, 0, number,
-                             Ahead<float>(), Target{scores + at, stride, nullptr, false});
+            ::score<L>(rows, b.count, size, x + first * key_line + b.head * size, key_line, number, scores + at, stride);
         });
     }
 
@@ -91,9 +90,7 @@ template <int L> class Attending {
     void weigh(const Block& b, const float* weights, const float* x, float* rows) const {
         std::fill_n(rows, b.count * size, 0.f);
         ranges(b, [&](long first, long number, long at) {
-            for (long j = 0; j < number; j += LINES_AT_ONCE)
-                Weighing<L, float>{weights + at + j, stride, 1, x + (first + j) * key_line + b.head * size, key_line,
-                                   std::min(LINES_AT_ONCE, number - j), size, rows, size}.run(b.count);
+            ::weigh<L>(weights + at, stride, b.count, size, x + first * key_line + b.head * size, key_line, number, rows);
         });
     }
 
@@ -190,13 +187,13 @@ template <int L> class Attending {
     }
 
   public:
-    explicit Attending(const Attention& attention) : a(attention) {}
+    Attending(const Attention& attention, int64_t threads) : a(attention), threads(threads) {}
 
     void forward() const {
         std::vector<std::pair<const Segment*, long>> places;
         for (const Segment* s = a.segment; s < a.segment + a.segments; ++s)
             for (long from = s->from; from < s->to; from += at_once) places.emplace_back(s, from);
-#pragma omp parallel num_threads(a.threads)
+#pragma omp parallel num_threads(threads)
         {
             std::vector<float> scratch(most * (size + stride));
 #pragma omp for schedule(dynamic) collapse(2)
@@ -207,7 +204,7 @@ template <int L> class Attending {
     }
 
     void backward() const {
-#pragma omp parallel num_threads(a.threads)
+#pragma omp parallel num_threads(threads)
         {
             std::vector<float> scratch(2 * most * (size + stride));
 #pragma omp for schedule(dynamic) collapse(2)
@@ -236,26 +233,21 @@ Vec<LANES> sigmoid(Vec<LANES> x) { return 1.f / (1.f + exponential<LANES>(-x)); 
 
 } // namespace
 
-extern "C" void attend(const Attention* a) {
-    if (a->head_size % LANES == 0) Attending<LANES>(*a).forward();
-    else Attending<8>(*a).forward();
+extern "C" void attend(int64_t threads, const Attention* a) {
+    if (a->head_size % LANES == 0) Attending<LANES>(*a, threads).forward();
+    else Attending<8>(*a, threads).forward();
 }
 
-extern "C" void attend_backward(const Attention* a) {
-    if (a->head_size % LANES == 0) Attending<LANES>(*a).backward();
-    else Attending<8>(*a).backward();
+extern "C" void attend_backward(int64_t threads, const Attention* a) {
+    if (a->head_size % LANES == 0) Attending<LANES>(*a, threads).backward();
+    else Attending<8>(*a, threads).backward();
 }
 
 // RMSNorm of x (rows, size): x · weight · factor, and the factor of each row, 1 / sqrt(mean square + eps)
 extern "C" void norm(int64_t threads, const float* x, const float* weight, float eps, int64_t rows, int64_t size, float* to,
                      float* factors) {
-    each_row(rows, size, threads, [=](long r) {
-        const float* row = x + r * size;
-        Vec<8> squares = {};
-        for (long k = 0; k < size; k += 8) squares += load<8>(row + k) * load<8>(row + k);
-        const float factor = factors[r] = 1 / std::sqrt(sum<8>(squares) / size + eps);
-        for (long k = 0; k < size; ++k) to[r * size + k] = weight[k] * (row[k] * factor);
-    });
+    each_row(rows, size, threads,
+             [=](long r) { factors[r] = normalise<8>(x + r * size, size, weight, eps, to + r * size); });
 }
 
 extern "C" void norm_backward(int64_t threads, const float* grad, const float* x, const float* weight, const float* factors,

@@ -17,12 +17,13 @@ from dataclasses import dataclass
 from functools import cache
 from itertools import accumulate, pairwise
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from ..compiled.library import CannotCompile, library
+from .compiled.library import CannotCompile, library
 from .layout import Pieces
 
 log = logging.getLogger(__name__)
@@ -32,8 +33,6 @@ MULTIPLE = 8
 """Head sizes and rows of norms have to be multiples of this."""
 MOST_RUNS = 8
 """Most parts of a prompt's completions whose gradients of the prompt are summed each by itself."""
-
-
 _IS_TRACED = ContextVar("traced", default=False)
 
 
@@ -66,7 +65,7 @@ def _code() -> ctypes.CDLL | None:
         return None
 
 
-def _call(name: str, *arguments: Tensor | int | float) -> None:
+def _call(name: str, *arguments: Tensor | int | float | ctypes.Structure) -> None:
     """Call a function with the number of threads and these arguments; whole numbers are int64, others float32."""
     if _IS_TRACED.get():
         return
@@ -75,15 +74,17 @@ def _call(name: str, *arguments: Tensor | int | float) -> None:
     getattr(code, name)(c_int64(torch.get_num_threads()), *map(_argument, arguments))
 
 
-def _argument(x: Tensor | int | float) -> c_void_p | c_int64 | c_float:
+def _argument(x: Tensor | int | float | ctypes.Structure) -> Any:
     if isinstance(x, Tensor):
         return c_void_p(_address(x))
+    if isinstance(x, ctypes.Structure):
+        return ctypes.byref(x)
     return c_int64(x) if isinstance(x, int) else c_float(x)
 
 
 def _address(x: Tensor) -> int:
     assert x.is_contiguous() and x.dtype in (torch.float32, torch.int64)
-    return x.data_ptr()
+    return 0 if isinstance(x, FakeTensor) else x.data_ptr()
 
 
 def normed(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -163,7 +164,7 @@ class _Attention(ctypes.Structure):
     """That of `pack.cpp`, field by field."""
 
     _fields_ = [
-        *((name, c_int64) for name in ("threads", "query_heads", "key_heads", "head_size")),
+        *((name, c_int64) for name in ("query_heads", "key_heads", "head_size")),
         *((name, c_int64) for name in ("segments", "runs", "longest", "sums", "window")), ("scale", c_float),
         *((name, c_void_p) for name in ("segment", "run", "query", "key", "value", "output", "lse")),
         *((name, c_void_p) for name in ("grad", "grad_query", "grad_key", "grad_value", "key_sums", "value_sums")),
@@ -196,14 +197,9 @@ def attend_backward(
 
 
 def _attend(name: str, sequences: Sequences, scale: float, window: int | None, **tensors: Tensor) -> None:
-    if _IS_TRACED.get():
-        return
-    code = _code()
-    assert code is not None, "`fits` was not asked"
-    arguments = _Attention(
-        torch.get_num_threads(), tensors["query"].shape[1], *tensors["key"].shape[1:], len(sequences.segments),
-        len(sequences.runs), sequences.longest, sequences.sums, sequences.longest if window is None else window, scale,
+    _call(name, _Attention(
+        tensors["query"].shape[1], *tensors["key"].shape[1:], len(sequences.segments), len(sequences.runs),
+        sequences.longest, sequences.sums, sequences.longest if window is None else window, scale,
         **{each: _address(x) for each, x in tensors.items()},
         segment=_address(sequences.segments), run=_address(sequences.runs),
-    )  # fmt: skip
-    getattr(code, name)(ctypes.byref(arguments))
+    ))  # fmt: skip

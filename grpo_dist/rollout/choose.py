@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from ..compiled.library import CannotCompile
 from ..config.rollout import RolloutConfig
 from ..distributed.agreement import Gather, first_fault
 from ..model.checks import CANNOT
+from ..model.compiled.library import CannotCompile
 from ..model.fixed_row import most_positions
 from ..model.fused_modules import plain_modules
 from ..model.peft import without_adapters

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import settings
 from small_models import base  # noqa: F401  (a fixture for all)
 
-from grpo_dist.compiled.library import CannotCompile, library
+from grpo_dist.model.compiled.library import CannotCompile, library
 from grpo_dist.rollout.native.kernel import SOURCE
 
 settings.register_profile("unit", deadline=None)  # no test asserts a time: a machine may have more to do

@@ -88,8 +88,9 @@ class Worker:
                 self.command, stdout=self.log, stderr=subprocess.STDOUT, start_new_session=True,
                 env={**self.environment, "TOKENIZERS_PARALLELISM": "false", ADDRESS: str(listener.address)},
             )  # fmt: skip
-            self.guard = self._guard()
+            self.guard = None
             try:
+                self.guard = self._guard()
                 self._wait(listener._listener._socket)  # type: ignore[attr-defined]
                 self.line = listener.accept()
             except BaseException:

@@ -8,7 +8,7 @@
 // Shapes: R rows, H hidden, F intermediate, V vocabulary, Hq query heads, Hk key heads, D head size, P prompts,
 // Lp slots of a prompt, S slots of a row. Weights are (outputs, inputs), caches (R or P, Hk, slots, D).
 
-#include "products.h"
+#include "layers.h"
 
 struct Linear {
     const void* weight; // its numbers or, of a quantised layer, their codes, line behind line
@@ -214,43 +214,17 @@ void product(const X* x, long rows, long inputs, long outputs, const Linear& lay
     }
 }
 
-// x · weight / sqrt(mean square + eps), RMSNorm (arXiv:1910.07467, equation 4)
-template <int L, class X> void normalise(const float* x, long size, const float* weight, float eps, X* to) {
-    Vec<L> squares = {};
-    for (long k = 0; k < size; k += L) squares += load<L>(x + k) * load<L>(x + k);
-    float factor = 1 / std::sqrt(sum<L>(squares) / size + eps);
-    for (long k = 0; k < size; ++k) store(weight[k] * (x[k] * factor), to + k);
-}
-
 // --- attention -----------------------------------------------------------------------------------------------------
 
-constexpr long VALUES_AT_ONCE = 32;  // they stay in the nearest cache while several queries weigh them
 constexpr long MOST_SCORES = 1 << 17; // of the queries that attend to a prompt together: what the second cache holds
-
-// scores (queries, stride) = q Kᵀ of query (queries, size) and keys (count, size)
-template <int L, class C>
-void score(const float* query, long queries, long size, const C* keys, long count, float* scores, long stride) {
-    block_product<L>(query, queries, size, keys, size, size, 0, count, Ahead<C>(),
-                     Target{scores, stride, nullptr, false});
-}
 
 // cap · tanh(x / cap), in place (arXiv:2408.00118, section 2)
 template <int L> void cap_all(float* x, long count, float cap) {
     for (long j = 0; j < count; j += L) {
-        const long size = std::min<long>(L, count - j) * sizeof(float);
-        Vec<L> v = {};
-        std::memcpy(&v, x + j, size);
-        v = cap * (1.f - 2.f / (exponential<L>(v * (2.f / cap)) + 1.f));
-        std::memcpy(x + j, &v, size);
+        const long size = std::min<long>(L, count - j);
+        const Vec<L> v = load_some<L>(x + j, size);
+        store_some<L>(cap * (1.f - 2.f / (exponential<L>(v * (2.f / cap)) + 1.f)), x + j, size);
     }
-}
-
-// to (queries, size) += weights (queries, stride) times values (count, size)
-template <int L, class C>
-void weigh(const float* weights, long stride, long queries, long size, const C* values, long count, float* to) {
-    for (long j = 0; j < count; j += VALUES_AT_ONCE)
-        Weighing<L, C>{weights + j, stride, 1, values + j * size, size, std::min(VALUES_AT_ONCE, count - j), size, to, size}.run(
-            queries);
 }
 
 // rotary position embedding (arXiv:2104.09864, equation 34, with halves in place of pairs) of a head, in place
@@ -373,14 +347,14 @@ template <int L, class W, class X> class Decoding {
         }
         skipped = skipped / L * L;
         const long before = shared - skipped;
-        score<L>(turned, count, size, prompts(layer.prompt_keys, skipped), before, scores, room.stride);
+        score<L>(turned, count, size, prompts(layer.prompt_keys, skipped), size, before, scores, room.stride);
         auto own_part = [&](long row, auto&& each) { // of the keys or values that a row sees of its own
             const long passed = std::max(0L, first_seen(layer, row, shared) - shared);
             each((row - from) * group, passed, s.slots[row] + 1 - passed);
         };
         for (long row = from; row < to; ++row)
             own_part(row, [&](long first, long passed, long seen) {
-                score<L>(turned + first * size, group, size, own(layer.own_keys, row, head) + passed * size, seen,
+                score<L>(turned + first * size, group, size, own(layer.own_keys, row, head) + passed * size, size, seen,
                          scores + first * room.stride + before, room.stride);
                 const long hidden = std::clamp(first_seen(layer, row, shared) - skipped, 0L, before);
                 for (long n = 0; n < group; ++n) {
@@ -393,11 +367,11 @@ template <int L, class W, class X> class Decoding {
                 }
             });
         std::fill_n(outputs, count * size, 0.f);
-        weigh<L>(scores, room.stride, count, size, prompts(layer.prompt_values, skipped), before, outputs);
+        weigh<L>(scores, room.stride, count, size, prompts(layer.prompt_values, skipped), size, before, outputs);
         for (long row = from; row < to; ++row)
             own_part(row, [&](long first, long passed, long seen) {
                 weigh<L>(scores + first * room.stride + before, room.stride, group, size,
-                         own(layer.own_values, row, head) + passed * size, seen, outputs + first * size);
+                         own(layer.own_values, row, head) + passed * size, size, seen, outputs + first * size);
                 X* to = attended + row * queries + head * group * size;
                 for (long d = 0; d < group * size; d += L) store<L>(load<L>(outputs + first * size + d), to + d);
             });
@@ -447,11 +421,8 @@ template <int L, class W, class X> class Decoding {
             long k = r * inner + mine.from, end = r * inner + mine.to;
             for (; k + L <= end; k += L) store<L>(activated(load<L>(gate + k), load<L>(up + k)), gated + k);
             if (k == end) continue;
-            Vec<L> v = {}, other = {};
             X numbers[L];
-            std::memcpy(&v, gate + k, (end - k) * sizeof(float));
-            std::memcpy(&other, up + k, (end - k) * sizeof(float));
-            store<L>(activated(v, other), numbers);
+            store<L>(activated(load_some<L>(gate + k, end - k), load_some<L>(up + k, end - k)), numbers);
             std::memcpy(gated + k, numbers, (end - k) * sizeof(X));
         }
     }

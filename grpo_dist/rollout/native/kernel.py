@@ -16,9 +16,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ...compiled.library import library
 from ...config.schema import Config
 from ...distributed.device import cpu_multiplies_bfloat16
+from ...model.compiled.library import library
 from ...model.quantized import QuantizedWeight
 from .cache import EVERYTHING, DecodeState, PrefillLayout
 from .halves import HalvesMemory

@@ -14,11 +14,11 @@ from torch.nn.functional import rms_norm, silu
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, apply_rotary_pos_emb
 
-from grpo_dist.compiled import library as compiling
-from grpo_dist.compiled.library import library
 from grpo_dist.model import attention, fused_modules, pack_kernels
 from grpo_dist.model.attention import RowLayout
 from grpo_dist.model.block_attention import block_layout
+from grpo_dist.model.compiled import library as compiling
+from grpo_dist.model.compiled.library import library
 from grpo_dist.model.fused_modules import fuse_gates, fuse_norms
 from grpo_dist.model.layout import AttentionOptions, Pieces
 from grpo_dist.model.pack_kernels import Sequences

@@ -16,9 +16,9 @@ from small_models import IDS, LORA, logits, make_base, make_tokenizer
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GPT2Config, Phi3Config
 
-from grpo_dist.compiled.library import library
 from grpo_dist.config.schema import Config, ModelConfig, RolloutConfig
 from grpo_dist.model import attention
+from grpo_dist.model.compiled.library import library
 from grpo_dist.model.config_files import load_model_config
 from grpo_dist.model.export import save_final
 from grpo_dist.model.files import UnfitModel, require_quantizable, require_unsharded

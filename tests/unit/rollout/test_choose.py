@@ -12,9 +12,9 @@ from tiny_architectures import GPT, UNPACKABLE, alone, make_config, make_model, 
 from torch import Tensor
 from transformers.models.llama import modeling_llama
 
-from grpo_dist.compiled.library import library
 from grpo_dist.config.schema import RolloutConfig
 from grpo_dist.model import attention
+from grpo_dist.model.compiled.library import library
 from grpo_dist.model.fused_modules import _instead
 from grpo_dist.rollout import LoadedModel, NativeDecoder, PagedDecoder
 from grpo_dist.rollout.choose import STEPS, UnfitEngine, _step_off, make_engine, own_step

@@ -14,8 +14,8 @@ from decoded_steps import GEMMA2, GRANITE, PROMPTS, STEPS, decoded, make_model, 
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
-from grpo_dist.compiled import library as compiling
-from grpo_dist.compiled.library import library
+from grpo_dist.model.compiled import library as compiling
+from grpo_dist.model.compiled.library import library
 from grpo_dist.model.loaded import fits_bfloat16
 from grpo_dist.model.lora import fuse_adapters
 from grpo_dist.rollout.native import halves, kernel

@@ -107,24 +107,6 @@ void block_product(const X* x, long rows, long stride, const W* weight, long lin
             }
 }
 
-// softmax of `count` scores and a sink (-INFINITY: none), in place; L more can be written behind them. Returns the
-// logarithm of what they were divided by.
-template <int L> float softmax(float* scores, long count, float sink) {
-    for (int i = 0; i < L; ++i) scores[count + i] = -INFINITY;
-    Vec<L> most = load<L>(scores), total = {};
-    for (long j = L; j < count; j += L) most = load<L>(scores + j) > most ? load<L>(scores + j) : most;
-    float peak = std::max(sink, most[0]);
-    for (int i = 1; i < L; ++i) peak = std::max(peak, most[i]);
-    for (long j = 0; j < count; j += L) {
-        Vec<L> weights = exponential<L>(load<L>(scores + j) - peak);
-        store<L>(weights, scores + j);
-        total += weights;
-    }
-    const float whole = sum<L>(total) + std::exp(sink - peak); // what is behind adds e^-87 at most
-    for (long j = 0; j < count; ++j) scores[j] *= 1 / whole;
-    return peak + std::log(whole);
-}
-
 // What several rows make of the same values: to (rows, size) += weights (rows, count) times values (count, size), each
 // with a stride from one line to the next.
 template <int L, class C> struct Weighing {

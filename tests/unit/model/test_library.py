@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from grpo_dist.compiled import library as compiling
-from grpo_dist.compiled.library import CannotCompile, library
 from grpo_dist.model import pack_kernels
+from grpo_dist.model.compiled import library as compiling
+from grpo_dist.model.compiled.library import CannotCompile, library
 from grpo_dist.rollout.native import kernel
 
 
