@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -98,7 +98,7 @@ class AdaptersOff:
     def __init__(self, wrapped: nn.Module, policy: Policy) -> None:
         self.wrapped, self.policy = wrapped, policy
         # PEFT's own context looks for them, and at all that they are, for each pack: 0.1 s for 196 layers
-        self._layers = [module for module in policy.model.modules() if isinstance(module, LoraLayer)]
+        self._layers: list[Any] = [module for module in policy.model.modules() if isinstance(module, LoraLayer)]
 
     @torch.no_grad()
     def logprobs(self, pack: Pack) -> Tensor:
@@ -111,4 +111,4 @@ class AdaptersOff:
 
     def _enable(self, enabled: bool) -> None:
         for layer in self._layers:
-            layer.enable_adapters(enabled)
+            layer._disable_adapters = not enabled  # PEFT's own way to say so also says which weights are trained
