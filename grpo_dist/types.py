@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -154,7 +155,7 @@ class Batch:
     def lengths(self) -> Tensor:
         """(N,) int64: sampled tokens of each completion."""
         counts = torch.zeros(len(self.row_lengths), dtype=torch.int64)
-        rows = torch.repeat_interleave(torch.arange(len(counts)), self.row_lengths)
+        rows = repeated(torch.arange(len(counts)), self.row_lengths)
         return counts.index_add_(0, rows, self.sampled.long())
 
     @cached_property
@@ -195,7 +196,7 @@ class Batch:
     @property
     def sequence(self) -> Tensor:
         """(T,) int64: the completion each sampled token belongs to."""
-        return torch.repeat_interleave(torch.arange(len(self.lengths)), self.lengths)
+        return repeated(torch.arange(len(self.lengths)), self.lengths)
 
     def completion_ids(self, n: int) -> list[int]:
         """Token ids of completion `n`, sampled or not."""
@@ -266,7 +267,13 @@ def _joined_scoring(batches: list[Batch]) -> dict[str, float]:
 def token_places(starts: Tensor, lengths: Tensor) -> Tensor:
     """The numbers `starts[n]` to `starts[n] + lengths[n] - 1` of each n, one after another; all int64."""
     before = torch.cumsum(lengths, 0) - lengths
-    return torch.repeat_interleave(starts - before, lengths) + torch.arange(int(lengths.sum()))
+    return repeated(starts - before, lengths) + torch.arange(int(lengths.sum()))
+
+
+def repeated(values: Tensor, counts: Tensor) -> Tensor:
+    """Each of the `values` (N) `counts[n]` times, both on the CPU. torch's own function wakes all threads, which takes
+    longer than the work."""
+    return torch.from_numpy(np.repeat(values.numpy(), counts.numpy()))
 
 
 def no_routes(tokens: int, like: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..config.algorithm import GroupBaseline, Scale
+from ..types import repeated
 
 STD_FLOOR = 1e-4
 """Added to a std before dividing by it, as TRL does: rewards that differ by rounding alone must not become signal."""
@@ -96,7 +97,7 @@ def relative_advantages(
     (DeepSeekMath, section 4.1.3), discounted by `gamma`. With outcome rewards and gamma 1 that is the outcome's
     normalised reward on every token.
     """
-    owner = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
+    owner = repeated(torch.arange(len(lengths)), lengths)
     columns = [(1.0, weighted_rewards(rewards, weights))]
     rewards, weights = _counted(rewards, weights)
     if normalise_each:
@@ -118,7 +119,7 @@ def discounted_sums(values: Tensor, lengths: Tensor, discount: float) -> Tensor:
     last = values[torch.cumsum(lengths, 0) - 1]
     # outcomes alone, which is the usual case: the result is that of the loop
     if discount == 1 and values.count_nonzero() == last.count_nonzero():
-        return torch.repeat_interleave(last, lengths)
+        return repeated(last, lengths)
     longest_first = lengths.argsort(descending=True)
     ends = torch.cumsum(lengths, 0)[longest_first]
     # how many completions have a token at this distance from the end

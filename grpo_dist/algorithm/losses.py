@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..config.algorithm import AUTO_IS_RESOLVED, Aggregation, LossConfig
+from ..types import repeated
 from .kl import kl_estimate
 from .ratios import policy_ratio, rollout_weights
 
@@ -84,7 +85,7 @@ def token_weights(
         per_token = 1 / ((per_group > 0).sum().clamp(min=1) * per_group.clamp(min=1))[group]
     else:
         per_token = ones / num_sequences
-    return torch.repeat_interleave(torch.where(included, per_token, 0.0), lengths).float()
+    return repeated(torch.where(included, per_token, 0.0), lengths).float()
 
 
 def _clipped(ratio: Tensor, advantages: Tensor, options: LossConfig) -> tuple[Tensor, Tensor, Tensor]:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..distributed.transfer import to_device
-from ..types import Batch, no_routes, token_places
+from ..types import Batch, no_routes, repeated, token_places
 from .attention import PackLayout, RowLayout
 from .shared_prefix import segments
 
@@ -192,7 +192,7 @@ def make_pack(batch: Batch, pieces: list[Piece], *, share_prompts: bool = True) 
     is_prompt = torch.tensor([n == 0 for _, completions in shapes for n in range(1 + len(completions))])
     segment_starts = torch.cumsum(sizes, 0) - sizes
     starts, prompt_starts, prompt_lengths = segment_starts[~is_prompt], segment_starts[is_prompt], sizes[is_prompt]
-    sequence = torch.repeat_interleave(torch.arange(len(chosen)), lengths)  # of each completion token
+    sequence = repeated(torch.arange(len(chosen)), lengths)  # of each completion token
     piece = (torch.cumsum(is_prompt, 0) - 1)[~is_prompt][sequence]
     row, source = token_places(starts, lengths), token_places(batch.row_starts[chosen], lengths)
     prompt_row = token_places(prompt_starts, prompt_lengths)
@@ -205,7 +205,7 @@ def make_pack(batch: Batch, pieces: list[Piece], *, share_prompts: bool = True) 
     positions[row] = prompt_lengths[piece] + own
     owner[row] = chosen[sequence]
     prompts = torch.tensor([p.prompt for p in pieces])
-    owner[prompt_row] = torch.repeat_interleave(-1 - prompts, prompt_lengths)
+    owner[prompt_row] = repeated(-1 - prompts, prompt_lengths)
     predictor = torch.where(own == 0, (prompt_starts + prompt_lengths)[piece], row) - 1
     layout = RowLayout(shapes) if share_prompts else None
     sampled = batch.sampled[source]
