@@ -96,7 +96,8 @@ class DecodeState:
         """Add prompts with `sizes` sequences each, from the row that computed them."""
         if not prefill.keys:
             raise ValueError("the model's attention never came to the layout it was given")
-        first, lengths, sizes_there = len(self.prompt_lengths), prefill.lengths, torch.tensor(sizes, device=self.device)
+        first, lengths = len(self.prompt_lengths), prefill.lengths
+        prompt_of_row = rows_of(sizes, self.device)
         for fresh_rows, prompts, own in (
             (prefill.keys, self.prompt_keys, self.own_keys), (prefill.values, self.prompt_values, self.own_values),
         ):  # fmt: skip
@@ -105,9 +106,8 @@ class DecodeState:
                 if self.shares:
                     prompts[layer] = _stacked(prompts.get(layer), fresh)
                     fresh = fresh[:, :, :0]
-                own[layer] = _stacked(own.get(layer), fresh.repeat_interleave(sizes_there, 0))
-        places = torch.arange(first, first + len(lengths), device=self.device)
-        self.prompt = torch.cat([self.prompt, places.repeat_interleave(sizes_there)])
+                own[layer] = _stacked(own.get(layer), fresh.index_select(0, prompt_of_row))
+        self.prompt = torch.cat([self.prompt, first + prompt_of_row])
         self.prompt_lengths = torch.cat([self.prompt_lengths, torch.tensor(lengths, device=self.device)])
         self.lengths = torch.cat([self.lengths, self.lengths.new_zeros(sum(sizes))])
         self.used = max(self.used, 0 if self.shares else max(lengths))
@@ -123,10 +123,10 @@ class DecodeState:
             longest = int(self.prompt_lengths.max()) if len(alive) else 0
             for store in (self.prompt_keys, self.prompt_values):
                 for layer in store:
-                    store[layer] = store[layer][alive, :, :longest]
+                    store[layer] = store[layer][:, :, :longest].index_select(0, alive)
         for store in (self.own_keys, self.own_values):
             for layer in store:
-                store[layer] = store[layer][rows]
+                store[layer] = store[layer].index_select(0, rows)  # an index copies number by number
         self.used = 0
         if len(rows):
             self._seat_rows()
@@ -252,6 +252,11 @@ class DecodeState:
         prompts, heads, queries, size = x.shape
         seats = x.view(prompts, heads, self.most, queries // self.most, size).transpose(1, 2).flatten(0, 1)
         return seats if self.all_seated else seats[self.seat]
+
+
+def rows_of(sizes: Sequence[int], device: torch.device) -> Tensor:
+    """The prompt of each row, where prompts have `sizes` rows: (sum of sizes,) int64."""
+    return torch.tensor([prompt for prompt, size in enumerate(sizes) for _ in range(size)], device=device)
 
 
 def longer(table: Tensor, rows: int) -> Tensor:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ...types import Trajectory
 from ..engine import Decoder, Request, columns_of, take_group, trajectory
 from ..sampling import Rules, Sampling, draw
-from .cache import DecodeState, longer
+from .cache import DecodeState, longer, rows_of
 from .drafted import DraftedSteps, Drafts
 from .graphs import Replayed
 from .kept import KeptRows
@@ -231,7 +231,7 @@ class Decoding:
         self.reported, self.kept = (torch.cat([each, torch.zeros(len(new), dtype=torch.bool)])
                                     for each in (self.reported, self.kept))  # fmt: skip
         first = self.state.num_rows - len(new)
-        self._draw(logits.repeat_interleave(torch.tensor(sizes, device=self.device), 0), slice(first, None))
+        self._draw(logits.index_select(0, rows_of(sizes, self.device)), slice(first, None))
         self._retire()
 
     def _draw(self, logits: Tensor, rows: slice | Tensor) -> None:
