@@ -97,11 +97,12 @@ class Replicated:
 
     def step(self, wrapped: nn.Module, optimizer: Any) -> float:
         """See `Strategy`."""
-        trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        adam = self.adam(optimizer)  # Accelerate's wrapper searches for packages at each step
+        trained = [parameter for group in adam.param_groups for parameter in group["params"]]
         norm = float(torch.nn.utils.clip_grad_norm_(trained, self._max_grad_norm))
         if math.isfinite(norm):
-            optimizer.step()
-        optimizer.zero_grad()
+            adam.step()
+        adam.zero_grad()
         return norm
 
     def adam(self, optimizer: Any) -> torch.optim.Optimizer:

@@ -12,6 +12,8 @@ Hk key heads, G = Hq / Hk, D head size.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -28,6 +30,19 @@ SLOT_CHUNK = 32
 """Slots for tokens are added this many at a time."""
 
 
+Store = dict[int, Tensor]
+"""Keys or values by layer."""
+
+
+class Prefilled(Protocol):
+    """Prompts that were computed."""
+
+    lengths: list[int]
+
+    def by_prompt(self) -> tuple[Store, Store]:
+        """Their keys and values (P, Hk, Lp, D), zeros behind the shorter prompts."""
+
+
 class PrefillLayout:
     """A row of whole prompts that keeps the keys and values it sees."""
 
@@ -37,12 +52,33 @@ class PrefillLayout:
         self.keys: dict[int, Tensor] = {}
         self.values: dict[int, Tensor] = {}
 
+    def by_prompt(self) -> tuple[Store, Store]:
+        """See `Prefilled`."""
+        if not self.keys:
+            raise ValueError("the model's attention never came to the layout it was given")
+        keys, values = ({layer: _padded(row.split(self.lengths, 1)) for layer, row in rows.items()}
+                        for rows in (self.keys, self.values))  # fmt: skip
+        return keys, values
+
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions) -> Tensor:
         """See `layout.Layout`."""
         if layer in self.keys:
             raise ValueError(f"layer {layer} attends more than once")
         self.keys[layer], self.values[layer] = key[0], value[0]
         return self.rows.attend(layer, query, key, value, options)
+
+
+@dataclass
+class PrefilledRows:
+    """Prompts of which each was computed in a row of its own."""
+
+    lengths: list[int]
+    keys: Store
+    values: Store
+
+    def by_prompt(self) -> tuple[Store, Store]:
+        """See `Prefilled`."""
+        return self.keys, self.values
 
 
 class DecodeState:
@@ -78,31 +114,20 @@ class DecodeState:
         state._seat_rows()
         return state
 
-    def as_prompts(self, lengths: list[int]) -> PrefillLayout:
-        """The first `lengths` tokens of each row, as prompts that other rows begin with."""
-        layout = PrefillLayout(lengths, self.device)
-        layout.keys, layout.values = (
-            {n: torch.cat([row[:, :length] for row, length in zip(store, lengths, strict=True)], 1)
-             for n, store in stores.items()} for stores in (self.own_keys, self.own_values)
-        )  # fmt: skip
-        return layout
-
     @property
     def num_rows(self) -> int:
         """Sequences in flight."""
         return len(self.prompt)
 
-    def admit(self, prefill: PrefillLayout, sizes: list[int]) -> None:
-        """Add prompts with `sizes` sequences each, from the row that computed them."""
-        if not prefill.keys:
-            raise ValueError("the model's attention never came to the layout it was given")
-        first, lengths = len(self.prompt_lengths), prefill.lengths
+    def admit(self, prefilled: Prefilled, sizes: list[int]) -> None:
+        """Add prompts with `sizes` sequences each."""
+        first, lengths = len(self.prompt_lengths), prefilled.lengths
+        keys, values = prefilled.by_prompt()
         prompt_of_row = rows_of(sizes, self.device)
-        for fresh_rows, prompts, own in (
-            (prefill.keys, self.prompt_keys, self.own_keys), (prefill.values, self.prompt_values, self.own_values),
+        for new, prompts, own in (
+            (keys, self.prompt_keys, self.own_keys), (values, self.prompt_values, self.own_values),
         ):  # fmt: skip
-            for layer, row in fresh_rows.items():
-                fresh = _padded(row.split(lengths, 1))  # (new prompts, Hk, their longest, D)
+            for layer, fresh in new.items():
                 if self.shares:
                     prompts[layer] = _stacked(prompts.get(layer), fresh)
                     fresh = fresh[:, :, :0]

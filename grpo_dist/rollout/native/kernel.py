@@ -20,7 +20,7 @@ from ...config.schema import Config
 from ...distributed.device import cpu_multiplies_bfloat16
 from ...model.compiled.library import library
 from ...model.quantized import QuantizedWeight
-from .cache import EVERYTHING, DecodeState, PrefillLayout
+from .cache import EVERYTHING, DecodeState, PrefilledRows
 from .halves import HalvesMemory
 from .llama import Gated, Layer, Linear, LlamaWeights, Norm, takes_gelu
 
@@ -126,7 +126,7 @@ class KernelStep:
         """See `SeveralTokensStep`."""
         return tokens <= self.longest_entered
 
-    def prefill(self, prompts: list[list[int]]) -> tuple[PrefillLayout, Tensor]:
+    def prefill(self, prompts: list[list[int]]) -> tuple[PrefilledRows, Tensor]:
         """See `SeveralTokensStep`; logits are float32."""
         lengths, step = [len(prompt) for prompt in prompts], self.step
         shape = len(prompts), step.key_heads, max(lengths), step.head_size
@@ -137,7 +137,7 @@ class KernelStep:
         last = [(prompt[-1], row, len(prompt) - 1) for row, prompt in enumerate(prompts)]
         tokens, rows, slots = torch.tensor(last).T.contiguous()
         logits = self.several(tokens, rows, slots, state)  # whose keys belong to the prompts, too
-        return state.as_prompts(lengths), logits
+        return PrefilledRows(lengths, state.own_keys, state.own_values), logits
 
     def enter(self, tokens: Tensor, rows: Tensor, slots: Tensor, state: DecodeState) -> None:
         """See `SeveralTokensStep`."""

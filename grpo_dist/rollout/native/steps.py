@@ -10,7 +10,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from .cache import DecodeState, PrefillLayout
+from .cache import DecodeState, Prefilled, PrefillLayout
 
 
 class Step(Protocol):
@@ -34,7 +34,7 @@ class SeveralTokensStep(Step, Protocol):
     def enters(self, tokens: int) -> bool:
         """Whether a prompt of so many tokens is computed by `prefill` of this step sooner than by the model."""
 
-    def prefill(self, prompts: list[list[int]]) -> tuple[PrefillLayout, Tensor]:
+    def prefill(self, prompts: list[list[int]]) -> tuple[Prefilled, Tensor]:
         """As the function below; the numbers of a prompt do not depend on the others."""
 
     def enter(self, tokens: Tensor, rows: Tensor, slots: Tensor, state: DecodeState) -> None:

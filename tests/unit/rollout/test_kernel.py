@@ -93,15 +93,14 @@ def test_prompts_are_computed_as_by_the_model(
         prefill(copy.deepcopy(model).double(), PROMPTS),
         KernelStep(model).prefill(PROMPTS),
     )
-    for ours, theirs in [(logits, exact_logits), *((store[n], other[n]) for n in (0, 1) for store, other in
-                         ((got.keys, exact.keys), (got.values, exact.values)))]:  # fmt: skip
+    stores = list(zip(got.by_prompt(), exact.by_prompt(), strict=True))
+    for ours, theirs in [(logits, exact_logits), *((store[n], other[n]) for n in (0, 1) for store, other in stores)]:
         assert float((ours - theirs).abs().max()) < 1e-4 * float(theirs.abs().max())
     monkeypatch.setattr(kernel, "ENTERED_AT_ONCE", 7)
     for n, prompt in enumerate(PROMPTS):
         alone, own_logits = KernelStep(model).prefill([prompt])
-        begin = sum(map(len, PROMPTS[:n]))
         assert torch.equal(own_logits[0], logits[n])
-        assert torch.equal(alone.keys[1], got.keys[1][:, begin : begin + len(prompt)])
+        assert torch.equal(alone.keys[1][0], got.keys[1][n, :, : len(prompt)])
 
 
 FEW = partial(KernelStep, halves=True)
