@@ -15,6 +15,7 @@ Shapes: T tokens, I inputs, O outputs, r the adapters' rank.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -68,8 +69,8 @@ class _AdaptedLinears(torch.autograd.Function):
             ctx.save_for_backward(x, a, low, kept, *stored, *b, gate, up)
             return (gated(gate, up, Adapters(low, *b)),)
         ctx.save_for_backward(x, a, low, kept, *stored, *b)
-        return tuple(add_low_rank(x, each, bias, part, up)
-                     for each, bias, part, up in zip(whole, biases, low.split(ranks, 1), b, strict=True))  # fmt: skip
+        parts = zip(whole, biases, _divided(low, ranks, 1), b, strict=True)
+        return tuple(add_low_rank(x, each, bias, part, up) for each, bias, part, up in parts)
 
     @staticmethod
     @once_differentiable
@@ -94,14 +95,18 @@ class _AdaptedLinears(torch.autograd.Function):
                     grad_x = add_low_rank(grad, weight.T, None, grad_low, a.T)
                 else:
                     grad_x = (grad @ weight).addcmul_(grad_low @ a, kept.to(grad.dtype))
-        grad_a = _of_adapter(grad_low.T, x if kept is None else x * kept, ctx.dtypes[0]).split(ranks)
-        parts = zip(grads, low.split(ranks, 1), strict=True)
+        grad_a = _divided(_of_adapter(grad_low.T, x if kept is None else x * kept, ctx.dtypes[0]), ranks, 0)
+        parts = zip(grads, _divided(low, ranks, 1), strict=True)
         grad_b = (_of_adapter(grad.T, part, ctx.dtypes[1]) for grad, part in parts)
         return grad_x, None, None, None, None, None, *grad_a, *grad_b
 
 
 def _stacked(parts: Sequence[Tensor], dim: int) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim)
+
+
+def _divided(x: Tensor, sizes: list[int], dim: int) -> Sequence[Tensor]:
+    return [x] if len(sizes) == 1 else x.split(sizes, dim)
 
 
 def _of_adapter(x: Tensor, y: Tensor, dtype: torch.dtype) -> Tensor:
@@ -133,7 +138,9 @@ def adapted_linears(
     the adapters see; None means all. Differentiable with respect to x, A and B; the weight and the bias are frozen.
     LoRA: arXiv:2106.09685, equation 3.
     """
-    with torch.autocast(x.device.type, enabled=False):
+    kind = x.device.type
+    # to leave autocast takes longer than a small product, also where it is off
+    with torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext():
         kept = None if kept is None else kept.flatten(0, -2)
         rows = _AdaptedLinears.apply(x.flatten(0, -2), weights, biases, scaling, kept, has_gate, *a, *b)
         return [y.view(*x.shape[:-1], y.shape[1]) for y in rows]
@@ -176,9 +183,9 @@ def _fused(layer: LoraLinear, plain: Callable[[Tensor], Tensor], family: _Family
 
 def _fits(layer: LoraLinear, x: Tensor) -> bool:
     """Whether a layer adds its adapters to `x` now, and has all of its weights."""
-    base, adapters = layer.base_layer, (layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight)
-    if layer.disable_adapters or layer.merged or x.dtype != dtype_of(base):
+    if layer.disable_adapters or layer.merged or x.dtype != dtype_of(base := layer.base_layer):
         return False
+    adapters = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
     return not any(map(is_sharded, adapters if isinstance(base, QuantizedLinear) else (base.weight, *adapters)))
 
 
