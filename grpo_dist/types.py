@@ -9,7 +9,7 @@ to them, and they have no entry in (T,) tensors, of which losses, advantages, KL
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -268,6 +268,11 @@ def token_places(starts: Tensor, lengths: Tensor) -> Tensor:
     """The numbers `starts[n]` to `starts[n] + lengths[n] - 1` of each n, one after another; all int64."""
     before = torch.cumsum(lengths, 0) - lengths
     return repeated(starts - before, lengths) + torch.arange(int(lengths.sum()))
+
+
+def integers(values: Sequence[Any]) -> Tensor:
+    """Whole numbers, or rows of equally many, as int64 on the CPU. torch's own function takes four times as long."""
+    return torch.from_numpy(np.array(values, dtype=np.int64))
 
 
 def repeated(values: Tensor, counts: Tensor) -> Tensor:

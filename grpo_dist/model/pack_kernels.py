@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
+from ..types import integers
 from .compiled.library import CannotCompile, library
 from .layout import Pieces
 
@@ -157,7 +158,7 @@ class Sequences:
             segments += [(*each, start, behind) for each in pairwise(places)]
             start = places[-1]
         longest = max(prompt + max(completions, default=0) for prompt, completions in pieces)
-        return cls(torch.tensor(segments), torch.tensor(runs), longest, sums)
+        return cls(integers(segments), integers(runs), longest, sums)
 
 
 class _Attention(ctypes.Structure):

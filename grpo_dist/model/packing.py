@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..distributed.transfer import to_device
-from ..types import Batch, no_routes, repeated, token_places
+from ..types import Batch, integers, no_routes, repeated, token_places
 from .attention import PackLayout, RowLayout
 from .shared_prefix import segments
 
@@ -183,12 +183,12 @@ def make_pack(batch: Batch, pieces: list[Piece], *, share_prompts: bool = True) 
     """The tensors of one pack; for no pieces, an empty pack of one token."""
     if not pieces:
         return _empty_pack(batch, share_prompts)
-    chosen = torch.tensor([n for piece in pieces for n in piece.completions])
+    chosen = integers([n for piece in pieces for n in piece.completions])
     lengths = batch.row_lengths[chosen]
     left = iter(lengths.tolist())
     shapes = [(len(batch.prompts[p.prompt].ids), [next(left) for _ in p.completions]) for p in pieces]
     # segments of the row: the prompt of each piece, then its completions
-    sizes = torch.tensor([size for prompt, completions in shapes for size in (prompt, *completions)])
+    sizes = integers([size for prompt, completions in shapes for size in (prompt, *completions)])
     is_prompt = torch.tensor([n == 0 for _, completions in shapes for n in range(1 + len(completions))])
     segment_starts = torch.cumsum(sizes, 0) - sizes
     starts, prompt_starts, prompt_lengths = segment_starts[~is_prompt], segment_starts[is_prompt], sizes[is_prompt]
@@ -199,12 +199,12 @@ def make_pack(batch: Batch, pieces: list[Piece], *, share_prompts: bool = True) 
     own = row - starts[sequence]
     ids = torch.empty(int(sizes.sum()), dtype=torch.int64)
     positions, owner = torch.empty_like(ids), torch.empty_like(ids)
-    ids[prompt_row] = torch.tensor(list(chain.from_iterable(batch.prompts[p.prompt].ids for p in pieces)))
+    ids[prompt_row] = integers(list(chain.from_iterable(batch.prompts[p.prompt].ids for p in pieces)))
     positions[prompt_row] = token_places(torch.zeros_like(prompt_starts), prompt_lengths)
     ids[row] = batch.ids[source]
     positions[row] = prompt_lengths[piece] + own
     owner[row] = chosen[sequence]
-    prompts = torch.tensor([p.prompt for p in pieces])
+    prompts = integers([p.prompt for p in pieces])
     owner[prompt_row] = repeated(-1 - prompts, prompt_lengths)
     predictor = torch.where(own == 0, (prompt_starts + prompt_lengths)[piece], row) - 1
     layout = RowLayout(shapes) if share_prompts else None

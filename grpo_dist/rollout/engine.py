@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..distributed.transfer import to_device
-from ..types import Trajectory
+from ..types import Trajectory, integers
 from .sampling import Sampling
 
 PLAIN = Sampling()
@@ -168,8 +168,9 @@ def limit_of(request: Request, most: int) -> int:
 def columns_of(requests: Sequence[Request], most: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What a step needs of N requests of an engine whose limit is `most`, each (N,) on the device: the keys of their
     noise, the most tokens to sample, the tokens before these (int64), and whether an end token ends them (bool)."""
-    rows = [(each.key, limit_of(each, most), each.offset, not each.ignore_end) for each in requests]
-    keys, limits, offsets, may_end = to_device([torch.tensor(column) for column in zip(*rows, strict=True)], device)
+    rows = [(each.key, limit_of(each, most), each.offset) for each in requests]
+    ends = torch.tensor([not each.ignore_end for each in requests])
+    keys, limits, offsets, may_end = to_device([*map(integers, zip(*rows, strict=True)), ends], device)
     return keys, limits, offsets, may_end
 
 

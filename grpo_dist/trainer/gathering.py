@@ -17,7 +17,7 @@ from ..distributed.ranks import Ranks
 from ..rewards.scores import Failure, Scores, combine
 from ..rewards.text import CONVERSATION
 from ..rollout.episodes import require_same
-from ..types import Batch, Episode, Prompt, Trajectory, at_last_tokens, no_routes
+from ..types import Batch, Episode, Prompt, Trajectory, at_last_tokens, integers, no_routes
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +35,7 @@ def gather_trajectories(
     `nothing_routed` (0, R, K) is given where the trajectories have routes that are to be kept. Rewards are yet to come:
     see `gather_scores`. Raises RewardFailure where episodes of one prompt began differently.
     """
-    numbers = torch.tensor([[each.slot, len(each.ids), each.finished] for each in trajectories], dtype=torch.int64)
+    numbers = integers([(each.slot, len(each.ids), each.finished) for each in trajectories])
     numbers = ranks.gather(numbers.view(-1, 3))
     ids = ranks.gather(_flat((each.ids for each in trajectories), np.int32)).long()  # half of what int64 would send
     sampled = ranks.gather(_flat((each.sampled for each in trajectories), np.uint8)).bool()

@@ -20,6 +20,7 @@ from ...config.schema import Config
 from ...distributed.device import cpu_multiplies_bfloat16
 from ...model.compiled.library import library
 from ...model.quantized import QuantizedWeight
+from ...types import integers
 from .cache import EVERYTHING, DecodeState, PrefilledRows
 from .halves import HalvesMemory
 from .llama import Gated, Layer, Linear, LlamaWeights, Norm, takes_gelu
@@ -132,10 +133,10 @@ class KernelStep:
         shape = len(prompts), step.key_heads, max(lengths), step.head_size
         state = DecodeState.of_rows(shape, [layer.number for layer in self.weights.layers], self.dtype)
         entered = [(token, row, slot) for row, prompt in enumerate(prompts) for slot, token in enumerate(prompt[:-1])]
-        tokens, rows, slots = torch.tensor(entered, dtype=torch.int64).view(-1, 3).T
+        tokens, rows, slots = integers(entered).view(-1, 3).T
         self.enter(tokens, rows, slots, state)
         last = [(prompt[-1], row, len(prompt) - 1) for row, prompt in enumerate(prompts)]
-        tokens, rows, slots = torch.tensor(last).T.contiguous()
+        tokens, rows, slots = integers(last).T.contiguous()
         logits = self.several(tokens, rows, slots, state)  # whose keys belong to the prompts, too
         return PrefilledRows(lengths, state.own_keys, state.own_values), logits
 
