@@ -60,7 +60,7 @@ MODULES = {
 """Modules of the package, and the files `test_NAME.py` of tests/unit that say what they do."""
 ROUTES_ROOM = "self.drawn = nothing.new_zeros((0, most + 1, *self.routers.shape))  # (N, most + 1, R, K)"
 ROUTES_GIVEN = "batch.routes is not None and batch.prompt_routes is not None"
-FLOAT32_PRODUCT, ROUNDED_PRODUCT = "float32_product(x, y)", "(x @ y).to(dtype)"
+FLOAT32_PRODUCT, ROUNDED_PRODUCT = "summed_over_rows(x, y)", "(x.T @ y).to(dtype)"
 EQUIVALENT = {
     # lines of a GPU
     "model/attention": [
@@ -116,7 +116,7 @@ EQUIVALENT = {
     "model/lora": [
         "return x.is_cuda -> return None",
         "ctx.dtypes, ctx.scaling = (adapters[0].dtype, adapters[count].dtype), scaling: 0 -> 1",
-        "grad_a = _of_adapter(grad_low.T, x if kept is None else x * kept, ctx.dtypes[0]).split(ranks): 0 -> 1",
+        "grad_a = _of_adapter(grad_low, x if kept is None else x * kept, ctx.dtypes[0]).split(ranks): 0 -> 1",
         "(y,) = _computed(self.layers, x, self.name, self.layers[0].scaling[self.name], has_gate=True): 0 -> 1",
         "return torch.addmm(x.new_empty(()), x, y, beta=0, alpha=scaling)",
         f"{FLOAT32_PRODUCT} if dtype == torch.float32 else {ROUNDED_PRODUCT} -> "

@@ -1,6 +1,7 @@
-"""Modules of transformers' models as one kernel each: in 16 bits on a GPU, and in float32 on a CPU (`pack.cpp`).
+"""Modules of transformers' models as one kernel each: in 16 bits on a GPU, and in float32 on a CPU (`pack.cpp`; linear
+layers there by the faster library).
 
-A module is recognised by what it computes, in a trial on a few numbers.
+A module of transformers is recognised by what it computes, in a trial on a few numbers.
 """
 
 from __future__ import annotations
@@ -19,8 +20,10 @@ from torch.autograd.function import once_differentiable
 from torch.func import functional_call
 from torch.nn.functional import silu
 
+from ..distributed.sharding import is_sharded
 from . import pack_kernels
 from .lora import HALVES
+from .products import by_onednn, weighted
 from .triton_trial import triton_obstacle
 
 _IS_PLAIN = ContextVar("plain", default=False)
@@ -68,6 +71,13 @@ def fuse_rotations(model: nn.Module) -> None:
             continue
         if _once(known, namespace.__name__, _is_plain_rotation, rotation):
             namespace.apply_rotary_pos_emb = _fused_rotation(rotation)  # type: ignore[attr-defined]
+
+
+def fuse_linears(model: nn.Module) -> None:
+    """Let torch's own linear layers multiply float32 rows on a CPU by oneDNN, where that is faster (`products.py`)."""
+    for module in model.modules():
+        if type(module) is nn.Linear:
+            module.forward = _fused_linear(module, module.forward)
 
 
 @contextmanager
@@ -193,6 +203,32 @@ def _fused_rotation(plain: Callable[..., Any]) -> Callable[..., Any]:
     rotation = _instead(plain, 4, fits, _Rotation.apply)
     rotation.plain = plain  # type: ignore[attr-defined]
     return rotation
+
+
+def _fused_linear(module: nn.Linear, plain: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def fits(x: Tensor) -> bool:
+        weight = module.weight
+        is_plain = x.dtype == weight.dtype and not is_sharded(weight) and not torch.is_autocast_enabled(x.device.type)
+        return is_plain and by_onednn(x, weight.numel())
+
+    return _instead(plain, 1, fits, lambda x: _Linear.apply(x, module.weight, module.bias))
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        rows = x.flatten(0, -2)
+        ctx.save_for_backward(rows, weight)
+        return weighted(rows, weight, bias).unflatten(0, x.shape[:-1])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (rows, weight), shape = ctx.saved_tensors, grad.shape[:-1]
+        grad = grad.flatten(0, -2)
+        of_x, of_weight, of_bias = ctx.needs_input_grad
+        return (weighted(grad, weight.T).unflatten(0, shape) if of_x else None, grad.T @ rows if of_weight else None,
+                grad.sum(0) if of_bias else None)  # fmt: skip
 
 
 class _Norm(torch.autograd.Function):

@@ -16,9 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn.functional import linear
 
-from .products import float32_product
+from .products import float32_product, weighted
 from .triton_trial import triton_obstacle
 
 CHUNK_ELEMENTS = {"cpu": 1 << 24, "cuda": 1 << 28}
@@ -36,7 +35,7 @@ def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if hidden.is_cuda and hidden.dtype != torch.float32:
         logits = float32_product(hidden, weight.T)
         return logits if bias is None else logits.add_(bias)
-    return linear(hidden, weight, bias).float()
+    return weighted(hidden, weight, bias).float()
 
 
 def _scored(

@@ -21,12 +21,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.nn.functional import linear
 
 from ..distributed.sharding import is_sharded
 from .dropout import TokenDropout
 from .peft import ADAPTER, LoraLinear
-from .products import float32_product
+from .products import summed_over_rows, weighted
 from .quantized import QuantizedLinear, dtype_of
 
 HALVES = (torch.bfloat16, torch.float16)
@@ -42,7 +41,7 @@ def add_low_rank(x: Tensor, weight: Tensor, bias: Tensor | None, low: Tensor, b:
     be lost (99 % of it after a step at a learning rate of 1e-6). It is therefore added before rounding.
     """
     if x.dtype == torch.float32:  # new adapters then only add 0 to the output of the plain layer
-        return linear(x, weight, bias).addmm_(low, b.T)
+        return weighted(x, weight, bias).addmm_(low, b.T)
     y = (low @ b.T).addmm_(x, weight.T)
     return y if bias is None else y.add_(bias)
 
@@ -94,10 +93,10 @@ class _AdaptedLinears(torch.autograd.Function):
                 elif kept is None:
                     grad_x = add_low_rank(grad, weight.T, None, grad_low, a.T)
                 else:
-                    grad_x = (grad @ weight).addcmul_(grad_low @ a, kept.to(grad.dtype))
-        grad_a = _divided(_of_adapter(grad_low.T, x if kept is None else x * kept, ctx.dtypes[0]), ranks, 0)
+                    grad_x = weighted(grad, weight.T).addcmul_(grad_low @ a, kept.to(grad.dtype))
+        grad_a = _divided(_of_adapter(grad_low, x if kept is None else x * kept, ctx.dtypes[0]), ranks, 0)
         parts = zip(grads, _divided(low, ranks, 1), strict=True)
-        grad_b = (_of_adapter(grad.T, part, ctx.dtypes[1]) for grad, part in parts)
+        grad_b = (_of_adapter(grad, part, ctx.dtypes[1]) for grad, part in parts)
         return grad_x, None, None, None, None, None, *grad_a, *grad_b
 
 
@@ -110,14 +109,14 @@ def _divided(x: Tensor, sizes: list[int], dim: int) -> Sequence[Tensor]:
 
 
 def _of_adapter(x: Tensor, y: Tensor, dtype: torch.dtype) -> Tensor:
-    return float32_product(x, y) if dtype == torch.float32 else (x @ y).to(dtype)
+    return summed_over_rows(x, y) if dtype == torch.float32 else (x.T @ y).to(dtype)
 
 
 def _scaled_product(x: Tensor, y: Tensor, scaling: float) -> Tensor:
     """`scaling · x y`. A GPU's library scales inside the product, before it rounds."""
     if x.is_cuda:
         return torch.addmm(x.new_empty(()), x, y, beta=0, alpha=scaling)
-    return (x @ y).mul_(scaling)
+    return weighted(x, y.T).mul_(scaling)
 
 
 def adapted_linear(

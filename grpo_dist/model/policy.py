@@ -15,7 +15,7 @@ from ..config.checks import require
 from ..config.schema import Config
 from .critic import ValueHead
 from .dropout import TokenKeys
-from .fused_modules import fuse_gates, fuse_norms, fuse_rotations
+from .fused_modules import fuse_gates, fuse_linears, fuse_norms, fuse_rotations
 from .logprobs import head_logprobs, logits_logprobs
 from .packing import Pack
 from .peft import LoraLayer, PeftModel
@@ -54,6 +54,7 @@ class Policy(nn.Module):
         fuse_norms(self.causal_lm)
         fuse_gates(self.causal_lm)
         fuse_rotations(self.causal_lm)
+        fuse_linears(self.causal_lm)
         head = self.causal_lm.get_output_embeddings()
         self.fused_head = False  # until probe.head_is_plain shows that the model changes no logits after the head
         if isinstance(head, nn.Linear):

@@ -1,9 +1,15 @@
-"""Matrix products of 16-bit numbers whose result is in float32. Pure."""
+"""Matrix products by the library that keeps most digits, or is the fastest here. Pure."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
+
+from ..distributed.device import onednn_is_faster
+
+FEWEST_NUMBERS = 1 << 13
+"""Numbers of a matrix of which oneDNN's products are worth a longer start; the number of rows has no part in it."""
 
 
 def float32_product(x: Tensor, y: Tensor) -> Tensor:
@@ -12,3 +18,26 @@ def float32_product(x: Tensor, y: Tensor) -> Tensor:
     if x.is_cuda and x.dtype != torch.float32:
         return torch.mm(x, y, out_dtype=torch.float32)
     return (x @ y).float()
+
+
+def weighted(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`x Wᵀ + bias` (M, N), x (M, K) and W (N, K) of one dtype. Outside of autograd."""
+    if not by_onednn(x, weight.numel()):
+        return linear(x, weight, bias)
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+def summed_over_rows(x: Tensor, y: Tensor) -> Tensor:
+    """`xᵀ y` (M, N), the gradient of a matrix that has `x` (T, M) on one side and `y` (T, N) on the other, both of one
+    dtype; in float32. Outside of autograd."""
+    if not by_onednn(x, x.shape[1] * y.shape[1]):
+        return float32_product(x.T, y)
+    if x.shape[1] > y.shape[1]:  # it is slow where the result is narrow
+        return weighted(y.T, x.T).T.contiguous()
+    return weighted(x.T, y.T)
+
+
+def by_onednn(x: Tensor, numbers: int) -> bool:
+    """Whether oneDNN multiplies `x` with a matrix of so many numbers."""
+    fits = x.device.type == "cpu" and x.dtype == torch.float32 and numbers >= FEWEST_NUMBERS
+    return fits and onednn_is_faster()

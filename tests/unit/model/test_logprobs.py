@@ -68,9 +68,9 @@ def test_values_and_gradients_equal_autograd(
 @pytest.mark.parametrize(("chunk_elements", "rows"), [(1, [1] * M), (2 * V, [2, 2, 2, 1]), (M * V, [M])])
 def test_no_more_logits_than_a_chunk(chunk_elements: int, rows: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Tensor] = []
-    linear = module.linear
+    weighted = module.weighted
     monkeypatch.setitem(module.CHUNK_ELEMENTS, "cpu", chunk_elements)
-    monkeypatch.setattr(module, "linear", lambda *inputs: seen.append(linear(*inputs)) or seen[-1])
+    monkeypatch.setattr(module, "weighted", lambda *inputs: seen.append(weighted(*inputs)) or seen[-1])
     hidden, weight, bias, targets = inputs()
     values, _ = head_logprobs(hidden, weight.requires_grad_(), bias, targets, 1.0)
     values.sum().backward()
