@@ -116,7 +116,7 @@ EQUIVALENT = {
     "model/lora": [
         "return x.is_cuda -> return None",
         "ctx.dtypes, ctx.scaling = (adapters[0].dtype, adapters[count].dtype), scaling: 0 -> 1",
-        "grad_a = _of_adapter(grad_low, x if kept is None else x * kept, ctx.dtypes[0]).split(ranks): 0 -> 1",
+        "grad_a = _divided(_of_adapter(grad_low, x if kept is None else x * kept, ctx.dtypes[0]), ranks, 0): 0 -> 1",
         "(y,) = _computed(self.layers, x, self.name, self.layers[0].scaling[self.name], has_gate=True): 0 -> 1",
         "return torch.addmm(x.new_empty(()), x, y, beta=0, alpha=scaling)",
         f"{FLOAT32_PRODUCT} if dtype == torch.float32 else {ROUNDED_PRODUCT} -> "

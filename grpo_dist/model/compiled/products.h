@@ -28,43 +28,6 @@ struct Target {
     }
 };
 
-// N rows of x, `stride` apart, times M lines of weights, `line` apart, over `count` inputs. `FETCHES` those ahead.
-template <int L, bool FETCHES, int N, int M, class X, class W>
-inline void tile(const X* x, long stride, const W* w, long line, long count, const Target& target, long row,
-                 long output) {
-    Vec<L> parts[N][OUTPUTS]; // those beyond M stay 0
-    UNROLL for (int r = 0; r < N; ++r)
-        UNROLL for (int o = 0; o < OUTPUTS; ++o) parts[r][o] = Vec<L>{};
-    for (long k = 0; k < count; k += PIECE<L, X>) {
-        decltype(piece<L, X>(x)) xs[N];
-        UNROLL for (int r = 0; r < N; ++r) hold(xs[r] = piece<L, X>(x + r * stride + k));
-        UNROLL for (int o = 0; o < M; ++o) {
-            if (FETCHES && k * sizeof(W) % CACHE_LINE == 0)
-                __builtin_prefetch(w + o * line + k + FETCH_AHEAD / sizeof(W), 0, 2);
-            auto weights = piece<L, X>(w + o * line + k);
-            hold(weights);
-            UNROLL for (int r = 0; r < N; ++r) parts[r][o] = multiply_add<L>(xs[r], weights, parts[r][o]);
-        }
-    }
-    UNROLL for (int r = 0; r < N; ++r)
-        target.put<M>(sums<L>(parts[r][0], parts[r][1], parts[r][2], parts[r][3]), row + r, output);
-}
-
-template <int L, bool FETCHES, int M, int N = ROWS, class X, class W, class... Rest>
-inline void tile_of(long rows, const X* x, long stride, const W* w, Rest... rest) {
-    if (N == 1 || rows == N) tile<L, FETCHES, N, M>(x, stride, w, rest...);
-    else tile_of<L, FETCHES, M, std::max(N - 1, 1)>(rows, x, stride, w, rest...);
-}
-
-struct Share { // this thread's part of outputs numbered from 0, in whole tiles
-    long from, to;
-    explicit Share(long count) {
-        long tiles = (count + OUTPUTS - 1) / OUTPUTS, thread = omp_get_thread_num(), threads = omp_get_num_threads();
-        from = tiles * thread / threads * OUTPUTS;
-        to = std::min(count, tiles * (thread + 1) / threads * OUTPUTS);
-    }
-};
-
 // Fetches a block of weights (lines, count) little by little while another is at work: with more than one tile of rows,
 // memory would rest during the sums and the sums wait for memory.
 template <class W> class Ahead {
@@ -88,10 +51,71 @@ template <class W> class Ahead {
     }
 };
 
-// rows of x, `stride` apart, times outputs [from, end), whose lines of weights begin at `weight`, over `count` inputs
-template <int L, bool FETCHES = false, class X, class W>
-void block_product(const X* x, long rows, long stride, const W* weight, long line, long count, long from, long end,
-                   Ahead<W> ahead, const Target& target) {
+// How weights lie: line behind line.
+template <class W> struct Lines {
+    const W* first;
+    long stride; // from one line to the next
+
+    const W* at(long line, long k) const { return first + line * stride + k; }
+    Lines from(long line, long k) const { return {at(line, k), stride}; }
+    Ahead<W> ahead(long lines, long count, long turns) const { return {first, lines, stride, count, turns}; }
+};
+
+// How weights lie that are read once: of OUTPUTS lines each cache line in turn, so that a tile is one stream.
+template <class W> struct Groups {
+    static constexpr long TOGETHER = CACHE_LINE / sizeof(W);
+    const W* first;
+    long stride; // numbers of a line
+
+    const W* at(long line, long k) const { // of the first group
+        return first + (k / TOGETHER * OUTPUTS + line) * TOGETHER + k % TOGETHER;
+    }
+    Groups from(long line, long k) const { return {first + line * stride + k * OUTPUTS, stride}; } // of whole groups
+    Ahead<W> ahead(long lines, long count, long turns) const {
+        return {first, lines / OUTPUTS, stride * OUTPUTS, count * OUTPUTS, turns};
+    }
+};
+
+// N rows of x, `stride` apart, times M lines of weights, over `count` inputs. `FETCHES` those ahead.
+template <int L, bool FETCHES, int N, int M, class X, template <class> class Weights, class W>
+inline void tile(const X* x, long stride, Weights<W> w, long count, const Target& target, long row, long output) {
+    Vec<L> parts[N][OUTPUTS]; // those beyond M stay 0
+    UNROLL for (int r = 0; r < N; ++r)
+        UNROLL for (int o = 0; o < OUTPUTS; ++o) parts[r][o] = Vec<L>{};
+    for (long k = 0; k < count; k += PIECE<L, X>) {
+        decltype(piece<L, X>(x)) xs[N];
+        UNROLL for (int r = 0; r < N; ++r) hold(xs[r] = piece<L, X>(x + r * stride + k));
+        UNROLL for (int o = 0; o < M; ++o) {
+            const W* place = w.at(o, k);
+            if (FETCHES && k * sizeof(W) % CACHE_LINE == 0) __builtin_prefetch(place + FETCH_AHEAD / sizeof(W), 0, 2);
+            auto weights = piece<L, X>(place);
+            hold(weights);
+            UNROLL for (int r = 0; r < N; ++r) parts[r][o] = multiply_add<L>(xs[r], weights, parts[r][o]);
+        }
+    }
+    UNROLL for (int r = 0; r < N; ++r)
+        target.put<M>(sums<L>(parts[r][0], parts[r][1], parts[r][2], parts[r][3]), row + r, output);
+}
+
+template <int L, bool FETCHES, int M, int N = ROWS, class X, class... Rest>
+inline void tile_of(long rows, const X* x, Rest... rest) {
+    if (N == 1 || rows == N) tile<L, FETCHES, N, M>(x, rest...);
+    else tile_of<L, FETCHES, M, std::max(N - 1, 1)>(rows, x, rest...);
+}
+
+struct Share { // this thread's part of outputs numbered from 0, in whole tiles
+    long from, to;
+    explicit Share(long count) {
+        long tiles = (count + OUTPUTS - 1) / OUTPUTS, thread = omp_get_thread_num(), threads = omp_get_num_threads();
+        from = tiles * thread / threads * OUTPUTS;
+        to = std::min(count, tiles * (thread + 1) / threads * OUTPUTS);
+    }
+};
+
+// rows of x, `stride` apart, times outputs [from, end), whose weights are the first ones of `weights`, over `count` inputs
+template <int L, bool FETCHES = false, class X, template <class> class Weights, class W>
+void block_product(const X* x, long rows, long stride, Weights<W> weights, long count, long from, long end, Ahead<W> ahead,
+                   const Target& target) {
     for (long row_block = 0; row_block < rows; row_block += ROW_BLOCK)
         for (long o = from; o < end; o += OUTPUTS)
             for (long r = row_block, row_end = std::min(row_block + ROW_BLOCK, rows), size; r < row_end; r += size) {
@@ -99,11 +123,11 @@ void block_product(const X* x, long rows, long stride, const W* weight, long lin
                 size = (row_end - r + tiles - 1) / tiles; // no tile of a single row beside a full one
                 ahead.next();
                 const X* xs = x + r * stride;
-                const W* w = weight + (o - from) * line;
-                if (end - o >= OUTPUTS) tile_of<L, FETCHES, OUTPUTS>(size, xs, stride, w, line, count, target, r, o);
+                if (end - o >= OUTPUTS)
+                    tile_of<L, FETCHES, OUTPUTS>(size, xs, stride, weights.from(o - from, 0), count, target, r, o);
                 else
                     for (long i = o; i < end; ++i)
-                        tile_of<L, FETCHES, 1>(size, xs, stride, w + (i - o) * line, line, count, target, r, i);
+                        tile_of<L, FETCHES, 1>(size, xs, stride, weights.from(i - from, 0), count, target, r, i);
             }
 }
 

@@ -12,6 +12,7 @@
 
 struct Linear {
     const void* weight; // its numbers or, of a quantised layer, their codes, line behind line
+    int64_t grouped;    // whether its numbers lie as `Groups`, and not line behind line
     const uint32_t* halves; // the same numbers in bfloat16, which few rows wait for half as long: of two lines, that of
                             // the first one in the low half of a word; null for none
     const float* bias;  // null for none
@@ -143,10 +144,11 @@ inline void tile_of_halves(long rows, const float* x, long stride, const uint32_
     }
 }
 
-// inputs are summed in equal parts of so many
+// inputs are summed in equal parts of so many, whole cache lines
 template <int L, class X> long chunk_of(long inputs) {
+    constexpr long WHOLE = std::max<long>(PIECE<L, X>, CACHE_LINE / sizeof(X));
     const long parts = (inputs + CHUNK<X> - 1) / CHUNK<X>;
-    return (inputs / PIECE<L, X> + parts - 1) / parts * PIECE<L, X>;
+    return ((inputs + WHOLE - 1) / WHOLE + parts - 1) / parts * WHOLE;
 }
 
 // As `product`, of few rows and from `halves`: they wait for the weights, which this reads from one end to the other.
@@ -166,52 +168,71 @@ void product_of_halves(const float* x, long rows, long inputs, long outputs, con
 }
 
 // As `product`, of rows that fit in a tile: they wait for the weights, which this reads from one end to the other.
-template <int L, class W, bool adds, class X>
-void product_of_few(const X* x, long rows, long inputs, long outputs, const Linear& layer, float* to) {
+template <int L, bool adds, class X, template <class> class Weights, class W>
+void product_of_few(const X* x, long rows, long inputs, long outputs, Weights<W> weights, const float* bias, float* to) {
     Share mine(outputs);
-    const W* weight = static_cast<const W*>(layer.weight);
     const long chunk = chunk_of<L, X>(inputs);
     for (long o = mine.from; o < mine.to; o += OUTPUTS)
         for (long k = 0; k < inputs; k += chunk)
-            block_product<L, true>(x + k, rows, inputs, weight + o * inputs + k, inputs, std::min(chunk, inputs - k), o,
+            block_product<L, true>(x + k, rows, inputs, weights.from(o, k), std::min(chunk, inputs - k), o,
                                    std::min<long>(o + OUTPUTS, mine.to), Ahead<W>(),
-                                   Target{to, outputs, k ? nullptr : layer.bias, adds || k});
+                                   Target{to, outputs, k ? nullptr : bias, adds || k});
+}
+
+// As `product`, of weights that are converted beforehand, which tiles of few rows would do too often. What is converted is
+// used at once, in the nearest cache where all rows are one block.
+template <int L, class W, bool adds, class X>
+void product_of_converted(const X* x, long rows, long inputs, long outputs, const Linear& layer, float* to) {
+    Share mine(outputs);
+    const W* weight = static_cast<const W*>(layer.weight);
+    const long chunk = chunk_of<L, X>(inputs), lines_at_once = rows <= ROW_BLOCK ? OUTPUTS : OUTPUT_BLOCK;
+    alignas(CACHE_LINE) X dense[OUTPUT_BLOCK * CHUNK<X>];
+    for (long block = mine.from, end; block < mine.to; block = end) {
+        end = std::min(block + lines_at_once, mine.to);
+        for (long k = 0; k < inputs; k += chunk) {
+            const long count = std::min(chunk, inputs - k);
+            for (long o = block; o < end; ++o) {
+                X* line = dense + (o - block) * count;
+                if (layer.scales) dequantise<L, W>(layer, o * inputs + k, count, line);
+                else
+                    for (long i = 0; i < count; i += L) store<L>(load<L>(weight + o * inputs + k + i), line + i);
+            }
+            block_product<L>(x + k, rows, inputs, Lines<X>{dense, count}, count, block, end, Ahead<X>(),
+                             Target{to, outputs, k ? nullptr : layer.bias, adds || k});
+        }
+    }
+}
+
+// As `product`, of weights that lie as `Lines` or `Groups`.
+template <int L, bool adds, class X, template <class> class Weights, class W>
+void product_of_stored(const X* x, long rows, long inputs, long outputs, Weights<W> weights, const float* bias, float* to) {
+    if (rows <= ROWS) return product_of_few<L, adds>(x, rows, inputs, outputs, weights, bias, to);
+    Share mine(outputs);
+    const long chunk = chunk_of<L, X>(inputs);
+    for (long block = mine.from, end; block < mine.to; block = end) {
+        end = std::min(block + OUTPUT_BLOCK, mine.to);
+        const long tiles = (end - block + OUTPUTS - 1) / OUTPUTS * ((rows + ROWS - 1) / ROWS);
+        for (long k = 0; k < inputs; k += chunk) {
+            const bool last = k + chunk >= inputs; // then the next block's first inputs follow
+            const long lines = last ? std::min(OUTPUT_BLOCK, mine.to - end) : end - block;
+            block_product<L>(x + k, rows, inputs, weights.from(block, k), std::min(chunk, inputs - k), block, end,
+                             weights.from(last ? end : block, last ? 0 : k + chunk)
+                                 .ahead(lines, std::min(chunk, last ? inputs : inputs - k - chunk), tiles),
+                             Target{to, outputs, k ? nullptr : bias, adds || k});
+        }
+    }
 }
 
 // to (rows, outputs) = or, `adds`, += W x + b; this thread's share of the outputs
 template <int L, class W, bool adds, class X>
 void product(const X* x, long rows, long inputs, long outputs, const Linear& layer, float* to) {
-    if (rows <= ROWS && !layer.scales) return product_of_few<L, W, adds>(x, rows, inputs, outputs, layer, to);
-    Share mine(outputs);
+    if (layer.scales || (!std::is_same_v<W, X> && LANES == 8 && rows > ROW_BLOCK))
+        return product_of_converted<L, W, adds>(x, rows, inputs, outputs, layer, to);
     const W* weight = static_cast<const W*>(layer.weight);
-    const long chunk = chunk_of<L, X>(inputs);
-    // beforehand, where tiles of few rows would convert the same weights too often; what is converted is used at once, in
-    // the nearest cache where all rows are one block
-    const bool converts = layer.scales || (!std::is_same_v<W, X> && LANES == 8 && rows > ROW_BLOCK);
-    const long lines_at_once = converts && rows <= ROW_BLOCK ? OUTPUTS : OUTPUT_BLOCK;
-    alignas(CACHE_LINE) X dense[OUTPUT_BLOCK * CHUNK<X>];
-    for (long block = mine.from; block < mine.to; block += lines_at_once) {
-        long end = std::min(block + lines_at_once, mine.to), tiles = (end - block + OUTPUTS - 1) / OUTPUTS;
-        for (long k = 0; k < inputs; k += chunk) {
-            const long count = std::min(chunk, inputs - k);
-            const Target target{to, outputs, k ? nullptr : layer.bias, adds || k};
-            if (converts) {
-                for (long o = block; o < end; ++o) {
-                    X* line = dense + (o - block) * count;
-                    if (layer.scales) dequantise<L, W>(layer, o * inputs + k, count, line);
-                    else
-                        for (long i = 0; i < count; i += L) store<L>(load<L>(weight + o * inputs + k + i), line + i);
-                }
-                block_product<L>(x + k, rows, inputs, dense, count, count, block, end, Ahead<X>(), target);
-                continue;
-            }
-            bool last = k + chunk >= inputs; // then the next block's first inputs follow
-            long lines = last ? std::min(OUTPUT_BLOCK, mine.to - end) : end - block;
-            Ahead<W> ahead(weight + (last ? end * inputs : block * inputs + k + chunk), lines, inputs,
-                           std::min(chunk, last ? inputs : inputs - k - chunk), tiles * ((rows + ROWS - 1) / ROWS));
-            block_product<L>(x + k, rows, inputs, weight + block * inputs + k, inputs, count, block, end, ahead, target);
-        }
-    }
+    if constexpr (std::is_same_v<W, float>)
+        if (layer.grouped)
+            return product_of_stored<L, adds>(x, rows, inputs, outputs, Groups<W>{weight, inputs}, layer.bias, to);
+    product_of_stored<L, adds>(x, rows, inputs, outputs, Lines<W>{weight, inputs}, layer.bias, to);
 }
 
 // --- attention -----------------------------------------------------------------------------------------------------
@@ -555,6 +576,15 @@ extern "C" int64_t put_halves(const uint32_t* weight, int64_t outputs, int64_t i
                 lost |= first[k] | second[k], words[k] = first[k] >> 16 | (second[k] & ~0xffffu);
     }
     return (lost & 0xffff) == 0;
+}
+// Weights (outputs, inputs), in whole groups of whole cache lines, as `Groups`.
+extern "C" void put_groups(const float* weight, int64_t outputs, int64_t inputs, float* to, int64_t threads) {
+#pragma omp parallel for num_threads(threads)
+    for (int64_t o = 0; o < outputs; o += OUTPUTS)
+        for (int64_t k = 0; k < inputs; k += Groups<float>::TOGETHER)
+            for (int64_t line = 0; line < OUTPUTS; ++line)
+                std::copy_n(weight + (o + line) * inputs + k, Groups<float>::TOGETHER,
+                            to + o * inputs + k * OUTPUTS + line * Groups<float>::TOGETHER);
 }
 extern "C" void decode_float32(const Step* step) { decode<float>(*step); }
 extern "C" void decode_bfloat16(const Step* step) { decode<bfloat16>(*step); }

@@ -22,8 +22,8 @@ from ...model.compiled.library import library
 from ...model.quantized import QuantizedWeight
 from ...types import integers
 from .cache import EVERYTHING, DecodeState, PrefilledRows
-from .halves import HalvesMemory
 from .llama import Gated, Layer, Linear, LlamaWeights, Norm, takes_gelu
+from .relaid import RelaidWeights
 
 SOURCE = Path(__file__).with_name("decode.cpp")
 FUNCTIONS = {torch.float32: "decode_float32", torch.bfloat16: "decode_bfloat16"}
@@ -48,7 +48,8 @@ MULTIPLE = 8
 # The structures of decode.cpp, field by field.
 class _Linear(ctypes.Structure):
     _fields_ = [
-        *((name, c_void_p) for name in ("weight", "halves", "bias", "scales", "values")), ("block", c_int64),
+        ("weight", c_void_p), ("grouped", c_int64),
+        *((name, c_void_p) for name in ("halves", "bias", "scales", "values")), ("block", c_int64),
         *((name, c_void_p) for name in ("low", "high")), ("rank", c_int64),
     ]  # fmt: skip
 
@@ -95,7 +96,7 @@ class KernelStep:
         self.decode, self.scratch_floats = getattr(code, FUNCTIONS[self.dtype]), code.scratch_floats
         self.scratch_floats.restype = c_int64
         code.multiplies_pairs.restype = c_int64
-        self.halves = HalvesMemory(code) if halves else None
+        self.halves, self.relaid = halves, RelaidWeights(code)
         self.referenced: list[Tensor] = []  # what is pointed to
         self.layers = (_Layer * len(weights.layers))(*map(self._layer, weights.layers, self.gated))
         head = self._linear(weights.head, vocabulary, hidden)
@@ -214,10 +215,12 @@ class KernelStep:
             place = self._quantized(stored, outputs, inputs)
         else:
             stays_apart = adapter is None or outputs % MULTIPLE == 0
-            halves = self.halves.put(stored) if self.halves is not None and stays_apart else None
+            halves = self.relaid.put_halves(stored) if self.halves and stays_apart else None
             is_merged = adapter is not None and self.dtype in MERGED and halves is None
             weight = linear.merged() if is_merged else stored
-            place = _Linear(self._kept(weight, (outputs, inputs), self.dtype))
+            groups = self.relaid.put_groups(weight) if is_merged else None  # in place of the merged one
+            place = _Linear(self._kept(weight if groups is None else groups, (outputs, inputs), self.dtype),
+                            groups is not None)  # fmt: skip
             if halves is not None:
                 place.halves = self._kept(halves, ((outputs + 1) // 2, inputs), torch.int32)
         place.bias = bias

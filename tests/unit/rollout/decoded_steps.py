@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
@@ -19,6 +20,7 @@ from transformers import (
 )
 
 from grpo_dist.model import attention
+from grpo_dist.model.lora import fuse_adapters
 from grpo_dist.rollout.native.cache import DecodeState
 from grpo_dist.rollout.native.steps import prefill
 
@@ -49,6 +51,19 @@ def make_model(kind: str = "qwen2", **sizes: Any) -> nn.Module:
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
     return model
+
+
+def adapted(model: nn.Module, rank: int, targets: list[str] | str, learned: float) -> nn.Module:
+    """The model with adapters, in float32 as they are trained, that have learned something."""
+    wrapped = get_peft_model(model, LoraConfig(r=rank, lora_alpha=1.5 * rank, target_modules=targets))
+    fuse_adapters(wrapped)
+    torch.manual_seed(2)
+    for name, parameter in wrapped.named_parameters():
+        if ".lora_" in name:
+            parameter.data = parameter.data.float()
+        if ".lora_B" in name:
+            parameter.data.add_(learned * torch.randn(parameter.shape))
+    return wrapped.get_base_model()
 
 
 def tokens_of(rows: Tensor) -> Tensor:

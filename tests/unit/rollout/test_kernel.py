@@ -10,18 +10,14 @@ from typing import Any
 
 import pytest
 import torch
-from decoded_steps import GEMMA2, GRANITE, PROMPTS, STEPS, decoded, make_model, tokens_of
-from peft import LoraConfig, get_peft_model
+from decoded_steps import GEMMA2, GRANITE, PROMPTS, STEPS, adapted, decoded, make_model, tokens_of
 from torch import Tensor, nn
 
 from grpo_dist.model.compiled import library as compiling
 from grpo_dist.model.compiled.library import library
-from grpo_dist.model.loaded import fits_bfloat16
-from grpo_dist.model.lora import fuse_adapters
-from grpo_dist.rollout.native import halves, kernel
+from grpo_dist.rollout.native import kernel
 from grpo_dist.rollout.native.cache import DecodeState
-from grpo_dist.rollout.native.halves import HalvesMemory
-from grpo_dist.rollout.native.kernel import SOURCE, KernelStep
+from grpo_dist.rollout.native.kernel import KernelStep
 from grpo_dist.rollout.native.llama import linear_of
 from grpo_dist.rollout.native.steps import module_step, prefill
 
@@ -123,34 +119,6 @@ def test_weights_that_bfloat16_holds_are_read_from_it_to_the_same_bits(sizes: di
     assert first.down.halves and not second.down.halves and second.up.halves
 
 
-def test_only_float32_is_held_in_bfloat16() -> None:
-    memory = HalvesMemory(library(SOURCE))
-    for outputs in (4, 3, 1):
-        weight = torch.randn(outputs, 72).bfloat16()
-        words = memory.put(weight.float())
-        assert words is not None and fits_bfloat16(weight.float())
-        lines = words.view(torch.bfloat16).view(-1, 72, 2).mT.reshape(-1, 72)
-        assert torch.equal(lines[:outputs], weight) and not lines[outputs:].any()
-        assert memory.put(weight) is None and memory.put(weight.half()) is None and not fits_bfloat16(weight)
-        for place in (0, -1):
-            other = weight.float()
-            other.view(-1)[place] += 1e-5
-            assert memory.put(other) is None and not fits_bfloat16(other)
-
-
-def test_weights_in_bfloat16_lie_behind_one_another(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also where what was reserved is not enough, and behind one that bfloat16 does not hold."""
-    monkeypatch.setattr(halves, "BLOCK_BYTES", 4096)
-    memory = HalvesMemory(library(SOURCE))
-    weights = [torch.randn(outputs, 16).bfloat16().float() for outputs in (16, 40, 8, 300)]
-    words = [memory.put(weight) for weight in weights[:2]]
-    assert memory.put(torch.full((8, 16), 0.1)) is None
-    words += [memory.put(weight) for weight in weights[2:]]
-    assert words[1].data_ptr() == words[0].data_ptr() + words[0].nbytes
-    for weight, put in zip(weights, words, strict=True):
-        assert torch.equal(put.view(torch.bfloat16).view(-1, 16, 2).mT.reshape(-1, 16).float(), weight)
-
-
 @pytest.mark.parametrize("targets", ["all-linear", ["lm_head", "q_proj"]])
 def test_adapters_stay_apart_from_weights_that_bfloat16_holds(targets: list[str] | str) -> None:
     model = adapted(make_model(vocab_size=72).bfloat16().float(), 5, targets, learned=0.05)
@@ -164,19 +132,6 @@ def test_adapters_stay_apart_from_weights_that_bfloat16_holds(targets: list[str]
         assert float((decoded(FEW, model, [3, 2, 3], True, rows) - expected).abs().max()) < 1e-4 * float(
             expected.abs().max()
         )
-
-
-def adapted(model: nn.Module, rank: int, targets: list[str] | str, learned: float) -> nn.Module:
-    """The model with adapters, in float32 as they are trained, that have learned something."""
-    wrapped = get_peft_model(model, LoraConfig(r=rank, lora_alpha=1.5 * rank, target_modules=targets))
-    fuse_adapters(wrapped)
-    torch.manual_seed(2)
-    for name, parameter in wrapped.named_parameters():
-        if ".lora_" in name:
-            parameter.data = parameter.data.float()
-        if ".lora_B" in name:
-            parameter.data.add_(learned * torch.randn(parameter.shape))
-    return wrapped.get_base_model()
 
 
 def in_double(model: nn.Module) -> nn.Module:

@@ -1,0 +1,95 @@
+"""Float32 weights as passes of few rows read them: these wait for memory.
+
+They lie in large pages, and what a thread reads lies from one end to the other. Where bfloat16 holds them exactly they
+are read from that, which is half as much.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import weakref
+from contextlib import suppress
+
+import torch
+from torch import Tensor
+
+BLOCK_BYTES = 64 << 20
+"""What is reserved at once: many weights lie behind one another, and few pages are not full."""
+MOST_SPARE_BYTES = 256 << 20
+"""Most memory that is kept from one rollout to the next: to get it anew takes ten times as long as to fill it."""
+SMALLEST_GROUPED = 256 << 10
+"""Bytes of the smallest weight that is put in groups: smaller ones stay in the processor's caches."""
+GROUP, TOGETHER = 4, 16
+"""Lines of a group, and numbers of each that lie together: OUTPUTS of `decode.cpp`, and a cache line."""
+
+
+_spare: list[Tensor] = []
+
+
+class RelaidWeights:
+    """Where a model's weights are put in another order. What it returns is valid as long as it is there itself."""
+
+    def __init__(self, code: ctypes.CDLL) -> None:
+        """`code` is the library of `decode.cpp`."""
+        self.code = code
+        number, pointer = ctypes.c_int64, ctypes.c_void_p
+        self.code.put_halves.argtypes = self.code.put_groups.argtypes = [pointer, number, number, pointer, number]
+        self.code.put_halves.restype, self.code.put_groups.restype = number, None
+        self.block = torch.empty(0, dtype=torch.int32)
+        self.blocks: list[Tensor] = []
+        weakref.finalize(self, _give_back, self.blocks)
+
+    def put_halves(self, weight: Tensor) -> Tensor | None:
+        """The words (ceil(outputs / 2), inputs) of a weight (outputs, inputs), as `Linear` of `decode.cpp` has them.
+
+        None for a weight that is not in float32 or has numbers that bfloat16 does not hold.
+        """
+        if weight.dtype != torch.float32 or not weight.is_contiguous():
+            return None
+        outputs, inputs = weight.shape
+        words = self._room((outputs + 1) // 2 * inputs)
+        if not self._put(self.code.put_halves, weight, words):
+            return None
+        return self._taken(words).view(-1, inputs)
+
+    def put_groups(self, weight: Tensor) -> Tensor | None:
+        """The numbers (outputs, inputs) of a weight in float32, as `Groups` of `products.h` has them. None for a small
+        weight, and for one that is not made of whole groups."""
+        outputs, inputs = weight.shape
+        if weight.nbytes < SMALLEST_GROUPED or outputs % GROUP or inputs % TOGETHER:
+            return None
+        words = self._room(outputs * inputs)
+        self._put(self.code.put_groups, weight, words)
+        return self._taken(words).view(torch.float32).view(outputs, inputs)
+
+    def _room(self, words: int) -> Tensor:
+        if words > len(self.block):
+            self.block = _reserved(max(4 * words, BLOCK_BYTES))
+            self.blocks.append(self.block)
+        return self.block[:words]
+
+    def _taken(self, words: Tensor) -> Tensor:
+        self.block = self.block[-(-len(words) // TOGETHER) * TOGETHER :]  # what follows begins a cache line
+        return words
+
+    @staticmethod
+    def _put(put: ctypes._NamedFuncPointer, weight: Tensor, words: Tensor) -> int | None:
+        return put(weight.data_ptr(), *weight.shape, words.data_ptr(), torch.get_num_threads())
+
+
+def _give_back(blocks: list[Tensor]) -> None:
+    for block in blocks:
+        if sum(each.nbytes for each in _spare) + block.nbytes <= MOST_SPARE_BYTES:
+            _spare.append(block)
+
+
+def _reserved(num_bytes: int) -> Tensor:
+    """Memory as int32, in large pages where the system has them: of 4 KiB a pass would look up each by itself."""
+    for n, block in enumerate(_spare):
+        if block.nbytes >= num_bytes:
+            return _spare.pop(n)
+    block = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with suppress(OSError):  # a system without them
+        block.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(block, dtype=torch.int32)
