@@ -77,7 +77,7 @@ def fuse_linears(model: nn.Module) -> None:
     """Let torch's own linear layers multiply float32 rows on a CPU by oneDNN, where that is faster (`products.py`)."""
     for module in model.modules():
         if type(module) is nn.Linear:
-            module.forward = _fused_linear(module, module.forward)
+            module.forward = _fused_linear(module, module.forward)  # type: ignore[method-assign]
 
 
 @contextmanager

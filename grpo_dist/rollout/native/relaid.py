@@ -86,8 +86,8 @@ def _give_back(blocks: list[Tensor]) -> None:
 
 def _reserved(num_bytes: int) -> Tensor:
     """Memory as int32, in large pages where the system has them: of 4 KiB a pass would look up each by itself."""
-    for n, block in enumerate(_spare):
-        if block.nbytes >= num_bytes:
+    for n, spare in enumerate(_spare):
+        if spare.nbytes >= num_bytes:
             return _spare.pop(n)
     block = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     with suppress(OSError):  # a system without them
