@@ -8,6 +8,9 @@
 // Shapes: R rows, H hidden, F intermediate, V vocabulary, Hq query heads, Hk key heads, D head size, P prompts,
 // Lp slots of a prompt, S slots of a row. Weights are (outputs, inputs), caches (R or P, Hk, slots, D).
 
+#include <atomic>
+#include <thread>
+
 #include "layers.h"
 
 struct Linear {
@@ -21,7 +24,7 @@ struct Linear {
                          // null for codes that are whole numbers of 8 bits
     int64_t block;
     const void* low;   // (rank, inputs), the adapters' first matrix in the weights' dtype
-    const float* high; // (rank, outputs), their second one, transposed and scaled
+    const float* high; // their second one, transposed and scaled: (outputs / HIGH_BLOCK, rank, HIGH_BLOCK)
     int64_t rank;      // 0 for no adapters
 };
 
@@ -260,18 +263,20 @@ void turn(float* x, long size, const float* cos, const float* sin) {
 
 // --- adapters ------------------------------------------------------------------------------------------------------
 
+constexpr long HIGH_BLOCK = 64; // of `high`: it stays in the nearest cache for all rows, and is one stream
+
 // to (rows, outputs) += low (rows, rank) times the adapters' second matrix; this thread's share of the outputs. What is
 // added comes from blocks that begin at the same outputs for any number of threads.
 template <int L> void add_low_rank(const float* low, long rows, long outputs, const Linear& layer, float* to) {
-    constexpr long BLOCK = 4 * L; // its lines of `high` stay in the nearest cache for all rows
-    constexpr long AT_ONCE = 6;   // rows
+    constexpr long BLOCK = HIGH_BLOCK;
+    constexpr long AT_ONCE = 6; // rows
     Share mine(outputs);
     for (long block = mine.from / BLOCK * BLOCK; block < mine.to; block += BLOCK)
         for (long r = 0; r < rows; r += AT_ONCE) {
             const long count = std::min(AT_ONCE, rows - r);
             float added[AT_ONCE * BLOCK] = {};
-            Weighing<L, float>{low + r * layer.rank, layer.rank, 1, layer.high + block, outputs, layer.rank,
-                               std::min(BLOCK, outputs - block), added, BLOCK}.run(count);
+            Weighing<L, float>{low + r * layer.rank, layer.rank, 1, layer.high + block * layer.rank, BLOCK, layer.rank,
+                               BLOCK, added, BLOCK}.run(count);
             for (long n = 0; n < count; ++n)
                 for (long o = std::max(block, mine.from); o < std::min(block + BLOCK, mine.to); ++o)
                     to[(r + n) * outputs + o] += added[n * BLOCK + o - block];
@@ -308,9 +313,13 @@ struct Room {
     }
 };
 
-// X is what weights are multiplied with.
+constexpr long PATIENCE = 1000; // looks at what another thread is to do, before the core is given to others
+
+// One thread's part of a step. X is what weights are multiplied with.
 template <int L, class W, class X> class Decoding {
     const Step& s;
+    std::atomic<long>& reduced_parts; // done by all threads
+    long reductions = 0;              // of those, how many there are when this thread's last one is whole
     const Room room{s};
     const long rows = s.rows, hidden = s.hidden, inner = s.intermediate, size = s.head_size, group = room.group;
     const long queries = s.query_heads * size, keys = s.key_heads * size;
@@ -449,7 +458,7 @@ template <int L, class W, class X> class Decoding {
     }
 
     // What the adapters of layers with the same input make of it with their first matrices, one behind another in `low`.
-    // Threads wait for one another before any of it is read.
+    // Who reads it calls `await_reduced` before, and has other work until then.
     void reduce(const X* from, long inputs, std::initializer_list<Linear> layers) {
         float* to = low;
         for (const Linear& layer : layers) {
@@ -458,9 +467,15 @@ template <int L, class W, class X> class Decoding {
             if (layer.rank) product<L, W, false>(from, rows, inputs, layer.rank, first, to);
             to += rows * layer.rank;
         }
-        if (to != low) {
-#pragma omp barrier
-        }
+        if (to == low) return;
+        reductions += omp_get_num_threads();
+        reduced_parts.fetch_add(1, std::memory_order_release);
+    }
+
+    // until all threads have done their parts of what was reduced
+    void await_reduced() {
+        for (long turns = 0; reduced_parts.load(std::memory_order_acquire) < reductions; ++turns)
+            if (turns > PATIENCE) std::this_thread::yield(); // that thread may wait for this core
     }
 
     // to (rows, outputs) = or, `adds`, += the layer's outputs; `reduced` is its part of `low`, and where the next
@@ -472,7 +487,10 @@ template <int L, class W, class X> class Decoding {
         if constexpr (std::is_same_v<W, float>)
             if (from_halves) product_of_halves<L, adds>(from, rows, inputs, outputs, layer, to);
         if (!from_halves) product<L, W, adds>(from, rows, inputs, outputs, layer, to);
-        if (layer.rank) add_low_rank<L>(reduced, rows, outputs, layer, to);
+        if (layer.rank) {
+            await_reduced();
+            add_low_rank<L>(reduced, rows, outputs, layer, to);
+        }
         return reduced + rows * layer.rank;
     }
 
@@ -485,7 +503,7 @@ template <int L, class W, class X> class Decoding {
     }
 
   public:
-    explicit Decoding(const Step& step) : s(step) {}
+    Decoding(const Step& step, std::atomic<long>& reduced_parts) : s(step), reduced_parts(reduced_parts) {}
 
     // By all threads together. They wait for one another where one reads what others have written: at the end of each
     // `omp for` and at each barrier. Between two of them nothing is both read and written by different threads.
@@ -525,14 +543,13 @@ template <int L, class W, class X> class Decoding {
 };
 
 template <int L, class W, class X> void decode(const Step& step) {
-    Decoding<L, W, X> decoding(step);
+    std::atomic<long> reduced_parts{0};
 #pragma omp parallel num_threads(step.threads)
-    decoding.run();
+    Decoding<L, W, X>(step, reduced_parts).run();
 }
 
 bool fits_lanes(const Step& step) {
-    return step.hidden % LANES == 0 && step.intermediate % LANES == 0 && step.head_size % LANES == 0 &&
-           (!step.head.rank || step.vocabulary % LANES == 0);
+    return step.hidden % LANES == 0 && step.intermediate % LANES == 0 && step.head_size % LANES == 0;
 }
 
 // whether weights in bfloat16 are multiplied with numbers in it

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from ...config.schema import Config
 from ...distributed.device import cpu_multiplies_bfloat16
@@ -41,6 +42,8 @@ ENTERED_AT_ONCE = 256
 LONGEST_ENTERED = 1024
 """Tokens of the longest prompt that is computed here: over more of them torch's attention is faster. Where neither
 torch nor this file has products of bfloat16, torch is never faster, and where torch alone has them it always is."""
+HIGH_BLOCK = 64
+"""Outputs of a block of the adapters' second matrix."""
 MULTIPLE = 8
 """Sizes have to be multiples of this: so many numbers, or twice as many, are computed at once."""
 
@@ -214,8 +217,7 @@ class KernelStep:
         if isinstance(stored, QuantizedWeight):
             place = self._quantized(stored, outputs, inputs)
         else:
-            stays_apart = adapter is None or outputs % MULTIPLE == 0
-            halves = self.relaid.put_halves(stored) if self.halves and stays_apart else None
+            halves = self.relaid.put_halves(stored) if self.halves else None
             is_merged = adapter is not None and self.dtype in MERGED and halves is None
             weight = linear.merged() if is_merged else stored
             groups = self.relaid.put_groups(weight) if is_merged else None  # in place of the merged one
@@ -226,12 +228,12 @@ class KernelStep:
         place.bias = bias
         if adapter is None or is_merged:
             return place
-        if outputs % MULTIPLE:
-            raise ValueError(f"adapters on {outputs} outputs, expected a multiple of {MULTIPLE}")
         rank = len(adapter.a)
         low, high = (each.to(self.dtype) for each in (adapter.a, adapter.b))  # as the trainer rounds them
         place.low, place.rank = self._kept(low, (rank, inputs), self.dtype), rank
-        place.high = self._kept((high.float() * adapter.scaling).T.contiguous(), (rank, outputs), torch.float32)
+        scaled = pad(high.float() * adapter.scaling, (0, 0, 0, -outputs % HIGH_BLOCK))
+        blocks = scaled.view(-1, HIGH_BLOCK, rank).mT.contiguous()
+        place.high = self._kept(blocks, blocks.shape, torch.float32)
         return place
 
     def _quantized(self, stored: QuantizedWeight, outputs: int, inputs: int) -> _Linear:
