@@ -117,6 +117,8 @@ class MemoryInputs:
     """Bytes that the optimizer keeps of one trained weight."""
     step_bytes: int = 0
     """Of weights that decoding stores a second time, in another form."""
+    step_kept: int = 0
+    """Most of these bytes that are kept from one rollout to the next."""
     reward_models: int = 0
     """Bytes of reward models on the rank's GPU."""
     decodes: bool = True
@@ -233,7 +235,9 @@ def _rollout(inputs: MemoryInputs) -> list[Part]:
     if counts.quantized and inputs.dequantizes:
         parts.append(Part("dequantised base", counts.quantized * width, "rollout"))
     if inputs.step_bytes:
-        parts.append(Part("weights of the step", inputs.step_bytes, "rollout"))
+        kept = min(inputs.step_bytes, inputs.step_kept)
+        parts += [Part("memory kept for the weights of the step", kept, "always")] if kept else []
+        parts.append(Part("weights of the step", inputs.step_bytes - kept, "rollout"))
     if inputs.shards_weights and counts.adapters and not inputs.copy_decodes:
         whole = counts.persistent if inputs.strategy == "ZeRO-3" else 0
         parts.append(Part("gathered policy", (counts.parameters - whole) * inputs.policy_bytes, "rollout"))

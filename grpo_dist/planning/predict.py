@@ -23,6 +23,7 @@ from ..model.routing import has_experts
 from ..rollout.native.cache import SLOT_CHUNK
 from ..rollout.native.engine import COPIED_PROMPT
 from ..rollout.native.kernel import MERGED, has_few_sequences
+from ..rollout.native.relaid import MOST_SPARE_BYTES
 from ..rollout.room import LOGIT_BYTES, ON_CPU, PAGE, PREFILL_TOKENS, fitting, pages_of
 from ..rollout.vllm.base import DIRECTORY
 from .memory import (
@@ -206,6 +207,7 @@ class Predictor:
             policy_bytes=self.policy_dtype.itemsize, trained_bytes=trained_bytes,
             copy_bytes=self.copy_dtype.itemsize if has_copy else 0,
             copy_decodes=has_copy and self.copy_dtype == self.policy_dtype, step_bytes=self._step_bytes(counts),
+            step_kept=0 if self.device == "gpu" or self._decodes_codes(counts) else MOST_SPARE_BYTES,
             moment_bytes=MOMENT_BYTES[self.config.optim.optimizer],
             reward_models=self._reward_models, decodes=self.config.rollout.engine != "vllm",
             dequantizes=self.config.rollout.dequantize and not self._decodes_codes(counts),

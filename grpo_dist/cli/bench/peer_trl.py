@@ -40,7 +40,7 @@ def trainer_of(options: argparse.Namespace, reward: object, clock: TrainerCallba
         processing_class=AutoTokenizer.from_pretrained(options.model, padding_side="left"), reward_funcs=reward,
         args=config, train_dataset=Dataset.from_dict({"prompt": prompts}), callbacks=[clock],
         peft_config=LoraConfig(r=options.lora_r, lora_alpha=2 * options.lora_r, target_modules="all-linear",
-                               task_type="CAUSAL_LM"),
+                               task_type="CAUSAL_LM") if options.lora_r else None,
     )  # fmt: skip
 
 
