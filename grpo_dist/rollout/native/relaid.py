@@ -16,7 +16,7 @@ from torch import Tensor
 
 BLOCK_BYTES = 64 << 20
 """What is reserved at once: many weights lie behind one another, and few pages are not full."""
-MOST_SPARE_BYTES = 256 << 20
+MOST_SPARE_BYTES = 512 << 20
 """Most memory that is kept from one rollout to the next: to get it anew takes ten times as long as to fill it."""
 SMALLEST_GROUPED = 256 << 10
 """Bytes of the smallest weight that is put in groups: smaller ones stay in the processor's caches."""
