@@ -95,7 +95,6 @@ EQUIVALENT = {
         "return score_rows(",
         "direction is not None and slopes is not None -> direction is not None or slopes is not None",
         "slopes = probs.neg_().scatter_add_(",
-        "slope.scatter_add_(1, targets[piece, None], slope.new_ones(len(slope), 1)): 1 -> 2",
         "-1 -> 1",
         "3 -> 4",
     ],

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from . import pack_kernels
 from .products import float32_product, weighted
 from .triton_trial import triton_obstacle
 
@@ -39,11 +40,17 @@ def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _scored(
-    logits: Tensor, targets: Tensor, temperature: float, slope_dtype: torch.dtype | None
+    logits: Tensor, targets: Tensor, temperature: float, slope_dtype: torch.dtype | None, keeps_logits: bool = True
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Log-probabilities (m,) of targets, entropies (m,) and, in `slope_dtype`, the derivative (m, V) of the
-    log-probabilities by the logits (m, V) float32. The subtraction is in float32: in 16 bits it would be 0 for a
-    confident token."""
+    log-probabilities by the logits (m, V) float32, perhaps in the place of these. The subtraction is in float32: in 16
+    bits it would be 0 for a confident token."""
+    if pack_kernels.fits(logits, multiple=1):
+        if slope_dtype is None:
+            return *pack_kernels.score_rows(logits, targets.contiguous(), temperature, slopes=False), None
+        place = logits.clone() if keeps_logits else logits
+        scored = pack_kernels.score_rows(place, targets.contiguous(), temperature, slopes=True)
+        return *scored, place.to(slope_dtype)
     if logits.is_cuda and triton_obstacle() is None:
         from .head_kernel import score_rows
 
@@ -71,8 +78,9 @@ class _HeadLogprobs(torch.autograd.Function):
         for piece in _chunks(hidden, weight.shape[0]):
             logits = _logits(hidden[piece], weight, bias)
             logprobs[piece], entropies[piece], slopes = _scored(
-                logits, targets[piece], temperature, None if direction is None else weight.dtype
-            )
+                logits, targets[piece], temperature, None if direction is None else weight.dtype,
+                keeps_logits=entropy_gradient,
+            )  # fmt: skip
             if direction is not None and slopes is not None:
                 torch.mm(slopes, weight, out=direction[piece])
             if entropy_direction is not None:
@@ -101,14 +109,14 @@ class _HeadLogprobs(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight, dtype=torch.float32)
         grad_bias = None if bias is None else torch.zeros_like(bias, dtype=torch.float32)
         for piece in _chunks(hidden, weight.shape[0]):
-            rows = torch.log_softmax(_logits(hidden[piece], weight, bias) / ctx.temperature, dim=-1)
-            slope = -rows.exp()
-            slope.scatter_add_(1, targets[piece, None], slope.new_ones(len(slope), 1))
+            logits = _logits(hidden[piece], weight, bias)
+            _, entropies, slope = _scored(logits, targets[piece], ctx.temperature, torch.float32,
+                                          keeps_logits=ctx.entropy_gradient)  # fmt: skip
+            assert slope is not None
             slope *= grad_logprobs[piece, None]
             if ctx.entropy_gradient:
-                entropies = -(rows.exp() * rows).sum(-1)
-                slope += _entropy_slope(rows, entropies) * grad_entropies[piece, None]
-            slope /= ctx.temperature
+                of_entropy = _entropy_slope(torch.log_softmax(logits / ctx.temperature, dim=-1), entropies)
+                slope += of_entropy * (grad_entropies[piece, None] / ctx.temperature)
             slope_cast = slope.to(weight.dtype)
             grad_hidden[piece] = slope_cast @ weight
             grad_weight += float32_product(slope_cast.T, hidden[piece])

@@ -1,5 +1,5 @@
 // What a pass over a pack computes on a CPU in float32 beside its products with weights: attention, RMSNorm, SwiGLU's
-// gate and rotations, each with its gradient. torch has several operations for each, and each of these reads and writes
+// gate, rotations and log-probabilities, each with its gradient. torch has several operations for each, and each of these reads and writes
 // all of its numbers.
 //
 // What is computed of a token depends neither on other sequences of the pack nor on the number of threads.
@@ -231,6 +231,40 @@ template <class Visit> void each_row(int64_t rows, int64_t size, int64_t threads
 
 Vec<LANES> sigmoid(Vec<LANES> x) { return 1.f / (1.f + exponential<LANES>(-x)); }
 
+constexpr long SUMMED = 4096; // numbers that are summed in float32, before their sum is added to the others' in float64
+
+// Of a row of logits that are divided by a temperature: log-probability of a target and entropy of their softmax. With
+// `slopes` the derivative of that log-probability by the logits takes their place.
+void score_row(float* x, long size, long target, float inverse, bool slopes, float* logprob, float* entropy) {
+    float peak = x[0];
+    Vec<LANES> most = Vec<LANES>{} + peak;
+    long whole = 0;
+    for (; whole + LANES <= size; whole += LANES) most = load<LANES>(x + whole) > most ? load<LANES>(x + whole) : most;
+    for (int i = 0; i < LANES; ++i) peak = std::max(peak, most[i]);
+    for (long k = whole; k < size; ++k) peak = std::max(peak, x[k]);
+    const float shown = (x[target] - peak) * inverse;
+    double total = 0, weighted = 0;
+    for (long from = 0; from < size; from += SUMMED) {
+        Vec<LANES> sum_of = {}, weighted_of = {};
+        for (long k = from, end = std::min(size, from + SUMMED); k < end; k += LANES) {
+            const long n = std::min<long>(LANES, end - k);
+            Vec<LANES> v = (load_some<LANES>(x + k, n) - peak) * inverse;
+            v = v < -87.f ? Vec<LANES>{} - 87.f : v; // the least that `exponential` takes
+            Vec<LANES> share = exponential<LANES>(v);
+            for (long i = n; i < LANES; ++i) share[i] = 0;
+            if (slopes) store_some<LANES>(share, x + k, n);
+            sum_of += share, weighted_of += share * v;
+        }
+        total += sum<LANES>(sum_of), weighted += sum<LANES>(weighted_of);
+    }
+    *logprob = shown - std::log(total);
+    *entropy = std::log(total) - weighted / total;
+    if (!slopes) return;
+    const float factor = -inverse / total;
+    for (long k = 0; k < size; ++k) x[k] *= factor;
+    x[target] += inverse;
+}
+
 } // namespace
 
 extern "C" void attend(int64_t threads, const Attention* a) {
@@ -258,6 +292,14 @@ extern "C" void norm_backward(int64_t threads, const float* grad, const float* x
         for (long k = 0; k < size; k += 8) products += load<8>(row + k) * (load<8>(weight + k) * load<8>(slope + k));
         const float factor = factors[r], share = sum<8>(products) / size * factor * factor;
         for (long k = 0; k < size; ++k) to[r * size + k] = factor * (slope[k] * weight[k] - row[k] * share);
+    });
+}
+
+// `score_row` of logits (rows, size)
+extern "C" void score_rows(int64_t threads, float* logits, const int64_t* targets, int64_t rows, int64_t size, float inverse,
+                           int64_t slopes, float* logprobs, float* entropies) {
+    each_row(rows, size, threads, [=](long r) {
+        score_row(logits + r * size, size, targets[r], inverse, slopes, logprobs + r, entropies + r);
     });
 }
 

@@ -1,8 +1,10 @@
-"""The functions of `pack.cpp`: attention, norms, gates and rotations of a pack in float32 on a CPU, with gradients.
+"""The functions of `pack.cpp`: attention, norms, gates, rotations and log-probabilities of a pack in float32 on a CPU,
+with gradients.
 
 Where they cannot be compiled torch's operations take their place.
 
-Shapes: T tokens, Hq query heads, Hk key heads, D head size, F features. All tensors are float32, without gaps.
+Shapes: T tokens, Hq query heads, Hk key heads, D head size, F features, V vocabulary. All tensors are float32,
+without gaps.
 """
 
 from __future__ import annotations
@@ -47,12 +49,13 @@ def traced_kernels() -> Iterator[None]:
         _IS_TRACED.reset(token)
 
 
-def fits(*tensors: Tensor) -> bool:
-    """Whether the functions take these tensors: float32 numbers in this machine's memory, last sizes multiples of 8."""
+def fits(*tensors: Tensor, multiple: int = MULTIPLE) -> bool:
+    """Whether the functions take these tensors: float32 numbers in this machine's memory, last sizes multiples of 8, or
+    for `score_rows` of 1."""
     # a tensor of another type may have no memory, or a part of the numbers
     kinds = (FakeTensor,) if _IS_TRACED.get() else (Tensor, nn.Parameter)
     for x in tensors:
-        if type(x) not in kinds or x.device.type != "cpu" or x.dtype != torch.float32 or x.shape[-1] % MULTIPLE:
+        if type(x) not in kinds or x.device.type != "cpu" or x.dtype != torch.float32 or x.shape[-1] % multiple:
             return False
     return _code() is not None
 
@@ -123,6 +126,14 @@ def rotate(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, back: bool = Fa
     for x, to in zip((query, key), outputs, strict=True):
         _call("rotate", x, cos, sin, *x.shape, int(back), to)
     return outputs
+
+
+def score_rows(logits: Tensor, targets: Tensor, temperature: float, slopes: bool) -> tuple[Tensor, Tensor]:
+    """Log-probabilities of targets (M,) int64 and entropies, both (M,), of logits (M, V) divided by a temperature. With
+    `slopes` the logits become the derivatives of the log-probabilities by them."""
+    logprobs, entropies = logits.new_empty(2, len(logits))
+    _call("score_rows", logits, targets, *logits.shape, 1 / temperature, int(slopes), logprobs, entropies)
+    return logprobs, entropies
 
 
 @dataclass(frozen=True)

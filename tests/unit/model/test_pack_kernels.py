@@ -43,7 +43,8 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
         monkeypatch.setattr(pack_kernels, name, noted)
 
-    for name in ("attend", "attend_backward", "normed", "normed_backward", "gated", "gated_backward", "rotate"):
+    for name in ("attend", "attend_backward", "normed", "normed_backward", "gated", "gated_backward", "rotate",
+                 "score_rows"):  # fmt: skip
         note(name)
     return names
 
@@ -266,3 +267,49 @@ def test_other_processors(flag: str, monkeypatch: pytest.MonkeyPatch, tmp_path: 
     finally:
         library.cache_clear()
         pack_kernels._code.cache_clear()
+
+
+@pytest.mark.parametrize("size", [1, 7, 16, 61, 324, 9001])
+@pytest.mark.parametrize("temperature", [1.0, 0.7, 3.0])
+def test_log_probabilities_and_their_slopes(size: int, temperature: float) -> None:
+    """Of vocabularies of any size, which may fill several sums; of flat rows and of certain ones."""
+    generator = torch.Generator().manual_seed(size)
+    spread = torch.tensor([0.0, 1.0, 30.0, 300.0, 1e4])[:, None]
+    logits = torch.randn(5, size, generator=generator) * spread
+    targets = torch.randint(size, (5,), generator=generator)
+    exact = (logits.double() / temperature).requires_grad_()
+    rows = exact.log_softmax(-1)
+    truth = rows.gather(1, targets[:, None])[:, 0]
+    (slopes,) = torch.autograd.grad(truth.sum() / temperature, exact)
+    entropies = -(rows.exp() * rows).nan_to_num().sum(-1)
+    for wanted in (False, True):
+        place = logits.clone()
+        logprobs, got = pack_kernels.score_rows(place, targets, temperature, wanted)
+        torch.testing.assert_close(logprobs.double(), truth, atol=1e-5, rtol=1e-6)
+        torch.testing.assert_close(got.double(), entropies, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(place.double(), slopes if wanted else logits.double(), atol=1e-6, rtol=1e-5)
+
+
+def test_no_log_probability_depends_on_other_rows_or_threads() -> None:
+    logits, targets = torch.randn(50, 5003), torch.arange(50)
+
+    def scored(rows: slice) -> list[Tensor]:
+        place = logits[rows].clone()
+        return [*pack_kernels.score_rows(place, targets[rows], 0.9, slopes=True), place]
+
+    whole, threads = scored(slice(None)), torch.get_num_threads()
+    for rows in (slice(0, 1), slice(7, 29)):
+        assert all(torch.equal(part, all_of[rows]) for part, all_of in zip(scored(rows), whole, strict=True))
+    try:
+        torch.set_num_threads(threads + 2)
+        assert all(map(torch.equal, scored(slice(None)), whole))
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("place", [0, 20, 60])
+def test_a_logit_that_is_not_a_number_is_seen(place: int) -> None:
+    logits = torch.zeros(2, 61)
+    logits[1, place] = torch.nan
+    logprobs, entropies = pack_kernels.score_rows(logits, torch.tensor([3, 3]), 1.0, slopes=False)
+    assert logprobs.isnan().tolist() == [False, True] == entropies.isnan().tolist()
