@@ -39,10 +39,12 @@ def cpu_multiplies_bfloat16() -> bool:
 
 @functools.cache
 def onednn_is_faster() -> bool:
-    """Whether torch has oneDNN on a processor on which its products of float32 are faster than those of torch's BLAS:
-    AMD's with AVX-512, where MKL reaches 170 GFLOP/s and oneDNN 205 (two cores of an EPYC 9004)."""
-    has_onednn = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512"
-    return has_onednn and "AuthenticAMD" in Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    """Whether torch has oneDNN, under Linux, on a processor on which its products of float32 are faster than MKL's:
+    AMD's with AVX-512 (205 GFLOP/s and 170, two cores of an EPYC 9004)."""
+    if sys.platform != "linux" or not torch.backends.mkldnn.is_available():
+        return False
+    has_avx512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
+    return has_avx512 and "AuthenticAMD" in Path("/proc/cpuinfo").read_text(encoding="utf-8")
 
 
 def resolve_dtype(name: Dtype) -> torch.dtype:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from grpo_dist.distributed import device
 from grpo_dist.model import products
 from grpo_dist.model.fused_modules import fuse_linears, plain_modules
 from grpo_dist.model.products import FEWEST_NUMBERS, summed_over_rows, weighted
@@ -51,6 +52,15 @@ def test_other_numbers_are_left_to_torch(dtype: torch.dtype, monkeypatch: pytest
     monkeypatch.setattr(products, "onednn_is_faster", lambda: True)
     x, weight = drawn(3, 256).to(dtype), drawn(256, 256).to(dtype)
     assert torch.equal(weighted(x, weight), nn.functional.linear(x, weight))
+
+
+@pytest.mark.parametrize(("platform", "capability"), [("win32", "AVX512"), ("darwin", "AVX512"), ("linux", "AVX2")])
+def test_other_systems_and_processors_keep_torchs_library(
+    platform: str, capability: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(device.sys, "platform", platform)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    assert not device.onednn_is_faster.__wrapped__()
 
 
 @pytest.mark.skipif(not HAS_ONEDNN, reason="no oneDNN")
