@@ -16,11 +16,10 @@ from grpo_dist.config.names import presets
 WAITS_OF_A_ROLLOUT = {
     # whenever prompts come in
     ("H2D copy", "rollout/native/cache.py:admit"),
+    ("H2D copy", "rollout/native/cache.py:rows_of"),
     ("H2D copy", "rollout/native/engine.py:_prefill"),
     ("H2D copy", "rollout/native/steps.py:prefill"),
     ("_local_scalar_dense.default", "rollout/native/engine.py:_reserved"),
-    ("repeat_interleave without output_size", "rollout/native/cache.py:admit"),
-    ("repeat_interleave without output_size", "rollout/native/engine.py:_prefill"),
     # every few steps
     ("D2H copy", "rollout/native/engine.py:_retire"),
     # whenever sequences have ended
