@@ -48,7 +48,7 @@ MULTIPLE = 8
 """Sizes have to be multiples of this: so many numbers, or twice as many, are computed at once."""
 
 
-# The structures of decode.cpp, field by field.
+# The structures of decode.cpp and weights.h, field by field.
 class _Linear(ctypes.Structure):
     _fields_ = [
         ("weight", c_void_p), ("grouped", c_int64),

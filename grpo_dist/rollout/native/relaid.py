@@ -21,7 +21,7 @@ MOST_SPARE_BYTES = 512 << 20
 SMALLEST_GROUPED = 256 << 10
 """Bytes of the smallest weight that is put in groups: smaller ones stay in the processor's caches."""
 GROUP, TOGETHER = 4, 16
-"""Lines of a group, and numbers of each that lie together: OUTPUTS of `decode.cpp`, and a cache line."""
+"""Lines of a group, and numbers of each that lie together: OUTPUTS of `vectors.h`, and a cache line."""
 
 
 _spare: list[Tensor] = []
@@ -41,7 +41,7 @@ class RelaidWeights:
         weakref.finalize(self, _give_back, self.blocks)
 
     def put_halves(self, weight: Tensor) -> Tensor | None:
-        """The words (ceil(outputs / 2), inputs) of a weight (outputs, inputs), as `Linear` of `decode.cpp` has them.
+        """The words (ceil(outputs / 2), inputs) of a weight (outputs, inputs), as `Linear` of `weights.h` has them.
 
         None for a weight that is not in float32 or has numbers that bfloat16 does not hold.
         """

@@ -1,0 +1,223 @@
+// Products of rows with the weights of a linear layer, in any form that these are held in.
+//
+// Every number of a row is a sum in an order that neither the other rows nor the threads have a part in.
+
+#pragma once
+
+#include "products.h"
+
+struct Linear {
+    const void* weight; // its numbers or, of a quantised layer, their codes, line behind line
+    int64_t grouped;    // whether its numbers lie as `Groups`, and not line behind line
+    const uint32_t* halves; // the same numbers in bfloat16, which few rows wait for half as long: of two lines, that of
+                            // the first one in the low half of a word; null for none
+    const float* bias;  // null for none
+    const float* scales; // of a quantised layer: one for `block` weights that follow one another; null for others
+    const float* values; // of codes of 4 bits, two a byte, the first in its high half: the 16 that they name;
+                         // null for codes that are whole numbers of 8 bits
+    int64_t block;
+    const void* low;   // (rank, inputs), the adapters' first matrix in the weights' dtype
+    const float* high; // their second one, transposed and scaled: (outputs / HIGH_BLOCK, rank, HIGH_BLOCK)
+    int64_t rank;      // 0 for no adapters
+};
+
+namespace {
+
+// L codes of 4 bits; where a processor has its bytes in another order, the trial at the start of a run shows it
+template <int L> inline Ints<L> codes_at(const uint8_t* from) {
+    if constexpr (L == 8) {
+        int32_t codes;
+        std::memcpy(&codes, from, sizeof codes);
+        return codes >> Ints<8>{4, 0, 12, 8, 20, 16, 28, 24} & 15;
+    } else {
+        typedef int64_t Pairs __attribute__((vector_size(64)));
+        int64_t codes;
+        std::memcpy(&codes, from, sizeof codes);
+        const Pairs pairs = codes >> Pairs{0, 8, 16, 24, 32, 40, 48, 56};
+        return (Ints<L>)((pairs >> 4 & 15) | (pairs & 15) << 32);
+    }
+}
+
+// those of 16 numbers that the codes name
+template <int L> inline Vec<L> named(const Vec<L>* table, Ints<L> codes) {
+#ifdef __clang__
+    Vec<L> v;
+    for (int i = 0; i < L; ++i) v[i] = table[codes[i] / L][codes[i] % L];
+    return v;
+#else
+    if constexpr (L == 16) return __builtin_shuffle(table[0], codes);
+    else return __builtin_shuffle(table[0], table[1], codes);
+#endif
+}
+
+// `count` weights of a quantised layer, from the one at `first` on, to the bit as W would hold them
+template <int L, class W, class X> void dequantise(const Linear& layer, long first, long count, X* to) {
+    const uint8_t* pairs = static_cast<const uint8_t*>(layer.weight);
+    const int8_t* numbers = static_cast<const int8_t*>(layer.weight);
+    for (long at = first, end = first + count, next; at < end; at = next) {
+        const float scale = layer.scales[at / layer.block];
+        next = std::min<long>(end, (at / layer.block + 1) * layer.block);
+        if (layer.values) {
+            Vec<L> table[16 / L]; // scaled once a block
+            for (int n = 0; n < 16 / L; ++n) table[n] = rounded<L, W>(load<L>(layer.values + n * L) * scale);
+            for (long k = at; k < next; k += L) store<L>(named<L>(table, codes_at<L>(pairs + (k >> 1))), to + k - first);
+        } else {
+            for (long k = at; k < next; k += L) store<L>(rounded<L, W>(load<L>(numbers + k) * scale), to + k - first);
+        }
+    }
+}
+
+// Inputs are summed in equal parts of at most CHUNK_BYTES. Of such a part, a tile's OUTPUTS lines of weights and ROWS rows
+// fit in the nearest cache, and a block's ROW_BLOCK rows and OUTPUT_BLOCK lines, and the next ones on their way, in the
+// second.
+constexpr long CHUNK_BYTES = 4096, OUTPUT_BLOCK = 32;
+template <class X> constexpr long CHUNK = CHUNK_BYTES / sizeof(X);
+constexpr long HALVES_ROWS = 2 * ROWS; // most rows of a tile of two lines of `halves`
+constexpr long MOST_FROM_HALVES = 16; // most rows for which to read `halves`
+
+// N rows of x, `stride` apart, times two lines of weights in one, over `count` inputs; the sums of the first `lines` of
+// them are put. One stream of whole vectors, as long as memory is: what processors fetch ahead best, with some help.
+template <int L, int N = HALVES_ROWS>
+inline void tile_of_halves(long rows, const float* x, long stride, const uint32_t* words, long count, long lines,
+                           const Target& target, long row, long output) {
+    if constexpr (N > 1)
+        if (rows < N) return tile_of_halves<L, N - 1>(rows, x, stride, words, count, lines, target, row, output);
+    Vec<L> parts[N][2];
+    UNROLL for (int r = 0; r < N; ++r) parts[r][0] = parts[r][1] = Vec<L>{};
+    for (long k = 0; k < count; k += L) {
+        if (k % (CACHE_LINE / sizeof *words) == 0) __builtin_prefetch(words + k + FETCH_AHEAD / sizeof *words, 0, 2);
+        Ints<L> both;
+        std::memcpy(&both, words + k, sizeof both);
+        Vec<L> first = (Vec<L>)(both << 16), second = (Vec<L>)(both & ~0xffff);
+        hold(first), hold(second);
+        UNROLL for (int r = 0; r < N; ++r) {
+            Vec<L> xs = load<L>(x + r * stride + k);
+            hold(xs);
+            parts[r][0] = multiply_add<L>(xs, first, parts[r][0]);
+            parts[r][1] = multiply_add<L>(xs, second, parts[r][1]);
+        }
+    }
+    UNROLL for (int r = 0; r < N; r += 2) {
+        const int next = std::min(r + 1, N - 1); // r itself where no row follows
+        const Vec<4> four = sums<L>(parts[r][0], parts[r][1], parts[next][0], parts[next][1]);
+        auto put = [&](Vec<4> two, int to) {
+            if (lines == 2) target.put<2>(two, row + to, output);
+            else target.put<1>(two, row + to, output);
+        };
+        put(four, r);
+        if (next != r) put(Vec<4>{four[2], four[3]}, next);
+    }
+}
+
+// inputs are summed in equal parts of so many, whole cache lines
+template <int L, class X> long chunk_of(long inputs) {
+    constexpr long WHOLE = std::max<long>(PIECE<L, X>, CACHE_LINE / sizeof(X));
+    const long parts = (inputs + CHUNK<X> - 1) / CHUNK<X>;
+    return ((inputs + WHOLE - 1) / WHOLE + parts - 1) / parts * WHOLE;
+}
+
+// As `product`, of few rows and from `halves`: they wait for the weights, which this reads from one end to the other.
+template <int L, bool adds>
+void product_of_halves(const float* x, long rows, long inputs, long outputs, const Linear& layer, float* to) {
+    Share mine(outputs);
+    const long chunk = chunk_of<L, float>(inputs), tiles = (rows + HALVES_ROWS - 1) / HALVES_ROWS;
+    for (long o = mine.from; o < mine.to; o += 2)
+        for (long k = 0; k < inputs; k += chunk) {
+            const Target target{to, outputs, k ? nullptr : layer.bias, adds || k};
+            for (long tile = 0, r = 0, end; tile < tiles; ++tile, r = end) {
+                end = rows * (tile + 1) / tiles;
+                tile_of_halves<L>(end - r, x + r * inputs + k, inputs, layer.halves + o / 2 * inputs + k,
+                                  std::min(chunk, inputs - k), std::min(2L, mine.to - o), target, r, o);
+            }
+        }
+}
+
+// As `product`, of rows that fit in a tile: they wait for the weights, which this reads from one end to the other.
+template <int L, bool adds, class X, template <class> class Weights, class W>
+void product_of_few(const X* x, long rows, long inputs, long outputs, Weights<W> weights, const float* bias, float* to) {
+    Share mine(outputs);
+    const long chunk = chunk_of<L, X>(inputs);
+    for (long o = mine.from; o < mine.to; o += OUTPUTS)
+        for (long k = 0; k < inputs; k += chunk)
+            block_product<L, true>(x + k, rows, inputs, weights.from(o, k), std::min(chunk, inputs - k), o,
+                                   std::min<long>(o + OUTPUTS, mine.to), Ahead<W>(),
+                                   Target{to, outputs, k ? nullptr : bias, adds || k});
+}
+
+// As `product`, of weights that are converted beforehand, which tiles of few rows would do too often. What is converted is
+// used at once, in the nearest cache where all rows are one block.
+template <int L, class W, bool adds, class X>
+void product_of_converted(const X* x, long rows, long inputs, long outputs, const Linear& layer, float* to) {
+    Share mine(outputs);
+    const W* weight = static_cast<const W*>(layer.weight);
+    const long chunk = chunk_of<L, X>(inputs), lines_at_once = rows <= ROW_BLOCK ? OUTPUTS : OUTPUT_BLOCK;
+    alignas(CACHE_LINE) X dense[OUTPUT_BLOCK * CHUNK<X>];
+    for (long block = mine.from, end; block < mine.to; block = end) {
+        end = std::min(block + lines_at_once, mine.to);
+        for (long k = 0; k < inputs; k += chunk) {
+            const long count = std::min(chunk, inputs - k);
+            for (long o = block; o < end; ++o) {
+                X* line = dense + (o - block) * count;
+                if (layer.scales) dequantise<L, W>(layer, o * inputs + k, count, line);
+                else
+                    for (long i = 0; i < count; i += L) store<L>(load<L>(weight + o * inputs + k + i), line + i);
+            }
+            block_product<L>(x + k, rows, inputs, Lines<X>{dense, count}, count, block, end, Ahead<X>(),
+                             Target{to, outputs, k ? nullptr : layer.bias, adds || k});
+        }
+    }
+}
+
+// As `product`, of weights that lie as `Lines` or `Groups`.
+template <int L, bool adds, class X, template <class> class Weights, class W>
+void product_of_stored(const X* x, long rows, long inputs, long outputs, Weights<W> weights, const float* bias, float* to) {
+    if (rows <= ROWS) return product_of_few<L, adds>(x, rows, inputs, outputs, weights, bias, to);
+    Share mine(outputs);
+    const long chunk = chunk_of<L, X>(inputs);
+    for (long block = mine.from, end; block < mine.to; block = end) {
+        end = std::min(block + OUTPUT_BLOCK, mine.to);
+        const long tiles = (end - block + OUTPUTS - 1) / OUTPUTS * ((rows + ROWS - 1) / ROWS);
+        for (long k = 0; k < inputs; k += chunk) {
+            const bool last = k + chunk >= inputs; // then the next block's first inputs follow
+            const long lines = last ? std::min(OUTPUT_BLOCK, mine.to - end) : end - block;
+            block_product<L>(x + k, rows, inputs, weights.from(block, k), std::min(chunk, inputs - k), block, end,
+                             weights.from(last ? end : block, last ? 0 : k + chunk)
+                                 .ahead(lines, std::min(chunk, last ? inputs : inputs - k - chunk), tiles),
+                             Target{to, outputs, k ? nullptr : bias, adds || k});
+        }
+    }
+}
+
+// to (rows, outputs) = or, `adds`, += W x + b; this thread's share of the outputs
+template <int L, class W, bool adds, class X>
+void product(const X* x, long rows, long inputs, long outputs, const Linear& layer, float* to) {
+    if (layer.scales || (!std::is_same_v<W, X> && LANES == 8 && rows > ROW_BLOCK))
+        return product_of_converted<L, W, adds>(x, rows, inputs, outputs, layer, to);
+    const W* weight = static_cast<const W*>(layer.weight);
+    if constexpr (std::is_same_v<W, float>)
+        if (layer.grouped)
+            return product_of_stored<L, adds>(x, rows, inputs, outputs, Groups<W>{weight, inputs}, layer.bias, to);
+    product_of_stored<L, adds>(x, rows, inputs, outputs, Lines<W>{weight, inputs}, layer.bias, to);
+}
+
+constexpr long HIGH_BLOCK = 64; // of `high`: it stays in the nearest cache for all rows, and is one stream
+
+// to (rows, outputs) += low (rows, rank) times the adapters' second matrix; this thread's share of the outputs. What is
+// added comes from blocks that begin at the same outputs for any number of threads.
+template <int L> void add_low_rank(const float* low, long rows, long outputs, const Linear& layer, float* to) {
+    constexpr long BLOCK = HIGH_BLOCK;
+    constexpr long AT_ONCE = 6; // rows
+    Share mine(outputs);
+    for (long block = mine.from / BLOCK * BLOCK; block < mine.to; block += BLOCK)
+        for (long r = 0; r < rows; r += AT_ONCE) {
+            const long count = std::min(AT_ONCE, rows - r);
+            float added[AT_ONCE * BLOCK] = {};
+            Weighing<L, float>{low + r * layer.rank, layer.rank, 1, layer.high + block * layer.rank, BLOCK, layer.rank,
+                               BLOCK, added, BLOCK}.run(count);
+            for (long n = 0; n < count; ++n)
+                for (long o = std::max(block, mine.from); o < std::min(block + BLOCK, mine.to); ++o)
+                    to[(r + n) * outputs + o] += added[n * BLOCK + o - block];
+        }
+}
+
+} // namespace
