@@ -227,6 +227,7 @@ class _Linear(torch.autograd.Function):
         (rows, weight), shape = ctx.saved_tensors, grad.shape[:-1]
         grad = grad.flatten(0, -2)
         of_x, of_weight, of_bias = ctx.needs_input_grad
+        # a sum over rows with so many numbers is no faster by oneDNN
         return (weighted(grad, weight.T).unflatten(0, shape) if of_x else None, grad.T @ rows if of_weight else None,
                 grad.sum(0) if of_bias else None)  # fmt: skip
 

@@ -1,6 +1,6 @@
 // What a pass over a pack computes on a CPU in float32 beside its products with weights: attention, RMSNorm, SwiGLU's
-// gate, rotations and log-probabilities, each with its gradient. torch has several operations for each, and each of these reads and writes
-// all of its numbers.
+// gate, rotations and log-probabilities, each with its gradient. torch has several operations for each, and each of these
+// reads and writes all of its numbers.
 //
 // What is computed of a token depends neither on other sequences of the pack nor on the number of threads.
 //

@@ -43,6 +43,8 @@ class ModelCounts:
     """Of the adapters; 0 if all weights are trained."""
     adapted: int
     """Of the weights that have adapters on them."""
+    grouped: int
+    """Of those that are large enough for their order to count, merged in float32."""
     joined: int
     """Of the projections to queries, keys and values."""
     persistent: int

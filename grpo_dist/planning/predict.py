@@ -27,6 +27,7 @@ from ..rollout.native.relaid import MOST_SPARE_BYTES
 from ..rollout.room import LOGIT_BYTES, ON_CPU, PAGE, PREFILL_TOKENS, fitting, pages_of
 from ..rollout.vllm.base import DIRECTORY
 from .memory import (
+    FLOAT32,
     SHARDS_WEIGHTS,
     Flight,
     MemoryInputs,
@@ -207,7 +208,7 @@ class Predictor:
             policy_bytes=self.policy_dtype.itemsize, trained_bytes=trained_bytes,
             copy_bytes=self.copy_dtype.itemsize if has_copy else 0,
             copy_decodes=has_copy and self.copy_dtype == self.policy_dtype, step_bytes=self._step_bytes(counts),
-            step_kept=0 if self.device == "gpu" or self._decodes_codes(counts) else MOST_SPARE_BYTES,
+            step_kept=self._step_kept(counts),
             moment_bytes=MOMENT_BYTES[self.config.optim.optimizer],
             reward_models=self._reward_models, decodes=self.config.rollout.engine != "vllm",
             dequantizes=self.config.rollout.dequantize and not self._decodes_codes(counts),
@@ -239,6 +240,13 @@ class Predictor:
         if has_few_sequences(self.config) and self._in_bfloat16:
             return counts.parameters * torch.bfloat16.itemsize
         return counts.adapted * self.policy_dtype.itemsize
+
+    def _step_kept(self, counts: ModelCounts) -> int:
+        """Most of these bytes whose memory is kept from one rollout to the next."""
+        if self.device == "gpu" or self._decodes_codes(counts):
+            return 0
+        is_merged = not (has_few_sequences(self.config) and self._in_bfloat16)
+        return min(MOST_SPARE_BYTES, counts.grouped * FLOAT32) if is_merged else MOST_SPARE_BYTES
 
     def _fitting(self, inputs: MemoryInputs, most_bytes: int) -> int:
         """Tokens in flight that `auto` fits beside the memory that is always used; at least those of one sequence."""

@@ -33,11 +33,12 @@ from ..model.policy import Policy, PolicyOptions
 from ..model.quantization import quantize_blank
 from ..model.quantized import quantized_layers
 from ..rewards.reward_model import stored_config
+from ..rollout.native.relaid import SMALLEST_GROUPED
 from ..rollout.room import cache_width
 from ..rollout.sampling import Rules, draw, sampling_of
 from ..types import Batch, Prompt
 from .live import LiveBytes
-from .memory import PERSISTENCE_THRESHOLD, ModelCounts, Passes
+from .memory import FLOAT32, PERSISTENCE_THRESHOLD, ModelCounts, Passes
 
 if TYPE_CHECKING:
     from transformers.configuration_utils import PreTrainedConfig
@@ -100,6 +101,7 @@ def count(policy: Policy) -> ModelCounts:
         parameters=sum(p.numel() for p in base or every if p.is_floating_point()) + sum(sizes.values()),
         adapters=sum(p.numel() for p in every) if base else 0,
         adapted=sum(p.numel() for p in adapted),
+        grouped=sum(p.numel() for p in adapted if p.numel() * FLOAT32 >= SMALLEST_GROUPED),
         joined=sum(
             p.numel()
             for name, p in policy.named_parameters()

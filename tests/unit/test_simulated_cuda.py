@@ -16,7 +16,6 @@ from grpo_dist.config.names import presets
 WAITS_OF_A_ROLLOUT = {
     # whenever prompts come in
     ("H2D copy", "rollout/native/cache.py:admit"),
-    ("H2D copy", "rollout/native/cache.py:rows_of"),
     ("H2D copy", "rollout/native/engine.py:_prefill"),
     ("H2D copy", "rollout/native/steps.py:prefill"),
     ("_local_scalar_dense.default", "rollout/native/engine.py:_reserved"),

@@ -52,13 +52,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="in place of the workload's")
     parser.add_argument("--pairs", type=int, default=3, metavar="N", help="timed steps, after one untimed step (3)")
     parser.add_argument("--kl_coeff", type=float, default=0.04, metavar="X", help="coefficient of the KL term (0.04)")
-    parser.add_argument(
-        "--lora_r",
-        type=int,
-        default=16,
-        metavar="N",
-        help="rank of the adapters (16); 0: all weights are trained, and vLLM's model is the same as ours",
-    )
+    parser.add_argument("--lora_r", type=int, default=16, metavar="N",
+                        help="rank of the adapters (16); 0: none, and vLLM's model is the same as ours")  # fmt: skip
     parser.add_argument("--against", choices=list(PEERS),
                         help="also time a peer, in turn: trl in steps, vllm in rollouts alone")  # fmt: skip
     parser.add_argument("--peer_python", default=sys.executable, metavar="FILE",

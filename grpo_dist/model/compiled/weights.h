@@ -205,8 +205,7 @@ constexpr long HIGH_BLOCK = 64; // of `high`: it stays in the nearest cache for 
 // to (rows, outputs) += low (rows, rank) times the adapters' second matrix; this thread's share of the outputs. What is
 // added comes from blocks that begin at the same outputs for any number of threads.
 template <int L> void add_low_rank(const float* low, long rows, long outputs, const Linear& layer, float* to) {
-    constexpr long BLOCK = HIGH_BLOCK;
-    constexpr long AT_ONCE = 6; // rows
+    constexpr long BLOCK = HIGH_BLOCK, AT_ONCE = 6; // outputs and rows
     Share mine(outputs);
     for (long block = mine.from / BLOCK * BLOCK; block < mine.to; block += BLOCK)
         for (long r = 0; r < rows; r += AT_ONCE) {

@@ -119,11 +119,12 @@ class DecodeState:
         """Sequences in flight."""
         return len(self.prompt)
 
-    def admit(self, prefilled: Prefilled, sizes: list[int]) -> None:
-        """Add prompts with `sizes` sequences each."""
+    def admit(self, prefilled: Prefilled, sizes: list[int]) -> Tensor:
+        """Add prompts with `sizes` sequences each. Returns the new sequences' places among these prompts, int64."""
         first, lengths = len(self.prompt_lengths), prefilled.lengths
         keys, values = prefilled.by_prompt()
-        prompt_of_row = rows_of(sizes, self.device)
+        own_prompt = [prompt for prompt, size in enumerate(sizes) for _ in range(size)]
+        prompt_of_row = torch.tensor(own_prompt, device=self.device)
         for new, prompts, own in (
             (keys, self.prompt_keys, self.own_keys), (values, self.prompt_values, self.own_values),
         ):  # fmt: skip
@@ -138,6 +139,7 @@ class DecodeState:
         self.used = max(self.used, 0 if self.shares else max(lengths))
         self.longest = max(self.longest, max(lengths) + self.most_tokens)
         self._seat_rows()
+        return prompt_of_row
 
     def keep(self, rows: Tensor) -> None:
         """Drop all sequences but `rows`, and the prompts nobody is left of."""
@@ -277,11 +279,6 @@ class DecodeState:
         prompts, heads, queries, size = x.shape
         seats = x.view(prompts, heads, self.most, queries // self.most, size).transpose(1, 2).flatten(0, 1)
         return seats if self.all_seated else seats[self.seat]
-
-
-def rows_of(sizes: Sequence[int], device: torch.device) -> Tensor:
-    """The prompt of each row, where prompts have `sizes` rows: (sum of sizes,) int64."""
-    return torch.tensor([prompt for prompt, size in enumerate(sizes) for _ in range(size)], device=device)
 
 
 def longer(table: Tensor, rows: int) -> Tensor:

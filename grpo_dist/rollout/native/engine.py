@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ...types import Trajectory
 from ..engine import Decoder, Request, columns_of, take_group, trajectory
 from ..sampling import Rules, Sampling, draw
-from .cache import DecodeState, longer, rows_of
+from .cache import DecodeState, longer
 from .drafted import DraftedSteps, Drafts
 from .graphs import Replayed
 from .kept import KeptRows
@@ -223,7 +223,7 @@ class Decoding:
         prompts, sizes = [self.requests[group[0]].prompt for group in groups], [len(group) for group in groups]
         layout, logits = self.several.prefill(prompts) if by_step and self.several else prefill(self.model, prompts)
         self.routes.keep_prompts(groups, layout.lengths)
-        self.state.admit(layout, sizes)
+        prompt_of_row = self.state.admit(layout, sizes)
         new = torch.tensor([n for group in groups for n in group], device=self.device)
         self.row_request = torch.cat([self.row_request, new])
         self.last = torch.cat([self.last, torch.zeros_like(new)])
@@ -231,7 +231,7 @@ class Decoding:
         self.reported, self.kept = (torch.cat([each, torch.zeros(len(new), dtype=torch.bool)])
                                     for each in (self.reported, self.kept))  # fmt: skip
         first = self.state.num_rows - len(new)
-        self._draw(logits.index_select(0, rows_of(sizes, self.device)), slice(first, None))
+        self._draw(logits.index_select(0, prompt_of_row), slice(first, None))
         self._retire()
 
     def _draw(self, logits: Tensor, rows: slice | Tensor) -> None:

@@ -43,7 +43,7 @@ LONGEST_ENTERED = 1024
 """Tokens of the longest prompt that is computed here: over more of them torch's attention is faster. Where neither
 torch nor this file has products of bfloat16, torch is never faster, and where torch alone has them it always is."""
 HIGH_BLOCK = 64
-"""Outputs of a block of the adapters' second matrix."""
+"""Outputs of a block of the adapters' second matrix: that of `weights.h`."""
 MULTIPLE = 8
 """Sizes have to be multiples of this: so many numbers, or twice as many, are computed at once."""
 

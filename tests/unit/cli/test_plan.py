@@ -37,4 +37,4 @@ def test_the_verb_says_what_does_not_fit(capsys: pytest.CaptureFixture[str]) -> 
     assert "0.49 M parameters" in output and "frozen copy" in output and "✗" not in output
     assert main([*words, "1", "--gpu-memory", "10MiB"]) == 1
     output = capsys.readouterr().out
-    assert "✗" in output and "1 rank(s): set --" in output and "--train.max_tokens_per_pack 80" in output
+    assert "✗" in output and "1 rank(s): set --" in output and "--train.max_tokens_per_pack 128" in output

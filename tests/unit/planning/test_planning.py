@@ -23,6 +23,7 @@ from grpo_dist.distributed.device import DTYPES
 from grpo_dist.model import attention
 from grpo_dist.model.config_files import load_model_config
 from grpo_dist.model.reference import doubt_of_copy, is_same_base, needs_copy
+from grpo_dist.planning import tracing
 from grpo_dist.planning.advice import largest_peak, make_fit
 from grpo_dist.planning.memory import (
     SHARDS_WEIGHTS,
@@ -39,8 +40,9 @@ from grpo_dist.planning.predict import Device, Predictor, batch_arithmetic, flig
 from grpo_dist.planning.tracing import Precision, build_policy, count
 from grpo_dist.rollout.native.cache import SLOT_CHUNK, DecodeState, PrefillLayout
 
-COUNTS = ModelCounts(parameters=1_000_003, adapters=50_001, adapted=800_000, joined=200_000, persistent=4_003,
-                     num_layers=3, layer=290_000, cache_width=128, query_heads=8, vocabulary=500)  # fmt: skip
+COUNTS = ModelCounts(parameters=1_000_003, adapters=50_001, adapted=800_000, grouped=700_000, joined=200_000,
+                     persistent=4_003, num_layers=3, layer=290_000, cache_width=128, query_heads=8,
+                     vocabulary=500)  # fmt: skip
 INPUTS = MemoryInputs(COUNTS, Passes(700_000, 300_000, 1_000, 8.0), Flight(4, 32, 100, 64, True, 150), num_ranks=3,
                       strategy="DDP", policy_bytes=2, trained_bytes=4, copy_bytes=2, copy_decodes=True)  # fmt: skip
 
@@ -105,9 +107,21 @@ def test_where_servers_draw_a_rank_has_no_cache() -> None:
     served = config_of(rollout=RolloutConfig(engine="vllm", vllm=VllmConfig(urls=["http://localhost:8000"])))
     own, others = (Predictor(config, load_model_config(config.model), "cpu").parts(1, "DDP")
                    for config in (config_of(), served))  # fmt: skip
-    of_rollouts = [part for part in own if part.phase == "rollout" or part.name.startswith("memory kept for")]
-    assert {part.phase for part in of_rollouts} == {"rollout", "always"}
-    assert [part.name for part in others] == [part.name for part in own if part not in of_rollouts]
+    assert [part for part in own if part.phase == "rollout"]
+    assert [part.name for part in others] == [part.name for part in own if part.phase != "rollout"]
+
+
+def test_only_memory_of_large_merged_weights_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    parts = {part.name: part for part in memory_per_rank(replace(INPUTS, step_bytes=1_000, step_kept=600))}
+    kept, rest = parts["memory kept for the weights of the step"], parts["weights of the step"]
+    assert (kept.num_bytes, kept.phase, rest.num_bytes, rest.phase) == (600, "always", 400, "rollout")
+    config = config_of()
+    for smallest, has_any in ((tracing.SMALLEST_GROUPED, False), (1, True)):
+        monkeypatch.setattr(tracing, "SMALLEST_GROUPED", smallest)
+        own = {part.name: part.num_bytes for part in
+               Predictor(config, load_model_config(config.model), "cpu").parts(1, "DDP")}  # fmt: skip
+        assert ("memory kept for the weights of the step" in own) == has_any
+        assert (own["weights of the step"] == 0) == has_any
 
 
 def test_a_shared_reference_has_no_copy() -> None:
