@@ -40,7 +40,7 @@ def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _scored(
-    logits: Tensor, targets: Tensor, temperature: float, slope_dtype: torch.dtype | None, keeps_logits: bool
+    logits: Tensor, targets: Tensor, temperature: float, slope_dtype: torch.dtype | None, keeps_logits: bool = True
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Log-probabilities (m,) of targets, entropies (m,) and, in `slope_dtype`, the derivative (m, V) of the
     log-probabilities by the logits (m, V) float32, perhaps in the place of these. The subtraction is in float32: in 16
