@@ -103,15 +103,6 @@ inline void tile_of(long rows, const X* x, Rest... rest) {
     else tile_of<L, FETCHES, M, std::max(N - 1, 1)>(rows, x, rest...);
 }
 
-struct Share { // this thread's part of outputs numbered from 0, in whole tiles
-    long from, to;
-    explicit Share(long count) {
-        long tiles = (count + OUTPUTS - 1) / OUTPUTS, thread = omp_get_thread_num(), threads = omp_get_num_threads();
-        from = tiles * thread / threads * OUTPUTS;
-        to = std::min(count, tiles * (thread + 1) / threads * OUTPUTS);
-    }
-};
-
 // rows of x, `stride` apart, times outputs [from, end), whose weights are the first ones of `weights`, over `count` inputs
 template <int L, bool FETCHES = false, class X, template <class> class Weights, class W>
 void block_product(const X* x, long rows, long stride, Weights<W> weights, long count, long from, long end, Ahead<W> ahead,

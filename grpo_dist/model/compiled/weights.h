@@ -67,6 +67,10 @@ template <int L, class W, class X> void dequantise(const Linear& layer, long fir
     }
 }
 
+struct Outputs { // of a layer, whole tiles but for its last one
+    long from, to;
+};
+
 // Inputs are summed in equal parts of at most CHUNK_BYTES. Of such a part, a tile's OUTPUTS lines of weights and ROWS rows
 // fit in the nearest cache, and a block's ROW_BLOCK rows and OUTPUT_BLOCK lines, and the next ones on their way, in the
 // second.
@@ -118,8 +122,8 @@ template <int L, class X> long chunk_of(long inputs) {
 
 // As `product`, of few rows and from `halves`: they wait for the weights, which this reads from one end to the other.
 template <int L, bool adds>
-void product_of_halves(const float* x, long rows, long inputs, long outputs, const Linear& layer, float* to) {
-    Share mine(outputs);
+void product_of_halves(const float* x, long rows, long inputs, long outputs, Outputs mine, const Linear& layer,
+                       float* to) {
     const long chunk = chunk_of<L, float>(inputs), tiles = (rows + HALVES_ROWS - 1) / HALVES_ROWS;
     for (long o = mine.from; o < mine.to; o += 2)
         for (long k = 0; k < inputs; k += chunk) {
@@ -134,8 +138,8 @@ void product_of_halves(const float* x, long rows, long inputs, long outputs, con
 
 // As `product`, of rows that fit in a tile: they wait for the weights, which this reads from one end to the other.
 template <int L, bool adds, class X, template <class> class Weights, class W>
-void product_of_few(const X* x, long rows, long inputs, long outputs, Weights<W> weights, const float* bias, float* to) {
-    Share mine(outputs);
+void product_of_few(const X* x, long rows, long inputs, long outputs, Outputs mine, Weights<W> weights,
+                    const float* bias, float* to) {
     const long chunk = chunk_of<L, X>(inputs);
     for (long o = mine.from; o < mine.to; o += OUTPUTS)
         for (long k = 0; k < inputs; k += chunk)
@@ -147,8 +151,8 @@ void product_of_few(const X* x, long rows, long inputs, long outputs, Weights<W>
 // As `product`, of weights that are converted beforehand, which tiles of few rows would do too often. What is converted is
 // used at once, in the nearest cache where all rows are one block.
 template <int L, class W, bool adds, class X>
-void product_of_converted(const X* x, long rows, long inputs, long outputs, const Linear& layer, float* to) {
-    Share mine(outputs);
+void product_of_converted(const X* x, long rows, long inputs, long outputs, Outputs mine, const Linear& layer,
+                          float* to) {
     const W* weight = static_cast<const W*>(layer.weight);
     const long chunk = chunk_of<L, X>(inputs), lines_at_once = rows <= ROW_BLOCK ? OUTPUTS : OUTPUT_BLOCK;
     alignas(CACHE_LINE) X dense[OUTPUT_BLOCK * CHUNK<X>];
@@ -170,16 +174,16 @@ void product_of_converted(const X* x, long rows, long inputs, long outputs, cons
 
 // As `product`, of weights that lie as `Lines` or `Groups`.
 template <int L, bool adds, class X, template <class> class Weights, class W>
-void product_of_stored(const X* x, long rows, long inputs, long outputs, Weights<W> weights, const float* bias, float* to) {
-    if (rows <= ROWS) return product_of_few<L, adds>(x, rows, inputs, outputs, weights, bias, to);
-    Share mine(outputs);
+void product_of_stored(const X* x, long rows, long inputs, long outputs, Outputs mine, Weights<W> weights,
+                       const float* bias, float* to) {
+    if (rows <= ROWS) return product_of_few<L, adds>(x, rows, inputs, outputs, mine, weights, bias, to);
     const long chunk = chunk_of<L, X>(inputs);
     for (long block = mine.from, end; block < mine.to; block = end) {
         end = std::min(block + OUTPUT_BLOCK, mine.to);
         const long tiles = (end - block + OUTPUTS - 1) / OUTPUTS * ((rows + ROWS - 1) / ROWS);
         for (long k = 0; k < inputs; k += chunk) {
             const bool last = k + chunk >= inputs; // then the next block's first inputs follow
-            const long lines = last ? std::min(OUTPUT_BLOCK, mine.to - end) : end - block;
+            const long lines = last ? std::min(OUTPUT_BLOCK, outputs - end) : end - block;
             block_product<L>(x + k, rows, inputs, weights.from(block, k), std::min(chunk, inputs - k), block, end,
                              weights.from(last ? end : block, last ? 0 : k + chunk)
                                  .ahead(lines, std::min(chunk, last ? inputs : inputs - k - chunk), tiles),
@@ -188,25 +192,25 @@ void product_of_stored(const X* x, long rows, long inputs, long outputs, Weights
     }
 }
 
-// to (rows, outputs) = or, `adds`, += W x + b; this thread's share of the outputs
+// to (rows, outputs) = or, `adds`, += W x + b; those of the outputs that are `mine`
 template <int L, class W, bool adds, class X>
-void product(const X* x, long rows, long inputs, long outputs, const Linear& layer, float* to) {
+void product(const X* x, long rows, long inputs, long outputs, Outputs mine, const Linear& layer, float* to) {
     if (layer.scales || (!std::is_same_v<W, X> && LANES == 8 && rows > ROW_BLOCK))
-        return product_of_converted<L, W, adds>(x, rows, inputs, outputs, layer, to);
+        return product_of_converted<L, W, adds>(x, rows, inputs, outputs, mine, layer, to);
     const W* weight = static_cast<const W*>(layer.weight);
     if constexpr (std::is_same_v<W, float>)
         if (layer.grouped)
-            return product_of_stored<L, adds>(x, rows, inputs, outputs, Groups<W>{weight, inputs}, layer.bias, to);
-    product_of_stored<L, adds>(x, rows, inputs, outputs, Lines<W>{weight, inputs}, layer.bias, to);
+            return product_of_stored<L, adds>(x, rows, inputs, outputs, mine, Groups<W>{weight, inputs}, layer.bias, to);
+    product_of_stored<L, adds>(x, rows, inputs, outputs, mine, Lines<W>{weight, inputs}, layer.bias, to);
 }
 
 constexpr long HIGH_BLOCK = 64; // of `high`: it stays in the nearest cache for all rows, and is one stream
 
-// to (rows, outputs) += low (rows, rank) times the adapters' second matrix; this thread's share of the outputs. What is
+// to (rows, outputs) += low (rows, rank) times the adapters' second matrix; those of the outputs that are `mine`. What is
 // added comes from blocks that begin at the same outputs for any number of threads.
-template <int L> void add_low_rank(const float* low, long rows, long outputs, const Linear& layer, float* to) {
+template <int L>
+void add_low_rank(const float* low, long rows, long outputs, Outputs mine, const Linear& layer, float* to) {
     constexpr long BLOCK = HIGH_BLOCK, AT_ONCE = 6; // outputs and rows
-    Share mine(outputs);
     for (long block = mine.from / BLOCK * BLOCK; block < mine.to; block += BLOCK)
         for (long r = 0; r < rows; r += AT_ONCE) {
             const long count = std::min(AT_ONCE, rows - r);

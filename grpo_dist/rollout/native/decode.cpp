@@ -8,11 +8,9 @@
 // Shapes: R rows, H hidden, F intermediate, V vocabulary, Hq query heads, Hk key heads, D head size, P prompts,
 // Lp slots of a prompt, S slots of a row. Weights are (outputs, inputs), caches (R or P, Hk, slots, D).
 
-#include <atomic>
-#include <thread>
-
 #include "layers.h"
 #include "weights.h"
+#include "work.h"
 
 struct Layer {
     // of what comes in and what is added, by attention and by the feed-forward part, and of heads; null for none
@@ -98,13 +96,21 @@ struct Room {
     }
 };
 
-constexpr long PATIENCE = 1000; // looks at what another thread is to do, before the core is given to others
+constexpr long PIECES = 4;          // of a thread's work, at least, as long as they are whole tiles
+constexpr long REDUCED_AT_ONCE = 8; // outputs of adapters' first matrices
+enum { WORK, REDUCTION };           // kinds of work: a reduction is awaited amid other work
+
+// A layer, where its outputs (rows, outputs) go, and (rows, rank) what its adapters' first matrix makes of its inputs.
+struct Product {
+    const Linear& layer;
+    long outputs;
+    float *to, *reduced = nullptr;
+};
 
 // One thread's part of a step. X is what weights are multiplied with.
 template <int L, class W, class X> class Decoding {
     const Step& s;
-    std::atomic<long>& reduced_parts; // done by all threads
-    long reductions = 0;              // of those, how many there are when this thread's last one is whole
+    Member member;
     const Room room{s};
     const long rows = s.rows, hidden = s.hidden, inner = s.intermediate, size = s.head_size, group = room.group;
     const long queries = s.query_heads * size, keys = s.key_heads * size;
@@ -142,7 +148,7 @@ template <int L, class W, class X> class Decoding {
     void attend(const Layer& layer, long from, long to, long head) {
         const long count = (to - from) * group, prompt = s.prompt_slots ? s.prompt[from] : 0;
         const long shared = s.prompt_slots ? s.prompt_lengths[prompt] : 0;
-        float* turned = s.scratch + room.attention + room.per_thread * omp_get_thread_num(); // (count, size)
+        float* turned = s.scratch + room.attention + room.per_thread * member.thread(); // (count, size)
         float *outputs = turned + count * size, *scores = outputs + count * size; // (count, size), (count, stride)
         auto prompts = [&](const void* cache, long slot) {
             return static_cast<const W*>(cache) + ((prompt * s.key_heads + head) * s.prompt_slots + slot) * size;
@@ -192,34 +198,46 @@ template <int L, class W, class X> class Decoding {
             });
     }
 
-    // all threads; whoever is done early takes the next rows
+    // done by all threads, each piece by one
+    template <class Do> void all(long count, Do piece) {
+        member.share(count, piece, WORK);
+        member.await(WORK);
+    }
+
+    // outputs [0, count) in pieces of at most `most`; of fewer, but whole tiles, where there are too few for all threads
+    template <class Do> void share_outputs(long count, long most, int kind, Do piece) {
+        const long size = std::clamp<long>(count / (PIECES * s.threads) / OUTPUTS * OUTPUTS, OUTPUTS, most);
+        member.share((count + size - 1) / size, [&](long n) {
+            piece(Outputs{n * size, std::min(count, (n + 1) * size)});
+        }, kind);
+    }
+
+    static long at_once(const Product& y) { return y.layer.rank ? HIGH_BLOCK : OUTPUT_BLOCK; }
+
     void attend_all(const Layer& layer) {
-        if (s.several) { // a row's later tokens attend to its earlier ones, which other threads may compute
-#pragma omp for collapse(2)
-            for (long head = 0; head < s.key_heads; ++head)
-                for (long row = 0; row < rows; ++row) enter(layer, row, head);
-        }
-#pragma omp for schedule(dynamic) collapse(2)
-        for (long head = 0; head < s.key_heads; ++head)
-            for (long begin = 0; begin < rows; begin += room.block)
-                for (long from = begin, to, end = std::min(begin + room.block, rows); from < end; from = to) {
-                    to = from + 1; // without shared prompts each row attends alone
-                    while (s.prompt_slots && to < end && s.prompt[to] == s.prompt[from]) ++to;
-                    attend(layer, from, to, head);
-                }
+        if (s.several) // a row's later tokens attend to its earlier ones, which other threads may compute
+            all(s.key_heads * rows, [&](long n) { enter(layer, n % rows, n / rows); });
+        const long blocks = (rows + room.block - 1) / room.block;
+        all(s.key_heads * blocks, [&](long n) {
+            const long head = n / blocks, begin = n % blocks * room.block, end = std::min(begin + room.block, rows);
+            for (long from = begin, to; from < end; from = to) {
+                to = from + 1; // without shared prompts each row attends alone
+                while (s.prompt_slots && to < end && s.prompt[to] == s.prompt[from]) ++to;
+                attend(layer, from, to, head);
+            }
+        });
     }
 
     // Norms of x; first what lies in `output` is added to x, where it has a norm of its own, `added`.
     void norm_rows(const float* weight, const float* added) {
-#pragma omp for
-        for (long r = 0; r < rows; ++r) {
+        all(rows, [&](long r) {
             float *row = x + r * hidden, *before = output + r * hidden;
             if (added) {
                 normalise<L>(before, hidden, added, s.eps, before);
                 for (long k = 0; k < hidden; ++k) row[k] += before[k];
             }
             normalise<L>(row, hidden, weight, s.eps, normed + r * hidden);
-        }
+        });
     }
 
     // SwiGLU or GEGLU (arXiv:2002.05202, section 2). GELU is its approximation by tanh (arXiv:1606.08415, section 2), in
@@ -229,11 +247,9 @@ template <int L, class W, class X> class Decoding {
         return v / (1.f + exponential<L>(-y)) * other;
     }
 
-    // of the outputs that this thread has computed
-    void activate() {
-        Share mine(inner);
+    void activate(Outputs part) {
         for (long r = 0; r < rows; ++r) {
-            long k = r * inner + mine.from, end = r * inner + mine.to;
+            long k = r * inner + part.from, end = r * inner + part.to;
             for (; k + L <= end; k += L) store<L>(activated(load<L>(gate + k), load<L>(up + k)), gated + k);
             if (k == end) continue;
             X numbers[L];
@@ -242,95 +258,85 @@ template <int L, class W, class X> class Decoding {
         }
     }
 
-    // What the adapters of layers with the same input make of it with their first matrices, one behind another in `low`.
-    // Who reads it calls `await_reduced` before, and has other work until then.
-    void reduce(const X* from, long inputs, std::initializer_list<Linear> layers) {
-        float* to = low;
-        for (const Linear& layer : layers) {
+    // What adapters make of `from` with their first matrices. `apply` awaits it, and has other work until then.
+    template <size_t N> void reduce(const X* from, long inputs, Product (&products)[N]) {
+        float* next = low;
+        for (Product& y : products) {
+            const long rank = y.layer.rank;
+            y.reduced = std::exchange(next, next + rows * rank);
             Linear first{};
-            first.weight = layer.low;
-            if (layer.rank) product<L, W, false>(from, rows, inputs, layer.rank, first, to);
-            to += rows * layer.rank;
+            first.weight = y.layer.low;
+            share_outputs(rank, REDUCED_AT_ONCE, REDUCTION, [&](Outputs part) {
+                product<L, W, false>(from, rows, inputs, rank, part, first, y.reduced);
+            });
         }
-        if (to == low) return;
-        reductions += omp_get_num_threads();
-        reduced_parts.fetch_add(1, std::memory_order_release);
     }
 
-    // until all threads have done their parts of what was reduced
-    void await_reduced() {
-        for (long turns = 0; reduced_parts.load(std::memory_order_acquire) < reductions; ++turns)
-            if (turns > PATIENCE) std::this_thread::yield(); // that thread may wait for this core
-    }
-
-    // to (rows, outputs) = or, `adds`, += the layer's outputs; `reduced` is its part of `low`, and where the next
-    // layer's begins is returned
-    template <bool adds>
-    const float* apply(const X* from, long inputs, long outputs, const Linear& layer, const float* reduced,
-                       float* to) {
+    // of a layer's outputs those of `part`: put, or, `adds`, added
+    template <bool adds> void apply(const X* from, long inputs, const Product& y, Outputs part) {
+        const Linear& layer = y.layer;
         bool from_halves = layer.halves && rows <= MOST_FROM_HALVES;
         if constexpr (std::is_same_v<W, float>)
-            if (from_halves) product_of_halves<L, adds>(from, rows, inputs, outputs, layer, to);
-        if (!from_halves) product<L, W, adds>(from, rows, inputs, outputs, layer, to);
-        if (layer.rank) {
-            await_reduced();
-            add_low_rank<L>(reduced, rows, outputs, layer, to);
-        }
-        return reduced + rows * layer.rank;
+            if (from_halves) product_of_halves<L, adds>(from, rows, inputs, y.outputs, part, layer, y.to);
+        if (!from_halves) product<L, W, adds>(from, rows, inputs, y.outputs, part, layer, y.to);
+        if (!layer.rank) return;
+        member.await(REDUCTION);
+        add_low_rank<L>(y.reduced, rows, y.outputs, part, layer, y.to);
+    }
+
+    // layers with the same input
+    template <bool adds, size_t N> void apply_all(const X* from, long inputs, Product (&&products)[N]) {
+        reduce(from, inputs, products);
+        for (const Product& y : products)
+            share_outputs(y.outputs, at_once(y), WORK, [&](Outputs part) { apply<adds>(from, inputs, y, part); });
+        member.await(WORK);
     }
 
     // A part's last layer: its outputs are added to x or, where `norm` is for them first, put into `output`.
     void leave(const X* from, long inputs, const Linear& layer, const float* norm) {
-        reduce(from, inputs, {layer});
-        if (norm) apply<false>(from, inputs, hidden, layer, low, output);
-        else apply<true>(from, inputs, hidden, layer, low, x);
-#pragma omp barrier
+        if (norm) apply_all<false>(from, inputs, {{layer, hidden, output}});
+        else apply_all<true>(from, inputs, {{layer, hidden, x}});
     }
 
   public:
-    Decoding(const Step& step, std::atomic<long>& reduced_parts) : s(step), reduced_parts(reduced_parts) {}
+    Decoding(const Step& step, Team& team) : s(step), member(team) {}
 
-    // By all threads together. They wait for one another where one reads what others have written: at the end of each
-    // `omp for` and at each barrier. Between two of them nothing is both read and written by different threads.
+    // By all threads together. Between two awaited works nothing is both read and written by different threads.
     void run() {
-#pragma omp for
-        for (long r = 0; r < rows; ++r)
+        all(rows, [&](long r) {
             for (long k = 0; k < hidden; k += L)
                 store<L>(load<L>(static_cast<const W*>(s.embeddings) + s.tokens[r] * hidden + k) * s.embedding_scale,
                          x + r * hidden + k);
+        });
         const float* added = nullptr; // the norm of what lies in `output` and is not yet part of x
         for (const Layer* layer = s.layer; layer < s.layer + s.layers; ++layer) {
             norm_rows(layer->input_norm, added);
-            reduce(normed, hidden, {layer->query, layer->key, layer->value});
-            const float* reduced = apply<false>(normed, hidden, queries, layer->query, low, query);
-            reduced = apply<false>(normed, hidden, keys, layer->key, reduced, key);
-            apply<false>(normed, hidden, keys, layer->value, reduced, value);
-#pragma omp barrier
+            apply_all<false>(normed, hidden,
+                             {{layer->query, queries, query}, {layer->key, keys, key}, {layer->value, keys, value}});
             attend_all(*layer);
             leave(attended, queries, layer->output, layer->output_norm);
             norm_rows(layer->mlp_norm, layer->output_norm);
-            reduce(normed, hidden, {layer->gate, layer->up});
-            reduced = apply<false>(normed, hidden, inner, layer->gate, low, gate);
-            apply<false>(normed, hidden, inner, layer->up, reduced, up);
-            activate();
-#pragma omp barrier
+            Product gates[] = {{layer->gate, inner, gate}, {layer->up, inner, up}};
+            reduce(normed, hidden, gates);
+            share_outputs(inner, at_once(gates[0]), WORK, [&](Outputs part) {
+                for (const Product& y : gates) apply<false>(normed, hidden, y, part);
+                activate(part);
+            });
+            member.await(WORK);
             leave(gated, inner, layer->down, added = layer->down_norm);
         }
         if (!s.logits) return;
         norm_rows(s.norm, added);
-        reduce(normed, hidden, {s.head});
-        apply<false>(normed, hidden, s.vocabulary, s.head, low, s.logits);
+        apply_all<false>(normed, hidden, {{s.head, s.vocabulary, s.logits}});
         if (!s.logit_cap) return;
-        Share mine(s.vocabulary);
-        for (long r = 0; r < rows; ++r)
-            cap_all<L>(s.logits + r * s.vocabulary + mine.from, mine.to - mine.from, s.logit_cap);
+        all(rows, [&](long r) { cap_all<L>(s.logits + r * s.vocabulary, s.vocabulary, s.logit_cap); });
     }
 };
 
 template <int L, class W, class X> void decode(const Step& step) {
-    std::atomic<long> reduced_parts{0};
+    Team team(step.threads);
 #pragma omp parallel num_threads(step.threads)
-    Decoding<L, W, X>(step, reduced_parts).run();
+    Decoding<L, W, X>(step, team).run();
 }
 
 bool fits_lanes(const Step& step) {
