@@ -57,7 +57,13 @@ def completions_table(
 
 
 def _arrow(values: list[Any]) -> pa.Array:
-    """`pa.array` without the import of pandas for numbers and texts, which would delay the first step."""
+    """`pa.array` of one type without the import of pandas for numbers and texts, which would delay the first step.
+
+    Where kinds of values meet, as in what rewards log, all become texts if one is a text, else floats.
+    """
+    if len({type(value) for value in values if value is not None}) > 1:
+        kind = str if any(isinstance(value, str) for value in values) else float
+        values = [None if value is None else kind(value) for value in values]
     kinds = {type(value) for value in values}
     if kinds == {str}:
         parts = [value.encode() for value in values]

@@ -149,9 +149,6 @@ def _gather_logged(ranks: Ranks, scores: Scores) -> tuple[dict[str, float], dict
     columns = sorted({column for *_, extras, _ in logged for column in extras})
     extras = {column: [value for *_, part, count in logged for value in part.get(column, [None] * count)]
               for column in columns}  # fmt: skip
-    for column, values in extras.items():
-        if any(isinstance(value, str) for value in values):  # a parquet column has one type
-            extras[column] = [None if value is None else str(value) for value in values]
     return totals, extras
 
 

@@ -172,8 +172,8 @@ class Log:
         self._metrics.setdefault(str(name), []).append(number)
 
     def extra(self, column: str, values: Iterable[Any]) -> None:
-        """TRL's `log_extra`: one value for each completion, for their table; values other than numbers become texts."""
-        given = [value if value is None or isinstance(value, (bool, int, float)) else str(value) for value in values]
+        """TRL's `log_extra`: one value for each completion, for their table; see `_cell`."""
+        given = [_cell(value) for value in values]
         if len(given) != self._count:
             raise BadValueError(f"logged {len(given)} values as {column!r} for {self._count} completions")
         self.extras[str(column)] = given
@@ -181,6 +181,12 @@ class Log:
     def means(self) -> dict[str, float]:
         """The mean of each metric over the call."""
         return {name: sum(values) / len(values) for name, values in self._metrics.items()}
+
+
+def _cell(value: Any) -> Any:
+    """A value for the table of the completions, which has numbers of 64 bits; any other value becomes a text."""
+    is_cell = value is None or isinstance(value, float) or (isinstance(value, int) and value.bit_length() < 64)
+    return value if is_cell else str(value)
 
 
 Value = float | list[float | None] | None

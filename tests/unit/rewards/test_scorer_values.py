@@ -79,7 +79,7 @@ def test_what_rewards_log_reaches_metrics_and_table(user_directory: Path) -> Non
     assert scores.values[:, 0].tolist() == [7.0] * 5 and scores.names == ["logs"]
     total, count = scores.metrics["logs/share_long"]
     assert count == 5 and total == pytest.approx(3), "weighted by completions, whatever the chunks"
-    assert scores.extras == {"logs/first": ["a", "b", "c", "half ?", "e"]}
+    assert scores.extras == {"logs/first": ["a", "b", "c", "half ?", "e"], "logs/size": [f"1{'0' * 20}", 2, 2, 1, 2]}
 
 
 def test_bad_logs_and_single_failures(pools: Callable[[str], ScorerPool]) -> None:

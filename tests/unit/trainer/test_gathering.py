@@ -105,7 +105,7 @@ def scores_of(share: range, by_token: bool = True, failing: tuple[int, ...] = ()
         repeated_calls=[1, 0],
         failures=[Failure(i, "right", "raised", f"no {n}", "Trace") for i, n in enumerate(share) if n in failing],
         per_token=per_token, metrics={"right/size": (float(sum(share)), len(share))} if len(share) else {},
-        extras={"steps/note": [n for n in share], "right/text": [f"{n}" if n == 3 else n for n in share]}
+        extras={"steps/note": [n for n in share], "right/text": [f"{n}" for n in share]}
         if 3 in share else {"right/text": list(share)},
     )  # fmt: skip
 
@@ -165,7 +165,7 @@ def test_the_batch_equals_the_loop(shares: list[range]) -> None:
             "reward/right/failed": 0.0, "reward/steps/failed": 0.0,
         }  # fmt: skip
         with_note = next(share for share in shares if 3 in share)
-        assert batch.extras == {"right/text": [f"{n}" for n in everyone],
+        assert batch.extras == {"right/text": [f"{n}" if n in with_note else n for n in everyone],
                                 "steps/note": [n if n in with_note else None for n in everyone]}  # fmt: skip
 
 
