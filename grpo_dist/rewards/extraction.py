@@ -19,6 +19,7 @@ from .placement import runs_in
 from .text import LogMetric, TextOrMessages, completion_text
 
 _BOXED = re.compile(r"\\(?:boxed|fbox)\s*\{")
+_BRACE = re.compile(r"(?<!\\)[{}]")
 _GROUPED = re.compile(r"(?<![0-9.,])[0-9]{1,3}(?:,[0-9]{3})+(?![0-9,])")
 _TEXT = re.compile(r"\\(?:text|mathrm|textbf|mathbf)\{([^{}]*)\}")
 _DROPPED = re.compile(r"\\[!, ;:]|\\left(?![a-z])|\\right(?![a-z])|[\s$]")
@@ -74,15 +75,14 @@ def after_hashes(text: str) -> str | None:
 
 def last_boxed(text: str) -> str | None:
     r"""Return the content of the last closed `\boxed{…}`, or None."""
+    end = len(text)
     for start in reversed(list(_BOXED.finditer(text))):
         depth = 1
-        for place in range(start.end(), len(text)):
-            character = text[place]
-            if character in "{}" and text[place - 1] != "\\":
-                depth += 1 if character == "{" else -1
-                if depth == 0:
-                    return text[start.end() : place].strip() or None
-        # An open box contains no closed one: the text after it was read to the end.
+        for brace in _BRACE.finditer(text, start.end(), end):
+            depth += 1 if brace.group() == "{" else -1
+            if depth == 0:
+                return text[start.end() : brace.start()].strip() or None
+        end = start.start()  # a box with an open one in it is open: each text is read once
     return None
 
 

@@ -13,8 +13,10 @@ Tools = Mapping[str, Mapping[str, Any]]
 _DEEPEST = 50
 """Levels of a call's arguments: what is written to files and sent to processes is nested a little deeper."""
 _FUNCTION = re.compile(r"\s*<function=([^>\n]+)>(.*)</function>\s*", re.DOTALL)
-_PARAMETER = re.compile(r"<parameter=([^>\n]+)>\n?(.*?)\n?</parameter>", re.DOTALL)
-_KEY_AND_VALUE = re.compile(r"<arg_key>(.*?)</arg_key>\s*<arg_value>(.*?)</arg_value>", re.DOTALL)
+_PARAMETER = re.compile(r"\s*<parameter=([^>\n]+)>\n?(.*?)\n?", re.DOTALL)
+_KEY_AND_VALUE = re.compile(r"\s*<arg_key>(.*?)</arg_key>\s*<arg_value>(.*)", re.DOTALL)
+_RECIPIENT = re.compile(r"to=functions\.([\w.-]+)")
+_MESSAGE_END = re.compile(r"<\|call\|>|<\|start\|>|\Z")
 _WORDS = {"true": True, "false": False, "none": None, "null": None}
 """What templates write for values of these kinds, some as Python does."""
 
@@ -46,7 +48,8 @@ def _qwen_xml(text: str, tools: Tools) -> list[Call]:
     def read(body: str) -> list[Call]:
         if (function := _FUNCTION.fullmatch(body)) is None:
             return [Call("", {}, "a call is <function=NAME> with a </function>")]
-        return [_tagged(function[1], _PARAMETER, function[2], "<parameter=NAME> with a </parameter>", tools)]
+        what = "<parameter=NAME> with a </parameter>"
+        return [_tagged(function[1], _PARAMETER, function[2].split("</parameter>"), what, tools)]
 
     return _in_tags(text, read)
 
@@ -54,17 +57,20 @@ def _qwen_xml(text: str, tools: Tools) -> list[Call]:
 def _glm(text: str, tools: Tools) -> list[Call]:
     def read(body: str) -> list[Call]:
         name, mark, arguments = body.partition("<arg_key>")
-        return [_tagged(name.strip(), _KEY_AND_VALUE, mark + arguments, "an <arg_key> and an <arg_value>", tools)]
+        pieces, what = (mark + arguments).split("</arg_value>"), "an <arg_key> and an <arg_value>"
+        return [_tagged(name.strip(), _KEY_AND_VALUE, pieces, what, tools)]
 
     return _in_tags(text, read)
 
 
-def _tagged(name: str, pattern: re.Pattern[str], text: str, what: str, tools: Tools) -> Call:
-    """A call whose arguments have tags, so that their values are texts."""
-    if pattern.sub("", text).strip():
+def _tagged(name: str, pattern: re.Pattern[str], pieces: list[str], what: str, tools: Tools) -> Call:
+    """A call whose arguments have tags, so that their values are texts; a piece goes up to the tag that closes one."""
+    *pieces, rest = pieces
+    found = [pair for piece in pieces if (pair := pattern.fullmatch(piece))]
+    if rest.strip() or len(found) < len(pieces):
         return Call(name, {}, f"an argument is {what}")
     schemas = tools.get(name, {}).get("properties", {})
-    arguments = {key: _typed(value, schemas.get(key, {})) for key, value in pattern.findall(text)}
+    arguments = {pair[1]: _typed(pair[2], schemas.get(pair[1], {})) for pair in found}
     return call_of({"name": name, "arguments": arguments})
 
 
@@ -95,8 +101,14 @@ def _mistral(text: str, tools: Tools) -> list[Call]:
 
 
 def _harmony(text: str, tools: Tools) -> list[Call]:
-    found = re.findall(r"to=functions\.([\w.-]+).*?<\|message\|>(.*?)(?:<\|call\|>|<\|start\|>|$)", text, re.DOTALL)
-    return [call for name, body in found for call in _from_json(f'{{"name": {json.dumps(name)}, "arguments": {body}}}')]
+    calls, place = [], 0
+    while (recipient := _RECIPIENT.search(text, place)) and (mark := text.find("<|message|>", recipient.end())) >= 0:
+        begin = mark + len("<|message|>")
+        end = _MESSAGE_END.search(text, begin)
+        assert end is not None, "at the latest the text's end"
+        calls += _from_json(f'{{"name": {json.dumps(recipient[1])}, "arguments": {text[begin : end.start()]}}}')
+        place = end.end()
+    return calls
 
 
 def _from_json(text: str) -> list[Call]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import pytest
@@ -32,6 +33,13 @@ from grpo_dist.rewards.scores import Item
 )
 def test_last_boxed(text: str, expected: str | None) -> None:
     assert last_boxed(text) == expected
+
+
+@pytest.mark.parametrize("text", [r"\boxed{" * 10**5, r"\boxed{{}" * 10**5, r"\boxed" + " " * 10**6])
+def test_a_megabyte_is_read_in_no_time(text: str) -> None:
+    begun = time.perf_counter()
+    assert last_boxed(text) is None
+    assert time.perf_counter() - begun < 3
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import pytest
@@ -70,3 +71,22 @@ def test_turns_with_several_calls_and_with_none(family: str) -> None:
 def test_what_is_no_call(family: str, text: str, problem: str) -> None:
     (call,) = READERS[family](text, TOOLS)
     assert problem in str(call.problem) and call.arguments == {}
+
+
+@pytest.mark.parametrize(
+    ("family", "begin", "repeated", "end"),
+    [
+        ("qwen_xml", "<tool_call><function=f>", "<parameter=a>", "</function></tool_call>"),
+        ("glm", "<tool_call>f", "<arg_key>a</arg_key><arg_value>", "</tool_call>"),
+        ("glm", "<tool_call>f", "<arg_key>a</arg_value>", "</tool_call>"),
+        ("harmony", "to=functions.", "f", ""), ("harmony", "", "to=functions.f", ""),
+        ("harmony", "", "to=functions.f<|message|>", ""), ("hermes", "", "<tool_call>", ""),
+        ("mistral", "", "[TOOL_CALLS]f[ARGS]", ""), ("llama3", '{"a":', '{"a":', ""),
+    ],
+)  # fmt: skip
+def test_what_a_collapsed_model_repeats_is_read_in_no_time(family: str, begin: str, repeated: str, end: str) -> None:
+    """Turns are read in the trainer's process, which can do nothing else meanwhile."""
+    turn = begin + repeated * (500_000 // len(repeated)) + end
+    begun = time.perf_counter()
+    assert all(call.problem for call in READERS[family](turn, TOOLS))
+    assert time.perf_counter() - begun < 3
