@@ -49,16 +49,18 @@ def save(root: Path, step: int, tensors: dict[str, Tensor], meta: dict[str, Any]
     root.mkdir(parents=True, exist_ok=True)
     for leftover in root.glob("tmp_*"):
         shutil.rmtree(leftover)
-    temporary, target = root / f"tmp_{step}", root / f"step_{step}"
+    temporary, target, replaced = root / f"tmp_{step}", root / f"step_{step}", root / f"tmp_replaced_{step}"
     try:
         _write(temporary, {"step": step, **meta}, tensors)
     except BaseException:  # on a full disk, the rest of it would leave no room for anything else
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    if target.exists():  # of a run that was later resumed from an earlier step
-        shutil.rmtree(target)
+    if target.exists():  # of a run that was stopped before its next step, or was resumed from an earlier one
+        target.rename(replaced)  # it is removed later: a kill meanwhile would leave none of this step
     temporary.rename(target)
     sync(root)
+    if replaced.exists():
+        shutil.rmtree(replaced)
     _prune(root, step, keep)
     return target
 
@@ -144,7 +146,7 @@ def newest(root: Path) -> Path | None:
     """The newest undamaged checkpoint under `root`; the log names those that it passes over."""
     checkpoints = complete(root)
     for path in sorted({*root.glob("step_*"), *root.glob("tmp_*")} - {*checkpoints}):
-        log.warning("%s has no manifest: it is no checkpoint, and is passed over", path)
+        log.warning("%s was not completed, or was replaced: it is no checkpoint, and is passed over", path)
     for path in checkpoints:
         try:
             verify(path)

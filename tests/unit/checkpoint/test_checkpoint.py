@@ -178,6 +178,22 @@ def test_a_step_saved_again_replaces_the_old(tmp_path: Path) -> None:
     assert list(tensors) == ["x"]
 
 
+def test_a_kill_while_the_old_one_is_removed_leaves_the_new(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(tmp_path, 5)
+
+    def killed(path: Path) -> None:
+        (path / MANIFEST).unlink()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patches:
+        patches.setattr(shutil, "rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            checkpoint.save(tmp_path, 5, {"x": torch.ones(2)}, {}, 10)
+    assert checkpoint.newest(tmp_path) == tmp_path / "step_5" and list(checkpoint.load(tmp_path / "step_5")[0]) == ["x"]
+    save(tmp_path, 6)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step_5", "step_6"]
+
+
 def test_what_was_just_saved_is_never_pruned(tmp_path: Path) -> None:
     """A run resumed by hand from an early checkpoint saves lower steps than those that lie there."""
     for step in (5, 10, 20):
