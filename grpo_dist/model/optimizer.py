@@ -59,7 +59,9 @@ class _Muon(torch.optim.Optimizer):
                 if parameter.grad is None:
                     continue
                 state = self.state[parameter]
-                mean = state.setdefault("momentum_buffer", torch.zeros_like(parameter))
+                if "momentum_buffer" not in state:
+                    state["momentum_buffer"] = torch.zeros_like(parameter)
+                mean = state["momentum_buffer"]
                 mean.lerp_(parameter.grad, 1 - MOMENTUM)
                 update = orthogonal(parameter.grad.lerp(mean, MOMENTUM))
                 parameter.mul_(1 - group["lr"] * group["weight_decay"])

@@ -8,7 +8,7 @@ would train on wrong numbers without a word.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -194,11 +194,17 @@ def probe_pack(model: nn.Module, shared_prompts: bool) -> Pack:
     )
 
 
+def _own_generators() -> AbstractContextManager[None]:
+    """Inside, torch's generators may be changed. Those of other ranks' devices, which torch would visit with a warning,
+    are not touched."""
+    return torch.random.fork_rng([torch.cuda.current_device()] if torch.cuda.is_available() else [])
+
+
 @torch.no_grad()
 def draws(compute: Callable[[], object]) -> bool:
     """Whether `compute` takes random numbers from torch's generators, which are left as they were."""
     states = [torch.get_rng_state, *([torch.cuda.get_rng_state] if torch.cuda.is_available() else [])]
-    with torch.random.fork_rng():
+    with _own_generators():
         before = [state() for state in states]
         compute()
         return not all(torch.equal(then, state()) for then, state in zip(before, states, strict=True))
@@ -208,7 +214,7 @@ def draws(compute: Callable[[], object]) -> bool:
 def is_noisy(compute: Callable[[], Tensor]) -> bool:
     """Whether what `compute` returns depends on the state of the random number generators, beyond what the same state
     makes of it twice."""
-    with torch.random.fork_rng():
+    with _own_generators():
         outputs = []
         for seed in (0, 0, 0, 1, 2, 3):
             torch.manual_seed(seed)

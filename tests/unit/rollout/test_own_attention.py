@@ -101,6 +101,15 @@ def test_sdpa_which_has_no_soft_cap_is_not_taken_for_a_model_with_one() -> None:
     assert model.config._attn_implementation == "eager"
 
 
+@pytest.mark.filterwarnings("error")
+def test_devices_of_other_ranks_are_not_visited(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    before = torch.get_rng_state()
+    assert draws(lambda: torch.rand(1)) and not draws(lambda: torch.ones(1))
+    assert is_noisy(lambda: torch.rand(1)) and not is_noisy(lambda: torch.ones(1))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def in_training(policy: Policy) -> Tensor:
     """Log-probabilities of a tiny completion as an update computes them."""
     return policy.train()(probe_pack(policy.causal_lm, shared_prompts=False))[0]
