@@ -236,13 +236,7 @@ constexpr long SUMMED = 4096; // numbers that are summed in float32, before thei
 // Of a row of logits that are divided by a temperature: log-probability of a target and entropy of their softmax. With
 // `slopes` the derivative of that log-probability by the logits takes their place.
 void score_row(float* x, long size, long target, float inverse, bool slopes, float* logprob, float* entropy) {
-    float peak = x[0];
-    Vec<LANES> most = Vec<LANES>{} + peak;
-    long whole = 0;
-    for (; whole + LANES <= size; whole += LANES) most = load<LANES>(x + whole) > most ? load<LANES>(x + whole) : most;
-    for (int i = 0; i < LANES; ++i) peak = std::max(peak, most[i]);
-    for (long k = whole; k < size; ++k) peak = std::max(peak, x[k]);
-    const float shown = (x[target] - peak) * inverse;
+    const float peak = largest<LANES>(x, size, x[0]), shown = (x[target] - peak) * inverse;
     double total = 0, weighted = 0;
     for (long from = 0; from < size; from += SUMMED) {
         Vec<LANES> sum_of = {}, weighted_of = {};

@@ -29,10 +29,8 @@ void score(const float* query, long queries, long size, const C* keys, long line
 // logarithm of what they were divided by.
 template <int L> float softmax(float* scores, long count, float sink) {
     for (int i = 0; i < L; ++i) scores[count + i] = -INFINITY;
-    Vec<L> most = load<L>(scores), total = {};
-    for (long j = L; j < count; j += L) most = load<L>(scores + j) > most ? load<L>(scores + j) : most;
-    float peak = std::max(sink, most[0]);
-    for (int i = 1; i < L; ++i) peak = std::max(peak, most[i]);
+    const float peak = largest<L>(scores, count, sink);
+    Vec<L> total = {};
     for (long j = 0; j < count; j += L) {
         Vec<L> weights = exponential<L>(load<L>(scores + j) - peak);
         store<L>(weights, scores + j);

@@ -184,6 +184,16 @@ template <int L> inline float sum(Vec<L> of) {
     return total;
 }
 
+// the largest of `count` numbers and `peak`
+template <int L> inline float largest(const float* of, long count, float peak) {
+    Vec<L> most = Vec<L>{} + peak;
+    long k = 0;
+    for (; k + L <= count; k += L) most = load<L>(of + k) > most ? load<L>(of + k) : most;
+    for (int i = 0; i < L; ++i) peak = std::max(peak, most[i]);
+    for (; k < count; ++k) peak = std::max(peak, of[k]);
+    return peak;
+}
+
 // e^x by a polynomial on [-ln 2 / 2, ln 2 / 2], coefficients of Cephes' expf (S. L. Moshier); below -87 it is e^-87
 template <int L> inline Vec<L> exponential(Vec<L> x) {
     const Vec<L> zero = {};
