@@ -58,6 +58,8 @@ class OptimizerState:
         `exp_avg_sq/NAME`, and `adam_steps`. Ranks other than the main one return `adam_steps` alone. A collective."""
         steps = [int(state["step"]) for state in self.adam.state.values() if "step" in state]
         state = {"adam_steps": torch.tensor(max(self.ranks.gather_objects(max(steps, default=0))))}
+        if not (self.ranks.is_main or self.strategy.sums_fragments):
+            return state  # nobody asks for what this rank has
         for name, parameter in self.parameters.items():
             for kind, key in (("weight", None), *((moment, moment) for moment in MOMENTS)):
                 tensor = self._full(parameter, key)

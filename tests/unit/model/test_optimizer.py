@@ -126,6 +126,16 @@ def test_a_checkpoint_goes_on_bit_for_bit(name: Any, lora: LoraConfig | None) ->
         assert any(value.dtype == torch.uint8 for value in saved.values())
 
 
+def test_only_one_of_equal_ranks_copies_its_state(monkeypatch: pytest.MonkeyPatch) -> None:
+    ranks = Ranks(torch.float32, OptimConfig())
+    policy, optimizer = make("adamw", None)
+    wrapped, prepared = ranks.prepare(policy, optimizer)
+    steps(wrapped, prepared, 0, 2)
+    monkeypatch.setattr(Ranks, "is_main", False)
+    monkeypatch.setattr(ranks.strategy, "fragment", None)
+    assert OptimizerState(ranks, prepared, trainable(policy)).collect() == {"adam_steps": 2}
+
+
 @pytest.mark.parametrize("kind", [OptimizerState, WholeOptimizerState])
 def test_weights_that_are_lost_or_missing_are_refused(kind: Any) -> None:
     """They would be as if they had not been trained."""
