@@ -47,7 +47,7 @@ def with_tools(tokenizer: PreTrainedTokenizerBase, schemas: Sequence[dict[str, A
         return tokenizer
     changed, names = copy.copy(tokenizer), [schema["function"]["name"] for schema in schemas]
     changed.chat_template = f"{_TOOLS}{literal(list(schemas))} -%}}\n{template_of(tokenizer, 'tool_use')}"
-    shown = render_conversation([{"role": "user", "content": "Go on."}], changed, None, is_prompt=True)
+    shown = render_conversation([_QUESTION], changed, None, is_prompt=True)
     if missing := [name for name in names if name not in shown]:
         warn_once(tokenizer, f"does not show {', '.join(missing)} to the model: it has to know its tools by itself")
     return changed
