@@ -8,14 +8,12 @@ from __future__ import annotations
 
 import difflib
 import functools
-import re
 from collections.abc import Sequence
 from typing import Any
 
 from .placement import runs_in
 from .text import LogMetric, TextOrMessages, completion_text
 
-_TAGGED = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 _MOST_NAMES = 3
 
 
@@ -78,7 +76,8 @@ class ReasoningGymReward:
     @staticmethod
     def read_completion(text: str) -> str | None:
         """Return what the last pair of `<answer>` tags encloses, or the text itself; None where it is empty."""
-        tagged = _TAGGED.findall(text)
+        closed = [piece.partition("<answer>") for piece in text.split("</answer>")[:-1]]
+        tagged = [inside for _, tag, inside in closed if tag]
         return (tagged[-1] if tagged else text).strip() or None
 
     def _entry(self, question: str, answer: object) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,21 @@ def test_without_the_library_an_error_names_the_extra(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
     messages = done.stdout.splitlines()
     assert len(messages) == 2 and all("pip install 'grpo_dist[reasoning]'" in each for each in messages), messages
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("<answer>1</answer> <answer> 2 </answer></answer>", "2"), ("<answer>1</answer> <answer>2", "1"),
+        ("<answer>1 <answer>2</answer>", "1 <answer>2"), (" 3 ", "3"), ("</answer><answer>", "</answer><answer>"),
+        ("<answer></answer>", None), ("", None), ("<answer>" * 10**5, "<answer>" * 10**5),
+    ],
+    ids=range(8),
+)  # fmt: skip
+def test_the_answer_is_in_the_last_pair_of_tags(text: str, answer: str | None) -> None:
+    begun = time.perf_counter()
+    assert ReasoningGymReward.read_completion(text) == answer
+    assert time.perf_counter() - begun < 3
 
 
 class TestWithTheLibrary:
