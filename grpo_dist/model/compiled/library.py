@@ -19,7 +19,11 @@ from pathlib import Path
 import torch
 
 HEADERS = Path(__file__).parent
-FLAGS = ["-O3", "-march=native", "-std=c++17", "-fPIC", "-Wno-psabi", f"-I{HEADERS}"]
+OUTPUTS, HIGH_BLOCK = 4, 64
+"""Outputs of a tile of a product, and of a block of the adapters' second matrix: weights are put in this order here,
+and the C++ reads them in it."""
+FLAGS = ["-O3", "-march=native", "-std=c++17", "-fPIC", "-Wno-psabi", f"-I{HEADERS}", f"-DOUTPUTS={OUTPUTS}",
+         f"-DHIGH_BLOCK={HIGH_BLOCK}"]  # fmt: skip
 
 
 class CannotCompile(ValueError):

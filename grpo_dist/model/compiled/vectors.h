@@ -33,7 +33,7 @@ constexpr int LANES = 16, ROWS = 6; // rows of a tile: as many sums as fit in re
 #else
 constexpr int LANES = 8, ROWS = 3;
 #endif
-constexpr int OUTPUTS = 4; // outputs of a tile
+// of `library.py`: OUTPUTS of a tile, and HIGH_BLOCK
 constexpr long CACHE_LINE = 64;
 
 template <int L> struct Types {

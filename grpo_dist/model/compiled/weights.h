@@ -204,13 +204,12 @@ void product(const X* x, long rows, long inputs, long outputs, Outputs mine, con
     product_of_stored<L, adds>(x, rows, inputs, outputs, mine, Lines<W>{weight, inputs}, layer.bias, to);
 }
 
-constexpr long HIGH_BLOCK = 64; // of `high`: it stays in the nearest cache for all rows, and is one stream
-
 // to (rows, outputs) += low (rows, rank) times the adapters' second matrix; those of the outputs that are `mine`. What is
 // added comes from blocks that begin at the same outputs for any number of threads.
 template <int L>
 void add_low_rank(const float* low, long rows, long outputs, Outputs mine, const Linear& layer, float* to) {
-    constexpr long BLOCK = HIGH_BLOCK, AT_ONCE = 6; // outputs and rows
+    // outputs, which stay in the nearest cache for all rows and are one stream, and rows
+    constexpr long BLOCK = HIGH_BLOCK, AT_ONCE = 6;
     for (long block = mine.from / BLOCK * BLOCK; block < mine.to; block += BLOCK)
         for (long r = 0; r < rows; r += AT_ONCE) {
             const long count = std::min(AT_ONCE, rows - r);

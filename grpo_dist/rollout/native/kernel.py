@@ -19,7 +19,7 @@ from torch.nn.functional import pad
 
 from ...config.schema import Config
 from ...distributed.device import cpu_multiplies_bfloat16
-from ...model.compiled.library import library
+from ...model.compiled.library import HIGH_BLOCK, library
 from ...model.quantized import QuantizedWeight
 from ...types import integers
 from .cache import EVERYTHING, DecodeState, PrefilledRows
@@ -42,8 +42,6 @@ ENTERED_AT_ONCE = 256
 LONGEST_ENTERED = 1024
 """Tokens of the longest prompt that is computed here: over more of them torch's attention is faster. Where neither
 torch nor this file has products of bfloat16, torch is never faster, and where torch alone has them it always is."""
-HIGH_BLOCK = 64
-"""Outputs of a block of the adapters' second matrix: that of `weights.h`."""
 MULTIPLE = 8
 """Sizes have to be multiples of this: so many numbers, or twice as many, are computed at once."""
 

@@ -14,14 +14,16 @@ from contextlib import suppress
 import torch
 from torch import Tensor
 
+from ...model.compiled.library import OUTPUTS
+
 BLOCK_BYTES = 64 << 20
 """What is reserved at once: many weights lie behind one another, and few pages are not full."""
 MOST_SPARE_BYTES = 512 << 20
 """Most memory that is kept from one rollout to the next: to get it anew takes ten times as long as to fill it."""
 SMALLEST_GROUPED = 256 << 10
 """Bytes of the smallest weight that is put in groups: smaller ones stay in the processor's caches."""
-GROUP, TOGETHER = 4, 16
-"""Lines of a group, and numbers of each that lie together: OUTPUTS of `vectors.h`, and a cache line."""
+TOGETHER = 16
+"""Numbers of each line of a group that lie together: a cache line."""
 
 
 _spare: list[Tensor] = []
@@ -57,7 +59,7 @@ class RelaidWeights:
         """The numbers (outputs, inputs) of a weight in float32, as `Groups` of `products.h` has them. None for a small
         weight, and for one that is not made of whole groups."""
         outputs, inputs = weight.shape
-        if weight.nbytes < SMALLEST_GROUPED or outputs % GROUP or inputs % TOGETHER:
+        if weight.nbytes < SMALLEST_GROUPED or outputs % OUTPUTS or inputs % TOGETHER:
             return None
         words = self._room(outputs * inputs)
         self._put(self.code.put_groups, weight, words)

@@ -10,11 +10,11 @@ import torch
 from decoded_steps import adapted, decoded, make_model
 from torch import Tensor
 
-from grpo_dist.model.compiled.library import library
+from grpo_dist.model.compiled.library import OUTPUTS, library
 from grpo_dist.model.loaded import fits_bfloat16
 from grpo_dist.rollout.native import relaid
 from grpo_dist.rollout.native.kernel import SOURCE, KernelStep
-from grpo_dist.rollout.native.relaid import GROUP, TOGETHER, RelaidWeights
+from grpo_dist.rollout.native.relaid import TOGETHER, RelaidWeights
 
 pytestmark = pytest.mark.usefixtures("kernel")
 FEW = partial(KernelStep, halves=True)
@@ -52,7 +52,7 @@ def test_weights_in_bfloat16_lie_behind_one_another(monkeypatch: pytest.MonkeyPa
 def lines_of(groups: Tensor) -> Tensor:
     """The weight that lies in groups, one line behind another."""
     outputs, inputs = groups.shape
-    pieces = groups.reshape(outputs // GROUP, inputs // TOGETHER, GROUP, TOGETHER)
+    pieces = groups.reshape(outputs // OUTPUTS, inputs // TOGETHER, OUTPUTS, TOGETHER)
     return pieces.transpose(1, 2).reshape(outputs, inputs)
 
 
