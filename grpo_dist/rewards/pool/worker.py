@@ -185,6 +185,7 @@ class Log:
 
 def _cell(value: Any) -> Any:
     """A value for the table of the completions, which has numbers of 64 bits; any other value becomes a text."""
+    value = _plain(value)
     is_cell = value is None or isinstance(value, float) or (isinstance(value, int) and value.bit_length() < 64)
     return value if is_cell else str(value)
 
@@ -229,12 +230,16 @@ def _read_value(value: Any) -> Value:
 
 def _as_float(value: Any) -> float:
     """Return a value as a float, or NaN, which no reward may be, where it is not a number."""
-    if getattr(value, "ndim", None) == 0:
-        value = value.item()
+    value = _plain(value)
     try:
         return float(value) if isinstance(value, numbers.Real) else math.nan
     except OverflowError:
         return math.inf
+
+
+def _plain(value: Any) -> Any:
+    """Python's number for one of NumPy's, or for a tensor without dimensions."""
+    return value.item() if getattr(value, "ndim", None) == 0 else value
 
 
 def _call(reward: RewardFunction, keywords: dict[str, Any]) -> object:

@@ -79,7 +79,15 @@ def test_what_rewards_log_reaches_metrics_and_table(user_directory: Path) -> Non
     assert scores.values[:, 0].tolist() == [7.0] * 5 and scores.names == ["logs"]
     total, count = scores.metrics["logs/share_long"]
     assert count == 5 and total == pytest.approx(3), "weighted by completions, whatever the chunks"
-    assert scores.extras == {"logs/first": ["a", "b", "c", "half ?", "e"], "logs/size": [f"1{'0' * 20}", 2, 2, 1, 2]}
+    assert scores.extras == {"logs/first": ["a", "b", "c", "half ?", "e"]}
+
+
+def test_logged_values_are_numbers_of_64_bits_or_texts(user_directory: Path) -> None:
+    with ScorerPool([RewardConfig("numpy_rewards:logged")], ScoringConfig(num_workers=1)) as pool:
+        scores = pool.score(items("none", "true", "int", "zero_dim", "float32", "text", "huge", "complex"))
+    expected = [None, True, 3, 2.5, 0.5, "1.0", str(10**400), "1j"]
+    assert scores.extras == {"logged/value": expected}
+    assert [type(value) for value in scores.extras["logged/value"]] == [type(value) for value in expected]
 
 
 def test_bad_logs_and_single_failures(pools: Callable[[str], ScorerPool]) -> None:

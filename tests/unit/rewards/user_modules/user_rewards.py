@@ -95,7 +95,6 @@ def process(completions):
 def logs(completions, trainer_state, log_metric, log_extra):
     log_metric("share_long", sum(len(text) > 1 for text in completions) / len(completions))
     log_extra("first", [text[0] if text != "d" else "half \ud83d" for text in completions])
-    log_extra("size", [10**20 if text == "a" else len(text) for text in completions])
     return [float(trainer_state.global_step)] * len(completions)
 
 
