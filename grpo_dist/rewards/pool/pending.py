@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -38,7 +39,7 @@ class Pending:
         self._warned_of: set[int] = set()
         self._waiting: dict[int, list[int]] = {}
         self._per_token: dict[tuple[int, int], list[float]] = {}
-        self._metrics: dict[str, tuple[float, int]] = {}
+        self._metrics: dict[str, list[tuple[float, int]]] = {}
         self._extras: dict[str, list[Any]] = {}
         self._open_cells = shape[0] * shape[1]
         self._error: Exception | None = None
@@ -61,10 +62,12 @@ class Pending:
         for cell in self._failures:
             failed[cell] = True
         failures = [self._failures[cell] for cell in sorted(self._failures)]
-        metrics, extras = dict(sorted(self._metrics.items())), dict(sorted(self._extras.items()))
+        # fsum: calls end in any order, and a run that is started again writes the same metrics
+        metrics = {name: (math.fsum(mean * count for mean, count in calls), sum(count for _, count in calls))
+                   for name, calls in sorted(self._metrics.items())}  # fmt: skip
         return Scores(
             self._values, failed, failures, self._names, self._seconds, list(self._repeated_calls), self._per_token,
-            metrics, extras,
+            metrics, dict(sorted(self._extras.items())),
         )  # fmt: skip
 
     def item(self, place: int) -> Item:
@@ -108,8 +111,7 @@ class Pending:
             for place, (kind, message) in bad.items():
                 self._failures[places[place], reward] = self._failure(places[place], reward, kind, message)
             for name, mean in answer["metrics"].items():
-                total, count = self._metrics.get(f"{self._names[reward]}/{name}", (0.0, 0))
-                self._metrics[f"{self._names[reward]}/{name}"] = (total + mean * len(places), count + len(places))
+                self._metrics.setdefault(f"{self._names[reward]}/{name}", []).append((mean, len(places)))
             for column, values in answer["extras"].items():
                 cells = self._extras.setdefault(f"{self._names[reward]}/{column}", [None] * len(self.items))
                 for place, value in zip(places, values, strict=True):

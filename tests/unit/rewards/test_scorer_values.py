@@ -12,6 +12,7 @@ import pytest
 from scoring import items, kinds
 
 from grpo_dist.config.schema import RewardConfig, ScoringConfig
+from grpo_dist.rewards.pool.pending import Pending
 from grpo_dist.rewards.pool.pool import ScorerPool
 from grpo_dist.rewards.registry import TrainerState
 from grpo_dist.rewards.scores import Item, combine
@@ -80,6 +81,18 @@ def test_what_rewards_log_reaches_metrics_and_table(user_directory: Path) -> Non
     total, count = scores.metrics["logs/share_long"]
     assert count == 5 and total == pytest.approx(3), "weighted by completions, whatever the chunks"
     assert scores.extras == {"logs/first": ["a", "b", "c", "half ?", "e"]}
+
+
+def test_means_of_what_calls_log_do_not_depend_on_their_order() -> None:
+    means = set()
+    for calls in ([0, 1, 2], [2, 1, 0]):
+        pending = Pending(3, [], ["logs"], 1, TrainerState())
+        pending.add(dict(enumerate(items("a", "b", "c"))))
+        for place in calls:
+            metrics = {"share": (place + 1) / 10}
+            pending.scored(0, [place], {"values": [1.0], "bad": {}, "metrics": metrics, "extras": {}})
+        means.add(pending.result().metrics["logs/share"])
+    assert len(means) == 1
 
 
 def test_logged_values_are_numbers_of_64_bits_or_texts(user_directory: Path) -> None:
