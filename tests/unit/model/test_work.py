@@ -15,9 +15,9 @@ PLAY = r"""
 #include <chrono>
 #include "work.h"
 
-// `works` of 0, 1, ... pieces up to `most` and again; of each kind in turn, those of kind 1 awaited amid the next of kind 0.
-// How often each piece (works, most) was done goes to `times`, and how many each thread did to `by`; the last thread begins
-// `late` milliseconds late. Returns how many pieces saw an earlier one undone that they had awaited.
+// `works` of 0, 1, ... pieces up to `most` and again; of each kind in turn, those of kind 1 awaited amid the next of
+// kind 0. How often each piece (works, most) was done goes to `times`, and how many each thread did to `by`; the last
+// thread begins `late` milliseconds late. Returns how many pieces saw an earlier one undone that they had awaited.
 extern "C" int64_t play(int64_t threads, int64_t works, int64_t most, int64_t late, int64_t* times, int64_t* by) {
     Team team(threads);
     std::atomic<int64_t> faults{0};
