@@ -8,6 +8,7 @@
 // Shapes: R rows, H hidden, F intermediate, V vocabulary, Hq query heads, Hk key heads, D head size, P prompts,
 // Lp slots of a prompt, S slots of a row. Weights are (outputs, inputs), caches (R or P, Hk, slots, D).
 
+#include "draw.h"
 #include "layers.h"
 #include "weights.h"
 #include "work.h"
@@ -393,6 +394,18 @@ extern "C" void put_groups(const float* weight, int64_t outputs, int64_t inputs,
             for (int64_t line = 0; line < OUTPUTS; ++line)
                 std::copy_n(weight + (o + line) * inputs + k, Groups<float>::TOGETHER,
                             to + o * inputs + k * OUTPUTS + line * Groups<float>::TOGETHER);
+}
+// From logits (rows, size) a token of each row, and its log-probability; `inverse` of the temperature, noise of `keys` and
+// `positions` (rows,).
+extern "C" void draw_rows(int64_t threads, const float* logits, int64_t rows, int64_t size, float inverse,
+                          const int64_t* keys, const int64_t* positions, int64_t* tokens, float* logprobs) {
+#pragma omp parallel num_threads(std::min(threads, rows))
+    {
+        std::vector<double> sums((size + DRAW_BLOCK - 1) / DRAW_BLOCK);
+#pragma omp for schedule(dynamic)
+        for (int64_t r = 0; r < rows; ++r)
+            draw_row(Row(logits + r * size, size, inverse), uniform(keys[r], positions[r]), sums, tokens + r, logprobs + r);
+    }
 }
 extern "C" void decode_float32(const Step* step) { decode<float>(*step); }
 extern "C" void decode_bfloat16(const Step* step) { decode<bfloat16>(*step); }

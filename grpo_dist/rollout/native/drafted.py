@@ -16,7 +16,6 @@ from torch import Tensor
 
 from ..drafts import Acceptance, Completions, PassTime, ids_of, numbers_of_drafts, text_of
 from ..engine import Request
-from ..sampling import draw
 from .steps import SeveralTokensStep
 
 if TYPE_CHECKING:
@@ -153,7 +152,7 @@ class DraftedSteps:
         logits = self.step.several(tokens, places, state.starts[places] + positions, state)
         positions += 1
         offsets = decoding.offset[requests] + positions
-        drawn, logprobs = draw(logits, decoding.keys[requests], offsets, decoding.sampling, decoding.rules)
+        drawn, logprobs = decoding.draw(logits, decoding.keys[requests], offsets, decoding.sampling, decoding.rules)
         kept = self._kept(rows, numbers, text_of(drawn.tolist()))
         valid = (ahead < kept[row]).nonzero()[:, 0]
         decoding.tokens[requests[valid], positions[valid]] = drawn[valid]

@@ -99,6 +99,7 @@ class Decoding:
         self.routes = RouteTable(model, engine.max_new_tokens, self.device)
         self.rules = Rules(sampling, engine.end_ids, self.device)
         self.several = several = self.decode if isinstance(self.decode, SeveralTokensStep) else None
+        self.draw = several.draw if several else draw
         self.drafted = DraftedSteps(self, several, engine.drafts) if several and engine.drafts else None
         self.row_request = torch.zeros(0, dtype=torch.int64, device=self.device)  # (R,) place in `requests`
         self.last = torch.zeros(0, dtype=torch.int64, device=self.device)  # (R,) newest token
@@ -238,7 +239,7 @@ class Decoding:
         """Sample the next token of some rows, in place."""
         request, position = self.row_request[rows], self.state.lengths[rows]
         places = self.offset[request] + position
-        token, logprob = draw(logits, self.keys[request], places, self.sampling, self.rules)
+        token, logprob = self.draw(logits, self.keys[request], places, self.sampling, self.rules)
         self.take(rows, request, position, token, logprob)
 
     def take(self, rows: slice | Tensor, request: Tensor, position: Tensor, token: Tensor, logprob: Tensor) -> None:

@@ -17,11 +17,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
+from ...config.rollout import truncates
 from ...config.schema import Config
 from ...distributed.device import cpu_multiplies_bfloat16
 from ...model.compiled.library import HIGH_BLOCK, library
 from ...model.quantized import QuantizedWeight
 from ...types import integers
+from ..sampling import Rules, Sampling, draw
 from .cache import EVERYTHING, DecodeState, PrefilledRows
 from .llama import Gated, Layer, Linear, LlamaWeights, Norm, takes_gelu
 from .relaid import RelaidWeights
@@ -95,6 +97,8 @@ class KernelStep:
         _check_layers(weights)
         code = library(SOURCE)
         self.decode, self.scratch_floats = getattr(code, FUNCTIONS[self.dtype]), code.scratch_floats
+        self.draw_rows = code.draw_rows
+        self.draw_rows.argtypes = [c_int64, c_void_p, c_int64, c_int64, c_float, *[c_void_p] * 4]
         self.scratch_floats.restype = c_int64
         code.multiplies_pairs.restype = c_int64
         self.halves, self.relaid = halves, RelaidWeights(code)
@@ -124,6 +128,22 @@ class KernelStep:
         logits, rows = torch.empty(len(tokens), self.vocabulary), state.computed
         self._run(tokens, positions, state.slots if rows is None else state.slots[rows], rows, state, logits)
         return logits
+
+    def draw(
+        self, logits: Tensor, keys: Tensor, positions: Tensor, sampling: Sampling, rules: Rules | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """See `SeveralTokensStep`; compiled, unless some tokens may not be drawn."""
+        truncated = truncates(sampling.top_p, sampling.top_k, sampling.min_p)
+        if sampling.greedy or truncated or (rules is not None and rules.bans):
+            return draw(logits, keys, positions, sampling, rules)
+        logits, (rows, size) = logits.float().contiguous(), logits.shape
+        tokens, logprobs = torch.empty(rows, dtype=torch.int64), torch.empty(rows)
+        self.draw_rows(
+            torch.get_num_threads(), _address(logits, (rows, size), torch.float32), rows, size,
+            1 / sampling.temperature, _address(keys, (rows,), torch.int64), _address(positions, (rows,), torch.int64),
+            tokens.data_ptr(), logprobs.data_ptr(),
+        )  # fmt: skip
+        return tokens, logprobs
 
     def enters(self, tokens: int) -> bool:
         """See `SeveralTokensStep`."""

@@ -10,6 +10,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from ..sampling import Rules, Sampling
 from .cache import DecodeState, Prefilled, PrefillLayout
 
 
@@ -30,6 +31,11 @@ class SeveralTokensStep(Step, Protocol):
     """
 
     vocabulary: int
+
+    def draw(
+        self, logits: Tensor, keys: Tensor, positions: Tensor, sampling: Sampling, rules: Rules | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """`sampling.draw` of its logits."""
 
     def enters(self, tokens: int) -> bool:
         """Whether a prompt of so many tokens is computed by `prefill` of this step sooner than by the model."""

@@ -13,6 +13,7 @@ import torch
 from decoded_steps import GEMMA2, GRANITE, PROMPTS, STEPS, adapted, decoded, make_model, tokens_of
 from torch import Tensor, nn
 
+from grpo_dist.algorithm.hashing import uniforms
 from grpo_dist.model.compiled import library as compiling
 from grpo_dist.model.compiled.library import library
 from grpo_dist.rollout.native import kernel
@@ -20,6 +21,7 @@ from grpo_dist.rollout.native.cache import DecodeState
 from grpo_dist.rollout.native.kernel import KernelStep
 from grpo_dist.rollout.native.llama import linear_of
 from grpo_dist.rollout.native.steps import module_step, prefill
+from grpo_dist.rollout.sampling import Rules, Sampling, draw
 
 pytestmark = pytest.mark.usefixtures("kernel")
 
@@ -254,3 +256,48 @@ def test_other_processors(flag: str, monkeypatch: pytest.MonkeyPatch, tmp_path: 
             assert float(off.norm()) < 0.7 * float(rounded.norm()) < 0.05 * float(exact.norm())
     finally:
         library.cache_clear()
+
+
+@pytest.mark.parametrize("size", [7, 130, 1000, 50_000])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_a_token_is_drawn_where_the_running_sum_passes_the_noise(size: int, temperature: float) -> None:
+    """Against running sums in float64: where they pass, but for rounding, and never a token that cannot be."""
+    g = torch.Generator().manual_seed(size)
+    rows = 200
+    logits = 3 * torch.randn(rows, size, generator=g)
+    logits[:, ::3] = -torch.inf
+    logits[0], logits[0, size - 1] = -torch.inf, 0.5
+    logits[1, 1] = 300
+    keys = torch.randint(-(2**62), 2**62, (rows,), generator=g)
+    places = torch.arange(rows) % 9
+    tokens, logprobs = KernelStep(make_model()).draw(logits, keys, places, Sampling(temperature))
+    exact = (logits.double() / temperature).log_softmax(-1)
+    running, at = exact.exp().cumsum(-1), tokens[:, None]
+    u = uniforms(keys, places)[:, None]
+    assert bool((running.gather(-1, at) > u - 1e-6).all())
+    assert bool(((running - exact.exp()).gather(-1, at) <= u + 1e-6).all())
+    assert not bool(exact.gather(-1, at).isinf().any())
+    torch.testing.assert_close(logprobs.double(), exact.gather(-1, at)[:, 0], rtol=0, atol=3e-6)
+    assert tokens[:2].tolist() == [size - 1, 1]
+
+
+def test_what_is_drawn_of_a_row_depends_on_it_alone() -> None:
+    g = torch.Generator().manual_seed(0)
+    logits, keys = 3 * torch.randn(64, 1000, generator=g), torch.arange(64)
+    step = KernelStep(make_model())
+    tokens, logprobs = step.draw(logits, keys, keys, Sampling())
+    for n in range(64):
+        each = slice(n, n + 1)
+        token, logprob = step.draw(logits[each], keys[each], keys[each], Sampling())
+        assert (token, logprob) == (tokens[n], logprobs[n])
+
+
+@pytest.mark.parametrize("sampling", [Sampling(top_p=0.5), Sampling(top_k=3), Sampling(min_p=0.1), Sampling(greedy=True),
+                                      Sampling(banned=(4,)), Sampling(min_new_tokens=5)])  # fmt: skip
+def test_tokens_that_may_not_be_drawn_are_not(sampling: Sampling) -> None:
+    g = torch.Generator().manual_seed(0)
+    logits, keys = torch.randn(500, 20, generator=g), torch.arange(500)
+    rules = Rules(sampling, [2], torch.device("cpu"))
+    got, expected = (drawn(logits, keys, keys % 9, sampling, rules) for drawn in (KernelStep(make_model()).draw, draw))
+    for one, other in zip(got, expected, strict=True):
+        assert torch.equal(one, other)
