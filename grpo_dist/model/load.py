@@ -23,6 +23,7 @@ from .dequantization import become_plain, dequantized_loading
 from .dropout import drop_by_token
 from .expert_adapters import compute_adapters_apart, expert_parameters, of_experts
 from .files import UnfitModel, dequantized_form, layers_obstacle, model_path, require_weights
+from .large_pages import lay_together
 from .loaded import note_own_head, require_finite, require_stored
 from .peft import LoraLayer, PeftLoraConfig, with_new_adapters
 from .policy import PLAIN, Policy, PolicyOptions, recompute_layers
@@ -85,6 +86,8 @@ def load_causal_lm(
     elif getattr(loaded, "hf_quantizer", None) is not None:
         use_own_layers(loaded, dtype)
     require_finite(model.name, loaded)
+    if device is None or device.type == "cpu":
+        lay_together(loaded, torch.bfloat16)  # of others, a rollout has its own
     return loaded
 
 

@@ -7,14 +7,13 @@ are read from that, which is half as much.
 from __future__ import annotations
 
 import ctypes
-import mmap
 import weakref
-from contextlib import suppress
 
 import torch
 from torch import Tensor
 
 from ...model.compiled.library import OUTPUTS
+from ...model.large_pages import reserved
 
 BLOCK_BYTES = 64 << 20
 """What is reserved at once: many weights lie behind one another, and few pages are not full."""
@@ -67,7 +66,7 @@ class RelaidWeights:
 
     def _room(self, words: int) -> Tensor:
         if words > len(self.block):
-            self.block = _reserved(max(4 * words, BLOCK_BYTES))
+            self.block = _new_block(max(4 * words, BLOCK_BYTES))
             self.blocks.append(self.block)
         return self.block[:words]
 
@@ -86,12 +85,9 @@ def _give_back(blocks: list[Tensor]) -> None:
             _spare.append(block)
 
 
-def _reserved(num_bytes: int) -> Tensor:
-    """Memory as int32, in large pages where the system has them: of 4 KiB a pass would look up each by itself."""
+def _new_block(num_bytes: int) -> Tensor:
+    """Memory as int32, that of an earlier rollout where there is enough."""
     for n, spare in enumerate(_spare):
         if spare.nbytes >= num_bytes:
             return _spare.pop(n)
-    block = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with suppress(OSError):  # a system without them
-        block.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(block, dtype=torch.int32)
+    return torch.frombuffer(reserved(num_bytes), dtype=torch.int32)
