@@ -215,8 +215,8 @@ def _gathered(inputs: MemoryInputs) -> int:
     if inputs.strategy == "FSDP2":
         freed = max(counts.num_layers - 2, 0) * counts.layer
         return (counts.parameters + counts.adapters - freed) * inputs.policy_bytes
-    weights = counts.parameters if counts.adapters else 0
-    return min(weights - counts.persistent, MOST_GATHERED) * inputs.policy_bytes
+    weights = counts.parameters - counts.persistent if counts.adapters else 0
+    return min(weights, MOST_GATHERED) * inputs.policy_bytes
 
 
 def _rollout(inputs: MemoryInputs) -> list[Part]:
