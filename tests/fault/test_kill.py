@@ -86,7 +86,7 @@ def kill_at(where: str, run: Path, updates: int, lag: int = 0) -> None:
     assert killed.returncode == -9, killed.stderr[-3000:]
 
 
-def end(run: Path, updates: int, expected: Path, lag: int = 0) -> None:
+def require_the_same_end(run: Path, updates: int, expected: Path, lag: int = 0) -> None:
     """Go on to the end, which has to be that of the undisturbed run, bit for bit."""
     again = launch(None, 1, *arguments(run, updates, lag))
     assert again.returncode == 0, again.stderr[-3000:]
@@ -106,7 +106,7 @@ def end(run: Path, updates: int, expected: Path, lag: int = 0) -> None:
 def test_killed_anywhere(name: str, step: int, updates: int, undisturbed: Callable[..., Path], tmp_path: Path) -> None:
     ten_prompts(tmp_path)
     kill_at(point(name, step, updates), tmp_path / "run", updates)
-    end(tmp_path / "run", updates, undisturbed(updates))
+    require_the_same_end(tmp_path / "run", updates, undisturbed(updates))
 
 
 @pytest.mark.parametrize(
@@ -118,7 +118,7 @@ def test_killed_with_a_batch_in_flight(
 ) -> None:
     ten_prompts(tmp_path)
     kill_at(point(name, step, updates), tmp_path / "run", updates, lag=1)
-    end(tmp_path / "run", updates, undisturbed(updates, lag=1), lag=1)
+    require_the_same_end(tmp_path / "run", updates, undisturbed(updates, lag=1), lag=1)
 
 
 @pytest.mark.slow
@@ -127,4 +127,4 @@ def test_killed_twice_in_one_epoch(undisturbed: Callable[..., Path], tmp_path: P
     ten_prompts(tmp_path)
     kill_at(point("mid-scoring", 3, 3), tmp_path / "run", 3)
     kill_at(point("between two updates", 2, 3), tmp_path / "run", 3)
-    end(tmp_path / "run", 3, undisturbed(3))
+    require_the_same_end(tmp_path / "run", 3, undisturbed(3))

@@ -47,8 +47,12 @@ def launched(tmp_path: Path, entries: Any, **more: str) -> dict[str, str]:
      STAGE | {"tensorboard": {"enabled": True, "output_path": "x"}}],
 )  # fmt: skip
 def test_entries_that_change_nothing_are_taken(entries: dict[str, Any], tmp_path: Path) -> None:
-    require_known_launch(launched(tmp_path, entries))
+    """They are not refused, as one that DeepSpeed alone knows is beside them."""
     require_known_launch({})
+    require_known_launch(launched(tmp_path, entries))
+    assert zero_stage(launched(tmp_path, entries)) == str(entries["zero_optimization"]["stage"])
+    with pytest.raises(ValueError, match="has no_such, which would change what is computed"):
+        require_known_launch(launched(tmp_path, entries | {"no_such": True}))
 
 
 @pytest.mark.parametrize(

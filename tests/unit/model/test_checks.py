@@ -171,8 +171,11 @@ def test_configs_of_no_decoder_are_refused(kind: str, options: dict[str, Any], m
 
 
 def test_a_decoder_needs_no_is_decoder() -> None:
-    require_decoder(blank("gpt_neox"))
+    """BERT without it is an encoder, and nothing is said of the others."""
+    with pytest.raises(UnfitModel, match="of the type bert given that is an encoder"):
+        require_decoder(blank("bert"))
     require_decoder(blank("bert", is_decoder=True))
+    require_decoder(blank("gpt_neox", is_decoder=False))
 
 
 @pytest.mark.parametrize(("dtype", "name"), [(torch.float8_e4m3fn, "F8_E4M3"), (torch.int8, "I8")])

@@ -264,9 +264,16 @@ def test_layers_left_as_they_were(kind: str, monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.mark.parametrize("sharded", ["base_layer.weight", "lora_A", "lora_B"])
 def test_one_sharded_weight_of_a_layer_is_enough(sharded: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = adapted(qwen())
+    """PEFT's own forward gathers it."""
+    plain = adapted(qwen())
+    model = copy.deepcopy(plain)
     names = {parameter: name for name, parameter in model.named_parameters()}
-    monkeypatch.setattr(lora, "is_sharded", lambda weight: sharded in names[weight])
+    computed, num_fused = lora._computed, []
+    monkeypatch.setattr(lora, "_computed", lambda *given: num_fused.append(1) or computed(*given))
     fuse_adapters(model)
-    monkeypatch.setattr(lora, "_computed", lambda *_: pytest.fail("PEFT's own forward gathers the weight"))
-    model(torch.arange(10)[None])
+    ids = torch.arange(10)[None]
+    model(ids)
+    assert len(num_fused) == 14, "all linear layers but the head, while none is sharded"
+    monkeypatch.setattr(lora, "is_sharded", lambda weight: sharded in names[weight])
+    assert torch.equal(model(ids).logits, plain(ids).logits)
+    assert len(num_fused) == 14

@@ -159,6 +159,12 @@ def test_what_fits_or_is_not_here_is_not_refused(tmp_path: Path) -> None:
         config = Config(model=ModelConfig(name=name), rollout=short)
         config.data.max_prompt_length = 64
         require_possible(config, ZERO3, 2)
+        config.data.max_prompt_length = 4096
+        if name == "some/model":
+            require_possible(config, ZERO3, 2)
+        else:
+            with pytest.raises(ValueError, match=r"data\.max_prompt_length .* 4112 tokens given, the model has \d+ pos"):
+                require_possible(config, ZERO3, 2)
 
 
 def test_a_link_that_leads_nowhere_is_no_place_to_write(tmp_path: Path) -> None:
@@ -187,6 +193,9 @@ def test_what_a_tokenizer_s_file_says_of_its_training(tmp_path: Path) -> None:
     tokenizer.save(str(tmp_path / "model" / "tokenizer.json"))
     rollout = RolloutConfig(max_completion_length=16, stop=["1234567"], banned_tokens=[" "])
     require_known_tokens(rollout, tmp_path / "model", tmp_path / "model")
+    with pytest.raises(ValueError, match=r"makes \['a', '1', '2', '3', '4', '<\|endoftext\|>'\] of"):
+        rollout.stop = ["1234<|endoftext|>"]
+        require_known_tokens(rollout, tmp_path / "model", tmp_path / "model")
 
 
 def test_the_toy_models_are_looked_into_too(tmp_path: Path) -> None:

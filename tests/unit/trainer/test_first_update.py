@@ -50,12 +50,30 @@ def test_a_difference_beyond_rounding_stops_the_run(name: str, value: float, dty
         begin(config(*dtypes), False, 0).check(RIGHT | {name: value})
 
 
-def test_rounding_is_let_through() -> None:
-    begin(config(), False, 0).check(RIGHT)
-    rounded = {"rollout/logprob_gap_max": 0.7, "rollout/kl": 0.014, "kl": 0.01}
-    begin(config("bfloat16", "bfloat16"), False, 0).check(rounded)
-    begin(config("float32", "bfloat16"), False, 0).check(RIGHT | {"kl": 0.01})
-    begin(config(), False, 0).check({"kl": float("nan")})  # counted as a bad update
+@pytest.mark.parametrize(
+    ("name", "dtypes", "most"),
+    [
+        ("rollout/logprob_gap_max", ("float32", "bfloat16"), 1e-3),
+        ("rollout/kl", ("float32", "bfloat16"), 1e-6),
+        ("rollout/kl", ("float16", "float32"), 0.02),
+        ("rollout/kl", ("bfloat16", "float32"), 0.1),
+        ("kl", ("float32", "float32"), 1e-6),
+        ("kl", ("float32", "bfloat16"), 0.1),
+        ("kl", ("bfloat16", "float32"), 0.1),
+        ("kl", ("float16", "float16"), 0.02),
+    ],
+)
+def test_so_much_is_rounding_and_no_more(name: str, dtypes: tuple[str, str], most: float) -> None:
+    begin(config(*dtypes), False, 0).check(RIGHT | {name: most})
+    with pytest.raises(UnfitModel, match=f"^the update does not compute what the .*: {name} is .*, and {most:.0e} wo"):
+        begin(config(*dtypes), False, 0).check(RIGHT | {name: 1.001 * most})
+
+
+def test_what_is_not_known_is_let_through() -> None:
+    """Gaps of single tokens in bfloat16; what was not measured, and numbers that are counted as a bad update."""
+    begin(config("bfloat16", "bfloat16"), False, 0).check(RIGHT | {"rollout/logprob_gap_max": 0.7})
+    begin(config(), False, 0).check({})
+    begin(config(), False, 0).check({"kl": float("nan"), "rollout/kl": float("inf")})
 
 
 def test_only_what_is_known_beforehand_is_checked() -> None:
@@ -65,7 +83,11 @@ def test_only_what_is_known_beforehand_is_checked() -> None:
     begin(config(estimator="squared_sequence"), False, 0).check(RIGHT | {"kl": 3.0})
     begin(going_on("base"), False, 0).check(RIGHT | {"kl": 3.0})
     begin(going_on("adapter", dropout=0.1), False, 0).check(moved)
-    for one in (going_on("adapter"), config(dropout=0.1)):
+    lagging = config()
+    lagging.rollout.lag = 1
+    begin(lagging, True, 0).check(moved)  # drawn before the last update
+    first_update(config(), None, False, 0).check(RIGHT | {"kl": 3.0})  # of no reference
+    for one in (going_on("adapter"), config(dropout=0.1), lagging):
         with pytest.raises(UnfitModel, match="kl is 3"):
             begin(one, False, 0).check(RIGHT | {"kl": 3.0})
     with pytest.raises(UnfitModel, match="rollout/logprob_gap_max"):
