@@ -16,7 +16,7 @@ import torch
 
 from grpo_dist.config.data import CurriculumConfig
 from grpo_dist.config.schema import Config, DataConfig, RewardConfig, TrainConfig
-from grpo_dist.data.mixture import load_training
+from grpo_dist.data.mixture import identifying, load_training, order_of
 from grpo_dist.data.order import Curriculum, Mixture, Sampler
 from grpo_dist.data.prompts import PromptReader
 from grpo_dist.model.config_files import load_tokenizer
@@ -152,6 +152,26 @@ def test_streaming_gives_the_same_prompts_in_the_same_order(tmp_path: Path, load
         prompts[301]
     with pytest.raises(ValueError, match=r"data\.streaming"):
         config(train_file=path, streaming=True, bad_rows="drop")
+
+
+def test_a_streamed_mixture_is_the_loaded_one(tmp_path: Path, load: Any) -> None:
+    """Its data is identified by the rows that are checked at the start of each part."""
+    files = {write(tmp_path / "a.jsonl", range(150)): 1.0, write(tmp_path / "b.jsonl", range(150, 160)): 2.0}
+    loaded, sampler = load(config(train_file=files))
+    streamed, same = load(config(train_file=files, streaming=True))
+    assert list(streamed) == list(loaded) and streamed[148:152] == loaded[148:152] and streamed[-1] == loaded[159]
+    assert [prompt.index for prompt in loaded] == list(range(160)) and sampler.batch_indices(7) == same.batch_indices(7)
+    for prompts in (loaded, streamed):
+        with pytest.raises(IndexError):
+            prompts[160]
+    assert list(identifying(loaded)) == list(loaded)
+    assert list(identifying(streamed)) == loaded[:100] + loaded[150:]
+
+
+def test_what_decides_the_prompts_of_a_step() -> None:
+    assert order_of(DataConfig(train_file="a")) == {"weights": None, "curriculum": None}
+    mixed = DataConfig(train_file={"a": 1.0, "b": 3.0}, curriculum=CurriculumConfig(low=0.2, high=0.7, rest_epochs=5))
+    assert order_of(mixed) == {"weights": [1.0, 3.0], "curriculum": {"low": 0.2, "high": 0.7, "rest_epochs": 5}}
 
 
 def test_columns_that_only_later_rows_have_are_streamed_too(tmp_path: Path, load: Any) -> None:
