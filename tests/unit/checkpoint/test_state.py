@@ -53,6 +53,17 @@ def test_a_batch_under_way_is_restored(sampled: list[bool]) -> None:
     assert again.batch.lengths.tolist() == [sum(sampled[:2]), sum(sampled[2:])]
 
 
+def test_a_step_ends_with_the_batch_of_the_next() -> None:
+    state = make_state(torch.ones(6, dtype=torch.bool))
+    drawn_ahead = state.batch
+    state.ahead = drawn_ahead
+    state.after_step(0.05, [0.5, 0.5])
+    assert (state.step, state.kl_coeff, state.updates, state.metrics) == (4, 0.05, 0, [])
+    assert state.batch is drawn_ahead and state.ahead is None and not state.is_start
+    state.after_step(0.06, [0.5, 0.5])
+    assert (state.step, state.kl_coeff) == (5, 0.06) and state.batch is None
+
+
 def test_a_checkpoint_from_before_tokens_were_told_apart() -> None:
     """Older versions kept the completions' tokens and lengths alone."""
     state = make_state(torch.ones(6, dtype=torch.bool))

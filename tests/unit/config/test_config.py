@@ -17,7 +17,7 @@ from grpo_dist.config import schema as config_module
 from grpo_dist.config.evaluation import read_options
 from grpo_dist.config.mistakes import read_options as read_run_options
 from grpo_dist.config.names import option_types
-from grpo_dist.config.parse import checked, parse_config
+from grpo_dist.config.parse import checked, let_first_rank_answer, parse_config, refuse_mistaken_options
 from grpo_dist.config.schema import Config, LoraConfig
 
 
@@ -249,6 +249,29 @@ def test_mistakes_are_named(name: str, tmp_path: Path, capsys: pytest.CaptureFix
     assert "Traceback" not in message
     missing = [part for part in expected if part not in message]
     assert not missing, f"{missing} not in:\n{message}"
+
+
+def test_options_are_read_once_for_both_who_ask() -> None:
+    words = ["--train.seed", "5"]
+    config = refuse_mistaken_options(words)
+    assert config is not None and config.train.seed == 5
+    assert parse_config(words) is config
+    assert parse_config(words) is not config, "whoever asks again gets one that nobody has changed"
+    assert refuse_mistaken_options([*words, "--dry_run"]) is None
+
+
+def test_other_ranks_wait_for_the_first_ones_message(monkeypatch: pytest.MonkeyPatch) -> None:
+    slept: list[float] = []
+    monkeypatch.setattr("grpo_dist.config.parse.time.sleep", slept.append)
+    for node_rank, rank in (("0", "2"), ("1", "0")):
+        monkeypatch.setenv("LOCAL_RANK", node_rank)
+        monkeypatch.setenv("RANK", rank)
+        let_first_rank_answer(seconds=1.0)
+        let_first_rank_answer("RANK", seconds=3.0)
+    assert slept == [3.0, 1.0]
+    monkeypatch.delenv("LOCAL_RANK")
+    let_first_rank_answer()
+    assert slept == [3.0, 1.0], "without a launcher there is no other rank"
 
 
 def test_the_home_directory_in_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

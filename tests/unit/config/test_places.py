@@ -62,6 +62,7 @@ def test_a_run_that_is_near_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyP
         ),
         ("./began/final", r"no directory .*; `python -m grpo_dist export .*/began` writes"),
         ("began/checkpoints/step_2", r"no config\.json .*; `python -m grpo_dist export .*/began` writes"),
+        ("began/checkpoints/step_2/rank_0", r"no config\.json .*: expected a directory that a model was saved to$"),
         ("model/config.json", r"which is a file .*: expected the directory that it is in"),
         (
             "llama/q4.gguf",
@@ -71,7 +72,7 @@ def test_a_run_that_is_near_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyP
     ],
 )
 def test_a_path_that_leads_nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, message: str) -> None:
-    for directory in ("model", "empty", "runs/final", "began/checkpoints/step_2"):
+    for directory in ("model", "empty", "runs/final", "began/checkpoints/step_2/rank_0"):
         (tmp_path / directory).mkdir(parents=True)
         if directory in ("model", "runs/final"):
             (tmp_path / directory / "config.json").write_text("{}")

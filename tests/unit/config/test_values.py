@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from datetime import date
 from typing import Any
 
 import pytest
 
 from grpo_dist.config.schema import Config, ModelConfig, RewardConfig, RolloutConfig
-from grpo_dist.config.values import SECRET, differences, flat, redacted
+from grpo_dist.config.values import SECRET, default_of, differences, flat, redacted
 
 pytestmark = pytest.mark.quick
 
@@ -54,3 +54,14 @@ def test_secrets_are_redacted() -> None:
     config = asdict(Config(model=ModelConfig(tokenizer="mine"), rollout=RolloutConfig(banned_tokens=["a"])))
     assert json.dumps(redacted(config)) == json.dumps(config)
     assert all(map(SECRET.search, ("HF_TOKEN", "WANDB_API_KEY", "DB_PASSWD", "my_password", "CREDENTIALS", "Secret")))
+
+
+@dataclass
+class Options:
+    required: int
+    plain: int = 3
+    made: list[int] = field(default_factory=lambda: [4])
+
+
+def test_defaults_of_options() -> None:
+    assert [default_of(each) for each in fields(Options)] == [MISSING, 3, [4]]

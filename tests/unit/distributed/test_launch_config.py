@@ -13,6 +13,7 @@ from grpo_dist.distributed.launch_config import (
     set_aside_fsdp,
     set_aside_precision,
     settle_deepspeed,
+    shards_weights,
     zero_stage,
 )
 
@@ -124,6 +125,17 @@ def test_entries_of_fsdp_config_that_the_run_decides_are_set_aside_with_a_line_e
               "FSDP_IGNORED_MODULES": "lm_head"}  # fmt: skip
     lines = set_aside_fsdp(FSDP2 | others)
     assert len(lines) == 3 and all("launch config: fsdp_" in line and "is set aside: " in line for line in lines)
+
+
+def test_weights_are_sharded_by_zero3_and_fsdp2() -> None:
+    zero = {"ACCELERATE_USE_DEEPSPEED": "true"}
+    assert [shards_weights(zero | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": stage}) for stage in "123"] == [
+        False,
+        False,
+        True,
+    ]
+    assert shards_weights(FSDP2) and not shards_weights(FSDP2 | {"ACCELERATE_USE_FSDP": "false"})
+    assert not shards_weights({}) and not shards_weights(zero)
 
 
 @pytest.mark.parametrize("variable", ["ACCELERATE_USE_PARALLELISM_CONFIG", "ACCELERATE_USE_MEGATRON_LM"])

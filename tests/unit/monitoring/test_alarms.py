@@ -113,6 +113,12 @@ def test_steps_without_a_signal_make_no_spike_of_the_others() -> None:
     assert rung(Alarms(), 1, [*steps, HEALTHY | {"grad_norm": 9.0}]) == [(201, "grad_spike")]
 
 
+@pytest.mark.parametrize("before", [9, 10])
+def test_a_spike_is_one_beside_ten_steps(before: int) -> None:
+    steps = [HEALTHY] * before + [HEALTHY | {"grad_norm": 9.0}]
+    assert rung(Alarms(), 1, steps) == ([(11, "grad_spike")] if before == 10 else [])
+
+
 def test_failures_are_a_share_of_what_was_sampled() -> None:
     """With resampling of groups: here 3 of 400 completions, of which 100 are in the batch."""
     step = HEALTHY | {"reward/math/failed": 3.0, "rollout/completions": 400.0}

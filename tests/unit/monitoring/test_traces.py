@@ -38,8 +38,10 @@ def test_the_prompts_that_come_first_by_lot_are_traced(monkeypatch: pytest.Monke
     place = [40, 41, 42].index(by_lot([40, 41, 42])[0])
     assert traced_completions(batch) == range(2 * place, 2 * place + 2)
     assert traced_tokens(batch) == range(4 * place, 4 * place + 4)
-    monkeypatch.setattr(traces, "MOST_TOKENS", 5)
-    assert traced_completions(batch) == range(2 * place, 2 * place + 1)
+    for most, number in ((6, 2), (5, 1), (3, 1)):
+        monkeypatch.setattr(traces, "MOST_TOKENS", most)
+        assert traced_completions(batch) == range(2 * place, 2 * place + number)
+        assert traced_tokens(batch) == range(4 * place, 4 * place + 2 * number)
     monkeypatch.setattr(traces, "MOST_TOKENS", 2)
     assert len(traced_completions(batch)) == len(traced_tokens(batch)) == 0
     assert trace_lines(with_trace(batch), lambda ids: [], None) == [""] * 6
@@ -60,6 +62,7 @@ def test_a_trace_has_text_writer_and_numbers() -> None:
     }  # fmt: skip
     assert json.loads(lines[first + 1])["gap"] == [None, None]
     assert not any(trace_lines(replace(batch, trace=None), lambda ids: [], None))
+    assert '"text": ["é", "é", "é"]' in trace_lines(batch, lambda ids: ["é"] * len(ids), None)[first]
 
 
 def said(*answers: str) -> list[dict[str, str]]:

@@ -163,7 +163,9 @@ def test_what_fits_or_is_not_here_is_not_refused(tmp_path: Path) -> None:
         if name == "some/model":
             require_possible(config, ZERO3, 2)
         else:
-            with pytest.raises(ValueError, match=r"data\.max_prompt_length .* 4112 tokens given, the model has \d+ pos"):
+            with pytest.raises(
+                ValueError, match=r"data\.max_prompt_length .* 4112 tokens given, the model has \d+ pos"
+            ):
                 require_possible(config, ZERO3, 2)
 
 

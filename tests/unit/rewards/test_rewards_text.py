@@ -80,7 +80,7 @@ def test_answers_and_places() -> None:
     completions = ["so #### 1,000", "#### 7", "1000", [{"role": "assistant", "content": "#### 1000"}]]
     assert reward(completions, ["... #### 1000"] * 4, lambda *pair: logged.append(pair)) == [1.0, 0.0, -1.0, 1.0]
     assert logged == [("found", 0.75)]
-    assert BoxedReward()([r"\boxed{0.5}", r"\boxed{5.0}"], [0.5, 5]) == [1.0, 1.0]
+    assert BoxedReward()([r"\boxed{0.5}", r"\boxed{5.0}", r"\boxed{6}", "6"], [0.5, 5, 5, 6]) == [1.0, 1.0, 0.0, 0.0]
     for name in ("gsm8k", "boxed", "math_verify"):
         (check,) = answer_checks([RewardConfig(name)])
         check("7")
@@ -125,16 +125,26 @@ def test_a_pattern_has_to_fit_the_whole_text() -> None:
 def test_lengths_and_repetition() -> None:
     lengths = [[0] * n for n in (0, 8, 10, 14, 30)]
     assert LengthReward(target=10, tolerance=4)(lengths) == [0.0, 0.5, 1.0, 0.0, 0.0]
+    assert LengthReward(target=0, tolerance=1)(lengths) == [1.0, 0.0, 0.0, 0.0, 0.0]
     assert OverlongReward(max_length=20, buffer=10)([[0] * n for n in (5, 10, 15, 20, 25)]) == [0, 0, -0.5, -1, -1]
+    assert OverlongReward(max_length=4, buffer=1)([[0] * n for n in (3, 4)]) == [0, -1]
+    assert OverlongReward(max_length=4, buffer=4)([[0]]) == [-0.25]
     repeat = RepetitionReward(ngram=2)
     assert repeat(["a b c", "a", "A b a B a b"], [[]] * 3) == [0.0, 0.0, pytest.approx(-3 / 5)]
     assert RepetitionReward(1, 2.0, "tokens")([""], [[7, 7, 7, 7]]) == [-1.5]
-    with pytest.raises(ValueError, match="target 1 and tolerance 0 given, expected at least 0 and 1 tokens"):
-        LengthReward(1, 0)
-    with pytest.raises(ValueError, match="buffer 6 and max_length 5 given, expected 0 < buffer <= max_length"):
-        OverlongReward(5, 6)
-    with pytest.raises(ValueError, match=r"ngram 0 and max_penalty 1\.0 given, expected at least 1 and 0"):
-        RepetitionReward(0)
+    assert RepetitionReward()(["a b a b a b", "a b c"], [[]] * 2) == [-0.5, 0.0], "two of four groups of three are new"
+    assert RepetitionReward(1, 0)(["a a"], [[]]) == [0.0]
+    for target, tolerance in ((1, 0), (-1, 1)):
+        with pytest.raises(ValueError, match=f"target {target} and tolerance {tolerance} given, expected at least 0 a"):
+            LengthReward(target, tolerance)
+    for max_length, buffer in ((5, 6), (5, 0)):
+        with pytest.raises(ValueError, match=f"buffer {buffer} and max_length 5 given, expected 0 < buffer <= max_le"):
+            OverlongReward(max_length, buffer)
+    for ngram, max_penalty in ((0, 1.0), (1, -0.5)):
+        with pytest.raises(ValueError, match=f"ngram {ngram} and max_penalty {max_penalty} given, expected at least 1"):
+            RepetitionReward(ngram, max_penalty)
+    with pytest.raises(ValueError, match="over: 'letters' given, expected words or tokens"):
+        RepetitionReward(over="letters")  # type: ignore[arg-type]
 
 
 def test_every_built_in_reward_says_what_counts() -> None:

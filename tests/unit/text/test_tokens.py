@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 
 import pytest
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
-from grpo_dist.text.tokens import CompletionTexts
+from grpo_dist.text.tokens import CompletionTexts, _bytes_of, begun_once, tokens_around
 
 SPECIAL = ("<|begin|>", "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>", "<tool_call>")
 
@@ -69,5 +69,27 @@ def test_pieces_are_the_texts_of_tokens(tokenizer: PreTrainedTokenizerFast) -> N
     first = pieces.index("𝄞")
     assert pieces[first : first + 5] == ["𝄞", "", "", "", " "] and pieces[-2:] == ["<tool_call>", "<|endoftext|>"]
     assert texts.pieces(ids[: first + 2])[-2:] == ["\ufffd", ""]
+    assert texts.pieces(ids[first : first + 2] + ids[:1]) == ["\ufffd", "", "s"]
     assert texts.pieces([ids[first]] * 6 + ids[-1:])[-1] == "<|endoftext|>"
     assert texts.pieces([]) == []
+
+
+def test_the_bytes_that_vocabularies_write() -> None:
+    """As those of GPT-2 and of SentencePiece do; every byte that UTF-8 has is in the text."""
+    text = "".join(map(chr, [*range(0x800), *range(0x800, 0xD800, 0x400), *range(0xE000, 0x110000, 0x1000)]))
+    ((written, _),) = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False).pre_tokenize_str(text)
+    assert len({*text.encode()}) == 256 - 13 and _bytes_of(written) == text.encode()
+    assert _bytes_of("<0x0A>") == b"\n" and _bytes_of("\u2581n") == "\u2581n".encode()
+
+
+def test_what_a_tokenizer_puts_around_a_text(tokenizer: PreTrainedTokenizerFast) -> None:
+    begin, end = tokenizer.bos_token_id, tokenizer.eos_token_id
+    assert tokens_around(tokenizer) == ([], [])
+    framing = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    framing.post_processor = processors.TemplateProcessing(
+        single="<|begin|> <|begin|> $A <|endoftext|>", special_tokens=[("<|begin|>", begin), ("<|endoftext|>", end)]
+    )
+    around = PreTrainedTokenizerFast(tokenizer_object=framing, bos_token="<|begin|>", eos_token="<|endoftext|>")
+    assert tokens_around(around) == ([begin, begin], [end])
+    assert begun_once([begin, begin, 5], [begin]) == [begin, 5] == begun_once([begin, 5], [begin])
+    assert begun_once([begin, 5], [begin, begin]) == [begin, 5] and begun_once([5, 5], []) == [5, 5]
