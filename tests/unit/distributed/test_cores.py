@@ -25,6 +25,7 @@ def write(files: dict[str, str], root: Path) -> None:
     [
         ("0::/a/b\n", {"a/b/cpu.max": "max 100000\n", "a/cpu.max": "150000 100000\n"}, 1.5),
         ("0::/a/b\n", {"a/b/cpu.max": "50000 100000\n", "a/cpu.max": "150000 100000\n"}, 0.5),
+        ("0::/a:b\n", {"a:b/cpu.max": "50000 100000\n"}, 0.5),
         ("0::/of/the/host\n", {"cpu.max": "200000 100000\n"}, 2.0),
         ("0::/\n", {"cpu.max": "max 100000\n"}, math.inf),
         ("0::/\n", {}, math.inf),
@@ -50,6 +51,16 @@ def test_quotas(membership: str | None, files: dict[str, str], expected: float, 
 def test_cores(quota: float, expected: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cores, "quota_cores", lambda: quota)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2}, raising=False)
+    assert num_cores() == expected
+
+
+@pytest.mark.parametrize(("count", "expected"), [(4, 4), (None, 1)])
+def test_cores_of_a_system_that_pins_no_process(
+    count: int | None, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cores, "quota_cores", lambda: math.inf)
+    monkeypatch.delattr(os, "sched_getaffinity", raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: count)
     assert num_cores() == expected
 
 

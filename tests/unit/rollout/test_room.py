@@ -19,7 +19,7 @@ from grpo_dist.model import attention
 from grpo_dist.rollout import NativeDecoder, Request, Sampling, decode_all, room
 from grpo_dist.rollout.native import engine as native
 from grpo_dist.rollout.native.steps import prefill
-from grpo_dist.rollout.room import ON_CPU, RESERVE, WithinMemory, bytes_of, cache_width, fitting
+from grpo_dist.rollout.room import ON_CPU, PAGE, RESERVE, WithinMemory, bytes_of, cache_width, fitting, pages_of
 from grpo_dist.types import Trajectory
 
 NEW_TOKENS, GIB = 8, 2**30
@@ -31,6 +31,10 @@ REQUESTS = [Request(slot, sample, [4 + slot, 9, 11], stream_key(3, "train/0", sl
             for slot in range(4) for sample in range(3)]  # fmt: skip
 NEEDED = 4 * 3 + 12 * NEW_TOKENS
 """Tokens of all requests at full length."""
+
+
+def test_tokens_have_whole_pages() -> None:
+    assert [pages_of(tokens) for tokens in (0, 1, PAGE, PAGE + 1, 3 * PAGE)] == [0, 1, 1, 2, 3]
 
 
 @pytest.fixture(scope="module")

@@ -86,6 +86,7 @@ def test_the_automaton_finds_what_decoding_finds(strings: list[str], ids: list[i
         return  # broken characters, whose replacement has another length
     stop = stop_strings(strings, PIECES)
     assert stop.first(ids, begin) == naive_end(ids, PIECES, strings, begin)
+    assert stop.first(ids) == naive_end(ids, PIECES, strings, 0)
     matching = Matching(stop, torch.device("cpu"))
     matching.grow(2)
     hits = [bool(matching.step(torch.tensor([number]), torch.tensor([1]))) for number in ids]
