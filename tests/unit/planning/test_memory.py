@@ -7,7 +7,16 @@ from typing import Any
 
 import pytest
 
-from grpo_dist.planning.memory import Flight, MemoryInputs, ModelCounts, Part, Passes, memory_per_rank, peaks
+from grpo_dist.planning.memory import (
+    Flight,
+    MemoryInputs,
+    ModelCounts,
+    Part,
+    Passes,
+    memory_per_rank,
+    peaks,
+    slots_held,
+)
 
 COUNTS = ModelCounts(parameters=1_000_003, adapters=50_001, adapted=800_000, grouped=700_000, joined=200_000,
                      persistent=4_003, num_layers=3, layer=290_000, cache_width=128, query_heads=8,
@@ -72,7 +81,35 @@ def test_every_part_where_all_weights_are_trained(strategy: Any) -> None:
 
 
 def test_one_rank_has_no_buckets() -> None:
-    assert "DDP gradient buckets" not in named(replace(INPUTS, num_ranks=1))
+    buckets = [named(replace(INPUTS, num_ranks=number)).get("DDP gradient buckets") for number in (1, 2)]
+    assert buckets == [None, 4 * 50_001]
+
+
+def test_adapters_that_are_cast_take_their_own_bytes() -> None:
+    cast = {strategy: named(replace(INPUTS, strategy=strategy, trained_bytes=2)) for strategy in ("ZeRO-2", "FSDP2")}
+    zero2, fsdp2 = cast["ZeRO-2"], cast["FSDP2"]
+    assert zero2["adapters"] == zero2["gradients"] == zero2["gradient bucket"] == 2 * 50_001
+    assert zero2["stepped gradients"] == (2 + 4) * 16_667 and zero2["optimizer"] == (8 + 4) * 16_667
+    assert fsdp2["adapters"] == fsdp2["gradients"] == fsdp2["stepped gradients"] == 4 * 16_667, "stored in float32"
+    assert fsdp2["gradients of a unit"] == (2 + 4) * 16_667
+
+
+def test_sharded_sizes_are_rounded_up() -> None:
+    of_four = named(replace(INPUTS, strategy="FSDP2", num_ranks=4))
+    assert (of_four["frozen weights"], of_four["adapters"]) == (2 * 250_001, 4 * 12_501)
+
+
+def test_a_model_of_one_layer_is_gathered_whole() -> None:
+    one = named(replace(INPUTS, counts=replace(COUNTS, num_layers=1), strategy="FSDP2"))
+    assert one["gathered weights"] == 2 * (1_000_003 + 50_001) and one["gradients of a unit"] == 8 * 50_001
+
+
+def test_slots_grow_by_a_half_until_there_is_one_to_spare() -> None:
+    """64, 128, 192, 288, 432, ...: a sequence that ends there needs no more, any other has one more than it needs."""
+    held = {longest: slots_held(0, longest, 64) for longest in (0, 1, 63, 64, 65, 128, 129, 192, 256, 288, 432, 433)}
+    assert held == {0: 0, 1: 2, 63: 64, 64: 64, 65: 66, 128: 128, 129: 130, 192: 192, 256: 257, 288: 288, 432: 432,
+                    433: 434}  # fmt: skip
+    assert (slots_held(50, 64, 64), slots_held(50, 65, 64), slots_held(50, 0, 64)) == (114, 116, 50)
 
 
 def test_deepspeed_bounds_what_it_gathers_and_reduces_at_once() -> None:
@@ -89,6 +126,9 @@ def test_the_reference_gathers_a_base_that_has_no_copy() -> None:
     assert gathered == [Part("gathered weights", 2 * 996_000, phase) for phase in ("update", "reference")]
     without = replace(shared, passes=replace(INPUTS.passes, reference=0))
     assert [part.phase for part in memory_per_rank(without) if part.name == "gathered weights"] == ["update"]
+    for strategy, elements in (("ZeRO-3", 996_000), ("FSDP2", 1_000_003)):
+        parts = memory_per_rank(replace(shared, strategy=strategy))
+        assert Part("gathered policy", 2 * elements, "rollout") in parts, "rollouts decode from it"
 
 
 def test_a_quantised_base() -> None:

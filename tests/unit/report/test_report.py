@@ -92,7 +92,7 @@ def test_after_a_kill_each_step_is_there_once(tmp_path: Path) -> None:
     (run / "metrics.jsonl").write_text("".join(lines[:6] + lines[4:6]) + '{"step": 6, "rew')
     result = read_run(run)
     assert [line["step"] for line in result.lines] == list(range(6))
-    assert list(result.files) == list(range(1, 6))
+    assert list(result.files) == list(range(1, 6)) and result.config["train.num_train_steps"] == 8
     assert {row[FIELDS.index("step")] for row in read_completions(result, 10**6).rows} == set(range(1, 6))
 
 
@@ -109,6 +109,26 @@ def test_a_sample_keeps_to_its_size_and_meets_prompts_again(tmp_path: Path) -> N
     assert len(by_step) == 12 and len(set.union(*by_step.values())) < sum(map(len, by_step.values())) / 2
     for row in everything.rows:
         assert row[FIELDS.index("cut_from")] in (0, 30_000, 10**5, len(texts[2]))
+
+
+def test_what_is_read_of_each_step(tmp_path: Path) -> None:
+    read = read_completions(read_run(write_run(tmp_path / "run", num_steps=3)), 10**6)
+    assert read.steps == [1, 2, 3] and read.lengths == [[3, 4, 5, 6] * 2] * 3
+    assert read.answers == [{"0": 4, "1": 4}] * 3 and read.agreement == [1.0] * 3
+    scored = [[[0.0 if math.isnan(reward) else 1 + reward for reward in rewards] for rewards in read.rewards]]
+    assert scored == [[[2.0, 0.0, 1.0, 1.0] * 2, [2.0, 0.0, 2.0, 1.0] * 2, [2.0, 0.0, 2.0, 2.0] * 2]]
+    (tmp_path / "run" / "config.yaml").unlink()
+    assert read_run(tmp_path / "run").config == {}
+
+
+def test_prompts_take_of_the_sample_s_bytes(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", num_steps=1, num_groups=9)
+    path = run / "completions" / "step_000001.parquet"
+    table = pq.ParquetFile(path).read().to_pydict()
+    pq.write_table(pa.table(table | {"prompt": [prompt * 100 for prompt in table["prompt"]]}), path)
+    some = read_completions(read_run(run), 5_000)
+    assert len(encoded([some.rows, some.prompts]).encode()) <= 5_000 + 3 and 2 <= len(some.prompts) <= 5
+    assert len(some.rows) == 4 * len(some.prompts)
 
 
 def test_the_page_is_one_file_that_loads_nothing(tmp_path: Path) -> None:
