@@ -53,7 +53,7 @@ def test_orders_are_fixed_and_differ() -> None:
 PARTS = st.lists(st.tuples(st.integers(1, 9), st.integers(1, 60)), min_size=1, max_size=6)
 
 
-@settings(max_examples=10)  # of two thousand prompts each
+@settings(max_examples=6)  # of two thousand prompts each
 @given(PARTS, st.integers(1, 500), st.integers(0, 99))
 def test_each_thousand_of_a_mixture_has_its_shares(parts: list[tuple[int, int]], batch_size: int, seed: int) -> None:
     """Each part comes in the order that a sampler of its own would have; the parts, in one order for each thousand."""
