@@ -56,6 +56,9 @@ MODULES = {
     "rollout/replay": ["replay"],
     "rollout/native/routes": ["replay"],
     "model/expert_adapters": ["expert_adapters"],
+    "planning/memory": ["memory"],
+    "planning/advice": ["advice"],
+    "trainer/first_update": ["first_update"],
 }
 """Modules of the package, and the files `test_NAME.py` of tests/unit that say what they do."""
 ROUTES_ROOM = "self.drawn = nothing.new_zeros((0, most + 1, *self.routers.shape))  # (N, most + 1, R, K)"
@@ -171,6 +174,9 @@ EQUIVALENT = {
         "new = (seen[:, 2] > 0) & self.trace[:, 0].isnan(): 0 -> 1",
         "return step | ({agreement",
     ],
+    # what others subtract, and count by; what is read only where it was given
+    "planning/memory": ["RESERVE =", "PERSISTENCE_THRESHOLD =", "scale_bytes: int =", "prefilled: int ="],
+    "planning/advice": ["for _ in range(16):"],  # more than there are changes
     # how much is shown, and how wide; any number below 0; of equal rewards two completions already come in order
     "monitoring/contrast": [
         "_PROMPT_CHARACTERS =",
