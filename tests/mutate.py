@@ -88,14 +88,18 @@ EQUIVALENT = {
         "return stds > 1e-12 * means.abs().clamp(min=1): 1 -> 2",
         "if discount == 1 and values.count_nonzero() == last.count_nonzero():: 1 -> 2",
     ],
-    # how much is computed at once; the lines of a GPU, which tests/gpu runs; the two are None together; of the ones, as
-    # many are taken as there are targets
+    # how much is computed at once; the lines of a GPU, which tests/gpu runs; torch gives the same; a chunk is
+    # dropped afterwards, and who keeps it says so; the two are None together; of the ones, as many are taken as there
+    # are targets
     "model/logprobs": [
         "CHUNK_ELEMENTS =",
         "if hidden.is_cuda and",
         "return logits if bias is None else",
         "if logits.is_cuda and",
         "return score_rows(",
+        "if pack_kernels.fits(logits, multiple=1):",
+        "logits: Tensor, targets: Tensor, temperature: float, slope_dtype:",
+        "return *pack_kernels.score_rows(logits, targets.contiguous(), temperature, slopes=False), None",
         "direction is not None and slopes is not None -> direction is not None or slopes is not None",
         "slopes = probs.neg_().scatter_add_(",
         "-1 -> 1",
@@ -158,7 +162,12 @@ EQUIVALENT = {
     ],
     # set before they are read
     "rollout/episodes": ["is_open: bool =", "asked_at: float ="],
-    "types": ["number = torch.full(", "numbers, order = "],  # any number below 0; sorting on a CPU is stable anyway
+    # any number below 0; sorting on a CPU is stable anyway; of the zeros behind the last, the first is taken
+    "types": [
+        "number = torch.full(",
+        "numbers, order = ",
+        "return torch.cat([self.advantages, self.advantages.new_zeros(1)])[first]: 1 -> 2",
+    ],
     "rollout/sampling": [
         "UNITS =",
         "BLOCK = 128",

@@ -43,6 +43,14 @@ def gradients(function: object, tensors: list[Tensor | None], targets: Tensor, t
     return list(torch.autograd.grad(values, [leaves[n] for n in chosen], incoming))  # type: ignore[misc]
 
 
+@pytest.fixture(params=[True, False], ids=["compiled", "torch"])
+def head(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows scored in C++, where there is a compiler, and by torch, as elsewhere."""
+    if not request.param:
+        monkeypatch.setattr(module.pack_kernels, "fits", lambda *_, **__: False)
+
+
+@pytest.mark.usefixtures("head")
 @pytest.mark.parametrize("chunk_elements", [1, 3 * V, 1 << 24])
 @pytest.mark.parametrize("with_bias", [False, True])
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
@@ -177,6 +185,7 @@ def test_bfloat16_is_close_and_keeps_its_dtype(chosen: list[int]) -> None:
         assert float((value - expected_value).norm() / expected_value.norm()) < 0.03
 
 
+@pytest.mark.usefixtures("head")
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 def test_whole_logits_give_the_same(temperature: float) -> None:
     hidden, weight, bias, targets = inputs()
@@ -187,5 +196,8 @@ def test_whole_logits_give_the_same(temperature: float) -> None:
     assert values.requires_grad and not entropies.requires_grad
     assert logits_logprobs(logits, targets, temperature, entropy_gradient=True)[1].requires_grad
     (gradient,) = torch.autograd.grad(values.sum(), logits)
+    with torch.no_grad():
+        assert torch.equal(logits_logprobs(logits, targets, temperature)[0], values)
+    assert torch.equal(logits, torch.nn.functional.linear(hidden, weight, bias)), "they are the caller's"
     slope = (torch.nn.functional.one_hot(targets, V) - torch.softmax(logits / temperature, -1)) / temperature
     assert torch.allclose(gradient, slope, atol=1e-6)
