@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -29,7 +30,7 @@ def test_weights_are_the_same_and_one_behind_another() -> None:
     assert model.lm_head.weight is model.model.embed_tokens.weight
     assert model.model.norm.weight.data_ptr() == norm, "of another dtype"
     places = [(each.data_ptr(), each.nbytes) for each in model.parameters() if each.dtype == torch.bfloat16]
-    for (place, num_bytes), (following, _) in zip(places, places[1:], strict=False):
+    for (place, num_bytes), (following, _) in pairwise(places):
         assert following == place + -(-num_bytes // CACHE_LINE) * CACHE_LINE
 
 
