@@ -292,8 +292,10 @@ def test_what_is_drawn_of_a_row_depends_on_it_alone() -> None:
         assert (token, logprob) == (tokens[n], logprobs[n])
 
 
-@pytest.mark.parametrize("sampling", [Sampling(top_p=0.5), Sampling(top_k=3), Sampling(min_p=0.1), Sampling(greedy=True),
-                                      Sampling(banned=(4,)), Sampling(min_new_tokens=5)])  # fmt: skip
+@pytest.mark.parametrize("sampling", [
+    Sampling(top_p=0.5), Sampling(top_k=3), Sampling(min_p=0.1), Sampling(greedy=True), Sampling(banned=(4,)),
+    Sampling(min_new_tokens=5),
+])  # fmt: skip
 def test_tokens_that_may_not_be_drawn_are_not(sampling: Sampling) -> None:
     g = torch.Generator().manual_seed(0)
     logits, keys = torch.randn(500, 20, generator=g), torch.arange(500)
