@@ -69,6 +69,7 @@ from .rollout.sampling import sampling_with
 from .rollout.vllm.policy import ServedRun
 from .rollout.vllm.start import make_vllm_engine
 from .text.files import write_file
+from .text.output import printing_results
 from .text.plain import plain_lines, write_lines
 from .text.templates import today, uses_date
 from .text.tokens import CompletionTexts
@@ -300,7 +301,8 @@ def evaluate(options: argparse.Namespace, config: Config) -> int:
         let_first_rank_answer("RANK")
     elif is_main:
         try:
-            report(rows, options.n, options.compare, options.output, options.category)
+            with printing_results():
+                report(rows, options.n, options.compare, options.output, options.category)
         except (ValueError, OSError) as error:
             write_lines(plain_lines(f"error: {error}"), sys.stderr)
             return 1

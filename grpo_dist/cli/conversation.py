@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
-from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
@@ -26,6 +25,7 @@ from ..model.peft import PeftModel
 from ..model.policy import Policy
 from ..rollout.sampling import sampling_with
 from ..text.plain import plain_lines
+from ..text.result_console import ResultConsole
 from ..text.tokens import CompletionTexts
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ class Conversation:
         if temperature > 0:
             self.generation |= {"temperature": temperature, "top_p": rollout.top_p, "top_k": rollout.top_k,
                                 "min_p": rollout.min_p}  # fmt: skip
-        self.console = Console()
+        self.console = ResultConsole()
 
     def answer(self, prompt: str) -> None:
         """Print both answers: side by side as they grow on a terminal, else one after the other."""

@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
-from rich.console import Console
 from rich.text import Text
 from torch import Tensor, nn
 
@@ -22,6 +21,7 @@ from ..rollout import LoadedModel, LocalEngine, Request, RowDecoder, awake
 from ..rollout.playing import by_environment, episodes_of, for_prompts, open_host, templated
 from ..rollout.sampling import sampling_with
 from ..text.plain import plain_lines
+from ..text.result_console import ResultConsole
 from ..text.tokens import CompletionTexts
 from ..types import Prompt, Trajectory
 from .conversation import Voice, voices
@@ -64,7 +64,7 @@ class EpisodeChat:
         episodes = episodes_of(self.config, self.host, tokenizer, self.ends)
         assert self.host is not None and episodes is not None, "the run has an environment"
         self.episodes, self.texts_of = episodes, CompletionTexts(tokenizer, self.ends)
-        self.console = Console()
+        self.console = ResultConsole()
 
     def close(self) -> None:
         """End the processes of the environment."""

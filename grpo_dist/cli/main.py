@@ -17,7 +17,8 @@ from typing import NoReturn
 from ..config.checks import did_you_mean
 from ..config.own_options import OwnOptions
 from ..config.shipped import shipped
-from ..distributed.process import NO_READER, end, open_streams, reader_is_gone
+from ..distributed.process import end, open_streams
+from ..text.output import NO_READER, reader_is_gone
 from ..text.plain import plain_lines
 
 VERBS = {

@@ -17,13 +17,12 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from rich.console import Console
-
 from ..config.parse import parse_config
 from ..distributed.process import imports
 from ..planning.memory import RESERVE, SHARDS_WEIGHTS, STRATEGIES, Phase, Strategy, peaks
 from ..planning.tables import readable, table_of
 from ..text.plain import write_stage
+from ..text.result_console import ResultConsole
 
 if TYPE_CHECKING:
     from ..planning.predict import Predictor
@@ -54,7 +53,7 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
     config = with_adapter(config)
     most_bytes = None if limit is None else int(limit * (1 - RESERVE))
     predictor = Predictor(config, load_model_config(config.model), options.device, most_bytes)
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
+    console = ResultConsole(highlight=False, width=None if sys.stdout.isatty() else 120)
     _print_steps(console, predictor, ranks)
     _print_parts(console, predictor, ranks[-1])
     unfit = _print_peaks(console, predictor, ranks, limit)
@@ -80,7 +79,7 @@ def parse_size(text: str) -> int:
     return int(float(match[1]) * UNITS[match[2].upper()])
 
 
-def _print_steps(console: Console, predictor: Predictor, ranks: list[int]) -> None:
+def _print_steps(console: ResultConsole, predictor: Predictor, ranks: list[int]) -> None:
     from ..planning.predict import batch_arithmetic
 
     config = predictor.config
@@ -102,7 +101,7 @@ def _print_steps(console: Console, predictor: Predictor, ranks: list[int]) -> No
     console.print(table)
 
 
-def _print_parts(console: Console, predictor: Predictor, num_ranks: int) -> None:
+def _print_parts(console: ResultConsole, predictor: Predictor, num_ranks: int) -> None:
     """Print every part for each strategy, and the peak of each phase."""
     by_strategy = {}
     for strategy in _strategies(predictor):
@@ -127,7 +126,7 @@ def _strategies(predictor: Predictor) -> list[Strategy]:
     return [each for each in STRATEGIES if each not in SHARDS_WEIGHTS or predictor.quantization is None]
 
 
-def _print_peaks(console: Console, predictor: Predictor, ranks: list[int], limit: int | None) -> list[int]:
+def _print_peaks(console: ResultConsole, predictor: Predictor, ranks: list[int], limit: int | None) -> list[int]:
     """Print the largest peak by ranks and strategy. Returns the numbers of ranks for which no strategy fits."""
     from ..planning.advice import largest_peak
 
@@ -150,7 +149,7 @@ def _print_peaks(console: Console, predictor: Predictor, ranks: list[int], limit
     return unfit
 
 
-def _print_advice(console: Console, predictor: Predictor, num_ranks: int, most_bytes: int) -> None:
+def _print_advice(console: ResultConsole, predictor: Predictor, num_ranks: int, most_bytes: int) -> None:
     from ..planning.advice import make_fit
 
     write_stage(f"looking for options with which {num_ranks} rank(s) fit")

@@ -19,7 +19,6 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from rich import box
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -31,6 +30,7 @@ from ..report.categories import by_category, categories, category_table
 from ..rewards.pool.pool import ScorerPool
 from ..rewards.scores import Item, Scores, combine, right_above, to_items
 from ..text.plain import plain, plain_lines
+from ..text.result_console import ResultConsole
 
 if TYPE_CHECKING:
     from ..types import Prompt
@@ -117,7 +117,7 @@ def print_scores(config: Config, items: Sequence[Item], scores: Scores) -> None:
         prompt = item.prompt if isinstance(item.prompt, str) else item.prompt[-1]["content"]
         texts = (plain(text, _SHOWN_CHARACTERS) for text in (prompt, item.completion))
         table.add_row(*map(Text, (*texts, *cells, _number(total, "unscored"))))
-    console = Console()
+    console = ResultConsole()
     console.print(table)
     lines = [f"{name}: {seconds:.2f} s" for name, seconds in zip(scores.names, scores.seconds, strict=True)]
     lines += [f"{name}: {total / count:.4g}" for name, (total, count) in scores.metrics.items()]
@@ -142,7 +142,7 @@ def print_categories(config: Config, column: str, names: Sequence[str], prompts:
     places = list(of_prompt.values())
     rewards = [[None if math.isnan(totals[n]) else totals[n] for n in each] for each in places]
     right = [[totals[n] > least for n in each] for each in places]
-    Console().print(category_table(column, by_category([names[each[0]] for each in places], rewards, right)))
+    ResultConsole().print(category_table(column, by_category([names[each[0]] for each in places], rewards, right)))
 
 
 def _number(value: float, absent: str) -> str:

@@ -9,6 +9,7 @@ from argparse import ArgumentError
 from dataclasses import asdict, fields, is_dataclass
 from typing import Any
 
+from ..text.output import printing_results
 from ..text.plain import plain_lines, write_lines
 from .files import as_yaml
 from .mistakes import mistakes_of_files, mistakes_of_values, read_options, with_files_first
@@ -40,7 +41,8 @@ def parse_config(arguments: list[str] | None = None) -> Config:
         else:
             if PRINT_CONFIG not in words:
                 return config
-            sys.stdout.write(as_yaml(asdict(config)))
+            with printing_results():
+                sys.stdout.write(as_yaml(asdict(config)))
             sys.exit(0)
     problems = read_options(words).problems or problems
     let_first_rank_answer()

@@ -8,15 +8,13 @@ import contextlib
 import gc
 import io
 import os
-import select
 import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from typing import NoReturn
 
-NO_READER = 141
-"""Exit status of a program whose output nobody reads any more: a shell's for SIGPIPE."""
+from ..text.output import NO_READER, reader_is_gone
 
 
 def begin() -> None:
@@ -80,16 +78,6 @@ def _keep_imports() -> None:
     gc.freeze()
     atexit.register(gc.unfreeze)  # where Python itself ends the process, Triton reports what is frozen as leaks
     gc.enable()
-
-
-def reader_is_gone() -> bool:
-    """Whether nobody reads what is printed any more, as in `… | head -1`."""
-    try:
-        output = select.poll()
-        output.register(sys.stdout, 0)
-        return any(events & (select.POLLERR | select.POLLHUP) for _, events in output.poll(0))
-    except (AttributeError, OSError, ValueError):  # Windows; there is no such output, or it is closed
-        return False
 
 
 def end(status: int) -> NoReturn:

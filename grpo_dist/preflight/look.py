@@ -9,7 +9,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.text import Text
 
 from ..config.mistakes import Options, read_options
@@ -18,7 +17,9 @@ from ..config.schema import LoraConfig
 from ..config.values import flat, redacted
 from ..distributed.launch_config import require_known_launch, require_optimizer
 from ..distributed.process import imports
+from ..text.output import printing_results
 from ..text.plain import plain, write_stage
+from ..text.result_console import ResultConsole
 from .early import require_possible
 from .findings import Findings
 
@@ -30,16 +31,16 @@ def dry_run(words: Sequence[str]) -> int:
     if not is_first_rank("LOCAL_RANK"):
         return 0
     is_main = is_first_rank()
-    return check(
-        read_options(words), int(os.environ.get("WORLD_SIZE", "1")), heading="" if is_main else socket.gethostname()
-    )
+    options, num_ranks = read_options(words), int(os.environ.get("WORLD_SIZE", "1"))
+    with printing_results():
+        return check(options, num_ranks, heading="" if is_main else socket.gethostname())
 
 
 def check(options: Options, num_ranks: int | None, heading: str = "", with_defaults: bool = False) -> int:
     """Check the options of a training and print the result, the problems at the end. With a `heading`, print only
     remarks and problems."""
     findings = Findings(options.problems)
-    console = Console(highlight=False, soft_wrap=True)
+    console = ResultConsole(highlight=False, soft_wrap=True)
     of_options = len(findings.problems)
     with findings.attempt():
         require_possible(options.config, os.environ, num_ranks)
@@ -106,7 +107,7 @@ def _look(
     trackers.check_trackers(config.logging.trackers, findings)
 
 
-def _print_config(console: Console, options: Options, with_defaults: bool) -> None:
+def _print_config(console: ResultConsole, options: Options, with_defaults: bool) -> None:
     """Print the options that are given, with their values and sources, and `with_defaults` all others too."""
     values = flat(redacted(asdict(options.config)))
     sources = {key: given.source for key, given in options.given.items()}
@@ -140,7 +141,7 @@ def _yaml(value: Any) -> str:
     return words[value] if value is None or isinstance(value, bool) else str(value)
 
 
-def _print_block(console: Console, title: str, lines: Sequence[str], style: str = "") -> None:
+def _print_block(console: ResultConsole, title: str, lines: Sequence[str], style: str = "") -> None:
     console.print(Text(f"\n{title}", style=f"bold {style}".strip()))
     for line in lines:
         console.print(Text(f"  {plain(line, _SHOWN_CHARACTERS)}", style=style))

@@ -8,12 +8,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from ..algorithm.estimates import Comparison, Estimate, compare, estimate, majority_at_k, pass_at_k
 from ..config.places import writing_to
 from ..text.files import write_file
+from ..text.result_console import ResultConsole
 from .categories import by_category, category_table, in_order
 
 Rows = list[dict[str, Any]]
@@ -102,21 +102,24 @@ def report(rows: Rows, num_samples: int, other: Path | None, directory: Path, ca
     groups = {"all": rows} | {name: [row for row in rows if row["category"] == name] for name in in_order(names)}
     tables = {name: summarise(part, num_samples) for name, part in groups.items()}
     summary: dict[str, Any] = {name: {key: asdict(each) for key, each in part.items()} for name, part in tables.items()}
-    console = Console()
-    console.print(_table(f"{len(rows)} prompts, {num_samples} samples each", tables["all"]), markup=False)
-    if category:
-        results = by_category(names, [row["rewards"] for row in rows], [row["right"] for row in rows])
-        console.print(category_table(category, results))
-    console.print("mean@, pass@ and maj@ count a sample as right if its reward is above half of the sum of positive "
-                  "weights", soft_wrap=True)  # fmt: skip
-    if other is not None:
-        result = compare_rows(samples(other), rows)
-        summary["comparison"] = asdict(result)
-        at = result.difference
-        console.print(f"mean@n against {other}: {at.value:+.4f} [{at.low:+.4f}, {at.high:+.4f}] over "
-                      f"{result.num_prompts} common prompts of which all samples are scored, p = {result.p_value:.4g}",
-                      markup=False, soft_wrap=True)  # fmt: skip
-    with writing_to(directory, "--output"):
-        write_file(directory / "summary.json", json.dumps(summary, indent=1))
+    comparison = None if other is None else compare_rows(samples(other), rows)
+    if comparison is not None:
+        summary["comparison"] = asdict(comparison)
+    console = ResultConsole()
+    try:  # what was measured is printed where it cannot be written, and written where nobody reads what is printed
+        console.print(_table(f"{len(rows)} prompts, {num_samples} samples each", tables["all"]), markup=False)
+        if category:
+            results = by_category(names, [row["rewards"] for row in rows], [row["right"] for row in rows])
+            console.print(category_table(category, results))
+        console.print("mean@, pass@ and maj@ count a sample as right if its reward is above half of the sum of "
+                      "positive weights", soft_wrap=True)  # fmt: skip
+        if comparison is not None:
+            at = comparison.difference
+            console.print(f"mean@n against {other}: {at.value:+.4f} [{at.low:+.4f}, {at.high:+.4f}] over "
+                          f"{comparison.num_prompts} common prompts of which all samples are scored, "
+                          f"p = {comparison.p_value:.4g}", markup=False, soft_wrap=True)  # fmt: skip
+    finally:
+        with writing_to(directory, "--output"):
+            write_file(directory / "summary.json", json.dumps(summary, indent=1))
     console.print(f"samples: {directory}/samples_*.jsonl, this table: {directory / 'summary.json'}", markup=False,
                   soft_wrap=True)  # fmt: skip

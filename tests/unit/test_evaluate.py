@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -95,9 +97,23 @@ def test_damaged_files_of_an_evaluation_are_named(name: str, text: str, tmp_path
             begun(tmp_path, output="second", compared="first")
 
 
+RESULT = {**REST, "rewards": [1.0], "right": [True], "finished": [True], "tokens": [3], "answers": None}
+
+
 def test_a_table_that_cannot_be_written_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "summary.json").mkdir()
-    row = {**REST, "rewards": [1.0], "right": [True], "finished": [True], "tokens": [3], "answers": None}
     with pytest.raises(UnwritableOutput, match=r"--output: a file in .* cannot be written .*summary.json'"):
-        report([row], 1, None, tmp_path)
+        report([RESULT], 1, None, tmp_path)
     assert "pass@1" in capsys.readouterr().out, "what was measured is seen all the same"
+
+
+def test_a_table_that_nobody_reads_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in `grpo-dist evaluate … | head -1`, after hours of samples."""
+    read, write = os.pipe()
+    os.close(read)
+    monkeypatch.setattr(sys, "stdout", os.fdopen(write, "w", buffering=1))
+    with pytest.raises(BrokenPipeError):
+        report([RESULT], 1, None, tmp_path)
+    with contextlib.suppress(BrokenPipeError):
+        sys.stdout.close()
+    assert "pass@1" in (tmp_path / "summary.json").read_text()

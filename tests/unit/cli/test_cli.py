@@ -135,11 +135,26 @@ def test_mistakes_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().err == "error: -n: 0 given, expected at least 1\n"
 
 
-def test_a_reader_that_leaves_ends_a_verb_in_silence() -> None:
+QUICKSTART = ("--config", "configs/quickstart.yaml")
+
+
+@pytest.mark.parametrize("words", [
+    ("grpo_dist", "completion", "bash"),
+    ("grpo_dist", "score", "-n", "2", *QUICKSTART),
+    ("grpo_dist.train", "--print_config", *QUICKSTART),
+    ("grpo_dist.train", "--dry_run", *QUICKSTART),
+], ids=lambda words: " ".join(words[:2]))  # fmt: skip
+def test_a_reader_that_leaves_ends_a_command_in_silence(words: tuple[str, ...]) -> None:
     """As in `grpo-dist completion bash | head -1`: with the exit status of a shell for SIGPIPE."""
     read, write = os.pipe()
     os.close(read)
-    words = [sys.executable, "-m", "grpo_dist", "completion", "bash"]
-    done = subprocess.run(words, stdout=write, stderr=subprocess.PIPE, check=False)
+    done = subprocess.run([sys.executable, "-m", *words], stdout=write, stderr=subprocess.PIPE, cwd=ROOT, check=False)
     os.close(write)
-    assert (done.returncode, done.stderr) == (141, b"")
+    stages = [line for line in done.stderr.decode().splitlines() if not line.endswith(" …")]
+    assert (done.returncode, stages) == (141, [])
+
+
+def test_results_are_printed_by_the_console_that_lets_a_reader_leave() -> None:
+    """rich's own ends a program with status 1."""
+    named = [path.name for path in (ROOT / "grpo_dist").rglob("*.py") if "import Console" in path.read_text("utf-8")]
+    assert sorted(named) == ["console.py", "live_view.py", "result_console.py"], "the first two are of a training's log"
