@@ -7,6 +7,7 @@ import json
 import logging
 from array import array
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, replace
 from datetime import date
 from decimal import Decimal
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..config.algorithm import LossConfig
+from ..config.files import written_config
 from ..config.schema import Config, LoraConfig
 from ..config.values import differences, flat, redacted
 from ..data.mixture import identifying, order_of
@@ -21,11 +23,13 @@ from ..model.adapter_values import fingerprint
 from ..model.files import model_path
 from ..model.load import base_identity
 from ..model.stored_weights import weights_fingerprint
+from ..monitoring.json_lines import read_history
 from ..monitoring.machine import versions
 from ..rewards.registry import file_digests
 from ..text.templates import today, uses_date
 from ..types import Prompt
 from . import store as checkpoint
+from .final import read_record
 from .state import NEEDED as STATE_NEEDS
 
 if TYPE_CHECKING:
@@ -42,16 +46,20 @@ def resume_path(config: Config) -> Path | None:
     """The checkpoint that train.resume stands for, or None for a fresh start.
 
     A path stands for the newest checkpoint of train.output_dir where the same command has written that: started again,
-    it goes on. Raises ValueError where there is one and train.resume is `never`, and where it names none;
-    DamagedCheckpoint where the one named is damaged.
+    it goes on. Raises ValueError where there is one and train.resume is `never`, where it names none, and where a fresh
+    start would overwrite a training; DamagedCheckpoint where the one named is damaged.
     """
     root, resume = Path(config.train.output_dir) / "checkpoints", config.train.resume
     if resume == "auto":
-        return checkpoint.newest(root)
+        newest = checkpoint.newest(root)
+        if newest is None:
+            _require_no_training(config)
+        return newest
     if resume == "never":
         if checkpoint.complete(root):
             raise ValueError(f"train.resume is `never` but {root} holds checkpoints: choose another "
                              "train.output_dir, or remove it")  # fmt: skip
+        _require_no_training(config)
         return None
     path = Path(resume)
     if not any((path / name).is_file() for name in (checkpoint.MANIFEST, checkpoint.META)):
@@ -65,6 +73,37 @@ def resume_path(config: Config) -> Path | None:
         return path
     log.info("train.resume: this command has gone on from %s before, and now does from its newest checkpoint", path)
     return written
+
+
+def _require_no_training(config: Config) -> None:
+    """Raise ValueError where train.output_dir has a training that has saved checkpoints, and none is intact any more.
+
+    One that was killed before its first checkpoint is no such training: the same command makes its steps again.
+    """
+    directory = Path(config.train.output_dir)
+    steps = max((line["step"] for line in read_history(directory)), default=0)
+    has_final = read_record(directory / "final") is not None
+    damaged = [path.name for path in checkpoint.complete(directory / "checkpoints")]
+    if not (damaged or has_final or steps > _first_checkpoint(directory, config)):  # the step after it has been made
+        return
+    what = f"a training of {steps} steps{' with its final model' if has_final else ''}"
+    lack = f"its checkpoints are damaged ({', '.join(damaged)})" if damaged else "no checkpoint to go on from"
+    raise ValueError(f"train.output_dir: {directory} has {what}, but {lack}: a new training would overwrite it. Put a "
+                     f"checkpoint back into {directory / 'checkpoints'}, choose another train.output_dir, or remove "
+                     "this one")  # fmt: skip
+
+
+def _first_checkpoint(directory: Path, config: Config) -> int:
+    """The step after which the last start in a directory was to save first."""
+    train: Any = None
+    with suppress(OSError, ValueError):
+        train = written_config(directory / "config.yaml", "train")["train"]
+    given = train if isinstance(train, dict) else {}
+    every, last = (
+        given[name] if type(given.get(name)) is int else getattr(config.train, name)
+        for name in ("save_every", "num_train_steps")
+    )
+    return min(every or last, last)
 
 
 def _is_same_command(path: Path, config: Config) -> bool:

@@ -94,7 +94,7 @@ class TrainConfig:
     resume: str = "auto"
     """`auto` continues from the newest complete checkpoint of output_dir, `never` refuses to touch an output_dir that
     has one, and a path names the checkpoint to continue from. Where the same command has done so before, it continues
-    from the newest one that it has written."""
+    from the newest one that it has written. A training whose checkpoints are gone is not overwritten."""
     max_time: str | None = None
     """Time after which the run saves and ends, as HH:MM:SS; the same command resumes it. null for no limit."""
     allow_changes: bool = False

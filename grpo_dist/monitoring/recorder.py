@@ -87,7 +87,11 @@ class Recorder:
         self.directory = directory
         self.logging = config.logging
         self.path = path = directory / "metrics.jsonl"
-        kept = [line for line in read_history(directory) if line["step"] <= first_step]
+        history = read_history(directory)
+        kept = [line for line in history if line["step"] <= first_step]
+        if first_step < 0 and (replaced := max((line["step"] for line in history), default=0)):
+            log.warning("%s has %d steps of a start that left no checkpoint: the training begins anew, and they are "
+                        "replaced", path, replaced)  # fmt: skip
         if lost := sorted({*range(first_step + 1)} - {line["step"] for line in kept}):
             log.warning("%s lacks %d of the steps 0 to %d, which were done before (the first is step %d): so will the "
                         "report", path, len(lost), first_step, lost[0])  # fmt: skip

@@ -14,6 +14,7 @@ import torch
 from runs_on_disk import config_of
 
 from grpo_dist.checkpoint import store as checkpoint
+from grpo_dist.checkpoint.final import write_record
 from grpo_dist.checkpoint.resume import (
     NEEDED,
     changes,
@@ -23,6 +24,7 @@ from grpo_dist.checkpoint.resume import (
     resume_path,
     resumed_kl_coeff,
 )
+from grpo_dist.config.files import as_yaml
 from grpo_dist.config.schema import Config
 from grpo_dist.rewards.registry import file_digests
 from grpo_dist.trainer.build import UserError, build
@@ -275,3 +277,53 @@ def test_another_version_of_a_reward_is_listed(tmp_path: Path, monkeypatch: pyte
     assert not any("own_task" in line for line in changes(path, config, now))
     (tmp_path / "own_task.py").write_text("def right(completions, **columns): return 1")
     assert "changed since the checkpoint: the file of own_task:right" in changes(path, config, now)
+
+
+def run_of(directory: Path, steps: int, *words: str) -> Config:
+    """A config whose run has made so many steps in a directory, and has no checkpoint."""
+    config = config_of(directory, "--train.save_every", "2", "--train.num_train_steps", "9", *words)
+    run = Path(config.train.output_dir)
+    run.mkdir(parents=True, exist_ok=True)
+    (run / "config.yaml").write_text(as_yaml(asdict(config)))
+    (run / "metrics.jsonl").write_text("".join(f'{{"step": {step}}}\n' for step in range(steps + 1)))
+    return config
+
+
+@pytest.mark.parametrize("resume", ["auto", "never"])
+@pytest.mark.parametrize("folder", [True, False], ids=["empty folder", "no folder"])
+def test_a_training_whose_checkpoints_are_gone_is_not_overwritten(resume: str, folder: bool, tmp_path: Path) -> None:
+    config = run_of(tmp_path, 3, "--train.resume", resume)
+    run = Path(config.train.output_dir)
+    if folder:
+        (run / "checkpoints").mkdir()
+    with pytest.raises(ValueError, match=r"has a training of 3 steps, but no checkpoint to go on from: .* overwrite"):
+        resume_path(replace(config, train=replace(config.train, save_every=5)))
+    before = (run / "metrics.jsonl").read_bytes()
+    with pytest.raises(UserError, match="no checkpoint to go on from"):
+        build(config)
+    assert (run / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_final_model_is_not_overwritten_by_a_training_that_begins(tmp_path: Path) -> None:
+    config = run_of(tmp_path, 1)
+    (Path(config.train.output_dir) / "final").mkdir()
+    write_record(Path(config.train.output_dir) / "final", 1, tmp_path)
+    with pytest.raises(ValueError, match="a training of 1 steps with its final model, but no checkpoint"):
+        resume_path(config)
+
+
+@pytest.mark.parametrize("left", ["{}", "train: 3", "train: {save_every: often}", "]"])
+def test_a_training_that_was_killed_before_its_first_checkpoint_begins_again(left: str, tmp_path: Path) -> None:
+    """The line of the step that is to be saved is there before the checkpoint."""
+    config = run_of(tmp_path, 2)
+    assert resume_path(config) is None
+    (Path(config.train.output_dir) / "config.yaml").write_text(left)
+    assert resume_path(config) is None, "the options of today stand in for those of the run"
+
+
+def test_a_training_whose_checkpoints_are_all_damaged_is_not_overwritten(tmp_path: Path) -> None:
+    config = run_of(tmp_path, 1)
+    for step in (1, 2):
+        (saved(config, step) / checkpoint.TENSORS).write_bytes(b"")
+    with pytest.raises(ValueError, match=r"its checkpoints are damaged \(step_2, step_1\): .* overwrite"):
+        resume_path(config)

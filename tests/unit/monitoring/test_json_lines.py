@@ -60,3 +60,16 @@ def test_a_record_that_lacks_steps_says_so(tmp_path: Path, caplog: pytest.LogCap
         assert not caplog.text
         Recorder(config, tmp_path, 6).close()
     assert "lacks 3 of the steps 0 to 6, which were done before (the first is step 4)" in caplog.text
+
+
+def test_a_training_that_begins_anew_says_which_records_it_replaces(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = Config()
+    config = replace(config, logging=replace(config.logging, trackers=[]))
+    for steps, said in ((1, False), (3, True)):
+        (tmp_path / "metrics.jsonl").write_text("".join(f'{{"step": {step}}}\n' for step in range(steps)))
+        with caplog.at_level(logging.WARNING):
+            Recorder(config, tmp_path, -1).close()
+        assert ("has 2 steps of a start that left no checkpoint" in caplog.text) == said
+        assert (tmp_path / "metrics.jsonl").read_text() == ""
