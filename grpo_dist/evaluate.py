@@ -32,6 +32,7 @@ if __name__ == "__main__":
     # before the imports of torch, so that the answer to a mistake in an option comes at once
     read_options()
 
+from .checkpoint.resume import columns_fingerprint
 from .config.places import writing_to
 from .config.schema import Config, ReferenceConfig
 from .distributed.deepspeed import unsharded_loading
@@ -81,6 +82,8 @@ log = logging.getLogger(__name__)
 
 _PROMPTS_A_PART = 64  # a part is the same whatever the number of ranks
 _SHOWN_CHARACTERS = 80
+_LATER = ("environment", "files of the environment", "answers and other columns")
+"""What evaluations of older versions have not kept, and is not known to have changed."""
 
 
 class Evaluation:
@@ -151,7 +154,10 @@ class Evaluation:
             # another server may draw the rest
             "rollout": {name: value for name, value in asdict(config.rollout).items() if name != "vllm"},
             "rewards": [asdict(reward) for reward in config.rewards],
-            "files of rewards": file_digests(config.rewards),
+            "files of rewards": file_digests(reward.name for reward in config.rewards),
+            "environment": config.environment and asdict(config.environment),
+            "files of the environment": file_digests(config.environment.own_code if config.environment else ()),
+            "answers and other columns": columns_fingerprint(self.prompts),
             "seed": config.train.seed, "num_prompts": len(self.prompts),
             "template_date": config.data.template_date,
             "prompts": hashlib.sha256(repr([(p.index, p.ids) for p in self.prompts]).encode()).hexdigest(),
@@ -159,8 +165,9 @@ class Evaluation:
         if config.lora is not None and config.lora.init_from is not None:
             identity["adapter"] = fingerprint(config.lora.init_from)
         identity = json.loads(json.dumps(identity))  # as it is read back
-        if (saved := read_identity(self.directory)) not in (None, identity):
-            changed = [key for key in identity if saved.get(key) != identity[key]]
+        saved = {key: identity[key] for key in _LATER} | (read_identity(self.directory) or identity)
+        changed = [key for key in identity if saved.get(key) != identity[key]]
+        if changed and samples(self.directory):  # one that has ended at a mistake has none
             raise ValueError(f"{self.directory} holds another evaluation ({', '.join(changed)} differ): choose another "
                              "--output, or remove it")  # fmt: skip
         if is_first_rank():

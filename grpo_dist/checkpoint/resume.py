@@ -141,8 +141,8 @@ def identity(
             "adapter": _adapter_of(config.lora),
             "critic": config.has_critic, "optimizer": config.optim.optimizer,
             "num_prompts": len(prompts),
-            "data": _data_fingerprint(identifying(prompts)), "columns": _columns_fingerprint(identifying(prompts)),
-            "evaluation": _data_fingerprint(eval_prompts) + _columns_fingerprint(eval_prompts),
+            "data": _data_fingerprint(identifying(prompts)), "columns": columns_fingerprint(identifying(prompts)),
+            "evaluation": _data_fingerprint(eval_prompts) + columns_fingerprint(eval_prompts),
             "order": order_of(config.data),
             "seed": config.train.seed, "batch_size": config.train.batch_size}  # fmt: skip
 
@@ -155,7 +155,7 @@ def _data_fingerprint(prompts: Iterable[Prompt]) -> str:
     return digest.hexdigest()[:16]
 
 
-def _columns_fingerprint(prompts: Iterable[Prompt]) -> str:
+def columns_fingerprint(prompts: Iterable[Prompt]) -> str:
     """A hash of what rewards read beside the prompts."""
     digest = hashlib.sha256()
     for prompt in prompts:
@@ -256,10 +256,7 @@ def changes(path: Path, config: Config, now: dict[str, Any]) -> list[str]:
     _require_steps_to_come(path, config, meta)
     harmful = [line for line in _harmful(before, now) if _by_option(line, options) == line]
     noted = [what for key, what in MAY_CHANGE.items() if before[key] != now[key]]
-    changed = list(dict.fromkeys(harmful + options + noted))
-    files = file_digests(config.rewards)
-    changed += [f"the file of {name}" for name, digest in meta.get("reward_files", {}).items()
-                if files.get(name, digest) != digest]  # fmt: skip
+    changed = list(dict.fromkeys(harmful + options + noted)) + _changed_files(meta, config)
     profiled = config.logging.profile_step
     if 0 < profiled <= meta["step"] and any(line.startswith("logging.profile_step:") for line in options):
         changed.append(f"logging.profile_step, to no effect: step {profiled} is done already")
@@ -281,11 +278,23 @@ DIVIDED_BY = ("updates_per_batch", "num_minibatches")
 
 
 def changes_of_batches(meta: dict[str, Any], config: Config, now: dict[str, Any]) -> list[str]:
-    """A line for each change since a checkpoint because of which batches that it holds do not fit the run any more."""
+    """A line for each change since a checkpoint because of which batches that it holds do not fit the run any more.
+
+    A batch has its rewards: those of an edited function, or of corrected answers, are others.
+    """
     groups = {**DRAWN_BY, **({"train": DIVIDED_BY} if meta["updates"] else {})}
     before, after = ({group: _chosen(values.get(group), names) for group, names in groups.items()}
                      for values in (meta["config"], redacted(asdict(config))))  # fmt: skip
-    return _harmful(_identity_before(meta, now), now) + differences(before, after)
+    identity_before = _identity_before(meta, now)
+    columns = [MAY_CHANGE["columns"]] if identity_before["columns"] != now["columns"] else []
+    return _harmful(identity_before, now) + differences(before, after) + columns + _changed_files(meta, config)
+
+
+def _changed_files(meta: dict[str, Any], config: Config) -> list[str]:
+    """A line for each reward, tool and environment of the user whose file is not that of a checkpoint any more."""
+    files = file_digests(config.own_code)
+    before = meta.get("files", meta.get("reward_files", {}))  # older checkpoints have those of rewards alone
+    return [f"the file of {name}" for name, digest in before.items() if files.get(name, digest) != digest]
 
 
 def _chosen(group: Any, names: Sequence[str]) -> Any:

@@ -43,12 +43,17 @@ class EnvironmentConfig:
 
     def __post_init__(self) -> None:
         require(bool(self.tools) or bool(self.factory), "environment", None, "tools, a factory, or both")
-        require(all(":" in name for name in [*self.tools, *self.factories.values()]), "environment",
+        require(all(":" in name for name in self.own_code), "environment",
                 [*self.tools, self.factory], "names written module:function")  # fmt: skip
         for key, least in {"max_turns": 1, "max_tool_characters": 100, "workers": 1}.items():
             require(getattr(self, key) >= least, f"environment.{key}", getattr(self, key), f"{least} or more")
         for key in ("reset_seconds", "call_seconds", "memory_limit_gib"):
             require(getattr(self, key) > 0, f"environment.{key}", getattr(self, key), "a number above 0")
+
+    @property
+    def own_code(self) -> list[str]:
+        """The tools and environments, as `module:function`."""
+        return [*self.tools, *self.factories.values()]
 
     @property
     def factories(self) -> dict[str, str]:

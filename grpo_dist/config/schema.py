@@ -210,6 +210,11 @@ class Config:
         """Whether the policy has a head for values, against which advantages are measured."""
         return self.advantage.baseline == "critic"
 
+    @property
+    def own_code(self) -> list[str]:
+        """The names of rewards, tools and environments; those of the user are `module:function`."""
+        return [each.name for each in self.rewards] + (self.environment.own_code if self.environment else [])
+
     def weights_at(self, step: int) -> list[float]:
         """The rewards' weights at a step (from 0)."""
         return [reward.weight_at(step) for reward in self.rewards]

@@ -210,15 +210,18 @@ def _import_path(name: str) -> str:
     return name
 
 
-def file_digests(rewards: Iterable[RewardConfig]) -> dict[str, str]:
-    """The SHA-256 of the file of each `module:function`, which is looked for as an import would, but not imported."""
+def file_digests(names: Iterable[str]) -> dict[str, str]:
+    """The SHA-256 of the file of each `module:function`, which is looked for as an import would, but not imported.
+
+    Built-in names have none.
+    """
     digests = {}
-    for reward in rewards:
-        module, _, function = reward.name.partition(":")
+    for name in names:
+        module, _, function = name.partition(":")
         places = [Path(folder or ".", *module.split(".")) for folder in (*sys.path, "")] if function else []
         files = (file for place in places for file in (place / "__init__.py", place.with_suffix(".py")))
         for file in filter(Path.is_file, files):
-            digests[reward.name] = hashlib.sha256(file.read_bytes()).hexdigest()
+            digests[name] = hashlib.sha256(file.read_bytes()).hexdigest()
             break
     return digests
 

@@ -38,7 +38,7 @@ def save_checkpoint(parts: Parts, state: TrainState, *, may_fail: bool = False) 
     tensors = parts.optimizer_state.collect() | state.tensors()
     meta = state.meta() | parts.engine.decoding | {
         "identity": parts.identity, "config": redacted(asdict(parts.config)), "versions": versions(),
-        "reward_files": file_digests(parts.config.rewards),
+        "files": file_digests(parts.config.own_code),
         "dtype": dtype_name(parts.policy.causal_lm.dtype),
     }  # fmt: skip
     try:

@@ -23,17 +23,38 @@ REST: dict[str, list[object]] = {name: [] for name in COLUMNS}
 
 
 def begun(
-    folder: Path, *, compared: str | None = None, output: str, prompt: str = "What is 2 + 3?", reward: str = "math"
-) -> Evaluation:
+    folder: Path, *, compared: str | None = None, output: str, prompt: str = "What is 2 + 3?", reward: str = "math",
+    answer: str = "5",
+) -> Evaluation:  # fmt: skip
     """An evaluation of a model whose chat template writes the date, as far as its start."""
     (folder / "data.jsonl").write_text(
-        json.dumps({"prompt": [{"role": "user", "content": prompt}], "answer": "5"}) + "\n"
+        json.dumps({"prompt": [{"role": "user", "content": prompt}], "answer": answer}) + "\n"
     )
     config = parse_config(["--model.name", str(folder / "model"), "--data.eval_file", str(folder / "data.jsonl"),
                            "--rewards", f"[{{name: '{reward}'}}]"])  # fmt: skip
     evaluation = Evaluation(config, 2, folder / output, None, folder / compared if compared else None)
     evaluation.scorer.close()
     return evaluation
+
+
+def test_corrected_answers_are_another_evaluation_and_a_mistaken_start_is_none(tmp_path: Path) -> None:
+    """Samples that were scored by the answers before would stand beside others."""
+    shutil.copytree(toy_path(), tmp_path / "model")
+    tokenizer = load_tokenizer(parse_config([]).model)
+    tokenizer.chat_template = "{{ messages[0]['content'] }}"
+    tokenizer.save_pretrained(tmp_path / "model")
+    with pytest.raises(ValueError, match="no_such_module"):
+        begun(tmp_path, output="first", reward="no_such_module:score")
+    (first,) = begun(tmp_path, output="first").prompts
+    row = {**REST, "prompt_index": first.index, "prompt": first.text}
+    (tmp_path / "first" / "samples_0000000.jsonl").write_text(json.dumps(row) + "\n")
+    begun(tmp_path, output="first")
+    with pytest.raises(ValueError, match=r"another evaluation \(answers and other columns differ\)"):
+        begun(tmp_path, output="first", answer="6")
+    identity = json.loads((tmp_path / "first" / "evaluation.json").read_text())
+    del identity["answers and other columns"]
+    (tmp_path / "first" / "evaluation.json").write_text(json.dumps(identity))
+    begun(tmp_path, output="first", answer="6")  # an older version has not kept what the answers were
 
 
 def test_an_evaluation_is_compared_with_another_day_s(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

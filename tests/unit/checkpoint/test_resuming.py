@@ -16,6 +16,7 @@ from runs_on_disk import config_of
 from grpo_dist.checkpoint import store as checkpoint
 from grpo_dist.checkpoint.final import write_record
 from grpo_dist.checkpoint.resume import (
+    MAY_CHANGE,
     NEEDED,
     changes,
     changes_of_batches,
@@ -29,6 +30,7 @@ from grpo_dist.config.schema import Config
 from grpo_dist.rewards.registry import file_digests
 from grpo_dist.trainer.build import UserError, build
 from grpo_dist.trainer.models import engine_to_keep
+from grpo_dist.types import Prompt
 
 
 def blank_meta() -> dict[str, Any]:
@@ -264,19 +266,44 @@ def test_other_answers_and_other_evaluations_are_listed(tmp_path: Path) -> None:
         assert len(told) == len(parts) and all(part in line for part, line in zip(parts, told, strict=True))
 
 
-def test_another_version_of_a_reward_is_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("words", [
+    ("--rewards", "[{name: 'own_task:it'}]"),
+    ("--environment", "{tools: ['own_task:it']}"),
+    ("--environment", "{factory: {one: 'own_task:it'}}"),
+], ids=["reward", "tool", "environment"])  # fmt: skip
+@pytest.mark.parametrize("key", ["files", "reward_files"])
+def test_another_version_of_the_users_code_is_listed_and_makes_batches_unfit(
+    words: tuple[str, ...], key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A batch that a checkpoint has was rewarded, or played, by the version before."""
     from grpo_dist.model.config_files import load_model_config
 
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "own_task.py").write_text("def right(completions, **columns): ...")
-    config = config_of(tmp_path, "--rewards", "[{name: 'own_task:right'}]")
+    (tmp_path / "own_task.py").write_text("def it(completions, **columns): ...")
+    config = config_of(tmp_path, *words)
     now = identity(config, load_model_config(config.model), [])
-    meta = blank_meta() | {"identity": now, "config": asdict(config), "reward_files": file_digests(config.rewards)}
+    files = file_digests(config.own_code)
+    meta = blank_meta() | {"identity": now, "config": json.loads(json.dumps(asdict(config))), key: files}
     del meta["step"]
     path = checkpoint.save(tmp_path / "run" / "checkpoints", 1, {"x": torch.zeros(4)}, meta, keep=9)
     assert not any("own_task" in line for line in changes(path, config, now))
-    (tmp_path / "own_task.py").write_text("def right(completions, **columns): return 1")
-    assert "changed since the checkpoint: the file of own_task:right" in changes(path, config, now)
+    assert changes_of_batches(meta, config, now) == []
+    (tmp_path / "own_task.py").write_text("def it(completions, **columns): return 1")
+    assert "changed since the checkpoint: the file of own_task:it" in changes(path, config, now)
+    assert changes_of_batches(meta, config, now) == ["the file of own_task:it"]
+
+
+def test_corrected_answers_make_batches_unfit(tmp_path: Path) -> None:
+    from grpo_dist.model.config_files import load_model_config
+
+    config = config_of(tmp_path)
+    before, after = (
+        identity(config, load_model_config(config.model), [Prompt(0, [1], "1 + 1", columns={"answer": answer})])
+        for answer in ("3", "2")
+    )
+    meta = {"config": json.loads(json.dumps(asdict(config))), "identity": before, "updates": 1}
+    assert changes_of_batches(meta, config, before) == []
+    assert changes_of_batches(meta, config, after) == [MAY_CHANGE["columns"]]
 
 
 def run_of(directory: Path, steps: int, *words: str) -> Config:
