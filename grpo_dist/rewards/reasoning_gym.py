@@ -15,6 +15,7 @@ from .placement import runs_in
 from .text import LogMetric, TextOrMessages, completion_text
 
 _MOST_NAMES = 3
+_SHOWN = 60
 
 
 def library() -> Any:
@@ -59,14 +60,24 @@ class ReasoningGymReward:
         entry: Sequence[dict[str, Any] | None] | None = None,
         log_metric: LogMetric | None = None,
     ) -> list[float]:
-        """Return one score a completion; one whose answer the library cannot read scores 0 and is counted."""
+        """Return one score a completion; one whose answer the library cannot read scores 0 and is counted.
+
+        Raises ValueError for a row by which the data set cannot score any answer: that is no fault of a completion.
+        """
         rewards, num_unreadable = [], 0
+        scorable: list[dict[str, Any]] = []
         for number, completion in enumerate(completions):
             row = entry[number] if entry is not None else None
             if row is None:
                 gold = None if answer is None else answer[number]
                 row = self._entry(completion_text(prompts[number]), gold)
+                if row not in scorable:
+                    self._require_scorable(row)
+                    scorable.append(row)
             score, readable = self._score(completion_text(completion), row)
+            if not readable and row not in scorable:
+                self._require_scorable(row)
+                scorable.append(row)
             rewards.append(score)
             num_unreadable += not readable
         if log_metric:
@@ -92,12 +103,39 @@ class ReasoningGymReward:
         answer = self.read_completion(completion)
         if answer is None:
             return 0.0, True
-        score = self._scoring(entry["metadata"]["source_dataset"])
         scores = []
         for text in {answer, answer.removesuffix(".")} - {""}:
             try:
-                scores.append(float(score(answer=text, entry=entry)))
+                scores.append(self._score_of(text, entry))
+            except (MemoryError, ImportError, OSError):  # of the machine, not of the answer
+                raise
             # A data set's scoring may raise anything at an answer that is not of the form it expects.
-            except Exception:
-                continue
+            except Exception as error:
+                if isinstance(error, KeyError) and set(entry["metadata"]) == {"source_dataset"}:
+                    raise _unscorable(entry, f"raises {error!r}") from error
         return max(scores, default=0.0), bool(scores)
+
+    def _score_of(self, answer: str, entry: dict[str, Any]) -> float:
+        return float(self._scoring(entry["metadata"]["source_dataset"])(answer=answer, entry=entry))
+
+    def _require_scorable(self, entry: dict[str, Any]) -> None:
+        """Raise ValueError where the data set does not give full marks to the row's own answer, if there is one.
+
+        Many data sets read more of a row than its question and answer. Without that some raise, and some give 0.
+        """
+        gold = str(entry["answer"] or "")
+        if not gold:
+            return
+        try:
+            score = self._score_of(gold, entry)
+        except Exception as error:
+            raise _unscorable(entry, f"raises {error!r} for its answer {gold[:_SHOWN]!r}") from error
+        if score < 1:
+            raise _unscorable(entry, f"gives {score:.2g} to its answer {gold[:_SHOWN]!r}, expected 1")
+
+
+def _unscorable(entry: dict[str, Any], what: str) -> ValueError:
+    name = entry["metadata"]["source_dataset"]
+    return ValueError(f"the data set {name} cannot score the row {str(entry['question'])[:_SHOWN]!r}: it {what}. Rows "
+                      f"of data.train_file: reasoning_gym:{name} have all that it reads, in their column `entry`"
+                      )  # fmt: skip

@@ -101,3 +101,31 @@ class TestWithTheLibrary:
             ReasoningGymReward()([row["prompt"]], [row["answer"]], answer=[row["answer"]])
         with pytest.raises(ValueError, match="near it: chain_sum"):
             ReasoningGymReward("chain_sums")
+
+    @pytest.mark.parametrize(("name", "expected"), [
+        ("sudoku", r"raises KeyError\(.*\) for its answer"), ("sokoban", "gives 0 to its answer .*, expected 1"),
+        ("rubiks_cube", r"raises KeyError"), ("quantum_lock", r"raises KeyError"),
+    ])  # fmt: skip
+    def test_a_row_that_lacks_what_its_data_set_reads_is_no_wrong_answer(self, name: str, expected: str) -> None:
+        """Every completion would score 0."""
+        row = load_rows(f"reasoning_gym:{name}?size=1", "train")[0].columns
+        with pytest.raises(ValueError, match=f"the data set {name} cannot score the row .*{expected}"):
+            ReasoningGymReward(name)([row["prompt"]], ["abc"], answer=[row["answer"]])
+        assert ReasoningGymReward()([row["prompt"]], ["abc"], entry=[row["entry"]])[0] < 1
+
+    def test_a_damaged_entry_is_no_wrong_answer(self) -> None:
+        row = load_rows("reasoning_gym:calendar_arithmetic?size=1", "train")[0].columns
+        damaged = {**row["entry"], "metadata": {"source_dataset": "calendar_arithmetic", "difficulty": {}}}
+        with pytest.raises(ValueError, match="cannot score the row"):
+            ReasoningGymReward()([row["prompt"]], ["abc"], entry=[damaged])
+
+    @pytest.mark.parametrize("error", [MemoryError, ImportError, OSError])
+    def test_what_the_machine_lacks_is_no_wrong_answer(self, error: type[Exception]) -> None:
+        def score(answer: str, entry: object) -> float:
+            raise error
+
+        row = load_rows(SUMS, "train")[0].columns
+        reward = ReasoningGymReward()
+        reward._scoring = lambda name: score
+        with pytest.raises(error):
+            reward([row["prompt"]], ["abc"], entry=[row["entry"]])
