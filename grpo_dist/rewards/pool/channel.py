@@ -39,8 +39,8 @@ class Channel:
         return self._read(length, limit)
 
     def answer(self, value: dict[str, Any]) -> None:
-        """Send a worker's answer as JSON; a lone surrogate becomes "?", since no tokenizer and no file takes one."""
-        self.send(json.dumps(value, ensure_ascii=False).encode(errors="replace"))
+        """Send a worker's answer as JSON."""
+        self.send(encoded(value))
 
     def close(self) -> None:
         """Close this end."""
@@ -79,3 +79,8 @@ class _Limit:
     def passed(self, seconds: float) -> None:
         """Count the seconds of a wait."""
         self._remaining -= min(seconds, 2 * _LOOK_SECONDS)
+
+
+def encoded(answer: dict[str, Any]) -> bytes:
+    """A worker's answer as JSON; a lone surrogate becomes "?", since no tokenizer and no file takes one."""
+    return json.dumps(answer, ensure_ascii=False).encode(errors="replace")

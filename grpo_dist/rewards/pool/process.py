@@ -20,7 +20,7 @@ from ...config.schema import RewardConfig
 from ...config.values import SECRET
 from ..placement import Placement
 from ..registry import Parameters, RewardFunction
-from .channel import Channel
+from .channel import Channel, encoded
 from .worker import MARKER, answer, resolve_for
 
 START_SECONDS = 300.0  # the import of a user's module may load a model; one that hangs must still end
@@ -162,7 +162,8 @@ class ThisProcess:
 
     def call(self, request: bytes, timeout_seconds: float) -> dict[str, Any]:
         """Make one call in the calling thread, without a time limit."""
-        return answer(self._rewards, request)
+        value: dict[str, Any] = json.loads(encoded(answer(self._rewards, request)))  # as another process gives it
+        return value
 
     def signal_kill(self) -> None:
         """Do nothing: the training continues."""

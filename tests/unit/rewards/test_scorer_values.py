@@ -103,6 +103,11 @@ def test_logged_values_are_numbers_of_64_bits_or_texts(user_directory: Path) -> 
     assert [type(value) for value in scores.extras["logged/value"]] == [type(value) for value in expected]
 
 
+def test_half_a_character_is_none_in_the_training_process_either(pools: Callable[[str], ScorerPool]) -> None:
+    """No file takes one: the run would end after the step."""
+    assert pools("logs_at_home").score(items("a")).extras == {"logs_at_home/text": ["half ?"]}
+
+
 def test_bad_logs_and_single_failures(pools: Callable[[str], ScorerPool]) -> None:
     scores = pools("logs_badly").score(items("a", "b"))
     assert [failure.message for failure in scores.failures] == ["logged 1 values as 'first' for 2 completions"] * 2

@@ -98,6 +98,12 @@ def logs(completions, trainer_state, log_metric, log_extra):
     return [float(trainer_state.global_step)] * len(completions)
 
 
+@runs_in("main")
+def logs_at_home(completions, log_extra):
+    log_extra("text", ["half \ud83d" for _ in completions])
+    return [1.0] * len(completions)
+
+
 def logs_badly(completions, log_extra):
     log_extra("first", [1])
     return [1.0] * len(completions)
