@@ -8,6 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from .checks import require
+from .mistakes import COMMAND_LINE
+from .mistakes import read_options as read_run_options
 from .own_options import OwnOptions
 from .parse import parse_config
 from .places import model_place
@@ -50,6 +52,7 @@ def config_of(options: argparse.Namespace, rest: Sequence[str]) -> Config:
     if options.compare is not None and not list(options.compare.glob("samples_*.jsonl")):
         raise ValueError(f"--compare: {options.compare} holds no samples of an evaluation")
     config = parse_config([*rest, "--model.name", options.model])
+    _refuse_other_models(rest)
     config.data.eval_file = options.data or config.data.eval_file
     if config.data.eval_file is None:
         raise ValueError("no data: give --data, or a config with data.eval_file")
@@ -57,3 +60,21 @@ def config_of(options: argparse.Namespace, rest: Sequence[str]) -> Config:
     config.rewards = [replace(reward, weight=weight, schedule=None)
                       for reward, weight in zip(config.rewards, weights, strict=True)]  # fmt: skip
     return config
+
+
+def _refuse_other_models(words: Sequence[str]) -> None:
+    """Raise ValueError where the command line names another model than --model, or an adapter for it.
+
+    Those of a training's config file are where it began, and not what is evaluated.
+    """
+    if not any(word.startswith(("--lora", "--model.name")) for word in words):
+        return  # reading all options again takes half a second
+    for given in read_run_options(words).given.values():
+        if given.source != COMMAND_LINE:
+            continue
+        if given.key == "model.name":
+            raise ValueError(f"--{given}, beside --model: expected one of them, --model")
+        names_adapter = given.key == "lora.init_from" or (given.key == "lora" and "init_from" in str(given.value))
+        if names_adapter and given.value != "null":
+            raise ValueError(f"--{given}, which an evaluation does not read: give the adapter as --model, with its "
+                             "base as base_model_name_or_path in its adapter_config.json")  # fmt: skip

@@ -15,7 +15,7 @@ from typing import Any
 from ..config.algorithm import has_reference
 from ..config.places import model_place
 from ..config.schema import Config, LoraConfig
-from .files import UnfitModel, shapes_of, stored_file, weight_files
+from .files import UnfitModel, model_path, shapes_of, stored_file, weight_files
 from .toy import MODELS
 
 log = logging.getLogger(__name__)
@@ -75,6 +75,12 @@ def with_adapter(config: Config, asks_hub: bool = True) -> Config:
             model, name=_base(place, entries), revision=entries.get("revision"),
             tokenizer=place if model.tokenizer is None and _has_tokenizer(place) else model.tokenizer,
         )  # fmt: skip
+    elif asks_hub and not _is_named_alike(
+        named := str(entries.get("base_model_name_or_path") or ""), model_path(model)
+    ):
+        log.warning("%s: %s names %r as its base, and model.name is %r: expected the same model, perhaps at another "
+                    "place. Shapes alone do not tell a base from its instructed form, on which the adapter would do "
+                    "harm", option, name, named, model.name)  # fmt: skip
     log.info("adapters: %s (r %d, alpha %g) on the base %s", name, lora.r, lora.alpha, model.name)
     return replace(config, lora=lora, model=model)
 
@@ -142,6 +148,16 @@ def _base(place: str, entries: dict[str, Any]) -> str:
                          "lora.init_from")  # fmt: skip
     beside = Path(place).parent / name
     return str(beside) if not Path(name).is_dir() and beside.is_dir() else name
+
+
+def _is_named_alike(named: str, given: str) -> bool:
+    """Whether ids or paths of models have the same last part, as those on the hub, in its cache and of a copy have;
+    also where the first is empty, and says nothing."""
+    names = set()
+    for path in (Path(named or given), Path(given)):
+        cached = (part.rpartition("--")[2] for part in path.parts if part.startswith("models--"))
+        names.add(next(cached, path.name))
+    return len(names) == 1
 
 
 def _require_plain(option: str, name: str, entries: dict[str, Any]) -> None:

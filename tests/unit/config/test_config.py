@@ -344,3 +344,20 @@ def test_models_are_evaluated_by_the_weights_of_their_last_step(tmp_path: Path) 
     words = ["--config", str(tmp_path / "config.yaml"), "--model", "toy", "--data", "data.jsonl"]
     evaluated = read_options(words)[1].rewards
     assert [(reward.weight, reward.schedule) for reward in evaluated] == [(2, None), (0.25, None)]
+
+
+@pytest.mark.parametrize(("words", "expected"), [
+    (("--lora.init_from", "an/adapter"), "--lora.init_from: 'an/adapter' given, which an evaluation does not read"),
+    (("--lora", "{init_from: an/adapter}"), "which an evaluation does not read: give the adapter as --model"),
+    (("--model.name", "toy-carry"), "--model.name: 'toy-carry' given, beside --model: expected one of them"),
+])  # fmt: skip
+def test_an_evaluation_refuses_a_model_that_it_would_not_read(
+    words: tuple[str, ...], expected: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """It evaluated the base alone, without a word."""
+    given = ["--model", "toy", "--data", "configs/data/math_tasks_eval.jsonl"]
+    with pytest.raises(SystemExit):
+        read_options([*given, *words])
+    assert expected in capsys.readouterr().err
+    (tmp_path / "run.yaml").write_text("lora: {init_from: an/adapter}\nmodel: {name: elsewhere}\n")
+    read_options([*given, "--config", str(tmp_path / "run.yaml"), "--lora.r", "8"])  # where a training began

@@ -24,6 +24,7 @@ from grpo_dist.model.config_files import load_tokenizer
 from grpo_dist.model.files import UnfitModel
 from grpo_dist.model.load import load_policy
 from grpo_dist.model.reference import AdaptersAtStart, AdaptersOff
+from grpo_dist.model.toy import toy_path
 
 ROW = torch.tensor([[5, 9, 33, 60, 7, 12]])
 
@@ -73,6 +74,29 @@ def test_the_policy_begins_as_the_adapter(base: ModelConfig, tmp_path: Path, use
         torch.testing.assert_close(got, theirs, atol=1e-5, rtol=1e-5)
         with without():
             assert float((policy.causal_lm(ROW).logits - got).abs().max()) > 0.01
+
+
+@pytest.mark.parametrize(("named", "given", "is_other"), [
+    ("Qwen/Qwen2.5-0.5B", "Qwen/Qwen2.5-0.5B-Instruct", True), ("Qwen/Qwen2.5-0.5B", "Qwen/Qwen2.5-0.5B", False),
+    ("/models/Qwen2.5-0.5B/", "Qwen/Qwen2.5-0.5B", False), (None, "Qwen/Qwen2.5-0.5B", False),
+    ("/cache/models--Qwen--Qwen2.5-0.5B/snapshots/0a1b", "Qwen/Qwen2.5-0.5B", False),
+    (str(toy_path("toy")), "toy", False), (str(toy_path("toy")), "toy-carry", True),
+])  # fmt: skip
+def test_another_base_of_the_same_shapes_is_named(
+    named: str | None, given: str, is_other: bool, base: ModelConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Nothing else shows that an adapter was not trained on it."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    place = make_adapter(tmp_path / "adapter", base)
+    entries = json.loads((place / "adapter_config.json").read_text())
+    (place / "adapter_config.json").write_text(json.dumps(entries | {"base_model_name_or_path": named}))
+    monkeypatch.setattr("grpo_dist.model.hub.adapter_config", lambda option, name, revision:
+                        Path(name, "adapter_config.json") if Path(name).is_dir() else None)  # fmt: skip
+    with_adapter(config_of(given, lora=LoraConfig(init_from=str(place))))
+    ours = [record for record in caplog.records if record.name == "grpo_dist.model.adapter"]
+    warned = [record.getMessage() for record in ours if record.levelname == "WARNING"]
+    assert len(warned) == is_other and all(f"names {named!r} as its base" in line for line in warned)
 
 
 def test_the_tokenizer_beside_an_adapter(base: ModelConfig, tmp_path: Path) -> None:
