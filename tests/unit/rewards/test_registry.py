@@ -153,12 +153,12 @@ def test_files_of_rewards_have_a_digest_and_are_not_imported(
     monkeypatch.syspath_prepend(str(tmp_path / "a"))
     names = ["dying_rewards:f", "package_of_rewards:f", "package_of_rewards.inner:g", "math", "no_such:f"]
     files = [user_directory / "dying_rewards.py", package / "__init__.py", package / "inner.py"]
-    digests = file_digests([RewardConfig(name) for name in names])
+    digests = file_digests(names)
     assert digests == {
         name: hashlib.sha256(file.read_bytes()).hexdigest() for name, file in zip(names, files, strict=False)
     }
     (tmp_path / "a" / "dying_rewards.py").write_text("# before the current directory")
-    assert file_digests([RewardConfig(names[0])]) != {names[0]: digests[names[0]]}
+    assert file_digests(names[:1]) != {names[0]: digests[names[0]]}
 
 
 def test_labels_are_short_and_unique() -> None:
