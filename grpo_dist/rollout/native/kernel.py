@@ -101,7 +101,7 @@ class KernelStep:
         self.draw_rows.argtypes = [c_int64, c_void_p, c_int64, c_int64, c_float, *[c_void_p] * 4]
         self.scratch_floats.restype = c_int64
         code.multiplies_pairs.restype = c_int64
-        self.halves, self.relaid = halves, RelaidWeights(code)
+        self.halves, self.relaid = halves, RelaidWeights()
         self.referenced: list[Tensor] = []  # what is pointed to
         self.layers = (_Layer * len(weights.layers))(*map(self._layer, weights.layers, self.gated))
         head = self._linear(weights.head, vocabulary, hidden)

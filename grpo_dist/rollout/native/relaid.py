@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import ctypes
 import weakref
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from ...model.compiled.library import OUTPUTS
+from ...model.compiled.library import OUTPUTS, library
 from ...model.large_pages import reserved
 
+SOURCE = Path(__file__).with_name("relaid.cpp")
 BLOCK_BYTES = 64 << 20
 """What is reserved at once: many weights lie behind one another, and few pages are not full."""
 MOST_SPARE_BYTES = 512 << 20
@@ -31,9 +33,9 @@ _spare: list[Tensor] = []
 class RelaidWeights:
     """Where a model's weights are put in another order. What it returns is valid as long as it is there itself."""
 
-    def __init__(self, code: ctypes.CDLL) -> None:
-        """`code` is the library of `decode.cpp`."""
-        self.code = code
+    def __init__(self) -> None:
+        """Raises CannotCompile."""
+        self.code = library(SOURCE)
         number, pointer = ctypes.c_int64, ctypes.c_void_p
         self.code.put_halves.argtypes = self.code.put_groups.argtypes = [pointer, number, number, pointer, number]
         self.code.put_halves.restype, self.code.put_groups.restype = number, None

@@ -10,10 +10,10 @@ import torch
 from decoded_steps import adapted, decoded, make_model
 from torch import Tensor
 
-from grpo_dist.model.compiled.library import OUTPUTS, library
+from grpo_dist.model.compiled.library import OUTPUTS
 from grpo_dist.model.loaded import fits_bfloat16
 from grpo_dist.rollout.native import relaid
-from grpo_dist.rollout.native.kernel import SOURCE, KernelStep
+from grpo_dist.rollout.native.kernel import KernelStep
 from grpo_dist.rollout.native.relaid import TOGETHER, RelaidWeights
 
 pytestmark = pytest.mark.usefixtures("kernel")
@@ -21,7 +21,7 @@ FEW = partial(KernelStep, halves=True)
 
 
 def test_only_float32_is_held_in_bfloat16() -> None:
-    memory = RelaidWeights(library(SOURCE))
+    memory = RelaidWeights()
     for outputs in (4, 3, 1):
         weight = torch.randn(outputs, 72).bfloat16()
         words = memory.put_halves(weight.float())
@@ -39,7 +39,7 @@ def test_only_float32_is_held_in_bfloat16() -> None:
 def test_weights_in_bfloat16_lie_behind_one_another(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where what was reserved is not enough, and behind one that bfloat16 does not hold."""
     monkeypatch.setattr(relaid, "BLOCK_BYTES", 4096)
-    memory = RelaidWeights(library(SOURCE))
+    memory = RelaidWeights()
     weights = [torch.randn(outputs, 16).bfloat16().float() for outputs in (16, 40, 8, 300)]
     words = [memory.put_halves(weight) for weight in weights[:2]]
     assert memory.put_halves(torch.full((8, 16), 0.1)) is None
@@ -58,7 +58,7 @@ def lines_of(groups: Tensor) -> Tensor:
 
 def test_a_group_has_a_cache_line_of_each_of_its_lines_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(relaid, "SMALLEST_GROUPED", 1)
-    memory = RelaidWeights(library(SOURCE))
+    memory = RelaidWeights()
     for shape in ((4, 16), (12, 48), (64, 1040)):
         weight = torch.randn(shape)
         groups = memory.put_groups(weight)
@@ -89,7 +89,7 @@ def test_memory_is_kept_for_the_next_rollout_and_never_shared(monkeypatch: pytes
     monkeypatch.setattr(relaid, "MOST_SPARE_BYTES", 3 * 4096)
     monkeypatch.setattr(relaid, "SMALLEST_GROUPED", 1)
     weight = torch.randn(16, 64)
-    memories = [RelaidWeights(library(SOURCE)) for _ in range(4)]
+    memories = [RelaidWeights() for _ in range(4)]
     places = set()
     for memory in memories:
         groups = memory.put_groups(weight)
@@ -100,7 +100,7 @@ def test_memory_is_kept_for_the_next_rollout_and_never_shared(monkeypatch: pytes
     memories.clear()
     gc.collect()
     assert len(relaid._spare) == 3, "more is kept than is allowed, or less"
-    again = RelaidWeights(library(SOURCE)).put_groups(weight)
+    again = RelaidWeights().put_groups(weight)
     assert again is not None and again.data_ptr() in places
-    large = RelaidWeights(library(SOURCE)).put_groups(torch.randn(32, 64))
+    large = RelaidWeights().put_groups(torch.randn(32, 64))
     assert large is not None and large.data_ptr() not in places, "a block is too small for it"
