@@ -8,7 +8,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from contextlib import suppress, Iterator
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
@@ -91,7 +92,8 @@ def test_a_server_lives_as_long_as_its_run(python: str, tmp_path: Path) -> None:
     run.kill()
     run.communicate()
     assert first is not None
-    psutil.wait_procs([psutil.Process(first)] if psutil.pid_exists(first) else [], timeout=30)
+    with suppress(psutil.NoSuchProcess):  # it may have ended already
+        psutil.Process(first).wait(timeout=30)
     assert not psutil.pid_exists(first), "a killed run leaves no server"
     done = steps(directory)
     run = begin_at(directory, *words)
