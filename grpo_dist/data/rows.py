@@ -33,6 +33,7 @@ _AS_TEXT = {"keep_default_na": False, "na_values": [""]}
 """Options with which the CSV reader of `datasets` keeps NA and null as texts; an empty cell has no value."""
 _CALLS = re.compile(r"\s*(Example of usage:\s*`[^`]*`|Please use `[^`]*`[^.]*\.)", re.DOTALL)
 _SHOWN_NAMES = 20
+_ARRAY_HINT = "; if the file is one array of rows, let its name end in .json"
 _MOST_CELL_CHARACTERS = 2**31 - 1
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
@@ -122,7 +123,8 @@ def _read_line(number: int, line: bytes) -> Row | None:
         value = _loads(line.decode("utf-8-sig" if number == 1 else "utf-8").strip())
     # ValueError covers broken UTF-8 and JSON, and integers beyond Python's limit on digits.
     except (ValueError, RecursionError) as error:
-        return Row(number, {}, f"not JSON: {error}")
+        hint = _ARRAY_HINT if line.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"[") else ""
+        return Row(number, {}, f"not JSON: {error}{hint}")
     return _row_of_json(number, value, b"\\u" in line)
 
 
@@ -143,7 +145,8 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _row_of_json(number: int, value: Any, is_escaped: bool) -> Row:
     """The row of an object; one with half a character, which only an escape can write, has a `problem`."""
     if not isinstance(value, dict):
-        return Row(number, {}, f'a JSON {type(value).__name__}, expected an object such as {{"prompt": …}}')
+        hint = _ARRAY_HINT if isinstance(value, list) else ""
+        return Row(number, {}, f'a JSON {type(value).__name__}, expected an object such as {{"prompt": …}}{hint}')
     if is_escaped:
         try:
             json.dumps(value, ensure_ascii=False).encode()

@@ -19,7 +19,8 @@ import threading
 import traceback
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
+from enum import Enum
 from typing import TYPE_CHECKING, Any
 
 from ..rewards.pool.channel import Channel
@@ -205,10 +206,16 @@ class Worker:
         if not inspect.isawaitable(value):
             return value
 
-        async def wait() -> Any:
-            return await value
+        async def wait() -> tuple[Any, BaseException | None]:
+            try:
+                return await value, None
+            except (SystemExit, KeyboardInterrupt) as error:  # would end the loop, in which other episodes' calls wait
+                return None, error
 
-        return asyncio.run_coroutine_threadsafe(wait(), self._loop).result()
+        result, left = asyncio.run_coroutine_threadsafe(wait(), self._loop).result()
+        if left is not None:
+            raise left
+        return result
 
 
 def _taking_environments(rewards: list[RewardConfig]) -> dict[str, RewardFunction]:
@@ -324,4 +331,14 @@ def _schema(name: str, tool: Callable[..., Any]) -> dict[str, Any]:
 
 
 def _text(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=_plain)
+
+
+def _plain(value: Any) -> Any:
+    """What JSON has for a value that it has no form for; a text where it has nothing better."""
+    if isinstance(value, Enum):
+        return value.value
+    if is_dataclass(value) and not isinstance(value, type):
+        return {each.name: getattr(value, each.name) for each in fields(value)}
+    # numbers and arrays of numpy, and tensors: a model that reads "5" in quotes reads a text
+    return value.tolist() if callable(getattr(value, "tolist", None)) else str(value)

@@ -109,7 +109,7 @@ def read_completions(run: Written, most_bytes: int) -> Completions:
             _add(completions, step, table, read, places, most_bytes // len(chosen))
         except PermissionError:
             raise
-        except (ValueError, OSError, KeyError) as error:
+        except (ValueError, OSError, LookupError, TypeError, AttributeError) as error:
             raise ValueError(f"{run.files[step]} is damaged, or not as this version of grpo_dist writes it "
                              f"({type(error).__name__}: {error}): remove it, and the page is of the other steps"
                              ) from error  # fmt: skip
@@ -127,7 +127,7 @@ def _add(completions: Completions, step: int, table: dict[str, list[Any]], read:
     completions.answers.append(Counter(answers))
     completions.agreement.append(agreement(answers, table["group"]))
     completions.rewards.append([math.nan if reward is None else reward for reward in table["reward"]])
-    completions.lengths.append(table["tokens"])
+    completions.lengths.append([int(count) for count in table["tokens"]])  # of another's file, it may be no number
     _sample(table, completions, places, most_bytes)
 
 

@@ -39,7 +39,8 @@ def test_the_recipe_s_rows_arrive(tmp_path: Path, tokenizer: PreTrainedTokenizer
     ("line", "reason"),
     [
         ('{"prompt": "a"', "line 2: not JSON: Expecting"),
-        ("[1, 2]", "line 2: a JSON list, expected an object"),
+        ("[1, 2]", r"line 2: a JSON list, expected an object.*; if the file is one array of rows, .* end in \.json"),
+        ("[", r"line 2: not JSON: Expecting value.*; if the file is one array of rows, let its name end in \.json"),
         ("[" * 100_000, "line 2: not JSON"),
         (r'{"prompt": "a", "answer": "\ud800"}', r"line 2: half a character \('\\ud800': a lone surrogate\)"),
         (r'{"prompt": [{"role": "user", "content": "a \udc00"}], "answer": "1"}', "line 2: half a character"),

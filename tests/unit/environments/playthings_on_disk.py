@@ -9,7 +9,19 @@ from grpo_dist.config.environment import EnvironmentConfig
 from grpo_dist.environments.host import EnvironmentHost, Event
 
 MODULE = '''
-import asyncio, os, sys, time
+import asyncio, dataclasses, enum, os, sys, time
+
+import numpy as np
+
+
+@dataclasses.dataclass
+class Found:
+    count: int
+    where: tuple
+
+
+class Side(enum.Enum):
+    LEFT = "left"
 
 
 def add(a: int, b: int = 1) -> int:
@@ -30,6 +42,11 @@ async def sleep(seconds: float) -> str:
     """
     await asyncio.sleep(seconds)
     return f"slept {seconds}"
+
+
+async def leave() -> None:
+    """Exit."""
+    sys.exit(3)
 
 
 arrived, everybody = [], asyncio.Event()
@@ -104,6 +121,8 @@ def fail(kind: str) -> object:
         return "x" * 100_000_000
     if kind == "object":
         return object()
+    if kind == "numbers":
+        return [np.int64(5), np.float32(0.5), np.bool_(True), np.arange(2000)[:3], Found(np.int8(1), (2,)), Side.LEFT]
     if kind == "set":
         return " ".join({"pear", "fig", "plum", "lime", "kiwi", "date"})
     if kind == "secret":
@@ -201,7 +220,7 @@ CALL_SECONDS = 8.0
 
 def make_config(**options: Any) -> EnvironmentConfig:
     """A config of everything in the module above."""
-    tools = [f"playthings:{name}" for name in ("add", "sleep", "meet", "fail")]
+    tools = [f"playthings:{name}" for name in ("add", "sleep", "leave", "meet", "fail")]
     defaults = {"tools": tools, "factory": "playthings:Game", "call_seconds": CALL_SECONDS, "max_tool_characters": 300}
     return EnvironmentConfig(**defaults | options)  # type: ignore[arg-type]
 

@@ -56,7 +56,7 @@ def failure_after_its_time(host: EnvironmentHost, episode: int, kind: str) -> st
 
 
 def test_tools_and_methods(host: EnvironmentHost) -> None:
-    assert set(host.tools("")) == {"add", "sleep", "meet", "fail", "move"} and host.has_reward
+    assert set(host.tools("")) == {"add", "sleep", "leave", "meet", "fail", "move"} and host.has_reward
     schema = next(each["function"] for each in host.schemas[""] if each["function"]["name"] == "add")
     assert schema["description"] == "Add." and schema["parameters"]["required"] == ["a"]
     host.reset(0, {"start": 3, "answer": "x"})
@@ -101,6 +101,22 @@ def test_what_the_model_gets_to_read(host: EnvironmentHost) -> None:
     assert texts[1] == "Error: KeyError: 'no such row'"
     assert texts[2] == "null" and "<object object" in texts[4] and texts[5] == "a ?"
     assert "99999700 characters left out" in texts[3] and len(texts[3]) < 400
+
+
+def test_numbers_of_numpy_and_data_classes_are_written_as_json_has_them(host: EnvironmentHost) -> None:
+    """A model that reads "5" in quotes, or Found(count=1), reads a text."""
+    begin(host, 0)
+    (answer,) = call(host, 0, ("fail", {"kind": "numbers"})).answer["answers"]
+    assert answer["text"] == '[5, 0.5, true, [0, 1, 2], {"count": 1, "where": [2]}, "left"]'
+
+
+def test_an_async_tool_that_exits_breaks_its_own_episode_alone() -> None:
+    with EnvironmentHost(make_config(workers=1, call_seconds=60.0)) as host:
+        begin(host, 0, 1)
+        begun = time.monotonic()
+        assert "SystemExit: 3" in call(host, 0, ("leave", {})).answer["failure"]
+        assert call(host, 1, ("sleep", {"seconds": 0.1})).answer["answers"][0]["text"] == "slept 0.1"
+        assert time.monotonic() - begun < 30, "nothing has run out of time"
 
 
 def test_a_set_of_texts_has_the_same_order_in_every_process(host: EnvironmentHost) -> None:

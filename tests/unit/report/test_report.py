@@ -162,8 +162,11 @@ def test_a_file_that_cannot_be_read_is_named(
     run = write_run(tmp_path / "run")
     shutil.copy(run / "completions/step_000002.parquet", run / "completions/step_000002 (copy).parquet")
     assert main(["report", str(run)]) == 0, "a copy is no step"
-    for table in (pa.table({"step": [2]}), None):
-        path = run / "completions/step_000002.parquet"
+    path = run / "completions/step_000002.parquet"
+    written = pq.read_table(path)
+    nothing = {name: [None] * written.num_rows for name in ("tokens", "prompt", "completion")}
+    nulls = [written.drop([name]).append_column(name, pa.array(column)) for name, column in nothing.items()]
+    for table in (pa.table({"step": [2]}), *nulls, None):
         path.write_bytes(b"PAR1") if table is None else pq.write_table(table, path)
         assert main(["report", str(run)]) == 2
         assert f"{path} is damaged, or not as this version" in capsys.readouterr().err
