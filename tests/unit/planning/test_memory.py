@@ -6,24 +6,10 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from counted_model import COUNTS, INPUTS
 
-from grpo_dist.planning.memory import (
-    Flight,
-    MemoryInputs,
-    ModelCounts,
-    Part,
-    Passes,
-    memory_per_rank,
-    peaks,
-    slots_held,
-)
+from grpo_dist.planning.memory import MemoryInputs, Part, memory_per_rank, peaks, slots_held
 
-COUNTS = ModelCounts(parameters=1_000_003, adapters=50_001, adapted=800_000, grouped=700_000, joined=200_000,
-                     persistent=4_003, num_layers=3, layer=290_000, cache_width=128, query_heads=8,
-                     vocabulary=500)  # fmt: skip
-INPUTS = MemoryInputs(COUNTS, Passes(700_000, 300_000, 1_000, 8.0), Flight(4, 32, 100, 64, True, 150), num_ranks=3,
-                      strategy="DDP", policy_bytes=2, trained_bytes=4, copy_bytes=2, copy_decodes=True)  # fmt: skip
-"""Adapters in float32 on a base in bfloat16. A third of the adapters is 16,667, of the base 333,335 rounded up."""
 BASE = {
     # of every rank, for any strategy
     "frozen copy": 2 * 1_000_003, "activations of a pack": 700_000, "reference pass": 300_000,

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from counted_model import COUNTS, INPUTS
 from packed_models import write_mxfp4
 from toy_config import config_of
 from transformers import AutoModelForSequenceClassification, LlamaConfig, MistralConfig, Qwen2Config
@@ -25,26 +26,10 @@ from grpo_dist.model.config_files import load_model_config
 from grpo_dist.model.reference import doubt_of_copy, is_same_base, needs_copy
 from grpo_dist.planning import tracing
 from grpo_dist.planning.advice import largest_peak, make_fit
-from grpo_dist.planning.memory import (
-    SHARDS_WEIGHTS,
-    STRATEGIES,
-    Flight,
-    MemoryInputs,
-    ModelCounts,
-    Passes,
-    memory_per_rank,
-    peaks,
-    slots_held,
-)
+from grpo_dist.planning.memory import SHARDS_WEIGHTS, STRATEGIES, MemoryInputs, memory_per_rank, peaks, slots_held
 from grpo_dist.planning.predict import Device, Predictor, batch_arithmetic, flight
 from grpo_dist.planning.tracing import Precision, build_policy, count
 from grpo_dist.rollout.native.cache import SLOT_CHUNK, DecodeState, PrefillLayout
-
-COUNTS = ModelCounts(parameters=1_000_003, adapters=50_001, adapted=800_000, grouped=700_000, joined=200_000,
-                     persistent=4_003, num_layers=3, layer=290_000, cache_width=128, query_heads=8,
-                     vocabulary=500)  # fmt: skip
-INPUTS = MemoryInputs(COUNTS, Passes(700_000, 300_000, 1_000, 8.0), Flight(4, 32, 100, 64, True, 150), num_ranks=3,
-                      strategy="DDP", policy_bytes=2, trained_bytes=4, copy_bytes=2, copy_decodes=True)  # fmt: skip
 
 
 def named(inputs: MemoryInputs) -> dict[str, int]:
