@@ -63,7 +63,7 @@ class Member {
 
     // Does pieces of [0, count) until none is left. Others may then still be at theirs: what needs them awaits works of this
     // kind (0 or 1) first.
-    template <class Do> void share(long count, Do piece, int kind = 0) {
+    template <class Do> void share(long count, Do piece, int kind) {
         ++number;
         due[kind] += count;
         long mine = 0;
@@ -73,7 +73,7 @@ class Member {
     }
 
     // until all pieces of all works of this kind are done
-    void await(int kind = 0) const {
+    void await(int kind) const {
         for (long looks = 0; team.done[kind].pieces.load(std::memory_order_acquire) < due[kind]; ++looks)
             if (looks > PATIENCE) std::this_thread::yield(); // who is awaited may need this core
     }
