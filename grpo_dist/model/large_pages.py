@@ -9,7 +9,7 @@ from itertools import accumulate
 import torch
 from torch import nn
 
-CACHE_LINE = 64
+from .compiled.library import CACHE_LINE
 
 
 def reserved(num_bytes: int) -> mmap.mmap:

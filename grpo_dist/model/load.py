@@ -66,7 +66,8 @@ def load_causal_lm(
     Weights move to a GPU one by one. Otherwise each rank of a node would fill its memory with a full model. A quantised
     base has the layers of `quantized.py`, which compute in `dtype`.
     """
-    placed = {} if device is None or device.type == "cpu" else {"device_map": {"": device}}
+    on_cpu = device is None or device.type == "cpu"
+    placed = {} if on_cpu else {"device_map": {"": device}}
     config = load_model_config(model)
     form = dequantized_form(stored_quantization(config))
     placed |= quantized_loading(model, dtype, device) if form is None else dequantized_loading(form)
@@ -86,7 +87,7 @@ def load_causal_lm(
     elif getattr(loaded, "hf_quantizer", None) is not None:
         use_own_layers(loaded, dtype)
     require_finite(model.name, loaded)
-    if device is None or device.type == "cpu":
+    if on_cpu:
         lay_together(loaded, torch.bfloat16)  # of others, a rollout has its own
     return loaded
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ..algorithm.hashing import uniforms
-from ..config.rollout import RolloutConfig
+from ..config.rollout import RolloutConfig, truncates
 from ..distributed.transfer import to_device
 from ..model.token_names import require_an_end, require_occurring, token_id
 from ..text.tokens import CompletionTexts
@@ -51,6 +51,11 @@ class Sampling:
     min_new_tokens: int = 0
     """So many tokens of a trajectory do not end it: ids that would are not drawn, and stop strings do not count."""
     stop: StopStrings | None = None
+
+    @property
+    def truncates(self) -> bool:
+        """Whether tokens are left out of the distribution that is drawn from, besides banned ones."""
+        return truncates(self.top_p, self.top_k, self.min_p)
 
     def ends(self, ids: Sequence[int], offset: int, end_ids: Sequence[int]) -> bool:
         """Whether the last of `ids`, before which the trajectory has `offset` tokens, ends it by itself."""

@@ -33,8 +33,7 @@ constexpr int LANES = 16, ROWS = 6; // rows of a tile: as many sums as fit in re
 #else
 constexpr int LANES = 8, ROWS = 3;
 #endif
-// of `library.py`: OUTPUTS of a tile, and HIGH_BLOCK
-constexpr long CACHE_LINE = 64;
+// of `library.py`: OUTPUTS of a tile, HIGH_BLOCK, and CACHE_LINE
 
 template <int L> struct Types {
     typedef float Float __attribute__((vector_size(4 * L)));

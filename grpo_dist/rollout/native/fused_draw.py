@@ -11,7 +11,6 @@ import torch
 import triton
 from torch import Tensor
 
-from ...config.rollout import truncates
 from ..sampling import Rules, Sampling, draw
 from . import draw_kernels
 
@@ -34,7 +33,6 @@ def fused_draw(
     all_peaks, all_totals, floors = peaks, totals, peaks
     token, logprob = torch.empty_like(keys), peaks.new_empty(rows)
     sizes = {"BLOCK": BLOCK, "PEAKS": triton.next_power_of_2(blocks)}
-    is_truncated = truncates(sampling.top_p, sampling.top_k, sampling.min_p)
     has_bans, bans, least = False, keys, 0
     if rules is not None and rules.bans:
         has_bans, bans, least = True, rules.bans_of(size), rules.least
@@ -44,7 +42,7 @@ def fused_draw(
         peaks, totals = torch.empty_like(peaks), torch.empty_like(totals)
         draw_kernels.sum_blocks[rows, blocks](logits, floors, peaks, totals, *shape, BANS=True, FLOOR=False,
                                               BLOCK=BLOCK)  # fmt: skip
-    if is_truncated:
+    if sampling.truncates:
         floors = peaks.new_empty(rows)
         draw_kernels.find_floors[(rows,)](
             logits, peaks, floors, *shape, sampling.top_p, sampling.top_k,
@@ -55,5 +53,5 @@ def fused_draw(
         draw_kernels.sum_blocks[rows, blocks](logits, floors, peaks, totals, *shape, BANS=has_bans, FLOOR=True,
                                               BLOCK=BLOCK)  # fmt: skip
     draw_kernels.draw_token[(rows,)](logits, floors, peaks, totals, all_peaks, all_totals, keys, token, logprob, *shape,
-                                     BANS=has_bans, FLOOR=is_truncated, **sizes)  # fmt: skip
+                                     BANS=has_bans, FLOOR=sampling.truncates, **sizes)  # fmt: skip
     return token, logprob

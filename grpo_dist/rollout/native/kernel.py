@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from ...config.rollout import truncates
 from ...config.schema import Config
 from ...distributed.device import cpu_multiplies_bfloat16
 from ...model.compiled.library import HIGH_BLOCK, library
@@ -133,8 +132,7 @@ class KernelStep:
         self, logits: Tensor, keys: Tensor, positions: Tensor, sampling: Sampling, rules: Rules | None = None
     ) -> tuple[Tensor, Tensor]:
         """See `SeveralTokensStep`; compiled, unless some tokens may not be drawn."""
-        truncated = truncates(sampling.top_p, sampling.top_k, sampling.min_p)
-        if sampling.greedy or truncated or (rules is not None and rules.bans):
+        if sampling.greedy or sampling.truncates or (rules is not None and rules.bans):
             return draw(logits, keys, positions, sampling, rules)
         logits, (rows, size) = logits.float().contiguous(), logits.shape
         tokens, logprobs = torch.empty(rows, dtype=torch.int64), torch.empty(rows)

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ...model.compiled.library import OUTPUTS, library
+from ...model.compiled.library import CACHE_LINE, OUTPUTS, library
 from ...model.large_pages import reserved
 
 SOURCE = Path(__file__).with_name("relaid.cpp")
@@ -23,7 +23,7 @@ MOST_SPARE_BYTES = 512 << 20
 """Most memory that is kept from one rollout to the next: to get it anew takes ten times as long as to fill it."""
 SMALLEST_GROUPED = 256 << 10
 """Bytes of the smallest weight that is put in groups: smaller ones stay in the processor's caches."""
-TOGETHER = 16
+TOGETHER = CACHE_LINE // torch.float32.itemsize
 """Numbers of each line of a group that lie together: a cache line."""
 
 

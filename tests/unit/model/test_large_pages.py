@@ -10,7 +10,8 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from grpo_dist.model.large_pages import CACHE_LINE, lay_together
+from grpo_dist.model.compiled.library import CACHE_LINE
+from grpo_dist.model.large_pages import lay_together
 
 
 def tied_model() -> LlamaForCausalLM:
