@@ -9,6 +9,8 @@ import importlib
 import os
 from typing import TYPE_CHECKING, Any
 
+from .distributed.spinning import set_count
+
 __version__ = "0.1.0"
 __all__ = ["Config", "parse_config", "run_training"]
 
@@ -17,13 +19,7 @@ if TYPE_CHECKING:
     from .config.parse import parse_config
     from .config.schema import Config
 
-SPIN_COUNT = "GOMP_SPINCOUNT"
-sets_spin_count = SPIN_COUNT not in os.environ and "OMP_WAIT_POLICY" not in os.environ
-if sets_spin_count:
-    # A thread of libgomp that waits spins for milliseconds, 300 thousand turns. Beside another busy process it then
-    # keeps the core from the thread that it waits for, and a step takes 16 times as long. libgomp reads this when torch
-    # loads it.
-    os.environ[SPIN_COUNT] = "1000"
+set_count(os.environ)  # before anything imports torch
 
 _PLACES = {
     "Config": "grpo_dist.config.schema", "parse_config": "grpo_dist.config.parse", "run_training": "grpo_dist.cli.train"

@@ -26,7 +26,7 @@ from pathlib import Path
 
 import yaml
 
-from ... import SPIN_COUNT, sets_spin_count
+from ...distributed import spinning
 from .tables import Pair, pairs_table, summary_row, table
 from .turns import Worker, signals_unwind
 from .workloads import WORKLOADS, Workload, model_of, write_prompts
@@ -110,7 +110,7 @@ def time_workload(workload: Workload, options: argparse.Namespace, rest: Sequenc
         if options.against:
             command = their_command(workload, options, model, scratch)
             # its threads wait as they do without this package
-            without = [SPIN_COUNT] if sets_spin_count else []
+            without = [spinning.SPIN_COUNT] if spinning.sets_count else []
             theirs = opened.enter_context(Worker(command, scratch / options.against, without=without))
         for _ in range(num_steps):
             their_step = theirs.step(None) if theirs else None

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -62,13 +60,3 @@ def test_cores_of_a_system_that_pins_no_process(
     monkeypatch.delattr(os, "sched_getaffinity", raising=False)
     monkeypatch.setattr(os, "cpu_count", lambda: count)
     assert num_cores() == expected
-
-
-@pytest.mark.parametrize(
-    ("given", "expected"), [({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, "None")]
-)
-def test_threads_sleep_soon_unless_told_otherwise(given: dict[str, str], expected: str) -> None:
-    kept = {name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
-    words = "import grpo_dist, os, sys; print(os.environ.get('GOMP_SPINCOUNT'), 'torch' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", words], env=kept | given, capture_output=True, text=True, check=True)
-    assert done.stdout.split() == [expected, "False"]

@@ -12,7 +12,7 @@ from grpo_dist.model.fused_modules import fuse_linears, plain_modules
 from grpo_dist.model.products import FEWEST_NUMBERS, summed_over_rows, weighted
 
 HAS_ONEDNN = torch.backends.mkldnn.is_available()
-SHAPES = [(1, 128, 256), (37, 256, 128), (300, 512, 16), (300, 16, 512), (5, 8, 8)]
+SHAPES = [(1, 128, 512), (37, 512, 128), (300, 4096, 16), (300, 16, 4096), (5, 8, 8)]
 """Rows, inputs and outputs; of the last ones a matrix has fewer numbers than oneDNN is asked for."""
 
 
@@ -66,7 +66,7 @@ def test_other_systems_and_processors_keep_torchs_library(
 @pytest.mark.skipif(not HAS_ONEDNN, reason="no oneDNN")
 def test_no_row_depends_on_how_many_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(products, "onednn_is_faster", lambda: True)
-    x, weight = drawn(700, 256), drawn(128, 256)
+    x, weight = drawn(700, 256), drawn(256, 256)
     whole = weighted(x, weight)
     for rows in (slice(0, 1), slice(3, 20), slice(100, 611)):
         torch.testing.assert_close(weighted(x[rows], weight), whole[rows], atol=1e-5, rtol=1e-6)
@@ -75,10 +75,10 @@ def test_no_row_depends_on_how_many_there_are(monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.parametrize("has_bias", [False, True])
 @pytest.mark.parametrize("is_frozen", [False, True])
 def test_a_fused_layer_and_its_gradients(by_onednn: bool, has_bias: bool, is_frozen: bool) -> None:
-    layer = nn.Linear(256, 128, bias=has_bias)
+    layer = nn.Linear(512, 128, bias=has_bias)
     assert layer.weight.numel() >= FEWEST_NUMBERS
     layer.weight.requires_grad_(not is_frozen)
-    x = drawn(2, 19, 256).requires_grad_()
+    x = drawn(2, 19, 512).requires_grad_()
     leaves = [leaf for leaf in (x, *layer.parameters()) if leaf.requires_grad]
     fuse_linears(nn.ModuleList([layer]))
     grad = drawn(2, 19, 128)
@@ -94,7 +94,7 @@ def test_a_fused_layer_and_its_gradients(by_onednn: bool, has_bias: bool, is_fro
 
 def test_autocast_decides_first(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(products, "onednn_is_faster", lambda: True)
-    layer = nn.Linear(256, 128)
+    layer = nn.Linear(512, 128)
     fuse_linears(nn.ModuleList([layer]))
     with torch.autocast("cpu", torch.bfloat16):
-        assert layer(drawn(3, 256)).dtype == torch.bfloat16
+        assert layer(drawn(3, 512)).dtype == torch.bfloat16
