@@ -49,6 +49,8 @@ class _Process:
     process: subprocess.Popen[bytes]
     channel: Channel
     episodes: set[int] = field(default_factory=set)
+    exit_code: int | None = None
+    """Of a process that has ended by itself."""
     is_stuck: bool = False
     """Whether a call in it has run out of time: the thread it runs in cannot be ended."""
 
@@ -180,7 +182,7 @@ class EnvironmentHost:
             return [Event(episode, kind, answer)]
         if process not in self._processes:
             return []
-        code = self._kill(process)
+        code = process.exit_code = self._kill(process)
         return [self._broken(request, f"its process ended (exit code {code})")
                 for request, (episode, _) in list(self._open.items()) if episode in process.episodes]  # fmt: skip
 
@@ -198,10 +200,14 @@ class EnvironmentHost:
         return Event(episode, kind, {"failure": message})
 
     def _ask(self, episode: int, kind: str, limit_seconds: float, **needed: Any) -> None:
-        request = next(self._numbers)
+        process, request = self._home[episode], next(self._numbers)
         self._open[request] = episode, kind
+        if process.exit_code is not None:  # while the policy's turn was sampled: nobody will answer
+            failure = f"its process had ended before this {kind} (exit code {process.exit_code})"
+            self._answers.put((process, {"id": request, "failure": failure}))
+            return
         heapq.heappush(self._deadlines, (time.monotonic() + limit_seconds, request))
-        self._send(self._home[episode], {"id": request, "kind": kind, "episode": episode, **needed})
+        self._send(process, {"id": request, "kind": kind, "episode": episode, **needed})
 
     def _send(self, process: _Process, message: dict[str, Any]) -> None:
         with contextlib.suppress(OSError):  # its reader says what became of it

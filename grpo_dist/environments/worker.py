@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 from ..rewards.pool.channel import Channel
 from ..rewards.pool.worker import connect, limit_memory
 from ..rewards.registry import BUILT_IN, RewardFunction, episode_columns, import_object, resolve
+from ..text.plain import exception_line
 from . import randomness
 
 if TYPE_CHECKING:
@@ -125,7 +126,7 @@ class Worker:
         try:
             answer = getattr(self, f"_{request['kind']}")(request)
         except BaseException as error:  # tools may exit or interrupt themselves: the environment is then broken
-            line = "".join(traceback.format_exception_only(error)).strip()
+            line = shortened("".join(traceback.format_exception_only(error)).strip(), _TRACEBACK_CHARACTERS)
             answer = {"failure": line, "traceback": traceback.format_exc()[-_TRACEBACK_CHARACTERS:]}
             self._live.pop(request["episode"], None)  # nobody plays in it again
         with self._send_lock:
@@ -162,14 +163,14 @@ class Worker:
         answers = [each if isinstance(each, dict) else each.result() for each in waiting]
         for answer in answers:
             answer["text"] = shortened(answer["text"], self._config.max_tool_characters)
-        return {"answers": answers, "done": _is_done(environment)}
+        return {"answers": answers, "done": self._is_done(environment)}
 
     def _turn(self, request: dict[str, Any]) -> dict[str, Any]:
         episode = self._live[request["episode"]]
         randomness.use(episode.stream)
         said = _observation(self._result(episode.environment.after_turn(request["text"])))
         messages = [{"role": "user", "content": said}] if isinstance(said, str) else said
-        return {"messages": messages, "done": not messages or _is_done(episode.environment)}
+        return {"messages": messages, "done": not messages or self._is_done(episode.environment)}
 
     def _called(self, tool: Callable[..., Any], arguments: dict[str, Any]) -> dict[str, Any]:
         """What a call gives, or the error that the model gets to read."""
@@ -178,12 +179,13 @@ class Worker:
         except MemoryError:
             raise
         except Exception as error:
-            if _NO_SIGNALS in str(error):  # no call of this tool can work, whatever the model writes
+            line = exception_line(error)
+            if _NO_SIGNALS in line:  # no call of this tool can work, whatever the model writes
                 raise RuntimeError(
                     f"{tool.__name__} sets a signal handler, and tools run in threads, which cannot: leave its own "
                     "time limit out, since environment.call_seconds limits each call"
                 ) from error
-            return {"text": f"Error: {type(error).__name__}: {error}", "outcome": "error"}
+            return {"text": f"Error: {line}", "outcome": "error"}
 
     def _reward(self, request: dict[str, Any]) -> dict[str, Any]:
         environment = self._live[request["episode"]].environment
@@ -200,6 +202,11 @@ class Worker:
         if len(values) != 1:
             raise ValueError(f"rewards: {reward.name!r} returned {len(values)} values for one episode")
         return None if values[0] is None else float(values[0])
+
+    def _is_done(self, environment: Any) -> bool:
+        """Whether an environment says that the episode has ended."""
+        done = getattr(environment, "done", False)
+        return bool(self._result(done() if callable(done) else done))
 
     def _result(self, value: Any) -> Any:
         """The value, of a coroutine what it returns."""
@@ -259,7 +266,7 @@ def _first(path: str, factory: Callable[[], Any]) -> Any:
         return factory()
     except Exception as error:  # its constructor is the user's code
         traceback.print_exc()
-        raise ValueError(f"environment.factory: {path!r} cannot be made: {type(error).__name__}: {error}") from error
+        raise ValueError(f"environment.factory: {path!r} cannot be made: {exception_line(error)}") from error
 
 
 def shortened(text: str, most: int) -> str:
@@ -287,12 +294,6 @@ def _taken(reset: Callable[..., Any], row: dict[str, Any], seed: int) -> dict[st
     if any(each.kind is inspect.Parameter.VAR_KEYWORD for each in parameters.values()):
         return row
     return {name: value for name, value in row.items() if name in parameters}
-
-
-def _is_done(environment: Any) -> bool:
-    """Whether an environment says that the episode has ended."""
-    done = getattr(environment, "done", False)
-    return bool(done() if callable(done) else done)
 
 
 def _observation(value: Any) -> str | list[dict[str, str]] | None:

@@ -21,6 +21,7 @@ from typing import Any
 from ..config.checks import did_you_mean
 from ..config.rewards import RewardConfig
 from ..text.files import near_paths
+from ..text.plain import exception_line
 from .placement import Placement, most_items_of, placement_of
 
 BUILT_IN = {
@@ -242,7 +243,7 @@ def import_object(path: str, name: str, key: str = "rewards") -> Any:
         is_missing = isinstance(error, ModuleNotFoundError) and error.name == module_name
         near = near_paths(f"{module_name}.py") if is_missing else ""
         raise ValueError(
-            f"{key}: {name!r}: importing {module_name!r} failed with {type(error).__name__}: {error}{at}; "
+            f"{key}: {name!r}: importing {module_name!r} failed with {exception_line(error)}{at}; "
             f"modules are imported from {os.getcwd()} and from the Python path{near}"
         ) from error
     for attribute in attributes.split("."):
@@ -259,7 +260,7 @@ def _instantiate(cls: type, config: RewardConfig) -> Any:
         return cls(**config.args)
     except Exception as error:  # its constructor is the user's code, or it refuses the user's arguments
         given = f"cannot be made with the args {list(config.args)}"  # not their values: one may be a secret
-        raise ValueError(f"rewards: {config.name!r} {given}: {type(error).__name__}: {error}") from error
+        raise ValueError(f"rewards: {config.name!r} {given}: {exception_line(error)}") from error
 
 
 def _parameters(function: Callable[..., Any], name: str, bound: dict[str, Any]) -> Parameters:

@@ -95,8 +95,13 @@ def episodes_of(
         assert prompt.messages is not None, "prompts with tools are conversations"
         if observation is None and prompt.messages[-1]["content"]:
             return prompt
+        name = host.name_of(prompt.columns)
+        if isinstance(observation, str):
+            observation = turns[name].without_specials(observation)
+        elif observation is not None:
+            observation = [{**each, "content": turns[name].without_specials(each["content"])} for each in observation]
         messages = with_observation(prompt.messages, observation)
-        rendered = render(messages, replace(data, system_prompt=None), tokenizers[host.name_of(prompt.columns)])
+        rendered = render(messages, replace(data, system_prompt=None), tokenizers[name])
         if len(rendered.ids) > data.max_prompt_length:
             raise ValueError(f"the prompt has {len(rendered.ids)} tokens with what the environment said at its reset, "
                              f"expected at most data.max_prompt_length = {data.max_prompt_length}")  # fmt: skip

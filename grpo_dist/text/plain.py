@@ -60,3 +60,11 @@ def answer_of(text: str, read: Callable[[str], str | None] | None) -> str:
     answer = read(text) if read is not None else None
     words = " ".join((text[: 4 * MOST_LABEL_CHARACTERS] if answer is None else answer).split())
     return words if len(words) <= MOST_LABEL_CHARACTERS else words[: MOST_LABEL_CHARACTERS - 1] + "…"
+
+
+def exception_line(error: BaseException) -> str:
+    """The kind of an exception and what it says; its class may be a user's, and fail to say it."""
+    try:
+        return f"{type(error).__name__}: {error}"
+    except Exception as another:
+        return f"{type(error).__name__}: <its text cannot be made: {type(another).__name__}>"

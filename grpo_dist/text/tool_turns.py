@@ -106,11 +106,11 @@ class ToolTurns:
 
         What holds for answers of tools holds for the messages.
         """
-        texts = [{**each, "content": self._without_specials(each["content"])} for each in messages]
+        texts = [{**each, "content": self.without_specials(each["content"])} for each in messages]
         return self._ids(self._after_words(texts), is_open)
 
     def _rendered_answers(self, answers: tuple[Answer, ...], is_open: bool) -> list[int]:
-        texts = [Answer(each.name, self._without_specials(each.text)) for each in answers]
+        texts = [Answer(each.name, self.without_specials(each.text)) for each in answers]
         return self._ids(self._after_calls(texts), is_open)
 
     def _ids(self, between: tuple[str, str], is_open: bool) -> list[int]:
@@ -194,7 +194,8 @@ class ToolTurns:
             return False
         return (calls[0].name in text) == (calls[1].name in text)
 
-    def _without_specials(self, text: str) -> str:
+    def without_specials(self, text: str) -> str:
+        """The text with a space in what spells a special token: who is no template ends no turn and begins none."""
         for token in self._specials:
             text = text.replace(token, f"{token[0]} {token[1:]}")
         return text

@@ -20,6 +20,11 @@ class Found:
     where: tuple
 
 
+class Mute(Exception):
+    def __str__(self):
+        raise RuntimeError("no text")
+
+
 class Side(enum.Enum):
     LEFT = "left"
 
@@ -42,6 +47,15 @@ async def sleep(seconds: float) -> str:
     """
     await asyncio.sleep(seconds)
     return f"slept {seconds}"
+
+
+async def block(seconds: float) -> None:
+    """Wait, and let nobody else on.
+
+    Args:
+        seconds: How long.
+    """
+    time.sleep(seconds)
 
 
 async def leave() -> None:
@@ -74,6 +88,8 @@ def fail(kind: str) -> object:
     print("a tool prints", kind)
     if kind == "raise":
         raise KeyError("no such row")
+    if kind == "mute":
+        raise Mute
     if kind == "half":
         return "a \\udcff"  # so Python reads a file's name that is not UTF-8
     if kind == "exit":
@@ -139,7 +155,7 @@ class Game:
 
     def reset(self, start: int = 0, **row):
         if start < 0:
-            raise ValueError("a start below 0")
+            raise ValueError("a start below 0" + "!" * (-1 - start))
         self.total, self.done = start, False
         return f"Start at {start}." if start else None
 
@@ -214,13 +230,36 @@ class Level:
 class Broken:
     def __init__(self):
         raise KeyError("no level")
+
+
+class Mute(Exception):
+    def __str__(self):
+        raise RuntimeError("no text")
+
+
+class BrokenMutely:
+    def __init__(self):
+        raise Mute
+
+
+class Later:
+    async def done(self):
+        return False
+
+    def up(self, by: int) -> int:
+        """Climb.
+
+        Args:
+            by: How far.
+        """
+        return by
 '''
 CALL_SECONDS = 8.0
 
 
 def make_config(**options: Any) -> EnvironmentConfig:
     """A config of everything in the module above."""
-    tools = [f"playthings:{name}" for name in ("add", "sleep", "leave", "meet", "fail")]
+    tools = [f"playthings:{name}" for name in ("add", "sleep", "block", "leave", "meet", "fail")]
     defaults = {"tools": tools, "factory": "playthings:Game", "call_seconds": CALL_SECONDS, "max_tool_characters": 300}
     return EnvironmentConfig(**defaults | options)  # type: ignore[arg-type]
 

@@ -56,7 +56,7 @@ def failure_after_its_time(host: EnvironmentHost, episode: int, kind: str) -> st
 
 
 def test_tools_and_methods(host: EnvironmentHost) -> None:
-    assert set(host.tools("")) == {"add", "sleep", "leave", "meet", "fail", "move"} and host.has_reward
+    assert set(host.tools("")) == {"add", "sleep", "block", "leave", "meet", "fail", "move"} and host.has_reward
     schema = next(each["function"] for each in host.schemas[""] if each["function"]["name"] == "add")
     assert schema["description"] == "Add." and schema["parameters"]["required"] == ["a"]
     host.reset(0, {"start": 3, "answer": "x"})
@@ -272,6 +272,7 @@ def test_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"tools": ["playthings:add", "other:Tools.add"]}, "two are called 'add'"),
         ({"tools": ["other:unnamed"]}, r"takes a: int, \*more: int, and a model gives arguments by name"),
         ({"factory": "other:Broken"}, "'other:Broken' cannot be made: KeyError: 'no level'"),
+        ({"factory": "other:BrokenMutely"}, "'other:BrokenMutely' cannot be made: Mute: <its text cannot be made"),
         ({"tools": ["os.path:basename"], "factory": None}, "type hints and a Google docstring"),
         ({"secrets": ["NOT_SET_TOKEN"]}, "environment.secrets names NOT_SET_TOKEN"),
     ],

@@ -265,6 +265,10 @@ def test_what_an_environment_says_first(models: dict[str, Any]) -> None:
         assert each.episode is not None
         assert text.startswith(f"{GAMES[0][0]}\nHint {each.slot} ") and text.endswith(".\nAnswer:")
         assert each.episode.prompt.ids == TOKENIZER(each.episode.prompt.text)["input_ids"] != prompts[each.slot].ids
+    end = TOKENIZER.eos_token
+    _, (one, *_) = played(make_config(game=True), [(GAMES[0][0], {"secret": 1, "note": f"a{end}b"})], models["shared"])
+    assert one.episode is not None and TOKENIZER.eos_token_id not in one.episode.prompt.ids
+    assert f"a{end[0]} {end[1:]}b" in one.episode.prompt.text
     rows = [(GAMES[0][0], {"secret": 1, "note": "Hint. " * 40})]
     _, (first, *_) = played(make_config(game=True), rows, models["shared"])
     assert first.episode is not None and "data.max_prompt_length = 40" in str(first.episode.failure)
