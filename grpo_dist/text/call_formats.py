@@ -12,6 +12,7 @@ Tools = Mapping[str, Mapping[str, Any]]
 """By the tools' names, the part `parameters` of their JSON schemas."""
 _DEEPEST = 50
 """Levels of a call's arguments: what is written to files and sent to processes is nested a little deeper."""
+_HALF = "half a character (a lone surrogate) in it"
 _FUNCTION = re.compile(r"\s*<function=([^>\n]+)>(.*)</function>\s*", re.DOTALL)
 _PARAMETER = re.compile(r"\s*<parameter=([^>\n]+)>\n?(.*?)\n?", re.DOTALL)
 _KEY_AND_VALUE = re.compile(r"\s*<arg_key>(.*?)</arg_key>\s*<arg_value>(.*)", re.DOTALL)
@@ -123,21 +124,30 @@ def call_of(value: Any) -> Call:
     """The call that an object of JSON is, with a `problem` where it is none."""
     if not isinstance(value, dict) or not isinstance(value.get("name"), str):
         return Call("", {}, "a call is an object with `name` and `arguments`")
-    arguments = value.get("arguments", value.get("parameters", {}))
+    name, arguments = value["name"], value.get("arguments", value.get("parameters", {}))
+    if not _is_text(name):
+        return Call("", {}, _HALF)
     if isinstance(arguments, str):
         try:
             arguments = json.loads(arguments)
         except (ValueError, RecursionError) as error:
-            return Call(value["name"], {}, f"its arguments are not JSON: {error}")
+            return Call(name, {}, f"its arguments are not JSON: {error}")
     if not isinstance(arguments, dict):
-        return Call(value["name"], {}, "its arguments are not an object")
+        return Call(name, {}, "its arguments are not an object")
     if _is_deep(arguments, _DEEPEST):
-        return Call(value["name"], {}, "its arguments are nested too deeply")
+        return Call(name, {}, "its arguments are nested too deeply")
+    if not _is_text(json.dumps(arguments, ensure_ascii=False)):
+        return Call("", {}, _HALF)
+    return Call(name, arguments)
+
+
+def _is_text(text: str) -> bool:
+    """Whether files and tokenizers take a text: JSON can spell half a character, which they do not."""
     try:
-        json.dumps([value["name"], arguments], ensure_ascii=False).encode()
-    except UnicodeEncodeError:  # no file takes it
-        return Call("", {}, "half a character (a lone surrogate) in it")
-    return Call(value["name"], arguments)
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _is_deep(value: Any, levels: int) -> bool:

@@ -232,4 +232,5 @@ def _parsed(tokenizer: PreTrainedTokenizerBase, text: str) -> list[Call]:
         message = tokenizer.parse_response(text)
         return [call_of(each.get("function", each)) for each in message.get("tool_calls") or []]
     except Exception as error:  # what it raises, and what it returns, depends on the schema
-        return [Call("", {}, f"{type(error).__name__}: {error}")]
+        problem = f"{type(error).__name__}: {error}"
+        return [Call("", {}, problem.encode(errors="replace").decode())]  # it may quote half a character

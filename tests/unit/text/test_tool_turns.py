@@ -135,6 +135,23 @@ def test_what_a_model_may_write_for_arguments(family: str) -> None:
     assert "not JSON" in str(endless.problem)
 
 
+WRONG = ['"["', "7", "[]", "[" * 60 + "]" * 60, '{"a": ' + "[" * 60 + "]" * 60 + "}"]
+"""Arguments that are wrong by themselves."""
+HALF = r"\ud83d"
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [*((HALF, wrong) for wrong in ["{}", *WRONG]),
+     *(("add", half) for half in (f'{{"{HALF}": 1}}', f'{{"a": {{"{HALF}": 1}}}}', f'{{"a": [{{"b": "{HALF}"}}]}}',
+                                  json.dumps(f'{{"a": "{HALF}"}}')))],
+)  # fmt: skip
+def test_half_a_character_is_refused_wherever_it_is(name: str, arguments: str) -> None:
+    turns, _ = make_turns("hermes")
+    (call,) = turns.calls(f'<tool_call>{{"name": "{name}", "arguments": {arguments}}}</tool_call>')
+    assert call == Call("", {}, "half a character (a lone surrogate) in it")
+
+
 def test_an_answer_cannot_end_a_turn() -> None:
     turns, tokenizer = make_turns("hermes")
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
@@ -164,6 +181,15 @@ def test_calls_are_read_by_the_tokenizers_own_schema() -> None:
     assert turns.calls("7") == []
     (broken,) = turns.calls("<tool_call>{</tool_call>")
     assert str(broken.problem).startswith("JSONDecodeError: ")
+    (half,) = turns.calls(r'<tool_call>{"name": "add", "arguments": {"\ud83d": 1}}</tool_call>')
+    assert "half a character" in str(half.problem)
+
+    def quoting(text: str) -> dict[str, Any]:
+        raise ValueError(f"not expected: {json.loads(text)}")
+
+    tokenizer.parse_response = quoting
+    (quoted,) = turns.calls(r'"\ud83d"')
+    assert quoted.problem == "ValueError: not expected: ?"
 
 
 def test_a_model_may_end_turns_with_tokens_that_its_tokenizer_lacks() -> None:
