@@ -21,7 +21,7 @@ from ..distributed.sharding import gathered
 from .dequantization import form_of
 from .expert_adapters import adapted_weight, delta_weight
 from .load import adapted_layers, plain_name
-from .peft import PeftModel
+from .peft import ADAPTER, PeftModel
 from .policy import Policy
 from .quantized import quantized_layers
 
@@ -197,6 +197,10 @@ def _by_all_names(state: dict[str, Tensor], plain: nn.Module) -> dict[str, Tenso
 def write_adapter(model: PeftModel, state: dict[str, Tensor], directory: Path) -> None:
     """Write a PEFT adapter and reopen it, because ZeRO-3 can leave it empty. Raises RuntimeError."""
     name_device()
+    config = model.peft_config[ADAPTER]
+    for option, value in list(vars(config).items()):
+        if isinstance(value, set):  # written in an order that each process has anew
+            setattr(config, option, sorted(value))
     model.save_pretrained(directory, state_dict=state, save_embedding_layers=False)
     written = load_file(directory / "adapter_model.safetensors")
     if len(written) != len(state):

@@ -98,6 +98,8 @@ def test_what_is_exported_is_what_was_trained(lora: LoraConfig | None, base: Mod
         plain = AutoModelForCausalLM.from_pretrained(base.name)
         adapted = PeftModel.from_pretrained(plain, tmp_path / "final" / "adapter").eval()
         assert torch.allclose(logits(adapted, shared=False), target, atol=1e-5)
+        written = json.loads((tmp_path / "final" / "adapter" / "adapter_config.json").read_text())["target_modules"]
+        assert len(written) >= 7 and written == sorted(written), "equal runs write equal files"
     # and the policy is as it was: exporting in the middle of a run changes nothing
     assert_same_bits(policy, before)
     assert torch.equal(policy(pack)[0].detach(), scored)
