@@ -61,7 +61,7 @@ def resume_path(config: Config) -> Path | None:
                              "train.output_dir, or remove it")  # fmt: skip
         _require_no_training(config)
         return None
-    path = Path(resume)
+    path = checkpoint.place_of(Path(resume))
     if not any((path / name).is_file() for name in (checkpoint.MANIFEST, checkpoint.META)):
         near = [each for place in (path, path / "checkpoints", root) for each in checkpoint.complete(place)]
         example = f"such as {near[0]}" if near else "RUN/checkpoints/step_N"

@@ -1,8 +1,9 @@
 """Checkpoints that are complete or not there.
 
 A checkpoint is written to a temporary directory, every file is flushed to the disk, a manifest with sizes and checksums
-comes last, and one rename makes it visible. Older ones are pruned only afterwards. A directory without a valid manifest
-is no checkpoint. Tensors are safetensors and the rest is JSON: loading a checkpoint executes nothing.
+comes last, and one rename makes it visible. One of the same step is renamed before that, and removed after it. Older
+ones are pruned only afterwards. A directory without a valid manifest is no checkpoint. Tensors are safetensors and the
+rest is JSON: loading a checkpoint executes nothing.
 """
 
 from __future__ import annotations
@@ -47,8 +48,7 @@ def _checksum(path: Path) -> str:
 def save(root: Path, step: int, tensors: dict[str, Tensor], meta: dict[str, Any], keep: int) -> Path:
     """Commit the state after `step` steps to `root/step_N` and prune all but the newest `keep` checkpoints."""
     root.mkdir(parents=True, exist_ok=True)
-    for leftover in root.glob("tmp_*"):
-        shutil.rmtree(leftover)
+    finish_save(root)
     temporary, target, replaced = root / f"tmp_{step}", root / f"step_{step}", root / f"tmp_replaced_{step}"
     try:
         _write(temporary, {"step": step, **meta}, tensors)
@@ -63,6 +63,16 @@ def save(root: Path, step: int, tensors: dict[str, Tensor], meta: dict[str, Any]
         shutil.rmtree(replaced)
     _prune(root, step, keep)
     return target
+
+
+def finish_save(root: Path) -> None:
+    """Name the checkpoint by its step whose save was killed between its two renames, and remove what a killed save has
+    left beside it."""
+    for path in complete(root):
+        if path.name.startswith("tmp_"):
+            path.rename(root / f"step_{_step(path)}")
+    for leftover in root.glob("tmp_*"):
+        shutil.rmtree(leftover)
 
 
 def _write(directory: Path, meta: dict[str, Any], tensors: dict[str, Tensor]) -> None:
@@ -91,7 +101,7 @@ def _prune(root: Path, step: int, keep: int) -> None:
 
 
 def _step(path: Path) -> int:
-    return int(path.name.removeprefix("step_"))
+    return int(path.name.rpartition("_")[2])
 
 
 def _manifest(path: Path) -> dict[str, Any]:
@@ -125,13 +135,24 @@ def verify(path: Path) -> None:
 
 def complete(root: Path) -> list[Path]:
     """Checkpoints under `root` that have a manifest, newest first. Raises OSError where it cannot be listed, which
-    `glob` would take for empty: a run would begin anew."""
+    `glob` would take for empty: a run would begin anew.
+
+    Where a save that replaces one of its step was killed between its two renames, the new one counts, under the name
+    that it was written under; `finish_save` gives it its own.
+    """
+    names = {path.name for path in root.iterdir()} if root.is_dir() else set()
+    pieces = (name.rpartition("_") for name in names)
+    steps = {step for prefix, _, step in pieces if prefix in ("step", "tmp_replaced") and step.isdecimal()}
     checkpoints = []
-    for path in root.iterdir() if root.is_dir() else ():
-        prefix, _, step = path.name.rpartition("_")
-        if prefix == "step" and step.isdecimal() and (path / MANIFEST).is_file():
-            checkpoints.append(path)
+    for step in steps:
+        places = [f"step_{step}"] if f"step_{step}" in names else [f"tmp_{step}", f"tmp_replaced_{step}"]
+        checkpoints += [root / place for place in places if (root / place / MANIFEST).is_file()][:1]
     return sorted(checkpoints, key=_step, reverse=True)
+
+
+def place_of(path: Path) -> Path:
+    """Where the checkpoint lies that a path such as RUN/checkpoints/step_N names; the path itself where none does."""
+    return next((each for each in complete(path.parent) if f"step_{_step(each)}" == path.name), path)
 
 
 def newest_id(root: Path) -> str | None:

@@ -296,6 +296,7 @@ def _open_records(
     with ranks.shared_errors("opening the records"), writing_to(directory):
         if not ranks.is_main:
             return None
+        checkpoint.finish_save(directory / "checkpoints")  # all ranks have read what it renames
         write_file(directory / "config.yaml", as_yaml(redacted(asdict(config))))
         record_start(directory, ranks.strategy, devices, state.step, dtype)
         return Recorder(config, directory, -1 if state.is_start else state.step)

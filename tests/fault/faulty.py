@@ -100,6 +100,7 @@ evaluation._evaluated = at("eval", evaluation._evaluated)
 checkpoint.save_file = at("shards", checkpoint.save_file)
 checkpoint._checksum = at("manifest", checkpoint._checksum)
 checkpoint.sync = at("rename", checkpoint.sync)
+Path.rename = at("move", Path.rename)  # type: ignore[method-assign]
 checkpoint._prune = at("prune", checkpoint._prune)
 recorder.append_json_line = at("metrics", recorder.append_json_line)
 saving.save_final = at("export", saving.save_final)

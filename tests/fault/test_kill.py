@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -119,6 +120,31 @@ def test_killed_with_a_batch_in_flight(
     ten_prompts(tmp_path)
     kill_at(point(name, step, updates), tmp_path / "run", updates, lag=1)
     require_the_same_end(tmp_path / "run", updates, undisturbed(updates, lag=1), lag=1)
+
+
+@pytest.mark.parametrize(
+    ("where", "name"),
+    [pytest.param("move:1", "step_3", id="before the first rename", marks=pytest.mark.slow),
+     pytest.param("move:2", "tmp_4", id="between the renames"),
+     pytest.param("rename:5", "step_4", id="after the second rename", marks=pytest.mark.slow)],
+)  # fmt: skip
+@pytest.mark.parametrize(("strategy", "ranks"), [(None, 1), ("zero2", 2)], ids=["one rank", "two ranks"])
+def test_killed_while_a_step_is_saved_again(
+    strategy: str | None, ranks: int, where: str, name: str, undisturbed: Callable[..., Path], tmp_path: Path
+) -> None:
+    """It was made again from an earlier checkpoint, and is not made a third time once that is saved."""
+    ten_prompts(tmp_path)
+    run = shutil.copytree(undisturbed(1), tmp_path / "run")
+    command = (*arguments(run, 1), "--train.resume", str(run / "checkpoints" / "step_3"))
+    killed = launch(strategy, ranks, *command, program=["tests/fault/faulty.py"],
+                    environment={"FAULT": f"kill@{where}", "FAULT_RANK": "0", "PYTHONPATH": str(ROOT)})  # fmt: skip
+    assert killed.returncode == (1 if strategy else -9), killed.stderr[-3000:]
+    again = launch(strategy, ranks, *command)
+    assert again.returncode == 0, again.stderr[-3000:]
+    assert f"resumed from {run / 'checkpoints' / name}\n" in again.stdout + again.stderr
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step_3", "step_4"]
+    expected, got = state(undisturbed(1)), state(run)
+    assert all(torch.allclose(expected[each], got[each], atol=1e-5) for each in expected)
 
 
 @pytest.mark.slow

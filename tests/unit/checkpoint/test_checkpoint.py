@@ -194,6 +194,54 @@ def test_a_kill_while_the_old_one_is_removed_leaves_the_new(tmp_path: Path, monk
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step_5", "step_6"]
 
 
+@pytest.mark.parametrize("renames", range(3))
+def test_a_kill_beside_a_rename_leaves_the_step(renames: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After so many of the two renames by which a checkpoint replaces another of its step."""
+    save(tmp_path, 4)
+    save(tmp_path, 5)
+    rename, done = Path.rename, 0
+
+    def die_when_done() -> None:
+        if done == renames:
+            raise KeyboardInterrupt
+
+    def rename_and_die(path: Path, target: Path) -> None:
+        nonlocal done
+        die_when_done()
+        rename(path, target)
+        done += 1
+        die_when_done()
+
+    with monkeypatch.context() as patches:
+        patches.setattr(Path, "rename", rename_and_die)
+        with pytest.raises(KeyboardInterrupt):
+            checkpoint.save(tmp_path, 5, {"x": torch.ones(2)}, {}, 10)
+    newest, expected = checkpoint.newest(tmp_path), {*state(5)} if renames == 0 else {"x"}
+    assert newest is not None and checkpoint.load(newest)[0].keys() == expected
+    assert checkpoint.complete(tmp_path) == [newest, tmp_path / "step_4"]
+    assert checkpoint.place_of(tmp_path / "step_5") == newest
+    assert checkpoint.newest_id(tmp_path) == hashlib.sha256((newest / META).read_bytes()).hexdigest()
+    save(tmp_path, 6)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step_4", "step_5", "step_6"]
+    assert checkpoint.load(tmp_path / "step_5")[0].keys() == expected
+
+
+@pytest.mark.parametrize("lost", [None, "tmp_5"])
+def test_a_save_that_was_cut_short_is_finished(lost: str | None, tmp_path: Path) -> None:
+    """With the new checkpoint, and with the old one where the new one is not whole."""
+    for step in (4, 5):
+        save(tmp_path, step)
+    shutil.copytree(tmp_path / "step_5", tmp_path / "tmp_5")
+    (tmp_path / "tmp_5" / "new").touch()
+    (tmp_path / "step_5").rename(tmp_path / "tmp_replaced_5")
+    if lost:
+        (tmp_path / lost / MANIFEST).unlink()
+    for _ in range(2):
+        checkpoint.finish_save(tmp_path)
+        assert checkpoint.newest(tmp_path) == tmp_path / "step_5"
+        assert (tmp_path / "step_5" / "new").exists() == (lost is None)
+
+
 def test_what_was_just_saved_is_never_pruned(tmp_path: Path) -> None:
     """A run resumed by hand from an early checkpoint saves lower steps than those that lie there."""
     for step in (5, 10, 20):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from dataclasses import asdict, replace
 from datetime import date
 from pathlib import Path
@@ -83,6 +84,20 @@ def test_what_is_no_whole_checkpoint_is_named(tmp_path: Path, caplog: pytest.Log
     (first.parent / "tmp_3").mkdir()
     assert resume_path(config) == first
     assert str(second) in caplog.text and str(first.parent / "tmp_3") in caplog.text
+
+
+def test_a_checkpoint_whose_save_was_cut_short_keeps_its_name(tmp_path: Path) -> None:
+    """Killed between the two renames, the same command goes on, whether it names the step or not."""
+    first, second = (saved(config_of(tmp_path), step) for step in (1, 2))
+    new = first.parent / "tmp_2"
+    shutil.copytree(second, new)
+    second.rename(first.parent / "tmp_replaced_2")
+    assert resume_path(config_of(tmp_path)) == new
+    assert resume_path(config_of(tmp_path, "--train.resume", str(second))) == new
+    assert resume_path(config_of(tmp_path, "--train.resume", str(first))) == first
+    (new / checkpoint.TENSORS).unlink()
+    with pytest.raises(checkpoint.DamagedCheckpoint, match="tmp_2"):
+        resume_path(config_of(tmp_path, "--train.resume", str(second)))
 
 
 def test_a_checkpoint_that_lacks_something_is_damaged(tmp_path: Path) -> None:
