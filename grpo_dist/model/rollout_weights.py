@@ -103,7 +103,7 @@ class RolloutModel:
         sharded."""
         needed = _different(p for name, p in self._policy_parameters().items() if name not in self._own)
         with torch.no_grad(), gathered(needed):
-            theirs = self._policy_parameters()
+            theirs = self._policy_parameters()  # anew: FSDP2 puts others in their places
             for name in self._empty:
                 if (value := self._own.get(name)) is None:
                     layer = self._quantized.get(name)
