@@ -15,8 +15,11 @@ import re
 import subprocess
 import sys
 import tempfile
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import triton
@@ -80,7 +83,7 @@ from transformers import LlamaForCausalLM as Llama  # noqa: E402
 from transformers import Qwen2ForCausalLM as Qwen2  # noqa: E402
 from transformers import Qwen3ForCausalLM as Qwen3  # noqa: E402
 
-from grpo_dist.model import attention, gate_kernel, head_kernel, join_kernel, rotation_kernel  # noqa: E402
+from grpo_dist.model import attention, gate_kernel, head_kernel, join_kernel, rotation_kernel, triton_trial  # noqa: E402
 from grpo_dist.model.layout import AttentionOptions  # noqa: E402
 from grpo_dist.model.peft import PeftLoraConfig, with_new_adapters  # noqa: E402
 from grpo_dist.rollout.native.cache import PrefillLayout  # noqa: E402
@@ -120,22 +123,22 @@ def of_updates(dtype: torch.dtype, size: int, vocabulary: int) -> None:
         rotation_kernel.rotate(rows, rows, rows[:, 0].contiguous(), rows[:, 0].contiguous(), back)
 
 
-def pool_of(layers: int, key_heads: int, size: int, dtype: torch.dtype) -> PagePool:
-    """Two rows behind a prompt of 70 tokens."""
-    layout = PrefillLayout([70], CPU)
+def pool_of(layers: int, key_heads: int, size: int, dtype: torch.dtype, prompt: int = 70) -> PagePool:
+    """Two rows behind a prompt of so many tokens."""
+    layout = PrefillLayout([prompt], CPU)
     layout.keys, layout.values = (
-        {n: torch.zeros((key_heads, 70, size), dtype=dtype) for n in range(layers)} for _ in range(2)
+        {n: torch.zeros((key_heads, prompt, size), dtype=dtype) for n in range(layers)} for _ in range(2)
     )
     return two_rows(layout)
 
 
 def of_attention(
     dtype: torch.dtype, group: int, size: int, window: int | None = None, cap: float | None = None,
-    sinks: Tensor | None = None, splits: tuple[int, int] = (1, 1),
+    sinks: Tensor | None = None, splits: tuple[int, int] = (1, 1), prompt: int = 70,
 ) -> None:  # fmt: skip
     """Attention over pages."""
     CASE[0] = f"{dtype}, {group} heads of {size}, splits {splits}, cap {cap}, sinks {sinks is not None}"
-    pool = pool_of(1, 1, size, dtype)
+    pool = pool_of(1, 1, size, dtype, prompt)
     pool.splits, pool.prompt_splits = splits
     pool.attend_rows(0, torch.empty((2, group, size), dtype=dtype), AttentionOptions(None, window, cap, sinks))
 
@@ -153,6 +156,25 @@ def of_steps(model_of: Any, config_of: Any, dtype: torch.dtype, rank: int, **sha
     pool.splits, pool.prompt_splits = 2, 4
     with torch.inference_mode():
         FusedStep(model)(torch.zeros(2, dtype=torch.int64), torch.full((2,), 70), pool)
+
+
+def of_ones() -> None:
+    """The trial at the start of a run, draws from one block, and prompts of one page. Triton compiles a kernel anew
+    where an argument is 1: it is a constant then, which its interpreter does not know."""
+    CASE[0] = "the trial"
+    makers = {name: getattr(torch, name) for name in ("zeros", "ones", "full", "tensor")}
+    with ExitStack() as patches:
+        for name, plain_maker in makers.items():
+            patches.enter_context(patch.object(torch, name, partial(_on_cpu, plain_maker)))
+        obstacle = triton_trial.triton_obstacle.__wrapped__()
+    # nothing has run, so that what is in memory by chance is no result
+    assert obstacle is not None and obstacle.startswith("Triton's kernels compute"), obstacle
+    of_draws(torch.float32, 64, [Sampling(0.8, 0.9, 1, 0.01, banned=(3,), min_new_tokens=1)])
+    of_attention(HALF, 2, 16, prompt=7)
+
+
+def _on_cpu(maker: Any, *args: Any, device: Any = None, **options: Any) -> Tensor:
+    return maker(*args, **options)
 
 
 def everything() -> None:
@@ -179,6 +201,7 @@ def main() -> None:
     """Compile everything."""
     of_draws(torch.float32, 151936, SAMPLINGS[3:])
     of_updates(HALF, 128, 151936)
+    of_ones()
     of_steps(Qwen3, Qwen3Config, HALF, 16, hidden_size=1536, head_dim=128)
     if sys.argv[2:] == ["all"]:
         everything()

@@ -226,6 +226,8 @@ def _dispatch(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         _check_devices(func, plain)
     if func in WAITS:
         wait(str(func).removeprefix("aten."))
+    if func is aten.isin.Tensor_Tensor and args[1].numel() >= 10 * args[0].numel() ** 0.145:
+        wait("isin of many")
     if func is aten.repeat_interleave.Tensor and kwargs.get("output_size") is None:
         wait("repeat_interleave without output_size")
     return _run(func, args, kwargs, *bare)
