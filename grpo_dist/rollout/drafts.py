@@ -136,7 +136,7 @@ class PassTime:
     def add(self, tokens: int, seconds: float) -> None:
         """Take in a pass; one that took far longer than expected was interrupted by something else."""
         if self.each:
-            seconds = min(seconds, 3 * (self.start + self.each * tokens))
+            seconds = min(seconds, 3 * self.of(tokens))
         new = (1.0, tokens, tokens * tokens, seconds, tokens * seconds)
         self._sums = tuple(self._decay * old + value for old, value in zip(self._sums, new, strict=True))
         count, total, squares, time, products = self._sums
@@ -148,9 +148,33 @@ class PassTime:
             self.each = time / count / (mean + 32)  # until passes of different sizes show it
         self.start = time / count - self.each * mean
 
+    def of(self, tokens: int) -> float:
+        """Seconds of a pass that computes so many tokens."""
+        return self.start + self.each * tokens
+
     def least_chance(self, tokens: float, computed: int) -> float:
         """The chance above which another draft makes a pass faster that computes so many tokens and yields `tokens`."""
         return tokens * self.each / (self.start + self.each * computed) if self.each else 1.0
+
+
+class Gain:
+    """Whether passes for which drafts were looked for took less time than their tokens take without; old passes count
+    less. Of a small model, a step may take no longer than looking for drafts of many rows."""
+
+    def __init__(self, memory: float = 50.0) -> None:
+        self._decay = 1 - 1 / memory
+        self._spent = self._plain = 0.0
+
+    def add(self, spent_seconds: float, plain_seconds: float) -> None:
+        """Take in a pass; one that was interrupted by something else says nothing."""
+        if spent_seconds < 3 * plain_seconds:
+            self._spent = self._decay * self._spent + spent_seconds
+            self._plain = self._decay * self._plain + plain_seconds
+
+    @property
+    def is_none(self) -> bool:
+        """Whether looking has cost time."""
+        return self._spent > self._plain
 
 
 def numbers_of_drafts(chances: Sequence[Sequence[float]], time: PassTime) -> list[int]:

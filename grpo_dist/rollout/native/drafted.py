@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..drafts import Acceptance, Completions, PassTime, ids_of, numbers_of_drafts, text_of
+from ..drafts import Acceptance, Completions, Gain, PassTime, ids_of, numbers_of_drafts, text_of
 from ..engine import Request
 from .steps import SeveralTokensStep
 
@@ -26,14 +26,16 @@ MOST_ROWS = 128
 MOST_LOGITS = 1 << 24
 """Most logits of a pass with drafts, which bounds its memory."""
 LOOK_EVERY, LOOK_AT = 8, 4
-"""Where drafts are not worth their time, those of a few rows are compared with what is drawn in every eighth pass."""
+"""Where drafts are not worth their time, those of a few rows are compared with what is drawn in every eighth pass.
+Where looking for them is not, all rows are looked at in every eighth."""
 
 
 class Drafts:
     """What drafts are made of, and what is known about their use; from one rollout to the next."""
 
     def __init__(self, end_ids: list[int]) -> None:
-        self.completions, self.acceptance, self.pass_time = Completions(end_ids), Acceptance(), PassTime()
+        self.completions, self.acceptance = Completions(end_ids), Acceptance()
+        self.pass_time, self.gain = PassTime(), Gain()
         self.drafted = self.accepted = 0
 
     def add(self, request: Request, own: int, ids: list[int]) -> None:
@@ -89,20 +91,27 @@ class DraftedSteps:
             decoding.advance()
             return
         alive = decoding.alive.nonzero()[:, 0]
-        computed = len(alive)
+        num_rows = len(alive)
         self.passes += 1
-        chances = drafts.acceptance.chances(drafts.pass_time.least_chance(computed, computed))
+        is_eighth = self.passes % LOOK_EVERY == 0
+        chances = drafts.acceptance.chances(drafts.pass_time.least_chance(num_rows, num_rows))
         if not any(chances.values()):
-            alive = alive[: LOOK_AT if self.passes % LOOK_EVERY == 0 else 0]
+            alive = alive[: LOOK_AT if is_eighth else 0]
+        elif drafts.gain.is_none and not is_eighth:
+            alive = alive[:0]
         rows = self._rows(alive)
         numbers = self._numbers(rows, chances) if any(row.ahead for row in rows) else []
+        looked, accepted = time.perf_counter(), drafts.accepted
         if any(numbers):
-            computed += sum(numbers)
             self._pass(rows, numbers)
         else:
             decoding.advance()
             self._compare(rows)
-        drafts.pass_time.add(computed, time.perf_counter() - begun)
+        ended = time.perf_counter()
+        drafts.pass_time.add(num_rows + sum(numbers), ended - looked)
+        if len(rows) == num_rows:
+            tokens = num_rows + drafts.accepted - accepted
+            drafts.gain.add(ended - begun, tokens / num_rows * drafts.pass_time.of(num_rows))
 
     def _knows_any(self) -> bool:
         """Whether there are other completions of any row's prompt."""

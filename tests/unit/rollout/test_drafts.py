@@ -15,7 +15,7 @@ from torch import nn
 
 from grpo_dist.algorithm.hashing import stream_key
 from grpo_dist.rollout import NativeDecoder, Request, Sampling, decode_all
-from grpo_dist.rollout.drafts import BEGIN, Acceptance, Completions, PassTime, numbers_of_drafts, text_of
+from grpo_dist.rollout.drafts import BEGIN, Acceptance, Completions, Gain, PassTime, numbers_of_drafts, text_of
 from grpo_dist.rollout.native import drafted
 from grpo_dist.rollout.native.cache import DecodeState
 from grpo_dist.rollout.native.kernel import KernelStep
@@ -79,6 +79,19 @@ def test_the_time_of_a_pass_is_learned() -> None:
     for _ in range(300):
         time.add(16, 4.0)
     assert time.each > 0 and time.start + 16 * time.each == pytest.approx(4.0, abs=0.1)
+
+
+def test_looking_for_drafts_has_to_save_time() -> None:
+    gain = Gain()
+    assert not gain.is_none, "drafts are looked for at first"
+    gain.add(2.0, 3.0)
+    gain.add(2.5, 1.0)
+    assert gain.is_none
+    for _ in range(60):
+        gain.add(2.0, 2.1)
+    assert not gain.is_none, "what was long ago counts less"
+    gain.add(1000.0, 2.0)
+    assert not gain.is_none, "something else had the processor"
 
 
 def test_acceptance_follows_what_is_drawn() -> None:
@@ -233,3 +246,22 @@ def test_drafts_that_are_never_right_are_no_longer_computed(monkeypatch: pytest.
     before = made.drafts.drafted
     epochs(made, model, Sampling())
     assert before > 0 and made.drafts.drafted < 1.2 * before
+
+
+@pytest.mark.usefixtures("kernel")
+@pytest.mark.parametrize("is_none", [True, False])
+def test_where_looking_saves_no_time_it_is_done_in_every_eighth_pass(
+    is_none: bool, certain: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Gain, "is_none", is_none)
+    made, plain_rows, looks = decoder(True), drafted.DraftedSteps._rows, []
+
+    def rows(self: drafted.DraftedSteps, alive: torch.Tensor) -> list[Any]:
+        looks.append((self.passes, len(alive) > 0))
+        return plain_rows(self, alive)
+
+    monkeypatch.setattr(drafted.DraftedSteps, "_rows", rows)
+    assert epochs(made, certain, Sampling()) == epochs(decoder(False), certain, Sampling())
+    assert looks == [(number, not is_none or number % drafted.LOOK_EVERY == 0) for number, _ in looks]
+    assert any(is_looked for _, is_looked in looks)
+    assert made.drafts is not None and made.drafts.accepted > 0
