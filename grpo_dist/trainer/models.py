@@ -90,7 +90,7 @@ def load_models(
         log.info("%s", describe(policy, kind))
     if (form := form_of(policy.causal_lm)) is not None:
         log.info("%s", describe_dequantized(policy.causal_lm, form))
-    optimizer = make_optimizer(policy, config, ranks.device)
+    optimizer = make_optimizer(policy, config)
     ranks.wait_at("loaded the model")  # a download may take longer than a collective of the start waits
     wrapped, prepared = ranks.prepare(policy, optimizer)
     wrapped.train()
