@@ -14,7 +14,7 @@ from torch import Tensor
 from ..config.algorithm import AUTO_IS_RESOLVED, Aggregation, LossConfig
 from ..types import repeated
 from .kl import kl_estimate
-from .ratios import policy_ratio, rollout_weights
+from .ratios import importance_weights, policy_ratio
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Loss:
     gap: Tensor
     """(M,) log-probability under the old policy minus that of the rollout (nats)."""
     importance: Tensor | None
-    """(M,) weight of each advantage, from `rollout_weights`; None without a correction."""
+    """(M,) weight of each advantage, from `importance_weights`; None without a correction."""
 
 
 def token_weights(
@@ -134,7 +134,7 @@ def policy_loss(options: LossConfig, kl_coeff: float, logprobs: Tensor, entropie
     """
     sequence, weights = tokens.sequence, tokens.weights
     old = logprobs.detach() if tokens.old is None else tokens.old
-    importance = rollout_weights(options, old, tokens.rollout, sequence)
+    importance = importance_weights(options, old, tokens.rollout, sequence)
     ratio = policy_ratio(logprobs, old, sequence, options.ratio_level)
     per_token, low, high = _surrogate(logprobs, ratio, tokens.advantages * importance, options)
     policy = total = (per_token * weights).sum()

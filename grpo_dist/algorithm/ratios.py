@@ -28,7 +28,7 @@ def policy_ratio(logprobs: Tensor, old: Tensor, sequence: Tensor, level: RatioLe
     return log_ratio.exp()
 
 
-def rollout_weights(options: LossConfig, old: Tensor, sampled: Tensor, sequence: Tensor) -> Tensor:
+def importance_weights(options: LossConfig, old: Tensor, sampled: Tensor, sequence: Tensor) -> Tensor:
     """Importance weight of each token, for completions that another distribution drew than the old policy's: (M,).
 
     With rollout.lag that is an older policy, with an engine that computes otherwise the rounded policy. The ratio of

@@ -12,7 +12,7 @@ import torch
 from option_groups import make_config
 
 from grpo_dist.algorithm.kl import adapted_coefficient, kl_estimate
-from grpo_dist.algorithm.ratios import rollout_weights
+from grpo_dist.algorithm.ratios import importance_weights
 from grpo_dist.algorithm.targets import (
     ENTROPY_SLACK,
     computed,
@@ -253,22 +253,22 @@ def test_estimators_have_the_gradient_of_the_kl(estimator: Any, unbiased: bool) 
 
 @pytest.mark.parametrize("level", ["token", "sequence"])
 @pytest.mark.parametrize("correction", ["none", "truncate", "mask"])
-def test_rollout_weights_equal_the_loop(correction: Any, level: Any) -> None:
+def test_importance_weights_equal_the_loop(correction: Any, level: Any) -> None:
     generator = torch.Generator().manual_seed(2)
     old, sampled = -torch.rand(2, 13, generator=generator, dtype=torch.float64)
     options = LossConfig(importance_correction=correction, importance_level=level, importance_low=0.7,
                          importance_high=1.3)  # fmt: skip
-    got = rollout_weights(options, old, sampled, torch.tensor(OWNER))
+    got = importance_weights(options, old, sampled, torch.tensor(OWNER))
     for t, n in enumerate(OWNER):
         mine = [t] if level == "token" else [s for s in range(13) if OWNER[s] == n]
         ratio = math.exp(sum(float(old[s] - sampled[s]) for s in mine))
         expected = {"none": 1.0, "truncate": min(ratio, 1.3), "mask": ratio if 0.7 <= ratio <= 1.3 else 0.0}[correction]
         assert float(got[t]) == pytest.approx(expected)
     for bounds in ({"importance_low": 1.0}, {"importance_high": 1.0}):
-        same = rollout_weights(dataclasses.replace(options, **bounds), old, old, torch.tensor(OWNER))
+        same = importance_weights(dataclasses.replace(options, **bounds), old, old, torch.tensor(OWNER))
         assert same.tolist() == [1.0] * 13, "the bounds are inside"
     none = torch.zeros(0, dtype=torch.int64)
-    assert rollout_weights(options, old[:0], old[:0], none).shape == (0,)
+    assert importance_weights(options, old[:0], old[:0], none).shape == (0,)
 
 
 # --- batches that are joined, and positions that are saved -----------------------------------------------------------
