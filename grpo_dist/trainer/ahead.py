@@ -11,7 +11,7 @@ from functools import partial
 
 from ..checkpoint.state import TrainState
 from ..types import Trajectory
-from .collect import Draw, Drawn, collect, first_round, share
+from .collect import Draw, Drawn, collect, first_round, prepare_round
 from .parts import Parts
 
 LOOK_SECONDS = 0.1
@@ -52,7 +52,7 @@ class _Drawing:
         self._seconds = 0.0
         parts.engine.wake()
         with parts.ranks.shared_errors("rollout"):
-            draw, self._scoring = share(parts, state, first_round(parts, state, step))
+            draw, self._scoring = prepare_round(parts, state, first_round(parts, state, step))
         # a daemon: the end of a run that failed does not wait for it
         threading.Thread(target=partial(self._draw, draw), name="rollout", daemon=True).start()
 

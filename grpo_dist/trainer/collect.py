@@ -54,13 +54,13 @@ def collect(parts: Parts, state: TrainState, step: int, first: Callable[[], Draw
     batches = [_scored(parts, state, first_round(parts, state, step), first)]
     if not config.rollout.max_resamples:
         return batches[0]
-    with_signal, without = _sorted_groups(batches[0])
+    with_signal, without = _groups_by_signal(batches[0])
     chosen, missing = [with_signal], len(without)
     while missing and len(batches) <= config.rollout.max_resamples:
         assert not isinstance(state.sampler, Curriculum), "refused with rollout.max_resamples"
         places = further_places(state.sampler, step, len(batches))[:missing]
         batches.append(_scored(parts, state, _round(parts, places, f"train/{step}/{len(batches)}", step)))
-        chosen.append(_sorted_groups(batches[-1])[0])
+        chosen.append(_groups_by_signal(batches[-1])[0])
         missing -= len(chosen[-1])
     chosen[0] = sorted(with_signal + without[:missing])
     rewards = torch.cat([batch.reward for batch in batches])
@@ -95,12 +95,12 @@ def with_reference(parts: Parts, batch: Batch) -> Batch:
 def generate(parts: Parts, state: TrainState, round: Round) -> Drawn:
     """This rank's share of a round's trajectories, and their scores, which are computed while others are sampled."""
     with awake(parts.engine), parts.ranks.shared_errors("rollout"):
-        draw, scoring = share(parts, state, round)
+        draw, scoring = prepare_round(parts, state, round)
         return draw(parts.watch.check), scoring
 
 
-def share(parts: Parts, state: TrainState, round: Round) -> tuple[Draw, Scoring]:
-    """What draws this rank's share of the trajectories, and their scores."""
+def prepare_round(parts: Parts, state: TrainState, round: Round) -> tuple[Draw, Scoring]:
+    """What draws this rank's share of the trajectories, and the scores to which it hands them as they end."""
     prompts, train = round.prompts, parts.config.train
     drawn = parts.ranks.share(len(prompts) * round.group_size)
     requests = requests_of(prompts, round.group_size, drawn, train.seed, round.stream)
@@ -145,7 +145,7 @@ def _scored(parts: Parts, state: TrainState, round: Round, drawn: Callable[[], D
                              config.scoring.error_budget)  # fmt: skip
 
 
-def _sorted_groups(batch: Batch) -> tuple[list[int], list[int]]:
-    """The groups whose rewards differ, and the others."""
+def _groups_by_signal(batch: Batch) -> tuple[list[int], list[int]]:
+    """The groups whose rewards differ, and the others, both in their order."""
     spread = has_spread(batch.reward, batch.group).tolist()
     return [g for g, one in enumerate(spread) if one], [g for g, one in enumerate(spread) if not one]
