@@ -1,7 +1,7 @@
 """The data that flows through one step: prompts, trajectories and the global batch.
 
 Pure data: no model, no device handling, no I/O. Shapes use P prompts, N completions, R rewards, L completion tokens in
-all and T of them that the policy sampled; the prompts have Lp tokens in all, and a mixture of experts R routers that
+all and T of them that the policy sampled; the prompts have Lp tokens in all, and a mixture of experts J routers that
 choose K experts for a token. Completion n belongs to prompt `group[n]`; its sampled tokens are the slice
 `starts[n] : starts[n] + lengths[n]` of every flat (T,) tensor. Tokens that were not sampled are context: others attend
 to them, and they have no entry in (T,) tensors, of which losses, advantages, KL terms and their denominators are made.
@@ -83,7 +83,7 @@ class Trajectory:
     episode: Episode | None = None
     """None where there are no tools and no environment."""
     routes: Tensor | None = None
-    """(tokens of the prompt and of `ids`, R, K) integers on the CPU: the experts that each token took, see
+    """(tokens of the prompt and of `ids`, J, K) integers on the CPU: the experts that each token took, see
     `model.routing`. None where nobody replays them."""
 
 
@@ -128,10 +128,10 @@ class Batch:
     """(T,) float32: log-probability of each token under the reference (nats), from `with_reference`; None without a KL
     term."""
     prompt_routes: Tensor | None = None
-    """(Lp, R, K): the experts that the tokens of each prompt took, one prompt after another; None where nobody replays
+    """(Lp, J, K): the experts that the tokens of each prompt took, one prompt after another; None where nobody replays
     them."""
     routes: Tensor | None = None
-    """(L, R, K): those of the completions' tokens."""
+    """(L, J, K): those of the completions' tokens."""
     token_rewards: Tensor | None = None
     """(T, R) float64: rewards at the tokens they were given for, NaN elsewhere; a reward for the outcome is at the last
     token. None if all rewards are for the outcome."""
@@ -282,7 +282,7 @@ def repeated(values: Tensor, counts: Tensor) -> Tensor:
 
 
 def no_routes(tokens: int, like: Tensor) -> Tensor:
-    """(tokens, R, K) as `like` (…, R, K): in place of experts, the number that says that none were recorded."""
+    """(tokens, J, K) as `like` (…, J, K): in place of experts, the number that says that none were recorded."""
     return like.new_full((tokens, *like.shape[-2:]), torch.iinfo(like.dtype).max)
 
 

@@ -61,7 +61,7 @@ MODULES = {
     "trainer/first_update": ["first_update"],
 }
 """Modules of the package, and the files `test_NAME.py` of tests/unit that say what they do."""
-ROUTES_ROOM = "self.drawn = nothing.new_zeros((0, most + 1, *self.routers.shape))  # (N, most + 1, R, K)"
+ROUTES_ROOM = "self.drawn = nothing.new_zeros((0, most + 1, *self.routers.shape))  # (N, most + 1, J, K)"
 ROUTES_GIVEN = "batch.routes is not None and batch.prompt_routes is not None"
 FLOAT32_PRODUCT, ROUNDED_PRODUCT = "summed_over_rows(x, y)", "(x.T @ y).to(dtype)"
 EQUIVALENT = {

@@ -64,7 +64,7 @@ class Pack:
     useful: int
     """Tokens of the row that belong to a sequence: all of them, or none in an empty pack."""
     routes: Tensor | None = None
-    """(T, R, K): the experts that each token took in the rollout, see `routing`; None where nobody replays them."""
+    """(T, J, K): the experts that each token took in the rollout, see `routing`; None where nobody replays them."""
 
     def to(self, device: torch.device) -> Pack:
         """The pack with all tensors on `device`, in one asynchronous copy."""

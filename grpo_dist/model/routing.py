@@ -8,7 +8,7 @@ has its gradient.
 
 transformers' routers choose by `torch.topk`. While a router computes, that call is noted, or answered as noted before.
 
-Shapes: T tokens of a row, R routers, E experts, K experts of a token, M sampled tokens.
+Shapes: T tokens of a row, J routers, E experts, K experts of a token, M sampled tokens.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Routers:
         """The number of each router's layer in the model."""
         self.dtype = torch.uint8 if self.num_experts <= torch.iinfo(torch.uint8).max else torch.int16
         self.given: Tensor | None = None
-        """(T, R, K): the experts to take, from the next call of the model on; None lets the routers choose."""
+        """(T, J, K): the experts to take, from the next call of the model on; None lets the routers choose."""
         self.chosen: list[Tensor] = [torch.zeros(0)] * len(names)
         """(T, K) int64 a router: its own choice in the newest call of the model, whatever it was given."""
         self._model, self._plain = model, {name: model.get_submodule(name).forward for name in names}
@@ -62,7 +62,7 @@ class Routers:
 
     @property
     def nothing(self) -> Tensor:
-        """(0, R, K): routes of no tokens."""
+        """(0, J, K): routes of no tokens."""
         return torch.zeros((0, *self.shape), dtype=self.dtype)
 
     def remove(self) -> None:
@@ -72,7 +72,7 @@ class Routers:
         del self._model.routers
 
     def recorded(self) -> Tensor:
-        """(T, R, K): what the routers chose in the newest call of the model."""
+        """(T, J, K): what the routers chose in the newest call of the model."""
         return torch.stack(self.chosen, 1).to(self.dtype)
 
     def agreement(self, places: Tensor) -> Tensor:

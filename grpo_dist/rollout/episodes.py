@@ -334,7 +334,7 @@ class _Table:
 
 
 def routes_after(before: Tensor | None, turn: Tensor | None) -> Tensor | None:
-    """The routes of a row after one more turn, (T, R, K). `turn` has those of the tokens of `before` too, as they were
+    """The routes of a row after one more turn, (T, J, K). `turn` has those of the tokens of `before` too, as they were
     computed again; what was drawn after them was drawn by the first ones, except for the last token, which had none."""
     return turn if before is None or turn is None else torch.cat([before[:-1], turn[len(before) - 1 :]])
 

@@ -32,7 +32,7 @@ def gather_trajectories(
 ) -> Batch:  # fmt: skip
     """The global batch in the order of (prompt, sample), from every rank's contiguous share of it; a collective.
 
-    `nothing_routed` (0, R, K) is given where the trajectories have routes that are to be kept. Rewards are yet to come:
+    `nothing_routed` (0, J, K) is given where the trajectories have routes that are to be kept. Rewards are yet to come:
     see `gather_scores`. Raises RewardFailure where episodes of one prompt began differently.
     """
     numbers = integers([(each.slot, len(each.ids), each.finished) for each in trajectories])
@@ -114,7 +114,7 @@ def _routes(trajectory: Trajectory) -> Tensor:
 def _gather_prompt_routes(
     ranks: Ranks, prompts: list[Prompt], trajectories: list[Trajectory], nothing: Tensor
 ) -> Tensor:
-    """The routes of each prompt's tokens, (Lp, R, K), as the first trajectory of its group has them.
+    """The routes of each prompt's tokens, (Lp, J, K), as the first trajectory of its group has them.
 
     The group's other ranks have computed the prompt too. A group without a trajectory of this prompt has none.
     """

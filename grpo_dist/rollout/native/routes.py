@@ -1,6 +1,6 @@
 """The experts that the tokens of a rollout take, kept for routing replay.
 
-Shapes: N requests, R routers, K experts of a token.
+Shapes: N requests, J routers, K experts of a token.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ class RouteTable:
     def __init__(self, model: nn.Module, most: int, device: torch.device) -> None:
         """At most `most` tokens are drawn for a request."""
         self.routers = routers_of(model)
-        self.prompts: dict[int, Tensor] = {}  # by request, (tokens, R, K) on the CPU; a group shares them
+        self.prompts: dict[int, Tensor] = {}  # by request, (tokens, J, K) on the CPU; a group shares them
         if self.routers is not None:
             nothing = self.routers.nothing.to(device)
-            self.drawn = nothing.new_zeros((0, most + 1, *self.routers.shape))  # (N, most + 1, R, K)
+            self.drawn = nothing.new_zeros((0, most + 1, *self.routers.shape))  # (N, most + 1, J, K)
 
     @property
     def keeps(self) -> bool:

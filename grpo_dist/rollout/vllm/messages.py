@@ -38,7 +38,7 @@ class Answer:
     prompt_logprobs: list[float]
     """Of each token of the prompt but the first, where they were asked for."""
     routes: Tensor | None = None
-    """(tokens of the prompt and of `ids`, R, K): the experts that each took, where they are to be replayed."""
+    """(tokens of the prompt and of `ids`, J, K): the experts that each took, where they are to be replayed."""
 
 
 def completion_message(
@@ -130,7 +130,7 @@ def without_routes(url: str) -> str:
 
 
 def _routes(choice: Any, message: dict[str, Any], kept: int, routers: Routers) -> Tensor:
-    """(tokens of the prompt and `kept` new ones, R, K). vLLM reports every token that it has computed, those of cached
+    """(tokens of the prompt and `kept` new ones, J, K). vLLM reports every token that it has computed, those of cached
     prefixes too, in every layer; of layers without experts, zeros. The last token was drawn and not computed."""
     file = io.BytesIO(base64.b64decode(choice["routed_experts"], validate=True))
     table = torch.from_numpy(np.load(file, allow_pickle=False).astype(np.int64))

@@ -48,7 +48,7 @@ def row(model: Any, ids: list[int], **options: Any) -> Any:
 
 
 def plain_routes(kind: str, ids: list[int], seed: int = 0) -> Tensor:
-    """(T, R, K), sorted: the experts with the largest logits, which a model without any hooks reports."""
+    """(T, J, K), sorted: the experts with the largest logits, which a model without any hooks reports."""
     with torch.no_grad():
         logits = row(build(kind, seed), ids, output_router_logits=True).router_logits
     return torch.stack([layer.view(len(ids), -1).topk(2, -1).indices for layer in logits], 1).sort(-1).values
