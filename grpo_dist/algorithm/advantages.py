@@ -4,7 +4,8 @@ Each reward belongs to a token: an outcome reward to a completion's last token, 
 was given. A completion without a reward (NaN: it could not be scored) takes no part: it is not in the means and stds of
 its group and of the batch, and its own advantages are 0.
 
-Shapes: N completions, T completion tokens in the order of the completions, E rewards given.
+Shapes: N completions of P groups, T completion tokens in the order of the completions, R rewards, E numbers that they
+gave.
 """
 
 from __future__ import annotations

@@ -20,8 +20,8 @@ def kl_estimate(logprobs: Tensor, reference: Tensor, sequence: Tensor, estimator
 
     With d = log policy - log reference: `k1` is d, unbiased and of high variance; `k2` is d²/2, whose plain gradient is
     the KL's; `k3` is exp(-d) - 1 + d, unbiased and never negative (http://joschu.net/blog/kl-approx.html; DeepSeekMath,
-    eq. 4); `abs` is |d|; `squared_sequence` is the original recipe's square of a sequence's summed d, divided evenly
-    among its tokens. `sequence` (M,) int64 numbers the completions, which are complete.
+    eq. 4); `abs` is |d|; `squared_sequence` is the square of a completion's summed d, divided evenly among its tokens
+    (the preset `reinforce`). `sequence` (M,) int64 numbers the completions, which are complete.
     """
     difference = logprobs - reference
     if estimator == "k1":
@@ -29,7 +29,7 @@ def kl_estimate(logprobs: Tensor, reference: Tensor, sequence: Tensor, estimator
     if estimator == "k2":
         return difference**2 / 2
     if estimator == "k3":
-        return torch.expm1(-difference) + difference  # exp(d) - 1 would round a small difference to 0
+        return torch.expm1(-difference) + difference  # exp(-d) - 1 would round a small difference to 0
     if estimator == "abs":
         return difference.abs()
     sums, lengths = sequence_sums(difference, sequence)
@@ -38,7 +38,8 @@ def kl_estimate(logprobs: Tensor, reference: Tensor, sequence: Tensor, estimator
 
 def sequence_sums(values: Tensor, sequence: Tensor) -> tuple[Tensor, Tensor]:
     """Sum of `values` (M,) over each completion, and the completions' lengths: both (M,), where those of completion n
-    are at place n. Places without a completion have the sum 0 and the length 1: a GPU need not tell their number."""
+    are at place n. The places behind the last completion have the sum 0 and the length 1: results of M places need no
+    number of completions, for which the host would wait for a GPU."""
     zeros = torch.zeros_like(values)
     lengths = zeros.index_add(0, sequence, torch.ones_like(values))
     return zeros.index_add(0, sequence, values), lengths.clamp(min=1)

@@ -84,8 +84,8 @@ class LossConfig:
     kl_coeff: float = 0.04
     """Weight of the penalty that keeps the policy near the reference; 0 leaves the reference uncomputed."""
     kl_estimator: Literal["auto", KlEstimator] = "auto"
-    """Schulman's estimators per token, the absolute log-ratio per token, or the squared log-ratio of a full sequence
-    (the recipe); `auto` is `squared_sequence` for `reinforce`, `k1` for kl_in `reward`, and else `k3`."""
+    """Schulman's estimators per token, the absolute log-ratio per token, or the squared log-ratio of a full sequence;
+    `auto` is `squared_sequence` for `reinforce`, `k1` for kl_in `reward`, and else `k3`."""
     kl_in: Literal["loss", "reward"] = "loss"
     """Where the penalty goes: into the loss, which is differentiated, or off the rewards (of each token without a
     group's baseline, of the completion with one)."""
@@ -149,13 +149,13 @@ class CriticConfig:
 def resolve_auto(config: Config) -> None:
     """Replace each `auto` by what it stands for."""
     advantage, loss = config.advantage, config.loss
-    recipe = loss.objective == "reinforce"
+    is_reinforce = loss.objective == "reinforce"
     if advantage.scale == "auto":
-        advantage.scale = "group" if has_groups(config) and not recipe else "batch"
+        advantage.scale = "group" if has_groups(config) and not is_reinforce else "batch"
     if loss.aggregation == "auto":
-        loss.aggregation = "sequence_sum" if recipe else "sequence_mean"
+        loss.aggregation = "sequence_sum" if is_reinforce else "sequence_mean"
     if loss.kl_estimator == "auto":
-        loss.kl_estimator = "k1" if loss.kl_in == "reward" else "squared_sequence" if recipe else "k3"
+        loss.kl_estimator = "k1" if loss.kl_in == "reward" else "squared_sequence" if is_reinforce else "k3"
     if loss.importance_correction == "auto":
         loss.importance_correction = default_correction(config.rollout)
 

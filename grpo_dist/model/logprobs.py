@@ -2,9 +2,9 @@
 
 The head is linear. The gradient of a token's log-probability by its hidden state is therefore known in the forward
 pass: the target's row of the head minus the mean of the rows under the softmax. The gradient of the entropy is known
-too: the mean of the rows, weighted by the difference of each log-probability from the mean one. With a frozen head
-(LoRA), the backward pass only multiplies these vectors by the incoming gradients. With a trained head it computes the
-logits again, chunk by chunk.
+too: the mean of the rows, weighted by the mean log-probability minus each one. With a frozen head (LoRA), the backward
+pass only multiplies these vectors by the incoming gradients. With a trained head it computes the logits again, chunk by
+chunk.
 
 Shapes: M tokens, H hidden, V vocabulary.
 """
