@@ -170,10 +170,10 @@ class DecodeState:
         if not self.shares:
             return
         counts = torch.bincount(self.prompt, minlength=len(self.prompt_lengths))
-        self.most = int(counts.max())
+        self.most_seats = int(counts.max())  # of one prompt
         first = torch.cumsum(counts, 0) - counts
-        self.seat = self.prompt * self.most + self.rows - first[self.prompt]
-        self.all_seated = self.num_rows == len(counts) * self.most
+        self.seat = self.prompt * self.most_seats + self.rows - first[self.prompt]
+        self.all_seated = self.num_rows == len(counts) * self.most_seats
         keys = next(iter(self.prompt_keys.values()))
         places = torch.arange(keys.shape[2], device=self.device)
         self.prompt_mask = _mask(places >= self.prompt_lengths[:, None], keys.dtype)  # (P, 1, 1, Lp)
@@ -207,8 +207,8 @@ class DecodeState:
         return self._own_masks[window]
 
     def _window_mask(self, window: int, repeat: int) -> tuple[Tensor, Tensor]:
-        """Additive mask (P, 1, most · G, Lp) of the prompts for this step's queries of a layer with a window, and (R,)
-        bool, whose windows have left their prompt behind. To these the mask shows one key: a query needs one."""
+        """Additive mask (P, 1, most_seats · G, Lp) of the prompts for this step's queries of a layer with a window, and
+        (R,) bool, whose windows have left their prompt behind. To these the mask shows one key: a query needs one."""
         if window not in self._window_masks:
             lengths = self.prompt_lengths[self.prompt]
             keys = next(iter(self.prompt_keys.values()))
@@ -267,17 +267,17 @@ class DecodeState:
         return output.reshape(num_rows, num_queries, -1)
 
     def _to_seats(self, x: Tensor) -> Tensor:
-        """(R, Hk, G, D) to (P, Hk, most · G, D): all sequences of a prompt as one block of queries."""
+        """(R, Hk, G, D) to (P, Hk, most_seats · G, D): all sequences of a prompt as one block of queries."""
         _, heads, repeat, size = x.shape
-        num_seats = len(self.prompt_lengths) * self.most
+        num_seats = len(self.prompt_lengths) * self.most_seats
         seats = x if self.all_seated else x.new_zeros((num_seats, heads, repeat, size)).index_copy_(0, self.seat, x)
-        blocks = seats.view(-1, self.most, heads, repeat, size).transpose(1, 2)
-        return blocks.reshape(-1, heads, self.most * repeat, size)
+        blocks = seats.view(-1, self.most_seats, heads, repeat, size).transpose(1, 2)
+        return blocks.reshape(-1, heads, self.most_seats * repeat, size)
 
     def _from_seats(self, x: Tensor) -> Tensor:
-        """(P, Hk, most · G, D) to (R, Hk, G, D)."""
+        """(P, Hk, most_seats · G, D) to (R, Hk, G, D)."""
         prompts, heads, queries, size = x.shape
-        seats = x.view(prompts, heads, self.most, queries // self.most, size).transpose(1, 2).flatten(0, 1)
+        seats = x.view(prompts, heads, self.most_seats, queries // self.most_seats, size).transpose(1, 2).flatten(0, 1)
         return seats if self.all_seated else seats[self.seat]
 
 
