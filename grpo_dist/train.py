@@ -94,13 +94,13 @@ def update(parts: Parts, state: TrainState, batch: Batch, minibatch: Minibatch) 
         with parts.ranks.no_sync(parts.wrapped, unless=is_last):
             logprobs, entropies, values = parts.wrapped(pack, dropout_key)
             loss = policy_loss(config.loss, state.kl_coeff, logprobs, entropies, tokens)
-            total, averaged = loss.total, {"entropy": entropies, **parts.policy.router_agreement(pack)}
+            total, means = loss.total, {"entropy": entropies, **parts.policy.router_agreement(pack)}
             if values is not None:
-                of_values, errors = value_loss(values, tokens, config.critic.clip)
-                total = total + config.critic.loss_coeff * of_values
-                averaged |= {"value/mean": values, "value/error": errors}
+                critic_loss, errors = value_loss(values, tokens, config.critic.clip)
+                total = total + config.critic.loss_coeff * critic_loss
+                means |= {"value/mean": values, "value/error": errors}
             parts.ranks.backward(parts.wrapped, total, is_last)
-        metrics.add(total, loss, cpu_pack, averaged)
+        metrics.add(total, loss, cpu_pack, means)
     rate = learning_rate(state.step, config.train.num_train_steps, config.optim)
     norm = parts.ranks.optimizer_step(parts.wrapped, parts.optimizer, rate)
     reduced = metrics.reduced(parts.ranks) | {"grad_norm": norm, "learning_rate": rate}

@@ -83,7 +83,7 @@ def gather_scores(
 
 
 def episode_metrics(batch: Batch, episodes: Sequence[Episode]) -> dict[str, float]:
-    """Metrics of the episodes of a batch, means an episode but for the number of broken environments."""
+    """Metrics of the episodes of a batch: means over the episodes, and the number of broken environments."""
     outcomes = {"answered": "calls_answered", "error": "calls_failed", "malformed": "calls_malformed"}
     count = len(episodes)
     metrics = {"environment/turns": sum(each.turns for each in episodes) / count}

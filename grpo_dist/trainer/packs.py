@@ -113,8 +113,8 @@ def with_old_policy(parts: Parts, batch: Batch, minibatches: list[Minibatch]) ->
 
 
 def _own_packs(parts: Parts, batch: Batch, needed: Tensor, max_tokens: int) -> Iterator[Pack]:
-    """This rank's packs of the `needed` (N,) completions, or its tokens of them, on the CPU, as many as every other
-    rank's."""
+    """This rank's packs of the `needed` (N,) completions, on the CPU, as many as every other rank's. With sequence
+    parallelism, its tokens of the packs that its group of ranks shares."""
     group = parts.ranks.row_group
     plans = plan(
         [len(prompt.ids) for prompt in batch.prompts], batch.group.tolist(), batch.row_lengths.tolist(),

@@ -140,7 +140,7 @@ class DecodingOverPages:
         over = ends | (drawn >= seats.limit[seat])
         seats.ended_at[seat] = torch.where(over, drawn, 0)
         self.alive[rows] = alive & ~over
-        if not self.goes_on:  # a row that has ended reads no more than the token it writes, which is over its first one
+        if not self.goes_on:  # a row that has ended reads only the token that it writes, over its first one
             self.pool.lengths[rows].mul_(self.alive[rows])
 
     # --- on the host --------------------------------------------------------------------------------------------------

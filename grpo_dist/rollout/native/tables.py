@@ -25,8 +25,10 @@ class PromptInFlight:
 
     ids: list[int]
     place: int
+    """Its line in the tables."""
     pages: list[int]
     rows: int
+    """Rows that still need it."""
 
 
 @dataclass(eq=False)
@@ -42,7 +44,7 @@ class RowInFlight:
     """Most of them with those that are drawn for the request."""
     pages: list[int] = field(default_factory=list)
     length: int = 0
-    """The number of steps that it has been in, at most the limit."""
+    """Its own tokens in the cache, one more each step: an upper bound once it has ended, and at most the limit."""
     own: list[int] = field(default_factory=list)
     """Its own tokens before the first one that is drawn for the request; of a row that is kept, all of them."""
 
