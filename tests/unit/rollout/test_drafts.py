@@ -265,3 +265,33 @@ def test_where_looking_saves_no_time_it_is_done_in_every_eighth_pass(
     assert looks == [(number, not is_none or number % drafted.LOOK_EVERY == 0) for number, _ in looks]
     assert any(is_looked for _, is_looked in looks)
     assert made.drafts is not None and made.drafts.accepted > 0
+
+
+@pytest.mark.usefixtures("kernel")
+def test_where_no_draft_is_worth_its_time_a_few_are_looked_at_now_and_then(
+    certain: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compared: list[list[int]] = []  # of each rollout, the rows with drafts in each pass that draws one token of a row
+    compare, begin = drafted.DraftedSteps._compare, drafted.DraftedSteps.__init__
+
+    def counting(steps: drafted.DraftedSteps, rows: list[Any]) -> None:
+        compared[-1].append(len(rows))
+        compare(steps, rows)
+
+    def beginning(*arguments: Any) -> None:
+        compared.append([])
+        begin(*arguments)
+
+    monkeypatch.setattr(drafted.DraftedSteps, "_compare", counting)
+    monkeypatch.setattr(drafted.DraftedSteps, "__init__", beginning)
+    made = decoder(True)
+    assert made.drafts is not None
+    made.drafts.pass_time = Fixed(1.0, 1e9)  # a token more takes as long as a pass
+    assert epochs(made, certain, Sampling()) == epochs(decoder(False), certain, Sampling())
+    assert made.drafts.drafted == 0
+    assert len(compared[1]) > 2 * drafted.LOOK_EVERY, "the test needs some passes"
+    for number, rows in enumerate(compared[1], 1):
+        assert rows <= drafted.LOOK_AT and (rows == 0 or number % drafted.LOOK_EVERY == 0)
+    assert max(compared[1]) == drafted.LOOK_AT
+    chances = made.drafts.acceptance.chances(0.5)
+    assert chances[16][0] != 0.75, "what was looked at counts"
