@@ -29,7 +29,7 @@ struct Row {
 
     float shown(long k) const { return (x[k] - peak) * inverse; }
 
-    // Probabilities of tokens from `k` on in parts of the likeliest one's; 0 for less than e^-87, which is -inf, too, and
+    // Probabilities of tokens from `k` on, as shares of the likeliest one's; 0 below e^-87, so for logits of -inf, and
     // behind the last token.
     Vec<LANES> weights(long k) const {
         const long n = std::min<long>(LANES, size - k);

@@ -178,14 +178,14 @@ template <int L, class W, class X> class Decoding {
             own_part(row, [&](long first, long passed, long seen) {
                 score<L>(turned + first * size, group, size, own(layer.own_keys, row, head) + passed * size, size, seen,
                          scores + first * room.stride + before, room.stride);
-                const long hidden = std::clamp(first_seen(layer, row, shared) - skipped, 0L, before);
+                const long unseen = std::clamp(first_seen(layer, row, shared) - skipped, 0L, before);
                 for (long n = 0; n < group; ++n) {
                     float* q = scores + (first + n) * room.stride;
                     if (s.soft_cap) cap_all<L>(q, before + seen, s.soft_cap);
-                    std::fill_n(q, hidden, -INFINITY);
+                    std::fill_n(q, unseen, -INFINITY);
                     const float sink = layer.sinks ? layer.sinks[head * group + n] : -INFINITY;
-                    softmax<L>(q + hidden / L * L, before + seen - hidden / L * L, sink);
-                    std::fill_n(q, hidden, 0.f);
+                    softmax<L>(q + unseen / L * L, before + seen - unseen / L * L, sink);
+                    std::fill_n(q, unseen, 0.f);
                 }
             });
         std::fill_n(outputs, count * size, 0.f);
@@ -207,9 +207,9 @@ template <int L, class W, class X> class Decoding {
 
     // outputs [0, count) in pieces of at most `most`; of fewer, but whole tiles, where there are too few for all threads
     template <class Do> void share_outputs(long count, long most, int kind, Do piece) {
-        const long size = std::clamp<long>(count / (PIECES * s.threads) / OUTPUTS * OUTPUTS, OUTPUTS, most);
-        member.share((count + size - 1) / size, [&](long n) {
-            piece(Outputs{n * size, std::min(count, (n + 1) * size)});
+        const long each = std::clamp<long>(count / (PIECES * s.threads) / OUTPUTS * OUTPUTS, OUTPUTS, most);
+        member.share((count + each - 1) / each, [&](long n) {
+            piece(Outputs{n * each, std::min(count, (n + 1) * each)});
         }, kind);
     }
 
