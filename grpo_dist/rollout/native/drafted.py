@@ -109,7 +109,7 @@ class DraftedSteps:
             self._compare(rows)
         ended = time.perf_counter()
         drafts.pass_time.add(num_rows + sum(numbers), ended - looked)
-        if len(rows) == num_rows:
+        if rows and len(rows) == num_rows:
             tokens = num_rows + drafts.accepted - accepted
             drafts.gain.add(ended - begun, tokens / num_rows * drafts.pass_time.of(num_rows))
 

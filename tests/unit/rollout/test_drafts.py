@@ -230,6 +230,13 @@ def test_limits_and_ends_that_do_not_count(certain: nn.Module) -> None:
 
 
 @pytest.mark.usefixtures("kernel")
+def test_rows_may_all_have_ended_before_that_is_looked_at(certain: nn.Module) -> None:
+    seldom = decoder(True)
+    seldom.steps_between_checks = 8
+    assert epochs(seldom, certain, Sampling()) == epochs(decoder(False), certain, Sampling())
+
+
+@pytest.mark.usefixtures("kernel")
 def test_turns_of_kept_rows_are_drafted_too(certain: nn.Module) -> None:
     with_drafts = decoder(True)
     assert played(with_drafts, certain, last_first) == played(decoder(False), certain)
