@@ -96,10 +96,12 @@ def _openmp() -> str:
 def _directory() -> Iterator[Path]:
     """Where libraries are kept; one for this time only where others could put theirs in, or nothing can be written."""
     directory = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "grpo_dist"
+    own = directory.is_absolute()  # without HOME and an account, ~ stays as it is
     try:
-        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        status = directory.stat()
-        own = status.st_uid == os.getuid() and not status.st_mode & 0o022 and os.access(directory, os.W_OK)
+        if own:
+            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            status = directory.stat()
+            own = status.st_uid == os.getuid() and not status.st_mode & 0o022 and os.access(directory, os.W_OK)
     except OSError:
         own = False
     if own:

@@ -53,6 +53,20 @@ def test_without_a_place_to_keep_it(fresh: Path) -> None:
     assert library(fresh).answer() == 42
 
 
+def test_without_a_home(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A container's user may have neither HOME nor an account: nothing is kept in a directory that is called ~."""
+
+    def no_account(number: int) -> None:
+        raise KeyError(f"getpwuid(): uid not found: {number}")
+
+    monkeypatch.setattr("pwd.getpwuid", no_account)
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.chdir(fresh.parent)
+    assert library(fresh).answer() == 42
+    assert list(fresh.parent.iterdir()) == [fresh]
+
+
 def test_a_damaged_library_is_made_anew(fresh: Path) -> None:
     # by another process: this one would go on with the library that it has opened
     other = multiprocessing.get_context("fork").Process(target=library, args=(fresh,))
