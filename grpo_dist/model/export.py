@@ -13,6 +13,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from transformers import GenerationConfig
 from transformers.utils import cached_file
 
 from ..distributed.deepspeed import name_device, unsharded_loading
@@ -166,9 +167,13 @@ def write_merged(
     missing = [name for name, tensor in plain.state_dict().items() if tensor.is_meta]
     if missing:
         raise RuntimeError(f"the merged model lacks {len(missing)} weights, among them {missing[:3]}")
-    plain.generation_config = model.generation_config
+    plain.generation_config = GenerationConfig()
     name_device()
     plain.save_pretrained(directory, max_shard_size=max_shard_size)
+    if plain.can_generate():
+        # not by save_pretrained: it refuses what published files have, such as a temperature with do_sample: false;
+        # older releases of transformers in every file, newer ones in those that were changed
+        model.generation_config.to_json_file(directory / "generation_config.json", keys_to_pop=["compile_config"])
     if tokenizer is not None:
         tokenizer.save_pretrained(directory)
     for name in PROCESSORS:

@@ -296,6 +296,20 @@ def test_end_tokens_that_are_none_are_named(
     assert "has -1, 257, expected tokens of the model (0 to 256)" in caplog.text
 
 
+def test_a_generation_config_that_transformers_would_not_save_is_exported(base: ModelConfig, tmp_path: Path) -> None:
+    """Published models have a temperature beside do_sample: false; a run would fail at its end, and each time anew."""
+    for file in Path(base.name).iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    given = {"eos_token_id": [7, 9], "do_sample": False, "temperature": 0.6, "top_p": 0.9}
+    (tmp_path / "generation_config.json").write_text(json.dumps(given))
+    model = ModelConfig(name=str(tmp_path))
+    policy = make_policy(model, LORA)
+    policy.causal_lm.generation_config._original_object_hash = None  # with it newer releases know files of others
+    save_final(policy, load_tokenizer(model), tmp_path / "final", is_main=True)
+    written = json.loads((tmp_path / "final" / "generation_config.json").read_text())
+    assert {name: written.get(name) for name in given} == given
+
+
 @pytest.mark.parametrize("text", ['{"eos_token_id": 7', '{"num_beams": 2, "num_return_sequences": 5}'])
 def test_a_generation_config_that_cannot_be_read_is_named(text: str, base: ModelConfig, tmp_path: Path) -> None:
     """It would not be missing: its end tokens would."""
