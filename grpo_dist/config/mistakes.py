@@ -158,8 +158,11 @@ def _of_file(path: str, problems: list[str]) -> Iterator[Given]:
     except (yaml.YAMLError, ValueError) as error:
         problems.append(f"--config: {path} is not YAML: {' '.join(str(error).split())}")
         return
+    if loaded is None:  # an empty file, or one of comments
+        problems.append(f"--config: {path} has no option, expected some such as `train: {{…}}`")
+        return
     if not isinstance(loaded, dict):
-        problems.append(f"--config: {path} contains {type(loaded).__name__}, expected options such as `train: {{…}}`")
+        problems.append(f"--config: {path} contains {loaded!r:.80}, expected options such as `train: {{…}}`")
         return
     yield from _leaves(loaded, "", path)
 

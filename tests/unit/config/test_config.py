@@ -221,6 +221,8 @@ BAD: dict[str, tuple[str, list[str], list[str]]] = {
     "a list for a group": ("advantage: []", [], ["advantage", "[]"]),
     "null for a number": ("loss: {sapo_temperature_negative: null}", [], ["loss.sapo_temperature_negative", "None"]),
     "null in a reward": ("rewards: [{name: math, weight: null}]", [], ["rewards.weight", "None"]),
+    "comments alone": ("# train: {seed: 1}", [], ["config.yaml has no option, expected some such as `train: {…}`"]),
+    "a list of options": ("- train", [], ["config.yaml contains ['train'], expected options such as `train: {…}`"]),
     "a group twice": ("train: {seed: 1}\nlora: {r: 2}\ntrain: {batch_size: 4}", [],
                       ["train is given in lines 1 and 3 of", "config.yaml", "expected once"]),
     "an option twice": ("rewards:\n- name: math\n  weight: 1\n  weight: 2", [], ["rewards.weight", "lines 3 and 4"]),
