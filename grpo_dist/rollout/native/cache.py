@@ -111,7 +111,7 @@ class DecodeState:
         state.own_keys, state.own_values = ({n: torch.zeros(shape, dtype=dtype) for n in layers} for _ in range(2))
         state.prompt_lengths, state.prompt = torch.zeros(shape[0], dtype=torch.int64), torch.arange(shape[0])
         state.lengths = torch.zeros_like(state.prompt)
-        state._seat_rows()
+        state._place_rows()
         return state
 
     @property
@@ -138,7 +138,7 @@ class DecodeState:
         self.lengths = torch.cat([self.lengths, self.lengths.new_zeros(sum(sizes))])
         self.used = max(self.used, 0 if self.shares else max(lengths))
         self.longest = max(self.longest, max(lengths) + self.most_tokens)
-        self._seat_rows()
+        self._place_rows()
         return prompt_of_row
 
     def keep(self, rows: Tensor) -> None:
@@ -156,12 +156,12 @@ class DecodeState:
                 store[layer] = store[layer].index_select(0, rows)  # an index copies number by number
         self.used = 0
         if len(rows):
-            self._seat_rows()
+            self._place_rows()
             self.used = int((self.starts + self.lengths).max())
 
-    def _seat_rows(self) -> None:
-        """Settle where each sequence's sampled tokens begin and, where prompts are shared, its seat at its prompt, at
-        which all of a prompt's sequences are one block of queries."""
+    def _place_rows(self) -> None:
+        """Settle where each sequence's sampled tokens begin and, where prompts are shared, its row in the blocks of
+        queries: all of a prompt's sequences are one block."""
         self.version += 1
         lengths = self.prompt_lengths[self.prompt]
         self.starts = torch.zeros_like(lengths) if self.shares else lengths  # (R,) slot of the first sampled token
@@ -170,10 +170,10 @@ class DecodeState:
         if not self.shares:
             return
         counts = torch.bincount(self.prompt, minlength=len(self.prompt_lengths))
-        self.most_seats = int(counts.max())  # of one prompt
+        self.block_rows = int(counts.max())  # of a block: as many as the prompt with most sequences has
         first = torch.cumsum(counts, 0) - counts
-        self.seat = self.prompt * self.most_seats + self.rows - first[self.prompt]
-        self.all_seated = self.num_rows == len(counts) * self.most_seats
+        self.row_in_blocks = self.prompt * self.block_rows + self.rows - first[self.prompt]
+        self.blocks_are_full = self.num_rows == len(counts) * self.block_rows
         keys = next(iter(self.prompt_keys.values()))
         places = torch.arange(keys.shape[2], device=self.device)
         self.prompt_mask = _mask(places >= self.prompt_lengths[:, None], keys.dtype)  # (P, 1, 1, Lp)
@@ -207,7 +207,7 @@ class DecodeState:
         return self._own_masks[window]
 
     def _window_mask(self, window: int, repeat: int) -> tuple[Tensor, Tensor]:
-        """Additive mask (P, 1, most_seats · G, Lp) of the prompts for this step's queries of a layer with a window, and
+        """Additive mask (P, 1, block_rows · G, Lp) of the prompts for this step's queries of a layer with a window, and
         (R,) bool, whose windows have left their prompt behind. To these the mask shows one key: a query needs one."""
         if window not in self._window_masks:
             lengths = self.prompt_lengths[self.prompt]
@@ -217,7 +217,7 @@ class DecodeState:
             is_past = first >= lengths
             hidden = (places < torch.where(is_past, 0, first)[:, None]) | (places >= lengths[:, None])
             rows = torch.zeros(hidden.shape, dtype=keys.dtype, device=self.device).masked_fill_(hidden, -torch.inf)
-            self._window_masks[window] = self._to_seats(rows[:, None, None].repeat(1, 1, repeat, 1)), is_past
+            self._window_masks[window] = self._to_blocks(rows[:, None, None].repeat(1, 1, repeat, 1)), is_past
         return self._window_masks[window]
 
     def end_step(self) -> None:
@@ -257,28 +257,28 @@ class DecodeState:
         if not self.shares:
             return own.reshape(num_rows, num_queries, -1)
         mask, is_past = (self.prompt_mask, None) if window is None else self._window_mask(window, query.shape[2])
-        shared, shared_sum = _partial(self._to_seats(query), self.prompt_keys[layer], self.prompt_values[layer], mask,
+        shared, shared_sum = _partial(self._to_blocks(query), self.prompt_keys[layer], self.prompt_values[layer], mask,
                                       options)  # fmt: skip
-        shared_sum = self._from_seats(shared_sum[..., None])
+        shared_sum = self._from_blocks(shared_sum[..., None])
         if is_past is not None:
             shared_sum = shared_sum.masked_fill(is_past[:, None, None, None], -torch.inf)
         share = torch.sigmoid(shared_sum - own_sum[..., None])
-        output = torch.lerp(own, self._from_seats(shared), share.to(own.dtype))
+        output = torch.lerp(own, self._from_blocks(shared), share.to(own.dtype))
         return output.reshape(num_rows, num_queries, -1)
 
-    def _to_seats(self, x: Tensor) -> Tensor:
-        """(R, Hk, G, D) to (P, Hk, most_seats · G, D): all sequences of a prompt as one block of queries."""
+    def _to_blocks(self, x: Tensor) -> Tensor:
+        """(R, Hk, G, D) to (P, Hk, block_rows · G, D): all sequences of a prompt as one block of queries."""
         _, heads, repeat, size = x.shape
-        num_seats = len(self.prompt_lengths) * self.most_seats
-        seats = x if self.all_seated else x.new_zeros((num_seats, heads, repeat, size)).index_copy_(0, self.seat, x)
-        blocks = seats.view(-1, self.most_seats, heads, repeat, size).transpose(1, 2)
-        return blocks.reshape(-1, heads, self.most_seats * repeat, size)
+        shape = len(self.prompt_lengths) * self.block_rows, heads, repeat, size
+        rows = x if self.blocks_are_full else x.new_zeros(shape).index_copy_(0, self.row_in_blocks, x)
+        blocks = rows.view(-1, self.block_rows, heads, repeat, size).transpose(1, 2)
+        return blocks.reshape(-1, heads, self.block_rows * repeat, size)
 
-    def _from_seats(self, x: Tensor) -> Tensor:
-        """(P, Hk, most_seats · G, D) to (R, Hk, G, D)."""
+    def _from_blocks(self, x: Tensor) -> Tensor:
+        """(P, Hk, block_rows · G, D) to (R, Hk, G, D)."""
         prompts, heads, queries, size = x.shape
-        seats = x.view(prompts, heads, self.most_seats, queries // self.most_seats, size).transpose(1, 2).flatten(0, 1)
-        return seats if self.all_seated else seats[self.seat]
+        rows = x.view(prompts, heads, self.block_rows, queries // self.block_rows, size).transpose(1, 2).flatten(0, 1)
+        return rows if self.blocks_are_full else rows[self.row_in_blocks]
 
 
 def longer(table: Tensor, rows: int) -> Tensor:

@@ -61,14 +61,14 @@ class PagePool:
         if not prefill.keys:
             raise ValueError("the model's attention never came to the layout it was given")
         page = torch.tensor([pages[n][t // PAGE] for n, length in enumerate(prefill.lengths) for t in range(length)])
-        slot = torch.cat([torch.arange(length) % PAGE for length in prefill.lengths])
-        page, slot = to_device([page, slot], self.device)
+        page_offset = torch.cat([torch.arange(length) % PAGE for length in prefill.lengths])
+        page, page_offset = to_device([page, page_offset], self.device)
         for stores, rows in ((self.keys, prefill.keys), (self.values, prefill.values)):
             for layer, row in rows.items():
                 if layer not in stores:
                     heads, _, size = row.shape
                     stores[layer] = row.new_zeros((self.num_pages + 1, heads, PAGE, size))
-                stores[layer][page, :, slot] = row.transpose(0, 1)
+                stores[layer][page, :, page_offset] = row.transpose(0, 1)
 
     def begin_step(self, num_rows: int, num_tiles: int) -> None:
         """Say how many rows and tiles the next steps compute; what they do is in the tables."""
