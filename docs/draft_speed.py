@@ -51,8 +51,8 @@ def main() -> None:
                     for drafts in (True, False)]  # fmt: skip
         ratios.append([])
         for epoch in range(EPOCHS):
-            requests = [Request(slot, sample, ids, stream_key(pair * EPOCHS + epoch, slot, sample))
-                        for slot, ids in enumerate(chosen) for sample in range(options.group)]  # fmt: skip
+            requests = [Request(group, sample, ids, stream_key(pair * EPOCHS + epoch, group, sample))
+                        for group, ids in enumerate(chosen) for sample in range(options.group)]  # fmt: skip
             seconds, drawn = [0.0, 0.0], dict[int, list[Trajectory]]()
             for which in (0, 1) if pair % 2 else (1, 0):
                 begun = time.process_time()

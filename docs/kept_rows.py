@@ -36,26 +36,26 @@ def play(model: nn.Module, prompt_tokens: int, keeps: bool) -> tuple[int, float,
     decoder = NativeDecoder([END], ROW, PROMPTS * prompt_tokens + PROMPTS * GROUP * ROW, step_of=KernelStep)
     draw, sampled = random.Random(0), 0
     prompts = [draw.choices(IDS, k=prompt_tokens) for _ in range(PROMPTS)]
-    requests = [Request(slot, sample, prompt, stream_key(0, slot, sample), max_new_tokens=LONGEST_TURN, keeps=keeps)
-                for slot, prompt in enumerate(prompts) for sample in range(GROUP)]  # fmt: skip
+    requests = [Request(group, sample, prompt, stream_key(0, group, sample), max_new_tokens=LONGEST_TURN, keeps=keeps)
+                for group, prompt in enumerate(prompts) for sample in range(GROUP)]  # fmt: skip
     engine = LocalEngine(decoder, LoadedModel(model), {})
     start, cpu = time.perf_counter(), time.process_time()
     with awake(engine):
         for turn in range(1, TURNS + 1):
-            asked = {(request.slot, request.sample): request for request in requests}
+            asked = {(request.group, request.sample): request for request in requests}
             engine.submit(requests, Sampling())
             requests = []
             while asked:
                 for answer in engine.poll():
-                    request = asked.pop((answer.slot, answer.sample))
+                    request = asked.pop((answer.group, answer.sample))
                     sampled += len(answer.ids)
-                    said = random.Random(f"{request.slot}/{request.sample}/{turn}").choices(IDS, k=ANSWER)
+                    said = random.Random(f"{request.group}/{request.sample}/{turn}").choices(IDS, k=ANSWER)
                     row = [*request.prompt, *answer.ids, *said]
                     if answer.finished and turn < TURNS:
-                        offset = len(row) - len(prompts[request.slot])
+                        offset = len(row) - len(prompts[request.group])
                         requests.append(replace(request, prompt=row, offset=offset, keeps=keeps and turn < TURNS - 1))
                     else:
-                        engine.release([(request.slot, request.sample)])
+                        engine.release([(request.group, request.sample)])
     return sampled, time.perf_counter() - start, time.process_time() - cpu
 
 

@@ -34,14 +34,14 @@ ROWS = [(1, 1), (1, 4), (8, 8)]
 """Prompts, and completions of each."""
 
 
-def tokens_a_second(rollout: RolloutModel, prompts: int, group: int) -> float:
+def tokens_a_second(rollout: RolloutModel, prompts: int, group_size: int) -> float:
     """Of one rollout, from opening the weights on, in seconds of the processor."""
-    requests = [Request(slot, sample, [(slot * 7 + k * 13) % 1000 for k in range(PROMPT)], key=slot * 100 + sample)
-                for slot in range(prompts) for sample in range(group)]  # fmt: skip
+    requests = [Request(group, sample, [(group * 7 + k * 13) % 1000 for k in range(PROMPT)], key=group * 100 + sample)
+                for group in range(prompts) for sample in range(group_size)]  # fmt: skip
     start = time.process_time()
     with rollout.open() as model:
         decode_all(NativeDecoder([-1], NEW, 1 << 20, step_of=KernelStep, copied_prompt=0), model, requests)
-    return prompts * group * NEW / (time.process_time() - start)
+    return prompts * group_size * NEW / (time.process_time() - start)
 
 
 def print_speed(name: str, dtype: str, kind: Literal["nf4", "int8"]) -> None:
@@ -53,11 +53,11 @@ def print_speed(name: str, dtype: str, kind: Literal["nf4", "int8"]) -> None:
         parameter.data.add_(torch.randn(parameter.shape) * 0.01)
     codes, copy = (RolloutModel(policy, computed, attention.NAME) for _ in range(2))
     copy.dequantize()
-    for prompts, group in ROWS:
-        turns = [[tokens_a_second(each, prompts, group) for each in (codes, copy)] for _ in range(TURNS)]
+    for prompts, group_size in ROWS:
+        turns = [[tokens_a_second(each, prompts, group_size) for each in (codes, copy)] for _ in range(TURNS)]
         ours, theirs = (statistics.median(column) for column in zip(*turns, strict=True))
         print(
-            f"| {dtype} | `{kind}` | {prompts} × {group} | {ours:.1f} | {theirs:.1f} | {ours / theirs:.2f} |",
+            f"| {dtype} | `{kind}` | {prompts} × {group_size} | {ours:.1f} | {theirs:.1f} | {ours / theirs:.2f} |",
             flush=True,
         )
 

@@ -259,8 +259,8 @@ class Evaluation:
         right = (batch.reward > right_above(self.config.weights_at(0))).tolist()
         conversations = batch.extras.get(CONVERSATION)
         rows: Rows = []
-        for slot, prompt in enumerate(prompts):
-            places = (batch.group == slot).nonzero()[:, 0].tolist()
+        for group, prompt in enumerate(prompts):
+            places = (batch.group == group).nonzero()[:, 0].tolist()
             texts = self.texts_of([batch.completion_ids(n) for n in places], goes_on=prompt.messages is None)
             talks = [conversations[n] for n in places] if conversations else None
             rows.append({

@@ -68,8 +68,8 @@ class Trajectory:
     which all are sampled.
     """
 
-    slot: int
-    """The prompt's place in the step's batch."""
+    group: int
+    """The prompt's place in the step's batch, as in `Batch.group`."""
     sample: int
     """The trajectory's place in its group."""
     ids: list[int]

@@ -25,8 +25,8 @@ PLAIN = Sampling()
 class Request:
     """One trajectory to sample."""
 
-    slot: int
-    """The prompt's place in the step's batch."""
+    group: int
+    """The prompt's place in the step's batch, as in `Batch.group`."""
     sample: int
     """The trajectory's place in its group."""
     prompt: list[int]
@@ -40,13 +40,13 @@ class Request:
     offset: int = 0
     """Tokens of the trajectory that come before: the noise of a token goes by its place in the trajectory."""
     keeps: bool = False
-    """Whether the row stays in memory once the trajectory has ended by itself, until a request of the same slot and
+    """Whether the row stays in memory once the trajectory has ended by itself, until a request of the same group and
     sample goes on with it or the row is released. Engines that cannot keep it compute it again."""
     ignore_end: bool = False
     """Sample on after a token that ends a completion, as a benchmark does that repeats another trainer's work."""
 
 
-NOBODY = Request(slot=0, sample=0, prompt=[], key=0)
+NOBODY = Request(group=0, sample=0, prompt=[], key=0)
 """The request of rows without one."""
 
 
@@ -72,7 +72,7 @@ class Engine(Protocol):
         """Ask for a trajectory a request. Raises ValueError where requests that wait are sampled in another way."""
 
     def release(self, places: Iterable[tuple[int, int]]) -> None:
-        """Drop the rows, by slot and sample, that were kept and with which no request goes on."""
+        """Drop the rows, by group and sample, that were kept and with which no request goes on."""
 
     def poll(self) -> list[Trajectory]:
         """Work on for a while, and return the trajectories that ended; none where nothing was submitted."""
@@ -145,16 +145,17 @@ def decode_all(
 
 def in_order(requests: list[Request], trajectories: Iterable[Trajectory]) -> list[Trajectory]:
     """Each request's trajectory."""
-    answers = {(each.slot, each.sample): each for each in trajectories}
-    return [answers[request.slot, request.sample] for request in requests]
+    answers = {(each.group, each.sample): each for each in trajectories}
+    return [answers[request.group, request.sample] for request in requests]
 
 
 def take_group(queue: deque[Request]) -> list[Request]:
     """The first request of a queue, and those behind it that share its prompt."""
-    group = [queue.popleft()]
-    while queue and (queue[0].slot, queue[0].prompt) == (group[0].slot, group[0].prompt):
-        group.append(queue.popleft())
-    return group
+    first = queue.popleft()
+    requests = [first]
+    while queue and (queue[0].group, queue[0].prompt) == (first.group, first.prompt):
+        requests.append(queue.popleft())
+    return requests
 
 
 def limit_of(request: Request, most: int) -> int:
@@ -181,9 +182,9 @@ def trajectory(
     """The answer to a request; raises FloatingPointError where the model's output was not a distribution."""
     if not all(map(math.isfinite, logprobs)):
         raise FloatingPointError(
-            f"the rollout model's log-probabilities for prompt {request.slot}, sample {request.sample} are not finite: "
-            "its weights or activations have overflowed"
+            f"the rollout model's log-probabilities for prompt {request.group}, sample {request.sample} are not finite:"
+            " its weights or activations have overflowed"
         )
     finished = not request.ignore_end and sampling.ends(ids, request.offset, end_ids)
-    return Trajectory(request.slot, request.sample, ids, logprobs, finished, sampled=[True] * len(ids),
+    return Trajectory(request.group, request.sample, ids, logprobs, finished, sampled=[True] * len(ids),
                       routes=routes)  # fmt: skip

@@ -206,9 +206,9 @@ class _Table:
     ) -> list[Trajectory]:
         for number, request in enumerate(requests):
             request = replace(request, keeps=self.episodes.turns_left(0) > 1)
-            prompt = prompts[request.slot]
+            prompt = prompts[request.group]
             play = _Play(number, request, prompt, self.host.name_of(prompt.columns))
-            self.by_number[number] = self.by_place[request.slot, request.sample] = play
+            self.by_number[number] = self.by_place[request.group, request.sample] = play
             self.episodes.reset(number, prompt, request.prompt_key)
         waiting = len(requests)
         while waiting:  # the first turns of a group share their prompt only if they come at once
@@ -221,8 +221,8 @@ class _Table:
         self._submit([play.request for play in self.by_number.values()])
         while len(self.done) < len(requests):
             for turn in self.engine.poll():
-                self.sampling_now.discard((turn.slot, turn.sample))
-                self._turn(self.by_place[turn.slot, turn.sample], turn)
+                self.sampling_now.discard((turn.group, turn.sample))
+                self._turn(self.by_place[turn.group, turn.sample], turn)
             for event in self.host.poll(0.0 if self.sampling_now or self.next_turns else _WAIT_SECONDS):
                 self.calls -= 1
                 self._event(self.by_number[event.episode], event)
@@ -248,10 +248,10 @@ class _Table:
         first: dict[int, _Play] = {}
         for play in self.by_number.values():
             if play.failure is None:
-                require_same(first.setdefault(play.request.slot, play).prompt, play.prompt)
+                require_same(first.setdefault(play.request.group, play).prompt, play.prompt)
 
     def _submit(self, requests: list[Request]) -> None:
-        self.sampling_now |= {(request.slot, request.sample) for request in requests}
+        self.sampling_now |= {(request.group, request.sample) for request in requests}
         self.engine.submit(requests, self.sampling)
 
     def _turn(self, play: _Play, turn: Trajectory) -> None:
@@ -313,7 +313,7 @@ class _Table:
 
     def _conclude(self, play: _Play, finished: bool) -> None:
         play.finished = finished
-        self.engine.release([(play.request.slot, play.request.sample)])
+        self.engine.release([(play.request.group, play.request.sample)])
         if (self.host.has_reward or self.host.rewards) and play.failure is None:
             self.calls += 1
             row = {"prompts": play.prompt.messages, "completions": play.messages, "completion_ids": play.ids}
@@ -323,11 +323,11 @@ class _Table:
 
     def _finish(self, play: _Play) -> None:
         self.host.end(play.number)
-        self.engine.release([(play.request.slot, play.request.sample)])
+        self.engine.release([(play.request.group, play.request.sample)])
         episode = Episode(play.messages, play.turns, play.reward, play.failure, play.counts, play.prompt,
                           play.rewards, play.tool_seconds)  # fmt: skip
         request = play.request
-        self.done.append(Trajectory(request.slot, request.sample, play.ids, play.logprobs, play.finished, play.sampled,
+        self.done.append(Trajectory(request.group, request.sample, play.ids, play.logprobs, play.finished, play.sampled,
                                     episode, play.routes))  # fmt: skip
         if self.on_finish:
             self.on_finish(self.done[-1:])

@@ -103,13 +103,13 @@ class WithinMemory:
         def take() -> None:
             while queue:
                 request = queue.popleft()
-                missing[request.slot, request.sample] = request
+                missing[request.group, request.sample] = request
                 taken.append(request)
 
         take()
         for ended in self.decoder.decode(model, taken, sampling):
             for each in ended:
-                del missing[each.slot, each.sample]
+                del missing[each.group, each.sample]
             yield ended
             take()
 
@@ -124,7 +124,7 @@ class WithinMemory:
 
     def _needed(self, requests: Collection[Request]) -> int:
         """Tokens of requests at full length, a prompt counted once for its group."""
-        prompts = sum(len(next(group).prompt) for _, group in groupby(requests, key=lambda request: request.slot))
+        prompts = sum(len(next(members).prompt) for _, members in groupby(requests, key=lambda request: request.group))
         return prompts + len(requests) * self.decoder.max_new_tokens
 
 

@@ -35,7 +35,7 @@ def gather_trajectories(
     `nothing_routed` (0, J, K) is given where the trajectories have routes that are to be kept. Rewards are yet to come:
     see `gather_scores`. Raises RewardFailure where episodes of one prompt began differently.
     """
-    numbers = integers([(each.slot, len(each.ids), each.finished) for each in trajectories])
+    numbers = integers([(each.group, len(each.ids), each.finished) for each in trajectories])
     numbers = ranks.gather(numbers.view(-1, 3))
     ids = ranks.gather(_flat((each.ids for each in trajectories), np.int32)).long()  # half of what int64 would send
     sampled = ranks.gather(_flat((each.sampled for each in trajectories), np.uint8)).bool()
@@ -94,16 +94,16 @@ def episode_metrics(batch: Batch, episodes: Sequence[Episode]) -> dict[str, floa
     return metrics | {"environment/failed": float(sum(each.failure is not None for each in episodes))}
 
 
-def _played_prompts(prompts: list[Prompt], group: list[int], episodes: list[Episode]) -> list[Prompt]:
+def _played_prompts(prompts: list[Prompt], groups: list[int], episodes: list[Episode]) -> list[Prompt]:
     """The prompts with what environments said at their reset, which is the same for the episodes of a prompt."""
     played: dict[int, Prompt] = {}
-    for slot, episode in zip(group, episodes, strict=True):
+    for group, episode in zip(groups, episodes, strict=True):
         if episode.failure is None:
             try:
-                require_same(played.setdefault(slot, episode.prompt), episode.prompt)
+                require_same(played.setdefault(group, episode.prompt), episode.prompt)
             except ValueError as error:
                 raise RewardFailure(str(error)) from error
-    return [played.get(slot, prompt) for slot, prompt in enumerate(prompts)]
+    return [played.get(group, prompt) for group, prompt in enumerate(prompts)]
 
 
 def _routes(trajectory: Trajectory) -> Tensor:
@@ -121,14 +121,14 @@ def _gather_prompt_routes(
     first: dict[int, Tensor] = {}
     for each in trajectories:
         if each.episode is None or each.episode.failure is None:
-            first.setdefault(each.slot, _routes(each)[: -len(each.ids)])
-    numbers = ranks.gather(torch.tensor([[slot, len(part)] for slot, part in first.items()], dtype=torch.int64)
+            first.setdefault(each.group, _routes(each)[: -len(each.ids)])
+    numbers = ranks.gather(torch.tensor([[group, len(part)] for group, part in first.items()], dtype=torch.int64)
                            .view(-1, 2))  # fmt: skip
     gathered = ranks.gather(torch.cat([nothing, *first.values()]))
     parts: dict[int, Tensor] = {}
-    for slot, part in zip(numbers[:, 0].tolist(), gathered.split(numbers[:, 1].tolist()), strict=True):
-        parts.setdefault(slot, part)
-    return torch.cat([parts.get(slot, no_routes(len(prompt.ids), nothing)) for slot, prompt in enumerate(prompts)])
+    for group, part in zip(numbers[:, 0].tolist(), gathered.split(numbers[:, 1].tolist()), strict=True):
+        parts.setdefault(group, part)
+    return torch.cat([parts.get(group, no_routes(len(prompt.ids), nothing)) for group, prompt in enumerate(prompts)])
 
 
 def _flat(rows: Iterable[list[Any]], dtype: type[np.generic]) -> Tensor:

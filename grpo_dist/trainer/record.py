@@ -52,7 +52,7 @@ def write(parts: Parts, metrics: Metrics, batch: Batch | None = None) -> Metrics
     due = parts.config.logging.log_completions or parts.display.shows_completions(step)
     with writing_to(parts.directory):
         if due and batch is not None:
-            plain = [batch.prompts[slot].messages is None for slot in batch.group.tolist()]
+            plain = [batch.prompts[group].messages is None for group in batch.group.tolist()]
             texts = [text for n, goes_on in enumerate(plain)
                      for text in parts.texts_of([batch.completion_ids(n)], goes_on=goes_on)]  # fmt: skip
             traces = trace_lines(batch, parts.texts_of.pieces, batch.extras.get(CONVERSATION))

@@ -26,9 +26,9 @@ def requests_of(prompts: list[Prompt], group_size: int, drawn: slice, *stream: i
 
     `stream` names the noise, in which prompts are counted from `first`.
     """
-    tasks = [(slot, sample) for slot in range(len(prompts)) for sample in range(group_size)]
-    return [Request(slot, sample, prompts[slot].ids, stream_key(*stream, first + slot, sample),
-                    stream_key(*stream, first + slot, "prompt")) for slot, sample in tasks[drawn]]  # fmt: skip
+    tasks = [(group, sample) for group in range(len(prompts)) for sample in range(group_size)]
+    return [Request(group, sample, prompts[group].ids, stream_key(*stream, first + group, sample),
+                    stream_key(*stream, first + group, "prompt")) for group, sample in tasks[drawn]]  # fmt: skip
 
 
 class Scoring:
@@ -44,7 +44,7 @@ class Scoring:
         self.rows = slice(first * group_size, last * group_size)
         """The completions that are scored here, by their places in the global batch."""
         self._missing = dict.fromkeys(range(first, last), group_size)
-        self._ended: dict[int, list[Trajectory]] = {slot: [] for slot in self._missing}
+        self._ended: dict[int, list[Trajectory]] = {group: [] for group in self._missing}
         self._broken: dict[int, str] = {}  # places in `rows` whose environment broke, with the reason
         columns = dict.fromkeys(name for prompt in prompts for name in prompt.columns)
         columns |= dict.fromkeys(EPISODE_COLUMNS if has_episodes else ())
@@ -53,19 +53,19 @@ class Scoring:
     def on_finish(self, trajectories: list[Trajectory]) -> None:
         """Take in what this rank has sampled; a group that is complete is handed to the scorer."""
         for trajectory in trajectories:
-            if trajectory.slot in self._missing:
-                group = self._ended[trajectory.slot]
-                group.append(trajectory)
-                if len(group) == self._size:
-                    group.sort(key=lambda each: each.sample)
-                    self._hand_over(trajectory.slot, [(each.ids, each.episode) for each in group])
+            if trajectory.group in self._missing:
+                ended = self._ended[trajectory.group]
+                ended.append(trajectory)
+                if len(ended) == self._size:
+                    ended.sort(key=lambda each: each.sample)
+                    self._hand_over(trajectory.group, [(each.ids, each.episode) for each in ended])
 
     def complete(self, batch: Batch) -> None:
         """Hand over the groups that other ranks have drawn parts of; `batch` is the global one."""
-        for slot in list(self._missing):
-            rows = range(slot * self._size, (slot + 1) * self._size)
+        for group in list(self._missing):
+            rows = range(group * self._size, (group + 1) * self._size)
             self._hand_over(
-                slot, [(batch.completion_ids(n), batch.episodes[n] if batch.episodes else None) for n in rows]
+                group, [(batch.completion_ids(n), batch.episodes[n] if batch.episodes else None) for n in rows]
             )
 
     def result(self, check: Callable[[], None] | None = None) -> Scores:
@@ -76,13 +76,13 @@ class Scoring:
             scores.failures.append(Failure(place, "environment", "environment", message))
         return scores
 
-    def _hand_over(self, slot: int, group: list[tuple[list[int], Episode | None]]) -> None:
-        del self._missing[slot]
-        first = slot * self._size - self.rows.start
+    def _hand_over(self, group: int, completions: list[tuple[list[int], Episode | None]]) -> None:
+        del self._missing[group]
+        first = group * self._size - self.rows.start
         items = {}
-        texts = self._texts_of([ids for ids, _ in group], goes_on=self._prompts[slot].messages is None)
-        for n, ((ids, episode), text) in enumerate(zip(group, texts, strict=True)):
-            prompt, columns, messages = self._prompts[slot], {}, None
+        texts = self._texts_of([ids for ids, _ in completions], goes_on=self._prompts[group].messages is None)
+        for n, ((ids, episode), text) in enumerate(zip(completions, texts, strict=True)):
+            prompt, columns, messages = self._prompts[group], {}, None
             if episode is not None:
                 prompt, messages = episode.prompt, episode.messages
                 columns = {"environment_reward": episode.reward, "environments": episode.rewards}

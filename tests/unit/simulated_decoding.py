@@ -105,9 +105,9 @@ def policy_of(num_layers: int, adapters: bool = True, config_of: Any = Qwen2Conf
 
 def requests_of(groups: int, members: int, prompt: int, limits: list[int] | None = None) -> list[Request]:
     """Completions that end by their length alone."""
-    return [Request(slot, n, [5] * prompt, key=slot * members + n, ignore_end=True,
-                    max_new_tokens=limits[slot * members + n] if limits else None)
-            for slot in range(groups) for n in range(members)]  # fmt: skip
+    return [Request(group, n, [5] * prompt, key=group * members + n, ignore_end=True,
+                    max_new_tokens=limits[group * members + n] if limits else None)
+            for group in range(groups) for n in range(members)]  # fmt: skip
 
 
 def of_a_step(model: Any, rows: int, sampling: Sampling, step_of: Any = FusedStep) -> dict[str, int]:
@@ -189,9 +189,9 @@ def read_by(requests: list[Request], most: int, tokens: int) -> dict[str, Any]:
         first._admit()
         decoding = gpu.DecodingOverPages(engine, Parameter(), deque(requests), Sampling())
         DECODING.append(decoding)
-        lengths = {(each.slot, each.sample): len(each.ids) for ended in decoding.run() for each in ended}
+        lengths = {(each.group, each.sample): len(each.ids) for ended in decoding.run() for each in ended}
     seen = READINGS[-1]
-    limits = {(each.slot, each.sample): each.max_new_tokens or most for each in requests}
+    limits = {(each.group, each.sample): each.max_new_tokens or most for each in requests}
     return {"at once": len(first.rows), "steps": seen.steps, "ratio": seen.read / seen.held, "right": lengths == limits,
             "leaked": decoding.pool.num_pages - len(set(decoding.pool.free))}  # fmt: skip
 

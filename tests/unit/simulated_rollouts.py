@@ -48,8 +48,8 @@ def make_case(seed: int) -> dict[str, Any]:
     rng = random.Random(seed)
     prompts = [[rng.randrange(4, VOCABULARY) for _ in range(rng.randint(1, 20))] for _ in range(rng.randint(1, 5))]
     groups = [rng.randint(1, 4) for _ in prompts]
-    requests = [Request(slot, sample, prompts[slot], stream_key(seed, "train/0", slot, sample))
-                for slot, size in enumerate(groups) for sample in range(size)]  # fmt: skip
+    requests = [Request(group, sample, prompts[group], stream_key(seed, "train/0", group, sample))
+                for group, size in enumerate(groups) for sample in range(size)]  # fmt: skip
     stop = stop_strings(["ab", "ca", "ggg"], [bytes([97 + number % 8]) for number in range(VOCABULARY)])
     sampling = rng.choice([
         Sampling(), Sampling(0.8, top_p=0.9), Sampling(top_k=5), Sampling(0.9, min_p=0.05), Sampling(greedy=True),
@@ -75,7 +75,7 @@ def difference(some: list[Any], others: list[Any]) -> str | None:
     """The first completion that differs, None where none does."""
     for one, other in zip(some, others, strict=True):
         off = max((abs(p - q) for p, q in zip(one.logprobs, other.logprobs, strict=False)), default=0.0)
-        if (one.slot, one.sample, one.ids, one.finished) != (other.slot, other.sample, other.ids, other.finished):
+        if (one.group, one.sample, one.ids, one.finished) != (other.group, other.sample, other.ids, other.finished):
             return f"{one.ids} drawn, {other.ids} expected"
         if off > 1e-4:
             return f"log-probabilities are off by {off:.2g}"

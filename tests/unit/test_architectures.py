@@ -36,7 +36,9 @@ DOCUMENTED = "5.24"
 LONGEST = 64
 TOKENS = {"vocab_size": 512, "eos_token_id": 1, "pad_token_id": 0, "bos_token_id": 2}
 PROMPTS = [Prompt(n, [(5 * k + n) % 57 + 3 for k in range(length)], "") for n, length in enumerate((3, 15))]
-REQUESTS = [Request(slot, copy, PROMPTS[slot].ids, stream_key(0, slot, copy)) for slot in range(2) for copy in range(2)]
+REQUESTS = [
+    Request(group, copy, PROMPTS[group].ids, stream_key(0, group, copy)) for group in range(2) for copy in range(2)
+]
 QUICK = ("llama", "gemma2", "qwen3_moe", "lfm2", "qwen3_vl")
 """One of each sort; the others are slow tests."""
 

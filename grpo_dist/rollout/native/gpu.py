@@ -65,7 +65,7 @@ class DecodingOverPages:
         self.decode = engine.step_of(model)
         self.waiting: deque[list[Request]] = deque()  # in groups with one prompt
         self.rows: list[RowInFlight] = []  # that are computed
-        self.kept: dict[tuple[int, int], RowInFlight] = {}  # by slot and sample
+        self.kept: dict[tuple[int, int], RowInFlight] = {}  # by group and sample
         self.held: set[RowInFlight] = set()  # both, and those that have ended and are on their way to the host
         self.advance = Sizes(self._step) if engine.captures and device.type == "cuda" else self._step
         rules, routes = Rules(sampling, engine.end_ids, device), RouteTable(model, self.most, device)
@@ -164,7 +164,7 @@ class DecodingOverPages:
 
     def _going_on(self, request: Request) -> RowInFlight | None:
         """The row that the request goes on with; None where it has to be computed."""
-        row = self.kept.pop((request.slot, request.sample), None)
+        row = self.kept.pop((request.group, request.sample), None)
         if row is None:
             return None
         own = request.prompt[len(row.prompt.ids) :]
@@ -323,7 +323,7 @@ class DecodingOverPages:
                     continue
                 if trajectories[-1].finished:
                     row.own = ids[:length]
-                    self.kept[row.request.slot, row.request.sample] = row
+                    self.kept[row.request.group, row.request.sample] = row
                 else:
                     self._let_go(row)
         return trajectories

@@ -36,20 +36,20 @@ class KeptRows:
 
     def __init__(self, decoding: Decoding, step: SeveralTokensStep) -> None:
         self.decoding, self.step = decoding, step
-        self.at: dict[tuple[int, int], _Kept] = {}  # by slot and sample
+        self.at: dict[tuple[int, int], _Kept] = {}  # by group and sample
         self.going_on: list[tuple[int, _Kept]] = []  # requests that go on with a row
 
     def keep(self, row: int, n: int, ids: list[int]) -> None:
         """Keep a row that has ended with the tokens `ids`, the answer to request `n`."""
         decoding, request = self.decoding, self.decoding.requests[n]
         prompt_tokens = int(decoding.state.prompt_lengths[decoding.state.prompt[row]])
-        self.at[request.slot, request.sample] = _Kept(n, prompt_tokens, request.prompt + ids)
+        self.at[request.group, request.sample] = _Kept(n, prompt_tokens, request.prompt + ids)
         decoding.kept[row] = True
 
     def goes_on(self, n: int) -> bool:
         """Whether request `n` goes on with a row that was kept; one that does not drops it."""
         decoding, request = self.decoding, self.decoding.requests[n]
-        kept = self.at.pop((request.slot, request.sample), None)
+        kept = self.at.pop((request.group, request.sample), None)
         if kept is None:
             return False
         tokens = len(request.prompt) + limit_of(request, decoding.engine.max_new_tokens) - kept.prompt_tokens
@@ -60,7 +60,7 @@ class KeptRows:
         return False
 
     def release(self, places: set[tuple[int, int]]) -> None:
-        """Drop the rows of these slots and samples."""
+        """Drop the rows of these groups and samples."""
         for place in places & self.at.keys():
             self.decoding.kept[self._row_of(self.at.pop(place))] = False
 

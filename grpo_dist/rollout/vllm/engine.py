@@ -120,7 +120,7 @@ class VllmEngine:
         return await self._servers.post(
             COMPLETIONS, message,
             lambda content: read_answer(content, message, sampling, request.offset, self._run.routers),
-            tokens=len(request.prompt) + limit_of(request, self._most), home=request.slot,
+            tokens=len(request.prompt) + limit_of(request, self._most), home=request.group,
         )  # fmt: skip
 
 

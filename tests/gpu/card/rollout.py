@@ -56,7 +56,9 @@ def fused_step(tiny: bool) -> dict[str, Any]:
             for parameter in model.parameters():
                 parameter.add_(torch.randn_like(parameter) * 0.1)
         requests = [
-            Request(slot, n, list(range(3, 9 + 40 * slot)), key=97 * slot + n) for slot in range(3) for n in range(6)
+            Request(group, n, list(range(3, 9 + 40 * group)), key=97 * group + n)
+            for group in range(3)
+            for n in range(6)
         ]
         requests = requests[::5] if tiny else requests
         most = 4 if tiny else 150
@@ -140,7 +142,7 @@ def decode(shape: str, rows: list[int], prompt: int, new: int, tiny: bool) -> di
                 entry[f"{turn}: tokens_per_s wall"] = round(count * new / wall)
             if count in (rows[0], rows[-1]):
                 with closing(made(requests)) as decoding:
-                    entry |= of_step(model, decoding, new // 2, len({request.slot for request in requests}) * prompt)
+                    entry |= of_step(model, decoding, new // 2, len({request.group for request in requests}) * prompt)
         if DEVICE.type == "cuda":
             entry["reserved_gib"] = round(torch.cuda.max_memory_reserved() / 2**30, 2)
         figures[f"{count} rows"] = entry

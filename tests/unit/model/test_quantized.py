@@ -180,7 +180,7 @@ def test_compiled_decoding_computes_with_codes(
 ) -> None:
     """As with the dense weights to the last bit, whatever else is in flight; with adapters, those stay apart."""
     loaded = load_causal_lm(quantised(request.getfixturevalue(shape), kind), dtype, attention.NAME)
-    requests = [Request(slot, n, IDS[slot:].tolist(), key=10 * slot + n) for slot in range(3) for n in range(7)]
+    requests = [Request(group, n, IDS[group:].tolist(), key=10 * group + n) for group in range(3) for n in range(7)]
 
     def drawn(model: nn.Module, which: slice) -> list[list[float]]:
         decoder = NativeDecoder([-1], 9, 1 << 20, step_of=KernelStep, copied_prompt=0)

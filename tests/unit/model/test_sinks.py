@@ -18,9 +18,9 @@ from grpo_dist.model.policy import Policy
 from grpo_dist.types import Prompt, Trajectory
 
 PROMPTS = [Prompt(n, [(5 * k + n) % 57 + 3 for k in range(length)], "") for n, length in enumerate((3, 21))]
-DRAWN = [Trajectory(slot, n, [(11 * k + 3 * n + slot) % 61 + 3 for k in range(length)], [-1.0] * length, True,
+DRAWN = [Trajectory(group, n, [(11 * k + 3 * n + group) % 61 + 3 for k in range(length)], [-1.0] * length, True,
                     [True] * length)
-         for slot, lengths in enumerate(((9, 1, 14), (5, 12))) for n, length in enumerate(lengths)]  # fmt: skip
+         for group, lengths in enumerate(((9, 1, 14), (5, 12))) for n, length in enumerate(lengths)]  # fmt: skip
 
 
 def model_with_sinks(implementation: str, window: int) -> Any:
@@ -37,9 +37,9 @@ def computed(implementation: str, window: int, share_prompts: bool) -> list[Tens
     """Log-probabilities of all completions, and the gradients of all weights."""
     policy = Policy(model_with_sinks(implementation, window)).train()
     batch = batch_of(PROMPTS, DRAWN)
-    places = {slot: [n for n, group in enumerate(batch.group.tolist()) if group == slot] for slot in range(2)}
-    shared = [[Piece(slot, members) for slot, members in places.items()]]
-    alone = [[Piece(slot, [n])] for slot, members in places.items() for n in members]
+    places = {group: [n for n, its in enumerate(batch.group.tolist()) if its == group] for group in range(2)}
+    shared = [[Piece(group, members) for group, members in places.items()]]
+    alone = [[Piece(group, [n])] for group, members in places.items() for n in members]
     logprobs = torch.full((len(batch.tokens),), torch.nan)
     for pieces in shared if share_prompts else alone:
         pack = make_pack(batch, pieces, share_prompts=share_prompts)

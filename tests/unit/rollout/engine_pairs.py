@@ -72,8 +72,8 @@ def make_requests(sizes: list[int], lengths: list[int]) -> list[Request]:
     """Groups of `sizes` completions of random prompts of `lengths` tokens."""
     generator = torch.Generator().manual_seed(5)
     prompts = [torch.randint(4, 61, (length,), generator=generator).tolist() for length in lengths]
-    return [Request(slot, sample, prompts[slot], stream_key(11, "train/0", slot, sample))
-            for slot, size in enumerate(sizes) for sample in range(size)]  # fmt: skip
+    return [Request(group, sample, prompts[group], stream_key(11, "train/0", group, sample))
+            for group, size in enumerate(sizes) for sample in range(size)]  # fmt: skip
 
 
 REQUESTS = make_requests([4, 4, 1, 3, 4], [3, 20, 7, 1, 12])
@@ -94,5 +94,5 @@ def assert_equal(got: list[Trajectory], expected: list[Trajectory]) -> None:
     """The same tokens in the same order, and the same log-probabilities to 1e-4."""
     assert len(got) == len(expected)
     for one, other in zip(got, expected, strict=True):
-        assert (one.slot, one.sample, one.ids, one.finished) == (other.slot, other.sample, other.ids, other.finished)
+        assert (one.group, one.sample, one.ids, one.finished) == (other.group, other.sample, other.ids, other.finished)
         assert one.logprobs == pytest.approx(other.logprobs, abs=1e-4)

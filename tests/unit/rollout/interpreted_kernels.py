@@ -108,8 +108,8 @@ def completions(
 ) -> list[int]:
     """How many completions of the engine on pages are those of the engine without, how many are not, pages leaked."""
     requests = [
-        Request(slot, n, [6 + k % 17 for k in range(3 + 70 * slot)], key=100 * slot + n)
-        for slot in range(2)
+        Request(group, n, [6 + k % 17 for k in range(3 + 70 * group)], key=100 * group + n)
+        for group in range(2)
         for n in range(members)
     ]
     with torch.inference_mode():
@@ -136,9 +136,9 @@ def turns(
     plain = gpu.prefill
     for over_pages in (True, False):
         rows = {
-            (slot, n): Request(slot, n, [6 + k % 17 for k in range(3 + 70 * slot)], key=100 * slot + n,
+            (group, n): Request(group, n, [6 + k % 17 for k in range(3 + 70 * group)], key=100 * group + n,
                                max_new_tokens=4, keeps=True)
-            for slot, count in enumerate(members) for n in range(count)
+            for group, count in enumerate(members) for n in range(count)
         }  # fmt: skip
         queue, drawn = deque(rows.values()), {place: [] for place in rows}
         step_of, room = (FusedStep, tokens) if over_pages else (module_step, 1 << 20)
@@ -151,7 +151,7 @@ def turns(
             else:
                 work = engine.decode(model, queue, sampling)
             for turn in (turn for ended in work for turn in ended):
-                place = turn.slot, turn.sample
+                place = turn.group, turn.sample
                 drawn[place].append(turn)
                 asked, added = rows[place], [*turn.ids, *[7 + (sum(place) + n) % 16 for n in range(answer)]]
                 offset = asked.offset + len(added)

@@ -113,8 +113,8 @@ def make_prompts(config: Config, host: EnvironmentHost, rows: list[tuple[str, di
 
 def make_requests(prompts: list[Prompt]) -> list[Request]:
     """All requests of a step."""
-    return [Request(slot, sample, prompt.ids, stream_key(5, slot, sample), prompt_key=stream_key(5, slot))
-            for slot, prompt in enumerate(prompts) for sample in range(SIZE)]  # fmt: skip
+    return [Request(group, sample, prompt.ids, stream_key(5, group, sample), prompt_key=stream_key(5, group))
+            for group, prompt in enumerate(prompts) for sample in range(SIZE)]  # fmt: skip
 
 
 class Noting(LocalEngine):
@@ -139,13 +139,13 @@ def played(
     finished: list[Trajectory] = []
 
     def note(ended: list[Trajectory]) -> None:
-        assert not {each.slot * SIZE + each.sample for each in ended} & host._home.keys(), "its environment is free"
+        assert not {each.group * SIZE + each.sample for each in ended} & host._home.keys(), "its environment is free"
         finished.extend(ended)
 
     with awake(engine):
         trajectories = episodes.play(engine, make_requests(prompts), prompts, sampling or Sampling(), note)
-    assert engine.released == {(each.slot, each.sample) for each in trajectories}
-    assert sorted((t.slot, t.sample) for t in finished) == [(t.slot, t.sample) for t in trajectories]
+    assert engine.released == {(each.group, each.sample) for each in trajectories}
+    assert sorted((t.group, t.sample) for t in finished) == [(t.group, t.sample) for t in trajectories]
     return prompts, trajectories
 
 

@@ -25,7 +25,9 @@ from grpo_dist.rollout.vllm.start import make_vllm_engine
 ENDS = [256, 7, 9]
 LORA = LoraConfig(r=3, alpha=6.0)
 PROMPTS = [[5, 9, 33], [60, 7, 12, 80], [41, 41]]
-REQUESTS = [Request(slot, number, PROMPTS[slot], key=100 * slot + number) for slot in range(3) for number in range(2)]
+REQUESTS = [
+    Request(group, number, PROMPTS[group], key=100 * group + number) for group in range(3) for number in range(2)
+]
 
 
 def small_model(path: Path, seed: int) -> ModelConfig:

@@ -197,8 +197,8 @@ def decoder(drafts: bool, in_flight: int = 1 << 16, copied: int = 0) -> NativeDe
 def epochs(made: NativeDecoder, model: nn.Module, sampling: Sampling, edit: Any = lambda r: r) -> list[Trajectory]:
     """The completions of two passes over the prompts, two groups of them the same prompt's."""
     return [each for epoch in range(2) for each in decode_all(made, model, [
-        edit(Request(slot, sample, prompt, stream_key(epoch, slot, sample)))
-        for slot, prompt in enumerate([*PROMPTS, PROMPTS[0]]) for sample in range(3)], sampling)]  # fmt: skip
+        edit(Request(group, sample, prompt, stream_key(epoch, group, sample)))
+        for group, prompt in enumerate([*PROMPTS, PROMPTS[0]]) for sample in range(3)], sampling)]  # fmt: skip
 
 
 @pytest.mark.usefixtures("kernel")

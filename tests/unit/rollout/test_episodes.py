@@ -247,8 +247,8 @@ def test_a_turn_begins_where_one_token_fits(
     whole = next(each for each in products[1] if len(turns_of(each)) > 2)
     first, answer = (len(ids) for _, ids in turns_of(whole)[:2])
     for longest, kept in ((first - 1, first - 1), (first + answer, first), (first + answer + 1, first + answer + 1)):
-        _, trajectories = played(make_config(longest=longest), PRODUCTS[: whole.slot + 1], models["shared"])
-        cut = trajectories[whole.slot * SIZE + whole.sample]
+        _, trajectories = played(make_config(longest=longest), PRODUCTS[: whole.group + 1], models["shared"])
+        cut = trajectories[whole.group * SIZE + whole.sample]
         assert cut.ids == whole.ids[:kept] and not cut.finished and cut.sampled[-1] and cut.episode is not None
         if kept < first:
             assert "tool_calls" not in cut.episode.messages[-1], "a turn that was cut made no call"
@@ -263,8 +263,8 @@ def test_what_an_environment_says_first(models: dict[str, Any]) -> None:
     )
     for each, text in zip(trajectories, texts, strict=True):
         assert each.episode is not None
-        assert text.startswith(f"{GAMES[0][0]}\nHint {each.slot} ") and text.endswith(".\nAnswer:")
-        assert each.episode.prompt.ids == TOKENIZER(each.episode.prompt.text)["input_ids"] != prompts[each.slot].ids
+        assert text.startswith(f"{GAMES[0][0]}\nHint {each.group} ") and text.endswith(".\nAnswer:")
+        assert each.episode.prompt.ids == TOKENIZER(each.episode.prompt.text)["input_ids"] != prompts[each.group].ids
     end = TOKENIZER.eos_token
     _, (one, *_) = played(make_config(game=True), [(GAMES[0][0], {"secret": 1, "note": f"a{end}b"})], models["shared"])
     assert one.episode is not None and TOKENIZER.eos_token_id not in one.episode.prompt.ids

@@ -27,7 +27,7 @@ MOST = 48
 TURNS = 3
 PROMPTS = [[5, 9, 40, 7, 7, 8], [21, 4], [31] * 70]
 Place = tuple[int, int]
-"""Slot and sample."""
+"""Group and sample."""
 
 
 def peaked_model(factor: float) -> nn.Module:
@@ -51,13 +51,13 @@ def native(in_flight: int = 1 << 16) -> NativeDecoder:
 
 
 def first_turns() -> list[Request]:
-    return [Request(slot, sample, prompt, stream_key(4, slot, sample), max_new_tokens=20, keeps=True)
-            for slot, prompt in enumerate(PROMPTS) for sample in range(5)]  # fmt: skip
+    return [Request(group, sample, prompt, stream_key(4, group, sample), max_new_tokens=20, keeps=True)
+            for group, prompt in enumerate(PROMPTS) for sample in range(5)]  # fmt: skip
 
 
 def answer_to(turn: Trajectory) -> list[int]:
     """What somebody says to a turn: of different lengths, none of them short."""
-    return [20 + (7 * turn.sample + n) % 40 for n in range(1 + (5 * turn.slot + turn.sample) % 7)]
+    return [20 + (7 * turn.sample + n) % 40 for n in range(1 + (5 * turn.group + turn.sample) % 7)]
 
 
 @contextmanager
@@ -94,13 +94,13 @@ def played(
     """Ids and log-probabilities of each row's turns; `next_of` chooses whose answers come, or nobody's yet."""
     engine = LocalEngine(decoder, LoadedModel(model), {})
     turns: dict[Place, list[tuple[list[int], list[float]]]] = {}
-    rows = {(request.slot, request.sample): request for request in first_turns()}
+    rows = {(request.group, request.sample): request for request in first_turns()}
     under_way, waiting = set(rows), []
     with awake(engine):
         engine.submit(list(rows.values()), Sampling())
         while under_way or waiting:
             for turn in engine.poll():
-                place = turn.slot, turn.sample
+                place = turn.group, turn.sample
                 under_way.remove(place)
                 turns.setdefault(place, []).append((turn.ids, turn.logprobs))
                 added = [*turn.ids, *answer_to(turn)]

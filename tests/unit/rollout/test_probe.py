@@ -99,8 +99,8 @@ def test_layers_with_a_short_window_are_packed(name: str) -> None:
 def test_rollouts_in_short_windows_are_those_of_the_models_own_attention(name: str) -> None:
     config = make_config(name, WINDOWED[name])
     prompts = [[(5 * k + n) % 57 + 3 for k in range(length)] for n, length in enumerate((3, 15))]
-    requests = [Request(slot, sample, prompts[slot], stream_key(0, slot, sample))
-                for slot in range(2) for sample in range(3)]  # fmt: skip
+    requests = [Request(group, sample, prompts[group], stream_key(0, group, sample))
+                for group in range(2) for sample in range(3)]  # fmt: skip
     expected = decode_all(RowDecoder([2, 9], 14), make_model(config, "eager"), requests)
     engine = make_engine(LoadedModel(make_model(config, attention.NAME)), None, [2, 9],
                          RolloutConfig(max_completion_length=14), alone)  # fmt: skip
@@ -219,8 +219,8 @@ def test_the_row_route_is_right(name: str) -> None:
         model.get_output_embeddings().weight.mul_(3)
     lengths, temperature = [3, 15], 0.8
     prompts = [Prompt(n, [(5 * k + n) % 57 + 3 for k in range(length)], "") for n, length in enumerate(lengths)]
-    requests = [Request(slot, sample, prompts[slot].ids, stream_key(0, slot, sample))
-                for slot in range(2) for sample in range(3)]  # fmt: skip
+    requests = [Request(group, sample, prompts[group].ids, stream_key(0, group, sample))
+                for group in range(2) for sample in range(3)]  # fmt: skip
     completions = decode_all(RowDecoder([2, 9], 14), model, requests, Sampling(temperature))
     assert any(len(c.ids) > 8 for c in completions)
     batch = batch_of(prompts, completions)

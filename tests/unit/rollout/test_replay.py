@@ -29,7 +29,7 @@ from grpo_dist.types import Batch, Prompt, Trajectory, join
 DENSE = {"num_experts": None, "num_local_experts": None}
 KINDS = ["qwen3_moe", "mixtral", "gpt_oss"]
 PROMPTS = [[5, 9, 33, 60, 7], [12, 80, 41]]
-REQUESTS = [Request(slot, sample, prompt, key=7 * slot + sample) for slot, prompt in enumerate(PROMPTS)
+REQUESTS = [Request(group, sample, prompt, key=7 * group + sample) for group, prompt in enumerate(PROMPTS)
             for sample in range(3)]  # fmt: skip
 LONGEST = 6
 

@@ -48,7 +48,7 @@ def test_requests_that_come_while_others_are_decoded(engine: Decoder, pairs: dic
     """A longer prompt, another sample of a prompt that was asked for before, and one after everything has ended."""
     pair = pairs["qwen2"]
     model = pair.plain if isinstance(engine, RowDecoder) else pair.shared
-    longer = replace(REQUESTS[0], slot=90, prompt=[*REQUESTS[0].prompt, *range(20, 60)], key=7)
+    longer = replace(REQUESTS[0], group=90, prompt=[*REQUESTS[0].prompt, *range(20, 60)], key=7)
     expected = [*drawn_by_rows(pair), *decode_all(RowDecoder(ENDS, MOST), pair.plain, [longer])]
     queue = deque(REQUESTS[:3])
     later = deque([[longer, *REQUESTS[5:]], REQUESTS[3:5]])

@@ -50,7 +50,7 @@ either_prompt = pytest.mark.usefixtures("longest_copied_prompt")
 
 def check_form(completions: list[Trajectory], requests: list[Request], most: int) -> None:
     """One completion a request, ended by its first end token or by the limit."""
-    assert [(c.slot, c.sample) for c in completions] == [(r.slot, r.sample) for r in requests]
+    assert [(c.group, c.sample) for c in completions] == [(r.group, r.sample) for r in requests]
     for completion in completions:
         assert 1 <= len(completion.ids) == len(completion.logprobs) <= most
         assert not set(completion.ids[:-1]) & set(ENDS)
@@ -148,7 +148,7 @@ def test_each_completion_is_reported_once(engine: Decoder, pairs: dict[str, Pair
     calls = [call for call in engine.decode(model, deque(REQUESTS), Sampling()) if call]
     reported = [completion for call in calls for completion in call]
     assert len(calls) > 1
-    assert Counter((c.slot, c.sample) for c in reported) == Counter((r.slot, r.sample) for r in REQUESTS)
+    assert Counter((c.group, c.sample) for c in reported) == Counter((r.group, r.sample) for r in REQUESTS)
     assert_equal(in_order(REQUESTS, reported), drawn_by_rows(pair))
 
 
@@ -259,7 +259,7 @@ def test_rows_that_linger_do_not_make_the_cache_grow(pairs: dict[str, Pair], mon
 
     monkeypatch.setattr(cache.DecodeState, "make_room", spy)
     requests = make_requests([3] * 12, [4] * 12)
-    requests = [exactly(r, MOST if r.slot % 2 else 5 + r.sample) for r in requests]
+    requests = [exactly(r, MOST if r.group % 2 else 5 + r.sample) for r in requests]
     completions = decode_all(NativeDecoder(ENDS, MOST, 6 * MOST), pairs["qwen2"].shared, requests)
     assert [len(c.ids) for c in completions] == [r.max_new_tokens for r in requests]
     assert max(slots) <= MOST + 1 + (4 if native.COPIED_PROMPT else 0)

@@ -27,8 +27,8 @@ TINY: dict[str, Any] = {
     "vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "tie_word_embeddings": False,
 }  # fmt: skip
-REQUESTS = [Request(slot, sample, [4 + slot, 9, 11], stream_key(3, "train/0", slot, sample))
-            for slot in range(4) for sample in range(3)]  # fmt: skip
+REQUESTS = [Request(group, sample, [4 + group, 9, 11], stream_key(3, "train/0", group, sample))
+            for group in range(4) for sample in range(3)]  # fmt: skip
 NEEDED = 4 * 3 + 12 * NEW_TOKENS
 """Tokens of all requests at full length."""
 
@@ -45,8 +45,8 @@ def model() -> nn.Module:
 
 def assert_equal(got: list[Trajectory], expected: list[Trajectory]) -> None:
     """The same draws, and log-probabilities that differ by rounding alone: other rows are computed beside them."""
-    assert [(c.slot, c.sample, c.ids, c.finished) for c in got] == [
-        (c.slot, c.sample, c.ids, c.finished) for c in expected]  # fmt: skip
+    assert [(c.group, c.sample, c.ids, c.finished) for c in got] == [
+        (c.group, c.sample, c.ids, c.finished) for c in expected]  # fmt: skip
     for one, other in zip(got, expected, strict=True):
         assert one.logprobs == pytest.approx(other.logprobs, abs=1e-5)
 
@@ -74,7 +74,7 @@ def test_half_as_much_is_decoded_where_memory_runs_out(
     rows = run_out(monkeypatch, 6 * NEW_TOKENS)
     engine = WithinMemory(NativeDecoder([2], NEW_TOKENS, ON_CPU), "auto")
     handed_out = [each for ended in engine.decode(model, deque(REQUESTS), Sampling()) for each in ended]
-    assert_equal(sorted(handed_out, key=lambda each: (each.slot, each.sample)), expected)
+    assert_equal(sorted(handed_out, key=lambda each: (each.group, each.sample)), expected)
     assert f"rollout.max_tokens_in_flight: {NEEDED // 2}" in caplog.text
     assert "Tried to allocate 2.00 GiB): the 12 completions" in caplog.text
     caplog.clear()
@@ -85,7 +85,7 @@ def test_half_as_much_is_decoded_where_memory_runs_out(
 
 def test_what_had_ended_is_not_drawn_again(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
     """A scored completion is neither lost nor handed out twice."""
-    exact = [replace(r, max_new_tokens=1 + r.slot, ignore_end=True) for r in REQUESTS]
+    exact = [replace(r, max_new_tokens=1 + r.group, ignore_end=True) for r in REQUESTS]
     expected = decode_all(NativeDecoder([2], NEW_TOKENS, ON_CPU), model, exact)
     steps, plain = [0], native.Decoding._step
 
@@ -98,7 +98,7 @@ def test_what_had_ended_is_not_drawn_again(model: nn.Module, monkeypatch: pytest
     monkeypatch.setattr(native.Decoding, "_step", step)
     engine = WithinMemory(NativeDecoder([2], NEW_TOKENS, ON_CPU), ON_CPU)
     handed_out = [each for ended in engine.decode(model, deque(exact), Sampling()) for each in ended]
-    assert_equal(sorted(handed_out, key=lambda each: (each.slot, each.sample)), expected)
+    assert_equal(sorted(handed_out, key=lambda each: (each.group, each.sample)), expected)
 
 
 @pytest.mark.parametrize(("above", "tokens"), [(1, "auto"), (0, "auto"), (0, 3 + NEW_TOKENS)])

@@ -153,22 +153,22 @@ ROWS = [{"environment": "products"}, {"environment": "game"}, {"environment": "p
 def test_the_row_chooses_its_environment_which_gives_the_prompt(tmp_path: Path) -> None:
     config = make_config(tmp_path / "rows.jsonl", ROWS)
     trajectories = played(config)
-    texts: list[set[str]] = [{episode(t).prompt.text for t in trajectories if t.slot == slot} for slot in range(3)]
+    texts: list[set[str]] = [{episode(t).prompt.text for t in trajectories if t.group == group} for group in range(3)]
     assert all(len(each) == 1 for each in texts), "a group plays one game"
     ((first,), (second,), (third,)) = texts
     assert first.startswith("What is ") and third.startswith("What is ") and first != third
     assert second == "Guess my number from 1 to 7.\nAnswer:"
     for each in trajectories:
-        of_game = each.slot == 1
+        of_game = each.group == 1
         assert (episode(each).reward is None) == of_game and episode(each).rewards == {"arcade:by_kind": float(of_game)}
         for message in episode(each).messages:
             for call in message.get("tool_calls", []):
                 known = call["function"]["name"] == ("guess" if of_game else "calculator")
                 assert known or episode(each).outcomes["malformed"]
-    assert {episode(t).reward for t in trajectories if t.slot != 1} == {0.0, 1.0}
+    assert {episode(t).reward for t in trajectories if t.group != 1} == {0.0, 1.0}
     again = played(replace(config, environment=replace(config.environment, workers=2)))
     assert [(t.ids, episode(t).reward) for t in again] == [(t.ids, episode(t).reward) for t in trajectories]
-    (other,) = {episode(t).prompt.text for t in played(config, "train/1") if t.slot == 0}
+    (other,) = {episode(t).prompt.text for t in played(config, "train/1") if t.group == 0}
     assert other != first, "each step has games of its own"
 
 

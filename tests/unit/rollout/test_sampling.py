@@ -86,8 +86,8 @@ def test_uniforms_are_uniform_over_positions_and_keys() -> None:
 
 
 def test_stream_key_tells_counters_apart() -> None:
-    keys = {stream_key(seed, step, slot, sample) for seed in range(3) for step in range(5)
-            for slot in range(12) for sample in range(12)}  # fmt: skip
+    keys = {stream_key(seed, step, group, sample) for seed in range(3) for step in range(5)
+            for group in range(12) for sample in range(12)}  # fmt: skip
     assert len(keys) == 3 * 5 * 12 * 12
     assert stream_key(1, 23) != stream_key(12, 3)
     assert stream_key(1, "train/2") == -8731672290342013788, "a resumed run, another process, draws the same"

@@ -109,8 +109,8 @@ def model() -> dict[str, nn.Module]:
 
 
 SPELLED = [PIECES[number % 11] for number in range(61)]
-REQUESTS = [Request(slot, number, list(range(5 + slot, 15 + 3 * slot)), stream_key(3, slot, number))
-            for slot in range(3) for number in range(4)]  # fmt: skip
+REQUESTS = [Request(group, number, list(range(5 + group, 15 + 3 * group)), stream_key(3, group, number))
+            for group in range(3) for number in range(4)]  # fmt: skip
 with_paged = pytest.mark.skipif(paged_obstacle() is not None, reason=str(paged_obstacle()))
 ENGINES: dict[str, Decoder] = {
     "rows": RowDecoder(ENDS, MOST), "modules": NativeDecoder(ENDS, MOST, 200),

@@ -27,7 +27,7 @@ def test_what_is_drawn_is_the_policys(start: Start, server: FakeVllm) -> None:
     training = start(server, temperature=0.7)
     training.engine.update_weights()
     drawn = sample(training.engine, REQUESTS, Sampling(0.7))
-    assert [(each.slot, each.sample) for each in drawn] == [(each.slot, each.sample) for each in REQUESTS]
+    assert [(each.group, each.sample) for each in drawn] == [(each.group, each.sample) for each in REQUESTS]
     for request, each in zip(REQUESTS, drawn, strict=True):
         assert each.finished == (each.ids[-1] in ENDS) and len(each.ids) <= 6
         assert each.logprobs == pytest.approx(scores(training.policy, request.prompt, each.ids, 0.7), abs=1e-4)

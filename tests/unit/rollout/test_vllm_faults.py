@@ -85,7 +85,9 @@ def test_a_server_that_dies_is_replaced_by_another(start: Start, base: ModelConf
         assert training.draw(MANY) != expected and training.engine.metrics()["rollout/probe_gap"] <= 1e-4
 
 
-MANY = [Request(slot, number, PROMPTS[slot % 3], key=100 * slot + number) for slot in range(12) for number in range(2)]
+MANY = [
+    Request(group, number, PROMPTS[group % 3], key=100 * group + number) for group in range(12) for number in range(2)
+]
 
 
 @contextmanager
@@ -122,7 +124,7 @@ def test_servers_that_are_killed_in_a_rollout(start: Start, base: ModelConfig) -
         os.kill(killed, signal.SIGKILL)
         while len(drawn) < len(some):
             drawn += training.engine.poll()
-        assert [each.ids for each in sorted(drawn, key=lambda each: (each.slot, each.sample))] == expected
+        assert [each.ids for each in sorted(drawn, key=lambda each: (each.group, each.sample))] == expected
         assert training.engine.metrics()["rollout/retried"] >= 1
         training.engine.sleep()
         os.kill(last, signal.SIGSTOP)
@@ -140,7 +142,7 @@ def test_a_group_stays_on_one_server(start: Start, base: ModelConfig) -> None:
         training.engine.update_weights()
         for each in (first, second):
             each.requests.clear()
-        training.draw([Request(slot, number, PROMPTS[slot], key=number) for slot in range(3) for number in range(4)])
+        training.draw([Request(group, number, PROMPTS[group], key=number) for group in range(3) for number in range(4)])
         prompts = [{tuple(given["prompt"]) for given in each.requests if given} for each in (first, second)]
         assert not prompts[0] & prompts[1] and all(prompts), "its prompt is computed once"
 
@@ -249,7 +251,7 @@ def test_what_a_killed_run_has_left_is_removed(base: ModelConfig, server: FakeVl
 def test_what_is_dropped_is_not_computed_on(start: Start, server: FakeVllm) -> None:
     training = start(server)
     training.engine.update_weights()
-    training.engine.submit([replace(REQUESTS[0], slot=slot) for slot in range(50)], Sampling())
+    training.engine.submit([replace(REQUESTS[0], group=group) for group in range(50)], Sampling())
     training.engine.sleep()
     assert training.engine.poll() == []
     assert training.draw() == training.draw(), "answers to what was dropped do not come later"

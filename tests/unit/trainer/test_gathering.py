@@ -66,17 +66,17 @@ class Threads:
         return results
 
 
-def make_trajectory(chance: random.Random, slot: int, sample: int) -> Trajectory:
+def make_trajectory(chance: random.Random, group: int, sample: int) -> Trajectory:
     """One to five tokens, of which about one in three, but never all, was not sampled; the last sample has no end."""
     ids = [chance.randrange(50) for _ in range(chance.randint(1, 5))]
     sampled = [chance.random() < 2 / 3 for _ in ids]
     sampled[chance.randrange(len(ids))] = True
     logprobs = [-token / 7 for token, mine in zip(ids, sampled, strict=True) if mine]
-    return Trajectory(slot, sample, ids, logprobs, sample != 3, sampled)
+    return Trajectory(group, sample, ids, logprobs, sample != 3, sampled)
 
 
 CHANCE = random.Random(0)
-COMPLETIONS = [make_trajectory(CHANCE, slot, sample) for slot in range(3) for sample in range(4)]
+COMPLETIONS = [make_trajectory(CHANCE, group, sample) for group in range(3) for sample in range(4)]
 PROMPTS = [Prompt(10 + g, [g], "") for g in range(3)]
 
 
@@ -139,7 +139,7 @@ def test_the_batch_equals_the_loop(shares: list[range]) -> None:
     everyone = [n for n in range(12)]
     for batch in gathered(shares):
         assert batch.prompts == PROMPTS
-        equal(batch.group, [c.slot for c in COMPLETIONS])
+        equal(batch.group, [c.group for c in COMPLETIONS])
         equal(batch.row_lengths, [len(c.ids) for c in COMPLETIONS])
         equal(batch.lengths, [sum(c.sampled) for c in COMPLETIONS])
         equal(batch.finished, [c.finished for c in COMPLETIONS])
@@ -175,8 +175,8 @@ def test_episodes_of_a_batch(shares: list[range]) -> None:
     broken, ranks = {1, 4, 5, 6, 7}, Threads(len(shares))
 
     def episode(n: int) -> Episode:
-        slot = COMPLETIONS[n].slot
-        said = Prompt(10 + slot, [slot, 99 if n in broken else 7], "said")
+        group = COMPLETIONS[n].group
+        said = Prompt(10 + group, [group, 99 if n in broken else 7], "said")
         outcomes = {"answered": n, "error": 1, "malformed": 2}
         return Episode([{"content": f"ä{n}"}], n + 1, None, "broke" if n in broken else None, outcomes, said,
                        tool_seconds=0.5)  # fmt: skip

@@ -42,7 +42,7 @@ class OneRank:
 
 def answer(request: Request) -> Trajectory:
     """One token, which names the request."""
-    return Trajectory(request.slot, request.sample, [65 + 10 * request.slot + request.sample], [-1.0], True, [True])
+    return Trajectory(request.group, request.sample, [65 + 10 * request.group + request.sample], [-1.0], True, [True])
 
 
 class Engine:
@@ -53,7 +53,7 @@ class Engine:
         self.was_called_early = False
 
     def submit(self, requests: list[Request], sampling: Sampling) -> None:
-        self.left = sorted(map(answer, requests), key=lambda a: (-(a.slot // 2), a.sample, a.slot))
+        self.left = sorted(map(answer, requests), key=lambda a: (-(a.group // 2), a.sample, a.group))
 
     def poll(self) -> list[Trajectory]:
         self.was_called_early = self.was_called_early or self.called()
@@ -78,7 +78,7 @@ def test_groups_are_scored_while_others_are_generated(pool: ScorerPool, tmp_path
     scoring = Scoring(pool, prompts, SIZE, everything, letters)
     completions = sample(engine, requests, Sampling(), scoring.on_finish)  # type: ignore[arg-type]
     scores = scoring.result()
-    assert [(c.slot, c.sample) for c in completions] == [(r.slot, r.sample) for r in requests]
+    assert [(c.group, c.sample) for c in completions] == [(r.group, r.sample) for r in requests]
     assert scores.values[:, 0].tolist() == [float(c.ids[0]) for c in completions]
     assert engine.was_called_early, "the first groups' scores are asked for before the last have ended"
     groups = [list(map(int, line.split())) for line in calls.read_text().splitlines()]
