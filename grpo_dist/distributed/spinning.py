@@ -21,8 +21,12 @@ from pathlib import Path
 log = logging.getLogger(__name__)
 
 SPIN_COUNT = "GOMP_SPINCOUNT"
+CHOSEN = "GRPO_DIST_SPINCOUNT"
+"""The count that this package has set: a process that inherits it knows that no user did."""
 LONG, SHORT = "20000", "1000"
 """Turns: 0.2 and 0.01 ms on an EPYC 9004. libgomp's own 300 thousand make a step 16 times as long beside other work."""
+NUM_CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+"""As libgomp counts its "available CPUs" when torch loads it; threads that torch binds may use fewer afterwards."""
 MOST_CORES = 32
 """On more cores than these the count stays short: a sleeping team of that many threads is a lot."""
 PERIOD_SECONDS = 0.5
@@ -38,44 +42,83 @@ sets_count = False
 def set_count(environ: MutableMapping[str, str]) -> None:
     """Set how long threads spin, unless the user has."""
     global sets_count
-    if SPIN_COUNT not in environ and "OMP_WAIT_POLICY" not in environ:
+    if environ.get(SPIN_COUNT) in (None, environ.get(CHOSEN)) and "OMP_WAIT_POLICY" not in environ:
         sets_count = True
-        environ[SPIN_COUNT] = LONG if _can_spin_less() else SHORT
+        environ[SPIN_COUNT] = environ[CHOSEN] = LONG if _can_spin_less() else SHORT
 
 
 def _can_spin_less() -> bool:
-    return waited_seconds() is not None and (os.cpu_count() or 1) <= MOST_CORES
+    return bool(waits()) and NUM_CORES <= MOST_CORES
 
 
-def waited_seconds(tasks: Path = Path("/proc/self/task")) -> float | None:
-    """Seconds that this process's living threads have waited for a core; None where the kernel does not count them.
+def waits(tasks: Path = Path("/proc/self/task")) -> dict[str, int]:
+    """Nanoseconds that each thread of this process has waited for a core; empty where the kernel does not count them.
 
     `schedstat` holds nanoseconds on a core, nanoseconds of waiting, and turns (Linux, "Scheduler Statistics").
     """
-    on_core, waited = 0, 0
+    waited, on_core = {}, 0
     with suppress(OSError):
-        for task in tasks.iterdir():
-            with suppress(OSError):  # it has just ended
-                counts = (task / "schedstat").read_text(encoding="ascii").split()
-                on_core, waited = on_core + int(counts[0]), waited + int(counts[1])
-    return waited / 1e9 if on_core else None
+        for task in os.listdir(tasks):
+            with suppress(OSError, ValueError):  # it has just ended
+                with open(f"{tasks}/{task}/schedstat", "rb") as counts:
+                    own, waited[task], *_ = map(int, counts.read().split())
+                on_core += own
+    return waited if on_core else {}
+
+
+def seconds_between(before: dict[str, int], now: dict[str, int]) -> float:
+    """How long the threads that live now have waited since; those that have ended take nothing with them."""
+    return sum(max(0, waited - before.get(task, 0)) for task, waited in now.items()) / 1e9
+
+
+def libgomp() -> ctypes.CDLL | None:
+    """What torch's threads are started by; None where that is the OpenMP of LLVM or Intel (conda, LD_PRELOAD).
+
+    There GOMP_SPINCOUNT means nothing, and threads of a team that has ended stay.
+    """
+    import torch
+
+    for library in ctypes.CDLL(None), ctypes.CDLL(torch._C.__file__):  # where the linker looks, in its order
+        if hasattr(library, "GOMP_parallel"):
+            return None if hasattr(library, "kmp_set_blocktime") else library
+    return None
 
 
 def sleeping_team() -> Callable[[], None]:
     """Begin a team of OpenMP with more threads than there are cores, which sleep; returns what ends it."""
-    ended = threading.Event()
+    ended, num_threads, library = threading.Event(), NUM_CORES + 1, libgomp()
+    if library is None or not _can_start(2 * num_threads):  # others need some too
+        return ended.set
+    begin = library.GOMP_parallel
 
     def lead() -> None:
-        import torch
-
-        openmp = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))  # with what it was linked to
         nothing = ctypes.cast(ctypes.CDLL(None).free, ctypes.c_void_p)  # of a null pointer
-        openmp.GOMP_parallel(nothing, None, ctypes.c_uint((os.cpu_count() or 1) + 1), ctypes.c_uint(0))
+        begin(nothing, None, ctypes.c_uint(num_threads), ctypes.c_uint(0))
         ended.wait()
 
     # libgomp ends a team when the thread that leads it ends
     threading.Thread(target=lead, name="sleeping-team", daemon=True).start()
     return ended.set
+
+
+def _can_start(num_threads: int) -> bool:
+    """Whether this process may have so many more threads: where it may not, libgomp ends it, and Python only raises."""
+    ended, started = threading.Event(), []
+    try:
+        for _ in range(num_threads):
+            thread = threading.Thread(target=ended.wait, daemon=True)
+            thread.start()
+            started.append(thread)
+    except RuntimeError:
+        log.warning("CPU: this process may not start %d more threads (ulimit -u, ulimit -v, pids.max): those that wait "
+                    "for one another spin beside other work too. %s=%s lets them spin less", num_threads, SPIN_COUNT,
+                    SHORT)  # fmt: skip
+        return False
+    finally:
+        ended.set()
+        for thread in started:
+            thread.join()
+    return True
 
 
 class Spinning:
@@ -109,19 +152,26 @@ class Spinning:
             self._end_team = None
 
 
+_watch_ended = threading.Event()
+"""Of the newest watch."""
+
+
 def watch_spinning(num_threads: int) -> Callable[[], None]:
     """Watch from here on how long this process's `num_threads` threads wait for cores; returns what ends the watch."""
-    if not sets_count or num_threads == 1 or not _can_spin_less():
+    global _watch_ended
+    _watch_ended.set()  # a run that failed before its end has left its own
+    if not sets_count or num_threads == 1 or not _can_spin_less() or libgomp() is None:
         return lambda: None
     ended, spinning = threading.Event(), Spinning()
 
     def watch() -> None:
-        then, before = time.monotonic(), waited_seconds() or 0.0
+        then, before = time.monotonic(), waits()
         while not ended.wait(PERIOD_SECONDS):
-            now, waited = time.monotonic(), waited_seconds() or 0.0
-            spinning.look((waited - before) / (now - then))
+            now, waited = time.monotonic(), waits()
+            spinning.look(seconds_between(before, waited) / (now - then))
             then, before = now, waited
         spinning.end()
 
     threading.Thread(target=watch, name="spinning", daemon=True).start()
+    _watch_ended = ended
     return ended.set

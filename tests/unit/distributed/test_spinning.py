@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
 import subprocess
@@ -11,20 +12,21 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from grpo_dist.distributed import spinning
-from grpo_dist.distributed.spinning import BUSY, FREE, Spinning, waited_seconds, watch_spinning
+from grpo_dist.distributed.spinning import BUSY, FREE, Spinning, seconds_between, waits, watch_spinning
 
-SET_BY_USERS = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
+SETTINGS = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "GRPO_DIST_SPINCOUNT")
 
-counts_waiting = pytest.mark.skipif(waited_seconds() is None, reason="this kernel does not count how long threads wait")
+counts_waiting = pytest.mark.skipif(not waits(), reason="this kernel does not count how long threads wait")
 
 
 def of_python(program: str, **environ: str) -> list[str]:
     """The words that a program of Python prints."""
-    kept = {name: value for name, value in os.environ.items() if name not in SET_BY_USERS}
+    kept = {name: value for name, value in os.environ.items() if name not in SETTINGS}
     command = [sys.executable, "-c", textwrap.dedent(program)]
     done = subprocess.run(command, env=kept | environ, capture_output=True, text=True, check=True, timeout=120)
     return done.stdout.split()
@@ -52,23 +54,62 @@ class Teams:
 @pytest.mark.parametrize(
     ("given", "cores", "counted", "expected"),
     [
-        ({}, 2, True, {"GOMP_SPINCOUNT": "20000"}),
-        ({}, 33, True, {"GOMP_SPINCOUNT": "1000"}),
-        ({}, 2, False, {"GOMP_SPINCOUNT": "1000"}),
-        ({"GOMP_SPINCOUNT": "7"}, 2, True, {"GOMP_SPINCOUNT": "7"}),
-        ({"OMP_WAIT_POLICY": "active"}, 2, True, {"OMP_WAIT_POLICY": "active"}),
+        ({}, 2, True, "20000"),
+        ({}, 33, True, "1000"),
+        ({}, 2, False, "1000"),
+        # inherited from a process of this package
+        ({"GOMP_SPINCOUNT": "20000", "GRPO_DIST_SPINCOUNT": "20000"}, 2, True, "20000"),
+        ({"GOMP_SPINCOUNT": "20000", "GRPO_DIST_SPINCOUNT": "20000"}, 33, True, "1000"),
+        ({"GRPO_DIST_SPINCOUNT": "20000"}, 2, True, "20000"),
     ],
 )
 def test_how_long_threads_spin(
-    given: dict[str, str], cores: int, counted: bool, expected: dict[str, str], monkeypatch: pytest.MonkeyPatch
+    given: dict[str, str], cores: int, counted: bool, expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(spinning, "sets_count", False)
-    monkeypatch.setattr(os, "cpu_count", lambda: cores)
-    monkeypatch.setattr(spinning, "waited_seconds", lambda: 0.0 if counted else None)
+    monkeypatch.setattr(spinning, "NUM_CORES", cores)
+    monkeypatch.setattr(spinning, "waits", lambda: {"1": 0} if counted else {})
     environ = dict(given)
     spinning.set_count(environ)
-    assert environ == expected
-    assert spinning.sets_count == (not given)
+    assert environ == {"GOMP_SPINCOUNT": expected, "GRPO_DIST_SPINCOUNT": expected}
+    assert spinning.sets_count
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"GOMP_SPINCOUNT": "20000"},
+        {"OMP_WAIT_POLICY": "active"},
+        {"GOMP_SPINCOUNT": "7", "GRPO_DIST_SPINCOUNT": "20000"},
+    ],
+)
+def test_what_the_user_has_set_stays(given: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(spinning, "sets_count", False)
+    environ = dict(given)
+    spinning.set_count(environ)
+    assert environ == given
+    assert not spinning.sets_count
+
+
+def test_a_process_started_by_this_one_chooses_for_itself() -> None:
+    program = """
+        import subprocess, sys
+        import grpo_dist
+        child = "import grpo_dist; print(grpo_dist.distributed.spinning.sets_count)"
+        subprocess.run([sys.executable, "-c", child], check=True)
+    """
+    assert of_python(program) == ["True"]
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system binds no process to cores")
+def test_the_cores_are_those_that_this_process_may_use() -> None:
+    program = """
+        import os
+        os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])
+        from grpo_dist.distributed.spinning import NUM_CORES
+        print(NUM_CORES)
+    """
+    assert of_python(program) == ["1"]
 
 
 def test_the_count_is_set_before_torch_is_imported() -> None:
@@ -121,25 +162,32 @@ def test_waiting_is_summed_over_living_threads(tmp_path: Path) -> None:
         (tmp_path / task).mkdir()
         if counts is not None:  # the third has just ended
             (tmp_path / task / "schedstat").write_text(counts + "\n", encoding="ascii")
-    assert waited_seconds(tmp_path) == 2.5
+    assert waits(tmp_path) == {"1": 2_000_000_000, "2": 500_000_000}
+    assert seconds_between({"1": 1_900_000_000}, waits(tmp_path)) == 0.6
 
 
-@pytest.mark.parametrize("counts", [None, "0 0 0"])
+def test_a_thread_that_has_ended_takes_no_waiting_with_it() -> None:
+    before = {"1": 0, "2": 90_000_000_000, "3": 5_000_000_000}
+    now = {"1": 400_000_000, "3": 7_000_000}  # the third is a new thread of the same number
+    assert seconds_between(before, now) == 0.4
+
+
+@pytest.mark.parametrize("counts", [None, "0 0 0", "", "nothing"])
 def test_a_kernel_that_does_not_count(counts: str | None, tmp_path: Path) -> None:
     (tmp_path / "1").mkdir()
     if counts is not None:
         (tmp_path / "1" / "schedstat").write_text(counts, encoding="ascii")
-    assert waited_seconds(tmp_path) is None
-    assert waited_seconds(tmp_path / "gone") is None
+    assert waits(tmp_path) == {}
+    assert waits(tmp_path / "gone") == {}
 
 
 @counts_waiting
 def test_threads_that_share_a_core_wait_for_it() -> None:
     program = """
         import os, threading, time, zlib
-        from grpo_dist.distributed.spinning import waited_seconds
+        from grpo_dist.distributed.spinning import seconds_between, waits
         os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])
-        before, over = waited_seconds(), time.monotonic() + 1
+        before, over = waits(), time.monotonic() + 1
         data = bytes(10_000_000)
         def compress():
             while time.monotonic() < over:
@@ -147,7 +195,7 @@ def test_threads_that_share_a_core_wait_for_it() -> None:
         threads = [threading.Thread(target=compress) for _ in range(3)]
         [thread.start() for thread in threads]
         time.sleep(0.8)
-        print(waited_seconds() - before)
+        print(seconds_between(before, waits()))
     """
     assert float(of_python(program)[0]) > 0.4
 
@@ -159,7 +207,7 @@ def test_a_sleeping_team_makes_the_threads_of_torch_spin_less() -> None:
         import os, time
         from pathlib import Path
         import torch
-        from grpo_dist.distributed.spinning import sleeping_team
+        from grpo_dist.distributed.spinning import NUM_CORES, sleeping_team
         torch.set_num_threads(2)
         main = str(os.getpid())
         def threads():
@@ -176,7 +224,7 @@ def test_a_sleeping_team_makes_the_threads_of_torch_spin_less() -> None:
         alone, count = turns(), len(threads())
         end = sleeping_team()
         over = time.monotonic() + 20
-        while len(threads()) < count + os.cpu_count() + 1 and time.monotonic() < over:
+        while len(threads()) < count + NUM_CORES + 1 and time.monotonic() < over:
             time.sleep(0.01)
         more = len(threads()) - count
         asleep = turns()
@@ -184,11 +232,52 @@ def test_a_sleeping_team_makes_the_threads_of_torch_spin_less() -> None:
         over = time.monotonic() + 20
         while len(threads()) > count and time.monotonic() < over:
             time.sleep(0.01)
-        print(alone, asleep, turns(), more == os.cpu_count() + 1, len(threads()) == count)
+        print(alone, asleep, turns(), more == NUM_CORES + 1, len(threads()) == count)
     """
     alone, asleep, after, begun, ended = of_python(program, GOMP_SPINCOUNT="100000000000", OMP_NUM_THREADS="2")
     assert (begun, ended) == ("True", "True")
     assert float(asleep) < 0.1 * min(float(alone), float(after))
+
+
+GOMP, LLVM = SimpleNamespace(GOMP_parallel=1), SimpleNamespace(GOMP_parallel=2, kmp_set_blocktime=3)
+NEITHER = SimpleNamespace()
+
+
+@pytest.mark.parametrize(
+    ("all_see", "linked", "expected"),
+    [
+        (GOMP, GOMP, GOMP),
+        (NEITHER, GOMP, GOMP),
+        (LLVM, GOMP, None),  # LD_PRELOAD=libiomp5.so
+        (NEITHER, LLVM, None),
+        (NEITHER, NEITHER, None),
+    ],
+)
+def test_which_openmp_torch_waits_by(
+    all_see: SimpleNamespace, linked: SimpleNamespace, expected: SimpleNamespace | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ctypes, "CDLL", lambda path: all_see if path is None else linked)
+    assert spinning.libgomp() is expected
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="torch waits by libgomp under Linux alone")
+def test_a_process_that_may_start_no_more_threads_goes_on_without_the_team() -> None:
+    program = """
+        import logging, resource, sys, time
+        import torch
+        from grpo_dist.distributed.spinning import sleeping_team
+        logging.basicConfig(stream=sys.stdout, format="%(message)s")
+        pages = int(open("/proc/self/statm").read().split()[0])
+        size = pages * resource.getpagesize() + (12 << 20)  # a stack of 8 MiB more, the one of the thread that leads
+        resource.setrlimit(resource.RLIMIT_AS, (size, size))
+        end = sleeping_team()
+        time.sleep(0.2)
+        end()
+        print("goes on")
+    """
+    words = " ".join(of_python(program))
+    assert words.startswith("CPU: this process may not start ")
+    assert words.endswith("GOMP_SPINCOUNT=1000 lets them spin less goes on")
 
 
 @counts_waiting
@@ -197,20 +286,27 @@ def test_a_watch_lets_threads_spin_and_ends_with_its_run(monkeypatch: pytest.Mon
     monkeypatch.setattr(spinning, "sets_count", True)
     monkeypatch.setattr(spinning, "PERIOD_SECONDS", 0.01)
     monkeypatch.setattr(spinning, "_can_spin_less", lambda: True)
-    monkeypatch.setattr(spinning, "waited_seconds", lambda: 1.0)  # it does not grow
+    monkeypatch.setattr(spinning, "waits", lambda: {"1": 1})  # it does not grow
+    monkeypatch.setattr(spinning, "libgomp", lambda: ctypes.CDLL(None))
     monkeypatch.setattr(spinning, "Spinning", lambda: Spinning(teams.begin))
+    watch_spinning(2)  # of a run that fails before its end
     end = watch_spinning(2)
-    assert _within_seconds(lambda: not teams.sleeps)
+    assert _within_seconds(lambda: [thread.name for thread in threading.enumerate()].count("spinning") == 1)
+    assert _within_seconds(lambda: (teams.begun, teams.ended) == (2, 2))
     end()
     assert _within_seconds(lambda: all(thread.name != "spinning" for thread in threading.enumerate()))
 
 
-@pytest.mark.parametrize(("num_threads", "sets_count", "can"), [(1, True, True), (2, False, True), (2, True, False)])
+@pytest.mark.parametrize(
+    ("num_threads", "sets_count", "can", "has"),
+    [(1, True, True, True), (2, False, True, True), (2, True, False, True), (2, True, True, False)],
+)
 def test_nothing_is_watched_where_nothing_can_be_chosen(
-    num_threads: int, sets_count: bool, can: bool, monkeypatch: pytest.MonkeyPatch
+    num_threads: int, sets_count: bool, can: bool, has: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(spinning, "sets_count", sets_count)
     monkeypatch.setattr(spinning, "_can_spin_less", lambda: can)
+    monkeypatch.setattr(spinning, "libgomp", lambda: ctypes.CDLL(None) if has else None)
     monkeypatch.setattr(spinning, "Spinning", lambda: pytest.fail("a team was begun"))
     watch_spinning(num_threads)()
 
