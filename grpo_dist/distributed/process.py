@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from typing import NoReturn
 
 from ..text.output import NO_READER, reader_is_gone
+from .spinning import allow_long, watch_spinning
 
 
 def begin() -> None:
@@ -26,7 +27,7 @@ def begin() -> None:
     open_streams()
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # and not ignored, as for a script's `&`
         signal.signal(signal.SIGINT, signal.SIG_DFL)
-    gc.disable()
+    _prepare_imports()
 
 
 def open_streams() -> None:
@@ -63,11 +64,16 @@ def imports(say: Callable[[str], None] | None = None) -> Iterator[None]:
     them. They take seconds: `say` gets a line about them before."""
     if say is not None:
         say("importing torch and transformers")
-    gc.disable()
+    _prepare_imports()
     try:
         yield
     finally:
         _keep_imports()
+
+
+def _prepare_imports() -> None:
+    gc.disable()
+    allow_long(os.environ)
 
 
 def _keep_imports() -> None:
@@ -78,6 +84,7 @@ def _keep_imports() -> None:
     gc.freeze()
     atexit.register(gc.unfreeze)  # where Python itself ends the process, Triton reports what is frozen as leaks
     gc.enable()
+    watch_spinning()
 
 
 def end(status: int) -> NoReturn:

@@ -29,7 +29,6 @@ from .launch import LaunchError, place_in_launch
 from .launch_config import asks_for, set_aside_fsdp, set_aside_precision
 from .rendezvous import START_SECONDS, Rendezvous, warn_of_idle_gpus
 from .row_group import row_group
-from .spinning import watch_spinning
 from .strategy import Replicated, Strategy
 from .watch import Interrupted
 
@@ -73,7 +72,6 @@ class Ranks:
         ranks. Raises LaunchError where ranks are missing, do not reach one another, or would share a GPU."""
         _bound_kernel_caches()
         _bound_threads()
-        self._end_watch = watch_spinning(torch.get_num_threads())
         rank, num_ranks = place_in_launch()
         self._rendezvous = Rendezvous.meet(rank, num_ranks) if num_ranks > 1 else None
         if self._rendezvous is not None:
@@ -274,7 +272,6 @@ class Ranks:
 
     def end(self) -> None:
         """Leave the process group."""
-        self._end_watch()
         self.accelerator.end_training()
         if dist.is_initialized():
             dist.destroy_process_group()

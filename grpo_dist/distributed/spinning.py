@@ -12,6 +12,7 @@ from __future__ import annotations
 import ctypes
 import logging
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable, MutableMapping
@@ -40,11 +41,17 @@ sets_count = False
 
 
 def set_count(environ: MutableMapping[str, str]) -> None:
-    """Set how long threads spin, unless the user has."""
+    """Let threads spin for a short time, unless the user has said for how long."""
     global sets_count
     if environ.get(SPIN_COUNT) in (None, environ.get(CHOSEN)) and "OMP_WAIT_POLICY" not in environ:
         sets_count = True
-        environ[SPIN_COUNT] = environ[CHOSEN] = LONG if _can_spin_less() else SHORT
+        environ[SPIN_COUNT] = environ[CHOSEN] = SHORT
+
+
+def allow_long(environ: MutableMapping[str, str]) -> None:
+    """Let threads spin for longer in a program that has yet to import torch, and will then call `watch_spinning`."""
+    if sets_count and "torch" not in sys.modules and _can_spin_less():
+        environ[SPIN_COUNT] = environ[CHOSEN] = LONG
 
 
 def _can_spin_less() -> bool:
@@ -141,37 +148,26 @@ class Spinning:
             return
         self._free_periods = self._free_periods + 1 if waiting < FREE else 0
         if self._free_periods >= self._enough:
-            self.end()
+            self._end_team()
+            self._end_team = None
             if self._enough > FEWEST_FREE_PERIODS:
                 log.info("CPU: the cores are free again; threads that wait for one another spin for a moment")
 
-    def end(self) -> None:
-        """Let the sleeping team go."""
-        if self._end_team is not None:
-            self._end_team()
-            self._end_team = None
 
+def watch_spinning() -> None:
+    """From here on, to the end of the process, choose how long its threads spin; asked where `allow_long` was."""
+    import torch
 
-_watch_ended = threading.Event()
-"""Of the newest watch."""
-
-
-def watch_spinning(num_threads: int) -> Callable[[], None]:
-    """Watch from here on how long this process's `num_threads` threads wait for cores; returns what ends the watch."""
-    global _watch_ended
-    _watch_ended.set()  # a run that failed before its end has left its own
-    if not sets_count or num_threads == 1 or not _can_spin_less() or libgomp() is None:
-        return lambda: None
-    ended, spinning = threading.Event(), Spinning()
+    if os.environ.get(SPIN_COUNT) != LONG or not sets_count or torch.get_num_threads() == 1 or libgomp() is None:
+        return
+    spinning = Spinning()
 
     def watch() -> None:
         then, before = time.monotonic(), waits()
-        while not ended.wait(PERIOD_SECONDS):
+        while True:
+            time.sleep(PERIOD_SECONDS)
             now, waited = time.monotonic(), waits()
             spinning.look(seconds_between(before, waited) / (now - then))
             then, before = now, waited
-        spinning.end()
 
     threading.Thread(target=watch, name="spinning", daemon=True).start()
-    _watch_ended = ended
-    return ended.set

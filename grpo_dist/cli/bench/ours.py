@@ -5,15 +5,18 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from dataclasses import replace
 
+from ...distributed.spinning import allow_long, watch_spinning
 from ...preflight.early import refuse_mistakes
 
 if __name__ == "__main__":
     # before the imports of torch, so that the answer to a mistake comes at once
     refuse_mistakes()
+    allow_long(os.environ)
 
 import psutil
 import torch
@@ -91,6 +94,7 @@ def take_turns(parts: Parts, state: TrainState) -> None:
 
 if __name__ == "__main__":
     set_up_logging()
+    watch_spinning()
     parts, state = build(parse_config(sys.argv[1:]))
     take_turns(parts, state)
     close(parts, all_ranks=True)

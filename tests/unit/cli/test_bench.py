@@ -138,10 +138,17 @@ def test_workers_end_with_a_benchmark_that_is_stopped(number: int, tmp_path: Pat
     stopped.send_signal(number)
     is_killed = number == signal.SIGKILL
     assert stopped.wait(30) == (-number if is_killed else 128 + number)
-    while left := [pid for pid in busy if psutil.pid_exists(pid) and psutil.Process(pid).status() != "zombie"]:
+    while left := [pid for pid in busy if _is_alive(pid)]:
         assert time.monotonic() < deadline, left
         time.sleep(0.05)
     assert len(busy) == 2 and (is_killed or not list(tmp_path.iterdir()))
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != "zombie"
+    except psutil.NoSuchProcess:
+        return False
 
 
 @pytest.mark.parametrize("arguments", [["--pairs", "0"], ["--workload", "nothing"]])

@@ -8,13 +8,12 @@ import os
 import subprocess
 import sys
 import textwrap
-import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from grpo_dist.distributed import spinning
 from grpo_dist.distributed.spinning import BUSY, FREE, Spinning, seconds_between, waits, watch_spinning
@@ -51,28 +50,40 @@ class Teams:
         return self.begun > self.ended
 
 
-@pytest.mark.parametrize(
-    ("given", "cores", "counted", "expected"),
-    [
-        ({}, 2, True, "20000"),
-        ({}, 33, True, "1000"),
-        ({}, 2, False, "1000"),
-        # inherited from a process of this package
-        ({"GOMP_SPINCOUNT": "20000", "GRPO_DIST_SPINCOUNT": "20000"}, 2, True, "20000"),
-        ({"GOMP_SPINCOUNT": "20000", "GRPO_DIST_SPINCOUNT": "20000"}, 33, True, "1000"),
-        ({"GRPO_DIST_SPINCOUNT": "20000"}, 2, True, "20000"),
-    ],
-)
-def test_how_long_threads_spin(
-    given: dict[str, str], cores: int, counted: bool, expected: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+INHERITED = {"GOMP_SPINCOUNT": "20000", "GRPO_DIST_SPINCOUNT": "20000"}
+"""From a process of this package."""
+
+
+@pytest.mark.parametrize("given", [{}, INHERITED, {"GRPO_DIST_SPINCOUNT": "20000"}])
+def test_threads_spin_for_a_short_time(given: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(spinning, "sets_count", False)
-    monkeypatch.setattr(spinning, "NUM_CORES", cores)
-    monkeypatch.setattr(spinning, "waits", lambda: {"1": 0} if counted else {})
     environ = dict(given)
     spinning.set_count(environ)
-    assert environ == {"GOMP_SPINCOUNT": expected, "GRPO_DIST_SPINCOUNT": expected}
+    assert environ == {"GOMP_SPINCOUNT": "1000", "GRPO_DIST_SPINCOUNT": "1000"}
     assert spinning.sets_count
+
+
+@pytest.mark.parametrize(
+    ("cores", "counted", "set_here", "torch_is_there", "expected"),
+    [
+        (2, True, True, False, "20000"),
+        (33, True, True, False, "1000"),
+        (2, False, True, False, "1000"),
+        (2, True, False, False, "1000"),
+        (2, True, True, True, "1000"),
+    ],
+)
+def test_for_how_long_programs_let_threads_spin(
+    cores: int, counted: bool, set_here: bool, torch_is_there: bool, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(spinning, "sets_count", set_here)
+    monkeypatch.setattr(spinning, "NUM_CORES", cores)
+    monkeypatch.setattr(spinning, "waits", lambda: {"1": 0} if counted else {})
+    if not torch_is_there:
+        monkeypatch.delitem(sys.modules, "torch")
+    environ = {"GOMP_SPINCOUNT": "1000", "GRPO_DIST_SPINCOUNT": "1000"}
+    spinning.allow_long(environ)
+    assert environ == {"GOMP_SPINCOUNT": expected, "GRPO_DIST_SPINCOUNT": expected}
 
 
 @pytest.mark.parametrize(
@@ -114,8 +125,7 @@ def test_the_cores_are_those_that_this_process_may_use() -> None:
 
 def test_the_count_is_set_before_torch_is_imported() -> None:
     words = of_python("import grpo_dist, os, sys; print(os.environ['GOMP_SPINCOUNT'], 'torch' in sys.modules)")
-    assert words[0] in (spinning.LONG, spinning.SHORT)
-    assert words[1] == "False"
+    assert words == ["1000", "False"]
 
 
 def test_threads_spin_after_a_quiet_second_and_sleep_beside_other_work() -> None:
@@ -132,9 +142,7 @@ def test_threads_spin_after_a_quiet_second_and_sleep_beside_other_work() -> None
     assert not teams.sleeps
     spinning.look(BUSY + 0.01)
     assert teams.sleeps
-    spinning.end()
-    spinning.end()
-    assert (teams.begun, teams.ended) == (2, 2)
+    assert (teams.begun, teams.ended) == (2, 1)
 
 
 def test_a_machine_that_is_busy_again_and_again_is_taken_as_busy_for_longer(caplog: pytest.LogCaptureFixture) -> None:
@@ -281,38 +289,37 @@ def test_a_process_that_may_start_no_more_threads_goes_on_without_the_team() -> 
 
 
 @counts_waiting
-def test_a_watch_lets_threads_spin_and_ends_with_its_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    teams = Teams()
-    monkeypatch.setattr(spinning, "sets_count", True)
-    monkeypatch.setattr(spinning, "PERIOD_SECONDS", 0.01)
-    monkeypatch.setattr(spinning, "_can_spin_less", lambda: True)
-    monkeypatch.setattr(spinning, "waits", lambda: {"1": 1})  # it does not grow
-    monkeypatch.setattr(spinning, "libgomp", lambda: ctypes.CDLL(None))
-    monkeypatch.setattr(spinning, "Spinning", lambda: Spinning(teams.begin))
-    watch_spinning(2)  # of a run that fails before its end
-    end = watch_spinning(2)
-    assert _within_seconds(lambda: [thread.name for thread in threading.enumerate()].count("spinning") == 1)
-    assert _within_seconds(lambda: (teams.begun, teams.ended) == (2, 2))
-    end()
-    assert _within_seconds(lambda: all(thread.name != "spinning" for thread in threading.enumerate()))
+@pytest.mark.skipif(sys.platform != "linux", reason="torch waits by libgomp under Linux alone")
+@pytest.mark.skipif(spinning.NUM_CORES > spinning.MOST_CORES, reason="a sleeping team of so many threads is a lot")
+def test_a_command_watches_its_threads() -> None:
+    """`imports` sets the longer count, and then looks how long threads wait."""
+    program = """
+        import os, threading, time
+        from grpo_dist.distributed import process, spinning
+        spinning.PERIOD_SECONDS, begun, ended = 0.01, [], threading.Event()
+        spinning.seconds_between = lambda before, now: 0.0
+        class Spinning(spinning.Spinning):
+            def __init__(self):
+                super().__init__(lambda: begun.append(1) or ended.set)
+        spinning.Spinning = Spinning
+        with process.imports():
+            import torch
+        ended.wait(20)
+        print(os.environ["GOMP_SPINCOUNT"], len(begun), ended.is_set())
+    """
+    assert of_python(program, OMP_NUM_THREADS="2") == ["20000", "1", "True"]
 
 
 @pytest.mark.parametrize(
-    ("num_threads", "sets_count", "can", "has"),
-    [(1, True, True, True), (2, False, True, True), (2, True, False, True), (2, True, True, False)],
+    ("num_threads", "sets_count", "count", "has"),
+    [(1, True, "20000", True), (2, False, "20000", True), (2, True, "1000", True), (2, True, "20000", False)],
 )
 def test_nothing_is_watched_where_nothing_can_be_chosen(
-    num_threads: int, sets_count: bool, can: bool, has: bool, monkeypatch: pytest.MonkeyPatch
+    num_threads: int, sets_count: bool, count: str, has: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(spinning, "sets_count", sets_count)
-    monkeypatch.setattr(spinning, "_can_spin_less", lambda: can)
+    monkeypatch.setenv("GOMP_SPINCOUNT", count)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: num_threads)
     monkeypatch.setattr(spinning, "libgomp", lambda: ctypes.CDLL(None) if has else None)
     monkeypatch.setattr(spinning, "Spinning", lambda: pytest.fail("a team was begun"))
-    watch_spinning(num_threads)()
-
-
-def _within_seconds(is_so: Callable[[], bool], limit: float = 20.0) -> bool:
-    over = time.monotonic() + limit
-    while not is_so() and time.monotonic() < over:
-        time.sleep(0.01)
-    return is_so()
+    watch_spinning()
