@@ -18,8 +18,12 @@ MEMBERSHIP = Path("/proc/self/cgroup")
 
 def num_cores() -> int:
     """Cores that this process may keep busy, at least 1."""
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, math.ceil(min(allowed, quota_cores())))
+    return max(1, math.ceil(min(allowed_cores(), quota_cores())))
+
+
+def allowed_cores() -> int:
+    """Cores that this process may run on, whatever its quota of time on them."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def quota_cores(groups: Path = GROUPS, membership: Path = MEMBERSHIP) -> float:

@@ -19,6 +19,8 @@ from collections.abc import Callable, MutableMapping
 from contextlib import suppress
 from pathlib import Path
 
+from .cores import allowed_cores
+
 log = logging.getLogger(__name__)
 
 SPIN_COUNT = "GOMP_SPINCOUNT"
@@ -26,7 +28,7 @@ CHOSEN = "GRPO_DIST_SPINCOUNT"
 """The count that this package has set: a process that inherits it knows that no user did."""
 LONG, SHORT = "20000", "1000"
 """Turns: 0.2 and 0.01 ms on an EPYC 9004. libgomp's own 300 thousand make a step 16 times as long beside other work."""
-NUM_CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+NUM_CORES = allowed_cores()
 """As libgomp counts its "available CPUs" when torch loads it; threads that torch binds may use fewer afterwards."""
 MOST_CORES = 32
 """On more cores than these the count stays short: a sleeping team of that many threads is a lot."""

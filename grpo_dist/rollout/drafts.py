@@ -154,7 +154,7 @@ class PassTime:
 
     def least_chance(self, tokens: float, computed: int) -> float:
         """The chance above which another draft makes a pass faster that computes so many tokens and yields `tokens`."""
-        return tokens * self.each / (self.start + self.each * computed) if self.each else 1.0
+        return tokens * self.each / self.of(computed) if self.each else 1.0
 
 
 class Gain:

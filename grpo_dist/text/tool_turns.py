@@ -14,6 +14,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from .call_formats import MARKS, READERS, Call, Tools, call_of
+from .plain import exception_line
 from .templates import literal, render_conversation, template_of, warn_once
 
 if TYPE_CHECKING:
@@ -232,5 +233,5 @@ def _parsed(tokenizer: PreTrainedTokenizerBase, text: str) -> list[Call]:
         message = tokenizer.parse_response(text)
         return [call_of(each.get("function", each)) for each in message.get("tool_calls") or []]
     except Exception as error:  # what it raises, and what it returns, depends on the schema
-        problem = f"{type(error).__name__}: {error}"
+        problem = exception_line(error)
         return [Call("", {}, problem.encode(errors="replace").decode())]  # it may quote half a character
