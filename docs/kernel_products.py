@@ -5,7 +5,7 @@
 
 One thread, in processor time. Of a step's products all are counted (linear layers and the head) and all of its time,
 with norms and attention over a few tokens: the products alone are a little faster. As in a run of few sequences, few
-rows read weights that bfloat16 holds from it. The last column is torch's product
+rows read compact weights. The last column is torch's product
 of 64 rows with the largest weight of a layer. Beside other work numbers are lower: memory and caches are shared.
 """
 
@@ -46,7 +46,7 @@ def of_steps(model: nn.Module, rows: int) -> float:
     requests = [Request(0, sample, [5, 6, 7, 8], key=sample) for sample in range(rows)]
     TimedStep.seconds = []
     decode_all(
-        NativeDecoder([-1], NEW, 1 << 20, step_of=partial(TimedStep, halves=True), copied_prompt=0), model, requests
+        NativeDecoder([-1], NEW, 1 << 20, step_of=partial(TimedStep, compact=True), copied_prompt=0), model, requests
     )
     return 2e-9 * weights * rows / statistics.median(TimedStep.seconds)
 

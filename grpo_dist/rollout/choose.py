@@ -70,19 +70,19 @@ class UnfitEngine(ValueError):
 
 def make_engine(
     weights: Weights, obstacle: str | None, end_ids: list[int], rollout: RolloutConfig, gather: Gather,
-    step: str | None = None, *, halves: bool = False,
+    step: str | None = None, *, compact: bool = False,
 ) -> LocalEngine:  # fmt: skip
     """The engine that `rollout.engine` asks for, or the faster one that is right; a line in the log names it.
 
     `obstacle` says why prompts cannot be shared, None where they can, the same on all ranks, which make the same
-    choice; `step` is how a run that goes on was decoding; see `KernelStep` for `halves`. Raises UnfitEngine where the
+    choice; `step` is how a run that goes on was decoding; see `KernelStep` for `compact`. Raises UnfitEngine where the
     paged engine is asked for and is wrong for the model. A collective.
     """
     if rollout.dequantize and not _decodes_codes(weights, obstacle, rollout, gather, step):
         weights.dequantize()
         log.info("rollouts: with a dequantised copy of the base, because decoding does not compute with its codes")
     with weights.open() as model:
-        make, message, decoding = _own_decoder(model, obstacle, gather, step, rollout.drafts, halves)
+        make, message, decoding = _own_decoder(model, obstacle, gather, step, rollout.drafts, compact)
         on_gpu, name = model.get_input_embeddings().weight.is_cuda, "native"
         # one group at a time is what continuous batching beats on a GPU; the one that shares prompts is faster than it,
         # and it does not report the experts of a token
@@ -99,7 +99,7 @@ def make_engine(
     log.info("rollouts: %s", message)
     made = make(end_ids, rollout.max_completion_length, ON_CPU)
     decoder = made if isinstance(made, RowDecoder) else WithinMemory(made, rollout.max_tokens_in_flight)
-    return LocalEngine(decoder, weights, {"engine": name, "decoding": decoding}, halves=halves)
+    return LocalEngine(decoder, weights, {"engine": name, "decoding": decoding}, compact=compact)
 
 
 def _decodes_codes(
@@ -117,7 +117,7 @@ def _decodes_codes(
 
 
 def _own_decoder(
-    model: nn.Module, obstacle: str | None, gather: Gather, step: str | None, drafts: bool, halves: bool
+    model: nn.Module, obstacle: str | None, gather: Gather, step: str | None, drafts: bool, compact: bool
 ) -> tuple[Maker, str, str | None]:
     """This project's decoder for the model, the message about it, and the name of its step."""
     if obstacle is not None:
@@ -137,8 +137,8 @@ def _own_decoder(
                                "copied_prompt": 0 if name == "compiled" else None}  # fmt: skip
     captures = _captures(model, gather, options)
     message = f"native engine, prompts are shared by their groups{', CUDA graphs' * captures}, {DESCRIPTIONS[name]}"
-    if halves and name == "compiled":
-        options["step_of"] = partial(KernelStep, halves=True)
+    if compact and name == "compiled":
+        options["step_of"] = partial(KernelStep, compact=True)
     options["drafts"] = drafts and name == "compiled"  # others round by the number of tokens in a pass
     if reason is not None:
         message += f", which is slower than {DESCRIPTIONS[fastest]} ({reason})"

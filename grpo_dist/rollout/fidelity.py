@@ -6,19 +6,19 @@ import torch
 from torch import Tensor, nn
 
 from ..model.expert_adapters import adapted_weight, factors
-from ..model.loaded import fits_bfloat16
 from ..model.peft import ADAPTER, LoraLayer, ParamWrapper
 from ..model.quantized import QuantizedLinear, dtype_of
 from .native.llama import linear_of
+from .native.relaid import can_be_compact
 
 
 @torch.no_grad()
-def update_share(model: nn.Module, *, merged: bool, halves: bool = False) -> float | None:
+def update_share(model: nn.Module, *, merged: bool, compact: bool = False) -> float | None:
     """Share of the adapters' update that is in the weights which decode: the projection of these weights' update on
     ΔW = scaling · B A, over that of ΔW itself. None without adapters, and as long as they add nothing that float32 can
     hold beside the weights: AdamW makes a small update also of a gradient that is only rounding.
 
-    `merged` where adapters are added to weights that are not quantised, as on a CPU in float32, and with `halves` (see
+    `merged` where adapters are added to weights that are not quantised, as on a CPU in float32, and with `compact` (see
     `KernelStep`) only to those that bfloat16 does not hold; else they are apart, rounded to the dtype of the weights.
     """
     present = total = weights = 0.0
@@ -32,7 +32,7 @@ def update_share(model: nn.Module, *, merged: bool, halves: bool = False) -> flo
         total += scaling**2 * _inner(exact_a, exact_b, exact_a, exact_b)
         weights += float(torch.linalg.vector_norm(adapted_weight(module), dtype=torch.float32)) ** 2
         layer = linear_of(module) if merged and not isinstance(module.get_base_layer(), QuantizedLinear) else None
-        if layer is not None and not (halves and fits_bfloat16(layer.weight)):
+        if layer is not None and not (compact and can_be_compact(layer.weight)):
             added = (layer.merged() - layer.weight).double()
             present += scaling * float(((exact_b.mT @ added) * exact_a).sum())
         else:

@@ -55,9 +55,9 @@ class LocalEngine:
     is_elsewhere = False
 
     def __init__(
-        self, decoder: Decoder, weights: Weights, decoding: dict[str, str | None], *, halves: bool = False
+        self, decoder: Decoder, weights: Weights, decoding: dict[str, str | None], *, compact: bool = False
     ) -> None:
-        self.decoder, self.weights, self.decoding, self.halves = decoder, weights, decoding, halves
+        self.decoder, self.weights, self.decoding, self.compact = decoder, weights, decoding, compact
         self._opened = ExitStack()
         self._model: nn.Module | None = None
         self._queue: deque[Request] = deque()
@@ -116,7 +116,7 @@ class LocalEngine:
         """See `Engine`."""
         with self.weights.open() as model:
             merged = self.decoding["decoding"] == "compiled" and next(model.parameters()).dtype in MERGED
-            return update_share(model, merged=merged, halves=self.halves)
+            return update_share(model, merged=merged, compact=self.compact)
 
     def metrics(self) -> dict[str, float]:
         """See `Engine`."""

@@ -122,7 +122,7 @@ def load_models(
         engine = make_vllm_engine(served, saved.get("step", 0))
     else:
         engine = make_engine(rollout_model, obstacle, end_ids, rollout, ranks.gather_objects, saved.get("decoding"),
-                             halves=has_few_sequences(config))  # fmt: skip
+                             compact=has_few_sequences(config))  # fmt: skip
     for each in policies:
         each.fused_head = plain and isinstance(each.causal_lm.get_output_embeddings(), torch.nn.Linear)
     return Models(policy, wrapped, prepared, optimizer_state, reference, rollout_model, engine, share_prompts,

@@ -19,11 +19,11 @@ from pathlib import Path
 import torch
 
 HEADERS = Path(__file__).parent
-OUTPUTS, HIGH_BLOCK, CACHE_LINE = 4, 64, 64
-"""Outputs of a tile of a product, and of a block of the adapters' second matrix, and bytes of a line of the processor's
-caches: weights are put in this order here, and the C++ reads them in it."""
+OUTPUTS, HIGH_BLOCK, SPAN, CACHE_LINE = 4, 64, 64, 64
+"""Outputs of a tile of a product, and of a block of the adapters' second matrix; inputs of a block of compact weights;
+and bytes of a line of the processor's caches: weights are put in this order here, and the C++ reads them in it."""
 FLAGS = ["-O3", "-march=native", "-std=c++17", "-fPIC", "-Wno-psabi", f"-I{HEADERS}", f"-DOUTPUTS={OUTPUTS}",
-         f"-DHIGH_BLOCK={HIGH_BLOCK}", f"-DCACHE_LINE={CACHE_LINE}"]  # fmt: skip
+         f"-DHIGH_BLOCK={HIGH_BLOCK}", f"-DSPAN={SPAN}", f"-DCACHE_LINE={CACHE_LINE}"]  # fmt: skip
 
 
 class CannotCompile(ValueError):

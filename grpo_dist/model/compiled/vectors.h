@@ -33,13 +33,15 @@ constexpr int LANES = 16, ROWS = 6; // rows of a tile: as many sums as fit in re
 #else
 constexpr int LANES = 8, ROWS = 3;
 #endif
-// of `library.py`: OUTPUTS of a tile, HIGH_BLOCK, and CACHE_LINE
+// of `library.py`: OUTPUTS of a tile, HIGH_BLOCK, SPAN, and CACHE_LINE
 
 template <int L> struct Types {
     typedef float Float __attribute__((vector_size(4 * L)));
     typedef int32_t Int __attribute__((vector_size(4 * L)));
     typedef uint16_t Half __attribute__((vector_size(2 * L)));
+    typedef int16_t SignedHalf __attribute__((vector_size(2 * L)));
     typedef int8_t Byte __attribute__((vector_size(L)));
+    typedef uint8_t UnsignedByte __attribute__((vector_size(L)));
 };
 template <int L> using Vec = typename Types<L>::Float;
 template <int L> using Ints = typename Types<L>::Int;
@@ -52,20 +54,20 @@ template <int L> inline Vec<L> load(const float* from) {
 }
 
 // number by number, which compilers make one instruction of; of __builtin_convertvector GCC 12 makes five
-template <int L, class Small, size_t... I> inline Ints<L> widened(Small of, std::index_sequence<I...>) {
-    return Ints<L>{of[I]...};
+template <class Large, class Small, size_t... I> inline Large widened(Small of, std::index_sequence<I...>) {
+    return Large{of[I]...};
 }
 
 template <int L> inline Vec<L> load(const bfloat16* from) {
     typename Types<L>::Half h;
     std::memcpy(&h, from, sizeof h);
-    return (Vec<L>)(widened<L>(h, std::make_index_sequence<L>{}) << 16);
+    return (Vec<L>)(widened<Ints<L>>(h, std::make_index_sequence<L>{}) << 16);
 }
 
 template <int L> inline Vec<L> load(const int8_t* from) {
     typename Types<L>::Byte b;
     std::memcpy(&b, from, sizeof b);
-    return __builtin_convertvector(widened<L>(b, std::make_index_sequence<L>{}), Vec<L>);
+    return __builtin_convertvector(widened<Ints<L>>(b, std::make_index_sequence<L>{}), Vec<L>);
 }
 
 // a · b + c, rounded once where the processor can. Left to the compiler, that would depend on the shape of the loop.

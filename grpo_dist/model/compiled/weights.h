@@ -4,13 +4,12 @@
 
 #pragma once
 
-#include "products.h"
+#include "compact.h"
 
 struct Linear {
     const void* weight; // its numbers or, of a quantised layer, their codes, line behind line
     int64_t grouped;    // whether its numbers lie as `Groups`, and not line behind line
-    const uint32_t* halves; // the same numbers in bfloat16, which few rows wait for half as long: of two lines, that of
-                            // the first one in the low half of a word; null for none
+    Compact compact;    // the same numbers, which few rows wait for less long; without blocks for none
     const float* bias;  // null for none
     const float* scales; // of a quantised layer: one for `block` weights that follow one another; null for others
     const float* values; // of codes of 4 bits, two a byte, the first in its high half: the 16 that they name;
@@ -76,64 +75,35 @@ struct Outputs { // of a layer, whole tiles but for its last one
 // second.
 constexpr long CHUNK_BYTES = 4096, OUTPUT_BLOCK = 32;
 template <class X> constexpr long CHUNK = CHUNK_BYTES / sizeof(X);
-constexpr long HALVES_ROWS = 2 * ROWS; // most rows of a tile of two lines of `halves`
-constexpr long MOST_FROM_HALVES = 16; // most rows for which to read `halves`
-
-// N rows of x, `stride` apart, times two lines of weights in one, over `count` inputs; the sums of the first `lines` of
-// them are put. One stream of whole vectors, as long as memory is: what processors fetch ahead best, with some help.
-template <int L, int N = HALVES_ROWS>
-inline void tile_of_halves(long rows, const float* x, long stride, const uint32_t* words, long count, long lines,
-                           const Target& target, long row, long output) {
-    if constexpr (N > 1)
-        if (rows < N) return tile_of_halves<L, N - 1>(rows, x, stride, words, count, lines, target, row, output);
-    Vec<L> parts[N][2];
-    UNROLL for (int r = 0; r < N; ++r) parts[r][0] = parts[r][1] = Vec<L>{};
-    for (long k = 0; k < count; k += L) {
-        if (k % (CACHE_LINE / sizeof *words) == 0) __builtin_prefetch(words + k + FETCH_AHEAD / sizeof *words, 0, 2);
-        Ints<L> both;
-        std::memcpy(&both, words + k, sizeof both);
-        Vec<L> first = (Vec<L>)(both << 16), second = (Vec<L>)(both & ~0xffff);
-        hold(first), hold(second);
-        UNROLL for (int r = 0; r < N; ++r) {
-            Vec<L> xs = load<L>(x + r * stride + k);
-            hold(xs);
-            parts[r][0] = multiply_add<L>(xs, first, parts[r][0]);
-            parts[r][1] = multiply_add<L>(xs, second, parts[r][1]);
-        }
-    }
-    UNROLL for (int r = 0; r < N; r += 2) {
-        const int next = std::min(r + 1, N - 1); // r itself where no row follows
-        const Vec<4> four = sums<L>(parts[r][0], parts[r][1], parts[next][0], parts[next][1]);
-        auto put = [&](Vec<4> two, int to) {
-            if (lines == 2) target.put<2>(two, row + to, output);
-            else target.put<1>(two, row + to, output);
-        };
-        put(four, r);
-        if (next != r) put(Vec<4>{four[2], four[3]}, next);
-    }
-}
-
-// inputs are summed in equal parts of so many, whole cache lines
+// inputs are summed in equal parts of so many
 template <int L, class X> long chunk_of(long inputs) {
-    constexpr long WHOLE = std::max<long>(PIECE<L, X>, CACHE_LINE / sizeof(X));
+    constexpr long WHOLE = SPAN; // cache lines, too
     const long parts = (inputs + CHUNK<X> - 1) / CHUNK<X>;
     return ((inputs + WHOLE - 1) / WHOLE + parts - 1) / parts * WHOLE;
 }
 
-// As `product`, of few rows and from `halves`: they wait for the weights, which this reads from one end to the other.
-template <int L, bool adds>
-void product_of_halves(const float* x, long rows, long inputs, long outputs, Outputs mine, const Linear& layer,
-                       float* to) {
-    const long chunk = chunk_of<L, float>(inputs), tiles = (rows + HALVES_ROWS - 1) / HALVES_ROWS;
-    for (long o = mine.from; o < mine.to; o += 2)
-        for (long k = 0; k < inputs; k += chunk) {
+// most rows for which to read what is compact; with more, a step computes for as long as it waits
+template <class X> constexpr long MOST_FROM_COMPACT = std::is_same_v<X, float> ? 16 : ROWS;
+
+// As `product`, of few rows and from what is compact: they wait for the weights, which this reads from one end to the
+// other.
+template <int L, bool adds, class X>
+void product_of_compact(const X* x, long rows, long inputs, long outputs, Outputs mine, const Linear& layer, float* to) {
+    const long chunk = chunk_of<L, X>(inputs), tiles = (rows + COMPACT_ROWS - 1) / COMPACT_ROWS;
+    const Compact& compact = layer.compact;
+    for (long o = mine.from; o < mine.to; o += 2) {
+        const uint8_t *block = compact.blocks + compact.starts[o / 2], *next = block;
+        const uint8_t* whole = compact.whole + o / 2 * (inputs / SPAN);
+        const Pairs<L> base = Pairs<L>{} + compact.bases[o / 2];
+        for (long k = 0; k < inputs; k += chunk, block = next) {
             const Target target{to, outputs, k ? nullptr : layer.bias, adds || k};
             for (long tile = 0, r = 0, end; tile < tiles; ++tile, r = end) {
                 end = rows * (tile + 1) / tiles;
-                tile_of_halves<L>(end - r, x + r * inputs + k, inputs, layer.halves + o / 2 * inputs + k,
-                                  std::min(chunk, inputs - k), std::min(2L, mine.to - o), target, r, o);
+                next = tile_of_compact<L>(end - r, x + r * inputs + k, inputs, block, whole + k / SPAN, base,
+                                          std::min(chunk, inputs - k), std::min(2L, mine.to - o), target, r, o);
             }
         }
+    }
 }
 
 // As `product`, of rows that fit in a tile: they wait for the weights, which this reads from one end to the other.

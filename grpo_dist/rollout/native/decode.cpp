@@ -276,10 +276,9 @@ template <int L, class W, class X> class Decoding {
     // of a layer's outputs those of `part`: put, or, `adds`, added
     template <bool adds> void apply(const X* from, long inputs, const Product& y, Outputs part) {
         const Linear& layer = y.layer;
-        bool from_halves = layer.halves && rows <= MOST_FROM_HALVES;
-        if constexpr (std::is_same_v<W, float>)
-            if (from_halves) product_of_halves<L, adds>(from, rows, inputs, y.outputs, part, layer, y.to);
-        if (!from_halves) product<L, W, adds>(from, rows, inputs, y.outputs, part, layer, y.to);
+        if (layer.compact.blocks && rows <= MOST_FROM_COMPACT<X>)
+            product_of_compact<L, adds>(from, rows, inputs, y.outputs, part, layer, y.to);
+        else product<L, W, adds>(from, rows, inputs, y.outputs, part, layer, y.to);
         if (!layer.rank) return;
         member.await(REDUCTION);
         add_low_rank<L>(y.reduced, rows, y.outputs, part, layer, y.to);

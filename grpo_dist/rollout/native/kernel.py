@@ -25,7 +25,7 @@ from ...types import integers
 from ..sampling import Rules, Sampling, draw
 from .cache import EVERYTHING, DecodeState, PrefilledRows
 from .llama import Gated, Layer, Linear, LlamaWeights, Norm, takes_gelu
-from .relaid import RelaidWeights
+from .relaid import Compact, CompactWeight, RelaidWeights
 
 SOURCE = Path(__file__).with_name("decode.cpp")
 FUNCTIONS = {torch.float32: "decode_float32", torch.bfloat16: "decode_bfloat16"}
@@ -35,9 +35,9 @@ MERGED = {torch.float32}
 and to a quantised weight nothing can be added: there the adapters stay apart, and what they make of the inputs is added
 to the sums in float32."""
 FEW_SEQUENCES = 16
-"""Most sequences of a step, over all ranks, with which weights that bfloat16 holds exactly are read from it while few
-rows are computed: those wait for memory, and read half as much. With more sequences, adapters that are apart cost more
-than that saves."""
+"""Most sequences of a step, over all ranks, with which weights that bfloat16 holds exactly are also kept in 12 bits a
+number: few rows wait for memory, and then read 3/8 or 3/4 as much. With more sequences, adapters that are apart from
+float32 weights cost more than that saves."""
 ENTERED_AT_ONCE = 256
 """Most tokens that enter the cache in one pass: what is computed of more leaves the processor's caches."""
 LONGEST_ENTERED = 1024
@@ -50,8 +50,8 @@ MULTIPLE = 8
 # The structures of decode.cpp and weights.h, field by field.
 class _Linear(ctypes.Structure):
     _fields_ = [
-        ("weight", c_void_p), ("grouped", c_int64),
-        *((name, c_void_p) for name in ("halves", "bias", "scales", "values")), ("block", c_int64),
+        ("weight", c_void_p), ("grouped", c_int64), ("compact", Compact),
+        *((name, c_void_p) for name in ("bias", "scales", "values")), ("block", c_int64),
         *((name, c_void_p) for name in ("low", "high")), ("rank", c_int64),
     ]  # fmt: skip
 
@@ -81,8 +81,8 @@ class _Step(ctypes.Structure):
 class KernelStep:
     """One more token of every sequence; it holds on to the weights that the model has when this is made."""
 
-    def __init__(self, model: nn.Module, *, halves: bool = False) -> None:
-        """`halves`: keep float32 weights that bfloat16 holds exactly in it too, and adapters apart from them.
+    def __init__(self, model: nn.Module, *, compact: bool = False) -> None:
+        """`compact`: keep weights that bfloat16 holds exactly in 12 bits each too, and adapters apart from them.
 
         Raises as `LlamaWeights`, and ValueError for sizes this does not compute or where it cannot be compiled.
         """
@@ -100,21 +100,23 @@ class KernelStep:
         self.draw_rows.argtypes = [c_int64, c_void_p, c_int64, c_int64, c_float, *[c_void_p] * 4]
         self.scratch_floats.restype = c_int64
         code.multiplies_pairs.restype = c_int64
-        self.halves, self.relaid = halves, RelaidWeights()
+        self.compact, self.relaid = compact, RelaidWeights()
         self.referenced: list[Tensor] = []  # what is pointed to
-        self.layers = (_Layer * len(weights.layers))(*map(self._layer, weights.layers, self.gated))
-        head = self._linear(weights.head, vocabulary, hidden)
-        self.step = _Step(
-            torch.get_num_threads(), len(self.layers), hidden, inner, vocabulary,
-            first.query.outputs // size, first.key.outputs // size, size, self._most_ranks(head),
+        self.compact_weights: list[CompactWeight] = []
+        self.step = step = _Step(
+            torch.get_num_threads(), len(weights.layers), hidden, inner, vocabulary,
+            first.query.outputs // size, first.key.outputs // size, size, 0,
             takes_gelu(self.gated), weights.norm.eps, first.attention.scale, first.attention.softcap or 0.0,
             weights.embedding_scale, weights.logit_cap or 0.0,
             self._kept(weights.embeddings, (vocabulary, hidden), self.dtype), self._norm(weights.norm, hidden),
-            head, ctypes.addressof(self.layers),
         )  # fmt: skip
+        self.multiplies_pairs = self.dtype == torch.bfloat16 and bool(code.multiplies_pairs(ctypes.byref(step)))
+        self.layers = (_Layer * len(weights.layers))(*map(self._layer, weights.layers, self.gated))
+        step.layer, step.head = ctypes.addressof(self.layers), self._linear(weights.head, vocabulary, hidden)
+        step.ranks = self._most_ranks(step.head)
         self.points_into: tuple[DecodeState | None, int] = None, 0
         self.scratch = torch.empty(0)
-        multiplies = self.dtype == torch.float32 or bool(code.multiplies_pairs(ctypes.byref(self.step)))
+        multiplies = self.dtype == torch.float32 or self.multiplies_pairs
         self.longest_entered = LONGEST_ENTERED if multiplies else 0 if cpu_multiplies_bfloat16() else EVERYTHING
 
     @property
@@ -233,14 +235,15 @@ class KernelStep:
         if isinstance(stored, QuantizedWeight):
             place = self._quantized(stored, outputs, inputs)
         else:
-            halves = self.relaid.put_halves(stored) if self.halves else None
-            is_merged = adapter is not None and self.dtype in MERGED and halves is None
+            compact = self.relaid.put_compact(stored, in_turn=not self.multiplies_pairs) if self.compact else None
+            is_merged = adapter is not None and self.dtype in MERGED and compact is None
             weight = linear.merged() if is_merged else stored
             groups = self.relaid.put_groups(weight) if is_merged else None  # in place of the merged one
             place = _Linear(self._kept(weight if groups is None else groups, (outputs, inputs), self.dtype),
                             groups is not None)  # fmt: skip
-            if halves is not None:
-                place.halves = self._kept(halves, ((outputs + 1) // 2, inputs), torch.int32)
+            if compact is not None:
+                self.compact_weights.append(compact)
+                place.compact = Compact.of(compact)
         place.bias = bias
         if adapter is None or is_merged:
             return place

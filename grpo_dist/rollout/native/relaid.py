@@ -1,20 +1,22 @@
-"""Float32 weights as passes of few rows read them: these wait for memory.
+"""Weights as passes of few rows read them: these wait for memory.
 
 They lie in large pages, and what a thread reads lies from one end to the other. Where bfloat16 holds them exactly they
-are read from that, which is half as much.
+take 12 or 16 bits each (`compact.h`).
 """
 
 from __future__ import annotations
 
 import ctypes
 import weakref
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from ...model.compiled.library import CACHE_LINE, OUTPUTS, library
+from ...model.compiled.library import CACHE_LINE, OUTPUTS, SPAN, library
 from ...model.large_pages import reserved
+from ...model.loaded import fits_bfloat16
 
 SOURCE = Path(__file__).with_name("relaid.cpp")
 BLOCK_BYTES = 64 << 20
@@ -30,6 +32,36 @@ TOGETHER = CACHE_LINE // torch.float32.itemsize
 _spare: list[Tensor] = []
 
 
+@dataclass(frozen=True)
+class CompactWeight:
+    """The parts of `Compact` of `compact.h`, of B blocks for P pairs of lines."""
+
+    blocks: Tensor
+    """int32; of any size."""
+    starts: Tensor
+    """(P,) int64."""
+    bases: Tensor
+    """(P,) uint16."""
+    whole: Tensor
+    """(P, B / P) uint8."""
+
+
+class Compact(ctypes.Structure):
+    """That of `compact.h`, field by field."""
+
+    _fields_ = [(name, ctypes.c_void_p) for name in ("blocks", "starts", "bases", "whole")]
+
+    @classmethod
+    def of(cls, weight: CompactWeight) -> Compact:
+        """Where a weight's parts lie."""
+        return cls(*(part.data_ptr() for part in (weight.blocks, weight.starts, weight.bases, weight.whole)))
+
+
+def can_be_compact(weight: Tensor) -> bool:
+    """Whether `put_compact` takes a weight in float32."""
+    return weight.shape[1] % SPAN == 0 and fits_bfloat16(weight)
+
+
 class RelaidWeights:
     """Where a model's weights are put in another order. What it returns is valid as long as it is there itself."""
 
@@ -37,24 +69,34 @@ class RelaidWeights:
         """Raises CannotCompile."""
         self.code = library(SOURCE)
         number, pointer = ctypes.c_int64, ctypes.c_void_p
-        self.code.put_halves.argtypes = self.code.put_groups.argtypes = [pointer, number, number, pointer, number]
-        self.code.put_halves.restype, self.code.put_groups.restype = number, None
+        self.code.put_groups.argtypes = [pointer, number, number, pointer, number]
+        self.code.measure_compact.argtypes = [pointer, *[number] * 4, *[pointer] * 3, number]
+        self.code.measure_compact.restype = number
+        self.code.put_compact.argtypes = [pointer, *[number] * 4, *[pointer] * 2, number]
         self.block = torch.empty(0, dtype=torch.int32)
         self.blocks: list[Tensor] = []
         weakref.finalize(self, _give_back, self.blocks)
 
-    def put_halves(self, weight: Tensor) -> Tensor | None:
-        """The words (ceil(outputs / 2), inputs) of a weight (outputs, inputs), as `Linear` of `weights.h` has them.
+    def put_compact(self, weight: Tensor, in_turn: bool) -> CompactWeight | None:
+        """A weight (outputs, inputs) for products of pairs or, `in_turn`, for those in float32.
 
-        None for a weight that is not in float32 or has numbers that bfloat16 does not hold.
+        None for a weight that is neither in float32 nor in bfloat16, whose lines are not made of whole blocks, or that
+        has numbers that bfloat16 does not hold.
         """
-        if weight.dtype != torch.float32 or not weight.is_contiguous():
-            return None
         outputs, inputs = weight.shape
-        words = self._room((outputs + 1) // 2 * inputs)
-        if not self._put(self.code.put_halves, weight, words):
+        if weight.dtype not in (torch.float32, torch.bfloat16) or not weight.is_contiguous() or inputs % SPAN:
             return None
-        return self._taken(words).view(-1, inputs)
+        pairs, threads = (outputs + 1) // 2, torch.get_num_threads()
+        starts, bases = torch.empty(pairs, dtype=torch.int64), torch.empty(pairs, dtype=torch.uint16)
+        whole = torch.empty(pairs, inputs // SPAN, dtype=torch.uint8)
+        given = weight.data_ptr(), weight.dtype == torch.bfloat16, outputs, inputs, in_turn
+        num_bytes = self.code.measure_compact(*given, *(x.data_ptr() for x in (starts, bases, whole)), threads)
+        if num_bytes < 0:
+            return None
+        words = self._taken(self._room(num_bytes // 4))
+        compact = CompactWeight(words, starts, bases, whole)
+        self.code.put_compact(*given, ctypes.byref(Compact.of(compact)), words.data_ptr(), threads)
+        return compact
 
     def put_groups(self, weight: Tensor) -> Tensor | None:
         """The numbers (outputs, inputs) of a weight in float32, as `Groups` of `products.h` has them. None for a small
@@ -63,7 +105,7 @@ class RelaidWeights:
         if weight.nbytes < SMALLEST_GROUPED or outputs % OUTPUTS or inputs % TOGETHER:
             return None
         words = self._room(outputs * inputs)
-        self._put(self.code.put_groups, weight, words)
+        self.code.put_groups(weight.data_ptr(), outputs, inputs, words.data_ptr(), torch.get_num_threads())
         return self._taken(words).view(torch.float32).view(outputs, inputs)
 
     def _room(self, words: int) -> Tensor:
@@ -75,10 +117,6 @@ class RelaidWeights:
     def _taken(self, words: Tensor) -> Tensor:
         self.block = self.block[-(-len(words) // TOGETHER) * TOGETHER :]  # what follows begins a cache line
         return words
-
-    @staticmethod
-    def _put(put: ctypes._NamedFuncPointer, weight: Tensor, words: Tensor) -> int | None:
-        return put(weight.data_ptr(), *weight.shape, words.data_ptr(), torch.get_num_threads())
 
 
 def _give_back(blocks: list[Tensor]) -> None:

@@ -191,7 +191,7 @@ def test_the_share_of_adapters_beside_weights_that_bfloat16_holds() -> None:
         parameter.data = parameter.data.bfloat16().float()
     step(policy, 1e-7)
     with RolloutModel(policy, torch.float32, attention.NAME).open() as model:
-        assert update_share(model, merged=True, halves=True) == 1 != update_share(model, merged=True)
+        assert update_share(model, merged=True, compact=True) == 1 != update_share(model, merged=True)
 
 
 def test_the_share_is_what_rounded_weights_have_of_an_update() -> None:

@@ -161,9 +161,9 @@ def test_ranks_decode_alike_and_as_before(
 
 def test_few_sequences_read_weights_in_bfloat16_where_decoding_is_in_cpp() -> None:
     model = make_model(make_config("Llama", {}), attention.NAME)
-    for kept, options in (None, {"halves": True}), ("operations", {}):
-        engine = make_engine(LoadedModel(model), None, [2], RolloutConfig(), alone, kept, halves=True)
-        assert getattr(engine.decoder.decoder.step_of, "keywords", {}) == options and engine.halves
+    for kept, options in (None, {"compact": True}), ("operations", {}):
+        engine = make_engine(LoadedModel(model), None, [2], RolloutConfig(), alone, kept, compact=True)
+        assert getattr(engine.decoder.decoder.step_of, "keywords", {}) == options and engine.compact
 
 
 @with_paged

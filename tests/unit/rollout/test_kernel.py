@@ -101,29 +101,41 @@ def test_prompts_are_computed_as_by_the_model(
         assert torch.equal(alone.keys[1][0], got.keys[1][n, :, : len(prompt)])
 
 
-FEW = partial(KernelStep, halves=True)
+FEW = partial(KernelStep, compact=True)
 
 
-@pytest.mark.parametrize("sizes", [{}, {"hidden_size": 40, "intermediate_size": 1032, "vocab_size": 62}])
-def test_weights_that_bfloat16_holds_are_read_from_it_to_the_same_bits(sizes: dict[str, int]) -> None:
-    """Of 1 to 16 rows, in one tile and in two; more are computed from float32."""
-    model = make_model(**sizes).bfloat16().float()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "sizes", [{"intermediate_size": 128}, {"hidden_size": 192, "intermediate_size": 2112, "head_dim": 32}]
+)
+def test_compact_weights_change_no_bit(sizes: dict[str, int], dtype: torch.dtype) -> None:
+    """Of 1 to 16 rows, in one tile and in two; more are computed from the weights. The large ones are of several parts,
+    and not all of their blocks take 12 bits a number."""
+    model = make_model(**sizes).bfloat16().to(dtype)
+    model.model.layers[1].mlp.down_proj.weight.data[:, ::37] *= 2**-20
     step = FEW(model)
-    assert all(linear.halves for layer in step.layers for linear in (layer.query, layer.up, layer.down))
-    for count in (1, 2, 3, 4, 5, 6, 7, 16, 17):
+    assert all(linear.compact.blocks for layer in step.layers for linear in (layer.query, layer.up, layer.down))
+    assert step.step.head.compact.blocks and step.step.vocabulary == 61
+    for count in (1, 2, 3, 4, 5, 6, 7, 12, 13, 16, 17):
         rows = torch.arange(count)
         assert torch.equal(
             decoded(FEW, model, [3, 2, 12], True, rows), decoded(KernelStep, model, [3, 2, 12], True, rows)
         )
+
+
+def test_weights_that_bfloat16_does_not_hold_are_not_compact() -> None:
+    model = make_model(intermediate_size=128).bfloat16().float()
     with torch.no_grad():
         model.model.layers[1].mlp.down_proj.weight[7, -1] += 1e-6
     first, second = FEW(model).layers
-    assert first.down.halves and not second.down.halves and second.up.halves
+    assert first.down.compact.blocks and not second.down.compact.blocks and second.up.compact.blocks
+    assert not any(layer.up.compact.blocks for layer in KernelStep(model).layers)
 
 
 @pytest.mark.parametrize("targets", ["all-linear", ["lm_head", "q_proj"]])
 def test_adapters_stay_apart_from_weights_that_bfloat16_holds(targets: list[str] | str) -> None:
-    model = adapted(make_model(vocab_size=72).bfloat16().float(), 5, targets, learned=0.05)
+    model = make_model(vocab_size=72, intermediate_size=128).bfloat16().float()
+    model = adapted(model, 5, targets, learned=0.05)
     exact = copy.deepcopy(model).double()
     for module in exact.modules():  # PEFT's own way, and not the fused one of the layer it was copied from
         module.__dict__.pop("forward", None)
@@ -202,15 +214,18 @@ def test_adapters_on_a_head_of_any_size(vocabulary: int) -> None:
 @pytest.mark.parametrize(
     ("dtype", "step_of", "kind", "options"),
     [(torch.float32, KernelStep, "qwen2", {}), (torch.bfloat16, KernelStep, "qwen2", {}),
-     (torch.float32, FEW, "qwen2", {}), (torch.float32, KernelStep, "gemma2", GEMMA2)],
-    ids=["float32", "bfloat16", "few", "gemma2"],
+     (torch.float32, FEW, "qwen2", {}), (torch.bfloat16, FEW, "qwen2", {}),
+     (torch.float32, KernelStep, "gemma2", GEMMA2)],
+    ids=["float32", "bfloat16", "few", "few-bfloat16", "gemma2"],
 )  # fmt: skip
 def test_no_bit_depends_on_the_others_in_flight_or_on_threads(
     shares: bool, dtype: torch.dtype, step_of: Any, kind: str, options: dict[str, Any]
 ) -> None:
     """With windows that leave the prompts of some rows sooner than those of others, too."""
     hidden = 528 if dtype == torch.float32 else 544  # of which pairs of numbers fill whole vectors, too
-    model = adapted(make_model(kind, hidden_size=hidden, **options).bfloat16().to(dtype), 6, "all-linear", learned=0.05)
+    shape = {"hidden_size": hidden, **options} if step_of is KernelStep else {"hidden_size": 576,
+             "intermediate_size": 128}  # fmt: skip
+    model = adapted(make_model(kind, **shape).bfloat16().to(dtype), 6, "all-linear", learned=0.05)
     sizes = [9, 8, 26]
     together = decoded(step_of, model, sizes, shares)
     for rows in ([0], [42], [3, 4, 9, 10], [1, 2, 3, 4, 5], list(range(5, 43))):
@@ -244,7 +259,7 @@ def test_other_processors(flag: str, monkeypatch: pytest.MonkeyPatch, tmp_path: 
     library.cache_clear()
     try:
         for head_dim in (16, 24):
-            model = make_model("qwen3", head_dim=head_dim).bfloat16().float()
+            model = make_model("qwen3", head_dim=head_dim, intermediate_size=128).bfloat16().float()
             exact = decoded(module_step, copy.deepcopy(model).double(), [3, 1, 5], True)
             got = decoded(KernelStep, model, [3, 1, 5], True)
             assert float((got - exact).abs().max()) < 1e-4 * float(exact.abs().max())
@@ -252,6 +267,7 @@ def test_other_processors(flag: str, monkeypatch: pytest.MonkeyPatch, tmp_path: 
             half = model.bfloat16()
             if flag == "-DPAIRS=" and head_dim == 16:
                 assert KernelStep(half).longest_entered == kernel.LONGEST_ENTERED, "else no pair was multiplied"
+            assert torch.equal(decoded(FEW, half, [3, 1, 5], True), decoded(KernelStep, half, [3, 1, 5], True))
             off, rounded = (decoded(step_of, half, [3, 1, 5], True) - exact for step_of in (KernelStep, module_step))
             assert float(off.norm()) < 0.7 * float(rounded.norm()) < 0.05 * float(exact.norm())
     finally:
