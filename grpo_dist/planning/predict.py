@@ -22,7 +22,7 @@ from ..model.reference import REFERENCE_PACK, is_same_base, needs_copy
 from ..model.routing import has_experts
 from ..rollout.native.cache import SLOT_CHUNK
 from ..rollout.native.engine import COPIED_PROMPT
-from ..rollout.native.kernel import MERGED, has_few_sequences
+from ..rollout.native.kernel import MERGED, has_few_sequences, most_compact_bytes
 from ..rollout.native.relaid import MOST_SPARE_BYTES
 from ..rollout.room import LOGIT_BYTES, ON_CPU, PAGE, PREFILL_TOKENS, fitting, pages_of
 from ..rollout.vllm.base import DIRECTORY
@@ -164,6 +164,8 @@ class Predictor:
         self.copy_dtype = dtype_on(device, config.reference.dtype)
         self.quantization = kind_of(config.model, bitsandbytes_config(model_config))
         self._in_bfloat16 = model_config.get_text_config().dtype == torch.bfloat16
+        holds = self.policy_dtype == torch.bfloat16 or (self.policy_dtype in MERGED and self._in_bfloat16)
+        self._is_compact = holds and has_few_sequences(config)
         self._reward_models = reward_model_bytes(config) if device == "gpu" else 0
         self._counts: dict[Precision, tuple[ModelCounts, int]] = {}
         self._passes: dict[tuple[Precision, Shape, Shape | None], Passes] = {}
@@ -227,7 +229,7 @@ class Predictor:
         )
 
     def _step_bytes(self, counts: ModelCounts) -> int:
-        """Bytes of weights that decoding stores again: merged with adapters on a CPU or in bfloat16, or the scales of
+        """Bytes of weights that decoding stores again: merged with adapters on a CPU or compact, or the scales of
         codes; on a GPU concatenated, and the adapters in the policy's dtype."""
         if self._decodes_codes(counts):
             return counts.scale_bytes
@@ -235,18 +237,15 @@ class Predictor:
             return 0
         if self.device == "gpu":
             return (counts.joined + counts.adapters) * self.policy_dtype.itemsize
-        if self.policy_dtype not in MERGED:
-            return 0
-        if has_few_sequences(self.config) and self._in_bfloat16:
-            return counts.parameters * torch.bfloat16.itemsize
-        return counts.adapted * self.policy_dtype.itemsize
+        if self._is_compact:
+            return most_compact_bytes(counts.parameters, self.policy_dtype)
+        return counts.adapted * self.policy_dtype.itemsize if self.policy_dtype in MERGED else 0
 
     def _step_kept(self, counts: ModelCounts) -> int:
         """Most of these bytes whose memory is kept from one rollout to the next."""
         if self.device == "gpu" or self._decodes_codes(counts):
             return 0
-        is_merged = not (has_few_sequences(self.config) and self._in_bfloat16)
-        return min(MOST_SPARE_BYTES, counts.grouped * FLOAT32) if is_merged else MOST_SPARE_BYTES
+        return MOST_SPARE_BYTES if self._is_compact else min(MOST_SPARE_BYTES, counts.grouped * FLOAT32)
 
     def _fitting(self, inputs: MemoryInputs, most_bytes: int) -> int:
         """Tokens in flight that `auto` fits beside the memory that is always used; at least those of one sequence."""

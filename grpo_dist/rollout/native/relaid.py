@@ -21,7 +21,7 @@ from ...model.loaded import fits_bfloat16
 SOURCE = Path(__file__).with_name("relaid.cpp")
 BLOCK_BYTES = 64 << 20
 """What is reserved at once: many weights lie behind one another, and few pages are not full."""
-MOST_SPARE_BYTES = 512 << 20
+MOST_SPARE_BYTES = 1 << 30
 """Most memory that is kept from one rollout to the next: to get it anew takes ten times as long as to fill it."""
 SMALLEST_GROUPED = 256 << 10
 """Bytes of the smallest weight that is put in groups: smaller ones stay in the processor's caches."""

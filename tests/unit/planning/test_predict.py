@@ -14,6 +14,7 @@ from grpo_dist.config.schema import ModelConfig, RolloutConfig, TrainConfig
 from grpo_dist.model.config_files import load_model_config
 from grpo_dist.planning.memory import ModelCounts
 from grpo_dist.planning.predict import Predictor, packs_of_ranks
+from grpo_dist.rollout.native import kernel
 
 COUNTS = ModelCounts(parameters=1_000, adapters=50, adapted=800, grouped=700, joined=200, persistent=0, num_layers=3,
                      layer=290, cache_width=128, query_heads=8, vocabulary=500, quantized=600, quantized_bytes=310,
@@ -57,6 +58,24 @@ def test_weights_that_decoding_stores_again(
 ) -> None:
     """On a GPU those that are joined, and adapters; on a CPU those that are merged, or the scales of codes."""
     assert predictor(device, dtype, **rollout)._step_bytes(counts) == expected
+
+
+@pytest.mark.parametrize(
+    ("dtype", "stored", "parameters", "expected"),
+    [
+        ("float32", "bfloat16", 1 << 20, 2 << 20),
+        ("float32", "bfloat16", 1 << 30, 2 << 30),
+        ("float32", "float32", 1 << 20, 4 * 800),  # these are merged
+        ("bfloat16", "bfloat16", 1 << 20, 2 << 20),
+        ("bfloat16", "float32", 1 << 29, 1 << 30),
+        ("bfloat16", "bfloat16", (1 << 29) + 1, 0),  # not kept, and therefore not made
+    ],
+)
+def test_few_sequences_read_compact_weights(
+    monkeypatch: pytest.MonkeyPatch, dtype: str, stored: str, parameters: int, expected: int
+) -> None:
+    monkeypatch.setattr(kernel, "FEW_SEQUENCES", 10_000)
+    assert predictor("cpu", dtype, stored)._step_bytes(replace(PLAIN, parameters=parameters)) == expected
 
 
 def test_a_model_without_shared_prompts_stores_none_again() -> None:

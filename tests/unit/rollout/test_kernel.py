@@ -132,6 +132,15 @@ def test_weights_that_bfloat16_does_not_hold_are_not_compact() -> None:
     assert not any(layer.up.compact.blocks for layer in KernelStep(model).layers)
 
 
+def test_in_bfloat16_only_weights_whose_memory_is_kept_are_compact(monkeypatch: pytest.MonkeyPatch) -> None:
+    half = make_model(intermediate_size=128).bfloat16()
+    size = 2 * sum(parameter.numel() for parameter in half.parameters())
+    for most, is_compact in ((size, True), (size - 1, False)):
+        monkeypatch.setattr(kernel, "MOST_SPARE_BYTES", most)
+        assert all(bool(layer.up.compact.blocks) == is_compact for layer in FEW(half).layers)
+    assert all(layer.up.compact.blocks for layer in FEW(copy.deepcopy(half).float()).layers)
+
+
 @pytest.mark.parametrize("targets", ["all-linear", ["lm_head", "q_proj"]])
 def test_adapters_stay_apart_from_weights_that_bfloat16_holds(targets: list[str] | str) -> None:
     model = make_model(vocab_size=72, intermediate_size=128).bfloat16().float()
