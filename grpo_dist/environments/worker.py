@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import inspect
-import json
 import os
 import pickle
 import random
@@ -19,8 +18,7 @@ import threading
 import traceback
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, fields, is_dataclass
-from enum import Enum
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..rewards.pool.channel import Channel
@@ -28,6 +26,7 @@ from ..rewards.pool.worker import connect, limit_memory
 from ..rewards.registry import BUILT_IN, RewardFunction, episode_columns, import_object, resolve
 from ..text.plain import exception_line
 from . import randomness
+from .said import observation_of, shortened, text_of, without_addresses
 
 if TYPE_CHECKING:
     from ..config.environment import EnvironmentConfig
@@ -144,7 +143,7 @@ class Worker:
         if hasattr(environment, "reset"):
             observation = self._result(environment.reset(**_taken(environment.reset, request["row"], seed)))
         self._live[request["episode"]] = _Episode(name, environment, seed, stream)
-        return {"observation": _observation(observation)}
+        return {"observation": observation_of(observation)}
 
     def _call(self, request: dict[str, Any]) -> dict[str, Any]:
         episode = self._live[request["episode"]]
@@ -168,14 +167,14 @@ class Worker:
     def _turn(self, request: dict[str, Any]) -> dict[str, Any]:
         episode = self._live[request["episode"]]
         randomness.use(episode.stream)
-        said = _observation(self._result(episode.environment.after_turn(request["text"])))
+        said = observation_of(self._result(episode.environment.after_turn(request["text"])))
         messages = [{"role": "user", "content": said}] if isinstance(said, str) else said
         return {"messages": messages, "done": not messages or self._is_done(episode.environment)}
 
     def _called(self, tool: Callable[..., Any], arguments: dict[str, Any]) -> dict[str, Any]:
         """What a call gives, or the error that the model gets to read."""
         try:
-            return {"text": _text(self._result(tool(**arguments))), "outcome": "answered"}
+            return {"text": text_of(self._result(tool(**arguments))), "outcome": "answered"}
         except MemoryError:
             raise
         except Exception as error:
@@ -185,7 +184,7 @@ class Worker:
                     f"{tool.__name__} sets a signal handler, and tools run in threads, which cannot: leave its own "
                     "time limit out, since environment.call_seconds limits each call"
                 ) from error
-            return {"text": f"Error: {line}", "outcome": "error"}
+            return {"text": f"Error: {without_addresses(line)}", "outcome": "error"}
 
     def _reward(self, request: dict[str, Any]) -> dict[str, Any]:
         environment = self._live[request["episode"]].environment
@@ -269,15 +268,6 @@ def _first(path: str, factory: Callable[[], Any]) -> Any:
         raise ValueError(f"environment.factory: {path!r} cannot be made: {exception_line(error)}") from error
 
 
-def shortened(text: str, most: int) -> str:
-    """The text, its middle left out where it is longer than `most` characters."""
-    if len(text) <= most:
-        return text
-    note = f"\n[{len(text) - most} characters left out]\n"
-    half = most // 2
-    return text[:half] + note + text[len(text) - (most - half) :]
-
-
 def _methods(environment: Any) -> dict[str, Callable[..., Any]]:
     """The methods of an environment that are tools."""
     names = [name for name in dir(environment) if not name.startswith("_") and name not in _RESERVED
@@ -294,21 +284,6 @@ def _taken(reset: Callable[..., Any], row: dict[str, Any], seed: int) -> dict[st
     if any(each.kind is inspect.Parameter.VAR_KEYWORD for each in parameters.values()):
         return row
     return {name: value for name, value in row.items() if name in parameters}
-
-
-def _observation(value: Any) -> str | list[dict[str, str]] | None:
-    """What `reset` or `after_turn` returned: a text, the texts of a list of parts, messages, or None; raises TypeError
-    for others."""
-    if value is None or isinstance(value, str):
-        return value
-    parts = value if isinstance(value, list) else [value]
-    if all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in parts):
-        return "\n".join(part["text"] for part in parts)
-    if all(isinstance(part, dict) and all(isinstance(part.get(key), str) for key in ("role", "content"))
-           for part in parts):  # fmt: skip
-        return [{"role": part["role"], "content": part["content"]} for part in parts]
-    raise TypeError(f"{value!r:.80} returned, expected None, a text, or messages with the texts `role` and "
-                    "`content`")  # fmt: skip
 
 
 def _schema(name: str, tool: Callable[..., Any]) -> dict[str, Any]:
@@ -329,17 +304,3 @@ def _schema(name: str, tool: Callable[..., Any]) -> dict[str, Any]:
         raise ValueError(f"environment: the tool {name!r} takes {', '.join(nameless)}, and a model gives arguments by "
                          "name: write each as one that has a name")  # fmt: skip
     return dict(schema)
-
-
-def _text(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=_plain)
-
-
-def _plain(value: Any) -> Any:
-    """What JSON has for a value that it has no form for; a text where it has nothing better."""
-    if isinstance(value, Enum):
-        return value.value
-    if is_dataclass(value) and not isinstance(value, type):
-        return {each.name: getattr(value, each.name) for each in fields(value)}
-    # numbers and arrays of numpy, and tensors: a model that reads "5" in quotes reads a text
-    return value.tolist() if callable(getattr(value, "tolist", None)) else str(value)

@@ -15,7 +15,7 @@ import pytest
 from playthings_on_disk import MODULE, OTHER, begin, call, events, make_config
 
 from grpo_dist.environments.host import EnvironmentHost
-from grpo_dist.environments.worker import shortened
+from grpo_dist.environments.said import shortened
 
 
 @pytest.fixture(scope="module")

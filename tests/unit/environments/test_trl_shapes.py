@@ -67,6 +67,21 @@ def select(command: str) -> list[tuple]:
         connection.close()
 
 
+def look_up(word: str) -> set:
+    """
+    Look a word up.
+
+    Args:
+        word: Any.
+
+    Returns:
+        What is known.
+    """
+    if word == "nothing":
+        raise KeyError(object())
+    return {"b", word, "a", 10, 9} if word != "object" else {object()}
+
+
 def select_in_time(command: str) -> list[tuple]:
     """
     Ask the table of genes, with a time limit.
@@ -263,6 +278,15 @@ def test_a_tool_with_an_alarm_breaks_its_episode() -> None:
         (event,) = host.poll(60.0)
         assert "select_in_time sets a signal handler" in event.answer["failure"]
         assert "environment.call_seconds" in event.answer["failure"]
+
+
+def test_no_answer_depends_on_the_process() -> None:
+    """An object's address would."""
+    with opened(tools=["shapes:look_up"]) as host:
+        begun(host)
+        assert called(host, "look_up", word="c") == ('[9, 10, "a", "b", "c"]', "answered", False)
+        assert called(host, "look_up", word="nothing") == ("Error: KeyError: <object object>", "error", False)
+        assert called(host, "look_up", word="object") == ('["<object object>"]', "answered", False)
 
 
 def test_an_environment_of_state_alone() -> None:
