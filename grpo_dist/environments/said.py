@@ -14,8 +14,8 @@ _ADDRESS = re.compile(r" at 0x[0-9a-f]+>")
 
 
 def text_of(value: Any) -> str:
-    """A text as it is, other values as JSON: sets as sorted lists, dataclasses by their fields, and what JSON has no form
-    for by the text that Python has of it, without an address in memory."""
+    """A text as it is, other values as JSON: sets as sorted lists, dataclasses by their fields, and what has no form in
+    JSON by the text that Python has of it, without an address in memory."""
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=_plain)
 
 
