@@ -24,6 +24,7 @@ from grpo_dist.model import attention
 from grpo_dist.rollout import NativeDecoder, Request, decode_all
 from grpo_dist.rollout.native.cache import DecodeState
 from grpo_dist.rollout.native.kernel import KernelStep
+from grpo_dist.rollout.native.relaid import CompactWeights
 
 NEW, TURNS = 12, 5
 
@@ -45,9 +46,8 @@ def of_steps(model: nn.Module, rows: int) -> float:
     weights = sum(module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear))
     requests = [Request(0, sample, [5, 6, 7, 8], key=sample) for sample in range(rows)]
     TimedStep.seconds = []
-    decode_all(
-        NativeDecoder([-1], NEW, 1 << 20, step_of=partial(TimedStep, compact=True), copied_prompt=0), model, requests
-    )
+    step_of = partial(TimedStep, compact=CompactWeights(lambda _: True))
+    decode_all(NativeDecoder([-1], NEW, 1 << 20, step_of=step_of, copied_prompt=0), model, requests)
     return 2e-9 * weights * rows / statistics.median(TimedStep.seconds)
 
 

@@ -59,6 +59,7 @@ class RolloutModel:
         of_base = [] if base is None else base.named_parameters(remove_duplicate=False)
         given = {plain_name(name): parameter for name, parameter in of_base}
         self._own: dict[str, Tensor] = {}
+        self._frozen: set[int] | None = None  # where weights lie that are not trained, while the model is open
         for name, parameter in self._policy_parameters().items():
             same = given.get(plain_name(name))
             if not parameter.requires_grad and is_sharded(parameter) and same is not None and same.dtype == dtype:
@@ -109,11 +110,21 @@ class RolloutModel:
                     layer = self._quantized.get(name)
                     value = theirs[name].data if layer is None else layer.weight
                 self._put(name, nn.Parameter(value, requires_grad=False))
+            self._frozen = None
             try:
                 yield self.causal_lm
             finally:
                 for name, empty in self._empty.items():
                     self._put(name, empty)
+
+    def is_frozen(self, weight: Tensor) -> bool:
+        """Whether a weight of the open model, or a part of one, is the policy's own and is not trained."""
+        if self._frozen is None:
+            whole = [each for each in self._policy_parameters().values() if not is_sharded(each)]
+            frozen, trained = ({each.untyped_storage().data_ptr() for each in whole if each.requires_grad is trains}
+                               for trains in (False, True))  # fmt: skip
+            self._frozen = frozen - trained
+        return weight.untyped_storage().data_ptr() in self._frozen
 
     def _policy_parameters(self) -> dict[str, nn.Parameter]:
         """The policy's parameters by the names of the tree. Tied weights have two names in both trees."""

@@ -28,6 +28,7 @@ from .native.cache import DecodeState, PrefillLayout
 from .native.graphs import CannotCapture
 from .native.kernel import KernelStep
 from .native.llama import LlamaStep
+from .native.relaid import CompactWeights
 from .native.steps import Step, module_step, prefill
 from .probe import NEW_TOKENS, PROMPT, bounds_of, example_tokens, narrow_bounds, rounding
 from .room import ON_CPU, BoundedDecoder, WithinMemory
@@ -75,14 +76,15 @@ def make_engine(
     """The engine that `rollout.engine` asks for, or the faster one that is right; a line in the log names it.
 
     `obstacle` says why prompts cannot be shared, None where they can, the same on all ranks, which make the same
-    choice; `step` is how a run that goes on was decoding; see `KernelStep` for `compact`. Raises UnfitEngine where the
-    paged engine is asked for and is wrong for the model. A collective.
+    choice; `step` is how a run that goes on was decoding; with `compact` few rows read weights as `compact.h` has them.
+    Raises UnfitEngine where the paged engine is asked for and is wrong for the model. A collective.
     """
     if rollout.dequantize and not _decodes_codes(weights, obstacle, rollout, gather, step):
         weights.dequantize()
         log.info("rollouts: with a dequantised copy of the base, because decoding does not compute with its codes")
     with weights.open() as model:
-        make, message, decoding = _own_decoder(model, obstacle, gather, step, rollout.drafts, compact)
+        kept = CompactWeights(weights.is_frozen) if compact else None
+        make, message, decoding = _own_decoder(model, obstacle, gather, step, rollout.drafts, kept)
         on_gpu, name = model.get_input_embeddings().weight.is_cuda, "native"
         # one group at a time is what continuous batching beats on a GPU; the one that shares prompts is faster than it,
         # and it does not report the experts of a token
@@ -117,7 +119,12 @@ def _decodes_codes(
 
 
 def _own_decoder(
-    model: nn.Module, obstacle: str | None, gather: Gather, step: str | None, drafts: bool, compact: bool
+    model: nn.Module,
+    obstacle: str | None,
+    gather: Gather,
+    step: str | None,
+    drafts: bool,
+    compact: CompactWeights | None,
 ) -> tuple[Maker, str, str | None]:
     """This project's decoder for the model, the message about it, and the name of its step."""
     if obstacle is not None:
@@ -137,8 +144,8 @@ def _own_decoder(
                                "copied_prompt": 0 if name == "compiled" else None}  # fmt: skip
     captures = _captures(model, gather, options)
     message = f"native engine, prompts are shared by their groups{', CUDA graphs' * captures}, {DESCRIPTIONS[name]}"
-    if compact and name == "compiled":
-        options["step_of"] = partial(KernelStep, compact=True)
+    if compact is not None and name == "compiled":
+        options["step_of"] = partial(KernelStep, compact=compact)
     options["drafts"] = drafts and name == "compiled"  # others round by the number of tokens in a pass
     if reason is not None:
         message += f", which is slower than {DESCRIPTIONS[fastest]} ({reason})"

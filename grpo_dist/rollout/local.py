@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..model.quantized import dequantize_layers
 from ..types import Trajectory
@@ -30,6 +30,9 @@ class Weights(Protocol):
     def dequantize(self) -> None:
         """From now on, have dense weights in place of quantised ones while the model is open."""
 
+    def is_frozen(self, weight: Tensor) -> bool:
+        """Whether a weight of the open model, or a part of one, has the same numbers whenever it is open."""
+
 
 class LoadedModel:
     """A model that never changes."""
@@ -47,6 +50,10 @@ class LoadedModel:
     def dequantize(self) -> None:
         """See `Weights`."""
         dequantize_layers(self.model)
+
+    def is_frozen(self, weight: Tensor) -> bool:
+        """See `Weights`."""
+        return True
 
 
 class LocalEngine:

@@ -25,7 +25,7 @@ from ...types import integers
 from ..sampling import Rules, Sampling, draw
 from .cache import EVERYTHING, DecodeState, PrefilledRows
 from .llama import Gated, Layer, Linear, LlamaWeights, Norm, takes_gelu
-from .relaid import MOST_SPARE_BYTES, Compact, CompactWeight, RelaidWeights
+from .relaid import MOST_SPARE_BYTES, Compact, CompactWeight, CompactWeights, RelaidWeights
 
 SOURCE = Path(__file__).with_name("decode.cpp")
 FUNCTIONS = {torch.float32: "decode_float32", torch.bfloat16: "decode_bfloat16"}
@@ -81,8 +81,8 @@ class _Step(ctypes.Structure):
 class KernelStep:
     """One more token of every sequence; it holds on to the weights that the model has when this is made."""
 
-    def __init__(self, model: nn.Module, *, compact: bool = False) -> None:
-        """`compact`: keep weights that bfloat16 holds exactly in 12 bits each too, and adapters apart from them.
+    def __init__(self, model: nn.Module, *, compact: CompactWeights | None = None) -> None:
+        """`compact`: hold weights that bfloat16 holds exactly in a form for few rows too, and adapters apart from them.
 
         Raises as `LlamaWeights`, and ValueError for sizes this does not compute or where it cannot be compiled.
         """
@@ -101,7 +101,7 @@ class KernelStep:
         self.scratch_floats.restype = c_int64
         code.multiplies_pairs.restype = c_int64
         numbers = sum(parameter.numel() for parameter in model.parameters())
-        self.compact, self.relaid = compact and most_compact_bytes(numbers, self.dtype) > 0, RelaidWeights()
+        self.compact, self.relaid = compact if most_compact_bytes(numbers, self.dtype) else None, RelaidWeights()
         self.referenced: list[Tensor] = []  # what is pointed to
         self.compact_weights: list[CompactWeight] = []
         self.step = step = _Step(
@@ -236,7 +236,8 @@ class KernelStep:
         if isinstance(stored, QuantizedWeight):
             place = self._quantized(stored, outputs, inputs)
         else:
-            compact = self.relaid.put_compact(stored, in_turn=not self.multiplies_pairs) if self.compact else None
+            in_turn = not self.multiplies_pairs
+            compact = None if self.compact is None else self.compact.of(stored, in_turn, self.relaid)
             is_merged = adapter is not None and self.dtype in MERGED and compact is None
             weight = linear.merged() if is_merged else stored
             groups = self.relaid.put_groups(weight) if is_merged else None  # in place of the merged one

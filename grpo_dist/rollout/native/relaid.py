@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -117,6 +118,35 @@ class RelaidWeights:
     def _taken(self, words: Tensor) -> Tensor:
         self.block = self.block[-(-len(words) // TOGETHER) * TOGETHER :]  # what follows begins a cache line
         return words
+
+
+class CompactWeights:
+    """The compact weights of a run's rollouts. Those that never change are kept from one to the next."""
+
+    def __init__(self, is_frozen: Callable[[Tensor], bool]) -> None:
+        self._is_frozen = is_frozen
+        self._kept: dict[tuple[int, torch.Size], tuple[Tensor, CompactWeight | None]] = {}
+        self._num_bytes = 0
+        self._memory: RelaidWeights | None = None
+
+    def of(self, weight: Tensor, in_turn: bool, memory: RelaidWeights) -> CompactWeight | None:
+        """`put_compact` of a weight; into `memory` where it is not kept. A run asks for one `in_turn` alone.
+
+        Raises CannotCompile.
+        """
+        if not self._is_frozen(weight):
+            return memory.put_compact(weight, in_turn)
+        place = weight.data_ptr(), weight.shape
+        if place not in self._kept:
+            if self._num_bytes + torch.bfloat16.itemsize * weight.numel() > MOST_SPARE_BYTES:
+                return memory.put_compact(weight, in_turn)
+            if self._memory is None:
+                self._memory = RelaidWeights()
+            compact = self._memory.put_compact(weight, in_turn)
+            self._num_bytes += 0 if compact is None else compact.blocks.nbytes
+            # with the weight itself, so that no other one comes to lie in its place
+            self._kept[place] = weight, compact
+        return self._kept[place][1]
 
 
 def _give_back(blocks: list[Tensor]) -> None:

@@ -194,6 +194,23 @@ def test_the_share_of_adapters_beside_weights_that_bfloat16_holds() -> None:
         assert update_share(model, merged=True, compact=True) == 1 != update_share(model, merged=True)
 
 
+def test_what_is_not_trained_is_frozen() -> None:
+    """With adapters the base is, also after a step; without them nothing is, and neither is a copy."""
+    policy = make(LORAS["three"])
+    rollout_model = RolloutModel(policy, torch.float32, attention.NAME)
+    for _ in range(2):
+        with rollout_model.open() as model:
+            for name, parameter in model.named_parameters():
+                assert rollout_model.is_frozen(parameter) == (".lora_" not in name), name
+                assert rollout_model.is_frozen(parameter[:1]) == (".lora_" not in name), name
+        step(policy, 1e-3)
+    assert not rollout_model.is_frozen(torch.ones(3))
+    for dtype in (torch.float32, torch.bfloat16):
+        rollout_model = RolloutModel(make(None), dtype, attention.NAME)
+        with rollout_model.open() as model:
+            assert not any(map(rollout_model.is_frozen, model.parameters()))
+
+
 def test_the_share_is_what_rounded_weights_have_of_an_update() -> None:
     policy = make(LORAS["all-linear"], torch.bfloat16)
     step(policy, 1e-5)

@@ -20,6 +20,7 @@ from grpo_dist.rollout import LoadedModel, NativeDecoder, PagedDecoder
 from grpo_dist.rollout.choose import STEPS, UnfitEngine, _step_off, make_engine, own_step
 from grpo_dist.rollout.native.kernel import KernelStep
 from grpo_dist.rollout.native.llama import LlamaStep
+from grpo_dist.rollout.native.relaid import CompactWeights
 from grpo_dist.rollout.native.steps import module_step
 
 BUILT_AS_LLAMA: dict[str, dict[str, Any]] = {
@@ -159,11 +160,12 @@ def test_ranks_decode_alike_and_as_before(
     assert engine.decoding == {"engine": "native", "decoding": next(n for n, s in STEPS.items() if s is step_of)}
 
 
-def test_few_sequences_read_weights_in_bfloat16_where_decoding_is_in_cpp() -> None:
+def test_few_sequences_read_compact_weights_where_decoding_is_in_cpp() -> None:
     model = make_model(make_config("Llama", {}), attention.NAME)
-    for kept, options in (None, {"compact": True}), ("operations", {}):
+    for kept, is_compact in (None, True), ("operations", False):
         engine = make_engine(LoadedModel(model), None, [2], RolloutConfig(), alone, kept, compact=True)
-        assert getattr(engine.decoder.decoder.step_of, "keywords", {}) == options and engine.compact
+        options = getattr(engine.decoder.decoder.step_of, "keywords", {})
+        assert isinstance(options.get("compact"), CompactWeights) == is_compact and engine.compact
 
 
 @with_paged

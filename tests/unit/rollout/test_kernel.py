@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import platform
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from grpo_dist.rollout.native import kernel
 from grpo_dist.rollout.native.cache import DecodeState
 from grpo_dist.rollout.native.kernel import KernelStep
 from grpo_dist.rollout.native.llama import linear_of
+from grpo_dist.rollout.native.relaid import CompactWeights
 from grpo_dist.rollout.native.steps import module_step, prefill
 from grpo_dist.rollout.sampling import Rules, Sampling, draw
 
@@ -101,7 +101,8 @@ def test_prompts_are_computed_as_by_the_model(
         assert torch.equal(alone.keys[1][0], got.keys[1][n, :, : len(prompt)])
 
 
-FEW = partial(KernelStep, compact=True)
+def few(model: nn.Module) -> KernelStep:
+    return KernelStep(model, compact=CompactWeights(lambda _: False))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -113,13 +114,13 @@ def test_compact_weights_change_no_bit(sizes: dict[str, int], dtype: torch.dtype
     and not all of their blocks take 12 bits a number."""
     model = make_model(**sizes).bfloat16().to(dtype)
     model.model.layers[1].mlp.down_proj.weight.data[:, ::37] *= 2**-20
-    step = FEW(model)
+    step = few(model)
     assert all(linear.compact.blocks for layer in step.layers for linear in (layer.query, layer.up, layer.down))
     assert step.step.head.compact.blocks and step.step.vocabulary == 61
     for count in (1, 2, 3, 4, 5, 6, 7, 12, 13, 16, 17):
         rows = torch.arange(count)
         assert torch.equal(
-            decoded(FEW, model, [3, 2, 12], True, rows), decoded(KernelStep, model, [3, 2, 12], True, rows)
+            decoded(few, model, [3, 2, 12], True, rows), decoded(KernelStep, model, [3, 2, 12], True, rows)
         )
 
 
@@ -127,7 +128,7 @@ def test_weights_that_bfloat16_does_not_hold_are_not_compact() -> None:
     model = make_model(intermediate_size=128).bfloat16().float()
     with torch.no_grad():
         model.model.layers[1].mlp.down_proj.weight[7, -1] += 1e-6
-    first, second = FEW(model).layers
+    first, second = few(model).layers
     assert first.down.compact.blocks and not second.down.compact.blocks and second.up.compact.blocks
     assert not any(layer.up.compact.blocks for layer in KernelStep(model).layers)
 
@@ -137,8 +138,8 @@ def test_in_bfloat16_only_weights_whose_memory_is_kept_are_compact(monkeypatch: 
     size = 2 * sum(parameter.numel() for parameter in half.parameters())
     for most, is_compact in ((size, True), (size - 1, False)):
         monkeypatch.setattr(kernel, "MOST_SPARE_BYTES", most)
-        assert all(bool(layer.up.compact.blocks) == is_compact for layer in FEW(half).layers)
-    assert all(layer.up.compact.blocks for layer in FEW(copy.deepcopy(half).float()).layers)
+        assert all(bool(layer.up.compact.blocks) == is_compact for layer in few(half).layers)
+    assert all(layer.up.compact.blocks for layer in few(copy.deepcopy(half).float()).layers)
 
 
 @pytest.mark.parametrize("targets", ["all-linear", ["lm_head", "q_proj"]])
@@ -148,11 +149,11 @@ def test_adapters_stay_apart_from_weights_that_bfloat16_holds(targets: list[str]
     exact = copy.deepcopy(model).double()
     for module in exact.modules():  # PEFT's own way, and not the fused one of the layer it was copied from
         module.__dict__.pop("forward", None)
-    step = FEW(model)
+    step = few(model)
     assert step.layers[0].query.rank == 5 and KernelStep(model).layers[0].query.rank == 0
     for rows in (torch.arange(3), None):
         expected = decoded(module_step, exact, [3, 2, 3], True, rows)
-        assert float((decoded(FEW, model, [3, 2, 3], True, rows) - expected).abs().max()) < 1e-4 * float(
+        assert float((decoded(few, model, [3, 2, 3], True, rows) - expected).abs().max()) < 1e-4 * float(
             expected.abs().max()
         )
 
@@ -223,7 +224,7 @@ def test_adapters_on_a_head_of_any_size(vocabulary: int) -> None:
 @pytest.mark.parametrize(
     ("dtype", "step_of", "kind", "options"),
     [(torch.float32, KernelStep, "qwen2", {}), (torch.bfloat16, KernelStep, "qwen2", {}),
-     (torch.float32, FEW, "qwen2", {}), (torch.bfloat16, FEW, "qwen2", {}),
+     (torch.float32, few, "qwen2", {}), (torch.bfloat16, few, "qwen2", {}),
      (torch.float32, KernelStep, "gemma2", GEMMA2)],
     ids=["float32", "bfloat16", "few", "few-bfloat16", "gemma2"],
 )  # fmt: skip
@@ -272,11 +273,11 @@ def test_other_processors(flag: str, monkeypatch: pytest.MonkeyPatch, tmp_path: 
             exact = decoded(module_step, copy.deepcopy(model).double(), [3, 1, 5], True)
             got = decoded(KernelStep, model, [3, 1, 5], True)
             assert float((got - exact).abs().max()) < 1e-4 * float(exact.abs().max())
-            assert torch.equal(decoded(FEW, model, [3, 1, 5], True), got)
+            assert torch.equal(decoded(few, model, [3, 1, 5], True), got)
             half = model.bfloat16()
             if flag == "-DPAIRS=" and head_dim == 16:
                 assert KernelStep(half).longest_entered == kernel.LONGEST_ENTERED, "else no pair was multiplied"
-            assert torch.equal(decoded(FEW, half, [3, 1, 5], True), decoded(KernelStep, half, [3, 1, 5], True))
+            assert torch.equal(decoded(few, half, [3, 1, 5], True), decoded(KernelStep, half, [3, 1, 5], True))
             off, rounded = (decoded(step_of, half, [3, 1, 5], True) - exact for step_of in (KernelStep, module_step))
             assert float(off.norm()) < 0.7 * float(rounded.norm()) < 0.05 * float(exact.norm())
     finally:

@@ -12,7 +12,7 @@ from torch import Tensor
 from grpo_dist.model.compiled.library import CACHE_LINE, OUTPUTS, SPAN
 from grpo_dist.rollout.native import relaid
 from grpo_dist.rollout.native.kernel import KernelStep
-from grpo_dist.rollout.native.relaid import TOGETHER, CompactWeight, RelaidWeights, can_be_compact
+from grpo_dist.rollout.native.relaid import TOGETHER, CompactWeight, CompactWeights, RelaidWeights, can_be_compact
 
 pytestmark = pytest.mark.usefixtures("kernel")
 
@@ -114,6 +114,32 @@ def test_compact_weights_lie_behind_one_another(monkeypatch: pytest.MonkeyPatch)
     assert second.data_ptr() == first.data_ptr() + first.nbytes
     for weight, compact in zip(weights, put, strict=True):
         assert torch.equal(numbers_of(compact, len(weight), in_turn=False), bits_of(weight))
+
+
+def test_compact_weights_that_never_change_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the weights that they are of; parts of a weight each by itself, and no more than is allowed."""
+    weights = [weight_like_trained(6, 64) for _ in range(4)]
+    frozen, trained, third, last = weights
+    kept, memory = CompactWeights(lambda weight: weight is not trained), RelaidWeights()
+
+    def of(weight: Tensor) -> CompactWeight:
+        compact = kept.of(weight, False, memory)
+        assert compact is not None and torch.equal(numbers_of(compact, len(weight), False), bits_of(weight))
+        return compact
+
+    first = of(frozen)
+    assert of(frozen) is first and of(frozen[:2]) is not first
+    trained_before = of(trained)
+    trained.neg_()
+    assert of(trained) is not trained_before
+    uneven = torch.full((2, 64), 0.1)
+    assert kept.of(uneven, False, memory) is None and kept.of(uneven, False, memory) is None
+    monkeypatch.setattr(relaid, "MOST_SPARE_BYTES", sum(each.nbytes for each in (frozen, frozen[:2], third)))
+    assert of(third) is of(third) and of(last) is not of(last) and of(frozen) is first
+    place = frozen.data_ptr()
+    weights.clear()
+    del frozen
+    assert all(torch.empty(6, 64, dtype=torch.bfloat16).data_ptr() != place for _ in range(100))
 
 
 def lines_of(groups: Tensor) -> Tensor:
