@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -53,6 +54,8 @@ class RolloutModel:
         if isinstance(head, nn.Linear):
             _keep_digits(head)
         self._list_places()
+        names = [name for name, _ in policy.model.named_parameters(remove_duplicate=False)]
+        self._theirs: dict[str, Any] = {name: policy.model.get_submodule(name.rpartition(".")[0]) for name in names}
         for name, buffer in policy.model.named_buffers():
             owner, _, leaf = name.rpartition(".")
             self.tree.get_submodule(owner)._buffers[leaf] = buffer
@@ -128,7 +131,8 @@ class RolloutModel:
 
     def _policy_parameters(self) -> dict[str, nn.Parameter]:
         """The policy's parameters by the names of the tree. Tied weights have two names in both trees."""
-        return dict(self.policy.model.named_parameters(remove_duplicate=False))
+        # to look for them in all modules takes as long as a decoding step
+        return {name: owner._parameters[name.rpartition(".")[2]] for name, owner in self._theirs.items()}
 
     def _put(self, name: str, parameter: nn.Parameter) -> None:
         self._owners[name]._parameters[name.rpartition(".")[2]] = parameter

@@ -100,7 +100,9 @@ class KernelStep:
         self.draw_rows.argtypes = [c_int64, c_void_p, c_int64, c_int64, c_float, *[c_void_p] * 4]
         self.scratch_floats.restype = c_int64
         code.multiplies_pairs.restype = c_int64
-        numbers = sum(parameter.numel() for parameter in model.parameters())
+        numbers = vocabulary * hidden + len(weights.layers) * hidden * (
+            2 * (first.query.outputs + first.key.outputs) + 3 * inner
+        )
         self.compact, self.relaid = compact if most_compact_bytes(numbers, self.dtype) else None, RelaidWeights()
         self.referenced: list[Tensor] = []  # what is pointed to
         self.compact_weights: list[CompactWeight] = []

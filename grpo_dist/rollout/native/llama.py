@@ -305,9 +305,14 @@ def takes_gelu(parts: Sequence[Gated]) -> bool:
 
 def _expect(module: nn.Module, names: list[str]) -> None:
     """Modules that compute nothing of their own, as activations and dropout, may be there, too."""
-    children = {name for name, child in module.named_children() if any(True for _ in child.parameters())}
+    children = {name for name, child in module.named_children() if _has_parameters(child)}
     if children != set(names):
         raise ValueError(f"{type(module).__name__} consists of {sorted(children)}, expected {sorted(names)}")
+
+
+def _has_parameters(module: nn.Module) -> bool:
+    # `parameters()` lists all modules first
+    return any(each is not None for part in module.modules() for each in part._parameters.values())
 
 
 def _norm(module: nn.Module) -> Norm:
