@@ -245,7 +245,9 @@ class Predictor:
         """Most of these bytes whose memory is kept from one rollout to the next."""
         if self.device == "gpu" or self._decodes_codes(counts):
             return 0
-        return MOST_SPARE_BYTES if self._is_compact else min(MOST_SPARE_BYTES, counts.grouped * FLOAT32)
+        if self._is_compact:  # weights that are not trained are kept as they are, and beside them memory for others
+            return 2 * MOST_SPARE_BYTES
+        return min(MOST_SPARE_BYTES, counts.grouped * FLOAT32)
 
     def _fitting(self, inputs: MemoryInputs, most_bytes: int) -> int:
         """Tokens in flight that `auto` fits beside the memory that is always used; at least those of one sequence."""

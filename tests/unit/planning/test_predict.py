@@ -15,6 +15,7 @@ from grpo_dist.model.config_files import load_model_config
 from grpo_dist.planning.memory import ModelCounts
 from grpo_dist.planning.predict import Predictor, packs_of_ranks
 from grpo_dist.rollout.native import kernel
+from grpo_dist.rollout.native.relaid import MOST_SPARE_BYTES
 
 COUNTS = ModelCounts(parameters=1_000, adapters=50, adapted=800, grouped=700, joined=200, persistent=0, num_layers=3,
                      layer=290, cache_width=128, query_heads=8, vocabulary=500, quantized=600, quantized_bytes=310,
@@ -74,8 +75,12 @@ def test_weights_that_decoding_stores_again(
 def test_few_sequences_read_compact_weights(
     monkeypatch: pytest.MonkeyPatch, dtype: str, stored: str, parameters: int, expected: int
 ) -> None:
+    assert predictor("cpu", dtype, stored)._step_kept(PLAIN) <= MOST_SPARE_BYTES
     monkeypatch.setattr(kernel, "FEW_SEQUENCES", 10_000)
-    assert predictor("cpu", dtype, stored)._step_bytes(replace(PLAIN, parameters=parameters)) == expected
+    few = predictor("cpu", dtype, stored)
+    assert few._step_bytes(replace(PLAIN, parameters=parameters)) == expected
+    is_merged = (dtype, stored) == ("float32", "float32")
+    assert few._step_kept(PLAIN) == (4 * 700 if is_merged else 2 * MOST_SPARE_BYTES)
 
 
 def test_a_model_without_shared_prompts_stores_none_again() -> None:
