@@ -104,8 +104,7 @@ class KernelStep:
             2 * (first.query.outputs + first.key.outputs) + 3 * inner
         )
         self.compact, self.relaid = compact if most_compact_bytes(numbers, self.dtype) else None, RelaidWeights()
-        self.referenced: list[Tensor] = []  # what is pointed to
-        self.compact_weights: list[CompactWeight] = []
+        self.referenced: list[Tensor | CompactWeight] = []  # what is pointed to
         self.step = step = _Step(
             torch.get_num_threads(), len(weights.layers), hidden, inner, vocabulary,
             first.query.outputs // size, first.key.outputs // size, size, 0,
@@ -246,7 +245,7 @@ class KernelStep:
             place = _Linear(self._kept(weight if groups is None else groups, (outputs, inputs), self.dtype),
                             groups is not None)  # fmt: skip
             if compact is not None:
-                self.compact_weights.append(compact)
+                self.referenced.append(compact)
                 place.compact = Compact.of(compact)
         place.bias = bias
         if adapter is None or is_merged:
