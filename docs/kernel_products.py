@@ -5,8 +5,8 @@
 
 One thread, in processor time. Of a step's products all are counted (linear layers and the head) and all of its time,
 with norms and attention over a few tokens: the products alone are a little faster. As in a run of few sequences, few
-rows read compact weights. The last column is torch's product
-of 64 rows with the largest weight of a layer. Beside other work numbers are lower: memory and caches are shared.
+rows read compact weights; in each second line they do not. The last column is torch's product of 64 rows with the
+largest weight of a layer. Beside other work numbers are lower: memory and caches are shared.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from grpo_dist.model import attention
+from grpo_dist.model.large_pages import lay_together
 from grpo_dist.rollout import NativeDecoder, Request, decode_all
 from grpo_dist.rollout.native.cache import DecodeState
 from grpo_dist.rollout.native.kernel import KernelStep
@@ -41,12 +42,12 @@ class TimedStep(KernelStep):
         return logits
 
 
-def of_steps(model: nn.Module, rows: int) -> float:
+def of_steps(model: nn.Module, rows: int, compact: CompactWeights | None) -> float:
     """GFLOP/s of the products of steps of so many rows, the median step's."""
     weights = sum(module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear))
     requests = [Request(0, sample, [5, 6, 7, 8], key=sample) for sample in range(rows)]
     TimedStep.seconds = []
-    step_of = partial(TimedStep, compact=CompactWeights(lambda _: True))
+    step_of = partial(TimedStep, compact=compact)
     decode_all(NativeDecoder([-1], NEW, 1 << 20, step_of=step_of, copied_prompt=0), model, requests)
     return 2e-9 * weights * rows / statistics.median(TimedStep.seconds)
 
@@ -74,9 +75,14 @@ def main() -> None:
     print("| dtype | " + " | ".join(f"{rows} rows" for rows in given.rows) + " | torch, 64 rows |")
     print("|---" * (len(given.rows) + 2) + "|")
     for dtype in given.dtypes:
-        model = AutoModelForCausalLM.from_pretrained(given.model, dtype=dtype, attn_implementation=attention.NAME)
-        speeds = [of_steps(model.eval(), rows) for rows in given.rows]
-        print(f"| {dtype} | " + " | ".join(f"{each:.0f}" for each in [*speeds, of_torch(model)]) + " |", flush=True)
+        model = AutoModelForCausalLM.from_pretrained(
+            given.model, dtype=dtype, attn_implementation=attention.NAME
+        ).eval()
+        lay_together(model.eval(), getattr(torch, dtype))  # as a run does
+        ways = CompactWeights(lambda _: True), None
+        pairs = [[of_steps(model, rows, way) for way in ways] for rows in given.rows]
+        for name, speeds in zip((dtype, f"{dtype}, no compact weights"), zip(*pairs, strict=True), strict=True):
+            print(f"| {name} | " + " | ".join(f"{each:.0f}" for each in [*speeds, of_torch(model)]) + " |", flush=True)
 
 
 if __name__ == "__main__":
