@@ -1,8 +1,9 @@
 """Divide the global batch into packs: each prompt once, then its completions, without padding. Pure.
 
 A pack is one row of tokens with pieces `prompt, completion 1, …, completion n`. A completion attends only to its prompt
-and to itself, and its positions continue from the end of the prompt. The plan depends on lengths alone, so that every
-rank computes the same plan and takes its part.
+and to itself, and its positions continue from the end of the prompt. Its last token is not in the row: nothing is
+predicted after it, and no other token attends to it. The plan depends on lengths alone, so that every rank computes the
+same plan and takes its part.
 """
 
 from __future__ import annotations
@@ -83,6 +84,11 @@ class Pack:
         return pack, moved[len(tensors) :]
 
 
+def computed_lengths(row_lengths: Tensor) -> Tensor:
+    """Of completions of these lengths (N,), the tokens that are in a pack: all but the last one."""
+    return (row_lengths - 1).clamp(min=0)
+
+
 def piece_cost(prompt_length: int, lengths: list[int]) -> float:
     """Cost of a piece in tokens: each token's matrix products, plus attention, which is quadratic."""
     pairs = prompt_length**2 / 2 + sum(length * (prompt_length + length / 2) for length in lengths)
@@ -114,9 +120,9 @@ def plan(
 ) -> list[list[list[Piece]]]:
     """Divide the kept completions among ranks and packs: `plan(...)[rank][pack]` is a list of pieces.
 
-    `prompt_lengths` (P,), `group`, `lengths` and `keep` (N,). Every rank gets the same number of packs, of nearly equal
-    cost and at most `max_tokens` tokens each (a longer single sequence has its own pack). Without `share_prompts` each
-    pack is one prompt with one completion. Every completion is in exactly one pack.
+    `prompt_lengths` (P,), `group`, `lengths` (as `computed_lengths` has them) and `keep` (N,). Every rank gets the same
+    number of packs, of nearly equal cost and at most `max_tokens` tokens each (a longer single sequence has its own
+    pack). Without `share_prompts` each pack is one prompt with one completion. Every completion is in exactly one pack.
     """
     members: dict[int, list[int]] = {}
     for n, kept in enumerate(keep):
@@ -184,7 +190,8 @@ def make_pack(batch: Batch, pieces: list[Piece], *, share_prompts: bool = True) 
     if not pieces:
         return _empty_pack(batch, share_prompts)
     chosen = integers([n for piece in pieces for n in piece.completions])
-    lengths = batch.row_lengths[chosen]
+    whole = batch.row_lengths[chosen]
+    lengths = computed_lengths(whole)
     left = iter(lengths.tolist())
     shapes = [(len(batch.prompts[p.prompt].ids), [next(left) for _ in p.completions]) for p in pieces]
     # segments of the row: the prompt of each piece, then its completions
@@ -192,28 +199,31 @@ def make_pack(batch: Batch, pieces: list[Piece], *, share_prompts: bool = True) 
     is_prompt = torch.tensor([n == 0 for _, completions in shapes for n in range(1 + len(completions))])
     segment_starts = torch.cumsum(sizes, 0) - sizes
     starts, prompt_starts, prompt_lengths = segment_starts[~is_prompt], segment_starts[is_prompt], sizes[is_prompt]
+    piece = (torch.cumsum(is_prompt, 0) - 1)[~is_prompt]  # of each completion
     sequence = repeated(torch.arange(len(chosen)), lengths)  # of each completion token
-    piece = (torch.cumsum(is_prompt, 0) - 1)[~is_prompt][sequence]
     row, source = token_places(starts, lengths), token_places(batch.row_starts[chosen], lengths)
     prompt_row = token_places(prompt_starts, prompt_lengths)
-    own = row - starts[sequence]
     ids = torch.empty(int(sizes.sum()), dtype=torch.int64)
     positions, owner = torch.empty_like(ids), torch.empty_like(ids)
     ids[prompt_row] = integers(list(chain.from_iterable(batch.prompts[p.prompt].ids for p in pieces)))
     positions[prompt_row] = token_places(torch.zeros_like(prompt_starts), prompt_lengths)
     ids[row] = batch.ids[source]
-    positions[row] = prompt_lengths[piece] + own
+    positions[row] = (prompt_lengths[piece] - starts)[sequence] + row
     owner[row] = chosen[sequence]
     prompts = integers([p.prompt for p in pieces])
     owner[prompt_row] = repeated(-1 - prompts, prompt_lengths)
-    predictor = torch.where(own == 0, (prompt_starts + prompt_lengths)[piece], row) - 1
+    # what predicts each token of a completion: the last one of its prompt, and then its own
+    predicted = repeated(torch.arange(len(chosen)), whole)
+    predictor = token_places(starts - 1, whole)
+    first = torch.cumsum(whole, 0) - whole
+    predictor[first[whole > 0]] = (prompt_starts + prompt_lengths - 1)[piece][whole > 0]
     layout = RowLayout(shapes) if share_prompts else None
-    sampled = batch.sampled[source]
+    sampled = batch.sampled[token_places(batch.row_starts[chosen], whole)]
     token = token_places(batch.starts[chosen], batch.lengths[chosen])
     routes = None
     if batch.routes is not None and batch.prompt_routes is not None:
         routes = batch.routes.new_empty((len(ids), *batch.routes.shape[1:]))
         routes[row] = batch.routes[source]
         routes[prompt_row] = batch.prompt_routes[token_places(batch.prompt_starts[prompts], prompt_lengths)]
-    return Pack(ids, positions, predictor[sampled], batch.tokens[token], token, sequence[sampled], owner, layout,
+    return Pack(ids, positions, predictor[sampled], batch.tokens[token], token, predicted[sampled], owner, layout,
                 useful=len(ids) if len(token) else 0, routes=routes)  # fmt: skip

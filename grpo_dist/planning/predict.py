@@ -69,7 +69,7 @@ def packs_of_ranks(
 ) -> list[list[Shape]]:
     """Each rank's packs of a minibatch, of which the first is a largest one, of full-length sequences; `larger` times
     as large as those of the update."""
-    prompt, completion = config.data.max_prompt_length, config.rollout.max_completion_length
+    prompt, completion = config.data.max_prompt_length, config.rollout.max_completion_length - 1  # see `packing`
     size, number = config.train.batch_size, config.train.num_minibatches
     num_prompts = sum(place * number // size == minibatch for place in range(size))  # as `minibatch_of` has them
     group = [n // config.rollout.group_size for n in range(num_prompts * config.rollout.group_size)]

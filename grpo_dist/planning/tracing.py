@@ -50,7 +50,7 @@ TRACED_TOKENS = 1024
 JOINED = ("q_proj", "k_proj", "v_proj")
 
 Shape = tuple[tuple[int, tuple[int, ...]], ...]
-"""The pieces of a pack: the length of each prompt, and of its completions."""
+"""The pieces of a pack: the length of each prompt, and of its completions, as far as the pack computes them."""
 
 
 @dataclass(frozen=True)
@@ -243,7 +243,7 @@ def _trace_frozen(policy: Policy, pack: Pack, precision: Precision) -> int:
 
 def example_pack(shape: Shape, share_prompts: bool) -> Pack:
     """A pack of this shape."""
-    lengths = torch.tensor([length for _, completions in shape for length in completions])
+    lengths = 1 + torch.tensor([length for _, completions in shape for length in completions])  # see `packing`
     group = torch.tensor([g for g, (_, completions) in enumerate(shape) for _ in completions])
     zeros = torch.zeros(len(lengths))
     tokens = torch.zeros(int(lengths.sum()), dtype=torch.int64)

@@ -13,7 +13,7 @@ from ..algorithm.targets import computed, included, minibatch_of, needs_old_poli
 from ..checkpoint.state import TrainState
 from ..config.algorithm import reference_in_loss, serves_several_updates
 from ..config.schema import Config
-from ..model.packing import Pack, make_pack, plan
+from ..model.packing import Pack, computed_lengths, make_pack, plan
 from ..model.reference import REFERENCE_PACK
 from ..model.split_rows import split_pack
 from ..types import Batch, OldPolicy
@@ -116,10 +116,10 @@ def _own_packs(parts: Parts, batch: Batch, needed: Tensor, max_tokens: int) -> I
     """This rank's packs of the `needed` (N,) completions, on the CPU, as many as every other rank's. With sequence
     parallelism, its tokens of the packs that its group of ranks shares."""
     group = parts.ranks.row_group
+    prompts, lengths = [len(prompt.ids) for prompt in batch.prompts], computed_lengths(batch.row_lengths)
     plans = plan(
-        [len(prompt.ids) for prompt in batch.prompts], batch.group.tolist(), batch.row_lengths.tolist(),
-        needed.tolist(), max_tokens=max_tokens, num_ranks=parts.ranks.num_ranks // group.size,
-        share_prompts=parts.share_prompts,
+        prompts, batch.group.tolist(), lengths.tolist(), needed.tolist(), max_tokens=max_tokens,
+        num_ranks=parts.ranks.num_ranks // group.size, share_prompts=parts.share_prompts,
     )  # fmt: skip
     for pieces in plans[group.number]:
         pack = make_pack(batch, pieces, share_prompts=parts.share_prompts)

@@ -28,8 +28,8 @@ def packs_of(name: str) -> list[tuple[int, list[int]]]:
 
 
 def pack_of(pieces: list[tuple[int, list[int]]], vocabulary: int) -> packing.Pack:
-    """A pack of random tokens."""
-    lengths = torch.tensor([length for _, completions in pieces for length in completions])
+    """A pack of random tokens, with all of `pieces` in its row."""
+    lengths = 1 + torch.tensor([length for _, completions in pieces for length in completions])
     group = torch.tensor([n for n, (_, completions) in enumerate(pieces) for _ in completions])
     tokens = torch.randint(3, vocabulary, (int(lengths.sum()),))
     zeros = torch.zeros(len(lengths), dtype=torch.float64)
@@ -89,7 +89,7 @@ def memory(shape: str, name: str, checkpointing: bool) -> dict[str, Any]:
     config = Config(
         model=ModelConfig(name="none", gradient_checkpointing=checkpointing), lora=LoraConfig(),
         data=DataConfig(max_prompt_length=prompt),
-        rollout=RolloutConfig(group_size=len(completions), max_completion_length=max(completions)),
+        rollout=RolloutConfig(group_size=len(completions), max_completion_length=max(completions) + 1),
         train=TrainConfig(batch_size=len(pieces), max_tokens_per_pack=len(pack.ids)),
     )  # fmt: skip
     parts = Predictor(config, policy.causal_lm.config, "gpu").parts(1, "DDP")

@@ -18,7 +18,7 @@ from grpo_dist.config.algorithm import LossConfig
 from grpo_dist.model import attention
 from grpo_dist.model.block_attention import BLOCK
 from grpo_dist.model.critic import ValueHead
-from grpo_dist.model.packing import FILLER, PAIRS_PER_TOKEN, Piece, make_pack, piece_cost, plan
+from grpo_dist.model.packing import FILLER, PAIRS_PER_TOKEN, Piece, computed_lengths, make_pack, piece_cost, plan
 from grpo_dist.model.policy import Policy, PolicyOptions
 from grpo_dist.types import Batch
 
@@ -35,7 +35,7 @@ def whole_plan(
     batch: Batch, max_tokens: int, num_ranks: int = 1, share_prompts: bool = True
 ) -> list[list[list[Piece]]]:
     """The plan of a batch of which everything is kept."""
-    prompt_lengths, lengths = [len(p.ids) for p in batch.prompts], batch.row_lengths.tolist()
+    prompt_lengths, lengths = [len(p.ids) for p in batch.prompts], computed_lengths(batch.row_lengths).tolist()
     return plan(prompt_lengths, batch.group.tolist(), lengths, [True] * len(lengths), max_tokens=max_tokens,
                 num_ranks=num_ranks, share_prompts=share_prompts)  # fmt: skip
 
@@ -123,7 +123,7 @@ def test_sharing_prompts_computes_fewer_tokens() -> None:
     assert len(packs) == 1
     assert sorted(piece.prompt for piece in packs[0]) == [0, 1, 2, 3]
     pack = make_pack(batch, packs[0])
-    assert len(pack.ids) == 4 * 180 and pack.layout is not None
+    assert len(pack.ids) == 4 * (100 + 8 * 9) and pack.layout is not None
 
 
 def test_one_long_group_is_cut_between_ranks() -> None:
@@ -148,7 +148,8 @@ SMALL = st.tuples(st.integers(1, 9), st.lists(st.integers(1, 7), min_size=1, max
 def test_make_pack_equals_the_loop(
     pieces: list[tuple[int, list[int]]], max_tokens: int, share: bool, share_sampled: float
 ) -> None:
-    """Tokens that were not sampled stand in the row, and nothing is computed of them."""
+    """Tokens that were not sampled stand in the row, and nothing is computed of them. The last token of a completion is
+    predicted, and predicts nothing."""
     batch = make_batch(pieces, share_sampled=share_sampled)
     for pack_pieces in whole_plan(batch, max_tokens, share_prompts=share)[0]:
         pack = make_pack(batch, pack_pieces, share_prompts=share)
@@ -165,13 +166,15 @@ def test_make_pack_equals_the_loop(
             prompt_end = len(ids) - 1
             for n in piece.completions:
                 place, first = int(batch.starts[n]), int(batch.row_starts[n])
-                for t, token in enumerate(batch.completion_ids(n)):
+                completion = batch.completion_ids(n)
+                for t, token in enumerate(completion):
                     if batch.sampled[first + t]:
                         rows.append((len(ids) - 1 if t else prompt_end, token, place, number))
                         place += 1
-                    ids.append(token)
-                    positions.append(len(prompt) + t)
-                    owner.append(n)
+                    if t + 1 < len(completion):
+                        ids.append(token)
+                        positions.append(len(prompt) + t)
+                        owner.append(n)
                 number += 1
         assert pack.ids.tolist() == ids and pack.positions.tolist() == positions
         assert pack.owner.tolist() == owner
@@ -185,7 +188,7 @@ def test_make_pack_equals_the_loop(
 def test_a_pack_on_a_device_is_the_same_pack(share: bool) -> None:
     pack = make_pack(make_batch([(3, [2])]), [Piece(0, [0])], share_prompts=share)
     moved = pack.to(torch.device("cpu"))
-    assert moved.ids.tolist() == pack.ids.tolist() and moved.owner.tolist() == pack.owner.tolist() == [-1, -1, -1, 0, 0]
+    assert moved.ids.tolist() == pack.ids.tolist() and moved.owner.tolist() == pack.owner.tolist() == [-1, -1, -1, 0]
     assert (moved.layout is None) == (pack.layout is None) == (not share)
 
 
@@ -203,7 +206,7 @@ def test_routes_are_those_of_a_pack_s_tokens() -> None:
 
 def test_packs_are_added_until_every_piece_fits() -> None:
     """No pack has room for two of these pieces: five packs would hold all tokens, but not the pieces, nor do six."""
-    (packs,) = whole_plan(make_batch([(2, [4])] * 8), max_tokens=10)
+    (packs,) = whole_plan(make_batch([(3, [4])] * 8), max_tokens=10)
     assert [len(pack) for pack in packs] == [1] * 8
 
 
@@ -211,7 +214,7 @@ def test_a_pack_in_which_nothing_was_sampled_is_of_no_use() -> None:
     batch = make_batch([(3, [2])])
     answered = replace(batch, sampled=torch.zeros(2, dtype=torch.bool), sampled_logprobs=torch.zeros(0))
     pack = make_pack(answered, [Piece(0, [0])])
-    assert len(pack.ids) == 5 and len(pack.targets) == 0 and pack.useful == 0
+    assert len(pack.ids) == 4 and len(pack.targets) == 0 and pack.useful == 0
 
 
 @pytest.mark.parametrize("share", [True, False])

@@ -214,13 +214,13 @@ def test_the_arithmetic_of_a_step(num_ranks: int) -> None:
     assert counts.completions == 24 and counts.completions_per_rank == math.ceil(24 / num_ranks)
     assert counts.optimizer_steps == 6
     assert counts.largest_pack_tokens <= 400
-    tokens = 3 * (40 + 4 * 24)
+    tokens = 3 * (40 + 4 * 23)  # without the last one of a completion
     assert counts.packs_per_rank * num_ranks * 400 >= 2 * tokens
 
 
 def test_minibatches_of_different_sizes_are_counted_each() -> None:
     """Of five prompts three are in the first and two in the second; a pack has one prompt, or one sequence."""
-    config = config_of(train=TrainConfig(batch_size=5, max_tokens_per_pack=40 + 4 * 24, num_minibatches=2))
+    config = config_of(train=TrainConfig(batch_size=5, max_tokens_per_pack=40 + 4 * 23, num_minibatches=2))
     packs = [batch_arithmetic(config, num_ranks, share_prompts=True).packs_per_rank for num_ranks in (1, 2)]
     assert packs == [3 + 2, 2 + 1]
     assert batch_arithmetic(config, 1, share_prompts=False).packs_per_rank == 20

@@ -10,6 +10,7 @@ from grpo_dist.config.schema import Config, LoraConfig, ModelConfig, ReferenceCo
 from grpo_dist.model import attention
 from grpo_dist.model.config_files import load_model_config
 from grpo_dist.model.load import load_policy, trainable
+from grpo_dist.model.policy import PolicyOptions
 from grpo_dist.planning.live import LiveBytes
 from grpo_dist.planning.memory import ModelCounts
 from grpo_dist.planning.predict import Predictor
@@ -48,9 +49,9 @@ def test_a_traced_pass_holds_what_the_real_one_does(checkpointing: bool, lora: L
     model = ModelConfig(gradient_checkpointing=checkpointing)
     config = config_of(model=model, lora=lora, reference=ReferenceConfig(dtype="float32"))
     predicted = Predictor(config, load_model_config(model), "cpu").inputs(2, "DDP").passes
-    policy = load_policy(model, lora, torch.float32, attention.NAME)
+    policy = load_policy(model, lora, torch.float32, attention.NAME, PolicyOptions.of(config))
     policy.train().fused_head = True
-    pack = example_pack(((40, (24,) * 4),) * 2, True)
+    pack = example_pack(((40, (23,) * 4),) * 3, True)
     assert len(pack.ids) <= 400
     for parameter in trainable(policy).values():
         parameter.grad = torch.zeros_like(parameter)

@@ -16,7 +16,7 @@ from grpo_dist.config.rollout import RolloutConfig
 from grpo_dist.model import attention
 from grpo_dist.model.attention import RowLayout
 from grpo_dist.model.files import UnfitModel
-from grpo_dist.model.packing import Pack, make_pack, plan
+from grpo_dist.model.packing import Pack, computed_lengths, make_pack, plan
 from grpo_dist.model.policy import Policy, recompute_layers
 from grpo_dist.model.routing import Routers, has_experts, routers_of
 from grpo_dist.rollout import NativeDecoder, Request, RowDecoder, decode_all, replay
@@ -74,8 +74,8 @@ def routed_batch(trajectories: list[Trajectory], routers: Routers) -> Batch:
 
 def packs_of(batch: Batch, share_prompts: bool, max_tokens: int = 24) -> list[Pack]:
     """Packs of all its completions."""
-    (plans,) = plan([len(p.ids) for p in batch.prompts], batch.group.tolist(), batch.row_lengths.tolist(),
-                    [True] * len(batch.group), max_tokens=max_tokens, num_ranks=1,
+    prompts, lengths = [len(p.ids) for p in batch.prompts], computed_lengths(batch.row_lengths).tolist()
+    (plans,) = plan(prompts, batch.group.tolist(), lengths, [True] * len(lengths), max_tokens=max_tokens, num_ranks=1,
                     share_prompts=share_prompts)  # fmt: skip
     return [make_pack(batch, pieces, share_prompts=share_prompts) for pieces in plans]
 
