@@ -17,6 +17,11 @@ def is_sharded(parameter: Tensor) -> bool:
     return deepspeed.is_sharded(parameter) or fsdp.is_sharded(parameter)
 
 
+def is_whole(parameter: Any) -> bool:
+    """Whether this rank has all numbers of this parameter now: it is not sharded, or is gathered."""
+    return parameter.shape == full_shape(parameter) and not fsdp.is_sharded(parameter)
+
+
 def full_shape(parameter: Any) -> torch.Size:
     """The shape of a parameter in full, with the parts of all ranks."""
     return parameter.ds_shape if deepspeed.is_sharded(parameter) else parameter.shape

@@ -86,12 +86,13 @@ class RowLayout:
         query, key, value = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
         if on_cpu:
             query, key, value = (x.contiguous() for x in (query, key, value))
-            return _OnCpu.apply(query, key, value, self._in_sequences(), scale, window)[None]
+            return _OnCpu.apply(query, key, value, self.sequences(), scale, window)[None]
         if window is None:
             return shared_prefix_attention(query, key, value, self._in_segments(), options)[None]
         return window_attention(query, key, value, self._in_window(window), options)[None]
 
-    def _in_sequences(self) -> Sequences:
+    def sequences(self) -> Sequences:
+        """Those of the row, as `pack.cpp` takes them."""
         if self._sequences is None:
             self._sequences = Sequences.of(self.pieces)
         return self._sequences

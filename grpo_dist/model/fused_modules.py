@@ -90,6 +90,11 @@ def plain_modules() -> Iterator[None]:
         _IS_PLAIN.reset(token)
 
 
+def is_plain() -> bool:
+    """Whether `plain_modules` is in force."""
+    return _IS_PLAIN.get()
+
+
 def _once(known: dict[Hashable, bool], kind: Hashable, trial: Callable[..., bool], *arguments: Any) -> bool:
     """The result of a trial for each kind of module."""
     if kind not in known:
@@ -119,7 +124,7 @@ def _is_plain_gate(module: nn.Module) -> bool:
                          for shape in ((3, 8), (6, 8), (6, 8), (8, 6)))  # fmt: skip
     small = copy.copy(module)
     small._modules = {"act_fn": module.act_fn} | {
-        name: _Product(weight) for name, weight in (("gate_proj", gate), ("up_proj", up), ("down_proj", down))
+        name: Product(weight) for name, weight in (("gate_proj", gate), ("up_proj", up), ("down_proj", down))
     }
     return torch.allclose(type(module).forward(small, x), (silu(x @ gate.T) * (x @ up.T)) @ down.T, atol=1e-4)
 
@@ -135,7 +140,9 @@ def _is_plain_rotation(rotation: Callable[..., tuple[Tensor, Tensor]]) -> bool:
                for got, truth in zip(rotation(query, key, cos, sin), turned, strict=True))  # fmt: skip
 
 
-class _Product(nn.Module):
+class Product(nn.Module):
+    """A linear layer in a trial."""
+
     def __init__(self, weight: Tensor) -> None:
         super().__init__()
         self.matrix = weight
@@ -151,7 +158,7 @@ def _instead(
 
     @wraps(plain)
     def call(*given: Any, **options: Any) -> Any:
-        is_fused = not _IS_PLAIN.get() and not options and len(given) == num_given and fits(*given)
+        is_fused = not is_plain() and not options and len(given) == num_given and fits(*given)
         return fused(*given) if is_fused else plain(*given, **options)
 
     return call

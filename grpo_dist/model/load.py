@@ -145,14 +145,21 @@ def make_policy(
     seed: int = 0,
 ) -> Policy:  # fmt: skip
     """The policy: adapters, drawn with `seed`, on a frozen base, or all weights trained if `lora` is None."""
+    policy = _new_policy(base, model, lora, options, seed)
     if model.gradient_checkpointing:
-        recompute_layers(base)
-        if lora:
-            base.enable_input_require_grads()
+        recompute_layers(policy.causal_lm)  # each with all that it has become
+    return policy
+
+
+def _new_policy(
+    base: nn.Module, model: ModelConfig, lora: LoraConfig | None, options: PolicyOptions, seed: int
+) -> Policy:
     if lora is None:
         for name, parameter in base.named_parameters():  # weights that text never uses get no gradient on any rank
             parameter.requires_grad_(reads_text(base, name))
         return Policy(base, options)
+    if model.gradient_checkpointing:
+        base.enable_input_require_grads()
     torch.manual_seed(seed)  # all ranks draw the same adapters
     base.requires_grad_(False)
     targets, _ = adapter_targets(base, lora.target_modules, lora.target_parameters)

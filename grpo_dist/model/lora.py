@@ -157,11 +157,12 @@ def fuse_adapters(model: nn.Module) -> None:
         for layer, family in families.items():
             layer.family = family
         for layer in module.children():
-            if _is_adapted(layer):
+            if is_adapted(layer):
                 layer.forward = _fused(layer, layer.forward, families.get(layer))
 
 
-def _is_adapted(layer: nn.Module) -> bool:
+def is_adapted(layer: nn.Module) -> bool:
+    """Whether a layer is torch's own or a quantised one, with adapters that `adapted_linears` computes."""
     is_lora = isinstance(layer, LoraLinear) and isinstance(layer.base_layer, nn.Linear) and ADAPTER in layer.lora_A
     return is_lora and isinstance(layer.lora_dropout[ADAPTER], (nn.Identity, TokenDropout))
 
@@ -171,7 +172,7 @@ def _fused(layer: LoraLinear, plain: Callable[[Tensor], Tensor], family: _Family
         if not _fits(layer, x):
             return plain(x)
         scaling, dropout = layer.scaling[ADAPTER], layer.lora_dropout[ADAPTER]
-        if _drops(layer):
+        if drops(layer):
             return _computed([layer], x, scaling * dropout.scale, dropout.kept(x))[0]
         if family is not None and family.fits(x):
             return family.output(layer, x)
@@ -188,7 +189,7 @@ def _fits(layer: LoraLinear, x: Tensor) -> bool:
     return not any(map(is_sharded, adapters if isinstance(base, QuantizedLinear) else (base.weight, *adapters)))
 
 
-def _drops(layer: LoraLinear) -> bool:
+def drops(layer: LoraLinear) -> bool:
     """Whether a layer's adapters see a part of their input now."""
     return layer.lora_dropout[ADAPTER].training and isinstance(layer.lora_dropout[ADAPTER], TokenDropout)
 
@@ -223,7 +224,7 @@ class _Family:
 
     def fits(self, x: Tensor) -> bool:
         """Whether all layers compute their adapters of `x` now, and none drops any of it."""
-        return _shares_products(x) and all(_fits(each, x) and not _drops(each) for each in self.layers)
+        return _shares_products(x) and all(_fits(each, x) and not drops(each) for each in self.layers)
 
     def gated(self, x: Tensor) -> Tensor | None:
         """SwiGLU's product of a gate and its sibling, or None where the kernel cannot compute it."""
@@ -251,6 +252,6 @@ class _Family:
 def _family(module: nn.Module, names: Sequence[str]) -> _Family | None:
     """The children of these names, if all have plain adapters of one scale."""
     layers: list[Any] = [getattr(module, each, None) for each in names]
-    if not all(map(_is_adapted, layers)) or len({each.scaling[ADAPTER] for each in layers}) > 1:
+    if not all(map(is_adapted, layers)) or len({each.scaling[ADAPTER] for each in layers}) > 1:
         return None
     return _Family(layers)

@@ -69,7 +69,7 @@ def _code() -> ctypes.CDLL | None:
         return None
 
 
-def _call(name: str, *arguments: Tensor | int | float | ctypes.Structure) -> None:
+def call(name: str, *arguments: Tensor | int | float | ctypes.Structure) -> None:
     """Call a function with the number of threads and these arguments; whole numbers are int64, others float32."""
     if _IS_TRACED.get():
         return
@@ -80,13 +80,14 @@ def _call(name: str, *arguments: Tensor | int | float | ctypes.Structure) -> Non
 
 def _argument(x: Tensor | int | float | ctypes.Structure) -> Any:
     if isinstance(x, Tensor):
-        return c_void_p(_address(x))
+        return c_void_p(address(x))
     if isinstance(x, ctypes.Structure):
         return ctypes.byref(x)
     return c_int64(x) if isinstance(x, int) else c_float(x)
 
 
-def _address(x: Tensor) -> int:
+def address(x: Tensor) -> int:
+    """Where a tensor's numbers begin, for the functions; 0 where it has no memory."""
     assert x.is_contiguous() and x.dtype in (torch.float32, torch.int64)
     return 0 if isinstance(x, FakeTensor) else x.data_ptr()
 
@@ -94,28 +95,28 @@ def _address(x: Tensor) -> int:
 def normed(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """`x · weight / sqrt(mean square + eps)` (arXiv:1910.07467, equation 4) of rows (T, F), and each row's factor."""
     to, factors = torch.empty_like(x), x.new_empty(len(x))
-    _call("norm", x, weight, eps, *x.shape, to, factors)
+    call("norm", x, weight, eps, *x.shape, to, factors)
     return to, factors
 
 
 def normed_backward(grad: Tensor, x: Tensor, weight: Tensor, factors: Tensor) -> Tensor:
     """The gradient by x, for that by the result."""
     to = torch.empty_like(x)
-    _call("norm_backward", grad, x, weight, factors, *x.shape, to)
+    call("norm_backward", grad, x, weight, factors, *x.shape, to)
     return to
 
 
 def gated(gate: Tensor, up: Tensor) -> Tensor:
     """`silu(gate) · up` (arXiv:2002.05202, equation 6), both (T, F)."""
     to = torch.empty_like(gate)
-    _call("gated", gate, up, gate.numel(), to)
+    call("gated", gate, up, gate.numel(), to)
     return to
 
 
 def gated_backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     """The gradients by both, for that by the result."""
     of_gate, of_up = torch.empty_like(gate), torch.empty_like(up)
-    _call("gated_backward", grad, gate, up, gate.numel(), of_gate, of_up)
+    call("gated_backward", grad, gate, up, gate.numel(), of_gate, of_up)
     return of_gate, of_up
 
 
@@ -124,7 +125,7 @@ def rotate(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, back: bool = Fa
     `cos` and `sin` (T, D); with `back`, the gradients by them for those by the results."""
     outputs = torch.empty_like(query), torch.empty_like(key)
     for x, to in zip((query, key), outputs, strict=True):
-        _call("rotate", x, cos, sin, *x.shape, int(back), to)
+        call("rotate", x, cos, sin, *x.shape, int(back), to)
     return outputs
 
 
@@ -132,7 +133,7 @@ def score_rows(logits: Tensor, targets: Tensor, temperature: float, slopes: bool
     """Log-probabilities of targets (M,) int64 and entropies, both (M,), of logits (M, V) divided by a temperature. With
     `slopes` the logits become the derivatives of the log-probabilities by them."""
     logprobs, entropies = logits.new_empty(2, len(logits))
-    _call("score_rows", logits, targets, *logits.shape, 1 / temperature, int(slopes), logprobs, entropies)
+    call("score_rows", logits, targets, *logits.shape, 1 / temperature, int(slopes), logprobs, entropies)
     return logprobs, entropies
 
 
@@ -172,7 +173,7 @@ class Sequences:
         return cls(integers(segments), integers(runs), longest, sums)
 
 
-class _Attention(ctypes.Structure):
+class AttentionFields(ctypes.Structure):
     """That of `pack.cpp`, field by field."""
 
     _fields_ = [
@@ -209,9 +210,9 @@ def attend_backward(
 
 
 def _attend(name: str, sequences: Sequences, scale: float, window: int | None, **tensors: Tensor) -> None:
-    _call(name, _Attention(
+    call(name, AttentionFields(
         tensors["query"].shape[1], *tensors["key"].shape[1:], len(sequences.segments), len(sequences.runs),
         sequences.longest, sequences.sums, sequences.longest if window is None else window, scale,
-        **{each: _address(x) for each, x in tensors.items()},
-        segment=_address(sequences.segments), run=_address(sequences.runs),
+        **{each: address(x) for each, x in tensors.items()},
+        segment=address(sequences.segments), run=address(sequences.runs),
     ))  # fmt: skip

@@ -14,6 +14,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from ..config.checks import require
 from ..config.schema import Config
 from .critic import ValueHead
+from .decoder_layers import fuse_decoder_layers
 from .dropout import TokenKeys
 from .fused_modules import fuse_gates, fuse_linears, fuse_norms, fuse_rotations
 from .logprobs import head_logprobs, logits_logprobs
@@ -31,11 +32,15 @@ class PolicyOptions:
     has_critic: bool = False
     entropy_gradient: bool = False
     """Whether the loss has a gradient through the entropies."""
+    fuses_layers: bool = False
+    """Whether decoder layers are computed as one operation where they can be (`decoder_layers.py`), which rounds
+    differently: policy and reference do the same, as the KL term is 0 before anything is learned."""
 
     @classmethod
     def of(cls, config: Config) -> PolicyOptions:
         """Those of the policy that a run trains."""
-        return cls(config.rollout.temperature, config.has_critic, config.loss.entropy_coeff > 0)
+        fuses_layers = config.lora is not None and config.lora.dropout == 0  # what the operation knows
+        return cls(config.rollout.temperature, config.has_critic, config.loss.entropy_coeff > 0, fuses_layers)
 
 
 PLAIN = PolicyOptions()
@@ -55,6 +60,8 @@ class Policy(nn.Module):
         fuse_gates(self.causal_lm)
         fuse_rotations(self.causal_lm)
         fuse_linears(self.causal_lm)
+        if options.fuses_layers:
+            fuse_decoder_layers(self.causal_lm)
         head = self.causal_lm.get_output_embeddings()
         self.fused_head = False  # until probe.head_is_plain shows that the model changes no logits after the head
         if isinstance(head, nn.Linear):

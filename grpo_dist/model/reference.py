@@ -57,8 +57,10 @@ def doubt_of_copy(dtype: torch.dtype, copy_dtype: torch.dtype) -> str | None:
 class FrozenCopy:
     """The base model with its own weights."""
 
-    def __init__(self, model: nn.Module, temperature: float) -> None:
-        self.policy = Policy(model.eval().requires_grad_(False), PolicyOptions(temperature))
+    def __init__(self, model: nn.Module, temperature: float, *, fuses_layers: bool) -> None:
+        """`temperature` and `fuses_layers` are the policy's."""
+        options = PolicyOptions(temperature, fuses_layers=fuses_layers)
+        self.policy = Policy(model.eval().requires_grad_(False), options)
 
     @torch.no_grad()
     def logprobs(self, pack: Pack) -> Tensor:

@@ -161,4 +161,4 @@ def _load_reference(
                                seed=config.train.seed, device=ranks.device).model  # fmt: skip
         else:
             copy = load_causal_lm(config.model, copy_dtype, implementation, ranks.device)
-    return FrozenCopy(copy, config.rollout.temperature)
+    return FrozenCopy(copy, config.rollout.temperature, fuses_layers=policy.options.fuses_layers)

@@ -28,9 +28,9 @@ from grpo_dist.model.rollout_weights import RolloutModel
 from grpo_dist.types import Batch, Prompt
 
 
-def make_copy(base: ModelConfig, dtype: torch.dtype = torch.float32) -> FrozenCopy:
+def make_copy(base: ModelConfig, dtype: torch.dtype = torch.float32, *, fuses_layers: bool = False) -> FrozenCopy:
     """The base in weights of its own."""
-    return FrozenCopy(load_causal_lm(base, dtype, attention.NAME), 1.0)
+    return FrozenCopy(load_causal_lm(base, dtype, attention.NAME), 1.0, fuses_layers=fuses_layers)
 
 
 def make_pack_of_two() -> Pack:
@@ -59,6 +59,14 @@ def test_the_first_step_has_no_kl(lora: LoraConfig | None, base: ModelConfig) ->
     policy, pack = load_policy(base, lora, torch.float32, attention.NAME), make_pack_of_two()
     assert torch.equal(make_copy(base).logprobs(pack), policy(pack)[0].detach())
     assert not torch.equal(make_copy(base).logprobs(pack), make_policy(base, lora)(pack)[0].detach())
+
+
+def test_the_first_step_has_no_kl_with_layers_in_one_operation(base: ModelConfig) -> None:
+    options, pack = PolicyOptions(fuses_layers=True), make_pack_of_two()
+    policy = load_policy(base, LORA, torch.float32, attention.NAME, options)
+    logprobs = policy(pack)[0].detach()
+    assert torch.equal(make_copy(base, fuses_layers=True).logprobs(pack), logprobs)
+    assert torch.equal(AdaptersOff(policy, policy).logprobs(pack), logprobs)
 
 
 def test_the_same_seed_draws_the_same_adapters(base: ModelConfig) -> None:
