@@ -96,14 +96,17 @@ class Policy(nn.Module):
             inputs |= {"position_ids": pack.positions[None], "layout": pack.layout}
         numbers: dict[str, Any] = {"targets": pack.targets, "temperature": self.options.temperature,
                                    "entropy_gradient": self.options.entropy_gradient}  # fmt: skip
+        hidden: Tensor | None
         if self.fused_head:
-            hidden = self.causal_lm.base_model(**inputs).last_hidden_state[0, pack.predictor]
+            hidden = rows_at(self.causal_lm.base_model(**inputs).last_hidden_state[0], pack.predictor)
             logprobs, entropies = self.causal_lm.get_output_embeddings()(hidden, **numbers)
         else:
             needs_hidden = self.value_head is not None
-            output = self.causal_lm(**inputs, logits_to_keep=pack.predictor, output_hidden_states=needs_hidden)
-            logprobs, entropies = logits_logprobs(kept_logits(output.logits[0], pack.predictor), **numbers)
-            hidden = output.hidden_states[-1][0, pack.predictor] if needs_hidden else None
+            kept, place = distinct(pack.predictor)
+            output = self.causal_lm(**inputs, logits_to_keep=kept, output_hidden_states=needs_hidden)
+            logits = rows_at(kept_logits(output.logits[0], kept), place)
+            logprobs, entropies = logits_logprobs(logits, **numbers)
+            hidden = rows_at(output.hidden_states[-1][0], pack.predictor) if needs_hidden else None
         return logprobs, entropies, None if self.value_head is None else self.value_head(hidden)
 
     def router_agreement(self, pack: Pack) -> dict[str, Tensor]:
@@ -114,9 +117,24 @@ class Policy(nn.Module):
         return {"rollout/router_agreement": routers.agreement(pack.predictor)}
 
 
-def kept_logits(logits: Tensor, predictor: Tensor) -> Tensor:
-    """The logits (M, V) at `predictor` (M,). A model returns only these, or those of all T tokens."""
-    return logits if len(logits) == len(predictor) else logits[predictor]
+def kept_logits(logits: Tensor, places: Tensor) -> Tensor:
+    """The logits (M, V) at `places` (M,). A model returns only these, or those of all T tokens."""
+    return logits if len(logits) == len(places) else logits[places]
+
+
+def rows_at(x: Tensor, places: Tensor) -> Tensor:
+    """The rows (M, …) of `x` (T, …) at `places` (M,). Several may be the same: the last token of a prompt predicts the
+    first one of each of its completions. The gradient of such a row is summed in one order, whatever the threads do."""
+    # an index sums in any order on a CPU, `index_select` on a GPU
+    return x[places] if x.is_cuda else x.index_select(0, places)
+
+
+def distinct(places: Tensor) -> tuple[Tensor, Tensor]:
+    """Places (U,) of which none is twice, and where each of `places` (M,) is among them. On a GPU, where an index may
+    have the same place twice and this would wait for the device, they are `places` and their numbers."""
+    if places.is_cuda:
+        return places, torch.arange(len(places), device=places.device)
+    return torch.unique(places, return_inverse=True)
 
 
 def recompute_layers(model: nn.Module) -> None:
