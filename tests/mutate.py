@@ -47,6 +47,8 @@ MODULES = {
     "algorithm/hashing": ["sampling", "dropout"],
     "model/dropout": ["dropout"],
     "model/lora": ["lora", "dropout"],
+    "model/decoder_layers": ["decoder_layers"],
+    "model/decoder_kernels": ["decoder_layers"],
     "algorithm/targets": ["targets", "presets"],
     "monitoring/contrast": ["console"],
     "trainer/gathering": ["gathering"],
@@ -116,6 +118,23 @@ EQUIVALENT = {
         "more *= 2  # a few packs too many cost less than trying every number: 2 -> 3",
         "load = [0.0] * num_ranks: 0.0 -> 1.0",
         "load[rank] += 0.0 if number is None else costs[number]: 0.0 -> 1.0",
+    ],
+    # room that is not used
+    "model/decoder_kernels": [
+        "scaling: float = 0.0",
+        "factors, y = made(2, tokens)",
+        "queries // weights.head_size -> queries * weights.head_size",
+        "sums = key.new_empty(2",
+    ],
+    # speed alone; numbers of a trial, and both of its sides
+    "model/decoder_layers": [
+        "MOST_NUMBERS =",
+        "outputs * inputs <= MOST_NUMBERS -> outputs * inputs < MOST_NUMBERS",
+        "scores = query @ key.transpose(2, 3) * options.scale_of(query)",
+        "generator = torch.Generator().manual_seed(0)",
+        "tokens, hidden, inner, size, heads =",
+        "return torch.randn(shape, generator=generator, device=",
+        "attended = layout.attend(0,",
     ],
     # what is rounded otherwise on a GPU alone, and its lines; all adapters of a layer have one dtype, and the layers of
     # a family one scale

@@ -64,6 +64,7 @@ class RowLayout:
         """`segments` are those of the pieces on `device`, if they are there already."""
         self.pieces, self.device = pieces, device or torch.device("cpu")
         self.longest = max(prompt + max(completions, default=0) for prompt, completions in pieces)
+        self.tokens = sum(prompt + sum(completions) for prompt, completions in pieces)
         self._segments = segments
         self._windows: dict[int, Window] = {}
         self._blocks: dict[int | None, BlockLayout] = {}

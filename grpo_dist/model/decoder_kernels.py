@@ -114,7 +114,7 @@ def decoder_layer_backward(
 
 def _turned(weights: LayerWeights) -> dict[str, Tensor]:
     """Room for each B transposed."""
-    return {f"{name}.turned": b.new_empty(b.shape[::-1]) for name, (_, b) in weights.adapted()}
+    return {f"{name}.turned": torch.empty_like(b) for name, (_, b) in weights.adapted()}
 
 
 def _run(name: str, weights: LayerWeights, sequences: Sequences, tensors: dict[str, Tensor]) -> None:

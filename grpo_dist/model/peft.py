@@ -58,8 +58,17 @@ ADAPTER = "default"
 """PEFT's name for the adapter of a model that has one."""
 
 __all__ = [
-    "ADAPTER", "LoraLayer", "LoraLinear", "ParamWrapper", "PeftLoraConfig", "PeftModel",
-    "convert_peft_config_for_transformers", "load_peft_weights", "with_new_adapters", "with_saved_adapters",
+    "ADAPTER",
+    "LoraLayer",
+    "LoraLinear",
+    "ParamWrapper",
+    "PeftLoraConfig",
+    "PeftModel",
+    "convert_peft_config_for_transformers",
+    "load_peft_weights",
+    "lora_layers",
+    "with_new_adapters",
+    "with_saved_adapters",
     "without_adapters",
 ]  # fmt: skip
 
@@ -81,10 +90,15 @@ def with_saved_adapters(base: nn.Module, place: str) -> PeftModel:
     return adapted
 
 
+def lora_layers(model: nn.Module) -> list[Any]:
+    """The layers with adapters."""
+    return [module for module in model.modules() if isinstance(module, LoraLayer)]
+
+
 @contextmanager
-def without_adapters(model: nn.Module) -> Iterator[None]:
-    """Inside, the model computes without its adapters. PEFT's own way to say so also says which weights are trained."""
-    layers: list[Any] = [module for module in model.modules() if isinstance(module, LoraLayer)]
+def without_adapters(layers: list[Any]) -> Iterator[None]:
+    """Inside, these layers compute without their adapters. PEFT's own way to say so also says which weights are
+    trained."""
     before = [layer._disable_adapters for layer in layers]
     try:
         for layer in layers:

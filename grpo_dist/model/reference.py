@@ -12,7 +12,7 @@ from ..config.algorithm import has_reference
 from ..config.schema import Config
 from ..distributed.device import dtype_name
 from .packing import Pack
-from .peft import without_adapters
+from .peft import lora_layers, without_adapters
 from .policy import Policy, PolicyOptions
 
 REFERENCE_PACK = 4
@@ -99,9 +99,10 @@ class AdaptersOff:
 
     def __init__(self, wrapped: nn.Module, policy: Policy) -> None:
         self.wrapped, self.policy = wrapped, policy
+        self._layers = lora_layers(policy.model)
 
     @torch.no_grad()
     def logprobs(self, pack: Pack) -> Tensor:
         """See `Reference`."""
-        with without_adapters(self.policy.model):
+        with without_adapters(self._layers):
             return self.wrapped(pack)[0]

@@ -17,7 +17,7 @@ from ..model.checks import CANNOT
 from ..model.compiled.library import CannotCompile
 from ..model.fixed_row import most_positions
 from ..model.fused_modules import plain_modules
-from ..model.peft import without_adapters
+from ..model.peft import lora_layers, without_adapters
 from ..model.quantized import quantized_layers
 from ..model.routing import routers_of
 from ..model.triton_trial import triton_obstacle
@@ -182,7 +182,7 @@ def own_step(model: nn.Module, most: str = "compiled") -> tuple[str, str | None]
     is_float32, reason = weight.dtype == torch.float32, None
     # rounded where the model's own code rounds, so that what is built otherwise shows; in 16 bits adapters and faster
     # steps are rounded elsewhere
-    with plain_modules(), without_adapters(model):
+    with plain_modules(), without_adapters(lora_layers(model)):
         as_llama = _decoding_off("operations", model) <= (1e-4 if is_float32 else 0.01)
     if weight.is_cuda:  # fused kernels hold on to dense weights
         names = ["fused"] * (not quantized_layers(model)) + ["pages", "operations"] if as_llama else ["pages"]

@@ -17,6 +17,6 @@ def make_batch(pieces: list[tuple[int, list[int]]], seed: int = 0, share_sampled
     tokens = torch.randint(90, (int(lengths.sum()),), generator=generator)
     zeros = torch.zeros(len(lengths), dtype=torch.float64)
     sampled = torch.rand(len(tokens), generator=generator) <= share_sampled
-    sampled[torch.cumsum(lengths, 0) - lengths] = True
+    sampled[(torch.cumsum(lengths, 0) - lengths)[lengths > 0]] = True
     return Batch(prompts, group, lengths, zeros > 0, tokens, sampled, torch.zeros(int(sampled.sum())), zeros[:, None],
                  zeros)  # fmt: skip

@@ -25,7 +25,7 @@ struct DecoderLayer {
 namespace {
 
 template <int L> class Decoder {
-    static constexpr long MOST_ROWS = 4 * ROW_BLOCK, PIECES = 8; // of a block; of a thread's work, at least
+    static constexpr long MOST_ROWS = 16 * ROW_BLOCK, PIECES = 8; // of a block; of a thread's work, at least
     const DecoderLayer& s;
     const Attention& a = s.attention;
     const int64_t threads;

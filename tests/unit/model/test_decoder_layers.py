@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ from peft import LoraConfig as PeftLoraConfig
 from peft import get_peft_model
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.functional import silu
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
@@ -22,6 +25,7 @@ from transformers import (
     Qwen2Config,
     Qwen3Config,
 )
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer, LlamaMLP
 
 from grpo_dist.config.schema import Config, LoraConfig
 from grpo_dist.model import attention, decoder_layers, pack_kernels
@@ -33,7 +37,7 @@ from grpo_dist.model.fused_modules import plain_modules
 from grpo_dist.model.layout import Pieces
 from grpo_dist.model.lora import fuse_adapters
 from grpo_dist.model.pack_kernels import traced_kernels
-from grpo_dist.model.peft import without_adapters
+from grpo_dist.model.peft import lora_layers, without_adapters
 from grpo_dist.model.policy import PolicyOptions, recompute_layers
 
 pytestmark = pytest.mark.usefixtures("kernel")
@@ -162,6 +166,25 @@ def test_an_input_without_a_gradient(calls: list[str]) -> None:
     assert len(calls) == 2
 
 
+def test_a_scale_of_its_own(calls: list[str]) -> None:
+    """Granite's layers without what makes them others."""
+    check(GraniteConfig, LONG, residual_multiplier=1.0, attention_multiplier=0.3)
+    assert len(calls) == 2
+
+
+def test_layers_with_and_without_a_window() -> None:
+    """Each keeps its own."""
+    given = {"num_hidden_layers": 2, "use_sliding_window": True, "sliding_window": 3, "max_window_layers": 1}
+    model, exact = model_of(Qwen2Config, **given), model_of(Qwen2Config, **given).double()
+    assert [layer.self_attn.sliding_window for layer in model.model.layers] == [None, 3]
+    fuse_decoder_layers(model)
+    for layer, truth in zip(model.model.layers, exact.model.layers, strict=True):
+        x, named = inputs_of(layer, LONG)
+        rotations = tuple(each.double() for each in named["position_embeddings"])
+        expected = truth(x.double(), **named | {"position_embeddings": rotations})
+        torch.testing.assert_close(layer(x, **named).double(), expected, atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("window", [3, 70, 500])
 def test_windows(window: int, calls: list[str]) -> None:
     check(MistralConfig, LONG, sliding_window=window, head_dim=16)
@@ -177,7 +200,7 @@ def test_adapters_that_are_off(calls: list[str]) -> None:
     for name, parameter in plain.named_parameters():
         parameter.data = layer.get_parameter(name.replace("_proj.", "_proj.base_layer.")).data
     x, named = inputs_of(plain, LONG)
-    with without_adapters(model):
+    with without_adapters(lora_layers(model)):
         assert torch.equal(layer(x, **named), plain(x, **named))
     assert not torch.allclose(layer(x, **named), plain(x, **named), atol=0.1)
     assert calls == ["decoder_layer"] * 4
@@ -245,6 +268,66 @@ def test_a_layer_of_another_attention_is_not() -> None:
     assert not is_fused(layer_of(model))
 
 
+class Capped(LlamaAttention):
+    """Cuts scores off."""
+
+    def forward(self, *given: Any, **named: Any) -> Any:
+        return super().forward(*given, softcap=10.0, **named)
+
+
+class Clamped(LlamaMLP):
+    """Cuts gates off where they are large."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(silu(self.gate_proj(x).clamp(max=7)) * self.up_proj(x))
+
+
+class Doubled(nn.Linear):
+    """A product that is not torch's."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+class Scaled(LlamaDecoderLayer):
+    """Multiplies its output by a number of its own."""
+
+    factor = 1.0
+
+    def forward(self, *given: Any, **named: Any) -> Any:
+        return super().forward(*given, **named) * self.factor
+
+
+class Old(LlamaDecoderLayer):
+    """Returns what layers did in older releases."""
+
+    def forward(self, *given: Any, **named: Any) -> Any:
+        return (super().forward(*given, **named),)
+
+
+class Asking(LlamaDecoderLayer):
+    """Asks for what a trial does not know."""
+
+    def forward(self, *given: Any, **named: Any) -> Any:
+        assert named.pop("extra")
+        return super().forward(*given, **named)
+
+
+def test_layers_that_compute_something_else_are_not() -> None:
+    """Among others that are: each layer is tried."""
+    model = model_of(LlamaConfig, rank=0, num_hidden_layers=9)
+    layers = model.model.layers
+    layers[1].post_attention_layernorm.variance_epsilon = 1e-2
+    layers[2].self_attn.__class__ = Capped
+    layers[3].mlp.up_proj = Doubled(64, 48, bias=False)
+    layers[4].mlp.__class__ = Clamped
+    for place, kind in {5: Scaled, 6: Scaled, 7: Old, 8: Asking}.items():
+        layers[place].__class__ = kind
+    layers[6].factor = 0.5
+    fuse_decoder_layers(model)
+    assert [place for place, layer in enumerate(layers) if is_fused(layer)] == [0, 5]
+
+
 def test_calls_with_more_than_the_operation_knows(calls: list[str]) -> None:
     """They go to the layer's own code, which computes the same."""
     model = model_of(Qwen2Config)
@@ -254,12 +337,20 @@ def test_calls_with_more_than_the_operation_knows(calls: list[str]) -> None:
     expected = layer(x, **named)
     assert calls.pop() == "decoder_layer"
     torch.testing.assert_close(layer(x, None, **named), expected)
+    torch.testing.assert_close(layer(hidden_states=x, **named), expected)
     torch.testing.assert_close(layer(x, use_cache=True, **named), expected)
     torch.testing.assert_close(layer(x, other_argument=1, **named), expected)
     with plain_modules():
         torch.testing.assert_close(layer(x, **named), expected)
     with torch.autocast("cpu", torch.bfloat16):
         assert layer(x, **named).isfinite().all()
+    cos, sin = named["position_embeddings"]
+    with pytest.raises(RuntimeError, match="size"):  # of a part of each head, which the layer's own code does not know
+        layer(x, **named | {"position_embeddings": (cos[..., :8], sin[..., :8])})
+    base = layer.mlp.up_proj.base_layer
+    base.weight.data = base.weight.data.T.contiguous().T
+    torch.testing.assert_close(layer(x, **named), expected)
+    base.weight.data = base.weight.data.contiguous()
     layer.mlp.up_proj.base_layer.weight.requires_grad_()
     torch.testing.assert_close(layer(x, **named), expected)
     layer.bfloat16()(
@@ -274,6 +365,21 @@ def test_calls_with_more_than_the_operation_knows(calls: list[str]) -> None:
     layer.mlp.up_proj.base_layer.weight.requires_grad_(False)
     layer(x, attention_mask=None, position_ids=torch.arange(13), use_cache=False, past_key_values=None, **named)
     assert calls == ["decoder_layer"]
+
+
+def test_parameters_that_are_replaced_are_let_go() -> None:
+    """FSDP2 puts a part of each in its place: the whole ones would stay in memory."""
+    model = model_of(LlamaConfig)
+    fuse_decoder_layers(model)
+    layer = layer_of(model)
+    before = [weakref.ref(parameter) for parameter in layer.parameters()]
+    for module in layer.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                module._parameters[name] = nn.Parameter(parameter.detach().clone())
+    del parameter
+    gc.collect()
+    assert before and all(each() is None for each in before)
 
 
 def test_which_policies_use_it() -> None:
