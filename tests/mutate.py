@@ -130,7 +130,6 @@ EQUIVALENT = {
     "model/decoder_layers": [
         "MOST_NUMBERS =",
         "outputs * inputs <= MOST_NUMBERS -> outputs * inputs < MOST_NUMBERS",
-        "scores = query @ key.transpose(2, 3) * options.scale_of(query)",
         "generator = torch.Generator().manual_seed(0)",
         "tokens, hidden, inner, size, heads =",
         "return torch.randn(shape, generator=generator, device=",

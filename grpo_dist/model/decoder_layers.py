@@ -18,8 +18,9 @@ from torch.nn.functional import rms_norm, silu
 from ..distributed.sharding import gather_with, is_whole
 from . import pack_kernels
 from .attention import RowLayout
+from .block_attention import block_layout
 from .decoder_kernels import PROJECTIONS, LayerWeights, Projection, decoder_layer, decoder_layer_backward
-from .fused_modules import GATED, Product, is_plain
+from .fused_modules import GATED, Product, is_plain, turned
 from .layout import AttentionOptions
 from .lora import drops, is_adapted
 from .pack_kernels import MULTIPLE, Sequences
@@ -78,10 +79,7 @@ class _TrialLayout:
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions) -> Tensor:
         self.options = options
-        key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
-        scores = query @ key.transpose(2, 3) * options.scale_of(query)
-        unseen = torch.ones(scores.shape[2:], dtype=torch.bool, device=query.device).triu(1)
-        return (scores.masked_fill(unseen, -torch.inf).softmax(-1) @ value).transpose(1, 2)
+        return block_layout([(query.shape[2], [])]).attend(layer, query, key, value, options)
 
 
 def _tried(module: Any) -> AttentionOptions | None:
@@ -135,13 +133,10 @@ def _trial(module: Any, eps: float, factor: float) -> tuple[Any, Tensor, Attenti
     def heads_of(rows: Tensor, weight: Tensor) -> Tensor:  # (1, heads, tokens, size)
         return (rows @ weight.T).view(1, tokens, -1, size).transpose(1, 2)
 
-    def turned(x: Tensor) -> Tensor:
-        first, second = x.chunk(2, -1)
-        return x * cos + torch.cat([-second, first], -1) * sin
-
     normed = rms_norm(x, norm.shape, norm, eps)
     query, key, value = (heads_of(normed, each) for each in (q, k, v))
-    attended = layout.attend(0, turned(query), turned(key), value, layout.options)
+    query, key = (turned(each, cos, sin) for each in (query, key))
+    attended = layout.attend(0, query, key, value, layout.options)
     middle = x + attended.reshape(1, tokens, -1) @ o.T
     normed = rms_norm(middle, norm.shape, mlp_norm, eps)
     return given, middle + (silu(normed @ gate.T) * (normed @ up.T)) @ down.T, layout.options

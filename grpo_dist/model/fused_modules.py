@@ -135,9 +135,15 @@ def _is_plain_rotation(rotation: Callable[..., tuple[Tensor, Tensor]]) -> bool:
     generator = torch.Generator().manual_seed(0)
     query, key, cos, sin = (torch.randn(shape, generator=generator, device="cpu")
                             for shape in ((1, 4, 3, 6), (1, 2, 3, 6), (1, 3, 6), (1, 3, 6)))  # fmt: skip
-    turned = (x * cos + torch.cat([-x[..., 3:], x[..., :3]], -1) * sin for x in (query, key))
+    truths = (turned(x, cos, sin) for x in (query, key))
     return all(torch.allclose(got, truth, atol=1e-5)
-               for got, truth in zip(rotation(query, key, cos, sin), turned, strict=True))  # fmt: skip
+               for got, truth in zip(rotation(query, key, cos, sin), truths, strict=True))  # fmt: skip
+
+
+def turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """What a rotation makes of `x` (…, D), in a trial."""
+    first, second = x.chunk(2, -1)
+    return x * cos + torch.cat([-second, first], -1) * sin
 
 
 class Product(nn.Module):

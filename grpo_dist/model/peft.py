@@ -58,18 +58,9 @@ ADAPTER = "default"
 """PEFT's name for the adapter of a model that has one."""
 
 __all__ = [
-    "ADAPTER",
-    "LoraLayer",
-    "LoraLinear",
-    "ParamWrapper",
-    "PeftLoraConfig",
-    "PeftModel",
-    "convert_peft_config_for_transformers",
-    "load_peft_weights",
-    "lora_layers",
-    "with_new_adapters",
-    "with_saved_adapters",
-    "without_adapters",
+    "ADAPTER", "LoraLayer", "LoraLinear", "ParamWrapper", "PeftLoraConfig", "PeftModel",
+    "convert_peft_config_for_transformers", "load_peft_weights", "lora_layers", "with_new_adapters",
+    "with_saved_adapters", "without_adapters",
 ]  # fmt: skip
 
 

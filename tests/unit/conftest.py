@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from types import ModuleType
+from typing import Any
+
 import pytest
+import torch
 from hypothesis import settings
 from small_models import base  # noqa: F401  (a fixture for all)
 
@@ -20,3 +25,34 @@ def kernel() -> None:
         library(SOURCE)
     except CannotCompile as error:
         pytest.skip(str(error))
+
+
+@pytest.fixture
+def all_threads() -> Iterator[None]:
+    """Gives back the threads that a test takes."""
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def noted(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
+    """Lets a module's functions of these names note their calls: returns the list, in the order of the calls."""
+
+    def note(module: ModuleType, *names: str) -> list[str]:
+        calls: list[str] = []
+
+        def put(name: str) -> None:
+            function = getattr(module, name)
+
+            def call(*given: Any, **options: Any) -> Any:
+                calls.append(name)
+                return function(*given, **options)
+
+            monkeypatch.setattr(module, name, call)
+
+        for name in names:
+            put(name)
+        return calls
+
+    return note

@@ -57,16 +57,6 @@ template <int L> void cap_all(float* x, long count, float cap) {
     }
 }
 
-// rotary position embedding (arXiv:2104.09864, equation 34, with halves in place of pairs) of a head, in place
-void turn(float* x, long size, const float* cos, const float* sin) {
-    long half = size / 2;
-    for (long d = 0; d < half; ++d) {
-        float first = x[d], second = x[d + half];
-        x[d] = first * cos[d] - second * sin[d];
-        x[d + half] = second * cos[d + half] + first * sin[d + half];
-    }
-}
-
 // --- the step ------------------------------------------------------------------------------------------------------
 
 // Where everything is that is neither a weight nor in the cache.
@@ -132,7 +122,7 @@ template <int L, class W, class X> class Decoding {
         float *k = key + row * keys + head * size, *v = value + row * keys + head * size;
         if (layer.key_norm) normalise<L>(k, size, layer.key_norm, s.eps, k);
         const long angles = (layer.kind * rows + row) * size;
-        turn(k, size, s.cos + angles, s.sin + angles);
+        turn_heads(k, 1, size, s.cos + angles, s.sin + angles, false);
         for (long d = 0; d < size; ++d) {
             store(k[d], own(layer.own_keys, row, head) + s.slots[row] * size + d);
             store(v[d], own(layer.own_values, row, head) + s.slots[row] * size + d);
@@ -161,7 +151,7 @@ template <int L, class W, class X> class Decoding {
             std::copy_n(query + row * queries + head * group * size, group * size, q);
             for (float* each = q; each < q + group * size; each += size) {
                 if (layer.query_norm) normalise<L>(each, size, layer.query_norm, s.eps, each);
-                turn(each, size, s.cos + angles, s.sin + angles);
+                turn_heads(each, 1, size, s.cos + angles, s.sin + angles, false);
                 for (long d = 0; d < size; ++d) each[d] *= s.scale;
             }
             if (!s.several) enter(layer, row, head);

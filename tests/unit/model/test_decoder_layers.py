@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -103,30 +103,9 @@ def outcome(layer: Any, x: Tensor, named: dict[str, Any], of_input: bool = True)
 
 
 @pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def calls(noted: Callable[..., list[str]]) -> list[str]:
     """The kernels that were called, in their order."""
-    names: list[str] = []
-
-    def note(name: str) -> None:
-        kernel = getattr(decoder_layers, name)
-
-        def noted(*given: Any) -> Any:
-            names.append(name)
-            return kernel(*given)
-
-        monkeypatch.setattr(decoder_layers, name, noted)
-
-    note("decoder_layer")
-    note("decoder_layer_backward")
-    return names
-
-
-@pytest.fixture
-def all_threads() -> Iterator[None]:
-    """Gives back the threads that a test takes."""
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
+    return noted(decoder_layers, "decoder_layer", "decoder_layer_backward")
 
 
 def check(config: type[PreTrainedConfig], pieces: Pieces, of_input: bool = True, **given: Any) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,31 +30,10 @@ LONG = [(70, [1, 90, 0, 40]), (1, [130]), (33, []), (2, [3] * 20)]
 
 
 @pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def calls(noted: Callable[..., list[str]]) -> list[str]:
     """The kernels that were called, in their order."""
-    names: list[str] = []
-
-    def note(name: str) -> None:
-        kernel = getattr(pack_kernels, name)
-
-        def noted(*given: Any, **options: Any) -> Any:
-            names.append(name)
-            return kernel(*given, **options)
-
-        monkeypatch.setattr(pack_kernels, name, noted)
-
-    for name in ("attend", "attend_backward", "normed", "normed_backward", "gated", "gated_backward", "rotate",
-                 "score_rows"):  # fmt: skip
-        note(name)
-    return names
-
-
-@pytest.fixture
-def all_threads() -> Iterator[None]:
-    """Gives back the threads that a test takes."""
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
+    return noted(pack_kernels, "attend", "attend_backward", "normed", "normed_backward", "gated", "gated_backward",
+                 "rotate", "score_rows")  # fmt: skip
 
 
 def heads(tokens: int, *numbers: int, size: int) -> list[Tensor]:

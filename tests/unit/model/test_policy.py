@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -17,14 +15,6 @@ from grpo_dist.model.packing import Pack, Piece, make_pack
 from grpo_dist.model.policy import Policy, PolicyOptions, distinct, rows_at
 
 pytestmark = pytest.mark.usefixtures("kernel")
-
-
-@pytest.fixture
-def all_threads() -> Iterator[None]:
-    """Gives back the threads that a test takes."""
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
 
 
 def pack_of_groups() -> Pack:
