@@ -126,7 +126,8 @@ EQUIVALENT = {
         "queries // weights.head_size -> queries * weights.head_size",
         "sums = key.new_empty(2",
     ],
-    # speed alone; numbers of a trial, and both of its sides
+    # speed alone; numbers of a trial, and both of its sides; what the trial sees too; a factor of no adapters; what
+    # ZeRO-3 gathers, in tests/distributed
     "model/decoder_layers": [
         "MOST_NUMBERS =",
         "outputs * inputs <= MOST_NUMBERS -> outputs * inputs < MOST_NUMBERS",
@@ -134,6 +135,12 @@ EQUIVALENT = {
         "tokens, hidden, inner, size, heads =",
         "return torch.randn(shape, generator=generator, device=",
         "attended = layout.attend(0,",
+        "(given, truth, options), large =",
+        "x, norm, mlp_norm = factor *",
+        "v, (gate, up, down) = (factor *",
+        "torch.allclose(y, exact, 0.0001, 0.0001)",
+        "base, scaling, adapters = (layer, 0.0, None)",
+        "for each in part._parameters.values() if each is not None",
     ],
     # what is rounded otherwise on a GPU alone, and its lines; all adapters of a layer have one dtype, and the layers of
     # a family one scale

@@ -163,12 +163,10 @@ def _fused(module: Any, plain: Callable[..., Tensor], options: AttentionOptions)
         scales = norms[0].weight, norms[1].weight
         if weights is None or not _are_frozen(*scales) or not pack_kernels.fits(given[0], *scales):
             return plain(*given, **named)
-        (x,) = given
-        scale = size**-0.5 if options.scale is None else options.scale
-        how = LayerWeights(size, eps, scale, options.window, *scales, weights)
-        rows = (each.flatten(0, -2).contiguous() for each in (x, *named["position_embeddings"]))
+        x, cos, sin = (each.flatten(0, -2).contiguous() for each in (given[0], *named["position_embeddings"]))
+        how = LayerWeights(size, eps, options.scale_of(cos), options.window, *scales, weights)
         adapters = (matrix for _, both in how.adapted() for matrix in both)
-        return _DecoderLayer.apply(*rows, how, named["layout"].sequences(), *adapters).view(x.shape)
+        return _DecoderLayer.apply(x, cos, sin, how, named["layout"].sequences(), *adapters)[None]
 
     return forward
 
