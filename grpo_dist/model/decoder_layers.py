@@ -91,8 +91,9 @@ def _tried(module: Any) -> AttentionOptions | None:
     if eps is None or eps != second:
         return None
     try:
-        # large numbers show what is cut off, as gates of gpt-oss are at 7
-        (given, truth, options), large = _trial(module, eps, 1.0), _trial(module, eps, 30.0)
+        # large numbers show what is cut off, as gates of gpt-oss are at 7; a policy of `plan` is built on "meta"
+        with torch.device("cpu"):
+            (given, truth, options), large = _trial(module, eps, 1.0), _trial(module, eps, 30.0)
     except Exception:  # a layer of any code may ask for what it does not get
         return None
     same = all(isinstance(y, Tensor) and y.shape == exact.shape and torch.allclose(y, exact, 1e-4, 1e-4)
@@ -113,7 +114,7 @@ def _trial(module: Any, eps: float, factor: float) -> tuple[Any, Tensor, Attenti
     tokens, hidden, inner, size, heads = 5, 8, 12, module.self_attn.head_dim, 2
 
     def numbers(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, device="cpu") / shape[-1] ** 0.5
+        return torch.randn(shape, generator=generator) / shape[-1] ** 0.5
 
     x, norm, mlp_norm = factor * numbers(1, tokens, hidden), numbers(hidden), factor * numbers(hidden)
     cos, sin = numbers(2, 1, tokens, size)
