@@ -133,7 +133,7 @@ class PassTime:
         self._sums: tuple[float, ...] = (0.0,) * 5
         self.start, self.each = 0.0, 0.0
 
-    def add(self, tokens: int, seconds: float) -> None:
+    def add(self, tokens: float, seconds: float) -> None:
         """Take in a pass; one that took far longer than expected was interrupted by something else."""
         if self.each:
             seconds = min(seconds, 3 * self.of(tokens))
@@ -148,7 +148,7 @@ class PassTime:
             self.each = time / count / (mean + 32)  # until passes of different sizes show it
         self.start = time / count - self.each * mean
 
-    def of(self, tokens: int) -> float:
+    def of(self, tokens: float) -> float:
         """Seconds of a pass that computes so many tokens."""
         return self.start + self.each * tokens
 

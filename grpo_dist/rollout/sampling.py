@@ -108,7 +108,7 @@ class Rules:
 
     def __init__(self, sampling: Sampling, end_ids: Sequence[int], device: torch.device) -> None:
         ids = [torch.tensor(list(each), dtype=torch.int64) for each in (end_ids, sampling.banned)]
-        self._ends, self._banned = to_device(ids, device)
+        self.ends, self._banned = to_device(ids, device)
         self.least = sampling.min_new_tokens
         self._bans_of: Tensor | None = None
         self._matching = None if sampling.stop is None else Matching(sampling.stop, device)
@@ -126,10 +126,15 @@ class Rules:
     def ended(self, tokens: Tensor, request: Tensor, places: Tensor) -> Tensor:
         """Whether the newest `tokens` (R,) of each `request` (R,), at `places` (R,), end it: (R,) bool."""
         # torch.isin sorts where there are many ends, and the sizes of what it sorts make the host wait for a GPU
-        over = (tokens[:, None] == self._ends).any(-1)
+        over = (tokens[:, None] == self.ends).any(-1)
         if self._matching is None:
             return over
         return over | (self._matching.step(tokens, request) & (places >= self.least))
+
+    @property
+    def matches(self) -> bool:
+        """Whether there are stop strings."""
+        return self._matching is not None
 
     @property
     def bans(self) -> bool:
@@ -140,8 +145,8 @@ class Rules:
         """Of each of `size` tokens where it may not be drawn, (V,) int8: 0 nowhere, 1 before `least` tokens, 2
         anywhere."""
         if self._bans_of is None:
-            bans = torch.zeros(size, dtype=torch.int8, device=self._ends.device)
-            self._bans_of = bans.index_fill_(0, self._ends, 1).index_fill_(0, self._banned, 2)
+            bans = torch.zeros(size, dtype=torch.int8, device=self.ends.device)
+            self._bans_of = bans.index_fill_(0, self.ends, 1).index_fill_(0, self._banned, 2)
         return self._bans_of
 
     def possible(self, logits: Tensor, places: Tensor) -> Tensor:
@@ -151,7 +156,7 @@ class Rules:
         kept = logits.index_fill(1, self._banned, -torch.inf)
         if self.least:
             early = (places < self.least)[:, None]
-            kept[:, self._ends] = kept[:, self._ends].masked_fill(early, -torch.inf)
+            kept[:, self.ends] = kept[:, self.ends].masked_fill(early, -torch.inf)
         return kept
 
 

@@ -60,7 +60,9 @@ template <class Part> long first_above(long count, double target, double& before
     return last;
 }
 
-void draw_row(const Row& row, double u, std::vector<double>& sums, int64_t* token, float* logprob) {
+void draw_row(const Row& row, double u, int64_t* token, float* logprob) {
+    thread_local std::vector<double> sums; // of blocks
+    sums.resize((row.size + DRAW_BLOCK - 1) / DRAW_BLOCK);
     double total = 0, before = 0, inside = 0, unused = 0;
     for (long n = 0; n < static_cast<long>(sums.size()); ++n) total += sums[n] = row.sum_block(n * DRAW_BLOCK);
     const long block = first_above(sums.size(), u * total, before, [&](long n) { return sums[n]; });

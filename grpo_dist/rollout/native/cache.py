@@ -157,7 +157,7 @@ class DecodeState:
         self.used = 0
         if len(rows):
             self._place_rows()
-            self.used = int((self.starts + self.lengths).max())
+            self.count_all()
 
     def _place_rows(self) -> None:
         """Settle where each sequence's sampled tokens begin and, where prompts are shared, its row in the blocks of
@@ -180,7 +180,7 @@ class DecodeState:
 
     def make_room(self, tokens: int = 1) -> None:
         """Make room for so many more tokens of each sequence."""
-        slots, most = next(iter(self.own_keys.values())).shape[2], self.used + tokens
+        slots, most = next(iter(self.own_keys.values())).shape[2], min(self.used + tokens, self.most_used + 1)
         if most > slots:
             self.version += 1
             slots = min(max(slots + SLOT_CHUNK, slots * 3 // 2, most), self.most_used + 1)
@@ -230,6 +230,10 @@ class DecodeState:
     def set_lengths(self, rows: Tensor, lengths: Tensor) -> None:
         """Say how many own tokens of some rows are in the cache."""
         self.lengths[rows] = lengths
+        self.count_all()
+
+    def count_all(self) -> None:
+        """What the host has to know of own tokens, however many have come to the cache."""
         self.used = int((self.starts + self.lengths).max())
 
     def count_step(self) -> None:

@@ -8,7 +8,7 @@
 // Shapes: R rows, H hidden, F intermediate, V vocabulary, Hq query heads, Hk key heads, D head size, P prompts,
 // Lp slots of a prompt, S slots of a row. Weights are (outputs, inputs), caches (R or P, Hk, slots, D).
 
-#include "draw.h"
+#include "drawing.h"
 #include "layers.h"
 #include "weights.h"
 #include "work.h"
@@ -35,11 +35,11 @@ struct Step {
     const Layer* layer;
     int64_t rows, own_slots, prompt_slots; // the batch; without shared prompts prompt_slots is 0
     int64_t several; // whether some of `rows` are tokens of the same row of the cache, one after another
-    const int64_t *tokens, *slots; // (R,) newest token, and where its key goes
-    const int64_t *prompt, *prompt_lengths; // (R,), those of a prompt one after another, and (P,)
-    const int64_t* cache_rows; // (R,) where in the cache each is; null: at its own number
-    const float *cos, *sin;    // (kinds, R, D)
-    float *logits, *scratch;   // (R, V), or null where tokens are only to enter the cache; room for `scratch_floats`
+    Columns columns;
+    const int64_t* prompt_lengths; // (P,)
+    int64_t num_turns;
+    const float *cos, *sin;  // (kinds, num_turns, D)
+    float *logits, *scratch; // (R, V), or null where tokens are only to enter the cache; room for `scratch_floats`
 };
 
 namespace {
@@ -101,7 +101,7 @@ struct Product {
 // One thread's part of a step. X is what weights are multiplied with.
 template <int L, class W, class X> class Decoding {
     const Step& s;
-    Member member;
+    Member& member;
     const Room room{s};
     const long rows = s.rows, hidden = s.hidden, inner = s.intermediate, size = s.head_size, group = room.group;
     const long queries = s.query_heads * size, keys = s.key_heads * size;
@@ -113,31 +113,35 @@ template <int L, class W, class X> class Decoding {
     X* factors(long at) const { return reinterpret_cast<X*>(s.scratch + at); }
 
     W* own(void* cache, long row, long head) const {
-        const long place = s.cache_rows ? s.cache_rows[row] : row;
+        const long place = s.columns.cache_rows ? s.columns.cache_rows[row] : row;
         return static_cast<W*>(cache) + (place * s.key_heads + head) * s.own_slots * size;
+    }
+
+    // where in `cos` and `sin` the rotations of a row are
+    long angles(const Layer& layer, long row) const {
+        return (layer.kind * s.num_turns + (s.columns.turns ? s.columns.turns[row] : row)) * size;
     }
 
     // a row's new key and value of a head go to the cache
     void enter(const Layer& layer, long row, long head) {
         float *k = key + row * keys + head * size, *v = value + row * keys + head * size;
         if (layer.key_norm) normalise<L>(k, size, layer.key_norm, s.eps, k);
-        const long angles = (layer.kind * rows + row) * size;
-        turn_heads(k, 1, size, s.cos + angles, s.sin + angles, false);
+        turn_heads(k, 1, size, s.cos + angles(layer, row), s.sin + angles(layer, row), false);
         for (long d = 0; d < size; ++d) {
-            store(k[d], own(layer.own_keys, row, head) + s.slots[row] * size + d);
-            store(v[d], own(layer.own_values, row, head) + s.slots[row] * size + d);
+            store(k[d], own(layer.own_keys, row, head) + s.columns.slots[row] * size + d);
+            store(v[d], own(layer.own_values, row, head) + s.columns.slots[row] * size + d);
         }
     }
 
     // the first position that a row's newest token sees, behind `shared` of its prompt
     long first_seen(const Layer& layer, long row, long shared) const {
-        return std::max(0L, shared + s.slots[row] + 1 - static_cast<long>(layer.window));
+        return std::max(0L, shared + s.columns.slots[row] + 1 - static_cast<long>(layer.window));
     }
 
     // A head of rows [from, to) of one prompt: new keys and values go to the cache, the queries attend to the prompt
     // together and to their rows' own tokens each, and their outputs go to `attended`.
     void attend(const Layer& layer, long from, long to, long head) {
-        const long count = (to - from) * group, prompt = s.prompt_slots ? s.prompt[from] : 0;
+        const long count = (to - from) * group, prompt = s.prompt_slots ? s.columns.prompt[from] : 0;
         const long shared = s.prompt_slots ? s.prompt_lengths[prompt] : 0;
         float* turned = s.scratch + room.attention + room.per_thread * member.thread(); // (count, size)
         float *outputs = turned + count * size, *scores = outputs + count * size; // (count, size), (count, stride)
@@ -146,12 +150,11 @@ template <int L, class W, class X> class Decoding {
         };
         long skipped = shared; // of the prompt, as no row sees them; whole vectors, so that sums keep their order
         for (long row = from; row < to; ++row) {
-            const long angles = (layer.kind * rows + row) * size;
             float* q = turned + (row - from) * group * size;
             std::copy_n(query + row * queries + head * group * size, group * size, q);
             for (float* each = q; each < q + group * size; each += size) {
                 if (layer.query_norm) normalise<L>(each, size, layer.query_norm, s.eps, each);
-                turn_heads(each, 1, size, s.cos + angles, s.sin + angles, false);
+                turn_heads(each, 1, size, s.cos + angles(layer, row), s.sin + angles(layer, row), false);
                 for (long d = 0; d < size; ++d) each[d] *= s.scale;
             }
             if (!s.several) enter(layer, row, head);
@@ -162,7 +165,7 @@ template <int L, class W, class X> class Decoding {
         score<L>(turned, count, size, prompts(layer.prompt_keys, skipped), size, before, scores, room.stride);
         auto own_part = [&](long row, auto&& each) { // of the keys or values that a row sees of its own
             const long passed = std::max(0L, first_seen(layer, row, shared) - shared);
-            each((row - from) * group, passed, s.slots[row] + 1 - passed);
+            each((row - from) * group, passed, s.columns.slots[row] + 1 - passed);
         };
         for (long row = from; row < to; ++row)
             own_part(row, [&](long first, long passed, long seen) {
@@ -213,7 +216,7 @@ template <int L, class W, class X> class Decoding {
             const long head = n / blocks, begin = n % blocks * room.block, end = std::min(begin + room.block, rows);
             for (long from = begin, to; from < end; from = to) {
                 to = from + 1; // without shared prompts each row attends alone
-                while (s.prompt_slots && to < end && s.prompt[to] == s.prompt[from]) ++to;
+                while (s.prompt_slots && to < end && s.columns.prompt[to] == s.columns.prompt[from]) ++to;
                 attend(layer, from, to, head);
             }
         });
@@ -289,13 +292,13 @@ template <int L, class W, class X> class Decoding {
     }
 
   public:
-    Decoding(const Step& step, Team& team) : s(step), member(team) {}
+    Decoding(const Step& step, Member& member) : s(step), member(member) {}
 
     // By all threads together. Between two awaited works nothing is both read and written by different threads.
     void run() {
         all(rows, [&](long r) {
             for (long k = 0; k < hidden; k += L)
-                store<L>(load<L>(static_cast<const W*>(s.embeddings) + s.tokens[r] * hidden + k) * s.embedding_scale,
+                store<L>(load<L>(static_cast<const W*>(s.embeddings) + s.columns.tokens[r] * hidden + k) * s.embedding_scale,
                          x + r * hidden + k);
         });
         const float* added = nullptr; // the norm of what lies in `output` and is not yet part of x
@@ -323,10 +326,20 @@ template <int L, class W, class X> class Decoding {
     }
 };
 
-template <int L, class W, class X> void decode(const Step& step) {
+// One step or, with a drawing, its tokens.
+template <int L, class W, class X> void decode(Step& step, Drawing* drawing) {
     Team team(step.threads);
+    if (drawing) drawing->begun = omp_get_wtime();
 #pragma omp parallel num_threads(step.threads)
-    Decoding<L, W, X>(step, team).run();
+    for (Member member(team);;) {
+        Decoding<L, W, X>(step, member).run();
+        if (!drawing) break;
+        draw_all(*drawing, step.columns, step.rows, step.logits, step.vocabulary, member);
+#pragma omp barrier // somebody may still look at the rows
+#pragma omp single
+        step.rows = drawing->take(step.columns, step.rows);
+        if (drawing->is_over) break;
+    }
 }
 
 bool fits_lanes(const Step& step) {
@@ -345,13 +358,13 @@ bool fits_pairs(const Step& step) {
 #endif
 }
 
-template <class W> void decode(const Step& step) {
+template <class W> void decode(Step& step, Drawing* drawing) {
 #ifdef PAIRS
     if constexpr (std::is_same_v<W, bfloat16>)
-        if (fits_pairs(step)) return decode<LANES, W, bfloat16>(step);
+        if (fits_pairs(step)) return decode<LANES, W, bfloat16>(step, drawing);
 #endif
-    if (fits_lanes(step)) decode<LANES, W, float>(step);
-    else decode<8, W, float>(step); // half as wide, or the same
+    if (fits_lanes(step)) decode<LANES, W, float>(step, drawing);
+    else decode<8, W, float>(step, drawing); // half as wide, or the same
 }
 
 } // namespace
@@ -362,13 +375,10 @@ extern "C" int64_t multiplies_pairs(const Step* step) { return fits_pairs(*step)
 // `positions` (rows,).
 extern "C" void draw_rows(int64_t threads, const float* logits, int64_t rows, int64_t size, float inverse,
                           const int64_t* keys, const int64_t* positions, int64_t* tokens, float* logprobs) {
-#pragma omp parallel num_threads(std::min(threads, rows))
-    {
-        std::vector<double> sums((size + DRAW_BLOCK - 1) / DRAW_BLOCK);
-#pragma omp for schedule(dynamic)
-        for (int64_t r = 0; r < rows; ++r)
-            draw_row(Row(logits + r * size, size, inverse), uniform(keys[r], positions[r]), sums, tokens + r, logprobs + r);
-    }
+#pragma omp parallel for schedule(dynamic) num_threads(std::min(threads, rows))
+    for (int64_t r = 0; r < rows; ++r)
+        draw_row(Row(logits + r * size, size, inverse), uniform(keys[r], positions[r]), tokens + r, logprobs + r);
 }
-extern "C" void decode_float32(const Step* step) { decode<float>(*step); }
-extern "C" void decode_bfloat16(const Step* step) { decode<bfloat16>(*step); }
+// `drawing` may be null: then what is computed is one step, without a draw.
+extern "C" void decode_float32(Step* step, Drawing* drawing) { decode<float>(*step, drawing); }
+extern "C" void decode_bfloat16(Step* step, Drawing* drawing) { decode<bfloat16>(*step, drawing); }

@@ -102,13 +102,18 @@ class DraftedSteps:
         rows = self._rows(alive)
         numbers = self._numbers(rows, chances) if any(row.ahead for row in rows) else []
         looked, accepted = time.perf_counter(), drafts.accepted
+        steps, computed = 1, num_rows + sum(numbers)
         if any(numbers):
             self._pass(rows, numbers)
+        elif decoding.together:
+            steps, computed = decoding.together(1 if rows else LOOK_EVERY - self.passes % LOOK_EVERY)
+            self.passes += steps - 1
+            self._compare(rows)
         else:
             decoding.advance()
             self._compare(rows)
         ended = time.perf_counter()
-        drafts.pass_time.add(num_rows + sum(numbers), ended - looked)
+        drafts.pass_time.add(computed / steps, (ended - looked) / steps)
         if rows and len(rows) == num_rows:
             tokens = num_rows + drafts.accepted - accepted
             drafts.gain.add(ended - begun, tokens / num_rows * drafts.pass_time.of(num_rows))

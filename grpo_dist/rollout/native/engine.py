@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ...types import Trajectory
 from ..engine import Decoder, Request, columns_of, take_group, trajectory
 from ..sampling import Rules, Sampling, draw
-from .cache import DecodeState, longer
+from .cache import EVERYTHING, DecodeState, longer
 from .drafted import DraftedSteps, Drafts
 from .graphs import Replayed
 from .kept import KeptRows
@@ -100,6 +100,7 @@ class Decoding:
         self.rules = Rules(sampling, engine.end_ids, self.device)
         self.several = several = self.decode if isinstance(self.decode, SeveralTokensStep) else None
         self.draw = several.draw if several else draw
+        self.together = several.together(self) if several else None
         self.drafted = DraftedSteps(self, several, engine.drafts) if several and engine.drafts else None
         self.row_request = torch.zeros(0, dtype=torch.int64, device=self.device)  # (R,) place in `requests`
         self.last = torch.zeros(0, dtype=torch.int64, device=self.device)  # (R,) newest token
@@ -168,10 +169,13 @@ class Decoding:
 
     def close(self) -> None:
         """Let go now of what refers back to this object, and would hold its memory until it is collected."""
-        self.replayed = self.drafted = self.keeping = None
+        self.replayed = self.together = self.drafted = self.keeping = None
 
     def advance(self) -> None:
-        """One more token of every row that is not kept."""
+        """One more token of every row that is not kept, or several of those that are alive."""
+        if self.together:
+            self.together(EVERYTHING)
+            return
         self.state.make_room()
         (self.replayed or self._step)()
         self.state.count_step()

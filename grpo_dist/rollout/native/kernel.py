@@ -12,6 +12,7 @@ from __future__ import annotations
 import ctypes
 from ctypes import c_float, c_int64, c_void_p
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -24,8 +25,13 @@ from ...model.quantized import QuantizedWeight
 from ...types import integers
 from ..sampling import Rules, Sampling, draw
 from .cache import EVERYTHING, DecodeState, PrefilledRows
+from .drawn_steps import DrawnSteps
 from .llama import Gated, Layer, Linear, LlamaWeights, Norm, takes_gelu
 from .relaid import MOST_SPARE_BYTES, Compact, CompactWeight, CompactWeights, RelaidWeights
+from .structures import DrawingFields, LayerFields, LinearFields, StepFields, address_of
+
+if TYPE_CHECKING:
+    from .engine import Decoding
 
 SOURCE = Path(__file__).with_name("decode.cpp")
 FUNCTIONS = {torch.float32: "decode_float32", torch.bfloat16: "decode_bfloat16"}
@@ -45,37 +51,6 @@ LONGEST_ENTERED = 1024
 torch nor this file has products of bfloat16, torch is never faster, and where torch alone has them it always is."""
 MULTIPLE = 8
 """Sizes have to be multiples of this: so many numbers, or twice as many, are computed at once."""
-
-
-# The structures of decode.cpp and weights.h, field by field.
-class _Linear(ctypes.Structure):
-    _fields_ = [
-        ("weight", c_void_p), ("grouped", c_int64), ("compact", Compact),
-        *((name, c_void_p) for name in ("bias", "scales", "values")), ("block", c_int64),
-        *((name, c_void_p) for name in ("low", "high")), ("rank", c_int64),
-    ]  # fmt: skip
-
-
-class _Layer(ctypes.Structure):
-    _fields_ = [
-        *((name, c_void_p) for name in ("input_norm", "output_norm", "mlp_norm", "down_norm")),
-        *((name, c_void_p) for name in ("query_norm", "key_norm", "sinks")),
-        *((name, _Linear) for name in ("query", "key", "value", "output", "gate", "up", "down")),
-        ("window", c_int64), ("kind", c_int64),
-        *((name, c_void_p) for name in ("own_keys", "own_values", "prompt_keys", "prompt_values")),
-    ]  # fmt: skip
-
-
-class _Step(ctypes.Structure):
-    _fields_ = [
-        *((name, c_int64) for name in ("threads", "layers", "hidden", "intermediate", "vocabulary")),
-        *((name, c_int64) for name in ("query_heads", "key_heads", "head_size", "ranks", "gelu")),
-        *((name, c_float) for name in ("eps", "scale", "soft_cap", "embedding_scale", "logit_cap")),
-        *((name, c_void_p) for name in ("embeddings", "norm")), ("head", _Linear), ("layer", c_void_p),
-        *((name, c_int64) for name in ("rows", "own_slots", "prompt_slots", "several")),
-        *((name, c_void_p) for name in ("tokens", "slots", "prompt", "prompt_lengths", "cache_rows", "cos", "sin")),
-        *((name, c_void_p) for name in ("logits", "scratch")),
-    ]  # fmt: skip
 
 
 class KernelStep:
@@ -105,7 +80,7 @@ class KernelStep:
         )
         self.compact, self.relaid = compact if most_compact_bytes(numbers, self.dtype) else None, RelaidWeights()
         self.referenced: list[Tensor | CompactWeight] = []  # what is pointed to
-        self.step = step = _Step(
+        self.step = step = StepFields(
             torch.get_num_threads(), len(weights.layers), hidden, inner, vocabulary,
             first.query.outputs // size, first.key.outputs // size, size, 0,
             takes_gelu(self.gated), weights.norm.eps, first.attention.scale, first.attention.softcap or 0.0,
@@ -113,7 +88,7 @@ class KernelStep:
             self._kept(weights.embeddings, (vocabulary, hidden), self.dtype), self._norm(weights.norm, hidden),
         )  # fmt: skip
         self.multiplies_pairs = self.dtype == torch.bfloat16 and bool(code.multiplies_pairs(ctypes.byref(step)))
-        self.layers = (_Layer * len(weights.layers))(*map(self._layer, weights.layers, self.gated))
+        self.layers = (LayerFields * len(weights.layers))(*map(self._layer, weights.layers, self.gated))
         step.layer, step.head = ctypes.addressof(self.layers), self._linear(weights.head, vocabulary, hidden)
         step.ranks = self._most_ranks(step.head)
         self.points_into: tuple[DecodeState | None, int] = None, 0
@@ -129,20 +104,20 @@ class KernelStep:
     def __call__(self, tokens: Tensor, positions: Tensor, state: DecodeState) -> Tensor:
         """Logits (R, V) float32 after `tokens` (R,) int64 at `positions` (R,) int64, of the rows that are computed."""
         logits, rows = torch.empty(len(tokens), self.vocabulary), state.computed
-        self._run(tokens, positions, state.slots if rows is None else state.slots[rows], rows, state, logits)
+        self.run(tokens, positions, state.slots if rows is None else state.slots[rows], rows, state, logits)
         return logits
 
     def draw(
         self, logits: Tensor, keys: Tensor, positions: Tensor, sampling: Sampling, rules: Rules | None = None
     ) -> tuple[Tensor, Tensor]:
         """See `SeveralTokensStep`; compiled, unless some tokens may not be drawn."""
-        if sampling.greedy or sampling.truncates or (rules is not None and rules.bans):
+        if _leaves_out(sampling, rules):
             return draw(logits, keys, positions, sampling, rules)
         logits, (rows, size) = logits.float().contiguous(), logits.shape
         tokens, logprobs = torch.empty(rows, dtype=torch.int64), torch.empty(rows)
         self.draw_rows(
-            torch.get_num_threads(), _address(logits, (rows, size), torch.float32), rows, size,
-            1 / sampling.temperature, _address(keys, (rows,), torch.int64), _address(positions, (rows,), torch.int64),
+            torch.get_num_threads(), address_of(logits, (rows, size), torch.float32), rows, size,
+            1 / sampling.temperature, *(address_of(each, (rows,), torch.int64) for each in (keys, positions)),
             tokens.data_ptr(), logprobs.data_ptr(),
         )  # fmt: skip
         return tokens, logprobs
@@ -168,33 +143,47 @@ class KernelStep:
         """See `SeveralTokensStep`."""
         for at in range(0, len(tokens), ENTERED_AT_ONCE):
             token, row, slot = (each[at : at + ENTERED_AT_ONCE].contiguous() for each in (tokens, rows, slots))
-            self._run(token, _positions(row, slot, state), slot, row, state, None, several=True)
+            self.run(token, _positions(row, slot, state), slot, row, state, None, several=True)
 
     def several(self, tokens: Tensor, rows: Tensor, slots: Tensor, state: DecodeState) -> Tensor:
         """See `SeveralTokensStep`; logits are float32."""
         logits = torch.empty(len(tokens), self.vocabulary)
-        self._run(tokens, _positions(rows, slots, state), slots, rows, state, logits, several=True)
+        self.run(tokens, _positions(rows, slots, state), slots, rows, state, logits, several=True)
         return logits
 
-    def _run(
+    def together(self, decoding: Decoding) -> DrawnSteps | None:
+        """See `SeveralTokensStep`."""
+        sampling, rules = decoding.sampling, decoding.rules
+        return None if _leaves_out(sampling, rules) or rules.matches else DrawnSteps(self, decoding)
+
+    def run(
         self, tokens: Tensor, positions: Tensor, slots: Tensor, rows: Tensor | None, state: DecodeState,
-        logits: Tensor | None, *, several: bool = False,
+        logits: Tensor | None, *, several: bool = False, turns: Tensor | None = None,
+        drawing: DrawingFields | None = None,
     ) -> None:  # fmt: skip
+        """Compute `tokens` that get `slots` of the cache's `rows`, all (T,) int64, to `logits` (T, V) float32.
+
+        None for `rows` are all of them. The n-th token turns as the n-th of `positions` says, or as that of the number
+        in `turns` (T,) int64. A `drawing` goes on with what it draws, and changes all these tensors.
+        """
         if self.points_into != (state, state.version):
             self._point_into(state)
         step, count = self.step, len(tokens)
         prompt = state.prompt if rows is None else state.prompt[rows]
-        turns = self.weights.rotations(torch.empty(0), positions).values()
-        turn = [torch.stack(each) if len(turns) > 1 else each[0][None] for each in zip(*turns, strict=True)]
-        step.rows, step.several = count, several
-        step.cos, step.sin = (_address(x, (len(turns), count, step.head_size), torch.float32) for x in turn)
-        step.tokens, step.slots, step.prompt = (_address(x, (count,), torch.int64) for x in (tokens, slots, prompt))
-        step.cache_rows = None if rows is None else _address(rows, (count,), torch.int64)
+        rotations = self.weights.rotations(torch.empty(0), positions).values()
+        turn = [torch.stack(each) if len(rotations) > 1 else each[0][None] for each in zip(*rotations, strict=True)]
+        step.rows, step.several, step.num_turns = count, several, len(positions)
+        shape = len(rotations), len(positions), step.head_size
+        step.cos, step.sin = (address_of(x, shape, torch.float32) for x in turn)
+        step.tokens, step.slots, step.prompt = (address_of(x, (count,), torch.int64) for x in (tokens, slots, prompt))
+        step.cache_rows, step.turns = (
+            None if x is None else address_of(x, (count,), torch.int64) for x in (rows, turns)
+        )
         step.logits = None if logits is None else logits.data_ptr()
         if (needed := self.scratch_floats(ctypes.byref(step))) > len(self.scratch):
             self.scratch = torch.empty(needed)
         step.scratch = self.scratch.data_ptr()
-        self.decode(ctypes.byref(step))
+        self.decode(ctypes.byref(step), None if drawing is None else ctypes.byref(drawing))
 
     def _point_into(self, state: DecodeState) -> None:
         step, number = self.step, self.weights.layers[0].number
@@ -203,21 +192,21 @@ class KernelStep:
                   ("own_values", state.own_values, (state.num_rows, step.own_slots))]  # fmt: skip
         if state.shares:
             prompts, step.prompt_slots = len(state.prompt_lengths), state.prompt_keys[number].shape[2]
-            step.prompt_lengths = _address(state.prompt_lengths, (prompts,), torch.int64)
+            step.prompt_lengths = address_of(state.prompt_lengths, (prompts,), torch.int64)
             stores += [("prompt_keys", state.prompt_keys, (prompts, step.prompt_slots)),
                        ("prompt_values", state.prompt_values, (prompts, step.prompt_slots))]  # fmt: skip
         for place, layer in zip(self.layers, self.weights.layers, strict=True):
             for name, store, (length, slots) in stores:
                 shape = length, step.key_heads, slots, step.head_size
-                setattr(place, name, _address(store[layer.number], shape, self.dtype))
+                setattr(place, name, address_of(store[layer.number], shape, self.dtype))
         self.points_into = state, state.version
 
-    def _layer(self, layer: Layer, gated: Gated) -> _Layer:
+    def _layer(self, layer: Layer, gated: Gated) -> LayerFields:
         weights = self.weights
         hidden, size, first = weights.embeddings.shape[1], weights.head_size, weights.layers[0]
         queries, keys, inner = first.query.outputs, first.key.outputs, self.gated[0].gate.outputs
         sinks, window = layer.attention.sinks, layer.attention.window
-        return _Layer(
+        return LayerFields(
             self._norm(layer.input_norm, hidden), self._norm(layer.output_norm, hidden),
             self._norm(layer.mlp_norm, hidden), self._norm(layer.down_norm, hidden),
             self._norm(layer.query_norm, size), self._norm(layer.key_norm, size),
@@ -231,7 +220,7 @@ class KernelStep:
     def _norm(self, norm: Norm | None, size: int) -> int | None:
         return None if norm is None else self._kept(norm.weight.float(), (size,), torch.float32)
 
-    def _linear(self, linear: Linear, outputs: int, inputs: int) -> _Linear:
+    def _linear(self, linear: Linear, outputs: int, inputs: int) -> LinearFields:
         bias = None if linear.bias is None else self._kept(linear.bias.float(), (outputs,), torch.float32)
         adapter, stored, is_merged = linear.adapter, linear.stored, False
         if isinstance(stored, QuantizedWeight):
@@ -242,7 +231,7 @@ class KernelStep:
             is_merged = adapter is not None and self.dtype in MERGED and compact is None
             weight = linear.merged() if is_merged else stored
             groups = self.relaid.put_groups(weight) if is_merged else None  # in place of the merged one
-            place = _Linear(self._kept(weight if groups is None else groups, (outputs, inputs), self.dtype),
+            place = LinearFields(self._kept(weight if groups is None else groups, (outputs, inputs), self.dtype),
                             groups is not None)  # fmt: skip
             if compact is not None:
                 self.referenced.append(compact)
@@ -258,20 +247,20 @@ class KernelStep:
         place.high = self._kept(blocks, blocks.shape, torch.float32)
         return place
 
-    def _quantized(self, stored: QuantizedWeight, outputs: int, inputs: int) -> _Linear:
+    def _quantized(self, stored: QuantizedWeight, outputs: int, inputs: int) -> LinearFields:
         # weights that are computed at once have one scale
         is_divided = stored.block % (2 * MULTIPLE) and stored.block != inputs
         if stored.shape != (outputs, inputs) or stored.dtype != self.dtype or is_divided:
             raise ValueError(f"{stored.dtype} {stored.shape} in blocks of {stored.block}, expected {self.dtype} "
                              f"{(outputs, inputs)} in lines or multiples of {2 * MULTIPLE}")  # fmt: skip
         codes, scales, values = stored.codes, stored.scales, stored.values
-        return _Linear(
+        return LinearFields(
             self._kept(codes, codes.shape, torch.int8 if values is None else torch.uint8),
             scales=self._kept(scales, scales.shape, torch.float32), block=stored.block,
             values=None if values is None else self._kept(values, (16,), torch.float32),
         )  # fmt: skip
 
-    def _most_ranks(self, head: _Linear) -> int:
+    def _most_ranks(self, head: LinearFields) -> int:
         """Of adapters that stay apart and read the same input, added up."""
         groups = [[head]]
         for layer in self.layers:
@@ -280,7 +269,7 @@ class KernelStep:
 
     def _kept(self, x: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> int:
         self.referenced.append(x)
-        return _address(x, shape, dtype)
+        return address_of(x, shape, dtype)
 
 
 def most_compact_bytes(numbers: int, dtype: torch.dtype) -> int:
@@ -296,6 +285,11 @@ def most_compact_bytes(numbers: int, dtype: torch.dtype) -> int:
 def has_few_sequences(config: Config) -> bool:
     """Whether a step has at most FEW_SEQUENCES, whatever the number of ranks."""
     return config.train.batch_size * config.rollout.group_size <= FEW_SEQUENCES
+
+
+def _leaves_out(sampling: Sampling, rules: Rules | None) -> bool:
+    """Whether some tokens may not be drawn, which only torch's operations know."""
+    return sampling.greedy or sampling.truncates or (rules is not None and rules.bans)
 
 
 def _positions(rows: Tensor, slots: Tensor, state: DecodeState) -> Tensor:
@@ -317,11 +311,3 @@ def _check_layers(weights: LlamaWeights) -> None:
         raise ValueError("layers differ in the eps of their norms")
     if len({(layer.attention.scale, layer.attention.softcap) for layer in weights.layers}) > 1:
         raise ValueError("layers differ in the scale or the soft cap of their scores")
-
-
-def _address(x: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> int:
-    """Where a tensor lies, which is what the kernel takes it for. Raises ValueError."""
-    if x.shape != shape or x.dtype != dtype or x.device.type != "cpu" or not x.is_contiguous():
-        raise ValueError(f"{x.dtype} {tuple(x.shape)} on {x.device}, strides {x.stride()}, expected {dtype} {shape} on "
-                         "the CPU without gaps")  # fmt: skip
-    return x.data_ptr()

@@ -5,6 +5,7 @@ Shapes: P prompts, R sequences, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -36,6 +37,10 @@ class SeveralTokensStep(Step, Protocol):
         self, logits: Tensor, keys: Tensor, positions: Tensor, sampling: Sampling, rules: Rules | None = None
     ) -> tuple[Tensor, Tensor]:
         """`sampling.draw` of its logits."""
+
+    def together(self, decoding: Any) -> Callable[[int], tuple[int, int]] | None:
+        """What draws at most so many tokens of each row of an `engine.Decoding` that is alive, and says how many steps
+        it took and tokens it drew; None where somebody has to look at each token."""
 
     def enters(self, tokens: int) -> bool:
         """Whether a prompt of so many tokens is computed by `prefill` of this step sooner than by the model."""

@@ -278,11 +278,11 @@ def test_where_looking_saves_no_time_it_is_done_in_every_eighth_pass(
 def test_where_no_draft_is_worth_its_time_a_few_are_looked_at_now_and_then(
     certain: nn.Module, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    compared: list[list[int]] = []  # of each rollout, the rows with drafts in each pass that draws one token of a row
+    compared: list[list[tuple[int, int]]] = []  # of each rollout, passes without drafts, and rows that were looked at
     compare, begin = drafted.DraftedSteps._compare, drafted.DraftedSteps.__init__
 
     def counting(steps: drafted.DraftedSteps, rows: list[Any]) -> None:
-        compared[-1].append(len(rows))
+        compared[-1].append((steps.passes, len(rows)))
         compare(steps, rows)
 
     def beginning(*arguments: Any) -> None:
@@ -296,9 +296,11 @@ def test_where_no_draft_is_worth_its_time_a_few_are_looked_at_now_and_then(
     made.drafts.pass_time = Fixed(1.0, 1e9)  # a token more takes as long as a pass
     assert epochs(made, certain, Sampling()) == epochs(decoder(False), certain, Sampling())
     assert made.drafts.drafted == 0
-    assert len(compared[1]) > 2 * drafted.LOOK_EVERY, "the test needs some passes"
-    for number, rows in enumerate(compared[1], 1):
-        assert rows <= drafted.LOOK_AT and (rows == 0 or number % drafted.LOOK_EVERY == 0)
-    assert max(compared[1]) == drafted.LOOK_AT
+    last, _ = compared[1][-1]
+    assert last > 2 * drafted.LOOK_EVERY, "the test needs some passes"
+    eighth = [(number, rows) for number, rows in compared[1] if number % drafted.LOOK_EVERY == 0]
+    assert [number for number, _ in eighth] == list(range(drafted.LOOK_EVERY, last + 1, drafted.LOOK_EVERY))
+    assert all(rows == 0 for number, rows in set(compared[1]) - set(eighth))
+    assert max(rows for _, rows in eighth) == drafted.LOOK_AT
     chances = made.drafts.acceptance.chances(0.5)
     assert chances[16][0] != 0.75, "what was looked at counts"

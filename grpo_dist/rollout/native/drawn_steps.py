@@ -1,0 +1,60 @@
+"""Steps of decoding with the draws between them, in one call of `decode.cpp`.
+
+Of a small model a step takes less time than what Python does between two of them.
+
+Shapes: R rows that are alive.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from .structures import DrawingFields, address_of
+
+if TYPE_CHECKING:
+    from .engine import Decoding
+    from .kernel import KernelStep
+
+MOST_STEPS = 16
+"""Steps of a call, at most."""
+SECONDS = 0.02
+"""Time after which a call begins no other step: what has ended is then scored, or answered by a tool."""
+
+
+class DrawnSteps:
+    """The steps of one rollout of which nobody has to see each token."""
+
+    def __init__(self, step: KernelStep, decoding: Decoding) -> None:
+        self.decoding, self.step = decoding, step
+
+    def __call__(self, most: int) -> tuple[int, int]:
+        """At most so many tokens of every row that is alive. Returns the steps and the tokens of all rows."""
+        decoding, state, steps = self.decoding, self.decoding.state, min(most, MOST_STEPS)
+        state.make_room(steps)
+        rows = decoding.alive.nonzero()[:, 0]
+        count, num_rows, num_requests = len(rows), state.num_rows, len(decoding.requests)
+        lengths, prompt = state.lengths[rows], state.prompt[rows]
+        positions = (state.prompt_lengths[prompt] + lengths)[:, None] + torch.arange(steps)
+        ends, table = decoding.rules.ends, decoding.tokens.shape
+        drawing = DrawingFields(steps, table[1], SECONDS, 1 / decoding.sampling.temperature,
+                                address_of(ends, ends.shape, torch.int64), len(ends))  # fmt: skip
+        for shape, dtype, of in (
+            ((num_rows,), torch.int64, {"request": decoding.row_request, "last": decoding.last,
+                                        "lengths": state.lengths}),
+            ((num_rows,), torch.bool, {"alive": decoding.alive}),
+            ((num_requests,), torch.int64, {"keys": decoding.keys, "offsets": decoding.offset,
+                                            "limits": decoding.limit, "ended_at": decoding.ended_at}),
+            ((num_requests,), torch.bool, {"may_end": decoding.may_end}),
+            (table, torch.int64, {"drawn": decoding.tokens}),
+            (table, torch.float32, {"logprobs": decoding.logprobs}),
+        ):  # fmt: skip
+            for name, x in of.items():
+                setattr(drawing, name, address_of(x, shape, dtype))
+        self.step.run(
+            decoding.last[rows], positions.flatten(), state.starts[rows] + lengths, rows, state,
+            torch.empty(count, self.step.vocabulary), turns=steps * torch.arange(count), drawing=drawing,
+        )  # fmt: skip
+        state.count_all()
+        return drawing.num_steps, drawing.num_drawn
