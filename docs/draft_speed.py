@@ -1,10 +1,12 @@
 """How much faster rollouts are with drafts, in three epochs over the same prompts; and that they draw the same.
 
+Also beside rollouts without drafts in which each token is looked at, as with stop strings or a truncated distribution.
+
     python -m grpo_dist.train --config configs/carry.yaml
     python docs/draft_speed.py runs/carry/final                  # 4 x 4 completions of at most 60 tokens; a minute
     python docs/draft_speed.py runs/carry/final --prompts 16 --group 8
 
-Each pair of rollouts has the same prompts and noise, with and without drafts in turn, in processor time of one thread.
+The three rollouts of an epoch have the same prompts and noise, in turn, in processor time of one thread.
 """
 
 from __future__ import annotations
@@ -26,6 +28,14 @@ from grpo_dist.rollout import NativeDecoder, Request, decode_all
 from grpo_dist.rollout.native.kernel import KernelStep
 from grpo_dist.types import Trajectory
 
+
+class LookedAtStep(KernelStep):
+    """A step after which each token is looked at."""
+
+    def together(self, _: object) -> None:
+        """See `SeveralTokensStep`."""
+
+
 EPOCHS, TOKENS = 3, 60
 ROWS = Path(__file__).parents[1] / "configs/data/carry_train.jsonl"
 
@@ -44,24 +54,29 @@ def main() -> None:
         options.model, attn_implementation=attention.NAME, dtype=torch.float32
     ).eval()  # fmt: skip
     prompts = prompts_of(tokenizer)
-    ratios: list[list[float]] = []
+    ratios: list[list[tuple[float, float]]] = []
     for pair in range(options.pairs):
         chosen = list(islice(prompts, options.prompts))
-        decoders = [NativeDecoder([tokenizer.eos_token_id], TOKENS, 1 << 16, step_of=KernelStep, drafts=drafts)
-                    for drafts in (True, False)]  # fmt: skip
+        ways = (KernelStep, True), (KernelStep, False), (LookedAtStep, False)
+        decoders = [NativeDecoder([tokenizer.eos_token_id], TOKENS, 1 << 16, step_of=step_of, drafts=drafts)
+                    for step_of, drafts in ways]  # fmt: skip
         ratios.append([])
         for epoch in range(EPOCHS):
             requests = [Request(group, sample, ids, stream_key(pair * EPOCHS + epoch, group, sample))
                         for group, ids in enumerate(chosen) for sample in range(options.group)]  # fmt: skip
-            seconds, drawn = [0.0, 0.0], dict[int, list[Trajectory]]()
-            for which in (0, 1) if pair % 2 else (1, 0):
+            seconds, drawn = [0.0] * 3, dict[int, list[Trajectory]]()
+            for which in (0, 1, 2) if pair % 2 else (2, 1, 0):
                 begun = time.process_time()
                 drawn[which] = decode_all(decoders[which], model, requests)
                 seconds[which] = time.process_time() - begun
-            assert drawn[0] == drawn[1], "drafts have changed a completion"
-            ratios[-1].append(seconds[1] / seconds[0])
+            assert drawn[0] == drawn[1] == drawn[2], "drafts have changed a completion"
+            ratios[-1].append((seconds[1] / seconds[0], seconds[2] / seconds[0]))
     for epoch, each in enumerate(zip(*ratios, strict=True)):
-        print(f"epoch {epoch + 1}: {statistics.median(each):.2f} times as fast ({min(each):.2f} to {max(each):.2f})")
+        plain, looked_at = (
+            f"{statistics.median(column):.2f} times as fast as {name} ({min(column):.2f} to {max(column):.2f})"
+            for name, column in zip(("without", "one token at a time"), zip(*each, strict=True), strict=True)
+        )
+        print(f"epoch {epoch + 1}: {plain}, {looked_at}")
 
 
 def prompts_of(tokenizer: AutoTokenizer) -> Iterator[list[int]]:

@@ -2,6 +2,7 @@
 
     python docs/steps_in_turn.py spinning     # threads may spin for 0.2 ms, or sleep at once; half a minute
     python docs/steps_in_turn.py drafts       # drafts are looked for where that saves time, or always
+    python docs/steps_in_turn.py together     # steps of decoding and draws between them are one call, or many
     python docs/steps_in_turn.py layers       # a layer of a pack is one operation, or its own code
     python docs/steps_in_turn.py products     # oneDNN multiplies by no matrix below 65,536 numbers, or below 8,192
 
@@ -25,6 +26,7 @@ allow_long(os.environ)
 from grpo_dist.config.parse import parse_config  # noqa: E402
 from grpo_dist.model import decoder_layers, products  # noqa: E402
 from grpo_dist.rollout.drafts import Gain  # noqa: E402
+from grpo_dist.rollout.native.kernel import KernelStep  # noqa: E402
 from grpo_dist.train import train_step  # noqa: E402
 from grpo_dist.trainer.build import build, close  # noqa: E402
 
@@ -53,6 +55,11 @@ def drafts(is_with: bool) -> None:
     Gain.is_none = PLAIN_RULE if is_with else property(lambda _: False)  # type: ignore[method-assign, assignment]
 
 
+def together(is_with: bool) -> None:
+    """Let nobody look at tokens where that is not needed, or at each."""
+    KernelStep.together = TOGETHER if is_with else lambda *_: None  # type: ignore[method-assign]
+
+
 def layers(is_with: bool) -> None:
     """Let the operation know the calls of layers, or none."""
     decoder_layers._is_known = KNOWN if is_with else lambda *_: False
@@ -63,9 +70,9 @@ def product_sizes(is_with: bool) -> None:
     products.FEWEST_NUMBERS = 1 << (16 if is_with else 13)
 
 
-PLAIN_RULE, KNOWN = Gain.is_none, decoder_layers._is_known
+PLAIN_RULE, TOGETHER, KNOWN = Gain.is_none, KernelStep.together, decoder_layers._is_known
 CHOICES: dict[str, Callable[[bool], None]] = {
-    "spinning": WithoutSpinning(), "drafts": drafts, "layers": layers, "products": product_sizes
+    "spinning": WithoutSpinning(), "drafts": drafts, "together": together, "layers": layers, "products": product_sizes
 }  # fmt: skip
 
 

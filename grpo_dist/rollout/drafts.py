@@ -12,6 +12,7 @@ and from how long passes took. Pure.
 
 from __future__ import annotations
 
+import math
 import re
 from bisect import bisect_left
 from collections import OrderedDict
@@ -28,6 +29,8 @@ PROMPT_CHARACTERS = 1 << 15
 """Characters kept of the completions of one prompt, the newest ones; a character is a token."""
 MOST_CHARACTERS = 1 << 22
 """Characters kept of all prompts; those of the prompt that was used longest ago are dropped first."""
+LOOK_EVERY = 8
+"""Steps between two looks for drafts that do not save time, at least."""
 BEGIN = "\0"
 """Stands before a completion."""
 
@@ -166,15 +169,31 @@ class Gain:
         self._spent = self._plain = 0.0
 
     def add(self, spent_seconds: float, plain_seconds: float) -> None:
-        """Take in a pass; one that was interrupted by something else says nothing."""
-        if spent_seconds < 3 * plain_seconds:
-            self._spent = self._decay * self._spent + spent_seconds
-            self._plain = self._decay * self._plain + plain_seconds
+        """Take in a pass; one that took far longer than without drafts may have been interrupted by something else."""
+        self._spent = self._decay * self._spent + _believed(spent_seconds, plain_seconds)
+        self._plain = self._decay * self._plain + plain_seconds
 
     @property
     def is_none(self) -> bool:
         """Whether looking has cost time."""
         return self._spent > self._plain
+
+
+class Looks:
+    """When drafts are looked for that may not be worth their time, in steps of the run."""
+
+    def __init__(self) -> None:
+        self.next = 0
+
+    def add(self, step: int, spent_seconds: float, plain_seconds: float) -> None:
+        """Take in a look at a step, which took so long for tokens that take `plain_seconds` without. The next one comes
+        when looking has cost a fiftieth of the time."""
+        lost = _believed(spent_seconds, plain_seconds) - plain_seconds
+        self.next = step + max(LOOK_EVERY, math.ceil(50 * lost / plain_seconds))
+
+
+def _believed(seconds: float, plain_seconds: float) -> float:
+    return min(seconds, 3 * plain_seconds)
 
 
 def numbers_of_drafts(chances: Sequence[Sequence[float]], time: PassTime) -> list[int]:

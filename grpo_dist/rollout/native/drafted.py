@@ -8,14 +8,25 @@ Shapes: R rows that are alive, T tokens of a pass.
 from __future__ import annotations
 
 import time
+from collections import defaultdict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from ..drafts import Acceptance, Completions, Gain, PassTime, ids_of, numbers_of_drafts, text_of
+from ..drafts import (
+    Acceptance,
+    Completions,
+    Gain,
+    Looks,
+    PassTime,
+    ids_of,
+    numbers_of_drafts,
+    text_of,
+)
 from ..engine import Request
+from .cache import EVERYTHING
 from .steps import SeveralTokensStep
 
 if TYPE_CHECKING:
@@ -25,9 +36,9 @@ MOST_ROWS = 128
 """With more rows nothing is drafted: a pass of so many tokens takes the longer the more there are."""
 MOST_LOGITS = 1 << 24
 """Most logits of a pass with drafts, which bounds its memory."""
-LOOK_EVERY, LOOK_AT = 8, 4
-"""Where drafts are not worth their time, those of a few rows are compared with what is drawn in every eighth pass.
-Where looking for them is not, all rows are looked at in every eighth."""
+LOOK_AT = 4
+"""Where drafts are not worth their time, those of so many rows are compared with what is drawn now and then. Where
+looking for them is not, all rows are looked at then."""
 
 
 class Drafts:
@@ -35,7 +46,11 @@ class Drafts:
 
     def __init__(self, end_ids: list[int]) -> None:
         self.completions, self.acceptance = Completions(end_ids), Acceptance()
-        self.pass_time, self.gain = PassTime(), Gain()
+        self.pass_time, self.step_time = PassTime(), PassTime()
+        """Of all passes, and of those for which nothing was looked for."""
+        self.gains, self.looks = defaultdict[int, Gain](Gain), defaultdict[int, Looks](Looks)
+        """By the binary digits of the number of rows: to compute more tokens of few rows takes hardly longer."""
+        self.steps = 0
         self.drafted = self.accepted = 0
 
     def add(self, request: Request, own: int, ids: list[int]) -> None:
@@ -79,44 +94,55 @@ class DraftedSteps:
         self.decoding, self.step, self.drafts = decoding, step, drafts
         self.texts: dict[int, str] = {}  # by request, the row's own tokens
         self.keys: dict[int, int] = {}
-        self.passes = 0
         self.looked_at = (0, 0)
         self.is_any_known = False
 
     def __call__(self) -> None:
         """One more token of every row, or several."""
-        decoding, drafts, begun = self.decoding, self.drafts, time.perf_counter()
+        decoding, drafts, begun, first = self.decoding, self.drafts, time.perf_counter(), self.drafts.steps
         # what waits is prefilled with others, as rows end without drafts
         if decoding.waiting or decoding.state.num_rows > MOST_ROWS or not self._knows_any():
-            decoding.advance()
+            self._advance(EVERYTHING)
             return
         alive = decoding.alive.nonzero()[:, 0]
         num_rows = len(alive)
-        self.passes += 1
-        is_eighth = self.passes % LOOK_EVERY == 0
+        gain, looks = drafts.gains[num_rows.bit_length()], drafts.looks[num_rows.bit_length()]
+        is_due = first >= looks.next
         chances = drafts.acceptance.chances(drafts.pass_time.least_chance(num_rows, num_rows))
-        if not any(chances.values()):
-            alive = alive[: LOOK_AT if is_eighth else 0]
-        elif drafts.gain.is_none and not is_eighth:
-            alive = alive[:0]
+        worth_it = any(chances.values()) and not gain.is_none
+        if not worth_it:
+            alive = alive[: 0 if not is_due else None if any(chances.values()) else LOOK_AT]
         rows = self._rows(alive)
         numbers = self._numbers(rows, chances) if any(row.ahead for row in rows) else []
         looked, accepted = time.perf_counter(), drafts.accepted
-        steps, computed = 1, num_rows + sum(numbers)
         if any(numbers):
             self._pass(rows, numbers)
-        elif decoding.together:
-            steps, computed = decoding.together(1 if rows else LOOK_EVERY - self.passes % LOOK_EVERY)
-            self.passes += steps - 1
+            drafts.steps += 1
+            drafts.pass_time.add(num_rows + sum(numbers), time.perf_counter() - looked)
+        else:
+            self._advance(1 if rows else max(1, looks.next - first))
             self._compare(rows)
+        if not rows:
+            return
+        spent = time.perf_counter() - begun
+        plain = (num_rows + drafts.accepted - accepted) / num_rows * drafts.step_time.of(num_rows)
+        if len(rows) == num_rows:
+            gain.add(spent, plain)
+        if not worth_it:
+            looks.add(first, spent, plain)
+
+    def _advance(self, most: int) -> None:
+        """Steps without drafts, at most so many."""
+        decoding, drafts, begun = self.decoding, self.drafts, time.perf_counter()
+        steps, computed = 1, len(decoding.last)
+        if decoding.together:
+            steps, computed = decoding.together(most)
         else:
             decoding.advance()
-            self._compare(rows)
-        ended = time.perf_counter()
-        drafts.pass_time.add(computed / steps, (ended - looked) / steps)
-        if rows and len(rows) == num_rows:
-            tokens = num_rows + drafts.accepted - accepted
-            drafts.gain.add(ended - begun, tokens / num_rows * drafts.pass_time.of(num_rows))
+        drafts.steps += steps
+        if computed <= MOST_ROWS * steps:
+            for each in (drafts.pass_time, drafts.step_time):
+                each.add(computed / steps, (time.perf_counter() - begun) / steps)
 
     def _knows_any(self) -> bool:
         """Whether there are other completions of any row's prompt."""

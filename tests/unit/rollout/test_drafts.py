@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import replace
-from itertools import product
+from itertools import pairwise, product
 from typing import Any
 
 import pytest
@@ -15,7 +15,17 @@ from torch import nn
 
 from grpo_dist.algorithm.hashing import stream_key
 from grpo_dist.rollout import NativeDecoder, Request, Sampling, decode_all
-from grpo_dist.rollout.drafts import BEGIN, Acceptance, Completions, Gain, PassTime, numbers_of_drafts, text_of
+from grpo_dist.rollout.drafts import (
+    BEGIN,
+    LOOK_EVERY,
+    Acceptance,
+    Completions,
+    Gain,
+    Looks,
+    PassTime,
+    numbers_of_drafts,
+    text_of,
+)
 from grpo_dist.rollout.native import drafted
 from grpo_dist.rollout.native.cache import DecodeState
 from grpo_dist.rollout.native.kernel import KernelStep
@@ -88,10 +98,17 @@ def test_looking_for_drafts_has_to_save_time() -> None:
     gain.add(2.5, 1.0)
     assert gain.is_none
     for _ in range(60):
-        gain.add(2.0, 2.1)
+        gain.add(2.0, 2.2)
     assert not gain.is_none, "what was long ago counts less"
     gain.add(1000.0, 2.0)
     assert not gain.is_none, "something else had the processor"
+
+
+def test_looking_in_vain_costs_a_fiftieth_of_the_time() -> None:
+    looks = Looks()
+    for spent, wait in ((0.9, LOOK_EVERY), (1.1, LOOK_EVERY), (1.5, 25), (1000.0, 100)):  # at the last one others work
+        looks.add(7, spent, 1.0)
+        assert looks.next == 7 + wait
 
 
 def test_acceptance_follows_what_is_drawn() -> None:
@@ -170,6 +187,12 @@ PROMPTS_OF_KERNEL = [[5, 9, 40, 7, 7], [3], [11, 12, 13, 14, 15, 16, 17, 18, 19,
 STOP = stop_strings(["abca"], [bytes([97 + n % 5]) for n in range(61)])
 
 
+def assert_seldom(looked: list[int]) -> None:
+    """Steps in which drafts are looked for: LOOK_EVERY from one to the next, but where fewer rows are alive."""
+    apart = [later - first for first, later in pairwise(looked)]
+    assert apart.count(LOOK_EVERY) > 2 and max(apart) == LOOK_EVERY and sum(apart) > 0.7 * LOOK_EVERY * len(apart)
+
+
 class Fixed(PassTime):
     """Passes that take what the test says."""
 
@@ -191,6 +214,7 @@ def decoder(drafts: bool, in_flight: int = 1 << 16, copied: int = 0) -> NativeDe
     made = NativeDecoder(ENDS, MOST, in_flight, step_of=KernelStep, copied_prompt=copied, drafts=drafts)
     if made.drafts:
         made.drafts.pass_time = Fixed(1.0, 1e-9)  # tokens cost nothing: all drafts are computed
+        made.drafts.step_time = Fixed(1e3, 1e-9)  # and looking for them is worth its time
     return made
 
 
@@ -257,20 +281,22 @@ def test_drafts_that_are_never_right_are_no_longer_computed(monkeypatch: pytest.
 
 @pytest.mark.usefixtures("kernel")
 @pytest.mark.parametrize("is_none", [True, False])
-def test_where_looking_saves_no_time_it_is_done_in_every_eighth_pass(
+def test_where_looking_saves_no_time_it_is_done_in_every_eighth_step(
     is_none: bool, certain: nn.Module, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Gain, "is_none", is_none)
     made, plain_rows, looks = decoder(True), drafted.DraftedSteps._rows, []
 
     def rows(self: drafted.DraftedSteps, alive: torch.Tensor) -> list[Any]:
-        looks.append((self.passes, len(alive) > 0))
+        looks.append((self.drafts.steps, len(alive) > 0))
         return plain_rows(self, alive)
 
     monkeypatch.setattr(drafted.DraftedSteps, "_rows", rows)
     assert epochs(made, certain, Sampling()) == epochs(decoder(False), certain, Sampling())
-    assert looks == [(number, not is_none or number % drafted.LOOK_EVERY == 0) for number, _ in looks]
-    assert any(is_looked for _, is_looked in looks)
+    looked = [number for number, is_looked in looks if is_looked]
+    assert len(looked) > 2 and (len(looked) == len(looks)) == (not is_none)
+    if is_none:
+        assert_seldom(looked)
     assert made.drafts is not None and made.drafts.accepted > 0
 
 
@@ -278,29 +304,21 @@ def test_where_looking_saves_no_time_it_is_done_in_every_eighth_pass(
 def test_where_no_draft_is_worth_its_time_a_few_are_looked_at_now_and_then(
     certain: nn.Module, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    compared: list[list[tuple[int, int]]] = []  # of each rollout, passes without drafts, and rows that were looked at
-    compare, begin = drafted.DraftedSteps._compare, drafted.DraftedSteps.__init__
+    compared: list[tuple[int, int]] = []  # steps so far, and rows that were looked at in the newest one
+    compare = drafted.DraftedSteps._compare
 
     def counting(steps: drafted.DraftedSteps, rows: list[Any]) -> None:
-        compared[-1].append((steps.passes, len(rows)))
+        compared.append((steps.drafts.steps, len(rows)))
         compare(steps, rows)
 
-    def beginning(*arguments: Any) -> None:
-        compared.append([])
-        begin(*arguments)
-
     monkeypatch.setattr(drafted.DraftedSteps, "_compare", counting)
-    monkeypatch.setattr(drafted.DraftedSteps, "__init__", beginning)
     made = decoder(True)
     assert made.drafts is not None
     made.drafts.pass_time = Fixed(1.0, 1e9)  # a token more takes as long as a pass
     assert epochs(made, certain, Sampling()) == epochs(decoder(False), certain, Sampling())
     assert made.drafts.drafted == 0
-    last, _ = compared[1][-1]
-    assert last > 2 * drafted.LOOK_EVERY, "the test needs some passes"
-    eighth = [(number, rows) for number, rows in compared[1] if number % drafted.LOOK_EVERY == 0]
-    assert [number for number, _ in eighth] == list(range(drafted.LOOK_EVERY, last + 1, drafted.LOOK_EVERY))
-    assert all(rows == 0 for number, rows in set(compared[1]) - set(eighth))
-    assert max(rows for _, rows in eighth) == drafted.LOOK_AT
+    looked = [number for number, rows in compared if rows]
+    assert_seldom(looked)
+    assert max(rows for _, rows in compared) == drafted.LOOK_AT
     chances = made.drafts.acceptance.chances(0.5)
     assert chances[16][0] != 0.75, "what was looked at counts"
