@@ -65,7 +65,7 @@ constexpr long VALUES_AT_ONCE = 32; // they stay in the nearest cache while seve
 // scores (queries, stride) = q Kᵀ of queries (queries, size) and `count` keys, `line` apart
 template <int L, class C>
 void score(const float* query, long queries, long size, const C* keys, long line, long count, float* scores, long stride) {
-    block_product<L>(query, queries, size, Lines<C>{keys, line}, size, 0, count, Ahead<C>(),
+    block_product<L>(query, queries, size, Lines<C>{keys, line}, size, 0, count, NoFetch(),
                      Target{scores, stride, nullptr, false});
 }
 

@@ -28,26 +28,54 @@ struct Target {
     }
 };
 
-// Fetches a block of weights (lines, count) little by little while another is at work: with more than one tile of rows,
-// memory would rest during the sums and the sums wait for memory.
-template <class W> class Ahead {
+// How a product fetches weights that it will need: before each tile, at each step of one over the inputs, and at each place
+// that it reads.
+struct NoFetch {
+    void tile() {}
+    void step() {}
+    template <class W> void at(const W*, long) {}
+};
+
+// those behind a place that is read: of one tile of rows, which reads weights from one end to the other
+struct FetchBehind : NoFetch {
+    template <class W> void at(const W* place, long k) {
+        if (k * sizeof(W) % CACHE_LINE == 0) __builtin_prefetch(place + FETCH_AHEAD / sizeof(W), 0, 2);
+    }
+};
+
+// Some weights, (lines, count) with a stride from one line to the next; none at all by default.
+template <class W> struct Block {
+    const W* first = nullptr;
+    long lines = 0, stride = 0, count = 0;
+};
+
+// A block, little by little while another block is at work: with more than one tile of rows, memory would rest during the
+// sums and the sums wait for memory. With few tiles that is at each of their steps: more cache lines at once than a core
+// may wait for would stop the sums.
+template <class W, bool BY_TILE> class FetchBlock : public NoFetch {
     static constexpr long AT_ONCE = CACHE_LINE / sizeof(W);
-    const W* line;
-    const long stride, count, total, turns;
-    long at = 0, done = 0, turn = 0;
+    Block<W> rest;
+    const long total, turns;
+    long left = total, at_line = 0, due = 0;
+
+    void turn() {
+        for (due += total; due >= turns && left > 0; due -= turns, --left) {
+            __builtin_prefetch(rest.first + at_line, 0, 2);
+            at_line += AT_ONCE;
+            if (at_line >= rest.count) at_line = 0, rest.first += rest.stride;
+        }
+    }
 
   public:
-    Ahead() : Ahead(nullptr, 0, 0, 0, 1) {} // nothing
-    Ahead(const W* block, long lines, long stride, long count, long turns)
-        : line(block), stride(stride), count(count), total(lines * ((count + AT_ONCE - 1) / AT_ONCE)), turns(turns) {}
+    FetchBlock(Block<W> block, long tiles, long steps)
+        : rest(block), total(block.lines * ((block.count + AT_ONCE - 1) / AT_ONCE)),
+          turns(BY_TILE ? tiles : tiles * steps) {}
 
-    void next() {
-        if (total == 0) return;
-        for (long until = total * ++turn / turns; done < until; ++done) {
-            __builtin_prefetch(line + at, 0, 2);
-            at += AT_ONCE;
-            if (at >= count) at = 0, line += stride;
-        }
+    void tile() {
+        if (BY_TILE) turn();
+    }
+    void step() {
+        if (!BY_TILE) turn();
     }
 };
 
@@ -58,7 +86,7 @@ template <class W> struct Lines {
 
     const W* at(long line, long k) const { return first + line * stride + k; }
     Lines from(long line, long k) const { return {at(line, k), stride}; }
-    Ahead<W> ahead(long lines, long count, long turns) const { return {first, lines, stride, count, turns}; }
+    Block<W> block(long lines, long count) const { return {first, lines, stride, count}; }
 };
 
 // How weights lie that are read once: of OUTPUTS lines each cache line in turn, so that a tile is one stream.
@@ -71,23 +99,29 @@ template <class W> struct Groups {
         return first + (k / TOGETHER * OUTPUTS + line) * TOGETHER + k % TOGETHER;
     }
     Groups from(long line, long k) const { return {first + line * stride + k * OUTPUTS, stride}; } // of whole groups
-    Ahead<W> ahead(long lines, long count, long turns) const {
-        return {first, lines / OUTPUTS, stride * OUTPUTS, count * OUTPUTS, turns};
+    Block<W> block(long lines, long count) const {
+        return {first, lines / OUTPUTS, stride * OUTPUTS, count * OUTPUTS};
     }
 };
 
-// N rows of x, `stride` apart, times M lines of weights, over `count` inputs. `FETCHES` those ahead.
-template <int L, bool FETCHES, int N, int M, class X, template <class> class Weights, class W>
-inline void tile(const X* x, long stride, Weights<W> w, long count, const Target& target, long row, long output) {
+// N rows of x, `stride` apart, times M lines of weights, over `count` inputs
+template <int L, int N, int M, class X, template <class> class Weights, class W, class Fetch>
+inline void tile(const X* x, long stride, Weights<W> w, long count, const Target& target, long row, long output,
+                 Fetch& fetch) {
     Vec<L> parts[N][OUTPUTS]; // those beyond M stay 0
     UNROLL for (int r = 0; r < N; ++r)
         UNROLL for (int o = 0; o < OUTPUTS; ++o) parts[r][o] = Vec<L>{};
     for (long k = 0; k < count; k += PIECE<L, X>) {
+        if (k % SPAN == 0) fetch.step();
         decltype(piece<L, X>(x)) xs[N];
-        UNROLL for (int r = 0; r < N; ++r) hold(xs[r] = piece<L, X>(x + r * stride + k));
+        UNROLL for (int r = 0; r < N; ++r) {
+            auto numbers = piece<L, X>(x + r * stride + k);
+            hold(numbers);
+            xs[r] = numbers;
+        }
         UNROLL for (int o = 0; o < M; ++o) {
             const W* place = w.at(o, k);
-            if (FETCHES && k * sizeof(W) % CACHE_LINE == 0) __builtin_prefetch(place + FETCH_AHEAD / sizeof(W), 0, 2);
+            fetch.at(place, k);
             auto weights = piece<L, X>(place);
             hold(weights);
             UNROLL for (int r = 0; r < N; ++r) parts[r][o] = multiply_add<L>(xs[r], weights, parts[r][o]);
@@ -97,28 +131,27 @@ inline void tile(const X* x, long stride, Weights<W> w, long count, const Target
         target.put<M>(sums<L>(parts[r][0], parts[r][1], parts[r][2], parts[r][3]), row + r, output);
 }
 
-template <int L, bool FETCHES, int M, int N = ROWS, class X, class... Rest>
-inline void tile_of(long rows, const X* x, Rest... rest) {
-    if (N == 1 || rows == N) tile<L, FETCHES, N, M>(x, rest...);
-    else tile_of<L, FETCHES, M, std::max(N - 1, 1)>(rows, x, rest...);
+template <int L, int M, int N = ROWS, class X, class... Rest> inline void tile_of(long rows, const X* x, Rest&&... rest) {
+    if (N == 1 || rows == N) tile<L, N, M>(x, rest...);
+    else tile_of<L, M, std::max(N - 1, 1)>(rows, x, rest...);
 }
 
 // rows of x, `stride` apart, times outputs [from, end), whose weights are the first ones of `weights`, over `count` inputs
-template <int L, bool FETCHES = false, class X, template <class> class Weights, class W>
-void block_product(const X* x, long rows, long stride, Weights<W> weights, long count, long from, long end, Ahead<W> ahead,
+template <int L, class X, template <class> class Weights, class W, class Fetch>
+void block_product(const X* x, long rows, long stride, Weights<W> weights, long count, long from, long end, Fetch fetch,
                    const Target& target) {
     for (long row_block = 0; row_block < rows; row_block += ROW_BLOCK)
         for (long o = from; o < end; o += OUTPUTS)
             for (long r = row_block, row_end = std::min(row_block + ROW_BLOCK, rows), size; r < row_end; r += size) {
                 const long tiles = (row_end - r + ROWS - 1) / ROWS;
                 size = (row_end - r + tiles - 1) / tiles; // no tile of a single row beside a full one
-                ahead.next();
+                fetch.tile();
                 const X* xs = x + r * stride;
                 if (end - o >= OUTPUTS)
-                    tile_of<L, FETCHES, OUTPUTS>(size, xs, stride, weights.from(o - from, 0), count, target, r, o);
+                    tile_of<L, OUTPUTS>(size, xs, stride, weights.from(o - from, 0), count, target, r, o, fetch);
                 else
                     for (long i = o; i < end; ++i)
-                        tile_of<L, FETCHES, 1>(size, xs, stride, weights.from(i - from, 0), count, target, r, i);
+                        tile_of<L, 1>(size, xs, stride, weights.from(i - from, 0), count, target, r, i, fetch);
             }
 }
 

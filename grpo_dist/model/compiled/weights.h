@@ -113,8 +113,8 @@ void product_of_few(const X* x, long rows, long inputs, long outputs, Outputs mi
     const long chunk = chunk_of<L, X>(inputs);
     for (long o = mine.from; o < mine.to; o += OUTPUTS)
         for (long k = 0; k < inputs; k += chunk)
-            block_product<L, true>(x + k, rows, inputs, weights.from(o, k), std::min(chunk, inputs - k), o,
-                                   std::min<long>(o + OUTPUTS, mine.to), Ahead<W>(),
+            block_product<L>(x + k, rows, inputs, weights.from(o, k), std::min(chunk, inputs - k), o,
+                                   std::min<long>(o + OUTPUTS, mine.to), FetchBehind(),
                                    Target{to, outputs, k ? nullptr : bias, adds || k});
 }
 
@@ -136,7 +136,7 @@ void product_of_converted(const X* x, long rows, long inputs, long outputs, Outp
                 else
                     for (long i = 0; i < count; i += L) store<L>(load<L>(weight + o * inputs + k + i), line + i);
             }
-            block_product<L>(x + k, rows, inputs, Lines<X>{dense, count}, count, block, end, Ahead<X>(),
+            block_product<L>(x + k, rows, inputs, Lines<X>{dense, count}, count, block, end, NoFetch(),
                              Target{to, outputs, k ? nullptr : layer.bias, adds || k});
         }
     }
@@ -145,33 +145,49 @@ void product_of_converted(const X* x, long rows, long inputs, long outputs, Outp
 // As `product`, of weights that lie as `Lines` or `Groups`.
 template <int L, bool adds, class X, template <class> class Weights, class W>
 void product_of_stored(const X* x, long rows, long inputs, long outputs, Outputs mine, Weights<W> weights,
-                       const float* bias, float* to) {
+                       const float* bias, float* to, const Block<W>* next = nullptr) {
     if (rows <= ROWS) return product_of_few<L, adds>(x, rows, inputs, outputs, mine, weights, bias, to);
     const long chunk = chunk_of<L, X>(inputs);
-    for (long block = mine.from, end; block < mine.to; block = end) {
-        end = std::min(block + OUTPUT_BLOCK, mine.to);
-        const long tiles = (end - block + OUTPUTS - 1) / OUTPUTS * ((rows + ROWS - 1) / ROWS);
-        for (long k = 0; k < inputs; k += chunk) {
-            const bool last = k + chunk >= inputs; // then the next block's first inputs follow
-            const long lines = last ? std::min(OUTPUT_BLOCK, outputs - end) : end - block;
-            block_product<L>(x + k, rows, inputs, weights.from(block, k), std::min(chunk, inputs - k), block, end,
-                             weights.from(last ? end : block, last ? 0 : k + chunk)
-                                 .ahead(lines, std::min(chunk, last ? inputs : inputs - k - chunk), tiles),
-                             Target{to, outputs, k ? nullptr : bias, adds || k});
+    for (long first = mine.from, end; first < mine.to; first = end) {
+        end = std::min(first + OUTPUT_BLOCK, mine.to);
+        const long tiles = (end - first + OUTPUTS - 1) / OUTPUTS * ((rows + ROWS - 1) / ROWS);
+        for (long k = 0, count; k < inputs; k += count) {
+            count = std::min(chunk, inputs - k);
+            Block<W> block = next ? *next : weights.from(end, 0).block(std::min(OUTPUT_BLOCK, outputs - end), chunk);
+            if (k + count < inputs) block = weights.from(first, k + count).block(end - first, chunk);
+            else if (next && end < mine.to) block = weights.from(end, 0).block(mine.to - end, chunk);
+            auto fetching = [&](auto fetch) {
+                block_product<L>(x + k, rows, inputs, weights.from(first, k), count, first, end, fetch,
+                                 Target{to, outputs, k ? nullptr : bias, adds || k});
+            };
+            if (rows > ROW_BLOCK) fetching(FetchBlock<W, true>(block, tiles, 1));
+            else fetching(FetchBlock<W, false>(block, tiles, (count + SPAN - 1) / SPAN));
         }
     }
 }
 
-// to (rows, outputs) = or, `adds`, += W x + b; those of the outputs that are `mine`
+// to (rows, outputs) = or, `adds`, += W x + b; those of the outputs that are `mine`. `next` is what is read after it, null
+// for what follows in memory.
 template <int L, class W, bool adds, class X>
-void product(const X* x, long rows, long inputs, long outputs, Outputs mine, const Linear& layer, float* to) {
+void product(const X* x, long rows, long inputs, long outputs, Outputs mine, const Linear& layer, float* to,
+             const Block<W>* next = nullptr) {
     if (layer.scales || (!std::is_same_v<W, X> && LANES == 8 && rows > ROW_BLOCK))
         return product_of_converted<L, W, adds>(x, rows, inputs, outputs, mine, layer, to);
     const W* weight = static_cast<const W*>(layer.weight);
     if constexpr (std::is_same_v<W, float>)
         if (layer.grouped)
-            return product_of_stored<L, adds>(x, rows, inputs, outputs, mine, Groups<W>{weight, inputs}, layer.bias, to);
-    product_of_stored<L, adds>(x, rows, inputs, outputs, mine, Lines<W>{weight, inputs}, layer.bias, to);
+            return product_of_stored<L, adds>(x, rows, inputs, outputs, mine, Groups<W>{weight, inputs}, layer.bias, to,
+                                              next);
+    product_of_stored<L, adds>(x, rows, inputs, outputs, mine, Lines<W>{weight, inputs}, layer.bias, to, next);
+}
+
+// what `product` reads first
+template <int L, class W, class X> Block<W> first_block(long inputs, Outputs mine, const Linear& layer) {
+    const long lines = std::min(OUTPUT_BLOCK, mine.to - mine.from), count = std::min(chunk_of<L, X>(inputs), inputs);
+    if (layer.scales) return {};
+    const W* weight = static_cast<const W*>(layer.weight);
+    if (layer.grouped) return Groups<W>{weight, inputs}.from(mine.from, 0).block(lines, count);
+    return Lines<W>{weight, inputs}.from(mine.from, 0).block(lines, count);
 }
 
 // to (rows, outputs) += low (rows, rank) times the adapters' second matrix; those of the outputs that are `mine`. What is

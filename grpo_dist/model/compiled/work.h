@@ -43,12 +43,14 @@ class Member {
         return number << NUMBER_AT | first << FIRST_AT | last;
     }
 
+    long begin_of(long whose, long count) const { return count * whose / threads; }
+
     // A piece of a member's part, its first one or its last; -1 where nothing is left.
     long take(long whose, bool from_front, long count) {
         std::atomic<uint64_t>& left = team.parts[whose].left;
         for (uint64_t seen = left.load(std::memory_order_relaxed);;) {
             uint64_t now = seen;
-            if (now >> NUMBER_AT < number) now = part(number, count * whose / threads, count * (whose + 1) / threads);
+            if (now >> NUMBER_AT < number) now = part(number, begin_of(whose, count), begin_of(whose + 1, count));
             const uint64_t first = now >> FIRST_AT & PIECE, last = now & PIECE;
             if (now >> NUMBER_AT > number || first == last) return -1;
             const uint64_t rest = from_front ? part(number, first + 1, last) : part(number, first, last - 1);
@@ -60,6 +62,9 @@ class Member {
     explicit Member(Team& team) : team(team) {}
 
     long thread() const { return me; }
+    // the pieces of [0, count) that are this member's first of all
+    long begin_of_mine(long count) const { return begin_of(me, count); }
+    long end_of_mine(long count) const { return begin_of(me + 1, count); }
 
     // Does pieces of [0, count) until none is left. Others may then still be at theirs: what needs them awaits works of this
     // kind (0 or 1) first.

@@ -200,10 +200,22 @@ template <int L, class W, class X> class Decoding {
 
     // outputs [0, count) in pieces of at most `most`; of fewer, but whole tiles, where there are too few for all threads
     template <class Do> void share_outputs(long count, long most, int kind, Do piece) {
-        const long each = std::clamp<long>(count / (PIECES * s.threads) / OUTPUTS * OUTPUTS, OUTPUTS, most);
-        member.share((count + each - 1) / each, [&](long n) {
-            piece(Outputs{n * each, std::min(count, (n + 1) * each)});
+        const long each = outputs_at_once(count, most), pieces = (count + each - 1) / each;
+        const long last = member.end_of_mine(pieces) - 1;
+        member.share(pieces, [&](long n) {
+            piece(Outputs{n * each, std::min(count, (n + 1) * each)}, n == last);
         }, kind);
+    }
+
+    long outputs_at_once(long count, long most) const {
+        return std::clamp<long>(count / (PIECES * s.threads) / OUTPUTS * OUTPUTS, OUTPUTS, most);
+    }
+
+    // the weights that this thread begins a product with
+    Block<W> first_of_mine(const Linear& layer, long inputs, long outputs) const {
+        const long each = outputs_at_once(outputs, layer.rank ? HIGH_BLOCK : OUTPUT_BLOCK);
+        const long from = member.begin_of_mine((outputs + each - 1) / each) * each;
+        return first_block<L, W, X>(inputs, {from, std::min(outputs, from + each)}, layer);
     }
 
     static long at_once(const Product& y) { return y.layer.rank ? HIGH_BLOCK : OUTPUT_BLOCK; }
@@ -260,35 +272,42 @@ template <int L, class W, class X> class Decoding {
             y.reduced = std::exchange(next, next + rows * rank);
             Linear first{};
             first.weight = y.layer.low;
-            share_outputs(rank, REDUCED_AT_ONCE, REDUCTION, [&](Outputs part) {
+            share_outputs(rank, REDUCED_AT_ONCE, REDUCTION, [&](Outputs part, bool) {
                 product<L, W, false>(from, rows, inputs, rank, part, first, y.reduced);
             });
         }
     }
 
     // of a layer's outputs those of `part`: put, or, `adds`, added
-    template <bool adds> void apply(const X* from, long inputs, const Product& y, Outputs part) {
+    template <bool adds>
+    void apply(const X* from, long inputs, const Product& y, Outputs part, const Block<W>* next = nullptr) {
         const Linear& layer = y.layer;
         if (layer.compact.blocks && rows <= MOST_FROM_COMPACT<X>)
             product_of_compact<L, adds>(from, rows, inputs, y.outputs, part, layer, y.to);
-        else product<L, W, adds>(from, rows, inputs, y.outputs, part, layer, y.to);
+        else product<L, W, adds>(from, rows, inputs, y.outputs, part, layer, y.to, next);
         if (!layer.rank) return;
         member.await(REDUCTION);
         add_low_rank<L>(y.reduced, rows, y.outputs, part, layer, y.to);
     }
 
-    // layers with the same input
-    template <bool adds, size_t N> void apply_all(const X* from, long inputs, Product (&&products)[N]) {
+    // layers with the same input; `next` is what the thread reads after them
+    template <bool adds, size_t N>
+    void apply_all(const X* from, long inputs, Product (&&products)[N], const Block<W>& next) {
         reduce(from, inputs, products);
-        for (const Product& y : products)
-            share_outputs(y.outputs, at_once(y), WORK, [&](Outputs part) { apply<adds>(from, inputs, y, part); });
+        for (size_t n = 0; n < N; ++n) {
+            const Product& y = products[n];
+            const Block<W> then = n + 1 < N ? first_of_mine(products[n + 1].layer, inputs, products[n + 1].outputs) : next;
+            share_outputs(y.outputs, at_once(y), WORK, [&](Outputs part, bool is_last) {
+                apply<adds>(from, inputs, y, part, is_last ? &then : nullptr);
+            });
+        }
         member.await(WORK);
     }
 
     // A part's last layer: its outputs are added to x or, where `norm` is for them first, put into `output`.
-    void leave(const X* from, long inputs, const Linear& layer, const float* norm) {
-        if (norm) apply_all<false>(from, inputs, {{layer, hidden, output}});
-        else apply_all<true>(from, inputs, {{layer, hidden, x}});
+    void leave(const X* from, long inputs, const Linear& layer, const float* norm, const Block<W>& next) {
+        if (norm) apply_all<false>(from, inputs, {{layer, hidden, output}}, next);
+        else apply_all<true>(from, inputs, {{layer, hidden, x}}, next);
     }
 
   public:
@@ -305,22 +324,28 @@ template <int L, class W, class X> class Decoding {
         for (const Layer* layer = s.layer; layer < s.layer + s.layers; ++layer) {
             norm_rows(layer->input_norm, added);
             apply_all<false>(normed, hidden,
-                             {{layer->query, queries, query}, {layer->key, keys, key}, {layer->value, keys, value}});
+                             {{layer->query, queries, query}, {layer->key, keys, key}, {layer->value, keys, value}},
+                             first_of_mine(layer->output, queries, hidden));
             attend_all(*layer);
-            leave(attended, queries, layer->output, layer->output_norm);
+            leave(attended, queries, layer->output, layer->output_norm, first_of_mine(layer->gate, hidden, inner));
             norm_rows(layer->mlp_norm, layer->output_norm);
             Product gates[] = {{layer->gate, inner, gate}, {layer->up, inner, up}};
             reduce(normed, hidden, gates);
-            share_outputs(inner, at_once(gates[0]), WORK, [&](Outputs part) {
-                for (const Product& y : gates) apply<false>(normed, hidden, y, part);
+            const Block<W> down = first_of_mine(layer->down, inner, hidden), none;
+            share_outputs(inner, at_once(gates[0]), WORK, [&](Outputs part, bool is_last) {
+                apply<false>(normed, hidden, gates[0], part, is_last ? &none : nullptr);
+                apply<false>(normed, hidden, gates[1], part, is_last ? &down : nullptr);
                 activate(part);
             });
             member.await(WORK);
-            leave(gated, inner, layer->down, added = layer->down_norm);
+            const Layer* next = layer + 1;
+            const Block<W> behind = next < s.layer + s.layers ? first_of_mine(next->query, hidden, queries)
+                                    : s.logits ? first_of_mine(s.head, hidden, s.vocabulary) : none;
+            leave(gated, inner, layer->down, added = layer->down_norm, behind);
         }
         if (!s.logits) return;
         norm_rows(s.norm, added);
-        apply_all<false>(normed, hidden, {{s.head, s.vocabulary, s.logits}});
+        apply_all<false>(normed, hidden, {{s.head, s.vocabulary, s.logits}}, {});
         if (!s.logit_cap) return;
         all(rows, [&](long r) { cap_all<L>(s.logits + r * s.vocabulary, s.vocabulary, s.logit_cap); });
     }
