@@ -63,9 +63,10 @@ template <class Visit> inline void vectors(long count, Visit visit) {
 constexpr long VALUES_AT_ONCE = 32; // they stay in the nearest cache while several queries weigh them
 
 // scores (queries, stride) = q Kᵀ of queries (queries, size) and `count` keys, `line` apart
-template <int L, class C>
-void score(const float* query, long queries, long size, const C* keys, long line, long count, float* scores, long stride) {
-    block_product<L>(query, queries, size, Lines<C>{keys, line}, size, 0, count, NoFetch(),
+template <int L, class C, class Fetch = NoFetch>
+void score(const float* query, long queries, long size, const C* keys, long line, long count, float* scores, long stride,
+           Fetch fetch = {}) {
+    block_product<L>(query, queries, size, Lines<C>{keys, line}, size, 0, count, fetch,
                      Target{scores, stride, nullptr, false});
 }
 
@@ -86,11 +87,12 @@ template <int L> float softmax(float* scores, long count, float sink) {
 }
 
 // to (queries, size) += weights (queries, stride) times `count` values, `line` apart
-template <int L, class C>
-void weigh(const float* weights, long stride, long queries, long size, const C* values, long line, long count, float* to) {
+template <int L, class C, class Fetch = NoFetch>
+void weigh(const float* weights, long stride, long queries, long size, const C* values, long line, long count, float* to,
+           Fetch fetch = {}) {
     for (long j = 0; j < count; j += VALUES_AT_ONCE)
         Weighing<L, C>{weights + j, stride, 1, values + j * line, line, std::min(VALUES_AT_ONCE, count - j), size, to, size}
-            .run(queries);
+            .run(queries, fetch);
 }
 
 } // namespace

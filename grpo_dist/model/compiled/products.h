@@ -136,6 +136,9 @@ template <int L, int M, int N = ROWS, class X, class... Rest> inline void tile_o
     else tile_of<L, M, std::max(N - 1, 1)>(rows, x, rest...);
 }
 
+// of `rows` times `outputs` lines of weights
+inline long tiles_of(long rows, long outputs) { return (outputs + OUTPUTS - 1) / OUTPUTS * ((rows + ROWS - 1) / ROWS); }
+
 // rows of x, `stride` apart, times outputs [from, end), whose weights are the first ones of `weights`, over `count` inputs
 template <int L, class X, template <class> class Weights, class W, class Fetch>
 void block_product(const X* x, long rows, long stride, Weights<W> weights, long count, long from, long end, Fetch fetch,
@@ -166,11 +169,12 @@ template <int L, class C> struct Weighing {
     long to_stride;
 
     // Q rows from `row` on and N vectors of them from `d` on
-    template <int Q, int N> void add(long row, long d) const {
+    template <int Q, int N, class Fetch> void add(long row, long d, Fetch& fetch) const {
         Vec<L> outputs[Q][N];
         UNROLL for (int q = 0; q < Q; ++q)
             UNROLL for (int n = 0; n < N; ++n) outputs[q][n] = load<L>(to + (row + q) * to_stride + d + n * L);
         for (long i = 0; i < count; ++i) {
+            fetch.step();
             Vec<L> value[N];
             UNROLL for (int n = 0; n < N; ++n) value[n] = load<L>(values + i * values_stride + d + n * L);
             UNROLL for (int q = 0; q < Q; ++q) {
@@ -182,19 +186,19 @@ template <int L, class C> struct Weighing {
             UNROLL for (int n = 0; n < N; ++n) store<L>(outputs[q][n], to + (row + q) * to_stride + d + n * L);
     }
 
-    template <int Q> void add(long row) const {
+    template <int Q, class Fetch> void add(long row, Fetch& fetch) const {
         constexpr int N = L == 16 ? 4 : 2; // sums that fit in registers beside what they add
         long d = 0;
-        for (; d + N * L <= size; d += N * L) add<Q, N>(row, d);
-        for (; d < size; d += L) add<Q, 1>(row, d);
+        for (; d + N * L <= size; d += N * L) add<Q, N>(row, d, fetch);
+        for (; d < size; d += L) add<Q, 1>(row, d, fetch);
     }
 
-    void run(long rows) const {
+    template <class Fetch = NoFetch> void run(long rows, Fetch&& fetch = NoFetch()) const {
         long row = 0;
-        for (; row + 6 <= rows; row += 6) add<6>(row);
-        for (; row + 3 <= rows; row += 3) add<3>(row);
-        if (rows - row == 2) add<2>(row);
-        if (rows - row == 1) add<1>(row);
+        for (; row + 6 <= rows; row += 6) add<6>(row, fetch);
+        for (; row + 3 <= rows; row += 3) add<3>(row, fetch);
+        if (rows - row == 2) add<2>(row, fetch);
+        if (rows - row == 1) add<1>(row, fetch);
     }
 };
 

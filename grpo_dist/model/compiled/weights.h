@@ -150,7 +150,7 @@ void product_of_stored(const X* x, long rows, long inputs, long outputs, Outputs
     const long chunk = chunk_of<L, X>(inputs);
     for (long first = mine.from, end; first < mine.to; first = end) {
         end = std::min(first + OUTPUT_BLOCK, mine.to);
-        const long tiles = (end - first + OUTPUTS - 1) / OUTPUTS * ((rows + ROWS - 1) / ROWS);
+        const long tiles = tiles_of(rows, end - first);
         for (long k = 0, count; k < inputs; k += count) {
             count = std::min(chunk, inputs - k);
             Block<W> block = next ? *next : weights.from(end, 0).block(std::min(OUTPUT_BLOCK, outputs - end), chunk);

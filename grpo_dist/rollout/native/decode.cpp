@@ -167,10 +167,21 @@ template <int L, class W, class X> class Decoding {
             const long passed = std::max(0L, first_seen(layer, row, shared) - shared);
             each((row - from) * group, passed, s.columns.slots[row] + 1 - passed);
         };
+        auto own_block = [&](void* cache, long row) { // those of a row, or none
+            Block<W> block;
+            if (row < rows)
+                own_part(row, [&](long, long passed, long seen) {
+                    block = {own(cache, row, head) + passed * size, 1, 0, seen * size};
+                });
+            return block;
+        };
         for (long row = from; row < to; ++row)
             own_part(row, [&](long first, long passed, long seen) {
                 score<L>(turned + first * size, group, size, own(layer.own_keys, row, head) + passed * size, size, seen,
-                         scores + first * room.stride + before, room.stride);
+                         scores + first * room.stride + before, room.stride,
+                         FetchBlock<W, true>(row + 1 < to ? own_block(layer.own_keys, row + 1)
+                                                          : own_block(layer.own_values, from),
+                                             tiles_of(group, seen), 1));
                 const long unseen = std::clamp(first_seen(layer, row, shared) - skipped, 0L, before);
                 for (long n = 0; n < group; ++n) {
                     float* q = scores + (first + n) * room.stride;
@@ -186,7 +197,9 @@ template <int L, class W, class X> class Decoding {
         for (long row = from; row < to; ++row)
             own_part(row, [&](long first, long passed, long seen) {
                 weigh<L>(scores + first * room.stride + before, room.stride, group, size,
-                         own(layer.own_values, row, head) + passed * size, size, seen, outputs + first * size);
+                         own(layer.own_values, row, head) + passed * size, size, seen, outputs + first * size,
+                         FetchBlock<W, false>(own_block(row + 1 < to ? layer.own_values : layer.own_keys, row + 1), 1,
+                                              seen));
                 X* to = attended + row * queries + head * group * size;
                 for (long d = 0; d < group * size; d += L) store<L>(load<L>(outputs + first * size + d), to + d);
             });
