@@ -187,9 +187,9 @@ class Looks:
 
     def add(self, step: int, spent_seconds: float, plain_seconds: float) -> None:
         """Take in a look at a step, which took so long for tokens that take `plain_seconds` without. The next one comes
-        when looking has cost a fiftieth of the time."""
+        when looking has cost a hundredth of the time."""
         lost = _believed(spent_seconds, plain_seconds) - plain_seconds
-        self.next = step + max(LOOK_EVERY, math.ceil(50 * lost / plain_seconds))
+        self.next = step + max(LOOK_EVERY, math.ceil(100 * lost / plain_seconds))
 
 
 def _believed(seconds: float, plain_seconds: float) -> float:

@@ -17,10 +17,13 @@ if TYPE_CHECKING:
     from .engine import Decoding
     from .kernel import KernelStep
 
-MOST_STEPS = 16
-"""Steps of a call, at most."""
-SECONDS = 0.02
-"""Time after which a call begins no other step: what has ended is then scored, or answered by a tool."""
+MOST_STEPS = 32
+"""Steps of a call, at most: its threads can tell 2^16 of their common works apart, some 12 of a layer."""
+SECONDS = 0.1
+"""Time after which a call begins no other step: what has ended is then scored. Python is slow after a step, whose
+weights have taken its place in the processor's caches."""
+SECONDS_OF_TURNS = 0.02
+"""The same where what has ended may be a turn, which somebody answers."""
 
 
 class DrawnSteps:
@@ -38,7 +41,8 @@ class DrawnSteps:
         lengths, prompt = state.lengths[rows], state.prompt[rows]
         positions = (state.prompt_lengths[prompt] + lengths)[:, None] + torch.arange(steps)
         ends, table = decoding.rules.ends, decoding.tokens.shape
-        drawing = DrawingFields(steps, table[1], SECONDS, 1 / decoding.sampling.temperature,
+        seconds = SECONDS_OF_TURNS if decoding.has_turns else SECONDS
+        drawing = DrawingFields(steps, table[1], seconds, 1 / decoding.sampling.temperature,
                                 address_of(ends, ends.shape, torch.int64), len(ends))  # fmt: skip
         for shape, dtype, of in (
             ((num_rows,), torch.int64, {"request": decoding.row_request, "last": decoding.last,

@@ -88,6 +88,7 @@ class Decoding:
         self.compact_below = COMPACT_BELOW.get(kind, COMPACT_BELOW["cuda"])
         self.steps_between_checks = engine.steps_between_checks or STEPS_BETWEEN_CHECKS.get(kind, 1)
         self.requests: list[Request] = []  # all that were taken from the queue
+        self.has_turns = False  # whether others may go on with one of them
         self.waiting: deque[list[int]] = deque()  # places in `requests`, in groups with one prompt
         self.finished: list[Trajectory] = []  # not yet handed out
         self.longest_prompt = max((len(request.prompt) for request in queue), default=0)
@@ -138,6 +139,7 @@ class Decoding:
             most = max(1, (self.engine.max_tokens_in_flight - self._shared(places)) // self.row_tokens)
             self.waiting.extend(places[start : start + most] for start in range(0, len(places), most))
         new = self.requests[first:]
+        self.has_turns |= any(request.keeps for request in new)
         keys, limit, offset, may_end = columns_of(new, self.engine.max_new_tokens, self.device)
         self.rules.grow(len(new))
         self.routes.grow(len(new))

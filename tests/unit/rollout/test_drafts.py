@@ -104,9 +104,9 @@ def test_looking_for_drafts_has_to_save_time() -> None:
     assert not gain.is_none, "something else had the processor"
 
 
-def test_looking_in_vain_costs_a_fiftieth_of_the_time() -> None:
+def test_looking_in_vain_costs_a_hundredth_of_the_time() -> None:
     looks = Looks()
-    for spent, wait in ((0.9, LOOK_EVERY), (1.1, LOOK_EVERY), (1.5, 25), (1000.0, 100)):  # at the last one others work
+    for spent, wait in ((0.9, LOOK_EVERY), (1.05, LOOK_EVERY), (1.5, 50), (1000.0, 200)):  # at the last one others work
         looks.add(7, spent, 1.0)
         assert looks.next == 7 + wait
 

@@ -115,3 +115,14 @@ def test_a_pass_of_a_rollout_knows_what_a_call_did(calls: list[tuple[int, int]])
     got = decode_all(decoder(), peaked_model(20), requests)
     assert [len(each.ids) for each in got] == lengths
     assert calls == [(13, 2 + 8 + 13)]
+
+
+@pytest.mark.parametrize("is_turn", [True, False])
+def test_turns_are_handed_over_sooner(
+    is_turn: bool, calls: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(drawn_steps, "SECONDS_OF_TURNS", 0.0)
+    requests = [Request(0, 0, PROMPTS[0], 7, ignore_end=True, keeps=is_turn)]
+    decode_all(decoder(), peaked_model(20), requests)
+    steps = MOST - 1
+    assert [number for number, _ in calls] == ([1] * steps if is_turn else [MOST_STEPS, steps - MOST_STEPS])
