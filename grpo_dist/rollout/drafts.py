@@ -146,9 +146,10 @@ class PassTime:
         mean, spread = total / count, squares / count - (total / count) ** 2
         if spread > 0.01 * mean**2 + 1:
             slope = (products / count - mean * time / count) / spread
-            self.each = min(max(slope, 0.01 * time / total), time / total)
+            self.each = max(slope, 0.01 * time / total)
         elif not self.each:
             self.each = time / count / (mean + 32)  # until passes of different sizes show it
+        self.each = min(self.each, time / total)  # passes of one size may have become faster
         self.start = time / count - self.each * mean
 
     def of(self, tokens: float) -> float:

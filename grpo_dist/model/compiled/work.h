@@ -33,6 +33,7 @@ class Team {
 // A thread's part in the works of a team. All members ask for the same works in the same order.
 class Member {
     static constexpr int NUMBER_AT = 48, FIRST_AT = 24; // bits of a part
+    static constexpr uint64_t MOST_WORKS = 1 << (64 - NUMBER_AT);
     static constexpr uint64_t PIECE = (1 << FIRST_AT) - 1;
     Team& team;
     const long me = omp_get_thread_num(), threads = omp_get_num_threads();
@@ -61,6 +62,9 @@ class Member {
   public:
     explicit Member(Team& team) : team(team) {}
 
+    // whether it can tell the works of so many steps from one another, if each has as many as those so far
+    bool can_count(long steps, long so_far) const { return number / so_far * steps < MOST_WORKS; }
+
     long thread() const { return me; }
     // the pieces of [0, count) that are this member's first of all
     long begin_of_mine(long count) const { return begin_of(me, count); }
@@ -69,6 +73,7 @@ class Member {
     // Does pieces of [0, count) until none is left. Others may then still be at theirs: what needs them awaits works of this
     // kind (0 or 1) first.
     template <class Do> void share(long count, Do piece, int kind) {
+        if (count == 0) return; // as for all
         ++number;
         due[kind] += count;
         long mine = 0;

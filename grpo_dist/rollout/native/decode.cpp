@@ -375,7 +375,10 @@ template <int L, class W, class X> void decode(Step& step, Drawing* drawing) {
         draw_all(*drawing, step.columns, step.rows, step.logits, step.vocabulary, member);
 #pragma omp barrier // somebody may still look at the rows
 #pragma omp single
-        step.rows = drawing->take(step.columns, step.rows);
+        {
+            step.rows = drawing->take(step.columns, step.rows);
+            drawing->is_over |= !member.can_count(drawing->num_steps + 1, drawing->num_steps);
+        }
         if (drawing->is_over) break;
     }
 }

@@ -105,7 +105,8 @@ class DraftedSteps:
             self._advance(EVERYTHING)
             return
         alive = decoding.alive.nonzero()[:, 0]
-        num_rows = len(alive)
+        if not (num_rows := len(alive)):
+            return
         gain, looks = drafts.gains[num_rows.bit_length()], drafts.looks[num_rows.bit_length()]
         is_due = first >= looks.next
         chances = drafts.acceptance.chances(drafts.pass_time.least_chance(num_rows, num_rows))
@@ -140,7 +141,7 @@ class DraftedSteps:
         else:
             decoding.advance()
         drafts.steps += steps
-        if computed <= MOST_ROWS * steps:
+        if 0 < computed <= MOST_ROWS * steps:
             for each in (drafts.pass_time, drafts.step_time):
                 each.add(computed / steps, (time.perf_counter() - begun) / steps)
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from .kernel import KernelStep
 
 MOST_STEPS = 32
-"""Steps of a call, at most: its threads can tell 2^16 of their common works apart, some 12 of a layer."""
+"""Steps of a call, at most."""
 SECONDS = 0.1
 """Time after which a call begins no other step: what has ended is then scored. Python is slow after a step, whose
 weights have taken its place in the processor's caches."""
@@ -39,7 +39,9 @@ class DrawnSteps:
         rows = decoding.alive.nonzero()[:, 0]
         count, num_rows, num_requests = len(rows), state.num_rows, len(decoding.requests)
         lengths, prompt = state.lengths[rows], state.prompt[rows]
-        positions = (state.prompt_lengths[prompt] + lengths)[:, None] + torch.arange(steps)
+        # never past the model's last position: by the largest one, some models choose the rotations of all
+        own = (lengths[:, None] + torch.arange(steps)).clamp(max=decoding.engine.max_new_tokens - 1)
+        positions = state.prompt_lengths[prompt][:, None] + own
         ends, table = decoding.rules.ends, decoding.tokens.shape
         seconds = SECONDS_OF_TURNS if decoding.has_turns else SECONDS
         drawing = DrawingFields(steps, table[1], seconds, 1 / decoding.sampling.temperature,

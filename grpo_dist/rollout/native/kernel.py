@@ -154,7 +154,8 @@ class KernelStep:
     def together(self, decoding: Decoding) -> DrawnSteps | None:
         """See `SeveralTokensStep`."""
         sampling, rules = decoding.sampling, decoding.rules
-        return None if _leaves_out(sampling, rules) or rules.matches else DrawnSteps(self, decoding)
+        looks = _leaves_out(sampling, rules) or rules.matches or decoding.routes.keeps
+        return None if looks else DrawnSteps(self, decoding)
 
     def run(
         self, tokens: Tensor, positions: Tensor, slots: Tensor, rows: Tensor | None, state: DecodeState,

@@ -91,6 +91,14 @@ def test_the_time_of_a_pass_is_learned() -> None:
     assert time.each > 0 and time.start + 16 * time.each == pytest.approx(4.0, abs=0.1)
 
 
+def test_no_pass_takes_less_than_no_time() -> None:
+    """Steps of few rows become faster, after slow ones of many."""
+    time = PassTime()
+    for tokens, seconds in [(64, 0.1), (32, 0.06), (8, 0.03), *[(8, 0.004)] * 40]:
+        time.add(tokens, seconds)
+        assert 0 < time.of(1) < time.of(8)
+
+
 def test_looking_for_drafts_has_to_save_time() -> None:
     gain = Gain()
     assert not gain.is_none, "drafts are looked for at first"

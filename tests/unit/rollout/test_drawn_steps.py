@@ -126,3 +126,35 @@ def test_turns_are_handed_over_sooner(
     decode_all(decoder(), peaked_model(20), requests)
     steps = MOST - 1
     assert [number for number, _ in calls] == ([1] * steps if is_turn else [MOST_STEPS, steps - MOST_STEPS])
+
+
+BOUND = {"original_max_position_embeddings": MOST + 70}
+LONGROPE = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 8, "long_factor": [4.0] * 8, **BOUND}
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [("phi3", {"rope_parameters": LONGROPE, "max_position_embeddings": 512, **BOUND}),
+     ("llama", {"rope_parameters": DYNAMIC, "max_position_embeddings": MOST + 70})],
+)  # fmt: skip
+def test_no_rotation_is_that_of_a_longer_text(kind: str, options: dict[str, Any]) -> None:
+    """Prompts have up to 70 tokens, so that a position more would change the rotations of all."""
+    model = make_model(kind, **options)
+    with one_by_one():
+        expected = drawn(decoder(), model, Sampling(0.7), lambda request: replace(request, ignore_end=True))
+    assert drawn(decoder(), model, Sampling(0.7), lambda request: replace(request, ignore_end=True)) == expected
+
+
+def test_a_call_ends_before_its_works_cannot_be_told_apart(
+    calls: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There are 2^16 numbers for the common works of the threads."""
+    monkeypatch.setattr(drawn_steps, "SECONDS", 1e9)
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 1, "num_key_value_heads": 1}
+    requests = [Request(0, 0, PROMPTS[0], 7, max_new_tokens=40, ignore_end=True)]
+    model = make_model("llama", num_hidden_layers=400, **sizes)
+    got = decode_all(decoder(), model, requests)
+    assert sum(steps for steps, _ in calls) == 39 and 8 < max(steps for steps, _ in calls) < MOST_STEPS
+    with one_by_one():
+        assert decode_all(decoder(), model, requests) == got
