@@ -26,6 +26,7 @@ WAITS_OF_A_ROLLOUT = {
     ("H2D copy", "rollout/native/engine.py:_retire"),
     ("_local_scalar_dense.default", "rollout/native/engine.py:_finish"),
     # whenever rows come in or are dropped
+    ("_local_scalar_dense.default", "rollout/native/cache.py:count_all"),
     ("_local_scalar_dense.default", "rollout/native/cache.py:_place_rows"),
     ("_local_scalar_dense.default", "rollout/native/cache.py:keep"),
     ("_unique2.default", "rollout/native/cache.py:keep"),
