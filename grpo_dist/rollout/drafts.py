@@ -139,7 +139,7 @@ class PassTime:
     def add(self, tokens: float, seconds: float) -> None:
         """Take in a pass; one that took far longer than expected was interrupted by something else."""
         if self.each:
-            seconds = min(seconds, 3 * self.of(tokens))
+            seconds = _believed(seconds, self.of(tokens))
         new = (1.0, tokens, tokens * tokens, seconds, tokens * seconds)
         self._sums = tuple(self._decay * old + value for old, value in zip(self._sums, new, strict=True))
         count, total, squares, time, products = self._sums
@@ -193,8 +193,9 @@ class Looks:
         self.next = step + max(LOOK_EVERY, math.ceil(100 * lost / plain_seconds))
 
 
-def _believed(seconds: float, plain_seconds: float) -> float:
-    return min(seconds, 3 * plain_seconds)
+def _believed(seconds: float, expected_seconds: float) -> float:
+    """The time of a pass, without most of an interruption by something else."""
+    return min(seconds, 3 * expected_seconds)
 
 
 def numbers_of_drafts(chances: Sequence[Sequence[float]], time: PassTime) -> list[int]:

@@ -65,8 +65,8 @@ void draw_all(const Drawing& d, const Columns& rows, long count, const float* lo
         const int64_t row = rows.cache_rows[r], n = d.request[row], at = d.place(row);
         draw_row(Row(logits + r * vocabulary, vocabulary, d.inverse), uniform(d.keys[n], d.offsets[n] + at),
                  d.drawn + n * d.places + at, d.logprobs + n * d.places + at);
-    }, 0);
-    member.await(0);
+    }, WORK);
+    member.await(WORK);
 }
 
 } // namespace

@@ -12,6 +12,7 @@
 namespace {
 
 constexpr long PATIENCE = 1000; // looks at what others are to do, before the core is given away
+enum { WORK, REDUCTION };       // kinds of work: a reduction is awaited amid other work
 constexpr long HELPED = 7;      // others whose part a thread looks at: with many threads, looking at all would take longer
 
 // What the threads have in common.
@@ -71,7 +72,7 @@ class Member {
     long end_of_mine(long count) const { return begin_of(me + 1, count); }
 
     // Does pieces of [0, count) until none is left. Others may then still be at theirs: what needs them awaits works of this
-    // kind (0 or 1) first.
+    // kind first.
     template <class Do> void share(long count, Do piece, int kind) {
         if (count == 0) return; // as for all
         ++number;

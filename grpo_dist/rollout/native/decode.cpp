@@ -89,7 +89,6 @@ struct Room {
 
 constexpr long PIECES = 4;          // of a thread's work, at least, as long as they are whole tiles
 constexpr long REDUCED_AT_ONCE = 8; // outputs of adapters' first matrices
-enum { WORK, REDUCTION };           // kinds of work: a reduction is awaited amid other work
 
 // A layer, where its outputs (rows, outputs) go, and (rows, rank) what its adapters' first matrix makes of its inputs.
 struct Product {
@@ -163,46 +162,40 @@ template <int L, class W, class X> class Decoding {
         skipped = skipped / L * L;
         const long before = shared - skipped;
         score<L>(turned, count, size, prompts(layer.prompt_keys, skipped), size, before, scores, room.stride);
-        auto own_part = [&](long row, auto&& each) { // of the keys or values that a row sees of its own
+        auto own_block = [&](void* cache, long row) { // the keys or values that a row sees of its own; none for no row
+            if (row == rows) return Block<W>{};
             const long passed = std::max(0L, first_seen(layer, row, shared) - shared);
-            each((row - from) * group, passed, s.columns.slots[row] + 1 - passed);
+            return Block<W>{own(cache, row, head) + passed * size, 1, 0, (s.columns.slots[row] + 1 - passed) * size};
         };
-        auto own_block = [&](void* cache, long row) { // those of a row, or none
-            Block<W> block;
-            if (row < rows)
-                own_part(row, [&](long, long passed, long seen) {
-                    block = {own(cache, row, head) + passed * size, 1, 0, seen * size};
-                });
-            return block;
-        };
-        for (long row = from; row < to; ++row)
-            own_part(row, [&](long first, long passed, long seen) {
-                score<L>(turned + first * size, group, size, own(layer.own_keys, row, head) + passed * size, size, seen,
-                         scores + first * room.stride + before, room.stride,
-                         FetchBlock<W, true>(row + 1 < to ? own_block(layer.own_keys, row + 1)
-                                                          : own_block(layer.own_values, from),
-                                             tiles_of(group, seen), 1));
-                const long unseen = std::clamp(first_seen(layer, row, shared) - skipped, 0L, before);
-                for (long n = 0; n < group; ++n) {
-                    float* q = scores + (first + n) * room.stride;
-                    if (s.soft_cap) cap_all<L>(q, before + seen, s.soft_cap);
-                    std::fill_n(q, unseen, -INFINITY);
-                    const float sink = layer.sinks ? layer.sinks[head * group + n] : -INFINITY;
-                    softmax<L>(q + unseen / L * L, before + seen - unseen / L * L, sink);
-                    std::fill_n(q, unseen, 0.f);
-                }
-            });
+        for (long row = from; row < to; ++row) {
+            const Block<W> seen_keys = own_block(layer.own_keys, row);
+            const long first = (row - from) * group, seen = seen_keys.count / size;
+            score<L>(turned + first * size, group, size, seen_keys.first, size, seen,
+                     scores + first * room.stride + before, room.stride,
+                     FetchBlock<W, true>(row + 1 < to ? own_block(layer.own_keys, row + 1)
+                                                      : own_block(layer.own_values, from),
+                                         tiles_of(group, seen), 1));
+            const long unseen = std::clamp(first_seen(layer, row, shared) - skipped, 0L, before);
+            for (long n = 0; n < group; ++n) {
+                float* q = scores + (first + n) * room.stride;
+                if (s.soft_cap) cap_all<L>(q, before + seen, s.soft_cap);
+                std::fill_n(q, unseen, -INFINITY);
+                const float sink = layer.sinks ? layer.sinks[head * group + n] : -INFINITY;
+                softmax<L>(q + unseen / L * L, before + seen - unseen / L * L, sink);
+                std::fill_n(q, unseen, 0.f);
+            }
+        }
         std::fill_n(outputs, count * size, 0.f);
         weigh<L>(scores, room.stride, count, size, prompts(layer.prompt_values, skipped), size, before, outputs);
-        for (long row = from; row < to; ++row)
-            own_part(row, [&](long first, long passed, long seen) {
-                weigh<L>(scores + first * room.stride + before, room.stride, group, size,
-                         own(layer.own_values, row, head) + passed * size, size, seen, outputs + first * size,
-                         FetchBlock<W, false>(own_block(row + 1 < to ? layer.own_values : layer.own_keys, row + 1), 1,
-                                              seen));
-                X* to = attended + row * queries + head * group * size;
-                for (long d = 0; d < group * size; d += L) store<L>(load<L>(outputs + first * size + d), to + d);
-            });
+        for (long row = from; row < to; ++row) {
+            const Block<W> seen_values = own_block(layer.own_values, row);
+            const long first = (row - from) * group, seen = seen_values.count / size;
+            weigh<L>(scores + first * room.stride + before, room.stride, group, size, seen_values.first, size, seen,
+                     outputs + first * size,
+                     FetchBlock<W, false>(own_block(row + 1 < to ? layer.own_values : layer.own_keys, row + 1), 1, seen));
+            X* result = attended + row * queries + head * group * size;
+            for (long d = 0; d < group * size; d += L) store<L>(load<L>(outputs + first * size + d), result + d);
+        }
     }
 
     // done by all threads, each piece by one
@@ -226,12 +219,12 @@ template <int L, class W, class X> class Decoding {
 
     // the weights that this thread begins a product with
     Block<W> first_of_mine(const Linear& layer, long inputs, long outputs) const {
-        const long each = outputs_at_once(outputs, layer.rank ? HIGH_BLOCK : OUTPUT_BLOCK);
+        const long each = outputs_at_once(outputs, at_once(layer));
         const long from = member.begin_of_mine((outputs + each - 1) / each) * each;
         return first_block<L, W, X>(inputs, {from, std::min(outputs, from + each)}, layer);
     }
 
-    static long at_once(const Product& y) { return y.layer.rank ? HIGH_BLOCK : OUTPUT_BLOCK; }
+    static long at_once(const Linear& layer) { return layer.rank ? HIGH_BLOCK : OUTPUT_BLOCK; }
 
     void attend_all(const Layer& layer) {
         if (s.several) // a row's later tokens attend to its earlier ones, which other threads may compute
@@ -310,7 +303,7 @@ template <int L, class W, class X> class Decoding {
         for (size_t n = 0; n < N; ++n) {
             const Product& y = products[n];
             const Block<W> then = n + 1 < N ? first_of_mine(products[n + 1].layer, inputs, products[n + 1].outputs) : next;
-            share_outputs(y.outputs, at_once(y), WORK, [&](Outputs part, bool is_last) {
+            share_outputs(y.outputs, at_once(y.layer), WORK, [&](Outputs part, bool is_last) {
                 apply<adds>(from, inputs, y, part, is_last ? &then : nullptr);
             });
         }
@@ -345,7 +338,7 @@ template <int L, class W, class X> class Decoding {
             Product gates[] = {{layer->gate, inner, gate}, {layer->up, inner, up}};
             reduce(normed, hidden, gates);
             const Block<W> down = first_of_mine(layer->down, inner, hidden), none;
-            share_outputs(inner, at_once(gates[0]), WORK, [&](Outputs part, bool is_last) {
+            share_outputs(inner, at_once(layer->gate), WORK, [&](Outputs part, bool is_last) {
                 apply<false>(normed, hidden, gates[0], part, is_last ? &none : nullptr);
                 apply<false>(normed, hidden, gates[1], part, is_last ? &down : nullptr);
                 activate(part);

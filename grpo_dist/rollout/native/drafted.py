@@ -134,12 +134,8 @@ class DraftedSteps:
 
     def _advance(self, most: int) -> None:
         """Steps without drafts, at most so many."""
-        decoding, drafts, begun = self.decoding, self.drafts, time.perf_counter()
-        steps, computed = 1, len(decoding.last)
-        if decoding.together:
-            steps, computed = decoding.together(most)
-        else:
-            decoding.advance()
+        drafts, begun = self.drafts, time.perf_counter()
+        steps, computed = self.decoding.advance(most)
         drafts.steps += steps
         if 0 < computed <= MOST_ROWS * steps:
             for each in (drafts.pass_time, drafts.step_time):

@@ -173,14 +173,15 @@ class Decoding:
         """Let go now of what refers back to this object, and would hold its memory until it is collected."""
         self.replayed = self.together = self.drafted = self.keeping = None
 
-    def advance(self) -> None:
-        """One more token of every row that is not kept, or several of those that are alive."""
+    def advance(self, most: int = EVERYTHING) -> tuple[int, int]:
+        """One more token of every row that is not kept, or several, at most so many, of those that are alive. Returns
+        the steps and the tokens of all rows."""
         if self.together:
-            self.together(EVERYTHING)
-            return
+            return self.together(most)
         self.state.make_room()
         (self.replayed or self._step)()
         self.state.count_step()
+        return 1, self.state.num_rows
 
     def _step(self) -> None:
         """One more token of every row that is not kept; sizes and places in memory stay as they are."""

@@ -154,8 +154,7 @@ class KernelStep:
     def together(self, decoding: Decoding) -> DrawnSteps | None:
         """See `SeveralTokensStep`."""
         sampling, rules = decoding.sampling, decoding.rules
-        looks = _leaves_out(sampling, rules) or rules.matches or decoding.routes.keeps
-        return None if looks else DrawnSteps(self, decoding)
+        return None if _leaves_out(sampling, rules) or rules.matches else DrawnSteps(self, decoding)
 
     def run(
         self, tokens: Tensor, positions: Tensor, slots: Tensor, rows: Tensor | None, state: DecodeState,
@@ -233,7 +232,7 @@ class KernelStep:
             weight = linear.merged() if is_merged else stored
             groups = self.relaid.put_groups(weight) if is_merged else None  # in place of the merged one
             place = LinearFields(self._kept(weight if groups is None else groups, (outputs, inputs), self.dtype),
-                            groups is not None)  # fmt: skip
+                                 groups is not None)  # fmt: skip
             if compact is not None:
                 self.referenced.append(compact)
                 place.compact = Compact.of(compact)

@@ -70,7 +70,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
 )  # fmt: skip
 @pytest.mark.usefixtures("all_threads")
 def test_the_same_to_the_last_bit(
-    kind: str, dtype: torch.dtype, options: dict[str, Any], threads: int, seconds: float, 
+    kind: str, dtype: torch.dtype, options: dict[str, Any], threads: int, seconds: float,
     calls: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     more = {"gemma2": GEMMA2, "gemma3": {"sliding_window": 20}}.get(kind)
